@@ -1,0 +1,21 @@
+"""Reading and writing safetensors checkpoints, lazily and whole."""
+
+from .header import Header, TensorInfo
+from .reader import INDEX_SUFFIX, Checkpoint, open_checkpoint, to_float32
+from .writer import CheckpointWriter, Entry, Spec, output_files, refuse_same_file, write_bytes, write_checkpoint
+
+__all__ = [
+    "INDEX_SUFFIX",
+    "Checkpoint",
+    "CheckpointWriter",
+    "Entry",
+    "Header",
+    "Spec",
+    "TensorInfo",
+    "open_checkpoint",
+    "output_files",
+    "refuse_same_file",
+    "to_float32",
+    "write_bytes",
+    "write_checkpoint",
+]

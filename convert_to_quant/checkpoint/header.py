@@ -1,0 +1,222 @@
+"""The safetensors header: what a file says of its tensors, believed only after it is checked.
+
+A safetensors file is eight bytes of little-endian header length N, N bytes of JSON, then the data block. The JSON maps
+each tensor name to {"dtype", "shape", "data_offsets": [start, stop]} with offsets counted from the data block's start;
+the optional entry "__metadata__" maps strings to strings.
+
+Checked here, since a header is input like any other: the lengths against the file, the JSON against the form above,
+names for duplicates (JSON parsers keep the last of two silently), every tensor's size against its shape and dtype,
+offsets for holes, overlaps and range. After `parse_header` every tensor's bytes lie inside the file, none shared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import HeaderError
+
+DTYPE_BITS: Mapping[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+"""Bits per element of every dtype that safetensors 0.8 knows."""
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors library refuses longer headers; so a file that has one is of no use to anybody."""
+
+METADATA_KEY = "__metadata__"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the header says of one tensor.
+
+    Attributes:
+        name: its key.
+        dtype: in safetensors' spelling, a key of `DTYPE_BITS`.
+        shape: sizes per dimension; () is a scalar.
+        start, stop: byte offsets into the data block.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
+        return self.stop - self.start
+
+    @property
+    def elements(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+
+def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int | None:
+    """Bytes that a tensor takes, or None where a sub-byte dtype does not fill whole bytes."""
+    bits = DTYPE_BITS[dtype] * math.prod(shape)
+    return bits // 8 if bits % 8 == 0 else None
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header.
+
+    Attributes:
+        tensors: by name, in the order of their data.
+        metadata: the file's `__metadata__`.
+        data_start: byte offset of the data block in the file.
+        data_bytes: size of the data block.
+    """
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_start: int
+    data_bytes: int
+
+
+class _DuplicateKeyError(Exception):
+    pass
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        raise _DuplicateKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    return result
+
+
+def header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
+    """Length of the JSON that follows, from a file's first eight bytes.
+
+    Raises:
+        HeaderError: the file is too short, or the length cannot be true.
+    """
+    if len(prefix) < LENGTH_BYTES:
+        raise HeaderError(f"not a safetensors file: only {file_bytes} bytes long", path=path)
+    length: int = struct.unpack("<Q", prefix[:LENGTH_BYTES])[0]
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(
+            f"not a safetensors file: its first 8 bytes promise a header of {length} bytes, "
+            f"and at most {MAX_HEADER_BYTES} are allowed",
+            path=path,
+        )
+    if LENGTH_BYTES + length > file_bytes:
+        raise HeaderError(
+            f"truncated: the header should be {length} bytes long, but the file ends after {file_bytes} bytes",
+            path=path,
+            hint="download it again",
+        )
+    return length
+
+
+def parse_header(text: bytes, file_bytes: int, path: Path) -> Header:
+    """Parse and check the JSON of a header.
+
+    Args:
+        text: the JSON bytes, without the length before them.
+        file_bytes: size of the whole file.
+        path: the file, for messages.
+
+    Returns:
+        The checked header.
+
+    Raises:
+        HeaderError: one message per cause; see the module's docstring for what is checked.
+    """
+    if not text.startswith(b"{"):
+        raise HeaderError("not a safetensors file: the header does not begin with '{'", path=path)
+    try:
+        fields = json.loads(text.decode("utf-8"), object_pairs_hook=_reject_duplicates)
+    except _DuplicateKeyError as error:
+        raise HeaderError("the header names this key twice", path=path, tensor=str(error)) from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise HeaderError(f"not a safetensors file: the header is not JSON ({error})", path=path) from None
+
+    metadata = fields.pop(METADATA_KEY, None) or {}
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise HeaderError(f"{METADATA_KEY} must map strings to strings", path=path)
+
+    data_start = LENGTH_BYTES + len(text)
+    data_bytes = file_bytes - data_start
+    infos = sorted((_tensor_info(name, entry, path) for name, entry in fields.items()), key=lambda i: (i.start, i.stop))
+    end = 0
+    for info in infos:
+        if info.stop > data_bytes:
+            raise HeaderError(
+                f"truncated: its bytes {info.start}..{info.stop} reach beyond the file's {data_bytes} bytes of data",
+                path=path,
+                tensor=info.name,
+                hint="download it again",
+            )
+        if info.start != end:
+            problem = "overlaps the tensor before it" if info.start < end else "leaves a hole before it"
+            raise HeaderError(
+                f"its data starts at {info.start}, but {end} was expected: it {problem}", path=path, tensor=info.name
+            )
+        end = info.stop
+    if end != data_bytes:
+        raise HeaderError(f"the tensors end at byte {end} of the data, but the file has {data_bytes}", path=path)
+    return Header({info.name: info for info in infos}, metadata, data_start, data_bytes)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _tensor_info(name: str, entry: object, path: Path) -> TensorInfo:
+    """One entry of the header, checked by itself."""
+
+    def fail(problem: str) -> HeaderError:
+        return HeaderError(problem, path=path, tensor=name)
+
+    if not isinstance(entry, dict):
+        raise fail(f"its header entry should be an object, found {entry!r}")
+    missing = [key for key in ("dtype", "shape", "data_offsets") if key not in entry]
+    if missing:
+        raise fail(f"its header entry lacks {', '.join(missing)}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise fail(f"unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
+        raise fail(f"its shape should be a list of sizes, found {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
+        raise fail(f"its data_offsets should be two byte positions, found {offsets!r}")
+    start, stop = offsets
+    expected = tensor_nbytes(dtype, shape)
+    if expected is None:
+        raise fail(f"shape {shape} of {dtype} does not fill whole bytes")
+    if stop - start != expected:
+        raise fail(f"shape {shape} of {dtype} takes {expected} bytes, but its data_offsets span {stop - start}")
+    return TensorInfo(name, dtype, tuple(shape), start, stop)
+
+
+def serialize_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON of a header, padded with spaces so that the data block starts at a multiple of 8 bytes.
+
+    Args:
+        tensors: in the order of their data, with offsets already counted from the data block's start.
+        metadata: left out where empty.
+
+    Returns:
+        The first bytes of the file.
+    """
+    fields: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
+    for info in tensors:
+        fields[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.start, info.stop]}
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,264 @@
+"""Checkpoints, opened lazily: one safetensors file, or the shards that an index names.
+
+Opening reads headers only. A tensor's bytes are mapped, not read: `bits` gives a view of the page cache, `release`
+gives the pages back, so a walk over a file of any size needs the memory of its largest tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CheckpointError, HeaderError, PickleError, StrPath, TensorError
+from ..fp8 import BY_SAFETENSORS_DTYPE, decode, widen_bfloat16
+from .header import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
+
+INDEX_SUFFIX = ".safetensors.index.json"
+PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
+PICKLE_BEGINNINGS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""A torch.save archive is a zip file; older ones are bare pickles of protocol 2 to 5."""
+
+BIT_DTYPES: dict[str, Any] = {
+    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
+    "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "F32": np.float32, "F64": np.float64,
+    "C64": np.complex64, "BF16": np.uint16, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8, "F8_E8M0": np.uint8,
+}  # fmt: skip
+"""How a tensor's bytes appear in numpy. bfloat16 and FP8, which numpy lacks, appear as their bit patterns."""
+
+FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64", *BY_SAFETENSORS_DTYPE})
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of one safetensors file.
+
+    Raises:
+        CheckpointError: it cannot be read, is a pickle, or its header is wrong.
+    """
+    try:
+        with path.open("rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            beginning = file.read(LENGTH_BYTES)
+            if path.suffix.lower() in PICKLE_SUFFIXES or beginning.startswith(PICKLE_BEGINNINGS):
+                raise PickleError(
+                    "a pickled checkpoint; opening one runs the code in it, so it was not opened",
+                    path=path,
+                    hint="convert it to safetensors in a sandbox first",
+                )
+            length = header_length(beginning, file_bytes, path)
+            return parse_header(file.read(length), file_bytes, path)
+    except FileNotFoundError:
+        raise CheckpointError("no such file", path=path) from None
+    except IsADirectoryError:
+        raise CheckpointError("a folder, not a file", path=path) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
+
+
+class CheckpointFile:
+    """One open safetensors file: its checked header and its mapped bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header = read_header(path)
+        self._map: mmap.mmap | None = None
+
+    def mapped(self) -> mmap.mmap:
+        """The whole file, mapped read-only on first use."""
+        if self._map is None:
+            try:
+                with self.path.open("rb") as file:
+                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                raise CheckpointError(f"cannot be mapped: {error.strerror}", path=self.path) from None
+        return self._map
+
+    def raw(self, info: TensorInfo) -> NDArray[np.uint8]:
+        """A tensor's bytes, uint8 [nbytes], a read-only view of the file."""
+        if info.nbytes == 0:
+            return np.empty(0, np.uint8)
+        return np.frombuffer(self.mapped(), np.uint8, info.nbytes, self.header.data_start + info.start)
+
+    def release(self, start: int, stop: int) -> None:
+        """Give back the memory of the mapped pages that lie in these bytes of the data block; views stay valid."""
+        if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        first = (self.header.data_start + start) // mmap.PAGESIZE * mmap.PAGESIZE
+        length = self.header.data_start + stop - first
+        if length > 0:
+            self._map.madvise(mmap.MADV_DONTNEED, first, length)
+
+    def close(self) -> None:
+        """Unmap the file. Views that are still held keep it mapped until they go."""
+        if self._map is not None:
+            with contextlib.suppress(BufferError):  # a caller holds a view; the mapping goes with the last of them
+                self._map.close()
+            self._map = None
+
+
+class Checkpoint:
+    """A checkpoint of one or more safetensors files, read as one table of tensors.
+
+    Attributes:
+        path: what was opened.
+        files: the open files, in the index's order.
+        tensors: what the headers say, by name, file after file in data order.
+        metadata: the files' `__metadata__`, joined; the first file's word holds where two disagree.
+        sharded: whether it was opened through an index.
+    """
+
+    def __init__(self, path: Path, files: list[CheckpointFile], sharded: bool) -> None:
+        self.path = path
+        self.files = files
+        self.sharded = sharded
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self._file_of: dict[str, CheckpointFile] = {}
+        for file in files:
+            for name, info in file.header.tensors.items():
+                if name in self.tensors:
+                    raise HeaderError(f"also stands in {self._file_of[name].path.name}", path=file.path, tensor=name)
+                self.tensors[name] = info
+                self._file_of[name] = file
+            self.metadata = {**file.header.metadata, **self.metadata}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def close(self) -> None:
+        """Unmap every file."""
+        for file in self.files:
+            file.close()
+
+    def file_of(self, name: str) -> CheckpointFile:
+        """The file that holds a tensor."""
+        return self._file_of[name]
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """A tensor's bytes.
+
+        Returns:
+            uint8 [nbytes], a read-only view of the file.
+        """
+        return self._file_of[name].raw(self.tensors[name])
+
+    def bits(self, name: str) -> NDArray[Any]:
+        """A tensor in the numpy dtype of `BIT_DTYPES`: bfloat16 as uint16 patterns, FP8 as uint8 codes.
+
+        Returns:
+            An array of the tensor's shape, a read-only view of the file where its place in the file is aligned, else
+            a copy.
+
+        Raises:
+            TensorError: numpy has no dtype for it (the 4- and 6-bit floats).
+        """
+        info = self.tensors[name]
+        if info.dtype not in BIT_DTYPES:
+            raise TensorError(f"{info.dtype} tensors are not supported", path=self.file_of(name).path, tensor=name)
+        dtype = np.dtype(BIT_DTYPES[info.dtype])
+        raw = self.raw(name)
+        if raw.ctypes.data % dtype.alignment:
+            raw = raw.copy()
+        array: NDArray[Any] = raw.view(dtype).reshape(info.shape)
+        return array
+
+    def float32(self, name: str) -> NDArray[np.float32]:
+        """A float tensor as a fresh float32 array of the same shape; bfloat16, float16 and FP8 widen exactly.
+
+        Raises:
+            TensorError: it is not a float tensor.
+        """
+        info = self.tensors[name]
+        if info.dtype not in FLOAT_DTYPES:
+            raise TensorError(f"a float tensor was expected, found {info.dtype}", path=self.path_of(name), tensor=name)
+        return to_float32(self.bits(name), info.dtype)
+
+    def path_of(self, name: str) -> Path:
+        """The path of the file that holds a tensor, for messages."""
+        return self._file_of[name].path
+
+    def release(self, name: str) -> None:
+        """Give back the memory that reading a tensor's pages took."""
+        info = self.tensors[name]
+        self._file_of[name].release(info.start, info.stop)
+
+
+def to_float32(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Values of an array as `Checkpoint.bits` gives it.
+
+    Args:
+        bits: any shape, in the numpy dtype of `BIT_DTYPES[dtype]`.
+        dtype: one of `FLOAT_DTYPES`.
+
+    Returns:
+        A fresh float32 array of the same shape; float64 rounds to nearest.
+    """
+    if dtype == "BF16":
+        return widen_bfloat16(bits)
+    if dtype in BY_SAFETENSORS_DTYPE:
+        return decode(bits, BY_SAFETENSORS_DTYPE[dtype])
+    return bits.astype(np.float32)
+
+
+def open_checkpoint(path: StrPath) -> Checkpoint:
+    """Open a `.safetensors` file, or the shards of a `.safetensors.index.json`.
+
+    Args:
+        path: the file or the index.
+
+    Returns:
+        A checkpoint; use it as a context manager.
+
+    Raises:
+        CheckpointError: a file is missing or unreadable, a pickle, or its header is wrong; an index that is not JSON
+            of the usual form, or that disagrees with its shards.
+    """
+    path = Path(path)
+    if not path.name.endswith(INDEX_SUFFIX):
+        return Checkpoint(path, [CheckpointFile(path)], sharded=False)
+
+    weight_map = _read_index(path)
+    shard_names = list(dict.fromkeys(weight_map.values()))
+    for shard in shard_names:
+        if not shard or Path(shard).name != shard:
+            raise CheckpointError(f"names a shard outside its own folder: {shard!r}", path=path)
+    checkpoint = Checkpoint(path, [CheckpointFile(path.parent / shard) for shard in shard_names], sharded=True)
+    for name, shard in weight_map.items():
+        if name not in checkpoint.tensors:
+            raise CheckpointError(f"the index places it in {shard}, which does not hold it", path=path, tensor=name)
+    return checkpoint
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The weight_map of a shard index."""
+    try:
+        index = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError("no such file", path=path) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
+    except ValueError as error:
+        raise CheckpointError(f"not a shard index: it is not JSON ({error})", path=path) from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
+        raise CheckpointError('not a shard index: "weight_map" should map tensor names to file names', path=path)
+    return weight_map

@@ -1,0 +1,453 @@
+"""Checkpoints, written so that a result is there whole or not at all.
+
+An output is first an unnamed file in its folder (Linux's O_TMPFILE; elsewhere a temporary sibling). It gets its name
+only after its last byte is on the disk, in one step that replaces an older file of that name. Whatever ends the process
+before, kill -9 included, the unnamed file goes with it and the old file stays.
+
+Sizes are known before the first byte, so the header is written first and tensors follow in any order, from any thread,
+each at its place. Copies from another checkpoint go through the kernel (copy_file_range) and never through Python.
+
+Tensors are laid out by alignment, widest first, otherwise in the order given: readers that map files (the safetensors
+library among them) need a float32 to begin at a multiple of 4.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import OutputError, StrPath
+from .header import DTYPE_BITS, TensorInfo, serialize_header, tensor_nbytes
+from .reader import BIT_DTYPES, INDEX_SUFFIX, Checkpoint
+
+UNNAMED = Path("/proc/self/fd")
+"""Where Linux shows open files; a file made with O_TMPFILE gets its name from its entry there."""
+
+COPY_BYTES = 1 << 30
+"""Most bytes asked of one copy_file_range call (Linux caps it near 2 GiB)."""
+
+_KERNEL_COPY_REFUSALS = frozenset({errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
+_NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
+
+
+def _output_error(error: OSError, path: Path) -> OutputError:
+    """One sentence for what the system said."""
+    reasons = {
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EFBIG: "the file system allows no file that large",
+        errno.EACCES: "no permission to write there",
+        errno.EROFS: "the file system is read-only",
+        errno.ENOENT: f"the folder {path.parent} does not exist",
+        errno.ENOTDIR: f"{path.parent} is not a folder",
+        errno.EISDIR: "it is a folder",
+    }
+    reason = reasons.get(error.errno or 0, error.strerror or str(error))
+    return OutputError(f"cannot be written: {reason}", path=path)
+
+
+def refuse_same_file(output: Path, inputs: Iterable[Path], *, hint: str | None = None) -> None:
+    """Refuse an output that is one of the inputs, also through a symbolic or hard link.
+
+    Raises:
+        OutputError: `output` is one of `inputs`.
+    """
+    for path in inputs:
+        try:
+            same = output.samefile(path)
+        except FileNotFoundError:
+            same = output.resolve() == path.resolve()
+        except OSError as error:
+            raise _output_error(error, output) from None
+        if same:
+            raise OutputError(f"the output is the same file as the input {path}", path=output, hint=hint)
+
+
+class PendingFile:
+    """A file that has no name until `commit`.
+
+    Args:
+        path: the name it will get; its folder must exist.
+
+    Raises:
+        OutputError: the folder is missing, not writable, or `path` is a folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary: Path | None = None
+        if path.is_dir():
+            raise OutputError("cannot be written: it is a folder", path=path)
+        try:
+            self.fd = self._open()
+        except OSError as error:
+            raise _output_error(error, path) from None
+
+    def _open(self) -> int:
+        folder = self.path.parent
+        mode = 0o666 if not self.path.exists() else self.path.stat().st_mode & 0o777
+        if hasattr(os, "O_TMPFILE") and folder.is_dir() and UNNAMED.is_dir():
+            try:
+                return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)
+            except OSError as error:
+                if error.errno not in _NO_TMPFILE:
+                    raise
+        self._temporary = self._sibling()
+        return os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+
+    def _sibling(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+
+    def write(self, offset: int, buffer: Any) -> None:
+        """Write all of a buffer at a byte offset. Safe from several threads.
+
+        Raises:
+            OutputError: the disk is full, or another system error.
+        """
+        view = memoryview(buffer)
+        view = view.cast("B") if view.nbytes else memoryview(b"")
+        try:
+            while view:
+                written = os.pwrite(self.fd, view, offset)
+                view, offset = view[written:], offset + written
+        except OSError as error:
+            raise _output_error(error, self.path) from None
+
+    def copy(self, source_fd: int, source_offset: int, offset: int, count: int) -> None:
+        """Copy bytes from another open file, inside the kernel where it can.
+
+        Raises:
+            OutputError: the disk is full, the source ended early, or another system error.
+        """
+        while count:
+            try:
+                copied = _copy_once(source_fd, self.fd, min(count, COPY_BYTES), source_offset, offset)
+            except OSError as error:
+                raise _output_error(error, self.path) from None
+            if copied == 0:
+                raise OutputError("cannot be written: the input became shorter meanwhile", path=self.path)
+            source_offset, offset, count = source_offset + copied, offset + copied, count - copied
+
+    def commit(self) -> None:
+        """Put the bytes on the disk and give the file its name, replacing an older file of that name.
+
+        Raises:
+            OutputError: the system refused.
+        """
+        try:
+            os.fsync(self.fd)
+            if self._temporary is None:
+                try:
+                    _name_unnamed(self.fd, self.path)
+                except FileExistsError:
+                    sibling = self._sibling()
+                    _name_unnamed(self.fd, sibling)
+                    self._temporary = sibling
+            if self._temporary is not None:
+                self._temporary.replace(self.path)
+                self._temporary = None
+        except OSError as error:
+            raise _output_error(error, self.path) from None
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Drop the file if it has not been committed. Harmless when repeated."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+            self._temporary = None
+
+
+def _name_unnamed(fd: int, path: Path) -> None:
+    """Give a file made with O_TMPFILE its name (open(2): linkat on its entry in /proc, links followed)."""
+    entries = os.open(UNNAMED, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.link(str(fd), path, src_dir_fd=entries, follow_symlinks=True)  # only with a dir_fd is this linkat(2)
+    finally:
+        os.close(entries)
+
+
+def _copy_once(source_fd: int, target_fd: int, count: int, source_offset: int, offset: int) -> int:
+    """Copy up to `count` bytes and return how many it was."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source_fd, target_fd, count, source_offset, offset)
+        except OSError as error:
+            if error.errno not in _KERNEL_COPY_REFUSALS:
+                raise
+    return os.pwrite(target_fd, os.pread(source_fd, min(count, 1 << 24), source_offset), offset)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a small file, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    pending = PendingFile(path)
+    try:
+        pending.write(0, content)
+        pending.commit()
+    finally:
+        pending.discard()
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor to be written: its dtype in safetensors' spelling, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        size = tensor_nbytes(self.dtype, self.shape)
+        assert size is not None, "sub-byte tensors are only ever copied whole"
+        return size
+
+    @staticmethod
+    def like(info: TensorInfo) -> Spec:
+        """The spec of a tensor that exists."""
+        return Spec(info.dtype, info.shape)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A small tensor with its bytes.
+
+    Attributes:
+        spec: dtype and shape.
+        data: the bytes, C order.
+    """
+
+    spec: Spec
+    data: bytes
+
+    @staticmethod
+    def of(array: NDArray[Any], dtype: str | None = None) -> Entry:
+        """Make an entry of an array.
+
+        Args:
+            array: any shape; bit patterns where numpy lacks the dtype (uint16 for "BF16", uint8 for FP8).
+            dtype: safetensors' spelling; by default the one that has the array's own dtype.
+        """
+        if dtype is None:
+            dtype = next(name for name, numpy_dtype in BIT_DTYPES.items() if np.dtype(numpy_dtype) == array.dtype)
+        assert DTYPE_BITS[dtype] == array.dtype.itemsize * 8, f"{array.dtype} holds no {dtype}"
+        return Entry(Spec(dtype, array.shape), np.ascontiguousarray(array).tobytes())
+
+
+def lay_out(specs: Mapping[str, Spec]) -> list[TensorInfo]:
+    """Places in a data block: by alignment, widest first, else in the order given."""
+    infos: list[TensorInfo] = []
+    end = 0
+    for name, spec in sorted(specs.items(), key=lambda item: -DTYPE_BITS[item[1].dtype]):
+        infos.append(TensorInfo(name, spec.dtype, spec.shape, end, end + spec.nbytes))
+        end += spec.nbytes
+    return infos
+
+
+class _OutputFile:
+    """One safetensors file in the making."""
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
+        infos = lay_out(specs)
+        self.infos = {info.name: info for info in infos}
+        header = serialize_header(infos, metadata)
+        self.data_start = len(header)
+        self.written = dict.fromkeys(self.infos, 0)
+        total_bytes = self.data_start + (infos[-1].stop if infos else 0)
+        self.pending = PendingFile(path)
+        try:
+            _check_room(path, total_bytes)
+            self.pending.write(0, header)
+        except BaseException:
+            self.pending.discard()
+            raise
+
+
+def _check_room(path: Path, needed_bytes: int) -> None:
+    """Refuse early what the disk cannot hold."""
+    if not hasattr(os, "statvfs"):
+        return
+    disk = os.statvfs(path.parent)
+    free_bytes = disk.f_bavail * disk.f_frsize
+    if free_bytes < needed_bytes:
+        raise OutputError(
+            f"cannot be written: it needs {needed_bytes / 1e9:.2f} GB and the disk has {free_bytes / 1e9:.2f} GB free",
+            path=path,
+        )
+
+
+class CheckpointWriter:
+    """Writes one checkpoint of one or more files. Use it as a context manager: leaving it without an error commits.
+
+    Args:
+        files: for each file its path and the tensors in it.
+        metadata: the `__metadata__` of every file.
+        index: where to write a shard index, for a checkpoint of several files.
+
+    Raises:
+        OutputError: a file cannot be made there, or the disk has no room.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[tuple[Path, Mapping[str, Spec]]],
+        metadata: Mapping[str, str],
+        index: Path | None = None,
+    ) -> None:
+        self._index = index
+        self._files: list[_OutputFile] = []
+        self._file_of: dict[str, _OutputFile] = {}
+        self._lock = threading.Lock()
+        try:
+            for path, specs in files:
+                self._files.append(_OutputFile(path, specs, metadata))
+                for name in specs:
+                    self._file_of[name] = self._files[-1]
+        except BaseException:
+            self._discard()
+            raise
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._commit()
+        finally:
+            self._discard()
+
+    def _discard(self) -> None:
+        for file in self._files:
+            file.pending.discard()
+
+    def _count(self, file: _OutputFile, name: str, nbytes: int) -> None:
+        with self._lock:
+            file.written[name] += nbytes
+
+    def write(self, name: str, buffer: Any, offset_bytes: int = 0) -> None:
+        """Write bytes of a tensor, from any thread.
+
+        Args:
+            name: the tensor.
+            buffer: C-contiguous; its bytes.
+            offset_bytes: where in the tensor they go.
+        """
+        file = self._file_of[name]
+        info = file.infos[name]
+        nbytes = memoryview(buffer).nbytes
+        assert offset_bytes + nbytes <= info.nbytes, f"{name}: {offset_bytes} + {nbytes} > {info.nbytes}"
+        if nbytes:
+            file.pending.write(file.data_start + info.start + offset_bytes, buffer)
+        self._count(file, name, nbytes)
+
+    def copy(self, source: Checkpoint, names: Mapping[str, str]) -> None:
+        """Copy tensors byte for byte, neighbours in one piece.
+
+        Args:
+            source: where they are.
+            names: name in the output -> name in the source.
+        """
+        by_file: dict[tuple[Path, int], list[tuple[int, int, int]]] = {}
+        for name, source_name in names.items():
+            file = self._file_of[name]
+            info, source_info = file.infos[name], source.tensors[source_name]
+            assert info.nbytes == source_info.nbytes, name
+            source_file = source.file_of(source_name)
+            start = source_file.header.data_start + source_info.start
+            runs = by_file.setdefault((source_file.path, self._files.index(file)), [])
+            runs.append((start, file.data_start + info.start, info.nbytes))
+            self._count(file, name, info.nbytes)
+        for (source_path, file_number), runs in by_file.items():
+            source_fd = os.open(source_path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            try:
+                for start, offset, nbytes in _joined(runs):
+                    self._files[file_number].pending.copy(source_fd, start, offset, nbytes)
+            finally:
+                os.close(source_fd)
+
+    def _commit(self) -> None:
+        for file in self._files:
+            for name, info in file.infos.items():
+                assert file.written[name] == info.nbytes, f"{name}: {file.written[name]} of {info.nbytes} bytes written"
+        for file in self._files:
+            file.pending.commit()
+        if self._index is not None:
+            total = sum(info.nbytes for file in self._files for info in file.infos.values())
+            weight_map = {name: file.pending.path.name for file in self._files for name in file.infos}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_bytes(self._index, json.dumps(index, indent=2, ensure_ascii=False).encode("utf-8"))
+
+
+def _joined(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """(source, target, count) runs with neighbours on both sides joined."""
+    joined: list[tuple[int, int, int]] = []
+    for source, target, count in sorted(runs):
+        if joined:
+            last_source, last_target, last_count = joined[-1]
+            if source == last_source + last_count and target == last_target + last_count:
+                joined[-1] = (last_source, last_target, last_count + count)
+                continue
+        joined.append((source, target, count))
+    return joined
+
+
+def write_checkpoint(path: StrPath, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one small safetensors file, whole or not at all.
+
+    Args:
+        path: the file.
+        entries: tensors by name.
+        metadata: the file's `__metadata__`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    specs = {name: entry.spec for name, entry in entries.items()}
+    with CheckpointWriter([(Path(path), specs)], metadata or {}) as writer:
+        for name, entry in entries.items():
+            writer.write(name, entry.data)
+
+
+def output_files(
+    output: Path, source: Checkpoint, place: Callable[[str], str], specs: Mapping[str, Spec]
+) -> tuple[list[tuple[Path, Mapping[str, Spec]]], Path | None]:
+    """Which file each tensor of an output goes into: shard for shard as the source has it, or one file.
+
+    Args:
+        output: a `.safetensors` path, or a `.safetensors.index.json` path for shards.
+        source: the checkpoint that is being rewritten.
+        place: output tensor -> a tensor of the source whose shard it follows.
+        specs: all output tensors.
+
+    Returns:
+        What `CheckpointWriter` takes as files, and as index.
+    """
+    if not output.name.endswith(INDEX_SUFFIX):
+        return [(output, specs)], None
+    stem = output.name[: -len(INDEX_SUFFIX)]
+    shards: dict[Path, dict[str, Spec]] = {file.path: {} for file in source.files}
+    for name, spec in specs.items():
+        shards[source.path_of(place(name))][name] = spec
+    filled = [shard for shard in shards.values() if shard]
+    names = (f"{stem}-{number:05}-of-{len(filled):05}.safetensors" for number in range(1, len(filled) + 1))
+    return [(output.with_name(name), shard) for name, shard in zip(names, filled, strict=True)], output
