@@ -1,0 +1,485 @@
+"""What a quantized layer is: which tensors belong to it, how it is marked, and what its weight means.
+
+A linear layer X of an FP8 checkpoint is a 2-D `X.weight` in FP8 codes, a weight scale (real = code value × scale), and,
+as far as present, `X.input_scale`, `X.bias` and a mark that tells readers to use all this. Marks come in four kinds,
+and ComfyUI's order decides between them:
+
+    header       `_quantization_metadata` in the file's header; overrides the next
+    tensor       `X.comfy_quant`, JSON bytes
+    legacy       one `scaled_fp8` tensor for the whole model; scales are spelled `.scale_weight`, `.scale_input`
+    none         scales without any mark: ComfyUI drops them
+
+FP8 weights without scale and mark ("raw") mean their code values. Layers in int8, nvfp4, mxfp8 and the like are
+"foreign": named, left alone.
+
+How finely a weight is scaled is one number pair, the block (b_out, b_in) that shares a scale: (out, in) is tensor-wise,
+(1, in) row-wise, anything else block-wise. It follows from the shapes: a scale of shape (n_out, n_in) fits a weight
+(out, in) where ceil(out / b_out) = n_out and ceil(in / b_in) = n_in. Where several blocks fit, the file's own word
+(`group_size`, `block_size`) decides, then a square power of two, then an exact divisor; else it is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import names
+from .checkpoint import Checkpoint, TensorInfo, to_float32
+from .errors import CheckpointError, TensorError
+from .fp8 import BY_SAFETENSORS_DTYPE, FORMATS, Format
+
+Marking = Literal["header", "tensor", "legacy", "none", "raw", "plain"]
+
+FP8_FORMATS: Mapping[str, Format] = {
+    **FORMATS,
+    "float8_e4m3fn_rowwise": FORMATS["float8_e4m3fn"],
+    "float8_e4m3fn_blockwise": FORMATS["float8_e4m3fn"],
+    "float8_e4m3fn_block3d": FORMATS["float8_e4m3fn"],
+}
+"""Formats of comfy_quant entries whose weight is FP8 codes times a scale."""
+
+DYNAMIC_FORMATS = frozenset(FP8_FORMATS) - frozenset(FORMATS)
+"""Formats that ComfyUI-QuantOps reads, scaling activations as they come: an input_scale there is unused."""
+
+PLAIN_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
+SCALE_DTYPES = frozenset({"F32", "F16", "BF16", "F64"})
+WEIGHT_SCALE_SPELLINGS = (names.WEIGHT_SCALE, names.WEIGHT_SCALE_LEGACY, names.WEIGHT_SCALE_INV)
+INPUT_SCALE_SPELLINGS = (names.INPUT_SCALE, names.INPUT_SCALE_LEGACY)
+BLOCK_SIZE_KEYS = ("block_size", "group_size")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer.
+
+    Attributes:
+        name: as the checkpoint names it, prefix included, without `.weight`.
+        weight: its weight, of shape (out, in).
+        format: the FP8 format of the weight; None in high precision.
+        marking: how readers are told that it is quantized; see the module's docstring.
+        block: (b_out, b_in), the weights that share one scale; (out, in) where there is one scale or none.
+        weight_scale, input_scale, bias, comfy_quant: names of its other tensors, None where missing.
+        config: what its mark says, as in a comfy_quant tensor.
+        full_precision: `full_precision_matrix_mult`: its inputs are never quantized.
+    """
+
+    name: str
+    weight: TensorInfo
+    format: Format | None
+    marking: Marking
+    block: tuple[int, int]
+    weight_scale: str | None = None
+    input_scale: str | None = None
+    bias: str | None = None
+    comfy_quant: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    full_precision: bool = False
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight, and the size of an input row."""
+        return self.weight.shape[1]
+
+    @property
+    def granularity(self) -> Literal["tensor", "row", "block"]:
+        """How finely the weight is scaled."""
+        if self.block == (self.out_features, self.in_features):
+            return "tensor"
+        return "row" if self.block == (1, self.in_features) else "block"
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether readers scale this layer's inputs as they come, so that an input_scale is unused."""
+        return self.config.get("format") in DYNAMIC_FORMATS
+
+
+@dataclass(frozen=True)
+class ForeignLayer:
+    """A quantized layer in a format that this tool leaves alone.
+
+    Attributes:
+        name: as the checkpoint names it.
+        format: as its mark or its dtype says.
+        weight: its weight.
+    """
+
+    name: str
+    format: str
+    weight: TensorInfo
+
+
+@dataclass
+class LayerTable:
+    """The layers of a checkpoint.
+
+    Attributes:
+        prefix: what stands before the diffusion model's own names.
+        quantized: FP8 layers with a weight scale, in file order.
+        raw: FP8 weights without scale and mark.
+        plain: 2-D weights in high precision.
+        foreign: layers in other quantized formats.
+        legacy_marker: the `scaled_fp8` tensor.
+        notes: what a user should know, one sentence each.
+        problems: what is wrong, where collecting was asked for.
+    """
+
+    prefix: str = ""
+    quantized: dict[str, Layer] = field(default_factory=dict)
+    raw: dict[str, Layer] = field(default_factory=dict)
+    plain: dict[str, Layer] = field(default_factory=dict)
+    foreign: dict[str, ForeignLayer] = field(default_factory=dict)
+    legacy_marker: TensorInfo | None = None
+    notes: list[str] = field(default_factory=list)
+    problems: list[CheckpointError] = field(default_factory=list)
+
+    @property
+    def marker_disables_fp8(self) -> bool:
+        """Whether a legacy marker of two elements makes ComfyUI compute in full precision and ignore input scales."""
+        return self.legacy_marker is not None and self.legacy_marker.elements == 2
+
+    def linear(self) -> Iterator[Layer]:
+        """Every layer whose weight this tool can read, quantized or not."""
+        for table in (self.quantized, self.raw, self.plain):
+            yield from table.values()
+
+
+def scale_grid(weight_shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """Scales per dimension of a weight (out, in) in blocks (b_out, b_in).
+
+    >>> scale_grid((100, 64), (64, 64))
+    (2, 1)
+    """
+    return -(-weight_shape[0] // block[0]), -(-weight_shape[1] // block[1])
+
+
+def infer_block(
+    weight_shape: tuple[int, int], scale_shape: tuple[int, ...], said: tuple[int, int] | None = None
+) -> tuple[int, int] | None:
+    """The block (b_out, b_in) that a weight scale's shape implies.
+
+    Args:
+        weight_shape: (out, in).
+        scale_shape: (), (1,), (1, 1), (out,), (out, 1), (n_out, n_in), or (out, n, 1) for n groups per row.
+        said: the block that the file names, where it does.
+
+    Returns:
+        The block, or None where no block fits, or several do and nothing decides.
+
+    >>> infer_block((256, 128), (4, 2))
+    (64, 64)
+    >>> infer_block((100, 64), (2, 1))
+    (64, 64)
+    >>> infer_block((256, 128), (256,))
+    (1, 128)
+    """
+    out_features, in_features = weight_shape
+    if math.prod(scale_shape) == 1:
+        return weight_shape
+    if scale_shape in ((out_features,), (out_features, 1)):
+        return 1, in_features
+    if len(scale_shape) == 3 and scale_shape[2] == 1:
+        scale_shape = scale_shape[:2]
+    if len(scale_shape) != 2:
+        return None
+    if said is not None and scale_grid(weight_shape, said) == scale_shape:
+        return said
+    ranges = [_block_sizes(size, count) for size, count in zip(weight_shape, scale_shape, strict=True)]
+    square = _power_of_two_in(range(max(sizes.start for sizes in ranges), min(sizes.stop for sizes in ranges)))
+    block_out, block_in = (
+        square or _likely_size(*arguments) for arguments in zip(weight_shape, scale_shape, ranges, strict=True)
+    )
+    return (block_out, block_in) if block_out and block_in else None
+
+
+def _block_sizes(size: int, count: int) -> range:
+    """All b with ceil(size / b) = count. A single block may exceed the dimension."""
+    if count < 1 or count > size:
+        return range(0)
+    if count == 1:
+        return range(size, 1 << 31)
+    return range(-(-size // count), -(-size // (count - 1)))
+
+
+def _power_of_two_in(sizes: range) -> int | None:
+    """The least power of two in a range, if there is one."""
+    if not sizes:
+        return None
+    power = 1 << max(sizes.start - 1, 0).bit_length()
+    return power if power in sizes else None
+
+
+def _likely_size(size: int, count: int, sizes: range) -> int | None:
+    """One dimension's block where squares do not fit: an exact divisor, else a power of two, else the only choice."""
+    if not sizes:
+        return None
+    if size % count == 0:
+        return size // count
+    return _power_of_two_in(sizes) or (sizes.start if len(sizes) == 1 else None)
+
+
+def find_layers(checkpoint: Checkpoint, *, collect_problems: bool = False) -> LayerTable:
+    """Find the linear layers of a checkpoint and how each is quantized.
+
+    Args:
+        checkpoint: the open checkpoint.
+        collect_problems: keep problems in the table and leave their layers out, instead of raising the first.
+
+    Returns:
+        The table.
+
+    Raises:
+        CheckpointError: a mark that cannot be read; a marked layer without weight scale; a scale whose shape fits no
+            rule, or whose values are negative or not finite.
+    """
+    return _Finder(checkpoint, collect_problems).run()
+
+
+class _Finder:
+    """One walk over a checkpoint's names."""
+
+    def __init__(self, checkpoint: Checkpoint, collect_problems: bool) -> None:
+        self.checkpoint = checkpoint
+        self.collect_problems = collect_problems
+        self.table = LayerTable(prefix=names.strip_prefix(checkpoint.tensors)[0])
+        self.used_marks: set[str] = set()
+
+    def run(self) -> LayerTable:
+        table = self.table
+        tensors = self.checkpoint.tensors
+        table.legacy_marker = next(
+            (info for name, info in tensors.items() if ("." + name).endswith("." + names.LEGACY_MARKER)), None
+        )
+        header = self.guard(self.header_marks, {})
+        for name, info in tensors.items():
+            if name.endswith(names.WEIGHT) and info.shape:
+                self.guard(partial(self.add, name[: -len(names.WEIGHT)], info, header), None)
+        for name in header.keys() - self.used_marks:
+            table.notes.append(f"{name}: marked as quantized in the header, but it has no weight in the file")
+        unmarked = [layer.name for layer in table.quantized.values() if layer.marking == "none"]
+        if unmarked:
+            table.notes.append(
+                f"{len(unmarked)} FP8 layers have scales but no mark (first: {unmarked[0]}): ComfyUI ignores these scales"
+            )
+        return table
+
+    def guard(self, step: Callable[[], Any], otherwise: Any) -> Any:
+        """Run a step; where problems are collected, keep its problem and go on."""
+        try:
+            return step()
+        except CheckpointError as error:
+            if not self.collect_problems:
+                raise
+            self.table.problems.append(error)
+            return otherwise
+
+    def error(self, problem: str, tensor: str, hint: str | None = None) -> TensorError:
+        path = self.checkpoint.path_of(tensor) if tensor in self.checkpoint else self.checkpoint.path
+        return TensorError(problem, path=path, tensor=tensor, hint=hint)
+
+    def header_marks(self) -> dict[str, dict[str, Any]]:
+        """The layers that the header marks, under the names that the file uses."""
+        text = self.checkpoint.metadata.get(names.QUANTIZATION_METADATA)
+        if text is None:
+            return {}
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise self.error(f"not JSON ({error})", names.QUANTIZATION_METADATA) from None
+        layers = fields.get("layers") if isinstance(fields, dict) else None
+        if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in layers.values()):
+            raise self.error('"layers" should map layer names to objects', names.QUANTIZATION_METADATA)
+        marks = {}
+        for name, config in layers.items():
+            prefixed = self.table.prefix + name
+            bare_in_prefixed = name + names.WEIGHT not in self.checkpoint and prefixed + names.WEIGHT in self.checkpoint
+            marks[prefixed if bare_in_prefixed else name] = config
+        return marks
+
+    def tensor_mark(self, name: str) -> dict[str, Any] | None:
+        """What a layer's comfy_quant tensor says."""
+        key = name + names.COMFY_QUANT
+        if key not in self.checkpoint:
+            return None
+        raw = self.checkpoint.raw(key).tobytes()
+        try:
+            config = json.loads(raw)
+        except ValueError:
+            raise self.error(f"should be JSON, found {raw[:40]!r}", key) from None
+        if not isinstance(config, dict):
+            raise self.error(f"should be a JSON object, found {raw[:40]!r}", key)
+        return config
+
+    def first(self, name: str, suffixes: tuple[str, ...]) -> str | None:
+        """The first of a layer's possible tensors that exists."""
+        return next((name + suffix for suffix in suffixes if name + suffix in self.checkpoint), None)
+
+    def mark(
+        self, name: str, weight_scale: str | None, header: Mapping[str, dict[str, Any]]
+    ) -> tuple[Marking, dict[str, Any]]:
+        """How a layer is marked, by ComfyUI's order of precedence, and what the mark says."""
+        if name in header:
+            self.used_marks.add(name)
+            return "header", header[name]
+        config = self.tensor_mark(name)
+        if config is not None:
+            return "tensor", config
+        if self.table.legacy_marker is not None and weight_scale == name + names.WEIGHT_SCALE_LEGACY:
+            config = {"format": "float8_e4m3fn"}
+            if self.table.marker_disables_fp8:
+                config["full_precision_matrix_mult"] = True
+            return "legacy", config
+        return "none", {}
+
+    def add(self, name: str, weight: TensorInfo, header: Mapping[str, dict[str, Any]]) -> None:
+        """Sort one weight into the table."""
+        weight_scale = self.first(name, WEIGHT_SCALE_SPELLINGS)
+        marking, config = self.mark(name, weight_scale, header)
+        said = config.get("format")
+        if marking != "none" and not isinstance(said, str):
+            raise self.error(f"its mark names no format: {json.dumps(config)}", name)
+        if said is not None and said not in FP8_FORMATS:
+            self.table.foreign[name] = ForeignLayer(name, said, weight)
+        elif weight.dtype in BY_SAFETENSORS_DTYPE:
+            self.add_fp8(Layer(name, weight, BY_SAFETENSORS_DTYPE[weight.dtype], marking, (0, 0), weight_scale,
+                               config=config))  # fmt: skip
+        elif said is not None:
+            raise self.error(f"marked as {said}, but stored as {weight.dtype}", weight.name)
+        elif weight.dtype in PLAIN_DTYPES:
+            if len(weight.shape) == 2:
+                self.table.plain[name] = self.complete(Layer(name, weight, None, "plain", (0, 0)))
+        elif weight_scale is not None:
+            self.table.foreign[name] = ForeignLayer(name, weight.dtype, weight)
+
+    def add_fp8(self, layer: Layer) -> None:
+        """Sort an FP8 weight into the table."""
+        assert layer.format is not None
+        said = layer.config.get("format")
+        if said is not None and layer.format is not FP8_FORMATS[said]:
+            if layer.marking == "legacy":
+                problem = f"legacy scaled_fp8 files are always read as float8_e4m3fn, but this is {layer.format.name}"
+                raise self.error(problem, layer.weight.name, "convert the original again")
+            raise self.error(f"marked as {said}, but stored as {layer.weight.dtype}", layer.weight.name)
+        if said is not None and layer.weight_scale is None:
+            raise self.error(f"marked as {said}, but there is no {names.WEIGHT_SCALE}", layer.name, "convert it again")
+        if len(layer.weight.shape) != 2:
+            form = f"{layer.format.name}, {len(layer.weight.shape)}-dimensional"
+            self.table.foreign[layer.name] = ForeignLayer(layer.name, form, layer.weight)
+        elif layer.weight_scale is None:
+            self.table.raw[layer.name] = self.complete(replace(layer, marking="raw"))
+        else:
+            self.table.quantized[layer.name] = self.complete(layer)
+
+    def complete(self, layer: Layer) -> Layer:
+        """Add what shapes and further tensors say, checking the scales."""
+        shape = (layer.weight.shape[0], layer.weight.shape[1])
+        block: tuple[int, int] | None = shape
+        if layer.weight_scale is not None:
+            info = self.checkpoint.tensors[layer.weight_scale]
+            block = infer_block(shape, info.shape, _said_block(layer.config))
+            if block is None:
+                raise self.error(
+                    f"a weight scale of shape {list(info.shape)} fits no rule for a weight of shape {list(shape)}; "
+                    "expected one value, one per row, or one per block",
+                    layer.weight_scale,
+                )
+            self.check_scale(layer.weight_scale)
+        input_scale = self.first(layer.name, INPUT_SCALE_SPELLINGS) if layer.format is not None else None
+        if input_scale is not None:
+            self.check_input_scale(input_scale)
+        return replace(
+            layer,
+            block=block,
+            input_scale=input_scale,
+            bias=self.first(layer.name, (names.BIAS,)),
+            comfy_quant=self.first(layer.name, (names.COMFY_QUANT,)),
+            full_precision=bool(layer.config.get("full_precision_matrix_mult", False)),
+        )
+
+    def check_scale(self, key: str) -> None:
+        info = self.checkpoint.tensors[key]
+        if info.dtype not in SCALE_DTYPES:
+            raise self.error(f"a scale should be float32, found {info.dtype}", key)
+        scales = self.checkpoint.float32(key)
+        if not (np.isfinite(scales).all() and (scales >= 0).all()):
+            worst = scales[~(np.isfinite(scales) & (scales >= 0))].flat[0]
+            raise self.error(f"scales should be finite and not negative, found {worst}", key)
+
+    def check_input_scale(self, key: str) -> None:
+        info = self.checkpoint.tensors[key]
+        if info.elements != 1:
+            raise self.error(f"one value was expected, found shape {list(info.shape)}", key)
+        self.check_scale(key)
+
+
+def _said_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The block that a mark names, as one size or two."""
+    for key in BLOCK_SIZE_KEYS:
+        said = config.get(key)
+        if isinstance(said, int) and not isinstance(said, bool) and said > 0:
+            return said, said
+        if isinstance(said, list) and len(said) == 2 and all(isinstance(size, int) and size > 0 for size in said):
+            return said[0], said[1]
+    return None
+
+
+def scales_per_row(scale: NDArray[np.float32], layer: Layer, rows: slice) -> NDArray[np.float32]:
+    """A weight scale, spread so that it broadcasts against rows of the weight.
+
+    Args:
+        scale: float32, in the shape that the file has.
+        layer: whose it is.
+        rows: contiguous rows of the weight.
+
+    Returns:
+        float32 [rows, 1] where one scale serves a row, else [rows, in].
+    """
+    start, stop, _ = rows.indices(layer.out_features)
+    block_out, block_in = layer.block
+    grid = scale.reshape(scale_grid((layer.out_features, layer.in_features), layer.block))
+    per_row: NDArray[np.float32] = grid[np.arange(start, stop) // block_out]
+    if per_row.shape[1] > 1:
+        per_row = np.repeat(per_row, block_in, axis=1)[:, : layer.in_features]
+    return per_row
+
+
+ALL_ROWS = slice(None)
+
+
+def dequantize(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> NDArray[np.float32]:
+    """Real weights of a layer: code values × scale, or the stored values where it is not quantized.
+
+    Args:
+        checkpoint: where it is.
+        layer: any layer of `LayerTable.linear()`.
+        rows: contiguous rows; all by default.
+
+    Returns:
+        Fresh float32 [rows, in].
+
+    Raises:
+        TensorError: the weight is not a float tensor.
+    """
+    bits = checkpoint.bits(layer.weight.name)[rows]
+    weight_OI = to_float32(bits, layer.weight.dtype)
+    if layer.weight_scale is not None:
+        weight_OI *= scales_per_row(checkpoint.float32(layer.weight_scale), layer, rows)
+    return weight_OI
+
+
+def input_scale(checkpoint: Checkpoint, layer: Layer) -> float:
+    """The scale that readers use for a layer's input; 1.0 where the file has none, as in ComfyUI."""
+    if layer.input_scale is None:
+        return 1.0
+    return float(checkpoint.float32(layer.input_scale).reshape(()))
