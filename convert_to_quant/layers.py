@@ -270,7 +270,7 @@ class _Finder:
         unmarked = [layer.name for layer in table.quantized.values() if layer.marking == "none"]
         if unmarked:
             table.notes.append(
-                f"{len(unmarked)} FP8 layers have scales but no mark (first: {unmarked[0]}): ComfyUI ignores these scales"
+                f"{len(unmarked)} FP8 layers have scales but no mark (first: {unmarked[0]}): ComfyUI ignores the scales"
             )
         return table
 
@@ -384,16 +384,17 @@ class _Finder:
     def complete(self, layer: Layer) -> Layer:
         """Add what shapes and further tensors say, checking the scales."""
         shape = (layer.weight.shape[0], layer.weight.shape[1])
-        block: tuple[int, int] | None = shape
+        block = shape
         if layer.weight_scale is not None:
             info = self.checkpoint.tensors[layer.weight_scale]
-            block = infer_block(shape, info.shape, _said_block(layer.config))
-            if block is None:
+            inferred = infer_block(shape, info.shape, _said_block(layer.config))
+            if inferred is None:
                 raise self.error(
                     f"a weight scale of shape {list(info.shape)} fits no rule for a weight of shape {list(shape)}; "
                     "expected one value, one per row, or one per block",
                     layer.weight_scale,
                 )
+            block = inferred
             self.check_scale(layer.weight_scale)
         input_scale = self.first(layer.name, INPUT_SCALE_SPELLINGS) if layer.format is not None else None
         if input_scale is not None:
