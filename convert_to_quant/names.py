@@ -15,7 +15,7 @@ is measured from the layer's own shape [out, in], never from a constant, so any 
     kv       [2 k, in]        two halves
     shift, scale [2 in, in]   diffusers stores scale, shift; a layer of any other shape is taken as it is
 
-The diffusers names follow its own converters (`diffusers/loaders/single_file_utils.py`), and the tests hold them against
+The diffusers names follow its own converters (`diffusers/loaders/single_file_utils.py`), and the tests hold them to
 those; the LoRA names follow what trainers write and what ComfyUI reads.
 
 Limits. All rules are tried on all layers: a family is recognized by its layer names alone, and a name that fits nothing
@@ -425,8 +425,8 @@ LTX = _under(
     ("av_ca_v2a_gate_adaln_single.**", "av_cross_attn_audio_v2a_gate.**"),
 )
 
-# Stable Diffusion 1 to XL: both sides count the U-Net's blocks, the authors in one row, diffusers by level with two blocks
-# each on the way down and three on the way up.
+# Stable Diffusion 1 to XL: both sides count the U-Net's blocks, the authors in one row, diffusers by level with two
+# blocks each on the way down and three on the way up.
 UNET = (
     *(
         Rule(f"{side}_blocks.{3 * level + block + first}.{layer}", f"{way}_blocks.{level}.{kind}.{block}.{module}")
@@ -462,8 +462,8 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
 }
 """diffusers' module names, by model family. Qwen-Image needs no rules: its checkpoints use diffusers' names."""
 
-# Spellings of whole layers that two kinds of checkpoint use for the same layer: HunyuanVideo's authors', then ComfyUI's.
-# Either may be the checkpoint's, so these are read in both directions and before the rules above.
+# Spellings of whole layers that two kinds of checkpoint use for the same layer: HunyuanVideo's authors', then
+# ComfyUI's. Either may be the checkpoint's, so these are read in both directions and before the rules above.
 SAME_LAYER = (
     *_under(
         "double_blocks.*.",
