@@ -1,0 +1,56 @@
+"""What watching a layer's input measures, and who measures it.
+
+A linear layer sees a stream of rows, one per token. `accumulate` adds one such input to running totals, without the
+host ever waiting for the device: the reference (`reference.py`, torch) defines the result, the Triton kernel
+(`triton.py`) gives the same in one pass over the input on a CUDA device. This file holds the layout that both, and the
+statistics made of them (`stats.py`, numpy only), agree on. It imports no torch.
+
+Bins. The bin of x is the 12 highest bits of its float32 pattern after the sign, `(bits & 0x7FFFFFFF) >> 19`. These are
+the bfloat16 bits of |x| without the sign, shifted right by 3, where float32 becomes bfloat16 by truncation: float32,
+float16 and bfloat16 inputs put the same value into the same bin, and bin edges are exact. Bins grow with |x|: 16 equal
+steps per octave from 2^-126 on; bin 0 holds zeros and all that is under 2^-130. Bins from `NONFINITE_BIN` on hold
+infinities and NaN, which count nowhere else.
+
+Sums. Float sums depend on their order, and statistics must not: merging runs in any order, or adding from many thread
+blocks at once, has to give the same bits. So partial sums (one per call in the reference, one per block of rows in the
+kernel) are float64, and are added up as fixed-point integers: 20 digits of 32 bits each in int64, the lowest worth
+2^-320, which spans everything that float32 values and their squares can sum to. Integer addition commutes; int64
+leaves room for 2^31 partial sums before a carry is needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .reference import Totals
+
+BINS = 4096
+NONFINITE_BIN = 0x7F800000 >> 19
+"""First bin of infinities and NaN."""
+
+SIGMA_BINS = 8
+"""Bin i holds noise levels in (i / 8, (i + 1) / 8]; level 0 belongs to bin 0."""
+UNKNOWN_SIGMA = SIGMA_BINS
+"""Column of inputs whose noise level was not told, or not one number in [0, 1]."""
+
+DIGITS = 20
+DIGIT_BITS = 32
+LOWEST_EXPONENT = -320
+"""A fixed-point number is the sum of digit[i] * 2^(LOWEST_EXPONENT + DIGIT_BITS * i)."""
+
+
+def accumulate(totals: Totals, slot: int, sigma_bin: Tensor, x: Tensor) -> None:
+    """Add one input of a layer to the totals, by the fastest way there is. The host does not wait.
+
+    Args:
+        totals: on the device of `x`.
+        slot: the layer's row in the totals.
+        sigma_bin: the input's noise level, one of SIGMA_BINS + 1 columns; int64 [1] on the device of `x`.
+        x: [..., in_features], floating, not empty.
+    """
+    from . import reference
+
+    reference.accumulate(totals, slot, sigma_bin, x)

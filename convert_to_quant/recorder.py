@@ -1,0 +1,348 @@
+"""Watching the inputs of a model's linear layers while it runs, by whatever code runs it.
+
+    with record(model) as recording:
+        for sigma in schedule:
+            recording.at(sigma)
+            model(...)
+    statistics = recording.statistics(samples=1, seed=0)
+
+Forward pre-hooks hand each layer's input to `kernels.accumulate`, which adds to totals on the input's own device. No
+hook waits for the device; values come to the host once, in `statistics`. Hooks leave with the block, whatever ended it.
+
+Rows per sample. Which layers see one row per picture follows from shapes alone, once the batch size is known: it is the
+first dimension of the first input of the model that has three dimensions or more, or the length of a list of inputs;
+`Recording.batch` overrides it. Where it stays unknown, an input [tokens, in_features] counts as one sample.
+
+Compiled models run uncompiled while they are watched: hooks put on after compilation would not be seen.
+
+Limits. An input is recorded as the hook sees it: under autocast a float32 input is recorded before it is cast. Work on
+several CUDA streams at once is not ordered against `statistics`; synchronize them first.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .errors import CalibrationError, StatisticsError
+from .kernels import SIGMA_BINS, UNKNOWN_SIGMA, accumulate
+from .kernels.reference import Totals
+from .stats import COLUMNS, Shape, Statistics, merge, sigma_bin
+
+Sigma = float | Tensor | None
+Names = Mapping[str, str | Sequence[str]] | Callable[[str], str | Sequence[str] | None]
+
+COMPILED_PREFIX = "_orig_mod."
+"""What torch.compile puts into the names of the modules it wraps."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, or quacks like one: ComfyUI's quantized layers are no nn.Linear."""
+    return isinstance(module, nn.Linear) or (
+        isinstance(getattr(module, "in_features", None), int) and hasattr(module, "weight")
+    )
+
+
+def find_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a model, outermost first found: the parts of a LoRA wrapper are not layers of their own.
+
+    Returns:
+        Module name, without what torch.compile adds to it -> module, in the model's order; a module that stands in
+        several places, under its first name.
+    """
+    found: dict[str, nn.Module] = {}
+    met: set[nn.Module] = set()
+
+    def walk(prefix: str, module: nn.Module) -> None:
+        if module in met:
+            return
+        met.add(module)
+        if is_linear(module):
+            found[prefix.replace(COMPILED_PREFIX, "").rstrip(".")] = module
+            return
+        for name, child in module.named_children():
+            walk(f"{prefix}{name}.", child)
+
+    walk("", model)
+    return found
+
+
+def module_shape(module: nn.Module) -> Shape:
+    """[out_features, in_features] of a linear layer."""
+    out_features = getattr(module, "out_features", None)
+    if not isinstance(out_features, int):
+        out_features = int(module.weight.shape[0])  # type: ignore[index]
+    return out_features, int(module.in_features)  # type: ignore[arg-type]
+
+
+class Recording:
+    """What `record` gives: totals so far, and the knobs of the run. Stays readable after the block.
+
+    Args:
+        layers: layer name -> shape of its weight: the rows of the statistics.
+        slots: module name -> the layers that its input feeds.
+
+    Attributes:
+        layers: as given.
+        unfed: layers that no module feeds; their statistics stay empty.
+        batch: samples in each input, if the user of this class says so; None to find out.
+    """
+
+    def __init__(self, layers: Mapping[str, Shape], slots: Mapping[str, Sequence[str]]) -> None:
+        self.layers = dict(layers)
+        self.batch: int | None = None
+        self._slots = list(slots)
+        self._slot_of = {layer: number for number, fed in enumerate(slots.values()) for layer in fed}
+        self.unfed = tuple(layer for layer in self.layers if layer not in self._slot_of)
+        self._found_batch: int | None = None
+        self._sigma: Sigma = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything seen so far."""
+        self._totals: dict[torch.device, Totals] = {}
+        self._sigma_bins: dict[torch.device, Tensor] = {}
+        self._host = {name: np.zeros(len(self._slots), np.int64) for name in ("calls", "rows", "rows_per_sample")}
+
+    def at(self, sigma: Sigma) -> _Level:
+        """Tell the noise level of the inputs to come.
+
+        Args:
+            sigma: in [0, 1]; a number, or a tensor of one or more elements on any device, which is not waited for;
+                None if unknown. Different levels in one batch, and levels outside [0, 1], count as unknown.
+
+        Returns:
+            A context manager, for those who want the former level back at the end of a block.
+        """
+        level = _Level(self, self._sigma)
+        self._set_sigma(sigma)
+        return level
+
+    def _set_sigma(self, sigma: Sigma) -> None:
+        self._sigma = sigma
+        self._sigma_bins = {}
+
+    def observe(self, module: int, x: Tensor) -> None:
+        """Add one input of the module with this number; what the hooks call."""
+        if not x.is_floating_point() or x.is_meta:
+            return
+        rows = x.numel() // x.shape[-1] if x.ndim and x.shape[-1] else 0
+        samples = self.batch or self._found_batch or (x.shape[0] if x.ndim > 2 else 1)
+        host = self._host
+        host["calls"][module] += 1
+        host["rows"][module] += rows
+        host["rows_per_sample"][module] = max(host["rows_per_sample"][module], -(-rows // max(samples, 1)))
+        if not rows:
+            return
+        with torch.no_grad():
+            device = x.device
+            totals = self._totals.get(device)
+            if totals is None:
+                totals = self._totals[device] = Totals(len(self._slots), device)
+            level = self._sigma_bins.get(device)
+            if level is None:
+                level = self._sigma_bins[device] = _sigma_bin_on(self._sigma, totals)
+            accumulate(totals, module, level, x)
+
+    def statistics(self, samples: int = 0, **facts: object) -> Statistics:
+        """What was seen so far, on the host. Waits for the devices.
+
+        Args:
+            samples: pictures that the model ran for.
+            **facts: provenance; see `Statistics.with_facts`.
+        """
+        columns: dict[str, NDArray[Any]] = dict(self._host)
+        for name, column in COLUMNS.items():
+            if name not in columns:
+                columns[name] = np.zeros((len(self._slots), *column.shape), column.dtype)
+                for totals in self._totals.values():
+                    columns[name] = column.merge(columns[name], getattr(totals, name).cpu().numpy())
+        sources = np.array([self._slot_of.get(layer, -1) for layer in self.layers], np.int64)
+        for name, array in columns.items():
+            columns[name] = array[sources]
+            columns[name][sources < 0] = 0
+        return Statistics(self.layers, **cast(Any, columns)).with_facts(samples, **facts)
+
+    def all_reduce(self, samples: int = 0, group: Any = None, **facts: object) -> Statistics:
+        """What all processes of a torch.distributed group saw together; every process must call it.
+
+        Args:
+            samples: pictures that the model ran for in this process.
+            group: the process group; by default all processes.
+            **facts: provenance of this process; see `Statistics.with_facts`.
+
+        Returns:
+            The same statistics in every process. This recording itself is unchanged.
+
+        Raises:
+            StatisticsError: the processes recorded different models.
+        """
+        return all_reduce(self.statistics(samples, **facts), group)
+
+
+class _Level:
+    """Gives the former noise level back at the end of a block."""
+
+    def __init__(self, recording: Recording, former: Sigma) -> None:
+        self._recording = recording
+        self._former = former
+
+    def __enter__(self) -> Recording:
+        return self._recording
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._recording._set_sigma(self._former)
+
+
+def _sigma_bin_on(sigma: Sigma, totals: Totals) -> Tensor:
+    """The column of a noise level as int64 [1] on the totals' device, without waiting for any device."""
+    device = totals.sigma_numbers.device
+    if isinstance(sigma, Tensor):
+        level = sigma.detach().to(torch.float64).reshape(-1)
+        known = ((level >= 0) & (level <= 1) & (level == level[:1])).all()
+        column = (torch.ceil(level[:1] * SIGMA_BINS) - 1).clamp(min=0)
+        return torch.where(known, column, UNKNOWN_SIGMA).to(torch.int64).to(device, non_blocking=True)
+    number = sigma_bin(sigma)
+    return totals.sigma_numbers[number : number + 1]
+
+
+def _batch_size(values: Iterable[Any]) -> int | None:
+    """Samples in a model's inputs: the first with three dimensions or more, or a list of tensors."""
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim > 2:
+            return value.shape[0]
+        if isinstance(value, (list, tuple)) and value and all(isinstance(part, Tensor) for part in value):
+            return len(value)
+    return None
+
+
+@contextmanager
+def record(
+    model: nn.Module,
+    layers: Iterable[str] | Mapping[str, Shape] | None = None,
+    names: Names | None = None,
+    sigma: Callable[[tuple[Any, ...], dict[str, Any]], Sigma] | None = None,
+) -> Iterator[Recording]:
+    """Record the inputs of a model's linear layers while the block runs.
+
+    Args:
+        model: any module; its linear layers are nn.Linear, and whatever has `in_features` and `weight`.
+        layers: the layers of the statistics. A mapping gives the weight shapes as the checkpoint has them (a module
+            that feeds a part of a fused layer has another), and may name layers that no module feeds; names alone
+            must all be fed and take the modules' shapes. By default every layer that a module feeds.
+        names: module name -> the layer or layers that its input feeds (none: not recorded), as a mapping or a
+            function; by default a module feeds the layer of its own name. Where several modules feed one layer, the
+            first in the model's order is recorded for it: the parts of a fused layer share one input.
+        sigma: asked at each call of `model`, with its positional and keyword arguments, for the noise level;
+            `Recording.at` can tell it instead.
+
+    Yields:
+        The recording.
+
+    Raises:
+        CalibrationError: `names` has a module that the model lacks or that is not linear, `layers` are names and one
+            is not fed, or no module is left.
+    """
+    linears = find_linears(model)
+    wanted = None if layers is None else dict.fromkeys(layers)
+    slots, shapes = _plan(linears, wanted, names)
+    unknown = [layer for layer in wanted or () if layer not in shapes]
+    if isinstance(layers, Mapping):
+        table = {layer: (int(shape[0]), int(shape[1])) for layer, shape in layers.items()}
+    elif unknown:
+        raise CalibrationError(f"no module feeds this layer ({len(unknown)} like it)", tensor=unknown[0])
+    else:
+        table = {layer: shapes[layer] for layer in wanted or shapes}
+    recording = Recording(table, slots)
+
+    def watch_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recording._found_batch = _batch_size((*args, *kwargs.values()))
+        if sigma is not None:
+            recording.at(sigma(args, kwargs))
+
+    def watch(number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, Tensor):
+                    recording.observe(number, value)
+                    return
+
+        return hook
+
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(model.register_forward_pre_hook(watch_model, with_kwargs=True).remove)
+        for number, name in enumerate(slots):
+            stack.callback(linears[name].register_forward_pre_hook(watch(number), with_kwargs=True).remove)
+        yield recording
+
+
+def _plan(
+    linears: Mapping[str, nn.Module], wanted: Collection[str] | None, names: Names | None
+) -> tuple[dict[str, list[str]], dict[str, Shape]]:
+    """Which modules to record for which layers, and the shapes of those layers as the modules have them."""
+    if isinstance(names, Mapping):
+        unknown = [name for name in names if name not in linears]
+        if unknown:
+            raise CalibrationError(
+                f"no linear module of that name in the model ({len(unknown)} of {len(names)})", tensor=unknown[0]
+            )
+    slots: dict[str, list[str]] = {}
+    shapes: dict[str, Shape] = {}
+    for name, module in linears.items():
+        if names is None:
+            fed: str | Sequence[str] | None = name
+        else:
+            fed = names.get(name) if isinstance(names, Mapping) else names(name)
+        for layer in [fed] if isinstance(fed, str) else fed or ():
+            if layer not in shapes and (wanted is None or layer in wanted):
+                slots.setdefault(name, []).append(layer)
+                shapes[layer] = module_shape(module)
+    if not slots:
+        raise CalibrationError(f"none of the {len(linears)} linear modules of the model is to be recorded")
+    return slots, shapes
+
+
+def all_reduce(statistics: Statistics, group: Any = None) -> Statistics:
+    """Merge the statistics of all processes of a torch.distributed group; every process must call it.
+
+    Args:
+        statistics: of this process.
+        group: the process group, gloo or nccl; by default all processes.
+
+    Returns:
+        The same statistics in every process; the argument itself where torch.distributed is not set up.
+
+    Raises:
+        StatisticsError: the processes recorded different models.
+    """
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return statistics
+    heads: list[Any] = [None] * distributed.get_world_size(group)
+    empty = {name: getattr(statistics, name)[:0] for name in COLUMNS}
+    head = statistics.replace(layers={}, metadata={}, path=None, **empty)
+    distributed.all_gather_object(heads, (list(statistics.layers.items()), head), group)
+    for rank, (layers, _) in enumerate(heads):
+        if layers != heads[0][0]:
+            raise StatisticsError(f"process {rank} recorded another model than process 0")
+    operations: dict[np.ufunc, Any] = {np.add: distributed.ReduceOp.SUM, np.maximum: distributed.ReduceOp.MAX}
+    device = torch.device("cuda" if distributed.get_backend(group) == "nccl" else "cpu")
+    columns = {}
+    for name, column in COLUMNS.items():
+        tensor = torch.from_numpy(getattr(statistics, name).copy()).to(device)
+        distributed.all_reduce(tensor, operations[column.merge], group)
+        columns[name] = tensor.cpu().numpy()
+    return merge(*(head for _, head in heads)).replace(layers=statistics.layers, **columns)

@@ -1,0 +1,546 @@
+"""What the inputs of a model's linear layers looked like: columns over layers, mergeable, one file.
+
+Observing a model is slow and choosing scales is not, so what was observed is kept in a form that any choice can be
+made from later, and that adds up over prompts, runs, machines and GPUs. Each column is a maximum or a sum, so merging
+is elementwise `max` and `+`. Histograms always span the whole range of float32 (`kernels/__init__.py` says how a value
+finds its bin), so they add without rebinning.
+
+Merging is exact and free of order: counts are int64, maxima are maxima, and the sums of values and of squares are
+fixed-point integers (`sum_digits`, `sigma_square_digits`) kept in one canonical form, so that equal totals are equal
+bits. What the fixed-point numbers add up are float64 partial sums; those of two runs that cut the same rows into
+calls differently may differ in their last bits, while counts, histograms and maxima may not.
+
+Noise levels. Diffusion models run from sigma 1 (noise) to 0 (picture). Absmax, count and sum of squares are kept in
+eight bins of sigma and a ninth for inputs whose sigma was not told; their totals are the totals.
+
+The file is a safetensors file: one tensor per column, names, shapes and provenance as JSON in its header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property, reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import __version__
+from .checkpoint import Entry, open_checkpoint, write_checkpoint
+from .errors import StatisticsError, StrPath
+from .kernels import BINS, DIGIT_BITS, DIGITS, LOWEST_EXPONENT, NONFINITE_BIN, SIGMA_BINS, UNKNOWN_SIGMA
+
+FORMAT_VERSION = 1
+METADATA_KEY = "convert_to_quant.statistics"
+"""Where the header's JSON stands; its presence tells a statistics file from a checkpoint."""
+
+SIGMA_COLUMNS = SIGMA_BINS + 1
+
+BIN_EDGES: NDArray[np.float64] = np.append(
+    (np.arange(NONFINITE_BIN, dtype=np.uint32) << 19).view(np.float32).astype(np.float64), 2.0**128
+)
+"""[NONFINITE_BIN + 1]: bin i holds BIN_EDGES[i] <= |x| < BIN_EDGES[i + 1]. Exact."""
+
+BIN_CENTRES: NDArray[np.float64] = (BIN_EDGES[:-1] + BIN_EDGES[1:]) / 2
+"""[NONFINITE_BIN]: the mean of a value that lies anywhere in the bin with equal chance."""
+
+Shape = tuple[int, int]
+"""[out_features, in_features] of a layer's weight."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number or row of numbers per layer.
+
+    Attributes:
+        dtype: of the array.
+        shape: what follows the layer axis.
+        merge: how two of them become one.
+    """
+
+    dtype: type[np.generic]
+    shape: tuple[int, ...]
+    merge: np.ufunc
+
+
+COLUMNS: dict[str, Column] = {
+    "sigma_absmax": Column(np.float32, (SIGMA_COLUMNS,), np.maximum),
+    "sigma_count": Column(np.int64, (SIGMA_COLUMNS,), np.add),
+    "sigma_square_digits": Column(np.int64, (SIGMA_COLUMNS, DIGITS), np.add),
+    "sum_digits": Column(np.int64, (DIGITS,), np.add),
+    "zeros": Column(np.int64, (), np.add),
+    "calls": Column(np.int64, (), np.add),
+    "rows": Column(np.int64, (), np.add),
+    "rows_per_sample": Column(np.int64, (), np.maximum),
+    "histogram": Column(np.int64, (BINS,), np.add),
+    "row_histogram": Column(np.int64, (BINS,), np.add),
+}
+"""The columns that are kept. Everything else follows from them."""
+
+DERIVED = ("absmax", "count", "nonfinite", "sum", "sum_of_squares")
+"""Columns that a file carries for other readers; ours computes them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What was observed of a model's layers. Arrays have the layers as their first axis, in the order of `layers`.
+
+    Attributes:
+        layers: layer name -> shape of its weight, [out_features, in_features].
+        sigma_absmax: largest finite |x| per noise level; 0 where nothing was seen. Float32 [L, 9].
+        sigma_count: finite values per noise level.
+        sigma_square_digits: sum of squares of the finite values per noise level, in fixed point.
+        sum_digits: sum of the finite values, in fixed point.
+        zeros: values that are 0 or -0.
+        calls: how often the layer ran.
+        rows: rows it saw.
+        rows_per_sample: the most rows that one call held for one sample of its batch; 1 for layers that see one row
+            per picture (modulation, time and vector embedders), 0 for layers that never ran.
+        histogram: values per bin of |x|; infinities and NaN from `NONFINITE_BIN` on.
+        row_histogram: rows per bin of the row's absmax over its finite values.
+        samples: pictures (or whatever the engine draws) that the model ran for.
+        provenance: facts about the run, each a sorted set of texts, so that merging is a union: "tool", "engine",
+            "seed", "conditioning", "lora", ...
+        left_out: layers that a forced merge or selection dropped.
+        metadata: other texts from the file's header; not merged.
+        path: the file this was loaded from.
+    """
+
+    layers: Mapping[str, Shape]
+    sigma_absmax: NDArray[np.float32]
+    sigma_count: NDArray[np.int64]
+    sigma_square_digits: NDArray[np.int64]
+    sum_digits: NDArray[np.int64]
+    zeros: NDArray[np.int64]
+    calls: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    rows_per_sample: NDArray[np.int64]
+    histogram: NDArray[np.int64]
+    row_histogram: NDArray[np.int64]
+    samples: int = 0
+    provenance: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, column in COLUMNS.items():
+            array = getattr(self, name)
+            expected = (len(self.layers), *column.shape)
+            assert array.dtype == column.dtype, f"{name}: {array.dtype}"
+            assert array.shape == expected, f"{name}: {array.shape}, not {expected}"
+        for name in ("sum_digits", "sigma_square_digits"):
+            object.__setattr__(self, name, carry(getattr(self, name)))
+
+    @staticmethod
+    def empty(layers: Mapping[str, Shape]) -> Statistics:
+        """Statistics of layers that saw nothing yet."""
+        columns: dict[str, Any] = {n: np.zeros((len(layers), *c.shape), c.dtype) for n, c in COLUMNS.items()}
+        return Statistics(dict(layers), **columns)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same, bit for bit, wherever they were loaded from."""
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        return (
+            list(self.layers.items()) == list(other.layers.items())
+            and (self.samples, self.left_out) == (other.samples, other.left_out)
+            and dict(self.provenance) == dict(other.provenance)
+            and all(np.array_equal(getattr(self, name), getattr(other, name)) for name in COLUMNS)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Layer names, in the order of the columns."""
+        return tuple(self.layers)
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.layers)}
+
+    def index(self, layer: str) -> int:
+        """Where a layer stands in the columns.
+
+        Raises:
+            StatisticsError: it is not there.
+        """
+        if layer not in self._index:
+            raise StatisticsError("no such layer in the statistics", path=self.path, tensor=layer)
+        return self._index[layer]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the model that was observed: SHA-256 of its layers' names and shapes, whatever their order."""
+        listing = sorted([name, *shape] for name, shape in self.layers.items())
+        return hashlib.sha256(json.dumps(listing, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def absmax(self) -> NDArray[np.float32]:
+        """Largest finite |x| seen, float32 [L]; 0 for a layer never visited or seen only as zeros."""
+        largest: NDArray[np.float32] = self.sigma_absmax.max(1)
+        return largest
+
+    @property
+    def count(self) -> NDArray[np.int64]:
+        """Finite values seen, [L]."""
+        total: NDArray[np.int64] = self.sigma_count.sum(1)
+        return total
+
+    @property
+    def nonfinite(self) -> NDArray[np.int64]:
+        """Infinities and NaN seen, [L]. They are part of no other number but `histogram`."""
+        total: NDArray[np.int64] = self.histogram[:, NONFINITE_BIN:].sum(1)
+        return total
+
+    @cached_property
+    def sum(self) -> NDArray[np.float64]:
+        """Sum of the finite values, [L]."""
+        return to_float64(self.sum_digits)
+
+    @cached_property
+    def sum_of_squares(self) -> NDArray[np.float64]:
+        """Sum of the squares of the finite values, [L]."""
+        return to_float64(carry(self.sigma_square_digits.sum(1)))
+
+    @property
+    def mean_square(self) -> NDArray[np.float64]:
+        """Mean of x^2, [L]; 0 where nothing was seen."""
+        return self.sum_of_squares / np.maximum(self.count, 1)
+
+    @property
+    def sigma_mean_square(self) -> NDArray[np.float64]:
+        """Mean of x^2 per noise level, [L, 9]; 0 where nothing was seen."""
+        return to_float64(self.sigma_square_digits) / np.maximum(self.sigma_count, 1)
+
+    @property
+    def visited(self) -> NDArray[np.bool_]:
+        """Layers that ran at least once, [L]."""
+        ran: NDArray[np.bool_] = self.calls > 0
+        return ran
+
+    @property
+    def one_row(self) -> NDArray[np.bool_]:
+        """Layers that never saw more than one row per sample, [L]."""
+        single: NDArray[np.bool_] = self.rows_per_sample == 1
+        return single
+
+    def quantile(self, layer: str, q: float) -> float:
+        """The q-quantile of a layer's |x|; see `quantiles`."""
+        number = self.index(layer)
+        return float(quantiles(self.histogram[number], self.absmax[number], q))
+
+    def quantiles(self, q: float) -> NDArray[np.float64]:
+        """The q-quantile of |x| of every layer, [L]; see `quantiles`."""
+        return quantiles(self.histogram, self.absmax, q)
+
+    def rows_below(self, thresholds: NDArray[Any] | float) -> NDArray[np.float64]:
+        """Share of rows whose absmax lies under a threshold but is not zero.
+
+        A row of zeros loses nothing to any scale, so bin 0 (under 2^-130) never counts as below.
+
+        Args:
+            thresholds: positive, [L] or one number.
+
+        Returns:
+            [L], in [0, 1]; exact at bin edges, linear between; 0 for layers without rows.
+        """
+        counts = self.row_histogram[:, :NONFINITE_BIN]
+        limits = np.broadcast_to(np.asarray(thresholds, np.float64), (len(counts),))
+        below = _count_below(counts, limits) - counts[:, 0]
+        share: NDArray[np.float64] = np.maximum(below, 0) / np.maximum(counts.sum(1), 1)
+        return share
+
+    def with_facts(self, samples: int | None = None, **facts: object) -> Statistics:
+        """A copy that says more about where it comes from.
+
+        Args:
+            samples: pictures that the model ran for; None leaves the number as it is.
+            **facts: entries of `provenance`: one value, or a list, tuple or set of values, each kept as its text.
+        """
+        more = {key: _texts(value) for key, value in facts.items()}
+        return self.replace(
+            samples=self.samples if samples is None else samples, provenance={**self.provenance, **more}
+        )
+
+    def replace(self, **changes: Any) -> Statistics:
+        """A copy with other values in some of its fields."""
+        return Statistics(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **changes})
+
+    def take(self, names: Iterable[str]) -> Statistics:
+        """The statistics of some of the layers, in the order given.
+
+        Raises:
+            StatisticsError: one of them is not there.
+        """
+        chosen = list(names)
+        numbers = [self.index(name) for name in chosen]
+        return self.replace(
+            layers={name: self.layers[name] for name in chosen},
+            **{name: getattr(self, name)[numbers] for name in COLUMNS},
+        )
+
+    def for_layers(self, layers: Mapping[str, Shape], force: bool = False) -> Statistics:
+        """The statistics of a model's layers, to be used on that model.
+
+        Layers that were observed but are not asked for do no harm: a file may hold only some of its layers in FP8.
+
+        Args:
+            layers: layer name -> shape of its weight.
+            force: keep the layers that match, and put the others into `left_out`, instead of raising.
+
+        Raises:
+            StatisticsError: a layer was not in the observed model, or had another shape there; with `force`, no layer
+                matches.
+        """
+        matching = [name for name, shape in layers.items() if self.layers.get(name) == tuple(shape)]
+        rest = [name for name in layers if name not in set(matching)]
+        if rest and not force:
+            share = f"{len(rest)} of {len(layers)}"
+            raise StatisticsError(
+                f"made for another model: {share} layers differ in name or shape: {_listing(rest)}",
+                path=self.path,
+                hint="--force uses the layers that match",
+            )
+        if layers and not matching:
+            raise StatisticsError(
+                "made for another model: no layer matches in name and shape",
+                path=self.path,
+                hint="observe this model first",
+            )
+        return self.take(matching).replace(left_out=tuple(sorted({*self.left_out, *rest})))
+
+    def save(self, path: StrPath, metadata: Mapping[str, str] | None = None) -> None:
+        """Write everything into one safetensors file, whole or not at all, in place of an older one.
+
+        Args:
+            path: where to.
+            metadata: further texts for the header; `load` gives them back as `metadata`.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        head = {
+            "format_version": FORMAT_VERSION,
+            "tool_version": __version__,
+            "fingerprint": self.fingerprint,
+            "samples": self.samples,
+            "provenance": {key: list(values) for key, values in sorted(self.provenance.items())},
+            "left_out": list(self.left_out),
+            "layers": {name: list(shape) for name, shape in self.layers.items()},
+        }
+        columns = {name: Entry.of(getattr(self, name)) for name in (*DERIVED, *COLUMNS)}
+        write_checkpoint(Path(path), columns, {**(metadata or {}), METADATA_KEY: json.dumps(head)})
+
+    @staticmethod
+    def load(path: StrPath) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: it cannot be read as a safetensors file.
+            StatisticsError: it holds no statistics, those of a newer version, or ones that contradict themselves.
+        """
+        path = Path(path)
+        with open_checkpoint(path) as checkpoint:
+            head = _parse_head(checkpoint.metadata, path)
+            layers = {name: (shape[0], shape[1]) for name, shape in head["layers"].items()}
+            columns = {}
+            for name, column in COLUMNS.items():
+                expected = (len(layers), *column.shape)
+                info = checkpoint.tensors.get(name)
+                if info is None:
+                    raise StatisticsError("the column is missing", path=path, tensor=name)
+                array = checkpoint.bits(name)
+                if array.dtype != column.dtype or array.shape != expected:
+                    raise StatisticsError(
+                        f"{np.dtype(column.dtype)} {list(expected)} expected, found {info.dtype} {list(info.shape)}",
+                        path=path,
+                        tensor=name,
+                    )
+                columns[name] = array.copy()
+            metadata = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
+        loaded = Statistics(
+            layers,
+            **columns,
+            samples=head["samples"],
+            provenance={key: tuple(values) for key, values in head["provenance"].items()},
+            left_out=tuple(head["left_out"]),
+            metadata=metadata,
+            path=path,
+        )
+        loaded._check(head["fingerprint"])
+        return loaded
+
+    def _check(self, fingerprint: str) -> None:
+        """Refuse columns that contradict each other: a damaged file, or one that another tool wrote wrongly."""
+        contradictions = {
+            "the fingerprint is not that of the layers": np.array([self.fingerprint != fingerprint]),
+            "the histogram and the counts disagree": self.histogram[:, :NONFINITE_BIN].sum(1) != self.count,
+            "the row histogram and the rows disagree": self.row_histogram.sum(1) != self.rows,
+            "a count is negative": np.concatenate([getattr(self, name).reshape(-1) for name in _COUNTS]) < 0,
+            "an absmax is negative or not finite": ~((self.sigma_absmax >= 0) & np.isfinite(self.sigma_absmax)).all(1),
+        }
+        for problem, found in contradictions.items():
+            if found.any():
+                raise StatisticsError(f"damaged: {problem}", path=self.path, hint="observe the model again")
+
+
+_COUNTS = ("sigma_count", "zeros", "calls", "rows", "rows_per_sample", "histogram", "row_histogram")
+
+
+def merge(*statistics: Statistics, force: bool = False) -> Statistics:
+    """Add statistics up, as if one run had seen all that they saw. The order of the arguments does not matter.
+
+    Args:
+        *statistics: of one model, at least one.
+        force: keep the layers that all of them have with one shape, and put the others into `left_out`, instead of
+            raising.
+
+    Returns:
+        New statistics. Layers are in the order that all share, or sorted by name where they disagree.
+
+    Raises:
+        StatisticsError: they were made for different models; with `force`, no layer is common.
+    """
+    if not statistics:
+        raise StatisticsError("no statistics to merge")
+    common = set.intersection(*({*s.layers.items()} for s in statistics))
+    rest = sorted({name for s in statistics for name, shape in s.layers.items() if (name, shape) not in common})
+    if rest and not force:
+        raise StatisticsError(
+            f"made for different models: {len(rest)} layers differ in name or shape: {_listing(rest)}",
+            path=next((s.path for s in statistics if s.fingerprint != statistics[0].fingerprint), None),
+            hint="--force keeps the layers that all of them have",
+        )
+    if rest and not common:
+        raise StatisticsError("made for different models: no layer is common to all of them")
+    orders = {tuple(name for name, shape in s.layers.items() if (name, shape) in common) for s in statistics}
+    names = orders.pop() if len(orders) == 1 else tuple(sorted(name for name, _ in common))
+    parts = [s if s.names == names else s.take(names) for s in statistics]
+    return Statistics(
+        {name: parts[0].layers[name] for name in names},
+        **{name: reduce(column.merge, (getattr(s, name) for s in parts)) for name, column in COLUMNS.items()},
+        samples=sum(s.samples for s in statistics),
+        provenance={
+            key: _texts({text for s in statistics for text in s.provenance.get(key, ())})
+            for key in sorted({key for s in statistics for key in s.provenance})
+        },
+        left_out=tuple(sorted({*rest, *(name for s in statistics for name in s.left_out)})),
+    )
+
+
+def quantiles(histogram: NDArray[np.int64], absmax: NDArray[Any] | float, q: float) -> NDArray[np.float64]:
+    """Quantiles of |x| from histograms, taking values as uniform within a bin.
+
+    Args:
+        histogram: [..., BINS].
+        absmax: largest |x| of each, [...]; no quantile exceeds it, and q = 1 gives it exactly.
+        q: in [0, 1].
+
+    Returns:
+        [...], off by at most one bin (1/16 of an octave); 0 for an empty histogram.
+    """
+    assert 0 <= q <= 1, q
+    counts = histogram[..., :NONFINITE_BIN]
+    cumulative = counts.cumsum(-1)
+    wanted = q * cumulative[..., -1:]
+    number = ((cumulative >= wanted) & (cumulative > 0)).argmax(-1)[..., None]
+    inside = np.take_along_axis(counts, number, -1)
+    before = np.take_along_axis(cumulative, number, -1) - inside
+    part = np.clip((wanted - before) / np.maximum(inside, 1), 0, 1)
+    values = (BIN_EDGES[number] + part * (BIN_EDGES[number + 1] - BIN_EDGES[number]))[..., 0]
+    empty = cumulative[..., -1] == 0
+    limit = np.asarray(absmax, np.float64)
+    return np.where(empty, 0.0, limit if q == 1 else np.minimum(values, limit))
+
+
+def _count_below(counts: NDArray[np.int64], thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Counts [L, NONFINITE_BIN] that lie under thresholds [L], linear within a bin."""
+    clipped = np.clip(thresholds, 0, BIN_EDGES[-1])
+    number = np.minimum(np.searchsorted(BIN_EDGES, clipped, side="right") - 1, NONFINITE_BIN - 1)
+    part = (clipped - BIN_EDGES[number]) / (BIN_EDGES[number + 1] - BIN_EDGES[number])
+    layer = np.arange(len(counts))
+    inside = counts[layer, number]
+    below: NDArray[np.float64] = counts.cumsum(1)[layer, number] - inside + part * inside
+    return below
+
+
+def sigma_bin(sigma: float | None) -> int:
+    """The column of a noise level.
+
+    >>> sigma_bin(1.0), sigma_bin(0.5), sigma_bin(0.0), sigma_bin(None), sigma_bin(980.0)
+    (7, 3, 0, 8, 8)
+    """
+    if sigma is None or not 0 <= sigma <= 1:
+        return UNKNOWN_SIGMA
+    return max(0, int(np.ceil(sigma * SIGMA_BINS)) - 1)
+
+
+def carry(digits: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The canonical form of fixed-point numbers: every digit but the last (which has the sign) in [0, 2^32).
+
+    Args:
+        digits: int64 [..., DIGITS], the lowest first.
+
+    Returns:
+        A new array: equal numbers have equal digits.
+    """
+    result: NDArray[np.int64] = digits.copy()
+    for number in range(DIGITS - 1):
+        over = result[..., number] >> DIGIT_BITS
+        result[..., number] -= over << DIGIT_BITS
+        result[..., number + 1] += over
+    return result
+
+
+def to_float64(digits: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The values of canonical fixed-point numbers [..., DIGITS], to within a few units in the last place."""
+    value = np.zeros(digits.shape[:-1])
+    for number in reversed(range(DIGITS)):
+        value = value * 2.0**DIGIT_BITS + digits[..., number]
+    return value * 2.0**LOWEST_EXPONENT
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """One value or several, as a sorted tuple of distinct texts."""
+    several = value if isinstance(value, (list, tuple, set, frozenset, range)) else (value,)
+    return tuple(sorted({str(one) for one in several}))
+
+
+def _listing(names: list[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _parse_head(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The header's JSON, its version and the kind of each entry checked."""
+    if METADATA_KEY not in metadata:
+        raise StatisticsError(
+            "not a statistics file: its header lacks them", path=path, hint="`convert_to_quant observe` makes one"
+        )
+    try:
+        head = json.loads(metadata[METADATA_KEY])
+    except ValueError as error:
+        raise StatisticsError(f"damaged: the header's statistics are not JSON ({error})", path=path) from None
+    version = head.get("format_version") if isinstance(head, dict) else None
+    if version != FORMAT_VERSION:
+        raise StatisticsError(
+            f"statistics of format {version!r}; this version reads format {FORMAT_VERSION}",
+            path=path,
+            hint="update convert_to_quant, or observe the model again",
+        )
+    kinds = {"fingerprint": str, "samples": int, "provenance": dict, "left_out": list, "layers": dict}
+    for key, kind in kinds.items():
+        if not isinstance(head.get(key), kind):
+            raise StatisticsError(f"damaged: {key!r} in the header should be a {kind.__name__}", path=path)
+    for name, shape in head["layers"].items():
+        if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(size, int) for size in shape)):
+            raise StatisticsError(f"damaged: [out, in] expected as its shape, found {shape}", path=path, tensor=name)
+    assert isinstance(head, dict)
+    return head
