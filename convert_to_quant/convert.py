@@ -1,0 +1,602 @@
+"""FP16, BF16 and FP32 checkpoints to FP8: which layers, with which scale, and the file.
+
+A weight W becomes codes C = round(clamp(W / s, ±448)) and a scale s, so that W ≈ C · s. One s serves the whole weight
+(tensor), a row of it (row), or a block of it (block).
+
+    absmax   s = max|W| / 448: nothing is clipped, the largest weight becomes the largest code.
+    mse      the s of least Σ (W - C·s)² between a half and twice that. E4M3 is a float, so where s falls on its grid
+             matters little and clipping matters much; the search says exactly how much.
+
+The mse search is exact. For fixed codes the error is a parabola in s, and a code changes only where |W|/s crosses a
+midpoint m between two code values, at s = |W|/m. So the axis of s falls into intervals, in each of which
+error(s) = Σ w² - 2 s Σ w·c + s² Σ c² for known sums; sorted breakpoints and running sums give them all, and with them
+the global minimum. A 16-bit weight has at most 32,768 magnitudes, so a histogram stands for it; a float32 weight is
+binned to bfloat16 for the search (not for the codes).
+
+16-bit weights under one scale are a table look-up (65,536 entries, made with `fp8.encode`, so bit for bit the same).
+Work is streamed in chunks straight to the output, layers side by side in threads: memory does not grow with the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import __version__, families, fp8, names
+from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, to_float32
+from .errors import OptionError, OutputError, TensorError
+from .fp8 import E4M3FN
+from .layers import Layer, LayerTable, find_layers, scale_grid
+
+ScalingMode = Literal["tensor", "row", "block"]
+WeightScale = Literal["absmax", "mse"]
+
+FORMAT_OF_MODE = {
+    "tensor": "float8_e4m3fn",
+    "row": "float8_e4m3fn_rowwise",
+    "block": "float8_e4m3fn_blockwise",
+}
+SIDE_MULTIPLE = 16
+"""ComfyUI's FP8 matrix product on CUDA takes sides that are multiples of 16, and fails on others."""
+
+BAND_VALUES = 1 << 18
+"""Values per step where scales differ within a weight: about 1 MB of float32, which a core's cache holds."""
+
+RELEASE_BYTES = 1 << 24
+PROVENANCE_KEY = "convert_to_quant"
+"""Header entry in which every file that this tool writes says how it was made."""
+
+_BLOCK_SIZES = range(1, 1 << 16)
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How to convert.
+
+    Attributes:
+        scaling_mode: one scale per tensor, row or block.
+        block_size: side of the square blocks.
+        weight_scale: how scales are chosen.
+        legacy: write the older `scaled_fp8` spelling instead of comfy_quant.
+        input_scale: write input scales of 1.0, so that calibration can set them in place.
+        preset: family whose table of kept layers is used; detected where None.
+        exclude: regular expressions; layers in which one is found stay in high precision.
+    """
+
+    scaling_mode: ScalingMode = "tensor"
+    block_size: int = 64
+    weight_scale: WeightScale = "absmax"
+    legacy: bool = False
+    input_scale: bool = True
+    preset: str | None = None
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.legacy and self.scaling_mode != "tensor":
+            raise OptionError(f"legacy files know one scale per tensor only, not --scaling_mode {self.scaling_mode}")
+        if self.block_size not in _BLOCK_SIZES:
+            raise OptionError(f"--block_size should be at least 1 and below 65536, found {self.block_size}")
+        for pattern in self.exclude:
+            _check_pattern(pattern)
+
+    def block(self, layer: Layer) -> tuple[int, int]:
+        """The block (b_out, b_in) of a layer's weights that shares one scale."""
+        return {
+            "tensor": (layer.out_features, layer.in_features),
+            "row": (1, layer.in_features),
+            "block": (self.block_size, self.block_size),
+        }[self.scaling_mode]
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise OptionError(f"--exclude-layers {pattern!r} is no regular expression: {error}") from None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one layer.
+
+    Attributes:
+        layer: the layer as it is in the input.
+        quantize: whether its weight becomes FP8.
+        reason: why not, where not.
+    """
+
+    layer: Layer
+    quantize: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What will become of a checkpoint; nothing has been written yet.
+
+    Attributes:
+        table: its layers.
+        family: the family whose table decided.
+        decisions: one for every layer in high precision, in file order.
+        options: how.
+        notes: what a user should know.
+    """
+
+    table: LayerTable
+    family: families.Family
+    decisions: list[Decision]
+    options: ConvertOptions
+    notes: list[str]
+
+    @property
+    def quantized(self) -> list[Layer]:
+        """The layers that become FP8."""
+        return [decision.layer for decision in self.decisions if decision.quantize]
+
+
+def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan:
+    """Decide for every layer whether it becomes FP8.
+
+    Args:
+        checkpoint: what to convert.
+        options: how.
+
+    Returns:
+        The plan.
+
+    Raises:
+        CheckpointError: the checkpoint's layers cannot be read.
+        OptionError: the preset does not exist.
+    """
+    table = find_layers(checkpoint)
+    bare = names.strip_prefix(checkpoint.tensors)[1]
+    family = _choose_family(checkpoint, bare, options)
+    notes = list(table.notes)
+    if family is families.GENERIC and options.preset is None:
+        notes.append("no known model family fits these names: only layers in repeated blocks are quantized")
+    if table.quantized or table.raw or table.foreign:
+        counts = {"FP8": len(table.quantized) + len(table.raw), "other formats": len(table.foreign)}
+        notes.append(
+            "already quantized layers stay as they are: "
+            + ", ".join(f"{count} in {kind}" for kind, count in counts.items() if count)
+        )
+    decisions = [_decide(layer, bare, family, options) for layer in table.plain.values()]
+    if table.legacy_marker is not None and not options.legacy and any(decision.quantize for decision in decisions):
+        raise OptionError(
+            "the input is a legacy scaled_fp8 file, and one file cannot hold both spellings", hint="add --legacy"
+        )
+    return ConversionPlan(table, family, decisions, options, notes)
+
+
+def _choose_family(checkpoint: Checkpoint, bare: dict[str, str], options: ConvertOptions) -> families.Family:
+    if options.preset is not None:
+        return families.family(options.preset)
+    shapes = {name: checkpoint.tensors[full].shape for full, name in bare.items()}
+    return families.detect(shapes, shapes) or families.GENERIC
+
+
+def _decide(layer: Layer, bare: dict[str, str], family: families.Family, options: ConvertOptions) -> Decision:
+    """Quantize a layer, or the first reason not to."""
+    part = families.other_part(layer.name)
+    bare_weight = bare.get(layer.weight.name)
+    if part is not None:
+        return Decision(layer, False, f"belongs to a {part.title}")
+    if bare_weight is None:
+        return Decision(layer, False, "outside the diffusion model")
+    excluded = next((pattern for pattern in options.exclude if re.search(pattern, layer.name)), None)
+    if excluded is not None:
+        return Decision(layer, False, f"excluded by {excluded!r}")
+    kept = family.kept_because(bare_weight[: -len(names.WEIGHT)])
+    if kept is not None:
+        return Decision(layer, False, kept)
+    if layer.weight.elements == 0:
+        return Decision(layer, False, "has no elements")
+    if layer.out_features % SIDE_MULTIPLE or layer.in_features % SIDE_MULTIPLE:
+        sides = f"{layer.out_features} × {layer.in_features}"
+        return Decision(layer, False, f"{sides}: FP8 matrix products need multiples of {SIDE_MULTIPLE}")
+    return Decision(layer, True)
+
+
+def comfy_quant_config(options: ConvertOptions) -> dict[str, Any]:
+    """What the mark of a converted layer says."""
+    config: dict[str, Any] = {"format": FORMAT_OF_MODE[options.scaling_mode]}
+    if options.scaling_mode == "block":
+        config["group_size"] = options.block_size
+    return config
+
+
+FULL_PRECISION_KEY = "full_precision_matrix_mult"
+_MARK_ROOM_BYTES = len(f', "{FULL_PRECISION_KEY}": true')
+
+
+def mark_bytes(config: dict[str, Any], room_bytes: int | None = None) -> bytes:
+    """A mark as the bytes of a comfy_quant tensor, padded with spaces.
+
+    The padding leaves room for `full_precision_matrix_mult`, so that a later calibration can set it in place.
+
+    Args:
+        config: what it says.
+        room_bytes: the size to fill; by default what any later form needs, rounded up to a multiple of 8.
+
+    Returns:
+        JSON and spaces.
+    """
+    text = json.dumps(config).encode("utf-8")
+    if room_bytes is None:
+        room_bytes = len(text) + (0 if FULL_PRECISION_KEY in config else _MARK_ROOM_BYTES)
+        room_bytes += -room_bytes % 8
+    return text.ljust(room_bytes)
+
+
+def quantization_metadata(marks: dict[str, dict[str, Any]]) -> str:
+    """The header entry that marks layers, with room for `full_precision_matrix_mult` in each of them."""
+    text = json.dumps({"format_version": "1.0", "layers": marks})
+    missing = sum(FULL_PRECISION_KEY not in config for config in marks.values())
+    return text + " " * (missing * _MARK_ROOM_BYTES)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Every tensor of the output: how large, and where from."""
+
+    specs: dict[str, Spec]
+    place: dict[str, str]
+    small: dict[str, bytes]
+    copied: dict[str, str]
+    metadata: dict[str, str]
+
+
+def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> _Output:
+    """The output's tensors, each with the input tensor whose shard it follows."""
+    options = plan.options
+    quantized = {layer.weight.name: layer for layer in plan.quantized}
+    weight_scale, input_scale = (
+        (names.WEIGHT_SCALE_LEGACY, names.INPUT_SCALE_LEGACY)
+        if options.legacy
+        else (names.WEIGHT_SCALE, names.INPUT_SCALE)
+    )
+    output = _Output({}, {}, {}, {}, dict(checkpoint.metadata))
+    marks: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, spec: Spec, source: str, data: bytes | None = None) -> None:
+        if name in output.specs or (name in checkpoint and name != source):
+            raise TensorError("the input already has a tensor of this name", path=checkpoint.path, tensor=name)
+        output.specs[name], output.place[name] = spec, source
+        if data is not None:
+            output.small[name] = data
+
+    for name, info in checkpoint.tensors.items():
+        layer = quantized.get(name)
+        if layer is None:
+            add(name, Spec.like(info), name)
+            output.copied[name] = name
+            continue
+        grid = scale_grid((layer.out_features, layer.in_features), options.block(layer))
+        scale_shape = {"tensor": (), "row": (layer.out_features,), "block": grid}[options.scaling_mode]
+        add(layer.name + weight_scale, Spec("F32", scale_shape), name)
+        if options.input_scale:
+            add(layer.name + input_scale, Spec("F32", ()), name, np.float32(1.0).tobytes())
+        add(name, Spec(E4M3FN.safetensors_dtype, info.shape), name)
+        if not options.legacy:
+            marks[layer.name] = comfy_quant_config(options)
+            mark = mark_bytes(marks[layer.name])
+            add(layer.name + names.COMFY_QUANT, Spec("U8", (len(mark),)), name, mark)
+
+    if options.legacy and quantized and plan.table.legacy_marker is None:
+        marker = plan.table.prefix + names.LEGACY_MARKER
+        add(marker, Spec(E4M3FN.safetensors_dtype, (0,)), next(iter(quantized)), b"")
+    if marks:
+        # A header that marks layers overrides their comfy_quant tensors, so layers marked before stay in it.
+        before = checkpoint.metadata.get(names.QUANTIZATION_METADATA)
+        before_marks = json.loads(before)["layers"] if before is not None else {}
+        output.metadata[names.QUANTIZATION_METADATA] = quantization_metadata({**before_marks, **marks})
+    output.metadata[PROVENANCE_KEY] = provenance(convert=asdict(options) | {"family": plan.family.name})
+    return output
+
+
+def provenance(**steps: Any) -> str:
+    """The header entry that says which tool, with which options, made a file."""
+    return json.dumps({"version": __version__, **steps}, sort_keys=True)
+
+
+Progress = Callable[[int], None]
+"""Called with the bytes of input that were done since the last call."""
+
+
+def convert(
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    output: Path,
+    *,
+    progress: Progress | None = None,
+    before_commit: Callable[[CheckpointWriter], None] | None = None,
+) -> None:
+    """Write the converted checkpoint.
+
+    Args:
+        checkpoint: the input.
+        plan: what becomes of it.
+        output: a `.safetensors` path, or `.safetensors.index.json` to keep the input's shards.
+        progress: told how many input bytes were done.
+        before_commit: called with the complete but still unnamed output, which it may read and change in place
+            (calibration); if it raises, there is no output.
+
+    Raises:
+        TensorError: a weight has NaN or infinite values; the file is not written.
+        OutputError: the output cannot be written, or is the input.
+    """
+    refuse_same_file(output, [checkpoint.path, *(file.path for file in checkpoint.files)])
+    if not plan.quantized:
+        raise OutputError(
+            "nothing to convert: no layer would become FP8", path=checkpoint.path, hint="--dry-run says why, per layer"
+        )
+    layout = _lay_out(checkpoint, plan)
+    files, index = output_files(output, checkpoint, layout.place.__getitem__, layout.specs)
+    for path, _ in files:
+        refuse_same_file(path, [file.path for file in checkpoint.files])
+    scale_suffix = names.WEIGHT_SCALE_LEGACY if plan.options.legacy else names.WEIGHT_SCALE
+    with CheckpointWriter(files, layout.metadata, index) as writer:
+        for name, data in layout.small.items():
+            writer.write(name, data)
+
+        def run(layer: Layer) -> None:
+            scale = quantize_weight(
+                checkpoint, layer, plan.options, lambda offset, codes: writer.write(layer.weight.name, codes, offset)
+            )
+            writer.write(layer.name + scale_suffix, scale)
+            if progress is not None:
+                progress(layer.weight.nbytes)
+
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            jobs = [pool.submit(run, layer) for layer in plan.quantized]
+            try:
+                writer.copy(checkpoint, layout.copied)
+                for job in jobs:
+                    job.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        if progress is not None:
+            progress(sum(layout.specs[name].nbytes for name in layout.copied))
+        if before_commit is not None:
+            before_commit(writer)
+
+
+CodeSink = Callable[[int, NDArray[np.uint8]], None]
+"""Takes codes and where in the weight, in elements, they begin."""
+
+
+def quantize_weight(
+    checkpoint: Checkpoint, layer: Layer, options: ConvertOptions, sink: CodeSink
+) -> NDArray[np.float32]:
+    """Quantize one weight, streaming its codes out.
+
+    Args:
+        checkpoint: where it is.
+        layer: a layer in high precision.
+        options: scaling mode, block size, and how scales are chosen.
+        sink: called with the codes, chunk by chunk, in order.
+
+    Returns:
+        The weight scale, float32, of shape (1, 1) for tensor, (out, 1) for row, (n_out, n_in) for block.
+
+    Raises:
+        TensorError: the weight has NaN or infinite values.
+    """
+    if options.scaling_mode == "tensor" and layer.weight.dtype in ("BF16", "F16"):
+        return _quantize_by_table(checkpoint, layer, options, sink)
+    return _quantize_by_bands(checkpoint, layer, options, sink)
+
+
+def _not_finite(checkpoint: Checkpoint, layer: Layer) -> TensorError:
+    return TensorError(
+        "the weight has NaN or infinite values",
+        path=checkpoint.path_of(layer.weight.name),
+        tensor=layer.weight.name,
+        hint="FP8 cannot repair them; the input file is damaged or its training diverged",
+    )
+
+
+def _scale_of(absmax: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Find absmax / 448, and 1 where everything is zero; never one that rounds to zero."""
+    tiny = np.float32(np.finfo(np.float32).smallest_subnormal)
+    scale = np.maximum(absmax.astype(np.float32) / np.float32(E4M3FN.max), tiny)
+    result: NDArray[np.float32] = np.where(absmax == 0, np.float32(1.0), scale).astype(np.float32)
+    return result
+
+
+def _quantize_by_table(
+    checkpoint: Checkpoint, layer: Layer, options: ConvertOptions, sink: CodeSink
+) -> NDArray[np.float32]:
+    """One scale for 16-bit weights: two passes over the file's bits, no arithmetic per weight."""
+    dtype = layer.weight.dtype
+    bits = checkpoint.bits(layer.weight.name).reshape(-1).view(np.uint16)
+    with np.errstate(invalid="ignore"):  # the patterns include signalling NaNs
+        meanings = to_float32(np.arange(1 << 16, dtype=np.uint16).view(_bit_dtype(dtype)), dtype)
+    magnitudes = np.abs(meanings[: 1 << 15])
+
+    # Bits without the sign order magnitudes: finite, then infinity, then NaN. Read as signed they order the positive
+    # weights, read as unsigned the negative ones, so two maxima find the largest magnitude without a temporary.
+    largest = max(int(bits.view(np.int16).max()), int(bits.max()) & 0x7FFF, 0)
+    if not np.isfinite(magnitudes[largest]):
+        raise _not_finite(checkpoint, layer)
+    scale = _scale_of(magnitudes[largest])
+    if options.weight_scale == "mse":
+        counts = np.zeros(1 << 16, np.int64)
+        for span in fp8.spans(len(bits)):
+            counts += np.bincount(bits[span], minlength=1 << 16)
+        both_signs = counts[: 1 << 15] + counts[1 << 15 :]
+        used = np.flatnonzero(both_signs)
+        scale = least_squares_scale(magnitudes[used].astype(np.float64), both_signs[used], scale)
+    with np.errstate(invalid="ignore", over="ignore"):
+        table = fp8.encode(meanings / scale)
+    released = 0
+    codes = np.empty(fp8.CHUNK, np.uint8)
+    for span in fp8.spans(len(bits)):
+        chunk = codes[: span.stop - span.start]
+        np.take(table, bits[span], out=chunk, mode="clip")
+        sink(span.start, chunk)
+        if span.stop * 2 - released >= RELEASE_BYTES:
+            released = span.stop * 2
+            checkpoint.release(layer.weight.name)
+    checkpoint.release(layer.weight.name)
+    return scale.reshape(1, 1)
+
+
+def _bit_dtype(dtype: str) -> type:
+    return np.float16 if dtype == "F16" else np.uint16
+
+
+def _quantize_by_bands(
+    checkpoint: Checkpoint, layer: Layer, options: ConvertOptions, sink: CodeSink
+) -> NDArray[np.float32]:
+    """Scales per block, or wide weights: rows are widened to float32, a band at a time."""
+    block = options.block(layer)
+    grid = scale_grid((layer.out_features, layer.in_features), block)
+    absmax = np.zeros(grid, np.float32)
+    bands = list(_bands(layer, block[0]))
+    for band, weight_OI in _widened(checkpoint, layer, bands):
+        rows = slice(band.start // block[0], -(-band.stop // block[0]))
+        np.maximum(absmax[rows], _block_absmax(weight_OI, block), out=absmax[rows])
+    if not np.isfinite(absmax).all():
+        raise _not_finite(checkpoint, layer)
+    scale = _scale_of(absmax)
+    if options.weight_scale == "mse":
+        scale = _least_squares_grid(checkpoint, layer, block, scale)
+    for band, weight_OI in _widened(checkpoint, layer, bands):
+        spread = scale[np.arange(band.start, band.stop) // block[0]]
+        if spread.shape[1] > 1:
+            spread = np.repeat(spread, block[1], axis=1)[:, : layer.in_features]
+        np.divide(weight_OI, spread, out=weight_OI)
+        sink(band.start * layer.in_features, fp8.encode(weight_OI))
+    return scale
+
+
+def _bands(layer: Layer, block_out: int) -> Iterator[slice]:
+    """Rows of a weight in steps of whole blocks, or of a part of one where a block is a large weight."""
+    rows = max(1, BAND_VALUES // layer.in_features)
+    if rows >= block_out:
+        rows -= rows % block_out
+        yield from fp8.spans(layer.out_features, rows)
+        return
+    for block_rows in fp8.spans(layer.out_features, block_out):
+        for part in fp8.spans(block_rows.stop - block_rows.start, rows):
+            yield slice(block_rows.start + part.start, block_rows.start + part.stop)
+
+
+def _widened(
+    checkpoint: Checkpoint, layer: Layer, bands: Sequence[slice]
+) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Each band with its rows as fresh float32 [rows, in]."""
+    bits = checkpoint.bits(layer.weight.name)
+    done_bytes = 0
+    for band in bands:
+        rows = bits[band]
+        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, which is then reported
+            yield band, to_float32(rows, layer.weight.dtype)
+        done_bytes += rows.nbytes
+        if done_bytes >= RELEASE_BYTES:
+            checkpoint.release(layer.weight.name)
+            done_bytes = 0
+    checkpoint.release(layer.weight.name)
+
+
+def _block_absmax(weight_OI: NDArray[np.float32], block: tuple[int, int]) -> NDArray[np.float32]:
+    """Largest magnitude per block of a band of rows; NaN where a block has one."""
+    magnitudes = np.abs(weight_OI)
+    rows, columns = magnitudes.shape
+    if block[1] >= columns:
+        magnitudes = magnitudes.max(axis=1, keepdims=True)
+    else:
+        magnitudes = np.maximum.reduceat(magnitudes, np.arange(0, columns, block[1]), axis=1)
+    if block[0] == 1:
+        return magnitudes
+    result: NDArray[np.float32] = np.maximum.reduceat(magnitudes, np.arange(0, rows, block[0]), axis=0)
+    return result
+
+
+def _least_squares_grid(
+    checkpoint: Checkpoint, layer: Layer, block: tuple[int, int], absmax_scale: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The least-squares scale of every block."""
+    if absmax_scale.size == 1:
+        counts = np.zeros(1 << 15, np.int64)
+        for _, weight_OI in _widened(checkpoint, layer, list(_bands(layer, block[0]))):
+            rounded = (np.abs(weight_OI).view(np.uint32).reshape(-1) + np.uint32(0x8000)) >> np.uint32(16)
+            counts += np.bincount(rounded, minlength=1 << 15)[: 1 << 15]
+        used = np.flatnonzero(counts)
+        magnitudes = fp8.widen_bfloat16(used.astype(np.uint16)).astype(np.float64)
+        return least_squares_scale(magnitudes, counts[used], absmax_scale).reshape(1, 1)
+    scale = np.empty_like(absmax_scale)
+    whole_blocks = list(fp8.spans(layer.out_features, block[0]))
+    for number, (_, weight_OI) in enumerate(_widened(checkpoint, layer, whole_blocks)):
+        for column, span in enumerate(fp8.spans(layer.in_features, block[1])):
+            values, counts = np.unique(np.abs(weight_OI[:, span]), return_counts=True)
+            scale[number, column] = least_squares_scale(values.astype(np.float64), counts, absmax_scale[number, column])
+    return scale
+
+
+def least_squares_scale(
+    magnitudes: NDArray[np.float64], counts: NDArray[np.int64], absmax_scale: Any, fmt: fp8.Format = E4M3FN
+) -> NDArray[np.float32]:
+    """The scale s of least Σ count · (|w| - s · code(|w| / s))² between half and twice `absmax_scale`.
+
+    Args:
+        magnitudes: distinct |w|, float64 [n].
+        counts: how often each occurs, [n].
+        absmax_scale: max|w| / 448, the scale at which nothing is clipped.
+        fmt: the format of the codes.
+
+    Returns:
+        float32 scalar. Never worse than `absmax_scale` itself.
+
+    >>> float(least_squares_scale(np.array([0.1, 448.0]), np.array([1000, 1]), np.float32(1.0)))
+    1.0
+    """
+    start = np.asarray(absmax_scale, np.float32).reshape(())
+    nonzero = magnitudes > 0
+    magnitudes, weights = magnitudes[nonzero], counts[nonzero].astype(np.float64)
+    if not len(magnitudes):
+        return start
+    low, high = float(start) / 2, float(start) * 2
+    levels = fp8.values(fmt)[:0x80].astype(np.float64)
+    levels = levels[np.isfinite(levels)]
+    midpoints = (levels[1:] + levels[:-1]) / 2
+
+    # As s grows from low to high, |w| / s falls through the midpoints in ((|w| / high), (|w| / low)): one event each.
+    first = np.searchsorted(midpoints, magnitudes / high, side="right")
+    last = np.searchsorted(midpoints, magnitudes / low, side="left")
+    events = last - first
+    owner = np.repeat(np.arange(len(magnitudes)), events)
+    crossed = np.arange(len(owner)) - np.repeat(np.cumsum(events) - events, events) + first[owner]
+    position = magnitudes[owner] / midpoints[crossed]
+    order = np.argsort(position, kind="stable")
+    owner, crossed, position = owner[order], crossed[order], position[order]
+
+    top = levels[last]
+    dot = np.concatenate([[np.sum(weights * magnitudes * top)], weights[owner] * magnitudes[owner]])
+    square = np.concatenate([[np.sum(weights * top**2)], weights[owner]])
+    dot[1:] *= levels[crossed] - levels[crossed + 1]
+    square[1:] *= levels[crossed] ** 2 - levels[crossed + 1] ** 2
+    dot, square = np.cumsum(dot), np.cumsum(square)
+
+    edges = np.concatenate([[low], position, [high]])
+    best_inside = np.clip(np.divide(dot, square, out=np.full_like(dot, low), where=square > 0), edges[:-1], edges[1:])
+    saved = best_inside * (2 * dot - best_inside * square)  # Σ w² - error: the constant does not matter
+    found = np.float32(best_inside[int(np.argmax(saved))])
+
+    def error(scale: np.float32) -> float:
+        codes = fp8.encode((magnitudes / np.float64(scale)).astype(np.float32), fmt)
+        real = fp8.decode(codes, fmt).astype(np.float64) * np.float64(scale)
+        return float(np.sum(weights * (magnitudes - real) ** 2))
+
+    return np.asarray(found if error(found) < error(np.float32(start)) else start, np.float32)
