@@ -86,7 +86,10 @@ class ConvertOptions:
         if self.block_size not in _BLOCK_SIZES:
             raise OptionError(f"--block_size should be at least 1 and below 65536, found {self.block_size}")
         for pattern in self.exclude:
-            _check_pattern(pattern)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise OptionError(f"--exclude-layers {pattern!r} is no regular expression: {error}") from None
 
     def block(self, layer: Layer) -> tuple[int, int]:
         """The block (b_out, b_in) of a layer's weights that shares one scale."""
@@ -95,13 +98,6 @@ class ConvertOptions:
             "row": (1, layer.in_features),
             "block": (self.block_size, self.block_size),
         }[self.scaling_mode]
-
-
-def _check_pattern(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise OptionError(f"--exclude-layers {pattern!r} is no regular expression: {error}") from None
 
 
 @dataclass(frozen=True)
