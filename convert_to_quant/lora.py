@@ -1,0 +1,507 @@
+"""LoRA files: which layers of a checkpoint they change, and by how much.
+
+Why it exists. A LoRA adds a low-rank change to a layer's weight, and with it the ranges of everything behind that layer
+move. Whoever calibrates a checkpoint with its adapters has to know exactly what belongs to which layer: a change on the
+wrong layer is worse than none.
+
+The maths. An adapter holds A ("down", [r, in]) and B ("up", [out, r]) and perhaps alpha; it means
+
+    W[rows] += strength · (alpha / r) · B A          alpha absent: alpha / r = 1
+
+where `rows` is all of the layer or, for a name like ``attn.to_k``, the slice that it has in a fused layer. The up
+factor of kohya's split_qkv is block-diagonal over 3r; the same product holds for it. r is always A's number of rows.
+
+How names are matched. `names.lora_targets` builds every name that each layer may have, and the file's names are looked
+up in it: exactly or not at all. A name that may mean two parts is reported as ambiguous, and so are two names of one
+file that claim the same rows; neither is applied. Everything in a file ends up in one list of the report: matched,
+unmatched, ambiguous, unsupported (LoHa, LoKr, DoRA, full differences, ...) or text encoder.
+
+Limits. numpy on the CPU, products in float32. Factors stay in the mapped file and are widened when they are used, so a
+match costs no memory. Factors of text encoders are never read. rsLoRA's alpha / sqrt(r) leaves no trace in a file's
+tensors and is read as alpha / r, as ComfyUI does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint.reader import FLOAT_DTYPES
+from .errors import LoraError, OptionError, StrPath
+from .names import (
+    BIAS_ONLY,
+    LORA_ALPHAS,
+    LORA_FACTORS,
+    TEXT_ENCODER_PREFIXES,
+    UNSUPPORTED_SUFFIXES,
+    Target,
+    lora_targets,
+    strip_prefix,
+)
+
+Float32 = NDArray[np.float32]
+
+_INTEGER_DTYPES = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
+
+# Suffix -> what the tensor is: a role of the supported kind, or the name of an unsupported kind. Longest first.
+_ROLES: dict[str, str] = dict(
+    sorted(
+        {
+            **{down: "down" for down, _ in LORA_FACTORS},
+            **{up: "up" for _, up in LORA_FACTORS},
+            **dict.fromkeys(LORA_ALPHAS, "alpha"),
+            **UNSUPPORTED_SUFFIXES,
+        }.items(),
+        key=lambda item: -len(item[0]),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One pair of factors in a LoRA file, as the file names it.
+
+    Attributes:
+        name: The tensors' common name, without their suffixes.
+        down: Tensor name of A, [rank, in].
+        up: Tensor name of B, [out, rank].
+        rank: Rows of A.
+        alpha: As stored; None where the file has none.
+    """
+
+    name: str
+    down: str
+    up: str
+    rank: int
+    alpha: float | None
+
+    @property
+    def scale(self) -> float:
+        """What the product B A is multiplied by before the user's strength: alpha / rank, or 1."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass
+class Lora:
+    """A LoRA file that was read and found sound.
+
+    Attributes:
+        checkpoint: The open file.
+        strength: The user's factor on all of it.
+        adapters: Pairs of factors by name.
+        unsupported: Name -> kinds of its tensors that cannot be applied.
+        text_encoder: Names of a text encoder's adapters.
+        unknown: Tensors of no known kind.
+    """
+
+    checkpoint: Checkpoint
+    strength: float = 1.0
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    unsupported: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    text_encoder: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.checkpoint.path
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """What one adapter adds to one layer: W[rows] += scale · B A.
+
+    Attributes:
+        lora: The file.
+        adapter: The pair of factors.
+        rows: First row and row after the last of the layer's weight; None for all.
+        swap_halves: B's halves stand in the file in the other order than in the layer. `B_OR` has them in the layer's.
+    """
+
+    lora: Lora
+    adapter: Adapter
+    rows: tuple[int, int] | None = None
+    swap_halves: bool = False
+
+    @property
+    def name(self) -> str:
+        """The adapter's name in its file."""
+        return self.adapter.name
+
+    @property
+    def scale(self) -> float:
+        """The factor on the product: strength · alpha / rank."""
+        return self.lora.strength * self.adapter.scale
+
+    @property
+    def A_RI(self) -> Float32:  # noqa: N802 - shapes stand in names
+        """The down factor, float32 [rank, in]."""
+        return self._read(self.adapter.down)
+
+    @property
+    def B_OR(self) -> Float32:  # noqa: N802
+        """The up factor, float32 [rows, rank], its rows in the layer's order."""
+        up = self._read(self.adapter.up)
+        return np.roll(up, len(up) // 2, axis=0) if self.swap_halves else up
+
+    def _read(self, tensor: str) -> Float32:
+        values = self.lora.checkpoint.float32(tensor)
+        self.lora.checkpoint.release(tensor)
+        return values.reshape(values.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something in a LoRA file that is not applied.
+
+    Attributes:
+        path: The file.
+        name: An adapter's name, or a tensor's.
+        reason: Why.
+        layers: The checkpoint's layers it is about, where known.
+    """
+
+    path: Path
+    name: str
+    reason: str
+    layers: tuple[str, ...] = ()
+
+
+@dataclass
+class LoraMatch:
+    """What some LoRA files do to a checkpoint's layers, and what of them is left over.
+
+    Attributes:
+        shapes: The checkpoint's layers -> (out, in).
+        matched: Layer -> what is added to it, in the order of the files.
+        unmatched: Adapters whose names fit no layer, and tensors of no known kind.
+        ambiguous: Adapters that may mean several parts, or that claim rows which another one of their file claims.
+        unsupported: Adapters of kinds that cannot be applied, with their layers.
+        text_encoder: Adapters of text encoders.
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    matched: dict[str, list[Delta]] = field(default_factory=dict)
+    unmatched: list[Finding] = field(default_factory=list)
+    ambiguous: list[Finding] = field(default_factory=list)
+    unsupported: list[Finding] = field(default_factory=list)
+    text_encoder: list[Finding] = field(default_factory=list)
+
+    def add_to(self, weight_OI: Float32, layer: str, rows: tuple[int, int] | None = None) -> None:
+        """Merge everything that is matched to a layer into its weight, in place.
+
+        Args:
+            weight_OI: float32 [stop - start, in], or [out, in] where `rows` is None.
+            layer: The layer, as the checkpoint names it.
+            rows: (start, stop) of the layer's rows that `weight_OI` holds.
+        """
+        start, stop = rows or (0, self.shapes[layer][0])
+        assert weight_OI.shape == (stop - start, self.shapes[layer][1])
+        for delta in self.matched.get(layer, ()):
+            first, last = delta.rows or (0, self.shapes[layer][0])
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                product = delta.B_OR[low - first : high - first] @ delta.A_RI
+                product *= np.float32(delta.scale)
+                weight_OI[low - start : high - start] += product
+
+    def delta(self, layer: str) -> Float32:
+        """The whole change of a layer's weight.
+
+        Args:
+            layer: The layer, as the checkpoint names it.
+
+        Returns:
+            float32 [out, in]; zeros where nothing is matched.
+        """
+        change = np.zeros(self.shapes[layer], np.float32)
+        self.add_to(change, layer)
+        return change
+
+    def summary(self) -> str:
+        """One line for the user, e.g. "304 adapters on 152 layers, 2 unmatched"."""
+        adapters = sum(len(deltas) for deltas in self.matched.values())
+        counts = {
+            "unmatched": len(self.unmatched),
+            "ambiguous": len(self.ambiguous),
+            "unsupported": len(self.unsupported),
+            "for text encoders": len(self.text_encoder),
+        }
+        rest = "".join(f", {count} {kind}" for kind, count in counts.items() if count)
+        return f"{adapters} adapters on {len(self.matched)} layers{rest}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as JSON values: names, files, ranks, scales and rows, no weights."""
+        return {
+            "matched": {
+                layer: [
+                    {
+                        "file": str(delta.lora.path),
+                        "name": delta.name,
+                        "rank": delta.adapter.rank,
+                        "scale": delta.scale,
+                        "rows": list(delta.rows) if delta.rows else None,
+                    }
+                    for delta in deltas
+                ]
+                for layer, deltas in self.matched.items()
+            },
+            **{
+                kind: [
+                    {"file": str(found.path), "name": found.name, "reason": found.reason, "layers": list(found.layers)}
+                    for found in findings
+                ]
+                for kind, findings in (
+                    ("unmatched", self.unmatched),
+                    ("ambiguous", self.ambiguous),
+                    ("unsupported", self.unsupported),
+                    ("text_encoder", self.text_encoder),
+                )
+            },
+        }
+
+
+def calibration_rows(match: LoraMatch, layer: str) -> Float32:
+    """The input directions that a layer's adapters read: the rows of all their down factors.
+
+    Args:
+        match: The matched files.
+        layer: The layer, as the checkpoint names it.
+
+    Returns:
+        float32 [sum of ranks, in], as stored (neither scaled nor normalized); no rows where nothing is matched.
+    """
+    rows = [delta.A_RI for delta in match.matched.get(layer, ())]
+    return np.concatenate([np.empty((0, match.shapes[layer][1]), np.float32), *rows])
+
+
+def load_lora(path: StrPath, strength: float = 1.0) -> Lora:
+    """Read a LoRA file, sort its tensors, and check every adapter of the diffusion model.
+
+    Args:
+        path: A `.safetensors` file.
+        strength: The user's factor, finite; 1 applies the file as it was trained.
+
+    Returns:
+        The file's adapters, sound in themselves: both factors there, of one rank, finite. Whether they fit a checkpoint
+        is for `match_loras` to say.
+
+    Raises:
+        OptionError: `strength` is not finite.
+        CheckpointError: The file cannot be read.
+        LoraError: It holds no adapters, or one of them is damaged; names the tensor.
+    """
+    if not math.isfinite(strength):
+        raise OptionError(f"a LoRA's strength should be a finite number, found {strength}", path=path)
+    checkpoint = open_checkpoint(path)
+    lora = Lora(checkpoint, strength)
+
+    tensors: dict[str, dict[str, list[str]]] = {}
+    text_encoder: dict[str, None] = {}
+    unknown: list[str] = []
+    for key in checkpoint.tensors:
+        name, role = _split(key)
+        if key.startswith(TEXT_ENCODER_PREFIXES):
+            text_encoder[name] = None
+        elif not role:
+            unknown.append(key)
+        else:
+            tensors.setdefault(name, {}).setdefault(role, []).append(key)
+    if not tensors and not text_encoder:
+        raise LoraError(
+            f"not a LoRA: none of its {len(unknown)} tensors has a name that an adapter's would have",
+            path=path,
+            tensor=unknown[0] if unknown else None,
+        )
+
+    for name, roles in tensors.items():
+        kinds = tuple(role for role in roles if role in UNSUPPORTED_SUFFIXES.values())
+        if kinds:
+            lora.unsupported[name] = kinds
+        if set(kinds) <= {BIAS_ONLY} and {"down", "up"} & set(roles):
+            lora.adapters[name] = _adapter(checkpoint, name, roles)
+        elif not kinds:
+            unknown += roles["alpha"]
+    lora.text_encoder = tuple(text_encoder)
+    lora.unknown = tuple(unknown)
+    return lora
+
+
+def _split(key: str) -> tuple[str, str]:
+    """A tensor's name as (adapter, role); the role is "" where no suffix is known."""
+    for suffix, role in _ROLES.items():
+        if key.endswith(suffix) and len(key) > len(suffix):
+            return key[: -len(suffix)], role
+    return key, ""
+
+
+def _adapter(checkpoint: Checkpoint, name: str, roles: Mapping[str, list[str]]) -> Adapter:
+    """One pair of factors, checked: both there, once, floats, finite, of one rank."""
+    for role, keys in roles.items():
+        if len(keys) > 1 and role in ("down", "up", "alpha"):
+            raise LoraError(
+                f"the same adapter also has {keys[0]}, so one of the two is too many",
+                path=checkpoint.path,
+                tensor=keys[1],
+            )
+    for role, partner in (("down", "up"), ("up", "down")):
+        if partner not in roles:
+            raise LoraError(
+                f"this {role} factor has no {partner} factor beside it",
+                path=checkpoint.path,
+                tensor=roles[role][0],
+                hint="the file is incomplete",
+            )
+    (down,), (up,) = roles["down"], roles["up"]
+    for tensor in (down, up):
+        _check_factor(checkpoint, tensor)
+    rank, up_rank = checkpoint.tensors[down].shape[0], checkpoint.tensors[up].shape[1]
+    if rank != up_rank or rank == 0:
+        raise LoraError(
+            f"its rank is {up_rank}, but {down} has rank {rank}" if rank else f"the rank of {down} is 0",
+            path=checkpoint.path,
+            tensor=up,
+        )
+    alpha = _alpha(checkpoint, roles["alpha"][0]) if "alpha" in roles else None
+    return Adapter(name, down, up, rank, alpha)
+
+
+def _check_factor(checkpoint: Checkpoint, tensor: str) -> None:
+    info = checkpoint.tensors[tensor]
+    if info.dtype not in FLOAT_DTYPES:
+        raise LoraError(f"a factor should hold floats, found {info.dtype}", path=checkpoint.path, tensor=tensor)
+    if len(info.shape) < 2:
+        raise LoraError(
+            f"a factor should have 2 dimensions, found shape {list(info.shape)}", path=checkpoint.path, tensor=tensor
+        )
+    finite = bool(np.isfinite(checkpoint.float32(tensor)).all())
+    checkpoint.release(tensor)
+    if not finite:
+        raise LoraError("holds NaN or infinite values", path=checkpoint.path, tensor=tensor, hint="the file is damaged")
+
+
+def _alpha(checkpoint: Checkpoint, tensor: str) -> float:
+    info = checkpoint.tensors[tensor]
+    if info.elements != 1:
+        raise LoraError(
+            f"alpha should be one number, found shape {list(info.shape)}", path=checkpoint.path, tensor=tensor
+        )
+    if info.dtype not in FLOAT_DTYPES | _INTEGER_DTYPES:
+        raise LoraError(f"alpha should be a number, found {info.dtype}", path=checkpoint.path, tensor=tensor)
+    read = checkpoint.float32 if info.dtype in FLOAT_DTYPES else checkpoint.bits
+    alpha = float(read(tensor).reshape(-1)[0])
+    if not math.isfinite(alpha):
+        raise LoraError(f"alpha is {alpha}", path=checkpoint.path, tensor=tensor, hint="the file is damaged")
+    return alpha
+
+
+def match_loras(loras: Sequence[Lora], layers: Mapping[str, tuple[int, int]]) -> LoraMatch:
+    """Find the layers that LoRA files mean.
+
+    Args:
+        loras: The files, as `load_lora` gives them.
+        layers: All of a checkpoint's linear layers, quantized or not, as it names them -> (out, in).
+
+    Returns:
+        What is matched and what is left over; nothing is dropped silently.
+
+    Raises:
+        LoraError: An adapter does not fit the shape of the layer that its name means, or a file matches nothing.
+    """
+    prefix, bare = strip_prefix(layers)
+    targets = lora_targets({bare_name: layers[layer] for layer, bare_name in bare.items()})
+    match = LoraMatch(dict(layers))
+    for lora in loras:
+        _match_one(lora, targets, prefix, match)
+    return match
+
+
+def _match_one(lora: Lora, targets: Mapping[str, tuple[Target, ...]], prefix: str, match: LoraMatch) -> None:
+    def layers_of(name: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(prefix + target.layer for target in targets.get(name, ())))
+
+    found: dict[str, list[Delta]] = {}
+    for name, adapter in lora.adapters.items():
+        candidates = targets.get(name, ())
+        if not candidates:
+            match.unmatched.append(Finding(lora.path, name, "no linear layer of the checkpoint has this name"))
+        elif len(candidates) > 1:
+            reason = f"the name may mean {len(candidates)} parts of the checkpoint"
+            match.ambiguous.append(Finding(lora.path, name, reason, layers_of(name)))
+        else:
+            target = candidates[0]
+            layer = prefix + target.layer
+            _check_shapes(lora, adapter, layer, match.shapes[layer], target.rows)
+            found.setdefault(layer, []).append(Delta(lora, adapter, target.rows, target.swap_halves))
+
+    matched = 0
+    for layer, deltas in found.items():
+        for delta in deltas:
+            rivals = [other.name for other in deltas if other is not delta and _overlap(other, delta)]
+            if rivals:
+                reason = f"{' and '.join(rivals)} in the same file means the same rows"
+                match.ambiguous.append(Finding(lora.path, delta.name, reason, (layer,)))
+            else:
+                match.matched.setdefault(layer, []).append(delta)
+                matched += 1
+
+    match.unmatched += [Finding(lora.path, key, "not a tensor of a known kind of adapter") for key in lora.unknown]
+    match.text_encoder += [Finding(lora.path, name, "belongs to a text encoder") for name in lora.text_encoder]
+    match.unsupported += [
+        Finding(lora.path, name, f"{kind} is not supported", layers_of(name))
+        for name, kinds in lora.unsupported.items()
+        for kind in kinds
+    ]
+    if not matched:
+        raise _matches_nothing(lora, match)
+
+
+def _overlap(one: Delta, other: Delta) -> bool:
+    return one.rows is None or other.rows is None or max(one.rows[0], other.rows[0]) < min(one.rows[1], other.rows[1])
+
+
+def _check_shapes(
+    lora: Lora, adapter: Adapter, layer: str, shape: tuple[int, int], rows: tuple[int, int] | None
+) -> None:
+    out_features = shape[0] if rows is None else rows[1] - rows[0]
+    part = f"{layer} is {list(shape)}" if rows is None else f"rows {rows[0]} to {rows[1]} of {layer} are meant"
+    for tensor, expected in ((adapter.down, [adapter.rank, shape[1]]), (adapter.up, [out_features, adapter.rank])):
+        shape_found = list(lora.checkpoint.tensors[tensor].shape)
+        if shape_found[:2] != expected or math.prod(shape_found[2:]) != 1:
+            raise LoraError(
+                f"its shape should be {expected}, since {part}, but it is {shape_found}",
+                path=lora.path,
+                tensor=tensor,
+                hint="the LoRA was made for another model",
+            )
+
+
+def _matches_nothing(lora: Lora, match: LoraMatch) -> LoraError:
+    """Why nothing of a file can be applied, with its first name and what the checkpoint has instead."""
+    first = next(iter([*lora.adapters, *lora.unsupported, *lora.text_encoder, *lora.unknown]))
+    counts = [
+        (len(lora.adapters), "adapters match no layer of the checkpoint unambiguously"),
+        *((count, f"{kind} adapters are not supported") for kind, count in _kinds(lora).items()),
+        (len(lora.text_encoder), "adapters belong to a text encoder"),
+        (len(lora.unknown), "tensors are of no known kind"),
+    ]
+    reasons = ", ".join(f"{count} {what}" for count, what in counts if count)
+    example = f"; its layers have names like {next(iter(match.shapes))}" if match.shapes else ""
+    return LoraError(
+        f"nothing in this LoRA can be applied: {reasons}{example}",
+        path=lora.path,
+        tensor=first,
+        hint="is it made for this model?",
+    )
+
+
+def _kinds(lora: Lora) -> Counter[str]:
+    return Counter(kind for kinds in lora.unsupported.values() for kind in kinds)
