@@ -445,6 +445,8 @@ UNET = (
         ("time_embed.2", "time_embedding.linear_2"),
         ("label_emb.0.0", "add_embedding.linear_1"),
         ("label_emb.0.2", "add_embedding.linear_2"),
+        ("label_emb.0.0", "class_embedding.linear_1"),
+        ("label_emb.0.2", "class_embedding.linear_2"),
     ),
 )
 

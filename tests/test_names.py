@@ -329,6 +329,12 @@ def test_names_that_are_diffusers_names_already_mean_themselves() -> None:
     assert diffusers_targets(layers) == {layer: Target(layer) for layer in layers}
 
 
+@pytest.mark.parametrize("root", ["double_blocks.0.extra", "double_blocks.zero", "double_blocks", "my_double_blocks.0"])
+def test_a_block_number_is_one_number_and_patterns_cover_whole_names(root: str) -> None:
+    layers = {f"{root}.img_attn.qkv": (96, 32)}
+    assert diffusers_targets(layers) == {layer: Target(layer) for layer in layers}
+
+
 def test_both_spellings_of_hunyuan_video_mean_the_same_rows() -> None:
     authors, comfyui = hunyuan_video(48), comfyui_spelling(hunyuan_video(48))
     renamed = dict(zip(authors, comfyui, strict=True))
