@@ -1,0 +1,469 @@
+"""Statistics into scales, and the layers that must compute in full precision.
+
+A reader quantizes a layer's input x as q = round_e4m3(clamp(x / s, ±448)), real = q · s. Given the histogram of |x|:
+
+    absmax       s = margin · absmax / 448. Nothing that was seen is clipped.
+    mse          among s between absmax/448 and 4 times that, the least expected squared error.
+    percentile   s = margin · percentile(|x|) / 448. It clips what lies above; for simulated inputs.
+
+Expected squared error. Within a bin, x counts as uniform over [a, b]. With u = x / s, code values v_k and midpoints
+m_k between them, the error of one u is (u - v_k)² in its cell [m_(k-1), m_k], so F(t) = ∫₀ᵗ (u - v(u))² du is a cubic
+in each cell, and a bin costs s² · (F(b/s) - F(a/s)) / (b/s - a/s) per value: exact, no sampling.
+
+Scaling by 2 moves a histogram by 16 bins and changes nothing else as long as no code is subnormal; so the search tries
+`PHASES` scales per octave for all layers in one matrix product, 1,000 layers in well under a second.
+
+Full precision. E4M3 has a smallest step of 2⁻⁹ · s. A row (token) whose own absmax is under 2⁻⁴ · s keeps at most
+5 bits of range and drowns; one loud token can do that to all others, and the error over the whole tensor hides it. So
+rows are counted: where more than `row_loss_limit` of them are lost, the layer computes in full precision. A layer that
+sees one row per picture (modulation, embedders) costs nothing in full precision, so it does too. A budget, as a share
+of all multiply-adds, is spent on the layers with the worst expected error per multiply-add's worth of harm.
+
+Guards. A scale is float32, finite, > 0. Layers never visited, or seen only as zeros, keep what they have and are named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import fp8
+from .errors import CalibrationError, OptionError
+from .fp8 import E4M3FN
+from .kernels import NONFINITE_BIN
+from .stats import BIN_EDGES, Statistics
+
+Method = Literal["absmax", "mse", "percentile"]
+METHODS: tuple[Method, ...] = ("absmax", "mse", "percentile")
+
+PHASES = 32
+"""Scales per octave that the mse search tries."""
+MSE_OCTAVES = 2
+"""The mse search goes up to 4 times absmax / 448."""
+LOST_ROW = 2.0**-4
+"""A row whose absmax is under this many scales is lost: 5 bits above the smallest code, 2⁻⁹."""
+FLOAT16_SMALLEST_SCALE = 2.0**-15
+"""Below it 1/s overflows where a reader multiplies by the reciprocal in float16."""
+_BINS_PER_OCTAVE = 16
+
+Float = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SolveOptions:
+    """How scales are chosen.
+
+    Attributes:
+        method: see the module's docstring.
+        margin: factor ≥ 1 on the range before it becomes a scale.
+        percentile: for the method of that name, in (0, 100].
+        float16_safe: raise scales to 2⁻¹⁵.
+        row_loss_limit: largest share of lost rows that a layer may have in FP8.
+        one_row_full_precision: whether layers that see one row per picture compute in full precision.
+        full_precision_budget: share of all multiply-adds that may move to full precision for quality.
+        keep: regular expressions; layers in which one is found keep their scale and precision.
+    """
+
+    method: Method = "absmax"
+    margin: float = 1.0
+    percentile: float = 99.9
+    float16_safe: bool = False
+    row_loss_limit: float = 0.01
+    one_row_full_precision: bool = True
+    full_precision_budget: float = 0.0
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise OptionError(f"unknown method {self.method!r}", hint=f"methods: {', '.join(METHODS)}")
+        check_percentile(self.percentile)
+        check_margin(self.margin)
+        for name in ("row_loss_limit", "full_precision_budget"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise OptionError(f"--{name.replace('_', '-')} should be a share between 0 and 1, found {value}")
+        for pattern in self.keep:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise OptionError(f"--keep {pattern!r} is no regular expression: {error}") from None
+
+
+def check_percentile(percentile: float) -> None:
+    """Refuse what is no percentile.
+
+    Raises:
+        OptionError: it is outside (0, 100], or NaN.
+    """
+    if not 0 < percentile <= 100:
+        raise OptionError(f"a percentile should be above 0 and at most 100, found {percentile}")
+
+
+def check_margin(margin: float) -> None:
+    """Refuse a margin that would clip, or is no number.
+
+    Raises:
+        OptionError: it is below 1, infinite or NaN.
+    """
+    if not 1 <= margin < float("inf"):
+        raise OptionError(f"a margin should be at least 1, found {margin}", hint="below 1 clips what was seen")
+
+
+@dataclass(frozen=True)
+class Present:
+    """What a layer has before solving.
+
+    Attributes:
+        scale: its input scale; 1.0 where the file has none.
+        full_precision: whether it computes in full precision.
+        shape: (out, in).
+    """
+
+    scale: float
+    full_precision: bool
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One layer, solved.
+
+    Attributes:
+        layer: its name.
+        source: where the range comes from: "model" (seen while the model ran), "layer" (simulated), "none".
+        range: the largest |x| that the scale must represent, margin excluded; None where nothing was seen.
+        scale_before, scale_after: input scales.
+        full_precision_before, full_precision_after: precision of the matrix product.
+        reason: why the scale or the precision is what it is.
+        sqnr_before_db, sqnr_after_db: expected signal to quantization noise of the input; None where simulated.
+        clipped_before, clipped_after: share of values beyond ±448 s.
+        vanished_before, vanished_after: share of nonzero values that become 0.
+        rows_lost: share of rows under 2⁻⁴ s at the new scale.
+        multiply_adds: out × in × rows seen.
+        conditioning_dependent: its range moves with the magnitude of the (made-up) conditioning.
+    """
+
+    layer: str
+    source: str
+    range: float | None
+    scale_before: float
+    scale_after: float
+    full_precision_before: bool
+    full_precision_after: bool
+    reason: str
+    sqnr_before_db: float | None = None
+    sqnr_after_db: float | None = None
+    clipped_before: float | None = None
+    clipped_after: float | None = None
+    vanished_before: float | None = None
+    vanished_after: float | None = None
+    rows_lost: float | None = None
+    multiply_adds: int = 0
+    conditioning_dependent: bool = False
+
+    @property
+    def changed(self) -> bool:
+        """Whether the file must change for this layer."""
+        return self.scale_after != self.scale_before or self.full_precision_after != self.full_precision_before
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return asdict(self)
+
+
+def final_scale(scale: float, layer: str, *, float16_safe: bool = False) -> float:
+    """A scale as the file will hold it.
+
+    Args:
+        scale: range / 448, > 0.
+        layer: for the message.
+        float16_safe: raise it to 2⁻¹⁵.
+
+    Returns:
+        The float32 value, > 0, as a float.
+
+    Raises:
+        CalibrationError: it is not finite in float32.
+    """
+    value = max(float(np.float32(scale)), float(np.finfo(np.float32).tiny))
+    if float16_safe:
+        value = max(value, FLOAT16_SMALLEST_SCALE)
+    if not np.isfinite(value):
+        raise CalibrationError(f"an input scale of {scale} is not finite in float32", tensor=layer)
+    return value
+
+
+def solve(
+    statistics: Statistics, present: Mapping[str, Present], options: SolveOptions | None = None
+) -> list[LayerResult]:
+    """Choose scale and precision of every layer.
+
+    Args:
+        statistics: of these layers; layers that it lacks count as never visited.
+        present: the FP8 layers of a checkpoint, as they are.
+        options: how.
+
+    Returns:
+        One result per layer of `present`, in its order.
+
+    Raises:
+        CalibrationError: a layer saw NaN or infinite inputs.
+    """
+    options = options or SolveOptions()
+    seen = [name for name in present if name in statistics.layers]
+    chosen = statistics.take(seen)
+    _refuse_nonfinite(chosen)
+    absmax = chosen.absmax.astype(np.float64)
+    before = np.array([present[name].scale for name in seen], np.float64)
+    ranges = chosen.quantiles(options.percentile / 100) if options.method == "percentile" else absmax
+    usable = (ranges > 0) & np.array([not _kept(name, options) for name in seen], bool)
+    scales = np.where(usable, options.margin * ranges / E4M3FN.max, before)
+    if options.method == "mse":
+        scales = np.where(usable, options.margin * _least_error_scales(chosen.histogram, absmax), before)
+    after = np.array(
+        [
+            final_scale(scale, name, float16_safe=options.float16_safe) if use else scale
+            for name, scale, use in zip(seen, scales, usable, strict=True)
+        ],
+        np.float64,
+    )
+    errors = [expected_errors(chosen, values) for values in (before, after)]
+    lost = chosen.rows_below(after * LOST_ROW)
+    results = []
+    numbers = {name: number for number, name in enumerate(seen)}
+    for name, state in present.items():
+        number = numbers.get(name)
+        if number is None or not chosen.visited[number]:
+            results.append(_unchanged(name, state, "never visited: keeps its scale"))
+            continue
+        result = LayerResult(
+            layer=name,
+            source="model",
+            range=float(ranges[number]),
+            scale_before=state.scale,
+            scale_after=float(after[number]),
+            full_precision_before=state.full_precision,
+            full_precision_after=state.full_precision,
+            reason=_scale_reason(options, float(after[number])),
+            sqnr_before_db=float(errors[0].sqnr_db[number]),
+            sqnr_after_db=float(errors[1].sqnr_db[number]),
+            clipped_before=float(errors[0].clipped[number]),
+            clipped_after=float(errors[1].clipped[number]),
+            vanished_before=float(errors[0].vanished[number]),
+            vanished_after=float(errors[1].vanished[number]),
+            rows_lost=float(lost[number]),
+            multiply_adds=int(chosen.rows[number]) * state.shape[0] * state.shape[1],
+        )
+        if _kept(name, options):
+            result = replace(result, reason="kept, as --keep asks")
+        elif absmax[number] == 0:
+            result = replace(result, range=0.0, reason="seen only as zeros: keeps its scale")
+        else:
+            result = _precision(result, bool(chosen.one_row[number]), options)
+        results.append(result)
+    return _spend_budget(results, options)
+
+
+def _unchanged(name: str, state: Present, reason: str) -> LayerResult:
+    return LayerResult(name, "none", None, state.scale, state.scale, state.full_precision, state.full_precision, reason)
+
+
+def _kept(name: str, options: SolveOptions) -> bool:
+    return any(re.search(pattern, name) for pattern in options.keep)
+
+
+def _refuse_nonfinite(statistics: Statistics) -> None:
+    broken = np.flatnonzero(statistics.nonfinite > 0)
+    if len(broken):
+        name = statistics.names[broken[0]]
+        count = int(statistics.nonfinite[broken[0]])
+        raise CalibrationError(
+            f"its inputs had {count} NaN or infinite values, in {len(broken)} layers in all",
+            path=statistics.path,
+            tensor=name,
+            hint="the model or its inputs are broken; compute in bfloat16 or float32, not float16",
+        )
+
+
+def _scale_reason(options: SolveOptions, scale: float) -> str:
+    reason = {"absmax": "absmax", "mse": "least squared error", "percentile": f"percentile {options.percentile:g}"}[
+        options.method
+    ]
+    if options.margin != 1:
+        reason += f" × {options.margin:g}"
+    if scale < FLOAT16_SMALLEST_SCALE:
+        reason += "; too small for readers that divide in float16 (--float16-safe)"
+    return reason
+
+
+def _precision(result: LayerResult, one_row: bool, options: SolveOptions) -> LayerResult:
+    """The precision that a layer's own rows ask for."""
+    lost = result.rows_lost or 0.0
+    if lost > options.row_loss_limit:
+        reason = f"full precision: {lost:.1%} of its rows would be lost"
+    elif one_row and options.one_row_full_precision:
+        reason = "full precision: one row per picture, which costs nothing"
+    else:
+        return result
+    return replace(result, full_precision_after=True, reason=reason)
+
+
+def _spend_budget(results: Sequence[LayerResult], options: SolveOptions) -> list[LayerResult]:
+    """Move the layers of the worst expected error to full precision while the budget lasts."""
+    total = sum(result.multiply_adds for result in results)
+    left = options.full_precision_budget * total
+    worst = sorted(
+        (result for result in results if not result.full_precision_after and result.sqnr_after_db is not None),
+        key=lambda result: (result.sqnr_after_db or 0.0, result.layer),
+    )
+    bought = set()
+    for result in worst:
+        if result.multiply_adds <= left and not _kept(result.layer, options):
+            bought.add(result.layer)
+            left -= result.multiply_adds
+    return [
+        replace(result, full_precision_after=True, reason="full precision: among the worst that the budget covers")
+        if result.layer in bought
+        else result
+        for result in results
+    ]
+
+
+@dataclass(frozen=True)
+class ExpectedErrors:
+    """What quantizing at given scales costs, per layer [L].
+
+    Attributes:
+        mean_square: expected squared error per value.
+        sqnr_db: 10 log10(mean x² / mean_square); infinite where nothing was seen.
+        clipped: share of values beyond ±448 s.
+        vanished: share of nonzero values under half the smallest code.
+    """
+
+    mean_square: Float
+    sqnr_db: Float
+    clipped: Float
+    vanished: Float
+
+
+def expected_errors(statistics: Statistics, scales: Float) -> ExpectedErrors:
+    """Expected error of quantizing each layer's inputs at a scale.
+
+    Args:
+        statistics: of L layers.
+        scales: [L], > 0.
+
+    Returns:
+        The errors.
+    """
+    count = np.maximum(statistics.count, 1).astype(np.float64)
+    error = np.zeros(len(scales))
+    clipped = np.zeros(len(scales))
+    vanished = np.zeros(len(scales))
+    for number, scale in enumerate(scales):
+        counts = statistics.histogram[number, :NONFINITE_BIN]
+        used = np.flatnonzero(counts)
+        if not len(used):
+            continue
+        weights = counts[used].astype(np.float64)
+        low, high = BIN_EDGES[used] / scale, BIN_EDGES[used + 1] / scale
+        # No value lies above absmax, so the last bin ends there.
+        high = np.minimum(high, max(float(statistics.absmax[number]) / scale, float(np.nextafter(low[-1], np.inf))))
+        error[number] = scale * scale * float(np.sum(weights * _mean_error(low, high)))
+        clipped[number] = float(np.sum(weights * _share_above(low, high, E4M3FN.max)))
+        half = E4M3FN.smallest_subnormal / 2
+        below = float(np.sum(weights * (1 - _share_above(low, high, half))))
+        vanished[number] = max(below - float(statistics.zeros[number]), 0.0)
+    signal = statistics.sum_of_squares
+    mean_square = error / count
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sqnr_db = 10 * np.log10(np.where(signal > 0, signal / np.maximum(error, 1e-300), np.inf))
+    return ExpectedErrors(mean_square, sqnr_db, clipped / count, vanished / count)
+
+
+def _share_above(low: Float, high: Float, limit: float) -> Float:
+    """Share of a uniform variable on [low, high] that lies above a limit."""
+    share: Float = np.clip((high - limit) / np.maximum(high - low, 1e-300), 0.0, 1.0)
+    return share
+
+
+@cache
+def _cells() -> tuple[Float, Float, Float]:
+    """Code values v [n], midpoints m [n - 1], and F at the lower end of each code's cell [n]."""
+    codes = fp8.values(E4M3FN)[:0x7F].astype(np.float64)
+    midpoints = (codes[1:] + codes[:-1]) / 2
+    lower = np.concatenate([[0.0], midpoints])
+    inside = ((midpoints - codes[:-1]) ** 3 - (lower[:-1] - codes[:-1]) ** 3) / 3
+    return codes, midpoints, np.concatenate([[0.0], np.cumsum(inside)])
+
+
+def _mean_error(low: Float, high: Float) -> Float:
+    """Mean squared error of quantizing u uniform on [low, high], with 0 ≤ low < high, scale 1.
+
+    Differences of F lose digits where a bin is far narrower than its distance from 0, so a bin that lies within one
+    cell is integrated by itself.
+    """
+    codes, midpoints, cumulative = _cells()
+    first = np.searchsorted(midpoints, low, side="right")
+    last = np.searchsorted(midpoints, high, side="left")
+    near, far = low - codes[first], high - codes[last]
+    within = (near * near + near * far + far * far) / 3  # mean of (u - v)² over one cell
+    lower = np.concatenate([[0.0], midpoints])
+    area = (
+        cumulative[last]
+        - cumulative[first]
+        + (far**3 - (lower[last] - codes[last]) ** 3) / 3
+        - (near**3 - (lower[first] - codes[first]) ** 3) / 3
+    )
+    across = np.maximum(area, 0.0) / np.maximum(high - low, 1e-300)
+    mean: Float = np.where(first == last, within, across)
+    return mean
+
+
+def _least_error_scales(histogram: NDArray[np.int64], absmax: Float) -> Float:
+    """Per layer the scale of least expected squared error in [absmax / 448, 4 · absmax / 448].
+
+    Candidates are absmax / 448 itself and 2^(k / PHASES). One table holds the mean error of each bin at the PHASES
+    scales of one octave; other octaves are the same table with the histogram moved by 16 bins per octave.
+    """
+    edges = BIN_EDGES
+    scales = np.exp2(np.arange(PHASES) / PHASES)
+    table = np.stack([s * s * _mean_error(edges[:-1] / s, edges[1:] / s) for s in scales])
+    best = absmax / E4M3FN.max
+    counts = histogram[:, :NONFINITE_BIN].astype(np.float64)
+    for number in np.flatnonzero(absmax > 0):
+        start = absmax[number] / E4M3FN.max
+        octave = int(np.floor(np.log2(start)))
+        errors, candidates = [], []
+        for step in range(MSE_OCTAVES + 1):
+            shift = (octave + step) * _BINS_PER_OCTAVE
+            moved = _shifted(counts[number], shift)
+            errors.append(table @ moved * 4.0 ** (octave + step))
+            candidates.append(scales * 2.0 ** (octave + step))
+        error, scale = np.concatenate(errors), np.concatenate(candidates)
+        inside = (scale >= start) & (scale <= start * 2**MSE_OCTAVES)
+        used = np.flatnonzero(counts[number])
+        present = _mean_error(edges[used] / start, np.minimum(edges[used + 1] / start, E4M3FN.max * (1 + 1e-9)))
+        present_error = start * start * float(np.sum(counts[number, used] * present))
+        if inside.any():
+            least = int(np.argmin(np.where(inside, error, np.inf)))
+            if error[least] < present_error:
+                best[number] = scale[least]
+    return best
+
+
+def _shifted(counts: Float, shift: int) -> Float:
+    """A histogram of x / 2^(shift / 16): bins move down by `shift`; what leaves at the lower end gathers in bin 0."""
+    moved = np.zeros_like(counts)
+    if shift >= 0:
+        moved[: len(counts) - shift] = counts[shift:]
+        moved[0] += counts[:shift].sum()
+    else:
+        moved[-shift:] = counts[:shift]
+    return moved
