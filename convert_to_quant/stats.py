@@ -100,7 +100,7 @@ class Statistics:
         rows: rows it saw.
         rows_per_sample: the most rows that one call held for one sample of its batch; 1 for layers that see one row
             per picture (modulation, time and vector embedders), 0 for layers that never ran.
-        histogram: values per bin of |x|; infinities and NaN from `NONFINITE_BIN` on.
+        histogram: values per bin of |x|; infinities and NaN in `NONFINITE_BIN`.
         row_histogram: rows per bin of the row's absmax over its finite values.
         samples: pictures (or whatever the engine draws) that the model ran for.
         provenance: facts about the run, each a sorted set of texts, so that merging is a union: "tool", "engine",
@@ -195,8 +195,7 @@ class Statistics:
     @property
     def nonfinite(self) -> NDArray[np.int64]:
         """Infinities and NaN seen, [L]. They are part of no other number but `histogram`."""
-        total: NDArray[np.int64] = self.histogram[:, NONFINITE_BIN:].sum(1)
-        return total
+        return self.histogram[:, NONFINITE_BIN]
 
     @cached_property
     def sum(self) -> NDArray[np.float64]:

@@ -8,8 +8,8 @@ statistics made of them (`stats.py`, numpy only), agree on. It imports no torch.
 Bins. The bin of x is the 12 highest bits of its float32 pattern after the sign, `(bits & 0x7FFFFFFF) >> 19`. These are
 the bfloat16 bits of |x| without the sign, shifted right by 3, where float32 becomes bfloat16 by truncation: float32,
 float16 and bfloat16 inputs put the same value into the same bin, and bin edges are exact. Bins grow with |x|: 16 equal
-steps per octave from 2^-126 on; bin 0 holds zeros and all that is under 2^-130. Bins from `NONFINITE_BIN` on hold
-infinities and NaN, which count nowhere else.
+steps per octave from 2^-126 on; bin 0 holds zeros and all that is under 2^-130. Bin `NONFINITE_BIN` holds infinities
+and NaN, which count nowhere else; the bins after it stay empty.
 
 Sums. Float sums depend on their order, and statistics must not: merging runs in any order, or adding from many thread
 blocks at once, has to give the same bits. So partial sums (one per call in the reference, one per block of rows in the
@@ -20,6 +20,7 @@ leaves room for 2^31 partial sums before a carry is needed.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 BINS = 4096
 NONFINITE_BIN = 0x7F800000 >> 19
-"""First bin of infinities and NaN."""
+"""The bin of infinities and NaN; finite values have smaller ones."""
 
 SIGMA_BINS = 8
 """Bin i holds noise levels in (i / 8, (i + 1) / 8]; level 0 belongs to bin 0."""
@@ -53,4 +54,19 @@ def accumulate(totals: Totals, slot: int, sigma_bin: Tensor, x: Tensor) -> None:
     """
     from . import reference
 
-    reference.accumulate(totals, slot, sigma_bin, x)
+    if x.is_cuda and _triton_works():
+        from . import triton
+
+        triton.accumulate(totals, slot, sigma_bin, x)
+    else:
+        reference.accumulate(totals, slot, sigma_bin, x)
+
+
+@cache
+def _triton_works() -> bool:
+    """Whether Triton is installed, can compile here, and measures what the reference measures. Found out once."""
+    try:
+        from . import triton
+    except ImportError:
+        return False
+    return triton.works()

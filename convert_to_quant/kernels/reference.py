@@ -38,7 +38,7 @@ class Observation(NamedTuple):
     zeros: Tensor
     """Number of values that are 0 or -0, int64, shape ()."""
     histogram: Tensor
-    """Values per bin of |x|, int64 [BINS]; infinities and NaN from NONFINITE_BIN on."""
+    """Values per bin of |x|, int64 [BINS]; infinities and NaN in NONFINITE_BIN."""
     row_histogram: Tensor
     """Rows per bin of the row's absmax over its finite values, int64 [BINS]."""
 
@@ -84,6 +84,14 @@ def _observe_rows(rows_RI: Tensor) -> Observation:
 
 
 def _count_bins(bits: Tensor) -> Tensor:
+    """Histogram of non-negative float32 patterns, int64 [BINS]; all above the finite ones in NONFINITE_BIN."""
+    counts = _count_upper(bits)
+    counts[NONFINITE_BIN] = counts[NONFINITE_BIN:].sum()
+    counts[NONFINITE_BIN + 1 :] = 0
+    return counts
+
+
+def _count_upper(bits: Tensor) -> Tensor:
     """Histogram of non-negative float32 patterns, int64 [BINS], without waiting for the device."""
     if bits.is_cuda:  # torch.bincount would read the largest bin back; histc of integers counts exactly
         return torch.histc((bits >> 19).flatten(), BINS, 0, BINS).to(torch.int64)
@@ -118,7 +126,7 @@ class Totals:
             self.histogram = torch.zeros(slots, BINS, dtype=torch.int64, device=device)
             self.row_histogram = torch.zeros(slots, BINS, dtype=torch.int64, device=device)
             self.sigma_numbers = torch.arange(columns, device=device)
-            self._per_unit = torch.tensor(
+            self.per_unit = torch.tensor(
                 [2.0 ** -(LOWEST_EXPONENT + DIGIT_BITS * number) for number in range(DIGITS + 1)],
                 dtype=torch.float64,
                 device=device,
@@ -129,7 +137,7 @@ class Totals:
 
         Each step is exact: division by a power of two, truncation, and a difference that fits into 32 bits.
         """
-        whole = torch.trunc(value * self._per_unit)
+        whole = torch.trunc(value * self.per_unit)
         return (whole[:-1] - whole[1:] * 2.0**DIGIT_BITS).to(torch.int64)
 
 

@@ -1,0 +1,177 @@
+"""The Triton kernel that measures a layer's input, against its definition in torch and against a copy of the input.
+
+First both measure inputs of many shapes, dtypes, strides and special values: counts, histograms and absmax must be
+equal, sums close. Then they are timed on the inputs of Flux.1's linear layers (4,096 + 512 tokens). The kernel reads x
+once, so its limit is the bandwidth of reading; a device-to-device copy reads and writes, and its bytes per second are
+the yardstick. Each timing is on the device's clock, after a write of 512 MiB has put x out of the L2 cache.
+
+    python benchmarks/recorder_kernel.py [--repeats 30] [--sweep]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from convert_to_quant.kernels import reference
+from convert_to_quant.kernels import triton as kernel
+from convert_to_quant.kernels.reference import Totals
+
+EXACT = ("sigma_absmax", "sigma_count", "zeros", "histogram", "row_histogram")
+LAYERS = ((4608, 3072), (4608, 12288), (4608, 15360), (4096, 5120), (4608, 2560), (512, 3072), (1, 3072))
+
+
+def cases() -> Iterator[tuple[str, Tensor]]:
+    """Inputs to agree on."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(1, 1), (1, 3072), (7,), (3, 100), (4, 64, 128), (2, 5, 3, 384), (4608, 3072), (33, 15360), (257, 1000)]
+    for dtype, shape in itertools.product((torch.bfloat16, torch.float16, torch.float32, torch.float64), shapes):
+        values = torch.randn(shape, generator=generator, device="cuda", dtype=torch.float32)
+        yield f"{dtype} {shape}", (values * torch.rand_like(values).sub(0.5).mul(8).exp()).to(dtype)
+    x = torch.randn(6, 70, 512, generator=generator, device="cuda")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        y = x.to(dtype)
+        yield f"{dtype} middle rows", y[:, 3:60]
+        yield f"{dtype} every other row", y[:, ::2]
+        yield f"{dtype} odd columns", y[..., 1:500]
+        yield f"{dtype} every other column", y[..., ::2]
+        yield f"{dtype} transposed", y.transpose(1, 2)
+        yield f"{dtype} batch and rows swapped", y.transpose(0, 1)
+        yield f"{dtype} expanded", y[:1].expand(5, 70, 512)
+    for name, dtype, integer in (("bfloat16", torch.bfloat16, torch.int16), ("float16", torch.float16, torch.int16)):
+        patterns = torch.arange(-(1 << 15), 1 << 15, device="cuda").to(integer)
+        yield f"every {name}", patterns.view(dtype).reshape(64, 1024)
+    bits = torch.randint(-(1 << 31), 1 << 31, (512, 1024), generator=generator, device="cuda").to(torch.int32)
+    yield "random float32 patterns", bits.view(torch.float32)
+    for scale in (1e-38, 1e-30, 1e-12, 1e15, 1e30):
+        yield f"float32 around {scale}", x[0] * scale
+    for value in (0.0, -0.0, 1.0, float("inf"), float("nan"), 1e-45):
+        yield f"all {value}", torch.full((64, 1024), value, device="cuda")
+
+
+def check(x: Tensor) -> float:
+    """Assert that both agree on x, and return how far their sums of squares are apart, relative."""
+    totals = [Totals(3, x.device) for _ in range(2)]
+    for total, accumulate in zip(totals, (kernel.accumulate, reference.accumulate), strict=True):
+        for sigma in (2, 8):
+            accumulate(total, 1, total.sigma_numbers[sigma : sigma + 1], x)
+    ours, theirs = totals
+    for name in EXACT:
+        a, b = getattr(ours, name), getattr(theirs, name)
+        if not torch.equal(a, b):
+            where = (a != b).nonzero()[:5].tolist()
+            raise AssertionError(
+                f"{name} differs at {where}: {[(a[tuple(i)].item(), b[tuple(i)].item()) for i in where]}"
+            )
+    unit = 1 / ours.per_unit[:-1]
+    squares = [(total.sigma_square_digits[1].sum(0).double() * unit).sum().item() for total in totals]
+    sums = [(total.sum_digits[1].double() * unit).sum().item() for total in totals]
+    size = 2 * x.double().nan_to_num(0, 0, 0).abs().sum().item()
+    assert abs(sums[0] - sums[1]) <= 1e-5 * size, (sums, size)
+    difference = abs(squares[0] - squares[1]) / max(squares[1], 1e-300)
+    assert difference < 1e-5, squares
+    return difference
+
+
+def seconds(work: Callable[[], object], repeats: int, flush: Tensor) -> list[float]:
+    """Time on the device of each of several runs, x out of its cache."""
+    times = []
+    for _ in range(repeats + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        begin.record()
+        work()
+        end.record()
+        times.append((begin, end))
+    torch.cuda.synchronize()
+    return sorted(begin.elapsed_time(end) / 1e3 for begin, end in times[3:])
+
+
+def inputs(rows: int, columns: int) -> dict[str, Tensor]:
+    """Inputs of three kinds: even, with a long tail and many zeros as after a GELU, and one value only."""
+    x = torch.randn(rows, columns, device="cuda")
+    return {
+        "normal": x.bfloat16(),
+        "gelu": torch.nn.functional.gelu(4 * x).bfloat16(),
+        "constant": torch.ones_like(x).bfloat16(),
+    }
+
+
+def measure(x: Tensor, repeats: int, flush: Tensor) -> tuple[list[float], list[float], list[float], float]:
+    """Times of kernel, copy and definition, alternating in one run, and the host's time per call."""
+    totals = Totals(2, x.device)
+    sigma = totals.sigma_numbers[2:3]
+    target = torch.empty_like(x)
+    runs: list[list[float]] = [[], [], []]
+    for _ in range(3):
+        runs[0] += seconds(lambda: kernel.accumulate(totals, 1, sigma, x), repeats // 3, flush)
+        runs[1] += seconds(lambda: target.copy_(x), repeats // 3, flush)
+        runs[2] += seconds(lambda: reference.accumulate(totals, 1, sigma, x), max(1, repeats // 10), flush)
+    begin = time.perf_counter()
+    for _ in range(50):
+        kernel.accumulate(totals, 1, sigma, x)
+    host = (time.perf_counter() - begin) / 50
+    torch.cuda.synchronize()
+    return sorted(runs[0]), sorted(runs[1]), sorted(runs[2]), host
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--sweep", action="store_true", help="also try other tile sizes")
+    options = parser.parse_args()
+
+    device = torch.cuda.get_device_properties(0)
+    print(f"{device.name}, {device.multi_processor_count} multiprocessors, torch {torch.__version__}, ", end="")
+    print(f"triton {kernel.triton.__version__}; the kernel works here: {kernel.works()}")
+    worst, number = 0.0, 0
+    for name, x in cases():
+        try:
+            worst = max(worst, check(x))
+        except AssertionError as error:
+            raise SystemExit(f"disagreement on {name}: {error}") from error
+        number += 1
+    print(f"agreement: counts, histograms and absmax equal on {number} inputs; sums of squares within {worst:.1e}")
+
+    flush = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+    print("\nrows  columns  values    kernel us (max)    GB/s  of copy   copy us   torch us   host us")
+    for rows, columns in LAYERS:
+        for kind, x in inputs(rows, columns).items():
+            ours, copy, definition, host = measure(x, options.repeats, flush)
+            ours_s, copy_s, definition_s = (statistics.median(times) for times in (ours, copy, definition))
+            share = x.nbytes / ours_s / (2 * x.nbytes / copy_s)
+            print(
+                f"{rows:4} {columns:8}  {kind:8} {ours_s * 1e6:10.1f} ({ours[-1] * 1e6:5.1f})"
+                f" {x.nbytes / ours_s / 1e9:7.0f}  {share:6.0%}"
+                f" {copy_s * 1e6:9.1f} {definition_s * 1e6:10.1f} {host * 1e6:9.1f}"
+            )
+            if kind == "normal" and rows * columns < 1 << 20:
+                break
+    if options.sweep:
+        sweep(options.repeats, flush)
+
+
+def sweep(repeats: int, flush: Tensor) -> None:
+    """Other tiles: the columns are microseconds on two of the layers."""
+    big = [inputs(*shape)["normal"] for shape in ((4608, 3072), (4608, 15360))]
+    print("\nvalues per tile, warps, programs per multiprocessor: us at 3072, us at 15360")
+    for tile, warps, programs in itertools.product((2048, 4096, 8192), (2, 4, 8), (2, 3, 4, 6, 8)):
+        if not 512 <= tile // warps <= 2048:
+            continue
+        kernel.TILE, kernel.WARPS, kernel.PROGRAMS_PER_MULTIPROCESSOR = tile, warps, programs
+        figures = []
+        for x in big:
+            totals = Totals(1, x.device)
+            times = seconds(lambda t=totals, y=x: kernel.accumulate(t, 0, t.sigma_numbers[:1], y), repeats // 2, flush)
+            figures.append(statistics.median(times) * 1e6)
+        print(f"{tile:5} {warps:2} {programs:2}: " + ", ".join(f"{figure:6.1f}" for figure in figures))
+
+
+if __name__ == "__main__":
+    main()
