@@ -33,6 +33,9 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library refuses longer headers; so a file that has one is of no use to anybody."""
 
+MAX_DIMENSIONS = 32
+"""numpy 1 has no arrays of more."""
+
 METADATA_KEY = "__metadata__"
 
 
@@ -143,12 +146,16 @@ def parse_header(text: bytes, file_bytes: int, path: Path) -> Header:
         fields = json.loads(text.decode("utf-8"), object_pairs_hook=_reject_duplicates)
     except _DuplicateKeyError as error:
         raise HeaderError("the header names this key twice", path=path, tensor=str(error)) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5,000 digits, nested too deeply
         raise HeaderError(f"not a safetensors file: the header is not JSON ({error})", path=path) from None
 
-    metadata = fields.pop(METADATA_KEY, None) or {}
+    metadata = fields.pop(METADATA_KEY, None)
+    metadata = {} if metadata is None else metadata
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise HeaderError(f"{METADATA_KEY} must map strings to strings", path=path)
+    for word in (*fields, *metadata, *metadata.values()):
+        if not is_text(word):
+            raise HeaderError(f"not Unicode text: {word!a} has half a surrogate pair", path=path)
 
     data_start = LENGTH_BYTES + len(text)
     data_bytes = file_bytes - data_start
@@ -173,8 +180,13 @@ def parse_header(text: bytes, file_bytes: int, path: Path) -> Header:
     return Header({info.name: info for info in infos}, metadata, data_start, data_bytes)
 
 
+def is_text(word: str) -> bool:
+    """Whether a string can be written again: JSON can spell half a surrogate pair, which is no character."""
+    return word.isascii() or not any("\ud800" <= character <= "\udfff" for character in word)
+
+
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _tensor_info(name: str, entry: object, path: Path) -> TensorInfo:
@@ -193,9 +205,15 @@ def _tensor_info(name: str, entry: object, path: Path) -> TensorInfo:
         raise fail(f"unknown dtype {dtype!r}")
     if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
         raise fail(f"its shape should be a list of sizes, found {shape!r}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise fail(f"it has {len(shape)} dimensions, and at most {MAX_DIMENSIONS} can be read")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
         raise fail(f"its data_offsets should be two byte positions, found {offsets!r}")
     start, stop = offsets
+    if stop < start:
+        raise fail(f"its data_offsets end before they start: {offsets!r}")
+    if math.prod(size for size in shape if size) * DTYPE_BITS[dtype] >= 1 << 63:
+        raise fail(f"no memory holds a tensor of shape {shape}")
     expected = tensor_nbytes(dtype, shape)
     if expected is None:
         raise fail(f"shape {shape} of {dtype} does not fill whole bytes")

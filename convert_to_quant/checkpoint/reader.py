@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 
 from ..errors import CheckpointError, HeaderError, PickleError, StrPath, TensorError
 from ..fp8 import BY_SAFETENSORS_DTYPE, decode, widen_bfloat16
-from .header import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
+from .header import LENGTH_BYTES, Header, TensorInfo, header_length, is_text, parse_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 PICKLE_BEGINNINGS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-"""A torch.save archive is a zip file; older ones are bare pickles of protocol 2 to 5."""
+"""A torch.save archive is a zip file; older ones are bare pickles of protocol 2 to 5.
+
+A safetensors header of 640 bytes begins with \\x80\\x02 as well, so the byte after the length decides: `{` there."""
 
 BIT_DTYPES: dict[str, Any] = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
@@ -37,24 +39,29 @@ BIT_DTYPES: dict[str, Any] = {
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64", *BY_SAFETENSORS_DTYPE})
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, place: Path | None = None) -> Header:
     """Read and check the header of one safetensors file.
+
+    Args:
+        path: the file, for messages.
+        place: where its bytes are, if not under its name: a file that is still being written has none.
 
     Raises:
         CheckpointError: it cannot be read, is a pickle, or its header is wrong.
     """
     try:
-        with path.open("rb") as file:
+        with (place or path).open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
-            beginning = file.read(LENGTH_BYTES)
-            if path.suffix.lower() in PICKLE_SUFFIXES or beginning.startswith(PICKLE_BEGINNINGS):
+            beginning, brace = file.read(LENGTH_BYTES), file.read(1)
+            pickled = beginning.startswith(PICKLE_BEGINNINGS) and brace != b"{"
+            if pickled or path.suffix.lower() in PICKLE_SUFFIXES:
                 raise PickleError(
                     "a pickled checkpoint; opening one runs the code in it, so it was not opened",
                     path=path,
                     hint="convert it to safetensors in a sandbox first",
                 )
             length = header_length(beginning, file_bytes, path)
-            return parse_header(file.read(length), file_bytes, path)
+            return parse_header((brace + file.read(length))[:length], file_bytes, path)
     except FileNotFoundError:
         raise CheckpointError("no such file", path=path) from None
     except IsADirectoryError:
@@ -64,18 +71,24 @@ def read_header(path: Path) -> Header:
 
 
 class CheckpointFile:
-    """One open safetensors file: its checked header and its mapped bytes."""
+    """One open safetensors file: its checked header and its mapped bytes.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file, for messages too.
+        place: where its bytes are, if not under its name.
+    """
+
+    def __init__(self, path: Path, place: Path | None = None) -> None:
         self.path = path
-        self.header = read_header(path)
+        self.place = place or path
+        self.header = read_header(path, place)
         self._map: mmap.mmap | None = None
 
     def mapped(self) -> mmap.mmap:
         """The whole file, mapped read-only on first use."""
         if self._map is None:
             try:
-                with self.path.open("rb") as file:
+                with self.place.open("rb") as file:
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except OSError as error:
                 raise CheckpointError(f"cannot be mapped: {error.strerror}", path=self.path) from None
@@ -210,13 +223,14 @@ def to_float32(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
         dtype: one of `FLOAT_DTYPES`.
 
     Returns:
-        A fresh float32 array of the same shape; float64 rounds to nearest.
+        A fresh float32 array of the same shape; float64 rounds to nearest, and to infinity beyond float32.
     """
     if dtype == "BF16":
         return widen_bfloat16(bits)
     if dtype in BY_SAFETENSORS_DTYPE:
         return decode(bits, BY_SAFETENSORS_DTYPE[dtype])
-    return bits.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond float32; signalling NaNs
+        return bits.astype(np.float32)
 
 
 def open_checkpoint(path: StrPath) -> Checkpoint:
@@ -239,13 +253,18 @@ def open_checkpoint(path: StrPath) -> Checkpoint:
     weight_map = _read_index(path)
     shard_names = list(dict.fromkeys(weight_map.values()))
     for shard in shard_names:
-        if not shard or Path(shard).name != shard:
-            raise CheckpointError(f"names a shard outside its own folder: {shard!r}", path=path)
+        if not is_file_name(shard):
+            raise CheckpointError(f"its shards should be files in its own folder, found {shard!r}", path=path)
     checkpoint = Checkpoint(path, [CheckpointFile(path.parent / shard) for shard in shard_names], sharded=True)
     for name, shard in weight_map.items():
-        if name not in checkpoint.tensors:
+        if name not in checkpoint or checkpoint.path_of(name).name != shard:
             raise CheckpointError(f"the index places it in {shard}, which does not hold it", path=path, tensor=name)
     return checkpoint
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name that a file gives leads to its own folder: no path, no "..", nothing that no disk can store."""
+    return name not in ("", "..") and Path(name).name == name and "\0" not in name and is_text(name)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -256,7 +275,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError("no such file", path=path) from None
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not a shard index: it is not JSON ({error})", path=path) from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
