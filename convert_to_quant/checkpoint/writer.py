@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import OutputError, StrPath
+from ..errors import CheckpointError, OutputError, StrPath
 from .header import DTYPE_BITS, TensorInfo, serialize_header, tensor_nbytes
-from .reader import BIT_DTYPES, INDEX_SUFFIX, Checkpoint
+from .reader import BIT_DTYPES, INDEX_SUFFIX, Checkpoint, CheckpointFile
 
 UNNAMED = Path("/proc/self/fd")
 """Where Linux shows open files; a file made with O_TMPFILE gets its name from its entry there."""
@@ -86,16 +86,22 @@ class PendingFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._temporary: Path | None = None
-        if path.is_dir():
-            raise OutputError("cannot be written: it is a folder", path=path)
         try:
+            if path.is_dir():
+                raise OutputError("cannot be written: it is a folder", path=path)
             self.fd = self._open()
         except OSError as error:
             raise _output_error(error, path) from None
 
     def _open(self) -> int:
+        mode = self.path.stat().st_mode & 0o777 if self.path.exists() else None
+        fd = self._open_new(0o666 if mode is None else mode)
+        if mode is not None and hasattr(os, "fchmod"):
+            os.fchmod(fd, mode)  # an overwritten file keeps its permissions, whatever the umask
+        return fd
+
+    def _open_new(self, mode: int) -> int:
         folder = self.path.parent
-        mode = 0o666 if not self.path.exists() else self.path.stat().st_mode & 0o777
         if hasattr(os, "O_TMPFILE") and folder.is_dir() and UNNAMED.is_dir():
             try:
                 return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)
@@ -107,6 +113,11 @@ class PendingFile:
 
     def _sibling(self) -> Path:
         return self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+
+    @property
+    def place(self) -> Path:
+        """Where the bytes can be read before the file has its name."""
+        return self._temporary or UNNAMED / str(self.fd)
 
     def write(self, offset: int, buffer: Any) -> None:
         """Write all of a buffer at a byte offset. Safe from several threads.
@@ -138,6 +149,17 @@ class PendingFile:
                 raise OutputError("cannot be written: the input became shorter meanwhile", path=self.path)
             source_offset, offset, count = source_offset + copied, offset + copied, count - copied
 
+    def sync(self) -> None:
+        """Put the bytes on the disk.
+
+        Raises:
+            OutputError: the disk is full, or another system error.
+        """
+        try:
+            os.fsync(self.fd)
+        except OSError as error:
+            raise _output_error(error, self.path) from None
+
     def commit(self) -> None:
         """Put the bytes on the disk and give the file its name, replacing an older file of that name.
 
@@ -145,7 +167,7 @@ class PendingFile:
             OutputError: the system refused.
         """
         try:
-            os.fsync(self.fd)
+            self.sync()
             if self._temporary is None:
                 try:
                     _name_unnamed(self.fd, self.path)
@@ -246,7 +268,8 @@ class Entry:
             dtype: safetensors' spelling; by default the one that has the array's own dtype.
         """
         if dtype is None:
-            dtype = next(name for name, numpy_dtype in BIT_DTYPES.items() if np.dtype(numpy_dtype) == array.dtype)
+            dtype = next((name for name, known in BIT_DTYPES.items() if np.dtype(known) == array.dtype), "none")
+        assert dtype in DTYPE_BITS, f"safetensors has no {array.dtype}"
         assert DTYPE_BITS[dtype] == array.dtype.itemsize * 8, f"{array.dtype} holds no {dtype}"
         return Entry(Spec(dtype, array.shape), np.ascontiguousarray(array).tobytes())
 
@@ -270,10 +293,9 @@ class _OutputFile:
         header = serialize_header(infos, metadata)
         self.data_start = len(header)
         self.written = dict.fromkeys(self.infos, 0)
-        total_bytes = self.data_start + (infos[-1].stop if infos else 0)
+        self.total_bytes = self.data_start + (infos[-1].stop if infos else 0)
         self.pending = PendingFile(path)
         try:
-            _check_room(path, total_bytes)
             self.pending.write(0, header)
         except BaseException:
             self.pending.discard()
@@ -281,12 +303,12 @@ class _OutputFile:
 
 
 def _check_room(path: Path, needed_bytes: int) -> None:
-    """Refuse early what the disk cannot hold."""
+    """Refuse early what the disk cannot hold, where the system knows."""
     if not hasattr(os, "statvfs"):
         return
     disk = os.statvfs(path.parent)
     free_bytes = disk.f_bavail * disk.f_frsize
-    if free_bytes < needed_bytes:
+    if disk.f_blocks and free_bytes < needed_bytes:  # some network drives say 0 blocks for "unknown"
         raise OutputError(
             f"cannot be written: it needs {needed_bytes / 1e9:.2f} GB and the disk has {free_bytes / 1e9:.2f} GB free",
             path=path,
@@ -320,6 +342,8 @@ class CheckpointWriter:
                 self._files.append(_OutputFile(path, specs, metadata))
                 for name in specs:
                     self._file_of[name] = self._files[-1]
+            if self._files:
+                _check_room(self._files[0].pending.path, sum(file.total_bytes for file in self._files))
         except BaseException:
             self._discard()
             raise
@@ -378,17 +402,38 @@ class CheckpointWriter:
             runs.append((start, file.data_start + info.start, info.nbytes))
             self._count(file, name, info.nbytes)
         for (source_path, file_number), runs in by_file.items():
-            source_fd = os.open(source_path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            try:
+                source_fd = os.open(source_path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            except OSError as error:
+                raise CheckpointError(f"cannot be read any more: {error.strerror}", path=source_path) from None
             try:
                 for start, offset, nbytes in _joined(runs):
                     self._files[file_number].pending.copy(source_fd, start, offset, nbytes)
             finally:
                 os.close(source_fd)
 
+    def reopen(self) -> Checkpoint:
+        """The output as a checkpoint, when all its tensors have been written but before it is committed."""
+        path = self._index or self._files[0].pending.path
+        files = [CheckpointFile(file.pending.path, file.pending.place) for file in self._files]
+        return Checkpoint(path, files, sharded=self._index is not None)
+
+    def overwrite(self, file: int, offset: int, data: bytes) -> None:
+        """Change bytes that were written already.
+
+        Args:
+            file: number of the file, as in `reopen().files`.
+            offset: byte position in the file, header included.
+            data: what goes there.
+        """
+        self._files[file].pending.write(offset, data)
+
     def _commit(self) -> None:
         for file in self._files:
             for name, info in file.infos.items():
                 assert file.written[name] == info.nbytes, f"{name}: {file.written[name]} of {info.nbytes} bytes written"
+        for file in self._files:  # a disk that fills up late says so here, before any shard has its name
+            file.pending.sync()
         for file in self._files:
             file.pending.commit()
         if self._index is not None:
