@@ -50,6 +50,8 @@ DYNAMIC_FORMATS = frozenset(FP8_FORMATS) - frozenset(FORMATS)
 
 PLAIN_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 SCALE_DTYPES = frozenset({"F32", "F16", "BF16", "F64"})
+BLOCK_EXPONENT_DTYPES = frozenset({"F8_E8M0"})
+"""Scales that are bare exponents: microscaling (OCP MX) formats, one per 32 weights, laid out in tiles."""
 WEIGHT_SCALE_SPELLINGS = (names.WEIGHT_SCALE, names.WEIGHT_SCALE_LEGACY, names.WEIGHT_SCALE_INV)
 INPUT_SCALE_SPELLINGS = (names.INPUT_SCALE, names.INPUT_SCALE_LEGACY)
 BLOCK_SIZE_KEYS = ("block_size", "group_size")
@@ -265,7 +267,7 @@ class _Finder:
         for name, info in tensors.items():
             if name.endswith(names.WEIGHT) and info.shape:
                 self.guard(partial(self.add, name[: -len(names.WEIGHT)], info, header), None)
-        for name in header.keys() - self.used_marks:
+        for name in (name for name in header if name not in self.used_marks):
             table.notes.append(f"{name}: marked as quantized in the header, but it has no weight in the file")
         unmarked = [layer.name for layer in table.quantized.values() if layer.marking == "none"]
         if unmarked:
@@ -295,7 +297,7 @@ class _Finder:
             return {}
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.error(f"not JSON ({error})", names.QUANTIZATION_METADATA) from None
         layers = fields.get("layers") if isinstance(fields, dict) else None
         if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in layers.values()):
@@ -315,7 +317,7 @@ class _Finder:
         raw = self.checkpoint.raw(key).tobytes()
         try:
             config = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise self.error(f"should be JSON, found {raw[:40]!r}", key) from None
         if not isinstance(config, dict):
             raise self.error(f"should be a JSON object, found {raw[:40]!r}", key)
@@ -351,6 +353,8 @@ class _Finder:
             raise self.error(f"its mark names no format: {json.dumps(config)}", name)
         if said is not None and said not in FP8_FORMATS:
             self.table.foreign[name] = ForeignLayer(name, said, weight)
+        elif said is None and weight_scale and self.checkpoint.tensors[weight_scale].dtype in BLOCK_EXPONENT_DTYPES:
+            self.table.foreign[name] = ForeignLayer(name, "mxfp8", weight)
         elif weight.dtype in BY_SAFETENSORS_DTYPE:
             self.add_fp8(Layer(name, weight, BY_SAFETENSORS_DTYPE[weight.dtype], marking, (0, 0), weight_scale,
                                config=config))  # fmt: skip
@@ -474,7 +478,7 @@ def dequantize(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> 
     """
     bits = checkpoint.bits(layer.weight.name)[rows]
     weight_OI = to_float32(bits, layer.weight.dtype)
-    if layer.weight_scale is not None:
+    if layer.weight_scale is not None and weight_OI.size:
         weight_OI *= scales_per_row(checkpoint.float32(layer.weight_scale), layer, rows)
     return weight_OI
 
