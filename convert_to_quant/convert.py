@@ -19,10 +19,11 @@ Work is streamed in chunks straight to the output, layers side by side in thread
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,6 +56,8 @@ RELEASE_BYTES = 1 << 24
 PROVENANCE_KEY = "convert_to_quant"
 """Header entry in which every file that this tool writes says how it was made."""
 
+_LARGEST_BFLOAT16 = 0x7F7F
+_LEAST_SCALE = np.finfo(np.float32).smallest_subnormal
 _BLOCK_SIZES = range(1, 1 << 16)
 
 
@@ -166,11 +169,22 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> Conversi
             + ", ".join(f"{count} in {kind}" for kind, count in counts.items() if count)
         )
     decisions = [_decide(layer, bare, family, options) for layer in table.plain.values()]
-    if table.legacy_marker is not None and not options.legacy and any(decision.quantize for decision in decisions):
-        raise OptionError(
-            "the input is a legacy scaled_fp8 file, and one file cannot hold both spellings", hint="add --legacy"
-        )
+    if any(decision.quantize for decision in decisions):
+        _refuse_two_spellings(checkpoint, table, options)
     return ConversionPlan(table, family, decisions, options, notes)
+
+
+def _refuse_two_spellings(checkpoint: Checkpoint, table: LayerTable, options: ConvertOptions) -> None:
+    """Where a file has both, ComfyUI reads the comfy_quant marks and drops the scales of the legacy layers."""
+    marks = [name for name in checkpoint if name.endswith(names.COMFY_QUANT)]
+    marks += [name for name in checkpoint.metadata if name == names.QUANTIZATION_METADATA]
+    if table.legacy_marker is not None and not options.legacy:
+        problem, hint = "is a legacy scaled_fp8 file", "add --legacy"
+    elif options.legacy and marks:
+        problem, hint = f"marks layers as comfy_quant does ({marks[0]})", "drop --legacy"
+    else:
+        return
+    raise OptionError(f"the input {problem}, and one file cannot hold both spellings", hint=hint)
 
 
 def _choose_family(checkpoint: Checkpoint, bare: dict[str, str], options: ConvertOptions) -> families.Family:
@@ -295,13 +309,27 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> _Output:
         before = checkpoint.metadata.get(names.QUANTIZATION_METADATA)
         before_marks = json.loads(before)["layers"] if before is not None else {}
         output.metadata[names.QUANTIZATION_METADATA] = quantization_metadata({**before_marks, **marks})
-    output.metadata[PROVENANCE_KEY] = provenance(convert=asdict(options) | {"family": plan.family.name})
+    made = provenance(checkpoint.metadata, convert=asdict(options) | {"family": plan.family.name})
+    room_bytes = PROVENANCE_ROOM_BYTES + sum(len(layer.name) + len('"", ') for layer in plan.quantized)
+    output.metadata[PROVENANCE_KEY] = made + " " * room_bytes
     return output
 
 
-def provenance(**steps: Any) -> str:
-    """The header entry that says which tool, with which options, made a file."""
-    return json.dumps({"version": __version__, **steps}, sort_keys=True)
+PROVENANCE_ROOM_BYTES = 1024
+"""Spaces that leave room for a later calibration to say, in place, how it was done; layer names come on top."""
+
+
+def provenance(metadata: Mapping[str, str], **steps: Any) -> str:
+    """The header entry that says which tool, with which options, made a file.
+
+    Args:
+        metadata: of the input, whose own steps are kept unless they are taken anew.
+        **steps: options by step ("convert", "calibrate").
+    """
+    before: Any = {}
+    with contextlib.suppress(ValueError):  # whoever wrote it, it is a remark, not data
+        before = json.loads(metadata.get(PROVENANCE_KEY, "{}"))
+    return json.dumps({**(before if isinstance(before, dict) else {}), **steps, "version": __version__}, sort_keys=True)
 
 
 Progress = Callable[[int], None]
@@ -404,8 +432,7 @@ def _not_finite(checkpoint: Checkpoint, layer: Layer) -> TensorError:
 
 def _scale_of(absmax: NDArray[np.float32]) -> NDArray[np.float32]:
     """Find absmax / 448, and 1 where everything is zero; never one that rounds to zero."""
-    tiny = np.float32(np.finfo(np.float32).smallest_subnormal)
-    scale = np.maximum(absmax.astype(np.float32) / np.float32(E4M3FN.max), tiny)
+    scale = np.maximum(absmax.astype(np.float32) / np.float32(E4M3FN.max), _LEAST_SCALE)
     result: NDArray[np.float32] = np.where(absmax == 0, np.float32(1.0), scale).astype(np.float32)
     return result
 
@@ -416,8 +443,7 @@ def _quantize_by_table(
     """One scale for 16-bit weights: two passes over the file's bits, no arithmetic per weight."""
     dtype = layer.weight.dtype
     bits = checkpoint.bits(layer.weight.name).reshape(-1).view(np.uint16)
-    with np.errstate(invalid="ignore"):  # the patterns include signalling NaNs
-        meanings = to_float32(np.arange(1 << 16, dtype=np.uint16).view(_bit_dtype(dtype)), dtype)
+    meanings = to_float32(np.arange(1 << 16, dtype=np.uint16).view(_bit_dtype(dtype)), dtype)
     magnitudes = np.abs(meanings[: 1 << 15])
 
     # Bits without the sign order magnitudes: finite, then infinity, then NaN. Read as signed they order the positive
@@ -497,8 +523,7 @@ def _widened(
     done_bytes = 0
     for band in bands:
         rows = bits[band]
-        with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, which is then reported
-            yield band, to_float32(rows, layer.weight.dtype)
+        yield band, to_float32(rows, layer.weight.dtype)
         done_bytes += rows.nbytes
         if done_bytes >= RELEASE_BYTES:
             checkpoint.release(layer.weight.name)
@@ -528,7 +553,8 @@ def _least_squares_grid(
         counts = np.zeros(1 << 15, np.int64)
         for _, weight_OI in _widened(checkpoint, layer, list(_bands(layer, block[0]))):
             rounded = (np.abs(weight_OI).view(np.uint32).reshape(-1) + np.uint32(0x8000)) >> np.uint32(16)
-            counts += np.bincount(rounded, minlength=1 << 15)[: 1 << 15]
+            rounded = np.minimum(rounded, np.uint32(_LARGEST_BFLOAT16))  # what is above would round to infinity
+            counts += np.bincount(rounded, minlength=1 << 15)
         used = np.flatnonzero(counts)
         magnitudes = fp8.widen_bfloat16(used.astype(np.uint16)).astype(np.float64)
         return least_squares_scale(magnitudes, counts[used], absmax_scale).reshape(1, 1)
@@ -588,7 +614,7 @@ def least_squares_scale(
     edges = np.concatenate([[low], position, [high]])
     best_inside = np.clip(np.divide(dot, square, out=np.full_like(dot, low), where=square > 0), edges[:-1], edges[1:])
     saved = best_inside * (2 * dot - best_inside * square)  # Σ w² - error: the constant does not matter
-    found = np.float32(best_inside[int(np.argmax(saved))])
+    found = np.maximum(np.float32(best_inside[int(np.argmax(saved))]), _LEAST_SCALE)
 
     def error(scale: np.float32) -> float:
         codes = fp8.encode((magnitudes / np.float64(scale)).astype(np.float32), fmt)
