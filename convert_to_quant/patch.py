@@ -29,6 +29,7 @@ import numpy as np
 from . import names
 from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, write_bytes
 from .checkpoint.header import LENGTH_BYTES, serialize_header
+from .checkpoint.reader import CheckpointFile, is_file_name
 from .convert import FULL_PRECISION_KEY, PROVENANCE_KEY, mark_bytes, quantization_metadata
 from .errors import CheckpointError, OptionError, OutputError, TensorError
 from .layers import Layer, LayerTable
@@ -57,7 +58,6 @@ class Patch:
     Attributes:
         checkpoint: what is changed.
         tensors: new or changed tensors: name -> (spec, bytes).
-        replaced: name of the old tensor that a new one takes the place of, where spec or name differ.
         place: new tensor -> a tensor of the checkpoint whose shard it goes into.
         metadata: the header's metadata afterwards.
         notes: what a user should know.
@@ -65,7 +65,6 @@ class Patch:
 
     checkpoint: Checkpoint
     tensors: dict[str, tuple[Spec, bytes]] = field(default_factory=dict)
-    replaced: set[str] = field(default_factory=set)
     place: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -107,8 +106,8 @@ def plan_patch(
             raise TensorError("no FP8 layer of this name in the file", path=checkpoint.path, tensor=name)
         if change.input_scale is not None:
             _set_scale(patch, layer, change.input_scale)
-    _set_full_precision(patch, table, changes)
-    if table.marker_disables_fp8:
+    _set_full_precision(patch, table, changes, enable_fp8_matmul)
+    if table.marker_disables_fp8 and any(layer.marking == "legacy" for layer in table.quantized.values()):
         _legacy_marker(patch, table, enable_fp8_matmul)
     elif enable_fp8_matmul and table.legacy_marker is None:
         patch.notes.append("--enable-fp8-matmul: the file has no legacy marker, so there was nothing to enable")
@@ -116,7 +115,8 @@ def plan_patch(
 
 
 def _set_scale(patch: Patch, layer: Layer, scale: float) -> None:
-    value = np.float32(scale)
+    with np.errstate(over="ignore"):
+        value = np.float32(scale)
     if not (np.isfinite(value) and value > 0):
         raise TensorError(
             f"an input scale should be finite and positive in float32, found {scale}",
@@ -134,7 +134,9 @@ def _set_scale(patch: Patch, layer: Layer, scale: float) -> None:
     patch.put(name, Spec("F32", shape), value.tobytes(), name)
 
 
-def _set_full_precision(patch: Patch, table: LayerTable, changes: Mapping[str, LayerChange]) -> None:
+def _set_full_precision(
+    patch: Patch, table: LayerTable, changes: Mapping[str, LayerChange], enable_fp8_matmul: bool
+) -> None:
     """Change marks where a layer's full precision changes, in the header and the tensors alike."""
     header = patch.metadata.get(names.QUANTIZATION_METADATA)
     in_header = set(json.loads(header)["layers"]) if header is not None else set()
@@ -142,10 +144,12 @@ def _set_full_precision(patch: Patch, table: LayerTable, changes: Mapping[str, L
     unmarked = []
     for name, change in changes.items():
         layer = table.quantized[name]
-        if change.full_precision is None or change.full_precision == layer.full_precision:
-            continue
         if layer.marking not in ("header", "tensor"):
-            unmarked.append(name)
+            disabled = layer.full_precision and not enable_fp8_matmul  # a legacy marker of two elements does it for all
+            if change.full_precision and not disabled:
+                unmarked.append(name)
+            continue
+        if change.full_precision is None or change.full_precision == layer.full_precision:
             continue
         config = {key: value for key, value in layer.config.items() if key != FULL_PRECISION_KEY}
         if change.full_precision:
@@ -203,6 +207,7 @@ def rewrite(patch: Patch, output: Path) -> None:
         OutputError: it cannot be written, or is the input.
     """
     checkpoint = patch.checkpoint
+    refuse_unrecovered(checkpoint.path)
     inputs = [checkpoint.path, *(file.path for file in checkpoint.files)]
     hint = "name another output, or add --in-place"
     refuse_same_file(output, inputs, hint=hint)
@@ -259,10 +264,13 @@ def in_place_edits(patch: Patch) -> list[Edit]:
         metadata = {**file.header.metadata, **{k: v for k, v in patch.metadata.items() if _belongs(k, patch, number)}}
         if metadata == file.header.metadata:
             continue
-        text = serialize_header(file.header.tensors.values(), metadata)[LENGTH_BYTES:].rstrip(b" ")
+        text = _header_text(file, metadata)
         room = file.header.data_start - LENGTH_BYTES
-        if len(text) > room and set(_changed(metadata, file.header.metadata)) == {PROVENANCE_KEY}:
-            continue  # how the file was made is worth saying where there is room, but no reason to refuse
+        if len(text) > room and PROVENANCE_KEY in metadata:
+            # How the file was made is worth saying where there is room, but no reason to refuse.
+            text = _header_text(file, _without_provenance(metadata, file.header.metadata))
+        if text == _header_text(file, file.header.metadata):
+            continue
         if len(text) > room:
             raise OutputError(
                 f"in place is not possible: the header has {room} bytes and needs {len(text)}",
@@ -273,8 +281,15 @@ def in_place_edits(patch: Patch) -> list[Edit]:
     return edits
 
 
-def _changed(new: Mapping[str, str], old: Mapping[str, str]) -> list[str]:
-    return [key for key in new if new[key] != old.get(key)]
+def _header_text(file: CheckpointFile, metadata: Mapping[str, str]) -> bytes:
+    """JSON of a file's header with other metadata, without padding."""
+    return serialize_header(file.header.tensors.values(), metadata)[LENGTH_BYTES:].rstrip(b" ")
+
+
+def _without_provenance(new: Mapping[str, str], old: Mapping[str, str]) -> dict[str, str]:
+    """New metadata, but the old word, or none, on how the file was made."""
+    rest = {key: value for key, value in new.items() if key != PROVENANCE_KEY}
+    return {**rest, PROVENANCE_KEY: old[PROVENANCE_KEY]} if PROVENANCE_KEY in old else rest
 
 
 def _belongs(key: str, patch: Patch, number: int) -> bool:
@@ -293,53 +308,143 @@ def apply_in_place(patch: Patch) -> int:
         The number of places that changed.
 
     Raises:
-        OutputError: not possible in place, or the files cannot be written; they are as they were.
+        OutputError: not possible in place, or the files cannot be written. They are as they were, or where even that
+            could not be written, the message says so and the undo file stays.
     """
     checkpoint = patch.checkpoint
     edits = in_place_edits(patch)
     if not edits:
         return 0
     with _locked([file.path for file in checkpoint.files]) as fds:
+        refuse_unrecovered(checkpoint.path)
         undo = _undo_path(checkpoint.path)
-        if undo.exists():
-            raise OutputError(
-                "an interrupted change left an undo file; it must be recovered first", path=undo, hint="run again"
-            )
-        write_bytes(undo, _undo_record(checkpoint, edits, fds))
+        changes = [_Change(edit, os.pread(fds[edit.file], len(edit.data), edit.offset)) for edit in edits]
+        write_bytes(undo, _undo_record(checkpoint, changes, fds))
         _sync_folder(undo.parent)
         try:
-            for edit in edits:
-                _write_at(fds[edit.file], edit.offset, edit.data)
-            for fd in fds:
-                os.fsync(fd)
+            _write_all(fds, edits)
         except OSError as error:
-            raise OutputError(
-                f"the change failed ({error.strerror}); the old bytes are in {undo.name} and come back with the next "
-                "change",
-                path=checkpoint.path,
-            ) from None
-        undo.unlink()
+            _put_back(fds, changes, undo, error)
+            problem = f"cannot be changed in place: {error.strerror}; it is as it was"
+            raise OutputError(problem, path=checkpoint.path) from None
+        _remove(undo)
     return len(edits)
 
 
+@dataclass(frozen=True)
+class _Change:
+    """An edit, and the bytes that stand there before it."""
+
+    edit: Edit
+    old: bytes
+
+    @property
+    def undone(self) -> Edit:
+        """The edit that takes it back."""
+        return Edit(self.edit.file, self.edit.offset, self.old)
+
+    def explains(self, found: bytes) -> bool:
+        """Whether this change, complete, partial or not begun, leaves these bytes: each is the old or the new one."""
+        return len(found) == len(self.old) and all(
+            byte in pair for byte, *pair in zip(found, self.old, self.edit.data, strict=True)
+        )
+
+
+def _put_back(fds: list[int], changes: list[_Change], undo: Path, cause: OSError) -> None:
+    """Undo a change that failed half-way."""
+    try:
+        _write_all(fds, [change.undone for change in changes])
+    except OSError:
+        problem = f"the change failed ({cause.strerror}), and so did putting back the old bytes, which this file keeps"
+        raise OutputError(problem, path=undo, hint="the next change puts them back first") from None
+    _remove(undo)
+
+
+def _remove(undo: Path) -> None:
+    undo.unlink()
+    _sync_folder(undo.parent)
+
+
 def _undo_path(path: Path) -> Path:
+    """Beside the real file, so that it is found through every link to it."""
+    path = path.resolve()
     return path.with_name(path.name + UNDO_SUFFIX)
 
 
-def _undo_record(checkpoint: Checkpoint, edits: Iterable[Edit], fds: list[int]) -> bytes:
-    """The old bytes, with what it takes to know the files again; the first line is a checksum of the second."""
+def refuse_unrecovered(path: Path) -> None:
+    """Refuse a checkpoint that an interrupted in-place change left half done.
 
-    def old(edit: Edit) -> str:
-        return base64.b64encode(os.pread(fds[edit.file], len(edit.data), edit.offset)).decode("ascii")
+    Raises:
+        OutputError: there is an undo file for it.
+    """
+    undo = _undo_path(path)
+    if undo.exists():
+        problem = "an interrupted change left this undo file; the old bytes must be put back first"
+        raise OutputError(problem, path=undo, hint="run with --in-place again")
 
-    files = zip(checkpoint.files, fds, strict=True)
+
+def _undo_record(checkpoint: Checkpoint, changes: Iterable[_Change], fds: list[int]) -> bytes:
+    """Old and new bytes, with what it takes to know the files again; the first line is a checksum of the second."""
+
+    def text(data: bytes) -> str:
+        return base64.b64encode(data).decode("ascii")
+
+    real = [file.path.resolve() for file in checkpoint.files]
+    elsewhere = next((path for path in real if path.parent != _undo_path(checkpoint.path).parent), None)
+    if elsewhere is not None:
+        problem = f"in place is not possible: it is not in the folder of {checkpoint.path.name}"
+        raise OutputError(problem, path=elsewhere, hint="write a new file with -o instead")
     record = {
         "format": _UNDO_FORMAT,
-        "files": [{"name": file.path.name, "bytes": os.fstat(fd).st_size} for file, fd in files],
-        "edits": [[edit.file, edit.offset, old(edit)] for edit in edits],
+        "files": [{"name": path.name, "bytes": os.fstat(fd).st_size} for path, fd in zip(real, fds, strict=True)],
+        "changes": [[c.edit.file, c.edit.offset, text(c.old), text(c.edit.data)] for c in changes],
     }
     body = json.dumps(record).encode("ascii")
     return f"{zlib.crc32(body):08x}\n".encode("ascii") + body
+
+
+@dataclass(frozen=True)
+class _Undo:
+    """An undo file that was read and checked.
+
+    Attributes:
+        content: its bytes, to see whether it is still the same one.
+        files: path and size in bytes of each file that the change was about.
+        changes: what it did.
+    """
+
+    content: bytes
+    files: list[tuple[Path, int]]
+    changes: list[_Change]
+
+
+def _read_undo(path: Path) -> _Undo | None:
+    """The undo file of a checkpoint; None where there is none."""
+    undo = _undo_path(path)
+    try:
+        content = undo.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise OutputError(f"the undo file cannot be read: {error.strerror}", path=undo) from None
+    checksum, _, body = content.partition(b"\n")
+    if checksum != f"{zlib.crc32(body):08x}".encode("ascii"):
+        raise OutputError("the undo file is damaged, so nothing was put back", path=undo, hint="see what is in it")
+    try:
+        record = json.loads(body)
+        known = record["format"] == _UNDO_FORMAT
+        files = [(str(file["name"]), int(file["bytes"])) for file in record["files"]]
+        changes = [
+            _Change(Edit(int(number), int(offset), base64.b64decode(new)), base64.b64decode(old))
+            for number, offset, old, new in record["changes"]
+        ]
+    except (ValueError, KeyError, TypeError):
+        known, files, changes = False, [], []
+    inside = all(0 <= change.edit.file < len(files) and change.edit.offset >= 0 for change in changes)
+    # A name that leads elsewhere would let a downloaded undo file write into any file of its reader.
+    if not (known and inside and all(is_file_name(name) for name, _ in files)):
+        raise OutputError("the undo file is not one of this version's", path=undo, hint="see what is in it")
+    return _Undo(content, [(undo.parent / name, nbytes) for name, nbytes in files], changes)
 
 
 def recover(path: Path) -> bool:
@@ -354,25 +459,36 @@ def recover(path: Path) -> bool:
     Raises:
         OutputError: the undo file is damaged or does not belong to these files, or they are in use.
     """
-    undo = _undo_path(path)
-    try:
-        checksum, _, body = undo.read_bytes().partition(b"\n")
-    except FileNotFoundError:
+    undo = _read_undo(path)
+    if undo is None:
         return False
-    if checksum != f"{zlib.crc32(body):08x}".encode("ascii"):
-        raise OutputError("the undo file is damaged, so nothing was put back", path=undo, hint="see what is in it")
-    record = json.loads(body)
-    files = [path.parent / file["name"] for file in record["files"]]
-    with _locked(files) as fds:
-        for file, fd, known in zip(files, fds, record["files"], strict=True):
-            if os.fstat(fd).st_size != known["bytes"]:
-                raise OutputError(f"the undo file {undo.name} belongs to a file of another size", path=file)
-        for number, offset, data in record["edits"]:
-            _write_at(fds[number], offset, base64.b64decode(data))
-        for fd in fds:
-            os.fsync(fd)
-        undo.unlink()
+    where = _undo_path(path)
+    with _locked([file for file, _ in undo.files]) as fds:
+        again = _read_undo(path)
+        if again is None or again.content != undo.content:
+            return False  # whoever held the lock until now has dealt with it
+        for (file, nbytes), fd in zip(undo.files, fds, strict=True):
+            if os.fstat(fd).st_size != nbytes:
+                raise OutputError(f"the undo file {where.name} belongs to a file of another size", path=file)
+        for change in undo.changes:
+            number, offset = change.edit.file, change.edit.offset
+            if not change.explains(os.pread(fds[number], len(change.old), offset)):
+                problem = f"the undo file {where.name} belongs to another file: it does not know the bytes at {offset}"
+                raise OutputError(problem, path=undo.files[number][0], hint=f"remove {where.name} if this file is new")
+        try:
+            _write_all(fds, [change.undone for change in undo.changes])
+        except OSError as error:
+            raise OutputError(f"the old bytes cannot be put back: {error.strerror}", path=path) from None
+        _remove(where)
     return True
+
+
+def _write_all(fds: list[int], edits: Iterable[Edit]) -> None:
+    """Write edits, and put them on the disk."""
+    for edit in edits:
+        _write_at(fds[edit.file], edit.offset, edit.data)
+    for fd in fds:
+        os.fsync(fd)
 
 
 def _write_at(fd: int, offset: int, data: bytes) -> None:
