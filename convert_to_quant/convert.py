@@ -581,8 +581,10 @@ def least_squares_scale(
     Returns:
         float32 scalar. Never worse than `absmax_scale` itself.
 
-    >>> float(least_squares_scale(np.array([0.1, 448.0]), np.array([1000, 1]), np.float32(1.0)))
-    1.0
+    At 7/6 the code 384 means 448 exactly, and 0.1 lies nearer to a code than at 1:
+
+    >>> round(float(least_squares_scale(np.array([0.1, 448.0]), np.array([1000, 1]), np.float32(1.0))), 5)
+    1.16667
     """
     start = np.asarray(absmax_scale, np.float32).reshape(())
     nonzero = magnitudes > 0

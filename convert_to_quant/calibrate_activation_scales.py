@@ -1,0 +1,541 @@
+"""Activation scales for FP8 checkpoints: the whole way from a file to a calibrated file, in four functions.
+
+    load_lora_tensors         adapters that will be used with the model
+    compute_activation_scale  one layer, simulated from its weight
+    calibrate_model           every FP8 layer of a checkpoint, by running the model or by simulation
+    patch_model_with_scales   the scales into the file
+
+The names are those of the hand-off that started this project. Its formula, the range of X·Wᵀ, was measured and found
+wrong (a range cannot be read off a weight); so the default runs the network itself on noise (`engines.diffusers`), and
+simulates (`engines.layer`) only what cannot be run. Here is only the way through; the rooms below do the work.
+
+    python -m convert_to_quant.calibrate_activation_scales MODEL -o OUT [--lora FILE] [--json FILE] [--samples N]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from . import convert, lora
+from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .engines import layer as layer_engine
+from .errors import OptionError, OutputError, StrPath, TensorError
+from .fp8 import BY_SAFETENSORS_DTYPE, E4M3FN, decode
+from .layers import Layer, LayerTable, find_layers, infer_block, input_scale, scales_per_row
+from .patch import LayerChange, Patch, apply_in_place, in_place_edits, plan_patch, rewrite
+from .solve import LayerResult, Present, SolveOptions, check_margin, check_percentile, final_scale, solve
+
+if TYPE_CHECKING:
+    from .stats import Statistics
+
+Engine = Literal["auto", "model", "layer"]
+ENGINES: tuple[Engine, ...] = ("auto", "model", "layer")
+MODEL_MARGIN = 1.0
+"""Ranges that were seen need no headroom on top: noise conditioning already reaches above real prompts."""
+
+DEFAULT_PERCENTILE = 99.9
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is to do."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How to calibrate.
+
+    Attributes:
+        engine: "model" runs the network, "layer" simulates each layer, "auto" runs it where it can.
+        samples: inputs that the model, or each simulated layer, is shown.
+        percentile: of simulated magnitudes; 99.9 where None. Real ranges are never cut.
+        seed: of all noise.
+        device: where the model runs.
+        margin: factor ≥ 1 on ranges; where None, 1 for what was seen and 8 for what was simulated.
+        estimator: of the layer engine; "output" is the hand-off's literal formula.
+        float16_safe: no scale below 2⁻¹⁵.
+        one_row_full_precision: whether layers that see one row per picture compute in full precision.
+    """
+
+    engine: Engine = "auto"
+    samples: int = 64
+    percentile: float | None = None
+    seed: int = 42
+    device: str = "cpu"
+    margin: float | None = None
+    estimator: layer_engine.Estimator = "input"
+    float16_safe: bool = False
+    one_row_full_precision: bool = True
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise OptionError(f"unknown engine {self.engine!r}", hint=f"engines: {', '.join(ENGINES)}")
+        if self.samples < 1:
+            raise OptionError(f"samples should be at least 1, found {self.samples}")
+        if self.percentile is not None:
+            check_percentile(self.percentile)
+        if self.margin is not None:
+            check_margin(self.margin)
+        if self.seed < 0:
+            raise OptionError(f"a seed should not be negative, found {self.seed}")
+        if not _DEVICE.fullmatch(self.device):
+            raise OptionError(f"unknown device {self.device!r}", hint="cpu, cuda, cuda:0, mps or xpu")
+        if self.estimator not in layer_engine.ESTIMATORS:
+            known = ", ".join(layer_engine.ESTIMATORS)
+            raise OptionError(f"unknown estimator {self.estimator!r}", hint=f"estimators: {known}")
+
+    def simulation(self) -> layer_engine.Simulation:
+        """What the layer engine takes."""
+        percentile = DEFAULT_PERCENTILE if self.percentile is None else self.percentile
+        return layer_engine.Simulation(self.samples, percentile, self.seed, self.estimator)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found; nothing has been written yet.
+
+    Attributes:
+        engine: the engine that ran.
+        results: one per FP8 layer, in file order.
+        options: how.
+        notes: what a user should know, one sentence each.
+        lora: what the adapters matched; None without adapters.
+        statistics: what the model engine recorded; None where simulated.
+    """
+
+    engine: Literal["model", "layer"]
+    results: list[LayerResult]
+    options: CalibrationOptions
+    notes: list[str] = field(default_factory=list)
+    lora: lora.LoraMatch | None = None
+    statistics: Statistics | None = None
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Input scale by layer name, of the layers that got one."""
+        return {result.layer: result.scale_after for result in self.results if result.range}
+
+    def changes(self, *, full_precision: bool = True) -> dict[str, LayerChange]:
+        """What the file must change.
+
+        Args:
+            full_precision: whether marks may change too, not only scales.
+        """
+        return {
+            result.layer: LayerChange(
+                input_scale=result.scale_after if result.range else None,
+                full_precision=result.full_precision_after if full_precision else None,
+            )
+            for result in self.results
+        }
+
+    def metadata(self, before: Mapping[str, str]) -> dict[str, str]:
+        """The header entry that says how the scales were found."""
+        said: dict[str, Any] = {**asdict(self.options), "engine": self.engine}
+        if self.engine == "model":
+            said["conditioning"] = "noise"
+            said["depends_on_conditioning"] = [r.layer for r in self.results if r.conditioning_dependent]
+        if self.lora is not None:
+            said["lora"] = sorted({d.lora.path.name for deltas in self.lora.matched.values() for d in deltas})
+        return {convert.PROVENANCE_KEY: convert.provenance(before, calibrate=said)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {
+            "engine": self.engine,
+            "options": asdict(self.options),
+            "notes": self.notes,
+            "lora": None if self.lora is None else self.lora.as_json(),
+            "layers": [result.to_json() for result in self.results],
+        }
+
+
+def load_lora_tensors(path: StrPath, strength: float = 1.0) -> lora.Lora:
+    """Read a LoRA file and check it.
+
+    Args:
+        path: a `.safetensors` file with adapters in any of the known spellings.
+        strength: factor on all of it.
+
+    Returns:
+        Its adapters, still to be matched onto a checkpoint's layers (`calibrate_model` does).
+
+    Raises:
+        CheckpointError: the file cannot be read.
+        LoraError: it holds no adapters, or one is damaged.
+    """
+    return lora.load_lora(path, strength)
+
+
+def compute_activation_scale(
+    weight: Any,
+    *,
+    weight_scale: Any = None,
+    lora_A: Any = None,
+    samples: int = 64,
+    percentile: float = DEFAULT_PERCENTILE,
+    seed: int = 42,
+    margin: float | None = None,
+    estimator: layer_engine.Estimator = "input",
+) -> float:
+    """Input scale of one layer, simulated from its weight. See `engines.layer` for what such a guess is worth.
+
+    Args:
+        weight: [out, in]; a numpy array or torch tensor of floats, or FP8: a torch.float8 tensor, or uint8 codes of
+            float8_e4m3fn.
+        weight_scale: for FP8: one value, one per row, or one per block, in any shape that files have.
+        lora_A: rows of a LoRA's A for this layer, [rank, in].
+        samples: rows of random input; ignored with `lora_A`.
+        percentile: of the simulated magnitudes, in (0, 100].
+        seed: of the random numbers.
+        margin: factor ≥ 1 on the range; by default 8, or 1 for the "output" estimator.
+        estimator: "input", or "output" for the hand-off's literal formula.
+
+    Returns:
+        percentile · margin / 448, a float32 value > 0; 1.0 for a weight that is empty or all zero.
+
+    Raises:
+        OptionError: samples, percentile or margin are out of range.
+        TensorError: the shapes do not fit, or the weight or its scale has NaN or infinite values.
+
+    >>> round(compute_activation_scale(np.eye(64, dtype=np.float32), samples=1000, percentile=100), 3)
+    0.082
+    """
+    options = CalibrationOptions(
+        engine="layer", samples=samples, percentile=percentile, seed=seed, margin=margin, estimator=estimator
+    )
+    weight_OI = _real_weight(weight, weight_scale)
+    rows_RI = None if lora_A is None else _floats(lora_A)
+    if rows_RI is not None and (rows_RI.ndim != 2 or rows_RI.shape[1] != weight_OI.shape[1]):
+        raise TensorError(f"lora_A of shape {list(rows_RI.shape)} does not fit a weight of {list(weight_OI.shape)}")
+    if not np.any(weight_OI):
+        return 1.0
+    simulation = options.simulation()
+    unit_RI = layer_engine.unit_rows(np.random.default_rng(seed), simulation, weight_OI.shape[1], rows_RI)
+    if estimator == "input":
+        squares_I = np.einsum("oi,oi->i", weight_OI, weight_OI, dtype=np.float64)
+        found = layer_engine.input_range(unit_RI, squares_I, len(weight_OI), simulation.percentile)
+    else:
+        found = layer_engine.output_range(unit_RI, weight_OI.__getitem__, len(weight_OI), simulation.percentile)
+    factor = layer_engine.DEFAULT_MARGIN[estimator] if margin is None else margin
+    return final_scale(factor * found / E4M3FN.max, "weight")
+
+
+def _floats(tensor: Any) -> layer_engine.Float32:
+    """A numpy array or torch tensor of floats as float32."""
+    if hasattr(tensor, "detach"):
+        tensor = tensor.detach().cpu().float().numpy()
+    return np.asarray(tensor, np.float32)
+
+
+def _real_weight(weight: Any, weight_scale: Any) -> layer_engine.Float32:
+    """A weight, dequantized: float32 [out, in]."""
+    shape = tuple(int(size) for size in weight.shape)
+    if len(shape) != 2:
+        raise TensorError(f"a weight should have two dimensions, found {list(shape)}")
+    is_codes = isinstance(weight, np.ndarray) and weight.dtype == np.uint8
+    weight_OI = decode(weight, E4M3FN) if is_codes else _floats(weight)
+    if weight_scale is not None:
+        scale = _floats(weight_scale)
+        block = infer_block((shape[0], shape[1]), scale.shape)
+        if block is None:
+            raise TensorError(f"a weight scale of shape {list(scale.shape)} fits no rule for a weight of {list(shape)}")
+        info = TensorInfo("weight", E4M3FN.safetensors_dtype, shape, 0, shape[0] * shape[1])
+        layer = Layer("weight", info, BY_SAFETENSORS_DTYPE[info.dtype], "none", block)
+        weight_OI = weight_OI * scales_per_row(scale, layer, slice(None))
+    if not np.isfinite(weight_OI).all():
+        raise TensorError("the weight or its scale has NaN or infinite values", tensor="weight")
+    return weight_OI
+
+
+def calibrate_model(
+    model: StrPath | Checkpoint,
+    options: CalibrationOptions | None = None,
+    *,
+    loras: Sequence[lora.Lora] = (),
+    progress: Progress | None = None,
+) -> Calibration:
+    """Find the input scale of every FP8 layer of a checkpoint.
+
+    Args:
+        model: a `.safetensors` file, a `.safetensors.index.json`, or an open checkpoint.
+        options: how.
+        loras: adapters that will be used with the model; ranges then cover it with and without them.
+        progress: told how far it is.
+
+    Returns:
+        The calibration; nothing is written.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or has no FP8 layers.
+        UnsupportedModelError: the engine is "model" and cannot run it.
+        CalibrationError: the model's activations are not finite.
+        LoraError: an adapter matches nothing, or does not fit.
+    """
+    options = options or CalibrationOptions()
+    if not isinstance(model, Checkpoint):
+        with open_checkpoint(model) as checkpoint:
+            return calibrate_model(checkpoint, options, loras=loras, progress=progress)
+
+    table = find_layers(model)
+    if not table.quantized:
+        raise TensorError(
+            "no FP8 layers with weight scales in this file",
+            path=model.path,
+            hint="convert it in the same breath: convert_to_quant -i IN -o OUT --actcal",
+        )
+    notes = list(table.notes)
+    if table.foreign:
+        formats = sorted({layer.format for layer in table.foreign.values()})
+        notes.append(f"left alone: {len(table.foreign)} layers in {', '.join(formats)}")
+    if all(layer.dynamic for layer in table.quantized.values()):
+        notes.append(
+            "row-wise and block-wise FP8: the known readers scale activations as they come and skip input_scale"
+        )
+    match = None
+    if loras:
+        match = lora.match_loras(
+            loras, {layer.name: (layer.out_features, layer.in_features) for layer in table.linear()}
+        )
+        notes += _lora_notes(match)
+    reason = _why_not_run(model, table) if options.engine == "auto" else None
+    if options.engine == "layer" or reason is not None:
+        if reason is not None:
+            notes.append(
+                f"the model cannot be run ({reason}); its layers are simulated one by one instead: such ranges are "
+                "guesses with much headroom, and cost quality where a layer's real inputs are larger or far smaller"
+            )
+        return _simulate(model, table, options, match=match, notes=notes, progress=progress)
+    return _run(model, table, options, match=match, notes=notes, progress=progress)
+
+
+def _lora_notes(match: lora.LoraMatch) -> list[str]:
+    """What a user should know of how adapters matched: a summary, then every name that is left over."""
+    kinds = {
+        "unmatched": match.unmatched,
+        "ambiguous": match.ambiguous,
+        "unsupported": match.unsupported,
+    }
+    notes = [f"LoRA: {match.summary()}"]
+    for kind, findings in kinds.items():
+        notes += [f"LoRA {kind}: {found.name} ({found.reason})" for found in findings]
+    return notes
+
+
+def _why_not_run(checkpoint: Checkpoint, table: LayerTable) -> str | None:
+    """Why the model engine cannot run a checkpoint; None if it can."""
+    try:
+        from .engines import diffusers
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    return diffusers.supports(checkpoint, table)
+
+
+def _run(
+    checkpoint: Checkpoint,
+    table: LayerTable,
+    options: CalibrationOptions,
+    *,
+    match: lora.LoraMatch | None,
+    notes: list[str],
+    progress: Progress | None,
+) -> Calibration:
+    """Run the model on noise and solve what was seen."""
+    from .engines import diffusers
+
+    if options.percentile is not None:
+        notes.append("the percentile is for simulated inputs and was not used: real ranges are taken whole")
+    observation = diffusers.observe(
+        checkpoint,
+        table,
+        samples=options.samples,
+        seed=options.seed,
+        device=options.device,
+        adapters=match,
+        progress=progress,
+    )
+    solved = solve(
+        observation.statistics,
+        _present(checkpoint, table),
+        SolveOptions(
+            margin=MODEL_MARGIN if options.margin is None else options.margin,
+            float16_safe=options.float16_safe,
+            one_row_full_precision=options.one_row_full_precision,
+        ),
+    )
+    conditioned = set(observation.conditioned)
+    results = [_with_conditioning(result, result.layer in conditioned) for result in solved]
+    if conditioned:
+        notes.append(
+            f"calibrated on noise: the ranges of {len(conditioned)} layers depend on the conditioning, which noise "
+            f"only imitates (first: {min(conditioned)})"
+        )
+    unsolved = [result for result in results if not result.range]
+    notes += [f"{result.layer}: {result.reason}" for result in unsolved]
+    return Calibration("model", results, options, notes, match, observation.statistics)
+
+
+def _with_conditioning(result: LayerResult, depends: bool) -> LayerResult:
+    return LayerResult(**{**result.to_json(), "conditioning_dependent": depends})
+
+
+def _present(checkpoint: Checkpoint, table: LayerTable) -> dict[str, Present]:
+    """What the FP8 layers have now."""
+    return {
+        name: Present(input_scale(checkpoint, layer), layer.full_precision, (layer.out_features, layer.in_features))
+        for name, layer in table.quantized.items()
+    }
+
+
+def _simulate(
+    checkpoint: Checkpoint,
+    table: LayerTable,
+    options: CalibrationOptions,
+    *,
+    match: lora.LoraMatch | None,
+    notes: list[str],
+    progress: Progress | None,
+) -> Calibration:
+    """Simulate layer by layer."""
+    if options.estimator == "output":
+        notes.append(
+            "the output estimator measures the range of the layer's output, not of its input; it made every model that "
+            "we measured worse than a scale of 1.0"
+        )
+    total = sum(layer.weight.nbytes for layer in table.quantized.values())
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    def rows_of(name: str) -> layer_engine.Float32 | None:
+        return lora.calibration_rows(match, name) if match is not None and name in match.matched else None
+
+    ranges = layer_engine.simulate(checkpoint, table.quantized, options.simulation(), rows_of, report)
+    margin = layer_engine.DEFAULT_MARGIN[options.estimator] if options.margin is None else options.margin
+    results = []
+    for name, present in _present(checkpoint, table).items():
+        found = ranges[name]
+        scale, reason = present.scale, "weight is empty or all zero: keeps its scale"
+        if found > 0:
+            scale = final_scale(margin * found / E4M3FN.max, name, float16_safe=options.float16_safe)
+            rows = "LoRA" if rows_of(name) is not None else "random"
+            reason = f"simulated from {rows} inputs × {margin:g}"
+        results.append(
+            LayerResult(
+                layer=name,
+                source="layer",
+                range=found or None,
+                scale_before=present.scale,
+                scale_after=scale,
+                full_precision_before=present.full_precision,
+                full_precision_after=present.full_precision,
+                reason=reason,
+            )
+        )
+    return Calibration("layer", results, options, notes, match)
+
+
+def patch_model_with_scales(
+    model: StrPath | Checkpoint,
+    scales: Mapping[str, float] | Calibration,
+    output: StrPath | None = None,
+    *,
+    in_place: bool = False,
+    enable_fp8_matmul: bool = False,
+) -> Patch:
+    """Write input scales into a checkpoint: a new file, or the same one in place.
+
+    Args:
+        model: the checkpoint.
+        scales: input scale by layer name, or a calibration, which also sets full precision and says so in the header.
+        output: the new file; None with `in_place`.
+        in_place: change `model` itself. Marks of full precision change only where they have room.
+        enable_fp8_matmul: replace a legacy marker that turns FP8 products and input scales off.
+
+    Returns:
+        The patch that was written, with its notes.
+
+    Raises:
+        OptionError: neither or both of `output` and `in_place`.
+        CheckpointError: the checkpoint cannot be read, or a layer is not in it.
+        OutputError: it cannot be written; the input is as it was.
+    """
+    if (output is None) != in_place:
+        raise OptionError("name an output, or ask for in place; one of the two")
+    if not isinstance(model, Checkpoint):
+        with open_checkpoint(model) as checkpoint:
+            return patch_model_with_scales(
+                checkpoint, scales, output, in_place=in_place, enable_fp8_matmul=enable_fp8_matmul
+            )
+    table = find_layers(model)
+    if output is not None:
+        patch = plan(model, table, scales, enable_fp8_matmul=enable_fp8_matmul)
+        rewrite(patch, Path(output))
+        return patch
+    patch = plan_in_place(model, table, scales, enable_fp8_matmul=enable_fp8_matmul)
+    apply_in_place(patch)
+    return patch
+
+
+def plan(
+    checkpoint: Checkpoint,
+    table: LayerTable,
+    scales: Mapping[str, float] | Calibration,
+    *,
+    full_precision: bool = True,
+    enable_fp8_matmul: bool = False,
+) -> Patch:
+    """The patch that writes scales or a calibration; see `patch.plan_patch`."""
+    if isinstance(scales, Calibration):
+        changes = scales.changes(full_precision=full_precision)
+        metadata = scales.metadata(checkpoint.metadata)
+    else:
+        changes = {name: LayerChange(input_scale=scale) for name, scale in scales.items()}
+        metadata = {}
+    return plan_patch(checkpoint, table, changes, metadata=metadata, enable_fp8_matmul=enable_fp8_matmul)
+
+
+def plan_in_place(
+    checkpoint: Checkpoint,
+    table: LayerTable,
+    scales: Mapping[str, float] | Calibration,
+    *,
+    enable_fp8_matmul: bool = False,
+) -> Patch:
+    """Like `plan`, for the file itself: where a mark has no room for full precision, only the scales change.
+
+    Raises:
+        OutputError: a scale has no place of its own in the file.
+    """
+    patch = plan(checkpoint, table, scales, enable_fp8_matmul=enable_fp8_matmul)
+    try:
+        in_place_edits(patch)
+    except OutputError:
+        patch = plan(checkpoint, table, scales, full_precision=False, enable_fp8_matmul=enable_fp8_matmul)
+        in_place_edits(patch)
+        wanted = sum(
+            result.full_precision_after and not result.full_precision_before
+            for result in (scales.results if isinstance(scales, Calibration) else ())
+        )
+        if wanted:
+            patch.notes.append(
+                f"{wanted} layers would gain from full precision, but their marks have no room for it in place; -o OUT "
+                "writes a file that has it"
+            )
+    return patch
+
+
+if __name__ == "__main__":
+    import importlib
+
+    # The command line stands above this module; only running the module as a program reaches up to it.
+    raise SystemExit(importlib.import_module("convert_to_quant.cli.calibrate").main())

@@ -1,0 +1,145 @@
+"""How calibration options are asked for, and how a calibration is told; shared by the commands that calibrate."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .output import note, print_table, progress_bar, say, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..calibrate_activation_scales import Calibration, CalibrationOptions
+    from ..checkpoint import Checkpoint
+    from ..lora import Lora
+    from ..solve import LayerResult
+
+
+def add_calibration_arguments(group: Any, prefix: str) -> None:
+    """The options of a calibration, each behind a prefix ("actcal-" or nothing)."""
+
+    def add(name: str, **settings: Any) -> None:
+        group.add_argument(f"--{prefix}{name}", dest=name.replace("-", "_"), **settings)
+
+    add("engine", choices=("auto", "model", "layer"), default="auto",
+        help="run the network on noise (model), simulate each layer (layer), or the first that works (auto)")  # fmt: skip
+    add("samples", type=int, default=64, metavar="N", help="inputs shown to the model or to each layer (64)")
+    add("percentile", type=float, metavar="P", help="of simulated magnitudes (99.9); real ranges are never cut")
+    add("lora", action="append", default=[], metavar="FILE[:STRENGTH]",
+        help="adapter that will be used with the model; may be given more than once")  # fmt: skip
+    add("seed", type=int, default=42, metavar="S", help="of all noise (42)")
+    add("device", default="cpu", metavar="DEVICE", help="where the model runs: cpu, cuda, cuda:1, ... (cpu)")
+    add("margin", type=float, metavar="M", help="factor on ranges (1 for what was seen, 8 for what was simulated)")
+    add("estimator", choices=("input", "output"), default="input",
+        help="of the layer engine; output is the range of X·Wᵀ, kept for comparison")  # fmt: skip
+
+
+def options_of(args: argparse.Namespace) -> CalibrationOptions:
+    """The options that were asked for."""
+    from ..calibrate_activation_scales import CalibrationOptions
+
+    return CalibrationOptions(
+        engine=args.engine,
+        samples=args.samples,
+        percentile=args.percentile,
+        seed=args.seed,
+        device=args.device,
+        margin=args.margin,
+        estimator=args.estimator,
+        float16_safe=args.float16_safe,
+    )
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH.
+
+    >>> split_strength("a.safetensors:0.8"), split_strength("C:/a.safetensors")
+    (('a.safetensors', 0.8), ('C:/a.safetensors', 1.0))
+    """
+    path, colon, strength = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            return path, float(strength)
+        except ValueError:
+            return text, 1.0
+    return text, 1.0
+
+
+@contextmanager
+def loras_of(args: argparse.Namespace) -> Iterator[list[Lora]]:
+    """The adapters that were asked for, open."""
+    from ..calibrate_activation_scales import load_lora_tensors
+
+    opened: list[Lora] = []
+    try:
+        for text in args.lora:
+            path, strength = split_strength(text)
+            opened.append(load_lora_tensors(path, strength))
+        yield opened
+    finally:
+        for adapter in opened:
+            adapter.checkpoint.close()
+
+
+def calibrate(checkpoint: Checkpoint, args: argparse.Namespace, options: CalibrationOptions) -> Calibration:
+    """Calibrate with the adapters that were asked for, and a progress bar."""
+    from ..calibrate_activation_scales import calibrate_model
+
+    with loras_of(args) as adapters, progress_bar("calibrating", quiet=args.quiet) as progress:
+        return calibrate_model(checkpoint, options, loras=adapters, progress=progress)
+
+
+def tell(calibration: Calibration, args: argparse.Namespace) -> None:
+    """Say what a calibration found: a summary, with -v the table, with --json the document."""
+    if not args.quiet:
+        for text in calibration.notes:
+            note(text)
+        say(summary(calibration))
+    if args.verbose:
+        print_calibration(calibration.results)
+    if args.json:
+        write_json(args.json, calibration.to_json())
+
+
+def summary(calibration: Calibration) -> str:
+    """One line: how many layers, by which engine, over which scales."""
+    scales = calibration.scales
+    how = {"model": "running the model on noise", "layer": "simulating each layer"}[calibration.engine]
+    text = f"calibrated {len(scales)} of {len(calibration.results)} FP8 layers by {how}"
+    if scales:
+        text += f": scales {min(scales.values()):.3g} to {max(scales.values()):.3g}"
+    full = sum(result.full_precision_after for result in calibration.results)
+    return text + (f", {full} in full precision" if full else "")
+
+
+def print_calibration(results: Sequence[LayerResult]) -> None:
+    """Old scale, new scale, source and range of every layer."""
+    print_table(
+        ("layer", "range", "scale before", "scale after", "SQNR before", "SQNR after", "source", "why"),
+        [
+            (
+                result.layer,
+                _number(result.range),
+                _number(result.scale_before),
+                _number(result.scale_after),
+                _decibels(result.sqnr_before_db),
+                _decibels(result.sqnr_after_db),
+                result.source,
+                result.reason + (" (depends on the conditioning)" if result.conditioning_dependent else ""),
+            )
+            for result in results
+        ],
+        right=(1, 2, 3, 4, 5),
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5g}"
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} dB"

@@ -1,0 +1,249 @@
+"""`convert_to_quant -i IN -o OUT`: convert to FP8, calibrate an FP8 file, or both in one breath."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import OptionError
+from .calibration import add_calibration_arguments, calibrate, options_of, tell
+from .output import note, print_table, progress_bar, say, write_json
+
+if TYPE_CHECKING:
+    from ..calibrate_activation_scales import CalibrationOptions
+    from ..checkpoint import Checkpoint, CheckpointWriter
+    from ..convert import ConversionPlan
+
+DESCRIPTION = "FP8 for diffusion models that keeps the picture."
+EPILOG = """\
+examples:
+  convert_to_quant -i flux_bf16.safetensors -o flux_fp8.safetensors --actcal
+      convert to FP8 and find the input scale of every layer
+  convert_to_quant -i flux_fp8.safetensors -o flux_fp8_calibrated.safetensors --actcal
+      calibrate a file that is FP8 already (--in-place changes the file itself)
+  convert_to_quant -i flux_bf16.safetensors --dry-run
+      say which layers would be converted, and why the others would not
+
+other commands: convert_to_quant COMMAND --help
+  demo      convert, calibrate and check the embedded emoji model; writes a picture
+
+Dashes and underscores are the same in every flag.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    files = parser.add_argument_group("files")
+    files.add_argument("-i", "--input", required=True, metavar="MODEL",
+                       help="a .safetensors file, or the .safetensors.index.json of a sharded model")  # fmt: skip
+    files.add_argument("-o", "--output", metavar="OUT", help="the new file, or index for shards")
+    files.add_argument("--in-place", action="store_true", help="with --actcal: write the scales into MODEL itself")
+    files.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
+    files.add_argument("--json", metavar="FILE", help="write the report as JSON (- for stdout)")
+
+    conversion = parser.add_argument_group("conversion (of FP16, BF16 and FP32 weights)")
+    conversion.add_argument("--scaling-mode", choices=("tensor", "row", "block"), default="tensor",
+                            help="one weight scale per tensor, row or block (tensor, which ComfyUI reads)")  # fmt: skip
+    conversion.add_argument("--block-size", type=int, default=64, metavar="N", help="side of a block (64)")
+    conversion.add_argument("--weight-scale", choices=("absmax", "mse"), default="absmax",
+                            help="largest weight / 448, or the least squared error (absmax)")  # fmt: skip
+    spelling = conversion.add_mutually_exclusive_group()
+    spelling.add_argument("--comfy-quant", action="store_true", help="ComfyUI's present spelling (the default)")
+    spelling.add_argument("--legacy", action="store_true", help="the older scaled_fp8 spelling")
+    conversion.add_argument("--no-input-scale", action="store_true", help="leave input scales out")
+    conversion.add_argument("--preset", metavar="FAMILY", help="which layers to keep in high precision (detected)")
+    conversion.add_argument("--exclude-layers", action="append", default=[], metavar="REGEX",
+                            help="keep layers in high precision in which this is found; may be repeated")  # fmt: skip
+
+    calibration = parser.add_argument_group("calibration (of input scales)")
+    calibration.add_argument("--actcal", action="store_true", help="find the input scale of every FP8 layer")
+    add_calibration_arguments(calibration, "actcal-")
+    calibration.add_argument("--float16-safe", action="store_true", help="no scale below 2⁻¹⁵")
+    calibration.add_argument("--enable-fp8-matmul", action="store_true",
+                             help="legacy files: replace the marker that turns FP8 products off")  # fmt: skip
+
+    talk = parser.add_argument_group("talk")
+    talk.add_argument("-v", "--verbose", action="store_true", help="print every layer")
+    talk.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from ..checkpoint import open_checkpoint
+    from ..layers import find_layers
+    from ..patch import recover
+
+    source = Path(args.input)
+    check_options(args)
+    options = options_of(args) if args.actcal else None
+    if recover(source):
+        note(f"{source}: an interrupted change in place was undone")
+    with open_checkpoint(source) as checkpoint:
+        if options is not None and find_layers(checkpoint).quantized:
+            return calibrate_file(checkpoint, args, options)
+        if args.in_place:
+            raise OptionError("--in-place calibrates a file that is FP8 already, and this one is not; use -o OUT")
+        return convert_file(checkpoint, args, options)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other or do nothing.
+
+    Raises:
+        OptionError: they do.
+    """
+    if args.in_place and not args.actcal:
+        raise OptionError("--in-place needs --actcal: only scales can be written in place")
+    if args.output is None and not (args.in_place or args.dry_run):
+        raise OptionError("name the new file with -o OUT", hint="or --in-place, or --dry-run")
+    if args.enable_fp8_matmul and not args.actcal:
+        raise OptionError("--enable-fp8-matmul needs --actcal: without input scales FP8 products would use 1.0")
+
+
+def calibrate_file(checkpoint: Checkpoint, args: argparse.Namespace, options: CalibrationOptions) -> int:
+    """Calibrate a file that is FP8 already."""
+    from ..calibrate_activation_scales import patch_model_with_scales
+    from ..checkpoint import refuse_same_file
+    from ..patch import check_in_place
+
+    output = Path(args.output) if args.output is not None else None
+    if args.in_place:
+        check_in_place(checkpoint, output)
+        output = None
+    elif output is not None:
+        # Refused before minutes of work, and again where it is written.
+        refuse_same_file(output, [checkpoint.path], hint="name another output, or add --in-place")
+        require_folder(output)
+    calibration = calibrate(checkpoint, args, options)
+    tell(calibration, args)
+    if args.dry_run:
+        say("dry run: nothing was written")
+        return 0
+    patch = patch_model_with_scales(
+        checkpoint, calibration, output, in_place=args.in_place, enable_fp8_matmul=args.enable_fp8_matmul
+    )
+    if not args.quiet:
+        for text in patch.notes:
+            note(text)
+        say(f"wrote {output or checkpoint.path}")
+    return 0
+
+
+def require_folder(output: Path) -> None:
+    """Refuse an output whose folder is missing, before the work and not after it.
+
+    Raises:
+        OutputError: the folder does not exist.
+    """
+    from ..errors import OutputError
+
+    if not output.parent.is_dir():
+        raise OutputError(f"cannot be written: the folder {output.parent} does not exist", path=output)
+
+
+def convert_file(checkpoint: Checkpoint, args: argparse.Namespace, calibration: CalibrationOptions | None) -> int:
+    """Convert a file in high precision, and calibrate it before it gets its name."""
+    from ..convert import ConvertOptions, convert, plan_conversion
+
+    options = ConvertOptions(
+        scaling_mode=args.scaling_mode,
+        block_size=args.block_size,
+        weight_scale=args.weight_scale,
+        legacy=args.legacy,
+        input_scale=not args.no_input_scale,
+        preset=args.preset,
+        exclude=tuple(args.exclude_layers),
+    )
+    if calibration is not None and args.no_input_scale:
+        raise OptionError("--no-input-scale leaves out what --actcal is asked to find")
+    plan = plan_conversion(checkpoint, options)
+    if not args.quiet:
+        for text in plan.notes:
+            note(text)
+    if args.verbose or args.dry_run:
+        print_plan(plan)
+    if args.dry_run:
+        if args.json:
+            write_json(args.json, plan_json(plan))
+        say(f"dry run: {conversion_summary(plan)}; nothing was written")
+        return 0
+
+    def calibrate_output(writer: CheckpointWriter) -> None:
+        """Calibrate the complete output while it has no name yet."""
+        from ..calibrate_activation_scales import plan_in_place
+        from ..layers import find_layers
+        from ..patch import in_place_edits
+
+        assert calibration is not None
+        with writer.reopen() as quantized:
+            found = calibrate(quantized, args, calibration)
+            patch = plan_in_place(quantized, find_layers(quantized), found)
+            edits = in_place_edits(patch)
+        for edit in edits:
+            writer.overwrite(edit.file, edit.offset, edit.data)
+        tell(found, args)
+
+    output = Path(args.output)
+    total = sum(info.nbytes for info in checkpoint.tensors.values())
+    done = 0
+    with progress_bar("converting", quiet=args.quiet) as progress:
+
+        def report(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, total)
+
+        convert(checkpoint, plan, output, progress=report,
+                before_commit=calibrate_output if calibration is not None else None)  # fmt: skip
+    if args.json and calibration is None:
+        write_json(args.json, plan_json(plan))
+    if not args.quiet:
+        say(f"{conversion_summary(plan)}; wrote {output}")
+    return 0
+
+
+def conversion_summary(plan: ConversionPlan) -> str:
+    """One line: how many layers, into what, and which family's table decided."""
+    weights = sum(layer.weight.elements for layer in plan.quantized)
+    return (
+        f"{len(plan.quantized)} of {len(plan.decisions)} linear layers to float8_e4m3fn "
+        f"({weights / 1e6:,.1f} M weights, {plan.options.scaling_mode} scales, {plan.family.title})"
+    )
+
+
+def print_plan(plan: ConversionPlan) -> None:
+    """Every layer and what becomes of it."""
+    print_table(
+        ("layer", "shape", "dtype", "becomes", "why"),
+        [
+            (
+                decision.layer.name,
+                f"{decision.layer.out_features} × {decision.layer.in_features}",
+                decision.layer.weight.dtype,
+                "F8_E4M3" if decision.quantize else decision.layer.weight.dtype,
+                decision.reason,
+            )
+            for decision in plan.decisions
+        ],
+    )
+
+
+def plan_json(plan: ConversionPlan) -> dict[str, Any]:
+    """The plan as JSON values."""
+    return {
+        "family": plan.family.name,
+        "notes": plan.notes,
+        "counts": dict(Counter("quantized" if d.quantize else "kept" for d in plan.decisions)),
+        "layers": [
+            {
+                "layer": decision.layer.name,
+                "shape": list(decision.layer.weight.shape),
+                "dtype": decision.layer.weight.dtype,
+                "quantize": decision.quantize,
+                "reason": decision.reason,
+            }
+            for decision in plan.decisions
+        ],
+    }
