@@ -26,7 +26,7 @@ def add_calibration_arguments(group: Any, prefix: str) -> None:
         group.add_argument(f"--{prefix}{name}", dest=name.replace("-", "_"), **settings)
 
     add("engine", choices=("auto", "model", "layer"), default="auto",
-        help="run the network on noise (model), simulate each layer (layer), or the first that works (auto)")  # fmt: skip
+        help="run the network on noise (model), simulate each layer (layer), or whichever works (auto)")  # fmt: skip
     add("samples", type=int, default=64, metavar="N", help="inputs shown to the model or to each layer (64)")
     add("percentile", type=float, metavar="P", help="of simulated magnitudes (99.9); real ranges are never cut")
     add("lora", action="append", default=[], metavar="FILE[:STRENGTH]",
