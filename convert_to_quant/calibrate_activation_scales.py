@@ -100,7 +100,7 @@ class Calibration:
     """What calibration found; nothing has been written yet.
 
     Attributes:
-        engine: the engine that ran.
+        engine: the engine that ran, or "statistics" where a run was solved that had been recorded before.
         results: one per FP8 layer, in file order.
         options: how.
         notes: what a user should know, one sentence each.
@@ -108,9 +108,9 @@ class Calibration:
         statistics: what the model engine recorded; None where simulated.
     """
 
-    engine: Literal["model", "layer"]
+    engine: Literal["model", "layer", "statistics"]
     results: list[LayerResult]
-    options: CalibrationOptions
+    options: CalibrationOptions | SolveOptions
     notes: list[str] = field(default_factory=list)
     lora: lora.LoraMatch | None = None
     statistics: Statistics | None = None
@@ -140,6 +140,9 @@ class Calibration:
         if self.engine == "model":
             said["conditioning"] = "noise"
             said["depends_on_conditioning"] = [r.layer for r in self.results if r.conditioning_dependent]
+        elif self.statistics is not None:
+            said["samples"] = self.statistics.samples
+            said["observed"] = {key: list(texts) for key, texts in self.statistics.provenance.items()}
         if self.lora is not None:
             said["lora"] = sorted({d.lora.path.name for deltas in self.lora.matched.values() for d in deltas})
         return {convert.PROVENANCE_KEY: convert.provenance(before, calibrate=said)}
@@ -282,13 +285,7 @@ def calibrate_model(
         with open_checkpoint(model) as checkpoint:
             return calibrate_model(checkpoint, options, loras=loras, progress=progress)
 
-    table = find_layers(model)
-    if not table.quantized:
-        raise TensorError(
-            "no FP8 layers with weight scales in this file",
-            path=model.path,
-            hint="convert it in the same breath: convert_to_quant -i IN -o OUT --actcal",
-        )
+    table = _quantized_table(model)
     notes = list(table.notes)
     if table.foreign:
         formats = sorted({layer.format for layer in table.foreign.values()})
@@ -312,6 +309,18 @@ def calibrate_model(
             )
         return _simulate(model, table, options, match=match, notes=notes, progress=progress)
     return _run(model, table, options, match=match, notes=notes, progress=progress)
+
+
+def _quantized_table(checkpoint: Checkpoint) -> LayerTable:
+    """The layers of a checkpoint that has FP8 layers."""
+    table = find_layers(checkpoint)
+    if not table.quantized:
+        raise TensorError(
+            "no FP8 layers with weight scales in this file",
+            path=checkpoint.path,
+            hint="convert it in the same breath: convert_to_quant -i IN -o OUT --actcal",
+        )
+    return table
 
 
 def _lora_notes(match: lora.LoraMatch) -> list[str]:
@@ -378,6 +387,36 @@ def _run(
     unsolved = [result for result in results if not result.range]
     notes += [f"{result.layer}: {result.reason}" for result in unsolved]
     return Calibration("model", results, options, notes, match, observation.statistics)
+
+
+def apply_statistics(
+    checkpoint: Checkpoint, statistics: Statistics, options: SolveOptions | None = None, *, force: bool = False
+) -> Calibration:
+    """Solve statistics that were recorded before into a calibration of a checkpoint.
+
+    Args:
+        checkpoint: what will be patched.
+        statistics: of this model, from `observe` or from the recorder.
+        options: how scales are chosen.
+        force: use the layers that match where others do not.
+
+    Returns:
+        The calibration; nothing is written.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or has no FP8 layers.
+        StatisticsError: the statistics were made for another model.
+        CalibrationError: a layer saw NaN or infinite inputs.
+    """
+    options = options or SolveOptions()
+    table = _quantized_table(checkpoint)
+    present = _present(checkpoint, table)
+    fitting = statistics.for_layers({name: state.shape for name, state in present.items()}, force=force)
+    results = solve(fitting, present, options)
+    notes = list(table.notes)
+    notes += [f"{name}: not in these statistics: keeps its scale" for name in fitting.left_out if name in present]
+    notes += [f"{result.layer}: {result.reason}" for result in results if not result.range]
+    return Calibration("statistics", results, options, notes, statistics=fitting)
 
 
 def _with_conditioning(result: LayerResult, depends: bool) -> LayerResult:
@@ -511,21 +550,23 @@ def plan_in_place(
     *,
     enable_fp8_matmul: bool = False,
 ) -> Patch:
-    """Like `plan`, for the file itself: where a mark has no room for full precision, only the scales change.
+    """Like `plan`, for the file itself.
+
+    Where a mark has no room for full precision and the layer can do without, only the scales change.
 
     Raises:
-        OutputError: a scale has no place of its own in the file.
+        OutputError: a scale has no place of its own in the file, or a mark that the picture needs has no room.
     """
     patch = plan(checkpoint, table, scales, enable_fp8_matmul=enable_fp8_matmul)
+    results = scales.results if isinstance(scales, Calibration) else []
     try:
         in_place_edits(patch)
     except OutputError:
+        if any(result.cause in ("rows lost", "budget") for result in results):
+            raise
         patch = plan(checkpoint, table, scales, full_precision=False, enable_fp8_matmul=enable_fp8_matmul)
         in_place_edits(patch)
-        wanted = sum(
-            result.full_precision_after and not result.full_precision_before
-            for result in (scales.results if isinstance(scales, Calibration) else ())
-        )
+        wanted = sum(result.full_precision_after and not result.full_precision_before for result in results)
         if wanted:
             patch.notes.append(
                 f"{wanted} layers would gain from full precision, but their marks have no room for it in place; -o OUT "

@@ -40,6 +40,7 @@ from .kernels import NONFINITE_BIN
 from .stats import BIN_EDGES, Statistics
 
 Method = Literal["absmax", "mse", "percentile"]
+Cause = Literal["", "one row", "rows lost", "budget"]
 METHODS: tuple[Method, ...] = ("absmax", "mse", "percentile")
 
 PHASES = 32
@@ -141,6 +142,7 @@ class LayerResult:
         scale_before, scale_after: input scales.
         full_precision_before, full_precision_after: precision of the matrix product.
         reason: why the scale or the precision is what it is.
+        cause: what moved it to full precision: "" nothing, "one row" it costs nothing, "rows lost" it must, "budget".
         sqnr_before_db, sqnr_after_db: expected signal to quantization noise of the input; None where simulated.
         clipped_before, clipped_after: share of values beyond ±448 s.
         vanished_before, vanished_after: share of nonzero values that become 0.
@@ -157,6 +159,7 @@ class LayerResult:
     full_precision_before: bool
     full_precision_after: bool
     reason: str
+    cause: Cause = ""
     sqnr_before_db: float | None = None
     sqnr_after_db: float | None = None
     clipped_before: float | None = None
@@ -305,13 +308,14 @@ def _scale_reason(options: SolveOptions, scale: float) -> str:
 def _precision(result: LayerResult, one_row: bool, options: SolveOptions) -> LayerResult:
     """The precision that a layer's own rows ask for."""
     lost = result.rows_lost or 0.0
+    cause: Cause
     if lost > options.row_loss_limit:
-        reason = f"full precision: {lost:.1%} of its rows would be lost"
+        cause, reason = "rows lost", f"full precision: {lost:.1%} of its rows would be lost"
     elif one_row and options.one_row_full_precision:
-        reason = "full precision: one row per picture, which costs nothing"
+        cause, reason = "one row", "full precision: one row per picture, which costs nothing"
     else:
         return result
-    return replace(result, full_precision_after=True, reason=reason)
+    return replace(result, full_precision_after=True, reason=reason, cause=cause)
 
 
 def _spend_budget(results: Sequence[LayerResult], options: SolveOptions) -> list[LayerResult]:
@@ -328,7 +332,12 @@ def _spend_budget(results: Sequence[LayerResult], options: SolveOptions) -> list
             bought.add(result.layer)
             left -= result.multiply_adds
     return [
-        replace(result, full_precision_after=True, reason="full precision: among the worst that the budget covers")
+        replace(
+            result,
+            full_precision_after=True,
+            reason="full precision: among the worst that the budget covers",
+            cause="budget",
+        )
         if result.layer in bought
         else result
         for result in results

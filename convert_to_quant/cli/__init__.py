@@ -20,6 +20,8 @@ from ..errors import Error
 
 COMMANDS = {
     "convert": "convert to FP8, calibrate an FP8 file, or both (the default)",
+    "apply": "choose scales from statistics and write them into a checkpoint",
+    "merge": "merge statistics files",
     "demo": "convert, calibrate and check the embedded emoji model; writes a picture",
 }
 """What each command does. The module `cli.NAME` has it: `add_arguments(parser)` and `run(args) -> exit code`."""

@@ -108,7 +108,11 @@ def tell(calibration: Calibration, args: argparse.Namespace) -> None:
 def summary(calibration: Calibration) -> str:
     """One line: how many layers, by which engine, over which scales."""
     scales = calibration.scales
-    how = {"model": "running the model on noise", "layer": "simulating each layer"}[calibration.engine]
+    how = {
+        "model": "running the model on noise",
+        "layer": "simulating each layer",
+        "statistics": "what was observed",
+    }[calibration.engine]
     text = f"calibrated {len(scales)} of {len(calibration.results)} FP8 layers by {how}"
     if scales:
         text += f": scales {min(scales.values()):.3g} to {max(scales.values()):.3g}"
@@ -119,7 +123,19 @@ def summary(calibration: Calibration) -> str:
 def print_calibration(results: Sequence[LayerResult]) -> None:
     """Old scale, new scale, source and range of every layer."""
     print_table(
-        ("layer", "range", "scale before", "scale after", "SQNR before", "SQNR after", "source", "why"),
+        (
+            "layer",
+            "range",
+            "scale before",
+            "scale after",
+            "SQNR before",
+            "SQNR after",
+            "clipped",
+            "vanished",
+            "rows lost",
+            "source",
+            "why",
+        ),
         [
             (
                 result.layer,
@@ -128,12 +144,15 @@ def print_calibration(results: Sequence[LayerResult]) -> None:
                 _number(result.scale_after),
                 _decibels(result.sqnr_before_db),
                 _decibels(result.sqnr_after_db),
+                _shares(result.clipped_before, result.clipped_after),
+                _shares(result.vanished_before, result.vanished_after),
+                _share(result.rows_lost),
                 result.source,
                 result.reason + (" (depends on the conditioning)" if result.conditioning_dependent else ""),
             )
             for result in results
         ],
-        right=(1, 2, 3, 4, 5),
+        right=(1, 2, 3, 4, 5, 6, 7, 8),
     )
 
 
@@ -143,3 +162,11 @@ def _number(value: float | None) -> str:
 
 def _decibels(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} dB"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
+
+
+def _shares(before: float | None, after: float | None) -> str:
+    return "-" if before is None else f"{_share(before)} > {_share(after)}"

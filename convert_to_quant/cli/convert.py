@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import OptionError
 from .calibration import add_calibration_arguments, calibrate, options_of, tell
 from .output import note, print_table, progress_bar, say, write_json
+from .patching import check_target, write_patch
 
 if TYPE_CHECKING:
     from ..calibrate_activation_scales import CalibrationOptions
@@ -104,43 +105,13 @@ def check_options(args: argparse.Namespace) -> None:
 
 def calibrate_file(checkpoint: Checkpoint, args: argparse.Namespace, options: CalibrationOptions) -> int:
     """Calibrate a file that is FP8 already."""
-    from ..calibrate_activation_scales import patch_model_with_scales
-    from ..checkpoint import refuse_same_file
-    from ..patch import check_in_place
-
-    output = Path(args.output) if args.output is not None else None
-    if args.in_place:
-        check_in_place(checkpoint, output)
-        output = None
-    elif output is not None:
-        # Refused before minutes of work, and again where it is written.
-        refuse_same_file(output, [checkpoint.path], hint="name another output, or add --in-place")
-        require_folder(output)
+    check_target(checkpoint, args)
     calibration = calibrate(checkpoint, args, options)
     tell(calibration, args)
     if args.dry_run:
         say("dry run: nothing was written")
         return 0
-    patch = patch_model_with_scales(
-        checkpoint, calibration, output, in_place=args.in_place, enable_fp8_matmul=args.enable_fp8_matmul
-    )
-    if not args.quiet:
-        for text in patch.notes:
-            note(text)
-        say(f"wrote {output or checkpoint.path}")
-    return 0
-
-
-def require_folder(output: Path) -> None:
-    """Refuse an output whose folder is missing, before the work and not after it.
-
-    Raises:
-        OutputError: the folder does not exist.
-    """
-    from ..errors import OutputError
-
-    if not output.parent.is_dir():
-        raise OutputError(f"cannot be written: the folder {output.parent} does not exist", path=output)
+    return write_patch(checkpoint, calibration, args)
 
 
 def convert_file(checkpoint: Checkpoint, args: argparse.Namespace, calibration: CalibrationOptions | None) -> int:

@@ -1,0 +1,66 @@
+"""How commands that change a checkpoint ask where to, and write it; shared by them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .output import note, say
+
+if TYPE_CHECKING:
+    from ..calibrate_activation_scales import Calibration
+    from ..checkpoint import Checkpoint
+
+
+def add_patching_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to, how loud, and the marker of legacy files."""
+    parser.add_argument("-o", "--output", metavar="OUT", help="the new file")
+    parser.add_argument("--in-place", action="store_true", help="write the scales into MODEL itself")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON (- for stdout)")
+    parser.add_argument("--enable-fp8-matmul", action="store_true",
+                        help="legacy files: replace the marker that turns FP8 products off")  # fmt: skip
+    parser.add_argument("-v", "--verbose", action="store_true", help="print every layer")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+
+
+def check_target(checkpoint: Checkpoint, args: argparse.Namespace) -> Path | None:
+    """Refuse a target that cannot be, before minutes of work and not after.
+
+    Returns:
+        The new file, or None where the checkpoint itself is changed (or nothing, in a dry run).
+
+    Raises:
+        OutputError: the folder is missing, or the output is the input.
+        OptionError: in place, and yet another output was named.
+    """
+    from ..checkpoint import refuse_same_file
+    from ..errors import OutputError
+    from ..patch import check_in_place
+
+    output = Path(args.output) if args.output is not None else None
+    if args.in_place:
+        check_in_place(checkpoint, output)
+        return None
+    if output is None:
+        return None
+    refuse_same_file(output, [checkpoint.path], hint="name another output, or add --in-place")
+    if not output.parent.is_dir():
+        raise OutputError(f"cannot be written: the folder {output.parent} does not exist", path=output)
+    return output
+
+
+def write_patch(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Namespace) -> int:
+    """Write a calibration into the new file, or into the checkpoint itself, and say so."""
+    from ..calibrate_activation_scales import patch_model_with_scales
+
+    output = check_target(checkpoint, args)
+    patch = patch_model_with_scales(
+        checkpoint, calibration, output, in_place=args.in_place, enable_fp8_matmul=args.enable_fp8_matmul
+    )
+    if not args.quiet:
+        for text in patch.notes:
+            note(text)
+        say(f"wrote {output or checkpoint.path}")
+    return 0
