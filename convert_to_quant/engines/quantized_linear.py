@@ -1,0 +1,265 @@
+"""A linear layer that reads its weight from a checkpoint when it runs, and computes as an FP8 reader would.
+
+Why it exists. A 12B model does not fit a 16 GB card in bfloat16, and a checkpoint should not be copied into memory to
+be watched. `CheckpointLinear` holds on to rows of the file's own layer: on a CPU they stay in mapped pages, on a GPU
+as the file's own codes (one byte each), and they become numbers only while the layer runs.
+
+Maths. With weight codes w, weight scale t, input x and input scale s, an FP8 layer computes
+
+    q = round_e4m3(clamp(x / s, ±448))        y = (q · s) (w · t)ᵀ + bias
+
+How q comes about is the `Arithmetic`:
+    dequantize       no q: y = x (w · t)ᵀ + bias. What a model computes without FP8 hardware; used for watching.
+    comfyui          x · (1 / s) in x's own dtype, 1 / s rounded to it, as ComfyUI does on a CPU ("eager").
+    comfyui_divide   x / s in float32, as its CUDA and Triton kernels do.
+    dynamic_tensor   as comfyui_divide with s = absmax(x) / 448. No file can ask ComfyUI for this.
+    dynamic_row      the same with one s per row.
+A layer that the file holds in high precision, or marks `full_precision_matrix_mult`, is computed as by "dequantize".
+
+The product is simulated in float32: e4m3 values and their products are exact there, so only the order of summation
+differs from a tensor core's. `fp8_matmul=True` uses the real one (`torch._scaled_mm`) where the layer allows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..checkpoint import Checkpoint
+from ..fp8 import E4M3FN
+from ..layers import Layer, dequantize, scale_grid
+from ..lora import LoraMatch
+
+Arithmetic = Literal["dequantize", "comfyui", "comfyui_divide", "dynamic_tensor", "dynamic_row"]
+ARITHMETICS: tuple[Arithmetic, ...] = get_args(Arithmetic)
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""What a weight's bytes are, by the spelling of a safetensors header."""
+
+FP8_MATMUL_MULTIPLE = 16
+"""Both sides of a weight must be multiples of this for torch._scaled_mm."""
+
+
+def _fp8(scaled: Tensor) -> Tensor:
+    return scaled.clamp(-E4M3FN.max, E4M3FN.max).to(torch.float8_e4m3fn)
+
+
+def _comfyui(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return _fp8(x * (1.0 / scale).to(x.dtype)), scale
+
+
+def _comfyui_divide(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return _fp8(x.float() / scale), scale
+
+
+def _dynamic_tensor(x: Tensor, _scale: Tensor) -> tuple[Tensor, Tensor]:
+    return _comfyui_divide(x, _range_scale(x.abs().amax()))
+
+
+def _dynamic_row(x: Tensor, _scale: Tensor) -> tuple[Tensor, Tensor]:
+    return _comfyui_divide(x, _range_scale(x.abs().amax(-1, keepdim=True)))
+
+
+def _range_scale(absmax: Tensor) -> Tensor:
+    """The scale absmax / 448 in float32; 1 where there are only zeros."""
+    return torch.where(absmax > 0, absmax.float() / E4M3FN.max, 1.0)
+
+
+QUANTIZERS: Mapping[Arithmetic, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "comfyui": _comfyui,
+    "comfyui_divide": _comfyui_divide,
+    "dynamic_tensor": _dynamic_tensor,
+    "dynamic_row": _dynamic_row,
+}
+"""Input [..., in] and the layer's scale, float32 () -> e4m3 codes of the same shape and the scale they carry."""
+
+
+class StoredWeight:
+    """Rows of one or more checkpoint layers, as one weight [out, in] that is made when asked for.
+
+    Args:
+        checkpoint: where they are; must stay open.
+        pieces: layers and the rows taken of each, in row order.
+        device: where the weight is needed. On a CPU the file's pages are read each time, elsewhere the file's bytes
+            are copied to the device once.
+        keep: hold on to the finished weight.
+
+    Attributes:
+        adapters: what is added to the layers' weights.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, pieces: Sequence[tuple[Layer, slice]], device: torch.device, keep: bool = False
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.pieces = [(layer, slice(*rows.indices(layer.out_features)[:2])) for layer, rows in pieces]
+        self.device = device
+        self.keep = keep
+        self.out_features = sum(rows.stop - rows.start for _, rows in self.pieces)
+        self.in_features = self.pieces[0][0].in_features
+        self.adapters: LoraMatch | None = None
+        self._stored: list[tuple[Tensor, Tensor | None]] = []
+        self._kept: dict[torch.dtype, Tensor] = {}
+
+    @property
+    def layer(self) -> Layer:
+        """The layer of the first row; marks and input scale are its."""
+        return self.pieces[0][0]
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter changes it."""
+        return self.adapters is not None and any(layer.name in self.adapters.matched for layer, _ in self.pieces)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The real weight.
+
+        Returns:
+            [out, in] in `dtype`, rounded once from float32.
+        """
+        if dtype in self._kept and not self.adapted:
+            return self._kept[dtype]
+        parts = [self._part(index).to(dtype) for index in range(len(self.pieces))]
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.keep and not self.adapted:
+            self._kept[dtype] = weight
+        return weight
+
+    def _part(self, index: int) -> Tensor:
+        layer, rows = self.pieces[index]
+        weight_OI = self._read_pages(layer, rows) if self.device.type == "cpu" else self.on_device(index)
+        if self.adapters is not None and layer.name in self.adapters.matched:
+            change_OI = np.zeros(tuple(weight_OI.shape), np.float32)
+            self.adapters.add_to(change_OI, layer.name, (rows.start, rows.stop))
+            weight_OI += torch.from_numpy(change_OI).to(self.device)
+        return weight_OI
+
+    def _read_pages(self, layer: Layer, rows: slice) -> Tensor:
+        weight_OI = dequantize(self.checkpoint, layer, rows)
+        self.checkpoint.release(layer.weight.name)
+        return torch.from_numpy(weight_OI)
+
+    def on_device(self, index: int) -> Tensor:
+        """A piece made of the file's bytes on the device, float32 [rows, in]."""
+        codes_OI, scale = self.stored()[index]
+        weight_OI = codes_OI.float()
+        if scale is not None:
+            block_in = self.pieces[index][0].block[1]
+            if scale.shape[1] > 1:
+                scale = scale.repeat_interleave(block_in, 1)[:, : self.in_features]
+            weight_OI *= scale
+        return weight_OI
+
+    def stored(self) -> list[tuple[Tensor, Tensor | None]]:
+        """The file's own values and scales on the device, per piece: [rows, in] and [rows, blocks per row] or None."""
+        if not self._stored:
+            self._stored = [self._upload(layer, rows) for layer, rows in self.pieces]
+        return self._stored
+
+    def _upload(self, layer: Layer, rows: slice) -> tuple[Tensor, Tensor | None]:
+        codes = torch.from_numpy(np.array(self.checkpoint.bits(layer.weight.name)[rows]))
+        codes_OI = codes.view(TORCH_DTYPES[layer.weight.dtype]).to(self.device)
+        self.checkpoint.release(layer.weight.name)
+        if layer.weight_scale is None:
+            return codes_OI, None
+        scales = self.checkpoint.float32(layer.weight_scale)
+        grid = scales.reshape(scale_grid((layer.out_features, layer.in_features), layer.block))
+        per_row = grid[np.arange(rows.start, rows.stop) // layer.block[0]]
+        return codes_OI, torch.from_numpy(per_row).to(self.device)
+
+
+class CheckpointLinear(nn.Module):
+    """A linear layer whose weight stays in a checkpoint. Quacks like `nn.Linear`.
+
+    Args:
+        stored: the weight.
+        bias: float32 [out], or None.
+        dtype: of inputs and outputs.
+        arithmetic: how it computes.
+        input_scale: scale of its input, for arithmetics with a static one.
+        full_precision: compute as by "dequantize" whatever the arithmetic.
+        fp8_matmul: multiply in FP8 on a CUDA device where the shapes allow it, instead of simulating that.
+    """
+
+    def __init__(
+        self,
+        stored: StoredWeight,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        arithmetic: Arithmetic = "dequantize",
+        input_scale: float = 1.0,
+        full_precision: bool = False,
+        fp8_matmul: bool = False,
+    ) -> None:
+        super().__init__()
+        self.stored = stored
+        self.in_features = stored.in_features
+        self.out_features = stored.out_features
+        self.dtype = dtype
+        self.arithmetic: Arithmetic = arithmetic
+        self.full_precision = full_precision
+        self.fp8_matmul = fp8_matmul
+        # Models ask a module for the dtype of its parameters. This one is empty, but it has a dtype.
+        self.dtype_witness = nn.Parameter(torch.empty(0, dtype=dtype, device=stored.device), requires_grad=False)
+        self.register_buffer("input_scale", torch.tensor(input_scale, dtype=torch.float32, device=stored.device), False)
+        self.register_buffer("bias", None if bias is None else bias.to(stored.device, dtype), False)
+        self.input_scale: Tensor
+        self.bias: Tensor | None
+
+    def extra_repr(self) -> str:
+        """As of `nn.Linear`, with the layer's name in the checkpoint."""
+        return f"{self.stored.layer.name}, in_features={self.in_features}, out_features={self.out_features}"
+
+    @property
+    def weight(self) -> Tensor:
+        """The real weight [out, in], made anew on every read."""
+        return self.stored.dense(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From x [..., in] to [..., out], in the layer's dtype."""
+        x = x.to(self.dtype)
+        if self.full_precision or self.arithmetic == "dequantize":
+            return linear(x, self.stored.dense(self.dtype), self.bias)
+        codes, scale = QUANTIZERS[self.arithmetic](x, self.input_scale)
+        if self.fp8_matmul and scale.ndim == 0 and self.fits_fp8_matmul():
+            return self._scaled_matmul(codes, scale)
+        y = linear(codes.float() * scale, self.stored.dense(torch.float32))
+        return (y if self.bias is None else y + self.bias.float()).to(self.dtype)
+
+    def fits_fp8_matmul(self) -> bool:
+        """Whether the device can multiply this layer's codes as they are."""
+        sides = (self.in_features, self.out_features)
+        return (
+            self.stored.device.type == "cuda"
+            and not self.stored.adapted
+            and len(self.stored.pieces) == 1
+            and self.stored.layer.format == E4M3FN
+            and self.stored.layer.granularity == "tensor"
+            and not any(side % FP8_MATMUL_MULTIPLE for side in sides)
+        )
+
+    def _scaled_matmul(self, codes: Tensor, scale: Tensor) -> Tensor:
+        weight_OI, weight_scale = self.stored.stored()[0]
+        assert weight_scale is not None
+        y: Tensor = torch._scaled_mm(
+            codes.reshape(-1, self.in_features),
+            weight_OI.t(),
+            scale_a=scale.reshape(()),
+            scale_b=weight_scale[0, 0].reshape(()),
+            bias=None if self.bias is None else self.bias.to(torch.bfloat16),
+            out_dtype=torch.bfloat16,
+        )
+        return y.reshape(*codes.shape[:-1], self.out_features).to(self.dtype)

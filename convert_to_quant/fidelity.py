@@ -1,0 +1,348 @@
+"""How much of a model's picture survives quantization, measured on the model itself.
+
+Why it exists. An error of a layer says little about the picture: errors cancel, add up, or hit what does not matter.
+What a sampler uses is the predicted velocity, so that is what is compared, at the states that the reference itself
+passes through; and, at the end, the latents that each model reaches by its own steps.
+
+Maths. Euler steps of flow matching from sigma 1 to 0: x -= velocity / steps. At every noise level both models see the
+same state of the reference's way. Over the predictions v of the reference and u of the quantized model for one prompt
+
+    SQNR = 10 log10(Σ v² / Σ (v - u)²) dB
+
+and, under classifier-free guidance, the mean of that over both predictions (with the prompt and without). Averages are
+over prompts, in dB; spreads are standard errors of that mean. The state moves by the guided velocity
+v_negative + guidance · (v - v_negative). The final latents' PSNR is 10 log10(range² / mean squared difference), with
+the range (largest minus smallest value) of the reference's latents.
+
+Per layer, on request: the reference's layer and the quantized one are given the same input, the reference's, and their
+outputs are compared row by row. The error of a row is ‖y - y'‖ / ‖y‖. A tensor-wide error hides lost rows behind a few
+loud ones, so the mean over rows and the mean over the worst 1 % of rows are given beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .engines import noise
+from .engines.diffusers import Denoiser, Progress
+from .engines.noise import Geometry
+from .errors import CalibrationError, OptionError
+from .kernels import BINS, NONFINITE_BIN
+from .stats import BIN_CENTRES
+
+WORST_SHARE = 0.01
+"""Share of a layer's rows that count as its worst."""
+
+EXACT_DB = 300.0
+"""What stands for "no difference at all", where the formula gives infinity."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """Velocity fidelity at one noise level.
+
+    Attributes:
+        sigma: the noise level.
+        sqnr_db: mean over prompts.
+        standard_error_db: of that mean; 0 for one prompt.
+    """
+
+    sigma: float
+    sqnr_db: float
+    standard_error_db: float
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What quantization does to one layer's output, for the reference's inputs.
+
+    Attributes:
+        layer: the quantized checkpoint's layer.
+        rows: rows compared; the parts of a fused layer count each.
+        mean: mean over rows of ‖y - y'‖ / ‖y‖.
+        worst: the same over the worst 1 % of rows.
+        whole: ‖Y - Y'‖ / ‖Y‖ over everything at once.
+    """
+
+    layer: str
+    rows: int
+    mean: float
+    worst: float
+    whole: float
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close a quantized model stays to its reference.
+
+    Attributes:
+        sqnr_db: of the velocity, mean over prompts and noise levels.
+        standard_error_db: of that mean, over prompts.
+        levels: per noise level, from noise to picture.
+        psnr_db: of the final latents, mean over prompts.
+        psnr_standard_error_db: of that mean.
+        prompts, steps, guidance: what was run.
+        layers: per-layer errors, the worst layer first; empty where not asked for.
+    """
+
+    sqnr_db: float
+    standard_error_db: float
+    levels: tuple[Level, ...]
+    psnr_db: float
+    psnr_standard_error_db: float
+    prompts: int
+    steps: int
+    guidance: float
+    layers: tuple[LayerError, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return asdict(self)
+
+
+def sqnr_db(reference: Tensor, other: Tensor) -> Tensor:
+    """10 log10(Σ reference² / Σ (reference - other)²) per sample.
+
+    Args:
+        reference: [batch, ...].
+        other: the same shape.
+
+    Returns:
+        float64 [batch]; `EXACT_DB` where they are equal.
+
+    >>> sqnr_db(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.5]])).item()
+    20.0
+    """
+    signal = reference.double().flatten(1).square().sum(1)
+    error = (reference.double() - other.double()).flatten(1).square().sum(1)
+    return torch.where(error > 0, 10 * torch.log10(signal / error), EXACT_DB)
+
+
+def psnr_db(reference: Tensor, other: Tensor) -> Tensor:
+    """10 log10(range² / mean squared difference) per sample, with the range of the reference's values.
+
+    Args:
+        reference: [batch, ...].
+        other: the same shape.
+
+    Returns:
+        float64 [batch]; `EXACT_DB` where they are equal.
+    """
+    flat = reference.double().flatten(1)
+    error = (flat - other.double().flatten(1)).square().mean(1)
+    peak = (flat.amax(1) - flat.amin(1)).square()
+    return torch.where(error > 0, 10 * torch.log10(peak / error), EXACT_DB)
+
+
+@torch.no_grad()
+def velocity_fidelity(
+    reference: Denoiser,
+    quantized: Denoiser,
+    conditioning: Mapping[str, Tensor],
+    geometry: Geometry,
+    *,
+    negative: Mapping[str, Tensor] | None = None,
+    guidance: float = 1.0,
+    steps: int = 8,
+    seed: int = 42,
+    batch: int = 8,
+    layer_errors: bool = False,
+    progress: Progress | None = None,
+) -> Fidelity:
+    """Run a reference and a quantized model side by side and compare them.
+
+    Args:
+        reference: the model as it should be.
+        quantized: the same model, quantized.
+        conditioning: of all prompts, by name, each [prompts, ...].
+        geometry: of the pictures.
+        negative: conditioning without prompt, each [1, ...] or [prompts, ...]; zeros by default. Used under guidance.
+        guidance: strength of classifier-free guidance; 1 is none and halves the work.
+        steps: noise levels.
+        seed: of the latents; prompt i starts from noise number i.
+        batch: prompts that run together.
+        layer_errors: compare every quantized layer's output too.
+        progress: called after every prompt's noise level.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        OptionError: no prompts, fewer than one step, or a batch below 1.
+        CalibrationError: the reference's velocity is not finite.
+    """
+    prompts = len(next(iter(conditioning.values()), ()))
+    for option, number in (("prompts", prompts), ("steps", steps), ("batch", batch)):
+        if number < 1:
+            raise OptionError(f"{option} should be at least 1, found {number}")
+    if negative is None:
+        negative = {name: torch.zeros_like(value[:1]) for name, value in conditioning.items()}
+    latent_shape = reference.latent_shape(geometry)
+    ratios_db = torch.zeros(prompts, steps, dtype=torch.float64)
+    final_db = torch.zeros(prompts, dtype=torch.float64)
+    done = 0
+    with _row_errors(reference, quantized, enabled=layer_errors) as errors:
+        for start in range(0, prompts, batch):
+            chosen = slice(start, min(start + batch, prompts))
+            guided = _Guided(
+                {name: value[chosen] for name, value in conditioning.items()},
+                {name: value[chosen] if len(value) == prompts > 1 else value for name, value in negative.items()},
+                guidance,
+                geometry,
+            )
+            state = torch.cat([noise.latents(latent_shape, seed, number) for number in range(prompts)[chosen]])
+            own_state = state
+            for step in range(steps):
+                sigma = 1 - step / steps
+                wanted = guided.predictions(reference, state, sigma)
+                if not wanted.isfinite().all():
+                    raise CalibrationError(f"the reference's velocity is not finite at sigma {sigma:.3g}")
+                with errors.paused():
+                    found = guided.predictions(quantized, state, sigma)
+                    own = found if own_state is state else guided.predictions(quantized, own_state, sigma)
+                ratios = sqnr_db(wanted.flatten(0, 1), found.flatten(0, 1))
+                ratios_db[chosen, step] = ratios.reshape(wanted.shape[:2]).mean(1).cpu()
+                state = state - guided.velocity(wanted) / steps
+                own_state = own_state - guided.velocity(own) / steps
+                done += len(state)
+                if progress is not None:
+                    progress(done, prompts * steps)
+            final_db[chosen] = psnr_db(state, own_state).cpu()
+        layers = errors.results()
+    levels = tuple(Level(1 - step / steps, *_mean_and_error(ratios_db[:, step])) for step in range(steps))
+    return Fidelity(
+        *_mean_and_error(ratios_db.mean(1)),
+        levels,
+        *_mean_and_error(final_db),
+        prompts,
+        steps,
+        guidance,
+        layers,
+    )
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean, and its standard error."""
+    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return float(values.mean()), error
+
+
+@dataclass(frozen=True)
+class _Guided:
+    """A batch of prompts under classifier-free guidance."""
+
+    conditioning: Mapping[str, Tensor]
+    negative: Mapping[str, Tensor]
+    guidance: float
+    geometry: Geometry
+
+    def predictions(self, model: Denoiser, state: Tensor, sigma: float) -> Tensor:
+        """What the model says, [batch, 1 or 2, *latent shape]: with the prompt, and under guidance without it."""
+        if self.guidance == 1:
+            return model.velocity(state, sigma, self.conditioning, self.geometry).unsqueeze(1)
+        both = {
+            name: torch.cat([value, self.negative[name].expand_as(value)]) for name, value in self.conditioning.items()
+        }
+        velocities = model.velocity(torch.cat([state, state]), sigma, both, self.geometry)
+        return torch.stack(velocities.chunk(2), 1)
+
+    def velocity(self, predictions: Tensor) -> Tensor:
+        """What the state moves by, [batch, *latent shape]."""
+        if self.guidance == 1:
+            return predictions[:, 0]
+        positive, negative = predictions.unbind(1)
+        return negative + self.guidance * (positive - negative)
+
+
+class _RowErrors:
+    """Row errors of every quantized layer, gathered while the reference runs."""
+
+    def __init__(self) -> None:
+        self.active = True
+        self.totals: dict[str, Tensor] = {}
+        self.histograms: dict[str, Tensor] = {}
+
+    def add(self, layer: str, wanted: Tensor, found: Tensor) -> None:
+        wanted_RO = wanted.reshape(-1, wanted.shape[-1]).float()
+        squared = (found.reshape(wanted_RO.shape).float() - wanted_RO).square().sum(-1)
+        signal = wanted_RO.square().sum(-1)
+        relative = (squared / signal.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+        bins = (relative.view(torch.int32) >> 19).clamp(max=NONFINITE_BIN - 1)
+        sums = torch.stack([relative.double().sum(), squared.double().sum(), signal.double().sum()])
+        counts = torch.bincount(bins, minlength=BINS)
+        if layer in self.totals:
+            sums += self.totals[layer]
+            counts += self.histograms[layer]
+        self.totals[layer], self.histograms[layer] = sums, counts
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While the quantized model itself runs, its modules are not compared."""
+        former, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = former
+
+    def results(self) -> tuple[LayerError, ...]:
+        found = [self._result(layer) for layer in self.totals]
+        return tuple(sorted(found, key=lambda error: -error.worst))
+
+    def _result(self, layer: str) -> LayerError:
+        counts = self.histograms[layer][:NONFINITE_BIN].cpu().numpy()
+        relative, squared, signal = self.totals[layer].tolist()
+        rows = int(counts.sum())
+        wanted = max(1, round(rows * WORST_SHARE))
+        above = counts[::-1].cumsum()[::-1] - counts
+        taken = (wanted - above).clip(0, counts)
+        worst = float((taken * BIN_CENTRES).sum() / wanted)
+        return LayerError(layer, rows, relative / rows, worst, math.sqrt(squared / signal) if signal else 0.0)
+
+
+@contextmanager
+def _row_errors(reference: Denoiser, quantized: Denoiser, *, enabled: bool) -> Iterator[_RowErrors]:
+    """Compare every quantized layer's output with the reference's, whenever the reference runs inside the block."""
+    errors = _RowErrors()
+
+    def hook(layer: str, twin: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def compare(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if errors.active:
+                errors.add(layer, output, twin(inputs[0].to(quantized.device)).to(output.device))
+
+        return compare
+
+    with ExitStack() as stack:
+        for name, twin in quantized.linears.items():
+            layer = twin.stored.layer
+            if enabled and name in reference.linears and layer.format is not None:
+                stack.callback(reference.linears[name].register_forward_hook(hook(layer.name, twin)).remove)
+        yield errors
+
+
+def noise_prompts(
+    model: Denoiser, geometry: Geometry, count: int, *, magnitude: float = 1.0, seed: int = 42
+) -> dict[str, Tensor]:
+    """Noise in place of prompts, as calibration uses it.
+
+    Args:
+        model: what takes the conditioning.
+        geometry: of the pictures.
+        count: how many prompts.
+        magnitude: standard deviation; real encoders differ, most are under 1.
+        seed: of the noise; give another one than calibration had, to not check on what was seen.
+
+    Returns:
+        By name, each [count, ...].
+    """
+    signals = model.signals(geometry)
+    drawn: Sequence[Mapping[str, Tensor]] = [
+        noise.conditioning(signals, noise.Conditioning("check", magnitude), seed, number) for number in range(count)
+    ]
+    return {name: torch.cat([values[name] for values in drawn]) for name in signals}

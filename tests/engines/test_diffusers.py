@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.engines import diffusers as engine
+from convert_to_quant.engines import noise
+from convert_to_quant.engines.noise import Geometry
+from convert_to_quant.errors import CalibrationError, OptionError, UnsupportedModelError
+from convert_to_quant.layers import dequantize, find_layers
+from convert_to_quant.lora import load_lora, match_loras
+
+SIZE = Geometry(height=3, width=4, frames=1, text_tokens=5)
+
+
+def in_blocks(layer: str) -> bool:
+    return "blocks" in layer
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def flux_inputs(denoiser: engine.Denoiser, batch: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
+    return engine.draw(denoiser, SIZE, noise.Conditioning("test", 1.0), 7, range(batch))
+
+
+def load_state_of(path: Path, model: nn.Module) -> None:
+    """Fill a model with the real weights of a checkpoint."""
+    with open_checkpoint(path) as checkpoint:
+        layers = {layer.weight.name: layer for layer in find_layers(checkpoint).linear()}
+        state = {
+            name: torch.from_numpy(dequantize(checkpoint, layers[name]) if name in layers else checkpoint.float32(name))
+            for name in model.state_dict()
+        }
+    model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+@pytest.mark.parametrize("size", [{"hidden": 32, "depth": 1, "singles": 1}, {"hidden": 48, "depth": 2, "singles": 3}])
+def test_it_computes_what_an_independent_flux_computes(
+    reference_flux: Any, save_model: Any, size: dict[str, int], guidance: bool
+) -> None:
+    model = reference_flux(guidance=guidance, **size)
+    with open_checkpoint(save_model(model.state_dict())) as checkpoint:
+        denoiser = engine.load(checkpoint)
+        latents, conditioning = flux_inputs(denoiser)
+        found = denoiser.velocity(latents, 0.7, conditioning, SIZE)
+        with torch.no_grad():
+            wanted = model(
+                latents, conditioning["encoder_hidden_states"], conditioning["pooled_projections"], 0.7, (3, 4)
+            )
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "transformer."])
+def test_prefixes_are_understood_and_kept_in_layer_names(reference_flux: Any, save_model: Any, prefix: str) -> None:
+    path = save_model(reference_flux(depth=1, singles=1).state_dict(), in_blocks, prefix)
+    with open_checkpoint(path) as checkpoint:
+        seen = engine.observe(checkpoint, samples=3, steps=1, geometry=SIZE)
+        assert tuple(seen.statistics.layers) == tuple(find_layers(checkpoint).quantized)
+    assert all(name.startswith(prefix) for name in seen.statistics.layers)
+    assert seen.unvisited == ()
+
+
+def test_recorded_ranges_are_those_of_hooks_put_on_by_hand(reference_flux: Any, save_model: Any) -> None:
+    model = reference_flux()
+    path = save_model(model.state_dict(), in_blocks)
+    load_state_of(path, model)
+    absmax: dict[str, float] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: absmax.__setitem__(name, max(absmax.get(name, 0.0), float(inputs[0].abs().max())))
+
+    with open_checkpoint(path) as checkpoint:
+        seen = engine.observe(checkpoint, samples=6, steps=2, seed=3, geometry=SIZE)
+        layers = list(find_layers(checkpoint).quantized)
+        denoiser = engine.load(checkpoint)
+        for name, module in model.named_modules():
+            if name in layers:
+                module.register_forward_pre_hook(watch(name))
+        for turn, way in enumerate(noise.CONDITIONINGS):
+            latents, conditioning = engine.draw(denoiser, SIZE, way, 3, [turn])
+            text, pooled = conditioning["encoder_hidden_states"], conditioning["pooled_projections"]
+            with torch.no_grad():
+                for sigma in (1.0, 0.5):
+                    latents = latents - 0.5 * model(latents, text, pooled, sigma, (3, 4))
+    assert sorted(layers) == sorted(absmax)
+    wanted = np.array([absmax[name] for name in seen.statistics.names])
+    assert np.allclose(seen.statistics.absmax, wanted, rtol=1e-3)
+    calls = dict(zip(seen.statistics.names, seen.statistics.calls, strict=True))
+    assert set(calls.values()) == {6}  # three trajectories of two steps; a fused layer counts once
+
+
+def test_layers_that_see_one_row_per_picture_are_known(reference_flux: Any, save_model: Any) -> None:
+    with open_checkpoint(save_model(reference_flux().state_dict(), in_blocks)) as checkpoint:
+        seen = engine.observe(checkpoint, samples=12, steps=2, geometry=SIZE).statistics
+    one_row = {name for name, single in zip(seen.names, seen.one_row, strict=True) if single}
+    assert one_row == {name for name in seen.names if name.endswith(".lin")}
+
+
+def test_a_checkpoint_without_fp8_layers_is_observed_whole(reference_flux: Any, save_model: Any) -> None:
+    with open_checkpoint(save_model(reference_flux(depth=1, singles=1).state_dict())) as checkpoint:
+        seen = engine.observe(checkpoint, samples=1, steps=1, geometry=SIZE)
+        assert set(seen.statistics.layers) == set(find_layers(checkpoint).plain)
+    assert seen.unvisited == ()
+
+
+def test_a_seed_gives_the_same_statistics_and_another_does_not(reference_flux: Any, save_model: Any) -> None:
+    with open_checkpoint(save_model(reference_flux().state_dict(), in_blocks)) as checkpoint:
+        one, two, other = (
+            engine.observe(checkpoint, samples=3, steps=1, seed=seed, geometry=SIZE).statistics for seed in (1, 1, 2)
+        )
+    assert one == two
+    assert one != other
+
+
+def test_global_random_state_is_left_alone(reference_flux: Any, save_model: Any) -> None:
+    path = save_model(reference_flux().state_dict(), in_blocks)
+    before = torch.get_rng_state()
+    with open_checkpoint(path) as checkpoint:
+        engine.observe(checkpoint, samples=3, steps=1, geometry=SIZE)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_every_noise_level_is_recorded(reference_flux: Any, save_model: Any) -> None:
+    with open_checkpoint(save_model(reference_flux().state_dict(), in_blocks)) as checkpoint:
+        seen = engine.observe(checkpoint, samples=24, steps=8, geometry=SIZE).statistics
+    assert (seen.sigma_count[:, :8] > 0).all()
+    assert (seen.sigma_count[:, 8] == 0).all()
+
+
+def test_progress_counts_up_to_the_total(reference_flux: Any, save_model: Any) -> None:
+    calls: list[tuple[int, int]] = []
+    with open_checkpoint(save_model(reference_flux().state_dict(), in_blocks)) as checkpoint:
+        engine.observe(
+            checkpoint, samples=8, steps=2, geometry=SIZE, progress=lambda done, total: calls.append((done, total))
+        )
+    assert calls[-1] == (8, 8)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+def test_layers_that_follow_the_conditioning_are_named(reference_flux: Any, save_model: Any) -> None:
+    with open_checkpoint(save_model(reference_flux().state_dict(), lambda _: True)) as checkpoint:
+        seen = engine.observe(checkpoint, samples=3, steps=1, geometry=SIZE)
+    assert {"txt_in", "vector_in.in_layer"} <= set(seen.conditioned)
+    assert not {"img_in", "time_in.in_layer"} & set(seen.conditioned)
+
+
+def test_adapters_widen_the_ranges_to_the_model_with_and_without_them(
+    reference_flux: Any, save_model: Any, save: Any
+) -> None:
+    state = reference_flux().state_dict()
+    down, up = torch.randn(4, 32), torch.randn(96, 4)
+    lora_path = save(
+        "lora.safetensors",
+        {
+            "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": down.numpy(),
+            "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": up.numpy(),
+        },
+    )
+    merged = dict(state)
+    merged["double_blocks.0.img_attn.qkv.weight"] = state["double_blocks.0.img_attn.qkv.weight"] + up @ down
+    options: Any = {"samples": 3, "steps": 1, "geometry": SIZE}
+    with open_checkpoint(save_model(state)) as checkpoint, open_checkpoint(save_model(merged)) as with_lora:
+        table = find_layers(checkpoint)
+        match = match_loras(
+            [load_lora(lora_path)], {layer.name: (layer.out_features, layer.in_features) for layer in table.linear()}
+        )
+        both = engine.observe(checkpoint, table, adapters=match, **options).statistics
+        plain = engine.observe(checkpoint, **options).statistics
+        changed = engine.observe(with_lora, **options).statistics
+    assert not np.allclose(plain.absmax, changed.absmax, rtol=1e-2)
+    assert np.allclose(both.absmax, np.maximum(plain.absmax, changed.absmax), rtol=1e-4)
+
+
+def test_weights_stay_in_the_file(reference_flux: Any, save_model: Any) -> None:
+    state = reference_flux().state_dict()
+    with open_checkpoint(save_model(state, in_blocks)) as checkpoint:
+        model = engine.load(checkpoint).model
+        matrices = [name for name, value in model.named_parameters() if value.ndim == 2]
+    assert matrices == []
+    assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize(("option", "value"), [("samples", 0), ("steps", 0), ("samples", -3)])
+def test_fewer_than_one_sample_or_step_is_refused(
+    reference_flux: Any, save_model: Any, option: str, value: int
+) -> None:
+    with (
+        open_checkpoint(save_model(reference_flux().state_dict())) as checkpoint,
+        pytest.raises(OptionError, match=f"{option} should be at least 1, found {value}"),
+    ):
+        engine.observe(checkpoint, **{option: value})
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_an_unusable_device_is_refused(reference_flux: Any, save_model: Any, device: str) -> None:
+    with (
+        open_checkpoint(save_model(reference_flux().state_dict())) as checkpoint,
+        pytest.raises(OptionError, match=f"device '{device}' cannot be used"),
+    ):
+        engine.load(checkpoint, device=device)
+
+
+def test_an_unknown_arithmetic_is_refused(reference_flux: Any, save_model: Any) -> None:
+    with (
+        open_checkpoint(save_model(reference_flux().state_dict())) as checkpoint,
+        pytest.raises(OptionError, match="unknown arithmetic 'guess'"),
+    ):
+        engine.load(checkpoint, arithmetic="guess")  # type: ignore[arg-type]
+
+
+def test_a_layer_that_does_not_exist_is_refused(reference_flux: Any, save_model: Any) -> None:
+    with (
+        open_checkpoint(save_model(reference_flux().state_dict())) as checkpoint,
+        pytest.raises(CalibrationError, match="nowhere: 1 layers do not exist"),
+    ):
+        engine.observe(checkpoint, layers=["nowhere"], geometry=SIZE)
+
+
+def test_infinite_inputs_name_the_layer(reference_flux: Any, save_model: Any) -> None:
+    state = reference_flux(depth=1, singles=1).state_dict()
+    state["double_blocks.0.img_mlp.0.bias"] = torch.full_like(state["double_blocks.0.img_mlp.0.bias"], np.inf)
+    with (
+        open_checkpoint(save_model(state, in_blocks)) as checkpoint,
+        pytest.raises(CalibrationError, match=r"double_blocks\.0\.img_mlp\.2: the inputs of"),
+    ):
+        engine.observe(checkpoint, samples=1, steps=1, geometry=SIZE)
+
+
+def test_supported_models_have_no_reason_against_them(reference_flux: Any, save_model: Any) -> None:
+    with open_checkpoint(save_model(reference_flux().state_dict(), in_blocks)) as checkpoint:
+        assert engine.supports(checkpoint) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda s: s.pop("single_blocks.1.linear2.bias"), "KeyError: 'single_blocks.1.linear2.bias'"),
+        (lambda s: s.update({"extra.weight": torch.ones(4, 4)}), "extra.weight: diffusers' converter has no place"),
+        (
+            lambda s: s.update({"double_blocks.0.img_mlp.0.weight": torch.ones(64, 32)}),
+            "shape [128, 32] was expected",
+        ),
+    ],
+)
+def test_a_layout_that_diffusers_does_not_know_gives_a_reason(
+    reference_flux: Any, save_model: Any, change: Callable[[dict[str, Tensor]], object], reason: str
+) -> None:
+    state = reference_flux().state_dict()
+    change(state)
+    with open_checkpoint(save_model(state)) as checkpoint:
+        assert reason in (engine.supports(checkpoint) or "")
+        with pytest.raises(UnsupportedModelError):
+            engine.load(checkpoint)
+
+
+def test_an_unknown_model_gives_a_reason(save_model: Any) -> None:
+    with open_checkpoint(save_model({"a.weight": torch.ones(16, 16)})) as checkpoint:
+        assert engine.supports(checkpoint) == "its tensor names fit no known family"
+
+
+def test_a_foreign_format_gives_a_reason(reference_flux: Any, save_model: Any, save: Any, build: Any) -> None:
+    tensors = {name: value.numpy() for name, value in reference_flux().state_dict().items()}
+    layer = "double_blocks.0.img_mlp.0"
+    tensors[layer + ".weight"] = np.ones((128, 32), np.int8)
+    tensors[layer + ".weight_scale"] = np.float32(1)
+    tensors[layer + ".comfy_quant"] = build.mark(format="int8_tensorwise")
+    with open_checkpoint(save("int8.safetensors", tensors)) as checkpoint:
+        assert (
+            engine.supports(checkpoint) == f"{layer}: 1 layers are in int8_tensorwise, which cannot be dequantized here"
+        )
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_sees_the_same_ranges(reference_flux: Any, save_model: Any) -> None:
+    with open_checkpoint(save_model(reference_flux().state_dict(), in_blocks)) as checkpoint:
+        options: Any = {"samples": 3, "steps": 1, "geometry": SIZE, "dtype": torch.float32}
+        here = engine.observe(checkpoint, **options).statistics
+        there = engine.observe(checkpoint, device="cuda", **options).statistics
+    assert np.allclose(here.absmax, there.absmax, rtol=1e-3)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from convert_to_quant import fidelity
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.engines import diffusers as engine
+from convert_to_quant.engines.noise import Geometry
+from convert_to_quant.fidelity import velocity_fidelity
+
+SIZE = Geometry(height=2, width=3, frames=1, text_tokens=4)
+
+
+@pytest.fixture
+def pair(reference_flux: Any, save_model: Any) -> tuple[engine.Denoiser, engine.Denoiser]:
+    torch.manual_seed(0)
+    state = reference_flux(depth=1, singles=1).state_dict()
+    reference = open_checkpoint(save_model(state))
+    quantized = open_checkpoint(save_model(state, lambda layer: "blocks" in layer, input_scale=0.02))
+    return engine.load(reference), engine.load(quantized, arithmetic="comfyui_divide")
+
+
+def test_layer_errors_compare_rows_for_the_references_inputs(pair: tuple[engine.Denoiser, engine.Denoiser]) -> None:
+    reference, quantized = pair
+    seen: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: seen.setdefault(name, inputs[0]))
+        for name, module in reference.linears.items()
+    ]
+    conditioning = fidelity.noise_prompts(reference, SIZE, 2)
+    found = velocity_fidelity(reference, quantized, conditioning, SIZE, steps=1, layer_errors=True)
+    for handle in handles:
+        handle.remove()
+    by_layer = {error.layer: error for error in found.layers}
+    assert set(by_layer) == {layer for layer in quantized.layers if "blocks" in layer}
+    assert [error.worst for error in found.layers] == sorted((e.worst for e in found.layers), reverse=True)
+
+    name, layer = "transformer_blocks.0.ff.net.2", "double_blocks.0.img_mlp.2"
+    x = seen[name]
+    wanted, other = reference.linears[name](x), quantized.linears[name](x)
+    rows = ((wanted - other).norm(dim=-1) / wanted.norm(dim=-1)).flatten()
+    assert by_layer[layer].rows == len(rows) == 2 * SIZE.height * SIZE.width
+    assert by_layer[layer].mean == pytest.approx(float(rows.mean()), rel=1e-4)
+    assert by_layer[layer].worst == pytest.approx(float(rows.max()), rel=0.05)  # known to a bin of 1/16 octave
+    assert by_layer[layer].whole == pytest.approx(float((wanted - other).norm() / wanted.norm()), rel=1e-4)
+
+
+def test_layers_are_not_compared_unless_asked_for(pair: tuple[engine.Denoiser, engine.Denoiser]) -> None:
+    reference, quantized = pair
+    conditioning = fidelity.noise_prompts(reference, SIZE, 1)
+    assert velocity_fidelity(reference, quantized, conditioning, SIZE, steps=1).layers == ()
+    assert not any(module._forward_hooks for module in reference.linears.values())
+
+
+def test_fp8_activations_cost_what_the_formula_says(pair: tuple[engine.Denoiser, engine.Denoiser]) -> None:
+    reference, quantized = pair
+    conditioning = fidelity.noise_prompts(reference, SIZE, 4)
+    found = velocity_fidelity(reference, quantized, conditioning, SIZE, steps=2)
+    assert 10 < found.sqnr_db < 45

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from convert_to_quant import names
+from convert_to_quant.engines.provenance import Fused, Piece, qkv_mlp_rows, trace
+from convert_to_quant.errors import UnsupportedModelError
+
+
+def test_a_renamed_tensor_keeps_all_its_rows() -> None:
+    assert trace(lambda t: {"b": t.pop("a")}, {"a": (3, 5)}) == {"b": (Piece("a", 0, 3),)}
+
+
+def test_a_split_tensor_says_which_rows_each_part_has() -> None:
+    def converter(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        q, k, v = tensors["qkv"].chunk(3)
+        return {"q": q, "k": k, "v": v}
+
+    assert trace(converter, {"qkv": (12, 7)}) == {
+        "q": (Piece("qkv", 0, 4),),
+        "k": (Piece("qkv", 4, 8),),
+        "v": (Piece("qkv", 8, 12),),
+    }
+
+
+def test_swapped_halves_are_two_pieces() -> None:
+    def converter(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        shift, scale = tensors["a"].chunk(2)
+        return {"a": torch.cat([scale, shift])}
+
+    assert trace(converter, {"a": (6,)}) == {"a": (Piece("a", 3, 6), Piece("a", 0, 3))}
+
+
+def test_joined_tensors_are_one_piece_each() -> None:
+    shapes = {"a": (2, 4), "b": (3, 4)}
+    assert trace(lambda t: {"ab": torch.cat([t["a"], t["b"]])}, shapes) == {"ab": (Piece("a", 0, 2), Piece("b", 0, 3))}
+
+
+def test_tensors_of_any_number_of_dimensions_are_followed() -> None:
+    shapes = {"scalar": (), "vector": (4,), "table": (1, 6, 8), "convolution": (5, 3, 2, 2)}
+    assert trace(dict, shapes) == {
+        name: (Piece(name, 0, rows),) for name, rows in {"scalar": 1, "vector": 4, "table": 1, "convolution": 5}.items()
+    }
+
+
+@pytest.mark.parametrize("hidden", [4, 6, 4096])
+def test_rows_split_at_a_published_size_are_carried_over_to_the_size_at_hand(hidden: int) -> None:
+    rule = Fused(r"x", (8, 8, 8, 32), qkv_mlp_rows)
+
+    def converter(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        parts = tensors["x.weight"].split([8, 8, 8, 32])
+        biases = tensors["x.bias"].split([8, 8, 8, 32])
+        return {**dict(zip("qkvm", parts, strict=True)), "m.bias": biases[3]}
+
+    found = trace(converter, {"x.weight": (6 * hidden, hidden), "x.bias": (6 * hidden,)}, [rule])
+    assert found["q"] == (Piece("x.weight", 0, hidden),)
+    assert found["v"] == (Piece("x.weight", 2 * hidden, 3 * hidden),)
+    assert found["m"] == (Piece("x.weight", 3 * hidden, 6 * hidden),)
+    assert found["m.bias"] == (Piece("x.bias", 3 * hidden, 6 * hidden),)
+
+
+def test_a_tensor_that_the_converter_misses_is_named() -> None:
+    with pytest.raises(UnsupportedModelError, match="converter cannot read it: KeyError: 'b'"):
+        trace(lambda t: {"b": t["b"]}, {"a": (2,)})
+
+
+def test_a_tensor_without_a_place_is_named() -> None:
+    with pytest.raises(UnsupportedModelError, match="left: diffusers' converter has no place for 1 tensors"):
+        trace(lambda t: {"a": t["a"]}, {"a": (2,), "left": (2,)})
+
+
+def test_a_converter_that_computes_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="does more than move rows"):
+        trace(lambda t: {"a": t["a"] * 0.5}, {"a": (4, 4)})
+
+
+def test_flux_1_is_traced_as_the_name_table_has_it(reference_flux: type[torch.nn.Module]) -> None:
+    from convert_to_quant.engines.architectures import FLUX_1
+    from convert_to_quant.engines.diffusers import converter
+
+    state = reference_flux(guidance=True).state_dict()
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    traced = trace(converter(FLUX_1), shapes, FLUX_1.fused)
+    layers = {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2
+    }
+    targets = names.diffusers_targets(layers)
+    compared = 0
+    for name, pieces in traced.items():
+        target = targets.get(name.removesuffix(".weight"))
+        if not name.endswith(".weight") or target is None:
+            continue
+        rows = target.rows or (0, layers[target.layer][0])
+        middle = (rows[0] + rows[1]) // 2
+        spans = [(middle, rows[1]), (rows[0], middle)] if target.swap_halves else [rows]
+        assert pieces == tuple(Piece(target.layer + ".weight", *span) for span in spans)
+        compared += 1
+    assert compared == 50

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from convert_to_quant import fidelity
+from convert_to_quant.engines.noise import Geometry
+from convert_to_quant.errors import CalibrationError, OptionError
+from convert_to_quant.fidelity import EXACT_DB, velocity_fidelity
+
+SIZE = Geometry(height=2, width=3, frames=1, text_tokens=4)
+
+
+class Line:
+    """A model whose velocity is a known multiple of its latents, and which counts how often it runs."""
+
+    def __init__(self, slope: float, drift: float = 0.0) -> None:
+        self.slope, self.drift, self.calls = slope, drift, 0
+        self.linears: dict[str, Any] = {}
+
+    def latent_shape(self, geometry: Geometry) -> tuple[int, ...]:
+        return (geometry.height * geometry.width, 8)
+
+    def velocity(self, latents: Tensor, sigma: float, conditioning: dict[str, Tensor], _: Geometry) -> Tensor:
+        self.calls += 1
+        return latents * self.slope * (1 + self.drift * sigma) * (1 + conditioning["text"].mean((1, 2), keepdim=True))
+
+
+def prompts(count: int) -> dict[str, Tensor]:
+    return {"text": torch.full((count, 4, 5), 0.25)}
+
+
+def compare(reference: Any, other: Any, **options: Any) -> fidelity.Fidelity:
+    return velocity_fidelity(reference, other, options.pop("prompts", prompts(3)), SIZE, **options)
+
+
+def test_a_model_equals_itself() -> None:
+    found = compare(Line(0.5), Line(0.5), steps=2)
+    assert found.sqnr_db == found.psnr_db == EXACT_DB
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_velocity_that_is_ten_percent_off_has_20_db_everywhere(guidance: float) -> None:
+    found = compare(Line(0.5), Line(0.55), steps=4, guidance=guidance)
+    assert [level.sigma for level in found.levels] == [1.0, 0.75, 0.5, 0.25]
+    assert [level.sqnr_db for level in found.levels] == pytest.approx([20.0] * 4, abs=1e-4)
+    assert found.sqnr_db == pytest.approx(20.0, abs=1e-4)
+    assert found.standard_error_db == pytest.approx(0, abs=1e-4)
+
+
+def test_the_quantized_model_is_asked_at_the_references_states() -> None:
+    # Its own states would differ more and more; the ratio at the reference's states follows from the slopes alone.
+    found = compare(Line(0.5), Line(0.5, drift=0.1), steps=4)
+    wanted = [-20 * math.log10(0.1 * sigma) for sigma in (1.0, 0.75, 0.5, 0.25)]
+    assert [level.sqnr_db for level in found.levels] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_final_latents_are_those_of_each_models_own_steps() -> None:
+    found = compare(Line(0.5), Line(0.55), steps=4, prompts=prompts(1), batch=1)
+    start = fidelity.noise.latents((6, 8), 42, 0).double()
+    reference, own = (start * (1 - slope * 1.25 / 4) ** 4 for slope in (0.5, 0.55))
+    peak = float(reference.max() - reference.min())
+    assert found.psnr_db == pytest.approx(10 * math.log10(peak**2 / float((reference - own).square().mean())), abs=1e-3)
+    assert found.psnr_standard_error_db == 0.0
+
+
+def test_prompts_start_from_the_same_noise_in_any_batch() -> None:
+    one, many = (compare(Line(0.5), Line(0.5, 0.3), prompts=prompts(5), batch=size) for size in (1, 4))
+    assert one.sqnr_db == pytest.approx(many.sqnr_db, abs=1e-4)
+    assert one.psnr_db == pytest.approx(many.psnr_db, abs=1e-4)
+
+
+def test_guidance_mixes_both_predictions_into_the_steps() -> None:
+    found = compare(Line(0.5), Line(0.55), steps=1, guidance=3.0, prompts=prompts(1))
+    start = fidelity.noise.latents((6, 8), 42, 0).double()
+    # slopes: 1.25 times with the prompt, 1 without; guided: 1 + 3 * 0.25
+    reference, own = (start * (1 - slope * 1.75) for slope in (0.5, 0.55))
+    peak = float(reference.max() - reference.min())
+    assert found.psnr_db == pytest.approx(10 * math.log10(peak**2 / float((reference - own).square().mean())), abs=1e-3)
+
+
+def test_the_first_step_is_not_computed_twice() -> None:
+    quantized = Line(0.5)
+    compare(Line(0.5), quantized, steps=3, prompts=prompts(1))
+    assert quantized.calls == 5
+
+
+def test_the_spread_is_the_standard_error_over_prompts() -> None:
+    text = {"text": torch.tensor([0.0, 1.0, 3.0])[:, None, None].expand(3, 4, 5)}
+
+    class Uneven(Line):
+        def velocity(self, *args: Any) -> Tensor:
+            return super().velocity(*args) * (1 + 0.01 * args[2]["text"].mean((1, 2), keepdim=True) + 0.01)
+
+    found = compare(Line(0.5), Uneven(0.5), steps=1, prompts=text)
+    ratios = [-20 * math.log10(0.01 * (1 + value)) for value in (0.0, 1.0, 3.0)]
+    assert found.sqnr_db == pytest.approx(np.mean(ratios), abs=1e-3)
+    assert found.standard_error_db == pytest.approx(np.std(ratios, ddof=1) / math.sqrt(3), abs=1e-3)
+
+
+def test_progress_counts_prompts_and_levels() -> None:
+    calls: list[tuple[int, int]] = []
+    compare(Line(1), Line(1), steps=2, batch=2, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(2, 6), (4, 6), (5, 6), (6, 6)]
+
+
+def test_the_result_is_json() -> None:
+    found = compare(Line(0.5), Line(0.55), steps=2)
+    values = json.loads(json.dumps(found.to_json()))
+    assert values["levels"][0]["sigma"] == 1.0
+    assert values["prompts"] == 3
+    assert values["steps"] == 2
+
+
+@pytest.mark.parametrize("option", ["steps", "batch"])
+def test_options_below_one_are_refused(option: str) -> None:
+    with pytest.raises(OptionError, match=f"{option} should be at least 1, found 0"):
+        compare(Line(1), Line(1), **{option: 0})
+
+
+def test_no_prompts_are_refused() -> None:
+    with pytest.raises(OptionError, match="prompts should be at least 1, found 0"):
+        compare(Line(1), Line(1), prompts=prompts(0))
+
+
+def test_a_reference_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="velocity is not finite at sigma 1"):
+        compare(Line(math.nan), Line(1))
+
+
+def test_a_lost_row_shows_in_the_worst_rows_and_not_in_the_whole() -> None:
+    errors = fidelity._RowErrors()
+    wanted = torch.ones(1000, 4)
+    wanted[0] = 1e4
+    found = wanted.clone()
+    found[1:11] = 0  # ten of a thousand rows are lost
+    errors.add("layer", wanted[:500], found[:500])
+    errors.add("layer", wanted[500:], found[500:])
+    (result,) = errors.results()
+    assert result.rows == 1000
+    assert result.worst == pytest.approx(1, rel=0.05)
+    assert result.mean == pytest.approx(0.01, rel=1e-3)
+    assert result.whole < 1e-3
