@@ -12,6 +12,7 @@ rounding of float32 within a row (about 1e-7 relative to the sum of |x| or x^2).
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from . import BINS, DIGIT_BITS, DIGITS, LOWEST_EXPONENT, NONFINITE_BIN, SIGMA_BINS
 
-INFINITY_BITS = 0x7F800000
 MAGNITUDE_BITS = 0x7FFFFFFF
 
-BLOCK_ELEMENTS_CPU = 1 << 17
-"""Elements per step on a CPU: temporaries of 512 KiB stay in cache and are not paged in anew (4 times faster)."""
+BLOCK_ELEMENTS_CPU = 1 << 18
+"""Elements per step on a CPU: temporaries of 1 MiB stay in cache and are not paged in anew.
+
+2.6 ns per element on one core, of which 1.0 is counting (2026-11-22); one step over the whole input takes 4 times that.
+"""
 
 
 class Observation(NamedTuple):
@@ -53,18 +56,24 @@ def observe(x: Tensor) -> Observation:
         The observation; nothing of it has been waited for.
     """
     rows_RI = x.detach().reshape(-1, x.shape[-1] if x.ndim else 1)
-    step = len(rows_RI) if x.is_cuda else max(1, BLOCK_ELEMENTS_CPU // rows_RI.shape[1])
+    step = max(1, BLOCK_ELEMENTS_CPU // rows_RI.shape[1]) if x.device.type == "cpu" else len(rows_RI)
     blocks = [_observe_rows(block) for block in torch.split(rows_RI, step)]
-    if len(blocks) == 1:
-        return blocks[0]
-    columns = [torch.stack(column) for column in zip(*blocks, strict=True)]
-    return Observation(columns[0].amax(0), *(column.sum(0) for column in columns[1:]))
+    row_bits, row_sum, row_squares, nonzeros, prefixes = blocks[0] if len(blocks) == 1 else map(torch.cat, zip(*blocks))
+    return Observation(
+        absmax=row_bits.amax().view(torch.float32),
+        sum=row_sum.sum(),
+        sum_of_squares=row_squares.sum(),
+        zeros=rows_RI.numel() - nonzeros.sum(),
+        histogram=_count_prefixes(prefixes),
+        row_histogram=_count_prefixes(_prefixes(row_bits)),
+    )
 
 
-def _observe_rows(rows_RI: Tensor) -> Observation:
-    rows_RI = rows_RI.to(torch.float32).contiguous()
+def _observe_rows(rows_RI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Per row the pattern of its absmax, its sum and its sum of squares; the number of nonzeros [1]; all prefixes."""
+    rows_RI = rows_RI.to(torch.float32)
     bits_RI = rows_RI.view(torch.int32) & MAGNITUDE_BITS
-    finite_RI = torch.where(bits_RI < INFINITY_BITS, rows_RI, 0.0)
+    finite_RI = rows_RI.nan_to_num(0.0, 0.0, 0.0)  # on a CPU 9 times as fast as comparing and choosing
     row_bits = (finite_RI.view(torch.int32) & MAGNITUDE_BITS).amax(-1)
 
     exponent = (row_bits >> 23).clamp(1, 253)  # 2^(exponent - 127) <= row absmax < twice that, for normal numbers
@@ -72,34 +81,30 @@ def _observe_rows(rows_RI: Tensor) -> Observation:
     unit = ((exponent.to(torch.int64) + (1023 - 127)) << 52).view(torch.float64)
     row_sum = scaled_RI.sum(-1, dtype=torch.float32).to(torch.float64)
     row_squares = (scaled_RI * scaled_RI).sum(-1, dtype=torch.float32).to(torch.float64)
-
-    return Observation(
-        absmax=row_bits.amax().view(torch.float32),
-        sum=(row_sum * unit).sum(),
-        sum_of_squares=(row_squares * unit * unit).sum(),
-        zeros=bits_RI.numel() - torch.count_nonzero(bits_RI),
-        histogram=_count_bins(bits_RI),
-        row_histogram=_count_bins(row_bits),
-    )
+    nonzeros = torch.count_nonzero(bits_RI).view(1)
+    return row_bits, row_sum * unit, row_squares * unit * unit, nonzeros, _prefixes(bits_RI)
 
 
-def _count_bins(bits: Tensor) -> Tensor:
-    """Histogram of non-negative float32 patterns, int64 [BINS]; all above the finite ones in NONFINITE_BIN."""
-    counts = _count_upper(bits)
+def _prefixes(bits: Tensor) -> Tensor:
+    """What non-negative float32 patterns begin with, flat: 16 bits on a CPU, which shifts slowly; elsewhere the bin."""
+    if bits.device.type == "cpu":
+        return bits.flatten().view(torch.int16)[1 if sys.byteorder == "little" else 0 :: 2]
+    return bits.flatten() >> 19
+
+
+def _count_prefixes(prefixes: Tensor) -> Tensor:
+    """Histogram, int64 [BINS], by a way that neither rounds nor waits for the device."""
+    device = prefixes.device
+    if device.type == "cpu":
+        counts = torch.bincount(prefixes, minlength=8 * BINS).view(BINS, 8).sum(1)
+    elif device.type == "cuda":  # torch.bincount would read the largest bin back
+        counts = torch.histc(prefixes, BINS, 0, BINS).to(torch.int64)
+    else:
+        ones = torch.ones((), dtype=torch.int64, device=device).expand(len(prefixes))
+        counts = torch.zeros(BINS, dtype=torch.int64, device=device).scatter_add_(0, prefixes.to(torch.int64), ones)
     counts[NONFINITE_BIN] = counts[NONFINITE_BIN:].sum()
     counts[NONFINITE_BIN + 1 :] = 0
     return counts
-
-
-def _count_upper(bits: Tensor) -> Tensor:
-    """Histogram of non-negative float32 patterns, int64 [BINS], without waiting for the device."""
-    if bits.is_cuda:  # torch.bincount would read the largest bin back; histc of integers counts exactly
-        return torch.histc((bits >> 19).flatten(), BINS, 0, BINS).to(torch.int64)
-    if bits.device.type == "cpu":  # on a CPU an integer shift costs more than counting 8 times as many bins
-        upper = bits.view(torch.int16)[..., 1::2] if bits.ndim > 1 else bits.view(torch.int16)[1::2]
-        return torch.bincount(upper.flatten(), minlength=8 * BINS).view(BINS, 8).sum(1)
-    ones = torch.ones((), dtype=torch.int64, device=bits.device).expand(bits.numel())
-    return torch.zeros(BINS, dtype=torch.int64, device=bits.device).scatter_add_(0, (bits >> 19).long().flatten(), ones)
 
 
 class Totals:

@@ -102,6 +102,14 @@ def _add_digits(target, value, per_unit):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _float32(value):  # type: ignore[no-untyped-def]
+    """Widen bit for bit: a bfloat16 is the upper half of a float32, subnormal or not."""
+    if value.dtype == tl.bfloat16:
+        return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
+
+
+@triton.jit
 def _row_starts(row, rows_per_batch, batch_stride, row_stride):  # type: ignore[no-untyped-def]
     """Offsets of rows in x, which may be a slice out of the middle of a batch."""
     batch = row // rows_per_batch
@@ -129,7 +137,7 @@ def _wide_sums(  # type: ignore[no-untyped-def]  # noqa: PLR0917
         start = _row_starts(row, rows_per_batch, batch_stride, row_stride)
         for column in range(0, columns, COLUMNS):
             here = (row < rows)[:, None] & (column + lanes < columns)[None, :]
-            value = tl.load(x + start[:, None] + (column + lanes)[None, :], mask=here, other=0.0).to(tl.float32)
+            value = _float32(tl.load(x + start[:, None] + (column + lanes)[None, :], mask=here, other=0.0))
             finite = (value.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS) < _INFINITY_BITS
             wide = tl.where(finite, value, 0.0).to(tl.float64)
             sums += wide
@@ -199,7 +207,7 @@ def _observe(  # type: ignore[no-untyped-def]  # noqa: PLR0917, PLR0915
         for column in range(0, columns, COLUMNS):
             here = row_here[:, None] & (column + lanes < columns)[None, :]
             places = x + start[:, None] + (column + lanes)[None, :]
-            value = tl.load(places, mask=None if EVEN else here, other=None if EVEN else 0.0).to(tl.float32)
+            value = _float32(tl.load(places, mask=None if EVEN else here, other=None if EVEN else 0.0))
             bits = value.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS
             value = tl.where(bits < _INFINITY_BITS, value, 0.0)
             largest = tl.maximum(largest, tl.abs(value))

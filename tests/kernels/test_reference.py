@@ -1,0 +1,212 @@
+"""The definition of what is measured, against brute force in numpy and exact arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from convert_to_quant.kernels import (
+    BINS,
+    DIGIT_BITS,
+    DIGITS,
+    LOWEST_EXPONENT,
+    NONFINITE_BIN,
+    accumulate,
+    reference,
+)
+from convert_to_quant.kernels.reference import Observation, Totals, observe
+
+CPU = torch.device("cpu")
+SPECIALS = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    448.0,
+    6.6e4,
+    1e-42,
+    -1e-45,
+    2.0**-130,
+    3.4e38,
+    -3.4e38,
+    math.inf,
+    -math.inf,
+    math.nan,
+]
+
+
+def brute_force(x: torch.Tensor) -> Observation:
+    """The same numbers one value at a time."""
+    rows = x.detach().to(torch.float32).reshape(-1, x.shape[-1]).numpy()
+    histogram, row_histogram = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
+    finite_values = [0.0]
+    for row in rows:
+        largest = np.float32(0)
+        for value in row:
+            magnitude = np.abs(value)
+            histogram[NONFINITE_BIN if not np.isfinite(value) else int(magnitude.view(np.uint32)) >> 19] += 1
+            if np.isfinite(value):
+                largest = max(largest, magnitude)
+                finite_values.append(float(value))
+        row_histogram[int(np.float32(largest).view(np.uint32)) >> 19] += 1
+    return Observation(
+        absmax=torch.tensor(max(map(abs, finite_values)), dtype=torch.float32),
+        sum=torch.tensor(math.fsum(finite_values), dtype=torch.float64),
+        sum_of_squares=torch.tensor(math.fsum(v * v for v in finite_values), dtype=torch.float64),
+        zeros=torch.tensor(int((rows == 0).sum())),
+        histogram=torch.from_numpy(histogram),
+        row_histogram=torch.from_numpy(row_histogram),
+    )
+
+
+def assert_same(seen: Observation, expected: Observation, sum_of_magnitudes: float) -> None:
+    for name in ("absmax", "zeros", "histogram", "row_histogram"):
+        assert torch.equal(getattr(seen, name), getattr(expected, name)), name
+    assert abs(float(seen.sum) - float(expected.sum)) <= 1e-6 * sum_of_magnitudes
+    assert float(seen.sum_of_squares) == pytest.approx(float(expected.sum_of_squares), rel=1e-6, abs=0)
+
+
+def magnitudes(x: torch.Tensor) -> float:
+    return float(x.detach().double().nan_to_num(0, 0, 0).abs().sum())
+
+
+def test_every_bfloat16_falls_into_the_bin_of_its_upper_bits() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    x = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).reshape(64, 1024)
+    expected = np.bincount((bits & 0x7FFF) >> 3, minlength=BINS)
+    expected[NONFINITE_BIN] = expected[NONFINITE_BIN:].sum()
+    expected[NONFINITE_BIN + 1 :] = 0
+    seen = observe(x)
+    assert torch.equal(seen.histogram, torch.from_numpy(expected))
+    assert seen.histogram[NONFINITE_BIN] == 2 * 128
+    assert seen.zeros == 2
+    assert seen.absmax == torch.finfo(torch.bfloat16).max
+    assert_same(seen, brute_force(x), magnitudes(x))
+
+
+def test_a_value_has_one_bin_in_every_dtype() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)  # all dtypes hold these
+    histograms = [observe(codes.to(dtype).reshape(4, 64)).histogram for dtype in
+                  (torch.float64, torch.float32, torch.float16, torch.bfloat16)]  # fmt: skip
+    assert all(torch.equal(histograms[0], histogram) for histogram in histograms[1:])
+
+
+def test_float32_is_truncated_not_rounded_to_its_bin() -> None:
+    edge = np.float32(1.0625)  # a lower edge: 1 + 1/16
+    x = torch.tensor([[np.nextafter(edge, np.float32(0)), edge]])
+    assert observe(x).histogram.nonzero().flatten().tolist() == [0x3F800000 >> 19, (0x3F800000 >> 19) + 1]
+
+
+@settings(deadline=None, max_examples=60)
+@example(values=SPECIALS, shape=(1, 14, 1), dtype=torch.float32, take=slice(None))
+@given(
+    values=st.lists(st.floats(width=32) | st.sampled_from(SPECIALS), min_size=1, max_size=12),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9)),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+    take=st.sampled_from([slice(None), slice(None, None, 2), slice(0, 1)]),
+)
+def test_shapes_strides_and_special_values_agree_with_brute_force(
+    values: list[float], shape: tuple[int, int, int], dtype: torch.dtype, take: slice
+) -> None:
+    full = torch.tensor(list(itertools.islice(itertools.cycle(values), math.prod(shape))), dtype=torch.float32)
+    x = full.reshape(shape).to(dtype)
+    for view in (x[:, take], x[..., take], x.transpose(0, 2), x[:1].expand(2, *x.shape[1:])):
+        assert_same(observe(view), brute_force(view), magnitudes(view))
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-10, 1e10, 1e19, 1e30, 1e38])
+def test_sums_survive_the_ends_of_float32(scale: float) -> None:
+    x = torch.linspace(-1, 2.9, 8 * 96).reshape(8, 96).mul(scale)
+    assert_same(observe(x), brute_force(x), magnitudes(x))
+
+
+def test_the_cut_into_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(50, 33, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = observe(x)
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS_CPU", 100)
+    assert_same(observe(x), whole, magnitudes(x))
+
+
+def test_one_dimension_is_one_row_and_gradients_are_left_alone() -> None:
+    x = torch.tensor([1.0, -2.0], requires_grad=True)
+    seen = observe(x)
+    assert seen.row_histogram.sum() == 1
+    assert not any(tensor.requires_grad for tensor in seen)
+
+
+@settings(deadline=None)
+@given(st.floats(allow_nan=False, allow_infinity=False, min_value=-(2.0**300), max_value=2.0**300))
+def test_digits_are_the_number_down_to_the_lowest_one(value: float) -> None:
+    digits = Totals(1, CPU).digits(torch.tensor(value, dtype=torch.float64)).tolist()
+    assert all(abs(digit) < 1 << DIGIT_BITS for digit in digits)
+    total = sum(digit << (DIGIT_BITS * place) for place, digit in enumerate(digits))
+    assert total == math.trunc(Fraction(value) / Fraction(2) ** LOWEST_EXPONENT)
+
+
+def test_totals_do_not_depend_on_the_order_of_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(5, 24, generator=generator) * 10**k for k in range(-3, 4)]
+    states = []
+    for order in (inputs, inputs[::-1], inputs[3:] + inputs[:3]):
+        totals = Totals(2, CPU)
+        for x in order:
+            accumulate(totals, 1, totals.sigma_numbers[4:5], x)
+        states.append([totals.sum_digits, totals.sigma_square_digits, totals.histogram, totals.sigma_absmax])
+    for state in states[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(states[0], state, strict=True))
+
+
+def test_an_input_adds_to_its_own_slot_and_noise_level_only() -> None:
+    totals = Totals(3, CPU)
+    x = torch.tensor([[1.0, -3.0, 0.0, math.nan]])
+    accumulate(totals, 1, totals.sigma_numbers[4:5], x)
+    accumulate(totals, 1, totals.sigma_numbers[8:9], 2 * x)
+    assert totals.sigma_absmax.nonzero().tolist() == [[1, 4], [1, 8]]
+    assert totals.sigma_absmax[1, [4, 8]].tolist() == [3.0, 6.0]
+    assert totals.sigma_count[1].tolist() == [0, 0, 0, 0, 3, 0, 0, 0, 3]
+    assert totals.zeros.tolist() == [0, 2, 0]
+    assert totals.histogram.sum(1).tolist() == [0, 8, 0]
+    assert totals.row_histogram.sum(1).tolist() == [0, 2, 0]
+    units = 2.0 ** (LOWEST_EXPONENT + DIGIT_BITS * torch.arange(DIGITS, dtype=torch.float64))
+    assert (totals.sigma_square_digits[1] * units).sum(1).tolist() == [0, 0, 0, 0, 10.0, 0, 0, 0, 40.0]
+    assert (totals.sum_digits * units).sum(1).tolist() == [0, -6.0, 0]
+
+
+class NoReadBack(TorchDispatchMode):
+    """Raises where a value of a tensor would be read by the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_value_is_read_back() -> None:
+    totals = Totals(1, CPU)
+    x = torch.randn(4, 8)
+    with NoReadBack():
+        accumulate(totals, 0, totals.sigma_numbers[:1], x)
+        with pytest.raises(AssertionError):
+            float(x[0, 0])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_the_cpu_and_never_waits() -> None:
+    x = torch.randn(4, 37, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x.view(-1)[: len(SPECIALS)] = torch.tensor(SPECIALS)
+    on_device = x.cuda()
+    observe(on_device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        seen = observe(on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same(Observation(*(tensor.cpu() for tensor in seen)), observe(x), magnitudes(x))

@@ -1,0 +1,82 @@
+"""The Triton kernel against the definition in torch: on a CUDA device, or with TRITON_INTERPRET=1 on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from convert_to_quant.kernels import reference
+from convert_to_quant.kernels.reference import Totals
+from convert_to_quant.stats import carry, to_float64
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or INTERPRETED),
+        reason="needs Triton and a CUDA device",
+    ),
+    # numpy's, under the interpreter: float32 sums that overflow are discarded; Triton 3.6 is older than numpy 2.4
+    pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:Conversion of an array"),
+]
+
+
+def assert_agrees(x: torch.Tensor) -> None:
+    """Measure x both ways, twice, at two noise levels."""
+    from convert_to_quant.kernels import triton
+
+    kernel, definition = Totals(3, x.device), Totals(3, x.device)
+    for sigma in (2, 8):
+        triton.accumulate(kernel, 1, kernel.sigma_numbers[sigma : sigma + 1], x)
+        reference.accumulate(definition, 1, definition.sigma_numbers[sigma : sigma + 1], x)
+    for name in ("sigma_absmax", "sigma_count", "zeros", "histogram", "row_histogram"):
+        assert torch.equal(getattr(kernel, name), getattr(definition, name)), name
+    squares, sums = (
+        [to_float64(carry(getattr(totals, name).cpu().numpy())) for totals in (kernel, definition)]
+        for name in ("sigma_square_digits", "sum_digits")
+    )
+    np.testing.assert_allclose(*squares, rtol=1e-5)
+    np.testing.assert_allclose(*sums, rtol=0, atol=1e-5 * 2 * float(x.double().nan_to_num(0, 0, 0).abs().sum()))
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def test_it_works_here() -> None:
+    from convert_to_quant.kernels import triton
+
+    assert triton.works(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (7,), (5, 100), (2, 3, 128), (9, 1536), (2, 2, 3, 64), (64, 3072)])
+def test_shapes_and_dtypes_agree(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_agrees(normal(*shape).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_views_agree(dtype: torch.dtype) -> None:
+    x = normal(3, 14, 160).to(dtype)
+    for view in (x[:, 3:9], x[:, ::2], x[..., 1:150], x[..., ::2], x.transpose(1, 2), x.transpose(0, 1), x[:1].expand(4, 14, 160)):  # fmt: skip  # noqa: E501
+        assert_agrees(view)
+
+
+def test_special_values_agree() -> None:
+    patterns = torch.arange(-(1 << 15), 1 << 15, 7).to(torch.int16).to(DEVICE)
+    assert_agrees(patterns.view(torch.bfloat16).reshape(1, -1))
+    assert_agrees(patterns.view(torch.float16).reshape(-1, 1))
+    for value in (0.0, -0.0, 1e-45, 1.0, 3e38, math.inf, math.nan):
+        assert_agrees(torch.full((4, 130), value, device=DEVICE))
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-13, 1e14, 1e25, 1e37])
+def test_sums_survive_the_ends_of_float32(scale: float) -> None:
+    assert_agrees(normal(5, 200) * scale)

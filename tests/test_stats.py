@@ -1,0 +1,286 @@
+"""Statistics: exact merging, honest files, and what is read off histograms."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
+from convert_to_quant.errors import StatisticsError
+from convert_to_quant.kernels import BINS, DIGIT_BITS, DIGITS, LOWEST_EXPONENT, NONFINITE_BIN
+from convert_to_quant.stats import (
+    BIN_CENTRES,
+    BIN_EDGES,
+    COLUMNS,
+    METADATA_KEY,
+    Statistics,
+    carry,
+    merge,
+    quantiles,
+    sigma_bin,
+    to_float64,
+)
+
+LAYERS = {"b.attn": (8, 4), "a.mlp": (16, 8), "c": (4, 4)}
+
+
+def random_statistics(seed: int, layers: dict[str, tuple[int, int]] = LAYERS) -> Statistics:
+    """Columns that contradict each other nowhere."""
+    rng = np.random.default_rng(seed)
+    size = len(layers)
+    columns: dict[str, Any] = {
+        name: rng.integers(0, 1 << 31, (size, *column.shape)).astype(column.dtype) for name, column in COLUMNS.items()
+    }
+    columns["sum_digits"] = rng.integers(-(1 << 40), 1 << 40, (size, DIGITS))
+    for name in ("histogram", "row_histogram"):
+        columns[name] = rng.integers(0, 100, (size, BINS)) * (rng.random((size, BINS)) < 0.01)
+        columns[name][:, NONFINITE_BIN:] = 0
+    columns["histogram"][:, NONFINITE_BIN] = rng.integers(0, 3, size)
+    columns["rows"] = columns["row_histogram"].sum(1)
+    columns["sigma_count"][:, 1:] = 0
+    columns["sigma_count"][:, 0] = columns["histogram"][:, :NONFINITE_BIN].sum(1)
+    return Statistics(layers, **columns).with_facts(samples=seed + 1, seed=seed, engine="test")
+
+
+def of_values(values: NDArray[Any]) -> Statistics:
+    """Statistics of one layer [1, n] that saw these values, as far as histograms and absmax go; one value per row."""
+    values = np.abs(np.asarray(values, np.float32))
+    bins = np.bincount(values.view(np.uint32) >> 19, minlength=BINS).astype(np.int64)[None]
+    empty = Statistics.empty({"layer": (1, values.size)})
+    absmax = empty.sigma_absmax.copy()
+    absmax[0, 8] = values.max(initial=0)
+    return empty.replace(histogram=bins, row_histogram=bins, sigma_absmax=absmax)
+
+
+def test_bins_are_the_upper_bits_of_float32() -> None:
+    edges = BIN_EDGES[:-1].astype(np.float32)
+    assert (edges == BIN_EDGES[:-1]).all()
+    assert (edges.view(np.uint32) >> 19 == np.arange(NONFINITE_BIN)).all()
+    below = np.nextafter(edges[1:], np.float32(0))
+    assert (below.view(np.uint32) >> 19 == np.arange(NONFINITE_BIN - 1)).all()
+    assert BIN_EDGES[-1] == 2.0**128
+    octave = BIN_EDGES[np.searchsorted(BIN_EDGES, 1.0) :][:17]
+    assert octave.tolist() == [1 + step / 16 for step in range(17)]
+    assert ((BIN_EDGES[:-1] < BIN_CENTRES) & (BIN_CENTRES < BIN_EDGES[1:])).all()
+
+
+@pytest.mark.parametrize(
+    ("sigma", "column"),
+    [(0.0, 0), (1e-9, 0), (0.125, 0), (0.1251, 1), (0.5, 3), (0.875, 6), (0.876, 7), (1.0, 7), (None, 8)]
+    + [(1.0001, 8), (-0.1, 8), (float("nan"), 8), (float("inf"), 8), (999.0, 8)],
+)
+def test_noise_levels_have_eight_bins_and_one_for_the_unknown(sigma: float | None, column: int) -> None:
+    assert sigma_bin(sigma) == column
+
+
+DIGIT_ARRAYS = hnp.arrays(np.int64, DIGITS, elements=st.integers(-(1 << 62), 1 << 62))
+
+
+def exact(digits: NDArray[np.int64]) -> int:
+    return sum(int(digit) << (DIGIT_BITS * place) for place, digit in enumerate(digits))
+
+
+@given(DIGIT_ARRAYS)
+def test_carrying_keeps_the_number_and_makes_its_form_unique(digits: NDArray[np.int64]) -> None:
+    carried = carry(digits)
+    assert exact(carried) == exact(digits)
+    assert ((carried[:-1] >= 0) & (carried[:-1] < 1 << DIGIT_BITS)).all()
+    assert np.array_equal(carry(carried), carried)
+
+
+@given(DIGIT_ARRAYS)
+def test_fixed_point_reads_as_the_nearest_float_or_a_neighbour_of_it(digits: NDArray[np.int64]) -> None:
+    carried = carry(digits)
+    number = Fraction(exact(carried)) * Fraction(2) ** LOWEST_EXPONENT
+    read = Fraction(float(to_float64(carried)))
+    assert abs(read - number) <= abs(number) * Fraction(2) ** -51
+
+
+def test_merging_is_the_same_in_every_order_and_grouping() -> None:
+    runs = [random_statistics(seed) for seed in range(4)]
+    whole = merge(*runs)
+    for order in itertools.permutations(runs):
+        assert merge(*order) == whole
+        assert merge(merge(*order[:2]), merge(*order[2:])) == whole
+        assert merge(order[0], merge(order[1], merge(order[2], order[3]))) == whole
+    assert merge(whole) == whole
+    assert merge(whole, runs[0]) != whole
+
+
+def test_merging_adds_counts_and_takes_the_larger_absmax() -> None:
+    a, b = random_statistics(0), random_statistics(1)
+    both = merge(a, b)
+    assert np.array_equal(both.histogram, a.histogram + b.histogram)
+    assert np.array_equal(both.absmax, np.maximum(a.absmax, b.absmax))
+    assert np.array_equal(both.count, a.count + b.count)
+    assert np.array_equal(both.rows_per_sample, np.maximum(a.rows_per_sample, b.rows_per_sample))
+    assert [exact(row) for row in both.sum_digits] == [
+        exact(x) + exact(y) for x, y in zip(a.sum_digits, b.sum_digits, strict=True)
+    ]
+    assert both.samples == 3
+    assert both.provenance == {"seed": ("0", "1"), "engine": ("test",)}
+
+
+def test_layers_in_another_order_are_the_same_model() -> None:
+    a = random_statistics(0)
+    b = random_statistics(1).take(reversed(LAYERS))
+    assert a.fingerprint == b.fingerprint
+    assert merge(a, b) == merge(b, a)
+    assert merge(a, b).names == tuple(sorted(LAYERS))
+    assert merge(a, b).take(LAYERS) == merge(a, random_statistics(1))
+
+
+def test_different_models_are_refused_and_forcing_keeps_what_matches() -> None:
+    a = random_statistics(0)
+    b = random_statistics(1, {"a.mlp": (16, 8), "c": (4, 5), "d": (1, 1)})
+    with pytest.raises(StatisticsError) as caught:
+        merge(a, b)
+    assert str(caught.value) == (
+        "made for different models: 3 layers differ in name or shape: b.attn, c, d "
+        "(--force keeps the layers that all of them have)"
+    )
+    forced = merge(a, b, force=True)
+    assert forced.names == ("a.mlp",)
+    assert forced.left_out == ("b.attn", "c", "d")
+    assert np.array_equal(forced.histogram[0], a.histogram[1] + b.histogram[0])
+    with pytest.raises(StatisticsError, match="no layer is common to all of them"):
+        merge(a, random_statistics(1, {"z": (1, 1)}), force=True)
+    with pytest.raises(StatisticsError, match="no statistics to merge"):
+        merge()
+
+
+def test_statistics_are_used_on_models_whose_layers_they_know() -> None:
+    stats = random_statistics(0)
+    some = {"c": (4, 4), "b.attn": (8, 4)}
+    assert stats.for_layers(some) == stats.take(some)
+    with pytest.raises(StatisticsError, match=r"1 of 2 layers differ in name or shape: x \(--force uses"):
+        stats.for_layers({"c": (4, 4), "x": (1, 1)})
+    forced = stats.for_layers({"c": (4, 4), "x": (1, 1)}, force=True)
+    assert (forced.names, forced.left_out) == (("c",), ("x",))
+    with pytest.raises(StatisticsError, match="no layer matches in name and shape"):
+        stats.for_layers({"c": (5, 5)}, force=True)
+    with pytest.raises(StatisticsError, match="no such layer"):
+        stats.index("x")
+
+
+def test_nonfinite_and_one_row_layers_are_told() -> None:
+    stats = random_statistics(0).replace(rows_per_sample=np.array([0, 1, 2]), calls=np.array([0, 3, 3]))
+    assert stats.one_row.tolist() == [False, True, False]
+    assert stats.visited.tolist() == [False, True, True]
+    assert stats.nonfinite.tolist() == stats.histogram[:, NONFINITE_BIN].tolist()
+
+
+@settings(deadline=None)
+@given(
+    values=hnp.arrays(np.float32, st.integers(1, 80), elements=st.floats(0, 2.0**100, width=32)),
+    q=st.floats(0, 1),
+)
+def test_a_quantile_lies_in_the_bin_of_the_values_own(values: NDArray[np.float32], q: float) -> None:
+    found = of_values(values).quantile("layer", q)
+    rank = max(int(np.ceil(Fraction(q) * len(values))), 1)
+    value = np.sort(values)[rank - 1]
+    number = int(np.float32(value).view(np.uint32)) >> 19
+    assert BIN_EDGES[number] <= found <= BIN_EDGES[number + 1]
+    assert found <= values.max()
+
+
+def test_the_last_quantile_is_absmax_and_an_empty_histogram_has_none() -> None:
+    assert of_values(np.array([1.0, 2.01])).quantile("layer", 1.0) == np.float32(2.01)
+    assert quantiles(np.zeros((2, BINS), np.int64), np.zeros(2), 0.5).tolist() == [0.0, 0.0]
+    uniform = of_values(1 + np.arange(1600) / 1600)
+    assert uniform.quantile("layer", 0.5) == pytest.approx(1.5, abs=1e-3)
+    assert uniform.quantiles(0.25) == pytest.approx([1.25], abs=1e-3)
+
+
+def test_rows_below_a_threshold_are_counted_exactly_at_edges_and_zero_rows_never() -> None:
+    stats = of_values(np.array([0, 0, 0.25, 0.5, 1.0, 1.0, 2.0, 3e38]))
+    for threshold, share in [(0.25, 0), (0.5, 1 / 8), (1.0, 2 / 8), (2.0, 4 / 8), (1e30, 5 / 8), (np.inf, 6 / 8)]:
+        assert stats.rows_below(threshold).tolist() == [share]
+    assert stats.rows_below(np.array([1 + 1 / 32])).tolist() == [3 / 8]  # half of the bin that holds two
+    assert Statistics.empty({"x": (1, 1)}).rows_below(1.0).tolist() == [0.0]
+
+
+def test_a_file_gives_back_everything(tmp_path: Path) -> None:
+    stats = random_statistics(5).replace(left_out=("old",))
+    path = tmp_path / "s.safetensors"
+    stats.save(path, {"progress": "17"})
+    loaded = Statistics.load(path)
+    assert loaded == stats
+    assert (loaded.metadata, loaded.path) == ({"progress": "17"}, path)
+    assert merge(loaded, random_statistics(6)) == merge(random_statistics(6), stats)
+    random_statistics(6).save(path)
+    assert Statistics.load(path) == random_statistics(6)
+
+
+def test_other_tools_can_read_the_file(tmp_path: Path) -> None:
+    stats = random_statistics(0)
+    stats.save(tmp_path / "s.safetensors")
+    with safe_open(tmp_path / "s.safetensors", "np") as file:
+        head = json.loads(file.metadata()[METADATA_KEY])
+        assert list(head["layers"]) == list(LAYERS)
+        assert np.array_equal(file.get_tensor("absmax"), stats.absmax)
+        assert np.array_equal(file.get_tensor("histogram"), stats.histogram)
+        assert np.array_equal(file.get_tensor("sum_of_squares"), stats.sum_of_squares)
+        assert np.array_equal(file.get_tensor("nonfinite"), stats.nonfinite)
+
+
+def edited(path: Path, drop: str | None = None, head: dict[str, Any] | None = None, **columns: NDArray[Any]) -> Path:
+    """A statistics file with something in it changed."""
+    random_statistics(0).save(path)
+    with open_checkpoint(path) as checkpoint:
+        entries = {name: Entry.of(checkpoint.bits(name).copy()) for name in checkpoint.tensors if name != drop}
+        whole = json.loads(checkpoint.metadata[METADATA_KEY])
+    entries |= {name: Entry.of(array) for name, array in columns.items()}
+    write_checkpoint(path, entries, {METADATA_KEY: json.dumps({**whole, **(head or {})})})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drop": "zeros"}, "zeros: the column is missing"),
+        ({"zeros": np.zeros(4, np.int64)}, r"zeros: int64 \[3\] expected, found I64 \[4\]"),
+        ({"zeros": np.zeros(3, np.int32)}, r"zeros: int64 \[3\] expected, found I32 \[3\]"),
+        ({"zeros": np.full(3, -1)}, "damaged: a count is negative"),
+        ({"rows": np.zeros(3, np.int64)}, "damaged: the row histogram and the rows disagree"),
+        ({"histogram": np.zeros((3, BINS), np.int64)}, "damaged: the histogram and the counts disagree"),
+        ({"sigma_absmax": np.full((3, 9), np.inf, np.float32)}, "damaged: an absmax is negative or not finite"),
+        ({"head": {"fingerprint": "0"}}, "damaged: the fingerprint is not that of the layers"),
+        ({"head": {"format_version": 2}}, r"statistics of format 2; this version reads format 1 \(update"),
+        ({"head": {"samples": "many"}}, "damaged: 'samples' in the header should be a int"),
+        ({"head": {"layers": {"a": [1, 2], "b": 3, "c": [1, 2]}}}, r"b: damaged: \[out, in\] expected"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = edited(tmp_path / "s.safetensors", **change)
+    with pytest.raises(StatisticsError, match=message) as caught:
+        Statistics.load(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_checkpoint_is_not_taken_for_statistics(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write_checkpoint(path, {"x": Entry.of(np.zeros(1))}, {})
+    with pytest.raises(StatisticsError, match="not a statistics file"):
+        Statistics.load(path)
+    write_checkpoint(path, {"x": Entry.of(np.zeros(1))}, {METADATA_KEY: "{"})
+    with pytest.raises(StatisticsError, match="not JSON"):
+        Statistics.load(path)
+
+
+def test_importing_statistics_imports_no_torch() -> None:
+    code = "import sys, convert_to_quant.stats; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
