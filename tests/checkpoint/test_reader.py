@@ -1,0 +1,333 @@
+"""Reading: one file or shards, lazily, and nothing that is not a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from convert_to_quant.checkpoint import open_checkpoint, to_float32
+from convert_to_quant.checkpoint.reader import BIT_DTYPES, FLOAT_DTYPES
+from convert_to_quant.errors import CheckpointError, HeaderError, PickleError, TensorError
+
+
+def refused(path: Path, error: type[CheckpointError] = CheckpointError) -> str:
+    """The message with which a path is refused, which begins with the path."""
+    with pytest.raises(error) as caught:
+        open_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
+def test_tensors_are_read_with_names_dtypes_shapes_and_values(save, build):
+    weight = np.arange(6, dtype=np.float32).reshape(2, 3)
+    path = save(
+        "a.safetensors", {"w": weight, "b": ("BF16", build.to_bfloat16(weight)), "s": np.float32(3)}, {"k": "v"}
+    )
+    with open_checkpoint(path) as checkpoint:
+        assert list(checkpoint) == ["w", "b", "s"]
+        assert "w" in checkpoint
+        assert "x" not in checkpoint
+        assert (checkpoint.path, checkpoint.sharded, checkpoint.metadata) == (path, False, {"k": "v"})
+        assert [(i.dtype, i.shape, i.nbytes) for i in checkpoint.tensors.values()] == [
+            ("F32", (2, 3), 24), ("BF16", (2, 3), 12), ("F32", (), 4)]  # fmt: skip
+        for name in ("w", "b"):
+            np.testing.assert_array_equal(checkpoint.float32(name), weight)
+        assert checkpoint.float32("s") == np.float32(3)
+        assert checkpoint.path_of("w") == path
+        assert checkpoint.raw("s").tobytes() == np.float32(3).tobytes()
+
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def test_a_file_of_the_safetensors_library_reads_the_same_in_every_dtype(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for dtype, torch_dtype in TORCH_DTYPES.items():
+        for shape in ((), (0,), (3, 0), (3,), (2, 3, 5)):
+            tensors[f"{dtype}{list(shape)}"] = (torch.randn(shape, generator=generator) * 3).to(torch_dtype)
+    path = tmp_path / "all.safetensors"
+    safetensors.torch.save_file(tensors, path, {"a": "ä"})
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.metadata == {"a": "ä"}
+        assert checkpoint.tensors.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            info, bits = checkpoint.tensors[name], checkpoint.bits(name)
+            assert (TORCH_DTYPES[info.dtype], info.shape) == (tensor.dtype, tuple(tensor.shape))
+            assert (bits.dtype, bits.shape) == (np.dtype(BIT_DTYPES[info.dtype]), info.shape)
+            assert not bits.flags.writeable or bits.size == 0
+            assert bits.tobytes() == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            if info.dtype in FLOAT_DTYPES:
+                values = checkpoint.float32(name)
+                assert values.dtype == np.float32
+                assert values.flags.writeable
+                np.testing.assert_array_equal(values, tensor.float().numpy())
+
+
+def test_float32_of_something_else_is_refused_by_name(save):
+    path = save("a.safetensors", {"ids": np.arange(3)})
+    with open_checkpoint(path) as checkpoint, pytest.raises(TensorError) as caught:
+        checkpoint.float32("ids")
+    assert str(caught.value) == f"{path}: ids: a float tensor was expected, found I64"
+
+
+def test_a_dtype_that_numpy_lacks_is_refused_by_name_and_only_when_read(save):
+    path = save("a.safetensors", {"x": ("F8_E4M3FNUZ", np.zeros(8, np.uint8))})
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.raw("x").tobytes() == bytes(8)
+        with pytest.raises(TensorError) as caught:
+            checkpoint.bits("x")
+    assert str(caught.value) == f"{path}: x: F8_E4M3FNUZ tensors are not supported"
+
+
+def test_float64_beyond_float32_becomes_infinite_without_a_warning():
+    np.testing.assert_array_equal(
+        to_float32(np.float64([1e300, -1e300, 1.5]), "F64"), np.float32([np.inf, -np.inf, 1.5])
+    )
+
+
+def test_all_float16_patterns_widen_as_torch_widens_them_without_a_warning():
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    theirs = torch.from_numpy(bits.view(np.int16).copy()).view(torch.float16).float().numpy()
+    np.testing.assert_array_equal(to_float32(bits.view(np.float16), "F16"), theirs)
+
+
+def test_a_tensor_at_an_odd_place_is_read_all_the_same(save):
+    weight = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    path = save("a.safetensors", {"odd": np.zeros(3, np.uint8), "w": weight})
+    with open_checkpoint(path) as checkpoint:
+        bits = checkpoint.bits("w")
+        np.testing.assert_array_equal(bits, weight)
+        np.testing.assert_array_equal(checkpoint.float32("w"), weight)
+
+
+def test_values_outlive_the_checkpoint(save):
+    path = save("a.safetensors", {"w": np.arange(5, dtype=np.float32)})
+    with open_checkpoint(path) as checkpoint:
+        view, copy = checkpoint.bits("w"), checkpoint.float32("w")
+    np.testing.assert_array_equal(view, copy)
+    checkpoint.close()  # twice is harmless
+
+
+def resident_bytes_of(path: Path) -> int:
+    """How much of a file is mapped into this process and present, by /proc."""
+    resident, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0] and ":" not in line.split()[0]:
+            ours = line.endswith(str(path))
+        elif ours and line.startswith("Rss:"):
+            resident += int(line.split()[1]) * 1024
+    return resident
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
+def test_release_gives_the_memory_of_a_tensor_back_and_views_stay_valid(save):
+    big = np.full(1 << 20, 7, np.float32)
+    path = save("a.safetensors", {"w": big, "v": big})
+    with open_checkpoint(path) as checkpoint:
+        view = checkpoint.bits("w")
+        assert resident_bytes_of(path) < big.nbytes
+        assert view.sum() == 7 * big.size
+        checkpoint.bits("v").sum()
+        assert resident_bytes_of(path) >= 2 * big.nbytes
+        checkpoint.release("w")
+        assert resident_bytes_of(path) <= big.nbytes + 2 * mmap.PAGESIZE
+        assert view[-1] == 7
+        checkpoint.release("v")
+        assert resident_bytes_of(path) <= 4 * mmap.PAGESIZE + (1 << 16)
+
+
+def test_release_before_anything_was_read_and_of_nothing_is_harmless(save):
+    path = save("a.safetensors", {"w": np.zeros(0, np.float32), "v": np.ones(3, np.float32)})
+    with open_checkpoint(path) as checkpoint:
+        checkpoint.release("v")
+        checkpoint.float32("v")
+        checkpoint.release("w")
+
+
+# what is not there, or is no file
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path):
+    assert refused(tmp_path / "a.safetensors") == "no such file"
+    assert refused(tmp_path / "a.safetensors.index.json") == "no such file"
+
+
+def test_a_folder_is_said_to_be_one(tmp_path):
+    assert refused(tmp_path) == "a folder, not a file"
+    index = tmp_path / "a.safetensors.index.json"
+    index.mkdir()
+    assert refused(index) == "cannot be read: Is a directory"
+
+
+def test_a_file_that_the_system_does_not_let_us_read_is_refused(tmp_path):
+    for name in ("a.safetensors", "a.safetensors.index.json"):
+        (tmp_path / name).symlink_to(name)
+        assert refused(tmp_path / name) == "cannot be read: Too many levels of symbolic links"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_read_permission_is_refused(save):
+    path = save("a.safetensors", {})
+    path.chmod(0)
+    assert refused(path) == "cannot be read: Permission denied"
+
+
+# pickles
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.pt", "a.pth", "a.bin", "a.PT", "a.safetensors", "a"])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_bare_pickle_is_refused_unread_by_its_name_or_its_content(name, protocol, tmp_path):
+    path = tmp_path / name
+    opened = tmp_path / "opened"
+    path.write_bytes(pickle.dumps({"x": Trap(opened)}, protocol))
+    assert refused(path, PickleError) == (
+        "a pickled checkpoint; opening one runs the code in it, so it was not opened "
+        "(convert it to safetensors in a sandbox first)"
+    )
+    assert not opened.exists()
+    pickle.loads(path.read_bytes())
+    assert opened.exists(), "the trap does not work"
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_an_archive_of_torch_save_is_refused_unread(name, tmp_path):
+    path = tmp_path / name
+    torch.save({"x": torch.zeros(3)}, path)
+    assert zipfile.is_zipfile(path)
+    assert refused(path, PickleError).startswith("a pickled checkpoint")
+
+
+def test_a_safetensors_file_with_the_suffix_of_a_pickle_is_refused_too(save):
+    assert refused(save("a.ckpt", {"x": np.zeros(1, np.float32)}), PickleError).startswith("a pickled checkpoint")
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_begins_like_a_pickle_is_none(length, tmp_path):
+    text = b'{"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'.ljust(length)
+    content = length.to_bytes(8, "little") + text + b"\7"
+    assert content[0] == 0x80
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.bits("x") == [7]
+
+
+# shards
+
+
+def test_shards_are_read_as_one_table(save_shards):
+    index = save_shards("m", [{"a": np.float32([1]), "b": np.float32([2])}, {"c": np.float32([3])}], {"k": "v"})
+    with open_checkpoint(index) as checkpoint:
+        assert checkpoint.sharded
+        assert (list(checkpoint), checkpoint.metadata) == (["a", "b", "c"], {"k": "v"})
+        assert [checkpoint.path_of(name).name[:7] for name in checkpoint] == ["m-00001", "m-00001", "m-00002"]
+        assert [checkpoint.float32(name)[0] for name in checkpoint] == [1, 2, 3]
+
+
+def test_metadata_of_shards_is_joined_and_the_first_word_holds(tmp_path, build):
+    (tmp_path / "1.safetensors").write_bytes(build.file_bytes({"a": np.uint8([1])}, {"k": "first", "x": "1"}))
+    (tmp_path / "2.safetensors").write_bytes(build.file_bytes({"b": np.uint8([2])}, {"k": "second", "y": "2"}))
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
+    with open_checkpoint(index) as checkpoint:
+        assert checkpoint.metadata == {"k": "first", "x": "1", "y": "2"}
+
+
+SHAPE = 'not a shard index: "weight_map" should map tensor names to file names'
+BAD_INDEXES = {
+    "not JSON": (b"{", "not a shard index: it is not JSON (Expecting property name"),
+    "not UTF-8": (b'{"\xff\xfe": 1}', "not a shard index: it is not JSON ('utf-8' codec"),
+    "nested too deeply": (b"[" * 100_000, "not a shard index: it is not JSON ("),
+    "a list": (b"[]", SHAPE),
+    "no weight_map": (b"{}", SHAPE),
+    "an empty weight_map": (b'{"weight_map": {}}', SHAPE),
+    "a weight_map that is a list": (b'{"weight_map": ["a"]}', SHAPE),
+    "a weight_map of numbers": (b'{"weight_map": {"a": 1}}', SHAPE),
+    "a shard by its path": (b'{"weight_map": {"a": "sub/1.safetensors"}}', "found 'sub/1.safetensors'"),
+    "a shard above": (b'{"weight_map": {"a": "../1.safetensors"}}', "found '../1.safetensors'"),
+    "a shard anywhere": (
+        b'{"weight_map": {"a": "/etc/passwd"}}', "its shards should be files in its own folder, found '/etc/passwd'"),
+    "the folder above as a shard": (b'{"weight_map": {"a": ".."}}', "found '..'"),
+    "its folder as a shard": (b'{"weight_map": {"a": "."}}', "found '.'"),
+    "a shard without a name": (b'{"weight_map": {"a": ""}}', "found ''"),
+    "a shard name with a NUL": (b'{"weight_map": {"a": "1\\u0000.safetensors"}}', "found '1\\x00.safetensors'"),
+    "a shard name with half a surrogate pair": (b'{"weight_map": {"a": "\\ud800"}}', "found '\\ud800'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_INDEXES.values(), ids=BAD_INDEXES)
+def test_a_bad_index_is_refused_by_its_own_message(content, message, tmp_path):
+    path = tmp_path / "m.safetensors.index.json"
+    path.write_bytes(content)
+    assert message in refused(path)
+
+
+def test_a_missing_shard_is_named(save_shards, tmp_path):
+    index = save_shards("m", [{"a": np.float32([1])}, {"b": np.float32([2])}])
+    missing = tmp_path / "m-00002-of-00002.safetensors"
+    missing.unlink()
+    with pytest.raises(CheckpointError, match=r"no such file") as caught:
+        open_checkpoint(index)
+    assert caught.value.path == missing
+
+
+def test_a_damaged_shard_is_named(save_shards, tmp_path):
+    index = save_shards("m", [{"a": np.float32([1])}, {"b": np.float32([2])}])
+    shard = tmp_path / "m-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(HeaderError, match="truncated") as caught:
+        open_checkpoint(index)
+    assert (caught.value.path, caught.value.tensor) == (shard, "b")
+
+
+def test_a_pickled_shard_is_refused(tmp_path):
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "pytorch_model.bin"}}')
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(PickleError):
+        open_checkpoint(index)
+
+
+def test_a_tensor_that_its_shard_lacks_is_named(save_shards):
+    index = save_shards("m", [{"a": np.float32([1])}, {"b": np.float32([2])}])
+    said = json.loads(index.read_text())
+    first, second = said["weight_map"].values()
+    for wrong in ({"c": first}, {"a": second, "b": first}):
+        index.write_text(json.dumps({"weight_map": said["weight_map"] | wrong}))
+        name, shard = next(iter(wrong.items()))
+        assert refused(index) == f"{name}: the index places it in {shard}, which does not hold it"
+
+
+def test_a_tensor_in_two_shards_is_refused(save_shards, tmp_path):
+    index = save_shards("m", [{"a": np.float32([1])}, {"a": np.float32([2]), "b": np.float32([2])}])
+    said = {"weight_map": {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"}}
+    index.write_text(json.dumps(said))
+    with pytest.raises(HeaderError) as caught:
+        open_checkpoint(index)
+    second = tmp_path / "m-00002-of-00002.safetensors"
+    assert str(caught.value) == f"{second}: a: also stands in m-00001-of-00002.safetensors"

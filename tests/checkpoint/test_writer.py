@@ -1,0 +1,564 @@
+"""Writing: a result is there whole or not at all, whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convert_to_quant.checkpoint import (
+    CheckpointWriter,
+    Entry,
+    Spec,
+    open_checkpoint,
+    output_files,
+    refuse_same_file,
+    write_bytes,
+    write_checkpoint,
+    writer,
+)
+from convert_to_quant.checkpoint.header import DTYPE_BITS
+from convert_to_quant.checkpoint.writer import _copy_once, lay_out
+from convert_to_quant.errors import CheckpointError, OutputError
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def without_tmpfile(monkeypatch):
+    """A system that has no unnamed files, as macOS."""
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+
+
+@pytest.fixture(params=["unnamed", "sibling"])
+def either_kind(request):
+    """Both kinds of temporary file."""
+    if request.param == "sibling":
+        request.getfixturevalue("without_tmpfile")
+
+
+# what is written
+
+
+def test_golden_bytes_of_a_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    entries = {"u": Entry.of(np.uint8([7])), "f": Entry.of(np.float32(1.0)), "b": Entry.of(np.uint16([0x3F80]), "BF16")}
+    write_checkpoint(path, entries, {"k": "v"})
+    text = (
+        b'{"__metadata__":{"k":"v"},"f":{"dtype":"F32","shape":[],"data_offsets":[0,4]},'
+        b'"b":{"dtype":"BF16","shape":[1],"data_offsets":[4,6]},"u":{"dtype":"U8","shape":[1],"data_offsets":[6,7]}}'
+    )
+    padded = text.ljust(len(text) + -len(text) % 8)
+    assert path.read_bytes() == len(padded).to_bytes(8, "little") + padded + b"\0\0\x80\x3f\x80\x3f\x07"
+
+
+def test_the_safetensors_library_reads_the_same(tmp_path, either_kind):
+    generator = np.random.default_rng(0)
+    dtypes = [np.uint8, np.int8, np.int16, np.int32, np.int64, np.float16, np.float32, np.float64, np.bool_]
+    arrays = {
+        f"{np.dtype(dtype).name}{list(shape)}": generator.integers(0, 2, shape).astype(dtype)
+        for dtype, shape in itertools.product(dtypes, [(), (0,), (3,), (2, 0, 3), (4, 5)])
+    }
+    path = tmp_path / "a.safetensors"
+    write_checkpoint(path, {name: Entry.of(array) for name, array in arrays.items()}, {"ä": "\n\u2028"})
+    read = safetensors.numpy.load_file(path)
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(read[name], array)
+    with safetensors.safe_open(path, "numpy") as file:
+        assert file.metadata() == {"ä": "\n\u2028"}
+    with open_checkpoint(path) as checkpoint:
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(checkpoint.bits(name), array)
+    assert listing(tmp_path) == ["a.safetensors"]
+
+
+def test_a_checkpoint_of_no_tensors_is_a_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_checkpoint(path, {})
+    assert safetensors.numpy.load_file(path) == {}
+
+
+def test_an_array_that_the_format_cannot_hold_is_our_own_mistake():
+    with pytest.raises(AssertionError, match="safetensors has no complex128"):
+        Entry.of(np.zeros(1, np.complex128))
+    with pytest.raises(AssertionError, match="uint8 holds no BF16"):
+        Entry.of(np.zeros(1, np.uint8), "BF16")
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([name for name, bits in DTYPE_BITS.items() if bits >= 8]),
+                  st.lists(st.integers(0, 5), max_size=3)),
+        max_size=12,
+    )
+)  # fmt: skip
+def test_every_tensor_begins_at_a_multiple_of_its_size_without_holes(specs):
+    infos = lay_out({str(i): Spec(dtype, tuple(shape)) for i, (dtype, shape) in enumerate(specs)})
+    assert [info.start for info in infos] == [0, *(info.stop for info in infos)][: len(infos)]
+    for info in infos:
+        assert info.start % (DTYPE_BITS[info.dtype] // 8) == 0
+    for same in {info.dtype for info in infos}:
+        order = [int(info.name) for info in infos if info.dtype == same]
+        assert order == sorted(order), "tensors of one width keep their order"
+
+
+def test_tensors_are_written_in_any_order_in_parts_and_from_threads(tmp_path):
+    values = np.arange(4096, dtype=np.float32)
+    specs = {f"t{i}": Spec("F32", (4096,)) for i in range(4)}
+    path = tmp_path / "a.safetensors"
+    with CheckpointWriter([(path, specs)], {}) as out:
+
+        def write(name: str) -> None:
+            for start in range(4096 - 256, -1, -256):
+                out.write(name, values[start : start + 256], start * 4)
+
+        threads = [threading.Thread(target=write, args=(name,)) for name in reversed(specs)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for array in safetensors.numpy.load_file(path).values():
+        np.testing.assert_array_equal(array, values)
+
+
+def test_a_tensor_forgotten_or_written_beyond_its_end_is_our_own_mistake(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with (
+        pytest.raises(AssertionError, match="x: 0 of 4 bytes written"),
+        CheckpointWriter([(path, {"x": Spec("F32", ())})], {}),
+    ):
+        pass
+    with (
+        pytest.raises(AssertionError, match=r"x: 2 \+ 4 > 4"),
+        CheckpointWriter([(path, {"x": Spec("F32", ())})], {}) as out,
+    ):
+        out.write("x", b"1234", 2)
+    assert listing(tmp_path) == []
+
+
+# copies
+
+
+@pytest.fixture(params=["in the kernel", "refused by the kernel", "without copy_file_range"])
+def any_copy(request, monkeypatch):
+    """All ways to copy."""
+    if request.param == "refused by the kernel":
+
+        def refuse(*_):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    if request.param == "without copy_file_range":
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+
+
+def test_tensors_are_copied_byte_for_byte_also_under_new_names(tmp_path, save, any_copy):
+    generator = np.random.default_rng(0)
+    tensors = {f"t{i}": generator.integers(0, 256, (i * 1000,), np.uint8) for i in range(5)}
+    tensors["f"] = generator.normal(size=333).astype(np.float32)
+    source = save("in.safetensors", tensors)
+    with open_checkpoint(source) as checkpoint:
+        specs = {f"new.{name}": Spec.like(info) for name, info in checkpoint.tensors.items()}
+        path = tmp_path / "out.safetensors"
+        with CheckpointWriter([(path, specs | {"one": Spec("U8", (1,))})], {}) as out:
+            out.copy(checkpoint, {f"new.{name}": name for name in tensors})
+            out.write("one", b"\1")
+    read = safetensors.numpy.load_file(path)
+    assert read.keys() == {*specs, "one"}
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(read[f"new.{name}"], array)
+
+
+def test_neighbours_are_copied_in_one_piece(tmp_path, save, monkeypatch):
+    calls = []
+    monkeypatch.setattr(writer, "_copy_once", lambda *args: calls.append(args[2]) or _copy_once(*args))
+    source = save("in.safetensors", {f"t{i}": np.zeros(100, np.uint8) for i in range(9)})
+    with open_checkpoint(source) as checkpoint:
+        specs = {name: Spec.like(info) for name, info in checkpoint.tensors.items()}
+        with CheckpointWriter([(tmp_path / "out.safetensors", specs)], {}) as out:
+            out.copy(checkpoint, {name: name for name in specs})
+    assert calls == [900]
+
+
+def test_a_copy_that_the_kernel_cuts_short_goes_on(tmp_path, save, monkeypatch):
+    monkeypatch.setattr(writer, "_copy_once", lambda s, t, count, a, b: _copy_once(s, t, min(count, 7), a, b))
+    values = np.arange(100, dtype=np.uint8)
+    output = [(tmp_path / "out.safetensors", {"x": Spec("U8", (100,))})]
+    with open_checkpoint(save("in.safetensors", {"x": values})) as checkpoint, CheckpointWriter(output, {}) as out:
+        out.copy(checkpoint, {"x": "x"})
+    np.testing.assert_array_equal(safetensors.numpy.load_file(tmp_path / "out.safetensors")["x"], values)
+
+
+def test_writes_that_the_system_cuts_short_go_on(tmp_path, monkeypatch):
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, memoryview(data)[:5], offset))
+    values = np.arange(100, dtype=np.float32)
+    write_checkpoint(tmp_path / "a.safetensors", {"x": Entry.of(values)})
+    np.testing.assert_array_equal(safetensors.numpy.load_file(tmp_path / "a.safetensors")["x"], values)
+
+
+def test_an_input_that_shrinks_meanwhile_leaves_no_output(tmp_path, save):
+    source = save("in.safetensors", {"x": np.zeros(100, np.uint8)})
+    out_path = tmp_path / "out.safetensors"
+    with open_checkpoint(source) as checkpoint:
+        os.truncate(source, source.stat().st_size - 1)
+        with pytest.raises(OutputError) as caught, CheckpointWriter([(out_path, {"x": Spec("U8", (100,))})], {}) as out:
+            out.copy(checkpoint, {"x": "x"})
+    assert str(caught.value) == f"{out_path}: cannot be written: the input became shorter meanwhile"
+    assert listing(tmp_path) == ["in.safetensors"]
+
+
+def test_an_input_that_vanishes_meanwhile_leaves_no_output(tmp_path, save):
+    source = save("in.safetensors", {"x": np.zeros(100, np.uint8)})
+    with open_checkpoint(source) as checkpoint:
+        source.unlink()
+        with (
+            pytest.raises(CheckpointError, match="cannot be read any more: No such file or directory"),
+            CheckpointWriter([(tmp_path / "out.safetensors", {"x": Spec("U8", (100,))})], {}) as out,
+        ):
+            out.copy(checkpoint, {"x": "x"})
+    assert listing(tmp_path) == []
+
+
+# whole or not at all
+
+
+def test_nothing_has_the_name_before_the_end(tmp_path, either_kind):
+    path = tmp_path / "a.safetensors"
+    with CheckpointWriter([(path, {"x": Spec("F32", (2,))})], {}) as out:
+        out.write("x", np.float32([1, 2]))
+        assert not path.exists()
+    assert listing(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_nothing_and_the_old_file_stays(tmp_path, error, either_kind):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+
+    def interrupted() -> None:
+        with CheckpointWriter([(path, {"x": Spec("F32", (2,))})], {}) as out:
+            out.write("x", np.float32([1, 2]))
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert path.read_bytes() == b"old"
+    assert listing(tmp_path) == ["a.safetensors"]
+
+
+def test_an_older_file_is_replaced_and_who_has_it_open_keeps_it(tmp_path, either_kind):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+    with path.open("rb") as held:
+        write_checkpoint(path, {"x": Entry.of(np.float32([1]))})
+        assert held.read() == b"old"
+    assert safetensors.numpy.load_file(path)["x"] == [1]
+    assert listing(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666, 0o444])
+def test_a_replaced_file_keeps_its_permissions_whatever_the_umask(tmp_path, mode, either_kind):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+    path.chmod(mode)
+    old = os.umask(0o027)
+    try:
+        write_bytes(path, b"new")
+    finally:
+        os.umask(old)
+    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"new", mode)
+
+
+def test_a_new_file_has_the_permissions_that_the_umask_leaves(tmp_path, either_kind):
+    old = os.umask(0o027)
+    try:
+        write_bytes(tmp_path / "a", b"")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+def test_without_proc_a_sibling_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "UNNAMED", tmp_path / "no-proc")
+    with CheckpointWriter([(tmp_path / "a.safetensors", {"x": Spec("U8", (1,))})], {}) as out:
+        assert [name.endswith(".tmp") for name in listing(tmp_path)] == [True]
+        out.write("x", b"1")
+    assert listing(tmp_path) == ["a.safetensors"]
+
+
+def test_a_file_system_without_unnamed_files_gets_a_sibling(tmp_path, monkeypatch):
+    real_open = os.open
+
+    def refuse(path, flags, *rest, **named):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return real_open(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    write_bytes(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert listing(tmp_path) == ["a"]
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from convert_to_quant.checkpoint import CheckpointWriter, Spec
+path = Path(sys.argv[1])
+with CheckpointWriter([(path, {"x": Spec("U8", (1 << 20,)), "y": Spec("U8", (1 << 20,))})], {}) as writer:
+    writer.write("x", bytes(1 << 20))
+    os.kill(os.getpid(), int(sys.argv[2]))
+    signal.pause()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="only unnamed files vanish with their process")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+@pytest.mark.parametrize("old", [None, b"old"], ids=["new file", "over an old file"])
+def test_a_signal_in_the_middle_leaves_nothing_and_the_old_file_stays(tmp_path, number, old):
+    path = tmp_path / "a.safetensors"
+    if old is not None:
+        path.write_bytes(old)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, path, str(int(number))], capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == -number, done.stderr.decode()
+    assert listing(tmp_path) == (["a.safetensors"] if old else [])
+    assert old is None or path.read_bytes() == old
+
+
+# shards
+
+
+def test_the_index_comes_last_and_says_where_everything_is(tmp_path):
+    index = tmp_path / "m.safetensors.index.json"
+    files = [
+        (tmp_path / "1.safetensors", {"a": Spec("F32", (2,))}),
+        (tmp_path / "2.safetensors", {"b": Spec("U8", ())}),
+    ]
+    with CheckpointWriter(files, {"k": "v"}, index) as out:
+        out.write("a", np.float32([1, 2]))
+        out.write("b", b"\7")
+        assert listing(tmp_path) == []
+    assert json.loads(index.read_text()) == {
+        "metadata": {"total_size": 9}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}  # fmt: skip
+    with open_checkpoint(index) as checkpoint:
+        assert (checkpoint.metadata, list(checkpoint)) == ({"k": "v"}, ["a", "b"])
+        np.testing.assert_array_equal(checkpoint.float32("a"), [1, 2])
+    assert listing(tmp_path) == ["1.safetensors", "2.safetensors", "m.safetensors.index.json"]
+
+
+def test_a_shard_that_does_not_reach_the_disk_leaves_all_of_them_unnamed(tmp_path, monkeypatch, either_kind):
+    real, calls = os.fsync, []
+
+    def fail_second(fd):
+        calls.append(fd)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fail_second)
+    files = [(tmp_path / f"{i}.safetensors", {f"{i}": Spec("U8", (0,))}) for i in range(3)]
+    with pytest.raises(OutputError) as caught, CheckpointWriter(files, {}, tmp_path / "m.safetensors.index.json"):
+        pass
+    assert str(caught.value) == f"{tmp_path / '1.safetensors'}: cannot be written: the disk is full"
+    assert listing(tmp_path) == []
+
+
+def test_shards_follow_the_source_shard_for_shard(tmp_path, save_shards):
+    source = save_shards("in", [{"a": np.uint8([1])}, {"b": np.uint8([2]), "c": np.uint8([3])}])
+    output = tmp_path / "out.safetensors.index.json"
+    with open_checkpoint(source) as checkpoint:
+        specs = {"a": Spec("U8", (1,)), "c": Spec("U8", (1,)), "c.new": Spec("F32", ())}
+        files, index = output_files(output, checkpoint, lambda name: name.removesuffix(".new"), specs)
+        assert index == output
+        assert [(path.name, list(names)) for path, names in files] == [
+            ("out-00001-of-00002.safetensors", ["a"]), ("out-00002-of-00002.safetensors", ["c", "c.new"])]  # fmt: skip
+        only_second, _ = output_files(output, checkpoint, lambda name: name, {"c": Spec("U8", (1,))})
+        assert [path.name for path, _ in only_second] == ["out-00001-of-00001.safetensors"]
+        one_file = output_files(tmp_path / "out.safetensors", checkpoint, lambda name: name, specs)
+        assert one_file == ([(tmp_path / "out.safetensors", specs)], None)
+
+
+# where it cannot be written
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(OutputError) as caught:
+        write_checkpoint(path, {"x": Entry.of(np.zeros(4, np.float32))})
+    assert str(caught.value).startswith(f"{path}: ")
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
+def test_an_output_folder_that_does_not_exist_is_named(tmp_path, either_kind):
+    folder = tmp_path / "missing"
+    assert refused(folder / "a.safetensors") == f"cannot be written: the folder {folder} does not exist"
+    assert listing(tmp_path) == []
+
+
+def test_an_output_folder_that_is_a_file_is_named(tmp_path, either_kind):
+    (tmp_path / "file").write_bytes(b"")
+    assert refused(tmp_path / "file" / "a") == f"cannot be written: {tmp_path / 'file'} is not a folder"
+
+
+def test_an_output_that_is_a_folder_is_refused(tmp_path):
+    assert refused(tmp_path) == "cannot be written: it is a folder"
+
+
+def test_a_name_too_long_for_the_disk_is_refused(tmp_path, either_kind):
+    assert refused(tmp_path / ("a" * 300)) == "cannot be written: File name too long"
+    assert listing(tmp_path) == []
+
+
+def test_a_folder_without_write_permission_is_refused(tmp_path, monkeypatch, either_kind):
+    real_open = os.open
+
+    def refuse(path, flags, *rest, **named):
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real_open(path, flags, *rest, **named)
+
+    if os.geteuid() == 0:  # root may write everywhere
+        monkeypatch.setattr(os, "open", refuse)
+    tmp_path.chmod(0o500)
+    assert refused(tmp_path / "a.safetensors") == "cannot be written: no permission to write there"
+    tmp_path.chmod(0o700)
+
+
+def test_a_read_only_file_system_is_refused():
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("needs Linux's /proc")
+    assert refused(Path("/proc/self/task/a.safetensors")).startswith("cannot be written: ")
+
+
+def test_a_file_larger_than_the_disk_is_refused_before_anything_is_written(tmp_path):
+    specs = {"x": Spec("U8", (1 << 60,))}
+    with pytest.raises(OutputError, match=r"it needs 1152921504.61 GB and the disk has \d+\.\d\d GB free"):
+        CheckpointWriter([(tmp_path / "a.safetensors", specs)], {})
+    assert listing(tmp_path) == []
+
+
+def test_shards_larger_than_the_disk_together_are_refused_before_anything_is_written(tmp_path):
+    disk = os.statvfs(tmp_path)
+    half = Spec("U8", (disk.f_bavail * disk.f_frsize // 4 * 3,))
+    files = [(tmp_path / f"{name}.safetensors", {name: half}) for name in "ab"]
+    with pytest.raises(OutputError, match="GB free"):
+        CheckpointWriter(files, {}, tmp_path / "m.safetensors.index.json")
+    assert listing(tmp_path) == []
+
+
+def test_a_drive_that_does_not_know_its_size_is_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255)))
+    write_checkpoint(tmp_path / "a.safetensors", {"x": Entry.of(np.zeros(4, np.float32))})
+
+
+def limited_child(code: str, *arguments: Path, limit: int) -> subprocess.CompletedProcess[str]:
+    """Run code with a real limit on the size of any file."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], capture_output=True, text=True, timeout=60,
+        check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+
+
+TOO_LARGE = """
+    import sys
+    from pathlib import Path
+    from convert_to_quant.checkpoint import CheckpointWriter, Spec, open_checkpoint
+    from convert_to_quant.errors import OutputError
+    source, path, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    with open_checkpoint(source) as checkpoint:
+        specs = {name: Spec.like(info) for name, info in checkpoint.tensors.items()}
+        try:
+            with CheckpointWriter([(path, specs)], {}) as writer:
+                if way == "copy":
+                    writer.copy(checkpoint, {"x": "x"})
+                else:
+                    writer.write("x", checkpoint.raw("x"))
+        except OutputError as error:
+            print(error)
+"""
+
+
+@pytest.mark.parametrize("way", ["copy", "write"])
+def test_a_file_that_the_system_stops_from_growing_leaves_nothing(tmp_path, save, way):
+    source = save("in.safetensors", {"x": np.zeros(1 << 16, np.uint8)})
+    path = tmp_path / "out.safetensors"
+    path.write_bytes(b"old")
+    done = limited_child(TOO_LARGE, source, path, Path(way), limit=1 << 15)
+    assert done.stdout == f"{path}: cannot be written: the file system allows no file that large\n", done.stderr
+    assert listing(tmp_path) == ["in.safetensors", "out.safetensors"]
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "the disk quota is used up"),
+        (errno.EROFS, "the file system is read-only"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "copy_file_range"])
+def test_a_disk_that_fails_in_the_middle_leaves_nothing(
+    *, tmp_path, save, monkeypatch, either_kind, call, number, message
+):
+    source = save("in.safetensors", {"x": np.zeros(100, np.uint8)})
+    path = tmp_path / "out.safetensors"
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    with open_checkpoint(source) as checkpoint:
+        monkeypatch.setattr(os, call, fail)
+        with pytest.raises(OutputError) as caught, CheckpointWriter([(path, {"x": Spec("U8", (100,))})], {}) as out:
+            out.copy(checkpoint, {"x": "x"})
+    assert str(caught.value) == f"{path}: cannot be written: {message}"
+    assert listing(tmp_path) == ["in.safetensors"]
+
+
+# the input as output
+
+
+def test_the_input_is_refused_as_output_through_every_link(tmp_path, save):
+    source = save("in.safetensors", {})
+    (tmp_path / "sub").mkdir()
+    symlink, hard_link, copy = tmp_path / "symlink", tmp_path / "hard-link", tmp_path / "copy"
+    symlink.symlink_to(source)
+    hard_link.hardlink_to(source)
+    copy.write_bytes(source.read_bytes())
+    for output in (source, symlink, hard_link, tmp_path / "sub" / ".." / "in.safetensors"):
+        with pytest.raises(OutputError) as caught:
+            refuse_same_file(output, [copy, source], hint="name another")
+        assert str(caught.value) == f"{output}: the output is the same file as the input {source} (name another)"
+    refuse_same_file(copy, [source])
+    refuse_same_file(tmp_path / "new", [source, copy])
+    refuse_same_file(tmp_path / "missing" / "new", [source])
+
+
+def test_an_output_that_is_a_circle_of_links_is_refused(tmp_path, save):
+    source = save("in.safetensors", {})
+    (tmp_path / "a").symlink_to("a")
+    with pytest.raises(OutputError, match="cannot be written: Too many levels of symbolic links"):
+        refuse_same_file(tmp_path / "a", [source])

@@ -1,0 +1,118 @@
+"""Builders of tiny checkpoints. They lay files out by hand, so that our own writer is never its own oracle."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "uint8": "U8", "int8": "I8", "int32": "I32",
+          "int64": "I64", "bool": "BOOL", "uint16": "U16"}  # fmt: skip
+
+Tensor = Any
+"""A numpy array, or (safetensors dtype, array of its bit patterns)."""
+
+
+def to_bfloat16(values: Any) -> np.ndarray:
+    """Bit patterns (uint16) of the nearest bfloat16, ties to even, of finite values."""
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file with its tensors in the order given."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    data = b""
+    for name, tensor in tensors.items():
+        dtype, array = tensor if isinstance(tensor, tuple) else (DTYPES[tensor.dtype.name], tensor)
+        content = np.ascontiguousarray(array).tobytes()
+        header[name] = {"dtype": dtype, "shape": list(np.shape(array)),
+                        "data_offsets": [len(data), len(data) + len(content)]}  # fmt: skip
+        data += content
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def mark(**config: Any) -> np.ndarray:
+    """A comfy_quant tensor."""
+    return np.frombuffer(json.dumps(config).encode(), np.uint8)
+
+
+def quantized(
+    names: Sequence[str], marking: str, *, shape: tuple[int, int] = (16, 32), input_scale: float | None = 1.0,
+    dtype: str = "F8_E4M3", **config: Any,
+) -> tuple[dict[str, Tensor], dict[str, str]]:  # fmt: skip
+    """Tensors and metadata of FP8 layers, each marked as "header", "tensor", "both", "legacy", or "none".
+
+    Weights are reproducible finite codes, the weight scale of layer i is 0.5 + i. A legacy file still needs its marker.
+    """
+    form = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}[dtype]
+    weight_scale, input_key = (
+        ("scale_weight", "scale_input") if marking == "legacy" else ("weight_scale", "input_scale")
+    )
+    tensors: dict[str, Tensor] = {}
+    for number, name in enumerate(names):
+        tensors[f"{name}.{weight_scale}"] = np.float32(0.5 + number)
+        if input_scale is not None:
+            tensors[f"{name}.{input_key}"] = np.float32(input_scale)
+        codes = np.random.default_rng(number).integers(0, 0x78, shape).astype(np.uint8)
+        tensors[f"{name}.weight"] = (dtype, codes)
+        if marking in ("tensor", "both"):
+            tensors[f"{name}.comfy_quant"] = mark(format=form, **config)
+    metadata = {}
+    if marking in ("header", "both"):
+        layers = {name: {"format": form, **config} for name in names}
+        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
+    return tensors, metadata
+
+
+class Builders:
+    """What tests make checkpoints with."""
+
+    to_bfloat16 = staticmethod(to_bfloat16)
+    file_bytes = staticmethod(file_bytes)
+    mark = staticmethod(mark)
+    quantized = staticmethod(quantized)
+
+
+@pytest.fixture
+def build() -> type[Builders]:
+    """The builders of this file."""
+    return Builders
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., Path]:
+    """Write a checkpoint into the test's folder: save("name.safetensors", tensors, metadata)."""
+
+    def save(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+        path = tmp_path / name
+        path.write_bytes(file_bytes(tensors, metadata))
+        return path
+
+    return save
+
+
+@pytest.fixture
+def save_shards(tmp_path: Path) -> Callable[..., Path]:
+    """Write shards and their index: save_shards("name", [tensors, tensors], metadata) gives the index's path."""
+
+    def save_shards(
+        stem: str, shards: Sequence[Mapping[str, Tensor]], metadata: Mapping[str, str] | None = None
+    ) -> Path:
+        weight_map = {}
+        for number, tensors in enumerate(shards, 1):
+            name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+            (tmp_path / name).write_bytes(file_bytes(tensors, metadata))
+            weight_map |= dict.fromkeys(tensors, name)
+        path = tmp_path / f"{stem}.safetensors.index.json"
+        path.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+        return path
+
+    return save_shards
