@@ -85,7 +85,7 @@ DERIVED = ("absmax", "count", "nonfinite", "sum", "sum_of_squares")
 """Columns that a file carries for other readers; ours computes them."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Statistics:
     """What was observed of a model's layers. Arrays have the layers as their first axis, in the order of `layers`.
 
@@ -154,6 +154,9 @@ class Statistics:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<Statistics of {len(self.layers)} layers, {int(self.visited.sum())} visited, {self.samples} samples>"
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -58,7 +58,8 @@ def observe(x: Tensor) -> Observation:
     rows_RI = x.detach().reshape(-1, x.shape[-1] if x.ndim else 1)
     step = max(1, BLOCK_ELEMENTS_CPU // rows_RI.shape[1]) if x.device.type == "cpu" else len(rows_RI)
     blocks = [_observe_rows(block) for block in torch.split(rows_RI, step)]
-    row_bits, row_sum, row_squares, nonzeros, prefixes = blocks[0] if len(blocks) == 1 else map(torch.cat, zip(*blocks))
+    columns = blocks[0] if len(blocks) == 1 else [torch.cat(parts) for parts in zip(*blocks, strict=True)]
+    row_bits, row_sum, row_squares, nonzeros, prefixes = columns
     return Observation(
         absmax=row_bits.amax().view(torch.float32),
         sum=row_sum.sum(),

@@ -1,0 +1,451 @@
+"""Recording: what the hooks feed, to which layers, and that they leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from convert_to_quant.errors import CalibrationError
+from convert_to_quant.kernels import NONFINITE_BIN
+from convert_to_quant.recorder import all_reduce, find_linears, record
+from convert_to_quant.stats import COLUMNS, Statistics, merge
+
+
+class Duck(nn.Module):
+    """Quacks like a linear layer, as ComfyUI's quantized layers do."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.weight.T.to(hidden.dtype)
+
+
+class Model(nn.Module):
+    """Tokens and a vector per picture, as a diffusion transformer has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.time = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(8, 8), "k": nn.Linear(8, 8), "o": Duck(8, 8)})])
+        self.idle = nn.Linear(3, 3)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        vector = self.time(torch.stack([timestep * k for k in range(4)], -1))
+        y = self.embed(x) + vector[:, None]
+        for block in self.blocks:
+            y = y + block["o"](hidden=block["q"](self.norm(y)) * torch.tanh(block["k"](self.norm(y))))
+        return y
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def inputs(batch: int = 2, tokens: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, tokens, 6, generator=generator), torch.full((batch,), 0.6)
+
+
+def by_hand(model: nn.Module, *args: Any) -> dict[str, list[Tensor]]:
+    """Inputs of the layers, from hooks of the test's own."""
+    seen: dict[str, list[Tensor]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if hasattr(module, "in_features"):
+
+            def hook(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                seen.setdefault(name, []).append((args or tuple(kwargs.values()))[0].detach().clone())
+
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    with torch.no_grad():
+        model(*args)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def assert_recorded(statistics: Statistics, layer: str, seen: list[Tensor]) -> None:
+    number = statistics.index(layer)
+    values = torch.cat([x.float().reshape(-1) for x in seen]).double()
+    rows = torch.cat([x.float().reshape(-1, x.shape[-1]) for x in seen])
+    assert statistics.absmax[number] == values.abs().max()
+    assert statistics.count[number] == values.numel()
+    assert statistics.rows[number] == len(rows)
+    assert statistics.calls[number] == len(seen)
+    bins = (rows.abs().amax(1).view(torch.int32) >> 19).long()
+    assert statistics.row_histogram[number].tolist() == torch.bincount(bins, minlength=4096).tolist()
+    assert statistics.sum[number] == pytest.approx(float(values.sum()), abs=1e-5)
+    assert statistics.sum_of_squares[number] == pytest.approx(float((values**2).sum()), rel=1e-6)
+
+
+def hooks_of(model: nn.Module) -> list[Any]:
+    return [hook for module in model.modules() for hook in (*module._forward_pre_hooks, *module._forward_hooks)]
+
+
+def test_every_linear_is_recorded_as_hooks_put_on_by_hand_see_it(model: Model) -> None:
+    args = inputs()
+    with torch.no_grad(), record(model) as recording:
+        expected = model(*args)
+    statistics = recording.statistics(samples=2, seed=7)
+    seen = by_hand(model, *args)
+    assert statistics.names == ("embed", "time", "blocks.0.q", "blocks.0.k", "blocks.0.o", "idle")
+    assert statistics.layers["embed"] == (8, 6)
+    assert statistics.layers["blocks.0.o"] == (8, 8)
+    for layer, tensors in seen.items():
+        assert_recorded(statistics, layer, tensors)
+    assert statistics.visited.tolist() == [True] * 5 + [False]
+    assert (statistics.samples, statistics.provenance) == (2, {"seed": ("7",)})
+    assert torch.equal(model(*args), expected)
+
+
+def test_layers_that_see_one_row_per_picture_are_known_in_any_batch(model: Model) -> None:
+    for batch in (1, 3):
+        with torch.no_grad(), record(model) as recording:
+            model(*inputs(batch))
+        statistics = recording.statistics()
+        assert statistics.rows_per_sample.tolist() == [5, 1, 5, 5, 5, 0]
+        assert [name for name, one in zip(statistics.names, statistics.one_row, strict=True) if one] == ["time"]
+
+
+def test_the_batch_can_be_told_and_is_read_off_lists() -> None:
+    linear = nn.Linear(4, 4)
+    with record(linear) as recording:
+        linear(torch.randn(6, 4))
+        assert recording.statistics().rows_per_sample.tolist() == [6]
+        recording.clear()
+        recording.batch = 6
+        linear(torch.randn(6, 4))
+        assert recording.statistics().rows_per_sample.tolist() == [1]
+
+    class Lists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, pictures: list[Tensor]) -> Tensor:
+            y: Tensor = self.inner(torch.cat(pictures))
+            return y
+
+    lists = Lists()
+    with record(lists) as recording:
+        lists([torch.randn(3, 4), torch.randn(3, 4)])
+    assert recording.statistics().rows_per_sample.tolist() == [3]
+
+
+def test_hooks_leave_with_the_block_whatever_ends_it(model: Model) -> None:
+    with record(model):
+        assert len(hooks_of(model)) == 7
+    assert not hooks_of(model)
+    with pytest.raises(ZeroDivisionError), record(model) as recording:  # noqa: PT012  # the block is what is tested
+        model(*inputs())
+        raise ZeroDivisionError
+    assert not hooks_of(model)
+    assert recording.statistics().calls.sum() == 5
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), record(model):
+        model(torch.randn(1, 2, 5), torch.zeros(1))
+    assert not hooks_of(model)
+
+
+def test_modules_feed_layers_of_other_names(model: Model) -> None:
+    args = inputs()
+    layers = {"img.qkv": (16, 8), "img.out": (8, 8), "also.out": (8, 8), "elsewhere": (1, 1)}
+    names = {"blocks.0.q": "img.qkv", "blocks.0.k": "img.qkv", "blocks.0.o": ["img.out", "also.out"]}
+    with torch.no_grad(), record(model, layers, names) as recording:
+        model(*args)
+        assert len(hooks_of(model)) == 3  # the model, and one module per input: k shares q's
+    statistics = recording.statistics()
+    seen = by_hand(model, *args)
+    assert dict(statistics.layers) == layers
+    assert recording.unfed == ("elsewhere",)
+    assert_recorded(statistics, "img.qkv", seen["blocks.0.q"])
+    assert_recorded(statistics, "img.out", seen["blocks.0.o"])
+    assert_recorded(statistics, "also.out", seen["blocks.0.o"])
+    assert not statistics.visited[statistics.index("elsewhere")]
+    assert statistics.histogram[statistics.index("elsewhere")].sum() == 0
+
+
+def test_names_can_be_a_function_and_layers_a_choice(model: Model) -> None:
+    with torch.no_grad(), record(model, names=lambda name: f"net.{name}" if "blocks" in name else None) as recording:
+        model(*inputs())
+    assert recording.statistics().names == ("net.blocks.0.q", "net.blocks.0.k", "net.blocks.0.o")
+    with record(model, layers=(name for name in ("time", "embed"))) as recording:
+        pass
+    assert recording.statistics().layers == {"time": (8, 4), "embed": (8, 6)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"names": {"norm": "x"}}, r"norm: no linear module of that name in the model \(1 of 1\)"),
+        ({"names": {}}, "none of the 6 linear modules of the model is to be recorded"),
+        ({"layers": ["embed", "nowhere"]}, "nowhere: no module feeds this layer"),
+        ({"layers": {"nowhere": (1, 1)}}, "none of the 6 linear modules"),
+    ],
+)
+def test_names_that_fit_nothing_are_refused(model: Model, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CalibrationError, match=message), record(model, **options):
+        raise AssertionError("not reached")
+    assert not hooks_of(model)
+
+
+def test_parts_of_a_wrapped_layer_and_second_names_of_a_layer_are_not_layers() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer = nn.Linear(4, 4)
+            self.lora_A = nn.Linear(4, 1)
+            self.in_features = 4
+            self.weight = self.base_layer.weight
+
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": Wrapper(), "b": shared, "c": shared})
+    assert list(find_linears(model)) == ["a", "b"]
+    assert list(find_linears(shared)) == [""]
+
+
+def level_of(statistics: Statistics) -> list[list[int]]:
+    """Columns of the noise levels that each layer was seen at."""
+    return [np.flatnonzero(row).tolist() for row in statistics.sigma_count]
+
+
+@pytest.mark.parametrize(
+    ("sigma", "column"),
+    [
+        *[(1.0, 7), (0.5, 3), (0, 0), (None, 8), (-1.0, 8), (torch.tensor(0.3), 2), (torch.full((2, 1), 0.125), 0)],
+        *[(torch.tensor([0.3, 0.31]), 8), (torch.tensor(float("nan")), 8), (torch.tensor([700]), 8)],
+        (torch.tensor(0.9, dtype=torch.bfloat16), 7),
+    ],
+)
+def test_noise_levels_are_numbers_or_tensors(sigma: float | Tensor | None, column: int) -> None:
+    linear = nn.Linear(4, 4)
+    with record(linear) as recording:
+        recording.at(sigma)
+        linear(torch.ones(2, 4))
+    assert level_of(recording.statistics()) == [[column]]
+    assert recording.statistics().sigma_mean_square[0, column] == 1.0
+
+
+def test_a_noise_level_can_hold_for_a_block_only_or_be_asked_of_each_call(model: Model) -> None:
+    linear = nn.Linear(4, 4)
+    with record(linear) as recording:
+        recording.at(0.9)
+        with recording.at(0.1):
+            linear(torch.ones(1, 4))
+        linear(torch.ones(2, 4))
+        linear(torch.ones(3, 4))
+    assert recording.statistics().sigma_count.tolist() == [[4, 0, 0, 0, 0, 0, 0, 20, 0]]
+    with torch.no_grad(), record(model, sigma=lambda _, kwargs: kwargs["timestep"]) as recording:
+        model(inputs()[0], timestep=torch.tensor([0.6, 0.6]))
+        model(inputs()[0], timestep=torch.tensor([0.2, 0.2]))
+    assert level_of(recording.statistics())[0] == [1, 4]
+
+
+def test_runs_in_several_blocks_merge_to_the_run_in_one(model: Model) -> None:
+    runs = []
+    with torch.no_grad():
+        with record(model) as whole:
+            for seed in range(4):
+                with whole.at(seed / 4):
+                    model(*inputs(seed=seed))
+        for seed in range(4):
+            with record(model) as part, part.at(seed / 4):
+                model(*inputs(seed=seed))
+            runs.append(part.statistics(samples=2))
+    assert merge(*runs) == whole.statistics(samples=8)
+    assert merge(runs[2], merge(runs[0], runs[3]), runs[1]) == whole.statistics(samples=8)
+
+
+def test_clearing_forgets_and_goes_on(model: Model) -> None:
+    with torch.no_grad(), record(model) as recording:
+        model(*inputs(seed=1))
+        recording.clear()
+        model(*inputs(seed=2))
+        cleared = recording.statistics()
+    with torch.no_grad(), record(model) as recording:
+        model(*inputs(seed=2))
+    assert cleared == recording.statistics()
+
+
+def test_values_that_are_not_finite_are_counted_and_kept_out_of_the_rest() -> None:
+    linear = nn.Linear(4, 4)
+    with record(linear) as recording:
+        linear(torch.tensor([[float("nan"), -2.0, 0.0, 1.0], [float("inf"), float("-inf"), 0.5, -0.0]]))
+    statistics = recording.statistics()
+    assert statistics.nonfinite.tolist() == [3]
+    assert statistics.histogram[0, NONFINITE_BIN] == 3
+    assert (statistics.absmax[0], statistics.count[0], statistics.zeros[0]) == (2.0, 5, 2)
+    assert (statistics.sum[0], statistics.sum_of_squares[0]) == (-0.5, 5.25)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_grad_modes_do_not_matter_and_can_change_between_blocks(model: Model, mode: Any) -> None:
+    with record(model) as recording:
+        with torch.inference_mode():
+            model(*inputs(seed=1))
+        with mode():
+            model(*inputs(seed=2))
+        model(*inputs(seed=3))
+    assert recording.statistics().calls.tolist() == [3] * 5 + [0]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_autocast_changes_what_layers_see_and_not_how_it_is_measured(model: Model) -> None:
+    args = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), record(model) as recording:
+            model(*args)
+        seen = by_hand(model, *args)
+    assert seen["blocks.0.o"][0].dtype == torch.bfloat16
+    for layer, tensors in seen.items():
+        assert_recorded(recording.statistics(), layer, tensors)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, about its own modules
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_compiled_models_are_recorded(model: Model, when: str) -> None:
+    import torch._dynamo  # what compiling imports
+
+    args = inputs()
+    with torch.no_grad():
+        if when == "before":
+            compiled = torch.compile(model, backend="eager")
+            expected = compiled(*args)
+            with record(compiled) as recording:
+                assert torch.equal(compiled(*args), expected)
+        else:
+            with record(model) as recording:
+                torch.compile(model, backend="eager")(*args)
+        statistics = recording.statistics()
+        for layer, tensors in by_hand(model, *args).items():
+            assert_recorded(statistics, layer, tensors)
+
+
+class NoReadBack(TorchDispatchMode):
+    """Raises where a value of a tensor would be read by the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_value_is_read_back_while_recording(model: Model) -> None:
+    with torch.no_grad(), NoReadBack(), record(model, sigma=lambda args, _: args[1]) as recording:
+        model(*inputs())
+    assert recording.statistics().calls.sum() == 5
+
+
+def test_odd_inputs_are_left_alone() -> None:
+    duck = Duck(4, 4)
+    with record(duck) as recording:
+        duck(torch.ones(0, 4))
+        duck(torch.ones(2, 4, device="cpu").double())
+        duck.to("meta")(torch.ones(2, 4, device="meta"))
+    assert recording.statistics().rows.tolist() == [2]
+    assert recording.statistics().calls.tolist() == [2]
+
+
+RANK = """
+import sys
+import torch
+from torch import distributed, nn
+from convert_to_quant.recorder import record
+
+rank, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 5))
+with torch.inference_mode(), record(model) as recording:
+    for sample in range(rank, 5, 2):
+        recording.at(sample / 5)
+        model(torch.randn(1, 7, 6, generator=torch.Generator().manual_seed(sample)))
+statistics = recording.all_reduce(samples=len(range(rank, 5, 2)), seed=range(rank, 5, 2))
+statistics.save(f"{out}/{rank}.safetensors")
+try:
+    with record(model, layers=[str(2 * rank)]) as recording:
+        pass
+    recording.all_reduce()
+except Exception as error:
+    print(error)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        number: int = probe.getsockname()[1]
+    return number
+
+
+def test_two_processes_see_together_what_one_sees(tmp_path: Path, port: int) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(port), str(tmp_path)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=100) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+    assert all("process 1 recorded another model than process 0" in out for out, _ in outputs)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 5))
+    with torch.inference_mode(), record(model) as recording:
+        for sample in range(5):
+            recording.at(sample / 5)
+            model(torch.randn(1, 7, 6, generator=torch.Generator().manual_seed(sample)))
+    single = recording.statistics(samples=5, seed=range(5))
+    together = Statistics.load(tmp_path / "0.safetensors")
+    assert together == Statistics.load(tmp_path / "1.safetensors")
+    for name in COLUMNS:
+        assert np.array_equal(getattr(together, name), getattr(single, name)), name
+    assert together == single
+
+
+def test_without_process_groups_reducing_changes_nothing(model: Model) -> None:
+    with record(model) as recording:
+        model(*inputs())
+    assert recording.all_reduce(samples=3) == recording.statistics(samples=3)
+    statistics = recording.statistics()
+    assert all_reduce(statistics) is statistics
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_the_host_never_waits_and_the_numbers_are_those_of_the_hooks(model: Model) -> None:
+    model.cuda().bfloat16()
+    x, sigma = (tensor.cuda().bfloat16() for tensor in inputs())
+    with torch.no_grad(), record(model) as recording:  # the first call may compile, and checks itself
+        model(x, sigma)
+        recording.clear()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            recording.at(sigma.float())
+            model(x, sigma)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    statistics = recording.statistics()
+    for layer, tensors in by_hand(model, x, sigma).items():
+        assert_recorded(statistics, layer, [tensor.cpu() for tensor in tensors])
