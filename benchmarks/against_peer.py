@@ -568,7 +568,7 @@ def measure_case(case: Case, repeats: int, setting: Check) -> list[Check]:
 
 
 def print_table(rows: Sequence[Check]) -> None:
-    print(f"{'':42}{'seconds':>10}{'spread':>16}{'x':>7}{'resident':>12}{'private':>10}   result")
+    print(f"{'':42}{'seconds':>10}{'spread':>20}{'x':>7}{'resident':>12}{'private':>10}   result")
     first: Check = {}
     for row in rows:
         if row["case"] != first.get("case"):
@@ -582,7 +582,7 @@ def print_table(rows: Sequence[Check]) -> None:
         if row["check"]["problems"]:
             words += f"{', ' if words else ''}{len(row['check']['problems'])} PROBLEMS: {row['check']['problems'][0]}"
         name = f"{row['case']}: {row['contender']}"
-        print(f"{name:42}{seconds['median']:10.3g}{spread:>16}{ratio:7.3f}{memory}   {words}")
+        print(f"{name:42}{seconds['median']:10.3g}{spread:>20}{ratio:7.3f}{memory}   {words}")
 
 
 CASES: dict[str, Callable[[Tools, Path], Case]] = {
