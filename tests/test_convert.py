@@ -1,0 +1,618 @@
+"""Conversion against torch's own arithmetic, bit for bit, and the file that comes of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convert_to_quant import convert as convert_module
+from convert_to_quant import families, fp8
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.convert import (
+    PROVENANCE_KEY,
+    ConvertOptions,
+    convert,
+    least_squares_scale,
+    mark_bytes,
+    plan_conversion,
+    quantization_metadata,
+)
+from convert_to_quant.errors import Error, OptionError, OutputError, TensorError
+from convert_to_quant.layers import dequantize, find_layers
+
+NAME = "blocks.0.linear"
+E4M3FN = torch.float8_e4m3fn
+
+
+def run(source: Path, output: Path, **options) -> None:
+    with open_checkpoint(source) as checkpoint:
+        convert(checkpoint, plan_conversion(checkpoint, ConvertOptions(**options)), output)
+
+
+def reference(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales [n_out, n_in] in torch, block by block."""
+    wide = weight.float()
+    grid = [math.ceil(size / side) for size, side in zip(wide.shape, block, strict=True)]
+    codes, scales = torch.empty(wide.shape, dtype=E4M3FN), torch.empty(grid)
+    for i, j in itertools.product(range(grid[0]), range(grid[1])):
+        part = (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
+        absmax = wide[part].abs().max()
+        scale = absmax / 448 if absmax > 0 else torch.tensor(1.0)
+        codes[part] = (wide[part] / scale).clamp(-448, 448).to(E4M3FN)
+        scales[i, j] = scale
+    return codes, scales
+
+
+def assert_same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+    assert torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))
+
+
+def weights(dtype: torch.dtype, shape: tuple[int, int] = (48, 80), seed: int = 0) -> torch.Tensor:
+    """Weights of many magnitudes, with zeros of both signs and outliers."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator) * torch.logspace(-4, 0, shape[0])[:, None] * 0.1
+    weight.view(-1)[:4] = torch.tensor([0.0, -0.0, -1.5, 1e-7])
+    return weight.to(dtype)
+
+
+# codes and scales
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("options", "block", "scale_shape", "format_name"),
+    [
+        ({}, (48, 80), (), "float8_e4m3fn"),
+        ({"scaling_mode": "row"}, (1, 80), (48,), "float8_e4m3fn_rowwise"),
+        ({"scaling_mode": "block"}, (64, 64), (1, 2), "float8_e4m3fn_blockwise"),
+        ({"scaling_mode": "block", "block_size": 16}, (16, 16), (3, 5), "float8_e4m3fn_blockwise"),
+        ({"scaling_mode": "block", "block_size": 17}, (17, 17), (3, 5), "float8_e4m3fn_blockwise"),
+        ({"scaling_mode": "block", "block_size": 1}, (1, 1), (48, 80), "float8_e4m3fn_blockwise"),
+        ({"scaling_mode": "block", "block_size": 65535}, (65535, 65535), (1, 1), "float8_e4m3fn_blockwise"),
+    ],
+)
+@pytest.mark.parametrize("band_values", [convert_module.BAND_VALUES, 7 * 80, 1])
+def test_codes_and_scales_are_those_of_torch_bit_for_bit(
+    *, tmp_path, monkeypatch, dtype, options, block, scale_shape, format_name, band_values
+):
+    monkeypatch.setattr(convert_module, "BAND_VALUES", band_values)
+    weight = weights(dtype)
+    safetensors.torch.save_file({f"{NAME}.weight": weight}, tmp_path / "in.safetensors")
+    run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", **options)
+    read = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    codes, scales = reference(weight, block)
+    assert_same_bits(read[f"{NAME}.weight"], codes)
+    assert_same_bits(read[f"{NAME}.weight_scale"], scales.reshape(scale_shape))
+    assert json.loads(read[f"{NAME}.comfy_quant"].numpy().tobytes())["format"] == format_name
+    with open_checkpoint(tmp_path / "out.safetensors") as checkpoint:
+        layer = find_layers(checkpoint).quantized[NAME]
+        spread = scales.repeat_interleave(block[0], 0)[:48].repeat_interleave(block[1], 1)[:, :80]
+        np.testing.assert_array_equal(dequantize(checkpoint, layer), (codes.float() * spread).numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_pattern_becomes_the_code_of_torch(tmp_path, dtype):
+    weight = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+    weight[~torch.isfinite(weight)] = 0
+    weight = weight.reshape(256, 256)
+    safetensors.torch.save_file({f"{NAME}.weight": weight}, tmp_path / "in.safetensors")
+    run(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+    read = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    codes, scales = reference(weight, (256, 256))
+    assert_same_bits(read[f"{NAME}.weight"], codes)
+    assert_same_bits(read[f"{NAME}.weight_scale"], scales.reshape(()))
+
+
+def test_a_weight_of_many_chunks_is_that_of_torch(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_module, "RELEASE_BYTES", 100_000)
+    weight = weights(torch.bfloat16, (512, 272))
+    assert weight.numel() > 2 * fp8.CHUNK
+    safetensors.torch.save_file({f"{NAME}.weight": weight}, tmp_path / "in.safetensors")
+    for mode, block in (("tensor", (512, 272)), ("row", (1, 272))):
+        run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", scaling_mode=mode)
+        codes, _ = reference(weight, block)
+        assert_same_bits(safetensors.torch.load_file(tmp_path / "out.safetensors")[f"{NAME}.weight"], codes)
+
+
+@pytest.mark.parametrize("mode", ["tensor", "row", "block"])
+@pytest.mark.parametrize("weight_scale", ["absmax", "mse"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_all_zero_weight_has_the_scale_1(tmp_path, mode, weight_scale, dtype):
+    weight = torch.zeros(32, 32, dtype=dtype)
+    weight[0, 0] = -0.0
+    safetensors.torch.save_file({f"{NAME}.weight": weight}, tmp_path / "in.safetensors")
+    run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", scaling_mode=mode, block_size=16,
+        weight_scale=weight_scale)  # fmt: skip
+    read = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    assert read[f"{NAME}.weight_scale"].unique().tolist() == [1.0]
+    assert read[f"{NAME}.weight"].float().unique().tolist() == [0.0]
+
+
+@pytest.mark.parametrize("mode", ["tensor", "row", "block"])
+@pytest.mark.parametrize("weight_scale", ["absmax", "mse"])
+@pytest.mark.parametrize("largest", [1e-45, 3e-45, 1e-40, 3.4028234663852886e38])
+def test_the_least_and_the_largest_float32_weights_have_a_finite_scale_above_zero(
+    tmp_path, mode, weight_scale, largest
+):
+    weight = torch.zeros(32, 32)
+    weight[3, 3] = -largest
+    safetensors.torch.save_file({f"{NAME}.weight": weight}, tmp_path / "in.safetensors")
+    run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", scaling_mode=mode, block_size=16,
+        weight_scale=weight_scale)  # fmt: skip
+    read = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    scale = read[f"{NAME}.weight_scale"]
+    assert torch.isfinite(scale).all()
+    assert (scale > 0).all()
+    assert torch.isfinite(read[f"{NAME}.weight"].float()).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("mode", ["tensor", "row", "block"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_weight_with_nan_or_infinity_is_refused_by_name_and_leaves_no_file(tmp_path, bad, mode, dtype):
+    weight = weights(dtype)
+    weight[40, 70] = bad
+    source = tmp_path / "in.safetensors"
+    safetensors.torch.save_file({"blocks.1.linear.weight": weights(dtype), f"{NAME}.weight": weight}, source)
+    with pytest.raises(TensorError) as caught:
+        run(source, tmp_path / "out.safetensors", scaling_mode=mode)
+    assert str(caught.value) == (
+        f"{source}: {NAME}.weight: the weight has NaN or infinite values "
+        "(FP8 cannot repair them; the input file is damaged or its training diverged)"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_float64_beyond_float32_is_refused_as_infinite(tmp_path, save):
+    source = save("in.safetensors", {f"{NAME}.weight": np.full((16, 16), 1e300)})
+    with pytest.raises(TensorError, match="NaN or infinite"):
+        run(source, tmp_path / "out.safetensors")
+
+
+# the least-squares scale
+
+
+def squared_error(magnitudes: np.ndarray, counts: np.ndarray, scale: float) -> float:
+    codes = torch.from_numpy(magnitudes / scale).clamp(max=448).float().to(E4M3FN).double().numpy()
+    return float(np.sum(counts * (magnitudes - codes * scale) ** 2))
+
+
+@settings(max_examples=30)
+@given(
+    magnitudes=st.lists(st.floats(1e-3, 10), min_size=1, max_size=12, unique=True),
+    seed=st.integers(0, 1000),
+)
+def test_mse_is_the_best_of_a_dense_grid_and_never_worse_than_absmax(magnitudes, seed):
+    values = np.sort(np.array(magnitudes))
+    counts = np.random.default_rng(seed).integers(1, 100, len(values))
+    start = np.float32(values.max() / 448)
+    found = float(least_squares_scale(values, counts, start))
+    error = squared_error(values, counts, found)
+    assert start / 2 <= found <= start * 2 * (1 + 1e-6)
+    assert error <= squared_error(values, counts, float(start))
+    grid = np.linspace(float(start) / 2, float(start) * 2, 1500)
+    best = min(squared_error(values, counts, scale) for scale in grid)
+    total = float(np.sum(counts * values**2))
+    assert error <= best + 1e-13 * total  # the scale itself is rounded to float32
+
+
+def test_mse_of_one_magnitude_is_exact():
+    one = np.array([0.3])
+    assert squared_error(one, np.ones(1), float(least_squares_scale(one, np.array([7]), np.float32(0.3 / 448)))) < 1e-14
+
+
+def test_mse_clips_an_outlier_where_that_is_better():
+    """One weight of 2 among a million of 1.03: clipped to 7/8 of its size it costs less than they would unclipped."""
+    values, counts = np.array([1.03, 2.0]), np.array([1_000_000, 1])
+    start = np.float32(2.0 / 448)
+    found = float(least_squares_scale(values, counts, start))
+    assert squared_error(values, counts, found) < squared_error(values, counts, float(start)) / 100
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("mode", "block_size", "block"), [("tensor", 64, (48, 80)), ("row", 64, (1, 80)), ("block", 32, (32, 32))]
+)
+def test_mse_in_a_file_is_the_best_of_a_grid_in_every_block(tmp_path, dtype, mode, block_size, block):
+    weight = weights(dtype)
+    source = tmp_path / "in.safetensors"
+    safetensors.torch.save_file({f"{NAME}.weight": weight}, source)
+    run(source, tmp_path / "out.safetensors", scaling_mode=mode, block_size=block_size, weight_scale="mse")
+    read = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    _, absmax_scales = reference(weight, block)
+    scales = read[f"{NAME}.weight_scale"].reshape(absmax_scales.shape)
+    codes = read[f"{NAME}.weight"]
+    for i, j in itertools.product(range(scales.shape[0]), range(scales.shape[1])):
+        part = (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
+        wide = weight[part].float()
+        assert_same_bits(codes[part].clone(), (wide / scales[i, j]).clamp(-448, 448).to(E4M3FN))
+        magnitudes = wide.abs().double().numpy().reshape(-1)
+        ours = squared_error(magnitudes, np.ones_like(magnitudes), float(scales[i, j]))
+        start = float(absmax_scales[i, j])
+        scales_tried = (start, *np.linspace(start / 2, start * 2, 60))
+        grid = [squared_error(magnitudes, np.ones_like(magnitudes), tried) for tried in scales_tried]
+        tolerance = (
+            1.003 if (dtype, mode) == (torch.float32, "tensor") else 1.000001
+        )  # binned to bfloat16 for the search
+        assert ours <= min(grid) * tolerance
+
+
+# the file
+
+
+def model(build, **more) -> dict:
+    """A little of everything, named so that no family fits."""
+    generator = np.random.default_rng(0)
+
+    def linear(rows: int, columns: int) -> tuple[str, np.ndarray]:
+        return "BF16", build.to_bfloat16(generator.normal(0, 0.05, (rows, columns)))
+
+    return {
+        "blocks.0.attn.qkv.weight": linear(48, 16),
+        "blocks.0.attn.qkv.bias": ("BF16", build.to_bfloat16(np.ones(48))),
+        "blocks.0.mlp.weight": linear(32, 32),
+        "blocks.0.norm.weight": np.ones(16, np.float32),
+        "blocks.0.narrow.weight": linear(24, 16),
+        "blocks.0.conv.weight": np.ones((16, 16, 3, 3), np.float16),
+        "blocks.0.empty.weight": ("BF16", np.zeros((0, 16), np.uint16)),
+        "img_in.weight": linear(16, 16),
+        "ids": np.arange(3),
+    } | more
+
+
+CONVERTED = ["blocks.0.attn.qkv", "blocks.0.mlp"]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "net.", "transformer."])
+def test_the_file_is_what_comfyui_expects(tmp_path, save, build, prefix):
+    tensors = {prefix + name: tensor for name, tensor in model(build).items()}
+    source, output = save("in.safetensors", tensors, {"modelspec.title": "x", "ä": "ö"}), tmp_path / "out.safetensors"
+    run(source, output)
+    names = [prefix + name for name in CONVERTED]
+    read = safetensors.torch.load_file(output)
+    for name in names:
+        weight, scale = read[f"{name}.weight"], read[f"{name}.weight_scale"]
+        assert (weight.dtype, weight.shape) == (E4M3FN, tensors[f"{name}.weight"][1].shape)
+        assert (scale.dtype, scale.shape) == (torch.float32, ())
+        scale = read[f"{name}.input_scale"]
+        assert (scale.dtype, scale.shape, scale.item()) == (torch.float32, (), 1.0)
+        mark = read[f"{name}.comfy_quant"]
+        assert (mark.dtype, json.loads(mark.numpy().tobytes())) == (torch.uint8, {"format": "float8_e4m3fn"})
+    new = {f"{name}.{key}" for name in names for key in ("weight_scale", "input_scale", "comfy_quant")}
+    assert read.keys() == tensors.keys() | new
+    with safetensors.safe_open(output, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["_quantization_metadata"]) == {
+        "format_version": "1.0", "layers": {name: {"format": "float8_e4m3fn"} for name in names}}  # fmt: skip
+    assert (metadata["modelspec.title"], metadata["ä"]) == ("x", "ö")
+    said = json.loads(metadata[PROVENANCE_KEY])
+    assert said["convert"]["family"] == "generic"
+    assert said["convert"]["scaling_mode"] == "tensor"
+    with open_checkpoint(output) as checkpoint:
+        table = find_layers(checkpoint)
+        assert list(table.quantized) == names
+        assert {layer.marking for layer in table.quantized.values()} == {"header"}
+        assert table.notes == []
+
+
+def test_what_is_not_quantized_is_byte_identical(tmp_path, save, build):
+    source, output = save("in.safetensors", model(build)), tmp_path / "out.safetensors"
+    run(source, output)
+    with open_checkpoint(source) as before, open_checkpoint(output) as after:
+        for name, info in before.tensors.items():
+            if name.removesuffix(".weight") not in CONVERTED:
+                assert (after.tensors[name].dtype, after.tensors[name].shape) == (info.dtype, info.shape)
+                assert after.raw(name).tobytes() == before.raw(name).tobytes()
+
+
+@pytest.mark.parametrize("mode", ["tensor", "row", "block"])
+def test_header_and_tensors_agree(tmp_path, save, build, mode):
+    output = tmp_path / "out.safetensors"
+    run(save("in.safetensors", model(build)), output, scaling_mode=mode, block_size=32)
+    with open_checkpoint(output) as checkpoint:
+        layers = json.loads(checkpoint.metadata["_quantization_metadata"])["layers"]
+        marks = {name: json.loads(checkpoint.raw(f"{name}.comfy_quant").tobytes()) for name in CONVERTED}
+    assert layers == marks
+    assert {mark.get("group_size") for mark in marks.values()} == {32 if mode == "block" else None}
+
+
+def test_legacy_files_have_the_older_spelling_and_a_marker(tmp_path, save, build):
+    tensors = {"model.diffusion_model." + name: tensor for name, tensor in model(build).items()}
+    output = tmp_path / "out.safetensors"
+    run(save("in.safetensors", tensors), output, legacy=True)
+    read = safetensors.torch.load_file(output)
+    marker = read["model.diffusion_model.scaled_fp8"]
+    assert (marker.dtype, marker.numel()) == (E4M3FN, 0)
+    assert not [name for name in read if "comfy_quant" in name or "weight_scale" in name or "input_scale" in name]
+    for name in CONVERTED:
+        assert read[f"model.diffusion_model.{name}.scale_weight"].shape == ()
+        assert read[f"model.diffusion_model.{name}.scale_input"].item() == 1.0
+    with open_checkpoint(output) as checkpoint:
+        assert "_quantization_metadata" not in checkpoint.metadata
+        table = find_layers(checkpoint)
+        assert {layer.marking for layer in table.quantized.values()} == {"legacy"}
+        assert not table.marker_disables_fp8
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_input_scales_can_be_left_out(tmp_path, save, build, legacy):
+    output = tmp_path / "out.safetensors"
+    run(save("in.safetensors", model(build)), output, legacy=legacy, input_scale=False)
+    read = safetensors.torch.load_file(output)
+    assert not [name for name in read if name.endswith((".input_scale", ".scale_input"))]
+
+
+def test_tensors_that_follow_their_alignment_can_be_mapped(tmp_path, save, build):
+    output = tmp_path / "out.safetensors"
+    run(save("in.safetensors", model(build)), output)
+    with open_checkpoint(output) as checkpoint:
+        for name, info in checkpoint.tensors.items():
+            assert (checkpoint.file_of(name).header.data_start + info.start) % checkpoint.bits(name).itemsize == 0
+
+
+def test_shards_become_shards_or_one_file(tmp_path, save_shards, build):
+    tensors = model(build)
+    names = list(tensors)
+    shards = [{name: tensors[name] for name in part} for part in (names[:2], names[2:])]
+    source = save_shards("in", shards, {"k": "v"})
+    run(source, tmp_path / "out.safetensors.index.json")
+    run(source, tmp_path / "one.safetensors")
+    with (
+        open_checkpoint(tmp_path / "out.safetensors.index.json") as sharded,
+        open_checkpoint(tmp_path / "one.safetensors") as one,
+    ):
+        assert [file.path.name for file in sharded.files] == [
+            "out-00001-of-00002.safetensors", "out-00002-of-00002.safetensors"]  # fmt: skip
+        assert sharded.path_of("blocks.0.attn.qkv.weight_scale") == sharded.path_of("blocks.0.attn.qkv.weight")
+        assert sharded.path_of("blocks.0.mlp.weight_scale") == sharded.path_of("blocks.0.mlp.weight")
+        assert sharded.tensors.keys() == one.tensors.keys()
+        for name in one.tensors:
+            assert sharded.raw(name).tobytes() == one.raw(name).tobytes()
+        assert sharded.metadata == one.metadata
+        assert list(find_layers(sharded).quantized) == CONVERTED
+
+
+# which layers
+
+
+def reasons(source: Path, **options) -> dict[str, str]:
+    with open_checkpoint(source) as checkpoint:
+        plan = plan_conversion(checkpoint, ConvertOptions(**options))
+    return {decision.layer.name: "" if decision.quantize else decision.reason for decision in plan.decisions}
+
+
+def test_every_layer_that_stays_has_its_reason(save, build):
+    weight = ("BF16", np.zeros((16, 16), np.uint16))
+    more = {"model.diffusion_model." + name: tensor for name, tensor in model(build).items()}
+    others = {"text_encoders.t5.blocks.0.q.weight": weight, "first_stage_model.layers.0.weight": weight,
+              "surprise.blocks.0.weight": weight}  # fmt: skip
+    found = reasons(save("in.safetensors", more | others), exclude=("mlp$",))
+    bare = {name.removeprefix("model.diffusion_model."): reason for name, reason in found.items()}
+    assert bare == {
+        "blocks.0.attn.qkv": "",
+        "blocks.0.mlp": "excluded by 'mlp$'",
+        "blocks.0.narrow": "24 × 16: FP8 matrix products need multiples of 16",
+        "blocks.0.empty": "has no elements",
+        "img_in": families.GENERIC.kept_because("img_in"),
+        "text_encoders.t5.blocks.0.q": "belongs to a text encoder",
+        "first_stage_model.layers.0": "belongs to a VAE",
+        "surprise.blocks.0": "outside the diffusion model",
+    }
+
+
+@pytest.mark.parametrize("shape", [(16, 8), (8, 16), (17, 16), (16, 40), (1, 16)])
+def test_sides_that_are_no_multiples_of_16_stay(save, shape):
+    path = save("in.safetensors", {f"{NAME}.weight": np.ones(shape, np.float16)})
+    assert reasons(path) == {NAME: f"{shape[0]} × {shape[1]}: FP8 matrix products need multiples of 16"}
+
+
+def test_a_family_is_detected_or_forced_by_a_preset(save, build):
+    weight = ("BF16", np.zeros((16, 16), np.uint16))
+    names = ["double_blocks.0.img_attn.qkv", "double_blocks.0.img_mod.lin", "img_in", "txt_in", "time_in.in_layer",
+             "vector_in.in_layer", "final_layer.linear"]  # fmt: skip
+    path = save("in.safetensors", {f"{name}.weight": weight for name in names})
+    with open_checkpoint(path) as checkpoint:
+        detected = plan_conversion(checkpoint, ConvertOptions())
+        forced = plan_conversion(checkpoint, ConvertOptions(preset="wan"))
+        assert (detected.family.name, forced.family.name) == ("flux1", "wan")
+        assert [layer.name for layer in detected.quantized] == names[:2]
+        assert forced.quantized == []
+        with pytest.raises(OptionError, match="sdxxl"):
+            plan_conversion(checkpoint, ConvertOptions(preset="sdxxl"))
+
+
+def test_an_unknown_model_is_noted(save, build):
+    with open_checkpoint(save("in.safetensors", model(build))) as checkpoint:
+        assert plan_conversion(checkpoint, ConvertOptions()).notes == [
+            "no known model family fits these names: only layers in repeated blocks are quantized"
+        ]
+
+
+# inputs that are quantized in part
+
+
+def test_layers_that_are_fp8_already_stay_byte_identical_and_keep_their_marks(tmp_path, save, build):
+    done, metadata = build.quantized(
+        ["blocks.1.a", "blocks.1.b"], "header", input_scale=0.5, full_precision_matrix_mult=True
+    )
+    more, _ = build.quantized(["blocks.1.c"], "tensor")
+    raw = {"blocks.1.raw.weight": ("F8_E4M3", np.zeros((16, 16), np.uint8))}
+    foreign = {"blocks.1.int8.weight": np.zeros((16, 16), np.int8), "blocks.1.int8.weight_scale": np.float32(1)}
+    source = save("in.safetensors", model(build) | done | more | raw | foreign, metadata)
+    output = tmp_path / "out.safetensors"
+    run(source, output)
+    with open_checkpoint(source) as before, open_checkpoint(output) as after:
+        for name in (*done, *more, *raw, *foreign):
+            assert after.raw(name).tobytes() == before.raw(name).tobytes()
+        old, new = find_layers(before), find_layers(after)
+        assert list(new.quantized) == [*sorted(CONVERTED), "blocks.1.a", "blocks.1.b", "blocks.1.c"]
+        for name in ("blocks.1.a", "blocks.1.b", "blocks.1.c"):
+            assert (new.quantized[name].config, new.quantized[name].full_precision) == (
+                old.quantized[name].config, old.quantized[name].full_precision)  # fmt: skip
+        assert list(new.raw) == ["blocks.1.raw"]
+        assert list(new.foreign) == ["blocks.1.int8"]
+        notes = plan_conversion(before, ConvertOptions()).notes
+    assert notes[-1] == "already quantized layers stay as they are: 4 in FP8, 1 in other formats"
+
+
+def test_one_file_cannot_hold_both_spellings(save, build):
+    legacy, _ = build.quantized(["blocks.1.a"], "legacy")
+    path = save("legacy.safetensors", model(build) | legacy | {"scaled_fp8": ("F8_E4M3", np.zeros(0, np.uint8))})
+    with open_checkpoint(path) as checkpoint:
+        with pytest.raises(OptionError) as caught:
+            plan_conversion(checkpoint, ConvertOptions())
+        assert len(plan_conversion(checkpoint, ConvertOptions(legacy=True)).quantized) == 2
+    assert str(caught.value) == (
+        "the input is a legacy scaled_fp8 file, and one file cannot hold both spellings (add --legacy)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("marking", "where"), [("tensor", "blocks.1.a.comfy_quant"), ("header", "_quantization_metadata")]
+)
+def test_legacy_is_refused_where_layers_are_marked_because_comfyui_would_drop_the_legacy_ones(
+    save, build, marking, where
+):
+    marked, metadata = build.quantized(["blocks.1.a"], marking)
+    path = save("in.safetensors", model(build) | marked, metadata)
+    with open_checkpoint(path) as checkpoint, pytest.raises(OptionError) as caught:
+        plan_conversion(checkpoint, ConvertOptions(legacy=True))
+    assert str(caught.value) == (
+        f"the input marks layers as comfy_quant does ({where}), and one file cannot hold both spellings (drop --legacy)"
+    )
+
+
+def test_a_legacy_file_is_completed_under_the_marker_that_it_has(tmp_path, save, build):
+    legacy, _ = build.quantized(["blocks.1.a"], "legacy")
+    marker = ("F8_E4M3", np.uint8([7]))
+    source = save("in.safetensors", model(build) | legacy | {"scaled_fp8": marker})
+    run(source, tmp_path / "out.safetensors", legacy=True)
+    with open_checkpoint(tmp_path / "out.safetensors") as checkpoint:
+        table = find_layers(checkpoint)
+        assert {layer.marking for layer in table.quantized.values()} == {"legacy"}
+        assert len(table.quantized) == 3
+        assert checkpoint.raw("scaled_fp8").tobytes() == b"\7"
+
+
+@pytest.mark.parametrize("stray", ["weight_scale", "input_scale", "comfy_quant"])
+def test_a_stray_scale_beside_a_weight_in_high_precision_is_refused(tmp_path, save, build, stray):
+    content = build.mark(format="int8_tensorwise") if stray == "comfy_quant" else np.float32(1)
+    source = save("in.safetensors", model(build) | {f"{CONVERTED[0]}.{stray}": content})
+    if stray == "comfy_quant":  # marked as foreign: left alone
+        run(source, tmp_path / "out.safetensors")
+        return
+    with pytest.raises(TensorError, match=f"{CONVERTED[0]}.{stray}: the input already has a tensor of this name"):
+        run(source, tmp_path / "out.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+# what is refused
+
+
+def test_a_conversion_of_nothing_is_refused(tmp_path, save):
+    source = save("in.safetensors", {"norm.weight": np.ones(4, np.float32)})
+    with pytest.raises(OutputError) as caught:
+        run(source, tmp_path / "out.safetensors")
+    assert str(caught.value) == (
+        f"{source}: nothing to convert: no layer would become FP8 (--dry-run says why, per layer)"
+    )
+
+
+def test_the_input_is_refused_as_output_also_through_links_and_as_a_shard(tmp_path, save, save_shards, build):
+    source = save("in.safetensors", model(build))
+    (tmp_path / "symlink.safetensors").symlink_to(source)
+    (tmp_path / "hardlink.safetensors").hardlink_to(source)
+    before = source.read_bytes()
+    for name in ("in", "symlink", "hardlink"):
+        with pytest.raises(OutputError, match=rf"the output is the same file as the input {source}"):
+            run(source, tmp_path / f"{name}.safetensors")
+    index = save_shards("m", [model(build)])
+    with pytest.raises(OutputError, match=r"m-00001-of-00001\.safetensors: the output is the same file as the input"):
+        run(index, tmp_path / "m-00001-of-00001.safetensors")
+    index.rename(tmp_path / "other.safetensors.index.json")
+    with pytest.raises(OutputError, match=r"m-00001-of-00001\.safetensors: the output is the same file as the input"):
+        run(tmp_path / "other.safetensors.index.json", tmp_path / "m.safetensors.index.json")
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"legacy": True, "scaling_mode": "row"},
+            "legacy files know one scale per tensor only, not --scaling_mode row",
+        ),
+        ({"block_size": 0}, "--block_size should be at least 1 and below 65536, found 0"),
+        ({"block_size": 65536}, "--block_size should be at least 1 and below 65536, found 65536"),
+        ({"exclude": ("a", "(")}, "--exclude-layers '(' is no regular expression: "),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(OptionError) as caught:
+        ConvertOptions(**options)
+    assert str(caught.value).startswith(message)
+
+
+class BoomError(Error):
+    """A calibration that fails."""
+
+
+def test_a_calibration_may_change_the_output_before_it_has_its_name_or_prevent_it(tmp_path, save, build):
+    source, output = save("in.safetensors", model(build)), tmp_path / "out.safetensors"
+
+    def calibrate(writer) -> None:
+        assert not output.exists()
+        with writer.reopen() as checkpoint:
+            info = checkpoint.tensors["blocks.0.mlp.input_scale"]
+            assert checkpoint.float32("blocks.0.mlp.input_scale") == 1.0
+            file = checkpoint.file_of(info.name)
+            writer.overwrite(0, file.header.data_start + info.start, np.float32(0.125).tobytes())
+
+    def fail(writer) -> None:
+        raise BoomError("no")
+
+    with open_checkpoint(source) as checkpoint:
+        plan = plan_conversion(checkpoint, ConvertOptions())
+        with pytest.raises(BoomError):
+            convert(checkpoint, plan, output, before_commit=fail)
+        assert not output.exists()
+        convert(checkpoint, plan, output, before_commit=calibrate)
+    assert safetensors.torch.load_file(output)["blocks.0.mlp.input_scale"].item() == 0.125
+
+
+def test_progress_adds_up_to_the_bytes_of_the_input(tmp_path, save, build):
+    done = []
+    with open_checkpoint(save("in.safetensors", model(build))) as checkpoint:
+        plan = plan_conversion(checkpoint, ConvertOptions())
+        convert(checkpoint, plan, tmp_path / "out.safetensors", progress=done.append)
+        assert sum(done) == sum(info.nbytes for info in checkpoint.tensors.values())
+
+
+# marks with room to grow
+
+
+def test_a_mark_has_room_for_full_precision():
+    config = {"format": "float8_e4m3fn"}
+    room = len(mark_bytes(config))
+    grown = mark_bytes(config | {"full_precision_matrix_mult": True}, room)
+    assert (len(grown), room % 8) == (room, 0)
+    assert json.loads(grown) == config | {"full_precision_matrix_mult": True}
+    assert len(mark_bytes(config | {"full_precision_matrix_mult": True})) == room
+
+
+def test_the_header_entry_has_room_for_full_precision_in_every_layer():
+    marks = {str(i): {"format": "float8_e4m3fn"} for i in range(9)}
+    grown = {name: config | {"full_precision_matrix_mult": True} for name, config in marks.items()}
+    assert len(quantization_metadata(grown)) == len(quantization_metadata(marks))
+    assert json.loads(quantization_metadata(marks))["layers"] == marks
