@@ -10,14 +10,14 @@ Expected squared error. Within a bin, x counts as uniform over [a, b]. With u = 
 m_k between them, the error of one u is (u - v_k)² in its cell [m_(k-1), m_k], so F(t) = ∫₀ᵗ (u - v(u))² du is a cubic
 in each cell, and a bin costs s² · (F(b/s) - F(a/s)) / (b/s - a/s) per value: exact, no sampling.
 
-Scaling by 2 moves a histogram by 16 bins and changes nothing else as long as no code is subnormal; so the search tries
-`PHASES` scales per octave for all layers in one matrix product, 1,000 layers in well under a second.
+Dividing by 2 moves a histogram by 16 bins and changes nothing else. So one table of the mean error of each bin at the
+`PHASES` scales of one octave serves all octaves and layers, and the search is a few small matrix products per layer.
 
 Full precision. E4M3 has a smallest step of 2⁻⁹ · s. A row (token) whose own absmax is under 2⁻⁴ · s keeps at most
 5 bits of range and drowns; one loud token can do that to all others, and the error over the whole tensor hides it. So
 rows are counted: where more than `row_loss_limit` of them are lost, the layer computes in full precision. A layer that
 sees one row per picture (modulation, embedders) costs nothing in full precision, so it does too. A budget, as a share
-of all multiply-adds, is spent on the layers with the worst expected error per multiply-add's worth of harm.
+of all multiply-adds, is spent on the layers of the worst expected SQNR, as far as it reaches.
 
 Guards. A scale is float32, finite, > 0. Layers never visited, or seen only as zeros, keep what they have and are named.
 """
@@ -52,6 +52,8 @@ LOST_ROW = 2.0**-4
 FLOAT16_SMALLEST_SCALE = 2.0**-15
 """Below it 1/s overflows where a reader multiplies by the reciprocal in float16."""
 _BINS_PER_OCTAVE = 16
+_CLIPPED = E4M3FN.max * (1 + 2.0**-23)
+"""absmax / 448 may round down in float32, which does not clip absmax: it becomes the code 448 all the same."""
 
 Float = NDArray[np.float64]
 
@@ -143,7 +145,8 @@ class LayerResult:
         full_precision_before, full_precision_after: precision of the matrix product.
         reason: why the scale or the precision is what it is.
         cause: what moved it to full precision: "" nothing, "one row" it costs nothing, "rows lost" it must, "budget".
-        sqnr_before_db, sqnr_after_db: expected signal to quantization noise of the input; None where simulated.
+        sqnr_before_db, sqnr_after_db: expected signal to quantization noise of the input; None where it was simulated,
+            where nothing but zeros was seen, or where the scale is 0 and so no scale at all.
         clipped_before, clipped_after: share of values beyond ±448 s.
         vanished_before, vanished_after: share of nonzero values that become 0.
         rows_lost: share of rows under 2⁻⁴ s at the new scale.
@@ -194,7 +197,8 @@ def final_scale(scale: float, layer: str, *, float16_safe: bool = False) -> floa
     Raises:
         CalibrationError: it is not finite in float32.
     """
-    value = max(float(np.float32(scale)), float(np.finfo(np.float32).tiny))
+    with np.errstate(over="ignore"):  # refused below
+        value = max(float(np.float32(scale)), float(np.finfo(np.float32).tiny))
     if float16_safe:
         value = max(value, FLOAT16_SMALLEST_SCALE)
     if not np.isfinite(value):
@@ -254,19 +258,22 @@ def solve(
             full_precision_before=state.full_precision,
             full_precision_after=state.full_precision,
             reason=_scale_reason(options, float(after[number])),
-            sqnr_before_db=float(errors[0].sqnr_db[number]),
-            sqnr_after_db=float(errors[1].sqnr_db[number]),
-            clipped_before=float(errors[0].clipped[number]),
-            clipped_after=float(errors[1].clipped[number]),
-            vanished_before=float(errors[0].vanished[number]),
-            vanished_after=float(errors[1].vanished[number]),
+            sqnr_before_db=_told(errors[0].sqnr_db[number]),
+            sqnr_after_db=_told(errors[1].sqnr_db[number]),
+            clipped_before=_told(errors[0].clipped[number]),
+            clipped_after=_told(errors[1].clipped[number]),
+            vanished_before=_told(errors[0].vanished[number]),
+            vanished_after=_told(errors[1].vanished[number]),
             rows_lost=float(lost[number]),
             multiply_adds=int(chosen.rows[number]) * state.shape[0] * state.shape[1],
         )
         if _kept(name, options):
             result = replace(result, reason="kept, as --keep asks")
         elif absmax[number] == 0:
-            result = replace(result, range=0.0, reason="seen only as zeros: keeps its scale")
+            result = replace(result, reason="seen only as zeros: keeps its scale")
+        elif ranges[number] == 0:
+            reason = f"its percentile {options.percentile:g} is 0: keeps its scale"
+            result = _precision(replace(result, reason=reason), bool(chosen.one_row[number]), options)
         else:
             result = _precision(result, bool(chosen.one_row[number]), options)
         results.append(result)
@@ -275,6 +282,11 @@ def solve(
 
 def _unchanged(name: str, state: Present, reason: str) -> LayerResult:
     return LayerResult(name, "none", None, state.scale, state.scale, state.full_precision, state.full_precision, reason)
+
+
+def _told(number: float) -> float | None:
+    """A figure for a report, which has no place for infinities and NaN."""
+    return float(number) if np.isfinite(number) else None
 
 
 def _kept(name: str, options: SolveOptions) -> bool:
@@ -350,9 +362,11 @@ class ExpectedErrors:
 
     Attributes:
         mean_square: expected squared error per value.
-        sqnr_db: 10 log10(mean x² / mean_square); infinite where nothing was seen.
+        sqnr_db: 10 log10(mean x² / mean_square); infinite where nothing but zeros was seen.
         clipped: share of values beyond ±448 s.
-        vanished: share of nonzero values under half the smallest code.
+        vanished: share of values that are not zero and lie under half the smallest code.
+
+    All are NaN where the scale is 0.
     """
 
     mean_square: Float
@@ -366,7 +380,7 @@ def expected_errors(statistics: Statistics, scales: Float) -> ExpectedErrors:
 
     Args:
         statistics: of L layers.
-        scales: [L], > 0.
+        scales: [L], ≥ 0. Files exist whose scale is 0; it quantizes nothing, so its errors are NaN.
 
     Returns:
         The errors.
@@ -378,14 +392,16 @@ def expected_errors(statistics: Statistics, scales: Float) -> ExpectedErrors:
     for number, scale in enumerate(scales):
         counts = statistics.histogram[number, :NONFINITE_BIN]
         used = np.flatnonzero(counts)
+        if scale == 0:
+            error[number] = clipped[number] = vanished[number] = np.nan
+            continue
         if not len(used):
             continue
         weights = counts[used].astype(np.float64)
         low, high = BIN_EDGES[used] / scale, BIN_EDGES[used + 1] / scale
-        # No value lies above absmax, so the last bin ends there.
-        high = np.minimum(high, max(float(statistics.absmax[number]) / scale, float(np.nextafter(low[-1], np.inf))))
+        high = np.minimum(high, float(statistics.absmax[number]) / scale)  # so the last bin ends at absmax
         error[number] = scale * scale * float(np.sum(weights * _mean_error(low, high)))
-        clipped[number] = float(np.sum(weights * _share_above(low, high, E4M3FN.max)))
+        clipped[number] = float(np.sum(weights * _share_above(low, high, _CLIPPED)))
         half = E4M3FN.smallest_subnormal / 2
         below = float(np.sum(weights * (1 - _share_above(low, high, half))))
         vanished[number] = max(below - float(statistics.zeros[number]), 0.0)
@@ -412,17 +428,18 @@ def _cells() -> tuple[Float, Float, Float]:
     return codes, midpoints, np.concatenate([[0.0], np.cumsum(inside)])
 
 
-def _mean_error(low: Float, high: Float) -> Float:
-    """Mean squared error of quantizing u uniform on [low, high], with 0 ≤ low < high, scale 1.
+def _mean_error(low: Any, high: Any) -> Float:
+    """Mean squared error of quantizing u uniform on [low, high], with 0 ≤ low ≤ high, scale 1.
 
     Differences of F lose digits where a bin is far narrower than its distance from 0, so a bin that lies within one
-    cell is integrated by itself.
+    cell, or is hardly wider than a point, is integrated by itself.
     """
     codes, midpoints, cumulative = _cells()
     first = np.searchsorted(midpoints, low, side="right")
     last = np.searchsorted(midpoints, high, side="left")
     near, far = low - codes[first], high - codes[last]
-    within = (near * near + near * far + far * far) / 3  # mean of (u - v)² over one cell
+    other = high - codes[first]
+    within = (near * near + near * other + other * other) / 3  # mean of (u - v)² where all u have one code v
     lower = np.concatenate([[0.0], midpoints])
     area = (
         cumulative[last]
@@ -431,7 +448,7 @@ def _mean_error(low: Float, high: Float) -> Float:
         - (near**3 - (lower[first] - codes[first]) ** 3) / 3
     )
     across = np.maximum(area, 0.0) / np.maximum(high - low, 1e-300)
-    mean: Float = np.where(first == last, within, across)
+    mean: Float = np.where((first == last) | (high - low < 1e-9 * high), within, across)
     return mean
 
 
@@ -442,28 +459,32 @@ def _least_error_scales(histogram: NDArray[np.int64], absmax: Float) -> Float:
     scales of one octave; other octaves are the same table with the histogram moved by 16 bins per octave.
     """
     edges = BIN_EDGES
+    topmost = np.minimum(np.searchsorted(edges, absmax, side="right") - 1, NONFINITE_BIN - 1)
     scales = np.exp2(np.arange(PHASES) / PHASES)
     table = np.stack([s * s * _mean_error(edges[:-1] / s, edges[1:] / s) for s in scales])
     best = absmax / E4M3FN.max
     counts = histogram[:, :NONFINITE_BIN].astype(np.float64)
+    counts[:, 0] = 0  # zeros, and what is under 2^-130: they cost nothing at any scale
     for number in np.flatnonzero(absmax > 0):
         start = absmax[number] / E4M3FN.max
         octave = int(np.floor(np.log2(start)))
+        # The topmost bin ends at absmax, which the table cannot know, so its share is added for each candidate.
+        top = topmost[number]
+        top_count, counts[number, top] = counts[number, top], 0.0
         errors, candidates = [], []
-        for step in range(MSE_OCTAVES + 1):
-            shift = (octave + step) * _BINS_PER_OCTAVE
-            moved = _shifted(counts[number], shift)
-            errors.append(table @ moved * 4.0 ** (octave + step))
-            candidates.append(scales * 2.0 ** (octave + step))
+        for step in range(octave, octave + MSE_OCTAVES + 1):
+            errors.append(table @ _shifted(counts[number], step * _BINS_PER_OCTAVE) * 4.0**step)
+            candidates.append(scales * 2.0**step)
         error, scale = np.concatenate(errors), np.concatenate(candidates)
+        error += top_count * scale * scale * _mean_error(edges[top] / scale, absmax[number] / scale)
         inside = (scale >= start) & (scale <= start * 2**MSE_OCTAVES)
+        least = int(np.argmin(np.where(inside, error, np.inf)))
+
         used = np.flatnonzero(counts[number])
-        present = _mean_error(edges[used] / start, np.minimum(edges[used + 1] / start, E4M3FN.max * (1 + 1e-9)))
-        present_error = start * start * float(np.sum(counts[number, used] * present))
-        if inside.any():
-            least = int(np.argmin(np.where(inside, error, np.inf)))
-            if error[least] < present_error:
-                best[number] = scale[least]
+        present = float(np.sum(counts[number, used] * _mean_error(edges[used] / start, edges[used + 1] / start)))
+        present += top_count * float(_mean_error(edges[top] / start, absmax[number] / start))
+        if error[least] < start * start * present:
+            best[number] = scale[least]
     return best
 
 
