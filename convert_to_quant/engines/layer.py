@@ -88,17 +88,20 @@ def column_squares(checkpoint: Checkpoint, layer: Layer) -> NDArray[np.float64]:
     # einsum, not @: BLAS would start threads of its own under each of ours, which costs three times the time.
     squares_of_codes = None if layer.format is None else values(layer.format) ** 2
     total = np.zeros(layer.in_features)
+    # Squares of very small or large scales leave float32, so they are taken relative to the largest.
+    largest = 1.0 if scale is None else float(scale.max(initial=0.0)) or 1.0
     for rows in spans(layer.out_features, _ROWS):
         if squares_of_codes is None or scale is None:
             weight_OI = dequantize(checkpoint, layer, rows)
             total += np.einsum("oi,oi->i", weight_OI, weight_OI)
             continue
         squares_OI = np.take(squares_of_codes, bits[rows], mode="clip")
-        spread = scales_per_row(scale, layer, rows) ** 2
+        spread = np.square(scales_per_row(scale, layer, rows) / np.float32(largest))
         if spread.shape[1] == 1:
             total += np.einsum("o,oi->i", spread[:, 0], squares_OI)
         else:
             total += np.einsum("oi,oi->i", spread, squares_OI)
+    total *= largest * largest
     checkpoint.release(layer.weight.name)
     if not np.isfinite(total).all():
         raise TensorError(
@@ -125,13 +128,13 @@ def unit_rows(
     """
     if lora_rows_RI is None or not np.any(lora_rows_RI):
         return random.standard_normal((simulation.samples, in_features), dtype=np.float32)
-    spread = float(lora_rows_RI.std())
+    spread = float(lora_rows_RI.std(dtype=np.float64))  # in float32 the squares of small rows are 0
     noisy = [
         lora_rows_RI + np.float32(level * spread) * random.standard_normal(lora_rows_RI.shape, dtype=np.float32)
         for level in NOISE_LEVELS
     ]
     rows: Float32 = np.concatenate([*noisy, -lora_rows_RI])
-    rows /= np.float32(rows.std())
+    rows /= np.float32(rows.std(dtype=np.float64))
     return rows
 
 
@@ -163,7 +166,9 @@ def input_range(unit_RI: Float32, squares_I: NDArray[np.float64], out_features: 
     if not heard.any():
         return 0.0
     factors = np.sqrt(out_features / np.count_nonzero(heard) / squares_I[heard])
-    return percentile_of(np.abs(unit_RI[:, heard] * factors.astype(np.float32)), percentile)
+    largest = float(factors.max())  # taken out, so that float32 holds the rest
+    relative_RI = unit_RI[:, heard] * (factors / largest).astype(np.float32)
+    return percentile_of(np.abs(relative_RI, out=relative_RI), percentile) * largest
 
 
 def output_range(
