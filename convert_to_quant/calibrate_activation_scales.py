@@ -14,6 +14,7 @@ simulates (`engines.layer`) only what cannot be run. Here is only the way throug
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ import numpy as np
 from . import convert, lora
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .engines import layer as layer_engine
-from .errors import OptionError, OutputError, StrPath, TensorError
+from .errors import OptionError, OutputError, StrPath, TensorError, UnsupportedModelError
 from .fp8 import BY_SAFETENSORS_DTYPE, E4M3FN, decode
 from .layers import Layer, LayerTable, find_layers, infer_block, input_scale, scales_per_row
 from .patch import LayerChange, Patch, apply_in_place, in_place_edits, plan_patch, rewrite
@@ -336,12 +337,18 @@ def _lora_notes(match: lora.LoraMatch) -> list[str]:
     return notes
 
 
+def _missing_package() -> str | None:
+    """The package that the model engine needs and that is not installed; they are large, so some leave them out."""
+    return next((name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None), None)
+
+
 def _why_not_run(checkpoint: Checkpoint, table: LayerTable) -> str | None:
     """Why the model engine cannot run a checkpoint; None if it can."""
-    try:
-        from .engines import diffusers
-    except ModuleNotFoundError as error:
-        return f"{error.name} is not installed"
+    missing = _missing_package()
+    if missing is not None:
+        return f"{missing} is not installed"
+    from .engines import diffusers
+
     return diffusers.supports(checkpoint, table)
 
 
@@ -355,6 +362,11 @@ def _run(
     progress: Progress | None,
 ) -> Calibration:
     """Run the model on noise and solve what was seen."""
+    missing = _missing_package()
+    if missing is not None:
+        raise UnsupportedModelError(
+            f"running the model needs {missing}, which is not installed", path=checkpoint.path, hint="install it, or "
+            "use the layer engine")  # fmt: skip
     from .engines import diffusers
 
     if options.percentile is not None:
@@ -466,7 +478,7 @@ def _simulate(
         scale, reason = present.scale, "weight is empty or all zero: keeps its scale"
         if found > 0:
             scale = final_scale(margin * found / E4M3FN.max, name, float16_safe=options.float16_safe)
-            rows = "LoRA" if rows_of(name) is not None else "random"
+            rows = "LoRA" if match is not None and name in match.matched else "random"
             reason = f"simulated from {rows} inputs × {margin:g}"
         results.append(
             LayerResult(
@@ -576,7 +588,5 @@ def plan_in_place(
 
 
 if __name__ == "__main__":
-    import importlib
-
     # The command line stands above this module; only running the module as a program reaches up to it.
     raise SystemExit(importlib.import_module("convert_to_quant.cli.calibrate").main())
