@@ -77,12 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def guarded(run: Callable[[], int]) -> int:
     """Run something, and turn our errors, and only ours, into one line and an exit code."""
     try:
-        return run()
+        code = run()
+        sys.stdout.flush()  # here, where a reader that went away is expected, and not when Python ends
+        return code
     except Error as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted: an output is written whole or not at all", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough. Keep Python from complaining when it flushes at exit.

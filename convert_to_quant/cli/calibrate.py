@@ -43,17 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate the file."""
-    from pathlib import Path
-
     from ..checkpoint import open_checkpoint
-    from ..patch import recover
-    from .calibration import options_of
+    from .calibration import check_written_files, loras_of, options_of, recover_input
     from .convert import calibrate_file, check_options
-    from .output import note
 
     check_options(args)
     options = options_of(args)
-    if recover(Path(args.input)):
-        note(f"{args.input}: an interrupted change in place was undone")
+    recover_input(args)
     with open_checkpoint(args.input) as checkpoint:
-        return calibrate_file(checkpoint, args, options)
+        check_written_files(checkpoint, args)
+        with loras_of(args) as adapters:
+            return calibrate_file(checkpoint, args, options, adapters)

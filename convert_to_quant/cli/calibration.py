@@ -69,6 +69,44 @@ def split_strength(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
+def recover_input(args: argparse.Namespace) -> None:
+    """Put back what an interrupted in-place change of the input left half done; a dry run only says so.
+
+    Raises:
+        OutputError: a dry run found such a change, or the undo file is damaged or belongs to another file.
+    """
+    from ..patch import recover, refuse_unrecovered
+
+    if args.dry_run:
+        refuse_unrecovered(Path(args.input))
+    elif recover(Path(args.input)) and not args.quiet:
+        note(f"{args.input}: an interrupted change in place was undone")
+
+
+def check_written_files(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Refuse, before any work, a report that cannot be written, and files that would overwrite each other.
+
+    Raises:
+        OutputError: the output is an adapter; the report is the model, the output or an adapter, or has no folder.
+    """
+    from ..checkpoint import refuse_same_file
+    from ..errors import OutputError
+
+    adapters = [Path(split_strength(text)[0]) for text in args.lora]
+    outputs = [Path(args.output)] if args.output is not None else []
+    for output in outputs:
+        refuse_same_file(output, adapters, hint="name another output")
+    if args.json in (None, "-"):
+        return
+    report = Path(args.json)
+    inputs = [checkpoint.path, *(file.path for file in checkpoint.files), *adapters]
+    refuse_same_file(report, inputs, hint="name another file for --json")
+    if any(report.resolve() == output.resolve() for output in outputs):
+        raise OutputError("--json and -o are the same file", path=report)
+    if not report.parent.is_dir():
+        raise OutputError(f"cannot be written: the folder {report.parent} does not exist", path=report)
+
+
 @contextmanager
 def loras_of(args: argparse.Namespace) -> Iterator[list[Lora]]:
     """The adapters that were asked for, open."""
@@ -85,11 +123,13 @@ def loras_of(args: argparse.Namespace) -> Iterator[list[Lora]]:
             adapter.checkpoint.close()
 
 
-def calibrate(checkpoint: Checkpoint, args: argparse.Namespace, options: CalibrationOptions) -> Calibration:
-    """Calibrate with the adapters that were asked for, and a progress bar."""
+def calibrate(
+    checkpoint: Checkpoint, args: argparse.Namespace, options: CalibrationOptions, adapters: Sequence[Lora]
+) -> Calibration:
+    """Calibrate with a progress bar."""
     from ..calibrate_activation_scales import calibrate_model
 
-    with loras_of(args) as adapters, progress_bar("calibrating", quiet=args.quiet) as progress:
+    with progress_bar("calibrating", quiet=args.quiet) as progress:
         return calibrate_model(checkpoint, options, loras=adapters, progress=progress)
 
 
@@ -100,7 +140,7 @@ def tell(calibration: Calibration, args: argparse.Namespace) -> None:
             note(text)
         say(summary(calibration))
     if args.verbose:
-        print_calibration(calibration.results)
+        print_calibration(calibration.results, talk=args.json == "-")
     if args.json:
         write_json(args.json, calibration.to_json())
 
@@ -120,8 +160,8 @@ def summary(calibration: Calibration) -> str:
     return text + (f", {full} in full precision" if full else "")
 
 
-def print_calibration(results: Sequence[LayerResult]) -> None:
-    """Old scale, new scale, source and range of every layer."""
+def print_calibration(results: Sequence[LayerResult], *, talk: bool = False) -> None:
+    """Old scale, new scale, source and range of every layer; see `print_table`."""
     print_table(
         (
             "layer",
@@ -153,6 +193,7 @@ def print_calibration(results: Sequence[LayerResult]) -> None:
             for result in results
         ],
         right=(1, 2, 3, 4, 5, 6, 7, 8),
+        talk=talk,
     )
 
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
-from .calibration import add_calibration_arguments, calibrate, options_of, tell
+from .calibration import (
+    add_calibration_arguments,
+    calibrate,
+    check_written_files,
+    loras_of,
+    options_of,
+    recover_input,
+    tell,
+)
 from .output import note, print_table, progress_bar, say, write_json
 from .patching import check_target, write_patch
 
@@ -16,6 +25,10 @@ if TYPE_CHECKING:
     from ..calibrate_activation_scales import CalibrationOptions
     from ..checkpoint import Checkpoint, CheckpointWriter
     from ..convert import ConversionPlan
+    from ..lora import Lora
+
+CONVERSION_OPTIONS = ("scaling_mode", "block_size", "weight_scale", "legacy", "preset", "exclude_layers")
+CALIBRATION_OPTIONS = ("engine", "samples", "percentile", "lora", "seed", "device", "margin", "estimator")
 
 DESCRIPTION = "FP8 for diffusion models that keeps the picture."
 EPILOG = """\
@@ -74,19 +87,34 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from ..checkpoint import open_checkpoint
     from ..layers import find_layers
-    from ..patch import recover
 
-    source = Path(args.input)
     check_options(args)
+    if not args.actcal:
+        for name in _given(args, CALIBRATION_OPTIONS):
+            raise OptionError(f"--actcal-{name} needs --actcal")
+    elif args.no_input_scale:
+        raise OptionError("--no-input-scale leaves out what --actcal is asked to find")
     options = options_of(args) if args.actcal else None
-    if recover(source):
-        note(f"{source}: an interrupted change in place was undone")
-    with open_checkpoint(source) as checkpoint:
-        if options is not None and find_layers(checkpoint).quantized:
-            return calibrate_file(checkpoint, args, options)
-        if args.in_place:
-            raise OptionError("--in-place calibrates a file that is FP8 already, and this one is not; use -o OUT")
-        return convert_file(checkpoint, args, options)
+    recover_input(args)
+    with open_checkpoint(args.input) as checkpoint:
+        check_written_files(checkpoint, args)
+        with loras_of(args) as adapters:
+            if options is not None and find_layers(checkpoint).quantized:
+                unused = ", ".join("--" + name.replace("_", "-") for name in _given(args, CONVERSION_OPTIONS))
+                if unused and not args.quiet:
+                    note(f"the input is FP8 already, so nothing is converted and {unused} does nothing")
+                return calibrate_file(checkpoint, args, options, adapters)
+            if args.in_place:
+                raise OptionError("--in-place calibrates a file that is FP8 already, and this one is not; use -o OUT")
+            return convert_file(checkpoint, args, options, adapters)
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Those of some options that differ from their defaults."""
+    from . import DEFAULT_COMMAND, build_parser
+
+    parser = build_parser(DEFAULT_COMMAND)
+    return [name for name in names if getattr(args, name) != parser.get_default(name)]
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -101,22 +129,37 @@ def check_options(args: argparse.Namespace) -> None:
         raise OptionError("name the new file with -o OUT", hint="or --in-place, or --dry-run")
     if args.enable_fp8_matmul and not args.actcal:
         raise OptionError("--enable-fp8-matmul needs --actcal: without input scales FP8 products would use 1.0")
+    if args.float16_safe and not args.actcal:
+        raise OptionError("--float16-safe needs --actcal: it is about the input scales that --actcal finds")
 
 
-def calibrate_file(checkpoint: Checkpoint, args: argparse.Namespace, options: CalibrationOptions) -> int:
+def calibrate_file(
+    checkpoint: Checkpoint, args: argparse.Namespace, options: CalibrationOptions, adapters: Sequence[Lora]
+) -> int:
     """Calibrate a file that is FP8 already."""
+    from ..calibrate_activation_scales import plan_in_place
+    from ..layers import find_layers
+
     check_target(checkpoint, args)
-    calibration = calibrate(checkpoint, args, options)
+    if args.in_place:
+        # Whether every scale has a place shows before minutes of work as well as after.
+        table = find_layers(checkpoint)
+        plan_in_place(checkpoint, table, dict.fromkeys(table.quantized, 1.0), enable_fp8_matmul=args.enable_fp8_matmul)
+    calibration = calibrate(checkpoint, args, options, adapters)
     tell(calibration, args)
     if args.dry_run:
-        say("dry run: nothing was written")
+        if not args.quiet:
+            say("dry run: nothing was written")
         return 0
     return write_patch(checkpoint, calibration, args)
 
 
-def convert_file(checkpoint: Checkpoint, args: argparse.Namespace, calibration: CalibrationOptions | None) -> int:
+def convert_file(
+    checkpoint: Checkpoint, args: argparse.Namespace, calibration: CalibrationOptions | None, adapters: Sequence[Lora]
+) -> int:
     """Convert a file in high precision, and calibrate it before it gets its name."""
     from ..convert import ConvertOptions, convert, plan_conversion
+    from ..lora import match_loras
 
     options = ConvertOptions(
         scaling_mode=args.scaling_mode,
@@ -127,18 +170,19 @@ def convert_file(checkpoint: Checkpoint, args: argparse.Namespace, calibration: 
         preset=args.preset,
         exclude=tuple(args.exclude_layers),
     )
-    if calibration is not None and args.no_input_scale:
-        raise OptionError("--no-input-scale leaves out what --actcal is asked to find")
     plan = plan_conversion(checkpoint, options)
+    if adapters:  # an adapter that does not fit shows before the work as well as after
+        match_loras(adapters, {layer.name: (layer.out_features, layer.in_features) for layer in plan.table.linear()})
     if not args.quiet:
         for text in plan.notes:
             note(text)
     if args.verbose or args.dry_run:
-        print_plan(plan)
+        print_plan(plan, talk=args.json == "-")
     if args.dry_run:
         if args.json:
             write_json(args.json, plan_json(plan))
-        say(f"dry run: {conversion_summary(plan)}; nothing was written")
+        if not args.quiet:
+            say(f"dry run: {conversion_summary(plan)}; nothing was written")
         return 0
 
     def calibrate_output(writer: CheckpointWriter) -> None:
@@ -149,12 +193,15 @@ def convert_file(checkpoint: Checkpoint, args: argparse.Namespace, calibration: 
 
         assert calibration is not None
         with writer.reopen() as quantized:
-            found = calibrate(quantized, args, calibration)
+            found = calibrate(quantized, args, calibration, adapters)
             patch = plan_in_place(quantized, find_layers(quantized), found)
             edits = in_place_edits(patch)
         for edit in edits:
             writer.overwrite(edit.file, edit.offset, edit.data)
         tell(found, args)
+        if not args.quiet:
+            for text in patch.notes:
+                note(text)
 
     output = Path(args.output)
     total = sum(info.nbytes for info in checkpoint.tensors.values())
@@ -184,8 +231,8 @@ def conversion_summary(plan: ConversionPlan) -> str:
     )
 
 
-def print_plan(plan: ConversionPlan) -> None:
-    """Every layer and what becomes of it."""
+def print_plan(plan: ConversionPlan, *, talk: bool = False) -> None:
+    """Every layer and what becomes of it; see `print_table`."""
     print_table(
         ("layer", "shape", "dtype", "becomes", "why"),
         [
@@ -198,6 +245,7 @@ def print_plan(plan: ConversionPlan) -> None:
             )
             for decision in plan.decisions
         ],
+        talk=talk,
     )
 
 

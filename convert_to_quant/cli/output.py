@@ -22,13 +22,16 @@ def note(text: str) -> None:
     say(f"note: {text}")
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+def print_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), talk: bool = False
+) -> None:
     """A table on stdout, columns as wide as their widest cell.
 
     Args:
         head: names of the columns.
         rows: cells.
         right: numbers of the columns that are set flush right.
+        talk: print it to stderr, where stdout has a JSON document.
     """
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     for row in (head, *rows):
@@ -36,7 +39,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Se
             cell.rjust(width) if column in right else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        print("  ".join(cells).rstrip())
+        print("  ".join(cells).rstrip(), file=sys.stderr if talk else sys.stdout)
 
 
 def write_json(place: str, document: Any) -> None:
@@ -45,7 +48,7 @@ def write_json(place: str, document: Any) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if place == "-":
         sys.stdout.write(text)
         return
