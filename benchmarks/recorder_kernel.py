@@ -15,6 +15,8 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -83,7 +85,7 @@ def seconds(work: Callable[[], object], repeats: int, flush: Tensor) -> list[flo
     """Time on the device of each of several runs, x out of its cache."""
     times = []
     for _ in range(repeats + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         flush.zero_()
         begin.record()
         work()
@@ -129,7 +131,7 @@ def main() -> None:
 
     device = torch.cuda.get_device_properties(0)
     print(f"{device.name}, {device.multi_processor_count} multiprocessors, torch {torch.__version__}, ", end="")
-    print(f"triton {kernel.triton.__version__}; the kernel works here: {kernel.works()}")
+    print(f"triton {metadata.version('triton')}; the kernel works here: {kernel.works()}")
     worst, number = 0.0, 0
     for name, x in cases():
         try:
@@ -168,7 +170,8 @@ def sweep(repeats: int, flush: Tensor) -> None:
         figures = []
         for x in big:
             totals = Totals(1, x.device)
-            times = seconds(lambda t=totals, y=x: kernel.accumulate(t, 0, t.sigma_numbers[:1], y), repeats // 2, flush)
+            run = partial(kernel.accumulate, totals, 0, totals.sigma_numbers[:1], x)
+            times = seconds(run, repeats // 2, flush)
             figures.append(statistics.median(times) * 1e6)
         print(f"{tile:5} {warps:2} {programs:2}: " + ", ".join(f"{figure:6.1f}" for figure in figures))
 

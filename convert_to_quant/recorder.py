@@ -205,13 +205,14 @@ class _Level:
 
 
 def _sigma_bin_on(sigma: Sigma, totals: Totals) -> Tensor:
-    """The column of a noise level as int64 [1] on the totals' device, without waiting for any device."""
+    """The column of a noise level as int64 [1] on the totals' device; waits for no CUDA device if that is one."""
     device = totals.sigma_numbers.device
     if isinstance(sigma, Tensor):
         level = sigma.detach().to(torch.float64).reshape(-1)
         known = ((level >= 0) & (level <= 1) & (level == level[:1])).all()
         column = (torch.ceil(level[:1] * SIGMA_BINS) - 1).clamp(min=0)
-        return torch.where(known, column, UNKNOWN_SIGMA).to(torch.int64).to(device, non_blocking=True)
+        bin_number = torch.where(known, column, UNKNOWN_SIGMA).to(torch.int64)
+        return bin_number.to(device, non_blocking=device.type != "cpu")  # the host must not read what is still coming
     number = sigma_bin(sigma)
     return totals.sigma_numbers[number : number + 1]
 

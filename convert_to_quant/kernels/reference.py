@@ -25,7 +25,7 @@ MAGNITUDE_BITS = 0x7FFFFFFF
 BLOCK_ELEMENTS_CPU = 1 << 18
 """Elements per step on a CPU: temporaries of 1 MiB stay in cache and are not paged in anew.
 
-2.6 ns per element on one core, of which 1.0 is counting (2026-11-22); one step over the whole input takes 4 times that.
+About 3 ns per element on one core, of which 1 is counting (2026-11-22); one step over a whole input takes thrice that.
 """
 
 
@@ -96,7 +96,9 @@ def _prefixes(bits: Tensor) -> Tensor:
 def _count_prefixes(prefixes: Tensor) -> Tensor:
     """Histogram, int64 [BINS], by a way that neither rounds nor waits for the device."""
     device = prefixes.device
-    if device.type == "cpu":
+    if device.type == "cpu" and len(prefixes) < 8 * BINS:
+        counts = torch.bincount(prefixes >> 3, minlength=BINS)
+    elif device.type == "cpu":  # counting 8 times as many bins costs less than shifting
         counts = torch.bincount(prefixes, minlength=8 * BINS).view(BINS, 8).sum(1)
     elif device.type == "cuda":  # torch.bincount would read the largest bin back
         counts = torch.histc(prefixes, BINS, 0, BINS).to(torch.int64)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import subprocess
 import warnings
+from functools import cache
 
 import torch
 import triton
@@ -264,30 +265,31 @@ def accumulate(totals: Totals, slot: int, sigma_bin: Tensor, x: Tensor) -> None:
     blocks = triton.cdiv(rows, tile_rows)
     places = PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(x.device)
     rounds = triton.cdiv(blocks, places)
-    _observe[(triton.cdiv(blocks, rounds),)](
-        x_BRI,
-        sigma_bin,
-        totals.per_unit,
-        totals.sigma_absmax.view(torch.int32),
-        totals.sigma_count,
-        totals.sigma_square_digits,
-        totals.sum_digits,
-        totals.zeros,
-        totals.histogram,
-        totals.row_histogram,
-        slot,
-        rows,
-        columns,
-        rows_per_batch,
-        x_BRI.stride(0),
-        x_BRI.stride(1),
-        blocks,
-        ROWS=tile_rows,
-        COLUMNS=tile_columns,
-        EVEN=rows % tile_rows == 0 and columns % tile_columns == 0,
-        PTX=x.is_cuda and torch.version.hip is None,
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(x_BRI):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        _observe[(triton.cdiv(blocks, rounds),)](
+            x_BRI,
+            sigma_bin,
+            totals.per_unit,
+            totals.sigma_absmax.view(torch.int32),
+            totals.sigma_count,
+            totals.sigma_square_digits,
+            totals.sum_digits,
+            totals.zeros,
+            totals.histogram,
+            totals.row_histogram,
+            slot,
+            rows,
+            columns,
+            rows_per_batch,
+            x_BRI.stride(0),
+            x_BRI.stride(1),
+            blocks,
+            ROWS=tile_rows,
+            COLUMNS=tile_columns,
+            EVEN=rows % tile_rows == 0 and columns % tile_columns == 0,
+            PTX=x.is_cuda and torch.version.hip is None,
+            num_warps=WARPS,
+        )
 
 
 def works(device: str | torch.device = "cuda") -> bool:
@@ -319,8 +321,9 @@ def _tile_columns(columns: int) -> int:
     return min(1024, dividing if dividing >= 128 else max(16, triton.next_power_of_2(columns)))
 
 
+@cache
 def _multiprocessors(device: torch.device) -> int:
-    """How many blocks of threads the device can run at once, over the number that fit on one multiprocessor."""
+    """How many multiprocessors the device has."""
     if device.type != "cuda":  # Triton's interpreter, which runs them one after the other
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
