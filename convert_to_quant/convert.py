@@ -225,7 +225,7 @@ def comfy_quant_config(options: ConvertOptions) -> dict[str, Any]:
 
 
 FULL_PRECISION_KEY = "full_precision_matrix_mult"
-_MARK_ROOM_BYTES = len(f', "{FULL_PRECISION_KEY}": true')
+_FULL_PRECISION_TEXT = f', "{FULL_PRECISION_KEY}": true'
 
 
 def mark_bytes(config: dict[str, Any], room_bytes: int | None = None) -> bytes:
@@ -242,7 +242,7 @@ def mark_bytes(config: dict[str, Any], room_bytes: int | None = None) -> bytes:
     """
     text = json.dumps(config).encode("utf-8")
     if room_bytes is None:
-        room_bytes = len(text) + (0 if FULL_PRECISION_KEY in config else _MARK_ROOM_BYTES)
+        room_bytes = len(text) + (0 if FULL_PRECISION_KEY in config else len(_FULL_PRECISION_TEXT))
         room_bytes += -room_bytes % 8
     return text.ljust(room_bytes)
 
@@ -251,7 +251,12 @@ def quantization_metadata(marks: dict[str, dict[str, Any]]) -> str:
     """The header entry that marks layers, with room for `full_precision_matrix_mult` in each of them."""
     text = json.dumps({"format_version": "1.0", "layers": marks})
     missing = sum(FULL_PRECISION_KEY not in config for config in marks.values())
-    return text + " " * (missing * _MARK_ROOM_BYTES)
+    return text + " " * (missing * stored_bytes(_FULL_PRECISION_TEXT))
+
+
+def stored_bytes(text: str) -> int:
+    """Bytes that a text takes inside a header, where each of its quotation marks is escaped."""
+    return len(json.dumps(text, ensure_ascii=False).encode("utf-8")) - len('""')
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from . import names
 from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, write_bytes
 from .checkpoint.header import LENGTH_BYTES, serialize_header
 from .checkpoint.reader import CheckpointFile, is_file_name
-from .convert import FULL_PRECISION_KEY, PROVENANCE_KEY, mark_bytes, quantization_metadata
+from .convert import FULL_PRECISION_KEY, PROVENANCE_KEY, mark_bytes, quantization_metadata, stored_bytes
 from .errors import CheckpointError, OptionError, OutputError, TensorError
 from .layers import Layer, LayerTable
 
@@ -179,7 +179,8 @@ def _changed_header_marks(header: str, in_header: set[str], prefix: str, marks: 
         if key in in_header:
             fields["layers"][key] = config
     text = json.dumps(fields)
-    return text.ljust(len(header)) if len(text) <= len(header) else quantization_metadata(fields["layers"])
+    room_bytes = stored_bytes(header) - stored_bytes(text)
+    return text + " " * room_bytes if room_bytes >= 0 else quantization_metadata(fields["layers"])
 
 
 def _legacy_marker(patch: Patch, table: LayerTable, enable: bool) -> None:

@@ -26,6 +26,7 @@ from convert_to_quant.convert import (
     mark_bytes,
     plan_conversion,
     quantization_metadata,
+    stored_bytes,
 )
 from convert_to_quant.errors import Error, OptionError, OutputError, TensorError
 from convert_to_quant.layers import dequantize, find_layers
@@ -614,5 +615,6 @@ def test_a_mark_has_room_for_full_precision():
 def test_the_header_entry_has_room_for_full_precision_in_every_layer():
     marks = {str(i): {"format": "float8_e4m3fn"} for i in range(9)}
     grown = {name: config | {"full_precision_matrix_mult": True} for name, config in marks.items()}
-    assert len(quantization_metadata(grown)) == len(quantization_metadata(marks))
+    assert stored_bytes(quantization_metadata(grown)) == stored_bytes(quantization_metadata(marks))
+    assert stored_bytes('"ä') == len(json.dumps('"ä', ensure_ascii=False).encode()) - 2 == 4
     assert json.loads(quantization_metadata(marks))["layers"] == marks
