@@ -1,0 +1,184 @@
+"""The rules of the house that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import graphlib
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import convert_to_quant
+
+ROOT = Path(convert_to_quant.__file__).parent
+PACKAGE = "convert_to_quant"
+
+ROWS = (
+    {"cli", "__main__"},
+    {"demo", "emoji", "comfyui_nodes"},
+    {"calibrate_activation_scales", "fidelity", "report"},
+    {"engines"},
+    {"solve", "patch", "convert"},
+    {"lora", "recorder", "layers"},
+    {"names", "families", "stats", "fp8", "checkpoint"},
+    {"errors", "kernels"},
+    {""},
+)
+"""The rooms from the top down; "" is the package itself, which holds the version. A room imports what is below it, or
+beside it where that makes no circle."""
+
+ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
+
+
+def module_name(path: Path) -> str:
+    """Name of a module below the package: "checkpoint.reader", "checkpoint", "fp8", or "" for the package itself."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+def room(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def imports(name: str) -> Iterator[str]:
+    """Modules of the package that a module imports, anywhere in it."""
+    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name[len(PACKAGE) + 1 :] for alias in node.names if room(alias.name) == PACKAGE)
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        module = node.module or ""
+        if node.level:
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if package else []
+            base = ".".join([*above, *([module] if module else [])])
+        elif room(module) == PACKAGE:
+            base = module[len(PACKAGE) + 1 :]
+        else:
+            continue
+        for alias in node.names:
+            inner = f"{base}.{alias.name}" if base else alias.name
+            yield inner if inner in MODULES else base
+
+
+GRAPH = {name: set(imports(name)) - {name} for name in MODULES}
+
+
+def test_the_checks_see_the_imports():
+    assert {"names", "checkpoint", "errors", "fp8"} <= GRAPH["layers"]
+    assert {"errors", "fp8", "checkpoint.header"} <= GRAPH["checkpoint.reader"]
+    assert {"checkpoint.reader", "checkpoint.header"} <= GRAPH["patch"]
+    assert "" in GRAPH["convert"]
+    assert all(target in MODULES for targets in GRAPH.values() for target in targets)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down_only(name):
+    assert room(name) in ROW_OF, f"{name}: say in ROWS which row this room is in"
+    upward = {target for target in GRAPH[name] if ROW_OF[room(target)] < ROW_OF[room(name)]}
+    assert not upward
+
+
+def test_imports_make_no_circle():
+    # Every submodule's package is imported with it, so a package that only gathers its own names does not count.
+    graph = {name: {t for t in targets if not name.startswith(t + ".")} for name, targets in GRAPH.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def public_definitions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """Public functions and classes of a module, and the public functions of its public classes."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            yield node.name, node
+            if isinstance(node, ast.ClassDef):
+                yield from ((f"{node.name}.{inner}", child) for inner, child in public_definitions_of(node))
+
+
+def public_definitions_of(node: ast.ClassDef) -> Iterator[tuple[str, ast.AST]]:
+    for child in node.body:
+        if isinstance(child, ast.FunctionDef) and not child.name.startswith("_"):
+            yield child.name, child
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_and_every_public_function_and_class_says_what_it_is_for(name):
+    assert ast.get_docstring(TREES[name])
+    silent = [found for found, node in public_definitions(TREES[name]) if not ast.get_docstring(node)]  # type: ignore[arg-type]
+    assert not silent
+
+
+def lists_its_exports(tree: ast.Module) -> bool:
+    return any(isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" for node in tree.body)
+
+
+@pytest.mark.parametrize("name", [name for name, tree in TREES.items() if lists_its_exports(tree)])
+def test_every_exported_name_exists_once(name):
+    module = importlib.import_module(f"{PACKAGE}.{name}" if name else PACKAGE)
+    assert len(module.__all__) == len(set(module.__all__))
+    assert [member for member in module.__all__ if not hasattr(module, member)] == []
+
+
+def test_the_checkpoint_package_exports_all_that_it_gathers():
+    gathered = {
+        alias.name for node in TREES["checkpoint"].body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert gathered == set(importlib.import_module(f"{PACKAGE}.checkpoint").__all__)
+
+
+BUILTIN_ERRORS = {name for name, member in vars(builtins).items() if isinstance(member, type)
+                  and issubclass(member, Exception)} - {"NotImplementedError", "StopIteration"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_a_user_can_cause_is_raised_as_an_error_of_ours(name):
+    raised = {
+        node.exc.func.id
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name)
+    }
+    assert not raised & BUILTIN_ERRORS
+
+
+def test_only_the_command_line_prints():
+    printing = {
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert {room(name) for name in printing} <= {"cli"}
+
+
+LIGHT = [
+    "errors",
+    "fp8",
+    "checkpoint",
+    "names",
+    "families",
+    "stats",
+    "layers",
+    "lora",
+    "solve",
+    "convert",
+    "patch",
+    "cli",
+]
+HEAVY = {"torch", "diffusers", "transformers", "rich", "PIL", "safetensors"}
+
+
+def test_what_needs_only_numpy_loads_nothing_heavy():
+    code = (
+        f"import sys\nfor room in {LIGHT!r}:\n    __import__('{PACKAGE}.' + room)\n"
+        f"print(*sorted({HEAVY!r} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == []

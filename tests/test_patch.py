@@ -1,0 +1,802 @@
+"""Scales into files: what changes, what never does, and crashes at every step."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convert_to_quant import patch as patch_module
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.convert import PROVENANCE_KEY, ConvertOptions, convert, mark_bytes, plan_conversion
+from convert_to_quant.errors import CheckpointError, OptionError, OutputError, TensorError
+from convert_to_quant.layers import find_layers
+from convert_to_quant.patch import (
+    UNDO_SUFFIX,
+    LayerChange,
+    apply_in_place,
+    check_in_place,
+    in_place_edits,
+    plan_patch,
+    recover,
+    rewrite,
+)
+
+SCALE = LayerChange(input_scale=0.125)
+FULL = LayerChange(full_precision=True)
+
+
+def planned(checkpoint, changes, **options):
+    return plan_patch(checkpoint, find_layers(checkpoint), changes, **options)
+
+
+def rewritten(source: Path, output: Path, changes, **options):
+    with open_checkpoint(source) as checkpoint:
+        patch = planned(checkpoint, changes, **options)
+        rewrite(patch, output)
+    return patch
+
+
+def in_place(source: Path, changes, **options) -> int:
+    with open_checkpoint(source) as checkpoint:
+        return apply_in_place(planned(checkpoint, changes, **options))
+
+
+def contents(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    with open_checkpoint(path) as checkpoint:
+        return {name: (i.dtype, i.shape, checkpoint.raw(name).tobytes()) for name, i in checkpoint.tensors.items()}
+
+
+def layer_of(path: Path, name: str = "x"):
+    with open_checkpoint(path) as checkpoint:
+        return find_layers(checkpoint).quantized[name]
+
+
+def places(path: Path, *names: str) -> set[int]:
+    """Byte positions of tensors in a file of one."""
+    with open_checkpoint(path) as checkpoint:
+        start = checkpoint.files[0].header.data_start
+        infos = [checkpoint.tensors[name] for name in names]
+    return {start + position for info in infos for position in range(info.start, info.stop)}
+
+
+def differing(before: bytes, after: bytes) -> set[int]:
+    assert len(before) == len(after)
+    return {position for position, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]}
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def converted(tmp_path, save, build) -> Path:
+    """A file as our own converter makes it, with room for everything."""
+    generator = np.random.default_rng(0)
+    tensors = {f"blocks.{i}.x.weight": ("BF16", build.to_bfloat16(generator.normal(size=(16, 32)))) for i in range(3)}
+    source, path = save("bf16.safetensors", tensors, {"title": "t"}), tmp_path / "fp8.safetensors"
+    with open_checkpoint(source) as checkpoint:
+        convert(checkpoint, plan_conversion(checkpoint, ConvertOptions()), path)
+    source.unlink()
+    return path
+
+
+# rewriting
+
+
+@pytest.mark.parametrize("marking", ["tensor", "header", "both", "none", "legacy"])
+@pytest.mark.parametrize("had_scale", [True, False], ids=["changed", "new"])
+def test_a_rewrite_sets_the_scale_and_leaves_every_other_tensor_byte_identical(
+    tmp_path, save, build, marking, had_scale
+):
+    tensors, metadata = build.quantized(["x", "y"], marking, input_scale=1.0 if had_scale else None)
+    tensors |= {"norm.weight": np.ones(3, np.float32), "odd": np.uint8([1, 2, 3]), "scalar": np.float64(1)}
+    if marking == "legacy":
+        tensors["scaled_fp8"] = ("F8_E4M3", np.zeros(0, np.uint8))
+    source, output = save("in.safetensors", tensors, metadata | {"k": "v"}), tmp_path / "out.safetensors"
+    original = source.read_bytes()
+    rewritten(source, output, {"x": SCALE}, metadata={"how": "so"})
+    key = "x.scale_input" if marking == "legacy" else "x.input_scale"
+    before, after = contents(source), contents(output)
+    assert after.pop(key) == ("F32", (), np.float32(0.125).tobytes())
+    before.pop(key, None)
+    assert after == before
+    assert source.read_bytes() == original
+    with open_checkpoint(output) as checkpoint:
+        assert checkpoint.metadata == metadata | {"k": "v", "how": "so"}
+        data_start = checkpoint.files[0].header.data_start
+        for name, info in checkpoint.tensors.items():
+            assert (data_start + info.start) % checkpoint.bits(name).itemsize == 0, name
+    assert layer_of(output).marking == layer_of(source).marking
+
+
+@pytest.mark.parametrize("old", [np.float16(1), ("BF16", np.uint16(0x3F80)), np.float64(1)])
+def test_a_scale_in_another_dtype_becomes_float32_because_readers_crash_on_it(tmp_path, save, build, old):
+    tensors, _ = build.quantized(["x"], "tensor")
+    source = save("in.safetensors", tensors | {"x.input_scale": old})
+    rewritten(source, tmp_path / "out.safetensors", {"x": SCALE})
+    assert contents(tmp_path / "out.safetensors")["x.input_scale"] == ("F32", (), np.float32(0.125).tobytes())
+    with pytest.raises(
+        OutputError, match=r"x.input_scale: in place is not possible: it is .* and must become F32 \[\]"
+    ):
+        in_place(source, {"x": SCALE})
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_scale_keeps_its_shape(tmp_path, save, build, shape):
+    tensors, _ = build.quantized(["x"], "tensor")
+    source = save("in.safetensors", tensors | {"x.input_scale": np.ones(shape, np.float32)})
+    rewritten(source, tmp_path / "out.safetensors", {"x": SCALE})
+    assert contents(tmp_path / "out.safetensors")["x.input_scale"] == ("F32", shape, np.float32(0.125).tobytes())
+    in_place(source, {"x": SCALE})
+    assert contents(source) == contents(tmp_path / "out.safetensors")
+
+
+def test_a_change_of_nothing_rewrites_every_tensor_as_it_is(tmp_path, save, build):
+    tensors, metadata = build.quantized(["x"], "both")
+    source = save("in.safetensors", tensors, metadata)
+    rewritten(source, tmp_path / "out.safetensors", {})
+    assert contents(tmp_path / "out.safetensors") == contents(source)
+
+
+def test_shards_are_rewritten_as_shards_or_as_one_file(tmp_path, save_shards, build):
+    shards = [build.quantized([name], "tensor", input_scale=None)[0] for name in "xyz"]
+    source = save_shards("in", shards, {"k": "v"})
+    rewritten(source, tmp_path / "out.safetensors.index.json", {"y": SCALE})
+    rewritten(source, tmp_path / "one.safetensors", {"y": SCALE})
+    with open_checkpoint(tmp_path / "out.safetensors.index.json") as checkpoint:
+        assert [file.path.name for file in checkpoint.files] == [
+            f"out-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]  # fmt: skip
+        assert checkpoint.path_of("y.input_scale") == checkpoint.path_of("y.weight")
+        assert checkpoint.metadata == {"k": "v"}
+    assert contents(tmp_path / "out.safetensors.index.json") == contents(tmp_path / "one.safetensors")
+    assert contents(tmp_path / "one.safetensors")["y.input_scale"][2] == np.float32(0.125).tobytes()
+
+
+def test_a_rewrite_onto_the_input_is_refused_through_every_link(tmp_path, save, save_shards, build):
+    tensors, _ = build.quantized(["x"], "tensor")
+    source = save("in.safetensors", tensors)
+    (tmp_path / "symlink.safetensors").symlink_to(source)
+    (tmp_path / "hardlink.safetensors").hardlink_to(source)
+    for name in ("in", "symlink", "hardlink"):
+        output = tmp_path / f"{name}.safetensors"
+        with pytest.raises(OutputError) as caught:
+            rewritten(source, output, {"x": SCALE})
+        assert str(caught.value) == (
+            f"{output}: the output is the same file as the input {source} (name another output, or add --in-place)"
+        )
+    index = save_shards("m", [tensors])
+    for name in ("m.safetensors.index.json", "m-00001-of-00001.safetensors"):
+        with pytest.raises(OutputError, match="the output is the same file as the input"):
+            rewritten(index, tmp_path / name, {"x": SCALE})
+
+
+# what cannot be planned
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf, 1e39, 1e-46])
+def test_a_scale_that_is_not_finite_and_positive_in_float32_is_refused(save, build, scale):
+    source = save("in.safetensors", *build.quantized(["x"], "tensor"))
+    with open_checkpoint(source) as checkpoint, pytest.raises(TensorError) as caught:
+        planned(checkpoint, {"x": LayerChange(input_scale=scale)})
+    assert str(caught.value) == (f"{source}: x: an input scale should be finite and positive in float32, found {scale}")
+
+
+@pytest.mark.parametrize("name", ["y", "plain", "raw", "int8", ""])
+def test_a_change_of_what_is_no_fp8_layer_is_refused(save, build, name):
+    tensors, _ = build.quantized(["x"], "tensor")
+    tensors |= {"plain.weight": np.ones((4, 4), np.float16), "raw.weight": ("F8_E4M3", np.ones((4, 4), np.uint8)),
+                "int8.weight": np.ones((4, 4), np.int8), "int8.weight_scale": np.float32(1)}  # fmt: skip
+    source = save("in.safetensors", tensors)
+    with open_checkpoint(source) as checkpoint, pytest.raises(TensorError) as caught:
+        planned(checkpoint, {name: SCALE})
+    assert str(caught.value) == f"{source}: {name}: no FP8 layer of this name in the file"
+
+
+# full precision
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+@pytest.mark.parametrize("marking", ["tensor", "header", "both", "bare header"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_header_and_comfy_quant_agree_after_full_precision_changed(*, tmp_path, save, build, marking, prefix, wanted):
+    config = {} if wanted else {"full_precision_matrix_mult": True}
+    names = [prefix + "x", prefix + "y"]
+    tensors, metadata = build.quantized(names, "both" if marking == "bare header" else marking, **config)
+    if marking == "bare header":
+        metadata = {key: text.replace(prefix, "") if prefix else text for key, text in metadata.items()}
+    source, output = save("in.safetensors", tensors, metadata), tmp_path / "out.safetensors"
+    rewritten(source, output, {names[0]: LayerChange(full_precision=wanted)})
+    expected = {"format": "float8_e4m3fn"} | ({"full_precision_matrix_mult": True} if wanted else {})
+    with open_checkpoint(output) as checkpoint:
+        table = find_layers(checkpoint)
+        assert table.quantized[names[0]].full_precision is wanted
+        assert table.quantized[names[1]].full_precision is not wanted
+        if marking != "header":
+            assert json.loads(checkpoint.raw(f"{names[0]}.comfy_quant").tobytes()) == expected
+        if marking != "tensor":
+            layers = json.loads(checkpoint.metadata["_quantization_metadata"])["layers"]
+            assert layers["x" if marking == "bare header" else names[0]] == expected
+            assert len(layers) == 2
+        else:
+            assert "_quantization_metadata" not in checkpoint.metadata
+    before, after = contents(source), contents(output)
+    before.pop(f"{names[0]}.comfy_quant", None)
+    after.pop(f"{names[0]}.comfy_quant", None)
+    assert after == before
+
+
+def test_where_header_and_tensor_disagreed_both_say_the_new_word(tmp_path, save, build):
+    tensors, _ = build.quantized(["x"], "tensor", note="old")
+    header = {"layers": {"x": {"format": "float8_e4m3fn", "kept": 1}}}
+    source = save("in.safetensors", tensors, {"_quantization_metadata": json.dumps(header)})
+    rewritten(source, tmp_path / "out.safetensors", {"x": FULL})
+    expected = {"format": "float8_e4m3fn", "kept": 1, "full_precision_matrix_mult": True}
+    with open_checkpoint(tmp_path / "out.safetensors") as checkpoint:
+        assert json.loads(checkpoint.raw("x.comfy_quant").tobytes()) == expected
+        assert json.loads(checkpoint.metadata["_quantization_metadata"])["layers"]["x"] == expected
+
+
+@pytest.mark.parametrize("marking", ["legacy", "none"])
+def test_files_that_cannot_say_full_precision_of_one_layer_get_a_note(save, build, marking):
+    tensors, _ = build.quantized(["x", "y"], marking)
+    if marking == "legacy":
+        tensors["scaled_fp8"] = ("F8_E4M3", np.zeros(0, np.uint8))
+    with open_checkpoint(save("in.safetensors", tensors)) as checkpoint:
+        patch = planned(checkpoint, {"x": FULL, "y": LayerChange(full_precision=False)})
+        assert patch.tensors == {}
+    assert patch.notes == [
+        "1 layers should compute in full precision, but a file without comfy_quant marks cannot say so of single "
+        "layers (first: x); convert the original without --legacy for that"
+    ]
+
+
+# legacy markers
+
+
+@pytest.fixture
+def disabled(save, build) -> Path:
+    """A legacy file whose marker has two elements."""
+    tensors, _ = build.quantized(["x"], "legacy")
+    return save("in.safetensors", tensors | {"scaled_fp8": ("F8_E4M3", np.zeros(2, np.uint8))})
+
+
+def test_a_marker_of_two_elements_is_noted_because_it_makes_scales_useless(tmp_path, disabled):
+    changes = {"x": LayerChange(0.125, full_precision=False)}
+    patch = rewritten(disabled, tmp_path / "out.safetensors", changes)
+    assert patch.notes == [
+        "the marker scaled_fp8 has 2 elements: ComfyUI computes every layer in full precision and ignores the input "
+        "scales; --enable-fp8-matmul changes that"
+    ]
+    assert contents(tmp_path / "out.safetensors")["scaled_fp8"] == ("F8_E4M3", (2,), b"\0\0")
+
+
+def test_enable_fp8_matmul_replaces_the_marker(tmp_path, disabled):
+    output = tmp_path / "out.safetensors"
+    patch = rewritten(disabled, output, {"x": SCALE}, enable_fp8_matmul=True)
+    assert patch.notes == ["the marker scaled_fp8 now lets ComfyUI use FP8 matrix products and the input scales"]
+    assert contents(output)["scaled_fp8"] == ("F8_E4M3", (0,), b"")
+    assert (layer_of(output).marking, layer_of(output).full_precision) == ("legacy", False)
+
+
+def test_layers_that_need_full_precision_are_noted_when_the_marker_is_replaced(disabled):
+    with open_checkpoint(disabled) as checkpoint:
+        kept, enabled = (planned(checkpoint, {"x": FULL}, enable_fp8_matmul=enable) for enable in (False, True))
+    assert not any("should compute in full precision" in note for note in kept.notes)
+    assert any("1 layers should compute in full precision" in note for note in enabled.notes)
+
+
+def test_enable_fp8_matmul_cannot_happen_in_place(disabled):
+    before = disabled.read_bytes()
+    with pytest.raises(OutputError) as caught:
+        in_place(disabled, {"x": SCALE}, enable_fp8_matmul=True)
+    assert str(caught.value) == (
+        f"{disabled}: scaled_fp8: in place is not possible: it is F8_E4M3 [2] and must become F8_E4M3 [0] "
+        "(write a new file with -o instead)"
+    )
+    assert disabled.read_bytes() == before
+
+
+def test_enable_fp8_matmul_without_a_marker_is_noted(save, build):
+    with open_checkpoint(save("in.safetensors", *build.quantized(["x"], "tensor"))) as checkpoint:
+        assert planned(checkpoint, {}, enable_fp8_matmul=True).notes == [
+            "--enable-fp8-matmul: the file has no legacy marker, so there was nothing to enable"
+        ]
+
+
+def test_a_marker_that_no_layer_heeds_is_not_noted(save, build):
+    tensors, _ = build.quantized(["x"], "tensor")
+    path = save("in.safetensors", tensors | {"scaled_fp8": ("F8_E4M3", np.zeros(2, np.uint8))})
+    with open_checkpoint(path) as checkpoint:
+        assert planned(checkpoint, {"x": SCALE}).notes == []
+
+
+# in place
+
+
+def test_in_place_changes_the_bytes_of_the_scales_and_no_other(converted):
+    names = [f"blocks.{i}.x" for i in range(3)]
+    before = converted.read_bytes()
+    assert in_place(converted, {name: LayerChange(0.3 + i) for i, name in enumerate(names[:2])}) == 2
+    after = converted.read_bytes()
+    changed = differing(before, after)
+    assert changed
+    assert changed <= places(converted, *(f"{name}.input_scale" for name in names[:2]))
+    for i, name in enumerate(names[:2]):
+        assert contents(converted)[f"{name}.input_scale"][2] == np.float32(0.3 + i).tobytes()
+    assert listing(converted.parent) == [converted.name]
+
+
+def test_in_place_changes_marks_where_they_have_room_and_provenance_too(converted):
+    name = "blocks.1.x"
+    before = converted.read_bytes()
+    text = {PROVENANCE_KEY: json.dumps({"version": "0", "short": True})}
+    assert in_place(converted, {name: LayerChange(0.3, full_precision=True)}, metadata=text) == 3
+    changed = differing(before, converted.read_bytes())
+    with open_checkpoint(converted) as checkpoint:
+        header = set(range(8, checkpoint.files[0].header.data_start))
+        assert changed <= places(converted, f"{name}.input_scale", f"{name}.comfy_quant") | header
+        assert changed & header
+        config = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+        assert json.loads(checkpoint.raw(f"{name}.comfy_quant").tobytes()) == config
+        layers = json.loads(checkpoint.metadata["_quantization_metadata"])["layers"]
+        assert layers[name] == config
+        assert layers["blocks.0.x"] == {"format": "float8_e4m3fn"}
+        assert checkpoint.metadata[PROVENANCE_KEY] == text[PROVENANCE_KEY]
+        assert checkpoint.metadata["title"] == "t"
+    back = {name: LayerChange(1.0, full_precision=False)}
+    assert in_place(converted, back) == 3
+    assert contents(converted)[f"{name}.comfy_quant"][2] == mark_bytes({"format": "float8_e4m3fn"})
+    assert not layer_of(converted, name).full_precision
+
+
+def test_every_layer_of_a_converted_file_has_room_for_full_precision(converted):
+    names = [f"blocks.{i}.x" for i in range(3)]
+    assert in_place(converted, dict.fromkeys(names, FULL)) == 4
+    assert all(layer_of(converted, name).full_precision for name in names)
+    assert all(layer_of(converted, name).marking == "header" for name in names)
+
+
+def test_provenance_that_has_no_room_is_left_out_but_everything_else_is_done(converted):
+    name = "blocks.1.x"
+    with open_checkpoint(converted) as checkpoint:
+        said = checkpoint.metadata[PROVENANCE_KEY]
+    long = {PROVENANCE_KEY: "long" * 1000}
+    assert in_place(converted, {name: SCALE}, metadata=long) == 1
+    assert in_place(converted, {name: FULL}, metadata=long) == 2
+    assert layer_of(converted, name).full_precision
+    with open_checkpoint(converted) as checkpoint:
+        assert checkpoint.metadata[PROVENANCE_KEY] == said
+
+
+def test_metadata_that_has_no_room_is_refused(converted):
+    before = converted.read_bytes()
+    with pytest.raises(
+        OutputError, match=r"in place is not possible: the header has \d+ bytes and needs \d+ \(write a"
+    ):
+        in_place(converted, {"blocks.0.x": SCALE}, metadata={"other": "long" * 1000})
+    assert converted.read_bytes() == before
+
+
+def test_a_mark_without_room_is_refused(save, build):
+    source = save("in.safetensors", *build.quantized(["x"], "tensor"))
+    before = source.read_bytes()
+    with pytest.raises(OutputError) as caught:
+        in_place(source, {"x": FULL})
+    assert str(caught.value) == (
+        f"{source}: x.comfy_quant: in place is not possible: it is U8 [27] and must become U8 [64] "
+        "(write a new file with -o instead)"
+    )
+    assert source.read_bytes() == before
+
+
+def test_a_scale_that_the_file_lacks_is_refused(save, build):
+    source = save("in.safetensors", *build.quantized(["x"], "tensor", input_scale=None))
+    with pytest.raises(OutputError) as caught:
+        in_place(source, {"x": SCALE})
+    assert str(caught.value) == (
+        f"{source}: x.input_scale: in place is not possible: the file has no such tensor yet "
+        "(write a new file with -o instead)"
+    )
+
+
+def test_a_scale_that_is_there_already_changes_nothing(converted):
+    before = converted.stat()
+    assert in_place(converted, {"blocks.0.x": LayerChange(1.0)}) == 0
+    assert converted.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_in_place_and_rewrite_give_the_same_checkpoint(converted, tmp_path):
+    changes = {"blocks.0.x": LayerChange(0.3, full_precision=True), "blocks.2.x": LayerChange(7.0)}
+    output = tmp_path / "out.safetensors"
+    rewritten(converted, output, changes)
+    in_place(converted, changes)
+    assert contents(converted) == contents(output)
+    with open_checkpoint(converted) as one, open_checkpoint(output) as other:
+        assert one.metadata == other.metadata
+
+
+def test_shards_are_changed_in_place_each_in_its_own_file(save_shards, build, tmp_path):
+    index = save_shards("m", [build.quantized([name], "tensor")[0] for name in "xyz"])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert in_place(index, {"x": SCALE, "z": LayerChange(3.0)}) == 2
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == after.keys()
+    assert {name for name in before if before[name] != after[name]} == {
+        "m-00001-of-00003.safetensors", "m-00003-of-00003.safetensors"}  # fmt: skip
+    assert contents(index)["z.input_scale"][2] == np.float32(3).tobytes()
+
+
+def test_shards_of_another_folder_are_refused_in_place(save_shards, build, tmp_path):
+    index = save_shards("m", [build.quantized(["x"], "tensor")[0]])
+    (tmp_path / "elsewhere").mkdir()
+    shard = tmp_path / "m-00001-of-00001.safetensors"
+    real = shard.rename(tmp_path / "elsewhere" / "x.safetensors")
+    shard.symlink_to(real)
+    with pytest.raises(
+        OutputError, match=r"in place is not possible: it is not in the folder of m\.safetensors\.index"
+    ):
+        in_place(index, {"x": SCALE})
+
+
+@pytest.mark.parametrize("output", [None, "same", "through a link"])
+def test_in_place_takes_no_other_output(converted, output):
+    link = converted.with_name("link")
+    link.symlink_to(converted)
+    with open_checkpoint(converted) as checkpoint:
+        check_in_place(checkpoint, {None: None, "same": converted, "through a link": link}[output])
+        with pytest.raises(OptionError) as caught:
+            check_in_place(checkpoint, Path("other"))
+    assert str(caught.value) == (f"--in-place changes {converted}; leave -o out, or drop --in-place to write other")
+
+
+# crashes
+
+
+class Killed(BaseException):
+    """Nothing of ours runs after it, as after kill -9."""
+
+
+CHANGES = {f"blocks.{i}.x": LayerChange(0.3 + i, full_precision=True) for i in range(2)}
+
+
+def broken_at(monkeypatch, step: int, error: BaseException, *, for_good: bool = False) -> Iterator[int]:
+    """Let the given write or sync fail, after half of its bytes; counts the calls."""
+    calls = itertools.count()
+    real_write, real_sync = os.pwrite, os.fsync
+
+    def fails() -> bool:
+        number = next(calls)
+        return number == step or (for_good and number > step)
+
+    def pwrite(fd, data, offset):
+        if fails():
+            real_write(fd, memoryview(data)[: len(data) // 2], offset)
+            raise error
+        return real_write(fd, data, offset)
+
+    def fsync(fd):
+        if fails():
+            raise error
+        real_sync(fd)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(os, "fsync", fsync)
+    return calls
+
+
+def steps(path: Path, monkeypatch, error: BaseException, **options) -> Iterator[tuple[int, BaseException | None]]:
+    """Change a file again and again, with each step failing once, until none is left; it is restored in between."""
+    original = path.read_bytes()
+    for step in itertools.count():
+        path.write_bytes(original)
+        with monkeypatch.context() as patched:
+            calls = broken_at(patched, step, error, **options)
+            raised = None
+            try:
+                in_place(path, CHANGES)
+            except (Killed, OutputError) as caught:
+                raised = caught
+            done = next(calls) <= step
+        yield step, raised
+        if done:
+            return
+
+
+def test_a_crash_at_any_step_is_recovered_to_the_old_bytes_exactly(converted, monkeypatch):
+    original = converted.read_bytes()
+    undo = converted.with_name(converted.name + UNDO_SUFFIX)
+    torn = 0
+    for step, raised in steps(converted, monkeypatch, Killed()):
+        found = converted.read_bytes()
+        assert found == original or undo.exists() or raised is None or layer_of(converted, "blocks.1.x").full_precision
+        torn += found != original and undo.exists()
+        recovered = recover(converted)
+        if raised is None:
+            assert not recovered
+            assert converted.read_bytes() != original
+        elif recovered or found == original:
+            assert converted.read_bytes() == original
+        assert recover(converted) is False
+        assert listing(converted.parent) == [converted.name], step
+    assert step >= 9, "undo file, 5 edits, and their syncs"
+    assert torn >= 5
+
+
+def test_a_write_that_fails_once_is_put_back_at_once(converted, monkeypatch):
+    original = converted.read_bytes()
+    put_back = 0
+    for _, raised in steps(converted, monkeypatch, OSError(errno.EIO, "Input/output error")):
+        assert not converted.with_name(converted.name + UNDO_SUFFIX).exists()
+        if raised is None:
+            continue
+        assert converted.read_bytes() == original
+        if str(raised) == f"{converted}: cannot be changed in place: Input/output error; it is as it was":
+            put_back += 1
+        else:
+            assert str(raised).endswith("fp8.safetensors.undo: cannot be written: Input/output error")
+    assert put_back >= 6
+
+
+def test_a_disk_that_fails_for_good_leaves_the_undo_file_for_later(converted, monkeypatch):
+    original = converted.read_bytes()
+    undo = converted.with_name(converted.name + UNDO_SUFFIX)
+    left = 0
+    for _, raised in steps(converted, monkeypatch, OSError(errno.EIO, "Input/output error"), for_good=True):
+        if undo.exists():
+            left += 1
+            assert str(raised) == (
+                f"{undo}: the change failed (Input/output error), and so did putting back the old bytes, which this "
+                "file keeps (the next change puts them back first)"
+            )
+            assert recover(converted) is True
+        assert converted.read_bytes() == original or raised is None
+        assert listing(converted.parent) == [converted.name]
+    assert left >= 6
+
+
+KILLED = """
+import os, signal, sys
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.layers import find_layers
+from convert_to_quant.patch import LayerChange, apply_in_place, plan_patch
+path, left = sys.argv[1], int(sys.argv[2])
+real = os.pwrite
+def pwrite(fd, data, offset):
+    global left
+    left -= 1
+    if left < 0:
+        real(fd, memoryview(data)[: len(data) // 2], offset)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(fd, data, offset)
+os.pwrite = pwrite
+with open_checkpoint(path) as checkpoint:
+    changes = {name: LayerChange(0.3, full_precision=True) for name in find_layers(checkpoint).quantized}
+    apply_in_place(plan_patch(checkpoint, find_layers(checkpoint), changes))
+"""
+
+
+@pytest.mark.parametrize("write", [0, 1, 2, 4, 6, 7])
+def test_kill_9_in_the_middle_of_a_write_is_recovered(converted, write):
+    original = converted.read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, converted, str(write)], capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert recover(converted) is (write > 0)
+    assert converted.read_bytes() == original
+    assert listing(converted.parent) == [converted.name]
+
+
+def interrupted(path: Path, monkeypatch, step: int = 4) -> Path:
+    """Interrupt a change in place; gives the undo file that it leaves."""
+    with monkeypatch.context() as patched:
+        broken_at(patched, step, Killed())
+        with pytest.raises(Killed):
+            in_place(path, CHANGES)
+    undo = path.resolve().with_name(path.resolve().name + UNDO_SUFFIX)
+    assert undo.exists()
+    return undo
+
+
+def test_an_interrupted_file_is_neither_changed_nor_rewritten_before_it_is_recovered(converted, monkeypatch):
+    undo = interrupted(converted, monkeypatch)
+    message = "an interrupted change left this undo file; the old bytes must be put back first"
+    for change in (
+        lambda: in_place(converted, CHANGES),
+        lambda: rewritten(converted, converted.with_name("o"), CHANGES),
+    ):
+        with pytest.raises(OutputError) as caught:
+            change()
+        assert str(caught.value) == f"{undo}: {message} (run with --in-place again)"
+    assert recover(converted)
+    assert in_place(converted, CHANGES) == 5
+
+
+def test_an_interrupted_change_is_found_through_every_symbolic_link(converted, monkeypatch, tmp_path):
+    original = converted.read_bytes()
+    (tmp_path / "other").mkdir()
+    link = tmp_path / "other" / "link.safetensors"
+    link.symlink_to(converted)
+    interrupted(link, monkeypatch)
+    assert recover(converted)
+    assert converted.read_bytes() == original
+    interrupted(converted, monkeypatch)
+    assert recover(link)
+    assert converted.read_bytes() == original
+
+
+def test_shards_are_recovered_together(save_shards, build, tmp_path, monkeypatch):
+    index = save_shards("m", [build.quantized([name], "tensor")[0] for name in "xyz"])
+    original = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    changes = {name: LayerChange(5.0) for name in "xyz"}
+    for step in range(3, 8):
+        with monkeypatch.context() as patched:
+            broken_at(patched, step, Killed())
+            with pytest.raises(Killed):
+                in_place(index, changes)
+        assert recover(index)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == original
+
+
+def test_nothing_to_recover_is_nothing(converted):
+    before = converted.read_bytes()
+    assert recover(converted) is False
+    assert recover(converted.with_name("missing")) is False
+    assert converted.read_bytes() == before
+
+
+def sealed(record: object) -> bytes:
+    """An undo file of any content, with the checksum that it should have."""
+    body = json.dumps(record).encode()
+    return f"{zlib.crc32(body):08x}\n".encode() + body
+
+
+def test_a_damaged_undo_file_puts_nothing_back(converted, monkeypatch):
+    undo = interrupted(converted, monkeypatch)
+    half_done, good = converted.read_bytes(), undo.read_bytes()
+    for position in (0, 5, 9, len(good) // 2, len(good) - 1):
+        undo.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
+        with pytest.raises(OutputError) as caught:
+            recover(converted)
+        assert str(caught.value) == (f"{undo}: the undo file is damaged, so nothing was put back (see what is in it)")
+    for cut in (0, 5, len(good) // 2):
+        undo.write_bytes(good[:cut])
+        with pytest.raises(OutputError, match="is damaged"):
+            recover(converted)
+    assert converted.read_bytes() == half_done
+
+
+FILE = {"name": "fp8.safetensors", "bytes": 10}
+STRANGE = {
+    "a list": [],
+    "another format": {"format": 2, "files": [FILE], "changes": []},
+    "no files": {"format": 1, "changes": []},
+    "a file above": {"format": 1, "files": [FILE | {"name": "../secret"}], "changes": []},
+    "a file anywhere": {"format": 1, "files": [FILE | {"name": "/etc/passwd"}], "changes": []},
+    "a change of a file that it does not name": {"format": 1, "files": [FILE], "changes": [[1, 0, "AA==", "AA=="]]},
+    "a change before the file": {"format": 1, "files": [FILE], "changes": [[0, -1, "AA==", "AA=="]]},
+    "a change of three": {"format": 1, "files": [FILE], "changes": [[0, 0, "AA=="]]},
+    "no base64": {"format": 1, "files": [FILE], "changes": [[0, 0, "A", "AA=="]]},
+}
+
+
+@pytest.mark.parametrize("record", STRANGE.values(), ids=STRANGE)
+def test_an_undo_file_that_is_not_ours_is_refused_also_where_its_checksum_is_right(converted, record):
+    before = converted.read_bytes()
+    undo = converted.with_name(converted.name + UNDO_SUFFIX)
+    undo.write_bytes(sealed(record))
+    with pytest.raises(OutputError) as caught:
+        recover(converted)
+    assert str(caught.value) == f"{undo}: the undo file is not one of this version's (see what is in it)"
+    assert converted.read_bytes() == before
+
+
+def test_an_undo_file_that_cannot_be_read_is_refused(converted):
+    undo = converted.with_name(converted.name + UNDO_SUFFIX)
+    undo.mkdir()
+    with pytest.raises(OutputError, match="the undo file cannot be read: Is a directory"):
+        recover(converted)
+
+
+def test_a_file_of_another_size_is_not_touched(converted, monkeypatch):
+    undo = interrupted(converted, monkeypatch)
+    converted.write_bytes(converted.read_bytes() + b"1")
+    before = converted.read_bytes()
+    with pytest.raises(OutputError) as caught:
+        recover(converted)
+    assert str(caught.value) == f"{converted}: the undo file {undo.name} belongs to a file of another size"
+    assert converted.read_bytes() == before
+
+
+def test_another_file_of_the_same_size_is_not_touched(converted, monkeypatch):
+    original = converted.read_bytes()
+    undo = interrupted(converted, monkeypatch)
+    place = min(places(converted, "blocks.1.x.input_scale"))
+    other = original[:place] + np.float32(77).tobytes() + original[place + 4 :]
+    converted.write_bytes(other)
+    with pytest.raises(OutputError) as caught:
+        recover(converted)
+    assert str(caught.value) == (
+        f"{converted}: the undo file {undo.name} belongs to another file: it does not know the bytes at {place} "
+        f"(remove {undo.name} if this file is new)"
+    )
+    assert converted.read_bytes() == other
+    converted.write_bytes(original)  # a fresh copy of the file itself is recovered by doing nothing
+    assert recover(converted)
+    assert converted.read_bytes() == original
+
+
+def test_a_file_that_is_gone_is_named(converted, monkeypatch):
+    interrupted(converted, monkeypatch)
+    converted.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        recover(converted)
+    assert str(caught.value) == f"{converted}: no such file"
+
+
+def test_a_file_that_another_process_is_changing_is_left_alone(converted, monkeypatch):
+    before = converted.read_bytes()
+    message = f"{converted}: another process is changing this file (wait for it)"
+    with converted.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(OutputError) as caught:
+            in_place(converted, CHANGES)
+        assert str(caught.value) == message
+    interrupted(converted, monkeypatch, step=2)
+    with converted.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(OutputError) as caught:
+            recover(converted)
+        assert str(caught.value) == message
+    assert recover(converted)
+    assert converted.read_bytes() == before
+
+
+def test_a_change_that_was_finished_while_we_waited_is_not_taken_back(converted, monkeypatch):
+    undo = interrupted(converted, monkeypatch)
+    real_lock = patch_module._lock
+
+    def lock(fd: int) -> None:
+        undo.unlink()  # the other process is done just before we get the lock
+        real_lock(fd)
+
+    monkeypatch.setattr(patch_module, "_lock", lock)
+    half_done = converted.read_bytes()
+    assert recover(converted) is False
+    assert converted.read_bytes() == half_done
+
+
+def test_a_file_that_may_not_be_written_is_refused(converted, monkeypatch):
+    real_open = os.open
+
+    def refuse(path, flags, *rest, **named):
+        if Path(path) == converted and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real_open(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OutputError) as caught:
+        in_place(converted, CHANGES)
+    assert str(caught.value) == f"{converted}: cannot be changed in place: Permission denied"
+
+
+def test_edits_are_known_before_anything_is_written(converted):
+    before = converted.read_bytes()
+    with open_checkpoint(converted) as checkpoint:
+        edits = in_place_edits(planned(checkpoint, CHANGES))
+    assert len(edits) == 5
+    assert sorted(len(edit.data) for edit in edits)[:2] == [4, 4]
+    assert converted.read_bytes() == before
