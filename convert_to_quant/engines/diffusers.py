@@ -23,9 +23,11 @@ rounding (0.4 %) between the two, far less than what one more sample moves them.
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,7 +74,7 @@ class Plan:
         architecture: how that family is run.
         config: arguments of the transformer class.
         sources: model tensor name -> where its rows lie, by bare tensor names.
-        shapes: of the checkpoint's tensors, by bare name.
+        shapes: model tensor name -> its shape, as the sources give it.
         table: the checkpoint's layers.
     """
 
@@ -86,12 +88,6 @@ class Plan:
     def full_name(self, bare: str) -> str:
         """A tensor or layer as the checkpoint spells it."""
         return self.table.prefix + bare
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a model tensor put together from its sources."""
-        pieces = self.sources[name]
-        shape = self.shapes[pieces[0].tensor]
-        return (sum(piece.stop - piece.start for piece in pieces), *shape[1:]) if shape else ()
 
 
 def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
@@ -123,16 +119,42 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
             hint=LAYER_ENGINE,
         )
     architecture = ARCHITECTURES[family.name]
+    sources = _sources(architecture, shapes)
+    model_shapes = {name: _joined_shape(pieces, shapes) for name, pieces in sources.items()}
     try:
-        config = architecture.config(shapes)
+        config = architecture.config({**shapes, **model_shapes})
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UnsupportedModelError(
             f"not the layout of {family.title} that is known here: {type(error).__name__}: {error}",
             path=checkpoint.path,
             hint=LAYER_ENGINE,
         ) from None
-    sources = trace(converter(architecture), shapes, architecture.fused)
-    return Plan(family.name, architecture, config, sources, shapes, table)
+    return Plan(family.name, architecture, config, sources, model_shapes, table)
+
+
+def _sources(architecture: Architecture, shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
+    """Where every tensor of the diffusers model lies, by bare names as the checkpoint spells them."""
+    respelled = {_respelled(architecture, name): name for name in shapes if name not in architecture.ignored}
+    fed = {new: shapes[old] for new, old in respelled.items()}
+    native = architecture.converter is None or architecture.native in shapes
+    traced = trace(dict if native else converter(architecture), fed, architecture.fused)
+    return {
+        name: tuple(replace(piece, tensor=respelled[piece.tensor]) for piece in pieces)
+        for name, pieces in traced.items()
+    }
+
+
+def _respelled(architecture: Architecture, name: str) -> str:
+    """A tensor's name as the family's converter spells it."""
+    for pattern, replacement in architecture.spellings:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _joined_shape(pieces: Sequence[Piece], shapes: Shapes) -> tuple[int, ...]:
+    """Shape of a model tensor put together from its sources."""
+    shape = shapes[pieces[0].tensor]
+    return (sum(piece.stop - piece.start for piece in pieces), *shape[1:]) if shape else ()
 
 
 def supports(checkpoint: Checkpoint, table: LayerTable | None = None) -> str | None:
@@ -165,12 +187,10 @@ def _model_shapes(checkpoint: Checkpoint, table: LayerTable) -> dict[str, tuple[
 
 
 def converter(architecture: Architecture) -> Converter:
-    """The function that gives a checkpoint's tensors diffusers' names."""
-    if architecture.converter is None:
-        return dict
+    """The function that gives a checkpoint's tensors diffusers' names, where there is one."""
     from diffusers.loaders import single_file_utils
 
-    function: Converter = getattr(single_file_utils, architecture.converter)
+    function: Converter = getattr(single_file_utils, architecture.converter or "")
     return function
 
 
@@ -200,21 +220,26 @@ def skeleton(plan: Plan) -> nn.Module:
     import diffusers
 
     transformer = getattr(diffusers, plan.architecture.transformer)
-    with _LargeWeightsOnMeta(), torch.random.fork_rng(devices=[]):
+    with _LargeWeightsOnMeta(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what diffusers deprecates in its own classes
         try:
-            model: nn.Module = transformer(**plan.config)
+            model: nn.Module = transformer(**{**plan.config, **plan.architecture.stand_ins})
         except (RuntimeError, ValueError, TypeError) as error:
             raise UnsupportedModelError(f"diffusers cannot build it: {error}", hint=LAYER_ENGINE) from error
+    plan.architecture.adjust(model, plan.config)
     wanted = model.state_dict()
     for problem, found in (
         ("has no source in the checkpoint", [name for name in wanted if name not in plan.sources]),
-        ("has no place in diffusers' model", [name for name in plan.sources if name not in wanted]),
+        (
+            "has no place in diffusers' model",
+            [pieces[0].tensor for name, pieces in plan.sources.items() if name not in wanted],
+        ),
     ):
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise UnsupportedModelError(problem + more, tensor=found[0], hint=LAYER_ENGINE)
     for name, value in wanted.items():
-        shape = plan.shape(name)
+        shape = plan.shapes[name]
         if shape != tuple(value.shape):
             raise UnsupportedModelError(
                 f"shape {list(value.shape)} was expected from the other tensors' shapes, found {list(shape)}",

@@ -76,12 +76,12 @@ def test_a_converter_that_computes_is_refused() -> None:
 
 
 def test_flux_1_is_traced_as_the_name_table_has_it(reference_flux: type[torch.nn.Module]) -> None:
-    from convert_to_quant.engines.architectures import FLUX_1
+    from convert_to_quant.engines.architectures import ARCHITECTURES
     from convert_to_quant.engines.diffusers import converter
 
     state = reference_flux(guidance=True).state_dict()
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    traced = trace(converter(FLUX_1), shapes, FLUX_1.fused)
+    traced = trace(converter(ARCHITECTURES["flux1"]), shapes, ARCHITECTURES["flux1"].fused)
     layers = {
         name.removesuffix(".weight"): (shape[0], shape[1])
         for name, shape in shapes.items()
