@@ -8,8 +8,9 @@ Rewrite: the old data is copied inside the kernel in a few large pieces, the new
 their alignment puts them. Everything that was not changed is byte-identical.
 
 In place: possible where every new value fits exactly where the old one stands: a float32 scalar for a scale, JSON with
-room behind it for a mark. The old bytes go into `FILE.undo`, on the disk before the first write and removed after the
-last. Whoever opens the file for a change next finds an undo file that was left by a crash and puts the old bytes back.
+room behind it for a mark. The old bytes, and the new ones, go into `FILE.undo`, on the disk before the first write and
+removed after the last. Whoever opens the file for a change next finds an undo file that was left by a crash and puts
+the old bytes back, provided that every byte there is an old or a new one: another file of that name is left alone.
 """
 
 from __future__ import annotations

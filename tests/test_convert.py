@@ -115,6 +115,24 @@ def test_every_16_bit_pattern_becomes_the_code_of_torch(tmp_path, dtype):
     assert_same_bits(read[f"{NAME}.weight_scale"], scales.reshape(()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_that_fall_between_two_codes_become_the_code_of_torch(tmp_path, dtype):
+    """Here a product with 1 / scale would differ from the quotient."""
+    levels = torch.arange(0x7F, dtype=torch.uint8).view(E4M3FN).float()
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    tensors = {}
+    for number in range(32):
+        weight = torch.zeros(16, 16)
+        weight.view(-1)[: len(midpoints)] = midpoints * ((1 + number / 32) / 448)
+        weight.view(-1)[-1] = 1 + number / 32
+        tensors[f"blocks.{number}.linear.weight"] = weight.to(dtype)
+    safetensors.torch.save_file(tensors, tmp_path / "in.safetensors")
+    run(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+    read = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    for name, weight in tensors.items():
+        assert_same_bits(read[name], reference(weight, (16, 16))[0])
+
+
 def test_a_weight_of_many_chunks_is_that_of_torch(tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module, "RELEASE_BYTES", 100_000)
     weight = weights(torch.bfloat16, (512, 272))
