@@ -228,7 +228,10 @@ def solve(
     _refuse_nonfinite(chosen)
     absmax = chosen.absmax.astype(np.float64)
     before = np.array([present[name].scale for name in seen], np.float64)
-    ranges = chosen.quantiles(options.percentile / 100) if options.method == "percentile" else absmax
+    ranges = absmax
+    if options.method == "percentile":
+        ranges = chosen.quantiles(options.percentile / 100)
+        ranges = np.where(ranges < BIN_EDGES[1], 0.0, ranges)  # in the bin of the zeros
     usable = (ranges > 0) & np.array([not _kept(name, options) for name in seen], bool)
     scales = np.where(usable, options.margin * ranges / E4M3FN.max, before)
     if options.method == "mse":
@@ -413,8 +416,10 @@ def expected_errors(statistics: Statistics, scales: Float) -> ExpectedErrors:
 
 
 def _share_above(low: Float, high: Float, limit: float) -> Float:
-    """Share of a uniform variable on [low, high] that lies above a limit."""
-    share: Float = np.clip((high - limit) / np.maximum(high - low, 1e-300), 0.0, 1.0)
+    """Share of a uniform variable on [low, high] that lies above a limit; low = high is a point."""
+    width = high - low
+    point = (high > limit).astype(np.float64)
+    share: Float = np.clip(np.divide(high - limit, width, out=point, where=width > 0), 0.0, 1.0)
     return share
 
 
@@ -471,14 +476,16 @@ def _least_error_scales(histogram: NDArray[np.int64], absmax: Float) -> Float:
         # The topmost bin ends at absmax, which the table cannot know, so its share is added for each candidate.
         top = topmost[number]
         top_count, counts[number, top] = counts[number, top], 0.0
-        errors, candidates = [], []
-        for step in range(octave, octave + MSE_OCTAVES + 1):
-            errors.append(table @ _shifted(counts[number], step * _BINS_PER_OCTAVE) * 4.0**step)
-            candidates.append(scales * 2.0**step)
-        error, scale = np.concatenate(errors), np.concatenate(candidates)
+        octaves = range(octave, octave + MSE_OCTAVES + 1)
+        moved = np.stack([_shifted(counts[number], step * _BINS_PER_OCTAVE) for step in octaves])
+        factors = np.exp2(np.array(octaves, np.float64))[:, None]
+        error = (moved @ table.T * factors * factors).reshape(-1)
+        scale = (scales * factors).reshape(-1)
         error += top_count * scale * scale * _mean_error(edges[top] / scale, absmax[number] / scale)
         inside = (scale >= start) & (scale <= start * 2**MSE_OCTAVES)
-        least = int(np.argmin(np.where(inside, error, np.inf)))
+        error[~inside] = np.inf
+        # Octaves are often equal but for rounding; the least scale of equals loses the fewest small rows.
+        least = int(np.flatnonzero(error <= error.min() * (1 + 1e-9))[0])
 
         used = np.flatnonzero(counts[number])
         present = float(np.sum(counts[number, used] * _mean_error(edges[used] / start, edges[used + 1] / start)))

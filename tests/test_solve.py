@@ -1,0 +1,433 @@
+"""Scales and precision out of statistics, against brute force with torch's own cast."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from convert_to_quant.errors import CalibrationError, OptionError
+from convert_to_quant.kernels import BINS, DIGIT_BITS, DIGITS, LOWEST_EXPONENT, NONFINITE_BIN
+from convert_to_quant.solve import (
+    PHASES,
+    LayerResult,
+    Present,
+    SolveOptions,
+    expected_errors,
+    final_scale,
+    solve,
+)
+from convert_to_quant.stats import BIN_EDGES, Statistics
+
+SHAPE = (16, 32)
+
+
+def bins_of(magnitudes: Any) -> np.ndarray:
+    return np.asarray(magnitudes, np.float32).view(np.uint32) >> 19
+
+
+def fixed_point(value: float) -> list[int]:
+    whole = int(Fraction(value) / Fraction(2) ** LOWEST_EXPONENT)
+    low = [(whole >> (DIGIT_BITS * i)) & 0xFFFFFFFF for i in range(DIGITS - 1)]
+    return [*low, whole >> (DIGIT_BITS * (DIGITS - 1))]
+
+
+def seen(rows_by_layer: Mapping[str, Any], rows_per_sample: int = 8, shape: tuple[int, int] = SHAPE) -> Statistics:
+    """Statistics of layers that saw these rows [rows, in]; None for a layer that never ran. NaN and inf count apart."""
+    empty = Statistics.empty(dict.fromkeys(rows_by_layer, shape))
+    columns = {name: getattr(empty, name).copy() for name in ("sigma_absmax", "sigma_count", "sigma_square_digits",
+               "zeros", "calls", "rows", "rows_per_sample", "histogram", "row_histogram")}  # fmt: skip
+    for number, given in enumerate(rows_by_layer.values()):
+        if given is None:
+            continue
+        rows = np.atleast_2d(np.asarray(given, np.float32))
+        finite = np.isfinite(rows)
+        magnitudes = np.abs(rows[finite])
+        columns["sigma_absmax"][number, 0] = magnitudes.max(initial=0)
+        columns["sigma_count"][number, 0] = magnitudes.size
+        columns["sigma_square_digits"][number, 0] = fixed_point(float(np.sum(magnitudes.astype(np.float64) ** 2)))
+        columns["zeros"][number] = np.count_nonzero(magnitudes == 0)
+        columns["calls"][number] = 1
+        columns["rows"][number] = len(rows)
+        columns["rows_per_sample"][number] = rows_per_sample
+        columns["histogram"][number] = np.bincount(bins_of(magnitudes), minlength=BINS)
+        columns["histogram"][number, NONFINITE_BIN] = np.count_nonzero(~finite)
+        row_absmax = np.abs(np.where(finite, rows, 0)).max(1)
+        columns["row_histogram"][number] = np.bincount(bins_of(row_absmax), minlength=BINS)
+    return empty.replace(**columns)
+
+
+def present(*layers: str, scale: float = 1.0, full_precision: bool = False) -> dict[str, Present]:
+    return dict.fromkeys(layers, Present(scale, full_precision, SHAPE))
+
+
+def solve_one(rows: Any, state: Present | None = None, rows_per_sample: int = 8, **options: Any) -> LayerResult:
+    state = state or Present(1.0, False, SHAPE)
+    (result,) = solve(seen({"layer": rows}, rows_per_sample), {"layer": state}, SolveOptions(**options))
+    return result
+
+
+def quantize(values: np.ndarray, scale: float) -> np.ndarray:
+    """What a reader makes of inputs, by torch's own cast, in float64 around it."""
+    clamped = torch.from_numpy(values / scale).clamp(-448, 448).float()
+    return clamped.to(torch.float8_e4m3fn).double().numpy() * scale
+
+
+def spread_over_bins(counts: Mapping[int, int], absmax: float, points: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+    """Evenly spaced values in each bin, the last one up to absmax, and the weight of each."""
+    values, weights = [], []
+    for bin_, count in counts.items():
+        low, high = BIN_EDGES[bin_], min(BIN_EDGES[bin_ + 1], absmax)
+        values.append(low + (high - low) * (np.arange(points) + 0.5) / points)
+        weights.append(np.full(points, count / points))
+    return np.concatenate(values), np.concatenate(weights)
+
+
+def of_counts(counts: Mapping[int, int], absmax: float) -> Statistics:
+    statistics = seen({"layer": [[absmax]]})
+    histogram = np.zeros((1, BINS), np.int64)
+    for bin_, count in counts.items():
+        histogram[0, bin_] = count
+    total = np.zeros_like(statistics.sigma_count)
+    total[0, 0] = histogram.sum()
+    return statistics.replace(histogram=histogram, sigma_count=total)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("factor", [0.2, 1.0, 1.3, 4.0, 500.0], ids=lambda f: f"scale {f} x absmax/448")
+def test_expected_errors_equal_brute_force_over_values_spread_evenly_within_bins(seed: int, factor: float) -> None:
+    rng = np.random.default_rng(seed)
+    absmax = float(np.float32(rng.uniform(1, 60)))
+    top = int(bins_of(absmax))
+    counts = {int(bin_): int(rng.integers(1, 1000)) for bin_ in rng.choice(np.arange(top - 300, top), 40, False)}
+    counts[top] = 500
+    values, weights = spread_over_bins(counts, absmax)
+    scale = factor * absmax / 448
+    found = expected_errors(of_counts(counts, absmax), np.array([scale]))
+    total = sum(counts.values())
+    brute = np.sum(weights * (values - quantize(values, scale)) ** 2) / total
+    assert found.mean_square[0] == pytest.approx(brute, rel=2e-4)
+    assert found.clipped[0] == pytest.approx(np.sum(weights[values > 448 * scale]) / total, abs=1e-3)
+    assert found.vanished[0] == pytest.approx(np.sum(weights[values < 2.0**-10 * scale]) / total, abs=1e-3)
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.0, 2.9, 8.0])
+def test_expected_errors_agree_with_the_real_errors_of_normal_inputs(factor: float) -> None:
+    rows = np.random.default_rng(1).standard_normal((200, 320)).astype(np.float32)
+    rows[0, :40] = 0
+    scale = factor * float(np.abs(rows).max()) / 448
+    found = expected_errors(seen({"layer": rows}), np.array([scale]))
+    values = rows.astype(np.float64)
+    error = np.mean((values - quantize(values, scale)) ** 2)
+    assert found.mean_square[0] == pytest.approx(error, rel=0.02)
+    assert found.sqnr_db[0] == pytest.approx(10 * np.log10(np.mean(values**2) / error), abs=0.1)
+    assert found.clipped[0] == pytest.approx(np.mean(np.abs(values) > 448 * scale), abs=1e-3)
+    assert found.vanished[0] == pytest.approx(np.mean((values != 0) & (np.abs(values) < 2.0**-10 * scale)), abs=1e-3)
+
+
+def test_at_absmax_nothing_is_clipped_though_the_scale_is_rounded_to_float32() -> None:
+    for absmax in np.random.default_rng(2).uniform(1, 2, 50).astype(np.float32):
+        assert solve_one([[absmax, 0.5]]).clipped_after == 0
+
+
+def test_errors_of_every_layer_are_those_of_the_layer_alone() -> None:
+    rng = np.random.default_rng(3)
+    rows = {f"layer{i}": rng.standard_normal((4, 32)) * 10.0**i for i in range(-3, 4)}
+    scales = np.array([0.01 * 10.0**i for i in range(-3, 4)])
+    together = expected_errors(seen(rows), scales)
+    for number, (name, values) in enumerate(rows.items()):
+        alone = expected_errors(seen({name: values}), scales[number : number + 1])
+        assert together.mean_square[number] == alone.mean_square[0]
+        assert together.sqnr_db[number] == alone.sqnr_db[0]
+
+
+def test_a_scale_of_zero_has_no_errors_to_tell() -> None:
+    found = expected_errors(seen({"layer": [[1.0]]}), np.array([0.0]))
+    assert np.isnan([found.mean_square[0], found.sqnr_db[0], found.clipped[0], found.vanished[0]]).all()
+
+
+def test_absmax_scale_is_the_largest_magnitude_over_448_in_float32() -> None:
+    result = solve_one([[0.1, -3.7], [2.0, 0.0]])
+    assert result.scale_after == float(np.float32(np.float64(np.float32(3.7)) / 448))
+    assert result.range == float(np.float32(3.7))
+    assert (result.reason, result.source, result.scale_before) == ("absmax", "model", 1.0)
+    assert result.changed
+
+
+def test_margin_multiplies_the_range_but_is_not_part_of_it() -> None:
+    plain, wide = solve_one([[3.5]]), solve_one([[3.5]], margin=2.0)
+    assert wide.scale_after == 2 * plain.scale_after
+    assert wide.range == plain.range == 3.5
+    assert wide.reason == "absmax × 2"
+
+
+def test_percentile_scale_is_the_quantile_over_448() -> None:
+    rows = np.abs(np.random.default_rng(4).standard_normal((100, 100))).astype(np.float32)
+    result = solve_one(rows, method="percentile", percentile=90.0)
+    assert result.range == pytest.approx(np.quantile(rows, 0.9), rel=1 / 16)
+    assert result.scale_after == float(np.float32(result.range / 448))
+    assert result.reason == "percentile 90"
+    assert result.clipped_after == pytest.approx(0.1, abs=1e-3)
+
+
+def test_percentile_100_is_absmax() -> None:
+    rows = np.random.default_rng(5).standard_normal((10, 32))
+    assert solve_one(rows, method="percentile", percentile=100).scale_after == solve_one(rows).scale_after
+
+
+def test_percentile_that_falls_on_zeros_keeps_the_scale_and_says_so() -> None:
+    result = solve_one([[0.0, 0.0, 0.0, 5.0]], method="percentile", percentile=50)
+    assert (result.scale_after, result.reason) == (1.0, "its percentile 50 is 0: keeps its scale")
+
+
+def candidates(absmax: float) -> np.ndarray:
+    start = absmax / 448
+    powers = 2.0 ** (np.arange(-150 * PHASES, 130 * PHASES) / PHASES)
+    return np.array([start, *powers[(powers >= start) & (powers <= 4 * start)]])
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-4, 1.0, 300.0, 1e30])
+@pytest.mark.parametrize("shape", ["normal", "heavy tailed", "sparse", "two values"])
+def test_mse_finds_the_best_of_its_candidates(shape: str, magnitude: float) -> None:
+    rng = np.random.default_rng(6)
+    rows = {
+        "normal": rng.standard_normal((40, 50)),
+        "heavy tailed": rng.standard_normal((40, 50)) * 10 ** rng.uniform(-3, 3, (40, 1)),
+        "sparse": rng.standard_normal((40, 50)) * (rng.random((40, 50)) < 0.05),
+        "two values": rng.choice([0.013, 1.0], (40, 50)),
+    }[shape]
+    rows = (rows / np.abs(rows).max() * magnitude).astype(np.float32)
+    statistics = seen({"layer": rows})
+    result = solve_one(rows, method="mse")
+    tried = candidates(float(statistics.absmax[0]))
+    errors = np.array([expected_errors(statistics, np.array([scale])).mean_square[0] for scale in tried])
+    least_of_equals = np.flatnonzero(errors <= errors.min() * (1 + 1e-9))[0]
+    assert result.scale_after == float(np.float32(tried[least_of_equals]))
+
+
+def test_mse_is_within_a_tenth_of_a_decibel_of_a_dense_scan_and_never_worse_than_absmax() -> None:
+    rng = np.random.default_rng(7)
+    for spread in (0.0, 0.5, 1.0, 1.5):
+        rows = (rng.standard_normal((30, 50)) * np.exp(rng.standard_normal((30, 50)) * spread)).astype(np.float32)
+        statistics = seen({"layer": rows})
+        start = float(statistics.absmax[0]) / 448
+        dense = [expected_errors(statistics, np.array([s])).mean_square[0] for s in np.geomspace(start, 4 * start, 500)]
+        found = expected_errors(statistics, np.array([solve_one(rows, method="mse").scale_after])).mean_square[0]
+        assert found <= min(dense) * 10**0.01
+        assert found <= dense[0] * (1 + 1e-6)
+
+
+def test_mse_gains_where_absmax_falls_badly_on_the_grid() -> None:
+    rows = np.full((10, 100), 0.5)  # all in one bin, and one value that makes it fall between two codes
+    rows[0, 0] = 1.0664
+    found = solve_one(rows, method="mse")
+    assert found.sqnr_after_db > solve_one(rows).sqnr_after_db + 2
+    assert found.reason == "least squared error"
+
+
+def test_a_layer_never_visited_keeps_its_scale_and_is_named() -> None:
+    statistics = seen({"ran": [[1.0]], "never ran": None})
+    results = solve(statistics, present("never ran", "ran", "not recorded", scale=0.25, full_precision=True))
+    assert [result.layer for result in results] == ["never ran", "ran", "not recorded"]
+    for result in (results[0], results[2]):
+        assert (result.scale_before, result.scale_after, result.range, result.source) == (0.25, 0.25, None, "none")
+        assert result.reason == "never visited: keeps its scale"
+        assert result.full_precision_after
+        assert not result.changed
+
+
+@pytest.mark.parametrize("method", ["absmax", "mse", "percentile"])
+def test_a_layer_seen_only_as_zeros_keeps_its_scale_and_precision(method: Any) -> None:
+    result = solve_one(np.zeros((3, 4)), Present(0.5, False, SHAPE), 1, method=method, full_precision_budget=1.0)
+    assert (result.scale_after, result.full_precision_after, result.range) == (0.5, False, 0.0)
+    assert result.reason == "seen only as zeros: keeps its scale"
+    json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_a_present_scale_of_zero_is_mended_and_reported_without_figures() -> None:
+    result = solve_one([[2.0]], Present(0.0, False, SHAPE))
+    assert result.scale_after == float(np.float32(2 / 448))
+    assert (result.sqnr_before_db, result.clipped_before, result.vanished_before) == (None, None, None)
+    assert result.sqnr_after_db is not None
+    json.dumps(result.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_inputs_are_an_error_that_names_the_layer(bad: float) -> None:
+    statistics = seen({"fine": [[1.0]], "broken": [[1.0, bad, bad]], "also broken": [[bad]]})
+    with pytest.raises(CalibrationError) as caught:
+        solve(statistics, present("fine", "broken", "also broken"))
+    assert str(caught.value) == (
+        "broken: its inputs had 2 NaN or infinite values, in 2 layers in all "
+        "(the model or its inputs are broken; compute in bfloat16 or float32, not float16)"
+    )
+    solve(statistics, present("fine"))  # a layer that nobody asks about hurts nobody
+
+
+@pytest.mark.parametrize("absmax", [1e-44, 1e-38, 1e-10, 1.0, 1e10, 3.4e38])
+@pytest.mark.parametrize("method", ["absmax", "mse", "percentile"])
+def test_scales_of_all_magnitudes_are_float32_finite_and_positive(method: Any, absmax: float) -> None:
+    scale = solve_one([[absmax, absmax / 3]], method=method).scale_after
+    assert scale == float(np.float32(scale))
+    assert 0 < scale < np.inf
+
+
+def test_a_tiny_scale_is_kept_but_reported_unless_float16_safe_raises_it() -> None:
+    rows = [[2.0**-15 * 100]]
+    kept, raised = solve_one(rows), solve_one(rows, float16_safe=True)
+    assert kept.scale_after == float(np.float32(2.0**-15 * 100 / 448))
+    assert kept.reason == "absmax; too small for readers that divide in float16 (--float16-safe)"
+    assert (raised.scale_after, raised.reason) == (2.0**-15, "absmax")
+    with np.errstate(over="ignore"):
+        assert np.isinf(np.float16(1 / np.float16(kept.scale_after)))
+    assert np.isfinite(np.float16(1) / np.float16(raised.scale_after))
+
+
+def test_final_scale_is_float32_positive_and_refuses_what_is_not_finite() -> None:
+    assert final_scale(0.1, "layer") == float(np.float32(0.1))
+    assert final_scale(1e-60, "layer") == float(np.finfo(np.float32).tiny)
+    assert final_scale(1e-9, "layer", float16_safe=True) == 2.0**-15
+    with pytest.raises(CalibrationError, match=r"^layer: an input scale of 1e\+39 is not finite in float32$"):
+        final_scale(1e39, "layer")
+
+
+def test_a_layer_that_would_lose_its_small_rows_computes_in_full_precision() -> None:
+    rows = np.ones((100, 8))
+    rows[0] = 66000.0  # one loud token: s = 147, so a row of ones lies far under 2^-4 s
+    result = solve_one(rows)
+    assert (result.full_precision_after, result.cause) == (True, "rows lost")
+    assert result.reason == "full precision: 99.0% of its rows would be lost"
+    assert result.rows_lost == pytest.approx(0.99)
+    assert result.sqnr_after_db > 25, "the error over the whole tensor hides it"
+    assert not solve_one(rows, row_loss_limit=0.995).full_precision_after
+
+
+def test_rows_count_as_lost_under_a_sixteenth_of_the_scale() -> None:
+    scale = 1.0
+    loud, quiet, silent = 448.0 * scale, scale / 16, 0.0
+    above, below = quiet * 1.07, quiet / 1.07  # a bin's width away
+    rows = np.array([[loud]] * 6 + [[above]] * 2 + [[below]] * 1 + [[silent]] * 1)
+    result = solve_one(rows, row_loss_limit=0.5)
+    assert result.scale_after == 1.0
+    assert result.rows_lost == pytest.approx(0.1)
+
+
+def test_one_row_layers_compute_in_full_precision_unless_told_otherwise() -> None:
+    result = solve_one([[1.0, 2.0]], rows_per_sample=1)
+    assert (result.full_precision_after, result.cause) == (True, "one row")
+    assert result.reason == "full precision: one row per picture, which costs nothing"
+    assert result.scale_after == float(np.float32(2 / 448)), "its scale is set all the same"
+    assert not solve_one([[1.0, 2.0]], rows_per_sample=1, one_row_full_precision=False).full_precision_after
+    assert not solve_one([[1.0, 2.0]], rows_per_sample=2).full_precision_after
+
+
+def test_full_precision_that_a_layer_has_is_never_taken_away() -> None:
+    assert solve_one([[1.0]], Present(1.0, True, SHAPE)).full_precision_after
+
+
+def test_kept_layers_keep_their_scale_and_precision() -> None:
+    rows = np.ones((100, 8))
+    rows[0] = 66000.0
+    statistics = seen({"blocks.0.mlp": rows, "blocks.1.mlp": rows, "head": rows})
+    options = SolveOptions(keep=(r"blocks\.0", "^hea"), full_precision_budget=1.0)
+    first, second, head = solve(statistics, present(*statistics.layers, scale=0.125), options)
+    for kept in (first, head):
+        assert (kept.scale_after, kept.full_precision_after, kept.changed) == (0.125, False, False)
+        assert kept.reason == "kept, as --keep asks"
+    assert second.full_precision_after
+    assert second.scale_after != 0.125
+
+
+def budgeted(share: float) -> list[LayerResult]:
+    """Ten layers of one size, the higher the number the worse its inputs suit FP8."""
+    rng = np.random.default_rng(8)
+    rows = {}
+    for number in range(10):
+        rows[f"layer{number}"] = rng.uniform(1, 2, (50, 32)) / 10.0 ** (rng.random((50, 32)) * number)
+        rows[f"layer{number}"][:, 0] = 1000.0 * 4.0**number
+    options = SolveOptions(full_precision_budget=share, row_loss_limit=1.0)
+    return solve(seen(rows), present(*rows), options)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.35, 0.999, 1.0])
+def test_the_budget_is_spent_on_the_worst_layers_and_never_exceeded(share: float) -> None:
+    results = budgeted(share)
+    total = sum(result.multiply_adds for result in results)
+    assert total == 10 * 50 * SHAPE[0] * SHAPE[1]
+    bought = [result for result in results if result.full_precision_after]
+    assert sum(result.multiply_adds for result in bought) <= share * total
+    assert len(bought) == int(share * 10 + 1e-9)
+    ranking = sorted(results, key=lambda result: result.sqnr_after_db)
+    assert {result.layer for result in bought} == {result.layer for result in ranking[: len(bought)]}
+    assert {result.cause for result in bought} <= {"budget"}
+
+
+def test_a_layer_too_large_for_the_budget_leaves_it_to_smaller_ones() -> None:
+    rng = np.random.default_rng(9)
+    # At scale 1 the step is 32 for both, and the signal is smaller where values are.
+    worst, fine = rng.uniform(256, 288, (90, 32)), rng.uniform(416, 448, (10, 32))
+    worst[0, 0] = fine[0, 0] = 448
+    results = solve(seen({"large": worst, "small": fine}), present("large", "small"),
+                    SolveOptions(full_precision_budget=0.2, row_loss_limit=1.0))  # fmt: skip
+    assert results[0].sqnr_after_db < results[1].sqnr_after_db
+    assert [result.full_precision_after for result in results] == [False, True]
+
+
+def test_full_precision_that_is_needed_is_no_part_of_the_budget() -> None:
+    rows = np.ones((100, 32))
+    rows[0] = 66000.0
+    results = solve(seen({"lost": rows, "other": np.ones((100, 32))}), present("lost", "other"),
+                    SolveOptions(full_precision_budget=0.5))  # fmt: skip
+    assert [result.cause for result in results] == ["rows lost", "budget"]
+
+
+def test_results_come_in_the_order_of_the_checkpoint_whatever_the_statistics_order() -> None:
+    rng = np.random.default_rng(10)
+    rows = {name: rng.standard_normal((4, 32)) for name in "abc"}
+    one = solve(seen(rows), present("c", "a", "b"))
+    other = solve(seen(dict(reversed(rows.items()))), present("c", "a", "b"))
+    assert one == other
+    assert [result.layer for result in one] == ["c", "a", "b"]
+
+
+def test_unchanged_results_say_so() -> None:
+    result = solve_one([[448.0]])
+    assert result.scale_after == 1.0
+    assert not result.changed
+    assert replace(result, full_precision_after=True).changed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "median"}, "unknown method 'median' (methods: absmax, mse, percentile)"),
+        ({"percentile": 0.0}, "a percentile should be above 0 and at most 100, found 0.0"),
+        ({"percentile": 100.5}, "a percentile should be above 0 and at most 100, found 100.5"),
+        ({"percentile": float("nan")}, "a percentile should be above 0 and at most 100, found nan"),
+        ({"margin": 0.5}, "a margin should be at least 1, found 0.5 (below 1 clips what was seen)"),
+        ({"margin": float("nan")}, "a margin should be at least 1, found nan (below 1 clips what was seen)"),
+        ({"margin": float("inf")}, "a margin should be at least 1, found inf (below 1 clips what was seen)"),
+        ({"row_loss_limit": -0.1}, "--row-loss-limit should be a share between 0 and 1, found -0.1"),
+        ({"full_precision_budget": 5.0}, "--full-precision-budget should be a share between 0 and 1, found 5.0"),
+        ({"keep": ("(",)}, "--keep '(' is no regular expression: missing ), unterminated subpattern at position 0"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_options_are_refused_with_what_was_expected(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        SolveOptions(**options)
+    assert str(caught.value) == message
+
+
+def test_zeros_cost_nothing_and_do_not_move_the_mse_search() -> None:
+    absmax = float(np.float32(1e-35))
+    counts = {int(bins_of(absmax)): 3, int(bins_of(absmax)) - 7: 40}
+    (bare,) = solve(of_counts(counts, absmax), present("layer"), SolveOptions(method="mse"))
+    (among_zeros,) = solve(of_counts({0: 10**12, **counts}, absmax), present("layer"), SolveOptions(method="mse"))
+    assert among_zeros.scale_after == bare.scale_after > bare.range / 448
