@@ -6,12 +6,10 @@ import errno
 import itertools
 import json
 import os
-import resource
 import signal
 import stat
 import subprocess
 import sys
-import textwrap
 import threading
 from pathlib import Path
 
@@ -473,30 +471,23 @@ def test_a_drive_that_does_not_know_its_size_is_tried(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "a.safetensors", {"x": Entry.of(np.zeros(4, np.float32))})
 
 
-def limited_child(code: str, *arguments: Path, limit: int) -> subprocess.CompletedProcess[str]:
-    """Run code with a real limit on the size of any file."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], capture_output=True, text=True, timeout=60,
-        check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
-
-
 TOO_LARGE = """
-    import sys
-    from pathlib import Path
-    from convert_to_quant.checkpoint import CheckpointWriter, Spec, open_checkpoint
-    from convert_to_quant.errors import OutputError
-    source, path, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    with open_checkpoint(source) as checkpoint:
-        specs = {name: Spec.like(info) for name, info in checkpoint.tensors.items()}
-        try:
-            with CheckpointWriter([(path, specs)], {}) as writer:
-                if way == "copy":
-                    writer.copy(checkpoint, {"x": "x"})
-                else:
-                    writer.write("x", checkpoint.raw("x"))
-        except OutputError as error:
-            print(error)
+import resource, sys
+from pathlib import Path
+from convert_to_quant.checkpoint import CheckpointWriter, Spec, open_checkpoint
+from convert_to_quant.errors import OutputError
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, 1 << 15))  # a real limit on the size of any file
+source, path, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+with open_checkpoint(source) as checkpoint:
+    specs = {name: Spec.like(info) for name, info in checkpoint.tensors.items()}
+    try:
+        with CheckpointWriter([(path, specs)], {}) as writer:
+            if way == "copy":
+                writer.copy(checkpoint, {"x": "x"})
+            else:
+                writer.write("x", checkpoint.raw("x"))
+    except OutputError as error:
+        print(error)
 """
 
 
@@ -505,7 +496,9 @@ def test_a_file_that_the_system_stops_from_growing_leaves_nothing(tmp_path, save
     source = save("in.safetensors", {"x": np.zeros(1 << 16, np.uint8)})
     path = tmp_path / "out.safetensors"
     path.write_bytes(b"old")
-    done = limited_child(TOO_LARGE, source, path, Path(way), limit=1 << 15)
+    done = subprocess.run(
+        [sys.executable, "-c", TOO_LARGE, source, path, way], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.stdout == f"{path}: cannot be written: the file system allows no file that large\n", done.stderr
     assert listing(tmp_path) == ["in.safetensors", "out.safetensors"]
     assert path.read_bytes() == b"old"
