@@ -104,12 +104,13 @@ def column_squares(checkpoint: Checkpoint, layer: Layer) -> NDArray[np.float64]:
     total *= largest * largest
     checkpoint.release(layer.weight.name)
     if not np.isfinite(total).all():
-        raise TensorError(
-            "the weight has NaN or infinite values",
-            path=checkpoint.path_of(layer.weight.name),
-            tensor=layer.weight.name,
-        )
+        raise _not_finite(checkpoint, layer)
     return total
+
+
+def _not_finite(checkpoint: Checkpoint, layer: Layer) -> TensorError:
+    name = layer.weight.name
+    return TensorError("the weight has NaN or infinite values", path=checkpoint.path_of(name), tensor=name)
 
 
 def unit_rows(
@@ -216,12 +217,13 @@ def simulate_layer(
         return input_range(unit_RI, squares_I, layer.out_features, simulation.percentile)
 
     def bands(rows: slice) -> Float32:
-        return dequantize(checkpoint, layer, rows)
+        weight_OI = dequantize(checkpoint, layer, rows)
+        if not np.isfinite(weight_OI).all():  # the percentile would not show it: NaN are sorted to the end
+            raise _not_finite(checkpoint, layer)
+        return weight_OI
 
     found = output_range(unit_RI, bands, layer.out_features, simulation.percentile)
     checkpoint.release(layer.weight.name)
-    if not np.isfinite(found):
-        raise TensorError("the weight has NaN or infinite values", path=checkpoint.path, tensor=layer.weight.name)
     return found
 
 

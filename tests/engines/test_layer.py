@@ -1,0 +1,268 @@
+"""The layer engine: simulated inputs against their definition, and its sums against brute force."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.engines import layer as engine
+from convert_to_quant.engines.layer import Simulation, generator, input_range, percentile_of, simulate, unit_rows
+from convert_to_quant.errors import TensorError
+from convert_to_quant.layers import find_layers
+
+OUT, IN = 100, 96
+SCALES = {
+    "tensor": np.float32(0.25),
+    "tensor (1,)": np.float32([0.25]),
+    "tensor tiny": np.float32(1e-30),
+    "tensor huge": np.float32(1e25),
+    "row": np.geomspace(1e-3, 1e3, OUT).astype(np.float32),
+    "row (out, 1)": np.geomspace(1e-3, 1e3, OUT).astype(np.float32)[:, None],
+    "block": np.geomspace(0.01, 10, 4).astype(np.float32).reshape(2, 2),  # 64 x 64, cut off at both edges
+}
+
+Save = Callable[..., Path]
+
+
+def fp8_layer(codes: np.ndarray, scale: Any, dtype: str = "F8_E4M3", name: str = "layer") -> dict[str, Any]:
+    return {f"{name}.weight": (dtype, codes), f"{name}.weight_scale": np.asarray(scale, np.float32)}
+
+
+def random_codes(shape: tuple[int, int] = (OUT, IN), seed: int = 0) -> np.ndarray:
+    """Finite codes of both signs, in either format."""
+    random = np.random.default_rng(seed)
+    return (random.integers(0, 0x78, shape) | random.integers(0, 2, shape) << 7).astype(np.uint8)
+
+
+def real_weight(codes: np.ndarray, scale: Any, dtype: str = "F8_E4M3") -> np.ndarray:
+    """codes × scale in float64, by torch's cast and a loop over the elements' blocks."""
+    kind = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[dtype]
+    weight = torch.from_numpy(codes).view(kind).double().numpy()
+    scale = np.asarray(scale, np.float64)
+    for row in range(weight.shape[0]):
+        for column in range(weight.shape[1]):
+            if scale.size == 1:
+                weight[row, column] *= scale.item()
+            elif scale.shape[0] == weight.shape[0]:
+                weight[row, column] *= scale.reshape(-1)[row]
+            else:
+                weight[row, column] *= scale[row // 64, column // 64]
+    return weight
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+@pytest.mark.parametrize("scaling", SCALES)
+def test_column_squares_equal_brute_force(save: Save, scaling: str, dtype: str) -> None:
+    codes = random_codes()
+    path = save("a.safetensors", fp8_layer(codes, SCALES[scaling], dtype))
+    with open_checkpoint(path) as checkpoint:
+        (layer,) = find_layers(checkpoint).quantized.values()
+        found = engine.column_squares(checkpoint, layer)
+    expected = np.sum(real_weight(codes, SCALES[scaling], dtype) ** 2, axis=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_column_squares_of_a_weight_in_high_precision(save: Save) -> None:
+    weight = np.random.default_rng(1).standard_normal((130, 7)).astype(np.float32)
+    with open_checkpoint(save("a.safetensors", {"layer.weight": weight})) as checkpoint:
+        found = engine.column_squares(checkpoint, find_layers(checkpoint).plain["layer"])
+    np.testing.assert_allclose(found, np.sum(weight.astype(np.float64) ** 2, 0), rtol=1e-5)
+
+
+def range_of(save: Save, tensors: Mapping[str, Any], lora: Any = None, **options: Any) -> float:
+    with open_checkpoint(save("range.safetensors", tensors)) as checkpoint:
+        (layer,) = find_layers(checkpoint).quantized.values()
+        return engine.simulate_layer(checkpoint, layer, Simulation(**options), lora)
+
+
+def test_balanced_inputs_give_outputs_of_unit_variance_with_equal_shares_of_the_channels() -> None:
+    random = np.random.default_rng(2)
+    weight = random.standard_normal((400, 300)) * 10.0 ** random.uniform(-3, 3, 300)
+    squares = np.sum(weight**2, 0)
+    unit = random.standard_normal((2000, 300))
+    x = unit * np.sqrt(400 / 300 / squares)
+    # The engine's range at percentile 100 is the largest |x| of exactly these inputs.
+    found = input_range(unit.astype(np.float32), squares, 400, 100)
+    assert found == pytest.approx(np.abs(x).max(), rel=1e-5)
+    assert np.var(x @ weight.T) == pytest.approx(1, rel=0.01)
+    shares = [np.mean(np.outer(x[:, j], weight[:, j]) ** 2) for j in range(300)]
+    assert np.mean(shares) == pytest.approx(1 / 300, rel=0.01)
+    assert np.std(shares) < 0.1 * np.mean(shares)
+
+
+def test_range_is_the_percentile_of_balanced_inputs_drawn_for_this_seed_and_layer(save: Save) -> None:
+    codes = random_codes()
+    weight = real_weight(codes, 0.25)
+    unit = generator(7, "layer").standard_normal((50, IN), dtype=np.float32)
+    x = torch.from_numpy(unit * np.sqrt(OUT / IN / np.sum(weight**2, 0)))
+    count = int(x.numel() * 0.97)
+    expected = x.abs().flatten().kthvalue(count).values.item()
+    assert range_of(save, fp8_layer(codes, 0.25), samples=50, percentile=97.0, seed=7) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_range_of_a_rescaled_weight_is_rescaled_the_other_way(save: Save) -> None:
+    codes = random_codes()
+    one, other = (range_of(save, fp8_layer(codes, scale)) for scale in (0.25, 0.25e-6))
+    assert other == pytest.approx(one * 1e6, rel=1e-5)
+
+
+@pytest.mark.parametrize("percentile", [0.001, 1, 50, 99, 99.9, 99.99, 100])
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 999, 1000, 4096])
+def test_percentiles_count_like_torch_kthvalue(size: int, percentile: float) -> None:
+    values = np.random.default_rng(size).random(size, np.float32)
+    rank = max(1, int(size * percentile / 100))
+    assert percentile_of(values.copy(), percentile) == torch.from_numpy(values).kthvalue(rank).values.item()
+
+
+def test_output_estimator_is_the_literal_formula_computed_with_torch(save: Save) -> None:
+    codes = random_codes()
+    x = torch.from_numpy(generator(3, "layer").standard_normal((20, IN), dtype=np.float32)).double()
+    y = (x @ torch.from_numpy(real_weight(codes, 0.01)).T).abs().flatten()
+    expected = y.kthvalue(int(y.numel() * 99.9 / 100)).values.item()
+    found = range_of(save, fp8_layer(codes, 0.01), samples=20, seed=3, estimator="output")
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_output_estimator_sees_every_row_of_a_tall_weight(save: Save) -> None:
+    codes = np.zeros((1500, 16), np.uint8)
+    codes[-1] = 0x7E  # 448, in the last row only
+    x = generator(42, "layer").standard_normal((64, 16), dtype=np.float32)
+    found = range_of(save, fp8_layer(codes, 1.0), estimator="output", percentile=100)
+    assert found == pytest.approx(448 * np.abs(x.sum(1)).max(), rel=1e-5)
+
+
+def test_lora_rows_appear_with_noise_and_both_signs_at_unit_variance() -> None:
+    a = np.random.default_rng(4).standard_normal((6, 200)).astype(np.float32) * 1e-3 + 5e-4
+    rows = unit_rows(np.random.default_rng(0), Simulation(), 200, a)
+    assert rows.shape == (4 * 6, 200)
+    assert rows.dtype == np.float32
+    assert rows.std() == pytest.approx(1, rel=1e-5)
+    clean, noisy, noisier, negated = rows.reshape(4, 6, 200)
+    np.testing.assert_array_equal(negated, -clean)
+    np.testing.assert_allclose(clean / a, np.full_like(a, (clean / a).mean()), rtol=1e-5)
+    spread = clean.std()
+    for copy, level in ((noisy, 0.1), (noisier, 0.2)):
+        assert (copy - clean).std() / spread == pytest.approx(level, rel=0.1)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+def test_lora_rows_of_any_magnitude_give_the_same_inputs(magnitude: float) -> None:
+    a = np.random.default_rng(5).standard_normal((3, 50)).astype(np.float32)
+    expected = unit_rows(np.random.default_rng(0), Simulation(), 50, a)
+    found = unit_rows(np.random.default_rng(0), Simulation(), 50, a * np.float32(magnitude))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_lora_rows_of_one_constant_value_still_have_unit_variance() -> None:
+    rows = unit_rows(np.random.default_rng(0), Simulation(), 8, np.full((2, 8), 3.0, np.float32))
+    assert rows.std() == pytest.approx(1)
+
+
+def test_lora_rows_of_zeros_are_no_directions_and_random_rows_take_their_place() -> None:
+    rows = unit_rows(np.random.default_rng(0), Simulation(samples=5), 8, np.zeros((2, 8), np.float32))
+    np.testing.assert_array_equal(rows, np.random.default_rng(0).standard_normal((5, 8), dtype=np.float32))
+
+
+def test_a_lora_changes_the_range_of_its_layer(save: Save) -> None:
+    tensors = fp8_layer(random_codes(), 0.25)
+    loud = np.ones((2, IN), np.float32) * 0.01
+    loud[:, 5] = 3.0  # the LoRA reads one channel far more than the others
+    assert range_of(save, tensors, loud) > 2 * range_of(save, tensors)
+
+
+def many_layers() -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    for number in range(12):
+        tensors |= fp8_layer(random_codes((32, 48), number), 0.1 + number, name=f"blocks.{number}")
+    return tensors
+
+
+@pytest.mark.parametrize("estimator", ["input", "output"])
+def test_results_are_the_same_whatever_the_order_the_threads_and_the_other_layers(
+    save: Save, monkeypatch: pytest.MonkeyPatch, estimator: Any
+) -> None:
+    simulation = Simulation(estimator=estimator)
+    with open_checkpoint(save("a.safetensors", many_layers())) as checkpoint:
+        layers = find_layers(checkpoint).quantized
+        expected = simulate(checkpoint, layers, simulation)
+        assert len(set(expected.values())) == len(expected) == 12, "each layer draws its own numbers"
+        assert list(expected) == list(layers)
+        for cores in (1, 3, None):
+            monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+            assert simulate(checkpoint, layers, simulation) == expected
+        backwards = simulate(checkpoint, dict(reversed(layers.items())), simulation)
+        assert backwards == expected
+        assert list(backwards) == list(reversed(layers))
+        alone = simulate(checkpoint, {"blocks.7": layers["blocks.7"]}, simulation)
+        assert alone == {"blocks.7": expected["blocks.7"]}
+
+
+def test_another_seed_gives_other_numbers(save: Save) -> None:
+    tensors = fp8_layer(random_codes(), 0.25)
+    assert range_of(save, tensors, seed=1) == range_of(save, tensors, seed=1)
+    assert range_of(save, tensors, seed=1) != range_of(save, tensors, seed=2)
+
+
+def test_progress_adds_up_to_the_bytes_of_all_weights(save: Save) -> None:
+    told: list[int] = []
+    with open_checkpoint(save("a.safetensors", many_layers())) as checkpoint:
+        simulate(checkpoint, find_layers(checkpoint).quantized, Simulation(), progress=told.append)
+    assert sum(told) == 12 * 32 * 48
+
+
+def test_lora_rows_are_asked_for_by_layer_name(save: Save) -> None:
+    rows = {"blocks.3": np.eye(2, 48, dtype=np.float32)}
+    with open_checkpoint(save("a.safetensors", many_layers())) as checkpoint:
+        layers = find_layers(checkpoint).quantized
+        without, with_lora = (simulate(checkpoint, layers, Simulation(), get) for get in (None, rows.get))
+    assert {name for name in layers if without[name] != with_lora[name]} == {"blocks.3"}
+
+
+def test_channels_of_zeros_are_left_out_and_do_not_blow_up_the_range(save: Save) -> None:
+    codes = random_codes()
+    half = codes.copy()
+    half[:, ::2] = 0
+    half[:, 1] = 0x80  # -0 is zero as well
+    found = range_of(save, fp8_layer(half, 0.25), samples=200)
+    assert np.isfinite(found)
+    # The heard channels share the output's variance among fewer: each is louder by about sqrt(2).
+    assert found == pytest.approx(range_of(save, fp8_layer(codes, 0.25), samples=200) * np.sqrt(2), rel=0.1)
+
+
+@pytest.mark.parametrize("estimator", ["input", "output"])
+@pytest.mark.parametrize(
+    ("shape", "code", "scale"),
+    [((32, 16), 0x00, 1.0), ((32, 16), 0x80, 1.0), ((32, 16), 0x38, 0.0), ((0, 16), 0, 1.0), ((32, 0), 0, 1.0)],
+    ids=["zeros", "minus zeros", "a scale of zero", "no rows", "no columns"],
+)
+def test_all_zero_and_empty_weights_have_no_range(
+    save: Save, shape: tuple[int, int], code: int, scale: float, estimator: Any
+) -> None:
+    assert range_of(save, fp8_layer(np.full(shape, code, np.uint8), scale), estimator=estimator) == 0
+
+
+@pytest.mark.parametrize("estimator", ["input", "output"])
+@pytest.mark.parametrize(
+    ("dtype", "code"), [("F8_E4M3", 0x7F), ("F8_E4M3", 0xFF), ("F8_E5M2", 0x7C), ("F8_E5M2", 0xFE)]
+)
+def test_a_weight_with_nan_or_infinity_is_refused_by_name(save: Save, dtype: str, code: int, estimator: Any) -> None:
+    codes = random_codes()
+    codes[77, 5] = code
+    with pytest.raises(TensorError) as caught:
+        range_of(save, fp8_layer(codes, 0.25, dtype), estimator=estimator, percentile=50)
+    assert str(caught.value).endswith("range.safetensors: layer.weight: the weight has NaN or infinite values")
+
+
+def test_one_broken_weight_among_many_stops_the_simulation(save: Save) -> None:
+    tensors = many_layers()
+    tensors["blocks.4.weight"][1][3, 3] = 0x7F
+    with open_checkpoint(save("a.safetensors", tensors)) as checkpoint, pytest.raises(TensorError, match=r"blocks\.4"):
+        simulate(checkpoint, find_layers(checkpoint).quantized, Simulation())
