@@ -77,7 +77,7 @@ def test_a_converter_that_computes_is_refused() -> None:
 
 def test_flux_1_is_traced_as_the_name_table_has_it(reference_flux: type[torch.nn.Module]) -> None:
     from convert_to_quant.engines.architectures import ARCHITECTURES
-    from convert_to_quant.engines.diffusers import converter
+    from convert_to_quant.engines.denoiser import converter
 
     state = reference_flux(guidance=True).state_dict()
     shapes = {name: tuple(value.shape) for name, value in state.items()}

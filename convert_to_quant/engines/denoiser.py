@@ -1,0 +1,417 @@
+"""A diffusion transformer that runs straight from its checkpoint, in diffusers' own class.
+
+Why it exists. To see what a model's layers really receive, or what quantization does to its predictions, it has to
+run; and running it should need no configuration, no second copy of the weights and no download.
+
+How it works. Each step is checked before the next:
+    plan      which family it is, where every weight of the diffusers class lies in the checkpoint (`provenance.py`),
+              and its configuration from the shapes; every checkpoint tensor must have a place
+    skeleton  the class without its large weights; every parameter must have a source of its shape
+    load      every linear layer becomes a `CheckpointLinear` that reads its rows from the checkpoint when it runs; the
+              small rest is loaded
+
+Memory. On a CPU weights stay in the file's pages, on a GPU as the file's own bytes: a 12B model in FP8 takes 12 GB,
+plus one layer's numbers and its activations. Models whose weights are small when dequantized (`KEEP_BYTES`) keep them.
+
+Numbers. float32 on a CPU, bfloat16 on a GPU, which is what readers compute in. Ranges differ by about a bfloat16
+rounding (0.4 %) between the two, far less than what one more sample moves them.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .. import families, names
+from ..checkpoint import Checkpoint
+from ..errors import OptionError, UnsupportedModelError
+from ..layers import Layer, LayerTable, dequantize, find_layers
+from ..layers import input_scale as stored_input_scale
+from ..lora import LoraMatch
+from . import noise
+from .architectures import ARCHITECTURES, Architecture, Inputs
+from .noise import Geometry
+from .provenance import Converter, Piece, Shapes, trace
+from .quantized_linear import ARITHMETICS, Arithmetic, CheckpointLinear, StoredWeight
+
+KEEP_BYTES = 1 << 29
+"""Dequantized weights of the whole model up to this size are kept instead of being made anew at every step."""
+
+LAYER_ENGINE = "the layer engine works with any layout"
+OWN_TENSORS = (names.WEIGHT, names.BIAS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a checkpoint runs, found without reading a weight.
+
+    Attributes:
+        family: name of its family, a key of `ARCHITECTURES`.
+        architecture: how that family is run.
+        config: arguments of the transformer class.
+        sources: model tensor name -> where its rows lie, by bare tensor names.
+        shapes: model tensor name -> its shape, as the sources give it.
+        table: the checkpoint's layers.
+    """
+
+    family: str
+    architecture: Architecture
+    config: Mapping[str, Any]
+    sources: Mapping[str, tuple[Piece, ...]]
+    shapes: Shapes
+    table: LayerTable
+
+    def full_name(self, bare: str) -> str:
+        """A tensor or layer as the checkpoint spells it."""
+        return self.table.prefix + bare
+
+
+def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
+    """Find out how to run a checkpoint.
+
+    Args:
+        checkpoint: the open checkpoint.
+        table: its layers, where they are known already.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UnsupportedModelError: its family is unknown, or has no engine, or its layout is not the one diffusers knows.
+    """
+    table = find_layers(checkpoint) if table is None else table
+    shapes = _model_shapes(checkpoint, table)
+    family = families.detect(shapes, shapes)
+    if family is None:
+        raise UnsupportedModelError("its tensor names fit no known family", path=checkpoint.path, hint=LAYER_ENGINE)
+    if family.name not in ARCHITECTURES:
+        raise UnsupportedModelError(f"{family.title} cannot be run yet", path=checkpoint.path, hint=LAYER_ENGINE)
+    foreign = next(iter(table.foreign.values()), None)
+    if foreign is not None:
+        raise UnsupportedModelError(
+            f"{len(table.foreign)} layers are in {foreign.format}, which cannot be dequantized here",
+            path=checkpoint.path,
+            tensor=foreign.name,
+            hint=LAYER_ENGINE,
+        )
+    architecture = ARCHITECTURES[family.name]
+    sources = _sources(architecture, shapes)
+    model_shapes = {name: _joined_shape(pieces, shapes) for name, pieces in sources.items()}
+    try:
+        config = architecture.config({**shapes, **model_shapes})
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise UnsupportedModelError(
+            f"not the layout of {family.title} that is known here: {type(error).__name__}: {error}",
+            path=checkpoint.path,
+            hint=LAYER_ENGINE,
+        ) from None
+    return Plan(family.name, architecture, config, sources, model_shapes, table)
+
+
+def _sources(architecture: Architecture, shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
+    """Where every tensor of the diffusers model lies, by bare names as the checkpoint spells them."""
+    respelled = {_respelled(architecture, name): name for name in shapes if name not in architecture.ignored}
+    fed = {new: shapes[old] for new, old in respelled.items()}
+    native = architecture.converter is None or architecture.native in shapes
+    traced = trace(dict if native else converter(architecture), fed, architecture.fused)
+    return {
+        name: tuple(replace(piece, tensor=respelled[piece.tensor]) for piece in pieces)
+        for name, pieces in traced.items()
+    }
+
+
+def _respelled(architecture: Architecture, name: str) -> str:
+    """A tensor's name as the family's converter spells it."""
+    for pattern, replacement in architecture.spellings:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _joined_shape(pieces: Sequence[Piece], shapes: Shapes) -> tuple[int, ...]:
+    """Shape of a model tensor put together from its sources."""
+    shape = shapes[pieces[0].tensor]
+    return (sum(piece.stop - piece.start for piece in pieces), *shape[1:]) if shape else ()
+
+
+def supports(checkpoint: Checkpoint, table: LayerTable | None = None) -> str | None:
+    """Say why this engine cannot run a checkpoint.
+
+    Args:
+        checkpoint: the open checkpoint.
+        table: its layers, where they are known already.
+
+    Returns:
+        One line with the reason; None where it can.
+    """
+    try:
+        skeleton(plan(checkpoint, table))
+    except UnsupportedModelError as error:
+        return error.problem if error.tensor is None else f"{error.tensor}: {error.problem}"
+    return None
+
+
+def _model_shapes(checkpoint: Checkpoint, table: LayerTable) -> dict[str, tuple[int, ...]]:
+    """Shapes of the diffusion model's own tensors by bare name, without scales and marks."""
+    side_tensors = {table.legacy_marker.name} if table.legacy_marker is not None else set()
+    suffixes = tuple(suffix for suffix in names.LAYER_SUFFIXES if suffix not in OWN_TENSORS)
+    _, bare_names = names.strip_prefix(checkpoint.tensors)
+    return {
+        bare: checkpoint.tensors[name].shape
+        for name, bare in bare_names.items()
+        if name not in side_tensors and not bare.endswith(suffixes) and not families.other_part(name)
+    }
+
+
+def converter(architecture: Architecture) -> Converter:
+    """The function that gives a checkpoint's tensors diffusers' names, where there is one."""
+    from diffusers.loaders import single_file_utils
+
+    function: Converter = getattr(single_file_utils, architecture.converter or "")
+    return function
+
+
+class _LargeWeightsOnMeta(TorchFunctionMode):
+    """Leaves uninitialized matrices without memory: they are the weights that linear layers are about to fill.
+
+    Tables that a class computes (rotary frequencies and the like) are made as always.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            shape = args[0] if args and not isinstance(args[0], int) else args
+            if len(shape) > 1:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def skeleton(plan: Plan) -> nn.Module:
+    """The transformer class with its large weights missing, checked against the plan.
+
+    Raises:
+        UnsupportedModelError: a parameter has no source, a source no parameter, or a shape differs.
+    """
+    import diffusers
+
+    transformer = getattr(diffusers, plan.architecture.transformer)
+    with _LargeWeightsOnMeta(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what diffusers deprecates in its own classes
+        try:
+            model: nn.Module = transformer(**{**plan.config, **plan.architecture.stand_ins})
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise UnsupportedModelError(f"diffusers cannot build it: {error}", hint=LAYER_ENGINE) from error
+    plan.architecture.adjust(model, plan.config)
+    wanted = model.state_dict()
+    for problem, found in (
+        ("has no source in the checkpoint", [name for name in wanted if name not in plan.sources]),
+        (
+            "has no place in diffusers' model",
+            [pieces[0].tensor for name, pieces in plan.sources.items() if name not in wanted],
+        ),
+    ):
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise UnsupportedModelError(problem + more, tensor=found[0], hint=LAYER_ENGINE)
+    for name, value in wanted.items():
+        shape = plan.shapes[name]
+        if shape != tuple(value.shape):
+            raise UnsupportedModelError(
+                f"shape {list(value.shape)} was expected from the other tensors' shapes, found {list(shape)}",
+                tensor=plan.sources[name][0].tensor,
+                hint=LAYER_ENGINE,
+            )
+    return model.eval().requires_grad_(False)
+
+
+class Denoiser:
+    """A diffusion transformer that runs from its checkpoint.
+
+    Attributes:
+        plan: how it was put together.
+        model: diffusers' module.
+        linears: its linear layers by diffusers' module name.
+        layers: checkpoint layer -> the module that sees its input first (a fused layer feeds several, alike).
+        device, dtype: where and in what it computes.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        linears: Mapping[str, CheckpointLinear],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.plan = plan
+        self.model = model
+        self.linears = linears
+        self.device = device
+        self.dtype = dtype
+        self.layers: dict[str, CheckpointLinear] = {}
+        for module in linears.values():
+            for layer, _ in module.stored.pieces:
+                self.layers.setdefault(layer.name, module)
+
+    def latent_shape(self, geometry: Geometry) -> tuple[int, ...]:
+        """Shape of one sample's latents."""
+        return self.plan.architecture.latents(self.plan.config, geometry)
+
+    def signals(self, geometry: Geometry) -> dict[str, noise.Signal]:
+        """The conditioning that the model takes."""
+        return self.plan.architecture.signals(self.plan.config, geometry)
+
+    @torch.no_grad()
+    def velocity(self, latents: Tensor, sigma: float, conditioning: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
+        """The predicted velocity, noise minus picture.
+
+        Args:
+            latents: [batch, *latent shape].
+            sigma: noise level in [0, 1].
+            conditioning: by name, each [batch, ...].
+            geometry: of the latents.
+
+        Returns:
+            float32, as `latents`, on the same device as these.
+        """
+        inputs = Inputs(
+            self.plan.config,
+            geometry,
+            latents.to(self.device, self.dtype),
+            sigma,
+            {
+                name: value.to(self.device, self.dtype if value.is_floating_point() else None)
+                for name, value in conditioning.items()
+            },
+        )
+        output = self.model(**self.plan.architecture.arguments(inputs), return_dict=False)[0]
+        velocity: Tensor = self.plan.architecture.velocity(output).float().to(latents.device)
+        return velocity
+
+    @contextmanager
+    def adapted(self, adapters: LoraMatch | None) -> Iterator[None]:
+        """Add adapters to the weights of layers, inside the block."""
+        for module in self.linears.values():
+            module.stored.adapters = adapters
+        try:
+            yield
+        finally:
+            for module in self.linears.values():
+                module.stored.adapters = None
+
+
+def load(
+    checkpoint: Checkpoint,
+    table: LayerTable | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    arithmetic: Arithmetic = "dequantize",
+    input_scales: Mapping[str, float] | None = None,
+    full_precision: Collection[str] | None = None,
+    fp8_matmul: bool = False,
+) -> Denoiser:
+    """Make a checkpoint run.
+
+    Args:
+        checkpoint: the open checkpoint; must stay open.
+        table: its layers, where they are known already.
+        device: where to compute.
+        dtype: to compute in; bfloat16 on a GPU and float32 on a CPU by default.
+        arithmetic: how quantized layers compute; see `quantized_linear`.
+        input_scales: layer -> input scale, in place of the file's.
+        full_precision: layers whose inputs are not quantized, in place of what the file's marks say.
+        fp8_matmul: use the device's FP8 matrix multiplication where a layer allows it.
+
+    Returns:
+        The model.
+
+    Raises:
+        OptionError: unknown arithmetic or device.
+        UnsupportedModelError: it cannot be run.
+    """
+    if arithmetic not in ARITHMETICS:
+        raise OptionError(f"unknown arithmetic {arithmetic!r}", hint=f"one of {', '.join(ARITHMETICS)}")
+    where = _device(device)
+    number = dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
+    found = plan(checkpoint, table)
+    model = skeleton(found)
+    by_weight = {layer.weight.name: layer for layer in found.table.linear()}
+    keep = where.type == "cpu" and _dense_bytes(found) <= KEEP_BYTES
+
+    def value(name: str) -> Tensor:
+        parts = found.sources[name]
+        return torch.cat([_stored_rows(checkpoint, by_weight, found.full_name(part.tensor), part) for part in parts])
+
+    linears: dict[str, CheckpointLinear] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            pieces = [
+                (_layer(by_weight, found, piece), slice(piece.start, piece.stop))
+                for piece in found.sources[name + names.WEIGHT]
+            ]
+            layer = pieces[0][0]
+            linears[name] = CheckpointLinear(
+                StoredWeight(checkpoint, pieces, where, keep),
+                None if module.bias is None else value(name + names.BIAS),
+                number,
+                arithmetic="dynamic_row" if layer.dynamic and arithmetic in STATIC else arithmetic,
+                input_scale=(input_scales or {}).get(layer.name, stored_input_scale(checkpoint, layer)),
+                full_precision=layer.format is None
+                or (layer.full_precision if full_precision is None else layer.name in full_precision),
+                fp8_matmul=fp8_matmul,
+            )
+            parent, _, child = name.rpartition(".")
+            model.get_submodule(parent)._modules[child] = linears[name]
+
+    for name in [name for name in found.sources if name.rpartition(".")[0] not in linears]:
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(parent)
+        old = getattr(module, child)
+        new = value(name).reshape(old.shape)
+        if child in module._buffers:
+            module._buffers[child] = new.to(old.dtype)
+        else:
+            module._parameters[child] = nn.Parameter(new.to(number), requires_grad=False)
+    return Denoiser(found, model.to(where), linears, where, number)
+
+
+STATIC = ("comfyui", "comfyui_divide")
+"""Arithmetics with a scale from the file. Layers in formats that readers scale as they come have none."""
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _dense_bytes(plan: Plan) -> int:
+    return sum(4 * layer.out_features * layer.in_features for layer in plan.table.linear())
+
+
+def _layer(by_weight: Mapping[str, Layer], plan: Plan, piece: Piece) -> Layer:
+    name = plan.full_name(piece.tensor)
+    if name not in by_weight:
+        raise UnsupportedModelError("a linear layer's weight was expected to be a matrix", tensor=name)
+    return by_weight[name]
+
+
+def _stored_rows(checkpoint: Checkpoint, by_weight: Mapping[str, Layer], name: str, piece: Piece) -> Tensor:
+    """Rows of any float tensor of the file, float32 on the CPU."""
+    if name in by_weight:
+        return torch.from_numpy(dequantize(checkpoint, by_weight[name], slice(piece.start, piece.stop)))
+    values = torch.from_numpy(checkpoint.float32(name))
+    return values[piece.start : piece.stop] if values.ndim else values.reshape(1)

@@ -1,0 +1,140 @@
+"""Conditioning made by a model's own text encoders, in place of noise.
+
+Why it exists. Ranges observed on noise are safe, but wide where a text encoder's outputs are small. Whoever has prompt
+embeddings, from a diffusers pipeline or from elsewhere, gets the true ones: a safetensors file with one tensor per
+argument of the pipeline, [prompts, ...] each.
+
+Names are the pipeline's arguments (`prompt_embeds`, `pooled_prompt_embeds`, ...) or those of the transformer's
+`forward`. Tensors of the empty prompt (`negative_prompt_embeds`, ...) count as further prompts. Masks and guidance may
+be left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import open_checkpoint
+from ..errors import CalibrationError, StrPath
+from .denoiser import Denoiser
+from .noise import Geometry, Signal
+
+NEGATIVE = "negative_"
+
+PIPELINE_NAMES: Mapping[str, tuple[str, ...]] = {
+    "prompt_embeds": ("encoder_hidden_states", "cap_feats"),
+    "pooled_prompt_embeds": ("pooled_projections",),
+    "prompt_attention_mask": ("encoder_attention_mask",),
+    "prompt_embeds_mask": ("encoder_attention_mask",),
+    "image_embeds": ("encoder_hidden_states_image",),
+}
+"""What pipelines call the arguments of their transformers."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Conditioning of some prompts.
+
+    Attributes:
+        tensors: by name, each [prompts, ...].
+        geometry: of the pictures, with the prompts' own number of text tokens, once fitted to a model.
+        source: where they come from, for messages.
+    """
+
+    tensors: Mapping[str, Tensor]
+    geometry: Geometry = field(default_factory=Geometry)
+    source: StrPath | None = None
+
+    @property
+    def count(self) -> int:
+        """How many prompts there are."""
+        return len(next(iter(self.tensors.values())))
+
+    @staticmethod
+    def load(path: StrPath) -> Prompts:
+        """Read a safetensors file of prompt embeddings.
+
+        Raises:
+            CheckpointError: it cannot be read, or holds other than float and integer tensors.
+        """
+        with open_checkpoint(path) as file:
+            tensors = {
+                name: torch.from_numpy(file.float32(name) if _is_float(info.dtype) else file.bits(name).copy())
+                for name, info in file.tensors.items()
+            }
+        return Prompts(tensors, source=path)
+
+    def fitted(self, denoiser: Denoiser, geometry: Geometry) -> Prompts:
+        """The same prompts under the names that a model takes, complete and checked.
+
+        Args:
+            denoiser: the model.
+            geometry: of the pictures.
+
+        Returns:
+            Prompts with one tensor per signal of the model.
+
+        Raises:
+            CalibrationError: a tensor is unknown or missing, or has a shape that does not fit.
+        """
+        known = denoiser.signals(geometry)
+        sets = [self._named(known, prefix) for prefix in ("", NEGATIVE)]
+        named, negative = sets
+        for name in self.tensors:
+            if not any(name == prefix + own for prefix in ("", NEGATIVE) for own in _spellings(known)):
+                raise self._error(f"the model takes no such conditioning; it takes {', '.join(known)}", name)
+        if not named:
+            raise self._error("no prompts", next(iter(self.tensors), ""))
+        text = [len(value[0]) for name, value in named.items() if known[name].kind == "noise" and value.ndim == 3]
+        geometry = replace(geometry, text_tokens=text[0] if text else geometry.text_tokens)
+        signals = denoiser.signals(geometry)
+        complete = [self._complete(tensors, signals) for tensors in sets if tensors]
+        same = len(complete) > 1 and all(complete[0][name].shape[1:] == complete[1][name].shape[1:] for name in signals)
+        if len(complete) > 1 and not same:
+            raise self._error("the empty prompt has another length than the others", next(iter(negative)))
+        return Prompts(
+            {name: torch.cat([tensors[name] for tensors in complete]) for name in signals}, geometry, self.source
+        )
+
+    def _named(self, known: Mapping[str, Signal], prefix: str) -> dict[str, Tensor]:
+        """Tensors with a prefix, under the model's names."""
+        spellings = _spellings(known)
+        return {
+            spellings[name[len(prefix) :]]: value
+            for name, value in self.tensors.items()
+            if name.startswith(prefix) and name[len(prefix) :] in spellings
+        }
+
+    def _complete(self, tensors: Mapping[str, Tensor], signals: Mapping[str, Signal]) -> dict[str, Tensor]:
+        count = len(next(iter(tensors.values())))
+        complete = {}
+        for name, signal in signals.items():
+            if name in tensors:
+                value = tensors[name]
+            elif signal.kind == "noise":
+                raise self._error(
+                    f"missing; the model takes it as [prompts, {', '.join(map(str, signal.shape))}]", name
+                )
+            else:
+                dtype = torch.int64 if signal.kind == "mask" else torch.float32
+                value = torch.full((count, *signal.shape), signal.value, dtype=dtype)
+            if tuple(value.shape) != (count, *signal.shape):
+                raise self._error(f"shape {[count, *signal.shape]} was expected, found {list(value.shape)}", name)
+            complete[name] = value
+        return complete
+
+    def _error(self, problem: str, tensor: str) -> CalibrationError:
+        return CalibrationError(problem, path=self.source, tensor=tensor)
+
+
+def _spellings(known: Mapping[str, Signal]) -> dict[str, str]:
+    """What the model's conditioning may be called -> its name in `forward`."""
+    pipeline = {said: name for said, names in PIPELINE_NAMES.items() for name in names if name in known}
+    return {**{name: name for name in known}, **pipeline}
+
+
+def _is_float(dtype: str) -> bool:
+    return "F" in dtype

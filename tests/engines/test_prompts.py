@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.engines import diffusers as engine
+from convert_to_quant.engines.noise import Geometry
+from convert_to_quant.engines.prompts import Prompts
+from convert_to_quant.errors import CalibrationError
+
+SIZE = Geometry(height=2, width=2, frames=1, text_tokens=64)
+
+
+@pytest.fixture
+def flux(reference_flux: Any, save_model: Any) -> Path:
+    torch.manual_seed(0)
+    return save_model(reference_flux(depth=1, singles=1, guidance=True).state_dict())
+
+
+def embeddings(count: int, tokens: int = 7, prefix: str = "") -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(count)
+    return {
+        prefix + "prompt_embeds": rng.standard_normal((count, tokens, 24)).astype(np.float32),
+        prefix + "pooled_prompt_embeds": rng.standard_normal((count, 20)).astype(np.float32),
+    }
+
+
+def fitted(flux: Path, path: Path) -> Prompts:
+    with open_checkpoint(flux) as checkpoint:
+        return Prompts.load(path).fitted(engine.load(checkpoint), SIZE)
+
+
+def test_pipeline_names_become_the_models_names(flux: Path, save: Any) -> None:
+    tensors = embeddings(3)
+    prompts = fitted(flux, save("prompts.safetensors", tensors))
+    assert set(prompts.tensors) == {"encoder_hidden_states", "pooled_projections", "guidance"}
+    assert np.array_equal(prompts.tensors["encoder_hidden_states"], tensors["prompt_embeds"])
+    assert prompts.count == 3
+
+
+def test_the_models_own_names_are_understood(flux: Path, save: Any) -> None:
+    tensors = embeddings(2)
+    own = {
+        "encoder_hidden_states": tensors["prompt_embeds"],
+        "pooled_projections": tensors["pooled_prompt_embeds"],
+        "guidance": np.full(2, 2.0, np.float32),
+    }
+    prompts = fitted(flux, save("prompts.safetensors", own))
+    assert prompts.tensors["guidance"].tolist() == [2.0, 2.0]
+
+
+def test_the_text_is_as_long_as_the_prompts(flux: Path, save: Any) -> None:
+    assert fitted(flux, save("prompts.safetensors", embeddings(2, tokens=9))).geometry.text_tokens == 9
+
+
+def test_the_empty_prompt_counts_as_one_more(flux: Path, save: Any) -> None:
+    path = save("prompts.safetensors", embeddings(2) | embeddings(1, prefix="negative_"))
+    prompts = fitted(flux, path)
+    assert prompts.count == 3
+    assert prompts.tensors["pooled_projections"].shape == (3, 20)
+
+
+def test_bfloat16_embeddings_widen_exactly(flux: Path, save: Any, build: Any) -> None:
+    tensors: dict[str, Any] = dict(embeddings(1))
+    tensors["prompt_embeds"] = ("BF16", build.to_bfloat16(tensors["prompt_embeds"]))
+    prompts = fitted(flux, save("prompts.safetensors", tensors))
+    wide = np.asarray(tensors["prompt_embeds"][1], np.uint32) << 16
+    assert np.array_equal(prompts.tensors["encoder_hidden_states"], wide.view(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"style": np.zeros((2, 3), np.float32)}, "style: the model takes no such conditioning"),
+        ({"pooled_prompt_embeds": None}, r"pooled_projections: missing; the model takes it as \[prompts, 20\]"),
+        ({"prompt_embeds": np.zeros((2, 7, 23), np.float32)}, r"shape \[2, 7, 24\] was expected, found \[2, 7, 23\]"),
+        ({"pooled_prompt_embeds": np.zeros((1, 20), np.float32)}, r"found \[1, 20\]"),
+        (embeddings(1, tokens=8, prefix="negative_"), r"found \[1, 8, 24\]"),
+    ],
+)
+def test_conditioning_that_does_not_fit_is_refused(flux: Path, save: Any, change: dict[str, Any], message: str) -> None:
+    tensors = {name: value for name, value in (embeddings(2) | change).items() if value is not None}
+    path = save("prompts.safetensors", tensors)
+    with pytest.raises(CalibrationError, match=message):
+        fitted(flux, path)
+
+
+def test_ranges_on_prompts_are_those_of_the_prompts(flux: Path, save: Any) -> None:
+    tensors = embeddings(2)
+    tensors["prompt_embeds"][1, 3, 5] = -77
+    prompts = Prompts.load(save("prompts.safetensors", tensors))
+    with open_checkpoint(flux) as checkpoint:
+        seen = engine.observe(checkpoint, samples=1, steps=1, geometry=SIZE, prompts=prompts)
+    ranges = dict(zip(seen.statistics.names, seen.statistics.absmax, strict=True))
+    assert ranges["txt_in"] == 77
+    assert ranges["vector_in.in_layer"] == np.abs(tensors["pooled_prompt_embeds"]).max()
+    assert seen.conditioned == ()
+    assert seen.statistics.samples == 2  # every prompt once, though one sample was asked for
+    assert seen.statistics.provenance["conditioning"] == ("prompts",)
