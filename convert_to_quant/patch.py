@@ -369,8 +369,8 @@ def _remove(undo: Path) -> None:
 
 def _undo_path(path: Path) -> Path:
     """Beside the real file, so that it is found through every link to it."""
-    path = path.resolve()
-    return path.with_name(path.name + UNDO_SUFFIX)
+    real = Path(os.path.realpath(path))  # Path.resolve raises a RuntimeError on a circle of links
+    return real.with_name(real.name + UNDO_SUFFIX)
 
 
 def refuse_unrecovered(path: Path) -> None:
@@ -546,5 +546,5 @@ def check_in_place(checkpoint: Checkpoint, output: Path | None) -> None:
     Raises:
         OptionError: an output was named that is not the input.
     """
-    if output is not None and output.resolve() != checkpoint.path.resolve():
+    if output is not None and os.path.realpath(output) != os.path.realpath(checkpoint.path):
         raise OptionError(f"--in-place changes {checkpoint.path}; leave -o out, or drop --in-place to write {output}")

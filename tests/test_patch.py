@@ -455,7 +455,11 @@ def test_shards_of_another_folder_are_refused_in_place(save_shards, build, tmp_p
 def test_in_place_takes_no_other_output(converted, output):
     link = converted.with_name("link")
     link.symlink_to(converted)
+    circle = converted.with_name("circle")
+    circle.symlink_to(circle)
     with open_checkpoint(converted) as checkpoint:
+        with pytest.raises(OptionError):
+            check_in_place(checkpoint, circle)
         check_in_place(checkpoint, {None: None, "same": converted, "through a link": link}[output])
         with pytest.raises(OptionError) as caught:
             check_in_place(checkpoint, Path("other"))
@@ -655,6 +659,9 @@ def test_nothing_to_recover_is_nothing(converted):
     before = converted.read_bytes()
     assert recover(converted) is False
     assert recover(converted.with_name("missing")) is False
+    circle = converted.with_name("circle")
+    circle.symlink_to(circle)
+    assert recover(circle) is False
     assert converted.read_bytes() == before
 
 

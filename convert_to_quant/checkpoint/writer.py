@@ -66,7 +66,7 @@ def refuse_same_file(output: Path, inputs: Iterable[Path], *, hint: str | None =
         try:
             same = output.samefile(path)
         except FileNotFoundError:
-            same = output.resolve() == path.resolve()
+            same = os.path.realpath(output) == os.path.realpath(path)
         except OSError as error:
             raise _output_error(error, output) from None
         if same:
