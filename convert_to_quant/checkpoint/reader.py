@@ -50,7 +50,10 @@ def read_header(path: Path, place: Path | None = None) -> Header:
         CheckpointError: it cannot be read, is a pickle, or its header is wrong.
     """
     try:
-        with (place or path).open("rb") as file:
+        where = place or path
+        if where.is_fifo():  # opening one waits for a writer, and it cannot be mapped
+            raise CheckpointError("a pipe, not a file", path=path)
+        with where.open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
             beginning, brace = file.read(LENGTH_BYTES), file.read(1)
             pickled = beginning.startswith(PICKLE_BEGINNINGS) and brace != b"{"

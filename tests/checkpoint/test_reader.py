@@ -173,6 +173,16 @@ def test_a_folder_is_said_to_be_one(tmp_path):
     assert refused(index) == "cannot be read: Is a directory"
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.safetensors")
+    assert refused(tmp_path / "a.safetensors") == "a pipe, not a file"
+
+
+def test_a_device_is_refused():
+    assert "not a safetensors file" in refused(Path("/dev/null"), HeaderError)
+
+
 def test_a_file_that_the_system_does_not_let_us_read_is_refused(tmp_path):
     for name in ("a.safetensors", "a.safetensors.index.json"):
         (tmp_path / name).symlink_to(name)
