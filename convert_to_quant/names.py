@@ -664,6 +664,60 @@ def diffusers_targets(layers: Mapping[str, tuple[int, int]]) -> dict[str, Target
     return {name: targets[0] for name, targets in _collect(layers, _ALL_FAMILIES).items() if len(targets) == 1}
 
 
+TRANSFORMERS: dict[str, tuple[Rule, ...]] = {
+    "FluxTransformer2DModel": FLUX_1,
+    "Flux2Transformer2DModel": (*FLUX_2, *FLUX_1),
+    "ChromaTransformer2DModel": (*CHROMA, *FLUX_1),
+    "SD3Transformer2DModel": SD3,
+    "HunyuanVideoTransformer3DModel": (*HUNYUAN_VIDEO, *FLUX_1),
+    "WanTransformer3DModel": WAN,
+    "WanVACETransformer3DModel": WAN,
+    "Lumina2Transformer2DModel": LUMINA_2,
+    "ZImageTransformer2DModel": (*Z_IMAGE, *LUMINA_2),
+    "LTXVideoTransformer3DModel": LTX,
+    "UNet2DConditionModel": UNET,
+}
+"""By diffusers' class: the rules that hold for its modules."""
+
+RESPELLED = frozenset({"HunyuanVideoTransformer3DModel"})
+"""Classes whose checkpoints come in both spellings of SAME_LAYER."""
+
+
+def checkpoint_layers(
+    modules: Mapping[str, tuple[int, int]], transformer: str
+) -> dict[str, tuple[tuple[str, tuple[int, int]], ...]]:
+    """Say which layers of a checkpoint in its authors' names each module of a diffusers model stands for.
+
+    Args:
+        modules: Names of all its linear modules -> (out, in) features.
+        transformer: Name of its class.
+
+    Returns:
+        {module: ((bare layer name, (out, in) features of the layer), ...)}: every spelling that is known, in which the
+        parts of a fused layer are one. Without modules whose names are the authors' own.
+
+    >>> parts = {f"transformer_blocks.3.attn.to_{part}": (32, 32) for part in "qkv"}
+    >>> checkpoint_layers(parts, "FluxTransformer2DModel")["transformer_blocks.3.attn.to_k"]
+    (('double_blocks.3.img_attn.qkv', (96, 32)),)
+    """
+    rules = TRANSFORMERS.get(transformer, ())
+    same = _EITHER_WAY if transformer in RESPELLED else ()
+    parts: dict[str, dict[Part, str]] = {}
+    for module in modules:
+        for rule in rules:
+            layer = _translate(module, rule.other, rule.layer)
+            if layer is not None:
+                parts.setdefault(layer, {}).setdefault(rule.part, module)
+    found: dict[str, tuple[tuple[str, tuple[int, int]], ...]] = {}
+    for layer, modules_of_parts in parts.items():
+        out_features = sum(modules[module][0] for module in modules_of_parts.values())
+        for module in modules_of_parts.values():
+            shape = (out_features, modules[module][1])
+            spellings = dict.fromkeys((layer, *(other for other, _ in _translations(layer, same))))
+            found[module] = (*found.get(module, ()), *((name, shape) for name in spellings))
+    return found
+
+
 def lora_targets(layers: Mapping[str, tuple[int, int]]) -> Targets:
     """Say what every name that a LoRA file may use for a layer means.
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,15 +26,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..errors import CalibrationError, OptionError
+from ..errors import CalibrationError, OptionError, StrPath
 from ..layers import LayerTable
 from ..lora import LoraMatch
 from ..recorder import record
-from ..stats import Statistics, merge
+from ..stats import Statistics
 from . import noise
 from .denoiser import Denoiser, Plan, load, plan, supports
 from .noise import Geometry
 from .prompts import Prompts
+from .session import Progress, Session, Tick, Unit
 
 __all__ = ["Denoiser", "Observation", "Plan", "Progress", "draw", "load", "observe", "plan", "supports", "trajectory"]
 
@@ -64,10 +66,6 @@ class Observation:
     unvisited: tuple[str, ...]
 
 
-Progress = Callable[[int, int], None]
-"""Called with what is done and what there is to do, in evaluations of the model."""
-
-
 @dataclass(frozen=True)
 class Part:
     """Trajectories that run together.
@@ -81,6 +79,16 @@ class Part:
     way: noise.Conditioning | None
     numbers: tuple[int, ...]
     adapted: bool = False
+
+    @property
+    def group(self) -> str:
+        """What its way of conditioning is called."""
+        return "prompts" if self.way is None else self.way.name
+
+    @property
+    def name(self) -> str:
+        """What it is known by in a saved run."""
+        return f"{self.group}{' adapted' if self.adapted else ''}, from {self.numbers[0]}"
 
 
 def observe(
@@ -96,6 +104,7 @@ def observe(
     layers: Collection[str] | None = None,
     prompts: Prompts | None = None,
     adapters: LoraMatch | None = None,
+    session: Session | None = None,
     progress: Progress | None = None,
 ) -> Observation:
     """Run a checkpoint and record the inputs of its layers.
@@ -114,7 +123,8 @@ def observe(
             none.
         prompts: conditioning made by the model's own text encoders, in place of noise.
         adapters: LoRA adapters; ranges then cover the model with and without them.
-        progress: called after every evaluation.
+        session: what saves, resumes and shares the run; by default it is made in one go.
+        progress: called after every evaluation with what is done and what there is to do.
 
     Returns:
         The observation. The same seed gives the same noise anywhere; sums in matrix products still depend on the
@@ -124,6 +134,7 @@ def observe(
         OptionError: fewer than one sample or step, or an unknown device.
         UnsupportedModelError: the checkpoint cannot be run.
         CalibrationError: a layer asked for does not exist, its inputs are not finite, or the prompts do not fit.
+        StatisticsError: the session cannot be resumed.
     """
     for option, number in (("samples", samples), ("steps", steps)):
         if number < 1:
@@ -136,38 +147,42 @@ def observe(
     shapes, feeds = watched(denoiser, layers)
     trajectories = max(math.ceil(samples / steps), len(noise.CONDITIONINGS) if prompts is None else prompts.count)
     work = parts(trajectories, geometry, prompted=prompts is not None, adapted=adapters is not None)
-    done, total = 0, steps * sum(len(part.numbers) for part in work)
-    seen: dict[noise.Conditioning | None, Statistics] = {}
     with record(denoiser.model, shapes, feeds) as recording:
-        for part in work:
+
+        def paint(part: Part, tick: Tick) -> None:
             latents, conditioning = (
                 draw(denoiser, geometry, part.way, seed, part.numbers)
                 if part.way is not None
                 else take(denoiser, prompts, seed, part.numbers)
             )
-            recording.clear()
             recording.batch = len(latents)
             with denoiser.adapted(adapters if part.adapted else None):
                 for _ in trajectory(denoiser, latents, conditioning, geometry, steps, at=recording.at):
-                    done += len(latents)
-                    if progress is not None:
-                        progress(done, total)
-            statistics = recording.statistics(
-                len(latents),
-                engine="model",
-                family=denoiser.plan.family,
-                conditioning="noise" if prompts is None else "prompts",
-                seed=seed,
-                steps=steps,
-                lora=_files(adapters),
-            )
-            seen[part.way] = statistics if part.way not in seen else merge(seen[part.way], statistics)
+                    tick(len(latents))
 
-    everything = merge(*seen.values())
-    expect_finite(checkpoint, everything)
-    unvisited = [name for name, visited in zip(everything.names, everything.visited, strict=True) if not visited]
-    ranges = {way: statistics.absmax for way, statistics in seen.items()}
-    return Observation(everything, conditioned(everything.names, ranges), tuple(unvisited))
+        seen = (session or Session()).run(
+            recording,
+            [
+                Unit(part.name, part.group, len(part.numbers), steps * len(part.numbers), partial(paint, part))
+                for part in work
+            ],
+            progress=progress,
+            check=partial(expect_finite, checkpoint.path),
+            engine="model",
+            family=denoiser.plan.family,
+            conditioning="noise" if prompts is None else "prompts",
+            seed=seed,
+            steps=steps,
+            lora=_files(adapters),
+        )
+    statistics = seen.statistics
+    moving = conditioned(
+        statistics.names, {way: seen.ranges[way.name] for way in noise.CONDITIONINGS if way.name in seen.ranges}
+    )
+    if prompts is None:
+        statistics = statistics.with_facts(depends_on_conditioning=moving)
+    unvisited = [name for name, visited in zip(statistics.names, statistics.visited, strict=True) if not visited]
+    return Observation(statistics, moving, tuple(unvisited))
 
 
 def watched(
@@ -177,7 +192,7 @@ def watched(
 
     Args:
         denoiser: the model.
-        layers: names of the checkpoint's layers; by default the quantized ones, or all of a checkpoint that has none.
+        layers: names of the checkpoint's layers; by default the quantized ones, or all of the model where none is.
 
     Returns:
         {layer: (out, in)} and {module: the layers that its input feeds}.
@@ -187,7 +202,7 @@ def watched(
     """
     table = denoiser.plan.table
     if layers is None:
-        layers = list(table.quantized) or list(table.plain)
+        layers = list(table.quantized) or [name for name in table.plain if name in denoiser.layers]
     known = {layer.name: (layer.out_features, layer.in_features) for layer in table.linear()}
     unknown = [name for name in layers if name not in known]
     if unknown:
@@ -282,9 +297,7 @@ def trajectory(
         latents = latents - velocity / steps
 
 
-def conditioned(
-    layers: Sequence[str], ranges: Mapping[noise.Conditioning | None, NDArray[np.float32]]
-) -> tuple[str, ...]:
+def conditioned(layers: Sequence[str], ranges: Mapping[noise.Conditioning, NDArray[np.float32]]) -> tuple[str, ...]:
     """Layers whose range with strong conditioning is more than `MOVES` times that without any, or the reverse.
 
     Args:
@@ -298,7 +311,7 @@ def conditioned(
     return tuple(name for name, moved in zip(layers, moves, strict=True) if moved)
 
 
-def expect_finite(checkpoint: Checkpoint, statistics: Statistics) -> None:
+def expect_finite(path: StrPath, statistics: Statistics) -> None:
     """Refuse statistics of inputs that were not finite.
 
     Raises:
@@ -308,7 +321,7 @@ def expect_finite(checkpoint: Checkpoint, statistics: Statistics) -> None:
     if bad:
         raise CalibrationError(
             f"the inputs of {len(bad)} layers have infinities or NaN",
-            path=checkpoint.path,
+            path=path,
             tensor=bad[0],
             hint="try float32, or check the checkpoint's weights",
         )

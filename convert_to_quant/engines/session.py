@@ -1,0 +1,361 @@
+"""Long observations: work in units that can stop at any moment, go on later, and be shared by several processes.
+
+Why it exists. Running a large model takes minutes to hours, and machines get lost, cards get wanted by others, and one
+card is slower than eight. Statistics are maxima and exact sums, so work that is cut into units adds up to the same bits
+in whatever order, over whatever processes, and however often the run was stopped in between.
+
+How it works. A `Unit` is a piece of work whose statistics depend on nothing but itself: some trajectories that run
+together, under one kind of conditioning. A session runs the units that are not done yet. Every `save_every_seconds` it
+writes what all finished units saw, and their names, into one partial file beside the output, whole or not at all. A
+killed run loses the units since then, and does them again. The partial file is a statistics file itself, of what has
+been seen so far; beside it, its header has the largest inputs per group of units, since what moves with the
+conditioning follows from comparing groups.
+
+With several processes (`distributed`) each takes every n-th unit and keeps a partial file of its own. At the end their
+statistics are reduced; the first process writes.
+
+A session goes on only with the options, the model and the number of processes that it was begun with: everything that
+its caller puts into `options` is compared.
+
+Limits. A unit is done again from its beginning, and must give the same bits then: the same machine, device and number
+of threads do, others may differ in the last bits.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import __version__
+from ..checkpoint import Checkpoint
+from ..errors import OutputError, StatisticsError, StrPath
+from ..recorder import Recording, all_reduce
+from ..stats import Statistics, merge
+
+PARTIAL_SUFFIX = ".partial"
+METADATA_KEY = "convert_to_quant.session"
+SAVE_EVERY_SECONDS = 120.0
+
+HASH_PREFIX = "sha256:"
+SAMPLED_BYTES, SAMPLED_PLACES = 1 << 16, 32
+"""What `fingerprint` reads of a file: this many bytes at each of these places, evenly spread."""
+
+Tick = Callable[[int], None]
+"""Told how much of a unit's cost has just been done."""
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is to do."""
+
+Ranges = dict[str, NDArray[np.float32]]
+"""Group of units -> the largest input of each layer, float32 [L]."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work.
+
+    Attributes:
+        name: what it is known by in the partial file; no two units of a run share it.
+        group: units of one group are compared with those of others.
+        samples: pictures that it runs the model for.
+        cost: how much work it is, in any measure that the units share; for progress.
+        run: does it, while the session records.
+    """
+
+    name: str
+    group: str
+    samples: int
+    cost: int
+    run: Callable[[Tick], None]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What units saw.
+
+    Attributes:
+        statistics: of all of them.
+        ranges: the largest inputs per group.
+        done: names of the units.
+    """
+
+    statistics: Statistics
+    ranges: Ranges = field(default_factory=dict)
+    done: tuple[str, ...] = ()
+
+    def plus(self, seen: Statistics, units: Sequence[Unit]) -> Observed:
+        """With what some more units, all of one group, saw together."""
+        group = units[0].group
+        absmax = np.maximum(self.ranges.get(group, np.float32(0)), seen.absmax)
+        return Observed(
+            merge(self.statistics, seen), {**self.ranges, group: absmax}, (*self.done, *(unit.name for unit in units))
+        )
+
+
+class Session:
+    """One run, from its first unit to the output file. Without an output nothing is ever written.
+
+    Args:
+        output: the statistics file to make.
+        options: everything that the statistics depend on, as JSON values.
+        resume: go on with a run that was stopped.
+        save_every_seconds: time between two partial files; 0 writes one after every unit.
+        distributed: share the work with the other processes of the default torch.distributed group, all of which
+            must do the same.
+
+    Raises:
+        OutputError: an unfinished run is there and `resume` was not asked for, or one of more or fewer processes.
+    """
+
+    def __init__(
+        self,
+        output: StrPath | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        resume: bool = False,
+        save_every_seconds: float = SAVE_EVERY_SECONDS,
+        distributed: bool = False,
+    ) -> None:
+        self.rank, self.processes = _place_of_this_process() if distributed else (0, 1)
+        self.output = None if output is None else Path(output)
+        self.options = json.loads(
+            json.dumps({**(options or {}), "processes": self.processes, "tool_version": __version__})
+        )
+        self.resume = resume
+        self.save_every_seconds = save_every_seconds
+        self._check_partial_files()
+
+    @property
+    def partial(self) -> Path | None:
+        """Where this process keeps what it has; None without an output."""
+        return None if self.output is None else self._partial_of(self.output, self.rank)
+
+    def _partial_of(self, output: Path, rank: int) -> Path:
+        place = f"-{rank}-of-{self.processes}" if self.processes > 1 else ""
+        return output.with_name(output.name + PARTIAL_SUFFIX + place)
+
+    def _check_partial_files(self) -> None:
+        if self.output is None:
+            return
+        ours = {self._partial_of(self.output, rank) for rank in range(self.processes)}
+        found = set(self.output.parent.glob(glob.escape(self.output.name + PARTIAL_SUFFIX) + "*"))
+        if found - ours:
+            raise OutputError(
+                f"an unfinished run of another number of processes than {self.processes} is there",
+                path=min(found - ours),
+                hint="go on with as many processes as it had, or delete it",
+            )
+        if found and not self.resume:
+            raise OutputError("an unfinished run is there", path=min(found), hint="--resume goes on, or delete it")
+
+    def finished(self) -> Statistics | None:
+        """The output, where `resume` was asked for and it is complete already.
+
+        Raises:
+            OutputError: an output is there that was made otherwise, and no unfinished run to go on with.
+        """
+        if not self.resume or self.output is None or not self.output.exists():
+            return None
+        statistics = Statistics.load(self.output)
+        made_with = _session_of(statistics).get("options")
+        if made_with == self.options:
+            return statistics
+        if not any(self._partial_of(self.output, rank).exists() for rank in range(self.processes)):
+            raise OutputError(
+                f"nothing to resume: a complete file is there, {_difference(made_with, self.options)}",
+                path=self.output,
+                hint="name another output, or leave --resume out to replace it",
+            )
+        return None
+
+    def run(
+        self,
+        recording: Recording,
+        units: Sequence[Unit],
+        *,
+        progress: Progress | None = None,
+        check: Callable[[Statistics], None] | None = None,
+        **facts: object,
+    ) -> Observed:
+        """Run what is not done yet.
+
+        Args:
+            recording: what watches the model; is cleared.
+            units: the same in every process and at every resumption.
+            progress: told after every tick, in units' cost.
+            check: looks at what has been seen so far from time to time, and may raise.
+            **facts: provenance of the statistics.
+
+        Returns:
+            What all units saw, those of other processes and of former runs included.
+
+        Raises:
+            StatisticsError: the partial file is damaged, or of another run.
+        """
+        mine = units[self.rank :: self.processes]
+        seen = self._begun(recording)
+        done_names = set(seen.done)
+        todo = [unit for unit in mine if unit.name not in done_names]
+        total = sum(unit.cost for unit in mine)
+        done = total - sum(unit.cost for unit in todo)
+
+        def tick(cost: int) -> None:
+            nonlocal done
+            done += cost
+            if progress is not None:
+                progress(done, total)
+
+        tick(0)
+        recording.clear()
+        pending: list[Unit] = []
+        saved = time.monotonic()
+        for number, unit in enumerate(todo, 1):
+            unit.run(tick)
+            pending.append(unit)
+            is_due = self.partial is not None and time.monotonic() - saved >= self.save_every_seconds
+            if is_due or number == len(todo) or todo[number].group != unit.group:
+                seen = seen.plus(recording.statistics(sum(unit.samples for unit in pending), **facts), pending)
+                recording.clear()
+                pending = []
+                if check is not None:
+                    check(seen.statistics)
+            if is_due:
+                self._save(seen)
+                saved = time.monotonic()
+        return self._reduced(seen)
+
+    def finish(self, statistics: Statistics) -> None:
+        """Write the output and remove the partial files; every process must call it.
+
+        Raises:
+            OutputError: it cannot be written; the partial files stay.
+        """
+        assert self.output is not None
+        assert self.partial is not None
+        if self.rank == 0:
+            statistics.save(self.output, {METADATA_KEY: json.dumps({"options": self.options})})
+        self._wait_for_all()
+        self.partial.unlink(missing_ok=True)
+
+    def _begun(self, recording: Recording) -> Observed:
+        """What this process saw before it was stopped."""
+        empty = Observed(Statistics.empty(recording.layers))
+        if not self.resume or self.partial is None or not self.partial.exists():
+            return empty
+        statistics = Statistics.load(self.partial)
+        state = _session_of(statistics)
+        if state.get("options") != self.options:
+            raise StatisticsError(
+                f"cannot resume: {_difference(state.get('options'), self.options)}",
+                path=self.partial,
+                hint="use the options that it was begun with, or delete it",
+            )
+        if list(statistics.layers.items()) != list(recording.layers.items()):
+            raise StatisticsError("cannot resume: it recorded other layers", path=self.partial, hint="delete it")
+        ranges = {group: np.array(values, np.float32) for group, values in state["ranges"].items()}
+        return Observed(statistics.replace(metadata={}, path=None), ranges, tuple(state["done"]))
+
+    def _save(self, seen: Observed) -> None:
+        assert self.partial is not None
+        state = {
+            "options": self.options,
+            "done": list(seen.done),
+            # float32 as float64 in JSON comes back exactly
+            "ranges": {group: absmax.tolist() for group, absmax in seen.ranges.items()},
+        }
+        seen.statistics.save(self.partial, {METADATA_KEY: json.dumps(state)})
+
+    def _reduced(self, seen: Observed) -> Observed:
+        """What all processes saw."""
+        if self.processes == 1:
+            return seen
+        from torch import distributed
+
+        others: list[Any] = [None] * self.processes
+        distributed.all_gather_object(others, (seen.ranges, seen.done))
+        ranges: Ranges = {}
+        for found, _ in others:
+            for group, absmax in found.items():
+                ranges[group] = np.maximum(ranges.get(group, np.float32(0)), absmax)
+        return Observed(all_reduce(seen.statistics), ranges, tuple(name for _, done in others for name in done))
+
+    def _wait_for_all(self) -> None:
+        if self.processes > 1:
+            from torch import distributed
+
+            distributed.barrier()
+
+
+def _place_of_this_process() -> tuple[int, int]:
+    """Its number, and how many there are."""
+    from torch import distributed
+
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def _session_of(statistics: Statistics) -> dict[str, Any]:
+    """What a session wrote into the header of its file; empty where none did."""
+    try:
+        state = json.loads(statistics.metadata.get(METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise StatisticsError(f"damaged: the session is not JSON ({error})", path=statistics.path) from None
+    return state if isinstance(state, dict) else {}
+
+
+def _difference(made_with: Any, asked_for: Mapping[str, Any]) -> str:
+    """The first option that two runs differ in, in words."""
+    if not isinstance(made_with, dict):
+        return "which no session made"
+    for name in sorted({*made_with, *asked_for}):
+        was, is_now = made_with.get(name), asked_for.get(name)
+        if was != is_now:
+            said = name.replace("_", " ")
+            if HASH_PREFIX in f"{was}{is_now}":
+                return f"made with another {said}"
+            return f"made with {said} {_said(was)}, not {_said(is_now)}"
+    return "made otherwise"
+
+
+def _said(value: Any) -> str:
+    return "unset" if value is None else str(value)
+
+
+def fingerprint(*places: StrPath | Checkpoint) -> str:
+    """Identity of what files hold, from their sizes and samples of their bytes; their own names and dates do not count.
+
+    Args:
+        *places: files, folders (all files in them, with their names there), or open checkpoints.
+
+    Returns:
+        `HASH_PREFIX` and SHA-256 in hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for place in places:
+        for name, file in _files(place):
+            size = file.stat().st_size
+            digest.update(f"{name}\0{size}\0".encode())
+            last = max(size - SAMPLED_BYTES, 0)
+            with file.open("rb") as stream:
+                for offset in sorted({last * number // (SAMPLED_PLACES - 1) for number in range(SAMPLED_PLACES)}):
+                    stream.seek(offset)
+                    digest.update(stream.read(SAMPLED_BYTES))
+    return HASH_PREFIX + digest.hexdigest()
+
+
+def _files(place: StrPath | Checkpoint) -> list[tuple[str, Path]]:
+    """The files behind an argument of `fingerprint`, with the names that count."""
+    if isinstance(place, Checkpoint):
+        return [("", file.place) for file in place.files]
+    path = Path(place)
+    if not path.is_dir():
+        return [("", path)]
+    return [(str(file.relative_to(path)), file) for file in sorted(path.rglob("*")) if file.is_file()]
