@@ -52,6 +52,9 @@ SIDE_MULTIPLE = 16
 BAND_VALUES = 1 << 18
 """Values per step where scales differ within a weight: about 1 MB of float32, which a core's cache holds."""
 
+MSE_SECONDS_PER_WEIGHT = 5e-6
+"""What the exact search takes per weight where scales differ within a weight; measured on one core, 2026-11-22."""
+
 RELEASE_BYTES = 1 << 24
 PROVENANCE_KEY = "convert_to_quant"
 """Header entry in which every file that this tool writes says how it was made."""
@@ -171,6 +174,11 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> Conversi
     decisions = [_decide(layer, bare, family, options) for layer in table.plain.values()]
     if any(decision.quantize for decision in decisions):
         _refuse_two_spellings(checkpoint, table, options)
+    if options.weight_scale == "mse" and options.scaling_mode != "tensor":
+        weights = sum(decision.layer.weight.elements for decision in decisions if decision.quantize)
+        minutes = weights * MSE_SECONDS_PER_WEIGHT / 60
+        if minutes > 1:
+            notes.append(f"an exact search for every {options.scaling_mode} takes about {minutes:.0f} core minutes")
     return ConversionPlan(table, family, decisions, options, notes)
 
 

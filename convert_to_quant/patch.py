@@ -30,6 +30,7 @@ import numpy as np
 from . import names
 from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, write_bytes
 from .checkpoint.header import LENGTH_BYTES, serialize_header
+from .checkpoint.positioned import OPEN_FLAGS, pread, pwrite
 from .checkpoint.reader import CheckpointFile, is_file_name
 from .convert import FULL_PRECISION_KEY, PROVENANCE_KEY, mark_bytes, quantization_metadata, stored_bytes
 from .errors import CheckpointError, OptionError, OutputError, TensorError
@@ -320,7 +321,7 @@ def apply_in_place(patch: Patch) -> int:
     with _locked([file.path for file in checkpoint.files]) as fds:
         refuse_unrecovered(checkpoint.path)
         undo = _undo_path(checkpoint.path)
-        changes = [_Change(edit, os.pread(fds[edit.file], len(edit.data), edit.offset)) for edit in edits]
+        changes = [_Change(edit, pread(fds[edit.file], len(edit.data), edit.offset)) for edit in edits]
         write_bytes(undo, _undo_record(checkpoint, changes, fds))
         _sync_folder(undo.parent)
         try:
@@ -474,7 +475,7 @@ def recover(path: Path) -> bool:
                 raise OutputError(f"the undo file {where.name} belongs to a file of another size", path=file)
         for change in undo.changes:
             number, offset = change.edit.file, change.edit.offset
-            if not change.explains(os.pread(fds[number], len(change.old), offset)):
+            if not change.explains(pread(fds[number], len(change.old), offset)):
                 problem = f"the undo file {where.name} belongs to another file: it does not know the bytes at {offset}"
                 raise OutputError(problem, path=undo.files[number][0], hint=f"remove {where.name} if this file is new")
         try:
@@ -496,7 +497,7 @@ def _write_all(fds: list[int], edits: Iterable[Edit]) -> None:
 def _write_at(fd: int, offset: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
-        written = os.pwrite(fd, view, offset)
+        written = pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
 
 
@@ -517,7 +518,7 @@ def _locked(paths: Iterable[Path]) -> Iterator[list[int]]:
     try:
         for path in paths:
             try:
-                fds.append(os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0)))
+                fds.append(os.open(path, os.O_RDWR | OPEN_FLAGS))
                 _lock(fds[-1])
             except FileNotFoundError:
                 raise CheckpointError("no such file", path=path) from None

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from convert_to_quant import convert as convert_module
 from convert_to_quant import families, fp8
-from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
 from convert_to_quant.convert import (
     PROVENANCE_KEY,
     ConvertOptions,
@@ -636,3 +636,15 @@ def test_the_header_entry_has_room_for_full_precision_in_every_layer():
     assert stored_bytes(quantization_metadata(grown)) == stored_bytes(quantization_metadata(marks))
     assert stored_bytes('"ä') == len(json.dumps('"ä', ensure_ascii=False).encode()) - 2 == 4
     assert json.loads(quantization_metadata(marks))["layers"] == marks
+
+
+def test_a_search_that_takes_minutes_is_announced(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_checkpoint(path, {"double_blocks.0.img_attn.qkv.weight": Entry.of(np.zeros((8192, 4096), np.float16))})
+    with open_checkpoint(path) as checkpoint:
+        plans = {
+            mode: plan_conversion(checkpoint, ConvertOptions(scaling_mode=mode, weight_scale="mse", preset="flux1"))
+            for mode in ("tensor", "row")
+        }
+    assert plans["row"].notes == ["an exact search for every row takes about 3 core minutes"]
+    assert plans["tensor"].notes == []

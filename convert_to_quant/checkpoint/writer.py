@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from ..errors import CheckpointError, OutputError, StrPath
 from .header import DTYPE_BITS, TensorInfo, serialize_header, tensor_nbytes
+from .positioned import OPEN_FLAGS, pread, pwrite
 from .reader import BIT_DTYPES, INDEX_SUFFIX, Checkpoint, CheckpointFile
 
 UNNAMED = Path("/proc/self/fd")
@@ -109,7 +110,7 @@ class PendingFile:
                 if error.errno not in _NO_TMPFILE:
                     raise
         self._temporary = self._sibling()
-        return os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+        return os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, mode)
 
     def _sibling(self) -> Path:
         return self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -129,7 +130,7 @@ class PendingFile:
         view = view.cast("B") if view.nbytes else memoryview(b"")
         try:
             while view:
-                written = os.pwrite(self.fd, view, offset)
+                written = pwrite(self.fd, view, offset)
                 view, offset = view[written:], offset + written
         except OSError as error:
             raise _output_error(error, self.path) from None
@@ -176,6 +177,8 @@ class PendingFile:
                     _name_unnamed(self.fd, sibling)
                     self._temporary = sibling
             if self._temporary is not None:
+                os.close(self.fd)  # Windows renames no open file
+                self.fd = -1
                 self._temporary.replace(self.path)
                 self._temporary = None
         except OSError as error:
@@ -210,7 +213,7 @@ def _copy_once(source_fd: int, target_fd: int, count: int, source_offset: int, o
         except OSError as error:
             if error.errno not in _KERNEL_COPY_REFUSALS:
                 raise
-    return os.pwrite(target_fd, os.pread(source_fd, min(count, 1 << 24), source_offset), offset)
+    return pwrite(target_fd, pread(source_fd, min(count, 1 << 24), source_offset), offset)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -403,7 +406,7 @@ class CheckpointWriter:
             self._count(file, name, info.nbytes)
         for (source_path, file_number), runs in by_file.items():
             try:
-                source_fd = os.open(source_path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                source_fd = os.open(source_path, os.O_RDONLY | OPEN_FLAGS)
             except OSError as error:
                 raise CheckpointError(f"cannot be read any more: {error.strerror}", path=source_path) from None
             try:

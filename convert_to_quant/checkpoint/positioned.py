@@ -1,0 +1,33 @@
+"""Reading and writing at a byte position, on systems with pread(2) and pwrite(2) and on those without.
+
+Windows has neither; there the position is set and used under one lock for all files.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+OPEN_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+"""What every open needs: bytes as they are, and no inheritance."""
+
+_POSITION = threading.Lock()
+
+
+def pread(fd: int, count: int, offset: int) -> bytes:
+    """Up to `count` bytes from a position; fewer at the end of the file."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, count, offset)
+    with _POSITION:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, count)
+
+
+def pwrite(fd: int, data: Any, offset: int) -> int:
+    """Write some of `data` at a position, and return how many bytes it was."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, data, offset)
+    with _POSITION:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, data)
