@@ -1,0 +1,390 @@
+"""The real ComfyUI as a reader of our files. These tests need a ComfyUI 0.33 tree and a Python that has what it needs:
+
+    COMFYUI_DIR=/path/to/ComfyUI python -m pytest tests/comfyui
+
+Without COMFYUI_DIR they skip. With it, `driver.py` runs ComfyUI in a process of its own, on the CPU, with FP8 products
+(`--supports-fp8-compute`). The figures that the tests measure are printed behind pytest's own summary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from convert_to_quant import emoji
+from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
+from convert_to_quant.cli import main
+from convert_to_quant.emoji.prompts import embed_all
+from convert_to_quant.emoji.rerange import RERANGINGS, Reranging, rerange
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from convert_to_quant.engines.diffusers import Denoiser
+    from convert_to_quant.engines.quantized_linear import Arithmetic
+
+VARIABLE = "COMFYUI_DIR"
+PROMPTS = ("strawberry", "grinning cat face with smiling eyes")
+SIGMAS = (1.0, 0.75, 0.5, 0.25)
+STEPS, GUIDANCE = 8, 2.0
+SEED = 7
+PREFIX = "model.diffusion_model."
+HEADER = "_quantization_metadata"
+
+FIGURES: list[tuple[str, float]] = []
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if FIGURES:
+        terminalreporter.section("measured against ComfyUI")
+        for text, value_db in FIGURES:
+            terminalreporter.write_line(f"{value_db:7.1f} dB  {text}")
+
+
+@pytest.fixture
+def figure() -> Callable[[str, float], float]:
+    """figure(text, dB): keep a figure for the summary."""
+
+    def figure(text: str, value_db: float) -> float:
+        FIGURES.append((text, value_db))
+        return value_db
+
+    return figure
+
+
+class ComfyUI:
+    """ComfyUI in its process."""
+
+    def __init__(self, folder: Path, work: Path) -> None:
+        self.work = work
+        self.log = (work / "comfyui.log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("driver.py"), folder, work, "--cpu", "--supports-fp8-compute"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Send one request; what ComfyUI raises fails the test."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, f"ComfyUI ended:\n{(self.work / 'comfyui.log').read_text()[-4000:]}"
+        answer: dict[str, Any] = json.loads(line)
+        assert "error" not in answer, answer["error"]
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    def load(self, path: Path, key: str, **how: Any) -> dict[str, Any]:
+        """Load a file; `key` names the model from then on."""
+        return self.ask("load", path=str(path), key=key, **how)
+
+    def run(self, command: str, key: str, inputs: Mapping[str, Tensor], **how: Any) -> dict[str, Tensor]:
+        """Run a loaded model on tensors; ComfyUI has nothing to warn about."""
+        from safetensors.torch import load_file, save_file
+
+        save_file({name: value.contiguous() for name, value in inputs.items()}, self.work / "inputs.safetensors")
+        output = self.work / "output.safetensors"
+        told = self.ask(command, key=key, inputs=str(self.work / "inputs.safetensors"), output=str(output), **how)
+        assert told["warnings"] == []
+        found: dict[str, Tensor] = load_file(output)
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+        self.log.close()
+
+
+@pytest.fixture(scope="session")
+def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
+    """The running ComfyUI."""
+    folder = os.environ.get(VARIABLE)
+    if not folder:
+        pytest.skip(f"{VARIABLE} is not set: it should name a ComfyUI tree")
+    if not (Path(folder) / "comfy" / "sd.py").is_file():
+        pytest.fail(f"{VARIABLE} is {folder}, and there is no comfy/sd.py in it")
+    running = ComfyUI(Path(folder), tmp_path_factory.mktemp("comfyui"))
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+@dataclass(frozen=True)
+class Files:
+    """One model, as a user of our command line has it.
+
+    Attributes:
+        original: in high precision.
+        converted: in FP8, with input scales of 1.0.
+        calibrated: in FP8, after `--actcal`.
+    """
+
+    original: Path
+    converted: Path
+    calibrated: Path
+
+
+def command(*words: str | Path) -> None:
+    """Our command line."""
+    assert main([*map(str, words), "--quiet"]) == 0
+
+
+def reranged(path: Path, reranging: Reranging) -> Path:
+    """A re-ranging of the emoji model in float32.
+
+    In bfloat16 the cold one is another network: its norms' scales are 1e-3, as 1 + (-0.999), and -0.999 is rounded to
+    1/256. ComfyUI computes in float32 on a CPU, so what the file holds is what runs.
+    """
+    with open_checkpoint(emoji.WEIGHTS) as checkpoint:
+        tensors = rerange({name: checkpoint.float32(name) for name in checkpoint.tensors}, reranging)
+        write_checkpoint(path, {name: Entry.of(values) for name, values in tensors.items()})
+    return path
+
+
+@pytest.fixture(scope="session")
+def files(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Files]:
+    """files("hot"): a re-ranging of the emoji model, converted and calibrated by our command line."""
+    folder = tmp_path_factory.mktemp("models")
+
+    @cache
+    def make(name: str) -> Files:
+        original = emoji.WEIGHTS
+        if name != "plain":
+            original = reranged(folder / f"{name}.safetensors", RERANGINGS[name])
+        made = Files(original, folder / f"{name}_fp8.safetensors", folder / f"{name}_fp8_calibrated.safetensors")
+        command("-i", original, "-o", made.converted)
+        # The least that observes every kind of noise conditioning; more samples change little here.
+        command("-i", made.converted, "-o", made.calibrated, "--actcal", "--actcal-samples", "8")
+        return made
+
+    return make
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file, by the safetensors package."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write a file, by the safetensors package."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, dict(metadata))
+    return path
+
+
+def calibrated_like(files: Files, converted: Path, output: Path) -> Path:
+    """Give another spelling of the same model the scales and marks that the default spelling was calibrated to."""
+    from convert_to_quant.layers import find_layers, input_scale
+    from convert_to_quant.patch import LayerChange, plan_patch, rewrite
+
+    with open_checkpoint(files.calibrated) as source, open_checkpoint(converted) as target:
+        table, wanted = find_layers(target), find_layers(source).quantized
+        changes = {
+            table.prefix + name: LayerChange(input_scale(source, layer), layer.full_precision)
+            for name, layer in wanted.items()
+        }
+        rewrite(plan_patch(target, table, changes), output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def spelled(files: Callable[[str], Files], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """spelled("header only"): the calibrated plain model in one of the spellings of `SPELLINGS`."""
+    folder = tmp_path_factory.mktemp("spellings")
+
+    def path(name: str) -> Path:
+        return folder / f"{name.replace(' ', '_')}.safetensors"
+
+    def prefixed(name: str, *flags: str) -> Path:
+        tensors, metadata = read(emoji.WEIGHTS)
+        bare = save(folder / "prefixed_bf16.safetensors", {PREFIX + k: v for k, v in tensors.items()}, metadata)
+        command("-i", bare, "-o", folder / "converted.safetensors", *flags)
+        return calibrated_like(files("plain"), folder / "converted.safetensors", path(name))
+
+    def header_only(source: Path, name: str) -> Path:
+        tensors, metadata = read(source)
+        return save(path(name), {k: v for k, v in tensors.items() if not k.endswith(".comfy_quant")}, metadata)
+
+    def tensors_only(source: Path, name: str) -> Path:
+        tensors, metadata = read(source)
+        return save(path(name), tensors, {k: v for k, v in metadata.items() if k != HEADER})
+
+    def legacy(name: str) -> Path:
+        command("-i", emoji.WEIGHTS, "-o", folder / "converted.safetensors", "--legacy")
+        return calibrated_like(files("plain"), folder / "converted.safetensors", path(name))
+
+    def two_elements(name: str) -> Path:
+        tensors, metadata = read(make("legacy"))
+        return save(path(name), {**tensors, "scaled_fp8": tensors["scaled_fp8"].new_zeros(2)}, metadata)
+
+    def header_disagrees(name: str) -> Path:
+        tensors, metadata = read(files("plain").calibrated)
+        header = json.loads(metadata[HEADER])
+        for number, entry in enumerate(header["layers"].values()):
+            entry["full_precision_matrix_mult"] = number % 3 == 0
+        return save(path(name), tensors, {**metadata, HEADER: json.dumps(header)})
+
+    makers: dict[str, Callable[[str], Path]] = {
+        "default": lambda _: files("plain").calibrated,
+        "header only": lambda name: header_only(files("plain").calibrated, name),
+        "tensors only": lambda name: tensors_only(files("plain").calibrated, name),
+        "header disagrees": header_disagrees,
+        "legacy": legacy,
+        "legacy without FP8 products": two_elements,
+        "prefixed": prefixed,
+        "prefixed header only": lambda name: header_only(make("prefixed"), name),
+        "prefixed tensors only": lambda name: tensors_only(make("prefixed"), name),
+        "prefixed legacy": lambda name: prefixed(name, "--legacy"),
+    }
+
+    @cache
+    def make(name: str) -> Path:
+        return makers[name](name)
+
+    return make
+
+
+def to_tokens(latents: Tensor) -> Tensor:
+    """ComfyUI's latents [B, 16, H, W] as the model's tokens [B, H/2 · W/2, 64]."""
+    return latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def to_latents(tokens: Tensor) -> Tensor:
+    """The other way round."""
+    side = emoji.SIDE_TOKENS
+    split = tokens.unflatten(1, (side, side)).unflatten(3, (-1, 2, 2))
+    return split.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+class Ours:
+    """The same runs in our own engine."""
+
+    geometry: Any
+    steps, guidance = STEPS, GUIDANCE
+
+    def __init__(self) -> None:
+        import torch
+
+        from convert_to_quant.engines import noise
+
+        self.geometry = noise.Geometry(emoji.SIDE_TOKENS, emoji.SIDE_TOKENS)
+        context, pooled = embed_all(PROMPTS)
+        self.context, self.pooled = torch.from_numpy(context), torch.from_numpy(pooled)
+        size = (emoji.SIDE_TOKENS**2, 64)
+        self.noise = torch.cat([noise.latents(size, SEED, number) for number in range(len(PROMPTS))])
+
+    def load(self, path: Path, arithmetic: Arithmetic, dtype: torch.dtype) -> Any:
+        """A context manager that gives the model."""
+        from contextlib import contextmanager
+
+        from convert_to_quant.engines import diffusers
+
+        @contextmanager
+        def loaded() -> Iterator[Denoiser]:
+            with open_checkpoint(path) as checkpoint:
+                yield diffusers.load(checkpoint, arithmetic=arithmetic, dtype=dtype)
+
+        return loaded()
+
+    def start(self) -> dict[str, Tensor]:
+        """What sampling starts from, as ComfyUI takes it."""
+        return {"x": to_latents(self.noise), "context": self.context, "y": self.pooled}
+
+    def states(self) -> dict[str, Tensor]:
+        """What both engines evaluate: noisy latents on the original's own way, every prompt at every noise level."""
+        import torch
+
+        tokens, prompts = [], []
+        with self.load(emoji.WEIGHTS, "dequantize", torch.float32) as model:
+            x = self.noise
+            for step in range(STEPS):
+                sigma = 1 - step / STEPS
+                if sigma in SIGMAS:
+                    tokens.append(x)
+                    prompts += [(sigma, number) for number in range(len(PROMPTS))]
+                x = x - self.guided(model, x, sigma) / STEPS
+        chosen = [number for _, number in prompts]
+        return {
+            "x": to_latents(torch.cat(tokens)),
+            "sigma": torch.tensor([sigma for sigma, _ in prompts]),
+            "context": self.context[chosen],
+            "y": self.pooled[chosen],
+        }
+
+    def evaluate(self, path: Path, states: Mapping[str, Tensor], arithmetic: Arithmetic, dtype: torch.dtype) -> Tensor:
+        """Velocities like `states["x"]`."""
+        import torch
+
+        tokens, velocities = to_tokens(states["x"]), torch.empty_like(states["x"])
+        with self.load(path, arithmetic, dtype) as model:
+            for sigma in states["sigma"].unique():
+                rows = states["sigma"] == sigma
+                found = self.velocity(model, tokens[rows], float(sigma), states["context"][rows], states["y"][rows])
+                velocities[rows] = to_latents(found)
+        return velocities
+
+    def velocity(self, model: Denoiser, tokens: Tensor, sigma: float, context: Tensor, pooled: Tensor) -> Tensor:
+        """One evaluation, of a batch."""
+        conditioning = {"encoder_hidden_states": context, "pooled_projections": pooled}
+        return model.velocity(tokens, sigma, conditioning, self.geometry)
+
+    def guided(self, model: Denoiser, x: Tensor, sigma: float) -> Tensor:
+        """The velocity of all prompts under guidance, with zeros as the negative conditioning."""
+        import torch
+
+        context = torch.cat([self.context, torch.zeros_like(self.context)])
+        pooled = torch.cat([self.pooled, torch.zeros_like(self.pooled)])
+        positive, negative = self.velocity(model, torch.cat([x, x]), sigma, context, pooled).chunk(2)
+        return negative + self.guidance * (positive - negative)
+
+    def sample(self, path: Path, arithmetic: Arithmetic, dtype: torch.dtype) -> Tensor:
+        """Euler steps from noise to latents [prompts, 16, H, W]."""
+        with self.load(path, arithmetic, dtype) as model:
+            x = self.noise
+            for step in range(STEPS):
+                x = x - self.guided(model, x, 1 - step / STEPS) / STEPS
+        return to_latents(x)
+
+
+@pytest.fixture(scope="session")
+def ours(comfyui: ComfyUI) -> Ours:
+    """Our engine, on one thread, like ComfyUI's process: more are slower on a machine that has other work."""
+    import torch
+
+    torch.set_num_threads(1)
+    return Ours()
+
+
+@pytest.fixture(scope="session")
+def states(ours: Ours) -> dict[str, Tensor]:
+    """Noisy latents on the original's way with their prompts, as ComfyUI takes them."""
+    return ours.states()

@@ -1,0 +1,244 @@
+"""Runs the real ComfyUI in a process of its own, for the tests beside this file.
+
+Importing ComfyUI changes the process: it reads the command line, logs, sets torch's flags and puts folders in place.
+So it runs here, and tests talk to it in lines of JSON: one request per line on stdin, one answer per line on what was
+stdout (ComfyUI's own output goes to stderr). Tensors go through safetensors files.
+
+    python driver.py COMFYUI_DIR WORK_DIR [ComfyUI flags...]
+
+A request is {"command": NAME, ...arguments}; an answer is {"result": ...} or {"error": text}. What is done is done with
+ComfyUI's own functions: its loader, its `apply_model`, its sampler. Nothing of it is copied or replaced, save
+torchvision and torchaudio where they are missing: it imports both for models that no test here runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+STAND_INS = ("torchvision", "torchaudio")
+
+
+class StandIn(types.ModuleType):
+    """A package that is not installed: any name can be imported from it, and none does anything."""
+
+    __path__: ClassVar[list[str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class StandInFinder(MetaPathFinder, Loader):
+    """Finds missing packages, last of all."""
+
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in STAND_INS else None
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        return StandIn(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+def start(folder: str, work: str, flags: list[str]) -> None:
+    """Import ComfyUI as its own `main.py` would be started, with these flags."""
+    sys.argv = ["main.py", "--base-directory", work, *flags]
+    sys.path.insert(0, folder)
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    sys.meta_path.append(StandInFinder())
+    import comfy.sd
+
+
+class Messages(logging.Handler):
+    """Keeps what is logged inside a block, and Python's warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def __enter__(self) -> Messages:
+        root = logging.getLogger()
+        self.level_before = root.level
+        root.setLevel(min(root.level, logging.INFO))
+        root.addHandler(self)
+        self.catcher = warnings.catch_warnings(record=True)
+        self.warnings = self.catcher.__enter__()
+        warnings.simplefilter("always")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.catcher.__exit__(None, None, None)
+        logging.getLogger().removeHandler(self)
+        logging.getLogger().setLevel(self.level_before)
+
+    def told(self) -> dict[str, list[str]]:
+        """What a user would see: warnings and errors, and the rest."""
+        loud = [record.getMessage() for record in self.records if record.levelno >= logging.WARNING]
+        quiet = [record.getMessage() for record in self.records if record.levelno < logging.WARNING]
+        return {"warnings": loud + [str(warning.message) for warning in self.warnings], "notes": quiet}
+
+
+MODELS: dict[str, Any] = {}
+"""Loaded models (ModelPatcher) by the name that the test gave them."""
+
+
+def load(
+    path: str, key: str, loader: str = "diffusion_model", device: Mapping[str, bool] | None = None
+) -> dict[str, Any]:
+    """Load a model with one of ComfyUI's loaders, and say what became of every linear layer.
+
+    The loaders are what stands behind its nodes "Load Diffusion Model" and "Load Checkpoint".
+
+    `device` says what questions about the device are answered while the model loads: on a CPU ComfyUI computes in
+    float32 whatever the file holds, and with {"should_use_bf16": true} it chooses what it would on a GPU.
+    """
+    import comfy.model_management
+    import comfy.sd
+
+    with ExitStack() as stack:
+        messages = stack.enter_context(Messages())
+        for question, answer in (device or {}).items():
+            stack.enter_context(patch.object(comfy.model_management, question, return_value=answer))
+        if loader == "diffusion_model":
+            MODELS[key] = comfy.sd.load_diffusion_model(path)
+        else:
+            MODELS[key] = comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
+    model = MODELS[key].model
+    layers = {
+        name: describe(module)
+        for name, module in model.diffusion_model.named_modules()
+        if hasattr(module, "in_features")
+    }
+    return {
+        "model": type(model).__name__,
+        "dtype": str(model.get_dtype_inference()),
+        "layers": layers,
+        **messages.told(),
+    }
+
+
+def describe(module: Any) -> dict[str, Any]:
+    """One linear layer as ComfyUI holds it."""
+    weight = module.weight
+    stored = getattr(weight, "_qdata", None)
+    scale = getattr(module, "input_scale", None)
+    return {
+        "class": f"{type(module).__module__}.{type(module).__qualname__}",
+        "quant_format": getattr(module, "quant_format", None),
+        "weight_class": type(weight.data).__name__ if stored is None else type(weight).__name__,
+        "weight_dtype": str(weight.dtype if stored is None else stored.dtype),
+        "weight_shape": list(weight.shape),
+        "weight_scale": None if stored is None else weight._params.scale.item(),
+        "input_scale": None if scale is None else scale.item(),
+        "input_scale_dtype": None if scale is None else str(scale.dtype),
+        "full_precision": getattr(module, "_full_precision_mm", None),
+    }
+
+
+def evaluate(key: str, inputs: str, output: str, record: bool = False) -> dict[str, Any]:
+    """The predicted velocity of a loaded model, through `apply_model`, in one batch.
+
+    Inputs: x [N, 16, H, W], sigma [N], context [N, T, C], y [N, V]. Outputs: velocity like x; with `record` also the
+    input and output of every linear layer, as LAYER.in and LAYER.out.
+    """
+    import comfy.model_management
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    patcher = MODELS[key]
+    given = load_file(inputs)
+    found: dict[str, torch.Tensor] = {}
+    with ExitStack() as stack:
+        messages = stack.enter_context(Messages())
+        comfy.model_management.load_models_gpu([patcher])
+        if record:
+            for name, module in patcher.model.diffusion_model.named_modules():
+                if hasattr(module, "in_features"):
+                    stack.callback(module.register_forward_hook(keep(found, name)).remove)
+        denoised = patcher.model.apply_model(given["x"], given["sigma"], c_crossattn=given["context"], y=given["y"])
+    found["velocity"] = (given["x"] - denoised) / given["sigma"].reshape(-1, 1, 1, 1)
+    save_file(found, output)
+    return messages.told()
+
+
+def keep(found: dict[str, Any], name: str) -> Callable[..., None]:
+    """A hook that keeps a layer's input and output."""
+
+    def hook(_module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        found[f"{name}.in"], found[f"{name}.out"] = inputs[0].clone(), output.clone()
+
+    return hook
+
+
+def sample(key: str, inputs: str, output: str, steps: int, cfg: float) -> dict[str, Any]:
+    """Euler steps of ComfyUI's sampler from sigma 1 to 0.
+
+    Inputs: x [N, 16, H, W] (the noise), context [N, T, C], y [N, V]. Output: latents like x, as the model sees them.
+    The negative conditioning is zeros.
+    """
+    import comfy.sample
+    import comfy.samplers
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    patcher = MODELS[key]
+    given = load_file(inputs)
+    x, context, y = given["x"], given["context"], given["y"]
+    with Messages() as messages:
+        result = comfy.sample.sample_custom(
+            patcher,
+            x,
+            cfg,
+            comfy.samplers.sampler_object("euler"),
+            1 - torch.arange(steps + 1) / steps,
+            [[context, {"pooled_output": y}]],
+            [[torch.zeros_like(context), {"pooled_output": torch.zeros_like(y)}]],
+            torch.zeros_like(x),
+            disable_pbar=True,
+            seed=0,
+        )
+    save_file({"latents": patcher.model.process_latent_in(result).float()}, output)
+    return messages.told()
+
+
+COMMANDS: Mapping[str, Callable[..., dict[str, Any]]] = {"load": load, "evaluate": evaluate, "sample": sample}
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    private = os.dup(1)
+    os.dup2(2, 1)
+    start(sys.argv[1], sys.argv[2], sys.argv[3:])
+    import torch
+
+    with torch.inference_mode(), os.fdopen(private, "w") as answers:
+        for line in sys.stdin:
+            request = json.loads(line)
+            try:
+                answer: dict[str, Any] = {"result": COMMANDS[request.pop("command")](**request)}
+            except Exception:  # whatever ComfyUI raises is the answer
+                answer = {"error": traceback.format_exc()}
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""ComfyUI computes what our engine simulates.
+
+The sharp comparison is layer by layer, on ComfyUI's own inputs. Over a whole FP8 model two runs that differ in the last
+bit of a sum drift apart: now and then an input lies on the border between two codes, and a code is a step of 6 to 12 %.
+So whole runs are held to what ComfyUI itself makes of inputs that differ in their last bits, and to the same fidelity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+pytestmark = pytest.mark.comfyui
+
+Figure = Callable[[str, float], float]
+
+BFLOAT16 = {"should_use_bf16": True}
+NO_FP8 = {"supports_fp8_compute": False}
+SUMS_DB, BFLOAT16_DB = 120.0, 48.0
+"""What is left where only the order of float32 sums differs, or one rounding to bfloat16."""
+
+
+def db(wanted: Tensor, found: Tensor) -> float:
+    """10 log10(Σ wanted² / Σ (wanted - found)²), over everything; infinite where they are equal."""
+    error = float((wanted.double() - found.double()).square().sum())
+    return 10 * math.log10(float(wanted.double().square().sum()) / error) if error else math.inf
+
+
+def mean_sqnr_db(wanted: Tensor, found: Tensor) -> float:
+    """As our `fidelity` has it: the mean over evaluations."""
+    from convert_to_quant.fidelity import sqnr_db
+
+    return float(sqnr_db(wanted, found).mean())
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every comparison needs."""
+
+    comfyui: Any
+    ours: Any
+    files: Callable[[str], Any]
+    states: dict[str, Tensor]
+
+
+@pytest.fixture
+def bench(comfyui: Any, ours: Any, files: Callable[[str], Any], states: dict[str, Tensor]) -> Bench:
+    """ComfyUI, our engine, the models, and what both are shown."""
+    return Bench(comfyui, ours, files, states)
+
+
+CASES = {
+    "BF16 file in float32": ("original", {}, "dequantize", "float32", SUMS_DB),
+    "BF16 file in bfloat16": ("original", BFLOAT16, "dequantize", "bfloat16", BFLOAT16_DB),
+    "FP8 file in float32": ("calibrated", {}, "comfyui", "float32", SUMS_DB),
+    "FP8 file in bfloat16": ("calibrated", BFLOAT16, "comfyui", "bfloat16", BFLOAT16_DB),
+    "FP8 file without FP8 hardware": ("calibrated", NO_FP8, "dequantize", "float32", SUMS_DB),
+}
+"""Which file, what ComfyUI is told of the device, and what we simulate, in which dtype; and the least agreement."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_layer_computes_what_we_simulate(bench: Bench, figure: Figure, case: str) -> None:
+    import torch
+
+    name, device, arithmetic, dtype, least_db = CASES[case]
+    path = getattr(bench.files("plain"), name)
+    assert bench.comfyui.load(path, "run", device=device)["dtype"] == f"torch.{dtype}"
+    seen = bench.comfyui.run("evaluate", "run", {key: value[:2] for key, value in bench.states.items()}, record=True)
+
+    differences_db = {}
+    with bench.ours.load(path, arithmetic, getattr(torch, dtype)) as model:
+        for module, linear in model.linears.items():
+            pieces = linear.stored.pieces
+            theirs = torch.cat([seen[f"{layer.name}.out"][..., rows] for layer, rows in pieces], -1)
+            differences_db[module] = db(theirs, linear(seen[f"{pieces[0][0].name}.in"]))
+
+    exact = sum(math.isinf(value) for value in differences_db.values())
+    worst = min(differences_db, key=lambda module: differences_db[module])
+    figure(f"{case}: worst layer {worst}; {exact} of {len(differences_db)} bit-identical", differences_db[worst])
+    assert len(differences_db) == 60
+    assert differences_db[worst] >= least_db
+
+
+@pytest.mark.parametrize(
+    ("case", "least_db"),
+    [("BF16 file in float32", 100.0), ("BF16 file in bfloat16", 36.0), ("FP8 file without FP8 hardware", 100.0)],
+)
+def test_whole_models_without_fp8_products_agree_to_rounding(
+    bench: Bench, figure: Figure, case: str, least_db: float
+) -> None:
+    import torch
+
+    name, device, arithmetic, dtype, _ = CASES[case]
+    path = getattr(bench.files("plain"), name)
+    bench.comfyui.load(path, "run", device=device)
+    theirs = bench.comfyui.run("evaluate", "run", bench.states)["velocity"]
+
+    found = bench.ours.evaluate(path, bench.states, arithmetic, getattr(torch, dtype))
+
+    assert figure(f"{case}: velocity, ours against ComfyUI's", db(theirs, found)) >= least_db
+    if dtype == "bfloat16":
+        # Two bfloat16 runs are no closer to each other than each is to float32.
+        bench.comfyui.load(path, "exact")
+        exact = bench.comfyui.run("evaluate", "exact", bench.states)["velocity"]
+        rounding_db = figure("ComfyUI in bfloat16 against itself in float32", db(exact, theirs))
+        assert db(theirs, found) >= rounding_db - 3
+
+
+@pytest.mark.parametrize("case", ["FP8 file in float32", "FP8 file in bfloat16"])
+def test_a_whole_fp8_model_agrees_as_closely_as_comfyui_with_itself(bench: Bench, figure: Figure, case: str) -> None:
+    import torch
+
+    name, device, arithmetic, dtype, _ = CASES[case]
+    path = getattr(bench.files("plain"), name)
+    bench.comfyui.load(bench.files("plain").original, "original")
+    reference = bench.comfyui.run("evaluate", "original", bench.states)["velocity"]
+    bench.comfyui.load(path, "run", device=device)
+    theirs = bench.comfyui.run("evaluate", "run", bench.states)["velocity"]
+    # The last bits of the dtype, the size of the difference between two orders of summation.
+    step = torch.finfo(getattr(torch, dtype)).eps
+    generator = torch.Generator().manual_seed(0)
+    twins = []
+    for _ in range(3):
+        noise = torch.randn(bench.states["x"].shape, generator=generator)
+        nudged = {**bench.states, "x": bench.states["x"] * (1 + step * noise)}
+        twins.append(db(theirs, bench.comfyui.run("evaluate", "run", nudged)["velocity"]))
+
+    found = bench.ours.evaluate(path, bench.states, arithmetic, getattr(torch, dtype))
+
+    itself_db = figure(f"{case}: velocity, ComfyUI against itself with nudged inputs (worst of 3)", min(twins))
+    assert figure(f"{case}: velocity, ours against ComfyUI's", db(theirs, found)) >= itself_db - 3
+    theirs_db = figure(f"{case}: ComfyUI against its own BF16 run", mean_sqnr_db(reference, theirs))
+    assert figure(f"{case}: ours against ComfyUI's BF16 run", mean_sqnr_db(reference, found)) == pytest.approx(
+        theirs_db, abs=0.5
+    )
+
+
+@pytest.mark.parametrize(("case", "least_db"), [("BF16 file in float32", 100.0), ("FP8 file in float32", 24.0)])
+def test_sampling_ends_at_the_same_latents(bench: Bench, figure: Figure, case: str, least_db: float) -> None:
+    import torch
+
+    name, device, arithmetic, dtype, _ = CASES[case]
+    path: Path = getattr(bench.files("plain"), name)
+    bench.comfyui.load(path, "run", device=device)
+    theirs = bench.comfyui.run("sample", "run", bench.ours.start(), steps=bench.ours.steps, cfg=bench.ours.guidance)[
+        "latents"
+    ]
+
+    found = bench.ours.sample(path, arithmetic, getattr(torch, dtype))
+
+    assert (
+        figure(f"{case}: latents after {bench.ours.steps} steps, ours against ComfyUI's", db(theirs, found)) >= least_db
+    )

@@ -1,0 +1,58 @@
+"""What calibration is for, inside ComfyUI: the velocity SQNR of its FP8 run against its own run of the original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.comfyui
+
+Figure = Callable[[str, float], float]
+
+MEASURED: dict[str, tuple[float, float]] = {}
+"""Models that were measured already: before and after calibration, in dB."""
+
+
+@pytest.fixture
+def sqnr_db(comfyui: Any, files: Callable[[str], Any], states: dict[str, Any], figure: Figure) -> Callable[..., Any]:
+    """sqnr_db("hot"): velocity SQNR of the converted and of the calibrated file, mean over evaluations."""
+    from convert_to_quant.fidelity import sqnr_db
+
+    def measure(name: str) -> tuple[float, float]:
+        if name in MEASURED:
+            return MEASURED[name]
+        made = files(name)
+        comfyui.load(files("plain").original, "run")
+        plain = comfyui.run("evaluate", "run", states)["velocity"]
+        velocities = []
+        for path in (made.original, made.converted, made.calibrated):
+            comfyui.load(path, "run")
+            velocities.append(comfyui.run("evaluate", "run", states)["velocity"])
+        # A re-ranging is the same function. Unless the reference paints, closeness to it means nothing.
+        assert float(sqnr_db(plain, velocities[0]).mean()) > 80
+        before, after = (float(sqnr_db(velocities[0], found).mean()) for found in velocities[1:])
+        figure(f"{name}, input scales of 1.0", before)
+        figure(f"{name}, after --actcal", after)
+        MEASURED[name] = before, after
+        return before, after
+
+    return measure
+
+
+@pytest.mark.parametrize("name", ["hot", "cold"])
+def test_models_that_break_at_one_paint_after_calibration(sqnr_db: Callable[..., Any], name: str) -> None:
+    before, after = sqnr_db(name)
+    plain_before, _ = sqnr_db("plain")
+
+    assert before < 12
+    assert after > 26
+    assert after > plain_before - 1.5
+
+
+@pytest.mark.parametrize("name", ["plain", "spiky", "wild"])
+def test_models_that_work_at_one_lose_nothing_by_calibration(sqnr_db: Callable[..., Any], name: str) -> None:
+    before, after = sqnr_db(name)
+
+    assert after > before - 0.3
