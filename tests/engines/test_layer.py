@@ -266,3 +266,10 @@ def test_one_broken_weight_among_many_stops_the_simulation(save: Save) -> None:
     tensors["blocks.4.weight"][1][3, 3] = 0x7F
     with open_checkpoint(save("a.safetensors", tensors)) as checkpoint, pytest.raises(TensorError, match=r"blocks\.4"):
         simulate(checkpoint, find_layers(checkpoint).quantized, Simulation())
+
+
+def test_layers_of_equal_weights_draw_different_inputs(save: Save) -> None:
+    codes = random_codes()
+    one, other = (range_of(save, fp8_layer(codes, 0.25, name=name)) for name in ("one", "other"))
+    assert one != other
+    assert one == pytest.approx(other, rel=0.2)

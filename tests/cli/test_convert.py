@@ -1,0 +1,378 @@
+"""`convert_to_quant -i IN -o OUT`, with and without --actcal, on a Flux.1 that is small but runs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.layers import find_layers
+
+MODEL = ("--actcal", "--actcal-samples", "1")
+LAYER = ("--actcal", "--actcal-engine", "layer")
+
+Command = Callable[..., Any]
+Folder = Callable[[], dict[str, bytes]]
+
+
+def input_scales(path: Path) -> dict[str, np.ndarray]:
+    """Every input_scale, by layer, read with the safetensors library."""
+    with safe_open(path, "np") as file:
+        return {
+            name.removesuffix(".input_scale"): file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118 - safe_open is no mapping
+            if name.endswith(".input_scale")
+        }
+
+
+def raw_tensors(path: Path) -> dict[str, bytes]:
+    with open_checkpoint(path) as checkpoint:
+        return {name: checkpoint.raw(name).tobytes() for name in checkpoint}
+
+
+def full_precision(path: Path) -> set[str]:
+    with open_checkpoint(path) as checkpoint:
+        return {name for name, layer in find_layers(checkpoint).quantized.items() if layer.full_precision}
+
+
+def expect_calibrated(path: Path, layers: tuple[str, ...]) -> dict[str, float]:
+    """The file as its readers want it; returns the scales."""
+    scales = input_scales(path)
+    assert set(scales) == set(layers)
+    for scale in scales.values():
+        assert (scale.dtype, scale.shape) == (np.float32, ())
+        assert np.isfinite(scale)
+        assert scale > 0
+    with open_checkpoint(path) as checkpoint:
+        assert set(find_layers(checkpoint).quantized) == set(layers)
+    return {name: float(scale) for name, scale in scales.items()}
+
+
+def test_convert_quantizes_the_blocks_and_says_so(ctq: Command, flux_file: Path, flux: Any) -> None:
+    output = flux_file.with_name("out.safetensors")
+    outcome = ctq("-i", flux_file, "-o", output)
+    assert (outcome.code, outcome.out) == (0, "")
+    assert "13 of 21 linear layers to float8_e4m3fn" in outcome.err
+    assert f"wrote {output}" in outcome.err
+    assert set(expect_calibrated(output, flux.quantized).values()) == {1.0}
+
+
+def test_quiet_says_nothing(ctq: Command, flux_file: Path) -> None:
+    outcome = ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), "-q", *LAYER)
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
+
+
+def test_dry_run_prints_the_plan_with_reasons_and_writes_nothing(ctq: Command, flux_file: Path, folder: Folder) -> None:
+    before = folder()
+    outcome = ctq("-i", flux_file, "--dry-run", "--exclude_layers", r"txt_mlp\.2$")
+    assert outcome.code == 0
+    rows = {line.split()[0]: line for line in outcome.out.splitlines()}
+    assert "F8_E4M3" in rows["double_blocks.0.img_mlp.0"]
+    assert r"excluded by 'txt_mlp\\.2$'" in rows["double_blocks.0.txt_mlp.2"]
+    assert "image embedder: feeds every block" in rows["img_in"]
+    assert "dry run: 12 of 21 linear layers" in outcome.err
+    assert folder() == before
+
+
+def test_json_of_a_dry_run_is_one_document_on_stdout(ctq: Command, flux_file: Path) -> None:
+    outcome = ctq("-i", flux_file, "--dry-run", "-v", "--json", "-")
+    document = json.loads(outcome.out)
+    assert document["family"] == "flux1"
+    assert document["counts"] == {"quantized": 13, "kept": 8}
+    assert "double_blocks.0.img_mlp.0" in outcome.err, "the table makes way"
+
+
+def test_json_of_a_conversion_goes_into_a_file(ctq: Command, flux_file: Path) -> None:
+    report = flux_file.with_name("report.json")
+    assert ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), "--json", report).code == 0
+    assert json.loads(report.read_text())["counts"]["quantized"] == 13
+
+
+def test_no_input_scale_leaves_it_out(ctq: Command, flux_file: Path) -> None:
+    output = flux_file.with_name("out.safetensors")
+    assert ctq("-i", flux_file, "-o", output, "--no_input_scale").code == 0
+    assert input_scales(output) == {}
+
+
+def test_converting_and_calibrating_in_one_breath_equals_one_after_the_other(
+    ctq: Command, flux_file: Path, fp8_file: Path, flux: Any
+) -> None:
+    at_once, after = flux_file.with_name("once.safetensors"), flux_file.with_name("after.safetensors")
+    outcome = ctq("-i", flux_file, "-o", at_once, *MODEL)
+    assert outcome.code == 0, outcome.err
+    assert "calibrated 13 of 13 FP8 layers by running the model on noise" in outcome.err
+    assert "note: calibrated on noise: the ranges of" in outcome.err
+    assert ctq("-i", fp8_file, "-o", after, *MODEL).code == 0
+    scales = expect_calibrated(at_once, flux.quantized)
+    assert scales == expect_calibrated(after, flux.quantized)
+    assert 1.0 not in scales.values()
+    assert full_precision(at_once) == full_precision(after) == set(flux.one_row)
+
+    # In place, the file that was converted first becomes the very same file.
+    assert ctq("-i", fp8_file, "--in-place", *MODEL).code == 0
+    assert fp8_file.read_bytes() == at_once.read_bytes()
+    assert not list(fp8_file.parent.glob("*.undo"))
+
+
+def test_calibration_changes_scales_and_marks_only(ctq: Command, fp8_file: Path, flux: Any) -> None:
+    output = fp8_file.with_name("out.safetensors")
+    before = raw_tensors(fp8_file)
+    assert ctq("-i", fp8_file, "-o", output, *MODEL).code == 0
+    after = raw_tensors(output)
+    assert sorted(after) == sorted(before)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {f"{name}.input_scale" for name in flux.quantized} | {
+        f"{name}.comfy_quant" for name in flux.one_row
+    }
+    with open_checkpoint(output) as checkpoint:
+        assert checkpoint.metadata["author"] == "a test"
+        made = json.loads(checkpoint.metadata["convert_to_quant"])
+        assert made["calibrate"]["engine"] == "model"
+        assert made["calibrate"]["conditioning"] == "noise"
+        marks = json.loads(checkpoint.metadata["_quantization_metadata"])["layers"]
+    assert {name for name, mark in marks.items() if mark.get("full_precision_matrix_mult")} == set(flux.one_row)
+
+
+def test_verbose_prints_old_scale_new_scale_source_and_range_of_every_layer(
+    ctq: Command, fp8_file: Path, flux: Any
+) -> None:
+    outcome = ctq("-i", fp8_file, "--dry-run", "-v", "--json", fp8_file.with_name("r.json"), *MODEL)
+    head, *rows = outcome.out.splitlines()
+    for column in ("layer", "range", "scale before", "scale after", "source"):
+        assert column in head
+    assert [row.split()[0] for row in rows] == list(find(fp8_file))
+    document = json.loads(fp8_file.with_name("r.json").read_text())
+    assert document["engine"] == "model"
+    for row, layer in zip(rows, document["layers"], strict=True):
+        assert layer["source"] == "model"
+        assert layer["scale_before"] == 1.0
+        assert layer["scale_after"] == float(np.float32(layer["range"] / 448))
+        assert f"{layer['range']:.5g}" in row
+        assert f"{layer['scale_after']:.5g}" in row
+    assert set(flux.quantized) == {layer["layer"] for layer in document["layers"]}
+    assert "dry run: nothing was written" in outcome.err
+
+
+def find(path: Path) -> dict[str, Any]:
+    with open_checkpoint(path) as checkpoint:
+        return find_layers(checkpoint).quantized
+
+
+def test_json_dash_keeps_stdout_one_document_also_with_the_table(ctq: Command, fp8_file: Path) -> None:
+    outcome = ctq("-i", fp8_file, "--dry-run", "-v", "--json", "-", *LAYER)
+    document = json.loads(outcome.out)
+    assert {layer["source"] for layer in document["layers"]} == {"layer"}
+    assert "scale before" in outcome.err
+
+
+def test_a_dry_run_of_a_calibration_writes_nothing(ctq: Command, fp8_file: Path, folder: Folder) -> None:
+    before = folder()
+    for words in (("--in-place",), ("-o", fp8_file.with_name("out.safetensors")), ()):
+        assert ctq("-i", fp8_file, "--dry-run", *words, *LAYER).code == 0
+    assert folder() == before
+
+
+def test_calibration_is_deterministic_for_a_seed(ctq: Command, fp8_file: Path) -> None:
+    outputs = [fp8_file.with_name(f"{number}.safetensors") for number in range(3)]
+    for output, seed in zip(outputs, (1, 1, 2), strict=True):
+        assert ctq("-i", fp8_file, "-o", output, *LAYER, "--actcal-seed", seed).code == 0
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    assert input_scales(outputs[0]) != input_scales(outputs[2])
+
+
+def test_auto_falls_back_with_one_clear_line_for_a_model_that_cannot_be_run(
+    ctq: Command, save: Callable[..., Path], build: Any
+) -> None:
+    path = save("m.safetensors", *build.quantized(["blocks.0.fc1", "blocks.0.fc2"], "both"))
+    output = path.with_name("out.safetensors")
+    outcome = ctq("-i", path, "-o", output, "--actcal")
+    assert outcome.code == 0
+    said = [line for line in outcome.err.splitlines() if "cannot be run" in line]
+    assert said == [
+        "note: the model cannot be run (its tensor names fit no known family); its layers are simulated one by one "
+        "instead: such ranges are guesses with much headroom, and cost quality where a layer's real inputs are larger "
+        "or far smaller"
+    ]
+    expect_calibrated(output, ("blocks.0.fc1", "blocks.0.fc2"))
+
+
+def test_engine_model_refuses_a_model_that_cannot_be_run(
+    ctq: Command, save: Callable[..., Path], build: Any, folder: Folder
+) -> None:
+    path = save("m.safetensors", *build.quantized(["blocks.0.fc1"], "both"))
+    before = folder()
+    outcome = ctq("-i", path, "-o", path.with_name("out.safetensors"), "--actcal", "--actcal-engine", "model")
+    assert outcome.code == 1
+    assert outcome.err == (
+        f"error: {path}: its tensor names fit no known family (the layer engine works with any layout)\n"
+    )
+    assert folder() == before
+
+
+def lora_file(save: Callable[..., Path], names: Mapping[str, tuple[int, int]], name: str = "lora.safetensors") -> Path:
+    random = np.random.default_rng(1)
+    tensors = {}
+    for adapter, (rows, columns) in names.items():
+        tensors[adapter + ".lora_down.weight"] = random.standard_normal((2, columns)).astype(np.float32)
+        tensors[adapter + ".lora_up.weight"] = random.standard_normal((rows, 2)).astype(np.float32)
+    return save(name, tensors)
+
+
+def test_ranges_cover_the_model_with_and_without_its_lora(
+    ctq: Command, save: Callable[..., Path], fp8_file: Path, flux: Any
+) -> None:
+    lora = lora_file(save, {"lora_unet_double_blocks_0_img_mlp_0": (128, 32)})
+    scales = {}
+    for name, words in (("plain", ()), ("lora", ("--actcal-lora", f"{lora}:3.0"))):
+        output = fp8_file.with_name(f"with_{name}.safetensors")
+        outcome = ctq("-i", fp8_file, "-o", output, *MODEL, *words)
+        assert outcome.code == 0
+        scales[name] = expect_calibrated(output, flux.quantized)
+    assert "note: LoRA: 1 adapters on 1 layers" in outcome.err
+    assert all(scales["lora"][name] >= scales["plain"][name] for name in flux.quantized)
+    assert scales["lora"]["double_blocks.0.img_mlp.0"] == scales["plain"]["double_blocks.0.img_mlp.0"]
+    assert scales["lora"]["double_blocks.0.img_mlp.2"] > 2 * scales["plain"]["double_blocks.0.img_mlp.2"]
+
+
+def test_the_output_estimator_warns(ctq: Command, fp8_file: Path) -> None:
+    outcome = ctq("-i", fp8_file, "--dry-run", *LAYER, "--actcal-estimator", "output")
+    assert "note: the output estimator measures the range of the layer's output, not of its input" in outcome.err
+
+
+def test_conversion_flags_do_nothing_to_an_fp8_file_and_it_says_so(ctq: Command, fp8_file: Path) -> None:
+    outcome = ctq("-i", fp8_file, "--dry-run", *LAYER, "--scaling_mode", "row", "--exclude-layers", "x")
+    assert outcome.code == 0
+    assert (
+        "note: the input is FP8 already, so nothing is converted and --scaling-mode, --exclude-layers does nothing"
+        in outcome.err
+    )
+
+
+def test_legacy_files_stay_legacy_and_are_calibrated(ctq: Command, flux_file: Path, flux: Any) -> None:
+    output = flux_file.with_name("legacy.safetensors")
+    outcome = ctq("-i", flux_file, "-o", output, "--legacy", *MODEL)
+    assert outcome.code == 0
+    assert (
+        "3 layers should compute in full precision, but a file without comfy_quant marks cannot say so" in outcome.err
+    )
+    tensors = raw_tensors(output)
+    assert "scaled_fp8" in tensors
+    assert not any(name.endswith((".input_scale", ".comfy_quant")) for name in tensors)
+    scales = {name: np.frombuffer(tensors[name + ".scale_input"], np.float32)[0] for name in flux.quantized}
+    assert 1.0 not in scales.values()
+    assert all(scale > 0 for scale in scales.values())
+
+
+def test_a_shard_index_is_converted_and_calibrated_shard_by_shard(
+    ctq: Command, save_shards: Callable[..., Path], flux_tensors: Callable[[], dict[str, Any]], flux: Any
+) -> None:
+    items = list(flux_tensors().items())
+    index = save_shards("model", [dict(items[:30]), dict(items[30:])])
+    output = index.with_name("out.safetensors.index.json")
+    assert ctq("-i", index, "-o", output, *LAYER).code == 0
+    with open_checkpoint(output) as checkpoint:
+        assert len(checkpoint.files) == 2
+        layers = find_layers(checkpoint).quantized
+        assert set(layers) == set(flux.quantized)
+        assert all(checkpoint.float32(layer.input_scale) != 1.0 for layer in layers.values())
+
+
+def test_in_place_recovers_from_an_interrupted_change_and_says_so(ctq: Command, fp8_file: Path) -> None:
+    original = fp8_file.read_bytes()
+    killed = subprocess.run([sys.executable, "-c", CRASH, str(fp8_file)], capture_output=True, text=True, check=False)
+    assert killed.returncode == 7, killed.stderr
+    undo = fp8_file.with_name(fp8_file.name + ".undo")
+    assert undo.exists()
+    assert fp8_file.read_bytes() != original
+    refused = ctq("-i", fp8_file, "--dry-run", *LAYER)
+    assert (refused.code, refused.err) == (
+        1,
+        f"error: {undo}: an interrupted change left this undo file; the old bytes must be put back first "
+        "(run with --in-place again)\n",
+    )
+    outcome = ctq("-i", fp8_file, "--in-place", *LAYER)
+    assert outcome.code == 0
+    assert f"note: {fp8_file}: an interrupted change in place was undone" in outcome.err
+    assert not undo.exists()
+    assert 1.0 not in {float(scale) for scale in input_scales(fp8_file).values()}
+
+
+CRASH = """
+import os, sys
+from convert_to_quant import cli, patch
+write = patch._write_at
+def once_and_die(*words):
+    write(*words)
+    os._exit(7)
+patch._write_at = once_and_die
+cli.main(["-i", sys.argv[1], "--in-place", "--actcal", "--actcal-engine", "layer"])
+"""
+
+
+def test_a_calibration_that_fails_while_converting_leaves_no_output(
+    ctq: Command, flux_file: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convert_to_quant import calibrate_activation_scales
+    from convert_to_quant.errors import CalibrationError
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise CalibrationError("its inputs had 3 NaN", tensor="double_blocks.0.img_mlp.2")
+
+    monkeypatch.setattr(calibrate_activation_scales, "calibrate_model", fail)
+    before = folder()
+    outcome = ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), "--actcal")
+    assert outcome.code == 1
+    assert outcome.err == "error: double_blocks.0.img_mlp.2: its inputs had 3 NaN\n"
+    assert folder() == before
+
+
+STALL = """
+import os, sys, time
+from convert_to_quant import cli, convert
+quantize = convert.quantize_weight
+def stall(*words):
+    quantize(*words)
+    os.write(1, b"converting\\n")
+    time.sleep(20)
+convert.quantize_weight = stall
+sys.exit(cli.main(["-i", sys.argv[1], "-o", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, -15)])
+def test_a_killed_conversion_leaves_nothing(flux_file: Path, folder: Folder, end: int, code: int) -> None:
+    before = folder()
+    words = [sys.executable, "-c", STALL, str(flux_file), str(flux_file.with_name("out.safetensors"))]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "converting\n"
+        process.send_signal(end)
+    assert process.returncode == code
+    assert folder() == before
+
+
+def test_control_c_during_a_conversion_leaves_nothing_and_exits_130(flux_file: Path, folder: Folder) -> None:
+    before = folder()
+    words = [sys.executable, "-c", STALL.replace("sleep(20)", "sleep(0.5)"), str(flux_file),
+             str(flux_file.with_name("out.safetensors"))]  # fmt: skip
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "converting\n"
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        error = process.stderr.read()
+    assert time.monotonic() - started < 5, "work that was queued is not done first"
+    assert process.returncode == 130
+    assert error == "interrupted: an output is written whole or not at all\n"
+    assert folder() == before
