@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from . import convert, lora
+from . import convert, lora, names
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .engines import layer as layer_engine
 from .errors import OptionError, OutputError, StrPath, TensorError, UnsupportedModelError
@@ -300,7 +300,7 @@ def calibrate_model(
         match = lora.match_loras(
             loras, {layer.name: (layer.out_features, layer.in_features) for layer in table.linear()}
         )
-        notes += _lora_notes(match)
+        notes += lora_notes(match)
     reason = _why_not_run(model, table) if options.engine == "auto" else None
     if options.engine == "layer" or reason is not None:
         if reason is not None:
@@ -324,8 +324,8 @@ def _quantized_table(checkpoint: Checkpoint) -> LayerTable:
     return table
 
 
-def _lora_notes(match: lora.LoraMatch) -> list[str]:
-    """What a user should know of how adapters matched: a summary, then every name that is left over."""
+def lora_notes(match: lora.LoraMatch) -> list[str]:
+    """Say how adapters matched, for the user: a summary, then every name that is left over."""
     kinds = {
         "unmatched": match.unmatched,
         "ambiguous": match.ambiguous,
@@ -391,11 +391,7 @@ def _run(
     )
     conditioned = set(observation.conditioned)
     results = [_with_conditioning(result, result.layer in conditioned) for result in solved]
-    if conditioned:
-        notes.append(
-            f"calibrated on noise: the ranges of {len(conditioned)} layers depend on the conditioning, which noise "
-            f"only imitates (first: {min(conditioned)})"
-        )
+    notes += _conditioning_notes(conditioned)
     unsolved = [result for result in results if not result.range]
     notes += [f"{result.layer}: {result.reason}" for result in unsolved]
     return Calibration("model", results, options, notes, match, observation.statistics)
@@ -423,12 +419,38 @@ def apply_statistics(
     options = options or SolveOptions()
     table = _quantized_table(checkpoint)
     present = _present(checkpoint, table)
+    statistics = _with_prefix_of(statistics, table)
     fitting = statistics.for_layers({name: state.shape for name, state in present.items()}, force=force)
-    results = solve(fitting, present, options)
-    notes = list(table.notes)
+    moving = set(fitting.provenance.get("depends_on_conditioning", ()))
+    results = [_with_conditioning(result, result.layer in moving) for result in solve(fitting, present, options)]
+    notes = list(table.notes) + _conditioning_notes(moving & present.keys())
     notes += [f"{name}: not in these statistics: keeps its scale" for name in fitting.left_out if name in present]
     notes += [f"{result.layer}: {result.reason}" for result in results if not result.range]
     return Calibration("statistics", results, options, notes, statistics=fitting)
+
+
+def _conditioning_notes(layers: Collection[str]) -> list[str]:
+    """Say that ranges come from noise and depend on what it stood in for, if any do."""
+    if not layers:
+        return []
+    return [
+        f"calibrated on noise: the ranges of {len(layers)} layers depend on the conditioning, which noise only "
+        f"imitates (first: {min(layers)})"
+    ]
+
+
+def _with_prefix_of(statistics: Statistics, table: LayerTable) -> Statistics:
+    """Statistics of the same model in another file, whose names have another prefix, in this file's names."""
+    if any(name in statistics.layers for name in table.quantized):
+        return statistics
+    _, bare = names.strip_prefix(statistics.layers)
+    new = {old: table.prefix + bare.get(old, old) for old in statistics.layers}
+    if len(set(new.values())) < len(new):
+        return statistics
+    facts = dict(statistics.provenance)
+    if "depends_on_conditioning" in facts:
+        facts["depends_on_conditioning"] = tuple(new.get(name, name) for name in facts["depends_on_conditioning"])
+    return statistics.replace(layers={new[old]: shape for old, shape in statistics.layers.items()}, provenance=facts)
 
 
 def _with_conditioning(result: LayerResult, depends: bool) -> LayerResult:

@@ -20,8 +20,10 @@ from ..errors import Error
 
 COMMANDS = {
     "convert": "convert to FP8, calibrate an FP8 file, or both (the default)",
+    "observe": "run a model and keep what its layers receive as a statistics file",
     "apply": "choose scales from statistics and write them into a checkpoint",
     "merge": "merge statistics files",
+    "check": "compare a quantized model with its reference while both paint",
     "demo": "convert, calibrate and check the embedded emoji model; writes a picture",
 }
 """What each command does. The module `cli.NAME` has it: `add_arguments(parser)` and `run(args) -> exit code`."""

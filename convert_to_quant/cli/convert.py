@@ -41,6 +41,8 @@ examples:
       say which layers would be converted, and why the others would not
 
 other commands: convert_to_quant COMMAND --help
+  observe   run a model and keep what its layers receive as a statistics file
+  check     compare a quantized model with its reference while both paint
   demo      convert, calibrate and check the embedded emoji model; writes a picture
 
 Dashes and underscores are the same in every flag.

@@ -240,11 +240,15 @@ class Session:
             OutputError: it cannot be written; the partial files stay.
         """
         assert self.output is not None
-        assert self.partial is not None
         if self.rank == 0:
             statistics.save(self.output, {METADATA_KEY: json.dumps({"options": self.options})})
         self._wait_for_all()
-        self.partial.unlink(missing_ok=True)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the partial file of this process."""
+        if self.partial is not None:
+            self.partial.unlink(missing_ok=True)
 
     def _begun(self, recording: Recording) -> Observed:
         """What this process saw before it was stopped."""

@@ -1,0 +1,182 @@
+"""`convert_to_quant check REFERENCE QUANTIZED`: how much of what a model paints survived quantization."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ..errors import CalibrationError, OptionError
+from .output import print_table, progress_bar, say, write_json
+from .running import NOISE, PICTURES, add_running_arguments, check_report, check_running_options, geometry_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..engines.denoiser import Denoiser
+    from ..engines.noise import Geometry
+    from ..fidelity import Fidelity
+
+ARITHMETICS = ("comfyui", "comfyui-divide", "dequantize", "dynamic-tensor", "dynamic-row")
+SEED = 43
+"""Not the seed of calibration: a check on what was calibrated on would flatter."""
+
+WORST_LAYERS = 20
+BELOW = 1
+"""Exit code of a model that is worse than asked for."""
+
+DESCRIPTION = """\
+Run a reference and a quantized model side by side, along the reference's way from noise to picture, and say how close
+the quantized model's predictions stay: the SQNR of the velocity in dB per noise level (30 is good, 10 is ruin), and the
+PSNR of the latents that each reaches by itself."""
+EPILOG = """\
+examples:
+  convert_to_quant check flux_bf16.safetensors flux_fp8.safetensors --device cuda
+  convert_to_quant check flux_bf16.safetensors flux_fp8.safetensors --layers
+  convert_to_quant check flux_bf16.safetensors flux_fp8.safetensors --at-least 25 && upload flux_fp8.safetensors
+
+arithmetics of FP8 layers:
+  comfyui         as ComfyUI on a CPU: inputs times 1 / scale, in their own dtype
+  comfyui-divide  as ComfyUI's CUDA kernels: inputs over scale, in float32
+  dequantize      weights in FP8 only; dynamic-tensor, dynamic-row: scales from each input itself
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument("reference", metavar="REFERENCE", help="the model as it should be")
+    parser.add_argument("quantized", metavar="QUANTIZED", help="the same model, quantized")
+    parser.add_argument("--arithmetic", choices=ARITHMETICS, default=ARITHMETICS[0],
+                        help="how FP8 layers compute (comfyui)")  # fmt: skip
+    parser.add_argument("--guidance", type=float, default=1.0, metavar="G",
+                        help="strength of classifier-free guidance (1: none)")  # fmt: skip
+    add_running_arguments(parser, seed=SEED)
+    parser.add_argument("--layers", action="store_true",
+                        help=f"the errors of the {WORST_LAYERS} worst layers' outputs (all with -v)")  # fmt: skip
+    parser.add_argument("--at-least", type=float, metavar="DB", help=f"exit code {BELOW} if the mean SQNR is below")
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON (- for stdout, instead of the tables)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="with --layers: every layer")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    check_running_options(args)
+    if args.verbose and not args.layers:
+        raise OptionError("-v needs --layers: it shows every layer")
+    check_report(args.json, {"REFERENCE": args.reference, "QUANTIZED": args.quantized})
+    found = measure(args)
+    if args.json:
+        write_json(args.json, found.to_json())
+    if not (args.quiet or args.json == "-"):
+        print_levels(found)
+        if args.layers:
+            print_layers(found, None if args.verbose else WORST_LAYERS)
+    if args.at_least is not None and found.sqnr_db < args.at_least:
+        say(f"{args.quantized}: {found.sqnr_db:.2f} dB, at least {args.at_least:g} dB were asked for")
+        return BELOW
+    return 0
+
+
+def measure(args: argparse.Namespace) -> Fidelity:
+    """Run both models."""
+    from ..checkpoint import open_checkpoint
+    from ..engines.denoiser import load
+    from ..engines.diffusers import BATCH_TOKENS
+    from ..fidelity import velocity_fidelity
+
+    with open_checkpoint(args.reference) as first, open_checkpoint(args.quantized) as second:
+        reference = load(first, device=args.device)
+        quantized = load(second, device=args.device, arithmetic=args.arithmetic.replace("-", "_"))
+        refuse_another_model(reference, quantized, args)
+        conditioning, negative, geometry = shown(reference, args)
+        with progress_bar("checking", quiet=args.quiet) as progress:
+            return velocity_fidelity(
+                reference,
+                quantized,
+                conditioning,
+                geometry,
+                negative=negative,
+                guidance=args.guidance,
+                steps=args.steps,
+                seed=args.seed,
+                batch=max(BATCH_TOKENS // geometry.tokens, 1),
+                layer_errors=args.layers,
+                progress=progress,
+            )
+
+
+def refuse_another_model(reference: Denoiser, quantized: Denoiser, args: argparse.Namespace) -> None:
+    """Refuse to compare models of different families or sizes.
+
+    Raises:
+        CalibrationError: they are.
+    """
+    one, other = reference.plan, quantized.plan
+    problem = None
+    if one.family != other.family:
+        problem = f"its family is {other.family}, that of {args.reference} is {one.family}"
+    for name in sorted(one.shapes.keys() | other.shapes.keys()) if problem is None else ():
+        wanted, found = one.shapes.get(name), other.shapes.get(name)
+        if wanted != found:
+            problem = f"{name} is {_shape(found)}, in {args.reference} it is {_shape(wanted)}"
+            break
+    if problem is not None:
+        raise CalibrationError(f"another model: {problem}", path=args.quantized, hint="compare a model with itself")
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))
+
+
+def shown(
+    reference: Denoiser, args: argparse.Namespace
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, Geometry]:
+    """Prompts, the empty prompt, and the size of the pictures."""
+    from ..engines import noise
+    from ..engines.prompts import NEGATIVE, Prompts
+    from ..fidelity import noise_prompts
+
+    geometry = geometry_of(args, reference.plan.family)
+    if args.conditioning == NOISE:
+        silent = noise.conditioning(reference.signals(geometry), noise.SILENT, args.seed, 0)
+        return noise_prompts(reference, geometry, args.samples or PICTURES, seed=args.seed), silent, geometry
+    given = Prompts.load(args.conditioning)
+    positive = {name: value for name, value in given.tensors.items() if not name.startswith(NEGATIVE)}
+    prompts = Prompts(positive, source=given.source).fitted(reference, geometry)
+    empty = {name.removeprefix(NEGATIVE): given.tensors[name] for name in given.tensors.keys() - positive.keys()}
+    negative = Prompts(empty, source=given.source).fitted(reference, geometry).tensors if empty else None
+    rows = [number % prompts.count for number in range(args.samples or prompts.count)]
+    conditioning = {name: value[rows] for name, value in prompts.tensors.items()}
+    if negative is None:
+        silent = noise.conditioning(reference.signals(prompts.geometry), noise.SILENT, args.seed, 0)
+        return conditioning, silent, prompts.geometry
+    return conditioning, {name: value[:1] for name, value in negative.items()}, prompts.geometry
+
+
+def print_levels(found: Fidelity) -> None:
+    """Velocity SQNR per noise level, their mean, and the final latents' PSNR."""
+    from ..fidelity import EXACT_DB
+
+    rows = [(f"{level.sigma:.3f}", level.sqnr_db, level.standard_error_db) for level in found.levels]
+    rows.append(("mean", found.sqnr_db, found.standard_error_db))
+    rows.append(("final PSNR", found.psnr_db, found.psnr_standard_error_db))
+    print_table(
+        ("sigma", "SQNR", "standard error"),
+        [
+            (name, *(("exact", "-") if mean >= EXACT_DB else (f"{mean:.2f} dB", f"{error:.2f} dB")))
+            for name, mean, error in rows
+        ],
+        right=(1, 2),
+    )
+
+
+def print_layers(found: Fidelity, most: int | None) -> None:
+    """Row errors of layers, worst first."""
+    print_table(
+        ("layer", "rows", "mean error", "worst 1 % of rows", "whole tensor"),
+        [
+            (layer.layer, str(layer.rows), f"{layer.mean:.3%}", f"{layer.worst:.3%}", f"{layer.whole:.3%}")
+            for layer in found.layers[:most]
+        ],
+        right=(1, 2, 3, 4),
+    )

@@ -1,0 +1,249 @@
+"""A diffusers pipeline run on real prompts: the inputs that a model's layers receive in earnest.
+
+Why it exists. Noise stands in for prompts well (`noise.py`), but only a text encoder knows how loud its own outputs
+are, and only a pipeline knows its scheduler, its guidance and its negative prompt. Who has the folder of a pipeline has
+all of that.
+
+How it works. diffusers loads the folder, without a network, without pickles, and paints each prompt. The inputs of the
+transformer's linear layers are recorded and put under the names of the checkpoint that will be patched: given one, by
+tracing where each of its rows goes (`provenance.py`); without one, under diffusers' own names and the authors' both
+(`names.py`), so that the statistics fit a checkpoint of either kind. The parts of a fused layer share one input.
+
+Noise levels are the scheduler's own.
+
+Limits. The noise of prompt n follows from the seed and n on any device, but the picture is the pipeline's business:
+what it draws itself comes from its own generator. Pipelines with two transformers are observed one at a time
+(`component`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import names
+from ..checkpoint import Checkpoint
+from ..errors import CalibrationError, OptionError, StrPath
+from ..recorder import find_linears, module_shape, record
+from ..stats import Shape, Statistics
+from .denoiser import load as load_model
+from .diffusers import Observation, expect_finite, watched
+from .session import Progress, Session, Tick, Unit
+
+COMPONENTS = ("transformer", "unet")
+"""What a pipeline calls its diffusion model."""
+
+MODEL_INDEX = "model_index.json"
+
+
+@dataclass(frozen=True)
+class Painting:
+    """How a pipeline paints.
+
+    Attributes:
+        pictures: how many; prompts are taken in turn, and each at least once.
+        steps: of its scheduler.
+        seed: of all noise.
+        height: in pixels; the pipeline's own default where None. So are the others.
+        width: in pixels.
+        frames: of a film.
+        text_tokens: most tokens of a prompt.
+    """
+
+    pictures: int = 1
+    steps: int = 8
+    seed: int = 42
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    text_tokens: int | None = None
+
+    def arguments(self) -> dict[str, int]:
+        """What a pipeline is called with, as far as it is said."""
+        said = {
+            "num_inference_steps": self.steps,
+            "height": self.height,
+            "width": self.width,
+            "num_frames": self.frames,
+            "max_sequence_length": self.text_tokens,
+        }
+        return {name: value for name, value in said.items() if value is not None}
+
+
+def load(folder: StrPath, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """Load a pipeline from its folder.
+
+    Args:
+        folder: with `model_index.json`.
+        device: where to run it.
+        dtype: of its weights; bfloat16 on a GPU and float32 on a CPU by default.
+
+    Raises:
+        CalibrationError: it is no such folder, or diffusers cannot load it.
+        OptionError: an unusable device.
+    """
+    import diffusers
+
+    path = Path(folder)
+    if not (path / MODEL_INDEX).is_file():
+        raise CalibrationError(f"no folder of a diffusers pipeline: it has no {MODEL_INDEX}", path=path)
+    number = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+            str(path), local_files_only=True, use_safetensors=True, torch_dtype=number
+        )
+    except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
+        raise CalibrationError(f"diffusers cannot load it: {_first_line(error)}", path=path) from error
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        return pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from None
+
+
+def observe(
+    folder: StrPath,
+    prompts: Sequence[str],
+    painting: Painting,
+    session: Session,
+    *,
+    checkpoint: Checkpoint | None = None,
+    component: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Observation:
+    """Paint prompts with a pipeline and record the inputs of its transformer's linear layers.
+
+    Args:
+        folder: of the pipeline.
+        prompts: one text each.
+        painting: how.
+        session: saves, resumes and shares the work. Nothing is written to its output yet: see `Session.finish`.
+        checkpoint: whose layer names to use; by default diffusers' and the authors' both.
+        component: which of the pipeline's parts to record; "transformer" or "unet" by default.
+        device: where to run.
+        dtype: see `load`.
+        progress: called after every step.
+
+    Returns:
+        The observation, of all processes.
+
+    Raises:
+        OptionError: no prompts, or an option or device that the pipeline cannot use.
+        CalibrationError: the folder cannot be loaded, its transformer is not the checkpoint's model, or inputs are not
+            finite.
+        UnsupportedModelError: the checkpoint's layout is not known.
+        StatisticsError: the session cannot be resumed.
+    """
+    if not prompts:
+        raise OptionError("no prompts")
+    if painting.steps < 1:
+        raise OptionError(f"steps should be at least 1, found {painting.steps}")
+    pipeline = load(folder, device, dtype)
+    arguments = painting.arguments()
+    known = inspect.signature(pipeline.__call__).parameters
+    for name in arguments:
+        if name not in known:
+            raise OptionError(f"{type(pipeline).__name__} takes no {name}")
+    transformer = _component(pipeline, component, folder)
+    shapes, feeds = _names_of(transformer, checkpoint, folder)
+    with record(transformer, shapes, feeds, sigma=lambda *_: _sigma(pipeline.scheduler)) as recording:
+
+        def paint(number: int, tick: Tick) -> None:
+            ticked = 0
+
+            def step_done(*_: object) -> dict[str, Any]:
+                nonlocal ticked
+                ticked += 1
+                tick(1)
+                return {}
+
+            told: dict[str, Any] = {"callback_on_step_end": step_done} if "callback_on_step_end" in known else {}
+            generator = torch.Generator().manual_seed(painting.seed + number)
+            with torch.no_grad():
+                pipeline(
+                    prompt=prompts[number % len(prompts)], generator=generator, output_type="latent",
+                    **arguments, **told,
+                )  # fmt: skip
+            tick(painting.steps - ticked)
+
+        units = [
+            Unit(f"picture {number}", "prompts", 1, painting.steps, partial(paint, number))
+            for number in range(max(painting.pictures, len(prompts)))
+        ]
+        seen = session.run(
+            recording,
+            units,
+            progress=progress,
+            check=partial(expect_finite, folder),
+            engine="pipeline",
+            pipeline=type(pipeline).__name__,
+            conditioning="prompts",
+            seed=painting.seed,
+            steps=painting.steps,
+        )
+    statistics = seen.statistics
+    unvisited = [name for name, visited in zip(statistics.names, statistics.visited, strict=True) if not visited]
+    return Observation(statistics, (), tuple(unvisited))
+
+
+def with_prefix(statistics: Statistics, prefix: str) -> Statistics:
+    """The same statistics under layer names that begin with a checkpoint's prefix."""
+    layers = {name if name.startswith(prefix) else prefix + name: shape for name, shape in statistics.layers.items()}
+    return statistics.replace(layers=layers)
+
+
+def _component(pipeline: Any, component: str | None, folder: StrPath) -> nn.Module:
+    """The part of a pipeline that is recorded."""
+    choices = (component,) if component is not None else COMPONENTS
+    for name in choices:
+        part = getattr(pipeline, name, None)
+        if isinstance(part, nn.Module):
+            return part
+    has = ", ".join(name for name, part in pipeline.components.items() if isinstance(part, nn.Module))
+    raise OptionError(f"{folder}: the pipeline has no {' or '.join(choices)}", hint=f"it has {has}")
+
+
+def _names_of(
+    transformer: nn.Module, checkpoint: Checkpoint | None, folder: StrPath
+) -> tuple[dict[str, Shape], dict[str, list[str]]]:
+    """Layers to record and their shapes, and which of them each module feeds."""
+    modules = {name: module_shape(module) for name, module in find_linears(transformer).items()}
+    if checkpoint is None:
+        both = names.checkpoint_layers(modules, type(transformer).__name__)
+        fed = {name: {name: shape, **dict(both.get(name, ()))} for name, shape in modules.items()}
+        shapes = {layer: shape for layers in fed.values() for layer, shape in layers.items()}
+        return shapes, {name: list(layers) for name, layers in fed.items()}
+    model = load_model(checkpoint)
+    wanted = {name: (linear.out_features, linear.in_features) for name, linear in model.linears.items()}
+    if modules != wanted:
+        strangers = sorted({name for name, _ in modules.items() ^ wanted.items()})
+        raise CalibrationError(
+            f"the pipeline's {type(transformer).__name__} is not the model of {checkpoint.path}",
+            path=folder,
+            tensor=strangers[0],
+            hint="name the checkpoint that goes with the pipeline, or none",
+        )
+    return watched(model)
+
+
+def _sigma(scheduler: Any) -> float | None:
+    """The scheduler's present noise level; None where it keeps none."""
+    sigmas: Mapping[int, Any] | None = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        return None
+    index = scheduler.step_index
+    return float(sigmas[scheduler.begin_index or 0 if index is None else index])
+
+
+def _first_line(error: BaseException) -> str:
+    return re.split(r"\s*\n", str(error).strip(), maxsplit=1)[0]

@@ -1,0 +1,64 @@
+"""From pixels, in which people think, to the tokens that a model sees.
+
+A picture passes an encoder (8 times smaller in most families) and is cut into patches (2 by 2 in most): one token
+covers 16 by 16 pixels. Video encoders merge frames after the first in groups of four. What differs is in `GRIDS`.
+
+Limits. A checkpoint does not say which encoder it was trained with; a model of a listed family with another one is
+shown another size than asked for, which moves ranges little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+from ..errors import OptionError
+from .noise import Geometry
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What one token covers.
+
+    Attributes:
+        pixels: along each side.
+        frames: of a film, after the first frame, which has tokens of its own.
+    """
+
+    pixels: int = 16
+    frames: int = 4
+
+
+GRIDS: Mapping[str, Grid] = {"ltx": Grid(32, 8), "ltx2": Grid(32, 8), "hunyuan-image": Grid(32), "mochi": Grid(16, 6)}
+"""By family; `Grid()` for all others."""
+
+
+def geometry(family: str, height: int, width: int, frames: int = 1, text_tokens: int = 64) -> Geometry:
+    """The tokens of a picture or film.
+
+    Args:
+        family: name of the model's family.
+        height: in pixels; rounded up to whole tokens.
+        width: like `height`.
+        frames: of a film, 1 for a picture; rounded up to whole tokens.
+        text_tokens: length of the text.
+
+    Raises:
+        OptionError: a number is below 1.
+
+    >>> geometry("flux1", 1024, 768)
+    Geometry(height=64, width=48, frames=1, text_tokens=64)
+    >>> geometry("ltx", 512, 768, frames=97).frames
+    13
+    """
+    for option, number in (("height", height), ("width", width), ("frames", frames), ("text tokens", text_tokens)):
+        if number < 1:
+            raise OptionError(f"{option} should be at least 1, found {number}")
+    grid = GRIDS.get(family, Grid())
+    return Geometry(
+        height=ceil(height / grid.pixels),
+        width=ceil(width / grid.pixels),
+        frames=1 + ceil((frames - 1) / grid.frames),
+        text_tokens=text_tokens,
+    )
