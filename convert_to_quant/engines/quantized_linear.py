@@ -254,12 +254,16 @@ class CheckpointLinear(nn.Module):
     def _scaled_matmul(self, codes: Tensor, scale: Tensor) -> Tensor:
         weight_OI, weight_scale = self.stored.stored()[0]
         assert weight_scale is not None
+        # The kernel adds a bias only to 16-bit results.
+        fuses_bias = self.bias is not None and self.dtype != torch.float32
         y: Tensor = torch._scaled_mm(
             codes.reshape(-1, self.in_features),
             weight_OI.t(),
             scale_a=scale.reshape(()),
             scale_b=weight_scale[0, 0].reshape(()),
-            bias=None if self.bias is None else self.bias.to(torch.bfloat16),
-            out_dtype=torch.bfloat16,
+            bias=self.bias if fuses_bias else None,
+            out_dtype=self.dtype,
         )
-        return y.reshape(*codes.shape[:-1], self.out_features).to(self.dtype)
+        if self.bias is not None and not fuses_bias:
+            y = y + self.bias
+        return y.reshape(*codes.shape[:-1], self.out_features)
