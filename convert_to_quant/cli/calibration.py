@@ -84,10 +84,11 @@ def recover_input(args: argparse.Namespace) -> None:
 
 
 def check_written_files(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Refuse, before any work, a report that cannot be written, and files that would overwrite each other.
+    """Refuse, before any work, what cannot be written, and files that would overwrite each other.
 
     Raises:
-        OutputError: the output is an adapter; the report is the model, the output or an adapter, or has no folder.
+        OutputError: the output is a folder or an adapter; the report is the model, the output or an adapter, or has no
+            folder.
     """
     from ..checkpoint import refuse_same_file
     from ..errors import OutputError
@@ -96,6 +97,8 @@ def check_written_files(checkpoint: Checkpoint, args: argparse.Namespace) -> Non
     outputs = [Path(args.output)] if args.output is not None else []
     for output in outputs:
         refuse_same_file(output, adapters, hint="name another output")
+        if output.is_dir():
+            raise OutputError("cannot be written: it is a folder", path=output)
     if args.json in (None, "-"):
         return
     report = Path(args.json)
