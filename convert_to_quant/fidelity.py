@@ -163,7 +163,8 @@ def velocity_fidelity(
         quantized: the same model, quantized.
         conditioning: of all prompts, by name, each [prompts, ...].
         geometry: of the pictures.
-        negative: conditioning without prompt, each [1, ...] or [prompts, ...]; zeros by default. Used under guidance.
+        negative: conditioning without prompt, each [1, ...] or [prompts, ...]; used under guidance. By default zeros
+            for embeddings, and masks and numbers as the first prompt has them.
         guidance: strength of classifier-free guidance; 1 is none and halves the work.
         steps: noise levels.
         seed: of the latents; prompt i starts from noise number i.
@@ -183,7 +184,7 @@ def velocity_fidelity(
         if number < 1:
             raise OptionError(f"{option} should be at least 1, found {number}")
     if negative is None:
-        negative = {name: torch.zeros_like(value[:1]) for name, value in conditioning.items()}
+        negative = {name: _empty_prompt(value) for name, value in conditioning.items()}
     latent_shape = reference.latent_shape(geometry)
     ratios_db = torch.zeros(prompts, steps, dtype=torch.float64)
     final_db = torch.zeros(prompts, dtype=torch.float64)
@@ -226,6 +227,12 @@ def velocity_fidelity(
         guidance,
         layers,
     )
+
+
+def _empty_prompt(value: Tensor) -> Tensor:
+    """A conditioning tensor [prompts, ...] without prompt, [1, ...]: masks (integers) and numbers [prompts] stay."""
+    is_embedding = value.is_floating_point() and value.ndim > 1
+    return torch.zeros_like(value[:1]) if is_embedding else value[:1]
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:

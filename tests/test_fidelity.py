@@ -85,6 +85,23 @@ def test_guidance_mixes_both_predictions_into_the_steps() -> None:
     assert found.psnr_db == pytest.approx(10 * math.log10(peak**2 / float((reference - own).square().mean())), abs=1e-3)
 
 
+def test_the_empty_prompt_keeps_masks_and_numbers() -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    class Watched(Line):
+        def velocity(
+            self, latents: Tensor, sigma: float, conditioning: dict[str, Tensor], geometry: Geometry
+        ) -> Tensor:
+            seen.append(conditioning)
+            return super().velocity(latents, sigma, conditioning, geometry)
+
+    given = {**prompts(1), "mask": torch.ones(1, 4, dtype=torch.int64), "guidance": torch.full((1,), 3.5)}
+    compare(Watched(0.5), Line(0.5), steps=1, guidance=2.0, prompts=given)
+    assert seen[0]["text"].flatten(1).amax(1).tolist() == [0.25, 0.0]
+    assert seen[0]["mask"].tolist() == [[1, 1, 1, 1]] * 2
+    assert seen[0]["guidance"].tolist() == [3.5, 3.5]
+
+
 def test_the_first_step_is_not_computed_twice() -> None:
     quantized = Line(0.5)
     compare(Line(0.5), quantized, steps=3, prompts=prompts(1))
