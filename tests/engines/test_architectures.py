@@ -20,6 +20,7 @@ from convert_to_quant.engines import diffusers as engine
 from convert_to_quant.engines import noise
 from convert_to_quant.engines.architectures import ARCHITECTURES, Inputs
 from convert_to_quant.engines.noise import Geometry
+from convert_to_quant.engines.provenance import Piece
 from convert_to_quant.layers import dequantize, find_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
@@ -367,6 +368,26 @@ def test_recorded_ranges_are_those_of_hooks_on_diffusers_own_model(case: tuple[s
     assert seen.unvisited == ()
     wanted = [absmax[name] for name in seen.statistics.names]
     assert np.allclose(seen.statistics.absmax, wanted, rtol=1e-3)
+
+
+def test_traced_rows_are_those_of_the_name_table(case: tuple[str, Shapes], save_model: Any) -> None:
+    _, shapes = case
+    with open_checkpoint(save_model(random_state(shapes))) as checkpoint:
+        plan = engine.plan(checkpoint)
+        matrices = {layer.name: (layer.out_features, layer.in_features) for layer in plan.table.plain.values()}
+    targets = names.diffusers_targets(matrices)
+    compared = 0
+    for name, pieces in plan.sources.items():
+        module, _, kind = name.rpartition(".")
+        if kind not in ("weight", "bias") or pieces[0].tensor.removesuffix(f".{kind}") not in matrices:
+            continue
+        target = targets[module]
+        first, stop = target.rows or (0, matrices[target.layer][0])
+        middle = (first + stop) // 2
+        spans = [(middle, stop), (first, middle)] if target.swap_halves else [(first, stop)]
+        assert pieces == tuple(Piece(f"{target.layer}.{kind}", *span) for span in spans)
+        compared += 1
+    assert compared >= len(matrices)
 
 
 def test_noise_level_and_conditioning_reach_the_model(case: tuple[str, Shapes], save_model: Any) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,37 @@ def test_layers_that_see_one_row_per_picture_are_known(reference_flux: Any, save
         seen = engine.observe(checkpoint, samples=12, steps=2, geometry=SIZE).statistics
     one_row = {name for name, single in zip(seen.names, seen.one_row, strict=True) if single}
     assert one_row == {name for name in seen.names if name.endswith(".lin")}
+
+
+@pytest.mark.parametrize("container", ["legacy", "header", "shards"])
+def test_every_container_gives_the_same_ranges(
+    reference_flux: Any, save_model: Any, save: Any, save_shards: Any, container: str
+) -> None:
+    path = save_model(reference_flux(depth=1, singles=1).state_dict(), in_blocks)
+    tensors: dict[str, Any] = {}
+    with open_checkpoint(path) as checkpoint:
+        table = find_layers(checkpoint)
+        plain = engine.observe(checkpoint, samples=1, steps=1, geometry=SIZE).statistics
+        for name, info in checkpoint.tensors.items():
+            tensors[name] = (info.dtype, checkpoint.bits(name).copy())
+    marks = [name for name in tensors if name.endswith(".comfy_quant")]
+    if container == "shards":
+        half = len(tensors) // 2
+        items = list(tensors.items())
+        other = save_shards("model", [dict(items[:half]), dict(items[half:])])
+    else:
+        tensors = {name: value for name, value in tensors.items() if name not in marks}
+        metadata = None
+        if container == "legacy":
+            tensors = {name.replace(".weight_scale", ".scale_weight"): value for name, value in tensors.items()}
+            tensors["scaled_fp8"] = ("F8_E4M3", np.zeros(0, np.uint8))
+        else:
+            layers = {name: {"format": "float8_e4m3fn"} for name in table.quantized}
+            metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+        other = save(f"{container}.safetensors", tensors, metadata)
+    with open_checkpoint(other) as checkpoint:
+        seen = engine.observe(checkpoint, samples=1, steps=1, geometry=SIZE).statistics
+    assert dict(zip(seen.names, seen.absmax, strict=True)) == dict(zip(plain.names, plain.absmax, strict=True))
 
 
 def test_a_checkpoint_without_fp8_layers_is_observed_whole(reference_flux: Any, save_model: Any) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from convert_to_quant import names
 from convert_to_quant.engines.provenance import Fused, Piece, qkv_mlp_rows, trace
 from convert_to_quant.errors import UnsupportedModelError
 
@@ -73,29 +72,3 @@ def test_a_tensor_without_a_place_is_named() -> None:
 def test_a_converter_that_computes_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="does more than move rows"):
         trace(lambda t: {"a": t["a"] * 0.5}, {"a": (4, 4)})
-
-
-def test_flux_1_is_traced_as_the_name_table_has_it(reference_flux: type[torch.nn.Module]) -> None:
-    from convert_to_quant.engines.architectures import ARCHITECTURES
-    from convert_to_quant.engines.denoiser import converter
-
-    state = reference_flux(guidance=True).state_dict()
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    traced = trace(converter(ARCHITECTURES["flux1"]), shapes, ARCHITECTURES["flux1"].fused)
-    layers = {
-        name.removesuffix(".weight"): (shape[0], shape[1])
-        for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) == 2
-    }
-    targets = names.diffusers_targets(layers)
-    compared = 0
-    for name, pieces in traced.items():
-        target = targets.get(name.removesuffix(".weight"))
-        if not name.endswith(".weight") or target is None:
-            continue
-        rows = target.rows or (0, layers[target.layer][0])
-        middle = (rows[0] + rows[1]) // 2
-        spans = [(middle, rows[1]), (rows[0], middle)] if target.swap_halves else [rows]
-        assert pieces == tuple(Piece(target.layer + ".weight", *span) for span in spans)
-        compared += 1
-    assert compared == 50
