@@ -251,7 +251,8 @@ def _real_weight(weight: Any, weight_scale: Any) -> layer_engine.Float32:
             raise TensorError(f"a weight scale of shape {list(scale.shape)} fits no rule for a weight of {list(shape)}")
         info = TensorInfo("weight", E4M3FN.safetensors_dtype, shape, 0, shape[0] * shape[1])
         layer = Layer("weight", info, BY_SAFETENSORS_DTYPE[info.dtype], "none", block)
-        weight_OI = weight_OI * scales_per_row(scale, layer, slice(None))
+        if weight_OI.size:
+            weight_OI = weight_OI * scales_per_row(scale, layer, slice(None))
     if not np.isfinite(weight_OI).all():
         raise TensorError("the weight or its scale has NaN or infinite values", tensor="weight")
     return weight_OI

@@ -1,0 +1,110 @@
+"""The hand-off's command: `python -m convert_to_quant.calibrate_activation_scales MODEL -o OUT`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert_to_quant.cli import calibrate
+
+LAYERS = ["blocks.0.attn", "blocks.0.mlp"]
+
+
+@pytest.fixture
+def command(ctq: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*words: object) -> Any:
+        return ctq(*words, main=calibrate.main)
+
+    return run
+
+
+@pytest.fixture
+def model(save: Callable[..., Path], build: Any) -> Path:
+    return save("model.safetensors", *build.quantized(LAYERS, "both"))
+
+
+def scales(path: Path) -> dict[str, float]:
+    from convert_to_quant.checkpoint import open_checkpoint
+
+    with open_checkpoint(path) as checkpoint:
+        return {name: float(checkpoint.float32(name + ".input_scale")) for name in LAYERS}
+
+
+def test_the_module_runs_as_a_program_with_every_flag_of_the_hand_off(
+    model: Path, save: Callable[..., Path], tmp_path: Path
+) -> None:
+    lora = save("lora.safetensors", {"blocks.0.mlp.lora_A.weight": np.ones((2, 32), np.float32),
+                                     "blocks.0.mlp.lora_B.weight": np.ones((16, 2), np.float32)})  # fmt: skip
+    output, report = tmp_path / "out.safetensors", tmp_path / "report.json"
+    words = [model, "-o", output, "--lora", lora, "--json", report, "--samples", 8, "--percentile", 99, "--seed", 3]
+    program = [sys.executable, "-m", "convert_to_quant.calibrate_activation_scales", *map(str, words)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    document = json.loads(report.read_text())
+    options = document["options"]
+    assert (options["samples"], options["percentile"], options["seed"]) == (8, 99.0, 3)
+    assert list(document["lora"]["matched"]) == ["blocks.0.mlp"]
+    assert {entry["layer"]: entry["scale_after"] for entry in document["layers"]} == scales(output)
+
+
+def test_it_equals_actcal(command: Any, ctq: Any, model: Path) -> None:
+    one, other = model.with_name("one.safetensors"), model.with_name("other.safetensors")
+    assert command(model, "-o", one, "--engine", "layer", "--seed", 5).code == 0
+    assert ctq("-i", model, "-o", other, "--actcal", "--actcal-engine", "layer", "--actcal-seed", 5).code == 0
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_dashes_and_underscores_are_the_same(command: Any, model: Path) -> None:
+    before = model.read_bytes()
+    assert command(model, "--dry_run", "--float16_safe", "--engine=layer").code == 0
+    assert model.read_bytes() == before
+
+
+def test_in_place(command: Any, model: Path) -> None:
+    assert command(model, "--in-place", "--engine", "layer", "-q").code == 0
+    assert 1.0 not in scales(model).values()
+
+
+def test_without_an_output_it_is_misused(command: Any, model: Path) -> None:
+    outcome = command(model)
+    assert (outcome.code, outcome.err) == (2, "error: name the new file with -o OUT (or --in-place, or --dry-run)\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--samples", "0"), "samples should be at least 1, found 0"),
+        (("--percentile", "nan"), "a percentile should be above 0 and at most 100, found nan"),
+        (("--device", "tpu"), "unknown device 'tpu' (cpu, cuda, cuda:0, mps or xpu)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_options_out_of_range_are_misuse(command: Any, model: Path, words: Any, message: str) -> None:
+    output = model.with_name("out.safetensors")
+    outcome = command(model, "-o", output, *words)
+    assert (outcome.code, outcome.err) == (2, f"error: {message}\n")
+    assert not output.exists()
+
+
+def test_output_onto_the_input_is_refused(command: Any, model: Path) -> None:
+    before = model.read_bytes()
+    outcome = command(model, "-o", model)
+    assert outcome.code == 1
+    assert outcome.err == (
+        f"error: {model}: the output is the same file as the input {model} (name another output, or add --in-place)\n"
+    )
+    assert model.read_bytes() == before
+
+
+def test_help_names_its_flags(command: Any) -> None:
+    outcome = command("--help")
+    assert outcome.code == 0
+    for flag in ("MODEL", "-o OUT", "--lora", "--json", "--samples", "--percentile", "--seed"):
+        assert flag in outcome.out

@@ -1,0 +1,589 @@
+"""The hand-off's four functions, its test cases and its edge cases, by its names.
+
+Files are built by hand, simulated by the layer engine, patched, and read again with the safetensors library. The same
+through the command line stands in tests/cli, on a model that runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from convert_to_quant import calibrate_activation_scales as module
+from convert_to_quant import fp8
+from convert_to_quant.calibrate_activation_scales import (
+    CalibrationOptions,
+    calibrate_model,
+    compute_activation_scale,
+    load_lora_tensors,
+    patch_model_with_scales,
+)
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.cli import main
+from convert_to_quant.engines import layer as layer_engine
+from convert_to_quant.errors import (
+    CalibrationError,
+    CheckpointError,
+    LoraError,
+    OptionError,
+    OutputError,
+    TensorError,
+    UnsupportedModelError,
+)
+from convert_to_quant.layers import find_layers
+
+OUT, IN = 128, 64
+LAYERS = ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0")
+LAYER_OPTIONS = CalibrationOptions(engine="layer")
+GRAINS = {"tensor": (OUT, IN), "row": (1, IN), "block": (32, 32)}
+SCALE_SHAPES: dict[str, tuple[int, ...]] = {"tensor": (), "row": (OUT,), "block": (OUT // 32, IN // 32)}
+
+Save = Callable[..., Path]
+Calibrate = Callable[..., dict[str, np.ndarray]]
+
+
+def quantize(weight_OI: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales, block by block, by torch's cast."""
+    grid = (weight_OI.shape[0] // block[0], weight_OI.shape[1] // block[1])
+    codes, scale = np.empty(weight_OI.shape, np.uint8), np.empty(grid, np.float32)
+    for i, j in np.ndindex(*grid):
+        part = np.s_[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
+        scale[i, j] = np.abs(weight_OI[part]).max() / 448
+        cast = torch.from_numpy(weight_OI[part] / scale[i, j]).to(torch.float8_e4m3fn)
+        codes[part] = cast.view(torch.uint8).numpy()
+    return codes, scale
+
+
+def weights(names: tuple[str, ...] = LAYERS) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    return {
+        name: random.standard_normal((OUT, IN)).astype(np.float32) * 10.0**-number for number, name in enumerate(names)
+    }
+
+
+def fp8_tensors(build: Any, mode: str = "tensor", names: tuple[str, ...] = LAYERS) -> dict[str, Any]:
+    formats = {"tensor": "float8_e4m3fn", "row": "float8_e4m3fn_rowwise", "block": "float8_e4m3fn_blockwise"}
+    tensors: dict[str, Any] = {}
+    for name, weight in weights(names).items():
+        codes, scale = quantize(weight, GRAINS[mode])
+        tensors[f"{name}.weight"] = ("F8_E4M3", codes)
+        tensors[f"{name}.weight_scale"] = scale.reshape(SCALE_SHAPES[mode])
+        tensors[f"{name}.input_scale"] = np.float32(1.0)
+        tensors[f"{name}.comfy_quant"] = build.mark(format=formats[mode])
+    return tensors
+
+
+def read_scales(path: Path, suffix: str = ".input_scale") -> dict[str, torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        return {name.removesuffix(suffix): file.get_tensor(name) for name in names if name.endswith(suffix)}
+
+
+def expect_good(scales: Mapping[str, torch.Tensor], names: tuple[str, ...] = LAYERS) -> None:
+    """As every reader needs them."""
+    assert set(scales) == set(names)
+    for scale in scales.values():
+        assert (scale.dtype, tuple(scale.shape)) == (torch.float32, ())
+        assert torch.isfinite(scale)
+        assert scale > 0
+
+
+@pytest.fixture(params=["functions", "command line"])
+def calibrate(request: pytest.FixtureRequest) -> Calibrate:
+    """Calibrate a file by simulation into a new one, both ways; gives the new scales and checks the new file."""
+
+    def through_functions(path: Path, output: Path, loras: tuple[Path, ...], seed: int) -> None:
+        options = CalibrationOptions(engine="layer", seed=seed)
+        calibration = calibrate_model(path, options, loras=[load_lora_tensors(lora) for lora in loras])
+        patch_model_with_scales(path, calibration, output)
+
+    def through_command_line(path: Path, output: Path, loras: tuple[Path, ...], seed: int) -> None:
+        words = ["-i", str(path), "-o", str(output), "--actcal", "--actcal_engine", "layer", "--actcal_seed", str(seed)]
+        for lora in loras:
+            words += ["--actcal_lora", str(lora)]
+        assert main(words) == 0
+
+    way = {"functions": through_functions, "command line": through_command_line}[request.param]
+
+    def run(
+        path: Path, *loras: Path, names: tuple[str, ...] = LAYERS, suffix: str = ".input_scale", seed: int = 42
+    ) -> Any:
+        output = path.with_name("calibrated.safetensors")
+        before = path.read_bytes()
+        way(path, output, loras, seed)
+        assert path.read_bytes() == before
+        scales = read_scales(output, suffix)
+        expect_good(scales, names)
+        with open_checkpoint(path) as old, open_checkpoint(output) as new:
+            assert set(find_layers(new).quantized) == set(find_layers(old).quantized) == set(names)
+            for name in old:
+                if not name.endswith(suffix):
+                    assert new.raw(name).tobytes() == old.raw(name).tobytes(), name
+                    assert new.tensors[name].shape == old.tensors[name].shape
+        return {name: scale.item() for name, scale in scales.items()}
+
+    return run
+
+
+def by_hand(name: str, weight: np.ndarray, seed: int = 42) -> float:
+    """The default simulation's scale in plain numpy: 64 rows, 99.9th percentile, margin 8."""
+    unit = layer_engine.generator(seed, name).standard_normal((64, IN), dtype=np.float32)
+    x = unit * np.sqrt(OUT / IN / np.sum(weight.astype(np.float64) ** 2, 0))
+    return float(np.sort(np.abs(x).reshape(-1))[int(x.size * 0.999) - 1]) * 8 / 448
+
+
+# --- the hand-off's six test cases -----------------------------------------------------------------------------------
+
+
+def expect_by_hand(scales: Mapping[str, Any]) -> None:
+    for name, weight in weights().items():
+        assert scales[name] == pytest.approx(by_hand(name, weight), rel=0.02)  # of FP8's rounding of the weight
+
+
+def test_calibrate_tensor_wise(save: Save, build: Any, calibrate: Calibrate) -> None:
+    expect_by_hand(calibrate(save("m.safetensors", fp8_tensors(build, "tensor"))))
+
+
+def test_calibrate_row_wise(save: Save, build: Any, calibrate: Calibrate) -> None:
+    expect_by_hand(calibrate(save("m.safetensors", fp8_tensors(build, "row"))))
+
+
+def test_calibrate_block_wise(save: Save, build: Any, calibrate: Calibrate) -> None:
+    expect_by_hand(calibrate(save("m.safetensors", fp8_tensors(build, "block"))))
+
+
+SPELLINGS = {
+    "kohya": ("lora_unet_double_blocks_0_img_mlp_0", ".lora_down.weight", ".lora_up.weight"),
+    "peft": ("base_model.model.double_blocks.0.img_mlp.0", ".lora_A.weight", ".lora_B.weight"),
+    "diffusers": ("transformer.transformer_blocks.0.ff.net.0.proj", ".lora_A.weight", ".lora_B.weight"),
+    "onetrainer": ("lora_transformer_transformer_blocks_0_ff_net_0_proj", ".lora_down.weight", ".lora_up.weight"),
+    "bfl": ("diffusion_model.double_blocks.0.img_mlp.0", ".lora_A.weight", ".lora_B.weight"),
+    "plain": ("double_blocks.0.img_mlp.0", ".lora_down.weight", ".lora_up.weight"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_calibrate_with_lora(save: Save, build: Any, calibrate: Calibrate, spelling: str) -> None:
+    model = save("m.safetensors", fp8_tensors(build))
+    a = np.random.default_rng(5).standard_normal((4, IN)).astype(np.float32)
+    a[:, 7] *= 30  # the adapter listens to one loud channel
+    name, down, up = SPELLINGS[spelling]
+    lora = save("lora.safetensors", {name + down: a, name + up: np.ones((OUT, 4), np.float32),
+                                     name + ".alpha": np.float32(4)})  # fmt: skip
+    plain = calibrate(model)
+    with_lora = calibrate(model, lora)
+    assert with_lora[LAYERS[0]] == plain[LAYERS[0]], "no adapter, no change"
+    assert with_lora[LAYERS[1]] > 1.5 * plain[LAYERS[1]]
+
+
+def test_calibrate_with_lora_of_fused_qkv_slices(save: Save, build: Any, calibrate: Calibrate) -> None:
+    names = ("double_blocks.0.img_attn.qkv",)
+    tensors = fp8_tensors(build, names=names)
+    codes, scale = quantize(np.random.default_rng(1).standard_normal((3 * IN, IN)).astype(np.float32), (3 * IN, IN))
+    tensors |= {f"{names[0]}.weight": ("F8_E4M3", codes), f"{names[0]}.weight_scale": scale.reshape(())}
+    a = np.ones((1, IN), np.float32)
+    a[0, 3] = 100
+    lora = save("lora.safetensors", {"transformer.transformer_blocks.0.attn.to_k.lora_A.weight": a,
+                                     "transformer.transformer_blocks.0.attn.to_k.lora_B.weight":
+                                     np.ones((IN, 1), np.float32)})  # fmt: skip
+    model = save("m.safetensors", tensors)
+    assert calibrate(model, lora, names=names)[names[0]] > 1.5 * calibrate(model, names=names)[names[0]]
+
+
+def test_calibrate_legacy_keys(save: Save, build: Any, calibrate: Calibrate) -> None:
+    tensors: dict[str, Any] = {"scaled_fp8": ("F8_E4M3", np.zeros(0, np.uint8))}
+    for name, weight in weights().items():
+        codes, scale = quantize(weight, (OUT, IN))
+        tensors |= {f"{name}.weight": ("F8_E4M3", codes), f"{name}.scale_weight": scale.reshape(()),
+                    f"{name}.scale_input": np.float32(1.0)}  # fmt: skip
+    path = save("m.safetensors", tensors)
+    expect_by_hand(calibrate(path, suffix=".scale_input"))
+    with open_checkpoint(path.with_name("calibrated.safetensors")) as checkpoint:
+        assert set(checkpoint) == set(tensors), "legacy stays legacy"
+
+
+def test_calibrate_legacy_keys_without_scale_input_get_it_in_their_own_spelling(
+    save: Save, build: Any, calibrate: Calibrate
+) -> None:
+    tensors, _ = build.quantized(LAYERS, "legacy", shape=(OUT, IN), input_scale=None)
+    path = save("m.safetensors", {"scaled_fp8": ("F8_E4M3", np.zeros(0, np.uint8)), **tensors})
+    calibrate(path, suffix=".scale_input")
+
+
+def test_calibrate_mixed_files(save: Save, build: Any, calibrate: Calibrate) -> None:
+    """FP8 layers beside high precision, int8, convolutions and norms: only the FP8 layers get a scale."""
+    random = np.random.default_rng(3)
+    tensors = {
+        "img_in.weight": ("BF16", build.to_bfloat16(random.standard_normal((IN, 16)))),
+        "norm.weight": np.ones(IN, np.float32),
+        "conv.weight": random.standard_normal((4, 4, 3, 3)).astype(np.float16),
+        "double_blocks.0.txt_mlp.0.weight": random.integers(-127, 127, (OUT, IN)).astype(np.int8),
+        "double_blocks.0.txt_mlp.0.weight_scale": np.float32(0.01),
+        "double_blocks.0.txt_mlp.0.comfy_quant": build.mark(format="int8_tensorwise"),
+        **fp8_tensors(build),
+    }
+    expect_by_hand(calibrate(save("m.safetensors", tensors)))
+
+
+# --- its edge cases ---------------------------------------------------------------------------------------------------
+
+
+def test_calibrate_empty_tensors(save: Save, build: Any) -> None:
+    tensors = fp8_tensors(build)
+    tensors["empty.weight"] = ("F8_E4M3", np.zeros((0, IN), np.uint8))
+    tensors["empty.weight_scale"] = np.float32(1.0)
+    tensors["empty.comfy_quant"] = build.mark(format="float8_e4m3fn")
+    path = save("m.safetensors", tensors)
+    calibration = calibrate_model(path, LAYER_OPTIONS)
+    assert set(calibration.scales) == set(LAYERS)
+    (empty,) = [result for result in calibration.results if result.layer == "empty"]
+    assert (empty.range, empty.scale_after) == (None, 1.0)
+    assert empty.reason == "weight is empty or all zero: keeps its scale"
+    output = path.with_name("out.safetensors")
+    patch_model_with_scales(path, calibration, output)
+    expect_good(read_scales(output))
+
+
+def test_calibrate_missing_keys(save: Save, build: Any) -> None:
+    tensors = fp8_tensors(build)
+    del tensors[f"{LAYERS[0]}.weight_scale"]
+    path = save("m.safetensors", tensors)
+    with pytest.raises(TensorError) as caught:
+        calibrate_model(path, LAYER_OPTIONS)
+    assert str(caught.value) == (
+        f"{path}: {LAYERS[0]}: marked as float8_e4m3fn, but there is no .weight_scale (convert it again)"
+    )
+
+
+def test_calibrate_missing_input_scale_is_added(save: Save, build: Any, calibrate: Calibrate) -> None:
+    tensors = {name: tensor for name, tensor in fp8_tensors(build).items() if not name.endswith(".input_scale")}
+    expect_by_hand(calibrate(save("m.safetensors", tensors)))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_calibrate_mends_input_scales_of_other_dtypes_and_shapes(
+    save: Save, build: Any, calibrate: Calibrate, dtype: str
+) -> None:
+    tensors = fp8_tensors(build)
+    one = {"BF16": np.uint16([0x3F80]), "F16": np.float16([1.0]).view(np.uint16)}[dtype]
+    tensors[f"{LAYERS[0]}.input_scale"] = (dtype, one)
+    calibrate(save("m.safetensors", tensors))
+
+
+def test_scales_do_not_depend_on_the_other_layers_or_their_order(save: Save, build: Any) -> None:
+    tensors = fp8_tensors(build)
+    whole = calibrate_model(save("a.safetensors", tensors), LAYER_OPTIONS).scales
+    backwards = calibrate_model(save("b.safetensors", dict(reversed(tensors.items()))), LAYER_OPTIONS).scales
+    alone = calibrate_model(
+        save("c.safetensors", {k: v for k, v in tensors.items() if k.startswith(LAYERS[1])}), LAYER_OPTIONS
+    )
+    assert whole == backwards
+    assert alone.scales == {LAYERS[1]: whole[LAYERS[1]]}
+
+
+# --- calibrate_model -------------------------------------------------------------------------------------------------
+
+
+def test_margin_multiplies_and_float16_safe_raises(save: Save, build: Any) -> None:
+    path = save("m.safetensors", fp8_tensors(build))
+    default = calibrate_model(path, LAYER_OPTIONS).scales
+    wide = calibrate_model(path, CalibrationOptions(engine="layer", margin=16)).scales
+    assert all(wide[name] == pytest.approx(2 * default[name], rel=1e-6) for name in LAYERS)
+    loud = fp8_tensors(build)
+    loud[f"{LAYERS[0]}.weight_scale"] = np.float32(1e6)
+    path = save("loud.safetensors", loud)
+    assert calibrate_model(path, LAYER_OPTIONS).scales[LAYERS[0]] < 2.0**-15
+    safe = calibrate_model(path, CalibrationOptions(engine="layer", float16_safe=True))
+    assert safe.scales[LAYERS[0]] == 2.0**-15
+
+
+def test_output_estimator_is_the_hand_offs_literal_formula_and_warns(save: Save, build: Any) -> None:
+    path = save("m.safetensors", fp8_tensors(build))
+    options = CalibrationOptions(engine="layer", estimator="output", samples=10)
+    calibration = calibrate_model(path, options)
+    assert calibration.notes[-1].startswith("the output estimator measures the range of the layer's output, not of its")
+    with open_checkpoint(path) as checkpoint:
+        for name in LAYERS:
+            scale = checkpoint.float32(name + ".weight_scale").item()
+            codes = torch.from_numpy(checkpoint.bits(name + ".weight").copy()).view(torch.float8_e4m3fn)
+            x = layer_engine.generator(42, name).standard_normal((10, IN), dtype=np.float32)
+            y = (torch.from_numpy(x).double() @ (codes.double() * scale).T).abs().flatten()
+            expected = y.kthvalue(int(y.numel() * 0.999)).values.item() / 448
+            assert calibration.scales[name] == pytest.approx(expected, rel=1e-5)
+
+
+def test_row_and_block_wise_files_say_that_their_readers_skip_input_scales(save: Save, build: Any) -> None:
+    for mode, expected in (("row", True), ("block", True), ("tensor", False)):
+        notes = calibrate_model(save("m.safetensors", fp8_tensors(build, mode)), LAYER_OPTIONS).notes
+        assert any("skip input_scale" in note for note in notes) == expected
+
+
+def test_foreign_layers_are_named_as_left_alone(save: Save, build: Any) -> None:
+    tensors = fp8_tensors(build) | {
+        "other.weight": np.zeros((4, 4), np.int8),
+        "other.weight_scale": np.float32(1),
+        "other.comfy_quant": build.mark(format="int8_tensorwise"),
+    }
+    notes = calibrate_model(save("m.safetensors", tensors), LAYER_OPTIONS).notes
+    assert "left alone: 1 layers in int8_tensorwise" in notes
+
+
+def test_lora_report_names_all_that_is_not_applied(save: Save, build: Any) -> None:
+    pair = {".lora_A.weight": np.ones((1, IN), np.float32), ".lora_B.weight": np.ones((OUT, 1), np.float32)}
+    tensors = {
+        name + suffix: factor for name in (LAYERS[0], "double_blocks.7.img_mlp.0") for suffix, factor in pair.items()
+    }
+    lora = load_lora_tensors(save("lora.safetensors", tensors))
+    calibration = calibrate_model(save("m.safetensors", fp8_tensors(build)), LAYER_OPTIONS, loras=[lora])
+    assert "LoRA: 1 adapters on 1 layers, 1 unmatched" in calibration.notes
+    assert (
+        "LoRA unmatched: double_blocks.7.img_mlp.0 (no linear layer of the checkpoint has this name)"
+        in calibration.notes
+    )
+    reasons = {result.layer: result.reason for result in calibration.results}
+    assert reasons == {LAYERS[0]: "simulated from LoRA inputs × 8", LAYERS[1]: "simulated from random inputs × 8"}
+
+
+def test_a_lora_that_matches_nothing_is_an_error(save: Save, build: Any) -> None:
+    tensors = {
+        "other.lora_A.weight": np.ones((1, IN), np.float32),
+        "other.lora_B.weight": np.ones((OUT, 1), np.float32),
+    }
+    lora = load_lora_tensors(save("lora.safetensors", tensors))
+    with pytest.raises(LoraError, match="nothing in this LoRA can be applied"):
+        calibrate_model(save("m.safetensors", fp8_tensors(build)), LAYER_OPTIONS, loras=[lora])
+
+
+@pytest.mark.parametrize("package", ["torch", "diffusers"])
+def test_without_torch_or_diffusers_auto_simulates_and_model_refuses(
+    save: Save, build: Any, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    find_spec = module.importlib.util.find_spec
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    path = save("m.safetensors", fp8_tensors(build))
+    calibration = calibrate_model(path)
+    assert calibration.engine == "layer"
+    assert calibration.notes[0].startswith(f"the model cannot be run ({package} is not installed); its layers are")
+    with pytest.raises(UnsupportedModelError) as caught:
+        calibrate_model(path, CalibrationOptions(engine="model"))
+    assert str(caught.value) == (
+        f"{path}: running the model needs {package}, which is not installed (install it, or use the layer engine)"
+    )
+
+
+def test_progress_ends_at_all_the_bytes(save: Save, build: Any) -> None:
+    told: list[tuple[int, int]] = []
+    calibrate_model(
+        save("m.safetensors", fp8_tensors(build)), LAYER_OPTIONS, progress=lambda *words: told.append(words)
+    )
+    assert told[-1] == (2 * OUT * IN, 2 * OUT * IN)
+
+
+def test_a_calibration_is_json(save: Save, build: Any) -> None:
+    document = json.loads(
+        json.dumps(calibrate_model(save("m.safetensors", fp8_tensors(build)), LAYER_OPTIONS).to_json())
+    )
+    assert document["engine"] == "layer"
+    assert document["options"]["samples"] == 64
+    assert [layer["layer"] for layer in document["layers"]] == list(LAYERS)
+
+
+def test_the_header_says_how_the_scales_were_found(save: Save, build: Any) -> None:
+    path = save("m.safetensors", fp8_tensors(build), {"author": "someone"})
+    output = path.with_name("out.safetensors")
+    patch_model_with_scales(path, calibrate_model(path, LAYER_OPTIONS), output)
+    with safe_open(output, "np") as file:
+        metadata = file.metadata()
+    assert metadata["author"] == "someone"
+    said = json.loads(metadata["convert_to_quant"])["calibrate"]
+    assert (said["engine"], said["samples"], said["seed"]) == ("layer", 64, 42)
+
+
+# --- patch_model_with_scales -----------------------------------------------------------------------------------------
+
+
+def test_patch_writes_the_scales_given_and_nothing_else(save: Save, build: Any) -> None:
+    path = save("m.safetensors", fp8_tensors(build))
+    output = path.with_name("out.safetensors")
+    patch_model_with_scales(path, {LAYERS[1]: 0.125}, output)
+    assert {name: scale.item() for name, scale in read_scales(output).items()} == {LAYERS[0]: 1.0, LAYERS[1]: 0.125}
+    with open_checkpoint(path) as old, open_checkpoint(output) as new:
+        changed = [name for name in old if old.raw(name).tobytes() != new.raw(name).tobytes()]
+    assert changed == [f"{LAYERS[1]}.input_scale"]
+
+
+def test_patch_in_place_changes_four_bytes_per_layer(save: Save, build: Any) -> None:
+    path = save("m.safetensors", fp8_tensors(build))
+    before = path.read_bytes()
+    patch_model_with_scales(path, {LAYERS[0]: 0.3, LAYERS[1]: 0.7}, in_place=True)
+    after = path.read_bytes()
+    assert len(after) == len(before)
+    different = [i for i in range(len(after)) if after[i] != before[i]]
+    assert 0 < len(different) <= 8
+    assert {name: scale.item() for name, scale in read_scales(path).items()} == {
+        LAYERS[0]: float(np.float32(0.3)),
+        LAYERS[1]: float(np.float32(0.7)),
+    }
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 1e300])
+def test_patch_refuses_scales_that_are_none(save: Save, build: Any, scale: float) -> None:
+    path = save("m.safetensors", fp8_tensors(build))
+    before = path.read_bytes()
+    with pytest.raises(TensorError) as caught:
+        patch_model_with_scales(path, {LAYERS[0]: scale}, path.with_name("out.safetensors"))
+    assert str(caught.value) == (
+        f"{path}: {LAYERS[0]}: an input scale should be finite and positive in float32, found {scale}"
+    )
+    assert path.read_bytes() == before
+    assert not path.with_name("out.safetensors").exists()
+
+
+def test_patch_refuses_layers_that_are_not_there(save: Save, build: Any) -> None:
+    path = save("m.safetensors", fp8_tensors(build))
+    with pytest.raises(CheckpointError, match="nothing: no FP8 layer of this name in the file"):
+        patch_model_with_scales(path, {"nothing": 1.0}, path.with_name("out.safetensors"))
+
+
+def test_patch_needs_an_output_or_in_place_and_not_both(save: Save, build: Any) -> None:
+    path = save("m.safetensors", fp8_tensors(build))
+    for words in ({}, {"output": "out.safetensors", "in_place": True}):
+        with pytest.raises(OptionError, match=r"^name an output, or ask for in place; one of the two$"):
+            patch_model_with_scales(path, {}, **words)
+
+
+def test_patch_refuses_the_input_as_output(save: Save, build: Any) -> None:
+    path = save("m.safetensors", fp8_tensors(build))
+    with pytest.raises(OutputError, match="the output is the same file as the input"):
+        patch_model_with_scales(path, {LAYERS[0]: 0.5}, path)
+
+
+# --- compute_activation_scale ----------------------------------------------------------------------------------------
+
+
+def test_compute_from_a_float_weight_equals_the_definition() -> None:
+    weight = weights()[LAYERS[0]]
+    unit = np.random.default_rng(42).standard_normal((64, IN), dtype=np.float32)
+    x = unit * np.sqrt(OUT / IN / np.sum(weight.astype(np.float64) ** 2, 0))
+    expected = np.sort(np.abs(x).reshape(-1))[int(x.size * 0.999) - 1] * 8 / 448
+    assert compute_activation_scale(weight) == pytest.approx(expected, rel=1e-5)
+    assert compute_activation_scale(torch.from_numpy(weight)) == compute_activation_scale(weight)
+
+
+@pytest.mark.parametrize("mode", GRAINS)
+def test_compute_takes_fp8_as_torch_tensors_and_as_codes(mode: str) -> None:
+    codes, scale = quantize(weights()[LAYERS[0]], GRAINS[mode])
+    scale = scale.reshape(SCALE_SHAPES[mode])
+    as_codes = compute_activation_scale(codes, weight_scale=scale)
+    tensor = torch.from_numpy(codes).view(torch.float8_e4m3fn)
+    assert compute_activation_scale(tensor, weight_scale=torch.from_numpy(np.asarray(scale))) == as_codes
+    block = GRAINS[mode]
+    spread = np.kron(scale.reshape(OUT // block[0], IN // block[1]), np.ones(block, np.float32))
+    real = fp8.decode(codes) * spread.astype(np.float32)
+    assert as_codes == pytest.approx(compute_activation_scale(real), rel=1e-6)
+
+
+def test_compute_takes_bfloat16_and_the_hand_offs_formula() -> None:
+    weight = torch.from_numpy(weights()[LAYERS[0]]).bfloat16()
+    x = torch.from_numpy(np.random.default_rng(1).standard_normal((16, IN), dtype=np.float32))
+    y = (x.double() @ weight.double().T).abs().flatten()
+    expected = y.kthvalue(int(y.numel() * 0.99)).values.item() / 448
+    found = compute_activation_scale(weight, samples=16, percentile=99, seed=1, estimator="output")
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_compute_with_lora_rows() -> None:
+    weight = weights()[LAYERS[0]]
+    rows = np.random.default_rng(2).standard_normal((4, IN)).astype(np.float32)
+    rows[:, 0] *= 50
+    assert compute_activation_scale(weight, lora_A=rows) > 1.5 * compute_activation_scale(weight)
+    assert compute_activation_scale(weight, lora_A=np.zeros_like(rows)) == compute_activation_scale(weight)
+
+
+@pytest.mark.parametrize("weight", [np.zeros((0, 4)), np.zeros((4, 0)), np.zeros((4, 4)), np.zeros((4, 4), np.uint8)])
+def test_compute_of_an_empty_or_zero_weight_is_one(weight: np.ndarray) -> None:
+    assert compute_activation_scale(weight, weight_scale=np.float32(1)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        ({"weight": np.ones(3)}, TensorError, "a weight should have two dimensions, found [3]"),
+        (
+            {"weight": np.full((2, 2), np.nan)},
+            TensorError,
+            "weight: the weight or its scale has NaN or infinite values",
+        ),
+        (
+            {"weight": np.ones((2, 2)), "weight_scale": np.float32("inf")},
+            TensorError,
+            "weight: the weight or its scale has NaN or infinite values",
+        ),
+        (
+            {"weight": np.ones((4, 4)), "weight_scale": np.ones(3)},
+            TensorError,
+            "a weight scale of shape [3] fits no rule for a weight of [4, 4]",
+        ),
+        (
+            {"weight": np.ones((4, 4)), "lora_A": np.ones((2, 5))},
+            TensorError,
+            "lora_A of shape [2, 5] does not fit a weight of [4, 4]",
+        ),
+        ({"weight": np.ones((4, 4)), "samples": 0}, OptionError, "samples should be at least 1, found 0"),
+        (
+            {"weight": np.ones((4, 4)), "percentile": 0},
+            OptionError,
+            "a percentile should be above 0 and at most 100, found 0",
+        ),
+        (
+            {"weight": np.ones((4, 4)), "estimator": "best"},
+            OptionError,
+            "unknown estimator 'best' (estimators: input, output)",
+        ),
+        (
+            {"weight": np.full((4, 4), 1e-42)},
+            CalibrationError,
+            None,
+        ),
+    ],
+    ids=range(9),
+)
+def test_compute_refuses_what_means_nothing(words: dict[str, Any], error: type[Exception], message: str | None) -> None:
+    with pytest.raises(error) as caught:
+        compute_activation_scale(**words)
+    if message is None:
+        assert str(caught.value).endswith("is not finite in float32")
+    else:
+        assert str(caught.value) == message
+
+
+# --- load_lora_tensors -----------------------------------------------------------------------------------------------
+
+
+def test_load_lora_tensors_gives_the_adapters_and_refuses_other_files(save: Save) -> None:
+    factors = {"x.lora_A.weight": np.ones((2, 4), np.float32), "x.lora_B.weight": np.ones((4, 2), np.float32)}
+    path = save("lora.safetensors", {**factors, "x.alpha": np.float32(1)})
+    lora = load_lora_tensors(path, 0.5)
+    assert (list(lora.adapters), lora.strength, lora.adapters["x"].scale) == (["x"], 0.5, 0.5)
+    with pytest.raises(LoraError, match="not a LoRA"):
+        load_lora_tensors(save("other.safetensors", {"x.weight": np.ones((2, 2), np.float32)}))
+
+
+def test_options_of_a_calibration_are_checked_when_they_are_made() -> None:
+    for words, message in (
+        ({"engine": "magic"}, "unknown engine 'magic' (engines: auto, model, layer)"),
+        ({"device": "gpu"}, "unknown device 'gpu' (cpu, cuda, cuda:0, mps or xpu)"),
+        ({"seed": -1}, "a seed should not be negative, found -1"),
+        ({"percentile": float("nan")}, "a percentile should be above 0 and at most 100, found nan"),
+        ({"margin": 0.0}, "a margin should be at least 1, found 0.0 (below 1 clips what was seen)"),
+    ):
+        with pytest.raises(OptionError) as caught:
+            CalibrationOptions(**words)  # type: ignore[arg-type]
+        assert str(caught.value) == message
