@@ -18,9 +18,12 @@ what it draws itself comes from its own generator. Pipelines with two transforme
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,9 +100,11 @@ def load(folder: StrPath, device: str | torch.device = "cpu", dtype: torch.dtype
         raise CalibrationError(f"no folder of a diffusers pipeline: it has no {MODEL_INDEX}", path=path)
     number = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
-            str(path), local_files_only=True, use_safetensors=True, torch_dtype=number
-        )
+        with warnings.catch_warnings(), _no_loading_bars():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions call it dtype, older ones know only this
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+                str(path), local_files_only=True, use_safetensors=True, torch_dtype=number
+            )
     except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise CalibrationError(f"diffusers cannot load it: {_first_line(error)}", path=path) from error
     pipeline.set_progress_bar_config(disable=True)
@@ -107,6 +112,24 @@ def load(folder: StrPath, device: str | torch.device = "cpu", dtype: torch.dtype
         return pipeline.to(device)
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from None
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """Keep diffusers and transformers from drawing bars while they load: only the command line prints."""
+    talkers = [
+        importlib.import_module(f"{package}.utils.logging")
+        for package in ("diffusers", "transformers")
+        if importlib.util.find_spec(package) is not None
+    ]
+    drawn = [talker for talker in talkers if talker.is_progress_bar_enabled()]
+    for talker in drawn:
+        talker.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for talker in drawn:
+            talker.enable_progress_bar()
 
 
 def observe(

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from convert_to_quant.engines.session import Observed, Session, Tick, Unit, fingerprint
+from convert_to_quant.errors import OutputError, StatisticsError
+from convert_to_quant.recorder import record
+from convert_to_quant.stats import Statistics
+
+UNITS = 6
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.second(self.first(x).relu())
+        return y
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+class StopError(Exception):
+    """Ends a run in the middle of it."""
+
+
+def units_of(model: Model, *, stop_at: int | None = None, ran: list[int] | None = None) -> list[Unit]:
+    """Six units in two groups; the later ones are louder."""
+
+    def run(number: int, tick: Tick) -> None:
+        generator = torch.Generator().manual_seed(number)
+        model(torch.randn(2, 3, 8, generator=generator) * (number + 1))
+        if number == stop_at:
+            raise StopError
+        tick(2)
+        if ran is not None:
+            ran.append(number)
+
+    def unit(number: int) -> Unit:
+        return Unit(f"unit {number}", "quiet" if number < 3 else "loud", 2, 2, lambda tick: run(number, tick))
+
+    return [unit(number) for number in range(UNITS)]
+
+
+def go(session: Session, model: Model, units: Sequence[Unit], **options: Any) -> Observed:
+    with record(model) as recording:
+        return session.run(recording, units, seed=1, **options)
+
+
+@pytest.fixture
+def whole(model: Model) -> Observed:
+    """What an unbroken run sees."""
+    return go(Session(), model, units_of(model))
+
+
+def test_units_add_up_to_what_one_recording_sees(model: Model, whole: Observed) -> None:
+    with record(model) as recording:
+        for unit in units_of(model):
+            unit.run(lambda _: None)
+    assert whole.statistics == recording.statistics(2 * UNITS, seed=1)
+    assert whole.done == tuple(f"unit {number}" for number in range(UNITS))
+
+
+def test_the_largest_inputs_are_kept_by_group(model: Model, whole: Observed) -> None:
+    for group, numbers in (("quiet", range(3)), ("loud", range(3, 6))):
+        with record(model) as recording:
+            for number in numbers:
+                units_of(model)[number].run(lambda _: None)
+        assert (whole.ranges[group] == recording.statistics().absmax).all()
+
+
+def test_without_an_output_nothing_is_written(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    go(Session(save_every_seconds=0), model, units_of(model))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stop_at", range(UNITS))
+def test_a_stopped_run_goes_on_to_the_same_bits(model: Model, whole: Observed, tmp_path: Path, stop_at: int) -> None:
+    output = tmp_path / "stats.safetensors"
+    with pytest.raises(StopError):
+        go(Session(output, {"a": 1}, save_every_seconds=0), model, units_of(model, stop_at=stop_at))
+    assert [path.name for path in tmp_path.iterdir()] == ([] if stop_at == 0 else ["stats.safetensors.partial"])
+    ran: list[int] = []
+    session = Session(output, {"a": 1}, resume=True, save_every_seconds=0)
+    seen = go(session, model, units_of(model, ran=ran))
+    assert ran == list(range(stop_at, UNITS))
+    assert seen.statistics == whole.statistics
+    assert {group: absmax.tolist() for group, absmax in seen.ranges.items()} == {
+        group: absmax.tolist() for group, absmax in whole.ranges.items()
+    }
+    session.finish(seen.statistics)
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.safetensors"]
+    assert Statistics.load(output) == whole.statistics
+
+
+def test_what_is_saved_is_a_statistics_file_of_what_was_seen(model: Model, tmp_path: Path) -> None:
+    session = Session(tmp_path / "stats.safetensors", save_every_seconds=0)
+    with pytest.raises(StopError):
+        go(session, model, units_of(model, stop_at=4))
+    assert session.partial is not None
+    assert Statistics.load(session.partial) == go(Session(), model, units_of(model)[:4]).statistics
+
+
+def test_saving_waits_for_its_time(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(StopError):
+        go(Session(tmp_path / "stats.safetensors", save_every_seconds=60), model, units_of(model, stop_at=5))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_starts_where_the_run_was_stopped(model: Model, tmp_path: Path) -> None:
+    output = tmp_path / "stats.safetensors"
+    with pytest.raises(StopError):
+        go(Session(output, save_every_seconds=0), model, units_of(model, stop_at=4))
+    calls: list[tuple[int, int]] = []
+    go(Session(output, resume=True), model, units_of(model), progress=lambda *call: calls.append(call))
+    assert calls == [(8, 12), (10, 12), (12, 12)]
+
+
+def test_checks_look_at_everything_seen_so_far(model: Model) -> None:
+    samples: list[int] = []
+    go(Session(), model, units_of(model), check=lambda statistics: samples.append(statistics.samples))
+    assert samples == [6, 12]
+
+
+@pytest.fixture
+def unfinished(model: Model, tmp_path: Path) -> Path:
+    """The output of a run that was stopped."""
+    output = tmp_path / "stats.safetensors"
+    with pytest.raises(StopError):
+        go(
+            Session(output, {"steps": 8, "model": fingerprint()}, save_every_seconds=0),
+            model,
+            units_of(model, stop_at=2),
+        )
+    return output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 4, "model": fingerprint()}, "cannot resume: made with steps 8, not 4"),
+        ({"steps": 8, "model": "sha256:1"}, "cannot resume: made with another model"),
+        ({"steps": 8}, "cannot resume: made with another model"),
+        ({"steps": 8, "model": fingerprint(), "lora": "x"}, "cannot resume: made with lora unset, not x"),
+    ],
+)
+def test_other_options_or_models_are_not_resumed(
+    model: Model, unfinished: Path, options: dict[str, Any], message: str
+) -> None:
+    before = unfinished.with_name("stats.safetensors.partial").read_bytes()
+    with pytest.raises(StatisticsError, match=message):
+        go(Session(unfinished, options, resume=True), model, units_of(model))
+    assert unfinished.with_name("stats.safetensors.partial").read_bytes() == before
+
+
+def test_other_layers_are_not_resumed(unfinished: Path) -> None:
+    other = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
+    with pytest.raises(StatisticsError, match="it recorded other layers"), record(other) as recording:
+        Session(unfinished, {"steps": 8, "model": fingerprint()}, resume=True).run(recording, [])
+
+
+def test_an_unfinished_run_is_not_overwritten_by_accident(unfinished: Path) -> None:
+    with pytest.raises(OutputError, match=r"an unfinished run is there .*--resume goes on"):
+        Session(unfinished)
+
+
+def test_an_unfinished_run_of_several_processes_is_recognized(tmp_path: Path) -> None:
+    (tmp_path / "s.safetensors.partial-0-of-2").touch()
+    for resume in (False, True):
+        with pytest.raises(OutputError, match="another number of processes than 1"):
+            Session(tmp_path / "s.safetensors", resume=resume)
+
+
+def test_a_damaged_partial_file_is_an_error_of_ours(model: Model, unfinished: Path) -> None:
+    partial = unfinished.with_name("stats.safetensors.partial")
+    partial.write_bytes(partial.read_bytes()[:-9])
+    with pytest.raises(Exception, match=r"stats\.safetensors\.partial: ") as caught:
+        go(Session(unfinished, {"steps": 8, "model": fingerprint()}, resume=True), model, units_of(model))
+    assert type(caught.value).__module__ == "convert_to_quant.errors"
+
+
+def test_a_complete_output_is_recognized_and_another_is_not(model: Model, tmp_path: Path) -> None:
+    output = tmp_path / "stats.safetensors"
+    session = Session(output, {"steps": 8}, resume=True)
+    assert session.finished() is None
+    seen = go(session, model, units_of(model))
+    session.finish(seen.statistics)
+    assert Session(output, {"steps": 8}).finished() is None  # without --resume it is made anew
+    assert Session(output, {"steps": 8}, resume=True).finished() == seen.statistics
+    with pytest.raises(OutputError, match="a complete file is there, made with steps 8, not 9"):
+        Session(output, {"steps": 9}, resume=True).finished()
+    seen.statistics.save(output)
+    with pytest.raises(OutputError, match="a complete file is there, which no session made"):
+        Session(output, {"steps": 8}, resume=True).finished()
+
+
+def test_fingerprints_tell_contents_apart_and_not_names(tmp_path: Path) -> None:
+    def write(name: str, content: bytes) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        return path
+
+    zeros = bytes(3_000_000)
+    one, same = write("one", zeros), write("same", zeros)
+    assert fingerprint(one) == fingerprint(same)
+    for other in (zeros[:-1], b"x" + zeros[1:], zeros[:-1] + b"x"):
+        assert fingerprint(write("other", other)) != fingerprint(one)
+    write("folder/a", b"1")
+    first = fingerprint(tmp_path / "folder")
+    write("folder/b", b"")
+    assert fingerprint(tmp_path / "folder") != first
+    assert fingerprint(one, same) != fingerprint(one)
+
+
+def test_the_recording_is_the_sessions_own(model: Model, whole: Observed) -> None:
+    with record(model) as recording:
+        model(torch.full((1, 1, 8), 1e6))  # before the run: none of its business
+        assert Session().run(recording, units_of(model), seed=1).statistics == whole.statistics
