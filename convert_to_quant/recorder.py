@@ -46,8 +46,11 @@ COMPILED_PREFIX = "_orig_mod."
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer, or quacks like one: ComfyUI's quantized layers are no nn.Linear."""
-    return isinstance(module, nn.Linear) or (
-        isinstance(getattr(module, "in_features", None), int) and hasattr(module, "weight")
+    if isinstance(module, nn.Linear):
+        return True
+    # The type is asked first: a property may make the whole weight anew whenever it is read.
+    return isinstance(getattr(module, "in_features", None), int) and (
+        hasattr(type(module), "weight") or hasattr(module, "weight")
     )
 
 
