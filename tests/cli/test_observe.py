@@ -1,0 +1,596 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.engines import denoiser
+from convert_to_quant.kernels import SIGMA_BINS
+from convert_to_quant.stats import COLUMNS, Statistics
+
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
+
+SMALL = ("--height", 32, "--width", 48, "--text-tokens", 5, "--steps", 2)
+"""2 by 3 tokens."""
+
+WORDS = ("<pad>", "<eos>", "<unk>", "a", "red", "fish", "bear")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums depend on the number of threads in their last bits; child processes have one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_quantized_layers_of_a_model_are_observed_and_applied(
+    ctq: Any, fp8_file: Path, flux: Any, tmp_path: Path
+) -> None:
+    stats = tmp_path / "stats.safetensors"
+    outcome = ctq("observe", fp8_file, "-o", stats, *SMALL, "--samples", 4, "--seed", 7)
+    assert outcome.code == 0
+    assert outcome.out == ""
+    seen = Statistics.load(stats)
+    assert set(seen.layers) == set(flux.quantized)
+    assert seen.samples == 4
+    assert (seen.calls == 3 * 2).all()  # the pictures of one kind of conditioning run together
+    facts = dict(seen.provenance)
+    assert {name: facts[name] for name in ("conditioning", "engine", "family", "seed", "steps")} == {
+        "conditioning": ("noise",), "engine": ("model",), "family": ("flux1",), "seed": ("7",), "steps": ("2",)
+    }  # fmt: skip
+    moving = facts["depends_on_conditioning"]
+    assert moving
+    assert set(moving) < set(flux.quantized)
+    assert f"the ranges of {len(moving)} layers depend on the conditioning" in outcome.err
+
+    calibrated, document = tmp_path / "out.safetensors", tmp_path / "report.json"
+    applied = ctq("apply", fp8_file, stats, "-o", calibrated, "--json", document)
+    assert applied.code == 0
+    assert f"the ranges of {len(moving)} layers depend on the conditioning" in applied.err
+    layers = json.loads(document.read_text())["layers"]
+    assert {layer["layer"] for layer in layers if layer["conditioning_dependent"]} == set(moving)
+
+
+def test_all_layers_of_a_model_in_high_precision_are_observed(ctq: Any, flux_file: Path, flux: Any) -> None:
+    stats = flux_file.with_name("stats.safetensors")
+    assert ctq("observe", flux_file, "-o", stats, *SMALL, "--samples", 3, "-q").err == ""
+    assert set(Statistics.load(stats).layers) == set(flux.linear)
+
+
+def test_other_parts_of_a_checkpoint_are_not_observed(
+    ctq: Any, flux_tensors: Any, save: Any, flux: Any, tmp_path: Path
+) -> None:
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in flux_tensors().items()}
+    tensors["first_stage_model.decoder.mid.attn.weight"] = np.ones((16, 16), np.float32)
+    path, stats = save("whole.safetensors", tensors), tmp_path / "stats.safetensors"
+    assert ctq("observe", path, "-o", stats, *SMALL, "--samples", 3).code == 0
+    assert set(Statistics.load(stats).layers) == {f"model.diffusion_model.{name}" for name in flux.linear}
+
+
+def test_statistics_fit_the_same_model_under_another_prefix(
+    ctq: Any, flux_tensors: Any, save: Any, fp8_file: Path, tmp_path: Path
+) -> None:
+    path = save("other.safetensors", {f"model.diffusion_model.{name}": t for name, t in flux_tensors().items()})
+    stats, out = tmp_path / "stats.safetensors", tmp_path / "out.safetensors"
+    assert ctq("observe", path, "-o", stats, *SMALL, "--samples", 3).code == 0
+    applied = ctq("apply", fp8_file, stats, "-o", out)
+    assert applied.code == 0
+    assert "layers depend on the conditioning, which noise only imitates (first: double_blocks.0" in applied.err
+
+
+def test_sizes_are_in_pixels(ctq: Any, flux_file: Path) -> None:
+    stats = flux_file.with_name("stats.safetensors")
+    assert ctq("observe", flux_file, "-o", stats, *SMALL, "--samples", 3).code == 0
+    seen = Statistics.load(stats)
+    rows = dict(zip(seen.names, seen.rows_per_sample.tolist(), strict=True))
+    assert (rows["img_in"], rows["txt_in"], rows["single_blocks.0.linear1"]) == (6, 5, 11)
+
+
+def test_the_report_has_every_layer(ctq: Any, flux_file: Path, flux: Any) -> None:
+    stats = flux_file.with_name("stats.safetensors")
+    outcome = ctq("observe", flux_file, "-o", stats, *SMALL, "--samples", 3, "--json", "-")
+    document = json.loads(outcome.out)
+    seen = Statistics.load(stats)
+    assert {layer["layer"]: layer["absmax"] for layer in document["layers"]} == dict(
+        zip(seen.names, seen.absmax.tolist(), strict=True)
+    )
+    assert document["samples"] == seen.samples == 3
+
+
+def test_adapters_are_named_and_widen_ranges(ctq: Any, flux_file: Path, save: Any) -> None:
+    random = np.random.default_rng(1)
+    layer = "lora_unet_double_blocks_0_img_mlp_0"
+    lora = save("style.safetensors", {
+        f"{layer}.lora_down.weight": random.standard_normal((4, 32)).astype(np.float32),
+        f"{layer}.lora_up.weight": random.standard_normal((128, 4)).astype(np.float32),
+    })  # fmt: skip
+    plain, adapted = (flux_file.with_name(name) for name in ("plain.safetensors", "adapted.safetensors"))
+    assert ctq("observe", flux_file, "-o", plain, *SMALL, "--samples", 3).code == 0
+    outcome = ctq("observe", flux_file, "-o", adapted, *SMALL, "--samples", 3, "--lora", f"{lora}:2")
+    assert outcome.code == 0
+    assert "LoRA" in outcome.err
+    without, with_lora = Statistics.load(plain), Statistics.load(adapted)
+    assert with_lora.provenance["lora"] == ("style.safetensors",)
+    number = without.index("double_blocks.0.img_mlp.2")
+    assert with_lora.absmax[number] > 1.5 * without.absmax[number]
+    assert (with_lora.absmax >= without.absmax).all()
+
+
+def embeddings(count: int = 2, tokens: int = 4) -> dict[str, Any]:
+    random = np.random.default_rng(2)
+    return {
+        "prompt_embeds": random.standard_normal((count, tokens, 32)).astype(np.float32),
+        "pooled_prompt_embeds": random.standard_normal((count, 16)).astype(np.float32),
+    }
+
+
+def test_prompt_embeddings_take_the_place_of_noise(ctq: Any, flux_file: Path, save: Any) -> None:
+    given = embeddings()
+    stats = flux_file.with_name("stats.safetensors")
+    options = ("--height", 32, "--width", 48, "--steps", 2, "--conditioning", save("prompts.safetensors", given))
+    assert ctq("observe", flux_file, "-o", stats, *options).code == 0
+    seen = Statistics.load(stats)
+    assert seen.samples == 2
+    assert seen.provenance["conditioning"] == ("prompts",)
+    assert "depends_on_conditioning" not in seen.provenance
+    absmax = dict(zip(seen.names, seen.absmax, strict=True))
+    assert absmax["txt_in"] == np.abs(given["prompt_embeds"]).max()
+    assert absmax["vector_in.in_layer"] == np.abs(given["pooled_prompt_embeds"]).max()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("pooled_prompt_embeds"), "pooled_projections: missing"),
+        (lambda t: t.update(prompt_embeds=np.zeros((2, 4, 31), np.float32)), "shape [2, 4, 32] was expected"),
+        (lambda t: t.update(image=np.zeros((2, 4), np.float32)), "image: the model takes no such conditioning"),
+    ],
+)
+def test_conditioning_that_does_not_fit_is_refused(
+    ctq: Any, flux_file: Path, save: Any, folder: Any, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    tensors = embeddings()
+    change(tensors)
+    path = save("prompts.safetensors", tensors)
+    before = folder()
+    outcome = ctq("observe", flux_file, "-o", flux_file.with_name("s.safetensors"), "--conditioning", path)
+    assert outcome.code == 1
+    assert message in outcome.err
+    assert folder() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "name a MODEL, or a --pipeline"),
+        (("MODEL", "--samples", 0), "--samples should be at least 1, found 0"),
+        (("MODEL", "--text-tokens", -1), "--text-tokens should be at least 1, found -1"),
+        (("MODEL", "--seed", -1), "a seed should not be negative"),
+        (("MODEL", "--save-every", -1), "--save-every should not be negative"),
+        (("MODEL", "--prompts", "p.txt"), "--prompts needs --pipeline"),
+        (("MODEL", "--component", "unet"), "--component needs --pipeline"),
+        (("--pipeline", "d"), "--pipeline needs --prompts FILE"),
+        (("--pipeline", "d", "--prompts", "p", "--lora", "l"), "--lora does not go with --pipeline"),
+        (("--pipeline", "d", "--prompts", "p", "--conditioning", "c"), "--conditioning does not go with --pipeline"),
+        (("MODEL", "--conditioning", "c", "--text-tokens", 4), "--text-tokens is for noise"),
+        (("MODEL", "--device", "abacus"), "device 'abacus' cannot be used"),
+    ],
+)
+def test_misuse_exits_2(ctq: Any, flux_file: Path, folder: Any, words: tuple[Any, ...], said: str) -> None:
+    before = folder()
+    named = [flux_file if word == "MODEL" else word for word in words]
+    outcome = ctq("observe", *named, "-o", flux_file.with_name("s.safetensors"))
+    assert outcome.code == 2
+    assert said in outcome.err
+    assert folder() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("-o", "flux.safetensors"), "flux.safetensors"),
+        (("-o", "no/s.safetensors"), "does not exist"),
+        (("-o", "s.safetensors", "--json", "s.safetensors"), "--json and -o are the same file"),
+        (("-o", "s.safetensors", "--json", "no/r.json"), "does not exist"),
+    ],
+)
+def test_outputs_that_cannot_be_are_refused_before_the_work(
+    ctq: Any, flux_file: Path, folder: Any, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.chdir(flux_file.parent)
+    before = folder()
+    outcome = ctq("observe", flux_file.name, *words)
+    assert outcome.code == 1
+    assert said in outcome.err
+    assert folder() == before
+
+
+# --- stopped runs ---
+
+LONG = ("--height", 16, "--width", 32, "--text-tokens", 2000, "--steps", 2, "--samples", 7)
+"""Two pictures run together: four parts of work, eight evaluations."""
+
+OBSERVE = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+os.environ.update(ENVIRONMENT)
+from convert_to_quant import cli
+from convert_to_quant.engines import denoiser, session
+
+def killed_at(owner, name, count):
+    original = getattr(owner, name)
+    def counting(*args, **kwargs):
+        nonlocal count
+        count -= 1
+        if count == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    setattr(owner, name, counting)
+
+if MOMENT:
+    kind, count = MOMENT
+    owner = {"velocity": denoiser.Denoiser, "fsync": os, "discard": session.Session}[kind]
+    killed_at(owner, kind, count)
+sys.exit(cli.main(WORDS))
+"""
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """Where child processes come from: forks of one that has imported everything slow."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffusers.models.transformers.transformer_flux", "convert_to_quant.fidelity"])
+    return context
+
+
+Start = Callable[..., Any]
+
+
+@pytest.fixture
+def start(processes: Any, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Run the command line in a process of its own: start(words, moment to kill it at, environment)."""
+    script = tmp_path_factory.mktemp("script") / "observe.py"
+    script.write_text(OBSERVE)
+
+    def start(words: tuple[Any, ...], moment: tuple[str, int] | None = None, **environment: str) -> Any:
+        given = {"WORDS": [str(word) for word in words], "MOMENT": moment, "ENVIRONMENT": environment}
+        process = processes.Process(target=runpy.run_path, args=(str(script), given))
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs kill -9")
+@pytest.mark.parametrize(
+    ("moment", "left"),
+    [
+        (("velocity", 1), set()),
+        (("velocity", 4), {"stats.safetensors.partial"}),
+        (("fsync", 1), set()),
+        (("fsync", 3), {"stats.safetensors.partial"}),
+        (("velocity", 8), {"stats.safetensors.partial"}),
+        (("discard", 1), {"stats.safetensors.partial", "stats.safetensors"}),
+    ],
+)
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_statistics(
+    ctq: Any, start: Start, fp8_file: Path, moment: tuple[str, int], left: set[str]
+) -> None:
+    stats, whole = fp8_file.with_name("stats.safetensors"), fp8_file.with_name("whole.safetensors")
+    words = ("observe", fp8_file, *LONG, "--save-every", 0, "-q")
+    process = start((*words, "-o", stats), moment)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert {path.name for path in fp8_file.parent.iterdir() if "stats" in path.name} == left
+
+    assert ctq(*words, "-o", stats, "--resume").err == ""
+    assert {path.name for path in fp8_file.parent.iterdir() if "stats" in path.name} == {"stats.safetensors"}
+    assert ctq(*words, "-o", whole).code == 0
+    assert Statistics.load(stats) == Statistics.load(whole)
+
+
+@pytest.fixture
+def interrupted(ctq: Any, fp8_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The output of a run that was interrupted in its third part."""
+    velocity, left = denoiser.Denoiser.velocity, 5
+
+    def stopping(*args: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return velocity(*args)
+
+    stats = fp8_file.with_name("stats.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(denoiser.Denoiser, "velocity", stopping)
+        assert ctq("observe", fp8_file, *LONG, "-o", stats, "--save-every", 0).code == 130
+    assert not stats.exists()
+    return stats
+
+
+def test_an_interrupted_run_can_be_used_as_it_is(ctq: Any, interrupted: Path, fp8_file: Path) -> None:
+    partial = interrupted.with_name("stats.safetensors.partial")
+    assert ctq("apply", fp8_file, partial, "--dry-run").code == 0
+    assert Statistics.load(partial).samples == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "an unfinished run is there (--resume goes on, or delete it)"),
+        (("--resume", "--steps", 3), "made with steps 2, not 3"),
+        (("--resume", "--seed", 1), "made with seed 42, not 1"),
+        (("--resume", "--samples", 8), "made with samples 7, not 8"),
+        (("--resume", "--width", 64), "made with size 1 x 1 x 2 tokens, text 2000, not 1 x 1 x 4 tokens, text 2000"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_options(
+    ctq: Any, interrupted: Path, fp8_file: Path, words: tuple[Any, ...], said: str
+) -> None:
+    outcome = ctq("observe", fp8_file, *LONG, "-o", interrupted, *words)
+    assert outcome.code == 1
+    assert said in outcome.err
+
+
+def test_a_run_is_not_resumed_on_another_model(ctq: Any, interrupted: Path, flux_file: Path) -> None:
+    outcome = ctq("observe", flux_file, *LONG, "-o", interrupted, "--resume")
+    assert outcome.code == 1
+    assert "cannot resume: made with another model" in outcome.err
+
+
+def test_resuming_a_complete_run_does_nothing(ctq: Any, fp8_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = fp8_file.with_name("stats.safetensors")
+    words = ("observe", fp8_file, *SMALL, "--samples", 3, "-o", stats, "--resume")
+    assert ctq(*words).code == 0
+    before = stats.read_bytes()
+    monkeypatch.setattr(denoiser.Denoiser, "velocity", None)
+    outcome = ctq(*words)
+    assert (outcome.code, outcome.err) == (0, f"{stats} is complete already\n")
+    assert stats.read_bytes() == before
+
+
+# --- several processes ---
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        number: int = probe.getsockname()[1]
+    return number
+
+
+def test_two_processes_observe_what_one_does(ctq: Any, start: Start, fp8_file: Path, port: int) -> None:
+    together, single = fp8_file.with_name("together.safetensors"), fp8_file.with_name("single.safetensors")
+    words = ("observe", fp8_file, *LONG, "--resume", "--save-every", 0)
+    ranks = [
+        start((*words, "-o", together), None, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert ctq(*words, "-o", single).code == 0
+    one, two = Statistics.load(single), Statistics.load(together)
+    for name in COLUMNS:
+        assert np.array_equal(getattr(one, name), getattr(two, name)), name
+    assert one == two
+    assert not [path for path in fp8_file.parent.iterdir() if "partial" in path.name]
+
+
+# --- pipelines ---
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a Flux.1 pipeline of the test model's size, with random weights."""
+    import diffusers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    def tokenizer() -> Any:
+        rules = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+        rules.pre_tokenizer = pre_tokenizers.Whitespace()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=rules, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=8
+        )
+
+    torch.manual_seed(0)
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=8, eos_token_id=1, bos_token_id=0, pad_token_id=0,
+        )
+    )  # fmt: skip
+    t5 = T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=False, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    folder = tmp_path_factory.mktemp("pipeline")
+    diffusers.FluxPipeline(scheduler, vae, clip, tokenizer(), t5, tokenizer(), transformer).save_pretrained(folder)
+    return folder
+
+
+PAINT = ("--height", 8, "--width", 12, "--text-tokens", 6, "--steps", 4)
+PROMPTS = ("a red fish", "a bear")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(("", *PROMPTS, " ")))
+    return path
+
+
+def by_hand(folder: Path) -> dict[str, float]:
+    """Largest inputs of the transformer's linear layers, by hooks on diffusers' own pipeline."""
+    from convert_to_quant.engines.pipeline import load
+
+    pipe = load(folder)
+    absmax: dict[str, float] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda _, inputs: absmax.__setitem__(name, max(absmax.get(name, 0.0), float(inputs[0].abs().max())))
+
+    for name, module in pipe.transformer.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(watch(name))
+    for number, prompt in enumerate(PROMPTS):
+        pipe(
+            prompt, height=8, width=12, num_inference_steps=4, max_sequence_length=6, output_type="latent",
+            generator=torch.Generator().manual_seed(42 + number),
+        )  # fmt: skip
+    return absmax
+
+
+def test_a_pipeline_paints_prompts_under_both_kinds_of_names(
+    ctq: Any, pipeline: Path, prompts: Path, flux: Any, fp8_file: Path, tmp_path: Path
+) -> None:
+    stats = tmp_path / "stats.safetensors"
+    outcome = ctq("observe", "--pipeline", pipeline, "--prompts", prompts, "-o", stats, *PAINT)
+    assert (outcome.code, outcome.out) == (0, "")
+    seen = Statistics.load(stats)
+    absmax = dict(zip(seen.names, seen.absmax.tolist(), strict=True))
+    wanted = by_hand(pipeline)
+    assert {name: absmax[name] for name in wanted} == wanted
+    assert {name: seen.layers[name] for name in flux.linear} == flux.linear
+    assert set(seen.layers) == {*wanted, *flux.linear}
+    for ours, theirs in {
+        "double_blocks.0.txt_attn.qkv": "transformer_blocks.0.attn.add_k_proj",
+        "single_blocks.0.linear1": "single_transformer_blocks.0.proj_mlp",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+    }.items():
+        assert absmax[ours] == absmax[theirs]
+    assert seen.samples == 2
+    assert seen.visited.all()
+    # Four steps of the scheduler, whose noise levels are 1, 0.75, 0.5 and 0.25.
+    assert [column for column in range(SIGMA_BINS + 1) if seen.sigma_count[0, column]] == [1, 3, 5, 7]
+    rows = dict(zip(seen.names, seen.rows_per_sample.tolist(), strict=True))
+    assert (rows["txt_in"], rows["vector_in.in_layer"]) == (6, 1)
+
+    assert ctq("apply", fp8_file, stats, "-o", tmp_path / "out.safetensors").code == 0
+
+
+def test_a_pipeline_is_observed_under_a_checkpoints_own_names(
+    ctq: Any, pipeline: Path, prompts: Path, fp8_file: Path, flux: Any, tmp_path: Path
+) -> None:
+    both, ours = tmp_path / "both.safetensors", tmp_path / "ours.safetensors"
+    words = ("observe", "--pipeline", pipeline, "--prompts", prompts, *PAINT)
+    assert ctq(*words, "-o", both).code == 0
+    assert ctq(*words, fp8_file, "-o", ours).code == 0
+    seen = Statistics.load(ours)
+    assert set(seen.layers) == set(flux.quantized)
+    assert seen == Statistics.load(both).take(seen.names)
+
+
+def test_statistics_of_a_pipeline_fit_a_checkpoint_in_diffusers_names(
+    ctq: Any, pipeline: Path, prompts: Path, tmp_path: Path
+) -> None:
+    stats, fp8 = tmp_path / "stats.safetensors", tmp_path / "fp8.safetensors"
+    source = pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert ctq("-i", source, "-o", fp8).code == 0
+    assert ctq("observe", "--pipeline", pipeline, "--prompts", prompts, "-o", stats, *PAINT).code == 0
+    with open_checkpoint(fp8) as checkpoint:
+        assert any(name.endswith("attn.to_q.weight_scale") for name in checkpoint.tensors)
+    applied = ctq("apply", fp8, stats, "-o", tmp_path / "out.safetensors")
+    assert applied.code == 0
+    assert "keeps its scale" not in applied.err
+
+
+def test_an_interrupted_pipeline_goes_on(
+    ctq: Any, pipeline: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    whole, stats = tmp_path / "whole.safetensors", tmp_path / "stats.safetensors"
+    words = ("observe", "--pipeline", pipeline, "--prompts", prompts, *PAINT, "--samples", 3, "--save-every", 0)
+    assert ctq(*words, "-o", whole).code == 0
+    step, left = FlowMatchEulerDiscreteScheduler.step, 6
+
+    def stopping(*args: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return step(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FlowMatchEulerDiscreteScheduler, "step", stopping)
+        assert ctq(*words, "-o", stats).code == 130
+    assert Statistics.load(f"{stats}.partial").samples == 1
+    assert ctq(*words, "-o", stats, "--resume").code == 0
+    assert Statistics.load(stats) == Statistics.load(whole)
+    assert Statistics.load(stats).samples == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--component", "unet"), 2, "the pipeline has no unet (it has "),
+        (("--frames", 9), 2, "FluxPipeline takes no num_frames"),
+    ],
+)
+def test_what_a_pipeline_does_not_have_is_refused(
+    ctq: Any, pipeline: Path, prompts: Path, tmp_path: Path, words: tuple[Any, ...], code: int, said: str
+) -> None:
+    outcome = ctq("observe", "--pipeline", pipeline, "--prompts", prompts, "-o", tmp_path / "s.safetensors", *words)
+    assert outcome.code == code
+    assert said in outcome.err
+
+
+def test_a_checkpoint_of_another_model_than_the_pipelines_is_refused(
+    ctq: Any, pipeline: Path, prompts: Path, flux_tensors: Any, save: Any, tmp_path: Path
+) -> None:
+    tensors = flux_tensors()
+    dtype, weight = tensors["img_in.weight"]
+    tensors["img_in.weight"] = (dtype, np.concatenate([weight, weight[:, :4]], 1))
+    model = save("other.safetensors", tensors)
+    stats = tmp_path / "s.safetensors"
+    outcome = ctq("observe", model, "--pipeline", pipeline, "--prompts", prompts, "-o", stats, *PAINT)
+    assert outcome.code == 1
+    assert f"x_embedder: the pipeline's FluxTransformer2DModel is not the model of {model}" in outcome.err
+
+
+def test_folders_and_prompts_that_cannot_be_used_are_refused(
+    ctq: Any, pipeline: Path, prompts: Path, tmp_path: Path
+) -> None:
+    stats = tmp_path / "s.safetensors"
+    outcome = ctq("observe", "--pipeline", tmp_path, "--prompts", prompts, "-o", stats)
+    assert (outcome.code, "it has no model_index.json" in outcome.err) == (1, True)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
+    outcome = ctq("observe", "--pipeline", tmp_path, "--prompts", prompts, "-o", stats)
+    assert (outcome.code, "diffusers cannot load it" in outcome.err) == (1, True)
+    for name, said in (("none.txt", "cannot be read"), ("empty.txt", "no prompts")):
+        if name == "empty.txt":
+            (tmp_path / name).write_text("\n  \n")
+        outcome = ctq("observe", "--pipeline", pipeline, "--prompts", tmp_path / name, "-o", stats)
+        assert (outcome.code, said in outcome.err) == (2, True)
+    assert not stats.exists()
+
+
+def test_under_torchrun_cuda_is_the_processes_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    from convert_to_quant.cli.observe import device_of_this_process
+
+    assert device_of_this_process("cuda") == "cuda"
+    monkeypatch.setitem(os.environ, "LOCAL_RANK", "3")
+    assert [device_of_this_process(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:3", "cuda:0", "cpu"]
