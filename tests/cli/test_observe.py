@@ -161,7 +161,7 @@ def test_prompt_embeddings_take_the_place_of_noise(ctq: Any, flux_file: Path, sa
     ],
 )
 def test_conditioning_that_does_not_fit_is_refused(
-    ctq: Any, flux_file: Path, save: Any, folder: Any, change: Callable[[dict[str, Any]], object], message: str
+    ctq: Any, flux_file: Path, save: Any, folder: Any, *, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     tensors = embeddings()
     change(tensors)
@@ -209,7 +209,7 @@ def test_misuse_exits_2(ctq: Any, flux_file: Path, folder: Any, words: tuple[Any
     ],
 )
 def test_outputs_that_cannot_be_are_refused_before_the_work(
-    ctq: Any, flux_file: Path, folder: Any, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
+    ctq: Any, flux_file: Path, folder: Any, monkeypatch: pytest.MonkeyPatch, *, words: tuple[str, ...], said: str
 ) -> None:
     monkeypatch.chdir(flux_file.parent)
     before = folder()
@@ -464,7 +464,7 @@ def by_hand(folder: Path) -> dict[str, float]:
 
 
 def test_a_pipeline_paints_prompts_under_both_kinds_of_names(
-    ctq: Any, pipeline: Path, prompts: Path, flux: Any, fp8_file: Path, tmp_path: Path
+    ctq: Any, pipeline: Path, prompts: Path, *, flux: Any, fp8_file: Path, tmp_path: Path
 ) -> None:
     stats = tmp_path / "stats.safetensors"
     outcome = ctq("observe", "--pipeline", pipeline, "--prompts", prompts, "-o", stats, *PAINT)
@@ -492,7 +492,7 @@ def test_a_pipeline_paints_prompts_under_both_kinds_of_names(
 
 
 def test_a_pipeline_is_observed_under_a_checkpoints_own_names(
-    ctq: Any, pipeline: Path, prompts: Path, fp8_file: Path, flux: Any, tmp_path: Path
+    ctq: Any, pipeline: Path, prompts: Path, *, fp8_file: Path, flux: Any, tmp_path: Path
 ) -> None:
     both, ours = tmp_path / "both.safetensors", tmp_path / "ours.safetensors"
     words = ("observe", "--pipeline", pipeline, "--prompts", prompts, *PAINT)
@@ -551,7 +551,7 @@ def test_an_interrupted_pipeline_goes_on(
     ],
 )
 def test_what_a_pipeline_does_not_have_is_refused(
-    ctq: Any, pipeline: Path, prompts: Path, tmp_path: Path, words: tuple[Any, ...], code: int, said: str
+    ctq: Any, pipeline: Path, prompts: Path, tmp_path: Path, *, words: tuple[Any, ...], code: int, said: str
 ) -> None:
     outcome = ctq("observe", "--pipeline", pipeline, "--prompts", prompts, "-o", tmp_path / "s.safetensors", *words)
     assert outcome.code == code
@@ -559,7 +559,7 @@ def test_what_a_pipeline_does_not_have_is_refused(
 
 
 def test_a_checkpoint_of_another_model_than_the_pipelines_is_refused(
-    ctq: Any, pipeline: Path, prompts: Path, flux_tensors: Any, save: Any, tmp_path: Path
+    ctq: Any, pipeline: Path, prompts: Path, *, flux_tensors: Any, save: Any, tmp_path: Path
 ) -> None:
     tensors = flux_tensors()
     dtype, weight = tensors["img_in.weight"]

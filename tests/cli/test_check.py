@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.cli import check
+from convert_to_quant.engines import noise
+from convert_to_quant.engines.denoiser import load
+from convert_to_quant.engines.quantized_linear import ARITHMETICS
+from convert_to_quant.engines.sizes import geometry
+from convert_to_quant.fidelity import Fidelity, noise_prompts, velocity_fidelity
+
+SMALL = ("--height", 32, "--width", 48, "--text-tokens", 5, "--steps", 2, "--samples", 2)
+SIZE = geometry("flux1", 32, 48, text_tokens=5)
+
+
+def measured(reference: Path, quantized: Path, **options: Any) -> Fidelity:
+    with open_checkpoint(reference) as first, open_checkpoint(quantized) as second:
+        one, other = load(first), load(second, arithmetic=options.pop("arithmetic", "comfyui"))
+        silent = noise.conditioning(one.signals(SIZE), noise.SILENT, check.SEED, 0)
+        prompts = noise_prompts(one, SIZE, 2, seed=check.SEED)
+        return velocity_fidelity(one, other, prompts, SIZE, negative=silent, steps=2, seed=check.SEED, **options)
+
+
+def test_every_arithmetic_has_its_spelling_here() -> None:
+    assert {name.replace("-", "_") for name in check.ARITHMETICS} == set(ARITHMETICS)
+
+
+@pytest.mark.parametrize("arithmetic", ["comfyui", "comfyui-divide", "dequantize"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_it_says_what_the_fidelity_is(
+    ctq: Any, flux_file: Path, fp8_file: Path, arithmetic: str, guidance: float
+) -> None:
+    wanted = measured(flux_file, fp8_file, arithmetic=arithmetic.replace("-", "_"), guidance=guidance)
+    document = fp8_file.with_name("report.json")
+    words = (*SMALL, "--arithmetic", arithmetic, "--guidance", guidance, "--json", document)
+    outcome = ctq("check", flux_file, fp8_file, *words)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert json.loads(document.read_text()) == json.loads(json.dumps(wanted.to_json()))
+    head, *rows = (line.split() for line in outcome.out.splitlines())
+    assert head == ["sigma", "SQNR", "standard", "error"]
+    assert rows == [
+        [*name.split(), f"{mean:.2f}", "dB", f"{error:.2f}", "dB"]
+        for name, mean, error in (
+            *((f"{level.sigma:.3f}", level.sqnr_db, level.standard_error_db) for level in wanted.levels),
+            ("mean", wanted.sqnr_db, wanted.standard_error_db),
+            ("final PSNR", wanted.psnr_db, wanted.psnr_standard_error_db),
+        )
+    ]
+
+
+def test_layers_come_worst_first(ctq: Any, flux_file: Path, fp8_file: Path, flux: Any) -> None:
+    wanted = measured(flux_file, fp8_file, layer_errors=True).layers
+    assert len(wanted) == len(flux.quantized)
+    outcome = ctq("check", flux_file, fp8_file, *SMALL, "--layers", "-v")
+    lines = outcome.out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("layer"))
+    assert [line.split() for line in lines[start + 1 :]] == [
+        [error.layer, str(error.rows), f"{error.mean:.3%}", f"{error.worst:.3%}", f"{error.whole:.3%}"]
+        for error in wanted
+    ]
+
+
+def test_only_the_worst_layers_are_shown_unless_all_are_asked_for(
+    ctq: Any, flux_file: Path, fp8_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "WORST_LAYERS", 3)
+    few, every = (ctq("check", flux_file, fp8_file, *SMALL, "--layers", *more).out for more in ((), ("-v",)))
+    rows_of_few, rows_of_all = ([line.split() for line in text.splitlines()] for text in (few, every))
+    assert rows_of_all[: len(rows_of_few)] == rows_of_few
+    assert len(rows_of_few) == 1 + 2 + 2 + 1 + 3
+
+
+def test_a_model_is_exactly_itself(ctq: Any, flux_file: Path) -> None:
+    outcome = ctq("check", flux_file, flux_file, *SMALL, "--at-least", 200)
+    assert outcome.code == 0
+    assert [line.split()[-2:] for line in outcome.out.splitlines()[1:]] == [["exact", "-"]] * 4
+
+
+def test_a_model_below_what_was_asked_for_fails(ctq: Any, flux_file: Path, fp8_file: Path) -> None:
+    mean = measured(flux_file, fp8_file).sqnr_db
+    assert ctq("check", flux_file, fp8_file, *SMALL, "-q", "--at-least", mean - 0.1).code == 0
+    outcome = ctq("check", flux_file, fp8_file, *SMALL, "-q", "--at-least", mean + 0.1)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert f"{fp8_file}: {mean:.2f} dB, at least {mean + 0.1:g} dB were asked for" in outcome.err
+
+
+def test_json_on_stdout_is_one_document(ctq: Any, flux_file: Path, fp8_file: Path) -> None:
+    outcome = ctq("check", flux_file, fp8_file, *SMALL, "--layers", "--json", "-")
+    assert json.loads(outcome.out)["prompts"] == 2
+
+
+def embeddings(count: int = 3) -> dict[str, Any]:
+    random = np.random.default_rng(2)
+    return {
+        "prompt_embeds": random.standard_normal((count, 5, 32)).astype(np.float32),
+        "pooled_prompt_embeds": random.standard_normal((count, 16)).astype(np.float32),
+    }
+
+
+def test_prompt_embeddings_take_the_place_of_noise(ctq: Any, flux_file: Path, fp8_file: Path, save: Any) -> None:
+    given = embeddings()
+    options = ("--height", 32, "--width", 48, "--steps", 1, "--json", "-")
+
+    def found(tensors: dict[str, Any], *more: Any) -> dict[str, Any]:
+        path = save("prompts.safetensors", tensors)
+        outcome = ctq("check", flux_file, fp8_file, *options, "--conditioning", path, *more)
+        assert outcome.code == 0, outcome.err
+        document: dict[str, Any] = json.loads(outcome.out)
+        return document
+
+    assert found(given)["prompts"] == 3
+    first = found(given, "--samples", 1)
+    assert first == found({name: value[:1] for name, value in given.items()})
+    assert first["sqnr_db"] != found({name: value[1:2] for name, value in given.items()})["sqnr_db"]
+    # Prompts are taken in turn, each time on another noise.
+    assert found(given, "--samples", 4)["prompts"] == 4
+
+
+def test_the_empty_prompt_of_guidance_can_be_given(ctq: Any, flux_file: Path, fp8_file: Path, save: Any) -> None:
+    given = embeddings(2)
+    empty = {f"negative_{name}": np.zeros_like(value[:1]) for name, value in given.items()}
+    loud = {name: value + 3 for name, value in empty.items()}
+    options = ("--height", 32, "--width", 48, "--steps", 2, "--guidance", 4, "--json", "-")
+    means = []
+    for tensors in (given, given | empty, given | loud):
+        outcome = ctq("check", flux_file, fp8_file, *options, "--conditioning", save("p.safetensors", tensors))
+        assert outcome.code == 0, outcome.err
+        means.append(json.loads(outcome.out)["sqnr_db"])
+    assert means[0] == means[1] != means[2]
+
+
+def wider(tensors: dict[str, Any]) -> None:
+    dtype, weight = tensors["txt_in.weight"]
+    tensors["txt_in.weight"] = (dtype, np.concatenate([weight, weight], 1))
+
+
+def deeper(tensors: dict[str, Any]) -> None:
+    more = {name.replace("single_blocks.0.", "single_blocks.1."): tensor for name, tensor in tensors.items()}
+    tensors.update(more)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (wider, "context_embedder.weight is [32, 64], in "),
+        (deeper, "single_transformer_blocks.1.attn.norm_k.weight is [16], in "),
+    ],
+)
+def test_another_model_is_refused(
+    ctq: Any, flux_file: Path, flux_tensors: Any, save: Any, change: Callable[[dict[str, Any]], None], said: str
+) -> None:
+    tensors = flux_tensors()
+    change(tensors)
+    other = save("other.safetensors", tensors)
+    outcome = ctq("check", flux_file, other, *SMALL)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert f"{other}: another model: {said}" in outcome.err
+    if change is deeper:
+        swapped = ctq("check", other, flux_file, *SMALL)
+        assert f"single_transformer_blocks.1.attn.norm_k.weight is missing, in {other} it is [16]" in swapped.err
+
+
+def test_a_file_that_is_no_model_is_refused(ctq: Any, flux_file: Path, save: Any) -> None:
+    other = save("other.safetensors", {"a.weight": np.ones((4, 4), np.float32)})
+    outcome = ctq("check", flux_file, other, *SMALL)
+    assert outcome.code == 1
+    assert f"{other}: its tensor names fit no known family" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("-v",), "-v needs --layers"),
+        (("--steps", 0), "--steps should be at least 1, found 0"),
+        (("--seed", -1), "a seed should not be negative"),
+        (("--arithmetic", "abacus"), "invalid choice: 'abacus'"),
+        (("--device", "abacus"), "device 'abacus' cannot be used"),
+    ],
+)
+def test_misuse_exits_2(ctq: Any, flux_file: Path, words: tuple[Any, ...], said: str) -> None:
+    outcome = ctq("check", flux_file, flux_file, *words)
+    assert outcome.code == 2
+    assert said in outcome.err
+
+
+def test_a_report_that_would_overwrite_a_model_is_refused(ctq: Any, flux_file: Path) -> None:
+    before = flux_file.read_bytes()
+    outcome = ctq("check", flux_file, flux_file, "--json", flux_file)
+    assert (outcome.code, "--json and REFERENCE are the same file" in outcome.err) == (1, True)
+    assert flux_file.read_bytes() == before
