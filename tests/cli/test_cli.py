@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,10 @@ def test_the_module_runs_as_a_program() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_an_example(ctq: Any, command: str) -> None:
+def test_every_command_has_help(ctq: Any, command: str) -> None:
     outcome = ctq(command, "--help")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith("usage: convert_to_quant ")
-    assert "example" in outcome.out
 
 
 def test_convert_is_the_command_that_needs_no_name(ctq: Any) -> None:
@@ -110,9 +111,12 @@ def test_a_bug_shows_its_traceback() -> None:
         guarded(lambda: 1 // 0)
 
 
-def test_a_reader_that_goes_away_is_no_error_message(flux_file: Path) -> None:
-    words = [sys.executable, "-m", "convert_to_quant", "-i", str(flux_file), "--dry-run", "--json", "-"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def test_a_reader_that_goes_away_is_no_error_message(save: Callable[..., Path], build: Any) -> None:
+    path = save("m.safetensors", *build.quantized(["blocks.0"], "both"))  # so little to say that it waits in a buffer
+    words = [sys.executable, "-m", "convert_to_quant", "-i", str(path), "--dry-run", "--json", "-"]
+    words += ["--actcal", "--actcal-engine", "layer"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
