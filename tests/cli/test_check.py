@@ -154,7 +154,7 @@ def deeper(tensors: dict[str, Any]) -> None:
     ],
 )
 def test_another_model_is_refused(
-    ctq: Any, flux_file: Path, flux_tensors: Any, save: Any, change: Callable[[dict[str, Any]], None], said: str
+    ctq: Any, flux_file: Path, flux_tensors: Any, save: Any, *, change: Callable[[dict[str, Any]], None], said: str
 ) -> None:
     tensors = flux_tensors()
     change(tensors)

@@ -496,3 +496,18 @@ def test_relatives_that_diffusers_class_does_not_know_are_not_run(
 ) -> None:
     with open_checkpoint(save_model(random_state(shapes() | extra))) as checkpoint:
         assert next(iter(extra)) in (engine.supports(checkpoint) or "")
+
+
+def test_module_names_lead_back_to_the_authors_layers(case: tuple[str, Shapes], save_model: Any) -> None:
+    family, shapes = case
+    with open_checkpoint(save_model(random_state(shapes))) as checkpoint:
+        denoiser = engine.load(checkpoint)
+    modules = {name: (module.out_features, module.in_features) for name, module in denoiser.linears.items()}
+    found = names.checkpoint_layers(modules, ARCHITECTURES[family].transformer)
+    layers = modules | {layer: shape for spellings in found.values() for layer, shape in spellings}
+    plain = denoiser.plan.table.plain
+    wanted = {name: (plain[name].out_features, plain[name].in_features) for name in denoiser.layers}
+    assert {name: layers.get(name) for name in wanted} == wanted
+    for name, module in denoiser.linears.items():  # each module's own layers are among those it stands for
+        fed = {layer.name for layer, _ in module.stored.pieces}
+        assert fed <= {name, *(layer for layer, _ in found.get(name, ()))}
