@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from ..errors import OptionError
-from .calibration import tell
-from .output import note, say
-from .patching import add_patching_arguments, write_patch
+from .calibration import check_written_files, recover_input, tell
+from .output import say
+from .patching import add_patching_arguments, check_target, write_patch
 
 DESCRIPTION = "Choose the scale and precision of every FP8 layer from statistics, and write them into the checkpoint."
 EPILOG = """\
@@ -43,7 +43,6 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from ..calibrate_activation_scales import apply_statistics
     from ..checkpoint import open_checkpoint
-    from ..patch import recover
     from ..solve import SolveOptions
     from ..stats import Statistics, merge
 
@@ -58,13 +57,15 @@ def run(args: argparse.Namespace) -> int:
         full_precision_budget=args.full_precision_budget,
         keep=tuple(args.keep),
     )
-    if recover(Path(args.input)):
-        note(f"{args.input}: an interrupted change in place was undone")
+    recover_input(args)
     statistics = merge(*(Statistics.load(path) for path in args.statistics), force=args.force)
     with open_checkpoint(args.input) as checkpoint:
+        check_target(checkpoint, args)
+        check_written_files(checkpoint, args, [Path(path) for path in args.statistics])
         calibration = apply_statistics(checkpoint, statistics, options, force=args.force)
         tell(calibration, args)
         if args.dry_run:
-            say("dry run: nothing was written")
+            if not args.quiet:
+                say("dry run: nothing was written")
             return 0
         return write_patch(checkpoint, calibration, args)

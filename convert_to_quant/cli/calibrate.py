@@ -44,13 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Calibrate the file."""
     from ..checkpoint import open_checkpoint
-    from .calibration import check_written_files, loras_of, options_of, recover_input
+    from .calibration import adapter_files, check_written_files, loras_of, options_of, recover_input
     from .convert import calibrate_file, check_options
 
     check_options(args)
     options = options_of(args)
     recover_input(args)
     with open_checkpoint(args.input) as checkpoint:
-        check_written_files(checkpoint, args)
+        check_written_files(checkpoint, args, adapter_files(args))
         with loras_of(args) as adapters:
             return calibrate_file(checkpoint, args, options, adapters)

@@ -83,26 +83,35 @@ def recover_input(args: argparse.Namespace) -> None:
         note(f"{args.input}: an interrupted change in place was undone")
 
 
-def check_written_files(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+def adapter_files(args: argparse.Namespace) -> list[Path]:
+    """The adapters that were asked for."""
+    return [Path(split_strength(text)[0]) for text in args.lora]
+
+
+def check_written_files(checkpoint: Checkpoint, args: argparse.Namespace, others: Sequence[Path]) -> None:
     """Refuse, before any work, what cannot be written, and files that would overwrite each other.
 
+    Args:
+        checkpoint: the model.
+        args: with `output` and `json`.
+        others: the further files that are read.
+
     Raises:
-        OutputError: the output is a folder or an adapter; the report is the model, the output or an adapter, or has no
-            folder.
+        OutputError: the output is a folder or one of `others`; the report is the model, the output or one of them, or
+            has no folder.
     """
     from ..checkpoint import refuse_same_file
     from ..errors import OutputError
 
-    adapters = [Path(split_strength(text)[0]) for text in args.lora]
     outputs = [Path(args.output)] if args.output is not None else []
     for output in outputs:
-        refuse_same_file(output, adapters, hint="name another output")
+        refuse_same_file(output, others, hint="name another output")
         if output.is_dir():
             raise OutputError("cannot be written: it is a folder", path=output)
     if args.json in (None, "-"):
         return
     report = Path(args.json)
-    inputs = [checkpoint.path, *(file.path for file in checkpoint.files), *adapters]
+    inputs = [checkpoint.path, *(file.path for file in checkpoint.files), *others]
     refuse_same_file(report, inputs, hint="name another file for --json")
     if any(report.resolve() == output.resolve() for output in outputs):
         raise OutputError("--json and -o are the same file", path=report)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from .calibration import (
+    adapter_files,
     add_calibration_arguments,
     calibrate,
     check_written_files,
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     options = options_of(args) if args.actcal else None
     recover_input(args)
     with open_checkpoint(args.input) as checkpoint:
-        check_written_files(checkpoint, args)
+        check_written_files(checkpoint, args, adapter_files(args))
         with loras_of(args) as adapters:
             if options is not None and find_layers(checkpoint).quantized:
                 unused = ", ".join("--" + name.replace("_", "-") for name in _given(args, CONVERSION_OPTIONS))

@@ -1,0 +1,132 @@
+"""`apply` and `merge`: what was observed goes into the checkpoint, before which everything is checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
+from convert_to_quant.cli import main
+from convert_to_quant.layers import find_layers, input_scale
+from convert_to_quant.stats import BIN_EDGES, Statistics
+
+LAYER = "double_blocks.0.img_attn.qkv"
+OTHER = "double_blocks.0.img_attn.proj"
+SHAPES = {LAYER: (32, 16), OTHER: (16, 16)}
+
+
+def seen(largest: dict[str, float], *, rows: int = 64) -> Statistics:
+    """Statistics of layers whose values all lie in the bin of their largest."""
+    empty = Statistics.empty(SHAPES)
+    for number, name in enumerate(SHAPES):
+        if name not in largest:
+            continue
+        value = np.float32(largest[name])
+        empty.sigma_absmax[number, 7] = value
+        bin_number = int(np.searchsorted(BIN_EDGES, value, side="right")) - 1
+        empty.sigma_count[number, 7] = empty.histogram[number, bin_number] = rows * 16
+        empty.row_histogram[number, bin_number] = empty.rows[number] = rows
+        empty.rows_per_sample[number] = rows
+        empty.calls[number] = 1
+    return empty.replace(samples=1)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    source, path = tmp_path / "bf16.safetensors", tmp_path / "fp8.safetensors"
+    rng = np.random.default_rng(0)
+    weights = {name + ".weight": rng.standard_normal(shape).astype(np.float16) for name, shape in SHAPES.items()}
+    write_checkpoint(source, {name: Entry.of(values) for name, values in weights.items()})
+    assert main(["-i", str(source), "-o", str(path), "--preset", "flux1", "-q"]) == 0
+    return path
+
+
+def scales(path: Path) -> dict[str, float]:
+    with open_checkpoint(path) as checkpoint:
+        return {name: input_scale(checkpoint, layer) for name, layer in find_layers(checkpoint).quantized.items()}
+
+
+def test_the_largest_value_seen_in_any_file_becomes_the_scale(model: Path, tmp_path: Path) -> None:
+    first, second, out = (tmp_path / name for name in ("1.safetensors", "2.safetensors", "out.safetensors"))
+    seen({LAYER: 896.0, OTHER: 4.48}).save(first)
+    seen({LAYER: 448.0, OTHER: 44.8}).save(second)
+    assert main(["apply", str(model), str(first), str(second), "-o", str(out)]) == 0
+    assert scales(out) == {LAYER: 2.0, OTHER: pytest.approx(0.1)}
+
+
+def test_merged_files_give_the_same_bytes_as_the_files_themselves(model: Path, tmp_path: Path) -> None:
+    files = [str(tmp_path / f"{number}.safetensors") for number in range(3)]
+    for number, file in enumerate(files):
+        seen({LAYER: 100.0 + number, OTHER: 5.0 - number}).save(file)
+    merged, backwards, apart, together = (str(tmp_path / f"{name}.safetensors") for name in "mbat")
+    assert main(["merge", *files, "-o", merged, "-q"]) == 0
+    assert main(["merge", *reversed(files), "-o", backwards, "-q"]) == 0
+    assert Path(merged).read_bytes() == Path(backwards).read_bytes()
+    assert main(["apply", str(model), *files, "-o", apart, "-q"]) == 0
+    assert main(["apply", str(model), merged, "-o", together, "-q"]) == 0
+    assert scales(Path(apart)) == scales(Path(together))
+
+
+def test_a_layer_that_was_never_visited_keeps_its_scale_and_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats = tmp_path / "stats.safetensors"
+    seen({LAYER: 896.0}).save(stats)
+    assert main(["apply", str(model), str(stats), "--in-place"]) == 0
+    assert scales(model) == {LAYER: 2.0, OTHER: 1.0}
+    assert f"note: {OTHER}: never visited: keeps its scale" in capsys.readouterr().err
+
+
+def test_layers_to_keep_are_left_alone(model: Path, tmp_path: Path) -> None:
+    stats = tmp_path / "stats.safetensors"
+    seen({LAYER: 896.0, OTHER: 896.0}).save(stats)
+    assert main(["apply", str(model), str(stats), "--in-place", "--keep", "proj$", "-q"]) == 0
+    assert scales(model) == {LAYER: 2.0, OTHER: 1.0}
+
+
+def test_a_dry_run_reports_and_writes_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stats = tmp_path / "stats.safetensors"
+    seen({LAYER: 896.0, OTHER: 896.0}).save(stats)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main(["apply", str(model), str(stats), "--dry-run", "--json", "-", "--margin", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {entry["layer"]: entry["scale_after"] for entry in report["layers"]} == {LAYER: 4.0, OTHER: 4.0}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ([], 2, "name the new file with -o OUT"),
+        (["-o", "STATS"], 1, "the output is the same file as the input"),
+        (["-o", "OUT", "--json", "STATS"], 1, "name another file for --json"),
+        (["-o", "missing/out.safetensors"], 1, "the folder missing does not exist"),
+        (["-o", "OUT", "--margin", "0.5"], 2, "a margin should be at least 1"),
+        (["-o", "OUT", "--full-precision-budget", "2"], 2, "should be a share between 0 and 1"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(
+    words: list[str], code: int, message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats = tmp_path / "stats.safetensors"
+    seen({LAYER: 1.0, OTHER: 1.0}).save(stats)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    places = {"STATS": str(stats), "OUT": str(tmp_path / "out.safetensors")}
+    assert main(["apply", str(model), str(stats), *(places.get(word, word) for word in words)]) == code
+    assert message in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_statistics_of_another_model_are_refused_and_forced_ones_name_the_rest(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats = tmp_path / "stats.safetensors"
+    seen({LAYER: 896.0, OTHER: 1.0}).take([LAYER]).save(stats)
+    assert main(["apply", str(model), str(stats), "--in-place"]) == 1
+    assert "made for another model" in capsys.readouterr().err
+    assert main(["apply", str(model), str(stats), "--in-place", "--force"]) == 0
+    assert f"{OTHER}: not in these statistics: keeps its scale" in capsys.readouterr().err
+    assert scales(model) == {LAYER: 2.0, OTHER: 1.0}
