@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -55,6 +56,30 @@ BLOCK_EXPONENT_DTYPES = frozenset({"F8_E8M0"})
 WEIGHT_SCALE_SPELLINGS = (names.WEIGHT_SCALE, names.WEIGHT_SCALE_LEGACY, names.WEIGHT_SCALE_INV)
 INPUT_SCALE_SPELLINGS = (names.INPUT_SCALE, names.INPUT_SCALE_LEGACY)
 BLOCK_SIZE_KEYS = ("block_size", "group_size")
+
+
+ProblemKind = Literal[
+    "header-unreadable",
+    "mark-unreadable",
+    "mark-format",
+    "legacy-e5m2",
+    "weight-scale-missing",
+    "scale-shape",
+    "scale-dtype",
+    "scale-value",
+]
+
+
+class LayerError(TensorError):
+    """A layer cannot be used as it is marked or scaled.
+
+    Attributes:
+        kind: what is wrong, for those who sort problems; the message is for people.
+    """
+
+    def __init__(self, kind: ProblemKind, problem: str, *, path: Path, tensor: str, hint: str | None = None) -> None:
+        self.kind = kind
+        super().__init__(problem, path=path, tensor=tensor, hint=hint)
 
 
 @dataclass(frozen=True)
@@ -133,6 +158,7 @@ class LayerTable:
         plain: 2-D weights in high precision.
         foreign: layers in other quantized formats.
         legacy_marker: the `scaled_fp8` tensor.
+        header_marks: what the header marks, by layer name as the file has it; also layers that the file lacks.
         notes: what a user should know, one sentence each.
         problems: what is wrong, where collecting was asked for.
     """
@@ -143,6 +169,7 @@ class LayerTable:
     plain: dict[str, Layer] = field(default_factory=dict)
     foreign: dict[str, ForeignLayer] = field(default_factory=dict)
     legacy_marker: TensorInfo | None = None
+    header_marks: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     problems: list[CheckpointError] = field(default_factory=list)
 
@@ -263,7 +290,7 @@ class _Finder:
         table.legacy_marker = next(
             (info for name, info in tensors.items() if ("." + name).endswith("." + names.LEGACY_MARKER)), None
         )
-        header = self.guard(self.header_marks, {})
+        table.header_marks = header = self.guard(self.header_marks, {})
         for name, info in tensors.items():
             if name.endswith(names.WEIGHT) and info.shape:
                 self.guard(partial(self.add, name[: -len(names.WEIGHT)], info, header), None)
@@ -286,9 +313,9 @@ class _Finder:
             self.table.problems.append(error)
             return otherwise
 
-    def error(self, problem: str, tensor: str, hint: str | None = None) -> TensorError:
+    def error(self, kind: ProblemKind, problem: str, tensor: str, hint: str | None = None) -> LayerError:
         path = self.checkpoint.path_of(tensor) if tensor in self.checkpoint else self.checkpoint.path
-        return TensorError(problem, path=path, tensor=tensor, hint=hint)
+        return LayerError(kind, problem, path=path, tensor=tensor, hint=hint)
 
     def header_marks(self) -> dict[str, dict[str, Any]]:
         """The layers that the header marks, under the names that the file uses."""
@@ -298,10 +325,12 @@ class _Finder:
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise self.error(f"not JSON ({error})", names.QUANTIZATION_METADATA) from None
+            raise self.error("header-unreadable", f"not JSON ({error})", names.QUANTIZATION_METADATA) from None
         layers = fields.get("layers") if isinstance(fields, dict) else None
         if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in layers.values()):
-            raise self.error('"layers" should map layer names to objects', names.QUANTIZATION_METADATA)
+            raise self.error(
+                "header-unreadable", '"layers" should map layer names to objects', names.QUANTIZATION_METADATA
+            )
         marks = {}
         for name, config in layers.items():
             prefixed = self.table.prefix + name
@@ -318,9 +347,9 @@ class _Finder:
         try:
             config = json.loads(raw)
         except (ValueError, RecursionError):
-            raise self.error(f"should be JSON, found {raw[:40]!r}", key) from None
+            raise self.error("mark-unreadable", f"should be JSON, found {raw[:40]!r}", key) from None
         if not isinstance(config, dict):
-            raise self.error(f"should be a JSON object, found {raw[:40]!r}", key)
+            raise self.error("mark-unreadable", f"should be a JSON object, found {raw[:40]!r}", key)
         return config
 
     def first(self, name: str, suffixes: tuple[str, ...]) -> str | None:
@@ -350,7 +379,7 @@ class _Finder:
         marking, config = self.mark(name, weight_scale, header)
         said = config.get("format")
         if marking != "none" and not isinstance(said, str):
-            raise self.error(f"its mark names no format: {json.dumps(config)}", name)
+            raise self.error("mark-unreadable", f"its mark names no format: {json.dumps(config)}", name)
         if said is not None and said not in FP8_FORMATS:
             self.table.foreign[name] = ForeignLayer(name, said, weight)
         elif said is None and weight_scale and self.checkpoint.tensors[weight_scale].dtype in BLOCK_EXPONENT_DTYPES:
@@ -359,7 +388,7 @@ class _Finder:
             self.add_fp8(Layer(name, weight, BY_SAFETENSORS_DTYPE[weight.dtype], marking, (0, 0), weight_scale,
                                config=config))  # fmt: skip
         elif said is not None:
-            raise self.error(f"marked as {said}, but stored as {weight.dtype}", weight.name)
+            raise self.error("mark-format", f"marked as {said}, but stored as {weight.dtype}", weight.name)
         elif weight.dtype in PLAIN_DTYPES:
             if len(weight.shape) == 2:
                 self.table.plain[name] = self.complete(Layer(name, weight, None, "plain", (0, 0)))
@@ -373,10 +402,15 @@ class _Finder:
         if said is not None and layer.format is not FP8_FORMATS[said]:
             if layer.marking == "legacy":
                 problem = f"legacy scaled_fp8 files are always read as float8_e4m3fn, but this is {layer.format.name}"
-                raise self.error(problem, layer.weight.name, "convert the original again")
-            raise self.error(f"marked as {said}, but stored as {layer.weight.dtype}", layer.weight.name)
+                raise self.error("legacy-e5m2", problem, layer.weight.name, "convert the original again")
+            raise self.error("mark-format", f"marked as {said}, but stored as {layer.weight.dtype}", layer.weight.name)
         if said is not None and layer.weight_scale is None:
-            raise self.error(f"marked as {said}, but there is no {names.WEIGHT_SCALE}", layer.name, "convert it again")
+            raise self.error(
+                "weight-scale-missing",
+                f"marked as {said}, but there is no {names.WEIGHT_SCALE}",
+                layer.name,
+                "convert it again",
+            )
         if len(layer.weight.shape) != 2:
             form = f"{layer.format.name}, {len(layer.weight.shape)}-dimensional"
             self.table.foreign[layer.name] = ForeignLayer(layer.name, form, layer.weight)
@@ -394,6 +428,7 @@ class _Finder:
             inferred = infer_block(shape, info.shape, _said_block(layer.config))
             if inferred is None:
                 raise self.error(
+                    "scale-shape",
                     f"a weight scale of shape {list(info.shape)} fits no rule for a weight of shape {list(shape)}; "
                     "expected one value, one per row, or one per block",
                     layer.weight_scale,
@@ -415,16 +450,16 @@ class _Finder:
     def check_scale(self, key: str) -> None:
         info = self.checkpoint.tensors[key]
         if info.dtype not in SCALE_DTYPES:
-            raise self.error(f"a scale should be float32, found {info.dtype}", key)
+            raise self.error("scale-dtype", f"a scale should be float32, found {info.dtype}", key)
         scales = self.checkpoint.float32(key)
         if not (np.isfinite(scales).all() and (scales >= 0).all()):
             worst = scales[~(np.isfinite(scales) & (scales >= 0))].flat[0]
-            raise self.error(f"scales should be finite and not negative, found {worst}", key)
+            raise self.error("scale-value", f"scales should be finite and not negative, found {worst}", key)
 
     def check_input_scale(self, key: str) -> None:
         info = self.checkpoint.tensors[key]
         if info.elements != 1:
-            raise self.error(f"one value was expected, found shape {list(info.shape)}", key)
+            raise self.error("scale-shape", f"one value was expected, found shape {list(info.shape)}", key)
         self.check_scale(key)
 
 
