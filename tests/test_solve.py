@@ -379,6 +379,30 @@ def test_a_layer_too_large_for_the_budget_leaves_it_to_smaller_ones() -> None:
     assert [result.full_precision_after for result in results] == [False, True]
 
 
+def bought_first(rows: dict[str, Any], share: float, **options: Any) -> set[str]:
+    """Layers that a budget moves to full precision."""
+    options = {"row_loss_limit": 1.0, "one_row_full_precision": False, **options}
+    results = solve(seen(rows), present(*rows), SolveOptions(full_precision_budget=share, **options))
+    return {result.layer for result in results if result.full_precision_after}
+
+
+def test_the_budget_goes_to_lost_rows_first_although_the_whole_tensor_looks_fine() -> None:
+    ordinary = np.random.default_rng(11).standard_normal((100, 32))
+    loud = ordinary.copy()
+    loud[0, 0] = 66000.0
+    assert bought_first({"blocks.0.loud": loud, "blocks.1.a": ordinary, "blocks.1.b": ordinary}, 0.34) == {
+        "blocks.0.loud"
+    }
+
+
+def test_of_equal_errors_the_budget_goes_to_late_blocks_and_to_small_layers() -> None:
+    ordinary = np.random.default_rng(12).standard_normal((100, 32))
+    blocks = {f"blocks.{number}.a": ordinary for number in range(4)}
+    assert bought_first(blocks, 0.25) == {"blocks.3.a"}
+    assert bought_first({"double.0.a": ordinary, "double.1.a": ordinary, **blocks}, 4 / 6) == set(blocks)
+    assert bought_first({"blocks.0.small": ordinary[:10], "blocks.0.large": ordinary}, 0.95) == {"blocks.0.small"}
+
+
 def test_full_precision_that_is_needed_is_no_part_of_the_budget() -> None:
     rows = np.ones((100, 32))
     rows[0] = 66000.0
