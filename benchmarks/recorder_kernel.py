@@ -2,8 +2,9 @@
 
 First both measure inputs of many shapes, dtypes, strides and special values: counts, histograms and absmax must be
 equal, sums close. Then they are timed on the inputs of Flux.1's linear layers (4,096 + 512 tokens). The kernel reads x
-once, so its limit is the bandwidth of reading; a device-to-device copy reads and writes, and its bytes per second are
-the yardstick. Each timing is on the device's clock, after a write of 512 MiB has put x out of the L2 cache.
+once, so its limit is the bandwidth of reading. Two yardsticks: a kernel that reads x and adds up its words, and a
+device-to-device copy, which reads and writes ("of copy" compares bytes per second). Each timing is on the device's
+clock, after a write of 512 MiB has put x out of the L2 cache.
 
     python benchmarks/recorder_kernel.py [--repeats 30] [--sweep]
 """
@@ -19,6 +20,8 @@ from functools import partial
 from importlib import metadata
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from convert_to_quant.kernels import reference
@@ -105,22 +108,45 @@ def inputs(rows: int, columns: int) -> dict[str, Tensor]:
     }
 
 
-def measure(x: Tensor, repeats: int, flush: Tensor) -> tuple[list[float], list[float], list[float], float]:
-    """Times of kernel, copy and definition, alternating in one run, and the host's time per call."""
+@triton.jit
+def _read_words(words, sums, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add up all words: the least that a kernel which reads x must do."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.int32)
+    for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
+        total += tl.load(words + start + lanes, mask=start + lanes < size, other=0)
+    tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
+
+
+def plain_read(x: Tensor) -> Callable[[], object]:
+    """A kernel that reads x and does next to nothing with it."""
+    words = x.view(torch.int32)
+    programs = 8 * torch.cuda.get_device_properties(x.device).multi_processor_count
+    sums = torch.empty(programs, dtype=torch.int32, device=x.device)
+    return lambda: _read_words[(programs,)](words, sums, words.numel(), BLOCK=4096, num_warps=4)
+
+
+def measure(x: Tensor, repeats: int, flush: Tensor) -> tuple[dict[str, list[float]], float]:
+    """Times of kernel, plain read, copy and definition, alternating in one run, and the host's time per call."""
     totals = Totals(2, x.device)
     sigma = totals.sigma_numbers[2:3]
     target = torch.empty_like(x)
-    runs: list[list[float]] = [[], [], []]
+    ways: dict[str, tuple[Callable[[], object], int]] = {
+        "kernel": (lambda: kernel.accumulate(totals, 1, sigma, x), repeats // 3),
+        "read": (plain_read(x), repeats // 3),
+        "copy": (lambda: target.copy_(x), repeats // 3),
+        "torch": (lambda: reference.accumulate(totals, 1, sigma, x), max(1, repeats // 10)),
+    }
+    times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(3):
-        runs[0] += seconds(lambda: kernel.accumulate(totals, 1, sigma, x), repeats // 3, flush)
-        runs[1] += seconds(lambda: target.copy_(x), repeats // 3, flush)
-        runs[2] += seconds(lambda: reference.accumulate(totals, 1, sigma, x), max(1, repeats // 10), flush)
+        for way, (run, count) in ways.items():
+            times[way] += seconds(run, count, flush)
     begin = time.perf_counter()
     for _ in range(50):
         kernel.accumulate(totals, 1, sigma, x)
     host = (time.perf_counter() - begin) / 50
     torch.cuda.synchronize()
-    return sorted(runs[0]), sorted(runs[1]), sorted(runs[2]), host
+    return {way: sorted(runs) for way, runs in times.items()}, host
 
 
 def main() -> None:
@@ -142,16 +168,19 @@ def main() -> None:
     print(f"agreement: counts, histograms and absmax equal on {number} inputs; sums of squares within {worst:.1e}")
 
     flush = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
-    print("\nrows  columns  values    kernel us (max)    GB/s  of copy   copy us   torch us   host us")
+    print(
+        "\nrows  columns  values    kernel us (max)    GB/s  of copy  of read   read us   copy us  torch us   host us"
+    )
     for rows, columns in LAYERS:
         for kind, x in inputs(rows, columns).items():
-            ours, copy, definition, host = measure(x, options.repeats, flush)
-            ours_s, copy_s, definition_s = (statistics.median(times) for times in (ours, copy, definition))
-            share = x.nbytes / ours_s / (2 * x.nbytes / copy_s)
+            times, host = measure(x, options.repeats, flush)
+            median = {way: statistics.median(runs) for way, runs in times.items()}
+            of_copy = median["copy"] / (2 * median["kernel"])
             print(
-                f"{rows:4} {columns:8}  {kind:8} {ours_s * 1e6:10.1f} ({ours[-1] * 1e6:5.1f})"
-                f" {x.nbytes / ours_s / 1e9:7.0f}  {share:6.0%}"
-                f" {copy_s * 1e6:9.1f} {definition_s * 1e6:10.1f} {host * 1e6:9.1f}"
+                f"{rows:4} {columns:8}  {kind:8} {median['kernel'] * 1e6:10.1f} ({times['kernel'][-1] * 1e6:5.1f})"
+                f" {x.nbytes / median['kernel'] / 1e9:7.0f}  {of_copy:7.0%}  {median['read'] / median['kernel']:7.0%}"
+                + "".join(f" {median[way] * 1e6:9.1f}" for way in ("read", "copy", "torch"))
+                + f" {host * 1e6:9.1f}"
             )
             if kind == "normal" and rows * columns < 1 << 20:
                 break
@@ -159,21 +188,30 @@ def main() -> None:
         sweep(options.repeats, flush)
 
 
+SWEEP = (
+    *((4, 4, 256, 4), (2, 4, 256, 4), (1, 4, 1024, 4), (4, 8, 256, 8), (2, 8, 256, 8), (2, 4, 512, 8)),
+    *((1, 4, 1024, 8), (2, 4, 1024, 8), (1, 8, 1024, 8), (2, 2, 1024, 8), (2, 4, 1024, 16), (1, 8, 1024, 16)),
+)
+"""Loads, rows and columns of a tile, warps."""
+
+
 def sweep(repeats: int, flush: Tensor) -> None:
-    """Other tiles: the columns are microseconds on two of the layers."""
-    big = [inputs(*shape)["normal"] for shape in ((4608, 3072), (4608, 15360))]
-    print("\nvalues per tile, warps, programs per multiprocessor: us at 3072, us at 15360")
-    for tile, warps, programs in itertools.product((2048, 4096, 8192), (2, 4, 8), (2, 3, 4, 6, 8)):
-        if not 512 <= tile // warps <= 2048:
-            continue
-        kernel.TILE, kernel.WARPS, kernel.PROGRAMS_PER_MULTIPROCESSOR = tile, warps, programs
-        figures = []
-        for x in big:
-            totals = Totals(1, x.device)
-            run = partial(kernel.accumulate, totals, 0, totals.sigma_numbers[:1], x)
-            times = seconds(run, repeats // 2, flush)
-            figures.append(statistics.median(times) * 1e6)
-        print(f"{tile:5} {warps:2} {programs:2}: " + ", ".join(f"{figure:6.1f}" for figure in figures))
+    """Other tiles: microseconds on three of the layers by programs per multiprocessor."""
+    big = [inputs(*shape)["normal"] for shape in ((512, 3072), (4608, 3072), (4608, 15360))]
+    places = (1, 2, 3, 4, 6, 8)
+    print(f"\n(loads, rows, columns, warps): us at 512 x 3072 / 4608 x 3072 / 4608 x 15360 with {places} programs each")
+    for config in SWEEP:
+        kernel.TILE_LOADS, kernel.TILE_ROWS, kernel.TILE_COLUMNS, kernel.WARPS = config
+        kernel._tile.cache_clear()
+        cells = []
+        for kernel.PROGRAMS_PER_MULTIPROCESSOR in places:
+            figures = []
+            for x in big:
+                totals = Totals(1, x.device)
+                run = partial(kernel.accumulate, totals, 0, totals.sigma_numbers[:1], x)
+                figures.append(statistics.median(seconds(run, repeats // 2, flush)) * 1e6)
+            cells.append("/".join(f"{figure:.1f}" for figure in figures))
+        print(f"{config}: {'  '.join(cells)}")
 
 
 if __name__ == "__main__":

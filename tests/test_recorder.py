@@ -367,15 +367,18 @@ import torch
 from torch import distributed, nn
 from convert_to_quant.recorder import record
 
-rank, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+rank, world, port, out, backend = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+if backend == "nccl":
+    torch.cuda.set_device(device)
+distributed.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 5))
+model = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 5)).to(device)
 with torch.inference_mode(), record(model) as recording:
-    for sample in range(rank, 5, 2):
+    for sample in range(rank, 5, world):
         recording.at(sample / 5)
-        model(torch.randn(1, 7, 6, generator=torch.Generator().manual_seed(sample)))
-statistics = recording.all_reduce(samples=len(range(rank, 5, 2)), seed=range(rank, 5, 2))
+        model(torch.randn(1, 7, 6, generator=torch.Generator().manual_seed(sample)).to(device))
+statistics = recording.all_reduce(samples=len(range(rank, 5, world)), seed=range(rank, 5, world))
 statistics.save(f"{out}/{rank}.safetensors")
 try:
     with record(model, layers=[str(2 * rank)]) as recording:
@@ -395,30 +398,47 @@ def port() -> int:
     return number
 
 
-def test_two_processes_see_together_what_one_sees(tmp_path: Path, port: int) -> None:
+CUDA_DEVICES = torch.cuda.device_count()
+
+
+@pytest.mark.parametrize(
+    ("backend", "world"),
+    [
+        ("gloo", 2),
+        pytest.param(
+            "nccl",
+            min(CUDA_DEVICES, 2),
+            marks=[pytest.mark.cuda, pytest.mark.skipif(CUDA_DEVICES == 0, reason="needs a CUDA device")],
+        ),
+    ],
+)
+def test_processes_see_together_what_one_sees(tmp_path: Path, port: int, backend: str, world: int) -> None:
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(port), str(tmp_path)],
+            [sys.executable, str(script), str(rank), str(world), str(port), str(tmp_path), backend],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for rank in range(2)
+        for rank in range(world)
     ]  # fmt: skip
     outputs = [process.communicate(timeout=100) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
-    assert all("process 1 recorded another model than process 0" in out for out, _ in outputs)
+    assert [process.returncode for process in ranks] == [0] * world, outputs
+    refused = ["process 1 recorded another model than process 0" in out for out, _ in outputs]
+    assert refused == [world > 1] * world
 
+    device = "cuda" if backend == "nccl" else "cpu"
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 5))
+    model = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 5)).to(device)
     with torch.inference_mode(), record(model) as recording:
         for sample in range(5):
             recording.at(sample / 5)
-            model(torch.randn(1, 7, 6, generator=torch.Generator().manual_seed(sample)))
+            model(torch.randn(1, 7, 6, generator=torch.Generator().manual_seed(sample)).to(device))
     single = recording.statistics(samples=5, seed=range(5))
     together = Statistics.load(tmp_path / "0.safetensors")
-    assert together == Statistics.load(tmp_path / "1.safetensors")
+    for rank in range(world):
+        assert Statistics.load(tmp_path / f"{rank}.safetensors") == together
     for name in COLUMNS:
         assert np.array_equal(getattr(together, name), getattr(single, name)), name
     assert together == single
@@ -434,6 +454,7 @@ def test_without_process_groups_reducing_changes_nothing(model: Model) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_on_cuda_the_host_never_waits_and_the_numbers_are_those_of_the_hooks(model: Model) -> None:
     model.cuda().bfloat16()
     x, sigma = (tensor.cuda().bfloat16() for tensor in inputs())

@@ -114,19 +114,21 @@ class Totals:
     """Sums and maxima of observations, per layer, on one device.
 
     Attributes:
-        sigma_absmax: float32 [slots, SIGMA_BINS + 1].
+        sigma_absmax: float32 [slots, SIGMA_BINS + 1]; `sigma_absmax_bits` is the same memory as int32.
         sigma_count: finite values, int64 [slots, SIGMA_BINS + 1].
         sigma_square_digits: sums of squares in fixed point, int64 [slots, SIGMA_BINS + 1, DIGITS].
         sum_digits: sums in fixed point, int64 [slots, DIGITS].
         zeros: int64 [slots].
         histogram, row_histogram: int64 [slots, BINS].
         sigma_numbers: 0 .. SIGMA_BINS, int64; `sigma_numbers[i : i + 1]` is column i without a copy from the host.
+        per_unit: float64 [DIGITS + 1], how many units of a digit make 1.
     """
 
     def __init__(self, slots: int, device: torch.device) -> None:
         columns = SIGMA_BINS + 1
         with torch.inference_mode(False):  # tensors made in inference mode could not be updated outside of it
             self.sigma_absmax = torch.zeros(slots, columns, dtype=torch.float32, device=device)
+            self.sigma_absmax_bits = self.sigma_absmax.view(torch.int32)
             self.sigma_count = torch.zeros(slots, columns, dtype=torch.int64, device=device)
             self.sigma_square_digits = torch.zeros(slots, columns, DIGITS, dtype=torch.int64, device=device)
             self.sum_digits = torch.zeros(slots, DIGITS, dtype=torch.int64, device=device)
@@ -134,11 +136,9 @@ class Totals:
             self.histogram = torch.zeros(slots, BINS, dtype=torch.int64, device=device)
             self.row_histogram = torch.zeros(slots, BINS, dtype=torch.int64, device=device)
             self.sigma_numbers = torch.arange(columns, device=device)
-            self.per_unit = torch.tensor(
-                [2.0 ** -(LOWEST_EXPONENT + DIGIT_BITS * number) for number in range(DIGITS + 1)],
-                dtype=torch.float64,
-                device=device,
-            )
+            places = torch.arange(DIGITS + 1, device=device)  # made there: a copy from the host would wait
+            exponents = 1023 - LOWEST_EXPONENT - DIGIT_BITS * places
+            self.per_unit = (exponents << 52).view(torch.float64)
 
     def digits(self, value: Tensor) -> Tensor:
         """A float64 number of shape () as fixed point, int64 [DIGITS]; what lies under the lowest digit is dropped.

@@ -199,6 +199,7 @@ def test_no_value_is_read_back() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_cuda_agrees_with_the_cpu_and_never_waits() -> None:
     x = torch.randn(4, 37, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     x.view(-1)[: len(SPECIALS)] = torch.tensor(SPECIALS)
