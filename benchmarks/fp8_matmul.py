@@ -1,0 +1,136 @@
+"""Whether FP8 arithmetic as we simulate it is what FP8 hardware does: the emoji model, simulated and on tensor cores.
+
+Every figure of fidelity in this project multiplies e4m3 values in float32 (`engines.quantized_linear`). Here the same
+files run both ways on a CUDA device with `torch._scaled_mm`, along the same reference trajectories:
+
+    multiply   x · (1 / s) in bfloat16, ComfyUI's eager quantizer
+    divide     x / s in float32, ComfyUI's CUDA and Triton quantizers
+
+for each re-ranging of the emoji model, calibrated on noise. SQNR of the velocity in dB; a simulated figure stands if
+the real one is within 0.1 dB. bfloat16 runs between layers in both (as ComfyUI runs models); "float32" is the
+simulation with float32 between layers, as the accuracy tables have it, and "weights" quantizes no inputs.
+
+Then one layer of Flux.1's sizes alone: how far the device's sums are from exact ones, in dB, which bounds what a large
+model could add to this (its rows are 12 to 60 times as long as the emoji model's).
+
+    python benchmarks/fp8_matmul.py [--prompts 32] [--steps 8]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from contextlib import ExitStack
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert_to_quant.calibrate_activation_scales import CalibrationOptions, calibrate_model, patch_model_with_scales
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.convert import ConvertOptions, convert, plan_conversion
+from convert_to_quant.emoji import SIDE_TOKENS, WEIGHTS, prompts
+from convert_to_quant.emoji.rerange import RERANGINGS, write_reranged
+from convert_to_quant.engines.denoiser import load
+from convert_to_quant.engines.noise import Geometry
+from convert_to_quant.fidelity import velocity_fidelity
+
+GEOMETRY = Geometry(height=SIDE_TOKENS, width=SIDE_TOKENS, frames=1, text_tokens=prompts.TOKENS)
+TOLERANCE_DB = 0.1
+
+WAYS: dict[str, dict[str, Any]] = {
+    "weights": {"dtype": torch.bfloat16, "arithmetic": "dequantize"},
+    "float32": {"dtype": torch.float32, "arithmetic": "comfyui_divide"},
+    "float32, real": {"dtype": torch.float32, "arithmetic": "comfyui_divide", "fp8_matmul": True},
+    "divide": {"dtype": torch.bfloat16, "arithmetic": "comfyui_divide"},
+    "divide, real": {"dtype": torch.bfloat16, "arithmetic": "comfyui_divide", "fp8_matmul": True},
+    "multiply": {"dtype": torch.bfloat16, "arithmetic": "comfyui"},
+    "multiply, real": {"dtype": torch.bfloat16, "arithmetic": "comfyui", "fp8_matmul": True},
+}
+
+PAIRS = ("float32", "divide", "multiply")
+"""Ways that run simulated and real."""
+
+
+def make_files(folder: Path, variant: str, device: str) -> tuple[Path, Path]:
+    """A re-ranged model in bfloat16, and converted and calibrated."""
+    original, converted, calibrated = (folder / f"{variant}_{kind}.safetensors" for kind in ("bf16", "fp8", "done"))
+    write_reranged(WEIGHTS, original, RERANGINGS[variant])
+    with open_checkpoint(original) as checkpoint:
+        convert(checkpoint, plan_conversion(checkpoint, ConvertOptions()), converted)
+    calibration = calibrate_model(converted, CalibrationOptions(device=device))
+    patch_model_with_scales(converted, calibration, calibrated)
+    return original, calibrated
+
+
+def compare(variant: str, count: int, steps: int, device: str) -> tuple[dict[str, tuple[float, float]], int, int]:
+    """SQNR and its standard error by way; layers that multiply in FP8, and all quantized ones."""
+    names = (prompts.NAMES * count)[:count]  # each repeat starts from other noise
+    context, pooled = prompts.embed_all(names)
+    conditioning = {"encoder_hidden_states": torch.from_numpy(context), "pooled_projections": torch.from_numpy(pooled)}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        original, calibrated = (
+            stack.enter_context(open_checkpoint(path)) for path in make_files(Path(folder), variant, device)
+        )
+        reference = load(original, device=device, dtype=torch.float32)
+        found = {}
+        for way, options in WAYS.items():
+            model = load(calibrated, device=device, **options)
+            result = velocity_fidelity(reference, model, conditioning, GEOMETRY, steps=steps, batch=count)
+            found[way] = (result.sqnr_db, result.standard_error_db)
+        quantized = [module for module in model.linears.values() if not module.full_precision]
+        return found, sum(module.fits_fp8_matmul() for module in quantized), len(quantized)
+
+
+def sum_errors(rows: int, outs: int, ins: int) -> dict[str, float]:
+    """SQNR in dB of one product of random codes on the device, against exact sums of the same codes."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, w = (
+        torch.randn(shape, generator=generator, device="cuda").mul(100).clamp(-448, 448).to(torch.float8_e4m3fn)
+        for shape in ((rows, ins), (outs, ins))
+    )
+    one = torch.ones((), device="cuda")
+    exact = x.double() @ w.double().t()
+
+    def sqnr_db(y: torch.Tensor) -> float:
+        return float(10 * torch.log10(exact.square().sum() / (y.double() - exact).square().sum()))
+
+    found = {"float32": sqnr_db(x.float() @ w.float().t()), "bfloat16 of exact": sqnr_db(exact.bfloat16())}
+    for fast in (False, True):
+        for dtype in (torch.float32, torch.bfloat16):
+            y = torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=fast)
+            found[f"{'fast ' if fast else ''}FP8 -> {str(dtype)[6:]}"] = sqnr_db(y)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--variants", nargs="+", default=list(RERANGINGS))
+    options = parser.parse_args()
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, diffusers {metadata.version('diffusers')}")
+    print(f"SQNR of the velocity in dB, {options.prompts} prompts x {options.steps} noise levels (standard error)\n")
+    print("variant " + "".join(f"{way:>16}" for way in WAYS) + f"   real - simulated: {', '.join(PAIRS)}   FP8 layers")
+    worst = 0.0
+    for variant in options.variants:
+        found, real, quantized = compare(variant, options.prompts, options.steps, "cuda")
+        assert real, "no layer multiplied in FP8"
+        gaps = [found[f"{way}, real"][0] - found[way][0] for way in PAIRS]
+        worst = max(worst, *map(abs, gaps))
+        cells = "".join(f"{db:9.2f} ({error:.2f})".rjust(16) for db, error in found.values())
+        print(f"{variant:8}{cells}   {', '.join(f'{gap:+.3f}' for gap in gaps):>35}   {real:5} of {quantized}")
+
+    print("\nsums of one product, dB against exact ones")
+    for rows, outs, ins in ((512, 3072, 256), (512, 3072, 3072), (512, 3072, 15360)):
+        print(f"{rows} x {outs} x {ins}: " + ", ".join(f"{k} {v:.1f}" for k, v in sum_errors(rows, outs, ins).items()))
+    verdict = "met" if worst <= TOLERANCE_DB else "MISSED"
+    print(f"\nlargest difference {worst:.3f} dB; the target is at most {TOLERANCE_DB}: {verdict}")
+    sys.exit(worst > TOLERANCE_DB)
+
+
+if __name__ == "__main__":
+    main()
