@@ -342,13 +342,13 @@ def _spend_budget(
 
     The order is that of
 
-        expected relative squared error of a row · lateness / √multiply-adds
+        expected relative squared error of a row · lateness / multiply-adds^(2/3)
 
     Only the first factor is arithmetic; the others are what was measured on the emoji model, one layer after another in
     full precision, in six spellings of it (docs/accuracy.md). E4M3 gives nearly every layer the same relative error, so
     that alone, like the error over the whole tensor, says nothing until rows are lost, and then it says everything.
-    What a layer's error does to the picture grows slower than its work, about with the root, so a multiply-add buys
-    more in a small layer. And it grows with depth: errors of late blocks are read by few others and lie next to the
+    What a layer's error does to the picture grows slower than its work, about with the third root, so a multiply-add
+    buys more in a small layer. And it grows with depth: errors of late blocks are read by few others and lie next to the
     output; they fell about as 1, 1/2, 1/3 from the last block backwards (`_lateness`).
 
     Args:
@@ -361,7 +361,7 @@ def _spend_budget(
     late = _lateness([result.layer for result in results])
 
     def worth(result: LayerResult) -> float:
-        return row_errors[result.layer] * late[result.layer] / math.sqrt(max(result.multiply_adds, 1))
+        return row_errors[result.layer] * late[result.layer] / math.pow(max(result.multiply_adds, 1), 2 / 3)
 
     worst = sorted(
         (result for result in results if not result.full_precision_after and result.sqnr_after_db is not None),
