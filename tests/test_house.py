@@ -21,7 +21,7 @@ PACKAGE = "convert_to_quant"
 ROWS = (
     {"cli", "__main__"},
     {"demo", "emoji", "comfyui_nodes"},
-    {"calibrate_activation_scales", "fidelity", "report"},
+    {"calibrate_activation_scales", "fidelity", "inspection", "report"},
     {"engines"},
     {"solve", "patch", "convert"},
     {"lora", "recorder", "layers"},
@@ -170,6 +170,7 @@ LIGHT = [
     "solve",
     "convert",
     "patch",
+    "inspection",
     "cli",
 ]
 HEAVY = {"torch", "diffusers", "transformers", "rich", "PIL", "safetensors"}

@@ -20,6 +20,7 @@ from ..errors import Error
 
 COMMANDS = {
     "convert": "convert to FP8, calibrate an FP8 file, or both (the default)",
+    "inspect": "say what a file is, what ComfyUI does with it, and what is wrong with it",
     "observe": "run a model and keep what its layers receive as a statistics file",
     "apply": "choose scales from statistics and write them into a checkpoint",
     "merge": "merge statistics files",

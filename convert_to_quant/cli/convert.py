@@ -42,6 +42,7 @@ examples:
       say which layers would be converted, and why the others would not
 
 other commands: convert_to_quant COMMAND --help
+  inspect   say what a file is, what ComfyUI does with it, and what is wrong with it
   observe   run a model and keep what its layers receive as a statistics file
   check     compare a quantized model with its reference while both paint
   demo      convert, calibrate and check the embedded emoji model; writes a picture

@@ -1,0 +1,456 @@
+"""What a checkpoint is said to be: its layers as readers see them, and every kind of problem."""
+
+from __future__ import annotations
+
+import json
+import typing
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert_to_quant import families, layers
+from convert_to_quant.checkpoint import INDEX_SUFFIX
+from convert_to_quant.errors import CheckpointError
+from convert_to_quant.inspection import (
+    KINDS,
+    LARGEST_INPUT_SCALE,
+    LEAST_INPUT_SCALE,
+    READINGS,
+    Inspection,
+    Made,
+    Problem,
+    inspect_file,
+)
+
+X = "blocks.0"
+FLOAT8 = {"format": "float8_e4m3fn"}
+
+
+def marker(elements: int) -> Any:
+    return ("F8_E4M3", np.zeros(elements, np.uint8))
+
+
+def header(**marks: Any) -> dict[str, str]:
+    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": marks})}
+
+
+def only_problem(found: Inspection) -> Problem:
+    assert len(found.problems) == 1, found.problems
+    return found.problems[0]
+
+
+@pytest.fixture
+def look(save, build):
+    """Inspect a file of one FP8 layer, with changes: look(changes, marking, metadata, **quantized's arguments)."""
+
+    def look(changes: Any = (), marking: str = "tensor", metadata: Any = None, **settings: Any) -> Inspection:
+        tensors, said = build.quantized([X], marking, **settings)
+        tensors |= dict(changes)
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return inspect_file(save("m.safetensors", tensors, said if metadata is None else metadata))
+
+    return look
+
+
+# the tables
+
+
+def test_every_problem_that_layers_can_have_is_explained():
+    assert set(typing.get_args(layers.ProblemKind)) <= set(KINDS)
+
+
+def test_every_kind_says_what_to_do():
+    assert all(kind.title and kind.remedy for kind in KINDS.values())
+
+
+# problems, one by one
+
+
+def test_a_good_file_has_no_problems(look):
+    assert look(input_scale=0.02).problems == ()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"layers": 1}', "[" * 100_000])
+def test_a_header_that_cannot_be_read(look, text):
+    found = look(metadata={"_quantization_metadata": text})
+    assert only_problem(found).kind == "header-unreadable"
+    assert found.layers[0].reading == "fp8-at-one"  # by its tensor
+
+
+@pytest.mark.parametrize("mark", [b"{", b"[]", b'{"format": 1}', b"\xff", b""])
+def test_a_mark_that_cannot_be_read(look, mark):
+    found = look({f"{X}.comfy_quant": np.frombuffer(mark, np.uint8)})
+    assert only_problem(found).kind == "mark-unreadable"
+    assert found.layers[0].reading == "error"
+
+
+def test_a_mark_that_names_another_format(look, build):
+    found = look({f"{X}.comfy_quant": build.mark(format="float8_e5m2")})
+    assert only_problem(found) == Problem(
+        "mark-format", (f"{X}.weight",), "marked as float8_e5m2, but stored as F8_E4M3"
+    )
+
+
+def test_e5m2_in_a_legacy_file(look):
+    found = look({"scaled_fp8": marker(0)}, "legacy", dtype="F8_E5M2")
+    assert only_problem(found).kind == "legacy-e5m2"
+    assert (found.layers[0].format, found.layers[0].reading) == ("float8_e5m2", "error")
+
+
+@pytest.mark.parametrize("marking", ["header", "tensor"])
+def test_a_marked_layer_without_weight_scale(look, marking):
+    found = look({f"{X}.weight_scale": None}, marking)
+    assert only_problem(found).kind == "weight-scale-missing"
+
+
+@pytest.mark.parametrize("key", ["weight_scale", "input_scale"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+def test_a_scale_that_is_nan_infinite_or_negative(look, key, value):
+    found = look({f"{X}.{key}": np.float32(value)})
+    problem = only_problem(found)
+    assert (problem.kind, problem.tensors) == ("scale-value", (f"{X}.{key}",))
+    assert problem.detail == f"scales should be finite and not negative, found {value}"
+
+
+@pytest.mark.parametrize("key", ["weight_scale", "input_scale"])
+def test_a_scale_that_is_no_float(look, key):
+    assert only_problem(look({f"{X}.{key}": np.int64(1)})).kind == "scale-dtype"
+
+
+@pytest.mark.parametrize(("key", "shape"), [("weight_scale", (3, 3, 3)), ("input_scale", (2,))])
+def test_a_scale_of_a_shape_that_fits_no_rule(look, key, shape):
+    assert only_problem(look({f"{X}.{key}": np.ones(shape, np.float32)})).kind == "scale-shape"
+
+
+@pytest.mark.parametrize("shape", [(16,), (16, 1), (2, 2)])
+def test_scales_per_row_or_block_under_a_mark_that_means_one_per_tensor(look, shape):
+    found = look({f"{X}.weight_scale": np.ones(shape, np.float32)})
+    assert only_problem(found).kind == "scale-granularity"
+    assert found.layers[0].reading == "error"
+
+
+def test_legacy_layers_beside_comfy_quant_marks(save, build):
+    legacy, _ = build.quantized(["old.0"], "legacy")
+    marked, _ = build.quantized(["new.0"], "tensor")
+    found = inspect_file(save("m.safetensors", {**legacy, **marked, "scaled_fp8": marker(0)}))
+    assert only_problem(found) == Problem("two-spellings", ("old.0",))
+    assert {layer.name: layer.reading for layer in found.layers} == {"old.0": "scale-dropped", "new.0": "fp8-at-one"}
+
+
+@pytest.mark.parametrize(
+    ("spelling", "scale"),
+    [
+        ("weight_scale", np.ones(1, np.float32)),  # diffusers, ModelOpt
+        ("scale_weight", ("BF16", np.full(1, 0x3F80, np.uint16))),  # kohya, musubi: per tensor,
+        ("scale_weight", ("BF16", np.full((128, 1), 0x3F80, np.uint16))),  # per row,
+        ("scale_weight", ("BF16", np.full((128, 2, 1), 0x3F80, np.uint16))),  # and per block of a row
+        ("weight_scale_inv", np.ones((1, 2), np.float32)),  # DeepSeek
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_fp8_with_scales_but_without_a_mark(look, spelling, scale):
+    found = look({f"{X}.weight_scale": None, f"{X}.{spelling}": scale}, "none", shape=(128, 256))
+    assert only_problem(found) == Problem("unmarked", (X,))
+    assert found.layers[0].reading == "scale-dropped"
+
+
+@pytest.mark.parametrize(
+    "name", ["weight_scale", "scale_weight", "weight_scale_inv", "weight_scale_2", "input_scale", "scale_input"]
+)
+def test_a_scale_without_a_weight(look, name):
+    found = look({f"gone.{name}": np.float32(1)})
+    assert only_problem(found) == Problem("orphaned-scale", (f"gone.{name}",))
+
+
+def test_a_mark_without_a_weight(look, build):
+    found = look({"gone.comfy_quant": build.mark(**FLOAT8)})
+    assert only_problem(found) == Problem("orphaned-mark", ("gone.comfy_quant",))
+
+
+def test_a_header_entry_without_a_weight(look):
+    found = look({}, "header", header(**{X: FLOAT8, "gone": FLOAT8}))
+    assert only_problem(found) == Problem("orphaned-mark", ("gone",), "in the header")
+
+
+def test_the_scales_of_packed_weights_are_no_orphans(look):
+    found = look({"y.weight_packed": np.zeros((4, 4), np.uint8), "y.weight_scale": np.ones(4, np.float32)})
+    assert found.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "detail"),
+    [
+        ({**FLOAT8, "full_precision_matrix_mult": True}, "full_precision_matrix_mult: false and true"),
+        ({"format": "float8_e5m2"}, 'format: "float8_e4m3fn" and "float8_e5m2"'),
+        ({**FLOAT8, "group_size": 64}, "group_size: null and 64"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_header_and_tensor_that_disagree(look, build, tensor, detail):
+    found = look({f"{X}.comfy_quant": build.mark(**tensor)}, "both")
+    assert only_problem(found) == Problem("header-disagrees", (X,), detail)
+    assert found.layers[0].reading == "fp8-at-one", "the header wins"
+
+
+@pytest.mark.parametrize("mark", [b"{", b"[]", b"[" * 100_000])
+def test_a_header_beside_a_tensor_that_cannot_be_read(look, mark):
+    assert only_problem(look({f"{X}.comfy_quant": np.frombuffer(mark, np.uint8)}, "both")).kind == "header-disagrees"
+
+
+def test_header_and_tensor_that_say_the_same_in_other_words(look, build):
+    mark = build.mark(**FLOAT8, full_precision_matrix_mult=False)
+    assert look({f"{X}.comfy_quant": mark}, "both").problems == ()
+
+
+def test_a_marker_of_two_elements_disables_fp8_products(look):
+    found = look({"scaled_fp8": marker(2)}, "legacy")
+    problem = only_problem(found)
+    assert (problem.kind, problem.tensors) == ("marker-disables-fp8", ("scaled_fp8",))
+    assert "--enable-fp8-matmul" in problem.remedy
+    assert (found.layers[0].reading, found.layers[0].input_state) == ("marker", "unused")
+
+
+@pytest.mark.parametrize("elements", [0, 1])
+def test_other_markers_do_not(look, elements):
+    found = look({"scaled_fp8": marker(elements)}, "legacy", input_scale=0.5)
+    assert found.problems == ()
+    assert (found.layers[0].reading, found.layers[0].marked_by) == ("fp8", ("legacy",))
+
+
+@pytest.mark.parametrize("key", ["input_scale", "weight_scale"])
+@pytest.mark.parametrize("scale", [("BF16", np.uint16(0x3F00)), np.float16(0.5), np.float64(0.5)], ids=type)
+def test_a_scale_that_is_not_float32(look, key, scale):
+    found = look({f"{X}.{key}": scale})
+    assert only_problem(found).kind == key.replace("_", "-") + "-dtype"
+    assert found.layers[0].reading == "error"
+
+
+def test_the_dtype_of_a_scale_that_nothing_multiplies_with_does_not_matter(look):
+    found = look({f"{X}.input_scale": np.float16(0.5)}, full_precision_matrix_mult=True)
+    assert found.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("scale", "suspicious"),
+    [
+        (0.0, True),
+        (LEAST_INPUT_SCALE / 2, True),
+        (LEAST_INPUT_SCALE, False),
+        (6.6e4 / 448, False),  # Z-Image's largest inputs
+        (LARGEST_INPUT_SCALE, False),
+        (LARGEST_INPUT_SCALE * 2, True),
+    ],
+)
+def test_an_input_scale_that_is_absurd(look, scale, suspicious):
+    found = look(input_scale=scale)
+    assert [problem.kind for problem in found.problems] == ["input-scale-suspicious"] * suspicious
+    assert found.input_states == {"suspicious" if suspicious else "calibrated": 1}
+
+
+@pytest.mark.parametrize("shape", [(24, 32), (32, 24)])
+def test_sides_that_are_no_multiples_of_16(look, shape):
+    found = look(shape=shape)
+    assert only_problem(found) == Problem("sides", (X,), f"{shape[0]} × {shape[1]}")
+    assert found.layers[0].reading == "cuda-error"
+
+
+def test_sides_do_not_matter_in_full_precision(look):
+    assert look(shape=(24, 32), full_precision_matrix_mult=True).problems == ()
+
+
+def test_raw_fp8(look):
+    found = look({f"{X}.weight_scale": None, f"{X}.input_scale": None}, "none")
+    assert only_problem(found) == Problem("raw-fp8", (X,))
+    assert found.layers[0].reading == "cast"
+
+
+def test_problems_come_once_per_kind_and_the_worst_first(save, build):
+    tensors, _ = build.quantized(["a", "b", "c"], "tensor", shape=(24, 32))
+    tensors["c.weight_scale"] = np.float32(np.nan)
+    found = inspect_file(save("m.safetensors", tensors))
+    assert [(problem.kind, problem.tensors) for problem in found.problems] == [
+        ("scale-value", ("c.weight_scale",)), ("sides", ("a", "b"))]  # fmt: skip
+
+
+# what ComfyUI does, input scales, marks
+
+
+@pytest.mark.parametrize(
+    ("scale", "state", "reading"),
+    [(None, "missing", "fp8-at-one"), (1.0, "one", "fp8-at-one"), (0.25, "calibrated", "fp8")],
+)
+@pytest.mark.parametrize("marking", ["header", "tensor", "both"])
+def test_input_scales(look, marking, scale, state, reading):
+    layer = look({}, marking, input_scale=scale).layers[0]
+    assert (layer.input_scale, layer.input_state, layer.reading) == (scale, state, reading)
+    assert layer.marked_by == {"both": ("header", "tensor")}.get(marking, (marking,))
+
+
+def test_full_precision_uses_no_input_scale(look):
+    layer = look(input_scale=0.5, full_precision_matrix_mult=True).layers[0]
+    assert (layer.reading, layer.input_state, layer.input_scale) == ("full-precision", "unused", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("form", "shape", "block", "scaling"),
+    [("rowwise", (16,), (1, 32), "row"), ("blockwise", (2, 2), (8, 16), "block")],
+)
+def test_row_and_block_formats_scale_inputs_themselves(look, build, form, shape, block, scaling):
+    mark = build.mark(format=f"float8_e4m3fn_{form}", block_size=[8, 16])
+    found = look({f"{X}.weight_scale": np.ones(shape, np.float32), f"{X}.comfy_quant": mark})
+    layer = found.layers[0]
+    assert (layer.reading, layer.block, layer.scaling) == ("dynamic", block, scaling)
+    assert layer.input_state == "unused"
+    assert found.problems == ()
+
+
+def test_text_encoders_always_run_in_full_precision(save, build):
+    name = "text_encoders.t5xxl.transformer.encoder.block.0"
+    tensors, _ = build.quantized([name, "model.diffusion_model.blocks.0"], "tensor")
+    found = inspect_file(save("m.safetensors", tensors | {"vae.a": np.zeros(2, np.float32)}))
+    assert {layer.name: layer.reading for layer in found.layers} == {
+        name: "text-encoder", "model.diffusion_model.blocks.0": "fp8-at-one"}  # fmt: skip
+    assert found.parts == ("text encoder", "VAE")
+    assert found.prefix == "model.diffusion_model."
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "encoder.block.0.layer.0.SelfAttention.q",
+        "text_model.encoder.layers.0.self_attn.q_proj",
+        "transformer.text_model.encoder.layers.0.self_attn.q_proj",
+    ],
+)
+def test_a_file_that_is_a_text_encoder(save, build, layer):
+    tensors, _ = build.quantized([layer], "tensor", shape=(24, 32))
+    found = inspect_file(save("m.safetensors", tensors))
+    assert (found.family, found.readings, found.problems) == ("text-encoder", {"text-encoder": 1}, ())
+
+
+def test_a_file_that_is_a_language_model(save):
+    names = ("model.embed_tokens", "model.layers.0.self_attn.q_proj")
+    found = inspect_file(save("m.safetensors", {f"{name}.weight": np.zeros((2, 2), np.float32) for name in names}))
+    assert found.title == "text encoder (language model)"
+
+
+def test_an_adapter_is_called_one(save):
+    found = inspect_file(save("m.safetensors", {"x.lora_down.weight": np.zeros((2, 2), np.float32)}))
+    assert found.family == "adapter"
+
+
+def test_mixed_files(look, build):
+    found = look({
+        "a.weight": np.zeros((16, 16), np.uint8), "a.weight_scale": ("F8_E4M3", np.zeros((16, 2), np.uint8)),
+        "a.weight_scale_2": np.float32(1), "a.comfy_quant": build.mark(format="nvfp4"),
+        "b.weight": np.zeros((16, 16), np.int8), "b.weight_scale": np.float32(1),
+        "b.comfy_quant": build.mark(format="int8_tensorwise"),
+        "c.weight": ("F8_E4M3", np.zeros((16, 32), np.uint8)),
+        "c.weight_scale": ("F8_E8M0", np.zeros((16, 1), np.uint8)),
+        "d.weight": np.zeros((16, 16), np.float16),
+    }, input_scale=0.5)  # fmt: skip
+    assert {layer.name: (layer.format, layer.reading) for layer in found.layers} == {
+        X: ("float8_e4m3fn", "fp8"), "a": ("nvfp4", "foreign"), "b": ("int8_tensorwise", "foreign"),
+        "c": ("mxfp8", "foreign"), "d": ("F16", "high-precision")}  # fmt: skip
+    assert found.problems == ()
+
+
+def test_readings_are_counted_in_the_order_of_the_table(save, build):
+    fp8, _ = build.quantized(["z", "y"], "tensor", input_scale=0.5)
+    full, _ = build.quantized(["a"], "tensor", full_precision_matrix_mult=True)
+    found = inspect_file(save("m.safetensors", full | fp8))
+    assert list(found.readings.items()) == [("fp8", 2), ("full-precision", 1)]
+    assert set(found.readings) <= set(READINGS)
+    assert [layer.name for layer in found.layers] == ["a", "z", "y"], "file order"
+
+
+def test_a_family_is_recognized_behind_a_prefix(save):
+    names = families.FAMILIES["flux1"].signatures[0].has
+    tensors = {f"model.diffusion_model.{name}.weight": np.zeros((2, 2), np.float32) for name in names}
+    assert inspect_file(save("m.safetensors", tensors)).family == "flux1"
+
+
+def test_shards_are_read_as_one(save_shards, build):
+    tensors, metadata = build.quantized(["a", "b"], "both", input_scale=0.5)
+    shards = [{name: tensor for name, tensor in tensors.items() if name[0] == letter} for letter in "ab"]
+    found = inspect_file(save_shards("m", shards, metadata))
+    assert (found.files, found.sharded, found.problems) == (2, True, ())
+    assert found.header_marks == 2
+    assert found.advice == ("ComfyUI reads no shard indexes: join the shards into one file for it",)
+
+
+def test_unmeasured_input_scales_are_no_problem_but_worth_advice(look):
+    assert look().advice == (
+        "1 of 1 FP8 products have no measured input scale, so inputs beyond 448 are clipped and tiny ones vanish: "
+        "convert_to_quant -i FILE -o NEW --actcal",
+    )
+    assert look(input_scale=0.5).advice == ()
+
+
+# what stands beside and in the header
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"quantization_config": {"quant_method": "modelopt", "quant_type": "FP8"}}', "modelopt FP8"),
+        ('{"quantization_config": {}}', "unnamed"),
+        ('{"quantization_config": 3}', None),
+        ("[]", None),
+        ("{", None),
+    ],
+)
+def test_a_config_beside_the_file(look, tmp_path, text, said):
+    (tmp_path / "config.json").write_text(text)
+    assert look().quantization_config == said
+
+
+def test_how_the_file_was_made(look):
+    said = {"version": "0.1.0", "convert": {}, "calibrate": {"engine": "model", "conditioning": "noise", "samples": 64,
+            "seed": 42, "depends_on_conditioning": ["a"], "lora": ["style.safetensors"]}}  # fmt: skip
+    found = look(metadata={"convert_to_quant": json.dumps(said)})
+    assert found.made == Made("0.1.0", True, "model", "noise", 64, 42, ("a",), ("style.safetensors",))
+
+
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [
+        ("{", None),
+        ("[]", None),
+        ("[" * 100_000, None),
+        ("{}", Made()),
+        ('{"version": 1, "calibrate": [], "convert": 3}', Made()),
+        ('{"calibrate": {"samples": "many", "seed": true, "depends_on_conditioning": [1, "a"], "lora": 3}}',
+         Made(depends_on_conditioning=("a",))),
+    ],
+    ids=range(6),
+)  # fmt: skip
+def test_what_a_file_says_of_itself_is_a_remark_that_may_be_malformed(look, text, made):
+    assert look(metadata={"convert_to_quant": text}).made == made
+
+
+def test_everything_is_json(look):
+    document = look(shape=(24, 32)).to_json()
+    assert json.loads(json.dumps(document, allow_nan=False))["problems"][0]["remedy"]
+    assert document["layers"][0]["reading"] == "cuda-error"
+    assert document["readings"] == {"cuda-error": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"PK\x03\x04" + b"0" * 20, b"\x02" + b"\x00" * 7 + b"[]"])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError):
+        inspect_file(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    for name in ("m.safetensors", f"m{INDEX_SUFFIX}"):
+        with pytest.raises(CheckpointError, match="no such file"):
+            inspect_file(tmp_path / name)
+
+
+def test_a_file_without_layers_is_read_all_the_same(save):
+    found = inspect_file(save("m.safetensors", {"a": np.zeros(2, np.float32)}))
+    assert (found.layers, found.problems, found.title) == ((), (), "unknown")
