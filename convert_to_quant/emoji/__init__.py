@@ -1,0 +1,41 @@
+"""The embedded emoji model: a real, trained Flux.1-shaped network of 18 MB to show and to test things on.
+
+Every claim of this project about pictures can be checked on it in seconds and without a download. NOTICE.md says where
+it comes from. Here is where its file lies and how its latents become pictures; `prompts` makes what it takes as a
+prompt, `rerange` gives it the activation ranges of large models, `sheet` lays pictures out for people to compare.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+WEIGHTS = Path(__file__).with_name("emoji_flux_bf16.safetensors")
+"""The model, in bfloat16."""
+
+SIDE_TOKENS = 8
+"""Image tokens per side; each is 2×2 latents, and each latent 2×2 pixels."""
+
+SIDE_PIXELS = 4 * SIDE_TOKENS
+
+
+def to_pictures(latents: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Latents as pictures on white.
+
+    Args:
+        latents: [batch, SIDE_TOKENS², 64], as the model has them: the channels of a token are (RGBA, row and column of
+            the pixel in its latent, row and column of the latent in its token), values in [-1, 1], alpha premultiplied.
+
+    Returns:
+        RGB, [batch, SIDE_PIXELS, SIDE_PIXELS, 3].
+    """
+    batch = len(latents)
+    split = latents.reshape(batch, SIDE_TOKENS, SIDE_TOKENS, 4, 2, 2, 2, 2)
+    #                       batch, token row and column, RGBA, pixel row and column, latent row and column
+    rows_first = split.transpose(0, 1, 6, 4, 2, 7, 5, 3)
+    rgba = np.clip(rows_first.reshape(batch, SIDE_PIXELS, SIDE_PIXELS, 4) / 2 + 0.5, 0, 1)
+    rgb = np.clip(rgba[..., :3] + (1 - rgba[..., 3:]), 0, 1)
+    pictures: NDArray[np.uint8] = np.round(rgb * 255).astype(np.uint8)
+    return pictures

@@ -1,0 +1,69 @@
+"""What the emoji model takes as a prompt: the words of a name, hashed. There is no text encoder.
+
+Each of the first TOKENS words becomes two fixed random vectors, drawn from a generator that the word's SHA-256 seeds.
+The context vectors are the context tokens, in order, with zeros behind them; the sum of the pooled vectors over the
+square root of their number is the pooled vector. The empty prompt is all zeros, which is also guidance's negative.
+
+Limits: the model knows the words of Unicode's emoji names and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+
+TOKENS = 8
+"""Context tokens, one per word."""
+
+CHANNELS = 64
+"""Size of a context token and of the pooled vector."""
+
+NAMES = (
+    "strawberry",
+    "bear face",
+    "tulip",
+    "american football",
+    "grinning cat face with smiling eyes",
+    "fish",
+    "honey pot",
+    "snowflake",
+)
+"""The emoji that the demo paints and measures."""
+
+
+def word_vector(word: str, channels: int = CHANNELS) -> Float32:
+    """The fixed random vector of a word, standard normal, float32 [channels]."""
+    seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
+    return np.random.default_rng(seed).standard_normal(channels).astype(np.float32)
+
+
+def embed(prompt: str) -> tuple[Float32, Float32]:
+    """A prompt as the model takes it.
+
+    Args:
+        prompt: a Unicode name in any case; words behind the eighth are not seen.
+
+    Returns:
+        Context tokens [TOKENS, CHANNELS] and the pooled vector [CHANNELS], float32.
+    """
+    words = prompt.lower().replace("-", " ").split()[:TOKENS]
+    context = np.zeros((TOKENS, CHANNELS), np.float32)
+    pooled = np.zeros(CHANNELS, np.float32)
+    for number, word in enumerate(words):
+        context[number] = word_vector("ctx:" + word)
+        pooled += word_vector("vec:" + word)
+    if words:
+        pooled /= np.float32(math.sqrt(len(words)))
+    return context, pooled
+
+
+def embed_all(prompts: Sequence[str]) -> tuple[Float32, Float32]:
+    """Several prompts: [prompts, TOKENS, CHANNELS] and [prompts, CHANNELS]."""
+    pairs = [embed(prompt) for prompt in prompts]
+    return np.stack([context for context, _ in pairs]), np.stack([pooled for _, pooled in pairs])

@@ -1,0 +1,176 @@
+"""Function-preserving re-rangings of the emoji model: the same pictures, other activation ranges.
+
+Why it exists. A small model trained at home has tame activations, and published models do not: Qwen-Image-Edit's layers
+see inputs of up to 38,656, other models' median layer sees 10. What FP8 does to such a model can be shown on a small
+one, because a network's ranges are a matter of spelling.
+
+Maths. Where a layer W reads an input x that something before it scales per channel, x can be multiplied by factors a
+and W's columns divided by them: W x = (W / a)(a x). Two places of a Flux block allow it exactly:
+
+    after a modulated norm   x = (1 + scale) · norm + shift, and scale and shift are rows of the modulation's weight:
+                             a x = (1 + (a · scale + a - 1)) · norm + a · shift
+    after attention          the values' rows of qkv times b; attention mixes tokens and not channels, so its output is
+                             times b as well, and the layer that reads it is divided by b. Both streams of a double
+                             block share b, since their tokens are mixed.
+
+Limits. Exact in real numbers, and to about 1e-6 in float32. bfloat16 weights round once more, like any other. Biases
+must stay float32, and so must what a modulation gives: a shrunk norm has a scale near -1, of which 1 + scale keeps
+nothing in bfloat16's 8 bits. So "cold" runs in float32 only, with its linear layers in any format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import names
+from ..checkpoint import Entry, open_checkpoint, write_checkpoint
+
+Float32 = NDArray[np.float32]
+Factors = Callable[[np.random.Generator, int], NDArray[np.float64]]
+"""From a generator and a number of channels to one factor > 0 per channel."""
+
+
+def constant(factor: float) -> Factors:
+    """The same factor for every channel."""
+    return lambda _rng, channels: np.full(channels, factor)
+
+
+def spikes(count: int, factor: float) -> Factors:
+    """A factor for a few channels, 1 for the others."""
+
+    def draw(rng: np.random.Generator, channels: int) -> NDArray[np.float64]:
+        factors = np.ones(channels)
+        factors[rng.choice(channels, count, replace=False)] = factor
+        return factors
+
+    return draw
+
+
+def log_normal(octaves: float) -> Factors:
+    """Powers of two with a normal exponent of mean 0 and standard deviation `octaves`."""
+    return lambda rng, channels: np.exp2(rng.normal(0, octaves, channels))
+
+
+@dataclass(frozen=True)
+class Reranging:
+    """Factors by what they multiply.
+
+    Attributes:
+        summary: in a few words.
+        attention: inputs of the qkv projections of double blocks.
+        mlp: inputs of the first MLP layers of double blocks.
+        value: attention's values, and so the inputs of the projections behind it, in all blocks.
+        single: inputs of the fused qkv and MLP projection of single blocks.
+    """
+
+    summary: str
+    attention: Factors
+    mlp: Factors
+    value: Factors
+    single: Factors
+
+
+RERANGINGS: Mapping[str, Reranging] = {
+    "plain": Reranging("as it was trained", constant(1), constant(1), constant(1), constant(1)),
+    "hot": Reranging("inputs 40 to 900 times larger", constant(200), constant(40), constant(900), constant(200)),
+    "spiky": Reranging(
+        "a few channels 300 to 1000 times larger", spikes(3, 300), spikes(2, 1000), spikes(2, 500), spikes(3, 300)
+    ),
+    "cold": Reranging("inputs 1000 times smaller", constant(1e-3), constant(1e-3), constant(1e-3), constant(1e-3)),
+    "wild": Reranging(
+        "every channel its own range", log_normal(2.5), log_normal(2.5), log_normal(2.5), log_normal(2.5)
+    ),
+}
+"""By name. "hot" has the ranges published for Qwen-Image-Edit-2511, layer kind by layer kind."""
+
+
+def rerange(tensors: Mapping[str, Float32], reranging: Reranging, seed: int = 0) -> dict[str, Float32]:
+    """Re-range a Flux.1-shaped model.
+
+    Args:
+        tensors: all of its tensors by name, float32; they are not changed.
+        reranging: the factors.
+        seed: of those that are random.
+
+    Returns:
+        The same function as new tensors.
+    """
+    result = {name: values.copy() for name, values in tensors.items()}
+    rng = np.random.default_rng(seed)
+    hidden = result["img_in.weight"].shape[0]
+
+    def draw(factors: Factors) -> Float32:
+        return factors(rng, hidden).astype(np.float32)
+
+    for number in range(_blocks(tensors, "double_blocks")):
+        streams = [f"double_blocks.{number}.{stream}" for stream in ("img", "txt")]
+        for stream in streams:
+            _scale_modulated(result, f"{stream}_mod.lin", 0, f"{stream}_attn.qkv", draw(reranging.attention))
+            _scale_modulated(result, f"{stream}_mod.lin", 3, f"{stream}_mlp.0", draw(reranging.mlp))
+        factors = draw(reranging.value)
+        for stream in streams:
+            _scale_values(result, f"{stream}_attn.qkv", f"{stream}_attn.proj", factors)
+    for number in range(_blocks(tensors, "single_blocks")):
+        block = f"single_blocks.{number}"
+        _scale_modulated(result, f"{block}.modulation.lin", 0, f"{block}.linear1", draw(reranging.single))
+        _scale_values(result, f"{block}.linear1", f"{block}.linear2", draw(reranging.value))
+    return result
+
+
+def _blocks(tensors: Mapping[str, Float32], kind: str) -> int:
+    return len({name.split(".")[1] for name in tensors if name.startswith(f"{kind}.")})
+
+
+def _scale_modulated(tensors: dict[str, Float32], modulation: str, shift: int, reader: str, factors: Float32) -> None:
+    """Multiply a modulated norm. Rows of the modulation come in chunks; chunk `shift` shifts, the next one scales."""
+    size = len(factors)
+    weight_OI, bias_O = tensors[modulation + names.WEIGHT], tensors[modulation + names.BIAS]
+    shifts = slice(shift * size, (shift + 1) * size)
+    scales = slice((shift + 1) * size, (shift + 2) * size)
+    for rows in (shifts, scales):
+        weight_OI[rows] *= factors[:, None]
+        bias_O[rows] *= factors
+    bias_O[scales] += factors - 1
+    tensors[reader + names.WEIGHT] /= factors
+
+
+def _scale_values(tensors: dict[str, Float32], qkv: str, reader: str, factors: Float32) -> None:
+    """Multiply attention's values: the third chunk of the qkv rows. Attention's channels are the reader's first."""
+    size = len(factors)
+    rows = slice(2 * size, 3 * size)
+    tensors[qkv + names.WEIGHT][rows] *= factors[:, None]
+    tensors[qkv + names.BIAS][rows] *= factors
+    tensors[reader + names.WEIGHT][:, :size] /= factors
+
+
+def to_bfloat16(values: Float32) -> NDArray[np.uint16]:
+    """Bit patterns of the nearest bfloat16, ties to even, of finite values."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def write_reranged(source: Path, output: Path, reranging: Reranging, seed: int = 0) -> None:
+    """Re-range a file into one with bfloat16 weights and float32 biases.
+
+    Args:
+        source: a Flux.1-shaped `.safetensors` file.
+        output: the new file.
+        reranging: the factors.
+        seed: of those that are random.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        OutputError: the output cannot be written.
+    """
+    with open_checkpoint(source) as checkpoint:
+        tensors = rerange({name: checkpoint.float32(name) for name in checkpoint.tensors}, reranging, seed)
+        entries = {
+            name: Entry.of(values) if name.endswith(names.BIAS) else Entry.of(to_bfloat16(values), "BF16")
+            for name, values in tensors.items()
+        }
+        write_checkpoint(output, entries, checkpoint.metadata)

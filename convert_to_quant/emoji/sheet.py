@@ -1,0 +1,119 @@
+"""A sheet of small pictures for people to compare: labelled rows, columns of cells, a caption under every cell.
+
+Everything is drawn with Pillow and its own font, which has ASCII only; pictures are enlarged by whole factors without
+smoothing, so that what one sees is the pixels that the model made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw, ImageFont
+
+Color = tuple[int, int, int]
+Picture = NDArray[np.uint8]
+
+INK: Color = (31, 35, 40)
+FADED: Color = (89, 99, 110)
+PAGE: Color = (246, 248, 250)
+WHITE: Color = (255, 255, 255)
+FRAME: Color = (209, 217, 224)
+GOOD: Color = (26, 127, 55)
+BAD: Color = (207, 34, 46)
+
+ENLARGED, SPACE = 3, 2
+"""Screen pixels per pixel, and pixels of white around each picture."""
+
+MARGIN, GAP, PADDING = 32, 24, 12
+LABEL_WIDTH, HEAD_HEIGHT, TITLE_HEIGHT, CAPTION_HEIGHT = 230, 76, 150, 48
+TITLE_SIZE, HEAD_SIZE, TEXT_SIZE = 42, 32, 24
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Pictures and what is said under them.
+
+    Attributes:
+        pictures: equally large, uint8 [height, width, 3].
+        caption: one line.
+        color: of the caption.
+    """
+
+    pictures: Sequence[Picture]
+    caption: str
+    color: Color = INK
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A name and what explains it; newlines break the explanation."""
+
+    name: str
+    explanation: str
+
+
+def draw(title: Heading, columns: Sequence[Heading], rows: Sequence[tuple[Heading, Sequence[Cell]]]) -> Image.Image:
+    """Draw a sheet.
+
+    Args:
+        title: above everything.
+        columns: their headings.
+        rows: their headings, and one cell per column; all cells have equally many pictures.
+
+    Returns:
+        An RGB image.
+    """
+    from PIL import Image, ImageDraw
+
+    blocks = [[_block(cell.pictures) for cell in cells] for _, cells in rows]
+    block_height, block_width, _ = blocks[0][0].shape
+    cell_width, cell_height = block_width + 2 * PADDING, block_height + 2 * PADDING + CAPTION_HEIGHT
+    lefts = [MARGIN + LABEL_WIDTH + number * (cell_width + GAP) for number in range(len(columns))]
+    tops = [TITLE_HEIGHT + HEAD_HEIGHT + MARGIN + number * (cell_height + GAP) for number in range(len(rows))]
+    sheet = Image.new("RGB", (lefts[-1] + cell_width + MARGIN, tops[-1] + cell_height + MARGIN), PAGE)
+    pen = ImageDraw.Draw(sheet)
+    _write(pen, (MARGIN, MARGIN), title, TITLE_SIZE)
+    for left, column in zip(lefts, columns, strict=True):
+        _write(pen, (left, TITLE_HEIGHT + MARGIN), column, HEAD_SIZE)
+    for top, (heading, cells), row_blocks in zip(tops, rows, blocks, strict=True):
+        _write(pen, (MARGIN, top + PADDING), heading, HEAD_SIZE)
+        for left, cell, block in zip(lefts, cells, row_blocks, strict=True):
+            frame = (left, top, left + cell_width - 1, top + cell_height - 1)
+            pen.rounded_rectangle(frame, PADDING, fill=WHITE, outline=FRAME, width=2)
+            sheet.paste(Image.fromarray(block), (left + PADDING, top + PADDING))
+            middle = (left + cell_width // 2, top + cell_height - PADDING - CAPTION_HEIGHT // 2 + 4)
+            pen.text(middle, cell.caption, cell.color, _font(HEAD_SIZE), anchor="mm")
+    return sheet
+
+
+def _block(pictures: Sequence[Picture]) -> Picture:
+    """Two lines of pictures, enlarged: uint8 [height, width, 3]."""
+    in_line = (len(pictures) + 1) // 2
+    blanks = [np.full_like(pictures[0], 255)] * (2 * in_line - len(pictures))
+    shown = [
+        np.pad(picture, ((SPACE, SPACE), (SPACE, SPACE), (0, 0)), constant_values=255)
+        for picture in (*pictures, *blanks)
+    ]
+    lines = [np.concatenate(shown[start : start + in_line], 1) for start in (0, in_line)]
+    block = np.concatenate(lines)
+    # Seven bits per color look the same, and noise compresses badly: the file is an eighth smaller.
+    block = (block & 0xFE) | (block >> 7)
+    return block.repeat(ENLARGED, 0).repeat(ENLARGED, 1)
+
+
+def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], heading: Heading, size: int) -> None:
+    left, top = place
+    pen.text((left, top), heading.name, INK, _font(size))
+    pen.multiline_text((left, top + round(1.25 * size)), heading.explanation, FADED, _font(TEXT_SIZE), spacing=4)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size=size)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
+from convert_to_quant.demo import GEOMETRY, prompt_conditioning
+from convert_to_quant.emoji import WEIGHTS
+from convert_to_quant.emoji.rerange import RERANGINGS, Float32, rerange, to_bfloat16, write_reranged
+from convert_to_quant.engines import noise
+from convert_to_quant.engines.diffusers import load
+
+Tensors = Mapping[str, Float32]
+
+
+@pytest.fixture(scope="module")
+def tensors() -> Tensors:
+    with open_checkpoint(WEIGHTS) as checkpoint:
+        return {name: checkpoint.float32(name) for name in checkpoint.tensors}
+
+
+@pytest.fixture(scope="module")
+def velocity(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tensors], torch.Tensor]:
+    """The velocity that a model in float32 predicts for one prompt on noise."""
+    folder = tmp_path_factory.mktemp("reranged")
+
+    def velocity(tensors: Tensors) -> torch.Tensor:
+        path = folder / "model.safetensors"
+        write_checkpoint(path, {name: Entry.of(values) for name, values in tensors.items()})
+        with open_checkpoint(path) as checkpoint:
+            model = load(checkpoint, dtype=torch.float32)
+            latents = noise.latents(model.latent_shape(GEOMETRY), 0, 0)
+            return model.velocity(latents, 0.7, prompt_conditioning(("honey pot",)), GEOMETRY)
+
+    return velocity
+
+
+@pytest.mark.parametrize("name", [name for name in RERANGINGS if name != "plain"])
+def test_the_function_stays_the_same(tensors: Tensors, velocity: Callable[[Tensors], torch.Tensor], name: str) -> None:
+    reranged = rerange(tensors, RERANGINGS[name])
+    changed = [tensor for tensor in tensors if not np.array_equal(tensors[tensor], reranged[tensor])]
+    assert len(changed) > len(tensors) / 4
+    expected, found = velocity(tensors), velocity(reranged)
+    assert (found - expected).norm() / expected.norm() < 1e-4
+
+
+def test_plain_is_the_model_as_it_is(tensors: Tensors) -> None:
+    reranged = rerange(tensors, RERANGINGS["plain"])
+    assert all(np.array_equal(tensors[name], reranged[name]) for name in tensors)
+
+
+def test_factors_undone_only_in_one_of_two_places_would_change_the_function(
+    tensors: Tensors, velocity: Callable[[Tensors], torch.Tensor]
+) -> None:
+    reranged = rerange(tensors, RERANGINGS["hot"])
+    reranged["single_blocks.3.linear2.weight"] = tensors["single_blocks.3.linear2.weight"]
+    expected, found = velocity(tensors), velocity(reranged)
+    assert (found - expected).norm() / expected.norm() > 0.1
+
+
+def test_random_factors_follow_the_seed(tensors: Tensors) -> None:
+    name = "double_blocks.0.img_attn.qkv.weight"
+    first, again, other = (rerange(tensors, RERANGINGS["wild"], seed)[name] for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_bfloat16_rounds_as_torch_does() -> None:
+    values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    values[:4] = [1 + 2**-8, 1 + 3 * 2**-8, -0.0, 1e-40]  # two ties, a signed zero, a subnormal
+    expected = torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    assert np.array_equal(to_bfloat16(values), expected)
+
+
+def test_files_have_bfloat16_weights_and_float32_biases(tmp_path: Path) -> None:
+    output = tmp_path / "plain.safetensors"
+    write_reranged(WEIGHTS, output, RERANGINGS["plain"])
+    with open_checkpoint(WEIGHTS) as source, open_checkpoint(output) as written:
+        assert set(source.tensors) == set(written.tensors)
+        for name, info in written.tensors.items():
+            assert info.dtype == ("F32" if name.endswith(".bias") else "BF16"), name
+            assert np.array_equal(source.float32(name), written.float32(name)), name
