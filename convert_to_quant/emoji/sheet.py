@@ -101,9 +101,9 @@ def _block(pictures: Sequence[Picture]) -> Picture:
         for picture in (*pictures, *blanks)
     ]
     lines = [np.concatenate(shown[start : start + in_line], 1) for start in (0, in_line)]
-    block = np.concatenate(lines)
+    block: Picture = np.concatenate(lines)
     # Seven bits per color look the same, and noise compresses badly: the file is an eighth smaller.
-    block = (block & 0xFE) | (block >> 7)
+    block = (block & np.uint8(0xFE)) | (block >> np.uint8(7))
     return block.repeat(ENLARGED, 0).repeat(ENLARGED, 1)
 
 
