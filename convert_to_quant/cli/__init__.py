@@ -24,6 +24,7 @@ COMMANDS = {
     "observe": "run a model and keep what its layers receive as a statistics file",
     "apply": "choose scales from statistics and write them into a checkpoint",
     "merge": "merge statistics files",
+    "comfyui": "install our nodes into a ComfyUI, or remove them",
     "check": "compare a quantized model with its reference while both paint",
     "demo": "convert, calibrate and check the embedded emoji model; writes a picture",
 }

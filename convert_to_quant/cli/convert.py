@@ -45,6 +45,7 @@ other commands: convert_to_quant COMMAND --help
   inspect   say what a file is, what ComfyUI does with it, and what is wrong with it
   observe   run a model and keep what its layers receive as a statistics file
   check     compare a quantized model with its reference while both paint
+  comfyui   install our nodes into a ComfyUI, or remove them
   demo      convert, calibrate and check the embedded emoji model; writes a picture
 
 Dashes and underscores are the same in every flag.

@@ -189,38 +189,150 @@ def keep(found: dict[str, Any], name: str) -> Callable[..., None]:
     return hook
 
 
-def sample(key: str, inputs: str, output: str, steps: int, cfg: float) -> dict[str, Any]:
+def sample(
+    key: str, inputs: str, output: str, steps: int, cfg: float, by_hand: bool = False, part: int | None = None
+) -> dict[str, Any]:
     """Euler steps of ComfyUI's sampler from sigma 1 to 0.
 
-    Inputs: x [N, 16, H, W] (the noise), context [N, T, C], y [N, V]. Output: latents like x, as the model sees them.
-    The negative conditioning is zeros.
+    Inputs: x [N, 16, H, W] (the noise), context [N, T, C], y [N, V]. Outputs: latents like x, as the model sees them;
+    with `by_hand` also the absmax of each linear layer's inputs, as LAYER.absmax, by hooks of this file. The negative
+    conditioning is zeros.
+
+    `part` is how many bytes of the model may be loaded; the rest is cast when it is used.
     """
+    import comfy.model_patcher
+    from safetensors.torch import save_file
+
+    patcher, found = MODELS[key], {}
+    modules = dict(linears(patcher))
+    with ExitStack() as stack:
+        messages = stack.enter_context(Messages())
+        if part is not None:
+            load_all = comfy.model_patcher.ModelPatcher.load
+
+            def load_part(self: Any, device_to: Any = None, force_patch_weights: bool = False, **_: Any) -> Any:
+                return load_all(self, device_to, lowvram_model_memory=part, force_patch_weights=force_patch_weights)
+
+            stack.enter_context(patch.object(comfy.model_patcher.ModelPatcher, "load", load_part))
+        if by_hand:
+            for name, module in modules.items():
+                stack.callback(module.register_forward_hook(keep_absmax(found, name)).remove)
+        result = euler(patcher, inputs, steps, cfg)
+        left_out = [name for name, module in modules.items() if hasattr(module, "prev_comfy_cast_weights")]
+    found["latents"] = patcher.model.process_latent_in(result).float()
+    save_file(found, output)
+    return {"left_out": left_out, **messages.told()}
+
+
+def euler(patcher: Any, inputs: str, steps: int, cfg: float, callback: Callable[..., None] | None = None) -> Any:
+    """What the sampler node does."""
     import comfy.sample
     import comfy.samplers
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
-    patcher = MODELS[key]
     given = load_file(inputs)
     x, context, y = given["x"], given["context"], given["y"]
-    with Messages() as messages:
-        result = comfy.sample.sample_custom(
-            patcher,
-            x,
-            cfg,
-            comfy.samplers.sampler_object("euler"),
-            1 - torch.arange(steps + 1) / steps,
-            [[context, {"pooled_output": y}]],
-            [[torch.zeros_like(context), {"pooled_output": torch.zeros_like(y)}]],
-            torch.zeros_like(x),
-            disable_pbar=True,
-            seed=0,
-        )
-    save_file({"latents": patcher.model.process_latent_in(result).float()}, output)
-    return messages.told()
+    return comfy.sample.sample_custom(
+        patcher,
+        x,
+        cfg,
+        comfy.samplers.sampler_object("euler"),
+        1 - torch.arange(steps + 1) / steps,
+        [[context, {"pooled_output": y}]],
+        [[torch.zeros_like(context), {"pooled_output": torch.zeros_like(y)}]],
+        torch.zeros_like(x),
+        callback=callback,
+        disable_pbar=True,
+        seed=0,
+    )
 
 
-COMMANDS: Mapping[str, Callable[..., dict[str, Any]]] = {"load": load, "evaluate": evaluate, "sample": sample}
+def linears(patcher: Any) -> list[tuple[str, Any]]:
+    """Every linear layer of a loaded model."""
+    return [(name, m) for name, m in patcher.model.diffusion_model.named_modules() if hasattr(m, "in_features")]
+
+
+def keep_absmax(found: dict[str, Any], name: str) -> Callable[..., None]:
+    """A hook that keeps the largest |x| of a layer's inputs."""
+
+    def hook(_module: Any, inputs: tuple[Any, ...], _output: Any) -> None:
+        seen = inputs[0].detach().abs().amax().float().reshape(1)
+        key = f"{name}.absmax"
+        found[key] = seen.maximum(found[key]) if key in found else seen
+
+    return hook
+
+
+def fail(key: str, inputs: str, how: str) -> dict[str, Any]:
+    """Sample until something happens in the second step: the user cancels, memory runs out, or a layer breaks."""
+    import comfy.model_management
+    import torch
+
+    exceptions = {
+        "cancelled": comfy.model_management.InterruptProcessingException,
+        "out of memory": torch.OutOfMemoryError,
+        "broken": RuntimeError,
+    }
+
+    def happen(step: int, *_: Any) -> None:
+        if step == 1:
+            raise exceptions[how](how)
+
+    try:
+        euler(MODELS[key], inputs, 4, 1.0, happen)
+    except BaseException as error:  # ComfyUI's cancelling is no Exception
+        return {"raised": type(error).__name__}
+    return {"raised": None}
+
+
+def hooks(key: str) -> dict[str, Any]:
+    """What hangs on a model: hooks on its modules, and wrappers of its patcher."""
+    patcher = MODELS[key]
+    stores = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    modules = [patcher.model, *patcher.model.modules()]
+    wrappers = {kind: list(by_key) for kind, by_key in patcher.wrappers.items() if by_key}
+    return {"hooks": sum(len(getattr(module, store)) for module in modules for store in stores), "wrappers": wrappers}
+
+
+RECORDERS: dict[str, Any] = {}
+"""What our node Record Activations gave beside each MODEL."""
+
+
+def record(key: str, recorded: str, **inputs: Any) -> dict[str, Any]:
+    """Our node Record Activations behind a loaded model; `recorded` names what it gives."""
+    from convert_to_quant.comfyui_nodes.nodes import RecordActivations
+
+    MODELS[recorded], RECORDERS[recorded] = RecordActivations().record(MODELS[key], **inputs)
+    return {}
+
+
+def save_stats(recorded: str, filename_prefix: str) -> dict[str, Any]:
+    """Our node Save Activation Stats."""
+    from convert_to_quant.comfyui_nodes.nodes import SaveActivationStats
+
+    answer = SaveActivationStats().save(RECORDERS[recorded], {}, filename_prefix)
+    return {"file": answer["result"][1], "text": answer["ui"]["text"]}
+
+
+def calibrate(recorded: str, **inputs: Any) -> dict[str, Any]:
+    """Our node Calibrate FP8 Checkpoint."""
+    from convert_to_quant.comfyui_nodes.nodes import CalibrateFP8Checkpoint
+
+    answer = CalibrateFP8Checkpoint().calibrate(stats=RECORDERS[recorded], latent={}, **inputs)
+    return {"file": answer["result"][0], "report": answer["result"][1]}
+
+
+COMMANDS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "load": load,
+    "evaluate": evaluate,
+    "sample": sample,
+    "fail": fail,
+    "hooks": hooks,
+    "record": record,
+    "save_stats": save_stats,
+    "calibrate": calibrate,
+}
 
 
 def main() -> None:

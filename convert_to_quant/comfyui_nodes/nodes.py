@@ -1,0 +1,360 @@
+"""The nodes, in the form that every ComfyUI loads (V1): classes whose attributes say what goes in and out.
+
+    Load Diffusion Model ─MODEL→ Record Activations ─MODEL→ KSampler ─LATENT→ Save Activation Stats ─→ Calibrate FP8 …
+                                        └──────────ACTIVATION_STATS──────────────────↗
+
+ComfyUI runs a node when its inputs changed, and remembers what it gave otherwise. So:
+
+    Record      starts afresh when the model before it changes or with `reset`; else the same recorder keeps adding up.
+    Save        always runs. One recorder writes one file, again and again, as its totals grow.
+    Calibrate   runs when its inputs changed, or the files that it reads. Statistics of a recorder are there before
+                anything was sampled, so it takes them from Save, or waits for a LATENT of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..calibrate_activation_scales import Calibration, apply_statistics, patch_model_with_scales
+from ..checkpoint import open_checkpoint
+from ..errors import Error, OptionError, StatisticsError
+from ..layers import find_layers
+from ..solve import METHODS, SolveOptions
+from ..stats import Statistics
+from . import folders
+from .naming import for_checkpoint
+from .recording import Recorder
+
+CATEGORY = "convert_to_quant"
+STATS = "ACTIVATION_STATS"
+
+Inputs = dict[str, dict[str, tuple[Any, ...]]]
+
+_SHOWN_NOTES = 20
+
+
+def show_text(node_id: str | None, text: str) -> None:
+    """Progress text on a node, where a ComfyUI server runs."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)
+
+
+def statistics_of(recorded: Recorder | Statistics) -> Statistics:
+    """What a link of type ACTIVATION_STATS carries, as it is now."""
+    return recorded.statistics() if isinstance(recorded, Recorder) else recorded
+
+
+class RecordActivations:
+    """Records what each linear layer of a MODEL receives while a sampler runs it. The picture stays the same."""
+
+    DESCRIPTION = (
+        "Records what every linear layer receives while a sampler paints with this MODEL. Nothing else changes: "
+        "latents are the same to the last bit. Totals add up over prompts and seeds until the model changes. Best "
+        "done with the 16-bit model."
+    )
+    CATEGORY = CATEGORY
+    FUNCTION = "record"
+    RETURN_TYPES = ("MODEL", STATS)
+    RETURN_NAMES = ("model", "stats")
+    OUTPUT_TOOLTIPS = ("Records while it samples.", "Grows with every sampling.")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        """What goes in."""
+        return {
+            "required": {"model": ("MODEL", {"tooltip": "Behind all LoRAs, in front of the sampler."})},
+            "optional": {
+                "statistics_file": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "Go on from this file, made by Save Activation Stats: its path in ComfyUI's output "
+                        "(or input) folder. Empty: start from nothing.",
+                    },
+                ),
+                "reset": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "Forget what was recorded, each time this is queued."},
+                ),
+            },
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, reset: bool = False, **_inputs: Any) -> float | str:
+        """Never the same with `reset`."""
+        return math.nan if reset else ""
+
+    def record(self, model: Any, statistics_file: str = "", reset: bool = False) -> tuple[Any, Recorder]:  # noqa: ARG002
+        """A clone of the model, and the recorder that sees it run."""
+        before = folders.load_statistics(statistics_file) if statistics_file.strip() else None
+        recorder = Recorder(before)
+        return recorder.attach(model), recorder
+
+
+class SaveActivationStats:
+    """Writes recorded statistics into ComfyUI's output folder, once the LATENT is there."""
+
+    DESCRIPTION = (
+        "Writes what was recorded into ComfyUI's output folder, after the sampler is done. The same recording always "
+        "goes to the same file; another one gets the next number."
+    )
+    CATEGORY = CATEGORY
+    FUNCTION = "save"
+    RETURN_TYPES = (STATS, "STRING")
+    RETURN_NAMES = ("stats", "file")
+    OUTPUT_TOOLTIPS = ("As saved: what follows runs after sampling.", "The file, in ComfyUI's output folder.")
+    OUTPUT_NODE = True
+
+    def __init__(self) -> None:
+        self._written: tuple[Recorder | Statistics, str, Path] | None = None
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        """What goes in."""
+        return {
+            "required": {
+                "stats": (STATS, {"tooltip": "From Record Activations."}),
+                "latent": ("LATENT", {"tooltip": "From the sampler: waits until it is done."}),
+                "filename_prefix": (
+                    "STRING",
+                    {"default": "activation_stats/stats", "tooltip": "Folder and name in ComfyUI's output folder."},
+                ),
+            },
+            "hidden": {"unique_id": ("UNIQUE_ID",)},
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, **_inputs: Any) -> float:
+        """Always: the recorder is the same, and what it holds is not."""
+        return math.nan
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
+        """Refuse a bad name before anything is sampled."""
+        return _refusal(lambda: filename_prefix is None or folders.next_statistics_file(filename_prefix))
+
+    def save(
+        self,
+        stats: Recorder | Statistics,
+        latent: Mapping[str, Any],  # noqa: ARG002
+        filename_prefix: str,
+        unique_id: str | None = None,
+    ) -> dict[str, Any]:
+        """Write them, and pass them on as they are now."""
+        statistics = statistics_of(stats)
+        last = self._written
+        if last is not None and last[0] is stats and last[1] == filename_prefix:
+            path = last[2]
+        else:
+            path = folders.next_statistics_file(filename_prefix)
+        folders.make_parent(path)
+        statistics.save(path)
+        self._written = (stats, filename_prefix, path)
+        file = path.relative_to(folders.output_folder()).as_posix()
+        text = f"{int(statistics.visited.sum())} layers, {statistics.samples} samples: {file}"
+        show_text(unique_id, text)
+        return {"ui": {"text": [text]}, "result": (statistics, file)}
+
+
+class CalibrateFP8Checkpoint:
+    """Chooses the input scale and precision of every FP8 layer from statistics, and writes a new checkpoint."""
+
+    DESCRIPTION = (
+        "Chooses the input scale of every FP8 layer, and the layers that need full precision, from what was recorded, "
+        "and writes a new checkpoint into the models folder. The chosen checkpoint stays as it is."
+    )
+    CATEGORY = CATEGORY
+    FUNCTION = "calibrate"
+    RETURN_TYPES = ("STRING", "STRING")
+    RETURN_NAMES = ("file", "report")
+    OUTPUT_TOOLTIPS = ("The new checkpoint, in its models folder.", "What was done.")
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        """What goes in."""
+        share = {"min": 0.0, "max": 1.0, "step": 0.01}
+        return {
+            "required": {
+                "checkpoint": (folders.checkpoint_names(), {"tooltip": "An FP8 checkpoint of the recorded model."}),
+                "method": (
+                    list(METHODS),
+                    {
+                        "default": "absmax",
+                        "tooltip": "absmax: nothing that was seen is clipped. mse: the least squared error. "
+                        "percentile: clips what lies above it.",
+                    },
+                ),
+                "margin": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 1.0,
+                        "max": 64.0,
+                        "step": 0.05,
+                        "tooltip": "Factor on ranges: room for inputs larger than any that was recorded.",
+                    },
+                ),
+                "full_precision_budget": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        **share,
+                        "tooltip": "Share of the multiply-adds that may move to full precision, worst layers first.",
+                    },
+                ),
+                "output_name": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "Name of the new file in the checkpoint's models folder. Empty: the checkpoint's "
+                        "name with _calibrated.",
+                    },
+                ),
+                "overwrite": ("BOOLEAN", {"default": False, "tooltip": "Replace a file of that name."}),
+            },
+            "optional": {
+                "stats": (STATS, {"tooltip": "From Save Activation Stats, or from Record Activations with a latent."}),
+                "latent": ("LATENT", {"tooltip": "Waits for it. Needed where stats come from Record Activations."}),
+                "statistics_file": (
+                    "STRING",
+                    {"default": "", "tooltip": "Instead of stats: a file in ComfyUI's output (or input) folder."},
+                ),
+                "percentile": (
+                    "FLOAT",
+                    {"default": 99.9, "min": 0.01, "max": 100.0, "step": 0.01, "tooltip": "For that method."},
+                ),
+                "allow_partial": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "tooltip": "Calibrate the layers that were recorded where others were not: those keep their "
+                        "scales.",
+                    },
+                ),
+            },
+            "hidden": {"unique_id": ("UNIQUE_ID",)},
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, checkpoint: str | None = None, statistics_file: str = "", **_inputs: Any) -> str:
+        """When the files that are read change."""
+        paths: list[Path | None] = []
+        try:
+            if checkpoint is not None:
+                paths.append(folders.choose_checkpoint(checkpoint).path)
+            if statistics_file.strip():
+                paths.append(folders.load_statistics(statistics_file).path)
+        except Error:
+            return ""  # running says what is wrong
+        stats = [path.stat() for path in paths if path is not None]
+        return " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls, checkpoint: str | None = None, output_name: str | None = None, overwrite: bool | None = None
+    ) -> bool | str:
+        """Refuse an output that cannot be before anything is sampled."""
+        if checkpoint is None or output_name is None or overwrite is None:  # from another node, later
+            return True
+        return _refusal(lambda: folders.choose_checkpoint(checkpoint).output(output_name, overwrite))
+
+    def calibrate(
+        self,
+        *,
+        checkpoint: str,
+        method: Any = "absmax",
+        margin: float = 1.0,
+        full_precision_budget: float = 0.0,
+        output_name: str = "",
+        overwrite: bool = False,
+        stats: Recorder | Statistics | None = None,
+        latent: Mapping[str, Any] | None = None,
+        statistics_file: str = "",
+        percentile: float = 99.9,
+        allow_partial: bool = False,
+        unique_id: str | None = None,
+    ) -> dict[str, Any]:
+        """Solve, and write the new checkpoint."""
+        choice = folders.choose_checkpoint(checkpoint)
+        output = choice.output(output_name, overwrite)
+        options = SolveOptions(
+            method=method, margin=margin, percentile=percentile, full_precision_budget=full_precision_budget
+        )
+        if (stats is None) != bool(statistics_file.strip()):
+            raise OptionError("statistics come from a link or from a file: exactly one of stats and statistics_file")
+        if isinstance(stats, Recorder) and latent is None:
+            raise OptionError(
+                "this node would run before the sampler",
+                hint="take stats from Save Activation Stats, or connect the sampler's LATENT to this node, too",
+            )
+        statistics = folders.load_statistics(statistics_file) if stats is None else statistics_of(stats)
+        show_text(unique_id, f"calibrating {choice.path.name}")
+        with open_checkpoint(choice.path) as opened:
+            fitting, missing = for_checkpoint(statistics, find_layers(opened))
+            if missing and not (allow_partial and fitting.layers):
+                raise StatisticsError(
+                    f"{len(missing)} FP8 layers were not recorded (first: {', '.join(missing[:3])})",
+                    path=choice.path,
+                    hint="record the model that this is the FP8 file of"
+                    + ("; allow_partial calibrates the others" if fitting.layers else ""),
+                )
+            calibration = apply_statistics(opened, fitting, options, force=True)
+            folders.make_parent(output)
+            patch = patch_model_with_scales(opened, calibration, output)
+        text = report(calibration, patch.notes, missing)
+        file = output.relative_to(choice.root).as_posix()
+        show_text(unique_id, f"{text.splitlines()[0]}\n{file}")
+        return {"ui": {"text": [f"{file}\n{text}"]}, "result": (file, text)}
+
+
+def report(calibration: Calibration, notes: list[str], missing: tuple[str, ...]) -> str:
+    """What a calibration did: a line of numbers, then what a user should know.
+
+    Args:
+        calibration: what was solved.
+        notes: of the patch.
+        missing: FP8 layers that were not recorded.
+    """
+    seen = calibration.statistics.layers if calibration.statistics is not None else {}
+    silent = {
+        result.layer for result in calibration.results if result.layer not in seen
+    }  # said below, or text encoders
+    scales = calibration.scales.values()
+    full = sum(result.full_precision_after for result in calibration.results if result.layer in seen)
+    lines = [f"calibrated {len(scales)} of {len(seen) + len(missing)} FP8 layers, {full} in full precision"]
+    if scales:
+        lines[0] += f", scales {min(scales):.3g} to {max(scales):.3g}"
+    lines += [f"not recorded, keeps its scale: {name}" for name in missing]
+    lines += [note for note in (*calibration.notes, *notes) if note.partition(": ")[0] not in silent]
+    if len(lines) > _SHOWN_NOTES:
+        lines[_SHOWN_NOTES:] = [f"and {len(lines) - _SHOWN_NOTES} more notes"]
+    return "\n".join(lines)
+
+
+def _refusal(check: Any) -> bool | str:
+    """True, or what ComfyUI shows beside the input."""
+    try:
+        check()
+    except Error as error:
+        return str(error)
+    return True
+
+
+NODE_CLASS_MAPPINGS: Mapping[str, type] = {
+    "ConvertToQuantRecordActivations": RecordActivations,
+    "ConvertToQuantSaveActivationStats": SaveActivationStats,
+    "ConvertToQuantCalibrateFP8Checkpoint": CalibrateFP8Checkpoint,
+}
+"""Names in workflows; they never change."""
+
+NODE_DISPLAY_NAME_MAPPINGS: Mapping[str, str] = {
+    "ConvertToQuantRecordActivations": "Record Activations",
+    "ConvertToQuantSaveActivationStats": "Save Activation Stats",
+    "ConvertToQuantCalibrateFP8Checkpoint": "Calibrate FP8 Checkpoint",
+}

@@ -1,0 +1,129 @@
+"""The folder that makes ComfyUI find our nodes: one small file in `custom_nodes` that imports the installed package.
+
+The file's first line carries the SHA-256 of the rest. So a file of ours, of whatever version, is told from one that
+somebody else wrote or changed, and only what is ours is replaced or removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from ..checkpoint import write_bytes
+from ..errors import OptionError, OutputError
+
+NAME = "convert_to_quant"
+FILE = "__init__.py"
+CACHE = "__pycache__"
+MARK = "# convert_to_quant pack, sha256 "
+
+BODY = '''\
+"""ComfyUI nodes of convert_to_quant. Removed by: convert_to_quant comfyui uninstall COMFYUI_DIR"""
+
+import sys
+
+try:
+    from convert_to_quant.comfyui_nodes.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+except ImportError as error:
+    missing = (error.name or "convert_to_quant").partition(".")[0]
+    raise ImportError(
+        f"the nodes of convert_to_quant need the package {missing}, as this ComfyUI's Python sees it ({error}). "
+        f"Install it: {sys.executable} -m pip install {missing}"
+    ) from error
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+'''
+
+
+def content() -> bytes:
+    """The file, with its mark."""
+    return _mark(BODY.encode()) + BODY.encode()
+
+
+def install(comfyui: Path) -> Path:
+    """Write the pack, or write it anew over a former version of it.
+
+    Args:
+        comfyui: ComfyUI's folder, or another base directory with `custom_nodes` in it.
+
+    Returns:
+        The pack's folder.
+
+    Raises:
+        OptionError: there is no `custom_nodes` in it.
+        OutputError: something else has the pack's name, or it cannot be written.
+    """
+    folder = _folder(comfyui)
+    if folder.is_symlink() or folder.exists():
+        _check_ours(folder)
+    else:
+        try:
+            folder.mkdir()
+        except OSError as error:
+            raise OutputError(f"cannot be made: {error.strerror}", path=folder) from None
+    write_bytes(folder / FILE, content())
+    return folder
+
+
+def uninstall(comfyui: Path) -> Path:
+    """Remove the pack, and nothing else.
+
+    Args:
+        comfyui: as for `install`.
+
+    Returns:
+        The folder that was removed.
+
+    Raises:
+        OptionError: there is no `custom_nodes`, or no pack in it.
+        OutputError: the folder is not what `install` wrote, or cannot be removed.
+    """
+    folder = _folder(comfyui)
+    if not (folder.is_symlink() or folder.exists()):
+        raise OptionError(f"{folder} does not exist: nothing to remove")
+    _check_ours(folder)
+    try:
+        for path in (folder / CACHE).glob("*"):
+            path.unlink()
+        if (folder / CACHE).exists():
+            (folder / CACHE).rmdir()
+        (folder / FILE).unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError as error:
+        raise OutputError(f"cannot be removed: {error.strerror}", path=folder) from None
+    return folder
+
+
+def _folder(comfyui: Path) -> Path:
+    packs = comfyui / "custom_nodes"
+    if not packs.is_dir():
+        raise OptionError(f"there is no folder {packs}", hint="name ComfyUI's folder, which has custom_nodes in it")
+    return packs / NAME
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuse a folder that holds anything but an unchanged file of ours and what Python made of it."""
+    hint = "move it away yourself if you do not need it"
+    if folder.is_symlink() or not folder.is_dir():
+        raise OutputError("not the folder that install makes, so it is left alone", path=folder, hint=hint)
+    inside = list(folder.iterdir())
+    if not inside:  # an install that was killed between its two steps
+        return
+    strangers = [path for path in inside if path.name not in (FILE, CACHE) or path.is_symlink()]
+    cache = folder / CACHE
+    if cache.is_dir() and not cache.is_symlink():
+        strangers += [path for path in cache.iterdir() if not (path.match("__init__.*.pyc") and path.is_file())]
+    elif cache.exists():
+        strangers.append(cache)
+    if strangers:
+        raise OutputError("install did not write this, so it is left alone", path=strangers[0], hint=hint)
+    try:
+        first, newline, rest = (folder / FILE).read_bytes().partition(b"\n")
+    except OSError:
+        first, newline, rest = b"", b"", b""
+    if first + newline != _mark(rest):
+        raise OutputError("install did not write this, or it was changed since", path=folder / FILE, hint=hint)
+
+
+def _mark(body: bytes) -> bytes:
+    return f"{MARK}{hashlib.sha256(body).hexdigest()}\n".encode()

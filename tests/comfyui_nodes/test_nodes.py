@@ -1,0 +1,272 @@
+"""The nodes against a double of ComfyUI: what they give, when they run again, and what they refuse."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.comfyui_nodes.nodes import (
+    CATEGORY,
+    NODE_CLASS_MAPPINGS,
+    NODE_DISPLAY_NAME_MAPPINGS,
+    CalibrateFP8Checkpoint,
+    RecordActivations,
+    SaveActivationStats,
+)
+from convert_to_quant.errors import CalibrationError, OptionError, OutputError, StatisticsError
+from convert_to_quant.layers import find_layers, input_scale
+from convert_to_quant.stats import Statistics
+
+LATENT: dict[str, Any] = {"samples": None}
+NAME = "diffusion_models/flux.safetensors"
+
+
+@pytest.fixture
+def checkpoint(comfyui: Any, build: Any) -> Path:
+    """The FP8 file of the double's model, in ComfyUI's list."""
+    tensors: dict[str, Any] = {}
+    for name, shape in comfyui.shapes.items():
+        tensors |= build.quantized([name], "tensor", shape=shape)[0]
+    path: Path = comfyui.models / "flux.safetensors"
+    path.write_bytes(build.file_bytes(tensors))
+    return path
+
+
+@pytest.fixture
+def recorded(comfyui: Any, noise: Tensor) -> Any:
+    """What Record Activations gives as stats, after one sampling."""
+    model, stats = RecordActivations().record(comfyui.model())
+    comfyui.guider(model).sample(noise)
+    return stats
+
+
+def scales(path: Path) -> dict[str, float]:
+    with open_checkpoint(path) as opened:
+        return {name: input_scale(opened, layer) for name, layer in find_layers(opened).quantized.items()}
+
+
+# What ComfyUI asks of every node.
+
+
+@pytest.mark.parametrize("name", NODE_CLASS_MAPPINGS)
+def test_nodes_say_what_comfyui_asks(comfyui: Any, name: str) -> None:
+    node: Any = NODE_CLASS_MAPPINGS[name]
+    inputs = node.INPUT_TYPES()
+    function = inspect.signature(getattr(node, node.FUNCTION)).parameters
+
+    assert node.CATEGORY == CATEGORY == "convert_to_quant"
+    assert NODE_DISPLAY_NAME_MAPPINGS[name]
+    assert node.DESCRIPTION
+    assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES) == len(node.OUTPUT_TOOLTIPS)
+    shown = {**inputs["required"], **inputs.get("optional", {})}
+    assert set(function) - {"self"} == {*shown, *inputs.get("hidden", {})}
+    assert [key for key, (_, settings) in shown.items() if not settings["tooltip"]] == []
+    for key in inputs.get("optional", {}):
+        assert function[key].default is not inspect.Parameter.empty
+    for key, (kind, settings) in shown.items():
+        if kind in ("STRING", "BOOLEAN", "FLOAT"):
+            assert function[key].default in (inspect.Parameter.empty, settings["default"])
+
+
+def test_every_node_has_a_name_to_show() -> None:
+    assert NODE_CLASS_MAPPINGS.keys() == NODE_DISPLAY_NAME_MAPPINGS.keys()
+
+
+def test_record_runs_again_only_to_reset() -> None:
+    unchanged = RecordActivations.IS_CHANGED(statistics_file="a")
+    assert unchanged == RecordActivations.IS_CHANGED(reset=False, statistics_file="a")
+    assert math.isnan(float(RecordActivations.IS_CHANGED(reset=True)))
+
+
+def test_save_always_runs() -> None:
+    assert math.isnan(SaveActivationStats.IS_CHANGED(filename_prefix="a"))
+
+
+def test_calibrate_runs_again_when_what_it_reads_changes(
+    comfyui: Any, checkpoint: Path, statistics: Callable[..., Any]
+) -> None:
+    statistics(comfyui.shapes).save(comfyui.root / "output" / "s.safetensors")
+
+    def now() -> str:
+        return CalibrateFP8Checkpoint.IS_CHANGED(checkpoint=NAME, statistics_file="s", margin=1.0)
+
+    first = now()
+    assert now() == first
+    statistics(comfyui.shapes, 2.0).save(comfyui.root / "output" / "s.safetensors")
+    second = now()
+    checkpoint.write_bytes(checkpoint.read_bytes() + b"\0")
+    assert len({first, second, now()}) == 3
+    assert CalibrateFP8Checkpoint.IS_CHANGED(checkpoint="diffusion_models/none.safetensors") == ""
+
+
+# Record and Save.
+
+
+def test_saved_statistics_are_what_was_recorded(comfyui: Any, recorded: Any) -> None:
+    answer = SaveActivationStats().save(recorded, LATENT, "runs/flux")
+
+    passed_on, file = answer["result"]
+    assert file == "runs/flux_00001_.safetensors"
+    assert passed_on == Statistics.load(comfyui.root / "output" / file) == recorded.statistics()
+    assert answer["ui"]["text"] == [f"3 layers, 2 samples: {file}"]
+
+
+def test_one_recording_is_one_file_and_another_gets_the_next_number(
+    comfyui: Any, noise: Tensor, statistics: Callable[..., Any]
+) -> None:
+    node = SaveActivationStats()
+    model, stats = RecordActivations().record(comfyui.model())
+    files = []
+    for _ in range(2):
+        comfyui.guider(model).sample(noise)
+        files.append(node.save(stats, LATENT, "a")["result"][1])
+    files.append(node.save(stats, LATENT, "b")["result"][1])
+    files.append(node.save(statistics(comfyui.shapes), LATENT, "a")["result"][1])
+
+    names = ["a_00001_.safetensors", "a_00001_.safetensors", "b_00001_.safetensors", "a_00002_.safetensors"]
+    assert files == names
+    assert Statistics.load(comfyui.root / "output" / "a_00001_.safetensors").samples == 4
+
+
+def test_recording_goes_on_from_a_saved_file(comfyui: Any, recorded: Any, noise: Tensor) -> None:
+    file = SaveActivationStats().save(recorded, LATENT, "a")["result"][1]
+    model, stats = RecordActivations().record(comfyui.model(), statistics_file=file)
+    assert stats.statistics().samples == 2
+    comfyui.guider(model).sample(noise)
+    assert stats.statistics().samples == 4
+
+
+def test_nothing_is_saved_where_nothing_was_recorded(comfyui: Any) -> None:
+    _, stats = RecordActivations().record(comfyui.model())
+    with pytest.raises(CalibrationError, match=r"nothing was recorded yet .*a sampler has to run"):
+        SaveActivationStats().save(stats, LATENT, "a")
+    assert list((comfyui.root / "output").iterdir()) == []
+
+
+def test_save_refuses_names_outside_of_the_output_folder(comfyui: Any, recorded: Any) -> None:
+    assert SaveActivationStats.VALIDATE_INPUTS("a/b") is True
+    assert SaveActivationStats.VALIDATE_INPUTS() is True
+    assert "is no file name below" in str(SaveActivationStats.VALIDATE_INPUTS("../models/a"))
+    with pytest.raises(OptionError, match="is no file name below"):
+        SaveActivationStats().save(recorded, LATENT, "../a")
+    assert [path.name for path in comfyui.root.rglob("*.safetensors")] == []
+
+
+def test_progress_is_shown_on_the_node_where_a_server_runs(comfyui: Any, recorded: Any) -> None:
+    shown: list[tuple[str, str]] = []
+    server = SimpleNamespace(send_progress_text=lambda text, node: shown.append((node, text)))
+    comfyui.modules.server.PromptServer.instance = server
+
+    SaveActivationStats().save(recorded, LATENT, "a", unique_id="7")
+
+    assert shown == [("7", "3 layers, 2 samples: a_00001_.safetensors")]
+
+
+# Calibrate.
+
+
+def test_calibrated_scales_are_the_recorded_ranges(comfyui: Any, checkpoint: Path, recorded: Any) -> None:
+    before = checkpoint.read_bytes()
+    statistics = recorded.statistics()
+
+    answer = CalibrateFP8Checkpoint().calibrate(checkpoint=NAME, margin=1.5, stats=statistics)
+
+    file, text = answer["result"]
+    assert file == "flux_calibrated.safetensors"
+    assert text.startswith("calibrated 3 of 3 FP8 layers, 0 in full precision, scales ")
+    wanted = dict(zip(statistics.names, (1.5 * statistics.absmax.astype(float) / 448).tolist(), strict=True))
+    assert scales(comfyui.models / file) == pytest.approx(wanted, rel=1e-6)
+    assert checkpoint.read_bytes() == before
+
+
+def test_statistics_come_from_a_file_as_well(comfyui: Any, checkpoint: Path, statistics: Callable[..., Any]) -> None:
+    statistics(comfyui.shapes, 448.0).save(comfyui.root / "output" / "s.safetensors")
+
+    CalibrateFP8Checkpoint().calibrate(checkpoint=NAME, statistics_file="s", output_name="new/name")
+
+    assert list(scales(comfyui.models / "new" / "name.safetensors").values()) == [1.0, 2.0, 3.0]
+
+
+def test_live_statistics_need_something_to_wait_for(comfyui: Any, checkpoint: Path, recorded: Any) -> None:
+    node = CalibrateFP8Checkpoint()
+    with pytest.raises(OptionError, match=r"run before the sampler .*Save Activation Stats"):
+        node.calibrate(checkpoint=NAME, stats=recorded)
+    assert node.calibrate(checkpoint=NAME, stats=recorded, latent=LATENT)["result"][0]
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_statistics_come_from_exactly_one_place(checkpoint: Path, recorded: Any, both: bool) -> None:
+    given = {"stats": recorded.statistics(), "statistics_file": "s"} if both else {}
+    with pytest.raises(OptionError, match="exactly one of stats and statistics_file"):
+        CalibrateFP8Checkpoint().calibrate(checkpoint=NAME, **given)
+
+
+def test_an_existing_file_is_replaced_only_if_asked(comfyui: Any, checkpoint: Path, recorded: Any) -> None:
+    output = comfyui.models / "flux_calibrated.safetensors"
+    output.write_bytes(b"precious")
+    node, statistics = CalibrateFP8Checkpoint(), recorded.statistics()
+
+    with pytest.raises(OutputError, match="exists already"):
+        node.calibrate(checkpoint=NAME, stats=statistics)
+    assert output.read_bytes() == b"precious"
+    node.calibrate(checkpoint=NAME, stats=statistics, overwrite=True)
+    assert len(scales(output)) == 3
+
+
+def test_outputs_that_cannot_be_are_refused_before_anything_is_sampled(comfyui: Any, checkpoint: Path) -> None:
+    validate = CalibrateFP8Checkpoint.VALIDATE_INPUTS
+    (comfyui.models / "taken.safetensors").touch()
+
+    assert validate(NAME, "", False) is True
+    assert validate(None, "", False) is True
+    assert validate(NAME, "taken", True) is True
+    assert "exists already" in str(validate(NAME, "taken", False))
+    assert "same file as the input" in str(validate(NAME, "flux", True))
+    assert "is no file name below" in str(validate(NAME, "../../escape", False))
+    assert "ComfyUI lists no checkpoint" in str(validate("diffusion_models/../../x.safetensors", "", False))
+
+
+@pytest.mark.parametrize("output", ["../escape", "/tmp/escape", "a/../../escape", "..\\escape", "C:\\escape"])
+def test_no_checkpoint_is_written_outside_of_the_models_folder(
+    comfyui: Any, checkpoint: Path, recorded: Any, output: str
+) -> None:
+    before = sorted(comfyui.root.rglob("*"))
+    with pytest.raises(OptionError, match="is no file name below"):
+        CalibrateFP8Checkpoint().calibrate(checkpoint=NAME, stats=recorded.statistics(), output_name=output)
+    assert sorted(comfyui.root.rglob("*")) == before
+
+
+def test_layers_that_were_not_recorded_are_named_and_kept_if_asked(
+    comfyui: Any, checkpoint: Path, recorded: Any
+) -> None:
+    first, *rest = comfyui.shapes
+    partial = recorded.statistics().take([first])
+    node = CalibrateFP8Checkpoint()
+
+    with pytest.raises(StatisticsError, match=rf"2 FP8 layers were not recorded .*{rest[0]}.*allow_partial") as caught:
+        node.calibrate(checkpoint=NAME, stats=partial)
+    assert str(checkpoint) in str(caught.value)
+    file, text = node.calibrate(checkpoint=NAME, stats=partial, allow_partial=True)["result"]
+    assert text.splitlines()[1:] == [f"not recorded, keeps its scale: {name}" for name in rest]
+    found = scales(comfyui.models / file)
+    assert [found[name] for name in rest] == [1.0, 1.0]
+    assert found[first] != 1.0
+
+
+def test_statistics_of_another_model_are_refused(
+    checkpoint: Path, comfyui: Any, statistics: Callable[..., Any]
+) -> None:
+    for allow_partial in (False, True):
+        with pytest.raises(StatisticsError, match="3 FP8 layers were not recorded"):
+            CalibrateFP8Checkpoint().calibrate(
+                checkpoint=NAME, stats=statistics({"other": (4, 4)}), allow_partial=allow_partial
+            )
+    assert [path.name for path in comfyui.models.iterdir()] == ["flux.safetensors"]

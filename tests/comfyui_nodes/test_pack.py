@@ -1,0 +1,143 @@
+"""The pack in custom_nodes: written, imported as ComfyUI does it, and removed; never anything else."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from convert_to_quant.cli import main
+from convert_to_quant.comfyui_nodes import pack
+from convert_to_quant.comfyui_nodes.nodes import NODE_CLASS_MAPPINGS
+from convert_to_quant.errors import OptionError, OutputError
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A ComfyUI folder with somebody else's pack in it."""
+    (tmp_path / "custom_nodes" / "another").mkdir(parents=True)
+    (tmp_path / "custom_nodes" / "another" / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n")
+    return tmp_path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def load(folder: Path) -> ModuleType:
+    """As ComfyUI loads a pack: by path, under a name made from it."""
+    spec = importlib.util.spec_from_file_location(str(folder).replace(".", "_x_"), folder / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_installed_pack_gives_the_nodes_and_leaves_without_a_trace(home: Path) -> None:
+    before = files(home)
+
+    folder = pack.install(home)
+    assert folder == home / "custom_nodes" / "convert_to_quant"
+    assert load(folder).NODE_CLASS_MAPPINGS is NODE_CLASS_MAPPINGS
+    (folder / "__pycache__").mkdir(exist_ok=True)
+    (folder / "__pycache__" / "__init__.cpython-312.pyc").touch()
+
+    assert pack.uninstall(home) == folder
+    assert files(home) == before
+    assert not folder.exists()
+
+
+def test_the_pack_says_what_is_missing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pack.install(home)
+    monkeypatch.setitem(sys.modules, "convert_to_quant.comfyui_nodes.nodes", None)
+    with pytest.raises(ImportError, match=r"need the package convert_to_quant.*-m pip install convert_to_quant"):
+        load(folder)
+
+
+def test_installing_again_renews_what_another_version_wrote(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack, "BODY", "an older version\n")
+    pack.install(home)
+    monkeypatch.undo()
+
+    folder = pack.install(home)
+
+    assert (folder / "__init__.py").read_bytes() == pack.content()
+    pack.uninstall(home)
+
+
+def test_an_install_that_was_killed_can_be_repeated_or_removed(home: Path) -> None:
+    folder = home / "custom_nodes" / "convert_to_quant"
+    folder.mkdir()
+    pack.install(home)
+    (folder / "__init__.py").unlink()
+    pack.uninstall(home)
+    assert not folder.exists()
+
+
+def change(folder: Path) -> None:
+    (folder / "__init__.py").write_bytes(pack.content() + b"mine = 1\n")
+
+
+def add(folder: Path) -> None:
+    (folder / "notes.txt").touch()
+
+
+def add_to_cache(folder: Path) -> None:
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "other.pyc").touch()
+
+
+def cache_is_a_link(folder: Path) -> None:
+    (folder / "__pycache__").symlink_to(folder.parent / "another")
+
+
+def clone(folder: Path) -> None:
+    (folder / "__init__.py").write_text("from .nodes import NODE_CLASS_MAPPINGS\n")
+
+
+def link(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to(folder.with_name("elsewhere"))
+
+
+def file(folder: Path) -> None:
+    (folder / "__init__.py").unlink()
+    folder.rmdir()
+    folder.touch()
+
+
+@pytest.mark.parametrize("spoil", [change, add, add_to_cache, cache_is_a_link, clone, link, file])
+@pytest.mark.parametrize("action", [pack.install, pack.uninstall])
+def test_what_is_not_ours_is_left_alone(home: Path, action: Any, spoil: Any) -> None:
+    spoil(pack.install(home))
+    before = files(home)
+    with pytest.raises(OutputError, match=r"install did not write this|not the folder that install makes"):
+        action(home)
+    assert files(home) == before
+
+
+@pytest.mark.parametrize("action", [pack.install, pack.uninstall])
+def test_a_folder_that_is_no_comfyui_is_refused(tmp_path: Path, action: Any) -> None:
+    with pytest.raises(OptionError, match=r"there is no folder .*custom_nodes"):
+        action(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_is_nothing_to_remove_before_it_was_installed(home: Path) -> None:
+    with pytest.raises(OptionError, match="nothing to remove"):
+        pack.uninstall(home)
+
+
+def test_the_command_installs_and_removes(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["comfyui", "install", str(home)]) == 0
+    assert (home / "custom_nodes" / "convert_to_quant" / "__init__.py").is_file()
+    assert main(["comfyui", "uninstall", str(home)]) == 0
+    assert main(["comfyui", "uninstall", str(home)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [line.split()[0] for line in err.splitlines()] == ["wrote", "removed", "error:"]
