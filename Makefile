@@ -10,7 +10,7 @@ demo: $(VENV)/.product  ## convert, calibrate and check the embedded emoji model
 	$(BIN)/convert_to_quant demo -o demo
 
 test: $(VENV)/.test  ## run the tests
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(TESTS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(TESTS)
 
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff check .

@@ -1,0 +1,60 @@
+"""The README stays true: its tree lists every file of the package in the file's own words, its flags exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from convert_to_quant.cli import COMMANDS, build_parser, flag_spelling
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TREE = re.search(r"<!-- tree.*?-->\n```text\n(.*?)```", README, re.DOTALL)
+FOLDERS = {
+    "benchmarks/": "Speed, memory and accuracy, against peers and physical limits.",
+    "docs/": "What was measured and tried.",
+    "tests/": "Mirrors the package.",
+}
+
+
+def lines() -> list[str]:
+    """The tree as it should be: each module with the first line of its docstring."""
+    said = {}
+    for path in (ROOT / "convert_to_quant").rglob("*.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        assert docstring, path
+        name = str(path.relative_to(ROOT))
+        said[name.removesuffix("__init__.py")] = docstring.splitlines()[0]
+    return [f"{name:<48} {text}" for name, text in [*sorted(said.items()), *FOLDERS.items()]]
+
+
+def test_the_tree_lists_every_module_in_its_own_words() -> None:
+    assert TREE is not None
+    assert TREE.group(1).splitlines() == lines()
+
+
+def test_every_flag_in_the_readme_exists() -> None:
+    flags = {flag_spelling(flag) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", README)}
+    known = {
+        option for command in COMMANDS for action in build_parser(command)._actions for option in action.option_strings
+    }
+    assert flags <= known
+
+
+def test_the_first_two_commands_are_make_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    commands = re.findall(r"^(make \w+)", README, re.MULTILINE)[:2]
+    assert commands == ["make demo", "make test"]
+    assert all(re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE) for command in commands)
+
+
+def test_its_pictures_and_links_are_there() -> None:
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
+    assert targets
+    assert all((ROOT / target).exists() for target in targets)
+
+
+if __name__ == "__main__":  # writes the tree anew
+    assert TREE is not None
+    (ROOT / "README.md").write_text(README.replace(TREE.group(1), "\n".join([*lines(), ""])), encoding="utf-8")
