@@ -348,8 +348,8 @@ def _spend_budget(
     full precision, in six spellings of it (docs/accuracy.md). E4M3 gives nearly every layer the same relative error, so
     that alone, like the error over the whole tensor, says nothing until rows are lost, and then it says everything.
     What a layer's error does to the picture grows slower than its work, about with the third root, so a multiply-add
-    buys more in a small layer. And it grows with depth: errors of late blocks are read by few others and lie next to the
-    output; they fell about as 1, 1/2, 1/3 from the last block backwards (`_lateness`).
+    buys more in a small layer. And it grows with depth: errors of late blocks are read by few others and lie next to
+    the output; they fell about as 1, 1/2, 1/3 from the last block backwards (`_lateness`).
 
     Args:
         results: of all layers.
