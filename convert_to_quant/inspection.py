@@ -22,7 +22,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,7 +87,7 @@ KINDS: Mapping[str, Kind] = {
         f"{_RECONVERT} with --scaling-mode tensor",
     ),
     "two-spellings": Kind(
-        "legacy layers beside comfy_quant marks: ComfyUI drops the scales of the legacy layers", _RECONVERT
+        "legacy layers in a file whose header marks others: ComfyUI drops the scales of the legacy layers", _RECONVERT
     ),
     "unmarked": Kind(
         "FP8 with scales but without a mark: ComfyUI drops the scales and paints noise",
@@ -104,7 +103,6 @@ KINDS: Mapping[str, Kind] = {
         f"{_CALIBRATE} --enable-fp8-matmul",
     ),
     "input-scale-dtype": Kind("an input scale is not float32: ComfyUI fails at the first step", _CALIBRATE),
-    "weight-scale-dtype": Kind("a weight scale is not float32, which FP8 products need", _RECONVERT),
     "input-scale-suspicious": Kind("an input scale is 0 or absurd: inputs vanish, saturate or become NaN", _CALIBRATE),
     "sides": Kind(
         f"sides are no multiples of {SIDE_MULTIPLE}: FP8 products fail on CUDA",
@@ -429,8 +427,11 @@ class _Survey:
             self.compare_marks(layer)
         scale = None if layer.input_scale is None else input_scale(self.checkpoint, layer)
         reading = self.reading(layer, scale)
-        if reading in PRODUCTS:
-            reading = self.check_scale_dtypes(layer) or reading
+        if reading in PRODUCTS and layer.input_scale is not None:
+            dtype = self.checkpoint.tensors[layer.input_scale].dtype
+            if dtype != "F32":  # a weight scale may be any float: ComfyUI converts that one
+                self.report("input-scale-dtype", layer.input_scale, dtype)
+                reading = "error"
         state: InputState = "unused" if reading not in PRODUCTS else _input_state(scale)
         if state == "suspicious":
             assert layer.input_scale is not None
@@ -455,7 +456,7 @@ class _Survey:
         if layer.marking == "none":
             self.report("unmarked", layer.name)
             return "scale-dropped"
-        if layer.marking == "legacy" and self.marked_beside_legacy:
+        if layer.marking == "legacy" and part is None and names.QUANTIZATION_METADATA in self.checkpoint.metadata:
             self.report("two-spellings", layer.name)
             return "scale-dropped"
         if layer.dynamic:
@@ -471,15 +472,6 @@ class _Survey:
             self.report("sides", layer.name, f"{layer.out_features} × {layer.in_features}")
             return "cuda-error"
         return "fp8-at-one" if scale is None or scale == 1.0 else "fp8"
-
-    @cached_property
-    def marked_beside_legacy(self) -> bool:
-        """Whether comfy_quant marks stand beside the legacy marker, under the same prefix."""
-        marker = self.table.legacy_marker
-        assert marker is not None
-        prefix = marker.name[: -len(names.LEGACY_MARKER)]
-        tensors = (name for name in self.checkpoint.tensors if name.endswith(names.COMFY_QUANT))
-        return any(name.startswith(prefix) for name in (*self.table.header_marks, *tensors))
 
     def compare_marks(self, layer: Layer) -> None:
         """Look whether the header and the comfy_quant tensor of a layer say the same."""
@@ -500,15 +492,6 @@ class _Survey:
                 said = (json.dumps(header.get(key)), json.dumps(tensor.get(key)))
                 self.report("header-disagrees", layer.name, f"{key}: {said[0]} and {said[1]}")
                 return
-
-    def check_scale_dtypes(self, layer: Layer) -> str | None:
-        """Look whether FP8 products can take the scales; the reading where they cannot."""
-        reading = None
-        for name, kind in ((layer.weight_scale, "weight-scale-dtype"), (layer.input_scale, "input-scale-dtype")):
-            if name is not None and self.checkpoint.tensors[name].dtype != "F32":
-                self.report(kind, name, self.checkpoint.tensors[name].dtype)
-                reading = "error"
-        return reading
 
     def look_for_orphans(self) -> None:
         """Look for scales and marks whose weight is not there."""

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from convert_to_quant import families, layers
 from convert_to_quant.checkpoint import INDEX_SUFFIX
+from convert_to_quant.checkpoint.reader import CheckpointFile
 from convert_to_quant.errors import CheckpointError
 from convert_to_quant.inspection import (
     KINDS,
@@ -130,12 +133,19 @@ def test_scales_per_row_or_block_under_a_mark_that_means_one_per_tensor(look, sh
     assert found.layers[0].reading == "error"
 
 
-def test_legacy_layers_beside_comfy_quant_marks(save, build):
+def test_legacy_layers_in_a_file_whose_header_marks_others(save, build):
+    legacy, _ = build.quantized(["old.0", "text_encoder.0"], "legacy")
+    marked, metadata = build.quantized(["new.0"], "header")
+    found = inspect_file(save("m.safetensors", {**legacy, **marked, "scaled_fp8": marker(0)}, metadata))
+    assert only_problem(found) == Problem("two-spellings", ("old.0",))
+    assert {layer.name: layer.reading for layer in found.layers} == {
+        "old.0": "scale-dropped", "text_encoder.0": "text-encoder", "new.0": "fp8-at-one"}  # fmt: skip
+
+
+def test_legacy_layers_beside_marked_tensors_are_read_both(save, build):
     legacy, _ = build.quantized(["old.0"], "legacy")
     marked, _ = build.quantized(["new.0"], "tensor")
-    found = inspect_file(save("m.safetensors", {**legacy, **marked, "scaled_fp8": marker(0)}))
-    assert only_problem(found) == Problem("two-spellings", ("old.0",))
-    assert {layer.name: layer.reading for layer in found.layers} == {"old.0": "scale-dropped", "new.0": "fp8-at-one"}
+    assert inspect_file(save("m.safetensors", {**legacy, **marked, "scaled_fp8": marker(0)})).problems == ()
 
 
 @pytest.mark.parametrize(
@@ -211,6 +221,12 @@ def test_a_marker_of_two_elements_disables_fp8_products(look):
     assert (found.layers[0].reading, found.layers[0].input_state) == ("marker", "unused")
 
 
+def test_a_marker_of_two_elements_changes_nothing_for_a_text_encoder(save, build):
+    tensors, _ = build.quantized(["encoder.block.0.layer.0.SelfAttention.q"], "legacy")
+    found = inspect_file(save("m.safetensors", {**tensors, "scaled_fp8": marker(2)}))
+    assert (found.readings, found.problems) == ({"text-encoder": 1}, ())
+
+
 @pytest.mark.parametrize("elements", [0, 1])
 def test_other_markers_do_not(look, elements):
     found = look({"scaled_fp8": marker(elements)}, "legacy", input_scale=0.5)
@@ -218,12 +234,16 @@ def test_other_markers_do_not(look, elements):
     assert (found.layers[0].reading, found.layers[0].marked_by) == ("fp8", ("legacy",))
 
 
-@pytest.mark.parametrize("key", ["input_scale", "weight_scale"])
 @pytest.mark.parametrize("scale", [("BF16", np.uint16(0x3F00)), np.float16(0.5), np.float64(0.5)], ids=type)
-def test_a_scale_that_is_not_float32(look, key, scale):
-    found = look({f"{X}.{key}": scale})
-    assert only_problem(found).kind == key.replace("_", "-") + "-dtype"
+def test_an_input_scale_that_is_not_float32(look, scale):
+    found = look({f"{X}.input_scale": scale})
+    assert only_problem(found).kind == "input-scale-dtype"
     assert found.layers[0].reading == "error"
+
+
+@pytest.mark.parametrize("scale", [("BF16", np.uint16(0x3F00)), np.float16(0.5), np.float64(0.5)], ids=type)
+def test_a_weight_scale_may_be_any_float(look, scale):
+    assert look({f"{X}.weight_scale": scale}).problems == ()
 
 
 def test_the_dtype_of_a_scale_that_nothing_multiplies_with_does_not_matter(look):
@@ -445,6 +465,15 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content):
         inspect_file(path)
 
 
+def test_a_file_that_cannot_be_mapped_is_refused(look, monkeypatch):
+    def refuse(file):
+        raise CheckpointError("cannot be mapped", path=file.path)
+
+    monkeypatch.setattr(CheckpointFile, "mapped", refuse)
+    with pytest.raises(CheckpointError, match="cannot be mapped"):
+        look()
+
+
 def test_a_missing_file_is_refused(tmp_path):
     for name in ("m.safetensors", f"m{INDEX_SUFFIX}"):
         with pytest.raises(CheckpointError, match="no such file"):
@@ -454,3 +483,49 @@ def test_a_missing_file_is_refused(tmp_path):
 def test_a_file_without_layers_is_read_all_the_same(save):
     found = inspect_file(save("m.safetensors", {"a": np.zeros(2, np.float32)}))
     assert (found.layers, found.problems, found.title) == ((), (), "unknown")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 100) | st.floats() | st.text(max_size=3) | st.sampled_from(sorted(
+        {*layers.FP8_FORMATS, "nvfp4"})),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(
+        ["format", "full_precision_matrix_mult", "block_size", "layers", X, "calibrate", "version", "samples"]), inner,
+        max_size=4),
+    max_leaves=8,
+)  # fmt: skip
+SCALES = st.sampled_from([
+    np.float32(1), np.float32(np.nan), np.float16(2), np.int64(3), np.bool_(True), ("C64", np.complex64(1j)),
+    np.zeros(0, np.float32), np.ones((16, 1), np.float32), np.ones((2, 2), np.float64), np.float64(1e300),
+    ("F8_E8M0", np.ones(4, np.uint8)), ("F8_E4M3", np.uint8(0x7F)),
+])  # fmt: skip
+WEIGHTS = st.sampled_from([
+    ("F8_E4M3", np.zeros((16, 32), np.uint8)), ("F8_E5M2", np.zeros((16, 32), np.uint8)), np.zeros((16, 32), np.int8),
+    ("F8_E4M3", np.zeros((0, 32), np.uint8)), ("F8_E4M3", np.zeros(4, np.uint8)), np.float32(1),
+    np.zeros((2, 2), np.float32),
+    ("F8_E4M3", np.zeros((2, 2, 2), np.uint8)), ("F8_E4M3FNUZ", np.zeros((16, 32), np.uint8)),
+])  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_nothing_that_a_file_holds_is_a_traceback(build, tmp_path, data):
+    tensors = {f"{X}.weight": data.draw(WEIGHTS)}
+    for key in ("weight_scale", "input_scale", "scale_weight", "scale_input"):
+        scale = data.draw(st.none() | SCALES)
+        if scale is not None:
+            tensors[f"{X}.{key}"] = scale
+    if data.draw(st.booleans()):
+        tensors[f"{X}.comfy_quant"] = np.frombuffer(json.dumps(data.draw(JSON)).encode(), np.uint8)
+    if data.draw(st.booleans()):
+        tensors["scaled_fp8"] = marker(data.draw(st.sampled_from([0, 2])))
+    metadata = {key: json.dumps(data.draw(JSON)) for key in ("_quantization_metadata", "convert_to_quant")
+                if data.draw(st.booleans())}  # fmt: skip
+    path = tmp_path / "m.safetensors"
+    try:
+        path.write_bytes(build.file_bytes(tensors, metadata))
+        found = inspect_file(path)
+    except CheckpointError:
+        return  # the header itself is wrong
+    json.dumps(found.to_json(), allow_nan=False)
+    assert all(layer.reading in READINGS for layer in found.layers)
+    assert all(problem.kind in KINDS for problem in found.problems)
