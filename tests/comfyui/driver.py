@@ -5,6 +5,7 @@ So it runs here, and tests talk to it in lines of JSON: one request per line on 
 stdout (ComfyUI's own output goes to stderr). Tensors go through safetensors files.
 
     python driver.py COMFYUI_DIR WORK_DIR [ComfyUI flags...]
+    python driver.py serve COMFYUI_DIR WORK_DIR [ComfyUI flags...]      ComfyUI's own server instead
 
 A request is {"command": NAME, ...arguments}; an answer is {"result": ...} or {"error": text}. What is done is done with
 ComfyUI's own functions: its loader, its `apply_model`, its sampler. Nothing of it is copied or replaced, save
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import runpy
 import sys
 import traceback
 import types
@@ -24,6 +26,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -63,6 +66,15 @@ def start(folder: str, work: str, flags: list[str]) -> None:
     comfy.options.enable_args_parsing()
     sys.meta_path.append(StandInFinder())
     import comfy.sd
+
+
+def serve(folder: str, work: str, flags: list[str]) -> None:
+    """Run ComfyUI's own `main.py`, server and all."""
+    script = str(Path(folder, "main.py"))
+    sys.argv = [script, "--base-directory", work, *flags]
+    sys.path.insert(0, folder)
+    sys.meta_path.append(StandInFinder())
+    runpy.run_path(script, run_name="__main__")
 
 
 class Messages(logging.Handler):
@@ -323,6 +335,26 @@ def calibrate(recorded: str, **inputs: Any) -> dict[str, Any]:
     return {"file": answer["result"][0], "report": answer["result"][1]}
 
 
+def renamed(layers: list[str]) -> dict[str, Any]:
+    """What ComfyUI calls the layers of a HunyuanVideo file."""
+    import comfy.supported_models
+
+    config = comfy.supported_models.HunyuanVideo({})
+    return {layer: next(iter(config.process_unet_state_dict({f"{layer}.x": None})))[:-2] for layer in layers}
+
+
+def diffusers_names(function: str, config: Mapping[str, int]) -> dict[str, Any]:
+    """Where ComfyUI puts the layers of a file in diffusers' layout: {name in the file: its own}."""
+    import comfy.utils
+
+    found = {}
+    for name, target in getattr(comfy.utils, function)(dict(config)).items():
+        target = target if isinstance(target, str) else target[0]
+        if name.endswith(".weight") and target.endswith(".weight"):
+            found[name.removesuffix(".weight")] = target.removesuffix(".weight")
+    return found
+
+
 COMMANDS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "load": load,
     "evaluate": evaluate,
@@ -332,11 +364,16 @@ COMMANDS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "record": record,
     "save_stats": save_stats,
     "calibrate": calibrate,
+    "renamed": renamed,
+    "diffusers_names": diffusers_names,
 }
 
 
 def main() -> None:
-    """Answer requests until stdin ends."""
+    """Answer requests until stdin ends, or serve until the process does."""
+    if sys.argv[1] == "serve":
+        serve(sys.argv[2], sys.argv[3], sys.argv[4:])
+        return
     private = os.dup(1)
     os.dup2(2, 1)
     start(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from convert_to_quant import names
 from convert_to_quant.stats import Statistics
 
 pytestmark = pytest.mark.comfyui
@@ -221,3 +222,40 @@ def test_recording_calibrating_and_reloading_mends_broken_models(
     else:  # inputs seen inside of the broken model carry its error
         assert quality_db["calibrated"] > quality_db["dynamic"] - 1.0
     assert broken.read_bytes() == made.converted.read_bytes()
+
+
+def test_hunyuan_video_is_renamed_as_our_table_says(comfyui: Any) -> None:
+    rules = {rule.layer.replace("*", "3"): rule.other.replace("*", "3") for rule in names.SAME_LAYER}
+    assert len(rules) > 15
+    assert comfyui.ask("renamed", layers=list(rules)) == rules
+
+
+HIDDEN = 64
+ENDINGS = {
+    "qkv": (3, 1), "linear1": (7, 1), "linear2": (1, 5), "mlp.0": (4, 1), "mlp.fc1": (4, 1), "mlp.2": (1, 4),
+    "mlp.fc2": (1, 4),
+}  # fmt: skip
+"""Shapes of the layers that are not square, in hidden sizes."""
+
+DIFFUSERS = {
+    "flux_to_diffusers": ({"depth": 2, "depth_single_blocks": 2, "hidden_size": HIDDEN}, {"controlnet_x_embedder"}),
+    "mmdit_to_diffusers": ({"depth": 2, "num_blocks": 2}, {"pos_embed.proj"}),
+    "z_image_to_diffusers": ({"n_layers": 2, "dim": HIDDEN}, set()),
+}
+"""ComfyUI's tables, what they ask for, and what they list beside linear layers and norms of this model."""
+
+
+@pytest.mark.parametrize("function", DIFFUSERS)
+def test_diffusers_layouts_are_put_where_our_table_says(comfyui: Any, function: str) -> None:
+    config, others = DIFFUSERS[function]
+    theirs = comfyui.ask("diffusers_names", function=function, config=config)
+    linear = {name: layer for name, layer in theirs.items() if ".norm_" not in name and name not in others}
+    shapes = {}
+    for layer in set(linear.values()):
+        rows, columns = next((shape for ending, shape in ENDINGS.items() if layer.endswith(ending)), (1, 1))
+        shapes[layer] = (rows * HIDDEN, columns * HIDDEN)
+
+    ours = names.diffusers_targets(shapes)
+
+    assert len(linear) > 40
+    assert {name: ours[name].layer for name in linear} == linear

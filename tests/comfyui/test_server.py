@@ -1,0 +1,304 @@
+"""The nodes in ComfyUI's own server, installed by our command, driven by workflows over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert_to_quant.cli import main
+from convert_to_quant.comfyui_nodes.nodes import NODE_CLASS_MAPPINGS
+from convert_to_quant.stats import Statistics
+
+pytestmark = pytest.mark.comfyui
+
+TEST_PACK = '''
+import folder_paths, torch
+from safetensors.torch import load_file
+
+class Inputs:
+    """Conditioning and latents from a file: the emoji model has no text encoder."""
+    CATEGORY, FUNCTION = "test", "load"
+    RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"file": ("STRING", {})}}
+
+    def load(self, file):
+        given = load_file(folder_paths.get_input_directory() + "/" + file)
+        positive = [[given["context"], {"pooled_output": given["y"]}]]
+        negative = [[torch.zeros_like(given["context"]), {"pooled_output": torch.zeros_like(given["y"])}]]
+        return positive, negative, {"samples": torch.zeros_like(given["x"])}
+
+class Hooks:
+    """How many hooks hang on a model."""
+    CATEGORY, FUNCTION, OUTPUT_NODE = "test", "count", True
+    RETURN_TYPES = ()
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL", {}), "when": ("STRING", {})}}
+
+    def count(self, model, when):
+        modules = list(model.model.diffusion_model.modules())
+        return {"ui": {"hooks": [sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules)],
+                       "model": [id(model.model)]}}
+
+NODE_CLASS_MAPPINGS = {"TestInputs": Inputs, "TestHooks": Hooks}
+'''
+
+
+class Server:
+    """A running ComfyUI."""
+
+    def __init__(self, folder: str, work: Path) -> None:
+        self.work = work
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        (work / "front").mkdir()
+        (work / "front" / "index.html").touch()
+        flags = ["--cpu", "--supports-fp8-compute", "--listen", "127.0.0.1", "--port", port, "--disable-api-nodes",
+                 "--database-url", "sqlite:///:memory:", "--front-end-root", work / "front"]  # fmt: skip
+        self.log = (work / "server.log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("driver.py"), "serve", folder, work, *map(str, flags)],
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def said(self) -> str:
+        """The end of its log."""
+        return (self.work / "server.log").read_text()[-4000:]
+
+    def ask(self, path: str, body: Any = None) -> Any:
+        """GET, or POST JSON; the answer, also of a refusal."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.loads(answer.read() or "null")
+        except urllib.error.HTTPError as refusal:
+            with refusal:
+                return json.load(refusal)
+
+    def wait_until_it_answers(self) -> None:
+        for _ in range(600):
+            assert self.process.poll() is None, self.said()
+            try:
+                self.ask("/system_stats")
+                return
+            except urllib.error.URLError:
+                time.sleep(0.2)
+        pytest.fail(self.said())
+
+    def run(self, workflow: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Queue a workflow and wait: its history, and what validation refused of it."""
+        queued = self.ask("/prompt", {"prompt": workflow})
+        assert "prompt_id" in queued, queued
+        return self.finish(queued["prompt_id"]), queued["node_errors"]
+
+    def finish(self, prompt: str) -> dict[str, Any]:
+        """Wait for a prompt; its history."""
+        for _ in range(600):
+            history = self.ask(f"/history/{prompt}")
+            if history:
+                found: dict[str, Any] = history[prompt]
+                return found
+            time.sleep(0.1)
+        pytest.fail(self.said())
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def server(
+    comfyui: Any, files: Callable[[str], Any], ours: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server with our pack, the hot model in its lists, and one prompt in its input folder."""
+    from safetensors.torch import save_file
+
+    work = tmp_path_factory.mktemp("server")
+    for folder in ("custom_nodes/test_inputs", "models/diffusion_models", "input", "output"):
+        (work / folder).mkdir(parents=True)
+    (work / "custom_nodes" / "test_inputs" / "__init__.py").write_text(TEST_PACK)
+    assert main(["comfyui", "install", str(work)]) == 0
+    made = files("hot")
+    shutil.copy(made.original, work / "models" / "diffusion_models" / "hot.safetensors")
+    shutil.copy(made.converted, work / "models" / "diffusion_models" / "hot_fp8.safetensors")
+    start = {name: value[:1].contiguous() for name, value in ours.start().items()}
+    save_file(start, work / "input" / "start.safetensors")
+    running = Server(os.environ["COMFYUI_DIR"], work)
+    try:
+        running.wait_until_it_answers()
+        yield running
+    finally:
+        running.close()
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def painting(model: str, seed: int, prefix: str, behind: str = "load") -> dict[str, Any]:
+    """Load a model and paint with it, through the node `behind`."""
+    return {
+        "load": node("UNETLoader", unet_name=model, weight_dtype="default"),
+        "inputs": node("TestInputs", file="start.safetensors"),
+        "sampler": node("KSamplerSelect", sampler_name="euler"),
+        "sigmas": node("ManualSigmas", sigmas="1, 0.75, 0.5, 0.25, 0"),
+        "sample": node(
+            "SamplerCustom", model=[behind, 0], add_noise=True, noise_seed=seed, cfg=2.0, positive=["inputs", 0],
+            negative=["inputs", 1], sampler=["sampler", 0], sigmas=["sigmas", 0], latent_image=["inputs", 2],
+        ),
+        "keep": node("SaveLatent", samples=["sample", 0], filename_prefix=prefix),
+    }  # fmt: skip
+
+
+def recording(seed: int, prefix: str, **calibration: Any) -> dict[str, Any]:
+    """The same with our nodes."""
+    return {
+        **painting("hot.safetensors", seed, prefix, "record"),
+        "record": node("ConvertToQuantRecordActivations", model=["load", 0]),
+        "save": node(
+            "ConvertToQuantSaveActivationStats", stats=["record", 1], latent=["sample", 0], filename_prefix="stats/hot"
+        ),
+        "calibrate": node(
+            "ConvertToQuantCalibrateFP8Checkpoint",
+            **{
+                "checkpoint": "diffusion_models/hot_fp8.safetensors", "method": "absmax", "margin": 1.0,
+                "full_precision_budget": 0.0, "output_name": "", "overwrite": False, "stats": ["save", 0],
+                **calibration,
+            },
+        ),
+    }  # fmt: skip
+
+
+def latents(server: Server, prefix: str) -> Any:
+    from safetensors.torch import load_file
+
+    (path,) = (server.work / "output").glob(f"{prefix}_*.latent")
+    return load_file(path)["latent_tensor"]
+
+
+def test_the_installed_nodes_are_offered(server: Server) -> None:
+    offered = server.ask("/object_info")
+    for name in NODE_CLASS_MAPPINGS:
+        assert offered[name]["category"] == "convert_to_quant"
+        assert offered[name]["python_module"] == "custom_nodes.convert_to_quant"
+    lists = offered["ConvertToQuantCalibrateFP8Checkpoint"]["input"]["required"]["checkpoint"][0]
+    assert sorted(lists) == ["diffusion_models/hot.safetensors", "diffusion_models/hot_fp8.safetensors"]
+
+
+def test_one_workflow_paints_records_saves_and_calibrates(
+    server: Server, figure: Callable[[str, float], float]
+) -> None:
+    import torch
+
+    from convert_to_quant.fidelity import sqnr_db
+
+    models = server.work / "models" / "diffusion_models"
+    before = (models / "hot_fp8.safetensors").read_bytes()
+    plain, errors = server.run(painting("hot.safetensors", 1, "plain"))
+    assert (plain["status"]["status_str"], errors) == ("success", {})
+
+    done, errors = server.run(recording(1, "recorded"))
+
+    assert (done["status"]["status_str"], errors) == ("success", {}), server.said()
+    assert torch.equal(latents(server, "recorded"), latents(server, "plain"))
+    statistics = Statistics.load(server.work / "output" / "stats" / "hot_00001_.safetensors")
+    assert (statistics.samples, set(statistics.calls.tolist())) == (1, {4})
+    (text,) = done["outputs"]["calibrate"]["text"]
+    assert text.startswith("hot_fp8_calibrated.safetensors\ncalibrated 32 of 32 FP8 layers")
+    assert (models / "hot_fp8.safetensors").read_bytes() == before
+
+    # Another seed adds to the same recording. Its checkpoint exists now, so that node is refused and the rest runs.
+    done, errors = server.run(recording(2, "again"))
+    assert done["status"]["status_str"] == "success"
+    assert list(errors) == ["calibrate"]
+    assert "exists already" in json.dumps(errors)
+    assert Statistics.load(server.work / "output" / "stats" / "hot_00001_.safetensors").samples == 2
+
+    # The new file is in ComfyUI's list, and paints what the original paints, better than the old one does.
+    quality_db = {}
+    for name in ("hot_fp8", "hot_fp8_calibrated"):
+        done, errors = server.run(painting(f"{name}.safetensors", 1, name))
+        assert (done["status"]["status_str"], errors) == ("success", {})
+        found = float(sqnr_db(latents(server, "plain"), latents(server, name)).mean())
+        quality_db[name] = figure(f"{name}.safetensors over HTTP: latents after 4 steps", found)
+    assert quality_db["hot_fp8_calibrated"] > quality_db["hot_fp8"] + 10
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"output_name": "../../escape"},
+        {"output_name": "/tmp/escape"},
+        {"output_name": "hot_fp8", "overwrite": True},
+        {"checkpoint": "diffusion_models/../../input/start.safetensors"},
+    ],
+)
+def test_workflows_that_would_write_elsewhere_are_refused_before_they_run(server: Server, said: dict[str, Any]) -> None:
+    before = sorted(server.work.rglob("*.safetensors"))
+    workflow = recording(3, "refused", **said)
+    del workflow["keep"]
+    workflow["save"]["inputs"]["filename_prefix"] = "../escape"
+
+    refused = server.ask("/prompt", {"prompt": workflow})
+
+    assert refused["error"]["type"] == "prompt_outputs_failed_validation"
+    assert {"save", "calibrate"} <= set(refused["node_errors"])
+    assert sorted(server.work.rglob("*.safetensors")) == before
+
+
+def test_a_cancelled_run_leaves_no_hook_and_adds_nothing(server: Server) -> None:
+    def counted(when: str) -> dict[str, Any]:
+        loaded = {"load": painting("hot.safetensors", 1, "")["load"]}
+        done, _ = server.run({**loaded, "hooks": node("TestHooks", model=["load", 0], when=when)})
+        outputs: dict[str, Any] = done["outputs"]["hooks"]
+        return outputs
+
+    before = counted("before")
+    workflow = recording(4, "cancelled")
+    workflow["save"]["inputs"]["filename_prefix"] = "stats/cancelled"
+    del workflow["calibrate"]
+    short = json.loads(json.dumps(workflow))
+    workflow["sigmas"]["inputs"]["sigmas"] = ", ".join(f"{1 - step / 5000:.6f}" for step in range(5001))
+    queued = server.ask("/prompt", {"prompt": workflow})
+    for _ in range(600):  # its progress bar says when it samples
+        if "/5000 [" in server.said():
+            break
+        time.sleep(0.1)
+    assert server.ask(f"/history/{queued['prompt_id']}") == {}
+    server.ask("/interrupt", {})
+    done = server.finish(queued["prompt_id"])
+
+    assert "execution_interrupted" in [kind for kind, _ in done["status"]["messages"]]
+    assert counted("after") == before
+    assert before["hooks"] == [0]
+    done, errors = server.run(short)
+    assert (done["status"]["status_str"], errors) == ("success", {})
+    statistics = Statistics.load(server.work / "output" / "stats" / "cancelled_00001_.safetensors")
+    assert (statistics.samples, set(statistics.calls.tolist())) == (1, {4})
