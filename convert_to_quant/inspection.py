@@ -29,7 +29,7 @@ from . import families, names
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import FULL_PRECISION_KEY, PROVENANCE_KEY, SIDE_MULTIPLE
 from .errors import StrPath
-from .fp8 import BY_SAFETENSORS_DTYPE
+from .fp8 import BY_SAFETENSORS_DTYPE, E5M2
 from .layers import Layer, LayerError, LayerTable, find_layers, input_scale
 
 InputState = Literal["calibrated", "one", "missing", "suspicious", "unused"]
@@ -107,6 +107,10 @@ KINDS: Mapping[str, Kind] = {
     "sides": Kind(
         f"sides are no multiples of {SIDE_MULTIPLE}: FP8 products fail on CUDA",
         f"{_RECONVERT}; convert_to_quant leaves such layers in high precision",
+    ),
+    "e5m2-product": Kind(
+        "float8_e5m2 for weights and inputs: FP8 products fail on CUDA, which multiplies no two of that format",
+        f"{_RECONVERT}, to float8_e4m3fn",
     ),
     "raw-fp8": Kind(
         "FP8 weights without scale and mark: a plain cast, which loses small weights, without FP8 products",
@@ -468,8 +472,13 @@ class _Survey:
             return "text-encoder"
         if layer.full_precision:
             return "marker" if layer.marking == "legacy" else "full-precision"
-        if layer.out_features % SIDE_MULTIPLE or layer.in_features % SIDE_MULTIPLE:
+        # Both are a ValueError of torch's scaled_mm, of which ComfyUI catches RuntimeError and TypeError.
+        odd_sides = layer.out_features % SIDE_MULTIPLE or layer.in_features % SIDE_MULTIPLE
+        if odd_sides:
             self.report("sides", layer.name, f"{layer.out_features} × {layer.in_features}")
+        if layer.format is E5M2:
+            self.report("e5m2-product", layer.name)
+        if odd_sides or layer.format is E5M2:
             return "cuda-error"
         return "fp8-at-one" if scale is None or scale == 1.0 else "fp8"
 

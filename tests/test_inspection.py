@@ -279,6 +279,13 @@ def test_sides_do_not_matter_in_full_precision(look):
     assert look(shape=(24, 32), full_precision_matrix_mult=True).problems == ()
 
 
+def test_products_of_e5m2(look):
+    found = look(dtype="F8_E5M2")
+    assert only_problem(found) == Problem("e5m2-product", (X,))
+    assert found.layers[0].reading == "cuda-error"
+    assert look(dtype="F8_E5M2", full_precision_matrix_mult=True).problems == ()
+
+
 def test_raw_fp8(look):
     found = look({f"{X}.weight_scale": None, f"{X}.input_scale": None}, "none")
     assert only_problem(found) == Problem("raw-fp8", (X,))

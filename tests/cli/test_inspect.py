@@ -301,3 +301,23 @@ def test_no_weight_is_read(save: Any, build: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(CheckpointFile, "raw", watched)
     look(save("m.safetensors", *build.quantized(["blocks.0"], "both")))
     assert set(read) == {"blocks.0.weight_scale", "blocks.0.input_scale", "blocks.0.comfy_quant"}
+
+
+@pytest.mark.parametrize("kind", ["input-scale-dtype", "input-scale-suspicious", "marker-disables-fp8"])
+def test_a_remedy_that_is_a_command_cures(ctq: Any, save: Any, build: Any, tmp_path: Path, kind: str) -> None:
+    from convert_to_quant.inspection import KINDS, inspect_file
+
+    if kind == "marker-disables-fp8":
+        tensors, _ = build.quantized(["blocks.0"], "legacy")
+        tensors["scaled_fp8"] = ("F8_E4M3", np.zeros(2, np.uint8))
+    else:
+        tensors, _ = build.quantized(["blocks.0"], "tensor")
+        tensors["blocks.0.input_scale"] = np.float16(0.5) if kind == "input-scale-dtype" else np.float32(0)
+    path, cured = save("m.safetensors", tensors), tmp_path / "cured.safetensors"
+    assert [problem.kind for problem in inspect_file(path).problems] == [kind]
+    program, *words = KINDS[kind].remedy.split()
+    assert program == "convert_to_quant"
+    words = [{"FILE": str(path), "NEW": str(cured)}.get(word, word) for word in words]
+    assert ctq(*words, "--actcal-engine", "layer").code == 0
+    found = inspect_file(cured)
+    assert (found.problems, found.readings) == ((), {"fp8": 1})
