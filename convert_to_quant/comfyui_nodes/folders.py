@@ -14,7 +14,6 @@ from pathlib import Path, PureWindowsPath
 
 from ..checkpoint import refuse_same_file
 from ..errors import OptionError, OutputError, StatisticsError
-from ..stats import Statistics
 
 KINDS = ("diffusion_models", "checkpoints")
 """ComfyUI's lists of models that may hold a diffusion model."""
@@ -132,13 +131,12 @@ def next_statistics_file(prefix: str) -> Path:
     return start.with_name(f"{start.name}_{number:05}_{SUFFIX}")
 
 
-def load_statistics(name: str) -> Statistics:
-    """Statistics from a file in ComfyUI's output folder or, where it has none of that name, in its input folder.
+def statistics_file(name: str) -> Path:
+    """A file in ComfyUI's output folder or, where it has none of that name, in its input folder.
 
     Raises:
         OptionError: the name leads out of them.
-        StatisticsError: there is no such file, or it holds no statistics.
-        CheckpointError: it cannot be read.
+        StatisticsError: there is no such file.
     """
     import folder_paths
 
@@ -147,7 +145,7 @@ def load_statistics(name: str) -> Statistics:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise StatisticsError("no such file in ComfyUI's output and input folders", path=name)
-    return Statistics.load(path)
+    return path
 
 
 def make_parent(path: Path) -> None:

@@ -91,7 +91,7 @@ class RecordActivations:
 
     def record(self, model: Any, statistics_file: str = "", reset: bool = False) -> tuple[Any, Recorder]:  # noqa: ARG002
         """A clone of the model, and the recorder that sees it run."""
-        before = folders.load_statistics(statistics_file) if statistics_file.strip() else None
+        before = Statistics.load(folders.statistics_file(statistics_file)) if statistics_file.strip() else None
         recorder = Recorder(before)
         return recorder.attach(model), recorder
 
@@ -244,15 +244,15 @@ class CalibrateFP8Checkpoint:
     @classmethod
     def IS_CHANGED(cls, checkpoint: str | None = None, statistics_file: str = "", **_inputs: Any) -> str:
         """When the files that are read change."""
-        paths: list[Path | None] = []
+        paths = []
         try:
             if checkpoint is not None:
                 paths.append(folders.choose_checkpoint(checkpoint).path)
             if statistics_file.strip():
-                paths.append(folders.load_statistics(statistics_file).path)
+                paths.append(folders.statistics_file(statistics_file))
         except Error:
             return ""  # running says what is wrong
-        stats = [path.stat() for path in paths if path is not None]
+        stats = [path.stat() for path in paths]
         return " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
 
     @classmethod
@@ -293,7 +293,9 @@ class CalibrateFP8Checkpoint:
                 "this node would run before the sampler",
                 hint="take stats from Save Activation Stats, or connect the sampler's LATENT to this node, too",
             )
-        statistics = folders.load_statistics(statistics_file) if stats is None else statistics_of(stats)
+        statistics = (
+            Statistics.load(folders.statistics_file(statistics_file)) if stats is None else statistics_of(stats)
+        )
         show_text(unique_id, f"calibrating {choice.path.name}")
         with open_checkpoint(choice.path) as opened:
             fitting, missing = for_checkpoint(statistics, find_layers(opened))

@@ -348,8 +348,8 @@ def diffusers_names(function: str, config: Mapping[str, int]) -> dict[str, Any]:
     import comfy.utils
 
     found = {}
-    for name, target in getattr(comfy.utils, function)(dict(config)).items():
-        target = target if isinstance(target, str) else target[0]
+    for name, place in getattr(comfy.utils, function)(dict(config)).items():
+        target = place if isinstance(place, str) else place[0]
         if name.endswith(".weight") and target.endswith(".weight"):
             found[name.removesuffix(".weight")] = target.removesuffix(".weight")
     return found

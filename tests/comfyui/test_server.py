@@ -212,6 +212,21 @@ def test_the_installed_nodes_are_offered(server: Server) -> None:
     assert sorted(lists) == ["diffusion_models/hot.safetensors", "diffusion_models/hot_fp8.safetensors"]
 
 
+WORKFLOWS = sorted((Path(__file__).parents[2] / "docs" / "workflows").glob("*_api.json"))
+OWN_FILES = {"unet_name", "clip_name1", "clip_name2", "vae_name", "checkpoint"}
+"""Inputs that name files which only the user has."""
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_example_workflows_lack_nothing_but_the_files(server: Server, path: Path) -> None:
+    refused = server.ask("/prompt", {"prompt": json.loads(path.read_text(encoding="utf-8"))})
+
+    assert refused["error"]["type"] == "prompt_outputs_failed_validation"
+    errors = [error for found in refused["node_errors"].values() for error in found["errors"]]
+    assert {error["extra_info"]["input_name"] for error in errors} - OWN_FILES <= {"output_name", "overwrite"}
+    assert all("no checkpoint" in error["details"] for error in errors if error["type"] == "custom_validation_failed")
+
+
 def test_one_workflow_paints_records_saves_and_calibrates(
     server: Server, figure: Callable[[str, float], float]
 ) -> None:

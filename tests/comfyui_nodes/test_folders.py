@@ -123,13 +123,12 @@ def test_statistics_files_are_numbered(comfyui: Any) -> None:
         folders.next_statistics_file("../stats")
 
 
-def test_statistics_are_read_from_the_output_and_the_input_folder(comfyui: Any, statistics: Any) -> None:
-    ours, theirs = statistics({"a": (4, 4)}, 1.0), statistics({"a": (4, 4)}, 2.0)
-    theirs.save(comfyui.root / "input" / "x.safetensors")
-    assert folders.load_statistics("x") == theirs
-    ours.save(comfyui.root / "output" / "x.safetensors")
-    assert folders.load_statistics(" x.safetensors ") == ours
+def test_statistics_are_looked_for_in_the_output_and_then_in_the_input_folder(comfyui: Any) -> None:
+    (comfyui.root / "input" / "x.safetensors").touch()
+    assert folders.statistics_file("x") == comfyui.root / "input" / "x.safetensors"
+    (comfyui.root / "output" / "x.safetensors").touch()
+    assert folders.statistics_file(" x.safetensors ") == comfyui.root / "output" / "x.safetensors"
     with pytest.raises(StatisticsError, match="no such file in ComfyUI's output and input folders"):
-        folders.load_statistics("y")
+        folders.statistics_file("y")
     with pytest.raises(OptionError, match="is no file name below"):
-        folders.load_statistics("../models/secret.safetensors")
+        folders.statistics_file("../models/secret.safetensors")

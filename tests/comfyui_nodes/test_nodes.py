@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,20 @@ def test_nodes_say_what_comfyui_asks(comfyui: Any, name: str) -> None:
 
 def test_every_node_has_a_name_to_show() -> None:
     assert NODE_CLASS_MAPPINGS.keys() == NODE_DISPLAY_NAME_MAPPINGS.keys()
+
+
+WORKFLOWS = sorted((Path(__file__).parents[2] / "docs" / "workflows").glob("*_api.json"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_example_workflows_use_the_nodes_as_they_are(comfyui: Any, path: Path) -> None:
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    used = [(node["class_type"], node["inputs"]) for node in workflow.values()]
+    assert {kind for kind, _ in used} >= NODE_CLASS_MAPPINGS.keys()
+    for kind, given in used:
+        if kind in NODE_CLASS_MAPPINGS:
+            inputs = NODE_CLASS_MAPPINGS[kind].INPUT_TYPES()  # type: ignore[attr-defined]
+            assert inputs["required"].keys() <= given.keys() <= {*inputs["required"], *inputs.get("optional", {})}
 
 
 def test_record_runs_again_only_to_reset() -> None:
