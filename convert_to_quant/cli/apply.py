@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 
 from ..errors import OptionError
-from .calibration import check_written_files, recover_input, tell
-from .output import say
-from .patching import add_patching_arguments, check_target, write_patch
+from .calibration import check_written_files, recover_input
+from .patching import add_patching_arguments, check_target, finish
 
 DESCRIPTION = "Choose the scale and precision of every FP8 layer from statistics, and write them into the checkpoint."
 EPILOG = """\
@@ -63,9 +62,4 @@ def run(args: argparse.Namespace) -> int:
         check_target(checkpoint, args)
         check_written_files(checkpoint, args, [Path(path) for path in args.statistics])
         calibration = apply_statistics(checkpoint, statistics, options, force=args.force)
-        tell(calibration, args)
-        if args.dry_run:
-            if not args.quiet:
-                say("dry run: nothing was written")
-            return 0
-        return write_patch(checkpoint, calibration, args)
+        return finish(checkpoint, calibration, args)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from . import flag_spelling, guarded
 from .calibration import add_calibration_arguments
+from .patching import add_patching_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,15 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("input", metavar="MODEL", help="an FP8 checkpoint")
-    parser.add_argument("-o", "--output", metavar="OUT", help="the new file")
-    parser.add_argument("--in-place", action="store_true", help="write the scales into MODEL itself")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
-    parser.add_argument("--json", metavar="FILE", help="write the report as JSON (- for stdout)")
+    add_patching_arguments(parser)
     add_calibration_arguments(parser, "")
     parser.add_argument("--float16-safe", action="store_true", help="no scale below 2⁻¹⁵")
-    parser.add_argument("--enable-fp8-matmul", action="store_true", help="replace a legacy marker that turns FP8 off")
-    parser.add_argument("-v", "--verbose", action="store_true", help="print every layer")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     words = [flag_spelling(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     args = parser.parse_args(words)
     args.actcal = True

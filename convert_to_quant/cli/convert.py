@@ -20,7 +20,7 @@ from .calibration import (
     tell,
 )
 from .output import note, print_table, progress_bar, say, write_json
-from .patching import check_target, write_patch
+from .patching import check_target, finish
 
 if TYPE_CHECKING:
     from ..calibrate_activation_scales import CalibrationOptions
@@ -150,13 +150,7 @@ def calibrate_file(
         # Whether every scale has a place shows before minutes of work as well as after.
         table = find_layers(checkpoint)
         plan_in_place(checkpoint, table, dict.fromkeys(table.quantized, 1.0), enable_fp8_matmul=args.enable_fp8_matmul)
-    calibration = calibrate(checkpoint, args, options, adapters)
-    tell(calibration, args)
-    if args.dry_run:
-        if not args.quiet:
-            say("dry run: nothing was written")
-        return 0
-    return write_patch(checkpoint, calibration, args)
+    return finish(checkpoint, calibrate(checkpoint, args, options, adapters), args)
 
 
 def convert_file(

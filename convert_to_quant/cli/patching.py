@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .calibration import tell
 from .output import note, say
 
 if TYPE_CHECKING:
@@ -49,6 +50,16 @@ def check_target(checkpoint: Checkpoint, args: argparse.Namespace) -> Path | Non
     if not output.parent.is_dir():
         raise OutputError(f"cannot be written: the folder {output.parent} does not exist", path=output)
     return output
+
+
+def finish(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Namespace) -> int:
+    """Say what a calibration found and, unless this is a dry run, write it."""
+    tell(calibration, args)
+    if not args.dry_run:
+        return write_patch(checkpoint, calibration, args)
+    if not args.quiet:
+        say("dry run: nothing was written")
+    return 0
 
 
 def write_patch(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Namespace) -> int:
