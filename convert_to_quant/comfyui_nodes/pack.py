@@ -26,9 +26,11 @@ try:
     from convert_to_quant.comfyui_nodes.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 except ImportError as error:
     missing = (error.name or "convert_to_quant").partition(".")[0]
+    what = "." if missing == "convert_to_quant" else missing
+    where = " in convert_to_quant's own folder" if what == "." else ""
     raise ImportError(
         f"the nodes of convert_to_quant need the package {missing}, as this ComfyUI's Python sees it ({error}). "
-        f"Install it: {sys.executable} -m pip install {missing}"
+        f"Install it{where}: {sys.executable} -m pip install {what}"
     ) from error
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

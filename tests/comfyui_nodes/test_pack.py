@@ -52,10 +52,23 @@ def test_the_installed_pack_gives_the_nodes_and_leaves_without_a_trace(home: Pat
     assert not folder.exists()
 
 
-def test_the_pack_says_what_is_missing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("missing", "advice"),
+    [
+        ("convert_to_quant.comfyui_nodes.nodes", r"package convert_to_quant.*own folder: .* -m pip install \.$"),
+        ("some_package", r"package some_package.*Install it: .* -m pip install some_package$"),
+    ],
+)
+def test_the_pack_says_what_is_missing(home: Path, monkeypatch: pytest.MonkeyPatch, missing: str, advice: str) -> None:
+    class Nowhere:
+        """Nodes that cannot be imported."""
+
+        def __getattr__(self, _: str) -> Any:
+            raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
     folder = pack.install(home)
-    monkeypatch.setitem(sys.modules, "convert_to_quant.comfyui_nodes.nodes", None)
-    with pytest.raises(ImportError, match=r"need the package convert_to_quant.*-m pip install convert_to_quant"):
+    monkeypatch.setitem(sys.modules, "convert_to_quant.comfyui_nodes.nodes", Nowhere())  # type: ignore[arg-type]
+    with pytest.raises(ImportError, match=advice):
         load(folder)
 
 
