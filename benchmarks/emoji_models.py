@@ -1,0 +1,337 @@
+"""What the accuracy benchmarks share: six spellings of the emoji model, two lists of prompts, and ways to run them.
+
+Variants. Five are `convert_to_quant.emoji.rerange`'s. The sixth, "z-image", is made here, after what is published of
+Z-Image: inputs of its MLP's second layer reach 6.6e4 among others of 1 to 30, so that one scale per tensor paints
+noise, scales per row do not, and the error over the whole tensor looks harmless.
+
+How "z-image" is made. In four layers, the two hidden units of an MLP that contribute least to its output are taken out
+(their mean goes into the bias), and in their place stand two that cancel:
+
+    unit i:  K · (u·x - t)        read with weights  w
+    unit j:  K/8 · (u·x - t)      read with weights  -8 w
+
+with u the signs of another unit's weights, t the value that one token in a hundred exceeds, and K = 1024. Under GELU
+both are 0 for all other tokens, and for a loud one they are K·a and K·a/8 up to GELU's bend near 0, whose part of the
+output is under 1.4 · w; the pair adds w·K·a - 8w·K·a/8 = 0. All factors are powers of two, so a loud pair that is
+quantized by any one scale still cancels, unless it is clipped: then the output is off by 7 w · clip. So a scale must
+cover the loud tokens, and one that does loses the others. K = 1024 is what the first layer's weights bear in FP8 under
+one scale: it costs them 1 dB.
+
+How close it is: exact for all but the removed units. `python benchmarks/emoji_models.py` measures it.
+
+Limits. u was chosen among units to which noise is loud too, about as often. A token that is loud only for real prompts
+would not be seen by a calibration on noise; docs/accuracy.md says what that costs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from convert_to_quant import names
+from convert_to_quant.calibrate_activation_scales import CalibrationOptions, calibrate_model
+from convert_to_quant.checkpoint import Checkpoint, Entry, open_checkpoint, write_checkpoint
+from convert_to_quant.convert import ConvertOptions, convert, plan_conversion
+from convert_to_quant.emoji import SIDE_TOKENS, WEIGHTS, prompts
+from convert_to_quant.emoji.rerange import RERANGINGS, rerange, to_bfloat16
+from convert_to_quant.engines import noise
+from convert_to_quant.engines.denoiser import Denoiser, load
+from convert_to_quant.engines.noise import Geometry
+from convert_to_quant.engines.quantized_linear import Arithmetic
+from convert_to_quant.fidelity import Fidelity, velocity_fidelity
+from convert_to_quant.layers import find_layers
+from convert_to_quant.recorder import record
+from convert_to_quant.solve import LayerResult, Present, SolveOptions, solve
+from convert_to_quant.stats import Statistics
+
+Float32 = NDArray[np.float32]
+
+GEOMETRY = Geometry(height=SIDE_TOKENS, width=SIDE_TOKENS, frames=1, text_tokens=prompts.TOKENS)
+GUIDANCE = 2.0
+LEVELS = 8
+HELD_OUT_SEED, CALIBRATION_SEED = 7, 1234
+
+CALIBRATION_PROMPTS = (
+    "rocket", "dog face", "slice of pizza", "red apple", "guitar", "thumbs up sign", "full moon symbol", "cactus",
+    "birthday cake", "pig face", "water wave", "ghost", "high-heeled shoe", "alarm clock", "mushroom", "bus",
+    "money bag", "smiling face with sunglasses", "octopus", "cherry blossom", "fire engine", "trophy", "koala",
+    "candle", "ear of maize", "racing car", "crying face", "envelope", "violin", "lion face", "toolbox",
+    "umbrella with rain drops",
+)  # fmt: skip
+HELD_OUT_PROMPTS = (
+    "bear face", "tulip", "american football", "grinning cat face with smiling eyes", "fish", "honey pot", "snowflake",
+    "strawberry", "graduation cap", "face with monocle", "pickup truck", "droplet", "robot face", "fly", "baseball",
+    "ringing bell", "sandwich", "two hearts", "lady beetle", "desert island", "mobile phone", "smirking face", "prince",
+    "cloud with rain", "purse", "snowboarder", "waving hand sign", "moon cake", "ribbon", "microbe", "motor boat",
+    "mammoth", "hot dog", "tropical fish", "person frowning", "ice cube", "first quarter moon", "pile of poo",
+    "flexed biceps", "satellite", "melting face", "cityscape at dusk", "scarf", "tomato", "hedgehog", "crown",
+    "balloon", "key",
+)  # fmt: skip
+
+LOUDER = 1024.0
+"""K: largest weight of a loud unit."""
+QUIETER = 8.0
+"""How many times quieter the second unit of a pair is."""
+READ_WITH = 2.0**-5
+"""w: size of the weights that read the first unit."""
+
+
+@dataclass(frozen=True)
+class LoudPair:
+    """Where two hidden units of an MLP become loud for one token in a hundred.
+
+    Attributes:
+        first, second: layers of the MLP; its hidden units are the last rows of one and the last columns of the other.
+        units: the two quietest units, and the mean of each over real prompts.
+        listens_to: the unit whose weights' signs make the direction.
+        threshold: projection that one token in a hundred exceeds, for real prompts.
+    """
+
+    first: str
+    second: str
+    units: Mapping[int, float]
+    listens_to: int
+    threshold: float
+
+
+LOUD_PAIRS = (
+    LoudPair("double_blocks.1.img_mlp.0", "double_blocks.1.img_mlp.2", {995: -0.0963, 12: -0.0761}, 858, 21.5),
+    LoudPair("single_blocks.0.linear1", "single_blocks.0.linear2", {116: -0.0967, 739: -0.0868}, 185, 18.2),
+    LoudPair("single_blocks.2.linear1", "single_blocks.2.linear2", {299: -0.0841, 159: -0.0795}, 450, 17.5),
+    LoudPair("single_blocks.3.linear1", "single_blocks.3.linear2", {31: -0.1002, 457: -0.0968}, 1018, 14.1),
+)
+
+VARIANTS = (*RERANGINGS, "z-image")
+
+
+def remove_quiet_units(tensors: dict[str, Float32]) -> None:
+    """Take the units out, in place, that `add_loud_units` needs: all of "z-image" that is not exact."""
+    for pair in LOUD_PAIRS:
+        weight_OI, bias_O, hidden = (
+            tensors[pair.second + names.WEIGHT],
+            tensors[pair.second + names.BIAS],
+            _hidden(tensors),
+        )
+        for unit, mean in pair.units.items():
+            column = weight_OI.shape[1] - hidden + unit
+            bias_O += np.float32(mean) * weight_OI[:, column]
+            weight_OI[:, column] = 0
+
+
+def add_loud_units(tensors: dict[str, Float32]) -> None:
+    """Put pairs that cancel in place of units that nothing reads."""
+    hidden = _hidden(tensors)
+    for number, pair in enumerate(LOUD_PAIRS):
+        weight_HI, bias_H = (tensors[pair.first + suffix][-hidden:] for suffix in (names.WEIGHT, names.BIAS))
+        read_OH = tensors[pair.second + names.WEIGHT][:, -hidden:]
+        signs_I = np.sign(weight_HI[pair.listens_to])
+        signs_O = np.sign(np.random.default_rng(number).standard_normal(len(read_OH))).astype(np.float32)
+        for unit, quieter in zip(pair.units, (1.0, QUIETER), strict=True):
+            weight_HI[unit] = np.float32(LOUDER / quieter) * signs_I
+            bias_H[unit] = -LOUDER / quieter * pair.threshold
+            read_OH[:, unit] = signs_O * np.float32(READ_WITH if quieter == 1 else -READ_WITH * quieter)
+
+
+def _hidden(tensors: Mapping[str, Float32]) -> int:
+    """Hidden units of an MLP."""
+    return len(tensors["double_blocks.0.img_mlp.0" + names.WEIGHT])
+
+
+def write_variant(variant: str, path: Path) -> None:
+    """Write one spelling of the model in bfloat16."""
+    with open_checkpoint(WEIGHTS) as checkpoint:
+        tensors = {name: checkpoint.float32(name) for name in checkpoint.tensors}
+        if variant == "z-image":
+            remove_quiet_units(tensors)
+            add_loud_units(tensors)
+        else:
+            tensors = rerange(tensors, RERANGINGS[variant])
+        write_checkpoint(
+            path, {name: Entry.of(to_bfloat16(values), "BF16") for name, values in tensors.items()}, checkpoint.metadata
+        )
+
+
+def conditioning(prompt_names: Sequence[str]) -> dict[str, Tensor]:
+    """Prompts as the model takes them, each [prompts, ...]."""
+    context, pooled = prompts.embed_all(prompt_names)
+    return {"encoder_hidden_states": torch.from_numpy(context), "pooled_projections": torch.from_numpy(pooled)}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How quantized layers compute.
+
+    Attributes:
+        scales: input scale by layer; 1.0 where missing.
+        full_precision: layers whose inputs are not quantized.
+        arithmetic: of the others.
+    """
+
+    scales: Mapping[str, float]
+    full_precision: Set[str] = frozenset()
+    arithmetic: Arithmetic = "comfyui"
+
+
+class Models:
+    """One spelling of the model: the reference in float32 and the FP8 model, whose layers can be set at will.
+
+    Attributes:
+        variant: its name.
+        checkpoint: the FP8 file, converted as by default.
+        table: its layers.
+        present: what the FP8 layers have.
+    """
+
+    def __init__(self, variant: str, source: Checkpoint, checkpoint: Checkpoint, device: str) -> None:
+        self.variant = variant
+        self.checkpoint = checkpoint
+        self.table = find_layers(checkpoint)
+        self.present = {
+            name: Present(1.0, False, (layer.out_features, layer.in_features))
+            for name, layer in self.table.quantized.items()
+        }
+        self.reference = load(source, device=device, dtype=torch.float32)
+        self.quantized = load(checkpoint, device=device, dtype=torch.float32, arithmetic="comfyui")
+
+    def set(self, choice: Choice) -> Denoiser:
+        """The FP8 model with these scales."""
+        for module in self.quantized.linears.values():
+            name = module.stored.layer.name
+            if name in self.present:
+                module.arithmetic = choice.arithmetic
+                module.full_precision = name in choice.full_precision
+                module.input_scale.fill_(choice.scales.get(name, 1.0))
+        return self.quantized
+
+    def fidelity(
+        self, choice: Choice, prompt_names: Sequence[str] = HELD_OUT_PROMPTS, levels: int = LEVELS
+    ) -> Fidelity:
+        """Velocity fidelity on prompts.
+
+        Scales per tensor that are found as the model runs are those of one picture with its negative, as a sampler
+        would have them, so such models run picture by picture.
+        """
+        return velocity_fidelity(
+            self.reference,
+            self.set(choice),
+            conditioning(prompt_names),
+            GEOMETRY,
+            guidance=GUIDANCE,
+            steps=levels,
+            seed=HELD_OUT_SEED,
+            batch=1 if choice.arithmetic == "dynamic_tensor" else len(prompt_names),
+        )
+
+    def seen_on(self, prompt_names: Sequence[str] = CALIBRATION_PROMPTS, levels: int = LEVELS) -> Statistics:
+        """Statistics of the FP8 layers, their inputs not quantized, while real prompts are painted."""
+        model = self.set(Choice({}, frozenset(self.present)))
+        feeds = {name: module.stored.layer.name for name, module in model.linears.items()}
+        feeds = {name: layer for name, layer in feeds.items() if layer in self.present}
+        shapes = {name: state.shape for name, state in self.present.items()}
+        with record(model.model, shapes, feeds) as recording:
+            for _ in guided_way(model, prompt_names, levels, at=recording.at):
+                pass
+            return recording.statistics(len(prompt_names))
+
+    def solve(self, statistics: Statistics, options: SolveOptions) -> list[LayerResult]:
+        """Scales and precision of the FP8 layers."""
+        return solve(statistics, self.present, options)
+
+    def calibrated(self, **options: object) -> list[LayerResult]:
+        """What `--actcal` finds."""
+        return calibrate_model(self.checkpoint, CalibrationOptions(**options)).results  # type: ignore[arg-type]
+
+
+def guided_way(
+    model: Denoiser, prompt_names: Sequence[str], levels: int, *, at: object = None, batch: int = 8
+) -> Iterator[None]:
+    """Paint prompts under guidance, from latents of the calibration's seed; yields after every step."""
+    both = conditioning(prompt_names)
+    shape = model.latent_shape(GEOMETRY)
+    for start in range(0, len(prompt_names), batch):
+        chosen = slice(start, start + batch)
+        fed = {name: torch.cat([value[chosen], torch.zeros_like(value[chosen])]) for name, value in both.items()}
+        numbers = range(len(prompt_names))[chosen]
+        state = torch.cat([noise.latents(shape, CALIBRATION_SEED, number) for number in numbers])
+        for step in range(levels):
+            sigma = 1 - step / levels
+            if callable(at):
+                at(sigma)
+            positive, negative = model.velocity(torch.cat([state, state]), sigma, fed, GEOMETRY).chunk(2)
+            state = state - (negative + GUIDANCE * (positive - negative)) / levels
+            yield
+
+
+@contextmanager
+def models(variant: str, device: str = "cpu") -> Iterator[Models]:
+    """Make a variant's files and load them."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, output = Path(folder, "source.safetensors"), Path(folder, "fp8.safetensors")
+        write_variant(variant, source)
+        with open_checkpoint(source) as checkpoint:
+            convert(checkpoint, plan_conversion(checkpoint, ConvertOptions()), output)
+            with open_checkpoint(output) as quantized:
+                yield Models(variant, checkpoint, quantized, device)
+
+
+def scales_of(results: Sequence[LayerResult]) -> dict[str, float]:
+    """Input scale by layer."""
+    return {result.layer: result.scale_after for result in results}
+
+
+def full_precision_of(results: Sequence[LayerResult]) -> frozenset[str]:
+    """Layers that compute in full precision."""
+    return frozenset(result.layer for result in results if result.full_precision_after)
+
+
+def choice_of(results: Sequence[LayerResult], *, full_precision: bool = True) -> Choice:
+    """Results as they are, or their scales alone."""
+    return Choice(scales_of(results), full_precision_of(results) if full_precision else frozenset())
+
+
+def z_image_is_close() -> dict[str, float]:
+    """Velocity SQNR in dB, in float32, of what "z-image" is made in, against the model as it was trained."""
+    stages = {"units removed": [remove_quiet_units], "units removed, pairs added": [remove_quiet_units, add_loud_units]}
+    found = {}
+    with tempfile.TemporaryDirectory() as folder, open_checkpoint(WEIGHTS) as checkpoint:
+        reference = load(checkpoint, dtype=torch.float32)
+        files = {}
+        for name, steps in stages.items():
+            tensors = {key: checkpoint.float32(key) for key in checkpoint.tensors}
+            for step in steps:
+                step(tensors)
+            files[name] = Path(folder, f"{len(files)}.safetensors")
+            write_checkpoint(files[name], {key: Entry.of(values) for key, values in tensors.items()}, {})
+        opened = [open_checkpoint(path) for path in files.values()]
+        removed, added = (load(file, dtype=torch.float32) for file in opened)
+        pairs = {
+            "trained against units removed": (reference, removed),
+            "units removed against pairs added": (removed, added),
+            "trained against z-image": (reference, added),
+        }
+        for name, (left, right) in pairs.items():
+            found[name] = velocity_fidelity(
+                left,
+                right,
+                conditioning(HELD_OUT_PROMPTS[:16]),
+                GEOMETRY,
+                guidance=GUIDANCE,
+                steps=LEVELS,
+                seed=HELD_OUT_SEED,
+            ).sqnr_db
+        for file in opened:
+            file.close()
+    return found
+
+
+if __name__ == "__main__":
+    for comparison, sqnr_db in z_image_is_close().items():
+        print(f"{comparison}: {sqnr_db:.1f} dB")

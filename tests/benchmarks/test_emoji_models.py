@@ -1,0 +1,69 @@
+"""The "z-image" spelling of the emoji model: its loud units are loud, and say nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.emoji import WEIGHTS
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def emoji() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+        import emoji_models
+    return emoji_models
+
+
+@pytest.fixture(scope="module")
+def stages(emoji: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors with the quiet units removed, and with loud pairs in their place."""
+    with open_checkpoint(WEIGHTS) as checkpoint:
+        removed = {name: checkpoint.float32(name) for name in checkpoint.tensors}
+    emoji.remove_quiet_units(removed)
+    added = {name: values.copy() for name, values in removed.items()}
+    emoji.add_loud_units(added)
+    return removed, added
+
+
+def hidden(tensors: dict[str, Any], layer: str, x: Any) -> Any:
+    a = x @ tensors[layer + ".weight"][-1024:].astype(np.float64).T + tensors[layer + ".bias"][-1024:]
+    return 0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
+
+
+def test_loud_pairs_cancel_and_dwarf_everything_else(emoji: Any, stages: Any) -> None:
+    removed, added = stages
+    for pair in emoji.LOUD_PAIRS:
+        direction = np.sign(removed[pair.first + ".weight"][-1024:][pair.listens_to])
+        ordinary = np.random.default_rng(0).standard_normal((50, 256))
+        ordinary -= np.outer(ordinary @ direction, direction) / 256  # what the loud units hear is 0
+        rows = {"ordinary": ordinary, "loud": ordinary + direction * (pair.threshold + 40) / 256}
+        for kind, x in rows.items():
+            read = [tensors[pair.second + ".weight"][:, -1024:].astype(np.float64) for tensors in (removed, added)]
+            before, after = hidden(removed, pair.first, x), hidden(added, pair.first, x)
+            np.testing.assert_allclose(after @ read[1].T, before @ read[0].T, atol=1e-9)
+            others = np.delete(after, list(pair.units), 1)
+            first, second = (after[:, unit] for unit in pair.units)
+            if kind == "loud":
+                assert first.min() > 1000 * np.abs(others).max()
+                np.testing.assert_allclose(first, 8 * second)
+            else:
+                assert not first.any()
+                assert not second.any()
+
+
+def test_nothing_but_the_named_layers_changes(emoji: Any, stages: Any) -> None:
+    with open_checkpoint(WEIGHTS) as checkpoint:
+        plain = {name: checkpoint.float32(name) for name in checkpoint.tensors}
+    _, added = stages
+    changed = {name for name, values in added.items() if not np.array_equal(values, plain[name])}
+    assert changed == {f"{layer}.{part}" for pair in emoji.LOUD_PAIRS for layer in (pair.first, pair.second)
+                       for part in ("weight", "bias")}  # fmt: skip
