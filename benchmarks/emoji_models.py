@@ -41,7 +41,7 @@ from convert_to_quant.calibrate_activation_scales import CalibrationOptions, cal
 from convert_to_quant.checkpoint import Checkpoint, Entry, open_checkpoint, write_checkpoint
 from convert_to_quant.convert import ConvertOptions, convert, plan_conversion
 from convert_to_quant.emoji import SIDE_TOKENS, WEIGHTS, prompts
-from convert_to_quant.emoji.rerange import RERANGINGS, rerange, to_bfloat16
+from convert_to_quant.emoji.rerange import RERANGINGS, to_bfloat16, write_reranged
 from convert_to_quant.engines import noise
 from convert_to_quant.engines.denoiser import Denoiser, load
 from convert_to_quant.engines.noise import Geometry
@@ -146,14 +146,14 @@ def _hidden(tensors: Mapping[str, Float32]) -> int:
 
 
 def write_variant(variant: str, path: Path) -> None:
-    """Write one spelling of the model in bfloat16."""
+    """Write one spelling of the model: bfloat16 weights, and float32 biases where it is re-ranged."""
+    if variant != "z-image":
+        write_reranged(WEIGHTS, path, RERANGINGS[variant])
+        return
     with open_checkpoint(WEIGHTS) as checkpoint:
         tensors = {name: checkpoint.float32(name) for name in checkpoint.tensors}
-        if variant == "z-image":
-            remove_quiet_units(tensors)
-            add_loud_units(tensors)
-        else:
-            tensors = rerange(tensors, RERANGINGS[variant])
+        remove_quiet_units(tensors)
+        add_loud_units(tensors)
         write_checkpoint(
             path, {name: Entry.of(to_bfloat16(values), "BF16") for name, values in tensors.items()}, checkpoint.metadata
         )
