@@ -10,9 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "uint8": "U8", "int8": "I8", "int32": "I32",
           "int64": "I64", "bool": "BOOL", "uint16": "U16"}  # fmt: skip
+
+# A busy machine is no reason for a property to fail.
+settings.register_profile("patient", settings.get_profile(settings.get_current_profile_name()), deadline=None)
+settings.load_profile("patient")
 
 Tensor = Any
 """A numpy array, or (safetensors dtype, array of its bit patterns)."""
