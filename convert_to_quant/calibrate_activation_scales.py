@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -298,9 +298,7 @@ def calibrate_model(
         )
     match = None
     if loras:
-        match = lora.match_loras(
-            loras, {layer.name: (layer.out_features, layer.in_features) for layer in table.linear()}
-        )
+        match = lora.match_loras(loras, table.shapes())
         notes += lora_notes(match)
     reason = _why_not_run(model, table) if options.engine == "auto" else None
     if options.engine == "layer" or reason is not None:
@@ -455,13 +453,13 @@ def _with_prefix_of(statistics: Statistics, table: LayerTable) -> Statistics:
 
 
 def _with_conditioning(result: LayerResult, depends: bool) -> LayerResult:
-    return LayerResult(**{**result.to_json(), "conditioning_dependent": depends})
+    return replace(result, conditioning_dependent=depends)
 
 
 def _present(checkpoint: Checkpoint, table: LayerTable) -> dict[str, Present]:
     """What the FP8 layers have now."""
     return {
-        name: Present(input_scale(checkpoint, layer), layer.full_precision, (layer.out_features, layer.in_features))
+        name: Present(input_scale(checkpoint, layer), layer.full_precision, layer.shape)
         for name, layer in table.quantized.items()
     }
 

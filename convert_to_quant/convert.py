@@ -91,16 +91,12 @@ class ConvertOptions:
             raise OptionError(f"legacy files know one scale per tensor only, not --scaling_mode {self.scaling_mode}")
         if self.block_size not in _BLOCK_SIZES:
             raise OptionError(f"--block_size should be at least 1 and below 65536, found {self.block_size}")
-        for pattern in self.exclude:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise OptionError(f"--exclude-layers {pattern!r} is no regular expression: {error}") from None
+        names.check_patterns("--exclude-layers", self.exclude)
 
     def block(self, layer: Layer) -> tuple[int, int]:
         """The block (b_out, b_in) of a layer's weights that shares one scale."""
         return {
-            "tensor": (layer.out_features, layer.in_features),
+            "tensor": layer.shape,
             "row": (1, layer.in_features),
             "block": (self.block_size, self.block_size),
         }[self.scaling_mode]
@@ -303,7 +299,7 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> _Output:
             add(name, Spec.like(info), name)
             output.copied[name] = name
             continue
-        grid = scale_grid((layer.out_features, layer.in_features), options.block(layer))
+        grid = scale_grid(layer.shape, options.block(layer))
         scale_shape = {"tensor": (), "row": (layer.out_features,), "block": grid}[options.scaling_mode]
         add(layer.name + weight_scale, Spec("F32", scale_shape), name)
         if options.input_scale:
@@ -496,7 +492,7 @@ def _quantize_by_bands(
 ) -> NDArray[np.float32]:
     """Scales per block, or wide weights: rows are widened to float32, a band at a time."""
     block = options.block(layer)
-    grid = scale_grid((layer.out_features, layer.in_features), block)
+    grid = scale_grid(layer.shape, block)
     absmax = np.zeros(grid, np.float32)
     bands = list(_bands(layer, block[0]))
     for band, weight_OI in _widened(checkpoint, layer, bands):

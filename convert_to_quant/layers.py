@@ -120,9 +120,14 @@ class Layer:
         return self.weight.shape[1]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+        return self.out_features, self.in_features
+
+    @property
     def granularity(self) -> Literal["tensor", "row", "block"]:
         """How finely the weight is scaled."""
-        if self.block == (self.out_features, self.in_features):
+        if self.block == self.shape:
             return "tensor"
         return "row" if self.block == (1, self.in_features) else "block"
 
@@ -182,6 +187,10 @@ class LayerTable:
         """Every layer whose weight this tool can read, quantized or not."""
         for table in (self.quantized, self.raw, self.plain):
             yield from table.values()
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every layer of `linear`, by name."""
+        return {layer.name: layer.shape for layer in self.linear()}
 
 
 def scale_grid(weight_shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
@@ -487,7 +496,7 @@ def scales_per_row(scale: NDArray[np.float32], layer: Layer, rows: slice) -> NDA
     """
     start, stop, _ = rows.indices(layer.out_features)
     block_out, block_in = layer.block
-    grid = scale.reshape(scale_grid((layer.out_features, layer.in_features), layer.block))
+    grid = scale.reshape(scale_grid(layer.shape, layer.block))
     per_row: NDArray[np.float32] = grid[np.arange(start, stop) // block_out]
     if per_row.shape[1] > 1:
         per_row = np.repeat(per_row, block_in, axis=1)[:, : layer.in_features]

@@ -29,6 +29,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from .errors import OptionError
+
 # The tensors of one layer: suffixes behind the layer's name. "Legacy" is the older ComfyUI spelling that a `scaled_fp8`
 # tensor marks. `weight_scale_inv` multiplies like any other scale, despite its name (DeepSeek, 128 x 128 blocks).
 WEIGHT = ".weight"
@@ -66,6 +68,23 @@ LAYER_SUFFIXES = (
 DECISIVE_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 UNANIMOUS_PREFIXES = ("net.", "transformer.")
 CHECKPOINT_PREFIXES = ("", *DECISIVE_PREFIXES, *UNANIMOUS_PREFIXES)
+
+
+def check_patterns(flag: str, patterns: Iterable[str]) -> None:
+    """Refuse patterns of layer names that are no regular expressions.
+
+    Args:
+        flag: the option that they were given with, for the message.
+        patterns: as the user wrote them.
+
+    Raises:
+        OptionError: one of them cannot be compiled.
+    """
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise OptionError(f"{flag} {pattern!r} is no regular expression: {error}") from None
 
 
 def strip_prefix(names: Iterable[str]) -> tuple[str, dict[str, str]]:

@@ -34,7 +34,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import fp8
+from . import fp8, names
 from .errors import CalibrationError, OptionError
 from .fp8 import E4M3FN
 from .kernels import NONFINITE_BIN
@@ -92,11 +92,7 @@ class SolveOptions:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise OptionError(f"--{name.replace('_', '-')} should be a share between 0 and 1, found {value}")
-        for pattern in self.keep:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise OptionError(f"--keep {pattern!r} is no regular expression: {error}") from None
+        names.check_patterns("--keep", self.keep)
 
 
 def check_percentile(percentile: float) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .output import note, print_table, progress_bar, say, write_json
+from .output import note, print_table, progress_bar, require_folder, say, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -115,8 +115,7 @@ def check_written_files(checkpoint: Checkpoint, args: argparse.Namespace, others
     refuse_same_file(report, inputs, hint="name another file for --json")
     if any(report.resolve() == output.resolve() for output in outputs):
         raise OutputError("--json and -o are the same file", path=report)
-    if not report.parent.is_dir():
-        raise OutputError(f"cannot be written: the folder {report.parent} does not exist", path=report)
+    require_folder(report)
 
 
 @contextmanager

@@ -171,7 +171,7 @@ def convert_file(
     )
     plan = plan_conversion(checkpoint, options)
     if adapters:  # an adapter that does not fit shows before the work as well as after
-        match_loras(adapters, {layer.name: (layer.out_features, layer.in_features) for layer in plan.table.linear()})
+        match_loras(adapters, plan.table.shapes())
     if not args.quiet:
         for text in plan.notes:
             note(text)

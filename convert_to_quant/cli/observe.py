@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OptionError, OutputError
+from ..errors import OptionError
 from .calibration import loras_of
-from .output import note, progress_bar, say, write_json
+from .output import note, progress_bar, require_folder, say, write_json
 from .running import NOISE, PICTURES, add_running_arguments, check_report, check_running_options, geometry_of
 
 if TYPE_CHECKING:
@@ -91,8 +91,7 @@ def check_options(args: argparse.Namespace) -> None:
     output = Path(args.output)
     inputs = [args.input, args.prompts, None if args.conditioning == NOISE else args.conditioning]
     refuse_same_file(output, [Path(path) for path in inputs if path is not None], hint="name another output")
-    if not output.parent.is_dir():
-        raise OutputError(f"cannot be written: the folder {output.parent} does not exist", path=output)
+    require_folder(output)
     check_report(args.json, {"-o": args.output, "MODEL": args.input, "--prompts": args.prompts})
 
 
@@ -150,7 +149,7 @@ def observe_model(args: argparse.Namespace, distributed: bool) -> int:
         prompts = None if args.conditioning == NOISE else Prompts.load(args.conditioning)
         match = None
         if adapters:
-            match = match_loras(adapters, {one.name: (one.out_features, one.in_features) for one in table.linear()})
+            match = match_loras(adapters, table.shapes())
         pictures = args.samples or (PICTURES if prompts is None else 1)
         session = session_of(
             args,

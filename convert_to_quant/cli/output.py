@@ -61,6 +61,18 @@ def _silent(_done: int, _total: int) -> None:
     """No terminal, no bar."""
 
 
+def require_folder(path: Path) -> None:
+    """Refuse a file whose folder is missing, before the work and not after it.
+
+    Raises:
+        OutputError: the folder does not exist.
+    """
+    from ..errors import OutputError
+
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot be written: the folder {path.parent} does not exist", path=path)
+
+
 @contextmanager
 def progress_bar(title: str, *, quiet: bool = False) -> Iterator[Progress]:
     """A bar with the time left, on a terminal; nothing elsewhere.

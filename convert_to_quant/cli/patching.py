@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .calibration import tell
-from .output import note, say
+from .output import note, require_folder, say
 
 if TYPE_CHECKING:
     from ..calibrate_activation_scales import Calibration
@@ -37,7 +37,6 @@ def check_target(checkpoint: Checkpoint, args: argparse.Namespace) -> Path | Non
         OptionError: in place, and yet another output was named.
     """
     from ..checkpoint import refuse_same_file
-    from ..errors import OutputError
     from ..patch import check_in_place
 
     output = Path(args.output) if args.output is not None else None
@@ -47,8 +46,7 @@ def check_target(checkpoint: Checkpoint, args: argparse.Namespace) -> Path | Non
     if output is None:
         return None
     refuse_same_file(output, [checkpoint.path], hint="name another output, or add --in-place")
-    if not output.parent.is_dir():
-        raise OutputError(f"cannot be written: the folder {output.parent} does not exist", path=output)
+    require_folder(output)
     return output
 
 

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError, OutputError
+from .output import require_folder
 
 if TYPE_CHECKING:
     from ..engines.noise import Geometry
@@ -78,5 +79,4 @@ def check_report(place: str | None, others: dict[str, Any]) -> None:
     for name, other in others.items():
         if other is not None and Path(other).resolve() == report.resolve():
             raise OutputError(f"--json and {name} are the same file", path=report)
-    if not report.parent.is_dir():
-        raise OutputError(f"cannot be written: the folder {report.parent} does not exist", path=report)
+    require_folder(report)

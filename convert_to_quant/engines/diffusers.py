@@ -203,7 +203,7 @@ def watched(
     table = denoiser.plan.table
     if layers is None:
         layers = list(table.quantized) or [name for name in table.plain if name in denoiser.layers]
-    known = {layer.name: (layer.out_features, layer.in_features) for layer in table.linear()}
+    known = table.shapes()
     unknown = [name for name in layers if name not in known]
     if unknown:
         raise CalibrationError(f"{len(unknown)} layers do not exist in the checkpoint", tensor=unknown[0])

@@ -175,7 +175,7 @@ class StoredWeight:
         if layer.weight_scale is None:
             return codes_OI, None
         scales = self.checkpoint.float32(layer.weight_scale)
-        grid = scales.reshape(scale_grid((layer.out_features, layer.in_features), layer.block))
+        grid = scales.reshape(scale_grid(layer.shape, layer.block))
         per_row = grid[np.arange(rows.start, rows.stop) // layer.block[0]]
         return codes_OI, torch.from_numpy(per_row).to(self.device)
 
