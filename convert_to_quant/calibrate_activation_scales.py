@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from . import convert, lora, names
+from . import convert, lora, naming
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .engines import layer as layer_engine
 from .errors import OptionError, OutputError, StrPath, TensorError, UnsupportedModelError
@@ -403,12 +403,12 @@ def apply_statistics(
 
     Args:
         checkpoint: what will be patched.
-        statistics: of this model, from `observe` or from the recorder.
+        statistics: of this model, from `observe` or from the recorder, in any spelling of its names; see `naming`.
         options: how scales are chosen.
         force: use the layers that match where others do not.
 
     Returns:
-        The calibration; nothing is written.
+        The calibration of the diffusion model's layers; nothing is written.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or has no FP8 layers.
@@ -417,14 +417,17 @@ def apply_statistics(
     """
     options = options or SolveOptions()
     table = _quantized_table(checkpoint)
-    present = _present(checkpoint, table)
-    statistics = _with_prefix_of(statistics, table)
-    fitting = statistics.for_layers({name: state.shape for name, state in present.items()}, force=force)
+    fitting = naming.for_checkpoint(statistics, table, force=force)
+    present = {name: state for name, state in _present(checkpoint, table).items() if name.startswith(table.prefix)}
+    others = len(table.quantized) - len(present)
+    missing = set(fitting.left_out)
     moving = set(fitting.provenance.get("depends_on_conditioning", ()))
     results = [_with_conditioning(result, result.layer in moving) for result in solve(fitting, present, options)]
-    notes = list(table.notes) + _conditioning_notes(moving & present.keys())
-    notes += [f"{name}: not in these statistics: keeps its scale" for name in fitting.left_out if name in present]
-    notes += [f"{result.layer}: {result.reason}" for result in results if not result.range]
+    notes = list(table.notes) + _conditioning_notes(moving)
+    if others:
+        notes.append(f"left alone: {others} FP8 layers beside the diffusion model, whose input scales nothing reads")
+    notes += [f"{name}: not in these statistics: keeps its scale" for name in present if name in missing]
+    notes += [f"{r.layer}: {r.reason}" for r in results if not r.range and r.layer not in missing]
     return Calibration("statistics", results, options, notes, statistics=fitting)
 
 
@@ -436,20 +439,6 @@ def _conditioning_notes(layers: Collection[str]) -> list[str]:
         f"calibrated on noise: the ranges of {len(layers)} layers depend on the conditioning, which noise only "
         f"imitates (first: {min(layers)})"
     ]
-
-
-def _with_prefix_of(statistics: Statistics, table: LayerTable) -> Statistics:
-    """Statistics of the same model in another file, whose names have another prefix, in this file's names."""
-    if any(name in statistics.layers for name in table.quantized):
-        return statistics
-    _, bare = names.strip_prefix(statistics.layers)
-    new = {old: table.prefix + bare.get(old, old) for old in statistics.layers}
-    if len(set(new.values())) < len(new):
-        return statistics
-    facts = dict(statistics.provenance)
-    if "depends_on_conditioning" in facts:
-        facts["depends_on_conditioning"] = tuple(new.get(name, name) for name in facts["depends_on_conditioning"])
-    return statistics.replace(layers={new[old]: shape for old, shape in statistics.layers.items()}, provenance=facts)
 
 
 def _with_conditioning(result: LayerResult, depends: bool) -> LayerResult:

@@ -307,7 +307,7 @@ class Statistics:
             raise StatisticsError(
                 f"made for another model: {share} layers differ in name or shape: {_listing(rest)}",
                 path=self.path,
-                hint="--force uses the layers that match",
+                hint="--force uses the layers that match (in ComfyUI: allow_partial)",
             )
         if layers and not matching:
             raise StatisticsError(

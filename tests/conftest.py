@@ -121,3 +121,19 @@ def save_shards(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return save_shards
+
+
+@pytest.fixture
+def statistics() -> Callable[..., Any]:
+    """statistics({layer: shape}, absmax): what layers saw that received one row of ±absmax · number of the layer."""
+    import torch
+
+    from convert_to_quant.recorder import Recording
+
+    def make(shapes: Mapping[str, tuple[int, int]], absmax: float = 1.0, rows: int = 4) -> Any:
+        recording = Recording(shapes, {name: [name] for name in shapes})
+        for number, (_, in_features) in enumerate(shapes.values()):
+            recording.observe(number, torch.full((1, rows, in_features), absmax * (number + 1)))
+        return recording.statistics(samples=1, engine="a test")
+
+    return make

@@ -21,12 +21,10 @@ from typing import Any
 
 from ..calibrate_activation_scales import Calibration, apply_statistics, patch_model_with_scales
 from ..checkpoint import open_checkpoint
-from ..errors import Error, OptionError, StatisticsError
-from ..layers import find_layers
+from ..errors import Error, OptionError
 from ..solve import METHODS, SolveOptions
 from ..stats import Statistics
 from . import folders
-from .naming import for_checkpoint
 from .recording import Recorder
 
 CATEGORY = "convert_to_quant"
@@ -298,42 +296,28 @@ class CalibrateFP8Checkpoint:
         )
         show_text(unique_id, f"calibrating {choice.path.name}")
         with open_checkpoint(choice.path) as opened:
-            fitting, missing = for_checkpoint(statistics, find_layers(opened))
-            if missing and not (allow_partial and fitting.layers):
-                raise StatisticsError(
-                    f"{len(missing)} FP8 layers were not recorded (first: {', '.join(missing[:3])})",
-                    path=choice.path,
-                    hint="record the model that this is the FP8 file of"
-                    + ("; allow_partial calibrates the others" if fitting.layers else ""),
-                )
-            calibration = apply_statistics(opened, fitting, options, force=True)
+            calibration = apply_statistics(opened, statistics, options, force=allow_partial)
             folders.make_parent(output)
             patch = patch_model_with_scales(opened, calibration, output)
-        text = report(calibration, patch.notes, missing)
+        text = report(calibration, patch.notes)
         file = output.relative_to(choice.root).as_posix()
         show_text(unique_id, f"{text.splitlines()[0]}\n{file}")
         return {"ui": {"text": [f"{file}\n{text}"]}, "result": (file, text)}
 
 
-def report(calibration: Calibration, notes: list[str], missing: tuple[str, ...]) -> str:
+def report(calibration: Calibration, notes: list[str]) -> str:
     """What a calibration did: a line of numbers, then what a user should know.
 
     Args:
         calibration: what was solved.
         notes: of the patch.
-        missing: FP8 layers that were not recorded.
     """
-    seen = calibration.statistics.layers if calibration.statistics is not None else {}
-    silent = {
-        result.layer for result in calibration.results if result.layer not in seen
-    }  # said below, or text encoders
     scales = calibration.scales.values()
-    full = sum(result.full_precision_after for result in calibration.results if result.layer in seen)
-    lines = [f"calibrated {len(scales)} of {len(seen) + len(missing)} FP8 layers, {full} in full precision"]
+    full = sum(result.full_precision_after for result in calibration.results)
+    lines = [f"calibrated {len(scales)} of {len(calibration.results)} FP8 layers, {full} in full precision"]
     if scales:
         lines[0] += f", scales {min(scales):.3g} to {max(scales):.3g}"
-    lines += [f"not recorded, keeps its scale: {name}" for name in missing]
-    lines += [note for note in (*calibration.notes, *notes) if note.partition(": ")[0] not in silent]
+    lines += [*calibration.notes, *notes]
     if len(lines) > _SHOWN_NOTES:
         lines[_SHOWN_NOTES:] = [f"and {len(lines) - _SHOWN_NOTES} more notes"]
     return "\n".join(lines)

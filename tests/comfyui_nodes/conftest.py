@@ -207,17 +207,3 @@ def comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ComfyUI:
 def noise() -> Tensor:
     """[2 pictures, 5 tokens, 16]."""
     return torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def statistics() -> Callable[..., Any]:
-    """statistics({layer: shape}, absmax): what layers saw that received one row of ±absmax · number of the layer."""
-    from convert_to_quant.recorder import Recording
-
-    def make(shapes: Mapping[str, tuple[int, int]], absmax: float = 1.0, rows: int = 4) -> Any:
-        recording = Recording(shapes, {name: [name] for name in shapes})
-        for number, (_, in_features) in enumerate(shapes.values()):
-            recording.observe(number, torch.full((1, rows, in_features), absmax * (number + 1)))
-        return recording.statistics(samples=1, engine="a test")
-
-    return make

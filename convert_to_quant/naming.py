@@ -1,0 +1,80 @@
+"""Statistics by one file's layer names, put onto the layers of another file of the same model.
+
+Names are those of the model that ran. A checkpoint of the same model may have another prefix; may be named as its
+authors do where ComfyUI renames layers while it loads them (HunyuanVideo); or may be in diffusers' layout, which splits
+what ComfyUI fuses. The table that knows such spellings (`names`) is asked what part of which recorded layer a name in
+the file means. Parts of a fused layer share its input, so they share its statistics.
+
+Limits. The other way round, from recorded parts to a fused layer of the file, is not looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from . import names
+from .layers import LayerTable
+from .stats import COLUMNS, Shape, Statistics
+
+
+def for_checkpoint(statistics: Statistics, table: LayerTable, *, force: bool = False) -> Statistics:
+    """Statistics by the names and shapes of a checkpoint's FP8 layers.
+
+    Text encoders in the same file are left out: nothing reads their input scales.
+
+    Args:
+        statistics: by module names, or by the layer names of another file of the same model.
+        table: the checkpoint's layers.
+        force: take the layers that were found, and put the others into `left_out`, instead of raising.
+
+    Returns:
+        The statistics of the diffusion model's FP8 layers, in file order.
+
+    Raises:
+        StatisticsError: some layers were not found, and the message names them; with `force`, none was.
+    """
+    wanted = {name: layer.shape for name, layer in table.quantized.items() if name.startswith(table.prefix)}
+    return respell(statistics, wanted, table.prefix).for_layers(wanted, force)
+
+
+def respell(statistics: Statistics, layers: Mapping[str, Shape], prefix: str = "") -> Statistics:
+    """The statistics of those of these layers that were recorded under any spelling that is known.
+
+    Args:
+        statistics: of the same model.
+        layers: name in a file -> [out, in].
+        prefix: of the diffusion model in that file; every name carries it.
+
+    Returns:
+        Statistics by the names given, in their order.
+    """
+    _, bare = names.strip_prefix(statistics.layers)
+    recorded = {name: original for original, name in bare.items()}
+    wanted = {name.removeprefix(prefix): name for name in layers}
+    targets = {name: names.Target(name) for name in wanted if name in recorded}
+    if len(targets) < len(wanted):
+        shapes = {name: statistics.layers[original] for name, original in recorded.items()}
+        targets = {**names.diffusers_targets(shapes), **targets}
+    sources = {
+        layers_name: recorded[targets[name].layer]
+        for name, layers_name in wanted.items()
+        if name in targets and _shape(statistics, recorded[targets[name].layer], targets[name]) == layers[layers_name]
+    }
+    facts = dict(statistics.provenance)
+    if "depends_on_conditioning" in facts:
+        moving = set(facts["depends_on_conditioning"])
+        facts["depends_on_conditioning"] = tuple(sorted(name for name, source in sources.items() if source in moving))
+    numbers = [statistics.index(source) for source in sources.values()]
+    return statistics.replace(
+        layers={name: layers[name] for name in sources},
+        provenance=facts,
+        **{column: getattr(statistics, column)[numbers] for column in COLUMNS},
+    )
+
+
+def _shape(statistics: Statistics, layer: str, target: names.Target) -> Shape:
+    """[out, in] of the part of a recorded layer."""
+    out_features, in_features = statistics.layers[layer]
+    if target.rows is not None:
+        out_features = target.rows[1] - target.rows[0]
+    return out_features, in_features

@@ -1,0 +1,115 @@
+"""Recorded layers find their places in files that spell them otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.calibrate_activation_scales import apply_statistics
+from convert_to_quant.errors import StatisticsError
+from convert_to_quant.layers import find_layers, input_scale
+from convert_to_quant.naming import for_checkpoint, respell
+
+QKV, MLP = "double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0"
+RECORDED = {QKV: (48, 16), MLP: (64, 16), "final_layer.linear": (16, 16)}
+SPELLINGS = {
+    "its own": {QKV: (48, 16), MLP: (64, 16)},
+    "prefixed": {f"model.diffusion_model.{QKV}": (48, 16), f"model.diffusion_model.{MLP}": (64, 16)},
+    "HunyuanVideo": {"double_blocks.0.img_attn_qkv": (48, 16), "double_blocks.0.img_mlp.fc1": (64, 16)},
+    "diffusers": {
+        **{f"transformer_blocks.0.attn.to_{part}": (16, 16) for part in "qkv"},
+        "transformer_blocks.0.ff.net.0.proj": (64, 16),
+    },
+}
+
+
+@pytest.fixture
+def file(save: Callable[..., Path], build: Any) -> Callable[..., Path]:
+    """file({layer: shape}): an FP8 file."""
+
+    def make(shapes: dict[str, tuple[int, int]]) -> Path:
+        tensors: dict[str, Any] = {}
+        for name, shape in shapes.items():
+            tensors |= build.quantized([name], "tensor", shape=shape)[0]
+        return save("fp8.safetensors", tensors)
+
+    return make
+
+
+@pytest.fixture
+def table(file: Callable[..., Path]) -> Callable[..., Any]:
+    """table({layer: shape}): the layers of an FP8 file."""
+
+    def make(shapes: dict[str, tuple[int, int]]) -> Any:
+        with open_checkpoint(file(shapes)) as checkpoint:
+            return find_layers(checkpoint)
+
+    return make
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_finds_its_layers(
+    statistics: Callable[..., Any], table: Callable[..., Any], spelling: str
+) -> None:
+    shapes = SPELLINGS[spelling]
+    recorded = statistics(RECORDED).with_facts(depends_on_conditioning=[MLP])
+
+    found = for_checkpoint(recorded, table(shapes))
+
+    assert (dict(found.layers), found.left_out) == (shapes, ())
+    *attention, mlp = found.names
+    assert {float(found.absmax[found.index(name)]) for name in attention} == {1.0}
+    assert found.absmax[found.index(mlp)] == 2.0
+    assert found.provenance["depends_on_conditioning"] == (mlp,)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_calibration_puts_ranges_onto_every_spelling(
+    statistics: Callable[..., Any], file: Callable[..., Path], spelling: str
+) -> None:
+    with open_checkpoint(file(SPELLINGS[spelling])) as checkpoint:
+        calibration = apply_statistics(checkpoint, statistics(RECORDED, 448.0))
+    *attention, mlp = SPELLINGS[spelling]
+    assert calibration.scales == {**dict.fromkeys(attention, 1.0), mlp: 2.0}
+    assert calibration.notes == []
+
+
+def test_layers_that_were_not_recorded_are_named(statistics: Callable[..., Any], table: Callable[..., Any]) -> None:
+    other = "double_blocks.1.img_mlp.0"
+    partial = table({QKV: (48, 16), MLP: (32, 16), other: (64, 16)})
+
+    with pytest.raises(StatisticsError, match=rf"2 of 3 layers differ in name or shape: {MLP}, {other} \(--force"):
+        for_checkpoint(statistics(RECORDED), partial)
+    found = for_checkpoint(statistics(RECORDED), partial, force=True)
+    assert (found.names, found.left_out) == ((QKV,), (MLP, other))
+    with pytest.raises(StatisticsError, match="no layer matches"):
+        for_checkpoint(statistics({"other": (4, 4)}), partial, force=True)
+
+
+def test_text_encoders_in_the_same_file_are_left_alone(
+    statistics: Callable[..., Any], file: Callable[..., Path]
+) -> None:
+    layer, encoder = f"model.diffusion_model.{QKV}", "text_encoders.t5.layer.0"
+    with open_checkpoint(file({layer: (48, 16), encoder: (16, 16)})) as checkpoint:
+        calibration = apply_statistics(checkpoint, statistics(RECORDED))
+        assert input_scale(checkpoint, find_layers(checkpoint).quantized[encoder]) == 1.0
+    assert [result.layer for result in calibration.results] == [layer]
+    assert calibration.notes == [
+        "left alone: 1 FP8 layers beside the diffusion model, whose input scales nothing reads"
+    ]
+
+
+def test_statistics_of_a_prefixed_file_fit_a_bare_one(
+    statistics: Callable[..., Any], table: Callable[..., Any]
+) -> None:
+    recorded = statistics({f"model.diffusion_model.{name}": shape for name, shape in RECORDED.items()})
+    assert len(for_checkpoint(recorded, table(SPELLINGS["diffusers"])).layers) == 4
+
+
+def test_recorded_layers_get_the_names_of_any_file(statistics: Callable[..., Any]) -> None:
+    shapes = {f"net.{name}": shape for name, shape in SPELLINGS["diffusers"].items()}
+    assert dict(respell(statistics(RECORDED), {**shapes, "net.other": (1, 1)}, "net.").layers) == shapes
