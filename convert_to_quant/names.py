@@ -15,8 +15,8 @@ is measured from the layer's own shape [out, in], never from a constant, so any 
     kv       [2 k, in]        two halves
     shift, scale [2 in, in]   diffusers stores scale, shift; a layer of any other shape is taken as it is
 
-The diffusers names follow its own converters (`diffusers/loaders/single_file_utils.py`), and the tests hold them to
-those; the LoRA names follow what trainers write and what ComfyUI reads.
+The diffusers names follow its own converters (`diffusers/loaders/single_file_utils.py`; ComfyUI's for PixArt, which it
+has none for), and the tests hold them to those; the LoRA names follow what trainers write and what ComfyUI reads.
 
 Limits. All rules are tried on all layers: a family is recognized by its layer names alone, and a name that fits nothing
 has no other spelling. Only 2-D linear layers matter here; norms, tables and convolutions have no entry.
@@ -444,6 +444,86 @@ LTX = _under(
     ("av_ca_v2a_gate_adaln_single.**", "av_cross_attn_audio_v2a_gate.**"),
 )
 
+# AuraFlow's blocks of two streams count 2 for the picture and 1 for the text; its other blocks have only 1.
+AURAFLOW = (
+    *_under(
+        "double_layers.*.",
+        "joint_transformer_blocks.*.",
+        *(
+            (f"attn.w{number}{part}", f"attn.{module}")
+            for number, modules in (
+                (2, ("to_q", "to_k", "to_v", "to_out.0")),
+                (1, ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+            )
+            for part, module in zip("qkvo", modules, strict=True)
+        ),
+        *(
+            (f"{ours}.{layer}", f"{theirs}.{module}")
+            for ours, theirs in (("mlpX", "ff"), ("mlpC", "ff_context"))
+            for layer, module in (("c_fc1", "linear_1"), ("c_fc2", "linear_2"), ("c_proj", "out_projection"))
+        ),
+        ("modX.1", "norm1.linear"),
+        ("modC.1", "norm1_context.linear"),
+    ),
+    *_under(
+        "single_layers.*.",
+        "single_transformer_blocks.*.",
+        ("attn.w1q", "attn.to_q"),
+        ("attn.w1k", "attn.to_k"),
+        ("attn.w1v", "attn.to_v"),
+        ("attn.w1o", "attn.to_out.0"),
+        ("mlp.c_fc1", "ff.linear_1"),
+        ("mlp.c_fc2", "ff.linear_2"),
+        ("mlp.c_proj", "ff.out_projection"),
+        ("modCX.1", "norm1.linear"),
+    ),
+    *_under(
+        "",
+        "",
+        ("init_x_linear", "pos_embed.proj"),
+        ("cond_seq_linear", "context_embedder"),
+        ("t_embedder.mlp.0", "time_step_proj.linear_1"),
+        ("t_embedder.mlp.2", "time_step_proj.linear_2"),
+        ("final_linear", "proj_out"),
+        ("modF.1", "norm_out.linear", SHIFT_SCALE),
+    ),
+)
+
+PIXART = (
+    *_under(
+        "blocks.*.",
+        "transformer_blocks.*.",
+        ("attn.qkv", "attn1.to_q", Q),
+        ("attn.qkv", "attn1.to_k", K),
+        ("attn.qkv", "attn1.to_v", V),
+        ("attn.proj", "attn1.to_out.0"),
+        ("cross_attn.q_linear", "attn2.to_q"),
+        ("cross_attn.kv_linear", "attn2.to_k", Part("kv", 0, 1)),
+        ("cross_attn.kv_linear", "attn2.to_v", Part("kv", 1, 2)),
+        ("cross_attn.proj", "attn2.to_out.0"),
+        ("mlp.fc1", "ff.net.0.proj"),
+        ("mlp.fc2", "ff.net.2"),
+    ),
+    *(
+        rule
+        for ours, theirs in (("t", "timestep"), ("csize", "resolution"), ("ar", "aspect_ratio"))
+        for rule in _under(
+            f"{ours}_embedder.mlp.",
+            f"adaln_single.emb.{theirs}_embedder.",
+            ("0", "linear_1"),
+            ("2", "linear_2"),
+        )
+    ),
+    *_under(
+        "",
+        "",
+        ("t_block.1", "adaln_single.linear"),
+        ("y_embedder.y_proj.fc1", "caption_projection.linear_1"),
+        ("y_embedder.y_proj.fc2", "caption_projection.linear_2"),
+        ("final_layer.linear", "proj_out"),
+    ),
+)
+
 # Stable Diffusion 1 to XL: both sides count the U-Net's blocks, the authors in one row, diffusers by level with two
 # blocks each on the way down and three on the way up.
 UNET = (
@@ -479,6 +559,8 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     "lumina_2": LUMINA_2,
     "z_image": Z_IMAGE,
     "ltx": LTX,
+    "auraflow": AURAFLOW,
+    "pixart": PIXART,
     "unet": UNET,
 }
 """diffusers' module names, by model family. Qwen-Image needs no rules: its checkpoints use diffusers' names."""

@@ -228,6 +228,30 @@ LTX_2: Layers = {
     "av_ca_v2a_gate_adaln_single.linear": (32, 32),
 }
 
+
+def auraflow(hidden: int) -> Layers:
+    layers: Layers = {
+        "init_x_linear": (hidden, 16),
+        "cond_seq_linear": (hidden, 24),
+        "t_embedder.mlp.0": (hidden, 32),
+        "t_embedder.mlp.2": (hidden, hidden),
+        "modF.1": (2 * hidden, hidden),
+        "final_linear": (16, hidden),
+    }
+    for root, streams, attentions in (
+        ("double_layers.0.", (("mlpX", "modX"), ("mlpC", "modC")), (1, 2)),
+        ("double_layers.1.", (("mlpX", "modX"), ("mlpC", "modC")), (1, 2)),
+        ("single_layers.0.", (("mlp", "modCX"),), (1,)),
+    ):
+        for part in "qkvo":
+            layers |= {f"{root}attn.w{number}{part}": (hidden, hidden) for number in attentions}
+        for mlp, modulation in streams:
+            layers |= {f"{root}{mlp}.{layer}": (4 * hidden, hidden) for layer in ("c_fc1", "c_fc2")}
+            layers[f"{root}{mlp}.c_proj"] = (hidden, 4 * hidden)
+            layers[f"{root}{modulation}.1"] = (6 * hidden, hidden)
+    return layers
+
+
 # (converter in diffusers, layers); the hidden sizes 3072 and 2304 are constants in the converters, not in our tables.
 CONVERTED: dict[str, tuple[str, Layers]] = {
     "flux.1": ("convert_flux_transformer_checkpoint_to_diffusers", flux_like(3072)),
@@ -240,6 +264,7 @@ CONVERTED: dict[str, tuple[str, Layers]] = {
     "z_image": ("convert_z_image_transformer_checkpoint_to_diffusers", lumina(48, 48, "adaLN_modulation.0", 48)),
     "ltx": ("convert_ltx_transformer_checkpoint_to_diffusers", LTX),
     "ltx_2": ("convert_ltx2_transformer_to_diffusers", LTX_2),
+    "auraflow": ("convert_auraflow_transformer_checkpoint_to_diffusers", auraflow(48)),
 }
 
 

@@ -344,14 +344,17 @@ def renamed(layers: list[str]) -> dict[str, Any]:
 
 
 def diffusers_names(function: str, config: Mapping[str, int]) -> dict[str, Any]:
-    """Where ComfyUI puts the layers of a file in diffusers' layout: {name in the file: its own}."""
+    """Where ComfyUI puts the layers of a file in diffusers' layout: {name in the file: [its own, first row, row after
+    the last]}, without rows where it is the whole layer."""
     import comfy.utils
 
-    found = {}
+    found: dict[str, Any] = {}
     for name, place in getattr(comfy.utils, function)(dict(config)).items():
-        target = place if isinstance(place, str) else place[0]
+        target, part = (place, None) if isinstance(place, str) else place[:2]
         if name.endswith(".weight") and target.endswith(".weight"):
-            found[name.removesuffix(".weight")] = target.removesuffix(".weight")
+            _, start, count = part or (0, None, None)
+            rows = [] if part is None else [start, start + count]
+            found[name.removesuffix(".weight")] = [target.removesuffix(".weight"), *rows]
     return found
 
 
