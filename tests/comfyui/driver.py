@@ -352,8 +352,7 @@ def diffusers_names(function: str, config: Mapping[str, int]) -> dict[str, Any]:
     for name, place in getattr(comfy.utils, function)(dict(config)).items():
         target, part = (place, None) if isinstance(place, str) else place[:2]
         if name.endswith(".weight") and target.endswith(".weight"):
-            _, start, count = part or (0, None, None)
-            rows = [] if part is None else [start, start + count]
+            rows = [] if part is None else [part[1], part[1] + part[2]]
             found[name.removesuffix(".weight")] = [target.removesuffix(".weight"), *rows]
     return found
 
