@@ -241,7 +241,7 @@ def solve(
         np.float64,
     )
     errors = [expected_errors(chosen, values) for values in (before, after)]
-    lost = chosen.rows_below(after * LOST_ROW)
+    lost = lost_rows(chosen, after)
     row_errors = dict(zip(seen, _expected_row_errors(chosen, after, errors[1]).tolist(), strict=True))
     results = []
     numbers = {name: number for number, name in enumerate(seen)}
@@ -279,6 +279,19 @@ def solve(
             result = _precision(result, bool(chosen.one_row[number]), options)
         results.append(result)
     return _spend_budget(results, row_errors, options)
+
+
+def lost_rows(statistics: Statistics, scales: Float) -> Float:
+    """Share of each layer's rows that are lost at a scale: not all zeros, but under 2⁻⁴ of it.
+
+    Args:
+        statistics: of L layers.
+        scales: [L], ≥ 0. Nothing lies under a scale of 0.
+
+    Returns:
+        [L], in [0, 1].
+    """
+    return statistics.rows_below(scales * LOST_ROW)
 
 
 def _unchanged(name: str, state: Present, reason: str) -> LayerResult:

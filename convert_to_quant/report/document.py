@@ -1,0 +1,355 @@
+"""What a report holds: plain values, and the JSON document that the page and other programs read.
+
+A report has one side, or two that are compared. A layer has one place in it, whichever sides know it. On each side it
+has a state before (the file as it is) and after (what solving chose): scale, precision, and what quantizing its inputs
+with them is expected to cost.
+
+Risks. `RISKS` says what each means. A layer whose inputs are never quantized is at no risk. Of the others:
+
+    no scale    the scale is 0, so every input is divided by 0.
+    clips,      the expected signal-to-noise ratio of its inputs is under `WORST_ROUNDING_DB`. Rounding alone never gets
+    vanishes,   that low: within E4M3's normal range, 2⁻⁶ to 464 times the scale, an error is at most 1/17 of its value
+    coarse      (a value on the middle between 1 and 1.125), so the ratio of any distribution in there is at least
+                20 log10(17) = 24.6 dB. So something lies outside: it *clips* if the largest input exceeds 464 times the
+                scale (464 is where rounding to 448 ends, 480 being the next that a wider format would have); else it
+                *vanishes* if most values that are not zero become zero; else it is *coarse*, spread over the few
+                codes below the normal range.
+    rows lost   more rows (tokens) than `SolveOptions.row_loss_limit` lie wholly under 2⁻⁴ of the scale (`solve`).
+                The ratio over all values hides them.
+
+So a few values clipped at no cost are no risk; their share is told all the same.
+
+Densities. Shares of values in cells of a quarter octave of |x|, values taken as uniform within a bin of the histogram.
+A share is one byte, 0 for none, else 1 + 254 · (log10(share) + 8) / 8. What lies beyond the axis is in its last cells.
+The document holds a density without the empty cells on both sides: [number of the first cell, bytes in base64].
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import __version__
+from ..fp8 import E4M3FN
+from ..kernels import SIGMA_BINS
+
+FORMAT = 1
+"""Version of the document."""
+
+Risk = Literal["", "no scale", "clips", "vanishes", "rows lost", "coarse"]
+Level = Literal["good", "warning", "bad"]
+
+RISKS: Mapping[Risk, str] = {
+    "no scale": "its scale is 0, which makes every input infinite or NaN",
+    "clips": "inputs beyond 448 times the scale are cut off",
+    "vanishes": "most inputs are too small for the scale and become 0",
+    "rows lost": "loud tokens set the scale, and the others drown under its smallest steps",
+    "coarse": "inputs lie among the smallest steps of the scale, where few codes are left",
+}
+"""What each risk means, the worst first."""
+
+LARGEST_ROUNDED = 464.0
+"""|x| / scale up to here becomes 448 by rounding; beyond it is cut off."""
+
+WORST_ROUNDING_DB = 20 * math.log10(17)
+"""Signal to noise of E4M3 in its normal range is at least this, whatever the distribution."""
+
+AXIS_LOW, AXIS_HIGH, CELLS_PER_OCTAVE = -32, 24, 4
+"""The axis of densities, log2 |x|."""
+CELLS = (AXIS_HIGH - AXIS_LOW) * CELLS_PER_OCTAVE
+
+DENSITY_DECADES = 8
+"""Shares from 10⁻⁸ to 1 are told apart."""
+
+SIGMA_EDGES = tuple(1 - number / SIGMA_BINS for number in range(SIGMA_BINS + 1))
+"""Edges of the noise levels, from noise to picture; bin i is (SIGMA_EDGES[i + 1], SIGMA_EDGES[i]]."""
+
+Density = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class State:
+    """A layer with one scale, and what quantizing its inputs with it is expected to cost.
+
+    Attributes:
+        scale: its input scale.
+        full_precision: whether its inputs stay as they are.
+        sqnr_db: signal to quantization noise of the inputs; None where nothing but zeros was seen, or nothing.
+        clipped: share of values beyond 448 times the scale.
+        vanished: share of all values that are not zero and become it.
+        rows_lost: share of rows under 2⁻⁴ of the scale.
+        risk: a key of `RISKS`, or "".
+
+    The costs are those of FP8 also where `full_precision` avoids them.
+    """
+
+    scale: float
+    full_precision: bool
+    sqnr_db: float | None = None
+    clipped: float | None = None
+    vanished: float | None = None
+    rows_lost: float | None = None
+    risk: Risk = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {
+            "scale": _number(self.scale, 9),
+            "full_precision": self.full_precision,
+            "sqnr_db": _number(self.sqnr_db),
+            "clipped": _number(self.clipped),
+            "vanished": _number(self.vanished),
+            "rows_lost": _number(self.rows_lost),
+            "risk": self.risk,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Figures:
+    """What one side knows of a layer.
+
+    Attributes:
+        before, after: as the file is, and as solving chose.
+        source: "model" where its inputs were seen, "none" where they were not.
+        reason: why scale or precision after is what it is.
+        cause: what moved it to full precision; see `solve.LayerResult`.
+        unused: why no reader uses its input scale; "" where one does.
+        conditioning_dependent: its range moves with the made-up conditioning of a run on noise.
+        rows, rows_per_sample, calls: as in `Statistics`.
+        multiply_adds: out × in × rows.
+        zeros: share of values that are 0.
+        absmax, rms, median, p999: of |x|; None where nothing was seen.
+        density, row_density: see the module's docstring, uint8 [CELLS]; of each value's |x|, and of each row's absmax.
+        sigma_absmax, sigma_rms: per noise level, from noise to picture; None where nothing was seen.
+    """
+
+    before: State
+    after: State
+    source: str = "none"
+    reason: str = ""
+    cause: str = ""
+    unused: str = ""
+    conditioning_dependent: bool = False
+    rows: int = 0
+    rows_per_sample: int = 0
+    calls: int = 0
+    multiply_adds: int = 0
+    zeros: float | None = None
+    absmax: float | None = None
+    rms: float | None = None
+    median: float | None = None
+    p999: float | None = None
+    density: Density | None = None
+    row_density: Density | None = None
+    sigma_absmax: tuple[float | None, ...] = (None,) * SIGMA_BINS
+    sigma_rms: tuple[float | None, ...] = (None,) * SIGMA_BINS
+
+    @property
+    def changed(self) -> bool:
+        """Whether the file would change for this layer."""
+        before, after = self.before, self.after
+        return (before.scale, before.full_precision) != (after.scale, after.full_precision)
+
+    @property
+    def seen(self) -> bool:
+        """Whether its inputs were seen, and were not all zero."""
+        return bool(self.absmax)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {
+            "rows": self.rows,
+            "rows_per_sample": self.rows_per_sample,
+            "calls": self.calls,
+            "multiply_adds": self.multiply_adds,
+            "zeros": _number(self.zeros),
+            "absmax": _number(self.absmax),
+            "rms": _number(self.rms),
+            "median": _number(self.median),
+            "p999": _number(self.p999),
+            "density": _cells(self.density),
+            "row_density": _cells(self.row_density),
+            "sigma_absmax": [_number(value) for value in self.sigma_absmax],
+            "sigma_rms": [_number(value) for value in self.sigma_rms],
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+            "changed": self.changed,
+            "cause": self.cause,
+            "reason": self.reason,
+            "source": self.source,
+            "unused": self.unused,
+            "conditioning_dependent": self.conditioning_dependent,
+        }
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's place in the report.
+
+    Attributes:
+        name: as the first side that has it spells it.
+        shape: (out, in).
+        sides: what each side knows of it; None where a side does not have it.
+        crossed: the first side's new scale and precision on the second side's inputs; None where both sides have the
+            same statistics, or one has none of this layer.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sides: tuple[Figures | None, ...]
+    crossed: State | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """Where the figures of a side come from.
+
+    Attributes:
+        label: a short name for it.
+        statistics: names of the statistics files.
+        model: name of the checkpoint.
+        family: what the checkpoint is.
+        samples: pictures that were observed.
+        engine, conditioning: how, where that is known.
+        provenance: all that the statistics say of themselves.
+        options: how scales were chosen.
+        notes: what a user should know, one sentence each.
+    """
+
+    label: str
+    statistics: tuple[str, ...] = ()
+    model: str | None = None
+    family: str | None = None
+    samples: int = 0
+    engine: str | None = None
+    conditioning: str | None = None
+    provenance: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether there is something to choose scales from."""
+        return bool(self.statistics)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return _plain(asdict(self))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What it all means.
+
+    Attributes:
+        level: "bad" where a layer is at risk, "warning" where something else should be known, else "good".
+        headline: one sentence.
+        points: further sentences, the most important first.
+    """
+
+    level: Level
+    headline: str
+    points: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A layer that the report has no row for, and why."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All figures, and what they mean.
+
+    Attributes:
+        title: what it is about.
+        sides: one, or two.
+        layers: in the natural order of their names: block 2 before block 10.
+        verdict: what it means.
+        left_alone: layers of the files that have no row.
+        options: how the report was asked for.
+    """
+
+    title: str
+    sides: tuple[Side, ...]
+    layers: tuple[Layer, ...]
+    verdict: Verdict
+    left_alone: tuple[LeftAlone, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        """Everything as JSON values: the same report is the same document."""
+        return {
+            "format": FORMAT,
+            "version": __version__,
+            "options": _plain(self.options),
+            "title": self.title,
+            "sides": [side.to_json() for side in self.sides],
+            "verdict": _plain(asdict(self.verdict)),
+            "risks": dict(RISKS),
+            "fp8": {
+                "max": E4M3FN.max,
+                "smallest_normal": 2.0 ** (1 - E4M3FN.bias),
+                "smallest": E4M3FN.smallest_subnormal,
+            },
+            "axis": {"low": AXIS_LOW, "high": AXIS_HIGH, "per_octave": CELLS_PER_OCTAVE},
+            "sigma_edges": list(SIGMA_EDGES),
+            "layers": [
+                {
+                    "name": layer.name,
+                    "shape": list(layer.shape),
+                    "sides": [None if figures is None else figures.to_json() for figures in layer.sides],
+                    "crossed": None if layer.crossed is None else layer.crossed.to_json(),
+                }
+                for layer in self.layers
+            ],
+            "left_alone": [asdict(left) for left in self.left_alone],
+        }
+
+
+def encode_shares(shares: NDArray[np.float64]) -> Density:
+    """Shares in [0, 1] as bytes; see the module's docstring.
+
+    >>> encode_shares(np.array([0.0, 1e-9, 1e-8, 1e-4, 1.0])).tolist()
+    [0, 1, 1, 128, 255]
+    """
+    logarithms = np.log10(np.maximum(shares, 10.0**-DENSITY_DECADES))
+    levels = 1 + np.rint(254 * (logarithms + DENSITY_DECADES) / DENSITY_DECADES)
+    encoded: Density = np.where(shares > 0, np.minimum(levels, 255), 0).astype(np.uint8)
+    return encoded
+
+
+def decode_shares(density: Density) -> NDArray[np.float64]:
+    """What `encode_shares` encoded, to within a factor of 10^(±4/254)."""
+    shares: NDArray[np.float64] = 10.0 ** ((density.astype(np.float64) - 1) * DENSITY_DECADES / 254 - DENSITY_DECADES)
+    return np.where(density == 0, 0.0, shares)
+
+
+def _plain(value: Any) -> Any:
+    """The same with lists for tuples, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _number(value: float | None, digits: int = 4) -> float | None:
+    """A number with as many digits as it is worth; what is not finite has no place in JSON."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
+
+
+def _cells(density: Density | None) -> list[int | str] | None:
+    """The occupied part of a density: the number of its first cell, and its bytes in base64."""
+    if density is None or not density.any():
+        return None
+    occupied = np.flatnonzero(density)
+    first, last = int(occupied[0]), int(occupied[-1])
+    return [first, base64.b64encode(density[first : last + 1].tobytes()).decode("ascii")]

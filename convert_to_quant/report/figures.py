@@ -1,0 +1,436 @@
+"""Every layer's figures, from what was observed: on one side, or on two that are compared.
+
+    build(Source(statistics))                     all layers that were observed; present scales are 1.0
+    build(Source(statistics, "fp8.safetensors"))  the FP8 layers of a checkpoint, as they are and calibrated
+    build(Source(model="a.safetensors"), Source(model="b.safetensors"))
+                                                  two calibrations
+    build(Source(mine), Source(with_lora))        does a calibration on the first hold for the second?
+    build(Source(mine), Source(mine, options=SolveOptions(margin=2)))
+
+What is chosen is what `apply` would choose: `apply_statistics` and `solve` do it, and nothing here chooses. Without a
+checkpoint every layer's present scale is 1.0, which is what ComfyUI reads from an FP8 file without `input_scale`.
+
+Layers of two sides are the same where their names are, prefixes (`model.diffusion_model.`) apart.
+
+Limits. Figures come from histograms, values taken as uniform within a bin of 1/16 octave: shares near a threshold are
+off by at most the values of one bin. Costs are those of quantizing inputs, not of quantizing weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import names
+from ..calibrate_activation_scales import apply_statistics
+from ..checkpoint import open_checkpoint
+from ..errors import StatisticsError, StrPath, TensorError
+from ..inspection import READINGS, Inspection, LayerView, inspect_checkpoint
+from ..kernels import NONFINITE_BIN, SIGMA_BINS
+from ..layers import find_layers, input_scale
+from ..solve import LayerResult, Present, SolveOptions, expected_errors, lost_rows, solve
+from ..stats import BIN_EDGES, Statistics
+from . import document, verdict
+from .document import Density, Figures, Layer, LeftAlone, Report, Risk, Side, State
+
+Float = NDArray[np.float64]
+
+_UNREAD = frozenset({"dynamic", "text-encoder", "scale-dropped"})
+"""Readings of `inspection` in which no reader uses a layer's input scale."""
+
+_DIGITS = re.compile(r"(\d+)")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What one side of a report is made from: statistics, a checkpoint, or both.
+
+    Attributes:
+        statistics: what was observed.
+        model: an FP8 checkpoint.
+        options: how scales are chosen.
+        label: a short name; by default that of what tells the sides apart.
+        files: names of the files that the statistics come from; by default that of the one they were loaded from.
+    """
+
+    statistics: Statistics | None = None
+    model: StrPath | None = None
+    options: SolveOptions = field(default_factory=SolveOptions)
+    label: str | None = None
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    """One side, solved.
+
+    Attributes:
+        source: where it comes from.
+        results: one per layer that has figures, in file order.
+        shapes: layer name -> (out, in).
+        statistics: of those of them that were observed, by the same names.
+        unused: why no reader uses a layer's input scale, by name.
+        inspection: what the checkpoint is.
+        notes: what a user should know.
+        left_alone: layers without figures.
+    """
+
+    source: Source
+    results: Sequence[LayerResult]
+    shapes: Mapping[str, tuple[int, int]]
+    statistics: Statistics
+    unused: Mapping[str, str] = field(default_factory=dict)
+    inspection: Inspection | None = None
+    notes: Sequence[str] = ()
+    left_alone: Sequence[LeftAlone] = ()
+
+    @property
+    def bare(self) -> dict[str, str]:
+        """Name without prefix -> name, of every layer that has figures."""
+        return {bare: name for name, bare in names.strip_prefix(self.shapes)[1].items()}
+
+
+def build(*sources: Source, force: bool = False, options: Mapping[str, Any] | None = None) -> Report:
+    """Make a report of one side, or of two that are compared.
+
+    Args:
+        *sources: one or two.
+        force: use the layers of statistics that match a checkpoint where others do not.
+        options: how the report was asked for, as JSON values; kept in it.
+
+    Returns:
+        The report.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read, or has no FP8 layers.
+        StatisticsError: statistics were made for another model than the checkpoint, or the sides share no layer.
+        CalibrationError: a layer saw NaN or infinite inputs.
+    """
+    assert 1 <= len(sources) <= 2, "a report has one side or two"
+    solved = [_solve(source, force=force) for source in sources]
+    figures = [_figures(side) for side in solved]
+    keys = sorted(dict.fromkeys(bare for side in solved for bare in side.bare), key=_natural)
+    crossed = _crossed(*solved) if len(solved) == 2 else {}
+    if len(solved) == 2 and not solved[0].bare.keys() & solved[1].bare.keys():
+        raise StatisticsError(
+            f"nothing to compare: {_what(sources[0])} and {_what(sources[1])} have no layer in common",
+            hint="compare two files of the same model",
+        )
+    layers = []
+    for key in keys:
+        spelled = [side.bare.get(key) for side in solved]
+        owner = next(number for number, name in enumerate(spelled) if name is not None)
+        name = spelled[owner]
+        assert name is not None
+        layers.append(
+            Layer(
+                name,
+                solved[owner].shapes[name],
+                tuple(None if name is None else one[name] for one, name in zip(figures, spelled, strict=True)),
+                crossed.get(key),
+            )
+        )
+    sides = tuple(_side(side, label) for side, label in zip(solved, _labels(sources), strict=True))
+    return Report(
+        title=" against ".join(side.label for side in sides),
+        sides=sides,
+        layers=tuple(layers),
+        verdict=verdict.judge(sides, layers, same_inputs=_same_inputs(sources)),
+        left_alone=tuple(dict.fromkeys(left for side in solved for left in side.left_alone)),
+        options={**(options or {})},
+    )
+
+
+def _natural(name: str) -> list[str | int]:
+    """A sorting key by which block 2 stands before block 10."""
+    return [int(part) if number % 2 else part for number, part in enumerate(_DIGITS.split(name))]
+
+
+def _same_inputs(sources: Sequence[Source]) -> bool:
+    """Whether all sides were observed on the same inputs, or not at all."""
+    first = sources[0].statistics
+    return all(source.statistics is first or source.statistics == first for source in sources)
+
+
+def _solve(source: Source, *, force: bool) -> _Solved:
+    """Choose scales as `apply` does."""
+    statistics = source.statistics
+    if source.model is None:
+        assert statistics is not None, "a source has statistics, or a checkpoint, or both"
+        shapes = {name: (shape[0], shape[1]) for name, shape in statistics.layers.items()}
+        moving = set(statistics.provenance.get("depends_on_conditioning", ()))
+        results = solve(statistics, {name: Present(1.0, False, shapes[name]) for name in shapes}, source.options)
+        results = [replace(result, conditioning_dependent=result.layer in moving) for result in results]
+        return _Solved(source, results, shapes, statistics)
+    with open_checkpoint(source.model) as checkpoint:
+        inspection = inspect_checkpoint(checkpoint)
+        if statistics is None:
+            table = find_layers(checkpoint)
+            present = {
+                name: Present(input_scale(checkpoint, layer), layer.full_precision, layer.shape)
+                for name, layer in table.quantized.items()
+                if name.startswith(table.prefix)
+            }
+            if not present:
+                raise TensorError("no FP8 layers with weight scales in this file", path=source.model)
+            observed = Statistics.empty({})
+            results, notes = solve(observed, present, source.options), table.notes
+        else:
+            calibration = apply_statistics(checkpoint, statistics, source.options, force=force)
+            assert calibration.statistics is not None
+            observed = calibration.statistics
+            results, notes = calibration.results, calibration.notes
+    views = {view.name: view for view in inspection.layers}
+    solved = {result.layer for result in results}
+    return _Solved(
+        source,
+        results,
+        {name: (views[name].shape[0], views[name].shape[1]) for name in solved},
+        observed,
+        unused={name: READINGS[views[name].reading] for name in solved if views[name].reading in _UNREAD},
+        inspection=inspection,
+        notes=[text for text in notes if text.partition(":")[0] not in solved],  # a layer's row says those
+        left_alone=_left_alone(views.values(), statistics),
+    )
+
+
+def _left_alone(views: Iterable[LayerView], statistics: Statistics | None) -> list[LeftAlone]:
+    """The layers of a checkpoint that are quantized, or were observed, and have no figures all the same."""
+    recorded = set() if statistics is None else set(names.strip_prefix(statistics.layers)[1].values())
+    listed = list(views)
+    bare = names.strip_prefix(view.name for view in listed)[1]
+    left = []
+    for view in listed:
+        if view.reading == "foreign":
+            left.append(LeftAlone(view.name, f"{view.format}, which has no input scale that this tool knows"))
+        elif view.reading in ("cast", "high-precision") and bare.get(view.name) in recorded:
+            left.append(LeftAlone(view.name, f"{view.format}: {READINGS[view.reading]}"))
+    return left
+
+
+def _figures(side: _Solved) -> dict[str, Figures]:
+    """The figures of every layer of a side, by name."""
+    options = side.source.options
+    seen = [result for result in side.results if result.source == "model"]
+    statistics = side.statistics.take([result.layer for result in seen])
+    scales = np.array([[result.scale_before, result.scale_after] for result in seen], np.float64).reshape(-1, 2)
+    lost = np.stack([lost_rows(statistics, scales[:, 0]), lost_rows(statistics, scales[:, 1])])
+    columns = _columns(statistics)
+    figures = {}
+    numbers = {result.layer: number for number, result in enumerate(seen)}
+    for result in side.results:
+        unused = side.unused.get(result.layer, "")
+        number = numbers.get(result.layer)
+        absmax = 0.0 if number is None else float(statistics.absmax[number])
+        states = [
+            State(
+                scale=scale,
+                full_precision=full_precision,
+                sqnr_db=sqnr_db,
+                clipped=clipped,
+                vanished=vanished,
+                rows_lost=None if number is None else _finite(rows_lost[number]),
+            )
+            for scale, full_precision, sqnr_db, clipped, vanished, rows_lost in (
+                (result.scale_before, result.full_precision_before, result.sqnr_before_db,
+                 result.clipped_before, result.vanished_before, lost[0]),
+                (result.scale_after, result.full_precision_after, result.sqnr_after_db,
+                 result.clipped_after, result.vanished_after, lost[1]),
+            )
+        ]  # fmt: skip
+        before, after = (state if unused else with_risk(state, absmax, options) for state in states)
+        figures[result.layer] = Figures(
+            before=before,
+            after=after,
+            source=result.source,
+            reason=result.reason,
+            cause=result.cause,
+            unused=unused,
+            conditioning_dependent=result.conditioning_dependent,
+            multiply_adds=result.multiply_adds,
+            **({} if number is None else columns[number]),
+        )
+    return figures
+
+
+def with_risk(state: State, absmax: float, options: SolveOptions) -> State:
+    """A state with its risk, by the thresholds of `document`.
+
+    Args:
+        state: with everything else.
+        absmax: the largest |x|; 0 where nothing but zeros was seen, or nothing.
+        options: with the limit on lost rows.
+    """
+    risk: Risk = ""
+    if state.full_precision:
+        return state
+    if state.scale == 0:
+        risk = "no scale"
+    elif state.sqnr_db is not None and state.sqnr_db < document.WORST_ROUNDING_DB:
+        assert state.vanished is not None
+        if absmax > document.LARGEST_ROUNDED * state.scale:
+            risk = "clips"
+        else:
+            risk = "vanishes" if state.vanished > 0.5 else "coarse"
+    elif (state.rows_lost or 0) > options.row_loss_limit:
+        risk = "rows lost"
+    return replace(state, risk=risk)
+
+
+def _columns(statistics: Statistics) -> list[dict[str, Any]]:
+    """What each layer's inputs looked like, as arguments of `Figures`."""
+    absmax = statistics.absmax.astype(np.float64)
+    count = np.maximum(statistics.count, 1)
+    levels = np.where(statistics.sigma_count > 0, 1.0, np.nan)[:, :SIGMA_BINS]
+    sigma_absmax = (statistics.sigma_absmax[:, :SIGMA_BINS] * levels)[:, ::-1]  # from noise to picture
+    sigma_rms = (np.sqrt(statistics.sigma_mean_square[:, :SIGMA_BINS]) * levels)[:, ::-1]
+    densities = densities_of(statistics.histogram)
+    row_densities = densities_of(statistics.row_histogram)
+    rms = np.sqrt(statistics.mean_square)
+    median, p999 = statistics.quantiles(0.5), statistics.quantiles(0.999)
+    return [
+        {
+            "rows": int(statistics.rows[number]),
+            "rows_per_sample": int(statistics.rows_per_sample[number]),
+            "calls": int(statistics.calls[number]),
+            "zeros": float(statistics.zeros[number] / count[number]),
+            "absmax": float(absmax[number]),
+            "rms": float(rms[number]),
+            "median": float(median[number]),
+            "p999": float(p999[number]),
+            "density": densities[number],
+            "row_density": row_densities[number],
+            "sigma_absmax": tuple(map(_finite, sigma_absmax[number])),
+            "sigma_rms": tuple(map(_finite, sigma_rms[number])),
+        }
+        for number in range(len(absmax))
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def densities_of(histogram: NDArray[np.int64]) -> Density:
+    """Shares of the values in each cell of the axis, as bytes; see `document`.
+
+    Args:
+        histogram: [L, BINS]. Zeros, and all else in bin 0, count in the total and in no cell.
+
+    Returns:
+        [L, CELLS].
+    """
+    counts = histogram[:, :NONFINITE_BIN]
+    total = np.maximum(counts.sum(1, keepdims=True), 1)
+    below = np.concatenate([np.zeros((len(counts), 1)), counts.cumsum(1)], 1)  # at each edge of a bin
+    steps = np.arange(document.AXIS_LOW * document.CELLS_PER_OCTAVE, document.AXIS_HIGH * document.CELLS_PER_OCTAVE + 1)
+    edges = np.exp2(steps / document.CELLS_PER_OCTAVE)
+    number = np.searchsorted(BIN_EDGES, edges, side="right") - 1
+    part = (edges - BIN_EDGES[number]) / (BIN_EDGES[number + 1] - BIN_EDGES[number])
+    at_edge = below[:, number] * (1 - part) + below[:, number + 1] * part
+    at_edge[:, 0], at_edge[:, -1] = below[:, 1], below[:, -1]  # what lies beyond the axis is in its last cells
+    return document.encode_shares(np.diff(at_edge, axis=1) / total)
+
+
+def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
+    """The first side's new scales on the second side's inputs, by bare name; nothing where both saw the same."""
+    if _same_inputs([first.source, second.source]):
+        return {}
+    mine = {result.layer: result for result in first.results}
+    theirs = {result.layer for result in second.results if result.source == "model"}
+    pairs = [
+        (bare, mine[name], second.bare[bare])
+        for bare, name in first.bare.items()
+        if bare in second.bare and second.bare[bare] in theirs and mine[name].source == "model"
+    ]
+    statistics = second.statistics.take([name for _, _, name in pairs])
+    scales = np.array([result.scale_after for _, result, _ in pairs], np.float64)
+    errors = expected_errors(statistics, scales)
+    lost = lost_rows(statistics, scales)
+    absmax = statistics.absmax
+    states = {}
+    for number, (bare, result, name) in enumerate(pairs):
+        state = State(
+            scale=result.scale_after,
+            full_precision=result.full_precision_after,
+            sqnr_db=_finite(errors.sqnr_db[number]),
+            clipped=_finite(errors.clipped[number]),
+            vanished=_finite(errors.vanished[number]),
+            rows_lost=_finite(lost[number]),
+        )
+        states[bare] = (
+            state if name in second.unused else with_risk(state, float(absmax[number]), second.source.options)
+        )
+    return states
+
+
+def _side(side: _Solved, label: str) -> Side:
+    """What a side says of itself."""
+    source = side.source
+    facts = {} if source.statistics is None else dict(source.statistics.provenance)
+    made = side.inspection.made if side.inspection is not None else None
+    notes = list(side.notes)
+    if made is not None and made.version is not None:
+        notes.append(f"the checkpoint was made by convert_to_quant {made.version}")
+    return Side(
+        label=label,
+        statistics=_files(source),
+        model=None if source.model is None else Path(source.model).name,
+        family=None if side.inspection is None else side.inspection.title,
+        samples=0 if source.statistics is None else source.statistics.samples,
+        engine=", ".join(facts.get("engine", ())) or None,
+        conditioning=", ".join(facts.get("conditioning", ())) or None,
+        provenance=facts,
+        options=asdict(source.options),
+        notes=tuple(notes),
+    )
+
+
+def _files(source: Source) -> tuple[str, ...]:
+    """Names of the statistics files of a side."""
+    if source.statistics is None:
+        return ()
+    path = source.statistics.path
+    return source.files or (path.name if path is not None else "statistics",)
+
+
+def _labels(sources: Sequence[Source]) -> list[str]:
+    """What the sides are called: by what tells them apart, statistics first, then checkpoints, then options."""
+    if len(sources) == 1:
+        return [sources[0].label or _what(sources[0])]
+    changed = [_changed(source.options, other.options) for source, other in zip(sources, sources[::-1], strict=True)]
+    for names_of in (
+        [" + ".join(_files(source)) for source in sources],
+        ["" if source.model is None else Path(source.model).name for source in sources],
+        changed,
+    ):
+        if len(set(names_of)) == len(sources):
+            break
+    else:
+        names_of = ["A", "B"]
+    return [source.label or name or "neither" for source, name in zip(sources, names_of, strict=True)]
+
+
+def _what(source: Source) -> str:
+    """The checkpoint, or else the statistics."""
+    return " + ".join(_files(source)) if source.model is None else Path(source.model).name
+
+
+def _changed(options: SolveOptions, other: SolveOptions) -> str:
+    """The options that differ from another's, in words.
+
+    >>> _changed(SolveOptions(margin=2), SolveOptions())
+    'margin 2'
+    """
+    theirs = asdict(other)
+    return ", ".join(
+        f"{key.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{key.replace('_', ' ')} {value}"
+        for key, value in asdict(options).items()
+        if value != theirs[key]
+    )

@@ -1,0 +1,325 @@
+"""What the figures mean, in words that a user understands in a minute.
+
+One side: how many layers are at risk as the file is, what is wrong with them, and what calibration changes. Two sides:
+whether a calibration on the first holds for the second, and where they differ.
+
+Moved. A range or a scale counts as moved when it differs by more than half an octave (a factor of 1.41). E4M3 spans 18
+octaves and its step is relative, so a scale that is too large by less costs nothing but the half octave at the lower
+end; one that is too small by as much clips, and how much is said apart.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics as middle
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from .document import RISKS, Figures, Layer, Level, Side, State, Verdict
+
+MOVED_OCTAVES = 0.5
+"""A range or a scale that differs by more has moved."""
+
+CAUSES = {
+    "one row": "see one row per picture, which costs nothing",
+    "rows lost": "would lose rows (tokens) at any scale",
+    "budget": "matter most for what they cost, within the budget",
+}
+"""Why layers compute in full precision; see `solve.LayerResult.cause`."""
+
+
+VERBS = {
+    "no scale": ("has a scale of 0", "have a scale of 0"),
+    "clips": ("clips", "clip"),
+    "vanishes": ("vanishes", "vanish"),
+    "rows lost": ("loses rows", "lose rows"),
+    "coarse": ("is coarse", "are coarse"),
+}
+"""What one layer and several do under each of `RISKS`."""
+
+
+def judge(sides: Sequence[Side], layers: Sequence[Layer], *, same_inputs: bool = True) -> Verdict:
+    """The verdict on a report.
+
+    Args:
+        sides: one, or two.
+        layers: its layers.
+        same_inputs: whether both sides were observed on the same inputs, or not at all.
+    """
+    if len(sides) == 1:
+        return _one(sides[0], [figures for layer in layers if (figures := layer.sides[0]) is not None], layers)
+    return _two(sides[0], sides[1], layers, same_inputs=same_inputs)
+
+
+def plural(count: int, noun: str) -> str:
+    """A count and its noun.
+
+    >>> plural(1, "layer"), plural(1200, "layer")
+    ('1 layer', '1,200 layers')
+    """
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def factor(ratio: float) -> str:
+    """A ratio as people read it.
+
+    >>> factor(37.25), factor(1.234), factor(1e6)
+    ('37', '1.2', '1,000,000')
+    """
+    return f"{ratio:,.0f}" if ratio >= 9.95 else f"{ratio:.1f}"
+
+
+def percent(share: float) -> str:
+    """A share as people read it.
+
+    >>> percent(0.31), percent(0.004), percent(3e-7), percent(0.0)
+    ('31 %', '0.4 %', 'under 0.001 %', '0 %')
+    """
+    if 0 < share < 1e-5:
+        return "under 0.001 %"
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.3g} %"
+
+
+def _one(side: Side, figures: Sequence[Figures], layers: Sequence[Layer]) -> Verdict:
+    """The verdict on one side."""
+    rows = [(layer.name, one) for layer, one in zip(layers, figures, strict=True)]
+    quantized = [(name, one) for name, one in rows if not one.before.full_precision and not one.unused]
+    where = "at their present scales" if side.model is not None else "at a scale of 1.0"
+    points: list[str] = []
+    if side.model is None:
+        points.append("No checkpoint was given: 1.0 is what ComfyUI reads from an FP8 file without input scales.")
+    unseen = [name for name, one in quantized if one.source == "none"]
+    present = [(name, one, one.before) for name, one in quantized]
+    risky, remaining = _count_risky(present), _count_risky((name, one, one.after) for name, one in rows)
+    total = len(quantized)
+    level: Level = "good"
+    if not side.calibrates:
+        level, headline = "warning", f"Nothing was observed, so nothing says whether {plural(total, 'scale')} fit."
+    elif not total:
+        headline = "No layer quantizes its inputs, so no input scale matters."
+    elif risky:
+        after = "none is" if not remaining else f"{remaining:,} {'is' if remaining == 1 else 'are'}"
+        verb = "is" if risky == 1 else "are"
+        level, headline = "bad", f"{risky:,} of {total:,} FP8 layers {verb} at risk {where}; calibrated, {after}."
+    else:
+        level = "warning" if unseen or remaining else "good"
+        headline = f"None of {plural(total, 'FP8 layer')} is at risk {where}."
+    points = [*_risks(present), *_mild(present), *_ratios(quantized), *_precision(rows), *points]
+    if unseen and side.calibrates:
+        points.append(f"Never seen, so left as they are: {plural(len(unseen), 'layer')} (first: {unseen[0]}).")
+    for why, count in Counter(one.unused for _, one in rows if one.unused).items():
+        points.append(f"No reader uses the input scale of {plural(count, 'layer')}: {why}.")
+    moving = [name for name, one in rows if one.conditioning_dependent]
+    if moving:
+        points.append(
+            f"Observed on noise: the ranges of {plural(len(moving), 'layer')} move with the conditioning, which noise "
+            f"only imitates (first: {moving[0]})."
+        )
+    return Verdict(level, headline, tuple(points))
+
+
+Row = tuple[str, Figures, State]
+"""A layer's name, its figures, and the state in question."""
+
+
+def _count_risky(rows: Iterable[Row]) -> int:
+    return sum(bool(state.risk) for _, _, state in rows)
+
+
+def _overshoot(figures: Figures, state: State) -> float:
+    """How far the largest input lies beyond 448 times the scale, as a factor."""
+    return (figures.absmax or 0) / (448 * state.scale) if state.scale else math.inf
+
+
+def _risks(rows: Sequence[Row], would: bool = False) -> list[str]:
+    """One sentence for each risk that occurs, with the layer that has most of it."""
+    sentences = []
+    for risk in RISKS:
+        found = [row for row in rows if row[2].risk == risk]
+        if not found:
+            continue
+        one, several = VERBS[risk]
+        subject = (
+            f"{plural(len(found), 'layer')} {'would ' if would else ''}{several if would or len(found) > 1 else one}"
+        )
+        if risk == "clips":
+            name, figures, state = max(found, key=lambda row: _overshoot(row[1], row[2]))
+            detail = (
+                f"inputs reach up to {factor(_overshoot(figures, state))} times what FP8 holds there ({name}: "
+                f"{percent(state.clipped or 0)} of its values are cut off)"
+            )
+        elif risk == "vanishes":
+            name, _, state = max(found, key=lambda row: row[2].vanished or 0)
+            detail = f"up to {percent(state.vanished or 0)} of a layer's values become 0 ({name})"
+        elif risk == "rows lost":
+            name, _, state = max(found, key=lambda row: row[2].rows_lost or 0)
+            detail = (
+                f"up to {percent(state.rows_lost or 0)} of a layer's rows (tokens) drown beside louder ones ({name})"
+            )
+        elif risk == "coarse":
+            name, _, state = min(found, key=lambda row: row[2].sqnr_db or 0)
+            detail = (
+                f"inputs lie among the smallest steps, down to {state.sqnr_db or 0:.0f} dB of signal to noise ({name})"
+            )
+        else:
+            detail = f"{RISKS[risk]} (first: {found[0][0]})"
+        sentences.append(f"{subject}: {detail}.")
+    return sentences
+
+
+def _mild(rows: Sequence[Row], would: bool = False) -> list[str]:
+    """Layers that clip without a cost."""
+    found = [row for row in rows if not row[2].risk and not row[2].full_precision and (row[2].clipped or 0) > 0]
+    if not found:
+        return []
+    name, figures, state = max(found, key=lambda row: row[2].clipped or 0)
+    return [
+        f"{plural(len(found), 'layer')} {'would clip' if would else 'clip' + 's' * (len(found) == 1)} a few values at "
+        f"hardly a cost (at most {percent(state.clipped or 0)}: {name}, which reaches "
+        f"{factor(_overshoot(figures, state))} times what FP8 holds)."
+    ]
+
+
+def _median_db(states: Iterable[State]) -> float | None:
+    figures = [state.sqnr_db for state in states if state.sqnr_db is not None and not state.full_precision]
+    return middle.median(figures) if figures else None
+
+
+def _ratios(rows: Sequence[tuple[str, Figures]]) -> list[str]:
+    """Signal to noise, before and after."""
+    before, after = (_median_db(one.before for _, one in rows), _median_db(one.after for _, one in rows))
+    if before is None or after is None:
+        return []
+    return [
+        f"Signal to noise of a layer's inputs, in the middle of all layers: {before:.1f} dB now, {after:.1f} dB "
+        "calibrated."
+    ]
+
+
+def _precision(rows: Sequence[tuple[str, Figures]]) -> list[str]:
+    """Layers that move to full precision, and why."""
+    moved = [(name, one) for name, one in rows if one.after.full_precision and not one.before.full_precision]
+    if not moved:
+        return []
+    causes = Counter(one.cause for _, one in moved)
+    why = [f"{causes[cause]:,} {words}" for cause, words in CAUSES.items() if causes[cause]]
+    return [f"Calibration moves {plural(len(moved), 'layer')} to full precision: {'; '.join(why)}."]
+
+
+def _two(first: Side, second: Side, layers: Sequence[Layer], *, same_inputs: bool) -> Verdict:
+    """The verdict on two sides."""
+    points: list[str] = []
+    pairs = [
+        (layer.name, one, other)
+        for layer in layers
+        if (one := layer.sides[0]) is not None and (other := layer.sides[1]) is not None
+    ]
+    apart = [
+        f"Only in {side.label}: {plural(count, 'layer')}."
+        for number, side in enumerate((first, second))
+        if (count := sum(layer.sides[1 - number] is None for layer in layers))
+    ]
+    if same_inputs:
+        level, headline, points = _two_scales(first, second, pairs)
+    else:
+        level, headline, points = _two_inputs(first, second, layers)
+    return Verdict(level, headline, (*points, *apart))
+
+
+Pair = tuple[str, Figures, Figures]
+"""A layer's name, and its figures on both sides."""
+
+
+def _two_inputs(first: Side, second: Side, layers: Sequence[Layer]) -> tuple[Level, str, list[str]]:
+    """Whether scales calibrated on the first side's inputs hold for the second's."""
+    crossed = [
+        (layer.name, layer.sides[1], layer.crossed)
+        for layer in layers
+        if layer.crossed is not None and layer.sides[1] is not None
+    ]
+    risky = _count_risky(crossed)
+    level: Level
+    if not crossed:
+        level, headline = "warning", f"No layer was seen both in {first.label} and in {second.label}."
+    elif risky:
+        level = "bad"
+        share = f"{risky:,} of {plural(len(crossed), 'layer')}"
+        headline = f"Scales calibrated on {first.label} do not fit {second.label}: {share} would be at risk."
+    else:
+        level = "good"
+        share = f"none of {plural(len(crossed), 'layer')}"
+        headline = f"Scales calibrated on {first.label} also fit {second.label}: {share} would be at risk."
+    points = [*_risks(crossed, would=True), *_mild(crossed, would=True)]
+    ranges = [
+        (layer.name, one.absmax, other.absmax)
+        for layer in layers
+        if (one := layer.sides[0]) is not None and (other := layer.sides[1]) is not None
+        and one.absmax and other.absmax
+    ]  # fmt: skip
+    points.append(_moved("range", second, ranges))
+    if risky:
+        points.append("Merge both (convert_to_quant merge) and calibrate on that: it covers either.")
+    for side, number in ((first, 0), (second, 1)):
+        if side.model is not None:
+            present = [(layer.name, one, one.before) for layer in layers if (one := layer.sides[number]) is not None]
+            points.append(f"At the present scales of {side.model}, {_at_risk(present)} on {side.label}.")
+    return level, headline, points
+
+
+def _at_risk(rows: Sequence[Row]) -> str:
+    """How many are at risk, as a clause."""
+    count = _count_risky(rows)
+    return f"{plural(count, 'layer')} {'is' if count == 1 else 'are'} at risk" if count else "no layer is at risk"
+
+
+def _two_scales(first: Side, second: Side, pairs: Sequence[Pair]) -> tuple[Level, str, list[str]]:
+    """Where two calibrations of the same inputs differ: two files, or two ways to solve."""
+    points: list[str] = []
+    counts = []
+    for which, words in (("before", "present"), ("after", "new")):
+        states = [(name, one, getattr(one, which), other, getattr(other, which)) for name, one, other in pairs]
+        if all(mine == theirs for _, _, mine, _, theirs in states):
+            continue
+        scales = [
+            (name, mine.scale, theirs.scale) for name, _, mine, _, theirs in states if mine.scale and theirs.scale
+        ]
+        differing = sum(mine != theirs for _, mine, theirs in scales)
+        counts.append(f"{differing:,} of {plural(len(pairs), f'{words} scale')}")
+        points.append(_moved(f"{words} scale", second, scales))
+        precise = [name for name, _, mine, _, theirs in states if mine.full_precision != theirs.full_precision]
+        if precise:
+            points.append(f"Full precision differs in {plural(len(precise), 'layer')} (first: {precise[0]}).")
+        for side, rows in (
+            (first, [(name, one, mine) for name, one, mine, _, _ in states]),
+            (second, [(name, other, theirs) for name, _, _, other, theirs in states]),
+        ):
+            middle_db = _median_db(state for _, _, state in rows)
+            if middle_db is not None:
+                ratio = f"signal to noise in the middle of all layers {middle_db:.1f} dB"
+                points.append(f"{side.label}: {_at_risk(rows)} at its {words} scales; {ratio}.")
+        if which == "before" and not second.calibrates:
+            break
+    if not counts:
+        return "good", f"{first.label} and {second.label} have the same scales and precisions.", points
+    risky = [
+        _count_risky((name, one, one.before) for name, one, _ in pairs),
+        _count_risky((name, other, other.before) for name, _, other in pairs),
+    ]
+    headline = f"{first.label} and {second.label} differ in {' and '.join(counts)}."
+    return ("bad" if any(risky) else "good"), headline, points
+
+
+def _moved(noun: str, second: Side, values: Sequence[tuple[str, float, float]]) -> str:
+    """Which figures of the second side differ from the first side's by more than half an octave, and which way."""
+    octaves = [(math.log2(theirs / mine), name) for name, mine, theirs in values if mine and theirs]
+    larger = [entry for entry in octaves if entry[0] > MOVED_OCTAVES]
+    smaller = [entry for entry in octaves if entry[0] < -MOVED_OCTAVES]
+    if not larger and not smaller:
+        return f"No {noun} differs by more than half an octave (a factor of 1.4)."
+    parts = []
+    for entries, word in ((larger, "larger"), (smaller, "smaller")):
+        if entries:
+            most, name = max(entries, key=lambda entry: abs(entry[0]))
+            parts.append(f"{len(entries):,} {word} (by up to {factor(2 ** abs(most))} times: {name})")
+    count = plural(len(larger) + len(smaller), noun)
+    return f"More than half an octave apart in {second.label} are {count}: {', '.join(parts)}."
