@@ -7,6 +7,8 @@
 OUTER_SAMPLE stands around one whole sampling: hooks come on before it and leave with it, also when it ends in an
 exception, is cancelled, or runs out of memory. All clones of a model share one tree of modules, so hooks that stayed
 longer would see the work of others. APPLY_MODEL stands around each call of the model, and knows its noise level.
+Copies of the model on further GPUs (MultiGPU Work Units) are models of their own, each run by its own thread: each has
+a recording of its own, and they are merged.
 
 Numbers are added up when a sampling is complete. One that failed or was cancelled adds nothing.
 
@@ -15,13 +17,13 @@ are the checkpoint's own layer names, save in families that ComfyUI renames whil
 
 Limits. In an FP8 model on hardware that computes in FP8, inputs carry the error of the layers before them. Measured on
 emoji models that scales of 1.0 break (hot 6 dB, cold 0 dB): calibrated from a run of the broken file itself they reach
-27.6 and 28.0 dB, from a run of the original 28.2 and 28.5 dB (2026-11-22, tests/comfyui/test_nodes.py). Copies of a
-model on further GPUs are not watched. Noise levels are told only of flow models, whose sigma is in [0, 1]; elsewhere
-they are unknown.
+27.6 and 28.0 dB, from a run of the original 28.2 and 28.5 dB (2026-11-22, tests/comfyui/test_nodes.py). Noise levels
+are told only of flow models, whose sigma is in [0, 1]; elsewhere they are unknown.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from ..errors import CalibrationError, StatisticsError
@@ -30,6 +32,9 @@ from ..stats import Statistics, merge
 
 KEY = "convert_to_quant.record"
 """Under which ComfyUI keeps our wrappers. One recorder per model: the last one attached is the one that records."""
+
+COPIES = "multigpu"
+"""Under which a patcher keeps those of the model's copies on further GPUs."""
 
 _TRANSFORMER_OPTIONS = 5
 """Where APPLY_MODEL's arguments have them: x, t, c_concat, c_crossattn, control, transformer_options."""
@@ -48,7 +53,7 @@ class Recorder:
     def __init__(self, before: Statistics | None = None) -> None:
         self.samplings = 0
         self._total = before
-        self._recording: Recording | None = None
+        self._recordings: dict[Any, Recording] = {}  # while it samples, by ComfyUI's BaseModel
 
     def attach(self, model: Any) -> Any:
         """A clone of a MODEL that records whenever it samples.
@@ -92,25 +97,30 @@ class Recorder:
 
     def _sampling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around one sampling."""
-        if self._recording is not None:  # a sampling inside of a sampling: its calls are seen already
+        if self._recordings:  # a sampling inside of a sampling: its calls are seen already
             return executor(*args, **kwargs)
-        model = executor.class_obj.model_patcher.model
+        patcher = executor.class_obj.model_patcher
+        models = dict.fromkeys(part.model for part in (patcher, *patcher.get_additional_models_with_key(COPIES)))
         try:
-            with record(model.diffusion_model) as self._recording:
+            with ExitStack() as hooks:
+                for model in models:
+                    self._recordings[model] = hooks.enter_context(record(model.diffusion_model))
                 result = executor(*args, **kwargs)
             noise = args[0] if args else kwargs["noise"]
-            seen = self._recording.statistics(samples=int(noise.shape[0]), **_facts(model))
+            seen = merge(*(recording.statistics() for recording in self._recordings.values()))
         finally:
-            self._recording = None
+            self._recordings = {}
+        seen = seen.with_facts(int(noise.shape[0]), **_facts(patcher.model))
         self._total = seen if self._total is None else merge(self._total, seen)
         self.samplings += 1
         return result
 
     def _call(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around one call of the model."""
-        if self._recording is not None:
+        recording = self._recordings.get(executor.class_obj)
+        if recording is not None:
             given = args[_TRANSFORMER_OPTIONS] if len(args) > _TRANSFORMER_OPTIONS else kwargs["transformer_options"]
-            self._recording.at(given.get("sigmas") if _is_flow(executor.class_obj) else None)
+            recording.at(given.get("sigmas") if _is_flow(executor.class_obj) else None)
         return executor(*args, **kwargs)
 
 

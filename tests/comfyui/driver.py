@@ -260,6 +260,19 @@ def euler(patcher: Any, inputs: str, steps: int, cfg: float, callback: Callable[
     )
 
 
+def on_two_devices(key: str, both: str) -> dict[str, Any]:
+    """What the node MultiGPU CFG Split gives; `cpu` and `cpu:0` are two devices to everything that compares them."""
+    import torch
+
+    MODELS[both] = MODELS[key].clone()
+    copy = MODELS[both].deepclone_multigpu(torch.device("cpu", 0))
+    copy.is_multigpu_base_clone = True
+    MODELS[both].set_additional_models("multigpu", [copy])
+    MODELS[both].match_multigpu_clones()
+    MODELS["copy"] = copy
+    return {}
+
+
 def linears(patcher: Any) -> list[tuple[str, Any]]:
     """Every linear layer of a loaded model."""
     return [(name, m) for name, m in patcher.model.diffusion_model.named_modules() if hasattr(m, "in_features")]
@@ -363,6 +376,7 @@ COMMANDS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "sample": sample,
     "fail": fail,
     "hooks": hooks,
+    "on_two_devices": on_two_devices,
     "record": record,
     "save_stats": save_stats,
     "calibrate": calibrate,

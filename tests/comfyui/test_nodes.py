@@ -184,6 +184,25 @@ def test_a_model_has_one_recorder_and_the_original_none(
     }
 
 
+def test_a_model_with_a_copy_on_another_device_is_recorded_whole(
+    comfyui: Any, files: Callable[[str], Any], start: dict[str, Any]
+) -> None:
+    comfyui.load(files("plain").original, "plain")
+    comfyui.ask("record", key="plain", recorded="alone")
+    sample(comfyui, "alone", start)
+    comfyui.ask("on_two_devices", key="plain", both="both")
+    comfyui.ask("record", key="both", recorded="together")
+    sample(comfyui, "together", start)
+    alone, together = (saved(comfyui, key, f"copies/{key}") for key in ("alone", "together"))
+
+    # One of the two devices runs the positive conditioning, the other the negative one.
+    assert set(together.calls.tolist()) == {2 * STEPS}
+    assert (together.samples, alone.samples) == (1, 1)
+    assert (together.rows == alone.rows).all()
+    assert np.abs(together.absmax / alone.absmax - 1).max() < 1e-4
+    assert comfyui.ask("hooks", key="copy")["hooks"] == comfyui.ask("hooks", key="together")["hooks"] == 0
+
+
 @pytest.mark.parametrize("recorded_on", ["original", "converted"])
 @pytest.mark.parametrize("name", ["hot", "cold"])
 def test_recording_calibrating_and_reloading_mends_broken_models(

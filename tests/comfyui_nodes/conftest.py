@@ -106,10 +106,15 @@ class Patcher:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.wrappers: dict[str, dict[str, list[Any]]] = {}
+        self.copies: list[Patcher] = []
+
+    def get_additional_models_with_key(self, key: str) -> list[Patcher]:
+        return self.copies if key == "multigpu" else []
 
     def clone(self) -> Patcher:
         twin = Patcher(self.model)
         twin.wrappers = {kind: {key: list(some) for key, some in by.items()} for kind, by in self.wrappers.items()}
+        twin.copies = list(self.copies)
         return twin
 
     def add_wrapper_with_key(self, kind: str, key: str, wrapper: Any) -> None:
@@ -135,7 +140,9 @@ class Guider:
                 self.happen(step)
             level = torch.full((len(x),), sigma)
             options = {"sigmas": level, "wrappers": self.model_patcher.wrappers}
-            x = self.model_patcher.model.apply_model(x, level, transformer_options=options)
+            patchers = (self.model_patcher, *self.model_patcher.copies)
+            parts = zip(x.chunk(len(patchers)), level.chunk(len(patchers)), patchers, strict=True)
+            x = torch.cat([p.model.apply_model(part, at, transformer_options=options) for part, at, p in parts])
         return x
 
 

@@ -141,6 +141,27 @@ def test_totals_add_up_and_go_on_from_statistics(comfyui: Any, noise: Tensor) ->
     assert (later.statistics().absmax == twice.absmax).all()
 
 
+def test_copies_on_further_gpus_are_recorded_with_the_model(comfyui: Any, noise: Tensor) -> None:
+    alone, together = Recorder(), Recorder()
+    comfyui.guider(alone.attach(comfyui.model())).sample(noise)
+    model, copy = comfyui.model(), comfyui.model()
+    model.copies = [copy]
+    during = []
+
+    def happen(_: int) -> None:
+        during.append((comfyui.hooks(model), comfyui.hooks(copy)))
+
+    comfyui.guider(together.attach(model), happen).sample(noise)
+
+    wanted, found = alone.statistics(), together.statistics()
+    assert min(min(hooks) for hooks in during) > 0
+    assert (comfyui.hooks(model), comfyui.hooks(copy)) == (0, 0)
+    assert found.samples == wanted.samples == 2
+    assert found.calls.tolist() == [4, 4, 4]  # each step calls the model and its copy
+    for column in ("histogram", "absmax", "sigma_count", "rows", "rows_per_sample"):
+        assert (getattr(found, column) == getattr(wanted, column)).all(), column
+
+
 def test_statistics_of_another_model_are_refused_before_sampling(
     comfyui: Any, noise: Tensor, statistics: Callable[..., Any]
 ) -> None:
