@@ -240,7 +240,8 @@ class Side:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
-        return _plain(asdict(self))
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
 
 
 @dataclass(frozen=True)

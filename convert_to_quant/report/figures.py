@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ Float = NDArray[np.float64]
 
 _UNREAD = frozenset({"dynamic", "text-encoder", "scale-dropped"})
 """Readings of `inspection` in which no reader uses a layer's input scale."""
+
+SUFFIX = ".safetensors"
 
 _DIGITS = re.compile(r"(\d+)")
 
@@ -90,7 +93,7 @@ class _Solved:
     notes: Sequence[str] = ()
     left_alone: Sequence[LeftAlone] = ()
 
-    @property
+    @cached_property
     def bare(self) -> dict[str, str]:
         """Name without prefix -> name, of every layer that has figures."""
         return {bare: name for name, bare in names.strip_prefix(self.shapes)[1].items()}
@@ -405,16 +408,16 @@ def _labels(sources: Sequence[Source]) -> list[str]:
     if len(sources) == 1:
         return [sources[0].label or _what(sources[0])]
     changed = [_changed(source.options, other.options) for source, other in zip(sources, sources[::-1], strict=True)]
-    for names_of in (
+    candidates = (
         [" + ".join(_files(source)) for source in sources],
         ["" if source.model is None else Path(source.model).name for source in sources],
         changed,
-    ):
-        if len(set(names_of)) == len(sources):
-            break
-    else:
-        names_of = ["A", "B"]
-    return [source.label or name or "neither" for source, name in zip(sources, names_of, strict=True)]
+        ["A", "B"],
+    )
+    chosen = next(found for found in candidates if len(set(found)) == len(sources))
+    return [
+        source.label or name.replace(SUFFIX, "") or "as usual" for source, name in zip(sources, chosen, strict=True)
+    ]
 
 
 def _what(source: Source) -> str:

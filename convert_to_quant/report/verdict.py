@@ -63,10 +63,10 @@ def plural(count: int, noun: str) -> str:
 def factor(ratio: float) -> str:
     """A ratio as people read it.
 
-    >>> factor(37.25), factor(1.234), factor(1e6)
-    ('37', '1.2', '1,000,000')
+    >>> factor(37.25), factor(4.56), factor(1.034), factor(1e6)
+    ('37', '4.6', '1.03', '1,000,000')
     """
-    return f"{ratio:,.0f}" if ratio >= 9.95 else f"{ratio:.1f}"
+    return f"{ratio:,.0f}" if ratio >= 9.95 else f"{ratio:.1f}" if ratio >= 1.95 else f"{ratio:.2f}"
 
 
 def percent(share: float) -> str:
@@ -146,7 +146,7 @@ def _risks(rows: Sequence[Row], would: bool = False) -> list[str]:
             name, figures, state = max(found, key=lambda row: _overshoot(row[1], row[2]))
             detail = (
                 f"inputs reach up to {factor(_overshoot(figures, state))} times what FP8 holds there ({name}: "
-                f"{percent(state.clipped or 0)} of its values are cut off)"
+                f"{percent(state.clipped or 0)} of its values are cut off, {_decibels(state)} of signal to noise)"
             )
         elif risk == "vanishes":
             name, _, state = max(found, key=lambda row: row[2].vanished or 0)
@@ -167,17 +167,19 @@ def _risks(rows: Sequence[Row], would: bool = False) -> list[str]:
     return sentences
 
 
+def _decibels(state: State) -> str:
+    return f"{state.sqnr_db or 0:.0f} dB"
+
+
 def _mild(rows: Sequence[Row], would: bool = False) -> list[str]:
     """Layers that clip without a cost."""
     found = [row for row in rows if not row[2].risk and not row[2].full_precision and (row[2].clipped or 0) > 0]
     if not found:
         return []
     name, figures, state = max(found, key=lambda row: row[2].clipped or 0)
-    return [
-        f"{plural(len(found), 'layer')} {'would clip' if would else 'clip' + 's' * (len(found) == 1)} a few values at "
-        f"hardly a cost (at most {percent(state.clipped or 0)}: {name}, which reaches "
-        f"{factor(_overshoot(figures, state))} times what FP8 holds)."
-    ]
+    verb = "would clip" if would else "clips" if len(found) == 1 else "clip"
+    beyond = f"{name}: {percent(state.clipped or 0)}, up to {factor(_overshoot(figures, state))} times what FP8 holds"
+    return [f"{plural(len(found), 'layer')} {verb} a few values at hardly a cost (most: {beyond})."]
 
 
 def _median_db(states: Iterable[State]) -> float | None:
@@ -275,7 +277,8 @@ def _at_risk(rows: Sequence[Row]) -> str:
 def _two_scales(first: Side, second: Side, pairs: Sequence[Pair]) -> tuple[Level, str, list[str]]:
     """Where two calibrations of the same inputs differ: two files, or two ways to solve."""
     points: list[str] = []
-    counts = []
+    counts: list[str] = []
+    risky = 0
     for which, words in (("before", "present"), ("after", "new")):
         states = [(name, one, getattr(one, which), other, getattr(other, which)) for name, one, other in pairs]
         if all(mine == theirs for _, _, mine, _, theirs in states):
@@ -293,33 +296,27 @@ def _two_scales(first: Side, second: Side, pairs: Sequence[Pair]) -> tuple[Level
             (first, [(name, one, mine) for name, one, mine, _, _ in states]),
             (second, [(name, other, theirs) for name, _, _, other, theirs in states]),
         ):
+            risky += _count_risky(rows)
             middle_db = _median_db(state for _, _, state in rows)
             if middle_db is not None:
                 ratio = f"signal to noise in the middle of all layers {middle_db:.1f} dB"
                 points.append(f"{side.label}: {_at_risk(rows)} at its {words} scales; {ratio}.")
-        if which == "before" and not second.calibrates:
-            break
     if not counts:
         return "good", f"{first.label} and {second.label} have the same scales and precisions.", points
-    risky = [
-        _count_risky((name, one, one.before) for name, one, _ in pairs),
-        _count_risky((name, other, other.before) for name, _, other in pairs),
-    ]
-    headline = f"{first.label} and {second.label} differ in {' and '.join(counts)}."
-    return ("bad" if any(risky) else "good"), headline, points
+    level: Level = "bad" if risky else "good"
+    return level, f"{first.label} and {second.label} differ in {' and '.join(counts)}.", points
 
 
 def _moved(noun: str, second: Side, values: Sequence[tuple[str, float, float]]) -> str:
     """Which figures of the second side differ from the first side's by more than half an octave, and which way."""
     octaves = [(math.log2(theirs / mine), name) for name, mine, theirs in values if mine and theirs]
-    larger = [entry for entry in octaves if entry[0] > MOVED_OCTAVES]
-    smaller = [entry for entry in octaves if entry[0] < -MOVED_OCTAVES]
-    if not larger and not smaller:
-        return f"No {noun} differs by more than half an octave (a factor of 1.4)."
     parts = []
-    for entries, word in ((larger, "larger"), (smaller, "smaller")):
+    for word, sign in (("larger", 1), ("smaller", -1)):
+        entries = [(sign * moved, name) for moved, name in octaves if sign * moved > MOVED_OCTAVES]
         if entries:
-            most, name = max(entries, key=lambda entry: abs(entry[0]))
-            parts.append(f"{len(entries):,} {word} (by up to {factor(2 ** abs(most))} times: {name})")
-    count = plural(len(larger) + len(smaller), noun)
-    return f"More than half an octave apart in {second.label} are {count}: {', '.join(parts)}."
+            most, name = max(entries)
+            verb = "is" if len(entries) == 1 else "are"
+            parts.append(f"{len(entries):,} {verb} {word} (by up to {factor(2**most)} times: {name})")
+    if not parts:
+        return f"None of {plural(len(octaves), noun)} differs by more than half an octave (1.4 times)."
+    return f"Of {plural(len(octaves), noun)}, {' and '.join(parts)} in {second.label} by more than half an octave."

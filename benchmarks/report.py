@@ -1,0 +1,114 @@
+"""How long a report of 1,000 layers takes: its figures and its document, without a checkpoint, median of some repeats.
+
+A report is looked at right after observing, so it should feel immediate: about a second for 1,000 layers. Reading the
+statistics file, which must happen first, is the yardstick, and so is solving alone, which is what `apply` spends. The
+statistics are drawn at random, with as many occupied bins (a few hundred) as real inputs have; they are synthetic.
+
+    python benchmarks/report.py [--layers 1000] [--repeats 5] [--picture]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert_to_quant.kernels import BINS, DIGIT_BITS, DIGITS, LOWEST_EXPONENT
+from convert_to_quant.report import figures
+from convert_to_quant.solve import Present, solve
+from convert_to_quant.stats import SIGMA_COLUMNS, Statistics
+
+SHAPE = (3072, 3072)
+ROWS, WIDTH, LEVELS = 128, 64, 8
+PARTS = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")
+
+
+def fixed_point(value: float) -> list[int]:
+    """A number ≥ 0 in the digits of `stats`, to 2⁻⁶⁴."""
+    whole = int(value * 2.0**64) << (-LOWEST_EXPONENT - 64)
+    return [(whole >> (DIGIT_BITS * digit)) & (2**DIGIT_BITS - 1) for digit in range(DIGITS)]
+
+
+def recorded(layers: int, seed: int = 0) -> Statistics:
+    """Statistics of a made-up model: magnitudes grow with depth, and every part of a block has its own way.
+
+    Normal inputs at eight noise levels; in a few layers one row in 64 is 10,000 times louder than the others, as in
+    Z-Image's MLPs.
+    """
+    random = np.random.default_rng(seed)
+    names = [f"blocks.{number // len(PARTS)}.{PARTS[number % len(PARTS)]}" for number in range(layers)]
+    empty = Statistics.empty(dict.fromkeys(names, SHAPE))
+    histogram, row_histogram = empty.histogram, empty.row_histogram
+    squares = np.zeros((layers, SIGMA_COLUMNS))
+    normal = np.abs(random.standard_normal((LEVELS, ROWS, WIDTH))).astype(np.float32)
+    for number in range(layers):
+        depth, part = number / layers, number % len(PARTS)
+        magnitude = 2.0 ** (8 * depth + 5 * part - 8 + random.normal(0, 0.7))
+        values = normal * np.float32(magnitude) * np.linspace(0.5, 1.5, LEVELS, dtype=np.float32)[:, None, None]
+        if random.random() < 0.02:
+            values[:, ::64] *= 1e4
+        histogram[number] = np.bincount(values.reshape(-1).view(np.uint32) >> 19, minlength=BINS)
+        row_histogram[number] = np.bincount(values.max(2).reshape(-1).view(np.uint32) >> 19, minlength=BINS)
+        empty.sigma_absmax[number, :LEVELS] = values.max((1, 2))
+        empty.sigma_count[number, :LEVELS] = ROWS * WIDTH
+        squares[number, :LEVELS] = (values.astype(np.float64) ** 2).sum((1, 2))
+    digits = np.array([[fixed_point(value) for value in row] for row in squares], np.int64)
+    ones = np.ones(layers, np.int64)
+    return empty.replace(
+        sigma_square_digits=digits, calls=LEVELS * ones, rows=LEVELS * ROWS * ones, rows_per_sample=ROWS * ones
+    ).with_facts(samples=8, engine="model", conditioning="noise")
+
+
+def timed(repeats: int, work: Callable[[], Any]) -> list[float]:
+    """Seconds of each of some runs."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--picture", action="store_true", help="time the picture too; it needs matplotlib")
+    args = parser.parse_args()
+    observed = recorded(args.layers)
+    present = {name: Present(1.0, False, SHAPE) for name in observed.layers}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stats.safetensors"
+        observed.save(path)
+        made = figures.build(figures.Source(observed))
+        text = json.dumps(made.document(), separators=(",", ":"))
+        assert len(made.layers) == args.layers
+        assert sum(layer.sides[0].before.risk != "" for layer in made.layers if layer.sides[0]) > args.layers / 10
+        works: dict[str, Callable[[], Any]] = {
+            "read the statistics": lambda: Statistics.load(path),
+            "solve them": lambda: solve(observed, present),
+            "figures and document": lambda: figures.build(figures.Source(observed)).document(),
+        }
+        if args.picture:
+            from convert_to_quant.report import picture
+
+            works["picture"] = lambda: picture.draw(made)
+        for name, work in works.items():
+            seconds = timed(args.repeats, work)
+            print(
+                f"{args.layers} layers, {name:20}  {statistics.median(seconds):.2f} s "
+                f"({min(seconds):.2f} to {max(seconds):.2f}), numpy {np.__version__}, {platform.machine()}"
+            )
+    print(f"document: {len(text) / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
