@@ -118,17 +118,27 @@ def output_folder() -> Path:
     return Path(folder_paths.get_output_directory())
 
 
-def next_statistics_file(prefix: str) -> Path:
+def as_output(path: Path) -> dict[str, str]:
+    """A file in the output folder, as ComfyUI's clients are told of files and ask for them (`/view`)."""
+    folder = path.parent.relative_to(output_folder())
+    return {"filename": path.name, "subfolder": "/".join(folder.parts), "type": "output"}
+
+
+def next_output(prefix: str, suffix: str = SUFFIX) -> Path:
     """A path in ComfyUI's output folder that no file has yet, numbered as ComfyUI numbers its pictures.
+
+    Args:
+        prefix: folder and name below the output folder.
+        suffix: how the file ends.
 
     Raises:
         OptionError: the prefix leads out of the output folder.
     """
     start = inside(output_folder(), prefix)
-    taken = re.compile(re.escape(start.name) + r"_(\d+)_\.safetensors", re.IGNORECASE)
+    taken = re.compile(rf"{re.escape(start.name)}_(\d+)_{re.escape(suffix)}", re.IGNORECASE)
     matches = (taken.fullmatch(path.name) for path in start.parent.glob("*")) if start.parent.is_dir() else ()
     number = max((int(match[1]) for match in matches if match is not None), default=0) + 1
-    return start.with_name(f"{start.name}_{number:05}_{SUFFIX}")
+    return start.with_name(f"{start.name}_{number:05}_{suffix}")
 
 
 def statistics_file(name: str) -> Path:

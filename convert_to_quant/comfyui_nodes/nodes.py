@@ -1,14 +1,16 @@
 """The nodes, in the form that every ComfyUI loads (V1): classes whose attributes say what goes in and out.
 
     Load Diffusion Model ─MODEL→ Record Activations ─MODEL→ KSampler ─LATENT→ Save Activation Stats ─→ Calibrate FP8 …
-                                        └──────────ACTIVATION_STATS──────────────────↗
+                                        └──────────ACTIVATION_STATS──────────────────↗             └→ Activation Report
 
 ComfyUI runs a node when its inputs changed, and remembers what it gave otherwise. So:
 
     Record      starts afresh when the model before it changes or with `reset`; else the same recorder keeps adding up.
     Save        always runs. One recorder writes one file, again and again, as its totals grow.
     Calibrate   runs when its inputs changed, or the files that it reads. Statistics of a recorder are there before
-                anything was sampled, so it takes them from Save, or waits for a LATENT of its own.
+    and Report  anything was sampled, so they take them from Save, or wait for a LATENT of their own.
+
+Nodes keep nothing in themselves. `v3` makes the other form that ComfyUI knows from these classes.
 """
 
 from __future__ import annotations
@@ -16,23 +18,79 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..calibrate_activation_scales import Calibration, apply_statistics, patch_model_with_scales
-from ..checkpoint import open_checkpoint
+from ..checkpoint import open_checkpoint, write_bytes
 from ..errors import Error, OptionError
 from ..solve import METHODS, SolveOptions
 from ..stats import Statistics
 from . import folders
 from .recording import Recorder
 
+if TYPE_CHECKING:
+    import torch
+
 CATEGORY = "convert_to_quant"
 STATS = "ACTIVATION_STATS"
+NO_CHECKPOINT = "none"
+"""What is chosen in a list of checkpoints for a report of ranges alone."""
 
-Inputs = dict[str, dict[str, tuple[Any, ...]]]
+Input = tuple[Any, dict[str, Any]]
+Inputs = dict[str, dict[str, Any]]
 
 _SHOWN_NOTES = 20
+
+_FROM_STATS: dict[str, Input] = {
+    "stats": (STATS, {"tooltip": "From Save Activation Stats, or from Record Activations with a latent."}),
+    "latent": ("LATENT", {"tooltip": "Waits for it. Needed where stats come from Record Activations."}),
+    "statistics_file": (
+        "STRING",
+        {"default": "", "tooltip": "Instead of stats: a file in ComfyUI's output (or input) folder."},
+    ),
+}
+
+_SOLVING: dict[str, Input] = {
+    "method": (
+        list(METHODS),
+        {
+            "default": "absmax",
+            "tooltip": "absmax: nothing that was seen is clipped. mse: the least squared error. percentile: clips what "
+            "lies above it.",
+        },
+    ),
+    "margin": (
+        "FLOAT",
+        {
+            "default": 1.0,
+            "min": 1.0,
+            "max": 64.0,
+            "step": 0.05,
+            "tooltip": "Factor on ranges: room for inputs larger than any that was recorded.",
+        },
+    ),
+    "full_precision_budget": (
+        "FLOAT",
+        {
+            "default": 0.0,
+            "min": 0.0,
+            "max": 1.0,
+            "step": 0.01,
+            "tooltip": "Share of the multiply-adds that may move to full precision, worst layers first.",
+        },
+    ),
+}
+
+_RARELY: dict[str, Input] = {
+    "percentile": ("FLOAT", {"default": 99.9, "min": 0.01, "max": 100.0, "step": 0.01, "tooltip": "For that method."}),
+    "allow_partial": (
+        "BOOLEAN",
+        {
+            "default": False,
+            "tooltip": "Go on where not all FP8 layers were recorded: the others keep their scales.",
+        },
+    ),
+}
 
 
 def show_text(node_id: str | None, text: str) -> None:
@@ -45,6 +103,40 @@ def show_text(node_id: str | None, text: str) -> None:
 def statistics_of(recorded: Recorder | Statistics) -> Statistics:
     """What a link of type ACTIVATION_STATS carries, as it is now."""
     return recorded.statistics() if isinstance(recorded, Recorder) else recorded
+
+
+def statistics_from(
+    stats: Recorder | Statistics | None, latent: Mapping[str, Any] | None, statistics_file: str
+) -> Statistics:
+    """What a node is to work on, from a link or a file.
+
+    Raises:
+        OptionError: both or neither were given, or the link's statistics come before anything was sampled.
+        StatisticsError: there is no such file, or it holds no statistics.
+        CalibrationError: nothing was recorded.
+    """
+    if (stats is None) != bool(statistics_file.strip()):
+        raise OptionError("statistics come from a link or from a file: exactly one of stats and statistics_file")
+    if isinstance(stats, Recorder) and latent is None:
+        raise OptionError(
+            "this node would run before the sampler",
+            hint="take stats from Save Activation Stats, or connect the sampler's LATENT to this node, too",
+        )
+    return Statistics.load(folders.statistics_file(statistics_file)) if stats is None else statistics_of(stats)
+
+
+def state_of_files(checkpoint: str | None, statistics_file: str) -> str:
+    """A text that changes when these files do."""
+    paths = []
+    try:
+        if checkpoint not in (None, NO_CHECKPOINT):
+            paths.append(folders.choose_checkpoint(str(checkpoint)).path)
+        if statistics_file.strip():
+            paths.append(folders.statistics_file(statistics_file))
+    except Error:
+        return ""  # running says what is wrong
+    stats = [path.stat() for path in paths]
+    return " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
 
 
 class RecordActivations:
@@ -108,9 +200,6 @@ class SaveActivationStats:
     OUTPUT_TOOLTIPS = ("As saved: what follows runs after sampling.", "The file, in ComfyUI's output folder.")
     OUTPUT_NODE = True
 
-    def __init__(self) -> None:
-        self._written: tuple[Recorder | Statistics, str, Path] | None = None
-
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         """What goes in."""
@@ -134,7 +223,7 @@ class SaveActivationStats:
     @classmethod
     def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
         """Refuse a bad name before anything is sampled."""
-        return _refusal(lambda: filename_prefix is None or folders.next_statistics_file(filename_prefix))
+        return _refusal(lambda: filename_prefix is None or folders.next_output(filename_prefix))
 
     def save(
         self,
@@ -145,18 +234,20 @@ class SaveActivationStats:
     ) -> dict[str, Any]:
         """Write them, and pass them on as they are now."""
         statistics = statistics_of(stats)
-        last = self._written
-        if last is not None and last[0] is stats and last[1] == filename_prefix:
-            path = last[2]
-        else:
-            path = folders.next_statistics_file(filename_prefix)
+        files = stats.files if isinstance(stats, Recorder) else {}
+        path = files.get(filename_prefix) or folders.next_output(filename_prefix)
         folders.make_parent(path)
         statistics.save(path)
-        self._written = (stats, filename_prefix, path)
+        files[filename_prefix] = path
         file = path.relative_to(folders.output_folder()).as_posix()
         text = f"{int(statistics.visited.sum())} layers, {statistics.samples} samples: {file}"
         show_text(unique_id, text)
-        return {"ui": {"text": [text]}, "result": (statistics, file)}
+        entry = {
+            **folders.as_output(path),
+            "recording": stats.recording if isinstance(stats, Recorder) else "",
+            "samples": statistics.samples,
+        }
+        return {"ui": {"text": [text], "statistics": [entry]}, "result": (statistics, file)}
 
 
 class CalibrateFP8Checkpoint:
@@ -176,36 +267,10 @@ class CalibrateFP8Checkpoint:
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         """What goes in."""
-        share = {"min": 0.0, "max": 1.0, "step": 0.01}
         return {
             "required": {
                 "checkpoint": (folders.checkpoint_names(), {"tooltip": "An FP8 checkpoint of the recorded model."}),
-                "method": (
-                    list(METHODS),
-                    {
-                        "default": "absmax",
-                        "tooltip": "absmax: nothing that was seen is clipped. mse: the least squared error. "
-                        "percentile: clips what lies above it.",
-                    },
-                ),
-                "margin": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": 1.0,
-                        "max": 64.0,
-                        "step": 0.05,
-                        "tooltip": "Factor on ranges: room for inputs larger than any that was recorded.",
-                    },
-                ),
-                "full_precision_budget": (
-                    "FLOAT",
-                    {
-                        "default": 0.0,
-                        **share,
-                        "tooltip": "Share of the multiply-adds that may move to full precision, worst layers first.",
-                    },
-                ),
+                **_SOLVING,
                 "output_name": (
                     "STRING",
                     {
@@ -216,42 +281,14 @@ class CalibrateFP8Checkpoint:
                 ),
                 "overwrite": ("BOOLEAN", {"default": False, "tooltip": "Replace a file of that name."}),
             },
-            "optional": {
-                "stats": (STATS, {"tooltip": "From Save Activation Stats, or from Record Activations with a latent."}),
-                "latent": ("LATENT", {"tooltip": "Waits for it. Needed where stats come from Record Activations."}),
-                "statistics_file": (
-                    "STRING",
-                    {"default": "", "tooltip": "Instead of stats: a file in ComfyUI's output (or input) folder."},
-                ),
-                "percentile": (
-                    "FLOAT",
-                    {"default": 99.9, "min": 0.01, "max": 100.0, "step": 0.01, "tooltip": "For that method."},
-                ),
-                "allow_partial": (
-                    "BOOLEAN",
-                    {
-                        "default": False,
-                        "tooltip": "Calibrate the layers that were recorded where others were not: those keep their "
-                        "scales.",
-                    },
-                ),
-            },
+            "optional": {**_FROM_STATS, **_RARELY},
             "hidden": {"unique_id": ("UNIQUE_ID",)},
         }
 
     @classmethod
     def IS_CHANGED(cls, checkpoint: str | None = None, statistics_file: str = "", **_inputs: Any) -> str:
         """When the files that are read change."""
-        paths = []
-        try:
-            if checkpoint is not None:
-                paths.append(folders.choose_checkpoint(checkpoint).path)
-            if statistics_file.strip():
-                paths.append(folders.statistics_file(statistics_file))
-        except Error:
-            return ""  # running says what is wrong
-        stats = [path.stat() for path in paths]
-        return " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
+        return state_of_files(checkpoint, statistics_file)
 
     @classmethod
     def VALIDATE_INPUTS(
@@ -284,28 +321,112 @@ class CalibrateFP8Checkpoint:
         options = SolveOptions(
             method=method, margin=margin, percentile=percentile, full_precision_budget=full_precision_budget
         )
-        if (stats is None) != bool(statistics_file.strip()):
-            raise OptionError("statistics come from a link or from a file: exactly one of stats and statistics_file")
-        if isinstance(stats, Recorder) and latent is None:
-            raise OptionError(
-                "this node would run before the sampler",
-                hint="take stats from Save Activation Stats, or connect the sampler's LATENT to this node, too",
-            )
-        statistics = (
-            Statistics.load(folders.statistics_file(statistics_file)) if stats is None else statistics_of(stats)
-        )
+        statistics = statistics_from(stats, latent, statistics_file)
         show_text(unique_id, f"calibrating {choice.path.name}")
         with open_checkpoint(choice.path) as opened:
             calibration = apply_statistics(opened, statistics, options, force=allow_partial)
             folders.make_parent(output)
             patch = patch_model_with_scales(opened, calibration, output)
-        text = report(calibration, patch.notes)
+        text = summary(calibration, patch.notes)
         file = output.relative_to(choice.root).as_posix()
         show_text(unique_id, f"{text.splitlines()[0]}\n{file}")
         return {"ui": {"text": [f"{file}\n{text}"]}, "result": (file, text)}
 
 
-def report(calibration: Calibration, notes: list[str]) -> str:
+class ActivationReport:
+    """Draws what was recorded on FP8's range, before and after calibration, and says what is at risk."""
+
+    DESCRIPTION = (
+        "Draws what each layer receives on the range of FP8, and says which layers are at risk. With a checkpoint: at "
+        "its present scales, and at those that Calibrate FP8 Checkpoint would choose with the same settings. Changes "
+        "no checkpoint."
+    )
+    CATEGORY = CATEGORY
+    FUNCTION = "draw"
+    RETURN_TYPES = ("IMAGE", "STRING")
+    RETURN_NAMES = ("image", "verdict")
+    OUTPUT_TOOLTIPS = ("To preview or save.", "What is at risk, and what calibration changes.")
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        """What goes in."""
+        return {
+            "required": {
+                "checkpoint": (
+                    [NO_CHECKPOINT, *folders.checkpoint_names()],
+                    {"tooltip": f"An FP8 checkpoint of the recorded model. {NO_CHECKPOINT}: what was recorded alone."},
+                ),
+                **_SOLVING,
+                "filename_prefix": (
+                    "STRING",
+                    {
+                        "default": "activation_stats/report",
+                        "tooltip": "Folder and name in ComfyUI's output folder, for a page to open in a browser. "
+                        "Empty: no page.",
+                    },
+                ),
+            },
+            "optional": {**_FROM_STATS, **_RARELY},
+            "hidden": {"unique_id": ("UNIQUE_ID",)},
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, checkpoint: str | None = None, statistics_file: str = "", **_inputs: Any) -> str:
+        """When the files that are read change."""
+        return state_of_files(checkpoint, statistics_file)
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
+        """Refuse a bad name before anything is sampled."""
+        return _refusal(lambda: not (filename_prefix or "").strip() or folders.next_output(str(filename_prefix)))
+
+    def draw(
+        self,
+        *,
+        checkpoint: str = NO_CHECKPOINT,
+        method: Any = "absmax",
+        margin: float = 1.0,
+        full_precision_budget: float = 0.0,
+        filename_prefix: str = "activation_stats/report",
+        stats: Recorder | Statistics | None = None,
+        latent: Mapping[str, Any] | None = None,
+        statistics_file: str = "",
+        percentile: float = 99.9,
+        allow_partial: bool = False,
+        unique_id: str | None = None,
+    ) -> dict[str, Any]:
+        """Solve, draw, and write the page."""
+        from ..report import figures, page, picture
+
+        model = None if checkpoint == NO_CHECKPOINT else folders.choose_checkpoint(checkpoint).path
+        options = SolveOptions(
+            method=method, margin=margin, percentile=percentile, full_precision_budget=full_precision_budget
+        )
+        statistics = statistics_from(stats, latent, statistics_file)
+        show_text(unique_id, "drawing")
+        report = figures.build(figures.Source(statistics, model, options), force=allow_partial)
+        image = as_image(picture.draw(report))
+        text = "\n".join((report.verdict.headline, *report.verdict.points))
+        pages = []
+        if filename_prefix.strip():
+            path = folders.next_output(filename_prefix, ".html")
+            folders.make_parent(path)
+            write_bytes(path, page.render(report.document()).encode())
+            pages = [folders.as_output(path)]
+        show_text(unique_id, text)
+        return {"ui": {"text": [text], "pages": pages}, "result": (image, text)}
+
+
+def as_image(picture: Any) -> torch.Tensor:
+    """A PIL image as ComfyUI has pictures: [1, height, width, 3], float32, 0 to 1."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255)[None]
+
+
+def summary(calibration: Calibration, notes: list[str]) -> str:
     """What a calibration did: a line of numbers, then what a user should know.
 
     Args:
@@ -336,6 +457,7 @@ NODE_CLASS_MAPPINGS: Mapping[str, type] = {
     "ConvertToQuantRecordActivations": RecordActivations,
     "ConvertToQuantSaveActivationStats": SaveActivationStats,
     "ConvertToQuantCalibrateFP8Checkpoint": CalibrateFP8Checkpoint,
+    "ConvertToQuantActivationReport": ActivationReport,
 }
 """Names in workflows; they never change."""
 
@@ -343,4 +465,5 @@ NODE_DISPLAY_NAME_MAPPINGS: Mapping[str, str] = {
     "ConvertToQuantRecordActivations": "Record Activations",
     "ConvertToQuantSaveActivationStats": "Save Activation Stats",
     "ConvertToQuantCalibrateFP8Checkpoint": "Calibrate FP8 Checkpoint",
+    "ConvertToQuantActivationReport": "Activation Report",
 }

@@ -23,7 +23,9 @@ are told only of flow models, whose sigma is in [0, 1]; elsewhere they are unkno
 
 from __future__ import annotations
 
+import uuid
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError, StatisticsError
@@ -47,11 +49,15 @@ class Recorder:
         before: statistics to go on from.
 
     Attributes:
+        recording: which one this is; another recorder has another text.
         samplings: complete samplings that were added.
+        files: where it was saved, by the name that was asked for.
     """
 
     def __init__(self, before: Statistics | None = None) -> None:
+        self.recording = uuid.uuid4().hex
         self.samplings = 0
+        self.files: dict[str, Path] = {}
         self._total = before
         self._recordings: dict[Any, Recording] = {}  # while it samples, by ComfyUI's BaseModel
 

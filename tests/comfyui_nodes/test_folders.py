@@ -114,13 +114,13 @@ def test_outputs_stay_in_the_folder_of_their_checkpoint(tmp_path: Path) -> None:
 
 def test_statistics_files_are_numbered(comfyui: Any) -> None:
     output = comfyui.root / "output"
-    assert folders.next_statistics_file("a/stats") == output / "a" / "stats_00001_.safetensors"
+    assert folders.next_output("a/stats") == output / "a" / "stats_00001_.safetensors"
     (output / "a").mkdir()
     for name in ("stats_00007_.safetensors", "stats_b_00009_.safetensors", "stats_x_.safetensors", "stats.png"):
         (output / "a" / name).touch()
-    assert folders.next_statistics_file("a\\stats") == output / "a" / "stats_00008_.safetensors"
+    assert folders.next_output("a\\stats") == output / "a" / "stats_00008_.safetensors"
     with pytest.raises(OptionError, match="is no file name below"):
-        folders.next_statistics_file("../stats")
+        folders.next_output("../stats")
 
 
 def test_statistics_are_looked_for_in_the_output_and_then_in_the_input_folder(comfyui: Any) -> None:

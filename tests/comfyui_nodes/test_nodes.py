@@ -132,19 +132,34 @@ def test_saved_statistics_are_what_was_recorded(comfyui: Any, recorded: Any) -> 
     assert file == "runs/flux_00001_.safetensors"
     assert passed_on == Statistics.load(comfyui.root / "output" / file) == recorded.statistics()
     assert answer["ui"]["text"] == [f"3 layers, 2 samples: {file}"]
+    (told,) = answer["ui"]["statistics"]
+    assert told == {
+        "filename": "flux_00001_.safetensors", "subfolder": "runs", "type": "output", "recording": recorded.recording,
+        "samples": 2,
+    }  # fmt: skip
+
+
+def test_clients_are_told_which_files_come_from_one_recorder(comfyui: Any, recorded: Any) -> None:
+    told = [
+        SaveActivationStats().save(stats, LATENT, "top")["ui"]["statistics"][0]
+        for stats in (recorded, recorded, recorded.statistics())
+    ]
+    assert [one["recording"] for one in told] == [recorded.recording, recorded.recording, ""]
+    assert [one["filename"] for one in told] == [f"top_0000{number}_.safetensors" for number in (1, 1, 2)]
+    assert {one["subfolder"] for one in told} == {""}
+    assert RecordActivations().record(comfyui.model())[1].recording != recorded.recording
 
 
 def test_one_recording_is_one_file_and_another_gets_the_next_number(
     comfyui: Any, noise: Tensor, statistics: Callable[..., Any]
 ) -> None:
-    node = SaveActivationStats()
     model, stats = RecordActivations().record(comfyui.model())
     files = []
     for _ in range(2):
         comfyui.guider(model).sample(noise)
-        files.append(node.save(stats, LATENT, "a")["result"][1])
-    files.append(node.save(stats, LATENT, "b")["result"][1])
-    files.append(node.save(statistics(comfyui.shapes), LATENT, "a")["result"][1])
+        files.append(SaveActivationStats().save(stats, LATENT, "a")["result"][1])
+    files.append(SaveActivationStats().save(stats, LATENT, "b")["result"][1])
+    files.append(SaveActivationStats().save(statistics(comfyui.shapes), LATENT, "a")["result"][1])
 
     names = ["a_00001_.safetensors", "a_00001_.safetensors", "b_00001_.safetensors", "a_00002_.safetensors"]
     assert files == names
