@@ -168,7 +168,7 @@ def _risks(rows: Sequence[Row], would: bool = False) -> list[str]:
 
 
 def _decibels(state: State) -> str:
-    return f"{state.sqnr_db or 0:.0f} dB"
+    return f"{round(state.sqnr_db or 0)} dB"
 
 
 def _mild(rows: Sequence[Row], would: bool = False) -> list[str]:
@@ -264,47 +264,53 @@ def _two_inputs(first: Side, second: Side, layers: Sequence[Layer]) -> tuple[Lev
     for side, number in ((first, 0), (second, 1)):
         if side.model is not None:
             present = [(layer.name, one, one.before) for layer in layers if (one := layer.sides[number]) is not None]
-            points.append(f"At the present scales of {side.model}, {_at_risk(present)} on {side.label}.")
+            points.append(f"At the present scales of {side.model}, {_at_risk(present, side)}.")
     return level, headline, points
 
 
-def _at_risk(rows: Sequence[Row]) -> str:
-    """How many are at risk, as a clause."""
+def _at_risk(rows: Sequence[Row], side: Side) -> str:
+    """How many layers of a side are at risk, as a clause."""
     count = _count_risky(rows)
-    return f"{plural(count, 'layer')} {'is' if count == 1 else 'are'} at risk" if count else "no layer is at risk"
+    clause = f"{count:,} of {plural(len(rows), 'layer')} {'is' if count == 1 else 'are'}" if count else "no layer is"
+    return f"{clause} at risk in {side.label}"
 
 
 def _two_scales(first: Side, second: Side, pairs: Sequence[Pair]) -> tuple[Level, str, list[str]]:
     """Where two calibrations of the same inputs differ: two files, or two ways to solve."""
     points: list[str] = []
-    counts: list[str] = []
-    risky = 0
-    for which, words in (("before", "present"), ("after", "new")):
-        states = [(name, one, getattr(one, which), other, getattr(other, which)) for name, one, other in pairs]
-        if all(mine == theirs for _, _, mine, _, theirs in states):
-            continue
+    headline = ""
+    level: Level = "good"
+    kinds = {"before": "present scale", "after": "new scale"} if second.calibrates else {"before": "scale"}
+    for which, noun in kinds.items():
+        mine: list[Row] = [(name, one, getattr(one, which)) for name, one, _ in pairs]
+        theirs: list[Row] = [(name, other, getattr(other, which)) for name, _, other in pairs]
         scales = [
-            (name, mine.scale, theirs.scale) for name, _, mine, _, theirs in states if mine.scale and theirs.scale
+            (name, state.scale, other.scale) for (name, _, state), (_, _, other) in zip(mine, theirs, strict=True)
         ]
-        differing = sum(mine != theirs for _, mine, theirs in scales)
-        counts.append(f"{differing:,} of {plural(len(pairs), f'{words} scale')}")
-        points.append(_moved(f"{words} scale", second, scales))
-        precise = [name for name, _, mine, _, theirs in states if mine.full_precision != theirs.full_precision]
+        precise = [
+            name
+            for (name, _, state), (_, _, other) in zip(mine, theirs, strict=True)
+            if state.full_precision != other.full_precision
+        ]
+        differing = sum(one != other for _, one, other in scales)
+        if not differing and not precise:
+            continue
+        risky = [_count_risky(rows) for rows in (mine, theirs)]
+        share = f"{differing:,} of {plural(len(pairs), noun)} {'differs' if differing == 1 else 'differ'}"
+        if not headline:
+            level = "bad" if any(risky) else "good"
+            headline = f"{share[0].upper()}{share[1:]} between {first.label} and {second.label}."
+            if any(risky):
+                headline = f"{_at_risk(mine, first)}, {_at_risk(theirs, second)}."
+                headline = headline[0].upper() + headline[1:]
+        points.append(_moved(noun, second, scales))
         if precise:
             points.append(f"Full precision differs in {plural(len(precise), 'layer')} (first: {precise[0]}).")
-        for side, rows in (
-            (first, [(name, one, mine) for name, one, mine, _, _ in states]),
-            (second, [(name, other, theirs) for name, _, _, other, theirs in states]),
-        ):
-            risky += _count_risky(rows)
-            middle_db = _median_db(state for _, _, state in rows)
-            if middle_db is not None:
-                ratio = f"signal to noise in the middle of all layers {middle_db:.1f} dB"
-                points.append(f"{side.label}: {_at_risk(rows)} at its {words} scales; {ratio}.")
-    if not counts:
-        return "good", f"{first.label} and {second.label} have the same scales and precisions.", points
-    level: Level = "bad" if risky else "good"
-    return level, f"{first.label} and {second.label} differ in {' and '.join(counts)}.", points
+        middles = [_median_db(state for _, _, state in rows) for rows in (mine, theirs)]
+        if None not in middles:
+            ratios = f"{middles[0]:.1f} dB in {first.label}, {middles[1]:.1f} dB in {second.label}"
+            points.append(f"Signal to noise of a layer's inputs at its {noun}, in the middle of all layers: {ratios}.")
+    return level, headline or f"{first.label} and {second.label} have the same scales and precisions.", points
 
 
 def _moved(noun: str, second: Side, values: Sequence[tuple[str, float, float]]) -> str:
