@@ -43,11 +43,12 @@ def content() -> bytes:
     return _mark(BODY.encode()) + BODY.encode()
 
 
-def install(comfyui: Path) -> Path:
+def install(comfyui: Path, *, dry_run: bool = False) -> Path:
     """Write the pack, or write it anew over a former version of it.
 
     Args:
         comfyui: ComfyUI's folder, or another base directory with `custom_nodes` in it.
+        dry_run: check everything, and touch nothing.
 
     Returns:
         The pack's folder.
@@ -57,9 +58,12 @@ def install(comfyui: Path) -> Path:
         OutputError: something else has the pack's name, or it cannot be written.
     """
     folder = _folder(comfyui)
-    if folder.is_symlink() or folder.exists():
+    exists = folder.is_symlink() or folder.exists()
+    if exists:
         _check_ours(folder)
-    else:
+    if dry_run:
+        return folder
+    if not exists:
         try:
             folder.mkdir()
         except OSError as error:
@@ -68,11 +72,12 @@ def install(comfyui: Path) -> Path:
     return folder
 
 
-def uninstall(comfyui: Path) -> Path:
+def uninstall(comfyui: Path, *, dry_run: bool = False) -> Path:
     """Remove the pack, and nothing else.
 
     Args:
         comfyui: as for `install`.
+        dry_run: as for `install`.
 
     Returns:
         The folder that was removed.
@@ -85,6 +90,8 @@ def uninstall(comfyui: Path) -> Path:
     if not (folder.is_symlink() or folder.exists()):
         raise OptionError(f"{folder} does not exist: nothing to remove")
     _check_ours(folder)
+    if dry_run:
+        return folder
     try:
         for path in (folder / CACHE).glob("*"):
             path.unlink()

@@ -127,6 +127,21 @@ def file(folder: Path) -> None:
     folder.touch()
 
 
+def test_a_dry_run_checks_everything_and_touches_nothing(home: Path) -> None:
+    before = files(home)
+    assert pack.install(home, dry_run=True) == home / "custom_nodes" / "convert_to_quant"
+    with pytest.raises(OptionError, match="nothing to remove"):
+        pack.uninstall(home, dry_run=True)
+    assert files(home) == before
+    installed = pack.install(home)
+    assert pack.uninstall(home, dry_run=True) == installed
+    assert (installed / "__init__.py").read_bytes() == pack.content()
+    change(installed)
+    for action in (pack.install, pack.uninstall):
+        with pytest.raises(OutputError, match="install did not write this"):
+            action(home, dry_run=True)
+
+
 @pytest.mark.parametrize("spoil", [change, add, add_to_cache, cache_is_a_link, clone, link, file])
 @pytest.mark.parametrize("action", [pack.install, pack.uninstall])
 def test_what_is_not_ours_is_left_alone(home: Path, action: Any, spoil: Any) -> None:
