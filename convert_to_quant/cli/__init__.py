@@ -2,63 +2,64 @@
 
     convert_to_quant -i MODEL -o OUT ...     convert, calibrate, or both (the command that needs no name)
     convert_to_quant COMMAND ...             everything else
+    convert_to_quant --config FILE.toml      what the file says (`config`)
 
-stdout is data (tables, JSON), stderr is talk (progress, notes, errors). Exit codes: 0 done, 1 failed, 2 misused.
-Nothing heavy is imported before a command runs: `--help` answers without torch and without numpy.
+stdout is data (tables, JSON), stderr is talk (progress, notes, errors). Exit codes: 0 done, 1 failed, 2 misused; 130
+and 143 where a signal ended it. Nothing heavy is imported before a command runs: `--help` answers without torch and
+without numpy.
+
+A command is the module `cli.NAME` with DESCRIPTION, EPILOG, `add_arguments(parser)` and `run(args) -> exit code`. What
+every command has (`shared`) is added here; what it prints it prints through `output`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from .. import __version__
 from ..errors import Error
+from . import config, output, parsing, shared, terminal
+from .interrupts import Interrupted, exit_code, interruptible
+from .overview import overview
+from .parsing import Parser, did_you_mean, flag_spelling
+
+__all__ = ["COMMANDS", "build_parser", "flag_spelling", "guarded", "main"]
 
 COMMANDS = {
     "convert": "convert to FP8, calibrate an FP8 file, or both (the default)",
-    "inspect": "say what a file is, what ComfyUI does with it, and what is wrong with it",
+    "inspect": "say what a file is, what ComfyUI does with it, what is wrong",
     "observe": "run a model and keep what its layers receive as a statistics file",
     "apply": "choose scales from statistics and write them into a checkpoint",
     "merge": "merge statistics files",
+    "report": "show what calibration changes, layer by layer; or compare two",
     "comfyui": "install our nodes into a ComfyUI, or remove them",
     "check": "compare a quantized model with its reference while both paint",
-    "demo": "convert, calibrate and check the embedded emoji model; writes a picture",
+    "demo": "convert, calibrate and check a small model; writes a picture",
+    "completion": "print what makes a shell complete our commands and flags",
 }
-"""What each command does. The module `cli.NAME` has it: `add_arguments(parser)` and `run(args) -> exit code`."""
+"""What each command does."""
 
 DEFAULT_COMMAND = "convert"
-INTERRUPTED = 130
+READERS = frozenset({"inspect", "check", "completion", "observe"})
+"""Commands that write nothing but a report."""
+
+FILE_SUFFIXES = (".safetensors", ".sft", ".json", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+"""What shows that a word was meant as a file."""
 
 
-def flag_spelling(argument: str) -> str:
-    """An argument with the dashes that the parsers know: `--scaling_mode` and `--scaling-mode` are the same.
-
-    >>> flag_spelling("--actcal_lora=my_lora.safetensors")
-    '--actcal-lora=my_lora.safetensors'
-    """
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
-def build_parser(command: str) -> argparse.ArgumentParser:
+def build_parser(command: str) -> Parser:
     """The parser of one command."""
     module = importlib.import_module(f"{__name__}.{command}")
-    named = "" if command == DEFAULT_COMMAND else f" {command}"
-    parser = argparse.ArgumentParser(
-        prog=f"convert_to_quant{named}",
-        description=module.DESCRIPTION,
-        epilog=module.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"convert_to_quant {__version__}")
+    parser = Parser(prog=f"convert_to_quant {command}", description=module.DESCRIPTION, epilog=module.EPILOG)
     module.add_arguments(parser)
+    shared.add_shared_options(parser, writes=command not in READERS)
     return parser
 
 
@@ -72,24 +73,111 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     words = [flag_spelling(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    command = words.pop(0) if words and words[0] in COMMANDS else DEFAULT_COMMAND
-    args = build_parser(command).parse_args(words)
-    run = importlib.import_module(f"{__name__}.{command}").run
-    return guarded(lambda: int(run(args)))
+    prepare(words)
+    return guarded(lambda: dispatch(words))
+
+
+def prepare(words: Sequence[str]) -> None:
+    """Make the streams fit to be written to: colours as asked for, and no letter that they cannot show is an error."""
+    terminal.choose_color(words)
+    output.configure()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def dispatch(words: list[str]) -> int:
+    """Run the command that a command line names.
+
+    Returns:
+        The exit code.
+    """
+    if words and words[0] == "help":
+        words = [*words[1:], "--help"]
+    if words in ([], ["--help"], ["-h"]):
+        print(overview(COMMANDS), end="")
+        return 0
+    command = command_of(words)
+    rest = words[1:] if words[0] == command else words
+    args, names = config.parse(build_parser(command), rest, command)
+    return run(names, args)
+
+
+def command_of(words: Sequence[str]) -> str:
+    """The command that a command line means.
+
+    Raises:
+        OptionError: there is no such command.
+    """
+    from ..errors import OptionError
+
+    word, path = words[0], terminal.value_of("--config", words)
+    if word in COMMANDS:
+        return word
+    if word.startswith("-"):
+        named_by_file = path is not None and not {"-i", "--input"} & {word.partition("=")[0] for word in words}
+        return config.only_command(config.read(str(path)), str(path), list(COMMANDS)) if named_by_file else "convert"
+    if word.endswith(FILE_SUFFIXES) or Path(word).exists():
+        hint = f"convert_to_quant -i {word} converts it, convert_to_quant inspect {word} looks at it"
+        raise OptionError(f"{word} is a file, not a command", hint=hint)
+    hint = did_you_mean(word, [*COMMANDS, "help"]) or "convert_to_quant --help lists them"
+    raise OptionError(f"unknown command {word!r}", hint=hint)
+
+
+def run(names: Sequence[str], args: argparse.Namespace) -> int:
+    """Run a command whose options are parsed.
+
+    Args:
+        names: the command, and its action if it has some.
+        args: its options.
+
+    Returns:
+        The exit code.
+    """
+    command = names[0]
+    parser = parsing.follow(build_parser(command), names[1:])[0]
+    return perform(importlib.import_module(f"{__name__}.{command}").run, parser, names, args)
+
+
+def perform(
+    work: Callable[[argparse.Namespace], int], parser: Parser, names: Sequence[str], args: argparse.Namespace
+) -> int:
+    """Do a command's work, with what every command has around it.
+
+    Args:
+        work: the command.
+        parser: a fresh one, whose defaults are what is not worth saying.
+        names: the command, and its action if it has some.
+        args: its options.
+
+    Returns:
+        The exit code.
+    """
+    said = config.options_in_force(parser, args)
+    options = {key: value for key, value in said.items() if key not in shared.TALK}
+    made_by = {"tool": "convert_to_quant", "version": __version__, "command": " ".join(names), "options": options}
+    output.configure(quiet=args.quiet, verbose=args.verbose, made_by=made_by)
+    shared.check_reports(parser, args)
+    code = int(work(args))
+    if code == 0 and args.save_config and not getattr(args, "dry_run", False):
+        config.write(args.save_config, names, parser, args)
+    return code
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """Run something, and turn our errors, and only ours, into one line and an exit code."""
+    """Run something, and turn our errors and signals, and only those, into one line and an exit code."""
     try:
-        code = run()
-        sys.stdout.flush()  # here, where a reader that went away is expected, and not when Python ends
+        with interruptible():
+            code = run()
+            sys.stdout.flush()  # here, where a reader that went away is expected, and not when Python ends
         return code
     except Error as error:
-        print(f"error: {error}", file=sys.stderr)
+        output.error(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: an output is written whole or not at all", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        with contextlib.suppress(BrokenPipeError):  # whoever ended us may be gone
+            print("interrupted: an output is written whole or not at all", file=sys.stderr)
+        return stop.exit_code if isinstance(stop, Interrupted) else exit_code(signal.SIGINT)
     except BrokenPipeError:
         # Whoever read our output has seen enough. Keep Python from complaining when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,9 +13,11 @@ from .solving import add_solving_arguments, solve_options_of
 DESCRIPTION = "Choose the scale and precision of every FP8 layer from statistics, and write them into the checkpoint."
 EPILOG = """\
 examples:
-  convert_to_quant apply flux_fp8.safetensors stats.safetensors -o flux_fp8_calibrated.safetensors
-  convert_to_quant apply flux_fp8.safetensors monday.safetensors tuesday.safetensors --in-place -v
-  convert_to_quant apply flux_fp8.safetensors stats.safetensors -o out.safetensors --full-precision-budget 0.05
+  convert_to_quant apply fp8.safetensors stats.safetensors -o new.safetensors
+  convert_to_quant apply fp8.safetensors a.safetensors b.safetensors --in-place
+  convert_to_quant apply fp8.safetensors stats.safetensors --dry-run -v
+
+With --full-precision-budget 0.05, the worst layers that cost 5 % of the multiply-adds compute in full precision.
 """
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from . import flag_spelling, guarded
+from . import config, flag_spelling, guarded, perform, prepare
 from .calibration import add_calibration_arguments
+from .parsing import Parser
 from .patching import add_patching_arguments
+from .shared import add_shared_options
+
+NAME = "calibrate"
+"""Of its table in a configuration file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,21 +25,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    import sys
+    words = [flag_spelling(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    prepare(words)
 
-    parser = argparse.ArgumentParser(
+    def call() -> int:
+        args, names = config.parse(build_parser(), words, NAME)
+        args.actcal = True
+        return perform(run, build_parser(), names, args)
+
+    return guarded(call)
+
+
+def build_parser() -> Parser:
+    """The command's parser."""
+    parser = Parser(
         prog="python -m convert_to_quant.calibrate_activation_scales",
         description="Find the input scale of every FP8 layer of a checkpoint and write it into a new one.",
-        allow_abbrev=False,
     )
     parser.add_argument("input", metavar="MODEL", help="an FP8 checkpoint")
     add_patching_arguments(parser)
-    add_calibration_arguments(parser, "")
-    parser.add_argument("--float16-safe", action="store_true", help="no scale below 2⁻¹⁵")
-    words = [flag_spelling(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    args = parser.parse_args(words)
-    args.actcal = True
-    return guarded(lambda: run(args))
+    add_calibration_arguments(parser.add_argument_group("calibration"), "")
+    add_shared_options(parser, writes=True)
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:

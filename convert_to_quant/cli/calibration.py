@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .output import note, print_table, progress_bar, require_folder, say, write_json
+from .output import decibels, note, print_table, progress_bar, require_folder, say, write_json
+from .shared import split_strength
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,17 +26,18 @@ def add_calibration_arguments(group: Any, prefix: str) -> None:
     def add(name: str, **settings: Any) -> None:
         group.add_argument(f"--{prefix}{name}", dest=name.replace("-", "_"), **settings)
 
-    add("engine", choices=("auto", "model", "layer"), default="auto",
-        help="run the network on noise (model), simulate each layer (layer), or whichever works (auto)")  # fmt: skip
-    add("samples", type=int, default=64, metavar="N", help="inputs shown to the model or to each layer (64)")
-    add("percentile", type=float, metavar="P", help="of simulated magnitudes (99.9); real ranges are never cut")
     add("lora", action="append", default=[], metavar="FILE[:STRENGTH]",
-        help="adapter that will be used with the model; may be given more than once")  # fmt: skip
+        help="adapter to be used with it; may be repeated")  # fmt: skip
+    add("device", default="cpu", metavar="DEVICE", help="where it runs: cpu, cuda, cuda:1, ... (cpu)")
+    add("samples", type=int, default=64, metavar="N", help="inputs shown to model or layer (64)")
+    add("margin", type=float, metavar="M", help="on ranges (1 where seen, 8 if simulated)")
+    add("engine", choices=("auto", "model", "layer"), default="auto", metavar="ENGINE",
+        help="model: run it; layer: simulate it (auto)")  # fmt: skip
+    add("percentile", type=float, metavar="P", help="of simulated magnitudes (99.9)")
+    add("estimator", choices=("input", "output"), default="input", metavar="WHICH",
+        help="input, or the range of X·Wᵀ: output (input)")  # fmt: skip
     add("seed", type=int, default=42, metavar="S", help="of all noise (42)")
-    add("device", default="cpu", metavar="DEVICE", help="where the model runs: cpu, cuda, cuda:1, ... (cpu)")
-    add("margin", type=float, metavar="M", help="factor on ranges (1 for what was seen, 8 for what was simulated)")
-    add("estimator", choices=("input", "output"), default="input",
-        help="of the layer engine; output is the range of X·Wᵀ, kept for comparison")  # fmt: skip
+    group.add_argument("--float16-safe", action="store_true", help="no scale below 2⁻¹⁵")
 
 
 def options_of(args: argparse.Namespace) -> CalibrationOptions:
@@ -54,21 +56,6 @@ def options_of(args: argparse.Namespace) -> CalibrationOptions:
     )
 
 
-def split_strength(text: str) -> tuple[str, float]:
-    """FILE or FILE:STRENGTH.
-
-    >>> split_strength("a.safetensors:0.8"), split_strength("C:/a.safetensors")
-    (('a.safetensors', 0.8), ('C:/a.safetensors', 1.0))
-    """
-    path, colon, strength = text.rpartition(":")
-    if colon and not Path(text).exists():
-        try:
-            return path, float(strength)
-        except ValueError:
-            return text, 1.0
-    return text, 1.0
-
-
 def recover_input(args: argparse.Namespace) -> None:
     """Put back what an interrupted in-place change of the input left half done; a dry run only says so.
 
@@ -79,7 +66,7 @@ def recover_input(args: argparse.Namespace) -> None:
 
     if args.dry_run:
         refuse_unrecovered(Path(args.input))
-    elif recover(Path(args.input)) and not args.quiet:
+    elif recover(Path(args.input)):
         note(f"{args.input}: an interrupted change in place was undone")
 
 
@@ -89,7 +76,10 @@ def adapter_files(args: argparse.Namespace) -> list[Path]:
 
 
 def check_written_files(checkpoint: Checkpoint, args: argparse.Namespace, others: Sequence[Path]) -> None:
-    """Refuse, before any work, what cannot be written, and files that would overwrite each other.
+    """Refuse, before any work, outputs that cannot be written or would replace what is read.
+
+    That reports are no other file of the call has been checked already (`shared.check_reports`); here are the shards,
+    which no call names.
 
     Args:
         checkpoint: the model.
@@ -97,25 +87,20 @@ def check_written_files(checkpoint: Checkpoint, args: argparse.Namespace, others
         others: the further files that are read.
 
     Raises:
-        OutputError: the output is a folder or one of `others`; the report is the model, the output or one of them, or
-            has no folder.
+        OutputError: the output is a folder, has no folder or is one of `others`; the report is a shard.
     """
     from ..checkpoint import refuse_same_file
     from ..errors import OutputError
 
-    outputs = [Path(args.output)] if args.output is not None else []
-    for output in outputs:
+    if args.output is not None:
+        output = Path(args.output)
         refuse_same_file(output, others, hint="name another output")
         if output.is_dir():
             raise OutputError("cannot be written: it is a folder", path=output)
-    if args.json in (None, "-"):
-        return
-    report = Path(args.json)
-    inputs = [checkpoint.path, *(file.path for file in checkpoint.files), *others]
-    refuse_same_file(report, inputs, hint="name another file for --json")
-    if any(report.resolve() == output.resolve() for output in outputs):
-        raise OutputError("--json and -o are the same file", path=report)
-    require_folder(report)
+        require_folder(output)
+    if args.json not in (None, "-"):
+        shards = [file.path for file in checkpoint.files]
+        refuse_same_file(Path(args.json), shards, hint="name another file for --json")
 
 
 @contextmanager
@@ -134,22 +119,19 @@ def loras_of(args: argparse.Namespace) -> Iterator[list[Lora]]:
             adapter.checkpoint.close()
 
 
-def calibrate(
-    checkpoint: Checkpoint, args: argparse.Namespace, options: CalibrationOptions, adapters: Sequence[Lora]
-) -> Calibration:
+def calibrate(checkpoint: Checkpoint, options: CalibrationOptions, adapters: Sequence[Lora]) -> Calibration:
     """Calibrate with a progress bar."""
     from ..calibrate_activation_scales import calibrate_model
 
-    with progress_bar("calibrating", quiet=args.quiet) as progress:
+    with progress_bar("calibrating") as progress:
         return calibrate_model(checkpoint, options, loras=adapters, progress=progress)
 
 
 def tell(calibration: Calibration, args: argparse.Namespace) -> None:
     """Say what a calibration found: a summary, with -v the table, with --json the document."""
-    if not args.quiet:
-        for text in calibration.notes:
-            note(text)
-        say(summary(calibration))
+    for text in calibration.notes:
+        note(text)
+    say(summary(calibration))
     if args.verbose:
         print_calibration(calibration.results, talk=args.json == "-")
     if args.json:
@@ -193,8 +175,8 @@ def print_calibration(results: Sequence[LayerResult], *, talk: bool = False) -> 
                 _number(result.range),
                 _number(result.scale_before),
                 _number(result.scale_after),
-                _decibels(result.sqnr_before_db),
-                _decibels(result.sqnr_after_db),
+                decibels(result.sqnr_before_db),
+                decibels(result.sqnr_after_db),
                 _shares(result.clipped_before, result.clipped_after),
                 _shares(result.vanished_before, result.vanished_after),
                 _share(result.rows_lost),
@@ -204,16 +186,13 @@ def print_calibration(results: Sequence[LayerResult], *, talk: bool = False) -> 
             for result in results
         ],
         right=(1, 2, 3, 4, 5, 6, 7, 8),
+        optional=(10, 7, 6, 1, 9, 8, 4, 5),
         talk=talk,
     )
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.5g}"
-
-
-def _decibels(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} dB"
 
 
 def _share(value: float | None) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ..errors import CalibrationError, OptionError
-from .output import print_table, progress_bar, say, write_json
-from .running import NOISE, PICTURES, add_running_arguments, check_report, check_running_options, geometry_of
+from ..errors import CalibrationError
+from .output import decibels, error, print_table, progress_bar, write_json
+from .running import NOISE, PICTURES, add_running_arguments, check_running_options, geometry_of
+from .terminal import Styled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,23 +22,23 @@ SEED = 43
 """Not the seed of calibration: a check on what was calibrated on would flatter."""
 
 WORST_LAYERS = 20
+EXACT = Styled("exact", "good")
 BELOW = 1
 """Exit code of a model that is worse than asked for."""
 
 DESCRIPTION = """\
-Run a reference and a quantized model side by side, along the reference's way from noise to picture, and say how close
-the quantized model's predictions stay: the SQNR of the velocity in dB per noise level (30 is good, 10 is ruin), and the
-PSNR of the latents that each reaches by itself."""
+Run a reference and a quantized model side by side and say how close the quantized one stays: the SQNR of the predicted
+velocity in dB per noise level (30 is good, 10 is ruin), and the PSNR of the latents that each reaches by itself."""
 EPILOG = """\
 examples:
-  convert_to_quant check flux_bf16.safetensors flux_fp8.safetensors --device cuda
-  convert_to_quant check flux_bf16.safetensors flux_fp8.safetensors --layers
-  convert_to_quant check flux_bf16.safetensors flux_fp8.safetensors --at-least 25 && upload flux_fp8.safetensors
+  convert_to_quant check bf16.safetensors fp8.safetensors --device cuda
+  convert_to_quant check bf16.safetensors fp8.safetensors --at-least 25 --layers
 
 arithmetics of FP8 layers:
-  comfyui         as ComfyUI on a CPU: inputs times 1 / scale, in their own dtype
+  comfyui         as ComfyUI on a CPU: inputs times 1 / scale, in their dtype
   comfyui-divide  as ComfyUI's CUDA kernels: inputs over scale, in float32
-  dequantize      weights in FP8 only; dynamic-tensor, dynamic-row: scales from each input itself
+  dequantize      weights in FP8 only
+  dynamic-tensor  scales from each input itself; dynamic-row: from each row
 """
 
 
@@ -45,34 +46,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.add_argument("reference", metavar="REFERENCE", help="the model as it should be")
     parser.add_argument("quantized", metavar="QUANTIZED", help="the same model, quantized")
-    parser.add_argument("--arithmetic", choices=ARITHMETICS, default=ARITHMETICS[0],
-                        help="how FP8 layers compute (comfyui)")  # fmt: skip
-    parser.add_argument("--guidance", type=float, default=1.0, metavar="G",
-                        help="strength of classifier-free guidance (1: none)")  # fmt: skip
+    wanted = parser.add_argument_group("what to say")
+    wanted.add_argument("--layers", action="store_true", help=f"errors of the {WORST_LAYERS} worst layers (-v: all)")
+    wanted.add_argument("--at-least", type=float, metavar="DB", help=f"exit code {BELOW} if the mean SQNR is below")
+    wanted.add_argument("--arithmetic", choices=ARITHMETICS, default=ARITHMETICS[0], metavar="WHICH",
+                        help="how FP8 layers compute, see below (comfyui)")  # fmt: skip
+    wanted.add_argument("--guidance", type=float, default=1.0, metavar="G",
+                        help="of classifier-free guidance; 1 is none (1)")  # fmt: skip
     add_running_arguments(parser, seed=SEED)
-    parser.add_argument("--layers", action="store_true",
-                        help=f"the errors of the {WORST_LAYERS} worst layers' outputs (all with -v)")  # fmt: skip
-    parser.add_argument("--at-least", type=float, metavar="DB", help=f"exit code {BELOW} if the mean SQNR is below")
-    parser.add_argument("--json", metavar="FILE", help="write the report as JSON (- for stdout, instead of the tables)")
-    parser.add_argument("-v", "--verbose", action="store_true", help="with --layers: every layer")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     check_running_options(args)
-    if args.verbose and not args.layers:
-        raise OptionError("-v needs --layers: it shows every layer")
-    check_report(args.json, {"REFERENCE": args.reference, "QUANTIZED": args.quantized})
     found = measure(args)
     if args.json:
         write_json(args.json, found.to_json())
-    if not (args.quiet or args.json == "-"):
+    if args.json != "-":
         print_levels(found)
         if args.layers:
             print_layers(found, None if args.verbose else WORST_LAYERS)
     if args.at_least is not None and found.sqnr_db < args.at_least:
-        say(f"{args.quantized}: {found.sqnr_db:.2f} dB, at least {args.at_least:g} dB were asked for")
+        error(f"{args.quantized}: {found.sqnr_db:.2f} dB, at least {args.at_least:g} dB were asked for")
         return BELOW
     return 0
 
@@ -89,7 +84,7 @@ def measure(args: argparse.Namespace) -> Fidelity:
         quantized = load(second, device=args.device, arithmetic=args.arithmetic.replace("-", "_"))
         refuse_another_model(reference, quantized, args)
         conditioning, negative, geometry = shown(reference, args)
-        with progress_bar("checking", quiet=args.quiet) as progress:
+        with progress_bar("checking") as progress:
             return velocity_fidelity(
                 reference,
                 quantized,
@@ -163,8 +158,8 @@ def print_levels(found: Fidelity) -> None:
     print_table(
         ("sigma", "SQNR", "standard error"),
         [
-            (name, *(("exact", "-") if mean >= EXACT_DB else (f"{mean:.2f} dB", f"{error:.2f} dB")))
-            for name, mean, error in rows
+            (name, *((EXACT, "-") if mean >= EXACT_DB else (decibels(mean, 2), f"{deviation:.2f} dB")))
+            for name, mean, deviation in rows
         ],
         right=(1, 2),
     )

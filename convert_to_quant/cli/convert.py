@@ -31,61 +31,43 @@ if TYPE_CHECKING:
 CONVERSION_OPTIONS = ("scaling_mode", "block_size", "weight_scale", "legacy", "preset", "exclude_layers")
 CALIBRATION_OPTIONS = ("engine", "samples", "percentile", "lora", "seed", "device", "margin", "estimator")
 
-DESCRIPTION = "FP8 for diffusion models that keeps the picture."
+DESCRIPTION = "Convert a checkpoint to FP8, calibrate an FP8 checkpoint, or both at once."
 EPILOG = """\
 examples:
   convert_to_quant -i flux_bf16.safetensors -o flux_fp8.safetensors --actcal
-      convert to FP8 and find the input scale of every layer
-  convert_to_quant -i flux_fp8.safetensors -o flux_fp8_calibrated.safetensors --actcal
-      calibrate a file that is FP8 already (--in-place changes the file itself)
-  convert_to_quant -i flux_bf16.safetensors --dry-run
-      say which layers would be converted, and why the others would not
-
-other commands: convert_to_quant COMMAND --help
-  inspect   say what a file is, what ComfyUI does with it, and what is wrong with it
-  observe   run a model and keep what its layers receive as a statistics file
-  check     compare a quantized model with its reference while both paint
-  comfyui   install our nodes into a ComfyUI, or remove them
-  demo      convert, calibrate and check the embedded emoji model; writes a picture
-
-Dashes and underscores are the same in every flag.
+  convert_to_quant -i fp8.safetensors -o calibrated.safetensors --actcal
+  convert_to_quant -i flux_bf16.safetensors --dry-run -v
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
+    parser.usage = "convert_to_quant -i MODEL -o OUT [options]"
     files = parser.add_argument_group("files")
     files.add_argument("-i", "--input", required=True, metavar="MODEL",
-                       help="a .safetensors file, or the .safetensors.index.json of a sharded model")  # fmt: skip
+                       help=".safetensors, or the index of its shards")  # fmt: skip
     files.add_argument("-o", "--output", metavar="OUT", help="the new file, or index for shards")
-    files.add_argument("--in-place", action="store_true", help="with --actcal: write the scales into MODEL itself")
-    files.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
-    files.add_argument("--json", metavar="FILE", help="write the report as JSON (- for stdout)")
-
-    conversion = parser.add_argument_group("conversion (of FP16, BF16 and FP32 weights)")
-    conversion.add_argument("--scaling-mode", choices=("tensor", "row", "block"), default="tensor",
-                            help="one weight scale per tensor, row or block (tensor, which ComfyUI reads)")  # fmt: skip
-    conversion.add_argument("--block-size", type=int, default=64, metavar="N", help="side of a block (64)")
-    conversion.add_argument("--weight-scale", choices=("absmax", "mse"), default="absmax",
-                            help="largest weight / 448, or the least squared error (absmax)")  # fmt: skip
-    spelling = conversion.add_mutually_exclusive_group()
-    spelling.add_argument("--comfy-quant", action="store_true", help="ComfyUI's present spelling (the default)")
-    spelling.add_argument("--legacy", action="store_true", help="the older scaled_fp8 spelling")
-    conversion.add_argument("--no-input-scale", action="store_true", help="leave input scales out")
-    conversion.add_argument("--preset", metavar="FAMILY", help="which layers to keep in high precision (detected)")
-    conversion.add_argument("--exclude-layers", action="append", default=[], metavar="REGEX",
-                            help="keep layers in high precision in which this is found; may be repeated")  # fmt: skip
+    files.add_argument("--in-place", action="store_true", help="write scales into MODEL itself")
 
     calibration = parser.add_argument_group("calibration (of input scales)")
     calibration.add_argument("--actcal", action="store_true", help="find the input scale of every FP8 layer")
     add_calibration_arguments(calibration, "actcal-")
-    calibration.add_argument("--float16-safe", action="store_true", help="no scale below 2⁻¹⁵")
     calibration.add_argument("--enable-fp8-matmul", action="store_true",
-                             help="legacy files: replace the marker that turns FP8 products off")  # fmt: skip
+                             help="undo a legacy marker that turns FP8 off")  # fmt: skip
 
-    talk = parser.add_argument_group("talk")
-    talk.add_argument("-v", "--verbose", action="store_true", help="print every layer")
-    talk.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    conversion = parser.add_argument_group("conversion (of FP16, BF16 and FP32 weights)")
+    conversion.add_argument("--preset", metavar="FAMILY", help="which layers to leave alone (found out)")
+    conversion.add_argument("--exclude-layers", action="append", default=[], metavar="REGEX",
+                            help="leave such layers alone; may be repeated")  # fmt: skip
+    conversion.add_argument("--scaling-mode", choices=("tensor", "row", "block"), default="tensor", metavar="MODE",
+                            help="scales per tensor, row or block (tensor)")  # fmt: skip
+    conversion.add_argument("--block-size", type=int, default=64, metavar="N", help="side of a block (64)")
+    conversion.add_argument("--weight-scale", choices=("absmax", "mse"), default="absmax", metavar="METHOD",
+                            help="absmax, or mse: least error (absmax)")  # fmt: skip
+    conversion.add_argument("--no-input-scale", action="store_true", help="leave input scales out")
+    spelling = conversion.add_mutually_exclusive_group()
+    spelling.add_argument("--comfy-quant", action="store_true", help="ComfyUI's present spelling, the default")
+    spelling.add_argument("--legacy", action="store_true", help="the older scaled_fp8 spelling")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         with loras_of(args) as adapters:
             if options is not None and find_layers(checkpoint).quantized:
                 unused = ", ".join("--" + name.replace("_", "-") for name in _given(args, CONVERSION_OPTIONS))
-                if unused and not args.quiet:
+                if unused:
                     note(f"the input is FP8 already, so nothing is converted and {unused} does nothing")
                 return calibrate_file(checkpoint, args, options, adapters)
             if args.in_place:
@@ -150,13 +132,14 @@ def calibrate_file(
         # Whether every scale has a place shows before minutes of work as well as after.
         table = find_layers(checkpoint)
         plan_in_place(checkpoint, table, dict.fromkeys(table.quantized, 1.0), enable_fp8_matmul=args.enable_fp8_matmul)
-    return finish(checkpoint, calibrate(checkpoint, args, options, adapters), args)
+    return finish(checkpoint, calibrate(checkpoint, options, adapters), args)
 
 
 def convert_file(
     checkpoint: Checkpoint, args: argparse.Namespace, calibration: CalibrationOptions | None, adapters: Sequence[Lora]
 ) -> int:
     """Convert a file in high precision, and calibrate it before it gets its name."""
+    from ..checkpoint import refuse_same_file
     from ..convert import ConvertOptions, convert, plan_conversion
     from ..lora import match_loras
 
@@ -169,19 +152,20 @@ def convert_file(
         preset=args.preset,
         exclude=tuple(args.exclude_layers),
     )
+    if args.output is not None:
+        refuse_same_file(Path(args.output), [checkpoint.path, *(file.path for file in checkpoint.files)])
     plan = plan_conversion(checkpoint, options)
     if adapters:  # an adapter that does not fit shows before the work as well as after
         match_loras(adapters, plan.table.shapes())
-    if not args.quiet:
-        for text in plan.notes:
-            note(text)
+    for text in plan.notes:
+        note(text)
     if args.verbose or args.dry_run:
         print_plan(plan, talk=args.json == "-")
     if args.dry_run:
         if args.json:
             write_json(args.json, plan_json(plan))
-        if not args.quiet:
-            say(f"dry run: {conversion_summary(plan)}; nothing was written")
+        would = "" if args.output is None else f"; would write {args.output}"
+        say(f"dry run: {conversion_summary(plan)}{would}; nothing was written")
         return 0
 
     def calibrate_output(writer: CheckpointWriter) -> None:
@@ -192,20 +176,19 @@ def convert_file(
 
         assert calibration is not None
         with writer.reopen() as quantized:
-            found = calibrate(quantized, args, calibration, adapters)
+            found = calibrate(quantized, calibration, adapters)
             patch = plan_in_place(quantized, find_layers(quantized), found)
             edits = in_place_edits(patch)
         for edit in edits:
             writer.overwrite(edit.file, edit.offset, edit.data)
         tell(found, args)
-        if not args.quiet:
-            for text in patch.notes:
-                note(text)
+        for text in patch.notes:
+            note(text)
 
     output = Path(args.output)
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     done = 0
-    with progress_bar("converting", quiet=args.quiet) as progress:
+    with progress_bar("converting", unit="bytes") as progress:
 
         def report(count: int) -> None:
             nonlocal done
@@ -216,8 +199,7 @@ def convert_file(
                 before_commit=calibrate_output if calibration is not None else None)  # fmt: skip
     if args.json and calibration is None:
         write_json(args.json, plan_json(plan))
-    if not args.quiet:
-        say(f"{conversion_summary(plan)}; wrote {output}")
+    say(f"{conversion_summary(plan)}; wrote {output}")
     return 0
 
 
@@ -244,6 +226,7 @@ def print_plan(plan: ConversionPlan, *, talk: bool = False) -> None:
             )
             for decision in plan.decisions
         ],
+        optional=(2, 1),
         talk=talk,
     )
 

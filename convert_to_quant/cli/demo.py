@@ -6,12 +6,17 @@ import argparse
 import os
 from pathlib import Path
 
-from .output import print_table, progress_bar, say, write_json
+from ..errors import OutputError
+from .output import decibels, print_table, progress_bar, say, write_json
 
 DESCRIPTION = """\
 Convert and calibrate a small text-to-image model that comes with this package, paint with it, and say how much of it
 FP8 keeps: as it was trained, and with the activation ranges of large models. Takes about a minute on two cores."""
 EPILOG = """\
+examples:
+  convert_to_quant demo
+  convert_to_quant demo -o somewhere/else --json report.json
+
 The figures are the SQNR of the predicted velocity in dB, higher is better, 30 is good, 10 is ruin. The folder then
 has the picture and every model that was run, each in BF16, in FP8 with an input scale of 1.0, and in FP8 calibrated.
 """
@@ -19,9 +24,7 @@ has the picture and every model that was run, each in BF16, in FP8 with an input
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    parser.add_argument("-o", "--output", metavar="FOLDER", default="demo", help="where files go (./demo)")
-    parser.add_argument("--json", metavar="FILE", help="write the report as JSON (- for stdout, instead of the table)")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print the table only")
+    parser.add_argument("-o", "--output", metavar="FOLDER", default="demo", help="where its files go (demo)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,23 +33,23 @@ def run(args: argparse.Namespace) -> int:
     # than 150 s otherwise, on two shared cores (2026-11-22). Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     folder = Path(args.output)
-    if not args.quiet:
-        say("converting, calibrating and running the embedded emoji model as three files; about a minute")
-    with progress_bar("demo", quiet=args.quiet) as progress:
+    if folder.exists() and not folder.is_dir():
+        raise OutputError("the folder cannot be made: a file is there", path=folder)
+    if args.dry_run:
+        say(f"dry run: would write the picture and the models into {folder}; nothing was written")
+        return 0
+    say("converting, calibrating and running the embedded emoji model as three files; about a minute")
+    with progress_bar("demo") as progress:
         from .. import demo
 
         found = demo.run(folder, progress=lambda done, total: progress(round(done), round(total)))
     if args.json != "-":
         print_table(
             ("model", *(heading.name for heading in demo.COLUMNS.values())),
-            [
-                (row.variant, *(f"{row.fidelity[column].sqnr_db:.1f} dB" for column in demo.COLUMNS))
-                for row in found.rows
-            ],
+            [(row.variant, *(decibels(row.fidelity[column].sqnr_db) for column in demo.COLUMNS)) for row in found.rows],
             right=range(1, len(demo.COLUMNS) + 1),
         )
     if args.json:
         write_json(args.json, found.to_json())
-    if not args.quiet:
-        say(f"wrote {found.picture} and the models beside it; {found.seconds:.0f} s")
+    say(f"wrote {found.picture} and the models beside it; {found.seconds:.0f} s")
     return 0

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .calibration import check_written_files
-from .output import print_table, write_json
+from ..errors import Error
+from .output import error, print_table, size, write_json
+from .terminal import Styled, columns, is_terminal, paint, printable
 
 if TYPE_CHECKING:
     from ..inspection import Inspection, LayerView, Made, Problem
@@ -21,15 +24,15 @@ DESCRIPTION = (
 EPILOG = """\
 examples:
   convert_to_quant inspect flux_fp8.safetensors
-      family, formats, marks, input scales, problems with what to do about each
   convert_to_quant inspect flux_fp8.safetensors --layers
-      and every layer: its shape, format, scales, and what ComfyUI does with it
-  convert_to_quant inspect flux_fp8.safetensors --strict --json -
-      for scripts: one JSON document, and exit code 1 where there are problems
+  convert_to_quant inspect *.safetensors --strict --json -
+
+Says of each file: family, formats, marks, input scales, what ComfyUI does with its layers, and its problems with what
+to do about each.
 """
 
 WIDTH = 80
-"""Columns of the narrowest usual terminal. The screen is the same everywhere, so that it can be compared."""
+"""Columns of the narrowest usual terminal. No line is wider, so that screens can be compared and read."""
 
 KEY_WIDTH = 14
 
@@ -38,64 +41,88 @@ _COMMAND = re.compile(r"convert_to_quant(?: --?[a-z]\S*(?: [A-Z]+\b)?)+")
 
 _HARD_SPACE = "\N{NO-BREAK SPACE}"
 
+ENTRY_STYLES = {"advice": "warn", "problems": "bad"}
+READING_STYLES = {"fp8": "good", "fp8-at-one": "warn", "marker": "warn", "cuda-error": "bad", "error": "bad",
+                  "scale-dropped": "bad"}  # fmt: skip
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    parser.add_argument("input", metavar="FILE",
-                        help="a .safetensors file, or the .safetensors.index.json of a sharded model")  # fmt: skip
-    parser.add_argument("--layers", action="store_true", help="print every layer")
-    parser.add_argument("--json", metavar="FILE", help="write everything as JSON (- for stdout, instead of the text)")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 where there are problems")
-    parser.set_defaults(output=None)
+    parser.add_argument("inputs", nargs="+", metavar="MODEL",
+                        help=".safetensors, or the index of its shards")  # fmt: skip
+    wanted = parser.add_argument_group("what to say")
+    wanted.add_argument("--layers", action="store_true", help="every layer, as -v does")
+    wanted.add_argument("--strict", action="store_true", help="exit code 1 where there are problems")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
-    from ..checkpoint import open_checkpoint
+    """Run the command; a file that cannot be read does not keep the others from being shown."""
+    found: list[Inspection] = []
+    documents: list[dict[str, Any]] = []
+    failed = False
+    for path in args.inputs:
+        try:
+            one = look(path, args)
+        except Error as problem:
+            error(str(problem))
+            documents.append({"path": path, "error": str(problem)})
+            failed = True
+        else:
+            if args.json != "-":
+                show(one, layers=args.layers or args.verbose, gap=bool(found))
+            found.append(one)
+            documents.append(one.to_json())
+    if args.json and found:
+        write_json(args.json, documents[0] if len(documents) == 1 else {"files": documents})
+    return 1 if failed or (args.strict and any(one.problems for one in found)) else 0
+
+
+def look(path: str, args: argparse.Namespace) -> Inspection:
+    """Find out what a file is."""
+    from ..checkpoint import open_checkpoint, refuse_same_file
     from ..inspection import inspect_checkpoint
 
-    with open_checkpoint(args.input) as checkpoint:
-        check_written_files(checkpoint, args, [])
-        found = inspect_checkpoint(checkpoint)
-    if args.json != "-":
-        for line in screen(found):
-            print(line)
-        if args.layers:
-            print()
-            print_layers(found)
-    if args.json:
-        write_json(args.json, found.to_json())
-    return 1 if args.strict and found.problems else 0
+    with open_checkpoint(path) as checkpoint:
+        if args.json not in (None, "-"):
+            shards = [file.path for file in checkpoint.files]
+            refuse_same_file(Path(args.json), shards, hint="name another file for --json")
+        return inspect_checkpoint(checkpoint)
 
 
-def screen(found: Inspection) -> Iterator[str]:
-    """The lines of the summary."""
+def show(found: Inspection, *, layers: bool, gap: bool) -> None:
+    """Print a file's screen, with every layer if asked for, and with a gap before it if it is not the first."""
+    if gap:
+        print()
+    for line, style in screen(found, min(columns(), WIDTH) if is_terminal(sys.stdout) else WIDTH):
+        key, text = line[:KEY_WIDTH], line[KEY_WIDTH:]
+        print(paint(line, style, sys.stdout) if style == "head" else key + paint(text, style, sys.stdout))
+    if layers:
+        print()
+        print_layers(found)
+
+
+def screen(found: Inspection, width: int = WIDTH) -> Iterator[tuple[str, str]]:
+    """The lines of the summary, each with its style."""
     files = f"{found.files} files, " if found.sharded else ""
-    yield printable(f"{found.path.name}: {_bytes(found.size_bytes)}, {files}{found.tensors:,} tensors")
-    yield from _entry("model", [_model(found)])
-    yield from _entry("layers", _formats(found) or ["none"])
+    yield printable(f"{found.path.name}: {size(found.size_bytes)}, {files}{found.tensors:,} tensors"), "head"
+    entries: dict[str, Sequence[str]] = {"model": [_model(found)], "layers": _formats(found) or ["none"]}
     if any(layer.input_state is not None for layer in found.layers) or found.header_marks or found.tensor_marks:
-        yield from _entry("marked by", [_marks(found)])
+        entries["marked by"] = [_marks(found)]
     if found.input_states:
-        yield from _entry("input scales", [_input_scales(found)])
+        entries["input scales"] = [_input_scales(found)]
     if found.made is not None:
-        yield from _entry("made by", [_made(found.made)])
+        entries["made by"] = [_made(found.made)]
     if found.layers:
-        yield from _entry("in ComfyUI", _readings(found))
-    yield from _entry("advice", found.advice)
-    yield from _entry("problems", [line for problem in found.problems for line in _problem(problem)] or ["none"])
+        entries["in ComfyUI"] = _readings(found)
+    entries["advice"] = found.advice
+    entries["problems"] = [line for problem in found.problems for line in _problem(problem)] or ["none"]
+    for key, paragraphs in entries.items():
+        style = "good" if (key, paragraphs) == ("problems", ["none"]) else ENTRY_STYLES.get(key, "")
+        for line in _entry(key, paragraphs, width):
+            yield line, style
 
 
-def printable(text: str) -> str:
-    r"""A text with everything escaped that a terminal would obey instead of show: names come from the file.
-
-    >>> printable("a\x1b[2J × b")
-    'a\\x1b[2J × b'
-    """
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
-def _entry(key: str, paragraphs: list[str] | tuple[str, ...]) -> Iterator[str]:
+def _entry(key: str, paragraphs: Sequence[str], width: int) -> Iterator[str]:
     """Paragraphs behind a key, wrapped; nothing where there are none."""
     for paragraph in paragraphs:
         text = printable(paragraph)
@@ -103,7 +130,7 @@ def _entry(key: str, paragraphs: list[str] | tuple[str, ...]) -> Iterator[str]:
         unbroken = _COMMAND.sub(lambda command: command[0].replace(" ", _HARD_SPACE), text)
         lines = textwrap.wrap(
             unbroken,
-            WIDTH,
+            width,
             initial_indent=key.ljust(KEY_WIDTH),
             subsequent_indent=" " * (KEY_WIDTH + hanging),
             break_long_words=False,
@@ -111,12 +138,6 @@ def _entry(key: str, paragraphs: list[str] | tuple[str, ...]) -> Iterator[str]:
         )
         yield from (line.replace(_HARD_SPACE, " ") for line in lines)
         key = ""
-
-
-def _bytes(count: int) -> str:
-    unit, power = next((unit, power) for unit, power in (("GB", 9), ("MB", 6), ("kB", 3), ("bytes", 0))
-                       if count >= 10**power or not power)  # fmt: skip
-    return f"{count / 10**power:.1f} {unit}" if power else f"{count} {unit}"
 
 
 def _plural(count: int, noun: str) -> str:
@@ -221,16 +242,17 @@ def print_layers(found: Inspection) -> None:
         ("layer", "shape", "format", "scale", "marked by", "input scale", "", "in ComfyUI"),
         [
             (
-                printable(layer.name),
+                layer.name,
                 " × ".join(map(str, layer.shape)),
-                printable(layer.format),
+                layer.format,
                 " × ".join(map(str, layer.block)) if layer.scaling == "block" and layer.block else layer.scaling or "-",
                 " and ".join(layer.marked_by) or "-",
                 "-" if layer.input_scale is None else f"{layer.input_scale:.5g}",
                 {"unused": "not used", "one": "not measured", None: ""}.get(layer.input_state, layer.input_state or ""),
-                layer.reading,
+                Styled(layer.reading, READING_STYLES.get(layer.reading, "")),
             )
             for layer in found.layers
         ],
         right=(5,),
+        optional=(4, 1, 3, 2),
     )

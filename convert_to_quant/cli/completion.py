@@ -1,0 +1,77 @@
+"""`convert_to_quant completion SHELL`: what makes a shell complete commands, flags, choices and files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import Error
+from .parsing import Parser
+from .shared import kind_of
+
+SHELLS = ("bash", "zsh", "tcsh", "fish")
+
+DESCRIPTION = "Print a script that makes a shell complete our commands, flags, choices and files."
+EPILOG = """\
+examples:
+  source <(convert_to_quant completion bash)
+  convert_to_quant completion zsh > ~/.zfunc/_convert_to_quant
+  convert_to_quant completion fish | source
+
+Put such a line into ~/.bashrc or config.fish; for zsh, into a folder of its fpath. In bash, ctq is completed too.
+"""
+
+SUFFIXES: Mapping[str, tuple[str, ...]] = {
+    "checkpoint": ("*.safetensors", "*.safetensors.index.json"),
+    "config": ("*.toml",),
+}
+"""What files of a kind are called."""
+
+ALIAS = "complete -o filenames -F _shtab_convert_to_quant ctq\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=f"{', '.join(SHELLS[:-1])} or {SHELLS[-1]}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    try:
+        import shtab
+    except ImportError:
+        raise Error("shell completion needs the package shtab", hint="pip install shtab") from None
+    if args.shell not in shtab.SUPPORTED_SHELLS:
+        raise Error(f"this version of shtab knows no {args.shell}", hint="pip install --upgrade shtab")
+    print(shtab.complete(whole_parser(shtab), args.shell))
+    if args.shell == "bash":
+        print(ALIAS, end="")
+    return 0
+
+
+def whole_parser(shtab: Any) -> Parser:
+    """One parser of everything: the default command's flags, and every command with its own.
+
+    Args:
+        shtab: the package, which says how files are completed.
+    """
+    from . import COMMANDS, DEFAULT_COMMAND, build_parser
+
+    whole = build_parser(DEFAULT_COMMAND)
+    whole.prog = "convert_to_quant"
+    commands = whole.add_subparsers()
+    parsers = [whole]
+    for name, what in COMMANDS.items():
+        parser = build_parser(name)
+        added = commands.add_parser(name, help=what, parents=[parser])
+        inner = parser.subcommands()
+        parsers += [added, *(inner.choices.values() if inner is not None else ())]
+    for parser in parsers:
+        for action in parser._actions:
+            kind = kind_of(action)
+            if kind == "folder":
+                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+            elif kind is not None:
+                action.complete = shtab.glob(*SUFFIXES[kind]) if kind in SUFFIXES else shtab.FILE  # type: ignore[attr-defined]
+    return whole

@@ -1,0 +1,286 @@
+"""`--config FILE.toml`: the options of a call in a file, so that a calibration can be done again from one file.
+
+One table per command; keys are the long flags without their dashes in front, or what the help calls an argument:
+
+    [convert]
+    input = "flux_bf16.safetensors"
+    output = "flux_fp8.safetensors"
+    actcal = true
+    actcal-lora = ["style.safetensors:0.8"]
+
+    [comfyui.observe]
+    server = "http://127.0.0.1:8188"
+
+The values go through the parser of the command, so they mean what they mean on the command line, which wins where both
+say something: a list there replaces the file's, `--no-actcal` undoes the file's `actcal = true`. Relative paths are
+relative to the configuration file, so that a folder with a model and its recipe can be moved.
+
+`--save-config FILE.toml` writes such a table: everything that a call said and that is not the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import OptionError
+from .parsing import Parser, did_you_mean, flag_spelling, follow
+from .shared import NO_KEYS, NO_PATHS, kind_of
+from .terminal import value_of
+
+Table = dict[str, Any]
+
+
+def read(path: str) -> Table:
+    """A configuration file's content.
+
+    Raises:
+        OptionError: it cannot be read, or is not TOML.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"the configuration cannot be read: {error.strerror}", path=path) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"not TOML: {error}", path=path) from None
+
+
+def only_command(content: Table, path: str, known: Sequence[str]) -> str:
+    """The command whose table is the only one.
+
+    Raises:
+        OptionError: there is none, or there are several.
+    """
+    check_commands(content, path, known)
+    if len(content) == 1:
+        return next(iter(content))
+    if not content:
+        raise OptionError("no table of a command in it", path=path, hint="begin with [convert]")
+    first = next(iter(content))
+    raise OptionError(
+        f"tables of several commands: {', '.join(content)}", path=path, hint=f"name one: convert_to_quant {first} ..."
+    )
+
+
+def check_commands(content: Table, path: str, known: Sequence[str]) -> None:
+    """Refuse what is no table of a command.
+
+    Raises:
+        OptionError: something is.
+    """
+    for name, table in content.items():
+        if name not in known:
+            hint = did_you_mean(name, known) or f"commands: {', '.join(known)}"
+            raise OptionError(f"[{name}] is no command", path=path, hint=hint)
+        if not isinstance(table, dict):
+            raise OptionError(f"{name!r} should be a table: [{name}]", path=path)
+
+
+def keys(parser: Parser) -> dict[str, argparse.Action]:
+    """Everything that a table of a command may say."""
+    actions = [
+        action
+        for action in parser._actions
+        if action.help != argparse.SUPPRESS
+        and action.dest not in NO_KEYS
+        and not isinstance(action, argparse._SubParsersAction)
+    ]
+    return {_key(action): action for action in actions}
+
+
+def _key(action: argparse.Action) -> str:
+    if action.option_strings:
+        return action.option_strings[-1].lstrip("-")
+    return str(action.metavar or action.dest).lower()
+
+
+class Options:
+    """The options of one command in a file, made the defaults of its parser.
+
+    Args:
+        content: of the file.
+        path: of the file.
+        names: the command, and its action if it has some.
+        parser: of the command or action; is changed.
+
+    Raises:
+        OptionError: a key is unknown, or its value cannot be.
+    """
+
+    def __init__(self, content: Table, path: str, names: Sequence[str], parser: Parser) -> None:
+        self.path = path
+        self.where = f"[{'.'.join(names)}]"
+        self.folder = Path(path).parent
+        self.lists: dict[str, list[Any]] = {}
+        self.before: dict[str, Any] = {}
+        self.parser = parser
+        table = self._table(content, names)
+        known = keys(parser)
+        exclusive: dict[int, str] = {}
+        for said, value in table.items():
+            key = flag_spelling("--" + said)[2:]
+            if key not in known:
+                hint = did_you_mean(key, known) or f"convert_to_quant help {' '.join(names)} names them"
+                raise self._error(said, f"unknown key ({hint})")
+            for group in parser._mutually_exclusive_groups:
+                if known[key] in group._group_actions and value is not False:
+                    other = exclusive.setdefault(id(group), key)
+                    if other != key:
+                        raise self._error(said, f"not allowed with {other}")
+            self._set(known[key], said, value)
+
+    def _error(self, key: str, problem: str) -> OptionError:
+        return OptionError(problem, path=self.path, tensor=f"{self.where} {key}")
+
+    def _table(self, content: Table, names: Sequence[str]) -> Table:
+        table: Any = content
+        for name in names:
+            if name not in table:
+                there = ", ".join(f"[{name}]" for name in content) or "nothing"
+                raise OptionError(f"no table {self.where}", path=self.path, hint=f"it has {there}")
+            table = table[name]
+            if not isinstance(table, dict):
+                raise OptionError(f"{self.where} should be a table", path=self.path)
+        return table  # type: ignore[no-any-return]
+
+    def _set(self, action: argparse.Action, key: str, value: Any) -> None:
+        """Make a value of the file an option's default."""
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise self._error(key, f"should be true or false, found {value!r}")
+            found: Any = value
+        elif _takes_many(action):
+            found = [self._value(action, key, one) for one in (value if isinstance(value, list) else [value])]
+        else:
+            found = self._value(action, key, value)
+        self.before[action.dest] = action.default
+        if isinstance(action, argparse._AppendAction):
+            self.lists[action.dest] = found  # argparse would add to it, and the command line is to replace it
+        else:
+            action.default = found
+        action.required = False
+        if _is_place(action):
+            action.nargs = "*" if action.nargs in ("+", "*") else "?"
+
+    def _value(self, action: argparse.Action, key: str, value: Any) -> Any:
+        """One value as the command line would have read it."""
+        if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+            raise self._error(key, f"should be one value, found {value!r}")
+        text = str(value)
+        if kind_of(action) is not None and text not in NO_PATHS:
+            text = str(self.folder / text)
+        try:
+            found = self.parser._get_value(action, text)
+            self.parser._check_value(action, found)
+        except argparse.ArgumentError as error:
+            raise self._error(key, error.message) from None
+        return found
+
+    def fill(self, args: argparse.Namespace) -> None:
+        """Put in what parsing could not, and take out what the command line contradicts."""
+        for dest, values in self.lists.items():
+            if not getattr(args, dest):
+                setattr(args, dest, values)
+        for group in self.parser._mutually_exclusive_groups:
+            mine = [action for action in group._group_actions if action.dest in self.before]
+            rest = [action for action in group._group_actions if action.dest not in self.before]
+            if any(getattr(args, action.dest) != action.default for action in rest):
+                for action in mine:
+                    setattr(args, action.dest, self.before[action.dest])
+
+
+def _is_place(action: argparse.Action) -> bool:
+    """Whether an argument is known by its place."""
+    return not action.option_strings
+
+
+def _takes_many(action: argparse.Action) -> bool:
+    return isinstance(action, argparse._AppendAction) or action.nargs in ("+", "*")
+
+
+def parse(parser: Parser, words: Sequence[str], command: str) -> tuple[argparse.Namespace, list[str]]:
+    """Parse a command line together with the configuration file that it names.
+
+    Args:
+        parser: of the command; is changed.
+        words: what follows the command.
+        command: its name.
+
+    Returns:
+        The options, and the names of the command and of its action, if it has some.
+
+    Raises:
+        OptionError: the file cannot be used.
+    """
+    leaf, actions = follow(parser, words)
+    names = [command, *actions]
+    path = value_of("--config", words)
+    options = None if path is None else Options(read(path), path, names, leaf)
+    args = parser.parse_args(words)
+    if options is not None:
+        options.fill(args)
+    return args, names
+
+
+def options_in_force(parser: Parser, args: argparse.Namespace, folder: Path | None = None) -> Table:
+    """What a call says that is not the default, as a table of a configuration file would.
+
+    Args:
+        parser: of the command or action, fresh: its defaults are what counts.
+        args: the options.
+        folder: what paths become relative to; None leaves them as they are.
+    """
+
+    def value_of(action: argparse.Action, value: Any) -> Any:
+        if folder is None or kind_of(action) is None or value in NO_PATHS:
+            return value
+        try:
+            return os.path.relpath(value, folder)
+        except ValueError:  # another drive
+            return str(Path(value).absolute())
+
+    found: Table = {}
+    for key, action in keys(parser).items():
+        value = getattr(args, action.dest, None)
+        if value is None or value == action.default:
+            continue
+        found[key] = [value_of(action, one) for one in value] if isinstance(value, list) else value_of(action, value)
+    return found
+
+
+def write(path: str, names: Sequence[str], parser: Parser, args: argparse.Namespace) -> None:
+    """Write the options of a call into a configuration file, in place of an older one.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from ..checkpoint import write_bytes
+
+    table = options_in_force(parser, args, Path(path).parent)
+    lines = [f"# convert_to_quant {__version__}", f"[{'.'.join(names)}]"]
+    lines += [f"{key} = {_toml(value)}" for key, value in table.items()]
+    write_bytes(Path(path), ("\n".join(lines) + "\n").encode("utf-8"))
+
+
+def _toml(value: Any) -> str:
+    r"""A value as TOML: its texts are those of JSON, but for one letter.
+
+    >>> _toml(["a\x7f", 0.5, True])
+    '["a\\u007f", 0.5, true]'
+    """
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower()

@@ -1,0 +1,59 @@
+"""Being stopped: the first Ctrl-C or SIGTERM unwinds, so that nothing half-made stays; the second ends at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked for the end.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = exit_code(number)
+        super().__init__()
+
+
+def exit_code(number: int) -> int:
+    """What shells report of a process that a signal ended.
+
+    >>> exit_code(signal.SIGINT), exit_code(signal.SIGTERM)
+    (130, 143)
+    """
+    return 128 + number
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn the first signal into an `Interrupted`; in a thread, where signals cannot be had, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, _unwind)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _unwind(number: int, _frame: FrameType | None) -> None:
+    for each in SIGNALS:
+        signal.signal(each, _end)
+    raise Interrupted(number)
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    os._exit(exit_code(number))

@@ -1,0 +1,146 @@
+"""The options that every command has, and what its values are: files, folders, patterns of both.
+
+They stand in one place so that they mean the same everywhere. A command that is quiet says errors only; its data stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import __version__
+from .parsing import Parser
+from .terminal import COLOR_CHOICES
+
+Kind = Literal["checkpoint", "file", "config", "folder"]
+
+PATHS: Mapping[str, Kind] = {
+    "MODEL": "checkpoint",
+    "REFERENCE": "checkpoint",
+    "QUANTIZED": "checkpoint",
+    "STATS": "checkpoint",
+    "OUT": "checkpoint",
+    "FILE[:STRENGTH]": "checkpoint",
+    "noise|FILE": "checkpoint",
+    "FILE": "file",
+    "FILE.toml": "config",
+    "DIR": "folder",
+    "FOLDER": "folder",
+}
+"""What a value is that is called so in the help: shells complete it, and a configuration file may say it relatively."""
+
+NO_PATHS = frozenset({"-", "noise"})
+"""Values of such options that name no file."""
+
+DRY_RUN = "--dry-run"
+SHARED: Mapping[tuple[str, ...], Mapping[str, Any]] = {
+    (DRY_RUN,): {"action": "store_true", "help": "check everything, write nothing"},
+    ("--json",): {"metavar": "FILE", "help": "write the report as JSON (- for stdout)"},
+    ("-v", "--verbose"): {"action": "store_true", "help": "every layer; progress in a pipe too"},
+    ("-q", "--quiet"): {"action": "store_true", "help": "errors only; data on stdout stays"},
+    ("--config",): {"metavar": "FILE.toml", "help": "take options from this file"},
+    ("--save-config",): {"metavar": "FILE.toml", "help": "write this call's options into such a file"},
+    ("--color",): {"choices": COLOR_CHOICES, "default": "auto", "metavar": "WHEN",
+                   "help": "auto, always or never (auto)"},
+    ("--version",): {"action": "version", "version": f"convert_to_quant {__version__}", "help": argparse.SUPPRESS},
+    ("-h", "--help"): {"action": "help", "help": "this"},
+}  # fmt: skip
+NO_KEYS = frozenset({"config", "save_config", "color", "version", "help"})
+"""Options about the call itself, which a configuration file cannot say."""
+TALK = frozenset({"json", "verbose", "quiet"})
+"""Options about what is said, which change nothing in what is written."""
+
+
+def add_shared_options(parser: Parser, *, writes: bool) -> None:
+    """Add what every command has, except what this one has already, and the hidden opposite of every switch.
+
+    Args:
+        parser: of a command; where it has actions, each of them gets the options.
+        writes: whether the command writes anything but a report, so that there is something to try dry.
+    """
+    actions = parser.subcommands()
+    if actions is not None:
+        for child in actions.choices.values():
+            add_shared_options(child, writes=writes)
+        writes = False
+    group = parser.add_argument_group("common")
+    there = parser._option_string_actions
+    for flags, settings in SHARED.items():
+        own = actions is None or settings.get("action") in ("version", "help")
+        if own and (writes or flags != (DRY_RUN,)) and not any(flag in there for flag in flags):
+            group.add_argument(*flags, **settings)
+    for action in list(parser._actions):
+        if isinstance(action, argparse._StoreTrueAction):
+            opposite = "--no-" + action.option_strings[-1].lstrip("-")
+            parser.add_argument(opposite, dest=action.dest, action="store_false", default=argparse.SUPPRESS,
+                                help=argparse.SUPPRESS)  # fmt: skip
+
+
+def kind_of(action: argparse.Action) -> Kind | None:
+    """What file or folder an option's value is; None where it is none."""
+    return PATHS.get(action.metavar) if isinstance(action.metavar, str) else None
+
+
+def paths_of(parser: Parser, args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+    """Every file and folder that a call names, with the option that names it."""
+    for action in parser._actions:
+        if action.help == argparse.SUPPRESS or kind_of(action) is None:
+            continue
+        value = getattr(args, action.dest, None)
+        for text in value if isinstance(value, list) else [value]:
+            if text is not None and text not in NO_PATHS:
+                place = split_strength(text)[0] if action.metavar == "FILE[:STRENGTH]" else text
+                yield action.option_strings[0] if action.option_strings else str(action.metavar), Path(place)
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH.
+
+    >>> split_strength("a.safetensors:0.8"), split_strength("C:/a.safetensors")
+    (('a.safetensors', 0.8), ('C:/a.safetensors', 1.0))
+    """
+    path, colon, strength = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            return path, float(strength)
+        except ValueError:
+            return text, 1.0
+    return text, 1.0
+
+
+def check_reports(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse, before any work, a report or saved configuration that cannot be written or would replace another file.
+
+    Raises:
+        OutputError: its folder is missing, it is a folder, or it is another file of the call.
+    """
+    reports = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in ("--json", "--save-config")}
+    if all(place in (None, "-") for place in reports.values()):
+        return
+    from ..errors import OutputError
+    from .output import require_folder
+
+    others = list(paths_of(parser, args))
+    for flag, place in reports.items():
+        if place in (None, "-"):
+            continue
+        report = Path(place)
+        for name, other in others:
+            if name != flag and _same(report, other):
+                hint = f"name another file for {flag}"
+                raise OutputError(f"{flag} and {name} are the same file", path=report, hint=hint)
+        if report.is_dir():
+            raise OutputError("cannot be written: it is a folder", path=report)
+        require_folder(report)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one file, whatever they are called; neither need exist."""
+    if one.resolve() == other.resolve():
+        return True
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them does not exist, so they are two
+        return False

@@ -1,0 +1,102 @@
+"""Being stopped by a real signal: one line, the shell's exit code, and nothing left behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert_to_quant import cli
+from convert_to_quant.cli.interrupts import interruptible
+
+STALLS = {
+    "convert": ("convert_to_quant.convert", "quantize_weight", ["-i", "BF16", "-o", "OUT"]),
+    "calibrate": ("convert_to_quant.engines.layer", "input_range",
+                  ["-i", "FP8", "-o", "OUT", "--actcal", "--actcal-engine", "layer"]),
+    "observe": ("convert_to_quant.engines.noise", "latents", ["observe", "BF16", "-o", "OUT"]),
+}  # fmt: skip
+"""Where each command is held up: a function that it calls in its midst."""
+
+STALL = """
+import importlib, os, sys, time
+from convert_to_quant import cli
+module = importlib.import_module(sys.argv[1])
+function = getattr(module, sys.argv[2])
+def stall(*words, **more):
+    os.write(1, b"at work\\n")
+    time.sleep(float(sys.argv[3]))
+    return function(*words, **more)
+setattr(module, sys.argv[2], stall)
+sys.exit(cli.main(sys.argv[4:]))
+"""
+
+
+@pytest.fixture
+def stalled(flux_file: Path, fp8_file: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start a command that is held up, and wait until it is."""
+
+    def start(command: str, seconds: float) -> subprocess.Popen[str]:
+        module, function, words = STALLS[command]
+        places = {"BF16": flux_file, "FP8": fp8_file, "OUT": flux_file.with_name("out.safetensors")}
+        program = [sys.executable, "-c", STALL, module, function, str(seconds)]
+        program += [str(places.get(word, word)) for word in words]
+        process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "at work\n"
+        return process
+
+    return start
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("command", STALLS)
+def test_a_signal_unwinds_and_leaves_nothing(stalled: Any, folder: Any, command: str, number: int, code: int) -> None:
+    before = folder()
+    process = stalled(command, 0.3)
+    started = time.monotonic()
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert error == "interrupted: an output is written whole or not at all\n"
+    assert time.monotonic() - started < 5, "work that was queued is not done first"
+    assert folder() == before
+
+
+def test_the_second_signal_ends_it_at_once(stalled: Any, folder: Any) -> None:
+    before = folder()
+    process = stalled("convert", 20)  # the first signal waits for its threads
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert folder() == before
+
+
+def test_handlers_are_those_of_before_afterwards(ctq: Any) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert ctq("--help").code == 0
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_in_a_thread_the_command_line_works_without_signals(capsys: pytest.CaptureFixture[str]) -> None:
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(cli.main(["--help"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+    assert capsys.readouterr().out
+
+
+def test_both_signals_are_taken() -> None:
+    with interruptible():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
