@@ -38,7 +38,7 @@ from ..layers import find_layers, input_scale
 from ..solve import LayerResult, Present, SolveOptions, expected_errors, lost_rows, solve
 from ..stats import BIN_EDGES, Statistics
 from . import document, verdict
-from .document import Density, Figures, Layer, LeftAlone, Report, Risk, Side, State
+from .document import Figures, Layer, LeftAlone, Report, Risk, Side, State, encode_shares
 
 Float = NDArray[np.float64]
 
@@ -293,8 +293,8 @@ def _columns(statistics: Statistics) -> list[dict[str, Any]]:
     levels = np.where(statistics.sigma_count > 0, 1.0, np.nan)[:, :SIGMA_BINS]
     sigma_absmax = (statistics.sigma_absmax[:, :SIGMA_BINS] * levels)[:, ::-1]  # from noise to picture
     sigma_rms = (np.sqrt(statistics.sigma_mean_square[:, :SIGMA_BINS]) * levels)[:, ::-1]
-    densities = densities_of(statistics.histogram)
-    row_densities = densities_of(statistics.row_histogram)
+    densities = encode_shares(cell_shares(statistics.histogram))
+    row_densities = encode_shares(cell_shares(statistics.row_histogram))
     rms = np.sqrt(statistics.mean_square)
     median, p999 = statistics.quantiles(0.5), statistics.quantiles(0.999)
     return [
@@ -320,8 +320,8 @@ def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def densities_of(histogram: NDArray[np.int64]) -> Density:
-    """Shares of the values in each cell of the axis, as bytes; see `document`.
+def cell_shares(histogram: NDArray[np.int64]) -> Float:
+    """Shares of the values in each cell of the axis; see `document`.
 
     Args:
         histogram: [L, BINS]. Zeros, and all else in bin 0, count in the total and in no cell.
@@ -338,7 +338,8 @@ def densities_of(histogram: NDArray[np.int64]) -> Density:
     part = (edges - BIN_EDGES[number]) / (BIN_EDGES[number + 1] - BIN_EDGES[number])
     at_edge = below[:, number] * (1 - part) + below[:, number + 1] * part
     at_edge[:, 0], at_edge[:, -1] = below[:, 1], below[:, -1]  # what lies beyond the axis is in its last cells
-    return document.encode_shares(np.diff(at_edge, axis=1) / total)
+    shares: Float = np.diff(at_edge, axis=1) / total
+    return shares
 
 
 def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:

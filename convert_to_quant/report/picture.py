@@ -460,7 +460,8 @@ def _draw_panel(canvas: _Canvas, plan: _Plan, panel: Panel, left: int, axis: Axi
 def _zones(octaves: Float) -> tuple[Float, Float]:
     """Tint and colour of the zone at each log2(|x| / scale), [n, 3] each."""
     zone = np.searchsorted([zone.high for zone in ZONES[:-1]], octaves, side="right")
-    return tuple(np.array([getattr(one, name) for one in ZONES], np.float64)[zone] for name in ("tint", "color"))  # type: ignore[return-value]
+    tints, colors = (np.array([getattr(one, name) for one in ZONES], np.float64) for name in ("tint", "color"))
+    return tints[zone], colors[zone]
 
 
 def _window(state: State, octaves: Float) -> Float:
@@ -468,7 +469,7 @@ def _window(state: State, octaves: Float) -> Float:
     relative = octaves - math.log2(state.scale)
     inside = (relative >= VANISHING) & (relative < LARGEST)
     color = np.array(UNQUANTIZED, np.float64) if state.full_precision else _zones(relative)[1]
-    return _mix(np.full((len(octaves), 3), BLANK, np.float64), color, 0.7 * inside)
+    return _mix(np.full((len(octaves), 3), BLANK, np.float64), color, np.where(inside, 0.7, 0.0))
 
 
 def _strip(figures: Figures, state: State, octaves: Float, plan: _Plan) -> Float | None:

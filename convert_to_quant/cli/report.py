@@ -1,0 +1,283 @@
+"""`convert_to_quant report STATS [MODEL]`: what calibration would change: a page, a picture, a table, or words."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TextIO
+
+from ..errors import OptionError, OutputError
+from .output import decibels, print_table, require_folder, say, size, write_json
+from .parsing import Parser, flag_spelling
+from .solving import add_solving_arguments, solve_options_of
+from .terminal import WIDEST, Styled, paint, printable
+
+if TYPE_CHECKING:
+    from ..report.document import Report, State
+    from ..report.figures import Source
+    from ..solve import SolveOptions
+    from ..stats import Statistics
+
+DESCRIPTION = (
+    "Show what calibration would change, and why: which layers are at risk at their present scales, every layer's "
+    "inputs over FP8's range before and after, and which layers need full precision. Or compare two."
+)
+EPILOG = """\
+examples:
+  convert_to_quant report stats.safetensors flux_fp8.safetensors -o report.html
+  convert_to_quant report stats.safetensors --png report.png --csv report.csv
+  convert_to_quant report portraits.safetensors with_lora.safetensors -o both.html
+  convert_to_quant report mine.safetensors theirs.safetensors --png scales.png
+  convert_to_quant report stats.safetensors --against "margin=2 method=mse"
+
+Two statistics: does a calibration on the first hold for the second? Two checkpoints: their scales side by side. Of two
+of each, the first belongs to the first. Without an output the verdict is printed.
+"""
+
+LEVEL_STYLES = {"good": "good", "warning": "warn", "bad": "bad"}
+STDOUT = "-"
+
+
+class Inputs(NamedTuple):
+    """The files of a call, told apart: statistics as they were loaded, and paths of checkpoints."""
+
+    statistics: list[Statistics]
+    models: list[Path]
+    read: list[Path]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.usage = f"{parser.prog} STATS... [MODEL...] [options]"
+    parser.add_argument("files", nargs="+", metavar="STATS",
+                        help="statistics and FP8 checkpoints in any order, at most two of each")  # fmt: skip
+    outputs = parser.add_argument_group("outputs")
+    outputs.add_argument("-o", "--output", metavar="FILE", help="a page for the browser (HTML)")
+    outputs.add_argument("--png", metavar="FILE", help="a picture for sharing")
+    outputs.add_argument("--csv", metavar="FILE", help="a table, one line per layer (- for stdout)")
+    comparing = parser.add_argument_group("comparing")
+    comparing.add_argument("--against", metavar="OPTIONS", help='solve again with these: "margin=2 method=mse"')
+    comparing.add_argument("--merge", action="store_true", help="take several statistics as one")
+    solving = add_solving_arguments(parser)
+    solving.add_argument("--force", action="store_true", help="use the layers that match, if not all do")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    options = solve_options_of(args)
+    inputs = read_inputs(args.files)
+    check_outputs(args, inputs.read)
+    sources = sides_of(inputs, args, options)
+
+    from ..checkpoint import write_bytes
+    from ..report import figures
+
+    asked = {"files": [Path(name).name for name in args.files], "against": args.against, "merge": args.merge,
+             "force": args.force}  # fmt: skip
+    report = figures.build(*sources, force=args.force, options=asked)
+    outputs = outputs_of(report, args)
+    tell(report, args)
+    for place, content in outputs.items():
+        if args.dry_run:
+            say(f"dry run: {place} ({size(len(content))}) was not written")
+        else:
+            write_bytes(Path(place), content)
+            say(f"wrote {place}")
+    return 0
+
+
+def read_inputs(names: Sequence[str]) -> Inputs:
+    """Tell statistics files from checkpoints by what they are.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        StatisticsError: statistics are damaged.
+    """
+    from ..checkpoint import open_checkpoint
+    from ..stats import METADATA_KEY, Statistics
+
+    found = Inputs([], [], [])
+    for name in names:
+        with open_checkpoint(name) as checkpoint:
+            found.read.extend([Path(name), *(file.path for file in checkpoint.files)])
+            observed = METADATA_KEY in checkpoint.metadata
+        if observed:
+            found.statistics.append(Statistics.load(name))
+        else:
+            found.models.append(Path(name))
+    return found
+
+
+def check_outputs(args: argparse.Namespace, read: Sequence[Path]) -> None:
+    """Refuse, before any work, outputs that cannot be written or would replace what is read or each other.
+
+    Raises:
+        OptionError: something that is no text is to go to stdout, or two things are.
+        OutputError: a folder is missing, an output is a folder, an input, or another output.
+    """
+    from ..checkpoint import refuse_same_file
+
+    named = {"-o": args.output, "--png": args.png, "--csv": args.csv, "--json": args.json}
+    places = {flag: place for flag, place in named.items() if place is not None}
+    for flag in ("-o", "--png"):
+        if places.get(flag) == STDOUT:
+            raise OptionError(f"{flag} needs a file", hint="only --csv and --json go to stdout, as -")
+    if [args.csv, args.json] == [STDOUT, STDOUT]:
+        raise OptionError("--csv and --json cannot both go to stdout", hint="name a file for one of them")
+    files = {flag: Path(place) for flag, place in places.items() if place != STDOUT}
+    for flag, path in files.items():
+        refuse_same_file(path, read, hint=f"name another file for {flag}")
+        if path.is_dir():
+            raise OutputError("cannot be written: it is a folder", path=path)
+        require_folder(path)
+    for (flag, path), (other_flag, other) in itertools.combinations(files.items(), 2):
+        if path.resolve() == other.resolve():
+            raise OutputError(f"{flag} and {other_flag} are the same file", path=path)
+
+
+def sides_of(inputs: Inputs, args: argparse.Namespace, options: SolveOptions) -> list[Source]:
+    """What is shown, or compared.
+
+    Raises:
+        OptionError: there are too many files, nothing to show, or too much to compare.
+        StatisticsError: statistics cannot be merged.
+    """
+    from ..report.figures import Source
+    from ..stats import merge
+
+    statistics, models = inputs.statistics, inputs.models
+    names = [path.name for path in (one.path for one in statistics) if path is not None]
+    files: list[tuple[str, ...]] = [(name,) for name in names]
+    if args.merge and statistics:
+        statistics, files = [merge(*statistics, force=args.force)], [tuple(names)]
+    if len(statistics) > 2:
+        raise OptionError(f"{len(statistics)} statistics files: at most two can be compared", hint="--merge takes "
+                          "them as one")  # fmt: skip
+    if len(models) > 2:
+        raise OptionError(f"{len(models)} checkpoints: at most two can be compared")
+    if not statistics and len(models) == 1:
+        raise OptionError(
+            f"no statistics: nothing says what the layers of {models[0].name} receive",
+            hint=f"convert_to_quant observe {models[0].name} -o stats.safetensors, or name a second checkpoint",
+        )
+    if args.against is not None:
+        if len(statistics) != 1 or len(models) > 1:
+            raise OptionError("--against compares two ways to solve, so it needs one statistics file (or --merge) and "
+                              "at most one checkpoint")  # fmt: skip
+        chosen = [options, other_options(args)]
+    else:
+        chosen = [options] * max(len(statistics), len(models))
+    return [
+        Source(
+            statistics=statistics[min(number, len(statistics) - 1)] if statistics else None,
+            model=models[min(number, len(models) - 1)] if models else None,
+            options=one,
+            files=files[min(number, len(files) - 1)] if files else (),
+        )
+        for number, one in enumerate(chosen)
+    ]
+
+
+def other_options(args: argparse.Namespace) -> SolveOptions:
+    """The options of `--against`: those of the call, but for what it says.
+
+    Raises:
+        OptionError: it is empty, or a value is out of range.
+    """
+    parser = Parser(prog="convert_to_quant report")
+    add_solving_arguments(parser)
+    own = {action.dest: getattr(args, action.dest) for action in parser._actions}
+    try:
+        words = shlex.split(args.against)
+    except ValueError as error:
+        raise OptionError(f"--against {args.against!r} cannot be split into options: {error}") from None
+    if not words:
+        raise OptionError("--against needs options", hint='--against "margin=2 method=mse"')
+    spelled = [flag_spelling("--" + word.removeprefix("--")) for word in words]
+    return solve_options_of(parser.parse_args(spelled, argparse.Namespace(**own)))
+
+
+def outputs_of(report: Report, args: argparse.Namespace) -> dict[str, bytes]:
+    """Everything that was asked for, by the name of its file; what goes to stdout is there already."""
+    outputs = {}
+    if args.output is not None:
+        from ..report import page
+
+        outputs[args.output] = page.render(report.document()).encode("utf-8")
+    if args.png is not None:
+        from ..report import picture
+
+        outputs[args.png] = picture.png(report)
+    if args.csv is not None:
+        from ..report import table
+
+        if args.csv == STDOUT:
+            sys.stdout.write(table.render(report))
+        else:
+            outputs[args.csv] = table.render(report).encode("utf-8")
+    if args.json is not None:
+        write_json(args.json, report.document())
+    return outputs
+
+
+def tell(report: Report, args: argparse.Namespace) -> None:
+    """Say the verdict: on stdout where nothing else was asked for, else beside it on stderr."""
+    alone = (args.output, args.png, args.csv, args.json) == (None, None, None, None)
+    stream = sys.stdout if alone else sys.stderr
+    if alone or not args.quiet:
+        for line in verdict_lines(report, stream):
+            print(line, file=stream)
+    if args.verbose:
+        print_layers(report, talk=not alone)
+
+
+def verdict_lines(report: Report, stream: TextIO) -> Iterator[str]:
+    """The verdict as text."""
+    verdict = report.verdict
+    yield paint(printable(f"{report.title}: {verdict.headline}"), LEVEL_STYLES[verdict.level], stream)
+    for point in verdict.points:
+        yield from textwrap.wrap(
+            printable(point), WIDEST, initial_indent="- ", subsequent_indent="  ", break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+
+
+def print_layers(report: Report, *, talk: bool) -> None:
+    """Every layer, on each side; see `print_table`."""
+    several = len(report.sides) > 1
+    lines = [
+        (
+            layer.name,
+            side.label if several else "",
+            "-" if figures.absmax is None else f"{figures.absmax:.5g}",
+            f"{figures.before.scale:.5g}",
+            f"{figures.after.scale:.5g}",
+            decibels(figures.before.sqnr_db),
+            decibels(figures.after.sqnr_db),
+            *(risk_cell(state) for state in (figures.before, figures.after)),
+            figures.unused or figures.reason,
+        )
+        for layer in report.layers
+        for side, figures in zip(report.sides, layer.sides, strict=True)
+        if figures is not None
+    ]
+    print_table(
+        ("layer", "side" if several else "", "range", "scale before", "scale after", "SQNR before", "SQNR after",
+         "risk before", "risk after", "why"),
+        lines,
+        right=(2, 3, 4, 5, 6),
+        optional=(9, 5, 6, 2),
+        talk=talk,
+    )  # fmt: skip
+
+
+def risk_cell(state: State) -> str:
+    """What threatens a layer, in a word."""
+    if state.full_precision:
+        return Styled("full precision", "dim")
+    return Styled(state.risk, "bad") if state.risk else "-"
