@@ -1,0 +1,100 @@
+"""Docstrings as they are written here, as reStructuredText.
+
+Prose is plain text: |x| is a magnitude and no substitution, and in a module's docstring an indented paragraph is shown
+as it stands. Sections are Google's: entries are `name: text`, several names may share one (`lower, upper: text`), what
+follows `Returns:` is text and no type. Types stand in signatures.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sphinx.application import Sphinx
+
+NAMED: Mapping[str, str] = {"Args:": "param", "Attributes:": "ivar", "Raises:": "raises"}
+"""Sections of entries, and the field that each entry becomes."""
+
+WHOLE: Mapping[str, str] = {"Returns:": "returns", "Yields:": "yields"}
+"""Sections that are one text."""
+
+ENTRY = re.compile(r"(?:\\\*){0,2}(\w+(?:, \w+)*): (.*)")
+OBEYED = re.compile(r"([*|\\]|_(?!\w))")
+"""What reStructuredText would obey instead of show."""
+
+
+def converted(lines: Sequence[str], *, module: bool) -> Iterator[str]:
+    """A docstring, line by line.
+
+    Args:
+        lines: as written, without its indentation.
+        module: whether it is a module's: there, what is indented is an illustration.
+    """
+    number = 0
+    shown = doctest = False
+    while number < len(lines):
+        line = lines[number]
+        number += 1
+        if line in NAMED or line in WHOLE:
+            end = number
+            while end < len(lines) and (not lines[end] or lines[end].startswith("    ")):
+                end += 1
+            yield ""
+            yield from fields(line, [text[4:] for text in lines[number:end]])
+            yield ""
+            number = end
+        elif module and line.startswith("    "):
+            if not shown:
+                yield from ("::", "")
+            shown = True
+            yield line
+        else:
+            shown = shown and not line
+            doctest = (doctest and bool(line)) or line.startswith(">>>")
+            yield line if doctest else escaped(line)
+
+
+def fields(section: str, lines: Sequence[str]) -> Iterator[str]:
+    """A section's text as a list of fields."""
+    text = [escaped(line) for line in lines]
+    if section in WHOLE:
+        yield f":{WHOLE[section]}: {text[0]}"
+        yield from ("    " + line for line in text[1:])
+        return
+    entry: list[str] = []
+    for line in [*text, None]:
+        if line is None or (line and not line.startswith(" ")):
+            found = ENTRY.fullmatch(entry[0]) if entry else None
+            for name in found[1].split(", ") if found else ():
+                assert found is not None
+                yield f":{NAMED[section]} {name}: {found[2]}"
+                yield from ("    " + more for more in entry[1:])
+            entry = []
+        if line is not None:
+            entry.append(line)
+
+
+def escaped(line: str) -> str:
+    """A line of prose, so that it is shown as it is written; what stands in backticks already is."""
+    parts = line.split("`")
+    return "`".join(part if number % 2 else OBEYED.sub(r"\\\1", part) for number, part in enumerate(parts))
+
+
+def convert(_app: Sphinx, what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
+    """Autodoc asks for every docstring."""
+    lines[:] = converted(lines, module=what == "module")
+
+
+def defaults(
+    _app: Sphinx, _what: str, _name: str, _object: Any, _options: Any, arguments: str | None, result: str | None
+) -> tuple[str | None, str | None]:
+    """Signatures that Sphinx can read: what a dataclass's factory gives is no expression."""
+    return arguments and arguments.replace("<factory>", "..."), result
+
+
+def setup(app: Sphinx) -> Mapping[str, bool]:
+    """Connect it to Sphinx."""
+    app.connect("autodoc-process-docstring", convert)
+    app.connect("autodoc-process-signature", defaults)
+    return {"parallel_read_safe": True}

@@ -1,0 +1,74 @@
+"""How the documentation site is built: Sphinx reads Markdown (MyST), commands and docstrings come from the code.
+
+`make docs` builds it into build/site and takes every warning for an error. Nothing is fetched while it builds.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from convert_to_quant import __version__
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+project = "convert_to_quant"
+author = "the authors of convert_to_quant"
+copyright = f"{author}, MIT license"  # noqa: A001 - Sphinx's name for it
+version = release = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton", "docstrings", "from_code"]
+exclude_patterns = ["_ext"]
+suppress_warnings = ["myst.header"]  # pages of measurements skip heading levels
+
+# --- Markdown
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+smartquotes = False
+
+# --- Docstrings: types from annotations, `code` in single backticks; the rest is in _ext/docstrings.py
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 100
+
+# --- What docstrings and annotations name and this site does not document
+nitpicky = True
+nitpick_ignore_regex = [
+    (r"py:.*", r"(numpy|torch|mmap|PIL|collections|pathlib|types|typing|os)\..*"),
+    (
+        r"py:.*",
+        r"convert_to_quant\.(families|engines\.(session|prompts|quantized_linear|provenance|architectures))\..*",
+    ),
+    (r"py:.*", r"convert_to_quant\.(.*\.)?_.*"),
+]
+
+# --- The look
+html_theme = "furo"
+html_title = "convert_to_quant"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+copybutton_exclude = ".linenos, .gp, .go, .c1"
+pygments_style = "friendly"
+pygments_dark_style = "github-dark"
+
+OUTSIDE = {"../benchmarks/README.md": "benchmarks.md", "../CHANGELOG.md": "changelog.md"}
+"""Files of the repository that pages link to, and the pages of the site that include them."""
+
+
+def link_inside(_app: Sphinx, _page: str, source: list[str]) -> None:
+    """Turn links to files outside of docs/ into links to the pages that include them."""
+    for outside, inside in OUTSIDE.items():
+        source[0] = source[0].replace(f"]({outside}", f"]({inside}")
+
+
+def setup(app: Sphinx) -> None:
+    """Connect it to Sphinx."""
+    app.connect("source-read", link_inside)

@@ -1,0 +1,451 @@
+"""The documentation stays true: its examples are run, its links lead somewhere, its flags exist.
+
+Every command line and block of Python in README.md, CONTRIBUTING.md, docs/ and the commands' own help is run, in a
+folder where tiny stand-ins bear the names that the text uses. What differs from the text stands in the tables below;
+what is not run stands there with the reason, and is at least parsed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import doctest
+import re
+import runpy
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from convert_to_quant import cli
+
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OURS = ("convert_to_quant", "ctq")
+
+# --- what differs from the text
+
+SUBSTITUTIONS = {
+    r"--device cuda\b": "--device cpu",
+    r"--actcal-device cuda\b": "--actcal-device cpu",
+    r"--actcal\b(?!-)": "--actcal --actcal-samples 3",
+    r"(/path/to|~)/ComfyUI\b": "ComfyUI",
+    r" \*\.safetensors": " flux_bf16.safetensors flux_fp8.safetensors",
+    r"^source <\((.*)\)$": r"\1",
+}
+"""Regular expression -> what is run in its place: no GPU, no shell, and little time."""
+
+SMALL = ("--height", "32", "--width", "32", "--steps", "2", "--samples", "3")
+ADDED = {"observe": SMALL, "check": SMALL}
+"""Flags at the end of every call of a command: tiny pictures."""
+
+ONLY_PARSED = {
+    "demo": "runs a minute; tests/test_demo.py runs it",
+    "comfyui observe": "needs a server; tests/cli/test_comfyui.py has a double of one",
+    "observe .*--comfyui-dir": "needs a ComfyUI; tests/comfyui has tests with a real one",
+}
+"""Commands, as regular expressions from where they begin, that are not run, and why."""
+
+OTHER_PROGRAMS = {
+    "pip": "installs",
+    "python -m pip": "installs",
+    "python -m pytest": "these tests",
+    "python -m venv": "makes an environment",
+    "torchrun": "several processes; tests/cli/test_observe.py runs two",
+    "source": "reads what our command prints",
+}
+"""Other programs in examples, and why they are not run. Targets of make and scripts of ours must exist."""
+
+FOREIGN_FLAGS = {
+    "--constraint": "pip",
+    "--supports-fp8-compute": "ComfyUI",
+    "--fast": "ComfyUI",
+    "--nproc-per-node": "torchrun",
+}
+"""Flags of other programs that the text names. Those behind `benchmarks/` are looked up in the scripts."""
+
+
+# --- stand-ins
+
+
+def tiny_lora(path: Path) -> None:
+    """A kohya adapter of rank 4 for one layer of the tiny model."""
+    from safetensors.numpy import save_file
+
+    random = np.random.default_rng(1)
+    layer = "lora_unet_double_blocks_0_img_mlp_0"
+    save_file(
+        {
+            f"{layer}.lora_down.weight": random.standard_normal((4, 32)).astype(np.float32),
+            f"{layer}.lora_up.weight": random.standard_normal((128, 4)).astype(np.float32),
+        },
+        path,
+    )
+
+
+def tiny_embeddings(path: Path) -> None:
+    """Prompt embeddings of the tiny model's sizes."""
+    from safetensors.numpy import save_file
+
+    random = np.random.default_rng(2)
+    prompts = random.standard_normal((2, 4, 32)).astype(np.float32)
+    save_file({"prompt_embeds": prompts, "pooled_prompt_embeds": prompts[:, 0, :16].copy()}, path)
+
+
+def tiny_pipeline(folder: Path) -> None:
+    """A Flux.1 pipeline of the tiny model's sizes with random weights, as diffusers saves it."""
+    import diffusers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = {word: number for number, word in enumerate(("<pad>", "<eos>", "<unk>", "a", "red", "fish"))}
+
+    def tokenizer() -> Any:
+        rules = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        rules.pre_tokenizer = pre_tokenizers.Whitespace()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=rules, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=8
+        )
+
+    torch.manual_seed(0)
+    clip = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, eos_token_id=1, bos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    t5 = T5Config(vocab_size=len(words), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=False, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    parts = (CLIPTextModel(clip), tokenizer(), T5EncoderModel(t5), tokenizer(), transformer)
+    diffusers.FluxPipeline(scheduler, vae, *parts).save_pretrained(folder)
+
+
+def tiny_flux() -> bytes:
+    """The tiny Flux.1 of the command line's tests, as a file."""
+    files = runpy.run_path(str(ROOT / "tests" / "conftest.py"))
+    model = runpy.run_path(str(ROOT / "tests" / "cli" / "conftest.py"))
+    random = np.random.default_rng(0)
+
+    def bfloat16(values: Any) -> tuple[str, Any]:
+        return "BF16", files["to_bfloat16"](values)
+
+    tensors = {}
+    for name, (rows, columns) in model["LINEAR"].items():
+        tensors[name + ".weight"] = bfloat16(random.standard_normal((rows, columns)) / np.sqrt(columns))
+        tensors[name + ".bias"] = bfloat16(0.1 * random.standard_normal(rows))
+    tensors |= {name: bfloat16(np.ones(model["HEAD"])) for name in model["NORMS"]}
+    content: bytes = files["file_bytes"](tensors)
+    return content
+
+
+CALLED: dict[str, tuple[str, ...]] = {
+    "flux_bf16": ("bf16",),
+    "flux_fp8": ("fp8", "mine", "theirs"),
+    "stats": ("a", "b", "monday", "tuesday", "faces", "places", "portraits", "landscapes", "with_lora"),
+}
+"""What else the text calls the model, its conversion, and statistics of it."""
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tiny files under the names that examples use."""
+    folder = tmp_path_factory.mktemp("stand-ins")
+    with inside(folder):
+        Path("flux_bf16.safetensors").write_bytes(tiny_flux())
+        tiny_lora(Path("style.safetensors"))
+        tiny_embeddings(Path("embeddings.safetensors"))
+        tiny_pipeline(Path("FLUX.1-dev"))
+        Path("prompts.txt").write_text("a red fish\na fish\n", encoding="utf-8")
+        Path("ComfyUI/custom_nodes").mkdir(parents=True)
+        observe = ["observe", "flux_fp8.safetensors", "-o", "stats.safetensors", *SMALL, "-q"]
+        assert main(["-i", "flux_bf16.safetensors", "-o", "flux_fp8.safetensors", "-q"]) == main(observe) == 0
+        for name, others in CALLED.items():
+            for other in others:
+                shutil.copy(f"{name}.safetensors", f"{other}.safetensors")
+    return folder
+
+
+class Pipe:
+    """What the text calls `pipe`: something with a transformer that a prompt runs."""
+
+    def __init__(self) -> None:
+        self.transformer = torch.nn.Sequential(torch.nn.Linear(16, 16))
+
+    def __call__(self, prompt: str) -> Any:
+        return self.transformer(torch.full((1, 4, 16), float(len(prompt))))
+
+
+PYTHON_NAMES: dict[str, Callable[[], Any]] = {"pipe": Pipe, "prompts": lambda: ["a red fish", "a fish"]}
+"""What blocks of Python find: objects of the reader's."""
+
+
+# --- examples
+
+
+@dataclass(frozen=True)
+class Example:
+    """Something that is to be run.
+
+    Attributes:
+        place: file and line, or command.
+        language: "console" for one command line, "python" for a block, "toml" for a file.
+        text: it.
+    """
+
+    place: str
+    language: str
+    text: str
+
+
+SHELL = ("console", "bash", "sh")
+PROGRAM = re.compile(rf"([A-Z]+=\S* )*({'|'.join(OURS)}|python|pip|make|torchrun|source)\b")
+
+
+def flattened(tokens: list[Token]) -> Iterator[Token]:
+    for token in tokens:
+        yield token
+        yield from flattened(token.children or [])
+
+
+def tokens_of(text: str) -> list[Token]:
+    return list(flattened(MarkdownIt("commonmark").enable("table").parse(text)))
+
+
+def lines_of(text: str, place: str) -> list[Example]:
+    """The command lines of a block."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    return [Example(place, "console", line.strip()) for line in joined.splitlines()
+            if line.strip() and not line.strip().startswith("#")]  # fmt: skip
+
+
+def examples_of(text: str, name: str) -> list[Example]:
+    """The examples of a page, in order."""
+    found: list[Example] = []
+    for token in tokens_of(text):
+        place = f"{name}:{(token.map or [0])[0] + 1}"
+        language = token.info.split()[0] if token.type == "fence" and token.info else ""
+        if language in SHELL:
+            found += lines_of(token.content, place)
+        elif language in ("python", "toml"):
+            found.append(Example(place, language, token.content))
+        elif token.type == "code_block" and PROGRAM.match(token.content.lstrip()):
+            found += lines_of(token.content, place)
+    return found
+
+
+def below(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and those of its actions."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for choice in action.choices.values():
+                yield from below(choice)
+
+
+def helps() -> Iterator[tuple[str, list[Example]]]:
+    """The examples of each command's help, and of its actions'."""
+    for command in cli.COMMANDS:
+        found = []
+        for parser in below(cli.build_parser(command)):
+            lines = lines_of(parser.epilog or "", f"{parser.prog} --help")
+            found += [one for one in lines if PROGRAM.match(one.text)]
+        yield f"help {command}", found
+
+
+DOCUMENTS = [
+    *((str(page.relative_to(ROOT)), examples_of(page.read_text(encoding="utf-8"), page.name)) for page in PAGES),
+    *helps(),
+]
+
+
+@contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield
+
+
+def run_line(example: Example) -> None:
+    """Run one command line; what is joined with && or | is several."""
+    line = example.text
+    for pattern, replacement in SUBSTITUTIONS.items():
+        line = re.sub(pattern, replacement, line)
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="&|>;")
+    lexer.whitespace_split = True
+    lexer.commenters = "#"
+    part: list[str] = []
+    for word in [*lexer, "&&"]:
+        if word not in ("&&", "|", ";"):
+            part.append(word)
+        elif part:
+            run_words(example, part[: part.index(">")] if ">" in part else part)
+            part = []
+
+
+def run_words(example: Example, words: list[str]) -> None:
+    """Run one of our commands; of another program, see that it is known, and what it is given of ours."""
+    while re.fullmatch(r"[A-Z]+=.*", words[0]):
+        words = words[1:]
+    words = [Path(words[0]).name, *words[1:]]  # ~/venv/bin/python
+    said = f"{example.place}: {' '.join(words)}"
+    if words[:2] == ["python", "-m"] and words[2] in OURS:
+        words = words[2:]
+    if words[0] in OURS:
+        if any(re.match(command, " ".join(words[1:])) for command in ONLY_PARSED):
+            parse(words[1:], said)
+        else:
+            assert main([*words[1:], *ADDED.get(words[1], ())]) == 0, f"{said}: fails"
+    elif words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), f"{said}: no such target"
+    elif words[0] == "python" and words[1].endswith(".py"):
+        assert (ROOT / words[1]).is_file(), f"{said}: no such script"
+    else:
+        assert any(" ".join(words).startswith(program) for program in OTHER_PROGRAMS), f"{said}: an unknown program"
+        if "convert_to_quant" in words[1:]:
+            parse(words[words.index("convert_to_quant") + 1 :], said)
+
+
+def exit_code(call: Callable[[], Any]) -> int:
+    """What a call returns, or leaves with, if that is a number, and 0 otherwise."""
+    try:
+        result = call()
+    except SystemExit as stop:  # argparse
+        result = stop.code
+    return result if isinstance(result, int) else 0
+
+
+def main(words: list[str]) -> int:
+    """The command line's exit code."""
+    return exit_code(lambda: cli.main(words))
+
+
+def parse(words: list[str], said: str) -> None:
+    """Check a call without running it."""
+    named = bool(words) and words[0] in cli.COMMANDS
+    parser = cli.build_parser(words[0] if named else cli.DEFAULT_COMMAND)
+    code = exit_code(lambda: parser.parse_args([cli.flag_spelling(word) for word in words[named:]]))
+    assert code == 0, f"{said}: is misused"
+
+
+def run_python(example: Example, names: dict[str, Any]) -> None:
+    """Run one block of Python; a session with >>> must also give what it shows."""
+    if ">>>" in example.text:
+        test = doctest.DocTestParser().get_doctest(example.text, names, example.place, None, 0)
+        failed, _ = doctest.DocTestRunner().run(test, clear_globs=False)
+        assert not failed, f"{example.place}: gives something else"
+        names.update(test.globs)
+    else:
+        exec(compile(example.text, example.place, "exec"), names)
+
+
+def run(examples: list[Example], folder: Path) -> None:
+    """Run a document's examples, one after the other, in one folder."""
+    names = {name: make() for name, make in PYTHON_NAMES.items()}
+    with inside(folder):
+        for example in examples:
+            if example.language == "python":
+                run_python(example, names)
+            elif example.language == "toml":  # a file, whose first line has its name
+                Path(example.text.splitlines()[0].removeprefix("# ")).write_text(example.text, encoding="utf-8")
+            else:
+                run_line(example)
+
+
+@pytest.mark.parametrize("examples", [pytest.param(examples, id=name) for name, examples in DOCUMENTS if examples])
+def test_every_example_runs(examples: list[Example], stand_ins: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    shutil.copytree(stand_ins, folder)
+    run(examples, folder)
+
+
+def test_the_documents_have_examples() -> None:
+    assert sum(len(examples) for _, examples in DOCUMENTS) > 40
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("```console\nconvert_to_quant inspect flux_fp8.safetensors --no-such-flag\n```", "fails"),
+        ("```console\nconvert_to_quant inspect no_such_file.safetensors\n```", "fails"),
+        ("```bash\nconvert_to_quant inspect flux_fp8.safetensors --strict && nonsense x\n```", "an unknown program"),
+        ("```console\nconvert_to_quant demo --no-such-flag\n```", "is misused"),
+        ("text\n\n    torchrun -m convert_to_quant observe m.safetensors -o s.safetensors --bad\n", "is misused"),
+        ("```console\nmake nothing\n```", "no such target"),
+        ("```console\npython benchmarks/nothing.py\n```", "no such script"),
+        ("```python\n>>> 1 + 1\n3\n```", "gives something else"),
+    ],
+)
+def test_a_broken_example_is_found(broken: str, said: str, stand_ins: Path) -> None:
+    with pytest.raises(AssertionError, match=said):
+        run(examples_of(broken, "broken.md"), stand_ins)
+
+
+def test_examples_are_found_in_every_form() -> None:
+    text = "\n".join([
+        "```console", "convert_to_quant -i a \\", "  -o b  # c", "```", "", "- in a list:", "", "      make test", "",
+        "    Load → Save", "", "```text", "not this", "```",
+    ])  # fmt: skip
+    assert [one.text for one in examples_of(text, "x")] == ["convert_to_quant -i a -o b  # c", "make test"]
+
+
+# --- commands and flags within sentences
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_within_sentences_can_be_called_so(page: Path) -> None:
+    tokens = tokens_of(page.read_text(encoding="utf-8"))
+    for before, token in pairwise(tokens):
+        words = token.content.split()
+        is_role = before.content.endswith("}")  # {option}`...`, which Sphinx looks up
+        if token.type == "code_inline" and not is_role and words[0] in OURS and len(words) > 2:
+            parse(words[1:], f"{page.name}: {token.content}")
+
+
+def test_every_flag_in_the_pages_exists() -> None:
+    parsers = [parser for command in cli.COMMANDS for parser in below(cli.build_parser(command))]
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    known |= set(re.findall(r"\"(--[a-z][\w-]+)\"", scripts)) | FOREIGN_FLAGS.keys()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        flags = {cli.flag_spelling(flag) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", text)}
+        assert flags <= known, (page.name, flags - known)
+
+
+# --- links
+
+
+def anchors(text: str) -> set[str]:
+    """What headings can be linked to as, by GitHub's rule, and MyST's own targets."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r"^\(([\w-]+)\)=$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere_and_pictures_are_there(page: Path) -> None:
+    tokens = tokens_of(page.read_text(encoding="utf-8"))
+    targets = [str(token.attrGet("href") or token.attrGet("src") or "") for token in tokens]
+    for target in targets:
+        if not target or "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path) if path else page
+        assert linked.exists(), target
+        if anchor and linked.suffix == ".md":
+            assert anchor in anchors(linked.read_text(encoding="utf-8")), target
