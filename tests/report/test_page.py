@@ -1,0 +1,575 @@
+"""The page, without a browser and in one."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert_to_quant.report import page
+from convert_to_quant.report.document import CELLS, Figures, Layer, LeftAlone, Report, Side, State, Verdict
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<!--<script>.\u2028🙂"
+
+
+def figures(largest: float, *, before: float = 1.0, after: float | None = None, full: bool = False) -> Figures:
+    """A layer whose inputs spread over six octaves below the largest one."""
+    density = np.zeros(CELLS, np.uint8)
+    top = int((np.log2(largest) + 32) * 4)
+    density[top - 24 : top + 1] = np.linspace(80, 210, 25)
+    scale = largest / 448 if after is None else after
+    clips = largest > 464 * before
+    return Figures(
+        before=State(
+            before, False, 6.9 if clips else 31.0, 0.3 if clips else 0.0, 0.001, 0.0, "clips" if clips else ""
+        ),
+        after=State(scale, full, 31.5, 0.0, 0.002, 0.0),
+        source="model",
+        reason="full precision: one row per picture, which costs nothing" if full else "absmax",
+        cause="one row" if full else "",
+        rows=4096,
+        multiply_adds=1000,
+        zeros=0.01,
+        absmax=largest,
+        rms=largest / 4,
+        median=largest / 8,
+        p999=largest / 1.5,
+        density=density,
+        sigma_absmax=tuple(largest / (1 + level) for level in range(8)),
+        sigma_rms=(largest / 4,) * 8,
+    )
+
+
+def side(label: str) -> Side:
+    return Side(label, (label,), label, "Flux.1", 8, "diffusers", "noise", {"seed": ("42",)})
+
+
+def report(layers: list[Layer], count: int = 1, **changes: Any) -> dict[str, Any]:
+    labels = ("plain.safetensors", "hot.safetensors")[:count]
+    made = Report(
+        title=" against ".join(labels),
+        sides=tuple(map(side, labels)),
+        layers=tuple(layers),
+        verdict=Verdict("bad", "2 of 4 layers are at risk.", ("Two layers clip.",)),
+    )  # fmt: skip
+    return replace(made, **changes).document()
+
+
+def layer(name: str, *sides: Figures | None, crossed: State | None = None) -> Layer:
+    return Layer(name, (64, 32), sides, crossed)
+
+
+SMALL = [
+    layer("blocks.0.mlp.0", figures(100.0)),
+    layer("blocks.1.mlp.0", figures(9000.0)),
+    layer("blocks.2.attn.qkv", figures(2000.0)),
+    layer("blocks.10.mod", figures(4.0, full=True)),
+]
+HOSTILE_DOCUMENT = report(
+    [*SMALL, layer(HOSTILE, figures(10.0))],
+    title=HOSTILE,
+    verdict=Verdict("warning", HOSTILE, (HOSTILE,)),
+    left_alone=(LeftAlone(HOSTILE, HOSTILE),),
+    sides=(
+        replace(
+            side(HOSTILE),
+            family=HOSTILE,
+            provenance={HOSTILE: (HOSTILE,)},
+            options={HOSTILE: HOSTILE},
+            notes=(HOSTILE,),
+        ),
+    ),
+)
+
+
+def compared() -> dict[str, Any]:
+    cold, hot = figures(10.0), figures(1280.0)
+    crossed = State(10 / 448, False, 2.0, 0.9, 0.0, 0.0, "clips")
+    return report(
+        [
+            layer("blocks.0.a", cold, hot, crossed=crossed),
+            layer("blocks.1.b", cold, cold, crossed=cold.after),
+            layer("blocks.2.only", cold, None),
+        ],
+        count=2,
+    )
+
+
+def thousand() -> dict[str, Any]:
+    """As large as it gets: every cell of every density is used."""
+    random = np.random.default_rng(0)
+    layers = []
+    for number in range(1000):
+        sides = []
+        for _ in range(2):
+            made = figures(float(2.0 ** random.uniform(-4, 14)), full=number % 40 == 0)
+            sides.append(
+                replace(made, density=random.integers(1, 255, CELLS).astype(np.uint8), row_density=made.density)
+            )
+        layers.append(layer(f"transformer_blocks.{number}.attn.to_out.0", *sides))
+    return report(layers, count=2)
+
+
+class Tags(HTMLParser):
+    """The tags of a page, the ids in order, and the text outside of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.inside: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.inside.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self.inside and self.inside[-1] not in ("script", "style"):
+            self.texts.append(data)
+
+
+# ---- without a browser
+
+
+def test_echarts_is_the_official_file_with_its_licences():
+    content = (page.ASSETS / "echarts.min.js").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == page.ECHARTS_SHA256
+    assert f'version="{page.ECHARTS_VERSION}"'.encode() in content
+    assert b"Apache License" in (page.ASSETS / "echarts.LICENSE").read_bytes()
+    assert b"Apache Software Foundation" in (page.ASSETS / "echarts.NOTICE").read_bytes()
+    assert b"Redistribution" in (page.ASSETS / "echarts.LICENSE-d3").read_bytes()
+
+
+def test_the_policy_allows_these_scripts_and_this_style_and_nothing_else():
+    text = page.render(report(SMALL))
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert policy is not None
+    blocks = re.findall(r"<(script|style)>(.*?)</\1>", text, re.DOTALL)
+    hashes = {f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'" for _, body in blocks}
+    assert len(hashes) == 4
+    rules = dict(rule.strip().partition(" ")[::2] for rule in policy.group(1).split(";"))
+    assert set(rules["script-src"].split()) | set(rules["style-src"].split()) == hashes
+    assert rules["default-src"] == "'none'"
+    assert "unsafe" not in policy.group(1)
+    assert "http" not in policy.group(1)
+
+
+def test_nothing_in_it_is_fetched_and_no_markup_carries_code():
+    for _, attributes in Tags(page.render(HOSTILE_DOCUMENT)).tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            assert name != "style"
+            if name in ("src", "href"):
+                assert value is not None
+                assert value.startswith(("#", "data:image/svg+xml,"))
+
+
+def test_the_document_can_be_read_back():
+    text = page.render(HOSTILE_DOCUMENT)
+    embedded = re.search(r'<script id="document" type="application/json">(.*?)</script>', text, re.DOTALL)
+    assert embedded is not None
+    assert not set("<>&\u2028") & set(embedded.group(1))
+    assert json.loads(embedded.group(1)) == json.loads(json.dumps(HOSTILE_DOCUMENT))
+
+
+def test_names_of_strangers_are_only_text():
+    plain, hostile = Tags(page.render(report(SMALL))), Tags(page.render(HOSTILE_DOCUMENT))
+    count = lambda tags, tag: sum(name == tag for name, _ in tags.tags)  # noqa: E731
+    assert count(hostile, "img") == 0
+    assert count(hostile, "script") == count(plain, "script") == 4
+    assert "".join(hostile.texts).count(HOSTILE) >= 8
+
+
+def test_it_begins_with_the_verdict_and_ends_with_all_figures():
+    tags = Tags(page.render(report(SMALL))).tags
+    ids = [attributes["id"] for tag, attributes in tags if tag == "section"]
+    assert ids == ["verdict", "picture", "levels", "kept", "figures"]
+    headings = [tag for tag, _ in tags if re.fullmatch(r"h\d", tag)]
+    assert headings[0] == "h1"
+    assert headings.count("h1") == 1
+
+
+def test_bars_count_layers_now_and_calibrated():
+    text = page.render(report(SMALL))
+    bars = re.search(r'<dl class="bars">(.*?)</dl>', text, re.DOTALL)
+    assert bars is not None
+    said = [re.sub("<[^>]*>", "", part) for part in re.findall(r'class="said">(.*?)</span>', bars.group(1))]
+    assert said == ["2 at risk, 2 fine", "3 fine, 1 in full precision"]
+
+
+def test_layers_in_full_precision_and_left_alone_are_listed_with_the_reasons():
+    unseen = Figures(State(1.0, False), State(1.0, False), reason="never visited: keeps its scale")
+    text = page.render(report([*SMALL, layer("never", unseen)], left_alone=(LeftAlone("other", "nvfp4"),)))
+    groups = re.findall(r"<summary><b>(\d+)</b> layers? (.*?)</summary><ul><li>(.*?)</li></ul>", text)
+    assert groups == [
+        ("1", "see one row per picture, so full precision costs next to nothing", "blocks.10.mod"),
+        ("1", "left alone: never visited: keeps its scale", "never"),
+        ("1", "left alone: nvfp4", "other"),
+    ]
+
+
+def test_how_it_was_made_is_told():
+    text = page.render(report(SMALL, options={"margin": 1.5}))
+    made = re.search(r'<details class="made">(.*?)</details>', text, re.DOTALL)
+    assert made is not None
+    assert {"plain.safetensors", "Flux.1", "42", "1.5"} <= set(re.findall(r"<dd>(.*?)</dd>", made.group(1)))
+
+
+def test_the_same_document_is_the_same_page():
+    assert page.render(report(SMALL)) == page.render(report(SMALL))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_report_without_layers_is_a_page(count):
+    assert "None: every layer" in page.render(report([], count=count))
+
+
+def test_a_thousand_layers_on_two_sides_stay_under_5_mb():
+    assert len(page.render(thousand()).encode()) < 5e6
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_colour_of_text_has_the_contrast_that_wcag_asks_for(theme):
+    css = (page.ASSETS / "page.css").read_text()
+    block = re.search(rf'data-theme="{theme}"\] {{(.*?)}}', css, re.DOTALL)
+    assert block is not None
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block.group(1)))
+    texts = [
+        name for name in colours if name.endswith("-text") or name in ("ink", "soft", "link", "good", "warning", "bad")
+    ]
+    assert len(texts) == 11
+    for ground in ("paper", "raised", "sunken", "pick"):
+        for text in texts:
+            light, dark = sorted((luminance(colours[ground]), luminance(colours[text])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (ground, text)
+
+
+# ---- in a browser
+
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync")  # fmt: skip
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed; CHROMIUM names one elsewhere")
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def show(browser: Any, tmp_path: Path) -> Iterator[Open]:
+    """Opens a document's page; at the end, nothing may have been said on the console, and nothing fetched."""
+    troubles: list[str] = []
+    contexts = []
+
+    def opened(document: dict[str, Any], state: str = "", width: int = 1200, **options: Any) -> Any:
+        path = tmp_path / f"report{len(contexts)}.html"
+        path.write_text(page.render(document), encoding="utf-8")
+        options.setdefault("reduced_motion", "reduce")
+        context = browser.new_context(viewport={"width": width, "height": 800}, **options)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.set_default_timeout(5000)
+
+        def decide(route: Any) -> None:
+            if route.request.url.partition("#")[0] == path.as_uri():
+                route.continue_()
+            else:
+                troubles.append(f"fetched {route.request.url}")
+                route.abort()
+
+        tab.route("**/*", decide)
+        tab.on("console", lambda message: troubles.append(message.text))
+        tab.on("pageerror", lambda error: troubles.append(str(error)))
+        tab.goto(path.as_uri() + state)
+        return tab
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not troubles
+
+
+ROWS = """rows => rows.map(row => [parseFloat(row.style.top), row.querySelector(".name").textContent])
+.sort((a, b) => a[0] - b[0]).map(row => row[1])"""
+
+
+def orders(tab: Any) -> tuple[list[str], list[str], list[str]]:
+    """The layers as the picture, the noise levels and the table have them."""
+    return (
+        tab.locator("#picture-plot .row").evaluate_all(ROWS),
+        tab.locator("#levels-plot .row").evaluate_all(ROWS),
+        tab.locator("#figures-table tbody th .name").all_text_contents(),
+    )
+
+
+def said(tab: Any) -> str:
+    return tab.evaluate("decodeURIComponent(location.hash)")
+
+
+NAMES = [one.name for one in SMALL]
+
+
+def test_it_opens_without_a_word_or_a_request_whatever_layers_are_called(show):
+    tab = show(HOSTILE_DOCUMENT)
+    assert orders(tab) == ([*NAMES, HOSTILE],) * 3
+    tab.mouse.wheel(0, 3000)
+    tab.locator("#views button").last.click()
+    tab.locator("#picture-plot .plot").focus()
+    tab.keyboard.press("End")
+    assert HOSTILE in tab.locator("#card").inner_text()
+    assert tab.locator("img").count() == 0
+
+
+def test_a_click_on_a_heading_sorts_pictures_and_table(show):
+    tab = show(report(SMALL))
+    heading = tab.locator("th[data-key=absmax]")
+    heading.locator("button").click()
+    by_size = ["blocks.1.mlp.0", "blocks.2.attn.qkv", "blocks.0.mlp.0", "blocks.10.mod"]
+    assert orders(tab) == (by_size,) * 3
+    assert heading.get_attribute("aria-sort") == "descending"
+    assert tab.locator("#sort").input_value() == "absmax"
+    heading.locator("button").press("Enter")  # headings are reached by keyboard too
+    assert orders(tab) == (by_size[::-1],) * 3
+    assert tab.locator("[aria-sort]").count() == 1
+    assert said(tab) == "#sort=absmax"
+
+
+def test_names_sort_as_people_count(show):
+    tab = show(report([*reversed(SMALL)]))
+    tab.locator("#sort").select_option("name")
+    assert orders(tab) == (NAMES,) * 3
+    tab.locator("#direction").click()
+    assert orders(tab) == (NAMES[::-1],) * 3
+
+
+@pytest.mark.parametrize("state", ["#sort=absmax", "#sort=-absmax"])
+def test_layers_without_a_figure_come_last_either_way(show, state):
+    unseen = Figures(State(1.0, False), State(1.0, False), reason="never visited")
+    assert orders(show(report([layer("unseen", unseen), *SMALL]), state))[0][-1] == "unseen"
+
+
+def test_search_and_filters_govern_pictures_and_table(show):
+    tab = show(report(SMALL))
+    tab.locator("#search").fill("MLP")
+    assert orders(tab) == (["blocks.0.mlp.0", "blocks.1.mlp.0"],) * 3
+    assert tab.locator("#count").inner_text() == "2 of 4 layers"
+    tab.locator("#filters [data-key=now]").click()
+    assert orders(tab) == (["blocks.1.mlp.0"],) * 3
+    assert said(tab) == "#q=MLP&only=now"
+    tab.locator("#reset").click()
+    assert orders(tab) == (NAMES,) * 3
+    assert tab.locator("#filters b").all_text_contents() == ["2", "0", "1", "4"]
+
+
+def test_search_takes_regular_expressions_and_says_when_they_are_none(show):
+    tab = show(report(SMALL))
+    tab.locator("#search").fill(r"\.(1|10)\.")
+    assert orders(tab) == ([],) * 3
+    assert "No layer fits" in tab.locator("#picture-plot").inner_text()
+    tab.locator("#regex").click()
+    assert orders(tab) == (["blocks.1.mlp.0", "blocks.10.mod"],) * 3
+    tab.locator("#search").fill("(")
+    assert tab.locator("#search-problem").inner_text() == "not a regular expression"
+    assert orders(tab) == (NAMES,) * 3
+
+
+def test_the_hash_brings_everything_back(show):
+    tab = show(report(SMALL), "#view=real&heat=all&q=mlp&only=changed&sort=-sqnr_before&theme=dark")
+    assert orders(tab) == (["blocks.0.mlp.0", "blocks.1.mlp.0"],) * 3
+    pressed = [one.inner_text() for one in tab.locator(".segments [aria-pressed=true]:visible").all()]
+    assert pressed == ["real values", "range among all layers"]
+    assert tab.locator("#filters [data-key=changed]").get_attribute("aria-pressed") == "true"
+    assert tab.locator("html").get_attribute("data-theme") == "dark"
+    tab.evaluate("location.hash = '#q=attn'")  # as the Back button does
+    tab.wait_for_function("document.querySelector('#search').value === 'attn'")
+    assert orders(tab) == (["blocks.2.attn.qkv"],) * 3
+
+
+@pytest.mark.parametrize(
+    "state", ["#view=nonsense&sort=--&only=a,b&heat=&theme=red", "#%", "#__proto__=1&sort=constructor"]
+)
+def test_a_hash_that_says_nothing_does_no_harm(show, state):
+    assert orders(show(report(SMALL), state)) == (NAMES,) * 3
+
+
+RED = """canvas => {
+const copy = Object.assign(document.createElement('canvas'), { width: canvas.width, height: canvas.height });
+const context = copy.getContext('2d');
+context.fillStyle = 'white';
+context.fillRect(0, 0, copy.width, copy.height);
+context.drawImage(canvas, 0, 0);
+const { data } = context.getImageData(0, 0, copy.width, copy.height);
+let red = 0;
+for (let i = 0; i < data.length; i += 4) red += data[i] > 200 && data[i + 1] < 190 && data[i + 2] < 150;
+return red; }"""
+
+
+def test_what_is_cut_off_is_red_at_the_present_scale_and_not_at_the_new_one(show):
+    tab = show(report(SMALL))
+    canvas = tab.locator("#picture-plot canvas").first
+    tab.wait_for_timeout(50)
+    before = canvas.evaluate(RED)
+    tab.locator("#views [data-key=after]").click()
+    tab.wait_for_timeout(50)
+    after = canvas.evaluate(RED)
+    assert before > after + 500  # the line at 448 is red too
+    assert tab.locator("#picture-plot .state").all_inner_texts() == ["fine", "fine", "fine", "full precision"]
+
+
+def test_strips_slide_to_the_new_scale_where_motion_is_welcome(show):
+    tab = show(report(SMALL), reduced_motion="no-preference")
+    tab.locator("#views [data-key=after]").click()
+    tab.locator("#picture-plot .state", has_text="full precision").wait_for()
+    assert said(tab) == "#view=after"
+
+
+def test_colours_follow_the_system_and_the_switch(show):
+    ground = "getComputedStyle(document.documentElement).backgroundColor"
+    tab = show(report(SMALL), color_scheme="dark")
+    assert tab.locator("html").get_attribute("data-theme") == "dark"
+    dark = tab.evaluate(ground)
+    tab.locator("#theme").click()
+    assert tab.evaluate(ground) != dark
+    assert said(tab) == "#theme=light"
+    assert show(report(SMALL), color_scheme="light").evaluate(ground) == tab.evaluate(ground)
+
+
+def test_pointer_touch_and_keyboard_show_a_layers_figures(show):
+    tab = show(report(SMALL), has_touch=True)
+    card = tab.locator("#card")
+    box = tab.locator("#picture-plot .row").nth(1).bounding_box()
+    tab.mouse.move(box["x"] + 500, box["y"] + 8)
+    assert "blocks.1.mlp.0" in card.inner_text()
+    assert "clipped\t30 %\t0 %" in card.inner_text()
+    tab.mouse.move(box["x"] + 500, box["y"] - 200)
+    assert card.is_hidden()
+    tab.touchscreen.tap(box["x"] + 500, box["y"] + 8)
+    assert "blocks.1.mlp.0" in card.inner_text()
+    card.get_by_label("Close").click()
+    assert card.is_hidden()
+    tab.locator("#picture-plot .plot").focus()
+    for _ in range(3):
+        tab.keyboard.press("ArrowDown")
+    assert "blocks.2.attn.qkv" in card.inner_text()
+    assert "clips at the present scale 1" in tab.locator("#spoken").inner_text()
+    tab.keyboard.press("Escape")
+    assert card.is_hidden()
+
+
+def test_words_are_explained_to_pointer_touch_and_keyboard(show):
+    tab = show(report(SMALL), has_touch=True)
+    word = tab.locator(".term", has_text="saturated")
+    for reach, leave in (
+        (word.hover, lambda: tab.mouse.move(0, 0)),
+        (word.tap, lambda: tab.keyboard.press("Escape")),
+    ):
+        reach()
+        assert "cuts such values off" in tab.locator("#card").inner_text()
+        leave()
+        assert tab.locator("#card").is_hidden()
+    tab.locator("th[data-key=sqnr_before] button").focus()
+    tab.keyboard.press("Tab")
+    assert "Signal to quantization noise" in tab.locator("#card").inner_text()
+
+
+def test_two_sides_stand_beside_or_over_each_other_with_the_difference(show):
+    tab = show(compared())
+    assert tab.locator("#picture-plot .head .side").all_inner_texts() == ["A: plain.safetensors", "B: hot.safetensors"]
+    assert tab.locator("#picture-plot .state").all_inner_texts() == ["+7.00 octaves", "equal", "–"]
+    height = tab.locator("#picture-plot .row").first.bounding_box()["height"]
+    tab.locator("#layouts [data-key=over]").click()
+    assert tab.locator("#picture-plot .row").first.bounding_box()["height"] > height
+    assert said(tab) == "#layout=over"
+    tab.locator("#views [data-key=crossed]").click()
+    assert tab.locator("#picture-plot .state").all_inner_texts() == ["clips 90 %", "fine", "–"]
+    tab.locator("#filters [data-key=crossed]").click()
+    assert orders(tab) == (["blocks.0.a"],) * 3
+    assert {"A: risk now", "B: risk now"} <= set(tab.locator("thead th").all_text_contents())
+
+
+def test_a_thousand_layers_are_quick_to_scroll_and_sort(show):
+    tab = show(thousand())
+    assert tab.locator("#picture-plot .row").count() < 60
+    assert tab.locator("#figures-table tbody tr").count() < 80
+    tab.locator("#picture-plot .plot").focus()
+    tab.keyboard.press("End")
+    assert orders(tab)[0][-1] == "transformer_blocks.999.attn.to_out.0"
+    tab.locator("#figures-table .table").evaluate("box => box.scrollTop = 1e9")
+    tab.locator("#figures-table", has_text="transformer_blocks.999.").wait_for()
+    tab.locator("#search").fill("blocks.77")
+    assert orders(tab)[0] == orders(tab)[1] == orders(tab)[2]
+    assert tab.locator("#count").inner_text() == "11 of 1,000 layers"
+
+
+@pytest.mark.parametrize("document", [report(SMALL), compared()])
+def test_a_phone_needs_no_scrolling_sideways(show, document):
+    tab = show(document, width=360, has_touch=True)
+    for view in tab.locator("#views button").all():
+        view.click()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    tab.locator(".made summary").click()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    assert len(orders(tab)[0]) == len(document["layers"])
+
+
+def test_the_rows_shown_are_saved_as_csv(show, tmp_path):
+    tab = show(report([*SMALL, layer('=2+2,"x"', figures(1.0))]), "#sort=-absmax")
+    with tab.expect_download() as download:
+        tab.locator("#save").click()
+    download.value.save_as(tmp_path / "figures.csv")
+    with (tmp_path / "figures.csv").open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["layer"] for row in rows][::4] == ["blocks.1.mlp.0", '\'=2+2,"x"']
+    assert [float(row["largest |x|"]) for row in rows] == [9000.0, 2000.0, 100.0, 4.0, 1.0]
+
+
+def test_a_print_is_light_and_has_all_rows(show):
+    tab = show(report([layer(f"blocks.{number}", figures(8.0)) for number in range(120)]), "#theme=dark")
+    assert tab.locator("#figures-table tbody th").count() < 60
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    tab.emulate_media(media="print")
+    assert tab.locator("html").get_attribute("data-theme") == "light"
+    assert tab.locator("#figures-table tbody th").count() == 120
+    assert tab.locator("#tools").is_hidden()
+    tab.emulate_media(media="screen")
+    tab.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert tab.locator("html").get_attribute("data-theme") == "dark"
+    assert tab.locator("#figures-table tbody th").count() < 60
+
+
+def test_without_scripts_the_verdict_and_the_reasons_can_be_read(show):
+    tab = show(report(SMALL), java_script_enabled=False)
+    text = tab.locator("body").inner_text()
+    assert "2 of 4 layers are at risk." in text
+    assert "blocks.10.mod" in text
+    assert "need JavaScript" in text
