@@ -416,9 +416,7 @@ def _labels(sources: Sequence[Source]) -> list[str]:
         ["A", "B"],
     )
     chosen = next(found for found in candidates if len(set(found)) == len(sources))
-    return [
-        source.label or name.replace(SUFFIX, "") or "as usual" for source, name in zip(sources, chosen, strict=True)
-    ]
+    return [source.label or name.replace(SUFFIX, "") for source, name in zip(sources, chosen, strict=True)]
 
 
 def _what(source: Source) -> str:
@@ -432,9 +430,12 @@ def _changed(options: SolveOptions, other: SolveOptions) -> str:
     >>> _changed(SolveOptions(margin=2), SolveOptions())
     'margin 2'
     """
-    theirs = asdict(other)
-    return ", ".join(
-        f"{key.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{key.replace('_', ' ')} {value}"
-        for key, value in asdict(options).items()
-        if value != theirs[key]
-    )
+    mine, theirs = asdict(options), asdict(other)
+    return ", ".join(f"{key.replace('_', ' ')} {_said(mine[key])}" for key in mine if mine[key] != theirs[key])
+
+
+def _said(value: object) -> str:
+    """The value of an option in words."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "nothing"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -14,6 +14,7 @@ out. Letters that the font of matplotlib lacks become "?".
 
 from __future__ import annotations
 
+import bisect
 import io
 import json
 import math
@@ -374,9 +375,11 @@ def wrap(text: str, size: float, width: float, bold: bool = False) -> list[str]:
 
 def shorten(text: str, size: float, width: float) -> str:
     """A name that fits, without its beginning where it must be: the end of a layer's name tells it apart."""
-    while len(text) > 2 and measure(text, size) > width:
-        text = "…" + text[2:]
-    return text
+    if measure(text, size) <= width:
+        return text
+    ends = range(1, len(text))  # from the longest end to the shortest
+    fitting = bisect.bisect_left(ends, True, key=lambda start: measure("…" + text[start:], size) <= width)
+    return "…" + text[ends[min(fitting, len(ends) - 1)] :] if ends else text
 
 
 def _head_lines(report: Report, plan: _Plan) -> list[Line]:

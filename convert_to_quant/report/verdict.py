@@ -21,9 +21,9 @@ MOVED_OCTAVES = 0.5
 """A range or a scale that differs by more has moved."""
 
 CAUSES = {
-    "one row": "see one row per picture, which costs nothing",
-    "rows lost": "would lose rows (tokens) at any scale",
-    "budget": "matter most for what they cost, within the budget",
+    "one row": "with one row per picture, where that costs nothing",
+    "rows lost": "where rows (tokens) would be lost at any scale",
+    "budget": "among the worst for what they cost, within the budget",
 }
 """Why layers compute in full precision; see `solve.LayerResult.cause`."""
 

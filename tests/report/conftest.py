@@ -1,0 +1,41 @@
+"""Statistics of known inputs, recorded as every run records them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from convert_to_quant.recorder import Recording
+from convert_to_quant.stats import Statistics
+
+OUT = 16
+
+
+def record_inputs(inputs: Mapping[str, Any], samples: int = 1) -> Statistics:
+    """Statistics of layers by what they received.
+
+    Args:
+        inputs: layer -> rows [rows, in], or noise level -> rows, or None where it never ran.
+        samples: of the statistics.
+    """
+    by_level = {
+        name: given if isinstance(given, Mapping) else {} if given is None else {1.0: given}
+        for name, given in inputs.items()
+    }
+    width = next((np.shape(rows)[-1] for levels in by_level.values() for rows in levels.values()), 16)
+    recording = Recording(dict.fromkeys(inputs, (OUT, width)), {name: [name] for name in inputs})
+    for number, levels in enumerate(by_level.values()):
+        for sigma, rows in levels.items():
+            recording.at(sigma)
+            recording.observe(number, torch.tensor(np.asarray(rows, np.float32)))
+    return recording.statistics(samples=samples)
+
+
+@pytest.fixture
+def observed() -> Callable[..., Statistics]:
+    """See `record_inputs`."""
+    return record_inputs

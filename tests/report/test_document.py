@@ -1,0 +1,124 @@
+"""The document: bytes that stand for shares, the bound that risks rest on, and JSON that says everything."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from convert_to_quant import __version__, fp8
+from convert_to_quant.report import document
+from convert_to_quant.report.document import (
+    CELLS,
+    LARGEST_ROUNDED,
+    WORST_ROUNDING_DB,
+    State,
+    decode_shares,
+    encode_shares,
+)
+from convert_to_quant.report.figures import Source, build
+
+
+def sqnr_db(values: np.ndarray) -> float:
+    """Of quantizing values at scale 1, by torch's own cast."""
+    codes = torch.from_numpy(values).clamp(-448, 448).float().to(torch.float8_e4m3fn).double().numpy()
+    error = float(np.sum((values - codes) ** 2))
+    return float(10 * np.log10(np.sum(values**2) / error)) if error else float("inf")
+
+
+@given(arrays.arrays(np.float64, st.integers(1, 40), elements=st.floats(2.0**-6, LARGEST_ROUNDED)))
+def test_rounding_in_the_normal_range_is_never_worse_than_the_bound(values: np.ndarray) -> None:
+    assert sqnr_db(values) >= WORST_ROUNDING_DB - 1e-6
+
+
+def test_the_bound_is_reached() -> None:
+    assert sqnr_db(np.array([17 / 16])) == pytest.approx(WORST_ROUNDING_DB)
+
+
+def test_rounding_to_448_ends_half_a_step_above_it() -> None:
+    below, largest = fp8.values()[0x7D:0x7F]
+    assert largest + (largest - below) / 2 == LARGEST_ROUNDED
+
+
+@given(st.floats(1e-8, 1.0))
+def test_a_share_survives_as_a_byte_to_within_four_percent(share: float) -> None:
+    assert decode_shares(encode_shares(np.array([share])))[0] == pytest.approx(share, rel=0.037)
+
+
+@given(arrays.arrays(np.float64, 20, elements=st.floats(0, 1)))
+def test_a_larger_share_never_has_a_smaller_byte_and_only_nothing_has_zero(shares: np.ndarray) -> None:
+    encoded = encode_shares(shares)
+    order = np.argsort(shares, kind="stable")
+    assert (np.diff(encoded[order].astype(int)) >= 0).all()
+    assert ((encoded == 0) == (shares == 0)).all()
+
+
+@pytest.fixture
+def report(observed: Any) -> document.Report:
+    rows = np.random.default_rng(0).standard_normal((64, 16))
+    inputs = {"blocks.0.a": {1.0: rows, 0.5: 3 * rows}, "blocks.1.a": None, "blocks.2.a": 0 * rows}
+    return build(Source(observed(inputs)), options={"files": ("a", "b")})
+
+
+def test_the_document_is_json_and_nothing_else(report: document.Report) -> None:
+    whole = report.document()
+    assert json.loads(json.dumps(whole, allow_nan=False)) == whole
+
+
+def test_the_document_says_what_made_it(report: document.Report) -> None:
+    whole = report.document()
+    assert (whole["format"], whole["version"], whole["options"]) == (1, __version__, {"files": ["a", "b"]})
+    assert whole["sides"][0]["options"]["margin"] == 1.0
+
+
+def test_the_document_explains_every_risk(report: document.Report) -> None:
+    assert list(report.document()["risks"]) == ["no scale", "clips", "vanishes", "rows lost", "coarse"]
+
+
+def test_cells_are_kept_without_the_empty_ones_around_them(report: document.Report) -> None:
+    layers = {layer["name"]: layer["sides"][0] for layer in report.document()["layers"]}
+    first, text = layers["blocks.0.a"]["density"]
+    kept = np.frombuffer(base64.b64decode(text), np.uint8)
+    figures = report.layers[0].sides[0]
+    assert figures is not None
+    assert figures.density is not None
+    assert len(figures.density) == CELLS
+    assert kept[0]
+    assert kept[-1]
+    assert len(kept) < CELLS / 2
+    assert (np.concatenate([np.zeros(first), kept, np.zeros(CELLS - first - len(kept))]) == figures.density).all()
+
+
+def test_what_was_never_seen_has_no_numbers(report: document.Report) -> None:
+    layers = {layer["name"]: layer["sides"][0] for layer in report.document()["layers"]}
+    assert layers["blocks.1.a"]["density"] is None
+    assert layers["blocks.1.a"]["absmax"] is None
+    assert layers["blocks.1.a"]["before"]["sqnr_db"] is None
+    assert layers["blocks.2.a"]["density"] is None  # zeros are in no cell
+    assert layers["blocks.2.a"]["zeros"] == 1.0
+
+
+def test_noise_levels_run_from_noise_to_picture(report: document.Report) -> None:
+    whole = report.document()
+    figures = whole["layers"][0]["sides"][0]
+    assert whole["sigma_edges"] == [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0]
+    assert [value is not None for value in figures["sigma_absmax"]] == [True, *[False] * 3, True, *[False] * 3]
+    assert figures["sigma_absmax"][4] == pytest.approx(3 * figures["sigma_absmax"][0], rel=1e-3)
+    assert figures["sigma_rms"][4] == pytest.approx(3 * figures["sigma_rms"][0], rel=1e-3)
+
+
+def test_a_scale_keeps_every_digit_of_a_float32() -> None:
+    scale = float(np.float32(1 / 3))
+    assert np.float32(State(scale, False).to_json()["scale"]) == np.float32(scale)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_what_is_no_number_is_null(value: float | None) -> None:
+    assert State(1.0, False, sqnr_db=value).to_json()["sqnr_db"] is None

@@ -1,0 +1,325 @@
+"""Figures against direct counts over the raw values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convert_to_quant.errors import CalibrationError, StatisticsError, TensorError
+from convert_to_quant.report import figures
+from convert_to_quant.report.document import (
+    AXIS_HIGH,
+    AXIS_LOW,
+    CELLS,
+    CELLS_PER_OCTAVE,
+    Figures,
+    Layer,
+    Report,
+    State,
+    encode_shares,
+)
+from convert_to_quant.report.figures import Source, build, cell_shares, with_risk
+from convert_to_quant.solve import SolveOptions
+from convert_to_quant.stats import Statistics
+
+Observed = Callable[..., Statistics]
+
+RNG = np.random.default_rng(5)
+WIDE = (RNG.choice([-1, 1], (96, 32)) * 2.0 ** RNG.uniform(-14, 12, (96, 32))).astype(np.float32)
+WIDE[:3] = 0
+WIDE[3:6] = 2.0**-7  # rows that are lost at a scale of 1
+NORMAL = RNG.standard_normal((64, 32)).astype(np.float32)
+
+
+def figures_of(report: Report, name: str, side: int = 0) -> Figures:
+    found = next(layer for layer in report.layers if layer.name == name).sides[side]
+    assert found is not None
+    return found
+
+
+def layer_of(report: Report, name: str) -> Layer:
+    return next(layer for layer in report.layers if layer.name == name)
+
+
+@pytest.fixture
+def wide(observed: Observed) -> Figures:
+    return figures_of(build(Source(observed({"a": {0.9: WIDE[:40], 0.2: WIDE[40:]}}))), "a")
+
+
+def test_shares_at_a_scale_are_those_of_the_raw_values(wide: Figures) -> None:
+    # Every threshold at a scale of 1 is an edge of a bin, so the histogram knows it exactly.
+    size = np.abs(WIDE)
+    assert wide.before.scale == 1.0
+    assert wide.before.clipped == pytest.approx((size > 448).mean(), abs=1e-6)
+    assert wide.before.vanished == pytest.approx(((size < 2.0**-10) & (size > 0)).mean())
+    row_absmax = size.max(1)
+    assert wide.before.rows_lost == pytest.approx(((row_absmax < 2.0**-4) & (row_absmax > 0)).mean())
+    assert wide.zeros == (size == 0).mean()
+
+
+def test_signal_to_noise_is_that_of_torchs_own_cast(wide: Figures) -> None:
+    for state in (wide.before, wide.after):
+        scaled = torch.from_numpy(WIDE.astype(np.float64) / state.scale).clamp(-448, 448)
+        error = WIDE - scaled.float().to(torch.float8_e4m3fn).double().numpy() * state.scale
+        expected = 10 * math.log10(np.sum(WIDE.astype(np.float64) ** 2) / np.sum(error**2))
+        assert state.sqnr_db == pytest.approx(expected, abs=0.5)
+
+
+def test_sizes_are_those_of_the_raw_values(wide: Figures) -> None:
+    size = np.abs(WIDE)
+    assert wide.absmax == size.max()
+    assert wide.rms == pytest.approx(np.sqrt((WIDE.astype(np.float64) ** 2).mean()))
+    assert wide.median == pytest.approx(np.median(size), rel=2 ** (1 / 16) - 1)
+    assert wide.p999 == pytest.approx(np.quantile(size, 0.999), rel=0.1)
+    assert (wide.rows, wide.rows_per_sample, wide.calls) == (96, 56, 2)
+    assert wide.multiply_adds == 96 * 16 * 32
+
+
+def test_noise_levels_have_their_own_ranges_the_noisiest_first(wide: Figures) -> None:
+    expected: list[float | None] = [None] * 8
+    expected[0], expected[6] = np.abs(WIDE[:40]).max(), np.abs(WIDE[40:]).max()  # sigma 0.9 and 0.2
+    assert list(wide.sigma_absmax) == expected
+    assert wide.sigma_rms[6] == pytest.approx(np.sqrt((WIDE[40:].astype(np.float64) ** 2).mean()))
+
+
+def test_an_octave_of_cells_holds_the_share_of_the_values_in_it(observed: Observed) -> None:
+    shares = cell_shares(observed({"a": WIDE}).histogram)[0]
+    size = np.abs(WIDE)
+    for octave in range(AXIS_LOW, AXIS_HIGH):
+        first = (octave - AXIS_LOW) * CELLS_PER_OCTAVE
+        counted = ((size >= 2.0**octave) & (size < 2.0 ** (octave + 1))).mean()
+        assert shares[first : first + CELLS_PER_OCTAVE].sum() == pytest.approx(counted, abs=1e-12)
+    assert shares.sum() == pytest.approx((size > 0).mean())
+
+
+@given(st.integers(-30, 22), st.integers(0, 3))
+def test_a_value_lies_in_the_cell_of_its_logarithm(octave: int, quarter: int) -> None:
+    value = np.float32(2.0 ** (octave + (quarter + 0.5) / 4))
+    histogram = np.zeros((1, 4096), np.int64)
+    histogram[0, int(value.view(np.uint32)) >> 19] = 7
+    assert int(cell_shares(histogram)[0].argmax()) == (octave - AXIS_LOW) * CELLS_PER_OCTAVE + quarter
+
+
+def test_what_lies_beyond_the_axis_is_in_its_last_cells(observed: Observed) -> None:
+    shares = cell_shares(observed({"a": np.array([[2.0**-100, 2.0**100, 1.0, 0.0]])}).histogram)[0]
+    assert np.flatnonzero(shares).tolist() == [0, -AXIS_LOW * CELLS_PER_OCTAVE, CELLS - 1]
+    assert shares.sum() == pytest.approx(0.75)
+
+
+def test_rows_have_a_density_of_their_own(observed: Observed) -> None:
+    rows = np.array([[1.0, 0.1], [16.0, 0.1], [16.0, 0.0]])
+    shares = cell_shares(observed({"a": rows}).row_histogram)[0]
+    origin = -AXIS_LOW * CELLS_PER_OCTAVE
+    assert shares[origin : origin + 2].sum() == pytest.approx(1 / 3)
+    assert shares[origin + 16 : origin + 18].sum() == pytest.approx(2 / 3)
+    found = figures_of(build(Source(observed({"a": rows}))), "a").row_density
+    assert found is not None
+    assert (found == encode_shares(shares)).all()
+
+
+LOUD_TOKEN = np.concatenate([np.full((99, 32), 0.01, np.float32), np.full((1, 32), 400.0, np.float32)])
+
+
+@pytest.mark.parametrize(
+    ("rows", "risk"),
+    [
+        (NORMAL, ""),
+        (NORMAL * 1000, "clips"),
+        (NORMAL * 0.0003, "vanishes"),
+        (NORMAL * 0.002, "coarse"),
+        (LOUD_TOKEN, "rows lost"),
+        (np.full((4, 32), 464.0), ""),  # rounds to 448 all the same
+        (np.full((4, 32), 900.0), "clips"),
+        (np.zeros((4, 32)), ""),
+    ],
+    ids=["normal", "loud", "silent", "quiet", "one loud token", "464", "900", "zeros"],
+)
+def test_each_way_to_fail_at_a_scale_has_its_name(observed: Observed, rows: np.ndarray, risk: str) -> None:
+    found = figures_of(build(Source(observed({"a": rows}))), "a")
+    assert found.before.risk == risk
+    assert found.after.risk == ""
+
+
+def test_a_few_clipped_values_at_no_cost_are_no_risk_but_told(observed: Observed) -> None:
+    rows = np.full((100, 32), 300.0)
+    rows[0, 0] = 500
+    before = figures_of(build(Source(observed({"a": rows}))), "a").before
+    assert before.risk == ""
+    assert before.clipped == pytest.approx(1 / 3200)
+
+
+def test_a_scale_of_0_and_full_precision() -> None:
+    state = State(0.0, False)
+    assert with_risk(state, 5.0, SolveOptions()).risk == "no scale"
+    assert with_risk(State(0.0, True), 5.0, SolveOptions()).risk == ""
+    lost = State(1.0, False, sqnr_db=31.0, vanished=0.0, rows_lost=0.2)
+    assert with_risk(lost, 5.0, SolveOptions()).risk == "rows lost"
+    assert with_risk(lost, 5.0, SolveOptions(row_loss_limit=0.3)).risk == ""
+
+
+def test_without_a_checkpoint_every_observed_layer_stands_at_1(observed: Observed) -> None:
+    report = build(Source(observed({"b": NORMAL, "a": NORMAL, "c": None})))
+    assert [layer.name for layer in report.layers] == ["a", "b", "c"]
+    states = [figures_of(report, name).before for name in "abc"]
+    assert [(state.scale, state.full_precision) for state in states] == [(1.0, False)] * 3
+    assert figures_of(report, "c").source == "none"
+    assert report.sides[0].model is None
+
+
+def test_block_2_stands_before_block_10(observed: Observed) -> None:
+    named = {f"blocks.{number}.a": NORMAL for number in (10, 2, 1)}
+    report = build(Source(observed(named)))
+    assert [layer.name for layer in report.layers] == ["blocks.1.a", "blocks.2.a", "blocks.10.a"]
+
+
+def test_a_report_is_the_same_every_time(observed: Observed) -> None:
+    made = [build(Source(observed({"a": NORMAL, "b": WIDE}))).document() for _ in range(2)]
+    assert made[0] == made[1]
+
+
+def test_statistics_are_left_as_they_are(observed: Observed) -> None:
+    given_, same = observed({"a": WIDE}), observed({"a": WIDE})
+    build(Source(given_))
+    assert given_ == same
+
+
+@pytest.fixture
+def model(save: Any, build: Any) -> Callable[..., Path]:
+    def model(*layers: str, prefix: str = "", name: str = "fp8.safetensors", **settings: Any) -> Path:
+        tensors, metadata = build.quantized([prefix + layer for layer in layers], "tensor", **settings)
+        tensors[prefix + "norm_out.weight"] = np.ones((16, 32), np.float32)
+        return save(name, tensors, metadata)
+
+    return model
+
+
+def test_a_checkpoint_says_what_its_layers_have_now(observed: Observed, model: Any) -> None:
+    path = model("blocks.0.a", "blocks.1.a", input_scale=0.25)
+    report = build(Source(observed({"blocks.0.a": NORMAL, "blocks.1.a": NORMAL, "norm_out": NORMAL}), path))
+    assert [layer.name for layer in report.layers] == ["blocks.0.a", "blocks.1.a"]
+    before = figures_of(report, "blocks.0.a").before
+    assert before.scale == 0.25
+    assert before.rows_lost == 0.0
+    assert report.sides[0].model == "fp8.safetensors"
+    assert [(left.name, left.why) for left in report.left_alone] == [("norm_out", "F32: high precision, as stored")]
+
+
+def test_names_may_have_another_prefix(observed: Observed, model: Any) -> None:
+    path = model("blocks.0.a", prefix="model.diffusion_model.")
+    report = build(Source(observed({"blocks.0.a": NORMAL}), path))
+    assert figures_of(report, "model.diffusion_model.blocks.0.a").absmax == np.abs(NORMAL).max()
+
+
+def test_a_layer_in_full_precision_is_at_no_risk_but_its_cost_in_fp8_is_told(observed: Observed, model: Any) -> None:
+    path = model("a", full_precision_matrix_mult=True)
+    before = figures_of(build(Source(observed({"a": 1000 * NORMAL}), path)), "a").before
+    assert before.full_precision
+    assert before.risk == ""
+    assert before.clipped
+    assert before.sqnr_db is not None
+    assert before.sqnr_db < 15
+
+
+def test_a_layer_whose_scale_no_reader_uses_is_at_no_risk_and_says_so(
+    observed: Observed, save: Any, build: Any
+) -> None:
+    tensors, _ = build.quantized(["a"], "none")
+    tensors["a.weight_scale"] = np.ones(16, np.float32)
+    tensors["a.comfy_quant"] = build.mark(format="float8_e4m3fn_rowwise")
+    found = figures_of(figures.build(Source(observed({"a": 1000 * NORMAL}), save("rows.safetensors", tensors))), "a")
+    assert found.before.risk == ""
+    assert "scale inputs as they come" in found.unused
+
+
+def test_a_scale_of_0_in_a_file_is_a_risk(observed: Observed, model: Any) -> None:
+    report = build(Source(observed({"a": NORMAL}), model("a", input_scale=0.0)))
+    assert figures_of(report, "a").before.risk == "no scale"
+    assert figures_of(report, "a").before.sqnr_db is None
+
+
+def test_layers_that_were_never_seen_have_a_row_without_figures(observed: Observed, model: Any) -> None:
+    report = build(Source(observed({"a": NORMAL, "b": None}), model("a", "b", input_scale=2.0)))
+    unseen = figures_of(report, "b")
+    assert (unseen.source, unseen.before.scale, unseen.absmax, unseen.density) == ("none", 2.0, None, None)
+    assert "never visited" in unseen.reason
+
+
+def test_two_checkpoints_are_compared_without_statistics(model: Any) -> None:
+    sources = [Source(model=model("a", "b", input_scale=scale, name=f"{scale}.safetensors")) for scale in (1.0, 4.0)]
+    report = build(*sources)
+    assert [figures_of(report, "a", side).before.scale for side in (0, 1)] == [1.0, 4.0]
+    assert [side.label for side in report.sides] == ["1.0", "4.0"]
+
+
+def test_the_first_sides_scales_meet_the_second_sides_inputs(observed: Observed) -> None:
+    loud = NORMAL * 8
+    report = build(Source(observed({"a": NORMAL})), Source(observed({"a": loud})))
+    crossed = layer_of(report, "a").crossed
+    assert crossed is not None
+    assert crossed.scale == pytest.approx(np.abs(NORMAL).max() / 448)
+    assert crossed.clipped == pytest.approx((np.abs(loud) > 448 * crossed.scale).mean(), abs=2e-3)
+    assert crossed.risk == "clips"
+
+
+def test_the_same_inputs_are_not_crossed(observed: Observed) -> None:
+    report = build(Source(observed({"a": WIDE})), Source(observed({"a": WIDE}), options=SolveOptions(margin=2)))
+    assert layer_of(report, "a").crossed is None
+    scales = [figures_of(report, "a", side).after.scale for side in (0, 1)]
+    assert scales[1] == pytest.approx(2 * scales[0])
+
+
+def test_sides_match_by_name_without_prefix_and_may_lack_layers(observed: Observed) -> None:
+    first = observed({"diffusion_model.a": NORMAL, "diffusion_model.b": NORMAL})
+    report = build(Source(first), Source(observed({"a": 2 * NORMAL, "c": NORMAL})))
+    assert [layer.name for layer in report.layers] == ["diffusion_model.a", "diffusion_model.b", "c"]
+    assert [[side is not None for side in layer.sides] for layer in report.layers] == [
+        [True, True], [True, False], [False, True]]  # fmt: skip
+    assert [layer.crossed is not None for layer in report.layers] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("sources", "labels"),
+    [
+        (lambda one, two: (Source(one, files=("x.safetensors",)), Source(two, files=("y.safetensors",))), ["x", "y"]),
+        (lambda one, _: (Source(one), Source(one, options=SolveOptions(margin=2))), ["margin 1", "margin 2"]),
+        (lambda one, _: (Source(one, options=SolveOptions(keep=("a",))), Source(one)), ["keep a", "keep nothing"]),
+        (lambda one, _: (Source(one), Source(one)), ["A", "B"]),
+        (lambda one, two: (Source(one, label="mine"), Source(two, label="theirs")), ["mine", "theirs"]),
+    ],
+    ids=["files", "options", "patterns", "nothing", "asked"],
+)
+def test_sides_are_called_by_what_tells_them_apart(observed: Observed, sources: Any, labels: list[str]) -> None:
+    report = build(*sources(observed({"a": NORMAL}), observed({"a": WIDE})))
+    assert [side.label for side in report.sides] == labels
+    assert report.title == " against ".join(labels)
+
+
+def test_models_without_a_common_layer_cannot_be_compared(observed: Observed) -> None:
+    with pytest.raises(StatisticsError, match="statistics and statistics have no layer in common"):
+        build(Source(observed({"a": NORMAL})), Source(observed({"b": NORMAL})))
+
+
+def test_inputs_that_are_no_numbers_are_refused(observed: Observed) -> None:
+    with pytest.raises(CalibrationError, match="a: its inputs had 32 NaN or infinite values"):
+        build(Source(observed({"a": np.full((1, 32), np.nan)})))
+
+
+def test_statistics_of_another_model_are_refused(observed: Observed, model: Any) -> None:
+    with pytest.raises(StatisticsError, match="made for another model"):
+        build(Source(observed({"b": NORMAL}), model("a")))
+
+
+def test_a_checkpoint_without_fp8_is_refused(observed: Observed, save: Any) -> None:
+    path = save("plain.safetensors", {"a.weight": np.ones((16, 32), np.float32)})
+    with pytest.raises(TensorError, match="no FP8 layers"):
+        build(Source(observed({"a": NORMAL}), path))
+    with pytest.raises(TensorError, match="no FP8 layers"):
+        build(Source(model=path))

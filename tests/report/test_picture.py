@@ -1,0 +1,170 @@
+"""The picture: its size, its colours where figures say so, what it carries, and that nothing in a file breaks it."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from convert_to_quant import __version__
+from convert_to_quant.report import picture
+from convert_to_quant.report.document import Layer, Report
+from convert_to_quant.report.figures import Source, build
+from convert_to_quant.solve import SolveOptions
+from convert_to_quant.stats import Statistics
+
+Observed = Callable[..., Statistics]
+NORMAL = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=40)
+
+
+@pytest.fixture
+def hot(observed: Observed) -> Report:
+    return build(Source(observed({"blocks.0.a": {1.0: 1000 * NORMAL, 0.4: 300 * NORMAL}, "blocks.0.b": NORMAL})))
+
+
+def drawn(report: Report, width: int = 800) -> np.ndarray:
+    image = picture.draw(report, width)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def reds(pixels: np.ndarray) -> np.ndarray:
+    """Which columns have strong red of the zone that is cut off, per column."""
+    strong = (pixels[..., 0] > 180) & (pixels[..., 1] < 110) & (pixels[..., 2] < 120)
+    return strong.sum(0)
+
+
+@pytest.mark.parametrize("width", [800, 1600, 2400])
+def test_a_picture_is_as_wide_as_asked_and_grows_with_it(hot: Report, width: int) -> None:
+    height = picture.draw(hot, width).height
+    assert picture.draw(hot, width).width == width
+    assert height == pytest.approx(picture.draw(hot, 800).height * width / 800, rel=0.05)
+
+
+def test_the_same_report_is_the_same_file(hot: Report) -> None:
+    assert picture.png(hot, 800) == picture.png(hot, 800)
+
+
+def test_only_the_strip_that_is_clipped_is_red_and_only_before_calibration(hot: Report) -> None:
+    pixels = drawn(hot, 1600)
+    rows = slice(pixels.shape[0] - 118 - 2 * 24, pixels.shape[0] - 118)
+    first, second = (reds(pixels[rows][half]) for half in (slice(0, 24), slice(24, 48)))
+    panels = first[400:].nonzero()[0]
+    assert len(panels) > 20, "the loud layer reaches into the red zone"
+    assert second[200:1180].sum() == 0
+    middle = 200 + (1180 - 200) // 2
+    assert first[middle:1180].sum() == 0, "calibrated, nothing is cut off"
+
+
+@pytest.mark.parametrize("count", [1, 57, 300, 1000])
+def test_any_number_of_layers_fits(observed: Observed, count: int) -> None:
+    one = build(Source(observed({"a": NORMAL})))
+    layers = tuple(replace(one.layers[0], name=f"blocks.{number}.attn.to_q") for number in range(count))
+    height = drawn(replace(one, layers=layers)).shape[0]
+    assert height < 1600
+    assert height > count
+
+
+def test_no_layers_are_no_error(hot: Report) -> None:
+    drawn(replace(hot, layers=()))
+
+
+def test_two_sides_and_layers_of_one_of_them(observed: Observed) -> None:
+    first = observed({"a": NORMAL, "b": NORMAL, "unseen": None})
+    report = build(Source(first), Source(observed({"a": 8 * NORMAL, "c": NORMAL, "unseen": None})))
+    pixels = drawn(report, 1600)
+    middle = 200 + (1180 - 200) // 2
+    assert reds(pixels[-118 - 4 * 24 : -118])[200:middle].sum() == 0, "its own inputs fit"
+    assert reds(pixels[-118 - 4 * 24 : -118])[middle:1180].sum() > 20, "the others do not"
+
+
+def test_two_ways_to_solve(observed: Observed) -> None:
+    statistics = observed({"a": NORMAL})
+    pixels = drawn(build(Source(statistics), Source(statistics, options=SolveOptions(margin=16))), 1600)
+    strip = pixels[-118 - 12]
+    teal = (strip[:, 0] < 90) & (strip[:, 2] > strip[:, 0])
+    middle = 200 + (1180 - 200) // 2
+    edges = [np.flatnonzero(half)[-1] for half in (teal[:middle], teal[middle:1180])]
+    assert edges[1] < edges[0], "a margin leaves room under 448"
+
+
+def test_scales_without_statistics(save: Any, build: Any) -> None:
+    from convert_to_quant.report import figures
+
+    paths = [
+        save(f"{scale}.safetensors", *build.quantized(["a", "b"], "tensor", input_scale=scale)) for scale in (1.0, 64.0)
+    ]
+    drawn(figures.build(*(figures.Source(model=path) for path in paths)))
+
+
+def test_a_scale_of_0_is_no_error(save: Any, build: Any, observed: Observed) -> None:
+    from convert_to_quant.report import figures
+
+    path = save("0.safetensors", *build.quantized(["a"], "tensor", input_scale=0.0))
+    drawn(figures.build(figures.Source(observed({"a": NORMAL}), path)))
+    drawn(figures.build(figures.Source(model=path), figures.Source(model=path)))
+
+
+def test_the_file_says_what_made_it(hot: Report) -> None:
+    texts = Image.open(io.BytesIO(picture.png(hot, 800))).text  # type: ignore[attr-defined]
+    assert texts["Software"] == f"convert_to_quant {__version__}"
+    said = json.loads(texts["convert_to_quant"])
+    assert said["version"] == __version__
+    assert said["sides"][0]["options"]["method"] == "absmax"
+    assert said["verdict"][0] == hot.verdict.headline
+
+
+@pytest.mark.parametrize("name", ["$\\frac{1}{2$", "模型.层", "a\x1b[2Jb", "x" * 500, "", " ", "🎨"])
+def test_any_name_is_drawn_without_a_warning(hot: Report, name: str) -> None:
+    layers: tuple[Layer, ...] = (replace(hot.layers[0], name=name), hot.layers[1])
+    drawn(replace(hot, layers=layers, title=name))
+
+
+@given(TEXTS)
+def test_what_is_drawn_has_only_letters_of_the_font(text: str) -> None:
+    shown = picture.drawable(text)
+    assert len(shown) == len(text)
+    assert shown == picture.drawable(shown)
+
+
+@given(TEXTS, st.integers(1, 400))
+def test_a_shortened_name_fits_and_keeps_its_end(text: str, width: int) -> None:
+    short = picture.shorten(text, 13, width)
+    assert len(short) <= 2 or picture.measure(short, 13) <= width
+    assert short == text or text.endswith(short[1:])
+
+
+@given(st.lists(st.text("abcdefgh", min_size=1, max_size=9), min_size=1, max_size=30), st.integers(60, 400))
+def test_wrapped_lines_fit_and_lose_no_word(words: list[str], width: int) -> None:
+    lines = picture.wrap(" ".join(words), 13, width)
+    assert " ".join(lines) == " ".join(words)
+    assert all(picture.measure(line, 13) <= width or " " not in line for line in lines)
+
+
+def test_nothing_of_pyplot_is_touched() -> None:
+    code = (
+        "import sys\nimport convert_to_quant.report.picture\n"
+        "print([name in sys.modules for name in ('matplotlib.pyplot', 'torch')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[False, False]\n"
+
+
+def test_the_rest_of_the_package_needs_no_matplotlib_and_no_torch() -> None:
+    code = (
+        "import sys\nfrom convert_to_quant.report import document, figures, table, verdict\n"
+        "print([name for name in ('matplotlib', 'torch', 'PIL') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

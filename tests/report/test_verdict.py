@@ -1,0 +1,161 @@
+"""What the figures mean, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert_to_quant.report.document import Verdict
+from convert_to_quant.report.figures import Source, build
+from convert_to_quant.solve import SolveOptions
+from convert_to_quant.stats import Statistics
+
+Observed = Callable[..., Statistics]
+NORMAL = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+LOUD_TOKEN = np.concatenate([np.full((99, 32), 0.01, np.float32), np.full((1, 32), 400.0, np.float32)])
+TOP = float(np.abs(NORMAL).max())
+
+
+def verdict(*sources: Source) -> Verdict:
+    return build(*sources).verdict
+
+
+def said(points: tuple[str, ...], words: str) -> str:
+    """The one point that has these words."""
+    (found,) = [point for point in points if words in point]
+    return found
+
+
+def test_what_is_at_risk_stands_first_and_what_calibration_makes_of_it(observed: Observed) -> None:
+    inputs = {"loud": 1000 * NORMAL, "louder": 2000 * NORMAL, "silent": 0.0003 * NORMAL, "fine": NORMAL}
+    found = verdict(Source(observed(inputs)))
+    assert found.level == "bad"
+    assert found.headline == "3 of 4 FP8 layers are at risk at a scale of 1.0; calibrated, none is."
+    times = round(2000 * TOP / 448)
+    assert found.points[0].startswith(f"2 layers clip: inputs reach up to {times} times what FP8 holds there (louder: ")
+    assert found.points[1].startswith("1 layer vanishes: up to ")
+    assert found.points[1].endswith("of a layer's values become 0 (silent).")
+
+
+def test_a_model_at_no_risk_is_good(observed: Observed) -> None:
+    found = verdict(Source(observed({"a": NORMAL, "b": 2 * NORMAL})))
+    assert (found.level, found.headline) == ("good", "None of 2 FP8 layers is at risk at a scale of 1.0.")
+    assert said(found.points, "No checkpoint was given").endswith("from an FP8 file without input scales.")
+
+
+def test_full_precision_has_its_reasons(observed: Observed) -> None:
+    statistics = observed({"loud token": LOUD_TOKEN, "modulation": NORMAL[:1], "fine": NORMAL})
+    found = verdict(Source(statistics))
+    assert said(found.points, "full precision") == (
+        "Calibration moves 2 layers to full precision: 1 with one row per picture, where that costs nothing; 1 where "
+        "rows (tokens) would be lost at any scale."
+    )
+
+
+def test_a_risk_that_calibration_leaves_is_counted(observed: Observed) -> None:
+    options = SolveOptions(keep=("a",))
+    found = verdict(Source(observed({"a": 1000 * NORMAL, "b": 1000 * NORMAL}), options=options))
+    assert found.headline == "2 of 2 FP8 layers are at risk at a scale of 1.0; calibrated, 1 is."
+
+
+def test_layers_that_were_never_seen_are_named_and_worth_a_warning(observed: Observed) -> None:
+    found = verdict(Source(observed({"a": NORMAL, "b": None})))
+    assert found.level == "warning"
+    assert said(found.points, "Never seen") == "Never seen, so left as they are: 1 layer (first: b)."
+
+
+def test_noise_is_said_to_be_noise(observed: Observed) -> None:
+    statistics = observed({"a": NORMAL}).with_facts(conditioning="noise", depends_on_conditioning=["a"])
+    found = verdict(Source(statistics))
+    assert "the ranges of 1 layer move with the conditioning" in said(found.points, "Observed on noise")
+
+
+@pytest.mark.parametrize(("factor", "moved"), [(1.4, False), (1.5, True), (1 / 1.4, False), (1 / 1.5, True)])
+def test_a_range_has_moved_beyond_half_an_octave(observed: Observed, factor: float, moved: bool) -> None:
+    found = verdict(Source(observed({"a": NORMAL})), Source(observed({"a": factor * NORMAL})))
+    point = said(found.points, "half an octave")
+    assert point.startswith("Of 1 range, 1 is" if moved else "None of 1 range")
+    assert (("larger" if factor > 1 else "smaller") in point) == moved
+
+
+def test_scales_that_hold_for_the_other_inputs_are_good(observed: Observed) -> None:
+    found = verdict(
+        Source(observed({"a": NORMAL}), label="mine"), Source(observed({"a": 0.9 * NORMAL}), label="the LoRA")
+    )
+    assert found.level == "good"
+    assert found.headline == "Scales calibrated on mine also fit the LoRA: none of 1 layer would be at risk."
+
+
+def test_scales_that_do_not_hold_for_the_other_inputs_are_bad_and_a_way_out_is_named(observed: Observed) -> None:
+    first = Source(observed({"a": NORMAL, "b": NORMAL, "c": NORMAL}), label="mine")
+    second = Source(observed({"a": 8 * NORMAL, "b": NORMAL / 8, "c": NORMAL}), label="the LoRA")
+    found = verdict(first, second)
+    assert found.level == "bad"
+    assert found.headline == "Scales calibrated on mine do not fit the LoRA: 1 of 3 layers would be at risk."
+    assert found.points[0].startswith("1 layer would clip: inputs reach up to 8.0 times what FP8 holds there (a: ")
+    assert said(found.points, "half an octave") == (
+        "Of 3 ranges, 1 is larger (by up to 8.0 times: a) and 1 is smaller (by up to 8.0 times: b) in the LoRA by more "
+        "than half an octave."
+    )
+    assert said(found.points, "Merge").startswith("Merge both")
+
+
+def test_layers_of_one_side_only_are_counted(observed: Observed) -> None:
+    first = Source(observed({"a": NORMAL, "b": NORMAL}), label="mine")
+    second = Source(observed({"a": NORMAL, "c": NORMAL, "d": NORMAL}), label="theirs")
+    points = verdict(first, second).points
+    assert points[-2:] == ("Only in mine: 1 layer.", "Only in theirs: 2 layers.")
+
+
+def test_two_ways_to_solve_are_compared_by_what_they_choose(observed: Observed) -> None:
+    statistics = observed({"a": NORMAL, "b": NORMAL})
+    found = verdict(Source(statistics), Source(statistics, options=SolveOptions(margin=2, keep=("b",))))
+    assert found.level == "good"
+    assert found.headline == ("2 of 2 new scales differ between margin 1, keep nothing and margin 2, keep b.")
+    assert "2 are larger (by up to" in said(found.points, "half an octave")
+
+
+def test_the_same_twice_differs_in_nothing(observed: Observed) -> None:
+    statistics = observed({"a": NORMAL})
+    found = verdict(Source(statistics), Source(statistics))
+    assert (found.level, found.points) == ("good", ())
+    assert found.headline == "A and B have the same scales and precisions."
+
+
+@pytest.fixture
+def model(save: Any, build: Any) -> Callable[..., Path]:
+    def model(name: str, **settings: Any) -> Path:
+        return save(f"{name}.safetensors", *build.quantized(["a", "b"], "tensor", **settings))
+
+    return model
+
+
+def test_two_checkpoints_without_statistics_say_where_their_scales_differ(model: Any) -> None:
+    found = verdict(Source(model=model("one")), Source(model=model("two", input_scale=4.0)))
+    assert found.level == "good"
+    assert found.headline == "2 of 2 scales differ between one and two."
+    assert said(found.points, "octave").startswith("Of 2 scales, 2 are larger (by up to 4.0 times: ")
+
+
+def test_two_checkpoints_with_statistics_say_which_is_at_risk(model: Any, observed: Observed) -> None:
+    statistics = observed({"a": 1000 * NORMAL, "b": NORMAL})
+    sources = [Source(statistics, model=model(name, input_scale=scale)) for name, scale in (("one", 1), ("two", 8))]
+    found = verdict(*sources)
+    assert found.level == "bad"
+    assert found.headline == "1 of 2 layers is at risk in one, no layer is at risk in two."
+
+
+def test_a_checkpoint_in_full_precision_needs_no_scale(model: Any, observed: Observed) -> None:
+    statistics = observed({"a": 1000 * NORMAL, "b": NORMAL})
+    found = verdict(Source(statistics, model=model("one", full_precision_matrix_mult=True)))
+    assert found.headline == "No layer quantizes its inputs, so no input scale matters."
+    assert found.level == "good"
+
+
+def test_a_checkpoint_alone_is_not_judged(model: Any) -> None:
+    found = verdict(Source(model=model("one")))
+    assert (found.level, found.headline) == ("warning", "Nothing was observed, so nothing says whether 2 scales fit.")
