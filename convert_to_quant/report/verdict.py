@@ -84,7 +84,7 @@ def _one(side: Side, figures: Sequence[Figures], layers: Sequence[Layer]) -> Ver
     """The verdict on one side."""
     rows = [(layer.name, one) for layer, one in zip(layers, figures, strict=True)]
     quantized = [(name, one) for name, one in rows if not one.before.full_precision and not one.unused]
-    where = "at their present scales" if side.model is not None else "at a scale of 1.0"
+    where = "at the present scales" if side.model is not None else "at a scale of 1.0"
     points: list[str] = []
     if side.model is None:
         points.append("No checkpoint was given: 1.0 is what ComfyUI reads from an FP8 file without input scales.")

@@ -1,0 +1,225 @@
+"""`report`: files told apart by what they are, outputs that replace nothing, and a verdict in any case."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from convert_to_quant import __version__
+from convert_to_quant.recorder import Recording
+from convert_to_quant.stats import Statistics
+
+ROWS = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+LAYERS = ("blocks.0.a", "blocks.1.a")
+
+Save = Callable[..., Path]
+
+
+def observed(factors: Mapping[str, float]) -> Statistics:
+    """Statistics of layers that saw normal inputs of these magnitudes."""
+    recording = Recording(dict.fromkeys(factors, (16, 32)), {name: [name] for name in factors})
+    for number, factor in enumerate(factors.values()):
+        recording.observe(number, torch.from_numpy(factor * ROWS))
+    return recording.statistics(samples=2)
+
+
+@pytest.fixture
+def stats(tmp_path: Path) -> Callable[..., Path]:
+    """Write a statistics file: stats("name", loud=1000 for blocks.0.a)."""
+
+    def stats(name: str = "stats", loud: float = 1000.0) -> Path:
+        path = tmp_path / f"{name}.safetensors"
+        observed({LAYERS[0]: loud, LAYERS[1]: 1.0}).save(path)
+        return path
+
+    return stats
+
+
+@pytest.fixture
+def model(save: Save, build: Any) -> Callable[..., Path]:
+    def model(name: str = "fp8", **settings: Any) -> Path:
+        return save(f"{name}.safetensors", *build.quantized(LAYERS, "tensor", **settings))
+
+    return model
+
+
+def test_without_an_output_the_verdict_is_data(ctq: Any, stats: Any, model: Any) -> None:
+    done = ctq("report", stats(), model())
+    assert (done.code, done.err) == (0, "")
+    head, *points = done.out.splitlines()
+    assert head == ("fp8.safetensors: 1 of 2 FP8 layers is at risk at the present scales; calibrated, none is.")
+    assert points[0].startswith("- 1 layer clips: inputs reach up to ")
+
+
+def test_files_are_told_apart_in_any_order(ctq: Any, stats: Any, model: Any) -> None:
+    assert ctq("report", stats(), model()) == ctq("report", model(), stats())
+
+
+def test_all_outputs_tell_the_same(ctq: Any, stats: Any, model: Any, tmp_path: Path) -> None:
+    page, png, table, document = (tmp_path / name for name in ("r.html", "r.png", "r.csv", "r.json"))
+    done = ctq("report", stats(), model(), "-o", page, "--png", png, "--csv", table, "--json", document)
+    assert (done.code, done.out) == (0, "")
+    assert done.err.splitlines()[0].startswith("fp8.safetensors: 1 of 2 FP8 layers is at risk")
+    assert done.err.splitlines()[-3:] == [f"wrote {path}" for path in (page, png, table)]
+    told = json.loads(document.read_text())
+    assert told["version"] == __version__
+    assert told["options"]["files"] == ["stats.safetensors", "fp8.safetensors"]
+    assert [layer["sides"][0]["before"]["risk"] for layer in told["layers"]] == ["clips", ""]
+    assert [line["risk_before"] for line in csv.DictReader(io.StringIO(table.read_text()))] == ["clips", ""]
+    assert told["verdict"]["headline"] in page.read_text()
+    chunks = Image.open(png).text  # type: ignore[attr-defined]
+    assert json.loads(chunks["convert_to_quant"])["verdict"][0] == told["verdict"]["headline"]
+
+
+def test_csv_and_json_go_to_stdout_alone(ctq: Any, stats: Any) -> None:
+    table = ctq("report", stats(), "--csv", "-")
+    assert [line["layer"] for line in csv.DictReader(io.StringIO(table.out))] == list(LAYERS)
+    document = ctq("report", stats(), "--json", "-", "-v")
+    assert [layer["name"] for layer in json.loads(document.out)["layers"]] == list(LAYERS)
+    assert LAYERS[0] in document.err
+
+
+def test_quiet_leaves_the_data(ctq: Any, stats: Any, tmp_path: Path) -> None:
+    assert ctq("report", stats(), "-q").out.startswith("stats.safetensors: 1 of 2")
+    done = ctq("report", stats(), "-q", "--csv", tmp_path / "t.csv")
+    assert (done.code, done.out, done.err) == (0, "", "")
+
+
+def test_verbose_says_every_layer(ctq: Any, stats: Any) -> None:
+    done = ctq("report", stats(), "-v")
+    (line,) = [line for line in done.out.splitlines() if line.startswith(LAYERS[0])]
+    assert "clips" in line
+    assert "31." in line
+
+
+def test_options_of_apply_decide_what_is_chosen(ctq: Any, stats: Any) -> None:
+    scales = [
+        json.loads(ctq("report", stats(), "--json", "-", *words).out)["layers"][1]["sides"][0]["after"]["scale"]
+        for words in ((), ("--margin", "2"), ("--keep", "blocks.1"))
+    ]
+    assert scales[1] == pytest.approx(2 * scales[0])
+    assert scales[2] == 1.0
+
+
+def test_two_statistics_are_compared(ctq: Any, stats: Any) -> None:
+    done = ctq("report", stats("mine", 1.0), stats("with_lora", 20.0))
+    assert done.out.splitlines()[0] == (
+        "mine against with_lora: Scales calibrated on mine do not fit with_lora: 1 of 2 layers would be at risk."
+    )
+
+
+def test_two_checkpoints_are_compared_with_and_without_statistics(ctq: Any, stats: Any, model: Any) -> None:
+    paths = model("one"), model("two", input_scale=16.0)
+    assert "2 of 2 scales differ between one and two." in ctq("report", *paths).out
+    done = ctq("report", paths[0], stats(), paths[1])
+    assert "1 of 2 layers is at risk in one, no layer is at risk in two." in done.out
+
+
+def test_the_first_statistics_belong_to_the_first_checkpoint(ctq: Any, stats: Any, model: Any) -> None:
+    paths = stats("a", 1.0), stats("b", 20.0), model("one"), model("two", input_scale=16.0)
+    document = json.loads(ctq("report", *paths, "--json", "-").out)
+    assert [(side["statistics"], side["model"]) for side in document["sides"]] == [
+        (["a.safetensors"], "one.safetensors"), (["b.safetensors"], "two.safetensors")]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", ["margin=2 method=mse", "--margin=2 --method=mse", "margin=2  method=mse"])
+def test_one_statistics_file_is_solved_in_two_ways(ctq: Any, stats: Any, words: str) -> None:
+    document = json.loads(ctq("report", stats(), "--keep", "blocks_1", f"--against={words}", "--json", "-").out)
+    first, second = (side["options"] for side in document["sides"])
+    assert (first["margin"], first["method"]) == (1.0, "absmax")
+    assert (second["margin"], second["method"]) == (2.0, "mse")
+    assert first["keep"] == second["keep"] == ["blocks_1"]  # what it does not say stays
+
+
+def test_merged_statistics_are_one_side(ctq: Any, stats: Any) -> None:
+    document = json.loads(ctq("report", stats("a", 5.0), stats("b", 7.0), "--merge", "--json", "-").out)
+    (side,) = document["sides"]
+    assert (side["statistics"], side["samples"]) == (["a.safetensors", "b.safetensors"], 4)
+    assert document["layers"][0]["sides"][0]["absmax"] == pytest.approx(7 * float(np.abs(ROWS).max()), rel=1e-3)
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(ctq: Any, stats: Any, folder: Any, tmp_path: Path) -> None:
+    path = stats()
+    before = folder()
+    done = ctq("report", path, "-o", tmp_path / "r.html", "--dry-run")
+    assert done.code == 0
+    assert "dry run: " in done.err
+    assert folder() == before
+
+
+def test_names_cannot_drive_the_terminal(ctq: Any, tmp_path: Path) -> None:
+    path = tmp_path / "evil.safetensors"
+    observed({"a\x1b[2J": 1000.0}).save(path)
+    assert "\x1b" not in ctq("report", path, "-v").out
+
+
+MISUSE = {
+    "a checkpoint alone": (["fp8"], 2, "no statistics: nothing says what the layers of fp8.safetensors receive"),
+    "three statistics": (["stats", "stats", "stats"], 2, "3 statistics files: at most two can be compared (--merge"),
+    "three checkpoints": (["fp8", "fp8", "fp8"], 2, "3 checkpoints: at most two can be compared"),
+    "against two": (["stats", "stats", "--against", "margin=2"], 2, "--against compares two ways to solve"),
+    "against nothing": (["stats", "--against", " "], 2, "--against needs options"),
+    "against half a quote": (["stats", "--against", "keep='a"], 2, "cannot be split into options"),
+    "against the unknown": (["stats", "--against", "margn=2"], 2, "unknown option --margn (did you mean --margin?)"),
+    "against the absurd": (["stats", "--against", "margin=0.5"], 2, "a margin should be at least 1, found 0.5"),
+    "an absurd margin": (["stats", "--margin", "0.5"], 2, "a margin should be at least 1, found 0.5"),
+    "a page to stdout": (["stats", "-o", "-"], 2, "-o needs a file (only --csv and --json go to stdout, as -)"),
+    "a picture to stdout": (["stats", "--png", "-"], 2, "--png needs a file"),
+    "two to stdout": (["stats", "--csv", "-", "--json", "-"], 2, "--csv and --json cannot both go to stdout"),
+    "no file": (["nothing"], 1, "no such file"),
+    "no folder": (["stats", "-o", "nowhere/r.html"], 1, "does not exist"),
+    "a folder": (["stats", "--png", "."], 1, "it is a folder"),
+    "the statistics": (["stats", "-o", "stats"], 1, "the output is the same file as the input"),
+    "the checkpoint": (["stats", "fp8", "--csv", "fp8"], 1, "name another file for --csv"),
+    "one file twice": (["stats", "-o", "r", "--png", "r"], 1, "-o and --png are the same file"),
+    "another model": (["other", "fp8"], 1, "made for another model"),
+    "no common layer": (["other", "stats"], 1, "have no layer in common"),
+}
+
+
+@pytest.mark.parametrize(("words", "code", "message"), MISUSE.values(), ids=MISUSE)
+def test_misuse_is_said_and_writes_nothing(
+    ctq: Any, stats: Any, model: Any, folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    words: list[str], code: int, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    stats(), model()
+    observed({"other": 1.0}).save(tmp_path / "other.safetensors")
+    before = folder()
+    there = {"stats", "fp8", "other", "nothing"}
+    done = ctq("report", *(f"{word}.safetensors" if word in there else word for word in words))
+    assert (done.code, done.out) == (code, "")
+    assert message in done.err
+    assert folder() == before
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom convert_to_quant.cli import main\n"
+        "try: main(['report', '--help'])\nexcept SystemExit: pass\n"
+        "heavy = ('torch', 'numpy', 'matplotlib', 'PIL', 'rich')\n"
+        "print([name for name in heavy if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+
+
+def test_a_report_imports_no_torch(stats: Any) -> None:
+    code = (
+        "import sys\nfrom convert_to_quant.cli import main\n"
+        f"assert main(['report', {str(stats())!r}, '--csv', '-']) == 0\n"
+        "print([name for name in ('torch', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
