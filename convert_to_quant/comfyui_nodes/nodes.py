@@ -212,7 +212,7 @@ class SaveActivationStats:
                     {"default": "activation_stats/stats", "tooltip": "Folder and name in ComfyUI's output folder."},
                 ),
             },
-            "hidden": {"unique_id": ("UNIQUE_ID",)},
+            "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
@@ -240,7 +240,8 @@ class SaveActivationStats:
         statistics.save(path)
         files[filename_prefix] = path
         file = path.relative_to(folders.output_folder()).as_posix()
-        text = f"{int(statistics.visited.sum())} layers, {statistics.samples} samples: {file}"
+        pictures = "1 picture" if statistics.samples == 1 else f"{statistics.samples} pictures"
+        text = f"{int(statistics.visited.sum())} layers, {pictures}: {file}"
         show_text(unique_id, text)
         entry = {
             **folders.as_output(path),
@@ -282,7 +283,7 @@ class CalibrateFP8Checkpoint:
                 "overwrite": ("BOOLEAN", {"default": False, "tooltip": "Replace a file of that name."}),
             },
             "optional": {**_FROM_STATS, **_RARELY},
-            "hidden": {"unique_id": ("UNIQUE_ID",)},
+            "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
@@ -368,7 +369,7 @@ class ActivationReport:
                 ),
             },
             "optional": {**_FROM_STATS, **_RARELY},
-            "hidden": {"unique_id": ("UNIQUE_ID",)},
+            "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
