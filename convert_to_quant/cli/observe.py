@@ -9,29 +9,40 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OptionError
+from ..errors import OptionError, UnsupportedModelError
 from .calibration import loras_of
-from .output import note, progress_bar, require_folder, say, write_json
-from .running import NOISE, PICTURES, add_running_arguments, check_report, check_running_options, geometry_of
+from .output import configure, note, progress_bar, require_folder, say, write_json
+from .running import (
+    FRAMES,
+    NOISE,
+    PICTURES,
+    SIDE_PIXELS,
+    TEXT_TOKENS,
+    add_running_arguments,
+    check_running_options,
+    geometry_of,
+)
 
 if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
     from ..engines.diffusers import Observation
     from ..engines.session import Session
+    from ..layers import LayerTable
     from ..stats import Statistics
 
+ENGINES = ("auto", "diffusers", "comfyui")
+COMFYUI_DIR = "COMFYUI_DIR"
+
 DESCRIPTION = """\
-Run a model, in FP8 or in high precision, on noise, on prompt embeddings, or as a diffusers pipeline on real prompts,
-and write what its linear layers received into a statistics file, from which `apply` chooses scales."""
+Run a model, in FP8 or in high precision, and write what its linear layers received into a statistics file, from which
+`apply` chooses scales."""
 EPILOG = """\
 examples:
-  convert_to_quant observe flux_bf16.safetensors -o stats.safetensors --device cuda
-  convert_to_quant observe flux_bf16.safetensors -o stats.safetensors --conditioning embeddings.safetensors
-  convert_to_quant observe --pipeline FLUX.1-dev/ --prompts prompts.txt -o stats.safetensors --device cuda --steps 20
-  torchrun --nproc-per-node 8 -m convert_to_quant observe wan.safetensors -o stats.safetensors --device cuda --resume
+  convert_to_quant observe flux.safetensors -o stats.safetensors --device cuda
+  convert_to_quant observe sdxl.safetensors -o stats.safetensors --comfyui-dir ~/ComfyUI
+  convert_to_quant observe --pipeline FLUX.1-dev/ --prompts prompts.txt -o stats.safetensors
 
-With --pipeline, layers are named as in MODEL, or, without one, both as diffusers and as the model's authors name them:
-the statistics fit a checkpoint of either kind. A run that was stopped, even killed, goes on with --resume and gives the
-same statistics. Under torchrun the processes share the work.
+A --pipeline without MODEL names layers in both ways. Under torchrun processes share the work.
 """
 
 
@@ -39,28 +50,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.add_argument("input", nargs="?", metavar="MODEL", help="a checkpoint; optional with --pipeline")
     parser.add_argument("-o", "--output", required=True, metavar="STATS", help="the statistics file to write")
-    parser.add_argument("--engine", choices=("diffusers",), default="diffusers", help="what runs it (diffusers)")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]",
-                        help="adapter that will be used with the model; may be given more than once")  # fmt: skip
-    pipeline = parser.add_argument_group("a diffusers pipeline")
-    pipeline.add_argument("--pipeline", metavar="DIR", help="its folder; nothing is downloaded")
-    pipeline.add_argument("--prompts", metavar="FILE", help="one prompt per line")
-    pipeline.add_argument("--component", metavar="NAME", help="which part to record (transformer, or unet)")
+                        help="adapter that it will be used with; may be repeated")  # fmt: skip
+    engine = parser.add_argument_group("what runs it")
+    engine.add_argument("--engine", choices=ENGINES, default=ENGINES[0], metavar="WHICH",
+                        help="diffusers, comfyui, or auto: the first that can")  # fmt: skip
+    engine.add_argument("--comfyui-dir", metavar="DIR", help=f"a ComfyUI to run it in (${COMFYUI_DIR})")
+    engine.add_argument("--pipeline", metavar="DIR", help="a diffusers pipeline, with real prompts")
+    engine.add_argument("--prompts", metavar="FILE", help="the pipeline's prompts, one per line")
+    engine.add_argument("--component", metavar="NAME", help="of the pipeline, to record (transformer)")
     add_running_arguments(parser, seed=42)
     long = parser.add_argument_group("long runs")
-    long.add_argument("--resume", action="store_true", help="go on with a run that was stopped, or begin one")
+    long.add_argument("--resume", action="store_true", help="go on with a stopped run, or begin one")
     long.add_argument("--save-every", type=float, default=120.0, metavar="SECONDS",
-                      help="keep what is done in STATS.partial this often (120)")  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write a report as JSON (- for stdout)")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+                      help="keep what is done this often (120)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     check_options(args)
+    if os.environ.get("RANK", "0") != "0":
+        configure(quiet=True)
     with processes() as distributed:
         args.device = device_of_this_process(args.device)
-        args.quiet = args.quiet or os.environ.get("RANK", "0") != "0"
         return observe_pipeline(args, distributed) if args.pipeline else observe_model(args, distributed)
 
 
@@ -85,14 +97,25 @@ def check_options(args: argparse.Namespace) -> None:
     else:
         if args.prompts is None:
             raise OptionError("--pipeline needs --prompts FILE")
-        for name, given in (("conditioning", args.conditioning != NOISE), ("lora", args.lora)):
+        for name, given in (
+            ("conditioning", args.conditioning != NOISE),
+            ("lora", args.lora),
+            ("comfyui-dir", args.comfyui_dir),
+            ("engine comfyui", args.engine == "comfyui"),
+        ):
             if given:
                 raise OptionError(f"--{name} does not go with --pipeline")
+    if args.engine == "diffusers" and args.comfyui_dir:
+        raise OptionError("--comfyui-dir does not go with --engine diffusers")
+    if args.engine == "comfyui" and args.conditioning != NOISE:
+        raise OptionError(
+            "--conditioning does not go with --engine comfyui, which shows noise",
+            hint="convert_to_quant comfyui observe runs a workflow of yours, on its own prompts",
+        )
     output = Path(args.output)
     inputs = [args.input, args.prompts, None if args.conditioning == NOISE else args.conditioning]
     refuse_same_file(output, [Path(path) for path in inputs if path is not None], hint="name another output")
     require_folder(output)
-    check_report(args.json, {"-o": args.output, "MODEL": args.input, "--prompts": args.prompts})
 
 
 @contextmanager
@@ -133,23 +156,52 @@ def session_of(args: argparse.Namespace, distributed: bool, **options: Any) -> S
 
 def observe_model(args: argparse.Namespace, distributed: bool) -> int:
     """Run a checkpoint."""
-    from ..calibrate_activation_scales import lora_notes
     from ..checkpoint import open_checkpoint
+    from ..layers import find_layers
+
+    with open_checkpoint(args.input) as checkpoint:
+        table = find_layers(checkpoint)
+        if engine_of(args, checkpoint, table) == "comfyui":
+            return observe_in_comfyui(args, distributed, checkpoint, table)
+        return observe_in_diffusers(args, distributed, checkpoint, table)
+
+
+def engine_of(args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTable) -> str:
+    """The engine for a checkpoint: the one that was asked for, or else the first that can run it.
+
+    Raises:
+        UnsupportedModelError: diffusers cannot run it, and no ComfyUI is named.
+    """
+    if args.engine != "auto":
+        return str(args.engine)
+    from importlib.util import find_spec
+
+    from ..engines import diffusers
+
+    missing = find_spec("diffusers") is None
+    reason = "diffusers is not installed" if missing else diffusers.supports(checkpoint, table)
+    if reason is None or args.conditioning != NOISE:
+        return "diffusers"
+    if args.comfyui_dir or os.environ.get(COMFYUI_DIR):
+        note(f"ComfyUI runs it: {reason}")
+        return "comfyui"
+    raise UnsupportedModelError(
+        reason, path=checkpoint.path, hint="--comfyui-dir DIR runs it in ComfyUI; the layer engine needs no run at all"
+    )
+
+
+def observe_in_diffusers(args: argparse.Namespace, distributed: bool, checkpoint: Checkpoint, table: LayerTable) -> int:
+    """Run a checkpoint in diffusers' classes."""
+    from ..calibrate_activation_scales import lora_notes
     from ..engines import diffusers
     from ..engines.prompts import Prompts
     from ..engines.session import fingerprint
-    from ..layers import find_layers
     from ..lora import match_loras
 
-    with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(args.input))
-        adapters = stack.enter_context(loras_of(args))
-        table = find_layers(checkpoint)
+    with loras_of(args) as adapters:
         geometry = geometry_of(args, diffusers.plan(checkpoint, table).family)
         prompts = None if args.conditioning == NOISE else Prompts.load(args.conditioning)
-        match = None
-        if adapters:
-            match = match_loras(adapters, table.shapes())
+        match = match_loras(adapters, table.shapes()) if adapters else None
         pictures = args.samples or (PICTURES if prompts is None else 1)
         session = session_of(
             args,
@@ -162,10 +214,9 @@ def observe_model(args: argparse.Namespace, distributed: bool) -> int:
         )
         if done(session, args):
             return 0
-        if match is not None and not args.quiet:
-            for text in lora_notes(match):
-                note(text)
-        with progress_bar("observing", quiet=args.quiet) as progress:
+        for text in lora_notes(match) if match is not None else ():
+            note(text)
+        with progress_bar("observing") as progress:
             observation = diffusers.observe(
                 checkpoint,
                 table,
@@ -178,6 +229,49 @@ def observe_model(args: argparse.Namespace, distributed: bool) -> int:
                 adapters=match,
                 session=session,
                 progress=progress,
+            )
+    return finish(session, observation, args)
+
+
+def observe_in_comfyui(args: argparse.Namespace, distributed: bool, checkpoint: Checkpoint, table: LayerTable) -> int:
+    """Run a checkpoint in a ComfyUI."""
+    from ..engines.comfyui import inprocess, inprocess_tree
+    from ..engines.session import fingerprint
+
+    folder = inprocess_tree.folder_of(args.comfyui_dir)
+    size = inprocess.Size(
+        args.height or SIDE_PIXELS,
+        args.width or SIDE_PIXELS,
+        args.frames or FRAMES,
+        args.text_tokens or TEXT_TOKENS,
+    )
+    with loras_of(args) as adapters:
+        pictures = args.samples or PICTURES
+        session = session_of(
+            args,
+            distributed,
+            engine=f"comfyui {inprocess_tree.version(folder)}",
+            model=fingerprint(checkpoint),
+            samples=pictures,
+            size=f"{size.frames} x {size.height} x {size.width}, text {size.text_tokens}",
+            lora=[f"{one.strength:g} {fingerprint(one.checkpoint)}" for one in adapters],
+        )
+        if done(session, args):
+            return 0
+        with progress_bar("observing") as progress:
+            observation = inprocess.observe(
+                checkpoint,
+                folder,
+                table,
+                samples=pictures,
+                steps=args.steps,
+                seed=args.seed,
+                device=args.device,
+                size=size,
+                adapters=adapters,
+                session=session,
+                progress=progress,
+                warn=lambda text: note(f"ComfyUI: {text}"),
             )
     return finish(session, observation, args)
 
@@ -206,7 +300,7 @@ def observe_pipeline(args: argparse.Namespace, distributed: bool) -> int:
         )
         if done(session, args):
             return 0
-        with progress_bar("observing", quiet=args.quiet) as progress:
+        with progress_bar("observing") as progress:
             observation = pipeline.observe(
                 args.pipeline,
                 prompts,
@@ -242,8 +336,7 @@ def done(session: Session, args: argparse.Namespace) -> bool:
     if statistics is None:
         return False
     session.discard()
-    if not args.quiet:
-        say(f"{args.output} is complete already")
+    say(f"{args.output} is complete already")
     report(statistics, args)
     return True
 
@@ -252,15 +345,14 @@ def finish(session: Session, observation: Observation, args: argparse.Namespace)
     """Write the statistics, and say what they hold."""
     statistics = observation.statistics
     session.finish(statistics)
-    if not args.quiet:
-        for name in observation.unvisited:
-            note(f"{name}: never ran")
-        if observation.conditioned:
-            note(
-                f"observed on noise: the ranges of {len(observation.conditioned)} layers depend on the conditioning, "
-                f"which noise only imitates (first: {min(observation.conditioned)})"
-            )
-        say(f"observed {int(statistics.visited.sum())} layers over {statistics.samples} pictures; wrote {args.output}")
+    for name in observation.unvisited:
+        note(f"{name}: never ran")
+    if observation.conditioned:
+        note(
+            f"observed on noise: the ranges of {len(observation.conditioned)} layers depend on the conditioning, "
+            f"which noise only imitates (first: {min(observation.conditioned)})"
+        )
+    say(f"observed {int(statistics.visited.sum())} layers over {statistics.samples} pictures; wrote {args.output}")
     report(statistics, args)
     return 0
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..errors import OptionError, OutputError
-from .output import require_folder
+from ..errors import OptionError
 
 if TYPE_CHECKING:
     from ..engines.noise import Geometry
@@ -20,8 +19,7 @@ def add_running_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
     """What a model is shown, and where it runs."""
     shown = parser.add_argument_group("what the model is shown")
     shown.add_argument("--conditioning", default=NOISE, metavar="noise|FILE",
-                       help="prompt embeddings made elsewhere: a .safetensors file with tensors named as a "
-                       "pipeline's arguments (prompt_embeds, ...), [prompts, ...] each (noise)")  # fmt: skip
+                       help="prompt embeddings, named as in a pipeline (noise)")  # fmt: skip
     shown.add_argument("--samples", type=int, metavar="N", help=f"pictures ({PICTURES}, or one per prompt)")
     shown.add_argument("--steps", type=int, default=8, metavar="N", help="noise levels of each picture (8)")
     shown.add_argument("--height", type=int, metavar="PIXELS", help=f"of each picture ({SIDE_PIXELS})")
@@ -59,24 +57,3 @@ def geometry_of(args: argparse.Namespace, family: str) -> Geometry:
         args.frames or FRAMES,
         args.text_tokens or TEXT_TOKENS,
     )
-
-
-def check_report(place: str | None, others: dict[str, Any]) -> None:
-    """Refuse a report that cannot be written, before any work.
-
-    Args:
-        place: where to; None and "-" are always fine.
-        others: flag or name -> another file of the call.
-
-    Raises:
-        OutputError: the report is another file of the call, or its folder is missing.
-    """
-    from pathlib import Path
-
-    if place in (None, "-"):
-        return
-    report = Path(str(place))
-    for name, other in others.items():
-        if other is not None and Path(other).resolve() == report.resolve():
-            raise OutputError(f"--json and {name} are the same file", path=report)
-    require_folder(report)
