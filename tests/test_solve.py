@@ -21,6 +21,7 @@ from convert_to_quant.solve import (
     SolveOptions,
     expected_errors,
     final_scale,
+    lost_rows,
     solve,
 )
 from convert_to_quant.stats import BIN_EDGES, Statistics
@@ -455,3 +456,16 @@ def test_zeros_cost_nothing_and_do_not_move_the_mse_search() -> None:
     (bare,) = solve(of_counts(counts, absmax), present("layer"), SolveOptions(method="mse"))
     (among_zeros,) = solve(of_counts({0: 10**12, **counts}, absmax), present("layer"), SolveOptions(method="mse"))
     assert among_zeros.scale_after == bare.scale_after > bare.range / 448
+
+
+@pytest.mark.parametrize("exponent", [-6, 0, 5])
+def test_lost_rows_are_those_whose_own_largest_value_is_under_a_sixteenth_of_the_scale(exponent: int) -> None:
+    rng = np.random.default_rng(exponent)
+    rows = rng.standard_normal((200, 32)) * 2.0 ** rng.uniform(-12, 4, (200, 1))
+    rows[:20] = 0  # a row of zeros loses nothing
+    largest = np.abs(rows.astype(np.float32)).max(1)
+    scale = 2.0**exponent  # so the threshold is the edge of a bin
+    (found,) = lost_rows(seen({"layer": rows}), np.array([scale]))
+    assert found == np.mean((largest < scale / 16) & (largest > 0))
+    assert 0 < found < 1
+    assert lost_rows(seen({"layer": rows}), np.array([0.0]))[0] == 0

@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import statistics as middle
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from .document import RISKS, Figures, Layer, Level, Side, State, Verdict
+from .document import Figures, Layer, Level, Risk, Side, State, Verdict
 
 MOVED_OCTAVES = 0.5
 """A range or a scale that differs by more has moved."""
@@ -28,14 +28,14 @@ CAUSES = {
 """Why layers compute in full precision; see `solve.LayerResult.cause`."""
 
 
-VERBS = {
+VERBS: Mapping[Risk, tuple[str, str]] = {
     "no scale": ("has a scale of 0", "have a scale of 0"),
     "clips": ("clips", "clip"),
     "vanishes": ("vanishes", "vanish"),
     "rows lost": ("loses rows", "lose rows"),
     "coarse": ("is coarse", "are coarse"),
 }
-"""What one layer and several do under each of `RISKS`."""
+"""What one layer and several do under each risk."""
 
 
 def judge(sides: Sequence[Side], layers: Sequence[Layer], *, same_inputs: bool = True) -> Verdict:
@@ -131,39 +131,44 @@ def _overshoot(figures: Figures, state: State) -> float:
     return (figures.absmax or 0) / (448 * state.scale) if state.scale else math.inf
 
 
+def _clipping(row: Row) -> str:
+    name, figures, state = row
+    times, share = factor(_overshoot(figures, state)), percent(state.clipped or 0)
+    cost = f"{share} of its values are cut off, {_decibels(state)} of signal to noise"
+    return f"inputs reach up to {times} times what FP8 holds there ({name}: {cost})"
+
+
+DETAILS: Mapping[Risk, tuple[Callable[[Row], float], Callable[[Row], str]]] = {
+    "no scale": (lambda _: 0, lambda row: f"every input becomes infinite or NaN (first: {row[0]})"),
+    "clips": (lambda row: _overshoot(row[1], row[2]), _clipping),
+    "vanishes": (
+        lambda row: row[2].vanished or 0,
+        lambda row: f"up to {percent(row[2].vanished or 0)} of a layer's values become 0 ({row[0]})",
+    ),
+    "rows lost": (
+        lambda row: row[2].rows_lost or 0,
+        lambda row: (
+            f"up to {percent(row[2].rows_lost or 0)} of a layer's rows (tokens) lie under 1/16 of its scale, "
+            f"where few codes are ({row[0]})"
+        ),
+    ),
+    "coarse": (
+        lambda row: -(row[2].sqnr_db or 0),
+        lambda row: f"inputs lie among the smallest steps, down to {_decibels(row[2])} of signal to noise ({row[0]})",
+    ),
+}
+"""By what the worst layer of a risk is found, and what is said of it; the worst risk first."""
+
+
 def _risks(rows: Sequence[Row], would: bool = False) -> list[str]:
     """One sentence for each risk that occurs, with the layer that has most of it."""
     sentences = []
-    for risk in RISKS:
+    for risk, (badness, detail) in DETAILS.items():
         found = [row for row in rows if row[2].risk == risk]
-        if not found:
-            continue
-        one, several = VERBS[risk]
-        subject = (
-            f"{plural(len(found), 'layer')} {'would ' if would else ''}{several if would or len(found) > 1 else one}"
-        )
-        if risk == "clips":
-            name, figures, state = max(found, key=lambda row: _overshoot(row[1], row[2]))
-            detail = (
-                f"inputs reach up to {factor(_overshoot(figures, state))} times what FP8 holds there ({name}: "
-                f"{percent(state.clipped or 0)} of its values are cut off, {_decibels(state)} of signal to noise)"
-            )
-        elif risk == "vanishes":
-            name, _, state = max(found, key=lambda row: row[2].vanished or 0)
-            detail = f"up to {percent(state.vanished or 0)} of a layer's values become 0 ({name})"
-        elif risk == "rows lost":
-            name, _, state = max(found, key=lambda row: row[2].rows_lost or 0)
-            detail = (
-                f"up to {percent(state.rows_lost or 0)} of a layer's rows (tokens) drown beside louder ones ({name})"
-            )
-        elif risk == "coarse":
-            name, _, state = min(found, key=lambda row: row[2].sqnr_db or 0)
-            detail = (
-                f"inputs lie among the smallest steps, down to {state.sqnr_db or 0:.0f} dB of signal to noise ({name})"
-            )
-        else:
-            detail = f"{RISKS[risk]} (first: {found[0][0]})"
-        sentences.append(f"{subject}: {detail}.")
+        if found:
+            one, several = VERBS[risk]
+            verb = f"would {several}" if would else one if len(found) == 1 else several
+            sentences.append(f"{plural(len(found), 'layer')} {verb}: {detail(max(found, key=badness))}.")
     return sentences
 
 
