@@ -254,5 +254,5 @@ def print_layers(found: Inspection) -> None:
             for layer in found.layers
         ],
         right=(5,),
-        optional=(4, 1, 3, 2),
+        optional=(4, 1, 3, 2, 6, 5),
     )

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from .terminal import Styled, columns, has_color, is_terminal, paint, printable, style_of
 
@@ -128,12 +128,12 @@ def _draw_table(
             break
         dropped.append(column)
     kept = [number for number in range(len(head)) if number not in dropped]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     for number in kept:
         table.add_column(Text(head[number]), justify="right" if number in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(row[number], _RICH_STYLES.get(style_of(row[number]), "")) for number in kept))
-    console = Console(file=stream, width=columns(), no_color=not has_color(stream), highlight=False)
+    console = Console(file=stream, width=columns(), color_system=_colors(stream), highlight=False)
     console.print(table)
     if dropped:
         names = ", ".join(head[number] for number in sorted(dropped) if head[number])
@@ -141,6 +141,11 @@ def _draw_table(
 
 
 _RICH_STYLES = {"good": "green", "warn": "yellow", "bad": "red", "head": "bold", "dim": "dim"}
+
+
+def _colors(stream: TextIO) -> Literal["standard"] | None:
+    """What rich may write: the sixteen colours of the terminal's theme, or no style at all."""
+    return "standard" if has_color(stream) else None
 
 
 def write_json(place: str, document: Mapping[str, Any]) -> None:
@@ -201,7 +206,7 @@ def _bar(title: str, unit: str) -> Iterator[Progress]:
     shown: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
     if unit:
         shown.append(TextColumn("{task.fields[rate]}"))
-    console = Console(stderr=True, no_color=not has_color(sys.stderr))
+    console = Console(stderr=True, color_system=_colors(sys.stderr))
     with Bar(*shown, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task(title, total=None, rate="")
 

@@ -1,0 +1,208 @@
+"""Options from a file: what they mean, what wins, what is refused, and that a saved call is the same call."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convert_to_quant import __version__
+from convert_to_quant.cli import COMMANDS, build_parser, config
+from convert_to_quant.cli.parsing import flag_spelling
+from convert_to_quant.errors import OptionError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[[str], Path]:
+    """Write a configuration file."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def options(path: Path, command: str, *words: str) -> dict[str, Any]:
+    """What a command line with that file says."""
+    parsed, _ = config.parse(build_parser(command), ["--config", str(path), *words], command)
+    return vars(parsed)
+
+
+def test_one_table_runs_without_a_command(ctq: Any, recipe: Any, flux_file: Path) -> None:
+    path = recipe(f"""
+        [convert]
+        input = "{flux_file.name}"
+        output = "out.safetensors"
+        scaling_mode = "row"
+        """)
+    outcome = ctq("--config", path)
+    assert outcome.code == 0, outcome.err
+    wanted = flux_file.with_name("wanted.safetensors")
+    assert ctq("-i", flux_file, "-o", wanted, "--scaling-mode", "row").code == 0
+    assert flux_file.with_name("out.safetensors").read_bytes() == wanted.read_bytes()
+
+
+def test_one_table_runs_its_own_command(ctq: Any, recipe: Any, flux_file: Path) -> None:
+    assert ctq("--config", recipe(f'[inspect]\nmodel = "{flux_file.name}"')).out.startswith("flux.safetensors: ")
+
+
+def test_every_kind_of_option_can_be_said(recipe: Any, tmp_path: Path) -> None:
+    found = options(recipe("""
+        [convert]
+        input = "in.safetensors"
+        actcal = true
+        actcal-lora = ["a.safetensors:0.5", "/b.safetensors"]
+        actcal_samples = 8
+        actcal-margin = 1.5
+        exclude-layers = "mlp"
+        """), "convert")  # fmt: skip
+    assert found["input"] == str(tmp_path / "in.safetensors")
+    assert found["lora"] == [str(tmp_path / "a.safetensors:0.5"), "/b.safetensors"]
+    assert (found["actcal"], found["samples"], found["margin"], found["exclude_layers"]) == (True, 8, 1.5, ["mlp"])
+    assert (found["output"], found["engine"], found["legacy"]) == (None, "auto", False), "the rest is as ever"
+
+
+def test_the_command_line_wins(recipe: Any) -> None:
+    path = recipe("""
+        [convert]
+        input = "in.safetensors"
+        actcal = true
+        actcal-lora = ["a.safetensors"]
+        actcal-samples = 8
+        legacy = true
+        """)
+    found = options(path, "convert", "-i", "other", "--actcal-samples", "9", "--actcal-lora", "b", "--no-actcal",
+                    "--comfy-quant")  # fmt: skip
+    assert (found["input"], found["samples"], found["lora"], found["actcal"]) == ("other", 9, ["b"], False)
+    assert (found["comfy_quant"], found["legacy"]) == (True, False), "they exclude each other"
+    assert options(path, "convert")["legacy"] is True
+
+
+def test_arguments_without_flags_are_called_as_in_the_help(recipe: Any, tmp_path: Path) -> None:
+    path = recipe('[apply]\nmodel = "m"\nstats = ["a", "b"]\noutput = "o"')
+    found = options(path, "apply")
+    assert (found["input"], found["statistics"]) == (str(tmp_path / "m"), [str(tmp_path / "a"), str(tmp_path / "b")])
+    found = options(path, "apply", "n", "c")
+    assert (found["input"], found["statistics"], found["output"]) == ("n", ["c"], str(tmp_path / "o"))
+
+
+def test_what_is_no_file_is_not_taken_for_one(recipe: Any) -> None:
+    found = options(recipe('[check]\nreference = "/a"\nquantized = "/b"\njson = "-"\nconditioning = "noise"'), "check")
+    assert (found["json"], found["conditioning"]) == ("-", "noise")
+
+
+def test_actions_have_tables_of_their_own(recipe: Any, tmp_path: Path) -> None:
+    path = recipe('[comfyui.install]\ndir = "ComfyUI"')
+    parsed, names = config.parse(build_parser("comfyui"), ["install", "--config", str(path)], "comfyui")
+    assert (parsed.folder, names) == (str(tmp_path / "ComfyUI"), ["comfyui", "install"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "said"),
+    [
+        ("[convert]\nactcal-sampels = 3", ["-i", "a"],
+         "[convert] actcal-sampels: unknown key (did you mean actcal-samples?)"),
+        ("[convert]\nmodel = 3", ["-i", "a"],
+         "[convert] model: unknown key (convert_to_quant help convert names them)"),
+        ("[convert]\nactcal-samples = 'many'", ["-i", "a"], "[convert] actcal-samples: invalid int value: 'many'"),
+        ("[convert]\nactcal-samples = [3]", ["-i", "a"], "[convert] actcal-samples: should be one value, found [3]"),
+        ("[convert]\nactcal-samples = true", ["-i", "a"], "[convert] actcal-samples: should be one value, found True"),
+        ("[convert]\nactcal = 1", ["-i", "a"], "[convert] actcal: should be true or false, found 1"),
+        ("[convert]\nscaling-mode = 'rwo'", ["-i", "a"],
+         "[convert] scaling-mode: invalid choice: 'rwo' (did you mean row?)"),
+        ("[convert]\nlegacy = true\ncomfy-quant = true", ["-i", "a"], "[convert] comfy-quant: not allowed with legacy"),
+        ("[convert]\nconfig = 'x'", ["-i", "a"],
+         "[convert] config: unknown key (convert_to_quant help convert names them)"),
+        ("[apply]", ["-i", "a"], "no table [convert] (it has [apply])"),
+        ("convert = 3", ["-i", "a"], "[convert] should be a table"),
+        ("[convert", [], "not TOML: Expected ']' at the end of a table declaration (at end of document)"),
+        ("", [], "no table of a command in it (begin with [convert])"),
+        ("[aply]", [], "[aply] is no command (did you mean apply?)"),
+        ("convert = 3", [], "'convert' should be a table: [convert]"),
+        ("[convert]\n[apply]", [],
+         "tables of several commands: convert, apply (name one: convert_to_quant convert ...)"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_misuse(ctq: Any, recipe: Any, text: str, words: list[str], said: str) -> None:
+    path = recipe(text)
+    outcome = ctq("--config", path, *words)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == f"error: {path}: {said}\n"
+
+
+def test_a_file_that_cannot_be_read_is_misuse(ctq: Any, tmp_path: Path) -> None:
+    path = tmp_path / "none.toml"
+    outcome = ctq("convert", "--config", path)
+    assert (outcome.code, outcome.err) == (
+        2,
+        f"error: {path}: the configuration cannot be read: No such file or directory\n",
+    )
+
+
+def test_a_saved_call_is_the_same_call(ctq: Any, tmp_path: Path, flux_file: Path) -> None:
+    outputs = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    saved = folder / "saved.toml"
+    words = ("--actcal", "--actcal-engine", "layer", "--actcal-seed", 7, "--exclude-layers", "txt_mlp", "-q")
+    assert ctq("-i", flux_file, "-o", outputs[0], *words, "--save-config", saved).code == 0
+    text = saved.read_text(encoding="utf-8")
+    assert text.startswith(f"# convert_to_quant {__version__}\n[convert]\n")
+    assert 'input = "../flux.safetensors"' in text
+    assert ctq("--config", saved, "-o", outputs[1]).code == 0
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+def test_a_call_that_failed_or_was_dry_saves_nothing(ctq: Any, folder: Any, flux_file: Path) -> None:
+    before = folder()
+    saved = flux_file.with_name("saved.toml")
+    output = flux_file.with_name("out.safetensors")
+    assert ctq("-i", flux_file, "-o", output, "--dry-run", "--save-config", saved).code == 0
+    assert ctq("-i", flux_file, "-o", flux_file, "--save-config", saved).code == 1
+    assert folder() == before
+
+
+@pytest.mark.parametrize("flag", ["--json", "--save-config"])
+def test_what_is_written_about_a_call_replaces_no_file_of_it(ctq: Any, folder: Any, flux_file: Path, flag: str) -> None:
+    before = folder()
+    link = flux_file.with_name("link.safetensors")
+    link.symlink_to(flux_file)
+    outcome = ctq("inspect", flux_file, flag, link)
+    assert (outcome.code, outcome.out) == (1, "")
+    message = f"{link}: {flag} and MODEL are the same file (name another file for {flag})"
+    assert outcome.err == f"error: {message}\n"
+    link.unlink()
+    assert folder() == before
+
+
+def test_every_key_is_a_flag_or_an_argument() -> None:
+    for command in COMMANDS:
+        parser = build_parser(command)
+        for key, action in config.keys(parser).items():
+            assert flag_spelling("--" + key) in action.option_strings or not action.option_strings
+
+
+TEXTS = st.text(st.characters(blacklist_categories=("Cs",)), max_size=8)
+
+
+@given(st.recursive(TEXTS | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False),
+                    lambda values: st.lists(values, max_size=3), max_leaves=4))  # fmt: skip
+def test_values_come_back_from_toml(value: Any) -> None:
+    assert tomllib.loads(f"x = {config._toml(value)}") == {"x": value}
+
+
+def test_a_table_is_refused_by_the_same_error_that_misuse_is() -> None:
+    with pytest.raises(OptionError, match="several commands"):
+        config.only_command({"convert": {}, "apply": {}}, "x.toml", list(COMMANDS))

@@ -1,0 +1,164 @@
+"""Golden screens: what commands show, kept in tests/golden and compared letter by letter.
+
+    GOLDEN=write python -m pytest tests/cli/test_golden.py     writes them anew; look at the difference before a commit
+
+What differs between runs and machines is masked: the folder, the version, and, where a screen says so, every digit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert_to_quant import __version__
+from convert_to_quant.cli import COMMANDS, build_parser, output
+
+FOLDER = Path(__file__).parents[1] / "golden"
+SMALL = "--height 32 --width 48 --text-tokens 5 --steps 2 --samples 2"
+
+HELP = {
+    "overview": "",
+    **{
+        " ".join(names): f"{' '.join(names)} --help"
+        for command in COMMANDS
+        for names in [
+            [command],
+            *([command, name] for name in getattr(build_parser(command).subcommands(), "choices", ())),
+        ]
+    },
+}
+SCREENS = {
+    "convert": "-i flux.safetensors -o out.safetensors",
+    "convert dry": "-i flux.safetensors -o out.safetensors --dry-run",
+    "convert calibrated": "-i flux.safetensors -o out.safetensors --actcal --actcal-samples 1",
+    "calibrate dry": "-i fp8.safetensors --in-place --actcal --actcal-samples 1 --dry-run -v",
+    "inspect": "inspect flux.safetensors fp8.safetensors",
+    "inspect layers": "inspect fp8.safetensors --layers",
+    "observe": "observe flux.safetensors -o stats.safetensors --samples 1 --steps 2 --height 32 --width 48",
+    "apply": "apply fp8.safetensors stats.safetensors -o out.safetensors",
+    "apply dry": "apply fp8.safetensors stats.safetensors -o out.safetensors --dry-run -v",
+    "merge": "merge stats.safetensors stats.safetensors -o merged.safetensors",
+    "check": f"check flux.safetensors fp8.safetensors {SMALL}",
+    "comfyui install": "comfyui install ComfyUI",
+    "comfyui install dry": "comfyui install ComfyUI --dry-run",
+    "error": "inspect none.safetensors",
+    "misuse": "inspct fp8.safetensors",
+}
+MASKED = {"convert calibrated", "calibrate dry", "apply", "apply dry", "check"}
+"""Screens with measured figures: their digits are masked."""
+
+
+OBSERVED: list[bytes] = []
+"""The statistics that screens are made from; the same for all."""
+
+
+class FakeTerminal(io.StringIO):
+    """A stream that a person seems to look at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def compare(name: str, shown: str) -> None:
+    """Compare a screen with the golden one, or write it."""
+    path = FOLDER / f"{name.replace(' ', '_')}.txt"
+    if os.environ.get("GOLDEN") == "write":
+        path.write_text(shown, encoding="utf-8")
+    golden = path.read_text(encoding="utf-8") if path.exists() else ""
+    difference = difflib.unified_diff(golden.splitlines(), shown.splitlines(), str(path), "now", lineterm="")
+    assert shown == golden, "\n".join(["GOLDEN=write writes it anew", *difference])
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same surroundings everywhere."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", float("inf"))
+
+
+@pytest.fixture
+def here(fp8_file: Path, monkeypatch: pytest.MonkeyPatch, ctq: Any) -> Iterator[Path]:
+    """A folder with models in it, to which calls are relative."""
+    folder = fp8_file.parent
+    (folder / "ComfyUI" / "custom_nodes").mkdir(parents=True)
+    (folder / "ComfyUI" / "main.py").touch()
+    (folder / "ComfyUI" / "nodes.py").touch()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def shown(here: Path, ctq: Any) -> Callable[[str], str]:
+    """What a call shows, with what needs statistics given some."""
+
+    def run(words: str) -> str:
+        if "stats.safetensors" in words and not words.startswith("observe"):
+            stats = here / "stats.safetensors"
+            if not OBSERVED:
+                assert ctq(*SCREENS["observe"].split()).code == 0
+                OBSERVED.append(stats.read_bytes())
+            stats.write_bytes(OBSERVED[0])
+        outcome = ctq(*words.split())
+        said = "".join(f"2> {line}\n" for line in outcome.err.splitlines())
+        return f"$ convert_to_quant {words}\n{mask(outcome.out + said, here)}exit code {outcome.code}\n"
+
+    return run
+
+
+def mask(text: str, folder: Path) -> str:
+    """A screen without what differs between runs."""
+    return text.replace(str(folder), "FOLDER").replace(__version__, "VERSION")
+
+
+def without_digits(text: str) -> str:
+    """A screen without figures; the call and names of layers and files keep theirs."""
+    figure = re.compile(r"(?<![\w.-])\d[\d.e+-]*(?![\w>])")
+    return "\n".join(
+        line if line.startswith(("$ ", "exit ")) else figure.sub(lambda found: re.sub(r"\d", "#", found[0]), line)
+        for line in text.split("\n")
+    )
+
+
+CODES = {"0": "</>", "1": "<bold>", "2": "<dim>", "31": "<red>", "32": "<green>", "33": "<yellow>"}
+
+
+def readable(text: str) -> str:
+    """A screen with words for what only terminals read."""
+    return re.sub(r"\x1b\[(\d+)m", lambda code: CODES[code[1]], text).replace("</><bold>", "")
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_help(name: str, ctq: Any) -> None:
+    outcome = ctq(*HELP[name].split())
+    assert outcome.err == ""
+    compare(f"help {name}", outcome.out)
+
+
+@pytest.mark.parametrize("name", SCREENS)
+def test_screens(name: str, shown: Callable[[str], str]) -> None:
+    text = shown(SCREENS[name])
+    compare(f"screen {name}", without_digits(text) if name in MASKED else text)
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("inspect layers", 100), ("inspect layers", 60), ("check", 100), ("calibrate dry", 100)]
+)
+def test_screens_on_a_terminal(name: str, width: int, here: Path, ctq: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = FakeTerminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert ctq(*SCREENS[name].split()).code == 0
+    text = mask(f"$ convert_to_quant {SCREENS[name]}\n{readable(terminal.getvalue())}", here)
+    compare(f"terminal {name} {width}", without_digits(text) if name in MASKED else text)

@@ -1,0 +1,205 @@
+"""What is printed: tables, talk, colours and progress, in a pipe and on a terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert_to_quant.cli import output, terminal
+from convert_to_quant.cli.terminal import Styled
+
+
+class FakeTerminal(io.StringIO):
+    """A stream that a person seems to look at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No wishes about colours, and a terminal that knows them."""
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(terminal, "_when", "auto")
+    monkeypatch.setattr(output, "_quiet", False)
+    monkeypatch.setattr(output, "_verbose", False)
+
+
+@pytest.mark.parametrize(
+    ("when", "environment", "wanted"),
+    [
+        ("auto", {}, (True, False)),
+        ("auto", {"NO_COLOR": "1"}, (False, False)),
+        ("auto", {"NO_COLOR": ""}, (True, False)),
+        ("auto", {"FORCE_COLOR": "1"}, (True, True)),
+        ("auto", {"FORCE_COLOR": "0"}, (True, False)),
+        ("auto", {"FORCE_COLOR": "1", "NO_COLOR": "1"}, (False, False)),
+        ("auto", {"TERM": "dumb"}, (False, False)),
+        ("always", {"NO_COLOR": "1"}, (True, True)),
+        ("never", {"FORCE_COLOR": "1"}, (False, False)),
+    ],
+)
+def test_the_first_that_speaks_decides_on_colours(
+    monkeypatch: pytest.MonkeyPatch, when: str, environment: dict[str, str], wanted: tuple[bool, bool]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    terminal.choose_color(["demo", "--color", when])
+    assert (terminal.has_color(FakeTerminal()), terminal.has_color(io.StringIO())) == wanted
+
+
+def test_colours_do_not_move_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("a", Styled("30.0 dB", "good")), ("blocks.0", Styled("9.1 dB", "bad"))]
+    output.print_table(("layer", "SQNR"), rows, right=(1,))
+    plain_text = capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    output.print_table(("layer", "SQNR"), rows, right=(1,))
+    coloured = capsys.readouterr().out
+    assert plain_text == "layer        SQNR\na         30.0 dB\nblocks.0   9.1 dB\n"
+    assert "\x1b[32m30.0 dB\x1b[0m" in coloured
+    assert "\x1b[31m 9.1 dB\x1b[0m" in coloured
+    assert coloured.replace("\x1b[32m", "").replace("\x1b[31m", "").replace("\x1b[0m", "") == plain_text
+
+
+def test_colours_say_what_a_figure_is_worth() -> None:
+    styles = [terminal.style_of(output.decibels(value)) for value in (30.0, 25.0, 22.0, 20.0, 19.9, None)]
+    assert styles == ["good", "good", "warn", "warn", "bad", ""]
+
+
+def test_the_limits_are_those_of_the_demos_picture() -> None:
+    from convert_to_quant import demo
+
+    assert (output.GOOD_DB, output.BAD_DB) == (demo.KEPT_DB, demo.LOST_DB)
+
+
+@pytest.mark.parametrize(("width", "gone"), [(200, ""), (24, "why"), (14, "range, why")])
+def test_a_narrow_terminal_does_without_columns_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, width: int, gone: str
+) -> None:
+    stream = FakeTerminal()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    rows = [("blocks.0", "1.5", "because of it")]
+    output.print_table(("layer", "range", "why"), rows, right=(1,), optional=(2, 1))
+    shown = stream.getvalue()
+    assert "blocks.0" in shown
+    assert ("because of it" in shown, "1.5" in shown) == ("why" not in gone, "range" not in gone)
+    assert " ".join(shown.split()).endswith(f"no room for: {gone} (a pipe, a file and --json have them)") == bool(gone)
+    assert max(map(len, shown.splitlines())) <= width
+
+
+def test_what_files_say_cannot_drive_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evil = "a\x1b[2J\nb"
+    output.print_table(("layer",), [(evil,), (Styled(evil, "bad"),)])
+    output.say(evil)
+    output.note(evil)
+    output.error(evil)
+    out, err = capsys.readouterr()
+    assert out == "layer\n" + 2 * "a\\x1b[2J\\nb\n"
+    assert err == "a\\x1b[2J\\nb\nnote: a\\x1b[2J\\nb\nerror: a\\x1b[2J\\nb\n"
+    stream = FakeTerminal()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("NO_COLOR", "1")
+    output.print_table(("layer",), [(evil,)])
+    assert "\x1b[2J" not in stream.getvalue()
+
+
+def test_quiet_leaves_errors_and_data(capsys: pytest.CaptureFixture[str]) -> None:
+    output.configure(quiet=True)
+    output.say("talk")
+    output.note("talk")
+    output.error("wrong")
+    output.print_table(("data",), [("1",)])
+    out, err = capsys.readouterr()
+    assert (out, err) == ("data\n1\n", "error: wrong\n")
+
+
+def test_a_document_says_what_made_it(capsys: pytest.CaptureFixture[str]) -> None:
+    output.configure(made_by={"tool": "t"})
+    output.write_json("-", {"x": 1})
+    assert capsys.readouterr().out == '{\n  "x": 1,\n  "made_by": {\n    "tool": "t"\n  }\n}\n'
+
+
+def test_progress_in_a_pipe_is_silence_or_with_verbose_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(output.time, "monotonic", lambda: now)
+
+    def work() -> str:
+        nonlocal now
+        with output.progress_bar("at work") as progress:
+            for done in range(41):
+                progress(done, 40)
+                now += 1.0
+        return capsys.readouterr().err
+
+    assert work() == ""
+    output.configure(verbose=True)
+    assert work().splitlines() == [
+        "at work: 25%, about 30 s left",
+        "at work: 50%, about 20 s left",
+        "at work: 75%, about 10 s left",
+    ]
+
+
+def on_a_terminal(*words: str, **environment: str) -> str:
+    """What the command line writes to a real pseudo-terminal."""
+    ours, theirs = pty.openpty()
+    program = [sys.executable, "-m", "convert_to_quant", *words]
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    surroundings = {**kept, "TERM": "xterm", "COLUMNS": "100", **environment}
+    with subprocess.Popen(program, stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL, env=surroundings) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                part = os.read(ours, 1 << 16)
+            except OSError:  # how Linux says that the other end is closed
+                break
+            if not part:
+                break
+            shown += part
+    os.close(ours)
+    assert process.returncode == 0, shown
+    return shown.decode()
+
+
+def test_a_real_terminal_gets_colours_a_bar_and_a_table(flux_file: Path) -> None:
+    words = ("-i", str(flux_file), "-o", str(flux_file.with_name("out.safetensors")), "-v")
+    shown = on_a_terminal(*words)
+    assert "converting" in shown
+    assert "\x1b[1m" in shown
+    assert "────" in shown
+
+
+@pytest.mark.parametrize(("environment", "drawn"), [({"NO_COLOR": "1"}, True), ({"TERM": "dumb"}, False)])
+def test_a_terminal_without_colours_gets_none(flux_file: Path, environment: dict[str, str], drawn: bool) -> None:
+    shown = on_a_terminal("-i", str(flux_file), "--dry-run", **environment)
+    assert "\x1b[3" not in shown
+    assert ("────" in shown) == drawn
+
+
+def test_streams_that_cannot_show_a_letter_get_its_number(flux_file: Path) -> None:
+    words = [sys.executable, "-m", "convert_to_quant", "-i", str(flux_file), "--dry-run"]
+    done = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False)
+    assert (done.returncode, b"32 \\xd7 16" in done.stdout) == (0, True), done.stderr
+
+
+def test_names_that_are_no_text_are_shown(ctq: Any, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.safetensors")
+    outcome = ctq("inspect", path)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "\\udcff.safetensors: no such file" in outcome.err
