@@ -404,18 +404,17 @@ class ActivationReport:
         options = SolveOptions(
             method=method, margin=margin, percentile=percentile, full_precision_budget=full_precision_budget
         )
+        path = folders.next_output(filename_prefix, ".html") if filename_prefix.strip() else None
         statistics = statistics_from(stats, latent, statistics_file)
         show_text(unique_id, "drawing")
         report = figures.build(figures.Source(statistics, model, options), force=allow_partial)
         image = as_image(picture.draw(report))
         text = "\n".join((report.verdict.headline, *report.verdict.points))
-        pages = []
-        if filename_prefix.strip():
-            path = folders.next_output(filename_prefix, ".html")
+        if path is not None:
             folders.make_parent(path)
             write_bytes(path, page.render(report.document()).encode())
-            pages = [folders.as_output(path)]
         show_text(unique_id, text)
+        pages = [] if path is None else [folders.as_output(path)]
         return {"ui": {"text": [text], "pages": pages}, "result": (image, text)}
 
 

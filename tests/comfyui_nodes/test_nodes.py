@@ -9,7 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from convert_to_quant.checkpoint import open_checkpoint
@@ -17,12 +19,15 @@ from convert_to_quant.comfyui_nodes.nodes import (
     CATEGORY,
     NODE_CLASS_MAPPINGS,
     NODE_DISPLAY_NAME_MAPPINGS,
+    ActivationReport,
     CalibrateFP8Checkpoint,
     RecordActivations,
     SaveActivationStats,
 )
 from convert_to_quant.errors import CalibrationError, OptionError, OutputError, StatisticsError
 from convert_to_quant.layers import find_layers, input_scale
+from convert_to_quant.report import figures, page, picture
+from convert_to_quant.solve import SolveOptions
 from convert_to_quant.stats import Statistics
 
 LATENT: dict[str, Any] = {"samples": None}
@@ -91,13 +96,15 @@ def test_save_always_runs() -> None:
     assert math.isnan(SaveActivationStats.IS_CHANGED(filename_prefix="a"))
 
 
-def test_calibrate_runs_again_when_what_it_reads_changes(
-    comfyui: Any, checkpoint: Path, statistics: Callable[..., Any]
+@pytest.mark.parametrize("node", [CalibrateFP8Checkpoint, ActivationReport])
+def test_calibrate_and_report_run_again_when_what_they_read_changes(
+    comfyui: Any, checkpoint: Path, statistics: Callable[..., Any], node: Any
 ) -> None:
     statistics(comfyui.shapes).save(comfyui.root / "output" / "s.safetensors")
 
     def now() -> str:
-        return CalibrateFP8Checkpoint.IS_CHANGED(checkpoint=NAME, statistics_file="s", margin=1.0)
+        found: str = node.IS_CHANGED(checkpoint=NAME, statistics_file="s", margin=1.0)
+        return found
 
     first = now()
     assert now() == first
@@ -105,7 +112,8 @@ def test_calibrate_runs_again_when_what_it_reads_changes(
     second = now()
     checkpoint.write_bytes(checkpoint.read_bytes() + b"\0")
     assert len({first, second, now()}) == 3
-    assert CalibrateFP8Checkpoint.IS_CHANGED(checkpoint="diffusion_models/none.safetensors") == ""
+    assert node.IS_CHANGED(checkpoint="diffusion_models/none.safetensors") == ""
+    assert node.IS_CHANGED(checkpoint="none", statistics_file="s") not in ("", first, second)
 
 
 # Record and Save.
@@ -211,18 +219,22 @@ def test_statistics_come_from_a_file_as_well(comfyui: Any, checkpoint: Path, sta
     assert list(scales(comfyui.models / "new" / "name.safetensors").values()) == [1.0, 2.0, 3.0]
 
 
-def test_live_statistics_need_something_to_wait_for(comfyui: Any, checkpoint: Path, recorded: Any) -> None:
-    node = CalibrateFP8Checkpoint()
+SOLVING = {"calibrate": CalibrateFP8Checkpoint().calibrate, "report": ActivationReport().draw}
+
+
+@pytest.mark.parametrize("does", SOLVING)
+def test_live_statistics_need_something_to_wait_for(comfyui: Any, checkpoint: Path, recorded: Any, does: str) -> None:
     with pytest.raises(OptionError, match=r"run before the sampler .*Save Activation Stats"):
-        node.calibrate(checkpoint=NAME, stats=recorded)
-    assert node.calibrate(checkpoint=NAME, stats=recorded, latent=LATENT)["result"][0]
+        SOLVING[does](checkpoint=NAME, stats=recorded)
+    assert len(SOLVING[does](checkpoint=NAME, stats=recorded, latent=LATENT)["result"]) == 2
 
 
+@pytest.mark.parametrize("does", SOLVING)
 @pytest.mark.parametrize("both", [False, True])
-def test_statistics_come_from_exactly_one_place(checkpoint: Path, recorded: Any, both: bool) -> None:
+def test_statistics_come_from_exactly_one_place(checkpoint: Path, recorded: Any, both: bool, does: str) -> None:
     given = {"stats": recorded.statistics(), "statistics_file": "s"} if both else {}
     with pytest.raises(OptionError, match="exactly one of stats and statistics_file"):
-        CalibrateFP8Checkpoint().calibrate(checkpoint=NAME, **given)
+        SOLVING[does](checkpoint=NAME, **given)
 
 
 def test_an_existing_file_is_replaced_only_if_asked(comfyui: Any, checkpoint: Path, recorded: Any) -> None:
@@ -285,3 +297,64 @@ def test_statistics_of_another_model_are_refused(
         with pytest.raises(StatisticsError, match=f"made for another model: {said}"):
             CalibrateFP8Checkpoint().calibrate(checkpoint=NAME, stats=other, allow_partial=allow_partial)
     assert [path.name for path in comfyui.models.iterdir()] == ["flux.safetensors"]
+
+
+# Report.
+
+
+def expected(statistics: Any, model: Path | None, **options: Any) -> Any:
+    """The report without ComfyUI."""
+    return figures.build(figures.Source(statistics, model, SolveOptions(**options)))
+
+
+@pytest.mark.parametrize(("name", "margin"), [("none", 1.0), (NAME, 1.0), (NAME, 4.0)])
+def test_the_report_is_a_picture_a_verdict_and_a_page(
+    comfyui: Any, checkpoint: Path, recorded: Any, name: str, margin: float
+) -> None:
+    wanted = expected(recorded.statistics(), None if name == "none" else checkpoint, margin=margin)
+    before = checkpoint.read_bytes()
+
+    answer = ActivationReport().draw(checkpoint=name, margin=margin, stats=recorded, latent=LATENT)
+
+    image, verdict = answer["result"]
+    drawn = np.asarray(picture.draw(wanted))
+    assert (image.dtype, tuple(image.shape)) == (torch.float32, (1, *drawn.shape))
+    assert np.array_equal((image[0].numpy() * 255).round().astype(np.uint8), drawn)
+    assert verdict == answer["ui"]["text"][0] == "\n".join((wanted.verdict.headline, *wanted.verdict.points))
+    assert answer["ui"]["pages"] == [
+        {"filename": "report_00001_.html", "subfolder": "activation_stats", "type": "output"}
+    ]
+    written = comfyui.root / "output" / "activation_stats" / "report_00001_.html"
+    assert written.read_text(encoding="utf-8") == page.render(wanted.document())
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_report_can_go_without_a_page_and_never_replaces_one(comfyui: Any, recorded: Any) -> None:
+    statistics = recorded.statistics()
+    assert ActivationReport().draw(stats=statistics, filename_prefix=" ")["ui"]["pages"] == []
+    assert list((comfyui.root / "output").iterdir()) == []
+    for _ in range(2):
+        ActivationReport().draw(stats=statistics, filename_prefix="a/b")
+    assert sorted(path.name for path in (comfyui.root / "output" / "a").iterdir()) == [
+        "b_00001_.html",
+        "b_00002_.html",
+    ]
+
+
+def test_a_report_refuses_names_outside_of_the_output_folder(comfyui: Any, recorded: Any) -> None:
+    validate = ActivationReport.VALIDATE_INPUTS
+    assert [validate(name) for name in (None, "", "a/b")] == [True] * 3
+    assert "is no file name below" in str(validate("../a"))
+    with pytest.raises(OptionError, match="is no file name below"):
+        ActivationReport().draw(stats=recorded.statistics(), filename_prefix="..\\a")
+    with pytest.raises(OptionError, match="ComfyUI lists no checkpoint"):
+        ActivationReport().draw(stats=recorded.statistics(), checkpoint="diffusion_models/../../x.safetensors")
+    assert list(comfyui.root.rglob("*.html")) == []
+
+
+def test_a_report_names_layers_that_were_not_recorded(comfyui: Any, checkpoint: Path, recorded: Any) -> None:
+    first, second, third = comfyui.shapes
+    partial = recorded.statistics().take([first])
+    with pytest.raises(StatisticsError, match=f"2 of 3 layers differ .*{second}, {third}.*allow_partial"):
+        ActivationReport().draw(stats=partial, checkpoint=NAME)
+    assert ActivationReport().draw(stats=partial, checkpoint=NAME, allow_partial=True)["result"][1]
