@@ -201,6 +201,7 @@ def test_misuse_is_said_and_writes_nothing(
     done = ctq("report", *(f"{word}.safetensors" if word in there else word for word in words))
     assert (done.code, done.out) == (code, "")
     assert message in done.err
+    assert "FP8 layers" not in done.err, "said before any work"
     assert folder() == before
 
 

@@ -36,6 +36,7 @@ RNG = np.random.default_rng(5)
 WIDE = (RNG.choice([-1, 1], (96, 32)) * 2.0 ** RNG.uniform(-14, 12, (96, 32))).astype(np.float32)
 WIDE[:3] = 0
 WIDE[3:6] = 2.0**-7  # rows that are lost at a scale of 1
+WIDE[6:11] = 2.0**-3  # and at 4096 / 448 only
 NORMAL = RNG.standard_normal((64, 32)).astype(np.float32)
 
 
@@ -62,6 +63,7 @@ def test_shares_at_a_scale_are_those_of_the_raw_values(wide: Figures) -> None:
     assert wide.before.vanished == pytest.approx(((size < 2.0**-10) & (size > 0)).mean())
     row_absmax = size.max(1)
     assert wide.before.rows_lost == pytest.approx(((row_absmax < 2.0**-4) & (row_absmax > 0)).mean())
+    assert wide.after.rows_lost == pytest.approx(8 / 96)
     assert wide.zeros == (size == 0).mean()
 
 
@@ -257,6 +259,12 @@ def test_two_checkpoints_are_compared_without_statistics(model: Any) -> None:
     report = build(*sources)
     assert [figures_of(report, "a", side).before.scale for side in (0, 1)] == [1.0, 4.0]
     assert [side.label for side in report.sides] == ["1.0", "4.0"]
+
+
+def test_text_encoders_in_the_same_file_have_no_row(save: Any, build: Any) -> None:
+    tensors, metadata = build.quantized(["model.diffusion_model.a", "text_encoders.t5xxl.b"], "tensor")
+    path = save("all_in_one.safetensors", tensors, metadata)
+    assert [layer.name for layer in figures.build(Source(model=path)).layers] == ["model.diffusion_model.a"]
 
 
 def test_the_first_sides_scales_meet_the_second_sides_inputs(observed: Observed) -> None:

@@ -40,9 +40,10 @@ def drawn(report: Report, width: int = 800) -> np.ndarray:
 
 
 def reds(pixels: np.ndarray) -> np.ndarray:
-    """Which columns have strong red of the zone that is cut off, per column."""
-    strong = (pixels[..., 0] > 180) & (pixels[..., 1] < 110) & (pixels[..., 2] < 120)
-    return strong.sum(0)
+    """How many pixels of each column are of a strip that is cut off: redder than the zone, and no amber."""
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    found: np.ndarray = ((red - green > 40) & (abs(blue - green) < 40)).sum(0)
+    return found
 
 
 @pytest.mark.parametrize("width", [800, 1600, 2400])
