@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pygments.lexers.shell import BashLexer
+
 from convert_to_quant import __version__
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ python_maximum_signature_line_length = 100
 # --- What docstrings and annotations name and this site does not document
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(numpy|torch|mmap|PIL|collections|pathlib|types|typing|os)\..*"),
+    (r"py:.*", r"(numpy|torch|mmap|PIL|Image|collections|pathlib|types|typing|os)\..*"),
     (
         r"py:.*",
         r"convert_to_quant\.(families|engines\.(session|prompts|quantized_linear|provenance|architectures))\..*",
@@ -70,5 +72,6 @@ def link_inside(_app: Sphinx, _page: str, source: list[str]) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Connect it to Sphinx."""
+    """Connect it to Sphinx, and read blocks of commands as commands, though no prompt stands before them."""
     app.connect("source-read", link_inside)
+    app.add_lexer("console", BashLexer)

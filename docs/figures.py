@@ -156,11 +156,7 @@ def damaged(factor: float, scales: Mapping[str, float], source: Path, folder: Pa
 
 
 def told(factor: float) -> str:
-    """A factor for people.
-
-    >>> told(0.2043), told(1.0), told(5670.4)
-    ('0.2', '1', '5,700')
-    """
+    """A factor for people: two digits, or hundreds."""
     return f"{float(f'{factor:.2g}'):,.2g}" if factor < 10 else f"{round(factor, -2):,.0f}"
 
 

@@ -153,7 +153,7 @@ def tiny_flux() -> bytes:
 
 
 CALLED: dict[str, tuple[str, ...]] = {
-    "flux_bf16": ("bf16",),
+    "flux_bf16": ("bf16", "flux"),
     "flux_fp8": ("fp8", "mine", "theirs"),
     "stats": ("a", "b", "monday", "tuesday", "faces", "places", "portraits", "landscapes", "with_lora"),
 }

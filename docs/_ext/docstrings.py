@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 NAMED: Mapping[str, str] = {"Args:": "param", "Attributes:": "ivar", "Raises:": "raises"}
@@ -62,17 +64,14 @@ def fields(section: str, lines: Sequence[str]) -> Iterator[str]:
         yield f":{WHOLE[section]}: {text[0]}"
         yield from ("    " + line for line in text[1:])
         return
-    entry: list[str] = []
-    for line in [*text, None]:
-        if line is None or (line and not line.startswith(" ")):
-            found = ENTRY.fullmatch(entry[0]) if entry else None
-            for name in found[1].split(", ") if found else ():
-                assert found is not None
-                yield f":{NAMED[section]} {name}: {found[2]}"
-                yield from ("    " + more for more in entry[1:])
-            entry = []
-        if line is not None:
-            entry.append(line)
+    starts = [number for number, line in enumerate(text) if line and not line.startswith(" ")]
+    for start, end in pairwise([*starts, len(text)]):
+        found = ENTRY.fullmatch(text[start])
+        if found is None:
+            raise ValueError(f"{section} 'name: text' expected in a docstring, found {text[start]!r}")
+        for name in found[1].split(", "):
+            yield f":{NAMED[section]} {name}: {found[2]}"
+            yield from ("    " + line for line in text[start + 1 : end])
 
 
 def escaped(line: str) -> str:
@@ -93,8 +92,16 @@ def defaults(
     return arguments and arguments.replace("<factory>", "..."), result
 
 
+def dashes(_app: Sphinx, document: nodes.document) -> None:
+    """Put a dash between a parameter and its text, where Sphinx has two hyphens."""
+    for text in list(document.findall(nodes.Text)):
+        if text == " -- ":
+            text.parent.replace(text, nodes.Text(" – "))
+
+
 def setup(app: Sphinx) -> Mapping[str, bool]:
     """Connect it to Sphinx."""
     app.connect("autodoc-process-docstring", convert)
     app.connect("autodoc-process-signature", defaults)
+    app.connect("doctree-read", dashes)
     return {"parallel_read_safe": True}

@@ -23,7 +23,10 @@ from convert_to_quant.stats import COLUMNS, Statistics
 
 MARK = re.compile(r"^<!-- from code: (\w+) -->$", re.MULTILINE)
 FENCE = "`" * 4
-USAGE_COLUMNS = 88
+
+
+COMMON = "common"
+"""The group of options that every command has; they are told once."""
 
 
 def commands() -> Iterator[str]:
@@ -31,47 +34,66 @@ def commands() -> Iterator[str]:
     for command, summary in COMMANDS.items():
         yield f"({command}-command)="
         yield f"## {command}" + (" (the command that needs no name)" if command == DEFAULT_COMMAND else "")
-        yield f"{summary[0].upper()}{summary[1:]}."
-        yield from parser_sections(build_parser(command), level=3, said=summary)
+        yield from parser_sections(build_parser(command), level=3, summary=f"{summary[0].upper()}{summary[1:]}.")
+    yield "(common-options)="
+    yield "## Options of every command"
+    yield "```{program} convert_to_quant\n```"
+    yield from (option(action) for action in actions_of(build_parser(DEFAULT_COMMAND), COMMON))
 
 
-def parser_sections(parser: argparse.ArgumentParser, level: int, said: str = "") -> Iterator[str]:
+def actions_of(parser: argparse.ArgumentParser, title: str) -> list[argparse.Action]:
+    """What a group of a parser shows, without what every program has."""
+    return [
+        action
+        for group in parser._action_groups
+        if group.title == title
+        for action in group._group_actions
+        if action.help is not argparse.SUPPRESS and action.dest not in ("help", "version")
+    ]
+
+
+def parser_sections(parser: argparse.ArgumentParser, level: int, summary: str) -> Iterator[str]:
     """One parser, and below it those of its subcommands."""
-    parser.formatter_class = wide_formatter
-    description = (parser.description or "").strip()
-    if description and description.rstrip(".").casefold() != said.casefold():
-        yield " ".join(description.split())
+    paragraphs = [block for block in (parser.epilog or "").strip("\n").split("\n\n") if block]
+    examples = [block for block in paragraphs if block.startswith("example")]
+    yield markdown(" ".join((parser.description or summary).split()))
     yield fenced("text", parser.format_usage().removeprefix("usage: "))
+    yield from (fenced("console", textwrap.dedent(block.partition("\n")[2])) for block in examples)
     yield f"```{{program}} {parser.prog}\n```"
-    for group in parser._action_groups:
-        actions = [action for action in group._group_actions if action.help is not argparse.SUPPRESS]
+    for title in dict.fromkeys(group.title or "" for group in parser._action_groups):
+        actions = actions_of(parser, title)
+        if title == COMMON and actions:
+            names = ", ".join(f"`{action.option_strings[-1]}`" for action in actions)
+            yield f"[Options of every command](#common-options): {names}"
+            continue
         subcommands = [action for action in actions if isinstance(action, argparse._SubParsersAction)]
-        plain = [action for action in actions if action not in subcommands and action.dest not in ("help", "version")]
+        plain = [action for action in actions if action not in subcommands]
         if plain:
-            title = {"positional arguments": "arguments"}.get(group.title or "", group.title or "")
             yield f"**{title[:1].upper()}{title[1:]}**"
-            yield from (option(action, parser) for action in plain)
+            yield from (option(action) for action in plain)
         for subparsers in subcommands:
             for name, subparser in subparsers.choices.items():
                 yield f"{'#' * level} {parser.prog.removeprefix('convert_to_quant ')} {name}"
-                yield from parser_sections(subparser, level + 1)
-    if parser.epilog:
-        yield fenced("text", textwrap.dedent(parser.epilog).strip("\n"))
+                yield from parser_sections(subparser, level + 1, name)
+    yield from (note(block) for block in paragraphs if block not in examples)
 
 
-def wide_formatter(prog: str) -> argparse.HelpFormatter:
-    """The layout of argparse, with lines for a page and not for a terminal."""
-    return argparse.RawDescriptionHelpFormatter(prog, width=USAGE_COLUMNS)
+def note(block: str) -> str:
+    """A paragraph of a help's end: a list under a heading as it stands, prose as prose."""
+    heading, _, rest = block.partition("\n")
+    if rest and rest.startswith(" "):
+        return f"{markdown(heading)}\n\n{fenced('text', textwrap.dedent(rest))}"
+    return markdown(" ".join(block.split()))
 
 
-def option(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
+def option(action: argparse.Action) -> str:
     """One flag or argument, as an `option` of Sphinx."""
-    formatter = parser._get_formatter()
-    names = action.option_strings or [formatter._metavar_formatter(action, action.dest)(1)[0]]
-    values = formatter._format_args(action, action.dest.upper()) if action.option_strings and action.nargs != 0 else ""
-    spelled = ", ".join(f"{name} {values}".strip() for name in names)
-    help_text = formatter._expand_help(action) if action.help else ""
-    return f"{FENCE}{{option}} {spelled}\n{markdown(help_text)}\n{FENCE}"
+    value = str(action.metavar or "|".join(map(str, action.choices or ())) or action.dest.upper())
+    spelled = ", ".join(name if action.nargs == 0 else f"{name} {value}" for name in action.option_strings) or value
+    text = markdown(action.help or "")
+    if action.choices is not None and not all(str(choice) in f"{value} {text}" for choice in action.choices):
+        text += f". One of {', '.join(f'`{choice}`' for choice in action.choices)}."
+    return f"{FENCE}{{option}} {spelled}\n{text}\n{FENCE}"
 
 
 def fenced(language: str, text: str) -> str:
@@ -81,7 +103,7 @@ def fenced(language: str, text: str) -> str:
 
 def markdown(text: str) -> str:
     """A plain text, with what Markdown would obey instead of show escaped."""
-    return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)
+    return re.sub(r"([\\*_<>\[\]|])", r"\\\1", text)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
