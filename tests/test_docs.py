@@ -153,8 +153,8 @@ def tiny_flux() -> bytes:
 
 
 CALLED: dict[str, tuple[str, ...]] = {
-    "flux_bf16": ("bf16", "flux"),
-    "flux_fp8": ("fp8", "mine", "theirs"),
+    "flux_bf16": ("bf16", "flux", "flux1-dev"),
+    "flux_fp8": ("fp8", "mine", "theirs", "flux1-dev-fp8"),
     "stats": ("a", "b", "monday", "tuesday", "faces", "places", "portraits", "landscapes", "with_lora"),
 }
 """What else the text calls the model, its conversion, and statistics of it."""
