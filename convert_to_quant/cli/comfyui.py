@@ -1,36 +1,253 @@
-"""`convert_to_quant comfyui install|uninstall DIR`: our nodes into a ComfyUI, and out of it."""
+"""`convert_to_quant comfyui install|uninstall|observe`: our nodes into a ComfyUI and out of it, and one that runs."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .output import say
+from ..errors import CalibrationError, OptionError
+from .observe import read_prompts
+from .output import note, progress_bar, require_folder, say, write_json
 
-DESCRIPTION = "Put our nodes into a ComfyUI: a small folder in custom_nodes that imports this installed package."
+if TYPE_CHECKING:
+    from ..engines.comfyui.remote import Run
+    from ..engines.comfyui.workflow import Model, Place, Plan
+    from ..stats import Statistics
+
+DESCRIPTION = "Put our nodes into a ComfyUI, or record a model on one that runs."
 EPILOG = """\
 examples:
   convert_to_quant comfyui install ~/ComfyUI
+  convert_to_quant comfyui observe --server http://127.0.0.1:8188 \\
+      --workflow flux_api.json -o flux.safetensors
   convert_to_quant comfyui uninstall ~/ComfyUI
-
-Run it with the Python that runs ComfyUI, so that the nodes find this package. uninstall removes what install wrote,
-and refuses a folder that holds anything else.
 """
+
+INSTALL = """\
+Put our nodes into a ComfyUI: a small folder in custom_nodes that imports this installed package. Run it with the Python
+that runs ComfyUI, so that the nodes find this package."""
+INSTALL_EPILOG = """\
+example:
+  convert_to_quant comfyui install ~/ComfyUI
+"""
+
+UNINSTALL = "Remove what install wrote. A folder that holds anything else is refused."
+UNINSTALL_EPILOG = """\
+example:
+  convert_to_quant comfyui uninstall ~/ComfyUI
+"""
+
+OBSERVE = """\
+Run your own workflow on a ComfyUI that has our nodes, with many prompts and seeds, and fetch what its model's linear
+layers received, for `apply`. A recorder goes between model and sampler; pictures are not decoded or saved."""
+OBSERVE_EPILOG = """\
+examples:
+  convert_to_quant comfyui observe --server http://127.0.0.1:8188 \\
+      --workflow flux_api.json -o flux.safetensors
+  convert_to_quant comfyui observe --server http://127.0.0.1:8188 \\
+      --workflow wan_api.json --prompts prompts.txt --seeds 2 -o wan.safetensors
+
+The workflow is one in API format: in ComfyUI, File > Export (API). Several models in it (Wan's two) get a file each,
+named after the model's, too. --dry-run says what was found. Nothing but this address is contacted. Ctrl-C takes the run
+off the server again; what was recorded before it stays in ComfyUI's output folder, in activation_stats.
+"""
+
+SEED = 42
+FOLDER = "activation_stats"
+"""In ComfyUI's output folder."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.add_argument("action", choices=("install", "uninstall"), help="what to do")
-    parser.add_argument("folder", metavar="DIR", help="ComfyUI's folder, which has custom_nodes in it")
+    """The command's actions and their arguments."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
+    for name, does, text, epilog in (
+        ("install", "put our nodes into a ComfyUI", INSTALL, INSTALL_EPILOG),
+        ("uninstall", "remove what install wrote", UNINSTALL, UNINSTALL_EPILOG),
+    ):
+        one = actions.add_parser(name, help=does, description=text, epilog=epilog)
+        one.add_argument("folder", metavar="DIR", help="ComfyUI's folder, which has custom_nodes in it")
+    one = actions.add_parser(
+        "observe", help="record a workflow's models on a running ComfyUI", description=OBSERVE, epilog=OBSERVE_EPILOG
+    )
+    one.add_argument("--server", required=True, metavar="URL", help="of ComfyUI, such as http://127.0.0.1:8188")
+    one.add_argument("--workflow", required=True, metavar="FILE", help="a workflow in API format")
+    one.add_argument("-o", "--output", required=True, metavar="STATS", help="the statistics file to write")
+    one.add_argument("--prompts", metavar="FILE", help="one prompt per line (the workflow's own)")
+    one.add_argument("--seeds", type=int, metavar="N", help="runs of each prompt, each with a seed of its own (4)")
+    one.add_argument("--seed", type=int, default=SEED, metavar="S", help=f"the first; the others count on ({SEED})")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    return observe(args) if args.action == "observe" else change_pack(args)
+
+
+def change_pack(args: argparse.Namespace) -> int:
+    """Install or uninstall."""
     from ..comfyui_nodes import pack
 
-    folder = Path(args.folder)
-    if args.action == "install":
-        say(f"wrote {pack.install(folder)}: restart ComfyUI, and find the nodes under convert_to_quant")
+    does, done = {
+        "install": (pack.install, "wrote {}: restart ComfyUI, and find the nodes under convert_to_quant"),
+        "uninstall": (pack.uninstall, "removed {}"),
+    }[args.action]
+    folder = does(Path(args.folder), dry_run=args.dry_run)
+    if args.dry_run:
+        say(f"dry run: would {args.action} {folder}; nothing was changed")
     else:
-        say(f"removed {pack.uninstall(folder)}")
+        say(done.format(folder))
+    if args.json:
+        write_json(args.json, {"folder": str(folder), "action": args.action, "dry_run": args.dry_run})
     return 0
+
+
+def observe(args: argparse.Namespace) -> int:
+    """Run a workflow on a server."""
+    from ..engines.comfyui import remote, workflow
+    from ..engines.comfyui.server import Server
+
+    check_options(args)
+    path = Path(args.workflow)
+    nodes = workflow.parse(read_text(path), path)
+    prompts = None if args.prompts is None else read_prompts(Path(args.prompts))
+    with Server(args.server) as server:
+        plan = workflow.plan(nodes, server.types(workflow.classes(nodes)), path)
+        runs = remote.plan_runs(plan, prompts, args.seeds, args.seed)
+        outputs = output_files(plan, Path(args.output))
+        check_outputs(outputs, args)
+        for line in screen(plan, runs, outputs):
+            print(line) if args.dry_run and args.json != "-" else say(line)
+        if args.dry_run:
+            say("dry run: nothing was queued, nothing was written")
+            return report(args, plan, runs, outputs)
+        with progress_bar("observing") as progress:
+            found, idle = remote.observe(server, plan, runs, FOLDER, progress)
+    if idle:
+        note(f"{idle} of {len(runs)} runs recorded nothing: ComfyUI knew them, and gave what it had")
+    for name, statistics in found.items():
+        statistics.save(outputs[name])
+        silent = [layer for layer, ran in zip(statistics.names, statistics.visited, strict=True) if not ran]
+        if silent:
+            note(f"{len(silent)} layers never ran (first: {silent[0]})")
+        seen = f"{int(statistics.visited.sum())} layers over {statistics.samples} samplings"
+        say(f"observed {seen}; wrote {outputs[name]}")
+    return report(args, plan, runs, outputs, found=found, idle=idle)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse numbers that are out of range, and an output that cannot be written.
+
+    Raises:
+        OptionError: a number is.
+        OutputError: the output has no folder.
+    """
+    if args.seeds is not None and args.seeds < 1:
+        raise OptionError(f"--seeds should be at least 1, found {args.seeds}")
+    if args.seed < 0:
+        raise OptionError(f"a seed should not be negative, found {args.seed}")
+    require_folder(Path(args.output))
+
+
+def read_text(path: Path) -> str:
+    """A workflow file's content.
+
+    Raises:
+        CalibrationError: it cannot be read, or is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise CalibrationError(f"cannot be read: {error.strerror}", path=path) from None
+    except UnicodeDecodeError:
+        raise CalibrationError(
+            "not a workflow: it is no text", path=path, hint="in ComfyUI: File > Export (API)"
+        ) from None
+
+
+def output_files(plan: Plan, output: Path) -> dict[str, Path]:
+    """Where each model's statistics go: to the file that was named or, of several, to one beside it for each."""
+    if len(plan.models) == 1:
+        return {plan.models[0].name: output}
+    return {model.name: output.with_name(f"{output.stem}_{model.name}{output.suffix}") for model in plan.models}
+
+
+def check_outputs(outputs: Mapping[str, Path], args: argparse.Namespace) -> None:
+    """Refuse outputs that are files of the call.
+
+    Raises:
+        OutputError: one is.
+    """
+    from ..checkpoint import refuse_same_file
+
+    others = [Path(name) for name in (args.workflow, args.prompts, args.json) if name not in (None, "-")]
+    for path in outputs.values():
+        refuse_same_file(path, others, hint="name another output")
+
+
+def screen(plan: Plan, runs: Sequence[Run], outputs: Mapping[str, Path]) -> Iterator[str]:
+    """What was found in the workflow, and what will be done with it."""
+    from ..engines.comfyui.workflow import shown, title
+
+    def several(names: Sequence[str]) -> str:
+        return ", ".join(title(plan.nodes, name) for name in names) or "none"
+
+    def places(found: Sequence[Place]) -> str:
+        return ", ".join(f"{title(plan.nodes, place.node)} {shown(place.input)}" for place in found) or "none"
+
+    for model in plan.models:
+        yield f"model     {several(model.loaders)}"
+        yield f"          sampled by {several(model.samplers)}, recorded into {outputs[model.name]}"
+    yield f"prompts   {places(plan.texts)}"
+    yield f"seeds     {places(plan.seeds)}"
+    if plan.left_out():
+        yield f"left out  {several(plan.left_out())}"
+    seeds = [run.seed for run in runs if run.seed is not None]
+    yield f"runs      {len(runs)}" + (f", seeds {seeds[0]} to {seeds[-1]}" if seeds else "")
+
+
+def report(
+    args: argparse.Namespace,
+    plan: Plan,
+    runs: Sequence[Run],
+    outputs: Mapping[str, Path],
+    *,
+    found: Mapping[str, Statistics] | None = None,
+    idle: int = 0,
+) -> int:
+    """Write the report that was asked for; the exit code."""
+    if args.json:
+        document = {
+            "server": args.server,
+            "workflow": args.workflow,
+            "dry_run": args.dry_run,
+            "models": [told(model, outputs[model.name], (found or {}).get(model.name)) for model in plan.models],
+            "prompts": [asdict(place) for place in plan.texts],
+            "seeds": [asdict(place) for place in plan.seeds],
+            "left_out": list(plan.left_out()),
+            "runs": [asdict(run) for run in runs],
+            "idle_runs": idle,
+        }
+        write_json(args.json, document)
+    return 0
+
+
+def told(model: Model, output: Path, statistics: Statistics | None) -> dict[str, Any]:
+    """One model in the report; without what was observed in a dry run."""
+    planned = {
+        "name": model.name,
+        "loaders": list(model.loaders),
+        "samplers": list(model.samplers),
+        "statistics": str(output),
+    }
+    if statistics is None:
+        return planned
+    return {
+        **planned,
+        "fingerprint": statistics.fingerprint,
+        "samples": statistics.samples,
+        "layers": len(statistics.layers),
+        "visited": int(statistics.visited.sum()),
+        "provenance": {name: list(texts) for name, texts in statistics.provenance.items()},
+    }

@@ -1,0 +1,177 @@
+"""Observing models on a running ComfyUI: a user's workflow, run with many prompts and seeds, recorded.
+
+Every prompt is run with several seeds, each run with a seed of its own: ComfyUI answers a run that it knows from its
+cache, without sampling. Runs are queued one after the other, so other people's runs come between.
+
+One recorder adds up over all runs, and the server has its totals in one file, which is fetched at the end. ComfyUI may
+forget a recorder between runs (`--cache-none`, little memory, other people's runs): a new one starts from nothing, with
+a file of its own. It may also forget the node that writes: then the same recorder goes on in another file. Files say
+which recorder they are of, so of each recorder the one with the most samples counts, and recorders are merged.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from ...errors import CalibrationError, Error, OptionError, StatisticsError
+from ...stats import Statistics, merge
+from .server import Server, saved_file
+from .workflow import Model, Plan, shown
+
+PROGRESS_STEPS = 1000
+"""A run's part of the progress."""
+
+SEEDS = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run has of its own; None is what the workflow has.
+
+    Attributes:
+        prompt: for all texts of the plan.
+        seed: for all of its seeds.
+    """
+
+    prompt: str | None
+    seed: int | None
+
+
+@dataclass
+class Saved:
+    """Statistics files of one model on the server.
+
+    Attributes:
+        files: recorder -> what `/view` takes, and "samples".
+    """
+
+    files: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        """In all of them."""
+        return sum(file["samples"] for file in self.files.values())
+
+    def note(self, file: Mapping[str, Any]) -> None:
+        """Note a file, in place of an older one of the same recorder."""
+        before = self.files.get(file["recording"])
+        if before is None or file["samples"] >= before["samples"]:
+            self.files[file["recording"]] = file
+
+
+def plan_runs(plan: Plan, prompts: Sequence[str] | None, seeds: int | None, first_seed: int) -> list[Run]:
+    """Every prompt with several seeds.
+
+    Args:
+        plan: of the workflow.
+        prompts: None for the workflow's own.
+        seeds: how many for each prompt; None for `SEEDS`, or one where the workflow has no seed.
+        first_seed: the others count on from it.
+
+    Raises:
+        OptionError: the workflow has no text or no seed that could be varied.
+    """
+    if prompts is not None and not plan.texts:
+        raise OptionError(
+            "--prompts: the workflow has no text input on the way to its sampler that could be varied",
+            hint="leave --prompts away, and the workflow's own conditioning is used",
+        )
+    if seeds is not None and seeds > 1 and not plan.seeds:
+        raise OptionError("--seeds: the workflow's samplers have no seed that could be varied", hint="use --seeds 1")
+    count = 1 if not plan.seeds else seeds or SEEDS
+    several: Sequence[str | None] = prompts if prompts is not None else [None]
+    return [
+        Run(prompt, first_seed + number * count + seed if plan.seeds else None)
+        for number, prompt in enumerate(several)
+        for seed in range(count)
+    ]
+
+
+def observe(
+    server: Server, plan: Plan, runs: Sequence[Run], folder: str, progress: Callable[[int, int], None]
+) -> tuple[dict[str, Statistics], int]:
+    """Run a workflow again and again, and fetch what was recorded.
+
+    Args:
+        server: which has our nodes.
+        plan: of the workflow.
+        runs: at least one.
+        folder: for the files in the server's output folder.
+        progress: takes what is done and what there is to do.
+
+    Returns:
+        The statistics of each model, by its name, and the number of runs in which nothing was sampled.
+
+    Raises:
+        CalibrationError: a run was refused or failed, or the server went away.
+        StatisticsError: what it sent is no statistics.
+    """
+    session = uuid4().hex
+    saved = {model.name: Saved() for model in plan.models}
+    idle = 0
+    for number, run in enumerate(runs):
+
+        def watch(nodes: Mapping[str, float], number: int = number) -> None:
+            part = sum(nodes.get(sampler, 0.0) for sampler in plan.samplers) / len(plan.samplers)
+            progress(int((number + part) * PROGRESS_STEPS), len(runs) * PROGRESS_STEPS)
+
+        watch({})
+        before = {name: files.samples for name, files in saved.items()}
+        try:
+            outputs = server.run(plan.queued(session, folder, run.prompt, run.seed), watch)
+        except CalibrationError as error:
+            raise _with_what_is_kept(error, number, saved) from None
+        for model in plan.models:
+            _note(server, saved[model.name], model, outputs)
+        idle += before == {name: files.samples for name, files in saved.items()}
+    progress(len(runs) * PROGRESS_STEPS, len(runs) * PROGRESS_STEPS)
+    seed = [] if runs[0].seed is None else [runs[0].seed]
+    facts: dict[str, Any] = {"runs": len(runs), "prompts": len({run.prompt for run in runs}), "seed": seed}
+    return {name: _fetch(server, files).with_facts(**facts) for name, files in saved.items()}, idle
+
+
+def _note(server: Server, saved: Saved, model: Model, outputs: Mapping[str, Any]) -> None:
+    """Note the files that a run says it wrote."""
+    for recording in model.recordings:
+        for save in recording.saves:
+            file = saved_file(outputs, save)
+            if file is None:
+                raise CalibrationError(
+                    "its Save Activation Stats node does not say which file it wrote",
+                    path=server.address,
+                    hint="it comes from another version: update convert_to_quant there or here",
+                )
+            saved.note(file)
+
+
+def _fetch(server: Server, saved: Saved) -> Statistics:
+    """One model's statistics."""
+    parts = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, file in enumerate(saved.files.values()):
+            path = Path(folder, f"{number}.safetensors")
+            server.fetch({key: file[key] for key in ("filename", "subfolder", "type")}, path)
+            try:
+                parts.append(Statistics.load(path))
+            except Error as error:
+                raise StatisticsError(
+                    f"what the server sent as {shown(file['filename'])} cannot be used: {error.problem}",
+                    path=server.address,
+                    hint="run it again; if it stays, use the same version of convert_to_quant there and here",
+                ) from None
+    return merge(*parts)
+
+
+def _with_what_is_kept(error: CalibrationError, done: int, saved: Mapping[str, Saved]) -> CalibrationError:
+    """An error of a run, with where the runs before it are."""
+    files = [f"{file['subfolder']}/{file['filename']}" for each in saved.values() for file in each.files.values()]
+    if not files:
+        return error
+    kept = f"{done} runs before it are recorded in ComfyUI's output folder: {shown(', '.join(files))}"
+    hint = kept if error.hint is None else f"{error.hint}; {kept}"
+    return CalibrationError(error.problem, path=error.path, tensor=error.tensor, hint=hint)

@@ -1,0 +1,515 @@
+"""A user's workflow as a graph: where its models, samplers, prompts and seeds are, and where recorders go in.
+
+    Load Diffusion Model ─→ LoRA ─→ Record Activations ─→ KSampler ─LATENT→ Save Activation Stats
+                                            └────────────── stats ───────────────↗
+
+A workflow in ComfyUI's API format is a JSON object: node id -> {"class_type": ..., "inputs": {name: value or link}}, a
+link being [node id, number of the output]. What a node takes and gives is not in it. The server says so
+(`/object_info`), so samplers, model loaders and text encoders are found by the types of their links and not by name:
+
+    sampler    gives a LATENT, and takes a GUIDER, or a MODEL with a CONDITIONING. Where it passes its MODEL on, too, it
+               is told from nodes that only prepare sampling by its seed.
+    model      what a sampler, or the guider before it, takes as MODEL. Its loaders are where MODEL links begin.
+    prompt     a text of the node where a sampler's CONDITIONING begins, or that its way leads through. Texts, inputs
+               and outputs that call themselves negative are never followed.
+    seed       an integer that ComfyUI offers to change after each run, of a sampler or of the NOISE that it takes.
+
+Each distinct model gets one recorder. A recorder sees every sampler that takes this very link, so it is saved behind
+the last of them; where several are last, behind each. Everything that no saved LATENT depends on is left out: pictures
+are neither decoded nor written. Nothing else changes. Our own nodes, where the workflow has them already, are taken out
+first.
+
+Limits. Models of other types (WANVIDEOMODEL, ...) are not ComfyUI's MODEL and cannot be recorded. Samplers that give
+only an IMAGE, or take everything through a pipe of a custom type, are not found.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from ...errors import CalibrationError, StrPath
+
+RECORD = "ConvertToQuantRecordActivations"
+SAVE = "ConvertToQuantSaveActivationStats"
+OURS = "ConvertToQuant"
+"""What the names of our nodes begin with."""
+
+MODEL, LATENT, GUIDER, CONDITIONING, NOISE = "MODEL", "LATENT", "GUIDER", "CONDITIONING", "NOISE"
+ANY = "*"
+_WILDCARDS = (ANY, "COMFY_MATCHTYPE_V3")
+_NEGATIVE = re.compile(r"negative|uncond|empty|-$", re.IGNORECASE)
+_MODEL_FILE = re.compile(r"\.(safetensors|sft|ckpt|pth?|bin|gguf)$", re.IGNORECASE)
+_SEED_NAMES = ("seed", "noise_seed")
+_LONGEST_NAME = 100
+
+Nodes = dict[str, dict[str, Any]]
+"""A workflow: node id -> class_type, inputs, and what else stands there."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """An output of a node."""
+
+    node: str
+    slot: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """An input of a node."""
+
+    node: str
+    input: str
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a node says of one of its inputs.
+
+    Attributes:
+        kind: its type.
+        options: such as "multiline", "max".
+    """
+
+    kind: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class NodeType:
+    """What a class of nodes takes and gives.
+
+    Attributes:
+        inputs: by name, required ones first.
+        outputs: types.
+        output_names: one per output.
+    """
+
+    inputs: Mapping[str, Input]
+    outputs: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+    @staticmethod
+    def read(info: Mapping[str, Any]) -> NodeType:
+        """From an entry of ComfyUI's `/object_info`."""
+        inputs = {}
+        for group in ("required", "optional"):
+            for name, said in (info["input"].get(group) or {}).items():
+                kind = said[0] if said else ANY
+                options = said[1] if len(said) > 1 and isinstance(said[1], dict) else {}
+                inputs[name] = Input(_kind(kind), options)
+        outputs = tuple(_kind(kind) for kind in info["output"])
+        return NodeType(inputs, outputs, tuple(map(str, info.get("output_name") or outputs)))
+
+
+UNKNOWN = NodeType({}, (), ())
+"""A class that the server does not have: its links may be anything."""
+
+
+def _kind(said: Any) -> str:
+    """A type's name; lists are choices."""
+    kind = said if isinstance(said, str) else "COMBO"
+    return ANY if kind in _WILDCARDS else kind
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One recorder.
+
+    Attributes:
+        node: its id.
+        model: the link it records.
+        samplers: those it sees.
+        saves: our nodes that save it, each behind a sampler that no other of them follows.
+    """
+
+    node: str
+    model: Link
+    samplers: tuple[str, ...]
+    saves: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of the workflow, which gets a statistics file of its own.
+
+    Attributes:
+        name: of the file it is loaded from, fit for a file name; no two models have the same.
+        loaders: the nodes it comes from; several where models are merged.
+        recordings: one for each way that it takes to samplers (with a LoRA and without, ...).
+    """
+
+    name: str
+    loaders: tuple[str, ...]
+    recordings: tuple[Recording, ...]
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """All that sample with it, each once."""
+        return tuple(dict.fromkeys(sampler for recording in self.recordings for sampler in recording.samplers))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to queue.
+
+    Attributes:
+        nodes: the workflow with our nodes in it.
+        models: what is recorded.
+        texts: inputs that hold the prompt.
+        seeds: inputs that hold the seed.
+    """
+
+    nodes: Nodes
+    models: tuple[Model, ...]
+    texts: tuple[Place, ...]
+    seeds: tuple[Place, ...]
+
+    @property
+    def recordings(self) -> tuple[Recording, ...]:
+        """Those of all models."""
+        return tuple(recording for model in self.models for recording in model.recordings)
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """All that are recorded, each once."""
+        return tuple(dict.fromkeys(sampler for model in self.models for sampler in model.samplers))
+
+    def queued(self, session: str, folder: str, text: str | None = None, seed: int | None = None) -> Nodes:
+        """One run, as ComfyUI takes it.
+
+        Args:
+            session: a text that no other session has. It goes to each recorder as an input that the node does not know:
+                ComfyUI takes it into the key of its cache, and passes it on to nobody. So a recorder goes on from run
+                to run of this session, and never from what was recorded before it.
+            folder: where the server writes statistics, in its output folder.
+            text: the prompt; None leaves the workflow's own.
+            seed: None leaves the workflow's own.
+        """
+        nodes = {name: {**node, "inputs": dict(node["inputs"])} for name, node in self.nodes.items()}
+        for places, value in ((self.texts, text), (self.seeds, seed)):
+            for place in places if value is not None else ():
+                nodes[place.node]["inputs"][place.input] = value
+        for model in self.models:
+            for recording in model.recordings:
+                nodes[recording.node]["inputs"]["recording"] = session
+                for save in recording.saves:
+                    nodes[save]["inputs"]["filename_prefix"] = f"{folder}/{model.name}"
+        wanted = _ancestors(nodes, [save for recording in self.recordings for save in recording.saves])
+        return {name: node for name, node in nodes.items() if name in wanted}
+
+    def left_out(self) -> tuple[str, ...]:
+        """Nodes of the workflow that are not queued."""
+        kept = self.queued("", "")
+        return tuple(name for name in self.nodes if name not in kept)
+
+
+def parse(text: str, path: StrPath | None = None) -> Nodes:
+    """Read a workflow in API format.
+
+    Args:
+        text: JSON.
+        path: the file it comes from, for messages.
+
+    Raises:
+        CalibrationError: it is something else.
+    """
+
+    def wrong(problem: str, node: str | None = None) -> CalibrationError:
+        return CalibrationError(problem, path=path, tensor=node, hint="in ComfyUI: File > Export (API)")
+
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise wrong(f"not JSON: {error}") from None
+    if isinstance(found, dict) and isinstance(found.get("nodes"), list):
+        raise wrong("a workflow in the format of ComfyUI's editor, which a server does not run")
+    if not isinstance(found, dict) or not found:
+        raise wrong("not a workflow: a JSON object of nodes was expected")
+    for name, node in found.items():
+        right = isinstance(node, dict) and isinstance(node.get("class_type"), str)
+        if not right or not isinstance(node.get("inputs"), dict):
+            raise wrong("not a node: class_type and inputs were expected", shown(f"node {name}"))
+        for key, value in node["inputs"].items():
+            link = as_link(value)
+            if link is not None and link.node not in found:
+                raise wrong(
+                    shown(f"its input {key} is linked to node {link.node}, which is not there"), title(found, name)
+                )
+    return found
+
+
+def as_link(value: Any) -> Link | None:
+    """A link, where a value is one; ComfyUI's own rule."""
+    is_link = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+    return Link(value[0], int(value[1])) if is_link and isinstance(value[1], (int, float)) else None
+
+
+def title(nodes: Nodes, name: str) -> str:
+    """A node, as messages call it."""
+    node = nodes[name]
+    meta = node.get("_meta")
+    said = meta.get("title") if isinstance(meta, dict) else None
+    return shown(f"node {name} ({said if isinstance(said, str) and said else node['class_type']})")
+
+
+def shown(text: object, most: int = 300) -> str:
+    r"""Somebody else's text in one line, short, and without what a terminal would obey instead of show.
+
+    >>> shown("out of\n memory\x1b[2J"), shown("abcdef", 3)
+    ('out of memory\\x1b[2J', 'abc...')
+    """
+    line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(str(text).split()))
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
+def classes(nodes: Nodes) -> list[str]:
+    """The classes of nodes that a plan asks the server about: the workflow's and ours."""
+    return sorted({node["class_type"] for node in nodes.values()} | {RECORD, SAVE})
+
+
+def plan(nodes: Nodes, types: Mapping[str, NodeType], path: StrPath | None = None) -> Plan:
+    """Find what to record and what to vary, and put our nodes in.
+
+    Args:
+        nodes: a workflow; it stays as it is.
+        types: of all classes that the server has among `classes(nodes)`.
+        path: the file it comes from, for messages.
+
+    Raises:
+        CalibrationError: there is no sampler, or it needs nodes that the server does not have.
+    """
+    graph = _Graph(_without_ours(nodes), types)
+    samplers = [name for name in graph.nodes if graph.is_sampler(name)]
+    uses: dict[Link, list[tuple[str, Place]]] = {}
+    for sampler in samplers:
+        for place, link in graph.models(sampler):
+            uses.setdefault(link, []).append((sampler, place))
+    if not uses:
+        unknown = sorted({node["class_type"] for node in graph.nodes.values()} - types.keys())
+        raise CalibrationError(
+            "no sampler: no node takes a MODEL with a CONDITIONING, or a GUIDER, and gives a LATENT",
+            path=path,
+            hint=shown(f"the server does not know {', '.join(unknown)}: install these nodes there")
+            if unknown
+            else None,
+        )
+    done = dict(graph.nodes)
+    by_loaders: dict[tuple[str, ...], list[Recording]] = {}
+    for link, users in uses.items():
+        recording = _insert(done, graph, link, users)
+        by_loaders.setdefault(graph.loaders(link), []).append(recording)
+    made = Plan(
+        done,
+        tuple(
+            Model(name, loaders, tuple(by_loaders[loaders])) for loaders, name in _names(graph, [*by_loaders]).items()
+        ),
+        tuple(dict.fromkeys(place for sampler in samplers for place in graph.texts(sampler))),
+        tuple(dict.fromkeys(place for sampler in samplers for place in graph.seeds(sampler))),
+    )
+    for name, node in made.queued("", "").items():
+        if node["class_type"] not in types:
+            raise CalibrationError(
+                f"the server has no node of type {shown(node['class_type'])}",
+                path=path,
+                tensor=title(made.nodes, name),
+                hint="install the custom nodes that the workflow needs, in the ComfyUI that runs there",
+            )
+    return made
+
+
+class _Graph:
+    """A workflow and the types of its nodes."""
+
+    def __init__(self, nodes: Nodes, types: Mapping[str, NodeType]) -> None:
+        self.nodes, self._types = nodes, types
+
+    def type(self, name: str) -> NodeType:
+        """Of a node."""
+        return self._types.get(self.nodes[name]["class_type"], UNKNOWN)
+
+    def links(self, name: str, kind: str) -> Iterator[tuple[str, Link]]:
+        """Inputs of a node that are linked to something of a type; in nodes that pass anything on, all that may be."""
+        outputs = self.type(name).outputs
+        fitting = {kind, ANY} if ANY in outputs or not outputs else {kind}
+        for key, value in self.nodes[name]["inputs"].items():
+            link = as_link(value)
+            if link is not None and not fitting.isdisjoint(self._kind(name, key, link).split(",")):
+                yield key, link
+
+    def _kind(self, name: str, key: str, link: Link) -> str:
+        """What goes through a link: as its end says or, where that takes anything, as its beginning says."""
+        declared = self.type(name).inputs.get(key)
+        if declared is not None and declared.kind != ANY:
+            return declared.kind
+        outputs = self.type(link.node).outputs
+        return outputs[link.slot] if link.slot < len(outputs) else ANY
+
+    def is_sampler(self, name: str) -> bool:
+        """Whether a node samples."""
+        kind = self.type(name)
+        if LATENT not in kind.outputs:
+            return False
+        if any(self.links(name, GUIDER)):
+            return True
+        takes = any(self.links(name, MODEL)) and any(self.links(name, CONDITIONING))
+        return takes and (MODEL not in kind.outputs or any(self._own_seeds(name)))
+
+    def upstream(self, start: str, kind: str) -> list[str]:
+        """A node, and all that lie before it by links of a type, the nearest first."""
+        found = [start]
+        for name in found:
+            before = dict.fromkeys(link.node for _, link in self.links(name, kind))
+            found += [node for node in before if node not in found]
+        return found
+
+    def models(self, sampler: str) -> Iterator[tuple[Place, Link]]:
+        """Where a sampler and its guiders take models. One for the negative prompt alone is not sampled with."""
+        for name in self.upstream(sampler, GUIDER):
+            for key, link in self.links(name, MODEL):
+                if not _NEGATIVE.search(key):
+                    yield Place(name, key), link
+
+    def loaders(self, link: Link) -> tuple[str, ...]:
+        """Where a MODEL comes from."""
+        return tuple(name for name in self.upstream(link.node, MODEL) if not any(self.links(name, MODEL)))
+
+    def texts(self, sampler: str) -> Iterator[Place]:
+        """Where a sampler's prompt stands. A text that another node makes is replaced where the encoder takes it."""
+        ways = [link for name in self.upstream(sampler, GUIDER) for link in self._positive(name)]
+        for link in ways:
+            names = self.type(link.node).output_names
+            if link.slot < len(names) and _NEGATIVE.search(names[link.slot]):
+                continue
+            onwards = list(self._positive(link.node))
+            ways += [other for other in onwards if other not in ways]
+            for key, said in self.type(link.node).inputs.items():
+                prompt = said.options.get("dynamicPrompts") or (said.options.get("multiline") and not onwards)
+                known = said.kind == "STRING" and key in self.nodes[link.node]["inputs"]
+                if prompt and known and not _NEGATIVE.search(key):
+                    yield Place(link.node, key)
+
+    def _positive(self, name: str) -> Iterator[Link]:
+        return (link for key, link in self.links(name, CONDITIONING) if not _NEGATIVE.search(key))
+
+    def seeds(self, sampler: str) -> Iterator[Place]:
+        """Where a sampler's seed stands."""
+        for name in self.upstream(sampler, NOISE):
+            yield from self._own_seeds(name)
+
+    def _own_seeds(self, name: str) -> Iterator[Place]:
+        for key, said in self.type(name).inputs.items():
+            seed = key in _SEED_NAMES or said.options.get("control_after_generate")
+            if seed and said.kind == "INT" and key in self.nodes[name]["inputs"]:
+                yield Place(name, key)
+
+
+def _without_ours(nodes: Nodes) -> Nodes:
+    """A workflow without our nodes: what followed a recorder follows what it recorded."""
+
+    def before(link: Link) -> Link:
+        seen = set()
+        while nodes[link.node]["class_type"] == RECORD and link not in seen:
+            seen.add(link)
+            earlier = as_link(nodes[link.node]["inputs"].get("model"))
+            if earlier is None:
+                break
+            link = earlier
+        return link
+
+    rest: Nodes = {}
+    for name, node in nodes.items():
+        if node["class_type"].startswith(OURS):
+            continue
+        inputs = {}
+        for key, value in node["inputs"].items():
+            link = as_link(value)
+            if link is None:
+                inputs[key] = value
+                continue
+            link = before(link)
+            if not nodes[link.node]["class_type"].startswith(OURS):  # else a text or a picture that one of ours made
+                inputs[key] = [link.node, link.slot]
+        rest[name] = {**node, "inputs": inputs}
+    return rest
+
+
+def _insert(nodes: Nodes, graph: _Graph, link: Link, users: list[tuple[str, Place]]) -> Recording:
+    """Put a recorder behind a MODEL, and what saves it behind its samplers."""
+    record = _new(nodes, "record", RECORD, "Record Activations", {"model": [link.node, link.slot]})
+    for _, place in users:
+        node = nodes[place.node]
+        nodes[place.node] = {**node, "inputs": {**node["inputs"], place.input: [record, 0]}}
+    samplers = tuple(dict.fromkeys(sampler for sampler, _ in users))
+    before = {sampler: _ancestors(graph.nodes, [sampler]) - {sampler} for sampler in samplers}
+    last = [sampler for sampler in samplers if not any(sampler in before[other] for other in samplers)]
+    saves = [
+        _new(
+            nodes,
+            "save",
+            SAVE,
+            "Save Activation Stats",
+            {"stats": [record, 1], "latent": [sampler, graph.type(sampler).outputs.index(LATENT)]},
+        )
+        for sampler in last or samplers
+    ]
+    return Recording(record, link, samplers, tuple(saves))
+
+
+def _new(nodes: Nodes, what: str, kind: str, said: str, inputs: dict[str, Any]) -> str:
+    """Add a node of ours; its id."""
+    number = 1
+    while (name := f"convert_to_quant_{what}_{number}") in nodes:
+        number += 1
+    nodes[name] = {"class_type": kind, "inputs": inputs, "_meta": {"title": said}}
+    return name
+
+
+def _ancestors(nodes: Nodes, starts: list[str]) -> set[str]:
+    """Nodes, and all that they depend on."""
+    found: set[str] = set()
+    rest = list(starts)
+    while rest:
+        name = rest.pop()
+        if name not in found:
+            found.add(name)
+            rest += [link.node for link in map(as_link, nodes[name]["inputs"].values()) if link is not None]
+    return found
+
+
+def _names(graph: _Graph, several: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """A name for each model: its first loader's file; where two have the same, also the loader's id."""
+    stems = {loaders: _file_stem(graph, loaders[0]) for loaders in several}
+    names: dict[tuple[str, ...], str] = {}
+    for loaders, stem in stems.items():
+        twins = [other for other in several if stems[other].lower() == stem.lower()]
+        name = stem if len(twins) == 1 else f"{stem}_{plain(loaders[0])}"
+        while name.lower() in {other.lower() for other in names.values()}:
+            name += "_"
+        names[loaders] = name
+    return names
+
+
+def _file_stem(graph: _Graph, loader: str) -> str:
+    """The name of the file that a loader loads, without its folders and its ending; else what the node is called."""
+    before = _ancestors(graph.nodes, [loader])  # a MODEL out of a pipe has its file further up
+    for name in (loader, *(name for name in graph.nodes if name in before)):
+        for value in graph.nodes[name]["inputs"].values():
+            if isinstance(value, str) and _MODEL_FILE.search(value) and MODEL in graph.type(name).outputs:
+                return plain(_MODEL_FILE.sub("", PurePosixPath(value.replace("\\", "/")).name))
+    return plain(graph.nodes[loader]["class_type"])
+
+
+def plain(text: str) -> str:
+    r"""A text as part of a file name, on any system: letters, digits, dots, dashes and underscores.
+
+    >>> plain("../Wan 2.2: high"), plain("..."), plain("a\x00b")
+    ('Wan_2.2_high', 'model', 'a_b')
+    """
+    words = re.sub(r"[^A-Za-z0-9._-]+", "_", text)
+    return re.sub(r"\.{2,}", ".", words).strip("._-")[:_LONGEST_NAME].strip("._-") or "model"
