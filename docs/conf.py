@@ -58,6 +58,7 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 copybutton_exclude = ".linenos, .gp, .go, .c1"
+highlight_language = "text"  # blocks that name no language are no code
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 

@@ -22,6 +22,7 @@ from convert_to_quant.families import FAMILIES
 from convert_to_quant.stats import COLUMNS, Statistics
 
 MARK = re.compile(r"^<!-- from code: (\w+) -->$", re.MULTILINE)
+OBEYED = re.compile(r"([\\*_<>\[\]|])")
 FENCE = "`" * 4
 
 
@@ -102,8 +103,9 @@ def fenced(language: str, text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """A plain text, with what Markdown would obey instead of show escaped."""
-    return re.sub(r"([\\*_<>\[\]|])", r"\\\1", text)
+    """A plain text, with what Markdown would obey instead of show escaped; what stands in backticks already is."""
+    parts = text.split("`")
+    return "`".join(part if number % 2 else OBEYED.sub(r"\\\1", part) for number, part in enumerate(parts))
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
