@@ -159,7 +159,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(ctq: Any, stats: Any, fo
 
 
 def test_names_cannot_drive_the_terminal(ctq: Any, tmp_path: Path) -> None:
-    path = tmp_path / "evil.safetensors"
+    path = tmp_path / "e\x1b[2Jvil.safetensors"
     observed({"a\x1b[2J": 1000.0}).save(path)
     assert "\x1b" not in ctq("report", path, "-v").out
 

@@ -96,6 +96,18 @@ def test_cells_are_kept_without_the_empty_ones_around_them(report: document.Repo
     assert (np.concatenate([np.zeros(first), kept, np.zeros(CELLS - first - len(kept))]) == figures.density).all()
 
 
+def test_figures_are_in_the_document_under_their_own_names(report: document.Report) -> None:
+    figures, told = report.layers[0].sides[0], report.document()["layers"][0]["sides"][0]
+    assert figures is not None
+    for name in ("rows", "rows_per_sample", "calls", "multiply_adds", "reason", "cause", "source", "changed", "unused"):
+        assert told[name] == getattr(figures, name)
+    for name in ("zeros", "absmax", "rms", "median", "p999"):
+        assert told[name] == pytest.approx(getattr(figures, name), rel=1e-3)
+    for name in ("sqnr_db", "clipped", "vanished", "rows_lost"):
+        assert told["before"][name] == pytest.approx(getattr(figures.before, name), rel=1e-3)
+    assert figures.calls == 2
+
+
 def test_what_was_never_seen_has_no_numbers(report: document.Report) -> None:
     layers = {layer["name"]: layer["sides"][0] for layer in report.document()["layers"]}
     assert layers["blocks.1.a"]["density"] is None

@@ -197,7 +197,8 @@ def test_statistics_are_left_as_they_are(observed: Observed) -> None:
 def model(save: Any, build: Any) -> Callable[..., Path]:
     def model(*layers: str, prefix: str = "", name: str = "fp8.safetensors", **settings: Any) -> Path:
         tensors, metadata = build.quantized([prefix + layer for layer in layers], "tensor", **settings)
-        tensors[prefix + "norm_out.weight"] = np.ones((16, 32), np.float32)
+        for plain in ("norm_out", "never_observed"):
+            tensors[f"{prefix}{plain}.weight"] = np.ones((16, 32), np.float32)
         return save(name, tensors, metadata)
 
     return model
@@ -252,6 +253,7 @@ def test_layers_that_were_never_seen_have_a_row_without_figures(observed: Observ
     unseen = figures_of(report, "b")
     assert (unseen.source, unseen.before.scale, unseen.absmax, unseen.density) == ("none", 2.0, None, None)
     assert "never visited" in unseen.reason
+    assert report.sides[0].notes == ()  # its row says so
 
 
 def test_two_checkpoints_are_compared_without_statistics(model: Any) -> None:
@@ -265,6 +267,11 @@ def test_text_encoders_in_the_same_file_have_no_row(save: Any, build: Any) -> No
     tensors, metadata = build.quantized(["model.diffusion_model.a", "text_encoders.t5xxl.b"], "tensor")
     path = save("all_in_one.safetensors", tensors, metadata)
     assert [layer.name for layer in figures.build(Source(model=path)).layers] == ["model.diffusion_model.a"]
+    del tensors["model.diffusion_model.a.weight"], tensors["model.diffusion_model.a.comfy_quant"]
+    tensors["model.diffusion_model.c.weight"] = np.ones((16, 32), np.float32)
+    path = save("text_encoder.safetensors", tensors, metadata)
+    with pytest.raises(TensorError, match="no FP8 layers"):
+        figures.build(Source(model=path))
 
 
 def test_the_first_sides_scales_meet_the_second_sides_inputs(observed: Observed) -> None:

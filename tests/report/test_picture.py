@@ -68,6 +68,16 @@ def test_only_the_strip_that_is_clipped_is_red_and_only_before_calibration(hot: 
     assert first[middle:1180].sum() == 0, "calibrated, nothing is cut off"
 
 
+def test_a_layer_in_full_precision_is_gray(observed: Observed) -> None:
+    report = build(Source(observed({"one_row": 1000 * NORMAL[:1], "rows": 1000 * NORMAL})))
+    strips = drawn(report, 1600)[-118 - 48 + 12 : -118 : 24]  # the middle of each row
+    middle = 200 + (1180 - 200) // 2
+    gray = (abs(strips - np.array(picture.UNQUANTIZED)).max(-1) < 12).sum(1)
+    assert gray[0] > 0
+    assert gray[1] == 0
+    assert reds(strips[:1])[:middle][200:].sum() > 0, "before, it is in FP8"
+
+
 @pytest.mark.parametrize("count", [1, 57, 300, 1000])
 def test_any_number_of_layers_fits(observed: Observed, count: int) -> None:
     one = build(Source(observed({"a": NORMAL})))
