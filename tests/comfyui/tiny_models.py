@@ -317,7 +317,8 @@ MODELS: Mapping[str, Tiny] = {
          "in_channels": 12, "qk_norm": True, "qkv_bias": False, "out_bias": True, "attn_drop": 0.0,
          "patch_embed_bias": True, "posenc_preserve_area": True, "timestep_mlp_bias": True, "attend_to_padding": False,
          "timestep_scale": 1000.0, "use_t5": True, "t5_token_length": 256, "rope_theta": 10000.0},
-        {"depth": 2, "num_heads": 1, "mlp_ratio_x": 96.0, "hidden_size_x": 128, "hidden_size_y": 64, "t5_feat_dim": 40}, size=(64, 64, 7),
+        {"depth": 2, "num_heads": 1, "mlp_ratio_x": 96.0,
+         "hidden_size_x": 128, "hidden_size_y": 64, "t5_feat_dim": 40}, size=(64, 64, 7),
     ),
     "LTXV": Tiny(LTX, LTX_SIZES, size=(64, 64, 9)),
     "LTXAV": Tiny(
@@ -433,7 +434,8 @@ MODELS: Mapping[str, Tiny] = {
     ),
     "TripoSplat": Tiny(
         {"image_model": "triposplat"},
-        {"q_token_length": 64, "model_channels": 128, "cond_channels": 40, "num_blocks": 1, "num_refiner_blocks": 1, "cond2_channels": 24},
+        {"q_token_length": 64, "model_channels": 128,
+         "cond_channels": 40, "num_blocks": 1, "num_refiner_blocks": 1, "cond2_channels": 24},
     ),
 }  # fmt: skip
 """By class of `comfy.supported_models`."""
@@ -457,8 +459,12 @@ def shrunk(name: str) -> Iterator[None]:
     fewer = {key: value for key, value in MODELS[name].assumed.items() if key in said}
     with (
         patch.dict(said, fewer),
-        patch.object(comfy.ldm.minimax_music.dit, "range", lambda *ends: range(1 if ends == (36,) else ends[0], *ends[1:]),
-                     create=True),
+        patch.object(
+            comfy.ldm.minimax_music.dit,
+            "range",
+            lambda *ends: range(1 if ends == (36,) else ends[0], *ends[1:]),
+            create=True,
+        ),
     ):
         yield
 
@@ -486,8 +492,10 @@ def network(name: str) -> Any:
             continue
         if values.ndim > 1:
             values.copy_(torch.randn(values.shape, generator=random) * values[0].numel() ** -0.5)
+        elif key.endswith(("weight", "scale", "gamma")):  # of a norm
+            values.fill_(1.0)
         else:
-            values.copy_((torch.ones_like if "norm" in key and key.endswith("weight") else torch.zeros_like)(values))
+            values.copy_(torch.randn(values.shape, generator=random) * 0.1)
     return model.diffusion_model
 
 

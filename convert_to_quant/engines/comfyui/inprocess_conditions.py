@@ -545,7 +545,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     # sounds
     "StableAudio1": Family({"cross_attn": text(inputs("to_cond_embed.0"))}),
-    "StableAudio3": Family({"cross_attn": text(inputs("to_cond_embed.0"))}),
+    "StableAudio3": Family({"cross_attn": text(inputs("to_cond_embed.0")), "concat_latent_image": picture(SOUND)}),
     "ACEStep": Family(
         {
             "cross_attn": text(inputs("genre_embedder")),

@@ -1,0 +1,223 @@
+"""Our command line with ComfyUI in its own process, as a person runs it, and what a test asks of it besides.
+
+    python inprocess_driver.py DIR      requests on stdin and answers on stdout, one JSON document per line
+
+ComfyUI is imported here by the package itself, not by the test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_models
+from driver import StandInFinder
+
+sys.path.remove(str(Path(__file__).parent))
+TREE = Path(sys.argv[1]).resolve()
+DEVICE = "cpu"
+
+
+def command(words: list[str]) -> dict[str, Any]:
+    """Our command line."""
+    from convert_to_quant.cli import main
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(words)
+    return {"code": code, "err": said.getvalue()}
+
+
+@contextlib.contextmanager
+def comfyui() -> Iterator[None]:
+    """ComfyUI, for what a test does with it itself."""
+    import torch
+
+    from convert_to_quant.engines.comfyui import inprocess_tree
+
+    with inprocess_tree.imported(TREE, DEVICE), torch.inference_mode():
+        yield
+
+
+def families() -> dict[str, Any]:
+    """What ComfyUI can detect, and what there is a tiny model of."""
+    with comfyui():
+        found = tiny_models.supported()
+    return {"supported": found, "made": list(tiny_models.MODELS), "left out": dict(tiny_models.LEFT_OUT)}
+
+
+def tiny(name: str, folder: str, pictures: int) -> dict[str, Any]:
+    """Observe a tiny model of a family; one picture has loud conditioning."""
+    from convert_to_quant.engines import noise
+    from convert_to_quant.engines.comfyui import inprocess
+
+    path, output = Path(folder, "tiny.safetensors"), Path(folder, "stats.safetensors")
+    with comfyui():
+        tiny_models.save(name, path)
+    height, width, frames = tiny_models.MODELS[name].size
+    detected = []
+    load = inprocess.load
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        detected.append(type(model.patcher.model.model_config).__name__)
+        return model
+
+    ways = noise.CONDITIONINGS if pictures > 1 else (noise.LOUD_CHANNELS,)
+    with (
+        comfyui(),
+        tiny_models.assuming(name),
+        patch.object(inprocess, "load", loaded),
+        patch.object(noise, "CONDITIONINGS", ways),
+    ):
+        told = command(
+            ["observe", str(path), "-o", str(output), "--engine", "comfyui", "--comfyui-dir", str(TREE), "--samples",
+             str(pictures), "--steps", "1", "--height", str(height), "--width", str(width), "--frames", str(frames),
+             "--text-tokens", "12"]
+        )  # fmt: skip
+    return {**told, "detected": detected}
+
+
+def same_inputs(path: str, inputs: str, output: str) -> dict[str, Any]:
+    """The largest input of each layer while a model paints from given latents and prompts, on a device with FP8.
+
+    Inputs: x [N, 16, H, W] (the noise), context [N, T, C], y [N, V]. Outputs: {layer: absmax [1]}.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from convert_to_quant.checkpoint import open_checkpoint
+    from convert_to_quant.engines.comfyui import inprocess
+    from convert_to_quant.recorder import record
+
+    given = load_file(inputs)
+    with comfyui(), open_checkpoint(path) as checkpoint:
+        import comfy.model_management
+
+        with patch.object(comfy.model_management, "supports_fp8_compute", return_value=True):
+            model = inprocess.load(checkpoint)
+        shapes, feeds = inprocess.watched(model)
+        sigmas = model.sigmas(int(given["steps"]))
+        with record(model.network, shapes, feeds) as recording:
+            for number in range(len(given["x"])):
+                one = slice(number, number + 1)
+                conditioning = {"cross_attn": given["context"][one], "pooled_output": given["y"][one], "guidance": None}
+                model.paint([given["x"][one]], conditioning, sigmas)
+        seen = recording.statistics()
+    save_file(
+        {name: torch.tensor([value]) for name, value in zip(seen.names, seen.absmax.tolist(), strict=True)}, output
+    )
+    return {}
+
+
+def diffusers_layout(name: str, folder: str) -> dict[str, Any]:
+    """A tiny model in its own layout and in diffusers', both observed; which layer of the second is part of which."""
+    from safetensors.torch import load_file, save_file
+
+    native, other = Path(folder, "native.safetensors"), Path(folder, "diffusers.safetensors")
+    with comfyui():
+        import comfy.utils
+
+        tiny_models.save(name, native)
+        tensors = load_file(native)
+        function, sizes, synonyms = LAYOUTS[name]
+        split, parts = {}, {}
+        for key, place in getattr(comfy.utils, function)(dict(sizes)).items():
+            target, offset, change = (place, None, None) if isinstance(place, str) else (*place, None)[:3]
+            if target not in tensors or re.search(synonyms, key):
+                continue
+            rows = tensors[target] if offset is None else tensors[target].narrow(*offset)
+            split[key] = (rows if change is None else change(rows)).contiguous().clone()
+            if key.endswith(".weight") and rows.ndim == 2:
+                parts[key.removesuffix(".weight")] = target.removesuffix(".weight")
+        save_file(split, other)
+    outcomes = {}
+    for path in (native, other):
+        with comfyui(), tiny_models.assuming(name):
+            outcomes[path.stem] = command(
+                ["observe", str(path), "-o", str(path.with_suffix(".stats")), "--engine", "comfyui", "--comfyui-dir",
+                 str(TREE), "--samples", "3", "--steps", "1", "--height", "64", "--width", "64", "--text-tokens", "5"]
+            )  # fmt: skip
+    return {**outcomes, "parts": parts}
+
+
+LAYOUTS: Mapping[str, tuple[str, Mapping[str, int], str]] = {
+    "Flux": ("flux_to_diffusers", {"depth": 1, "depth_single_blocks": 1, "hidden_size": 128},
+             r"to_qkv_mlp_proj|linear_in|linear_out|single.*attn.to_out"),
+    "SD3": ("mmdit_to_diffusers", {"depth": 1, "num_blocks": 1}, r"$^"),
+    "AuraFlow": ("auraflow_to_diffusers", {"n_double_layers": 1, "n_layers": 2}, r"$^"),
+}  # fmt: skip
+"""ComfyUI's function that says what diffusers calls a tensor, what it asks, and other names that it would take too."""
+
+
+def stopped(words: list[str], after: int) -> dict[str, Any]:
+    """Our command line, killed from inside when so many trajectories are painted."""
+    from convert_to_quant.cli import main
+    from convert_to_quant.engines.comfyui import inprocess
+
+    class Stop(BaseException):
+        pass
+
+    paint, painted = inprocess.Model.paint, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if len(painted) == after:
+            raise Stop
+        painted.append(None)
+        return paint(*args, **kwargs)
+
+    with patch.object(inprocess.Model, "paint", counted):
+        try:
+            main(words)
+        except Stop:
+            return {"stopped": True}
+    return {"stopped": False}
+
+
+def modules() -> dict[str, Any]:
+    """What ComfyUI left behind: modules of its server, and its folder on the path."""
+    return {
+        "server": [name for name in ("server", "execution", "nodes", "folder_paths") if name in sys.modules],
+        "path": str(TREE) in sys.path,
+        "argv": sys.argv[1:],
+    }
+
+
+COMMANDS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "command": command,
+    "families": families,
+    "tiny": tiny,
+    "same_inputs": same_inputs,
+    "diffusers_layout": diffusers_layout,
+    "stopped": stopped,
+    "modules": modules,
+}
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    private = os.dup(1)
+    os.dup2(2, 1)
+    sys.meta_path.append(StandInFinder())
+    with os.fdopen(private, "w") as answers:
+        for line in sys.stdin:
+            request = json.loads(line)
+            try:
+                answer: dict[str, Any] = {"result": COMMANDS[request.pop("command")](**request)}
+            except Exception:  # whatever is raised is the answer
+                answer = {"error": traceback.format_exc()}
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,386 @@
+"""`observe --engine comfyui` with the real ComfyUI: the same ranges as our own engine, and every family it detects."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.layers import find_layers, input_scale
+from convert_to_quant.stats import Statistics
+
+pytestmark = pytest.mark.comfyui
+
+VARIABLE = "COMFYUI_DIR"
+TREE = os.environ.get(VARIABLE, "")
+STEPS = 4
+SMALL = ("--height", "128", "--width", "128", "--steps", "2")
+
+spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
+assert spec is not None
+assert spec.loader is not None
+tiny_models = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_models)
+LEFT_OUT, MODELS = tiny_models.LEFT_OUT, tiny_models.MODELS
+
+SLOW = {"WAN22_Animate": "its face encoder takes films of 512 by 512 pixels whatever the model's size"}
+"""Minutes on a CPU: these paint one picture in place of three."""
+
+NEVER_RUN: Mapping[str, tuple[str, ...]] = {
+    "HunyuanImage21Refiner": ("time_r_in.in_layer", "time_r_in.out_layer"),
+    "WAN22_WanDancer": ("head_global.head",),
+    "ACEStep": (
+        *(f"projectors.{tower}.{layer}" for tower in (0, 1) for layer in (0, 2, 4)),
+        *(
+            f"transformer_blocks.0.cross_attn.{layer}"
+            for layer in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+        ),
+    ),
+}
+"""Layers that ComfyUI itself never runs here: a second time that this refiner leaves out, a head for films of another
+frame rate, heads that only training has."""
+
+
+class InProcess:
+    """A process that runs our command line, and ComfyUI inside of it."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.log = (work / "log").open("w")
+        hidden = (VARIABLE, "PYTHONDONTWRITEBYTECODE")  # what the package has to say and to do by itself
+        environment = {name: value for name, value in os.environ.items() if name not in hidden}
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("inprocess_driver.py"), TREE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={**environment, "OMP_NUM_THREADS": "1"},
+        )
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Send one request; what is raised fails the test."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, f"the process ended:\n{(self.work / 'log').read_text()[-4000:]}"
+        answer: dict[str, Any] = json.loads(line)
+        assert "error" not in answer, answer["error"]
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    def ctq(self, *words: str | Path) -> dict[str, Any]:
+        """Our command line."""
+        return self.ask("command", words=[str(word) for word in words])
+
+    def observe(self, model: Path, stats: Path, *words: str | Path) -> str:
+        """Observe a model in ComfyUI: what is said."""
+        told = self.ctq("observe", model, "-o", stats, "--engine", "comfyui", "--comfyui-dir", TREE, *words)
+        assert told["code"] == 0, told["err"]
+        return str(told["err"])
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+        self.process.stdout.close()
+        self.log.close()
+
+
+@pytest.fixture(scope="session")
+def inprocess(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
+    if not TREE:
+        pytest.skip(f"{VARIABLE} is not set: it should name a ComfyUI tree")
+    running = InProcess(tmp_path_factory.mktemp("inprocess"))
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+def written(tree: Path) -> dict[str, int]:
+    """Everything in a folder, and when it was changed."""
+    return {str(path): path.stat().st_mtime_ns for path in tree.rglob("*")}
+
+
+# ---------------------------------------------------------------- the same ranges as our own engine
+
+
+@pytest.mark.parametrize("weights", ["original", "converted"])
+@pytest.mark.parametrize("name", ["plain", "hot"])
+def test_recorded_ranges_are_those_of_our_own_engine_on_the_same_inputs(
+    inprocess: InProcess, files: Callable[[str], Any], ours: Any, name: str, weights: str, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from convert_to_quant.engines import diffusers
+    from convert_to_quant.recorder import record
+
+    path = getattr(files(name), weights)
+    inputs, output = tmp_path / "inputs.safetensors", tmp_path / "output.safetensors"
+    start = {key: values.contiguous() for key, values in ours.start().items()}
+    save_file({**start, "steps": torch.tensor(STEPS)}, inputs)
+
+    inprocess.ask("same_inputs", path=str(path), inputs=str(inputs), output=str(output))
+
+    with open_checkpoint(path) as checkpoint:
+        model = diffusers.load(checkpoint, arithmetic="dequantize")
+        shapes, feeds = diffusers.watched(model)
+        conditioning = {"encoder_hidden_states": ours.context, "pooled_projections": ours.pooled}
+        with record(model.model, shapes, feeds) as recording:
+            for _ in diffusers.trajectory(model, ours.noise, conditioning, ours.geometry, STEPS):
+                pass
+        expected = recording.statistics()
+    found = {layer: float(value) for layer, value in load_file(output).items()}
+    assert list(found) == sorted(expected.names)
+    for layer, value in zip(expected.names, expected.absmax.tolist(), strict=True):
+        assert found[layer] == pytest.approx(value, rel=2e-5), layer
+
+
+# ---------------------------------------------------------------- every family
+
+
+def test_every_family_that_comfyui_detects_has_a_tiny_model_or_a_reason(inprocess: InProcess) -> None:
+    found = inprocess.ask("families")
+
+    assert set(found["supported"]) == set(found["made"]) | set(found["left out"])
+    assert not set(found["made"]) & set(found["left out"])
+    assert all(found["left out"].values())
+    assert set(found["left out"]) == set(LEFT_OUT)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_tiny_model_is_detected_run_and_observed_on_every_layer(
+    inprocess: InProcess, name: str, tmp_path: Path
+) -> None:
+    pictures = 1 if name in SLOW else 3
+    told = inprocess.ask("tiny", name=name, folder=str(tmp_path), pictures=pictures)
+
+    assert told["code"] == 0, told["err"]
+    assert set(told["detected"]) == {name}
+    seen = Statistics.load(tmp_path / "stats.safetensors")
+    unvisited = {layer for layer, visited in zip(seen.names, seen.visited, strict=True) if not visited}
+    prefix = MODELS[name].prefix
+    assert {layer.removeprefix(prefix) for layer in unvisited} == set(NEVER_RUN.get(name, ()))
+    ranges = zip(seen.names, seen.visited, seen.absmax, strict=True)
+    assert [layer for layer, visited, absmax in ranges if visited and not absmax] == []  # nothing saw zeros alone
+    assert seen.samples == pictures
+    with open_checkpoint(tmp_path / "tiny.safetensors") as checkpoint:
+        shapes = {tensor.removesuffix(".weight"): info.shape for tensor, info in checkpoint.tensors.items()}
+    assert all(shapes[layer] == shape for layer, shape in seen.layers.items())
+    for layer in unvisited:
+        assert f"{layer}: never ran" in told["err"]
+
+
+@pytest.mark.parametrize("name", ["Flux", "SD3", "AuraFlow"])
+def test_a_file_in_diffusers_layout_is_recorded_under_its_own_names(
+    inprocess: InProcess, name: str, tmp_path: Path
+) -> None:
+    told = inprocess.ask("diffusers_layout", name=name, folder=str(tmp_path))
+
+    assert told["diffusers"]["code"] == told["native"]["code"] == 0, told["diffusers"]["err"]
+    native, split = (Statistics.load(tmp_path / f"{stem}.stats") for stem in ("native", "diffusers"))
+    expected = dict(zip(native.names, native.absmax.tolist(), strict=True))
+    found = dict(zip(split.names, split.absmax.tolist(), strict=True))
+    parts: dict[str, str] = told["parts"]
+    assert set(found) == {layer for layer, whole in parts.items() if whole in expected}
+    assert len(set(parts.values())) == len(expected)  # several are parts of one in the model's own layout
+    for layer, value in found.items():
+        assert value == pytest.approx(expected[parts[layer]], rel=1e-5), layer
+
+
+def test_renamed_layers_of_an_fp8_file_are_recorded_under_its_own_names(inprocess: InProcess, tmp_path: Path) -> None:
+    """HunyuanVideo's authors call layers otherwise than ComfyUI."""
+    from safetensors.torch import load_file, save_file
+
+    theirs = {"_mod.lin.": "_mod.linear.", "_attn.qkv.": "_attn_qkv.", "_attn.proj.": "_attn_proj.",
+              ".modulation.lin.": ".modulation.linear."}  # fmt: skip
+    told = inprocess.ask("tiny", name="HunyuanVideo", folder=str(tmp_path), pictures=3)
+    assert told["code"] == 0, told["err"]
+    before = Statistics.load(tmp_path / "stats.safetensors")
+    renamed = {}
+    for key, values in load_file(tmp_path / "tiny.safetensors").items():
+        for ours, original in theirs.items():
+            key = key.replace(ours, original)  # noqa: PLW2901
+        renamed[key] = values
+    save_file(renamed, tmp_path / "theirs.safetensors")
+    assert inprocess.ctq("-i", tmp_path / "theirs.safetensors", "-o", tmp_path / "fp8.safetensors")["code"] == 0
+
+    size = ("--samples", "3", "--steps", "1", "--height", "64", "--width", "64", "--frames", "5", "--text-tokens", "12")
+    inprocess.observe(tmp_path / "fp8.safetensors", tmp_path / "fp8.stats", *size)
+
+    seen = Statistics.load(tmp_path / "fp8.stats")
+    known = dict(zip(before.names, before.absmax.tolist(), strict=True))
+    assert any("_attn_qkv" in layer for layer in seen.names)
+    for layer, value in zip(seen.names, seen.absmax.tolist(), strict=True):
+        for ours, original in theirs.items():
+            layer = f"{layer}.".replace(original, ours).rstrip(".")  # noqa: PLW2901
+        assert value == pytest.approx(known[layer], rel=0.3), layer  # FP8 weights
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_hot_model_is_calibrated_from_a_run_in_comfyui(
+    inprocess: InProcess, files: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """Input scales of 1.0 are in the file; the ranges of the run are those of full precision all the same."""
+    said = inprocess.observe(files("hot").converted, tmp_path / "stats", *SMALL, "--samples", "3")
+
+    seen = Statistics.load(tmp_path / "stats")
+    facts = dict(seen.provenance)
+    with open_checkpoint(files("hot").converted) as checkpoint:
+        assert list(seen.names) == list(find_layers(checkpoint).quantized)
+    assert f"observed {len(seen.names)} layers over 3 pictures" in said
+    assert facts["engine"] == ("comfyui",)
+    assert facts["family"] == ("Flux",)
+    assert facts["conditioning"] == ("noise",)
+    assert facts["depends_on_conditioning"]
+    assert float(seen.absmax.max()) > 448
+    calibrated = tmp_path / "calibrated.safetensors"
+    told = inprocess.ctq("apply", files("hot").converted, tmp_path / "stats", "-o", calibrated)
+    assert told["code"] == 0, told["err"]
+    with open_checkpoint(calibrated) as checkpoint:
+        layers = find_layers(checkpoint).quantized.values()
+        assert all(input_scale(checkpoint, layer) != 1.0 for layer in layers if not layer.full_precision)
+
+
+def test_a_run_that_was_stopped_goes_on_and_gives_the_same(
+    inprocess: InProcess, files: Callable[[str], Any], tmp_path: Path
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    model = files("plain").converted
+    inprocess.observe(model, whole, *SMALL, "--samples", "4")
+    started = ("--samples", "4", "--save-every", "0")
+    assert inprocess.ask("stopped", words=["observe", str(model), "-o", str(stopped), "--engine", "comfyui",
+                         "--comfyui-dir", TREE, *SMALL, *started], after=3) == {"stopped": True}  # fmt: skip
+    assert stopped.with_name("stopped.partial").exists()
+
+    inprocess.observe(model, stopped, *SMALL, *started, "--resume")
+
+    first, second = Statistics.load(whole), Statistics.load(stopped)
+    assert first.names == second.names
+    assert np.array_equal(first.absmax, second.absmax)
+    assert np.array_equal(first.histogram, second.histogram)
+    assert not stopped.with_name("stopped.partial").exists()
+
+
+def test_a_lora_widens_the_ranges_behind_it(inprocess: InProcess, files: Callable[[str], Any], tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    layer = "double_blocks.0.img_attn.qkv"
+    model = files("plain").original
+    with open_checkpoint(model) as checkpoint:
+        out_features, in_features = checkpoint.tensors[f"{layer}.weight"].shape
+    down = torch.randn(4, in_features, generator=torch.Generator().manual_seed(0))
+    up = torch.randn(out_features, 4, generator=torch.Generator().manual_seed(1))
+    name = f"lora_unet_{layer.replace('.', '_')}"
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "lora.safetensors")
+
+    inprocess.observe(model, tmp_path / "without", *SMALL, "--samples", "3")
+    inprocess.observe(model, tmp_path / "with", *SMALL, "--samples", "3", "--lora", tmp_path / "lora.safetensors")
+    again = inprocess.observe(model, tmp_path / "again", *SMALL, "--samples", "3")
+
+    without, adapted, after = (Statistics.load(tmp_path / stem) for stem in ("without", "with", "again"))
+    assert adapted.samples == 2 * without.samples
+    assert (adapted.absmax >= without.absmax).all()
+    behind = without.names.index("double_blocks.0.img_attn.proj")
+    assert adapted.absmax[behind] > 2 * without.absmax[behind]
+    assert adapted.absmax[without.names.index(layer)] == pytest.approx(without.absmax[without.names.index(layer)])
+    assert np.array_equal(after.absmax, without.absmax), again  # the adapter left with its run
+    assert dict(adapted.provenance)["lora"] == ("lora.safetensors",)
+
+
+def test_a_lora_of_another_model_is_refused(inprocess: InProcess, files: Callable[[str], Any], tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    name = "lora_unet_nothing_of_the_kind"
+    save_file({f"{name}.lora_down.weight": torch.ones(1, 8), f"{name}.lora_up.weight": torch.ones(8, 1)},
+              tmp_path / "lora.safetensors")  # fmt: skip
+    told = inprocess.ctq("observe", files("plain").original, "-o", tmp_path / "stats", "--engine", "comfyui",
+                         "--comfyui-dir", TREE, "--lora", tmp_path / "lora.safetensors")  # fmt: skip
+
+    assert told["code"] == 1
+    assert "lora.safetensors: ComfyUI finds no place for it in this Flux model" in told["err"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            {"something.weight": (8, 8)},
+            "ComfyUI cannot load this model: RuntimeError: ERROR: Could not detect model type",
+        ),
+        ({"head.modulation": (1, 2, 128), "head.head.weight": (64, 128)}, "ComfyUI cannot load this model: KeyError"),
+    ],
+)
+def test_what_comfyui_cannot_load_is_an_error_with_its_reason(
+    inprocess: InProcess, tensors: Mapping[str, tuple[int, ...]], message: str, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "odd.safetensors")
+    told = inprocess.ctq("observe", tmp_path / "odd.safetensors", "-o", tmp_path / "stats", "--engine", "comfyui",
+                         "--comfyui-dir", TREE)  # fmt: skip
+
+    assert told["code"] == 1
+    assert message in told["err"]
+    assert "Traceback" not in told["err"]
+    assert not (tmp_path / "stats").exists()
+
+
+def test_auto_takes_comfyui_for_what_diffusers_cannot_run(inprocess: InProcess, tmp_path: Path) -> None:
+    told = inprocess.ask("tiny", name="SD15", folder=str(tmp_path), pictures=3)
+    assert told["code"] == 0, told["err"]
+    words = ("observe", tmp_path / "tiny.safetensors", "-o", tmp_path / "auto", *SMALL, "--samples", "3")
+
+    refused = inprocess.ctq(*words)
+    taken = inprocess.ctq(*words, "--comfyui-dir", TREE)
+
+    assert refused["code"] == 1
+    assert "--comfyui-dir DIR runs it in ComfyUI" in refused["err"]
+    assert taken["code"] == 0, taken["err"]
+    assert "ComfyUI runs it: " in taken["err"]
+    assert dict(Statistics.load(tmp_path / "auto").provenance)["engine"] == ("comfyui",)
+
+
+def test_comfyui_is_left_as_it_was_found(inprocess: InProcess, files: Callable[[str], Any], tmp_path: Path) -> None:
+    before = written(Path(TREE))
+    inprocess.observe(files("plain").original, tmp_path / "stats", *SMALL, "--samples", "3")
+
+    assert written(Path(TREE)) == before
+    assert inprocess.ask("modules") == {"server": [], "path": False, "argv": [TREE]}
+
+
+def test_one_process_runs_one_comfyui_on_one_kind_of_device(
+    inprocess: InProcess, files: Callable[[str], Any], tmp_path: Path
+) -> None:
+    model = files("plain").original
+    inprocess.observe(model, tmp_path / "stats", *SMALL, "--samples", "3")
+    other = tmp_path / "other"
+    (other / "comfy").mkdir(parents=True)
+    for name in ("sd.py", "model_detection.py"):
+        (other / "comfy" / name).touch()
+    words = ("observe", model, "-o", tmp_path / "stats", "--engine", "comfyui")
+
+    told = inprocess.ctq(*words, "--comfyui-dir", other)
+
+    assert told["code"] == 2
+    assert f"ComfyUI runs from {Path(TREE).resolve()} in this process already" in told["err"]

@@ -1,0 +1,354 @@
+"""What of the ComfyUI engine needs no ComfyUI: its table of conditionings, its tree, and its errors."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from convert_to_quant.engines import noise
+from convert_to_quant.engines.comfyui import inprocess, inprocess_conditions, inprocess_tree
+from convert_to_quant.engines.comfyui.inprocess_conditions import (
+    BASE,
+    FAMILIES,
+    NOTHING_TO_PAINT,
+    Family,
+    Scene,
+    Want,
+    draw,
+    family_of,
+    wanted,
+)
+from convert_to_quant.errors import CalibrationError, OptionError, UnsupportedModelError
+
+KINDS = {"noise", "picture", "signal", "ids", "ones"}
+
+
+def scene(network: nn.Module | None = None, **config: int) -> Scene:
+    return Scene(network or nn.Module(), config, channels=4, height=8, width=6, frames=2, tokens=12, text_tokens=5)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A folder that looks like ComfyUI from outside."""
+    (tmp_path / "comfy").mkdir()
+    for name in inprocess_tree.MARKS:
+        (tmp_path / name).touch()
+    (tmp_path / inprocess_tree.VERSION_FILE).write_text('# generated\n__version__ = "0.33.0"\n')
+    return tmp_path
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_a_family_has_what_it_derives_from_and_its_own_row_goes_first() -> None:
+    animate = family_of(["WAN22_Animate", "WAN21", BASE, "Module"])
+
+    assert {"cross_attn", "concat_latent_image", "pose_video_latent", "face_video_pixels"} <= set(animate.wants)
+    assert animate.frames == 2
+    assert family_of(["WAN21_SCAIL2", "WAN21_SCAIL", "WAN21", BASE]).wants["concat_latent_image"] is None
+    assert family_of(["LongCatImage", "Flux", BASE]) == FAMILIES["Flux"]
+
+
+def test_what_derives_from_nothing_known_is_refused_by_its_name() -> None:
+    with pytest.raises(UnsupportedModelError, match="what ComfyUI's Novelty takes besides latents is not known here"):
+        family_of(["Novelty", BASE, "Module", "object"])
+
+
+def test_the_base_class_has_a_row_of_its_own_that_nothing_inherits() -> None:
+    assert set(family_of([BASE, "Module"]).wants) == {"cross_attn"}
+    assert set(FAMILIES["StableAudio1"].wants) == set(family_of(["StableAudio1", BASE]).wants)
+
+
+@pytest.mark.parametrize("name", NOTHING_TO_PAINT)
+def test_models_that_paint_nothing_are_refused_with_what_they_do(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"ComfyUI's {name} is no diffusion model: it "):
+        family_of([name, BASE])
+
+
+def test_every_row_says_kinds_that_can_be_drawn() -> None:
+    wants = [want for family in FAMILIES.values() for want in family.wants.values() if want is not None]
+
+    assert {want.kind for want in wants} <= KINDS
+    assert all(want.kind == "ids" or want.below == 1 for want in wants)
+    assert not set(FAMILIES) & set(NOTHING_TO_PAINT)
+
+
+def test_sizes_are_measured_on_the_network() -> None:
+    network = nn.Module()
+    network.txt_in = nn.Linear(40, 8)
+    network.vector_in = nn.Module()
+    network.vector_in.in_layer = nn.Linear(24, 8)
+
+    flux = wanted(family_of(["Flux", BASE]), scene(network))
+
+    assert {name: shape for name, (_, shape) in flux.items()} == {
+        "cross_attn": (5, 40), "pooled_output": (24,), "concat_latent_image": (4, 8, 6)
+    }  # fmt: skip
+
+
+def test_what_the_network_has_no_layer_for_is_not_wanted() -> None:
+    network = nn.Module()
+    network.txt_in = nn.Linear(40, 8)
+
+    assert "pooled_output" not in wanted(family_of(["Flux2", "Flux", BASE]), scene(network))
+
+
+def test_a_network_without_the_layer_that_tells_a_size_is_refused_by_the_layer() -> None:
+    with pytest.raises(
+        UnsupportedModelError, match="the size of its conditioning is not known: it has no layer txt_in"
+    ):
+        wanted(family_of(["Flux", BASE]), scene())
+    with pytest.raises(UnsupportedModelError, match="ComfyUI found no context_dim"):
+        wanted(family_of([BASE]), scene())
+
+
+def test_parts_are_found_by_numbers_and_by_names() -> None:
+    network = nn.Module()
+    network.blocks = nn.Sequential(nn.Embedding(7, 3), nn.Conv2d(5, 2, 1), nn.RMSNorm(9))
+    found = scene(network)
+
+    assert [found.inputs(f"blocks.{number}") for number in range(3)] == [7, 5, 9]
+    assert found.part("blocks.1.kernel_size") == (1, 1)
+    assert found.part("nothing.at.all") is None
+
+
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    [(16, 16), (20, 16), (32, 16), (36, 16), (48, 32), (52, 32)],
+    ids=["text to film", "a mask alone", "camera", "a picture and a mask", "a picture and a control", "all of them"],
+)
+def test_wan_models_are_shown_pictures_in_the_channels_beside_their_own(channels: int, expected: int) -> None:
+    network = nn.Module()
+    network.patch_embedding = nn.Conv3d(channels, 2, 1)
+    shown = Scene(network, {}, channels=16, height=8, width=6, frames=2, tokens=12, text_tokens=5)
+
+    assert inprocess_conditions._wan_beside(shown) == expected
+
+
+# ---------------------------------------------------------------- drawing
+
+ROWS = Family(
+    {
+        "stream": Want((5, 64)),
+        "vector": Want((64,)),
+        "picture": Want((4, 8, 6), "picture"),
+        "signal": Want((3, 8), "signal"),
+        "ids": Want((50,), "ids", below=9),
+        "ones": Want((5,), "ones", form=lambda values: [values]),
+    },
+    {"constant": None},
+)
+
+
+def test_streams_and_vectors_are_drawn_as_the_other_engine_draws_them() -> None:
+    signals = {"stream": noise.Signal((5, 64)), "vector": noise.Signal((64,))}
+    for way in noise.CONDITIONINGS:
+        drawn = draw(ROWS, scene(), way, 7, 3)
+        expected = noise.conditioning(signals, way, 7, 3)
+        assert torch.equal(drawn["stream"], expected["stream"])
+        assert torch.equal(drawn["vector"], expected["vector"])
+
+
+def test_pictures_are_encoded_and_signals_are_not() -> None:
+    drawn = draw(ROWS, scene(), noise.SILENT, 7, 3, as_encoded=lambda values: values * 100)
+
+    assert 50 < drawn["picture"].std() < 200
+    assert 0.5 < drawn["signal"].std() < 2
+    assert drawn["constant"] is None
+
+
+def test_token_numbers_are_in_range_and_masks_are_ones() -> None:
+    drawn = draw(ROWS, scene(), noise.STRONG, 7, 3)
+
+    assert drawn["ids"].shape == (1, 50)
+    assert set(drawn["ids"].flatten().tolist()) <= set(range(9))
+    assert drawn["ones"][0].dtype == torch.int64  # a float mask would be added to attention's logits
+    assert drawn["ones"][0].tolist() == [[1] * 5]
+
+
+def test_the_same_trajectory_is_drawn_again_and_another_differs() -> None:
+    first, again, other = (draw(ROWS, scene(), noise.STRONG, 7, number) for number in (3, 3, 4))
+
+    for name in ("stream", "vector", "picture", "signal", "ids"):
+        assert torch.equal(first[name], again[name])
+        assert not torch.equal(first[name], other[name])
+
+
+def test_pictures_share_no_noise_with_latents_or_with_each_other() -> None:
+    family = Family({name: Want((4, 8, 6), "picture") for name in ("one", "two")})
+    shown = [draw(family, scene(), noise.SILENT, 7, number) for number in (0, 1)]
+    drawn = [values for conditioning in shown for values in conditioning.values()]
+    drawn += [noise.latents((4, 8, 6), 7, number) for number in range(4)]
+
+    assert len({values.sum().item() for values in drawn}) == len(drawn)
+
+
+@pytest.mark.parametrize("samples", [1, 3, 4, 8])
+def test_every_way_of_conditioning_is_painted_at_least_once(samples: int) -> None:
+    painted = list(inprocess.trajectories(samples))
+
+    assert {way for way, _ in painted} == set(noise.CONDITIONINGS)
+    assert sorted(number for _, number in painted) == list(range(max(samples, 3)))
+    ways = [way.name for way, _ in painted]
+    assert ways == sorted(ways, key=[way.name for way in noise.CONDITIONINGS].index)
+
+
+# ---------------------------------------------------------------- the tree
+
+
+def test_the_tree_is_the_one_that_is_named_or_else_the_environments(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(inprocess_tree.VARIABLE, str(tree))
+    assert inprocess_tree.folder_of(None) == tree.resolve()
+    monkeypatch.setenv(inprocess_tree.VARIABLE, str(tmp_path / "elsewhere"))
+    assert inprocess_tree.folder_of(tree) == tree.resolve()
+
+
+def test_no_tree_at_all_says_how_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(inprocess_tree.VARIABLE, raising=False)
+    with pytest.raises(OptionError, match="--comfyui-dir DIR, or COMFYUI_DIR in the environment"):
+        inprocess_tree.folder_of(None)
+
+
+def test_a_folder_that_is_no_comfyui_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"is no ComfyUI tree: there is no comfy/sd.py in it"):
+        inprocess_tree.folder_of(tmp_path)
+
+
+def test_the_version_is_read_without_importing_anything(tree: Path) -> None:
+    assert inprocess_tree.version(tree) == "0.33.0"
+    (tree / inprocess_tree.VERSION_FILE).unlink()
+    assert inprocess_tree.version(tree) == "unknown"
+
+
+@pytest.fixture
+def no_comfy() -> Iterator[None]:
+    """Modules of a fake ComfyUI leave with the test."""
+    yield
+    for name in [name for name in sys.modules if name == "comfy" or name.startswith("comfy.")]:
+        del sys.modules[name]
+
+
+def fake(tree: Path, sd: str) -> None:
+    """A ComfyUI that reads its command line as the real one does."""
+    (tree / "comfy" / "__init__.py").touch()
+    (tree / "comfy" / "options.py").write_text(
+        "parsing = False\ndef enable_args_parsing():\n    global parsing\n    parsing = True\n"
+    )
+    (tree / "comfy" / "cli_args.py").write_text(
+        "import sys, types, comfy.options\n"
+        "args = types.SimpleNamespace(cpu=comfy.options.parsing and '--cpu' in sys.argv, words=sys.argv[:])\n"
+    )  # fmt: skip
+    (tree / "comfy" / "sd.py").write_text("import comfy.cli_args\n" + sd)
+
+
+@pytest.mark.usefixtures("no_comfy")
+def test_comfyui_gets_a_command_line_of_its_own_and_leaves_no_trace(
+    tree: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    fake(tree, "import logging\nlogging.warning('a\\n warning')\nlogging.info('talk')\nprint('chatter')\n")
+    argv, path, handlers = sys.argv[:], sys.path[:], logging.getLogger().handlers[:]
+
+    with inprocess_tree.imported(tree, "cpu") as messages:
+        import comfy.cli_args
+
+        assert comfy.cli_args.args.cpu
+        assert comfy.cli_args.args.words == ["main.py", "--cpu"]
+
+    assert list(messages.said) == ["a warning"]
+    assert (sys.argv, sys.path, logging.getLogger().handlers) == (argv, path, handlers)
+    assert capsys.readouterr().out == ""  # stdout is data
+    assert not list(tree.rglob("__pycache__"))
+    assert sys.dont_write_bytecode is False
+
+
+@pytest.mark.usefixtures("no_comfy")
+def test_a_comfyui_that_cannot_be_imported_says_what_it_lacks(tree: Path) -> None:
+    fake(tree, "import einops_of_another_world\n")
+    with (
+        pytest.raises(CalibrationError, match=r"No module named 'einops_of_another_world'.*run with the Python that"),
+        inprocess_tree.imported(tree, "cpu"),
+    ):
+        pass
+    assert str(tree) not in sys.path
+
+
+@pytest.mark.usefixtures("no_comfy")
+def test_another_tree_or_another_kind_of_device_in_one_process_is_refused(
+    tree: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(tree, "")
+    with inprocess_tree.imported(tree, "cpu"):
+        pass
+    with (
+        pytest.raises(OptionError, match=r"ComfyUI runs from .* in this process already, not from"),
+        inprocess_tree.imported(tmp_path_factory.mktemp("other"), "cpu"),
+    ):
+        pass
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: pytest.MonkeyPatch.context())
+    with (
+        pytest.raises(OptionError, match="ComfyUI runs on cpu in this process already, not on cuda"),
+        inprocess_tree.imported(tree, "cuda"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("device", ["mps", "gpu", ""])
+def test_a_device_that_comfyui_is_not_run_on_here_is_refused(tree: Path, device: str) -> None:
+    with (
+        pytest.raises(OptionError, match=f"ComfyUI runs here on cpu or cuda, not on '{device}'"),
+        inprocess_tree.imported(tree, device),
+    ):
+        pass
+
+
+def test_a_card_that_is_not_there_is_refused(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with (
+        pytest.raises(OptionError, match="device 'cuda:1' cannot be used: torch finds 1 CUDA devices"),
+        inprocess_tree.imported(tree, "cuda:1"),
+    ):
+        pass
+
+
+def test_what_comfyui_raises_becomes_one_line_with_its_place() -> None:
+    with pytest.raises(UnsupportedModelError) as caught, inprocess_tree.understood("run", "a.safetensors", "Flux"):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert str(caught.value).startswith(
+        "a.safetensors: ComfyUI cannot run this Flux model: RuntimeError: mat1 and mat2 shapes cannot be multiplied"
+    )
+    assert str(caught.value).count("\n") == 0
+    assert "[test_inprocess.py:" in str(caught.value)
+
+
+def test_memory_that_ran_out_says_what_to_try() -> None:
+    with (
+        pytest.raises(
+            CalibrationError, match=r"memory ran out while ComfyUI was to load this model: .*--height"
+        ) as caught,
+        inprocess_tree.understood("load", "a.safetensors"),
+    ):
+        raise torch.OutOfMemoryError("tried to allocate")
+    assert not isinstance(caught.value, UnsupportedModelError)
+
+
+def test_our_own_errors_pass_as_they_are() -> None:
+    error = OptionError("ours")
+    with pytest.raises(OptionError) as caught, inprocess_tree.understood("run", "a.safetensors"):
+        raise error
+    assert caught.value is error
+
+
+def test_cancelling_is_not_taken_for_an_error_of_comfyui() -> None:
+    with pytest.raises(KeyboardInterrupt), inprocess_tree.understood("run", "a.safetensors"):
+        raise KeyboardInterrupt
