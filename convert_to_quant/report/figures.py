@@ -150,9 +150,10 @@ def build(*sources: Source, force: bool = False, options: Mapping[str, Any] | No
     )
 
 
-def _natural(name: str) -> list[str | int]:
-    """A sorting key by which block 2 stands before block 10."""
-    return [int(part) if number % 2 else part for number, part in enumerate(_DIGITS.split(name))]
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A sorting key by which block 2 stands before block 10: numbers by their length first."""
+    parts = enumerate(_DIGITS.split(name))
+    return [(len(digits := part.lstrip("0")), digits) if number % 2 else (0, part) for number, part in parts]
 
 
 def _same_inputs(sources: Sequence[Source]) -> bool:
@@ -409,14 +410,22 @@ def _labels(sources: Sequence[Source]) -> list[str]:
     if len(sources) == 1:
         return [sources[0].label or _what(sources[0])]
     changed = [_changed(source.options, other.options) for source, other in zip(sources, sources[::-1], strict=True)]
+    models = [None if source.model is None else Path(source.model) for source in sources]
     candidates = (
         [" + ".join(_files(source)) for source in sources],
-        ["" if source.model is None else Path(source.model).name for source in sources],
+        [_in_folder(source.statistics.path if source.statistics is not None else None) for source in sources],
+        ["" if model is None else model.name for model in models],
+        [_in_folder(model) for model in models],
         changed,
         ["A", "B"],
     )
     chosen = next(found for found in candidates if len(set(found)) == len(sources))
     return [source.label or name.replace(SUFFIX, "") for source, name in zip(sources, chosen, strict=True)]
+
+
+def _in_folder(path: Path | None) -> str:
+    """A file's name with that of its folder, for two of one name."""
+    return "" if path is None else f"{path.resolve().parent.name}/{path.name}"
 
 
 def _what(source: Source) -> str:

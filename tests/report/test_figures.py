@@ -177,9 +177,9 @@ def test_without_a_checkpoint_every_observed_layer_stands_at_1(observed: Observe
 
 
 def test_block_2_stands_before_block_10(observed: Observed) -> None:
-    named = {f"blocks.{number}.a": NORMAL for number in (10, 2, 1)}
-    report = build(Source(observed(named)))
-    assert [layer.name for layer in report.layers] == ["blocks.1.a", "blocks.2.a", "blocks.10.a"]
+    ordered = ["a.9.1", "a.10.0", "b.1.a", "b.2.a", "b.10.a", "b." + "9" * 5000]  # more digits than int() reads
+    report = build(Source(observed(dict.fromkeys(reversed(ordered), NORMAL))))
+    assert [layer.name for layer in report.layers] == ordered
 
 
 def test_a_report_is_the_same_every_time(observed: Observed) -> None:
@@ -315,6 +315,14 @@ def test_sides_are_called_by_what_tells_them_apart(observed: Observed, sources: 
     report = build(*sources(observed({"a": NORMAL}), observed({"a": WIDE})))
     assert [side.label for side in report.sides] == labels
     assert report.title == " against ".join(labels)
+
+
+def test_files_of_one_name_are_called_by_their_folders(observed: Observed, tmp_path: Path) -> None:
+    for folder, inputs in (("portraits", NORMAL), ("places", WIDE)):
+        (tmp_path / folder).mkdir()
+        observed({"a": inputs}).save(tmp_path / folder / "stats.safetensors")
+    loaded = [Statistics.load(tmp_path / folder / "stats.safetensors") for folder in ("portraits", "places")]
+    assert build(*map(Source, loaded)).title == "portraits/stats against places/stats"
 
 
 def test_models_without_a_common_layer_cannot_be_compared(observed: Observed) -> None:
