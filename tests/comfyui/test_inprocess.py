@@ -49,6 +49,9 @@ NEVER_RUN: Mapping[str, tuple[str, ...]] = {
 """Layers that ComfyUI itself never runs here: a second time that this refiner leaves out, a head for films of another
 frame rate, heads that only training has."""
 
+ZEROS: Mapping[str, tuple[str, ...]] = {"ACEStep": ("speaker_embedder",)}
+"""Layers that ComfyUI itself shows nothing but zeros."""
+
 
 class InProcess:
     """A process that runs our command line, and ComfyUI inside of it."""
@@ -177,7 +180,7 @@ def test_a_tiny_model_is_detected_run_and_observed_on_every_layer(
     prefix = MODELS[name].prefix
     assert {layer.removeprefix(prefix) for layer in unvisited} == set(NEVER_RUN.get(name, ()))
     ranges = zip(seen.names, seen.visited, seen.absmax, strict=True)
-    assert [layer for layer, visited, absmax in ranges if visited and not absmax] == []  # nothing saw zeros alone
+    assert tuple(layer for layer, visited, absmax in ranges if visited and not absmax) == ZEROS.get(name, ())
     assert seen.samples == pictures
     with open_checkpoint(tmp_path / "tiny.safetensors") as checkpoint:
         shapes = {tensor.removesuffix(".weight"): info.shape for tensor, info in checkpoint.tensors.items()}
