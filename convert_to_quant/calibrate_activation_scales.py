@@ -448,7 +448,11 @@ def _with_conditioning(result: LayerResult, depends: bool) -> LayerResult:
 def _present(checkpoint: Checkpoint, table: LayerTable) -> dict[str, Present]:
     """What the FP8 layers have now."""
     return {
-        name: Present(input_scale(checkpoint, layer), layer.full_precision, layer.shape)
+        name: Present(
+            1.0 if layer.input_problem is not None else input_scale(checkpoint, layer),
+            layer.full_precision,
+            layer.shape,
+        )
         for name, layer in table.quantized.items()
     }
 

@@ -86,6 +86,11 @@ KINDS: Mapping[str, Kind] = {
         "float8 with scales per row or block: ComfyUI fails, or silently computes something else",
         f"{_RECONVERT} with --scaling-mode tensor",
     ),
+    "header-bare": Kind(
+        "the header names layers without the prefix that they have in the file: ComfyUI's Load Checkpoint misses such "
+        "marks and paints noise; Load Diffusion Model finds them",
+        "load it as a diffusion model, or convert the original again",
+    ),
     "two-spellings": Kind(
         "legacy layers in a file whose header marks others: ComfyUI drops the scales of the legacy layers", _RECONVERT
     ),
@@ -103,7 +108,10 @@ KINDS: Mapping[str, Kind] = {
         f"{_CALIBRATE} --enable-fp8-matmul",
     ),
     "input-scale-dtype": Kind("an input scale is not float32: ComfyUI fails at the first step", _CALIBRATE),
-    "input-scale-suspicious": Kind("an input scale is 0 or absurd: inputs vanish, saturate or become NaN", _CALIBRATE),
+    "input-scale-shape": Kind("an input scale has several values where one is read", _CALIBRATE),
+    "input-scale-suspicious": Kind(
+        "an input scale is 0, not finite or absurd: inputs vanish, saturate or become NaN", _CALIBRATE
+    ),
     "sides": Kind(
         f"sides are no multiples of {SIDE_MULTIPLE}: FP8 products fail on CUDA",
         f"{_RECONVERT}; convert_to_quant leaves such layers in high precision",
@@ -118,6 +126,13 @@ KINDS: Mapping[str, Kind] = {
     ),
 }
 """Every kind of problem, the worst first. The first eight are those of `layers.ProblemKind`."""
+
+INPUT_SCALE_KINDS: Mapping[str, str] = {
+    "scale-dtype": "input-scale-dtype",
+    "scale-shape": "input-scale-shape",
+    "scale-value": "input-scale-suspicious",
+}
+"""Problems of scales -> the same of input scales, which a calibration cures."""
 
 TEXT_ENCODERS: Mapping[str, tuple[str, ...]] = {
     "T5": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
@@ -236,6 +251,7 @@ class Inspection:
         tensor_marks: number of comfy_quant tensors.
         legacy_marker: name of the `scaled_fp8` tensor.
         legacy_marker_elements: its size; 2 turns FP8 products off.
+        further_markers: names of such tensors of other parts of the file.
         quantization_config: the method that a config.json beside the file names, where it has one.
         made: how this tool made it; None where it did not, or the file does not say.
         problems: what is wrong, the worst first.
@@ -255,6 +271,7 @@ class Inspection:
     tensor_marks: int
     legacy_marker: str | None
     legacy_marker_elements: int | None
+    further_markers: tuple[str, ...]
     quantization_config: str | None
     made: Made | None
     problems: tuple[Problem, ...]
@@ -343,6 +360,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         tensor_marks=sum(name.endswith(names.COMFY_QUANT) for name in checkpoint.tensors),
         legacy_marker=None if marker is None else marker.name,
         legacy_marker_elements=None if marker is None else marker.elements,
+        further_markers=tuple(other.name for other in table.legacy_markers.values() if other is not marker),
         quantization_config=_config_beside(checkpoint.path),
         made=_made(checkpoint.metadata),
         problems=tuple(survey.problems()),
@@ -412,9 +430,9 @@ class _Survey:
                 fmt = BY_SAFETENSORS_DTYPE.get(weight.dtype)
                 views[name] = LayerView(name, weight.shape, fmt.name if fmt else weight.dtype, "error",
                                         marked_by=self.marked_by(name))  # fmt: skip
-        if table.marker_disables_fp8 and any(view.reading == "marker" for view in views.values()):
-            assert table.legacy_marker is not None
-            self.report("marker-disables-fp8", table.legacy_marker.name)
+        markers = (table.marker_of(view.name) for view in views.values() if view.reading == "marker")
+        for name in dict.fromkeys(marker.name for marker in markers if marker is not None):
+            self.report("marker-disables-fp8", name)
         order = (name[: -len(names.WEIGHT)] for name in self.checkpoint.tensors if name.endswith(names.WEIGHT))
         return [views[name] for name in order if name in views]
 
@@ -429,18 +447,15 @@ class _Survey:
         marked_by = self.marked_by(layer.name) or (("legacy",) if layer.marking == "legacy" else ())
         if marked_by == ("header", "tensor"):
             self.compare_marks(layer)
-        scale = None if layer.input_scale is None else input_scale(self.checkpoint, layer)
+        if layer.marking == "header" and layer.name in self.table.bare_marks and layer.comfy_quant is None:
+            self.report("header-bare", layer.name)
+        usable = layer.input_scale is not None and layer.input_problem is None
+        scale = input_scale(self.checkpoint, layer) if usable else None
         reading = self.reading(layer, scale)
-        if reading in PRODUCTS and layer.input_scale is not None:
-            dtype = self.checkpoint.tensors[layer.input_scale].dtype
-            if dtype != "F32":  # a weight scale may be any float: ComfyUI converts that one
-                self.report("input-scale-dtype", layer.input_scale, dtype)
-                reading = "error"
-        state: InputState = "unused" if reading not in PRODUCTS else _input_state(scale)
-        if state == "suspicious":
-            assert layer.input_scale is not None
-            self.report("input-scale-suspicious", layer.input_scale, f"{scale:.3g}")
-            reading = "error" if scale == 0 else reading
+        state: InputState = "unused"
+        if reading in PRODUCTS:
+            state = _input_state(scale) if layer.input_problem is None else "suspicious"
+            reading = self.judge_input_scale(layer, scale, state) or reading
         said = layer.config.get("format")
         return LayerView(
             layer.name,
@@ -453,6 +468,20 @@ class _Survey:
             state,
             scale,
         )
+
+    def judge_input_scale(self, layer: Layer, scale: float | None, state: InputState) -> str | None:
+        """Report what is wrong with the input scale of an FP8 product; the reading that comes of it, if another."""
+        key, problem = layer.input_scale, layer.input_problem
+        if key is None:
+            return None
+        dtype = self.checkpoint.tensors[key].dtype
+        if problem is not None:
+            self.report(INPUT_SCALE_KINDS[problem.kind], key, problem.problem)
+        elif dtype != "F32":  # a weight scale may be any float: ComfyUI converts that one
+            self.report("input-scale-dtype", key, dtype)
+        if problem is None and state == "suspicious":
+            self.report("input-scale-suspicious", key, f"{scale:.3g}")
+        return "error" if problem is not None or dtype != "F32" or scale == 0 else None
 
     def reading(self, layer: Layer, scale: float | None) -> str:
         """What ComfyUI does with an FP8 layer, by its first fact that decides."""

@@ -93,6 +93,7 @@ class Layer:
         marking: how readers are told that it is quantized; see the module's docstring.
         block: (b_out, b_in), the weights that share one scale; (out, in) where there is one scale or none.
         weight_scale, input_scale, bias, comfy_quant: names of its other tensors, None where missing.
+        input_problem: why its input scale cannot be used; a calibration writes it anew.
         config: what its mark says, as in a comfy_quant tensor.
         full_precision: `full_precision_matrix_mult`: its inputs are never quantized.
     """
@@ -106,6 +107,7 @@ class Layer:
     input_scale: str | None = None
     bias: str | None = None
     comfy_quant: str | None = None
+    input_problem: LayerError | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     full_precision: bool = False
 
@@ -162,8 +164,9 @@ class LayerTable:
         raw: FP8 weights without scale and mark.
         plain: 2-D weights in high precision.
         foreign: layers in other quantized formats.
-        legacy_marker: the `scaled_fp8` tensor.
+        legacy_markers: `scaled_fp8` tensors, by the prefix of the names that each is about.
         header_marks: what the header marks, by layer name as the file has it; also layers that the file lacks.
+        bare_marks: those of them that the header names without the prefix that they have in the file.
         notes: what a user should know, one sentence each.
         problems: what is wrong, where collecting was asked for.
     """
@@ -173,15 +176,26 @@ class LayerTable:
     raw: dict[str, Layer] = field(default_factory=dict)
     plain: dict[str, Layer] = field(default_factory=dict)
     foreign: dict[str, ForeignLayer] = field(default_factory=dict)
-    legacy_marker: TensorInfo | None = None
+    legacy_markers: dict[str, TensorInfo] = field(default_factory=dict)
     header_marks: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    bare_marks: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
     problems: list[CheckpointError] = field(default_factory=list)
 
     @property
+    def legacy_marker(self) -> TensorInfo | None:
+        """The `scaled_fp8` tensor of the diffusion model, or the only one that there is."""
+        return self.legacy_markers.get(self.prefix) or next(iter(self.legacy_markers.values()), None)
+
+    @property
     def marker_disables_fp8(self) -> bool:
         """Whether a legacy marker of two elements makes ComfyUI compute in full precision and ignore input scales."""
-        return self.legacy_marker is not None and self.legacy_marker.elements == 2
+        return disables_fp8(self.legacy_marker)
+
+    def marker_of(self, name: str) -> TensorInfo | None:
+        """The legacy marker that is about a layer: the one whose prefix is the longest that the layer's name has."""
+        fitting = [prefix for prefix in self.legacy_markers if name.startswith(prefix)]
+        return self.legacy_markers[max(fitting, key=len)] if fitting else None
 
     def linear(self) -> Iterator[Layer]:
         """Every layer whose weight this tool can read, quantized or not."""
@@ -191,6 +205,11 @@ class LayerTable:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every layer of `linear`, by name."""
         return {layer.name: layer.shape for layer in self.linear()}
+
+
+def disables_fp8(marker: TensorInfo | None) -> bool:
+    """Whether a legacy marker, if there is one, turns FP8 products and input scales off."""
+    return marker is not None and marker.elements == 2
 
 
 def scale_grid(weight_shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
@@ -278,8 +297,8 @@ def find_layers(checkpoint: Checkpoint, *, collect_problems: bool = False) -> La
         The table.
 
     Raises:
-        CheckpointError: a mark that cannot be read; a marked layer without weight scale; a scale whose shape fits no
-            rule, or whose values are negative or not finite.
+        CheckpointError: a mark that cannot be read; a marked layer without weight scale; a weight scale whose shape
+            fits no rule, or whose values are negative or not finite. An input scale like that is only noted.
     """
     return _Finder(checkpoint, collect_problems).run()
 
@@ -296,9 +315,11 @@ class _Finder:
     def run(self) -> LayerTable:
         table = self.table
         tensors = self.checkpoint.tensors
-        table.legacy_marker = next(
-            (info for name, info in tensors.items() if ("." + name).endswith("." + names.LEGACY_MARKER)), None
-        )
+        table.legacy_markers = {
+            name.removesuffix(names.LEGACY_MARKER): info
+            for name, info in tensors.items()
+            if ("." + name).endswith("." + names.LEGACY_MARKER)
+        }
         table.header_marks = header = self.guard(self.header_marks, {})
         for name, info in tensors.items():
             if name.endswith(names.WEIGHT) and info.shape:
@@ -345,6 +366,8 @@ class _Finder:
             prefixed = self.table.prefix + name
             bare_in_prefixed = name + names.WEIGHT not in self.checkpoint and prefixed + names.WEIGHT in self.checkpoint
             marks[prefixed if bare_in_prefixed else name] = config
+            if bare_in_prefixed:
+                self.table.bare_marks |= {prefixed}
         return marks
 
     def tensor_mark(self, name: str) -> dict[str, Any] | None:
@@ -375,9 +398,10 @@ class _Finder:
         config = self.tensor_mark(name)
         if config is not None:
             return "tensor", config
-        if self.table.legacy_marker is not None and weight_scale == name + names.WEIGHT_SCALE_LEGACY:
+        marker = self.table.marker_of(name)
+        if marker is not None and weight_scale == name + names.WEIGHT_SCALE_LEGACY:
             config = {"format": "float8_e4m3fn"}
-            if self.table.marker_disables_fp8:
+            if disables_fp8(marker):
                 config["full_precision_matrix_mult"] = True
             return "legacy", config
         return "none", {}
@@ -445,12 +469,18 @@ class _Finder:
             block = inferred
             self.check_scale(layer.weight_scale)
         input_scale = self.first(layer.name, INPUT_SCALE_SPELLINGS) if layer.format is not None else None
+        input_problem = None
         if input_scale is not None:
-            self.check_input_scale(input_scale)
+            try:
+                self.check_input_scale(input_scale)
+            except LayerError as error:  # weights are fine without it
+                input_problem = error
+                self.table.notes.append(f"{input_scale}: {error.problem}: of no use until a calibration writes it anew")
         return replace(
             layer,
             block=block,
             input_scale=input_scale,
+            input_problem=input_problem,
             bias=self.first(layer.name, (names.BIAS,)),
             comfy_quant=self.first(layer.name, (names.COMFY_QUANT,)),
             full_precision=bool(layer.config.get("full_precision_matrix_mult", False)),
@@ -528,7 +558,13 @@ def dequantize(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> 
 
 
 def input_scale(checkpoint: Checkpoint, layer: Layer) -> float:
-    """The scale that readers use for a layer's input; 1.0 where the file has none, as in ComfyUI."""
+    """The scale that readers use for a layer's input; 1.0 where the file has none, as in ComfyUI.
+
+    Raises:
+        LayerError: it is of a dtype, shape or value that no scale can have.
+    """
     if layer.input_scale is None:
         return 1.0
+    if layer.input_problem is not None:
+        raise layer.input_problem
     return float(checkpoint.float32(layer.input_scale).reshape(()))

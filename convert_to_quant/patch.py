@@ -132,7 +132,7 @@ def _set_scale(patch: Patch, layer: Layer, scale: float) -> None:
         patch.put(name, Spec("F32", ()), value.tobytes(), layer.weight.name)
         return
     info = patch.checkpoint.tensors[name]
-    shape = info.shape if info.dtype == "F32" else ()
+    shape = info.shape if info.dtype == "F32" and info.elements == 1 else ()
     patch.put(name, Spec("F32", shape), value.tobytes(), name)
 
 

@@ -112,18 +112,22 @@ def test_a_marked_layer_without_weight_scale(look, marking):
 def test_a_scale_that_is_nan_infinite_or_negative(look, key, value):
     found = look({f"{X}.{key}": np.float32(value)})
     problem = only_problem(found)
-    assert (problem.kind, problem.tensors) == ("scale-value", (f"{X}.{key}",))
+    kind = {"weight_scale": "scale-value", "input_scale": "input-scale-suspicious"}[key]
+    assert (problem.kind, problem.tensors) == (kind, (f"{X}.{key}",))
+    assert (found.layers[0].reading, found.layers[0].input_scale) == ("error", None)
     assert problem.detail == f"scales should be finite and not negative, found {value}"
 
 
 @pytest.mark.parametrize("key", ["weight_scale", "input_scale"])
 def test_a_scale_that_is_no_float(look, key):
-    assert only_problem(look({f"{X}.{key}": np.int64(1)})).kind == "scale-dtype"
+    kind = {"weight_scale": "scale-dtype", "input_scale": "input-scale-dtype"}[key]
+    assert only_problem(look({f"{X}.{key}": np.int64(1)})).kind == kind
 
 
 @pytest.mark.parametrize(("key", "shape"), [("weight_scale", (3, 3, 3)), ("input_scale", (2,))])
 def test_a_scale_of_a_shape_that_fits_no_rule(look, key, shape):
-    assert only_problem(look({f"{X}.{key}": np.ones(shape, np.float32)})).kind == "scale-shape"
+    kind = {"weight_scale": "scale-shape", "input_scale": "input-scale-shape"}[key]
+    assert only_problem(look({f"{X}.{key}": np.ones(shape, np.float32)})).kind == kind
 
 
 @pytest.mark.parametrize("shape", [(16,), (16, 1), (2, 2)])
@@ -290,6 +294,31 @@ def test_raw_fp8(look):
     found = look({f"{X}.weight_scale": None, f"{X}.input_scale": None}, "none")
     assert only_problem(found) == Problem("raw-fp8", (X,))
     assert found.layers[0].reading == "cast"
+
+
+def test_an_input_scale_that_nobody_reads_may_be_anything(look):
+    found = look({f"{X}.input_scale": np.float32(np.nan)}, full_precision_matrix_mult=True)
+    assert (found.problems, found.layers[0].reading, found.layers[0].input_state) == ((), "full-precision", "unused")
+
+
+@pytest.mark.parametrize(("marking", "problems"), [("none", ["header-bare"]), ("tensor", [])])
+def test_a_header_that_names_layers_bare_in_a_prefixed_file(save, build, marking, problems):
+    tensors, _ = build.quantized(["model.diffusion_model.x"], marking)
+    header = json.dumps({"layers": {"x": {"format": "float8_e4m3fn"}}})
+    found = inspect_file(save("m.safetensors", tensors, {"_quantization_metadata": header}))
+    assert [problem.kind for problem in found.problems] == problems
+
+
+def test_a_marker_of_another_part_says_nothing_about_the_model(save, build):
+    names = ["model.diffusion_model.x", "text_encoders.t5xxl.x"]
+    tensors, _ = build.quantized(names, "legacy")
+    tensors["text_encoders.t5xxl.scaled_fp8"] = ("F8_E4M3", np.zeros(2, np.uint8))
+    tensors["model.diffusion_model.scaled_fp8"] = ("F8_E4M3", np.zeros(0, np.uint8))
+    found = inspect_file(save("m.safetensors", tensors))
+    assert found.problems == ()
+    assert [layer.reading for layer in found.layers] == ["fp8-at-one", "text-encoder"]
+    assert (found.legacy_marker, found.legacy_marker_elements) == ("model.diffusion_model.scaled_fp8", 0)
+    assert found.further_markers == ("text_encoders.t5xxl.scaled_fp8",)
 
 
 def test_problems_come_once_per_kind_and_the_worst_first(save, build):

@@ -115,6 +115,21 @@ def test_a_tensor_that_the_header_overrides_need_not_even_be_json(save, build):
     assert table_of(save("a.safetensors", tensors, metadata)).quantized["x"].marking == "header"
 
 
+def test_every_marker_is_about_the_names_that_begin_as_its_own(save, build):
+    names = ["model.diffusion_model.x", "text_encoders.t5xxl.x"]
+    tensors, _ = build.quantized(names, "legacy")
+    tensors["text_encoders.t5xxl.scaled_fp8"] = ("F8_E4M3", np.zeros(2, np.uint8))
+    tensors["model.diffusion_model.scaled_fp8"] = LEGACY_MARKER
+    table = table_of(save("a.safetensors", tensors))
+    assert [table.quantized[name].full_precision for name in names] == [False, True]
+    assert table.legacy_marker is not None
+    assert table.legacy_marker.name == "model.diffusion_model.scaled_fp8"
+    assert not table.marker_disables_fp8
+    del tensors["model.diffusion_model.scaled_fp8"]
+    table = table_of(save("a.safetensors", tensors))
+    assert [table.quantized[name].marking for name in names] == ["none", "legacy"]
+
+
 def test_a_marker_beside_comfy_quant_loses(save, build):
     tensors, _ = build.quantized(["x"], "tensor")
     table = table_of(save("a.safetensors", tensors | {"scaled_fp8": ("F8_E4M3", np.zeros(2, np.uint8))}))
@@ -127,6 +142,7 @@ def test_a_header_may_name_layers_bare_in_a_prefixed_file(save, build):
     table = table_of(save("a.safetensors", tensors, {"_quantization_metadata": json.dumps(header)}))
     layer = table.quantized["diffusion_model.x"]
     assert (layer.marking, layer.full_precision) == ("header", True)
+    assert table.bare_marks == {"diffusion_model.x"}
 
 
 def test_header_layers_without_a_weight_are_noted_in_the_headers_order(save, build):
@@ -263,9 +279,11 @@ def test_a_marked_layer_in_high_precision_is_refused(save, build):
     ],
 )
 @pytest.mark.parametrize("key", ["weight_scale", "input_scale"])
-def test_a_bad_scale_is_refused_by_name(save, build, key, scale, message):
+def test_a_bad_scale_is_refused_by_name_an_input_scale_only_where_it_is_used(save, build, key, scale, message):
     tensors, _ = build.quantized(["x"], "tensor")
-    assert refused(save("a.safetensors", tensors | {f"x.{key}": scale})) == f"x.{key}: {message}"
+    path = save("a.safetensors", tensors | {f"x.{key}": scale})
+    said = refused(path) if key == "weight_scale" else refused_input_scale(path)
+    assert said == f"x.{key}: {message}"
 
 
 def test_one_bad_scale_among_many_is_the_one_that_is_shown(save, build):
@@ -285,11 +303,22 @@ def test_a_weight_scale_that_fits_no_rule_is_refused(save, build, shape):
     )
 
 
+def refused_input_scale(path) -> str:
+    """The message with which the input scale of layer x is refused, which find_layers has noted."""
+    with open_checkpoint(path) as checkpoint:
+        table = find_layers(checkpoint)
+        with pytest.raises(CheckpointError) as caught:
+            input_scale(checkpoint, table.quantized["x"])
+    said = str(caught.value).removeprefix(f"{path}: ")
+    assert table.notes == [f"{said}: of no use until a calibration writes it anew"]
+    return said
+
+
 @pytest.mark.parametrize("shape", [(0,), (2,), (16,)])
 def test_an_input_scale_of_several_values_is_refused(save, build, shape):
     tensors, _ = build.quantized(["x"], "tensor")
     path = save("a.safetensors", tensors | {"x.input_scale": np.ones(shape, np.float32)})
-    assert refused(path) == f"x.input_scale: one value was expected, found shape {list(shape)}"
+    assert refused_input_scale(path) == f"x.input_scale: one value was expected, found shape {list(shape)}"
 
 
 def test_problems_can_be_collected_so_that_the_rest_is_still_found(save, build):

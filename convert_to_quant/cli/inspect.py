@@ -179,6 +179,7 @@ def _marks(found: Inspection) -> str:
     if found.legacy_marker is not None:
         assert found.legacy_marker_elements is not None
         marks.append(f"legacy marker {found.legacy_marker} ({_plural(found.legacy_marker_elements, 'element')})")
+    marks += [f"legacy marker {name}" for name in found.further_markers]
     text = " and ".join(marks) or "nothing"
     if found.quantization_config is not None:
         text += f"; config.json beside it has a quantization_config ({found.quantization_config})"

@@ -360,12 +360,13 @@ def load(
                 for piece in found.sources[name + names.WEIGHT]
             ]
             layer = pieces[0][0]
+            stored = stored_input_scale(checkpoint, layer) if arithmetic in STATIC else 1.0
             linears[name] = CheckpointLinear(
                 StoredWeight(checkpoint, pieces, where, keep),
                 None if module.bias is None else value(name + names.BIAS),
                 number,
                 arithmetic="dynamic_row" if layer.dynamic and arithmetic in STATIC else arithmetic,
-                input_scale=(input_scales or {}).get(layer.name, stored_input_scale(checkpoint, layer)),
+                input_scale=(input_scales or {}).get(layer.name, stored),
                 full_precision=layer.format is None
                 or (layer.full_precision if full_precision is None else layer.name in full_precision),
                 fp8_matmul=fp8_matmul,

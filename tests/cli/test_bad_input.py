@@ -158,11 +158,46 @@ def test_nan_in_an_fp8_weight_of_a_model_that_runs(ctq: Command, folder: Folder,
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0], ids=str)
-@pytest.mark.parametrize("scale", ["weight_scale", "input_scale"])
-def test_a_bad_scale(refused: Any, fp8: Any, scale: str, value: float) -> None:
-    path = fp8(lambda tensors: tensors.update({f"blocks.0.{scale}": np.float32(value)}))
-    message = f"{path}: blocks.0.{scale}: scales should be finite and not negative, found {value}"
+def test_a_bad_weight_scale(refused: Any, fp8: Any, value: float) -> None:
+    path = fp8(lambda tensors: tensors.update({"blocks.0.weight_scale": np.float32(value)}))
+    message = f"{path}: blocks.0.weight_scale: scales should be finite and not negative, found {value}"
     refused(1, message, "-i", path, "-o", path.with_name("out.safetensors"), *LAYER)
+
+
+def damage_input_scale(path: Path, value: float) -> str:
+    """Overwrite one of the tiny Flux.1's input scales; returns its name."""
+    from convert_to_quant.checkpoint import open_checkpoint
+
+    key = "double_blocks.0.img_mlp.0.input_scale"
+    with open_checkpoint(path) as checkpoint:
+        place = checkpoint.files[0].header.data_start + checkpoint.tensors[key].start
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(struct.pack("<f", value))
+    return key
+
+
+@pytest.mark.parametrize(("value", "engine"), [(np.nan, "layer"), (-1.0, "layer"), (np.inf, "model")])
+def test_a_bad_input_scale_is_written_anew(ctq: Command, fp8_file: Path, flux: Any, value: float, engine: str) -> None:
+    from convert_to_quant.checkpoint import open_checkpoint
+
+    key = damage_input_scale(fp8_file, value)
+    words = ("--in-place", "--actcal", "--actcal-engine", engine, "--actcal-samples", 1)
+    outcome = ctq("-i", fp8_file, *words)
+    assert outcome.code == 0, outcome.err
+    problem = f"scales should be finite and not negative, found {value}"
+    assert f"note: {key}: {problem}: of no use until a calibration writes it anew\n" in outcome.err
+    with open_checkpoint(fp8_file) as checkpoint:
+        assert 0 < checkpoint.float32(key) < 1
+    assert "of no use" not in ctq("-i", fp8_file, *words, "--dry-run").err
+
+
+def test_a_bad_input_scale_that_is_used_is_refused(
+    refused: Any, save: Save, flux_file: Path, fp8_file: Path, flux_tensors: Any
+) -> None:
+    key = damage_input_scale(fp8_file, np.nan)
+    message = f"{fp8_file}: {key}: scales should be finite and not negative, found nan"
+    refused(1, message, "check", flux_file, fp8_file, "--height", 32, "--width", 32, "--steps", 1, "--samples", 1)
 
 
 def test_a_missing_weight_scale(refused: Any, fp8: Any) -> None:

@@ -182,8 +182,8 @@ def test_the_screen_of_a_file_with_many_formats_and_problems(look: Any, save: An
                       scales without a weight (gone.input_scale)
                         do: a part of the model is missing or renamed: get the file
                           again
-                      an input scale is 0 or absurd: inputs vanish, saturate or become
-                      NaN (blocks.2.input_scale, 0)
+                      an input scale is 0, not finite or absurd: inputs vanish, saturate
+                      or become NaN (blocks.2.input_scale, 0)
                         do: convert_to_quant -i FILE -o NEW --actcal
                       sides are no multiples of 16: FP8 products fail on CUDA (2 times,
                       first: blocks.0, 24 × 32)
@@ -303,8 +303,18 @@ def test_no_weight_is_read(save: Any, build: Any, monkeypatch: pytest.MonkeyPatc
     assert set(read) == {"blocks.0.weight_scale", "blocks.0.input_scale", "blocks.0.comfy_quant"}
 
 
-@pytest.mark.parametrize("kind", ["input-scale-dtype", "input-scale-suspicious", "marker-disables-fp8"])
-def test_a_remedy_that_is_a_command_cures(ctq: Any, save: Any, build: Any, tmp_path: Path, kind: str) -> None:
+BROKEN = {
+    "input-scale-dtype": (np.float16(0.5), np.int32(1)),
+    "input-scale-shape": (np.ones(3, np.float32),),
+    "input-scale-suspicious": (np.float32(0), np.float32(np.nan), np.float32(-np.inf), np.float32(-1)),
+    "marker-disables-fp8": (None,),
+}
+
+
+@pytest.mark.parametrize(("kind", "broken"), [(kind, value) for kind, values in BROKEN.items() for value in values])
+def test_a_remedy_that_is_a_command_cures(
+    ctq: Any, save: Any, build: Any, tmp_path: Path, kind: str, broken: Any
+) -> None:
     from convert_to_quant.inspection import KINDS, inspect_file
 
     if kind == "marker-disables-fp8":
@@ -312,7 +322,7 @@ def test_a_remedy_that_is_a_command_cures(ctq: Any, save: Any, build: Any, tmp_p
         tensors["scaled_fp8"] = ("F8_E4M3", np.zeros(2, np.uint8))
     else:
         tensors, _ = build.quantized(["blocks.0"], "tensor")
-        tensors["blocks.0.input_scale"] = np.float16(0.5) if kind == "input-scale-dtype" else np.float32(0)
+        tensors["blocks.0.input_scale"] = broken
     path, cured = save("m.safetensors", tensors), tmp_path / "cured.safetensors"
     assert [problem.kind for problem in inspect_file(path).problems] == [kind]
     program, *words = KINDS[kind].remedy.split()
