@@ -240,8 +240,8 @@ class SaveActivationStats:
         statistics.save(path)
         files[filename_prefix] = path
         file = path.relative_to(folders.output_folder()).as_posix()
-        pictures = "1 picture" if statistics.samples == 1 else f"{statistics.samples} pictures"
-        text = f"{int(statistics.visited.sum())} layers, {pictures}: {file}"
+        samples = "1 sample" if statistics.samples == 1 else f"{statistics.samples} samples"
+        text = f"{int(statistics.visited.sum())} layers, {samples}: {file}"
         show_text(unique_id, text)
         entry = {
             **folders.as_output(path),

@@ -331,7 +331,7 @@ def test_progress_texts_reach_the_editor(server: Server) -> None:
                 message = socket.recv(timeout=30)
                 if isinstance(message, bytes) and message[:8] == b"\0\0\0\3\0\0\0\4":  # a text, for a name of 4 letters
                     texts.append(message[8:].decode())
-        assert texts == [f"save40 layers, 1 picture: told/{prefix}__00001_.safetensors"]
+        assert texts == [f"save40 layers, 1 sample: told/{prefix}__00001_.safetensors"]
 
 
 def test_the_second_form_of_the_nodes_does_what_the_first_does(server: Server) -> None:

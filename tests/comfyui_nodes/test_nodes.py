@@ -125,7 +125,7 @@ def test_saved_statistics_are_what_was_recorded(comfyui: Any, recorded: Any) -> 
     passed_on, file = answer["result"]
     assert file == "runs/flux_00001_.safetensors"
     assert passed_on == Statistics.load(comfyui.root / "output" / file) == recorded.statistics()
-    assert answer["ui"]["text"] == [f"3 layers, 2 pictures: {file}"]
+    assert answer["ui"]["text"] == [f"3 layers, 2 samples: {file}"]
     (told,) = answer["ui"]["statistics"]
     assert told == {
         "filename": "flux_00001_.safetensors", "subfolder": "runs", "type": "output", "recording": recorded.recording,
@@ -191,7 +191,7 @@ def test_progress_is_shown_on_the_node_where_a_server_runs(comfyui: Any, recorde
 
     SaveActivationStats().save(recorded, LATENT, "a", unique_id="7")
 
-    assert shown == [("7", "3 layers, 2 pictures: a_00001_.safetensors")]
+    assert shown == [("7", "3 layers, 2 samples: a_00001_.safetensors")]
 
 
 # Calibrate.

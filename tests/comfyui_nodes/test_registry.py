@@ -1,4 +1,4 @@
-"""What the Comfy registry reads of pyproject.toml, as docs.comfy.org/registry/specifications (read in November 2026) asks."""
+"""What the Comfy registry reads of pyproject.toml, as docs.comfy.org/registry/specifications asked in November 2026."""
 
 from __future__ import annotations
 

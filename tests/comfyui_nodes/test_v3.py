@@ -61,7 +61,7 @@ def test_they_run_and_show_progress(
     comfyui.guider(model).sample(noise)
     file = save.execute(stats=stats, latent={}, filename_prefix="a")["result"][1]
 
-    assert shown == [("7", f"3 layers, 2 pictures: {file}")]
+    assert shown == [("7", f"3 layers, 2 samples: {file}")]
     assert Statistics.load(comfyui.root / "output" / file) == stats.statistics()
 
 
