@@ -51,8 +51,8 @@ examples:
       --workflow wan_api.json --prompts prompts.txt --seeds 2 -o wan.safetensors
 
 The workflow is one in API format: in ComfyUI, File > Export (API). Several models in it (Wan's two) get a file each,
-named after the model's, too. --dry-run says what was found. Nothing but this address is contacted. Ctrl-C takes the run
-off the server again; what was recorded before it stays in ComfyUI's output folder, in activation_stats.
+named after the model's, too. Nothing but this address is contacted. Ctrl-C takes the run off the server again; what was
+recorded before it stays in ComfyUI's output folder, in activation_stats.
 """
 
 SEED = 42

@@ -1,0 +1,275 @@
+"""`comfyui install|uninstall|observe` as commands: what they say, write and refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert_to_quant.comfyui_nodes import pack
+from convert_to_quant.engines.comfyui import server as client
+from convert_to_quant.stats import Statistics
+
+
+def load(path: Path) -> Any:
+    """A module of the tests, by its file."""
+    spec = importlib.util.spec_from_file_location(f"for_cli_{path.parent.name}_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+here = load(Path(__file__).parents[1] / "engines" / "comfyui" / "conftest.py")
+comfyui, serve, flux, wan = here.comfyui, here.serve, here.flux, here.wan
+
+Observe = Callable[..., Any]
+
+
+@pytest.fixture
+def double(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A running server."""
+    monkeypatch.setattr(client, "ASK_SECONDS", 0.05)
+    return serve()
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """Where the user's files are, away from the server's."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def observe(ctq: Any, double: Any, work: Path) -> Iterator[Observe]:
+    """observe(workflow, flag, ...): the command on the double, into work/stats.safetensors."""
+
+    def run(nodes: Any, *flags: object, server: str | None = None) -> Any:
+        text = nodes if isinstance(nodes, str) else json.dumps(nodes)
+        (work / "workflow.json").write_text(text, encoding="utf-8")
+        words = ["comfyui", "observe", "--server", server or double.address, "--workflow", work / "workflow.json"]
+        return ctq(*words, "-o", work / "stats.safetensors", *flags)
+
+    return run
+
+
+def written(work: Path) -> set[str]:
+    return {path.name for path in work.iterdir()} - {"workflow.json", "prompts.txt"}
+
+
+SCREEN = """\
+model     node 1 (Load Diffusion Model)
+          sampled by node 9 (Paint), recorded into {work}/stats.safetensors
+prompts   node 5 (Prompt) text
+seeds     node 9 (Paint) seed
+left out  node 3 (VAELoader), node 10 (VAEDecode), node 11 (SaveImage)
+"""
+
+
+def test_a_workflow_is_observed(observe: Observe, flux: Any, work: Path, double: Any) -> None:
+    outcome = observe(flux)
+
+    assert (outcome.code, outcome.out) == (0, "")
+    assert outcome.err == (
+        SCREEN.format(work=work)
+        + "runs      4, seeds 42 to 45\n"
+        + f"observed 3 layers over 4 samplings; wrote {work}/stats.safetensors\n"
+    )
+    assert Statistics.load(work / "stats.safetensors").samples == 4
+    assert written(work) == {"stats.safetensors"}
+    assert len(double.prompts) == 4
+
+
+def test_prompts_and_seeds_and_the_report(observe: Observe, flux: Any, work: Path, double: Any) -> None:
+    (work / "prompts.txt").write_text("a dog\n\n  a cat \n", encoding="utf-8")
+
+    outcome = observe(flux, "--prompts", work / "prompts.txt", "--seeds", "2", "--seed", "7", "--json", "-", "-q")
+
+    assert (outcome.code, outcome.err) == (0, "")
+    report = json.loads(outcome.out)
+    assert report["runs"] == [
+        {"prompt": prompt, "seed": seed} for prompt, seed in (("a dog", 7), ("a dog", 8), ("a cat", 9), ("a cat", 10))
+    ]
+    (model,) = report["models"]
+    assert (model["name"], model["loaders"], model["samplers"]) == ("flux", ["1"], ["9"])
+    assert (model["samples"], model["layers"], model["visited"]) == (4, 3, 3)
+    assert model["statistics"] == str(work / "stats.safetensors")
+    assert (report["prompts"], report["seeds"]) == ([{"node": "5", "input": "text"}], [{"node": "9", "input": "seed"}])
+    assert report["left_out"] == ["3", "10", "11"]
+    assert (report["dry_run"], report["idle_runs"]) == (False, 0)
+    assert [prompt["5"]["inputs"]["text"] for prompt in double.prompts] == ["a dog", "a dog", "a cat", "a cat"]
+
+
+def test_a_dry_run_says_what_it_found_and_queues_nothing(observe: Observe, flux: Any, work: Path, double: Any) -> None:
+    outcome = observe(flux, "--dry-run")
+
+    assert outcome.code == 0
+    assert outcome.out == SCREEN.format(work=work) + "runs      4, seeds 42 to 45\n"
+    assert outcome.err == "dry run: nothing was queued, nothing was written\n"
+    assert written(work) == set()
+    assert {asked.partition(" ")[0] for asked in double.requests} == {"GET"}
+
+    report = json.loads(observe(flux, "--dry-run", "--json", "-").out)
+    assert report["dry_run"]
+    assert "samples" not in report["models"][0]
+
+
+def test_several_models_get_a_file_each(observe: Observe, wan: Any, work: Path) -> None:
+    outcome = observe(wan, "--seeds", "1")
+
+    assert outcome.code == 0
+    assert written(work) == {"stats_wan_high.safetensors", "stats_wan_low.safetensors"}
+    for name, sampler in (("high", 8), ("low", 9)):
+        assert f"sampled by node {sampler} (KSamplerAdvanced), recorded into {work}/stats_wan_{name}" in outcome.err
+        assert f"observed 3 layers over 1 samplings; wrote {work}/stats_wan_{name}.safetensors" in outcome.err
+
+
+def test_layers_that_never_ran_are_told(observe: Observe, flux: Any, comfyui: Any, double: Any) -> None:
+    first = next(iter(comfyui.shapes))
+    double.nodes.load("flux.safetensors").model.diffusion_model.magnitudes.pop(first)
+    assert f"1 layers never ran (first: {first})" in observe(flux, "--seeds", "1").err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--seeds", "0"], 2, "--seeds should be at least 1, found 0"),
+        (["--seed", "-1"], 2, "a seed should not be negative, found -1"),
+        (["--prompts", "EMPTY"], 2, "no prompts (one per line)"),
+        (["--prompts", "GONE"], 2, "the prompts cannot be read"),
+        (["-o", "GONE/stats.safetensors"], 1, "does not exist"),
+        (["-o", "WORKFLOW"], 1, "is the same file as the input"),
+        (["--server", "localhost:8188"], 2, "localhost:8188 is no address of a server"),
+        (["--server", "http://127.0.0.1:9"], 1, "http://127.0.0.1:9: no answer: "),
+        (["--workflow", "GONE"], 1, "cannot be read: No such file"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_nothing_is_written(
+    observe: Observe, flux: Any, work: Path, double: Any, flags: list[str], code: int, said: str
+) -> None:
+    (work / "prompts.txt").write_text("\n \n")
+    places = {"EMPTY": work / "prompts.txt", "GONE": work / "gone", "WORKFLOW": work / "workflow.json"}
+    words = [str(places.get(word, word)).replace("GONE", str(work / "gone")) for word in flags]
+
+    outcome = observe(flux, *words)
+
+    assert (outcome.code, outcome.out) == (code, "")
+    assert said in outcome.err
+    assert outcome.err.startswith("error: ")
+    assert written(work) == set()
+    assert "POST /prompt" not in double.requests
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        ("{", "not JSON"),
+        ('{"nodes": [], "links": []}', "File > Export (API)"),
+        ("\ufeff[]", "not a workflow: a JSON object of nodes was expected"),
+        ({"1": {"class_type": "VAELoader", "inputs": {"vae_name": "ae.safetensors"}}}, "no sampler"),
+    ],
+)
+def test_what_is_no_workflow_is_refused(observe: Observe, work: Path, nodes: Any, said: str) -> None:
+    outcome = observe(nodes)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert said in outcome.err
+    assert f"{work}/workflow.json" in outcome.err
+    assert written(work) == set()
+
+
+def test_bytes_are_no_workflow(ctq: Any, work: Path, double: Any) -> None:
+    (work / "workflow.json").write_bytes(b"\x89PNG\r\n\x1a\n\xff")
+    outcome = ctq(
+        "comfyui", "observe", "--server", double.address, "--workflow", work / "workflow.json", "-o", work / "s"
+    )
+    assert outcome.code == 1
+    assert "not a workflow: it is no text (in ComfyUI: File > Export (API))" in outcome.err
+
+
+def test_prompts_need_a_text_and_seeds_a_seed(observe: Observe, flux: Any, work: Path) -> None:
+    (work / "prompts.txt").write_text("a dog\n")
+    flux["6"]["inputs"]["conditioning"] = ["12", 0]
+    flux["12"] = {"class_type": "TextEncodeBooguEdit", "inputs": {"clip": ["2", 0]}}
+    outcome = observe(flux, "--prompts", work / "prompts.txt")
+    assert outcome.code == 2
+    assert "--prompts: the workflow has no text input on the way to its sampler" in outcome.err
+
+
+def test_a_failed_run_leaves_no_file(observe: Observe, flux: Any, work: Path, double: Any) -> None:
+    flux["1"]["inputs"]["unet_name"] = "broken.safetensors"
+    outcome = observe(flux)
+    assert (outcome.code, outcome.out) == (1, "")
+    said = (
+        f"error: {double.address}: the run failed in node 1 (Load Diffusion Model) of type UNETLoader: RuntimeError: "
+    )
+    assert outcome.err.splitlines()[-1] == said + "header too large Try another file"
+    assert written(work) == set()
+
+
+def test_ctrl_c_leaves_nothing(observe: Observe, flux: Any, work: Path, double: Any, monkeypatch: Any) -> None:
+    from convert_to_quant.engines.comfyui.server import Server
+
+    def interrupted(self: Any, run: str, watch: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "_wait", interrupted)
+    outcome = observe(flux)
+    assert outcome.code == 130
+    assert outcome.err.splitlines()[-1].startswith("interrupted")
+    assert written(work) == set()
+    assert "GET /queue" in double.requests
+
+
+# install, uninstall
+
+
+def test_install_and_uninstall(ctq: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "custom_nodes" / pack.NAME
+    folder.parent.mkdir()
+
+    outcome = ctq("comfyui", "install", tmp_path, "--dry-run")
+    assert (outcome.code, outcome.err) == (0, f"dry run: would install {folder}; nothing was changed\n")
+    assert not folder.exists()
+    outcome = ctq("comfyui", "install", tmp_path, "--json", "-")
+    assert json.loads(outcome.out)["folder"] == str(folder)
+    assert outcome.err == f"wrote {folder}: restart ComfyUI, and find the nodes under convert_to_quant\n"
+    assert (folder / pack.FILE).read_bytes() == pack.content()
+    outcome = ctq("comfyui", "uninstall", tmp_path, "--dry-run")
+    assert (outcome.code, outcome.err) == (0, f"dry run: would uninstall {folder}; nothing was changed\n")
+    assert folder.exists()
+    outcome = ctq("comfyui", "uninstall", tmp_path)
+    assert (outcome.code, outcome.err) == (0, f"removed {folder}\n")
+    assert not folder.exists()
+
+
+def test_install_needs_a_comfyui(ctq: Any, tmp_path: Path) -> None:
+    outcome = ctq("comfyui", "install", tmp_path)
+    assert outcome.code == 2
+    assert f"there is no folder {tmp_path / 'custom_nodes'}" in outcome.err
+
+
+def test_an_action_is_needed(ctq: Any) -> None:
+    outcome = ctq("comfyui")
+    assert outcome.code == 2
+    assert "ACTION" in outcome.err
+
+
+def test_help_loads_nothing_heavy(ctq: Any) -> None:
+    import subprocess
+
+    code = (
+        "import sys; from convert_to_quant.cli import main\n"
+        "try: main(['comfyui', 'observe', '--help'])\nexcept SystemExit: pass\n"
+        "print(*sorted({'torch', 'numpy', 'websockets', 'rich'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr.split() == []
+    assert len(done.stdout.splitlines()) <= 45

@@ -1,0 +1,488 @@
+"""`comfyui observe` against ComfyUI's own server; and the double of that server, held to it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from convert_to_quant import emoji
+from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
+from convert_to_quant.cli import main
+from convert_to_quant.emoji.rerange import RERANGINGS, rerange
+from convert_to_quant.stats import COLUMNS, Statistics
+
+pytestmark = pytest.mark.comfyui
+
+VARIABLE = "COMFYUI_DIR"
+
+PACK = '''
+import torch
+from convert_to_quant.emoji.prompts import embed
+
+class Encode:
+    """The emoji model's prompts: it has no text encoder."""
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "encode", ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"text": ("STRING", {"multiline": True, "dynamicPrompts": True})}}
+
+    def encode(self, text):
+        if text == "break":
+            raise ValueError("these words break\\nit")
+        context, pooled = map(torch.from_numpy, embed(text))
+        return ([[context[None], {"pooled_output": pooled[None]}]],)
+
+class Size:
+    """Where the emoji model begins."""
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "make", ("LATENT",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"side": ("INT", {"default": 8, "max": 64})}}
+
+    def make(self, side):
+        return ({"samples": torch.zeros(1, 16, side, side)},)
+
+NODE_CLASS_MAPPINGS = {"TestEncode": Encode, "TestSize": Size}
+'''
+
+
+class Running:
+    """A running ComfyUI."""
+
+    def __init__(self, folder: str, work: Path, *flags: str) -> None:
+        self.work = work
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        words = [sys.executable, Path(__file__).with_name("driver.py"), "serve", folder, work, "--cpu", "--listen",
+                 "127.0.0.1", "--port", port, "--disable-api-nodes", "--database-url", "sqlite:///:memory:",
+                 "--front-end-root", work / "front", *flags]  # fmt: skip
+        self.log = (work / "server.log").open("w")
+        self.process = subprocess.Popen(
+            [*map(str, words)], stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        for _ in range(600):
+            assert self.process.poll() is None, self.said()
+            try:
+                self.ask("/system_stats")
+                return
+            except urllib.error.URLError:
+                time.sleep(0.2)
+        pytest.fail(self.said())
+
+    def said(self) -> str:
+        """The end of its log."""
+        return (self.work / "server.log").read_text()[-4000:]
+
+    def ask(self, path: str, body: Any = None) -> Any:
+        """GET, or POST JSON; the answer, also of a refusal."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.loads(answer.read() or "null")
+        except urllib.error.HTTPError as refusal:
+            with refusal:
+                return json.load(refusal)
+
+    def run(self, nodes: dict[str, Any]) -> dict[str, Any]:
+        """Queue a workflow as it is, and wait: its history."""
+        run = self.ask("/prompt", {"prompt": nodes})["prompt_id"]
+        for _ in range(600):
+            history = self.ask(f"/history/{run}")
+            if history:
+                found: dict[str, Any] = history[run]
+                return found
+            time.sleep(0.1)
+        pytest.fail(self.said())
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with our pack, two models, and what the emoji model needs."""
+    folder = os.environ.get(VARIABLE)
+    if not folder:
+        pytest.skip(f"{VARIABLE} is not set: it should name a ComfyUI tree")
+    work = tmp_path_factory.mktemp("drive")
+    for name in ("custom_nodes/test", "models/diffusion_models/sub", "input", "output", "front"):
+        (work / name).mkdir(parents=True)
+    (work / "front" / "index.html").touch()
+    (work / "custom_nodes" / "test" / "__init__.py").write_text(PACK)
+    assert main(["comfyui", "install", str(work)]) == 0
+    models = work / "models" / "diffusion_models"
+    with open_checkpoint(emoji.WEIGHTS) as checkpoint:
+        tensors = {name: checkpoint.float32(name) for name in checkpoint.tensors}
+    for path, values in (("plain", tensors), ("sub/hot", rerange(tensors, RERANGINGS["hot"]))):
+        entries = {name: Entry.of(value) for name, value in values.items()}
+        write_checkpoint(models / f"{path}.safetensors", entries)
+    running = Running(folder, work)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def sampling(model: list[Any], latent: list[Any], seed: int, **more: Any) -> dict[str, Any]:
+    return node("KSampler", model=model, seed=seed, steps=4, cfg=2.0, sampler_name="euler", scheduler="simple",
+                positive=["yes", 0], negative=["no", 0], latent_image=latent, denoise=1.0, **more)  # fmt: skip
+
+
+def painting(model: str = "plain.safetensors", text: str = "strawberry") -> dict[str, Any]:
+    """A workflow as a user would export it, as far as this model goes."""
+    return {
+        "load": node("UNETLoader", unet_name=model, weight_dtype="default"),
+        "yes": node("TestEncode", text=text),
+        "no": node("TestEncode", text=""),
+        "size": node("TestSize", side=16),
+        "paint": sampling(["load", 0], ["size", 0], 1),
+        "keep": node("SaveLatent", samples=["paint", 0], filename_prefix="painted"),
+    }
+
+
+def recorded(server: Running, nodes: dict[str, Any], prompts: list[str], seeds: list[int], sampler: str) -> Statistics:
+    """The same by hand: our nodes in the workflow, queued run by run, and the file that they save."""
+    model = nodes[sampler]["inputs"]["model"]
+    prefix = f"by_hand/{sampler}_{time.monotonic_ns()}"
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        run = json.loads(json.dumps(nodes))
+        run["yes"]["inputs"]["text"] = prompt
+        for each in run.values():
+            if "seed" in each["inputs"]:
+                each["inputs"]["seed"] = seed
+        run["record"] = node("ConvertToQuantRecordActivations", model=model, statistics_file="", reset=False)
+        run[sampler]["inputs"]["model"] = ["record", 0]
+        run["save"] = node("ConvertToQuantSaveActivationStats", stats=["record", 1], latent=[sampler, 0],
+                           filename_prefix=prefix)  # fmt: skip
+        assert server.run(run)["status"]["status_str"] == "success", server.said()
+    return Statistics.load(server.work / "output" / f"{prefix}_00001_.safetensors")
+
+
+def assert_same(one: Statistics, other: Statistics) -> None:
+    assert (one.layers, one.samples) == (other.layers, other.samples)
+    for column in COLUMNS:
+        assert (getattr(one, column) == getattr(other, column)).all(), column
+
+
+@pytest.fixture
+def drive(server: Running, tmp_path: Path) -> Callable[..., int]:
+    """drive(workflow, flag, ...): our command on the server, into stats.safetensors."""
+
+    def drive(nodes: dict[str, Any], *flags: str) -> int:
+        (tmp_path / "workflow.json").write_text(json.dumps(nodes))
+        words = ["comfyui", "observe", "--server", server.address, "--workflow", str(tmp_path / "workflow.json")]
+        return main([*words, "-o", str(tmp_path / "stats.safetensors"), *flags])
+
+    return drive
+
+
+def test_statistics_are_those_of_the_nodes_own_runs(drive: Any, server: Running, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("tulip\n\nbear face\n")
+    flags = (
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--seeds",
+        "2",
+        "--seed",
+        "7",
+        "--json",
+        str(tmp_path / "r.json"),
+    )
+    by_hand = recorded(server, painting(), ["tulip", "tulip", "bear face", "bear face"], [7, 8, 9, 10], "paint")
+    before = set((server.work / "output").iterdir())
+
+    for _ in range(2):  # the second time everything is in ComfyUI's cache
+        assert drive(painting(), *flags) == 0, server.said()
+        assert_same(Statistics.load(tmp_path / "stats.safetensors"), by_hand)
+
+    assert by_hand.samples == 4
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["idle_runs"], report["models"][0]["samples"]) == (0, 4)
+    new = set((server.work / "output").iterdir()) - before
+    assert {path.name for path in new} == {"activation_stats"}  # nothing was painted into the folder
+
+
+def test_two_models_are_recorded_apart(drive: Any, server: Running, tmp_path: Path) -> None:
+    nodes = painting()
+    nodes["other"] = node("UNETLoader", unet_name="sub/hot.safetensors", weight_dtype="default")
+    nodes["again"] = sampling(["other", 0], ["paint", 0], 2)
+    by_hand = {name: recorded(server, nodes, ["strawberry"] * 2, [42, 43], name) for name in ("paint", "again")}
+
+    assert drive(nodes, "--seeds", "2") == 0, server.said()
+
+    assert not (tmp_path / "stats.safetensors").exists()
+    assert_same(Statistics.load(tmp_path / "stats_plain.safetensors"), by_hand["paint"])
+    assert_same(Statistics.load(tmp_path / "stats_hot.safetensors"), by_hand["again"])
+    assert (by_hand["again"].absmax != by_hand["paint"].absmax).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"load": {"unet_name": "gone.safetensors"}},
+            "refused: node load (UNETLoader): Value not in list: unet_name: 'gone",
+        ),
+        ({"size": {"side": 1000}}, "refused: node size (TestSize): Value 1000 bigger than max of 64: side"),
+        (
+            {"yes": {"text": "break"}},
+            "failed in node yes (TestEncode) of type TestEncode: ValueError: these words break it",
+        ),
+    ],
+)
+def test_a_run_that_is_refused_or_fails_is_told(
+    drive: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, said: str
+) -> None:
+    nodes = painting()
+    for name, inputs in change.items():
+        nodes[name]["inputs"] |= inputs
+    assert drive(nodes) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "stats.safetensors").exists()
+
+
+def test_a_workflow_with_nodes_that_are_not_there_is_told(drive: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = painting()
+    nodes["lora"] = node("FancyLora", model=["load", 0])
+    nodes["paint"]["inputs"]["model"] = ["lora", 0]
+    assert drive(nodes) == 1
+    assert "node lora (FancyLora): the server has no node of type FancyLora" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_the_server_as_it_was(server: Running, tmp_path: Path) -> None:
+    nodes = painting()
+    nodes["paint"]["inputs"]["steps"] = 5000
+    (tmp_path / "workflow.json").write_text(json.dumps(nodes))
+    known = set(server.ask("/history"))
+    words = [sys.executable, "-m", "convert_to_quant", "comfyui", "observe", "--server", server.address]
+    words += ["--workflow", str(tmp_path / "workflow.json"), "-o", str(tmp_path / "stats.safetensors")]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(600):
+            if server.ask("/queue")["queue_running"] and "/5000 [" in server.said():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+
+    for _ in range(300):
+        new = set(server.ask("/history")) - known
+        if new:
+            break
+        time.sleep(0.1)
+    (run,) = new
+    assert server.ask(f"/history/{run}")[run]["status"]["messages"][-1][0] == "execution_interrupted"
+    assert server.ask("/queue") == {"queue_running": [], "queue_pending": []}
+    assert not (tmp_path / "stats.safetensors").exists()
+
+
+def test_totals_are_whole_on_a_server_that_remembers_nothing(server: Running, tmp_path: Path) -> None:
+    by_hand = recorded(server, painting(), ["strawberry"] * 2, [42, 43], "paint")
+    (tmp_path / "workflow.json").write_text(json.dumps(painting()))
+    (tmp_path / "base").mkdir()
+    for name in ("custom_nodes", "models", "front"):
+        (tmp_path / "base" / name).symlink_to(server.work / name)
+    forgetful = Running(os.environ[VARIABLE], tmp_path / "base", "--cache-none")
+    try:
+        words = ["comfyui", "observe", "--server", forgetful.address, "--workflow", str(tmp_path / "workflow.json")]
+        assert main([*words, "-o", str(tmp_path / "stats.safetensors"), "--seeds", "2"]) == 0, forgetful.said()
+    finally:
+        forgetful.close()
+    assert_same(Statistics.load(tmp_path / "stats.safetensors"), by_hand)
+
+
+# The double, held to the real server
+
+
+@pytest.fixture(scope="module")
+def double() -> ModuleType:
+    """The module of the double of this server that ordinary tests use."""
+    path = Path(__file__).parents[1] / "engines" / "comfyui" / "double.py"
+    spec = importlib.util.spec_from_file_location("comfyui_double", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def interfaces(double: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The double of ComfyUI's modules, in this process."""
+    return double.interfaces().comfyui.__wrapped__(tmp_path, monkeypatch)
+
+
+INVENTED = {"KSampler (Efficient)"}
+"""Nodes of the double that ComfyUI does not have: they are other people's."""
+
+
+def test_the_doubles_nodes_are_comfyuis(server: Running, double: ModuleType, interfaces: Any) -> None:
+    from convert_to_quant.engines.comfyui.workflow import NodeType
+
+    for name, kind in double.Nodes(interfaces, None).classes.items():
+        if name in INVENTED:
+            continue
+        real, ours = (
+            NodeType.read(server.ask(f"/object_info/{name}")[name]),
+            NodeType.read(double.node_info(name, kind)),
+        )
+        assert ours.outputs == real.outputs, name
+        if not name.startswith("ConvertToQuant"):
+            assert [side.lower() for side in ours.output_names] == [side.lower() for side in real.output_names], name
+        for key, said in ours.inputs.items():
+            assert said.kind == real.inputs[key].kind, f"{name} {key}"
+            for option in ("multiline", "dynamicPrompts", "control_after_generate"):
+                assert said.options.get(option, False) == (real.inputs[key].options.get(option) or False), (
+                    f"{name} {key}"
+                )
+
+
+def keys(value: Any) -> Any:
+    """The shape of a JSON value: the keys of objects, the shapes of what lists hold."""
+    if isinstance(value, dict):
+        return {key: keys(inner) for key, inner in sorted(value.items())}
+    if isinstance(value, list):
+        return [keys(inner) for inner in value]
+    return type(value).__name__ if not isinstance(value, bool) else "bool"
+
+
+def conversation(address: str, nodes: dict[str, Any]) -> dict[str, Any]:
+    """What a server says of a run: answers, the kinds of messages in their order, and what they carry."""
+    from websockets.sync.client import connect
+
+    def ask(path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.loads(answer.read() or "null")
+        except urllib.error.HTTPError as refusal:
+            with refusal:
+                return json.load(refusal)
+
+    order: list[str] = []
+    carried: dict[str, Any] = {}
+    with connect(f"ws{address[4:]}/ws?clientId=me", legacy=False) as listening:
+        answer = ask("/prompt", {"prompt": nodes, "client_id": "me"})
+        if "prompt_id" not in answer:
+            return {"refusal": answer}
+        while True:
+            message = listening.recv(timeout=60)
+            if isinstance(message, bytes):
+                continue
+            said = json.loads(message)
+            kind, data = said["type"], said["data"]
+            if kind == "status" or data.get("prompt_id") != answer["prompt_id"]:
+                continue
+            if kind == "executed":  # what a node shows is its own
+                data = {key: value for key, value in data.items() if key != "output"}
+            if kind == "progress_state":
+                data = {**data, "nodes": next(iter(data["nodes"].values()))}
+            if kind == "execution_error":
+                data = {**data, "executed": [], "traceback": [], "current_inputs": {}, "current_outputs": []}
+            if kind in ("execution_cached", "execution_interrupted"):
+                data = {**data, "nodes": [], "executed": []}
+            if not order or order[-1] != kind:
+                order.append(kind)
+            carried[kind] = {key: value for key, value in keys(data).items() if key != "parent_node_id"}
+            if kind == "executing" and data["node"] is None:
+                break
+    entry = ask(f"/history/{answer['prompt_id']}")[answer["prompt_id"]]
+    status = {**entry["status"], "messages": [kind for kind, _ in entry["status"]["messages"]]}
+    shape = {
+        "entry": sorted(entry),
+        "status": status,
+        "item": keys(entry["prompt"][3]),
+        "outputs": sorted(entry["outputs"]),
+    }
+    return {"answer": keys(answer), "order": order, "carried": carried, "history": shape}
+
+
+@pytest.mark.parametrize("case", ["success", "failure", "refused", "unknown", "no outputs"])
+def test_the_double_talks_as_comfyui_does(server: Running, double: ModuleType, interfaces: Any, case: str) -> None:
+    ours = {
+        "load": node("UNETLoader", unet_name="flux.safetensors", weight_dtype="default"),
+        "clip": node("DualCLIPLoader", clip_name1="t5xxl.safetensors", clip_name2="clip_l.safetensors"),
+        "yes": node("CLIPTextEncode", text="a", clip=["clip", 0]),
+        "no": node("CLIPTextEncode", text="", clip=["clip", 0]),
+        "size": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "paint": sampling(["record", 0], ["size", 0], 1),
+    }
+    theirs = painting()
+    del theirs["keep"]
+    theirs["paint"]["inputs"]["model"] = ["record", 0]
+    running = double.Double(interfaces)
+    try:
+        told = []
+        for address, nodes in ((server.address, theirs), (running.address, ours)):
+            nodes["record"] = node("ConvertToQuantRecordActivations", model=["load", 0], recording=f"{case} {address}")
+            nodes["save"] = node("ConvertToQuantSaveActivationStats", stats=["record", 1], latent=["paint", 0],
+                                 filename_prefix="talk/stats")  # fmt: skip
+            if case == "failure":
+                nodes["save"]["inputs"]["stats"] = ["other", 1]  # a recorder that saw nothing
+                nodes["other"] = node("ConvertToQuantRecordActivations", model=["load", 0], recording=f"x {address}")
+            if case == "refused":
+                nodes["load"]["inputs"]["unet_name"] = "gone"
+                del nodes["paint"]["inputs"]["seed"]
+                nodes["paint"]["inputs"]["steps"] = 10**6
+            if case == "unknown":
+                nodes["load"]["class_type"] = "Nothing"
+            if case == "no outputs":
+                del nodes["save"]
+            told.append(conversation(address, nodes))
+    finally:
+        running.close()
+    real, double_said = told
+    if "refusal" in real:
+        assert refused(double_said["refusal"]) == refused(real["refusal"])
+        return
+    for part in ("answer", "history", "carried"):
+        assert double_said[part] == real[part]
+    assert set(double_said["order"]) == set(real["order"])
+    assert double_said["order"][:2] == real["order"][:2] == ["execution_start", "execution_cached"]
+    assert double_said["order"][-2:] == real["order"][-2:]
+
+
+def refused(answer: Any) -> Any:
+    """What a refusal says, without the words that are a list's or a file's."""
+    nodes = {
+        name: (
+            sorted(entry["dependent_outputs"]),
+            sorted((each["type"], each["message"], each["extra_info"].get("input_name")) for each in entry["errors"]),
+        )
+        for name, entry in dict(answer["node_errors"]).items()
+    }
+    return answer["error"]["type"], answer["error"]["message"], nodes
