@@ -2,10 +2,8 @@
 
 Names are those of the model that ran. A checkpoint of the same model may have another prefix; may be named as its
 authors do where ComfyUI renames layers while it loads them (HunyuanVideo); or may be in diffusers' layout, which splits
-what ComfyUI fuses. The table that knows such spellings (`names`) is asked what part of which recorded layer a name in
-the file means. Parts of a fused layer share its input, so they share its statistics.
-
-Limits. The other way round, from recorded parts to a fused layer of the file, is not looked up.
+what others fuse, or the other way round. The table that knows such spellings (`names`) is asked which layer is a part
+of which. Parts of a fused layer share its input, so they share its statistics, and any one of them has the whole's.
 """
 
 from __future__ import annotations
@@ -49,17 +47,11 @@ def respell(statistics: Statistics, layers: Mapping[str, Shape], prefix: str = "
         Statistics by the names given, in their order.
     """
     _, bare = names.strip_prefix(statistics.layers)
-    recorded = {name: original for original, name in bare.items()}
-    wanted = {name.removeprefix(prefix): name for name in layers}
-    targets = {name: names.Target(name) for name in wanted if name in recorded}
-    if len(targets) < len(wanted):
-        shapes = {name: statistics.layers[original] for name, original in recorded.items()}
-        targets = {**names.diffusers_targets(shapes), **targets}
-    sources = {
-        layers_name: recorded[targets[name].layer]
-        for name, layers_name in wanted.items()
-        if name in targets and _shape(statistics, recorded[targets[name].layer], targets[name]) == layers[layers_name]
-    }
+    recorded = {name: statistics.layers[original] for original, name in bare.items()}
+    originals = {name: original for original, name in bare.items()}
+    wanted = {name.removeprefix(prefix): shape for name, shape in layers.items()}
+    found = _same_inputs(recorded, wanted)
+    sources = {name: originals[found[own]] for name, own in zip(layers, wanted, strict=True) if own in found}
     facts = dict(statistics.provenance)
     if "depends_on_conditioning" in facts:
         moving = set(facts["depends_on_conditioning"])
@@ -72,9 +64,23 @@ def respell(statistics: Statistics, layers: Mapping[str, Shape], prefix: str = "
     )
 
 
-def _shape(statistics: Statistics, layer: str, target: names.Target) -> Shape:
-    """[out, in] of the part of a recorded layer."""
-    out_features, in_features = statistics.layers[layer]
+def _same_inputs(recorded: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> dict[str, str]:
+    """For each wanted layer, one that was recorded and receives the same: itself, or else a whole or a part of it."""
+    found = {name: name for name, shape in wanted.items() if recorded.get(name) == shape}
+    if len(found) < len(wanted):
+        for name, target in names.diffusers_targets(recorded).items():
+            if wanted.get(name) == _shape(recorded, target):
+                found.setdefault(name, target.layer)
+    if len(found) < len(wanted):
+        for name, target in names.diffusers_targets(wanted).items():
+            if recorded.get(name) == _shape(wanted, target):
+                found.setdefault(target.layer, name)
+    return found
+
+
+def _shape(layers: Mapping[str, Shape], target: names.Target) -> Shape:
+    """[out, in] of a part of a layer."""
+    out_features, in_features = layers[target.layer]
     if target.rows is not None:
         out_features = target.rows[1] - target.rows[0]
     return out_features, in_features

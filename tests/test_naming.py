@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.calibrate_activation_scales import apply_statistics
+from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.errors import StatisticsError
 from convert_to_quant.layers import find_layers, input_scale
 from convert_to_quant.naming import for_checkpoint, respell
@@ -65,6 +65,24 @@ def test_every_spelling_finds_its_layers(
     assert {float(found.absmax[found.index(name)]) for name in attention} == {1.0}
     assert found.absmax[found.index(mlp)] == 2.0
     assert found.provenance["depends_on_conditioning"] == (mlp,)
+
+
+@pytest.mark.parametrize("onto", SPELLINGS)
+@pytest.mark.parametrize("recorded", SPELLINGS)
+def test_statistics_go_from_every_spelling_to_every_other(
+    statistics: Callable[..., Any], table: Callable[..., Any], recorded: str, onto: str
+) -> None:
+    *attention, mlp = SPELLINGS[recorded]
+    seen = statistics(SPELLINGS[recorded])
+
+    found = for_checkpoint(seen, table(SPELLINGS[onto]))
+
+    assert (dict(found.layers), found.left_out) == (SPELLINGS[onto], ())
+    *others, last = found.names
+    assert found.absmax[found.index(last)] == seen.absmax[seen.index(mlp)]
+    assert {float(found.absmax[found.index(name)]) for name in others} <= {
+        float(seen.absmax[seen.index(name)]) for name in attention
+    }
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
