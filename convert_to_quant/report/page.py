@@ -170,7 +170,7 @@ def _bars(document: Document) -> str:
     rows = []
     for number in range(len(sides)):
         seen = [figures for layer in document["layers"] if (figures := layer["sides"][number]) is not None]
-        moments = {"before": "present scales", "after": "calibrated"}
+        moments = {"before": "present scales" if sides[number]["model"] else "scale 1.0", "after": "calibrated"}
         if not any(figures["changed"] for figures in seen):
             del moments["after"]
         for when, words in moments.items():

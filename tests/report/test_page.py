@@ -517,6 +517,15 @@ def test_two_sides_stand_beside_or_over_each_other_with_the_difference(show):
     assert {"A: risk now", "B: risk now"} <= set(tab.locator("thead th").all_text_contents())
 
 
+def test_files_without_statistics_are_compared_by_what_their_scales_hold(show):
+    known = [Figures(State(scale, False), State(scale, False), reason="never visited") for scale in (1.0, 4.0)]
+    tab = show(report([layer("blocks.0.a", *known), layer("txt_in", known[0], known[0])], count=2))
+    assert tab.locator("#levels").is_hidden()
+    assert tab.locator("#views button").all_inner_texts() == ["real values"]
+    assert tab.locator("#picture-plot .state").all_inner_texts() == ["+2.00 octaves", "equal"]
+    assert tab.locator("#picture-plot canvas").first.evaluate(RED) > 100
+
+
 def test_a_thousand_layers_are_quick_to_scroll_and_sort(show):
     tab = show(thousand())
     assert tab.locator("#picture-plot .row").count() < 60

@@ -18,7 +18,7 @@ const TERMS = {
   "clipped": "Share of the input values beyond 448 times the scale: they are cut off.",
   "vanished": "Share of the input values that are so small beside the scale that they become 0.",
   "rows lost": "Share of rows (one token’s vector each) that lie wholly among FP8’s smallest steps because louder rows set the scale. Errors over the whole tensor hide them.",
-  "SQNR": "Signal to quantization noise of the inputs, in decibels: how much larger they are than the error that FP8 makes. About 31 dB is FP8’s best; each 6 dB less doubles the error.",
+  "SQNR": "Signal to quantization noise of the inputs, in decibels: how much larger they are than the error that FP8 makes. About 31 dB is what FP8 gives usual inputs at best; each 6 dB less doubles the error.",
   "largest": "The largest input magnitude that was seen (absmax).",
   "octave": "A factor of two. One octave more range is twice as large.",
   "full precision": "The layer’s inputs are not quantized: its FP8 weights are widened and multiplied with the inputs as they are.",
@@ -26,17 +26,17 @@ const TERMS = {
   "saturated": "Beyond 448 times the scale: FP8 cuts such values off.",
   "normal": "FP8 (E4M3) keeps four significant bits here, whatever the size.",
   "subnormal": "Below 2⁻⁶ times the scale FP8’s steps no longer shrink: the smaller a value, the coarser it is kept.",
-  "real": "Input values as the layer gets them, before any scale.",
 };
 
 const missing = "–";
+const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 }).format; // one for all: making them is slow
 const clean = (text) => text.replace("e+", "e").replace("-", "−");
 function number(x) {
   if (x === null || x === undefined) return missing;
   const size = Math.abs(x);
   if (size === 0) return "0";
   if (size >= 1e6 || size < 1e-3) return clean(x.toExponential(2));
-  return clean(size >= 1000 ? Math.round(x).toLocaleString("en") : String(+x.toPrecision(4)));
+  return clean(size >= 1000 ? grouped(x) : String(+x.toPrecision(4)));
 }
 function percent(x) {
   if (x === null || x === undefined) return missing;
@@ -46,8 +46,8 @@ function percent(x) {
 }
 const decibels = (x) => (x === null || x === undefined ? missing : clean(x.toFixed(1)));
 const octaves = (x) => (x === null || x === undefined ? missing : x === 0 ? "0" : (x > 0 ? "+" : "−") + Math.abs(x).toFixed(2));
-const count = (x) => (x ? x.toLocaleString("en") : missing);
-const plural = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
+const count = (x) => (x ? grouped(x) : missing);
+const plural = (n, noun) => `${grouped(n)} ${noun}${n === 1 ? "" : "s"}`;
 const log2 = (x) => (x > 0 ? Math.log2(x) : null);
 const ratio = (a, b) => (a > 0 && b > 0 ? Math.log2(a / b) : null);
 
@@ -65,9 +65,11 @@ function decode(density) {
 
 const layers = given.layers.map((layer, index) => ({
   ...layer, index,
-  sides: layer.sides.map((figure) => figure && { ...figure, levels: decode(figure.density) }),
+  sides: layer.sides.map((figure, s) => figure && { ...figure, number: 2 * index + s, levels: decode(figure.density) }),
   cut: Math.max(layer.name.lastIndexOf(".", layer.name.lastIndexOf(".") - 1), 0),
 }));
+const seen = layers.some((layer) => layer.sides.some((figure) => figure && figure.levels));
+const present = sides.some((side) => side.model) ? "present scale" : "scale 1.0"; // what ComfyUI reads where there is none
 const work = sides.map((_, s) => layers.reduce((sum, layer) => sum + (layer.sides[s] ? layer.sides[s].multiply_adds : 0), 0));
 
 const of = (read) => (s) => (layer) => (layer.sides[s] ? read(layer.sides[s], s) : null);
@@ -81,7 +83,7 @@ function riskWords(state, figure) {
 const PER_SIDE = [
   { key: "now", printed: true, label: "risk now", term: "at risk", text: true, descending: true, value: of((f) => riskOf(f.before, f)), show: of((f) => riskWords(f.before, f)) },
   { key: "calibrated", printed: true, label: "risk calibrated", term: "at risk", text: true, descending: true, value: of((f) => riskOf(f.after, f)), show: of((f) => riskWords(f.after, f)) },
-  { key: "scale_before", printed: true, label: "present scale", term: "scale", descending: true, value: of((f) => f.before.scale), format: number },
+  { key: "scale_before", printed: true, label: present, term: "scale", descending: true, value: of((f) => f.before.scale), format: number },
   { key: "scale_after", printed: true, label: "new scale", term: "scale", descending: true, value: of((f) => f.after.scale), format: number },
   { key: "change", label: "change, octaves", term: "octave", descending: true, value: of((f) => ratio(f.after.scale, f.before.scale)), format: octaves },
   { key: "absmax", printed: true, label: "largest |x|", term: "largest", descending: true, value: of((f) => f.absmax), format: number },
@@ -99,7 +101,7 @@ const PER_SIDE = [
   { key: "zeros", label: "zeros", descending: true, value: of((f) => f.zeros), format: percent },
   { key: "rows", label: "rows seen", descending: true, value: of((f) => f.rows), format: count },
   { key: "work", label: "multiply-adds", term: "multiply-adds", descending: true, value: of((f, s) => (work[s] ? f.multiply_adds / work[s] : null)), format: percent },
-  { key: "reason", label: "why", text: true, value: of((f) => f.unused || f.reason) },
+  { key: "reason", label: "why", text: true, long: true, value: of((f) => f.unused || f.reason) },
 ];
 const between = (read) => (layer) => (layer.sides[0] && layer.sides[1] ? read(layer.sides[0], layer.sides[1], layer) : null);
 const crosses = layers.some((layer) => layer.crossed);
@@ -148,7 +150,23 @@ function element(tag, attributes = {}, ...children) {
 }
 /** A layer's name of which the front gives way where room is short: the end tells layers apart. */
 const nameOf = (layer) => element("span", { class: "name", title: layer.name },
-  element("span", { class: "front" }, layer.name.slice(0, layer.cut)), element("span", { class: "back" }, layer.name.slice(layer.cut)));
+  layer.cut ? element("span", { class: "front" }, layer.name.slice(0, layer.cut)) : null, element("span", { class: "back" }, layer.name.slice(layer.cut)));
 const term = (word, text) => element("button", { type: "button", class: "term", "data-term": word }, text || word);
-const theme = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+
+/** What a variable of the style sheet says; asked once per theme, since asking is slow. */
+const themed = new Map();
+function theme(name) {
+  if (!themed.has(name)) themed.set(name, getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim());
+  return themed.get(name);
+}
+
+/** Has a parent hold the lines of a window and no others, in their order; `made` knows those that it has. */
+function fill(parent, made, first, last, make) {
+  for (const [number, line] of made) if (number < first || number >= last) { line.remove(); made.delete(number); }
+  let next = parent.firstChild;
+  for (let number = first; number < last; number++) {
+    if (made.has(number)) next = made.get(number).nextSibling;
+    else { made.set(number, make(number)); parent.insertBefore(made.get(number), next); }
+  }
+}
 const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;

@@ -1,7 +1,7 @@
 // How the range moves while a picture is painted: one cell per layer and noise level.
 
 const HEATS = [
-  { key: "own", label: "share of the layer’s largest", how: "Each row is a layer, from noise on the left to the picture on the right. Dark cells are where its inputs are largest; numbers are the largest |x| seen there." },
+  { key: "own", label: "share of the layer’s largest", how: "Each row is a layer, from noise on the left to the picture on the right. The stronger the colour, the nearer its inputs come to the largest that it ever gets; numbers are the largest |x| seen there." },
   { key: "all", label: "range among all layers", how: "The same figures on one colour scale for all layers, so that loud layers stand out." },
 ];
 const edges = given.sigma_edges, bins = edges.length - 1;
@@ -20,7 +20,10 @@ const ownOctaves = (() => {
   falls.sort((a, b) => a - b);
   return Math.min(Math.max(Math.ceil(falls[Math.floor(falls.length * 0.97)] || 0), 1), 8);
 })();
-const RAMPS = { light: ["#f4f1ea", "#c9dbe0", "#7fb0c6", "#2f7ba4", "#0f4a73", "#0a2a45"], dark: ["#1b2126", "#1d3c50", "#22658c", "#3f97c3", "#8fcbe6", "#e6f5fb"] };
+const RAMPS = { // from nothing to the largest, and the part of the way from which on words change their colour to be read
+  light: { colours: ["#f6f3ec", "#d5e2e3", "#9cc2d2", "#5b9dbf", "#24699a"], words: ["#0c1a24", "#ffffff"], from: 0.86 },
+  dark: { colours: ["#191e22", "#1d3646", "#22536e", "#2c789f", "#58a9d3"], words: ["#ffffff", "#0c1a24"], from: 0.8 },
+};
 const ramp = () => RAMPS[document.documentElement.dataset.theme];
 const limits = () => (state.heat === "all" ? extent : [-ownOctaves, 0]);
 const warmth = (value, figure) => (value > 0 ? (state.heat === "all" ? Math.log2(value) : Math.max(Math.log2(value / figure.absmax), -ownOctaves)) : null);
@@ -42,11 +45,25 @@ const levels = {
     return made;
   },
   state: () => [],
-  option(plot, first, last) {
-    const grids = this.grids(plot), [low, high] = limits(), lines = plot.narrow ? 2 : 1; // on a narrow page, every other line holds a name
-    const words = grids[0].width / bins > 44, dark = document.documentElement.dataset.theme === "dark";
-    const frame = plot.frame(grids), top = (first - plot.low) * plot.rowHeight;
-    frame.grid.forEach((grid) => { grid.top = top; grid.height = Math.max(last - first, 0) * plot.rowHeight; });
+  setup(plot) {
+    const grids = this.grids(plot), [low, high] = limits();
+    const axisOf = (g, data, inverse) => ({ type: "category", gridIndex: g, data, inverse, show: false });
+    return {
+      grid: grids.map(({ left, width }) => ({ left, width, show: false })),
+      xAxis: grids.map((_, g) => axisOf(g, edges.slice(1).map(String), false)),
+      yAxis: grids.map((_, g) => axisOf(g, ["0"], true)),
+      visualMap: { show: false, type: "continuous", min: low, max: high, dimension: 2, inRange: { color: ramp().colours } },
+      series: grids.map(({ width }, g) => ({
+        type: "heatmap", xAxisIndex: g, yAxisIndex: g, silent: true, progressive: 0,
+        label: { show: width / bins > 44, fontSize: 11, fontFamily: theme("sans") },
+        itemStyle: { borderColor: theme("paper"), borderWidth: plot.narrow ? 0 : 1 },
+      })),
+    };
+  },
+  move(plot, first, last) {
+    const grids = this.grids(plot), [low, high] = limits(), { words, from } = ramp();
+    const lines = plot.narrow ? 2 : 1; // on a narrow page, every other line holds a name
+    const top = (first - plot.low) * plot.rowHeight, height = (last - first) * plot.rowHeight;
     const cells = (s) => {
       const list = [];
       for (let number = first; number < last; number++) {
@@ -55,32 +72,26 @@ const levels = {
           const size = warmth(value, figure);
           if (size === null) return;
           const part = (size - low) / (high - low);
-          list.push({ value: [bin, (number - first) * lines + lines - 1, size], label: { formatter: number3(value), color: (part > 0.47) === dark ? "#0c1a24" : "#ffffff" } });
+          list.push({ value: [bin, (number - first) * lines + lines - 1, size], label: { formatter: number3(value), color: words[Number(part > from)] } });
         });
       }
       return list;
     };
-    const axisOf = (g, data, inverse) => ({ type: "category", gridIndex: g, data, inverse, show: false });
-    return {
-      ...frame,
-      xAxis: grids.map((_, g) => axisOf(g, edges.slice(1).map(String), false)),
-      yAxis: grids.map((_, g) => axisOf(g, Array.from({ length: Math.max(last - first, 1) * lines }, (_, n) => String(n)), true)),
-      visualMap: { show: false, type: "continuous", min: low, max: high, dimension: 2, inRange: { color: ramp() } },
-      series: grids.map((_, g) => ({
-        type: "heatmap", xAxisIndex: g, yAxisIndex: g, silent: true, data: cells(g), progressive: 0,
-        label: { show: words, fontSize: 11, fontFamily: theme("sans") },
-        itemStyle: { borderColor: theme("paper"), borderWidth: plot.narrow ? 0 : 1 },
-      })),
-    };
+    const data = Array.from({ length: Math.max(last - first, 1) * lines }, (_, n) => String(n));
+    return { grid: grids.map(() => ({ top, height })), yAxis: grids.map(() => ({ data })), series: grids.map((_, g) => ({ data: cells(g) })) };
   },
 };
-const number3 = (x) => (x >= 1000 && x < 1e6 ? Math.round(x).toLocaleString("en") : number(+x.toPrecision(3)));
+const number3 = (x) => (x >= 1000 && x < 1e6 ? grouped(x) : number(+x.toPrecision(3)));
 
 function levelsLegend() {
   const bar = element("span", { class: "ramp" });
-  bar.style.background = `linear-gradient(to right, ${ramp().join(", ")})`;
+  bar.style.background = `linear-gradient(to right, ${ramp().colours.join(", ")})`;
   const [low, high] = limits();
-  return state.heat === "all"
-    ? [element("span", {}, number3(2 ** low), bar, number3(2 ** high)), element("span", {}, "largest |x| at that noise level, on a log scale")]
-    : [element("span", {}, `1/${2 ** ownOctaves} of it or less`, bar, "the layer’s largest"), element("span", {}, "each step to half is an ", term("octave"))];
+  const gaps = layers.some((layer) => layer.sides.some((figure) => figure && figure.absmax && figure.sigma_absmax.includes(null)));
+  return [
+    ...(state.heat === "all"
+      ? [element("span", {}, number3(2 ** low), bar, number3(2 ** high)), element("span", {}, "largest |x| at that noise level, on a log scale")]
+      : [element("span", {}, `1/${2 ** ownOctaves} of it or less`, bar, "the layer’s largest"), element("span", {}, "each step to half is an ", term("octave"))]),
+    ...(gaps ? [element("span", {}, "empty: no inputs were seen there")] : []),
+  ];
 }

@@ -52,7 +52,7 @@ const card = {
 };
 
 function describe(layer) {
-  const lines = [element("h3", {}, layer.name), element("p", { class: "sub" }, `${layer.shape[1].toLocaleString("en")} inputs → ${layer.shape[0].toLocaleString("en")} outputs`)];
+  const lines = [element("h3", {}, layer.name), element("p", { class: "sub" }, `${grouped(layer.shape[1])} inputs → ${grouped(layer.shape[0])} outputs`)];
   layer.sides.forEach((figure, s) => {
     const title = compares ? `${letters[s]}: ${sides[s].label}` : "";
     if (!figure) return lines.push(element("p", { class: "sub" }, `${title}: not in this file`));
@@ -68,6 +68,7 @@ function describe(layer) {
     lines.push(element("p", { class: "sub" }, `largest ${number(figure.absmax)}, 99.9 % under ${number(figure.p999)}, median ${number(figure.median)}; ${plural(figure.rows, "row")} seen` +
       (work[s] ? `; ${percent(figure.multiply_adds / work[s])} of the multiply-adds` : "")));
     if (states.some((at) => at.full_precision)) lines.push(element("p", { class: "sub" }, "Losses are those that FP8 would have; in full precision there are none."));
+    for (const risk of new Set(states.map((at) => !figure.unused && at.risk))) if (risk) lines.push(element("p", { class: "sub" }, `${risk}: ${given.risks[risk]}`));
     const why = [figure.unused || figure.reason, figure.conditioning_dependent && "its range moves with the made-up conditioning"].filter(Boolean).join("; ");
     if (why) lines.push(element("p", {}, element("span", { class: "sub" }, "why: "), why));
   });
@@ -132,7 +133,7 @@ function refresh() {
   shown = rows;
   for (const plot of plots) plot.show(rows);
   table.show(rows, state.sort, state.descending);
-  get("count").textContent = rows.length === layers.length ? plural(layers.length, "layer") : `${rows.length.toLocaleString("en")} of ${plural(layers.length, "layer")}`;
+  get("count").textContent = rows.length === layers.length ? plural(layers.length, "layer") : `${grouped(rows.length)} of ${plural(layers.length, "layer")}`;
   get("reset").hidden = rows.length === layers.length && !state.q;
   mark();
   write();
@@ -168,7 +169,8 @@ function sortBy(figure) {
 
 let shown = layers;
 read();
-for (const id of ["tools", "picture", "levels", "figures", "theme"]) get(id).hidden = false;
+for (const id of ["tools", "picture", "figures", "theme"]) get(id).hidden = false;
+get("levels").hidden = !seen;
 readInks();
 plots.push(new Plot(get("picture-plot"), "Density of each layer’s inputs, one row per layer. Arrow keys read the rows; the table below has the same figures.", picture));
 plots.push(new Plot(get("levels-plot"), "Range of each layer at each noise level, one row per layer. Arrow keys read the rows.", levels));
@@ -182,14 +184,14 @@ marks = [
     mark(); write();
   }),
   segments("layouts", LAYOUTS, "layout", (key) => { state.layout = key; plots[0].layout(); mark(); write(); }),
-  segments("heats", HEATS, "heat", (key) => { state.heat = key; plots[1].draw(); mark(); write(); }),
+  segments("heats", HEATS, "heat", (key) => { state.heat = key; plots[1].layout(); mark(); write(); }),
 ];
 get("filters").replaceChildren(...FILTERS.map((filter) => {
   const number = layers.filter(filter.test).length;
   return element("button", { type: "button", class: "chip", "data-key": filter.key, disabled: !number, onclick: () => {
     if (!state.only.delete(filter.key)) state.only.add(filter.key);
     refresh();
-  } }, filter.label, element("b", {}, number.toLocaleString("en")));
+  } }, filter.label, element("b", {}, grouped(number)));
 }));
 get("sort").replaceChildren(...orders.map((order) => element("option", { value: order.key }, order.label)));
 get("sort").addEventListener("change", () => {
@@ -210,7 +212,8 @@ get("save").addEventListener("click", () => {
   element("a", { href: url, download: given.title.replace(/[^\w.-]+/g, "_") + ".csv" }).click();
   URL.revokeObjectURL(url);
 });
-get("glossary").replaceChildren(...Object.entries(TERMS).flatMap(([word, text]) => [element("dt", {}, word), element("dd", {}, text)]));
+const words = { ...TERMS, ...Object.fromEntries(Object.entries(given.risks).map(([risk, text]) => [`risk: ${risk}`, text[0].toUpperCase() + text.slice(1) + "."])) };
+get("glossary").replaceChildren(...Object.entries(words).flatMap(([word, text]) => [element("dt", {}, word), element("dd", {}, text)]));
 
 const wordAt = (event) => event.target.closest && event.target.closest("[data-term]");
 for (const [kind, open] of [["pointerover", true], ["pointerout", false], ["focusin", true], ["focusout", false]]) {
@@ -233,7 +236,7 @@ addEventListener("scroll", () => card.pinned || card.hide(), { passive: true });
 addEventListener("hashchange", () => { read(); paint(); refresh(); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 new ResizeObserver(() => document.documentElement.style.setProperty("--tools", get("tools").offsetHeight + "px")).observe(get("tools"));
-const print = (on) => { printing = on; paint(); table.drawn = null; table.draw(); };
+const print = (on) => { printing = on; paint(); table.redraw(); };
 addEventListener("beforeprint", () => print(true));
 addEventListener("afterprint", () => print(false));
 refresh();

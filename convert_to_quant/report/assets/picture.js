@@ -4,8 +4,8 @@
 const state = {}; // what the hash says; page.js fills it
 
 const VIEWS = [
-  { key: "before", label: "present scale", strips: (layer, s) => [strip(layer, s, "before")],
-    how: "Each row is a layer; the darker, the more of its inputs have that size beside the scale in the file. Blue is kept well. Red on the right is cut off, violet on the left becomes 0." },
+  { key: "before", label: present, strips: (layer, s) => [strip(layer, s, "before")],
+    how: "Each row is a layer; the stronger the colour, the more of its inputs have that size beside the layer’s scale. Blue is kept well. Red on the right is cut off, violet on the left becomes 0." },
   { key: "after", label: "new scale", strips: (layer, s) => [strip(layer, s, "after")],
     how: "The same inputs beside the scale that calibration chose: the largest ends where FP8 does. Grey layers compute in full precision, where FP8’s limits do not hold." },
   { key: "both", label: "both", strips: (layer, s) => [strip(layer, s, "before"), strip(layer, s, "after")],
@@ -14,7 +14,7 @@ const VIEWS = [
     how: "The inputs’ own sizes. Brackets show what FP8 can hold: dotted red at the present scale, solid at the new one; the thick part is its normal zone." },
   ...(crosses ? [{ key: "crossed", label: "A’s new scale on B", only: 1, strips: (layer) => [{ ...strip(layer, 1, null), at: layer.crossed }],
     how: `The inputs of B (${sides[1].label}) beside the scale that calibration chose on A (${sides[0].label}): whether a calibration on one holds for the other.` }] : []),
-];
+].filter((one) => seen || one.real); // where nothing was observed there still are ranges
 const LAYOUTS = [{ key: "beside", label: "A beside B" }, { key: "over", label: "A over B" }];
 
 /** One strip: whose inputs, and the state that they are shown at (null: as they are). */
@@ -70,9 +70,25 @@ function ticks(real, room) {
 /** Colours as numbers, read once per theme. */
 let inks = {};
 function readInks() {
+  themed.clear();
+  painted.clear();
   const rgb = (name) => theme(name).match(/[0-9a-f]{2}/gi).map((pair) => parseInt(pair, 16));
   inks = Object.fromEntries(["vanished", "subnormal", "normal", "saturated", "apart"].map((name) => [name, rgb(name)]));
 }
+
+/** The strips that were painted last, while colours and widths stay. */
+const painted = new Map();
+function strips(figure, shift, ...rest) {
+  const key = [figure.number, shift, ...rest].join();
+  if (!painted.has(key)) {
+    if (painted.size > 600 || moved) painted.clear();
+    painted.set(key, pixels(figure.levels, shift, ...rest));
+  }
+  return painted.get(key);
+}
+
+/** How strong a level of a density is painted, 0 to 1: a power of the share, which is full at 6 % in a quarter octave. */
+const strength = Float64Array.from({ length: 256 }, (_, level) => (level ? Math.min(1, (10 ** (((level - 1) * 8) / 254 - 8) / 0.06) ** 0.4) : 0));
 
 /** One strip as pixels, `width` wide and 1 high: the colour says the zone, the opacity how much is there. */
 function pixels(levels, shift, low, high, width, plain, peak) {
@@ -89,7 +105,7 @@ function pixels(levels, shift, low, high, width, plain, peak) {
     if (!level) continue;
     const ink = plain ? inks.apart : inks[ZONES[zone].key];
     const floor = plain ? 0.14 : zone === 3 ? 0.42 : 0.05; // the least that is cut off must be seen
-    data.set([ink[0], ink[1], ink[2], 255 * Math.min(1, floor + (1 - floor) * (level / 216) ** 2.8)], 4 * x);
+    data.set([ink[0], ink[1], ink[2], 255 * (floor + (1 - floor) * strength[Math.round(level)])], 4 * x);
   }
   context.putImageData(image, 0, 0);
   return canvas;
@@ -98,30 +114,32 @@ function pixels(levels, shift, low, high, width, plain, peak) {
 let moved = null; // while strips slide from one scale to another: {from, part}
 const shiftOf = (at) => (at && at.scale ? Math.log2(at.scale) : 0);
 
-function drawRow(plot, layer, strips, low, high, api, params) {
+function drawRow(plot, layer, shown, low, high, api, params) {
   const [left] = api.coord([low, 0]), width = params.coordSys.width;
   const [, top] = api.coord([low, api.value(1)]), base = top + (plot.narrow ? NAMED : 0);
-  const room = plot.rowHeight - (plot.narrow ? NAMED : 0), pad = plot.narrow ? 0 : 3, each = (room - (plot.narrow ? 5 : 2 * pad)) / strips.length;
+  const room = plot.rowHeight - (plot.narrow ? NAMED : 0), pad = plot.narrow ? 0 : 3, each = (room - (plot.narrow ? 5 : 2 * pad)) / shown.length;
   const children = [], real = view().real, place = (at) => left + ((at - low) / (high - low)) * width;
   const line = (x1, x2, y, style) => ({ type: "line", shape: { x1, x2, y1: y, y2: y }, style, silent: true });
-  strips.forEach(({ figure, at, side }, n) => {
-    const y = base + pad + n * each, height = each - (strips.length > 1 ? 2 : 0);
-    if (!figure || !figure.levels) {
-      const text = !figure ? "not in " + letters[side] : figure.absmax === 0 ? "only zeros" : "not seen";
+  shown.forEach(({ figure, at, side: s }, n) => {
+    const y = base + pad + n * each, height = each - (shown.length > 1 ? 2 : 0);
+    const silent = !figure || !figure.levels;
+    if (silent && !(figure && real)) {
+      const text = !figure ? "not in " + letters[s] : figure.absmax === 0 ? "only zeros" : "not seen";
       children.push({ type: "text", style: { text, x: left + 6, y: y + height / 2, fill: theme("soft"), font: "11px " + theme("sans"), verticalAlign: "middle" }, silent: true });
       return;
     }
     if (!real && at && !at.scale) return;
-    let shift = shiftOf(at);
-    if (moved) shift = shift * moved.part + shiftOf(figure[moved.from] || layer.crossed) * (1 - moved.part);
-    const plain = real || Boolean(at && (at.full_precision || figure.unused));
-    const dots = Math.round(width * Math.min(devicePixelRatio || 1, 2));
-    const largest = Math.log2(figure.absmax) - shift;
-    const thick = real ? Math.max(height - 8, 4) : height;
-    children.push({ type: "image", style: { image: pixels(figure.levels, shift, low, high, dots, plain, largest), x: left, y: y + (height - thick) / 2, width, height: thick }, silent: true });
-    const peak = place(largest);
-    if (peak > left + width) children.push({ type: "text", style: { text: "›", x: left + width - 1, y: y + height / 2, fill: theme("ink"), font: "bold 13px " + theme("sans"), align: "right", verticalAlign: "middle" }, silent: true });
-    else if (peak > left) children.push({ type: "rect", shape: { x: peak - 0.75, y: y + (height - thick) / 2, width: 1.5, height: thick }, style: { fill: theme("ink") }, silent: true });
+    if (!silent) {
+      let shift = shiftOf(at);
+      if (moved) shift = shift * moved.part + shiftOf(figure[moved.from]) * (1 - moved.part);
+      const plain = real || Boolean(at && (at.full_precision || figure.unused));
+      const dots = Math.round(width * Math.min(devicePixelRatio || 1, 2));
+      const largest = Math.log2(figure.absmax) - shift, peak = place(largest);
+      const thick = real ? Math.max(height - 8, 4) : height, edge = y + (height - thick) / 2;
+      children.push({ type: "image", style: { image: strips(figure, shift, low, high, dots, plain, largest), x: left, y: edge, width, height: thick }, silent: true });
+      if (peak > left + width) children.push({ type: "text", style: { text: "›", x: left + width - 1, y: y + height / 2, fill: theme("ink"), font: "bold 13px " + theme("sans"), align: "right", verticalAlign: "middle" }, silent: true });
+      else if (peak > left) children.push({ type: "rect", shape: { x: peak - 0.75, y: edge, width: 1.5, height: thick }, style: { fill: theme("ink") }, silent: true });
+    }
     if (!real) return;
     for (const when of ["before", "after"]) {
       const reach = figure[when];
@@ -136,7 +154,7 @@ function drawRow(plot, layer, strips, low, high, api, params) {
   return { type: "group", children };
 }
 
-const difference = () => (view().real || state.view === "before" ? "range_difference" : "scale_difference");
+const difference = () => (seen && (view().real || state.view === "before") ? "range_difference" : "scale_difference");
 
 const picture = {
   rowHeight: (plot) => (view().real ? 26 : 20) + (panels(plot)[0](layers[0] || { sides: [] }).length - 1) * 13,
@@ -173,7 +191,7 @@ const picture = {
       const text = riskWords(at, figure);
       const risky = at && at.risk && !figure.unused;
       const lost = risky && share ? { clips: at.clipped, vanishes: at.vanished, "rows lost": at.rows_lost }[at.risk] : null;
-      return element("span", { class: risky ? "bad" : "" }, text + (lost > 0.0005 ? " " + percent(+lost.toPrecision(2)) : ""));
+      return element("span", { class: risky ? "bad" : "" }, text + (lost ? " " + percent(+lost.toPrecision(2)) : ""));
     };
     if (compares && state.view !== "crossed") {
       const value = orders.find((order) => order.key === difference()).value(layer);
@@ -187,24 +205,28 @@ const picture = {
     const after = exact(figure) ? element("span", {}, figure.unused ? "not used" : "full") : words(figure.after, figure, false);
     return [words(figure.before, figure, false), " → ", after];
   },
-  option(plot, first, last) {
+  setup(plot) {
     const real = view().real, [low, high] = real ? extents.real : extents.scaled;
-    const each = panels(plot), grids = plot.grids(each.length), frame = plot.frame(grids);
+    const each = panels(plot), grids = plot.grids(each.length);
     const bands = real ? [] : ZONES.map((zone) => [{ xAxis: Math.max(zone.low, low), itemStyle: { color: theme(zone.key), opacity: zone.key === "normal" ? 0.045 : 0.1 } }, { xAxis: Math.min(zone.high, high) }]);
     const lines = real ? ticks(true, grids[0].width).map(([at]) => ({ xAxis: at, lineStyle: { color: theme("rule"), type: "solid", width: 1 } }))
       : ZONES.slice(1).map((zone) => ({ xAxis: zone.low, lineStyle: { color: theme(zone.key === "saturated" ? "saturated" : "strong"), type: "solid", width: zone.key === "saturated" ? 1.5 : 1 } }));
     return {
-      ...frame,
+      grid: grids.map(({ left, width }) => ({ top: 0, height: plot.height, left, width, show: false })),
       xAxis: grids.map((_, g) => ({ type: "value", gridIndex: g, min: low, max: high, show: false })),
-      yAxis: grids.map((_, g) => ({ type: "value", gridIndex: g, min: plot.low, max: plot.high, inverse: true, show: false })),
+      yAxis: grids.map((_, g) => ({ type: "value", gridIndex: g, inverse: true, show: false })),
       series: each.map((strips, g) => ({
         type: "custom", xAxisIndex: g, yAxisIndex: g, clip: true, silent: true,
-        data: Array.from({ length: last - first }, (_, n) => [low, first + n]),
         renderItem: (params, api) => drawRow(plot, plot.rows[api.value(1)], strips(plot.rows[api.value(1)]), low, high, api, params),
         markArea: { silent: true, animation: false, data: bands },
         markLine: { silent: true, z: real ? 0 : 5, animation: false, symbol: "none", label: { show: false }, data: lines },
       })),
     };
+  },
+  move(plot, first, last) {
+    const each = panels(plot), [low] = view().real ? extents.real : extents.scaled;
+    const data = Array.from({ length: last - first }, (_, n) => [low, first + n]);
+    return { yAxis: each.map(() => ({ min: plot.low, max: plot.high })), series: each.map(() => ({ data })) };
   },
 };
 

@@ -11,7 +11,8 @@ class Plot {
    * @param label what it is, for those who cannot see it
    * @param paint {
    *   rowHeight(plot), side(plot): width of the column on the right, head(plot): elements,
-   *   option(plot, first, last): an ECharts option for the rows in view, state(layer): texts for the right column }
+   *   setup(plot): an ECharts option for all that stays while rows scroll, move(plot, first, last): one for the rows in
+   *   view, state(layer): texts for the right column }
    */
   constructor(place, label, paint) {
     this.paint = paint;
@@ -90,14 +91,11 @@ class Plot {
     this.canvas.style.height = this.height + "px";
     this.chart.clear(); // before it is resized, which draws: its rows may be gone
     this.chart.resize({ width: this.width, height: this.height });
-    this.forget();
-    this.draw();
-  }
-
-  forget() {
+    this.chart.setOption({ animation: false, textStyle: { fontFamily: theme("sans"), color: theme("soft") }, ...this.paint.setup(this) });
     this.made.clear();
     this.names.replaceChildren();
     if (!this.rows.length) this.names.append(element("p", { class: "empty" }, "No layer fits the search and the filters."));
+    this.draw();
   }
 
   soon() {
@@ -112,9 +110,8 @@ class Plot {
     this.low = scroll / this.rowHeight;
     this.high = (scroll + seen) / this.rowHeight;
     const first = Math.max(Math.floor(this.low), 0), last = Math.min(Math.ceil(this.high), this.rows.length);
-    this.chart.setOption(this.paint.option(this, first, last), { replaceMerge: ["series"], silent: true });
-    for (const [number, line] of this.made) if (number < first || number >= last) { line.remove(); this.made.delete(number); }
-    for (let number = first; number < last; number++) if (!this.made.has(number)) this.made.set(number, this.line(number));
+    this.chart.setOption(this.paint.move(this, first, last), { silent: true });
+    fill(this.names, this.made, first, last, (number) => this.line(number));
     if (printing) this.chart.getZr().flush();
   }
 
@@ -127,17 +124,7 @@ class Plot {
     line.style.top = number * this.rowHeight + "px";
     line.style.height = this.rowHeight + "px";
     if (layer === this.active) line.classList.add("on");
-    this.names.append(line);
     return line;
-  }
-
-  /** What all of its charts have in common. */
-  frame(grids) {
-    return {
-      animation: false,
-      textStyle: { fontFamily: theme("sans"), color: theme("soft") },
-      grid: grids.map((grid) => ({ top: 0, height: this.height, left: grid.left, width: grid.width, show: false })),
-    };
   }
 
   /** Grids side by side in the room between names and the right column. */

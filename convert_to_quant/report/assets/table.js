@@ -1,31 +1,37 @@
-// The table of all figures. Only the rows in view are in the page, so that sorting a thousand layers is immediate;
-// rows are all of one height, and empty rows above and below keep the scroll bar true.
+// The table of all figures. Only the rows in view are in the page, so that sorting a thousand layers is immediate. Rows
+// are all of one height and stand where their number puts them, each laid out by itself: a row that comes into view moves
+// no other. That takes rows out of a table's own layout, so they say by their roles what they are.
 
-const LINE = 28, AROUND = 12;
+const LINE = 28, AROUND = 6;
 
 class Table {
   constructor(place, sortBy) {
     this.rows = [];
+    this.made = new Map();
     this.heads = figures.map((figure) => {
       const button = element("button", { type: "button", "data-term": figure.term, onclick: () => sortBy(figure) }, figure.label);
-      return element("th", { scope: "col", class: (figure.text ? "text " : "") + (figure.printed ? "" : "screen"), "data-key": figure.key }, button);
+      return element("th", { scope: "col", role: "columnheader", class: this.style(figure), "data-key": figure.key }, button);
     });
-    const columns = figures.map((figure) => {
-      const column = element("col", { class: figure.printed ? "" : "screen" });
+    const widths = figures.map((figure) => {
       const words = Math.max(...figure.label.split(/[ ,]+/).map((word) => word.length), Math.ceil(figure.label.length / 3)) + 1;
-      const longest = Math.min(Math.max(words, ...layers.map((layer) => String(figure.show(layer)).length)), figure.key === "name" ? 42 : 64);
-      column.style.width = `calc(${longest}ch + 1.4rem)`;
-      return column;
+      const longest = layers.reduce((most, layer) => Math.max(most, String(figure.show(layer)).length), words);
+      return `calc(${Math.min(longest, figure.key === "name" ? 42 : 64)}ch + 1.4rem)`;
     });
-    this.body = element("tbody");
-    this.table = element("table", { "aria-labelledby": "figures-title" }, element("colgroup", {}, ...columns), element("thead", {}, element("tr", {}, ...this.heads)), this.body);
-    this.table.style.width = `calc(${columns.map((column) => column.style.width).join(" + ")})`;
+    this.body = element("tbody", { role: "rowgroup" });
+    this.table = element("table", { role: "table", "aria-labelledby": "figures-title" },
+      element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...this.heads)), this.body);
+    this.table.style.setProperty("--columns", widths.join(" "));
+    this.table.style.width = `calc(${widths.join(" + ")})`;
     this.box = element("div", { class: "table", tabindex: "0", role: "region", "aria-labelledby": "figures-title" }, this.table);
     place.append(this.box);
     this.box.addEventListener("scroll", () => {
       this.waiting = this.waiting || requestAnimationFrame(() => { this.waiting = 0; this.draw(); });
     }, { passive: true });
     new ResizeObserver(() => this.draw()).observe(this.box);
+  }
+
+  style(figure) {
+    return (figure.text ? "text " : "") + (figure.printed ? "" : "screen");
   }
 
   show(rows, sorted, descending) {
@@ -37,24 +43,33 @@ class Table {
     });
     this.table.setAttribute("aria-rowcount", rows.length + 1);
     this.box.scrollTop = 0;
-    this.drawn = null;
+    this.redraw();
+  }
+
+  redraw() {
+    this.made.clear();
+    this.body.replaceChildren();
+    this.body.style.height = Math.max(this.rows.length, 1) * LINE + "px";
+    if (!this.rows.length) this.body.append(element("tr", { role: "row" }, element("td", { role: "cell", class: "text empty" }, "No layer fits the search and the filters.")));
     this.draw();
   }
 
   draw() {
-    const few = this.rows.length <= 80 || printing;
-    const first = few ? 0 : Math.max(Math.floor(this.box.scrollTop / LINE) - AROUND, 0);
-    const last = few ? this.rows.length : Math.min(first + Math.ceil(this.box.clientHeight / LINE) + 2 * AROUND, this.rows.length);
-    if (this.drawn === `${first}-${last}`) return;
-    this.drawn = `${first}-${last}`;
-    const pad = (lines) => { const cell = element("td", { colspan: figures.length }); cell.style.height = lines * LINE + "px"; return element("tr", { class: "pad", "aria-hidden": "true" }, cell); };
-    const lines = this.rows.slice(first, last).map((layer, n) => element("tr", { "aria-rowindex": first + n + 2 }, ...figures.filter((figure) => figure.printed || !printing).map((figure) => {
-      if (figure.key === "name") return element("th", { scope: "row" }, nameOf(layer));
+    const few = this.rows.length <= 40 || printing, top = this.box.scrollTop / LINE;
+    const first = few ? 0 : Math.max(Math.floor(top) - AROUND, 0);
+    const last = few ? this.rows.length : Math.min(Math.ceil(top + this.box.clientHeight / LINE) + AROUND, this.rows.length);
+    fill(this.body, this.made, first, last, (number) => this.line(number));
+  }
+
+  line(number) {
+    const layer = this.rows[number];
+    const line = element("tr", { role: "row", "aria-rowindex": number + 2 }, ...figures.map((figure) => {
+      if (figure.key === "name") return element("th", { scope: "row", role: "rowheader" }, nameOf(layer));
       const text = String(figure.show(layer)), risky = figure.term === "at risk" && figure.value(layer) > 0;
-      return element("td", { class: figure.text ? "text" : "", title: figure.key.startsWith("reason") ? text : null }, risky ? element("span", { class: "bad" }, text) : text);
-    })));
-    if (!this.rows.length) lines.push(element("tr", {}, element("td", { colspan: figures.length, class: "text muted" }, "No layer fits the search and the filters.")));
-    this.body.replaceChildren(...(first ? [pad(first)] : []), ...lines, ...(last < this.rows.length ? [pad(this.rows.length - last)] : []));
+      return element("td", { role: "cell", class: this.style(figure), title: figure.long ? text : null }, risky ? element("span", { class: "bad" }, text) : text);
+    }));
+    line.style.top = number * LINE + "px";
+    return line;
   }
 }
 
