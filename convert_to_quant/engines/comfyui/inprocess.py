@@ -223,7 +223,7 @@ class Model:
         """Latents as a VAE gives them, of latents as the network sees them; several pictures lie in channels."""
         channels = self.patcher.model.latent_format.latent_channels
         parts = [self.patcher.model.process_latent_out(part) for part in torch.split(latents, channels, dim=1)]
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1).to(self.patcher.load_device)  # not every family moves them itself
 
     def _understood(self, doing: str) -> Any:
         return tree.understood(doing, self.checkpoint.path, self.family)
