@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import doctest
+import importlib.util
+import json
 import re
 import runpy
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,6 @@ ADDED = {"observe": SMALL, "check": SMALL}
 
 ONLY_PARSED = {
     "demo": "runs a minute; tests/test_demo.py runs it",
-    "comfyui observe": "needs a server; tests/cli/test_comfyui.py has a double of one",
     "observe .*--comfyui-dir": "needs a ComfyUI; tests/comfyui has tests with a real one",
 }
 """Commands, as regular expressions from where they begin, that are not run, and why."""
@@ -70,6 +71,7 @@ OTHER_PROGRAMS = {
 FOREIGN_FLAGS = {
     "--constraint": "pip",
     "--supports-fp8-compute": "ComfyUI",
+    "--cache-none": "ComfyUI",
     "--fast": "ComfyUI",
     "--nproc-per-node": "torchrun",
 }
@@ -194,6 +196,22 @@ PYTHON_NAMES: dict[str, Callable[[], Any]] = {"pipe": Pipe, "prompts": lambda: [
 
 
 # --- examples
+
+
+def fixtures_of(path: Path) -> Any:
+    """A conftest of other tests as a module."""
+    spec = importlib.util.spec_from_file_location("docs_" + path.parent.name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SERVER = "http://127.0.0.1:8188"
+"""Where the text has a ComfyUI; here it is a double, on a port that is free."""
+double = fixtures_of(ROOT / "tests" / "engines" / "comfyui" / "conftest.py")
+comfyui, serve, flux, wan = double.comfyui, double.serve, double.flux, double.wan
 
 
 @dataclass(frozen=True)
@@ -367,9 +385,17 @@ def run(examples: list[Example], folder: Path) -> None:
 
 
 @pytest.mark.parametrize("examples", [pytest.param(examples, id=name) for name, examples in DOCUMENTS if examples])
-def test_every_example_runs(examples: list[Example], stand_ins: Path, tmp_path: Path) -> None:
+def test_every_example_runs(
+    examples: list[Example], stand_ins: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     folder = tmp_path / "here"
     shutil.copytree(stand_ins, folder)
+    if any(SERVER in example.text for example in examples):
+        address = request.getfixturevalue("serve")().address
+        examples = [replace(example, text=example.text.replace(SERVER, address)) for example in examples]
+        for name in ("flux", "wan"):
+            workflow = json.dumps(request.getfixturevalue(name))
+            (folder / f"{name}_api.json").write_text(workflow, encoding="utf-8")
     run(examples, folder)
 
 
@@ -431,10 +457,9 @@ def test_every_flag_in_the_pages_exists() -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """What headings can be linked to as, by GitHub's rule, and MyST's own targets."""
+    """What headings can be linked to as, by GitHub's rule."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    return slugs | set(re.findall(r"^\(([\w-]+)\)=$", text, re.MULTILINE))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -19,6 +19,7 @@ from convert_to_quant import inspection
 from convert_to_quant.cli import COMMANDS, DEFAULT_COMMAND, build_parser
 from convert_to_quant.engines.architectures import ARCHITECTURES
 from convert_to_quant.families import FAMILIES
+from convert_to_quant.report.document import RISKS
 from convert_to_quant.stats import COLUMNS, Statistics
 
 MARK = re.compile(r"^<!-- from code: (\w+) -->$", re.MULTILINE)
@@ -140,6 +141,11 @@ def problems() -> Iterator[str]:
     )
 
 
+def risks() -> Iterator[str]:
+    """What a report means by a risk."""
+    yield table(("risk", "what happens"), ((f"*{name}*", markdown(text)) for name, text in RISKS.items()))
+
+
 def statistics() -> Iterator[str]:
     """The columns of a statistics file."""
     meaning = attributes(Statistics)
@@ -167,7 +173,7 @@ def attributes(cls: type) -> Mapping[str, str]:
 
 
 PARTS: Mapping[str, Callable[[], Iterator[str]]] = {
-    part.__name__: part for part in (commands, families, readings, problems, statistics)
+    part.__name__: part for part in (commands, families, readings, problems, risks, statistics)
 }
 
 
