@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import Error
+from .output import write_json
 from .parsing import Parser
 from .shared import kind_of
 
@@ -44,9 +45,11 @@ def run(args: argparse.Namespace) -> int:
         raise Error("shell completion needs the package shtab", hint="pip install shtab") from None
     if args.shell not in shtab.SUPPORTED_SHELLS:
         raise Error(f"this version of shtab knows no {args.shell}", hint="pip install --upgrade shtab")
-    print(shtab.complete(whole_parser(shtab), args.shell))
-    if args.shell == "bash":
-        print(ALIAS, end="")
+    script = shtab.complete(whole_parser(shtab), args.shell) + "\n" + (ALIAS if args.shell == "bash" else "")
+    if args.json != "-":
+        print(script, end="")
+    if args.json:
+        write_json(args.json, {"shell": args.shell, "script": script})
     return 0
 
 

@@ -76,7 +76,21 @@ class Parser(argparse.ArgumentParser):
                 name = word.partition("=")[0]
                 if name.startswith("--") and name not in self._option_string_actions:
                     self.error(f"unknown option {name}{in_brackets(did_you_mean(name, self.flags()))}")
+        if not self._get_positional_actions():
+            for word in self._strays(words):
+                hint = f"did you mean -i {word}?" if "-i" in self._option_string_actions else ""
+                self.error(f"unexpected argument {word!r}{in_brackets(hint)}")
         return super().parse_known_args(words, namespace)
+
+    def _strays(self, words: Sequence[str]) -> Iterator[str]:
+        """The words that are neither a flag nor the value of one."""
+        left = iter(words)
+        for word in left:
+            action = self._option_string_actions.get(word)
+            if not word.startswith("-"):
+                yield word
+            elif action is not None and action.nargs is None:
+                next(left, None)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """See `argparse`."""

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,6 +149,28 @@ def test_help(name: str, ctq: Any) -> None:
 def test_screens(name: str, shown: Callable[[str], str]) -> None:
     text = shown(SCREENS[name])
     compare(f"screen {name}", without_digits(text) if name in MASKED else text)
+
+
+def test_the_demo(ctq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from convert_to_quant import demo
+
+    figures = {"plain": (49.8, 30.2, 30.4), "hot": (49.3, 6.7, 30.4)}  # of 2026-11-22
+    rows = [
+        SimpleNamespace(
+            variant=name, fidelity={c: SimpleNamespace(sqnr_db=f) for c, f in zip(demo.COLUMNS, figure, strict=True)}
+        )
+        for name, figure in figures.items()
+    ]
+    found = SimpleNamespace(rows=rows, picture=Path("demo/demo.png"), seconds=60.0)
+    monkeypatch.setattr(demo, "run", lambda folder, progress: found)
+    monkeypatch.chdir(tmp_path)
+    for words in (["demo"], ["demo", "--dry-run"]):
+        outcome = ctq(*words)
+        said = "".join(f"2> {line}\n" for line in outcome.err.splitlines())
+        compare(
+            f"screen {' '.join(words)}",
+            f"$ convert_to_quant {' '.join(words)}\n{outcome.out}{said}exit code {outcome.code}\n",
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""Every output says which tool made it, and how; none says where on its maker's machine it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert_to_quant import __version__
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.stats import Statistics
+
+OBSERVE = ("--samples", 1, "--steps", 1, "--height", 32, "--width", 32, "--text-tokens", 4)
+
+
+def made(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of its making."""
+    with open_checkpoint(path) as checkpoint:
+        said: dict[str, Any] = json.loads(checkpoint.metadata["convert_to_quant"])
+    return said
+
+
+@pytest.fixture
+def outputs(ctq: Any, save: Any, flux_file: Path, tmp_path: Path) -> dict[str, Path]:
+    """One of everything, all made from absolute paths."""
+    lora = save("style.safetensors", {"double_blocks.0.img_mlp.0.lora_A.weight": np.ones((1, 32), np.float32),
+                                      "double_blocks.0.img_mlp.0.lora_B.weight": np.ones((128, 1), np.float32)})  # fmt: skip
+    names = ("converted", "calibrated", "applied", "observed", "merged")
+    paths = {name: tmp_path / f"{name}.safetensors" for name in names}
+    for words in (
+        ("-i", flux_file, "-o", paths["converted"], "--weight-scale", "mse"),
+        ("-i", flux_file, "-o", paths["calibrated"], "--actcal", "--actcal-engine", "layer", "--actcal-seed", 7,
+         "--actcal-lora", lora),
+        ("observe", flux_file, "-o", paths["observed"], "--seed", 9, *OBSERVE),
+        ("merge", paths["observed"], paths["observed"], "-o", paths["merged"]),
+        ("apply", paths["converted"], paths["merged"], "-o", paths["applied"], "--margin", 2),
+    ):  # fmt: skip
+        outcome = ctq(*words)
+        assert outcome.code == 0, outcome.err
+    return paths
+
+
+def test_outputs_say_tool_and_options_and_no_folder(outputs: dict[str, Path], tmp_path: Path) -> None:
+    converted, calibrated, applied = (made(outputs[name]) for name in ("converted", "calibrated", "applied"))
+    assert {said["version"] for said in (converted, calibrated, applied)} == {__version__}
+    assert converted["convert"]["weight_scale"] == "mse"
+    assert (calibrated["calibrate"]["seed"], calibrated["calibrate"]["lora"]) == (7, ["style.safetensors"])
+    assert (applied["calibrate"]["margin"], applied["calibrate"]["observed"]["seed"]) == (2.0, ["9"])
+    assert applied["convert"] == converted["convert"], "steps before stay"
+    for name in ("observed", "merged"):
+        with open_checkpoint(outputs[name]) as checkpoint:
+            head = json.loads(checkpoint.metadata["convert_to_quant.statistics"])
+        assert head["tool_version"] == __version__
+        assert head["provenance"]["seed"] == ["9"]
+        assert head["provenance"]["steps"] == ["1"]
+    assert Statistics.load(outputs["merged"]).provenance == Statistics.load(outputs["observed"]).provenance
+    for path in outputs.values():
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+
+
+def test_reports_say_tool_command_and_options(ctq: Any, outputs: dict[str, Path], tmp_path: Path) -> None:
+    stats, model = outputs["observed"], outputs["converted"]
+    calls = {
+        "convert": ("-i", model, "--dry-run", "--actcal", "--actcal-engine", "layer", "--actcal-seed", 3),
+        "apply": ("apply", model, stats, "--dry-run", "--margin", 3),
+        "inspect": ("inspect", model),
+        "merge": ("merge", stats, stats, "-o", tmp_path / "m.safetensors", "--dry-run"),
+        "comfyui install": ("comfyui", "install", tmp_path, "--dry-run"),
+    }
+    (tmp_path / "custom_nodes").mkdir()
+    found = {}
+    for command, words in calls.items():
+        outcome = ctq(*words, "--json", "-", "-q")
+        assert outcome.code == 0, outcome.err
+        made_by = json.loads(outcome.out)["made_by"]
+        assert (made_by["tool"], made_by["version"], made_by["command"]) == ("convert_to_quant", __version__, command)
+        found[command] = made_by["options"]
+    assert found["convert"] == {"input": str(model), "dry-run": True, "actcal": True, "actcal-engine": "layer",
+                                "actcal-seed": 3}  # fmt: skip
+    assert found["apply"]["margin"] == 3.0
+    assert found["inspect"] == {"model": [str(model)]}
