@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CalibrationError, OptionError
+from ..errors import CalibrationError, OptionError, OutputError
 from .observe import read_prompts
 from .output import note, progress_bar, require_folder, say, write_json
 
@@ -174,7 +174,7 @@ def output_files(plan: Plan, output: Path) -> dict[str, Path]:
 
 
 def check_outputs(outputs: Mapping[str, Path], args: argparse.Namespace) -> None:
-    """Refuse outputs that are files of the call.
+    """Refuse outputs that are files of the call, or folders.
 
     Raises:
         OutputError: one is.
@@ -184,6 +184,8 @@ def check_outputs(outputs: Mapping[str, Path], args: argparse.Namespace) -> None
     others = [Path(name) for name in (args.workflow, args.prompts, args.json) if name not in (None, "-")]
     for path in outputs.values():
         refuse_same_file(path, others, hint="name another output")
+        if path.is_dir():
+            raise OutputError("cannot be written: it is a folder", path=path)
 
 
 def screen(plan: Plan, runs: Sequence[Run], outputs: Mapping[str, Path]) -> Iterator[str]:

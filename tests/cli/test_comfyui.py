@@ -147,6 +147,7 @@ def test_layers_that_never_ran_are_told(observe: Observe, flux: Any, comfyui: An
         (["--prompts", "GONE"], 2, "the prompts cannot be read"),
         (["-o", "GONE/stats.safetensors"], 1, "does not exist"),
         (["-o", "WORKFLOW"], 1, "is the same file as the input"),
+        (["-o", "FOLDER"], 1, "cannot be written: it is a folder"),
         (["--server", "localhost:8188"], 2, "localhost:8188 is no address of a server"),
         (["--server", "http://127.0.0.1:9"], 1, "http://127.0.0.1:9: no answer: "),
         (["--workflow", "GONE"], 1, "cannot be read: No such file"),
@@ -156,7 +157,12 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(
     observe: Observe, flux: Any, work: Path, double: Any, flags: list[str], code: int, said: str
 ) -> None:
     (work / "prompts.txt").write_text("\n \n")
-    places = {"EMPTY": work / "prompts.txt", "GONE": work / "gone", "WORKFLOW": work / "workflow.json"}
+    places = {
+        "EMPTY": work / "prompts.txt",
+        "GONE": work / "gone",
+        "WORKFLOW": work / "workflow.json",
+        "FOLDER": work.parent,
+    }
     words = [str(places.get(word, word)).replace("GONE", str(work / "gone")) for word in flags]
 
     outcome = observe(flux, *words)

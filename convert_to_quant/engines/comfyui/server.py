@@ -13,32 +13,22 @@ seconds besides. So nothing hangs on the socket: where it drops it is opened ane
 run is followed all the same. A run may take hours. What is not waited for is silence: a server from which nothing came
 for `patience_seconds`, or that refuses connections, is given up.
 
-Only the address that the user gave is contacted: no proxies of the environment, no redirects, neither over HTTP nor for
-the websocket (which gets a socket that is connected already: it can neither look for a proxy nor go elsewhere).
 What the server says is not trusted: names of files go back to it and nowhere else, texts are shown in one line.
 """
 
 from __future__ import annotations
 
-import json
-import socket
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
-from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
-from ...errors import CalibrationError, OptionError, OutputError
+from ...errors import CalibrationError, OutputError
+from .connection import Connection, NoAnswerError, StatusError, as_list, as_object
 from .workflow import RECORD, SAVE, Nodes, NodeType, shown, title
-
-if TYPE_CHECKING:
-    from websockets.sync.client import ClientConnection
 
 PATIENCE_SECONDS = 120.0
 """Loading a model can keep ComfyUI's Python busy for so long that it answers nobody."""
@@ -52,28 +42,20 @@ ASK_SECONDS = 3.0
 SOON_SECONDS = 0.05
 """And after the websocket said that it ended: ComfyUI enters it into the history a moment later."""
 
-RECONNECT_SECONDS = 5.0
-MOST_MESSAGE_BYTES = 1 << 26
-MOST_JSON_BYTES = 1 << 28
+ARRIVAL_SECONDS = 2.0
+"""How long a run whose answer was not waited for is looked for, to take it back."""
+
+CANCEL_SECONDS = 10.0
+"""How long a server may be silent that a run is taken back from."""
+
 MOST_FILE_BYTES = 1 << 31
 _CHUNK_BYTES = 1 << 20
 _MOST_ERRORS = 5
-_CANCEL_SECONDS = 2.0
 
 _ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 Watch = Callable[[Mapping[str, float]], None]
 """Called with how far each node that works is, 0 to 1."""
-
-
-class NoAnswerError(CalibrationError):
-    """The server did not answer at all.
-
-    Attributes:
-        refused: it refused the connection: nothing listens there.
-    """
-
-    refused = False
 
 
 class Server:
@@ -88,14 +70,14 @@ class Server:
     """
 
     def __init__(self, address: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
-        self.address = check_address(address)
         self.client = uuid4().hex
-        self._patience = patience_seconds
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
-        self._socket: ClientConnection | None = None
-        self._open = ExitStack()
-        self._connect_at = 0.0
+        self._connection = Connection(address, f"/ws?clientId={self.client}", patience_seconds)
         self._sent = self._accepted = False  # whether a run of ours may be on the server, and whether it said so
+
+    @property
+    def address(self) -> str:
+        """Its URL."""
+        return self._connection.address
 
     def __enter__(self) -> Server:
         return self
@@ -106,7 +88,7 @@ class Server:
         try:
             self.cancel()
         finally:
-            self._open.close()
+            self._connection.close()
 
     def types(self, classes: Iterable[str]) -> dict[str, NodeType]:
         """What classes of nodes take and give; those that the server does not have are left out.
@@ -114,29 +96,34 @@ class Server:
         Raises:
             CalibrationError: nobody answers, somebody else does, or it does not have our nodes.
         """
+        problem = "something answers there, but it is not ComfyUI"
         try:
-            stats = self._ask("/system_stats")
-        except _StatusError as error:
+            stats = self._connection.ask("/system_stats")
+        except StatusError as error:
             if error.moved:
                 raise
-            stats = None
-        if not (isinstance(stats, dict) and isinstance(stats.get("system"), dict)):
-            raise self._error("something answers there, but it is not ComfyUI")
-        found = {}
-        for name in classes:
-            info = self._ask(f"/object_info/{urllib.parse.quote(name, safe='')}")
-            if isinstance(info, dict) and name in info:
-                try:
-                    found[name] = NodeType.read(info[name])
-                except (AttributeError, KeyError, TypeError):
-                    raise self._error(f"it describes nodes of type {shown(name)} in a way not known here") from None
+            raise self._connection.error(f"{problem}: {error.problem}") from None
+        if "system" not in as_object(stats):
+            raise self._connection.error(problem)
+        found = {name: kind for name in classes if (kind := self._type(name)) is not None}
         if RECORD not in found or SAVE not in found:
-            raise self._error(
+            raise self._connection.error(
                 "this ComfyUI does not have our nodes",
-                hint="with its Python: pip install convert_to_quant; convert_to_quant comfyui install COMFYUI_DIR; "
-                "then restart it",
+                hint="install this package for its Python, run `convert_to_quant comfyui install COMFYUI_DIR`, and "
+                "restart it",
             )
         return found
+
+    def _type(self, name: str) -> NodeType | None:
+        """One class of nodes."""
+        try:
+            info = as_object(self._connection.ask(f"/object_info/{urllib.parse.quote(name, safe='')}")).get(name)
+        except StatusError:  # a class that cannot say what it takes
+            return None
+        try:
+            return None if info is None else NodeType.read(info)
+        except (AttributeError, KeyError, TypeError):
+            raise self._connection.error(f"it describes nodes of type {shown(name)} in a way not known here") from None
 
     def run(self, nodes: Nodes, watch: Watch) -> dict[str, Any]:
         """Queue a workflow, and wait until it is done.
@@ -151,33 +138,36 @@ class Server:
         Raises:
             CalibrationError: the workflow was refused or failed, or the server went away.
         """
-        self._receive(0)  # opens the websocket before the run begins, so that nothing of it is missed
+        self._connection.receive(0)  # opens the websocket before the run begins, so that nothing of it is missed
         self._sent, self._accepted = True, False
-        answer = _object(self._ask("/prompt", body={"prompt": nodes, "client_id": self.client}, refusals=True))
+        answer = as_object(
+            self._connection.ask("/prompt", body={"prompt": nodes, "client_id": self.client}, refusals=True)
+        )
         run = answer.get("prompt_id")
         self._sent = self._accepted = isinstance(run, str)
         if not isinstance(run, str) or answer.get("node_errors"):
-            raise self._error(f"the workflow was refused: {_refusal(answer, nodes)}")
+            raise self._connection.error(f"the workflow was refused: {_refusal(answer, nodes)}")
         entry = self._wait(run, watch)
         self._sent = False
-        status = _object(entry.get("status"))
+        status = as_object(entry.get("status"))
         if status.get("status_str", "success") != "success":
-            raise self._error(_failure(_list(status.get("messages")), nodes))
-        return _object(entry.get("outputs"))
+            raise self._connection.error(_failure(as_list(status.get("messages")), nodes))
+        return as_object(entry.get("outputs"))
 
     def cancel(self) -> None:
         """Take the run that was queued last off the server, if it is still there, and nobody else's."""
         if not self._sent:
             return
         self._sent = False
-        deadline = time.monotonic() + (0 if self._accepted else _CANCEL_SECONDS)
+        self._connection.patience_seconds = min(CANCEL_SECONDS, self._connection.patience_seconds)
+        deadline = time.monotonic() + (0 if self._accepted else ARRIVAL_SECONDS)
         try:
             while not any(self._ours()) and time.monotonic() < deadline:  # its answer was not waited for
                 time.sleep(SOON_SECONDS)
             if waiting := self._ours()[1]:
-                self._ask("/queue", body={"delete": waiting})
+                self._connection.ask("/queue", body={"delete": waiting})
             for run in self._ours()[0]:  # it may have begun in the meantime
-                self._ask("/interrupt", body={"prompt_id": run})
+                self._connection.ask("/interrupt", body={"prompt_id": run})
         except CalibrationError:
             return  # the server is gone, and the run with it
 
@@ -194,13 +184,13 @@ class Server:
         """
         name = shown("/".join(part for part in (file["subfolder"], file["filename"]) if part))
         count = 0
-        with self._request("/view", file) as answer:
+        with self._connection.open("/view", file) as answer:
             try:
                 with path.open("wb") as output:
-                    while chunk := self._read(answer, _CHUNK_BYTES):
+                    while chunk := self._connection.read(answer, _CHUNK_BYTES):
                         count += len(chunk)
                         if count > MOST_FILE_BYTES:
-                            raise self._error(f"{name} is larger than statistics are")
+                            raise self._connection.error(f"{name} is larger than statistics are")
                         output.write(chunk)
             except OSError as error:
                 raise OutputError(f"cannot be written: {error.strerror}", path=path) from None
@@ -211,7 +201,7 @@ class Server:
         heard = time.monotonic()
         ask_at, pause = heard + ASK_SECONDS, ASK_SECONDS
         while True:
-            message = self._receive(max(0.0, ask_at - time.monotonic()))
+            message = self._connection.receive(max(0.0, ask_at - time.monotonic()))
             if message is not None:
                 heard = time.monotonic()
                 kind, data = message
@@ -228,216 +218,50 @@ class Server:
                 if entry:
                     return entry
                 if not known:
-                    raise self._error(
+                    raise self._connection.error(
                         "the run is no longer in the server's queue", hint="was it restarted, or the queue cleared?"
                     )
                 heard = time.monotonic()
             except NoAnswerError as error:
                 silent = time.monotonic() - heard
-                if silent > (min(REFUSED_SECONDS, self._patience) if error.refused else self._patience):
-                    raise self._error(
+                if silent > (
+                    min(REFUSED_SECONDS, self._connection.patience_seconds)
+                    if error.refused
+                    else self._connection.patience_seconds
+                ):
+                    raise self._connection.error(
                         f"the server stopped answering in the middle of a run, {silent:.0f} s ago ({error.problem})"
                     ) from None
             ask_at = time.monotonic() + pause
 
     def _history(self, run: str) -> dict[str, Any]:
         """A run's entry, once it is done; empty before."""
-        return _object(_object(self._ask(f"/history/{urllib.parse.quote(run, safe='')}")).get(run))
+        return as_object(as_object(self._connection.ask(f"/history/{urllib.parse.quote(run, safe='')}")).get(run))
 
     def _ours(self) -> tuple[list[str], list[str]]:
         """Runs of this client: those that run, and those that wait."""
-        queue = _object(self._ask("/queue"))
+        queue = as_object(self._connection.ask("/queue"))
         running, waiting = (
             [
                 item[1]
-                for item in map(_list, _list(queue.get(part)))  # number, id, workflow, further data, outputs
-                if len(item) > 3 and _object(item[3]).get("client_id") == self.client
+                for item in map(as_list, as_list(queue.get(part)))  # number, id, workflow, further data, outputs
+                if len(item) > 3 and as_object(item[3]).get("client_id") == self.client
             ]
             for part in ("queue_running", "queue_pending")
         )
         return running, waiting
 
-    def _receive(self, seconds: float) -> tuple[str, dict[str, Any]] | None:
-        """The next message of the websocket, or None where none came in time. Bytes are previews: ("", {})."""
-        from websockets.exceptions import WebSocketException
-
-        if self._socket is None and time.monotonic() >= self._connect_at:
-            self._connect()
-        if self._socket is None:
-            time.sleep(min(seconds, 0.5))
-            return None
-        try:
-            message = self._socket.recv(timeout=seconds)
-        except TimeoutError:
-            return None
-        except (OSError, WebSocketException):
-            self._open.close()
-            self._socket, self._connect_at = None, 0.0
-            return None
-        found = _object(_parsed(message) if isinstance(message, str) else None)
-        return str(found.get("type", "")), _object(found.get("data"))
-
-    def _connect(self) -> None:
-        """Open the websocket, if it can be opened now."""
-        from websockets.exceptions import WebSocketException
-        from websockets.sync.client import connect
-
-        self._connect_at = time.monotonic() + RECONNECT_SECONDS
-        parts = urllib.parse.urlsplit(self.address)
-        secure = parts.scheme == "https"
-        port = parts.port or (443 if secure else 80)
-        url = f"{'wss' if secure else 'ws'}{self.address[len(parts.scheme) :]}/ws?clientId={self.client}"
-        try:
-            connected = socket.create_connection((parts.hostname or "", port), RECONNECT_SECONDS)
-            connected.settimeout(None)
-            opening = connect(
-                url, sock=connected, open_timeout=RECONNECT_SECONDS, close_timeout=1, max_size=MOST_MESSAGE_BYTES
-            )
-            self._socket = self._open.enter_context(opening)
-        except (OSError, WebSocketException, ValueError):  # ValueError: a redirect
-            return
-
-    def _ask(self, path: str, *, body: Any = None, refusals: bool = False) -> Any:
-        """GET, or POST JSON.
-
-        Args:
-            path: with a leading slash.
-            body: of a POST.
-            refusals: whether JSON that comes with an HTTP error is an answer, too.
-
-        Returns:
-            The answer's JSON; None where it is empty or something else.
-
-        Raises:
-            NoAnswerError: none came.
-            CalibrationError: an HTTP error.
-        """
-        try:
-            with self._request(path, body=body) as answer:
-                return _parsed(self._read(answer, MOST_JSON_BYTES))
-        except _StatusError as error:
-            told = _parsed(error.body) if refusals else None
-            if told is None:
-                raise
-            return told
-
-    def _request(self, path: str, query: Mapping[str, str] | None = None, body: Any = None) -> HTTPResponse:
-        """An open answer."""
-        url = self.address + path + (f"?{urllib.parse.urlencode(query)}" if query else "")
-        data = None if body is None else json.dumps(body).encode()
-        head = {} if data is None else {"Content-Type": "application/json"}
-        request = urllib.request.Request(url, data, head)  # noqa: S310  http or https: see check_address
-        try:
-            answer: HTTPResponse = self._opener.open(request, timeout=self._patience)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._status(
-                    error.code, path, error.headers.get("Location"), self._read(error, 1 << 20)
-                ) from None
-        except urllib.error.URLError as error:
-            raise self._no_answer(error.reason) from None
-        except (OSError, HTTPException) as error:
-            raise self._no_answer(error) from None
-        return answer
-
-    def _read(self, answer: Any, most_bytes: int) -> bytes:
-        """The next bytes of an answer."""
-        try:
-            content: bytes = answer.read(most_bytes)
-        except (OSError, HTTPException) as error:
-            raise self._no_answer(error) from None
-        return content
-
-    def _status(self, code: int, path: str, location: str | None, body: bytes) -> _StatusError:
-        if location is not None:
-            problem = f"answers with a redirect to {shown(location)}, which is not followed"
-            error = _StatusError(problem, path=self.address, hint="give the address that ComfyUI itself has")
-        else:
-            error = _StatusError(
-                f"HTTP error {code} for {path}", path=self.address, hint="is it the address of ComfyUI?"
-            )
-        error.body, error.moved = body, location is not None
-        return error
-
-    def _no_answer(self, reason: object) -> NoAnswerError:
-        said = reason.strerror if isinstance(reason, OSError) and reason.strerror else str(reason) or repr(reason)
-        error = NoAnswerError(f"no answer: {shown(said)}", path=self.address, hint="is ComfyUI running there?")
-        error.refused = isinstance(reason, ConnectionRefusedError)
-        return error
-
-    def _error(self, problem: str, hint: str | None = None) -> CalibrationError:
-        return CalibrationError(problem, path=self.address, hint=hint)
-
-
-class _StatusError(CalibrationError):
-    """An HTTP error.
-
-    Attributes:
-        body: what came with it.
-        moved: it is a redirect.
-    """
-
-    body = b""
-    moved = False
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Leaves redirects to be errors."""
-
-    def redirect_request(self, *_args: Any) -> None:
-        """None of them."""
-
-
-def check_address(address: str) -> str:
-    """A server's URL, without a slash at its end.
-
-    Raises:
-        OptionError: it is something else.
-
-    >>> check_address("http://127.0.0.1:8188/")
-    'http://127.0.0.1:8188'
-    """
-    hint = "such as http://127.0.0.1:8188"
-    if "@" in address:  # what is secret is not said again
-        raise OptionError("an address with a user's name is not supported", hint=hint)
-    try:
-        parts = urllib.parse.urlsplit(address)
-        right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        right = False
-    if not right or parts.query or parts.fragment or not address.isprintable() or " " in address:
-        raise OptionError(f"{shown(address)} is no address of a server", hint=hint)
-    return address.rstrip("/")
-
-
-def _parsed(text: str | bytes) -> Any:
-    """JSON, or None where it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _object(value: Any) -> dict[str, Any]:
-    """A JSON object; an empty one where it is something else."""
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    """A JSON array; an empty one where it is something else."""
-    return value if isinstance(value, list) else []
-
 
 def _note(progress: dict[str, float], kind: str, data: Mapping[str, Any]) -> bool:
     """Note how far nodes are, as new (`progress_state`) and old servers (`progress`) say it."""
     if kind == "progress_state":
-        states = _object(data.get("nodes"))
+        states = as_object(data.get("nodes"))
     elif kind == "progress":
         states = {str(data.get("node")): data}
     else:
         return False
     for name, state in states.items():
-        value, most = (_object(state).get(key) for key in ("value", "max"))
+        value, most = (as_object(state).get(key) for key in ("value", "max"))
         if isinstance(value, (int, float)) and isinstance(most, (int, float)) and most > 0:
             progress[name] = min(1.0, max(0.0, value / most))
     return True
@@ -446,11 +270,11 @@ def _note(progress: dict[str, float], kind: str, data: Mapping[str, Any]) -> boo
 def _refusal(answer: Mapping[str, Any], nodes: Nodes) -> str:
     """What a server says of a workflow that it does not run: node, input and reason."""
     told = []
-    for name, found in _object(answer.get("node_errors")).items():
-        for error in map(_object, _list(_object(found).get("errors"))):
+    for name, found in as_object(answer.get("node_errors")).items():
+        for error in map(as_object, as_list(as_object(found).get("errors"))):
             what = [shown(error[key]) for key in ("message", "details") if error.get(key)]
             told.append(": ".join([_title(nodes, name), *what]))
-    general = _object(answer.get("error"))
+    general = as_object(answer.get("error"))
     if not told:
         told = [": ".join(shown(general[key]) for key in ("message", "details") if general.get(key))]
     more = f"; and {len(told) - _MOST_ERRORS} more" if len(told) > _MOST_ERRORS else ""
@@ -459,8 +283,8 @@ def _refusal(answer: Mapping[str, Any], nodes: Nodes) -> str:
 
 def _failure(messages: list[Any], nodes: Nodes) -> str:
     """Why a run failed."""
-    for kind, said in (message for message in messages if len(_list(message)) == 2):
-        data = _object(said)
+    for kind, said in (message for message in messages if len(as_list(message)) == 2):
+        data = as_object(said)
         where = f"{_title(nodes, str(data.get('node_id')))} of type {shown(data.get('node_type'))}"
         if kind == "execution_error":
             what = shown(data.get("exception_message")) or "no message"
@@ -481,7 +305,7 @@ def saved_file(outputs: Mapping[str, Any], save: str) -> dict[str, Any] | None:
         outputs: of a run.
         save: the node's id.
     """
-    entries = _list(_object(outputs.get(save)).get("statistics"))
-    entry = _object(entries[0] if entries else None)
+    entries = as_list(as_object(outputs.get(save)).get("statistics"))
+    entry = as_object(entries[0] if entries else None)
     kinds = {"filename": str, "subfolder": str, "type": str, "recording": str, "samples": int}
     return entry if all(isinstance(entry.get(key), kind) for key, kind in kinds.items()) else None

@@ -397,8 +397,7 @@ class Double:
             async for _ in socket:
                 pass
         finally:
-            if self.sockets.get(client) is socket:
-                del self.sockets[client]
+            self.sockets.pop(client, None)
         return socket
 
     def _queue_info(self) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from aiohttp import web
 
 from convert_to_quant.comfyui_nodes.recording import Recorder
 from convert_to_quant.engines.comfyui import remote, server, workflow
-from convert_to_quant.engines.comfyui.server import Server, check_address
+from convert_to_quant.engines.comfyui.connection import check_address
+from convert_to_quant.engines.comfyui.server import Server
 from convert_to_quant.errors import CalibrationError, OptionError, StatisticsError
 from convert_to_quant.stats import COLUMNS, Statistics
 
@@ -31,7 +32,7 @@ PATIENT, HASTY = 20.0, 0.4
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask as often as tests need."""
     monkeypatch.setattr(server, "ASK_SECONDS", 0.05)
-    monkeypatch.setattr(server, "_CANCEL_SECONDS", 0.5)
+    monkeypatch.setattr(server, "ARRIVAL_SECONDS", 0.5)
 
 
 def observe(
@@ -269,7 +270,7 @@ def test_a_server_that_says_nothing_is_given_up() -> None:
 def test_a_server_without_our_nodes_is_told_how_to_get_them(serve: Any, flux: Nodes) -> None:
     double = serve()
     del double.nodes.classes[workflow.SAVE]
-    with pytest.raises(CalibrationError, match=r"does not have our nodes .*comfyui install COMFYUI_DIR; then restart"):
+    with pytest.raises(CalibrationError, match=r"does not have our nodes .*comfyui install COMFYUI_DIR`, and restart"):
         observe(double, flux)
 
 
@@ -336,7 +337,7 @@ def test_a_refusal_without_nodes_is_told(serve: Any, flux: Nodes) -> None:
 def test_a_failed_run_is_told_by_node_and_exception(serve: Any, flux: Nodes) -> None:
     double = serve()
     double.nodes.failure = MemoryError("CUDA out of memory.\nTried to allocate 3 GiB")
-    said = r"the run failed in node 9 \(Paint\) of type KSampler: MemoryError: CUDA out of memory. Tried to allocate 3 GiB$"
+    said = r"failed in node 9 \(Paint\) of type KSampler: MemoryError: CUDA out of memory. Tried to allocate 3 GiB$"
     with pytest.raises(CalibrationError, match=said):
         observe(double, flux)
 
@@ -460,14 +461,14 @@ def test_ctrl_c_takes_our_run_out_of_the_queue_and_leaves_the_one_that_runs(serv
 
     with Server(double.address) as client:
         plan = workflow.plan(flux, client.types(workflow.classes(flux)))
-        receive = client._receive
+        receive = client._connection.receive
 
         def interrupted(seconds: float) -> Any:
             if double.queue:
                 raise KeyboardInterrupt
             return receive(seconds)
 
-        client._receive = interrupted  # type: ignore[method-assign]
+        client._connection.receive = interrupted  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
             client.run(plan.queued("s", "f"), lambda _: None)
         assert len(double.queue) == 1
@@ -487,7 +488,7 @@ def test_ctrl_c_before_the_answer_still_finds_the_run(serve: Any, flux: Nodes) -
 
     with Server(double.address) as client:
         plan = workflow.plan(flux, client.types(workflow.classes(flux)))
-        ask = client._ask
+        ask = client._connection.ask
 
         def interrupted(path: str, **how: Any) -> Any:
             if path == "/prompt":
@@ -495,7 +496,7 @@ def test_ctrl_c_before_the_answer_still_finds_the_run(serve: Any, flux: Nodes) -
                 raise KeyboardInterrupt
             return ask(path, **how)
 
-        client._ask = interrupted  # type: ignore[method-assign]
+        client._connection.ask = interrupted  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
             client.run(plan.queued("s", "f"), lambda _: None)
         client.cancel()
@@ -603,6 +604,35 @@ def test_a_history_of_nonsense_is_an_error_and_no_crash(serve: Any, flux: Nodes,
     double.answer_with["/queue"] = lambda _: web.json_response({"queue_running": [3, []], "queue_pending": None})
     with pytest.raises(CalibrationError, match="the run failed"):
         observe(double, flux)
+
+
+def test_names_of_classes_are_sent_as_they_are(serve: Any) -> None:
+    double = serve()
+    double.nodes.classes["A/B%2F (?#"] = double.nodes.classes["VAELoader"]
+    with Server(double.address) as client:
+        found = client.types(["A/B%2F (?#", "KSampler (Efficient)", "unknown", workflow.RECORD, workflow.SAVE])
+    assert set(found) == {"A/B%2F (?#", "KSampler (Efficient)", workflow.RECORD, workflow.SAVE}
+
+
+def test_a_class_that_cannot_say_what_it_takes_matters_only_where_it_is_needed(serve: Any, flux: Nodes) -> None:
+    double = serve()
+    double.answer_with["/object_info/SaveImage"] = lambda _: web.Response(status=500)
+    assert observe(double, flux)[0]["flux"].samples == 2
+
+
+def test_a_proxy_that_cannot_reach_the_server_for_a_moment_is_no_end(serve: Any, flux: Nodes) -> None:
+    double = serve()
+    asked = []
+
+    def gateway(_: web.Request) -> Any:
+        asked.append(1)
+        if len(asked) == 3:
+            del double.answer_with["/queue"]
+        return web.Response(status=502)
+
+    double.answer_with["/queue"] = gateway
+    assert observe(double, flux)[0]["flux"].samples == 2
+    assert len(asked) == 3
 
 
 def test_a_server_that_describes_nodes_otherwise_is_told(serve: Any, flux: Nodes) -> None:
