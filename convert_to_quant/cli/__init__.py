@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .. import __version__
-from ..errors import Error
+from ..errors import Error, OptionError
 from . import config, output, parsing, shared, terminal
 from .interrupts import Interrupted, exit_code, interruptible
 from .overview import overview
@@ -39,7 +39,7 @@ COMMANDS = {
     "apply": "choose scales from statistics and write them into a checkpoint",
     "merge": "merge statistics files",
     "report": "show what calibration changes, layer by layer; or compare two",
-    "comfyui": "install our nodes into a ComfyUI, or remove them",
+    "comfyui": "put our nodes into a ComfyUI, or record a model on one that runs",
     "check": "compare a quantized model with its reference while both paint",
     "demo": "convert, calibrate and check a small model; writes a picture",
     "completion": "print what makes a shell complete our commands and flags",
@@ -99,7 +99,7 @@ def dispatch(words: list[str]) -> int:
         return 0
     command = command_of(words)
     rest = words[1:] if words[0] == command else words
-    args, names = config.parse(build_parser(command), rest, command)
+    args, names = config.parse(build_parser(command), rest, command, list(COMMANDS))
     return run(names, args)
 
 
@@ -109,8 +109,6 @@ def command_of(words: Sequence[str]) -> str:
     Raises:
         OptionError: there is no such command.
     """
-    from ..errors import OptionError
-
     word, path = words[0], terminal.value_of("--config", words)
     if word in COMMANDS:
         return word

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import config, flag_spelling, guarded, perform, prepare
+from . import COMMANDS, config, flag_spelling, guarded, perform, prepare
 from .calibration import add_calibration_arguments
 from .parsing import Parser
 from .patching import add_patching_arguments
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare(words)
 
     def call() -> int:
-        args, names = config.parse(build_parser(), words, NAME)
+        args, names = config.parse(build_parser(), words, NAME, [NAME, *COMMANDS])
         args.actcal = True
         return perform(run, build_parser(), names, args)
 

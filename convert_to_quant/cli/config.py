@@ -209,13 +209,16 @@ def _takes_many(action: argparse.Action) -> bool:
     return isinstance(action, argparse._AppendAction) or action.nargs in ("+", "*")
 
 
-def parse(parser: Parser, words: Sequence[str], command: str) -> tuple[argparse.Namespace, list[str]]:
+def parse(
+    parser: Parser, words: Sequence[str], command: str, known: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
     """Parse a command line together with the configuration file that it names.
 
     Args:
         parser: of the command; is changed.
         words: what follows the command.
         command: its name.
+        known: the names that tables may have.
 
     Returns:
         The options, and the names of the command and of its action, if it has some.
@@ -223,13 +226,19 @@ def parse(parser: Parser, words: Sequence[str], command: str) -> tuple[argparse.
     Raises:
         OptionError: the file cannot be used.
     """
-    leaf, actions = follow(parser, words)
-    names = [command, *actions]
     path = value_of("--config", words)
-    options = None if path is None else Options(read(path), path, names, leaf)
+    leaf, actions = follow(parser, words)
+    if path is None:
+        return parser.parse_args(words), [command, *actions]
+    content = read(path)
+    check_commands(content, path, known)
+    if leaf.subcommands() is not None and len(content.get(command, ())) == 1:  # the file's only action is meant
+        words = [*content[command], *words]
+        leaf, actions = follow(parser, words)
+    names = [command, *actions]
+    options = Options(content, path, names, leaf)
     args = parser.parse_args(words)
-    if options is not None:
-        options.fill(args)
+    options.fill(args)
     return args, names
 
 
@@ -242,7 +251,7 @@ def options_in_force(parser: Parser, args: argparse.Namespace, folder: Path | No
         folder: what paths become relative to; None leaves them as they are.
     """
 
-    def value_of(action: argparse.Action, value: Any) -> Any:
+    def relative(action: argparse.Action, value: Any) -> Any:
         if folder is None or kind_of(action) is None or value in NO_PATHS:
             return value
         try:
@@ -255,7 +264,7 @@ def options_in_force(parser: Parser, args: argparse.Namespace, folder: Path | No
         value = getattr(args, action.dest, None)
         if value is None or value == action.default:
             continue
-        found[key] = [value_of(action, one) for one in value] if isinstance(value, list) else value_of(action, value)
+        found[key] = [relative(action, one) for one in value] if isinstance(value, list) else relative(action, value)
     return found
 
 

@@ -36,7 +36,7 @@ def recipe(tmp_path: Path) -> Callable[[str], Path]:
 
 def options(path: Path, command: str, *words: str) -> dict[str, Any]:
     """What a command line with that file says."""
-    parsed, _ = config.parse(build_parser(command), ["--config", str(path), *words], command)
+    parsed, _ = config.parse(build_parser(command), ["--config", str(path), *words], command, list(COMMANDS))
     return vars(parsed)
 
 
@@ -105,8 +105,16 @@ def test_what_is_no_file_is_not_taken_for_one(recipe: Any) -> None:
 
 def test_actions_have_tables_of_their_own(recipe: Any, tmp_path: Path) -> None:
     path = recipe('[comfyui.install]\ndir = "ComfyUI"')
-    parsed, names = config.parse(build_parser("comfyui"), ["install", "--config", str(path)], "comfyui")
-    assert (parsed.folder, names) == (str(tmp_path / "ComfyUI"), ["comfyui", "install"])
+    for named in (["install"], []):  # the only one there is needs no name
+        words = [*named, "--config", str(path)]
+        parsed, names = config.parse(build_parser("comfyui"), words, "comfyui", list(COMMANDS))
+        assert (parsed.folder, names) == (str(tmp_path / "ComfyUI"), ["comfyui", "install"])
+
+
+def test_an_action_runs_from_its_file_alone(ctq: Any, recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "ComfyUI" / "custom_nodes").mkdir(parents=True)
+    outcome = ctq("--config", recipe('[comfyui.install]\ndir = "ComfyUI"\ndry_run = true'))
+    assert (outcome.code, "dry run: " in outcome.err) == (0, True), outcome.err
 
 
 @pytest.mark.parametrize(
@@ -126,7 +134,8 @@ def test_actions_have_tables_of_their_own(recipe: Any, tmp_path: Path) -> None:
         ("[convert]\nconfig = 'x'", ["-i", "a"],
          "[convert] config: unknown key (convert_to_quant help convert names them)"),
         ("[apply]", ["-i", "a"], "no table [convert] (it has [apply])"),
-        ("convert = 3", ["-i", "a"], "[convert] should be a table"),
+        ("convert = 3", ["-i", "a"], "'convert' should be a table: [convert]"),
+        ("[convert]\n[aply]", ["-i", "a"], "[aply] is no command (did you mean apply?)"),
         ("[convert", [], "not TOML: Expected ']' at the end of a table declaration (at end of document)"),
         ("", [], "no table of a command in it (begin with [convert])"),
         ("[aply]", [], "[aply] is no command (did you mean apply?)"),
