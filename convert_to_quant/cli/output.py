@@ -177,18 +177,17 @@ def require_folder(path: Path) -> None:
 
 
 @contextmanager
-def progress_bar(title: str, *, quiet: bool = False, unit: str = "") -> Iterator[Progress]:
+def progress_bar(title: str, *, unit: str = "") -> Iterator[Progress]:
     """A bar with rate and time left on a terminal; with -v, a line now and then elsewhere; else nothing.
 
     Args:
         title: what is going on.
-        quiet: nothing at all.
         unit: of what is counted: "bytes", or a word; without one no rate is shown.
 
     Yields:
         A function that takes what is done and what there is to do.
     """
-    if quiet or _quiet or not (is_terminal(sys.stderr) or _verbose):
+    if _quiet or not (is_terminal(sys.stderr) or _verbose):
         yield lambda _done, _total: None
     elif is_terminal(sys.stderr):
         with _bar(title, unit) as progress:

@@ -50,6 +50,14 @@ class Flux:
     linear = LINEAR
 
 
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No wishes about colours and width, whoever runs the tests."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def flux() -> type[Flux]:
     """Names and shapes of the tiny Flux.1."""

@@ -77,8 +77,7 @@ def screens(command: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_a_screen_and_begins_with_examples(ctq: Any, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+def test_help_fits_a_screen_and_begins_with_examples(ctq: Any, command: str) -> None:
     for names in screens(command):
         lines = ctq(*names, "--help").out.splitlines()
         assert len(lines) <= MOST_LINES

@@ -79,11 +79,8 @@ def compare(name: str, shown: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same surroundings everywhere."""
-    monkeypatch.setenv("COLUMNS", "80")
-    for name in ("NO_COLOR", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
+def timeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lines that depend on how fast the machine is."""
     monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", float("inf"))
 
 

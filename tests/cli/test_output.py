@@ -25,9 +25,7 @@ class FakeTerminal(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No wishes about colours, and a terminal that knows them."""
-    for name in ("NO_COLOR", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
+    """A terminal that knows colours, and no call before."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(terminal, "_when", "auto")
     monkeypatch.setattr(output, "_quiet", False)
@@ -159,8 +157,7 @@ def on_a_terminal(*words: str, **environment: str) -> str:
     """What the command line writes to a real pseudo-terminal."""
     ours, theirs = pty.openpty()
     program = [sys.executable, "-m", "convert_to_quant", *words]
-    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
-    surroundings = {**kept, "TERM": "xterm", "COLUMNS": "100", **environment}
+    surroundings = {**os.environ, "TERM": "xterm", "COLUMNS": "100", **environment}
     with subprocess.Popen(program, stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL, env=surroundings) as process:
         os.close(theirs)
         shown = b""
