@@ -7,8 +7,10 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from ..engines.comfyui.inprocess_tree import VARIABLE
 from ..errors import OptionError, UnsupportedModelError
 from .calibration import loras_of
 from .output import configure, note, progress_bar, require_folder, say, write_json
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from ..stats import Statistics
 
 ENGINES = ("auto", "diffusers", "comfyui")
-COMFYUI_DIR = "COMFYUI_DIR"
+WARNING_LETTERS = 300
+"""ComfyUI may list every tensor of a file in one warning."""
 
 DESCRIPTION = """\
 Run a model, in FP8 or in high precision, and write what its linear layers received into a statistics file, from which
@@ -55,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("what runs it")
     engine.add_argument("--engine", choices=ENGINES, default=ENGINES[0], metavar="WHICH",
                         help="diffusers, comfyui, or auto: the first that can")  # fmt: skip
-    engine.add_argument("--comfyui-dir", metavar="DIR", help=f"a ComfyUI to run it in (${COMFYUI_DIR})")
+    engine.add_argument("--comfyui-dir", metavar="DIR", help=f"a ComfyUI to run it in (${VARIABLE})")
     engine.add_argument("--pipeline", metavar="DIR", help="a diffusers pipeline, with real prompts")
     engine.add_argument("--prompts", metavar="FILE", help="the pipeline's prompts, one per line")
     engine.add_argument("--component", metavar="NAME", help="of the pipeline, to record (transformer)")
@@ -182,7 +185,7 @@ def engine_of(args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTabl
     reason = "diffusers is not installed" if missing else diffusers.supports(checkpoint, table)
     if reason is None or args.conditioning != NOISE:
         return "diffusers"
-    if args.comfyui_dir or os.environ.get(COMFYUI_DIR):
+    if args.comfyui_dir or os.environ.get(VARIABLE):
         note(f"ComfyUI runs it: {reason}")
         return "comfyui"
     raise UnsupportedModelError(
@@ -271,7 +274,7 @@ def observe_in_comfyui(args: argparse.Namespace, distributed: bool, checkpoint: 
                 adapters=adapters,
                 session=session,
                 progress=progress,
-                warn=lambda text: note(f"ComfyUI: {text}"),
+                warn=lambda text: note(f"ComfyUI: {shorten(text, WARNING_LETTERS, placeholder=' ...')}"),
             )
     return finish(session, observation, args)
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.kernels import SIGMA_BINS
 from convert_to_quant.layers import find_layers, input_scale
 from convert_to_quant.stats import Statistics
 
@@ -182,6 +183,9 @@ def test_a_tiny_model_is_detected_run_and_observed_on_every_layer(
     ranges = zip(seen.names, seen.visited, seen.absmax, strict=True)
     assert tuple(layer for layer, visited, absmax in ranges if visited and not absmax) == ZEROS.get(name, ())
     assert seen.samples == pictures
+    levels = seen.sigma_count.sum(0) > 0  # one step is taken, at the highest level; text is prepared before, at none
+    assert levels[SIGMA_BINS - 1]
+    assert not levels[: SIGMA_BINS - 1].any()
     with open_checkpoint(tmp_path / "tiny.safetensors") as checkpoint:
         shapes = {tensor.removesuffix(".weight"): info.shape for tensor, info in checkpoint.tensors.items()}
     assert all(shapes[layer] == shape for layer, shape in seen.layers.items())

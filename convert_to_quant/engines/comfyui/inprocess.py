@@ -262,8 +262,8 @@ def load(checkpoint: Checkpoint, table: LayerTable | None = None) -> Model:
         else:
             patcher = comfy.sd.load_diffusion_model(path)
     for module in find_linears(patcher.model.diffusion_model).values():
-        if hasattr(module, "_full_precision_mm"):  # what ComfyUI itself sets for layers that are marked so
-            setattr(module, "_full_precision_mm", True)  # noqa: B010
+        if hasattr(module, "_full_precision_mm"):
+            module._full_precision_mm = True  # type: ignore[assignment]  # as ComfyUI does with layers marked so
     try:
         return Model(checkpoint, table, patcher)
     except UnsupportedModelError as error:

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from convert_to_quant import emoji
+from convert_to_quant.cli import main
 from convert_to_quant.engines import noise
 from convert_to_quant.engines.comfyui import inprocess, inprocess_conditions, inprocess_tree
 from convert_to_quant.engines.comfyui.inprocess_conditions import (
@@ -26,6 +29,9 @@ from convert_to_quant.engines.comfyui.inprocess_conditions import (
     wanted,
 )
 from convert_to_quant.errors import CalibrationError, OptionError, UnsupportedModelError
+from convert_to_quant.stats import Statistics
+
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
 
 KINDS = {"noise", "picture", "signal", "ids", "ones"}
 
@@ -352,3 +358,61 @@ def test_our_own_errors_pass_as_they_are() -> None:
 def test_cancelling_is_not_taken_for_an_error_of_comfyui() -> None:
     with pytest.raises(KeyboardInterrupt), inprocess_tree.understood("run", "a.safetensors"):
         raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--engine", "comfyui", "--conditioning", "c.safetensors"),
+            "--conditioning does not go with --engine comfyui",
+        ),
+        (("--engine", "diffusers", "--comfyui-dir", "."), "--comfyui-dir does not go with --engine diffusers"),
+        (
+            ("--pipeline", ".", "--prompts", "p.txt", "--engine", "comfyui"),
+            "--engine comfyui does not go with --pipeline",
+        ),
+        (("--pipeline", ".", "--prompts", "p.txt", "--comfyui-dir", "."), "--comfyui-dir does not go with --pipeline"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags: tuple[str, ...], message: str, capsys: Any) -> None:
+    assert main(["observe", str(emoji.WEIGHTS), "-o", "never.safetensors", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("never.safetensors").exists()
+
+
+def test_the_engine_says_that_it_needs_a_comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.delenv(inprocess_tree.VARIABLE, raising=False)
+    words = ["observe", str(emoji.WEIGHTS), "-o", str(tmp_path / "stats"), "--engine", "comfyui"]
+
+    assert main(words) == 2
+    assert "the ComfyUI engine needs a ComfyUI (--comfyui-dir DIR" in capsys.readouterr().err
+    assert main([*words, "--comfyui-dir", str(tmp_path)]) == 2
+    assert "is no ComfyUI tree" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_says_how_to_run_what_diffusers_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.delenv(inprocess_tree.VARIABLE, raising=False)
+    model = tmp_path / "unet.safetensors"
+    save_file({"input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3), "time_embed.0.weight": torch.zeros(16, 8)}, model)
+
+    assert main(["observe", str(model), "-o", str(tmp_path / "stats")]) == 1
+    said = capsys.readouterr().err
+    assert "its tensor names fit no known family (--comfyui-dir DIR runs it in ComfyUI" in said
+
+
+def test_auto_takes_diffusers_where_it_can_even_with_a_comfyui(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv(inprocess_tree.VARIABLE, str(tree))
+    output = tmp_path / "stats.safetensors"
+    size = ("--height", "32", "--width", "32", "--steps", "1", "--samples", "1", "--text-tokens", "4")
+
+    assert main(["observe", str(emoji.WEIGHTS), "-o", str(output), *size]) == 0, capsys.readouterr().err
+    assert dict(Statistics.load(output).provenance)["engine"] == ("model",)
