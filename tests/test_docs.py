@@ -326,7 +326,8 @@ def run_words(example: Example, words: list[str]) -> None:
         if any(re.match(command, " ".join(words[1:])) for command in ONLY_PARSED):
             parse(words[1:], said)
         else:
-            assert main([*words[1:], *ADDED.get(words[1], ())]) == 0, f"{said}: fails"
+            more = [flag for command in words[1:2] for flag in ADDED.get(command, ())]
+            assert main([*words[1:], *more]) == 0, f"{said}: fails"
     elif words[0] == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), f"{said}: no such target"
