@@ -375,7 +375,8 @@ def test_names_sort_as_people_count(show):
 @pytest.mark.parametrize("state", ["#sort=absmax", "#sort=-absmax"])
 def test_layers_without_a_figure_come_last_either_way(show, state):
     unseen = Figures(State(1.0, False), State(1.0, False), reason="never visited")
-    assert orders(show(report([layer("unseen", unseen), *SMALL]), state))[0][-1] == "unseen"
+    layers = [layer("unseen", unseen), *SMALL[:2], layer("unseen too", unseen), *SMALL[2:]]
+    assert orders(show(report(layers), state))[0][-2:] == ["unseen", "unseen too"]
 
 
 def test_search_and_filters_govern_pictures_and_table(show):
@@ -446,6 +447,40 @@ def test_what_is_cut_off_is_red_at_the_present_scale_and_not_at_the_new_one(show
     assert tab.locator("#picture-plot .state").all_inner_texts() == ["fine", "fine", "fine", "full precision"]
 
 
+STRONGEST = """(canvas, y) => {
+const copy = Object.assign(document.createElement('canvas'), { width: canvas.width, height: canvas.height });
+const context = copy.getContext('2d');
+context.drawImage(canvas, 0, 0);
+const { data } = context.getImageData(0, y, copy.width, 1);
+let best = -1, most = 0;
+for (let x = 0; x < copy.width; x++) {
+  const [red, green, blue, opacity] = data.slice(4 * x, 4 * x + 4);
+  if (blue > 100 && red < 120 && opacity > most) [best, most] = [x, opacity];
+}
+return best; }"""
+
+
+def test_strips_lie_where_their_values_lie_on_the_axis(show):
+    """Two layers of one shape, the second 2³ times as large, at the same scale, and each at its own."""
+    tab = show(report([layer("a", figures(4.0)), layer("b", figures(32.0))]))
+    canvas = tab.locator("#picture-plot canvas").first
+    middle = {
+        text: tab.locator("#picture-plot .tick", has_text=re.compile(f"^{text}$")).bounding_box()
+        for text in ("1", "16")
+    }
+    left = tab.locator("#picture-plot .plot").bounding_box()["x"]
+    one, sixteen = (box["x"] + box["width"] / 2 - left for box in middle.values())
+    octave = (sixteen - one) / 4
+
+    def ends() -> list[float]:
+        """Where the strips are strongest, which is their upper end, in octaves of |x| / scale."""
+        return [(canvas.evaluate(STRONGEST, y) - one) / octave for y in (10, 30)]
+
+    assert ends() == pytest.approx([2, 5], abs=0.3)
+    tab.locator("#views [data-key=after]").click()
+    assert ends() == pytest.approx([np.log2(448)] * 2, abs=0.3)
+
+
 def test_strips_slide_to_the_new_scale_where_motion_is_welcome(show):
     tab = show(report(SMALL), reduced_motion="no-preference")
     tab.locator("#views [data-key=after]").click()
@@ -471,13 +506,16 @@ def test_pointer_touch_and_keyboard_show_a_layers_figures(show):
     tab.mouse.move(box["x"] + 500, box["y"] + 8)
     assert "blocks.1.mlp.0" in card.inner_text()
     assert "clipped\t30 %\t0 %" in card.inner_text()
-    tab.mouse.move(box["x"] + 500, box["y"] - 200)
+    tab.mouse.move(box["x"] + 500, box["y"] - box["height"] - 10)  # the axis
     assert card.is_hidden()
     tab.touchscreen.tap(box["x"] + 500, box["y"] + 8)
     assert "blocks.1.mlp.0" in card.inner_text()
     card.get_by_label("Close").click()
     assert card.is_hidden()
     tab.locator("#picture-plot .plot").focus()
+    tab.keyboard.press("ArrowUp")
+    assert "blocks.10.mod" in card.inner_text()
+    tab.keyboard.press("Escape")
     for _ in range(3):
         tab.keyboard.press("ArrowDown")
     assert "blocks.2.attn.qkv" in card.inner_text()
@@ -566,9 +604,9 @@ def test_a_print_is_light_and_has_all_rows(show):
     tab = show(report([layer(f"blocks.{number}", figures(8.0)) for number in range(120)]), "#theme=dark")
     assert tab.locator("#figures-table tbody th").count() < 60
     tab.evaluate("dispatchEvent(new Event('beforeprint'))")
-    tab.emulate_media(media="print")
     assert tab.locator("html").get_attribute("data-theme") == "light"
     assert tab.locator("#figures-table tbody th").count() == 120
+    tab.emulate_media(media="print")
     assert tab.locator("#tools").is_hidden()
     tab.emulate_media(media="screen")
     tab.evaluate("dispatchEvent(new Event('afterprint'))")
