@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = re.search(r"<!-- tree.*?-->\n```text\n(.*?)```", README, re.DOTALL)
 FOLDERS = {
     "benchmarks/": "Speed, memory and accuracy, against peers and physical limits.",
-    "docs/": "What was measured and tried.",
+    "docs/": "Guide, concepts, reference, answers; what was measured and tried.",
     "tests/": "Mirrors the package.",
 }
 
