@@ -131,7 +131,7 @@ def observe(args: argparse.Namespace) -> int:
         silent = [layer for layer, ran in zip(statistics.names, statistics.visited, strict=True) if not ran]
         if silent:
             note(f"{len(silent)} layers never ran (first: {silent[0]})")
-        seen = f"{int(statistics.visited.sum())} layers over {statistics.samples} samplings"
+        seen = f"{int(statistics.visited.sum())} layers over {statistics.samples} samples"
         say(f"observed {seen}; wrote {outputs[name]}")
     return report(args, plan, runs, outputs, found=found, idle=idle)
 

@@ -81,7 +81,7 @@ def test_a_workflow_is_observed(observe: Observe, flux: Any, work: Path, double:
     assert outcome.err == (
         SCREEN.format(work=work)
         + "runs      4, seeds 42 to 45\n"
-        + f"observed 3 layers over 4 samplings; wrote {work}/stats.safetensors\n"
+        + f"observed 3 layers over 4 samples; wrote {work}/stats.safetensors\n"
     )
     assert Statistics.load(work / "stats.safetensors").samples == 4
     assert written(work) == {"stats.safetensors"}
@@ -129,7 +129,7 @@ def test_several_models_get_a_file_each(observe: Observe, wan: Any, work: Path) 
     assert written(work) == {"stats_wan_high.safetensors", "stats_wan_low.safetensors"}
     for name, sampler in (("high", 8), ("low", 9)):
         assert f"sampled by node {sampler} (KSamplerAdvanced), recorded into {work}/stats_wan_{name}" in outcome.err
-        assert f"observed 3 layers over 1 samplings; wrote {work}/stats_wan_{name}.safetensors" in outcome.err
+        assert f"observed 3 layers over 1 samples; wrote {work}/stats_wan_{name}.safetensors" in outcome.err
 
 
 def test_layers_that_never_ran_are_told(observe: Observe, flux: Any, comfyui: Any, double: Any) -> None:

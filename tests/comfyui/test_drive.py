@@ -232,6 +232,20 @@ def test_statistics_are_those_of_the_nodes_own_runs(drive: Any, server: Running,
     assert {path.name for path in new} == {"activation_stats"}  # nothing was painted into the folder
 
 
+def test_the_statistics_calibrate_a_checkpoint(drive: Any, server: Running, tmp_path: Path) -> None:
+    model = server.work / "models" / "diffusion_models" / "plain.safetensors"
+    assert main(["-i", str(model), "-o", str(tmp_path / "fp8.safetensors"), "-q"]) == 0
+    assert drive(painting(), "--seeds", "1") == 0, server.said()
+    words = [tmp_path / "fp8.safetensors", tmp_path / "stats.safetensors", "-o", tmp_path / "calibrated.safetensors"]
+
+    assert main(["apply", *map(str, words)]) == 0
+
+    with open_checkpoint(tmp_path / "calibrated.safetensors") as file:
+        scales = [float(file.float32(name).item()) for name in file.tensors if name.endswith(".input_scale")]
+    assert len(scales) == 32
+    assert all(scale not in (0, 1) for scale in scales)
+
+
 def test_two_models_are_recorded_apart(drive: Any, server: Running, tmp_path: Path) -> None:
     nodes = painting()
     nodes["other"] = node("UNETLoader", unet_name="sub/hot.safetensors", weight_dtype="default")

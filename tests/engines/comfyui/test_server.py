@@ -194,9 +194,9 @@ def test_a_dropped_websocket_is_opened_anew_and_bytes_are_no_news(serve: Any, fl
         if step == 1:
             wait_for(lambda: double.sockets)
             double.send_preview()
-            before = set(map(id, double.sockets.values()))
+            before = [*double.sockets.values()]
             double.drop_sockets()
-            wait_for(lambda: double.sockets and not before & set(map(id, double.sockets.values())))
+            wait_for(lambda: [each for each in [*double.sockets.values()] if each not in before])
 
     double.nodes.happen = happen
     found, _ = observe(double, flux, progress=lambda done, total: seen.append((done, total)))
@@ -408,6 +408,30 @@ def test_a_run_that_takes_long_is_waited_for(serve: Any, flux: Nodes) -> None:
     double = serve()
     double.nodes.happen = lambda _: time.sleep(HASTY)
     assert observe(double, flux, seeds=1, patience=HASTY)[0]["flux"].samples == 1
+
+
+@pytest.mark.parametrize("sign", ["messages", "answers"])
+def test_silence_is_counted_from_the_last_sign_of_life(serve: Any, flux: Nodes, sign: str) -> None:
+    double, patience, start = serve(), 1.0, time.monotonic()
+    double.websocket = sign == "messages"
+    unreachable = (0, 1.3) if sign == "messages" else (1.2, 1.4)
+
+    async def gateway(_: web.Request) -> Any:
+        if unreachable[0] <= time.monotonic() - start < unreachable[1]:
+            return web.Response(status=502)
+        item = double.running[0][:4]
+        return web.json_response({"queue_running": [item], "queue_pending": []})
+
+    def happen(step: int) -> None:
+        if step == 0:
+            double.answer_with["/queue"] = gateway
+        time.sleep(0.1)
+        if step == 15:
+            del double.answer_with["/queue"]
+
+    double.nodes.happen = happen
+    flux["9"]["inputs"]["steps"] = 16
+    assert observe(double, flux, seeds=1, patience=patience)[0]["flux"].samples == 1
 
 
 def test_a_restarted_server_has_forgotten_the_run(serve: Any, flux: Nodes) -> None:

@@ -207,6 +207,11 @@ def test_merged_models_are_one_and_a_switch_lets_models_through(types: Types) ->
     (model,) = found(nodes, types).models
     assert (model.loaders, model.recordings[0].model) == (("load", "other"), Link("merge", 0))
 
+    nodes["again"] = node("ComfySwitchNode", switch=True, on_false=["merge", 0], on_true=["merge", 0])
+    nodes["sample"] = sampler(["again", 0], ["yes", 0], ["size", 0])
+    (model,) = found(nodes, types).models
+    assert (model.loaders, model.recordings[0].model) == (("load", "other"), Link("again", 0))
+
 
 def test_models_of_one_file_name_keep_apart(wan: Nodes, types: Types) -> None:
     wan["1"]["inputs"]["unet_name"] = "high\\Model.GGUF"
