@@ -25,8 +25,11 @@ SECONDS_BETWEEN_LINES = 10.0
 """With -v in a pipe: between two lines of progress."""
 
 GAP = "  "
+WRAPPED = 40
+"""Cells of a terminal's table that are longer may wrap: prose, not names."""
 
 _quiet = _verbose = False
+_bar_shown: Any = None
 _made_by: Mapping[str, Any] = {}
 
 
@@ -121,7 +124,7 @@ def _draw_table(
     from rich.table import Table
     from rich.text import Text
 
-    widths = _widths(head, rows)
+    widths = [min(width, WRAPPED) for width in _widths(head, rows)]
     dropped: list[int] = []
     for column in optional:
         if sum(width + len(GAP) for number, width in enumerate(widths) if number not in dropped) <= columns():
@@ -202,18 +205,26 @@ def _bar(title: str, unit: str) -> Iterator[Progress]:
     from rich.progress import BarColumn, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
+    global _bar_shown  # noqa: PLW0603 - a process has one terminal
     shown: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
-    if unit:
-        shown.append(TextColumn("{task.fields[rate]}"))
+    shown += [TextColumn("{task.fields[rate]}")] if unit else []
+    shown.append(TimeRemainingColumn())
+    if _bar_shown is not None:  # work within work: two bars would write over each other
+        _bar_shown.stop()
     console = Console(stderr=True, color_system=_colors(sys.stderr))
-    with Bar(*shown, TimeRemainingColumn(), console=console, transient=True) as bar:
+    # Not stdout: it may be a file, and rich would take what is printed there to the terminal.
+    with Bar(*shown, console=console, transient=True, redirect_stdout=False) as bar:
+        _bar_shown = bar
         task = bar.add_task(title, total=None, rate="")
 
         def update(done: int, total: int) -> None:
             speed = bar.tasks[0].speed
             bar.update(task, completed=done, total=total, rate="" if speed is None else rate(speed, unit))
 
-        yield update
+        try:
+            yield update
+        finally:
+            _bar_shown = None
 
 
 def rate(speed: float, unit: str) -> str:

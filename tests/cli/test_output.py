@@ -153,13 +153,15 @@ def test_progress_in_a_pipe_is_silence_or_with_verbose_a_line_now_and_then(
     ]
 
 
-def on_a_terminal(*words: str, **environment: str) -> str:
-    """What the command line writes to a real pseudo-terminal."""
+def on_a_terminal(*words: str, stdout: Path | None = None, **environment: str) -> str:
+    """What the command line writes to a real pseudo-terminal, with data in a file if one is named."""
     ours, theirs = pty.openpty()
     program = [sys.executable, "-m", "convert_to_quant", *words]
     surroundings = {**os.environ, "TERM": "xterm", "COLUMNS": "100", **environment}
-    with subprocess.Popen(program, stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL, env=surroundings) as process:
-        os.close(theirs)
+    data = theirs if stdout is None else os.open(stdout, os.O_WRONLY | os.O_CREAT)
+    with subprocess.Popen(program, stdout=data, stderr=theirs, stdin=subprocess.DEVNULL, env=surroundings) as process:
+        for end in {theirs, data}:
+            os.close(end)
         shown = b""
         while True:
             try:
@@ -180,6 +182,19 @@ def test_a_real_terminal_gets_colours_a_bar_and_a_table(flux_file: Path) -> None
     assert "converting" in shown
     assert "\x1b[1m" in shown
     assert "────" in shown
+
+
+def test_a_bar_within_a_bar_takes_its_place_and_a_file_gets_its_table(fp8_file: Path, flux_file: Path) -> None:
+    table, output = flux_file.with_name("table.txt"), flux_file.with_name("out.safetensors")
+    words = ["-i", str(flux_file), "-o", str(output), "--actcal", "--actcal-engine", "layer", "-v"]
+    shown = on_a_terminal(*words, stdout=table)
+    assert "converting" in shown
+    assert "calibrating" in shown.partition("converting")[2]
+    assert "converting" not in shown.partition("calibrating")[2]
+    text = table.read_text(encoding="utf-8")
+    assert "scale before" in text
+    assert "\x1b" not in text
+    assert "scale before" not in shown
 
 
 @pytest.mark.parametrize(("environment", "drawn"), [({"NO_COLOR": "1"}, True), ({"TERM": "dumb"}, False)])
