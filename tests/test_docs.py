@@ -355,6 +355,9 @@ def main(words: list[str]) -> int:
 
 def parse(words: list[str], said: str) -> None:
     """Check a call without running it."""
+    if words[:1] == ["help"]:
+        assert words[1:] in ([], ["COMMAND"], *([command] for command in cli.COMMANDS)), f"{said}: is misused"
+        return
     named = bool(words) and words[0] in cli.COMMANDS
     parser = cli.build_parser(words[0] if named else cli.DEFAULT_COMMAND)
     code = exit_code(lambda: parser.parse_args([cli.flag_spelling(word) for word in words[named:]]))
@@ -412,6 +415,7 @@ def test_the_documents_have_examples() -> None:
         ("```bash\nconvert_to_quant inspect flux_fp8.safetensors --strict && nonsense x\n```", "an unknown program"),
         ("```console\nconvert_to_quant demo --no-such-flag\n```", "is misused"),
         ("text\n\n    torchrun -m convert_to_quant observe m.safetensors -o s.safetensors --bad\n", "is misused"),
+        ("```console\nconvert_to_quant help nothing | less\n```", "fails"),
         ("```console\nmake nothing\n```", "no such target"),
         ("```console\npython benchmarks/nothing.py\n```", "no such script"),
         ("```python\n>>> 1 + 1\n3\n```", "gives something else"),
