@@ -28,6 +28,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from .verdict import CAUSES
+
 ASSETS = Path(__file__).with_name("assets")
 SCRIPTS = ("data.js", "plot.js", "picture.js", "levels.js", "table.js", "page.js")
 """Ours, in the order in which they build upon each other."""
@@ -38,14 +40,6 @@ ECHARTS_SHA256 = "b66b25aeb4df84e33199dc21694014d336d222cbd9deb0e5a7c14bd6aa0d0f
 
 LEVELS = {"good": "Fine", "warning": "Worth knowing", "bad": "At risk"}
 """What the colour of a verdict says, in a word."""
-
-CAUSES = {
-    "one row": "see one row per picture, so full precision costs next to nothing",
-    "rows lost": "would lose rows (tokens): one scale cannot hold the loud ones and the quiet ones",
-    "budget": "are the worst that the full-precision budget covers",
-    "": "are in full precision in the file already",
-}
-"""Why layers are in full precision after calibration, by `cause`."""
 
 _STATES = {"risky": "at risk", "fine": "fine", "precise": "in full precision", "unknown": "not seen or not used"}
 """What a bar counts, in its order."""
@@ -270,7 +264,7 @@ def _kept(document: Document) -> str:
 def _whys(figures: Mapping[str, Any]) -> Iterable[str]:
     """Why a layer is in full precision, or keeps the scale that it has."""
     if figures["after"]["full_precision"]:
-        yield CAUSES.get(figures["cause"], figures["reason"])
+        yield CAUSES.get(figures["cause"], "in full precision in the file already")
     if figures["unused"]:
         yield f"left alone: {figures['unused']}"
     elif figures["source"] == "none":

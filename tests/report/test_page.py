@@ -94,6 +94,9 @@ HOSTILE_DOCUMENT = report(
 )
 
 
+HOSTILE_PAIR = report([layer(HOSTILE, figures(10.0), None)], count=2, sides=(side(HOSTILE), side(HOSTILE)))
+
+
 def compared() -> dict[str, Any]:
     cold, hot = figures(10.0), figures(1280.0)
     crossed = State(10 / 448, False, 2.0, 0.9, 0.0, 0.0, "clips")
@@ -167,8 +170,9 @@ def test_the_policy_allows_these_scripts_and_this_style_and_nothing_else():
     assert "http" not in policy.group(1)
 
 
-def test_nothing_in_it_is_fetched_and_no_markup_carries_code():
-    for _, attributes in Tags(page.render(HOSTILE_DOCUMENT)).tags:
+@pytest.mark.parametrize("document", [HOSTILE_DOCUMENT, HOSTILE_PAIR])
+def test_nothing_in_it_is_fetched_and_no_markup_carries_code(document):
+    for _, attributes in Tags(page.render(document)).tags:
         for name, value in attributes.items():
             assert not name.startswith("on")
             assert name != "style"
@@ -215,7 +219,7 @@ def test_layers_in_full_precision_and_left_alone_are_listed_with_the_reasons():
     text = page.render(report([*SMALL, layer("never", unseen)], left_alone=(LeftAlone("other", "nvfp4"),)))
     groups = re.findall(r"<summary><b>(\d+)</b> layers? (.*?)</summary><ul><li>(.*?)</li></ul>", text)
     assert groups == [
-        ("1", "see one row per picture, so full precision costs next to nothing", "blocks.10.mod"),
+        ("1", "with one row per picture, where that costs nothing", "blocks.10.mod"),
         ("1", "left alone: never visited: keeps its scale", "never"),
         ("1", "left alone: nvfp4", "other"),
     ]

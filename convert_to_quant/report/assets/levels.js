@@ -1,84 +1,151 @@
 // How the range moves while a picture is painted: one cell per layer and noise level.
 
 const HEATS = [
-  { key: "own", label: "share of the layer’s largest", how: "Each row is a layer, from noise on the left to the picture on the right. The stronger the colour, the nearer its inputs come to the largest that it ever gets; numbers are the largest |x| seen there." },
-  { key: "all", label: "range among all layers", how: "The same figures on one colour scale for all layers, so that loud layers stand out." },
+  {
+    key: "own",
+    label: "share of the layer’s largest",
+    how: "Each row is a layer, from noise on the left to the picture on the right. The stronger the colour, the nearer its inputs come to the largest that it ever gets; numbers are the largest |x| seen there.",
+  },
+  {
+    key: "all",
+    label: "range among all layers",
+    how: "The same figures on one colour scale for all layers, so that loud layers stand out.",
+  },
 ];
-const edges = given.sigma_edges, bins = edges.length - 1;
+const edges = given.sigma_edges,
+  bins = edges.length - 1;
 const heat = () => HEATS.find((one) => one.key === state.heat) || HEATS[0];
 const extent = (() => {
-  let low = Infinity, high = -Infinity;
-  for (const layer of layers) for (const figure of layer.sides) for (const value of figure ? figure.sigma_absmax : []) {
-    const size = log2(value);
-    if (size !== null) { low = Math.min(low, size); high = Math.max(high, size); }
-  }
+  let low = Infinity,
+    high = -Infinity;
+  for (const layer of layers)
+    for (const figure of layer.sides)
+      for (const value of figure ? figure.sigma_absmax : []) {
+        const size = log2(value);
+        if (size !== null) {
+          low = Math.min(low, size);
+          high = Math.max(high, size);
+        }
+      }
   return low < high ? [low, high] : low === high ? [low - 1, low + 1] : [0, 1];
 })();
 /** How far below its largest a layer's range falls, for all but the most extreme cells: the colours span that. */
 const ownOctaves = (() => {
-  const falls = layers.flatMap((layer) => layer.sides.flatMap((figure) => (figure && figure.absmax ? figure.sigma_absmax.filter(Boolean).map((value) => Math.log2(figure.absmax / value)) : [])));
+  const falls = layers.flatMap((layer) =>
+    layer.sides.flatMap((figure) =>
+      figure && figure.absmax
+        ? figure.sigma_absmax.filter(Boolean).map((value) => Math.log2(figure.absmax / value))
+        : [],
+    ),
+  );
   falls.sort((a, b) => a - b);
   return Math.min(Math.max(Math.ceil(falls[Math.floor(falls.length * 0.97)] || 0), 1), 8);
 })();
-const RAMPS = { // from nothing to the largest, and the part of the way from which on words change their colour to be read
-  light: { colours: ["#f6f3ec", "#d5e2e3", "#9cc2d2", "#5b9dbf", "#24699a"], words: ["#0c1a24", "#ffffff"], from: 0.86 },
+const RAMPS = {
+  // from nothing to the largest, and the part of the way from which on words change their colour to be read
+  light: {
+    colours: ["#f6f3ec", "#d5e2e3", "#9cc2d2", "#5b9dbf", "#24699a"],
+    words: ["#0c1a24", "#ffffff"],
+    from: 0.86,
+  },
   dark: { colours: ["#191e22", "#1d3646", "#22536e", "#2c789f", "#58a9d3"], words: ["#ffffff", "#0c1a24"], from: 0.8 },
 };
 const ramp = () => RAMPS[document.documentElement.dataset.theme];
 const limits = () => (state.heat === "all" ? extent : [-ownOctaves, 0]);
-const warmth = (value, figure) => (value > 0 ? (state.heat === "all" ? Math.log2(value) : Math.max(Math.log2(value / figure.absmax), -ownOctaves)) : null);
+const warmth = (value, figure) =>
+  value > 0
+    ? state.heat === "all"
+      ? Math.log2(value)
+      : Math.max(Math.log2(value / figure.absmax), -ownOctaves)
+    : null;
 
 const levels = {
   rowHeight: (plot) => (plot.narrow ? NAMED : 20),
   side: () => 0,
-  grids(plot) { return plot.grids(compares ? 2 : 1, 16); },
+  grids(plot) {
+    return plot.grids(compares ? 2 : 1, 16);
+  },
   head(plot) {
     const made = [];
     this.grids(plot).forEach(({ left, width }, s) => {
-      const put = (name, text, x) => { const one = element("span", { class: name }, text); one.style.left = x + "px"; made.push(one); };
+      const put = (name, text, x) => {
+        const one = element("span", { class: name }, text);
+        one.style.left = x + "px";
+        made.push(one);
+      };
       if (compares) put("side", `${letters[s]}: ${sides[s].label}`, left);
       put("label start", "noise", left);
       put("label end", "picture", left + width);
       const every = width / bins < 34 ? 4 : 1;
-      edges.forEach((edge, n) => { if (n % every === 0) put("tick " + (n === 0 ? "start" : n === bins ? "end" : ""), String(+edge.toFixed(3)), left + (n / bins) * width); });
+      edges.forEach((edge, n) => {
+        if (n % every === 0)
+          put(
+            "tick " + (n === 0 ? "start" : n === bins ? "end" : ""),
+            String(+edge.toFixed(3)),
+            left + (n / bins) * width,
+          );
+      });
     });
     return made;
   },
   state: () => [],
   setup(plot) {
-    const grids = this.grids(plot), [low, high] = limits();
+    const grids = this.grids(plot),
+      [low, high] = limits();
     const axisOf = (g, data, inverse) => ({ type: "category", gridIndex: g, data, inverse, show: false });
     return {
       grid: grids.map(({ left, width }) => ({ left, width, show: false })),
       xAxis: grids.map((_, g) => axisOf(g, edges.slice(1).map(String), false)),
       yAxis: grids.map((_, g) => axisOf(g, ["0"], true)),
-      visualMap: { show: false, type: "continuous", min: low, max: high, dimension: 2, inRange: { color: ramp().colours } },
+      visualMap: {
+        show: false,
+        type: "continuous",
+        min: low,
+        max: high,
+        dimension: 2,
+        inRange: { color: ramp().colours },
+      },
       series: grids.map(({ width }, g) => ({
-        type: "heatmap", xAxisIndex: g, yAxisIndex: g, silent: true, progressive: 0,
+        type: "heatmap",
+        xAxisIndex: g,
+        yAxisIndex: g,
+        silent: true,
+        progressive: 0,
         label: { show: width / bins > 44, fontSize: 11, fontFamily: theme("sans") },
         itemStyle: { borderColor: theme("paper"), borderWidth: plot.narrow ? 0 : 1 },
       })),
     };
   },
   move(plot, first, last) {
-    const grids = this.grids(plot), [low, high] = limits(), { words, from } = ramp();
+    const grids = this.grids(plot),
+      [low, high] = limits(),
+      { words, from } = ramp();
     const lines = plot.narrow ? 2 : 1; // on a narrow page, every other line holds a name
-    const top = (first - plot.low) * plot.rowHeight, height = (last - first) * plot.rowHeight;
+    const top = (first - plot.low) * plot.rowHeight,
+      height = (last - first) * plot.rowHeight;
     const cells = (s) => {
       const list = [];
       for (let number = first; number < last; number++) {
         const figure = plot.rows[number].sides[s];
-        if (figure) figure.sigma_absmax.forEach((value, bin) => {
-          const size = warmth(value, figure);
-          if (size === null) return;
-          const part = (size - low) / (high - low);
-          list.push({ value: [bin, (number - first) * lines + lines - 1, size], label: { formatter: number3(value), color: words[Number(part > from)] } });
-        });
+        if (figure)
+          figure.sigma_absmax.forEach((value, bin) => {
+            const size = warmth(value, figure);
+            if (size === null) return;
+            const part = (size - low) / (high - low);
+            list.push({
+              value: [bin, (number - first) * lines + lines - 1, size],
+              label: { formatter: number3(value), color: words[Number(part > from)] },
+            });
+          });
       }
       return list;
     };
     const data = Array.from({ length: Math.max(last - first, 1) * lines }, (_, n) => String(n));
-    return { grid: grids.map(() => ({ top, height })), yAxis: grids.map(() => ({ data })), series: grids.map((_, g) => ({ data: cells(g) })) };
+    return {
+      grid: grids.map(() => ({ top, height })),
+      yAxis: grids.map(() => ({ data })),
+      series: grids.map((_, g) => ({ data: cells(g) })),
+    };
   },
 };
 const number3 = (x) => (x >= 1000 && x < 1e6 ? grouped(x) : number(+x.toPrecision(3)));
@@ -87,11 +154,19 @@ function levelsLegend() {
   const bar = element("span", { class: "ramp" });
   bar.style.background = `linear-gradient(to right, ${ramp().colours.join(", ")})`;
   const [low, high] = limits();
-  const gaps = layers.some((layer) => layer.sides.some((figure) => figure && figure.absmax && figure.sigma_absmax.includes(null)));
+  const gaps = layers.some((layer) =>
+    layer.sides.some((figure) => figure && figure.absmax && figure.sigma_absmax.includes(null)),
+  );
   return [
     ...(state.heat === "all"
-      ? [element("span", {}, number3(2 ** low), bar, number3(2 ** high)), element("span", {}, "largest |x| at that noise level, on a log scale")]
-      : [element("span", {}, `1/${2 ** ownOctaves} of it or less`, bar, "the layer’s largest"), element("span", {}, "each step to half is an ", term("octave"))]),
+      ? [
+          element("span", {}, number3(2 ** low), bar, number3(2 ** high)),
+          element("span", {}, "largest |x| at that noise level, on a log scale"),
+        ]
+      : [
+          element("span", {}, `1/${2 ** ownOctaves} of it or less`, bar, "the layer’s largest"),
+          element("span", {}, "each step to half is an ", term("octave")),
+        ]),
     ...(gaps ? [element("span", {}, "empty: no inputs were seen there")] : []),
   ];
 }

@@ -4,18 +4,47 @@
 const state = {}; // what the hash says; page.js fills it
 
 const VIEWS = [
-  { key: "before", label: present, strips: (layer, s) => [strip(layer, s, "before")],
-    how: "Each row is a layer; the stronger the colour, the more of its inputs have that size beside the layer’s scale. Blue is kept well. Red on the right is cut off, violet on the left becomes 0." },
-  { key: "after", label: "new scale", strips: (layer, s) => [strip(layer, s, "after")],
-    how: "The same inputs beside the scale that calibration chose: the largest ends where FP8 does. Grey layers compute in full precision, where FP8’s limits do not hold." },
-  { key: "both", label: "both", strips: (layer, s) => [strip(layer, s, "before"), strip(layer, s, "after")],
-    how: "Two strips a layer: above at the present scale, below at the new one." },
-  { key: "real", label: "real values", real: true, strips: (layer, s) => [strip(layer, s, null)],
-    how: "The inputs’ own sizes. Brackets show what FP8 can hold: dotted red at the present scale, solid at the new one; the thick part is its normal zone." },
-  ...(crosses ? [{ key: "crossed", label: "A’s new scale on B", only: 1, strips: (layer) => [{ ...strip(layer, 1, null), at: layer.crossed }],
-    how: `The inputs of B (${sides[1].label}) beside the scale that calibration chose on A (${sides[0].label}): whether a calibration on one holds for the other.` }] : []),
+  {
+    key: "before",
+    label: present,
+    strips: (layer, s) => [strip(layer, s, "before")],
+    how: "Each row is a layer; the stronger the colour, the more of its inputs have that size beside the layer’s scale. Blue is kept well. Red on the right is cut off, violet on the left becomes 0.",
+  },
+  {
+    key: "after",
+    label: "new scale",
+    strips: (layer, s) => [strip(layer, s, "after")],
+    how: "The same inputs beside the scale that calibration chose: the largest ends where FP8 does. Grey layers compute in full precision, where FP8’s limits do not hold.",
+  },
+  {
+    key: "both",
+    label: "both",
+    strips: (layer, s) => [strip(layer, s, "before"), strip(layer, s, "after")],
+    how: "Two strips a layer: above at the present scale, below at the new one.",
+  },
+  {
+    key: "real",
+    label: "real values",
+    real: true,
+    strips: (layer, s) => [strip(layer, s, null)],
+    how: "The inputs’ own sizes. Brackets show what FP8 can hold: dotted red at the present scale, solid at the new one; the thick part is its normal zone.",
+  },
+  ...(crosses
+    ? [
+        {
+          key: "crossed",
+          label: "A’s new scale on B",
+          only: 1,
+          strips: (layer) => [{ ...strip(layer, 1, null), at: layer.crossed }],
+          how: `The inputs of B (${sides[1].label}) beside the scale that calibration chose on A (${sides[0].label}): whether a calibration on one holds for the other.`,
+        },
+      ]
+    : []),
 ].filter((one) => seen || one.real); // where nothing was observed there still are ranges
-const LAYOUTS = [{ key: "beside", label: "A beside B" }, { key: "over", label: "A over B" }];
+const LAYOUTS = [
+  { key: "beside", label: "A beside B" },
+  { key: "over", label: "A over B" },
+];
 
 /** One strip: whose inputs, and the state that they are shown at (null: as they are). */
 function strip(layer, s, when) {
@@ -35,34 +64,51 @@ function panels(plot) {
 
 /** Where the axis begins and ends, the same for every view on |x| / scale, so that switching moves strips and not the axis. */
 const extents = (() => {
-  const scaled = [-14, 11], real = [Infinity, -Infinity];
-  for (const layer of layers) for (const figure of layer.sides) {
-    if (!figure || !figure.absmax) continue;
-    const low = (log2(figure.median) ?? log2(figure.absmax)) - 5, high = log2(figure.absmax);
-    real[0] = Math.min(real[0], low); real[1] = Math.max(real[1], high);
-    for (const at of [figure.before, figure.after, layer.crossed]) if (at && at.scale) {
-      scaled[0] = Math.min(scaled[0], low + 3 - log2(at.scale)); scaled[1] = Math.max(scaled[1], high - log2(at.scale));
+  const scaled = [-14, 11],
+    real = [Infinity, -Infinity];
+  for (const layer of layers)
+    for (const figure of layer.sides) {
+      if (!figure || !figure.absmax) continue;
+      const low = (log2(figure.median) ?? log2(figure.absmax)) - 5,
+        high = log2(figure.absmax);
+      real[0] = Math.min(real[0], low);
+      real[1] = Math.max(real[1], high);
+      for (const at of [figure.before, figure.after, layer.crossed])
+        if (at && at.scale) {
+          scaled[0] = Math.min(scaled[0], low + 3 - log2(at.scale));
+          scaled[1] = Math.max(scaled[1], high - log2(at.scale));
+        }
+      for (const at of [figure.before, figure.after])
+        if (at.scale) {
+          real[1] = Math.max(real[1], log2(at.scale * fp8.max));
+          real[0] = Math.min(real[0], log2(at.scale) - 6);
+        }
     }
-    for (const at of [figure.before, figure.after]) if (at.scale) { real[1] = Math.max(real[1], log2(at.scale * fp8.max)); real[0] = Math.min(real[0], log2(at.scale) - 6); }
-  }
   if (real[0] > real[1]) real.splice(0, 2, -10, 10);
-  return { scaled: [Math.max(Math.floor(scaled[0]), -24), Math.min(Math.ceil(scaled[1] + 0.5), 20)],
-           real: [Math.max(Math.floor(real[0]), axis.low), Math.min(Math.ceil(real[1] + 0.5), axis.high)] };
+  return {
+    scaled: [Math.max(Math.floor(scaled[0]), -24), Math.min(Math.ceil(scaled[1] + 0.5), 20)],
+    real: [Math.max(Math.floor(real[0]), axis.low), Math.min(Math.ceil(real[1] + 0.5), axis.high)],
+  };
 })();
 
 const superscript = (n) => String(n).replace(/./g, (c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] || "⁻");
 function ticks(real, room) {
-  const [low, high] = real ? extents.real : extents.scaled, list = [];
+  const [low, high] = real ? extents.real : extents.scaled,
+    list = [];
   if (real) {
     const step = (high - low) / Math.log2(10) > room / 52 ? 2 : 1;
     for (let power = Math.ceil(low / Math.log2(10)); power * Math.log2(10) <= high; power += step) {
-      list.push([power * Math.log2(10), power > 4 || power < -3 ? "10" + superscript(power) : String(+(10 ** power).toPrecision(1))]);
+      list.push([
+        power * Math.log2(10),
+        power > 4 || power < -3 ? "10" + superscript(power) : String(+(10 ** power).toPrecision(1)),
+      ]);
     }
     return list;
   }
   const step = (high - low) / 4 > room / 40 ? 8 : 4;
   for (let power = Math.ceil(low / step) * step; power <= high; power += step) {
-    if (Math.abs(power - ZONES[3].low) > step / 2) list.push([power, power === 0 ? "1" : power > 0 && power < 16 ? String(2 ** power) : "2" + superscript(power)]);
+    if (Math.abs(power - ZONES[3].low) > step / 2)
+      list.push([power, power === 0 ? "1" : power > 0 && power < 16 ? String(2 ** power) : "2" + superscript(power)]);
   }
   return [...list, [ZONES[3].low, String(fp8.max)]];
 }
@@ -72,7 +118,10 @@ let inks = {};
 function readInks() {
   themed.clear();
   painted.clear();
-  const rgb = (name) => theme(name).match(/[0-9a-f]{2}/gi).map((pair) => parseInt(pair, 16));
+  const rgb = (name) =>
+    theme(name)
+      .match(/[0-9a-f]{2}/gi)
+      .map((pair) => parseInt(pair, 16));
   inks = Object.fromEntries(["vanished", "subnormal", "normal", "saturated", "apart"].map((name) => [name, rgb(name)]));
 }
 
@@ -88,19 +137,26 @@ function strips(figure, shift, ...rest) {
 }
 
 /** How strong a level of a density is painted, 0 to 1: a power of the share, which is full at 6 % in a quarter octave. */
-const strength = Float64Array.from({ length: 256 }, (_, level) => (level ? Math.min(1, (10 ** (((level - 1) * 8) / 254 - 8) / 0.06) ** 0.4) : 0));
+const strength = Float64Array.from({ length: 256 }, (_, level) =>
+  level ? Math.min(1, (10 ** (((level - 1) * 8) / 254 - 8) / 0.06) ** 0.4) : 0,
+);
 
 /** One strip as pixels, `width` wide and 1 high: the colour says the zone, the opacity how much is there. */
 function pixels(levels, shift, low, high, width, plain, peak) {
   const canvas = document.createElement("canvas");
-  canvas.width = width; canvas.height = 1;
-  const context = canvas.getContext("2d"), image = context.createImageData(width, 1), data = image.data;
+  canvas.width = width;
+  canvas.height = 1;
+  const context = canvas.getContext("2d"),
+    image = context.createImageData(width, 1),
+    data = image.data;
   let zone = 0;
   for (let x = 0; x < width; x++) {
     const at = low + ((x + 0.5) / width) * (high - low);
     if (at > peak) break;
     while (at >= ZONES[zone].high) zone++;
-    const cell = (at + shift - axis.low) * axis.per_octave - 0.5, left = Math.floor(cell), part = cell - left;
+    const cell = (at + shift - axis.low) * axis.per_octave - 0.5,
+      left = Math.floor(cell),
+      part = cell - left;
     const level = levels[Math.round(cell)] ? (levels[left] || 0) * (1 - part) + (levels[left + 1] || 0) * part : 0;
     if (!level) continue;
     const ink = plain ? inks.apart : inks[ZONES[zone].key];
@@ -115,17 +171,35 @@ let moved = null; // while strips slide from one scale to another: {from, part}
 const shiftOf = (at) => (at && at.scale ? Math.log2(at.scale) : 0);
 
 function drawRow(plot, layer, shown, low, high, api, params) {
-  const [left] = api.coord([low, 0]), width = params.coordSys.width;
-  const [, top] = api.coord([low, api.value(1)]), base = top + (plot.narrow ? NAMED : 0);
-  const room = plot.rowHeight - (plot.narrow ? NAMED : 0), pad = plot.narrow ? 0 : 3, each = (room - (plot.narrow ? 5 : 2 * pad)) / shown.length;
-  const children = [], real = view().real, place = (at) => left + ((at - low) / (high - low)) * width;
+  const [left] = api.coord([low, 0]),
+    width = params.coordSys.width;
+  const [, top] = api.coord([low, api.value(1)]),
+    base = top + (plot.narrow ? NAMED : 0);
+  const room = plot.rowHeight - (plot.narrow ? NAMED : 0),
+    pad = plot.narrow ? 0 : 3,
+    each = (room - (plot.narrow ? 5 : 2 * pad)) / shown.length;
+  const children = [],
+    real = view().real,
+    place = (at) => left + ((at - low) / (high - low)) * width;
   const line = (x1, x2, y, style) => ({ type: "line", shape: { x1, x2, y1: y, y2: y }, style, silent: true });
   shown.forEach(({ figure, at, side: s }, n) => {
-    const y = base + pad + n * each, height = each - (shown.length > 1 ? 2 : 0);
+    const y = base + pad + n * each,
+      height = each - (shown.length > 1 ? 2 : 0);
     const silent = !figure || !figure.levels;
     if (silent && !(figure && real)) {
       const text = !figure ? "not in " + letters[s] : figure.absmax === 0 ? "only zeros" : "not seen";
-      children.push({ type: "text", style: { text, x: left + 6, y: y + height / 2, fill: theme("soft"), font: "11px " + theme("sans"), verticalAlign: "middle" }, silent: true });
+      children.push({
+        type: "text",
+        style: {
+          text,
+          x: left + 6,
+          y: y + height / 2,
+          fill: theme("soft"),
+          font: "11px " + theme("sans"),
+          verticalAlign: "middle",
+        },
+        silent: true,
+      });
       return;
     }
     if (!real && at && !at.scale) return;
@@ -134,24 +208,75 @@ function drawRow(plot, layer, shown, low, high, api, params) {
       if (moved) shift = shift * moved.part + shiftOf(figure[moved.from]) * (1 - moved.part);
       const plain = real || Boolean(at && (at.full_precision || figure.unused));
       const dots = Math.round(width * Math.min(devicePixelRatio || 1, 2));
-      const largest = Math.log2(figure.absmax) - shift, peak = place(largest);
-      const thick = real ? Math.max(height - 8, 4) : height, edge = y + (height - thick) / 2;
-      children.push({ type: "image", style: { image: strips(figure, shift, low, high, dots, plain, largest), x: left, y: edge, width, height: thick }, silent: true });
-      if (peak > left + width) children.push({ type: "text", style: { text: "›", x: left + width - 1, y: y + height / 2, fill: theme("ink"), font: "bold 13px " + theme("sans"), align: "right", verticalAlign: "middle" }, silent: true });
-      else if (peak > left) children.push({ type: "rect", shape: { x: peak - 0.75, y: edge, width: 1.5, height: thick }, style: { fill: theme("ink") }, silent: true });
+      const largest = Math.log2(figure.absmax) - shift,
+        peak = place(largest);
+      const thick = real ? Math.max(height - 8, 4) : height,
+        edge = y + (height - thick) / 2;
+      children.push({
+        type: "image",
+        style: {
+          image: strips(figure, shift, low, high, dots, plain, largest),
+          x: left,
+          y: edge,
+          width,
+          height: thick,
+        },
+        silent: true,
+      });
+      if (peak > left + width)
+        children.push({
+          type: "text",
+          style: {
+            text: "›",
+            x: left + width - 1,
+            y: y + height / 2,
+            fill: theme("ink"),
+            font: "bold 13px " + theme("sans"),
+            align: "right",
+            verticalAlign: "middle",
+          },
+          silent: true,
+        });
+      else if (peak > left)
+        children.push({
+          type: "rect",
+          shape: { x: peak - 0.75, y: edge, width: 1.5, height: thick },
+          style: { fill: theme("ink") },
+          silent: true,
+        });
     }
     if (!real) return;
     for (const when of ["before", "after"]) {
       const reach = figure[when];
       if (!reach.scale || reach.full_precision || figure.unused) continue;
-      const now = when === "before", edge = now ? y + 1 : y + height - 1, origin = Math.log2(reach.scale);
-      const [far, near, end] = [ZONES[1].low, ZONES[2].low, ZONES[2].high].map((zone) => Math.min(Math.max(place(zone + origin), left), left + width));
-      const stroke = theme(now ? "saturated" : "ink"), tick = now ? 3 : -3;
-      children.push(line(far, near, edge, { stroke, lineWidth: 1, lineDash: now ? [2, 2] : null }), line(near, end, edge, { stroke, lineWidth: 2.5, lineDash: now ? [3, 2] : null }));
-      children.push({ type: "line", shape: { x1: end, x2: end, y1: edge - (now ? 1 : -1), y2: edge + tick }, style: { stroke, lineWidth: 1.5 }, silent: true });
+      const now = when === "before",
+        edge = now ? y + 1 : y + height - 1,
+        origin = Math.log2(reach.scale);
+      const [far, near, end] = [ZONES[1].low, ZONES[2].low, ZONES[2].high].map((zone) =>
+        Math.min(Math.max(place(zone + origin), left), left + width),
+      );
+      const stroke = theme(now ? "saturated" : "ink"),
+        tick = now ? 3 : -3;
+      children.push(
+        line(far, near, edge, { stroke, lineWidth: 1, lineDash: now ? [2, 2] : null }),
+        line(near, end, edge, { stroke, lineWidth: 2.5, lineDash: now ? [3, 2] : null }),
+      );
+      children.push({
+        type: "line",
+        shape: { x1: end, x2: end, y1: edge - (now ? 1 : -1), y2: edge + tick },
+        style: { stroke, lineWidth: 1.5 },
+        silent: true,
+      });
     }
   });
   return { type: "group", children };
+}
+
+/** Which side a panel shows, or in which order its strips show both. */
+function panelTitle(panel, count) {
+  const s = view().only ?? (count > 1 ? panel : null);
+  if (s !== null) return `${letters[s]}: ${sides[s].label}`;
+  return state.view === "both" ? "from top: A now, A calibrated, B now, B calibrated" : "A above, B below";
 }
 
 const difference = () => (seen && (view().real || state.view === "before") ? "range_difference" : "scale_difference");
@@ -160,29 +285,46 @@ const picture = {
   rowHeight: (plot) => (view().real ? 26 : 20) + (panels(plot)[0](layers[0] || { sides: [] }).length - 1) * 13,
   side: (plot) => (plot.narrow ? 0 : compares ? 172 : 124),
   head(plot) {
-    const real = view().real, [low, high] = real ? extents.real : extents.scaled, made = [], grids = plot.grids(panels(plot).length);
+    const real = view().real,
+      [low, high] = real ? extents.real : extents.scaled,
+      made = [],
+      grids = plot.grids(panels(plot).length);
     grids.forEach(({ left, width }, number) => {
       const place = (at) => left + ((at - low) / (high - low)) * width;
-      const put = (name, text, x, side = "") => { const one = element("span", { class: `${name} ${side}` }, text); one.style.left = x + "px"; made.push(one); };
+      const put = (name, text, x, side = "") => {
+        const one = element("span", { class: `${name} ${side}` }, text);
+        one.style.left = x + "px";
+        made.push(one);
+      };
       const small = width < 560;
-      if (compares) put("side", grids.length > 1 ? `${letters[number]}: ${sides[number].label}` : view().only === 1 ? `B: ${sides[1].label}` : state.view === "both" ? "from top: A now, A calibrated, B now, B calibrated" : "A above, B below", left);
+      if (compares) put("side", panelTitle(number, grids.length), left);
       if (real) put("label", "size of an input, |x|", left + width / 2);
-      else for (const zone of ZONES) {
-        const from = Math.max(zone.low, low), to = Math.min(zone.high, high), room = place(to) - place(from), long = zone.key.length * 6.6;
-        const words = room > (zone.key.length + zone.says.length + 2) * 6 ? `${zone.key}: ${zone.says}` : zone.key;
-        if (zone.key === "saturated" && room < long) put("label saturated end", words, left + width);
-        else if (zone.key === "vanished" && room < long) put("label vanished start", room < 50 ? "" : words, left);
-        else if (room > long || !small) put("label " + zone.key, words, place((from + to) / 2));
-      }
+      else
+        for (const zone of ZONES) {
+          const from = Math.max(zone.low, low),
+            to = Math.min(zone.high, high),
+            room = place(to) - place(from),
+            long = zone.key.length * 6.6;
+          const words = room > (zone.key.length + zone.says.length + 2) * 6 ? `${zone.key}: ${zone.says}` : zone.key;
+          if (zone.key === "saturated" && room < long) put("label saturated end", words, left + width);
+          else if (zone.key === "vanished" && room < long) put("label vanished start", room < 50 ? "" : words, left);
+          else if (room > long || !small) put("label " + zone.key, words, place((from + to) / 2));
+        }
       for (const [at, text] of ticks(real, width)) {
         const x = place(at);
         put("tick", text, x, x < left + 10 ? "start" : x > left + width - 14 ? "end" : "");
       }
     });
     if (!plot.narrow) {
-      const title = compares && state.view !== "crossed" ? (difference() === "range_difference" ? "range, B to A" : "new scale, B to A")
-        : { before: "as the file is", after: "calibrated", crossed: "on B" }[state.view] || "now → calibrated";
-      const one = element("span", { class: "tick end" }, title); one.style.left = plot.width + "px"; made.push(one);
+      const title =
+        compares && state.view !== "crossed"
+          ? difference() === "range_difference"
+            ? "range, B to A"
+            : "new scale, B to A"
+          : { before: "as the file is", after: "calibrated", crossed: "on B" }[state.view] || "now → calibrated";
+      const one = element("span", { class: "tick end" }, title);
+      one.style.left = plot.width + "px";
+      made.push(one);
     }
     return made;
   },
@@ -190,7 +332,8 @@ const picture = {
     const words = (at, figure, share) => {
       const text = riskWords(at, figure);
       const risky = at && at.risk && !figure.unused;
-      const lost = risky && share ? { clips: at.clipped, vanishes: at.vanished, "rows lost": at.rows_lost }[at.risk] : null;
+      const lost =
+        risky && share ? { clips: at.clipped, vanishes: at.vanished, "rows lost": at.rows_lost }[at.risk] : null;
       return element("span", { class: risky ? "bad" : "" }, text + (lost ? " " + percent(+lost.toPrecision(2)) : ""));
     };
     if (compares && state.view !== "crossed") {
@@ -202,29 +345,65 @@ const picture = {
     if (state.view === "crossed") return layer.crossed ? [words(layer.crossed, figure, true)] : [missing];
     if (state.view === "after") return [words(figure.after, figure, true)];
     if (state.view === "before") return [words(figure.before, figure, true)];
-    const after = exact(figure) ? element("span", {}, figure.unused ? "not used" : "full") : words(figure.after, figure, false);
+    const after = exact(figure)
+      ? element("span", {}, figure.unused ? "not used" : "full")
+      : words(figure.after, figure, false);
     return [words(figure.before, figure, false), " → ", after];
   },
   setup(plot) {
-    const real = view().real, [low, high] = real ? extents.real : extents.scaled;
-    const each = panels(plot), grids = plot.grids(each.length);
-    const bands = real ? [] : ZONES.map((zone) => [{ xAxis: Math.max(zone.low, low), itemStyle: { color: theme(zone.key), opacity: zone.key === "normal" ? 0.045 : 0.1 } }, { xAxis: Math.min(zone.high, high) }]);
-    const lines = real ? ticks(true, grids[0].width).map(([at]) => ({ xAxis: at, lineStyle: { color: theme("rule"), type: "solid", width: 1 } }))
-      : ZONES.slice(1).map((zone) => ({ xAxis: zone.low, lineStyle: { color: theme(zone.key === "saturated" ? "saturated" : "strong"), type: "solid", width: zone.key === "saturated" ? 1.5 : 1 } }));
+    const real = view().real,
+      [low, high] = real ? extents.real : extents.scaled;
+    const each = panels(plot),
+      grids = plot.grids(each.length);
+    const bands = real
+      ? []
+      : ZONES.map((zone) => [
+          {
+            xAxis: Math.max(zone.low, low),
+            itemStyle: { color: theme(zone.key), opacity: zone.key === "normal" ? 0.045 : 0.1 },
+          },
+          { xAxis: Math.min(zone.high, high) },
+        ]);
+    const lines = real
+      ? ticks(true, grids[0].width).map(([at]) => ({
+          xAxis: at,
+          lineStyle: { color: theme("rule"), type: "solid", width: 1 },
+        }))
+      : ZONES.slice(1).map((zone) => ({
+          xAxis: zone.low,
+          lineStyle: {
+            color: theme(zone.key === "saturated" ? "saturated" : "strong"),
+            type: "solid",
+            width: zone.key === "saturated" ? 1.5 : 1,
+          },
+        }));
     return {
       grid: grids.map(({ left, width }) => ({ top: 0, height: plot.height, left, width, show: false })),
       xAxis: grids.map((_, g) => ({ type: "value", gridIndex: g, min: low, max: high, show: false })),
       yAxis: grids.map((_, g) => ({ type: "value", gridIndex: g, inverse: true, show: false })),
       series: each.map((strips, g) => ({
-        type: "custom", xAxisIndex: g, yAxisIndex: g, clip: true, silent: true,
-        renderItem: (params, api) => drawRow(plot, plot.rows[api.value(1)], strips(plot.rows[api.value(1)]), low, high, api, params),
+        type: "custom",
+        xAxisIndex: g,
+        yAxisIndex: g,
+        clip: true,
+        silent: true,
+        renderItem: (params, api) =>
+          drawRow(plot, plot.rows[api.value(1)], strips(plot.rows[api.value(1)]), low, high, api, params),
         markArea: { silent: true, animation: false, data: bands },
-        markLine: { silent: true, z: real ? 0 : 5, animation: false, symbol: "none", label: { show: false }, data: lines },
+        markLine: {
+          silent: true,
+          z: real ? 0 : 5,
+          animation: false,
+          symbol: "none",
+          label: { show: false },
+          data: lines,
+        },
       })),
     };
   },
   move(plot, first, last) {
-    const each = panels(plot), [low] = view().real ? extents.real : extents.scaled;
+    const each = panels(plot),
+      [low] = view().real ? extents.real : extents.scaled;
     const data = Array.from({ length: last - first }, (_, n) => [low, first + n]);
     return { yAxis: each.map(() => ({ min: plot.low, max: plot.high })), series: each.map(() => ({ data })) };
   },
@@ -233,26 +412,40 @@ const picture = {
 /** Lets strips slide from one scale to the other: that is what calibration does. */
 function slide(plot, from, done) {
   const movable = ["before", "after", "crossed"];
-  if (still() || !movable.includes(from) || !movable.includes(state.view) || from === state.view || from === "crossed" || state.view === "crossed") return done();
+  if (
+    still() ||
+    !movable.includes(from) ||
+    !movable.includes(state.view) ||
+    from === state.view ||
+    from === "crossed" ||
+    state.view === "crossed"
+  )
+    return done();
   const start = performance.now();
   const step = (now) => {
     const part = Math.min((now - start) / 550, 1);
     moved = part < 1 ? { from, part: 1 - (1 - part) ** 3 } : null;
     plot.draw();
-    if (part < 1) requestAnimationFrame(step); else done();
+    if (part < 1) requestAnimationFrame(step);
+    else done();
   };
   requestAnimationFrame(step);
 }
 
 function pictureLegend() {
   const key = (name, ...text) => element("span", {}, element("span", { class: "key " + name }), ...text);
-  if (view().real) return [
-    key("apart", "inputs"), key("peak", "the ", term("largest", "largest seen")),
-    key("reach then", "what FP8 holds at the present ", term("scale")), key("reach", "at the new one"),
-  ];
+  if (view().real)
+    return [
+      key("apart", "inputs"),
+      key("peak", "the ", term("largest", "largest seen")),
+      key("reach then", "what FP8 holds at the present ", term("scale")),
+      key("reach", "at the new one"),
+    ];
   return [
     ...ZONES.map((zone) => key(zone.key, TERMS[zone.key] ? term(zone.key) : zone.key, ": " + zone.says)),
     key("peak", "the ", term("largest", "largest seen")),
-    state.view === "before" && !layers.some((layer) => layer.sides.some((f) => f && exact({ ...f, after: f.before }))) ? null : key("apart", "in ", term("full precision"), ": nothing is cut"),
+    state.view === "before" && !layers.some((layer) => layer.sides.some((f) => f && exact({ ...f, after: f.before })))
+      ? null
+      : key("apart", "in ", term("full precision"), ": nothing is cut"),
   ].filter(Boolean);
 }

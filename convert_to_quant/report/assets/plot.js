@@ -2,7 +2,10 @@
 // by ECharts on a canvas of the window's height that stays in view while the rows scroll under it: only the rows in
 // view are drawn, so a thousand layers cost what forty do.
 
-const HEAD = compares ? 64 : 44, NAMED = 18, LONGEST = 1500, PRINTED = 400;
+const HEAD = compares ? 64 : 44,
+  NAMED = 18,
+  LONGEST = 1500,
+  PRINTED = 400;
 let printing = false;
 
 class Plot {
@@ -28,12 +31,17 @@ class Plot {
     this.active = null;
     this.made = new Map();
     this.box.addEventListener("scroll", () => this.soon(), { passive: true });
-    this.box.addEventListener("pointermove", (event) => event.pointerType === "mouse" && card.hover(this.at(event), event));
+    this.box.addEventListener(
+      "pointermove",
+      (event) => event.pointerType === "mouse" && card.hover(this.at(event), event),
+    );
     this.box.addEventListener("pointerleave", () => card.leave());
     this.box.addEventListener("click", (event) => card.pin(this.at(event), event));
     this.box.addEventListener("keydown", (event) => this.key(event));
     this.box.addEventListener("blur", () => this.activate(null));
-    new ResizeObserver(() => { if (this.box.clientWidth !== this.width) this.layout(); }).observe(this.box);
+    new ResizeObserver(() => {
+      if (this.box.clientWidth !== this.width) this.layout();
+    }).observe(this.box);
   }
 
   at(event) {
@@ -45,7 +53,8 @@ class Plot {
     const steps = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, Home: -1e9, End: 1e9 }[event.key];
     if (steps === undefined || !this.rows.length) return;
     event.preventDefault();
-    const now = this.rows.indexOf(this.active), from = now < 0 && steps < 0 ? this.rows.length : now;
+    const now = this.rows.indexOf(this.active),
+      from = now < 0 && steps < 0 ? this.rows.length : now;
     const next = Math.min(Math.max(from + steps, 0), this.rows.length - 1);
     this.reveal(next);
     this.activate(this.rows[next]);
@@ -54,7 +63,8 @@ class Plot {
   }
 
   reveal(number) {
-    const top = number * this.rowHeight, view = this.box.clientHeight - HEAD;
+    const top = number * this.rowHeight,
+      view = this.box.clientHeight - HEAD;
     if (top < this.box.scrollTop) this.box.scrollTop = top;
     if (top + this.rowHeight > this.box.scrollTop + view) this.box.scrollTop = top + this.rowHeight - view;
     this.draw();
@@ -91,32 +101,43 @@ class Plot {
     this.canvas.style.height = this.height + "px";
     this.chart.clear(); // before it is resized, which draws: its rows may be gone
     this.chart.resize({ width: this.width, height: this.height });
-    this.chart.setOption({ animation: false, textStyle: { fontFamily: theme("sans"), color: theme("soft") }, ...this.paint.setup(this) });
+    this.chart.setOption({
+      animation: false,
+      textStyle: { fontFamily: theme("sans"), color: theme("soft") },
+      ...this.paint.setup(this),
+    });
     this.made.clear();
     this.names.replaceChildren();
-    if (!this.rows.length) this.names.append(element("p", { class: "empty" }, "No layer fits the search and the filters."));
+    if (!this.rows.length)
+      this.names.append(element("p", { class: "empty" }, "No layer fits the search and the filters."));
     this.draw();
   }
 
   soon() {
     if (this.waiting) return;
-    this.waiting = requestAnimationFrame(() => { this.waiting = 0; this.draw(); });
+    this.waiting = requestAnimationFrame(() => {
+      this.waiting = 0;
+      this.draw();
+    });
   }
 
   /** Draws the rows in view. */
   draw() {
     if (!this.width) return;
-    const scroll = this.flat ? 0 : this.box.scrollTop, seen = this.height;
+    const scroll = this.flat ? 0 : this.box.scrollTop,
+      seen = this.height;
     this.low = scroll / this.rowHeight;
     this.high = (scroll + seen) / this.rowHeight;
-    const first = Math.max(Math.floor(this.low), 0), last = Math.min(Math.ceil(this.high), this.rows.length);
+    const first = Math.max(Math.floor(this.low), 0),
+      last = Math.min(Math.ceil(this.high), this.rows.length);
     this.chart.setOption(this.paint.move(this, first, last), { silent: true });
     fill(this.names, this.made, first, last, (number) => this.line(number));
     if (printing) this.chart.getZr().flush();
   }
 
   line(number) {
-    const layer = this.rows[number], line = element("div", { class: "row" }, nameOf(layer));
+    const layer = this.rows[number],
+      line = element("div", { class: "row" }, nameOf(layer));
     if (!this.narrow) line.firstChild.style.width = this.name + "px";
     const state = element("span", { class: "state" }, ...this.paint.state(layer, this));
     if (!this.narrow) state.style.width = this.side + "px";

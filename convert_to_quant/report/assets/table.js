@@ -2,31 +2,58 @@
 // are all of one height and stand where their number puts them, each laid out by itself: a row that comes into view moves
 // no other. That takes rows out of a table's own layout, so they say by their roles what they are.
 
-const LINE = 28, AROUND = 6;
+const LINE = 28,
+  AROUND = 6;
 
 class Table {
   constructor(place, sortBy) {
     this.rows = [];
     this.made = new Map();
     this.heads = figures.map((figure) => {
-      const button = element("button", { type: "button", "data-term": figure.term, onclick: () => sortBy(figure) }, figure.label);
-      return element("th", { scope: "col", role: "columnheader", class: this.style(figure), "data-key": figure.key }, button);
+      const button = element(
+        "button",
+        { type: "button", "data-term": figure.term, onclick: () => sortBy(figure) },
+        figure.label,
+      );
+      return element(
+        "th",
+        { scope: "col", role: "columnheader", class: this.style(figure), "data-key": figure.key },
+        button,
+      );
     });
     const widths = figures.map((figure) => {
-      const words = Math.max(...figure.label.split(/[ ,]+/).map((word) => word.length), Math.ceil(figure.label.length / 3)) + 1;
+      const words =
+        Math.max(...figure.label.split(/[ ,]+/).map((word) => word.length), Math.ceil(figure.label.length / 3)) + 1;
       const longest = layers.reduce((most, layer) => Math.max(most, String(figure.show(layer)).length), words);
       return `calc(${Math.min(longest, figure.key === "name" ? 42 : 64)}ch + 1.4rem)`;
     });
     this.body = element("tbody", { role: "rowgroup" });
-    this.table = element("table", { role: "table", "aria-labelledby": "figures-title" },
-      element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...this.heads)), this.body);
+    this.table = element(
+      "table",
+      { role: "table", "aria-labelledby": "figures-title" },
+      element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...this.heads)),
+      this.body,
+    );
     this.table.style.setProperty("--columns", widths.join(" "));
     this.table.style.width = `calc(${widths.join(" + ")})`;
-    this.box = element("div", { class: "table", tabindex: "0", role: "region", "aria-labelledby": "figures-title" }, this.table);
+    this.box = element(
+      "div",
+      { class: "table", tabindex: "0", role: "region", "aria-labelledby": "figures-title" },
+      this.table,
+    );
     place.append(this.box);
-    this.box.addEventListener("scroll", () => {
-      this.waiting = this.waiting || requestAnimationFrame(() => { this.waiting = 0; this.draw(); });
-    }, { passive: true });
+    this.box.addEventListener(
+      "scroll",
+      () => {
+        this.waiting =
+          this.waiting ||
+          requestAnimationFrame(() => {
+            this.waiting = 0;
+            this.draw();
+          });
+      },
+      { passive: true },
+    );
     new ResizeObserver(() => this.draw()).observe(this.box);
   }
 
@@ -38,8 +65,12 @@ class Table {
     this.rows = rows;
     this.heads.forEach((head, n) => {
       const here = figures[n].key === sorted;
-      if (here) head.setAttribute("aria-sort", descending ? "descending" : "ascending"); else head.removeAttribute("aria-sort");
-      head.firstChild.replaceChildren(...(here ? [element("i", { "aria-hidden": "true" }, descending ? "▼ " : "▲ ")] : []), figures[n].label);
+      if (here) head.setAttribute("aria-sort", descending ? "descending" : "ascending");
+      else head.removeAttribute("aria-sort");
+      head.firstChild.replaceChildren(
+        ...(here ? [element("i", { "aria-hidden": "true" }, descending ? "▼ " : "▲ ")] : []),
+        figures[n].label,
+      );
     });
     this.table.setAttribute("aria-rowcount", rows.length + 1);
     this.box.scrollTop = 0;
@@ -50,24 +81,43 @@ class Table {
     this.made.clear();
     this.body.replaceChildren();
     this.body.style.height = Math.max(this.rows.length, 1) * LINE + "px";
-    if (!this.rows.length) this.body.append(element("tr", { role: "row" }, element("td", { role: "cell", class: "text empty" }, "No layer fits the search and the filters.")));
+    if (!this.rows.length)
+      this.body.append(
+        element(
+          "tr",
+          { role: "row" },
+          element("td", { role: "cell", class: "text empty" }, "No layer fits the search and the filters."),
+        ),
+      );
     this.draw();
   }
 
   draw() {
-    const few = this.rows.length <= 40 || printing, top = this.box.scrollTop / LINE;
+    const few = this.rows.length <= 40 || printing,
+      top = this.box.scrollTop / LINE;
     const first = few ? 0 : Math.max(Math.floor(top) - AROUND, 0);
-    const last = few ? this.rows.length : Math.min(Math.ceil(top + this.box.clientHeight / LINE) + AROUND, this.rows.length);
+    const last = few
+      ? this.rows.length
+      : Math.min(Math.ceil(top + this.box.clientHeight / LINE) + AROUND, this.rows.length);
     fill(this.body, this.made, first, last, (number) => this.line(number));
   }
 
   line(number) {
     const layer = this.rows[number];
-    const line = element("tr", { role: "row", "aria-rowindex": number + 2 }, ...figures.map((figure) => {
-      if (figure.key === "name") return element("th", { scope: "row", role: "rowheader" }, nameOf(layer));
-      const text = String(figure.show(layer)), risky = figure.term === "at risk" && figure.value(layer) > 0;
-      return element("td", { role: "cell", class: this.style(figure), title: figure.long ? text : null }, risky ? element("span", { class: "bad" }, text) : text);
-    }));
+    const line = element(
+      "tr",
+      { role: "row", "aria-rowindex": number + 2 },
+      ...figures.map((figure) => {
+        if (figure.key === "name") return element("th", { scope: "row", role: "rowheader" }, nameOf(layer));
+        const text = String(figure.show(layer)),
+          risky = figure.term === "at risk" && figure.value(layer) > 0;
+        return element(
+          "td",
+          { role: "cell", class: this.style(figure), title: figure.long ? text : null },
+          risky ? element("span", { class: "bad" }, text) : text,
+        );
+      }),
+    );
     line.style.top = number * LINE + "px";
     return line;
   }
@@ -81,6 +131,9 @@ function csv(rows) {
     return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
   const value = (figure, layer) => (figure.format ? figure.value(layer) : figure.show(layer));
-  return [figures.map((figure) => figure.label), ...rows.map((layer) => figures.map((figure) => value(figure, layer)))]
-    .map((line) => line.map(cell).join(",")).join("\r\n") + "\r\n";
+  return (
+    [figures.map((figure) => figure.label), ...rows.map((layer) => figures.map((figure) => value(figure, layer)))]
+      .map((line) => line.map(cell).join(","))
+      .join("\r\n") + "\r\n"
+  );
 }
