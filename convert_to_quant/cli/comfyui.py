@@ -117,8 +117,9 @@ def observe(args: argparse.Namespace) -> int:
         runs = remote.plan_runs(plan, prompts, args.seeds, args.seed)
         outputs = output_files(plan, Path(args.output))
         check_outputs(outputs, args)
+        tell = print if args.dry_run and args.json != "-" else say  # in a dry run this is the data
         for line in screen(plan, runs, outputs):
-            print(line) if args.dry_run and args.json != "-" else say(line)
+            tell(line)
         if args.dry_run:
             say("dry run: nothing was queued, nothing was written")
             return report(args, plan, runs, outputs)

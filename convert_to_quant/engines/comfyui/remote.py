@@ -130,8 +130,9 @@ def observe(
             _note(server, saved[model.name], model, outputs)
         idle += before == {name: files.samples for name, files in saved.items()}
     progress(len(runs) * PROGRESS_STEPS, len(runs) * PROGRESS_STEPS)
-    seed = [] if runs[0].seed is None else [runs[0].seed]
-    facts: dict[str, Any] = {"runs": len(runs), "prompts": len({run.prompt for run in runs}), "seed": seed}
+    facts: dict[str, Any] = {"runs": len(runs), "prompts": len({run.prompt for run in runs})}
+    if runs[0].seed is not None:
+        facts["seed"] = runs[0].seed
     return {name: _fetch(server, files).with_facts(**facts) for name, files in saved.items()}, idle
 
 

@@ -181,19 +181,32 @@ def test_progress_is_that_of_the_samplers(serve: Any, flux: Nodes, news: str) ->
     assert moves(seen) == [0, 333, 666, 1000, 1333, 1666, 2000]
 
 
+def test_previews_are_no_news(serve: Any, flux: Nodes) -> None:
+    double = serve()
+    double.nodes.happen = lambda _: double.send_preview()
+    assert observe(double, flux, seeds=1)[0]["flux"].samples == 1
+    assert double.requests.count("GET /ws") == 1
+
+
+def test_the_websocket_says_when_a_run_is_done(serve: Any, flux: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "ASK_SECONDS", 20.0)
+    start = time.monotonic()
+    assert observe(serve(), flux)[0]["flux"].samples == 2
+    assert time.monotonic() - start < 15
+
+
 def test_without_a_websocket_runs_are_followed_all_the_same(serve: Any, flux: Nodes, comfyui: Any) -> None:
     double = serve()
     double.websocket = False
     assert_same(observe(double, flux)[0]["flux"], directly(comfyui, [42, 43]))
 
 
-def test_a_dropped_websocket_is_opened_anew_and_bytes_are_no_news(serve: Any, flux: Nodes, comfyui: Any) -> None:
+def test_a_dropped_websocket_is_opened_anew(serve: Any, flux: Nodes, comfyui: Any) -> None:
     double, seen = serve(), []
 
     def happen(step: int) -> None:
         if step == 1:
             wait_for(lambda: double.sockets)
-            double.send_preview()
             before = [*double.sockets.values()]
             double.drop_sockets()
             wait_for(lambda: [each for each in [*double.sockets.values()] if each not in before])
