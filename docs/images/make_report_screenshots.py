@@ -42,6 +42,7 @@ class Shot:
         width: of the window, in CSS pixels.
         density: pixels per CSS pixel.
         dark: dark colours.
+        tallest: where it ends at the latest, in CSS pixels.
     """
 
     file: str
@@ -51,6 +52,7 @@ class Shot:
     width: int = 1200
     density: float = 1.5
     dark: bool = False
+    tallest: int = 2400
 
 
 SHOTS = (
@@ -58,7 +60,7 @@ SHOTS = (
     Shot("report_hot.png", "hot", "#view=both"),
     Shot("report_z_image.png", "z-image", "#view=real"),
     Shot("report_dark.png", "hot", last="#levels", density=1, dark=True),
-    Shot("report_phone.png", "hot", width=390, density=2),
+    Shot("report_phone.png", "hot", width=390, density=2, tallest=1500),
 )
 
 
@@ -88,7 +90,7 @@ def shoot(browser: Browser, path: Path, shot: Shot) -> Image.Image:
     box = tab.locator(shot.last).bounding_box()
     assert box is not None
     height = box["y"] + box["height"] + 24
-    clip = {"x": 0, "y": 0, "width": shot.width, "height": min(height, 2400)}
+    clip = {"x": 0, "y": 0, "width": shot.width, "height": min(height, shot.tallest)}
     picture = tab.screenshot(full_page=True, clip=clip)  # type: ignore[arg-type]
     context.close()
     return (
