@@ -5,8 +5,8 @@ cache, without sampling. Runs are queued one after the other, so other people's 
 
 One recorder adds up over all runs, and the server has its totals in one file, which is fetched at the end. ComfyUI may
 forget a recorder between runs (`--cache-none`, little memory, other people's runs): a new one starts from nothing, with
-a file of its own. It may also forget the node that writes: then the same recorder goes on in another file. Files say
-which recorder they are of, so of each recorder the one with the most samples counts, and recorders are merged.
+a file of its own. A recorder may also be saved more than once in a run, behind several samplers. Files say which
+recorder they are of, so of each recorder the one with the most samples counts, and recorders are merged.
 """
 
 from __future__ import annotations

@@ -706,6 +706,14 @@ def test_addresses_are_taken_as_they_are() -> None:
     assert check_address("http://[::1]:8188") == "http://[::1]:8188"
 
 
+def test_of_each_recorder_the_file_with_the_most_samples_counts() -> None:
+    saved = remote.Saved()
+    for recording, filename, samples in (("r", "1", 2), ("r", "2", 3), ("r", "1", 2), ("s", "2", 1)):
+        saved.note({"recording": recording, "filename": filename, "samples": samples})
+    assert saved.samples == 4
+    assert [(file["filename"], file["samples"]) for file in saved.files.values()] == [("2", 3), ("2", 1)]
+
+
 def test_runs_need_something_to_vary(flux: Nodes, types: Any) -> None:
     fixed = copy.deepcopy(flux)
     fixed["9"]["inputs"].pop("seed")
