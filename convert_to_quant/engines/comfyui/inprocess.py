@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from ... import names
 from ...checkpoint import Checkpoint
-from ...errors import CalibrationError, LoraError, OptionError, UnsupportedModelError
+from ...errors import CalibrationError, LoraError, OptionError, StrPath, UnsupportedModelError
 from ...layers import LayerTable, find_layers
 from ...lora import Lora
 from ...recorder import find_linears, record
@@ -42,7 +43,7 @@ from ..diffusers import Observation, conditioned, expect_finite
 from ..provenance import Shapes, trace
 from ..session import Progress, Session, Tick, Unit
 from . import inprocess_tree as tree
-from .inprocess_conditions import FILM, PICTURE, SOUND, Family, Scene, draw, family_of, measure
+from .inprocess_conditions import FILM, PICTURE, SOUND, Family, Scene, draw, family_of, measure, wanted
 
 SAMPLES, STEPS = 8, 8
 SIDE_PIXELS, FRAMES, TEXT_TOKENS = 256, 1, 64
@@ -108,11 +109,15 @@ class Model:
         return not isinstance(self.patcher.model.model_sampling, IMG_TO_IMG | IMG_TO_IMG_FLOW)
 
     def scene(self, size: Size) -> Scene:
-        """What is painted, in this model's latents."""
+        """What is painted, in this model's latents.
+
+        Raises:
+            UnsupportedModelError: the network does not tell the size of everything that it is shown.
+        """
         made = self.patcher.model.latent_format
         frames = 1 + math.ceil((size.frames - 1) / made.temporal_downscale_ratio)
         side, step = made.spacial_downscale_ratio, self._wants.multiple
-        return Scene(
+        scene = Scene(
             self.network,
             self.patcher.model.model_config.unet_config,
             made.latent_channels,
@@ -122,6 +127,9 @@ class Model:
             math.ceil(size.height / PATCH_PIXELS) * math.ceil(size.width / PATCH_PIXELS),
             size.text_tokens,
         )
+        with _located(self.checkpoint.path):
+            wanted(self._wants, scene)
+        return scene
 
     def latents(self, scene: Scene, seed: int, number: int) -> list[Tensor]:
         """Pure noise: the latents of one trajectory, several where a model paints and sounds."""
@@ -264,10 +272,19 @@ def load(checkpoint: Checkpoint, table: LayerTable | None = None) -> Model:
     for module in find_linears(patcher.model.diffusion_model).values():
         if hasattr(module, "_full_precision_mm"):
             module._full_precision_mm = True  # type: ignore[assignment]  # as ComfyUI does with layers marked so
-    try:
+    with _located(checkpoint.path):
         return Model(checkpoint, table, patcher)
+
+
+@contextmanager
+def _located(path: StrPath) -> Iterator[None]:
+    """Say in which file it is that a model cannot be run."""
+    try:
+        yield
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(error.problem, path=checkpoint.path, tensor=error.tensor, hint=error.hint) from None
+        if error.path is not None:
+            raise
+        raise UnsupportedModelError(error.problem, path=path, tensor=error.tensor, hint=error.hint) from None
 
 
 def _prefix(checkpoint: Checkpoint) -> str:

@@ -74,11 +74,19 @@ class Scene:
         """A module or attribute of the network by its dotted path; None where there is none."""
         part: Any = self.network
         for name in path.split("."):
-            part = part[int(name)] if isinstance(part, nn.ModuleList | nn.Sequential) and name.isdigit() else getattr(
-                part, name, None)  # fmt: skip
-            if part is None:
-                return None
+            part = getattr(part, name, None)
         return part
+
+    def number(self, path: str) -> int:
+        """A number that the network has.
+
+        Raises:
+            UnsupportedModelError: it does not.
+        """
+        value = self.part(path)
+        if not isinstance(value, int):
+            raise UnsupportedModelError(f"the size of its conditioning is not known: it has no number {path}")
+        return value
 
     def inputs(self, path: str) -> int:
         """How many features a layer of the network takes.
@@ -176,9 +184,9 @@ def inputs(path: str) -> Size:
     return lambda scene: scene.inputs(path)
 
 
-def part(path: str) -> Size:
+def number(path: str) -> Size:
     """A number that the network has."""
-    return lambda scene: int(scene.part(path))
+    return lambda scene: scene.number(path)
 
 
 def over(size: Size, divisor: Size) -> Size:
@@ -253,6 +261,16 @@ def _unclip(values: Tensor) -> Any:
     return [{"clip_vision_output": _vision(values), "strength": 1.0, "noise_augmentation": 0.0}]
 
 
+def _unclip_row(values: Tensor) -> Any:
+    """The same, as one of several pictures."""
+    return _unclip(values[:, None])
+
+
+def _token(values: Tensor) -> Any:
+    """A vector as a text of one token."""
+    return values[:, None]
+
+
 def _row(values: Tensor) -> Any:
     """Without the batch."""
     return values[0]
@@ -270,7 +288,7 @@ def vision(module: str, width: Size | None = None, tokens: Size = VISION_TOKENS)
 
 def _upscaling(scene: Scene) -> int:
     """Pixels of PiD's picture per latent that it is given."""
-    return int(scene.part("lq_proj.sr_scale")) * int(scene.part("lq_proj.latent_spatial_down_factor"))
+    return scene.number("lq_proj.sr_scale") * scene.number("lq_proj.latent_spatial_down_factor")
 
 
 def _last_caption(scene: Scene) -> int:
@@ -286,18 +304,19 @@ def _llama_layers(scene: Scene) -> int:
 def _ltxav_text(scene: Scene) -> int:
     """Features of the text in LTX-2: that of the projection before its two connectors, or of these."""
     name = "caption_projection.linear_1"
-    return scene.inputs(name) if scene.part(name) is not None else int(scene.part("cross_attention_dim")) + int(
-        scene.part("audio_cross_attention_dim"))  # fmt: skip
+    if scene.part(name) is not None:
+        return scene.inputs(name)
+    return scene.number("cross_attention_dim") + scene.number("audio_cross_attention_dim")
 
 
 def _ernie_text(scene: Scene) -> int:
     """Features of the text in Ernie: that of its projection, or, without one, of the network."""
-    return scene.inputs("text_proj") if scene.part("text_proj") is not None else int(scene.part("hidden_size"))
+    return scene.inputs("text_proj") if scene.part("text_proj") is not None else scene.number("hidden_size")
 
 
 def _krea_text(scene: Scene) -> int:
     """Features of the text in Krea 2: some layers of its encoder side by side."""
-    return int(scene.part("txtlayers")) * int(scene.part("txtdim"))
+    return scene.number("txtlayers") * scene.number("txtdim")
 
 
 def _unclip_width(scene: Scene) -> int:
@@ -320,7 +339,7 @@ _UNET_TEXT = text(setting("context_dim"))
 _SDXL = Family({"cross_attn": _UNET_TEXT, "pooled_output": pooled(1280)})
 _IMAGE_BESIDE = Family({"cross_attn": _UNET_TEXT, "concat_latent_image": picture()})
 _CLIP_IMAGE_BESIDE = Family(
-    {"cross_attn": Want((1, setting("context_dim"))), "concat_latent_image": picture()}, batch=_frames
+    {"cross_attn": pooled(setting("context_dim"), form=_token), "concat_latent_image": picture()}, batch=_frames
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -329,13 +348,15 @@ FAMILIES: Mapping[str, Family] = {
     "SD21UNCLIP": Family(
         {
             "cross_attn": _UNET_TEXT,
-            "unclip_conditioning": Want((1, _unclip_width), form=_unclip),
+            "unclip_conditioning": pooled(_unclip_width, form=_unclip_row),
         }
     ),
     "SDXL": _SDXL,
     "SDXLRefiner": _SDXL,
     "SVD_img2vid": _CLIP_IMAGE_BESIDE,
-    "Stable_Zero123": Family({"cross_attn": Want((1, setting("context_dim"))), "concat_latent_image": picture()}),
+    "Stable_Zero123": Family(
+        {"cross_attn": pooled(setting("context_dim"), form=_token), "concat_latent_image": picture()}
+    ),
     "SD_X4Upscaler": Family({"cross_attn": _UNET_TEXT, "concat_image": signal(3, _height, _width)}),
     "SD15_instructpix2pix": _IMAGE_BESIDE,
     "SDXL_instructpix2pix": _IMAGE_BESIDE,
@@ -362,10 +383,10 @@ FAMILIES: Mapping[str, Family] = {
     "PixArt": Family({"cross_attn": text(inputs("y_embedder.y_proj.fc1"))}, smallest=64),
     "HunyuanDiT": Family(
         {
-            "cross_attn": Want((part("text_len"), inputs("blocks.0.attn2.kv_proj"))),
-            "attention_mask": Want((part("text_len"),), "ones"),
-            "conditioning_mt5xl": Want((part("text_len_t5"), inputs("mlp_t5.0"))),
-            "attention_mask_mt5xl": Want((part("text_len_t5"),), "ones"),
+            "cross_attn": Want((number("text_len"), inputs("blocks.0.attn2.kv_proj"))),
+            "attention_mask": Want((number("text_len"),), "ones"),
+            "conditioning_mt5xl": Want((number("text_len_t5"), inputs("mlp_t5.0"))),
+            "attention_mask_mt5xl": Want((number("text_len_t5"),), "ones"),
         }
     ),
     "Flux": Family(
@@ -385,7 +406,7 @@ FAMILIES: Mapping[str, Family] = {
     "PixelDiTT2I": Family({"cross_attn": text(inputs("y_embedder.proj"))}),
     "PiD": Family(
         {
-            "lq_latent": signal(part("lq_proj.latent_channels"), over(_height, _upscaling), over(_width, _upscaling)),
+            "lq_latent": signal(number("lq_proj.latent_channels"), over(_height, _upscaling), over(_width, _upscaling)),
             "degrade_sigma": Want((), "ones"),
         }
     ),
@@ -429,7 +450,7 @@ FAMILIES: Mapping[str, Family] = {
         {"cross_attn": text(_ltxav_text)},
         latents=(
             FILM,
-            (part("num_audio_channels"), times(_frames, 8), part("audio_frequency_bins")),
+            (number("num_audio_channels"), times(_frames, 8), number("audio_frequency_bins")),
         ),
     ),
     "HunyuanVideo": Family(
@@ -482,7 +503,7 @@ FAMILIES: Mapping[str, Family] = {
     "WAN21_HuMo": Family(
         {
             "audio_embed": Want(
-                (_frames, part("audio_proj.seq_len"), part("audio_proj.blocks"), part("audio_proj.channels"))
+                (_frames, number("audio_proj.seq_len"), number("audio_proj.blocks"), number("audio_proj.channels"))
             ),
             "reference_latents": picture(FIRST_FRAME, form=_listed),
         }
@@ -539,8 +560,8 @@ FAMILIES: Mapping[str, Family] = {
     "MiniMaxH3": Family(
         {"cross_attn": text(inputs("condition_proj"))},
         latents=(
-            (part("latents_dim"), _frames, _height, _width),
-            (part("audio_latents_dim"), 2, times(_frames, 7)),
+            (number("latents_dim"), _frames, _height, _width),
+            (number("audio_latents_dim"), 2, times(_frames, 7)),
         ),
     ),
     # sounds
@@ -571,10 +592,10 @@ FAMILIES: Mapping[str, Family] = {
     "Hunyuan3Dv2_1": Family({"cross_attn": text(inputs("blocks.0.attn2.to_k"))}),
     "TripoSplat": Family(
         {
-            "cross_attn": Want((times(_tokens, 1, 5), part("cond_channels"))),
-            "reference_latents": signal(part("cond2_channels"), 1, _tokens, form=_listed, only_with="cond_embedder2"),
+            "cross_attn": Want((times(_tokens, 1, 5), number("cond_channels"))),
+            "reference_latents": signal(number("cond2_channels"), 1, _tokens, form=_listed, only_with="cond_embedder2"),
         },
-        latents=((part("q_token_length"), part("in_channels")), (1, part("cam_channels"))),
+        latents=((number("q_token_length"), number("in_channels")), (1, number("cam_channels"))),
     ),
 }
 """By class of `comfy.model_base`."""

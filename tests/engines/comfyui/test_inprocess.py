@@ -123,6 +123,18 @@ def test_parts_are_found_by_numbers_and_by_names() -> None:
     assert [found.inputs(f"blocks.{number}") for number in range(3)] == [7, 5, 9]
     assert found.part("blocks.1.kernel_size") == (1, 1)
     assert found.part("nothing.at.all") is None
+    network.length = 77
+    assert found.number("length") == 77
+    with pytest.raises(UnsupportedModelError, match="it has no number blocks"):
+        found.number("blocks")
+
+
+def test_a_prompt_of_one_token_is_drawn_as_a_vector() -> None:
+    """A picture as a prompt steers every block, as a pooled text does."""
+    drawn = draw(family_of(["SVD_img2vid", BASE]), scene(context_dim=512), noise.STRONG, 7, 3)["cross_attn"]
+
+    assert drawn.shape == (1, 1, 512)
+    assert float(drawn.std()) == pytest.approx(noise.VECTOR_MAGNITUDE, rel=0.2)
 
 
 @pytest.mark.parametrize(
