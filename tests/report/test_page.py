@@ -539,6 +539,8 @@ def test_words_are_explained_to_pointer_touch_and_keyboard(show):
         assert "cuts such values off" in tab.locator("#card").inner_text()
         leave()
         assert tab.locator("#card").is_hidden()
+    tab.locator("#picture-how .term").hover()
+    assert "What a stored FP8 number is multiplied by" in tab.locator("#card").inner_text()
     tab.locator("th[data-key=sqnr_before] button").focus()
     tab.keyboard.press("Tab")
     assert "Signal to quantization noise" in tab.locator("#card").inner_text()
@@ -580,6 +582,15 @@ def test_a_thousand_layers_are_quick_to_scroll_and_sort(show):
     tab.locator("#search").fill("blocks.77")
     assert orders(tab)[0] == orders(tab)[1] == orders(tab)[2]
     assert tab.locator("#count").inner_text() == "11 of 1,000 layers"
+
+
+def test_long_names_of_sides_do_not_run_into_each_other(show):
+    tab = show(
+        report([layer("a", figures(1.0), figures(1.0))], count=2, sides=(side("long " * 30), side("name " * 30)))
+    )
+    for plot in ("#picture-plot", "#levels-plot"):
+        first, second = (one.bounding_box() for one in tab.locator(f"{plot} .head .side").all())
+        assert first["x"] + first["width"] <= second["x"]
 
 
 @pytest.mark.parametrize("document", [report(SMALL), compared()])

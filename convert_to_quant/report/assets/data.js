@@ -332,6 +332,8 @@ const nameOf = (layer) =>
     layer.cut ? element("span", { class: "front" }, layer.name.slice(0, layer.cut)) : null,
     element("span", { class: "back" }, layer.name.slice(layer.cut)),
   );
+/** Words in braces as terms that explain themselves. */
+const explained = (text) => text.split(/\{(scale|full precision)\}/).map((part, n) => (n % 2 ? term(part) : part));
 const term = (word, text) => element("button", { type: "button", class: "term", "data-term": word }, text || word);
 
 /** What a variable of the style sheet says; asked once per theme, since asking is slow. */

@@ -68,12 +68,8 @@ const levels = {
   head(plot) {
     const made = [];
     this.grids(plot).forEach(({ left, width }, s) => {
-      const put = (name, text, x) => {
-        const one = element("span", { class: name }, text);
-        one.style.left = x + "px";
-        made.push(one);
-      };
-      if (compares) put("side", `${letters[s]}: ${sides[s].label}`, left);
+      const put = (...what) => made.push(caption(...what));
+      if (compares) put("side", `${letters[s]}: ${sides[s].label}`, left, width);
       put("label start", "noise", left);
       put("label end", "picture", left + width);
       const every = width / bins < 34 ? 4 : 1;

@@ -251,7 +251,7 @@ function mark() {
   );
   for (const chip of get("filters").children) chip.setAttribute("aria-pressed", state.only.has(chip.dataset.key));
   get("layouts").hidden = !compares || view().only !== undefined || plots[0].narrow;
-  get("picture-how").textContent = view().how;
+  get("picture-how").replaceChildren(...explained(view().how));
   get("picture-legend").replaceChildren(...pictureLegend());
   get("levels-how").textContent = heat().how;
   get("levels-legend").replaceChildren(...levelsLegend());

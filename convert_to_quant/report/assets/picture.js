@@ -8,26 +8,26 @@ const VIEWS = [
     key: "before",
     label: present,
     strips: (layer, s) => [strip(layer, s, "before")],
-    how: "Each row is a layer; the stronger the colour, the more of its inputs have that size beside the layer’s scale. Blue is kept well. Red on the right is cut off, violet on the left becomes 0.",
+    how: "Each row is a layer; the stronger the colour, the more of its inputs have that size beside the layer’s {scale}. Blue is kept well. Red on the right is cut off, violet on the left becomes 0.",
   },
   {
     key: "after",
     label: "new scale",
     strips: (layer, s) => [strip(layer, s, "after")],
-    how: "The same inputs beside the scale that calibration chose: the largest ends where FP8 does. Grey layers compute in full precision, where FP8’s limits do not hold.",
+    how: "The same inputs beside the {scale} that calibration chose: the largest ends where FP8 does. Grey layers compute in {full precision}, where FP8’s limits do not hold.",
   },
   {
     key: "both",
     label: "both",
     strips: (layer, s) => [strip(layer, s, "before"), strip(layer, s, "after")],
-    how: "Two strips a layer: above at the present scale, below at the new one.",
+    how: "Two strips a layer: above at the present {scale}, below at the new one.",
   },
   {
     key: "real",
     label: "real values",
     real: true,
     strips: (layer, s) => [strip(layer, s, null)],
-    how: "The inputs’ own sizes. Brackets show what FP8 can hold: dotted red at the present scale, solid at the new one; the thick part is its normal zone.",
+    how: "The inputs’ own sizes. Brackets show what FP8 can hold: dotted red at the present {scale}, solid at the new one; the thick part is its normal zone.",
   },
   ...(crosses
     ? [
@@ -36,7 +36,7 @@ const VIEWS = [
           label: "A’s new scale on B",
           only: 1,
           strips: (layer) => [{ ...strip(layer, 1, null), at: layer.crossed }],
-          how: `The inputs of B (${sides[1].label}) beside the scale that calibration chose on A (${sides[0].label}): whether a calibration on one holds for the other.`,
+          how: `The inputs of B (${sides[1].label}) beside the {scale} that calibration chose on A (${sides[0].label}): whether a calibration on one holds for the other.`,
         },
       ]
     : []),
@@ -62,38 +62,42 @@ function panels(plot) {
   return [(layer) => [0, 1].flatMap((s) => strips(layer, s))];
 }
 
-/** Where the axis begins and ends, the same for every view on |x| / scale, so that switching moves strips and not the axis. */
+/** Where the axis begins and ends, the same for present and new scales, so that switching moves strips and not the axis. */
 const extents = (() => {
-  const scaled = [-14, 11],
-    real = [Infinity, -Infinity];
+  const real = [Infinity, -Infinity],
+    scaled = [-14, 11],
+    crossed = [-14, 11];
+  const widen = (range, low, high) => range.splice(0, 2, Math.min(range[0], low), Math.max(range[1], high));
   for (const layer of layers)
     for (const figure of layer.sides) {
-      if (!figure || !figure.absmax) continue;
-      const low = (log2(figure.median) ?? log2(figure.absmax)) - 5,
-        high = log2(figure.absmax);
-      real[0] = Math.min(real[0], low);
-      real[1] = Math.max(real[1], high);
-      for (const at of [figure.before, figure.after, layer.crossed])
-        if (at && at.scale) {
-          scaled[0] = Math.min(scaled[0], low + 3 - log2(at.scale));
-          scaled[1] = Math.max(scaled[1], high - log2(at.scale));
+      if (!figure) continue;
+      const high = log2(figure.absmax),
+        low = (log2(figure.median) ?? high) - 2;
+      if (high !== null) widen(real, low - 3, high);
+      for (const { scale } of [figure.before, figure.after])
+        if (scale) {
+          widen(real, log2(scale) - 6, log2(scale * fp8.max));
+          if (high !== null) widen(scaled, low - log2(scale), high - log2(scale));
         }
-      for (const at of [figure.before, figure.after])
-        if (at.scale) {
-          real[1] = Math.max(real[1], log2(at.scale * fp8.max));
-          real[0] = Math.min(real[0], log2(at.scale) - 6);
-        }
+      const theirs = layer.crossed && layer.crossed.scale;
+      if (theirs && high !== null) widen(crossed, low - log2(theirs), high - log2(theirs));
     }
-  if (real[0] > real[1]) real.splice(0, 2, -10, 10);
+  if (real[0] > real[1]) widen(real, -10, 10);
+  const within = ([low, high], least, most) => [
+    Math.max(Math.floor(low), least),
+    Math.min(Math.ceil(high + 0.5), most),
+  ];
   return {
-    scaled: [Math.max(Math.floor(scaled[0]), -24), Math.min(Math.ceil(scaled[1] + 0.5), 20)],
-    real: [Math.max(Math.floor(real[0]), axis.low), Math.min(Math.ceil(real[1] + 0.5), axis.high)],
+    real: within(real, axis.low, axis.high),
+    scaled: within(scaled, -24, 20),
+    crossed: within(crossed, -24, 20),
   };
 })();
+const span = () => (view().real ? extents.real : view().only === undefined ? extents.scaled : extents.crossed);
 
 const superscript = (n) => String(n).replace(/./g, (c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c] || "⁻");
 function ticks(real, room) {
-  const [low, high] = real ? extents.real : extents.scaled,
+  const [low, high] = span(),
     list = [];
   if (real) {
     const step = (high - low) / Math.log2(10) > room / 52 ? 2 : 1;
@@ -286,18 +290,14 @@ const picture = {
   side: (plot) => (plot.narrow ? 0 : compares ? 172 : 124),
   head(plot) {
     const real = view().real,
-      [low, high] = real ? extents.real : extents.scaled,
+      [low, high] = span(),
       made = [],
       grids = plot.grids(panels(plot).length);
     grids.forEach(({ left, width }, number) => {
       const place = (at) => left + ((at - low) / (high - low)) * width;
-      const put = (name, text, x, side = "") => {
-        const one = element("span", { class: `${name} ${side}` }, text);
-        one.style.left = x + "px";
-        made.push(one);
-      };
+      const put = (...what) => made.push(caption(...what));
       const small = width < 560;
-      if (compares) put("side", panelTitle(number, grids.length), left);
+      if (compares) put("side", panelTitle(number, grids.length), left, width);
       if (real) put("label", "size of an input, |x|", left + width / 2);
       else
         for (const zone of ZONES) {
@@ -312,7 +312,7 @@ const picture = {
         }
       for (const [at, text] of ticks(real, width)) {
         const x = place(at);
-        put("tick", text, x, x < left + 10 ? "start" : x > left + width - 14 ? "end" : "");
+        put("tick " + (x < left + 10 ? "start" : x > left + width - 14 ? "end" : ""), text, x);
       }
     });
     if (!plot.narrow) {
@@ -322,9 +322,7 @@ const picture = {
             ? "range, B to A"
             : "new scale, B to A"
           : { before: "as the file is", after: "calibrated", crossed: "on B" }[state.view] || "now → calibrated";
-      const one = element("span", { class: "tick end" }, title);
-      one.style.left = plot.width + "px";
-      made.push(one);
+      made.push(caption("tick end", title, plot.width));
     }
     return made;
   },
@@ -352,7 +350,7 @@ const picture = {
   },
   setup(plot) {
     const real = view().real,
-      [low, high] = real ? extents.real : extents.scaled;
+      [low, high] = span();
     const each = panels(plot),
       grids = plot.grids(each.length);
     const bands = real
@@ -403,7 +401,7 @@ const picture = {
   },
   move(plot, first, last) {
     const each = panels(plot),
-      [low] = view().real ? extents.real : extents.scaled;
+      [low] = span();
     const data = Array.from({ length: last - first }, (_, n) => [low, first + n]);
     return { yAxis: each.map(() => ({ min: plot.low, max: plot.high })), series: each.map(() => ({ data })) };
   },

@@ -8,6 +8,14 @@ const HEAD = compares ? 64 : 44,
   PRINTED = 400;
 let printing = false;
 
+/** A text in the head of a plot, at a place across it and no wider than `width`. */
+function caption(style, text, left, width) {
+  const made = element("span", { class: style }, text);
+  made.style.left = left + "px";
+  if (width) made.style.maxWidth = width + "px";
+  return made;
+}
+
 class Plot {
   /**
    * @param place element to fill
