@@ -224,11 +224,8 @@ class Server:
                 heard = time.monotonic()
             except NoAnswerError as error:
                 silent = time.monotonic() - heard
-                if silent > (
-                    min(REFUSED_SECONDS, self._connection.patience_seconds)
-                    if error.refused
-                    else self._connection.patience_seconds
-                ):
+                patience = self._connection.patience_seconds
+                if silent > (min(REFUSED_SECONDS, patience) if error.refused else patience):
                     raise self._connection.error(
                         f"the server stopped answering in the middle of a run, {silent:.0f} s ago ({error.problem})"
                     ) from None
