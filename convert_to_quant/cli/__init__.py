@@ -47,7 +47,7 @@ COMMANDS = {
 """What each command does."""
 
 DEFAULT_COMMAND = "convert"
-READERS = frozenset({"inspect", "check", "completion", "observe"})
+READERS = frozenset({"inspect", "check", "completion"})
 """Commands that write nothing but a report."""
 
 FILE_SUFFIXES = (".safetensors", ".sft", ".json", ".ckpt", ".pt", ".pth", ".bin", ".gguf")

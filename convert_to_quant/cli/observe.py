@@ -42,8 +42,10 @@ Run a model, in FP8 or in high precision, and write what its linear layers recei
 EPILOG = """\
 examples:
   convert_to_quant observe flux.safetensors -o stats.safetensors --device cuda
-  convert_to_quant observe sdxl.safetensors -o stats.safetensors --comfyui-dir ~/ComfyUI
-  convert_to_quant observe --pipeline FLUX.1-dev/ --prompts prompts.txt -o stats.safetensors
+  convert_to_quant observe sdxl.safetensors -o stats.safetensors \\
+      --comfyui-dir ~/ComfyUI
+  convert_to_quant observe --pipeline FLUX.1-dev --prompts prompts.txt \\
+      -o stats.safetensors
 
 A --pipeline without MODEL names layers in both ways. Under torchrun processes share the work.
 """
@@ -54,19 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", nargs="?", metavar="MODEL", help="a checkpoint; optional with --pipeline")
     parser.add_argument("-o", "--output", required=True, metavar="STATS", help="the statistics file to write")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]",
-                        help="adapter that it will be used with; may be repeated")  # fmt: skip
+                        help="adapter to be used with it; may be repeated")  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="go on with a stopped run, or begin one")
+    parser.add_argument("--save-every", type=float, default=120.0, metavar="SECONDS",
+                        help="keep what is done this often (120)")  # fmt: skip
     engine = parser.add_argument_group("what runs it")
     engine.add_argument("--engine", choices=ENGINES, default=ENGINES[0], metavar="WHICH",
-                        help="diffusers, comfyui, or auto: the first that can")  # fmt: skip
+                        help="diffusers, comfyui, or the one that can (auto)")  # fmt: skip
     engine.add_argument("--comfyui-dir", metavar="DIR", help=f"a ComfyUI to run it in (${VARIABLE})")
     engine.add_argument("--pipeline", metavar="DIR", help="a diffusers pipeline, with real prompts")
     engine.add_argument("--prompts", metavar="FILE", help="the pipeline's prompts, one per line")
     engine.add_argument("--component", metavar="NAME", help="of the pipeline, to record (transformer)")
     add_running_arguments(parser, seed=42)
-    long = parser.add_argument_group("long runs")
-    long.add_argument("--resume", action="store_true", help="go on with a stopped run, or begin one")
-    long.add_argument("--save-every", type=float, default=120.0, metavar="SECONDS",
-                      help="keep what is done this often (120)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,7 +77,12 @@ def run(args: argparse.Namespace) -> int:
         configure(quiet=True)
     with processes() as distributed:
         args.device = device_of_this_process(args.device)
-        return observe_pipeline(args, distributed) if args.pipeline else observe_model(args, distributed)
+        try:
+            return observe_pipeline(args, distributed) if args.pipeline else observe_model(args, distributed)
+        except KeyboardInterrupt:
+            if partial_of(args.output).exists():
+                note(f"{partial_of(args.output)} has what was done: --resume goes on")
+            raise
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -119,6 +125,13 @@ def check_options(args: argparse.Namespace) -> None:
     inputs = [args.input, args.prompts, None if args.conditioning == NOISE else args.conditioning]
     refuse_same_file(output, [Path(path) for path in inputs if path is not None], hint="name another output")
     require_folder(output)
+
+
+def partial_of(output: str) -> Path:
+    """Where a run keeps what it has, if it is the only process."""
+    from ..engines.session import PARTIAL_SUFFIX
+
+    return Path(output + PARTIAL_SUFFIX)
 
 
 @contextmanager
@@ -334,8 +347,13 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def done(session: Session, args: argparse.Namespace) -> bool:
-    """Whether an earlier run made the output already; says so, and reports."""
+    """Whether there is nothing left to do: an earlier run made the output, or this one is dry; says so, and reports."""
     statistics = session.finished()
+    if args.dry_run:
+        say(f"dry run: would {'replace' if Path(args.output).exists() else 'write'} {args.output}; nothing was written")
+        if args.json:
+            write_json(args.json, {"statistics": str(args.output), "dry_run": True})
+        return True
     if statistics is None:
         return False
     session.discard()

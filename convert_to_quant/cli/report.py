@@ -31,8 +31,7 @@ EPILOG = """\
 examples:
   convert_to_quant report stats.safetensors flux_fp8.safetensors -o report.html
   convert_to_quant report stats.safetensors --png report.png --csv report.csv
-  convert_to_quant report portraits.safetensors with_lora.safetensors -o both.html
-  convert_to_quant report mine.safetensors theirs.safetensors --png scales.png
+  convert_to_quant report faces.safetensors with_lora.safetensors -o both.html
   convert_to_quant report stats.safetensors --against "margin=2 method=mse"
 
 Two statistics: does a calibration on the first hold for the second? Two checkpoints: their scales side by side. Of two
@@ -55,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.usage = f"{parser.prog} STATS... [MODEL...] [options]"
     parser.add_argument("files", nargs="+", metavar="STATS",
-                        help="statistics and FP8 checkpoints in any order, at most two of each")  # fmt: skip
+                        help="statistics and FP8 files, at most two of each")  # fmt: skip
     outputs = parser.add_argument_group("outputs")
     outputs.add_argument("-o", "--output", metavar="FILE", help="a page for the browser (HTML)")
     outputs.add_argument("--png", metavar="FILE", help="a picture for sharing")

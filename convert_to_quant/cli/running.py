@@ -17,9 +17,9 @@ PICTURES = 8
 
 def add_running_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
     """What a model is shown, and where it runs."""
-    shown = parser.add_argument_group("what the model is shown")
+    shown = parser.add_argument_group("what the model is shown, and where")
     shown.add_argument("--conditioning", default=NOISE, metavar="noise|FILE",
-                       help="prompt embeddings, named as in a pipeline (noise)")  # fmt: skip
+                       help="prompt embeddings from a file (noise)")  # fmt: skip
     shown.add_argument("--samples", type=int, metavar="N", help=f"pictures ({PICTURES}, or one per prompt)")
     shown.add_argument("--steps", type=int, default=8, metavar="N", help="noise levels of each picture (8)")
     shown.add_argument("--height", type=int, metavar="PIXELS", help=f"of each picture ({SIDE_PIXELS})")
@@ -27,7 +27,7 @@ def add_running_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
     shown.add_argument("--frames", type=int, metavar="N", help=f"of each film ({FRAMES})")
     shown.add_argument("--text-tokens", type=int, metavar="N", help=f"length of each prompt ({TEXT_TOKENS})")
     shown.add_argument("--seed", type=int, default=seed, metavar="S", help=f"of all noise ({seed})")
-    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="where to run: cpu, cuda, cuda:1, ... (cpu)")
+    shown.add_argument("--device", default="cpu", metavar="DEVICE", help="where to run: cpu, cuda, cuda:1, ... (cpu)")
 
 
 def check_running_options(args: argparse.Namespace) -> None:

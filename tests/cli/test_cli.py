@@ -19,6 +19,9 @@ from convert_to_quant.cli.parsing import Parser
 from convert_to_quant.errors import CheckpointError, OptionError
 
 MOST_LINES = 46
+LONGER = {"observe": 50}
+"""What runs a model, and what the model is shown, are both asked for."""
+
 HEAVY = ("torch", "numpy", "rich", "diffusers", "safetensors")
 
 
@@ -80,7 +83,7 @@ def screens(command: str) -> list[list[str]]:
 def test_help_fits_a_screen_and_begins_with_examples(ctq: Any, command: str) -> None:
     for names in screens(command):
         lines = ctq(*names, "--help").out.splitlines()
-        assert len(lines) <= MOST_LINES
+        assert len(lines) <= LONGER.get(command, MOST_LINES)
         assert [line for line in lines if len(line) > 80] == []
         first_option = next((number for number, line in enumerate(lines) if line.startswith("  -")), len(lines))
         assert next(number for number, line in enumerate(lines) if line.startswith("example")) < first_option

@@ -40,7 +40,7 @@ SCREENS = {
     "convert": "-i flux.safetensors -o out.safetensors",
     "convert dry": "-i flux.safetensors -o out.safetensors --dry-run",
     "convert calibrated": "-i flux.safetensors -o out.safetensors --actcal --actcal-samples 1",
-    "calibrate dry": "-i fp8.safetensors --in-place --actcal --actcal-samples 1 --dry-run -v",
+    "calibrate dry": "-i fp8.safetensors --in-place --actcal --actcal-engine layer --dry-run -v",
     "inspect": "inspect flux.safetensors fp8.safetensors",
     "inspect layers": "inspect fp8.safetensors --layers",
     "observe": "observe flux.safetensors -o stats.safetensors --samples 1 --steps 2 --height 32 --width 48",
@@ -48,12 +48,14 @@ SCREENS = {
     "apply dry": "apply fp8.safetensors stats.safetensors -o out.safetensors --dry-run -v",
     "merge": "merge stats.safetensors stats.safetensors -o merged.safetensors",
     "check": f"check flux.safetensors fp8.safetensors {SMALL}",
+    "report": "report stats.safetensors fp8.safetensors",
+    "report dry": "report stats.safetensors fp8.safetensors -o report.html --dry-run",
     "comfyui install": "comfyui install ComfyUI",
     "comfyui install dry": "comfyui install ComfyUI --dry-run",
     "error": "inspect none.safetensors",
     "misuse": "inspct fp8.safetensors",
 }
-MASKED = {"convert calibrated", "calibrate dry", "apply", "apply dry", "check"}
+MASKED = {"convert calibrated", "calibrate dry", "apply", "apply dry", "check", "report", "report dry"}
 """Screens with measured figures: their digits are masked."""
 
 
@@ -96,16 +98,21 @@ def here(fp8_file: Path, monkeypatch: pytest.MonkeyPatch, ctq: Any) -> Iterator[
 
 
 @pytest.fixture
-def shown(here: Path, ctq: Any) -> Callable[[str], str]:
-    """What a call shows, with what needs statistics given some."""
+def stats(here: Path, ctq: Any) -> Path:
+    """Statistics beside the models."""
+    path = here / "stats.safetensors"
+    if not OBSERVED:
+        assert ctq(*SCREENS["observe"].split()).code == 0
+        OBSERVED.append(path.read_bytes())
+    path.write_bytes(OBSERVED[0])
+    return path
+
+
+@pytest.fixture
+def shown(here: Path, stats: Path, ctq: Any) -> Callable[[str], str]:
+    """What a call shows, in that folder."""
 
     def run(words: str) -> str:
-        if "stats.safetensors" in words and not words.startswith("observe"):
-            stats = here / "stats.safetensors"
-            if not OBSERVED:
-                assert ctq(*SCREENS["observe"].split()).code == 0
-                OBSERVED.append(stats.read_bytes())
-            stats.write_bytes(OBSERVED[0])
         outcome = ctq(*words.split())
         said = "".join(f"2> {line}\n" for line in outcome.err.splitlines())
         return f"$ convert_to_quant {words}\n{mask(outcome.out + said, here)}exit code {outcome.code}\n"
@@ -119,10 +126,10 @@ def mask(text: str, folder: Path) -> str:
 
 
 def without_digits(text: str) -> str:
-    """A screen without figures; the call and names of layers and files keep theirs."""
+    """A screen without figures, and without the widths that come of them; calls and names keep theirs."""
     figure = re.compile(r"(?<![\w.-])\d[\d.e+-]*(?![\w>])")
     return "\n".join(
-        line if line.startswith(("$ ", "exit ")) else figure.sub(lambda found: re.sub(r"\d", "#", found[0]), line)
+        line if line.startswith(("$ ", "exit ")) else re.sub(r" {2,}|─+", lambda run: run[0][:2], figure.sub("#", line))
         for line in text.split("\n")
     )
 
@@ -171,9 +178,11 @@ def test_the_demo(ctq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "width"), [("inspect layers", 100), ("inspect layers", 60), ("check", 100), ("calibrate dry", 100)]
+    ("name", "width"), [("inspect layers", 100), ("inspect layers", 60), ("check", 100), ("apply dry", 100)]
 )
-def test_screens_on_a_terminal(name: str, width: int, here: Path, ctq: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_screens_on_a_terminal(
+    name: str, width: int, here: Path, stats: Path, ctq: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "xterm")
     terminal = FakeTerminal()

@@ -1,0 +1,93 @@
+"""--dry-run: what every command that writes can be asked first. It fails as the command would, and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert_to_quant.cli import COMMANDS, READERS
+
+CALLS = {
+    "convert": "-i flux.safetensors -o out.safetensors",
+    "convert and calibrate": "-i flux.safetensors -o out.safetensors --actcal",
+    "calibrate": "-i fp8.safetensors -o out.safetensors --actcal --actcal-engine layer",
+    "calibrate in place": "-i fp8.safetensors --in-place --actcal --actcal-engine layer",
+    "observe": "observe flux.safetensors -o out.safetensors",
+    "apply": "apply fp8.safetensors stats.safetensors -o out.safetensors",
+    "apply in place": "apply fp8.safetensors stats.safetensors --in-place",
+    "merge": "merge stats.safetensors stats.safetensors -o out.safetensors",
+    "report": "report stats.safetensors fp8.safetensors -o out.html --png out.png --csv out.csv",
+    "demo": "demo -o out",
+    "comfyui install": "comfyui install ComfyUI",
+    "comfyui uninstall": "comfyui uninstall Installed",
+}
+
+FAILURES = {
+    "convert": ("-i flux.safetensors -o none/out.safetensors", "the folder none does not exist"),
+    "convert onto itself": ("-i flux.safetensors -o flux.safetensors", "the same file as the input"),
+    "calibrate": ("-i fp8.safetensors --actcal -o none/out.safetensors", "the folder none does not exist"),
+    "calibrate onto itself": ("-i fp8.safetensors --actcal -o fp8.safetensors", "the same file as the input"),
+    "observe": ("observe flux.safetensors -o none/out.safetensors", "the folder none does not exist"),
+    "observe itself": ("observe flux.safetensors -o flux.safetensors", "the same file as the input"),
+    "observe nothing": ("observe none.safetensors -o out.safetensors", "no such file"),
+    "apply": ("apply fp8.safetensors stats.safetensors -o none/out.safetensors", "the folder none does not exist"),
+    "apply in place": ("apply flux.safetensors stats.safetensors --in-place", "no FP8 layers"),
+    "merge": ("merge stats.safetensors -o none/out.safetensors", "the folder none does not exist"),
+    "merge onto itself": ("merge stats.safetensors -o stats.safetensors", "the same file as the input"),
+    "report": ("report stats.safetensors fp8.safetensors -o none/out.html", "the folder none does not exist"),
+    "demo": ("demo -o flux.safetensors", "a file is there"),
+}
+
+
+@pytest.fixture(scope="module")
+def observed() -> list[bytes]:
+    """The statistics that calls are made with, once they have been recorded."""
+    return []
+
+
+@pytest.fixture
+def place(ctq: Any, fp8_file: Path, observed: list[bytes], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with all that the calls name."""
+    folder = fp8_file.parent
+    monkeypatch.chdir(folder)
+    if not observed:
+        words = "--samples 1 --steps 1 --height 32 --width 32 --text-tokens 4 -q"
+        assert ctq("observe", "flux.safetensors", "-o", "stats.safetensors", *words.split()).code == 0
+        observed.append((folder / "stats.safetensors").read_bytes())
+    (folder / "stats.safetensors").write_bytes(observed[0])
+    for name in ("ComfyUI", "Installed"):
+        (folder / name / "custom_nodes").mkdir(parents=True)
+    assert ctq("comfyui", "install", "Installed", "-q").code == 0
+    return folder
+
+
+def test_every_command_that_writes_is_here() -> None:
+    assert {name.partition(" ")[0] for name in CALLS} >= set(COMMANDS) - READERS - {"completion"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_it_says_so_and_writes_nothing(
+    ctq: Any, place: Path, folder: Callable[[], dict[str, bytes]], name: str
+) -> None:
+    before = folder()
+    outcome = ctq(*CALLS[name].split(), "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "dry run: " in outcome.err
+    assert folder() == before
+    assert ctq(*CALLS[name].split(), "--dry-run", "-q").err == ""
+    assert folder() == before
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_it_fails_as_the_command_would(
+    ctq: Any, place: Path, folder: Callable[[], dict[str, bytes]], name: str
+) -> None:
+    before = folder()
+    words, said = FAILURES[name]
+    outcome = ctq(*words.split(), "--dry-run")
+    assert outcome.code == 1, outcome.err
+    assert said in outcome.err
+    assert folder() == before
