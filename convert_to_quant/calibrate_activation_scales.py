@@ -305,7 +305,8 @@ def calibrate_model(
         if reason is not None:
             notes.append(
                 f"the model cannot be run ({reason}); its layers are simulated one by one instead: such ranges are "
-                "guesses with much headroom, and cost quality where a layer's real inputs are larger or far smaller"
+                "guesses with much headroom, and cost quality where a layer's real inputs are larger or far smaller. "
+                "`observe --comfyui-dir DIR` may run it in ComfyUI"
             )
         return _simulate(model, table, options, match=match, notes=notes, progress=progress)
     return _run(model, table, options, match=match, notes=notes, progress=progress)

@@ -167,13 +167,18 @@ LIGHT = [
     "stats",
     "layers",
     "lora",
+    "naming",
     "solve",
     "convert",
     "patch",
     "inspection",
+    "report",
+    "report.figures",
+    "report.page",
+    "report.table",
     "cli",
 ]
-HEAVY = {"torch", "diffusers", "transformers", "rich", "PIL", "safetensors"}
+HEAVY = {"torch", "diffusers", "transformers", "rich", "PIL", "matplotlib", "safetensors"}
 
 
 def test_what_needs_only_numpy_loads_nothing_heavy():

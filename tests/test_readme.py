@@ -26,7 +26,8 @@ def lines() -> list[str]:
         assert docstring, path
         name = str(path.relative_to(ROOT))
         said[name.removesuffix("__init__.py")] = docstring.splitlines()[0]
-    return [f"{name:<48} {text}" for name, text in [*sorted(said.items()), *FOLDERS.items()]]
+    width = max(map(len, said))
+    return [f"{name:<{width}}  {text}" for name, text in [*sorted(said.items()), *FOLDERS.items()]]
 
 
 def test_the_tree_lists_every_module_in_its_own_words() -> None:

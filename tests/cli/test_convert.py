@@ -200,7 +200,7 @@ def test_auto_falls_back_with_one_clear_line_for_a_model_that_cannot_be_run(
     assert said == [
         "note: the model cannot be run (its tensor names fit no known family); its layers are simulated one by one "
         "instead: such ranges are guesses with much headroom, and cost quality where a layer's real inputs are larger "
-        "or far smaller"
+        "or far smaller. `observe --comfyui-dir DIR` may run it in ComfyUI"
     ]
     expect_calibrated(output, ("blocks.0.fc1", "blocks.0.fc2"))
 

@@ -10,7 +10,8 @@ conditioning tensor, and a function that makes the arguments of `forward` from t
 names that the class's `forward` gives them.
 
 Limits. Families detected by the names of a relative (HunyuanVideo 1.5, HunyuanImage, FramePack, Chroma Radiance, Wan
-VACE and Animate, LTX-2) have tensors that these classes do not know: they are reported as such and not run.
+VACE and Animate, LTX-2) have tensors that these classes do not know: they are reported as such and not run here.
+`engines.comfyui.inprocess` runs them inside ComfyUI.
 """
 
 from __future__ import annotations
