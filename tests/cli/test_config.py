@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from convert_to_quant import __version__
@@ -183,11 +183,14 @@ def test_a_call_that_failed_or_was_dry_saves_nothing(ctq: Any, folder: Any, flux
     assert folder() == before
 
 
+@pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("flag", ["--json", "--save-config"])
-def test_what_is_written_about_a_call_replaces_no_file_of_it(ctq: Any, folder: Any, flux_file: Path, flag: str) -> None:
+def test_what_is_written_about_a_call_replaces_no_file_of_it(
+    ctq: Any, folder: Any, flux_file: Path, flag: str, hard: bool
+) -> None:
     before = folder()
     link = flux_file.with_name("link.safetensors")
-    link.symlink_to(flux_file)
+    link.hardlink_to(flux_file) if hard else link.symlink_to(flux_file)
     outcome = ctq("inspect", flux_file, flag, link)
     assert (outcome.code, outcome.out) == (1, "")
     message = f"{link}: {flag} and MODEL are the same file (name another file for {flag})"
@@ -208,6 +211,7 @@ TEXTS = st.text(st.characters(blacklist_categories=("Cs",)), max_size=8)
 
 @given(st.recursive(TEXTS | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False),
                     lambda values: st.lists(values, max_size=3), max_leaves=4))  # fmt: skip
+@example('a\x7f\x1f\n"\\')
 def test_values_come_back_from_toml(value: Any) -> None:
     assert tomllib.loads(f"x = {config._toml(value)}") == {"x": value}
 

@@ -88,12 +88,12 @@ def test_what_was_observed_is_kept_where_it_was_saved_and_that_is_said(stalled: 
 
 def test_the_second_signal_ends_it_at_once(stalled: Any, folder: Any) -> None:
     before = folder()
-    process = stalled("convert", 20)  # the first signal waits for its threads
+    process = stalled("convert", 60)  # the first signal waits for its threads
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=30)
     assert process.returncode == 130
     assert folder() == before
 
