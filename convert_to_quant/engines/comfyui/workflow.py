@@ -26,6 +26,7 @@ only an IMAGE, or take everything through a pipe of a custom type, are not found
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -245,9 +246,10 @@ def parse(text: str, path: StrPath | None = None) -> Nodes:
 
 
 def as_link(value: Any) -> Link | None:
-    """A link, where a value is one; ComfyUI's own rule."""
+    """A link, where a value is one; ComfyUI's own rule, but for numbers that no output has."""
     is_link = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
-    return Link(value[0], int(value[1])) if is_link and isinstance(value[1], (int, float)) else None
+    is_link = is_link and isinstance(value[1], (int, float)) and 0 <= value[1] < math.inf
+    return Link(value[0], int(value[1])) if is_link else None
 
 
 def title(nodes: Nodes, name: str) -> str:
@@ -376,8 +378,9 @@ class _Graph:
                     yield Place(name, key), link
 
     def loaders(self, link: Link) -> tuple[str, ...]:
-        """Where a MODEL comes from."""
-        return tuple(name for name in self.upstream(link.node, MODEL) if not any(self.links(name, MODEL)))
+        """Where a MODEL comes from; in a circle, which the server refuses, anywhere."""
+        before = self.upstream(link.node, MODEL)
+        return tuple(name for name in before if not any(self.links(name, MODEL))) or (link.node,)
 
     def texts(self, sampler: str) -> Iterator[Place]:
         """Where a sampler's prompt stands. A text that another node makes is replaced where the encoder takes it."""

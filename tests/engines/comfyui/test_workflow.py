@@ -318,6 +318,25 @@ def test_a_circle_ends(types: Types) -> None:
     assert found(nodes, types).samplers == ("a", "b")
 
 
+def test_models_that_are_their_own_source_are_queued_for_the_server_to_refuse(types: Types) -> None:
+    lora = {"lora_name": "style.safetensors", "strength_model": 1.0}
+    nodes = {
+        **BASE,
+        "one": node("LoraLoaderModelOnly", model=["two", 0], **lora),
+        "two": node("LoraLoaderModelOnly", model=["one", 0], **lora),
+        "a": sampler(["one", 0], ["yes", 0], ["size", 0]),
+    }
+    (model,) = found(nodes, types).models
+    assert model.loaders == ("one",)
+
+
+@pytest.mark.parametrize("output", ["NaN", "Infinity", "-1", "-5"])
+def test_an_output_that_no_node_has_is_no_link(flux: Nodes, types: Types, output: str) -> None:
+    flux["4"]["inputs"]["model"] = ["1", "OUTPUT"]
+    nodes = parse(json.dumps(flux).replace('"OUTPUT"', output))
+    assert found(nodes, types).models[0].loaders == ("4",)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
