@@ -117,7 +117,7 @@ class Connection:
             NoAnswerError: none came.
             StatusError: an HTTP error.
         """
-        url = self.address + path + (f"?{urllib.parse.urlencode(query)}" if query else "")
+        url = self.address + path + (f"?{urllib.parse.urlencode(query, errors='replace')}" if query else "")
         data = None if body is None else json.dumps(body).encode()
         head = {} if data is None else {"Content-Type": "application/json"}
         request = urllib.request.Request(url, data, head)  # noqa: S310  http or https: see check_address
@@ -165,8 +165,7 @@ class Connection:
         except TimeoutError:
             return None
         except (OSError, WebSocketException):
-            self.close()
-            self._connect_at = 0.0
+            self.close()  # opened anew at once, unless it has only just been
             return None
         found = as_object(parsed(message) if isinstance(message, str) else None)
         return str(found.get("type", "")), as_object(found.get("data"))
@@ -234,12 +233,18 @@ def check_address(address: str) -> str:
         raise OptionError("an address with a user's name is not supported", hint=hint)
     try:
         parts = urllib.parse.urlsplit(address)
-        right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.path.isascii()
+        (parts.hostname or "").encode("idna")  # as it is looked up; a ValueError where it cannot be
     except ValueError:
         right = False
     if not right or parts.query or parts.fragment or not address.isprintable() or " " in address:
         raise OptionError(f"{shown(address)} is no address of a server", hint=hint)
     return address.rstrip("/")
+
+
+def quoted(text: str) -> str:
+    """A text as one part of a path; what is no letter (half of one, which JSON may hold) as a question mark."""
+    return urllib.parse.quote(text, safe="", errors="replace")
 
 
 def parsed(text: str | bytes) -> Any:

@@ -113,27 +113,29 @@ def observe(
     """
     session = uuid4().hex
     saved = {model.name: Saved() for model in plan.models}
-    idle = 0
-    for number, run in enumerate(runs):
+    idle = done = 0
 
-        def watch(nodes: Mapping[str, float], number: int = number) -> None:
-            part = sum(nodes.get(sampler, 0.0) for sampler in plan.samplers) / len(plan.samplers)
-            progress(int((number + part) * PROGRESS_STEPS), len(runs) * PROGRESS_STEPS)
+    def watch(nodes: Mapping[str, float]) -> None:
+        part = sum(nodes.get(sampler, 0.0) for sampler in plan.samplers) / len(plan.samplers)
+        progress(int((done + part) * PROGRESS_STEPS), len(runs) * PROGRESS_STEPS)
 
-        watch({})
-        before = {name: files.samples for name, files in saved.items()}
-        try:
+    try:
+        for run in runs:
+            watch({})
+            before = {name: files.samples for name, files in saved.items()}
             outputs = server.run(plan.queued(session, folder, run.prompt, run.seed), watch)
-        except CalibrationError as error:
-            raise _with_what_is_kept(error, number, saved) from None
-        for model in plan.models:
-            _note(server, saved[model.name], model, outputs)
-        idle += before == {name: files.samples for name, files in saved.items()}
-    progress(len(runs) * PROGRESS_STEPS, len(runs) * PROGRESS_STEPS)
+            for model in plan.models:
+                _note(server, saved[model.name], model, outputs)
+            idle += before == {name: files.samples for name, files in saved.items()}
+            done += 1
+        watch({})
+        found = {name: _fetch(server, files) for name, files in saved.items()}
+    except CalibrationError as error:
+        raise _with_what_is_kept(error, done, saved) from None
     facts: dict[str, Any] = {"runs": len(runs), "prompts": len({run.prompt for run in runs})}
     if runs[0].seed is not None:
         facts["seed"] = runs[0].seed
-    return {name: _fetch(server, files).with_facts(**facts) for name, files in saved.items()}, idle
+    return {name: statistics.with_facts(**facts) for name, statistics in found.items()}, idle
 
 
 def _note(server: Server, saved: Saved, model: Model, outputs: Mapping[str, Any]) -> None:
@@ -169,7 +171,7 @@ def _fetch(server: Server, saved: Saved) -> Statistics:
 
 
 def _with_what_is_kept(error: CalibrationError, done: int, saved: Mapping[str, Saved]) -> CalibrationError:
-    """An error of a run, with where the runs before it are."""
+    """An error of a run or of what follows them, with where the runs before it are."""
     files = [f"{file['subfolder']}/{file['filename']}" for each in saved.values() for file in each.files.values()]
     if not files:
         return error

@@ -19,7 +19,6 @@ What the server says is not trusted: names of files go back to it and nowhere el
 from __future__ import annotations
 
 import time
-import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +26,7 @@ from typing import Any
 from uuid import uuid4
 
 from ...errors import CalibrationError, OutputError
-from .connection import Connection, NoAnswerError, StatusError, as_list, as_object
+from .connection import Connection, NoAnswerError, StatusError, as_list, as_object, quoted
 from .workflow import RECORD, SAVE, Nodes, NodeType, shown, title
 
 PATIENCE_SECONDS = 120.0
@@ -49,6 +48,7 @@ CANCEL_SECONDS = 10.0
 """How long a server may be silent that a run is taken back from."""
 
 MOST_FILE_BYTES = 1 << 31
+MOST_PROGRESS = 1 << 53
 _CHUNK_BYTES = 1 << 20
 _MOST_ERRORS = 5
 
@@ -117,7 +117,7 @@ class Server:
     def _type(self, name: str) -> NodeType | None:
         """One class of nodes."""
         try:
-            info = as_object(self._connection.ask(f"/object_info/{urllib.parse.quote(name, safe='')}")).get(name)
+            info = as_object(self._connection.ask(f"/object_info/{quoted(name)}")).get(name)
         except StatusError:  # a class that cannot say what it takes
             return None
         try:
@@ -233,7 +233,7 @@ class Server:
 
     def _history(self, run: str) -> dict[str, Any]:
         """A run's entry, once it is done; empty before."""
-        return as_object(as_object(self._connection.ask(f"/history/{urllib.parse.quote(run, safe='')}")).get(run))
+        return as_object(as_object(self._connection.ask(f"/history/{quoted(run)}")).get(run))
 
     def _ours(self) -> tuple[list[str], list[str]]:
         """Runs of this client: those that run, and those that wait."""
@@ -259,8 +259,8 @@ def _note(progress: dict[str, float], kind: str, data: Mapping[str, Any]) -> boo
         return False
     for name, state in states.items():
         value, most = (as_object(state).get(key) for key in ("value", "max"))
-        if isinstance(value, (int, float)) and isinstance(most, (int, float)) and most > 0:
-            progress[name] = min(1.0, max(0.0, value / most))
+        if isinstance(value, (int, float)) and isinstance(most, (int, float)) and 0 < most <= MOST_PROGRESS:
+            progress[name] = min(most, max(0, value)) / most
     return True
 
 

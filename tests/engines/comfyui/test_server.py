@@ -18,7 +18,7 @@ import torch
 from aiohttp import web
 
 from convert_to_quant.comfyui_nodes.recording import Recorder
-from convert_to_quant.engines.comfyui import remote, server, workflow
+from convert_to_quant.engines.comfyui import connection, remote, server, workflow
 from convert_to_quant.engines.comfyui.connection import check_address
 from convert_to_quant.engines.comfyui.server import Server
 from convert_to_quant.errors import CalibrationError, OptionError, StatisticsError
@@ -33,6 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask as often as tests need."""
     monkeypatch.setattr(server, "ASK_SECONDS", 0.05)
     monkeypatch.setattr(server, "ARRIVAL_SECONDS", 0.5)
+    monkeypatch.setattr(connection, "RECONNECT_SECONDS", 0.5)
 
 
 def observe(
@@ -216,6 +217,24 @@ def test_a_dropped_websocket_is_opened_anew(serve: Any, flux: Nodes, comfyui: An
     assert_same(found["flux"], directly(comfyui, [42, 43]))
     assert 1666 in moves(seen)  # news of after the second drop
     assert double.requests.count("GET /ws") == 3
+
+
+def test_a_websocket_that_is_closed_at_once_is_not_opened_all_the_time(
+    serve: Any, flux: Nodes, comfyui: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "RECONNECT_SECONDS", 5.0)
+    double = serve()
+
+    async def close(request: web.Request) -> Any:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.close()
+        return socket
+
+    double.answer_with["/ws"] = close
+    double.nodes.happen = lambda _: time.sleep(0.1)
+    assert_same(observe(double, flux)[0]["flux"], directly(comfyui, [42, 43]))
+    assert double.requests.count("GET /ws") <= 2
 
 
 # What goes wrong
@@ -587,7 +606,9 @@ def test_a_missing_file_and_an_endless_one_are_refused(
 ) -> None:
     double = serve()
     double.answer_with["/view"] = lambda _: web.Response(status=404)
-    with pytest.raises(CalibrationError, match="HTTP error 404 for /view"):
+    with pytest.raises(
+        CalibrationError, match=r"HTTP error 404 for /view .*; 2 runs before it are recorded in .*kept/"
+    ):
         observe(double, flux)
     monkeypatch.setattr(server, "MOST_FILE_BYTES", 1000)
     del double.answer_with["/view"]
@@ -643,6 +664,33 @@ def test_a_history_of_nonsense_is_an_error_and_no_crash(serve: Any, flux: Nodes,
         observe(double, flux)
 
 
+def test_letters_that_are_none_are_answers_like_others(
+    serve: Any, flux: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    double = serve()
+    flux["11"]["class_type"] = "half a letter \ud800"
+    assert observe(double, flux, seeds=1)[0]["flux"].samples == 1
+
+    save = double.nodes.classes[workflow.SAVE]
+    before = save.save
+    entry = {"filename": "\ud800", "subfolder": "", "type": "output", "recording": "r", "samples": 1}
+    monkeypatch.setattr(save, "save", lambda self, **given: {**before(self, **given), "ui": {"statistics": [entry]}})
+    with pytest.raises(CalibrationError, match="HTTP error 404 for /view"):
+        observe(double, flux)
+
+    double.answer_with["/prompt"] = lambda _: web.json_response({"prompt_id": "\ud800", "node_errors": {}})
+    with pytest.raises(CalibrationError, match="no longer in the server's queue"):
+        observe(double, flux)
+
+
+@pytest.mark.parametrize("most", [1, 1.0, 10**400])
+@pytest.mark.parametrize("value", [0.5, 10**400])
+def test_progress_in_numbers_beyond_all_measure_is_none_at_worst(most: float, value: float) -> None:
+    progress: dict[str, float] = {}
+    server._note(progress, "progress", {"node": "1", "value": value, "max": most})
+    assert all(0 <= part <= 1 for part in progress.values())
+
+
 def test_names_of_classes_are_sent_as_they_are(serve: Any) -> None:
     double = serve()
     double.nodes.classes["A/B%2F (?#"] = double.nodes.classes["VAELoader"]
@@ -694,6 +742,8 @@ def test_a_server_that_describes_nodes_otherwise_is_told(serve: Any, flux: Nodes
         ("http://host/?a=1", "is no address of a server"),
         ("http://host/a b", "is no address of a server"),
         ("http://ho\nst", "is no address of a server"),
+        ("http://a..b:8188", "is no address of a server"),
+        ("http://host/\u00fc", "is no address of a server"),
     ],
 )
 def test_what_is_no_address_is_refused(address: str, said: str) -> None:
@@ -704,6 +754,7 @@ def test_what_is_no_address_is_refused(address: str, said: str) -> None:
 def test_addresses_are_taken_as_they_are() -> None:
     assert check_address("https://gpu.example:443/comfy/") == "https://gpu.example:443/comfy"
     assert check_address("http://[::1]:8188") == "http://[::1]:8188"
+    assert check_address("http://r\u00fcbe.example") == "http://r\u00fcbe.example"
 
 
 def test_of_each_recorder_the_file_with_the_most_samples_counts() -> None:
