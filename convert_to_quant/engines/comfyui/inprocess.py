@@ -440,11 +440,6 @@ def observe(
     return Observation(statistics.with_facts(depends_on_conditioning=moving), moving, tuple(unvisited))
 
 
-def _name(way: noise.Conditioning, number: int, adapted: bool) -> str:
-    """What a trajectory is known by in a saved run."""
-    return f"{way.name}{' adapted' if adapted else ''}, {number}"
-
-
 def _level(model: Model, _: tuple[Any, ...], arguments: dict[str, Any]) -> Tensor | None:
     """The noise level of a call of the network."""
     return model.level(arguments.get("transformer_options", {}).get("sigmas"))

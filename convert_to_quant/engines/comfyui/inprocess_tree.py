@@ -107,19 +107,26 @@ def imported(folder: Path, device: str) -> Iterator[Messages]:
     Raises:
         OptionError: the device is none of these or is not there, or ComfyUI runs on another kind, or from another
             tree, in this process already.
-        CalibrationError: it cannot be imported.
+        CalibrationError: it cannot be imported, or lacks a part that is asked for inside the block.
     """
-    kind, _, number = device.partition(":")
-    if kind not in FLAGS:
+    kind, numbered, number = device.partition(":")
+    if kind not in FLAGS or (numbered and not (kind == "cuda" and number.isdecimal())):
         raise OptionError(f"ComfyUI runs here on {' or '.join(FLAGS)}, not on {device!r}")
     with ExitStack() as stack:
         messages = stack.enter_context(_quiet())
         stack.enter_context(redirect_stdout(sys.stderr))
         stack.enter_context(_on_path(folder))
         if kind == "cuda":
-            stack.enter_context(_card(device, int(number) if number.isdigit() else 0))
+            stack.enter_context(_card(device, int(number or 0)))
         _import(folder, kind)
-        yield messages
+        try:
+            yield messages
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] != "comfy":
+                raise
+            raise CalibrationError(
+                f"ComfyUI {version(folder)} lacks what is needed of it: {error}", path=folder, hint="update ComfyUI"
+            ) from error
 
 
 @contextmanager
@@ -167,9 +174,9 @@ def _import(folder: Path, kind: str) -> None:
     try:
         importlib.import_module("comfy.options").enable_args_parsing()
         importlib.import_module("comfy.sd")
-    except ImportError as error:
+    except Exception as error:  # it is a program with a hundred dependencies: any of them may raise anything
         raise CalibrationError(
-            f"ComfyUI cannot be imported: {error}",
+            f"ComfyUI cannot be imported: {_said(error)}",
             path=folder,
             hint="run with the Python that runs ComfyUI, or install what its requirements.txt names",
         ) from error
@@ -206,18 +213,19 @@ def understood(doing: str, path: StrPath, family: str | None = None) -> Iterator
         raise
     except Exception as error:
         what = f"{family} model" if family else "model"
-        said = f"{type(error).__name__}: {_first_line(error)}"
         if type(error).__name__ in OUT_OF_MEMORY:
             raise CalibrationError(
-                f"memory ran out while ComfyUI was to {doing} this {what}: {said}",
+                f"memory ran out while ComfyUI was to {doing} this {what}: {_said(error)}",
                 path=path,
                 hint="a smaller --height and --width, or fewer --frames",
             ) from error
-        raise UnsupportedModelError(f"ComfyUI cannot {doing} this {what}: {said} {_place(error)}", path=path) from error
+        raise UnsupportedModelError(f"ComfyUI cannot {doing} this {what}: {_said(error)}", path=path) from error
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+def _said(error: Exception) -> str:
+    """Its kind, the first line of its message, and where it was raised."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    return f"{type(error).__name__}: {line} {_place(error)}"
 
 
 def _place(error: Exception) -> str:

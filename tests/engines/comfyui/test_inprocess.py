@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from collections.abc import Iterator
@@ -301,6 +302,36 @@ def test_a_comfyui_that_cannot_be_imported_says_what_it_lacks(tree: Path) -> Non
 
 
 @pytest.mark.usefixtures("no_comfy")
+def test_a_comfyui_that_breaks_while_it_is_imported_says_where(tree: Path) -> None:
+    fake(tree, "raise RuntimeError('no driver\\nof this version')\n")
+    with (
+        pytest.raises(
+            CalibrationError,
+            match=r"cannot be imported: RuntimeError: no driver \[comfy/sd.py:2\] \(run with the Python",
+        ),
+        inprocess_tree.imported(tree, "cpu"),
+    ):
+        pass
+
+
+@pytest.mark.usefixtures("no_comfy")
+def test_a_comfyui_that_lacks_what_is_used_of_it_is_told_with_its_version(tree: Path) -> None:
+    fake(tree, "")
+    with (
+        pytest.raises(CalibrationError, match=r"ComfyUI 0.33.0 .*No module named 'comfy.of_tomorrow'.*update ComfyUI"),
+        inprocess_tree.imported(tree, "cpu"),
+    ):
+        importlib.import_module("comfy.of_tomorrow")
+
+
+@pytest.mark.usefixtures("no_comfy")
+def test_an_import_of_ours_that_fails_is_no_fault_of_comfyui(tree: Path) -> None:
+    fake(tree, "")
+    with pytest.raises(ModuleNotFoundError, match="of_ours"), inprocess_tree.imported(tree, "cpu"):
+        importlib.import_module("of_ours")
+
+
+@pytest.mark.usefixtures("no_comfy")
 def test_another_tree_or_another_kind_of_device_in_one_process_is_refused(
     tree: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,7 +352,7 @@ def test_another_tree_or_another_kind_of_device_in_one_process_is_refused(
         pass
 
 
-@pytest.mark.parametrize("device", ["mps", "gpu", ""])
+@pytest.mark.parametrize("device", ["mps", "gpu", "", "cuda:x", "cuda:", "cpu:1"])
 def test_a_device_that_comfyui_is_not_run_on_here_is_refused(tree: Path, device: str) -> None:
     with (
         pytest.raises(OptionError, match=f"ComfyUI runs here on cpu or cuda, not on '{device}'"),
