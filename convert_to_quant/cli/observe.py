@@ -11,7 +11,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ..engines.comfyui.inprocess_tree import VARIABLE
-from ..errors import OptionError, UnsupportedModelError
+from ..errors import OptionError, OutputError, UnsupportedModelError
 from .calibration import loras_of
 from .output import configure, note, progress_bar, require_folder, say, write_json
 from .running import (
@@ -90,7 +90,7 @@ def check_options(args: argparse.Namespace) -> None:
 
     Raises:
         OptionError: flags do.
-        OutputError: an output is an input, or has no folder.
+        OutputError: an output is an input or a folder, or has none to be in.
     """
     from ..checkpoint import refuse_same_file
 
@@ -125,6 +125,8 @@ def check_options(args: argparse.Namespace) -> None:
     inputs = [args.input, args.prompts, None if args.conditioning == NOISE else args.conditioning]
     refuse_same_file(output, [Path(path) for path in inputs if path is not None], hint="name another output")
     require_folder(output)
+    if output.is_dir():
+        raise OutputError("cannot be written: it is a folder", path=output)
 
 
 def partial_of(output: str) -> Path:
@@ -337,8 +339,10 @@ def read_prompts(path: Path) -> list[str]:
         OptionError: it cannot be read, or has none.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise OptionError(f"{path}: the prompts cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise OptionError(f"{path}: the prompts cannot be read: {error}") from None
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:

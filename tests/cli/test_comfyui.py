@@ -89,7 +89,7 @@ def test_a_workflow_is_observed(observe: Observe, flux: Any, work: Path, double:
 
 
 def test_prompts_and_seeds_and_the_report(observe: Observe, flux: Any, work: Path, double: Any) -> None:
-    (work / "prompts.txt").write_text("a dog\n\n  a cat \n", encoding="utf-8")
+    (work / "prompts.txt").write_text("a dog\n\n  a cat \n", encoding="utf-8-sig")  # as some editors write it
 
     outcome = observe(flux, "--prompts", work / "prompts.txt", "--seeds", "2", "--seed", "7", "--json", "-", "-q")
 
@@ -144,7 +144,8 @@ def test_layers_that_never_ran_are_told(observe: Observe, flux: Any, comfyui: An
         (["--seeds", "0"], 2, "--seeds should be at least 1, found 0"),
         (["--seed", "-1"], 2, "a seed should not be negative, found -1"),
         (["--prompts", "EMPTY"], 2, "no prompts (one per line)"),
-        (["--prompts", "GONE"], 2, "the prompts cannot be read"),
+        (["--prompts", "GONE"], 2, "gone: the prompts cannot be read: No such file or directory\n"),
+        (["--prompts", "FOLDER"], 2, "the prompts cannot be read: Is a directory\n"),
         (["-o", "GONE/stats.safetensors"], 1, "does not exist"),
         (["-o", "WORKFLOW"], 1, "is the same file as the input"),
         (["-o", "FOLDER"], 1, "cannot be written: it is a folder"),

@@ -204,6 +204,7 @@ def test_misuse_exits_2(ctq: Any, flux_file: Path, folder: Any, words: tuple[Any
     [
         (("-o", "flux.safetensors"), "flux.safetensors"),
         (("-o", "no/s.safetensors"), "does not exist"),
+        (("-o", ".", "--device", "abacus"), "cannot be written: it is a folder"),  # the device is asked for later
         (("-o", "s.safetensors", "--json", "s.safetensors"), "--json and -o are the same file"),
         (("-o", "s.safetensors", "--json", "no/r.json"), "does not exist"),
     ],
