@@ -33,6 +33,16 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library refuses longer headers; so a file that has one is of no use to anybody."""
 
+OTHER_BEGINNINGS: Mapping[bytes, tuple[str, str]] = {
+    b"GGUF": ("this is GGUF", "take the model's safetensors file in BF16, FP16 or FP8"),
+    b"version ": ("this is a Git LFS pointer, which stands for the file", "`git lfs pull` gets the file itself"),
+    b"<": ("this is a web page", "download the file again; it may need a login or a token"),
+    b"{": ("this is JSON text", "an index of shards is read under a name that ends in .safetensors.index.json"),
+}
+"""What people have under a checkpoint's name instead of one, by its first bytes: what it is, and what to do.
+
+Looked at only where the first eight bytes are no possible header length: 60 begins with `<` as well."""
+
 MAX_DIMENSIONS = 32
 """numpy 1 has no arrays of more."""
 
@@ -109,9 +119,18 @@ def header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
         HeaderError: the file is too short, or the length cannot be true.
     """
     if len(prefix) < LENGTH_BYTES:
-        raise HeaderError(f"not a safetensors file: only {file_bytes} bytes long", path=path)
+        raise HeaderError(f"not a safetensors file: only {file_bytes} bytes long", path=path, hint="download it again")
     length: int = struct.unpack("<Q", prefix[:LENGTH_BYTES])[0]
     if length > MAX_HEADER_BYTES:
+        for beginning, (what, hint) in OTHER_BEGINNINGS.items():
+            if prefix.lstrip(b" \r\n").startswith(beginning):
+                raise HeaderError(f"not a safetensors file: {what}", path=path, hint=hint)
+        if prefix[:LENGTH_BYTES].isascii() and prefix[:LENGTH_BYTES].decode("ascii").isprintable():
+            raise HeaderError(
+                f"not a safetensors file: it begins with the text {prefix[:LENGTH_BYTES].decode('ascii')!r}",
+                path=path,
+                hint="downloads that fail leave such files; download it again",
+            )
         raise HeaderError(
             f"not a safetensors file: its first 8 bytes promise a header of {length} bytes, "
             f"and at most {MAX_HEADER_BYTES} are allowed",

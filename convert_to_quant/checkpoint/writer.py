@@ -312,10 +312,9 @@ def _check_room(path: Path, needed_bytes: int) -> None:
     disk = os.statvfs(path.parent)
     free_bytes = disk.f_bavail * disk.f_frsize
     if disk.f_blocks and free_bytes < needed_bytes:  # some network drives say 0 blocks for "unknown"
-        raise OutputError(
-            f"cannot be written: it needs {needed_bytes / 1e9:.2f} GB and the disk has {free_bytes / 1e9:.2f} GB free",
-            path=path,
-        )
+        unit, unit_bytes = ("GB", 1e9) if needed_bytes >= 1e9 else ("MB", 1e6)
+        needed, free = f"{needed_bytes / unit_bytes:.2f} {unit}", f"{free_bytes / unit_bytes:.2f} {unit}"
+        raise OutputError(f"cannot be written: it needs {needed} and the disk has {free} free", path=path)
 
 
 class CheckpointWriter:

@@ -46,9 +46,16 @@ def one(entry: str, data: bytes = b"12345678") -> bytes:
 U8 = '{"dtype":"U8","shape":[%s],"data_offsets":[%s]}'
 
 CORRUPT = {
-    "nothing at all": (b"", "not a safetensors file: only 0 bytes long"),
+    "nothing at all": (b"", "not a safetensors file: only 0 bytes long (download it again)"),
     "shorter than a length": (b"\x08\0\0", "not a safetensors file: only 3 bytes long"),
-    "a text file": (b"just some text, and more", "not a safetensors file: its first 8 bytes promise a header of "),
+    "a text file": (b"just some text, and more", "not a safetensors file: it begins with the text 'just som' (downloads"),
+    "neither text nor a length": (b"\x89PNG\r\n\x1a\n", "not a safetensors file: its first 8 bytes promise a header of "),
+    "GGUF": (b"GGUF\x03\0\0\0", "not a safetensors file: this is GGUF (take the model's safetensors file"),
+    "a web page": (b"<!DOCTYPE html>", "not a safetensors file: this is a web page (download the file again"),
+    "a web page after an empty line": (b"\r\n\r\n<html>", "not a safetensors file: this is a web page"),
+    "a Git LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\n", "this is a Git LFS pointer, which stands for the file (`git lfs"),
+    "JSON without a length": (b'{"weight_map": {}}', "not a safetensors file: this is JSON text (an index of shards"),
     "a length of zero": (b"\0\0\0\0\0\0\0\0", "not a safetensors file: the header does not begin with '{'"),
     "a length too long for the file": (
         b"\x40\0\0\0\0\0\0\0{}", "truncated: the header should be 64 bytes long, but the file ends after 10 bytes (download"),

@@ -457,6 +457,12 @@ def test_a_file_larger_than_the_disk_is_refused_before_anything_is_written(tmp_p
     assert listing(tmp_path) == []
 
 
+def test_a_small_file_on_a_full_disk_is_told_in_megabytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, 9, 1, 1, 0, 0, 0, 0, 255)))
+    with pytest.raises(OutputError, match=r"it needs 12\.50 MB and the disk has 0\.00 MB free"):
+        CheckpointWriter([(tmp_path / "a.safetensors", {"x": Spec("U8", (12_500_000,))})], {})
+
+
 def test_shards_larger_than_the_disk_together_are_refused_before_anything_is_written(tmp_path):
     disk = os.statvfs(tmp_path)
     half = Spec("U8", (disk.f_bavail * disk.f_frsize // 4 * 3,))
