@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -591,6 +592,35 @@ def test_long_names_of_sides_do_not_run_into_each_other(show):
     for plot in ("#picture-plot", "#levels-plot"):
         first, second = (one.bounding_box() for one in tab.locator(f"{plot} .head .side").all())
         assert first["x"] + first["width"] <= second["x"]
+
+
+@pytest.mark.parametrize("width", [660, 768, 1280])
+def test_words_over_a_narrow_picture_do_not_run_into_each_other(show, width):
+    tab = show(compared(), width=width)
+    for line in (".label", ".tick"):
+        boxes = [one.bounding_box() for one in tab.locator(f"#picture-plot .head {line}").all() if one.inner_text()]
+        boxes.sort(key=lambda box: box["x"])
+        for left, right in pairwise(boxes):
+            assert left["x"] + left["width"] <= right["x"] + 1, line
+
+
+def test_a_name_without_room_keeps_its_number_and_its_end(show):
+    name = "transformer_double_blocks.17.img_attn.proj"
+    tab = show(report([layer(name, figures(1.0), figures(1.0))], count=2), width=700)
+    front = tab.locator("#picture-plot .name .front")
+    assert front.evaluate("node => node.scrollWidth > node.clientWidth")
+    number = """node => { const text = node.querySelector("bdi").firstChild, range = document.createRange();
+range.setStart(text, text.length - 3); range.setEnd(text, text.length);
+const [inner, outer] = [range.getBoundingClientRect(), node.getBoundingClientRect()];
+return inner.left >= outer.left && inner.right <= outer.right + 1 }"""
+    assert front.evaluate(number)
+    assert front.inner_text() == "transformer_double_blocks.17"
+
+
+def test_the_heading_over_the_names_is_as_wide_as_they_are_on_a_phone(show):
+    tab = show(report([layer("transformer.double_stream_blocks.17.image_attention.projection", figures(1.0))]), width=360)
+    head, body = (tab.locator(f"#figures {part} tr > :first-child").bounding_box() for part in ("thead", "tbody"))
+    assert head["width"] == pytest.approx(body["width"], abs=1)
 
 
 @pytest.mark.parametrize("document", [report(SMALL), compared()])

@@ -324,12 +324,14 @@ function element(tag, attributes = {}, ...children) {
   made.append(...children.filter((child) => child !== null && child !== undefined));
   return made;
 }
-/** A layer's name of which the front gives way where room is short: the end tells layers apart. */
+/** A layer's name of which the beginning gives way where room is short: block numbers and the end tell layers apart. */
 const nameOf = (layer) =>
   element(
     "span",
     { class: "name", title: layer.name },
-    layer.cut ? element("span", { class: "front" }, layer.name.slice(0, layer.cut)) : null,
+    layer.cut
+      ? element("span", { class: "front" }, element("bdi", { dir: "ltr" }, layer.name.slice(0, layer.cut)))
+      : null,
     element("span", { class: "back" }, layer.name.slice(layer.cut)),
   );
 /** Words in braces as terms that explain themselves. */

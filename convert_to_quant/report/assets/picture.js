@@ -8,7 +8,7 @@ const VIEWS = [
     key: "before",
     label: present,
     strips: (layer, s) => [strip(layer, s, "before")],
-    how: "Each row is a layer; the stronger the colour, the more of its inputs have that size beside the layer’s {scale}. Blue is kept well. Red on the right is cut off, violet on the left becomes 0.",
+    how: "Each row is a layer; the stronger the colour, the more of its inputs have that size beside the layer’s {scale}. Blue is kept well. Orange on the right is cut off, violet on the left becomes 0.",
   },
   {
     key: "after",
@@ -27,7 +27,7 @@ const VIEWS = [
     label: "real values",
     real: true,
     strips: (layer, s) => [strip(layer, s, null)],
-    how: "The inputs’ own sizes. Brackets show what FP8 can hold: dotted red at the present {scale}, solid at the new one; the thick part is its normal zone.",
+    how: "The inputs’ own sizes. Brackets show what FP8 can hold: dotted orange at the present {scale}, solid at the new one; the thick part is its normal zone.",
   },
   ...(crosses
     ? [
@@ -287,7 +287,7 @@ const difference = () => (seen && (view().real || state.view === "before") ? "ra
 
 const picture = {
   rowHeight: (plot) => (view().real ? 26 : 20) + (panels(plot)[0](layers[0] || { sides: [] }).length - 1) * 13,
-  side: (plot) => (plot.narrow ? 0 : compares ? 172 : 124),
+  side: (plot) => (plot.narrow ? 0 : compares ? Math.min(172, Math.round(plot.width * 0.19)) : 124),
   head(plot) {
     const real = view().real,
       [low, high] = span(),
@@ -296,20 +296,23 @@ const picture = {
     grids.forEach(({ left, width }, number) => {
       const place = (at) => left + ((at - low) / (high - low)) * width;
       const put = (...what) => made.push(caption(...what));
-      const small = width < 560;
       if (compares) put("side", panelTitle(number, grids.length), left, width);
       if (real) put("label", "size of an input, |x|", left + width / 2);
-      else
+      else {
+        const room = ({ low: from, high: to }) => place(Math.min(to, high)) - place(Math.max(from, low));
+        const long = ({ key }) => key.length * 6.6;
+        const last = ZONES.at(-1),
+          spill = Math.max(long(last) - room(last), 0); // of the last word, into the zone before
         for (const zone of ZONES) {
-          const from = Math.max(zone.low, low),
-            to = Math.min(zone.high, high),
-            room = place(to) - place(from),
-            long = zone.key.length * 6.6;
-          const words = room > (zone.key.length + zone.says.length + 2) * 6 ? `${zone.key}: ${zone.says}` : zone.key;
-          if (zone.key === "saturated" && room < long) put("label saturated end", words, left + width);
-          else if (zone.key === "vanished" && room < long) put("label vanished start", room < 50 ? "" : words, left);
-          else if (room > long || !small) put("label " + zone.key, words, place((from + to) / 2));
+          const free = room(zone) - (zone.key === "normal" ? spill : 0),
+            middle = place(Math.max(zone.low, low)) + free / 2;
+          const words = free > (zone.key.length + zone.says.length + 2) * 6 ? `${zone.key}: ${zone.says}` : zone.key;
+          if (zone === last && spill) put("label saturated end", words, left + width);
+          else if (zone.key === "vanished" && free < long(zone))
+            put("label vanished start", free < 50 ? "" : words, left);
+          else if (free > long(zone)) put("label " + zone.key, words, middle);
         }
+      }
       for (const [at, text] of ticks(real, width)) {
         const x = place(at);
         put("tick " + (x < left + 10 ? "start" : x > left + width - 14 ? "end" : ""), text, x);

@@ -25,7 +25,8 @@ class Table {
       const words =
         Math.max(...figure.label.split(/[ ,]+/).map((word) => word.length), Math.ceil(figure.label.length / 3)) + 1;
       const longest = layers.reduce((most, layer) => Math.max(most, String(figure.show(layer)).length), words);
-      return `calc(${Math.min(longest, figure.key === "name" ? 42 : 64)}ch + 1.4rem)`;
+      if (figure.key === "name") return `min(${Math.min(longest, 42)}ch + 1.4rem, 50vw)`;
+      return `calc(${Math.min(longest, 64)}ch + 1.4rem)`;
     });
     this.body = element("tbody", { role: "rowgroup" });
     this.table = element(
