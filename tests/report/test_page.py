@@ -618,7 +618,9 @@ return inner.left >= outer.left && inner.right <= outer.right + 1 }"""
 
 
 def test_the_heading_over_the_names_is_as_wide_as_they_are_on_a_phone(show):
-    tab = show(report([layer("transformer.double_stream_blocks.17.image_attention.projection", figures(1.0))]), width=360)
+    tab = show(
+        report([layer("transformer.double_stream_blocks.17.image_attention.projection", figures(1.0))]), width=360
+    )
     head, body = (tab.locator(f"#figures {part} tr > :first-child").bounding_box() for part in ("thead", "tbody"))
     assert head["width"] == pytest.approx(body["width"], abs=1)
 
