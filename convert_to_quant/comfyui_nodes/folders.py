@@ -158,6 +158,11 @@ def statistics_file(name: str) -> Path:
     return path
 
 
+def written_at(path: Path) -> int | None:
+    """When a file was written, in nanoseconds; None where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def make_parent(path: Path) -> None:
     """Make the folder of a file.
 

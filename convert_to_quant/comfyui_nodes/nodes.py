@@ -235,10 +235,12 @@ class SaveActivationStats:
         """Write them, and pass them on as they are now."""
         statistics = statistics_of(stats)
         files = stats.files if isinstance(stats, Recorder) else {}
-        path = files.get(filename_prefix) or folders.next_output(filename_prefix)
+        path, written = files.get(filename_prefix, (None, None))
+        if path is None or folders.written_at(path) != written:  # moved away, and another may have its name
+            path = folders.next_output(filename_prefix)
         folders.make_parent(path)
         statistics.save(path)
-        files[filename_prefix] = path
+        files[filename_prefix] = (path, folders.written_at(path))
         file = path.relative_to(folders.output_folder()).as_posix()
         samples = "1 sample" if statistics.samples == 1 else f"{statistics.samples} samples"
         text = f"{int(statistics.visited.sum())} layers, {samples}: {file}"

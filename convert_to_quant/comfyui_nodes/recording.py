@@ -51,13 +51,13 @@ class Recorder:
     Attributes:
         recording: which one this is; another recorder has another text.
         samplings: complete samplings that were added.
-        files: where it was saved, by the name that was asked for.
+        files: where it was saved and when (see `folders.written_at`), by the name that was asked for.
     """
 
     def __init__(self, before: Statistics | None = None) -> None:
         self.recording = uuid.uuid4().hex
         self.samplings = 0
-        self.files: dict[str, Path] = {}
+        self.files: dict[str, tuple[Path, int | None]] = {}
         self._total = before
         self._recordings: dict[Any, Recording] = {}  # while it samples, by ComfyUI's BaseModel
 

@@ -160,6 +160,20 @@ def test_one_recording_is_one_file_and_another_gets_the_next_number(
     assert Statistics.load(comfyui.root / "output" / "a_00001_.safetensors").samples == 4
 
 
+def test_a_file_that_took_the_place_of_ours_is_not_replaced(
+    comfyui: Any, recorded: Any, statistics: Callable[..., Any]
+) -> None:
+    first = comfyui.root / "output" / SaveActivationStats().save(recorded, LATENT, "a")["result"][1]
+    first.rename(first.with_name("kept.safetensors"))
+    other = statistics(comfyui.shapes, 7.0)
+    assert SaveActivationStats().save(other, LATENT, "a")["result"][1] == first.name
+
+    again = [SaveActivationStats().save(recorded, LATENT, "a")["result"][1] for _ in range(2)]
+
+    assert again == ["a_00002_.safetensors"] * 2
+    assert Statistics.load(first) == other
+
+
 def test_recording_goes_on_from_a_saved_file(comfyui: Any, recorded: Any, noise: Tensor) -> None:
     file = SaveActivationStats().save(recorded, LATENT, "a")["result"][1]
     model, stats = RecordActivations().record(comfyui.model(), statistics_file=file)
