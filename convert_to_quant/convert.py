@@ -370,7 +370,10 @@ def convert(
     refuse_same_file(output, [checkpoint.path, *(file.path for file in checkpoint.files)])
     if not plan.quantized:
         raise OutputError(
-            "nothing to convert: no layer would become FP8", path=checkpoint.path, hint="--dry-run says why, per layer"
+            "nothing to convert: no layer would become FP8",
+            path=checkpoint.path,
+            hint="--dry-run says why, per layer"
+            + ("; --actcal calibrates the FP8 layers that are there" if plan.table.quantized else ""),
         )
     layout = _lay_out(checkpoint, plan)
     files, index = output_files(output, checkpoint, layout.place.__getitem__, layout.specs)

@@ -539,6 +539,12 @@ def test_a_stray_scale_beside_a_weight_in_high_precision_is_refused(tmp_path, sa
 # what is refused
 
 
+def test_a_conversion_of_what_is_fp8_already_is_told_of_calibration(tmp_path, save, build):
+    source = save("in.safetensors", *build.quantized([CONVERTED[0]], "tensor"))
+    with pytest.raises(OutputError, match=r"\(--dry-run says why, per layer; --actcal calibrates the FP8 layers that"):
+        run(source, tmp_path / "out.safetensors")
+
+
 def test_a_conversion_of_nothing_is_refused(tmp_path, save):
     source = save("in.safetensors", {"norm.weight": np.ones(4, np.float32)})
     with pytest.raises(OutputError) as caught:

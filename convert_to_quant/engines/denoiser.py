@@ -395,7 +395,10 @@ def _device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise OptionError(
+            f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}",
+            hint="without a device the model runs on the CPU",
+        ) from None
     return device
 
 

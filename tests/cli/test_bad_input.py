@@ -414,6 +414,7 @@ def test_a_device_that_this_machine_lacks(ctq: Command, folder: Folder, fp8_file
     outcome = ctq("-i", fp8_file, "--in-place", "--actcal", "--actcal-device", "cuda:77")
     assert outcome.code == 2
     assert outcome.err.startswith("error: device 'cuda:77' cannot be used: ")
+    assert outcome.err.endswith("(without a device the model runs on the CPU)\n")
     assert folder() == before
 
 
