@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -50,6 +51,9 @@ DEFAULT_COMMAND = "convert"
 READERS = frozenset({"inspect", "check", "completion"})
 """Commands that write nothing but a report."""
 
+STREAM_ENDS = frozenset({errno.EPIPE, errno.ENOSPC, errno.EIO})
+"""Why a stream takes no more: its reader went away, or the disk behind it is full or failed."""
+
 FILE_SUFFIXES = (".safetensors", ".sft", ".json", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 """What shows that a word was meant as a file."""
 
@@ -79,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prepare(words: Sequence[str]) -> None:
     """Make the streams fit to be written to: colours as asked for, and no letter that they cannot show is an error."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us; `print` would take stdout for stderr
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     terminal.choose_color(words)
     output.configure()
     for stream in (sys.stdout, sys.stderr):
@@ -176,7 +183,11 @@ def guarded(run: Callable[[], int]) -> int:
         with contextlib.suppress(BrokenPipeError):  # whoever ended us may be gone
             print("interrupted: an output is written whole or not at all", file=sys.stderr)
         return stop.exit_code if isinstance(stop, Interrupted) else exit_code(signal.SIGINT)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough. Keep Python from complaining when it flushes at exit.
+    except OSError as failure:
+        if failure.errno not in STREAM_ENDS:
+            raise
+        if failure.errno != errno.EPIPE:  # whose reader has seen enough
+            output.error(f"the output cannot be written: {failure.strerror}")
+        # Keep Python from complaining when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -158,13 +158,13 @@ def write_json(place: str, document: Mapping[str, Any]) -> None:
         OutputError: the file cannot be written.
     """
     told = {**document, **({"made_by": _made_by} if _made_by else {})}
-    text = json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    if place == "-":
+    text = json.dumps(told, indent=2, ensure_ascii=place == "-", allow_nan=False) + "\n"
+    if place == "-":  # in whatever encoding
         sys.stdout.write(text)
         return
     from ..checkpoint import write_bytes
 
-    write_bytes(Path(place), text.encode("utf-8"))
+    write_bytes(Path(place), text.encode("utf-8", "backslashreplace"))  # half a pair, as a file's name may have
 
 
 def require_folder(path: Path) -> None:

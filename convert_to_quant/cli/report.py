@@ -207,7 +207,7 @@ def outputs_of(report: Report, args: argparse.Namespace) -> dict[str, bytes]:
     if args.output is not None:
         from ..report import page
 
-        outputs[args.output] = page.render(report.document()).encode("utf-8")
+        outputs[args.output] = page.render(report.document()).encode("utf-8", "backslashreplace")
     if args.png is not None:
         from ..report import picture
 
@@ -218,7 +218,7 @@ def outputs_of(report: Report, args: argparse.Namespace) -> dict[str, bytes]:
         if args.csv == STDOUT:
             sys.stdout.write(table.render(report))
         else:
-            outputs[args.csv] = table.render(report).encode("utf-8")
+            outputs[args.csv] = table.render(report).encode("utf-8", "backslashreplace")
     if args.json is not None:
         write_json(args.json, report.document())
     return outputs

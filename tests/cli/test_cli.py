@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -228,3 +229,23 @@ def test_a_reader_that_goes_away_is_no_error_message(save: Callable[..., Path], 
     assert process.returncode == 1
     assert "Traceback" not in error
     assert "BrokenPipe" not in error
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+@pytest.mark.parametrize("words", [["--help"], ["completion", "bash"]])
+def test_a_full_disk_behind_stdout_is_one_line(words: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "convert_to_quant", *words], stdout=full, stderr=subprocess.PIPE,
+                              text=True, check=False)  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize(("closed", "code", "error"), [(">&-", 1, "error: none: no such file\n"), ("2>&-", 1, "")])
+def test_closed_streams_take_nothing_and_nothing_goes_to_the_other(
+    fp8_file: Path, closed: str, code: int, error: str
+) -> None:
+    command = f'exec "$@" {closed}'
+    words = [sys.executable, "-m", "convert_to_quant", "inspect", str(fp8_file), "none", "--json", "-"]
+    done = subprocess.run(["sh", "-c", command, "sh", *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, error)
+    assert closed == ">&-" or json.loads(done.stdout)["files"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -80,6 +82,15 @@ def test_all_outputs_tell_the_same(ctq: Any, stats: Any, model: Any, tmp_path: P
     assert told["verdict"]["headline"] in page.read_text()
     chunks = Image.open(png).text  # type: ignore[attr-defined]
     assert json.loads(chunks["convert_to_quant"])["verdict"][0] == told["verdict"]["headline"]
+
+
+def test_files_whose_names_are_no_text_are_reported(ctq: Any, stats: Any, model: Any, tmp_path: Path) -> None:
+    observed, checkpoint = stats(os.fsdecode(b"\xe9")), model(os.fsdecode(b"\xff"))
+    places = [tmp_path / name for name in ("r.html", "r.csv", "r.json")]
+    outputs = zip(("-o", "--csv", "--json"), places, strict=True)
+    assert ctq("report", observed, checkpoint, *itertools.chain(*outputs)).code == 0
+    for place in places:
+        assert "\\udcff" in place.read_text(encoding="utf-8")
 
 
 def test_csv_and_json_go_to_stdout_alone(ctq: Any, stats: Any) -> None:
