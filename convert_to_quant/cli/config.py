@@ -49,7 +49,7 @@ def read(path: str) -> Table:
         import tomli as tomllib
 
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # as editors on Windows write
     except OSError as error:
         raise OptionError(f"the configuration cannot be read: {error.strerror}", path=path) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -162,6 +162,8 @@ class Options:
             found: Any = value
         elif _takes_many(action):
             found = [self._value(action, key, one) for one in (value if isinstance(value, list) else [value])]
+            if action.nargs == "+" and not found:
+                raise self._error(key, "should name at least one")
         else:
             found = self._value(action, key, value)
         self.before[action.dest] = action.default
@@ -232,8 +234,14 @@ def parse(
         return parser.parse_args(words), [command, *actions]
     content = read(path)
     check_commands(content, path, known)
-    if leaf.subcommands() is not None and len(content.get(command, ())) == 1:  # the file's only action is meant
-        words = [*content[command], *words]
+    inner = leaf.subcommands()
+    if inner is not None:  # no action is named, so the file's only one is meant
+        said = list(content.get(command, ()))
+        if len(said) != 1 or said[0] not in inner.choices:
+            hint = f"tables are called {', '.join(f'[{command}.{name}]' for name in inner.choices)}"
+            problem = f"name an action: convert_to_quant {command} ACTION ..."
+            raise OptionError(problem, path=path, hint=hint)
+        words = [*said, *words]
         leaf, actions = follow(parser, words)
     names = [command, *actions]
     options = Options(content, path, names, leaf)
@@ -275,11 +283,16 @@ def write(path: str, names: Sequence[str], parser: Parser, args: argparse.Namesp
         OutputError: it cannot be written.
     """
     from ..checkpoint import write_bytes
+    from ..errors import OutputError
 
     table = options_in_force(parser, args, Path(path).parent)
     lines = [f"# convert_to_quant {__version__}", f"[{'.'.join(names)}]"]
     lines += [f"{key} = {_toml(value)}" for key, value in table.items()]
-    write_bytes(Path(path), ("\n".join(lines) + "\n").encode("utf-8"))
+    try:
+        content = ("\n".join(lines) + "\n").encode("utf-8")
+    except UnicodeEncodeError:
+        raise OutputError("TOML cannot hold a file name that is not UTF-8", path=path) from None
+    write_bytes(Path(path), content)
 
 
 def _toml(value: Any) -> str:

@@ -29,16 +29,17 @@ def choose_color(words: Sequence[str]) -> None:
 
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:
-    """What a command line that is not parsed yet says behind a flag; None where it does not.
+    """What a command line that is not parsed yet says last behind a flag; None where it does not.
 
-    >>> value_of("--color", ["demo", "--color", "never"]), value_of("--color", ["--color=never"])
+    >>> value_of("--color", ["demo", "--color", "never"]), value_of("--color", ["--color", "auto", "--color=never"])
     ('never', 'never')
     """
+    found = None
     for number, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name == flag and (equals or number + 1 < len(words)):
-            return value if equals else words[number + 1]
-    return None
+            found = value if equals else words[number + 1]
+    return found
 
 
 def is_terminal(stream: TextIO) -> bool:

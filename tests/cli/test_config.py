@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,9 @@ def test_an_action_runs_from_its_file_alone(ctq: Any, recipe: Any, tmp_path: Pat
         ("[convert]\nscaling-mode = 'rwo'", ["-i", "a"],
          "[convert] scaling-mode: invalid choice: 'rwo' (did you mean row?)"),
         ("[convert]\nlegacy = true\ncomfy-quant = true", ["-i", "a"], "[convert] comfy-quant: not allowed with legacy"),
+        ("[inspect]\nmodel = []", [], "[inspect] model: should name at least one"),
+        ("[comfyui]\nserver = 'x'", [], "name an action: convert_to_quant comfyui ACTION ... (tables are called "
+         "[comfyui.install], [comfyui.uninstall], [comfyui.observe])"),
         ("[convert]\nconfig = 'x'", ["-i", "a"],
          "[convert] config: unknown key (convert_to_quant help convert names them)"),
         ("[apply]", ["-i", "a"], "no table [convert] (it has [apply])"),
@@ -158,6 +162,22 @@ def test_a_file_that_cannot_be_read_is_misuse(ctq: Any, tmp_path: Path) -> None:
         2,
         f"error: {path}: the configuration cannot be read: No such file or directory\n",
     )
+
+
+def test_a_byte_order_mark_is_no_key(ctq: Any, recipe: Any, fp8_file: Path) -> None:
+    assert ctq("--config", recipe(f'\ufeff[inspect]\nmodel = "{fp8_file.name}"')).code == 0
+
+
+def test_the_last_file_counts_as_of_any_flag(ctq: Any, recipe: Any, fp8_file: Path) -> None:
+    path = recipe(f'[inspect]\nmodel = "{fp8_file.name}"')
+    assert ctq("--config", "none.toml", "--config", path).code == 0
+
+
+def test_a_name_that_toml_cannot_hold_is_not_saved(ctq: Any, fp8_file: Path) -> None:
+    path, saved = fp8_file.rename(fp8_file.with_name(os.fsdecode(b"\xff.safetensors"))), fp8_file.with_name("c.toml")
+    outcome = ctq("inspect", path, "--save-config", saved)
+    assert (outcome.code, saved.exists()) == (1, False)
+    assert outcome.err == f"error: {saved}: TOML cannot hold a file name that is not UTF-8\n"
 
 
 def test_a_saved_call_is_the_same_call(ctq: Any, tmp_path: Path, flux_file: Path) -> None:
