@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, OptionError
 from .output import decibels, error, print_table, progress_bar, write_json
 from .running import NOISE, PICTURES, add_running_arguments, check_running_options, geometry_of
 from .terminal import Styled
@@ -59,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     check_running_options(args)
+    if args.at_least is not None and math.isnan(args.at_least):
+        raise OptionError("--at-least should be a number of dB, found nan")
     found = measure(args)
     if args.json:
         write_json(args.json, found.to_json())

@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
         raise OutputError("the folder cannot be made: a file is there", path=folder)
     if args.dry_run:
         say(f"dry run: would write the picture and the models into {folder}; nothing was written")
+        if args.json:
+            write_json(args.json, {"folder": str(folder), "dry_run": True})
         return 0
     say("converting, calibrating and running the embedded emoji model as three files; about a minute")
     with progress_bar("demo") as progress:

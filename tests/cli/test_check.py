@@ -183,6 +183,7 @@ def test_a_file_that_is_no_model_is_refused(ctq: Any, flux_file: Path, save: Any
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("--at-least", "nan"), "--at-least should be a number of dB, found nan"),
         (("--steps", 0), "--steps should be at least 1, found 0"),
         (("--seed", -1), "a seed should not be negative"),
         (("--arithmetic", "abacus"), "invalid choice: 'abacus'"),

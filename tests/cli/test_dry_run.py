@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ def test_it_says_so_and_writes_nothing(
     assert folder() == before
     assert ctq(*CALLS[name].split(), "--dry-run", "-q").err == ""
     assert folder() == before
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_it_gives_its_document_all_the_same(ctq: Any, place: Path, name: str) -> None:
+    outcome = ctq(*CALLS[name].split(), "--dry-run", "--json", "-")
+    assert json.loads(outcome.out)["made_by"]["options"]["dry-run"] is True
 
 
 @pytest.mark.parametrize("name", FAILURES)
