@@ -3,7 +3,7 @@
 A workflow is a file from somebody else. Checkpoints come from ComfyUI's model lists. What is written gets a name below
 ComfyUI's output folder, or below the models folder of the checkpoint that it was made from. A name is taken apart by
 the rules of Windows and of Unix together: no drive, no root, no "..", no character or ending that either treats in a
-special way; and where it leads through symbolic links must be inside, too.
+special way, no overlong part; and where it leads through symbolic links must be inside, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ KINDS = ("diffusion_models", "checkpoints")
 
 SUFFIX = ".safetensors"
 
-_SPECIAL = re.compile(r'[\x00-\x1f<>:"|?*]')
+_SPECIAL = re.compile(r'[\x00-\x1f<>:"|?*\ud800-\udfff]')
+_MOST_BYTES = 230
+"""Of a name: systems take 255, and a number and an ending may follow."""
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -34,8 +36,7 @@ def inside(folder: Path, name: str) -> Path:
         OptionError: the name is empty, or leads out of the folder, or could on some system.
     """
     said = PureWindowsPath(name)
-    bad = [part for part in said.parts if _SPECIAL.search(part) or part.endswith((".", " ")) or part.startswith("~")]
-    if not said.parts or said.anchor or bad:
+    if not said.parts or said.anchor or any(map(_is_bad, said.parts)):
         raise OptionError(
             f"{name!r} is no file name below {folder}", hint="use plain names, with / between folder and file"
         )
@@ -43,6 +44,12 @@ def inside(folder: Path, name: str) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise OptionError(f"{name!r} leads out of {folder}, through a symbolic link", hint="name another folder")
     return path
+
+
+def _is_bad(part: str) -> bool:
+    """Whether some system would not take a part of a path as a plain name."""
+    special = _SPECIAL.search(part) or part.endswith((".", " ")) or part.startswith("~")
+    return bool(special) or len(part.encode()) > _MOST_BYTES
 
 
 def with_suffix(name: str) -> str:

@@ -35,6 +35,9 @@ OUTSIDE = [
     "x ",
     ".. /x",
     ".../x",
+    "x" * 240,  # and room for _00001_.safetensors
+    "\u00fc" * 120 + "/x",
+    "half a letter \ud800",
 ]
 
 
