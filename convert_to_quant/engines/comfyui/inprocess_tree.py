@@ -37,7 +37,7 @@ VERSION_FILE = "comfyui_version.py"
 FLAGS = {"cpu": ("--cpu",), "cuda": ()}
 """Kind of device -> what ComfyUI's command line says of it."""
 
-OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError", "OOM_EXCEPTION")
+OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
 
 
 def folder_of(given: StrPath | None) -> Path:
