@@ -267,7 +267,7 @@ def _whys(figures: Mapping[str, Any]) -> Iterable[str]:
         yield CAUSES.get(figures["cause"], "in full precision in the file already")
     if figures["unused"]:
         yield f"left alone: {figures['unused']}"
-    elif figures["source"] == "none":
+    elif not figures["absmax"]:
         yield f"left alone: {figures['reason']}"
 
 

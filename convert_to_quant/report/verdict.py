@@ -88,7 +88,7 @@ def _one(side: Side, figures: Sequence[Figures], layers: Sequence[Layer]) -> Ver
     points: list[str] = []
     if side.model is None:
         points.append("No checkpoint was given: 1.0 is what ComfyUI reads from an FP8 file without input scales.")
-    unseen = [name for name, one in quantized if one.source == "none"]
+    unseen = [name for name, one in quantized if not one.seen]
     present = [(name, one, one.before) for name, one in quantized]
     risky, remaining = _count_risky(present), _count_risky((name, one, one.after) for name, one in rows)
     total = len(quantized)
@@ -106,7 +106,9 @@ def _one(side: Side, figures: Sequence[Figures], layers: Sequence[Layer]) -> Ver
         headline = f"None of {plural(total, 'FP8 layer')} is at risk {where}."
     points = [*_risks(present), *_mild(present), *_ratios(quantized), *_precision(rows), *points]
     if unseen and side.calibrates:
-        points.append(f"Never seen, so left as they are: {plural(len(unseen), 'layer')} (first: {unseen[0]}).")
+        points.append(
+            f"Never seen, or only as zeros, so left as they are: {plural(len(unseen), 'layer')} (first: {unseen[0]})."
+        )
     for why, count in Counter(one.unused for _, one in rows if one.unused).items():
         points.append(f"No reader uses the input scale of {plural(count, 'layer')}: {why}.")
     moving = [name for name, one in rows if one.conditioning_dependent]
@@ -263,7 +265,8 @@ def _two_inputs(first: Side, second: Side, layers: Sequence[Layer]) -> tuple[Lev
         if (one := layer.sides[0]) is not None and (other := layer.sides[1]) is not None
         and one.absmax and other.absmax
     ]  # fmt: skip
-    points.append(_moved("range", second, ranges))
+    if ranges:
+        points.append(_moved("range", second, ranges))
     if risky:
         points.append("Merge both (convert_to_quant merge) and calibrate on that: it covers either.")
     for side, number in ((first, 0), (second, 1)):

@@ -98,8 +98,8 @@ HOSTILE_DOCUMENT = report(
 HOSTILE_PAIR = report([layer(HOSTILE, figures(10.0), None)], count=2, sides=(side(HOSTILE), side(HOSTILE)))
 
 
-def compared() -> dict[str, Any]:
-    cold, hot = figures(10.0), figures(1280.0)
+def compared(largest: float = 1280.0) -> dict[str, Any]:
+    cold, hot = figures(10.0), figures(largest)
     crossed = State(10 / 448, False, 2.0, 0.9, 0.0, 0.0, "clips")
     return report(
         [
@@ -217,11 +217,15 @@ def test_bars_count_layers_now_and_calibrated():
 
 def test_layers_in_full_precision_and_left_alone_are_listed_with_the_reasons():
     unseen = Figures(State(1.0, False), State(1.0, False), reason="never visited: keeps its scale")
-    text = page.render(report([*SMALL, layer("never", unseen)], left_alone=(LeftAlone("other", "nvfp4"),)))
+    zeros = replace(unseen, source="model", absmax=0.0, reason="seen only as zeros: keeps its scale")
+    text = page.render(
+        report([*SMALL, layer("never", unseen), layer("zeros", zeros)], left_alone=(LeftAlone("other", "nvfp4"),))
+    )
     groups = re.findall(r"<summary><b>(\d+)</b> layers? (.*?)</summary><ul><li>(.*?)</li></ul>", text)
     assert groups == [
         ("1", "with one row per picture, where that costs nothing", "blocks.10.mod"),
         ("1", "left alone: never visited: keeps its scale", "never"),
+        ("1", "left alone: seen only as zeros: keeps its scale", "zeros"),
         ("1", "left alone: nvfp4", "other"),
     ]
 
@@ -595,13 +599,14 @@ def test_long_names_of_sides_do_not_run_into_each_other(show):
 
 
 @pytest.mark.parametrize("width", [660, 768, 1280])
-def test_words_over_a_narrow_picture_do_not_run_into_each_other(show, width):
-    tab = show(compared(), width=width)
-    for line in (".label", ".tick"):
+@pytest.mark.parametrize("largest", [1280.0, 4000.0])
+def test_words_over_a_narrow_picture_do_not_run_into_each_other(show, width, largest):
+    tab = show(compared(largest), width=width)
+    for line, gap in ((".label", -1), (".tick", 3)):
         boxes = [one.bounding_box() for one in tab.locator(f"#picture-plot .head {line}").all() if one.inner_text()]
         boxes.sort(key=lambda box: box["x"])
         for left, right in pairwise(boxes):
-            assert left["x"] + left["width"] <= right["x"] + 1, line
+            assert left["x"] + left["width"] + gap <= right["x"], line
 
 
 def test_a_name_without_room_keeps_its_number_and_its_end(show):
@@ -645,6 +650,17 @@ def test_the_rows_shown_are_saved_as_csv(show, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["layer"] for row in rows][::4] == ["blocks.1.mlp.0", '\'=2+2,"x"']
     assert [float(row["largest |x|"]) for row in rows] == [9000.0, 2000.0, 100.0, 4.0, 1.0]
+
+
+def test_what_a_side_does_not_have_is_a_dash_and_in_csv_nothing(show, tmp_path):
+    tab = show(compared())
+    line = tab.locator("#figures-table tbody tr", has_text="blocks.2.only").locator("td").all_inner_texts()
+    assert "null" not in line
+    assert line.count("–") > 10
+    with tab.expect_download() as download:
+        tab.locator("#save").click()
+    download.value.save_as(tmp_path / "figures.csv")
+    assert not {"null", "–"} & set((tmp_path / "figures.csv").read_text(encoding="utf-8-sig").split(","))
 
 
 def test_a_print_is_light_and_has_all_rows(show):

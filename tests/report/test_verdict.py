@@ -63,9 +63,14 @@ def test_a_risk_that_calibration_leaves_is_counted(observed: Observed) -> None:
 
 
 def test_layers_that_were_never_seen_are_named_and_worth_a_warning(observed: Observed) -> None:
-    found = verdict(Source(observed({"a": NORMAL, "b": None})))
+    found = verdict(Source(observed({"a": NORMAL, "b": None, "c": 0 * NORMAL})))
     assert found.level == "warning"
-    assert said(found.points, "Never seen") == "Never seen, so left as they are: 1 layer (first: b)."
+    assert said(found.points, "Never seen") == "Never seen, or only as zeros, so left as they are: 2 layers (first: b)."
+
+
+def test_ranges_that_no_layer_has_on_both_sides_are_not_compared(observed: Observed) -> None:
+    found = verdict(Source(observed({"a": NORMAL})), Source(observed({"a": 0 * NORMAL})))
+    assert not [point for point in found.points if "range" in point]
 
 
 def test_noise_is_said_to_be_noise(observed: Observed) -> None:

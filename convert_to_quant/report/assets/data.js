@@ -297,8 +297,8 @@ const figures = [
   ),
 ].map((figure) => ({
   ...figure,
-  show:
-    figure.show || ((layer) => (figure.format ? figure.format(figure.value(layer)) : (figure.value(layer) ?? missing))),
+  show: (layer) =>
+    figure.format ? figure.format(figure.value(layer)) : ((figure.show || figure.value)(layer) ?? missing),
 }));
 const orders = [ORDER, ...figures];
 

@@ -109,9 +109,10 @@ function ticks(real, room) {
     }
     return list;
   }
-  const step = (high - low) / 4 > room / 40 ? 8 : 4;
+  const step = (high - low) / 4 > room / 40 ? 8 : 4,
+    apart = (44 * (high - low)) / room; // the last of all ends at its tick, the others stand across theirs
   for (let power = Math.ceil(low / step) * step; power <= high; power += step) {
-    if (Math.abs(power - ZONES[3].low) > step / 2)
+    if (Math.abs(power - ZONES[3].low) > apart)
       list.push([power, power === 0 ? "1" : power > 0 && power < 16 ? String(2 ** power) : "2" + superscript(power)]);
   }
   return [...list, [ZONES[3].low, String(fp8.max)]];

@@ -127,7 +127,7 @@ class Table {
 /** The rows shown as CSV. A text that a spreadsheet would run as a formula gets an apostrophe. */
 function csv(rows) {
   const cell = (value) => {
-    let text = value === null || value === undefined ? "" : String(value);
+    let text = value === null || value === undefined || value === missing ? "" : String(value);
     if (typeof value === "string" && /^[=+\-@\t\r]/.test(text)) text = "'" + text;
     return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
