@@ -10,9 +10,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -121,15 +126,111 @@ class ComfyUI:
         self.log.close()
 
 
+class Server:
+    """ComfyUI's own server, in its process."""
+
+    def __init__(self, tree: Path, work: Path, *flags: str) -> None:
+        self.work = work
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        (work / "front").mkdir(exist_ok=True)
+        (work / "front" / "index.html").touch()
+        words = ["serve", tree, work, "--cpu", "--listen", "127.0.0.1", "--port", port, "--disable-api-nodes",
+                 "--database-url", "sqlite:///:memory:", "--front-end-root", work / "front", *flags]  # fmt: skip
+        self.log = (work / "server.log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("driver.py"), *map(str, words)],
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def said(self) -> str:
+        """The end of its log."""
+        return (self.work / "server.log").read_text()[-4000:]
+
+    def ask(self, path: str, body: Any = None) -> Any:
+        """GET, or POST JSON; the answer, also of a refusal."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.loads(answer.read() or "null")
+        except urllib.error.HTTPError as refusal:
+            with refusal:
+                return json.load(refusal)
+
+    def wait_until_it_answers(self) -> None:
+        for _ in range(600):
+            assert self.process.poll() is None, self.said()
+            try:
+                self.ask("/system_stats")
+                return
+            except urllib.error.URLError:
+                time.sleep(0.2)
+        pytest.fail(self.said())
+
+    def run(self, workflow: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Queue a workflow as it is and wait: its history, and what validation refused of it."""
+        queued = self.ask("/prompt", {"prompt": workflow})
+        assert "prompt_id" in queued, queued
+        return self.finish(queued["prompt_id"]), queued["node_errors"]
+
+    def finish(self, prompt: str) -> dict[str, Any]:
+        """Wait for a prompt; its history."""
+        for _ in range(600):
+            history = self.ask(f"/history/{prompt}")
+            if history:
+                found: dict[str, Any] = history[prompt]
+                return found
+            time.sleep(0.1)
+        pytest.fail(self.said())
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
 @pytest.fixture(scope="session")
-def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
-    """The running ComfyUI."""
+def tree() -> Path:
+    """The ComfyUI tree."""
     folder = os.environ.get(VARIABLE)
     if not folder:
         pytest.skip(f"{VARIABLE} is not set: it should name a ComfyUI tree")
     if not (Path(folder) / "comfy" / "sd.py").is_file():
         pytest.fail(f"{VARIABLE} is {folder}, and there is no comfy/sd.py in it")
-    running = ComfyUI(Path(folder), tmp_path_factory.mktemp("comfyui"))
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def serving(tree: Path) -> Callable[..., AbstractContextManager[Server]]:
+    """serving(work, flag, ...): a server that has `work` for its base directory."""
+
+    @contextmanager
+    def serving(work: Path, *flags: str) -> Iterator[Server]:
+        running = Server(tree, work, *flags)
+        try:
+            running.wait_until_it_answers()
+            yield running
+        finally:
+            running.close()
+
+    return serving
+
+
+@pytest.fixture(scope="session")
+def comfyui(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
+    """The running ComfyUI."""
+    running = ComfyUI(tree, tmp_path_factory.mktemp("comfyui"))
     try:
         yield running
     finally:

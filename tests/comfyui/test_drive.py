@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,8 +24,6 @@ from convert_to_quant.emoji.rerange import RERANGINGS, rerange
 from convert_to_quant.stats import COLUMNS, Statistics
 
 pytestmark = pytest.mark.comfyui
-
-VARIABLE = "COMFYUI_DIR"
 
 PACK = '''
 import torch
@@ -62,78 +58,12 @@ NODE_CLASS_MAPPINGS = {"TestEncode": Encode, "TestSize": Size}
 '''
 
 
-class Running:
-    """A running ComfyUI."""
-
-    def __init__(self, folder: str, work: Path, *flags: str) -> None:
-        self.work = work
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.address = f"http://127.0.0.1:{port}"
-        words = [sys.executable, Path(__file__).with_name("driver.py"), "serve", folder, work, "--cpu", "--listen",
-                 "127.0.0.1", "--port", port, "--disable-api-nodes", "--database-url", "sqlite:///:memory:",
-                 "--front-end-root", work / "front", *flags]  # fmt: skip
-        self.log = (work / "server.log").open("w")
-        self.process = subprocess.Popen(
-            [*map(str, words)], stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        for _ in range(600):
-            assert self.process.poll() is None, self.said()
-            try:
-                self.ask("/system_stats")
-                return
-            except urllib.error.URLError:
-                time.sleep(0.2)
-        pytest.fail(self.said())
-
-    def said(self) -> str:
-        """The end of its log."""
-        return (self.work / "server.log").read_text()[-4000:]
-
-    def ask(self, path: str, body: Any = None) -> Any:
-        """GET, or POST JSON; the answer, also of a refusal."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.loads(answer.read() or "null")
-        except urllib.error.HTTPError as refusal:
-            with refusal:
-                return json.load(refusal)
-
-    def run(self, nodes: dict[str, Any]) -> dict[str, Any]:
-        """Queue a workflow as it is, and wait: its history."""
-        run = self.ask("/prompt", {"prompt": nodes})["prompt_id"]
-        for _ in range(600):
-            history = self.ask(f"/history/{run}")
-            if history:
-                found: dict[str, Any] = history[run]
-                return found
-            time.sleep(0.1)
-        pytest.fail(self.said())
-
-    def close(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.log.close()
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(serving: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server with our pack, two models, and what the emoji model needs."""
-    folder = os.environ.get(VARIABLE)
-    if not folder:
-        pytest.skip(f"{VARIABLE} is not set: it should name a ComfyUI tree")
     work = tmp_path_factory.mktemp("drive")
-    for name in ("custom_nodes/test", "models/diffusion_models/sub", "input", "output", "front"):
+    for name in ("custom_nodes/test", "models/diffusion_models/sub", "input", "output"):
         (work / name).mkdir(parents=True)
-    (work / "front" / "index.html").touch()
     (work / "custom_nodes" / "test" / "__init__.py").write_text(PACK)
     assert main(["comfyui", "install", str(work)]) == 0
     models = work / "models" / "diffusion_models"
@@ -142,11 +72,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     for path, values in (("plain", tensors), ("sub/hot", rerange(tensors, RERANGINGS["hot"]))):
         entries = {name: Entry.of(value) for name, value in values.items()}
         write_checkpoint(models / f"{path}.safetensors", entries)
-    running = Running(folder, work)
-    try:
+    with serving(work) as running:
         yield running
-    finally:
-        running.close()
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
@@ -170,7 +97,7 @@ def painting(model: str = "plain.safetensors", text: str = "strawberry") -> dict
     }
 
 
-def recorded(server: Running, nodes: dict[str, Any], prompts: list[str], seeds: list[int], sampler: str) -> Statistics:
+def recorded(server: Any, nodes: dict[str, Any], prompts: list[str], seeds: list[int], sampler: str) -> Statistics:
     """The same by hand: our nodes in the workflow, queued run by run, and the file that they save."""
     model = nodes[sampler]["inputs"]["model"]
     prefix = f"by_hand/{sampler}_{time.monotonic_ns()}"
@@ -184,7 +111,7 @@ def recorded(server: Running, nodes: dict[str, Any], prompts: list[str], seeds: 
         run[sampler]["inputs"]["model"] = ["record", 0]
         run["save"] = node("ConvertToQuantSaveActivationStats", stats=["record", 1], latent=[sampler, 0],
                            filename_prefix=prefix)  # fmt: skip
-        assert server.run(run)["status"]["status_str"] == "success", server.said()
+        assert server.run(run)[0]["status"]["status_str"] == "success", server.said()
     return Statistics.load(server.work / "output" / f"{prefix}_00001_.safetensors")
 
 
@@ -195,7 +122,7 @@ def assert_same(one: Statistics, other: Statistics) -> None:
 
 
 @pytest.fixture
-def drive(server: Running, tmp_path: Path) -> Callable[..., int]:
+def drive(server: Any, tmp_path: Path) -> Callable[..., int]:
     """drive(workflow, flag, ...): our command on the server, into stats.safetensors."""
 
     def drive(nodes: dict[str, Any], *flags: str) -> int:
@@ -206,7 +133,7 @@ def drive(server: Running, tmp_path: Path) -> Callable[..., int]:
     return drive
 
 
-def test_statistics_are_those_of_the_nodes_own_runs(drive: Any, server: Running, tmp_path: Path) -> None:
+def test_statistics_are_those_of_the_nodes_own_runs(drive: Any, server: Any, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("tulip\n\nbear face\n")
     flags = (
         "--prompts",
@@ -232,7 +159,7 @@ def test_statistics_are_those_of_the_nodes_own_runs(drive: Any, server: Running,
     assert {path.name for path in new} == {"activation_stats"}  # nothing was painted into the folder
 
 
-def test_the_statistics_calibrate_a_checkpoint(drive: Any, server: Running, tmp_path: Path) -> None:
+def test_the_statistics_calibrate_a_checkpoint(drive: Any, server: Any, tmp_path: Path) -> None:
     model = server.work / "models" / "diffusion_models" / "plain.safetensors"
     assert main(["-i", str(model), "-o", str(tmp_path / "fp8.safetensors"), "-q"]) == 0
     assert drive(painting(), "--seeds", "1") == 0, server.said()
@@ -246,7 +173,7 @@ def test_the_statistics_calibrate_a_checkpoint(drive: Any, server: Running, tmp_
     assert all(scale not in (0, 1) for scale in scales)
 
 
-def test_two_models_are_recorded_apart(drive: Any, server: Running, tmp_path: Path) -> None:
+def test_two_models_are_recorded_apart(drive: Any, server: Any, tmp_path: Path) -> None:
     nodes = painting()
     nodes["other"] = node("UNETLoader", unet_name="sub/hot.safetensors", weight_dtype="default")
     nodes["again"] = sampling(["other", 0], ["paint", 0], 2)
@@ -293,7 +220,7 @@ def test_a_workflow_with_nodes_that_are_not_there_is_told(drive: Any, capsys: py
     assert "node lora (FancyLora): the server has no node of type FancyLora" in capsys.readouterr().err
 
 
-def test_ctrl_c_leaves_the_server_as_it_was(server: Running, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_the_server_as_it_was(server: Any, tmp_path: Path) -> None:
     nodes = painting()
     nodes["paint"]["inputs"]["steps"] = 5000
     (tmp_path / "workflow.json").write_text(json.dumps(nodes))
@@ -322,18 +249,15 @@ def test_ctrl_c_leaves_the_server_as_it_was(server: Running, tmp_path: Path) -> 
     assert not (tmp_path / "stats.safetensors").exists()
 
 
-def test_totals_are_whole_on_a_server_that_remembers_nothing(server: Running, tmp_path: Path) -> None:
+def test_totals_are_whole_on_a_server_that_remembers_nothing(server: Any, serving: Any, tmp_path: Path) -> None:
     by_hand = recorded(server, painting(), ["strawberry"] * 2, [42, 43], "paint")
     (tmp_path / "workflow.json").write_text(json.dumps(painting()))
     (tmp_path / "base").mkdir()
-    for name in ("custom_nodes", "models", "front"):
+    for name in ("custom_nodes", "models"):
         (tmp_path / "base" / name).symlink_to(server.work / name)
-    forgetful = Running(os.environ[VARIABLE], tmp_path / "base", "--cache-none")
-    try:
+    with serving(tmp_path / "base", "--cache-none") as forgetful:
         words = ["comfyui", "observe", "--server", forgetful.address, "--workflow", str(tmp_path / "workflow.json")]
         assert main([*words, "-o", str(tmp_path / "stats.safetensors"), "--seeds", "2"]) == 0, forgetful.said()
-    finally:
-        forgetful.close()
     assert_same(Statistics.load(tmp_path / "stats.safetensors"), by_hand)
 
 
@@ -363,7 +287,7 @@ INVENTED = {"KSampler (Efficient)"}
 """Nodes of the double that ComfyUI does not have: they are other people's."""
 
 
-def test_the_doubles_nodes_are_comfyuis(server: Running, double: ModuleType, interfaces: Any) -> None:
+def test_the_doubles_nodes_are_comfyuis(server: Any, double: ModuleType, interfaces: Any) -> None:
     from convert_to_quant.engines.comfyui.workflow import NodeType
 
     for name, kind in double.Nodes(interfaces, None).classes.items():
@@ -446,7 +370,7 @@ def conversation(address: str, nodes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", ["success", "failure", "refused", "unknown", "no outputs"])
-def test_the_double_talks_as_comfyui_does(server: Running, double: ModuleType, interfaces: Any, case: str) -> None:
+def test_the_double_talks_as_comfyui_does(server: Any, double: ModuleType, interfaces: Any, case: str) -> None:
     ours = {
         "load": node("UNETLoader", unet_name="flux.safetensors", weight_dtype="default"),
         "clip": node("DualCLIPLoader", clip_name1="t5xxl.safetensors", clip_name2="clip_l.safetensors"),

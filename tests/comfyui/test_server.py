@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -88,83 +84,10 @@ async def comfy_entrypoint():
 """Our second form of nodes, through ComfyUI's own loader; beside the first it would not be loaded."""
 
 
-class Server:
-    """A running ComfyUI."""
-
-    def __init__(self, folder: str, work: Path) -> None:
-        self.work = work
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.address = f"http://127.0.0.1:{port}"
-        (work / "front").mkdir()
-        (work / "front" / "index.html").touch()
-        flags = ["--cpu", "--supports-fp8-compute", "--listen", "127.0.0.1", "--port", port, "--disable-api-nodes",
-                 "--database-url", "sqlite:///:memory:", "--front-end-root", work / "front"]  # fmt: skip
-        self.log = (work / "server.log").open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("driver.py"), "serve", folder, work, *map(str, flags)],
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def said(self) -> str:
-        """The end of its log."""
-        return (self.work / "server.log").read_text()[-4000:]
-
-    def ask(self, path: str, body: Any = None) -> Any:
-        """GET, or POST JSON; the answer, also of a refusal."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.loads(answer.read() or "null")
-        except urllib.error.HTTPError as refusal:
-            with refusal:
-                return json.load(refusal)
-
-    def wait_until_it_answers(self) -> None:
-        for _ in range(600):
-            assert self.process.poll() is None, self.said()
-            try:
-                self.ask("/system_stats")
-                return
-            except urllib.error.URLError:
-                time.sleep(0.2)
-        pytest.fail(self.said())
-
-    def run(self, workflow: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Queue a workflow and wait: its history, and what validation refused of it."""
-        queued = self.ask("/prompt", {"prompt": workflow})
-        assert "prompt_id" in queued, queued
-        return self.finish(queued["prompt_id"]), queued["node_errors"]
-
-    def finish(self, prompt: str) -> dict[str, Any]:
-        """Wait for a prompt; its history."""
-        for _ in range(600):
-            history = self.ask(f"/history/{prompt}")
-            if history:
-                found: dict[str, Any] = history[prompt]
-                return found
-            time.sleep(0.1)
-        pytest.fail(self.said())
-
-    def close(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.log.close()
-
-
 @pytest.fixture(scope="module")
 def server(
-    comfyui: Any, files: Callable[[str], Any], ours: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+    serving: Any, files: Callable[[str], Any], ours: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
     """A server with our pack, the hot model in its lists, and one prompt in its input folder.
 
     For the example workflows there are stand-ins for Flux.1-dev, its text encoders and its VAE.
@@ -187,12 +110,8 @@ def server(
     shutil.copy(made.converted, work / "models" / "diffusion_models" / "flux1-dev-fp8.safetensors")
     start = {name: value[:1].contiguous() for name, value in ours.start().items()}
     save_file(start, work / "input" / "start.safetensors")
-    running = Server(os.environ["COMFYUI_DIR"], work)
-    try:
-        running.wait_until_it_answers()
+    with serving(work, "--supports-fp8-compute") as running:
         yield running
-    finally:
-        running.close()
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
@@ -233,14 +152,14 @@ def recording(seed: int, prefix: str, **calibration: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def latents(server: Server, prefix: str) -> Any:
+def latents(server: Any, prefix: str) -> Any:
     from safetensors.torch import load_file
 
     (path,) = (server.work / "output").glob(f"{prefix}_*.latent")
     return load_file(path)["latent_tensor"]
 
 
-def test_the_installed_nodes_are_offered(server: Server) -> None:
+def test_the_installed_nodes_are_offered(server: Any) -> None:
     offered = server.ask("/object_info")
     for name in NODE_CLASS_MAPPINGS:
         assert offered[name]["category"] == "convert_to_quant"
@@ -250,7 +169,7 @@ def test_the_installed_nodes_are_offered(server: Server) -> None:
     assert sorted(lists) == [f"diffusion_models/{name}.safetensors" for name in names]
 
 
-def test_both_forms_of_the_nodes_are_offered_alike(server: Server) -> None:
+def test_both_forms_of_the_nodes_are_offered_alike(server: Any) -> None:
     offered = server.ask("/object_info")
 
     def described(name: str) -> dict[str, Any]:
@@ -283,7 +202,7 @@ def example(name: str) -> dict[str, Any]:
     return workflow
 
 
-def test_the_example_workflows_run_one_after_the_other(server: Server) -> None:
+def test_the_example_workflows_run_one_after_the_other(server: Any) -> None:
     models, output = server.work / "models" / "diffusion_models", server.work / "output"
 
     done, errors = server.run(example("flux_record"))
@@ -314,7 +233,7 @@ def test_the_example_workflows_run_one_after_the_other(server: Server) -> None:
     assert (models / "again.safetensors").stat().st_size == len(made)
 
 
-def test_progress_texts_reach_the_editor(server: Server) -> None:
+def test_progress_texts_reach_the_editor(server: Any) -> None:
     from websockets.sync.client import connect
 
     for prefix in ("", "V3"):
@@ -334,7 +253,7 @@ def test_progress_texts_reach_the_editor(server: Server) -> None:
         assert texts == [f"save40 layers, 1 sample: told/{prefix}__00001_.safetensors"]
 
 
-def test_the_second_form_of_the_nodes_does_what_the_first_does(server: Server) -> None:
+def test_the_second_form_of_the_nodes_does_what_the_first_does(server: Any) -> None:
     models = server.work / "models" / "diffusion_models"
     made = {}
     for prefix in ("", "V3"):
@@ -360,9 +279,7 @@ def test_the_second_form_of_the_nodes_does_what_the_first_does(server: Server) -
     assert made[""] == made["V3"]
 
 
-def test_one_workflow_paints_records_saves_and_calibrates(
-    server: Server, figure: Callable[[str, float], float]
-) -> None:
+def test_one_workflow_paints_records_saves_and_calibrates(server: Any, figure: Callable[[str, float], float]) -> None:
     import torch
 
     from convert_to_quant.fidelity import sqnr_db
@@ -408,7 +325,7 @@ def test_one_workflow_paints_records_saves_and_calibrates(
         {"checkpoint": "diffusion_models/../../input/start.safetensors"},
     ],
 )
-def test_workflows_that_would_write_elsewhere_are_refused_before_they_run(server: Server, said: dict[str, Any]) -> None:
+def test_workflows_that_would_write_elsewhere_are_refused_before_they_run(server: Any, said: dict[str, Any]) -> None:
     before = sorted(server.work.rglob("*.safetensors"))
     workflow = recording(3, "refused", **said)
     del workflow["keep"]
@@ -421,7 +338,7 @@ def test_workflows_that_would_write_elsewhere_are_refused_before_they_run(server
     assert sorted(server.work.rglob("*.safetensors")) == before
 
 
-def test_a_cancelled_run_leaves_no_hook_and_adds_nothing(server: Server) -> None:
+def test_a_cancelled_run_leaves_no_hook_and_adds_nothing(server: Any) -> None:
     def counted(when: str) -> dict[str, Any]:
         loaded = {"load": painting("hot.safetensors", 1, "")["load"]}
         done, _ = server.run({**loaded, "hooks": node("TestHooks", model=["load", 0], when=when)})
