@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from .terminal import Styled, columns, has_color, is_terminal, paint, printable, style_of
+from .terminal import Styled, columns, fitted, has_color, is_terminal, paint, printable, style_of
 
 Progress = Callable[[int, int], None]
 
@@ -46,15 +46,17 @@ def configure(*, quiet: bool = False, verbose: bool = False, made_by: Mapping[st
 
 
 def say(text: str) -> None:
-    """One line of talk."""
+    """One line of talk; a terminal gets it broken between words."""
     if not _quiet:
-        print(printable(text), file=sys.stderr)
+        print(fitted(printable(text), sys.stderr), file=sys.stderr)
 
 
 def note(text: str) -> None:
-    """One line that a user should know."""
+    """One line that a user should know; a terminal gets it broken between words."""
     if not _quiet:
-        print(f"{paint('note:', 'warn', sys.stderr)} {printable(text)}", file=sys.stderr)
+        mark = "note:"
+        line = fitted(f"{mark} {printable(text)}", sys.stderr)
+        print(paint(mark, "warn", sys.stderr) + line.removeprefix(mark), file=sys.stderr)
 
 
 def error(text: str) -> None:

@@ -15,7 +15,7 @@ from ..errors import OptionError, OutputError
 from .output import decibels, print_table, require_folder, say, size, write_json
 from .parsing import Parser, flag_spelling
 from .solving import add_solving_arguments, solve_options_of
-from .terminal import WIDEST, Styled, paint, printable
+from .terminal import WIDEST, Styled, fitted, paint, printable
 
 if TYPE_CHECKING:
     from ..report.document import Report, State
@@ -40,6 +40,8 @@ of each, the first belongs to the first. Without an output the verdict is printe
 
 LEVEL_STYLES = {"good": "good", "warning": "warn", "bad": "bad"}
 STDOUT = "-"
+OTHER_OUTPUTS = {".png": "--png", ".csv": "--csv", ".json": "--json"}
+"""Endings of what `-o`, which writes the page, is mistaken for."""
 
 
 class Inputs(NamedTuple):
@@ -126,6 +128,9 @@ def check_outputs(args: argparse.Namespace, read: Sequence[Path]) -> None:
     for flag in ("-o", "--png"):
         if places.get(flag) == STDOUT:
             raise OptionError(f"{flag} needs a file", hint="only --csv and --json go to stdout, as -")
+    meant = OTHER_OUTPUTS.get(Path(args.output or "").suffix.lower())
+    if meant is not None:
+        raise OptionError(f"-o writes an HTML page, and {args.output} ends otherwise", hint=f"{meant} {args.output}")
     if [args.csv, args.json] == [STDOUT, STDOUT]:
         raise OptionError("--csv and --json cannot both go to stdout", hint="name a file for one of them")
     files = {flag: Path(place) for flag, place in places.items() if place != STDOUT}
@@ -238,7 +243,8 @@ def tell(report: Report, args: argparse.Namespace) -> None:
 def verdict_lines(report: Report, stream: TextIO) -> Iterator[str]:
     """The verdict as text."""
     verdict = report.verdict
-    yield paint(printable(f"{report.title}: {verdict.headline}"), LEVEL_STYLES[verdict.level], stream)
+    headline = fitted(printable(f"{report.title}: {verdict.headline}"), stream)
+    yield paint(headline, LEVEL_STYLES[verdict.level], stream)
     for point in verdict.points:
         yield from textwrap.wrap(
             printable(point), WIDEST, initial_indent="- ", subsequent_indent="  ", break_long_words=False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import textwrap
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -64,6 +65,16 @@ def columns() -> int:
 def paint(text: str, style: str, stream: TextIO) -> str:
     """A text in a style, where the stream has colours."""
     return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if style in STYLES and text and has_color(stream) else text
+
+
+def fitted(text: str, stream: TextIO) -> str:
+    """A line for a stream: as it is, or broken between words where a terminal would break it within them."""
+    if not is_terminal(stream) or len(text) <= columns():
+        return text
+    return textwrap.fill(
+        text, max(columns(), 1), replace_whitespace=False, expand_tabs=False, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
 
 
 class Styled(str):

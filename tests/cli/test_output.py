@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,23 @@ def test_a_narrow_terminal_does_without_columns_and_says_so(
     assert ("because of it" in shown, "1.5" in shown) == ("why" not in gone, "range" not in gone)
     assert " ".join(shown.split()).endswith(f"no room for: {gone} (a pipe, a file and --json have them)") == bool(gone)
     assert max(map(len, shown.splitlines())) <= width
+
+
+def test_talk_is_broken_between_words_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    text = "calibrated 32 of 32  layers of a-file-with-a-long-name.safetensors"
+    for stream in (FakeTerminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        output.say(text)
+        output.note(text)
+        lines = re.sub(r"\x1b\[\d+m", "", stream.getvalue()).splitlines()
+        if stream.isatty():
+            assert lines == [
+                "calibrated 32 of 32", "layers of", "a-file-with-a-long-name.safetensors",
+                "note: calibrated 32", "of 32  layers of", "a-file-with-a-long-name.safetensors",
+            ]  # fmt: skip
+        else:
+            assert lines == [text, f"note: {text}"]
 
 
 def test_what_files_say_cannot_drive_the_terminal(
