@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..errors import CalibrationError, OptionError
-from .output import decibels, error, print_table, progress_bar, write_json
+from .output import decibels, error, note, print_table, progress_bar, say, write_json
 from .running import NOISE, PICTURES, add_running_arguments, check_running_options, geometry_of
 from .terminal import Styled
 
@@ -24,6 +24,17 @@ SEED = 43
 
 WORST_LAYERS = 20
 EXACT = Styled("exact", "good")
+MEANINGS = (
+    (25.0, "the same picture, details differ on close inspection"),
+    (15.0, "the same picture, with small changes"),
+    (6.5, "the subject is there, the picture is damaged"),
+    (float("-inf"), "ruin"),
+)
+"""What a mean SQNR in dB, from here on, looks like: the table of docs/concepts.md, cut between its lines."""
+
+DOUBTFUL_DB = 20.0
+"""Below this mean something is likely wrong with the file."""
+
 BELOW = 1
 """Exit code of a model that is worse than asked for."""
 
@@ -69,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         print_levels(found)
         if args.layers:
             print_layers(found, None if args.verbose else WORST_LAYERS)
+    say_meaning(found, args)
     if args.at_least is not None and found.sqnr_db < args.at_least:
         error(f"{args.quantized}: {found.sqnr_db:.2f} dB, at least {args.at_least:g} dB were asked for")
         return BELOW
@@ -86,6 +98,8 @@ def measure(args: argparse.Namespace) -> Fidelity:
         reference = load(first, device=args.device)
         quantized = load(second, device=args.device, arithmetic=args.arithmetic.replace("-", "_"))
         refuse_another_model(reference, quantized, args)
+        if reference.plan.table.quantized and not quantized.plan.table.quantized:
+            note(f"the reference is in FP8 and {args.quantized} is not; the reference comes first")
         conditioning, negative, geometry = shown(reference, args)
         with progress_bar("checking") as progress:
             return velocity_fidelity(
@@ -151,9 +165,24 @@ def shown(
     return conditioning, {name: value[:1] for name, value in negative.items()}, prompts.geometry
 
 
+def say_meaning(found: Fidelity, args: argparse.Namespace) -> None:
+    """The mean in words, and where to look if they are bad."""
+    from ..fidelity import EXACT_DB
+
+    if found.sqnr_db >= EXACT_DB:
+        say("both compute the same")
+        return
+    meaning = next((words for least, words in MEANINGS if found.sqnr_db >= least), MEANINGS[-1][1])  # NaN
+    where = f" (convert_to_quant inspect {args.quantized} may say why)" if found.sqnr_db < DOUBTFUL_DB else ""
+    say(f"{found.sqnr_db:.1f} dB on average: {meaning}{where}")
+
+
 def print_levels(found: Fidelity) -> None:
     """Velocity SQNR per noise level, their mean, and the final latents' PSNR."""
     from ..fidelity import EXACT_DB
+
+    def error_of(deviation: float) -> str:
+        return f"{deviation:.2f} dB" if found.prompts > 1 else "-"  # one picture has no spread
 
     rows = [(f"{level.sigma:.3f}", level.sqnr_db, level.standard_error_db) for level in found.levels]
     rows.append(("mean", found.sqnr_db, found.standard_error_db))
@@ -161,7 +190,7 @@ def print_levels(found: Fidelity) -> None:
     print_table(
         ("sigma", "SQNR", "standard error"),
         [
-            (name, *((EXACT, "-") if mean >= EXACT_DB else (decibels(mean, 2), f"{deviation:.2f} dB")))
+            (name, *((EXACT, "-") if mean >= EXACT_DB else (decibels(mean, 2), error_of(deviation))))
             for name, mean, deviation in rows
         ],
         right=(1, 2),
@@ -171,7 +200,7 @@ def print_levels(found: Fidelity) -> None:
 def print_layers(found: Fidelity, most: int | None) -> None:
     """Row errors of layers, worst first."""
     print_table(
-        ("layer", "rows", "mean error", "worst 1 % of rows", "whole tensor"),
+        ("layer", "rows", "mean error", "worst 1 %", "whole tensor"),
         [
             (layer.layer, str(layer.rows), f"{layer.mean:.3%}", f"{layer.worst:.3%}", f"{layer.whole:.3%}")
             for layer in found.layers[:most]

@@ -53,5 +53,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.json:
         write_json(args.json, found.to_json())
+    say("dB: how closely the original is followed; 30 is close, 10 is ruin")
+    say("hot, cold: the same model, but its layers see much larger, much smaller inputs")
     say(f"wrote {found.picture} and the models beside it; {found.seconds:.0f} s")
     return 0

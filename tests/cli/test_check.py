@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,38 @@ def test_every_arithmetic_has_its_spelling_here() -> None:
     assert {name.replace("-", "_") for name in check.ARITHMETICS} == set(ARITHMETICS)
 
 
+CLOSE = "the same picture, details differ on close inspection"
+
+
+@pytest.mark.parametrize(
+    ("mean", "said"),
+    [
+        (25.0, CLOSE), (24.9, "the same picture, with small changes"), (20.0, "the same picture, with small changes"),
+        (19.9, "the same picture, with small changes (convert_to_quant inspect b.safetensors may say why)"),
+        (7.0, "the subject is there, the picture is damaged (convert_to_quant inspect"), (-1.0, "ruin ("),
+        (float("nan"), "ruin"),
+    ],
+)  # fmt: skip
+def test_the_mean_is_told_in_words(capsys: pytest.CaptureFixture[str], mean: float, said: str) -> None:
+    found = Fidelity(mean, 0.1, (), 30.0, 0.1, 2, 2, 1.0)
+    check.say_meaning(found, argparse.Namespace(quantized="b.safetensors"))
+    assert capsys.readouterr().err.startswith(f"{mean:.1f} dB on average: {said}")
+
+
+def test_one_picture_has_no_spread(capsys: pytest.CaptureFixture[str]) -> None:
+    for prompts, spread in ((1, "-"), (2, "0.10")):
+        check.print_levels(Fidelity(30.0, 0.1, (), 30.0, 0.1, prompts, 2, 1.0))
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert rows[1][:4] == ["mean", "30.00", "dB", spread]
+
+
+def test_models_in_the_wrong_order_are_told(ctq: Any, flux_file: Path, fp8_file: Path) -> None:
+    told = "note: the reference is in FP8"
+    assert ctq("check", fp8_file, flux_file, *SMALL).err.startswith(told)
+    for pair in ((flux_file, fp8_file), (fp8_file, fp8_file)):
+        assert told not in ctq("check", *pair, *SMALL).err
+
+
 @pytest.mark.parametrize("arithmetic", ["comfyui", "comfyui-divide", "dequantize"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_it_says_what_the_fidelity_is(
@@ -42,7 +75,7 @@ def test_it_says_what_the_fidelity_is(
     document = fp8_file.with_name("report.json")
     words = (*SMALL, "--arithmetic", arithmetic, "--guidance", guidance, "--json", document)
     outcome = ctq("check", flux_file, fp8_file, *words)
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, outcome.err.splitlines()) == (0, [f"{wanted.sqnr_db:.1f} dB on average: {CLOSE}"])
     found = json.loads(document.read_text())
     made_by = found.pop("made_by")
     assert (made_by["command"], made_by["version"], made_by["options"]["steps"]) == ("check", __version__, 2)
