@@ -80,6 +80,8 @@ def check_commands(content: Table, path: str, known: Sequence[str]) -> None:
         OptionError: something is.
     """
     for name, table in content.items():
+        if name not in known and not isinstance(table, dict):
+            raise OptionError(f"{name!r} stands outside of a table", path=path, hint="put [convert] above it")
         if name not in known:
             hint = did_you_mean(name, known) or f"commands: {', '.join(known)}"
             raise OptionError(f"[{name}] is no command", path=path, hint=hint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from .calibration import (
     tell,
 )
 from .output import note, print_table, progress_bar, say, write_json
-from .patching import check_target, finish
+from .patching import check_target, finish, note_ending
 
 if TYPE_CHECKING:
     from ..calibrate_activation_scales import CalibrationOptions
@@ -200,6 +201,10 @@ def convert_file(
     if args.json and calibration is None:
         write_json(args.json, plan_json(plan))
     say(f"{conversion_summary(plan)}; wrote {output}")
+    note_ending(output)
+    if calibration is None and not args.no_input_scale and args.scaling_mode == "tensor":
+        there = f"convert_to_quant -i {shlex.quote(str(output))} --actcal --in-place"
+        note(f"its input scales are 1.0, not measured ({there} measures them)")
     return 0
 
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
 
 
+READ_AS_SAFETENSORS = (".safetensors", ".sft", ".safetensors.index.json")
+"""How names end that ComfyUI reads as safetensors (`comfy.utils.load_torch_file`), and an index, which others read."""
+
+
 def add_patching_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to, and the marker of legacy files."""
     target = parser.add_argument_group("the file")
@@ -72,13 +76,29 @@ def plan_dry(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Na
 
 def write_patch(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Namespace) -> int:
     """Write a calibration into the new file, or into the checkpoint itself, and say so."""
-    from ..calibrate_activation_scales import patch_model_with_scales
+    from ..calibrate_activation_scales import patch_model_with_scales, plan_in_place
+    from ..layers import find_layers
+    from ..patch import apply_in_place
 
     output = check_target(checkpoint, args)
-    patch = patch_model_with_scales(
-        checkpoint, calibration, output, in_place=args.in_place, enable_fp8_matmul=args.enable_fp8_matmul
-    )
+    if output is None:
+        table = find_layers(checkpoint)
+        patch = plan_in_place(checkpoint, table, calibration, enable_fp8_matmul=args.enable_fp8_matmul)
+        changed = apply_in_place(patch) > 0
+    else:
+        patch = patch_model_with_scales(checkpoint, calibration, output, enable_fp8_matmul=args.enable_fp8_matmul)
+        changed = True
     for text in patch.notes:
         note(text)
-    say(f"wrote {output or checkpoint.path}")
+    if changed:
+        say(f"wrote {output or checkpoint.path}")
+        note_ending(output or checkpoint.path)
+    else:
+        say(f"{checkpoint.path} has these scales already; nothing was written")
     return 0
+
+
+def note_ending(path: Path) -> None:
+    """Say that ComfyUI takes a file for something else, where it does: it goes by how names end."""
+    if not path.name.lower().endswith(READ_AS_SAFETENSORS):
+        note(f"ComfyUI does not read {path.name} as safetensors; it goes by how a name ends")

@@ -66,6 +66,35 @@ def test_convert_quantizes_the_blocks_and_says_so(ctq: Command, flux_file: Path,
     assert set(expect_calibrated(output, flux.quantized).values()) == {1.0}
 
 
+def test_scales_that_nobody_measured_are_told_with_what_measures_them(ctq: Command, flux_file: Path) -> None:
+    out = flux_file.with_name("my out.safetensors")
+    told = f"note: its input scales are 1.0, not measured (convert_to_quant -i '{out}' --actcal --in-place measures"
+    assert told in ctq("-i", flux_file, "-o", out).err
+    assert ctq("-i", out, "--actcal", "--in-place", "--actcal-engine", "layer").code == 0, "what was told works"
+    for words in (["--no-input-scale"], ["--scaling-mode", "row"], ["--actcal", "--actcal-engine", "layer"]):
+        assert "not measured" not in ctq("-i", flux_file, "-o", out, *words).err
+
+
+@pytest.mark.parametrize(("name", "told"), [("a.gguf", True), ("a", True), ("a.SFT", False), ("a.safetensors", False)])
+def test_a_name_that_comfyui_takes_for_something_else_is_told(
+    ctq: Command, flux_file: Path, fp8_file: Path, name: str, told: bool
+) -> None:
+    out = flux_file.with_name(name)
+    calibrating = ("--actcal", "--actcal-engine", "layer")
+    for words in (("-i", flux_file), ("-i", fp8_file, *calibrating)):
+        outcome = ctq(*words, "-o", out)
+        assert outcome.code == 0
+        assert (f"note: ComfyUI does not read {name} as safetensors" in outcome.err) == told
+
+
+def test_in_place_says_so_where_nothing_changes(ctq: Command, fp8_file: Path) -> None:
+    words = ("-i", fp8_file, "--in-place", "--actcal", "--actcal-engine", "layer")
+    assert ctq(*words).err.endswith(f"wrote {fp8_file}\n")
+    before = fp8_file.read_bytes(), fp8_file.stat().st_mtime_ns
+    assert ctq(*words).err.endswith(f"{fp8_file} has these scales already; nothing was written\n")
+    assert (fp8_file.read_bytes(), fp8_file.stat().st_mtime_ns) == before
+
+
 def test_quiet_says_nothing(ctq: Command, flux_file: Path) -> None:
     outcome = ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), "-q", *LAYER)
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
