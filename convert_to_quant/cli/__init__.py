@@ -76,9 +76,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    return enter(arguments, dispatch)
+
+
+def enter(arguments: Sequence[str] | None, run: Callable[[list[str]], int]) -> int:
+    """Run something with a command line's words, between the process and its exit code.
+
+    Args:
+        arguments: see `main`.
+        run: takes the words, flags spelled as the parsers know them.
+    """
     words = [flag_spelling(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     prepare(words)
-    return guarded(lambda: dispatch(words))
+    return guarded(lambda: run(words))
 
 
 def prepare(words: Sequence[str]) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from . import COMMANDS, config, flag_spelling, guarded, perform, prepare
+from . import COMMANDS, config, enter, perform
 from .calibration import add_calibration_arguments
 from .parsing import Parser
 from .patching import add_patching_arguments
@@ -25,15 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    words = [flag_spelling(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    prepare(words)
 
-    def call() -> int:
+    def call(words: list[str]) -> int:
         args, names = config.parse(build_parser(), words, NAME, [NAME, *COMMANDS])
         args.actcal = True
         return perform(run, build_parser(), names, args)
 
-    return guarded(call)
+    return enter(arguments, call)
 
 
 def build_parser() -> Parser:

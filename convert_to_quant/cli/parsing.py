@@ -77,8 +77,9 @@ class Parser(argparse.ArgumentParser):
                 if name.startswith("--") and name not in self._option_string_actions:
                     self.error(f"unknown option {name}{in_brackets(did_you_mean(name, self.flags()))}")
         if not self._get_positional_actions():
+            named = {"-i", "--input"} & {word.partition("=")[0] for word in words}
             for word in self._strays(words):
-                hint = f"did you mean -i {word}?" if "-i" in self._option_string_actions else ""
+                hint = f"did you mean -i {word}?" if "-i" in self._option_string_actions and not named else ""
                 self.error(f"unexpected argument {word!r}{in_brackets(hint)}")
         return super().parse_known_args(words, namespace)
 
