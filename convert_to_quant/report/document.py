@@ -333,12 +333,6 @@ def encode_shares(shares: NDArray[np.float64]) -> Density:
     return encoded
 
 
-def decode_shares(density: Density) -> NDArray[np.float64]:
-    """What `encode_shares` encoded, to within a factor of 10^(±4/254)."""
-    shares: NDArray[np.float64] = 10.0 ** ((density.astype(np.float64) - 1) * DENSITY_DECADES / 254 - DENSITY_DECADES)
-    return np.where(density == 0, 0.0, shares)
-
-
 def _plain(value: Any) -> Any:
     """The same with lists for tuples, as JSON has them."""
     if isinstance(value, Mapping):
