@@ -190,8 +190,8 @@ class SaveActivationStats:
     """Writes recorded statistics into ComfyUI's output folder, once the LATENT is there."""
 
     DESCRIPTION = (
-        "Writes what was recorded into ComfyUI's output folder, after the sampler is done. The same recording always "
-        "goes to the same file; another one gets the next number."
+        "Writes what was recorded into ComfyUI's output folder, after the sampler is done. The same recording "
+        "goes to the same file; another one, or one whose file was moved away, gets the next number."
     )
     CATEGORY = CATEGORY
     FUNCTION = "save"
