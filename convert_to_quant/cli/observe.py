@@ -300,6 +300,7 @@ def observe_pipeline(args: argparse.Namespace, distributed: bool) -> int:
     from ..engines import pipeline
     from ..engines.session import fingerprint
 
+    pipeline.require_pipeline(args.pipeline)  # before all of its files are read
     prompts = read_prompts(Path(args.prompts))
     painting = pipeline.Painting(
         args.samples or len(prompts), args.steps, args.seed, args.height, args.width, args.frames, args.text_tokens

@@ -81,6 +81,20 @@ class Painting:
         return {name: value for name, value in said.items() if value is not None}
 
 
+def require_pipeline(folder: StrPath) -> Path:
+    """The folder of a pipeline.
+
+    Raises:
+        CalibrationError: it is none.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise CalibrationError("no such folder", path=path, hint="of a diffusers pipeline; nothing is downloaded")
+    if not (path / MODEL_INDEX).is_file():
+        raise CalibrationError(f"no folder of a diffusers pipeline: it has no {MODEL_INDEX}", path=path)
+    return path
+
+
 def load(folder: StrPath, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
     """Load a pipeline from its folder.
 
@@ -95,9 +109,7 @@ def load(folder: StrPath, device: str | torch.device = "cpu", dtype: torch.dtype
     """
     import diffusers
 
-    path = Path(folder)
-    if not (path / MODEL_INDEX).is_file():
-        raise CalibrationError(f"no folder of a diffusers pipeline: it has no {MODEL_INDEX}", path=path)
+    path = require_pipeline(folder)
     number = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     try:
         with warnings.catch_warnings(), _no_loading_bars():

@@ -492,6 +492,18 @@ def test_a_pipeline_paints_prompts_under_both_kinds_of_names(
     assert ctq("apply", fp8_file, stats, "-o", tmp_path / "out.safetensors").code == 0
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_folder_that_is_no_pipeline_is_refused(ctq: Any, prompts: Path, tmp_path: Path, dry: tuple[str, ...]) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, said in {
+        "gone": "no such folder (of a diffusers pipeline; nothing is downloaded)",
+        "empty": "no folder of a diffusers pipeline: it has no model_index.json",
+    }.items():
+        words = ("--pipeline", tmp_path / name, "--prompts", prompts, "-o", tmp_path / "s.safetensors")
+        outcome = ctq("observe", *words, *dry)
+        assert (outcome.code, outcome.out, outcome.err) == (1, "", f"error: {tmp_path / name}: {said}\n")
+
+
 def test_a_pipeline_is_observed_under_a_checkpoints_own_names(
     ctq: Any, pipeline: Path, prompts: Path, *, fp8_file: Path, flux: Any, tmp_path: Path
 ) -> None:
