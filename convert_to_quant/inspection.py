@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from . import families, names
+from . import families, names, stats
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import FULL_PRECISION_KEY, PROVENANCE_KEY, SIDE_MULTIPLE
 from .errors import StrPath
@@ -369,6 +369,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
 
 def _identify(checkpoint: Checkpoint) -> tuple[str | None, str]:
     """The family and its name for people."""
+    if stats.METADATA_KEY in checkpoint.metadata:
+        return "statistics", "statistics of what layers received, not a model (convert_to_quant report shows them)"
     bare = names.strip_prefix(checkpoint.tensors)[1]
     shapes = {name: checkpoint.tensors[full].shape for full, name in bare.items()}
     family = families.detect(shapes, shapes)

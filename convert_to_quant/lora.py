@@ -236,7 +236,7 @@ class LoraMatch:
             "for text encoders": len(self.text_encoder),
         }
         rest = "".join(f", {count} {kind}" for kind, count in counts.items() if count)
-        return f"{adapters} adapters on {len(self.matched)} layers{rest}"
+        return f"{_counted(adapters, 'adapter')} on {_counted(len(self.matched), 'layer')}{rest}"
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values: names, files, ranks, scales and rows, no weights."""
@@ -501,6 +501,10 @@ def _matches_nothing(lora: Lora, match: LoraMatch) -> LoraError:
         tensor=first,
         hint="is it made for this model?",
     )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _kinds(lora: Lora) -> Counter[str]:

@@ -342,7 +342,7 @@ def test_lora_report_names_all_that_is_not_applied(save: Save, build: Any) -> No
     }
     lora = load_lora_tensors(save("lora.safetensors", tensors))
     calibration = calibrate_model(save("m.safetensors", fp8_tensors(build)), LAYER_OPTIONS, loras=[lora])
-    assert "LoRA: 1 adapters on 1 layers, 1 unmatched" in calibration.notes
+    assert "LoRA: 1 adapter on 1 layer, 1 unmatched" in calibration.notes
     assert (
         "LoRA unmatched: double_blocks.7.img_mlp.0 (no linear layer of the checkpoint has this name)"
         in calibration.notes

@@ -25,6 +25,7 @@ from convert_to_quant.inspection import (
     Problem,
     inspect_file,
 )
+from convert_to_quant.recorder import Recording
 
 X = "blocks.0"
 FLOAT8 = {"format": "float8_e4m3fn"}
@@ -389,6 +390,14 @@ def test_a_file_that_is_a_language_model(save):
     names = ("model.embed_tokens", "model.layers.0.self_attn.q_proj")
     found = inspect_file(save("m.safetensors", {f"{name}.weight": np.zeros((2, 2), np.float32) for name in names}))
     assert found.title == "text encoder (language model)"
+
+
+def test_statistics_are_called_so(tmp_path):
+    path = tmp_path / "stats.safetensors"
+    Recording({"blocks.0.a": (16, 32)}, {"blocks.0.a": ["blocks.0.a"]}).statistics(samples=1).save(path)
+    found = inspect_file(path)
+    assert (found.family, found.problems) == ("statistics", ())
+    assert found.title.startswith("statistics of what layers received, not a model")
 
 
 def test_an_adapter_is_called_one(save):

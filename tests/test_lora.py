@@ -352,7 +352,7 @@ def test_slices_and_files_add_up_on_one_layer(write: Write) -> None:
     np.testing.assert_allclose(match.delta(QKV), expected - 2 * up @ down, rtol=1e-4, atol=1e-5)
     rows = calibration_rows(match, QKV)
     assert np.array_equal(rows, np.concatenate([*values[::2], down]))
-    assert match.summary() == "4 adapters on 1 layers"
+    assert match.summary() == "4 adapters on 1 layer"
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
@@ -520,7 +520,7 @@ def test_the_report_is_json_and_complete(write: Write) -> None:
             {"file": str(path), "name": "lora_te_x", "reason": "belongs to a text encoder", "layers": []},
         ],
     }
-    assert match.summary() == "1 adapters on 1 layers, 1 unmatched, 1 unsupported, 1 for text encoders"
+    assert match.summary() == "1 adapter on 1 layer, 1 unmatched, 1 unsupported, 1 for text encoders"
 
 
 def without(tensors: Tensors, key: str) -> Tensors:

@@ -266,7 +266,7 @@ def test_ranges_cover_the_model_with_and_without_its_lora(
         outcome = ctq("-i", fp8_file, "-o", output, *MODEL, *words)
         assert outcome.code == 0
         scales[name] = expect_calibrated(output, flux.quantized)
-    assert "note: LoRA: 1 adapters on 1 layers" in outcome.err
+    assert "note: LoRA: 1 adapter on 1 layer" in outcome.err
     assert all(scales["lora"][name] >= scales["plain"][name] for name in flux.quantized)
     assert scales["lora"]["double_blocks.0.img_mlp.0"] == scales["plain"]["double_blocks.0.img_mlp.0"]
     assert scales["lora"]["double_blocks.0.img_mlp.2"] > 2 * scales["plain"]["double_blocks.0.img_mlp.2"]
