@@ -6,7 +6,8 @@ with them is expected to cost.
 
 Risks. `RISKS` says what each means. A layer whose inputs are never quantized is at no risk. Of the others:
 
-    no scale    the scale is 0, so every input is divided by 0.
+    no scale    the scale is 0, so every input is divided by 0; or readers cannot use what the file has (NaN, bfloat16,
+                several values), and it is told as 0.
     clips,      the expected signal-to-noise ratio of its inputs is under `WORST_ROUNDING_DB`. Rounding alone never gets
     vanishes,   that low: within E4M3's normal range, 2⁻⁶ to 464 times the scale, an error is at most 1/17 of its value
     coarse      (a value on the middle between 1 and 1.125), so the ratio of any distribution in there is at least
@@ -50,7 +51,7 @@ Risk = Literal["", "no scale", "clips", "vanishes", "rows lost", "coarse"]
 Level = Literal["good", "warning", "bad"]
 
 RISKS: Mapping[Risk, str] = {
-    "no scale": "its scale is 0, which makes every input infinite or NaN",
+    "no scale": "its scale is 0, or nothing that ComfyUI can use: inputs become infinite or NaN, or it fails",
     "clips": "inputs beyond 448 times the scale are cut off",
     "vanishes": "most inputs are too small for the scale and become 0",
     "rows lost": "whole rows (tokens) lie under 1/16 of the scale, where few codes are; often a loud one sets it",

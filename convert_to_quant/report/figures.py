@@ -79,6 +79,7 @@ class _Solved:
         shapes: layer name -> (out, in).
         statistics: of those of them that were observed, by the same names.
         unused: why no reader uses a layer's input scale, by name.
+        unusable: layers whose input scale no reader can use.
         inspection: what the checkpoint is.
         notes: what a user should know.
         left_alone: layers without figures.
@@ -89,6 +90,7 @@ class _Solved:
     shapes: Mapping[str, tuple[int, int]]
     statistics: Statistics
     unused: Mapping[str, str] = field(default_factory=dict)
+    unusable: frozenset[str] = frozenset()
     inspection: Inspection | None = None
     notes: Sequence[str] = ()
     left_alone: Sequence[LeftAlone] = ()
@@ -198,6 +200,7 @@ def _solve(source: Source, *, force: bool) -> _Solved:
         {name: (views[name].shape[0], views[name].shape[1]) for name in solved},
         observed,
         unused={name: READINGS[views[name].reading] for name in solved if views[name].reading in _UNREAD},
+        unusable=frozenset(name for name in solved if views[name].reading == "error"),
         inspection=inspection,
         notes=[text for text in notes if text.partition(":")[0] not in solved],  # a layer's row says those
         left_alone=_left_alone(views.values(), statistics),
@@ -249,6 +252,8 @@ def _figures(side: _Solved) -> dict[str, Figures]:
             )
         ]  # fmt: skip
         before, after = (state if unused else with_risk(state, absmax, options) for state in states)
+        if result.layer in side.unusable:
+            before = State(0.0, before.full_precision, risk="no scale")
         figures[result.layer] = Figures(
             before=before,
             after=after,

@@ -29,7 +29,7 @@ CAUSES = {
 
 
 VERBS: Mapping[Risk, tuple[str, str]] = {
-    "no scale": ("has a scale of 0", "have a scale of 0"),
+    "no scale": ("has no usable scale", "have no usable scale"),
     "clips": ("clips", "clip"),
     "vanishes": ("vanishes", "vanish"),
     "rows lost": ("loses rows", "lose rows"),
@@ -141,7 +141,7 @@ def _clipping(row: Row) -> str:
 
 
 DETAILS: Mapping[Risk, tuple[Callable[[Row], float], Callable[[Row], str]]] = {
-    "no scale": (lambda _: 0, lambda row: f"every input becomes infinite or NaN (first: {row[0]})"),
+    "no scale": (lambda _: 0, lambda row: f"inputs become infinite or NaN, or ComfyUI fails (first: {row[0]})"),
     "clips": (lambda row: _overshoot(row[1], row[2]), _clipping),
     "vanishes": (
         lambda row: row[2].vanished or 0,

@@ -274,6 +274,20 @@ def test_text_encoders_in_the_same_file_have_no_row(save: Any, build: Any) -> No
         figures.build(Source(model=path))
 
 
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0, ("BF16", np.array(0x3F80, np.uint16)), [1.0, 1.0]])
+def test_a_scale_that_comfyui_cannot_use_is_a_risk(
+    observed: Observed, save: Callable[..., Path], build: Any, scale: Any
+) -> None:
+    tensors, metadata = build.quantized(["a", "b"], "tensor")
+    tensors["a.input_scale"] = scale if isinstance(scale, tuple) else np.float32(scale)
+    path = save("bad.safetensors", tensors, metadata)
+    report = figures.build(Source(observed({"a": NORMAL, "b": NORMAL}), path))
+    before, after = figures_of(report, "a").before, figures_of(report, "a").after
+    assert (before.scale, before.risk, after.risk) == (0.0, "no scale", "")
+    assert report.verdict.headline == "1 of 2 FP8 layers is at risk at the present scales; calibrated, none is."
+    assert figures_of(report, "b").before.risk == ""
+
+
 def test_the_first_sides_scales_meet_the_second_sides_inputs(observed: Observed) -> None:
     loud = NORMAL * 8
     report = build(Source(observed({"a": NORMAL})), Source(observed({"a": loud})))
