@@ -266,10 +266,16 @@ class Verdict:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A layer that the report has no row for, and why."""
+    """A layer that the report has no row for, and why.
+
+    Attributes:
+        name, why: what and why.
+        side: number of the side whose layer it is.
+    """
 
     name: str
     why: str
+    side: int = 0
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def build(*sources: Source, force: bool = False, options: Mapping[str, Any] | No
         sides=sides,
         layers=tuple(layers),
         verdict=verdict.judge(sides, layers, same_inputs=_same_inputs(sources)),
-        left_alone=tuple(dict.fromkeys(left for side in solved for left in side.left_alone)),
+        left_alone=tuple(replace(left, side=number) for number, side in enumerate(solved) for left in side.left_alone),
         options={**(options or {})},
     )
 

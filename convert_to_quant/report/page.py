@@ -250,8 +250,8 @@ def _kept(document: Document) -> str:
                 continue
             for why in _whys(figures):
                 groups.setdefault(why, []).append(layer["name"])
-        if number == 0:
-            for left in document["left_alone"]:
+        for left in document["left_alone"]:
+            if left["side"] == number:
                 groups.setdefault(f"left alone: {left['why']}", []).append(left["name"])
         if len(sides) > 1:
             parts.append(f'<p class="side">{"AB"[number]}: {escape(side["label"])}</p>')

@@ -27,6 +27,7 @@ from convert_to_quant.report.document import (
     encode_shares,
 )
 from convert_to_quant.report.figures import Source, build, cell_shares, with_risk
+from convert_to_quant.report.page import render
 from convert_to_quant.solve import SolveOptions
 from convert_to_quant.stats import Statistics
 
@@ -213,6 +214,14 @@ def test_a_checkpoint_says_what_its_layers_have_now(observed: Observed, model: A
     assert before.rows_lost == 0.0
     assert report.sides[0].model == "fp8.safetensors"
     assert [(left.name, left.why) for left in report.left_alone] == [("norm_out", "F32: high precision, as stored")]
+
+
+def test_a_layer_is_left_alone_on_its_own_side(observed: Observed, model: Any) -> None:
+    first, second = observed({"a": NORMAL}), observed({"a": NORMAL, "norm_out": NORMAL})
+    report = build(Source(first, model("a")), Source(second, model("a", name="other.safetensors")))
+    assert [(left.name, left.side) for left in report.left_alone] == [("norm_out", 1)]
+    page = render(report.document())
+    assert page.index("left alone: F32") > page.index('class="side">B: ')
 
 
 def test_names_may_have_another_prefix(observed: Observed, model: Any) -> None:
