@@ -12,7 +12,7 @@ One table per command; keys are the long flags without their dashes in front, or
     server = "http://127.0.0.1:8188"
 
 The values go through the parser of the command, so they mean what they mean on the command line, which wins where both
-say something: a list there replaces the file's, `--no-actcal` undoes the file's `actcal = true`. Relative paths are
+say something: a list there replaces the file's, `--no-legacy` undoes the file's `legacy = true`. Relative paths are
 relative to the configuration file, so that a folder with a model and its recipe can be moved.
 
 `--save-config FILE.toml` writes such a table: everything that a call said and that is not the default.
