@@ -47,7 +47,8 @@ examples:
   convert_to_quant observe --pipeline FLUX.1-dev --prompts prompts.txt \\
       -o stats.safetensors
 
-On noise at least 3 pictures are made. A --pipeline without MODEL names layers in both ways. Under torchrun processes share the work.
+On noise at least 3 pictures are made. A --pipeline without MODEL names layers in both ways. Under torchrun processes
+share the work.
 """
 
 
