@@ -15,7 +15,7 @@ from ..errors import OptionError, OutputError
 from .output import decibels, print_table, require_folder, say, size, write_json
 from .parsing import Parser, flag_spelling
 from .solving import add_solving_arguments, solve_options_of
-from .terminal import WIDEST, Styled, fitted, paint, printable
+from .terminal import WIDEST, Styled, columns, fitted, is_terminal, paint, printable
 
 if TYPE_CHECKING:
     from ..report.document import Report, State
@@ -245,9 +245,10 @@ def verdict_lines(report: Report, stream: TextIO) -> Iterator[str]:
     verdict = report.verdict
     headline = fitted(printable(f"{report.title}: {verdict.headline}"), stream)
     yield paint(headline, LEVEL_STYLES[verdict.level], stream)
+    width = min(columns(), WIDEST) if is_terminal(stream) else WIDEST
     for point in verdict.points:
         yield from textwrap.wrap(
-            printable(point), WIDEST, initial_indent="- ", subsequent_indent="  ", break_long_words=False,
+            printable(point), width, initial_indent="- ", subsequent_indent="  ", break_long_words=False,
             break_on_hyphens=False,
         )  # fmt: skip
 

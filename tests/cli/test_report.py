@@ -19,7 +19,9 @@ import torch
 from PIL import Image
 
 from convert_to_quant import __version__
+from convert_to_quant.cli.report import verdict_lines
 from convert_to_quant.recorder import Recording
+from convert_to_quant.report import figures
 from convert_to_quant.stats import Statistics
 
 ROWS = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
@@ -167,6 +169,20 @@ def test_a_dry_run_checks_everything_and_writes_nothing(ctq: Any, stats: Any, fo
     assert done.code == 0
     assert "dry run: " in done.err
     assert folder() == before
+
+
+class Terminal(io.StringIO):
+    """A stream that a person looks at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_narrow_terminal_gets_the_verdict_in_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TERM": "xterm", "NO_COLOR": "1", "COLUMNS": "40"}.items():
+        monkeypatch.setenv(name, value)
+    lines = list(verdict_lines(figures.build(figures.Source(observed({"a": 1000.0, "b": 1.0}))), Terminal()))
+    assert max(map(len, "\n".join(lines).splitlines())) <= 40
 
 
 def test_names_cannot_drive_the_terminal(ctq: Any, tmp_path: Path) -> None:
