@@ -35,12 +35,16 @@ def exit_code(number: int) -> int:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn the first signal into an `Interrupted`; in a thread, where signals cannot be had, do nothing."""
+    """Turn the first signal into an `Interrupted`; in a thread, where signals cannot be had, do nothing.
+
+    A signal that is ignored, as shells do for what runs in the background, stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
+    found = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}
+    for number in before:
         signal.signal(number, _unwind)
     try:
         yield
@@ -51,7 +55,8 @@ def interruptible() -> Iterator[None]:
 
 def _unwind(number: int, _frame: FrameType | None) -> None:
     for each in SIGNALS:
-        signal.signal(each, _end)
+        if signal.getsignal(each) is _unwind:
+            signal.signal(each, _end)
     raise Interrupted(number)
 
 

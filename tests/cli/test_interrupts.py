@@ -124,3 +124,15 @@ def test_both_signals_are_taken() -> None:
     with interruptible():
         for number in (signal.SIGINT, signal.SIGTERM):
             assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruptible():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
