@@ -652,6 +652,12 @@ def test_the_rows_shown_are_saved_as_csv(show, tmp_path):
     assert [float(row["largest |x|"]) for row in rows] == [9000.0, 2000.0, 100.0, 4.0, 1.0]
 
 
+def test_without_noise_levels_there_is_no_picture_of_them(show):
+    unknown = replace(figures(100.0), sigma_absmax=(None,) * 8)
+    assert not show(report([layer("a", unknown)])).locator("#levels").is_visible()
+    assert show(report([layer("a", unknown), *SMALL])).locator("#levels").is_visible()
+
+
 def test_what_a_side_does_not_have_is_a_dash_and_in_csv_nothing(show, tmp_path):
     tab = show(compared())
     line = tab.locator("#figures-table tbody tr", has_text="blocks.2.only").locator("td").all_inner_texts()

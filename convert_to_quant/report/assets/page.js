@@ -278,7 +278,7 @@ function sortBy(figure) {
 let shown = layers;
 read();
 for (const id of ["tools", "picture", "figures", "theme"]) get(id).hidden = false;
-get("levels").hidden = !seen;
+get("levels").hidden = !layers.some((layer) => layer.sides.some((figure) => figure && figure.sigma_absmax.some(Boolean)));
 readInks();
 plots.push(
   new Plot(
