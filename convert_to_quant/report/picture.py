@@ -86,10 +86,10 @@ LARGEST = math.log2(E4M3FN.max)
 NORMAL = 1 - E4M3FN.bias
 VANISHING = math.log2(E4M3FN.smallest_subnormal / 2)
 ZONES = (
-    Zone("zero", -math.inf, VANISHING, (238, 240, 243), (66, 74, 83)),
-    Zone("coarse", VANISHING, NORMAL, (255, 247, 219), (176, 120, 0)),
+    Zone("vanished", -math.inf, VANISHING, (238, 240, 243), (66, 74, 83)),
+    Zone("subnormal", VANISHING, NORMAL, (255, 247, 219), (176, 120, 0)),
     Zone("normal", NORMAL, LARGEST, (232, 245, 242), (11, 104, 112)),
-    Zone("cut off", LARGEST, math.inf, (255, 232, 230), (196, 22, 38)),
+    Zone("saturated", LARGEST, math.inf, (255, 232, 230), (196, 22, 38)),
 )
 FULL_PRECISION = {"one row": ": one row", "rows lost": ": rows lost", "budget": ": budget"}
 """Why a layer computes in full precision, in a word; see `solve.LayerResult.cause`."""
