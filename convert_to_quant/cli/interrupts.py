@@ -1,15 +1,23 @@
-"""Being stopped: the first Ctrl-C or SIGTERM unwinds, so that nothing half-made stays; the second ends at once."""
+"""Being stopped: the first Ctrl-C or SIGTERM unwinds, so that nothing half-made stays; the next ends at once.
+
+One Ctrl-C can arrive twice: a program between the terminal and us (`timeout`, `torchrun`) gets it as we do, and passes
+it on. So the next one is a signal that comes a moment later.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+MOMENT_SECONDS = 0.5
+"""Signals that follow the first one sooner are the same one."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -54,11 +62,13 @@ def interruptible() -> Iterator[None]:
 
 
 def _unwind(number: int, _frame: FrameType | None) -> None:
+    first = time.monotonic()
+
+    def end(again: int, _frame: FrameType | None) -> None:
+        if time.monotonic() - first > MOMENT_SECONDS:
+            os._exit(exit_code(again))
+
     for each in SIGNALS:
         if signal.getsignal(each) is _unwind:
-            signal.signal(each, _end)
+            signal.signal(each, end)
     raise Interrupted(number)
-
-
-def _end(number: int, _frame: FrameType | None) -> None:
-    os._exit(exit_code(number))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from convert_to_quant import cli
-from convert_to_quant.cli.interrupts import interruptible
+from convert_to_quant.cli.interrupts import MOMENT_SECONDS, interruptible
 
 STALLS = {
     "convert": ("convert_to_quant.convert", "quantize_weight", ["-i", "BF16", "-o", "OUT"]),
@@ -97,11 +97,23 @@ def test_the_second_signal_ends_it_at_once(stalled: Any, folder: Any) -> None:
     before = folder()
     process = stalled("convert", 60)  # the first signal waits for its threads
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    time.sleep(MOMENT_SECONDS + 0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
+    assert folder() == before
+
+
+def test_a_signal_that_arrives_twice_is_one_and_unwinds(stalled: Any, folder: Any) -> None:
+    before = folder()
+    process = stalled("convert", 0.3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)  # else the kernel takes both for one
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "interrupted: an output is written whole or not at all\n"
     assert folder() == before
 
 
