@@ -88,7 +88,7 @@ def enter(arguments: Sequence[str] | None, run: Callable[[list[str]], int]) -> i
     """
     words = [flag_spelling(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     prepare(words)
-    return guarded(lambda: run(words))
+    return guarded(lambda: run(words), last=arguments is None)
 
 
 def prepare(words: Sequence[str]) -> None:
@@ -179,10 +179,15 @@ def perform(
     return code
 
 
-def guarded(run: Callable[[], int]) -> int:
-    """Run something, and turn our errors and signals, and only those, into one line and an exit code."""
+def guarded(run: Callable[[], int], *, last: bool = False) -> int:
+    """Run something, and turn our errors and signals, and only those, into one line and an exit code.
+
+    Args:
+        run: gives the exit code.
+        last: whether it is all that the process does.
+    """
     try:
-        with interruptible():
+        with interruptible(last=last):
             code = run()
             sys.stdout.flush()  # here, where a reader that went away is expected, and not when Python ends
         return code

@@ -42,10 +42,14 @@ def exit_code(number: int) -> int:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(*, last: bool = False) -> Iterator[None]:
     """Turn the first signal into an `Interrupted`; in a thread, where signals cannot be had, do nothing.
 
     A signal that is ignored, as shells do for what runs in the background, stays ignored.
+
+    Args:
+        last: whether the process ends behind this block. It then waits for its threads, and what a further signal
+            means once one came stays so until the end.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -58,7 +62,8 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if not last or signal.getsignal(number) is _unwind:
+                signal.signal(number, handler)
 
 
 def _unwind(number: int, _frame: FrameType | None) -> None:

@@ -27,18 +27,19 @@ STALLS = {
 STALL = """
 import importlib, os, sys, time
 from convert_to_quant import cli
-module = importlib.import_module(sys.argv[1])
-function = getattr(module, sys.argv[2])
+module, name, seconds, first = importlib.import_module(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+function = getattr(module, name)
 calls = 0
 def stall(*words, **more):
     global calls
     calls += 1
-    if calls >= int(sys.argv[4]):
+    if calls >= first:
         os.write(1, b"at work\\n")
-        time.sleep(float(sys.argv[3]))
+        time.sleep(seconds)
     return function(*words, **more)
-setattr(module, sys.argv[2], stall)
-sys.exit(cli.main(sys.argv[5:]))
+setattr(module, name, stall)
+sys.argv[1:] = sys.argv[5:]
+sys.exit(cli.main())
 """
 
 
