@@ -1,4 +1,4 @@
-"""Every output says which tool made it, and how; none says where on its maker's machine it was."""
+"""Every output says which tool made it, and how; no file that is shared says where on its maker's machine it was."""
 
 from __future__ import annotations
 
