@@ -126,7 +126,7 @@ def statistics_from(
 
 
 def state_of_files(checkpoint: str | None, statistics_file: str) -> str:
-    """A text that changes when these files do."""
+    """A text that changes when these files do, also twice within one tick of the clock: a file of ours is a new one."""
     paths = []
     try:
         if checkpoint not in (None, NO_CHECKPOINT):
@@ -136,7 +136,7 @@ def state_of_files(checkpoint: str | None, statistics_file: str) -> str:
     except Error:
         return ""  # running says what is wrong
     stats = [path.stat() for path in paths]
-    return " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
+    return " ".join(f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}" for stat in stats)
 
 
 class RecordActivations:
