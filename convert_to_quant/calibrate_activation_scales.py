@@ -382,7 +382,7 @@ def _run(
     )
     solved = solve(
         observation.statistics,
-        _present(checkpoint, table),
+        _present(checkpoint, table.quantized),
         SolveOptions(
             margin=MODEL_MARGIN if options.margin is None else options.margin,
             float16_safe=options.float16_safe,
@@ -419,7 +419,7 @@ def apply_statistics(
     options = options or SolveOptions()
     table = _quantized_table(checkpoint)
     fitting = naming.for_checkpoint(statistics, table, force=force)
-    present = {name: state for name, state in _present(checkpoint, table).items() if name.startswith(table.prefix)}
+    present = _present(checkpoint, table.diffusion)
     others = len(table.quantized) - len(present)
     missing = set(fitting.left_out)
     moving = set(fitting.provenance.get("depends_on_conditioning", ()))
@@ -446,15 +446,15 @@ def _with_conditioning(result: LayerResult, depends: bool) -> LayerResult:
     return replace(result, conditioning_dependent=depends)
 
 
-def _present(checkpoint: Checkpoint, table: LayerTable) -> dict[str, Present]:
-    """What the FP8 layers have now."""
+def _present(checkpoint: Checkpoint, layers: Mapping[str, Layer]) -> dict[str, Present]:
+    """What FP8 layers have now."""
     return {
         name: Present(
             1.0 if layer.input_problem is not None else input_scale(checkpoint, layer),
             layer.full_precision,
             layer.shape,
         )
-        for name, layer in table.quantized.items()
+        for name, layer in layers.items()
     }
 
 
@@ -488,7 +488,7 @@ def _simulate(
     ranges = layer_engine.simulate(checkpoint, table.quantized, options.simulation(), rows_of, report)
     margin = layer_engine.DEFAULT_MARGIN[options.estimator] if options.margin is None else options.margin
     results = []
-    for name, present in _present(checkpoint, table).items():
+    for name, present in _present(checkpoint, table.quantized).items():
         found = ranges[name]
         scale, reason = present.scale, "weight is empty or all zero: keeps its scale"
         if found > 0:

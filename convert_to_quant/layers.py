@@ -183,6 +183,11 @@ class LayerTable:
     problems: list[CheckpointError] = field(default_factory=list)
 
     @property
+    def diffusion(self) -> dict[str, Layer]:
+        """Those of `quantized` that are of the diffusion model: nothing reads the input scales of a text encoder."""
+        return {name: layer for name, layer in self.quantized.items() if name.startswith(self.prefix)}
+
+    @property
     def legacy_marker(self) -> TensorInfo | None:
         """The `scaled_fp8` tensor of the diffusion model, or the only one that there is."""
         return self.legacy_markers.get(self.prefix) or next(iter(self.legacy_markers.values()), None)

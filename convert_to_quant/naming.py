@@ -31,7 +31,7 @@ def for_checkpoint(statistics: Statistics, table: LayerTable, *, force: bool = F
     Raises:
         StatisticsError: some layers were not found, and the message names them; with `force`, none was.
     """
-    wanted = {name: layer.shape for name, layer in table.quantized.items() if name.startswith(table.prefix)}
+    wanted = {name: layer.shape for name, layer in table.diffusion.items()}
     return respell(statistics, wanted, table.prefix).for_layers(wanted, force)
 
 

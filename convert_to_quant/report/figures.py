@@ -180,8 +180,7 @@ def _solve(source: Source, *, force: bool) -> _Solved:
             table = find_layers(checkpoint)
             present = {
                 name: Present(input_scale(checkpoint, layer), layer.full_precision, layer.shape)
-                for name, layer in table.quantized.items()
-                if name.startswith(table.prefix)
+                for name, layer in table.diffusion.items()
             }
             if not present:
                 raise TensorError("no FP8 layers with weight scales in this file", path=source.model)
