@@ -9,8 +9,8 @@ and ComfyUI's order decides between them:
     legacy       one `scaled_fp8` tensor for the whole model; scales are spelled `.scale_weight`, `.scale_input`
     none         scales without any mark: ComfyUI drops them
 
-FP8 weights without scale and mark ("raw") mean their code values. Layers in int8, nvfp4, mxfp8 and the like are
-"foreign": named, left alone.
+FP8 weights without scale and mark ("raw") mean their code values; norms and convolutions cast like that are no layers.
+Layers in int8, nvfp4, mxfp8 and the like are "foreign": named, left alone.
 
 How finely a weight is scaled is one number pair, the block (b_out, b_in) that shares a scale: (out, in) is tensor-wise,
 (1, in) row-wise, anything else block-wise. It follows from the shapes: a scale of shape (n_out, n_in) fits a weight
@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import names
+from . import families, names
 from .checkpoint import Checkpoint, TensorInfo, to_float32
 from .errors import CheckpointError, TensorError
 from .fp8 import BY_SAFETENSORS_DTYPE, FORMATS, Format
@@ -185,7 +185,11 @@ class LayerTable:
     @property
     def diffusion(self) -> dict[str, Layer]:
         """Those of `quantized` that are of the diffusion model: nothing reads the input scales of a text encoder."""
-        return {name: layer for name, layer in self.quantized.items() if name.startswith(self.prefix)}
+        return {name: layer for name, layer in self.quantized.items() if self.owns(name)}
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor or layer is the diffusion model's own, and not of a text encoder or VAE in the same file."""
+        return name.startswith(self.prefix) and families.other_part(name) is None
 
     @property
     def legacy_marker(self) -> TensorInfo | None:
@@ -450,6 +454,8 @@ class _Finder:
                 "convert it again",
             )
         if len(layer.weight.shape) != 2:
+            if layer.weight_scale is None:
+                return  # a norm or convolution that was cast, with its values as they are
             form = f"{layer.format.name}, {len(layer.weight.shape)}-dimensional"
             self.table.foreign[layer.name] = ForeignLayer(layer.name, form, layer.weight)
         elif layer.weight_scale is None:

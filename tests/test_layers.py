@@ -179,7 +179,9 @@ def test_a_mixed_file_is_sorted_into_all_kinds(save, build):
         "bare_mxfp8.weight": ("F8_E4M3", np.zeros((16, 32), np.uint8)),
         "bare_mxfp8.weight_scale": ("F8_E8M0", np.zeros((16, 1), np.uint8)),
         "bare_int8.weight": np.zeros((4, 4), np.int8), "bare_int8.weight_scale": np.float32(1),
-        "three.weight": ("F8_E4M3", np.zeros((2, 3, 4), np.uint8)),
+        "three.weight": ("F8_E4M3", np.zeros((2, 3, 4), np.uint8)), "three.weight_scale": np.float32(1),
+        "cast_norm.weight": ("F8_E4M3", np.zeros(4, np.uint8)),
+        "cast_convolution.weight": ("F8_E4M3", np.zeros((4, 4, 3, 3), np.uint8)),
         "scaled_fp8": LEGACY_MARKER,
     }  # fmt: skip
     table = table_of(save("a.safetensors", tensors, metadata))

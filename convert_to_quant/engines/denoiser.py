@@ -45,7 +45,8 @@ from .quantized_linear import ARITHMETICS, Arithmetic, CheckpointLinear, StoredW
 KEEP_BYTES = 1 << 29
 """Dequantized weights of the whole model up to this size are kept instead of being made anew at every step."""
 
-LAYER_ENGINE = "the layer engine works with any layout"
+COMFYUI = "observe --comfyui-dir DIR may run it in ComfyUI"
+"""What can be done about a layout that is not known here."""
 OWN_TENSORS = (names.WEIGHT, names.BIAS)
 
 
@@ -91,16 +92,16 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
     shapes = _model_shapes(checkpoint, table)
     family = families.detect(shapes, shapes)
     if family is None:
-        raise UnsupportedModelError("its tensor names fit no known family", path=checkpoint.path, hint=LAYER_ENGINE)
+        raise UnsupportedModelError("its tensor names fit no known family", path=checkpoint.path, hint=COMFYUI)
     if family.name not in ARCHITECTURES:
-        raise UnsupportedModelError(f"{family.title} cannot be run yet", path=checkpoint.path, hint=LAYER_ENGINE)
-    foreign = next(iter(table.foreign.values()), None)
-    if foreign is not None:
+        raise UnsupportedModelError(f"{family.title} cannot be run yet", path=checkpoint.path, hint=COMFYUI)
+    foreign = [layer for layer in table.foreign.values() if table.owns(layer.name)]
+    if foreign:
         raise UnsupportedModelError(
-            f"{len(table.foreign)} layers are in {foreign.format}, which cannot be dequantized here",
+            f"{len(foreign)} layers are in {foreign[0].format}, which cannot be dequantized here",
             path=checkpoint.path,
-            tensor=foreign.name,
-            hint=LAYER_ENGINE,
+            tensor=foreign[0].name,
+            hint=COMFYUI,
         )
     architecture = ARCHITECTURES[family.name]
     sources = _sources(architecture, shapes)
@@ -111,7 +112,7 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
         raise UnsupportedModelError(
             f"not the layout of {family.title} that is known here: {type(error).__name__}: {error}",
             path=checkpoint.path,
-            hint=LAYER_ENGINE,
+            hint=COMFYUI,
         ) from None
     return Plan(family.name, architecture, config, sources, model_shapes, table)
 
@@ -209,7 +210,7 @@ def skeleton(plan: Plan) -> nn.Module:
         try:
             model: nn.Module = transformer(**{**plan.config, **plan.architecture.stand_ins})
         except (RuntimeError, ValueError, TypeError) as error:
-            raise UnsupportedModelError(f"diffusers cannot build it: {error}", hint=LAYER_ENGINE) from error
+            raise UnsupportedModelError(f"diffusers cannot build it: {error}", hint=COMFYUI) from error
     plan.architecture.adjust(model, plan.config)
     wanted = model.state_dict()
     for problem, found in (
@@ -221,14 +222,14 @@ def skeleton(plan: Plan) -> nn.Module:
     ):
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise UnsupportedModelError(problem + more, tensor=found[0], hint=LAYER_ENGINE)
+            raise UnsupportedModelError(problem + more, tensor=found[0], hint=COMFYUI)
     for name, value in wanted.items():
         shape = plan.shapes[name]
         if shape != tuple(value.shape):
             raise UnsupportedModelError(
                 f"shape {list(value.shape)} was expected from the other tensors' shapes, found {list(shape)}",
                 tensor=plan.sources[name][0].tensor,
-                hint=LAYER_ENGINE,
+                hint=COMFYUI,
             )
     return model.eval().requires_grad_(False)
 
@@ -367,7 +368,7 @@ def load(
                 number,
                 arithmetic="dynamic_row" if layer.dynamic and arithmetic in STATIC else arithmetic,
                 input_scale=(input_scales or {}).get(layer.name, stored),
-                full_precision=layer.format is None
+                full_precision=layer.weight_scale is None
                 or (layer.full_precision if full_precision is None else layer.name in full_precision),
                 fp8_matmul=fp8_matmul,
             )

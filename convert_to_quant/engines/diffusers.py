@@ -192,7 +192,7 @@ def watched(
 
     Args:
         denoiser: the model.
-        layers: names of the checkpoint's layers; by default the quantized ones, or all of the model where none is.
+        layers: names of the checkpoint's layers; by default the model's quantized ones, or all of it where none is.
 
     Returns:
         {layer: (out, in)} and {module: the layers that its input feeds}.
@@ -202,7 +202,7 @@ def watched(
     """
     table = denoiser.plan.table
     if layers is None:
-        layers = list(table.quantized) or [name for name in table.plain if name in denoiser.layers]
+        layers = list(table.diffusion) or [name for name in table.plain if name in denoiser.layers]
     known = table.shapes()
     unknown = [name for name in layers if name not in known]
     if unknown:

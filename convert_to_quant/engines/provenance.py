@@ -109,7 +109,6 @@ def trace(converter: Converter, shapes: Shapes, fused: Iterable[Fused] = ()) -> 
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         raise UnsupportedModelError(
             f"diffusers' converter cannot read it: {type(error).__name__}: {error}",
-            hint="the layer engine works with any layout",
         ) from error
 
     pieces = {name: tuple(_pieces(name, values, tensor_names, boundaries)) for name, values in converted.items()}
@@ -119,7 +118,7 @@ def trace(converter: Converter, shapes: Shapes, fused: Iterable[Fused] = ()) -> 
         raise UnsupportedModelError(
             f"diffusers' converter has no place for {len(left)} tensors",
             tensor=left[0],
-            hint="a variant that diffusers does not know; the layer engine works with any layout",
+            hint="a variant that diffusers does not know",
         )
     return pieces
 

@@ -440,7 +440,23 @@ def test_a_checkpoint_in_diffusers_own_names_runs_alike(case: tuple[str, Shapes]
     assert torch.equal(*velocities)
 
 
-def test_comfyuis_spelling_of_hunyuan_video_runs_alike(save_model: Any) -> None:
+NORMS = r"\b(query_norm|key_norm)\.scale$"
+
+
+@pytest.mark.parametrize("name", ["flux.1 dev", "flux.2 dev", "chroma"])
+def test_norms_named_as_comfyui_saves_them_run_alike(name: str, save_model: Any) -> None:
+    state = random_state(CASES[name][1]())
+    saved = {re.sub(NORMS, r"\1.weight", key): value for key, value in state.items()}
+    assert set(saved) != set(state)
+    with open_checkpoint(save_model(state)) as one, open_checkpoint(save_model(saved)) as other:
+        first, second = engine.load(one), engine.load(other)
+        latents, conditioning = engine.draw(first, SIZE, noise.Conditioning("test", 1.0), 1, [0])
+        velocities = [model.velocity(latents, 0.5, conditioning, SIZE) for model in (first, second)]
+    assert torch.equal(*velocities)
+
+
+@pytest.mark.parametrize("norm", ["scale", "weight"])
+def test_comfyuis_spelling_of_hunyuan_video_runs_alike(norm: str, save_model: Any) -> None:
     state = random_state(hunyuan_video())
     comfyui = {}
     for name, value in state.items():
@@ -453,10 +469,10 @@ def test_comfyuis_spelling_of_hunyuan_video_runs_alike(save_model: Any) -> None:
             (r"_attn_qkv\.", "_attn.qkv."),
             (r"mlp\.fc1\.", "mlp.0."),
             (r"mlp\.fc2\.", "mlp.2."),
-            (r"_attn_q_norm\.weight", "_attn.norm.query_norm.scale"),
-            (r"_attn_k_norm\.weight", "_attn.norm.key_norm.scale"),
-            (r"\.q_norm\.weight", ".norm.query_norm.scale"),
-            (r"\.k_norm\.weight", ".norm.key_norm.scale"),
+            (r"_attn_q_norm\.weight", f"_attn.norm.query_norm.{norm}"),
+            (r"_attn_k_norm\.weight", f"_attn.norm.key_norm.{norm}"),
+            (r"\.q_norm\.weight", f".norm.query_norm.{norm}"),
+            (r"\.k_norm\.weight", f".norm.key_norm.{norm}"),
             (r"_attn_proj\.", "_attn.proj."),
             (r"\.modulation\.linear\.", ".modulation.lin."),
             (r"_in\.mlp\.2\.", "_in.out_layer."),

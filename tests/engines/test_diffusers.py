@@ -314,6 +314,84 @@ def test_a_foreign_format_gives_a_reason(reference_flux: Any, save_model: Any, s
         )
 
 
+@pytest.mark.parametrize(("silent", "strong", "moves"), [(1, 2, False), (1, 2.1, True), (2.1, 1, True), (2, 1, False)])
+def test_a_layer_follows_the_conditioning_if_its_range_moves_by_two_either_way(
+    silent: float, strong: float, moves: bool
+) -> None:
+    ranges = {noise.SILENT: np.float32([silent, 1]), noise.STRONG: np.float32([strong, 1])}
+    assert engine.conditioned(["one", "still"], ranges) == (("one",) if moves else ())
+
+
+def test_a_few_channels_of_a_stream_are_loud_and_none_of_a_vector() -> None:
+    signals = {"stream": noise.Signal((200, 256)), "vector": noise.Signal((256,))}
+    drawn = noise.conditioning(signals, noise.LOUD_CHANNELS, 1, 0)
+    spread = drawn["stream"][0].std(0)
+    assert int((spread > 10).sum()) == 256 / 64
+    assert float(spread[spread > 10].mean()) == pytest.approx(noise.LOUD, rel=0.1)
+    assert float(spread[spread < 10].mean()) == pytest.approx(1, rel=0.05)
+    assert float(drawn["vector"].abs().max()) < 6
+
+
+ENCODER = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0."
+
+
+def beside_an_encoder(build: Any, path: Path) -> dict[str, Any]:
+    """A checkpoint's tensors and those of a text encoder in FP8: scaled, raw, and in a format that is not read here."""
+    scaled, _ = build.quantized([ENCODER + "SelfAttention.q"], "tensor")
+    with open_checkpoint(path) as checkpoint:
+        own = {name: (info.dtype, checkpoint.bits(name).copy()) for name, info in checkpoint.tensors.items()}
+    return {
+        **own,
+        **scaled,
+        ENCODER + "SelfAttention.k.weight": ("F8_E4M3", np.ones((16, 32), np.uint8)),
+        ENCODER + "layer_norm.weight": ("F8_E4M3", np.ones(32, np.uint8)),
+        ENCODER + "SelfAttention.v.weight": np.ones((16, 32), np.int8),
+        ENCODER + "SelfAttention.v.weight_scale": np.float32(1),
+        ENCODER + "SelfAttention.v.comfy_quant": build.mark(format="int8_tensorwise"),
+    }
+
+
+def test_a_text_encoder_in_the_same_file_is_neither_in_the_way_nor_recorded(
+    reference_flux: Any, save_model: Any, save: Any, build: Any
+) -> None:
+    path = save_model(reference_flux().state_dict(), in_blocks, "model.diffusion_model.")
+    with open_checkpoint(save("all.safetensors", beside_an_encoder(build, path))) as checkpoint:
+        table = find_layers(checkpoint)
+        assert table.foreign
+        seen = engine.observe(checkpoint, table, samples=1, steps=1, geometry=SIZE)
+    assert set(seen.statistics.layers) == set(table.diffusion) == set(table.quantized) - {ENCODER + "SelfAttention.q"}
+    assert seen.unvisited == ()
+
+
+def test_a_file_that_was_cast_to_fp8_whole_runs_on_its_codes_in_full_precision(
+    reference_flux: Any, save_model: Any, save: Any
+) -> None:
+    state = {name: value.to(torch.float8_e4m3fn) for name, value in reference_flux().state_dict().items()}
+    cast = save(
+        "cast.safetensors", {name: ("F8_E4M3", value.view(torch.uint8).numpy()) for name, value in state.items()}
+    )
+    with (
+        open_checkpoint(cast) as one,
+        open_checkpoint(save_model({name: value.float() for name, value in state.items()})) as other,
+    ):
+        cast_model, wide = engine.load(one, arithmetic="comfyui"), engine.load(other)
+        latents, conditioning = flux_inputs(wide)
+        velocities = [model.velocity(latents, 0.5, conditioning, SIZE) for model in (cast_model, wide)]
+    assert torch.equal(*velocities)
+
+
+@pytest.mark.parametrize("given", [None, ("double_blocks.0.img_mlp.0",), ()])
+def test_layers_marked_or_named_for_full_precision_quantize_no_input(
+    reference_flux: Any, save_model: Any, given: tuple[str, ...] | None
+) -> None:
+    path = save_model(reference_flux().state_dict(), in_blocks, full_precision_matrix_mult=True)
+    with open_checkpoint(path) as checkpoint:
+        denoiser = engine.load(checkpoint, arithmetic="comfyui", full_precision=given)
+        full = {name for name, module in denoiser.layers.items() if module.full_precision}
+        table = find_layers(checkpoint)
+    assert full == set(table.plain) | set(table.quantized if given is None else given)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_sees_the_same_ranges(reference_flux: Any, save_model: Any) -> None:

@@ -16,6 +16,9 @@ GUIDANCE = 3.5
 SINGLE_BLOCKS = Fused(r"single_blocks\.\d+\.linear1", (3072, 3072, 3072, 12288), qkv_mlp_rows)
 """diffusers' converters split attention and MLP of a single block at hidden size 3072."""
 
+SPELLINGS = ((r"\b(query_norm|key_norm)\.weight$", r"\1.scale"),)
+"""The converters know the authors' names; ComfyUI's ModelSave writes those of its own classes."""
+
 
 def _common_config(shapes: Shapes) -> dict[str, Any]:
     """What the configurations of these families share."""
@@ -86,6 +89,7 @@ FLUX_1 = Architecture(
     signals=_flux_1_signals,
     arguments=_arguments,
     fused=(SINGLE_BLOCKS,),
+    spellings=SPELLINGS,
 )
 
 
@@ -111,6 +115,7 @@ CHROMA = Architecture(
     signals=_text,
     arguments=_arguments,
     fused=(SINGLE_BLOCKS,),
+    spellings=SPELLINGS,
 )
 
 
@@ -150,4 +155,5 @@ FLUX_2 = Architecture(
     latents=_tokens,
     signals=_flux_2_signals,
     arguments=_flux_2_arguments,
+    spellings=SPELLINGS,
 )

@@ -91,10 +91,10 @@ HUNYUAN_SPELLINGS = (
     (r"\b(img|txt|self)_attn\.(qkv|proj)\.", r"\1_attn_\2."),
     (r"\b(img_mlp|txt_mlp|blocks\.\d+\.mlp)\.0\.", r"\1.fc1."),
     (r"\b(img_mlp|txt_mlp|blocks\.\d+\.mlp)\.2\.", r"\1.fc2."),
-    (r"\b(img|txt)_attn\.norm\.query_norm\.scale$", r"\1_attn_q_norm.weight"),
-    (r"\b(img|txt)_attn\.norm\.key_norm\.scale$", r"\1_attn_k_norm.weight"),
-    (r"^(single_blocks\.\d+)\.norm\.query_norm\.scale$", r"\1.q_norm.weight"),
-    (r"^(single_blocks\.\d+)\.norm\.key_norm\.scale$", r"\1.k_norm.weight"),
+    (r"\b(img|txt)_attn\.norm\.query_norm\.(?:scale|weight)$", r"\1_attn_q_norm.weight"),
+    (r"\b(img|txt)_attn\.norm\.key_norm\.(?:scale|weight)$", r"\1_attn_k_norm.weight"),
+    (r"^(single_blocks\.\d+)\.norm\.query_norm\.(?:scale|weight)$", r"\1.q_norm.weight"),
+    (r"^(single_blocks\.\d+)\.norm\.key_norm\.(?:scale|weight)$", r"\1.k_norm.weight"),
 )
 
 

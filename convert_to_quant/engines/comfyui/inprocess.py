@@ -475,10 +475,7 @@ def watched(
     known = model.table.shapes()
     fed = {layer for found in model.feeds.values() for layer in found}
     if layers is None:
-        prefix = _prefix(model.checkpoint)
-        layers = [name for name in model.table.quantized if name.startswith(prefix)] or [
-            name for name in known if name in fed
-        ]
+        layers = list(model.table.diffusion) or [name for name in known if name in fed]
     unknown = [name for name in layers if name not in known]
     if unknown:
         raise CalibrationError(f"{len(unknown)} layers do not exist in the checkpoint", tensor=unknown[0])
