@@ -21,6 +21,7 @@ Everything is numpy and runs on the CPU. Chunks keep temporaries in the second-l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -61,6 +62,20 @@ class Format:
         """The least positive value, 2^(1 - bias - mantissa_bits)."""
         return 2.0 ** (1 - self.bias - self.mantissa_bits)
 
+    @property
+    def largest_rounded(self) -> float:
+        """Up to here numbers become `max` by rounding: half a step above it."""
+        exponent = math.frexp(self.max)[1] - 1
+        return self.max + 2.0 ** (exponent - self.mantissa_bits - 1)
+
+    @property
+    def worst_rounding_db(self) -> float:
+        """Least signal to noise of any numbers between the smallest normal one and `largest_rounded`.
+
+        The worst is half a step above a power of two: an error of 1 / (2^(m + 1) + 1) of the number.
+        """
+        return 20 * math.log10(2 ** (self.mantissa_bits + 1) + 1)
+
 
 E4M3FN = Format("float8_e4m3fn", "F8_E4M3", 4, 3, 448.0, infinities=False)
 E5M2 = Format("float8_e5m2", "F8_E5M2", 5, 2, 57344.0, infinities=True)
@@ -95,17 +110,42 @@ def values(fmt: Format = E4M3FN) -> NDArray[np.float32]:
 
 
 @cache
+def levels(fmt: Format = E4M3FN) -> NDArray[np.float64]:
+    """The finite values that are not negative, ascending: of codes 0 to n - 1.
+
+    Returns:
+        float64 [n], read-only.
+
+    >>> levels(E5M2)[[0, 1, -1]].tolist()
+    [0.0, 1.52587890625e-05, 57344.0]
+    """
+    positive = values(fmt)[:128].astype(np.float64)
+    result: NDArray[np.float64] = positive[positive <= fmt.max]
+    result.flags.writeable = False
+    return result
+
+
+@cache
+def midpoints(fmt: Format = E4M3FN) -> NDArray[np.float64]:
+    """Where rounding goes from one of `levels` to the next.
+
+    Returns:
+        float64 [n - 1], read-only.
+    """
+    result: NDArray[np.float64] = (levels(fmt)[1:] + levels(fmt)[:-1]) / 2
+    result.flags.writeable = False
+    return result
+
+
+@cache
 def _encode_table(fmt: Format) -> NDArray[np.uint8]:
     """Codes of all 65,536 bfloat16 patterns, each read as "this value, or if odd, anything strictly beside it"."""
-    table_values = values(fmt)
-    finite = np.flatnonzero(table_values[:128] <= fmt.max)  # codes of one sign grow with their values
-    positive = table_values[finite].astype(np.float64)
-    midpoints = (positive[1:] + positive[:-1]) / 2
+    between = midpoints(fmt)
     with np.errstate(invalid="ignore"):  # the patterns include signalling NaNs
         magnitudes = widen_bfloat16(np.arange(0x8000, dtype=np.uint16)).astype(np.float64)
-    codes = np.searchsorted(midpoints, magnitudes, side="left")  # a value on a midpoint goes to the code below it...
-    tied = codes < len(midpoints)
-    tied[tied] = magnitudes[tied] == midpoints[codes[tied]]
+    codes = np.searchsorted(between, magnitudes, side="left")  # a value on a midpoint goes to the code below it...
+    tied = codes < len(between)
+    tied[tied] = magnitudes[tied] == between[codes[tied]]
     codes[tied] += codes[tied] & 1  # ...unless that one is odd
     codes[np.isnan(magnitudes)] = 0x7F
     table = np.concatenate([codes, codes | 0x80]).astype(np.uint8)

@@ -1,10 +1,12 @@
 """Statistics into scales, and the layers that must compute in full precision.
 
-A reader quantizes a layer's input x as q = round_e4m3(clamp(x / s, ±448)), real = q · s. Given the histogram of |x|:
+A reader quantizes a layer's input x as q = round(clamp(x / s, ±max)), real = q · s, in the FP8 format of the layer's
+weight; max is 448 for E4M3 and 57,344 for E5M2. Given the histogram of |x|:
 
-    absmax       s = margin · absmax / 448. Nothing that was seen is clipped.
-    mse          among s between absmax/448 and 4 times that, the least expected squared error.
-    percentile   s = margin · percentile(|x|) / 448. It clips what lies above; for simulated inputs.
+    absmax       s = margin · absmax / max. Nothing that was seen is clipped.
+    mse          among s between absmax / max and twice that, the least expected squared error. Further up there is
+                 none: what the format holds at 2 s up to absmax, it holds at s, too.
+    percentile   s = margin · percentile(|x|) / max. It clips what lies above; for simulated inputs.
 
 Expected squared error. Within a bin, x counts as uniform over [a, b]. With u = x / s, code values v_k and midpoints
 m_k between them, the error of one u is (u - v_k)² in its cell [m_(k-1), m_k], so F(t) = ∫₀ᵗ (u - v(u))² du is a cubic
@@ -13,11 +15,12 @@ in each cell, and a bin costs s² · (F(b/s) - F(a/s)) / (b/s - a/s) per value: 
 Dividing by 2 moves a histogram by 16 bins and changes nothing else. So one table of the mean error of each bin at the
 `PHASES` scales of one octave serves all octaves and layers, and the search is a few small matrix products per layer.
 
-Full precision. E4M3 has a smallest step of 2⁻⁹ · s. A row (token) whose own absmax is under 2⁻⁴ · s keeps at most
-5 bits of range and drowns; one loud token can do that to all others, and the error over the whole tensor hides it. So
-rows are counted: where more than `row_loss_limit` of them are lost, the layer computes in full precision. A layer that
-sees one row per picture (modulation, embedders) costs nothing in full precision, so it does too. A budget, as a share
-of all multiply-adds, is spent where it is expected to buy most (`_spend_budget`), as far as it reaches.
+Full precision. The smallest step of E4M3 is 2⁻⁹ · s, and of E5M2 2⁻¹⁶ · s. A row (token) whose own absmax is under 32
+of these keeps at most 5 bits of range and drowns; one loud token can do that to all others, and the error over the
+whole tensor hides it. So rows are counted: where more than `row_loss_limit` of them are lost, the layer computes in
+full precision. A layer that sees one row per picture (modulation, embedders) costs nothing in full precision, so it
+does too. A budget, as a share of all multiply-adds, is spent where it is expected to buy most (`_spend_budget`), as far
+as it reaches.
 
 Guards. A scale is float32, finite, > 0. Layers never visited, or seen only as zeros, keep what they have and are named.
 """
@@ -36,7 +39,7 @@ from numpy.typing import NDArray
 
 from . import fp8, names
 from .errors import CalibrationError, OptionError
-from .fp8 import E4M3FN
+from .fp8 import E4M3FN, Format
 from .kernels import NONFINITE_BIN
 from .stats import BIN_CENTRES, BIN_EDGES, Statistics
 
@@ -46,15 +49,13 @@ METHODS: tuple[Method, ...] = ("absmax", "mse", "percentile")
 
 PHASES = 32
 """Scales per octave that the mse search tries."""
-MSE_OCTAVES = 2
-"""The mse search goes up to 4 times absmax / 448."""
-LOST_ROW = 2.0**-4
-"""A row whose absmax is under this many scales is lost: 5 bits above the smallest code, 2⁻⁹."""
+LOST_ROW_STEPS = 32.0
+"""A row whose absmax is under this many of its format's smallest steps is lost: at E4M3, under 2⁻⁴ of the scale."""
 FLOAT16_SMALLEST_SCALE = 2.0**-15
 """Below it 1/s overflows where a reader multiplies by the reciprocal in float16."""
 _BINS_PER_OCTAVE = 16
-_CLIPPED = E4M3FN.max * (1 + 2.0**-23)
-"""absmax / 448 may round down in float32, which does not clip absmax: it becomes the code 448 all the same."""
+_ROUNDED_DOWN = 1 + 2.0**-23
+"""absmax / max may round down in float32, which does not clip absmax: it becomes the largest code all the same."""
 
 Float = NDArray[np.float64]
 
@@ -123,11 +124,13 @@ class Present:
         scale: its input scale; 1.0 where the file has none.
         full_precision: whether it computes in full precision.
         shape: (out, in).
+        format: of its weight, and so of its inputs.
     """
 
     scale: float
     full_precision: bool
     shape: tuple[int, int]
+    format: Format = E4M3FN
 
 
 @dataclass(frozen=True)
@@ -144,10 +147,11 @@ class LayerResult:
         cause: what moved it to full precision: "" nothing, "one row" it costs nothing, "rows lost" it must, "budget".
         sqnr_before_db, sqnr_after_db: expected signal to quantization noise of the input; None where it was simulated,
             where nothing but zeros was seen, or where the scale is 0 and so no scale at all.
-        clipped_before, clipped_after: share of values beyond ±448 s.
+        clipped_before, clipped_after: share of values beyond ±max · s.
         vanished_before, vanished_after: share of nonzero values that become 0.
-        rows_lost: share of rows under 2⁻⁴ s at the new scale.
+        rows_lost: share of rows under 32 smallest steps at the new scale.
         multiply_adds: out × in × rows seen.
+        format: of the inputs, a key of `fp8.FORMATS`.
         conditioning_dependent: its range moves with the magnitude of the (made-up) conditioning.
     """
 
@@ -168,6 +172,7 @@ class LayerResult:
     vanished_after: float | None = None
     rows_lost: float | None = None
     multiply_adds: int = 0
+    format: str = E4M3FN.name
     conditioning_dependent: bool = False
 
     @property
@@ -184,7 +189,7 @@ def final_scale(scale: float, layer: str, *, float16_safe: bool = False) -> floa
     """A scale as the file will hold it.
 
     Args:
-        scale: range / 448, > 0.
+        scale: range over the format's largest value, > 0.
         layer: for the message.
         float16_safe: raise it to 2⁻¹⁵.
 
@@ -225,14 +230,16 @@ def solve(
     _refuse_nonfinite(chosen)
     absmax = chosen.absmax.astype(np.float64)
     before = np.array([present[name].scale for name in seen], np.float64)
+    formats = [present[name].format for name in seen]
+    largest = np.array([fmt.max for fmt in formats])
     ranges = absmax
     if options.method == "percentile":
         ranges = chosen.quantiles(options.percentile / 100)
         ranges = np.where(ranges < BIN_EDGES[1], 0.0, ranges)  # in the bin of the zeros
     usable = (ranges > 0) & np.array([not _kept(name, options) for name in seen], bool)
-    scales = np.where(usable, options.margin * ranges / E4M3FN.max, before)
+    scales = np.where(usable, options.margin * ranges / largest, before)
     if options.method == "mse":
-        scales = np.where(usable, options.margin * _least_error_scales(chosen.histogram, absmax), before)
+        scales = np.where(usable, options.margin * _least_error_scales(chosen.histogram, absmax, formats), before)
     after = np.array(
         [
             final_scale(scale, name, float16_safe=options.float16_safe) if use else scale
@@ -240,9 +247,9 @@ def solve(
         ],
         np.float64,
     )
-    errors = [expected_errors(chosen, values) for values in (before, after)]
-    lost = lost_rows(chosen, after)
-    row_errors = dict(zip(seen, _expected_row_errors(chosen, after, errors[1]).tolist(), strict=True))
+    errors = [expected_errors(chosen, values, formats) for values in (before, after)]
+    lost = lost_rows(chosen, after, formats)
+    row_errors = dict(zip(seen, _expected_row_errors(chosen, after, formats, errors[1]).tolist(), strict=True))
     results = []
     numbers = {name: number for number, name in enumerate(seen)}
     for name, state in present.items():
@@ -267,6 +274,7 @@ def solve(
             vanished_after=_told(errors[1].vanished[number]),
             rows_lost=float(lost[number]),
             multiply_adds=int(chosen.rows[number]) * state.shape[0] * state.shape[1],
+            format=state.format.name,
         )
         if _kept(name, options):
             result = replace(result, reason="kept, as --keep asks")
@@ -281,21 +289,38 @@ def solve(
     return _spend_budget(results, row_errors, options)
 
 
-def lost_rows(statistics: Statistics, scales: Float) -> Float:
-    """Share of each layer's rows that are lost at a scale: not all zeros, but under 2⁻⁴ of it.
+def lost_rows(statistics: Statistics, scales: Float, formats: Sequence[Format] | None = None) -> Float:
+    """Share of each layer's rows that are lost at a scale: not all zeros, but under `LOST_ROW_STEPS` smallest steps.
 
     Args:
         statistics: of L layers.
         scales: [L], ≥ 0. Nothing lies under a scale of 0.
+        formats: of their inputs, L of them; E4M3 by default.
 
     Returns:
         [L], in [0, 1].
     """
-    return statistics.rows_below(scales * LOST_ROW)
+    return statistics.rows_below(LOST_ROW_STEPS * _smallest_steps(scales, formats))
+
+
+def _smallest_steps(scales: Float, formats: Sequence[Format] | None) -> Float:
+    """The least positive number of each layer's inputs at its scale, [L]."""
+    steps: Float = scales * [fmt.smallest_subnormal for fmt in formats or [E4M3FN] * len(scales)]
+    return steps
 
 
 def _unchanged(name: str, state: Present, reason: str) -> LayerResult:
-    return LayerResult(name, "none", None, state.scale, state.scale, state.full_precision, state.full_precision, reason)
+    return LayerResult(
+        name,
+        "none",
+        None,
+        state.scale,
+        state.scale,
+        state.full_precision,
+        state.full_precision,
+        reason,
+        format=state.format.name,
+    )
 
 
 def _told(number: float) -> float | None:
@@ -419,19 +444,21 @@ def _lateness(layers: Sequence[str]) -> dict[str, float]:
     return {layer: 1 / blocks_left(*places[layer]) if layer in places else 1.0 for layer in layers}
 
 
-def _expected_row_errors(statistics: Statistics, scales: Float, errors: ExpectedErrors) -> Float:
+def _expected_row_errors(
+    statistics: Statistics, scales: Float, formats: Sequence[Format], errors: ExpectedErrors
+) -> Float:
     """Expected squared error of a row relative to the row, mean over rows, [L].
 
-    The error over the whole tensor is relative to its loudest rows. To it comes what a quiet row suffers: steps of
-    d = 2⁻⁹ s cost d² / 12 per value however small the row is, at most all of it. A row of absmax a is taken to have a
-    mean square of ρ² a², with ρ² from the layer's totals. NaN where the scale is 0.
+    The error over the whole tensor is relative to its loudest rows. To it comes what a quiet row suffers: steps of d
+    (2⁻⁹ s for E4M3) cost d² / 12 per value however small the row is, at most all of it. A row of absmax a is taken to
+    have a mean square of ρ² a², with ρ² from the layer's totals. NaN where the scale is 0.
     """
     counts = statistics.row_histogram[:, :NONFINITE_BIN].astype(np.float64)
     counts[:, 0] = 0  # rows of zeros lose nothing
     rows = np.maximum(counts.sum(1), 1)
     squares = BIN_CENTRES**2
     crest = statistics.mean_square * rows / np.maximum(counts @ squares, 1e-300)
-    step = scales * E4M3FN.smallest_subnormal
+    step = _smallest_steps(scales, formats)
     lost = np.zeros(len(scales))
     for number in range(len(scales)):
         floor = step[number] ** 2 / 12 / np.maximum(crest[number] * squares, 1e-300)
@@ -447,7 +474,7 @@ class ExpectedErrors:
     Attributes:
         mean_square: expected squared error per value.
         sqnr_db: 10 log10(mean x² / mean_square); infinite where nothing but zeros was seen.
-        clipped: share of values beyond ±448 s.
+        clipped: share of values beyond ±max · s.
         vanished: share of values that are not zero and lie under half the smallest code.
 
     All are NaN where the scale is 0.
@@ -459,12 +486,13 @@ class ExpectedErrors:
     vanished: Float
 
 
-def expected_errors(statistics: Statistics, scales: Float) -> ExpectedErrors:
+def expected_errors(statistics: Statistics, scales: Float, formats: Sequence[Format] | None = None) -> ExpectedErrors:
     """Expected error of quantizing each layer's inputs at a scale.
 
     Args:
         statistics: of L layers.
         scales: [L], ≥ 0. Files exist whose scale is 0; it quantizes nothing, so its errors are NaN.
+        formats: of their inputs, L of them; E4M3 by default.
 
     Returns:
         The errors.
@@ -473,7 +501,7 @@ def expected_errors(statistics: Statistics, scales: Float) -> ExpectedErrors:
     error = np.zeros(len(scales))
     clipped = np.zeros(len(scales))
     vanished = np.zeros(len(scales))
-    for number, scale in enumerate(scales):
+    for number, (scale, fmt) in enumerate(zip(scales, formats or [E4M3FN] * len(scales), strict=True)):
         counts = statistics.histogram[number, :NONFINITE_BIN]
         used = np.flatnonzero(counts)
         if scale == 0:
@@ -484,9 +512,9 @@ def expected_errors(statistics: Statistics, scales: Float) -> ExpectedErrors:
         weights = counts[used].astype(np.float64)
         low, high = BIN_EDGES[used] / scale, BIN_EDGES[used + 1] / scale
         high = np.minimum(high, float(statistics.absmax[number]) / scale)  # so the last bin ends at absmax
-        error[number] = scale * scale * float(np.sum(weights * _mean_error(low, high)))
-        clipped[number] = float(np.sum(weights * _share_above(low, high, _CLIPPED)))
-        half = E4M3FN.smallest_subnormal / 2
+        error[number] = scale * scale * float(np.sum(weights * _mean_error(low, high, fmt)))
+        clipped[number] = float(np.sum(weights * _share_above(low, high, fmt.max * _ROUNDED_DOWN)))
+        half = fmt.smallest_subnormal / 2
         below = float(np.sum(weights * (1 - _share_above(low, high, half))))
         vanished[number] = max(below - float(statistics.zeros[number]), 0.0)
     signal = statistics.sum_of_squares
@@ -505,22 +533,21 @@ def _share_above(low: Float, high: Float, limit: float) -> Float:
 
 
 @cache
-def _cells() -> tuple[Float, Float, Float]:
+def _cells(fmt: Format) -> tuple[Float, Float, Float]:
     """Code values v [n], midpoints m [n - 1], and F at the lower end of each code's cell [n]."""
-    codes = fp8.values(E4M3FN)[:0x7F].astype(np.float64)
-    midpoints = (codes[1:] + codes[:-1]) / 2
+    codes, midpoints = fp8.levels(fmt), fp8.midpoints(fmt)
     lower = np.concatenate([[0.0], midpoints])
     inside = ((midpoints - codes[:-1]) ** 3 - (lower[:-1] - codes[:-1]) ** 3) / 3
     return codes, midpoints, np.concatenate([[0.0], np.cumsum(inside)])
 
 
-def _mean_error(low: Any, high: Any) -> Float:
+def _mean_error(low: Any, high: Any, fmt: Format) -> Float:
     """Mean squared error of quantizing u uniform on [low, high], with 0 ≤ low ≤ high, scale 1.
 
     Differences of F lose digits where a bin is far narrower than its distance from 0, so a bin that lies within one
     cell, or is hardly wider than a point, is integrated by itself.
     """
-    codes, midpoints, cumulative = _cells()
+    codes, midpoints, cumulative = _cells(fmt)
     first = np.searchsorted(midpoints, low, side="right")
     last = np.searchsorted(midpoints, high, side="left")
     near, far = low - codes[first], high - codes[last]
@@ -538,39 +565,45 @@ def _mean_error(low: Any, high: Any) -> Float:
     return mean
 
 
-def _least_error_scales(histogram: NDArray[np.int64], absmax: Float) -> Float:
-    """Per layer the scale of least expected squared error in [absmax / 448, 4 · absmax / 448].
+@cache
+def _phase_errors(fmt: Format) -> tuple[Float, Float]:
+    """The `PHASES` scales of one octave, and the mean error of every bin at each, [PHASES, bins]."""
+    scales = np.exp2(np.arange(PHASES) / PHASES)
+    edges = BIN_EDGES
+    return scales, np.stack([s * s * _mean_error(edges[:-1] / s, edges[1:] / s, fmt) for s in scales])
 
-    Candidates are absmax / 448 itself and 2^(k / PHASES). One table holds the mean error of each bin at the PHASES
+
+def _least_error_scales(histogram: NDArray[np.int64], absmax: Float, formats: Sequence[Format]) -> Float:
+    """Per layer the scale of least expected squared error in [absmax / max, 2 · absmax / max].
+
+    Candidates are absmax / max itself and 2^(k / PHASES). One table holds the mean error of each bin at the PHASES
     scales of one octave; other octaves are the same table with the histogram moved by 16 bins per octave.
     """
     edges = BIN_EDGES
     topmost = np.minimum(np.searchsorted(edges, absmax, side="right") - 1, NONFINITE_BIN - 1)
-    scales = np.exp2(np.arange(PHASES) / PHASES)
-    table = np.stack([s * s * _mean_error(edges[:-1] / s, edges[1:] / s) for s in scales])
-    best = absmax / E4M3FN.max
+    best = absmax / [fmt.max for fmt in formats]
     counts = histogram[:, :NONFINITE_BIN].astype(np.float64)
     counts[:, 0] = 0  # zeros, and what is under 2^-130: they cost nothing at any scale
-    for number in np.flatnonzero(absmax > 0):
-        start = absmax[number] / E4M3FN.max
+    for number in np.flatnonzero(absmax > 0).tolist():
+        fmt, start = formats[number], best[number]
+        scales, table = _phase_errors(fmt)
         octave = int(np.floor(np.log2(start)))
         # The topmost bin ends at absmax, which the table cannot know, so its share is added for each candidate.
         top = topmost[number]
         top_count, counts[number, top] = counts[number, top], 0.0
-        octaves = range(octave, octave + MSE_OCTAVES + 1)
+        octaves = (octave, octave + 1)
         moved = np.stack([_shifted(counts[number], step * _BINS_PER_OCTAVE) for step in octaves])
         factors = np.exp2(np.array(octaves, np.float64))[:, None]
         error = (moved @ table.T * factors * factors).reshape(-1)
         scale = (scales * factors).reshape(-1)
-        error += top_count * scale * scale * _mean_error(edges[top] / scale, absmax[number] / scale)
-        inside = (scale >= start) & (scale <= start * 2**MSE_OCTAVES)
-        error[~inside] = np.inf
-        # Octaves are often equal but for rounding; the least scale of equals loses the fewest small rows.
+        error += top_count * scale * scale * _mean_error(edges[top] / scale, absmax[number] / scale, fmt)
+        error[(scale < start) | (scale > 2 * start)] = np.inf
+        # Some are equal but for rounding; the least scale of equals loses the fewest small rows.
         least = int(np.flatnonzero(error <= error.min() * (1 + 1e-9))[0])
 
         used = np.flatnonzero(counts[number])
-        present = float(np.sum(counts[number, used] * _mean_error(edges[used] / start, edges[used + 1] / start)))
-        present += top_count * float(_mean_error(edges[top] / start, absmax[number] / start))
+        present = float(np.sum(counts[number, used] * _mean_error(edges[used] / start, edges[used + 1] / start, fmt)))
+        present += top_count * float(_mean_error(edges[top] / start, absmax[number] / start, fmt))
         if error[least] < start * start * present:
             best[number] = scale[least]
     return best

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from convert_to_quant import fp8
 from convert_to_quant.errors import CalibrationError, OptionError
 from convert_to_quant.kernels import BINS, DIGIT_BITS, DIGITS, LOWEST_EXPONENT, NONFINITE_BIN
 from convert_to_quant.solve import (
@@ -19,6 +20,7 @@ from convert_to_quant.solve import (
     LayerResult,
     Present,
     SolveOptions,
+    _spend_budget,
     expected_errors,
     final_scale,
     lost_rows,
@@ -190,7 +192,7 @@ def test_percentile_that_falls_on_zeros_keeps_the_scale_and_says_so() -> None:
 def candidates(absmax: float) -> np.ndarray:
     start = absmax / 448
     powers = 2.0 ** (np.arange(-150 * PHASES, 130 * PHASES) / PHASES)
-    return np.array([start, *powers[(powers >= start) & (powers <= 4 * start)]])
+    return np.array([start, *powers[(powers >= start) & (powers <= 2 * start)]])
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-4, 1.0, 300.0, 1e30])
@@ -222,6 +224,42 @@ def test_mse_is_within_a_tenth_of_a_decibel_of_a_dense_scan_and_never_worse_than
         found = expected_errors(statistics, np.array([solve_one(rows, method="mse").scale_after])).mean_square[0]
         assert found <= min(dense) * 10**0.01
         assert found <= dense[0] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("fmt", fp8.FORMATS.values(), ids=fp8.FORMATS)
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_mse_finds_nothing_better_than_within_an_octave(count: int, fmt: fp8.Format) -> None:
+    """A search over one octave is enough: at twice the scale no value has a nearer code."""
+    rng = np.random.default_rng(count)
+    rows = rng.choice(np.exp2(rng.uniform(-12, 0, count)), (20, 50)) * rng.choice([-1, 1], (20, 50))
+    statistics = seen({"layer": rows})
+    start = float(statistics.absmax[0]) / fmt.max
+
+    def errors(scales: np.ndarray) -> np.ndarray:
+        return np.array([expected_errors(statistics, np.array([s]), [fmt]).mean_square[0] for s in scales])
+
+    octave = start * np.exp2(np.linspace(0, 1, 50))
+    for octaves in (1, 2, 5):
+        assert (errors(octave * 2.0**octaves) >= errors(octave) * (1 - 1e-6)).all()
+    found = solve_one(rows, Present(1.0, False, SHAPE, fmt), method="mse").scale_after
+    assert start * (1 - 1e-6) <= found <= 2 * start * (1 + 1e-6)
+
+
+def test_e5m2_inputs_are_solved_on_their_own_grid() -> None:
+    rows = np.random.default_rng(13).standard_normal((200, 64)).astype(np.float32) * 100
+    rows[:2] *= 2.0**-28  # under 32 of E5M2's smallest steps, and E4M3 would lose far larger ones
+    rows[2:20] *= 2.0**-14
+    state = Present(1.0, False, SHAPE, fp8.E5M2)
+    result = solve_one(rows, state, row_loss_limit=0.5)
+    assert result.format == "float8_e5m2"
+    assert result.scale_after == float(np.float32(np.abs(rows).max() / np.float64(57344)))
+    for scale, told in ((1.0, result.sqnr_before_db), (result.scale_after, result.sqnr_after_db)):
+        cast = torch.from_numpy(rows / np.float32(scale)).clamp(-57344, 57344).to(torch.float8_e5m2).double() * scale
+        error = float((cast - torch.from_numpy(rows).double()).square().sum())
+        assert told == pytest.approx(10 * np.log10(float(np.sum(rows.astype(np.float64) ** 2)) / error), abs=0.1)
+    assert result.clipped_before == 0, "448 is no limit here"
+    assert result.rows_lost == pytest.approx(0.01)
+    assert solve_one(rows, row_loss_limit=0.5).rows_lost == pytest.approx(0.1)
 
 
 def test_mse_gains_where_absmax_falls_badly_on_the_grid() -> None:
@@ -319,6 +357,13 @@ def test_rows_count_as_lost_under_a_sixteenth_of_the_scale() -> None:
     assert result.rows_lost == pytest.approx(0.1)
 
 
+def test_a_layer_that_loses_just_as_many_rows_as_allowed_stays_in_fp8() -> None:
+    rows = np.array([[448.0], [1.0], [1.0], [2.0**-8]])
+    assert solve_one(rows).rows_lost == 0.25
+    assert not solve_one(rows, row_loss_limit=0.25).full_precision_after
+    assert solve_one(rows, row_loss_limit=0.2499).full_precision_after
+
+
 def test_one_row_layers_compute_in_full_precision_unless_told_otherwise() -> None:
     result = solve_one([[1.0, 2.0]], rows_per_sample=1)
     assert (result.full_precision_after, result.cause) == (True, "one row")
@@ -402,6 +447,15 @@ def test_of_equal_errors_the_budget_goes_to_late_blocks_and_to_small_layers() ->
     assert bought_first(blocks, 0.25) == {"blocks.3.a"}
     assert bought_first({"double.0.a": ordinary, "double.1.a": ordinary, **blocks}, 4 / 6) == set(blocks)
     assert bought_first({"blocks.0.small": ordinary[:10], "blocks.0.large": ordinary}, 0.95) == {"blocks.0.small"}
+
+
+@pytest.mark.parametrize(("error", "first"), [(4.1, "large"), (3.9, "small")])
+def test_eight_times_the_work_must_be_worth_four_times_the_error(error: float, first: str) -> None:
+    (one,) = solve(seen({"layer": np.ones((10, 32))}), present("layer"))
+    results = [replace(one, layer="large", multiply_adds=8000), replace(one, layer="small", multiply_adds=1000)]
+    options = SolveOptions(full_precision_budget=8 / 9)  # for either, not for both
+    spent = _spend_budget(results, {"large": error, "small": 1.0}, options)
+    assert [result.layer for result in spent if result.cause == "budget"] == [first]
 
 
 def test_full_precision_that_is_needed_is_no_part_of_the_budget() -> None:

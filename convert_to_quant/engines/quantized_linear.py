@@ -6,17 +6,19 @@ as the file's own codes (one byte each), and they become numbers only while the 
 
 Maths. With weight codes w, weight scale t, input x and input scale s, an FP8 layer computes
 
-    q = round_e4m3(clamp(x / s, ±448))        y = (q · s) (w · t)ᵀ + bias
+    q = round(clamp(x / s, ±max))        y = (q · s) (w · t)ᵀ + bias
+
+where inputs are rounded to the FP8 format of the weight: max is 448 for E4M3 and 57,344 for E5M2.
 
 How q comes about is the `Arithmetic`:
     dequantize       no q: y = x (w · t)ᵀ + bias. What a model computes without FP8 hardware; used for watching.
     comfyui          x · (1 / s) in x's own dtype, 1 / s rounded to it, as ComfyUI does on a CPU ("eager").
     comfyui_divide   x / s in float32, as its CUDA and Triton kernels do.
-    dynamic_tensor   as comfyui_divide with s = absmax(x) / 448. No file can ask ComfyUI for this.
+    dynamic_tensor   as comfyui_divide with s = absmax(x) / max. No file can ask ComfyUI for this.
     dynamic_row      the same with one s per row.
 A layer that the file holds in high precision, or marks `full_precision_matrix_mult`, is computed as by "dequantize".
 
-The product is simulated in float32: e4m3 values and their products are exact there, so only the order of summation
+The product is simulated in float32: FP8 values and their products are exact there, so only the order of summation
 differs from a tensor core's. `fp8_matmul=True` uses the real one (`torch._scaled_mm`) where the layer allows it.
 """
 
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..checkpoint import Checkpoint
-from ..fp8 import E4M3FN
+from ..fp8 import E4M3FN, Format
 from ..layers import Layer, dequantize, scale_grid
 from ..lora import LoraMatch
 
@@ -52,38 +54,38 @@ FP8_MATMUL_MULTIPLE = 16
 """Both sides of a weight must be multiples of this for torch._scaled_mm."""
 
 
-def _fp8(scaled: Tensor) -> Tensor:
-    return scaled.clamp(-E4M3FN.max, E4M3FN.max).to(torch.float8_e4m3fn)
+def _fp8(scaled: Tensor, fmt: Format) -> Tensor:
+    return scaled.clamp(-fmt.max, fmt.max).to(TORCH_DTYPES[fmt.safetensors_dtype])
 
 
-def _comfyui(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return _fp8(x * (1.0 / scale).to(x.dtype)), scale
+def _comfyui(x: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    return _fp8(x * (1.0 / scale).to(x.dtype), fmt), scale
 
 
-def _comfyui_divide(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return _fp8(x.float() / scale), scale
+def _comfyui_divide(x: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    return _fp8(x.float() / scale, fmt), scale
 
 
-def _dynamic_tensor(x: Tensor, _scale: Tensor) -> tuple[Tensor, Tensor]:
-    return _comfyui_divide(x, _range_scale(x.abs().amax()))
+def _dynamic_tensor(x: Tensor, _scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    return _comfyui_divide(x, _range_scale(x.abs().amax(), fmt), fmt)
 
 
-def _dynamic_row(x: Tensor, _scale: Tensor) -> tuple[Tensor, Tensor]:
-    return _comfyui_divide(x, _range_scale(x.abs().amax(-1, keepdim=True)))
+def _dynamic_row(x: Tensor, _scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    return _comfyui_divide(x, _range_scale(x.abs().amax(-1, keepdim=True), fmt), fmt)
 
 
-def _range_scale(absmax: Tensor) -> Tensor:
-    """The scale absmax / 448 in float32; 1 where there are only zeros."""
-    return torch.where(absmax > 0, absmax.float() / E4M3FN.max, 1.0)
+def _range_scale(absmax: Tensor, fmt: Format) -> Tensor:
+    """The scale absmax / max in float32; 1 where there are only zeros."""
+    return torch.where(absmax > 0, absmax.float() / fmt.max, 1.0)
 
 
-QUANTIZERS: Mapping[Arithmetic, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+QUANTIZERS: Mapping[Arithmetic, Callable[[Tensor, Tensor, Format], tuple[Tensor, Tensor]]] = {
     "comfyui": _comfyui,
     "comfyui_divide": _comfyui_divide,
     "dynamic_tensor": _dynamic_tensor,
     "dynamic_row": _dynamic_row,
 }
-"""Input [..., in] and the layer's scale, float32 () -> e4m3 codes of the same shape and the scale they carry."""
+"""Input [..., in], the layer's scale, float32 (), and format -> codes of the same shape and the scale they carry."""
 
 
 class StoredWeight:
@@ -233,7 +235,7 @@ class CheckpointLinear(nn.Module):
         x = x.to(self.dtype)
         if self.full_precision or self.arithmetic == "dequantize":
             return linear(x, self.stored.dense(self.dtype), self.bias)
-        codes, scale = QUANTIZERS[self.arithmetic](x, self.input_scale)
+        codes, scale = QUANTIZERS[self.arithmetic](x, self.input_scale, self.stored.layer.format or E4M3FN)
         if self.fp8_matmul and scale.ndim == 0 and self.fits_fp8_matmul():
             return self._scaled_matmul(codes, scale)
         y = linear(codes.float() * scale, self.stored.dense(torch.float32))
@@ -246,7 +248,7 @@ class CheckpointLinear(nn.Module):
             self.stored.device.type == "cuda"
             and not self.stored.adapted
             and len(self.stored.pieces) == 1
-            and self.stored.layer.format == E4M3FN
+            and self.stored.layer.format == E4M3FN  # torch multiplies no two E5M2
             and self.stored.layer.granularity == "tensor"
             and not any(side % FP8_MATMUL_MULTIPLE for side in sides)
         )

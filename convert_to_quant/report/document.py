@@ -59,10 +59,10 @@ RISKS: Mapping[Risk, str] = {
 }
 """What each risk means, the worst first."""
 
-LARGEST_ROUNDED = 464.0
+LARGEST_ROUNDED = E4M3FN.largest_rounded
 """|x| / scale up to here becomes 448 by rounding; beyond it is cut off."""
 
-WORST_ROUNDING_DB = 20 * math.log10(17)
+WORST_ROUNDING_DB = E4M3FN.worst_rounding_db
 """Signal to noise of E4M3 in its normal range is at least this, whatever the distribution."""
 
 AXIS_LOW, AXIS_HIGH, CELLS_PER_OCTAVE = -32, 24, 4

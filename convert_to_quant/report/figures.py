@@ -32,6 +32,7 @@ from .. import names
 from ..calibrate_activation_scales import apply_statistics
 from ..checkpoint import open_checkpoint
 from ..errors import StatisticsError, StrPath, TensorError
+from ..fp8 import E4M3FN, FORMATS, Format
 from ..inspection import READINGS, Inspection, LayerView, inspect_checkpoint
 from ..kernels import NONFINITE_BIN, SIGMA_BINS
 from ..layers import find_layers, input_scale
@@ -179,7 +180,7 @@ def _solve(source: Source, *, force: bool) -> _Solved:
         if statistics is None:
             table = find_layers(checkpoint)
             present = {
-                name: Present(input_scale(checkpoint, layer), layer.full_precision, layer.shape)
+                name: Present(input_scale(checkpoint, layer), layer.full_precision, layer.shape, layer.format or E4M3FN)
                 for name, layer in table.diffusion.items()
             }
             if not present:
@@ -226,7 +227,8 @@ def _figures(side: _Solved) -> dict[str, Figures]:
     seen = [result for result in side.results if result.source == "model"]
     statistics = side.statistics.take([result.layer for result in seen])
     scales = np.array([[result.scale_before, result.scale_after] for result in seen], np.float64).reshape(-1, 2)
-    lost = np.stack([lost_rows(statistics, scales[:, 0]), lost_rows(statistics, scales[:, 1])])
+    formats = [FORMATS[result.format] for result in seen]
+    lost = np.stack([lost_rows(statistics, column, formats) for column in scales.T])
     columns = _columns(statistics)
     figures = {}
     numbers = {result.layer: number for number, result in enumerate(seen)}
@@ -250,7 +252,9 @@ def _figures(side: _Solved) -> dict[str, Figures]:
                  result.clipped_after, result.vanished_after, lost[1]),
             )
         ]  # fmt: skip
-        before, after = (state if unused else with_risk(state, absmax, options) for state in states)
+        before, after = (
+            state if unused else with_risk(state, absmax, options, FORMATS[result.format]) for state in states
+        )
         if result.layer in side.unusable:
             before = State(0.0, before.full_precision, risk="no scale")
         figures[result.layer] = Figures(
@@ -267,22 +271,23 @@ def _figures(side: _Solved) -> dict[str, Figures]:
     return figures
 
 
-def with_risk(state: State, absmax: float, options: SolveOptions) -> State:
-    """A state with its risk, by the thresholds of `document`.
+def with_risk(state: State, absmax: float, options: SolveOptions, fmt: Format = E4M3FN) -> State:
+    """A state with its risk, by the thresholds of `document`, which are those of the layer's format.
 
     Args:
         state: with everything else.
         absmax: the largest |x|; 0 where nothing but zeros was seen, or nothing.
         options: with the limit on lost rows.
+        fmt: of the layer's inputs.
     """
     risk: Risk = ""
     if state.full_precision:
         return state
     if state.scale == 0:
         risk = "no scale"
-    elif state.sqnr_db is not None and state.sqnr_db < document.WORST_ROUNDING_DB:
+    elif state.sqnr_db is not None and state.sqnr_db < fmt.worst_rounding_db:
         assert state.vanished is not None
-        if absmax > document.LARGEST_ROUNDED * state.scale:
+        if absmax > fmt.largest_rounded * state.scale:
             risk = "clips"
         else:
             risk = "vanishes" if state.vanished > 0.5 else "coarse"
@@ -360,8 +365,9 @@ def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
     ]
     statistics = second.statistics.take([name for _, _, name in pairs])
     scales = np.array([result.scale_after for _, result, _ in pairs], np.float64)
-    errors = expected_errors(statistics, scales)
-    lost = lost_rows(statistics, scales)
+    formats = [FORMATS[result.format] for _, result, _ in pairs]
+    errors = expected_errors(statistics, scales, formats)
+    lost = lost_rows(statistics, scales, formats)
     absmax = statistics.absmax
     states = {}
     for number, (bare, result, name) in enumerate(pairs):
@@ -374,7 +380,9 @@ def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
             rows_lost=_finite(lost[number]),
         )
         states[bare] = (
-            state if name in second.unused else with_risk(state, float(absmax[number]), second.source.options)
+            state
+            if name in second.unused
+            else with_risk(state, float(absmax[number]), second.source.options, formats[number])
         )
     return states
 

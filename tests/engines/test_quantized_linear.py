@@ -122,6 +122,25 @@ def test_dynamic_row_takes_the_range_of_each_row(stored: StoredWeight) -> None:
     assert torch.allclose(found, torch.stack(rows), rtol=1e-4, atol=1e-2 * float(x.abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("arithmetic", "scale"),
+    [("comfyui", 0.25), ("comfyui_divide", 0.3), ("comfyui", 2.0**-12), ("dynamic_tensor", None)],
+)
+def test_inputs_of_an_e5m2_layer_become_e5m2(
+    save: Callable[..., Path], build: Any, arithmetic: Any, scale: float | None
+) -> None:
+    tensors, metadata = build.quantized(["layer"], "tensor", dtype="F8_E5M2")
+    with open_checkpoint(save("model.safetensors", tensors, metadata)) as checkpoint:
+        stored = StoredWeight(checkpoint, [(find_layers(checkpoint).quantized["layer"], slice(None))], CPU)
+        x = inputs()
+        s = torch.tensor(float(x.abs().max()) / 57344 if scale is None else scale)
+        product = x / s if arithmetic != "comfyui" else x * (1 / s)
+        codes = product.clamp(-57344, 57344).to(torch.float8_e5m2)
+        expected = codes.float() * s @ stored.dense(torch.float32).T + BIAS
+        found = linear(stored, arithmetic=arithmetic, input_scale=scale or 1.0)(x)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("arithmetic", ["dynamic_tensor", "dynamic_row"])
 def test_an_input_of_zeros_gives_the_bias(stored: StoredWeight, arithmetic: Any) -> None:
     assert torch.equal(linear(stored, arithmetic=arithmetic)(torch.zeros(3, 32)), BIAS.expand(3, 16))
