@@ -6,8 +6,9 @@
     patch_model_with_scales   the scales into the file
 
 The names are those of the hand-off that started this project. Its formula, the range of X·Wᵀ, was measured and found
-wrong (a range cannot be read off a weight); so the default runs the network itself on noise (`engines.diffusers`), and
-simulates (`engines.layer`) only what cannot be run. Here is only the way through; the rooms below do the work.
+wrong (a range cannot be read off a weight); so the default runs the network itself on noise (`engines.diffusers`). A
+model that cannot be run is refused: scales guessed from weights (`engines.layer`) are for those who ask for them by
+name. Here is only the way through; the rooms below do the work.
 
     python -m convert_to_quant.calibrate_activation_scales MODEL -o OUT [--lora FILE] [--json FILE] [--samples N]
 """
@@ -27,7 +28,7 @@ from . import convert, lora, naming
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .engines import layer as layer_engine
 from .errors import OptionError, OutputError, StrPath, TensorError, UnsupportedModelError
-from .fp8 import BY_SAFETENSORS_DTYPE, E4M3FN, decode
+from .fp8 import BY_SAFETENSORS_DTYPE, E4M3FN, FORMATS, decode
 from .layers import Layer, LayerTable, find_layers, infer_block, input_scale, scales_per_row
 from .patch import LayerChange, Patch, apply_in_place, in_place_edits, plan_patch, rewrite
 from .solve import LayerResult, Present, SolveOptions, check_margin, check_percentile, final_scale, solve
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
 
 Engine = Literal["auto", "model", "layer"]
 ENGINES: tuple[Engine, ...] = ("auto", "model", "layer")
+"""What finds the ranges. "auto" is "model": the one that measures; it never guesses by itself."""
+INSTEAD = (
+    "--actcal-engine layer guesses the scales from the weights; observe --comfyui-dir DIR may run the model in ComfyUI"
+)
+"""What can be done about a model that cannot be run."""
 MODEL_MARGIN = 1.0
 """Ranges that were seen need no headroom on top: noise conditioning already reaches above real prompts."""
 
@@ -52,7 +58,7 @@ class CalibrationOptions:
     """How to calibrate.
 
     Attributes:
-        engine: "model" runs the network, "layer" simulates each layer, "auto" runs it where it can.
+        engine: "model" (or "auto") runs the network; "layer" guesses each layer's range from its weight.
         samples: inputs that the model, or each simulated layer, is shown.
         percentile: of simulated magnitudes; 99.9 where None. Real ranges are never cut.
         seed: of all noise.
@@ -102,7 +108,7 @@ class Calibration:
 
     Attributes:
         engine: the engine that ran, or "statistics" where a run was solved that had been recorded before.
-        results: one per FP8 layer, in file order.
+        results: one per FP8 layer of the diffusion model, in file order.
         options: how.
         notes: what a user should know, one sentence each.
         lora: what the adapters matched; None without adapters.
@@ -201,7 +207,8 @@ def compute_activation_scale(
         estimator: "input", or "output" for the hand-off's literal formula.
 
     Returns:
-        percentile · margin / 448, a float32 value > 0; 1.0 for a weight that is empty or all zero.
+        percentile · margin / 448 (57,344 for an E5M2 weight), a float32 value > 0; 1.0 for a weight that is empty or
+        all zero.
 
     Raises:
         OptionError: samples, percentile or margin are out of range.
@@ -227,7 +234,8 @@ def compute_activation_scale(
     else:
         found = layer_engine.output_range(unit_RI, weight_OI.__getitem__, len(weight_OI), simulation.percentile)
     factor = layer_engine.DEFAULT_MARGIN[estimator] if margin is None else margin
-    return final_scale(factor * found / E4M3FN.max, "weight")
+    fmt = FORMATS.get(str(weight.dtype).removeprefix("torch."), E4M3FN)
+    return final_scale(factor * found / fmt.max, "weight")
 
 
 def _floats(tensor: Any) -> layer_engine.Float32:
@@ -265,7 +273,9 @@ def calibrate_model(
     loras: Sequence[lora.Lora] = (),
     progress: Progress | None = None,
 ) -> Calibration:
-    """Find the input scale of every FP8 layer of a checkpoint.
+    """Find the input scale of every FP8 layer of a checkpoint's diffusion model.
+
+    A layer that the running model does not visit keeps the scale that it has.
 
     Args:
         model: a `.safetensors` file, a `.safetensors.index.json`, or an open checkpoint.
@@ -277,8 +287,8 @@ def calibrate_model(
         The calibration; nothing is written.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or has no FP8 layers.
-        UnsupportedModelError: the engine is "model" and cannot run it.
+        CheckpointError: the checkpoint cannot be read, or its diffusion model has no FP8 layers.
+        UnsupportedModelError: the model cannot be run, and the engine is not "layer".
         CalibrationError: the model's activations are not finite.
         LoraError: an adapter matches nothing, or does not fit.
     """
@@ -288,11 +298,10 @@ def calibrate_model(
             return calibrate_model(checkpoint, options, loras=loras, progress=progress)
 
     table = _quantized_table(model)
-    notes = list(table.notes)
-    if table.foreign:
-        formats = sorted({layer.format for layer in table.foreign.values()})
-        notes.append(f"left alone: {len(table.foreign)} layers in {', '.join(formats)}")
-    if all(layer.dynamic for layer in table.quantized.values()):
+    if options.engine != "layer":
+        refuse_unrunnable(model, table)
+    notes = _left_alone(table)
+    if all(layer.dynamic for layer in table.diffusion.values()):
         notes.append(
             "row-wise and block-wise FP8: the known readers scale activations as they come and skip input_scale"
         )
@@ -300,28 +309,38 @@ def calibrate_model(
     if loras:
         match = lora.match_loras(loras, table.shapes())
         notes += lora_notes(match)
-    reason = _why_not_run(model, table) if options.engine == "auto" else None
-    if options.engine == "layer" or reason is not None:
-        if reason is not None:
-            notes.append(
-                f"the model cannot be run ({reason}); its layers are simulated one by one instead: such ranges are "
-                "guesses with much headroom, and cost quality where a layer's real inputs are larger or far smaller. "
-                "`observe --comfyui-dir DIR` may run it in ComfyUI"
-            )
-        return _simulate(model, table, options, match=match, notes=notes, progress=progress)
-    return _run(model, table, options, match=match, notes=notes, progress=progress)
+    step = _simulate if options.engine == "layer" else _run
+    return step(model, table, options, match=match, notes=notes, progress=progress)
 
 
 def _quantized_table(checkpoint: Checkpoint) -> LayerTable:
-    """The layers of a checkpoint that has FP8 layers."""
+    """The layers of a checkpoint whose diffusion model has FP8 layers."""
     table = find_layers(checkpoint)
-    if not table.quantized:
+    if table.diffusion:
+        return table
+    if table.quantized:
         raise TensorError(
-            "no FP8 layers with weight scales in this file",
+            f"its {len(table.quantized)} FP8 layers are no diffusion model's, and nothing reads their input scales",
             path=checkpoint.path,
-            hint="convert it in the same breath: convert_to_quant -i IN -o OUT --actcal",
+            tensor=next(iter(table.quantized)),
         )
-    return table
+    raise TensorError(
+        "no FP8 layers with weight scales in this file",
+        path=checkpoint.path,
+        hint="convert and calibrate in one step: convert_to_quant -i IN -o OUT --actcal",
+    )
+
+
+def _left_alone(table: LayerTable) -> list[str]:
+    """Notes on a checkpoint's layers, and on those that a calibration does not touch."""
+    notes = list(table.notes)
+    foreign = [layer.format for name, layer in table.foreign.items() if table.owns(name)]
+    if foreign:
+        notes.append(f"left alone: {len(foreign)} layers in {', '.join(sorted(set(foreign)))}")
+    others = len(table.quantized) - len(table.diffusion)
+    if others:
+        notes.append(f"left alone: {others} FP8 layers beside the diffusion model, whose input scales nothing reads")
+    return notes
 
 
 def lora_notes(match: lora.LoraMatch) -> list[str]:
@@ -337,19 +356,28 @@ def lora_notes(match: lora.LoraMatch) -> list[str]:
     return notes
 
 
-def _missing_package() -> str | None:
-    """The package that the model engine needs and that is not installed; they are large, so some leave them out."""
-    return next((name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None), None)
+def refuse_unrunnable(checkpoint: Checkpoint, table: LayerTable | None = None) -> None:
+    """Refuse a model that cannot be run, in FP8 or in high precision; no weight is read.
 
+    Args:
+        checkpoint: the open checkpoint.
+        table: its layers, where they are known already.
 
-def _why_not_run(checkpoint: Checkpoint, table: LayerTable) -> str | None:
-    """Why the model engine cannot run a checkpoint; None if it can."""
-    missing = _missing_package()
+    Raises:
+        UnsupportedModelError: why, and what to do instead.
+    """
+    # They are large, so some installations leave them out.
+    missing = next((name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None), None)
     if missing is not None:
-        return f"{missing} is not installed"
-    from .engines import diffusers
+        reason: str | None = f"{missing} is not installed"
+    else:
+        from .engines import diffusers
 
-    return diffusers.supports(checkpoint, table)
+        reason = diffusers.supports(checkpoint, table)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"the model cannot be run, so nothing was calibrated: {reason}", path=checkpoint.path, hint=INSTEAD
+        )
 
 
 def _run(
@@ -362,11 +390,6 @@ def _run(
     progress: Progress | None,
 ) -> Calibration:
     """Run the model on noise and solve what was seen."""
-    missing = _missing_package()
-    if missing is not None:
-        raise UnsupportedModelError(
-            f"running the model needs {missing}, which is not installed", path=checkpoint.path, hint="install it, or "
-            "use the layer engine")  # fmt: skip
     from .engines import diffusers
 
     if options.percentile is not None:
@@ -382,7 +405,7 @@ def _run(
     )
     solved = solve(
         observation.statistics,
-        _present(checkpoint, table.quantized),
+        _present(checkpoint, table.diffusion),
         SolveOptions(
             margin=MODEL_MARGIN if options.margin is None else options.margin,
             float16_safe=options.float16_safe,
@@ -420,13 +443,10 @@ def apply_statistics(
     table = _quantized_table(checkpoint)
     fitting = naming.for_checkpoint(statistics, table, force=force)
     present = _present(checkpoint, table.diffusion)
-    others = len(table.quantized) - len(present)
     missing = set(fitting.left_out)
     moving = set(fitting.provenance.get("depends_on_conditioning", ()))
     results = [_with_conditioning(result, result.layer in moving) for result in solve(fitting, present, options)]
-    notes = list(table.notes) + _conditioning_notes(moving)
-    if others:
-        notes.append(f"left alone: {others} FP8 layers beside the diffusion model, whose input scales nothing reads")
+    notes = _left_alone(table) + _conditioning_notes(moving)
     notes += [f"{name}: not in these statistics: keeps its scale" for name in present if name in missing]
     notes += [f"{r.layer}: {r.reason}" for r in results if not r.range and r.layer not in missing]
     return Calibration("statistics", results, options, notes, statistics=fitting)
@@ -453,6 +473,7 @@ def _present(checkpoint: Checkpoint, layers: Mapping[str, Layer]) -> dict[str, P
             1.0 if layer.input_problem is not None else input_scale(checkpoint, layer),
             layer.full_precision,
             layer.shape,
+            layer.format or E4M3FN,
         )
         for name, layer in layers.items()
     }
@@ -473,7 +494,7 @@ def _simulate(
             "the output estimator measures the range of the layer's output, not of its input; it made every model that "
             "we measured worse than a scale of 1.0"
         )
-    total = sum(layer.weight.nbytes for layer in table.quantized.values())
+    total = sum(layer.weight.nbytes for layer in table.diffusion.values())
     done = 0
 
     def report(count: int) -> None:
@@ -485,14 +506,14 @@ def _simulate(
     def rows_of(name: str) -> layer_engine.Float32 | None:
         return lora.calibration_rows(match, name) if match is not None and name in match.matched else None
 
-    ranges = layer_engine.simulate(checkpoint, table.quantized, options.simulation(), rows_of, report)
+    ranges = layer_engine.simulate(checkpoint, table.diffusion, options.simulation(), rows_of, report)
     margin = layer_engine.DEFAULT_MARGIN[options.estimator] if options.margin is None else options.margin
     results = []
-    for name, present in _present(checkpoint, table.quantized).items():
+    for name, present in _present(checkpoint, table.diffusion).items():
         found = ranges[name]
         scale, reason = present.scale, "weight is empty or all zero: keeps its scale"
         if found > 0:
-            scale = final_scale(margin * found / E4M3FN.max, name, float16_safe=options.float16_safe)
+            scale = final_scale(margin * found / present.format.max, name, float16_safe=options.float16_safe)
             rows = "LoRA" if match is not None and name in match.matched else "random"
             reason = f"simulated from {rows} inputs × {margin:g}"
         results.append(
@@ -505,6 +526,7 @@ def _simulate(
                 full_precision_before=present.full_precision,
                 full_precision_after=present.full_precision,
                 reason=reason,
+                format=present.format.name,
             )
         )
     return Calibration("layer", results, options, notes, match)

@@ -361,21 +361,74 @@ def test_a_lora_that_matches_nothing_is_an_error(save: Save, build: Any) -> None
         calibrate_model(save("m.safetensors", fp8_tensors(build)), LAYER_OPTIONS, loras=[lora])
 
 
+INSTEAD = f"({module.INSTEAD})"
+
+
+@pytest.mark.parametrize("engine", ["auto", "model"])
 @pytest.mark.parametrize("package", ["torch", "diffusers"])
-def test_without_torch_or_diffusers_auto_simulates_and_model_refuses(
-    save: Save, build: Any, monkeypatch: pytest.MonkeyPatch, package: str
+def test_without_torch_or_diffusers_only_guesses_by_name_are_made(
+    save: Save, build: Any, monkeypatch: pytest.MonkeyPatch, package: str, engine: Any
 ) -> None:
     find_spec = module.importlib.util.find_spec
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
     path = save("m.safetensors", fp8_tensors(build))
-    calibration = calibrate_model(path)
-    assert calibration.engine == "layer"
-    assert calibration.notes[0].startswith(f"the model cannot be run ({package} is not installed); its layers are")
     with pytest.raises(UnsupportedModelError) as caught:
-        calibrate_model(path, CalibrationOptions(engine="model"))
+        calibrate_model(path, CalibrationOptions(engine=engine))
     assert str(caught.value) == (
-        f"{path}: running the model needs {package}, which is not installed (install it, or use the layer engine)"
+        f"{path}: the model cannot be run, so nothing was calibrated: {package} is not installed {INSTEAD}"
     )
+    assert calibrate_model(path, LAYER_OPTIONS).engine == "layer"
+
+
+@pytest.mark.parametrize("engine", ["auto", "model"])
+def test_a_model_that_cannot_be_run_is_never_guessed_unasked(save: Save, build: Any, engine: Any) -> None:
+    path = save("m.safetensors", fp8_tensors(build))
+    with pytest.raises(UnsupportedModelError, match=r"so nothing was calibrated: .*--actcal-engine layer guesses"):
+        calibrate_model(path, CalibrationOptions(engine=engine))
+
+
+ENCODER = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"
+
+
+def test_a_text_encoder_in_the_same_file_is_left_alone(save: Save, build: Any) -> None:
+    own = {f"model.diffusion_model.{name}": tensor for name, tensor in fp8_tensors(build).items()}
+    encoder, _ = build.quantized([ENCODER], "tensor", input_scale=None)
+    path = save("all.safetensors", {**own, **encoder})
+    calibration = calibrate_model(path, LAYER_OPTIONS)
+    assert set(calibration.scales) == {f"model.diffusion_model.{name}" for name in LAYERS}
+    assert calibration.notes == [
+        "left alone: 1 FP8 layers beside the diffusion model, whose input scales nothing reads"
+    ]
+    patch_model_with_scales(path, calibration, in_place=True)  # although the encoder has no input_scale to write into
+    with open_checkpoint(path) as checkpoint:
+        assert ENCODER + ".input_scale" not in checkpoint
+
+
+def test_a_file_whose_only_fp8_layers_are_a_text_encoders_is_refused(save: Save, build: Any) -> None:
+    path = save("encoder.safetensors", *build.quantized([ENCODER], "tensor"))
+    with pytest.raises(TensorError) as caught:
+        calibrate_model(path, LAYER_OPTIONS)
+    assert str(caught.value) == (
+        f"{path}: {ENCODER}: its 1 FP8 layers are no diffusion model's, and nothing reads their input scales"
+    )
+
+
+def test_e5m2_layers_are_scaled_to_e5m2s_largest_value(save: Save, build: Any) -> None:
+    weight = np.eye(64, dtype=np.float32)
+    tensors = {}
+    for name, dtype in (("blocks.0.four", "F8_E4M3"), ("blocks.0.five", "F8_E5M2")):
+        form = fp8.BY_SAFETENSORS_DTYPE[dtype]
+        tensors |= {
+            f"{name}.weight": (dtype, fp8.encode(weight, form)),
+            f"{name}.weight_scale": np.float32(1),
+            f"{name}.comfy_quant": build.mark(format=form.name),
+        }
+    calibration = calibrate_model(save("m.safetensors", tensors), LAYER_OPTIONS)
+    for result in calibration.results:
+        assert result.scale_after == pytest.approx(8 * result.range / fp8.FORMATS[result.format].max)
+    assert [result.format for result in calibration.results] == ["float8_e4m3fn", "float8_e5m2"]
+    codes = torch.eye(64).to(torch.float8_e5m2)
+    assert compute_activation_scale(codes) == pytest.approx(compute_activation_scale(weight) * 448 / 57344)
 
 
 def test_progress_ends_at_all_the_bytes(save: Save, build: Any) -> None:

@@ -30,10 +30,10 @@ def add_calibration_arguments(group: Any, prefix: str) -> None:
         help="adapter to be used with it; may be repeated")  # fmt: skip
     add("device", default="cpu", metavar="DEVICE", help="where it runs: cpu, cuda, cuda:1, ... (cpu)")
     add("samples", type=int, default=64, metavar="N", help="inputs shown to model or layer (64)")
-    add("margin", type=float, metavar="M", help="on ranges (1 where seen, 8 if simulated)")
+    add("margin", type=float, metavar="M", help="on ranges (1 where seen, 8 if guessed)")
     add("engine", choices=("auto", "model", "layer"), default="auto", metavar="ENGINE",
-        help="model: run it; layer: simulate it (auto)")  # fmt: skip
-    add("percentile", type=float, metavar="P", help="of simulated magnitudes (99.9)")
+        help="model (auto): run it; layer: guess")  # fmt: skip
+    add("percentile", type=float, metavar="P", help="of guessed magnitudes (99.9)")
     add("estimator", choices=("input", "output"), default="input", metavar="WHICH",
         help="input, or the range of X·Wᵀ: output (input)")  # fmt: skip
     add("seed", type=int, default=42, metavar="S", help="of all noise (42)")
@@ -143,7 +143,7 @@ def summary(calibration: Calibration) -> str:
     scales = calibration.scales
     how = {
         "model": "running the model on noise",
-        "layer": "simulating each layer",
+        "layer": "guessing from the weights",
         "statistics": "what was observed",
     }[calibration.engine]
     text = f"calibrated {len(scales)} of {len(calibration.results)} FP8 layers by {how}"

@@ -87,13 +87,13 @@ def run(args: argparse.Namespace) -> int:
     with open_checkpoint(args.input) as checkpoint:
         check_written_files(checkpoint, args, adapter_files(args))
         with loras_of(args) as adapters:
-            if options is not None and find_layers(checkpoint).quantized:
+            if options is not None and find_layers(checkpoint).diffusion:
                 unused = ", ".join("--" + name.replace("_", "-") for name in _given(args, CONVERSION_OPTIONS))
                 if unused:
                     note(f"the input is FP8 already, so nothing is converted and {unused} does nothing")
                 return calibrate_file(checkpoint, args, options, adapters)
             if args.in_place:
-                raise OptionError("--in-place calibrates a file that is FP8 already, and this one is not; use -o OUT")
+                raise OptionError("--in-place calibrates a model that is FP8 already, and this one is not; use -o OUT")
             return convert_file(checkpoint, args, options, adapters)
 
 
@@ -132,7 +132,7 @@ def calibrate_file(
     if args.in_place:
         # Whether every scale has a place shows before minutes of work as well as after.
         table = find_layers(checkpoint)
-        plan_in_place(checkpoint, table, dict.fromkeys(table.quantized, 1.0), enable_fp8_matmul=args.enable_fp8_matmul)
+        plan_in_place(checkpoint, table, dict.fromkeys(table.diffusion, 1.0), enable_fp8_matmul=args.enable_fp8_matmul)
     return finish(checkpoint, calibrate(checkpoint, options, adapters), args)
 
 
@@ -140,6 +140,7 @@ def convert_file(
     checkpoint: Checkpoint, args: argparse.Namespace, calibration: CalibrationOptions | None, adapters: Sequence[Lora]
 ) -> int:
     """Convert a file in high precision, and calibrate it before it gets its name."""
+    from ..calibrate_activation_scales import refuse_unrunnable
     from ..checkpoint import refuse_same_file
     from ..convert import ConvertOptions, convert, plan_conversion
     from ..lora import match_loras
@@ -153,6 +154,8 @@ def convert_file(
         preset=args.preset,
         exclude=tuple(args.exclude_layers),
     )
+    if calibration is not None and calibration.engine != "layer":
+        refuse_unrunnable(checkpoint)
     if args.output is not None:
         refuse_same_file(Path(args.output), [checkpoint.path, *(file.path for file in checkpoint.files)])
     plan = plan_conversion(checkpoint, options)

@@ -204,9 +204,7 @@ def engine_of(args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTabl
     if args.comfyui_dir or os.environ.get(VARIABLE):
         note(f"ComfyUI runs it: {reason}")
         return "comfyui"
-    raise UnsupportedModelError(
-        reason, path=checkpoint.path, hint="--comfyui-dir DIR runs it in ComfyUI; the layer engine needs no run at all"
-    )
+    raise UnsupportedModelError(reason, path=checkpoint.path, hint="--comfyui-dir DIR runs it in ComfyUI")
 
 
 def observe_in_diffusers(args: argparse.Namespace, distributed: bool, checkpoint: Checkpoint, table: LayerTable) -> int:

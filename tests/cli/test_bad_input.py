@@ -227,7 +227,7 @@ def test_a_file_without_fp8_layers_is_no_model_to_calibrate(refused: Any, save: 
     path = save("in.safetensors", {"norm.weight": np.ones(4, np.float32)})
     message = (
         f"{path}: no FP8 layers with weight scales in this file "
-        "(convert it in the same breath: convert_to_quant -i IN -o OUT --actcal)"
+        "(convert and calibrate in one step: convert_to_quant -i IN -o OUT --actcal)"
     )
 
     refused(1, message, path, "-o", path.with_name("out.safetensors"), main=calibrate.main)
@@ -425,7 +425,7 @@ def test_a_device_that_this_machine_lacks(ctq: Command, folder: Folder, fp8_file
         (("--in-place",), "--in-place needs --actcal: only scales can be written in place"),
         (
             ("--in-place", "--actcal"),
-            "--in-place calibrates a file that is FP8 already, and this one is not; use -o OUT",
+            "--in-place calibrates a model that is FP8 already, and this one is not; use -o OUT",
         ),
         (("--dry-run", "--actcal-lora", "a"), "--actcal-lora needs --actcal"),
         (("--dry-run", "--actcal-samples", "3"), "--actcal-samples needs --actcal"),

@@ -44,6 +44,7 @@ def test_the_module_runs_as_a_program_with_every_flag_of_the_hand_off(
                                      "blocks.0.mlp.lora_B.weight": np.ones((16, 2), np.float32)})  # fmt: skip
     output, report = tmp_path / "out.safetensors", tmp_path / "report.json"
     words = [model, "-o", output, "--lora", lora, "--json", report, "--samples", 8, "--percentile", 99, "--seed", 3]
+    words += ["--engine", "layer"]
     program = [sys.executable, "-m", "convert_to_quant.calibrate_activation_scales", *map(str, words)]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr

@@ -218,33 +218,61 @@ def test_calibration_is_deterministic_for_a_seed(ctq: Command, fp8_file: Path) -
     assert input_scales(outputs[0]) != input_scales(outputs[2])
 
 
-def test_auto_falls_back_with_one_clear_line_for_a_model_that_cannot_be_run(
-    ctq: Command, save: Callable[..., Path], build: Any
+@pytest.mark.parametrize("engine", [(), ("--actcal-engine", "auto"), ("--actcal-engine", "model")])
+@pytest.mark.parametrize("target", [("--in-place",), ("-o", "out.safetensors"), ("--dry-run",)])
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_model_that_cannot_be_run_is_refused_and_nothing_is_written(
+    ctq: Command,
+    save: Callable[..., Path],
+    build: Any,
+    folder: Folder,
+    monkeypatch: pytest.MonkeyPatch,
+    quantized: bool,
+    target: tuple[str, ...],
+    engine: tuple[str, ...],
 ) -> None:
-    path = save("m.safetensors", *build.quantized(["blocks.0.fc1", "blocks.0.fc2"], "both"))
-    output = path.with_name("out.safetensors")
-    outcome = ctq("-i", path, "-o", output, "--actcal")
-    assert outcome.code == 0
-    said = [line for line in outcome.err.splitlines() if "cannot be run" in line]
-    assert said == [
-        "note: the model cannot be run (its tensor names fit no known family); its layers are simulated one by one "
-        "instead: such ranges are guesses with much headroom, and cost quality where a layer's real inputs are larger "
-        "or far smaller. `observe --comfyui-dir DIR` may run it in ComfyUI"
-    ]
-    expect_calibrated(output, ("blocks.0.fc1", "blocks.0.fc2"))
-
-
-def test_engine_model_refuses_a_model_that_cannot_be_run(
-    ctq: Command, save: Callable[..., Path], build: Any, folder: Folder
-) -> None:
-    path = save("m.safetensors", *build.quantized(["blocks.0.fc1"], "both"))
+    if target == ("--in-place",) and not quantized:
+        pytest.skip("only FP8 files are calibrated in place")
+    tensors, metadata = build.quantized(["blocks.0.fc1", "blocks.0.fc2"], "both")
+    if not quantized:
+        tensors, metadata = {"blocks.0.fc1.weight": np.ones((32, 32), np.float32)}, None
+    path = save("m.safetensors", tensors, metadata)
+    monkeypatch.chdir(path.parent)
     before = folder()
-    outcome = ctq("-i", path, "-o", path.with_name("out.safetensors"), "--actcal", "--actcal-engine", "model")
-    assert outcome.code == 1
+    outcome = ctq("-i", path, *target, "--actcal", *engine)
+    assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err == (
-        f"error: {path}: its tensor names fit no known family (the layer engine works with any layout)\n"
+        f"error: {path}: the model cannot be run, so nothing was calibrated: its tensor names fit no known family "
+        "(--actcal-engine layer guesses the scales from the weights; observe --comfyui-dir DIR may run the model in "
+        "ComfyUI)\n"
     )
     assert folder() == before
+
+
+def test_guesses_are_made_by_name_and_called_so(ctq: Command, save: Callable[..., Path], build: Any) -> None:
+    path = save("m.safetensors", *build.quantized(["blocks.0.fc1", "blocks.0.fc2"], "both"))
+    output = path.with_name("out.safetensors")
+    outcome = ctq("-i", path, "-o", output, *LAYER)
+    assert outcome.code == 0
+    assert "calibrated 2 of 2 FP8 layers by guessing from the weights" in outcome.err
+    expect_calibrated(output, ("blocks.0.fc1", "blocks.0.fc2"))
+    with open_checkpoint(output) as checkpoint:
+        assert json.loads(checkpoint.metadata["convert_to_quant"])["calibrate"]["engine"] == "layer"
+
+
+def test_a_model_beside_an_fp8_text_encoder_is_converted_and_the_encoder_left_alone(
+    ctq: Command, save: Callable[..., Path], build: Any, flux_tensors: Callable[[], dict[str, Any]], flux: Any
+) -> None:
+    name = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"
+    encoder, _ = build.quantized([name], "tensor", input_scale=None)
+    own = {f"model.diffusion_model.{key}": value for key, value in flux_tensors().items()}
+    path = save("all.safetensors", {**own, **encoder})
+    output = path.with_name("out.safetensors")
+    assert ctq("-i", path, "-o", output, *MODEL).code == 0
+    assert set(input_scales(output)) == {f"model.diffusion_model.{key}" for key in flux.quantized}
+    again = ctq("-i", output, "--in-place", *MODEL, "--actcal-seed", 7)
+    assert again.code == 0, again.err
+    assert "left alone: 1 FP8 layers beside the diffusion model" in again.err
 
 
 def lora_file(save: Callable[..., Path], names: Mapping[str, tuple[int, int]], name: str = "lora.safetensors") -> Path:
