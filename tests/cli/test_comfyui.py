@@ -36,7 +36,7 @@ Observe = Callable[..., Any]
 @pytest.fixture
 def double(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A running server."""
-    monkeypatch.setattr(client, "ASK_SECONDS", 0.05)
+    monkeypatch.setattr(client, "LATER_SECONDS", 0.05)
     return serve()
 
 
@@ -224,7 +224,7 @@ def test_a_failed_run_leaves_no_file(observe: Observe, flux: Any, work: Path, do
 def test_ctrl_c_leaves_nothing(observe: Observe, flux: Any, work: Path, double: Any, monkeypatch: Any) -> None:
     from convert_to_quant.engines.comfyui.server import Server
 
-    def interrupted(self: Any, run: str, watch: Any) -> Any:
+    def interrupted(self: Any, run: str) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Server, "_wait", interrupted)
@@ -275,7 +275,7 @@ def test_help_loads_nothing_heavy(ctq: Any) -> None:
     code = (
         "import sys; from convert_to_quant.cli import main\n"
         "try: main(['comfyui', 'observe', '--help'])\nexcept SystemExit: pass\n"
-        "print(*sorted({'torch', 'numpy', 'websockets', 'rich'} & sys.modules.keys()), file=sys.stderr)"
+        "print(*sorted({'torch', 'numpy', 'rich'} & sys.modules.keys()), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stderr.split() == []

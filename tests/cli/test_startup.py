@@ -10,7 +10,7 @@ import pytest
 
 from convert_to_quant.cli import COMMANDS
 
-HEAVY = {"torch", "diffusers", "transformers", "safetensors", "matplotlib", "rich", "PIL", "shtab", "websockets"}
+HEAVY = {"torch", "diffusers", "transformers", "safetensors", "matplotlib", "rich", "PIL", "shtab"}
 WORDS = {
     "overview": [],
     "version": ["--version"],

@@ -1,32 +1,18 @@
-"""The way to one address: HTTP requests, and a websocket that comes back.
-
-Only the address that the user gave is contacted: no proxies of the environment, no redirects, neither over HTTP nor for
-the websocket (which gets a socket that is connected already: it can neither look for a proxy nor go elsewhere).
-"""
+"""HTTP requests to one address: the one that the user gave, past the environment's proxies and without redirects."""
 
 from __future__ import annotations
 
 import json
-import socket
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
-from contextlib import ExitStack
 from http.client import HTTPException, HTTPResponse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import CalibrationError, OptionError
 from .workflow import shown
 
-if TYPE_CHECKING:
-    from websockets.sync.client import ClientConnection
-
-RECONNECT_SECONDS = 5.0
-"""Between two attempts to open the websocket, and for each."""
-
-MOST_MESSAGE_BYTES = 1 << 26
 MOST_JSON_BYTES = 1 << 28
 MOST_REFUSAL_BYTES = 1 << 20
 
@@ -61,26 +47,16 @@ class Connection:
 
     Args:
         address: its URL; see `check_address`.
-        socket_path: of its websocket, with a query.
         patience_seconds: how long an answer may take to begin or to go on.
 
     Raises:
         OptionError: the address is none.
     """
 
-    def __init__(self, address: str, socket_path: str, patience_seconds: float) -> None:
+    def __init__(self, address: str, patience_seconds: float) -> None:
         self.address = check_address(address)
         self.patience_seconds = patience_seconds
-        self._socket_path = socket_path
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
-        self._socket: ClientConnection | None = None
-        self._open = ExitStack()
-        self._connect_at = 0.0
-
-    def close(self) -> None:
-        """Close the websocket."""
-        self._open.close()
-        self._socket = None
 
     def error(self, problem: str, hint: str | None = None) -> CalibrationError:
         """One that names the address."""
@@ -143,52 +119,6 @@ class Connection:
         except (OSError, HTTPException) as error:
             raise self._no_answer(error) from None
         return content
-
-    def receive(self, seconds: float) -> tuple[str, dict[str, Any]] | None:
-        """The next message of the websocket, which is opened where it is not.
-
-        Args:
-            seconds: how long to wait for one.
-
-        Returns:
-            Its type and data, both empty where it is no JSON (previews are bytes); None where none came.
-        """
-        from websockets.exceptions import WebSocketException
-
-        if self._socket is None and time.monotonic() >= self._connect_at:
-            self._connect()
-        if self._socket is None:
-            time.sleep(min(seconds, 0.5))
-            return None
-        try:
-            message = self._socket.recv(timeout=seconds)
-        except TimeoutError:
-            return None
-        except (OSError, WebSocketException):
-            self.close()  # opened anew at once, unless it has only just been
-            return None
-        found = as_object(parsed(message) if isinstance(message, str) else None)
-        return str(found.get("type", "")), as_object(found.get("data"))
-
-    def _connect(self) -> None:
-        """Open the websocket, if it can be opened now."""
-        from websockets.exceptions import WebSocketException
-        from websockets.sync.client import connect
-
-        self._connect_at = time.monotonic() + RECONNECT_SECONDS
-        parts = urllib.parse.urlsplit(self.address)
-        secure = parts.scheme == "https"
-        url = f"{'wss' if secure else 'ws'}{self.address[len(parts.scheme) :]}{self._socket_path}"
-        try:
-            place = (parts.hostname or "", parts.port or (443 if secure else 80))
-            connected = socket.create_connection(place, RECONNECT_SECONDS)
-            connected.settimeout(None)
-            opening = connect(
-                url, sock=connected, open_timeout=RECONNECT_SECONDS, close_timeout=1, max_size=MOST_MESSAGE_BYTES
-            )
-            self._socket = self._open.enter_context(opening)
-        except (OSError, WebSocketException, ValueError):  # ValueError: a redirect
-            return
 
     def _refused(self, answer: urllib.error.HTTPError, path: str) -> CalibrationError:
         """What an HTTP error becomes."""

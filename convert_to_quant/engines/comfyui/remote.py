@@ -23,9 +23,6 @@ from ...stats import Statistics, merge
 from .server import Server, saved_file
 from .workflow import Model, Plan, shown
 
-PROGRESS_STEPS = 1000
-"""A run's part of the progress."""
-
 SEEDS = 4
 
 
@@ -102,7 +99,7 @@ def observe(
         plan: of the workflow.
         runs: at least one.
         folder: for the files in the server's output folder.
-        progress: takes what is done and what there is to do.
+        progress: takes the number of runs that are done, and of all.
 
     Returns:
         The statistics of each model, by its name, and the number of runs in which nothing was sampled.
@@ -114,21 +111,16 @@ def observe(
     session = uuid4().hex
     saved = {model.name: Saved() for model in plan.models}
     idle = done = 0
-
-    def watch(nodes: Mapping[str, float]) -> None:
-        part = sum(nodes.get(sampler, 0.0) for sampler in plan.samplers) / len(plan.samplers)
-        progress(int((done + part) * PROGRESS_STEPS), len(runs) * PROGRESS_STEPS)
-
     try:
         for run in runs:
-            watch({})
+            progress(done, len(runs))
             before = {name: files.samples for name, files in saved.items()}
-            outputs = server.run(plan.queued(session, folder, run.prompt, run.seed), watch)
+            outputs = server.run(plan.queued(session, folder, run.prompt, run.seed))
             for model in plan.models:
                 _note(server, saved[model.name], model, outputs)
             idle += before == {name: files.samples for name, files in saved.items()}
             done += 1
-        watch({})
+        progress(done, len(runs))
         found = {name: _fetch(server, files) for name, files in saved.items()}
     except CalibrationError as error:
         raise _with_what_is_kept(error, done, saved) from None

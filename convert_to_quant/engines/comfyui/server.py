@@ -3,15 +3,13 @@
     GET  /system_stats           is it ComfyUI
     GET  /object_info/CLASS      what a class of nodes takes and gives
     POST /prompt                 queue a run
-    WS   /ws?clientId=...        what it is doing
     GET  /history/ID, /queue     whether it is done, running or waiting
     GET  /view?filename=...      a file of its output folder
     POST /queue, /interrupt      take a run back
 
-Progress comes through the websocket; that a run is done is asked of /history, when the websocket says so and every few
-seconds besides. So nothing hangs on the socket: where it drops it is opened anew, where a proxy lets none through the
-run is followed all the same. A run may take hours. What is not waited for is silence: a server from which nothing came
-for `patience_seconds`, or that refuses connections, is given up.
+A run is done when it is in /history, which is asked again and again. How far a run is, ComfyUI says over a websocket
+only, so progress counts whole runs. A run may take hours. What is not waited for is silence: a server from which
+nothing came for `patience_seconds`, or that refuses connections, is given up.
 
 What the server says is not trusted: names of files go back to it and nowhere else, texts are shown in one line.
 """
@@ -19,7 +17,7 @@ What the server says is not trusted: names of files go back to it and nowhere el
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,11 +33,8 @@ PATIENCE_SECONDS = 120.0
 REFUSED_SECONDS = 10.0
 """A port that refuses connections belongs to a server that ended."""
 
-ASK_SECONDS = 3.0
-"""How often a run is asked for while the websocket is silent."""
-
-SOON_SECONDS = 0.05
-"""And after the websocket said that it ended: ComfyUI enters it into the history a moment later."""
+SOON_SECONDS, LATER_SECONDS = 0.05, 3.0
+"""Pauses between two questions whether a run is done: a tenth of what it has taken so far, within these."""
 
 ARRIVAL_SECONDS = 2.0
 """How long a run whose answer was not waited for is looked for, to take it back."""
@@ -48,14 +43,8 @@ CANCEL_SECONDS = 10.0
 """How long a server may be silent that a run is taken back from."""
 
 MOST_FILE_BYTES = 1 << 31
-MOST_PROGRESS = 1 << 53
 _CHUNK_BYTES = 1 << 20
 _MOST_ERRORS = 5
-
-_ENDS = ("execution_success", "execution_error", "execution_interrupted")
-
-Watch = Callable[[Mapping[str, float]], None]
-"""Called with how far each node that works is, 0 to 1."""
 
 
 class Server:
@@ -71,7 +60,7 @@ class Server:
 
     def __init__(self, address: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self.client = uuid4().hex
-        self._connection = Connection(address, f"/ws?clientId={self.client}", patience_seconds)
+        self._connection = Connection(address, patience_seconds)
         self._sent = self._accepted = False  # whether a run of ours may be on the server, and whether it said so
 
     @property
@@ -85,10 +74,7 @@ class Server:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self.cancel()
-        finally:
-            self._connection.close()
+        self.cancel()
 
     def types(self, classes: Iterable[str]) -> dict[str, NodeType]:
         """What classes of nodes take and give; those that the server does not have are left out.
@@ -125,12 +111,11 @@ class Server:
         except (AttributeError, KeyError, TypeError):
             raise self._connection.error(f"it describes nodes of type {shown(name)} in a way not known here") from None
 
-    def run(self, nodes: Nodes, watch: Watch) -> dict[str, Any]:
+    def run(self, nodes: Nodes) -> dict[str, Any]:
         """Queue a workflow, and wait until it is done.
 
         Args:
             nodes: in API format; all of its outputs must be valid.
-            watch: sees progress.
 
         Returns:
             Node id -> what that node showed.
@@ -138,7 +123,6 @@ class Server:
         Raises:
             CalibrationError: the workflow was refused or failed, or the server went away.
         """
-        self._connection.receive(0)  # opens the websocket before the run begins, so that nothing of it is missed
         self._sent, self._accepted = True, False
         answer = as_object(
             self._connection.ask("/prompt", body={"prompt": nodes, "client_id": self.client}, refusals=True)
@@ -147,7 +131,7 @@ class Server:
         self._sent = self._accepted = isinstance(run, str)
         if not isinstance(run, str) or answer.get("node_errors"):
             raise self._connection.error(f"the workflow was refused: {_refusal(answer, nodes)}")
-        entry = self._wait(run, watch)
+        entry = self._wait(run)
         self._sent = False
         status = as_object(entry.get("status"))
         if status.get("status_str", "success") != "success":
@@ -195,23 +179,10 @@ class Server:
             except OSError as error:
                 raise OutputError(f"cannot be written: {error.strerror}", path=path) from None
 
-    def _wait(self, run: str, watch: Watch) -> dict[str, Any]:
+    def _wait(self, run: str) -> dict[str, Any]:
         """Until a run is in the history; its entry."""
-        progress: dict[str, float] = {}
-        heard = time.monotonic()
-        ask_at, pause = heard + ASK_SECONDS, ASK_SECONDS
+        start = heard = time.monotonic()
         while True:
-            message = self._connection.receive(max(0.0, ask_at - time.monotonic()))
-            if message is not None:
-                heard = time.monotonic()
-                kind, data = message
-                if data.get("prompt_id") == run:
-                    if kind in _ENDS or (kind == "executing" and data.get("node") is None):
-                        ask_at, pause = heard, SOON_SECONDS
-                    elif _note(progress, kind, data):
-                        watch(progress)
-            if time.monotonic() < ask_at:
-                continue
             try:
                 known = any(run in runs for runs in self._ours())
                 entry = self._history(run)  # asked for last: a run is in the queue until it is in the history
@@ -229,7 +200,7 @@ class Server:
                     raise self._connection.error(
                         f"the server stopped answering in the middle of a run, {silent:.0f} s ago ({error.problem})"
                     ) from None
-            ask_at = time.monotonic() + pause
+            time.sleep(min(max((time.monotonic() - start) / 10, SOON_SECONDS), LATER_SECONDS))
 
     def _history(self, run: str) -> dict[str, Any]:
         """A run's entry, once it is done; empty before."""
@@ -247,21 +218,6 @@ class Server:
             for part in ("queue_running", "queue_pending")
         )
         return running, waiting
-
-
-def _note(progress: dict[str, float], kind: str, data: Mapping[str, Any]) -> bool:
-    """Note how far nodes are, as new (`progress_state`) and old servers (`progress`) say it."""
-    if kind == "progress_state":
-        states = as_object(data.get("nodes"))
-    elif kind == "progress":
-        states = {str(data.get("node")): data}
-    else:
-        return False
-    for name, state in states.items():
-        value, most = (as_object(state).get(key) for key in ("value", "max"))
-        if isinstance(value, (int, float)) and isinstance(most, (int, float)) and 0 < most <= MOST_PROGRESS:
-            progress[name] = min(most, max(0, value)) / most
-    return True
 
 
 def _refusal(answer: Mapping[str, Any], nodes: Nodes) -> str:

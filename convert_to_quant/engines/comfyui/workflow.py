@@ -176,11 +176,6 @@ class Plan:
         """Those of all models."""
         return tuple(recording for model in self.models for recording in model.recordings)
 
-    @property
-    def samplers(self) -> tuple[str, ...]:
-        """All that are recorded, each once."""
-        return tuple(dict.fromkeys(sampler for model in self.models for sampler in model.samplers))
-
     def queued(self, session: str, folder: str, text: str | None = None, seed: int | None = None) -> Nodes:
         """One run, as ComfyUI takes it.
 

@@ -1,6 +1,6 @@
-"""A double of ComfyUI's server, over real HTTP and a real websocket, that runs workflows with our own nodes.
+"""A double of ComfyUI's server, over real HTTP, that runs workflows with our own nodes.
 
-It follows ComfyUI 0.33: `server.py` (routes, answers, who gets which message), `execution.py` (validation, order and
+It follows ComfyUI 0.33: `server.py` (routes and answers), `execution.py` (validation, order and
 content of messages, what fails how, the queue and the history) and `comfy_execution/caching.py` (what a node's result
 is remembered by). `tests/comfyui/test_drive.py` holds it to the real server. Models are those of the double of
 ComfyUI's interfaces in `tests/comfyui_nodes/conftest.py`; the other nodes are as small as can be.
@@ -9,7 +9,6 @@ ComfyUI's interfaces in `tests/comfyui_nodes/conftest.py`; the other nodes are a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import importlib.util
 import json
@@ -242,7 +241,7 @@ class Nodes:
             self.happen(step)
             if self.failure is not None:
                 raise self.failure
-            self.server.step(step, steps)
+            self.server.step()
 
         sigmas = tuple(1 - step / steps for step in range(steps))
         return ({"samples": self.comfyui.guider(model, happen).sample(noise, sigmas)},)
@@ -285,7 +284,6 @@ class Double:
         address: its URL.
         requests: method and path of all that was asked, in order.
         answer_with: a path -> what answers instead.
-        websocket: whether it gives one.
     """
 
     def __init__(self, comfyui: Any, cache: str = "ram", prefix: str = "") -> None:
@@ -293,9 +291,6 @@ class Double:
         self.nodes = Nodes(comfyui, self)
         self.requests: list[str] = []
         self.answer_with: dict[str, Callable[[web.Request], Any]] = {}
-        self.websocket = True
-        self.progress_state = True
-        self.sockets: dict[str, web.WebSocketResponse] = {}
         self.queue: list[list[Any]] = []
         self.running: list[list[Any]] = []
         self.history: dict[str, Any] = {}
@@ -304,8 +299,6 @@ class Double:
         self.objects: dict[Any, Any] = {}
         self.interrupted = False
         self.client: str | None = None
-        self.current: tuple[str, str] | None = None
-        self.progress: dict[str, dict[str, Any]] = {}
         self.number = 0
         self._mutex = threading.Condition()
         self._closed = False
@@ -332,7 +325,6 @@ class Double:
         for prefix in ("", "/api"):
             application.add_routes(
                 [
-                    web.get(f"{self.prefix}{prefix}/ws", self._websocket),
                     web.get(f"{self.prefix}{prefix}/system_stats", self._system_stats),
                     web.get(f"{self.prefix}{prefix}/object_info", self._object_info),
                     web.get(f"{self.prefix}{prefix}/object_info/{{name}}", self._object_info),
@@ -364,16 +356,6 @@ class Double:
             thread.join(10)
             assert not thread.is_alive()
 
-    def drop_sockets(self) -> None:
-        """Cut every websocket, as a proxy or a network would."""
-
-        def cut() -> None:
-            for socket in self.sockets.values():
-                if socket._req is not None and socket._req.transport is not None:
-                    socket._req.transport.abort()
-
-        self._loop.call_soon_threadsafe(cut)
-
     @web.middleware
     async def _middleware(self, request: web.Request, handler: Any) -> Any:
         path = request.path.removeprefix(self.prefix)
@@ -382,48 +364,6 @@ class Double:
             answer = self.answer_with[path](request)
             return await answer if asyncio.iscoroutine(answer) else answer
         return await handler(request)
-
-    async def _websocket(self, request: web.Request) -> Any:
-        if not self.websocket:
-            return web.Response(status=404)
-        socket = web.WebSocketResponse()
-        await socket.prepare(request)
-        client = request.rel_url.query.get("clientId", "") or uuid.uuid4().hex
-        self.sockets[client] = socket
-        try:
-            await self._send("status", {"status": self._queue_info(), "sid": client}, client)
-            if self.client == client and self.current is not None:
-                await self._send("executing", {"node": self.current[1]}, client)
-            async for _ in socket:
-                pass
-        finally:
-            self.sockets.pop(client, None)
-        return socket
-
-    def _queue_info(self) -> dict[str, Any]:
-        return {"exec_info": {"queue_remaining": len(self.queue) + len(self.running)}}
-
-    async def _send(self, kind: str, data: Any, client: str | None = None) -> None:
-        sockets = (
-            list(self.sockets.values()) if client is None else [self.sockets[client]] if client in self.sockets else []
-        )
-        for socket in sockets:
-            with contextlib.suppress(ConnectionError):
-                await socket.send_json({"type": kind, "data": data})
-
-    def send(self, kind: str, data: Any, client: str | None = None) -> None:
-        """From any thread; in order."""
-        if not self._closed:
-            asyncio.run_coroutine_threadsafe(self._send(kind, data, client), self._loop)
-
-    def send_preview(self) -> None:
-        """A picture while it is painted: bytes."""
-
-        async def send() -> None:
-            for socket in list(self.sockets.values()):
-                await socket.send_bytes(b"\x00\x00\x00\x01" + b"\xff" * (2 << 20))
-
-        asyncio.run_coroutine_threadsafe(send(), self._loop).result(10)
 
     async def _system_stats(self, _request: web.Request) -> Any:
         return web.json_response({"system": {"os": "posix", "comfyui_version": "0.33.0"}, "devices": []})
@@ -453,7 +393,6 @@ class Double:
         with self._mutex:
             self.queue.append(item)
             self._mutex.notify_all()
-        self.send("status", {"status": self._queue_info()})
 
     async def _get_queue(self, _request: web.Request) -> Any:
         with self._mutex:
@@ -509,61 +448,50 @@ class Double:
             with self._mutex:
                 self.running.remove(item)
                 self.history[name] = {"prompt": item, **entry}
-            self.send("status", {"status": self._queue_info()})
-            if self.client is not None:
-                self.send("executing", {"node": None, "prompt_id": name}, self.client)
 
     def _execute(self, run: str, prompt: dict[str, Any], extra: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
         self.interrupted = self._closed
         self.client = extra.get("client_id")
-        self.progress = {}
         messages: list[Any] = []
 
-        def message(kind: str, data: dict[str, Any], *, to_all: bool = False) -> None:
-            data = {"prompt_id": run, **data, "timestamp": int(time.time() * 1000)}
-            messages.append([kind, data])
-            if self.client is not None or to_all:
-                self.send(kind, data, self.client)
+        def message(kind: str, data: dict[str, Any]) -> None:
+            messages.append([kind, {"prompt_id": run, **data, "timestamp": int(time.time() * 1000)}])
 
         message("execution_start", {})
         keys = {name: self._key(prompt, name, set()) for name in prompt}
         if self.cache == "classic":
             self.outputs = {key: value for key, value in self.outputs.items() if key in keys.values()}
         self.objects = {key: value for key, value in self.objects.items() if key[0] in prompt}
-        message("execution_cached", {"nodes": [name for name in prompt if keys[name] in self.outputs]})
+        missed = {name for name in prompt if keys[name] not in self.outputs}
+        message("execution_cached", {"nodes": [name for name in prompt if name not in missed]})
         shown: dict[str, Any] = {}
         executed: list[str] = []
         results: dict[str, Any] = {}
         failed = None
         for name in order(prompt, outputs):
-            failed = self._run(run, prompt, name, keys[name], results, shown, executed)
+            failed = self._run(prompt, name, keys[name], results, shown)
             if failed is not None:
                 kind, data = failed
                 told = {"node_id": name, "node_type": prompt[name]["class_type"], "executed": executed, **data}
-                message(kind, told, to_all=kind == "execution_interrupted")
+                message(kind, told)
                 break
+            if name in missed:
+                executed.append(name)
         else:
             message("execution_success", {})
-        self.current = None
         meta = {name: {"node_id": name, "display_node": name} for name in shown}
         status = {"status_str": "error" if failed else "success", "completed": not failed, "messages": messages}
         return {"outputs": shown, "meta": meta, "status": status}
 
     def _run(
-        self, run: str, prompt: dict[str, Any], name: str, key: Any, results: dict[str, Any], shown: dict[str, Any],
-        executed: list[str],
-    ) -> tuple[str, dict[str, Any]] | None:  # fmt: skip
+        self, prompt: dict[str, Any], name: str, key: Any, results: dict[str, Any], shown: dict[str, Any]
+    ) -> tuple[str, dict[str, Any]] | None:
         if key in self.outputs:
             results[name], ui = self.outputs[key]
             if ui is not None:
                 shown[name] = ui
-                self.send("executed", {"node": name, "display_node": name, "output": ui, "prompt_id": run}, self.client)
             return None
         kind = self.nodes.classes[prompt[name]["class_type"]]
-        self.current = (run, name)
-        self._progress(name, 0.0, 1.0, "running")
-        if self.client is not None:
-            self.send("executing", {"node": name, "display_node": name, "prompt_id": run}, self.client)
         declared = kind.INPUT_TYPES()  # type: ignore[attr-defined]
         known = {given for group in ("required", "optional") for given in declared.get(group, {})}
         given = {
@@ -594,36 +522,14 @@ class Double:
         results[name] = found.get("result", ()) if isinstance(found, dict) else found
         if ui is not None:
             shown[name] = ui
-            self.send("executed", {"node": name, "display_node": name, "output": ui, "prompt_id": run}, self.client)
         if self.cache != "none":
             self.outputs[key] = (results[name], ui)
-        self._progress(name, 1.0, 1.0, "finished")
-        executed.append(name)
         return None
 
-    def step(self, step: int, steps: int) -> None:
+    def step(self) -> None:
         """A sampler's step is done."""
         if self.interrupted:
             raise InterruptProcessingException
-        assert self.current is not None
-        self._progress(self.current[1], float(step + 1), float(steps), "running")
-        data = {"value": step + 1, "max": steps, "prompt_id": self.current[0], "node": self.current[1]}
-        self.send("progress", data, self.client)
-
-    def _progress(self, name: str, value: float, most: float, state: str) -> None:
-        assert self.current is not None
-        run = self.current[0]
-        same = dict.fromkeys(("node_id", "display_node_id", "real_node_id"), name)
-        self.progress[name] = {
-            "value": value,
-            "max": most,
-            "state": state,
-            "prompt_id": run,
-            "parent_node_id": None,
-            **same,
-        }
-        if self.progress_state:
-            self.send("progress_state", {"prompt_id": run, "nodes": copy.deepcopy(self.progress)}, self.client)
 
     def _key(self, prompt: dict[str, Any], name: str, above: set[str]) -> Any:
         """What a result is remembered by: class, IS_CHANGED, values of all inputs, and the same of what is before."""

@@ -18,7 +18,7 @@ import torch
 from aiohttp import web
 
 from convert_to_quant.comfyui_nodes.recording import Recorder
-from convert_to_quant.engines.comfyui import connection, remote, server, workflow
+from convert_to_quant.engines.comfyui import remote, server, workflow
 from convert_to_quant.engines.comfyui.connection import check_address
 from convert_to_quant.engines.comfyui.server import Server
 from convert_to_quant.errors import CalibrationError, OptionError, StatisticsError
@@ -31,9 +31,8 @@ PATIENT, HASTY = 20.0, 0.4
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask as often as tests need."""
-    monkeypatch.setattr(server, "ASK_SECONDS", 0.05)
+    monkeypatch.setattr(server, "LATER_SECONDS", 0.05)
     monkeypatch.setattr(server, "ARRIVAL_SECONDS", 0.5)
-    monkeypatch.setattr(connection, "RECONNECT_SECONDS", 0.5)
 
 
 def observe(
@@ -169,72 +168,20 @@ def test_an_address_may_have_a_path(serve: Any, flux: Nodes) -> None:
 # Progress
 
 
-def moves(seen: list[tuple[int, int]]) -> list[int]:
-    return list(dict.fromkeys(done for done, _ in seen))
+def test_progress_counts_the_runs(serve: Any, flux: Nodes) -> None:
+    seen: list[tuple[int, int]] = []
+    observe(serve(), flux, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(0, 2), (1, 2), (2, 2)]
 
 
-@pytest.mark.parametrize("news", ["progress_state", "progress"])
-def test_progress_is_that_of_the_samplers(serve: Any, flux: Nodes, news: str) -> None:
-    double, seen = serve(), []
-    double.progress_state = news == "progress_state"
-    observe(double, flux, progress=lambda done, total: seen.append((done, total)))
-    assert {total for _, total in seen} == {2000}
-    assert moves(seen) == [0, 333, 666, 1000, 1333, 1666, 2000]
-
-
-def test_previews_are_no_news(serve: Any, flux: Nodes) -> None:
+def test_a_run_is_asked_for_less_and_less_often(serve: Any, flux: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "LATER_SECONDS", 3.0)
     double = serve()
-    double.nodes.happen = lambda _: double.send_preview()
-    assert observe(double, flux, seeds=1)[0]["flux"].samples == 1
-    assert double.requests.count("GET /ws") == 1
-
-
-def test_the_websocket_says_when_a_run_is_done(serve: Any, flux: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "ASK_SECONDS", 20.0)
+    double.nodes.happen = lambda _: time.sleep(0.5)  # three steps of it
     start = time.monotonic()
-    assert observe(serve(), flux)[0]["flux"].samples == 2
-    assert time.monotonic() - start < 15
-
-
-def test_without_a_websocket_runs_are_followed_all_the_same(serve: Any, flux: Nodes, comfyui: Any) -> None:
-    double = serve()
-    double.websocket = False
-    assert_same(observe(double, flux)[0]["flux"], directly(comfyui, [42, 43]))
-
-
-def test_a_dropped_websocket_is_opened_anew(serve: Any, flux: Nodes, comfyui: Any) -> None:
-    double, seen = serve(), []
-
-    def happen(step: int) -> None:
-        if step == 1:
-            wait_for(lambda: double.sockets)
-            before = [*double.sockets.values()]
-            double.drop_sockets()
-            wait_for(lambda: [each for each in [*double.sockets.values()] if each not in before])
-
-    double.nodes.happen = happen
-    found, _ = observe(double, flux, progress=lambda done, total: seen.append((done, total)))
-    assert_same(found["flux"], directly(comfyui, [42, 43]))
-    assert 1666 in moves(seen)  # news of after the second drop
-    assert double.requests.count("GET /ws") == 3
-
-
-def test_a_websocket_that_is_closed_at_once_is_not_opened_all_the_time(
-    serve: Any, flux: Nodes, comfyui: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(connection, "RECONNECT_SECONDS", 5.0)
-    double = serve()
-
-    async def close(request: web.Request) -> Any:
-        socket = web.WebSocketResponse()
-        await socket.prepare(request)
-        await socket.close()
-        return socket
-
-    double.answer_with["/ws"] = close
-    double.nodes.happen = lambda _: time.sleep(0.1)
-    assert_same(observe(double, flux)[0]["flux"], directly(comfyui, [42, 43]))
-    assert double.requests.count("GET /ws") <= 2
+    observe(double, flux, seeds=1)
+    assert time.monotonic() - start < 2.5, "a tenth of the run is waited too long at most"
+    assert double.requests.count("GET /queue") < 25
 
 
 # What goes wrong
@@ -317,22 +264,12 @@ def test_redirects_are_not_followed(serve: Any) -> None:
     assert elsewhere.requests == []
 
 
-def test_the_websocket_follows_no_redirect_either(serve: Any, flux: Nodes) -> None:
-    double, elsewhere = serve(), serve()
-    double.answer_with["/ws"] = lambda request: web.Response(
-        status=302, headers={"Location": f"{elsewhere.address}/ws?{request.query_string}"}
-    )
-    assert observe(double, flux)[0]["flux"].samples == 2
-    assert elsewhere.requests == []
-
-
 def test_proxies_of_the_environment_are_not_asked(serve: Any, flux: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY", "ws_proxy"):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("no_proxy", "")
     double = serve()
     assert observe(double, flux)[0]["flux"].samples == 2
-    assert "GET /ws" in double.requests
 
 
 @pytest.mark.parametrize(
@@ -408,7 +345,7 @@ def test_a_server_that_dies_midway_is_told(serve: Any, flux: Nodes) -> None:
         if step == 1:
             died.append(threading.Thread(target=double.close))
             died[0].start()
-            wait_for(lambda: not double.sockets)
+            wait_for(lambda: double.interrupted)
 
     double.nodes.happen = happen
     with pytest.raises(CalibrationError, match=r"the server stopped answering in the middle of a run, .* s ago"):
@@ -442,14 +379,11 @@ def test_a_run_that_takes_long_is_waited_for(serve: Any, flux: Nodes) -> None:
     assert observe(double, flux, seeds=1, patience=HASTY)[0]["flux"].samples == 1
 
 
-@pytest.mark.parametrize("sign", ["messages", "answers"])
-def test_silence_is_counted_from_the_last_sign_of_life(serve: Any, flux: Nodes, sign: str) -> None:
+def test_silence_is_counted_from_the_last_answer(serve: Any, flux: Nodes) -> None:
     double, patience, start = serve(), 1.0, time.monotonic()
-    double.websocket = sign == "messages"
-    unreachable = (0, 1.3) if sign == "messages" else (1.2, 1.4)
 
     async def gateway(_: web.Request) -> Any:
-        if unreachable[0] <= time.monotonic() - start < unreachable[1]:
+        if 1.2 <= time.monotonic() - start < 1.4:
             return web.Response(status=502)
         item = double.running[0][:4]
         return web.json_response({"queue_running": [item], "queue_pending": []})
@@ -485,22 +419,24 @@ def test_a_restarted_server_has_forgotten_the_run(serve: Any, flux: Nodes) -> No
 # Taking a run back
 
 
-def stop(_done: int, _total: int) -> None:
+def stop(_run: str) -> Any:
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_cancels_our_run_while_it_runs(serve: Any, flux: Nodes) -> None:
-    double = serve()
+def test_ctrl_c_cancels_our_run_while_it_runs(serve: Any, flux: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    double, sleep = serve(), time.sleep
     others: list[str] = []
 
-    def progress(done: int, total: int) -> None:
-        if done:
+    def pause(_seconds: float) -> None:
+        if double.running and not others:
             others.append(queue(double, flux))
             raise KeyboardInterrupt
 
-    double.nodes.happen = lambda _: time.sleep(0.1 if double.client != "somebody else" else 0)
-    with pytest.raises(KeyboardInterrupt):
-        observe(double, flux, progress=progress)
+    double.nodes.happen = lambda _: sleep(0.1 if double.client != "somebody else" else 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(server.time, "sleep", pause)
+        with pytest.raises(KeyboardInterrupt):
+            observe(double, flux)
 
     wait_for(lambda: others[0] in double.history)
     (ours,) = (entry for name, entry in double.history.items() if name != others[0])
@@ -517,16 +453,9 @@ def test_ctrl_c_takes_our_run_out_of_the_queue_and_leaves_the_one_that_runs(serv
 
     with Server(double.address) as client:
         plan = workflow.plan(flux, client.types(workflow.classes(flux)))
-        receive = client._connection.receive
-
-        def interrupted(seconds: float) -> Any:
-            if double.queue:
-                raise KeyboardInterrupt
-            return receive(seconds)
-
-        client._connection.receive = interrupted  # type: ignore[method-assign]
+        client._wait = stop  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
-            client.run(plan.queued("s", "f"), lambda _: None)
+            client.run(plan.queued("s", "f"))
         assert len(double.queue) == 1
         client.cancel()
         assert double.queue == []
@@ -554,7 +483,7 @@ def test_ctrl_c_before_the_answer_still_finds_the_run(serve: Any, flux: Nodes) -
 
         client._connection.ask = interrupted  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
-            client.run(plan.queued("s", "f"), lambda _: None)
+            client.run(plan.queued("s", "f"))
         client.cancel()
     wait_for(lambda: double.history)
     (entry,) = double.history.values()
@@ -681,14 +610,6 @@ def test_letters_that_are_none_are_answers_like_others(
     double.answer_with["/prompt"] = lambda _: web.json_response({"prompt_id": "\ud800", "node_errors": {}})
     with pytest.raises(CalibrationError, match="no longer in the server's queue"):
         observe(double, flux)
-
-
-@pytest.mark.parametrize("most", [1, 1.0, 10**400])
-@pytest.mark.parametrize("value", [0.5, 10**400])
-def test_progress_in_numbers_beyond_all_measure_is_none_at_worst(most: float, value: float) -> None:
-    progress: dict[str, float] = {}
-    server._note(progress, "progress", {"node": "1", "value": value, "max": most})
-    assert all(0 <= part <= 1 for part in progress.values())
 
 
 def test_names_of_classes_are_sent_as_they_are(serve: Any) -> None:
