@@ -10,7 +10,7 @@ ComfyUI runs a node when its inputs changed, and remembers what it gave otherwis
     Calibrate   runs when its inputs changed, or the files that it reads. Statistics of a recorder are there before
     and Report  anything was sampled, so they take them from Save, or wait for a LATENT of their own.
 
-Nodes keep nothing in themselves. `v3` makes the other form that ComfyUI knows from these classes.
+Nodes keep nothing in themselves. ComfyUI's newer form (V3) is not offered: where a pack has both, it loads this one.
 """
 
 from __future__ import annotations

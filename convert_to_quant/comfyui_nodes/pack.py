@@ -24,7 +24,6 @@ import sys
 
 try:
     from convert_to_quant.comfyui_nodes.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-    from convert_to_quant.comfyui_nodes.v3 import comfy_entrypoint
 except ImportError as error:
     missing = (error.name or "convert_to_quant").partition(".")[0]
     what = "." if missing == "convert_to_quant" else missing
@@ -34,7 +33,7 @@ except ImportError as error:
         f"Install it{where}: {sys.executable} -m pip install {what}"
     ) from error
 
-__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "comfy_entrypoint"]
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 '''
 
 

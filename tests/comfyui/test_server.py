@@ -57,33 +57,6 @@ class Hooks:
 NODE_CLASS_MAPPINGS = {"TestInputs": Inputs, "TestHooks": Hooks}
 '''
 
-V3_PACK = '''
-import dataclasses
-from convert_to_quant.comfyui_nodes import v3
-
-def renamed(node):
-    """The node under another name, so that both forms are in one server."""
-    schema = node.define_schema
-
-    class Second(node):
-        @classmethod
-        def define_schema(cls):
-            return dataclasses.replace(schema(), node_id="V3" + schema().node_id)
-
-    return Second
-
-async def comfy_entrypoint():
-    extension = await v3.comfy_entrypoint()
-    listed = await extension.get_node_list()
-
-    async def get_node_list():
-        return [renamed(node) for node in listed]
-
-    extension.get_node_list = get_node_list
-    return extension
-'''
-"""Our second form of nodes, through ComfyUI's own loader; beside the first it would not be loaded."""
-
 
 @pytest.fixture(scope="module")
 def server(
@@ -99,7 +72,6 @@ def server(
     for folder in ("custom_nodes", "models/diffusion_models", "models/text_encoders", "models/vae", "input", "output"):
         (work / folder).mkdir(parents=True)
     (work / "custom_nodes" / "test_inputs.py").write_text(TEST_PACK)
-    (work / "custom_nodes" / "test_v3.py").write_text(V3_PACK)
     shutil.copy(Path(__file__).with_name("stand_ins.py"), work / "custom_nodes")
     for name in ("text_encoders/clip_l", "text_encoders/t5xxl_fp16", "vae/ae"):
         (work / "models" / f"{name}.safetensors").touch()
@@ -170,23 +142,6 @@ def test_the_installed_nodes_are_offered(server: Any) -> None:
     assert sorted(lists) == [f"diffusion_models/{name}.safetensors" for name in names]
 
 
-def test_both_forms_of_the_nodes_are_offered_alike(server: Any) -> None:
-    offered = server.ask("/object_info")
-
-    def described(name: str) -> dict[str, Any]:
-        said = offered[name]
-        inputs = {group: said["input"].get(group, {}) for group in ("required", "optional")}
-        for group in inputs.values():
-            for key, (kind, settings) in group.items():
-                if isinstance(kind, list):  # the first form lists what is to choose from where the second names COMBO
-                    group[key] = ["COMBO", {**settings, "multiselect": False, "options": kind}]
-        facts = ("display_name", "description", "category", "output", "output_name", "output_tooltips", "output_node")
-        return {**inputs, **{fact: said[fact] for fact in facts}}
-
-    for name in NODE_CLASS_MAPPINGS:
-        assert described(f"V3{name}") == described(name)
-
-
 WORKFLOWS = Path(__file__).parents[2] / "docs" / "workflows"
 EMOJI: Mapping[str, Mapping[str, Any]] = {
     "EmptySD3LatentImage": {"width": 128, "height": 128},
@@ -250,32 +205,6 @@ def test_progress_texts_reach_the_editor(server: Any) -> None:
                     return str(message.data[8:].decode())  # a text, for a name of 4 letters
 
     assert asyncio.run(listen()) == "save40 layers, 1 sample: told/stats_00001_.safetensors"
-
-
-def test_the_second_form_of_the_nodes_does_what_the_first_does(server: Any) -> None:
-    models = server.work / "models" / "diffusion_models"
-    made = {}
-    for prefix in ("", "V3"):
-        workflow = recording(7, f"form{prefix}", output_name=f"form{prefix}")
-        workflow["save"]["inputs"]["filename_prefix"] = f"form/{prefix}_"
-        workflow["record"]["inputs"]["reset"] = True
-        workflow["report"] = node(
-            "ConvertToQuantActivationReport", checkpoint="none", method="mse", margin=1.0, full_precision_budget=0.0,
-            filename_prefix="", stats=["record", 1], latent=["sample", 0],
-        )  # fmt: skip
-        for one in workflow.values():
-            if one["class_type"] in NODE_CLASS_MAPPINGS:
-                one["class_type"] = prefix + one["class_type"]
-        done, errors = server.run(workflow)
-        assert (done["status"]["status_str"], errors) == ("success", {}), server.said()
-        statistics = Statistics.load(server.work / "output" / "form" / f"{prefix}__00001_.safetensors")
-        said = {key: done["outputs"][key]["text"][0] for key in ("calibrate", "report")}
-        made[prefix] = (statistics.replace(path=None), said["report"], said["calibrate"].partition("\n")[2],
-                        (models / f"form{prefix}.safetensors").read_bytes())  # fmt: skip
-        refused = server.ask("/prompt", {"prompt": {**workflow, "save": {**workflow["save"], "inputs": {
-            **workflow["save"]["inputs"], "filename_prefix": "../escape"}}}})  # fmt: skip
-        assert "is no file name below" in json.dumps(refused["node_errors"]["save"])
-    assert made[""] == made["V3"]
 
 
 def test_one_workflow_paints_records_saves_and_calibrates(server: Any, figure: Callable[[str, float], float]) -> None:

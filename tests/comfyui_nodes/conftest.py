@@ -146,41 +146,6 @@ class Guider:
         return x
 
 
-class V3Type:
-    """A type of ComfyUI's second form of nodes (V3), by its name: what its Input and Output keep."""
-
-    def __init__(self, io_type: str) -> None:
-        self.io_type = io_type
-
-    def Input(self, id: str, *, optional: bool = False, extra_dict: Any = None, **settings: Any) -> SimpleNamespace:  # noqa: A002, N802
-        return SimpleNamespace(id=id, kind=self.io_type, optional=optional, settings={**settings, **(extra_dict or {})})
-
-    def Output(self, display_name: str, tooltip: str) -> SimpleNamespace:  # noqa: N802
-        return SimpleNamespace(kind=self.io_type, display_name=display_name, tooltip=tooltip)
-
-
-class V3Node:
-    """Base of nodes in that form. ComfyUI fills in `hidden` before it calls `execute`."""
-
-    hidden = SimpleNamespace(unique_id=None)
-
-
-class V3Extension:
-    """Base of what `comfy_entrypoint` gives."""
-
-
-COMFY_API = {
-    "ComfyExtension": V3Extension,
-    "io": SimpleNamespace(
-        Schema=SimpleNamespace,
-        ComfyNode=V3Node,
-        Custom=V3Type,
-        Combo=V3Type("COMBO"),
-        Hidden={"unique_id": "UNIQUE_ID"},
-    ),
-}
-
-
 @dataclass
 class ComfyUI:
     """The double."""
@@ -229,8 +194,6 @@ def comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ComfyUI:
             "WrappersMP": SimpleNamespace(OUTER_SAMPLE="outer_sample", APPLY_MODEL="apply_model")
         },
         "comfy.model_sampling": {"CONST": CONST},
-        "comfy_api": {"__path__": []},
-        "comfy_api.latest": COMFY_API,
         "folder_paths": {
             "get_filename_list": get_filename_list,
             "get_full_path": get_full_path,
