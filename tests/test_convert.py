@@ -83,7 +83,7 @@ def weights(dtype: torch.dtype, shape: tuple[int, int] = (48, 80), seed: int = 0
         ({"scaling_mode": "block", "block_size": 65535}, (65535, 65535), (1, 1), "float8_e4m3fn_blockwise"),
     ],
 )
-@pytest.mark.parametrize("band_values", [convert_module.BAND_VALUES, 7 * 80, 1])
+@pytest.mark.parametrize("band_values", [convert_module.BAND_VALUES, 20 * 80, 7 * 80, 1])
 def test_codes_and_scales_are_those_of_torch_bit_for_bit(
     *, tmp_path, monkeypatch, dtype, options, block, scale_shape, format_name, band_values
 ):

@@ -124,6 +124,17 @@ def test_layers_that_see_one_row_per_picture_are_known_in_any_batch(model: Model
         assert [name for name, one in zip(statistics.names, statistics.one_row, strict=True) if one] == ["time"]
 
 
+@pytest.mark.parametrize(("rows", "batch", "most"), [(3, 2, 2), (4, 3, 2), (6, 3, 2), (7, 3, 3), (2, 3, 1)])
+def test_samples_of_unequal_length_count_as_the_longest_that_one_must_be(rows: int, batch: int, most: int) -> None:
+    linear = nn.Linear(4, 4)
+    with record(linear) as recording:
+        recording.batch = batch
+        linear(torch.randn(rows, 4))
+        linear(torch.randn(1, 4))
+    assert recording.statistics().rows_per_sample.tolist() == [most]
+    assert recording.statistics().one_row.tolist() == [most == 1]
+
+
 def test_the_batch_can_be_told_and_is_read_off_lists() -> None:
     linear = nn.Linear(4, 4)
     with record(linear) as recording:

@@ -92,6 +92,22 @@ def test_every_bfloat16_falls_into_the_bin_of_its_upper_bits() -> None:
     assert_same(seen, brute_force(x), magnitudes(x))
 
 
+@pytest.mark.parametrize("size", [8 * BINS - 1, 8 * BINS, 300_001])
+def test_inputs_of_any_size_fill_the_bins_of_their_own_values(size: int) -> None:
+    """From 8 · BINS values on, a CPU counts in another way. The counts differ from bin to bin, so no shift hides."""
+    x = torch.randn(1, size, generator=torch.Generator().manual_seed(size)).exp()
+    x[0, :3] = torch.tensor([math.inf, math.nan, 0.0])
+    bits = x.numpy().view(np.uint32) & 0x7FFFFFFF
+    expected = np.bincount(np.minimum(bits.reshape(-1) >> 19, NONFINITE_BIN), minlength=BINS)
+    assert len(np.unique(expected)) > 40
+    assert observe(x).histogram.tolist() == expected.tolist()
+    assert observe(x.T).row_histogram.tolist() == [
+        expected[0] + 2,
+        *expected[1:NONFINITE_BIN],
+        *[0] * (BINS - NONFINITE_BIN),
+    ]
+
+
 def test_a_value_has_one_bin_in_every_dtype() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)  # all dtypes hold these
     histograms = [observe(codes.to(dtype).reshape(4, 64)).histogram for dtype in
