@@ -438,6 +438,11 @@ def test_text_encoders_and_vaes_in_a_full_checkpoint_are_told_apart(name: str, t
     assert part.title == title
 
 
+def test_a_part_is_known_by_the_beginning_of_a_name_only() -> None:
+    assert other_part("blocks.0.vae.proj") is None
+    assert other_part("net.text_encoder.0") is None
+
+
 def test_no_layer_of_a_diffusion_model_counts_as_another_part() -> None:
     for prefix, model in product(
         ["", "model.diffusion_model.", "diffusion_model.", "net.", "transformer."], MODELS.values()

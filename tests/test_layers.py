@@ -128,6 +128,10 @@ def test_every_marker_is_about_the_names_that_begin_as_its_own(save, build):
     del tensors["model.diffusion_model.scaled_fp8"]
     table = table_of(save("a.safetensors", tensors))
     assert [table.quantized[name].marking for name in names] == ["none", "legacy"]
+    table = table_of(
+        save("a.safetensors", tensors | {"scaled_fp8": LEGACY_MARKER})
+    )  # of all names, unless one is nearer
+    assert [table.quantized[name].full_precision for name in names] == [False, True]
 
 
 def test_a_marker_beside_comfy_quant_loses(save, build):
@@ -143,6 +147,13 @@ def test_a_header_may_name_layers_bare_in_a_prefixed_file(save, build):
     layer = table.quantized["diffusion_model.x"]
     assert (layer.marking, layer.full_precision) == ("header", True)
     assert table.bare_marks == {"diffusion_model.x"}
+
+
+def test_a_header_that_names_a_layer_as_the_file_does_means_that_layer(save, build):
+    names = ["net.x", "net.net.x"]
+    tensors, metadata = build.quantized(names[:1], "header")
+    table = table_of(save("a.safetensors", tensors | build.quantized(names[1:], "none")[0], metadata))
+    assert [table.quantized[name].marking for name in names] == ["header", "none"]
 
 
 def test_header_layers_without_a_weight_are_noted_in_the_headers_order(save, build):
@@ -374,6 +385,8 @@ SHAPES = [
     ((100, 100), (2, 2), (50, 50), (50, 50)),  # the file's own word before a power of two
     ((100, 100), (2, 2), (51, 99), (51, 99)),
     ((100, 100), (2, 2), (33, 33), (64, 64)),  # a word that contradicts the shape counts for nothing
+    ((65, 65), (2, 2), None, (64, 64)),  # blocks of 32 would be 3
+    ((4096, 8192), (64, 1), None, (64, 8192)),
     ((101, 7), (3, 7), None, None),  # 34 to 50 rows each: nothing decides
     ((16, 32), (3,), None, None),
     ((16, 32), (17, 1), None, None),

@@ -281,6 +281,11 @@ def test_a_product_with_alpha_is_as_computed_by_hand(write: Write) -> None:
     )
 
 
+def test_an_alpha_of_zero_changes_nothing(write: Write) -> None:
+    match = match_of(write({**pair("blocks.1.ffn.0", 4 * H, H), "blocks.1.ffn.0.alpha": np.float32(0)}), WAN)
+    assert not match.delta("blocks.1.ffn.0").any()
+
+
 @pytest.mark.parametrize(
     "alpha",
     [

@@ -332,7 +332,7 @@ def test_grouped_queries_give_keys_and_values_the_smaller_slices() -> None:
     assert [targets[f"layers.3.attn.to_{part}"].rows for part in "qkv"] == [(0, 96), (96, 128), (128, 160)]
 
 
-@pytest.mark.parametrize("shape", [(64, 32), (31, 32), (97, 32), (32, 32), (8, 32), (129, 32)])
+@pytest.mark.parametrize("shape", [(64, 32), (31, 32), (97, 32), (98, 32), (32, 32), (8, 32), (128, 32), (129, 32)])
 def test_a_layer_whose_shape_is_not_fused_is_not_sliced(shape: tuple[int, int]) -> None:
     sliced = [target for target in diffusers_targets({"double_blocks.0.img_attn.qkv": shape}).values() if target.rows]
     fits = shape == (64, 32)  # 32 query rows, 16 rows each of keys and values

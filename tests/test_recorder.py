@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convert_to_quant.errors import CalibrationError
-from convert_to_quant.kernels import NONFINITE_BIN
+from convert_to_quant.kernels import NONFINITE_BIN, accumulate
+from convert_to_quant.kernels.reference import Totals
 from convert_to_quant.recorder import all_reduce, find_linears, record
 from convert_to_quant.stats import COLUMNS, Statistics, merge
 
@@ -160,6 +161,43 @@ def test_the_batch_can_be_told_and_is_read_off_lists() -> None:
     assert recording.statistics().rows_per_sample.tolist() == [3]
 
 
+class Flat(nn.Module):
+    """Takes all tokens of all samples in one row of tokens, and gives each sample its own again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, tokens: Tensor, batch: int) -> Tensor:
+        y: Tensor = self.inner(tokens.reshape(batch, -1, 4))
+        return y
+
+
+def test_where_the_model_does_not_tell_its_batch_the_layers_input_does() -> None:
+    flat = Flat()
+    with record(flat) as recording:
+        flat(torch.randn(6, 4), 3)
+    assert recording.statistics().rows_per_sample.tolist() == [2]
+
+
+def test_a_batch_that_is_told_counts_before_the_one_that_is_found(model: Model) -> None:
+    with torch.no_grad(), record(model) as recording:
+        recording.batch = 1  # two images of five tokens are one sample
+        model(*inputs(batch=2))
+    assert recording.statistics().rows_per_sample.tolist() == [10, 2, 10, 10, 10, 0]
+
+
+def test_totals_of_several_devices_add_up() -> None:
+    linear = nn.Linear(4, 4)
+    with record(linear) as recording:
+        linear(torch.full((2, 4), 2.0))
+        elsewhere = Totals(1, torch.device("cpu"))  # stands for those of another card
+        accumulate(elsewhere, 0, elsewhere.sigma_numbers[8:9], torch.full((1, 4), -1.0))
+        recording._totals[torch.device("cuda", 1)] = elsewhere
+    statistics = recording.statistics()
+    assert (statistics.absmax[0], statistics.count[0], statistics.sum[0]) == (2.0, 12, 12.0)
+
+
 def test_hooks_leave_with_the_block_whatever_ends_it(model: Model) -> None:
     with record(model):
         assert len(hooks_of(model)) == 7
@@ -228,6 +266,8 @@ def test_parts_of_a_wrapped_layer_and_second_names_of_a_layer_are_not_layers() -
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": Wrapper(), "b": shared, "c": shared})
     assert list(find_linears(model)) == ["a", "b"]
+    nested = nn.ModuleDict({"one": nn.ModuleDict({"x": shared}), "two": nn.ModuleDict({"x": shared})})
+    assert list(find_linears(nested)) == ["one.x"]
     assert list(find_linears(shared)) == [""]
 
 
@@ -242,6 +282,7 @@ def level_of(statistics: Statistics) -> list[list[int]]:
         *[(1.0, 7), (0.5, 3), (0, 0), (None, 8), (-1.0, 8), (torch.tensor(0.3), 2), (torch.full((2, 1), 0.125), 0)],
         *[(torch.tensor([0.3, 0.31]), 8), (torch.tensor(float("nan")), 8), (torch.tensor([700]), 8)],
         (torch.tensor(0.9, dtype=torch.bfloat16), 7),
+        *[(torch.tensor(0.0), 0), (torch.tensor(1.0), 7), (torch.tensor(0.12501), 1), (torch.tensor(-0.1), 8)],
     ],
 )
 def test_noise_levels_are_numbers_or_tensors(sigma: float | Tensor | None, column: int) -> None:
@@ -367,6 +408,7 @@ def test_odd_inputs_are_left_alone() -> None:
     with record(duck) as recording:
         duck(torch.ones(0, 4))
         duck(torch.ones(2, 4, device="cpu").double())
+        duck(torch.ones(2, 4, dtype=torch.int64))
         duck.to("meta")(torch.ones(2, 4, device="meta"))
     assert recording.statistics().rows.tolist() == [2]
     assert recording.statistics().calls.tolist() == [2]

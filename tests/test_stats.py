@@ -74,7 +74,7 @@ def test_bins_are_the_upper_bits_of_float32() -> None:
     assert BIN_EDGES[-1] == 2.0**128
     octave = BIN_EDGES[np.searchsorted(BIN_EDGES, 1.0) :][:17]
     assert octave.tolist() == [1 + step / 16 for step in range(17)]
-    assert np.array_equal(np.sort([*BIN_EDGES, *BIN_CENTRES])[1::2], BIN_CENTRES)
+    assert (BIN_CENTRES - BIN_EDGES[:-1] == BIN_EDGES[1:] - BIN_CENTRES).all()
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,65 @@ def test_merging_adds_counts_and_takes_the_larger_absmax() -> None:
     ]
     assert both.samples == 3
     assert both.provenance == {"seed": ("0", "1"), "engine": ("test",)}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_every_column_adds_up_except_the_two_maxima(name: str) -> None:
+    parts = [random_statistics(seed) for seed in range(3)]
+    columns = [getattr(part, name).astype(object) for part in parts]
+    together = getattr(merge(*parts), name)
+    if name in ("sigma_absmax", "rows_per_sample"):
+        assert np.array_equal(together, np.maximum(np.maximum(columns[0], columns[1]), columns[2]))
+    elif name.endswith("digits"):
+        total = sum(columns).reshape(-1, DIGITS)
+        assert [exact(row) for row in together.reshape(-1, DIGITS)] == [exact(row) for row in total]
+    else:
+        assert np.array_equal(together, sum(columns))
+
+
+def test_mean_squares_are_those_of_each_noise_level_and_of_all_together() -> None:
+    empty = Statistics.empty({"x": (1, 2), "y": (1, 2)})
+    count, digits = empty.sigma_count.copy(), empty.sigma_square_digits.copy()
+    for column, (values, square_sum) in {0: (4, 1), 3: (2, 50), 8: (10, 200)}.items():
+        count[0, column] = values
+        digits[0, column, -LOWEST_EXPONENT // DIGIT_BITS] = square_sum  # the digit that counts ones
+    seen = empty.replace(sigma_count=count, sigma_square_digits=digits, rows=np.array([8, 0]))
+    assert seen.sigma_mean_square.tolist() == [[0.25, 0, 0, 25.0, 0, 0, 0, 0, 20.0], [0.0] * 9]
+    assert seen.sum_of_squares.tolist() == [251.0, 0.0]
+    assert seen.mean_square.tolist() == [251 / 16, 0.0]
+
+
+def test_statistics_are_equal_only_where_everything_is() -> None:
+    stats = random_statistics(0)
+    assert stats == random_statistics(0)
+    assert stats != "statistics"
+    others = [
+        *(stats.replace(**{name: np.roll(getattr(stats, name), 1, 0)}) for name in COLUMNS),
+        stats.replace(samples=9),
+        stats.replace(left_out=("z",)),
+        stats.with_facts(engine="another"),
+        stats.take(reversed(LAYERS)),
+    ]
+    assert all(other != stats for other in others)
+
+
+def test_facts_are_added_to_those_before_and_replace_their_own_only() -> None:
+    stats = random_statistics(0).with_facts(engine={"b", "a"}, lora=[2, 1, 1])
+    assert stats.provenance == {"seed": ("0",), "engine": ("a", "b"), "lora": ("1", "2")}
+    assert stats.samples == 1
+
+
+def test_layers_that_were_left_out_before_stay_so() -> None:
+    a, b = random_statistics(0).replace(left_out=("old",)), random_statistics(1).replace(left_out=("older",))
+    assert merge(a, b).left_out == ("old", "older")
+    assert a.for_layers({"c": (4, 4), "x": (1, 1)}, force=True).left_out == ("old", "x")
+
+
+def test_a_model_is_known_by_names_and_shapes() -> None:
+    known = random_statistics(0).fingerprint
+    assert random_statistics(1).fingerprint == known
+    for layers in ({**LAYERS, "c": (4, 5)}, {**LAYERS, "c": (5, 4)}, {"b.attn": (8, 4), "a.mlp": (16, 8), "d": (4, 4)}):
+        assert random_statistics(0, layers).fingerprint != known
 
 
 def test_layers_in_another_order_are_the_same_model() -> None:
@@ -202,6 +261,9 @@ def test_a_quantile_lies_in_the_bin_of_the_values_own(values: NDArray[np.float32
 def test_the_last_quantile_is_absmax_and_an_empty_histogram_has_none() -> None:
     assert of_values(np.array([1.0, 2.01])).quantile("layer", 1.0) == np.float32(2.01)
     assert quantiles(np.zeros((2, BINS), np.int64), np.zeros(2), 0.5).tolist() == [0.0, 0.0]
+    # The q-quantile is where a share q lies below: at the end of a bin, not in the next bin that holds anything.
+    apart = of_values(np.array([1.0, 2.0]))
+    assert [apart.quantile("layer", q) for q in (0, 0.25, 0.5, 0.75)] == [1.0, 1 + 1 / 32, 1 + 1 / 16, 2.0]
     uniform = of_values(1 + np.arange(1600) / 1600)
     assert uniform.quantile("layer", 0.5) == pytest.approx(1.5, abs=1e-3)
     assert uniform.quantiles(0.25) == pytest.approx([1.25], abs=1e-3)
@@ -259,7 +321,12 @@ def edited(path: Path, drop: str | None = None, head: dict[str, Any] | None = No
         ({"zeros": np.full(3, -1)}, "damaged: a count is negative"),
         ({"rows": np.zeros(3, np.int64)}, "damaged: the row histogram and the rows disagree"),
         ({"histogram": np.zeros((3, BINS), np.int64)}, "damaged: the histogram and the counts disagree"),
-        ({"sigma_absmax": np.full((3, 9), np.inf, np.float32)}, "damaged: an absmax is negative or not finite"),
+        *(
+            ({"sigma_absmax": np.full((3, 9), bad, np.float32)}, "damaged: an absmax is negative or not finite")
+            for bad in (np.inf, np.nan, -1)
+        ),
+        ({"calls": np.array([1, -1, 1])}, "damaged: a count is negative"),
+        ({"rows_per_sample": np.array([1, -1, 1])}, "damaged: a count is negative"),
         ({"head": {"fingerprint": "0"}}, "damaged: the fingerprint is not that of the layers"),
         ({"head": {"format_version": 2}}, r"statistics of format 2; this version reads format 1 \(update"),
         ({"head": {"samples": "many"}}, "damaged: 'samples' in the header should be a int"),

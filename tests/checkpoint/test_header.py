@@ -64,6 +64,9 @@ CORRUPT = {
     "a length of 2^64 - 8, which overflows when 8 is added": (
         b"\xf8" + b"\xff" * 7 + b"{}", "promise a header of 18446744073709551608 bytes"),
     "a header cut in the middle": (b'\x20\0\0\0\0\0\0\0{"x":{"dtype', "truncated: the header should be 32 bytes long"),
+    "a length that only the eight bytes before it make too long": (
+        b'\x0c\0\0\0\0\0\0\0{"x":1}   ', "truncated: the header should be 12 bytes long, but the file ends after 18"),
+    "a length of zero before JSON": (b"\0\0\0\0\0\0\0\0{}", "not a safetensors file: the header does not begin with '{'"),
     "a length that ends inside the JSON": (b'\x03\0\0\0\0\0\0\0{"x":1}', "the header is not JSON (Unterminated string"),
     "a length that ends inside the data": (b"\x04\0\0\0\0\0\0\0{}12", "the header is not JSON (Extra data"),
     "not UTF-8": (framed(b'{"\xff":1}'), "the header is not JSON ('utf-8' codec can't decode byte 0xff"),

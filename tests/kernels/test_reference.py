@@ -196,6 +196,14 @@ def test_an_input_adds_to_its_own_slot_and_noise_level_only() -> None:
     assert (totals.sum_digits * units).sum(1).tolist() == [0, -6.0, 0]
 
 
+def test_the_largest_input_of_a_noise_level_stays_whichever_comes_first() -> None:
+    for values in ([1.0, 3.0, 2.0], [3.0, 2.0, 1.0]):
+        totals = Totals(1, CPU)
+        for value in values:
+            accumulate(totals, 0, totals.sigma_numbers[2:3], torch.full((1, 4), -value))
+        assert totals.sigma_absmax.tolist() == [[0, 0, 3.0, 0, 0, 0, 0, 0, 0]]
+
+
 class NoReadBack(TorchDispatchMode):
     """Raises where a value of a tensor would be read by the host."""
 
