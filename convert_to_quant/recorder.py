@@ -6,8 +6,12 @@
             model(...)
     statistics = recording.statistics(samples=1, seed=0)
 
-Forward pre-hooks hand each layer's input to `kernels.accumulate`, which adds to totals on the input's own device. No
-hook waits for the device; values come to the host once, in `statistics`. Hooks leave with the block, whatever ended it.
+Forward pre-hooks hand what each layer multiplies by its weight (`linear_calls`: its input, or an activation of it) to
+`kernels.accumulate`, which adds to totals on the input's own device. No hook waits for the device; values come to the
+host once, in `statistics`. Hooks leave with the block, whatever ended it.
+
+Inside ComfyUI two of its functions are watched as well, since they compute layers without calling them. A layer that
+ran while no input of it was seen is named: `Recording.unseen`, and "unseen" in the statistics' provenance.
 
 Rows per sample. Which layers see one row per picture follows from shapes alone, once the batch size is known: it is the
 first dimension of the first input of the model that has three dimensions or more, or the length of a list of inputs;
@@ -35,6 +39,7 @@ from torch import Tensor, nn
 from .errors import CalibrationError, StatisticsError
 from .kernels import SIGMA_BINS, UNKNOWN_SIGMA, accumulate
 from .kernels.reference import Totals
+from .linear_calls import LinearCall, comfyui_watched, outside_allocation_graphs
 from .stats import COLUMNS, Shape, Statistics, merge, sigma_bin
 
 Sigma = float | Tensor | None
@@ -111,6 +116,7 @@ class Recording:
 
     def clear(self) -> None:
         """Forget everything seen so far."""
+        self._ran: set[int] = set()
         self._totals: dict[torch.device, Totals] = {}
         self._sigma_bins: dict[torch.device, Tensor] = {}
         self._host = {name: np.zeros(len(self._slots), np.int64) for name in ("calls", "rows", "rows_per_sample")}
@@ -133,8 +139,20 @@ class Recording:
         self._sigma = sigma
         self._sigma_bins = {}
 
-    def observe(self, module: int, x: Tensor) -> None:
-        """Add one input of the module with this number; what the hooks call."""
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """Layers that ran so far, and of which no input was seen."""
+        unseen = {module for module in self._ran if not self._host["calls"][module]}
+        return tuple(layer for layer in self.layers if self._slot_of.get(layer) in unseen)
+
+    def observe(self, module: int, x: Tensor, multiplied: Iterable[Tensor] | None = None) -> None:
+        """Add one input of the module with this number; what the hooks call.
+
+        Args:
+            module: its number.
+            x: what it was called with.
+            multiplied: what it multiplies by its weight, in blocks of rows; by default x.
+        """
         if not x.is_floating_point() or x.is_meta:
             return
         rows = x.numel() // x.shape[-1] if x.ndim and x.shape[-1] else 0
@@ -145,15 +163,17 @@ class Recording:
         host["rows_per_sample"][module] = max(host["rows_per_sample"][module], -(-rows // max(samples, 1)))
         if not rows:
             return
-        with torch.no_grad():
-            device = x.device
-            totals = self._totals.get(device)
-            if totals is None:
-                totals = self._totals[device] = Totals(len(self._slots), device)
-            level = self._sigma_bins.get(device)
-            if level is None:
-                level = self._sigma_bins[device] = _sigma_bin_on(self._sigma, totals)
-            accumulate(totals, module, level, x)
+        with torch.no_grad(), outside_allocation_graphs():
+            self._prepare(x.device)
+            for part in (x,) if multiplied is None else multiplied:
+                accumulate(self._totals[x.device], module, self._sigma_bins[x.device], part)
+
+    def _prepare(self, device: torch.device) -> None:
+        """Make what is kept on a device: the totals, and the column of the noise level."""
+        if device not in self._totals:
+            self._totals[device] = Totals(len(self._slots), device)
+        if device not in self._sigma_bins:
+            self._sigma_bins[device] = _sigma_bin_on(self._sigma, self._totals[device])
 
     def statistics(self, samples: int = 0, **facts: object) -> Statistics:
         """What was seen so far, on the host. Waits for the devices.
@@ -172,7 +192,8 @@ class Recording:
         for name, array in columns.items():
             columns[name] = array[sources]
             columns[name][sources < 0] = 0
-        return Statistics(self.layers, **cast(Any, columns)).with_facts(samples, **facts)
+        unseen = {"unseen": self.unseen} if self.unseen else {}
+        return Statistics(self.layers, **cast(Any, columns)).with_facts(samples, **unseen, **facts)
 
     def all_reduce(self, samples: int = 0, group: Any = None, **facts: object) -> Statistics:
         """What all processes of a torch.distributed group saw together; every process must call it.
@@ -220,13 +241,13 @@ def _sigma_bin_on(sigma: Sigma, totals: Totals) -> Tensor:
     return totals.sigma_numbers[number : number + 1]
 
 
-def _batch_size(values: Iterable[Any]) -> int | None:
-    """Samples in a model's inputs: the first with three dimensions or more, or a list of tensors."""
+def _samples_in(values: Iterable[Any]) -> tuple[int, torch.device] | None:
+    """How many samples a model's inputs hold, and where: the first with three dimensions or more, or a list."""
     for value in values:
         if isinstance(value, Tensor) and value.ndim > 2:
-            return value.shape[0]
+            return value.shape[0], value.device
         if isinstance(value, (list, tuple)) and value and all(isinstance(part, Tensor) for part in value):
-            return len(value)
+            return len(value), value[0].device
     return None
 
 
@@ -269,26 +290,51 @@ def record(
         table = {layer: shapes[layer] for layer in wanted or shapes}
     recording = Recording(table, slots)
 
+    modules = {linears[name]: (number, fed[0]) for number, (name, fed) in enumerate(slots.items())}
+    seen_already: set[nn.Module] = set()
+
     def watch_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recording._found_batch = _batch_size((*args, *kwargs.values()))
+        found = _samples_in((*args, *kwargs.values()))
+        recording._found_batch = None if found is None else found[0]
         if sigma is not None:
             recording.at(sigma(args, kwargs))
+        if found is not None and found[1].type != "meta":  # before any block, see `outside_allocation_graphs`
+            with outside_allocation_graphs():
+                recording._prepare(found[1])
 
-    def watch(number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, Tensor):
-                    recording.observe(number, value)
-                    return
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if module in seen_already:
+            return
+        ran(module)
+        number, layer = modules[module]
+        call = LinearCall.of(layer, int(module.in_features), args, kwargs)  # type: ignore[arg-type]
+        if call.x is not None:
+            recording.observe(number, call.x, call.multiplied())
 
-        return hook
+    @contextmanager
+    def bypass(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        if module not in modules:
+            yield
+            return
+        watch(module, args, kwargs)
+        seen_already.add(module)
+        try:
+            yield
+        finally:
+            seen_already.discard(module)
+
+    def ran(module: nn.Module) -> None:
+        if module in modules:
+            recording._ran.add(modules[module][0])
 
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(modules.clear)  # whoever still holds `bypass` or `ran` tells nothing more
         stack.callback(model.register_forward_pre_hook(watch_model, with_kwargs=True).remove)
-        for number, name in enumerate(slots):
-            stack.callback(linears[name].register_forward_pre_hook(watch(number), with_kwargs=True).remove)
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(watch, with_kwargs=True).remove)
+        stack.enter_context(comfyui_watched(bypass, ran))
         yield recording
 
 

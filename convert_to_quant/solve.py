@@ -255,7 +255,8 @@ def solve(
     for name, state in present.items():
         number = numbers.get(name)
         if number is None or not chosen.visited[number]:
-            results.append(_unchanged(name, state, "never visited: keeps its scale"))
+            why = "ran, but its input could not be seen" if name in chosen.unseen else "never visited"
+            results.append(_unchanged(name, state, f"{why}: keeps its scale"))
             continue
         result = LayerResult(
             layer=name,

@@ -104,7 +104,7 @@ class Statistics:
         row_histogram: rows per bin of the row's absmax over its finite values.
         samples: pictures (or whatever the engine draws) that the model ran for.
         provenance: facts about the run, each a sorted set of texts, so that merging is a union: "tool", "engine",
-            "seed", "conditioning", "lora", ...
+            "seed", "conditioning", "lora", "unseen", ...
         left_out: layers that a forced merge or selection dropped.
         metadata: other texts from the file's header; not merged.
         path: the file this was loaded from.
@@ -225,6 +225,12 @@ class Statistics:
         """Layers that ran at least once, [L]."""
         ran: NDArray[np.bool_] = self.calls > 0
         return ran
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """Layers that ran and of which no input was ever seen; see `recorder`."""
+        told = set(self.provenance.get("unseen", ()))
+        return tuple(name for name, seen in zip(self.layers, self.visited, strict=True) if name in told and not seen)
 
     @property
     def one_row(self) -> NDArray[np.bool_]:

@@ -24,7 +24,7 @@ ROWS = (
     {"calibrate_activation_scales", "fidelity", "inspection", "report"},
     {"engines"},
     {"solve", "patch", "convert"},
-    {"lora", "recorder", "layers", "naming"},
+    {"lora", "recorder", "linear_calls", "layers", "naming"},
     {"names", "families", "stats", "fp8", "checkpoint"},
     {"errors", "kernels"},
     {""},

@@ -129,9 +129,12 @@ def observe(args: argparse.Namespace) -> int:
         note(f"{idle} of {len(runs)} runs recorded nothing: ComfyUI knew them, and gave what it had")
     for name, statistics in found.items():
         statistics.save(outputs[name])
-        silent = [layer for layer, ran in zip(statistics.names, statistics.visited, strict=True) if not ran]
+        absent = [layer for layer, ran in zip(statistics.names, statistics.visited, strict=True) if not ran]
+        silent = [layer for layer in absent if layer not in statistics.unseen]
         if silent:
             note(f"{len(silent)} layers never ran (first: {silent[0]})")
+        if unseen := statistics.unseen:
+            note(f"{len(unseen)} layers ran, but their inputs could not be seen (first: {unseen[0]})")
         seen = f"{int(statistics.visited.sum())} layers over {statistics.samples} samples"
         say(f"observed {seen}; wrote {outputs[name]}")
     return report(args, plan, runs, outputs, found=found, idle=idle)

@@ -370,8 +370,9 @@ def finish(session: Session, observation: Observation, args: argparse.Namespace)
     """Write the statistics, and say what they hold."""
     statistics = observation.statistics
     session.finish(statistics)
+    unseen = set(statistics.unseen)
     for name in observation.unvisited:
-        note(f"{name}: never ran")
+        note(f"{name}: {'ran, but its input could not be seen' if name in unseen else 'never ran'}")
     if observation.conditioned:
         note(
             f"observed on noise: the ranges of {len(observation.conditioned)} layers depend on the conditioning, "

@@ -244,6 +244,8 @@ class SaveActivationStats:
         file = path.relative_to(folders.output_folder()).as_posix()
         samples = "1 sample" if statistics.samples == 1 else f"{statistics.samples} samples"
         text = f"{int(statistics.visited.sum())} layers, {samples}: {file}"
+        if unseen := statistics.unseen:
+            text += f"\n{len(unseen)} layers ran, but their inputs could not be seen (first: {unseen[0]})"
         show_text(unique_id, text)
         entry = {
             **folders.as_output(path),

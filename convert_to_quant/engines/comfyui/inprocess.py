@@ -183,6 +183,7 @@ class Model:
 
         Raises:
             UnsupportedModelError: ComfyUI fails, and says why.
+            CalibrationError: a layer does something to its input that the recorder does not know.
         """
         from comfy.nested_tensor import NestedTensor
         from comfy.samplers import CFGGuider, sampler_object
@@ -193,7 +194,7 @@ class Model:
             start, empty = empty, self._as_encoded(latents[0])
         entries = dict(conditioning)
         cond = [[entries.pop("cross_attn", None), entries]]
-        with self._understood("run"):
+        with _located(self.checkpoint.path), self._understood("run"):
             guider = CFGGuider(patcher or self.patcher)
             guider.inner_set_conds({"positive": cond})
             guider.set_cfg(1.0)
@@ -278,13 +279,13 @@ def load(checkpoint: Checkpoint, table: LayerTable | None = None) -> Model:
 
 @contextmanager
 def _located(path: StrPath) -> Iterator[None]:
-    """Say in which file it is that a model cannot be run."""
+    """Say in which file it is that a model cannot be run or recorded."""
     try:
         yield
-    except UnsupportedModelError as error:
+    except CalibrationError as error:
         if error.path is not None:
             raise
-        raise UnsupportedModelError(error.problem, path=path, tensor=error.tensor, hint=error.hint) from None
+        raise type(error)(error.problem, path=path, tensor=error.tensor, hint=error.hint) from None
 
 
 def _prefix(checkpoint: Checkpoint) -> str:
