@@ -88,6 +88,96 @@ def tiny(name: str, folder: str, pictures: int) -> dict[str, Any]:
     return {**told, "detected": detected}
 
 
+def folded(name: str, folder: str, how: str) -> dict[str, Any]:
+    """Record a tiny model whose MLP folds its activation into its second layer.
+
+    `how` is "0.39", whose linear layers take the activation as an argument (emulated), "unknown", where it is one that
+    nobody knows, or "INT8", whose layers ComfyUI computes without calling them. The answer has {layer: [absmax, calls]}
+    of what such layers meet, and of what was recorded; how often an INT8 product was taken; and what was raised.
+    """
+    from convert_to_quant.checkpoint import open_checkpoint
+    from convert_to_quant.engines import noise
+    from convert_to_quant.engines.comfyui import inprocess
+    from convert_to_quant.errors import CalibrationError
+    from convert_to_quant.recorder import record
+
+    path = Path(folder, "tiny.safetensors")
+    met: dict[Any, list[float]] = {}
+    products, raised = [], None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(comfyui())
+        tiny_models.save(name, path)
+        if how == "INT8":
+            make_int8(path, r"(ffn\.2|mlp\.fc2)$")
+        import comfy.ldm.minimax.model as minimax
+        import comfy.ldm.wan.model as wan
+        import comfy.ops
+
+        fold, product = comfy.ops.linear_input_act, comfy.ops.quant_ops.ck.int8_linear
+        forward = comfy.ops.disable_weight_init.Linear.forward
+
+        def meet(linear: Any, x: Any, act: str) -> Any:
+            x = comfy.ops.INPUT_ACT_EAGER.get(act, lambda x: x)(x)
+            met.setdefault(linear, []).append(float(x.abs().max()))
+            return x
+
+        def called(self: Any, input: Any, input_act: Any = None, *_: Any) -> Any:  # noqa: A002
+            return forward(self, input if input_act is None else meet(self, input, input_act))
+
+        def folding(linear: Any, x: Any, input_act: str) -> Any:
+            meet(linear, x, input_act)
+            return fold(linear, x, input_act)
+
+        def multiply(*args: Any, **kwargs: Any) -> Any:
+            products.append(kwargs["input_act"])
+            return product(*args, **kwargs)
+
+        if how == "INT8":
+            patches = [(comfy.ops, "linear_input_act", folding), (comfy.ops.quant_ops.ck, "int8_linear", multiply)]
+        else:
+            acts = ("softsign", "softsign") if how == "unknown" else ("gelu_tanh", "swiglu")
+            patches = [
+                (comfy.ops.disable_weight_init.Linear, "forward", called),
+                (wan.WanFeedForward, "forward", lambda self, x: self[2](self[0](x), input_act=acts[0])),
+                (minimax.MLP, "forward", lambda self, x: self.fc2(self.fc1(x), acts[1])),
+            ]
+        for where, what, instead in patches:
+            stack.enter_context(patch.object(where, what, instead))
+        stack.enter_context(tiny_models.assuming(name))
+        model = inprocess.load(stack.enter_context(open_checkpoint(path)))
+        scene = model.scene(inprocess.Size(*tiny_models.MODELS[name].size, 12))
+        conditioning = model.conditioning(scene, noise.LOUD_CHANNELS, 0, 0)
+        with record(model.network) as recording:
+            try:
+                model.paint(model.latents(scene, 0, 0), conditioning, model.sigmas(2))
+            except CalibrationError as error:
+                raised = str(error)
+        seen = recording.statistics()
+        names = {module: layer for layer, module in model.network.named_modules()}
+    return {
+        "met": {names[linear]: [max(absmax), len(absmax)] for linear, absmax in met.items()},
+        "recorded": {layer: [float(seen.absmax[row]), int(seen.calls[row])] for row, layer in enumerate(seen.names)},
+        "unseen": seen.unseen,
+        "products": len(products),
+        "raised": raised,
+    }
+
+
+def make_int8(path: Path, layers: str) -> None:
+    """Make the weights of some layers INT8, one scale per row."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    for layer in [key.removesuffix(".weight") for key in tensors if re.search(layers, key.removesuffix(".weight"))]:
+        weight = tensors[f"{layer}.weight"].float()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        tensors[f"{layer}.weight"] = (weight / scale).round().to(torch.int8)
+        tensors[f"{layer}.weight_scale"] = scale
+        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
+    save_file(tensors, path)
+
+
 def same_inputs(path: str, inputs: str, output: str) -> dict[str, Any]:
     """The largest input of each layer while a model paints from given latents and prompts, on a device with FP8.
 
@@ -197,6 +287,7 @@ COMMANDS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "command": command,
     "families": families,
     "tiny": tiny,
+    "folded": folded,
     "same_inputs": same_inputs,
     "diffusers_layout": diffusers_layout,
     "stopped": stopped,

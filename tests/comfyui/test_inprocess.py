@@ -239,6 +239,34 @@ def test_renamed_layers_of_an_fp8_file_are_recorded_under_its_own_names(inproces
         assert value == pytest.approx(known[layer], rel=0.3), layer  # FP8 weights
 
 
+# ---------------------------------------------------------------- activations that are folded into a layer's call
+
+
+@pytest.mark.parametrize("how", ["0.39", "INT8"])
+@pytest.mark.parametrize("name", ["WAN21_T2V", "MiniMaxH3"])
+def test_recorded_ranges_are_those_behind_an_activation_that_is_folded_into_the_call(
+    inprocess: InProcess, name: str, how: str, tmp_path: Path
+) -> None:
+    told = inprocess.ask("folded", name=name, folder=str(tmp_path), how=how)
+
+    assert told["raised"] is None
+    assert told["met"]
+    assert bool(told["products"]) == (how == "INT8")
+    for layer, met in told["met"].items():
+        assert told["recorded"][layer] == pytest.approx(met, rel=1e-6), layer
+    assert told["unseen"] == []
+
+
+def test_an_activation_that_is_not_known_ends_the_run_and_names_file_layer_and_activation(
+    inprocess: InProcess, tmp_path: Path
+) -> None:
+    told = inprocess.ask("folded", name="WAN21_T2V", folder=str(tmp_path), how="unknown")
+
+    assert told["raised"].startswith(
+        f"{tmp_path}/tiny.safetensors: blocks.0.ffn.2: called with the activation 'softsign', which is none of gelu_"
+    )
+
+
 # ---------------------------------------------------------------- the command
 
 
