@@ -281,6 +281,13 @@ def test_a_layer_never_visited_keeps_its_scale_and_is_named() -> None:
         assert not result.changed
 
 
+def test_a_layer_that_ran_unseen_is_not_called_one_that_never_ran() -> None:
+    statistics = seen({"ran": [[1.0]], "unseen": None}).with_facts(unseen=["unseen", "ran"])
+    reasons = [result.reason for result in solve(statistics, present("unseen", "ran"))]
+    assert reasons[0] == "ran, but its input could not be seen: keeps its scale"
+    assert "seen" not in reasons[1]  # another run saw it
+
+
 @pytest.mark.parametrize("method", ["absmax", "mse", "percentile"])
 def test_a_layer_seen_only_as_zeros_keeps_its_scale_and_precision(method: Any) -> None:
     result = solve_one(np.zeros((3, 4)), Present(0.5, False, SHAPE), 1, method=method, full_precision_budget=1.0)

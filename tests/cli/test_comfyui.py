@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -136,6 +137,26 @@ def test_layers_that_never_ran_are_told(observe: Observe, flux: Any, comfyui: An
     first = next(iter(comfyui.shapes))
     double.nodes.load("flux.safetensors").model.diffusion_model.magnitudes.pop(first)
     assert f"1 layers never ran (first: {first})" in observe(flux, "--seeds", "1").err
+
+
+def test_layers_that_ran_unseen_are_told(
+    observe: Observe, flux: Any, comfyui: Any, double: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ComfyUI casts a layer's weight and multiplies by it without calling the layer."""
+    first = next(iter(comfyui.shapes))
+    ops: Any = ModuleType("comfy.ops")
+    ops.cast_bias_weight = lambda layer, _: (layer.weight, None)
+    monkeypatch.setitem(sys.modules, "comfy.ops", ops)
+    network = double.nodes.load("flux.safetensors").model.diffusion_model
+    network.magnitudes.pop(first)
+    network.register_forward_pre_hook(
+        lambda _, args: ops.cast_bias_weight(network.get_submodule(first), args[0]) and None
+    )
+
+    said = observe(flux, "--seeds", "1").err
+
+    assert f"1 layers ran, but their inputs could not be seen (first: {first})" in said
+    assert "never ran" not in said
 
 
 @pytest.mark.parametrize(

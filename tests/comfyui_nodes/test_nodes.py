@@ -133,6 +133,13 @@ def test_saved_statistics_are_what_was_recorded(comfyui: Any, recorded: Any) -> 
     }  # fmt: skip
 
 
+def test_save_tells_of_layers_that_ran_unseen(comfyui: Any) -> None:
+    layers = {**comfyui.shapes, "other": (4, 4)}
+    stats = Statistics.empty(layers).with_facts(unseen=["other"])
+    (text,) = SaveActivationStats().save(stats, LATENT, "a")["ui"]["text"]
+    assert text.endswith("\n1 layers ran, but their inputs could not be seen (first: other)")
+
+
 def test_clients_are_told_which_files_come_from_one_recorder(comfyui: Any, recorded: Any) -> None:
     told = [
         SaveActivationStats().save(stats, LATENT, "top")["ui"]["statistics"][0]
