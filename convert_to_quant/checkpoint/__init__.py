@@ -2,7 +2,16 @@
 
 from .header import Header, TensorInfo
 from .reader import INDEX_SUFFIX, Checkpoint, open_checkpoint, to_float32
-from .writer import CheckpointWriter, Entry, Spec, output_files, refuse_same_file, write_bytes, write_checkpoint
+from .writer import (
+    CheckpointWriter,
+    Entry,
+    Spec,
+    check_output,
+    output_files,
+    refuse_same_file,
+    write_bytes,
+    write_checkpoint,
+)
 
 __all__ = [
     "INDEX_SUFFIX",
@@ -12,6 +21,7 @@ __all__ = [
     "Header",
     "Spec",
     "TensorInfo",
+    "check_output",
     "open_checkpoint",
     "output_files",
     "refuse_same_file",

@@ -2,7 +2,8 @@
 
 An output is first an unnamed file in its folder (Linux's O_TMPFILE; elsewhere a temporary sibling). It gets its name
 only after its last byte is on the disk, in one step that replaces an older file of that name. Whatever ends the process
-before, kill -9 included, the unnamed file goes with it and the old file stays.
+before, kill -9 included, the unnamed file goes with it and the old file stays. Where the name is a symbolic link, the
+file that it leads to is made or replaced, and the link stays. A pipe, device or socket is never replaced.
 
 Sizes are known before the first byte, so the header is written first and tensors follow in any order, from any thread,
 each at its place. Copies from another checkpoint go through the kernel (copy_file_range) and never through Python.
@@ -13,9 +14,11 @@ library among them) need a float32 to begin at a multiple of 4.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +42,7 @@ COPY_BYTES = 1 << 30
 
 _KERNEL_COPY_REFUSALS = frozenset({errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
 _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
+_SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 
 
 def _output_error(error: OSError, path: Path) -> OutputError:
@@ -52,6 +56,7 @@ def _output_error(error: OSError, path: Path) -> OutputError:
         errno.ENOENT: f"the folder {path.parent} does not exist",
         errno.ENOTDIR: f"{path.parent} is not a folder",
         errno.EISDIR: "it is a folder",
+        errno.ENXIO: "no program reads from this pipe",
     }
     reason = reasons.get(error.errno or 0, error.strerror or str(error))
     return OutputError(f"cannot be written: {reason}", path=path)
@@ -74,35 +79,75 @@ def refuse_same_file(output: Path, inputs: Iterable[Path], *, hint: str | None =
             raise OutputError(f"the output is the same file as the input {path}", path=output, hint=hint)
 
 
+def check_output(path: Path, *, stream: bool = False) -> None:
+    """Refuse an output that cannot be written, or that writing would destroy. Call it before any work.
+
+    Args:
+        path: the output; a symbolic link stands for what it leads to.
+        stream: accept a pipe or a character device too, which `write_bytes` then writes into.
+
+    Raises:
+        OutputError: it is a folder, a pipe, a device or a socket, or its folder does not exist.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        folder = Path(os.path.realpath(path)).parent
+        if not folder.is_dir():
+            raise OutputError(f"cannot be written: the folder {folder} does not exist", path=path) from None
+        return
+    except OSError as error:
+        raise _output_error(error, path) from None
+    if stat.S_ISDIR(mode):
+        raise OutputError("cannot be written: it is a folder", path=path)
+    if not (stat.S_ISREG(mode) or (stream and _is_stream(mode))):
+        what = _SPECIAL.get(stat.S_IFMT(mode), "something else")
+        raise OutputError(f"cannot be written: a file was expected, and this is {what}", path=path)
+
+
+def _is_stream(mode: int) -> bool:
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+
+
 class PendingFile:
     """A file that has no name until `commit`.
 
     Args:
-        path: the name it will get; its folder must exist.
+        path: the name it will get; its folder must exist. A symbolic link is followed.
+        like: the file whose owner and permissions it gets, as far as the system lets us; by default those of the file
+            that it replaces.
 
     Raises:
-        OutputError: the folder is missing, not writable, or `path` is a folder.
+        OutputError: the folder is missing or not writable, or `path` is a folder or a special file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, like: os.stat_result | None = None) -> None:
         self.path = path
+        self._target = Path(os.path.realpath(path))
         self._temporary: Path | None = None
+        check_output(path)
         try:
-            if path.is_dir():
-                raise OutputError("cannot be written: it is a folder", path=path)
-            self.fd = self._open()
+            self.fd = self._open(like)
         except OSError as error:
             raise _output_error(error, path) from None
 
-    def _open(self) -> int:
-        mode = self.path.stat().st_mode & 0o777 if self.path.exists() else None
-        fd = self._open_new(0o666 if mode is None else mode)
-        if mode is not None and hasattr(os, "fchmod"):
-            os.fchmod(fd, mode)  # an overwritten file keeps its permissions, whatever the umask
+    def _open(self, like: os.stat_result | None) -> int:
+        if like is None and self._target.exists():
+            like = self._target.stat()
+        if like is None:
+            return self._open_new(0o666)
+        mode = stat.S_IMODE(like.st_mode) & 0o777
+        fd = self._open_new(mode)
+        if hasattr(os, "fchown") and os.fstat(fd).st_uid != like.st_uid:
+            with contextlib.suppress(OSError):  # only root gives files away
+                os.fchown(fd, like.st_uid, like.st_gid)
+        if hasattr(os, "fchmod"):
+            with contextlib.suppress(OSError):  # some drives know no permissions
+                os.fchmod(fd, mode)  # whatever the umask
         return fd
 
     def _open_new(self, mode: int) -> int:
-        folder = self.path.parent
+        folder = self._target.parent
         if hasattr(os, "O_TMPFILE") and folder.is_dir() and UNNAMED.is_dir():
             try:
                 return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)
@@ -113,7 +158,7 @@ class PendingFile:
         return os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, mode)
 
     def _sibling(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        return self._target.with_name(f".convert_to_quant.{os.urandom(8).hex()}.tmp")  # short, whatever the name
 
     @property
     def place(self) -> Path:
@@ -162,16 +207,17 @@ class PendingFile:
             raise _output_error(error, self.path) from None
 
     def commit(self) -> None:
-        """Put the bytes on the disk and give the file its name, replacing an older file of that name.
+        """Put the bytes on the disk and give the file its name, replacing an older regular file of that name.
 
         Raises:
             OutputError: the system refused.
         """
         try:
             self.sync()
+            check_output(self.path)  # what bears the name may be another thing by now
             if self._temporary is None:
                 try:
-                    _name_unnamed(self.fd, self.path)
+                    _name_unnamed(self.fd, self._target)
                 except FileExistsError:
                     sibling = self._sibling()
                     _name_unnamed(self.fd, sibling)
@@ -179,7 +225,7 @@ class PendingFile:
             if self._temporary is not None:
                 os.close(self.fd)  # Windows renames no open file
                 self.fd = -1
-                self._temporary.replace(self.path)
+                self._temporary.replace(self._target)
                 self._temporary = None
         except OSError as error:
             raise _output_error(error, self.path) from None
@@ -216,18 +262,40 @@ def _copy_once(source_fd: int, target_fd: int, count: int, source_offset: int, o
     return pwrite(target_fd, pread(source_fd, min(count, 1 << 24), source_offset), offset)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, stream: bool = False, like: os.stat_result | None = None) -> None:
     """Write a small file, whole or not at all.
+
+    Args:
+        path: the file.
+        content: its bytes.
+        stream: write into `path` where it is a pipe or a character device.
+        like: the file whose owner and permissions it gets; see `PendingFile`.
 
     Raises:
         OutputError: it cannot be written.
     """
-    pending = PendingFile(path)
+    check_output(path, stream=stream)
+    if stream and path.exists() and _is_stream(path.stat().st_mode):
+        _write_stream(path, content)
+        return
+    pending = PendingFile(path, like)
     try:
         pending.write(0, content)
         pending.commit()
     finally:
         pending.discard()
+
+
+def _write_stream(path: Path, content: bytes) -> None:
+    """Write into a pipe or a character device."""
+    try:
+        # Opening a pipe that nobody reads would wait for ever; with O_NONBLOCK the system says so (ENXIO).
+        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | OPEN_FLAGS)
+        with os.fdopen(fd, "wb") as file:
+            os.set_blocking(fd, True)
+            file.write(content)
+    except OSError as error:
+        raise _output_error(error, path) from None
 
 
 @dataclass(frozen=True)

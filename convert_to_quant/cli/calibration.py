@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .output import decibels, note, print_table, progress_bar, require_folder, say, write_json
+from .output import decibels, note, print_table, progress_bar, say, write_json
 from .shared import split_strength
 
 if TYPE_CHECKING:
@@ -87,17 +87,15 @@ def check_written_files(checkpoint: Checkpoint, args: argparse.Namespace, others
         others: the further files that are read.
 
     Raises:
-        OutputError: the output is a folder, has no folder or is one of `others`; the report is a shard.
+        OutputError: the output is a folder or a special file, has no folder or is one of `others`; the report is a
+            shard.
     """
-    from ..checkpoint import refuse_same_file
-    from ..errors import OutputError
+    from ..checkpoint import check_output, refuse_same_file
 
     if args.output is not None:
         output = Path(args.output)
         refuse_same_file(output, others, hint="name another output")
-        if output.is_dir():
-            raise OutputError("cannot be written: it is a folder", path=output)
-        require_folder(output)
+        check_output(output)
     if args.json not in (None, "-"):
         shards = [file.path for file in checkpoint.files]
         refuse_same_file(Path(args.json), shards, hint="name another file for --json")

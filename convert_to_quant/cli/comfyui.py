@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CalibrationError, OptionError, OutputError
+from ..errors import CalibrationError, OptionError
 from .observe import read_prompts
-from .output import note, progress_bar, require_folder, say, write_json
+from .output import note, progress_bar, say, write_json
 
 if TYPE_CHECKING:
     from ..engines.comfyui.remote import Run
@@ -145,13 +145,15 @@ def check_options(args: argparse.Namespace) -> None:
 
     Raises:
         OptionError: a number is.
-        OutputError: the output has no folder.
+        OutputError: the output has no folder, or is a folder or a special file.
     """
+    from ..checkpoint import check_output
+
     if args.seeds is not None and args.seeds < 1:
         raise OptionError(f"--seeds should be at least 1, found {args.seeds}")
     if args.seed < 0:
         raise OptionError(f"a seed should not be negative, found {args.seed}")
-    require_folder(Path(args.output))
+    check_output(Path(args.output))
 
 
 def read_text(path: Path) -> str:
@@ -178,18 +180,17 @@ def output_files(plan: Plan, output: Path) -> dict[str, Path]:
 
 
 def check_outputs(outputs: Mapping[str, Path], args: argparse.Namespace) -> None:
-    """Refuse outputs that are files of the call, or folders.
+    """Refuse outputs that are files of the call, folders or special files.
 
     Raises:
         OutputError: one is.
     """
-    from ..checkpoint import refuse_same_file
+    from ..checkpoint import check_output, refuse_same_file
 
     others = [Path(name) for name in (args.workflow, args.prompts, args.json) if name not in (None, "-")]
     for path in outputs.values():
         refuse_same_file(path, others, hint="name another output")
-        if path.is_dir():
-            raise OutputError("cannot be written: it is a folder", path=path)
+        check_output(path)
 
 
 def screen(plan: Plan, runs: Sequence[Run], outputs: Mapping[str, Path]) -> Iterator[str]:

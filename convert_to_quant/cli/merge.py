@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from .observe import report
-from .output import note, require_folder, say
+from .output import note, say
 
 DESCRIPTION = "Merge statistics of the same model: maxima and sums, the same in any order."
 EPILOG = """\
@@ -24,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from ..checkpoint import refuse_same_file
+    from ..checkpoint import check_output, refuse_same_file
     from ..stats import Statistics, merge
 
     output = Path(args.output)
     refuse_same_file(output, [Path(path) for path in args.statistics], hint="name another output")
-    require_folder(output)
+    check_output(output)
     merged = merge(*(Statistics.load(path) for path in args.statistics), force=args.force)
     for name in merged.left_out:
         note(f"left out: {name}")

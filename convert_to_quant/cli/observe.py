@@ -11,9 +11,9 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ..engines.comfyui.inprocess_tree import VARIABLE
-from ..errors import OptionError, OutputError, UnsupportedModelError
+from ..errors import OptionError, UnsupportedModelError
 from .calibration import loras_of
-from .output import configure, note, progress_bar, require_folder, say, write_json
+from .output import configure, note, progress_bar, say, write_json
 from .running import (
     FRAMES,
     NOISE,
@@ -91,9 +91,9 @@ def check_options(args: argparse.Namespace) -> None:
 
     Raises:
         OptionError: flags do.
-        OutputError: an output is an input or a folder, or has none to be in.
+        OutputError: an output is an input, a folder or a special file, or has no folder to be in.
     """
-    from ..checkpoint import refuse_same_file
+    from ..checkpoint import check_output, refuse_same_file
 
     check_running_options(args)
     if args.save_every < 0:
@@ -125,9 +125,8 @@ def check_options(args: argparse.Namespace) -> None:
     output = Path(args.output)
     inputs = [args.input, args.prompts, None if args.conditioning == NOISE else args.conditioning]
     refuse_same_file(output, [Path(path) for path in inputs if path is not None], hint="name another output")
-    require_folder(output)
-    if output.is_dir():
-        raise OutputError("cannot be written: it is a folder", path=output)
+    check_output(output)
+    check_output(partial_of(args.output))
 
 
 def partial_of(output: str) -> Path:

@@ -154,7 +154,7 @@ def _colors(stream: TextIO) -> Literal["standard"] | None:
 
 
 def write_json(place: str, document: Mapping[str, Any]) -> None:
-    """One JSON document to a file, or to stdout where `place` is "-". It says what made it.
+    """One JSON document to a file, pipe or device, or to stdout where `place` is "-". It says what made it.
 
     Raises:
         OutputError: the file cannot be written.
@@ -166,19 +166,8 @@ def write_json(place: str, document: Mapping[str, Any]) -> None:
         return
     from ..checkpoint import write_bytes
 
-    write_bytes(Path(place), text.encode("utf-8", "backslashreplace"))  # half a pair, as a file's name may have
-
-
-def require_folder(path: Path) -> None:
-    """Refuse a file whose folder is missing, before the work and not after it.
-
-    Raises:
-        OutputError: the folder does not exist.
-    """
-    from ..errors import OutputError
-
-    if not path.parent.is_dir():
-        raise OutputError(f"cannot be written: the folder {path.parent} does not exist", path=path)
+    content = text.encode("utf-8", "backslashreplace")  # half a pair, as a file's name may have
+    write_bytes(Path(place), content, stream=True)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .calibration import tell
-from .output import note, require_folder, say
+from .output import note, say
 
 if TYPE_CHECKING:
     from ..calibrate_activation_scales import Calibration
@@ -34,10 +34,10 @@ def check_target(checkpoint: Checkpoint, args: argparse.Namespace) -> Path | Non
         The new file, or None where the checkpoint itself is changed (or nothing, in a dry run).
 
     Raises:
-        OutputError: the folder is missing, or the output is the input.
+        OutputError: the folder is missing, or the output is the input, a folder or a special file.
         OptionError: in place, and yet another output was named.
     """
-    from ..checkpoint import refuse_same_file
+    from ..checkpoint import check_output, refuse_same_file
     from ..patch import check_in_place
 
     output = Path(args.output) if args.output is not None else None
@@ -47,7 +47,7 @@ def check_target(checkpoint: Checkpoint, args: argparse.Namespace) -> Path | Non
     if output is None:
         return None
     refuse_same_file(output, [checkpoint.path], hint="name another output, or add --in-place")
-    require_folder(output)
+    check_output(output)
     return output
 
 

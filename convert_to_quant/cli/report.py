@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from ..errors import OptionError, OutputError
-from .output import decibels, print_table, require_folder, say, size, write_json
+from .output import decibels, print_table, say, size, write_json
 from .parsing import Parser, flag_spelling
 from .solving import add_solving_arguments, solve_options_of
 from .terminal import WIDEST, Styled, columns, fitted, is_terminal, paint, printable
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             say(f"dry run: {place} ({size(len(content))}) was not written")
         else:
-            write_bytes(Path(place), content)
+            write_bytes(Path(place), content, stream=place == args.csv)
             say(f"wrote {place}")
     return 0
 
@@ -119,9 +119,9 @@ def check_outputs(args: argparse.Namespace, read: Sequence[Path]) -> None:
 
     Raises:
         OptionError: something that is no text is to go to stdout, or two things are.
-        OutputError: a folder is missing, an output is a folder, an input, or another output.
+        OutputError: a folder is missing, an output is a folder, a special file, an input, or another output.
     """
-    from ..checkpoint import refuse_same_file
+    from ..checkpoint import check_output, refuse_same_file
 
     named = {"-o": args.output, "--png": args.png, "--csv": args.csv, "--json": args.json}
     places = {flag: place for flag, place in named.items() if place is not None}
@@ -136,9 +136,7 @@ def check_outputs(args: argparse.Namespace, read: Sequence[Path]) -> None:
     files = {flag: Path(place) for flag, place in places.items() if place != STDOUT}
     for flag, path in files.items():
         refuse_same_file(path, read, hint=f"name another file for {flag}")
-        if path.is_dir():
-            raise OutputError("cannot be written: it is a folder", path=path)
-        require_folder(path)
+        check_output(path, stream=flag in ("--csv", "--json"))
     for (flag, path), (other_flag, other) in itertools.combinations(files.items(), 2):
         if path.resolve() == other.resolve():
             raise OutputError(f"{flag} and {other_flag} are the same file", path=path)

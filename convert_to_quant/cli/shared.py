@@ -114,13 +114,14 @@ def check_reports(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse, before any work, a report or saved configuration that cannot be written or would replace another file.
 
     Raises:
-        OutputError: its folder is missing, it is a folder, or it is another file of the call.
+        OutputError: its folder is missing, it is a folder or a special file (a report may be a pipe or a character
+            device), or it is another file of the call.
     """
     reports = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in ("--json", "--save-config")}
     if all(place in (None, "-") for place in reports.values()):
         return
+    from ..checkpoint import check_output
     from ..errors import OutputError
-    from .output import require_folder
 
     others = list(paths_of(parser, args))
     for flag, place in reports.items():
@@ -131,9 +132,7 @@ def check_reports(parser: Parser, args: argparse.Namespace) -> None:
             if name != flag and _same(report, other):
                 hint = f"name another file for {flag}"
                 raise OutputError(f"{flag} and {name} are the same file", path=report, hint=hint)
-        if report.is_dir():
-            raise OutputError("cannot be written: it is a folder", path=report)
-        require_folder(report)
+        check_output(report, stream=flag == "--json")
 
 
 def _same(one: Path, other: Path) -> bool:

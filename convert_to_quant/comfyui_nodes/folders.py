@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from ..checkpoint import refuse_same_file
+from ..checkpoint import check_output, refuse_same_file
 from ..errors import OptionError, OutputError, StatisticsError
 
 KINDS = ("diffusion_models", "checkpoints")
@@ -87,6 +87,8 @@ class Choice:
         refuse_same_file(path, [self.path], hint="name another output")
         if path.is_dir() or (path.exists() and not overwrite):
             raise OutputError("it exists already", path=path, hint="name another output, or switch overwrite on")
+        if path.exists():
+            check_output(path)
         return path
 
 

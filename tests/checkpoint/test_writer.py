@@ -296,6 +296,65 @@ def test_a_new_file_has_the_permissions_that_the_umask_leaves(tmp_path, either_k
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
 
 
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, either_kind):
+    disk, link = tmp_path / "disk", tmp_path / "a"
+    disk.mkdir()
+    link.symlink_to(Path("disk", "target"))
+    for content in (b"made", b"replaced"):
+        write_bytes(link, content)
+        assert (disk / "target").read_bytes() == content
+        assert link.is_symlink()
+        assert (listing(tmp_path), listing(disk)) == (["a", "disk"], ["target"])
+    (disk / "target").unlink()
+    disk.rmdir()
+    with pytest.raises(OutputError) as caught:
+        write_bytes(link, b"")
+    assert str(caught.value) == f"{link}: cannot be written: the folder {disk} does not exist"
+
+
+def test_what_became_a_pipe_meanwhile_is_not_replaced(tmp_path, either_kind):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(OutputError) as caught, CheckpointWriter([(path, {"x": Spec("U8", (0,))})], {}):
+        os.mkfifo(path)
+    assert str(caught.value) == f"{path}: cannot be written: a file was expected, and this is a pipe"
+    assert path.is_fifo()
+    assert listing(tmp_path) == ["a.safetensors"]
+
+
+def test_the_longest_name_is_written_and_written_again(tmp_path, either_kind):
+    path = tmp_path / ("名" * 81 + "." * 12)
+    assert len(os.fsencode(path.name)) == 255
+    for content in (b"new", b"again"):
+        write_bytes(path, content)
+        assert path.read_bytes() == content
+    assert listing(tmp_path) == [path.name]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_file_keeps_its_owner(tmp_path, either_kind):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    os.chown(path, 1234, 4321)
+    path.chmod(0o604)
+    write_bytes(path, b"new")
+    found = path.stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (1234, 4321, 0o604)
+
+
+def test_a_drive_without_owners_and_permissions_is_written_to(tmp_path, monkeypatch, either_kind):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    if os.geteuid() == 0:
+        os.chown(path, 1234, 4321)
+    monkeypatch.setattr(os, "fchmod", refuse)
+    monkeypatch.setattr(os, "fchown", refuse)
+    write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
 def test_without_proc_a_sibling_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "UNNAMED", tmp_path / "no-proc")
     with CheckpointWriter([(tmp_path / "a.safetensors", {"x": Spec("U8", (1,))})], {}) as out:

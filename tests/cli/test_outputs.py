@@ -1,0 +1,207 @@
+"""Outputs that are no files: pipes, devices and sockets are refused or written into, never replaced.
+
+Every node is the test's own, in its own folder. Never aim such a test at a node of the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+Command = Callable[..., Any]
+
+LAYER = ("--actcal", "--actcal-engine", "layer")
+SPECIAL = {"pipe": "a pipe", "device": "a device", "disk": "a device", "socket": "a socket"}
+
+
+def node(path: Path, kind: str) -> Path:
+    """Make a special file. The device has the numbers of /dev/null, the disk those of no driver."""
+    try:
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "device":
+            os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        elif kind == "disk":
+            os.mknod(path, 0o666 | stat.S_IFBLK, os.makedev(250, 250))
+        else:
+            with socket.socket(socket.AF_UNIX) as end:
+                end.bind(os.path.relpath(path))  # a socket's path has at most 107 bytes
+    except PermissionError:
+        pytest.skip(f"no permission to make a {kind}")
+    return path
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, save: Any, build: Any, statistics: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """A checkpoint in bfloat16, one in FP8, its statistics, and a workflow."""
+    monkeypatch.chdir(tmp_path)
+    weights = {f"blocks.{i}.weight": ("BF16", build.to_bfloat16(np.ones((16, 32)))) for i in range(2)}
+    tensors, metadata = build.quantized(["blocks.0", "blocks.1"], "tensor")
+    stats = tmp_path / "stats.safetensors"
+    statistics({"blocks.0": (16, 32), "blocks.1": (16, 32)}).save(stats)
+    workflow = tmp_path / "workflow.json"
+    workflow.write_text("{}")
+    return {
+        "bf16": save("bf16.safetensors", weights),
+        "fp8": save("fp8.safetensors", tensors, metadata),
+        "stats": stats,
+        "workflow": workflow,
+    }
+
+
+OUTPUTS = {
+    "convert -o": ("-i", "bf16", "-o", "OUT"),
+    "convert and calibrate -o": ("-i", "bf16", "-o", "OUT", *LAYER),
+    "calibrate -o": ("-i", "fp8", "-o", "OUT", *LAYER),
+    "apply -o": ("apply", "fp8", "stats", "-o", "OUT"),
+    "merge -o": ("merge", "stats", "-o", "OUT"),
+    "observe -o": ("observe", "bf16", "-o", "OUT"),
+    "observe -o, its partial file": ("observe", "bf16", "-o", "WITHOUT_PARTIAL"),
+    "comfyui -o": ("comfyui", "observe", "--server", "http://127.0.0.1:1", "--workflow", "workflow", "-o", "OUT"),
+    "report -o": ("report", "stats", "-o", "OUT"),
+    "report --png": ("report", "stats", "--png", "OUT"),
+    "--save-config": ("-i", "bf16", "-o", "new.safetensors", "--save-config", "OUT"),
+}  # fmt: skip
+STREAMS = {
+    "inspect --json": ("inspect", "fp8", "--json", "OUT"),
+    "convert --json": ("-i", "bf16", "--dry-run", "--json", "OUT"),
+    "apply --json": ("apply", "fp8", "stats", "--dry-run", "--json", "OUT"),
+    "report --json": ("report", "stats", "--json", "OUT"),
+    "report --csv": ("report", "stats", "--csv", "OUT"),
+    "merge --json": ("merge", "stats", "--dry-run", "-o", "merged.safetensors", "--json", "OUT"),
+}
+
+
+def words_of(call: tuple[str, ...], inputs: dict[str, Path], output: Path) -> list[str]:
+    places = {**inputs, "OUT": output, "WITHOUT_PARTIAL": str(output).removesuffix(".partial")}
+    return [str(places.get(word, word)) for word in call]
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("call", OUTPUTS.values(), ids=OUTPUTS)
+def test_an_output_that_is_a_special_file_is_refused_before_any_work(
+    ctq: Command, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Any, kind: str
+) -> None:  # fmt: skip
+    monkeypatch.setattr("convert_to_quant.convert.convert", None)
+    monkeypatch.setattr("convert_to_quant.calibrate_activation_scales.calibrate_model", None)
+    output = node(tmp_path / "special.partial", kind)
+    before = output.stat()
+    outcome = ctq(*words_of(call, inputs, output))
+    expected = f"error: {output}: cannot be written: a file was expected, and this is {SPECIAL[kind]}\n"
+    assert (outcome.code, outcome.err) == (1, expected)
+    assert os.path.samestat(output.stat(), before)
+    assert output.stat().st_mode == before.st_mode
+
+
+@pytest.mark.parametrize("kind", ["disk", "socket"])
+@pytest.mark.parametrize("call", STREAMS.values(), ids=STREAMS)
+def test_a_report_is_not_written_into_a_disk_or_a_socket(
+    ctq: Command, inputs: dict[str, Path], tmp_path: Path, call: Any, kind: str
+) -> None:
+    output = node(tmp_path / "special", kind)
+    outcome = ctq(*words_of(call, inputs, output))
+    assert outcome.code == 1
+    assert outcome.err == f"error: {output}: cannot be written: a file was expected, and this is {SPECIAL[kind]}\n"
+    assert output.is_socket() or output.is_block_device()
+
+
+@pytest.fixture
+def reader() -> Iterator[Callable[[Path], Callable[[], bytes]]]:
+    """Read a pipe to its end beside the test."""
+    threads = []
+
+    def read(path: Path) -> Callable[[], bytes]:
+        found: list[bytes] = []
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # not in the thread, which may be late
+
+        def listen() -> None:
+            select.select([fd], [], [], 30)
+            os.set_blocking(fd, True)
+            with os.fdopen(fd, "rb") as file:
+                found.append(file.read())
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        threads.append(thread)
+
+        def result() -> bytes:
+            thread.join(30)
+            return found[0]
+
+        return result
+
+    yield read
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["pipe", "link to a pipe"])
+@pytest.mark.parametrize("call", STREAMS.values(), ids=STREAMS)
+def test_a_report_goes_into_a_pipe(
+    ctq: Command, inputs: dict[str, Path], tmp_path: Path, reader: Any, call: Any, linked: bool
+) -> None:  # fmt: skip
+    pipe = output = node(tmp_path / "pipe", "pipe")
+    if linked:
+        output = tmp_path / "link"
+        output.symlink_to(pipe)
+    content = reader(pipe)
+    outcome = ctq(*words_of(call, inputs, output))
+    assert outcome.code == 0, outcome.err
+    text = content().decode()
+    assert "blocks.0" in text
+    if "--csv" not in call:
+        json.loads(text)
+    assert pipe.is_fifo()
+    assert output.is_symlink() == linked
+
+
+@pytest.mark.parametrize("call", STREAMS.values(), ids=STREAMS)
+def test_a_pipe_that_nobody_reads_is_an_error_and_not_a_wait(
+    ctq: Command, inputs: dict[str, Path], tmp_path: Path, call: Any
+) -> None:
+    output = node(tmp_path / "pipe", "pipe")
+    outcome = ctq(*words_of(call, inputs, output))
+    assert outcome.code == 1
+    assert f"error: {output}: cannot be written: no program reads from this pipe\n" in outcome.err
+    assert output.is_fifo()
+
+
+@pytest.mark.parametrize("call", STREAMS.values(), ids=STREAMS)
+def test_a_report_goes_into_a_character_device(
+    ctq: Command, inputs: dict[str, Path], tmp_path: Path, call: Any
+) -> None:
+    output = node(tmp_path / "device", "device")
+    assert ctq(*words_of(call, inputs, output)).code == 0
+    assert output.is_char_device()
+
+
+@pytest.mark.parametrize("old", [None, b"old"], ids=["new", "there already"])
+@pytest.mark.parametrize("call", (OUTPUTS | STREAMS).values(), ids=OUTPUTS | STREAMS)
+def test_an_output_that_is_a_link_is_written_where_the_link_leads(
+    ctq: Command, inputs: dict[str, Path], tmp_path: Path, call: Any, old: bytes | None
+) -> None:  # fmt: skip
+    if call[0] in ("observe", "comfyui"):
+        pytest.skip("needs a model that runs, or a server")
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "target", tmp_path / "link"
+    link.symlink_to("disk/target")
+    if old is not None:
+        target.write_bytes(old)
+        target.chmod(0o640)
+    outcome = ctq(*words_of(call, inputs, link))
+    assert outcome.code == 0, outcome.err
+    assert link.readlink() == Path("disk/target")
+    assert target.is_file()
+    assert target.read_bytes() != old
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+    if old is not None:
+        assert stat.S_IMODE(target.stat().st_mode) == 0o640
