@@ -37,6 +37,7 @@ from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse
 from .errors import OptionError, OutputError, TensorError
 from .fp8 import E4M3FN
 from .layers import Layer, LayerTable, find_layers, scale_grid
+from .untrusted import JSONError, parse_json
 
 ScalingMode = Literal["tensor", "row", "block"]
 WeightScale = Literal["absmax", "mse"]
@@ -316,7 +317,7 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> _Output:
     if marks:
         # A header that marks layers overrides their comfy_quant tensors, so layers marked before stay in it.
         before = checkpoint.metadata.get(names.QUANTIZATION_METADATA)
-        before_marks = json.loads(before)["layers"] if before is not None else {}
+        before_marks = parse_json(before)["layers"] if before is not None else {}
         output.metadata[names.QUANTIZATION_METADATA] = quantization_metadata({**before_marks, **marks})
     made = provenance(checkpoint.metadata, convert=asdict(options) | {"family": plan.family.name})
     room_bytes = PROVENANCE_ROOM_BYTES + sum(len(layer.name) + len('"", ') for layer in plan.quantized)
@@ -336,8 +337,8 @@ def provenance(metadata: Mapping[str, str], **steps: Any) -> str:
         **steps: options by step ("convert", "calibrate").
     """
     before: Any = {}
-    with contextlib.suppress(ValueError):  # whoever wrote it, it is a remark, not data
-        before = json.loads(metadata.get(PROVENANCE_KEY, "{}"))
+    with contextlib.suppress(JSONError):  # whoever wrote it, it is a remark, not data
+        before = parse_json(metadata.get(PROVENANCE_KEY, "{}"))
     return json.dumps({**(before if isinstance(before, dict) else {}), **steps, "version": __version__}, sort_keys=True)
 
 

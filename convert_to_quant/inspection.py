@@ -31,6 +31,7 @@ from .convert import FULL_PRECISION_KEY, PROVENANCE_KEY, SIDE_MULTIPLE
 from .errors import StrPath
 from .fp8 import BY_SAFETENSORS_DTYPE, E5M2
 from .layers import Layer, LayerError, LayerTable, find_layers, input_scale
+from .untrusted import JSONError, parse_json
 
 InputState = Literal["calibrated", "one", "missing", "suspicious", "unused"]
 
@@ -518,8 +519,8 @@ class _Survey:
         assert layer.comfy_quant is not None
         text = self.checkpoint.raw(layer.comfy_quant).tobytes()
         try:
-            mark = json.loads(text)
-        except (ValueError, RecursionError):
+            mark = parse_json(text)
+        except JSONError:
             self.report("header-disagrees", layer.name, "the tensor is not JSON")
             return
         if not isinstance(mark, dict):
@@ -577,8 +578,8 @@ def _config_beside(path: Path) -> str | None:
     try:
         if not config.is_file() or config.stat().st_size > _NO_CONFIG_BEYOND_BYTES:
             return None
-        content = json.loads(config.read_bytes())
-    except (OSError, ValueError, RecursionError):  # a remark of a neighbour; the checkpoint does not need it
+        content = parse_json(config.read_bytes())
+    except (OSError, JSONError):  # a remark of a neighbour; the checkpoint does not need it
         return None
     quantization = content.get("quantization_config") if isinstance(content, dict) else None
     if not isinstance(quantization, dict):
@@ -590,8 +591,8 @@ def _config_beside(path: Path) -> str | None:
 def _made(metadata: Mapping[str, str]) -> Made | None:
     """What this tool wrote about itself, as far as it is well formed: whoever wrote it, it is a remark, not data."""
     try:
-        said = json.loads(metadata.get(PROVENANCE_KEY, "null"))
-    except (ValueError, RecursionError):
+        said = parse_json(metadata.get(PROVENANCE_KEY, "null"))
+    except JSONError:
         return None
     if not isinstance(said, dict):
         return None

@@ -35,6 +35,7 @@ from . import families, names
 from .checkpoint import Checkpoint, TensorInfo, to_float32
 from .errors import CheckpointError, TensorError
 from .fp8 import BY_SAFETENSORS_DTYPE, FORMATS, Format
+from .untrusted import parse_json
 
 Marking = Literal["header", "tensor", "legacy", "none", "raw", "plain"]
 
@@ -361,10 +362,7 @@ class _Finder:
         text = self.checkpoint.metadata.get(names.QUANTIZATION_METADATA)
         if text is None:
             return {}
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise self.error("header-unreadable", f"not JSON ({error})", names.QUANTIZATION_METADATA) from None
+        fields = parse_json(text, lambda problem: self.error("header-unreadable", problem, names.QUANTIZATION_METADATA))
         layers = fields.get("layers") if isinstance(fields, dict) else None
         if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in layers.values()):
             raise self.error(
@@ -385,10 +383,7 @@ class _Finder:
         if key not in self.checkpoint:
             return None
         raw = self.checkpoint.raw(key).tobytes()
-        try:
-            config = json.loads(raw)
-        except (ValueError, RecursionError):
-            raise self.error("mark-unreadable", f"should be JSON, found {raw[:40]!r}", key) from None
+        config = parse_json(raw, lambda problem: self.error("mark-unreadable", f"{problem}, found {raw[:40]!r}", key))
         if not isinstance(config, dict):
             raise self.error("mark-unreadable", f"should be a JSON object, found {raw[:40]!r}", key)
         return config

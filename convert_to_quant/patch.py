@@ -35,6 +35,7 @@ from .checkpoint.reader import CheckpointFile, is_file_name
 from .convert import FULL_PRECISION_KEY, PROVENANCE_KEY, mark_bytes, quantization_metadata, stored_bytes
 from .errors import CheckpointError, OptionError, OutputError, TensorError
 from .layers import Layer, LayerTable
+from .untrusted import JSONError, parse_json
 
 UNDO_SUFFIX = ".undo"
 _UNDO_FORMAT = 1
@@ -141,7 +142,7 @@ def _set_full_precision(
 ) -> None:
     """Change marks where a layer's full precision changes, in the header and the tensors alike."""
     header = patch.metadata.get(names.QUANTIZATION_METADATA)
-    in_header = set(json.loads(header)["layers"]) if header is not None else set()
+    in_header = set(parse_json(header)["layers"]) if header is not None else set()
     marks: dict[str, dict[str, Any]] = {}
     unmarked = []
     for name, change in changes.items():
@@ -174,7 +175,7 @@ def _set_full_precision(
 
 def _changed_header_marks(header: str, in_header: set[str], prefix: str, marks: Mapping[str, dict[str, Any]]) -> str:
     """The header entry with some marks changed, in the names and, where it fits, the length it had."""
-    fields = json.loads(header)
+    fields = parse_json(header)
     for name, config in marks.items():
         bare = name[len(prefix) :] if name.startswith(prefix) else name
         key = name if name in in_header or bare not in in_header else bare
@@ -434,14 +435,14 @@ def _read_undo(path: Path) -> _Undo | None:
     if checksum != f"{zlib.crc32(body):08x}".encode("ascii"):
         raise OutputError("the undo file is damaged, so nothing was put back", path=undo, hint="see what is in it")
     try:
-        record = json.loads(body)
+        record = parse_json(body, most_bytes=len(body))
         known = record["format"] == _UNDO_FORMAT
         files = [(str(file["name"]), int(file["bytes"])) for file in record["files"]]
         changes = [
             _Change(Edit(int(number), int(offset), base64.b64decode(new)), base64.b64decode(old))
             for number, offset, old, new in record["changes"]
         ]
-    except (ValueError, KeyError, TypeError):
+    except (JSONError, ValueError, KeyError, TypeError):
         known, files, changes = False, [], []
     inside = all(0 <= change.edit.file < len(files) and change.edit.offset >= 0 for change in changes)
     # A name that leads elsewhere would let a downloaded undo file write into any file of its reader.

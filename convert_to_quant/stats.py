@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property, reduce
 from pathlib import Path
@@ -33,6 +33,7 @@ from . import __version__
 from .checkpoint import Entry, open_checkpoint, write_checkpoint
 from .errors import StatisticsError, StrPath
 from .kernels import BINS, DIGIT_BITS, DIGITS, LOWEST_EXPONENT, NONFINITE_BIN, SIGMA_BINS, UNKNOWN_SIGMA
+from .untrusted import is_count, is_texts, parse_json
 
 FORMAT_VERSION = 1
 METADATA_KEY = "convert_to_quant.statistics"
@@ -532,10 +533,10 @@ def _parse_head(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         raise StatisticsError(
             "not a statistics file: its header lacks them", path=path, hint="`convert_to_quant observe` makes one"
         )
-    try:
-        head = json.loads(metadata[METADATA_KEY])
-    except ValueError as error:
-        raise StatisticsError(f"damaged: the header's statistics are not JSON ({error})", path=path) from None
+    head = parse_json(
+        metadata[METADATA_KEY],
+        lambda problem: StatisticsError(f"damaged: the header's statistics are {problem}", path=path),
+    )
     version = head.get("format_version") if isinstance(head, dict) else None
     if version != FORMAT_VERSION:
         raise StatisticsError(
@@ -543,12 +544,21 @@ def _parse_head(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
             path=path,
             hint="update convert_to_quant, or observe the model again",
         )
-    kinds = {"fingerprint": str, "samples": int, "provenance": dict, "left_out": list, "layers": dict}
-    for key, kind in kinds.items():
-        if not isinstance(head.get(key), kind):
-            raise StatisticsError(f"damaged: {key!r} in the header should be a {kind.__name__}", path=path)
-    for name, shape in head["layers"].items():
-        if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(size, int) for size in shape)):
-            raise StatisticsError(f"damaged: [out, in] expected as its shape, found {shape}", path=path, tensor=name)
     assert isinstance(head, dict)
+    for key, (kind, is_right) in _HEAD.items():
+        if not is_right(head.get(key)):
+            raise StatisticsError(f"damaged: {key!r} in the header should be {kind}", path=path)
+    for name, shape in head["layers"].items():
+        if not (isinstance(shape, list) and len(shape) == 2 and all(map(is_count, shape))):
+            raise StatisticsError(f"damaged: [out, in] expected as its shape, found {shape}", path=path, tensor=name)
     return head
+
+
+_HEAD: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "fingerprint": ("a text", lambda said: isinstance(said, str)),
+    "samples": ("a count", is_count),
+    "provenance": ("lists of texts by name", lambda said: isinstance(said, dict) and all(map(is_texts, said.values()))),
+    "left_out": ("a list of texts", is_texts),
+    "layers": ("shapes by layer", lambda said: isinstance(said, dict)),
+}
+"""What the header's statistics hold beside their version: what each should be, in words and as a check."""

@@ -229,10 +229,10 @@ def test_layers_of_shards_are_found_and_named_in_errors_by_their_shard(save_shar
 # what is wrong with a file
 
 BAD_MARKS = {
-    "not JSON": (b"{format", "x.comfy_quant: should be JSON, found b'{format'"),
-    "not UTF-8": (b'{"format": "\xff\xfe"}', "x.comfy_quant: should be JSON, found b'{\"format\": \"\\xff\\xfe\"}'"),
-    "nested too deeply": (b"[" * 100_000, "x.comfy_quant: should be JSON, found b'[[[["),
-    "empty": (b"", "x.comfy_quant: should be JSON, found b''"),
+    "not JSON": (b"{format", "x.comfy_quant: not JSON (Expecting property name"),
+    "not UTF-8": (b'{"format": "\xff\xfe"}', "x.comfy_quant: not JSON ('utf-8' codec can't decode byte 0xff"),
+    "nested too deeply": (b"[" * 100_000, "x.comfy_quant: not JSON (nested deeper than 64 levels), found b'[[[["),
+    "empty": (b"", "x.comfy_quant: not JSON (Expecting value"),
     "a list": (b"[1]", "x.comfy_quant: should be a JSON object, found b'[1]'"),
     "a string": (b'"float8_e4m3fn"', "x.comfy_quant: should be a JSON object, found b'\"float8_e4m3fn\"'"),
     "null": (b"null", "x.comfy_quant: should be a JSON object, found b'null'"),

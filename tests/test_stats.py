@@ -329,7 +329,7 @@ def edited(path: Path, drop: str | None = None, head: dict[str, Any] | None = No
         ({"rows_per_sample": np.array([1, -1, 1])}, "damaged: a count is negative"),
         ({"head": {"fingerprint": "0"}}, "damaged: the fingerprint is not that of the layers"),
         ({"head": {"format_version": 2}}, r"statistics of format 2; this version reads format 1 \(update"),
-        ({"head": {"samples": "many"}}, "damaged: 'samples' in the header should be a int"),
+        ({"head": {"samples": "many"}}, "damaged: 'samples' in the header should be a count"),
         ({"head": {"layers": {"a": [1, 2], "b": 3, "c": [1, 2]}}}, r"b: damaged: \[out, in\] expected"),
     ],
 )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HeaderError
+from ..untrusted import MAX_BYTES, is_count, parse_json
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -30,7 +31,7 @@ DTYPE_BITS: Mapping[str, int] = {
 """Bits per element of every dtype that safetensors 0.8 knows."""
 
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = MAX_BYTES
 """The safetensors library refuses longer headers; so a file that has one is of no use to anybody."""
 
 OTHER_BEGINNINGS: Mapping[bytes, tuple[str, str]] = {
@@ -100,18 +101,6 @@ class Header:
     data_bytes: int
 
 
-class _DuplicateKeyError(Exception):
-    pass
-
-
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        raise _DuplicateKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
-    return result
-
-
 def header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
     """Length of the JSON that follows, from a file's first eight bytes.
 
@@ -161,20 +150,13 @@ def parse_header(text: bytes, file_bytes: int, path: Path) -> Header:
     """
     if not text.startswith(b"{"):
         raise HeaderError("not a safetensors file: the header does not begin with '{'", path=path)
-    try:
-        fields = json.loads(text.decode("utf-8"), object_pairs_hook=_reject_duplicates)
-    except _DuplicateKeyError as error:
-        raise HeaderError("the header names this key twice", path=path, tensor=str(error)) from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5,000 digits, nested too deeply
-        raise HeaderError(f"not a safetensors file: the header is not JSON ({error})", path=path) from None
-
+    fields = parse_json(
+        text, lambda problem: HeaderError(f"not a safetensors file: the header is {problem}", path=path)
+    )
     metadata = fields.pop(METADATA_KEY, None)
     metadata = {} if metadata is None else metadata
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise HeaderError(f"{METADATA_KEY} must map strings to strings", path=path)
-    for word in (*fields, *metadata, *metadata.values()):
-        if not is_text(word):
-            raise HeaderError(f"not Unicode text: {word!a} has half a surrogate pair", path=path)
 
     data_start = LENGTH_BYTES + len(text)
     data_bytes = file_bytes - data_start
@@ -199,15 +181,6 @@ def parse_header(text: bytes, file_bytes: int, path: Path) -> Header:
     return Header({info.name: info for info in infos}, metadata, data_start, data_bytes)
 
 
-def is_text(word: str) -> bool:
-    """Whether a string can be written again: JSON can spell half a surrogate pair, which is no character."""
-    return word.isascii() or not any("\ud800" <= character <= "\udfff" for character in word)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
 def _tensor_info(name: str, entry: object, path: Path) -> TensorInfo:
     """One entry of the header, checked by itself."""
 
@@ -222,11 +195,11 @@ def _tensor_info(name: str, entry: object, path: Path) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise fail(f"unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
+    if not isinstance(shape, list) or not all(is_count(size) for size in shape):
         raise fail(f"its shape should be a list of sizes, found {shape!r}")
     if len(shape) > MAX_DIMENSIONS:
         raise fail(f"it has {len(shape)} dimensions, and at most {MAX_DIMENSIONS} can be read")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_count(offset) for offset in offsets):
         raise fail(f"its data_offsets should be two byte positions, found {offsets!r}")
     start, stop = offsets
     if stop < start:

@@ -7,7 +7,6 @@ gives the pages back, so a walk over a file of any size needs the memory of its 
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
 import os
 from collections.abc import Iterator
@@ -20,7 +19,8 @@ from numpy.typing import NDArray
 
 from ..errors import CheckpointError, HeaderError, PickleError, StrPath, TensorError
 from ..fp8 import BY_SAFETENSORS_DTYPE, decode, widen_bfloat16
-from .header import LENGTH_BYTES, Header, TensorInfo, header_length, is_text, parse_header
+from ..untrusted import MAX_BYTES, parse_json
+from .header import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
@@ -267,19 +267,19 @@ def open_checkpoint(path: StrPath) -> Checkpoint:
 
 def is_file_name(name: str) -> bool:
     """Whether a name that a file gives leads to its own folder: no path, no "..", nothing that no disk can store."""
-    return name not in ("", "..") and Path(name).name == name and "\0" not in name and is_text(name)
+    return name not in ("", "..") and Path(name).name == name and "\0" not in name
 
 
 def _read_index(path: Path) -> dict[str, str]:
     """The weight_map of a shard index."""
     try:
-        index = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise CheckpointError("no such file", path=path) from None
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"not a shard index: it is not JSON ({error})", path=path) from None
+    index = parse_json(text, lambda problem: CheckpointError(f"not a shard index: it is {problem}", path=path))
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
         raise CheckpointError('not a shard index: "weight_map" should map tensor names to file names', path=path)

@@ -40,6 +40,7 @@ from ..checkpoint import Checkpoint
 from ..errors import OutputError, StatisticsError, StrPath
 from ..recorder import Recording, all_reduce
 from ..stats import Statistics, merge
+from ..untrusted import is_count, is_texts, parse_json
 
 PARTIAL_SUFFIX = ".partial"
 METADATA_KEY = "convert_to_quant.session"
@@ -127,7 +128,7 @@ class Session:
     ) -> None:
         self.rank, self.processes = _place_of_this_process() if distributed else (0, 1)
         self.output = None if output is None else Path(output)
-        self.options = json.loads(
+        self.options = parse_json(
             json.dumps({**(options or {}), "processes": self.processes, "tool_version": __version__})
         )
         self.resume = resume
@@ -265,8 +266,20 @@ class Session:
             )
         if list(statistics.layers.items()) != list(recording.layers.items()):
             raise StatisticsError("cannot resume: it recorded other layers", path=self.partial, hint="delete it")
-        ranges = {group: np.array(values, np.float32) for group, values in state["ranges"].items()}
-        return Observed(statistics.replace(metadata={}, path=None), ranges, tuple(state["done"]))
+        ranges, done = state.get("ranges"), state.get("done")
+        if not isinstance(ranges, dict) or not isinstance(done, list) or not is_texts(done):
+            raise StatisticsError("damaged: the session should hold ranges and what is done", path=self.partial)
+        for group, values in ranges.items():
+            numbers = isinstance(values, list) and all(type(value) is float or is_count(value) for value in values)
+            if not numbers or len(values) != len(statistics.layers):
+                raise StatisticsError(
+                    f"damaged: one range per layer was expected of {group!r}", path=self.partial, hint="delete it"
+                )
+        return Observed(
+            statistics.replace(metadata={}, path=None),
+            {group: np.array(values, np.float32) for group, values in ranges.items()},
+            tuple(done),
+        )
 
     def _save(self, seen: Observed) -> None:
         assert self.partial is not None
@@ -308,10 +321,10 @@ def _place_of_this_process() -> tuple[int, int]:
 
 def _session_of(statistics: Statistics) -> dict[str, Any]:
     """What a session wrote into the header of its file; empty where none did."""
-    try:
-        state = json.loads(statistics.metadata.get(METADATA_KEY, "{}"))
-    except ValueError as error:
-        raise StatisticsError(f"damaged: the session is not JSON ({error})", path=statistics.path) from None
+    state = parse_json(
+        statistics.metadata.get(METADATA_KEY, "{}"),
+        lambda problem: StatisticsError(f"damaged: the session is {problem}", path=statistics.path),
+    )
     return state if isinstance(state, dict) else {}
 
 

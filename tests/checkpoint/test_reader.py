@@ -286,7 +286,8 @@ BAD_INDEXES = {
     "its folder as a shard": (b'{"weight_map": {"a": "."}}', "found '.'"),
     "a shard without a name": (b'{"weight_map": {"a": ""}}', "found ''"),
     "a shard name with a NUL": (b'{"weight_map": {"a": "1\\u0000.safetensors"}}', "found '1\\x00.safetensors'"),
-    "a shard name with half a surrogate pair": (b'{"weight_map": {"a": "\\ud800"}}', "found '\\ud800'"),
+    "a shard name with half a surrogate pair": (
+        b'{"weight_map": {"a": "\\ud800"}}', "it is not JSON (half a surrogate pair in a text)"),
 }  # fmt: skip
 
 

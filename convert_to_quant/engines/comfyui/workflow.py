@@ -25,7 +25,6 @@ only an IMAGE, or take everything through a pipe of a custom type, are not found
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -34,6 +33,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ...errors import CalibrationError, StrPath
+from ...untrusted import parse_json
 
 RECORD = "ConvertToQuantRecordActivations"
 SAVE = "ConvertToQuantSaveActivationStats"
@@ -219,10 +219,7 @@ def parse(text: str, path: StrPath | None = None) -> Nodes:
     def wrong(problem: str, node: str | None = None) -> CalibrationError:
         return CalibrationError(problem, path=path, tensor=node, hint="in ComfyUI: File > Export (API)")
 
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise wrong(f"not JSON: {error}") from None
+    found = parse_json(text, wrong)
     if isinstance(found, dict) and isinstance(found.get("nodes"), list):
         raise wrong("a workflow in the format of ComfyUI's editor, which a server does not run")
     if not isinstance(found, dict) or not found:

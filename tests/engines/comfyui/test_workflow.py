@@ -335,7 +335,7 @@ def test_models_that_are_their_own_source_are_queued_for_the_server_to_refuse(ty
     assert model.loaders == ("one",)
 
 
-@pytest.mark.parametrize("output", ["NaN", "Infinity", "-1", "-5"])
+@pytest.mark.parametrize("output", ["-1", "-5"])
 def test_an_output_that_no_node_has_is_no_link(flux: Nodes, types: Types, output: str) -> None:
     flux["4"]["inputs"]["model"] = ["1", "OUTPUT"]
     nodes = parse(json.dumps(flux).replace('"OUTPUT"', output))
@@ -345,8 +345,8 @@ def test_an_output_that_no_node_has_is_no_link(flux: Nodes, types: Types, output
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "w.json: not JSON: .*File > Export"),
-        ("[" * 100_000, "w.json: not JSON: .*File > Export"),
+        ("{", "w.json: not JSON .*File > Export"),
+        ("[" * 100_000, "w.json: not JSON .*File > Export"),
         ("[]", "w.json: not a workflow: a JSON object of nodes was expected"),
         ("{}", "w.json: not a workflow"),
         ('{"last_node_id": 3, "nodes": [], "links": []}', "format of ComfyUI's editor.*File > Export"),
