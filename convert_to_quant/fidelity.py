@@ -17,6 +17,11 @@ the range (largest minus smallest value) of the reference's latents.
 Per layer, on request: the reference's layer and the quantized one are given the same input, the reference's, and their
 outputs are compared row by row. The error of a row is ‖y - y'‖ / ‖y‖. A tensor-wide error hides lost rows behind a few
 loud ones, so the mean over rows and the mean over the worst 1 % of rows are given beside it.
+
+NaN and infinity. No figure is made of them. One such value in a linear layer's output, a velocity or the final latents
+of either model is refused, whether or not the rest of the model hides it: the message names the file, the first such
+layer and the noise level. So every figure is finite. A ratio is at most `EXACT_DB`, which stands for no difference, and
+at least `-EXACT_DB`, which stands for any difference from zeros.
 """
 
 from __future__ import annotations
@@ -37,11 +42,14 @@ from .errors import CalibrationError, OptionError
 from .kernels import BINS, NONFINITE_BIN
 from .stats import BIN_CENTRES
 
+TINY = torch.finfo(torch.float32).tiny
+"""Stands for the square of an output that is zero."""
+
 WORST_SHARE = 0.01
 """Share of a layer's rows that count as its worst."""
 
 EXACT_DB = 300.0
-"""What stands for "no difference at all", where the formula gives infinity."""
+"""What stands for "no difference at all", where the formula gives infinity; negative, for any difference from zeros."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +123,14 @@ def sqnr_db(reference: Tensor, other: Tensor) -> Tensor:
         other: the same shape.
 
     Returns:
-        float64 [batch]; `EXACT_DB` where they are equal.
+        float64 [batch]; `EXACT_DB` where they are equal, NaN where either is not finite.
 
     >>> sqnr_db(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.5]])).item()
     20.0
     """
     signal = reference.double().flatten(1).square().sum(1)
     error = (reference.double() - other.double()).flatten(1).square().sum(1)
-    return torch.where(error > 0, 10 * torch.log10(signal / error), EXACT_DB)
+    return _ratio_db(signal, error)
 
 
 def psnr_db(reference: Tensor, other: Tensor) -> Tensor:
@@ -133,12 +141,18 @@ def psnr_db(reference: Tensor, other: Tensor) -> Tensor:
         other: the same shape.
 
     Returns:
-        float64 [batch]; `EXACT_DB` where they are equal.
+        float64 [batch]; `EXACT_DB` where they are equal, NaN where either is not finite.
     """
     flat = reference.double().flatten(1)
     error = (flat - other.double().flatten(1)).square().mean(1)
     peak = (flat.amax(1) - flat.amin(1)).square()
-    return torch.where(error > 0, 10 * torch.log10(peak / error), EXACT_DB)
+    return _ratio_db(peak, error)
+
+
+def _ratio_db(signal: Tensor, error: Tensor) -> Tensor:
+    """10 log10(signal / error) within ±`EXACT_DB`; NaN where either is not finite."""
+    ratio = torch.where(error == 0, EXACT_DB, 10 * torch.log10(signal / error)).clamp(-EXACT_DB, EXACT_DB)
+    return torch.where(signal.isfinite() & error.isfinite(), ratio, math.nan)
 
 
 @torch.no_grad()
@@ -177,7 +191,7 @@ def velocity_fidelity(
 
     Raises:
         OptionError: no prompts, fewer than one step, or a batch below 1.
-        CalibrationError: the reference's velocity is not finite.
+        CalibrationError: a layer's output, a velocity or the final latents are not finite.
     """
     prompts = len(next(iter(conditioning.values()), ()))
     for option, number in (("prompts", prompts), ("steps", steps), ("batch", batch)):
@@ -189,7 +203,8 @@ def velocity_fidelity(
     ratios_db = torch.zeros(prompts, steps, dtype=torch.float64)
     final_db = torch.zeros(prompts, dtype=torch.float64)
     done = 0
-    with _row_errors(reference, quantized, enabled=layer_errors) as errors:
+    sides = (_Side("reference", reference), _Side("quantized model", quantized))
+    with sides[0].watched(), sides[1].watched(), _row_errors(reference, quantized, enabled=layer_errors) as errors:
         for start in range(0, prompts, batch):
             chosen = slice(start, min(start + batch, prompts))
             guided = _Guided(
@@ -203,11 +218,12 @@ def velocity_fidelity(
             for step in range(steps):
                 sigma = 1 - step / steps
                 wanted = guided.predictions(reference, state, sigma)
-                if not wanted.isfinite().all():
-                    raise CalibrationError(f"the reference's velocity is not finite at sigma {sigma:.3g}")
+                sides[0].require_finite(wanted, "the velocity", sigma)
                 with errors.paused():
                     found = guided.predictions(quantized, state, sigma)
                     own = found if own_state is state else guided.predictions(quantized, own_state, sigma)
+                for velocity in (found, own):
+                    sides[1].require_finite(velocity, "the velocity", sigma)
                 ratios = sqnr_db(wanted.flatten(0, 1), found.flatten(0, 1))
                 ratios_db[chosen, step] = ratios.reshape(wanted.shape[:2]).mean(1).cpu()
                 state = state - guided.velocity(wanted) / steps
@@ -215,6 +231,8 @@ def velocity_fidelity(
                 done += len(state)
                 if progress is not None:
                     progress(done, prompts * steps)
+            for side, latents in zip(sides, (state, own_state), strict=True):
+                side.require_finite(latents, "a latent", 0.0)
             final_db[chosen] = psnr_db(state, own_state).cpu()
         layers = errors.results()
     levels = tuple(Level(1 - step / steps, *_mean_and_error(ratios_db[:, step])) for step in range(steps))
@@ -227,6 +245,53 @@ def velocity_fidelity(
         guidance,
         layers,
     )
+
+
+class _Side:
+    """One of the two models, with an eye on what its layers give: attention may hide NaN.
+
+    Args:
+        name: for messages.
+        model: the model.
+    """
+
+    def __init__(self, name: str, model: Denoiser) -> None:
+        self.name = name
+        self.model = model
+        self.finite: dict[str, Tensor] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Look at every linear layer's output inside the block."""
+
+        def hook(layer: str) -> Callable[[nn.Module, object, Tensor], None]:
+            def look(_: nn.Module, _inputs: object, output: Tensor) -> None:
+                finite = output.isfinite().all()
+                self.finite[layer] = finite & self.finite[layer] if layer in self.finite else finite
+
+            return look
+
+        with ExitStack() as stack:
+            for module in self.model.linears.values():
+                stack.callback(module.register_forward_hook(hook(module.stored.layer.name)).remove)
+            yield
+
+    def require_finite(self, values: Tensor, what: str, sigma: float) -> None:
+        """Refuse NaN and infinity in values, and in what layers gave since the last call.
+
+        Raises:
+            CalibrationError: there are some.
+        """
+        bad = next((layer for layer, finite in self.finite.items() if not finite), None)
+        if bad is None and values.isfinite().all():
+            self.finite.clear()
+            return
+        raise CalibrationError(
+            f"{'the output of this layer' if bad else what} in the {self.name} is not finite at sigma {sigma:.3g}",
+            path=next((module.stored.checkpoint.path for module in self.model.linears.values()), None),
+            tensor=bad,
+            hint="convert_to_quant inspect may say why",
+        )
 
 
 def _empty_prompt(value: Tensor) -> Tensor:
@@ -277,12 +342,12 @@ class _RowErrors:
         self.histograms: dict[str, Tensor] = {}
 
     def add(self, layer: str, wanted: Tensor, found: Tensor) -> None:
-        wanted_RO = wanted.reshape(-1, wanted.shape[-1]).float()
-        squared = (found.reshape(wanted_RO.shape).float() - wanted_RO).square().sum(-1)
+        wanted_RO = wanted.reshape(-1, wanted.shape[-1]).double()  # float32 would overflow when squared
+        squared = (found.reshape(wanted_RO.shape).double() - wanted_RO).square().sum(-1)
         signal = wanted_RO.square().sum(-1)
-        relative = (squared / signal.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
-        bins = (relative.view(torch.int32) >> 19).clamp(max=NONFINITE_BIN - 1)
-        sums = torch.stack([relative.double().sum(), squared.double().sum(), signal.double().sum()])
+        relative = (squared / signal.clamp(min=TINY)).sqrt()
+        bins = (relative.float().nan_to_num(math.inf).view(torch.int32) >> 19).clamp(max=NONFINITE_BIN - 1)
+        sums = torch.stack([relative.sum(), squared.sum(), signal.sum()])
         counts = torch.bincount(bins, minlength=BINS)
         if layer in self.totals:
             sums += self.totals[layer]
@@ -310,7 +375,7 @@ class _RowErrors:
         above = counts[::-1].cumsum()[::-1] - counts
         taken = (wanted - above).clip(0, counts)
         worst = float((taken * BIN_CENTRES).sum() / wanted)
-        return LayerError(layer, rows, relative / rows, worst, math.sqrt(squared / signal) if signal else 0.0)
+        return LayerError(layer, rows, relative / rows, worst, math.sqrt(squared / max(signal, TINY)))
 
 
 @contextmanager

@@ -146,9 +146,43 @@ def test_no_prompts_are_refused() -> None:
         compare(Line(1), Line(1), prompts=prompts(0))
 
 
-def test_a_reference_that_is_not_finite_is_refused() -> None:
-    with pytest.raises(CalibrationError, match="velocity is not finite at sigma 1"):
-        compare(Line(math.nan), Line(1))
+class Turning(Line):
+    """A model that turns bad at sigma 0.5."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(0.5)
+        self.value = value
+
+    def velocity(self, latents: Tensor, sigma: float, *rest: Any) -> Tensor:
+        found = super().velocity(latents, sigma, *rest)
+        if sigma == 0.5:
+            found[-1].reshape(-1)[0] = self.value
+        return found
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_model_that_is_not_finite_is_refused_with_its_side_and_level(value: float) -> None:
+    for pair, side in (((Turning(value), Line(0.5)), "reference"), ((Line(0.5), Turning(value)), "quantized model")):
+        with pytest.raises(CalibrationError, match=f"the velocity in the {side} is not finite at sigma 0.5"):
+            compare(*pair, steps=4)
+
+
+def test_latents_that_overflow_are_refused() -> None:
+    for pair, side in (((Line(2e38), Line(1)), "reference"), ((Line(1), Line(2e38)), "quantized model")):
+        with pytest.raises(CalibrationError, match=f"in the {side} is not finite"):
+            compare(*pair, steps=2)
+
+
+def test_ratios_are_finite_or_nan_and_never_exact_by_mistake() -> None:
+    zero, one = torch.zeros(1, 2), torch.ones(1, 2)
+    bad = [torch.full((1, 2), value) for value in (math.nan, math.inf, -math.inf)]
+    for ratio in (fidelity.sqnr_db, fidelity.psnr_db):
+        assert ratio(zero, zero).item() == EXACT_DB
+        assert ratio(zero, one).item() == -EXACT_DB
+        for value in bad:
+            assert ratio(one, value).isnan().all()
+            assert ratio(value, one).isnan().all()
+            assert ratio(value, value).isnan().all()
 
 
 def test_a_lost_row_shows_in_the_worst_rows_and_not_in_the_whole() -> None:
@@ -164,3 +198,13 @@ def test_a_lost_row_shows_in_the_worst_rows_and_not_in_the_whole() -> None:
     assert result.worst == pytest.approx(1, rel=0.05)
     assert result.mean == pytest.approx(0.01, rel=1e-3)
     assert result.whole < 1e-3
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+def test_errors_of_rows_are_finite_wherever_outputs_are(scale: float) -> None:
+    errors = fidelity._RowErrors()
+    errors.add("layer", torch.full((8, 4), scale), torch.full((8, 4), 3e38))
+    (result,) = errors.results()
+    assert 1 < result.mean < math.inf
+    assert 1 < result.worst < math.inf
+    assert 1 < result.whole < math.inf

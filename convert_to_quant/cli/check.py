@@ -71,8 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     check_running_options(args)
-    if args.at_least is not None and math.isnan(args.at_least):
-        raise OptionError("--at-least should be a number of dB, found nan")
+    for flag, number in (("--at-least", args.at_least), ("--guidance", args.guidance)):
+        if number is not None and not math.isfinite(number):
+            raise OptionError(f"{flag} should be a finite number, found {number}")
     found = measure(args)
     if args.json:
         write_json(args.json, found.to_json())
@@ -172,7 +173,7 @@ def say_meaning(found: Fidelity, args: argparse.Namespace) -> None:
     if found.sqnr_db >= EXACT_DB:
         say("both compute the same")
         return
-    meaning = next((words for least, words in MEANINGS if found.sqnr_db >= least), MEANINGS[-1][1])  # NaN
+    meaning = next(words for least, words in MEANINGS if found.sqnr_db >= least)
     where = f" (convert_to_quant inspect {args.quantized} may say why)" if found.sqnr_db < DOUBTFUL_DB else ""
     say(f"{found.sqnr_db:.1f} dB on average: {meaning}{where}")
 

@@ -43,7 +43,6 @@ CLOSE = "the same picture, details differ on close inspection"
         (25.0, CLOSE), (24.9, "the same picture, with small changes"), (20.0, "the same picture, with small changes"),
         (19.9, "the same picture, with small changes (convert_to_quant inspect b.safetensors may say why)"),
         (7.0, "the subject is there, the picture is damaged (convert_to_quant inspect"), (-1.0, "ruin ("),
-        (float("nan"), "ruin"),
     ],
 )  # fmt: skip
 def test_the_mean_is_told_in_words(capsys: pytest.CaptureFixture[str], mean: float, said: str) -> None:
@@ -216,7 +215,9 @@ def test_a_file_that_is_no_model_is_refused(ctq: Any, flux_file: Path, save: Any
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--at-least", "nan"), "--at-least should be a number of dB, found nan"),
+        (("--at-least", "nan"), "--at-least should be a finite number, found nan"),
+        (("--at-least", "inf", "--json", "-"), "--at-least should be a finite number, found inf"),
+        (("--guidance", "inf"), "--guidance should be a finite number, found inf"),
         (("--steps", 0), "--steps should be at least 1, found 0"),
         (("--seed", -1), "a seed should not be negative"),
         (("--arithmetic", "abacus"), "invalid choice: 'abacus'"),
@@ -236,3 +237,30 @@ def test_a_report_that_would_overwrite_a_model_is_refused(ctq: Any, flux_file: P
     message = f"{flux_file}: --json and REFERENCE are the same file (name another file for --json)"
     assert outcome.err == f"error: {message}\n"
     assert flux_file.read_bytes() == before
+
+
+def spoiled(tensors: dict[str, Any], change: str) -> None:
+    """Make one FP8 layer give what no figure can be made of."""
+    name = "double_blocks.0.img_attn.qkv"
+    if change == "a NaN code":
+        tensors[name + ".weight"][1].reshape(-1)[5] = 0x7F
+    else:
+        tensors[name + ".weight_scale"] = ("F32", np.float32(1e38).reshape(tensors[name + ".weight_scale"][1].shape))
+
+
+@pytest.mark.parametrize("more", [(), ("--layers",), ("--json", "-"), ("--at-least", 25), ("--guidance", 3)])
+@pytest.mark.parametrize("change", ["a NaN code", "a huge weight scale"])
+def test_a_file_that_gives_nan_or_infinity_is_refused(
+    ctq: Any, flux_file: Path, fp8_file: Path, save: Any, *, change: str, more: tuple[Any, ...]
+) -> None:
+    with open_checkpoint(fp8_file) as checkpoint:
+        tensors = {name: (info.dtype, checkpoint.bits(name).copy()) for name, info in checkpoint.tensors.items()}
+        spoiled(tensors, change)
+        bad = save("bad.safetensors", tensors, checkpoint.metadata)
+    outcome = ctq("check", flux_file, bad, *SMALL, *more)
+    assert (outcome.code, outcome.out) == (1, "")
+    layer = "double_blocks.0.img_attn.qkv"
+    assert outcome.err.startswith(
+        f"error: {bad}: {layer}: the output of this layer in the quantized model is not finite at sigma 1 "
+    )
+    assert "in the reference" in ctq("check", bad, bad, *SMALL, *more).err
