@@ -99,8 +99,7 @@ def measure(args: argparse.Namespace) -> Fidelity:
         reference = load(first, device=args.device)
         quantized = load(second, device=args.device, arithmetic=args.arithmetic.replace("-", "_"))
         refuse_another_model(reference, quantized, args)
-        if reference.plan.table.quantized and not quantized.plan.table.quantized:
-            note(f"the reference is in FP8 and {args.quantized} is not; the reference comes first")
+        refuse_wrong_order(reference, quantized, args)
         conditioning, negative, geometry = shown(reference, args)
         with progress_bar("checking") as progress:
             return velocity_fidelity(
@@ -135,6 +134,30 @@ def refuse_another_model(reference: Denoiser, quantized: Denoiser, args: argpars
             break
     if problem is not None:
         raise CalibrationError(f"another model: {problem}", path=args.quantized, hint="compare a model with itself")
+
+
+def refuse_wrong_order(reference: Denoiser, quantized: Denoiser, args: argparse.Namespace) -> None:
+    """Refuse an FP8 reference of a model in high precision, and say what a figure means that has no such reference.
+
+    A reference in FP8 computes with its weights alone, so swapped models would look better than they are.
+
+    Raises:
+        CalibrationError: they are swapped.
+    """
+    first, second = (
+        any(module.stored.layer.format is not None for module in model.layers.values())
+        for model in (reference, quantized)
+    )
+    if first and not second:
+        raise CalibrationError(
+            f"it is the reference and has FP8 layers, while {args.quantized} has none: the reference comes first",
+            path=args.reference,
+            hint=f"convert_to_quant check {args.quantized} {args.reference}",
+        )
+    if first:
+        note("both models have FP8 layers: the figures say how far apart they are, not how far from the original")
+    elif not second:
+        note("neither model has FP8 layers: the figures say how far apart their weights are")
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -58,11 +58,20 @@ def test_one_picture_has_no_spread(capsys: pytest.CaptureFixture[str]) -> None:
         assert rows[1][:4] == ["mean", "30.00", "dB", spread]
 
 
-def test_models_in_the_wrong_order_are_told(ctq: Any, flux_file: Path, fp8_file: Path) -> None:
-    told = "note: the reference is in FP8"
-    assert ctq("check", fp8_file, flux_file, *SMALL).err.startswith(told)
-    for pair in ((flux_file, fp8_file), (fp8_file, fp8_file)):
-        assert told not in ctq("check", *pair, *SMALL).err
+def test_models_in_the_wrong_order_are_refused(ctq: Any, flux_file: Path, fp8_file: Path) -> None:
+    outcome = ctq("check", fp8_file, flux_file, *SMALL)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err == (
+        f"error: {fp8_file}: it is the reference and has FP8 layers, while {flux_file} has none: the reference comes "
+        f"first (convert_to_quant check {flux_file} {fp8_file})\n"
+    )
+
+
+def test_a_pair_without_an_original_or_without_fp8_is_told_so(ctq: Any, flux_file: Path, fp8_file: Path) -> None:
+    for path, told in ((fp8_file, "note: both models have FP8 layers"), (flux_file, "note: neither model has FP8")):
+        outcome = ctq("check", path, path, *SMALL)
+        assert (outcome.code, outcome.err.startswith(told)) == (0, True)
+    assert "note" not in ctq("check", flux_file, fp8_file, *SMALL).err
 
 
 @pytest.mark.parametrize("arithmetic", ["comfyui", "comfyui-divide", "dequantize"])
