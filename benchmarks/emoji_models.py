@@ -47,6 +47,7 @@ from convert_to_quant.engines.denoiser import Denoiser, load
 from convert_to_quant.engines.noise import Geometry
 from convert_to_quant.engines.quantized_linear import Arithmetic
 from convert_to_quant.fidelity import Fidelity, velocity_fidelity
+from convert_to_quant.headroom import column_energies
 from convert_to_quant.layers import find_layers
 from convert_to_quant.recorder import record
 from convert_to_quant.solve import LayerResult, Present, SolveOptions, solve
@@ -159,10 +160,14 @@ def write_variant(variant: str, path: Path) -> None:
         )
 
 
-def conditioning(prompt_names: Sequence[str]) -> dict[str, Tensor]:
-    """Prompts as the model takes them, each [prompts, ...]."""
-    context, pooled = prompts.embed_all(prompt_names)
-    return {"encoder_hidden_states": torch.from_numpy(context), "pooled_projections": torch.from_numpy(pooled)}
+def conditioning(model: Denoiser, prompt_names: Sequence[str], geometry: Geometry = GEOMETRY) -> dict[str, Tensor]:
+    """Prompts as a model takes them, each [prompts, ...]: words as tokens, and as one vector where it takes one."""
+    context, pooled = (torch.from_numpy(part) for part in prompts.embed_all(prompt_names))
+    return {
+        name: torch.ones(len(context), *signal.shape, dtype=torch.int64) if signal.kind == "mask"
+        else context if len(signal.shape) > 1 else pooled
+        for name, signal in model.signals(geometry).items()
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,16 +191,21 @@ class Models:
     Attributes:
         variant: its name.
         checkpoint: the FP8 file, converted as by default.
+        geometry: of the images that it was trained on.
         table: its layers.
         present: what the FP8 layers have.
     """
 
-    def __init__(self, variant: str, source: Checkpoint, checkpoint: Checkpoint, device: str) -> None:
+    def __init__(
+        self, variant: str, source: Checkpoint, checkpoint: Checkpoint, device: str, geometry: Geometry = GEOMETRY
+    ) -> None:
         self.variant = variant
         self.checkpoint = checkpoint
+        self.geometry = geometry
+        self.device = device
         self.table = find_layers(checkpoint)
         self.present = {
-            name: Present(1.0, False, (layer.out_features, layer.in_features))
+            name: Present(1.0, False, layer.shape, column_energies=column_energies(checkpoint, layer))
             for name, layer in self.table.quantized.items()
         }
         self.reference = load(source, device=device, dtype=torch.float32)
@@ -222,8 +232,8 @@ class Models:
         return velocity_fidelity(
             self.reference,
             self.set(choice),
-            conditioning(prompt_names),
-            GEOMETRY,
+            conditioning(self.reference, prompt_names, self.geometry),
+            self.geometry,
             guidance=GUIDANCE,
             steps=levels,
             seed=HELD_OUT_SEED,
@@ -237,7 +247,7 @@ class Models:
         feeds = {name: layer for name, layer in feeds.items() if layer in self.present}
         shapes = {name: state.shape for name, state in self.present.items()}
         with record(model.model, shapes, feeds) as recording:
-            for _ in guided_way(model, prompt_names, levels, at=recording.at):
+            for _ in guided_way(model, prompt_names, levels, self.geometry, at=recording.at):
                 pass
             return recording.statistics(len(prompt_names))
 
@@ -247,39 +257,53 @@ class Models:
 
     def calibrated(self, **options: object) -> list[LayerResult]:
         """What `--actcal` finds."""
-        return calibrate_model(self.checkpoint, CalibrationOptions(**options)).results  # type: ignore[arg-type]
+        return calibrate_model(self.checkpoint, CalibrationOptions(**{"device": self.device, **options})).results  # type: ignore[arg-type]
 
 
 def guided_way(
-    model: Denoiser, prompt_names: Sequence[str], levels: int, *, at: object = None, batch: int = 8
+    model: Denoiser,
+    prompt_names: Sequence[str],
+    levels: int,
+    geometry: Geometry = GEOMETRY,
+    *,
+    at: object = None,
+    batch: int = 8,
 ) -> Iterator[None]:
-    """Paint prompts under guidance, from latents of the calibration's seed; yields after every step."""
-    both = conditioning(prompt_names)
-    shape = model.latent_shape(GEOMETRY)
+    """Paint emoji under guidance, from latents of the calibration's seed; yields after every step."""
+    both = conditioning(model, prompt_names, geometry)
+    shape = model.latent_shape(geometry)
     for start in range(0, len(prompt_names), batch):
         chosen = slice(start, start + batch)
-        fed = {name: torch.cat([value[chosen], torch.zeros_like(value[chosen])]) for name, value in both.items()}
+        fed = {
+            name: torch.cat(
+                [value[chosen], torch.zeros_like(value[chosen]) if value.is_floating_point() else value[chosen]]
+            )
+            for name, value in both.items()
+        }
         numbers = range(len(prompt_names))[chosen]
         state = torch.cat([noise.latents(shape, CALIBRATION_SEED, number) for number in numbers])
         for step in range(levels):
             sigma = 1 - step / levels
             if callable(at):
                 at(sigma)
-            positive, negative = model.velocity(torch.cat([state, state]), sigma, fed, GEOMETRY).chunk(2)
+            positive, negative = model.velocity(torch.cat([state, state]), sigma, fed, geometry).chunk(2)
             state = state - (negative + GUIDANCE * (positive - negative)) / levels
             yield
 
 
 @contextmanager
-def models(variant: str, device: str = "cpu") -> Iterator[Models]:
-    """Make a variant's files and load them."""
+def models(variant: str, device: str = "cpu", geometry: Geometry = GEOMETRY) -> Iterator[Models]:
+    """Load a variant, whose files are made first, or the model of a file."""
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder, "source.safetensors"), Path(folder, "fp8.safetensors")
-        write_variant(variant, source)
+        if variant in VARIANTS:
+            write_variant(variant, source)
+        else:
+            source = Path(variant)
         with open_checkpoint(source) as checkpoint:
             convert(checkpoint, plan_conversion(checkpoint, ConvertOptions()), output)
             with open_checkpoint(output) as quantized:
-                yield Models(variant, checkpoint, quantized, device)
+                yield Models(variant, checkpoint, quantized, device, geometry)
 
 
 def scales_of(results: Sequence[LayerResult]) -> dict[str, float]:
@@ -321,7 +345,7 @@ def z_image_is_close() -> dict[str, float]:
             found[name] = velocity_fidelity(
                 left,
                 right,
-                conditioning(HELD_OUT_PROMPTS[:16]),
+                conditioning(left, HELD_OUT_PROMPTS[:16]),
                 GEOMETRY,
                 guidance=GUIDANCE,
                 steps=LEVELS,

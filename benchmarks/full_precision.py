@@ -131,7 +131,7 @@ def whole_output(
     errors = velocity_fidelity(
         models.reference,
         models.set(Choice(scales)),
-        emoji.conditioning(prompts),
+        emoji.conditioning(models.reference, prompts),
         emoji.GEOMETRY,
         guidance=emoji.GUIDANCE,
         seed=emoji.CALIBRATION_SEED,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from . import convert, lora, naming
+from . import convert, headroom, lora, naming
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .engines import layer as layer_engine
 from .errors import OptionError, OutputError, StrPath, TensorError, UnsupportedModelError
@@ -43,9 +43,6 @@ INSTEAD = (
     "--actcal-engine layer guesses the scales from the weights; observe --comfyui-dir DIR may run the model in ComfyUI"
 )
 """What can be done about a model that cannot be run."""
-MODEL_MARGIN = 1.0
-"""Ranges that were seen need no headroom on top: noise conditioning already reaches above real prompts."""
-
 DEFAULT_PERCENTILE = 99.9
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
 
@@ -63,7 +60,8 @@ class CalibrationOptions:
         percentile: of simulated magnitudes; 99.9 where None. Real ranges are never cut.
         seed: of all noise.
         device: where the model runs.
-        margin: factor ≥ 1 on ranges; where None, 1 for what was seen and 8 for what was simulated.
+        margin: factor ≥ 1 on ranges; where None, headroom that costs nothing for what was seen, and 8 for what was
+            simulated.
         estimator: of the layer engine; "output" is the hand-off's literal formula.
         float16_safe: no scale below 2⁻¹⁵.
         one_row_full_precision: whether layers that see one row per picture compute in full precision.
@@ -407,7 +405,7 @@ def _run(
         observation.statistics,
         _present(checkpoint, table.diffusion),
         SolveOptions(
-            margin=MODEL_MARGIN if options.margin is None else options.margin,
+            margin=options.margin,
             float16_safe=options.float16_safe,
             one_row_full_precision=options.one_row_full_precision,
         ),
@@ -474,6 +472,7 @@ def _present(checkpoint: Checkpoint, layers: Mapping[str, Layer]) -> dict[str, P
             layer.full_precision,
             layer.shape,
             layer.format or E4M3FN,
+            headroom.column_energies(checkpoint, layer),
         )
         for name, layer in layers.items()
     }

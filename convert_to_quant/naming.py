@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from . import names
 from .layers import LayerTable
-from .stats import COLUMNS, Shape, Statistics
+from .stats import Shape, Statistics
 
 
 def for_checkpoint(statistics: Statistics, table: LayerTable, *, force: bool = False) -> Statistics:
@@ -60,7 +60,7 @@ def respell(statistics: Statistics, layers: Mapping[str, Shape], prefix: str = "
     return statistics.replace(
         layers={name: layers[name] for name in sources},
         provenance=facts,
-        **{column: getattr(statistics, column)[numbers] for column in COLUMNS},
+        **statistics.columns(numbers),
     )
 
 

@@ -33,7 +33,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .errors import CalibrationError, StatisticsError
@@ -108,6 +107,7 @@ class Recording:
         self.layers = dict(layers)
         self.batch: int | None = None
         self._slots = list(slots)
+        self._widths = [next((self.layers[layer][1] for layer in fed), 0) for fed in slots.values()]
         self._slot_of = {layer: number for number, fed in enumerate(slots.values()) for layer in fed}
         self.unfed = tuple(layer for layer in self.layers if layer not in self._slot_of)
         self._found_batch: int | None = None
@@ -118,6 +118,7 @@ class Recording:
         """Forget everything seen so far."""
         self._ran: set[int] = set()
         self._totals: dict[torch.device, Totals] = {}
+        self._channel_absmax: dict[torch.device, list[Tensor]] = {}
         self._sigma_bins: dict[torch.device, Tensor] = {}
         self._host = {name: np.zeros(len(self._slots), np.int64) for name in ("calls", "rows", "rows_per_sample")}
 
@@ -167,11 +168,16 @@ class Recording:
             self._prepare(x.device)
             for part in (x,) if multiplied is None else multiplied:
                 accumulate(self._totals[x.device], module, self._sigma_bins[x.device], part)
+                largest = self._channel_absmax[x.device][module]
+                seen = torch.linalg.vector_norm(part.detach().reshape(-1, len(largest)), torch.inf, 0)
+                torch.maximum(largest, seen.float(), out=largest)
 
     def _prepare(self, device: torch.device) -> None:
         """Make what is kept on a device: the totals, and the column of the noise level."""
         if device not in self._totals:
             self._totals[device] = Totals(len(self._slots), device)
+            with torch.inference_mode(False):
+                self._channel_absmax[device] = [torch.zeros(width, device=device) for width in self._widths]
         if device not in self._sigma_bins:
             self._sigma_bins[device] = _sigma_bin_on(self._sigma, self._totals[device])
 
@@ -182,7 +188,7 @@ class Recording:
             samples: pictures that the model ran for.
             **facts: provenance; see `Statistics.with_facts`.
         """
-        columns: dict[str, NDArray[Any]] = dict(self._host)
+        columns: dict[str, Any] = dict(self._host)
         for name, column in COLUMNS.items():
             if name not in columns:
                 columns[name] = np.zeros((len(self._slots), *column.shape), column.dtype)
@@ -192,6 +198,12 @@ class Recording:
         for name, array in columns.items():
             columns[name] = array[sources]
             columns[name][sources < 0] = 0
+        channels = [np.zeros(width, np.float32) for width in self._widths]
+        for each in self._channel_absmax.values():
+            channels = [np.maximum(one, other.cpu().numpy()) for one, other in zip(channels, each, strict=True)]
+        columns["channel_absmax"] = tuple(
+            channels[source] if source >= 0 else np.zeros(0, np.float32) for source in sources
+        )
         unseen = {"unseen": self.unseen} if self.unseen else {}
         return Statistics(self.layers, **cast(Any, columns)).with_facts(samples, **unseen, **facts)
 
@@ -381,18 +393,9 @@ def all_reduce(statistics: Statistics, group: Any = None) -> Statistics:
 
     if not (distributed.is_available() and distributed.is_initialized()):
         return statistics
-    heads: list[Any] = [None] * distributed.get_world_size(group)
-    empty = {name: getattr(statistics, name)[:0] for name in COLUMNS}
-    head = statistics.replace(layers={}, metadata={}, path=None, **empty)
-    distributed.all_gather_object(heads, (list(statistics.layers.items()), head), group)
-    for rank, (layers, _) in enumerate(heads):
-        if layers != heads[0][0]:
+    everyone: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(everyone, statistics.replace(metadata={}, path=None), group)
+    for rank, other in enumerate(everyone):
+        if list(other.layers.items()) != list(everyone[0].layers.items()):
             raise StatisticsError(f"process {rank} recorded another model than process 0")
-    operations: dict[np.ufunc, Any] = {np.add: distributed.ReduceOp.SUM, np.maximum: distributed.ReduceOp.MAX}
-    device = torch.device("cuda" if distributed.get_backend(group) == "nccl" else "cpu")
-    columns = {}
-    for name, column in COLUMNS.items():
-        tensor = torch.from_numpy(getattr(statistics, name).copy()).to(device)
-        distributed.all_reduce(tensor, operations[column.merge], group)
-        columns[name] = tensor.cpu().numpy()
-    return merge(*(head for _, head in heads)).replace(layers=statistics.layers, **columns)
+    return merge(*everyone)

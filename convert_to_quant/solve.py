@@ -3,7 +3,8 @@
 A reader quantizes a layer's input x as q = round(clamp(x / s, ±max)), real = q · s, in the FP8 format of the layer's
 weight; max is 448 for E4M3 and 57,344 for E5M2. Given the histogram of |x|:
 
-    absmax       s = margin · absmax / max. Nothing that was seen is clipped.
+    absmax       s = margin · absmax / max. Nothing that was seen is clipped. Without a margin, as much headroom for
+                 what was not seen as costs the layer's output nothing (`headroom.py`), and a factor of 1.5 at least.
     mse          among s between absmax / max and twice that, the least expected squared error. Further up there is
                  none: what the format holds at 2 s up to absmax, it holds at s, too.
     percentile   s = margin · percentile(|x|) / max. It clips what lies above; for simulated inputs.
@@ -37,7 +38,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import fp8, names
+from . import fp8, headroom, names
 from .errors import CalibrationError, OptionError
 from .fp8 import E4M3FN, Format
 from .kernels import NONFINITE_BIN
@@ -66,7 +67,8 @@ class SolveOptions:
 
     Attributes:
         method: see the module's docstring.
-        margin: factor ≥ 1 on the range before it becomes a scale.
+        margin: factor ≥ 1 on the range before it becomes a scale. None for headroom that costs nothing, by "absmax",
+            and for 1 by the other methods.
         percentile: for the method of that name, in (0, 100].
         float16_safe: raise scales to 2⁻¹⁵.
         row_loss_limit: largest share of lost rows that a layer may have in FP8.
@@ -76,7 +78,7 @@ class SolveOptions:
     """
 
     method: Method = "absmax"
-    margin: float = 1.0
+    margin: float | None = None
     percentile: float = 99.9
     float16_safe: bool = False
     row_loss_limit: float = 0.01
@@ -88,7 +90,8 @@ class SolveOptions:
         if self.method not in METHODS:
             raise OptionError(f"unknown method {self.method!r}", hint=f"methods: {', '.join(METHODS)}")
         check_percentile(self.percentile)
-        check_margin(self.margin)
+        if self.margin is not None:
+            check_margin(self.margin)
         for name in ("row_loss_limit", "full_precision_budget"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -125,12 +128,15 @@ class Present:
         full_precision: whether it computes in full precision.
         shape: (out, in).
         format: of its weight, and so of its inputs.
+        column_energies: mean square of each column of its weight, [in], as `headroom.column_energies` gives it; None
+            where the weight is not at hand.
     """
 
     scale: float
     full_precision: bool
     shape: tuple[int, int]
     format: Format = E4M3FN
+    column_energies: Float | None = None
 
 
 @dataclass(frozen=True)
@@ -237,9 +243,17 @@ def solve(
         ranges = chosen.quantiles(options.percentile / 100)
         ranges = np.where(ranges < BIN_EDGES[1], 0.0, ranges)  # in the bin of the zeros
     usable = (ranges > 0) & np.array([not _kept(name, options) for name in seen], bool)
-    scales = np.where(usable, options.margin * ranges / largest, before)
+    least = ranges / largest
     if options.method == "mse":
-        scales = np.where(usable, options.margin * _least_error_scales(chosen.histogram, absmax, formats), before)
+        least = _least_error_scales(chosen.histogram, absmax, formats)
+    factors = np.array(
+        [
+            _headroom(chosen, number, present[name], options) if usable[number] else 1.0
+            for number, name in enumerate(seen)
+        ],
+        np.float64,
+    )
+    scales = np.where(usable, factors * least, before)
     after = np.array(
         [
             final_scale(scale, name, float16_safe=options.float16_safe) if use else scale
@@ -266,7 +280,7 @@ def solve(
             scale_after=float(after[number]),
             full_precision_before=state.full_precision,
             full_precision_after=state.full_precision,
-            reason=_scale_reason(options, float(after[number])),
+            reason=_scale_reason(options, float(factors[number]), float(after[number])),
             sqnr_before_db=_told(errors[0].sqnr_db[number]),
             sqnr_after_db=_told(errors[1].sqnr_db[number]),
             clipped_before=_told(errors[0].clipped[number]),
@@ -346,12 +360,26 @@ def _refuse_nonfinite(statistics: Statistics) -> None:
         )
 
 
-def _scale_reason(options: SolveOptions, scale: float) -> str:
+def _headroom(statistics: Statistics, number: int, state: Present, options: SolveOptions) -> float:
+    """The factor on a layer's range: the margin asked for, or what costs nothing."""
+    if options.margin is not None or options.method != "absmax":
+        return options.margin or 1.0
+    channel_absmax_I = statistics.channel_absmax[number]
+    if not len(channel_absmax_I) or state.column_energies is None:
+        return headroom.LEAST
+    absmax = float(statistics.absmax[number])
+    free = headroom.free_scale(
+        state.format, absmax, channel_absmax_I, state.column_energies, statistics.row_histogram[number]
+    )
+    return max(headroom.LEAST, free * state.format.max / absmax)
+
+
+def _scale_reason(options: SolveOptions, factor: float, scale: float) -> str:
     reason = {"absmax": "absmax", "mse": "least squared error", "percentile": f"percentile {options.percentile:g}"}[
         options.method
     ]
-    if options.margin != 1:
-        reason += f" × {options.margin:g}"
+    if factor != 1:
+        reason += f" × {factor:.3g}"
     if scale < FLOAT16_SMALLEST_SCALE:
         reason += "; too small for readers that divide in float16 (--float16-safe)"
     return reason

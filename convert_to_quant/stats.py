@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, reduce
 from pathlib import Path
@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__
-from .checkpoint import Entry, open_checkpoint, write_checkpoint
+from .checkpoint import Checkpoint, Entry, open_checkpoint, write_checkpoint
 from .errors import StatisticsError, StrPath
 from .kernels import BINS, DIGIT_BITS, DIGITS, LOWEST_EXPONENT, NONFINITE_BIN, SIGMA_BINS, UNKNOWN_SIGMA
 from .untrusted import is_count, is_texts, parse_json
@@ -82,6 +82,9 @@ COLUMNS: dict[str, Column] = {
 }
 """The columns that are kept. Everything else follows from them."""
 
+CHANNELS = "channel_absmax"
+"""One more column, as long for each layer as its inputs are wide; older files lack it."""
+
 DERIVED = ("absmax", "count", "nonfinite", "sum", "sum_of_squares")
 """Columns that a file carries for other readers; ours computes them."""
 
@@ -103,6 +106,8 @@ class Statistics:
             per picture (modulation, time and vector embedders), 0 for layers that never ran.
         histogram: values per bin of |x|; infinities and NaN in `NONFINITE_BIN`.
         row_histogram: rows per bin of the row's absmax over its finite values.
+        channel_absmax: per layer the largest |x| of each input channel, float32 [in]; empty where it is not
+            known, or is 0.
         samples: pictures (or whatever the engine draws) that the model ran for.
         provenance: facts about the run, each a sorted set of texts, so that merging is a union: "tool", "engine",
             "seed", "conditioning", "lora", "unseen", ...
@@ -122,6 +127,7 @@ class Statistics:
     rows_per_sample: NDArray[np.int64]
     histogram: NDArray[np.int64]
     row_histogram: NDArray[np.int64]
+    channel_absmax: tuple[NDArray[np.float32], ...] = ()
     samples: int = 0
     provenance: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
@@ -134,6 +140,10 @@ class Statistics:
             expected = (len(self.layers), *column.shape)
             assert array.dtype == column.dtype, f"{name}: {array.dtype}"
             assert array.shape == expected, f"{name}: {array.shape}, not {expected}"
+        channels = self.channel_absmax or (_UNKNOWN,) * len(self.layers)
+        whole = [each.max(initial=0) == absmax > 0 for each, absmax in zip(channels, self.absmax, strict=True)]
+        known = (each if is_whole else _UNKNOWN for each, is_whole in zip(channels, whole, strict=True))
+        object.__setattr__(self, CHANNELS, tuple(known))
         for name in ("sum_digits", "sigma_square_digits"):
             object.__setattr__(self, name, carry(getattr(self, name)))
 
@@ -152,6 +162,7 @@ class Statistics:
             and (self.samples, self.left_out) == (other.samples, other.left_out)
             and dict(self.provenance) == dict(other.provenance)
             and all(np.array_equal(getattr(self, name), getattr(other, name)) for name in COLUMNS)
+            and all(map(np.array_equal, self.channel_absmax, other.channel_absmax))
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -289,10 +300,12 @@ class Statistics:
         """
         chosen = list(names)
         numbers = [self.index(name) for name in chosen]
-        return self.replace(
-            layers={name: self.layers[name] for name in chosen},
-            **{name: getattr(self, name)[numbers] for name in COLUMNS},
-        )
+        return self.replace(layers={name: self.layers[name] for name in chosen}, **self.columns(numbers))
+
+    def columns(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """All columns of the layers with these numbers, as arguments for `replace`."""
+        channels = tuple(self.channel_absmax[number] for number in numbers)
+        return {name: getattr(self, name)[list(numbers)] for name in COLUMNS} | {CHANNELS: channels}
 
     def for_layers(self, layers: Mapping[str, Shape], force: bool = False) -> Statistics:
         """The statistics of a model's layers, to be used on that model.
@@ -344,6 +357,10 @@ class Statistics:
             "layers": {name: list(shape) for name, shape in self.layers.items()},
         }
         columns = {name: Entry.of(getattr(self, name)) for name in (*DERIVED, *COLUMNS)}
+        if any(map(len, self.channel_absmax)):
+            pairs = zip(self.channel_absmax, self.layers.values(), strict=True)
+            parts = [each if len(each) else np.zeros(shape[1], np.float32) for each, shape in pairs]
+            columns[CHANNELS] = Entry.of(np.concatenate(parts))
         write_checkpoint(Path(path), columns, {**(metadata or {}), METADATA_KEY: json.dumps(head)})
 
     @staticmethod
@@ -358,7 +375,7 @@ class Statistics:
         with open_checkpoint(path) as checkpoint:
             head = _parse_head(checkpoint.metadata, path)
             layers = {name: (shape[0], shape[1]) for name, shape in head["layers"].items()}
-            columns = {}
+            columns: dict[str, Any] = {}
             for name, column in COLUMNS.items():
                 expected = (len(layers), *column.shape)
                 info = checkpoint.tensors.get(name)
@@ -373,6 +390,7 @@ class Statistics:
                     )
                 columns[name] = array.copy()
             metadata = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
+            columns[CHANNELS] = _load_channels(checkpoint, layers)
         loaded = Statistics(
             layers,
             **columns,
@@ -397,6 +415,30 @@ class Statistics:
         for problem, found in contradictions.items():
             if found.any():
                 raise StatisticsError(f"damaged: {problem}", path=self.path, hint="observe the model again")
+
+
+_UNKNOWN: NDArray[np.float32] = np.zeros(0, np.float32)
+
+
+def _load_channels(checkpoint: Checkpoint, layers: Mapping[str, Shape]) -> tuple[NDArray[np.float32], ...]:
+    """The absmax of each layer's channels, where a file has them."""
+    info = checkpoint.tensors.get(CHANNELS)
+    if info is None:
+        return ()
+    ends = np.cumsum([in_features for _, in_features in layers.values()])
+    if info.dtype != "F32" or info.shape != (ends[-1],):
+        problem = f"float32 [{ends[-1]}] expected, found {info.dtype} {list(info.shape)}"
+        raise StatisticsError(problem, path=checkpoint.path, tensor=CHANNELS)
+    return tuple(np.split(checkpoint.float32(CHANNELS), ends[:-1]))
+
+
+def _merged_channels(parts: Sequence[Statistics]) -> tuple[NDArray[np.float32], ...]:
+    """The absmax of each channel; known where all know it that saw the layer."""
+    merged = []
+    for number in range(len(parts[0].layers)):
+        seen = [part.channel_absmax[number] for part in parts if part.calls[number]]
+        merged.append(reduce(np.maximum, seen) if seen and all(map(len, seen)) else _UNKNOWN)
+    return tuple(merged)
 
 
 _COUNTS = ("sigma_count", "zeros", "calls", "rows", "rows_per_sample", "histogram", "row_histogram")
@@ -434,6 +476,7 @@ def merge(*statistics: Statistics, force: bool = False) -> Statistics:
     return Statistics(
         {name: parts[0].layers[name] for name in names},
         **{name: reduce(column.merge, (getattr(s, name) for s in parts)) for name, column in COLUMNS.items()},
+        channel_absmax=_merged_channels(parts),
         samples=sum(s.samples for s in statistics),
         provenance={
             key: _texts({text for s in statistics for text in s.provenance.get(key, ())})

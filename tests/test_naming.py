@@ -13,6 +13,7 @@ from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.errors import StatisticsError
 from convert_to_quant.layers import find_layers, input_scale
 from convert_to_quant.naming import for_checkpoint, respell
+from convert_to_quant.solve import SolveOptions
 
 QKV, MLP = "double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0"
 RECORDED = {QKV: (48, 16), MLP: (64, 16), "final_layer.linear": (16, 16)}
@@ -90,7 +91,7 @@ def test_a_calibration_puts_ranges_onto_every_spelling(
     statistics: Callable[..., Any], file: Callable[..., Path], spelling: str
 ) -> None:
     with open_checkpoint(file(SPELLINGS[spelling])) as checkpoint:
-        calibration = apply_statistics(checkpoint, statistics(RECORDED, 448.0))
+        calibration = apply_statistics(checkpoint, statistics(RECORDED, 448.0), SolveOptions(margin=1.0))
     *attention, mlp = SPELLINGS[spelling]
     assert calibration.scales == {**dict.fromkeys(attention, 1.0), mlp: 2.0}
     assert calibration.notes == []

@@ -72,7 +72,9 @@ def present(*layers: str, scale: float = 1.0, full_precision: bool = False) -> d
 
 def solve_one(rows: Any, state: Present | None = None, rows_per_sample: int = 8, **options: Any) -> LayerResult:
     state = state or Present(1.0, False, SHAPE)
-    (result,) = solve(seen({"layer": rows}, rows_per_sample), {"layer": state}, SolveOptions(**options))
+    (result,) = solve(
+        seen({"layer": rows}, rows_per_sample), {"layer": state}, SolveOptions(**{"margin": 1.0, **options})
+    )
     return result
 
 

@@ -30,7 +30,7 @@ def add_calibration_arguments(group: Any, prefix: str) -> None:
         help="adapter to be used with it; may be repeated")  # fmt: skip
     add("device", default="cpu", metavar="DEVICE", help="where it runs: cpu, cuda, cuda:1, ... (cpu)")
     add("samples", type=int, default=64, metavar="N", help="inputs shown to model or layer (64)")
-    add("margin", type=float, metavar="M", help="on ranges (1 where seen, 8 if guessed)")
+    add("margin", type=float, metavar="M", help="factor on ranges (as much as costs nothing)")
     add("engine", choices=("auto", "model", "layer"), default="auto", metavar="ENGINE",
         help="model (auto): run it; layer: guess")  # fmt: skip
     add("percentile", type=float, metavar="P", help="of guessed magnitudes (99.9)")

@@ -20,7 +20,8 @@ def add_solving_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
                        metavar="METHOD",
                        help="absmax, mse or percentile (absmax)")  # fmt: skip
     group.add_argument("--percentile", type=float, default=99.9, metavar="P", help="for that method (99.9)")
-    group.add_argument("--margin", type=float, default=1.0, metavar="M", help="factor on ranges (1)")
+    group.add_argument("--margin", type=float, metavar="M",
+                       help="factor on ranges (as much as costs nothing)")  # fmt: skip
     group.add_argument("--full-precision-budget", type=float, default=0.0, metavar="SHARE",
                        help="multiply-adds for full precision (0)")  # fmt: skip
     group.add_argument("--row-loss-limit", type=float, default=0.01, metavar="SHARE",

@@ -62,11 +62,12 @@ _SOLVING: dict[str, Input] = {
     "margin": (
         "FLOAT",
         {
-            "default": 1.0,
-            "min": 1.0,
+            "default": 0.0,
+            "min": 0.0,
             "max": 64.0,
             "step": 0.05,
-            "tooltip": "Factor on ranges: room for inputs larger than any that was recorded.",
+            "tooltip": "Factor on ranges: room for inputs larger than any that was recorded. 0: as much as costs "
+            "nothing.",
         },
     ),
     "full_precision_budget": (
@@ -309,7 +310,7 @@ class CalibrateFP8Checkpoint:
         *,
         checkpoint: str,
         method: Any = "absmax",
-        margin: float = 1.0,
+        margin: float = 0.0,
         full_precision_budget: float = 0.0,
         output_name: str = "",
         overwrite: bool = False,
@@ -324,7 +325,7 @@ class CalibrateFP8Checkpoint:
         choice = folders.choose_checkpoint(checkpoint)
         output = choice.output(output_name, overwrite)
         options = SolveOptions(
-            method=method, margin=margin, percentile=percentile, full_precision_budget=full_precision_budget
+            method=method, margin=margin or None, percentile=percentile, full_precision_budget=full_precision_budget
         )
         statistics = statistics_from(stats, latent, statistics_file)
         show_text(unique_id, f"calibrating {choice.path.name}")
@@ -391,7 +392,7 @@ class ActivationReport:
         *,
         checkpoint: str = NO_CHECKPOINT,
         method: Any = "absmax",
-        margin: float = 1.0,
+        margin: float = 0.0,
         full_precision_budget: float = 0.0,
         filename_prefix: str = "activation_stats/report",
         stats: Recorder | Statistics | None = None,
@@ -406,7 +407,7 @@ class ActivationReport:
 
         model = None if checkpoint == NO_CHECKPOINT else folders.choose_checkpoint(checkpoint).path
         options = SolveOptions(
-            method=method, margin=margin, percentile=percentile, full_precision_budget=full_precision_budget
+            method=method, margin=margin or None, percentile=percentile, full_precision_budget=full_precision_budget
         )
         path = folders.next_output(filename_prefix, ".html") if filename_prefix.strip() else None
         statistics = statistics_from(stats, latent, statistics_file)

@@ -337,7 +337,7 @@ def _solving(report: Report) -> str:
     """How the new scales were chosen, in a word or two."""
     options = report.sides[0].options
     text = f"scales from {options['method']}"
-    return text + (f" × {options['margin']:g}" if options["margin"] != 1 else "")
+    return text + (f" × {options['margin']:g}" if options["margin"] else "")
 
 
 def _draw_legend(bottom: Any, axes: Any, absolute: bool) -> None:

@@ -1,0 +1,147 @@
+"""What the default input scales keep, on real prompts and as `check` says it, over models and seeds of the noise.
+
+    python benchmarks/default_scales.py --model tiny-qwen-image.safetensors --height 128 --width 128 --device cuda
+
+Models: six variants of the emoji model (`emoji_models.py`), and any others that were trained on the same images and
+take the same words (`emoji.prompts`), given with `--model`, all of one size. Per model, the SQNR of the velocity in dB:
+
+    1.0         what most files carry
+    dynamic     per tensor; no file can ask ComfyUI for it
+    before      the default until 2026-11-26: absmax of 8 images × 8 noise levels, without headroom
+    default     what `--actcal` does, for each of the seeds
+
+on prompts that no method has seen, and on the noise that `check` draws by itself.
+
+Requirement: on every model and seed the default is at most 0.2 dB under 1.0 where 1.0 clips nothing of the prompts, and
+at most 0.3 dB under dynamic scales on average over seeds. Exit 1 where it does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import emoji_models as emoji
+import torch
+from emoji_models import Choice, Models, choice_of
+from fidelity import facts, in_processes, machine_of, write_between_markers
+
+from convert_to_quant.emoji import prompts
+from convert_to_quant.engines import diffusers
+from convert_to_quant.engines.noise import Geometry
+from convert_to_quant.fidelity import noise_scenes, scenes_fidelity
+from convert_to_quant.solve import SolveOptions
+
+UNDER_ONE_DB, UNDER_DYNAMIC_DB = 0.2, 0.3
+CHECKED_IMAGES = 8
+ROWS = {"one": "1.0", "dynamic": "dynamic per tensor", "before": "before", "default": "**default**"}
+
+
+def before(models: Models, seed: int) -> Choice:
+    """The default until 2026-11-26."""
+    seen = diffusers.observe(models.checkpoint, models.table, samples=64, steps=8, seed=seed).statistics
+    return choice_of(models.solve(seen, SolveOptions(margin=1.0)))
+
+
+def measure(variant: str, device: str, seeds: tuple[int, ...], geometry: Geometry, count: int) -> dict[str, Any]:
+    """Every method on one model: dB on prompts and as checked, by seed where there is one."""
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
+    with emoji.models(variant, device, emoji.GEOMETRY if variant in emoji.VARIANTS else geometry) as models:
+        scenes = noise_scenes(models.reference, models.geometry, CHECKED_IMAGES)
+        choices = {
+            "one": [Choice({})],
+            "dynamic": [Choice({}, arithmetic="dynamic_tensor")],
+            "before": [before(models, seed) for seed in seeds],
+            "default": [choice_of(models.calibrated(seed=seed)) for seed in seeds],
+        }
+        found: dict[str, Any] = {"clips_one": bool((models.seen_on().absmax > 448).any())}
+        for key, several in choices.items():
+            found[key] = {
+                "prompts": [models.fidelity(choice, emoji.HELD_OUT_PROMPTS[:count]).sqnr_db for choice in several]
+            }
+            if key != "dynamic":
+                checked = [scenes_fidelity(models.reference, models.set(choice), scenes) for choice in several]
+                found[key] |= {"checked": [c.sqnr_db for c in checked], "checked_worst": [c.worst_db for c in checked]}
+        return found
+
+
+def table(result: Mapping[str, Any], column: str) -> str:
+    """Methods down, models across: mean over seeds, and the least in brackets where seeds differ."""
+    models = result["models"]
+    lines = [
+        "| input_scale from | " + " | ".join(Path(name).stem for name in models) + " |",
+        "|---|" + "---|" * len(models),
+    ]
+    for key, title in ROWS.items():
+        figures = [found[key].get(column, []) for found in models.values()]
+        if any(figures):
+            lines.append(f"| {title} | " + " | ".join(map(_cell, figures)) + " |")
+    return "\n".join(lines)
+
+
+def _cell(figures: list[float]) -> str:
+    mean, least = sum(figures) / len(figures), min(figures)
+    return f"{mean:.2f}" + (f" ({least:.2f})" if mean - least > 0.05 else "")
+
+
+def failures(result: Mapping[str, Any]) -> list[str]:
+    """Where the requirement does not hold."""
+    said = []
+    for name, found in result["models"].items():
+        default, (one,), (dynamic,) = (found[key]["prompts"] for key in ("default", "one", "dynamic"))
+        if not found["clips_one"] and min(default) < one - UNDER_ONE_DB:
+            said.append(f"{name}: {min(default):.2f} dB with one seed, 1.0 keeps {one:.2f}")
+        if sum(default) / len(default) < dynamic - UNDER_DYNAMIC_DB:
+            said.append(f"{name}: {sum(default) / len(default):.2f} dB, dynamic scales keep {dynamic:.2f}")
+    return said
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """What goes between the markers of the document."""
+    run = result["run"]
+    return (
+        f"SQNR of the velocity in dB on {run['prompts']} prompts at {run['levels']} noise levels; mean over "
+        f"{len(result['seeds'])} seeds of the calibration's noise, the least of them in brackets. {run['date']}, "
+        f"{run['machine']}; torch {run['torch']}. `{run['command']}`\n\n{table(result, 'prompts')}\n\n"
+        f"The same files as `check` sees them by default, on noise: mean over levels, sizes and samples,\n\n"
+        f"{table(result, 'checked')}\n\nand the worst sample at the worst level:\n\n{table(result, 'checked_worst')}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="*", default=list(emoji.VARIANTS), choices=emoji.VARIANTS)
+    parser.add_argument("--model", nargs="*", default=[], help="other models' files")
+    parser.add_argument("--height", type=int, default=128, help="pixels of the other models' images")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2, 3, 4, 5])
+    parser.add_argument("--prompts", type=int, default=24, help="held-out prompts")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
+    parser.add_argument("--json", type=Path, help="write everything there")
+    parser.add_argument("--from", dest="source", type=Path, help="a JSON of an earlier run, instead of running")
+    parser.add_argument("--write", type=Path, help="put the tables into this document")
+    args = parser.parse_args()
+    if args.source is not None:
+        result = json.loads(args.source.read_text())
+    else:
+        geometry = Geometry(args.height // 16, args.width // 16, 1, prompts.TOKENS)
+        names = [*args.variants, *args.model]
+        found = in_processes(measure, names, args.jobs, args.device, tuple(args.seeds), geometry, args.prompts)
+        result = {"run": facts(args, machine_of(args.device)), "seeds": args.seeds, "models": found}
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=1))
+    if args.write is not None:
+        write_between_markers(args.write, "default", report(result))
+    print(report(result))
+    failed = failures(result)
+    print("\n".join(failed) if failed else "Within the limits.")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
