@@ -5,8 +5,8 @@ made from later, and that adds up over prompts, runs, machines and GPUs. Each co
 is elementwise `max` and `+`. Histograms always span the whole range of float32 (`kernels/__init__.py` says how a value
 finds its bin), so they add without rebinning.
 
-Merging is exact and free of order: counts are int64, maxima are maxima, and the sums of values and of squares are
-fixed-point integers (`sum_digits`, `sigma_square_digits`) kept in one canonical form, so that equal totals are equal
+Merging is exact and free of order: counts are int64, maxima are maxima, and the sums of squares are
+fixed-point integers (`sigma_square_digits`) kept in one canonical form, so that equal totals are equal
 bits. What the fixed-point numbers add up are float64 partial sums; those of two runs that cut the same rows into
 calls differently may differ in their last bits, while counts, histograms and maxima may not.
 
@@ -72,7 +72,6 @@ COLUMNS: dict[str, Column] = {
     "sigma_absmax": Column(np.float32, (SIGMA_COLUMNS,), np.maximum),
     "sigma_count": Column(np.int64, (SIGMA_COLUMNS,), np.add),
     "sigma_square_digits": Column(np.int64, (SIGMA_COLUMNS, DIGITS), np.add),
-    "sum_digits": Column(np.int64, (DIGITS,), np.add),
     "zeros": Column(np.int64, (), np.add),
     "calls": Column(np.int64, (), np.add),
     "rows": Column(np.int64, (), np.add),
@@ -85,7 +84,7 @@ COLUMNS: dict[str, Column] = {
 CHANNELS = "channel_absmax"
 """One more column, as long for each layer as its inputs are wide; older files lack it."""
 
-DERIVED = ("absmax", "count", "nonfinite", "sum", "sum_of_squares")
+DERIVED = ("absmax", "count", "nonfinite", "sum_of_squares")
 """Columns that a file carries for other readers; ours computes them."""
 
 
@@ -98,7 +97,6 @@ class Statistics:
         sigma_absmax: largest finite |x| per noise level; 0 where nothing was seen. Float32 [L, 9].
         sigma_count: finite values per noise level.
         sigma_square_digits: sum of squares of the finite values per noise level, in fixed point.
-        sum_digits: sum of the finite values, in fixed point.
         zeros: values that are 0 or -0.
         calls: how often the layer ran.
         rows: rows it saw.
@@ -120,7 +118,6 @@ class Statistics:
     sigma_absmax: NDArray[np.float32]
     sigma_count: NDArray[np.int64]
     sigma_square_digits: NDArray[np.int64]
-    sum_digits: NDArray[np.int64]
     zeros: NDArray[np.int64]
     calls: NDArray[np.int64]
     rows: NDArray[np.int64]
@@ -144,8 +141,7 @@ class Statistics:
         whole = [each.max(initial=0) == absmax > 0 for each, absmax in zip(channels, self.absmax, strict=True)]
         known = (each if is_whole else _UNKNOWN for each, is_whole in zip(channels, whole, strict=True))
         object.__setattr__(self, CHANNELS, tuple(known))
-        for name in ("sum_digits", "sigma_square_digits"):
-            object.__setattr__(self, name, carry(getattr(self, name)))
+        object.__setattr__(self, "sigma_square_digits", carry(self.sigma_square_digits))
 
     @staticmethod
     def empty(layers: Mapping[str, Shape]) -> Statistics:
@@ -211,11 +207,6 @@ class Statistics:
     def nonfinite(self) -> NDArray[np.int64]:
         """Infinities and NaN seen, [L]. They are part of no other number but `histogram`."""
         return self.histogram[:, NONFINITE_BIN]
-
-    @cached_property
-    def sum(self) -> NDArray[np.float64]:
-        """Sum of the finite values, [L]."""
-        return to_float64(self.sum_digits)
 
     @cached_property
     def sum_of_squares(self) -> NDArray[np.float64]:

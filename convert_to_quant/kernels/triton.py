@@ -1,9 +1,9 @@
 """The measurement of `reference.py` in one pass over the input, for CUDA devices.
 
-One kernel launch reads x once and adds everything to the totals: absmax, both histograms, counts and sums. Programs
-walk over blocks of rows, and in a block over chunks of columns; a warp has a row of its own, so that the row's absmax
-takes no more than a few shuffles. What several programs add to is integers (atomics in any order give the same bits):
-counts, float patterns under max, and digits of fixed-point sums.
+One kernel launch reads x once and adds everything to the totals: absmax, both histograms, counts and sums of squares.
+Programs walk over blocks of rows, and in a block over chunks of columns; a warp has a row of its own, so that the row's
+absmax takes no more than a few shuffles. What several programs add to is integers (atomics in any order give the same
+bits): counts, float patterns under max, and digits of fixed-point sums.
 
 The histogram. 4,096 counters per program live in shared memory, where an atomic increment costs about what a plain
 store costs. Triton 3.6 has no such increment, and its own `tl.histogram` evaluates every bin for every element (530
@@ -14,11 +14,11 @@ Registers. What a thread keeps between chunks is one running sum per group of 8 
 with the latter (168 registers, 12 warps per multiprocessor) the kernel took twice the time, waiting for memory.
 
 The common case pays for no other. Lanes outside of x count as zeros, and their number is taken off at the end. Infinite
-and NaN values are not looked for: they show in the sums, and a program whose sums are not finite, or whose absmax lies
-outside [2^-40, 2^50) so that squares could leave the range of float32, reads its rows a second time with care.
-On a healthy model that never runs.
+and NaN values are not looked for: they show in the sum of squares, and a program whose sum is not finite, or whose
+absmax lies outside [2^-40, 2^50) so that squares could leave the range of float32, reads its rows a second time with
+care. On a healthy model that never runs.
 
-Sums. Lanes add float32 values and squares; a lane adds few of them, so the error stays near 1e-7.
+Sums. Lanes add float32 squares; a lane adds few of them, so the error stays near 1e-7.
 
 Speed (NVIDIA H200, 2026-11-22, benchmarks/recorder_kernel.py): 4,608 x 3,072 bfloat16 values in 23 us, 62 % of the
 speed of a plain read; 4,608 x 15,360 in 58 us, 78 %. docs/speed.md has the rest, and what did not help.
@@ -99,13 +99,11 @@ def _read(address):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_digits(target, value):  # type: ignore[no-untyped-def]
-    """Add a float64 scalar to fixed-point digits; `Totals.digits` explains the steps."""
+    """Add a float64 scalar >= 0 to fixed-point digits; `Totals.digits` explains the steps."""
     number = tl.arange(0, 32)
-    magnitude = tl.abs(value)
-    whole = tl.floor(magnitude * _per_unit(number))
-    above = tl.floor(magnitude * _per_unit(number + 1))
+    whole = tl.floor(value * _per_unit(number))
+    above = tl.floor(value * _per_unit(number + 1))
     digits = (whole - above * 4294967296.0).to(tl.int64)
-    digits = tl.where(value < 0, -digits, digits)
     tl.atomic_add(target + number, digits, mask=(number < _DIGITS) & (digits != 0), sem="relaxed")
 
 
@@ -173,10 +171,9 @@ def _carefully(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     """Read this program's rows again, for values that are not finite or whose squares float32 cannot hold.
 
     Adds the rows that `_observe` left out of the histogram, since they hold an infinity; returns absmax, and in float64
-    the sum and the sum of squares.
+    the sum of squares.
     """
     top = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, COLUMNS // _GROUP], tl.float64)
     squares = tl.zeros([ROWS, COLUMNS // _GROUP], tl.float64)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         row = block * ROWS + tl.arange(0, ROWS)
@@ -189,7 +186,6 @@ def _carefully(  # type: ignore[no-untyped-def]  # noqa: PLR0917
             value = _groups(_float32(tl.load(x + places, mask=here, other=0.0)), LOADS, ROWS, COLUMNS)
             finite = tl.where(tl.abs(value) < float("inf"), value, 0.0)
             wide = finite.to(tl.float64)
-            sums += _add_up(wide)
             squares += _add_up(wide * wide)
             largest = tl.maximum(largest, _largest(tl.abs(value)))
             largest_finite = tl.maximum(largest_finite, _largest(tl.abs(finite)))
@@ -197,7 +193,7 @@ def _carefully(  # type: ignore[no-untyped-def]  # noqa: PLR0917
         row_absmax = tl.max(largest_finite, axis=1)
         _add_rows(row_histogram, row_absmax, (row < rows) & left_out, ROWS)
         top = tl.maximum(top, row_absmax)
-    return tl.max(top, axis=0), tl.sum(tl.sum(sums, axis=1), axis=0), tl.sum(tl.sum(squares, axis=1), axis=0)
+    return tl.max(top, axis=0), tl.sum(tl.sum(squares, axis=1), axis=0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -225,7 +221,6 @@ def _observe(  # type: ignore[no-untyped-def]  # noqa: PLR0917, PLR0915
     sigma_absmax,
     sigma_count,
     sigma_square_digits,
-    sum_digits,
     zeros,
     histogram,
     row_histogram,
@@ -256,7 +251,6 @@ def _observe(  # type: ignore[no-untyped-def]  # noqa: PLR0917, PLR0915
         counts = tl.zeros([_BINS], tl.int32)
 
     top = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, COLUMNS // _GROUP], tl.float32)
     squares = tl.zeros([ROWS, COLUMNS // _GROUP], tl.float32)
     zero_lanes = tl.zeros([ROWS, COLUMNS // _GROUP], tl.float32)
     absent = 0
@@ -277,7 +271,6 @@ def _observe(  # type: ignore[no-untyped-def]  # noqa: PLR0917, PLR0915
                 counts += tl.histogram(tl.reshape(numbers, [LOADS * ROWS * COLUMNS]), _BINS)
             value = _groups(tile, LOADS, ROWS, COLUMNS)
             largest = tl.maximum(largest, _largest(tl.abs(value)))
-            sums += _add_up(value)
             squares += _add_up(value * value)
             zero_lanes += _add_up((value == 0).to(tl.float32))
             absent += LOADS * ROWS * COLUMNS
@@ -295,14 +288,12 @@ def _observe(  # type: ignore[no-untyped-def]  # noqa: PLR0917, PLR0915
     _add_counts(histogram + slot * _BINS, zeros + slot, sigma_count + level, counts, zero_count)
 
     absmax = tl.max(top, axis=0)
-    total = tl.sum(tl.sum(sums.to(tl.float64), axis=1), axis=0)
     total_squares = tl.sum(tl.sum(squares.to(tl.float64), axis=1), axis=0)
     if ((total_squares < float("inf")) == 0) | ((absmax < _SMALL) & (absmax > 0)) | (absmax >= _LARGE):
-        absmax, total, total_squares = _carefully(
+        absmax, total_squares = _carefully(
             x, row_histogram, rows, columns, rows_per_batch, batch_stride, row_stride, blocks, LOADS, ROWS, COLUMNS
         )
     tl.atomic_max(sigma_absmax + level, absmax.to(tl.int32, bitcast=True), sem="relaxed")
-    _add_digits(sum_digits + slot * _DIGITS, total)
     _add_digits(sigma_square_digits + level * _DIGITS, total_squares)
 
 
@@ -327,7 +318,6 @@ def accumulate(totals: Totals, slot: int, sigma_bin: Tensor, x: Tensor) -> None:
             totals.sigma_absmax_bits,
             totals.sigma_count,
             totals.sigma_square_digits,
-            totals.sum_digits,
             totals.zeros,
             totals.histogram,
             totals.row_histogram,

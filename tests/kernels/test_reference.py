@@ -59,7 +59,6 @@ def brute_force(x: torch.Tensor) -> Observation:
         row_histogram[int(np.float32(largest).view(np.uint32)) >> 19] += 1
     return Observation(
         absmax=torch.tensor(max(map(abs, finite_values)), dtype=torch.float32),
-        sum=torch.tensor(math.fsum(finite_values), dtype=torch.float64),
         sum_of_squares=torch.tensor(math.fsum(v * v for v in finite_values), dtype=torch.float64),
         zeros=torch.tensor(int((rows == 0).sum())),
         histogram=torch.from_numpy(histogram),
@@ -67,15 +66,10 @@ def brute_force(x: torch.Tensor) -> Observation:
     )
 
 
-def assert_same(seen: Observation, expected: Observation, sum_of_magnitudes: float) -> None:
+def assert_same(seen: Observation, expected: Observation) -> None:
     for name in ("absmax", "zeros", "histogram", "row_histogram"):
         assert torch.equal(getattr(seen, name), getattr(expected, name)), name
-    assert abs(float(seen.sum) - float(expected.sum)) <= 1e-6 * sum_of_magnitudes
     assert float(seen.sum_of_squares) == pytest.approx(float(expected.sum_of_squares), rel=1e-6, abs=0)
-
-
-def magnitudes(x: torch.Tensor) -> float:
-    return float(x.detach().double().nan_to_num(0, 0, 0).abs().sum())
 
 
 def test_every_bfloat16_falls_into_the_bin_of_its_upper_bits() -> None:
@@ -89,7 +83,7 @@ def test_every_bfloat16_falls_into_the_bin_of_its_upper_bits() -> None:
     assert seen.histogram[NONFINITE_BIN] == 2 * 128
     assert seen.zeros == 2
     assert seen.absmax == torch.finfo(torch.bfloat16).max
-    assert_same(seen, brute_force(x), magnitudes(x))
+    assert_same(seen, brute_force(x))
 
 
 @pytest.mark.parametrize("size", [8 * BINS - 1, 8 * BINS, 300_001])
@@ -135,20 +129,20 @@ def test_shapes_strides_and_special_values_agree_with_brute_force(
     full = torch.tensor(list(itertools.islice(itertools.cycle(values), math.prod(shape))), dtype=torch.float32)
     x = full.reshape(shape).to(dtype)
     for view in (x[:, take], x[..., take], x.transpose(0, 2), x[:1].expand(2, *x.shape[1:])):
-        assert_same(observe(view), brute_force(view), magnitudes(view))
+        assert_same(observe(view), brute_force(view))
 
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-10, 1e10, 1e19, 1e30, 1e38])
 def test_sums_survive_the_ends_of_float32(scale: float) -> None:
     x = torch.linspace(-1, 2.9, 8 * 96).reshape(8, 96).mul(scale)
-    assert_same(observe(x), brute_force(x), magnitudes(x))
+    assert_same(observe(x), brute_force(x))
 
 
 def test_the_cut_into_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(50, 33, generator=torch.Generator().manual_seed(0)).bfloat16()
     whole = observe(x)
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS_CPU", 100)
-    assert_same(observe(x), whole, magnitudes(x))
+    assert_same(observe(x), whole)
 
 
 def test_one_dimension_is_one_row_and_gradients_are_left_alone() -> None:
@@ -175,7 +169,7 @@ def test_totals_do_not_depend_on_the_order_of_inputs() -> None:
         totals = Totals(2, CPU)
         for x in order:
             accumulate(totals, 1, totals.sigma_numbers[4:5], x)
-        states.append([totals.sum_digits, totals.sigma_square_digits, totals.histogram, totals.sigma_absmax])
+        states.append([totals.sigma_square_digits, totals.histogram, totals.sigma_absmax])
     for state in states[1:]:
         assert all(torch.equal(a, b) for a, b in zip(states[0], state, strict=True))
 
@@ -193,7 +187,6 @@ def test_an_input_adds_to_its_own_slot_and_noise_level_only() -> None:
     assert totals.row_histogram.sum(1).tolist() == [0, 2, 0]
     units = 2.0 ** (LOWEST_EXPONENT + DIGIT_BITS * torch.arange(DIGITS, dtype=torch.float64))
     assert (totals.sigma_square_digits[1] * units).sum(1).tolist() == [0, 0, 0, 0, 10.0, 0, 0, 0, 40.0]
-    assert (totals.sum_digits * units).sum(1).tolist() == [0, -6.0, 0]
 
 
 def test_the_largest_input_of_a_noise_level_stays_whichever_comes_first() -> None:
@@ -234,4 +227,4 @@ def test_cuda_agrees_with_the_cpu_and_never_waits() -> None:
         seen = observe(on_device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_same(Observation(*(tensor.cpu() for tensor in seen)), observe(x), magnitudes(x))
+    assert_same(Observation(*(tensor.cpu() for tensor in seen)), observe(x))

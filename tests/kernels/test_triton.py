@@ -40,12 +40,8 @@ def assert_agrees(x: torch.Tensor) -> None:
         reference.accumulate(definition, 1, definition.sigma_numbers[sigma : sigma + 1], x)
     for name in ("sigma_absmax", "sigma_count", "zeros", "histogram", "row_histogram"):
         assert torch.equal(getattr(kernel, name), getattr(definition, name)), name
-    squares, sums = (
-        [to_float64(carry(getattr(totals, name).cpu().numpy())) for totals in (kernel, definition)]
-        for name in ("sigma_square_digits", "sum_digits")
-    )
+    squares = [to_float64(carry(totals.sigma_square_digits.cpu().numpy())) for totals in (kernel, definition)]
     np.testing.assert_allclose(*squares, rtol=1e-5)
-    np.testing.assert_allclose(*sums, rtol=0, atol=1e-5 * 2 * float(x.double().nan_to_num(0, 0, 0).abs().sum()))
 
 
 def normal(*shape: int) -> torch.Tensor:
