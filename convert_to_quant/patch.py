@@ -8,14 +8,13 @@ Rewrite: the old data is copied inside the kernel in a few large pieces, the new
 their alignment puts them. Everything that was not changed is byte-identical.
 
 In place: possible where every new value fits exactly where the old one stands: a float32 scalar for a scale, JSON with
-room behind it for a mark. The old bytes, and the new ones, go into `FILE.undo`, on the disk before the first write and
-removed after the last. Whoever opens the file for a change next finds an undo file that was left by a crash and puts
-the old bytes back, provided that every byte there is an old or a new one: another file of that name is left alone.
+room behind it for a mark. Under the files' locks it is made sure first that they are still the files, with the bytes,
+that the change was planned from. Then the old bytes, and the new ones, go into `FILE.undo`, on the disk before the
+first write and removed after the last; see `checkpoint.undo` for how a crash is recovered from.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -30,15 +29,23 @@ import numpy as np
 from . import names
 from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, write_bytes
 from .checkpoint.header import LENGTH_BYTES, serialize_header
-from .checkpoint.positioned import OPEN_FLAGS, pread, pwrite
-from .checkpoint.reader import CheckpointFile, is_file_name
+from .checkpoint.positioned import OPEN_FLAGS, lock, pread, pwrite
+from .checkpoint.reader import CheckpointFile, Identity, checkpoint_files
+from .checkpoint.undo import (
+    Change,
+    Edit,
+    find_undo,
+    interrupted,
+    read_undo,
+    refuse_foreign_undo,
+    refuse_unrecovered,
+    undo_path,
+    undo_record,
+)
 from .convert import FULL_PRECISION_KEY, PROVENANCE_KEY, mark_bytes, quantization_metadata, stored_bytes
 from .errors import CheckpointError, OptionError, OutputError, TensorError
 from .layers import Layer, LayerTable
-from .untrusted import JSONError, parse_json
-
-UNDO_SUFFIX = ".undo"
-_UNDO_FORMAT = 1
+from .untrusted import parse_json
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Patch:
         place: new tensor -> a tensor of the checkpoint whose shard it goes into.
         metadata: the header's metadata afterwards.
         notes: what a user should know.
+        seen: the scales and marks that it was planned from: name -> bytes.
     """
 
     checkpoint: Checkpoint
@@ -71,6 +79,7 @@ class Patch:
     place: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    seen: dict[str, bytes] = field(default_factory=dict)
 
     def put(self, name: str, spec: Spec, data: bytes, near: str) -> None:
         """Set a tensor, beside another of the checkpoint."""
@@ -103,6 +112,10 @@ def plan_patch(
         TensorError: a change names a layer that is not quantized, or a scale that is not finite and positive.
     """
     patch = Patch(checkpoint, metadata={**checkpoint.metadata, **(metadata or {})})
+    for known in table.quantized.values():
+        for tensor in (known.input_scale, known.comfy_quant):
+            if tensor is not None:
+                patch.seen[tensor] = checkpoint.raw(tensor).tobytes()
     for name, change in changes.items():
         layer = table.quantized.get(name)
         if layer is None:
@@ -211,7 +224,7 @@ def rewrite(patch: Patch, output: Path) -> None:
         OutputError: it cannot be written, or is the input.
     """
     checkpoint = patch.checkpoint
-    refuse_unrecovered(checkpoint.path)
+    refuse_unrecovered(checkpoint.path, [file.path for file in checkpoint.files])
     inputs = [checkpoint.path, *(file.path for file in checkpoint.files)]
     hint = "name another output, or add --in-place"
     refuse_same_file(output, inputs, hint=hint)
@@ -226,21 +239,6 @@ def rewrite(patch: Patch, output: Path) -> None:
         writer.copy(checkpoint, copied)
         for name, (_, data) in patch.tensors.items():
             writer.write(name, data)
-
-
-@dataclass(frozen=True)
-class Edit:
-    """New bytes for a place in a file.
-
-    Attributes:
-        file: number of the file in `Checkpoint.files`.
-        offset: byte position in that file.
-        data: what goes there.
-    """
-
-    file: int
-    offset: int
-    data: bytes
 
 
 def in_place_edits(patch: Patch) -> list[Edit]:
@@ -319,11 +317,20 @@ def apply_in_place(patch: Patch) -> int:
     edits = in_place_edits(patch)
     if not edits:
         return 0
+    undo = undo_path(checkpoint.path)
+    paths = [Path(os.path.realpath(file.path)) for file in checkpoint.files]
+    elsewhere = next((path for path in paths if path.parent != undo.parent), None)
+    if elsewhere is not None:
+        problem = f"in place is not possible: it is not in the folder of {checkpoint.path.name}"
+        raise OutputError(problem, path=elsewhere, hint="write a new file with -o instead")
     with _locked([file.path for file in checkpoint.files]) as fds:
-        refuse_unrecovered(checkpoint.path)
-        undo = _undo_path(checkpoint.path)
-        changes = [_Change(edit, pread(fds[edit.file], len(edit.data), edit.offset)) for edit in edits]
-        write_bytes(undo, _undo_record(checkpoint, changes, fds))
+        left = find_undo(checkpoint.path, paths)
+        if left is not None:
+            raise interrupted(checkpoint.path, left)
+        refuse_foreign_undo(checkpoint.path)
+        _refuse_changed(patch, fds)
+        changes = [Change(edit, pread(fds[edit.file], len(edit.data), edit.offset)) for edit in edits]
+        write_bytes(undo, undo_record(zip(paths, fds, strict=True), changes), like=os.fstat(fds[0]))
         _sync_folder(undo.parent)
         try:
             _write_all(fds, edits)
@@ -335,26 +342,32 @@ def apply_in_place(patch: Patch) -> int:
     return len(edits)
 
 
-@dataclass(frozen=True)
-class _Change:
-    """An edit, and the bytes that stand there before it."""
+def _refuse_changed(patch: Patch, fds: list[int]) -> None:
+    """Refuse files that are not what the patch was planned from.
 
-    edit: Edit
-    old: bytes
+    The system's word on when a file was changed is as coarse as its clock, so headers, scales and marks are compared
+    as well: another change in place touches nothing else.
+    """
+    checkpoint = patch.checkpoint
+    for file, fd in zip(checkpoint.files, fds, strict=True):
+        room = file.header.data_start - LENGTH_BYTES
+        same = Identity.of(fd) == file.identity and zlib.crc32(pread(fd, room, LENGTH_BYTES)) == file.header_crc
+        if not same:
+            raise _changed(file.path)
+    numbers = {file: number for number, file in enumerate(checkpoint.files)}
+    for name, data in patch.seen.items():
+        file = checkpoint.file_of(name)
+        start = file.header.data_start + checkpoint.tensors[name].start
+        if pread(fds[numbers[file]], len(data), start) != data:
+            raise _changed(file.path)
 
-    @property
-    def undone(self) -> Edit:
-        """The edit that takes it back."""
-        return Edit(self.edit.file, self.edit.offset, self.old)
 
-    def explains(self, found: bytes) -> bool:
-        """Whether this change, complete, partial or not begun, leaves these bytes: each is the old or the new one."""
-        return len(found) == len(self.old) and all(
-            byte in pair for byte, *pair in zip(found, self.old, self.edit.data, strict=True)
-        )
+def _changed(path: Path) -> OutputError:
+    problem = "it was changed or replaced since it was opened, so nothing was written"
+    return OutputError(problem, path=path, hint="run the command again")
 
 
-def _put_back(fds: list[int], changes: list[_Change], undo: Path, cause: OSError) -> None:
+def _put_back(fds: list[int], changes: list[Change], undo: Path, cause: OSError) -> None:
     """Undo a change that failed half-way."""
     try:
         _write_all(fds, [change.undone for change in changes])
@@ -369,118 +382,30 @@ def _remove(undo: Path) -> None:
     _sync_folder(undo.parent)
 
 
-def _undo_path(path: Path) -> Path:
-    """Beside the real file, so that it is found through every link to it."""
-    real = Path(os.path.realpath(path))  # Path.resolve raises a RuntimeError on a circle of links
-    return real.with_name(real.name + UNDO_SUFFIX)
-
-
-def refuse_unrecovered(path: Path) -> None:
-    """Refuse a checkpoint that an interrupted in-place change left half done.
-
-    Raises:
-        OutputError: there is an undo file for it.
-    """
-    undo = _undo_path(path)
-    if undo.exists():
-        problem = "an interrupted change left this undo file; the old bytes must be put back first"
-        raise OutputError(problem, path=undo, hint="run with --in-place again")
-
-
-def _undo_record(checkpoint: Checkpoint, changes: Iterable[_Change], fds: list[int]) -> bytes:
-    """Old and new bytes, with what it takes to know the files again; the first line is a checksum of the second."""
-
-    def text(data: bytes) -> str:
-        return base64.b64encode(data).decode("ascii")
-
-    real = [file.path.resolve() for file in checkpoint.files]
-    elsewhere = next((path for path in real if path.parent != _undo_path(checkpoint.path).parent), None)
-    if elsewhere is not None:
-        problem = f"in place is not possible: it is not in the folder of {checkpoint.path.name}"
-        raise OutputError(problem, path=elsewhere, hint="write a new file with -o instead")
-    record = {
-        "format": _UNDO_FORMAT,
-        "files": [{"name": path.name, "bytes": os.fstat(fd).st_size} for path, fd in zip(real, fds, strict=True)],
-        "changes": [[c.edit.file, c.edit.offset, text(c.old), text(c.edit.data)] for c in changes],
-    }
-    body = json.dumps(record).encode("ascii")
-    return f"{zlib.crc32(body):08x}\n".encode("ascii") + body
-
-
-@dataclass(frozen=True)
-class _Undo:
-    """An undo file that was read and checked.
-
-    Attributes:
-        content: its bytes, to see whether it is still the same one.
-        files: path and size in bytes of each file that the change was about.
-        changes: what it did.
-    """
-
-    content: bytes
-    files: list[tuple[Path, int]]
-    changes: list[_Change]
-
-
-def _read_undo(path: Path) -> _Undo | None:
-    """The undo file of a checkpoint; None where there is none."""
-    undo = _undo_path(path)
-    try:
-        content = undo.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise OutputError(f"the undo file cannot be read: {error.strerror}", path=undo) from None
-    checksum, _, body = content.partition(b"\n")
-    if checksum != f"{zlib.crc32(body):08x}".encode("ascii"):
-        raise OutputError("the undo file is damaged, so nothing was put back", path=undo, hint="see what is in it")
-    try:
-        record = parse_json(body, most_bytes=len(body))
-        known = record["format"] == _UNDO_FORMAT
-        files = [(str(file["name"]), int(file["bytes"])) for file in record["files"]]
-        changes = [
-            _Change(Edit(int(number), int(offset), base64.b64decode(new)), base64.b64decode(old))
-            for number, offset, old, new in record["changes"]
-        ]
-    except (JSONError, ValueError, KeyError, TypeError):
-        known, files, changes = False, [], []
-    inside = all(0 <= change.edit.file < len(files) and change.edit.offset >= 0 for change in changes)
-    # A name that leads elsewhere would let a downloaded undo file write into any file of its reader.
-    if not (known and inside and all(is_file_name(name) for name, _ in files)):
-        raise OutputError("the undo file is not one of this version's", path=undo, hint="see what is in it")
-    return _Undo(content, [(undo.parent / name, nbytes) for name, nbytes in files], changes)
-
-
 def recover(path: Path) -> bool:
     """Put back what an interrupted in-place change left half done.
 
     Args:
-        path: the checkpoint that was changed: a file, or an index.
+        path: the checkpoint that was changed: a file, or an index; it may have another name by now.
 
     Returns:
         Whether there was anything to put back.
 
     Raises:
-        OutputError: the undo file is damaged or does not belong to these files, or they are in use.
+        OutputError: the undo file is damaged, belongs to other files or another user, or is about weights; the files
+            are in use; another file's undo file has the name that this one's would have.
     """
-    undo = _read_undo(path)
-    if undo is None:
+    paths = checkpoint_files(path)
+    if find_undo(path, paths) is None:
+        refuse_foreign_undo(path)
         return False
-    where = _undo_path(path)
-    with _locked([file for file, _ in undo.files]) as fds:
-        again = _read_undo(path)
-        if again is None or again.content != undo.content:
+    with _locked(paths) as fds:
+        where = find_undo(path, paths)
+        if where is None:
             return False  # whoever held the lock until now has dealt with it
-        for (file, nbytes), fd in zip(undo.files, fds, strict=True):
-            if os.fstat(fd).st_size != nbytes:
-                raise OutputError(f"the undo file {where.name} belongs to a file of another size", path=file)
-        for change in undo.changes:
-            number, offset = change.edit.file, change.edit.offset
-            if not change.explains(pread(fds[number], len(change.old), offset)):
-                problem = f"the undo file {where.name} belongs to another file: it does not know the bytes at {offset}"
-                raise OutputError(problem, path=undo.files[number][0], hint=f"remove {where.name} if this file is new")
+        edits = read_undo(where).check(paths, fds)
         try:
-            _write_all(fds, [change.undone for change in undo.changes])
+            _write_all(fds, edits)
         except OSError as error:
             raise OutputError(f"the old bytes cannot be put back: {error.strerror}", path=path) from None
         _remove(where)
@@ -520,7 +445,7 @@ def _locked(paths: Iterable[Path]) -> Iterator[list[int]]:
         for path in paths:
             try:
                 fds.append(os.open(path, os.O_RDWR | OPEN_FLAGS))
-                _lock(fds[-1])
+                lock(fds[-1])
             except FileNotFoundError:
                 raise CheckpointError("no such file", path=path) from None
             except BlockingIOError:
@@ -531,15 +456,6 @@ def _locked(paths: Iterable[Path]) -> Iterator[list[int]]:
     finally:
         for fd in fds:
             os.close(fd)
-
-
-def _lock(fd: int) -> None:
-    """Take the file for ourselves, where the system has such locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def check_in_place(checkpoint: Checkpoint, output: Path | None) -> None:

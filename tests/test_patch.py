@@ -20,11 +20,11 @@ import pytest
 
 from convert_to_quant import patch as patch_module
 from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.checkpoint.undo import UNDO_SUFFIX, Change, Edit, undo_record
 from convert_to_quant.convert import PROVENANCE_KEY, ConvertOptions, convert, mark_bytes, plan_conversion
 from convert_to_quant.errors import CheckpointError, OptionError, OutputError, TensorError
 from convert_to_quant.layers import find_layers
 from convert_to_quant.patch import (
-    UNDO_SUFFIX,
     LayerChange,
     apply_in_place,
     check_in_place,
@@ -615,16 +615,31 @@ def interrupted(path: Path, monkeypatch, step: int = 4) -> Path:
     return undo
 
 
-def test_an_interrupted_file_is_neither_changed_nor_rewritten_before_it_is_recovered(converted, monkeypatch):
+def half_done(path: Path, undo: Path) -> str:
+    return (
+        f"{path}: an interrupted change in place left it half done; the old bytes are in {undo} (any command with "
+        f"--in-place puts them back first, such as `convert_to_quant -i {path} --actcal --in-place`)"
+    )
+
+
+def test_a_change_that_was_interrupted_after_we_opened_the_file_is_noticed(converted, monkeypatch):
+    with open_checkpoint(converted) as checkpoint:
+        patch = planned(checkpoint, CHANGES)
+        undo = interrupted(converted, monkeypatch)
+        found = converted.read_bytes()
+        for change in (lambda: apply_in_place(patch), lambda: rewrite(patch, converted.with_name("o"))):
+            with pytest.raises(CheckpointError) as caught:
+                change()
+            assert str(caught.value) == half_done(converted, undo)
+    assert converted.read_bytes() == found
+    assert listing(converted.parent) == [converted.name, undo.name]
+
+
+def test_an_interrupted_file_is_not_opened_before_it_is_recovered(converted, monkeypatch):
     undo = interrupted(converted, monkeypatch)
-    message = "an interrupted change left this undo file; the old bytes must be put back first"
-    for change in (
-        lambda: in_place(converted, CHANGES),
-        lambda: rewritten(converted, converted.with_name("o"), CHANGES),
-    ):
-        with pytest.raises(OutputError) as caught:
-            change()
-        assert str(caught.value) == f"{undo}: {message} (run with --in-place again)"
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(converted)
+    assert str(caught.value) == half_done(converted, undo)
     assert recover(converted)
     assert in_place(converted, CHANGES) == 5
 
@@ -686,17 +701,18 @@ def test_a_damaged_undo_file_puts_nothing_back(converted, monkeypatch):
     assert converted.read_bytes() == half_done
 
 
-FILE = {"name": "fp8.safetensors", "bytes": 10}
+FILE = {"name": "fp8.safetensors", "inode": 1, "bytes": 10}
 STRANGE = {
     "a list": [],
-    "another format": {"format": 2, "files": [FILE], "changes": []},
-    "no files": {"format": 1, "changes": []},
-    "a file above": {"format": 1, "files": [FILE | {"name": "../secret"}], "changes": []},
-    "a file anywhere": {"format": 1, "files": [FILE | {"name": "/etc/passwd"}], "changes": []},
-    "a change of a file that it does not name": {"format": 1, "files": [FILE], "changes": [[1, 0, "AA==", "AA=="]]},
-    "a change before the file": {"format": 1, "files": [FILE], "changes": [[0, -1, "AA==", "AA=="]]},
-    "a change of three": {"format": 1, "files": [FILE], "changes": [[0, 0, "AA=="]]},
-    "no base64": {"format": 1, "files": [FILE], "changes": [[0, 0, "A", "AA=="]]},
+    "an older format": {"format": 1, "files": [FILE], "changes": []},
+    "no files": {"format": 2, "changes": []},
+    "a file without an inode": {"format": 2, "files": [{"name": "a", "bytes": 1}], "changes": []},
+    "a file twice": {"format": 2, "files": [FILE, FILE], "changes": []},
+    "an endless inode": {"format": 2, "files": [FILE | {"inode": math.inf}], "changes": []},
+    "a change of a file that it does not name": {"format": 2, "files": [FILE], "changes": [[1, 0, "AA==", "AA=="]]},
+    "a change before the file": {"format": 2, "files": [FILE], "changes": [[0, -1, "AA==", "AA=="]]},
+    "a change of three": {"format": 2, "files": [FILE], "changes": [[0, 0, "AA=="]]},
+    "no base64": {"format": 2, "files": [FILE], "changes": [[0, 0, "A", "AA=="]]},
 }
 
 
@@ -711,11 +727,265 @@ def test_an_undo_file_that_is_not_ours_is_refused_also_where_its_checksum_is_rig
     assert converted.read_bytes() == before
 
 
-def test_an_undo_file_that_cannot_be_read_is_refused(converted):
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_an_undo_file_that_is_no_file_is_refused(converted, monkeypatch, kind):
     undo = converted.with_name(converted.name + UNDO_SUFFIX)
-    undo.mkdir()
-    with pytest.raises(OutputError, match="the undo file cannot be read: Is a directory"):
+    if kind == "folder":
+        undo.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(undo)
+    else:
+        interrupted(converted, monkeypatch).rename(converted.with_name("elsewhere"))
+        undo.symlink_to("elsewhere")
+    before = converted.read_bytes()
+    with pytest.raises(OutputError) as caught:
         recover(converted)
+    assert str(caught.value) == f"{undo}: the undo file cannot be read: it is no regular file, or too large for one"
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(converted)
+    assert str(caught.value) == half_done(converted, undo)
+    assert converted.read_bytes() == before
+
+
+def hostile(converted: Path, victim: Path, changes: list[tuple[int, bytes, bytes]]) -> Path:
+    """An undo file for a checkpoint, well made in every way, of somebody's own changes."""
+    undo = converted.with_name(converted.name + UNDO_SUFFIX)
+    with victim.open("rb") as file:
+        made = [Change(Edit(0, offset, new), old) for offset, old, new in changes]
+        undo.write_bytes(undo_record([(victim, file.fileno())], made))
+    return undo
+
+
+def test_an_undo_file_cannot_write_into_another_file_of_the_folder(converted):
+    victim = converted.with_name("run.sh")
+    victim.write_bytes(b"echo safe")
+    undo = hostile(converted, victim, [(5, b"evil", b"safe")])
+    with pytest.raises(OutputError) as caught:
+        recover(converted)
+    assert str(caught.value) == (
+        f"{converted}: its undo file would replace {undo.name}, which is about another file of this folder (change "
+        "that file in place first, which puts its old bytes back)"
+    )
+    with converted.open("rb") as file, victim.open("rb") as other:  # beside changes of the checkpoint itself
+        subjects = [(converted, file.fileno()), (victim, other.fileno())]
+        undo.write_bytes(undo_record(subjects, [Change(Edit(1, 5, b"safe"), b"evil")]))
+    with pytest.raises(OutputError) as caught:
+        recover(converted)
+    assert str(caught.value) == (
+        f"{converted}: the undo file {undo.name} is about another file, which was called run.sh "
+        f"(remove {undo.name} if {converted.name} is a new file or a copy)"
+    )
+    assert victim.read_bytes() == b"echo safe"
+
+
+def test_an_undo_file_from_elsewhere_is_refused_although_every_byte_is_known(converted, monkeypatch):
+    undo = interrupted(converted, monkeypatch)
+    found = converted.read_bytes()
+    converted.rename(converted.with_name("kept"))  # so that its inode is not taken again
+    converted.write_bytes(found)
+    converted.with_name("kept").rename(converted.parent.with_name("kept"))
+    with pytest.raises(OutputError) as caught:
+        recover(converted)
+    assert str(caught.value) == (
+        f"{converted}: the undo file {undo.name} is about another file, which was called {converted.name} "
+        f"(remove {undo.name} if {converted.name} is a new file or a copy)"
+    )
+    with pytest.raises(CheckpointError, match="left it half done"):
+        open_checkpoint(converted)
+    assert converted.read_bytes() == found
+
+
+BEYOND = "is about more than metadata, input scales and marks"
+
+
+@pytest.mark.parametrize("part", ["weight", "weight_scale", "half a scale", "scale and more", "the header's length"])
+def test_an_undo_file_cannot_write_into_anything_but_metadata_scales_and_marks(converted, part):
+    before = converted.read_bytes()
+    tensor = part if part in ("weight", "weight_scale") else "input_scale"
+    start = 0 if part == "the header's length" else min(places(converted, f"blocks.1.x.{tensor}"))
+    count = {"half a scale": 2, "scale and more": 5}.get(part, 4)
+    undo = hostile(converted, converted, [(start, bytes(count), before[start : start + count])])
+    with pytest.raises(OutputError) as caught:
+        recover(converted)
+    assert str(caught.value) == (
+        f"{converted}: the undo file {undo.name} {BEYOND}: it is about the {count} bytes at {start} (nothing was put "
+        "back; see what is in it)"
+    )
+    assert converted.read_bytes() == before
+
+
+@pytest.mark.parametrize("swap", ["old", "both"])
+def test_an_undo_file_cannot_change_what_the_header_says_of_tensors(converted, swap):
+    before = converted.read_bytes()
+    length = int.from_bytes(before[:8], "little")
+    text = before[8 : 8 + length]
+    swapped = text.replace(b'blocks.0.x.weight"', b"?").replace(b'blocks.1.x.weight"', b'blocks.0.x.weight"')
+    swapped = swapped.replace(b"?", b'blocks.1.x.weight"')
+    assert len(swapped) == length
+    undo = hostile(converted, converted, [(8, swapped, swapped if swap == "both" else text)])
+    with pytest.raises(OutputError) as caught:
+        recover(converted)
+    assert str(caught.value).startswith(
+        f"{converted}: the undo file {undo.name} {BEYOND}: it would change what the header says of tensors"
+    )
+    assert converted.read_bytes() == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_an_undo_file_of_another_user_is_refused(converted, monkeypatch):
+    undo = interrupted(converted, monkeypatch)
+    before = converted.read_bytes()
+    os.chown(undo, 1234, 1234)
+    with pytest.raises(OutputError) as caught:
+        recover(converted)
+    assert str(caught.value) == (
+        f"{converted}: the undo file {undo.name} belongs to another user, 1234 (see what is in it, and who put it "
+        "there)"
+    )
+    assert converted.read_bytes() == before
+    os.chown(converted, 1234, 1234)
+    assert recover(converted)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640])
+def test_an_undo_file_has_the_mode_and_the_owner_of_the_file(converted, monkeypatch, mode):
+    if os.geteuid() == 0:
+        os.chown(converted, 1234, 4321)
+    converted.chmod(mode)
+    found, kept = interrupted(converted, monkeypatch).stat(), converted.stat()
+    assert (found.st_mode, found.st_uid) == (kept.st_mode, kept.st_uid)
+
+
+def test_a_renamed_file_is_found_and_recovered_and_a_new_one_of_the_old_name_is_read(converted, monkeypatch, save):
+    original = converted.read_bytes()
+    undo = interrupted(converted, monkeypatch)
+    renamed = converted.rename(converted.with_name("renamed.safetensors"))
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(renamed)
+    assert str(caught.value) == half_done(renamed, undo)
+    converted.write_bytes(original)
+    with open_checkpoint(converted):
+        pass
+    for attempt in (lambda: recover(converted), lambda: in_place(converted, CHANGES)):
+        with pytest.raises(OutputError, match=r"its undo file would replace fp8\.safetensors\.undo, which is about"):
+            attempt()
+    assert recover(renamed)
+    assert renamed.read_bytes() == converted.read_bytes() == original
+    assert listing(converted.parent) == [converted.name, renamed.name]
+    assert in_place(converted, CHANGES) == 5
+
+
+def test_one_shard_is_not_read_while_its_index_has_an_undo_file(save_shards, build, tmp_path, monkeypatch):
+    index = save_shards("m", [build.quantized([name], "tensor")[0] for name in "xyz"])
+    with monkeypatch.context() as patched:
+        broken_at(patched, 4, Killed())
+        with pytest.raises(Killed):
+            in_place(index, dict.fromkeys("xyz", SCALE))
+    for path in [index, *tmp_path.glob("*.safetensors")]:
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(path)
+        assert str(caught.value) == half_done(path, tmp_path / "m.safetensors.index.json.undo")
+    with pytest.raises(OutputError, match="is about another file, which was called m-0000"):
+        recover(tmp_path / "m-00001-of-00003.safetensors")
+    assert recover(index)
+
+
+def test_undo_files_of_other_models_in_the_folder_say_nothing_of_this_one(converted, monkeypatch):
+    undo = interrupted(converted, monkeypatch)
+    other = converted.with_name("other.safetensors")
+    assert recover(converted)
+    other.write_bytes(converted.read_bytes())
+    interrupted(converted, monkeypatch)
+    for name in ("a.undo", "b.undo"):
+        converted.with_name(name).write_bytes(b"rubbish")
+    assert in_place(other, CHANGES) == 5
+    assert undo.exists()
+
+
+def test_a_file_that_is_being_changed_is_not_called_half_done(converted, monkeypatch):
+    interrupted(converted, monkeypatch)
+    with converted.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(converted)
+    assert str(caught.value) == f"{converted}: another process is changing this file (wait for it)"
+
+
+@pytest.mark.parametrize("how", ["replaced", "rewritten", "touched", "replaced by a copy"])
+def test_a_file_that_changed_since_it_was_opened_is_left_alone(converted, how):
+    with open_checkpoint(converted) as checkpoint:
+        patch = planned(checkpoint, CHANGES)
+        content = bytes(60_000) if how == "replaced" else converted.read_bytes()
+        if how == "touched":
+            os.utime(converted, ns=(0, 0))
+        else:
+            new = converted if how == "rewritten" else converted.with_name("new")
+            if how == "rewritten":
+                os.utime(converted, ns=(0, 0))
+            new.write_bytes(content)
+            new.rename(converted)
+        with pytest.raises(OutputError) as caught:
+            apply_in_place(patch)
+    assert str(caught.value) == changed_meanwhile(converted)
+    assert converted.read_bytes() == content
+    assert listing(converted.parent) == [converted.name]
+
+
+def changed_meanwhile(path: Path) -> str:
+    return f"{path}: it was changed or replaced since it was opened, so nothing was written (run the command again)"
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["scales and marks", "scales"])
+def test_of_two_changes_planned_before_either_is_written_the_second_is_refused(converted, full):
+    """Within one tick of the system's clock too, which is what the equal times stand for."""
+    names = [f"blocks.{i}.x" for i in range(3)]
+    was = converted.stat().st_mtime_ns
+    with open_checkpoint(converted) as one, open_checkpoint(converted) as other:
+        first = planned(one, {names[0]: LayerChange(0.25, full), names[1]: LayerChange(1.0)})
+        second = planned(other, {names[0]: LayerChange(1.0), names[1]: LayerChange(0.5)})
+        assert apply_in_place(first) > 0
+        written = converted.read_bytes()
+        os.utime(converted, ns=(was, was))
+        with pytest.raises(OutputError) as caught:
+            apply_in_place(second)
+    assert str(caught.value) == changed_meanwhile(converted)
+    assert converted.read_bytes() == written
+    assert listing(converted.parent) == [converted.name]
+
+
+def test_the_undo_file_and_its_name_are_on_the_disk_before_the_first_write_and_gone_after_the_last(
+    converted, monkeypatch
+):
+    """A name is on the disk only when its folder is: without that, a power cut leaves changes and no undo file."""
+    undo = converted.with_name(converted.name + UNDO_SUFFIX)
+    model, folder = converted.stat().st_ino, converted.parent.stat().st_ino
+    real_write, real_sync = os.pwrite, os.fsync
+    events: list[tuple[str, bool]] = []
+
+    def note(what: str, fd: int) -> None:
+        inode = os.fstat(fd).st_ino
+        name = "model" if inode == model else "folder" if inode == folder else "undo"
+        events.append((f"{what} {name}", undo.exists()))
+
+    def pwrite(fd, data, offset):
+        note("write", fd)
+        return real_write(fd, data, offset)
+
+    def fsync(fd):
+        note("sync", fd)
+        real_sync(fd)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert in_place(converted, CHANGES) == 5
+    assert events == [
+        ("write undo", False),
+        ("sync undo", False),
+        ("sync folder", True),
+        *[("write model", True)] * 5,
+        ("sync model", True),
+        ("sync folder", False),
+    ]
 
 
 def test_a_file_of_another_size_is_not_touched(converted, monkeypatch):
@@ -730,15 +1000,15 @@ def test_a_file_of_another_size_is_not_touched(converted, monkeypatch):
 
 def test_another_file_of_the_same_size_is_not_touched(converted, monkeypatch):
     original = converted.read_bytes()
-    undo = interrupted(converted, monkeypatch)
     place = min(places(converted, "blocks.1.x.input_scale"))
+    undo = interrupted(converted, monkeypatch)
     other = original[:place] + np.float32(77).tobytes() + original[place + 4 :]
     converted.write_bytes(other)
     with pytest.raises(OutputError) as caught:
         recover(converted)
     assert str(caught.value) == (
         f"{converted}: the undo file {undo.name} belongs to another file: it does not know the bytes at {place} "
-        f"(remove {undo.name} if this file is new)"
+        f"(remove {undo.name} if {converted.name} is a new file or a copy)"
     )
     assert converted.read_bytes() == other
     converted.write_bytes(original)  # a fresh copy of the file itself is recovered by doing nothing
@@ -774,13 +1044,13 @@ def test_a_file_that_another_process_is_changing_is_left_alone(converted, monkey
 
 def test_a_change_that_was_finished_while_we_waited_is_not_taken_back(converted, monkeypatch):
     undo = interrupted(converted, monkeypatch)
-    real_lock = patch_module._lock
+    real_lock = patch_module.lock
 
     def lock(fd: int) -> None:
         undo.unlink()  # the other process is done just before we get the lock
         real_lock(fd)
 
-    monkeypatch.setattr(patch_module, "_lock", lock)
+    monkeypatch.setattr(patch_module, "lock", lock)
     half_done = converted.read_bytes()
     assert recover(converted) is False
     assert converted.read_bytes() == half_done

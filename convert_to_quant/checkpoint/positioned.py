@@ -1,6 +1,6 @@
-"""Reading and writing at a byte position, on systems with pread(2) and pwrite(2) and on those without.
+"""Reading and writing at a byte position, and locks, on systems that have them and on those that have not.
 
-Windows has neither; there the position is set and used under one lock for all files.
+Windows has neither pread(2) nor pwrite(2); there the position is set and used under one lock for all files.
 """
 
 from __future__ import annotations
@@ -31,3 +31,16 @@ def pwrite(fd: int, data: Any, offset: int) -> int:
     with _POSITION:
         os.lseek(fd, offset, os.SEEK_SET)
         return os.write(fd, data)
+
+
+def lock(fd: int, *, shared: bool = False) -> None:
+    """Take a file for ourselves, or shared with other readers, until it is closed; nothing where there are no locks.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

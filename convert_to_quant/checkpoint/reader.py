@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,8 @@ from ..errors import CheckpointError, HeaderError, PickleError, StrPath, TensorE
 from ..fp8 import BY_SAFETENSORS_DTYPE, decode, widen_bfloat16
 from ..untrusted import MAX_BYTES, parse_json
 from .header import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
+from .positioned import OPEN_FLAGS
+from .undo import refuse_unrecovered
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
@@ -39,22 +43,59 @@ BIT_DTYPES: dict[str, Any] = {
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64", *BY_SAFETENSORS_DTYPE})
 
 
-def read_header(path: Path, place: Path | None = None) -> Header:
+class Identity(NamedTuple):
+    """What tells whether a name still stands for the same file, with the same content as far as the system knows."""
+
+    device: int
+    inode: int
+    nbytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, fd: int) -> Identity:
+        """That of an open file."""
+        found = os.fstat(fd)
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def refuse_special(where: Path, path: Path) -> None:
+    """Refuse a pipe, a device or a socket unopened: opening a pipe waits for a writer, and none can be mapped.
+
+    Args:
+        where: what would be opened.
+        path: its name for the message.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    try:
+        mode = where.stat().st_mode
+    except OSError:  # opening it says why
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        what = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise CheckpointError(f"{what}, not a file", path=path)
+
+
+def read_header(path: Path, place: Path | None = None) -> tuple[Header, Identity, int]:
     """Read and check the header of one safetensors file.
 
     Args:
         path: the file, for messages.
         place: where its bytes are, if not under its name: a file that is still being written has none.
 
+    Returns:
+        The header, which file it was read from, and the CRC-32 of its JSON.
+
     Raises:
-        CheckpointError: it cannot be read, is a pickle, or its header is wrong.
+        CheckpointError: it cannot be read, is a pickle or no file, or its header is wrong.
     """
     try:
         where = place or path
-        if where.is_fifo():  # opening one waits for a writer, and it cannot be mapped
-            raise CheckpointError("a pipe, not a file", path=path)
+        refuse_special(where, path)
         with where.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
+            identity = Identity.of(file.fileno())
+            file_bytes = identity.nbytes
             beginning, brace = file.read(LENGTH_BYTES), file.read(1)
             pickled = beginning.startswith(PICKLE_BEGINNINGS) and brace != b"{"
             if pickled or path.suffix.lower() in PICKLE_SUFFIXES:
@@ -64,7 +105,8 @@ def read_header(path: Path, place: Path | None = None) -> Header:
                     hint="convert it to safetensors in a sandbox first",
                 )
             length = header_length(beginning, file_bytes, path)
-            return parse_header((brace + file.read(length))[:length], file_bytes, path)
+            text = (brace + file.read(length))[:length]
+            return parse_header(text, file_bytes, path), identity, zlib.crc32(text)
     except FileNotFoundError:
         raise CheckpointError("no such file", path=path) from None
     except IsADirectoryError:
@@ -79,22 +121,46 @@ class CheckpointFile:
     Args:
         path: the file, for messages too.
         place: where its bytes are, if not under its name.
+
+    Attributes:
+        header: checked.
+        identity: which file the header was read from.
+        header_crc: CRC-32 of the header's JSON.
     """
 
     def __init__(self, path: Path, place: Path | None = None) -> None:
         self.path = path
         self.place = place or path
-        self.header = read_header(path, place)
+        self.header, self.identity, self.header_crc = read_header(path, place)
         self._map: mmap.mmap | None = None
+
+    def open(self) -> int:
+        """Open the file whose header was read once more, for reading; the caller closes it.
+
+        Raises:
+            CheckpointError: it cannot be opened, or its name stands for another file by now.
+        """
+        try:
+            fd = os.open(self.place, os.O_RDONLY | OPEN_FLAGS)
+        except OSError as error:
+            raise CheckpointError(f"cannot be read any more: {error.strerror}", path=self.path) from None
+        if Identity.of(fd)[:3] != self.identity[:3]:
+            os.close(fd)
+            raise CheckpointError(
+                "it was replaced or changed while it was read", path=self.path, hint="run the command again"
+            )
+        return fd
 
     def mapped(self) -> mmap.mmap:
         """The whole file, mapped read-only on first use."""
         if self._map is None:
+            fd = self.open()
             try:
-                with self.place.open("rb") as file:
-                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._map = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
             except OSError as error:
                 raise CheckpointError(f"cannot be mapped: {error.strerror}", path=self.path) from None
+            finally:
+                os.close(fd)
         return self._map
 
     def raw(self, info: TensorInfo) -> NDArray[np.uint8]:
@@ -247,31 +313,47 @@ def open_checkpoint(path: StrPath) -> Checkpoint:
 
     Raises:
         CheckpointError: a file is missing or unreadable, a pickle, or its header is wrong; an index that is not JSON
-            of the usual form, or that disagrees with its shards.
+            of the usual form, or that disagrees with its shards; a change in place is going on, or was interrupted.
     """
     path = Path(path)
-    if not path.name.endswith(INDEX_SUFFIX):
-        return Checkpoint(path, [CheckpointFile(path)], sharded=False)
-
-    weight_map = _read_index(path)
-    shard_names = list(dict.fromkeys(weight_map.values()))
-    for shard in shard_names:
-        if not is_file_name(shard):
-            raise CheckpointError(f"its shards should be files in its own folder, found {shard!r}", path=path)
-    checkpoint = Checkpoint(path, [CheckpointFile(path.parent / shard) for shard in shard_names], sharded=True)
+    weight_map = _weight_map(path)
+    paths = _files_of(path, weight_map)
+    refuse_unrecovered(path, paths)
+    checkpoint = Checkpoint(path, [CheckpointFile(file) for file in paths], sharded=bool(weight_map))
     for name, shard in weight_map.items():
         if name not in checkpoint or checkpoint.path_of(name).name != shard:
             raise CheckpointError(f"the index places it in {shard}, which does not hold it", path=path, tensor=name)
     return checkpoint
 
 
-def is_file_name(name: str) -> bool:
+def checkpoint_files(path: Path) -> list[Path]:
+    """The file, or the shards that an index names.
+
+    Raises:
+        CheckpointError: it is an index, and cannot be read or is not of the usual form.
+    """
+    return _files_of(path, _weight_map(path))
+
+
+def _files_of(path: Path, weight_map: dict[str, str]) -> list[Path]:
+    """The files of a checkpoint."""
+    shards = dict.fromkeys(weight_map.values())
+    for shard in shards:
+        if not _is_file_name(shard):
+            raise CheckpointError(f"its shards should be files in its own folder, found {shard!r}", path=path)
+    return [path.parent / shard for shard in shards] or [path]
+
+
+def _is_file_name(name: str) -> bool:
     """Whether a name that a file gives leads to its own folder: no path, no "..", nothing that no disk can store."""
     return name not in ("", "..") and Path(name).name == name and "\0" not in name
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """The weight_map of a shard index."""
+def _weight_map(path: Path) -> dict[str, str]:
+    """The weight_map of a shard index; empty where the checkpoint is one file."""
+    if not path.name.endswith(INDEX_SUFFIX):
+        return {}
+    refuse_special(path, path)
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)

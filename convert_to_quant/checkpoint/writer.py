@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError, OutputError, StrPath
+from ..errors import OutputError, StrPath
 from .header import DTYPE_BITS, TensorInfo, serialize_header, tensor_nbytes
 from .positioned import OPEN_FLAGS, pread, pwrite
 from .reader import BIT_DTYPES, INDEX_SUFFIX, Checkpoint, CheckpointFile
@@ -461,21 +461,18 @@ class CheckpointWriter:
             source: where they are.
             names: name in the output -> name in the source.
         """
-        by_file: dict[tuple[Path, int], list[tuple[int, int, int]]] = {}
+        by_file: dict[tuple[CheckpointFile, int], list[tuple[int, int, int]]] = {}
         for name, source_name in names.items():
             file = self._file_of[name]
             info, source_info = file.infos[name], source.tensors[source_name]
             assert info.nbytes == source_info.nbytes, name
             source_file = source.file_of(source_name)
             start = source_file.header.data_start + source_info.start
-            runs = by_file.setdefault((source_file.path, self._files.index(file)), [])
+            runs = by_file.setdefault((source_file, self._files.index(file)), [])
             runs.append((start, file.data_start + info.start, info.nbytes))
             self._count(file, name, info.nbytes)
-        for (source_path, file_number), runs in by_file.items():
-            try:
-                source_fd = os.open(source_path, os.O_RDONLY | OPEN_FLAGS)
-            except OSError as error:
-                raise CheckpointError(f"cannot be read any more: {error.strerror}", path=source_path) from None
+        for (source_file, file_number), runs in by_file.items():
+            source_fd = source_file.open()
             try:
                 for start, offset, nbytes in _joined(runs):
                     self._files[file_number].pending.copy(source_fd, start, offset, nbytes)

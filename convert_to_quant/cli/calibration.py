@@ -57,16 +57,16 @@ def options_of(args: argparse.Namespace) -> CalibrationOptions:
 
 
 def recover_input(args: argparse.Namespace) -> None:
-    """Put back what an interrupted in-place change of the input left half done; a dry run only says so.
+    """Put back what an interrupted change in place left half done, where the input will be changed in place.
+
+    Everything else leaves the input as it is; opening it says what is wrong with it.
 
     Raises:
-        OutputError: a dry run found such a change, or the undo file is damaged or belongs to another file.
+        OutputError: the undo file is damaged or belongs to another file.
     """
-    from ..patch import recover, refuse_unrecovered
+    from ..patch import recover
 
-    if args.dry_run:
-        refuse_unrecovered(Path(args.input))
-    elif recover(Path(args.input)):
+    if args.in_place and not args.dry_run and recover(Path(args.input)):
         note(f"{args.input}: an interrupted change in place was undone")
 
 

@@ -6,6 +6,8 @@ import json
 import mmap
 import os
 import pickle
+import socket
+import stat
 import zipfile
 from pathlib import Path
 
@@ -179,8 +181,35 @@ def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
     assert refused(tmp_path / "a.safetensors") == "a pipe, not a file"
 
 
-def test_a_device_is_refused():
-    assert "not a safetensors file" in refused(Path("/dev/null"), HeaderError)
+@pytest.mark.parametrize("name", ["a.safetensors", "a.safetensors.index.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
+def test_a_special_file_is_refused_unopened(tmp_path, monkeypatch, kind, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as end:
+            end.bind(name)  # relative, since a socket's path has at most 107 bytes
+    else:
+        try:
+            os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("no permission to make a device")
+    assert refused(path) == f"a {kind}, not a file"
+
+
+@pytest.mark.parametrize("change", ["replaced", "truncated"])
+def test_a_file_that_is_replaced_or_truncated_after_it_was_opened_is_not_mapped(tmp_path, save, change):
+    path = save("a.safetensors", {"x": np.zeros(100, np.uint8)})
+    with open_checkpoint(path) as checkpoint:
+        if change == "replaced":
+            save("b.safetensors", {"x": np.ones(100, np.uint8)}).rename(path)
+        else:
+            os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.raw("x")
+    assert str(caught.value) == f"{path}: it was replaced or changed while it was read (run the command again)"
 
 
 def test_a_file_that_the_system_does_not_let_us_read_is_refused(tmp_path):

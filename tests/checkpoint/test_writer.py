@@ -214,10 +214,28 @@ def test_writes_that_the_system_cuts_short_go_on(tmp_path, monkeypatch):
     np.testing.assert_array_equal(safetensors.numpy.load_file(tmp_path / "a.safetensors")["x"], values)
 
 
-def test_an_input_that_shrinks_meanwhile_leaves_no_output(tmp_path, save):
+@pytest.mark.parametrize("change", ["replaced", "truncated"])
+def test_an_input_that_is_replaced_or_truncated_meanwhile_leaves_no_output(tmp_path, save, change):
+    source = save("in.safetensors", {"x": np.zeros(100, np.uint8)})
+    with open_checkpoint(source) as checkpoint:
+        if change == "replaced":
+            save("other", {"x": np.ones(100, np.uint8)}).rename(source)
+        else:
+            os.truncate(source, source.stat().st_size - 1)
+        with (
+            pytest.raises(CheckpointError, match=r"in\.safetensors: it was replaced or changed while it was read"),
+            CheckpointWriter([(tmp_path / "out.safetensors", {"x": Spec("U8", (100,))})], {}) as out,
+        ):
+            out.copy(checkpoint, {"x": "x"})
+    assert listing(tmp_path) == ["in.safetensors"]
+
+
+def test_an_input_that_shrinks_while_it_is_copied_leaves_no_output(tmp_path, save, monkeypatch):
     source = save("in.safetensors", {"x": np.zeros(100, np.uint8)})
     out_path = tmp_path / "out.safetensors"
     with open_checkpoint(source) as checkpoint:
+        fd = checkpoint.files[0].open()
+        monkeypatch.setattr(checkpoint.files[0], "open", lambda: fd)
         os.truncate(source, source.stat().st_size - 1)
         with pytest.raises(OutputError) as caught, CheckpointWriter([(out_path, {"x": Spec("U8", (100,))})], {}) as out:
             out.copy(checkpoint, {"x": "x"})

@@ -351,16 +351,64 @@ def test_in_place_recovers_from_an_interrupted_change_and_says_so(ctq: Command, 
     assert undo.exists()
     assert fp8_file.read_bytes() != original
     refused = ctq("-i", fp8_file, "--dry-run", *LAYER)
-    assert (refused.code, refused.err) == (
-        1,
-        f"error: {undo}: an interrupted change left this undo file; the old bytes must be put back first "
-        "(run with --in-place again)\n",
-    )
+    assert (refused.code, refused.err) == (1, half_done(fp8_file))
     outcome = ctq("-i", fp8_file, "--in-place", *LAYER)
     assert outcome.code == 0
     assert f"note: {fp8_file}: an interrupted change in place was undone" in outcome.err
     assert not undo.exists()
     assert 1.0 not in {float(scale) for scale in input_scales(fp8_file).values()}
+
+
+def half_done(path: Path) -> str:
+    return (
+        f"error: {path}: an interrupted change in place left it half done; the old bytes are in {path}.undo (any "
+        f"command with --in-place puts them back first, such as `convert_to_quant -i {path} --actcal --in-place`)\n"
+    )
+
+
+def test_nothing_reads_or_repairs_a_file_that_an_interrupted_change_left_half_done(
+    ctq: Command, fp8_file: Path, flux_file: Path, tmp_path: Path
+) -> None:
+    stats = tmp_path / "stats.safetensors"
+    assert ctq("observe", flux_file, "-o", stats, "--samples", "1").code == 0
+    subprocess.run([sys.executable, "-c", CRASH, str(fp8_file)], check=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    new = tmp_path / "new.safetensors"
+    for words in (
+        ("inspect", fp8_file),
+        ("check", flux_file, fp8_file),
+        ("observe", fp8_file, "-o", new),
+        ("report", stats, fp8_file),
+        ("apply", fp8_file, stats, "-o", new),
+        ("apply", fp8_file, stats, "--in-place", "--dry-run"),
+        ("-i", fp8_file, "-o", new),
+        ("-i", fp8_file, "-o", new, *LAYER),
+    ):
+        outcome = ctq(*words)
+        assert (outcome.code, outcome.err) == (1, half_done(fp8_file)), words
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_that_is_replaced_while_it_is_calibrated_in_place_is_left_alone(
+    ctq: Command, fp8_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convert_to_quant.cli import convert
+
+    real, new = convert.calibrate, b"another file"
+
+    def calibrate(*words: Any) -> Any:
+        found = real(*words)
+        fp8_file.with_name("download").write_bytes(new)
+        fp8_file.with_name("download").rename(fp8_file)
+        return found
+
+    monkeypatch.setattr(convert, "calibrate", calibrate)
+    outcome = ctq("-i", fp8_file, "--in-place", *LAYER)
+    assert outcome.code == 1
+    problem = "it was changed or replaced since it was opened, so nothing was written (run the command again)"
+    assert f"error: {fp8_file}: {problem}\n" in outcome.err
+    assert fp8_file.read_bytes() == new
+    assert not list(fp8_file.parent.glob("*.undo"))
 
 
 CRASH = """

@@ -1,0 +1,345 @@
+"""Undo files: what a change in place keeps until it is complete.
+
+`FILE.undo` stands beside FILE while FILE is changed in place, with the old and the new bytes of every place that
+changes. One that stands there while nobody holds the file's lock was left by an interruption: some places are old and
+some are new. Such a checkpoint is not read until a command that changes it in place has put the old bytes back.
+
+An undo file is input like any other; it may have been downloaded with a model, or put there by another user. So it is
+believed only where
+
+- it knows every file that it is about by its inode number and size, and each is a file of the checkpoint that was asked
+  for: a new name does not part a file from its undo file, and a copy or a download is never taken for the file;
+- it belongs to us, or to the owner of the file;
+- it is about a header whose tensors stay as they are, or a whole input scale or mark, and never about a weight;
+- every byte that is there now is an old one or a new one.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import shlex
+import stat
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import names
+from ..errors import CheckpointError, HeaderError, OutputError
+from ..untrusted import JSONError, parse_json
+from .header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, header_length, parse_header
+from .positioned import OPEN_FLAGS, lock, pread
+
+UNDO_SUFFIX = ".undo"
+MAX_UNDO_BYTES = 4 * MAX_HEADER_BYTES
+"""More than the old and the new bytes of any header take in base64."""
+
+CHANGED_IN_PLACE = (names.INPUT_SCALE, names.INPUT_SCALE_LEGACY, names.COMFY_QUANT)
+"""How the names of tensors end that a change in place may touch."""
+
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Edit:
+    """New bytes for a place in a file.
+
+    Attributes:
+        file: number of the file in `Checkpoint.files`.
+        offset: byte position in that file.
+        data: what goes there.
+    """
+
+    file: int
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Change:
+    """An edit, and the bytes that stand there before it."""
+
+    edit: Edit
+    old: bytes
+
+    @property
+    def undone(self) -> Edit:
+        """The edit that takes it back."""
+        return Edit(self.edit.file, self.edit.offset, self.old)
+
+    def explains(self, found: bytes) -> bool:
+        """Whether this change, complete, partial or not begun, leaves these bytes: each is the old or the new one."""
+        return len(found) == len(self.old) == len(self.edit.data) and all(
+            byte in pair for byte, *pair in zip(found, self.old, self.edit.data, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A file that an undo file is about: its name at the time, its inode number, and its size in bytes."""
+
+    name: str
+    inode: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Undo:
+    """An undo file that was read; see `check` for whether it may be believed.
+
+    Attributes:
+        path: the undo file.
+        owner: user id of its owner.
+        subjects: what it is about; the changes count in them.
+        changes: what was to be done.
+    """
+
+    path: Path
+    owner: int
+    subjects: list[_Subject]
+    changes: list[Change]
+
+    def inodes(self) -> set[int]:
+        """The inode numbers of the files that it is about."""
+        return {subject.inode for subject in self.subjects}
+
+    def check(self, paths: Sequence[Path], fds: Sequence[int]) -> list[Edit]:
+        """What puts the old bytes back, if all of it may be believed.
+
+        Args:
+            paths: the files of a checkpoint.
+            fds: the same files, open.
+
+        Returns:
+            Edits that count in `paths`.
+
+        Raises:
+            OutputError: it is about other files, is another user's, or is about places that no change in place touches.
+        """
+        numbers = [self._number(subject, paths, fds) for subject in self.subjects]
+        edits = []
+        for position, number in enumerate(numbers):
+            changes = [change for change in self.changes if change.edit.file == position]
+            self._check_places(changes, paths[number], fds[number])
+            for change in changes:
+                offset = change.edit.offset
+                if not change.explains(pread(fds[number], len(change.old), offset)):
+                    problem = f"the undo file {self.path.name} belongs to another file: it does not know the bytes at"
+                    raise OutputError(f"{problem} {offset}", path=paths[number], hint=self._hint(paths[number]))
+                edits.append(Edit(number, offset, change.old))
+        return edits
+
+    def _number(self, subject: _Subject, paths: Sequence[Path], fds: Sequence[int]) -> int:
+        """Which of the files an undo file is about; it must be ours to believe about it."""
+        for number, (path, fd) in enumerate(zip(paths, fds, strict=True)):
+            found = os.fstat(fd)
+            if found.st_ino != subject.inode:
+                continue
+            if found.st_size != subject.nbytes:
+                raise OutputError(f"the undo file {self.path.name} belongs to a file of another size", path=path)
+            if hasattr(os, "geteuid") and self.owner not in (os.geteuid(), found.st_uid):
+                problem = f"the undo file {self.path.name} belongs to another user, {self.owner}"
+                raise OutputError(problem, path=path, hint="see what is in it, and who put it there")
+            return number
+        problem = f"the undo file {self.path.name} is about another file, which was called {subject.name}"
+        raise OutputError(problem, path=paths[0], hint=self._hint(paths[0]))
+
+    def _hint(self, path: Path) -> str:
+        return f"remove {self.path.name} if {path.name} is a new file or a copy"
+
+    def _check_places(self, changes: Sequence[Change], path: Path, fd: int) -> None:
+        """Refuse changes of anything but metadata, input scales and marks."""
+        nbytes = os.fstat(fd).st_size
+        try:
+            length = header_length(pread(fd, LENGTH_BYTES, 0), nbytes, path)
+            found = pread(fd, length, LENGTH_BYTES)
+            texts = [
+                text
+                for change in changes
+                if (change.edit.offset, len(change.old)) == (LENGTH_BYTES, length)
+                for text in (change.old, change.edit.data)
+            ]
+            headers = [parse_header(text, nbytes, path) for text in texts or [found]]
+        except HeaderError as error:
+            raise self._beyond(path, error.problem) from None
+        with contextlib.suppress(HeaderError):  # half old and half new, it may be no JSON
+            headers.append(parse_header(found, nbytes, path))
+        if any(header.tensors != headers[0].tensors for header in headers):
+            raise self._beyond(path, "it would change what the header says of tensors")
+        allowed = {(LENGTH_BYTES, length), *_changeable(headers[0])}
+        for change in changes:
+            if (change.edit.offset, len(change.old)) not in allowed:
+                raise self._beyond(path, f"it is about the {len(change.old)} bytes at {change.edit.offset}")
+
+    def _beyond(self, path: Path, why: str) -> OutputError:
+        problem = f"the undo file {self.path.name} is about more than metadata, input scales and marks: {why}"
+        return OutputError(problem, path=path, hint="nothing was put back; see what is in it")
+
+
+def _changeable(header: Header) -> Iterable[tuple[int, int]]:
+    """Offset and size in bytes of every tensor that a change in place may touch."""
+    for name, info in header.tensors.items():
+        if name.endswith(CHANGED_IN_PLACE):
+            yield header.data_start + info.start, info.nbytes
+
+
+def undo_path(path: Path) -> Path:
+    """Where the undo file of a checkpoint goes: beside the real file, so that it is found through every link to it."""
+    real = Path(os.path.realpath(path))  # Path.resolve raises a RuntimeError on a circle of links
+    return real.with_name(real.name + UNDO_SUFFIX)
+
+
+def undo_record(files: Iterable[tuple[Path, int]], changes: Iterable[Change]) -> bytes:
+    """The content of an undo file.
+
+    Args:
+        files: path and open descriptor of every file of the checkpoint.
+        changes: what will be done to them.
+    """
+
+    def text(data: bytes) -> str:
+        return base64.b64encode(data).decode("ascii")
+
+    record = {
+        "format": _FORMAT,
+        "files": [
+            {"name": path.name, "inode": found.st_ino, "bytes": found.st_size}
+            for path, found in ((path, os.fstat(fd)) for path, fd in files)
+        ],
+        "changes": [[c.edit.file, c.edit.offset, text(c.old), text(c.edit.data)] for c in changes],
+    }
+    body = json.dumps(record).encode("ascii")
+    return f"{zlib.crc32(body):08x}\n".encode("ascii") + body
+
+
+def read_undo(path: Path) -> Undo:
+    """Read an undo file.
+
+    Raises:
+        OutputError: it cannot be read, is a link or no file, is damaged, or is not one of this version's.
+    """
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_UNDO_BYTES:
+            raise OutputError("the undo file cannot be read: it is no regular file, or too large for one", path=path)
+        with open(path, "rb", opener=_open_unfollowed) as file:
+            found = os.fstat(file.fileno())  # which may be another one by now
+            content = file.read(MAX_UNDO_BYTES)
+    except OSError as error:
+        raise OutputError(f"the undo file cannot be read: {error.strerror}", path=path) from None
+    checksum, _, body = content.partition(b"\n")
+    if checksum != f"{zlib.crc32(body):08x}".encode("ascii"):
+        raise OutputError("the undo file is damaged, so nothing was put back", path=path, hint="see what is in it")
+    try:
+        record = parse_json(body, most_bytes=MAX_UNDO_BYTES)
+        known = record["format"] == _FORMAT
+        subjects = [_Subject(str(one["name"]), int(one["inode"]), int(one["bytes"])) for one in record["files"]]
+        changes = [
+            Change(Edit(int(number), int(offset), base64.b64decode(new)), base64.b64decode(old))
+            for number, offset, old, new in record["changes"]
+        ]
+    except (JSONError, ValueError, KeyError, TypeError, OverflowError):
+        known, subjects, changes = False, [], []
+    inside = all(0 <= change.edit.file < len(subjects) and change.edit.offset >= 0 for change in changes)
+    if not (known and inside and len({subject.inode for subject in subjects}) == len(subjects)):
+        raise OutputError("the undo file is not one of this version's", path=path, hint="see what is in it")
+    return Undo(path, found.st_uid, subjects, changes)
+
+
+def _open_unfollowed(path: str, flags: int) -> int:
+    """Open a file, but no link, and without waiting for the other end of a pipe."""
+    return os.open(path, flags | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+
+
+def find_undo(path: Path, files: Iterable[Path]) -> Path | None:
+    """The undo file that an interrupted change of a checkpoint left in its folder, also under an older name.
+
+    One that bears the checkpoint's own name counts as well, unless it is about another file of the folder.
+
+    Args:
+        path: the checkpoint, a file or an index.
+        files: its files.
+    """
+    beside = undo_path(path)
+    own: set[int] = set()
+    for file in files:
+        with contextlib.suppress(OSError):
+            own.add(file.stat().st_ino)
+    try:
+        with os.scandir(beside.parent) as entries:
+            folder = {entry.name: entry.inode() for entry in entries}
+    except OSError:  # a folder that may not be listed, or that is not there
+        return beside if os.path.lexists(beside) else None
+    others = set(folder.values())
+    for name in sorted(folder, key=lambda name: (name != beside.name, name)):
+        if not name.endswith(UNDO_SUFFIX):
+            continue
+        named = name == beside.name
+        try:
+            about = read_undo(beside.with_name(name)).inodes()
+        except OutputError:
+            about = set()
+        if own & about or (named and not about & others):
+            return beside.with_name(name)
+    return None
+
+
+def interrupted(path: Path, undo: Path) -> CheckpointError:
+    """The error that says what an undo file means for a checkpoint."""
+    command = f"convert_to_quant -i {shlex.quote(str(path))} --actcal --in-place"
+    return CheckpointError(
+        f"an interrupted change in place left it half done; the old bytes are in {undo}",
+        path=path,
+        hint=f"any command with --in-place puts them back first, such as `{command}`",
+    )
+
+
+def refuse_unrecovered(path: Path, files: Sequence[Path]) -> None:
+    """Refuse a checkpoint that is being changed in place, or that an interrupted change left half done.
+
+    Args:
+        path: the checkpoint, a file or an index.
+        files: its files.
+
+    Raises:
+        CheckpointError: there is an undo file for it.
+    """
+    undo = find_undo(path, files)
+    if undo is None:
+        return
+    if any(map(_is_locked, files)):
+        raise CheckpointError("another process is changing this file", path=path, hint="wait for it")
+    if os.path.lexists(undo):  # whoever held the lock a moment ago may have finished
+        raise interrupted(path, undo)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether another process holds the lock that a change in place takes."""
+    try:
+        fd = os.open(path, os.O_RDONLY | OPEN_FLAGS)
+    except OSError:
+        return False
+    try:
+        lock(fd, shared=True)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return False
+
+
+def refuse_foreign_undo(path: Path) -> None:
+    """Refuse a change in place whose undo file would replace that of another file.
+
+    Raises:
+        OutputError: an undo file of this name is about another file of the folder, which was renamed.
+    """
+    undo = undo_path(path)
+    if os.path.lexists(undo):
+        problem = f"its undo file would replace {undo.name}, which is about another file of this folder"
+        raise OutputError(problem, path=path, hint="change that file in place first, which puts its old bytes back")
