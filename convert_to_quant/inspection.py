@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its headers and its scales alone: no weight is read, nothing is run.
+"""What a checkpoint is, from its headers and its scales: hardly a weight is read, nothing is run.
 
 Why it exists. Two FP8 files of the same model look alike and behave differently: one is marked in its header and one in
 tensors, one has input scales and one leaves them at 1.0, one carries a marker that turns FP8 products off. Readers
@@ -8,35 +8,55 @@ What it answers, layer by layer and in sum: the format and how finely it is scal
 what ComfyUI does with it (a key of `READINGS`). What is wrong is a `Problem` of a kind of `KINDS`, with what to do.
 The facts about ComfyUI were found by running version 0.33 and by reading its source.
 
-An input scale is *suspicious* where no network that was ever measured has such ranges. The range is 448 times the
-scale; published ranges of real layers lie between about 1 and 6.6e4. Outside 2⁻²⁰ to 2¹² (ranges of 4e-4 to 1.8e6) the
-scale is taken for a mistake: it was multiplied or divided once too often, or never set.
+An input scale is *suspicious* where no network that was ever measured has such ranges. The range is the largest value
+of the format (448 for e4m3, 57,344 for e5m2) times the scale; published ranges of real layers lie between about 1 and
+6.6e4. Outside 4e-4 to 1.8e6 the scale is taken for a mistake: multiplied or divided once too often, or never set.
 
-Limits. A scale of a believable size may still be wrong: only running the model shows that. Header metadata of shards is
-read as one.
+A weight scale is *absurd* where the largest weight would lie outside 2⁻²⁰ to 2¹⁴. Weights of real layers reach 1e-3 to
+a few hundred, and 1/s in place of s makes every e4m3 layer whose largest weight is under 12 exceed 2¹⁴. The largest
+weight is taken for the largest code times the scale; a scale of 1.0 or less is never too large, since a plain cast to
+e5m2 at 1.0 uses a small part of that range. Only where a scale is outside are some codes read, 64 KiB of a layer at
+most: where they are all 0 any scale will do, and in e5m2 the largest of them counts.
+
+A weight is *misshapen* where its rows do not fit its bias, where it is the only one of several blocks' same layer that
+is transposed, or where it does not fit the norms of its block.
+
+Limits. A scale of a believable size may still be wrong, and so may the shape of a layer without bias that is transposed
+in every block: only running the model shows that. Header metadata of shards is read as one.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from . import families, names, stats
-from .checkpoint import Checkpoint, open_checkpoint
+import numpy as np
+
+from . import families, names, packings, stats
+from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .convert import FULL_PRECISION_KEY, PROVENANCE_KEY, SIDE_MULTIPLE
 from .errors import StrPath
-from .fp8 import BY_SAFETENSORS_DTYPE, E5M2
-from .layers import Layer, LayerError, LayerTable, find_layers, input_scale
+from .fp8 import BY_SAFETENSORS_DTYPE, E4M3FN, E5M2, Format, decode
+from .layers import SCALE_DTYPES, ForeignLayer, Layer, LayerError, LayerTable, find_layers, input_scale
 from .untrusted import JSONError, parse_json
 
-InputState = Literal["calibrated", "one", "missing", "suspicious", "unused"]
+InputState = Literal["calibrated", "guessed", "one", "missing", "suspicious", "unused"]
 
 LEAST_INPUT_SCALE = 2.0**-20
 LARGEST_INPUT_SCALE = 2.0**12
+"""Of e4m3; a scale of another format is judged by the range that it makes."""
+
+LEAST_WEIGHT = 2.0**-20
+LARGEST_WEIGHT = 2.0**14
+"""Between them lies the largest weight of any real layer."""
+
+_SAMPLE_RUNS, _SAMPLE_BYTES = 4, 1 << 14
 
 READINGS: Mapping[str, str] = {
     "fp8": "FP8 product, inputs scaled by input_scale",
@@ -46,6 +66,7 @@ READINGS: Mapping[str, str] = {
     "text-encoder": "full precision (text encoders always are)",
     "dynamic": "only with the ComfyUI-QuantOps nodes, which scale inputs as they come",
     "foreign": "kernels of its own format",
+    "packed": "nothing: another program packed it",
     "cuda-error": "FP8 product, which fails on CUDA",
     "error": "an error, or silently something else (see problems)",
     "scale-dropped": "scale dropped: codes are taken for weights, so noise",
@@ -80,9 +101,25 @@ KINDS: Mapping[str, Kind] = {
     "mark-format": Kind("a mark names another format than the weight has", _RECONVERT),
     "legacy-e5m2": Kind("float8_e5m2 in a legacy file, read as float8_e4m3fn: silently wrong", _RECONVERT),
     "weight-scale-missing": Kind("marked as quantized without a weight scale: the model does not load", _RECONVERT),
-    "scale-value": Kind("a scale is NaN, infinite or negative", _RECONVERT),
+    "scale-value": Kind("a scale is 0, NaN, infinite or negative", _RECONVERT),
     "scale-dtype": Kind("a scale is no float", _RECONVERT),
     "scale-shape": Kind("a scale has a shape that fits no rule", _RECONVERT),
+    "mark-unknown": Kind(
+        "a mark names a format that ComfyUI does not know: the model does not load",
+        f"{_RECONVERT}, or install the nodes that the format belongs to",
+    ),
+    "packed": Kind(
+        "layers that another program packed: ComfyUI cannot read them",
+        "load the file with the nodes of that program, or convert the original",
+    ),
+    "weight-scale-absurd": Kind(
+        f"a weight scale makes weights beyond {LARGEST_WEIGHT:,.0f} or within {LEAST_WEIGHT:.0e}, as no model has them",
+        _RECONVERT,
+    ),
+    "misshapen": Kind(
+        "a weight is transposed, flattened, or of another model: the model does not load",
+        "get the file again, or convert the original",
+    ),
     "scale-granularity": Kind(
         "float8 with scales per row or block: ComfyUI fails, or silently computes something else",
         f"{_RECONVERT} with --scaling-mode tensor",
@@ -96,7 +133,7 @@ KINDS: Mapping[str, Kind] = {
         "legacy layers in a file whose header marks others: ComfyUI drops the scales of the legacy layers", _RECONVERT
     ),
     "unmarked": Kind(
-        "FP8 with scales but without a mark: ComfyUI drops the scales and paints noise",
+        "quantized, with scales, but without a mark: ComfyUI drops the scales and paints noise, or does not load it",
         "use it where it was made for, or convert the original with convert_to_quant",
     ),
     "orphaned-scale": Kind("scales without a weight", "a part of the model is missing or renamed: get the file again"),
@@ -125,8 +162,11 @@ KINDS: Mapping[str, Kind] = {
         "FP8 weights without scale and mark: a plain cast, which loses small weights, without FP8 products",
         "convert the original with convert_to_quant",
     ),
+    "guessed": Kind("input scales are guesses from simulated layers, not measured", f"{_CALIBRATE}, or observe"),
+    "uncalibrated": Kind("input scales were never calibrated: all are 1.0 or missing", _CALIBRATE),
 }
-"""Every kind of problem, the worst first. The first eight are those of `layers.ProblemKind`."""
+"""Every kind of problem, the worst first. The first eight are those of `layers.ProblemKind`; the last two are doubts,
+which count only for those who ask for strictness."""
 
 INPUT_SCALE_KINDS: Mapping[str, str] = {
     "scale-dtype": "input-scale-dtype",
@@ -144,8 +184,6 @@ TEXT_ENCODERS: Mapping[str, tuple[str, ...]] = {
 
 _OTHER_PREFIXES = tuple(part.prefix for part in families.OTHER_PARTS)
 _LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", ".lora.up.", ".lora.down.")
-_PACKED_WEIGHT = ".weight_packed"
-"""Under this name compressed-tensors keeps two 4-bit weights per byte; its scales are no orphans."""
 
 _SCALES = tuple(
     suffix for suffix in names.LAYER_SUFFIXES if suffix not in (names.WEIGHT, names.BIAS, names.COMFY_QUANT)
@@ -219,6 +257,7 @@ class Made:
         engine: "model", "layer" or "statistics" where it calibrated input scales, else None.
         conditioning: what the model was shown in place of prompts ("noise"), where that is known.
         samples, seed: of the calibration.
+        guessed: layers whose scales were simulated although others were measured.
         depends_on_conditioning: layers whose ranges move with the conditioning, which noise only imitates.
         lora: adapters that the ranges cover.
     """
@@ -229,6 +268,7 @@ class Made:
     conditioning: str | None = None
     samples: int | None = None
     seed: int | None = None
+    guessed: tuple[str, ...] = ()
     depends_on_conditioning: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
 
@@ -289,6 +329,22 @@ class Inspection:
         return dict(Counter(layer.input_state for layer in self.layers if layer.input_state is not None))
 
     @property
+    def doubts(self) -> tuple[Problem, ...]:
+        """What counts as a problem where strictness is asked for: input scales that nobody measured."""
+        guessed = tuple(layer.name for layer in self.layers if layer.input_state == "guessed")
+        if guessed:
+            return (Problem("guessed", guessed),)
+        products = [layer for layer in self.layers if layer.reading in PRODUCTS]
+        if self.calibrated or not all(layer.input_state in ("one", "missing") for layer in products):
+            return ()
+        return (Problem("uncalibrated", tuple(layer.name for layer in products)),) if products else ()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the file says that its input scales were calibrated, be they 1.0."""
+        return self.made is not None and self.made.engine is not None
+
+    @property
     def advice(self) -> tuple[str, ...]:
         """What to do although nothing is wrong, one sentence each."""
         sentences = []
@@ -297,6 +353,11 @@ class Inspection:
             sentences.append(
                 f"{at_one} of {at_one + self.readings.get('fp8', 0)} FP8 products have no measured input scale, so "
                 f"inputs beyond 448 are clipped and tiny ones vanish: {_CALIBRATE}"
+            )
+        guessed = self.input_states.get("guessed", 0)
+        if guessed:
+            sentences.append(
+                f"{guessed} input scales are guesses from the weights, which may be far off: {_CALIBRATE}, or observe"
             )
         if self.sharded:
             sentences.append("ComfyUI reads no shard indexes: join the shards into one file for it")
@@ -311,6 +372,7 @@ class Inspection:
             "readings": self.readings,
             "input_scales": self.input_states,
             "problems": [problem.to_json() for problem in self.problems],
+            "doubts": [problem.to_json() for problem in self.doubts],
         }
 
 
@@ -341,9 +403,11 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """
     table = find_layers(checkpoint, collect_problems=True)
     family, title = _identify(checkpoint)
-    survey = _Survey(checkpoint, table, whole_text_encoder=family == "text-encoder")
+    made = _made(checkpoint.metadata)
+    survey = _Survey(checkpoint, table, family == "text-encoder", made or Made())
     layers = survey.views()
     survey.look_for_orphans()
+    survey.look_at_shapes()
     marker = table.legacy_marker
     parts = (families.other_part(name) for name in checkpoint.tensors if name.startswith(_OTHER_PREFIXES))
     return Inspection(
@@ -363,7 +427,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         legacy_marker_elements=None if marker is None else marker.elements,
         further_markers=tuple(other.name for other in table.legacy_markers.values() if other is not marker),
         quantization_config=_config_beside(checkpoint.path),
-        made=_made(checkpoint.metadata),
+        made=made,
         problems=tuple(survey.problems()),
     )
 
@@ -392,6 +456,7 @@ class _Survey:
     checkpoint: Checkpoint
     table: LayerTable
     whole_text_encoder: bool
+    made: Made
     found: dict[str, list[str]] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
 
@@ -417,10 +482,8 @@ class _Survey:
             assert layer.format is not None
             views[layer.name] = LayerView(layer.name, layer.weight.shape, layer.format.name, "cast")
             self.report("raw-fp8", layer.name)
-        for foreign in table.foreign.values():
-            views[foreign.name] = LayerView(
-                foreign.name, foreign.weight.shape, foreign.format, "foreign", marked_by=self.marked_by(foreign.name)
-            )
+        for foreign in (layer for name, layer in table.foreign.items() if name not in self.packed_layers):
+            views[foreign.name] = self.foreign(foreign)
         for layer in table.plain.values():
             views[layer.name] = LayerView(layer.name, layer.weight.shape, layer.weight.dtype, "high-precision")
         for error in table.problems:
@@ -436,8 +499,95 @@ class _Survey:
         markers = (table.marker_of(view.name) for view in views.values() if view.reading == "marker")
         for name in dict.fromkeys(marker.name for marker in markers if marker is not None):
             self.report("marker-disables-fp8", name)
-        order = (name[: -len(names.WEIGHT)] for name in self.checkpoint.tensors if name.endswith(names.WEIGHT))
+        order = []
+        for key, info in self.checkpoint.tensors.items():
+            name, program = self.packed.get(key) or (key.removesuffix(names.WEIGHT), None)
+            if program is not None:
+                self.report("packed", name, program)
+                views[name] = LayerView(name, info.shape, program, "packed")
+            if program is not None or name != key:
+                order.append(name)
         return [views[name] for name in order if name in views]
+
+    @cached_property
+    def packed(self) -> dict[str, tuple[str, str]]:
+        """Weights that ComfyUI cannot read since another program packed them -> the layer and the program."""
+        found = {}
+        for key, info in self.checkpoint.tensors.items():
+            packed = packings.packed_by(key, self.checkpoint)
+            name = key.removesuffix(names.WEIGHT)
+            if packed is None and name != key and info.dtype in INTEGERS and info.shape:
+                packed = None if name in self.table.foreign else (name, f"integers ({info.dtype})")
+            if packed is not None and not self.marked_by(packed[0]):
+                found[key] = packed
+        return found
+
+    @cached_property
+    def packed_layers(self) -> frozenset[str]:
+        """The layers of `packed`."""
+        return frozenset(name for name, _ in self.packed.values())
+
+    def foreign(self, layer: ForeignLayer) -> LayerView:
+        """A layer in a format beside FP8 with one scale, and its problems."""
+        name, form, marked_by, reading = layer.name, layer.format, self.marked_by(layer.name), "foreign"
+        packing = packings.PACKINGS.get(form)
+        missing = [name + key for key in (packing.scales if packing else ()) if name + key not in self.checkpoint]
+        if not marked_by and len(layer.weight.shape) == 2:
+            form = packings.recognize(name, layer.weight.dtype, self.checkpoint) or form
+            self.report("unmarked", name, form)
+            reading = "scale-dropped"
+        elif not marked_by or form.endswith("-dimensional"):
+            pass  # in other dimensions than two, as convolutions are
+        elif packing is None:
+            self.report("mark-unknown", name, form)
+            reading = "error"
+        elif layer.weight.dtype not in packing.dtypes:
+            self.report("mark-format", name, f"marked as {form}, but stored as {layer.weight.dtype}")
+            reading = "error"
+        elif missing:
+            self.report("weight-scale-missing", name, f"{form} needs {missing[0]}")
+            reading = "error"
+        elif packing.ranged_by is not None:
+            scale = self.checkpoint.tensors[name + packing.ranged_by]
+            if scale.dtype not in SCALE_DTYPES:
+                self.report("scale-dtype", scale.name, scale.dtype)
+                reading = "error"
+            elif self.judge_weight_scale(layer.weight, scale.name, packing.max):
+                reading = "error"
+        return LayerView(name, layer.weight.shape, form, reading, marked_by=marked_by)
+
+    def judge_weight_scale(self, weight: TensorInfo, key: str, largest_code: float) -> bool:
+        """Whether a weight scale cannot be meant, which is then reported; see the module's docstring."""
+        scales = self.checkpoint.float32(key)
+        if not (np.isfinite(scales).all() and (scales >= 0).all()):
+            self.report("scale-value", key, "scales should be finite and not negative")
+            return True
+        largest_scale = float(scales.max(initial=0.0))
+        plausible = largest_scale * largest_code <= LARGEST_WEIGHT or largest_scale <= 1.0
+        if not scales.size or (plausible and largest_scale * largest_code >= LEAST_WEIGHT):
+            return False
+        codes = self.sample(weight)
+        if not codes.any():
+            return False
+        if weight.dtype == E5M2.safetensors_dtype:
+            values = np.abs(decode(codes, E5M2))
+            largest_code = float(values.max(initial=0.0, where=np.isfinite(values)))
+        largest = largest_scale * largest_code
+        if largest_scale == 0.0:
+            self.report("scale-value", key, "0, where the weights are not 0")
+        elif not LEAST_WEIGHT <= largest <= LARGEST_WEIGHT:
+            self.report("weight-scale-absurd", key, f"{largest_scale:.3g}: weights up to {largest:.3g}")
+        else:
+            return False
+        return True
+
+    def sample(self, weight: TensorInfo) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Some bytes of a weight, spread over it."""
+        content = self.checkpoint.raw(weight.name).reshape(-1).view(np.uint8)
+        if len(content) <= _SAMPLE_RUNS * _SAMPLE_BYTES:
+            return np.array(content)
+        starts = np.linspace(0, len(content) - _SAMPLE_BYTES, _SAMPLE_RUNS, dtype=np.int64)
+        return np.concatenate([content[start : start + _SAMPLE_BYTES] for start in starts])
 
     def marked_by(self, name: str) -> tuple[str, ...]:
         """What marks a layer."""
@@ -457,8 +607,13 @@ class _Survey:
         reading = self.reading(layer, scale)
         state: InputState = "unused"
         if reading in PRODUCTS:
-            state = _input_state(scale) if layer.input_problem is None else "suspicious"
+            state = _input_state(scale, layer.format) if layer.input_problem is None else "suspicious"
             reading = self.judge_input_scale(layer, scale, state) or reading
+            if layer.name in self.made.guessed or (state == "calibrated" and self.made.engine == "layer"):
+                state = "guessed" if state != "suspicious" else state
+        assert layer.weight_scale is not None
+        if self.judge_weight_scale(layer.weight, layer.weight_scale, layer.format.max):
+            reading = "error"
         said = layer.config.get("format")
         return LayerView(
             layer.name,
@@ -546,7 +701,66 @@ class _Survey:
 
     def has_weight(self, layer: str) -> bool:
         """Whether a layer of this name has a weight."""
-        return layer + names.WEIGHT in self.checkpoint or layer + _PACKED_WEIGHT in self.checkpoint
+        return layer + names.WEIGHT in self.checkpoint or layer in self.packed_layers
+
+    def look_at_shapes(self) -> None:
+        """Look for weights whose shapes contradict their biases, the same layers of other blocks, or norms."""
+        tensors = self.checkpoint.tensors
+        norms: dict[str, set[int]] = defaultdict(set)  # sizes of a block's own norms
+        same: dict[tuple[str, str], list[TensorInfo]] = defaultdict(list)  # a layer over all blocks
+        for key, info in tensors.items():
+            block, number, rest = _in_block(key)
+            name = key.removesuffix(names.WEIGHT)
+            if len(info.shape) == 1 and _BLOCK_NORM.fullmatch(rest):
+                norms[f"{block}.{number}"].add(info.shape[0])
+            if name == key or name in self.packed_layers:
+                continue
+            bias = tensors.get(name + names.BIAS)
+            if bias is not None and len(bias.shape) == 1:
+                padding = info.shape[0] - bias.shape[0] if len(info.shape) == 2 else 0
+                flat = len(info.shape) == 1 and info.shape[0] > bias.shape[0] > 0
+                if flat or padding < 0 or padding >= _MOST_PADDING or (padding and name not in self.table.foreign):
+                    self.report("misshapen", name, f"{_sides(info)} beside a bias of {bias.shape[0]}")
+                    continue
+            if rest and len(info.shape) == 2 and name not in self.table.foreign:
+                same[block, rest].append(info)
+        for infos in same.values():
+            (usual, count), *_ = Counter(info.shape for info in infos).most_common(1)
+            for info in infos:
+                block, number, rest = _in_block(info.name)
+                name, sizes = info.name.removesuffix(names.WEIGHT), norms[f"{block}.{number}"]
+                if info.shape == usual[::-1] != usual and 2 * count > len(infos) > 2:
+                    self.report("misshapen", name, f"{_sides(info)}, but {usual[0]} × {usual[1]} in other blocks")
+                elif _READS_STREAM.search(name) and info.shape[0] in sizes and info.shape[1] not in sizes:
+                    self.report("misshapen", name, f"{_sides(info)} behind a norm of {info.shape[0]}")
+
+
+INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
+"""What no weight is stored as, so codes of some kind."""
+
+_MOST_PADDING = 32
+"""Rows that formats of ComfyUI add to a weight, less one: mxfp8 fills up to 32, nvfp4 to 16."""
+
+_BLOCK_NORM = re.compile(r"[a-z_]*(?:norm|ln)_?\d*\.weight|(?:input|post_attention)_layernorm\.weight")
+_READS_STREAM = re.compile(r"\.(?:qkv|to_qkv|to_q|q_proj|w1|w3|gate_proj|up_proj|fc1)$")
+"""Layers that read what a block's norm gives."""
+
+
+def _in_block(tensor: str) -> tuple[str, str, str]:
+    """What stands before a block's number, the number, and the rest; nothing where a tensor is in no block.
+
+    >>> _in_block("double_blocks.3.img_mlp.0.weight"), _in_block("time_embed.2.weight")
+    (('double_blocks', '3', 'img_mlp.0.weight'), ('', '', ''))
+    """
+    parts = tensor.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdecimal()), len(parts))
+    if all(part.isdecimal() for part in parts[number + 1 : -1]):
+        return "", "", ""
+    return ".".join(parts[:number]), parts[number], ".".join(parts[number + 1 :])
+
+
+def _sides(info: TensorInfo) -> str:
+    return " × ".join(map(str, info.shape))
 
 
 def _layer_of(tensor: str) -> str:
@@ -559,7 +773,7 @@ def _layer_of(tensor: str) -> str:
     return tensor[: len(tensor) - len(suffix)]
 
 
-def _input_state(scale: float | None) -> InputState:
+def _input_state(scale: float | None, fmt: Format = E4M3FN) -> InputState:
     """What an input scale that is used is worth.
 
     >>> _input_state(None), _input_state(1.0), _input_state(0.02), _input_state(0.0)
@@ -569,7 +783,8 @@ def _input_state(scale: float | None) -> InputState:
         return "missing"
     if scale == 1.0:
         return "one"
-    return "calibrated" if LEAST_INPUT_SCALE <= scale <= LARGEST_INPUT_SCALE else "suspicious"
+    as_e4m3 = scale * (fmt.max / E4M3FN.max)
+    return "calibrated" if LEAST_INPUT_SCALE <= as_e4m3 <= LARGEST_INPUT_SCALE else "suspicious"
 
 
 def _config_beside(path: Path) -> str | None:
@@ -605,6 +820,7 @@ def _made(metadata: Mapping[str, str]) -> Made | None:
         conditioning=_typed(calibrate.get("conditioning"), str),
         samples=_typed(calibrate.get("samples"), int),
         seed=_typed(calibrate.get("seed"), int),
+        guessed=_texts(calibrate.get("guessed")),
         depends_on_conditioning=_texts(calibrate.get("depends_on_conditioning")),
         lora=_texts(calibrate.get("lora")),
     )

@@ -52,8 +52,8 @@ DYNAMIC_FORMATS = frozenset(FP8_FORMATS) - frozenset(FORMATS)
 
 PLAIN_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 SCALE_DTYPES = frozenset({"F32", "F16", "BF16", "F64"})
-BLOCK_EXPONENT_DTYPES = frozenset({"F8_E8M0"})
-"""Scales that are bare exponents: microscaling (OCP MX) formats, one per 32 weights, laid out in tiles."""
+BLOCK_EXPONENT_DTYPES = frozenset({"F8_E8M0", "U8"})
+"""Scales of FP8 weights that are bare exponents: microscaling (OCP MX), one per 32 weights, laid out in tiles."""
 WEIGHT_SCALE_SPELLINGS = (names.WEIGHT_SCALE, names.WEIGHT_SCALE_LEGACY, names.WEIGHT_SCALE_INV)
 INPUT_SCALE_SPELLINGS = (names.INPUT_SCALE, names.INPUT_SCALE_LEGACY)
 BLOCK_SIZE_KEYS = ("block_size", "group_size")
@@ -419,9 +419,10 @@ class _Finder:
             raise self.error("mark-unreadable", f"its mark names no format: {json.dumps(config)}", name)
         if said is not None and said not in FP8_FORMATS:
             self.table.foreign[name] = ForeignLayer(name, said, weight)
-        elif said is None and weight_scale and self.checkpoint.tensors[weight_scale].dtype in BLOCK_EXPONENT_DTYPES:
-            self.table.foreign[name] = ForeignLayer(name, "mxfp8", weight)
         elif weight.dtype in BY_SAFETENSORS_DTYPE:
+            if said is None and weight_scale and self.checkpoint.tensors[weight_scale].dtype in BLOCK_EXPONENT_DTYPES:
+                self.table.foreign[name] = ForeignLayer(name, "mxfp8", weight)
+                return
             self.add_fp8(Layer(name, weight, BY_SAFETENSORS_DTYPE[weight.dtype], marking, (0, 0), weight_scale,
                                config=config))  # fmt: skip
         elif said is not None:

@@ -412,7 +412,7 @@ def test_the_documents_have_examples() -> None:
     [
         ("```console\nconvert_to_quant inspect flux_fp8.safetensors --no-such-flag\n```", "fails"),
         ("```console\nconvert_to_quant inspect no_such_file.safetensors\n```", "fails"),
-        ("```bash\nconvert_to_quant inspect flux_fp8.safetensors --strict && nonsense x\n```", "an unknown program"),
+        ("```bash\nconvert_to_quant inspect flux_fp8.safetensors && nonsense x\n```", "an unknown program"),
         ("```console\nconvert_to_quant demo --no-such-flag\n```", "is misused"),
         ("text\n\n    torchrun -m convert_to_quant observe m.safetensors -o s.safetensors --bad\n", "is misused"),
         ("```console\nconvert_to_quant help nothing | less\n```", "fails"),

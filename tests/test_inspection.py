@@ -188,9 +188,193 @@ def test_a_header_entry_without_a_weight(look):
     assert only_problem(found) == Problem("orphaned-mark", ("gone",), "in the header")
 
 
-def test_the_scales_of_packed_weights_are_no_orphans(look):
-    found = look({"y.weight_packed": np.zeros((4, 4), np.uint8), "y.weight_scale": np.ones(4, np.float32)})
+PACKED = {
+    "compressed-tensors": {"y.weight_packed": np.zeros((4, 4), np.uint8), "y.weight_scale": np.ones(4, np.float32)},
+    "Nunchaku (SVDQuant)": {
+        "y.qweight": np.zeros((4, 4), np.int8), "y.wscales": np.ones((1, 4), np.float16),
+        "y.proj_down": np.ones((4, 2), np.float16)},
+    "GPTQ or AWQ": {"y.qweight": np.zeros((4, 4), np.int32), "y.qzeros": np.zeros((1, 4), np.int32)},
+    "bitsandbytes 4-bit": {
+        "y.weight": np.zeros((64, 1), np.uint8), "y.weight.absmax": np.ones(2, np.float32),
+        "y.weight.quant_map": np.ones(16, np.float32), "y.bias": np.ones(16, np.float32)},
+    "bitsandbytes 8-bit": {"y.weight": np.zeros((4, 4), np.int8), "y.SCB": np.ones(4, np.float32)},
+    "HQQ": {"y.W_q": np.zeros((4, 4), np.uint8)},
+    "Quanto": {"y.weight._data": np.zeros((4, 4), np.int8), "y.weight._scale": np.ones((4, 1), np.float32)},
+    "TorchAO": {"y._weight_qdata": np.zeros((4, 4), np.int8), "y._weight_scale": np.ones((4, 1), np.float32)},
+    "integers (U8)": {"y.weight": np.zeros(64, np.uint8)},
+    "integers (I32)": {"y.weight": np.zeros((4, 4), np.int32)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PACKED)
+def test_layers_that_other_programs_packed_are_named_and_counted(look, program):
+    more = {name.replace("y", "z", 1): tensor for name, tensor in PACKED[program].items()}
+    found = look(PACKED[program] | more)
+    assert only_problem(found) == Problem("packed", ("y", "z"), program)
+    assert [(layer.name, layer.format) for layer in found.layers if layer.reading == "packed"] == [
+        ("y", program), ("z", program)]  # fmt: skip
+    assert found.readings["packed"] == 2
+
+
+NVFP4 = {"y.weight": np.ones((16, 8), np.uint8), "y.weight_scale": ("F8_E4M3", np.full((128, 4), 0x38, np.uint8)),
+         "y.weight_scale_2": np.float32(0.01)}  # fmt: skip
+FOREIGN = {
+    "nvfp4": NVFP4,
+    "mxfp8": {"y.weight": ("F8_E4M3", np.ones((32, 32), np.uint8)), "y.weight_scale": np.full((128, 4), 120, np.uint8)},
+    "int8_tensorwise": {"y.weight": np.ones((16, 32), np.int8), "y.weight_scale": np.full((16, 1), 0.01, np.float32)},
+    "asym_w4a8_int8": {
+        "y.weight": np.ones((16, 128), np.int8), "y.weight_s_rel": ("F8_E4M3", np.full((16, 16), 0x38, np.uint8)),
+        "y.weight_s_channel": np.full(16, 0.01, np.float32)},
+    "convrot_w4a4": {"y.weight": np.ones((16, 128), np.int8), "y.weight_scale": np.full(16, 0.01, np.float32)},
+    "awq_w4a16": {"y.weight": np.ones((16, 16), np.int8), "y.weight_scale": np.ones((16, 2), np.float16),
+                  "y.weight_zeros": np.ones((16, 2), np.float16)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FOREIGN)
+def test_formats_beside_fp8_need_their_mark_and_their_scales(look, build, form):
+    mark = {"y.comfy_quant": build.mark(format=form)}
+    assert look(FOREIGN[form] | mark).problems == ()
+    for scale in list(FOREIGN[form])[1:]:
+        problem = only_problem(look({key: value for key, value in FOREIGN[form].items() if key != scale} | mark))
+        assert (problem.kind, problem.detail) == ("weight-scale-missing", f"{form} needs {scale}")
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ("nvfp4", "nvfp4"), ("mxfp8", "mxfp8"), ("int8_tensorwise", "int8_tensorwise"),
+        ("asym_w4a8_int8", "asym_w4a8_int8"), ("convrot_w4a4", "int8_tensorwise"), ("awq_w4a16", "awq_w4a16"),
+    ],
+)  # fmt: skip
+def test_formats_beside_fp8_without_a_mark(look, form, said):
+    found = look(FOREIGN[form])
+    problem = only_problem(found)
+    assert (problem.kind, problem.tensors) in (("unmarked", ("y",)), ("packed", ("y",)))
+    assert found.layers[-1].reading in ("scale-dropped", "packed")
+    assert found.layers[-1].format == said or problem.kind == "packed"
+
+
+@pytest.mark.parametrize("form", ["banana", "float8_e4m3", "svdquant_w4a4"])
+def test_a_mark_of_a_format_that_comfyui_does_not_know(look, build, form):
+    found = look({f"{X}.comfy_quant": build.mark(format=form)})
+    assert only_problem(found) == Problem("mark-unknown", (X,), form)
+    assert found.layers[0].reading == "error"
+
+
+def test_a_mark_of_another_format_beside_fp8(look, build):
+    problem = only_problem(look({**NVFP4, "y.weight": np.ones((16, 8), np.int8), "y.comfy_quant": build.mark(
+        format="nvfp4")}))  # fmt: skip
+    assert (problem.kind, problem.detail) == ("mark-format", "marked as nvfp4, but stored as I8")
+
+
+@pytest.mark.parametrize(
+    ("scale", "kind"),
+    [
+        *((scale, "weight-scale-absurd") for scale in (1e30, 1158.0, 1e-12)), (0.0, "scale-value"),
+        *((scale, None) for scale in (1.0, 5e-6, 30.0)),
+    ],
+)  # fmt: skip
+def test_a_weight_scale_that_no_layer_has(look, scale, kind):
+    found = look({f"{X}.weight_scale": np.float32(scale)})
+    assert [problem.kind for problem in found.problems] == ([kind] if kind else [])
+    assert (found.layers[0].reading == "error") == bool(kind)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 1e30])
+def test_the_scale_of_a_layer_of_zeros_may_be_anything(look, scale):
+    zeros = ("F8_E4M3", np.zeros((16, 32), np.uint8))
+    assert look({f"{X}.weight": zeros, f"{X}.weight_scale": np.float32(scale)}).problems == ()
+
+
+def test_a_row_of_zeros_may_have_the_scale_0(look, build):
+    mark = build.mark(format="float8_e4m3fn_rowwise")
+    scales = np.full(16, 0.01, np.float32)
+    scales[3] = 0
+    assert look({f"{X}.weight_scale": scales, f"{X}.comfy_quant": mark}).problems == ()
+
+
+def test_e5m2_is_judged_by_its_own_range(look):
+    small = ("F8_E5M2", np.full((16, 32), 0x30, np.uint8))  # 0.125, as a plain cast leaves it
+    kinds = [problem.kind for problem in look({f"{X}.weight": small, f"{X}.weight_scale": np.float32(1)},
+                                              dtype="F8_E5M2").problems]  # fmt: skip
+    assert kinds == ["e5m2-product"]
+    for scale, state in ((LARGEST_INPUT_SCALE, "suspicious"), (LARGEST_INPUT_SCALE / 128, "calibrated"),
+                         (LEAST_INPUT_SCALE / 128, "calibrated"), (LEAST_INPUT_SCALE / 256, "suspicious")):  # fmt: skip
+        assert look(dtype="F8_E5M2", input_scale=scale).input_states == {state: 1}
+
+
+def test_the_scales_of_int8_are_judged_too(look, build):
+    int8 = FOREIGN["int8_tensorwise"] | {"y.comfy_quant": build.mark(format="int8_tensorwise")}
+    for scale, kind in (
+        (np.nan, "scale-value"),
+        (-1, "scale-value"),
+        (0, "scale-value"),
+        (1e30, "weight-scale-absurd"),
+    ):
+        assert only_problem(look(int8 | {"y.weight_scale": np.float32(scale)})).kind == kind
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+def test_a_weight_that_does_not_fit_its_bias_is_transposed(save, build, fp8):
+    tensors, _ = build.quantized([X], "tensor", input_scale=0.5) if fp8 else ({}, {})
+    if not fp8:
+        tensors[f"{X}.weight"] = np.zeros((16, 32), np.float16)
+    for size, problems in ((16, ()), (32, (Problem("misshapen", (X,), "16 × 32 beside a bias of 32"),))):
+        assert (
+            inspect_file(save("m.safetensors", tensors | {f"{X}.bias": np.zeros(size, np.float16)})).problems
+            == problems
+        )
+
+
+def test_a_flattened_weight_does_not_fit_its_bias(look):
+    found = look({"y.weight": np.zeros(512, np.float16), "y.bias": np.zeros(16, np.float16),
+                  "norm.weight": np.ones(16, np.float16), "norm.bias": np.ones(16, np.float16)})  # fmt: skip
+    assert only_problem(found) == Problem("misshapen", ("y",), "512 beside a bias of 16")
+
+
+def test_a_weight_that_is_transposed_in_one_block_only(save):
+    tensors = {f"blocks.{i}.{name}.weight": np.zeros(shape, np.float16) for i in range(3)
+               for name, shape in (("mlp.0", (64, 16)), ("mlp.2", (16, 64)), ("attn.qkv", (48, 16)))}  # fmt: skip
+    assert inspect_file(save("m.safetensors", tensors)).problems == ()
+    tensors["blocks.1.mlp.0.weight"] = np.zeros((16, 64), np.float16)
+    found = inspect_file(save("m.safetensors", tensors))
+    assert only_problem(found) == Problem("misshapen", ("blocks.1.mlp.0",), "16 × 64, but 64 × 16 in other blocks")
+
+
+def test_a_weight_that_does_not_fit_the_norm_before_it(save):
+    for shape, kinds in (((48, 16), []), ((16, 48), ["misshapen"])):
+        tensors = {
+            "blocks.0.norm1.weight": np.ones(16, np.float16),
+            "blocks.0.attn.qkv.weight": np.ones(shape, np.float16),
+        }
+        assert [problem.kind for problem in inspect_file(save("m.safetensors", tensors)).problems] == kinds
+
+
+@pytest.mark.parametrize(
+    ("calibrate", "scale", "state", "doubts"),
+    [
+        ({"engine": "layer"}, 0.5, "guessed", ["guessed"]),
+        ({"engine": "layer"}, 1.0, "one", []),
+        ({"engine": "model", "guessed": [X]}, 0.5, "guessed", ["guessed"]),
+        ({"engine": "model", "guessed": [X]}, 1.0, "guessed", ["guessed"]),
+        ({"engine": "model", "guessed": ["other"]}, 0.5, "calibrated", []),
+        ({"engine": "model"}, 1.0, "one", []),
+        ({}, 1.0, "one", ["uncalibrated"]),
+        ({}, None, "missing", ["uncalibrated"]),
+        ({}, 0.5, "calibrated", []),
+    ],
+)
+def test_scales_that_nobody_measured_are_doubts(look, calibrate, scale, state, doubts):
+    found = look(input_scale=scale, metadata={"convert_to_quant": json.dumps({"calibrate": calibrate})})
+    assert (found.input_states, [doubt.kind for doubt in found.doubts]) == ({state: 1}, doubts)
     assert found.problems == ()
+    assert bool(found.advice) == (state != "calibrated")
+
+
+def test_layers_without_products_need_no_calibration(look):
+    assert look(full_precision_matrix_mult=True).doubts == ()
+    assert look({f"{X}.weight": np.zeros((16, 32), np.float16)}, "none").doubts == ()
 
 
 @pytest.mark.parametrize(
@@ -412,7 +596,7 @@ def test_mixed_files(look, build):
         "b.weight": np.zeros((16, 16), np.int8), "b.weight_scale": np.float32(1),
         "b.comfy_quant": build.mark(format="int8_tensorwise"),
         "c.weight": ("F8_E4M3", np.zeros((16, 32), np.uint8)),
-        "c.weight_scale": ("F8_E8M0", np.zeros((16, 1), np.uint8)),
+        "c.weight_scale": ("F8_E8M0", np.zeros((16, 1), np.uint8)), "c.comfy_quant": build.mark(format="mxfp8"),
         "d.weight": np.zeros((16, 16), np.float16),
     }, input_scale=0.5)  # fmt: skip
     assert {layer.name: (layer.format, layer.reading) for layer in found.layers} == {
@@ -475,7 +659,7 @@ def test_how_the_file_was_made(look):
     said = {"version": "0.1.0", "convert": {}, "calibrate": {"engine": "model", "conditioning": "noise", "samples": 64,
             "seed": 42, "depends_on_conditioning": ["a"], "lora": ["style.safetensors"]}}  # fmt: skip
     found = look(metadata={"convert_to_quant": json.dumps(said)})
-    assert found.made == Made("0.1.0", True, "model", "noise", 64, 42, ("a",), ("style.safetensors",))
+    assert found.made == Made("0.1.0", True, "model", "noise", 64, 42, (), ("a",), ("style.safetensors",))
 
 
 @pytest.mark.parametrize(

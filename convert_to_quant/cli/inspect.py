@@ -25,7 +25,7 @@ EPILOG = """\
 examples:
   convert_to_quant inspect flux_fp8.safetensors
   convert_to_quant inspect flux_fp8.safetensors --layers
-  convert_to_quant inspect *.safetensors --strict --json -
+  convert_to_quant inspect *.safetensors --json -
 
 Says of each file: family, formats, marks, input scales, what ComfyUI does with its layers, and its problems with what
 to do about each.
@@ -43,7 +43,7 @@ _HARD_SPACE = "\N{NO-BREAK SPACE}"
 
 ENTRY_STYLES = {"advice": "warn", "problems": "bad"}
 READING_STYLES = {"fp8": "good", "fp8-at-one": "warn", "marker": "warn", "cuda-error": "bad", "error": "bad",
-                  "scale-dropped": "bad"}  # fmt: skip
+                  "packed": "bad", "scale-dropped": "bad"}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=".safetensors, or the index of its shards")  # fmt: skip
     wanted = parser.add_argument_group("what to say")
     wanted.add_argument("--layers", action="store_true", help="every layer, as -v does")
-    wanted.add_argument("--strict", action="store_true", help="exit code 1 where there are problems")
+    wanted.add_argument(
+        "--strict",
+        action="store_true",
+        help="exit code 1 on problems, or scales not measured",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,12 +73,12 @@ def run(args: argparse.Namespace) -> int:
             failed = True
         else:
             if args.json != "-":
-                show(one, layers=args.layers or args.verbose, gap=bool(found))
+                show(one, layers=args.layers or args.verbose, gap=bool(found), strict=args.strict)
             found.append(one)
             documents.append(one.to_json())
     if args.json and found:
         write_json(args.json, documents[0] if len(documents) == 1 else {"files": documents})
-    return 1 if failed or (args.strict and any(one.problems for one in found)) else 0
+    return 1 if failed or (args.strict and any(one.problems or one.doubts for one in found)) else 0
 
 
 def look(path: str, args: argparse.Namespace) -> Inspection:
@@ -89,11 +93,19 @@ def look(path: str, args: argparse.Namespace) -> Inspection:
         return inspect_checkpoint(checkpoint)
 
 
-def show(found: Inspection, *, layers: bool, gap: bool) -> None:
-    """Print a file's screen, with every layer if asked for, and with a gap before it if it is not the first."""
+def show(found: Inspection, *, layers: bool, gap: bool, strict: bool = False) -> None:
+    """Print a file's screen.
+
+    Args:
+        found: what it is.
+        layers: print every layer, too.
+        gap: leave a line before it, if it is not the first.
+        strict: list doubts among the problems.
+    """
     if gap:
         print()
-    for line, style in screen(found, min(columns(), WIDTH) if is_terminal(sys.stdout) else WIDTH):
+    width = min(columns(), WIDTH) if is_terminal(sys.stdout) else WIDTH
+    for line, style in screen(found, width, strict=strict):
         key, text = line[:KEY_WIDTH], line[KEY_WIDTH:]
         print(paint(line, style, sys.stdout) if style == "head" else key + paint(text, style, sys.stdout))
     if layers:
@@ -101,7 +113,7 @@ def show(found: Inspection, *, layers: bool, gap: bool) -> None:
         print_layers(found)
 
 
-def screen(found: Inspection, width: int = WIDTH) -> Iterator[tuple[str, str]]:
+def screen(found: Inspection, width: int = WIDTH, *, strict: bool = False) -> Iterator[tuple[str, str]]:
     """The lines of the summary, each with its style."""
     files = f"{found.files} files, " if found.sharded else ""
     yield printable(f"{found.path.name}: {size(found.size_bytes)}, {files}{found.tensors:,} tensors"), "head"
@@ -115,7 +127,8 @@ def screen(found: Inspection, width: int = WIDTH) -> Iterator[tuple[str, str]]:
     if found.layers:
         entries["in ComfyUI"] = _readings(found)
     entries["advice"] = found.advice
-    entries["problems"] = [line for problem in found.problems for line in _problem(problem)] or ["none"]
+    problems = (*found.problems, *found.doubts) if strict else found.problems
+    entries["problems"] = [line for problem in problems for line in _problem(problem)] or ["none"]
     for key, paragraphs in entries.items():
         style = "good" if (key, paragraphs) == ("problems", ["none"]) else ENTRY_STYLES.get(key, "")
         for line in _entry(key, paragraphs, width):
@@ -187,10 +200,15 @@ def _marks(found: Inspection) -> str:
 
 
 def _input_scales(found: Inspection) -> str:
-    scales = [layer.input_scale for layer in found.layers
-              if layer.input_state == "calibrated" and layer.input_scale is not None]  # fmt: skip
+
+    def spread(state: str) -> str:
+        scales = [layer.input_scale for layer in found.layers
+                  if layer.input_state == state and layer.input_scale is not None]  # fmt: skip
+        return f"{state} ({min(scales):.3g} to {max(scales):.3g})" if scales else state
+
     words = {
-        "calibrated": "calibrated" + (f" ({min(scales):.3g} to {max(scales):.3g})" if scales else ""),
+        "calibrated": spread("calibrated"),
+        "guessed": spread("guessed"),
         "one": "at 1.0",
         "missing": "missing (read as 1.0)",
         "suspicious": "suspicious",
@@ -204,13 +222,15 @@ def _made(made: Made) -> str:
     steps = ["converted"] if made.converted else []
     if made.engine is not None:
         how = {
-            "model": f"by running the model on {made.conditioning or 'given conditioning'}",
-            "layer": "by simulating each layer (ranges are guesses)",
-            "statistics": "from observed statistics",
-        }.get(made.engine, f"by {made.engine}")
+            "model": f"calibrated by running the model on {made.conditioning or 'given conditioning'}",
+            "layer": "input scales guessed by simulating each layer",
+            "statistics": "calibrated from observed statistics",
+        }.get(made.engine, f"calibrated by {made.engine}")
         figures = [_plural(made.samples, "sample")] if made.samples is not None else []
         figures += [f"seed {made.seed}"] if made.seed is not None else []
-        steps.append(f"calibrated {how}" + (f" ({', '.join(figures)})" if figures else ""))
+        steps.append(how + (f" ({', '.join(figures)})" if figures else ""))
+    if made.guessed:
+        steps.append(f"the scales of {_plural(len(made.guessed), 'layer')} guessed (first: {made.guessed[0]})")
     if made.lora:
         steps.append(f"for use with {', '.join(made.lora)}")
     moving = made.depends_on_conditioning

@@ -217,7 +217,8 @@ def test_a_weight_scale_whose_shape_fits_no_rule(refused: Any, fp8: Any) -> None
 
 def test_comfy_quant_that_is_not_json(refused: Any, fp8: Any) -> None:
     path = fp8(lambda tensors: tensors.update({"blocks.0.comfy_quant": np.frombuffer(b"{oops", np.uint8)}))
-    message = f"{path}: blocks.0.comfy_quant: should be JSON, found b'{{oops'"
+    problem = "not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)), found b'{oops'"
+    message = f"{path}: blocks.0.comfy_quant: {problem}"
     refused(1, message, "-i", path, "-o", path.with_name("out.safetensors"), *LAYER)
 
 

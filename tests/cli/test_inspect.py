@@ -135,8 +135,9 @@ def test_the_screen_of_what_diffusers_writes(look: Any, save_shards: Any, build:
         in ComfyUI    2 layers: scale dropped: codes are taken for weights, so noise
         advice        ComfyUI reads no shard indexes: join the shards into one file for
                       it
-        problems      FP8 with scales but without a mark: ComfyUI drops the scales and
-                      paints noise (2 times, first: transformer_blocks.0.attn.to_q)
+        problems      quantized, with scales, but without a mark: ComfyUI drops the
+                      scales and paints noise, or does not load it (2 times, first:
+                      transformer_blocks.0.attn.to_q)
                         do: use it where it was made for, or convert the original with
                           convert_to_quant
         """)
@@ -153,10 +154,12 @@ def test_the_screen_of_a_file_with_many_formats_and_problems(look: Any, save: An
     tensors["blocks.4.weight"] = ("F8_E4M3", np.zeros((16, 16), np.uint8))
     tensors["blocks.6.weight"] = np.zeros((16, 16), np.uint8)
     tensors["blocks.6.comfy_quant"] = build.mark(format="nvfp4")
+    tensors["blocks.6.weight_scale"] = ("F8_E4M3", np.zeros((128, 4), np.uint8))
+    tensors["blocks.6.weight_scale_2"] = np.float32(0.01)
     tensors["blocks.7.weight"] = ("F8_E5M2", np.zeros((16, 16), np.uint8))
     tensors["gone.input_scale"] = np.float32(1)
     assert look(save("mixed.safetensors", tensors)) == screen("""
-        mixed.safetensors: 6.3 kB, 25 tensors
+        mixed.safetensors: 7.0 kB, 27 tensors
         model         unknown
         layers        4 float8_e4m3fn, one scale per tensor
                       1 float8_e4m3fn_blockwise, one scale per block of 8 × 8
@@ -176,7 +179,7 @@ def test_the_screen_of_a_file_with_many_formats_and_problems(look: Any, save: An
         advice        1 of 1 FP8 products have no measured input scale, so inputs beyond
                       448 are clipped and tiny ones vanish:
                       convert_to_quant -i FILE -o NEW --actcal
-        problems      a scale is NaN, infinite or negative (blocks.3.weight_scale,
+        problems      a scale is 0, NaN, infinite or negative (blocks.3.weight_scale,
                       scales should be finite and not negative, found nan)
                         do: convert the original again
                       scales without a weight (gone.input_scale)
@@ -236,8 +239,37 @@ def test_the_report_never_replaces_the_model(ctq: Any, fp8_file: Path) -> None:
     assert fp8_file.read_bytes() == before
 
 
+def test_the_screen_of_guessed_scales(look: Any, ctq: Any, save: Any, build: Any) -> None:
+    tensors, _ = build.quantized(["blocks.0"], "tensor", input_scale=0.25)
+    made = {"version": "0.1.0", "calibrate": {"engine": "layer", "samples": 64}}
+    path = save("guessed.safetensors", tensors, {"convert_to_quant": json.dumps(made)})
+    assert look(path) == screen("""
+        guessed.safetensors: 1.0 kB, 4 tensors
+        model         unknown
+        layers        1 float8_e4m3fn, one scale per tensor
+        marked by     comfy_quant tensors (1)
+        input scales  1 guessed (0.25 to 0.25)
+        made by       convert_to_quant 0.1.0: input scales guessed by simulating each
+                      layer (64 samples)
+        in ComfyUI    1 layer: FP8 product, inputs scaled by input_scale
+                      (with FP8 hardware; elsewhere all in full precision)
+        advice        1 input scales are guesses from the weights, which may be far off:
+                      convert_to_quant -i FILE -o NEW --actcal, or observe
+        problems      none
+        """)
+    strict = ctq("inspect", path, "--strict")
+    assert strict.code == 1
+    assert "problems      input scales are guesses from simulated layers, not measured\n" in strict.out
+
+
+def test_strict_finds_a_file_that_was_never_calibrated(ctq: Any, fp8_file: Path) -> None:
+    strict = ctq("inspect", fp8_file, "--strict")
+    assert (strict.code, ctq("inspect", fp8_file).code) == (1, 0)
+    assert "input scales were never calibrated: all are 1.0 or missing" in " ".join(strict.out.split())
+
+
 def test_strict_exits_with_1_where_there_are_problems_and_only_there(ctq: Any, save: Any, build: Any) -> None:
-    good = save("good.safetensors", *build.quantized(["blocks.0"], "tensor"))
+    good = save("good.safetensors", *build.quantized(["blocks.0"], "tensor", input_scale=0.5))
     bad = save("bad.safetensors", *build.quantized(["blocks.0"], "none"))
     assert [ctq("inspect", path, "--strict").code for path in (good, bad)] == [0, 1]
     assert ctq("inspect", bad).code == 0
