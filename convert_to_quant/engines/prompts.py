@@ -88,7 +88,9 @@ class Prompts:
                 raise self._error(f"the model takes no such conditioning; it takes {', '.join(known)}", name)
         if not named:
             raise self._error("no prompts", next(iter(self.tensors), ""))
-        text = [len(value[0]) for name, value in named.items() if known[name].kind == "noise" and value.ndim == 3]
+        longer = denoiser.signals(replace(geometry, text_tokens=geometry.text_tokens + 1))
+        text_names = [name for name in named if known[name].shape != longer[name].shape]  # not an image's tokens
+        text = [named[name].shape[1] for name in text_names if named[name].ndim == 3]
         geometry = replace(geometry, text_tokens=text[0] if text else geometry.text_tokens)
         signals = denoiser.signals(geometry)
         complete = [self._complete(tensors, signals) for tensors in sets if tensors]

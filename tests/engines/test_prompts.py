@@ -9,7 +9,7 @@ import torch
 
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.engines import diffusers as engine
-from convert_to_quant.engines.noise import Geometry
+from convert_to_quant.engines.noise import Geometry, Signal
 from convert_to_quant.engines.prompts import Prompts
 from convert_to_quant.errors import CalibrationError
 
@@ -56,6 +56,39 @@ def test_the_models_own_names_are_understood(flux: Path, save: Any) -> None:
 
 def test_the_text_is_as_long_as_the_prompts(flux: Path, save: Any) -> None:
     assert fitted(flux, save("prompts.safetensors", embeddings(2, tokens=9))).geometry.text_tokens == 9
+
+
+class Takes:
+    """Stands for a denoiser: takes an image, a text with its mask, a vector, and a guidance of 3.5."""
+
+    def signals(self, geometry: Geometry) -> dict[str, Signal]:
+        return {
+            "encoder_hidden_states": Signal((geometry.text_tokens, 4)),
+            "encoder_attention_mask": Signal((geometry.text_tokens,), "mask"),
+            "encoder_hidden_states_image": Signal((5, 3)),
+            "pooled_projections": Signal((2,)),
+            "guidance": Signal((), "value", 3.5),
+        }
+
+
+def test_the_text_is_told_from_the_image_and_what_is_left_out_gets_its_constant() -> None:
+    given = {  # in the order of their names, as files have them
+        "image_embeds": torch.zeros(2, 5, 3),
+        "pooled_prompt_embeds": torch.zeros(2, 2),
+        "prompt_embeds": torch.zeros(2, 7, 4),
+    }
+    prompts = Prompts(given).fitted(Takes(), SIZE)  # type: ignore[arg-type]
+    assert prompts.geometry.text_tokens == 7
+    assert set(prompts.tensors) == set(Takes().signals(SIZE))
+    assert prompts.tensors["guidance"].tolist() == [3.5, 3.5]
+    assert prompts.tensors["encoder_attention_mask"].dtype == torch.int64
+    assert prompts.tensors["encoder_attention_mask"].tolist() == [[1] * 7] * 2
+
+
+def test_a_file_of_empty_prompts_only_has_no_prompts() -> None:
+    for tensors in ({}, {"negative_prompt_embeds": torch.zeros(1, 7, 4)}):
+        with pytest.raises(CalibrationError, match="no prompts"):
+            Prompts(tensors).fitted(Takes(), SIZE)  # type: ignore[arg-type]
 
 
 def test_the_empty_prompt_counts_as_one_more(flux: Path, save: Any) -> None:
