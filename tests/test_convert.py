@@ -25,6 +25,7 @@ from convert_to_quant.convert import (
     least_squares_scale,
     mark_bytes,
     plan_conversion,
+    provenance,
     quantization_metadata,
     stored_bytes,
 )
@@ -239,6 +240,20 @@ def test_mse_clips_an_outlier_where_that_is_better():
     assert squared_error(values, counts, found) < squared_error(values, counts, float(start)) / 100
 
 
+@pytest.mark.parametrize(
+    ("values", "counts", "best"),
+    [
+        ([0.0012, 448.0], [10**15, 1], 0.0012 * 512),  # below 1: the many are the least code, the one is clipped
+        ([0.1, 448.0], [1000, 1], 7 / 6),  # above 1: 384 means 448 exactly
+        ([0.0036, 448.0], [10**15, 1], 0.0036 * 512),  # almost twice
+    ],
+)
+def test_mse_looks_from_half_to_twice_the_absmax_scale(values, counts, best):
+    assert float(least_squares_scale(np.array(values), np.array(counts), np.float32(1))) == pytest.approx(
+        best, rel=1e-3
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     ("mode", "block_size", "block"), [("tensor", 64, (48, 80)), ("row", 64, (1, 80)), ("block", 32, (32, 32))]
@@ -323,6 +338,20 @@ def test_the_file_is_what_comfyui_expects(tmp_path, save, build, prefix):
         assert list(table.quantized) == names
         assert {layer.marking for layer in table.quantized.values()} == {"header"}
         assert table.notes == []
+
+
+def test_how_a_file_was_made_keeps_earlier_steps_and_room_for_later_ones(tmp_path, save, build):
+    before = {PROVENANCE_KEY: json.dumps({"calibrate": {"seed": 1}, "convert": "older"})}
+    output = tmp_path / "out.safetensors"
+    run(save("in.safetensors", model(build), before), output)
+    with open_checkpoint(output) as checkpoint:
+        text = checkpoint.metadata[PROVENANCE_KEY]
+    assert json.loads(text)["calibrate"] == {"seed": 1}
+    assert json.loads(text)["convert"]["family"] == "generic"
+    names_listed = json.dumps(CONVERTED)
+    assert len(text) - len(text.rstrip()) >= 1024 + len(names_listed) - 4  # a calibration lists layers
+    for strange in ("{", "[1]", "null"):
+        assert json.loads(provenance({PROVENANCE_KEY: strange}, convert=3))["convert"] == 3
 
 
 def test_what_is_not_quantized_is_byte_identical(tmp_path, save, build):

@@ -390,6 +390,28 @@ def test_metadata_that_has_no_room_is_refused(converted):
     assert converted.read_bytes() == before
 
 
+def test_a_mark_that_another_tool_left_more_room_in_keeps_its_size(save, build):
+    tensors, _ = build.quantized(["x"], "none")
+    mark = np.frombuffer(b'{"format": "float8_e4m3fn"}'.ljust(101), np.uint8)
+    source = save("in.safetensors", tensors | {"x.comfy_quant": mark})
+    assert in_place(source, {"x": FULL}) == 1
+    assert contents(source)["x.comfy_quant"][1] == (101,)
+    assert layer_of(source).full_precision
+
+
+def test_a_mark_that_says_so_already_is_not_written_anew(save, build):
+    tensors, _ = build.quantized(["x"], "none")
+    mark = np.frombuffer(b'{ "format" : "float8_e4m3fn" }', np.uint8)
+    source = save("in.safetensors", tensors | {"x.comfy_quant": mark})
+    with open_checkpoint(source) as checkpoint:
+        assert planned(checkpoint, {"x": LayerChange(full_precision=False)}).tensors == {}
+
+
+def test_a_rewrite_leaves_the_other_layers_the_room_that_they_had(converted, tmp_path):
+    rewritten(converted, tmp_path / "out.safetensors", {"blocks.0.x": FULL})
+    assert in_place(tmp_path / "out.safetensors", dict.fromkeys(("blocks.1.x", "blocks.2.x"), FULL)) == 3
+
+
 def test_a_mark_without_room_is_refused(save, build):
     source = save("in.safetensors", *build.quantized(["x"], "tensor"))
     before = source.read_bytes()
@@ -437,6 +459,31 @@ def test_shards_are_changed_in_place_each_in_its_own_file(save_shards, build, tm
     assert {name for name in before if before[name] != after[name]} == {
         "m-00001-of-00003.safetensors", "m-00003-of-00003.safetensors"}  # fmt: skip
     assert contents(index)["z.input_scale"][2] == np.float32(3).tobytes()
+
+
+def test_a_header_entry_is_changed_in_every_shard_that_has_it(build, save_shards, tmp_path):
+    tensors, metadata = build.quantized(["x", "y"], "header")
+    metadata["_quantization_metadata"] += " " * 200
+    names = [[name for name in tensors if name.startswith(layer)] for layer in "xy"]
+    index = save_shards("m", [{name: tensors[name] for name in part} for part in names], metadata)
+    first = tmp_path / "m-00001-of-00002.safetensors"
+    for has_entry, edits in ((True, 2), (False, 1)):
+        if not has_entry:
+            first.write_bytes(build.file_bytes({name: tensors[name] for name in names[0]}))
+        assert in_place(index, {"x": LayerChange(full_precision=has_entry)}) == edits
+        for path in sorted(tmp_path.glob("*.safetensors"))[not has_entry :]:
+            with open_checkpoint(path) as shard:
+                layers = json.loads(shard.metadata["_quantization_metadata"])["layers"]
+                assert layers["x"].get("full_precision_matrix_mult", False) is has_entry
+
+
+def test_writes_that_the_system_cuts_short_go_on(converted, tmp_path, monkeypatch):
+    output = tmp_path / "out.safetensors"
+    rewritten(converted, output, CHANGES)
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, memoryview(data)[:3], offset))
+    in_place(converted, CHANGES)
+    assert contents(converted) == contents(output)
 
 
 def test_shards_of_another_folder_are_refused_in_place(save_shards, build, tmp_path):
@@ -1016,6 +1063,15 @@ def test_another_file_of_the_same_size_is_not_touched(converted, monkeypatch):
     assert converted.read_bytes() == original
 
 
+def test_an_undo_file_of_bytes_beyond_the_end_is_refused(converted):
+    size = converted.stat().st_size
+    undo = converted.with_name(converted.name + UNDO_SUFFIX)
+    file = {"name": converted.name, "bytes": size}
+    undo.write_bytes(sealed({"format": 1, "files": [file], "changes": [[0, size - 1, "AAAA", "AAAA"]]}))
+    with pytest.raises(OutputError, match=f"it does not know the bytes at {size - 1}"):
+        recover(converted)
+
+
 def test_a_file_that_is_gone_is_named(converted, monkeypatch):
     interrupted(converted, monkeypatch)
     converted.unlink()
@@ -1040,6 +1096,32 @@ def test_a_file_that_another_process_is_changing_is_left_alone(converted, monkey
         assert str(caught.value) == message
     assert recover(converted)
     assert converted.read_bytes() == before
+
+
+def test_while_a_file_is_changed_nobody_else_changes_it(converted, monkeypatch):
+    real = patch_module._write_all
+
+    def write_all(fds, edits):
+        with converted.open("rb") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        real(fds, edits)
+
+    monkeypatch.setattr(patch_module, "_write_all", write_all)
+    assert in_place(converted, CHANGES) == 5
+
+
+def test_another_undo_file_that_appears_while_we_waited_is_not_what_we_read(converted, monkeypatch):
+    undo = interrupted(converted, monkeypatch)
+    half_done, content = converted.read_bytes(), undo.read_bytes()
+    real_lock = patch_module._lock
+
+    def lock(fd: int) -> None:
+        undo.write_bytes(sealed({**json.loads(content.split(b"\n", 1)[1]), "by": "another"}))
+        real_lock(fd)
+
+    monkeypatch.setattr(patch_module, "_lock", lock)
+    assert recover(converted) is False
+    assert converted.read_bytes() == half_done
 
 
 def test_a_change_that_was_finished_while_we_waited_is_not_taken_back(converted, monkeypatch):

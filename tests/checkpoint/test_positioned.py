@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
+from convert_to_quant.checkpoint import Entry, open_checkpoint, positioned, write_checkpoint
 from convert_to_quant.checkpoint.positioned import OPEN_FLAGS, pread, pwrite
 
 
@@ -33,6 +35,29 @@ def test_threads_write_and_read_their_own_places(tmp_path: Path) -> None:
     assert written == [1000] * 64
     assert read == list(blocks.values())
     assert (tmp_path / "file").read_bytes() == b"".join(blocks.values())
+
+
+def test_without_the_systems_own_calls_nobody_moves_the_position_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pread", "pwrite"):
+        monkeypatch.delattr(os, name, raising=False)
+    for name in ("lseek", "read", "write"):
+
+        def watched(*args: Any, real: Callable[..., Any] = getattr(os, name)) -> Any:  # noqa: B008
+            held.append(positioned._POSITION.locked())
+            return real(*args)
+
+        monkeypatch.setattr(os, name, watched)
+    held: list[bool] = []
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT | OPEN_FLAGS)
+    try:
+        assert pwrite(fd, b"12345", 3) == 5
+        assert pwrite(fd, b"0", 1) == 1
+        assert (pread(fd, 4, 4), pread(fd, 2, 1)) == (b"2345", b"0\0")
+    finally:
+        os.close(fd)
+    assert held == [True] * 8
 
 
 @pytest.mark.usefixtures("system")

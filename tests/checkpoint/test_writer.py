@@ -282,6 +282,14 @@ def test_an_exception_leaves_nothing_and_the_old_file_stays(tmp_path, error, eit
     assert listing(tmp_path) == ["a.safetensors"]
 
 
+def test_a_small_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, either_kind):
+    named_at_sync = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (named_at_sync.append((tmp_path / "a.json").exists()), real(fd)))
+    write_bytes(tmp_path / "a.json", b"{}")
+    assert named_at_sync == [False]
+
+
 def test_an_older_file_is_replaced_and_who_has_it_open_keeps_it(tmp_path, either_kind):
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"old")

@@ -59,6 +59,49 @@ def test_rows_split_at_a_published_size_are_carried_over_to_the_size_at_hand(hid
     assert found["m.bias"] == (Piece("x.bias", 3 * hidden, 6 * hidden),)
 
 
+def test_rows_that_are_left_out_or_out_of_order_are_pieces_of_their_own() -> None:
+    shapes = {"a": (600, 2), "b": (3,)}
+    found = trace(lambda t: {"a": torch.cat([t["a"][:300], t["a"][400:]]), "b": t["b"].flip(0)}, shapes)
+    assert found["a"] == (Piece("a", 0, 300), Piece("a", 400, 600))
+    assert found["b"] == (Piece("b", 2, 3), Piece("b", 1, 2), Piece("b", 0, 1))
+
+
+def test_a_converter_that_moves_columns_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="does more than move rows"):
+        trace(lambda t: {"a": t["a"].T}, {"a": (4, 4)})
+
+
+RULE = Fused(r"x", (2, 2, 2, 8), qkv_mlp_rows)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [
+        ({"x.weight": (12, 4)}, "no rows for the MLP"),
+        ({"x.weight": (10, 4)}, "fewer rows than the parts"),
+        ({"xx.weight": (28, 4)}, "a longer name"),
+        ({"x.weight": (28, 4), "x.scale": (28,)}, "neither weight nor bias"),
+    ],
+)
+def test_what_is_not_fused_as_the_rule_says_keeps_its_own_rows(shapes: dict[str, tuple[int, ...]], reason: str) -> None:
+    name, (rows, *_) = list(shapes.items())[-1]
+    assert trace(dict, shapes, [RULE])[name] == (Piece(name, 0, rows),), reason
+
+
+def test_a_bias_of_another_size_than_its_weight_is_not_carried_over() -> None:
+    found = trace(dict, {"x.weight": (28, 4), "x.bias": (12,)}, [RULE])
+    assert found["x.bias"] == (Piece("x.bias", 0, 12),)
+
+
+def test_a_split_inside_a_part_is_refused_where_it_falls_on_no_row() -> None:
+    def converter(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        first, rest = tensors["x.weight"].split([1, 13])
+        return {"first": first, "rest": rest}
+
+    with pytest.raises(UnsupportedModelError, match="splits it inside one of its parts"):
+        trace(converter, {"x.weight": (21, 3)}, [RULE])  # half of 3 rows
+
+
 def test_a_tensor_that_the_converter_misses_is_named() -> None:
     with pytest.raises(UnsupportedModelError, match="converter cannot read it: KeyError: 'b'"):
         trace(lambda t: {"b": t["b"]}, {"a": (2,)})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from convert_to_quant.engines import session as session_module
 from convert_to_quant.engines.session import Observed, Session, Tick, Unit, fingerprint
 from convert_to_quant.errors import OutputError, StatisticsError
 from convert_to_quant.recorder import record
@@ -184,6 +185,28 @@ def test_an_unfinished_run_of_several_processes_is_recognized(tmp_path: Path) ->
             Session(tmp_path / "s.safetensors", resume=resume)
 
 
+def test_a_run_of_another_version_is_not_resumed(
+    model: Model, unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "__version__", "0.0.0")
+    with pytest.raises(StatisticsError, match=r"cannot resume: made with tool version .*, not 0\.0\.0"):
+        go(Session(unfinished, {"steps": 8, "model": fingerprint()}, resume=True), model, units_of(model))
+
+
+def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
+    (tmp_path / "s[1].safetensors.partial").touch()
+    with pytest.raises(OutputError, match="an unfinished run is there"):
+        Session(tmp_path / "s[1].safetensors")
+    Session(tmp_path / "s1.safetensors")
+
+
+def test_only_the_first_process_writes_the_output(whole: Observed, tmp_path: Path) -> None:
+    session = Session(tmp_path / "s.safetensors")
+    for session.rank in (1, 0):
+        session.finish(whole.statistics)
+        assert (tmp_path / "s.safetensors").exists() is (session.rank == 0)
+
+
 def test_a_damaged_partial_file_is_an_error_of_ours(model: Model, unfinished: Path) -> None:
     partial = unfinished.with_name("stats.safetensors.partial")
     partial.write_bytes(partial.read_bytes()[:-9])
@@ -207,7 +230,7 @@ def test_a_complete_output_is_recognized_and_another_is_not(model: Model, tmp_pa
         Session(output, {"steps": 8}, resume=True).finished()
 
 
-def test_fingerprints_tell_contents_apart_and_not_names(tmp_path: Path) -> None:
+def test_fingerprints_tell_contents_apart_and_not_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(name: str, content: bytes) -> Path:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -222,7 +245,12 @@ def test_fingerprints_tell_contents_apart_and_not_names(tmp_path: Path) -> None:
     write("folder/a", b"1")
     first = fingerprint(tmp_path / "folder")
     write("folder/b", b"")
-    assert fingerprint(tmp_path / "folder") != first
+    both = fingerprint(tmp_path / "folder")
+    assert both != first
+    listed = sorted((tmp_path / "folder").rglob("*"), reverse=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rglob", lambda *_: iter(listed))
+        assert fingerprint(tmp_path / "folder") == both  # in whatever order a disk lists it
     assert fingerprint(one, same) != fingerprint(one)
 
 
