@@ -82,6 +82,15 @@ def test_the_largest_inputs_are_kept_by_group(model: Model, whole: Observed) -> 
         assert (whole.ranges[group] == recording.statistics().absmax).all()
 
 
+def test_the_largest_input_of_a_group_stays_though_later_units_are_quieter(model: Model, tmp_path: Path) -> None:
+    units = units_of(model)[:3]
+    forwards, backwards = (
+        go(Session(tmp_path / name, save_every_seconds=0), model, order)
+        for name, order in (("forwards", units), ("backwards", units[::-1]))
+    )
+    assert backwards.ranges["quiet"].tolist() == forwards.ranges["quiet"].tolist()
+
+
 def test_without_an_output_nothing_is_written(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     go(Session(save_every_seconds=0), model, units_of(model))
