@@ -16,7 +16,6 @@ name. Here is only the way through; the rooms below do the work.
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 
 from . import convert, headroom, lora, naming
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .engines import SAMPLES, devices
 from .engines import layer as layer_engine
 from .errors import OptionError, OutputError, StrPath, TensorError, UnsupportedModelError
 from .fp8 import BY_SAFETENSORS_DTYPE, E4M3FN, FORMATS, decode
@@ -44,7 +44,8 @@ INSTEAD = (
 )
 """What can be done about a model that cannot be run."""
 DEFAULT_PERCENTILE = 99.9
-_DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
+DEFAULT_ROWS = 64
+"""Rows of input that each guessed layer is shown."""
 
 Progress = Callable[[int, int], None]
 """Called with what is done and what there is to do."""
@@ -56,7 +57,8 @@ class CalibrationOptions:
 
     Attributes:
         engine: "model" (or "auto") runs the network; "layer" guesses each layer's range from its weight.
-        samples: inputs that the model, or each simulated layer, is shown.
+        samples: images that the model is shown, each at `engines.STEPS` noise levels; rows of input for a guess. Where
+            None, `engines.SAMPLES` and `DEFAULT_ROWS`.
         percentile: of simulated magnitudes; 99.9 where None. Real ranges are never cut.
         seed: of all noise.
         device: where the model runs.
@@ -65,10 +67,12 @@ class CalibrationOptions:
         estimator: of the layer engine; "output" is the hand-off's literal formula.
         float16_safe: no scale below 2⁻¹⁵.
         one_row_full_precision: whether layers that see one row per picture compute in full precision.
+        height, width, frames, text_tokens: of the images, in pixels, or videos. Where all are None, the default
+            geometry of `engines.diffusers`; those that are None beside others, the defaults of `engines`.
     """
 
     engine: Engine = "auto"
-    samples: int = 64
+    samples: int | None = None
     percentile: float | None = None
     seed: int = 42
     device: str = "cpu"
@@ -76,20 +80,30 @@ class CalibrationOptions:
     estimator: layer_engine.Estimator = "input"
     float16_safe: bool = False
     one_row_full_precision: bool = True
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    text_tokens: int | None = None
+
+    @property
+    def size(self) -> tuple[int | None, ...]:
+        """As `engines.sizes.geometry` takes it."""
+        return self.height, self.width, self.frames, self.text_tokens
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise OptionError(f"unknown engine {self.engine!r}", hint=f"engines: {', '.join(ENGINES)}")
-        if self.samples < 1:
-            raise OptionError(f"samples should be at least 1, found {self.samples}")
+        for name in ("samples", "height", "width", "frames", "text_tokens"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise OptionError(f"{name.replace('_', ' ')} should be at least 1, found {number}")
         if self.percentile is not None:
             check_percentile(self.percentile)
         if self.margin is not None:
             check_margin(self.margin)
         if self.seed < 0:
             raise OptionError(f"a seed should not be negative, found {self.seed}")
-        if not _DEVICE.fullmatch(self.device):
-            raise OptionError(f"unknown device {self.device!r}", hint="cpu, cuda, cuda:0, mps or xpu")
+        devices.check_name(self.device)
         if self.estimator not in layer_engine.ESTIMATORS:
             known = ", ".join(layer_engine.ESTIMATORS)
             raise OptionError(f"unknown estimator {self.estimator!r}", hint=f"estimators: {known}")
@@ -97,7 +111,7 @@ class CalibrationOptions:
     def simulation(self) -> layer_engine.Simulation:
         """What the layer engine takes."""
         percentile = DEFAULT_PERCENTILE if self.percentile is None else self.percentile
-        return layer_engine.Simulation(self.samples, percentile, self.seed, self.estimator)
+        return layer_engine.Simulation(self.samples or DEFAULT_ROWS, percentile, self.seed, self.estimator)
 
 
 @dataclass(frozen=True)
@@ -307,7 +321,9 @@ def calibrate_model(
     if loras:
         match = lora.match_loras(loras, table.shapes())
         notes += lora_notes(match)
-    step = _simulate if options.engine == "layer" else _run
+    guess = options.engine == "layer"
+    options = replace(options, samples=options.samples or (DEFAULT_ROWS if guess else SAMPLES))
+    step = _simulate if guess else _run
     return step(model, table, options, match=match, notes=notes, progress=progress)
 
 
@@ -388,15 +404,16 @@ def _run(
     progress: Progress | None,
 ) -> Calibration:
     """Run the model on noise and solve what was seen."""
-    from .engines import diffusers
+    from .engines import diffusers, sizes
 
     if options.percentile is not None:
         notes.append("the percentile is for simulated inputs and was not used: real ranges are taken whole")
     observation = diffusers.observe(
         checkpoint,
         table,
-        samples=options.samples,
+        samples=options.samples or SAMPLES,
         seed=options.seed,
+        geometry=sizes.geometry(diffusers.plan(checkpoint, table).family, *options.size) if any(options.size) else None,
         device=options.device,
         adapters=match,
         progress=progress,
@@ -488,6 +505,8 @@ def _simulate(
     progress: Progress | None,
 ) -> Calibration:
     """Simulate layer by layer."""
+    if any(options.size):
+        notes.append("height, width, frames and text tokens are for running the model and were not used")
     if options.estimator == "output":
         notes.append(
             "the output estimator measures the range of the layer's output, not of its input; it made every model that "

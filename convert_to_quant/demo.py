@@ -39,7 +39,7 @@ from .checkpoint import open_checkpoint, write_bytes
 from .convert import ConvertOptions, convert, plan_conversion
 from .emoji import SIDE_TOKENS, WEIGHTS, prompts, sheet, to_pictures
 from .emoji.rerange import RERANGINGS, write_reranged
-from .engines import noise
+from .engines import SAMPLES, STEPS, noise
 from .engines.diffusers import Denoiser, load
 from .engines.noise import Geometry
 from .errors import OptionError, OutputError
@@ -90,7 +90,7 @@ class DemoOptions:
         levels: noise levels that it is measured at.
         steps: Euler steps of a picture.
         guidance: strength of classifier-free guidance.
-        samples: what calibration shows the model; its other options are the defaults.
+        samples: images that calibration shows the model; its other options are the defaults.
         seed: of the latents. Calibration has its own.
     """
 
@@ -100,7 +100,7 @@ class DemoOptions:
     levels: int = 8
     steps: int = 12
     guidance: float = 2.0
-    samples: int = 64
+    samples: int = SAMPLES
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -223,7 +223,7 @@ class _Work:
     def __init__(self, options: DemoOptions, progress: Progress | None) -> None:
         sides = 2 if options.guidance != 1 else 1
         observed_tokens = 5 * GEOMETRY.tokens  # calibration shows the model pictures about this much larger
-        self.calibration = options.samples * observed_tokens / GEOMETRY.tokens
+        self.calibration = options.samples * STEPS * observed_tokens / GEOMETRY.tokens
         self.comparison = 3 * sides * options.measured * options.levels
         self.painting = sides * len(options.names) * options.steps
         self.total = len(options.variants) * (self.calibration + len(COLUMNS) * (self.comparison + self.painting))
@@ -260,14 +260,14 @@ def _row(variant: str, folder: Path, options: DemoOptions, work: _Work) -> Row:
 
 
 def make_files(
-    variant: str, folder: Path, samples: int = 64, progress: Callable[[int, int], None] | None = None
+    variant: str, folder: Path, samples: int = SAMPLES, progress: Callable[[int, int], None] | None = None
 ) -> tuple[dict[str, Path], Calibration]:
     """Re-range, convert and calibrate; the latter two as the command line does it.
 
     Args:
         variant: name of the re-ranging.
         folder: where the files go.
-        samples: what calibration shows the model.
+        samples: images that calibration shows the model.
         progress: told how far calibration is.
 
     Returns:

@@ -632,7 +632,13 @@ def test_load_lora_tensors_gives_the_adapters_and_refuses_other_files(save: Save
 def test_options_of_a_calibration_are_checked_when_they_are_made() -> None:
     for words, message in (
         ({"engine": "magic"}, "unknown engine 'magic' (engines: auto, model, layer)"),
-        ({"device": "gpu"}, "unknown device 'gpu' (cpu, cuda, cuda:0, mps or xpu)"),
+        ({"device": "gpu"}, "unknown device 'gpu' (cpu, cuda, cuda:0 or xpu)"),
+        (
+            {"device": "mps"},
+            "device 'mps' cannot be used: it has no float64, in which statistics are kept (cpu, cuda, cuda:0 or xpu)",
+        ),
+        ({"height": 0}, "height should be at least 1, found 0"),
+        ({"text_tokens": -1}, "text tokens should be at least 1, found -1"),
         ({"seed": -1}, "a seed should not be negative, found -1"),
         ({"percentile": float("nan")}, "a percentile should be above 0 and at most 100, found nan"),
         ({"margin": 0.0}, "a margin should be at least 1, found 0.0 (below 1 clips what was seen)"),

@@ -17,7 +17,7 @@ from convert_to_quant.errors import OptionError
 from convert_to_quant.fidelity import velocity_fidelity
 from convert_to_quant.layers import find_layers, input_scale
 
-LEAST_SAMPLES = 24
+LEAST_SAMPLES = 3
 """The fewest that calibration runs on: one way of eight steps for each kind of conditioning."""
 
 SMALL = DemoOptions(

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engines import SAMPLES
 from .output import decibels, note, print_table, progress_bar, say, write_json
+from .running import add_shown_arguments, check_device
 from .shared import split_strength
 
 if TYPE_CHECKING:
@@ -28,8 +30,7 @@ def add_calibration_arguments(group: Any, prefix: str) -> None:
 
     add("lora", action="append", default=[], metavar="FILE[:STRENGTH]",
         help="adapter to be used with it; may be repeated")  # fmt: skip
-    add("device", default="cpu", metavar="DEVICE", help="where it runs: cpu, cuda, cuda:1, ... (cpu)")
-    add("samples", type=int, default=64, metavar="N", help="inputs shown to model or layer (64)")
+    add_shown_arguments(group, prefix, samples=f"images ({SAMPLES}), or rows of a guess (64)")
     add("margin", type=float, metavar="M", help="factor on ranges (as much as costs nothing)")
     add("engine", choices=("auto", "model", "layer"), default="auto", metavar="ENGINE",
         help="model (auto): run it; layer: guess")  # fmt: skip
@@ -41,9 +42,14 @@ def add_calibration_arguments(group: Any, prefix: str) -> None:
 
 
 def options_of(args: argparse.Namespace) -> CalibrationOptions:
-    """The options that were asked for."""
+    """The options that were asked for.
+
+    Raises:
+        OptionError: one is out of range, or the device is not there.
+    """
     from ..calibrate_activation_scales import CalibrationOptions
 
+    check_device(args.device)
     return CalibrationOptions(
         engine=args.engine,
         samples=args.samples,
@@ -53,6 +59,10 @@ def options_of(args: argparse.Namespace) -> CalibrationOptions:
         margin=args.margin,
         estimator=args.estimator,
         float16_safe=args.float16_safe,
+        height=args.height,
+        width=args.width,
+        frames=args.frames,
+        text_tokens=args.text_tokens,
     )
 
 

@@ -6,9 +6,10 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
+from ..engines import SAMPLES
 from ..errors import CalibrationError, OptionError
 from .output import decibels, error, note, print_table, progress_bar, say, write_json
-from .running import NOISE, PICTURES, add_running_arguments, check_running_options, geometry_of
+from .running import NOISE, add_running_arguments, check_running_options, geometry_of
 from .terminal import Styled
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def shown(
     geometry = geometry_of(args, reference.plan.family)
     if args.conditioning == NOISE:
         silent = noise.conditioning(reference.signals(geometry), noise.SILENT, args.seed, 0)
-        return noise_prompts(reference, geometry, args.samples or PICTURES, seed=args.seed), silent, geometry
+        return noise_prompts(reference, geometry, args.samples or SAMPLES, seed=args.seed), silent, geometry
     given = Prompts.load(args.conditioning)
     positive = {name: value for name, value in given.tensors.items() if not name.startswith(NEGATIVE)}
     prompts = Prompts(positive, source=given.source).fitted(reference, geometry)

@@ -22,6 +22,7 @@ from .calibration import (
 )
 from .output import note, print_table, progress_bar, say, write_json
 from .patching import check_target, finish, note_ending
+from .running import SHOWN
 
 if TYPE_CHECKING:
     from ..calibrate_activation_scales import CalibrationOptions
@@ -30,7 +31,16 @@ if TYPE_CHECKING:
     from ..lora import Lora
 
 CONVERSION_OPTIONS = ("scaling_mode", "block_size", "weight_scale", "legacy", "preset", "exclude_layers")
-CALIBRATION_OPTIONS = ("engine", "samples", "percentile", "lora", "seed", "device", "margin", "estimator")
+CALIBRATION_OPTIONS = (
+    "engine",
+    "percentile",
+    "lora",
+    "seed",
+    "device",
+    "margin",
+    "estimator",
+    *(name.replace("-", "_") for name in SHOWN),
+)
 
 DESCRIPTION = "Convert a checkpoint to FP8, calibrate an FP8 checkpoint, or both at once."
 EPILOG = """\
@@ -79,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     check_options(args)
     if not args.actcal:
         for name in _given(args, CALIBRATION_OPTIONS):
-            raise OptionError(f"--actcal-{name} needs --actcal")
+            raise OptionError(f"--actcal-{name.replace('_', '-')} needs --actcal")
     elif args.no_input_scale:
         raise OptionError("--no-input-scale leaves out what --actcal is asked to find")
     options = options_of(args) if args.actcal else None

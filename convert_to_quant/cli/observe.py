@@ -10,20 +10,12 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from ..engines import FRAMES, SAMPLES, SIDE_PIXELS, TEXT_TOKENS
 from ..engines.comfyui.inprocess_tree import VARIABLE
 from ..errors import OptionError, UnsupportedModelError
 from .calibration import loras_of
 from .output import configure, note, progress_bar, say, write_json
-from .running import (
-    FRAMES,
-    NOISE,
-    PICTURES,
-    SIDE_PIXELS,
-    TEXT_TOKENS,
-    add_running_arguments,
-    check_running_options,
-    geometry_of,
-)
+from .running import NOISE, add_running_arguments, check_running_options, geometry_of
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -218,7 +210,7 @@ def observe_in_diffusers(args: argparse.Namespace, distributed: bool, checkpoint
         geometry = geometry_of(args, diffusers.plan(checkpoint, table).family)
         prompts = None if args.conditioning == NOISE else Prompts.load(args.conditioning)
         match = match_loras(adapters, table.shapes()) if adapters else None
-        pictures = args.samples or (PICTURES if prompts is None else 1)
+        pictures = args.samples or (SAMPLES if prompts is None else 1)
         session = session_of(
             args,
             distributed,
@@ -236,7 +228,7 @@ def observe_in_diffusers(args: argparse.Namespace, distributed: bool, checkpoint
             observation = diffusers.observe(
                 checkpoint,
                 table,
-                samples=pictures * args.steps,
+                samples=pictures,
                 steps=args.steps,
                 seed=args.seed,
                 device=args.device,
@@ -262,7 +254,7 @@ def observe_in_comfyui(args: argparse.Namespace, distributed: bool, checkpoint: 
         args.text_tokens or TEXT_TOKENS,
     )
     with loras_of(args) as adapters:
-        pictures = args.samples or PICTURES
+        pictures = args.samples or SAMPLES
         session = session_of(
             args,
             distributed,

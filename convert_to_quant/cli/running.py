@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from ..engines import FRAMES, SAMPLES, SIDE_PIXELS, STEPS, TEXT_TOKENS
+from ..engines.devices import find_device
 from ..errors import OptionError
 
 if TYPE_CHECKING:
     from ..engines.noise import Geometry
 
 NOISE = "noise"
-SIDE_PIXELS, FRAMES, TEXT_TOKENS = 256, 1, 64
-PICTURES = 8
+
+SHOWN: Mapping[str, Mapping[str, Any]] = {
+    "samples": {"metavar": "N", "help": f"images ({SAMPLES})"},
+    "height": {"metavar": "PIXELS", "help": f"of each image ({SIDE_PIXELS})"},
+    "width": {"metavar": "PIXELS", "help": f"of each image ({SIDE_PIXELS})"},
+    "frames": {"metavar": "N", "help": f"of each video ({FRAMES})"},
+    "text-tokens": {"metavar": "N", "help": f"length of each prompt ({TEXT_TOKENS})"},
+}
+"""Number and size of what a model is shown, in every command that runs one."""
+
+
+def add_shown_arguments(group: Any, prefix: str = "", *, samples: str = "") -> None:
+    """Number and size of what the model is shown, and where it runs.
+
+    Args:
+        group: gets the options.
+        prefix: before each name, "actcal-" or nothing.
+        samples: help in place of that of `SHOWN`.
+    """
+    for name, settings in SHOWN.items():
+        words = {**settings, "help": samples} if samples and name == "samples" else settings
+        group.add_argument(f"--{prefix}{name}", dest=name.replace("-", "_"), type=int, **words)
+    group.add_argument(f"--{prefix}device", dest="device", default="cpu", metavar="DEVICE",
+                       help="where to run: cpu, cuda, cuda:1, ... (cpu)")  # fmt: skip
 
 
 def add_running_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
@@ -20,22 +45,28 @@ def add_running_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
     shown = parser.add_argument_group("what the model is shown, and where")
     shown.add_argument("--conditioning", default=NOISE, metavar="noise|FILE",
                        help="prompt embeddings from a file (noise)")  # fmt: skip
-    shown.add_argument("--samples", type=int, metavar="N", help=f"pictures ({PICTURES}, or one per prompt)")
-    shown.add_argument("--steps", type=int, default=8, metavar="N", help="noise levels of each picture (8)")
-    shown.add_argument("--height", type=int, metavar="PIXELS", help=f"of each picture ({SIDE_PIXELS})")
-    shown.add_argument("--width", type=int, metavar="PIXELS", help=f"of each picture ({SIDE_PIXELS})")
-    shown.add_argument("--frames", type=int, metavar="N", help=f"of each film ({FRAMES})")
-    shown.add_argument("--text-tokens", type=int, metavar="N", help=f"length of each prompt ({TEXT_TOKENS})")
+    add_shown_arguments(shown, samples=f"images ({SAMPLES}, or one per prompt)")
+    shown.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"noise levels of each image ({STEPS})")
     shown.add_argument("--seed", type=int, default=seed, metavar="S", help=f"of all noise ({seed})")
-    shown.add_argument("--device", default="cpu", metavar="DEVICE", help="where to run: cpu, cuda, cuda:1, ... (cpu)")
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is unknown or not there, before anything is read; the CPU is, and torch takes a second.
+
+    Raises:
+        OptionError: it is.
+    """
+    if name != "cpu":
+        find_device(name)
 
 
 def check_running_options(args: argparse.Namespace) -> None:
-    """Refuse numbers that are out of range.
+    """Refuse numbers that are out of range, and a device that is not there.
 
     Raises:
         OptionError: one is.
     """
+    check_device(args.device)
     for name in ("samples", "steps", "height", "width", "frames", "text_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -50,10 +81,4 @@ def geometry_of(args: argparse.Namespace, family: str) -> Geometry:
     """The size that was asked for, in tokens of a family of models."""
     from ..engines.sizes import geometry
 
-    return geometry(
-        family,
-        args.height or SIDE_PIXELS,
-        args.width or SIDE_PIXELS,
-        args.frames or FRAMES,
-        args.text_tokens or TEXT_TOKENS,
-    )
+    return geometry(family, args.height, args.width, args.frames, args.text_tokens)

@@ -38,6 +38,7 @@ from ..layers import input_scale as stored_input_scale
 from ..lora import LoraMatch
 from . import noise
 from .architectures import ARCHITECTURES, Architecture, Inputs
+from .devices import find_device
 from .noise import Geometry
 from .provenance import Converter, Piece, Shapes, trace
 from .quantized_linear import ARITHMETICS, Arithmetic, CheckpointLinear, StoredWeight
@@ -342,7 +343,7 @@ def load(
     """
     if arithmetic not in ARITHMETICS:
         raise OptionError(f"unknown arithmetic {arithmetic!r}", hint=f"one of {', '.join(ARITHMETICS)}")
-    where = _device(device)
+    where = find_device(device)
     number = dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
     found = plan(checkpoint, table)
     model = skeleton(found)
@@ -389,18 +390,6 @@ def load(
 
 STATIC = ("comfyui", "comfyui_divide")
 """Arithmetics with a scale from the file. Layers in formats that readers scale as they come have none."""
-
-
-def _device(name: str | torch.device) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(
-            f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}",
-            hint="without a device the model runs on the CPU",
-        ) from None
-    return device
 
 
 def _dense_bytes(plan: Plan) -> int:

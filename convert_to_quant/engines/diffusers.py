@@ -15,7 +15,6 @@ are covered since in larger models a quarter of the layers peak away from pure n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,7 @@ from ..layers import LayerTable
 from ..lora import LoraMatch
 from ..recorder import record
 from ..stats import Statistics
-from . import noise
+from . import SAMPLES, STEPS, noise
 from .denoiser import Denoiser, Plan, load, plan, supports
 from .noise import Geometry
 from .prompts import Prompts
@@ -39,9 +38,8 @@ from .session import Progress, Session, Tick, Unit
 
 __all__ = ["Denoiser", "Observation", "Plan", "Progress", "draw", "load", "observe", "plan", "supports", "trajectory"]
 
-SAMPLES, STEPS = 64, 8
 GEOMETRY = Geometry(height=16, width=16, frames=1, text_tokens=64)
-"""Defaults of `observe`."""
+"""What `observe` shows by default."""
 
 BATCH_TOKENS = 4096
 """Trajectories run together up to this many rows per layer."""
@@ -112,8 +110,8 @@ def observe(
     Args:
         checkpoint: the open checkpoint.
         table: its layers, where they are known already.
-        samples: inputs that the model is shown, `steps` of them on the way of one picture; rounded up to whole ways,
-            and to one at least for each of `noise.CONDITIONINGS`, or for each prompt.
+        samples: images, `steps` evaluations of the network each; one at least for each of `noise.CONDITIONINGS`, or for
+            each prompt.
         steps: noise levels on the way from noise to picture.
         seed: of all noise.
         device: where to compute.
@@ -145,7 +143,7 @@ def observe(
         prompts = prompts.fitted(denoiser, geometry)
         geometry = prompts.geometry
     shapes, feeds = watched(denoiser, layers)
-    trajectories = max(math.ceil(samples / steps), len(noise.CONDITIONINGS) if prompts is None else prompts.count)
+    trajectories = max(samples, len(noise.CONDITIONINGS) if prompts is None else prompts.count)
     work = parts(trajectories, geometry, prompted=prompts is not None, adapted=adapters is not None)
     with record(denoiser.model, shapes, feeds) as recording:
 

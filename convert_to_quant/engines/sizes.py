@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from ..errors import OptionError
+from . import FRAMES, SIDE_PIXELS, TEXT_TOKENS
 from .noise import Geometry
 
 
@@ -34,14 +35,20 @@ GRIDS: Mapping[str, Grid] = {"ltx": Grid(32, 8), "ltx2": Grid(32, 8), "hunyuan-i
 """By family; `Grid()` for all others."""
 
 
-def geometry(family: str, height: int, width: int, frames: int = 1, text_tokens: int = 64) -> Geometry:
-    """The tokens of a picture or film.
+def geometry(
+    family: str,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    text_tokens: int | None = None,
+) -> Geometry:
+    """The tokens of an image or video; what is None has the defaults of `engines`.
 
     Args:
         family: name of the model's family.
         height: in pixels; rounded up to whole tokens.
         width: like `height`.
-        frames: of a film, 1 for a picture; rounded up to whole tokens.
+        frames: of a video, 1 for an image; rounded up to whole tokens.
         text_tokens: length of the text.
 
     Raises:
@@ -52,6 +59,9 @@ def geometry(family: str, height: int, width: int, frames: int = 1, text_tokens:
     >>> geometry("ltx", 512, 768, frames=97).frames
     13
     """
+    height, width = (SIDE_PIXELS if side is None else side for side in (height, width))
+    frames = FRAMES if frames is None else frames
+    text_tokens = TEXT_TOKENS if text_tokens is None else text_tokens
     for option, number in (("height", height), ("width", width), ("frames", frames), ("text tokens", text_tokens)):
         if number < 1:
             raise OptionError(f"{option} should be at least 1, found {number}")

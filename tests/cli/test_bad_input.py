@@ -401,8 +401,8 @@ class TestAdapters:
         (("--actcal-margin", "0.9"), "a margin should be at least 1, found 0.9 (below 1 clips what was seen)"),
         (("--actcal-margin", "nan"), "a margin should be at least 1, found nan (below 1 clips what was seen)"),
         (("--actcal-seed", "-1"), "a seed should not be negative, found -1"),
-        (("--actcal-device", "gpu"), "unknown device 'gpu' (cpu, cuda, cuda:0, mps or xpu)"),
-        (("--actcal-device", "cuda:x"), "unknown device 'cuda:x' (cpu, cuda, cuda:0, mps or xpu)"),
+        (("--actcal-device", "gpu"), "unknown device 'gpu' (cpu, cuda, cuda:0 or xpu)"),
+        (("--actcal-device", "cuda:x"), "unknown device 'cuda:x' (cpu, cuda, cuda:0 or xpu)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -430,6 +430,7 @@ def test_a_device_that_this_machine_lacks(ctq: Command, folder: Folder, fp8_file
         ),
         (("--dry-run", "--actcal-lora", "a"), "--actcal-lora needs --actcal"),
         (("--dry-run", "--actcal-samples", "3"), "--actcal-samples needs --actcal"),
+        (("--dry-run", "--actcal-text-tokens", "3"), "--actcal-text-tokens needs --actcal"),
         (
             ("--dry-run", "--enable-fp8-matmul"),
             "--enable-fp8-matmul needs --actcal: without input scales FP8 products would use 1.0",
@@ -514,3 +515,30 @@ def test_a_report_of_layers_that_saw_nothing_is_still_json(ctq: Command, fp8: An
     assert (first["range"], first["scale_after"]) == (None, 1.0)
     assert first["reason"] == "weight is empty or all zero: keeps its scale"
     assert second["range"] > 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-i", "in", "-o", "out", "--actcal", "--actcal-device", "cuda:99"),
+        ("-i", "in", "--dry-run", "--actcal", "--actcal-device", "cuda:99"),
+        ("observe", "in", "-o", "out", "--device", "cuda:99"),
+        ("check", "in", "out", "--device", "cuda:99"),
+    ],
+    ids=" ".join,
+)
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(ctq: Any, words: tuple[str, ...]) -> None:
+    outcome = ctq(*words)
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: device 'cuda:99' cannot be used: ")
+
+
+@pytest.mark.parametrize("module", [("-i", "in", "--dry-run", "--actcal"), ("observe", "in", "-o", "out")])
+def test_mps_is_not_offered_and_it_says_why(ctq: Any, module: tuple[str, ...]) -> None:
+    flag = "--actcal-device" if "--actcal" in module else "--device"
+    outcome = ctq(*module, flag, "mps")
+    assert (outcome.code, outcome.err) == (
+        2,
+        "error: device 'mps' cannot be used: it has no float64, in which statistics are kept "
+        "(cpu, cuda, cuda:0 or xpu)\n",
+    )

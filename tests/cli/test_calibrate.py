@@ -83,7 +83,7 @@ def test_without_an_output_it_is_misused(command: Any, model: Path) -> None:
     [
         (("--samples", "0"), "samples should be at least 1, found 0"),
         (("--percentile", "nan"), "a percentile should be above 0 and at most 100, found nan"),
-        (("--device", "tpu"), "unknown device 'tpu' (cpu, cuda, cuda:0, mps or xpu)"),
+        (("--device", "tpu"), "unknown device 'tpu' (cpu, cuda, cuda:0 or xpu)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

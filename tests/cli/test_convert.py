@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.layers import find_layers
+from convert_to_quant.stats import Statistics
 
 MODEL = ("--actcal", "--actcal-samples", "1")
 LAYER = ("--actcal", "--actcal-engine", "layer")
@@ -118,6 +119,27 @@ def test_json_of_a_dry_run_is_one_document_on_stdout(ctq: Command, flux_file: Pa
     assert document["family"] == "flux1"
     assert document["counts"] == {"quantized": 13, "kept": 8}
     assert "double_blocks.0.img_mlp.0" in outcome.err, "the table makes way"
+
+
+def test_actcal_takes_number_and_size_of_images_as_observe_does(
+    ctq: Command, fp8_file: Path, save: Callable[..., Path]
+) -> None:
+    size = {"height": 32, "width": 48, "text-tokens": 5, "samples": 4}
+    report, statistics = fp8_file.with_name("r.json"), fp8_file.with_name("s.safetensors")
+    words = [word for name, number in size.items() for word in (f"--actcal-{name}", number)]
+    assert ctq("-i", fp8_file, "--dry-run", "--actcal", *words, "--json", report).code == 0
+    words = [word for name, number in size.items() for word in (f"--{name}", number)]
+    assert ctq("observe", fp8_file, "-o", statistics, *words).code == 0
+    seen = Statistics.load(statistics)
+    found = {layer["layer"]: layer for layer in json.loads(report.read_text())["layers"]}
+    assert seen.samples == 4
+    for name, (out_features, in_features), rows, absmax in zip(
+        seen.names, seen.layers.values(), seen.rows, seen.absmax, strict=True
+    ):
+        assert found[name]["multiply_adds"] == rows * out_features * in_features
+        assert found[name]["range"] == absmax
+    image = "double_blocks.0.img_mlp.0"
+    assert seen.rows[seen.names.index(image)] == 4 * 8 * 2 * 3  # images, noise levels, tokens
 
 
 def test_json_of_a_conversion_goes_into_a_file(ctq: Command, flux_file: Path) -> None:

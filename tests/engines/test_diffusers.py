@@ -83,7 +83,7 @@ def test_recorded_ranges_are_those_of_hooks_put_on_by_hand(reference_flux: Any, 
         return lambda _, inputs: absmax.__setitem__(name, max(absmax.get(name, 0.0), float(inputs[0].abs().max())))
 
     with open_checkpoint(path) as checkpoint:
-        seen = engine.observe(checkpoint, samples=6, steps=2, seed=3, geometry=SIZE)
+        seen = engine.observe(checkpoint, samples=3, steps=2, seed=3, geometry=SIZE)
         layers = list(find_layers(checkpoint).quantized)
         denoiser = engine.load(checkpoint)
         for name, module in model.named_modules():
@@ -104,7 +104,7 @@ def test_recorded_ranges_are_those_of_hooks_put_on_by_hand(reference_flux: Any, 
 
 def test_layers_that_see_one_row_per_picture_are_known(reference_flux: Any, save_model: Any) -> None:
     with open_checkpoint(save_model(reference_flux().state_dict(), in_blocks)) as checkpoint:
-        seen = engine.observe(checkpoint, samples=12, steps=2, geometry=SIZE).statistics
+        seen = engine.observe(checkpoint, samples=6, steps=2, geometry=SIZE).statistics
     one_row = {name for name, single in zip(seen.names, seen.one_row, strict=True) if single}
     assert one_row == {name for name in seen.names if name.endswith(".lin")}
 
@@ -166,7 +166,7 @@ def test_global_random_state_is_left_alone(reference_flux: Any, save_model: Any)
 
 def test_every_noise_level_is_recorded(reference_flux: Any, save_model: Any) -> None:
     with open_checkpoint(save_model(reference_flux().state_dict(), in_blocks)) as checkpoint:
-        seen = engine.observe(checkpoint, samples=24, steps=8, geometry=SIZE).statistics
+        seen = engine.observe(checkpoint, samples=3, steps=8, geometry=SIZE).statistics
     assert (seen.sigma_count[:, :8] > 0).all()
     assert (seen.sigma_count[:, 8] == 0).all()
 
@@ -175,7 +175,7 @@ def test_progress_counts_up_to_the_total(reference_flux: Any, save_model: Any) -
     calls: list[tuple[int, int]] = []
     with open_checkpoint(save_model(reference_flux().state_dict(), in_blocks)) as checkpoint:
         engine.observe(
-            checkpoint, samples=8, steps=2, geometry=SIZE, progress=lambda done, total: calls.append((done, total))
+            checkpoint, samples=4, steps=2, geometry=SIZE, progress=lambda done, total: calls.append((done, total))
         )
     assert calls[-1] == (8, 8)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
@@ -235,11 +235,24 @@ def test_fewer_than_one_sample_or_step_is_refused(
         engine.observe(checkpoint, **{option: value})
 
 
-@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+@pytest.mark.parametrize("device", ["cuda:99", "xpu:99"])
 def test_an_unusable_device_is_refused(reference_flux: Any, save_model: Any, device: str) -> None:
     with (
         open_checkpoint(save_model(reference_flux().state_dict())) as checkpoint,
         pytest.raises(OptionError, match=f"device '{device}' cannot be used"),
+    ):
+        engine.load(checkpoint, device=device)
+
+
+@pytest.mark.parametrize(
+    ("device", "problem"), [("abacus", "unknown device 'abacus'"), ("mps", "device 'mps' cannot be used: it has no")]
+)
+def test_a_device_that_is_not_offered_is_refused(
+    reference_flux: Any, save_model: Any, device: str, problem: str
+) -> None:
+    with (
+        open_checkpoint(save_model(reference_flux().state_dict())) as checkpoint,
+        pytest.raises(OptionError, match=problem),
     ):
         engine.load(checkpoint, device=device)
 

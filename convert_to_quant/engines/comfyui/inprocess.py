@@ -38,16 +38,12 @@ from ...errors import CalibrationError, LoraError, OptionError, StrPath, Unsuppo
 from ...layers import LayerTable, find_layers
 from ...lora import Lora
 from ...recorder import find_linears, record
-from .. import noise
+from .. import FRAMES, SAMPLES, SIDE_PIXELS, STEPS, TEXT_TOKENS, noise
 from ..diffusers import Observation, conditioned, expect_finite
 from ..provenance import Shapes, trace
 from ..session import Progress, Session, Tick, Unit
 from . import inprocess_tree as tree
 from .inprocess_conditions import FILM, PICTURE, SOUND, Family, Scene, draw, family_of, measure, wanted
-
-SAMPLES, STEPS = 8, 8
-SIDE_PIXELS, FRAMES, TEXT_TOKENS = 256, 1, 64
-"""Defaults of `observe`."""
 
 PATCH_PIXELS = 16
 """What one token of a picture covers along each side, for models whose latents have only a length."""
