@@ -230,7 +230,7 @@ def test_a_file_that_is_no_model_is_refused(ctq: Any, flux_file: Path, save: Any
         (("--steps", 0), "--steps should be at least 1, found 0"),
         (("--seed", -1), "a seed should not be negative"),
         (("--arithmetic", "abacus"), "invalid choice: 'abacus'"),
-        (("--device", "abacus"), "device 'abacus' cannot be used"),
+        (("--device", "abacus"), "unknown device 'abacus'"),
     ],
 )
 def test_misuse_exits_2(ctq: Any, flux_file: Path, words: tuple[Any, ...], said: str) -> None:
