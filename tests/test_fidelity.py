@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from convert_to_quant import fidelity
+from convert_to_quant.engines import noise
 from convert_to_quant.engines.noise import Geometry
 from convert_to_quant.errors import CalibrationError, OptionError
 from convert_to_quant.fidelity import EXACT_DB, velocity_fidelity
@@ -119,6 +120,79 @@ def test_the_spread_is_the_standard_error_over_prompts() -> None:
     ratios = [-20 * math.log10(0.01 * (1 + value)) for value in (0.0, 1.0, 3.0)]
     assert found.sqnr_db == pytest.approx(np.mean(ratios), abs=1e-3)
     assert found.standard_error_db == pytest.approx(np.std(ratios, ddof=1) / math.sqrt(3), abs=1e-3)
+
+
+def test_the_worst_is_that_of_one_prompt_at_one_level_at_any_size() -> None:
+    def scene(size: Geometry, *texts: float) -> fidelity.Scene:
+        text = {"text": torch.tensor(texts)[:, None, None].expand(len(texts), 4, 5)}
+        shape = Line(1).latent_shape(size)
+        return fidelity.Scene(torch.ones(len(texts), *shape), text, size)
+
+    class Worse(Line):
+        def velocity(self, latents: Tensor, sigma: float, conditioning: dict[str, Tensor], size: Geometry) -> Tensor:
+            right = super().velocity(latents, sigma, conditioning, size)
+            return right * (1 + 0.01 * (conditioning["text"].mean((1, 2), keepdim=True) + sigma))
+
+    scenes = [scene(SIZE, 0.0, 1.0), scene(Geometry(1, 2, 1, 4), 3.0)]
+    found = fidelity.scenes_fidelity(Line(0.1), Worse(0.1), scenes, steps=2)  # type: ignore[arg-type]
+    errors = np.array([[text + sigma for sigma in (1.0, 0.5)] for text in (0.0, 1.0, 3.0)])
+    wanted = -20 * np.log10(0.01 * errors)
+    assert found.worst_db == pytest.approx(wanted.min(), abs=1e-3)
+    assert found.sqnr_db == pytest.approx(wanted.mean(), abs=1e-3)
+    assert [level.worst_db for level in found.levels] == pytest.approx(wanted.min(0), abs=1e-3)
+    assert [size.geometry for size in found.sizes] == [one.geometry for one in scenes]
+    assert [size.sqnr_db for size in found.sizes] == pytest.approx([wanted[:2].mean(), wanted[2:].mean()], abs=1e-3)
+    assert [size.worst_db for size in found.sizes] == pytest.approx([wanted[:2].min(), wanted[2:].min()], abs=1e-3)
+    assert found.prompts == 3
+
+
+class Taker(Line):
+    """Takes a stream of tokens, a vector and a mask."""
+
+    def signals(self, size: Geometry) -> dict[str, noise.Signal]:
+        return {
+            "text": noise.Signal((size.text_tokens, 512)),
+            "pooled": noise.Signal((512,)),
+            "mask": noise.Signal((size.text_tokens,), "mask"),
+        }
+
+
+@pytest.mark.parametrize("seed", [0, 42, 43])
+def test_a_check_shows_nothing_that_a_calibration_could_see(seed: int) -> None:
+    """Fails if the noise of `check` becomes that of calibration: in numbers, kind, or size."""
+    model, size, count = Taker(1), Geometry(4, 6, 1, 16), 12
+    scenes = fidelity.noise_scenes(model, size, count, seed=seed)  # type: ignore[arg-type]
+    assert [scene.geometry for scene in scenes] == [size, Geometry(2, 3, 1, 4)]
+    magnitudes = []
+    for scene in scenes:
+        calibrated = [
+            noise.latents(model.latent_shape(scene.geometry), one, n) for one in (seed, 42) for n in range(99)
+        ]
+        ways = [
+            noise.conditioning(model.signals(scene.geometry), way, one, number)
+            for one in (seed, 42) for way in noise.CONDITIONINGS for number in range(count)
+        ]  # fmt: skip
+        for number in range(count):
+            start = scene.latents[number].flatten()
+            assert not any(torch.equal(start, other.flatten()) for other in calibrated)
+            text = scene.conditioning["text"][number]
+            full = text.abs().amax(-1) > 0
+            tokens = text[full].flatten()
+            assert full[: int(full.sum())].all(), "zeros only behind the text"
+            magnitudes.append((len(full) - int(full.sum()), float(tokens.std()), float(text[0].abs().amax())))
+            for way in ways:
+                shown = way["text"][0].flatten()
+                cosine = torch.nn.functional.cosine_similarity(text.flatten(), shown, 0)
+                assert abs(float(cosine)) < 0.3, "another stream of random numbers"
+    fixed = {way.magnitude for way in noise.CONDITIONINGS}
+    spread = [size for _, size, _ in magnitudes]
+    assert not any(abs(one - other) < 0.01 * other for one in spread for other in fixed), "other magnitudes"
+    assert max(spread) > 2 * min(spread)
+    assert 0.4 < min(spread) < max(spread) < 3.3
+    assert all(loudest < 6 * size for _, size, loudest in magnitudes), "no loud channels"
+    assert any(padded for padded, _, _ in magnitudes)
+    assert scenes[0].conditioning["pooled"].std(1).max() < 1.2 * noise.VECTOR_MAGNITUDE
+    assert (scenes[0].conditioning["mask"] == 1).all()
 
 
 def test_progress_counts_prompts_and_levels() -> None:

@@ -13,15 +13,12 @@ from .running import NOISE, add_running_arguments, check_running_options, geomet
 from .terminal import Styled
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..engines.denoiser import Denoiser
-    from ..engines.noise import Geometry
-    from ..fidelity import Fidelity
+    from ..fidelity import Fidelity, Scene
 
 ARITHMETICS = ("comfyui", "comfyui-divide", "dequantize", "dynamic-tensor", "dynamic-row")
 SEED = 43
-"""Not the seed of calibration: a check on what was calibrated on would flatter."""
+"""Any other gives other noise, none of which a calibration can have seen (`fidelity.noise_scenes`)."""
 
 WORST_LAYERS = 20
 EXACT = Styled("exact", "good")
@@ -41,11 +38,14 @@ BELOW = 1
 
 DESCRIPTION = """\
 Run a reference and a quantized model side by side and say how close the quantized one stays: the SQNR of the predicted
-velocity in dB per noise level (30 is good, 10 is ruin), and the PSNR of the latents that each reaches by itself."""
+velocity in dB per noise level (30 is good, 10 is ruin), and the PSNR of the latents that each reaches by itself. On
+noise, of another kind than calibration sees, it checks two sizes: the one asked for, and a quarter of its tokens."""
 EPILOG = """\
 examples:
   convert_to_quant check bf16.safetensors fp8.safetensors --device cuda
   convert_to_quant check bf16.safetensors fp8.safetensors --at-least 25 --layers
+  convert_to_quant check bf16.safetensors fp8.safetensors \\
+      --conditioning embeddings.safetensors
 
 arithmetics of FP8 layers:
   comfyui         as ComfyUI on a CPU: inputs times 1 / scale, in their dtype
@@ -93,26 +93,21 @@ def measure(args: argparse.Namespace) -> Fidelity:
     """Run both models."""
     from ..checkpoint import open_checkpoint
     from ..engines.denoiser import load
-    from ..engines.diffusers import BATCH_TOKENS
-    from ..fidelity import velocity_fidelity
+    from ..fidelity import scenes_fidelity
 
     with open_checkpoint(args.reference) as first, open_checkpoint(args.quantized) as second:
         reference = load(first, device=args.device)
         quantized = load(second, device=args.device, arithmetic=args.arithmetic.replace("-", "_"))
         refuse_another_model(reference, quantized, args)
         refuse_wrong_order(reference, quantized, args)
-        conditioning, negative, geometry = shown(reference, args)
+        scenes = shown(reference, args)
         with progress_bar("checking") as progress:
-            return velocity_fidelity(
+            return scenes_fidelity(
                 reference,
                 quantized,
-                conditioning,
-                geometry,
-                negative=negative,
+                scenes,
                 guidance=args.guidance,
                 steps=args.steps,
-                seed=args.seed,
-                batch=max(BATCH_TOKENS // geometry.tokens, 1),
                 layer_errors=args.layers,
                 progress=progress,
             )
@@ -165,60 +160,76 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else str(list(shape))
 
 
-def shown(
-    reference: Denoiser, args: argparse.Namespace
-) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, Geometry]:
-    """Prompts, the empty prompt, and the size of the pictures."""
+def shown(reference: Denoiser, args: argparse.Namespace) -> list[Scene]:
+    """What both models are shown: noise of two sizes, or prompts of the size asked for."""
     from ..engines import noise
+    from ..engines.diffusers import BATCH_TOKENS
     from ..engines.prompts import NEGATIVE, Prompts
-    from ..fidelity import noise_prompts
+    from ..fidelity import Scene, check_latents, noise_scenes
 
     geometry = geometry_of(args, reference.plan.family)
     if args.conditioning == NOISE:
-        silent = noise.conditioning(reference.signals(geometry), noise.SILENT, args.seed, 0)
-        return noise_prompts(reference, geometry, args.samples or SAMPLES, seed=args.seed), silent, geometry
+        return noise_scenes(reference, geometry, args.samples or SAMPLES, seed=args.seed)
     given = Prompts.load(args.conditioning)
     positive = {name: value for name, value in given.tensors.items() if not name.startswith(NEGATIVE)}
     prompts = Prompts(positive, source=given.source).fitted(reference, geometry)
     empty = {name.removeprefix(NEGATIVE): given.tensors[name] for name in given.tensors.keys() - positive.keys()}
-    negative = Prompts(empty, source=given.source).fitted(reference, geometry).tensors if empty else None
+    if empty:
+        fitted = Prompts(empty, source=given.source).fitted(reference, geometry).tensors
+        negative = {name: value[:1] for name, value in fitted.items()}
+    else:
+        negative = noise.conditioning(reference.signals(prompts.geometry), noise.SILENT, args.seed, 0)
     rows = [number % prompts.count for number in range(args.samples or prompts.count)]
-    conditioning = {name: value[rows] for name, value in prompts.tensors.items()}
-    if negative is None:
-        silent = noise.conditioning(reference.signals(prompts.geometry), noise.SILENT, args.seed, 0)
-        return conditioning, silent, prompts.geometry
-    return conditioning, {name: value[:1] for name, value in negative.items()}, prompts.geometry
+    return [
+        Scene(
+            check_latents(reference, prompts.geometry, len(rows), args.seed),
+            {name: value[rows] for name, value in prompts.tensors.items()},
+            prompts.geometry,
+            negative,
+            max(BATCH_TOKENS // prompts.geometry.tokens, 1),
+        )
+    ]
 
 
 def say_meaning(found: Fidelity, args: argparse.Namespace) -> None:
-    """The mean in words, and where to look if they are bad."""
-    from ..fidelity import EXACT_DB
+    """The mean in words, where to look if they are bad, and what figures on noise are worth."""
+    from ..fidelity import EXACT_DB, OFF_BY_DB
 
     if found.sqnr_db >= EXACT_DB:
         say("both compute the same")
         return
     meaning = next(words for least, words in MEANINGS if found.sqnr_db >= least)
     where = f" (convert_to_quant inspect {args.quantized} may say why)" if found.sqnr_db < DOUBTFUL_DB else ""
-    say(f"{found.sqnr_db:.1f} dB on average: {meaning}{where}")
+    say(f"{found.sqnr_db:.1f} dB on average, {found.worst_db:.1f} at worst: {meaning}{where}")
+    if args.conditioning == NOISE:
+        say(f"seen on noise, which can be {OFF_BY_DB} dB from real use: --conditioning FILE takes prompt embeddings")
 
 
 def print_levels(found: Fidelity) -> None:
-    """Velocity SQNR per noise level, their mean, and the final latents' PSNR."""
+    """Velocity SQNR per noise level and size, their mean and worst, and the final latents' PSNR."""
     from ..fidelity import EXACT_DB
 
     def error_of(deviation: float) -> str:
         return f"{deviation:.2f} dB" if found.prompts > 1 else "-"  # one picture has no spread
 
-    rows = [(f"{level.sigma:.3f}", level.sqnr_db, level.standard_error_db) for level in found.levels]
-    rows.append(("mean", found.sqnr_db, found.standard_error_db))
-    rows.append(("final PSNR", found.psnr_db, found.psnr_standard_error_db))
+    def told(ratio: float | None) -> str:
+        return "-" if ratio is None else EXACT if ratio >= EXACT_DB else decibels(ratio, 2)
+
+    rows: list[tuple[str, float, float | None, float | None]] = [
+        (f"{level.sigma:.3f}", level.sqnr_db, level.standard_error_db, level.worst_db) for level in found.levels
+    ]
+    for size in found.sizes if len(found.sizes) > 1 else ():
+        tokens = f"{size.geometry.height} x {size.geometry.width} + {size.geometry.text_tokens} tokens"
+        rows.append((tokens, size.sqnr_db, None, size.worst_db))
+    rows.append(("mean", found.sqnr_db, found.standard_error_db, found.worst_db))
+    rows.append(("final PSNR", found.psnr_db, found.psnr_standard_error_db, None))
     print_table(
-        ("sigma", "SQNR", "standard error"),
+        ("sigma", "SQNR", "standard error", "worst"),
         [
-            (name, *((EXACT, "-") if mean >= EXACT_DB else (decibels(mean, 2), error_of(deviation))))
-            for name, mean, deviation in rows
+            (name, told(mean), "-" if deviation is None or mean >= EXACT_DB else error_of(deviation), told(worst))
+            for name, mean, deviation, worst in rows
         ],
-        right=(1, 2),
+        right=(1, 2, 3),
     )
 
 

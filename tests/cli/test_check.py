@@ -12,11 +12,11 @@ import pytest
 from convert_to_quant import __version__
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.cli import check
-from convert_to_quant.engines import noise
 from convert_to_quant.engines.denoiser import load
+from convert_to_quant.engines.noise import Geometry
 from convert_to_quant.engines.quantized_linear import ARITHMETICS
 from convert_to_quant.engines.sizes import geometry
-from convert_to_quant.fidelity import Fidelity, noise_prompts, velocity_fidelity
+from convert_to_quant.fidelity import Fidelity, Level, Size, noise_scenes, scenes_fidelity
 
 SMALL = ("--height", 32, "--width", 48, "--text-tokens", 5, "--steps", 2, "--samples", 2)
 SIZE = geometry("flux1", 32, 48, text_tokens=5)
@@ -25,9 +25,7 @@ SIZE = geometry("flux1", 32, 48, text_tokens=5)
 def measured(reference: Path, quantized: Path, **options: Any) -> Fidelity:
     with open_checkpoint(reference) as first, open_checkpoint(quantized) as second:
         one, other = load(first), load(second, arithmetic=options.pop("arithmetic", "comfyui"))
-        silent = noise.conditioning(one.signals(SIZE), noise.SILENT, check.SEED, 0)
-        prompts = noise_prompts(one, SIZE, 2, seed=check.SEED)
-        return velocity_fidelity(one, other, prompts, SIZE, negative=silent, steps=2, seed=check.SEED, **options)
+        return scenes_fidelity(one, other, noise_scenes(one, SIZE, 2, seed=check.SEED), steps=2, **options)
 
 
 def test_every_arithmetic_has_its_spelling_here() -> None:
@@ -35,6 +33,7 @@ def test_every_arithmetic_has_its_spelling_here() -> None:
 
 
 CLOSE = "the same picture, details differ on close inspection"
+NOISE = "seen on noise, which can be 13 dB from real use: --conditioning FILE takes prompt embeddings"
 
 
 @pytest.mark.parametrize(
@@ -46,16 +45,33 @@ CLOSE = "the same picture, details differ on close inspection"
     ],
 )  # fmt: skip
 def test_the_mean_is_told_in_words(capsys: pytest.CaptureFixture[str], mean: float, said: str) -> None:
-    found = Fidelity(mean, 0.1, (), 30.0, 0.1, 2, 2, 1.0)
-    check.say_meaning(found, argparse.Namespace(quantized="b.safetensors"))
-    assert capsys.readouterr().err.startswith(f"{mean:.1f} dB on average: {said}")
+    found = Fidelity(mean, 0.1, mean - 3, (), (), 30.0, 0.1, 2, 2, 1.0)
+    check.say_meaning(found, argparse.Namespace(quantized="b.safetensors", conditioning="noise"))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"{mean:.1f} dB on average, {mean - 3:.1f} at worst: {said}")
+    assert second == NOISE
+    check.say_meaning(found, argparse.Namespace(quantized="b.safetensors", conditioning="prompts.safetensors"))
+    assert NOISE not in capsys.readouterr().err
 
 
 def test_one_picture_has_no_spread(capsys: pytest.CaptureFixture[str]) -> None:
     for prompts, spread in ((1, "-"), (2, "0.10")):
-        check.print_levels(Fidelity(30.0, 0.1, (), 30.0, 0.1, prompts, 2, 1.0))
+        check.print_levels(Fidelity(30.0, 0.1, 20.0, (), (), 30.0, 0.1, prompts, 2, 1.0))
         rows = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert rows[1][:4] == ["mean", "30.00", "dB", spread]
+
+
+def test_the_worst_is_told_per_level_per_size_and_of_all(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = (Size(Geometry(4, 6, 1, 8), 31.0, 21.0), Size(Geometry(2, 3, 1, 2), 29.0, 19.0))
+    check.print_levels(Fidelity(30.0, 0.1, 19.0, (Level(1.0, 30.0, 0.1, 19.0),), sizes, 35.0, 0.1, 2, 1, 1.0))
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["sigma", "SQNR", "standard", "error", "worst"],
+        ["1.000", "30.00", "dB", "0.10", "dB", "19.00", "dB"],
+        ["4", "x", "6", "+", "8", "tokens", "31.00", "dB", "-", "21.00", "dB"],
+        ["2", "x", "3", "+", "2", "tokens", "29.00", "dB", "-", "19.00", "dB"],
+        ["mean", "30.00", "dB", "0.10", "dB", "19.00", "dB"],
+        ["final", "PSNR", "35.00", "dB", "0.10", "dB", "-"],
+    ]
 
 
 def test_models_in_the_wrong_order_are_refused(ctq: Any, flux_file: Path, fp8_file: Path) -> None:
@@ -83,19 +99,23 @@ def test_it_says_what_the_fidelity_is(
     document = fp8_file.with_name("report.json")
     words = (*SMALL, "--arithmetic", arithmetic, "--guidance", guidance, "--json", document)
     outcome = ctq("check", flux_file, fp8_file, *words)
-    assert (outcome.code, outcome.err.splitlines()) == (0, [f"{wanted.sqnr_db:.1f} dB on average: {CLOSE}"])
+    mean = f"{wanted.sqnr_db:.1f} dB on average, {wanted.worst_db:.1f} at worst: {CLOSE}"
+    assert (outcome.code, outcome.err.splitlines()) == (0, [mean, NOISE])
     found = json.loads(document.read_text())
     made_by = found.pop("made_by")
     assert (made_by["command"], made_by["version"], made_by["options"]["steps"]) == ("check", __version__, 2)
     assert found == json.loads(json.dumps(wanted.to_json()))
     head, *rows = (line.split() for line in outcome.out.splitlines())
-    assert head == ["sigma", "SQNR", "standard", "error"]
-    assert rows == [
-        [*name.split(), f"{mean:.2f}", "dB", f"{error:.2f}", "dB"]
-        for name, mean, error in (
-            *((f"{level.sigma:.3f}", level.sqnr_db, level.standard_error_db) for level in wanted.levels),
-            ("mean", wanted.sqnr_db, wanted.standard_error_db),
-            ("final PSNR", wanted.psnr_db, wanted.psnr_standard_error_db),
+    assert head == ["sigma", "SQNR", "standard", "error", "worst"]
+    assert [row for row in rows if "tokens" not in row] == [
+        [*name.split(), f"{mean:.2f}", "dB", f"{error:.2f}", "dB", *worst]
+        for name, mean, error, worst in (
+            *(
+                (f"{level.sigma:.3f}", level.sqnr_db, level.standard_error_db, [f"{level.worst_db:.2f}", "dB"])
+                for level in wanted.levels
+            ),
+            ("mean", wanted.sqnr_db, wanted.standard_error_db, [f"{wanted.worst_db:.2f}", "dB"]),
+            ("final PSNR", wanted.psnr_db, wanted.psnr_standard_error_db, ["-"]),
         )
     ]
 
@@ -119,13 +139,14 @@ def test_only_the_worst_layers_are_shown_unless_all_are_asked_for(
     few, every = (ctq("check", flux_file, fp8_file, *SMALL, "--layers", *more).out for more in ((), ("-v",)))
     rows_of_few, rows_of_all = ([line.split() for line in text.splitlines()] for text in (few, every))
     assert rows_of_all[: len(rows_of_few)] == rows_of_few
-    assert len(rows_of_few) == 1 + 2 + 2 + 1 + 3
+    assert len(rows_of_few) == 1 + 2 + 2 + 2 + 1 + 3
 
 
 def test_a_model_is_exactly_itself(ctq: Any, flux_file: Path) -> None:
     outcome = ctq("check", flux_file, flux_file, *SMALL, "--at-least", 200)
     assert outcome.code == 0
-    assert [line.split()[-2:] for line in outcome.out.splitlines()[1:]] == [["exact", "-"]] * 4
+    assert [line.split()[-3:] for line in outcome.out.splitlines()[1:-1]] == [["exact", "-", "exact"]] * 5
+    assert outcome.out.splitlines()[-1].split() == ["final", "PSNR", "exact", "-", "-"]
 
 
 def test_a_model_below_what_was_asked_for_fails(ctq: Any, flux_file: Path, fp8_file: Path) -> None:
@@ -139,7 +160,11 @@ def test_a_model_below_what_was_asked_for_fails(ctq: Any, flux_file: Path, fp8_f
 
 def test_json_on_stdout_is_one_document(ctq: Any, flux_file: Path, fp8_file: Path) -> None:
     outcome = ctq("check", flux_file, fp8_file, *SMALL, "--layers", "--json", "-")
-    assert json.loads(outcome.out)["prompts"] == 2
+    found = json.loads(outcome.out)
+    assert found["prompts"] == 4
+    assert [(size["geometry"]["height"], size["geometry"]["width"]) for size in found["sizes"]] == [(2, 3), (1, 2)]
+    assert found["worst_db"] == min(size["worst_db"] for size in found["sizes"])
+    assert found["worst_db"] == min(level["worst_db"] for level in found["levels"])
 
 
 def embeddings(count: int = 3) -> dict[str, Any]:
