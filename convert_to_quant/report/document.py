@@ -15,10 +15,10 @@ Risks. `RISKS` says what each means. A layer whose inputs are never quantized is
                 scale (464 is where rounding to 448 ends, 480 being the next that a wider format would have); else it
                 *vanishes* if most values that are not zero become zero; else it is *coarse*, spread over the few
                 codes below the normal range.
-    rows lost   more rows (tokens) than `SolveOptions.row_loss_limit` lie wholly under 2⁻⁴ of the scale (`solve`).
-                The ratio over all values hides them.
+    rows lost   most rows (tokens) lie wholly under 2⁻⁴ of the scale (`solve`). The ratio over all values hides them.
 
-So a few values clipped at no cost are no risk; their share is told all the same.
+So a few values clipped at no cost are no risk; their share is told all the same. Nor are fewer lost rows: whether the
+image needs them, ranges do not tell (a Wan-shaped model has 21 layers that lose some, and loses nothing in dB).
 
 Limits. A risk is one of inputs, not of the picture: where loud channels meet small weights, cutting them off costs the
 output less than it costs the input ("spiky" emoji at a scale of 1.0: 18 of 32 layers clip, and the picture loses about
@@ -54,13 +54,16 @@ RISKS: Mapping[Risk, str] = {
     "no scale": "its scale is 0, or nothing that ComfyUI can use: inputs become infinite or NaN, or it fails",
     "clips": "inputs beyond 448 times the scale are cut off",
     "vanishes": "most inputs are too small for the scale and become 0",
-    "rows lost": "whole rows (tokens) lie under 1/16 of the scale, where few codes are; often a loud one sets it",
+    "rows lost": "most rows (tokens) lie under 1/16 of the scale, where few codes are; often a loud one sets it",
     "coarse": "inputs lie among the smallest steps of the scale, where few codes are left",
 }
 """What each risk means, the worst first."""
 
 LARGEST_ROUNDED = E4M3FN.largest_rounded
 """|x| / scale up to here becomes 448 by rounding; beyond it is cut off."""
+
+MOST = 0.5
+"""Share of values or rows that are lost from which on a layer is at risk for that alone."""
 
 WORST_ROUNDING_DB = E4M3FN.worst_rounding_db
 """Signal to noise of E4M3 in its normal range is at least this, whatever the distribution."""

@@ -223,7 +223,6 @@ def _left_alone(views: Iterable[LayerView], statistics: Statistics | None) -> li
 
 def _figures(side: _Solved) -> dict[str, Figures]:
     """The figures of every layer of a side, by name."""
-    options = side.source.options
     seen = [result for result in side.results if result.source == "model"]
     statistics = side.statistics.take([result.layer for result in seen])
     scales = np.array([[result.scale_before, result.scale_after] for result in seen], np.float64).reshape(-1, 2)
@@ -252,9 +251,7 @@ def _figures(side: _Solved) -> dict[str, Figures]:
                  result.clipped_after, result.vanished_after, lost[1]),
             )
         ]  # fmt: skip
-        before, after = (
-            state if unused else with_risk(state, absmax, options, FORMATS[result.format]) for state in states
-        )
+        before, after = (state if unused else with_risk(state, absmax, FORMATS[result.format]) for state in states)
         if result.layer in side.unusable:
             before = State(0.0, before.full_precision, risk="no scale")
         figures[result.layer] = Figures(
@@ -271,13 +268,12 @@ def _figures(side: _Solved) -> dict[str, Figures]:
     return figures
 
 
-def with_risk(state: State, absmax: float, options: SolveOptions, fmt: Format = E4M3FN) -> State:
+def with_risk(state: State, absmax: float, fmt: Format = E4M3FN) -> State:
     """A state with its risk, by the thresholds of `document`, which are those of the layer's format.
 
     Args:
         state: with everything else.
         absmax: the largest |x|; 0 where nothing but zeros was seen, or nothing.
-        options: with the limit on lost rows.
         fmt: of the layer's inputs.
     """
     risk: Risk = ""
@@ -290,8 +286,8 @@ def with_risk(state: State, absmax: float, options: SolveOptions, fmt: Format = 
         if absmax > fmt.largest_rounded * state.scale:
             risk = "clips"
         else:
-            risk = "vanishes" if state.vanished > 0.5 else "coarse"
-    elif (state.rows_lost or 0) > options.row_loss_limit:
+            risk = "vanishes" if state.vanished > document.MOST else "coarse"
+    elif (state.rows_lost or 0) > document.MOST:
         risk = "rows lost"
     return replace(state, risk=risk)
 
@@ -379,11 +375,7 @@ def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
             vanished=_finite(errors.vanished[number]),
             rows_lost=_finite(lost[number]),
         )
-        states[bare] = (
-            state
-            if name in second.unused
-            else with_risk(state, float(absmax[number]), second.source.options, formats[number])
-        )
+        states[bare] = state if name in second.unused else with_risk(state, float(absmax[number]), formats[number])
     return states
 
 

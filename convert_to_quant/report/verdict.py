@@ -1,7 +1,8 @@
 """What the figures mean, in words that a user understands in a minute.
 
-One side: how many layers are at risk as the file is, what is wrong with them, and what calibration changes. Two sides:
-whether a calibration on the first holds for the second, and where they differ.
+One side: how many layers are at risk as the file is, what is wrong with them, and what calibration changes. A risk is
+damage to a layer's inputs, which was measured; damage to the image was not. Two sides: whether a calibration on the
+first holds for the second, and where they differ.
 
 Moved. A range or a scale counts as moved when it differs by more than half an octave (a factor of 1.41). E4M3 spans 18
 octaves and its step is relative, so a scale that is too large by less costs nothing but the half octave at the lower
@@ -15,7 +16,11 @@ import statistics as middle
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from ..solve import SolveOptions
 from .document import Figures, Layer, Level, Risk, Side, State, Verdict
+
+LOST_ROWS = SolveOptions.row_loss_limit
+"""Share of a layer's rows under 1/16 of its scale from which on they are told."""
 
 MOVED_OCTAVES = 0.5
 """A range or a scale that differs by more has moved."""
@@ -104,7 +109,12 @@ def _one(side: Side, figures: Sequence[Figures], layers: Sequence[Layer]) -> Ver
     else:
         level = "warning" if unseen or remaining else "good"
         headline = f"None of {plural(total, 'FP8 layer')} is at risk {where}."
-    points = [*_risks(present), *_mild(present), *_ratios(quantized), *_precision(rows), *points]
+    lost = _lost_rows(present)
+    if lost and level == "good":
+        level = "warning"
+    points = [*_risks(present), *lost, *_mild(present), *_ratios(quantized), *_precision(rows), *points]
+    if risky:
+        points.append(MEASURED)
     if unseen and side.calibrates:
         points.append(
             f"Never seen, or only as zeros, so left as they are: {plural(len(unseen), 'layer')} (first: {unseen[0]})."
@@ -176,6 +186,24 @@ def _risks(rows: Sequence[Row], would: bool = False) -> list[str]:
 
 def _decibels(state: State) -> str:
     return f"{round(state.sqnr_db or 0)} dB"
+
+
+MEASURED = "At risk are inputs of layers; what that costs the image, convert_to_quant check measures."
+
+
+def _lost_rows(rows: Sequence[Row]) -> list[str]:
+    """Layers that lose some rows, which costs the image something only if it needs them."""
+    found = [
+        row for row in rows if not row[2].risk and not row[2].full_precision and (row[2].rows_lost or 0) > LOST_ROWS
+    ]
+    if not found:
+        return []
+    name, _, state = max(found, key=lambda row: row[2].rows_lost or 0)
+    share = percent(state.rows_lost or 0)
+    return [
+        f"Some rows (tokens) lie under 1/16 of the scale, where few codes are, in {plural(len(found), 'layer')} "
+        f"(most: {share} in {name}); whether the image needs them is not known."
+    ]
 
 
 def _mild(rows: Sequence[Row], would: bool = False) -> list[str]:
@@ -258,7 +286,7 @@ def _two_inputs(first: Side, second: Side, layers: Sequence[Layer]) -> tuple[Lev
         level = "good"
         share = f"none of {plural(len(crossed), 'layer')}"
         headline = f"Scales calibrated on {first.label} also fit {second.label}: {share} would be at risk."
-    points = [*_risks(crossed, would=True), *_mild(crossed, would=True)]
+    points = [*_risks(crossed, would=True), *_lost_rows(crossed), *_mild(crossed, would=True)]
     ranges = [
         (layer.name, one.absmax, other.absmax)
         for layer in layers
@@ -268,6 +296,7 @@ def _two_inputs(first: Side, second: Side, layers: Sequence[Layer]) -> tuple[Lev
     if ranges:
         points.append(_moved("range", second, ranges))
     if risky:
+        points.append(MEASURED)
         points.append("Merge both (convert_to_quant merge) and calibrate on that: it covers either.")
     for side, number in ((first, 0), (second, 1)):
         if side.model is not None:

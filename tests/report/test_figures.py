@@ -161,11 +161,13 @@ def test_a_few_clipped_values_at_no_cost_are_no_risk_but_told(observed: Observed
 
 def test_a_scale_of_0_and_full_precision() -> None:
     state = State(0.0, False)
-    assert with_risk(state, 5.0, SolveOptions()).risk == "no scale"
-    assert with_risk(State(0.0, True), 5.0, SolveOptions()).risk == ""
-    lost = State(1.0, False, sqnr_db=31.0, vanished=0.0, rows_lost=0.2)
-    assert with_risk(lost, 5.0, SolveOptions()).risk == "rows lost"
-    assert with_risk(lost, 5.0, SolveOptions(row_loss_limit=0.3)).risk == ""
+    assert with_risk(state, 5.0).risk == "no scale"
+    assert with_risk(State(0.0, True), 5.0).risk == ""
+
+
+@pytest.mark.parametrize(("share", "risk"), [(0.2, ""), (0.5, ""), (0.51, "rows lost")])
+def test_a_layer_is_at_risk_for_lost_rows_if_they_are_most(share: float, risk: str) -> None:
+    assert with_risk(State(1.0, False, sqnr_db=31.0, vanished=0.0, rows_lost=share), 5.0).risk == risk
 
 
 def test_without_a_checkpoint_every_observed_layer_stands_at_1(observed: Observed) -> None:

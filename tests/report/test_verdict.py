@@ -41,6 +41,25 @@ def test_what_is_at_risk_stands_first_and_what_calibration_makes_of_it(observed:
     assert found.points[1].endswith("of a layer's values become 0 (silent).")
 
 
+def test_a_few_lost_rows_are_told_and_no_risk(observed: Observed) -> None:
+    some = np.concatenate([np.full((20, 32), 0.01, np.float32), np.full((80, 32), 400.0, np.float32)])
+    found = verdict(Source(observed({"some": some, "fine": NORMAL})))
+    assert found.headline == "None of 2 FP8 layers is at risk at a scale of 1.0."
+    assert found.level == "warning"
+    assert said(found.points, "rows (tokens) lie") == (
+        "Some rows (tokens) lie under 1/16 of the scale, where few codes are, in 1 layer (most: 20 % in some); whether "
+        "the image needs them is not known."
+    )
+    assert verdict(Source(observed({"loud token": LOUD_TOKEN}))).headline.startswith("1 of 1 FP8 layers is at risk")
+
+
+def test_a_risk_is_said_to_be_one_of_inputs(observed: Observed) -> None:
+    assert said(verdict(Source(observed({"a": 1000 * NORMAL}))).points, "At risk") == (
+        "At risk are inputs of layers; what that costs the image, convert_to_quant check measures."
+    )
+    assert not [point for point in verdict(Source(observed({"a": NORMAL}))).points if "At risk" in point]
+
+
 def test_a_model_at_no_risk_is_good(observed: Observed) -> None:
     found = verdict(Source(observed({"a": NORMAL, "b": 2 * NORMAL})))
     assert (found.level, found.headline) == ("good", "None of 2 FP8 layers is at risk at a scale of 1.0.")
