@@ -1065,10 +1065,8 @@ def test_another_file_of_the_same_size_is_not_touched(converted, monkeypatch):
 
 def test_an_undo_file_of_bytes_beyond_the_end_is_refused(converted):
     size = converted.stat().st_size
-    undo = converted.with_name(converted.name + UNDO_SUFFIX)
-    file = {"name": converted.name, "bytes": size}
-    undo.write_bytes(sealed({"format": 1, "files": [file], "changes": [[0, size - 1, "AAAA", "AAAA"]]}))
-    with pytest.raises(OutputError, match=f"it does not know the bytes at {size - 1}"):
+    hostile(converted, converted, [(size - 1, bytes(3), bytes(3))])
+    with pytest.raises(OutputError, match=f"it is about the 3 bytes at {size - 1}"):
         recover(converted)
 
 
@@ -1110,17 +1108,17 @@ def test_while_a_file_is_changed_nobody_else_changes_it(converted, monkeypatch):
     assert in_place(converted, CHANGES) == 5
 
 
-def test_another_undo_file_that_appears_while_we_waited_is_not_what_we_read(converted, monkeypatch):
+def test_another_undo_file_that_appears_while_we_waited_is_the_one_that_is_read(converted, monkeypatch):
     undo = interrupted(converted, monkeypatch)
     half_done, content = converted.read_bytes(), undo.read_bytes()
-    real_lock = patch_module._lock
+    real_lock = patch_module.lock
 
     def lock(fd: int) -> None:
-        undo.write_bytes(sealed({**json.loads(content.split(b"\n", 1)[1]), "by": "another"}))
+        undo.write_bytes(sealed({**json.loads(content.split(b"\n", 1)[1]), "changes": []}))
         real_lock(fd)
 
-    monkeypatch.setattr(patch_module, "_lock", lock)
-    assert recover(converted) is False
+    monkeypatch.setattr(patch_module, "lock", lock)
+    assert recover(converted) is True
     assert converted.read_bytes() == half_done
 
 
