@@ -21,12 +21,14 @@ relative to the configuration file, so that a folder with a model and its recipe
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import OptionError
@@ -107,110 +109,96 @@ def _key(action: argparse.Action) -> str:
     return str(action.metavar or action.dest).lower()
 
 
-class Options:
-    """The options of one command in a file, made the defaults of its parser.
+def _table(content: Table, path: str, names: Sequence[str], where: str) -> Table:
+    table: Any = content
+    for name in names:
+        if name not in table:
+            there = ", ".join(f"[{name}]" for name in content) or "nothing"
+            raise OptionError(f"no table {where}", path=path, hint=f"it has {there}")
+        table = table[name]
+        if not isinstance(table, dict):
+            raise OptionError(f"{where} should be a table", path=path)
+    return table  # type: ignore[no-any-return]
+
+
+def _in_file(content: Table, path: str, names: Sequence[str], parser: Parser) -> dict[str, Any]:
+    """What a file says of a command, read as words of a command line.
 
     Args:
         content: of the file.
         path: of the file.
         names: the command, and its action if it has some.
-        parser: of the command or action; is changed.
+        parser: `_sparse`; is changed.
+
+    Returns:
+        Values, by the names that parsed options have.
 
     Raises:
-        OptionError: a key is unknown, or its value cannot be.
+        OptionError: there is no such table, a key is unknown, or its value cannot be.
     """
+    where = f"[{'.'.join(names)}]"
+    key, table = "", _table(content, path, names, where)
 
-    def __init__(self, content: Table, path: str, names: Sequence[str], parser: Parser) -> None:
-        self.path = path
-        self.where = f"[{'.'.join(names)}]"
-        self.folder = Path(path).parent
-        self.lists: dict[str, list[Any]] = {}
-        self.before: dict[str, Any] = {}
-        self.parser = parser
-        table = self._table(content, names)
-        known = keys(parser)
-        exclusive: dict[int, str] = {}
-        for said, value in table.items():
-            key = flag_spelling("--" + said)[2:]
-            if key not in known:
-                hint = did_you_mean(key, known) or f"convert_to_quant help {' '.join(names)} names them"
-                raise self._error(said, f"unknown key ({hint})")
-            for group in parser._mutually_exclusive_groups:
-                if known[key] in group._group_actions and value is not False:
-                    other = exclusive.setdefault(id(group), key)
-                    if other != key:
-                        raise self._error(said, f"not allowed with {other}")
-            self._set(known[key], said, value)
+    def refuse(problem: str) -> NoReturn:
+        raise OptionError(re.sub(r"^argument \S+: ", "", problem), path=path, tensor=f"{where} {key}")
 
-    def _error(self, key: str, problem: str) -> OptionError:
-        return OptionError(problem, path=self.path, tensor=f"{self.where} {key}")
-
-    def _table(self, content: Table, names: Sequence[str]) -> Table:
-        table: Any = content
-        for name in names:
-            if name not in table:
-                there = ", ".join(f"[{name}]" for name in content) or "nothing"
-                raise OptionError(f"no table {self.where}", path=self.path, hint=f"it has {there}")
-            table = table[name]
-            if not isinstance(table, dict):
-                raise OptionError(f"{self.where} should be a table", path=self.path)
-        return table  # type: ignore[no-any-return]
-
-    def _set(self, action: argparse.Action, key: str, value: Any) -> None:
-        """Make a value of the file an option's default."""
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    known, found, words = keys(parser), {}, []
+    for key, value in table.items():
+        flag = flag_spelling("--" + key)
+        action = known.get(flag[2:])
+        if action is None:
+            hint = did_you_mean(flag[2:], known) or f"convert_to_quant help {' '.join(names)} names them"
+            refuse(f"unknown key ({hint})")
         if action.nargs == 0:
             if not isinstance(value, bool):
-                raise self._error(key, f"should be true or false, found {value!r}")
-            found: Any = value
-        elif _takes_many(action):
-            found = [self._value(action, key, one) for one in (value if isinstance(value, list) else [value])]
-            if action.nargs == "+" and not found:
-                raise self._error(key, "should name at least one")
+                refuse(f"should be true or false, found {value!r}")
+            words.append(flag if value else f"--no-{flag[2:]}")
         else:
-            found = self._value(action, key, value)
-        self.before[action.dest] = action.default
-        if isinstance(action, argparse._AppendAction):
-            self.lists[action.dest] = found  # argparse would add to it, and the command line is to replace it
-        else:
-            action.default = found
-        action.required = False
-        if _is_place(action):
-            action.nargs = "*" if action.nargs in ("+", "*") else "?"
-
-    def _value(self, action: argparse.Action, key: str, value: Any) -> Any:
-        """One value as the command line would have read it."""
-        if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-            raise self._error(key, f"should be one value, found {value!r}")
-        text = str(value)
-        if kind_of(action) is not None and text not in NO_PATHS:
-            text = str(self.folder / text)
-        try:
-            found = self.parser._get_value(action, text)
-            self.parser._check_value(action, found)
-        except argparse.ArgumentError as error:
-            raise self._error(key, error.message) from None
-        return found
-
-    def fill(self, args: argparse.Namespace) -> None:
-        """Put in what parsing could not, and take out what the command line contradicts."""
-        for dest, values in self.lists.items():
-            if not getattr(args, dest):
-                setattr(args, dest, values)
-        for group in self.parser._mutually_exclusive_groups:
-            mine = [action for action in group._group_actions if action.dest in self.before]
-            rest = [action for action in group._group_actions if action.dest not in self.before]
-            if any(getattr(args, action.dest) != action.default for action in rest):
-                for action in mine:
-                    setattr(args, action.dest, self.before[action.dest])
+            many = isinstance(action, argparse._AppendAction) or action.nargs == "*"
+            values = value if many and isinstance(value, list) else [value]
+            if wrong := [one for one in values if isinstance(one, bool) or not isinstance(one, (str, int, float))]:
+                refuse(f"should be one value, found {wrong[0]!r}")
+            texts = [str(one) for one in values]
+            if kind_of(action) is not None:
+                texts = [text if text in NO_PATHS else str(Path(path).parent / text) for text in texts]
+            if action.option_strings:
+                words += [f"{flag}={text}" for text in texts]
+            elif texts:  # known by its place, and those before it may stand on the command line
+                found[action.dest] = texts if many else texts[0]
+            else:
+                refuse("should name at least one")
+        found |= vars(parser.parse_args(words))
+    return found
 
 
-def _is_place(action: argparse.Action) -> bool:
-    """Whether an argument is known by its place."""
-    return not action.option_strings
+def _sparse(parser: Parser) -> Parser:
+    """A copy of a parser that gives what words say and nothing else: no defaults, and nothing is required."""
+    sparse = copy.deepcopy(parser)
+    for action in sparse._actions:
+        action.default = argparse.SUPPRESS
+        action.choices = action.choices if action.option_strings else None  # argparse holds the default to them
+        _make_optional(action)
+    return sparse
 
 
-def _takes_many(action: argparse.Action) -> bool:
-    return isinstance(action, argparse._AppendAction) or action.nargs in ("+", "*")
+def _make_optional(action: argparse.Action) -> None:
+    action.required = False
+    if not action.option_strings:
+        action.nargs = "*" if action.nargs in ("+", "*") else "?"
+
+
+def _prefer(in_file: dict[str, Any], parser: Parser, words: Sequence[str]) -> None:
+    """Make what a file says the parser's defaults, but for what a command line says."""
+    on_line = vars(_sparse(parser).parse_args(words))
+    for group in parser._mutually_exclusive_groups:
+        members = {action.dest for action in group._group_actions}
+        if any(on_line.get(dest) for dest in members):
+            on_line |= dict.fromkeys(members)
+    for action in parser._actions:
+        if action.dest in in_file.keys() - on_line.keys():
+            action.default = in_file[action.dest]
+            _make_optional(action)
 
 
 def parse(
@@ -246,10 +234,8 @@ def parse(
         words = [*said, *words]
         leaf, actions = follow(parser, words)
     names = [command, *actions]
-    options = Options(content, path, names, leaf)
-    args = parser.parse_args(words)
-    options.fill(args)
-    return args, names
+    _prefer(_in_file(content, path, names, _sparse(leaf)), leaf, words[len(actions) :])
+    return parser.parse_args(words), names
 
 
 def options_in_force(parser: Parser, args: argparse.Namespace, folder: Path | None = None) -> Table:

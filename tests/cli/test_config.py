@@ -99,6 +99,15 @@ def test_arguments_without_flags_are_called_as_in_the_help(recipe: Any, tmp_path
     assert (found["input"], found["statistics"], found["output"]) == ("n", ["c"], str(tmp_path / "o"))
 
 
+def test_an_argument_with_choices_is_held_to_them(ctq: Any, recipe: Any) -> None:
+    assert ctq("--config", recipe('[completion]\nshell = "bash"')).code == 0
+    outcome = ctq("--config", recipe('[completion]\nshell = "bsah"'))
+    assert (outcome.code, outcome.err.partition("\n")[0]) == (
+        2,
+        "error: SHELL: invalid choice: 'bsah' (did you mean bash?)",
+    )
+
+
 def test_what_is_no_file_is_not_taken_for_one(recipe: Any) -> None:
     found = options(recipe('[check]\nreference = "/a"\nquantized = "/b"\njson = "-"\nconditioning = "noise"'), "check")
     assert (found["json"], found["conditioning"]) == ("-", "noise")
@@ -131,7 +140,8 @@ def test_an_action_runs_from_its_file_alone(ctq: Any, recipe: Any, tmp_path: Pat
         ("[convert]\nactcal = 1", ["-i", "a"], "[convert] actcal: should be true or false, found 1"),
         ("[convert]\nscaling-mode = 'rwo'", ["-i", "a"],
          "[convert] scaling-mode: invalid choice: 'rwo' (did you mean row?)"),
-        ("[convert]\nlegacy = true\ncomfy-quant = true", ["-i", "a"], "[convert] comfy-quant: not allowed with legacy"),
+        ("[convert]\nlegacy = true\ncomfy-quant = true", ["-i", "a"],
+         "[convert] comfy-quant: not allowed with argument --legacy"),
         ("[inspect]\nmodel = []", [], "[inspect] model: should name at least one"),
         ("[comfyui]\nserver = 'x'", [], "name an action: convert_to_quant comfyui ACTION ... (tables are called "
          "[comfyui.install], [comfyui.uninstall], [comfyui.observe])"),
