@@ -16,7 +16,7 @@ name. Here is only the way through; the rooms below do the work.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +32,7 @@ from .fp8 import BY_SAFETENSORS_DTYPE, E4M3FN, FORMATS, decode
 from .layers import Layer, LayerTable, find_layers, infer_block, input_scale, scales_per_row
 from .patch import LayerChange, Patch, apply_in_place, in_place_edits, plan_patch, rewrite
 from .solve import LayerResult, Present, SolveOptions, check_margin, check_percentile, final_scale, solve
+from .telling import Progress, advance
 
 if TYPE_CHECKING:
     from .stats import Statistics
@@ -46,9 +47,6 @@ INSTEAD = (
 DEFAULT_PERCENTILE = 99.9
 DEFAULT_ROWS = 64
 """Rows of input that each guessed layer is shown."""
-
-Progress = Callable[[int, int], None]
-"""Called with what is done and what there is to do."""
 
 
 @dataclass(frozen=True)
@@ -512,19 +510,12 @@ def _simulate(
             "the output estimator measures the range of the layer's output, not of its input; it made every model that "
             "we measured worse than a scale of 1.0"
         )
-    total = sum(layer.weight.nbytes for layer in table.diffusion.values())
-    done = 0
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
+    told = advance(progress, sum(layer.weight.nbytes for layer in table.diffusion.values()))
 
     def rows_of(name: str) -> layer_engine.Float32 | None:
         return lora.calibration_rows(match, name) if match is not None and name in match.matched else None
 
-    ranges = layer_engine.simulate(checkpoint, table.diffusion, options.simulation(), rows_of, report)
+    ranges = layer_engine.simulate(checkpoint, table.diffusion, options.simulation(), rows_of, told)
     margin = layer_engine.DEFAULT_MARGIN[options.estimator] if options.margin is None else options.margin
     results = []
     for name, present in _present(checkpoint, table.diffusion).items():

@@ -37,6 +37,7 @@ from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse
 from .errors import OptionError, OutputError, TensorError
 from .fp8 import E4M3FN
 from .layers import Layer, LayerTable, find_layers, scale_grid
+from .telling import Advance
 from .untrusted import JSONError, parse_json
 
 ScalingMode = Literal["tensor", "row", "block"]
@@ -342,16 +343,12 @@ def provenance(metadata: Mapping[str, str], **steps: Any) -> str:
     return json.dumps({**(before if isinstance(before, dict) else {}), **steps, "version": __version__}, sort_keys=True)
 
 
-Progress = Callable[[int], None]
-"""Called with the bytes of input that were done since the last call."""
-
-
 def convert(
     checkpoint: Checkpoint,
     plan: ConversionPlan,
     output: Path,
     *,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
     before_commit: Callable[[CheckpointWriter], None] | None = None,
 ) -> None:
     """Write the converted checkpoint.

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ from .engines.diffusers import Denoiser, load
 from .engines.noise import Geometry
 from .errors import OptionError, OutputError
 from .fidelity import Fidelity, velocity_fidelity
+from .telling import Progress
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -74,9 +75,6 @@ ROWS: Mapping[str, str] = {
 
 LOST_DB, KEPT_DB = 20.0, 25.0
 """Captions are red below the first and green above the second."""
-
-Progress = Callable[[float, float], None]
-"""Told what is done and what there is to do, in sample evaluations of the demo's size."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ def run(folder: Path, options: DemoOptions | None = None, *, progress: Progress 
     Args:
         folder: where its files go; made where it is missing.
         options: what to run.
-        progress: told how far it is.
+        progress: told how far it is, in evaluations of one sample of the demo's size.
 
     Returns:
         What it found. The folder then holds each model in BF16 and FP8, with a scale of 1.0 and calibrated, and the
@@ -230,11 +228,11 @@ class _Work:
         self.finished = 0.0
         self.report = progress or (lambda _done, _total: None)
 
-    def part(self, size: float) -> Callable[[int, int], None]:
+    def part(self, size: float) -> Progress:
         """What reports on the next part of the work, which has this size."""
         start = self.finished
         self.finished += size
-        return lambda done, total: self.report(start + size * done / total, self.total)
+        return lambda done, total: self.report(round(start + size * done / total), round(self.total))
 
 
 def _row(variant: str, folder: Path, options: DemoOptions, work: _Work) -> Row:
@@ -260,7 +258,7 @@ def _row(variant: str, folder: Path, options: DemoOptions, work: _Work) -> Row:
 
 
 def make_files(
-    variant: str, folder: Path, samples: int = SAMPLES, progress: Callable[[int, int], None] | None = None
+    variant: str, folder: Path, samples: int = SAMPLES, progress: Progress | None = None
 ) -> tuple[dict[str, Path], Calibration]:
     """Re-range, convert and calibrate; the latter two as the command line does it.
 
@@ -324,7 +322,7 @@ def paint(
     model: Denoiser,
     conditioning: Mapping[str, Tensor],
     options: DemoOptions,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Progress = lambda _done, _total: None,
 ) -> NDArray[np.uint8]:
     """Paint with classifier-free guidance against the empty prompt.
 

@@ -42,11 +42,12 @@ import torch
 from torch import Tensor, nn
 
 from .engines import noise
-from .engines.diffusers import BATCH_TOKENS, Denoiser, Progress
+from .engines.diffusers import BATCH_TOKENS, Denoiser
 from .engines.noise import Geometry
 from .errors import CalibrationError, OptionError
 from .kernels import BINS, NONFINITE_BIN
 from .stats import BIN_CENTRES
+from .telling import Progress
 
 TINY = torch.finfo(torch.float32).tiny
 """Stands for the square of an output that is zero."""

@@ -46,6 +46,7 @@ from .names import (
     lora_targets,
     strip_prefix,
 )
+from .telling import plural
 
 Float32 = NDArray[np.float32]
 
@@ -236,7 +237,7 @@ class LoraMatch:
             "for text encoders": len(self.text_encoder),
         }
         rest = "".join(f", {count} {kind}" for kind, count in counts.items() if count)
-        return f"{_counted(adapters, 'adapter')} on {_counted(len(self.matched), 'layer')}{rest}"
+        return f"{plural(adapters, 'adapter')} on {plural(len(self.matched), 'layer')}{rest}"
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values: names, files, ranks, scales and rows, no weights."""
@@ -501,10 +502,6 @@ def _matches_nothing(lora: Lora, match: LoraMatch) -> LoraError:
         tensor=first,
         hint="is it made for this model?",
     )
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _kinds(lora: Lora) -> Counter[str]:

@@ -26,7 +26,7 @@ ROWS = (
     {"solve", "patch", "convert"},
     {"lora", "recorder", "linear_calls", "layers", "naming", "packings"},
     {"names", "families", "stats", "fp8", "checkpoint"},
-    {"errors", "kernels", "untrusted"},
+    {"errors", "kernels", "telling", "untrusted"},
     {""},
 )
 """The rooms from the top down; "" is the package itself, which holds the version. A room imports what is below it, or

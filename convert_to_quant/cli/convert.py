@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
+from ..telling import advance
 from .calibration import (
     adapter_files,
     add_calibration_arguments,
@@ -201,15 +202,8 @@ def convert_file(
 
     output = Path(args.output)
     total = sum(info.nbytes for info in checkpoint.tensors.values())
-    done = 0
     with progress_bar("converting", unit="bytes") as progress:
-
-        def report(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(done, total)
-
-        convert(checkpoint, plan, output, progress=report,
+        convert(checkpoint, plan, output, progress=advance(progress, total),
                 before_commit=calibrate_output if calibration is not None else None)  # fmt: skip
     if args.json and calibration is None:
         write_json(args.json, plan_json(plan))

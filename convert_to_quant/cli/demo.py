@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     with progress_bar("demo") as progress:
         from .. import demo
 
-        found = demo.run(folder, progress=lambda done, total: progress(round(done), round(total)))
+        found = demo.run(folder, progress=progress)
     if args.json != "-":
         print_table(
             ("model", *(heading.name for heading in demo.COLUMNS.values())),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
+from ..telling import plural
 from .output import error, print_table, size, write_json
 from .terminal import Styled, columns, is_terminal, paint, printable
 
@@ -153,10 +154,6 @@ def _entry(key: str, paragraphs: Sequence[str], width: int) -> Iterator[str]:
         key = ""
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
 def _model(found: Inspection) -> str:
     text = found.title
     if found.prefix:
@@ -186,12 +183,12 @@ def _scaling(layer: LayerView) -> str:
 def _marks(found: Inspection) -> str:
     marks = []
     if found.header_marks:
-        marks.append(f"header ({_plural(found.header_marks, 'layer')})")
+        marks.append(f"header ({plural(found.header_marks, 'layer')})")
     if found.tensor_marks:
         marks.append(f"comfy_quant tensors ({found.tensor_marks:,})")
     if found.legacy_marker is not None:
         assert found.legacy_marker_elements is not None
-        marks.append(f"legacy marker {found.legacy_marker} ({_plural(found.legacy_marker_elements, 'element')})")
+        marks.append(f"legacy marker {found.legacy_marker} ({plural(found.legacy_marker_elements, 'element')})")
     marks += [f"legacy marker {name}" for name in found.further_markers]
     text = " and ".join(marks) or "nothing"
     if found.quantization_config is not None:
@@ -226,16 +223,16 @@ def _made(made: Made) -> str:
             "layer": "input scales guessed by simulating each layer",
             "statistics": "calibrated from observed statistics",
         }.get(made.engine, f"calibrated by {made.engine}")
-        figures = [_plural(made.samples, "sample")] if made.samples is not None else []
+        figures = [plural(made.samples, "sample")] if made.samples is not None else []
         figures += [f"seed {made.seed}"] if made.seed is not None else []
         steps.append(how + (f" ({', '.join(figures)})" if figures else ""))
     if made.guessed:
-        steps.append(f"the scales of {_plural(len(made.guessed), 'layer')} guessed (first: {made.guessed[0]})")
+        steps.append(f"the scales of {plural(len(made.guessed), 'layer')} guessed (first: {made.guessed[0]})")
     if made.lora:
         steps.append(f"for use with {', '.join(made.lora)}")
     moving = made.depends_on_conditioning
     if moving:
-        steps.append(f"the ranges of {_plural(len(moving), 'layer')} depend on the conditioning (first: {moving[0]})")
+        steps.append(f"the ranges of {plural(len(moving), 'layer')} depend on the conditioning (first: {moving[0]})")
     version = "" if made.version is None else f" {made.version}"
     return f"convert_to_quant{version}" + (f": {'; '.join(steps)}" if steps else "")
 
@@ -243,7 +240,7 @@ def _made(made: Made) -> str:
 def _readings(found: Inspection) -> list[str]:
     from ..inspection import PRODUCTS, READINGS
 
-    lines = [f"{_plural(count, 'layer')}: {READINGS[reading]}" for reading, count in found.readings.items()]
+    lines = [f"{plural(count, 'layer')}: {READINGS[reading]}" for reading, count in found.readings.items()]
     if PRODUCTS & found.readings.keys():
         lines.append("(with FP8 hardware; elsewhere all in full precision)")
     return lines

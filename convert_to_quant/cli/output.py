@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from ..telling import Progress
 from .terminal import Styled, columns, fitted, has_color, is_terminal, paint, printable, style_of
-
-Progress = Callable[[int, int], None]
 
 GOOD_DB, BAD_DB = 25.0, 20.0
 """SQNR in dB that is green from here, and red below; those of the demo's picture."""

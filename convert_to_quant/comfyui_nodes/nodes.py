@@ -25,6 +25,7 @@ from ..checkpoint import open_checkpoint, write_bytes
 from ..errors import Error, OptionError
 from ..solve import METHODS, SolveOptions
 from ..stats import Statistics
+from ..telling import plural
 from . import folders
 from .recording import Recorder
 
@@ -243,8 +244,8 @@ class SaveActivationStats:
         statistics.save(path)
         files[filename_prefix] = (path, folders.written_at(path))
         file = path.relative_to(folders.output_folder()).as_posix()
-        samples = "1 sample" if statistics.samples == 1 else f"{statistics.samples} samples"
-        text = f"{int(statistics.visited.sum())} layers, {samples}: {file}"
+        layers = plural(int(statistics.visited.sum()), "layer")
+        text = f"{layers}, {plural(statistics.samples, 'sample')}: {file}"
         if unseen := statistics.unseen:
             text += f"\n{len(unseen)} layers ran, but their inputs could not be seen (first: {unseen[0]})"
         show_text(unique_id, text)

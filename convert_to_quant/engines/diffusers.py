@@ -30,13 +30,14 @@ from ..layers import LayerTable
 from ..lora import LoraMatch
 from ..recorder import record
 from ..stats import Statistics
+from ..telling import Advance, Progress
 from . import SAMPLES, STEPS, noise
 from .denoiser import Denoiser, Plan, load, plan, supports
 from .noise import Geometry
 from .prompts import Prompts
-from .session import Progress, Session, Tick, Unit
+from .session import Session, Unit
 
-__all__ = ["Denoiser", "Observation", "Plan", "Progress", "draw", "load", "observe", "plan", "supports", "trajectory"]
+__all__ = ["Denoiser", "Observation", "Plan", "draw", "load", "observe", "plan", "supports", "trajectory"]
 
 GEOMETRY = Geometry(height=16, width=16, frames=1, text_tokens=64)
 """What `observe` shows by default."""
@@ -147,7 +148,7 @@ def observe(
     work = parts(trajectories, geometry, prompted=prompts is not None, adapted=adapters is not None)
     with record(denoiser.model, shapes, feeds) as recording:
 
-        def paint(part: Part, tick: Tick) -> None:
+        def paint(part: Part, tick: Advance) -> None:
             latents, conditioning = (
                 draw(denoiser, geometry, part.way, seed, part.numbers)
                 if part.way is not None

@@ -34,6 +34,7 @@ from ..checkpoint import Checkpoint
 from ..errors import TensorError
 from ..fp8 import spans, values
 from ..layers import Layer, dequantize, scales_per_row
+from ..telling import Advance
 
 Estimator = Literal["input", "output"]
 ESTIMATORS: tuple[Estimator, ...] = ("input", "output")
@@ -232,7 +233,7 @@ def simulate(
     layers: Mapping[str, Layer],
     simulation: Simulation,
     lora_rows: Callable[[str], Float32 | None] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> dict[str, float]:
     """Ranges of many layers, side by side in threads.
 

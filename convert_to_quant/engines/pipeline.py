@@ -37,9 +37,10 @@ from ..checkpoint import Checkpoint
 from ..errors import CalibrationError, OptionError, StrPath
 from ..recorder import find_linears, module_shape, record
 from ..stats import Shape, Statistics
+from ..telling import Advance, Progress
 from .denoiser import load as load_model
 from .diffusers import Observation, expect_finite, watched
-from .session import Progress, Session, Tick, Unit
+from .session import Session, Unit
 
 COMPONENTS = ("transformer", "unet")
 """What a pipeline calls its diffusion model."""
@@ -193,7 +194,7 @@ def observe(
     shapes, feeds = _names_of(transformer, checkpoint, folder)
     with record(transformer, shapes, feeds, sigma=lambda *_: _sigma(pipeline.scheduler)) as recording:
 
-        def paint(number: int, tick: Tick) -> None:
+        def paint(number: int, tick: Advance) -> None:
             ticked = 0
 
             def step_done(*_: object) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from ..checkpoint import Checkpoint
 from ..errors import OutputError, StatisticsError, StrPath
 from ..recorder import Recording, all_reduce
 from ..stats import Statistics, merge
+from ..telling import Advance, Progress, advance
 from ..untrusted import is_count, is_texts, parse_json
 
 PARTIAL_SUFFIX = ".partial"
@@ -49,12 +50,6 @@ SAVE_EVERY_SECONDS = 120.0
 HASH_PREFIX = "sha256:"
 SAMPLED_BYTES, SAMPLED_PLACES = 1 << 16, 32
 """What `fingerprint` reads of a file: this many bytes at each of these places, evenly spread."""
-
-Tick = Callable[[int], None]
-"""Told how much of a unit's cost has just been done."""
-
-Progress = Callable[[int, int], None]
-"""Called with what is done and what there is to do."""
 
 Ranges = dict[str, NDArray[np.float32]]
 """Group of units -> the largest input of each layer, float32 [L]."""
@@ -69,14 +64,14 @@ class Unit:
         group: units of one group are compared with those of others.
         samples: pictures that it runs the model for.
         cost: how much work it is, in any measure that the units share; for progress.
-        run: does it, while the session records.
+        run: does it, while the session records, and tells how much of the cost was done.
     """
 
     name: str
     group: str
     samples: int
     cost: int
-    run: Callable[[Tick], None]
+    run: Callable[[Advance], None]
 
 
 @dataclass(frozen=True)
@@ -207,14 +202,7 @@ class Session:
         done_names = set(seen.done)
         todo = [unit for unit in mine if unit.name not in done_names]
         total = sum(unit.cost for unit in mine)
-        done = total - sum(unit.cost for unit in todo)
-
-        def tick(cost: int) -> None:
-            nonlocal done
-            done += cost
-            if progress is not None:
-                progress(done, total)
-
+        tick = advance(progress, total, total - sum(unit.cost for unit in todo))
         tick(0)
         recording.clear()
         pending: list[Unit] = []

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..solve import SolveOptions
+from ..telling import plural
 from .document import Figures, Layer, Level, Risk, Side, State, Verdict
 
 LOST_ROWS = SolveOptions.row_loss_limit
@@ -54,15 +55,6 @@ def judge(sides: Sequence[Side], layers: Sequence[Layer], *, same_inputs: bool =
     if len(sides) == 1:
         return _one(sides[0], [figures for layer in layers if (figures := layer.sides[0]) is not None], layers)
     return _two(sides[0], sides[1], layers, same_inputs=same_inputs)
-
-
-def plural(count: int, noun: str) -> str:
-    """A count and its noun.
-
-    >>> plural(1, "layer"), plural(1200, "layer")
-    ('1 layer', '1,200 layers')
-    """
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def factor(ratio: float) -> str:

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from convert_to_quant.engines import session as session_module
-from convert_to_quant.engines.session import Observed, Session, Tick, Unit, fingerprint
+from convert_to_quant.engines.session import Observed, Session, Unit, fingerprint
 from convert_to_quant.errors import OutputError, StatisticsError
 from convert_to_quant.recorder import record
 from convert_to_quant.stats import Statistics
+from convert_to_quant.telling import Advance
 
 UNITS = 6
 
@@ -40,7 +41,7 @@ class StopError(Exception):
 def units_of(model: Model, *, stop_at: int | None = None, ran: list[int] | None = None) -> list[Unit]:
     """Six units in two groups; the later ones are louder."""
 
-    def run(number: int, tick: Tick) -> None:
+    def run(number: int, tick: Advance) -> None:
         generator = torch.Generator().manual_seed(number)
         model(torch.randn(2, 3, 8, generator=generator) * (number + 1))
         if number == stop_at:

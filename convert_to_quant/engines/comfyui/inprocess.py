@@ -38,10 +38,11 @@ from ...errors import CalibrationError, LoraError, OptionError, StrPath, Unsuppo
 from ...layers import LayerTable, find_layers
 from ...lora import Lora
 from ...recorder import find_linears, record
+from ...telling import Advance, Progress
 from .. import FRAMES, SAMPLES, SIDE_PIXELS, STEPS, TEXT_TOKENS, noise
 from ..diffusers import Observation, conditioned, expect_finite
 from ..provenance import Shapes, trace
-from ..session import Progress, Session, Tick, Unit
+from ..session import Session, Unit
 from . import inprocess_tree as tree
 from .inprocess_conditions import FILM, PICTURE, SOUND, Family, Scene, draw, family_of, measure, wanted
 
@@ -390,7 +391,7 @@ def observe(
         shapes, feeds = watched(model, layers)
         with record(model.network, shapes, feeds, partial(_level, model)) as recording:
 
-            def paint(way: noise.Conditioning, number: int, adapted: bool, tick: Tick) -> None:
+            def paint(way: noise.Conditioning, number: int, adapted: bool, tick: Advance) -> None:
                 recording.at(None)
                 latents = model.latents(scene, seed, number)
                 recording.batch = len(latents[0])

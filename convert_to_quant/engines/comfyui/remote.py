@@ -12,7 +12,7 @@ recorder they are of, so of each recorder the one with the most samples counts, 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from uuid import uuid4
 
 from ...errors import CalibrationError, Error, OptionError, StatisticsError
 from ...stats import Statistics, merge
+from ...telling import Progress
 from .server import Server, saved_file
 from .workflow import Model, Plan, shown
 
@@ -90,7 +91,7 @@ def plan_runs(plan: Plan, prompts: Sequence[str] | None, seeds: int | None, firs
 
 
 def observe(
-    server: Server, plan: Plan, runs: Sequence[Run], folder: str, progress: Callable[[int, int], None]
+    server: Server, plan: Plan, runs: Sequence[Run], folder: str, progress: Progress
 ) -> tuple[dict[str, Statistics], int]:
     """Run a workflow again and again, and fetch what was recorded.
 

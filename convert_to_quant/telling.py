@@ -1,0 +1,42 @@
+"""What people are told: counts with their nouns, and how far work is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is to do."""
+
+Advance = Callable[[int], None]
+"""Called with how much was done since the last call."""
+
+
+def advance(progress: Progress | None, total: int, done: int = 0) -> Advance:
+    """Add up what was done, and tell the sum.
+
+    Args:
+        progress: told the sum and the total.
+        total: what there is to do.
+        done: what was done before.
+
+    >>> told = advance(print, 10, done=3)
+    >>> told(4)
+    7 10
+    """
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    return add
+
+
+def plural(count: int, noun: str) -> str:
+    """A count and its noun.
+
+    >>> plural(1, "layer"), plural(1200, "layer")
+    ('1 layer', '1,200 layers')
+    """
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
