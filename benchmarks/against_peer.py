@@ -416,14 +416,13 @@ def convert_case(tools: Tools, source: Path) -> Case:
 
 
 def calibrate_case(tools: Tools, source: Path) -> Case:
-    names = ("peer", "ours", "ours, the peer's formula")
+    names = ("peer", "ours")
     outputs = {name: tools.folder / f"calibrated-{index}.safetensors" for index, name in enumerate(names)}
     peer_module = "convert_to_quant.calibrate_activation_scales"
     layer_engine = ("-i", source, "--actcal", "--actcal-engine", "layer")
     commands = {
         names[0]: tools.peer_python("-m", peer_module, source, "-o", outputs[names[0]]),
         names[1]: tools.ours_command(*layer_engine, "-o", outputs[names[1]]),
-        names[2]: tools.ours_command(*layer_engine, "-o", outputs[names[2]], "--actcal-estimator", "output"),
     }
     return Case(
         "calibrate",

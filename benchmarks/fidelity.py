@@ -23,17 +23,22 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import emoji_models as emoji
+import numpy as np
 import torch
 from emoji_models import Choice, Models, choice_of
 
 from convert_to_quant import __version__
+from convert_to_quant.checkpoint import Checkpoint
+from convert_to_quant.engines.layer import generator, percentile_of
+from convert_to_quant.fp8 import E4M3FN
+from convert_to_quant.layers import dequantize, find_layers
 from convert_to_quant.solve import SolveOptions
 
 TOLERANCE_DB = 0.3
@@ -90,7 +95,7 @@ def choices(models: Models, observers: Mapping[str, Any]) -> dict[str, Callable[
         "mse": solved(method="mse", **SCALES_ONLY),
         "percentile_99.99": solved(method="percentile", percentile=99.99, **SCALES_ONLY),
         "percentile_99.9": solved(method="percentile", percentile=99.9, **SCALES_ONLY),
-        "output": lambda: choice_of(models.calibrated(engine="layer", estimator="output")),
+        "output": lambda: Choice(dict(_output_ranges(models.checkpoint))),
         "layer": lambda: choice_of(models.calibrated(engine="layer")),
         "noise_scales": lambda: choice_of(noise, full_precision=False),
         "prompts": solved(),
@@ -100,6 +105,14 @@ def choices(models: Models, observers: Mapping[str, Any]) -> dict[str, Callable[
         if models.variant in by_variant:
             table[key] = lambda scales=by_variant[models.variant]: Choice(scales)  # type: ignore[misc]
     return table
+
+
+def _output_ranges(checkpoint: Checkpoint) -> Iterator[tuple[str, float]]:
+    """The hand-off's literal formula as scales: the 99.9th percentile of |X·Wᵀ| for 64 normal rows X, / 448."""
+    for name, layer in find_layers(checkpoint).diffusion.items():
+        unit_RI = generator(42, name).standard_normal((64, layer.in_features), dtype=np.float32)
+        outputs = np.abs(unit_RI @ dequantize(checkpoint, layer, slice(None)).T)
+        yield name, percentile_of(outputs, 99.9) / E4M3FN.max
 
 
 def measure(

@@ -62,7 +62,6 @@ class CalibrationOptions:
         device: where the model runs.
         margin: factor ≥ 1 on ranges; where None, headroom that costs nothing for what was seen, and 8 for what was
             simulated.
-        estimator: of the layer engine; "output" is the hand-off's literal formula.
         float16_safe: no scale below 2⁻¹⁵.
         one_row_full_precision: whether layers that see one row per picture compute in full precision.
         height, width, frames, text_tokens: of the images, in pixels, or videos. Where all are None, the default
@@ -75,7 +74,6 @@ class CalibrationOptions:
     seed: int = 42
     device: str = "cpu"
     margin: float | None = None
-    estimator: layer_engine.Estimator = "input"
     float16_safe: bool = False
     one_row_full_precision: bool = True
     height: int | None = None
@@ -102,14 +100,11 @@ class CalibrationOptions:
         if self.seed < 0:
             raise OptionError(f"a seed should not be negative, found {self.seed}")
         devices.check_name(self.device)
-        if self.estimator not in layer_engine.ESTIMATORS:
-            known = ", ".join(layer_engine.ESTIMATORS)
-            raise OptionError(f"unknown estimator {self.estimator!r}", hint=f"estimators: {known}")
 
     def simulation(self) -> layer_engine.Simulation:
         """What the layer engine takes."""
         percentile = DEFAULT_PERCENTILE if self.percentile is None else self.percentile
-        return layer_engine.Simulation(self.samples or DEFAULT_ROWS, percentile, self.seed, self.estimator)
+        return layer_engine.Simulation(self.samples or DEFAULT_ROWS, percentile, self.seed)
 
 
 @dataclass(frozen=True)
@@ -201,7 +196,6 @@ def compute_activation_scale(
     percentile: float = DEFAULT_PERCENTILE,
     seed: int = 42,
     margin: float | None = None,
-    estimator: layer_engine.Estimator = "input",
 ) -> float:
     """Input scale of one layer, simulated from its weight. See `engines.layer` for what such a guess is worth.
 
@@ -213,8 +207,7 @@ def compute_activation_scale(
         samples: rows of random input; ignored with `lora_A`.
         percentile: of the simulated magnitudes, in (0, 100].
         seed: of the random numbers.
-        margin: factor ≥ 1 on the range; by default 8, or 1 for the "output" estimator.
-        estimator: "input", or "output" for the hand-off's literal formula.
+        margin: factor ≥ 1 on the range; by default 8.
 
     Returns:
         percentile · margin / 448 (57,344 for an E5M2 weight), a float32 value > 0; 1.0 for a weight that is empty or
@@ -227,9 +220,7 @@ def compute_activation_scale(
     >>> round(compute_activation_scale(np.eye(64, dtype=np.float32), samples=1000, percentile=100), 3)
     0.077
     """
-    options = CalibrationOptions(
-        engine="layer", samples=samples, percentile=percentile, seed=seed, margin=margin, estimator=estimator
-    )
+    options = CalibrationOptions(engine="layer", samples=samples, percentile=percentile, seed=seed, margin=margin)
     weight_OI = _real_weight(weight, weight_scale)
     rows_RI = None if lora_A is None else _floats(lora_A)
     if rows_RI is not None and (rows_RI.ndim != 2 or rows_RI.shape[1] != weight_OI.shape[1]):
@@ -238,12 +229,9 @@ def compute_activation_scale(
         return 1.0
     simulation = options.simulation()
     unit_RI = layer_engine.unit_rows(np.random.default_rng(seed), simulation, weight_OI.shape[1], rows_RI)
-    if estimator == "input":
-        squares_I = np.einsum("oi,oi->i", weight_OI, weight_OI, dtype=np.float64)
-        found = layer_engine.input_range(unit_RI, squares_I, len(weight_OI), simulation.percentile)
-    else:
-        found = layer_engine.output_range(unit_RI, weight_OI.__getitem__, len(weight_OI), simulation.percentile)
-    factor = layer_engine.DEFAULT_MARGIN[estimator] if margin is None else margin
+    squares_I = np.einsum("oi,oi->i", weight_OI, weight_OI, dtype=np.float64)
+    found = layer_engine.input_range(unit_RI, squares_I, len(weight_OI), simulation.percentile)
+    factor = layer_engine.DEFAULT_MARGIN if margin is None else margin
     fmt = FORMATS.get(str(weight.dtype).removeprefix("torch."), E4M3FN)
     return final_scale(factor * found / fmt.max, "weight")
 
@@ -505,18 +493,13 @@ def _simulate(
     """Simulate layer by layer."""
     if any(options.size):
         notes.append("height, width, frames and text tokens are for running the model and were not used")
-    if options.estimator == "output":
-        notes.append(
-            "the output estimator measures the range of the layer's output, not of its input; it made every model that "
-            "we measured worse than a scale of 1.0"
-        )
     told = advance(progress, sum(layer.weight.nbytes for layer in table.diffusion.values()))
 
     def rows_of(name: str) -> layer_engine.Float32 | None:
         return lora.calibration_rows(match, name) if match is not None and name in match.matched else None
 
     ranges = layer_engine.simulate(checkpoint, table.diffusion, options.simulation(), rows_of, told)
-    margin = layer_engine.DEFAULT_MARGIN[options.estimator] if options.margin is None else options.margin
+    margin = layer_engine.DEFAULT_MARGIN if options.margin is None else options.margin
     results = []
     for name, present in _present(checkpoint, table.diffusion).items():
         found = ranges[name]

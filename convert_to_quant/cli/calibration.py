@@ -35,8 +35,6 @@ def add_calibration_arguments(group: Any, prefix: str) -> None:
     add("engine", choices=("auto", "model", "layer"), default="auto", metavar="ENGINE",
         help="model (auto): run it; layer: guess")  # fmt: skip
     add("percentile", type=float, metavar="P", help="of guessed magnitudes (99.9)")
-    add("estimator", choices=("input", "output"), default="input", metavar="WHICH",
-        help="input, or the range of X·Wᵀ: output (input)")  # fmt: skip
     add("seed", type=int, default=42, metavar="S", help="of all noise (42)")
     group.add_argument("--float16-safe", action="store_true", help="no scale below 2⁻¹⁵")
 
@@ -57,7 +55,6 @@ def options_of(args: argparse.Namespace) -> CalibrationOptions:
         seed=args.seed,
         device=args.device,
         margin=args.margin,
-        estimator=args.estimator,
         float16_safe=args.float16_safe,
         height=args.height,
         width=args.width,

@@ -39,7 +39,6 @@ CALIBRATION_OPTIONS = (
     "seed",
     "device",
     "margin",
-    "estimator",
     *(name.replace("-", "_") for name in SHOWN),
 )
 

@@ -12,9 +12,6 @@ The percentile of |x|, times a margin (8 by default, since E4M3 forgives headroo
 z is normal, or, where a LoRA was trained on this layer, the rows of its A with small noise and both signs, at unit
 variance: directions that real inputs had.
 
-`output` is the formula of the original hand-off, the percentile of |X Wᵀ|: it is the range of the layer's output under
-inputs of unit variance, not of its input. It is kept for comparison; on the models measured it does more harm than 1.0.
-
 One pass over the file in FP8 codes: no weight is ever whole in memory, and no torch is needed.
 """
 
@@ -25,7 +22,6 @@ import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,10 +32,7 @@ from ..fp8 import spans, values
 from ..layers import Layer, dequantize, scales_per_row
 from ..telling import Advance
 
-Estimator = Literal["input", "output"]
-ESTIMATORS: tuple[Estimator, ...] = ("input", "output")
-
-DEFAULT_MARGIN: Mapping[str, float] = {"input": 8.0, "output": 1.0}
+DEFAULT_MARGIN = 8.0
 NOISE_LEVELS = (0.0, 0.1, 0.2)
 """How much noise, in standard deviations of the LoRA's rows, is added to each copy of them."""
 
@@ -57,13 +50,11 @@ class Simulation:
         samples: rows of random input; with a LoRA, its rows set the number.
         percentile: of the simulated magnitudes, in (0, 100].
         seed: of the random numbers; each layer draws its own from it and its name.
-        estimator: "input" or "output".
     """
 
     samples: int = 64
     percentile: float = 99.9
     seed: int = 42
-    estimator: Estimator = "input"
 
 
 def generator(seed: int, layer: str) -> np.random.Generator:
@@ -105,13 +96,9 @@ def column_squares(checkpoint: Checkpoint, layer: Layer) -> NDArray[np.float64]:
     total *= largest * largest
     checkpoint.release(layer.weight.name)
     if not np.isfinite(total).all():
-        raise _not_finite(checkpoint, layer)
+        name = layer.weight.name
+        raise TensorError("the weight has NaN or infinite values", path=checkpoint.path_of(name), tensor=name)
     return total
-
-
-def _not_finite(checkpoint: Checkpoint, layer: Layer) -> TensorError:
-    name = layer.weight.name
-    return TensorError("the weight has NaN or infinite values", path=checkpoint.path_of(name), tensor=name)
 
 
 def unit_rows(
@@ -173,26 +160,6 @@ def input_range(unit_RI: Float32, squares_I: NDArray[np.float64], out_features: 
     return percentile_of(np.abs(relative_RI, out=relative_RI), percentile) * largest
 
 
-def output_range(
-    unit_RI: Float32, weight_bands: Callable[[slice], Float32], out_features: int, percentile: float
-) -> float:
-    """The hand-off's literal formula: the percentile of |X Wᵀ|.
-
-    Args:
-        unit_RI: rows of unit variance, [rows, in].
-        weight_bands: gives real weights, float32 [n, in], for rows of the weight.
-        out_features: rows of the weight.
-        percentile: of |X Wᵀ|.
-
-    Returns:
-        The percentile.
-    """
-    outputs = np.empty((len(unit_RI), out_features), np.float32)
-    for rows in spans(out_features, 8 * _ROWS):
-        np.matmul(unit_RI, weight_bands(rows).T, out=outputs[:, rows])
-    return percentile_of(np.abs(outputs, out=outputs), percentile)
-
-
 def simulate_layer(
     checkpoint: Checkpoint, layer: Layer, simulation: Simulation, lora_rows_RI: Float32 | None = None
 ) -> float:
@@ -213,19 +180,7 @@ def simulate_layer(
     if layer.weight.elements == 0:
         return 0.0
     unit_RI = unit_rows(generator(simulation.seed, layer.name), simulation, layer.in_features, lora_rows_RI)
-    if simulation.estimator == "input":
-        squares_I = column_squares(checkpoint, layer)
-        return input_range(unit_RI, squares_I, layer.out_features, simulation.percentile)
-
-    def bands(rows: slice) -> Float32:
-        weight_OI = dequantize(checkpoint, layer, rows)
-        if not np.isfinite(weight_OI).all():  # the percentile would not show it: NaN are sorted to the end
-            raise _not_finite(checkpoint, layer)
-        return weight_OI
-
-    found = output_range(unit_RI, bands, layer.out_features, simulation.percentile)
-    checkpoint.release(layer.weight.name)
-    return found
+    return input_range(unit_RI, column_squares(checkpoint, layer), layer.out_features, simulation.percentile)
 
 
 def simulate(

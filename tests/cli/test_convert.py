@@ -322,11 +322,6 @@ def test_ranges_cover_the_model_with_and_without_its_lora(
     assert scales["lora"]["double_blocks.0.img_mlp.2"] > 2 * scales["plain"]["double_blocks.0.img_mlp.2"]
 
 
-def test_the_output_estimator_warns(ctq: Command, fp8_file: Path) -> None:
-    outcome = ctq("-i", fp8_file, "--dry-run", *LAYER, "--actcal-estimator", "output")
-    assert "note: the output estimator measures the range of the layer's output, not of its input" in outcome.err
-
-
 def test_conversion_flags_do_nothing_to_an_fp8_file_and_it_says_so(ctq: Command, fp8_file: Path) -> None:
     outcome = ctq("-i", fp8_file, "--dry-run", *LAYER, "--scaling_mode", "row", "--exclude-layers", "x")
     assert outcome.code == 0
