@@ -31,7 +31,7 @@ from fidelity import facts, in_processes, machine_of, write_between_markers
 
 from convert_to_quant.emoji import prompts
 from convert_to_quant.engines import diffusers
-from convert_to_quant.engines.noise import Geometry
+from convert_to_quant.families.running import Geometry
 from convert_to_quant.fidelity import noise_scenes, scenes_fidelity
 from convert_to_quant.solve import SolveOptions
 

@@ -44,8 +44,8 @@ from convert_to_quant.emoji import SIDE_TOKENS, WEIGHTS, prompts
 from convert_to_quant.emoji.rerange import RERANGINGS, to_bfloat16, write_reranged
 from convert_to_quant.engines import noise
 from convert_to_quant.engines.denoiser import Denoiser, load
-from convert_to_quant.engines.noise import Geometry
 from convert_to_quant.engines.quantized_linear import Arithmetic
+from convert_to_quant.families.running import Geometry
 from convert_to_quant.fidelity import Fidelity, velocity_fidelity
 from convert_to_quant.headroom import column_energies
 from convert_to_quant.layers import find_layers

@@ -34,7 +34,7 @@ from convert_to_quant.convert import ConvertOptions, convert, plan_conversion
 from convert_to_quant.emoji import SIDE_TOKENS, WEIGHTS, prompts
 from convert_to_quant.emoji.rerange import RERANGINGS, write_reranged
 from convert_to_quant.engines.denoiser import load
-from convert_to_quant.engines.noise import Geometry
+from convert_to_quant.families.running import Geometry
 from convert_to_quant.fidelity import velocity_fidelity
 
 GEOMETRY = Geometry(height=SIDE_TOKENS, width=SIDE_TOKENS, frames=1, text_tokens=prompts.TOKENS)

@@ -41,8 +41,8 @@ from .emoji import SIDE_TOKENS, WEIGHTS, prompts, sheet, to_pictures
 from .emoji.rerange import RERANGINGS, write_reranged
 from .engines import SAMPLES, STEPS, noise
 from .engines.diffusers import Denoiser, load
-from .engines.noise import Geometry
 from .errors import OptionError, OutputError
+from .families.running import Geometry
 from .fidelity import Fidelity, velocity_fidelity
 from .telling import Progress
 

@@ -43,8 +43,8 @@ from torch import Tensor, nn
 
 from .engines import noise
 from .engines.diffusers import BATCH_TOKENS, Denoiser
-from .engines.noise import Geometry
 from .errors import CalibrationError, OptionError
+from .families.running import Geometry
 from .kernels import BINS, NONFINITE_BIN
 from .stats import BIN_CENTRES
 from .telling import Progress

@@ -11,9 +11,9 @@ The maths. An adapter holds A ("down", [r, in]) and B ("up", [out, r]) and perha
 where `rows` is all of the layer or, for a name like ``attn.to_k``, the slice that it has in a fused layer. The up
 factor of kohya's split_qkv is block-diagonal over 3r; the same product holds for it. r is always A's number of rows.
 
-How names are matched. `names.lora_targets` builds every name that each layer may have, and the file's names are looked
-up in it: exactly or not at all. A name that may mean two parts is reported as ambiguous, and so are two names of one
-file that claim the same rows; neither is applied. Everything in a file ends up in one list of the report: matched,
+How names are matched. `families.lora_targets` builds every name that each layer may have, and the file's names are
+looked up in it: exactly or not at all. A name that may mean two parts is reported as ambiguous, and so are two names of
+one file that claim the same rows; neither is applied. Everything in a file ends up in one list of the report: matched,
 unmatched, ambiguous, unsupported (LoHa, LoKr, DoRA, full differences, ...) or text encoder.
 
 Limits. numpy on the CPU, products in float32. Factors stay in the mapped file and are widened when they are used, so a
@@ -36,14 +36,13 @@ from numpy.typing import NDArray
 from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.reader import FLOAT_DTYPES
 from .errors import LoraError, OptionError, StrPath
+from .families import Target, lora_targets
 from .names import (
     BIAS_ONLY,
     LORA_ALPHAS,
     LORA_FACTORS,
     TEXT_ENCODER_PREFIXES,
     UNSUPPORTED_SUFFIXES,
-    Target,
-    lora_targets,
     strip_prefix,
 )
 from .telling import plural

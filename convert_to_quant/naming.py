@@ -2,7 +2,7 @@
 
 Names are those of the model that ran. A checkpoint of the same model may have another prefix; may be named as its
 authors do where ComfyUI renames layers while it loads them (HunyuanVideo); or may be in diffusers' layout, which splits
-what others fuse, or the other way round. The table that knows such spellings (`names`) is asked which layer is a part
+what others fuse, or the other way round. The tables that know such spellings (`families`) say which layer is a part
 of which. Parts of a fused layer share its input, so they share its statistics, and any one of them has the whole's.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from . import names
+from . import families, names
 from .layers import LayerTable
 from .stats import Shape, Statistics
 
@@ -68,17 +68,17 @@ def _same_inputs(recorded: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> 
     """For each wanted layer, one that was recorded and receives the same: itself, or else a whole or a part of it."""
     found = {name: name for name, shape in wanted.items() if recorded.get(name) == shape}
     if len(found) < len(wanted):
-        for name, target in names.diffusers_targets(recorded).items():
+        for name, target in families.diffusers_targets(recorded).items():
             if wanted.get(name) == _shape(recorded, target):
                 found.setdefault(name, target.layer)
     if len(found) < len(wanted):
-        for name, target in names.diffusers_targets(wanted).items():
+        for name, target in families.diffusers_targets(wanted).items():
             if recorded.get(name) == _shape(wanted, target):
                 found.setdefault(target.layer, name)
     return found
 
 
-def _shape(layers: Mapping[str, Shape], target: names.Target) -> Shape:
+def _shape(layers: Mapping[str, Shape], target: families.Target) -> Shape:
     """[out, in] of a part of a layer."""
     out_features, in_features = layers[target.layer]
     if target.rows is not None:

@@ -45,7 +45,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(numpy|torch|mmap|PIL|Image|collections|pathlib|types|typing|os)\..*"),
     (
         r"py:.*",
-        r"convert_to_quant\.(families|engines\.(session|prompts|quantized_linear|provenance|architectures))\..*",
+        r"convert_to_quant\.(families|engines\.(session|prompts|quantized_linear|provenance))\..*",
     ),
     (r"py:.*", r"convert_to_quant\.(.*\.)?_.*"),
 ]

@@ -5,11 +5,16 @@ The names are those that ComfyUI's and diffusers' own classes give their layers 
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 
 import pytest
 
+import convert_to_quant
 from convert_to_quant.errors import OptionError
 from convert_to_quant.families import FAMILIES, GENERIC, OTHER_PARTS, detect, family, module_names, other_part
 
@@ -412,10 +417,10 @@ def test_generic_is_a_preset_but_never_detected() -> None:
 
 def test_an_unknown_preset_names_the_nearest_and_all() -> None:
     with pytest.raises(
-        OptionError, match=r"unknown preset 'huyuan-video' \(did you mean 'hunyuan-video'\? presets: flux1, flux2"
+        OptionError, match=r"unknown preset 'huyuan-video' \(did you mean 'hunyuan-video'\? presets: chroma, flux1"
     ):
         family("huyuan-video")
-    with pytest.raises(OptionError, match=r"unknown preset 'xyzzy' \(presets: flux1, .*sdxl, generic\)"):
+    with pytest.raises(OptionError, match=r"unknown preset 'xyzzy' \(presets: chroma, .*z-image, generic\)"):
         family("xyzzy")
 
 
@@ -449,3 +454,113 @@ def test_no_layer_of_a_diffusion_model_counts_as_another_part() -> None:
     ):
         assert [name for name in model.names() if other_part(prefix + name)] == []
     assert len({part.prefix for part in OTHER_PARTS}) == len(OTHER_PARTS)
+
+
+NOVA = """\"\"\"A family that was made up, in one file.\"\"\"
+
+from . import comfyui
+from .base import VECTOR, Family, signature
+from .rules import under
+from .running import Architecture, blocks, image, text
+
+
+def _config(shapes):
+    hidden = shapes["context_embedder.weight"][0]
+    return {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_mmdit_layers": blocks(shapes, "joint_transformer_blocks."),
+        "num_single_dit_layers": blocks(shapes, "single_transformer_blocks."),
+        "num_attention_heads": 2,
+        "attention_head_dim": hidden // 2,
+        "caption_projection_dim": hidden,
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        "pos_embed_max_size": shapes["pos_embed.pos_embed"][1],
+    }
+
+
+FAMILY = Family(
+    name="nova-1",
+    title="Nova (made up)",
+    signatures=(signature("register_tokens joint_transformer_blocks.0.attn.add_q_proj"),),
+    blocks=r"(?:joint|single)_transformer_blocks\\.\\d+",
+    keep={r"time_step_proj": VECTOR},
+    names=under("joint_transformer_blocks.*.", "nova.*.")(("attn.to_{q,k,v}", "{query,key,value}")),
+    architecture=Architecture(
+        transformer="AuraFlowTransformer2DModel",
+        native="register_tokens",
+        config=_config,
+        latents=image,
+        wants={"encoder_hidden_states": text("joint_attention_dim")},
+        arguments=lambda inputs: inputs.usual(),
+    ),
+    comfyui={"Nova": comfyui.takes(cross_attn=comfyui.text("context_embedder"))},
+)
+"""
+
+USES_OF_NOVA = """
+import sys
+import warnings
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+warnings.simplefilter("ignore")
+import convert_to_quant
+from convert_to_quant import convert, families, inspection
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.engines import diffusers as engine, noise
+from convert_to_quant.engines.comfyui.inprocess_conditions import conditions_of
+from convert_to_quant.families.running import Geometry
+from diffusers import AuraFlowTransformer2DModel
+
+torch.manual_seed(1)
+model = AuraFlowTransformer2DModel(
+    num_mmdit_layers=2, num_single_dit_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24,
+    caption_projection_dim=32, pos_embed_max_size=16,
+).eval()  # fmt: skip
+save_file(model.state_dict(), "nova.safetensors")
+block = "joint_transformer_blocks.1"
+geometry = Geometry(height=2, width=3, text_tokens=5)
+with open_checkpoint("nova.safetensors") as checkpoint:
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    assert families.detect(shapes, shapes) is families.family("Nova 1")
+    assert inspection.inspect_checkpoint(checkpoint).family == "nova-1"
+    plan = convert.plan_conversion(checkpoint, convert.ConvertOptions())
+    chosen = {decision.layer.name: decision.reason for decision in plan.decisions if not decision.quantize}
+    assert chosen["time_step_proj.linear_1"] == "time, guidance or pooled-text embedder: one row steers all blocks"
+    assert chosen["context_embedder"] == "outside the repeated blocks"
+    assert f"{block}.attn.to_q" not in chosen
+    targets = families.lora_targets({f"{block}.attn.to_k": (32, 32)})
+    assert targets["lora_unet_nova_1_key"] == (families.Target(f"{block}.attn.to_k"),)
+    denoiser = engine.load(checkpoint)
+    latents, conditioning = engine.draw(denoiser, geometry, noise.STRONG, 1, [0])
+    with torch.no_grad():
+        wanted = model(latents, timestep=torch.tensor([0.5]), **conditioning, return_dict=False)[0]
+    assert torch.allclose(denoiser.velocity(latents, 0.5, conditioning, geometry), wanted, rtol=1e-3, atol=1e-4)
+    seen = engine.observe(checkpoint, samples=3, steps=1, geometry=geometry)
+    assert seen.unvisited == () and np.all(seen.statistics.absmax[seen.statistics.visited] > 0)
+assert set(conditions_of(["Nova", "BaseModel"]).wants) == {"cross_attn"}
+print(convert_to_quant.__file__)
+"""
+
+
+def test_a_new_family_is_one_new_file(tmp_path: Path) -> None:
+    """Everything that is done with a family is done with one that this package has never heard of."""
+    package = Path(convert_to_quant.__file__).parent
+    copy = tmp_path / "convert_to_quant"
+    (copy / "families").mkdir(parents=True)
+    for folder in ("", "families"):
+        for path in (package / folder).iterdir():
+            if path.name not in ("families", "__pycache__"):
+                (copy / folder / path.name).symlink_to(path)
+    (copy / "families" / "nova.py").write_text(NOVA)
+
+    done = subprocess.run(
+        [sys.executable, "-c", USES_OF_NOVA], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path)

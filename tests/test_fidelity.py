@@ -11,8 +11,8 @@ from torch import Tensor
 
 from convert_to_quant import fidelity
 from convert_to_quant.engines import noise
-from convert_to_quant.engines.noise import Geometry
 from convert_to_quant.errors import CalibrationError, OptionError
+from convert_to_quant.families.running import Geometry, Signal
 from convert_to_quant.fidelity import EXACT_DB, velocity_fidelity
 
 SIZE = Geometry(height=2, width=3, frames=1, text_tokens=4)
@@ -149,11 +149,11 @@ def test_the_worst_is_that_of_one_prompt_at_one_level_at_any_size() -> None:
 class Taker(Line):
     """Takes a stream of tokens, a vector and a mask."""
 
-    def signals(self, size: Geometry) -> dict[str, noise.Signal]:
+    def signals(self, size: Geometry) -> dict[str, Signal]:
         return {
-            "text": noise.Signal((size.text_tokens, 512)),
-            "pooled": noise.Signal((512,)),
-            "mask": noise.Signal((size.text_tokens,), "mask"),
+            "text": Signal((size.text_tokens, 512)),
+            "pooled": Signal((512,)),
+            "mask": Signal((size.text_tokens,), "mask"),
         }
 
 

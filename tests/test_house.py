@@ -23,10 +23,10 @@ ROWS = (
     {"demo", "emoji", "comfyui_nodes"},
     {"calibrate_activation_scales", "fidelity", "inspection", "report"},
     {"engines"},
-    {"solve", "patch", "convert"},
+    {"solve", "headroom", "patch", "convert"},
     {"lora", "recorder", "linear_calls", "layers", "naming", "packings"},
-    {"names", "families", "stats", "fp8", "checkpoint"},
-    {"errors", "kernels", "telling", "untrusted"},
+    {"families", "stats", "fp8", "checkpoint"},
+    {"names", "errors", "kernels", "telling", "untrusted"},
     {""},
 )
 """The rooms from the top down; "" is the package itself, which holds the version. A room imports what is below it, or

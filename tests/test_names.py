@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert_to_quant import names
-from convert_to_quant.names import Target, diffusers_targets, lora_targets, strip_prefix
+from convert_to_quant.families import RECORDS, Target, diffusers_targets, lora_targets
+from convert_to_quant.names import strip_prefix
 
 Layers = dict[str, tuple[int, int]]
 
@@ -450,5 +451,6 @@ def test_rules_hold_the_same_wildcards_on_both_sides() -> None:
     def wildcards(pattern: str) -> Any:
         return np.array([word for word in pattern.split(".") if "*" in word])
 
-    for rule in (*(rule for family in names.FAMILIES.values() for rule in family), *names.SAME_LAYER, *names.LORA_ONLY):
-        assert np.array_equal(wildcards(rule.layer), wildcards(rule.other)), rule
+    for record in RECORDS:
+        for rule in (*record.names, *record.spellings, *record.lora):
+            assert np.array_equal(wildcards(rule.layer), wildcards(rule.other)), rule

@@ -11,7 +11,7 @@ from ..engines.devices import find_device
 from ..errors import OptionError
 
 if TYPE_CHECKING:
-    from ..engines.noise import Geometry
+    from ..families.running import Geometry
 
 NOISE = "noise"
 

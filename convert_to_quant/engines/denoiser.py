@@ -19,7 +19,6 @@ rounding (0.4 %) between the two, far less than what one more sample moves them.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,14 +32,12 @@ from torch.overrides import TorchFunctionMode
 from .. import families, names
 from ..checkpoint import Checkpoint
 from ..errors import OptionError, UnsupportedModelError
+from ..families.running import Architecture, Geometry, Inputs, Shapes, Signal
 from ..layers import Layer, LayerTable, dequantize, find_layers
 from ..layers import input_scale as stored_input_scale
 from ..lora import LoraMatch
-from . import noise
-from .architectures import ARCHITECTURES, Architecture, Inputs
 from .devices import find_device
-from .noise import Geometry
-from .provenance import Converter, Piece, Shapes, trace
+from .provenance import Converter, Piece, trace
 from .quantized_linear import ARITHMETICS, Arithmetic, CheckpointLinear, StoredWeight
 
 KEEP_BYTES = 1 << 29
@@ -56,7 +53,7 @@ class Plan:
     """How a checkpoint runs, found without reading a weight.
 
     Attributes:
-        family: name of its family, a key of `ARCHITECTURES`.
+        family: name of its family.
         architecture: how that family is run.
         config: arguments of the transformer class.
         sources: model tensor name -> where its rows lie, by bare tensor names.
@@ -94,7 +91,8 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
     family = families.detect(shapes, shapes)
     if family is None:
         raise UnsupportedModelError("its tensor names fit no known family", path=checkpoint.path, hint=COMFYUI)
-    if family.name not in ARCHITECTURES:
+    architecture = family.architecture
+    if architecture is None:
         raise UnsupportedModelError(f"{family.title} cannot be run yet", path=checkpoint.path, hint=COMFYUI)
     foreign = [layer for layer in table.foreign.values() if table.owns(layer.name)]
     if foreign:
@@ -104,7 +102,6 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
             tensor=foreign[0].name,
             hint=COMFYUI,
         )
-    architecture = ARCHITECTURES[family.name]
     sources = _sources(architecture, shapes)
     model_shapes = {name: _joined_shape(pieces, shapes) for name, pieces in sources.items()}
     try:
@@ -120,7 +117,7 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
 
 def _sources(architecture: Architecture, shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
     """Where every tensor of the diffusers model lies, by bare names as the checkpoint spells them."""
-    respelled = {_respelled(architecture, name): name for name in shapes if name not in architecture.ignored}
+    respelled = architecture.respelled(shapes)
     fed = {new: shapes[old] for new, old in respelled.items()}
     native = architecture.converter is None or architecture.native in shapes
     traced = trace(dict if native else converter(architecture), fed, architecture.fused)
@@ -128,13 +125,6 @@ def _sources(architecture: Architecture, shapes: Shapes) -> dict[str, tuple[Piec
         name: tuple(replace(piece, tensor=respelled[piece.tensor]) for piece in pieces)
         for name, pieces in traced.items()
     }
-
-
-def _respelled(architecture: Architecture, name: str) -> str:
-    """A tensor's name as the family's converter spells it."""
-    for pattern, replacement in architecture.spellings:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def _joined_shape(pieces: Sequence[Piece], shapes: Shapes) -> tuple[int, ...]:
@@ -268,7 +258,7 @@ class Denoiser:
         """Shape of one sample's latents."""
         return self.plan.architecture.latents(self.plan.config, geometry)
 
-    def signals(self, geometry: Geometry) -> dict[str, noise.Signal]:
+    def signals(self, geometry: Geometry) -> dict[str, Signal]:
         """The conditioning that the model takes."""
         return self.plan.architecture.signals(self.plan.config, geometry)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..errors import CalibrationError, OptionError, StrPath
+from ..families.running import Geometry
 from ..layers import LayerTable
 from ..lora import LoraMatch
 from ..recorder import record
@@ -33,7 +34,6 @@ from ..stats import Statistics
 from ..telling import Advance, Progress
 from . import SAMPLES, STEPS, noise
 from .denoiser import Denoiser, Plan, load, plan, supports
-from .noise import Geometry
 from .prompts import Prompts
 from .session import Session, Unit
 

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..families.running import Signal
 
 LOUD = 30.0
 LOUD_SHARE = 1 / 64
@@ -56,42 +57,6 @@ CONDITIONINGS = (SILENT, LOUD_CHANNELS, STRONG)
 """What a model is shown in turn. The last two have about the same mean square."""
 
 LATENTS_STREAM, CONDITIONING_STREAM = 0, 1
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The size of what is painted, in the model's own tokens.
-
-    Attributes:
-        height, width: image tokens (patches) per side.
-        frames: latent frames; 1 for images.
-        text_tokens: length of the text.
-    """
-
-    height: int = 32
-    width: int = 32
-    frames: int = 1
-    text_tokens: int = 64
-
-    @property
-    def tokens(self) -> int:
-        """Rows that a block sees per sample."""
-        return self.height * self.width * self.frames + self.text_tokens
-
-
-@dataclass(frozen=True)
-class Signal:
-    """One conditioning tensor of a model.
-
-    Attributes:
-        shape: without the batch.
-        kind: "noise" is drawn, the others are constant: "mask" is ones, "value" is `value`.
-        value: the constant.
-    """
-
-    shape: tuple[int, ...]
-    kind: Literal["noise", "mask", "value"] = "noise"
-    value: float = 1.0
 
 
 def latents(shape: tuple[int, ...], seed: int, number: int) -> Tensor:

@@ -7,7 +7,7 @@ all of that.
 How it works. diffusers loads the folder, without a network, without pickles, and paints each prompt. The inputs of the
 transformer's linear layers are recorded and put under the names of the checkpoint that will be patched: given one, by
 tracing where each of its rows goes (`provenance.py`); without one, under diffusers' own names and the authors' both
-(`names.py`), so that the statistics fit a checkpoint of either kind. The parts of a fused layer share one input.
+(`families`), so that the statistics fit a checkpoint of either kind. The parts of a fused layer share one input.
 
 Noise levels are the scheduler's own.
 
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import names
+from .. import families
 from ..checkpoint import Checkpoint
 from ..errors import CalibrationError, OptionError, StrPath
 from ..recorder import find_linears, module_shape, record
@@ -255,7 +255,7 @@ def _names_of(
     """Layers to record and their shapes, and which of them each module feeds."""
     modules = {name: module_shape(module) for name, module in find_linears(transformer).items()}
     if checkpoint is None:
-        both = names.checkpoint_layers(modules, type(transformer).__name__)
+        both = families.checkpoint_layers(modules, type(transformer).__name__)
         fed = {name: {name: shape, **dict(both.get(name, ()))} for name, shape in modules.items()}
         shapes = {layer: shape for layers in fed.values() for layer, shape in layers.items()}
         return shapes, {name: list(layers) for name, layers in fed.items()}

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..checkpoint import open_checkpoint
 from ..errors import CalibrationError, StrPath
+from ..families.running import Geometry, Signal
 from .denoiser import Denoiser
-from .noise import Geometry, Signal
 
 NEGATIVE = "negative_"
 

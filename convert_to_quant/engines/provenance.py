@@ -28,10 +28,10 @@ from itertools import accumulate
 import torch
 
 from ..errors import UnsupportedModelError
+from ..families.running import Fused, Shapes
 
 ROW_BITS = 32
 
-Shapes = Mapping[str, tuple[int, ...]]
 Converter = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
@@ -47,40 +47,6 @@ class Piece:
     tensor: str
     start: int
     stop: int
-
-
-@dataclass(frozen=True)
-class Fused:
-    """Tensors that a converter splits at the row numbers of one published size.
-
-    Attributes:
-        pattern: regular expression that covers the bare names of such layers.
-        published: rows of each part in the size that the converter assumes.
-        rows: rows of each part for a weight of shape (out, in).
-    """
-
-    pattern: str
-    published: tuple[int, ...]
-    rows: Callable[[int, int], tuple[int, ...]]
-
-
-def qkv_rows(out_features: int, in_features: int) -> tuple[int, ...]:
-    """Query of `in` rows, key and value sharing the rest.
-
-    >>> qkv_rows(3840, 2304)
-    (2304, 768, 768)
-    """
-    key_rows = (out_features - in_features) // 2
-    return in_features, key_rows, key_rows
-
-
-def qkv_mlp_rows(out_features: int, in_features: int) -> tuple[int, ...]:
-    """Query, key and value of `in` rows each, then the rows of the MLP.
-
-    >>> qkv_mlp_rows(21504, 3072)
-    (3072, 3072, 3072, 12288)
-    """
-    return in_features, in_features, in_features, out_features - 3 * in_features
 
 
 def trace(converter: Converter, shapes: Shapes, fused: Iterable[Fused] = ()) -> dict[str, tuple[Piece, ...]]:
@@ -131,7 +97,7 @@ def _boundaries(name: str, shapes: Shapes, rules: Iterable[Fused]) -> tuple[list
     for rule in rules:
         if kind in ("weight", "bias") and re.fullmatch(rule.pattern, layer):
             parts = rule.rows(rows, shapes[layer + ".weight"][1])
-            if min(parts) > 0 and sum(parts) == rows:
+            if sum(parts) == rows:
                 return [0, *accumulate(rule.published)], [0, *accumulate(parts)]
     return [0, rows], [0, rows]
 

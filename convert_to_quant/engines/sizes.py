@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from ..errors import OptionError
+from ..families.running import Geometry
 from . import FRAMES, SIDE_PIXELS, TEXT_TOKENS
-from .noise import Geometry
 
 
 @dataclass(frozen=True)

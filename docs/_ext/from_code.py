@@ -17,7 +17,6 @@ from sphinx.application import Sphinx
 
 from convert_to_quant import inspection
 from convert_to_quant.cli import COMMANDS, DEFAULT_COMMAND, build_parser
-from convert_to_quant.engines.architectures import ARCHITECTURES
 from convert_to_quant.families import FAMILIES
 from convert_to_quant.report.document import RISKS
 from convert_to_quant.stats import COLUMNS, Statistics
@@ -120,7 +119,7 @@ def families() -> Iterator[str]:
     """The model families, and how each is calibrated."""
     yield table(
         ("`--preset`", "models", "the model engine runs it"),
-        ((f"`{name}`", markdown(family.title), "yes" if name in ARCHITECTURES else "no: each layer is simulated")
+        ((f"`{name}`", markdown(family.title), "yes" if family.architecture else "no: each layer is simulated")
          for name, family in FAMILIES.items()),
     )  # fmt: skip
 

@@ -464,7 +464,7 @@ def test_an_unknown_preset_suggests_the_nearest(ctq: Command, flux_file: Path, f
     before = folder()
     outcome = ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), "--preset", "flxu1")
     assert outcome.code == 2
-    assert outcome.err.startswith("error: unknown preset 'flxu1' (did you mean 'flux1'? presets: flux1, ")
+    assert outcome.err.startswith("error: unknown preset 'flxu1' (did you mean 'flux1'? presets: chroma, ")
     assert folder() == before
 
 

@@ -13,9 +13,9 @@ from convert_to_quant import __version__
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.cli import check
 from convert_to_quant.engines.denoiser import load
-from convert_to_quant.engines.noise import Geometry
 from convert_to_quant.engines.quantized_linear import ARITHMETICS
 from convert_to_quant.engines.sizes import geometry
+from convert_to_quant.families.running import Geometry
 from convert_to_quant.fidelity import Fidelity, Level, Size, noise_scenes, scenes_fidelity
 
 SMALL = ("--height", 32, "--width", 48, "--text-tokens", 5, "--steps", 2, "--samples", 2)

@@ -398,8 +398,9 @@ class Ours:
         import torch
 
         from convert_to_quant.engines import noise
+        from convert_to_quant.families.running import Geometry
 
-        self.geometry = noise.Geometry(emoji.SIDE_TOKENS, emoji.SIDE_TOKENS)
+        self.geometry = Geometry(emoji.SIDE_TOKENS, emoji.SIDE_TOKENS)
         context, pooled = embed_all(PROMPTS)
         self.context, self.pooled = torch.from_numpy(context), torch.from_numpy(pooled)
         size = (emoji.SIDE_TOKENS**2, 64)

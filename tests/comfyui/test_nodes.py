@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert_to_quant import names
+from convert_to_quant import families
 from convert_to_quant.stats import Statistics
 
 pytestmark = pytest.mark.comfyui
@@ -244,7 +244,10 @@ def test_recording_calibrating_and_reloading_mends_broken_models(
 
 
 def test_hunyuan_video_is_renamed_as_our_table_says(comfyui: Any) -> None:
-    rules = {rule.layer.replace("*", "3"): rule.other.replace("*", "3") for rule in names.SAME_LAYER}
+    rules = {
+        rule.layer.replace("*", "3"): rule.other.replace("*", "3")
+        for rule in families.FAMILIES["hunyuan-video"].spellings
+    }
     assert len(rules) > 15
     assert comfyui.ask("renamed", layers=list(rules)) == rules
 
@@ -276,7 +279,7 @@ def test_diffusers_layouts_are_put_where_our_table_says(comfyui: Any, function: 
         rows, columns = next((shape for ending, shape in ENDINGS.items() if layer.endswith(ending)), (1, 1))
         shapes[layer] = (rows * HIDDEN, columns * HIDDEN)
 
-    targets = names.diffusers_targets(shapes)
+    targets = families.diffusers_targets(shapes)
 
     assert len(linear) >= 30
     assert {name: [targets[name].layer, *(targets[name].rows or ())] for name in linear} == linear

@@ -14,13 +14,12 @@ import torch
 from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 
-from convert_to_quant import names
+from convert_to_quant import families
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.engines import diffusers as engine
 from convert_to_quant.engines import noise
-from convert_to_quant.engines.architectures import ARCHITECTURES, Inputs
-from convert_to_quant.engines.noise import Geometry
 from convert_to_quant.engines.provenance import Piece
+from convert_to_quant.families.running import Geometry, Inputs
 from convert_to_quant.layers import dequantize, find_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
@@ -314,7 +313,7 @@ def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def own_model(path: Path, family: str, config: Any) -> nn.Module:
     """diffusers' class with a checkpoint's real weights, by diffusers' own converter."""
-    architecture = ARCHITECTURES[family]
+    architecture = families.FAMILIES[family].architecture
     with open_checkpoint(path) as checkpoint:
         layers = {layer.weight.name: layer for layer in find_layers(checkpoint).linear()}
         state = {
@@ -332,7 +331,7 @@ def own_model(path: Path, family: str, config: Any) -> nn.Module:
 
 
 def run(model: nn.Module, family: str, inputs: Inputs) -> Tensor:
-    architecture = ARCHITECTURES[family]
+    architecture = families.FAMILIES[family].architecture
     with torch.no_grad():
         return architecture.velocity(model(**architecture.arguments(inputs), return_dict=False)[0])
 
@@ -353,7 +352,7 @@ def test_recorded_ranges_are_those_of_hooks_on_diffusers_own_model(case: tuple[s
         denoiser = engine.load(checkpoint, table)
         config = denoiser.plan.config
         model = own_model(path, family, config)
-        targets = names.diffusers_targets({layer.name: layer.weight.shape for layer in table.quantized.values()})
+        targets = families.diffusers_targets({layer.name: layer.weight.shape for layer in table.quantized.values()})
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(watch(targets[name].layer))
@@ -375,7 +374,7 @@ def test_traced_rows_are_those_of_the_name_table(case: tuple[str, Shapes], save_
     with open_checkpoint(save_model(random_state(shapes))) as checkpoint:
         plan = engine.plan(checkpoint)
         matrices = {layer.name: (layer.out_features, layer.in_features) for layer in plan.table.plain.values()}
-    targets = names.diffusers_targets(matrices)
+    targets = families.diffusers_targets(matrices)
     compared = 0
     for name, pieces in plan.sources.items():
         module, _, kind = name.rpartition(".")
@@ -418,7 +417,7 @@ def test_it_runs_in_bfloat16(case: tuple[str, Shapes], save_model: Any) -> None:
 
 
 def diffusers_spelling(state: dict[str, Tensor], family: str) -> Iterator[tuple[str, Tensor]]:
-    architecture = ARCHITECTURES[family]
+    architecture = families.FAMILIES[family].architecture
     kept = {name: value for name, value in state.items() if name not in architecture.ignored}
     assert architecture.converter is not None
     for name, value in getattr(single_file_utils, architecture.converter)(kept).items():
@@ -428,7 +427,7 @@ def diffusers_spelling(state: dict[str, Tensor], family: str) -> Iterator[tuple[
 @pytest.mark.usefixtures("_any_size")
 def test_a_checkpoint_in_diffusers_own_names_runs_alike(case: tuple[str, Shapes], save_model: Any) -> None:
     family, shapes = case
-    if ARCHITECTURES[family].converter is None:
+    if families.FAMILIES[family].architecture.converter is None:
         pytest.skip("its authors' names are diffusers' names")
     state = random_state(shapes)
     original, renamed = save_model(state), save_model(dict(diffusers_spelling(dict(state), family)))
@@ -519,7 +518,7 @@ def test_module_names_lead_back_to_the_authors_layers(case: tuple[str, Shapes], 
     with open_checkpoint(save_model(random_state(shapes))) as checkpoint:
         denoiser = engine.load(checkpoint)
     modules = {name: (module.out_features, module.in_features) for name, module in denoiser.linears.items()}
-    found = names.checkpoint_layers(modules, ARCHITECTURES[family].transformer)
+    found = families.checkpoint_layers(modules, families.FAMILIES[family].architecture.transformer)
     layers = modules | {layer: shape for spellings in found.values() for layer, shape in spellings}
     plain = denoiser.plan.table.plain
     wanted = {name: (plain[name].out_features, plain[name].in_features) for name in denoiser.layers}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.engines import diffusers as engine
 from convert_to_quant.engines import noise
-from convert_to_quant.engines.noise import Geometry
 from convert_to_quant.errors import CalibrationError, OptionError, UnsupportedModelError
+from convert_to_quant.families.running import Geometry, Signal
 from convert_to_quant.layers import dequantize, find_layers
 from convert_to_quant.lora import load_lora, match_loras
 
@@ -336,7 +336,7 @@ def test_a_layer_follows_the_conditioning_if_its_range_moves_by_two_either_way(
 
 
 def test_a_few_channels_of_a_stream_are_loud_and_none_of_a_vector() -> None:
-    signals = {"stream": noise.Signal((200, 256)), "vector": noise.Signal((256,))}
+    signals = {"stream": Signal((200, 256)), "vector": Signal((256,))}
     drawn = noise.conditioning(signals, noise.LOUD_CHANNELS, 1, 0)
     spread = drawn["stream"][0].std(0)
     assert int((spread > 10).sum()) == 256 / 64

@@ -9,7 +9,7 @@ from torch import Tensor
 from convert_to_quant import fidelity
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.engines import diffusers as engine
-from convert_to_quant.engines.noise import Geometry
+from convert_to_quant.families.running import Geometry
 from convert_to_quant.fidelity import velocity_fidelity
 
 SIZE = Geometry(height=2, width=3, frames=1, text_tokens=4)

@@ -9,9 +9,9 @@ import torch
 
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.engines import diffusers as engine
-from convert_to_quant.engines.noise import Geometry, Signal
 from convert_to_quant.engines.prompts import Prompts
 from convert_to_quant.errors import CalibrationError
+from convert_to_quant.families.running import Geometry, Signal
 
 SIZE = Geometry(height=2, width=2, frames=1, text_tokens=64)
 

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from convert_to_quant.engines.provenance import Fused, Piece, qkv_mlp_rows, trace
+from convert_to_quant.engines.provenance import Piece, trace
 from convert_to_quant.errors import UnsupportedModelError
+from convert_to_quant.families.rules import qkv_mlp_rows
+from convert_to_quant.families.running import Fused
 
 
 def test_a_renamed_tensor_keeps_all_its_rows() -> None:

@@ -35,16 +35,18 @@ from torch import Tensor
 from ... import names
 from ...checkpoint import Checkpoint
 from ...errors import CalibrationError, LoraError, OptionError, StrPath, UnsupportedModelError
+from ...families.comfyui import FILM, PICTURE, SOUND, Conditions, Scene, measure
+from ...families.running import Shapes
 from ...layers import LayerTable, find_layers
 from ...lora import Lora
 from ...recorder import find_linears, record
 from ...telling import Advance, Progress
 from .. import FRAMES, SAMPLES, SIDE_PIXELS, STEPS, TEXT_TOKENS, noise
 from ..diffusers import Observation, conditioned, expect_finite
-from ..provenance import Shapes, trace
+from ..provenance import trace
 from ..session import Session, Unit
 from . import inprocess_tree as tree
-from .inprocess_conditions import FILM, PICTURE, SOUND, Family, Scene, draw, family_of, measure, wanted
+from .inprocess_conditions import conditions_of, draw, wanted
 
 PATCH_PIXELS = 16
 """What one token of a picture covers along each side, for models whose latents have only a length."""
@@ -83,7 +85,7 @@ class Model:
         self.table = table
         self.patcher = patcher
         self.family = type(patcher.model).__name__
-        self._wants: Family = family_of(kind.__name__ for kind in type(patcher.model).__mro__)
+        self._wants: Conditions = conditions_of(kind.__name__ for kind in type(patcher.model).__mro__)
         self.feeds = _feeds(checkpoint, table, patcher.model)
 
     @property

@@ -17,19 +17,12 @@ from torch import nn
 from convert_to_quant import emoji
 from convert_to_quant.cli import main
 from convert_to_quant.engines import noise
-from convert_to_quant.engines.comfyui import inprocess, inprocess_conditions, inprocess_tree
-from convert_to_quant.engines.comfyui.inprocess_conditions import (
-    BASE,
-    FAMILIES,
-    NOTHING_TO_PAINT,
-    Family,
-    Scene,
-    Want,
-    draw,
-    family_of,
-    wanted,
-)
+from convert_to_quant.engines.comfyui import inprocess, inprocess_tree
+from convert_to_quant.engines.comfyui.inprocess_conditions import NOTHING_TO_PAINT, conditions_of, draw, wanted
 from convert_to_quant.errors import CalibrationError, OptionError, UnsupportedModelError
+from convert_to_quant.families import CONDITIONS, RECORDS, wan
+from convert_to_quant.families.comfyui import BASE, Conditions, Scene, Want
+from convert_to_quant.families.running import Signal
 from convert_to_quant.stats import Statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
@@ -55,36 +48,37 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_a_family_has_what_it_derives_from_and_its_own_row_goes_first() -> None:
-    animate = family_of(["WAN22_Animate", "WAN21", BASE, "Module"])
+    animate = conditions_of(["WAN22_Animate", "WAN21", BASE, "Module"])
 
     assert {"cross_attn", "concat_latent_image", "pose_video_latent", "face_video_pixels"} <= set(animate.wants)
     assert animate.frames == 2
-    assert family_of(["WAN21_SCAIL2", "WAN21_SCAIL", "WAN21", BASE]).wants["concat_latent_image"] is None
-    assert family_of(["LongCatImage", "Flux", BASE]) == FAMILIES["Flux"]
+    assert conditions_of(["WAN21_SCAIL2", "WAN21_SCAIL", "WAN21", BASE]).wants["concat_latent_image"] is None
+    assert conditions_of(["LongCatImage", "Flux", BASE]) == CONDITIONS["Flux"]
 
 
 def test_what_derives_from_nothing_known_is_refused_by_its_name() -> None:
     with pytest.raises(UnsupportedModelError, match="what ComfyUI's Novelty takes besides latents is not known here"):
-        family_of(["Novelty", BASE, "Module", "object"])
+        conditions_of(["Novelty", BASE, "Module", "object"])
 
 
 def test_the_base_class_has_a_row_of_its_own_that_nothing_inherits() -> None:
-    assert set(family_of([BASE, "Module"]).wants) == {"cross_attn"}
-    assert set(FAMILIES["StableAudio1"].wants) == set(family_of(["StableAudio1", BASE]).wants)
+    assert set(conditions_of([BASE, "Module"]).wants) == {"cross_attn"}
+    assert set(CONDITIONS["StableAudio1"].wants) == set(conditions_of(["StableAudio1", BASE]).wants)
 
 
 @pytest.mark.parametrize("name", NOTHING_TO_PAINT)
 def test_models_that_paint_nothing_are_refused_with_what_they_do(name: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"ComfyUI's {name} is no diffusion model: it "):
-        family_of([name, BASE])
+        conditions_of([name, BASE])
 
 
 def test_every_row_says_kinds_that_can_be_drawn() -> None:
-    wants = [want for family in FAMILIES.values() for want in family.wants.values() if want is not None]
+    wants = [want for family in CONDITIONS.values() for want in family.wants.values() if want is not None]
 
     assert {want.kind for want in wants} <= KINDS
     assert all(want.kind == "ids" or want.below == 1 for want in wants)
-    assert not set(FAMILIES) & set(NOTHING_TO_PAINT)
+    assert not set(CONDITIONS) & set(NOTHING_TO_PAINT)
+    assert sum(len(record.comfyui) for record in RECORDS) == len(CONDITIONS)  # no class stands in two records
 
 
 def test_sizes_are_measured_on_the_network() -> None:
@@ -93,7 +87,7 @@ def test_sizes_are_measured_on_the_network() -> None:
     network.vector_in = nn.Module()
     network.vector_in.in_layer = nn.Linear(24, 8)
 
-    flux = wanted(family_of(["Flux", BASE]), scene(network))
+    flux = wanted(conditions_of(["Flux", BASE]), scene(network))
 
     assert {name: shape for name, (_, shape) in flux.items()} == {
         "cross_attn": (5, 40), "pooled_output": (24,), "concat_latent_image": (4, 8, 6)
@@ -104,16 +98,16 @@ def test_what_the_network_has_no_layer_for_is_not_wanted() -> None:
     network = nn.Module()
     network.txt_in = nn.Linear(40, 8)
 
-    assert "pooled_output" not in wanted(family_of(["Flux2", "Flux", BASE]), scene(network))
+    assert "pooled_output" not in wanted(conditions_of(["Flux2", "Flux", BASE]), scene(network))
 
 
 def test_a_network_without_the_layer_that_tells_a_size_is_refused_by_the_layer() -> None:
     with pytest.raises(
         UnsupportedModelError, match="the size of its conditioning is not known: it has no layer txt_in"
     ):
-        wanted(family_of(["Flux", BASE]), scene())
+        wanted(conditions_of(["Flux", BASE]), scene())
     with pytest.raises(UnsupportedModelError, match="ComfyUI found no context_dim"):
-        wanted(family_of([BASE]), scene())
+        wanted(conditions_of([BASE]), scene())
 
 
 def test_parts_are_found_by_numbers_and_by_names() -> None:
@@ -132,7 +126,7 @@ def test_parts_are_found_by_numbers_and_by_names() -> None:
 
 def test_a_prompt_of_one_token_is_drawn_as_a_vector() -> None:
     """A picture as a prompt steers every block, as a pooled text does."""
-    drawn = draw(family_of(["SVD_img2vid", BASE]), scene(context_dim=512), noise.STRONG, 7, 3)["cross_attn"]
+    drawn = draw(conditions_of(["SVD_img2vid", BASE]), scene(context_dim=512), noise.STRONG, 7, 3)["cross_attn"]
 
     assert drawn.shape == (1, 1, 512)
     assert float(drawn.std()) == pytest.approx(noise.VECTOR_MAGNITUDE, rel=0.2)
@@ -148,12 +142,12 @@ def test_wan_models_are_shown_pictures_in_the_channels_beside_their_own(channels
     network.patch_embedding = nn.Conv3d(channels, 2, 1)
     shown = Scene(network, {}, channels=16, height=8, width=6, frames=2, tokens=12, text_tokens=5)
 
-    assert inprocess_conditions._wan_beside(shown) == expected
+    assert wan.beside_channels(shown) == expected
 
 
 # ---------------------------------------------------------------- drawing
 
-ROWS = Family(
+ROWS = Conditions(
     {
         "stream": Want((5, 64)),
         "vector": Want((64,)),
@@ -167,7 +161,7 @@ ROWS = Family(
 
 
 def test_streams_and_vectors_are_drawn_as_the_other_engine_draws_them() -> None:
-    signals = {"stream": noise.Signal((5, 64)), "vector": noise.Signal((64,))}
+    signals = {"stream": Signal((5, 64)), "vector": Signal((64,))}
     for way in noise.CONDITIONINGS:
         drawn = draw(ROWS, scene(), way, 7, 3)
         expected = noise.conditioning(signals, way, 7, 3)
@@ -201,7 +195,7 @@ def test_the_same_trajectory_is_drawn_again_and_another_differs() -> None:
 
 
 def test_pictures_share_no_noise_with_latents_or_with_each_other() -> None:
-    family = Family({name: Want((4, 8, 6), "picture") for name in ("one", "two")})
+    family = Conditions({name: Want((4, 8, 6), "picture") for name in ("one", "two")})
     shown = [draw(family, scene(), noise.SILENT, 7, number) for number in (0, 1)]
     drawn = [values for conditioning in shown for values in conditioning.values()]
     drawn += [noise.latents((4, 8, 6), 7, number) for number in range(4)]

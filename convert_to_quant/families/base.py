@@ -1,0 +1,122 @@
+"""The record of one family of diffusion models: all that is known of it.
+
+A pattern of layers is a regular expression that covers a bare name (without the checkpoint's prefix) from its start up
+to its end or up to a dot: ``proj_out`` keeps the model's own ``proj_out``, not
+``single_transformer_blocks.0.proj_out``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from .comfyui import Conditions
+from .rules import Rule
+from .running import Architecture
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What the tensor names of one family, in one naming, look like.
+
+    Attributes:
+        has: Modules or tensors that are all there.
+        lacks: Modules or tensors none of which is there.
+        size: (regular expression over whole tensor names, axis, sizes): the first tensor, in order of names, that
+            matches has one of these sizes along this axis. None where names suffice.
+    """
+
+    has: tuple[str, ...]
+    lacks: tuple[str, ...] = ()
+    size: tuple[str, int, tuple[int, ...]] | None = None
+
+    def fits(self, modules: Collection[str], shapes: Mapping[str, Shape]) -> bool:
+        """Whether a checkpoint is of this kind.
+
+        Args:
+            modules: Bare names of its tensors and of all modules above them.
+            shapes: Bare tensor name -> shape.
+        """
+        if not all(name in modules for name in self.has) or any(name in modules for name in self.lacks):
+            return False
+        if self.size is None:
+            return True
+        pattern, axis, sizes = self.size
+        shape = next((shapes[name] for name in sorted(shapes) if re.fullmatch(pattern, name)), ())
+        return axis < len(shape) and shape[axis] in sizes
+
+
+def signature(*has: str, lacks: str = "", size: tuple[str, int, tuple[int, ...]] | None = None) -> Signature:
+    """A `Signature` of names with spaces between them.
+
+    >>> signature("img_in txt_in", lacks="time_in").has
+    ('img_in', 'txt_in')
+    """
+    return Signature(tuple(" ".join(has).split()), tuple(lacks.split()), size)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of diffusion models.
+
+    Attributes:
+        name: The spelling of `--preset`.
+        title: Name for people, with the members that are easily taken for something else.
+        signatures: Ways to recognize it; a record without any holds only names, and is no preset.
+        blocks: Pattern of the modules whose linear layers are quantized.
+        keep: Pattern of layers that stay in high precision, inside the blocks or outside -> why, half a sentence.
+        names: diffusers' names of its layers, those of its relatives included.
+        lora: Names that only LoRA files use.
+        spellings: Other names of whole layers in checkpoints of this family, by those of its authors.
+        architecture: How it is run; None where diffusers cannot.
+        relatives: Further classes of diffusers whose modules have these names.
+        comfyui: Class of `comfy.model_base` -> what ComfyUI's models of this class take.
+    """
+
+    name: str
+    title: str
+    signatures: tuple[Signature, ...] = ()
+    blocks: str = ""
+    keep: Mapping[str, str] = field(default_factory=dict)
+    names: tuple[Rule, ...] = ()
+    lora: tuple[Rule, ...] = ()
+    spellings: tuple[Rule, ...] = ()
+    architecture: Architecture | None = None
+    relatives: tuple[str, ...] = ()
+    comfyui: Mapping[str, Conditions] = field(default_factory=dict)
+
+    def kept_because(self, layer: str) -> str | None:
+        """Why a linear layer stays in high precision.
+
+        Args:
+            layer: Bare layer name, without the checkpoint's prefix and without `.weight`.
+
+        Returns:
+            The reason, or None for a layer that is quantized.
+        """
+        for pattern, reason in self.keep.items():
+            if _covers(pattern, layer):
+                return reason
+        return None if _covers(self.blocks, layer) else "outside the repeated blocks"
+
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        """Diffusers' classes whose modules have these names."""
+        return self.relatives if self.architecture is None else (self.architecture.transformer, *self.relatives)
+
+
+def _covers(pattern: str, name: str) -> bool:
+    return re.match(rf"(?:{pattern})(?:\.|$)", name) is not None
+
+
+# Reasons that several families share.
+IMAGE = "image embedder: feeds every block"
+TEXT = "text embedder: feeds every block, and text encoders are loud in a few channels"
+VECTOR = "time, guidance or pooled-text embedder: one row steers all blocks"
+CONDITION = "embedder of an extra condition (image, audio, face, glyphs)"
+FINAL = "final layer: its error is in the picture as it is"
+MODULATION = "modulation: one row scales every token of its blocks, and it costs nothing in time"
+REFINER = "token refiner: few weights, and its error reaches every block"

@@ -1,0 +1,59 @@
+"""Chroma: Flux.1 without modulation layers, whose modulations come from one small network.
+
+silveroxides' larger Chroma preset; Radiance replaces the ends by small networks over pixels ("nerf").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import flux1
+from .base import FINAL, IMAGE, MODULATION, TEXT, Family, signature
+from .rules import under
+from .running import Architecture, Shapes, blocks
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    hidden, channels = shapes["distilled_guidance_layer.in_proj.weight"]
+    return {
+        **flux1.common_config(shapes),
+        "approximator_num_channels": channels,
+        "approximator_hidden_dim": hidden,
+        "approximator_layers": blocks(shapes, "distilled_guidance_layer.layers."),
+    }
+
+
+FAMILY = Family(
+    name="chroma",
+    title="Chroma (HD, Radiance)",
+    signatures=(
+        signature("double_blocks.0.img_attn distilled_guidance_layer"),
+        signature("transformer_blocks.0.attn.add_q_proj distilled_guidance_layer"),
+    ),
+    blocks=flux1.BLOCKS,
+    keep={
+        r"distilled_guidance_layer": MODULATION,
+        r"img_in|img_in_patch": IMAGE,
+        r"txt_in": TEXT,
+        r"nerf_image_embedder|nerf_blocks|nerf_final_layer|nerf_final_layer_conv": FINAL,
+        r"final_layer": FINAL,
+        **flux1.DIFFUSERS_ENDS,
+    },
+    names=(
+        *under("distilled_guidance_layer.layers.*.")(
+            ("{in,out}_layer", "linear_{1,2}"),
+        ),
+        *flux1.NAMES,
+    ),
+    architecture=Architecture(
+        transformer="ChromaTransformer2DModel",
+        converter="convert_chroma_transformer_checkpoint_to_diffusers",
+        native="x_embedder.weight",
+        config=_config,
+        latents=flux1.LATENTS,
+        wants=flux1.WANTS,
+        arguments=flux1.arguments,
+        fused=(flux1.SINGLE_BLOCKS,),
+        spellings=flux1.NORM_SPELLINGS,
+    ),
+)

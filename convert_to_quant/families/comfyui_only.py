@@ -1,0 +1,158 @@
+"""Models that only ComfyUI runs: what each of its classes takes, and nothing else is known of them here.
+
+A model that gets more than that moves into a file of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import Family
+from .comfyui import (
+    FILM,
+    SOUND,
+    Scene,
+    Want,
+    ids,
+    listed,
+    number,
+    ones,
+    over,
+    picture,
+    pooled,
+    signal,
+    takes,
+    text,
+    times,
+)
+from .unet import unclip
+
+QWEN_WORDS = 151643
+"""Token numbers of Qwen below this are words; above are signs, such as "a picture starts here"."""
+
+
+def _row(values: Any) -> Any:
+    """Without the batch."""
+    return values[0]
+
+
+def _upscaling(scene: Scene) -> int:
+    """Pixels of PiD's picture per latent that it is given."""
+    return scene.number("lq_proj.sr_scale") * scene.number("lq_proj.latent_spatial_down_factor")
+
+
+def _last_caption(scene: Scene) -> int:
+    """Features of T5 in HiDream, whose projection is the last one."""
+    return scene.inputs(f"caption_projection.{len(scene.part('caption_projection')) - 1}.linear")
+
+
+def _llama_layers(scene: Scene) -> int:
+    """Layers of Llama that HiDream is given: up to the last one that it uses."""
+    return int(max(scene.part("llama_layers"))) + 1
+
+
+def _ernie_text(scene: Scene) -> int:
+    """Features of the text in Ernie: that of its projection, or, without one, of the network."""
+    return scene.inputs("text_proj") if scene.part("text_proj") is not None else scene.number("hidden_size")
+
+
+def _krea_text(scene: Scene) -> int:
+    """Features of the text in Krea 2: some layers of its encoder side by side."""
+    return scene.number("txtlayers") * scene.number("txtdim")
+
+
+_IMAGES = {
+    "StableCascade_C": takes(
+        cross_attn=text("clip_txt_mapper"),
+        pooled_output=pooled("clip_txt_pooled_mapper"),
+        unclip_conditioning=pooled("clip_img_mapper", form=unclip),
+    ),
+    "StableCascade_B": takes(
+        pooled_output=pooled("clip_mapper"),
+        stable_cascade_prior=signal(16, over(times("height", 4), 42), over(times("width", 4), 42)),
+    ),
+    "HunyuanDiT": takes(
+        cross_attn=Want((number("text_len"), "blocks.0.attn2.kv_proj")),
+        attention_mask=ones(number("text_len")),
+        conditioning_mt5xl=Want((number("text_len_t5"), "mlp_t5.0")),
+        attention_mask_mt5xl=ones(number("text_len_t5")),
+    ),
+    "Lens": takes(cross_attn=text("txt_in")),
+    "PixelDiTT2I": takes(cross_attn=text("y_embedder.proj")),
+    "PiD": takes(
+        lq_latent=signal(number("lq_proj.latent_channels"), over("height", _upscaling), over("width", _upscaling)),
+        degrade_sigma=ones(),
+    ),
+    "HiDream": takes(
+        cross_attn=text(_last_caption),
+        pooled_output=pooled("p_embedder.pooled_embedder.linear_1"),
+        conditioning_llama3=Want((_llama_layers, "text_tokens", "caption_projection.0.linear")),
+    ),
+    "HiDreamO1": takes(
+        text_input_ids=ids(QWEN_WORDS), reference_latents=signal("height", "width", 3, form=listed), multiple=32
+    ),
+    "Omnigen2": takes(
+        cross_attn=text("time_caption_embed.caption_embedder.0"),
+        attention_mask=ones("text_tokens"),
+        reference_latents=picture(form=listed),
+    ),
+    "JoyImage": takes(cross_attn=text("condition_embedder.text_embedder.linear_1")),
+    "Ideogram4": takes(cross_attn=text("llm_cond_proj")),
+    "Krea2": takes(cross_attn=text(_krea_text)),
+    "ErnieImage": takes(cross_attn=text(_ernie_text)),
+}
+
+_VIDEOS = {
+    "GenmoMochi": takes(cross_attn=Want((256, "t5_yproj")), attention_mask=ones(256)),
+    "CosmosVideo": takes(cross_attn=text("blocks.block0.blocks.1.block.attn.to_k.0")),
+    "CosmosPredict2": takes(cross_attn=text("blocks.0.cross_attn.k_proj")),
+    "Anima": takes(
+        cross_attn=text("llm_adapter.blocks.0.cross_attn.k_proj"),
+        t5xxl_ids=ids("llm_adapter.embed", form=_row),
+        t5xxl_weights=ones("text_tokens", form=_row),
+    ),
+    "Kandinsky5": takes(
+        cross_attn=text("text_embeddings.in_layer"), pooled_output=pooled("pooled_text_embeddings.in_layer")
+    ),
+    "CogVideoX": takes(cross_attn=Want((226, "patch_embed.text_proj")), concat_latent_image=picture(FILM)),
+    "SeedVR2": takes(cross_attn=text("txt_in"), condition=signal(times("channels", 1, 1), "frames", "height", "width")),
+    "MiniMaxH3": takes(
+        cross_attn=text("condition_proj"),
+        latents=(
+            (number("latents_dim"), "frames", "height", "width"),
+            (number("audio_latents_dim"), 2, times("frames", 7)),
+        ),
+    ),
+}
+
+_SOUNDS = {
+    "StableAudio1": takes(cross_attn=text("to_cond_embed.0")),
+    "StableAudio3": takes(cross_attn=text("to_cond_embed.0"), concat_latent_image=picture(SOUND)),
+    "ACEStep": takes(
+        cross_attn=text("genre_embedder"), conditioning_lyrics=ids("lyric_embs"), latents=(("channels", 16, "tokens"),)
+    ),
+    "ACEStep15": takes(
+        cross_attn=text("encoder.text_projector"),
+        conditioning_lyrics=text("encoder.lyric_encoder.embed_tokens"),
+        reference_audio_timbre_latents=picture(SOUND, form=listed),
+    ),
+    "MiniMaxMusic3": takes(
+        cross_attn=Want(("tokens", times("latent_conditioners.0", 8))), conditioning_scale=ones(1, 1)
+    ),
+}
+
+_SHAPES = {
+    "Hunyuan3Dv2": takes(cross_attn=text("cond_in")),
+    "Hunyuan3Dv2_1": takes(cross_attn=text("blocks.0.attn2.to_k")),
+    "TripoSplat": takes(
+        cross_attn=Want((times("tokens", 1, 5), number("cond_channels"))),
+        reference_latents=signal(number("cond2_channels"), 1, "tokens", form=listed, only_with="cond_embedder2"),
+        latents=((number("q_token_length"), number("in_channels")), (1, number("cam_channels"))),
+    ),
+}
+
+FAMILY = Family(
+    name="comfyui-only",
+    title="models that only ComfyUI runs",
+    comfyui={**_IMAGES, **_VIDEOS, **_SOUNDS, **_SHAPES},
+)

@@ -1,0 +1,180 @@
+"""Flux.1, and what its relatives share with it: two streams of tokens, then one.
+
+ModelOpt quantizes the modulation of Flux.1 (27 % of its weights), musubi keeps it (to train on). A layer of one row per
+picture is no risk in FP8 weights: calibration gives it full precision where it multiplies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import comfyui
+from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .rules import QKV, QKV_MLP, QKV_OF_MLP, SHIFT_SCALE, qkv_mlp_rows, rules, under
+from .running import (
+    CONDITION_LATENTS,
+    Architecture,
+    Fused,
+    Inputs,
+    Shapes,
+    beside,
+    blocks,
+    guidance,
+    text,
+    tokens,
+    vector,
+)
+
+GUIDANCE = 3.5
+"""Guidance that distilled models are told; their pipelines' default."""
+
+SINGLE_BLOCKS = Fused(r"single_blocks\.\d+\.linear1", (3072, 3072, 3072, 12288), qkv_mlp_rows)
+"""diffusers' converters split attention and MLP of a single block at hidden size 3072."""
+
+# The converters know the authors' names; ComfyUI's ModelSave writes those of its own classes.
+NORM_SPELLINGS = rules(
+    (
+        "double_blocks.*.{img,txt}_attn.norm.{query,key}_norm.weight",
+        "double_blocks.*.{img,txt}_attn.norm.{query,key}_norm.scale",
+    ),
+    ("single_blocks.*.norm.{query,key}_norm.weight", "single_blocks.*.norm.{query,key}_norm.scale"),
+)
+
+# How the authors of Flux name their blocks (Chroma and HunyuanVideo follow them), and how diffusers names them.
+BLOCKS = r"(?:double_blocks|single_blocks|transformer_blocks|single_transformer_blocks)\.\d+"
+
+# diffusers has the same names for the ends of Flux.1, Flux.2, Chroma, SD3 and HunyuanVideo.
+DIFFUSERS_ENDS = {
+    r"x_embedder|pos_embed": IMAGE,
+    r"context_embedder|context_embedder_2": TEXT,
+    r"time_text_embed|time_guidance_embed|time_embed": VECTOR,
+    r"norm_out|proj_out": FINAL,
+}
+
+FINAL_NAMES = rules(
+    ("final_layer.linear", "proj_out"),
+    ("final_layer.adaLN_modulation.1", "norm_out.linear", SHIFT_SCALE),
+)
+NAMES = (
+    *under("double_blocks.*.", "transformer_blocks.*.")(
+        ("img_attn.qkv", "attn.to_{q,k,v}", QKV),
+        ("txt_attn.qkv", "attn.add_{q,k,v}_proj", QKV),
+        ("{img,txt}_attn.proj", "attn.to_{out.0,add_out}"),
+        ("{img,txt}_mod.lin", "norm1{,_context}.linear"),
+        ("{img,txt}_mlp.{0,2}", "ff{,_context}.net.{0.proj,2}"),
+    ),
+    *under("single_blocks.*.", "single_transformer_blocks.*.")(
+        ("linear1", "{attn.to_q,attn.to_k,attn.to_v,proj_mlp}", QKV_MLP),
+        ("linear2", "proj_out"),
+        ("modulation.lin", "norm.linear"),
+    ),
+    *rules(
+        ("{img,txt}_in", "{x,context}_embedder"),
+        ("{time,vector,guidance}_in.{in,out}_layer", "time_text_embed.{timestep,text,guidance}_embedder.linear_{1,2}"),
+    ),
+    *FINAL_NAMES,
+)
+
+
+def rotary_axes(head: int) -> tuple[int, int, int]:
+    """How a head's rotary dimensions are shared between index, row and column in Flux.1 and its kin.
+
+    >>> rotary_axes(128)
+    (16, 56, 56)
+    """
+    side = 2 * (7 * head // 32)
+    return head - 2 * side, side, side
+
+
+def common_config(shapes: Shapes) -> dict[str, Any]:
+    """What the configurations of Flux.1, Flux.2 and Chroma share."""
+    hidden, in_channels = shapes["x_embedder.weight"]
+    head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+    return {
+        "patch_size": 1,
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0],
+        "num_layers": blocks(shapes, "transformer_blocks."),
+        "num_single_layers": blocks(shapes, "single_transformer_blocks."),
+        "attention_head_dim": head,
+        "num_attention_heads": hidden // head,
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        "axes_dims_rope": rotary_axes(head),
+    }
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    return {
+        **common_config(shapes),
+        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+    }
+
+
+LATENTS = tokens("out_channels")
+WANTS = {
+    "encoder_hidden_states": text("joint_attention_dim"),
+    CONDITION_LATENTS: beside(LATENTS, 1),
+}
+
+
+def arguments(inputs: Inputs) -> dict[str, Any]:
+    """Positions are (index, row, column); the text has none."""
+    return {**inputs.usual(channels=-1), "img_ids": inputs.image_ids(3), "txt_ids": inputs.text_ids(3)}
+
+
+FAMILY = Family(
+    name="flux1",
+    title="Flux.1 (dev, schnell, Kontext, Fill, Krea)",
+    signatures=(
+        signature(
+            "double_blocks.0.img_attn img_in txt_in time_in vector_in",
+            lacks="txt_in.individual_token_refiner distilled_guidance_layer double_stream_modulation_img",
+        ),
+        signature(
+            "transformer_blocks.0.attn.add_q_proj single_transformer_blocks.0.attn",
+            "time_text_embed.text_embedder x_embedder.weight",
+            lacks="context_embedder.token_refiner distilled_guidance_layer",
+        ),
+    ),
+    blocks=BLOCKS,
+    keep={
+        r"img_in": IMAGE,
+        r"txt_in": TEXT,
+        r"time_in|vector_in|guidance_in": VECTOR,
+        r"final_layer": FINAL,
+        **DIFFUSERS_ENDS,
+    },
+    names=NAMES,
+    # XLabs' attention processors (its `qkv_lora.down` loses "_lora" with the suffix) and ComfyUI's name for the
+    # attention rows of a single block.
+    lora=(
+        *under("double_blocks.*.", "double_blocks.*.processor.")(
+            ("{img,txt}_attn.qkv", "qkv_lora{1,2}"),
+            ("{img,txt}_attn.proj", "proj_lora{1,2}"),
+        ),
+        *under("single_blocks.*.")(
+            ("linear1", "processor.qkv", QKV_OF_MLP),
+            ("linear1", "linear1_qkv", QKV_OF_MLP),
+            ("linear2", "processor.proj"),
+        ),
+    ),
+    architecture=Architecture(
+        transformer="FluxTransformer2DModel",
+        converter="convert_flux_transformer_checkpoint_to_diffusers",
+        native="x_embedder.weight",
+        config=_config,
+        latents=LATENTS,
+        wants={**WANTS, "pooled_projections": vector("pooled_projection_dim"), "guidance": guidance(GUIDANCE)},
+        arguments=arguments,
+        fused=(SINGLE_BLOCKS,),
+        spellings=NORM_SPELLINGS,
+    ),
+    comfyui={
+        "Flux": comfyui.takes(
+            cross_attn=comfyui.text("txt_in"),
+            pooled_output=comfyui.pooled("vector_in.in_layer", only_with="vector_in.in_layer"),
+            concat_latent_image=comfyui.picture(),
+        )
+    },
+)

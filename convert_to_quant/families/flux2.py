@@ -1,0 +1,72 @@
+"""Flux.2: Flux.1 with one modulation for all blocks, which ModelOpt, musubi and silveroxides keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import flux1
+from .base import FINAL, IMAGE, MODULATION, TEXT, VECTOR, Family, signature
+from .rules import rules
+from .running import Architecture, Inputs, Shapes, guidance
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    config = flux1.common_config(shapes)
+    return {
+        **config,
+        "mlp_ratio": shapes["transformer_blocks.0.ff.linear_out.weight"][1] / shapes["x_embedder.weight"][0],
+        "timestep_guidance_channels": shapes["time_guidance_embed.timestep_embedder.linear_1.weight"][1],
+        "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
+        "axes_dims_rope": (config["attention_head_dim"] // 4,) * 4,
+    }
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    """Positions are (time, row, column, place in the text)."""
+    import torch
+
+    text_ids = inputs.text_ids(4)
+    text_ids[:, 3] = torch.arange(len(text_ids), device=text_ids.device)
+    return {**flux1.arguments(inputs), "img_ids": inputs.image_ids(4), "txt_ids": text_ids}
+
+
+FAMILY = Family(
+    name="flux2",
+    title="Flux.2 (dev, klein)",
+    signatures=(
+        signature("double_blocks.0.img_attn double_stream_modulation_img.lin single_stream_modulation.lin"),
+        signature(
+            "transformer_blocks.0.attn.add_q_proj double_stream_modulation_img.linear single_stream_modulation.linear"
+        ),
+    ),
+    blocks=flux1.BLOCKS,
+    keep={
+        r"img_in": IMAGE,
+        r"txt_in": TEXT,
+        r"time_in|guidance_in": VECTOR,
+        r"double_stream_modulation_(?:img|txt)|single_stream_modulation": MODULATION,
+        r"final_layer": FINAL,
+        **flux1.DIFFUSERS_ENDS,
+    },
+    # The single block's attention and MLP are fused in diffusers too.
+    names=(
+        *rules(
+            ("{time,guidance}_in.{in,out}_layer", "time_guidance_embed.{timestep,guidance}_embedder.linear_{1,2}"),
+            ("double_stream_modulation_{img,txt}.lin", "double_stream_modulation_{img,txt}.linear"),
+            ("single_stream_modulation.lin", "single_stream_modulation.linear"),
+            ("double_blocks.*.{img,txt}_mlp.{0,2}", "transformer_blocks.*.ff{,_context}.linear_{in,out}"),
+            ("single_blocks.*.linear{1,2}", "single_transformer_blocks.*.attn.to_{qkv_mlp_proj,out}"),
+        ),
+        *flux1.NAMES,
+    ),
+    architecture=Architecture(
+        transformer="Flux2Transformer2DModel",
+        converter="convert_flux2_transformer_checkpoint_to_diffusers",
+        native="x_embedder.weight",
+        config=_config,
+        latents=flux1.LATENTS,
+        wants={**flux1.WANTS, "guidance": guidance(flux1.GUIDANCE)},
+        arguments=_arguments,
+        spellings=flux1.NORM_SPELLINGS,
+    ),
+)

@@ -1,0 +1,77 @@
+"""Qwen-Image, also Edit and Layered; its checkpoints use diffusers' names.
+
+silveroxides keeps the first image modulation on top of the ends; musubi quantizes all of it; ModelOpt keeps the first
+two and last two blocks whole, which calibration can still decide.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import comfyui
+from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .flux1 import rotary_axes
+from .running import Architecture, Inputs, Shapes, blocks, text, tokens
+
+PATCH = 2
+ZERO_CONDITION_TIME = "__index_timestep_zero__"
+"""Marks Qwen-Image-Edit-2511: tokens of the picture to edit are told time 0."""
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    hidden, in_channels = shapes["img_in.weight"]
+    head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+    layered = "time_text_embed.addition_t_embedding.weight" in shapes
+    return {
+        "patch_size": PATCH,
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0] // PATCH**2,
+        "num_layers": blocks(shapes, "transformer_blocks."),
+        "attention_head_dim": head,
+        "num_attention_heads": hidden // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "axes_dims_rope": rotary_axes(head),
+        "zero_cond_t": ZERO_CONDITION_TIME in shapes,
+        "use_additional_t_cond": layered,
+        "use_layer3d_rope": layered,
+    }
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    batch, geometry = len(inputs.latents), inputs.geometry
+    arguments = {**inputs.usual(), "img_shapes": [[(1, geometry.height, geometry.width)]] * batch}
+    if inputs.config["use_additional_t_cond"]:
+        arguments["additional_t_cond"] = inputs.time(0).long()
+    return arguments
+
+
+FAMILY = Family(
+    name="qwen-image",
+    title="Qwen-Image (also Edit, Layered)",
+    signatures=(
+        signature(
+            "transformer_blocks.0.img_mod transformer_blocks.0.txt_mod "
+            "transformer_blocks.0.img_mlp.net transformer_blocks.0.attn.add_q_proj txt_norm"
+        ),
+    ),
+    blocks=r"transformer_blocks\.\d+",
+    keep={
+        r"img_in": IMAGE,
+        r"txt_in": TEXT,
+        r"time_text_embed": VECTOR,
+        r"transformer_blocks\.0\.img_mod": (
+            "first image modulation: one row, and its error starts the residual stream"
+        ),
+        r"norm_out|proj_out": FINAL,
+    },
+    architecture=Architecture(
+        transformer="QwenImageTransformer2DModel",
+        native="img_in.weight",
+        config=_config,
+        latents=tokens("in_channels"),
+        wants={"encoder_hidden_states": text("joint_attention_dim")},
+        arguments=_arguments,
+        ignored=(ZERO_CONDITION_TIME,),
+    ),
+    comfyui={"QwenImage": comfyui.takes(cross_attn=comfyui.text("txt_in"))},
+)

@@ -1,0 +1,234 @@
+"""Other names of a layer: rules that say which rows of which checkpoint layer a foreign name means.
+
+Why it exists. One linear layer has several names. Its authors' checkpoint calls a fused projection
+``double_blocks.0.img_attn.qkv``; diffusers splits it into ``transformer_blocks.0.attn.to_q``, ``to_k`` and ``to_v``;
+LoRA trainers take either. Whoever runs the model or merges an adapter has to know which rows of which layer a foreign
+name means. Those facts are data of each family, and are looked up, never parsed.
+
+How it works. A `Rule` pairs two patterns and says which part of the checkpoint's layer the other name denotes. In a
+pattern ``*`` stands for a block number and ``**`` for any rest; both sides hold the same ones in the same order. A part
+is measured from the layer's own shape [out, in], never from a constant, so any hidden size works:
+
+    QKV      [in + 2 k, in]   q is the first ``in`` rows, k and v share the rest (k < in: grouped queries)
+    QKV_MLP  [3 in + m, in]   q, k, v of ``in`` rows each, then the MLP's m rows
+    KV       [2 k, in]        two halves
+    SHIFT_SCALE [2 in, in]    diffusers stores scale, shift; a layer of any other shape is taken as it is
+
+Limits. Only linear layers matter here; norms, tables and convolutions have no rules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+
+Rows = Callable[[int, int], tuple[int, ...]]
+"""Row counts of the pieces of a fused layer from its (out, in); () where the shape is not of this kind."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The part of a checkpoint's layer that a foreign name denotes.
+
+    Attributes:
+        layer: Name of the checkpoint's layer, as it was given.
+        rows: First row and row after the last, of the weight [out, in]; None for all of them.
+        swap_halves: The foreign tensor holds the upper and the lower half of these rows in the other order. Swapping
+            the halves turns either form into the other.
+    """
+
+    layer: str
+    rows: tuple[int, int] | None = None
+    swap_halves: bool = False
+
+
+def qkv_rows(out_features: int, in_features: int) -> tuple[int, ...]:
+    """Query of `in` rows, key and value sharing the rest.
+
+    >>> qkv_rows(3840, 2304)
+    (2304, 768, 768)
+    """
+    key_rows, odd = divmod(out_features - in_features, 2)
+    return () if odd or not 0 < key_rows <= in_features else (in_features, key_rows, key_rows)
+
+
+def qkv_mlp_rows(out_features: int, in_features: int) -> tuple[int, ...]:
+    """Query, key and value of `in` rows each, then the rows of the MLP.
+
+    >>> qkv_mlp_rows(21504, 3072)
+    (3072, 3072, 3072, 12288)
+    """
+    mlp_rows = out_features - 3 * in_features
+    return () if mlp_rows <= 0 else (in_features, in_features, in_features, mlp_rows)
+
+
+def _half_rows(out_features: int, _in_features: int) -> tuple[int, ...]:
+    return () if out_features % 2 else (out_features // 2, out_features // 2)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of pieces of a fused layer, or all of any layer.
+
+    Attributes:
+        fused: How the layer is fused; None takes all of it.
+        first: The first piece.
+        stop: The piece after the last.
+        scale_shift: The whole layer, halves swapped where it is [2 in, in].
+    """
+
+    fused: Rows | None = None
+    first: int = 0
+    stop: int = 0
+    scale_shift: bool = False
+
+    def target(self, layer: str, out_features: int, in_features: int) -> Target | None:
+        """The rows of `layer` [out, in] that this part means, or None where its shape is not fused in this way."""
+        if self.fused is None:
+            return Target(layer, swap_halves=self.scale_shift and out_features == 2 * in_features)
+        sizes = self.fused(out_features, in_features)
+        return Target(layer, (sum(sizes[: self.first]), sum(sizes[: self.stop]))) if sizes else None
+
+
+WHOLE = (Part(),)
+SHIFT_SCALE = (Part(scale_shift=True),)
+QKV = tuple(Part(qkv_rows, piece, piece + 1) for piece in range(3))
+QKV_MLP = tuple(Part(qkv_mlp_rows, piece, piece + 1) for piece in range(4))
+QKV_OF_MLP = (Part(qkv_mlp_rows, 0, 3),)
+KV = tuple(Part(_half_rows, piece, piece + 1) for piece in range(2))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`other` is another name for the part `part` of the checkpoint's layer `layer`; both are patterns."""
+
+    layer: str
+    other: str
+    part: Part = WHOLE[0]
+
+
+Row = tuple[str, str] | tuple[str, str, tuple[Part, ...]]
+
+
+def rules(*rows: Row) -> tuple[Rule, ...]:
+    """A table of other names.
+
+    Args:
+        rows: (layer, other name) and, where the other name is not the whole layer, its parts. `{a,b}` stands for each
+            of its alternatives in turn. The braces of both names go together, the first with the first; behind them
+            the other name may have braces more, with a name for each part.
+
+    >>> [(rule.layer, rule.other) for rule in rules(("{img,txt}_attn.proj", "attn.to_{out,add_out}"))]
+    [('img_attn.proj', 'attn.to_out'), ('txt_attn.proj', 'attn.to_add_out')]
+    >>> [(rule.other, rule.part.first) for rule in rules(("attn.qkv", "attn.to_{q,k,v}", QKV))]
+    [('attn.to_q', 0), ('attn.to_k', 1), ('attn.to_v', 2)]
+    """
+    return tuple(rule for row in rows for rule in _spread(*row))
+
+
+def under(layer_root: str, other_root: str | None = None) -> Callable[..., tuple[Rule, ...]]:
+    """`rules` for names that all begin alike: layers in one way, their other names in another or in the same."""
+    beginning = layer_root if other_root is None else other_root
+    return lambda *rows: rules(*((layer_root + row[0], beginning + row[1], *row[2:]) for row in rows))
+
+
+_CHOICES = re.compile(r"\{([^}]*)\}")
+
+
+def _spread(layer: str, other: str, parts: tuple[Part, ...] = WHOLE) -> Iterator[Rule]:
+    ours, theirs = _CHOICES.search(layer), _CHOICES.search(other)
+    if theirs is None:
+        yield Rule(layer, other, *parts)
+    elif ours is None:
+        for name, part in zip(theirs[1].split(","), parts, strict=True):
+            yield from _spread(layer, other.replace(theirs[0], name, 1), (part,))
+    else:
+        for one, another in zip(ours[1].split(","), theirs[1].split(","), strict=True):
+            yield from _spread(layer.replace(ours[0], one, 1), other.replace(theirs[0], another, 1), parts)
+
+
+def turned(table: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The same rules with both names in each other's place."""
+    return tuple(Rule(rule.other, rule.layer, rule.part) for rule in table)
+
+
+_WILDCARD = re.compile(r"\*\*|\*")
+
+
+@cache
+def _matcher(pattern: str) -> re.Pattern[str]:
+    pieces: list[str] = []
+    end = 0
+    for wildcard in _WILDCARD.finditer(pattern):
+        pieces += re.escape(pattern[end : wildcard.start()]), "(.+)" if wildcard[0] == "**" else "([0-9]+)"
+        end = wildcard.end()
+    return re.compile("".join(pieces) + re.escape(pattern[end:]))
+
+
+def _filled(pattern: str, groups: Iterable[str]) -> str:
+    rest = iter(groups)
+    return _WILDCARD.sub(lambda _: next(rest), pattern)
+
+
+Index = Mapping[str, list[Rule]]
+"""Rules by the first word of their layer's name, so that a layer meets a few dozen of them instead of hundreds."""
+
+
+def index(table: Iterable[Rule]) -> Index:
+    """Rules as they are looked up."""
+    found: dict[str, list[Rule]] = {}
+    for rule in dict.fromkeys(table):
+        found.setdefault(rule.layer.partition(".")[0], []).append(rule)
+    return found
+
+
+def translations(name: str, table: Index) -> Iterator[tuple[str, Part]]:
+    """Other names that a layer's name has by these rules, each with the part that it means."""
+    for rule in table.get(name.partition(".")[0], ()):
+        found = _matcher(rule.layer).fullmatch(name)
+        if found is not None:
+            yield _filled(rule.other, found.groups()), rule.part
+
+
+def respelled(tensor: str, table: Index) -> str:
+    """A tensor by the name that a rule gives it or its layer; as it is where none does.
+
+    >>> respelled("head.weight", index(rules(("head", "proj_out"))))
+    'proj_out.weight'
+    """
+    layer, _, kind = tensor.rpartition(".")
+    whole = (other for other, _ in translations(tensor, table))
+    return next(chain(whole, (f"{other}.{kind}" for other, _ in translations(layer, table))), tensor)
+
+
+Targets = dict[str, tuple[Target, ...]]
+"""{name: every part it may mean}; more than one is an ambiguity, for the caller to report."""
+
+
+def targets(layers: Mapping[str, tuple[int, int]], table: Index, spellings: Index) -> Targets:
+    """Say what every other name of some layers means.
+
+    Args:
+        layers: Bare names of a checkpoint's linear layers -> (out, in) features.
+        table: The rules.
+        spellings: Rules for whole layers that hold before those.
+
+    Returns:
+        Every name that is a layer's own, or another spelling of it, or that a rule makes of either.
+    """
+    found: Targets = {}
+
+    def add(name: str, target: Target | None) -> None:
+        known = found.get(name, ())
+        if target is not None and target not in known:
+            found[name] = (*known, target)
+
+    for layer, (out_features, in_features) in layers.items():
+        for spelling in (layer, *(other for other, _ in translations(layer, spellings))):
+            add(spelling, Target(layer))
+            for other, part in translations(spelling, table):
+                add(other, part.target(layer, out_features, in_features))
+    return found

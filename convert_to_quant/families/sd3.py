@@ -1,0 +1,108 @@
+"""Stable Diffusion 3 and 3.5. ModelOpt quantizes the modulation inside the blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from . import comfyui
+from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .flux1 import DIFFUSERS_ENDS, FINAL_NAMES
+from .rules import QKV, SHIFT_SCALE, rules, under
+from .running import Architecture, Config, Shapes, blocks, image, text, vector
+
+if TYPE_CHECKING:
+    from torch import nn
+
+HEAD = 64
+"""Channels of a head in all sizes; those without query norms do not show it."""
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    hidden, in_channels, patch, _ = shapes["pos_embed.proj.weight"]
+    normed = "transformer_blocks.0.attn.norm_q.weight"
+    head = shapes[normed][0] if normed in shapes else HEAD
+    layers = blocks(shapes, "transformer_blocks.")
+    side = math.isqrt(shapes["pos_embed.pos_embed"][1])
+    return {
+        "sample_size": side,
+        "patch_size": patch,
+        "in_channels": in_channels,
+        "num_layers": layers,
+        "attention_head_dim": head,
+        "num_attention_heads": hidden // head,
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        "caption_projection_dim": shapes["context_embedder.weight"][0],
+        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        "out_channels": shapes["proj_out.weight"][0] // patch**2,
+        "pos_embed_max_size": side,
+        "dual_attention_layers": tuple(
+            index for index in range(layers) if f"transformer_blocks.{index}.attn2.to_q.weight" in shapes
+        ),
+        "qk_norm": "rms_norm" if normed in shapes else None,
+    }
+
+
+def _positions(model: nn.Module, config: Config) -> None:
+    """Make room for the checkpoint's table of positions."""
+    import torch
+
+    embedder = model.get_submodule("pos_embed")
+    side, channels = config["pos_embed_max_size"], config["num_attention_heads"] * config["attention_head_dim"]
+    embedder.pos_embed_max_size = side
+    embedder._buffers["pos_embed"] = torch.empty(1, side * side, channels, device="meta")
+
+
+FAMILY = Family(
+    name="sd3",
+    title="Stable Diffusion 3 and 3.5",
+    signatures=(
+        signature("joint_blocks.0.context_block joint_blocks.0.x_block y_embedder"),
+        signature(
+            "transformer_blocks.0.attn.add_q_proj transformer_blocks.0.norm1_context.linear",
+            "pos_embed.proj time_text_embed.text_embedder",
+            lacks="single_transformer_blocks",
+        ),
+    ),
+    blocks=r"(?:joint_blocks|transformer_blocks)\.\d+",
+    keep={
+        r"x_embedder": IMAGE,
+        r"context_embedder|context_processor": TEXT,
+        r"t_embedder|y_embedder": VECTOR,
+        r"final_layer": FINAL,
+        **DIFFUSERS_ENDS,
+    },
+    # The last block's context_block is cut short: its modulation has two pieces, stored by diffusers as scale, shift.
+    names=(
+        *under("joint_blocks.*.", "transformer_blocks.*.")(
+            ("x_block.attn{,2}.qkv", "attn{,2}.to_{q,k,v}", QKV),
+            ("x_block.attn{,2}.proj", "attn{,2}.to_out.0"),
+            ("context_block.attn.qkv", "attn.add_{q,k,v}_proj", QKV),
+            ("context_block.attn.proj", "attn.to_add_out"),
+            ("x_block.adaLN_modulation.1", "norm1.linear"),
+            ("context_block.adaLN_modulation.1", "norm1_context.linear", SHIFT_SCALE),
+            ("{x,context}_block.mlp.fc{1,2}", "ff{,_context}.net.{0.proj,2}"),
+        ),
+        *rules(("{t,y}_embedder.mlp.{0,2}", "time_text_embed.{timestep,text}_embedder.linear_{1,2}")),
+        *FINAL_NAMES,
+    ),
+    architecture=Architecture(
+        transformer="SD3Transformer2DModel",
+        converter="convert_sd3_transformer_checkpoint_to_diffusers",
+        native="pos_embed.proj.weight",
+        config=_config,
+        latents=image,
+        wants={
+            "encoder_hidden_states": text("joint_attention_dim"),
+            "pooled_projections": vector("pooled_projection_dim"),
+        },
+        arguments=lambda inputs: inputs.usual(1000),
+        stand_ins={"pos_embed_max_size": 1},  # the class would compute a table of hundreds of megabytes
+        adjust=_positions,
+    ),
+    comfyui={
+        "SD3": comfyui.takes(
+            cross_attn=comfyui.text("context_embedder"), pooled_output=comfyui.pooled("y_embedder.mlp.0")
+        )
+    },
+)

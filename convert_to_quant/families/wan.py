@@ -1,0 +1,172 @@
+"""Wan 2.1 and 2.2.
+
+musubi's and silveroxides' lists, which agree; the extra conditions are those of VACE, Animate, S2V, HuMo, Fun-Control.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .base import CONDITION, FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .comfyui import (
+    FILM,
+    FIRST_FRAME,
+    VISION_TOKENS,
+    Scene,
+    Want,
+    listed,
+    number,
+    over,
+    picture,
+    signal,
+    takes,
+    times,
+    vision,
+)
+from .comfyui import text as comfyui_text
+from .rules import KV, rules, under
+from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Shapes, Signal, beside, blocks, text, video
+
+HEAD = 128
+"""Channels of a head in all sizes; its norms span all heads and do not show it."""
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    hidden, in_channels, *patch = shapes["patch_embedding.weight"]
+    image_norm = shapes.get("condition_embedder.image_embedder.norm1.weight")
+    added_keys = shapes.get("blocks.0.attn2.add_k_proj.weight")
+    return {
+        "patch_size": tuple(patch),
+        "num_attention_heads": max(hidden // HEAD, 1),
+        "attention_head_dim": min(hidden, HEAD),
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
+        "text_dim": shapes["condition_embedder.text_embedder.linear_1.weight"][1],
+        "freq_dim": shapes["condition_embedder.time_embedder.linear_1.weight"][1],
+        "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
+        "num_layers": blocks(shapes, "blocks."),
+        "cross_attn_norm": "blocks.0.norm2.weight" in shapes,
+        "image_dim": None if image_norm is None else image_norm[0],
+        "added_kv_proj_dim": None if added_keys is None else added_keys[1],
+    }
+
+
+def _image(config: Config, _: Geometry) -> Signal | None:
+    """What image-to-video models are given of CLIP's vision encoder."""
+    return None if config["image_dim"] is None else Signal((VISION_TOKENS, config["image_dim"]))
+
+
+def speech_layers(scene: Scene) -> int:
+    """Layers of the speech encoder that Wan S2V weighs against each other."""
+    return int(scene.part("casual_audio_encoder.weights").shape[1])
+
+
+def beside_channels(scene: Scene) -> int:
+    """Channels of the latents beside a model's own: pictures of 16 channels each, and often a mask of four."""
+    more = scene.inputs("patch_embedding") - scene.channels
+    return max(more - 4 if more % scene.channels == 4 else more, 0) or scene.channels
+
+
+def _channels_first(values: Any) -> Any:
+    """[1, T, layers, C] as [1, layers, C, T]."""
+    return values.movedim(1, -1)
+
+
+LATENTS = video("patch_size")
+_REFERENCE = picture(FIRST_FRAME, form=listed)
+
+FAMILY = Family(
+    name="wan",
+    title="Wan 2.1 and 2.2 (also VACE, Animate, S2V, SkyReels V2)",
+    signatures=(
+        signature("blocks.0.self_attn.q blocks.0.cross_attn.q blocks.0.ffn.0 time_projection.1 head.head"),
+        signature("blocks.0.attn1.to_q blocks.0.attn2.to_q condition_embedder.time_proj"),
+    ),
+    blocks=r"(?:blocks|vace_blocks)\.\d+",
+    keep={
+        r"patch_embedding(?:_\w+)?|vace_patch_embedding|pose_patch_embedding|ref_conv": IMAGE,
+        r"text_embedding|condition_embedder\.text_embedder": TEXT,
+        r"img_emb|condition_embedder\.image_embedder": CONDITION,
+        r"time_embedding|time_projection|condition_embedder": VECTOR,
+        r"audio_\w+|casual_audio_encoder|face_\w+|motion_encoder|frame_packer|cond_encoder": CONDITION,
+        r"control_adapter|trainable_cond_mask": CONDITION,
+        r"head|proj_out": FINAL,
+    },
+    names=(
+        *under("{blocks,vace_blocks}.*.")(
+            ("{self,cross}_attn.{q,k,v,o}", "attn{1,2}.to_{q,k,v,out.0}"),
+            ("cross_attn.{k,v}_img", "attn2.add_{k,v}_proj"),
+            ("ffn.{0,2}", "ffn.net.{0.proj,2}"),
+        ),
+        *under("", "condition_embedder.")(
+            ("{time,text}_embedding.{0,2}", "{time,text}_embedder.linear_{1,2}"),
+            ("time_projection.1", "time_proj"),
+            ("img_emb.proj.{1,3}", "image_embedder.ff.net.{0.proj,2}"),
+        ),
+        *rules(
+            ("vace_blocks.*.{before,after}_proj", "vace_blocks.*.proj_{in,out}"),
+            ("head.head", "proj_out"),
+            ("face_adapter.fuser_blocks.*.linear1_q", "face_adapter.*.to_q"),
+            ("face_adapter.fuser_blocks.*.linear1_kv", "face_adapter.*.to_{k,v}", KV),
+            ("face_adapter.fuser_blocks.*.linear2", "face_adapter.*.to_out"),
+            ("motion_encoder.enc.fc.*", "motion_encoder.motion_network.*"),
+        ),
+    ),
+    architecture=Architecture(
+        transformer="WanTransformer3DModel",
+        converter="convert_wan_transformer_to_diffusers",
+        native="condition_embedder.time_proj.weight",
+        config=_config,
+        latents=LATENTS,
+        wants={
+            "encoder_hidden_states": text("text_dim"),
+            CONDITION_LATENTS: beside(LATENTS, 0),
+            "encoder_hidden_states_image": _image,
+        },
+        arguments=lambda inputs: inputs.usual(1000),
+    ),
+    relatives=("WanVACETransformer3DModel",),
+    comfyui={
+        "WAN21": takes(
+            cross_attn=comfyui_text("text_embedding.0"),
+            clip_vision_output=vision("img_emb.proj.1", "img_emb.proj.0"),
+            concat_latent_image=picture((beside_channels, "frames", "height", "width")),
+            reference_latents=picture(FIRST_FRAME, form=listed, only_with="ref_conv"),
+        ),
+        "WAN21_Vace": takes(vace_frames=picture((32, "frames", "height", "width"), form=listed)),
+        "WAN21_Camera": takes(
+            camera_conditions=signal(over("control_adapter.conv", 64), "frames", times("height", 8), times("width", 8))
+        ),
+        "WAN21_HuMo": takes(
+            audio_embed=Want(
+                ("frames", number("audio_proj.seq_len"), number("audio_proj.blocks"), number("audio_proj.channels"))
+            ),
+            reference_latents=_REFERENCE,
+        ),
+        "WAN22_Animate": takes(
+            face_video_pixels=signal(3, times("frames", 4, -3), 512, 512), pose_video_latent=picture(FILM), frames=2
+        ),
+        "WAN_Animate2": takes(
+            pose_video_latent=picture(("channels", times("frames", 1, -1), "height", "width")), frames=2
+        ),
+        "WAN22_S2V": takes(
+            audio_embed=Want(
+                (times("frames", 4), speech_layers, "casual_audio_encoder.encoder.conv1_local.conv"),
+                form=_channels_first,
+            ),
+            reference_latents=_REFERENCE,
+            reference_motion=picture(("channels", 19, "height", "width")),
+            control_video=picture(FILM),
+        ),
+        "WAN21_SCAIL": takes(
+            concat_latent_image=None,
+            reference_latents=_REFERENCE,
+            pose_video_latent=picture(("channels", "frames", over("height", 2), over("width", 2))),
+        ),
+        "WAN22_WanDancer": takes(
+            audio_embed=Want((times("frames", 8), "music_projection")),
+            clip_vision_output_ref=vision("img_emb_refimage.proj.1", "img_emb_refimage.proj.0"),
+        ),
+    },
+)

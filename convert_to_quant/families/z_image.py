@@ -1,0 +1,77 @@
+"""Z-Image: Lumina 2's code with its own names in diffusers, where "2-1" is its patch size, 2 in space and 1 in time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import lumina2
+from .base import Family, signature
+from .rules import QKV, rules, under
+from .running import Architecture, Inputs, Shapes, blocks, image, text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    hidden, patched = shapes["all_x_embedder.2-1.weight"]
+    head = shapes["layers.0.attention.norm_q.weight"][0]
+    side = 2 * (3 * head // 16)
+    return {
+        "in_channels": patched // lumina2.PATCH**2,
+        "dim": hidden,
+        "n_layers": blocks(shapes, "layers."),
+        "n_refiner_layers": blocks(shapes, "noise_refiner."),
+        "n_heads": hidden // head,
+        "n_kv_heads": hidden // head,
+        "cap_feat_dim": shapes["cap_embedder.1.weight"][1],
+        "axes_dims": [head - 2 * side, side, side],
+    }
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    """Samples come as lists, pictures as films of one frame; time runs from 0 (noise) to 1."""
+    return {
+        "x": list(inputs.latents.unsqueeze(2)),
+        "t": inputs.time(-1, 1),
+        "cap_feats": list(inputs.conditioning["cap_feats"]),
+    }
+
+
+def _velocity(output: list[Tensor]) -> Tensor:
+    import torch
+
+    return -torch.stack(output).squeeze(2)
+
+
+FAMILY = Family(
+    name="z-image",
+    title="Z-Image (Base, Turbo, Edit)",
+    signatures=(
+        signature("noise_refiner.0.attention cap_embedder layers.0.adaLN_modulation.0 layers.0.feed_forward.w1"),
+    ),
+    blocks=lumina2.BLOCKS,
+    keep=lumina2.KEEP,
+    names=(
+        *under(lumina2.TOWERS)(
+            ("attention.qkv", "attention.to_{q,k,v}", QKV),
+            ("attention.out", "attention.to_out.0"),
+        ),
+        *rules(
+            ("x_embedder", "all_x_embedder.2-1"),
+            ("final_layer.{linear,adaLN_modulation.1}", "all_final_layer.2-1.{linear,adaLN_modulation.1}"),
+        ),
+        *lumina2.NAMES,
+    ),
+    architecture=Architecture(
+        transformer="ZImageTransformer2DModel",
+        converter="convert_z_image_transformer_checkpoint_to_diffusers",
+        native="all_x_embedder.2-1.weight",
+        config=_config,
+        latents=image,
+        wants={"cap_feats": text("cap_feat_dim")},
+        arguments=_arguments,
+        velocity=_velocity,
+        ignored=("norm_final.weight",),
+    ),
+)
