@@ -451,4 +451,6 @@ def _said(value: object) -> str:
     """The value of an option in words."""
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "nothing"
+    if value is None:
+        return "automatic"
     return f"{value:g}" if isinstance(value, float) else str(value)

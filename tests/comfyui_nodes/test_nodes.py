@@ -235,7 +235,7 @@ def test_calibrated_scales_are_the_recorded_ranges(comfyui: Any, checkpoint: Pat
 def test_statistics_come_from_a_file_as_well(comfyui: Any, checkpoint: Path, statistics: Callable[..., Any]) -> None:
     statistics(comfyui.shapes, 448.0).save(comfyui.root / "output" / "s.safetensors")
 
-    CalibrateFP8Checkpoint().calibrate(checkpoint=NAME, statistics_file="s", output_name="new/name")
+    CalibrateFP8Checkpoint().calibrate(checkpoint=NAME, statistics_file="s", output_name="new/name", margin=1.0)
 
     assert list(scales(comfyui.models / "new" / "name.safetensors").values()) == [1.0, 2.0, 3.0]
 
@@ -303,7 +303,7 @@ def test_layers_that_were_not_recorded_are_named_and_kept_if_asked(
     with pytest.raises(StatisticsError, match=rf"2 of 3 layers differ .*{rest[0]}.*allow_partial") as caught:
         node.calibrate(checkpoint=NAME, stats=partial)
     assert all(name in str(caught.value) for name in rest)
-    file, text = node.calibrate(checkpoint=NAME, stats=partial, allow_partial=True)["result"]
+    file, text = node.calibrate(checkpoint=NAME, stats=partial, allow_partial=True, margin=1.5)["result"]
     assert text.splitlines()[1:] == [f"{name}: not in these statistics: keeps its scale" for name in rest]
     found = scales(comfyui.models / file)
     assert [found[name] for name in rest] == [1.0, 1.0]

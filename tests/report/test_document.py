@@ -75,7 +75,7 @@ def test_the_document_is_json_and_nothing_else(report: document.Report) -> None:
 def test_the_document_says_what_made_it(report: document.Report) -> None:
     whole = report.document()
     assert (whole["format"], whole["version"], whole["options"]) == (1, __version__, {"files": ["a", "b"]})
-    assert whole["sides"][0]["options"]["margin"] == 1.0
+    assert whole["sides"][0]["options"]["margin"] is None
 
 
 def test_the_document_explains_every_risk(report: document.Report) -> None:

@@ -301,7 +301,7 @@ def test_a_scale_that_comfyui_cannot_use_is_a_risk(
 
 def test_the_first_sides_scales_meet_the_second_sides_inputs(observed: Observed) -> None:
     loud = NORMAL * 8
-    report = build(Source(observed({"a": NORMAL})), Source(observed({"a": loud})))
+    report = build(Source(observed({"a": NORMAL}), options=SolveOptions(margin=1)), Source(observed({"a": loud})))
     crossed = layer_of(report, "a").crossed
     assert crossed is not None
     assert crossed.scale == pytest.approx(np.abs(NORMAL).max() / 448)
@@ -310,7 +310,7 @@ def test_the_first_sides_scales_meet_the_second_sides_inputs(observed: Observed)
 
 
 def test_the_same_inputs_are_not_crossed(observed: Observed) -> None:
-    report = build(Source(observed({"a": WIDE})), Source(observed({"a": WIDE}), options=SolveOptions(margin=2)))
+    report = build(*(Source(observed({"a": WIDE}), options=SolveOptions(margin=margin)) for margin in (1, 2)))
     assert layer_of(report, "a").crossed is None
     scales = [figures_of(report, "a", side).after.scale for side in (0, 1)]
     assert scales[1] == pytest.approx(2 * scales[0])
@@ -329,7 +329,7 @@ def test_sides_match_by_name_without_prefix_and_may_lack_layers(observed: Observ
     ("sources", "labels"),
     [
         (lambda one, two: (Source(one, files=("x.safetensors",)), Source(two, files=("y.safetensors",))), ["x", "y"]),
-        (lambda one, _: (Source(one), Source(one, options=SolveOptions(margin=2))), ["margin 1", "margin 2"]),
+        (lambda one, _: (Source(one), Source(one, options=SolveOptions(margin=2))), ["margin automatic", "margin 2"]),
         (lambda one, _: (Source(one, options=SolveOptions(keep=("a",))), Source(one)), ["keep a", "keep nothing"]),
         (lambda one, _: (Source(one), Source(one)), ["A", "B"]),
         (lambda one, two: (Source(one, label="mine"), Source(two, label="theirs")), ["mine", "theirs"]),

@@ -60,7 +60,7 @@ def test_every_layer_and_side_has_a_line_with_the_reports_numbers(observed: Obse
 
 
 def test_crossed_figures_stand_on_the_side_whose_inputs_they_are(observed: Observed) -> None:
-    lines = read(Source(observed({"a": NORMAL})), Source(observed({"a": 8 * NORMAL})))
+    lines = read(Source(observed({"a": NORMAL}), options=SolveOptions(margin=1)), Source(observed({"a": 8 * NORMAL})))
     assert [line["risk_crossed"] for line in lines] == ["", "clips"]
     assert lines[1]["scale_crossed"] == lines[0]["scale_after"]
     assert float(lines[1]["beyond_crossed_octaves"]) == pytest.approx(3, abs=1e-5)

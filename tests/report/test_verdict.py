@@ -115,7 +115,8 @@ def test_scales_that_hold_for_the_other_inputs_are_good(observed: Observed) -> N
 
 
 def test_scales_that_do_not_hold_for_the_other_inputs_are_bad_and_a_way_out_is_named(observed: Observed) -> None:
-    first = Source(observed({"a": NORMAL, "b": NORMAL, "c": NORMAL}), label="mine")
+    tight = SolveOptions(margin=1)
+    first = Source(observed({"a": NORMAL, "b": NORMAL, "c": NORMAL}), label="mine", options=tight)
     second = Source(observed({"a": 8 * NORMAL, "b": NORMAL / 8, "c": NORMAL}), label="the LoRA")
     found = verdict(first, second)
     assert found.level == "bad"
@@ -137,9 +138,9 @@ def test_layers_of_one_side_only_are_counted(observed: Observed) -> None:
 
 def test_two_ways_to_solve_are_compared_by_what_they_choose(observed: Observed) -> None:
     statistics = observed({"a": NORMAL, "b": NORMAL})
-    found = verdict(Source(statistics), Source(statistics, options=SolveOptions(margin=2, keep=("b",))))
+    found = verdict(Source(statistics), Source(statistics, options=SolveOptions(margin=8, keep=("b",))))
     assert found.level == "good"
-    assert found.headline == ("2 of 2 new scales differ between margin 1, keep nothing and margin 2, keep b.")
+    assert found.headline == ("2 of 2 new scales differ between margin automatic, keep nothing and margin 8, keep b.")
     assert "2 are larger (by up to" in said(found.points, "half an octave")
 
 
