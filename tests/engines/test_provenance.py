@@ -5,7 +5,7 @@ import torch
 
 from convert_to_quant.engines.provenance import Piece, trace
 from convert_to_quant.errors import UnsupportedModelError
-from convert_to_quant.families.rules import qkv_mlp_rows
+from convert_to_quant.families.rules import qkv_mlp_rows, qkv_rows
 from convert_to_quant.families.running import Fused
 
 
@@ -73,7 +73,12 @@ def test_a_converter_that_moves_columns_is_refused() -> None:
         trace(lambda t: {"a": t["a"].T}, {"a": (4, 4)})
 
 
-RULE = Fused(r"x", (2, 2, 2, 8), qkv_mlp_rows)
+RULES = [Fused(r"x", (2, 2, 2, 8), qkv_mlp_rows), Fused(r"y", (2, 1, 1), qkv_rows)]
+
+
+def first_row(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a tensor that is fed in the published size it would stand for several rows."""
+    return {name: tensor[:1] for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(
@@ -83,16 +88,14 @@ RULE = Fused(r"x", (2, 2, 2, 8), qkv_mlp_rows)
         ({"x.weight": (10, 4)}, "fewer rows than the parts"),
         ({"xx.weight": (28, 4)}, "a longer name"),
         ({"x.weight": (28, 4), "x.scale": (28,)}, "neither weight nor bias"),
+        ({"x.weight": (28, 4), "x.bias": (12,)}, "a bias of another size than its weight"),
+        ({"y.weight": (9, 4)}, "a row more than the parts"),
     ],
 )
 def test_what_is_not_fused_as_the_rule_says_keeps_its_own_rows(shapes: dict[str, tuple[int, ...]], reason: str) -> None:
-    name, (rows, *_) = list(shapes.items())[-1]
-    assert trace(dict, shapes, [RULE])[name] == (Piece(name, 0, rows),), reason
-
-
-def test_a_bias_of_another_size_than_its_weight_is_not_carried_over() -> None:
-    found = trace(dict, {"x.weight": (28, 4), "x.bias": (12,)}, [RULE])
-    assert found["x.bias"] == (Piece("x.bias", 0, 12),)
+    name = list(shapes)[-1]
+    assert trace(first_row, shapes, RULES)[name] == (Piece(name, 0, 1),), reason
+    assert trace(first_row, {"x.weight": (28, 4)}, RULES)["x.weight"] == (Piece("x.weight", 0, 2),)
 
 
 def test_a_split_inside_a_part_is_refused_where_it_falls_on_no_row() -> None:
@@ -101,7 +104,7 @@ def test_a_split_inside_a_part_is_refused_where_it_falls_on_no_row() -> None:
         return {"first": first, "rest": rest}
 
     with pytest.raises(UnsupportedModelError, match="splits it inside one of its parts"):
-        trace(converter, {"x.weight": (21, 3)}, [RULE])  # half of 3 rows
+        trace(converter, {"x.weight": (21, 3)}, RULES)  # half of 3 rows
 
 
 def test_a_tensor_that_the_converter_misses_is_named() -> None:
