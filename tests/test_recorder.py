@@ -194,7 +194,7 @@ def test_totals_of_several_devices_add_up() -> None:
         accumulate(elsewhere, 0, elsewhere.sigma_numbers[8:9], torch.full((1, 4), -1.0))
         recording._totals[torch.device("cuda", 1)] = elsewhere
     statistics = recording.statistics()
-    assert (statistics.absmax[0], statistics.count[0], statistics.sum[0]) == (2.0, 12, 12.0)
+    assert (statistics.absmax[0], statistics.count[0], statistics.sum_of_squares[0]) == (2.0, 12, 36.0)
 
 
 def test_hooks_leave_with_the_block_whatever_ends_it(model: Model) -> None:
