@@ -103,6 +103,16 @@ def test_codes_and_scales_are_those_of_torch_bit_for_bit(
         np.testing.assert_array_equal(dequantize(checkpoint, layer), (codes.float() * spread).numpy())
 
 
+def test_a_float32_weight_that_is_taller_than_wide_has_one_scale(tmp_path):
+    weight = weights(torch.float32, (80, 48))
+    safetensors.torch.save_file({f"{NAME}.weight": weight}, tmp_path / "in.safetensors")
+    run(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+    read = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    codes, scales = reference(weight, (80, 48))
+    assert_same_bits(read[f"{NAME}.weight"], codes)
+    assert_same_bits(read[f"{NAME}.weight_scale"], scales.reshape(()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_pattern_becomes_the_code_of_torch(tmp_path, dtype):
     weight = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
