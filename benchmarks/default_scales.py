@@ -64,8 +64,8 @@ def measure(variant: str, device: str, seeds: tuple[int, ...], geometry: Geometr
                 "prompts": [models.fidelity(choice, emoji.HELD_OUT_PROMPTS[:count]).sqnr_db for choice in several]
             }
             if key != "dynamic":
-                checked = [scenes_fidelity(models.reference, models.set(choice), scenes) for choice in several]
-                found[key] |= {"checked": [c.sqnr_db for c in checked], "checked_worst": [c.worst_db for c in checked]}
+                checked = scenes_fidelity(models.reference, models.set(several[0]), scenes)
+                found[key] |= {"checked": [checked.sqnr_db], "checked_worst": [checked.worst_db]}
         return found
 
 
@@ -107,7 +107,7 @@ def report(result: Mapping[str, Any]) -> str:
         f"SQNR of the velocity in dB on {run['prompts']} prompts at {run['levels']} noise levels; mean over "
         f"{len(result['seeds'])} seeds of the calibration's noise, the least of them in brackets. {run['date']}, "
         f"{run['machine']}; torch {run['torch']}. `{run['command']}`\n\n{table(result, 'prompts')}\n\n"
-        f"The same files as `check` sees them by default, on noise: mean over levels, sizes and samples,\n\n"
+        f"The files of the first seed as `check` sees them, on noise: mean over levels, sizes and samples,\n\n"
         f"{table(result, 'checked')}\n\nand the worst sample at the worst level:\n\n{table(result, 'checked_worst')}"
     )
 
@@ -118,7 +118,7 @@ def main() -> int:
     parser.add_argument("--model", nargs="*", default=[], help="other models' files")
     parser.add_argument("--height", type=int, default=128, help="pixels of the other models' images")
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2, 3, 4, 5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2, 3])
     parser.add_argument("--prompts", type=int, default=24, help="held-out prompts")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
