@@ -202,7 +202,6 @@ class Models:
         self.variant = variant
         self.checkpoint = checkpoint
         self.geometry = geometry
-        self.device = device
         self.table = find_layers(checkpoint)
         self.present = {
             name: Present(1.0, False, layer.shape, column_energies=column_energies(checkpoint, layer))
@@ -257,7 +256,7 @@ class Models:
 
     def calibrated(self, **options: object) -> list[LayerResult]:
         """What `--actcal` finds."""
-        return calibrate_model(self.checkpoint, CalibrationOptions(**{"device": self.device, **options})).results  # type: ignore[arg-type]
+        return calibrate_model(self.checkpoint, CalibrationOptions(**options)).results  # type: ignore[arg-type]
 
 
 def guided_way(

@@ -6,8 +6,8 @@ costs little, since FP8 numbers are floats. How little depends on the layer: whe
 weights, a factor of 8 cost 3.5 dB.
 
 Maths. An input value x_ti (token t, channel i) is taken as normal with standard deviation c_i r_t, where c_i is the
-channel's absmax over `CREST`, and r_t the token's absmax over the largest token's. The error of the layer's output,
-relative to each token's own output, is then
+channel's absmax over `CREST`, and r_t the token's absmax over that of the loudest channel. The error of the layer's
+output, relative to each token's own output, is then
 
     E(s) = Σ_t p_t Σ_i w_i · ρ(c_i r_t / s)        w_i ∝ c_i² · (energy of column i of the weight)
 
@@ -113,7 +113,7 @@ def _sizes(
     counts[0] = 0  # rows of zeros lose nothing
     filled = np.flatnonzero(counts)
     absmaxes = BIN_CENTRES[filled]
-    first_row, rows = _log2_histogram(absmaxes / absmaxes.max(initial=0), counts[filled])
+    first_row, rows = _log2_histogram(absmaxes / channel_absmax_I.max(), counts[filled])
     shares = np.convolve(channels, rows)
     return (first_channel + first_row + np.arange(len(shares))) / BINS_PER_OCTAVE, shares
 

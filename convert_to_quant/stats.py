@@ -104,8 +104,8 @@ class Statistics:
             per picture (modulation, time and vector embedders), 0 for layers that never ran.
         histogram: values per bin of |x|; infinities and NaN in `NONFINITE_BIN`.
         row_histogram: rows per bin of the row's absmax over its finite values.
-        channel_absmax: per layer the largest |x| of each input channel, float32 [in]; empty where it is not
-            known, or is 0.
+        channel_absmax: per layer the largest |x| of each input channel in a sample of rows, float32 [in]; empty where
+            it is not known, not finite, or 0.
         samples: pictures (or whatever the engine draws) that the model ran for.
         provenance: facts about the run, each a sorted set of texts, so that merging is a union: "tool", "engine",
             "seed", "conditioning", "lora", "unseen", ...
@@ -138,8 +138,7 @@ class Statistics:
             assert array.dtype == column.dtype, f"{name}: {array.dtype}"
             assert array.shape == expected, f"{name}: {array.shape}, not {expected}"
         channels = self.channel_absmax or (_UNKNOWN,) * len(self.layers)
-        whole = [each.max(initial=0) == absmax > 0 for each, absmax in zip(channels, self.absmax, strict=True)]
-        known = (each if is_whole else _UNKNOWN for each, is_whole in zip(channels, whole, strict=True))
+        known = (each if np.isfinite(each).all() and each.any() else _UNKNOWN for each in channels)
         object.__setattr__(self, CHANNELS, tuple(known))
         object.__setattr__(self, "sigma_square_digits", carry(self.sigma_square_digits))
 

@@ -92,7 +92,7 @@ def check_output(path: Path, *, stream: bool = False) -> None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        folder = Path(os.path.realpath(path)).parent
+        folder = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
         if not folder.is_dir():
             raise OutputError(f"cannot be written: the folder {folder} does not exist", path=path) from None
         return

@@ -33,7 +33,7 @@ def add_calibration_arguments(group: Any, prefix: str) -> None:
     add_shown_arguments(group, prefix, samples=f"images ({SAMPLES}), or rows of a guess (64)")
     add("margin", type=float, metavar="M", help="factor on ranges (as much as costs nothing)")
     add("engine", choices=("auto", "model", "layer"), default="auto", metavar="ENGINE",
-        help="model (auto): run it; layer: guess")  # fmt: skip
+        help="model: run it; layer: guess (auto)")  # fmt: skip
     add("percentile", type=float, metavar="P", help="of guessed magnitudes (99.9)")
     add("seed", type=int, default=42, metavar="S", help="of all noise (42)")
     group.add_argument("--float16-safe", action="store_true", help="no scale below 2⁻¹⁵")

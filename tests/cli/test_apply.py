@@ -53,7 +53,7 @@ def test_the_largest_value_seen_in_any_file_becomes_the_scale(model: Path, tmp_p
     first, second, out = (tmp_path / name for name in ("1.safetensors", "2.safetensors", "out.safetensors"))
     seen({LAYER: 896.0, OTHER: 4.48}).save(first)
     seen({LAYER: 448.0, OTHER: 44.8}).save(second)
-    assert main(["apply", str(model), str(first), str(second), "-o", str(out)]) == 0
+    assert main(["apply", str(model), str(first), str(second), "-o", str(out), "--margin", "1"]) == 0
     assert scales(out) == {LAYER: 2.0, OTHER: pytest.approx(0.1)}
 
 
@@ -76,7 +76,7 @@ def test_a_layer_that_was_never_visited_keeps_its_scale_and_is_named(
     stats = tmp_path / "stats.safetensors"
     seen({LAYER: 896.0}).save(stats)
     assert main(["apply", str(model), str(stats), "--in-place"]) == 0
-    assert scales(model) == {LAYER: 2.0, OTHER: 1.0}
+    assert scales(model) == {LAYER: 3.0, OTHER: 1.0}  # 1.5 times what was seen
     assert f"note: {OTHER}: never visited: keeps its scale" in capsys.readouterr().err
 
 
@@ -84,7 +84,7 @@ def test_layers_to_keep_are_left_alone(model: Path, tmp_path: Path) -> None:
     stats = tmp_path / "stats.safetensors"
     seen({LAYER: 896.0, OTHER: 896.0}).save(stats)
     assert main(["apply", str(model), str(stats), "--in-place", "--keep", "proj$", "-q"]) == 0
-    assert scales(model) == {LAYER: 2.0, OTHER: 1.0}
+    assert scales(model) == {LAYER: 3.0, OTHER: 1.0}
 
 
 def test_a_dry_run_reports_and_writes_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,4 +129,4 @@ def test_statistics_of_another_model_are_refused_and_forced_ones_name_the_rest(
     assert "made for another model" in capsys.readouterr().err
     assert main(["apply", str(model), str(stats), "--in-place", "--force"]) == 0
     assert f"{OTHER}: not in these statistics: keeps its scale" in capsys.readouterr().err
-    assert scales(model) == {LAYER: 2.0, OTHER: 1.0}
+    assert scales(model) == {LAYER: 3.0, OTHER: 1.0}

@@ -119,7 +119,7 @@ def test_verbose_says_every_layer(ctq: Any, stats: Any) -> None:
 def test_options_of_apply_decide_what_is_chosen(ctq: Any, stats: Any) -> None:
     scales = [
         json.loads(ctq("report", stats(), "--json", "-", *words).out)["layers"][1]["sides"][0]["after"]["scale"]
-        for words in ((), ("--margin", "2"), ("--keep", "blocks.1"))
+        for words in (("--margin", "1"), ("--margin", "2"), ("--keep", "blocks.1"))
     ]
     assert scales[1] == pytest.approx(2 * scales[0])
     assert scales[2] == 1.0
@@ -150,7 +150,7 @@ def test_the_first_statistics_belong_to_the_first_checkpoint(ctq: Any, stats: An
 def test_one_statistics_file_is_solved_in_two_ways(ctq: Any, stats: Any, words: str) -> None:
     document = json.loads(ctq("report", stats(), "--keep", "blocks_1", f"--against={words}", "--json", "-").out)
     first, second = (side["options"] for side in document["sides"])
-    assert (first["margin"], first["method"]) == (1.0, "absmax")
+    assert (first["margin"], first["method"]) == (None, "absmax")
     assert (second["margin"], second["method"]) == (2.0, "mse")
     assert first["keep"] == second["keep"] == ["blocks_1"]  # what it does not say stays
 
