@@ -1,0 +1,83 @@
+"""The flat API: what `convert_to_quant` offers by name, and that it costs nothing until it is used."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import convert_to_quant
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+MODULES = {module.name for module in pkgutil.iter_modules(convert_to_quant.__path__)}
+NAMES = [name for name in convert_to_quant.__all__ if name != "__version__"]
+
+
+def run(code: str) -> list[str]:
+    """The words that a fresh interpreter prints."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.split()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_resolves_and_says_what_it_is(name: str) -> None:
+    found = getattr(convert_to_quant, name)
+    assert inspect.isclass(found) or inspect.isfunction(found)
+    assert found.__module__.startswith("convert_to_quant.")
+    assert inspect.getdoc(found)
+
+
+def test_names_are_listed_once_in_order_and_by_dir() -> None:
+    assert sorted(set(NAMES)) == NAMES
+    assert set(convert_to_quant.__all__) <= set(dir(convert_to_quant))
+
+
+def test_no_name_hides_a_module() -> None:
+    """`from . import convert` asks the package first and its submodules second."""
+    assert MODULES & set(NAMES) == set()
+    assert all(getattr(convert_to_quant, name, None) in (None, sys.modules.get(f"convert_to_quant.{name}"))
+               for name in MODULES)  # fmt: skip
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'convert_to_quant' has no attribute 'convertt'"):
+        _ = convert_to_quant.convertt
+    with pytest.raises(ImportError, match="cannot import name 'convertt'"):
+        exec("from convert_to_quant import convertt")
+
+
+def test_the_package_loads_nothing_before_a_name_is_used() -> None:
+    loaded = "print(*(name for name in sys.modules if name.startswith(('convert_to_quant', 'numpy', 'torch'))))"
+    assert run(f"import sys, convert_to_quant; {loaded}") == ["convert_to_quant"]
+    assert "torch" not in run(f"import sys; from convert_to_quant import find_layers; {loaded}")
+
+
+def test_everything_can_be_imported_at_once() -> None:
+    assert set(NAMES) <= set(run("from convert_to_quant import *; print(*globals())"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_examples_use_the_flat_names(document: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        compile(block, str(document), "exec")
+        for module, names in re.findall(r"^from (convert_to_quant\S*) import (.+)$", block, re.MULTILINE):
+            assert module == "convert_to_quant"
+            assert set(names.split(", ")) <= set(NAMES)
+
+
+def test_the_reference_lists_them() -> None:
+    page = (ROOT / "docs/reference/python/index.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)`", page, re.MULTILINE) == NAMES
+
+
+def test_modules_are_still_modules() -> None:
+    for name in ("convert", "solve", "recorder", "report", "errors"):
+        assert inspect.ismodule(import_module(f"convert_to_quant.{name}"))
