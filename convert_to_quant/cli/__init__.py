@@ -28,6 +28,7 @@ from .. import __version__
 from ..errors import Error, OptionError
 from . import config, output, parsing, shared, terminal
 from .interrupts import Interrupted, exit_code, interruptible
+from .neighbour import neighbour
 from .overview import overview
 from .parsing import Parser, did_you_mean, flag_spelling
 
@@ -172,6 +173,8 @@ def perform(
     options = {key: value for key, value in said.items() if key not in shared.TALK}
     made_by = {"tool": "convert_to_quant", "version": __version__, "command": " ".join(names), "options": options}
     output.configure(quiet=args.quiet, verbose=args.verbose, made_by=made_by)
+    if warning := neighbour():
+        output.note(warning)
     shared.check_reports(parser, args)
     code = int(work(args))
     if code == 0 and args.save_config and not getattr(args, "dry_run", False):
