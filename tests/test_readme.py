@@ -1,4 +1,4 @@
-"""The README stays true: its tree lists every file of the package in the file's own words, its flags exist."""
+"""The README stays true: its flags and links exist. So does CONTRIBUTING's tree, in each file's own words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from convert_to_quant.cli import COMMANDS, build_parser, flag_spelling
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TREE = re.search(r"<!-- tree.*?-->\n```text\n(.*?)```", README, re.DOTALL)
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TREE = re.search(r"<!-- tree.*?-->\n```text\n(.*?)```", CONTRIBUTING, re.DOTALL)
 FOLDERS = {
     "benchmarks/": "Speed, memory and accuracy, against peers and physical limits.",
     "docs/": "Guide, concepts, reference, answers; what was measured and tried.",
@@ -58,4 +59,5 @@ def test_its_pictures_and_links_are_there() -> None:
 
 if __name__ == "__main__":  # writes the tree anew
     assert TREE is not None
-    (ROOT / "README.md").write_text(README.replace(TREE.group(1), "\n".join([*lines(), ""])), encoding="utf-8")
+    tree = "\n".join([*lines(), ""])
+    (ROOT / "CONTRIBUTING.md").write_text(CONTRIBUTING.replace(TREE.group(1), tree), encoding="utf-8")
