@@ -1,11 +1,11 @@
-"""What the accuracy benchmarks share: six spellings of the emoji model, two lists of prompts, and ways to run them.
+"""What the accuracy benchmarks share: six variants of the emoji model, two lists of prompts, and ways to run them.
 
-Variants. Five are `convert_to_quant.emoji.rerange`'s. The sixth, "z-image", is made here, after what is published of
-Z-Image: inputs of its MLP's second layer reach 6.6e4 among others of 1 to 30, so that one scale per tensor paints
+Variants. Five are `convert_to_quant.emoji.rerange`'s. The sixth, "loud-tokens", is made here, after what is published
+of Z-Image: inputs of its MLP's second layer reach 6.6e4 among others of 1 to 30, so that one scale per tensor paints
 noise, scales per row do not, and the error over the whole tensor looks harmless.
 
-How "z-image" is made. In four layers, the two hidden units of an MLP that contribute least to its output are taken out
-(their mean goes into the bias), and in their place stand two that cancel:
+How "loud-tokens" is made. In four layers, the two hidden units of an MLP that contribute least to its output are taken
+out (their mean goes into the bias), and in their place stand two that cancel:
 
     unit i:  K · (u·x - t)        read with weights  w
     unit j:  K/8 · (u·x - t)      read with weights  -8 w
@@ -110,11 +110,12 @@ LOUD_PAIRS = (
     LoudPair("single_blocks.3.linear1", "single_blocks.3.linear2", {31: -0.1002, 457: -0.0968}, 1018, 14.1),
 )
 
-VARIANTS = (*RERANGINGS, "z-image")
+LOUD_TOKENS = "loud-tokens"
+VARIANTS = (*RERANGINGS, LOUD_TOKENS)
 
 
 def remove_quiet_units(tensors: dict[str, Float32]) -> None:
-    """Take the units out, in place, that `add_loud_units` needs: all of "z-image" that is not exact."""
+    """Take the units out, in place, that `add_loud_units` needs: all of "loud-tokens" that is not exact."""
     for pair in LOUD_PAIRS:
         weight_OI, bias_O, hidden = (
             tensors[pair.second + names.WEIGHT],
@@ -147,8 +148,8 @@ def _hidden(tensors: Mapping[str, Float32]) -> int:
 
 
 def write_variant(variant: str, path: Path) -> None:
-    """Write one spelling of the model: bfloat16 weights, and float32 biases where it is re-ranged."""
-    if variant != "z-image":
+    """Write one variant of the model: bfloat16 weights, and float32 biases where it is re-ranged."""
+    if variant != LOUD_TOKENS:
         write_reranged(WEIGHTS, path, RERANGINGS[variant])
         return
     with open_checkpoint(WEIGHTS) as checkpoint:
@@ -186,7 +187,7 @@ class Choice:
 
 
 class Models:
-    """One spelling of the model: the reference in float32 and the FP8 model, whose layers can be set at will.
+    """One variant of the model: the reference in float32 and the FP8 model, whose layers can be set at will.
 
     Attributes:
         variant: its name.
@@ -320,8 +321,8 @@ def choice_of(results: Sequence[LayerResult], *, full_precision: bool = True) ->
     return Choice(scales_of(results), full_precision_of(results) if full_precision else frozenset())
 
 
-def z_image_is_close() -> dict[str, float]:
-    """Velocity SQNR in dB, in float32, of what "z-image" is made in, against the model as it was trained."""
+def loud_tokens_are_close() -> dict[str, float]:
+    """Velocity SQNR in dB, in float32, of the stages of making "loud-tokens", against the model as it was trained."""
     stages = {"units removed": [remove_quiet_units], "units removed, pairs added": [remove_quiet_units, add_loud_units]}
     found = {}
     with tempfile.TemporaryDirectory() as folder, open_checkpoint(WEIGHTS) as checkpoint:
@@ -338,7 +339,7 @@ def z_image_is_close() -> dict[str, float]:
         pairs = {
             "trained against units removed": (reference, removed),
             "units removed against pairs added": (removed, added),
-            "trained against z-image": (reference, added),
+            "trained against loud-tokens": (reference, added),
         }
         for name, (left, right) in pairs.items():
             found[name] = velocity_fidelity(
@@ -356,5 +357,5 @@ def z_image_is_close() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    for comparison, sqnr_db in z_image_is_close().items():
+    for comparison, sqnr_db in loud_tokens_are_close().items():
         print(f"{comparison}: {sqnr_db:.1f} dB")

@@ -3,7 +3,7 @@
     python benchmarks/fidelity.py --json fidelity.json --observers modelopt.json llmcompressor.json
     python benchmarks/fidelity.py --from fidelity.json --write docs/accuracy.md
 
-Six spellings of the emoji model (`emoji_models.py`) times methods. Every linear layer of every block has FP8 weights
+Six variants of the emoji model (`emoji_models.py`) times methods. Every linear layer of every block has FP8 weights
 and FP8 inputs, unless a method says which layers compute in full precision. Figures are the SQNR of the predicted
 velocity in dB against the same weights in BF16 computed in float32 (`convert_to_quant.fidelity`), over prompts that no
 method has seen, at every noise level, with guidance; and standard errors over prompts. All methods meet the same

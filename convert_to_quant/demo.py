@@ -109,7 +109,7 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """One spelling of the model, and how it fares.
+    """One variant of the model, and how it fares.
 
     Attributes:
         variant: its name.
@@ -142,7 +142,7 @@ class Demo:
 
     Attributes:
         options: what was run.
-        rows: one per spelling of the model.
+        rows: one per variant of the model.
         picture: where the picture is.
         seconds: how long it took.
     """
@@ -195,7 +195,7 @@ def run(folder: Path, options: DemoOptions | None = None, *, progress: Progress 
 
 
 def draw(rows: tuple[Row, ...]) -> Image.Image:
-    """The pictures side by side, one row per spelling of the model and one column per way to run it."""
+    """The pictures side by side, one row per variant of the model and one column per way to run it."""
 
     def cell(row: Row, column: str) -> sheet.Cell:
         sqnr_db = row.fidelity[column].sqnr_db
@@ -236,7 +236,7 @@ class _Work:
 
 
 def _row(variant: str, folder: Path, options: DemoOptions, work: _Work) -> Row:
-    """Make one spelling's files, run them, and compare."""
+    """Make one variant's files, run them, and compare."""
     files, calibration = make_files(variant, folder, options.samples, work.part(work.calibration))
     conditioning = prompt_conditioning(options.names)
     measured = {name: values[: options.measured] for name, values in conditioning.items()}
@@ -288,7 +288,7 @@ def make_files(
 
 @contextmanager
 def models(files: Mapping[str, Path]) -> Iterator[tuple[Denoiser, dict[str, Denoiser]]]:
-    """Open one spelling's files.
+    """Open one variant's files.
 
     Args:
         files: of each column.

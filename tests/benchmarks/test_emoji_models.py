@@ -1,4 +1,4 @@
-"""The "z-image" spelling of the emoji model: its loud units are loud, and say nothing."""
+"""The "loud-tokens" variant of the emoji model: its loud units are loud, and say nothing."""
 
 from __future__ import annotations
 
