@@ -67,15 +67,7 @@ CALIBRATION_PROMPTS = (
     "candle", "ear of maize", "racing car", "crying face", "envelope", "violin", "lion face", "toolbox",
     "umbrella with rain drops",
 )  # fmt: skip
-HELD_OUT_PROMPTS = (
-    "bear face", "tulip", "american football", "grinning cat face with smiling eyes", "fish", "honey pot", "snowflake",
-    "strawberry", "graduation cap", "face with monocle", "pickup truck", "droplet", "robot face", "fly", "baseball",
-    "ringing bell", "sandwich", "two hearts", "lady beetle", "desert island", "mobile phone", "smirking face", "prince",
-    "cloud with rain", "purse", "snowboarder", "waving hand sign", "moon cake", "ribbon", "microbe", "motor boat",
-    "mammoth", "hot dog", "tropical fish", "person frowning", "ice cube", "first quarter moon", "pile of poo",
-    "flexed biceps", "satellite", "melting face", "cityscape at dusk", "scarf", "tomato", "hedgehog", "crown",
-    "balloon", "key",
-)  # fmt: skip
+HELD_OUT_PROMPTS = prompts.HELD_OUT
 
 LOUDER = 1024.0
 """K: largest weight of a loud unit."""

@@ -12,7 +12,8 @@ the command line does it, without data, and then its linear layers run
 FP8 layers compute as ComfyUI does (`engines.quantized_linear`). The figures are the SQNR of the predicted velocity, in
 dB, along the way of the embedded model in float32 (`fidelity`), which is the reference in every row: so the BF16 column
 says how well a re-ranging preserves the function, and what difference nobody minds. The pictures are what each model
-reaches on its own.
+reaches on its own. Four prompts are few: `check` on the prompts that are written beside the models gives the figure of
+docs/accuracy.md.
 
 Limits. All else (norms, attention, sums) is float32 in every column, so that they differ in nothing but the linear
 layers, and because "cold" needs it (`emoji.rerange`). A GPU would compute it in bfloat16.
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from . import __version__
 from .calibrate_activation_scales import Calibration, CalibrationOptions, calibrate_model, patch_model_with_scales
-from .checkpoint import open_checkpoint, write_bytes
+from .checkpoint import Entry, open_checkpoint, write_bytes, write_checkpoint
 from .convert import ConvertOptions, convert, plan_conversion
 from .emoji import SIDE_TOKENS, WEIGHTS, prompts, sheet, to_pictures
 from .emoji.rerange import RERANGINGS, write_reranged
@@ -49,9 +50,12 @@ from .telling import Progress
 if TYPE_CHECKING:
     from PIL import Image
 
+MEASURED = 4
+"""Prompts that the figures are measured on, the first of those that are painted."""
+
 GEOMETRY = Geometry(height=SIDE_TOKENS, width=SIDE_TOKENS, frames=1, text_tokens=prompts.TOKENS)
 PICTURE = "demo.png"
-AS_TRAINED = "plain"
+PROMPTS = "prompts.safetensors"
 
 BF16, SCALE_ONE, CALIBRATED = "bf16", "fp8_scale_1", "fp8_calibrated"
 COLUMNS: Mapping[str, sheet.Heading] = {
@@ -64,7 +68,8 @@ COLUMNS: Mapping[str, sheet.Heading] = {
 TITLE = sheet.Heading(
     "FP8 has to know the range of what it reads",
     "One trained model, three files that compute the same function: only the sizes of their activations differ.\n"
-    "Figures: how closely a model follows the original's way (velocity SQNR; 30 dB is close, 10 dB is ruin).",
+    f"Figures: how closely a model follows the original's way on {MEASURED} prompts (velocity SQNR; 30 dB is close, "
+    "10 dB is ruin).",
 )
 ROWS: Mapping[str, str] = {
     "plain": "as it was trained",
@@ -94,7 +99,7 @@ class DemoOptions:
 
     variants: tuple[str, ...] = ("plain", "hot", "cold")
     names: tuple[str, ...] = prompts.NAMES
-    measured: int = 4
+    measured: int = MEASURED
     levels: int = 8
     steps: int = 12
     guidance: float = 2.0
@@ -172,8 +177,8 @@ def run(folder: Path, options: DemoOptions | None = None, *, progress: Progress 
         progress: told how far it is, in evaluations of one sample of the demo's size.
 
     Returns:
-        What it found. The folder then holds each model in BF16 and FP8, with a scale of 1.0 and calibrated, and the
-        picture.
+        What it found. The folder then holds each model in BF16 and FP8, with a scale of 1.0 and calibrated, the
+        picture, and embeddings of the prompts that no calibration sees, for `check --conditioning`.
 
     Raises:
         OutputError: a file cannot be written.
@@ -191,6 +196,8 @@ def run(folder: Path, options: DemoOptions | None = None, *, progress: Progress 
     encoded = io.BytesIO()
     draw(rows).save(encoded, "PNG", optimize=True)
     write_bytes(picture, encoded.getvalue())
+    held_out = zip(("prompt_embeds", "pooled_prompt_embeds"), prompts.embed_all(prompts.HELD_OUT), strict=True)
+    write_checkpoint(folder / PROMPTS, {name: Entry.of(values) for name, values in held_out}, {})
     return Demo(options, rows, picture, time.perf_counter() - start)
 
 
@@ -275,10 +282,7 @@ def make_files(
         OutputError: a file cannot be written.
     """
     files = {column: folder / f"{variant}_{column}.safetensors" for column in COLUMNS}
-    if variant == AS_TRAINED:
-        files[BF16] = WEIGHTS
-    else:
-        write_reranged(WEIGHTS, files[BF16], RERANGINGS[variant])
+    write_reranged(WEIGHTS, files[BF16], RERANGINGS[variant])
     with open_checkpoint(files[BF16]) as checkpoint:
         convert(checkpoint, plan_conversion(checkpoint, ConvertOptions()), files[SCALE_ONE])
     calibration = calibrate_model(files[SCALE_ONE], CalibrationOptions(samples=samples), progress=progress)

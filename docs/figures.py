@@ -162,7 +162,7 @@ def told(factor: float) -> str:
 
 def damage_sheet(folder: Path) -> None:
     """Search the factors that leave about so many dB, paint with them, and draw."""
-    files, calibration = demo.make_files(demo.AS_TRAINED, folder)
+    files, calibration = demo.make_files("plain", folder)
     scales = {r.layer: r.scale_after for r in calibration.results if r.range and not r.full_precision_after}
     conditioning = demo.prompt_conditioning(prompts.NAMES)
     measured = {name: values[:MEASURED] for name, values in conditioning.items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from convert_to_quant import demo
@@ -13,6 +14,7 @@ from convert_to_quant.cli import main
 from convert_to_quant.demo import BF16, CALIBRATED, GEOMETRY, SCALE_ONE, DemoOptions
 from convert_to_quant.emoji import WEIGHTS
 from convert_to_quant.engines.diffusers import load
+from convert_to_quant.engines.prompts import Prompts
 from convert_to_quant.errors import OptionError
 from convert_to_quant.fidelity import velocity_fidelity
 from convert_to_quant.layers import find_layers, input_scale
@@ -58,6 +60,10 @@ def test_demo_converts_calibrates_paints_and_tells(
         assert len(image.getcolors(1 << 24) or []) > 1000
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
+    with open_checkpoint(row["files"][BF16]) as checkpoint:
+        held_out = Prompts.load(folder / demo.PROMPTS).fitted(load(checkpoint), GEOMETRY)
+    for name, values in demo.prompt_conditioning(demo.prompts.HELD_OUT).items():
+        assert torch.equal(held_out.tensors[name], values)
     for column in demo.COLUMNS:
         with open_checkpoint(row["files"][column]) as checkpoint:
             table = find_layers(checkpoint)

@@ -155,8 +155,9 @@ def tiny_flux() -> bytes:
 
 
 CALLED: dict[str, tuple[str, ...]] = {
-    "flux_bf16": ("bf16", "flux", "flux1-dev"),
-    "flux_fp8": ("fp8", "mine", "theirs", "flux1-dev-fp8"),
+    "flux_bf16": ("bf16", "flux", "flux1-dev", "demo/plain_bf16"),
+    "flux_fp8": ("fp8", "mine", "theirs", "flux1-dev-fp8", "demo/plain_fp8_calibrated"),
+    "embeddings": ("demo/prompts",),
     "stats": ("a", "b", "monday", "tuesday", "faces", "places", "portraits", "landscapes", "with_lora"),
 }
 """What else the text calls the model, its conversion, and statistics of it."""
@@ -173,6 +174,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_pipeline(Path("FLUX.1-dev"))
         Path("prompts.txt").write_text("a red fish\na fish\n", encoding="utf-8")
         Path("ComfyUI/custom_nodes").mkdir(parents=True)
+        Path("demo").mkdir()
         observe = ["observe", "flux_fp8.safetensors", "-o", "stats.safetensors", *SMALL, "-q"]
         assert main(["-i", "flux_bf16.safetensors", "-o", "flux_fp8.safetensors", "-q"]) == main(observe) == 0
         for name, others in CALLED.items():

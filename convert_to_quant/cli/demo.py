@@ -16,9 +16,13 @@ EPILOG = """\
 examples:
   convert_to_quant demo
   convert_to_quant demo -o somewhere/else --json report.json
+  convert_to_quant check demo/plain_bf16.safetensors \\
+      demo/plain_fp8_calibrated.safetensors --conditioning demo/prompts.safetensors \\
+      --height 128 --width 128 --steps 8 --guidance 2
 
 The figures are the SQNR of the predicted velocity in dB, higher is better, 30 is good, 10 is ruin. The folder then
 has the picture and every model that was run, each in BF16, in FP8 with an input scale of 1.0, and in FP8 calibrated.
+The demo measures on 4 prompts; the check above, on the 48 in demo/prompts.safetensors, gives the README's figure.
 """
 
 
@@ -53,7 +57,11 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.json:
         write_json(args.json, found.to_json())
-    say("dB: how closely the original is followed; 30 is close, 10 is ruin")
+    options = found.options
+    say(
+        f"dB: how closely the original is followed, on {options.measured} prompts at {options.levels} noise levels; "
+        "30 is close, 10 is ruin"
+    )
     say("hot, cold: the same model, but its layers see much larger, much smaller inputs")
     say(f"wrote {found.picture} and the models beside it; {found.seconds:.0f} s")
     return 0

@@ -36,6 +36,17 @@ NAMES = (
 )
 """The emoji that the demo paints and measures."""
 
+HELD_OUT = (
+    "bear face", "tulip", "american football", "grinning cat face with smiling eyes", "fish", "honey pot", "snowflake",
+    "strawberry", "graduation cap", "face with monocle", "pickup truck", "droplet", "robot face", "fly", "baseball",
+    "ringing bell", "sandwich", "two hearts", "lady beetle", "desert island", "mobile phone", "smirking face", "prince",
+    "cloud with rain", "purse", "snowboarder", "waving hand sign", "moon cake", "ribbon", "microbe", "motor boat",
+    "mammoth", "hot dog", "tropical fish", "person frowning", "ice cube", "first quarter moon", "pile of poo",
+    "flexed biceps", "satellite", "melting face", "cityscape at dusk", "scarf", "tomato", "hedgehog", "crown",
+    "balloon", "key",
+)  # fmt: skip
+"""Prompts that no calibration sees: what figures of accuracy are measured on."""
+
 
 def word_vector(word: str, channels: int = CHANNELS) -> Float32:
     """The fixed random vector of a word, standard normal, float32 [channels]."""

@@ -165,7 +165,7 @@ def test_the_demo(ctq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         )
         for name, figure in figures.items()
     ]
-    found = SimpleNamespace(rows=rows, picture=Path("demo/demo.png"), seconds=60.0)
+    found = SimpleNamespace(rows=rows, options=demo.DemoOptions(), picture=Path("demo/demo.png"), seconds=60.0)
     monkeypatch.setattr(demo, "run", lambda *_, **__: found)
     monkeypatch.chdir(tmp_path)
     for words in (["demo"], ["demo", "--dry-run"]):
