@@ -58,7 +58,7 @@ Float32 = NDArray[np.float32]
 GEOMETRY = Geometry(height=SIDE_TOKENS, width=SIDE_TOKENS, frames=1, text_tokens=prompts.TOKENS)
 GUIDANCE = 2.0
 LEVELS = 8
-HELD_OUT_SEED, CALIBRATION_SEED = 7, 1234
+HELD_OUT_SEED, CALIBRATION_SEED = 43, 1234  # the first is that of `check`
 
 CALIBRATION_PROMPTS = (
     "rocket", "dog face", "slice of pizza", "red apple", "guitar", "thumbs up sign", "full moon symbol", "cactus",

@@ -64,7 +64,7 @@ def test_the_quantized_model_is_asked_at_the_references_states() -> None:
 
 def test_final_latents_are_those_of_each_models_own_steps() -> None:
     found = compare(Line(0.5), Line(0.55), steps=4, prompts=prompts(1), batch=1)
-    start = fidelity.noise.latents((6, 8), 42, 0).double()
+    start = fidelity.check_latents(Line(1), SIZE, 1, 43).double()  # type: ignore[arg-type]
     reference, own = (start * (1 - slope * 1.25 / 4) ** 4 for slope in (0.5, 0.55))
     peak = float(reference.max() - reference.min())
     assert found.psnr_db == pytest.approx(10 * math.log10(peak**2 / float((reference - own).square().mean())), abs=1e-3)
@@ -79,7 +79,7 @@ def test_prompts_start_from_the_same_noise_in_any_batch() -> None:
 
 def test_guidance_mixes_both_predictions_into_the_steps() -> None:
     found = compare(Line(0.5), Line(0.55), steps=1, guidance=3.0, prompts=prompts(1))
-    start = fidelity.noise.latents((6, 8), 42, 0).double()
+    start = fidelity.check_latents(Line(1), SIZE, 1, 43).double()  # type: ignore[arg-type]
     # slopes: 1.25 times with the prompt, 1 without; guided: 1 + 3 * 0.25
     reference, own = (start * (1 - slope * 1.75) for slope in (0.5, 0.55))
     peak = float(reference.max() - reference.min())
