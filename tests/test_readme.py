@@ -51,6 +51,19 @@ def test_the_first_two_commands_are_make_targets() -> None:
     assert all(re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE) for command in commands)
 
 
+def test_the_guides_command_prints_its_figure() -> None:
+    """One protocol in the README, the guide's screen of `check --conditioning`, and docs/accuracy.md."""
+    guide, accuracy = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("guide.md", "accuracy.md"))
+    screen = re.search(
+        r"--conditioning demo/prompts.*?^mean +([\d.]+) dB +([\d.]+) dB", guide, re.DOTALL | re.MULTILINE
+    )
+    assert screen is not None
+    mean, error = (f"{float(text):.1f}" for text in screen.groups())
+    assert f"| **`--actcal`, without any data** | **{mean}** |" in README
+    assert f"prints the {mean}." in README
+    assert f"guidance 2 | {mean} ± {error} dB |" in accuracy
+
+
 def test_its_pictures_and_links_are_there() -> None:
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
     assert targets
