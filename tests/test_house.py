@@ -29,8 +29,8 @@ ROWS = (
     {"names", "errors", "kernels", "telling", "untrusted"},
     {""},
 )
-"""The rooms from the top down; "" is the package itself, which holds the version. A room imports what is below it, or
-beside it where that makes no circle."""
+"""The rooms from the top down; "" is the package itself, which has the version and the public names. A room imports
+what is below it, or beside it where that makes no circle."""
 
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 
