@@ -48,7 +48,7 @@ COMPILED_PREFIX = "_orig_mod."
 """What torch.compile puts into the names of the modules it wraps."""
 
 
-CHANNEL_ROWS = 512
+CHANNEL_ROWS = 256
 """Of an input of more rows, about so many stand for all where channels are compared: all would take 15 % of the time of
 a model of Flux.1's size on an H100 (docs/experiments.md)."""
 
@@ -176,7 +176,8 @@ class Recording:
                 largest = self._channel_absmax[x.device][module]
                 rows_RI = part.detach().reshape(-1, len(largest))
                 sample_RI = rows_RI[:: max(1, len(rows_RI) // CHANNEL_ROWS)]
-                torch.maximum(largest, torch.linalg.vector_norm(sample_RI, torch.inf, 0).float(), out=largest)
+                seen = torch.linalg.vector_norm(sample_RI, torch.inf, 0, dtype=torch.float32)
+                torch.maximum(largest, seen, out=largest)
 
     def _prepare(self, device: torch.device) -> None:
         """Make what is kept on a device: the totals, and the column of the noise level."""
