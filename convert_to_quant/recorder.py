@@ -176,7 +176,7 @@ class Recording:
                 largest = self._channel_absmax[x.device][module]
                 rows_RI = part.detach().reshape(-1, len(largest))
                 sample_RI = rows_RI[:: max(1, len(rows_RI) // CHANNEL_ROWS)]
-                seen = torch.linalg.vector_norm(sample_RI, torch.inf, 0, dtype=torch.float32)
+                seen = torch.linalg.vector_norm(sample_RI, torch.inf, 0)
                 torch.maximum(largest, seen, out=largest)
 
     def _prepare(self, device: torch.device) -> None:
