@@ -37,7 +37,7 @@ from emoji_models import Choice, Models, choice_of
 from convert_to_quant import __version__
 from convert_to_quant.checkpoint import Checkpoint
 from convert_to_quant.engines.layer import generator, percentile_of
-from convert_to_quant.fp8 import E4M3FN
+from convert_to_quant.formats import DEFAULT_GRID
 from convert_to_quant.layers import dequantize, find_layers
 from convert_to_quant.solve import SolveOptions
 
@@ -112,7 +112,7 @@ def _output_ranges(checkpoint: Checkpoint) -> Iterator[tuple[str, float]]:
     for name, layer in find_layers(checkpoint).diffusion.items():
         unit_RI = generator(42, name).standard_normal((64, layer.in_features), dtype=np.float32)
         outputs = np.abs(unit_RI @ dequantize(checkpoint, layer, slice(None)).T)
-        yield name, percentile_of(outputs, 99.9) / E4M3FN.max
+        yield name, percentile_of(outputs, 99.9) / DEFAULT_GRID.max
 
 
 def measure(

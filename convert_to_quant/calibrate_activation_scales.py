@@ -28,8 +28,8 @@ from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .engines import SAMPLES, devices
 from .engines import layer as layer_engine
 from .errors import OptionError, OutputError, StrPath, TensorError, UnsupportedModelError
-from .fp8 import BY_SAFETENSORS_DTYPE, E4M3FN, FORMATS, decode
-from .layers import Layer, LayerTable, find_layers, infer_block, input_scale, scales_per_row
+from .formats import DEFAULT, DEFAULT_GRID, GRIDS
+from .layers import Layer, LayerTable, find_layers, infer_block, input_scale, named, scales_per_row
 from .patch import LayerChange, Patch, apply_in_place, in_place_edits, plan_patch, rewrite
 from .solve import LayerResult, Present, SolveOptions, check_margin, check_percentile, final_scale, solve
 from .telling import Progress, advance
@@ -201,7 +201,7 @@ def compute_activation_scale(
 
     Args:
         weight: [out, in]; a numpy array or torch tensor of floats, or FP8: a torch.float8 tensor, or uint8 codes of
-            float8_e4m3fn.
+            `formats.DEFAULT`.
         weight_scale: for FP8: one value, one per row, or one per block, in any shape that files have.
         lora_A: rows of a LoRA's A for this layer, [rank, in].
         samples: rows of random input; ignored with `lora_A`.
@@ -210,8 +210,8 @@ def compute_activation_scale(
         margin: factor ≥ 1 on the range; by default 8.
 
     Returns:
-        percentile · margin / 448 (57,344 for an E5M2 weight), a float32 value > 0; 1.0 for a weight that is empty or
-        all zero.
+        percentile · margin / max of the weight's format, FP8's where it is in high precision: a float32 value > 0; 1.0
+        for a weight that is empty or all zero.
 
     Raises:
         OptionError: samples, percentile or margin are out of range.
@@ -232,8 +232,8 @@ def compute_activation_scale(
     squares_I = np.einsum("oi,oi->i", weight_OI, weight_OI, dtype=np.float64)
     found = layer_engine.input_range(unit_RI, squares_I, len(weight_OI), simulation.percentile)
     factor = layer_engine.DEFAULT_MARGIN if margin is None else margin
-    fmt = FORMATS.get(str(weight.dtype).removeprefix("torch."), E4M3FN)
-    return final_scale(factor * found / fmt.max, "weight")
+    grid = GRIDS.get(str(weight.dtype).removeprefix("torch."), DEFAULT_GRID)
+    return final_scale(factor * found / grid.max, "weight")
 
 
 def _floats(tensor: Any) -> layer_engine.Float32:
@@ -249,14 +249,14 @@ def _real_weight(weight: Any, weight_scale: Any) -> layer_engine.Float32:
     if len(shape) != 2:
         raise TensorError(f"a weight should have two dimensions, found {list(shape)}")
     is_codes = isinstance(weight, np.ndarray) and weight.dtype == np.uint8
-    weight_OI = decode(weight, E4M3FN) if is_codes else _floats(weight)
+    weight_OI = DEFAULT_GRID.decode(weight) if is_codes else _floats(weight)
     if weight_scale is not None:
         scale = _floats(weight_scale)
         block = infer_block((shape[0], shape[1]), scale.shape)
         if block is None:
             raise TensorError(f"a weight scale of shape {list(scale.shape)} fits no rule for a weight of {list(shape)}")
-        info = TensorInfo("weight", E4M3FN.safetensors_dtype, shape, 0, shape[0] * shape[1])
-        layer = Layer("weight", info, BY_SAFETENSORS_DTYPE[info.dtype], "none", block)
+        info = TensorInfo("weight", DEFAULT_GRID.dtype, shape, 0, shape[0] * shape[1])
+        layer = Layer("weight", info, DEFAULT, "none", block)
         if weight_OI.size:
             weight_OI = weight_OI * scales_per_row(scale, layer, slice(None))
     if not np.isfinite(weight_OI).all():
@@ -295,11 +295,11 @@ def calibrate_model(
         with open_checkpoint(model) as checkpoint:
             return calibrate_model(checkpoint, options, loras=loras, progress=progress)
 
-    table = _quantized_table(model)
+    table = static_table(model)
     if options.engine != "layer":
         refuse_unrunnable(model, table)
     notes = _left_alone(table)
-    if all(layer.dynamic for layer in table.diffusion.values()):
+    if all(layer.dynamic for layer in table.static.values()):
         notes.append(
             "row-wise and block-wise FP8: the known readers scale activations as they come and skip input_scale"
         )
@@ -313,14 +313,24 @@ def calibrate_model(
     return step(model, table, options, match=match, notes=notes, progress=progress)
 
 
-def _quantized_table(checkpoint: Checkpoint) -> LayerTable:
-    """The layers of a checkpoint whose diffusion model has FP8 layers."""
+def static_table(checkpoint: Checkpoint) -> LayerTable:
+    """The layers of a checkpoint whose diffusion model has layers with a static input scale.
+
+    Raises:
+        TensorError: it has none, and why.
+    """
     table = find_layers(checkpoint)
-    if table.diffusion:
+    if table.static:
         return table
+    if table.diffusion:
+        raise TensorError(
+            f"nothing to calibrate: readers of its {named(table.diffusion.values())} layers scale inputs as they come",
+            path=checkpoint.path,
+        )
     if table.quantized:
         raise TensorError(
-            f"its {len(table.quantized)} FP8 layers are no diffusion model's, and nothing reads their input scales",
+            f"its {len(table.quantized)} {named(table.quantized.values())} layers are no diffusion model's, and "
+            "nothing reads their input scales",
             path=checkpoint.path,
             tensor=next(iter(table.quantized)),
         )
@@ -334,12 +344,15 @@ def _quantized_table(checkpoint: Checkpoint) -> LayerTable:
 def _left_alone(table: LayerTable) -> list[str]:
     """Notes on a checkpoint's layers, and on those that a calibration does not touch."""
     notes = list(table.notes)
-    foreign = [layer.format for name, layer in table.foreign.items() if table.owns(name)]
+    foreign = [layer.form for name, layer in table.foreign.items() if table.owns(name)]
     if foreign:
         notes.append(f"left alone: {len(foreign)} layers in {', '.join(sorted(set(foreign)))}")
-    others = len(table.quantized) - len(table.diffusion)
+    beside = sum(layer.static and not table.owns(layer.name) for layer in table.quantized.values())
+    if beside:
+        notes.append(f"left alone: {beside} FP8 layers beside the diffusion model, whose input scales nothing reads")
+    others = [layer for layer in table.diffusion.values() if not layer.static]
     if others:
-        notes.append(f"left alone: {others} FP8 layers beside the diffusion model, whose input scales nothing reads")
+        notes.append(f"left alone: {len(others)} {named(others)} layers, whose inputs readers scale as they come")
     return notes
 
 
@@ -406,7 +419,7 @@ def _run(
     )
     solved = solve(
         observation.statistics,
-        _present(checkpoint, table.diffusion),
+        present_scales(checkpoint, table),
         SolveOptions(
             margin=options.margin,
             float16_safe=options.float16_safe,
@@ -441,9 +454,9 @@ def apply_statistics(
         CalibrationError: a layer saw NaN or infinite inputs.
     """
     options = options or SolveOptions()
-    table = _quantized_table(checkpoint)
+    table = static_table(checkpoint)
     fitting = naming.for_checkpoint(statistics, table, force=force)
-    present = _present(checkpoint, table.diffusion)
+    present = present_scales(checkpoint, table)
     missing = set(fitting.left_out)
     moving = set(fitting.provenance.get("depends_on_conditioning", ()))
     results = [_with_conditioning(result, result.layer in moving) for result in solve(fitting, present, options)]
@@ -467,17 +480,17 @@ def _with_conditioning(result: LayerResult, depends: bool) -> LayerResult:
     return replace(result, conditioning_dependent=depends)
 
 
-def _present(checkpoint: Checkpoint, layers: Mapping[str, Layer]) -> dict[str, Present]:
-    """What FP8 layers have now."""
+def present_scales(checkpoint: Checkpoint, table: LayerTable, *, energies: bool = True) -> dict[str, Present]:
+    """What the layers with a static input scale have now; without the energies of their columns no weight is read."""
     return {
         name: Present(
             1.0 if layer.input_problem is not None else input_scale(checkpoint, layer),
             layer.full_precision,
             layer.shape,
-            layer.format or E4M3FN,
-            headroom.column_energies(checkpoint, layer),
+            GRIDS[layer.format.codes.name] if layer.format is not None else DEFAULT_GRID,
+            headroom.column_energies(checkpoint, layer) if energies else None,
         )
-        for name, layer in layers.items()
+        for name, layer in table.static.items()
     }
 
 
@@ -493,19 +506,19 @@ def _simulate(
     """Simulate layer by layer."""
     if any(options.size):
         notes.append("height, width, frames and text tokens are for running the model and were not used")
-    told = advance(progress, sum(layer.weight.nbytes for layer in table.diffusion.values()))
+    told = advance(progress, sum(layer.weight.nbytes for layer in table.static.values()))
 
     def rows_of(name: str) -> layer_engine.Float32 | None:
         return lora.calibration_rows(match, name) if match is not None and name in match.matched else None
 
-    ranges = layer_engine.simulate(checkpoint, table.diffusion, options.simulation(), rows_of, told)
+    ranges = layer_engine.simulate(checkpoint, table.static, options.simulation(), rows_of, told)
     margin = layer_engine.DEFAULT_MARGIN if options.margin is None else options.margin
     results = []
-    for name, present in _present(checkpoint, table.diffusion).items():
+    for name, present in present_scales(checkpoint, table).items():
         found = ranges[name]
         scale, reason = present.scale, "weight is empty or all zero: keeps its scale"
         if found > 0:
-            scale = final_scale(margin * found / present.format.max, name, float16_safe=options.float16_safe)
+            scale = final_scale(margin * found / present.grid.max, name, float16_safe=options.float16_safe)
             rows = "LoRA" if match is not None and name in match.matched else "random"
             reason = f"simulated from {rows} inputs × {margin:g}"
         results.append(
@@ -518,7 +531,7 @@ def _simulate(
                 full_precision_before=present.full_precision,
                 full_precision_after=present.full_precision,
                 reason=reason,
-                format=present.format.name,
+                format=present.grid.name,
             )
         )
     return Calibration("layer", results, options, notes, match)

@@ -1,10 +1,10 @@
-"""FP16, BF16 and FP32 checkpoints to FP8: which layers, with which scale, and the file.
+"""FP16, BF16 and FP32 checkpoints to another number format: which layers, with which scale, and the file.
 
-A weight W becomes codes C = round(clamp(W / s, ±448)) and a scale s, so that W ≈ C · s. One s serves the whole weight
-(tensor), a row of it (row), or a block of it (block).
+A weight W becomes codes C = round(clamp(W / s, ±max)) on the format's grid and a scale s, so that W ≈ C · s. One s
+serves the whole weight (tensor), a row of it (row), or a block of it (block), as the format has it.
 
-    absmax   s = max|W| / 448: nothing is clipped, the largest weight becomes the largest code.
-    mse      the s of least Σ (W - C·s)² between a half and twice that. E4M3 is a float, so where s falls on its grid
+    absmax   s = max|W| / max: nothing is clipped, the largest weight becomes the largest code.
+    mse      the s of least Σ (W - C·s)² between a half and twice that. FP8 is a float, so where s falls on its grid
              matters little and clipping matters much; the search says exactly how much.
 
 The mse search is exact. For fixed codes the error is a parabola in s, and a code changes only where |W|/s crosses a
@@ -13,7 +13,7 @@ error(s) = Σ w² - 2 s Σ w·c + s² Σ c² for known sums; sorted breakpoints 
 the global minimum. A 16-bit weight has at most 32,768 magnitudes, so a histogram stands for it; a float32 weight is
 binned to bfloat16 for the search (not for the codes).
 
-16-bit weights under one scale are a table look-up (65,536 entries, made with `fp8.encode`, so bit for bit the same).
+16-bit weights under one scale are a table look-up (65,536 entries, made with `Grid.encode`, so bit for bit the same).
 Work is streamed in chunks straight to the output, layers side by side in threads: memory does not grow with the file.
 """
 
@@ -32,24 +32,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import __version__, families, fp8, names
+from . import __version__, families, names
 from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, to_float32
 from .errors import OptionError, OutputError, TensorError
-from .fp8 import E4M3FN
-from .layers import Layer, LayerTable, find_layers, scale_grid
+from .formats import CHUNK, DEFAULT, FORMATS, WRITTEN, Format, Granularity, scale_grid, spans, widen_bfloat16
+from .layers import Layer, LayerTable, find_layers, named
 from .telling import Advance
 from .untrusted import JSONError, parse_json
 
-ScalingMode = Literal["tensor", "row", "block"]
 WeightScale = Literal["absmax", "mse"]
-
-FORMAT_OF_MODE = {
-    "tensor": "float8_e4m3fn",
-    "row": "float8_e4m3fn_rowwise",
-    "block": "float8_e4m3fn_blockwise",
-}
-SIDE_MULTIPLE = 16
-"""ComfyUI's FP8 matrix product on CUDA takes sides that are multiples of 16, and fails on others."""
 
 BAND_VALUES = 1 << 18
 """Values per step where scales differ within a weight: about 1 MB of float32, which a core's cache holds."""
@@ -62,7 +53,6 @@ PROVENANCE_KEY = "convert_to_quant"
 """Header entry in which every file that this tool writes says how it was made."""
 
 _LARGEST_BFLOAT16 = 0x7F7F
-_LEAST_SCALE = np.finfo(np.float32).smallest_subnormal
 _BLOCK_SIZES = range(1, 1 << 16)
 
 
@@ -71,7 +61,8 @@ class ConvertOptions:
     """How to convert.
 
     Attributes:
-        scaling_mode: one scale per tensor, row or block.
+        format: one of `formats.WRITTEN`.
+        scaling_mode: one scale per tensor, row or block, for "fp8".
         block_size: side of the square blocks.
         weight_scale: how scales are chosen.
         legacy: write the older `scaled_fp8` spelling instead of comfy_quant.
@@ -80,7 +71,8 @@ class ConvertOptions:
         exclude: regular expressions; layers in which one is found stay in high precision.
     """
 
-    scaling_mode: ScalingMode = "tensor"
+    format: str = DEFAULT.name
+    scaling_mode: Granularity = "tensor"
     block_size: int = 64
     weight_scale: WeightScale = "absmax"
     legacy: bool = False
@@ -89,19 +81,22 @@ class ConvertOptions:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.format not in WRITTEN:
+            raise OptionError(f"no format {self.format!r} that can be written", hint=f"one of {', '.join(WRITTEN)}")
+        if self.scaling_mode != "tensor" and self.format != DEFAULT.name:
+            raise OptionError(f"--scaling_mode is for {DEFAULT.name}, and {self.format} says how it is scaled")
         if self.legacy and self.scaling_mode != "tensor":
             raise OptionError(f"legacy files know one scale per tensor only, not --scaling_mode {self.scaling_mode}")
+        if self.legacy and self.record is not DEFAULT:
+            raise OptionError(f"legacy files hold {DEFAULT.name} only, not {self.format}")
         if self.block_size not in _BLOCK_SIZES:
             raise OptionError(f"--block_size should be at least 1 and below 65536, found {self.block_size}")
         names.check_patterns("--exclude-layers", self.exclude)
 
-    def block(self, layer: Layer) -> tuple[int, int]:
-        """The block (b_out, b_in) of a layer's weights that shares one scale."""
-        return {
-            "tensor": layer.shape,
-            "row": (1, layer.in_features),
-            "block": (self.block_size, self.block_size),
-        }[self.scaling_mode]
+    @property
+    def record(self) -> Format:
+        """The format."""
+        return FORMATS[self.format if self.scaling_mode == "tensor" else f"{self.format}-{self.scaling_mode}"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,7 @@ class Decision:
 
     Attributes:
         layer: the layer as it is in the input.
-        quantize: whether its weight becomes FP8.
+        quantize: whether its weight is quantized.
         reason: why not, where not.
     """
 
@@ -139,12 +134,12 @@ class ConversionPlan:
 
     @property
     def quantized(self) -> list[Layer]:
-        """The layers that become FP8."""
+        """The layers that are quantized."""
         return [decision.layer for decision in self.decisions if decision.quantize]
 
 
 def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan:
-    """Decide for every layer whether it becomes FP8.
+    """Decide for every layer whether it is quantized.
 
     Args:
         checkpoint: what to convert.
@@ -164,7 +159,8 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> Conversi
     if family is families.GENERIC and options.preset is None:
         notes.append("no known model family fits these names: only layers in repeated blocks are quantized")
     if table.quantized or table.raw or table.foreign:
-        counts = {"FP8": len(table.quantized) + len(table.raw), "other formats": len(table.foreign)}
+        here = [*table.quantized.values(), *table.raw.values()]
+        counts = {named(here): len(here), "other formats": len(table.foreign)}
         notes.append(
             "already quantized layers stay as they are: "
             + ", ".join(f"{count} in {kind}" for kind, count in counts.items() if count)
@@ -172,11 +168,13 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> Conversi
     decisions = [_decide(layer, bare, family, options) for layer in table.plain.values()]
     if any(decision.quantize for decision in decisions):
         _refuse_two_spellings(checkpoint, table, options)
-    if options.weight_scale == "mse" and options.scaling_mode != "tensor":
+    if options.weight_scale == "mse" and options.record.granularity != "tensor":
         weights = sum(decision.layer.weight.elements for decision in decisions if decision.quantize)
         minutes = weights * MSE_SECONDS_PER_WEIGHT / 60
         if minutes > 1:
-            notes.append(f"an exact search for every {options.scaling_mode} takes about {minutes:.0f} core minutes")
+            notes.append(
+                f"an exact search for every {options.record.granularity} takes about {minutes:.0f} core minutes"
+            )
     return ConversionPlan(table, family, decisions, options, notes)
 
 
@@ -216,18 +214,11 @@ def _decide(layer: Layer, bare: dict[str, str], family: families.Family, options
         return Decision(layer, False, kept)
     if layer.weight.elements == 0:
         return Decision(layer, False, "has no elements")
-    if layer.out_features % SIDE_MULTIPLE or layer.in_features % SIDE_MULTIPLE:
+    fmt = options.record
+    if layer.out_features % fmt.side_multiple or layer.in_features % fmt.side_multiple:
         sides = f"{layer.out_features} × {layer.in_features}"
-        return Decision(layer, False, f"{sides}: FP8 matrix products need multiples of {SIDE_MULTIPLE}")
+        return Decision(layer, False, f"{sides}: {fmt.title} matrix products need multiples of {fmt.side_multiple}")
     return Decision(layer, True)
-
-
-def comfy_quant_config(options: ConvertOptions) -> dict[str, Any]:
-    """What the mark of a converted layer says."""
-    config: dict[str, Any] = {"format": FORMAT_OF_MODE[options.scaling_mode]}
-    if options.scaling_mode == "block":
-        config["group_size"] = options.block_size
-    return config
 
 
 FULL_PRECISION_KEY = "full_precision_matrix_mult"
@@ -278,7 +269,7 @@ class _Output:
 
 def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> _Output:
     """The output's tensors, each with the input tensor whose shard it follows."""
-    options = plan.options
+    options, fmt = plan.options, plan.options.record
     quantized = {layer.weight.name: layer for layer in plan.quantized}
     weight_scale, input_scale = (
         (names.WEIGHT_SCALE_LEGACY, names.INPUT_SCALE_LEGACY)
@@ -301,20 +292,18 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> _Output:
             add(name, Spec.like(info), name)
             output.copied[name] = name
             continue
-        grid = scale_grid(layer.shape, options.block(layer))
-        scale_shape = {"tensor": (), "row": (layer.out_features,), "block": grid}[options.scaling_mode]
-        add(layer.name + weight_scale, Spec("F32", scale_shape), name)
-        if options.input_scale:
+        add(layer.name + weight_scale, Spec("F32", fmt.scale_shape(layer.shape, options.block_size)), name)
+        if options.input_scale and fmt.static:
             add(layer.name + input_scale, Spec("F32", ()), name, np.float32(1.0).tobytes())
-        add(name, Spec(E4M3FN.safetensors_dtype, info.shape), name)
+        add(name, Spec(fmt.dtypes[0], info.shape), name)
         if not options.legacy:
-            marks[layer.name] = comfy_quant_config(options)
+            marks[layer.name] = fmt.config(options.block_size)
             mark = mark_bytes(marks[layer.name])
             add(layer.name + names.COMFY_QUANT, Spec("U8", (len(mark),)), name, mark)
 
     if options.legacy and quantized and plan.table.legacy_marker is None:
         marker = plan.table.prefix + names.LEGACY_MARKER
-        add(marker, Spec(E4M3FN.safetensors_dtype, (0,)), next(iter(quantized)), b"")
+        add(marker, Spec(fmt.dtypes[0], (0,)), next(iter(quantized)), b"")
     if marks:
         # A header that marks layers overrides their comfy_quant tensors, so layers marked before stay in it.
         before = checkpoint.metadata.get(names.QUANTIZATION_METADATA)
@@ -368,10 +357,10 @@ def convert(
     refuse_same_file(output, [checkpoint.path, *(file.path for file in checkpoint.files)])
     if not plan.quantized:
         raise OutputError(
-            "nothing to convert: no layer would become FP8",
+            f"nothing to convert: no layer would become {plan.options.record.title}",
             path=checkpoint.path,
             hint="--dry-run says why, per layer"
-            + ("; --actcal calibrates the FP8 layers that are there" if plan.table.quantized else ""),
+            + ("; --actcal calibrates the FP8 layers that are there" if plan.table.static else ""),
         )
     layout = _lay_out(checkpoint, plan)
     files, index = output_files(output, checkpoint, layout.place.__getitem__, layout.specs)
@@ -405,7 +394,7 @@ def convert(
             before_commit(writer)
 
 
-CodeSink = Callable[[int, NDArray[np.uint8]], None]
+CodeSink = Callable[[int, NDArray[Any]], None]
 """Takes codes and where in the weight, in elements, they begin."""
 
 
@@ -417,41 +406,34 @@ def quantize_weight(
     Args:
         checkpoint: where it is.
         layer: a layer in high precision.
-        options: scaling mode, block size, and how scales are chosen.
+        options: format, block size, and how scales are chosen.
         sink: called with the codes, chunk by chunk, in order.
 
     Returns:
-        The weight scale, float32, of shape (1, 1) for tensor, (out, 1) for row, (n_out, n_in) for block.
+        The weight scale, float32 [n_out, n_in], one per block: (1, 1) for tensor, (out, 1) for row.
 
     Raises:
         TensorError: the weight has NaN or infinite values.
     """
-    if options.scaling_mode == "tensor" and layer.weight.dtype in ("BF16", "F16"):
+    if options.record.granularity == "tensor" and layer.weight.dtype in ("BF16", "F16"):
         return _quantize_by_table(checkpoint, layer, options, sink)
     return _quantize_by_bands(checkpoint, layer, options, sink)
 
 
-def _not_finite(checkpoint: Checkpoint, layer: Layer) -> TensorError:
+def _not_finite(checkpoint: Checkpoint, layer: Layer, fmt: Format) -> TensorError:
     return TensorError(
         "the weight has NaN or infinite values",
         path=checkpoint.path_of(layer.weight.name),
         tensor=layer.weight.name,
-        hint="FP8 cannot repair them; the input file is damaged or its training diverged",
+        hint=f"{fmt.title} cannot repair them; the input file is damaged or its training diverged",
     )
-
-
-def _scale_of(absmax: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Find absmax / 448, and 1 where everything is zero; never one that rounds to zero."""
-    scale = np.maximum(absmax.astype(np.float32) / np.float32(E4M3FN.max), _LEAST_SCALE)
-    result: NDArray[np.float32] = np.where(absmax == 0, np.float32(1.0), scale).astype(np.float32)
-    return result
 
 
 def _quantize_by_table(
     checkpoint: Checkpoint, layer: Layer, options: ConvertOptions, sink: CodeSink
 ) -> NDArray[np.float32]:
     """One scale for 16-bit weights: two passes over the file's bits, no arithmetic per weight."""
-    dtype = layer.weight.dtype
+    dtype, fmt = layer.weight.dtype, options.record
     bits = checkpoint.bits(layer.weight.name).reshape(-1).view(np.uint16)
     meanings = to_float32(np.arange(1 << 16, dtype=np.uint16).view(_bit_dtype(dtype)), dtype)
     magnitudes = np.abs(meanings[: 1 << 15])
@@ -460,20 +442,20 @@ def _quantize_by_table(
     # weights, read as unsigned the negative ones, so two maxima find the largest magnitude without a temporary.
     largest = max(int(bits.view(np.int16).max()), int(bits.max()) & 0x7FFF, 0)
     if not np.isfinite(magnitudes[largest]):
-        raise _not_finite(checkpoint, layer)
-    scale = _scale_of(magnitudes[largest])
+        raise _not_finite(checkpoint, layer, fmt)
+    scale = fmt.weight_scales(magnitudes[largest])
     if options.weight_scale == "mse":
         counts = np.zeros(1 << 16, np.int64)
-        for span in fp8.spans(len(bits)):
+        for span in spans(len(bits)):
             counts += np.bincount(bits[span], minlength=1 << 16)
         both_signs = counts[: 1 << 15] + counts[1 << 15 :]
         used = np.flatnonzero(both_signs)
-        scale = least_squares_scale(magnitudes[used].astype(np.float64), both_signs[used], scale)
+        scale = least_squares_scale(magnitudes[used].astype(np.float64), both_signs[used], scale, fmt)
     with np.errstate(invalid="ignore", over="ignore"):
-        table = fp8.encode(meanings / scale)
+        table = fmt.codes.encode(meanings / scale)
     released = 0
-    codes = np.empty(fp8.CHUNK, np.uint8)
-    for span in fp8.spans(len(bits)):
+    codes = np.empty(CHUNK, table.dtype)
+    for span in spans(len(bits)):
         chunk = codes[: span.stop - span.start]
         np.take(table, bits[span], out=chunk, mode="clip")
         sink(span.start, chunk)
@@ -492,24 +474,24 @@ def _quantize_by_bands(
     checkpoint: Checkpoint, layer: Layer, options: ConvertOptions, sink: CodeSink
 ) -> NDArray[np.float32]:
     """Scales per block, or wide weights: rows are widened to float32, a band at a time."""
-    block = options.block(layer)
-    grid = scale_grid(layer.shape, block)
-    absmax = np.zeros(grid, np.float32)
+    fmt = options.record
+    block = fmt.block(layer.shape, options.block_size)
+    absmax = np.zeros(scale_grid(layer.shape, block), np.float32)
     bands = list(_bands(layer, block[0]))
     for band, weight_OI in _widened(checkpoint, layer, bands):
         rows = slice(band.start // block[0], -(-band.stop // block[0]))
         np.maximum(absmax[rows], _block_absmax(weight_OI, block), out=absmax[rows])
     if not np.isfinite(absmax).all():
-        raise _not_finite(checkpoint, layer)
-    scale = _scale_of(absmax)
+        raise _not_finite(checkpoint, layer, fmt)
+    scale = fmt.weight_scales(absmax)
     if options.weight_scale == "mse":
-        scale = _least_squares_grid(checkpoint, layer, block, scale)
+        scale = _least_squares_grid(checkpoint, layer, block, scale, fmt)
     for band, weight_OI in _widened(checkpoint, layer, bands):
         spread = scale[np.arange(band.start, band.stop) // block[0]]
         if spread.shape[1] > 1:
             spread = np.repeat(spread, block[1], axis=1)[:, : layer.in_features]
         np.divide(weight_OI, spread, out=weight_OI)
-        sink(band.start * layer.in_features, fp8.encode(weight_OI))
+        sink(band.start * layer.in_features, fmt.codes.encode(weight_OI))
     return scale
 
 
@@ -518,10 +500,10 @@ def _bands(layer: Layer, block_out: int) -> Iterator[slice]:
     rows = max(1, BAND_VALUES // layer.in_features)
     if rows >= block_out:
         rows -= rows % block_out
-        yield from fp8.spans(layer.out_features, rows)
+        yield from spans(layer.out_features, rows)
         return
-    for block_rows in fp8.spans(layer.out_features, block_out):
-        for part in fp8.spans(block_rows.stop - block_rows.start, rows):
+    for block_rows in spans(layer.out_features, block_out):
+        for part in spans(block_rows.stop - block_rows.start, rows):
             yield slice(block_rows.start + part.start, block_rows.start + part.stop)
 
 
@@ -556,7 +538,7 @@ def _block_absmax(weight_OI: NDArray[np.float32], block: tuple[int, int]) -> NDA
 
 
 def _least_squares_grid(
-    checkpoint: Checkpoint, layer: Layer, block: tuple[int, int], absmax_scale: NDArray[np.float32]
+    checkpoint: Checkpoint, layer: Layer, block: tuple[int, int], absmax_scale: NDArray[np.float32], fmt: Format
 ) -> NDArray[np.float32]:
     """The least-squares scale of every block."""
     if absmax_scale.size == 1:
@@ -566,34 +548,36 @@ def _least_squares_grid(
             rounded = np.minimum(rounded, np.uint32(_LARGEST_BFLOAT16))  # what is above would round to infinity
             counts += np.bincount(rounded, minlength=1 << 15)
         used = np.flatnonzero(counts)
-        magnitudes = fp8.widen_bfloat16(used.astype(np.uint16)).astype(np.float64)
-        return least_squares_scale(magnitudes, counts[used], absmax_scale).reshape(1, 1)
+        magnitudes = widen_bfloat16(used.astype(np.uint16)).astype(np.float64)
+        return least_squares_scale(magnitudes, counts[used], absmax_scale, fmt).reshape(1, 1)
     scale = np.empty_like(absmax_scale)
-    whole_blocks = list(fp8.spans(layer.out_features, block[0]))
+    whole_blocks = list(spans(layer.out_features, block[0]))
     for number, (_, weight_OI) in enumerate(_widened(checkpoint, layer, whole_blocks)):
-        for column, span in enumerate(fp8.spans(layer.in_features, block[1])):
+        for column, span in enumerate(spans(layer.in_features, block[1])):
             values, counts = np.unique(np.abs(weight_OI[:, span]), return_counts=True)
-            scale[number, column] = least_squares_scale(values.astype(np.float64), counts, absmax_scale[number, column])
+            start = absmax_scale[number, column]
+            scale[number, column] = least_squares_scale(values.astype(np.float64), counts, start, fmt)
     return scale
 
 
 def least_squares_scale(
-    magnitudes: NDArray[np.float64], counts: NDArray[np.int64], absmax_scale: Any, fmt: fp8.Format = E4M3FN
+    magnitudes: NDArray[np.float64], counts: NDArray[np.int64], absmax_scale: Any, fmt: Format = DEFAULT
 ) -> NDArray[np.float32]:
     """The scale s of least Σ count · (|w| - s · code(|w| / s))² between half and twice `absmax_scale`.
 
     Args:
         magnitudes: distinct |w|, float64 [n].
         counts: how often each occurs, [n].
-        absmax_scale: max|w| / 448, the scale at which nothing is clipped.
-        fmt: the format of the codes.
+        absmax_scale: max|w| / max, the scale at which nothing is clipped.
+        fmt: the format.
 
     Returns:
         float32 scalar. Never worse than `absmax_scale` itself.
 
-    At 7/6 the code 384 means 448 exactly, and 0.1 lies nearer to a code than at 1:
+    At 7/6 the code before the last means the largest weight exactly, and 0.1 lies nearer to a code than at 1:
 
-    >>> round(float(least_squares_scale(np.array([0.1, 448.0]), np.array([1000, 1]), np.float32(1.0))), 5)
+    >>> weights = np.array([0.1, DEFAULT.codes.max])
+    >>> round(float(least_squares_scale(weights, np.array([1000, 1]), np.float32(1.0))), 5)
     1.16667
     """
     start = np.asarray(absmax_scale, np.float32).reshape(())
@@ -602,9 +586,7 @@ def least_squares_scale(
     if not len(magnitudes):
         return start
     low, high = float(start) / 2, float(start) * 2
-    levels = fp8.values(fmt)[:0x80].astype(np.float64)
-    levels = levels[np.isfinite(levels)]
-    midpoints = (levels[1:] + levels[:-1]) / 2
+    levels, midpoints = fmt.codes.levels, fmt.codes.midpoints
 
     # As s grows from low to high, |w| / s falls through the midpoints in ((|w| / high), (|w| / low)): one event each.
     first = np.searchsorted(midpoints, magnitudes / high, side="right")
@@ -626,11 +608,11 @@ def least_squares_scale(
     edges = np.concatenate([[low], position, [high]])
     best_inside = np.clip(np.divide(dot, square, out=np.full_like(dot, low), where=square > 0), edges[:-1], edges[1:])
     saved = best_inside * (2 * dot - best_inside * square)  # Σ w² - error: the constant does not matter
-    found = np.maximum(np.float32(best_inside[int(np.argmax(saved))]), _LEAST_SCALE)
+    found = np.maximum(np.float32(best_inside[int(np.argmax(saved))]), np.float32(fmt.least_scale))
 
     def error(scale: np.float32) -> float:
-        codes = fp8.encode((magnitudes / np.float64(scale)).astype(np.float32), fmt)
-        real = fp8.decode(codes, fmt).astype(np.float64) * np.float64(scale)
+        codes = fmt.codes.encode((magnitudes / np.float64(scale)).astype(np.float32))
+        real = fmt.codes.decode(codes).astype(np.float64) * np.float64(scale)
         return float(np.sum(weights * (magnitudes - real) ** 2))
 
     return np.asarray(found if error(found) < error(np.float32(start)) else start, np.float32)

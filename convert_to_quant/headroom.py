@@ -12,7 +12,7 @@ output, relative to each token's own output, is then
     E(s) = Σ_t p_t Σ_i w_i · ρ(c_i r_t / s)        w_i ∝ c_i² · (energy of column i of the weight)
 
 with ρ(u) the relative squared error of normal numbers of standard deviation u in the format at scale 1: about 2⁻¹⁰ over
-the normal range of E4M3, and up to 1 below it. Only the product c_i r_t enters, so in bins of a quarter of an octave
+the normal range of FP8, and up to 1 below it. Only the product c_i r_t enters, so in bins of a quarter of an octave
 the sum over channels and tokens is a convolution, and E(s) is one dot product per scale.
 
 The scale chosen is the largest one whose E is within `TOLERANCE_DB` of the best, up to `MOST` times absmax / max, or
@@ -32,9 +32,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from . import fp8
 from .checkpoint import Checkpoint
-from .fp8 import Format
+from .formats import Grid
 from .kernels import NONFINITE_BIN
 from .layers import Layer, dequantize
 from .stats import BIN_CENTRES
@@ -70,7 +69,7 @@ def column_energies(checkpoint: Checkpoint, layer: Layer) -> Float:
 
 
 def free_scale(
-    fmt: Format,
+    grid: Grid,
     absmax: float,
     channel_absmax_I: NDArray[np.float32],
     column_energies_I: Float,
@@ -79,7 +78,7 @@ def free_scale(
     """The largest input scale that costs a layer's output nothing.
 
     Args:
-        fmt: of the inputs.
+        grid: of the inputs' codes.
         absmax: largest |x| seen, > 0.
         channel_absmax_I: the same per channel, [in].
         column_energies_I: mean square of the weight's columns, [in].
@@ -88,13 +87,13 @@ def free_scale(
     Returns:
         The scale, ≥ absmax / max.
     """
-    least = absmax / fmt.max
+    least = absmax / grid.max
     steps = np.arange(round(np.log2(MOST)) * BINS_PER_OCTAVE + 1)
     scales = least * np.exp2(steps / BINS_PER_OCTAVE)
     if least < 1:
         scales = np.append(scales, 1.0)
     sizes, shares = _sizes(channel_absmax_I, column_energies_I, row_histogram)
-    errors = np.array([float(shares @ _relative_error(fmt, sizes - np.log2(scale))) for scale in scales])
+    errors = np.array([float(shares @ _relative_error(grid, sizes - np.log2(scale))) for scale in scales])
     return float(scales[errors <= errors.min() * 10 ** (TOLERANCE_DB / 10)].max())
 
 
@@ -126,18 +125,18 @@ def _log2_histogram(values: Float, weights: Float) -> tuple[int, Float]:
     return int(bins.min()), np.bincount(bins - bins.min(), weights) / weights.sum()
 
 
-def _relative_error(fmt: Format, log2_deviation: Float) -> Float:
+def _relative_error(grid: Grid, log2_deviation: Float) -> Float:
     """ρ: the relative squared error of normal numbers of a given standard deviation at scale 1; see `_error_table`."""
-    return np.interp(log2_deviation, *_error_table(fmt))
+    return np.interp(log2_deviation, *_error_table(grid))
 
 
 @cache
-def _error_table(fmt: Format) -> tuple[Float, Float]:
+def _error_table(grid: Grid) -> tuple[Float, Float]:
     """log2 of standard deviations, and the relative squared error of normal numbers of each; exact to about 1 %."""
     normal = NormalDist()
     unit = np.array([normal.inv_cdf(0.5 + (number + 0.5) / 4000) for number in range(2000)])
-    low, high = np.log2(fmt.smallest_subnormal) - 6, np.log2(fmt.max)
+    low, high = np.log2(grid.smallest_step) - 6, np.log2(grid.max)
     deviations = np.arange(low, high, 1 / 8)
     values = np.exp2(deviations)[:, None] * unit
-    rounded = fp8.levels(fmt)[np.searchsorted(fp8.midpoints(fmt), values)]  # beyond max: clipped
+    rounded = grid.levels[np.searchsorted(grid.midpoints, values)]  # beyond max: clipped
     return deviations, ((rounded - values) ** 2).sum(1) / (values**2).sum(1)

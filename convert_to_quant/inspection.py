@@ -9,14 +9,14 @@ what ComfyUI does with it (a key of `READINGS`). What is wrong is a `Problem` of
 The facts about ComfyUI were found by running version 0.33 and by reading its source.
 
 An input scale is *suspicious* where no network that was ever measured has such ranges. The range is the largest value
-of the format (448 for e4m3, 57,344 for e5m2) times the scale; published ranges of real layers lie between about 1 and
+of the format's grid times the scale; published ranges of real layers lie between about 1 and
 6.6e4. Outside 4e-4 to 1.8e6 the scale is taken for a mistake: multiplied or divided once too often, or never set.
 
 A weight scale is *absurd* where the largest weight would lie outside 2⁻²⁰ to 2¹⁴. Weights of real layers reach 1e-3 to
-a few hundred, and 1/s in place of s makes every e4m3 layer whose largest weight is under 12 exceed 2¹⁴. The largest
+a few hundred, and 1/s in place of s makes every FP8 layer whose largest weight is under 12 exceed 2¹⁴. The largest
 weight is taken for the largest code times the scale; a scale of 1.0 or less is never too large, since a plain cast to
-e5m2 at 1.0 uses a small part of that range. Only where a scale is outside are some codes read, 64 KiB of a layer at
-most: where they are all 0 any scale will do, and in e5m2 the largest of them counts.
+a format of a wide range uses a small part of it. Only where a scale is outside are some codes read, 64 KiB of a layer
+at most: where they are all 0 any scale will do, and in such a format the largest of them counts.
 
 A weight is *misshapen* where its rows do not fit its bias, where it is the only one of several blocks' same layer that
 is transposed, or where it does not fit the norms of its block.
@@ -40,17 +40,17 @@ import numpy as np
 
 from . import families, names, packings, stats
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from .convert import FULL_PRECISION_KEY, PROVENANCE_KEY, SIDE_MULTIPLE
+from .convert import FULL_PRECISION_KEY, PROVENANCE_KEY
 from .errors import StrPath
-from .fp8 import BY_SAFETENSORS_DTYPE, E4M3FN, E5M2, Format, decode
-from .layers import SCALE_DTYPES, ForeignLayer, Layer, LayerError, LayerTable, find_layers, input_scale
+from .formats import DEFAULT, DEFAULT_GRID, FLOAT_GRIDS, FLOAT_SCALES, Format, Grid
+from .layers import ForeignLayer, Layer, LayerError, LayerTable, find_layers, input_scale
 from .untrusted import JSONError, parse_json
 
 InputState = Literal["calibrated", "guessed", "one", "missing", "suspicious", "unused"]
 
 LEAST_INPUT_SCALE = 2.0**-20
 LARGEST_INPUT_SCALE = 2.0**12
-"""Of e4m3; a scale of another format is judged by the range that it makes."""
+"""Of FP8; a scale of another grid is judged by the range that it makes."""
 
 LEAST_WEIGHT = 2.0**-20
 LARGEST_WEIGHT = 2.0**14
@@ -64,6 +64,7 @@ READINGS: Mapping[str, str] = {
     "full-precision": "full precision (full_precision_matrix_mult)",
     "marker": "full precision (legacy marker of 2 elements)",
     "text-encoder": "full precision (text encoders always are)",
+    "per-row": "product in its own format, inputs scaled row by row as they come",
     "dynamic": "only with the ComfyUI-QuantOps nodes, which scale inputs as they come",
     "foreign": "kernels of its own format",
     "packed": "nothing: another program packed it",
@@ -76,7 +77,7 @@ READINGS: Mapping[str, str] = {
 """What ComfyUI does with a layer."""
 
 PRODUCTS = frozenset({"fp8", "fp8-at-one", "cuda-error"})
-"""Readings in which the inputs are quantized too."""
+"""Readings in which the inputs are quantized too, by input_scale."""
 
 _RECONVERT = "convert the original again"
 _CALIBRATE = "convert_to_quant -i FILE -o NEW --actcal"
@@ -99,7 +100,7 @@ KINDS: Mapping[str, Kind] = {
     "header-unreadable": Kind("the header's _quantization_metadata cannot be read", f"{_RECONVERT}, or download again"),
     "mark-unreadable": Kind("a mark cannot be read, so the model does not load", _RECONVERT),
     "mark-format": Kind("a mark names another format than the weight has", _RECONVERT),
-    "legacy-e5m2": Kind("float8_e5m2 in a legacy file, read as float8_e4m3fn: silently wrong", _RECONVERT),
+    "legacy-e5m2": Kind(f"float8_e5m2 in a legacy file, read as {DEFAULT.marked}: silently wrong", _RECONVERT),
     "weight-scale-missing": Kind("marked as quantized without a weight scale: the model does not load", _RECONVERT),
     "scale-value": Kind("a scale is 0, NaN, infinite or negative", _RECONVERT),
     "scale-dtype": Kind("a scale is no float", _RECONVERT),
@@ -151,12 +152,12 @@ KINDS: Mapping[str, Kind] = {
         "an input scale is 0, not finite or absurd: inputs vanish, saturate or become NaN", _CALIBRATE
     ),
     "sides": Kind(
-        f"sides are no multiples of {SIDE_MULTIPLE}: FP8 products fail on CUDA",
+        f"sides are no multiples of {DEFAULT.side_multiple}: FP8 products fail on CUDA",
         f"{_RECONVERT}; convert_to_quant leaves such layers in high precision",
     ),
     "e5m2-product": Kind(
         "float8_e5m2 for weights and inputs: FP8 products fail on CUDA, which multiplies no two of that format",
-        f"{_RECONVERT}, to float8_e4m3fn",
+        f"{_RECONVERT}, to {DEFAULT.marked}",
     ),
     "raw-fp8": Kind(
         "FP8 weights without scale and mark: a plain cast, which loses small weights, without FP8 products",
@@ -198,7 +199,7 @@ class LayerView:
     Attributes:
         name: as the file has it.
         shape: of its weight as stored, (out, in) except in packed formats.
-        format: "float8_e4m3fn", "nvfp4", ...; the dtype where it is not quantized.
+        format: "int8_tensorwise", "nvfp4", ...; the dtype where it is not quantized.
         block: the weights that share one scale; None without scale, or where the layer cannot be read.
         scaling: the same in a word.
         marked_by: "header", "tensor", "legacy".
@@ -352,7 +353,7 @@ class Inspection:
         if at_one:
             sentences.append(
                 f"{at_one} of {at_one + self.readings.get('fp8', 0)} FP8 products have no measured input scale, so "
-                f"inputs beyond 448 are clipped and tiny ones vanish: {_CALIBRATE}"
+                f"inputs beyond {DEFAULT_GRID.max:g} are clipped and tiny ones vanish: {_CALIBRATE}"
             )
         guessed = self.input_states.get("guessed", 0)
         if guessed:
@@ -480,7 +481,7 @@ class _Survey:
             views[layer.name] = self.quantized(layer)
         for layer in table.raw.values():
             assert layer.format is not None
-            views[layer.name] = LayerView(layer.name, layer.weight.shape, layer.format.name, "cast")
+            views[layer.name] = LayerView(layer.name, layer.weight.shape, layer.format.marked, "cast")
             self.report("raw-fp8", layer.name)
         for foreign in (layer for name, layer in table.foreign.items() if name not in self.packed_layers):
             views[foreign.name] = self.foreign(foreign)
@@ -493,8 +494,8 @@ class _Survey:
             name = _layer_of(error.tensor)
             weight = self.checkpoint.tensors.get(name + names.WEIGHT)
             if weight is not None:
-                fmt = BY_SAFETENSORS_DTYPE.get(weight.dtype)
-                views[name] = LayerView(name, weight.shape, fmt.name if fmt else weight.dtype, "error",
+                grid = FLOAT_GRIDS.get(weight.dtype)
+                views[name] = LayerView(name, weight.shape, grid.name if grid else weight.dtype, "error",
                                         marked_by=self.marked_by(name))  # fmt: skip
         markers = (table.marker_of(view.name) for view in views.values() if view.reading == "marker")
         for name in dict.fromkeys(marker.name for marker in markers if marker is not None):
@@ -517,7 +518,8 @@ class _Survey:
             packed = packings.packed_by(key, self.checkpoint)
             name = key.removesuffix(names.WEIGHT)
             if packed is None and name != key and info.dtype in INTEGERS and info.shape:
-                packed = None if name in self.table.foreign else (name, f"integers ({info.dtype})")
+                known = name in self.table.foreign or name in self.table.quantized
+                packed = None if known else (name, f"integers ({info.dtype})")
             if packed is not None and not self.marked_by(packed[0]):
                 found[key] = packed
         return found
@@ -528,36 +530,36 @@ class _Survey:
         return frozenset(name for name, _ in self.packed.values())
 
     def foreign(self, layer: ForeignLayer) -> LayerView:
-        """A layer in a format beside FP8 with one scale, and its problems."""
-        name, form, marked_by, reading = layer.name, layer.format, self.marked_by(layer.name), "foreign"
-        packing = packings.PACKINGS.get(form)
-        missing = [name + key for key in (packing.scales if packing else ()) if name + key not in self.checkpoint]
+        """A layer in a format that is only recognized, and its problems."""
+        name, form, marked_by, reading = layer.name, layer.form, self.marked_by(layer.name), "foreign"
+        fmt = layer.format
+        missing = [name + key for key in (fmt.scales if fmt else ()) if name + key not in self.checkpoint]
         if not marked_by and len(layer.weight.shape) == 2:
-            form = packings.recognize(name, layer.weight.dtype, self.checkpoint) or form
             self.report("unmarked", name, form)
             reading = "scale-dropped"
         elif not marked_by or form.endswith("-dimensional"):
             pass  # in other dimensions than two, as convolutions are
-        elif packing is None:
+        elif fmt is None:
             self.report("mark-unknown", name, form)
             reading = "error"
-        elif layer.weight.dtype not in packing.dtypes:
+        elif layer.weight.dtype not in fmt.dtypes:
             self.report("mark-format", name, f"marked as {form}, but stored as {layer.weight.dtype}")
             reading = "error"
         elif missing:
             self.report("weight-scale-missing", name, f"{form} needs {missing[0]}")
             reading = "error"
-        elif packing.ranged_by is not None:
-            scale = self.checkpoint.tensors[name + packing.ranged_by]
-            if scale.dtype not in SCALE_DTYPES:
+        elif fmt.ranged_by is not None:
+            scale = self.checkpoint.tensors[name + fmt.ranged_by]
+            if scale.dtype not in FLOAT_SCALES:
                 self.report("scale-dtype", scale.name, scale.dtype)
                 reading = "error"
-            elif self.judge_weight_scale(layer.weight, scale.name, packing.max):
+            elif self.judge_weight_scale(layer.weight, scale.name, fmt):
                 reading = "error"
         return LayerView(name, layer.weight.shape, form, reading, marked_by=marked_by)
 
-    def judge_weight_scale(self, weight: TensorInfo, key: str, largest_code: float) -> bool:
+    def judge_weight_scale(self, weight: TensorInfo, key: str, fmt: Format) -> bool:
         """Whether a weight scale cannot be meant, which is then reported; see the module's docstring."""
+        largest_code = fmt.range
         scales = self.checkpoint.float32(key)
         if not (np.isfinite(scales).all() and (scales >= 0).all()):
             self.report("scale-value", key, "scales should be finite and not negative")
@@ -569,8 +571,8 @@ class _Survey:
         codes = self.sample(weight)
         if not codes.any():
             return False
-        if weight.dtype == E5M2.safetensors_dtype:
-            values = np.abs(decode(codes, E5M2))
+        if fmt.grid is not None and fmt.range > LARGEST_WEIGHT:
+            values = np.abs(fmt.grid.decode(codes))
             largest_code = float(values.max(initial=0.0, where=np.isfinite(values)))
         largest = largest_scale * largest_code
         if largest_scale == 0.0:
@@ -595,7 +597,7 @@ class _Survey:
         return (*(["header"] if header else []), *(["tensor"] if tensor else []))
 
     def quantized(self, layer: Layer) -> LayerView:
-        """An FP8 layer, and its problems."""
+        """A layer in codes, and its problems."""
         assert layer.format is not None
         marked_by = self.marked_by(layer.name) or (("legacy",) if layer.marking == "legacy" else ())
         if marked_by == ("header", "tensor"):
@@ -605,20 +607,21 @@ class _Survey:
         usable = layer.input_scale is not None and layer.input_problem is None
         scale = input_scale(self.checkpoint, layer) if usable else None
         reading = self.reading(layer, scale)
-        state: InputState = "unused"
+        state: InputState | None = "unused" if layer.static else None
         if reading in PRODUCTS:
-            state = _input_state(scale, layer.format) if layer.input_problem is None else "suspicious"
+            assert layer.format.input_grid is not None
+            state = _input_state(scale, layer.format.input_grid) if layer.input_problem is None else "suspicious"
             reading = self.judge_input_scale(layer, scale, state) or reading
             if layer.name in self.made.guessed or (state == "calibrated" and self.made.engine == "layer"):
                 state = "guessed" if state != "suspicious" else state
         assert layer.weight_scale is not None
-        if self.judge_weight_scale(layer.weight, layer.weight_scale, layer.format.max):
+        if self.judge_weight_scale(layer.weight, layer.weight_scale, layer.format):
             reading = "error"
         said = layer.config.get("format")
         return LayerView(
             layer.name,
             layer.weight.shape,
-            said if isinstance(said, str) else layer.format.name,
+            said if isinstance(said, str) else layer.format.marked,
             reading,
             layer.block,
             layer.granularity,
@@ -642,7 +645,9 @@ class _Survey:
         return "error" if problem is not None or dtype != "F32" or scale == 0 else None
 
     def reading(self, layer: Layer, scale: float | None) -> str:
-        """What ComfyUI does with an FP8 layer, by its first fact that decides."""
+        """What ComfyUI does with a layer in codes, by its first fact that decides."""
+        fmt = layer.format
+        assert fmt is not None
         part = families.other_part(layer.name)
         if layer.marking == "none":
             self.report("unmarked", layer.name)
@@ -650,22 +655,24 @@ class _Survey:
         if layer.marking == "legacy" and part is None and names.QUANTIZATION_METADATA in self.checkpoint.metadata:
             self.report("two-spellings", layer.name)
             return "scale-dropped"
-        if layer.dynamic:
+        if not fmt.since:
             return "dynamic"
-        if layer.granularity != "tensor":
+        if not fmt.dynamic and layer.granularity != "tensor":
             self.report("scale-granularity", layer.name, f"one scale per {layer.granularity}")
             return "error"
         if self.whole_text_encoder or (part is not None and part.title == "text encoder"):
             return "text-encoder"
         if layer.full_precision:
             return "marker" if layer.marking == "legacy" else "full-precision"
+        if fmt.dynamic:
+            return "per-row"
         # Both are a ValueError of torch's scaled_mm, of which ComfyUI catches RuntimeError and TypeError.
-        odd_sides = layer.out_features % SIDE_MULTIPLE or layer.in_features % SIDE_MULTIPLE
+        odd_sides = layer.out_features % fmt.side_multiple or layer.in_features % fmt.side_multiple
         if odd_sides:
             self.report("sides", layer.name, f"{layer.out_features} × {layer.in_features}")
-        if layer.format is E5M2:
+        if not fmt.cards:
             self.report("e5m2-product", layer.name)
-        if odd_sides or layer.format is E5M2:
+        if odd_sides or not fmt.cards:
             return "cuda-error"
         return "fp8-at-one" if scale is None or scale == 1.0 else "fp8"
 
@@ -773,7 +780,7 @@ def _layer_of(tensor: str) -> str:
     return tensor[: len(tensor) - len(suffix)]
 
 
-def _input_state(scale: float | None, fmt: Format = E4M3FN) -> InputState:
+def _input_state(scale: float | None, grid: Grid = DEFAULT_GRID) -> InputState:
     """What an input scale that is used is worth.
 
     >>> _input_state(None), _input_state(1.0), _input_state(0.02), _input_state(0.0)
@@ -783,8 +790,8 @@ def _input_state(scale: float | None, fmt: Format = E4M3FN) -> InputState:
         return "missing"
     if scale == 1.0:
         return "one"
-    as_e4m3 = scale * (fmt.max / E4M3FN.max)
-    return "calibrated" if LEAST_INPUT_SCALE <= as_e4m3 <= LARGEST_INPUT_SCALE else "suspicious"
+    as_fp8 = scale * (grid.max / DEFAULT_GRID.max)
+    return "calibrated" if LEAST_INPUT_SCALE <= as_fp8 <= LARGEST_INPUT_SCALE else "suspicious"
 
 
 def _config_beside(path: Path) -> str | None:

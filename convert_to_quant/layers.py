@@ -1,8 +1,8 @@
 """What a quantized layer is: which tensors belong to it, how it is marked, and what its weight means.
 
-A linear layer X of an FP8 checkpoint is a 2-D `X.weight` in FP8 codes, a weight scale (real = code value × scale), and,
-as far as present, `X.input_scale`, `X.bias` and a mark that tells readers to use all this. Marks come in four kinds,
-and ComfyUI's order decides between them:
+A quantized linear layer X is a 2-D `X.weight` in codes of a format (`formats`), a weight scale (real = code value ×
+scale), and, as far as present, `X.input_scale`, `X.bias` and a mark that tells readers to use all this. Marks come in
+four kinds, and ComfyUI's order decides between them:
 
     header       `_quantization_metadata` in the file's header; overrides the next
     tensor       `X.comfy_quant`, JSON bytes
@@ -10,7 +10,7 @@ and ComfyUI's order decides between them:
     none         scales without any mark: ComfyUI drops them
 
 FP8 weights without scale and mark ("raw") mean their code values; norms and convolutions cast like that are no layers.
-Layers in int8, nvfp4, mxfp8 and the like are "foreign": named, left alone.
+Layers in formats that are only recognized (nvfp4, mxfp8 and the like) are "foreign": named, left alone.
 
 How finely a weight is scaled is one number pair, the block (b_out, b_in) that shares a scale: (out, in) is tensor-wise,
 (1, in) row-wise, anything else block-wise. It follows from the shapes: a scale of shape (n_out, n_in) fits a weight
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,29 +31,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import families, names
+from . import families, formats, names
 from .checkpoint import Checkpoint, TensorInfo, to_float32
 from .errors import CheckpointError, TensorError
-from .fp8 import BY_SAFETENSORS_DTYPE, FORMATS, Format
+from .formats import DEFAULT, FLOAT_GRIDS, FLOAT_SCALES, Format, scale_grid
 from .untrusted import parse_json
 
 Marking = Literal["header", "tensor", "legacy", "none", "raw", "plain"]
 
-FP8_FORMATS: Mapping[str, Format] = {
-    **FORMATS,
-    "float8_e4m3fn_rowwise": FORMATS["float8_e4m3fn"],
-    "float8_e4m3fn_blockwise": FORMATS["float8_e4m3fn"],
-    "float8_e4m3fn_block3d": FORMATS["float8_e4m3fn"],
-}
-"""Formats of comfy_quant entries whose weight is FP8 codes times a scale."""
-
-DYNAMIC_FORMATS = frozenset(FP8_FORMATS) - frozenset(FORMATS)
-"""Formats that ComfyUI-QuantOps reads, scaling activations as they come: an input_scale there is unused."""
-
 PLAIN_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
-SCALE_DTYPES = frozenset({"F32", "F16", "BF16", "F64"})
-BLOCK_EXPONENT_DTYPES = frozenset({"F8_E8M0", "U8"})
-"""Scales of FP8 weights that are bare exponents: microscaling (OCP MX), one per 32 weights, laid out in tiles."""
 WEIGHT_SCALE_SPELLINGS = (names.WEIGHT_SCALE, names.WEIGHT_SCALE_LEGACY, names.WEIGHT_SCALE_INV)
 INPUT_SCALE_SPELLINGS = (names.INPUT_SCALE, names.INPUT_SCALE_LEGACY)
 BLOCK_SIZE_KEYS = ("block_size", "group_size")
@@ -90,7 +76,7 @@ class Layer:
     Attributes:
         name: as the checkpoint names it, prefix included, without `.weight`.
         weight: its weight, of shape (out, in).
-        format: the FP8 format of the weight; None in high precision.
+        format: the format of the weight; None in high precision.
         marking: how readers are told that it is quantized; see the module's docstring.
         block: (b_out, b_in), the weights that share one scale; (out, in) where there is one scale or none.
         weight_scale, input_scale, bias, comfy_quant: names of its other tensors, None where missing.
@@ -135,9 +121,14 @@ class Layer:
         return "row" if self.block == (1, self.in_features) else "block"
 
     @property
+    def static(self) -> bool:
+        """Whether it can have an input_scale, which a calibration finds."""
+        return self.format is not None and self.format.static
+
+    @property
     def dynamic(self) -> bool:
         """Whether readers scale this layer's inputs as they come, so that an input_scale is unused."""
-        return self.config.get("format") in DYNAMIC_FORMATS
+        return self.format is not None and self.format.dynamic
 
 
 @dataclass(frozen=True)
@@ -146,13 +137,15 @@ class ForeignLayer:
 
     Attributes:
         name: as the checkpoint names it.
-        format: as its mark or its dtype says.
+        form: as its mark or its dtype says.
         weight: its weight.
+        format: the format, where it is recognized.
     """
 
     name: str
-    format: str
+    form: str
     weight: TensorInfo
+    format: Format | None = None
 
 
 @dataclass
@@ -161,7 +154,7 @@ class LayerTable:
 
     Attributes:
         prefix: what stands before the diffusion model's own names.
-        quantized: FP8 layers with a weight scale, in file order.
+        quantized: layers in codes with a weight scale, in file order.
         raw: FP8 weights without scale and mark.
         plain: 2-D weights in high precision.
         foreign: layers in other quantized formats.
@@ -185,8 +178,13 @@ class LayerTable:
 
     @property
     def diffusion(self) -> dict[str, Layer]:
-        """Those of `quantized` that are of the diffusion model: nothing reads the input scales of a text encoder."""
+        """Those of `quantized` that are of the diffusion model."""
         return {name: layer for name, layer in self.quantized.items() if self.owns(name)}
+
+    @property
+    def static(self) -> dict[str, Layer]:
+        """Those of `diffusion` that can have an input scale, which a calibration finds."""
+        return {name: layer for name, layer in self.diffusion.items() if layer.static}
 
     def owns(self, name: str) -> bool:
         """Whether a tensor or layer is the diffusion model's own, and not of a text encoder or VAE in the same file."""
@@ -217,18 +215,14 @@ class LayerTable:
         return {layer.name: layer.shape for layer in self.linear()}
 
 
+def named(layers: Iterable[Layer]) -> str:
+    """What formats layers are in, for people: "FP8", or "FP8 and INT8"."""
+    return " and ".join(dict.fromkeys(layer.format.title for layer in layers if layer.format is not None))
+
+
 def disables_fp8(marker: TensorInfo | None) -> bool:
     """Whether a legacy marker, if there is one, turns FP8 products and input scales off."""
     return marker is not None and marker.elements == 2
-
-
-def scale_grid(weight_shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    """Scales per dimension of a weight (out, in) in blocks (b_out, b_in).
-
-    >>> scale_grid((100, 64), (64, 64))
-    (2, 1)
-    """
-    return -(-weight_shape[0] // block[0]), -(-weight_shape[1] // block[1])
 
 
 def infer_block(
@@ -339,7 +333,8 @@ class _Finder:
         unmarked = [layer.name for layer in table.quantized.values() if layer.marking == "none"]
         if unmarked:
             table.notes.append(
-                f"{len(unmarked)} FP8 layers have scales but no mark (first: {unmarked[0]}): ComfyUI ignores the scales"
+                f"{len(unmarked)} {named(table.quantized[name] for name in unmarked)} layers have scales but no mark "
+                f"(first: {unmarked[0]}): ComfyUI ignores the scales"
             )
         return table
 
@@ -404,7 +399,7 @@ class _Finder:
             return "tensor", config
         marker = self.table.marker_of(name)
         if marker is not None and weight_scale == name + names.WEIGHT_SCALE_LEGACY:
-            config = {"format": "float8_e4m3fn"}
+            config = dict(DEFAULT.mark)
             if disables_fp8(marker):
                 config["full_precision_matrix_mult"] = True
             return "legacy", config
@@ -417,31 +412,30 @@ class _Finder:
         said = config.get("format")
         if marking != "none" and not isinstance(said, str):
             raise self.error("mark-unreadable", f"its mark names no format: {json.dumps(config)}", name)
-        if said is not None and said not in FP8_FORMATS:
-            self.table.foreign[name] = ForeignLayer(name, said, weight)
-        elif weight.dtype in BY_SAFETENSORS_DTYPE:
-            if said is None and weight_scale and self.checkpoint.tensors[weight_scale].dtype in BLOCK_EXPONENT_DTYPES:
-                self.table.foreign[name] = ForeignLayer(name, "mxfp8", weight)
-                return
-            self.add_fp8(Layer(name, weight, BY_SAFETENSORS_DTYPE[weight.dtype], marking, (0, 0), weight_scale,
-                               config=config))  # fmt: skip
-        elif said is not None:
-            raise self.error("mark-format", f"marked as {said}, but stored as {weight.dtype}", weight.name)
-        elif weight.dtype in PLAIN_DTYPES:
+        fmt = formats.of_mark(config)
+        if said is None and weight_scale is not None and weight.dtype not in PLAIN_DTYPES:
+            fmt = formats.recognize(name, weight.dtype, self.checkpoint.tensors)
+        if said is None and fmt is None and weight.dtype in FLOAT_GRIDS:
+            fmt = next(fmt for fmt in formats.FORMATS.values() if fmt.dtypes == (weight.dtype,))
+        if fmt is None and weight.dtype in PLAIN_DTYPES and said is None:
             if len(weight.shape) == 2:
                 self.table.plain[name] = self.complete(Layer(name, weight, None, "plain", (0, 0)))
-        elif weight_scale is not None:
-            self.table.foreign[name] = ForeignLayer(name, weight.dtype, weight)
+        elif fmt is not None and fmt.grid is not None:
+            self.add_quantized(Layer(name, weight, fmt, marking, (0, 0), weight_scale, config=config))
+        elif said is not None or weight_scale is not None:
+            self.table.foreign[name] = ForeignLayer(name, said or (fmt.marked if fmt else weight.dtype), weight, fmt)
 
-    def add_fp8(self, layer: Layer) -> None:
-        """Sort an FP8 weight into the table."""
-        assert layer.format is not None
+    def add_quantized(self, layer: Layer) -> None:
+        """Sort a weight in codes into the table."""
+        fmt, weight = layer.format, layer.weight
+        assert fmt is not None
         said = layer.config.get("format")
-        if said is not None and layer.format is not FP8_FORMATS[said]:
-            if layer.marking == "legacy":
-                problem = f"legacy scaled_fp8 files are always read as float8_e4m3fn, but this is {layer.format.name}"
-                raise self.error("legacy-e5m2", problem, layer.weight.name, "convert the original again")
-            raise self.error("mark-format", f"marked as {said}, but stored as {layer.weight.dtype}", layer.weight.name)
+        if weight.dtype not in fmt.dtypes:
+            if layer.marking == "legacy" and weight.dtype in FLOAT_GRIDS:
+                found = FLOAT_GRIDS[weight.dtype].name
+                problem = f"legacy scaled_fp8 files are always read as {fmt.marked}, but this is {found}"
+                raise self.error("legacy-e5m2", problem, weight.name, "convert the original again")
+            raise self.error("mark-format", f"marked as {said}, but stored as {weight.dtype}", weight.name)
         if said is not None and layer.weight_scale is None:
             raise self.error(
                 "weight-scale-missing",
@@ -449,11 +443,11 @@ class _Finder:
                 layer.name,
                 "convert it again",
             )
-        if len(layer.weight.shape) != 2:
+        if len(weight.shape) != 2:
             if layer.weight_scale is None:
                 return  # a norm or convolution that was cast, with its values as they are
-            form = f"{layer.format.name}, {len(layer.weight.shape)}-dimensional"
-            self.table.foreign[layer.name] = ForeignLayer(layer.name, form, layer.weight)
+            form = f"{fmt.codes.name}, {len(weight.shape)}-dimensional"
+            self.table.foreign[layer.name] = ForeignLayer(layer.name, form, weight)
         elif layer.weight_scale is None:
             self.table.raw[layer.name] = self.complete(replace(layer, marking="raw"))
         else:
@@ -495,7 +489,7 @@ class _Finder:
 
     def check_scale(self, key: str) -> None:
         info = self.checkpoint.tensors[key]
-        if info.dtype not in SCALE_DTYPES:
+        if info.dtype not in FLOAT_SCALES:
             raise self.error("scale-dtype", f"a scale should be float32, found {info.dtype}", key)
         scales = self.checkpoint.float32(key)
         if not (np.isfinite(scales).all() and (scales >= 0).all()):
@@ -558,7 +552,7 @@ def dequantize(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> 
         TensorError: the weight is not a float tensor.
     """
     bits = checkpoint.bits(layer.weight.name)[rows]
-    weight_OI = to_float32(bits, layer.weight.dtype)
+    weight_OI = to_float32(bits, layer.weight.dtype) if layer.format is None else layer.format.codes.decode(bits)
     if layer.weight_scale is not None and weight_OI.size:
         with np.errstate(over="ignore"):  # whoever runs or measures the weight says that it is not finite
             weight_OI *= scales_per_row(checkpoint.float32(layer.weight_scale), layer, rows)

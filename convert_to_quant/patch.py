@@ -119,8 +119,11 @@ def plan_patch(
     for name, change in changes.items():
         layer = table.quantized.get(name)
         if layer is None:
-            raise TensorError("no FP8 layer of this name in the file", path=checkpoint.path, tensor=name)
+            raise TensorError("no quantized layer of this name in the file", path=checkpoint.path, tensor=name)
         if change.input_scale is not None:
+            if not layer.static:
+                problem = "readers scale its inputs as they come, so it has no input scale"
+                raise TensorError(problem, path=checkpoint.path, tensor=name)
             _set_scale(patch, layer, change.input_scale)
     _set_full_precision(patch, table, changes, enable_fp8_matmul)
     if table.marker_disables_fp8 and any(layer.marking == "legacy" for layer in table.quantized.values()):

@@ -1,7 +1,7 @@
 """Statistics into scales, and the layers that must compute in full precision.
 
-A reader quantizes a layer's input x as q = round(clamp(x / s, ±max)), real = q · s, in the FP8 format of the layer's
-weight; max is 448 for E4M3 and 57,344 for E5M2. Given the histogram of |x|:
+A reader of a format with a static input scale quantizes a layer's input x as q = round(clamp(x / s, ±max)),
+real = q · s, on the format's grid of values, whose largest is max. Given the histogram of |x|:
 
     absmax       s = margin · absmax / max. Nothing that was seen is clipped. Without a margin, as much headroom for
                  what was not seen as costs the layer's output nothing (`headroom.py`), and a factor of 1.5 at least.
@@ -16,8 +16,8 @@ in each cell, and a bin costs s² · (F(b/s) - F(a/s)) / (b/s - a/s) per value: 
 Dividing by 2 moves a histogram by 16 bins and changes nothing else. So one table of the mean error of each bin at the
 `PHASES` scales of one octave serves all octaves and layers, and the search is a few small matrix products per layer.
 
-Full precision. The smallest step of E4M3 is 2⁻⁹ · s, and of E5M2 2⁻¹⁶ · s. A row (token) whose own absmax is under 32
-of these keeps at most 5 bits of range and drowns; one loud token can do that to all others, and the error over the
+Full precision. A row (token) whose own absmax is under 32 of the grid's smallest steps (2⁻⁹ · s each in FP8) keeps at
+most 5 bits of range and drowns; one loud token can do that to all others, and the error over the
 whole tensor hides it. So rows are counted: where more than `row_loss_limit` of them are lost, the layer computes in
 full precision. A layer that sees one row per picture (modulation, embedders) costs nothing in full precision, so it
 does too. A budget, as a share of all multiply-adds, is spent where it is expected to buy most (`_spend_budget`), as far
@@ -38,9 +38,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import fp8, headroom, names
+from . import headroom, names
 from .errors import CalibrationError, OptionError
-from .fp8 import E4M3FN, Format
+from .formats import DEFAULT_GRID, Grid
 from .kernels import NONFINITE_BIN
 from .stats import BIN_CENTRES, BIN_EDGES, Statistics
 
@@ -51,7 +51,7 @@ METHODS: tuple[Method, ...] = ("absmax", "mse", "percentile")
 PHASES = 32
 """Scales per octave that the mse search tries."""
 LOST_ROW_STEPS = 32.0
-"""A row whose absmax is under this many of its format's smallest steps is lost: at E4M3, under 2⁻⁴ of the scale."""
+"""A row whose absmax is under this many of its grid's smallest steps is lost: in FP8, under 2⁻⁴ of the scale."""
 FLOAT16_SMALLEST_SCALE = 2.0**-15
 """Below it 1/s overflows where a reader multiplies by the reciprocal in float16."""
 _BINS_PER_OCTAVE = 16
@@ -127,7 +127,7 @@ class Present:
         scale: its input scale; 1.0 where the file has none.
         full_precision: whether it computes in full precision.
         shape: (out, in).
-        format: of its weight, and so of its inputs.
+        grid: of its inputs' codes.
         column_energies: mean square of each column of its weight, [in], as `headroom.column_energies` gives it; None
             where the weight is not at hand.
     """
@@ -135,7 +135,7 @@ class Present:
     scale: float
     full_precision: bool
     shape: tuple[int, int]
-    format: Format = E4M3FN
+    grid: Grid = DEFAULT_GRID
     column_energies: Float | None = None
 
 
@@ -157,7 +157,7 @@ class LayerResult:
         vanished_before, vanished_after: share of nonzero values that become 0.
         rows_lost: share of rows under 32 smallest steps at the new scale.
         multiply_adds: out × in × rows seen.
-        format: of the inputs, a key of `fp8.FORMATS`.
+        format: of the inputs, a key of `formats.GRIDS`.
         conditioning_dependent: its range moves with the magnitude of the (made-up) conditioning.
     """
 
@@ -178,7 +178,7 @@ class LayerResult:
     vanished_after: float | None = None
     rows_lost: float | None = None
     multiply_adds: int = 0
-    format: str = E4M3FN.name
+    format: str = DEFAULT_GRID.name
     conditioning_dependent: bool = False
 
     @property
@@ -236,8 +236,8 @@ def solve(
     _refuse_nonfinite(chosen)
     absmax = chosen.absmax.astype(np.float64)
     before = np.array([present[name].scale for name in seen], np.float64)
-    formats = [present[name].format for name in seen]
-    largest = np.array([fmt.max for fmt in formats])
+    grids = [present[name].grid for name in seen]
+    largest = np.array([grid.max for grid in grids])
     ranges = absmax
     if options.method == "percentile":
         ranges = chosen.quantiles(options.percentile / 100)
@@ -245,7 +245,7 @@ def solve(
     usable = (ranges > 0) & np.array([not _kept(name, options) for name in seen], bool)
     least = ranges / largest
     if options.method == "mse":
-        least = _least_error_scales(chosen.histogram, absmax, formats)
+        least = _least_error_scales(chosen.histogram, absmax, grids)
     factors = np.array(
         [
             _headroom(chosen, number, present[name], options) if usable[number] else 1.0
@@ -261,9 +261,9 @@ def solve(
         ],
         np.float64,
     )
-    errors = [expected_errors(chosen, values, formats) for values in (before, after)]
-    lost = lost_rows(chosen, after, formats)
-    row_errors = dict(zip(seen, _expected_row_errors(chosen, after, formats, errors[1]).tolist(), strict=True))
+    errors = [expected_errors(chosen, values, grids) for values in (before, after)]
+    lost = lost_rows(chosen, after, grids)
+    row_errors = dict(zip(seen, _expected_row_errors(chosen, after, grids, errors[1]).tolist(), strict=True))
     results = []
     numbers = {name: number for number, name in enumerate(seen)}
     for name, state in present.items():
@@ -289,7 +289,7 @@ def solve(
             vanished_after=_told(errors[1].vanished[number]),
             rows_lost=float(lost[number]),
             multiply_adds=int(chosen.rows[number]) * state.shape[0] * state.shape[1],
-            format=state.format.name,
+            format=state.grid.name,
         )
         if _kept(name, options):
             result = replace(result, reason="kept, as --keep asks")
@@ -304,23 +304,23 @@ def solve(
     return _spend_budget(results, row_errors, options)
 
 
-def lost_rows(statistics: Statistics, scales: Float, formats: Sequence[Format] | None = None) -> Float:
+def lost_rows(statistics: Statistics, scales: Float, grids: Sequence[Grid] | None = None) -> Float:
     """Share of each layer's rows that are lost at a scale: not all zeros, but under `LOST_ROW_STEPS` smallest steps.
 
     Args:
         statistics: of L layers.
         scales: [L], ≥ 0. Nothing lies under a scale of 0.
-        formats: of their inputs, L of them; E4M3 by default.
+        grids: of their inputs' codes, L of them; FP8's by default.
 
     Returns:
         [L], in [0, 1].
     """
-    return statistics.rows_below(LOST_ROW_STEPS * _smallest_steps(scales, formats))
+    return statistics.rows_below(LOST_ROW_STEPS * _smallest_steps(scales, grids))
 
 
-def _smallest_steps(scales: Float, formats: Sequence[Format] | None) -> Float:
+def _smallest_steps(scales: Float, grids: Sequence[Grid] | None) -> Float:
     """The least positive number of each layer's inputs at its scale, [L]."""
-    steps: Float = scales * [fmt.smallest_subnormal for fmt in formats or [E4M3FN] * len(scales)]
+    steps: Float = scales * [grid.smallest_step for grid in grids or [DEFAULT_GRID] * len(scales)]
     return steps
 
 
@@ -334,7 +334,7 @@ def _unchanged(name: str, state: Present, reason: str) -> LayerResult:
         state.full_precision,
         state.full_precision,
         reason,
-        format=state.format.name,
+        format=state.grid.name,
     )
 
 
@@ -369,9 +369,9 @@ def _headroom(statistics: Statistics, number: int, state: Present, options: Solv
         return headroom.LEAST
     absmax = float(statistics.absmax[number])
     free = headroom.free_scale(
-        state.format, absmax, channel_absmax_I, state.column_energies, statistics.row_histogram[number]
+        state.grid, absmax, channel_absmax_I, state.column_energies, statistics.row_histogram[number]
     )
-    return max(headroom.LEAST, free * state.format.max / absmax)
+    return max(headroom.LEAST, free * state.grid.max / absmax)
 
 
 def _scale_reason(options: SolveOptions, factor: float, scale: float) -> str:
@@ -408,7 +408,7 @@ def _spend_budget(
         expected relative squared error of a row · lateness / multiply-adds^(2/3)
 
     Only the first factor is arithmetic; the others are what was measured on the emoji model, one layer after another in
-    full precision, in six spellings of it (docs/accuracy.md). E4M3 gives nearly every layer the same relative error, so
+    full precision, in six spellings of it (docs/accuracy.md). FP8 gives nearly every layer the same relative error, so
     that alone, like the error over the whole tensor, says nothing until rows are lost, and then it says everything.
     What a layer's error does to the picture grows slower than its work, about with the third root, so a multiply-add
     buys more in a small layer. And it grows with depth: errors of late blocks are read by few others and lie next to
@@ -473,13 +473,11 @@ def _lateness(layers: Sequence[str]) -> dict[str, float]:
     return {layer: 1 / blocks_left(*places[layer]) if layer in places else 1.0 for layer in layers}
 
 
-def _expected_row_errors(
-    statistics: Statistics, scales: Float, formats: Sequence[Format], errors: ExpectedErrors
-) -> Float:
+def _expected_row_errors(statistics: Statistics, scales: Float, grids: Sequence[Grid], errors: ExpectedErrors) -> Float:
     """Expected squared error of a row relative to the row, mean over rows, [L].
 
     The error over the whole tensor is relative to its loudest rows. To it comes what a quiet row suffers: steps of d
-    (2⁻⁹ s for E4M3) cost d² / 12 per value however small the row is, at most all of it. A row of absmax a is taken to
+    (2⁻⁹ s in FP8) cost d² / 12 per value however small the row is, at most all of it. A row of absmax a is taken to
     have a mean square of ρ² a², with ρ² from the layer's totals. NaN where the scale is 0.
     """
     counts = statistics.row_histogram[:, :NONFINITE_BIN].astype(np.float64)
@@ -487,7 +485,7 @@ def _expected_row_errors(
     rows = np.maximum(counts.sum(1), 1)
     squares = BIN_CENTRES**2
     crest = statistics.mean_square * rows / np.maximum(counts @ squares, 1e-300)
-    step = _smallest_steps(scales, formats)
+    step = _smallest_steps(scales, grids)
     lost = np.zeros(len(scales))
     for number in range(len(scales)):
         floor = step[number] ** 2 / 12 / np.maximum(crest[number] * squares, 1e-300)
@@ -515,13 +513,13 @@ class ExpectedErrors:
     vanished: Float
 
 
-def expected_errors(statistics: Statistics, scales: Float, formats: Sequence[Format] | None = None) -> ExpectedErrors:
+def expected_errors(statistics: Statistics, scales: Float, grids: Sequence[Grid] | None = None) -> ExpectedErrors:
     """Expected error of quantizing each layer's inputs at a scale.
 
     Args:
         statistics: of L layers.
         scales: [L], ≥ 0. Files exist whose scale is 0; it quantizes nothing, so its errors are NaN.
-        formats: of their inputs, L of them; E4M3 by default.
+        grids: of their inputs' codes, L of them; FP8's by default.
 
     Returns:
         The errors.
@@ -530,7 +528,7 @@ def expected_errors(statistics: Statistics, scales: Float, formats: Sequence[For
     error = np.zeros(len(scales))
     clipped = np.zeros(len(scales))
     vanished = np.zeros(len(scales))
-    for number, (scale, fmt) in enumerate(zip(scales, formats or [E4M3FN] * len(scales), strict=True)):
+    for number, (scale, grid) in enumerate(zip(scales, grids or [DEFAULT_GRID] * len(scales), strict=True)):
         counts = statistics.histogram[number, :NONFINITE_BIN]
         used = np.flatnonzero(counts)
         if scale == 0:
@@ -541,9 +539,9 @@ def expected_errors(statistics: Statistics, scales: Float, formats: Sequence[For
         weights = counts[used].astype(np.float64)
         low, high = BIN_EDGES[used] / scale, BIN_EDGES[used + 1] / scale
         high = np.minimum(high, float(statistics.absmax[number]) / scale)  # so the last bin ends at absmax
-        error[number] = scale * scale * float(np.sum(weights * _mean_error(low, high, fmt)))
-        clipped[number] = float(np.sum(weights * _share_above(low, high, fmt.max * _ROUNDED_DOWN)))
-        half = fmt.smallest_subnormal / 2
+        error[number] = scale * scale * float(np.sum(weights * _mean_error(low, high, grid)))
+        clipped[number] = float(np.sum(weights * _share_above(low, high, grid.max * _ROUNDED_DOWN)))
+        half = grid.smallest_step / 2
         below = float(np.sum(weights * (1 - _share_above(low, high, half))))
         vanished[number] = max(below - float(statistics.zeros[number]), 0.0)
     signal = statistics.sum_of_squares
@@ -562,21 +560,21 @@ def _share_above(low: Float, high: Float, limit: float) -> Float:
 
 
 @cache
-def _cells(fmt: Format) -> tuple[Float, Float, Float]:
+def _cells(grid: Grid) -> tuple[Float, Float, Float]:
     """Code values v [n], midpoints m [n - 1], and F at the lower end of each code's cell [n]."""
-    codes, midpoints = fp8.levels(fmt), fp8.midpoints(fmt)
+    codes, midpoints = grid.levels, grid.midpoints
     lower = np.concatenate([[0.0], midpoints])
     inside = ((midpoints - codes[:-1]) ** 3 - (lower[:-1] - codes[:-1]) ** 3) / 3
     return codes, midpoints, np.concatenate([[0.0], np.cumsum(inside)])
 
 
-def _mean_error(low: Any, high: Any, fmt: Format) -> Float:
+def _mean_error(low: Any, high: Any, grid: Grid) -> Float:
     """Mean squared error of quantizing u uniform on [low, high], with 0 ≤ low ≤ high, scale 1.
 
     Differences of F lose digits where a bin is far narrower than its distance from 0, so a bin that lies within one
     cell, or is hardly wider than a point, is integrated by itself.
     """
-    codes, midpoints, cumulative = _cells(fmt)
+    codes, midpoints, cumulative = _cells(grid)
     first = np.searchsorted(midpoints, low, side="right")
     last = np.searchsorted(midpoints, high, side="left")
     near, far = low - codes[first], high - codes[last]
@@ -595,14 +593,14 @@ def _mean_error(low: Any, high: Any, fmt: Format) -> Float:
 
 
 @cache
-def _phase_errors(fmt: Format) -> tuple[Float, Float]:
+def _phase_errors(grid: Grid) -> tuple[Float, Float]:
     """The `PHASES` scales of one octave, and the mean error of every bin at each, [PHASES, bins]."""
     scales = np.exp2(np.arange(PHASES) / PHASES)
     edges = BIN_EDGES
-    return scales, np.stack([s * s * _mean_error(edges[:-1] / s, edges[1:] / s, fmt) for s in scales])
+    return scales, np.stack([s * s * _mean_error(edges[:-1] / s, edges[1:] / s, grid) for s in scales])
 
 
-def _least_error_scales(histogram: NDArray[np.int64], absmax: Float, formats: Sequence[Format]) -> Float:
+def _least_error_scales(histogram: NDArray[np.int64], absmax: Float, grids: Sequence[Grid]) -> Float:
     """Per layer the scale of least expected squared error in [absmax / max, 2 · absmax / max].
 
     Candidates are absmax / max itself and 2^(k / PHASES). One table holds the mean error of each bin at the PHASES
@@ -610,12 +608,12 @@ def _least_error_scales(histogram: NDArray[np.int64], absmax: Float, formats: Se
     """
     edges = BIN_EDGES
     topmost = np.minimum(np.searchsorted(edges, absmax, side="right") - 1, NONFINITE_BIN - 1)
-    best = absmax / [fmt.max for fmt in formats]
+    best = absmax / [grid.max for grid in grids]
     counts = histogram[:, :NONFINITE_BIN].astype(np.float64)
     counts[:, 0] = 0  # zeros, and what is under 2^-130: they cost nothing at any scale
     for number in np.flatnonzero(absmax > 0).tolist():
-        fmt, start = formats[number], best[number]
-        scales, table = _phase_errors(fmt)
+        grid, start = grids[number], best[number]
+        scales, table = _phase_errors(grid)
         octave = int(np.floor(np.log2(start)))
         # The topmost bin ends at absmax, which the table cannot know, so its share is added for each candidate.
         top = topmost[number]
@@ -625,14 +623,14 @@ def _least_error_scales(histogram: NDArray[np.int64], absmax: Float, formats: Se
         factors = np.exp2(np.array(octaves, np.float64))[:, None]
         error = (moved @ table.T * factors * factors).reshape(-1)
         scale = (scales * factors).reshape(-1)
-        error += top_count * scale * scale * _mean_error(edges[top] / scale, absmax[number] / scale, fmt)
+        error += top_count * scale * scale * _mean_error(edges[top] / scale, absmax[number] / scale, grid)
         error[(scale < start) | (scale > 2 * start)] = np.inf
         # Some are equal but for rounding; the least scale of equals loses the fewest small rows.
         least = int(np.flatnonzero(error <= error.min() * (1 + 1e-9))[0])
 
         used = np.flatnonzero(counts[number])
-        present = float(np.sum(counts[number, used] * _mean_error(edges[used] / start, edges[used + 1] / start, fmt)))
-        present += top_count * float(_mean_error(edges[top] / start, absmax[number] / start, fmt))
+        present = float(np.sum(counts[number, used] * _mean_error(edges[used] / start, edges[used + 1] / start, grid)))
+        present += top_count * float(_mean_error(edges[top] / start, absmax[number] / start, grid))
         if error[least] < start * start * present:
             best[number] = scale[least]
     return best

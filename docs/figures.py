@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from convert_to_quant import demo, fp8
+from convert_to_quant import demo
 from convert_to_quant.calibrate_activation_scales import patch_model_with_scales
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.emoji import WEIGHTS, prompts, sheet
 from convert_to_quant.engines.denoiser import Denoiser, load
 from convert_to_quant.fidelity import velocity_fidelity
-from convert_to_quant.fp8 import E4M3FN
+from convert_to_quant.formats.fp8 import E4M3FN
 from convert_to_quant.kernels import NONFINITE_BIN
 from convert_to_quant.solve import expected_errors
 from convert_to_quant.stats import BIN_EDGES, Statistics
@@ -107,7 +107,7 @@ def number_line(strips: Sequence[Strip]) -> str:
                      f'height="{bottom - TOP + 28}" fill="{color}"/>')  # fmt: skip
         parts.append(text((x(low) + x(high)) / 2, TOP - 10, words, anchor="middle"))
     parts.append(text(LEFT, 20, "Every value that float8_e4m3fn has, and one layer's inputs at four scales", size=15))
-    codes = fp8.values(E4M3FN)[1:0x7F]
+    codes = E4M3FN.values[1:0x7F]
     ticks = "".join(f"M{x(math.log2(value)):.1f} {TOP + 6}v30" for value in codes)
     parts.append(f'<path d="{ticks}" stroke="{INK}" stroke-width="0.8" fill="none"/>')
     parts.append(text(x(-10) - 6, TOP + 26, "the 126 positive codes", color=FADED, anchor="end"))

@@ -17,7 +17,6 @@ import torch
 from safetensors import safe_open
 
 from convert_to_quant import calibrate_activation_scales as module
-from convert_to_quant import fp8
 from convert_to_quant.calibrate_activation_scales import (
     CalibrationOptions,
     calibrate_model,
@@ -37,6 +36,7 @@ from convert_to_quant.errors import (
     TensorError,
     UnsupportedModelError,
 )
+from convert_to_quant.formats import DEFAULT_GRID, FLOAT_GRIDS, GRIDS
 from convert_to_quant.layers import find_layers
 
 OUT, IN = 128, 64
@@ -122,7 +122,7 @@ def calibrate(request: pytest.FixtureRequest) -> Calibrate:
         scales = read_scales(output, suffix)
         expect_good(scales, names)
         with open_checkpoint(path) as old, open_checkpoint(output) as new:
-            assert set(find_layers(new).quantized) == set(find_layers(old).quantized) == set(names)
+            assert set(find_layers(new).static) == set(find_layers(old).static) == set(names)
             for name in old:
                 if not name.endswith(suffix):
                     assert new.raw(name).tobytes() == old.raw(name).tobytes(), name
@@ -312,12 +312,15 @@ def test_row_and_block_wise_files_say_that_their_readers_skip_input_scales(save:
 
 def test_foreign_layers_are_named_as_left_alone(save: Save, build: Any) -> None:
     tensors = fp8_tensors(build) | {
-        "other.weight": np.zeros((4, 4), np.int8),
-        "other.weight_scale": np.float32(1),
-        "other.comfy_quant": build.mark(format="int8_tensorwise"),
+        "other.weight": np.zeros((4, 4), np.uint8),
+        "other.comfy_quant": build.mark(format="nvfp4"),
+        "rows.weight": np.zeros((4, 4), np.int8),
+        "rows.weight_scale": np.float32(1),
+        "rows.comfy_quant": build.mark(format="int8_tensorwise"),
     }
     notes = calibrate_model(save("m.safetensors", tensors), LAYER_OPTIONS).notes
-    assert "left alone: 1 layers in int8_tensorwise" in notes
+    assert "left alone: 1 layers in nvfp4" in notes
+    assert "left alone: 1 INT8 layers, whose inputs readers scale as they come" in notes
 
 
 def test_lora_report_names_all_that_is_not_applied(save: Save, build: Any) -> None:
@@ -402,15 +405,15 @@ def test_e5m2_layers_are_scaled_to_e5m2s_largest_value(save: Save, build: Any) -
     weight = np.eye(64, dtype=np.float32)
     tensors = {}
     for name, dtype in (("blocks.0.four", "F8_E4M3"), ("blocks.0.five", "F8_E5M2")):
-        form = fp8.BY_SAFETENSORS_DTYPE[dtype]
+        form = FLOAT_GRIDS[dtype]
         tensors |= {
-            f"{name}.weight": (dtype, fp8.encode(weight, form)),
+            f"{name}.weight": (dtype, form.encode(weight)),
             f"{name}.weight_scale": np.float32(1),
             f"{name}.comfy_quant": build.mark(format=form.name),
         }
     calibration = calibrate_model(save("m.safetensors", tensors), LAYER_OPTIONS)
     for result in calibration.results:
-        assert result.scale_after == pytest.approx(8 * result.range / fp8.FORMATS[result.format].max)
+        assert result.scale_after == pytest.approx(8 * result.range / GRIDS[result.format].max)
     assert [result.format for result in calibration.results] == ["float8_e4m3fn", "float8_e5m2"]
     codes = torch.eye(64).to(torch.float8_e5m2)
     assert compute_activation_scale(codes) == pytest.approx(compute_activation_scale(weight) * 448 / 57344)
@@ -486,7 +489,7 @@ def test_patch_refuses_scales_that_are_none(save: Save, build: Any, scale: float
 
 def test_patch_refuses_layers_that_are_not_there(save: Save, build: Any) -> None:
     path = save("m.safetensors", fp8_tensors(build))
-    with pytest.raises(CheckpointError, match="nothing: no FP8 layer of this name in the file"):
+    with pytest.raises(CheckpointError, match="nothing: no quantized layer of this name in the file"):
         patch_model_with_scales(path, {"nothing": 1.0}, path.with_name("out.safetensors"))
 
 
@@ -524,7 +527,7 @@ def test_compute_takes_fp8_as_torch_tensors_and_as_codes(mode: str) -> None:
     assert compute_activation_scale(tensor, weight_scale=torch.from_numpy(np.asarray(scale))) == as_codes
     block = GRAINS[mode]
     spread = np.kron(scale.reshape(OUT // block[0], IN // block[1]), np.ones(block, np.float32))
-    real = fp8.decode(codes) * spread.astype(np.float32)
+    real = DEFAULT_GRID.decode(codes) * spread.astype(np.float32)
     assert as_codes == pytest.approx(compute_activation_scale(real), rel=1e-6)
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert_to_quant import convert as convert_module
-from convert_to_quant import families, fp8
+from convert_to_quant import families
 from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
 from convert_to_quant.convert import (
     PROVENANCE_KEY,
@@ -30,6 +30,7 @@ from convert_to_quant.convert import (
     stored_bytes,
 )
 from convert_to_quant.errors import Error, OptionError, OutputError, TensorError
+from convert_to_quant.formats import CHUNK
 from convert_to_quant.layers import dequantize, find_layers
 
 NAME = "blocks.0.linear"
@@ -147,7 +148,7 @@ def test_weights_that_fall_between_two_codes_become_the_code_of_torch(tmp_path, 
 def test_a_weight_of_many_chunks_is_that_of_torch(tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module, "RELEASE_BYTES", 100_000)
     weight = weights(torch.bfloat16, (512, 272))
-    assert weight.numel() > 2 * fp8.CHUNK
+    assert weight.numel() > 2 * CHUNK
     safetensors.torch.save_file({f"{NAME}.weight": weight}, tmp_path / "in.safetensors")
     for mode, block in (("tensor", (512, 272)), ("row", (1, 272))):
         run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", scaling_mode=mode)
@@ -506,7 +507,11 @@ def test_layers_that_are_fp8_already_stay_byte_identical_and_keep_their_marks(tm
     )
     more, _ = build.quantized(["blocks.1.c"], "tensor")
     raw = {"blocks.1.raw.weight": ("F8_E4M3", np.zeros((16, 16), np.uint8))}
-    foreign = {"blocks.1.int8.weight": np.zeros((16, 16), np.int8), "blocks.1.int8.weight_scale": np.float32(1)}
+    foreign = {
+        "blocks.1.nvfp4.weight": np.zeros((16, 8), np.uint8),
+        "blocks.1.nvfp4.weight_scale": ("F8_E4M3", np.zeros((128, 4), np.uint8)),
+        "blocks.1.nvfp4.weight_scale_2": np.float32(1),
+    }
     source = save("in.safetensors", model(build) | done | more | raw | foreign, metadata)
     output = tmp_path / "out.safetensors"
     run(source, output)
@@ -519,7 +524,7 @@ def test_layers_that_are_fp8_already_stay_byte_identical_and_keep_their_marks(tm
             assert (new.quantized[name].config, new.quantized[name].full_precision) == (
                 old.quantized[name].config, old.quantized[name].full_precision)  # fmt: skip
         assert list(new.raw) == ["blocks.1.raw"]
-        assert list(new.foreign) == ["blocks.1.int8"]
+        assert list(new.foreign) == ["blocks.1.nvfp4"]
         notes = plan_conversion(before, ConvertOptions()).notes
     assert notes[-1] == "already quantized layers stay as they are: 4 in FP8, 1 in other formats"
 
@@ -565,7 +570,7 @@ def test_a_legacy_file_is_completed_under_the_marker_that_it_has(tmp_path, save,
 
 @pytest.mark.parametrize("stray", ["weight_scale", "input_scale", "comfy_quant"])
 def test_a_stray_scale_beside_a_weight_in_high_precision_is_refused(tmp_path, save, build, stray):
-    content = build.mark(format="int8_tensorwise") if stray == "comfy_quant" else np.float32(1)
+    content = build.mark(format="nvfp4") if stray == "comfy_quant" else np.float32(1)
     source = save("in.safetensors", model(build) | {f"{CONVERTED[0]}.{stray}": content})
     if stray == "comfy_quant":  # marked as foreign: left alone
         run(source, tmp_path / "out.safetensors")

@@ -11,7 +11,8 @@ import torch
 
 from convert_to_quant import headroom
 from convert_to_quant.checkpoint import open_checkpoint
-from convert_to_quant.fp8 import E4M3FN, E5M2, Format
+from convert_to_quant.formats import Grid
+from convert_to_quant.formats.fp8 import E4M3FN, E5M2
 from convert_to_quant.headroom import LEAST, MOST, TOLERANCE_DB, column_energies, free_scale
 from convert_to_quant.kernels import BINS
 from convert_to_quant.layers import find_layers
@@ -24,10 +25,10 @@ def row_histogram(x: Any) -> np.ndarray:
     return np.bincount(np.abs(x).max(1).astype(np.float32).view(np.uint32) >> 19, minlength=BINS)
 
 
-def output_error(x_RI: Any, weight_OI: Any, scale: float, fmt: Format) -> float:
+def output_error(x_RI: Any, weight_OI: Any, scale: float, grid: Grid) -> float:
     """Mean over rows of the relative squared error of x·Wᵀ with x quantized by torch's own cast."""
-    scaled = torch.from_numpy(x_RI / scale).float().clamp(-fmt.max, fmt.max)
-    rounded = scaled.to(TORCH[fmt]).double().numpy() * scale
+    scaled = torch.from_numpy(x_RI / scale).float().clamp(-grid.max, grid.max)
+    rounded = scaled.to(TORCH[grid]).double().numpy() * scale
     wanted, found = x_RI @ weight_OI.T, rounded @ weight_OI.T
     return float(np.mean(((wanted - found) ** 2).sum(1) / (wanted**2).sum(1)))
 
@@ -41,9 +42,9 @@ def inputs(channel_sizes: Any, row_sizes: Any = 1.0) -> np.ndarray:
     )
 
 
-def found_scale(x_RI: Any, weight_OI: Any, fmt: Format = E4M3FN) -> float:
+def found_scale(x_RI: Any, weight_OI: Any, grid: Grid = E4M3FN) -> float:
     absmax_I = np.abs(x_RI).max(0).astype(np.float32)
-    return free_scale(fmt, float(absmax_I.max()), absmax_I, (weight_OI**2).mean(0), row_histogram(x_RI))
+    return free_scale(grid, float(absmax_I.max()), absmax_I, (weight_OI**2).mean(0), row_histogram(x_RI))
 
 
 EVEN = np.ones(CHANNELS)
@@ -51,13 +52,13 @@ HALF_QUIET = np.where(np.arange(CHANNELS) < CHANNELS // 2, 1.0, 2.0**-13)
 LOUD_ROW = np.where(np.arange(ROWS) == 7, 2.0**13, 1.0)
 
 
-@pytest.mark.parametrize("fmt", [E4M3FN, E5M2], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("grid", [E4M3FN, E5M2], ids=lambda grid: grid.name)
 @pytest.mark.parametrize("deviation_log2", [-20, -12, -8.4, -6, 0, 3])
-def test_the_error_of_normal_numbers_is_that_of_torchs_cast(fmt: Format, deviation_log2: float) -> None:
+def test_the_error_of_normal_numbers_is_that_of_torchs_cast(grid: Grid, deviation_log2: float) -> None:
     x = np.random.default_rng(1).standard_normal(200_000) * 2.0**deviation_log2
-    rounded = torch.from_numpy(x).float().to(TORCH[fmt]).double().numpy()
+    rounded = torch.from_numpy(x).float().to(TORCH[grid]).double().numpy()
     expected = ((x - rounded) ** 2).sum() / (x**2).sum()
-    assert headroom._relative_error(fmt, np.array([deviation_log2]))[0] == pytest.approx(expected, rel=0.03)
+    assert headroom._relative_error(grid, np.array([deviation_log2]))[0] == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import ast
 import builtins
 import graphlib
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ ROWS = (
     {"engines"},
     {"solve", "headroom", "patch", "convert"},
     {"lora", "recorder", "linear_calls", "layers", "naming", "packings"},
-    {"families", "stats", "fp8", "checkpoint"},
+    {"families", "stats", "formats", "checkpoint"},
     {"names", "errors", "kernels", "telling", "untrusted"},
     {""},
 )
@@ -74,8 +75,8 @@ GRAPH = {name: set(imports(name)) - {name} for name in MODULES}
 
 
 def test_the_checks_see_the_imports():
-    assert {"names", "checkpoint", "errors", "fp8"} <= GRAPH["layers"]
-    assert {"errors", "fp8", "checkpoint.header"} <= GRAPH["checkpoint.reader"]
+    assert {"names", "checkpoint", "errors", "formats"} <= GRAPH["layers"]
+    assert {"errors", "formats", "checkpoint.header"} <= GRAPH["checkpoint.reader"]
     assert {"checkpoint.reader", "checkpoint.header"} <= GRAPH["patch"]
     assert "" in GRAPH["convert"]
     assert all(target in MODULES for targets in GRAPH.values() for target in targets)
@@ -160,6 +161,15 @@ def test_json_of_others_is_parsed_in_one_place():
     assert parsing == {"untrusted"}
 
 
+def test_what_a_number_format_is_stands_in_its_record_only():
+    """What else needs to know of a format asks `formats`, so that a new one changes no other file."""
+    outside = [path for suffix in ("py", "js") for path in sorted(ROOT.rglob(f"*.{suffix}"))
+               if ROOT / "formats" not in path.parents and path.name != "echarts.min.js"]  # fmt: skip
+    assert len(outside) > 100
+    knowing = re.compile(r"E4M3|E5M2|\b448\b|\b57,?344\b")
+    assert [path for path in outside if knowing.search(path.read_text(encoding="utf-8"))] == []
+
+
 def test_only_the_command_line_prints():
     printing = {
         name
@@ -173,7 +183,7 @@ def test_only_the_command_line_prints():
 LIGHT = [
     "errors",
     "untrusted",
-    "fp8",
+    "formats",
     "checkpoint",
     "names",
     "families",

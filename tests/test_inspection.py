@@ -15,6 +15,7 @@ from convert_to_quant import families, layers
 from convert_to_quant.checkpoint import INDEX_SUFFIX
 from convert_to_quant.checkpoint.reader import CheckpointFile
 from convert_to_quant.errors import CheckpointError
+from convert_to_quant.formats import FORMATS
 from convert_to_quant.inspection import (
     KINDS,
     LARGEST_INPUT_SCALE,
@@ -221,7 +222,6 @@ NVFP4 = {"y.weight": np.ones((16, 8), np.uint8), "y.weight_scale": ("F8_E4M3", n
 FOREIGN = {
     "nvfp4": NVFP4,
     "mxfp8": {"y.weight": ("F8_E4M3", np.ones((32, 32), np.uint8)), "y.weight_scale": np.full((128, 4), 120, np.uint8)},
-    "int8_tensorwise": {"y.weight": np.ones((16, 32), np.int8), "y.weight_scale": np.full((16, 1), 0.01, np.float32)},
     "asym_w4a8_int8": {
         "y.weight": np.ones((16, 128), np.int8), "y.weight_s_rel": ("F8_E4M3", np.full((16, 16), 0x38, np.uint8)),
         "y.weight_s_channel": np.full(16, 0.01, np.float32)},
@@ -229,6 +229,9 @@ FOREIGN = {
     "awq_w4a16": {"y.weight": np.ones((16, 16), np.int8), "y.weight_scale": np.ones((16, 2), np.float16),
                   "y.weight_zeros": np.ones((16, 2), np.float16)},
 }  # fmt: skip
+
+
+INT8 = {"y.weight": np.ones((16, 32), np.int8), "y.weight_scale": np.full((16, 1), 0.01, np.float32)}
 
 
 @pytest.mark.parametrize("form", FOREIGN)
@@ -248,7 +251,7 @@ def test_formats_beside_fp8_need_their_mark_and_their_scales(look, build, form):
     ],
 )  # fmt: skip
 def test_formats_beside_fp8_without_a_mark(look, form, said):
-    found = look(FOREIGN[form])
+    found = look({**FOREIGN, "int8_tensorwise": INT8}[form])
     problem = only_problem(found)
     assert (problem.kind, problem.tensors) in (("unmarked", ("y",)), ("packed", ("y",)))
     assert found.layers[-1].reading in ("scale-dropped", "packed")
@@ -305,7 +308,7 @@ def test_e5m2_is_judged_by_its_own_range(look):
 
 
 def test_the_scales_of_int8_are_judged_too(look, build):
-    int8 = FOREIGN["int8_tensorwise"] | {"y.comfy_quant": build.mark(format="int8_tensorwise")}
+    int8 = INT8 | {"y.comfy_quant": build.mark(format="int8_tensorwise")}
     for scale, kind in (
         (np.nan, "scale-value"),
         (-1, "scale-value"),
@@ -600,7 +603,7 @@ def test_mixed_files(look, build):
         "d.weight": np.zeros((16, 16), np.float16),
     }, input_scale=0.5)  # fmt: skip
     assert {layer.name: (layer.format, layer.reading) for layer in found.layers} == {
-        X: ("float8_e4m3fn", "fp8"), "a": ("nvfp4", "foreign"), "b": ("int8_tensorwise", "foreign"),
+        X: ("float8_e4m3fn", "fp8"), "a": ("nvfp4", "foreign"), "b": ("int8_tensorwise", "per-row"),
         "c": ("mxfp8", "foreign"), "d": ("F16", "high-precision")}  # fmt: skip
     assert found.problems == ()
 
@@ -716,7 +719,7 @@ def test_a_file_without_layers_is_read_all_the_same(save):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 100) | st.floats() | st.text(max_size=3) | st.sampled_from(sorted(
-        {*layers.FP8_FORMATS, "nvfp4"})),
+        {fmt.marked for fmt in FORMATS.values()})),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(
         ["format", "full_precision_matrix_mult", "block_size", "layers", X, "calibrate", "version", "samples"]), inner,
         max_size=4),

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert_to_quant import fp8
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.errors import CheckpointError, TensorError
-from convert_to_quant.fp8 import E4M3FN, E5M2
+from convert_to_quant.formats import Grid
+from convert_to_quant.formats.fp8 import E4M3FN, E5M2
 from convert_to_quant.layers import dequantize, find_layers, infer_block, input_scale, scale_grid, scales_per_row
 
 PREFIXES = ["", "model.diffusion_model.", "diffusion_model.", "net.", "transformer."]
@@ -50,7 +50,7 @@ def test_every_marking_is_found_under_every_prefix_in_both_formats(*, save, buil
     assert table.prefix == prefix
     assert list(table.quantized) == names
     layer = table.quantized[names[0]]
-    assert (layer.marking, layer.format) == (found, E4M3FN if dtype == "F8_E4M3" else E5M2)
+    assert (layer.marking, layer.format.grid) == (found, E4M3FN if dtype == "F8_E4M3" else E5M2)
     assert (layer.out_features, layer.in_features, layer.granularity) == (16, 32, "tensor")
     assert layer.weight_scale == names[0] + ".weight_scale"
     assert layer.input_scale == names[0] + ".input_scale"
@@ -197,12 +197,13 @@ def test_a_mixed_file_is_sorted_into_all_kinds(save, build):
     }  # fmt: skip
     table = table_of(save("a.safetensors", tensors, metadata))
     assert {name: layer.marking for name, layer in table.quantized.items()} == {
-        "header": "header", "tensor": "tensor", "unmarked": "none", "old": "legacy"}  # fmt: skip
-    assert {name: (layer.marking, layer.format) for name, layer in table.raw.items()} == {"raw": ("raw", E4M3FN)}
+        "header": "header", "tensor": "tensor", "unmarked": "none", "old": "legacy", "int8": "tensor",
+        "bare_int8": "none"}  # fmt: skip
+    assert {name: (layer.marking, layer.format.grid) for name, layer in table.raw.items()} == {"raw": ("raw", E4M3FN)}
     assert list(table.plain) == ["bf16", "f16", "f32"]
     assert all(layer.marking == "plain" and layer.format is None for layer in table.plain.values())
-    assert {name: layer.format for name, layer in table.foreign.items()} == {
-        "int8": "int8_tensorwise", "nvfp4": "nvfp4", "mxfp8": "mxfp8", "bare_mxfp8": "mxfp8", "bare_int8": "I8",
+    assert {name: layer.form for name, layer in table.foreign.items()} == {
+        "nvfp4": "nvfp4", "mxfp8": "mxfp8", "bare_mxfp8": "mxfp8",
         "three": "float8_e4m3fn, 3-dimensional"}  # fmt: skip
     assert [layer.name for layer in table.linear()] == [*table.quantized, *table.raw, *table.plain]
 
@@ -416,9 +417,9 @@ def test_a_block_that_is_found_has_the_grid_of_the_scale_and_squares_of_a_power_
     assert infer_block(weight, scale_grid(weight, (side, side))) is not None
 
 
-def brute_force(codes: np.ndarray, fmt: fp8.Format, scales: np.ndarray, block: tuple[int, int]) -> list[list[float]]:
+def brute_force(codes: np.ndarray, grid: Grid, scales: np.ndarray, block: tuple[int, int]) -> list[list[float]]:
     """Real weights by loops over single elements."""
-    meanings = fp8.values(fmt)
+    meanings = grid.values
     return [
         [float(meanings[code] * scales[i // block[0]][j // block[1]]) for j, code in enumerate(row)]
         for i, row in enumerate(codes)
@@ -438,7 +439,7 @@ def test_real_weights_are_codes_times_scales_as_loops_compute_them(*, save, buil
         layer = find_layers(checkpoint).quantized["x"]
         assert layer.block == block
         grid = scale.reshape(math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1]))
-        expected = np.float32(brute_force(tensors["x.weight"][1], layer.format, grid, block))
+        expected = np.float32(brute_force(tensors["x.weight"][1], layer.format.grid, grid, block))
         np.testing.assert_array_equal(dequantize(checkpoint, layer), expected)
         for rows in (slice(0, 1), slice(3, 11), slice(shape[0] - 1, None), slice(5, 5)):
             np.testing.assert_array_equal(dequantize(checkpoint, layer, rows), expected[rows])
@@ -453,7 +454,7 @@ def test_scales_of_other_float_dtypes_are_widened(save, build, scale):
         layer = find_layers(checkpoint).quantized["x"]
         value = checkpoint.float32("x.weight_scale")
         assert 0.299 < value < 0.302
-        expected = fp8.decode(tensors["x.weight"][1]) * value
+        expected = E4M3FN.decode(tensors["x.weight"][1]) * value
         np.testing.assert_array_equal(dequantize(checkpoint, layer), expected)
 
 
@@ -477,7 +478,7 @@ def test_plain_and_raw_weights_mean_what_is_stored(save, build):
         "bf16.weight": ("BF16", build.to_bfloat16(values)),
         "f16.weight": values.astype(np.float16),
         "f32.weight": values,
-        "raw.weight": ("F8_E4M3", fp8.encode(values)),
+        "raw.weight": ("F8_E4M3", E4M3FN.encode(values)),
     }
     with open_checkpoint(save("a.safetensors", tensors)) as checkpoint:
         for layer in find_layers(checkpoint).linear():

@@ -194,15 +194,24 @@ def test_a_scale_that_is_not_finite_and_positive_in_float32_is_refused(save, bui
     assert str(caught.value) == (f"{source}: x: an input scale should be finite and positive in float32, found {scale}")
 
 
-@pytest.mark.parametrize("name", ["y", "plain", "raw", "int8", ""])
+@pytest.mark.parametrize("name", ["y", "plain", "raw", "nvfp4", ""])
 def test_a_change_of_what_is_no_fp8_layer_is_refused(save, build, name):
     tensors, _ = build.quantized(["x"], "tensor")
     tensors |= {"plain.weight": np.ones((4, 4), np.float16), "raw.weight": ("F8_E4M3", np.ones((4, 4), np.uint8)),
-                "int8.weight": np.ones((4, 4), np.int8), "int8.weight_scale": np.float32(1)}  # fmt: skip
+                "nvfp4.weight": np.ones((4, 4), np.uint8), "nvfp4.comfy_quant": build.mark(format="nvfp4")}  # fmt: skip
     source = save("in.safetensors", tensors)
     with open_checkpoint(source) as checkpoint, pytest.raises(TensorError) as caught:
         planned(checkpoint, {name: SCALE})
-    assert str(caught.value) == f"{source}: {name}: no FP8 layer of this name in the file"
+    assert str(caught.value) == f"{source}: {name}: no quantized layer of this name in the file"
+
+
+def test_an_input_scale_of_a_layer_whose_inputs_are_scaled_as_they_come_is_refused(save, build):
+    tensors = {"x.weight": np.ones((4, 4), np.int8), "x.weight_scale": np.float32(1),
+               "x.comfy_quant": build.mark(format="int8_tensorwise")}  # fmt: skip
+    source = save("in.safetensors", tensors)
+    with open_checkpoint(source) as checkpoint, pytest.raises(TensorError) as caught:
+        planned(checkpoint, {"x": SCALE})
+    assert str(caught.value) == (f"{source}: x: readers scale its inputs as they come, so it has no input scale")
 
 
 # full precision

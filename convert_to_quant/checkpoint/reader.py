@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError, HeaderError, PickleError, StrPath, TensorError
-from ..fp8 import BY_SAFETENSORS_DTYPE, decode, widen_bfloat16
+from ..formats import FLOAT_GRIDS, widen_bfloat16
 from ..untrusted import MAX_BYTES, parse_json
 from .header import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
 from .positioned import OPEN_FLAGS
@@ -36,11 +36,11 @@ A safetensors header of 640 bytes begins with \\x80\\x02 as well, so the byte af
 BIT_DTYPES: dict[str, Any] = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
     "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "F32": np.float32, "F64": np.float64,
-    "C64": np.complex64, "BF16": np.uint16, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8, "F8_E8M0": np.uint8,
+    "C64": np.complex64, "BF16": np.uint16, "F8_E8M0": np.uint8, **dict.fromkeys(FLOAT_GRIDS, np.uint8),
 }  # fmt: skip
 """How a tensor's bytes appear in numpy. bfloat16 and FP8, which numpy lacks, appear as their bit patterns."""
 
-FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64", *BY_SAFETENSORS_DTYPE})
+FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64", *FLOAT_GRIDS})
 
 
 class Identity(NamedTuple):
@@ -296,8 +296,8 @@ def to_float32(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """
     if dtype == "BF16":
         return widen_bfloat16(bits)
-    if dtype in BY_SAFETENSORS_DTYPE:
-        return decode(bits, BY_SAFETENSORS_DTYPE[dtype])
+    if dtype in FLOAT_GRIDS:
+        return FLOAT_GRIDS[dtype].decode(bits)
     with np.errstate(over="ignore", invalid="ignore"):  # beyond float32; signalling NaNs
         return bits.astype(np.float32)
 

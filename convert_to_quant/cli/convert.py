@@ -1,4 +1,4 @@
-"""`convert_to_quant -i IN -o OUT`: convert to FP8, calibrate an FP8 file, or both in one breath."""
+"""`convert_to_quant -i IN -o OUT`: convert to another format, calibrate an FP8 file, or both in one breath."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from .running import SHOWN
 if TYPE_CHECKING:
     from ..calibrate_activation_scales import CalibrationOptions
     from ..checkpoint import Checkpoint, CheckpointWriter
-    from ..convert import ConversionPlan
+    from ..convert import ConversionPlan, ConvertOptions
     from ..lora import Lora
 
-CONVERSION_OPTIONS = ("scaling_mode", "block_size", "weight_scale", "legacy", "preset", "exclude_layers")
+CONVERSION_OPTIONS = ("format", "scaling_mode", "block_size", "weight_scale", "legacy", "preset", "exclude_layers")
 CALIBRATION_OPTIONS = (
     "engine",
     "percentile",
@@ -42,12 +42,13 @@ CALIBRATION_OPTIONS = (
     *(name.replace("-", "_") for name in SHOWN),
 )
 
-DESCRIPTION = "Convert a checkpoint to FP8, calibrate an FP8 checkpoint, or both at once."
+DEFAULT_FORMAT = "fp8"
+DESCRIPTION = "Convert a checkpoint to FP8 or INT8, calibrate an FP8 checkpoint, or both."
 EPILOG = """\
 examples:
   convert_to_quant -i flux_bf16.safetensors -o flux_fp8.safetensors --actcal
   convert_to_quant -i fp8.safetensors -o calibrated.safetensors --actcal
-  convert_to_quant -i flux_bf16.safetensors --dry-run -v
+  convert_to_quant -i flux_bf16.safetensors --format int8 --dry-run -v
 """
 
 
@@ -67,11 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              help="undo a legacy marker that turns FP8 off")  # fmt: skip
 
     conversion = parser.add_argument_group("conversion (of FP16, BF16 and FP32 weights)")
+    conversion.add_argument("--format", default=DEFAULT_FORMAT, metavar="NAME",
+                            help="number format: fp8, int8, int8-tensor (fp8)")  # fmt: skip
     conversion.add_argument("--preset", metavar="FAMILY", help="which layers to leave alone (found out)")
     conversion.add_argument("--exclude-layers", action="append", default=[], metavar="REGEX",
                             help="leave such layers alone; may be repeated")  # fmt: skip
     conversion.add_argument("--scaling-mode", choices=("tensor", "row", "block"), default="tensor", metavar="MODE",
-                            help="scales per tensor, row or block (tensor)")  # fmt: skip
+                            help="fp8 scales per tensor, row or block (tensor)")  # fmt: skip
     conversion.add_argument("--block-size", type=int, default=64, metavar="N", help="side of a block (64)")
     conversion.add_argument("--weight-scale", choices=("absmax", "mse"), default="absmax", metavar="METHOD",
                             help="absmax, or mse: least error (absmax)")  # fmt: skip
@@ -104,7 +107,31 @@ def run(args: argparse.Namespace) -> int:
                 return calibrate_file(checkpoint, args, options, adapters)
             if args.in_place:
                 raise OptionError("--in-place calibrates a model that is FP8 already, and this one is not; use -o OUT")
-            return convert_file(checkpoint, args, options, adapters)
+            conversion = conversion_options(args)
+            if options is not None and not conversion.record.static:
+                note(f"nothing to calibrate: readers of {conversion.record.title} layers scale inputs as they come")
+                options = None
+            return convert_file(checkpoint, args, conversion, options, adapters)
+
+
+def conversion_options(args: argparse.Namespace) -> ConvertOptions:
+    """How to convert.
+
+    Raises:
+        OptionError: the options contradict each other.
+    """
+    from ..convert import ConvertOptions
+
+    return ConvertOptions(
+        format=args.format,
+        scaling_mode=args.scaling_mode,
+        block_size=args.block_size,
+        weight_scale=args.weight_scale,
+        legacy=args.legacy,
+        input_scale=not args.no_input_scale,
+        preset=args.preset,
+        exclude=tuple(args.exclude_layers),
+    )
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
@@ -135,35 +162,29 @@ def calibrate_file(
     checkpoint: Checkpoint, args: argparse.Namespace, options: CalibrationOptions, adapters: Sequence[Lora]
 ) -> int:
     """Calibrate a file that is FP8 already."""
-    from ..calibrate_activation_scales import plan_in_place
-    from ..layers import find_layers
+    from ..calibrate_activation_scales import plan_in_place, static_table
 
     check_target(checkpoint, args)
+    table = static_table(checkpoint)
     if args.in_place:
         # Whether every scale has a place shows before minutes of work as well as after.
-        table = find_layers(checkpoint)
-        plan_in_place(checkpoint, table, dict.fromkeys(table.diffusion, 1.0), enable_fp8_matmul=args.enable_fp8_matmul)
+        plan_in_place(checkpoint, table, dict.fromkeys(table.static, 1.0), enable_fp8_matmul=args.enable_fp8_matmul)
     return finish(checkpoint, calibrate(checkpoint, options, adapters), args)
 
 
 def convert_file(
-    checkpoint: Checkpoint, args: argparse.Namespace, calibration: CalibrationOptions | None, adapters: Sequence[Lora]
+    checkpoint: Checkpoint,
+    args: argparse.Namespace,
+    options: ConvertOptions,
+    calibration: CalibrationOptions | None,
+    adapters: Sequence[Lora],
 ) -> int:
     """Convert a file in high precision, and calibrate it before it gets its name."""
     from ..calibrate_activation_scales import refuse_unrunnable
     from ..checkpoint import refuse_same_file
-    from ..convert import ConvertOptions, convert, plan_conversion
+    from ..convert import convert, plan_conversion
     from ..lora import match_loras
 
-    options = ConvertOptions(
-        scaling_mode=args.scaling_mode,
-        block_size=args.block_size,
-        weight_scale=args.weight_scale,
-        legacy=args.legacy,
-        input_scale=not args.no_input_scale,
-        preset=args.preset,
-        exclude=tuple(args.exclude_layers),
-    )
     if calibration is not None and calibration.engine != "layer":
         refuse_unrunnable(checkpoint)
     if args.output is not None:
@@ -208,7 +229,9 @@ def convert_file(
         write_json(args.json, plan_json(plan))
     say(f"{conversion_summary(plan)}; wrote {output}")
     note_ending(output)
-    if calibration is None and not args.no_input_scale and args.scaling_mode == "tensor":
+    if args.format != DEFAULT_FORMAT:
+        note(f"{options.record.title} is read by {options.record.read_by}, and fast on {options.record.cards}")
+    if calibration is None and not args.no_input_scale and not options.record.dynamic:
         there = f"convert_to_quant -i {shlex.quote(str(output))} --actcal --in-place"
         note(f"its input scales are 1.0, not measured ({there} measures them)")
     return 0
@@ -218,8 +241,8 @@ def conversion_summary(plan: ConversionPlan) -> str:
     """One line: how many layers, into what, and which family's table decided."""
     weights = sum(layer.weight.elements for layer in plan.quantized)
     return (
-        f"{len(plan.quantized)} of {len(plan.decisions)} linear layers to float8_e4m3fn "
-        f"({weights / 1e6:,.1f} M weights, {plan.options.scaling_mode} scales, {plan.family.title})"
+        f"{len(plan.quantized)} of {len(plan.decisions)} linear layers to {plan.options.record.marked} "
+        f"({weights / 1e6:,.1f} M weights, {plan.options.record.granularity} scales, {plan.family.title})"
     )
 
 
@@ -232,7 +255,7 @@ def print_plan(plan: ConversionPlan, *, talk: bool = False) -> None:
                 decision.layer.name,
                 f"{decision.layer.out_features} × {decision.layer.in_features}",
                 decision.layer.weight.dtype,
-                "F8_E4M3" if decision.quantize else decision.layer.weight.dtype,
+                plan.options.record.dtypes[0] if decision.quantize else decision.layer.weight.dtype,
                 decision.reason,
             )
             for decision in plan.decisions

@@ -40,6 +40,9 @@ from .devices import find_device
 from .provenance import Converter, Piece, trace
 from .quantized_linear import ARITHMETICS, Arithmetic, CheckpointLinear, StoredWeight
 
+STATIC = ("comfyui", "comfyui_divide")
+"""Arithmetics with a scale from the file, where its format has one."""
+
 KEEP_BYTES = 1 << 29
 """Dequantized weights of the whole model up to this size are kept instead of being made anew at every step."""
 
@@ -97,7 +100,7 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
     foreign = [layer for layer in table.foreign.values() if table.owns(layer.name)]
     if foreign:
         raise UnsupportedModelError(
-            f"{len(foreign)} layers are in {foreign[0].format}, which cannot be dequantized here",
+            f"{len(foreign)} layers are in {foreign[0].form}, which cannot be dequantized here",
             path=checkpoint.path,
             tensor=foreign[0].name,
             hint=COMFYUI,
@@ -352,12 +355,12 @@ def load(
                 for piece in found.sources[name + names.WEIGHT]
             ]
             layer = pieces[0][0]
-            stored = stored_input_scale(checkpoint, layer) if arithmetic in STATIC else 1.0
+            stored = stored_input_scale(checkpoint, layer) if not layer.dynamic and arithmetic in STATIC else 1.0
             linears[name] = CheckpointLinear(
                 StoredWeight(checkpoint, pieces, where, keep),
                 None if module.bias is None else value(name + names.BIAS),
                 number,
-                arithmetic="dynamic_row" if layer.dynamic and arithmetic in STATIC else arithmetic,
+                arithmetic=arithmetic,
                 input_scale=(input_scales or {}).get(layer.name, stored),
                 full_precision=layer.weight_scale is None
                 or (layer.full_precision if full_precision is None else layer.name in full_precision),
@@ -376,10 +379,6 @@ def load(
         else:
             module._parameters[child] = nn.Parameter(new.to(number), requires_grad=False)
     return Denoiser(found, model.to(where), linears, where, number)
-
-
-STATIC = ("comfyui", "comfyui_divide")
-"""Arithmetics with a scale from the file. Layers in formats that readers scale as they come have none."""
 
 
 def _dense_bytes(plan: Plan) -> int:

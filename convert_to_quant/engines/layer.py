@@ -7,7 +7,7 @@ so channels with small weights carry large values. So the input is simulated as
     x_j = z_j · sqrt(out / in) / ‖W_:j‖        z of unit variance
 
 which makes every channel contribute equally to an output of unit variance: Var(y) = (1/out) Σ_j ‖W_:j‖² · Var(x_j) = 1.
-The percentile of |x|, times a margin (8 by default, since E4M3 forgives headroom and not clipping), is the range.
+The percentile of |x|, times a margin (8 by default, since FP8 forgives headroom and not clipping), is the range.
 
 z is normal, or, where a LoRA was trained on this layer, the rows of its A with small noise and both signs, at unit
 variance: directions that real inputs had.
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint
 from ..errors import TensorError
-from ..fp8 import spans, values
+from ..formats import spans
 from ..layers import Layer, dequantize, scales_per_row
 from ..telling import Advance
 
@@ -78,7 +78,7 @@ def column_squares(checkpoint: Checkpoint, layer: Layer) -> NDArray[np.float64]:
     bits = checkpoint.bits(layer.weight.name)
     scale = None if layer.weight_scale is None else checkpoint.float32(layer.weight_scale)
     # einsum, not @: BLAS would start threads of its own under each of ours, which costs three times the time.
-    squares_of_codes = None if layer.format is None else values(layer.format) ** 2
+    squares_of_codes = None if layer.format is None else layer.format.codes.values**2
     total = np.zeros(layer.in_features)
     # Squares of very small or large scales leave float32, so they are taken relative to the largest.
     largest = 1.0 if scale is None else float(scale.max(initial=0.0)) or 1.0
@@ -87,7 +87,7 @@ def column_squares(checkpoint: Checkpoint, layer: Layer) -> NDArray[np.float64]:
             weight_OI = dequantize(checkpoint, layer, rows)
             total += np.einsum("oi,oi->i", weight_OI, weight_OI)
             continue
-        squares_OI = np.take(squares_of_codes, bits[rows], mode="clip")
+        squares_OI = np.take(squares_of_codes, bits[rows].view(np.uint8), mode="clip")
         spread = np.square(scales_per_row(scale, layer, rows) / np.float32(largest))
         if spread.shape[1] == 1:
             total += np.einsum("o,oi->i", spread[:, 0], squares_OI)
@@ -167,7 +167,7 @@ def simulate_layer(
 
     Args:
         checkpoint: where it is.
-        layer: an FP8 layer.
+        layer: a quantized layer.
         simulation: how.
         lora_rows_RI: rows of a LoRA's A for this layer, float32 [rank, in].
 

@@ -1,30 +1,32 @@
-"""A linear layer that reads its weight from a checkpoint when it runs, and computes as an FP8 reader would.
+"""A linear layer that reads its weight from a checkpoint when it runs, and computes as a reader of its format would.
 
 Why it exists. A 12B model does not fit a 16 GB card in bfloat16, and a checkpoint should not be copied into memory to
 be watched. `CheckpointLinear` holds on to rows of the file's own layer: on a CPU they stay in mapped pages, on a GPU
 as the file's own codes (one byte each), and they become numbers only while the layer runs.
 
-Maths. With weight codes w, weight scale t, input x and input scale s, an FP8 layer computes
+Maths. With weight codes w, weight scale t, input x and input scale s, a quantized layer computes
 
     q = round(clamp(x / s, ±max))        y = (q · s) (w · t)ᵀ + bias
 
-where inputs are rounded to the FP8 format of the weight: max is 448 for E4M3 and 57,344 for E5M2.
+where q lies on the format's input grid. Where the format has a static scale, s is the file's; else it is absmax / max
+of each row of x.
 
 How q comes about is the `Arithmetic`:
-    dequantize       no q: y = x (w · t)ᵀ + bias. What a model computes without FP8 hardware; used for watching.
-    comfyui          x · (1 / s) in x's own dtype, 1 / s rounded to it, as ComfyUI does on a CPU ("eager").
+    dequantize       no q: y = x (w · t)ᵀ + bias. What a model computes without hardware for it; used for watching.
+    comfyui          in x's own dtype, as ComfyUI does on a CPU ("eager"): x · (1 / s), or x / s where s is dynamic.
     comfyui_divide   x / s in float32, as its CUDA and Triton kernels do.
     dynamic_tensor   as comfyui_divide with s = absmax(x) / max. No file can ask ComfyUI for this.
-    dynamic_row      the same with one s per row.
+    dynamic_row      the same with one s per row, in any format.
 A layer that the file holds in high precision, or marks `full_precision_matrix_mult`, is computed as by "dequantize".
 
-The product is simulated in float32: FP8 values and their products are exact there, so only the order of summation
-differs from a tensor core's. `fp8_matmul=True` uses the real one (`torch._scaled_mm`) where the layer allows it.
+FP8 products are simulated in float32: values and their products are exact there, so only the order of summation differs
+from a tensor core's. `fp8_matmul=True` uses the real one (`torch._scaled_mm`) where the layer allows it. Products of
+whole numbers add up exactly, as they do in a reader's int32 (`exact_product`), and scales come after.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -33,8 +35,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..checkpoint import Checkpoint
-from ..fp8 import E4M3FN, Format
-from ..layers import Layer, dequantize, scale_grid
+from ..formats import DEFAULT, Format, scale_grid, spans
+from ..layers import Layer, dequantize
 from ..lora import LoraMatch
 
 Arithmetic = Literal["dequantize", "comfyui", "comfyui_divide", "dynamic_tensor", "dynamic_row"]
@@ -45,47 +47,56 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
 }
-"""What a weight's bytes are, by the spelling of a safetensors header."""
+"""What the bytes of a weight in high precision are, by the spelling of a safetensors header."""
 
-FP8_MATMUL_MULTIPLE = 16
-"""Both sides of a weight must be multiples of this for torch._scaled_mm."""
-
-
-def _fp8(scaled: Tensor, fmt: Format) -> Tensor:
-    return scaled.clamp(-fmt.max, fmt.max).to(TORCH_DTYPES[fmt.safetensors_dtype])
+EXACT_TERMS = 1 << 10
+"""Products of two 8-bit integers that float32 adds up exactly: 2¹⁰ · 2⁷ · 2⁷ = 2²⁴."""
 
 
-def _comfyui(x: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    return _fp8(x * (1.0 / scale).to(x.dtype), fmt), scale
+def quantize_inputs(x: Tensor, static: Tensor, fmt: Format, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
+    """Codes of a layer's inputs.
+
+    Args:
+        x: [..., in].
+        static: the layer's input scale, float32 ().
+        fmt: of the layer.
+        arithmetic: any but "dequantize".
+
+    Returns:
+        Codes like x, and the float32 scale that they carry, () or [..., 1].
+    """
+    grid = fmt.input_grid
+    assert grid is not None, fmt.name
+    own = arithmetic == "comfyui"
+    if not fmt.dynamic and arithmetic in ("comfyui", "comfyui_divide"):
+        scale = static
+        scaled = x * (1.0 / scale).to(x.dtype) if own else x.float() / scale
+    else:
+        absmax = x.abs().amax() if arithmetic == "dynamic_tensor" else x.abs().amax(-1, keepdim=True)
+        scale = torch.where(absmax > 0, (absmax.float() / grid.max).clamp(min=fmt.least_scale), fmt.zero_scale)
+        divisor = scale.to(x.dtype) if own else scale
+        scaled = (x if own else x.float()) / torch.where(divisor == 0, torch.finfo(divisor.dtype).tiny, divisor)
+    dtype: torch.dtype = getattr(torch, grid.name)
+    if dtype.is_floating_point:
+        return scaled.clamp(-grid.max, grid.max).to(dtype), scale
+    return scaled.round().clamp(torch.iinfo(dtype).min, grid.max).to(dtype), scale
 
 
-def _comfyui_divide(x: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    return _fp8(x.float() / scale, fmt), scale
+def exact_product(codes: Tensor, weight_OI: Tensor) -> Tensor:
+    """Products of 8-bit integers, summed exactly.
 
+    Args:
+        codes: [..., in].
+        weight_OI: [out, in].
 
-def _dynamic_tensor(x: Tensor, _scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    return _comfyui_divide(x, _range_scale(x.abs().amax(), fmt), fmt)
-
-
-def _dynamic_row(x: Tensor, _scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    return _comfyui_divide(x, _range_scale(x.abs().amax(-1, keepdim=True), fmt), fmt)
-
-
-def _range_scale(absmax: Tensor, fmt: Format) -> Tensor:
-    """The scale absmax / max in float32; 1 where there are only zeros."""
-    return torch.where(absmax > 0, absmax.float() / fmt.max, 1.0)
-
-
-QUANTIZERS: Mapping[Arithmetic, Callable[[Tensor, Tensor, Format], tuple[Tensor, Tensor]]] = {
-    "comfyui": _comfyui,
-    "comfyui_divide": _comfyui_divide,
-    "dynamic_tensor": _dynamic_tensor,
-    "dynamic_row": _dynamic_row,
-}
-"""Input [..., in], the layer's scale, float32 (), and format -> codes of the same shape and the scale they carry."""
+    Returns:
+        float32 [..., out]: the exact sums, rounded once.
+    """
+    total = torch.zeros((*codes.shape[:-1], len(weight_OI)), dtype=torch.float64, device=codes.device)
+    for part in spans(codes.shape[-1], EXACT_TERMS):
+        total += linear(codes[..., part].float(), weight_OI[:, part].float())
+    return total.float()
 
 
 class StoredWeight:
@@ -124,6 +135,11 @@ class StoredWeight:
     def adapted(self) -> bool:
         """Whether an adapter changes it."""
         return self.adapters is not None and any(layer.name in self.adapters.matched for layer, _ in self.pieces)
+
+    @property
+    def scaled_by_row(self) -> bool:
+        """Whether one scale serves each whole row, so that it can follow the product."""
+        return all(layer.weight_scale is not None and layer.granularity != "block" for layer, _ in self.pieces)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The real weight.
@@ -166,13 +182,16 @@ class StoredWeight:
 
     def stored(self) -> list[tuple[Tensor, Tensor | None]]:
         """The file's own values and scales on the device, per piece: [rows, in] and [rows, blocks per row] or None."""
+        if self.device.type == "cpu":
+            return [self._upload(layer, rows) for layer, rows in self.pieces]
         if not self._stored:
             self._stored = [self._upload(layer, rows) for layer, rows in self.pieces]
         return self._stored
 
     def _upload(self, layer: Layer, rows: slice) -> tuple[Tensor, Tensor | None]:
         codes = torch.from_numpy(np.array(self.checkpoint.bits(layer.weight.name)[rows]))
-        codes_OI = codes.view(TORCH_DTYPES[layer.weight.dtype]).to(self.device)
+        dtype = TORCH_DTYPES[layer.weight.dtype] if layer.format is None else getattr(torch, layer.format.codes.name)
+        codes_OI = codes.view(dtype).to(self.device)
         self.checkpoint.release(layer.weight.name)
         if layer.weight_scale is None:
             return codes_OI, None
@@ -235,22 +254,32 @@ class CheckpointLinear(nn.Module):
         x = x.to(self.dtype)
         if self.full_precision or self.arithmetic == "dequantize":
             return linear(x, self.stored.dense(self.dtype), self.bias)
-        codes, scale = QUANTIZERS[self.arithmetic](x, self.input_scale, self.stored.layer.format or E4M3FN)
+        codes, scale = quantize_inputs(x, self.input_scale, self.stored.layer.format or DEFAULT, self.arithmetic)
         if self.fp8_matmul and scale.ndim == 0 and self.fits_fp8_matmul():
             return self._scaled_matmul(codes, scale)
+        if not codes.is_floating_point() and not self.stored.adapted and self.stored.scaled_by_row:
+            return self._integer_matmul(codes, scale)
         y = linear(codes.float() * scale, self.stored.dense(torch.float32))
         return (y if self.bias is None else y + self.bias.float()).to(self.dtype)
 
+    def _integer_matmul(self, codes: Tensor, scale: Tensor) -> Tensor:
+        parts = [exact_product(codes, weight_OI) * (scale * weight_scale.reshape(-1))
+                 for weight_OI, weight_scale in self.stored.stored() if weight_scale is not None]  # fmt: skip
+        y = torch.cat(parts, -1).to(self.dtype)
+        return y if self.bias is None else y + self.bias
+
     def fits_fp8_matmul(self) -> bool:
         """Whether the device can multiply this layer's codes as they are."""
-        sides = (self.in_features, self.out_features)
+        sides, fmt = (self.in_features, self.out_features), self.stored.layer.format
         return (
             self.stored.device.type == "cuda"
             and not self.stored.adapted
             and len(self.stored.pieces) == 1
-            and self.stored.layer.format == E4M3FN  # torch multiplies no two E5M2
+            and fmt is not None
+            and not fmt.dynamic
+            and bool(fmt.cards)
             and self.stored.layer.granularity == "tensor"
-            and not any(side % FP8_MATMUL_MULTIPLE for side in sides)
+            and not any(side % fmt.side_multiple for side in sides)
         )
 
     def _scaled_matmul(self, codes: Tensor, scale: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ Risks. `RISKS` says what each means. A layer whose inputs are never quantized is
     no scale    the scale is 0, so every input is divided by 0; or readers cannot use what the file has (NaN, bfloat16,
                 several values), and it is told as 0.
     clips,      the expected signal-to-noise ratio of its inputs is under `WORST_ROUNDING_DB`. Rounding alone never gets
-    vanishes,   that low: within E4M3's normal range, 2⁻⁶ to 464 times the scale, an error is at most 1/17 of its value
+    vanishes,   that low: within FP8's normal range, from 2⁻⁶ times the scale up, an error is at most 1/17 of its value
     coarse      (a value on the middle between 1 and 1.125), so the ratio of any distribution in there is at least
-                20 log10(17) = 24.6 dB. So something lies outside: it *clips* if the largest input exceeds 464 times the
-                scale (464 is where rounding to 448 ends, 480 being the next that a wider format would have); else it
+                20 log10(17) = 24.6 dB. So something lies outside: it *clips* if the largest input exceeds what is
+                rounded to the largest code (`Grid.largest_rounded` times the scale); else it
                 *vanishes* if most values that are not zero become zero; else it is *coarse*, spread over the few
                 codes below the normal range.
     rows lost   most rows (tokens) lie wholly under 2⁻⁴ of the scale (`solve`). The ratio over all values hides them.
@@ -41,7 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..fp8 import E4M3FN
+from ..formats import DEFAULT_GRID, GRIDS
 from ..kernels import SIGMA_BINS
 
 FORMAT = 1
@@ -52,21 +52,21 @@ Level = Literal["good", "warning", "bad"]
 
 RISKS: Mapping[Risk, str] = {
     "no scale": "its scale is 0, or nothing that ComfyUI can use: inputs become infinite or NaN, or it fails",
-    "clips": "inputs beyond 448 times the scale are cut off",
+    "clips": f"inputs beyond {DEFAULT_GRID.max:g} times the scale are cut off",
     "vanishes": "most inputs are too small for the scale and become 0",
     "rows lost": "most rows (tokens) lie under 1/16 of the scale, where few codes are; often a loud one sets it",
     "coarse": "inputs lie among the smallest steps of the scale, where few codes are left",
 }
 """What each risk means, the worst first."""
 
-LARGEST_ROUNDED = E4M3FN.largest_rounded
-"""|x| / scale up to here becomes 448 by rounding; beyond it is cut off."""
+LARGEST_ROUNDED = DEFAULT_GRID.largest_rounded
+"""|x| / scale up to here becomes the largest code by rounding; beyond it is cut off."""
 
 MOST = 0.5
 """Share of values or rows that are lost from which on a layer is at risk for that alone."""
 
-WORST_ROUNDING_DB = E4M3FN.worst_rounding_db
-"""Signal to noise of E4M3 in its normal range is at least this, whatever the distribution."""
+WORST_ROUNDING_DB = DEFAULT_GRID.worst_rounding_db
+"""Signal to noise of FP8 in its normal range is at least this, whatever the distribution."""
 
 AXIS_LOW, AXIS_HIGH, CELLS_PER_OCTAVE = -32, 24, 4
 """The axis of densities, log2 |x|."""
@@ -89,7 +89,7 @@ class State:
         scale: its input scale.
         full_precision: whether its inputs stay as they are.
         sqnr_db: signal to quantization noise of the inputs; None where nothing but zeros was seen, or nothing.
-        clipped: share of values beyond 448 times the scale.
+        clipped: share of values beyond the largest code times the scale.
         vanished: share of all values that are not zero and become it.
         rows_lost: share of rows under 2⁻⁴ of the scale.
         risk: a key of `RISKS`, or "".
@@ -124,6 +124,7 @@ class Figures:
 
     Attributes:
         before, after: as the file is, and as solving chose.
+        format: the grid of its inputs' codes, a key of `formats.GRIDS`.
         source: "model" where its inputs were seen, "none" where they were not.
         reason: why scale or precision after is what it is.
         cause: what moved it to full precision; see `solve.LayerResult`.
@@ -139,6 +140,7 @@ class Figures:
 
     before: State
     after: State
+    format: str = DEFAULT_GRID.name
     source: str = "none"
     reason: str = ""
     cause: str = ""
@@ -163,6 +165,12 @@ class Figures:
         """Whether the file would change for this layer."""
         before, after = self.before, self.after
         return (before.scale, before.full_precision) != (after.scale, after.full_precision)
+
+    def octaves_over(self, state: State | None) -> float | None:
+        """Octaves from the largest code times a scale up to the largest input: above 0 something is clipped."""
+        if state is None or not (self.absmax and state.scale):
+            return None
+        return math.log2(self.absmax / (GRIDS[self.format].max * state.scale))
 
     @property
     def seen(self) -> bool:
@@ -311,10 +319,10 @@ class Report:
             "sides": [side.to_json() for side in self.sides],
             "verdict": _plain(asdict(self.verdict)),
             "risks": dict(RISKS),
-            "fp8": {
-                "max": E4M3FN.max,
-                "smallest_normal": 2.0 ** (1 - E4M3FN.bias),
-                "smallest": E4M3FN.smallest_subnormal,
+            "grid": {
+                "max": DEFAULT_GRID.max,
+                "smallest_normal": DEFAULT_GRID.smallest_normal,
+                "smallest": DEFAULT_GRID.smallest_step,
             },
             "axis": {"low": AXIS_LOW, "high": AXIS_HIGH, "per_octave": CELLS_PER_OCTAVE},
             "sigma_edges": list(SIGMA_EDGES),

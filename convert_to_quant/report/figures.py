@@ -29,13 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import names
-from ..calibrate_activation_scales import apply_statistics
+from ..calibrate_activation_scales import apply_statistics, present_scales, static_table
 from ..checkpoint import open_checkpoint
-from ..errors import StatisticsError, StrPath, TensorError
-from ..fp8 import E4M3FN, FORMATS, Format
+from ..errors import StatisticsError, StrPath
+from ..formats import DEFAULT_GRID, GRIDS, Grid
 from ..inspection import READINGS, Inspection, LayerView, inspect_checkpoint
 from ..kernels import NONFINITE_BIN, SIGMA_BINS
-from ..layers import find_layers, input_scale
 from ..solve import LayerResult, Present, SolveOptions, expected_errors, lost_rows, solve
 from ..stats import BIN_EDGES, Statistics
 from . import document, verdict
@@ -178,13 +177,8 @@ def _solve(source: Source, *, force: bool) -> _Solved:
     with open_checkpoint(source.model) as checkpoint:
         inspection = inspect_checkpoint(checkpoint)
         if statistics is None:
-            table = find_layers(checkpoint)
-            present = {
-                name: Present(input_scale(checkpoint, layer), layer.full_precision, layer.shape, layer.format or E4M3FN)
-                for name, layer in table.diffusion.items()
-            }
-            if not present:
-                raise TensorError("no FP8 layers with weight scales in this file", path=source.model)
+            table = static_table(checkpoint)
+            present = present_scales(checkpoint, table, energies=False)
             observed = Statistics.empty({})
             results, notes = solve(observed, present, source.options), table.notes
         else:
@@ -214,7 +208,7 @@ def _left_alone(views: Iterable[LayerView], statistics: Statistics | None) -> li
     bare = names.strip_prefix(view.name for view in listed)[1]
     left = []
     for view in listed:
-        if view.reading == "foreign":
+        if view.reading in ("foreign", "per-row"):
             left.append(LeftAlone(view.name, f"{view.format}, which has no input scale that this tool knows"))
         elif view.reading in ("cast", "high-precision") and bare.get(view.name) in recorded:
             left.append(LeftAlone(view.name, f"{view.format}: {READINGS[view.reading]}"))
@@ -226,8 +220,8 @@ def _figures(side: _Solved) -> dict[str, Figures]:
     seen = [result for result in side.results if result.source == "model"]
     statistics = side.statistics.take([result.layer for result in seen])
     scales = np.array([[result.scale_before, result.scale_after] for result in seen], np.float64).reshape(-1, 2)
-    formats = [FORMATS[result.format] for result in seen]
-    lost = np.stack([lost_rows(statistics, column, formats) for column in scales.T])
+    grids = [GRIDS[result.format] for result in seen]
+    lost = np.stack([lost_rows(statistics, column, grids) for column in scales.T])
     columns = _columns(statistics)
     figures = {}
     numbers = {result.layer: number for number, result in enumerate(seen)}
@@ -251,12 +245,13 @@ def _figures(side: _Solved) -> dict[str, Figures]:
                  result.clipped_after, result.vanished_after, lost[1]),
             )
         ]  # fmt: skip
-        before, after = (state if unused else with_risk(state, absmax, FORMATS[result.format]) for state in states)
+        before, after = (state if unused else with_risk(state, absmax, GRIDS[result.format]) for state in states)
         if result.layer in side.unusable:
             before = State(0.0, before.full_precision, risk="no scale")
         figures[result.layer] = Figures(
             before=before,
             after=after,
+            format=result.format,
             source=result.source,
             reason=result.reason,
             cause=result.cause,
@@ -268,22 +263,22 @@ def _figures(side: _Solved) -> dict[str, Figures]:
     return figures
 
 
-def with_risk(state: State, absmax: float, fmt: Format = E4M3FN) -> State:
-    """A state with its risk, by the thresholds of `document`, which are those of the layer's format.
+def with_risk(state: State, absmax: float, grid: Grid = DEFAULT_GRID) -> State:
+    """A state with its risk, by the thresholds of `document`, which are those of the layer's grid.
 
     Args:
         state: with everything else.
         absmax: the largest |x|; 0 where nothing but zeros was seen, or nothing.
-        fmt: of the layer's inputs.
+        grid: of the layer's inputs.
     """
     risk: Risk = ""
     if state.full_precision:
         return state
     if state.scale == 0:
         risk = "no scale"
-    elif state.sqnr_db is not None and state.sqnr_db < fmt.worst_rounding_db:
+    elif state.sqnr_db is not None and state.sqnr_db < grid.worst_rounding_db:
         assert state.vanished is not None
-        if absmax > fmt.largest_rounded * state.scale:
+        if absmax > grid.largest_rounded * state.scale:
             risk = "clips"
         else:
             risk = "vanishes" if state.vanished > document.MOST else "coarse"
@@ -361,9 +356,9 @@ def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
     ]
     statistics = second.statistics.take([name for _, _, name in pairs])
     scales = np.array([result.scale_after for _, result, _ in pairs], np.float64)
-    formats = [FORMATS[result.format] for _, result, _ in pairs]
-    errors = expected_errors(statistics, scales, formats)
-    lost = lost_rows(statistics, scales, formats)
+    grids = [GRIDS[result.format] for _, result, _ in pairs]
+    errors = expected_errors(statistics, scales, grids)
+    lost = lost_rows(statistics, scales, grids)
     absmax = statistics.absmax
     states = {}
     for number, (bare, result, name) in enumerate(pairs):
@@ -375,7 +370,7 @@ def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
             vanished=_finite(errors.vanished[number]),
             rows_lost=_finite(lost[number]),
         )
-        states[bare] = state if name in second.unused else with_risk(state, float(absmax[number]), formats[number])
+        states[bare] = state if name in second.unused else with_risk(state, float(absmax[number]), grids[number])
     return states
 
 

@@ -37,7 +37,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from .. import __version__, names
-from ..fp8 import E4M3FN
+from ..formats import DEFAULT_GRID
 from ..kernels import SIGMA_BINS
 from .document import AXIS_LOW, CELLS, CELLS_PER_OCTAVE, Figures, Layer, Report, State
 from .verdict import percent
@@ -84,9 +84,9 @@ LINE_LETTERS = {20: 86, 10.8: 165}
 NAME_LETTERS, TITLE_LETTERS, FATE_LETTERS = 44, 56, 32
 
 
-LARGEST = math.log2(E4M3FN.max)
-NORMAL = 1 - E4M3FN.bias
-VANISHING = math.log2(E4M3FN.smallest_subnormal / 2)
+LARGEST = math.log2(DEFAULT_GRID.max)
+NORMAL = math.log2(DEFAULT_GRID.smallest_normal)
+VANISHING = math.log2(DEFAULT_GRID.smallest_step / 2)
 EDGES = (VANISHING, NORMAL, LARGEST)
 ZONES = ("vanished", "subnormal", "normal", "saturated")
 """What FP8 does with log2(|x| / scale) under, between and over the edges."""
@@ -238,7 +238,7 @@ def _draw_panel(ax: Axes, panel: Panel, span: tuple[float, float, bool], row: fl
         )
         ax.set_xlabel("|x|; each bar is what FP8 can hold at this scale")
     else:
-        ax.set_xticks([VANISHING, NORMAL, 0, LARGEST], ["2⁻¹⁰", "2⁻⁶", "1", "448"])
+        ax.set_xticks([VANISHING, NORMAL, 0, LARGEST], ["2⁻¹⁰", "2⁻⁶", "1", f"{DEFAULT_GRID.max:g}"])
         ax.set_xlabel("|x| / scale, in octaves; the mark is the largest |x|")
         ends = (low, *EDGES, high)
         for zone, start, end, color in zip(ZONES, ends, ends[1:], COLORS, strict=False):
@@ -269,7 +269,7 @@ def _strip(figures: Figures, state: State, octaves: Float, under: Float, absolut
     end = int(np.searchsorted(octaves, math.log2(figures.absmax / state.scale), side="right"))
     levels[end:] = 0  # the cell that holds the largest value reaches beyond it
     strength: Float = levels**1.5 * (0.8 if state.full_precision else 1)
-    if not state.full_precision:  # beyond 448 a single value is worth seeing
+    if not state.full_precision:  # beyond the largest code a single value is worth seeing
         strength = np.where((octaves > LARGEST) & (levels > 0), 0.4 + 0.6 * strength, strength)
     strip = _mix(under, colors, strength)
     strip[max(end - 3, 0) : end] = colors[max(end - 1, 0)]

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import __version__
-from ..fp8 import E4M3FN
 from .document import SIGMA_EDGES, Figures, Layer, Report, Side, State
 
 Cell = str | int | float | bool | None
@@ -34,13 +33,6 @@ class Line:
     figures: Figures
 
 
-def _beyond(figures: Figures, state: State | None) -> float | None:
-    """Octaves from what FP8 holds up to the largest input: above 0 something is clipped."""
-    if state is None or not figures.absmax or not state.scale:
-        return None
-    return math.log2(figures.absmax / (E4M3FN.max * state.scale))
-
-
 def _state_columns(suffix: str, state_of: Callable[[Line], State | None]) -> dict[str, Callable[[Line], Cell]]:
     """The columns of one state."""
 
@@ -54,7 +46,7 @@ def _state_columns(suffix: str, state_of: Callable[[Line], State | None]) -> dic
         f"clipped_{suffix}_share": column("clipped"),
         f"vanished_{suffix}_share": column("vanished"),
         f"rows_lost_{suffix}_share": column("rows_lost"),
-        f"beyond_{suffix}_octaves": lambda line: _beyond(line.figures, state_of(line)),
+        f"beyond_{suffix}_octaves": lambda line: line.figures.octaves_over(state_of(line)),
         f"risk_{suffix}": column("risk"),
     }
 

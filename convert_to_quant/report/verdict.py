@@ -4,7 +4,7 @@ One side: how many layers are at risk as the file is, what is wrong with them, a
 damage to a layer's inputs, which was measured; damage to the image was not. Two sides: whether a calibration on the
 first holds for the second, and where they differ.
 
-Moved. A range or a scale counts as moved when it differs by more than half an octave (a factor of 1.41). E4M3 spans 18
+Moved. A range or a scale counts as moved when it differs by more than half an octave (a factor of 1.41). FP8 spans 18
 octaves and its step is relative, so a scale that is too large by less costs nothing but the half octave at the lower
 end; one that is too small by as much clips, and how much is said apart.
 """
@@ -131,8 +131,9 @@ def _count_risky(rows: Iterable[Row]) -> int:
 
 
 def _overshoot(figures: Figures, state: State) -> float:
-    """How far the largest input lies beyond 448 times the scale, as a factor."""
-    return (figures.absmax or 0) / (448 * state.scale) if state.scale else math.inf
+    """How far the largest input lies beyond the largest code times the scale, as a factor."""
+    octaves = figures.octaves_over(state)
+    return 2**octaves if octaves is not None else 0.0 if state.scale else math.inf
 
 
 def _clipping(row: Row) -> str:

@@ -49,7 +49,7 @@ def test_the_screen_of_a_file_in_high_precision(look: Any, flux_file: Path) -> N
 
 def test_the_screen_of_a_converted_file(look: Any, fp8_file: Path) -> None:
     assert look(fp8_file) == screen("""
-        fp8.safetensors: 97.5 kB, 87 tensors
+        fp8.safetensors: 97.6 kB, 87 tensors
         model         Flux.1 (dev, schnell, Kontext, Fill, Krea)
         layers        13 float8_e4m3fn, one scale per tensor
                       8 BF16

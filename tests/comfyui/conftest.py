@@ -245,11 +245,14 @@ class Files:
         original: in high precision.
         converted: in FP8, with input scales of 1.0.
         calibrated: in FP8, after `--actcal`.
+        int8, int8_tensor: in INT8, with scales per row, or one.
     """
 
     original: Path
     converted: Path
     calibrated: Path
+    int8: Path
+    int8_tensor: Path
 
 
 def command(*words: str | Path) -> None:
@@ -279,7 +282,10 @@ def files(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         original = emoji.WEIGHTS
         if name != "plain":
             original = reranged(folder / f"{name}.safetensors", RERANGINGS[name])
-        made = Files(original, folder / f"{name}_fp8.safetensors", folder / f"{name}_fp8_calibrated.safetensors")
+        kinds = ("fp8", "fp8_calibrated", "int8", "int8_tensor")
+        made = Files(original, *(folder / f"{name}_{kind}.safetensors" for kind in kinds))
+        command("-i", original, "-o", made.int8, "--format", "int8")
+        command("-i", original, "-o", made.int8_tensor, "--format", "int8-tensor")
         command("-i", original, "-o", made.converted)
         # The least that observes every kind of noise conditioning; more samples change little here.
         command("-i", made.converted, "-o", made.calibrated, "--actcal", "--actcal-samples", "8")

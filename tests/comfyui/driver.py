@@ -159,7 +159,7 @@ def describe(module: Any) -> dict[str, Any]:
         "weight_class": type(weight.data).__name__ if stored is None else type(weight).__name__,
         "weight_dtype": str(weight.dtype if stored is None else stored.dtype),
         "weight_shape": list(weight.shape),
-        "weight_scale": None if stored is None else weight._params.scale.item(),
+        "weight_scale": None if stored is None else weight._params.scale.squeeze().tolist(),
         "input_scale": None if scale is None else scale.item(),
         "input_scale_dtype": None if scale is None else str(scale.dtype),
         "full_precision": getattr(module, "_full_precision_mm", None),

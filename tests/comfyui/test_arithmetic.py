@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.layers import find_layers
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -63,6 +66,9 @@ CASES = {
     "FP8 file in float32": ("calibrated", {}, "comfyui", "float32", SUMS_DB),
     "FP8 file in bfloat16": ("calibrated", BFLOAT16, "comfyui", "bfloat16", BFLOAT16_DB),
     "FP8 file without FP8 hardware": ("calibrated", NO_FP8, "dequantize", "float32", SUMS_DB),
+    "INT8 file in float32": ("int8", {}, "comfyui", "float32", math.inf),
+    "INT8 file in bfloat16": ("int8", BFLOAT16, "comfyui", "bfloat16", math.inf),
+    "INT8 file with one scale a tensor": ("int8_tensor", {}, "comfyui", "float32", math.inf),
 }
 """Which file, what ComfyUI is told of the device, and what we simulate, in which dtype; and the least agreement."""
 
@@ -73,7 +79,12 @@ def test_every_layer_computes_what_we_simulate(bench: Bench, figure: Figure, cas
 
     name, device, arithmetic, dtype, least_db = CASES[case]
     path = getattr(bench.files("plain"), name)
-    assert bench.comfyui.load(path, "run", device=device)["dtype"] == f"torch.{dtype}"
+    told = bench.comfyui.load(path, "run", device=device)
+    assert (told["dtype"], told["warnings"]) == (f"torch.{dtype}", [])
+    with open_checkpoint(path) as checkpoint:
+        marked = {layer.name: layer.format.marked for layer in find_layers(checkpoint).quantized.values()}
+    read = {layer: found["quant_format"] for layer, found in told["layers"].items()}
+    assert read == {layer: marked.get(layer) for layer in read}
     seen = bench.comfyui.run("evaluate", "run", {key: value[:2] for key, value in bench.states.items()}, record=True)
 
     differences_db = {}

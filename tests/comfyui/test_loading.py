@@ -39,9 +39,9 @@ def as_we_say(path: Path) -> dict[str, Any]:
             entry: dict[str, Any] = {"quant_format": None, "weight_shape": list(layer.weight.shape)}
             if layer.format is not None:
                 entry |= {
-                    "quant_format": layer.format.name,
+                    "quant_format": layer.format.marked,
                     "weight_class": "QuantizedTensor",
-                    "weight_dtype": f"torch.{layer.format.name}",
+                    "weight_dtype": f"torch.{layer.format.codes.name}",
                     "weight_scale": float(checkpoint.float32(layer.weight_scale).item()),
                     "input_scale": input_scale(checkpoint, layer),
                     "full_precision": layer.full_precision,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convert_to_quant import fp8
+from convert_to_quant.formats import DEFAULT_GRID
 
 AXES = (4, 6, 6)
 HEAD = sum(AXES)
@@ -203,7 +203,7 @@ def save_model(tmp_path: Path, build: Any) -> Save:
                 tensors[prefix + name] = array
                 continue
             scale = np.float32(np.abs(array).max() / 448)
-            tensors[prefix + name] = ("F8_E4M3", fp8.encode(array / scale))
+            tensors[prefix + name] = ("F8_E4M3", DEFAULT_GRID.encode(array / scale))
             tensors[prefix + layer + ".weight_scale"] = scale
             if input_scale is not None:
                 tensors[prefix + layer + ".input_scale"] = np.float32(input_scale)

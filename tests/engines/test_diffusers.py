@@ -318,13 +318,10 @@ def test_an_unknown_model_gives_a_reason(save_model: Any) -> None:
 def test_a_foreign_format_gives_a_reason(reference_flux: Any, save_model: Any, save: Any, build: Any) -> None:
     tensors = {name: value.numpy() for name, value in reference_flux().state_dict().items()}
     layer = "double_blocks.0.img_mlp.0"
-    tensors[layer + ".weight"] = np.ones((128, 32), np.int8)
-    tensors[layer + ".weight_scale"] = np.float32(1)
-    tensors[layer + ".comfy_quant"] = build.mark(format="int8_tensorwise")
-    with open_checkpoint(save("int8.safetensors", tensors)) as checkpoint:
-        assert (
-            engine.supports(checkpoint) == f"{layer}: 1 layers are in int8_tensorwise, which cannot be dequantized here"
-        )
+    tensors[layer + ".weight"] = np.ones((128, 16), np.uint8)
+    tensors[layer + ".comfy_quant"] = build.mark(format="nvfp4")
+    with open_checkpoint(save("nvfp4.safetensors", tensors)) as checkpoint:
+        assert engine.supports(checkpoint) == f"{layer}: 1 layers are in nvfp4, which cannot be dequantized here"
 
 
 @pytest.mark.parametrize(("silent", "strong", "moves"), [(1, 2, False), (1, 2.1, True), (2.1, 1, True), (2, 1, False)])
@@ -358,9 +355,8 @@ def beside_an_encoder(build: Any, path: Path) -> dict[str, Any]:
         **scaled,
         ENCODER + "SelfAttention.k.weight": ("F8_E4M3", np.ones((16, 32), np.uint8)),
         ENCODER + "layer_norm.weight": ("F8_E4M3", np.ones(32, np.uint8)),
-        ENCODER + "SelfAttention.v.weight": np.ones((16, 32), np.int8),
-        ENCODER + "SelfAttention.v.weight_scale": np.float32(1),
-        ENCODER + "SelfAttention.v.comfy_quant": build.mark(format="int8_tensorwise"),
+        ENCODER + "SelfAttention.v.weight": np.ones((16, 16), np.uint8),
+        ENCODER + "SelfAttention.v.comfy_quant": build.mark(format="nvfp4"),
     }
 
 

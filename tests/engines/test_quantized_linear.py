@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from convert_to_quant import fp8
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.engines.quantized_linear import CheckpointLinear, StoredWeight
+from convert_to_quant.formats import DEFAULT_GRID as FP8
 from convert_to_quant.layers import find_layers
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def stored(save: Callable[..., Path], build: Any) -> StoredWeight:
 
 def weight(stored: StoredWeight) -> Tensor:
     codes = np.random.default_rng(0).integers(0, 0x78, (16, 32)).astype(np.uint8)
-    return torch.from_numpy(fp8.decode(codes) * np.float32(0.5))
+    return torch.from_numpy(FP8.decode(codes) * np.float32(0.5))
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -36,7 +36,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
 
 def rounded(scaled: Tensor) -> Tensor:
     """Our own encoder as the oracle of the FP8 cast."""
-    return torch.from_numpy(fp8.decode(fp8.encode(scaled.float().numpy())))
+    return torch.from_numpy(FP8.decode(FP8.encode(scaled.float().numpy())))
 
 
 def linear(stored: StoredWeight, **options: Any) -> CheckpointLinear:

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from convert_to_quant import __version__, fp8
+from convert_to_quant import __version__
+from convert_to_quant.formats import DEFAULT_GRID
 from convert_to_quant.report import document
 from convert_to_quant.report.document import (
     CELLS,
@@ -42,7 +43,7 @@ def test_the_bound_is_reached() -> None:
 
 
 def test_rounding_to_448_ends_half_a_step_above_it() -> None:
-    below, largest = fp8.values()[0x7D:0x7F]
+    below, largest = DEFAULT_GRID.values[0x7D:0x7F]
     assert largest + (largest - below) / 2 == LARGEST_ROUNDED
 
 

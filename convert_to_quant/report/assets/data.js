@@ -7,21 +7,21 @@ const sides = given.sides,
   compares = sides.length === 2,
   letters = ["A", "B"];
 const axis = given.axis,
-  fp8 = given.fp8;
+  grid = given.grid;
 const ZONES = [
   // log2 of |x| / scale; half of the smallest code rounds to 0
-  { key: "vanished", low: -Infinity, high: Math.log2(fp8.smallest) - 1, says: "rounds to 0" },
-  { key: "subnormal", low: Math.log2(fp8.smallest) - 1, high: Math.log2(fp8.smallest_normal), says: "few steps left" },
-  { key: "normal", low: Math.log2(fp8.smallest_normal), high: Math.log2(fp8.max), says: "even, relative steps" },
-  { key: "saturated", low: Math.log2(fp8.max), high: Infinity, says: "cut off at " + fp8.max },
+  { key: "vanished", low: -Infinity, high: Math.log2(grid.smallest) - 1, says: "rounds to 0" },
+  { key: "subnormal", low: Math.log2(grid.smallest) - 1, high: Math.log2(grid.smallest_normal), says: "few steps left" },
+  { key: "normal", low: Math.log2(grid.smallest_normal), high: Math.log2(grid.max), says: "even, relative steps" },
+  { key: "saturated", low: Math.log2(grid.max), high: Infinity, says: "cut off at " + grid.max },
 ];
 
 const TERMS = {
   scale:
-    "What a stored FP8 number is multiplied by to give the real one. The input scale sets which range of a layer’s inputs FP8 can hold: up to 448 times the scale.",
+    `What a stored FP8 number is multiplied by to give the real one. The input scale sets which range of a layer’s inputs FP8 can hold: up to ${grid.max} times the scale.`,
   "at risk":
     "Quantized at this scale, the inputs lose more than FP8’s own rounding ever costs. The word says how: clips, vanishes, rows lost, coarse.",
-  clipped: "Share of the input values beyond 448 times the scale: they are cut off.",
+  clipped: `Share of the input values beyond ${grid.max} times the scale: they are cut off.`,
   vanished: "Share of the input values that are so small beside the scale that they become 0.",
   "rows lost":
     "Share of rows (one token’s vector each) that lie wholly among FP8’s smallest steps because louder rows set the scale. Errors over the whole tensor hide them.",
@@ -31,8 +31,8 @@ const TERMS = {
   "full precision":
     "The layer’s inputs are not quantized: its FP8 weights are widened and multiplied with the inputs as they are.",
   "multiply-adds": "Share of the model’s arithmetic that the layer does: what full precision costs.",
-  saturated: "Beyond 448 times the scale: FP8 cuts such values off.",
-  normal: "FP8 (E4M3) keeps four significant bits here, whatever the size.",
+  saturated: `Beyond ${grid.max} times the scale: FP8 cuts such values off.`,
+  normal: "FP8 keeps four significant bits here, whatever the size.",
   subnormal: "Below 2⁻⁶ times the scale FP8’s steps no longer shrink: the smaller a value, the coarser it is kept.",
 };
 

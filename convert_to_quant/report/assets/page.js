@@ -99,7 +99,7 @@ function describe(layer) {
           {},
           row("state", words),
           row("scale", (at) => number(at.scale)),
-          row("holds up to", (at) => number(at.scale * fp8.max)),
+          row("holds up to", (at) => number(at.scale * grid.max)),
           row("clipped", (at) => percent(at.clipped)),
           row("vanished", (at) => percent(at.vanished)),
           row("rows lost", (at) => percent(at.rows_lost)),

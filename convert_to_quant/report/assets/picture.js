@@ -76,7 +76,7 @@ const extents = (() => {
       if (high !== null) widen(real, low - 3, high);
       for (const { scale } of [figure.before, figure.after])
         if (scale) {
-          widen(real, log2(scale) - 6, log2(scale * fp8.max));
+          widen(real, log2(scale) - 6, log2(scale * grid.max));
           if (high !== null) widen(scaled, low - log2(scale), high - log2(scale));
         }
       const theirs = layer.crossed && layer.crossed.scale;
@@ -115,7 +115,7 @@ function ticks(real, room) {
     if (Math.abs(power - ZONES[3].low) > apart)
       list.push([power, power === 0 ? "1" : power > 0 && power < 16 ? String(2 ** power) : "2" + superscript(power)]);
   }
-  return [...list, [ZONES[3].low, String(fp8.max)]];
+  return [...list, [ZONES[3].low, String(grid.max)]];
 }
 
 /** Colours as numbers, read once per theme. */

@@ -1,0 +1,86 @@
+"""Number formats of linear layers, one file per family; the rest of the package asks the records in `FORMATS`.
+
+Each file that holds `FORMATS` is found by listing the folder, so a new format is one new file, or one more `Format` in
+the file of its family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from . import fp8
+from .record import CHUNK, FLOAT_SCALES, Format, Granularity, Grid, scale_grid, spans, widen_bfloat16
+
+FORMATS: Mapping[str, Format] = {
+    fmt.name: fmt
+    for found in iter_modules(__path__)
+    for fmt in getattr(import_module(f"{__name__}.{found.name}"), "FORMATS", ())
+}
+"""Every format that is read, written or recognized, by the name that `--format` takes."""
+
+DEFAULT = FORMATS["fp8"]
+"""What is written by default, and what legacy files are in."""
+
+FLOAT_GRIDS: Mapping[str, Grid] = {grid.dtype: grid for grid in (fp8.E4M3FN, fp8.E5M2)}
+"""Grids of floating-point dtypes that numpy lacks, by dtype."""
+
+DEFAULT_GRID = fp8.E4M3FN
+"""What its inputs become."""
+
+GRIDS: Mapping[str, Grid] = {fmt.input_grid.name: fmt.input_grid for fmt in FORMATS.values() if fmt.input_grid}
+"""Grids of inputs, by name."""
+
+WRITTEN = tuple(name for name, fmt in FORMATS.items() if fmt.granularity is not None)
+"""The formats that can be written."""
+
+
+def of_mark(config: Mapping[str, Any]) -> Format | None:
+    """The format that a comfy_quant entry names; the one that shares most with it.
+
+    >>> of_mark({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}).name, of_mark({"format": "banana"})
+    ('fp8', None)
+    """
+    nested = config.get("params")
+    said = {**(nested if isinstance(nested, dict) else {}), **config}
+    fitting = [fmt for fmt in FORMATS.values() if fmt.mark.items() <= said.items()]
+    return max(fitting, key=lambda fmt: len(fmt.mark), default=None)
+
+
+def recognize(name: str, dtype: str, tensors: Mapping[str, Any]) -> Format | None:
+    """The format that an unmarked layer's dtype and tensors fit; of several the one that needs most tensors.
+
+    Args:
+        name: of the layer.
+        dtype: of its weight.
+        tensors: all tensors of the file, by name, with a `dtype` each.
+    """
+    fitting = [
+        fmt
+        for fmt in FORMATS.values()
+        if dtype in fmt.dtypes and all(name + suffix in tensors for suffix in fmt.scales)
+    ]
+    exact = [fmt for fmt in fitting if tensors[name + fmt.scales[0]].dtype in fmt.scale_dtypes]
+    return max(exact or fitting, key=lambda fmt: len(fmt.scales), default=None)
+
+
+__all__ = [
+    "CHUNK",
+    "DEFAULT",
+    "DEFAULT_GRID",
+    "FLOAT_GRIDS",
+    "FLOAT_SCALES",
+    "FORMATS",
+    "GRIDS",
+    "WRITTEN",
+    "Format",
+    "Granularity",
+    "Grid",
+    "of_mark",
+    "recognize",
+    "scale_grid",
+    "spans",
+    "widen_bfloat16",
+]

@@ -1,0 +1,100 @@
+"""The table of formats: what must hold of every record, and how a format is found."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from convert_to_quant.cli.convert import DEFAULT_FORMAT
+from convert_to_quant.formats import DEFAULT, FORMATS, GRIDS, WRITTEN, Grid, of_mark, recognize
+
+READ = [fmt for fmt in FORMATS.values() if fmt.grid is not None]
+
+
+def test_the_command_lines_default_is_the_packages() -> None:
+    assert DEFAULT.name == DEFAULT_FORMAT  # spelled out there, so that help needs no numpy
+
+
+@pytest.mark.parametrize("grid", {*GRIDS.values(), *(fmt.codes for fmt in READ)}, ids=lambda grid: grid.name)
+def test_grids_are_even_sorted_and_come_back(grid: Grid) -> None:
+    assert grid.levels[0] == 0
+    assert grid.levels[-1] == grid.max
+    assert (np.diff(grid.levels) > 0).all()
+    assert grid.smallest_step == np.diff(grid.levels).min()
+    values = grid.levels.astype(np.float32)
+    for sign in (1, -1):
+        np.testing.assert_array_equal(grid.decode(grid.encode(sign * values)), sign * values)
+    middle = grid.midpoints.astype(np.float32)
+    assert (grid.decode(grid.encode(np.nextafter(middle, np.float32(0)))) == values[:-1]).all()
+    assert (grid.decode(grid.encode(np.nextafter(middle, np.float32(np.inf)))) == values[1:]).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_records_are_whole(name: str) -> None:
+    fmt = FORMATS[name]
+    assert fmt.name == name
+    assert fmt.marked
+    assert of_mark(fmt.mark).mark == fmt.mark  # type: ignore[union-attr]
+    assert (fmt.grid is None) == (fmt.input_grid is None)
+    assert fmt.grid is None or fmt.range == fmt.grid.max
+    assert fmt.ranged_by is None or (fmt.ranged_by in fmt.scales and fmt.range > 0)
+    if name in WRITTEN:
+        assert fmt.grid is not None
+        assert fmt.grid.dtype == fmt.dtypes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "scale"),
+    [
+        ("fp8", (100, 64), ()),
+        ("fp8-row", (1, 64), (100,)),
+        ("fp8-block", (16, 16), (7, 4)),
+        ("int8", (1, 64), (100, 1)),
+        ("int8-tensor", (100, 64), ()),
+    ],
+)
+def test_scales_of_a_weight_by_its_shape(name: str, block: tuple[int, int], scale: tuple[int, ...]) -> None:
+    assert FORMATS[name].block((100, 64), 16) == block
+    assert FORMATS[name].scale_shape((100, 64), 16) == scale
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"format": "int8_tensorwise"}, "int8"),
+        ({"format": "int8_tensorwise", "convrot": False}, "int8"),
+        ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64}, "int8-convrot"),
+        ({"format": "int8_tensorwise", "params": {"convrot": True}}, "int8-convrot"),
+        ({"format": "int8_tensorwise", "convrot": False, "params": {"convrot": True}}, "int8"),
+        ({"format": "float8_e4m3fn", "params": [1]}, "fp8"),
+        ({"format": "float8_e4m3fn_blockwise", "group_size": [64, 64]}, "fp8-block"),
+        ({"format": ["float8_e4m3fn"]}, None),
+        ({}, None),
+    ],
+)
+def test_a_mark_names_a_format(config: dict[str, object], name: str | None) -> None:
+    found = of_mark(config)
+    assert (found and found.name) == name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scales", "name"),
+    [
+        ("F8_E4M3", {"weight_scale": "F32"}, "fp8"),
+        ("F8_E4M3", {"weight_scale": "I32"}, "fp8"),
+        ("F8_E4M3", {"weight_scale": "F8_E8M0"}, "mxfp8"),
+        ("F8_E4M3", {"weight_scale": "U8"}, "mxfp8"),
+        ("F8_E5M2", {"weight_scale": "F32"}, "fp8-e5m2"),
+        ("I8", {"weight_scale": "F32"}, "int8"),
+        ("I8", {"weight_scale": "F16", "weight_zeros": "F16"}, "awq-w4a16"),
+        ("I8", {"weight_s_rel": "F8_E4M3", "weight_s_channel": "F32"}, "w4a8"),
+        ("U8", {"weight_scale": "F8_E4M3", "weight_scale_2": "F32"}, "nvfp4"),
+        ("U8", {}, None),
+    ],
+)
+def test_without_a_mark_dtype_and_tensors_tell(dtype: str, scales: dict[str, str], name: str | None) -> None:
+    tensors = {f"x.{suffix}": SimpleNamespace(dtype=scale) for suffix, scale in scales.items()}
+    found = recognize("x", dtype, tensors)
+    assert (found and found.name) == name
