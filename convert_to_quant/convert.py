@@ -25,7 +25,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ from . import __version__, families, names
 from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, to_float32
 from .errors import OptionError, OutputError, TensorError
 from .formats import CHUNK, DEFAULT, FORMATS, WRITTEN, Format, Granularity, scale_grid, spans, widen_bfloat16
-from .layers import Layer, LayerTable, find_layers, named
+from .layers import Layer, LayerTable, find_layers, named, scales_per_row
 from .telling import Advance
 from .untrusted import JSONError, parse_json
 
@@ -478,19 +478,18 @@ def _quantize_by_bands(
     block = fmt.block(layer.shape, options.block_size)
     absmax = np.zeros(scale_grid(layer.shape, block), np.float32)
     bands = list(_bands(layer, block[0]))
-    for band, weight_OI in _widened(checkpoint, layer, bands):
+    for band, bits in _banded(checkpoint, layer, bands):
         rows = slice(band.start // block[0], -(-band.stop // block[0]))
-        np.maximum(absmax[rows], _block_absmax(weight_OI, block), out=absmax[rows])
+        np.maximum(absmax[rows], _block_absmax(bits, layer.weight.dtype, block), out=absmax[rows])
     if not np.isfinite(absmax).all():
         raise _not_finite(checkpoint, layer, fmt)
     scale = fmt.weight_scales(absmax)
     if options.weight_scale == "mse":
         scale = _least_squares_grid(checkpoint, layer, block, scale, fmt)
-    for band, weight_OI in _widened(checkpoint, layer, bands):
-        spread = scale[np.arange(band.start, band.stop) // block[0]]
-        if spread.shape[1] > 1:
-            spread = np.repeat(spread, block[1], axis=1)[:, : layer.in_features]
-        np.divide(weight_OI, spread, out=weight_OI)
+    blocked = replace(layer, block=block)
+    for band, bits in _banded(checkpoint, layer, bands):
+        weight_OI = to_float32(bits, layer.weight.dtype)
+        np.divide(weight_OI, scales_per_row(scale, blocked, band), out=weight_OI)
         sink(band.start * layer.in_features, fmt.codes.encode(weight_OI))
     return scale
 
@@ -507,34 +506,34 @@ def _bands(layer: Layer, block_out: int) -> Iterator[slice]:
             yield slice(block_rows.start + part.start, block_rows.start + part.stop)
 
 
-def _widened(
-    checkpoint: Checkpoint, layer: Layer, bands: Sequence[slice]
-) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """Each band with its rows as fresh float32 [rows, in]."""
+def _banded(checkpoint: Checkpoint, layer: Layer, bands: Sequence[slice]) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """Each band with its rows [rows, in], as `Checkpoint.bits` gives them."""
     bits = checkpoint.bits(layer.weight.name)
     done_bytes = 0
     for band in bands:
-        rows = bits[band]
-        yield band, to_float32(rows, layer.weight.dtype)
-        done_bytes += rows.nbytes
+        yield band, bits[band]
+        done_bytes += bits[band].nbytes
         if done_bytes >= RELEASE_BYTES:
             checkpoint.release(layer.weight.name)
             done_bytes = 0
     checkpoint.release(layer.weight.name)
 
 
-def _block_absmax(weight_OI: NDArray[np.float32], block: tuple[int, int]) -> NDArray[np.float32]:
-    """Largest magnitude per block of a band of rows; NaN where a block has one."""
-    magnitudes = np.abs(weight_OI)
+def _block_absmax(bits: NDArray[Any], dtype: str, block: tuple[int, int]) -> NDArray[np.float32]:
+    """Largest magnitude per block of a band of rows; NaN where a block has one.
+
+    Bits without the sign order magnitudes: finite, then infinity, then NaN. So only the largest are widened.
+    """
+    unsigned = bits.view(f"u{bits.itemsize}")
+    magnitudes = unsigned & (np.iinfo(unsigned.dtype).max >> 1)
     rows, columns = magnitudes.shape
     if block[1] >= columns:
         magnitudes = magnitudes.max(axis=1, keepdims=True)
     else:
         magnitudes = np.maximum.reduceat(magnitudes, np.arange(0, columns, block[1]), axis=1)
-    if block[0] == 1:
-        return magnitudes
-    result: NDArray[np.float32] = np.maximum.reduceat(magnitudes, np.arange(0, rows, block[0]), axis=0)
-    return result
+    if block[0] > 1:
+        magnitudes = np.maximum.reduceat(magnitudes, np.arange(0, rows, block[0]), axis=0)
+    return to_float32(magnitudes.view(bits.dtype), dtype)
 
 
 def _least_squares_grid(
@@ -543,7 +542,8 @@ def _least_squares_grid(
     """The least-squares scale of every block."""
     if absmax_scale.size == 1:
         counts = np.zeros(1 << 15, np.int64)
-        for _, weight_OI in _widened(checkpoint, layer, list(_bands(layer, block[0]))):
+        for _, bits in _banded(checkpoint, layer, list(_bands(layer, block[0]))):
+            weight_OI = to_float32(bits, layer.weight.dtype)
             rounded = (np.abs(weight_OI).view(np.uint32).reshape(-1) + np.uint32(0x8000)) >> np.uint32(16)
             rounded = np.minimum(rounded, np.uint32(_LARGEST_BFLOAT16))  # what is above would round to infinity
             counts += np.bincount(rounded, minlength=1 << 15)
@@ -552,7 +552,8 @@ def _least_squares_grid(
         return least_squares_scale(magnitudes, counts[used], absmax_scale, fmt).reshape(1, 1)
     scale = np.empty_like(absmax_scale)
     whole_blocks = list(spans(layer.out_features, block[0]))
-    for number, (_, weight_OI) in enumerate(_widened(checkpoint, layer, whole_blocks)):
+    for number, (_, bits) in enumerate(_banded(checkpoint, layer, whole_blocks)):
+        weight_OI = to_float32(bits, layer.weight.dtype)
         for column, span in enumerate(spans(layer.in_features, block[1])):
             values, counts = np.unique(np.abs(weight_OI[:, span]), return_counts=True)
             start = absmax_scale[number, column]

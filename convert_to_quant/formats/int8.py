@@ -32,7 +32,8 @@ class IntegerGrid(Grid):
     def encode(self, numbers: NDArray[np.float32]) -> NDArray[np.int8]:
         """Nearest whole numbers, ties to even."""
         with np.errstate(invalid="ignore"):  # NaN: whoever has such a weight has refused it
-            return np.clip(np.rint(numbers), -128, 127).astype(np.int8)
+            nearest = np.rint(numbers, out=np.empty(np.shape(numbers), np.float32))
+            return np.clip(nearest, -128, 127, out=nearest).astype(np.int8)
 
 
 INTEGERS = IntegerGrid("int8", "I8", 127.0, 1.0)
