@@ -155,6 +155,9 @@ class Calibration:
         elif self.statistics is not None:
             said["samples"] = self.statistics.samples
             said["observed"] = {key: list(texts) for key, texts in self.statistics.provenance.items()}
+        unmeasured = [result.layer for result in self.results if not result.range]
+        if unmeasured and self.engine != "layer":
+            said["unmeasured"] = unmeasured
         if self.lora is not None:
             said["lora"] = sorted({d.lora.path.name for deltas in self.lora.matched.values() for d in deltas})
         return {convert.PROVENANCE_KEY: convert.provenance(before, calibrate=said)}

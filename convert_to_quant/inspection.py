@@ -259,6 +259,7 @@ class Made:
         conditioning: what the model was shown in place of prompts ("noise"), where that is known.
         samples, seed: of the calibration.
         guessed: layers whose scales were simulated although others were measured.
+        unmeasured: layers that a calibration by measurement left as they were.
         depends_on_conditioning: layers whose ranges move with the conditioning, which noise only imitates.
         lora: adapters that the ranges cover.
     """
@@ -270,8 +271,13 @@ class Made:
     samples: int | None = None
     seed: int | None = None
     guessed: tuple[str, ...] = ()
+    unmeasured: tuple[str, ...] = ()
     depends_on_conditioning: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
+
+    def measured(self, layer: str) -> bool:
+        """Whether the scale of a layer's inputs was found by measurement, be it 1.0."""
+        return self.engine in ("model", "statistics") and layer not in {*self.unmeasured, *self.guessed}
 
 
 @dataclass(frozen=True)
@@ -612,6 +618,9 @@ class _Survey:
             assert layer.format.input_grid is not None
             state = _input_state(scale, layer.format.input_grid) if layer.input_problem is None else "suspicious"
             reading = self.judge_input_scale(layer, scale, state) or reading
+            if state == "one" and self.made.measured(layer.name):
+                state = "calibrated"
+                reading = "fp8" if reading == "fp8-at-one" else reading
             if layer.name in self.made.guessed or (state == "calibrated" and self.made.engine == "layer"):
                 state = "guessed" if state != "suspicious" else state
         assert layer.weight_scale is not None
@@ -828,6 +837,7 @@ def _made(metadata: Mapping[str, str]) -> Made | None:
         samples=_typed(calibrate.get("samples"), int),
         seed=_typed(calibrate.get("seed"), int),
         guessed=_texts(calibrate.get("guessed")),
+        unmeasured=_texts(calibrate.get("unmeasured")),
         depends_on_conditioning=_texts(calibrate.get("depends_on_conditioning")),
         lora=_texts(calibrate.get("lora")),
     )

@@ -362,7 +362,8 @@ def test_a_weight_that_does_not_fit_the_norm_before_it(save):
         ({"engine": "model", "guessed": [X]}, 0.5, "guessed", ["guessed"]),
         ({"engine": "model", "guessed": [X]}, 1.0, "guessed", ["guessed"]),
         ({"engine": "model", "guessed": ["other"]}, 0.5, "calibrated", []),
-        ({"engine": "model"}, 1.0, "one", []),
+        ({"engine": "model"}, 1.0, "calibrated", []),
+        ({"engine": "model", "unmeasured": [X]}, 1.0, "one", []),
         ({}, 1.0, "one", ["uncalibrated"]),
         ({}, None, "missing", ["uncalibrated"]),
         ({}, 0.5, "calibrated", []),
@@ -662,7 +663,9 @@ def test_how_the_file_was_made(look):
     said = {"version": "0.1.0", "convert": {}, "calibrate": {"engine": "model", "conditioning": "noise", "samples": 64,
             "seed": 42, "depends_on_conditioning": ["a"], "lora": ["style.safetensors"]}}  # fmt: skip
     found = look(metadata={"convert_to_quant": json.dumps(said)})
-    assert found.made == Made("0.1.0", True, "model", "noise", 64, 42, (), ("a",), ("style.safetensors",))
+    assert found.made == Made(
+        "0.1.0", True, "model", "noise", 64, 42, depends_on_conditioning=("a",), lora=("style.safetensors",)
+    )
 
 
 @pytest.mark.parametrize(

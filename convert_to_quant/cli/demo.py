@@ -17,7 +17,8 @@ examples:
   convert_to_quant demo
   convert_to_quant demo -o somewhere/else --json report.json
   convert_to_quant check demo/plain_bf16.safetensors \\
-      demo/plain_fp8_calibrated.safetensors --conditioning demo/prompts.safetensors \\
+      demo/plain_fp8_calibrated.safetensors \\
+      --conditioning demo/prompts.safetensors \\
       --height 128 --width 128 --steps 8 --guidance 2
 
 The figures are the SQNR of the predicted velocity in dB, higher is better, 30 is good, 10 is ruin. The folder then
