@@ -35,7 +35,7 @@ from .parsing import Parser, did_you_mean, flag_spelling
 __all__ = ["COMMANDS", "build_parser", "flag_spelling", "guarded", "main"]
 
 COMMANDS = {
-    "convert": "convert to FP8, calibrate an FP8 file, or both (the default)",
+    "convert": "convert to FP8 or INT8, calibrate FP8, or both (the default)",
     "inspect": "say what a file is, what ComfyUI does with it, what is wrong",
     "observe": "run a model and keep what its layers receive as a statistics file",
     "apply": "choose scales from statistics and write them into a checkpoint",
