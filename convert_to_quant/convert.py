@@ -35,7 +35,8 @@ from numpy.typing import NDArray
 from . import __version__, families, names
 from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, to_float32
 from .errors import OptionError, OutputError, TensorError
-from .formats import CHUNK, DEFAULT, FORMATS, WRITTEN, Format, Granularity, scale_grid, spans, widen_bfloat16
+from .formats import DEFAULT, FORMATS, WRITTEN
+from .formats.record import CHUNK, Format, Granularity, scale_grid, spans, widen_bfloat16
 from .layers import Layer, LayerTable, find_layers, named, scales_per_row
 from .telling import Advance
 from .untrusted import JSONError, parse_json

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checkpoint import Checkpoint
-from .formats import Grid
+from .formats.record import Grid
 from .kernels import NONFINITE_BIN
 from .layers import Layer, dequantize
 from .stats import BIN_CENTRES

@@ -42,7 +42,8 @@ from . import families, names, packings, stats
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .convert import FULL_PRECISION_KEY, PROVENANCE_KEY
 from .errors import StrPath
-from .formats import DEFAULT, DEFAULT_GRID, FLOAT_GRIDS, FLOAT_SCALES, Format, Grid
+from .formats import DEFAULT, DEFAULT_GRID, FLOAT_GRIDS
+from .formats.record import FLOAT_SCALES, Format, Grid
 from .layers import ForeignLayer, Layer, LayerError, LayerTable, find_layers, input_scale
 from .untrusted import JSONError, parse_json
 

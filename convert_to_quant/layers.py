@@ -34,7 +34,8 @@ from numpy.typing import NDArray
 from . import families, formats, names
 from .checkpoint import Checkpoint, TensorInfo, to_float32
 from .errors import CheckpointError, TensorError
-from .formats import DEFAULT, FLOAT_GRIDS, FLOAT_SCALES, Format, scale_grid
+from .formats import DEFAULT, FLOAT_GRIDS
+from .formats.record import FLOAT_SCALES, Format, scale_grid
 from .untrusted import parse_json
 
 Marking = Literal["header", "tensor", "legacy", "none", "raw", "plain"]

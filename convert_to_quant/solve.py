@@ -40,7 +40,8 @@ from numpy.typing import NDArray
 
 from . import headroom, names
 from .errors import CalibrationError, OptionError
-from .formats import DEFAULT_GRID, Grid
+from .formats import DEFAULT_GRID
+from .formats.record import Grid
 from .kernels import NONFINITE_BIN
 from .stats import BIN_CENTRES, BIN_EDGES, Statistics
 

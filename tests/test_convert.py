@@ -30,7 +30,7 @@ from convert_to_quant.convert import (
     stored_bytes,
 )
 from convert_to_quant.errors import Error, OptionError, OutputError, TensorError
-from convert_to_quant.formats import CHUNK
+from convert_to_quant.formats.record import CHUNK
 from convert_to_quant.layers import dequantize, find_layers
 
 NAME = "blocks.0.linear"

@@ -11,8 +11,8 @@ import torch
 
 from convert_to_quant import headroom
 from convert_to_quant.checkpoint import open_checkpoint
-from convert_to_quant.formats import Grid
 from convert_to_quant.formats.fp8 import E4M3FN, E5M2
+from convert_to_quant.formats.record import Grid
 from convert_to_quant.headroom import LEAST, MOST, TOLERANCE_DB, column_energies, free_scale
 from convert_to_quant.kernels import BINS
 from convert_to_quant.layers import find_layers

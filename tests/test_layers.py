@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.errors import CheckpointError, TensorError
-from convert_to_quant.formats import Grid
 from convert_to_quant.formats.fp8 import E4M3FN, E5M2
+from convert_to_quant.formats.record import Grid
 from convert_to_quant.layers import dequantize, find_layers, infer_block, input_scale, scale_grid, scales_per_row
 
 PREFIXES = ["", "model.diffusion_model.", "diffusion_model.", "net.", "transformer."]

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from convert_to_quant.errors import CalibrationError, OptionError
-from convert_to_quant.formats import Grid
 from convert_to_quant.formats.fp8 import E4M3FN, E5M2
+from convert_to_quant.formats.record import Grid
 from convert_to_quant.kernels import BINS, DIGIT_BITS, DIGITS, LOWEST_EXPONENT, NONFINITE_BIN
 from convert_to_quant.solve import (
     PHASES,

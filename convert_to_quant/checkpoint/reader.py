@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError, HeaderError, PickleError, StrPath, TensorError
-from ..formats import FLOAT_GRIDS, widen_bfloat16
+from ..formats import FLOAT_GRIDS
+from ..formats.record import widen_bfloat16
 from ..untrusted import MAX_BYTES, parse_json
 from .header import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
 from .positioned import OPEN_FLAGS

@@ -47,10 +47,10 @@ examples:
   convert_to_quant check bf16.safetensors fp8.safetensors \\
       --conditioning embeddings.safetensors
 
-arithmetics of FP8 layers:
-  comfyui         as ComfyUI on a CPU: inputs times 1 / scale, in their dtype
-  comfyui-divide  as ComfyUI's CUDA kernels: inputs over scale, in float32
-  dequantize      weights in FP8 only
+arithmetics of quantized layers:
+  comfyui         as ComfyUI on a CPU: inputs are divided in their own dtype
+  comfyui-divide  as ComfyUI's CUDA kernels: inputs are divided in float32
+  dequantize      weights are quantized, inputs are not
   dynamic-tensor  scales from each input itself; dynamic-row: from each row
 """
 
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     wanted.add_argument("--layers", action="store_true", help=f"errors of the {WORST_LAYERS} worst layers (-v: all)")
     wanted.add_argument("--at-least", type=float, metavar="DB", help=f"exit code {BELOW} if the mean SQNR is below")
     wanted.add_argument("--arithmetic", choices=ARITHMETICS, default=ARITHMETICS[0], metavar="WHICH",
-                        help="how FP8 layers compute, see below (comfyui)")  # fmt: skip
+                        help="how layers compute, see below (comfyui)")  # fmt: skip
     wanted.add_argument("--guidance", type=float, default=1.0, metavar="G",
                         help="of classifier-free guidance; 1 is none (1)")  # fmt: skip
     add_running_arguments(parser, seed=SEED)
@@ -146,14 +146,14 @@ def refuse_wrong_order(reference: Denoiser, quantized: Denoiser, args: argparse.
     )
     if first and not second:
         raise CalibrationError(
-            f"it is the reference and has FP8 layers, while {args.quantized} has none: the reference comes first",
+            f"it is the reference and has quantized layers, while {args.quantized} has none: the reference comes first",
             path=args.reference,
             hint=f"convert_to_quant check {args.quantized} {args.reference}",
         )
     if first:
-        note("both models have FP8 layers: the figures say how far apart they are, not how far from the original")
+        note("both models have quantized layers: the figures say how far apart they are, not how far from the original")
     elif not second:
-        note("neither model has FP8 layers: the figures say how far apart their weights are")
+        note("neither model has quantized layers: the figures say how far apart their weights are")
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
             if options is not None and find_layers(checkpoint).diffusion:
                 unused = ", ".join("--" + name.replace("_", "-") for name in _given(args, CONVERSION_OPTIONS))
                 if unused:
-                    note(f"the input is FP8 already, so nothing is converted and {unused} does nothing")
+                    note(f"the input is quantized already, so nothing is converted and {unused} does nothing")
                 return calibrate_file(checkpoint, args, options, adapters)
             if args.in_place:
                 raise OptionError("--in-place calibrates a model that is FP8 already, and this one is not; use -o OUT")
@@ -122,15 +122,11 @@ def conversion_options(args: argparse.Namespace) -> ConvertOptions:
     """
     from ..convert import ConvertOptions
 
+    *named, exclude = CONVERSION_OPTIONS
     return ConvertOptions(
-        format=args.format,
-        scaling_mode=args.scaling_mode,
-        block_size=args.block_size,
-        weight_scale=args.weight_scale,
-        legacy=args.legacy,
         input_scale=not args.no_input_scale,
-        preset=args.preset,
-        exclude=tuple(args.exclude_layers),
+        exclude=tuple(getattr(args, exclude)),
+        **{name: getattr(args, name) for name in named},
     )
 
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint
 from ..errors import TensorError
-from ..formats import spans
+from ..formats.record import spans
 from ..layers import Layer, dequantize, scales_per_row
 from ..telling import Advance
 

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..checkpoint import Checkpoint
-from ..formats import DEFAULT, Format, scale_grid, spans
+from ..formats import DEFAULT
+from ..formats.record import Format, scale_grid, spans
 from ..layers import Layer, dequantize
 from ..lora import LoraMatch
 

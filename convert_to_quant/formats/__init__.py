@@ -12,7 +12,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from . import fp8
-from .record import CHUNK, FLOAT_SCALES, Format, Granularity, Grid, scale_grid, spans, widen_bfloat16
+from .record import Format, Grid
 
 FORMATS: Mapping[str, Format] = {
     fmt.name: fmt
@@ -64,23 +64,3 @@ def recognize(name: str, dtype: str, tensors: Mapping[str, Any]) -> Format | Non
     ]
     exact = [fmt for fmt in fitting if tensors[name + fmt.scales[0]].dtype in fmt.scale_dtypes]
     return max(exact or fitting, key=lambda fmt: len(fmt.scales), default=None)
-
-
-__all__ = [
-    "CHUNK",
-    "DEFAULT",
-    "DEFAULT_GRID",
-    "FLOAT_GRIDS",
-    "FLOAT_SCALES",
-    "FORMATS",
-    "GRIDS",
-    "WRITTEN",
-    "Format",
-    "Granularity",
-    "Grid",
-    "of_mark",
-    "recognize",
-    "scale_grid",
-    "spans",
-    "widen_bfloat16",
-]

@@ -8,7 +8,7 @@ Risks. `RISKS` says what each means. A layer whose inputs are never quantized is
 
     no scale    the scale is 0, so every input is divided by 0; or readers cannot use what the file has (NaN, bfloat16,
                 several values), and it is told as 0.
-    clips,      the expected signal-to-noise ratio of its inputs is under `WORST_ROUNDING_DB`. Rounding alone never gets
+    clips,      the expected signal-to-noise ratio of inputs is under `Grid.worst_rounding_db`. Rounding never gets
     vanishes,   that low: within FP8's normal range, from 2⁻⁶ times the scale up, an error is at most 1/17 of its value
     coarse      (a value on the middle between 1 and 1.125), so the ratio of any distribution in there is at least
                 20 log10(17) = 24.6 dB. So something lies outside: it *clips* if the largest input exceeds what is
@@ -59,14 +59,8 @@ RISKS: Mapping[Risk, str] = {
 }
 """What each risk means, the worst first."""
 
-LARGEST_ROUNDED = DEFAULT_GRID.largest_rounded
-"""|x| / scale up to here becomes the largest code by rounding; beyond it is cut off."""
-
 MOST = 0.5
 """Share of values or rows that are lost from which on a layer is at risk for that alone."""
-
-WORST_ROUNDING_DB = DEFAULT_GRID.worst_rounding_db
-"""Signal to noise of FP8 in its normal range is at least this, whatever the distribution."""
 
 AXIS_LOW, AXIS_HIGH, CELLS_PER_OCTAVE = -32, 24, 4
 """The axis of densities, log2 |x|."""

@@ -32,7 +32,8 @@ from .. import names
 from ..calibrate_activation_scales import apply_statistics, present_scales, static_table
 from ..checkpoint import open_checkpoint
 from ..errors import StatisticsError, StrPath
-from ..formats import DEFAULT_GRID, GRIDS, Grid
+from ..formats import DEFAULT_GRID, GRIDS
+from ..formats.record import Grid
 from ..inspection import READINGS, Inspection, LayerView, inspect_checkpoint
 from ..kernels import NONFINITE_BIN, SIGMA_BINS
 from ..solve import LayerResult, Present, SolveOptions, expected_errors, lost_rows, solve

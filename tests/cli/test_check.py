@@ -78,13 +78,16 @@ def test_models_in_the_wrong_order_are_refused(ctq: Any, flux_file: Path, fp8_fi
     outcome = ctq("check", fp8_file, flux_file, *SMALL)
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err == (
-        f"error: {fp8_file}: it is the reference and has FP8 layers, while {flux_file} has none: the reference comes "
-        f"first (convert_to_quant check {flux_file} {fp8_file})\n"
+        f"error: {fp8_file}: it is the reference and has quantized layers, while {flux_file} has none: the reference "
+        f"comes first (convert_to_quant check {flux_file} {fp8_file})\n"
     )
 
 
 def test_a_pair_without_an_original_or_without_fp8_is_told_so(ctq: Any, flux_file: Path, fp8_file: Path) -> None:
-    for path, told in ((fp8_file, "note: both models have FP8 layers"), (flux_file, "note: neither model has FP8")):
+    for path, told in (
+        (fp8_file, "note: both models have quantized layers"),
+        (flux_file, "note: neither model has quantized"),
+    ):
         outcome = ctq("check", path, path, *SMALL)
         assert (outcome.code, outcome.err.startswith(told)) == (0, True)
     assert "note" not in ctq("check", flux_file, fp8_file, *SMALL).err

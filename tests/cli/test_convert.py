@@ -328,8 +328,8 @@ def test_conversion_flags_do_nothing_to_an_fp8_file_and_it_says_so(ctq: Command,
     outcome = ctq("-i", fp8_file, "--dry-run", *LAYER, "--scaling_mode", "row", "--exclude-layers", "x")
     assert outcome.code == 0
     assert (
-        "note: the input is FP8 already, so nothing is converted and --scaling-mode, --exclude-layers does nothing"
-        in outcome.err
+        "note: the input is quantized already, so nothing is converted and --scaling-mode, --exclude-layers does "
+        "nothing" in outcome.err
     )
 
 

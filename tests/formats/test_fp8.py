@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from convert_to_quant import formats
-from convert_to_quant.formats import CHUNK, Grid, spans, widen_bfloat16
 from convert_to_quant.formats.fp8 import E4M3FN, E5M2
+from convert_to_quant.formats.record import CHUNK, Grid, spans, widen_bfloat16
 
 TORCH = {E4M3FN: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 both_formats = pytest.mark.parametrize("grid", [E4M3FN, E5M2], ids=lambda grid: grid.name)

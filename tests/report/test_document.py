@@ -18,8 +18,6 @@ from convert_to_quant.formats import DEFAULT_GRID
 from convert_to_quant.report import document
 from convert_to_quant.report.document import (
     CELLS,
-    LARGEST_ROUNDED,
-    WORST_ROUNDING_DB,
     State,
     encode_shares,
 )
@@ -33,18 +31,18 @@ def sqnr_db(values: np.ndarray) -> float:
     return float(10 * np.log10(np.sum(values**2) / error)) if error else float("inf")
 
 
-@given(arrays.arrays(np.float64, st.integers(1, 40), elements=st.floats(2.0**-6, LARGEST_ROUNDED)))
+@given(arrays.arrays(np.float64, st.integers(1, 40), elements=st.floats(2.0**-6, DEFAULT_GRID.largest_rounded)))
 def test_rounding_in_the_normal_range_is_never_worse_than_the_bound(values: np.ndarray) -> None:
-    assert sqnr_db(values) >= WORST_ROUNDING_DB - 1e-6
+    assert sqnr_db(values) >= DEFAULT_GRID.worst_rounding_db - 1e-6
 
 
 def test_the_bound_is_reached() -> None:
-    assert sqnr_db(np.array([17 / 16])) == pytest.approx(WORST_ROUNDING_DB)
+    assert sqnr_db(np.array([17 / 16])) == pytest.approx(DEFAULT_GRID.worst_rounding_db)
 
 
 def test_rounding_to_448_ends_half_a_step_above_it() -> None:
     below, largest = DEFAULT_GRID.values[0x7D:0x7F]
-    assert largest + (largest - below) / 2 == LARGEST_ROUNDED
+    assert largest + (largest - below) / 2 == DEFAULT_GRID.largest_rounded
 
 
 @given(st.floats(1e-8, 1.0))
