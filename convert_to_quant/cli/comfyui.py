@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CalibrationError, OptionError
 from .observe import read_prompts
 from .output import note, progress_bar, say, write_json
+from .shared import read_text
 
 if TYPE_CHECKING:
     from ..engines.comfyui.remote import Run
@@ -110,7 +111,11 @@ def observe(args: argparse.Namespace) -> int:
 
     check_options(args)
     path = Path(args.workflow)
-    nodes = workflow.parse(read_text(path), path)
+
+    def unreadable(problem: str) -> CalibrationError:
+        return CalibrationError(problem, path=path, hint="in ComfyUI: File > Export (API)")
+
+    nodes = workflow.parse(read_text(path, unreadable), path)
     prompts = None if args.prompts is None else read_prompts(Path(args.prompts))
     with Server(args.server) as server:
         plan = workflow.plan(nodes, server.types(workflow.classes(nodes)), path)
@@ -154,22 +159,6 @@ def check_options(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise OptionError(f"a seed should not be negative, found {args.seed}")
     check_output(Path(args.output))
-
-
-def read_text(path: Path) -> str:
-    """A workflow file's content.
-
-    Raises:
-        CalibrationError: it cannot be read, or is no text.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise CalibrationError(f"cannot be read: {error.strerror}", path=path) from None
-    except UnicodeDecodeError:
-        raise CalibrationError(
-            "not a workflow: it is no text", path=path, hint="in ComfyUI: File > Export (API)"
-        ) from None
 
 
 def output_files(plan: Plan, output: Path) -> dict[str, Path]:

@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import OptionError
 from .parsing import Parser, did_you_mean, flag_spelling, follow
-from .shared import NO_KEYS, NO_PATHS, kind_of
+from .shared import NO_KEYS, NO_PATHS, kind_of, read_text
 from .terminal import value_of
 
 Table = dict[str, Any]
@@ -50,12 +50,13 @@ def read(path: str) -> Table:
     else:
         import tomli as tomllib
 
+    text = read_text(Path(path), lambda problem: OptionError(f"the configuration {problem}", path=path))
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # as editors on Windows write
-    except OSError as error:
-        raise OptionError(f"the configuration cannot be read: {error.strerror}", path=path) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise OptionError(f"not TOML: {error}", path=path) from None
+    except RecursionError:
+        raise OptionError("not TOML: nested too deeply", path=path) from None
 
 
 def only_command(content: Table, path: str, known: Sequence[str]) -> str:

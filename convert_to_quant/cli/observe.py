@@ -16,6 +16,7 @@ from ..errors import OptionError, UnsupportedModelError
 from .calibration import loras_of
 from .output import configure, note, progress_bar, say, write_json
 from .running import NOISE, add_running_arguments, check_running_options, geometry_of
+from .shared import read_text
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -329,15 +330,10 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         OptionError: it cannot be read, or has none.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise OptionError(f"{path}: the prompts cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise OptionError(f"{path}: the prompts cannot be read: {error}") from None
+    text = read_text(path, lambda problem: OptionError(f"the prompts {problem}", path=path))
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise OptionError(f"{path}: no prompts", hint="one per line")
+        raise OptionError("no prompts", path=path, hint="one per line")
     return prompts
 
 

@@ -6,11 +6,12 @@ They stand in one place so that they mean the same everywhere. A command that is
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from .. import __version__
+from ..errors import CheckpointError, Error, OutputError
 from .parsing import Parser
 from .terminal import COLOR_CHOICES
 
@@ -110,6 +111,30 @@ def split_strength(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
+def read_text(path: Path, refuse: Callable[[str], Error]) -> str:
+    """The content of a text file in UTF-8, without a byte order mark.
+
+    Args:
+        path: the file; a pipe, a device or a socket is not opened, since a pipe would wait for a writer.
+        refuse: makes the error from what is wrong: "cannot be read: ...".
+
+    Raises:
+        Error: whatever `refuse` makes.
+    """
+    from ..checkpoint.reader import refuse_special
+
+    try:
+        refuse_special(path, path)
+        return path.read_text(encoding="utf-8-sig")
+    except CheckpointError as error:
+        problem = error.problem
+    except OSError as error:
+        problem = error.strerror or str(error)
+    except UnicodeDecodeError:
+        problem = "it is no text in UTF-8"
+    raise refuse(f"cannot be read: {problem}")
+
+
 def check_reports(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse, before any work, a report or saved configuration that cannot be written or would replace another file.
 
@@ -121,7 +146,6 @@ def check_reports(parser: Parser, args: argparse.Namespace) -> None:
     if all(place in (None, "-") for place in reports.values()):
         return
     from ..checkpoint import check_output
-    from ..errors import OutputError
 
     others = list(paths_of(parser, args))
     for flag, place in reports.items():

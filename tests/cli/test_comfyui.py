@@ -219,7 +219,7 @@ def test_bytes_are_no_workflow(ctq: Any, work: Path, double: Any) -> None:
         "comfyui", "observe", "--server", double.address, "--workflow", work / "workflow.json", "-o", work / "s"
     )
     assert outcome.code == 1
-    assert "not a workflow: it is no text (in ComfyUI: File > Export (API))" in outcome.err
+    assert "cannot be read: it is no text in UTF-8 (in ComfyUI: File > Export (API))" in outcome.err
 
 
 def test_prompts_need_a_text_and_seeds_a_seed(observe: Observe, flux: Any, work: Path) -> None:

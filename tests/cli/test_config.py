@@ -151,6 +151,7 @@ def test_an_action_runs_from_its_file_alone(ctq: Any, recipe: Any, tmp_path: Pat
         ("convert = 3", ["-i", "a"], "'convert' should be a table: [convert]"),
         ("[convert]\n[aply]", ["-i", "a"], "[aply] is no command (did you mean apply?)"),
         ("[convert", [], "not TOML: Expected ']' at the end of a table declaration (at end of document)"),
+        ("[convert]\nk = " + "[" * 3000, [], "not TOML: nested too deeply"),
         ("", [], "no table of a command in it (begin with [convert])"),
         ("input = 'x'", [], "'input' stands outside of a table (put [convert] above it)"),
         ("[aply]", [], "[aply] is no command (did you mean apply?)"),

@@ -1,5 +1,7 @@
 """Outputs that are no files: pipes, devices and sockets are refused or written into, never replaced.
 
+Texts are not read from them either: a pipe would wait for a writer.
+
 Every node is the test's own, in its own folder. Never aim such a test at a node of the machine.
 """
 
@@ -17,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from convert_to_quant.errors import OptionError
 
 Command = Callable[..., Any]
 
@@ -205,3 +209,20 @@ def test_an_output_that_is_a_link_is_written_where_the_link_leads(
     assert [path.name for path in target.parent.iterdir()] == ["target"]
     if old is not None:
         assert stat.S_IMODE(target.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_texts_are_not_read_from_special_files(
+    ctq: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    from convert_to_quant.cli.observe import read_prompts
+
+    monkeypatch.chdir(tmp_path)
+    text = node(tmp_path / "text", kind)
+    said = f"cannot be read: {SPECIAL[kind]}, not a file"
+    recording = ("comfyui", "observe", "--server", "http://127.0.0.1:1", "-o", "x.safetensors")
+
+    assert ctq("--config", text).err == f"error: {text}: the configuration {said}\n"
+    assert ctq(*recording, "--workflow", text).err == f"error: {text}: {said} (in ComfyUI: File > Export (API))\n"
+    with pytest.raises(OptionError, match=said):
+        read_prompts(text)
