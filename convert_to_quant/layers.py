@@ -424,7 +424,10 @@ class _Finder:
         elif fmt is not None and fmt.grid is not None:
             self.add_quantized(Layer(name, weight, fmt, marking, (0, 0), weight_scale, config=config))
         elif said is not None or weight_scale is not None:
-            self.table.foreign[name] = ForeignLayer(name, said or (fmt.marked if fmt else weight.dtype), weight, fmt)
+            form = said or (fmt.marked if fmt else weight.dtype)
+            if fmt is not None and len(fmt.mark) > 1:  # one word means several formats
+                form = fmt.name
+            self.table.foreign[name] = ForeignLayer(name, form, weight, fmt)
 
     def add_quantized(self, layer: Layer) -> None:
         """Sort a weight in codes into the table."""

@@ -234,6 +234,37 @@ FOREIGN = {
 INT8 = {"y.weight": np.ones((16, 32), np.int8), "y.weight_scale": np.full((16, 1), 0.01, np.float32)}
 
 
+def test_int8_is_read_with_its_inputs_scaled_row_by_row(look, build):
+    for scale, scaling in ((INT8["y.weight_scale"], "row"), (np.float32(0.01), "tensor")):
+        found = look(INT8 | {"y.weight_scale": scale, "y.comfy_quant": build.mark(format="int8_tensorwise")})
+        layer = found.layers[-1]
+        assert (found.problems, layer.format, layer.reading) == ((), "int8_tensorwise", "per-row")
+        assert (layer.scaling, layer.marked_by, layer.input_state) == (scaling, ("tensor",), None)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"y.weight_scale": None}, "weight-scale-missing"),
+        ({"y.weight_scale": np.ones(16, np.int32)}, "scale-dtype"),
+        ({"y.weight_scale": np.full((7, 1), 0.01, np.float32)}, "scale-shape"),
+        ({"y.weight_scale": np.full((16, 1), np.nan, np.float32)}, "scale-value"),
+        ({"y.weight": np.ones((16, 32), np.uint8)}, "mark-format"),
+        ({"y.weight": np.ones((16, 32), np.float16)}, "mark-format"),
+    ],
+)
+def test_what_is_wrong_with_int8_is_told(look, build, change, kind):
+    tensors = INT8 | {"y.comfy_quant": build.mark(format="int8_tensorwise")} | change
+    found = look({name: tensor for name, tensor in tensors.items() if tensor is not None})
+    assert only_problem(found).kind == kind
+    assert found.layers[-1].reading == "error"
+
+
+def test_rotated_int8_is_named_and_not_taken_for_int8(look, build):
+    found = look(INT8 | {"y.comfy_quant": build.mark(format="int8_tensorwise", convrot=True)})
+    assert (found.problems, found.layers[-1].format, found.layers[-1].reading) == ((), "int8-convrot", "foreign")
+
+
 @pytest.mark.parametrize("form", FOREIGN)
 def test_formats_beside_fp8_need_their_mark_and_their_scales(look, build, form):
     mark = {"y.comfy_quant": build.mark(format=form)}

@@ -253,6 +253,20 @@ def test_a_layer_whose_scale_no_reader_uses_is_at_no_risk_and_says_so(
     assert "scale inputs as they come" in found.unused
 
 
+def test_a_layer_that_has_no_input_scale_has_no_row_and_the_reason_is_told(
+    observed: Observed, save: Any, build: Any
+) -> None:
+    tensors, metadata = build.quantized(["a"], "header")
+    tensors |= {"b.weight": np.ones((16, 32), np.int8), "b.weight_scale": np.float32(1),
+                "b.comfy_quant": build.mark(format="int8_tensorwise")}  # fmt: skip
+    path = save("mixed.safetensors", tensors, metadata)
+    report = figures.build(Source(observed({"a": NORMAL, "b": NORMAL}), path))
+    assert [layer.name for layer in report.layers] == ["a"]
+    assert [(left.name, left.why) for left in report.left_alone] == [
+        ("b", "int8_tensorwise, which has no input scale that this tool knows")
+    ]
+
+
 def test_a_scale_of_0_in_a_file_is_a_risk(observed: Observed, model: Any) -> None:
     report = build(Source(observed({"a": NORMAL}), model("a", input_scale=0.0)))
     assert figures_of(report, "a").before.risk == "no scale"
