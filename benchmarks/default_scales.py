@@ -33,7 +33,7 @@ from convert_to_quant.emoji import prompts
 from convert_to_quant.engines import diffusers
 from convert_to_quant.families.running import Geometry
 from convert_to_quant.fidelity import noise_scenes, scenes_fidelity
-from convert_to_quant.solve import SolveOptions
+from convert_to_quant.options import SolveOptions
 
 UNDER_ONE_DB, UNDER_DYNAMIC_DB = 0.2, 0.3
 CHECKED_IMAGES = 8

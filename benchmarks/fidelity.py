@@ -39,7 +39,7 @@ from convert_to_quant.checkpoint import Checkpoint
 from convert_to_quant.engines.layer import generator, percentile_of
 from convert_to_quant.formats import DEFAULT_GRID
 from convert_to_quant.layers import dequantize, find_layers
-from convert_to_quant.solve import SolveOptions
+from convert_to_quant.options import SolveOptions
 
 TOLERANCE_DB = 0.3
 SCALES_ONLY: Mapping[str, Any] = {"one_row_full_precision": False, "row_loss_limit": 1.0}

@@ -32,9 +32,9 @@ import torch
 from emoji_models import Choice, Models
 from fidelity import SCALES_ONLY, facts, in_processes, machine_of, write_between_markers
 
-from convert_to_quant.calibrate_activation_scales import CalibrationOptions, calibrate_model
+from convert_to_quant.calibrate_activation_scales import calibrate_model
 from convert_to_quant.fidelity import velocity_fidelity
-from convert_to_quant.solve import SolveOptions
+from convert_to_quant.options import CalibrationOptions, SolveOptions
 
 BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
 DRAWS = 5

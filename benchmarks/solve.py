@@ -16,7 +16,8 @@ import time
 import numpy as np
 
 from convert_to_quant.kernels import BINS
-from convert_to_quant.solve import METHODS, Present, SolveOptions, solve
+from convert_to_quant.options import SolveOptions
+from convert_to_quant.solve import METHODS, Present, solve
 from convert_to_quant.stats import Statistics
 
 SHAPE = (3072, 3072)

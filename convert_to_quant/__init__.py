@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Calibration": "calibrate_activation_scales",
-    "CalibrationOptions": "calibrate_activation_scales",
+    "CalibrationOptions": "options",
     "Checkpoint": "checkpoint",
     "ConvertOptions": "convert",
     "Error": "errors",
@@ -20,7 +20,7 @@ _HOMES = {
     "Geometry": "families.running",
     "Inspection": "inspection",
     "ReportSource": "report.figures:Source",
-    "SolveOptions": "solve",
+    "SolveOptions": "options",
     "Statistics": "stats",
     "apply_statistics": "calibrate_activation_scales",
     "build_report": "report.figures:build",

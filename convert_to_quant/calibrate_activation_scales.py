@@ -25,86 +25,23 @@ import numpy as np
 
 from . import convert, headroom, lora, naming
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from .engines import SAMPLES, devices
 from .engines import layer as layer_engine
 from .errors import OptionError, OutputError, StrPath, TensorError, UnsupportedModelError
 from .formats import DEFAULT, DEFAULT_GRID, GRIDS
 from .layers import Layer, LayerTable, find_layers, infer_block, input_scale, named, scales_per_row
+from .options import DEFAULT_ROWS, SAMPLES, CalibrationOptions, SolveOptions
 from .patch import LayerChange, Patch, apply_in_place, in_place_edits, plan_patch, rewrite
-from .solve import LayerResult, Present, SolveOptions, check_margin, check_percentile, final_scale, solve
+from .solve import LayerResult, Present, final_scale, solve
 from .telling import Progress, advance
 
 if TYPE_CHECKING:
     from .stats import Statistics
 
-Engine = Literal["auto", "model", "layer"]
-ENGINES: tuple[Engine, ...] = ("auto", "model", "layer")
-"""What finds the ranges. "auto" is "model": the one that measures; it never guesses by itself."""
 INSTEAD = (
     "--actcal-engine layer guesses the scales from the weights; observe --comfyui-dir DIR may run the model in ComfyUI"
 )
 """What can be done about a model that cannot be run."""
 DEFAULT_PERCENTILE = 99.9
-DEFAULT_ROWS = 64
-"""Rows of input that each guessed layer is shown."""
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """How to calibrate.
-
-    Attributes:
-        engine: "model" (or "auto") runs the network; "layer" guesses each layer's range from its weight.
-        samples: images that the model is shown, each at `engines.STEPS` noise levels; rows of input for a guess. Where
-            None, `engines.SAMPLES` and `DEFAULT_ROWS`.
-        percentile: of simulated magnitudes; 99.9 where None. Real ranges are never cut.
-        seed: of all noise.
-        device: where the model runs.
-        margin: factor ≥ 1 on ranges; where None, headroom that costs nothing for what was seen, and 8 for what was
-            simulated.
-        float16_safe: no scale below 2⁻¹⁵.
-        one_row_full_precision: whether layers that see one row per picture compute in full precision.
-        height, width, frames, text_tokens: of the images, in pixels, or videos. Where all are None, the default
-            geometry of `engines.diffusers`; those that are None beside others, the defaults of `engines`.
-    """
-
-    engine: Engine = "auto"
-    samples: int | None = None
-    percentile: float | None = None
-    seed: int = 42
-    device: str = "cpu"
-    margin: float | None = None
-    float16_safe: bool = False
-    one_row_full_precision: bool = True
-    height: int | None = None
-    width: int | None = None
-    frames: int | None = None
-    text_tokens: int | None = None
-
-    @property
-    def size(self) -> tuple[int | None, ...]:
-        """As `engines.sizes.geometry` takes it."""
-        return self.height, self.width, self.frames, self.text_tokens
-
-    def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise OptionError(f"unknown engine {self.engine!r}", hint=f"engines: {', '.join(ENGINES)}")
-        for name in ("samples", "height", "width", "frames", "text_tokens"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise OptionError(f"{name.replace('_', ' ')} should be at least 1, found {number}")
-        if self.percentile is not None:
-            check_percentile(self.percentile)
-        if self.margin is not None:
-            check_margin(self.margin)
-        if self.seed < 0:
-            raise OptionError(f"a seed should not be negative, found {self.seed}")
-        devices.check_name(self.device)
-
-    def simulation(self) -> layer_engine.Simulation:
-        """What the layer engine takes."""
-        percentile = DEFAULT_PERCENTILE if self.percentile is None else self.percentile
-        return layer_engine.Simulation(self.samples or DEFAULT_ROWS, percentile, self.seed)
 
 
 @dataclass(frozen=True)
@@ -230,13 +167,19 @@ def compute_activation_scale(
         raise TensorError(f"lora_A of shape {list(rows_RI.shape)} does not fit a weight of {list(weight_OI.shape)}")
     if not np.any(weight_OI):
         return 1.0
-    simulation = options.simulation()
+    simulation = _simulation(options)
     unit_RI = layer_engine.unit_rows(np.random.default_rng(seed), simulation, weight_OI.shape[1], rows_RI)
     squares_I = np.einsum("oi,oi->i", weight_OI, weight_OI, dtype=np.float64)
     found = layer_engine.input_range(unit_RI, squares_I, len(weight_OI), simulation.percentile)
     factor = layer_engine.DEFAULT_MARGIN if margin is None else margin
     grid = GRIDS.get(str(weight.dtype).removeprefix("torch."), DEFAULT_GRID)
     return final_scale(factor * found / grid.max, "weight")
+
+
+def _simulation(options: CalibrationOptions) -> layer_engine.Simulation:
+    """What the layer engine takes."""
+    percentile = DEFAULT_PERCENTILE if options.percentile is None else options.percentile
+    return layer_engine.Simulation(options.samples or DEFAULT_ROWS, percentile, options.seed)
 
 
 def _floats(tensor: Any) -> layer_engine.Float32:
@@ -514,7 +457,7 @@ def _simulate(
     def rows_of(name: str) -> layer_engine.Float32 | None:
         return lora.calibration_rows(match, name) if match is not None and name in match.matched else None
 
-    ranges = layer_engine.simulate(checkpoint, table.static, options.simulation(), rows_of, told)
+    ranges = layer_engine.simulate(checkpoint, table.static, _simulation(options), rows_of, told)
     margin = layer_engine.DEFAULT_MARGIN if options.margin is None else options.margin
     results = []
     for name, present in present_scales(checkpoint, table).items():

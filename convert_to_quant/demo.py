@@ -35,16 +35,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import __version__
-from .calibrate_activation_scales import Calibration, CalibrationOptions, calibrate_model, patch_model_with_scales
+from .calibrate_activation_scales import Calibration, calibrate_model, patch_model_with_scales
 from .checkpoint import Entry, open_checkpoint, write_bytes, write_checkpoint
 from .convert import ConvertOptions, convert, plan_conversion
 from .emoji import SIDE_TOKENS, WEIGHTS, prompts, sheet, to_pictures
 from .emoji.rerange import RERANGINGS, write_reranged
-from .engines import SAMPLES, STEPS, noise
+from .engines import noise
 from .engines.diffusers import Denoiser, load
 from .errors import OptionError, OutputError
 from .families.running import Geometry
 from .fidelity import Fidelity, velocity_fidelity
+from .options import SAMPLES, STEPS, CalibrationOptions
 from .telling import Progress
 
 if TYPE_CHECKING:

@@ -30,24 +30,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import headroom, names
-from .errors import CalibrationError, OptionError
+from . import headroom
+from .errors import CalibrationError
 from .formats import DEFAULT_GRID
 from .formats.record import Grid
 from .kernels import NONFINITE_BIN
+from .options import Method, SolveOptions
 from .stats import BIN_CENTRES, BIN_EDGES, Statistics
 
-Method = Literal["absmax", "mse", "percentile"]
 Cause = Literal["", "one row", "rows lost", "budget"]
-METHODS: tuple[Method, ...] = ("absmax", "mse", "percentile")
 
 PHASES = 32
 """Scales per octave that the mse search tries."""
@@ -60,64 +59,6 @@ _ROUNDED_DOWN = 1 + 2.0**-23
 """absmax / max may round down in float32, which does not clip absmax: it becomes the largest code all the same."""
 
 Float = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class SolveOptions:
-    """How scales are chosen.
-
-    Attributes:
-        method: see the module's docstring.
-        margin: factor ≥ 1 on the range before it becomes a scale. None for headroom that costs nothing, by "absmax",
-            and for 1 by the other methods.
-        percentile: for the method of that name, in (0, 100].
-        float16_safe: raise scales to 2⁻¹⁵.
-        row_loss_limit: largest share of lost rows that a layer may have in FP8.
-        one_row_full_precision: whether layers that see one row per picture compute in full precision.
-        full_precision_budget: share of all multiply-adds that may move to full precision for quality.
-        keep: regular expressions; layers in which one is found keep their scale and precision.
-    """
-
-    method: Method = "absmax"
-    margin: float | None = None
-    percentile: float = 99.9
-    float16_safe: bool = False
-    row_loss_limit: float = 0.01
-    one_row_full_precision: bool = True
-    full_precision_budget: float = 0.0
-    keep: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise OptionError(f"unknown method {self.method!r}", hint=f"methods: {', '.join(METHODS)}")
-        check_percentile(self.percentile)
-        if self.margin is not None:
-            check_margin(self.margin)
-        for name in ("row_loss_limit", "full_precision_budget"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise OptionError(f"--{name.replace('_', '-')} should be a share between 0 and 1, found {value}")
-        names.check_patterns("--keep", self.keep)
-
-
-def check_percentile(percentile: float) -> None:
-    """Refuse what is no percentile.
-
-    Raises:
-        OptionError: it is outside (0, 100], or NaN.
-    """
-    if not 0 < percentile <= 100:
-        raise OptionError(f"a percentile should be above 0 and at most 100, found {percentile}")
-
-
-def check_margin(margin: float) -> None:
-    """Refuse a margin that would clip, or is no number.
-
-    Raises:
-        OptionError: it is below 1, infinite or NaN.
-    """
-    if not 1 <= margin < float("inf"):
-        raise OptionError(f"a margin should be at least 1, found {margin}", hint="below 1 clips what was seen")
 
 
 @dataclass(frozen=True)
@@ -238,15 +179,8 @@ def solve(
     absmax = chosen.absmax.astype(np.float64)
     before = np.array([present[name].scale for name in seen], np.float64)
     grids = [present[name].grid for name in seen]
-    largest = np.array([grid.max for grid in grids])
-    ranges = absmax
-    if options.method == "percentile":
-        ranges = chosen.quantiles(options.percentile / 100)
-        ranges = np.where(ranges < BIN_EDGES[1], 0.0, ranges)  # in the bin of the zeros
+    ranges, least = METHODS[options.method].choose(chosen, grids, options.percentile)
     usable = (ranges > 0) & np.array([not _kept(name, options) for name in seen], bool)
-    least = ranges / largest
-    if options.method == "mse":
-        least = _least_error_scales(chosen.histogram, absmax, grids)
     factors = np.array(
         [
             _headroom(chosen, number, present[name], options) if usable[number] else 1.0
@@ -376,9 +310,7 @@ def _headroom(statistics: Statistics, number: int, state: Present, options: Solv
 
 
 def _scale_reason(options: SolveOptions, factor: float, scale: float) -> str:
-    reason = {"absmax": "absmax", "mse": "least squared error", "percentile": f"percentile {options.percentile:g}"}[
-        options.method
-    ]
+    reason = METHODS[options.method].reason.format(percentile=options.percentile)
     if factor != 1:
         reason += f" × {factor:.3g}"
     if scale < FLOAT16_SMALLEST_SCALE:
@@ -646,3 +578,46 @@ def _shifted(counts: Float, shift: int) -> Float:
     else:
         moved[-shift:] = counts[:shift]
     return moved
+
+
+def _by_absmax(seen: Statistics, grids: Sequence[Grid], percentile: float) -> tuple[Float, Float]:  # noqa: ARG001
+    ranges = seen.absmax.astype(np.float64)
+    return ranges, ranges / _largest(grids)
+
+
+def _by_mse(seen: Statistics, grids: Sequence[Grid], percentile: float) -> tuple[Float, Float]:  # noqa: ARG001
+    ranges = seen.absmax.astype(np.float64)
+    return ranges, _least_error_scales(seen.histogram, ranges, grids)
+
+
+def _by_percentile(seen: Statistics, grids: Sequence[Grid], percentile: float) -> tuple[Float, Float]:
+    ranges = seen.quantiles(percentile / 100)
+    ranges = np.where(ranges < BIN_EDGES[1], 0.0, ranges)  # in the bin of the zeros
+    return ranges, ranges / _largest(grids)
+
+
+def _largest(grids: Sequence[Grid]) -> Float:
+    return np.array([grid.max for grid in grids])
+
+
+class Choice(NamedTuple):
+    """A method of choosing scales.
+
+    Attributes:
+        choose: from statistics of L layers, the grids of their inputs and a percentile to their ranges and, before any
+            margin, scales, [L] each.
+        words: what it does, for users.
+        reason: what a layer's result says of it.
+    """
+
+    choose: Callable[[Statistics, Sequence[Grid], float], tuple[Float, Float]]
+    words: str
+    reason: str
+
+
+METHODS: Mapping[Method, Choice] = {
+    "absmax": Choice(_by_absmax, "nothing that was seen is clipped", "absmax"),
+    "mse": Choice(_by_mse, "the least squared error", "least squared error"),
+    "percentile": Choice(_by_percentile, "clips what lies above it", "percentile {percentile:g}"),
+}
+"""Every method, by its name."""

@@ -18,7 +18,6 @@ from safetensors import safe_open
 
 from convert_to_quant import calibrate_activation_scales as module
 from convert_to_quant.calibrate_activation_scales import (
-    CalibrationOptions,
     calibrate_model,
     compute_activation_scale,
     load_lora_tensors,
@@ -38,6 +37,7 @@ from convert_to_quant.errors import (
 )
 from convert_to_quant.formats import DEFAULT_GRID, FLOAT_GRIDS, GRIDS
 from convert_to_quant.layers import find_layers
+from convert_to_quant.options import CalibrationOptions
 
 OUT, IN = 128, 64
 LAYERS = ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0")

@@ -26,7 +26,7 @@ ROWS = (
     {"engines"},
     {"solve", "headroom", "patch", "convert"},
     {"lora", "recorder", "linear_calls", "layers", "naming", "packings"},
-    {"families", "stats", "formats", "checkpoint"},
+    {"families", "stats", "formats", "checkpoint", "options"},
     {"names", "errors", "kernels", "telling", "untrusted"},
     {""},
 )

@@ -13,7 +13,7 @@ from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.errors import StatisticsError
 from convert_to_quant.layers import find_layers, input_scale
 from convert_to_quant.naming import for_checkpoint, respell
-from convert_to_quant.solve import SolveOptions
+from convert_to_quant.options import SolveOptions
 
 QKV, MLP = "double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0"
 RECORDED = {QKV: (48, 16), MLP: (64, 16), "final_layer.linear": (16, 16)}

@@ -16,11 +16,11 @@ from convert_to_quant.errors import CalibrationError, OptionError
 from convert_to_quant.formats.fp8 import E4M3FN, E5M2
 from convert_to_quant.formats.record import Grid
 from convert_to_quant.kernels import BINS, DIGIT_BITS, DIGITS, LOWEST_EXPONENT, NONFINITE_BIN
+from convert_to_quant.options import SolveOptions
 from convert_to_quant.solve import (
     PHASES,
     LayerResult,
     Present,
-    SolveOptions,
     _spend_budget,
     expected_errors,
     final_scale,

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from ..errors import OptionError
+from ..options import SolveOptions, options_of
 from .calibration import check_written_files, recover_input
 from .patching import add_patching_arguments, check_target, finish
-from .solving import add_solving_arguments, solve_options_of
+from .solving import add_solving_arguments
 
 DESCRIPTION = "Choose the scale and precision of every FP8 layer from statistics, and write them into the checkpoint."
 EPILOG = """\
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.output is None and not (args.in_place or args.dry_run):
         raise OptionError("name the new file with -o OUT", hint="or --in-place, or --dry-run")
-    options = solve_options_of(args)
+    options = options_of(SolveOptions, args)
     recover_input(args)
     statistics = merge(*(Statistics.load(path) for path in args.statistics), force=args.force)
     with open_checkpoint(args.input) as checkpoint:

@@ -49,11 +49,11 @@ def build_parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     """Calibrate the file."""
     from ..checkpoint import open_checkpoint
-    from .calibration import adapter_files, check_written_files, loras_of, options_of, recover_input
+    from .calibration import adapter_files, calibration_options, check_written_files, loras_of, recover_input
     from .convert import calibrate_file, check_options
 
     check_options(args)
-    options = options_of(args)
+    options = calibration_options(args)
     recover_input(args)
     with open_checkpoint(args.input) as checkpoint:
         check_written_files(checkpoint, args, adapter_files(args))

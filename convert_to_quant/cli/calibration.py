@@ -8,59 +8,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engines import SAMPLES
+from ..options import CalibrationOptions, add_options, options_of
 from .output import decibels, note, print_table, progress_bar, say, write_json
-from .running import add_shown_arguments, check_device
+from .running import check_device
 from .shared import split_strength
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..calibrate_activation_scales import Calibration, CalibrationOptions
+    from ..calibrate_activation_scales import Calibration
     from ..checkpoint import Checkpoint
     from ..lora import Lora
     from ..solve import LayerResult
 
 
 def add_calibration_arguments(group: Any, prefix: str) -> None:
-    """The options of a calibration, each behind a prefix ("actcal-" or nothing)."""
-
-    def add(name: str, **settings: Any) -> None:
-        group.add_argument(f"--{prefix}{name}", dest=name.replace("-", "_"), **settings)
-
-    add("lora", action="append", default=[], metavar="FILE[:STRENGTH]",
-        help="adapter to be used with it; may be repeated")  # fmt: skip
-    add_shown_arguments(group, prefix, samples=f"images ({SAMPLES}), or rows of a guess (64)")
-    add("margin", type=float, metavar="M", help="factor on ranges (as much as costs nothing)")
-    add("engine", choices=("auto", "model", "layer"), default="auto", metavar="ENGINE",
-        help="model: run it; layer: guess (auto)")  # fmt: skip
-    add("percentile", type=float, metavar="P", help="of guessed magnitudes (99.9)")
-    add("seed", type=int, default=42, metavar="S", help="of all noise (42)")
-    group.add_argument("--float16-safe", action="store_true", help="no scale below 2⁻¹⁵")
+    """The options of a calibration, each that takes a value behind a prefix ("actcal-" or nothing)."""
+    group.add_argument(f"--{prefix}lora", dest="lora", action="append", default=[], metavar="FILE[:STRENGTH]",
+                       help="adapter to be used with it; may be repeated")  # fmt: skip
+    add_options(group, CalibrationOptions, prefix)
 
 
-def options_of(args: argparse.Namespace) -> CalibrationOptions:
+def calibration_options(args: argparse.Namespace) -> CalibrationOptions:
     """The options that were asked for.
 
     Raises:
         OptionError: one is out of range, or the device is not there.
     """
-    from ..calibrate_activation_scales import CalibrationOptions
-
     check_device(args.device)
-    return CalibrationOptions(
-        engine=args.engine,
-        samples=args.samples,
-        percentile=args.percentile,
-        seed=args.seed,
-        device=args.device,
-        margin=args.margin,
-        float16_safe=args.float16_safe,
-        height=args.height,
-        width=args.width,
-        frames=args.frames,
-        text_tokens=args.text_tokens,
-    )
+    return options_of(CalibrationOptions, args)
 
 
 def recover_input(args: argparse.Namespace) -> None:

@@ -6,8 +6,8 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-from ..engines import SAMPLES
 from ..errors import CalibrationError, OptionError
+from ..options import SAMPLES
 from .output import decibels, error, note, print_table, progress_bar, say, write_json
 from .running import NOISE, add_running_arguments, check_running_options, geometry_of
 from .terminal import Styled

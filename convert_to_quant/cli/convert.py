@@ -10,38 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
+from ..options import CalibrationOptions, destinations
 from ..telling import advance
 from .calibration import (
     adapter_files,
     add_calibration_arguments,
     calibrate,
+    calibration_options,
     check_written_files,
     loras_of,
-    options_of,
     recover_input,
     tell,
 )
 from .output import note, print_table, progress_bar, say, write_json
 from .patching import check_target, finish, note_ending
-from .running import SHOWN
 
 if TYPE_CHECKING:
-    from ..calibrate_activation_scales import CalibrationOptions
     from ..checkpoint import Checkpoint, CheckpointWriter
     from ..convert import ConversionPlan, ConvertOptions
     from ..lora import Lora
 
 CONVERSION_OPTIONS = ("format", "scaling_mode", "block_size", "weight_scale", "legacy", "preset", "exclude_layers")
-CALIBRATION_OPTIONS = (
-    "engine",
-    "percentile",
-    "lora",
-    "seed",
-    "device",
-    "margin",
-    *(name.replace("-", "_") for name in SHOWN),
-)
-
 DEFAULT_FORMAT = "fp8"
 DESCRIPTION = "Convert a checkpoint to FP8 or INT8, calibrate an FP8 checkpoint, or both."
 EPILOG = """\
@@ -91,17 +80,17 @@ def run(args: argparse.Namespace) -> int:
 
     check_options(args)
     if not args.actcal:
-        for name in _given(args, CALIBRATION_OPTIONS):
-            raise OptionError(f"--actcal-{name.replace('_', '-')} needs --actcal")
+        for flag in _given(args, ["lora", *destinations(CalibrationOptions)]):
+            raise OptionError(f"{flag} needs --actcal")
     elif args.no_input_scale:
         raise OptionError("--no-input-scale leaves out what --actcal is asked to find")
-    options = options_of(args) if args.actcal else None
+    options = calibration_options(args) if args.actcal else None
     recover_input(args)
     with open_checkpoint(args.input) as checkpoint:
         check_written_files(checkpoint, args, adapter_files(args))
         with loras_of(args) as adapters:
             if options is not None and find_layers(checkpoint).diffusion:
-                unused = ", ".join("--" + name.replace("_", "-") for name in _given(args, CONVERSION_OPTIONS))
+                unused = ", ".join(_given(args, CONVERSION_OPTIONS))
                 if unused:
                     note(f"the input is quantized already, so nothing is converted and {unused} does nothing")
                 return calibrate_file(checkpoint, args, options, adapters)
@@ -131,11 +120,12 @@ def conversion_options(args: argparse.Namespace) -> ConvertOptions:
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
-    """Those of some options that differ from their defaults."""
-    from . import DEFAULT_COMMAND, build_parser
+    """The flags of some options, of those that differ from their defaults."""
+    from . import DEFAULT_COMMAND, build_parser, config
 
     parser = build_parser(DEFAULT_COMMAND)
-    return [name for name in names if getattr(args, name) != parser.get_default(name)]
+    known = config.keys(parser)
+    return [f"--{key}" for key in config.options_in_force(parser, args) if known[key].dest in names]
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from ..engines import FRAMES, SAMPLES, SIDE_PIXELS, TEXT_TOKENS
 from ..engines.comfyui.inprocess_tree import VARIABLE
 from ..errors import OptionError, UnsupportedModelError
+from ..options import FRAMES, SAMPLES, SIDE_PIXELS, TEXT_TOKENS
 from .calibration import loras_of
 from .output import configure, note, progress_bar, say, write_json
 from .running import NOISE, add_running_arguments, check_running_options, geometry_of

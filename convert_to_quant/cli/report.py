@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from ..errors import OptionError, OutputError
+from ..options import SolveOptions, options_of
 from .output import decibels, print_table, say, size, write_json
 from .parsing import Parser, flag_spelling
-from .solving import add_solving_arguments, solve_options_of
+from .solving import add_solving_arguments
 from .terminal import WIDEST, Styled, columns, fitted, is_terminal, paint, printable
 
 if TYPE_CHECKING:
     from ..report.document import Report, State
     from ..report.figures import Source
-    from ..solve import SolveOptions
     from ..stats import Statistics
 
 DESCRIPTION = (
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    options = solve_options_of(args)
+    options = options_of(SolveOptions, args)
     inputs = read_inputs(args.files)
     check_outputs(args, inputs.read)
     sources = sides_of(inputs, args, options)
@@ -201,7 +201,7 @@ def other_options(args: argparse.Namespace) -> SolveOptions:
     if not words:
         raise OptionError("--against needs options", hint='--against "margin=2 method=mse"')
     spelled = [flag_spelling("--" + word.removeprefix("--")) for word in words]
-    return solve_options_of(parser.parse_args(spelled, argparse.Namespace(**own)))
+    return options_of(SolveOptions, parser.parse_args(spelled, argparse.Namespace(**own)))
 
 
 def outputs_of(report: Report, args: argparse.Namespace) -> dict[str, bytes]:

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from ..calibrate_activation_scales import Calibration, apply_statistics, patch_model_with_scales
 from ..checkpoint import open_checkpoint, write_bytes
 from ..errors import Error, OptionError
-from ..solve import METHODS, SolveOptions
+from ..options import SolveOptions, inputs_of
+from ..solve import METHODS
 from ..stats import Statistics
 from ..telling import plural
 from . import folders
@@ -51,46 +52,27 @@ _FROM_STATS: dict[str, Input] = {
     ),
 }
 
-_SOLVING: dict[str, Input] = {
-    "method": (
-        list(METHODS),
-        {
-            "default": "absmax",
-            "tooltip": "absmax: nothing that was seen is clipped. mse: the least squared error. percentile: clips what "
-            "lies above it.",
-        },
-    ),
-    "margin": (
-        "FLOAT",
-        {
-            "default": 0.0,
-            "min": 0.0,
+_SOLVING: dict[str, Input] = inputs_of(
+    SolveOptions,
+    {
+        "method": {"tooltip": " ".join(f"{name}: {method.words}." for name, method in METHODS.items())},
+        "margin": {
             "max": 64.0,
             "step": 0.05,
             "tooltip": "Factor on ranges: room for inputs larger than any that was recorded. 0: as much as costs "
             "nothing.",
         },
-    ),
-    "full_precision_budget": (
-        "FLOAT",
-        {
-            "default": 0.0,
-            "min": 0.0,
-            "max": 1.0,
-            "step": 0.01,
-            "tooltip": "Share of the multiply-adds that may move to full precision, worst layers first.",
+        "full_precision_budget": {
+            "tooltip": "Share of the multiply-adds that may move to full precision, worst layers first."
         },
-    ),
-}
+    },
+)
 
 _RARELY: dict[str, Input] = {
-    "percentile": ("FLOAT", {"default": 99.9, "min": 0.01, "max": 100.0, "step": 0.01, "tooltip": "For that method."}),
+    **inputs_of(SolveOptions, {"percentile": {"min": 0.01, "tooltip": "For that method."}}),
     "allow_partial": (
         "BOOLEAN",
-        {
-            "default": False,
-            "tooltip": "Go on where not all FP8 layers were recorded: the others keep their scales.",
-        },
+        {"default": False, "tooltip": "Go on where not all FP8 layers were recorded: the others keep their scales."},
     ),
 }
 

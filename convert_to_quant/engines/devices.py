@@ -6,30 +6,13 @@ so it is not offered.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError
+from ..options import check_device_name
 
 if TYPE_CHECKING:
     import torch
-
-_NAME = re.compile(r"(cpu|cuda|xpu)(:\d+)?")
-_KNOWN = "cpu, cuda, cuda:0 or xpu"
-
-
-def check_name(name: str) -> None:
-    """Refuse what names no device that is offered, whether it is there or not; torch is not loaded.
-
-    Raises:
-        OptionError: it does not.
-    """
-    if name.partition(":")[0] == "mps":
-        raise OptionError(
-            f"device {name!r} cannot be used: it has no float64, in which statistics are kept", hint=_KNOWN
-        )
-    if not _NAME.fullmatch(name):
-        raise OptionError(f"unknown device {name!r}", hint=_KNOWN)
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -41,7 +24,7 @@ def find_device(name: str | torch.device) -> torch.device:
     Raises:
         OptionError: it is unknown, or torch cannot use it here.
     """
-    check_name(str(name))
+    check_device_name(str(name))
     try:
         import torch
 

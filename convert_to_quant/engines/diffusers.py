@@ -29,10 +29,11 @@ from ..errors import CalibrationError, OptionError, StrPath
 from ..families.running import Geometry
 from ..layers import LayerTable
 from ..lora import LoraMatch
+from ..options import SAMPLES, STEPS
 from ..recorder import record
 from ..stats import Statistics
 from ..telling import Advance, Progress
-from . import SAMPLES, STEPS, noise
+from . import noise
 from .denoiser import Denoiser, Plan, load, plan, supports
 from .prompts import Prompts
 from .session import Session, Unit

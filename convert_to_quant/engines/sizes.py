@@ -15,7 +15,7 @@ from math import ceil
 
 from ..errors import OptionError
 from ..families.running import Geometry
-from . import FRAMES, SIDE_PIXELS, TEXT_TOKENS
+from ..options import FRAMES, SIDE_PIXELS, TEXT_TOKENS
 
 
 @dataclass(frozen=True)

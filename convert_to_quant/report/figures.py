@@ -36,7 +36,8 @@ from ..formats import DEFAULT_GRID, GRIDS
 from ..formats.record import Grid
 from ..inspection import READINGS, Inspection, LayerView, inspect_checkpoint
 from ..kernels import NONFINITE_BIN, SIGMA_BINS
-from ..solve import LayerResult, Present, SolveOptions, expected_errors, lost_rows, solve
+from ..options import SolveOptions
+from ..solve import LayerResult, Present, expected_errors, lost_rows, solve
 from ..stats import BIN_EDGES, Statistics
 from . import document, verdict
 from .document import Figures, Layer, LeftAlone, Report, Risk, Side, State, encode_shares

@@ -16,7 +16,7 @@ import statistics as middle
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ..solve import SolveOptions
+from ..options import SolveOptions
 from ..telling import plural
 from .document import Figures, Layer, Level, Risk, Side, State, Verdict
 

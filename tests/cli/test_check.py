@@ -255,7 +255,7 @@ def test_a_file_that_is_no_model_is_refused(ctq: Any, flux_file: Path, save: Any
         (("--at-least", "nan"), "--at-least should be a finite number, found nan"),
         (("--at-least", "inf", "--json", "-"), "--at-least should be a finite number, found inf"),
         (("--guidance", "inf"), "--guidance should be a finite number, found inf"),
-        (("--steps", 0), "--steps should be at least 1, found 0"),
+        (("--steps", 0), "steps should be at least 1, found 0"),
         (("--seed", -1), "a seed should not be negative"),
         (("--arithmetic", "abacus"), "invalid choice: 'abacus'"),
         (("--device", "abacus"), "unknown device 'abacus'"),

@@ -328,7 +328,7 @@ def test_conversion_flags_do_nothing_to_an_fp8_file_and_it_says_so(ctq: Command,
     outcome = ctq("-i", fp8_file, "--dry-run", *LAYER, "--scaling_mode", "row", "--exclude-layers", "x")
     assert outcome.code == 0
     assert (
-        "note: the input is quantized already, so nothing is converted and --scaling-mode, --exclude-layers does "
+        "note: the input is quantized already, so nothing is converted and --exclude-layers, --scaling-mode does "
         "nothing" in outcome.err
     )
 

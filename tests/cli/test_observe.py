@@ -177,8 +177,8 @@ def test_conditioning_that_does_not_fit_is_refused(
     ("words", "said"),
     [
         ((), "name a MODEL, or a --pipeline"),
-        (("MODEL", "--samples", 0), "--samples should be at least 1, found 0"),
-        (("MODEL", "--text-tokens", -1), "--text-tokens should be at least 1, found -1"),
+        (("MODEL", "--samples", 0), "samples should be at least 1, found 0"),
+        (("MODEL", "--text-tokens", -1), "text tokens should be at least 1, found -1"),
         (("MODEL", "--seed", -1), "a seed should not be negative"),
         (("MODEL", "--save-every", -1), "--save-every should not be negative"),
         (("MODEL", "--prompts", "p.txt"), "--prompts needs --pipeline"),

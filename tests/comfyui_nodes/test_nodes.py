@@ -26,8 +26,8 @@ from convert_to_quant.comfyui_nodes.nodes import (
 )
 from convert_to_quant.errors import CalibrationError, OptionError, OutputError, StatisticsError
 from convert_to_quant.layers import find_layers, input_scale
+from convert_to_quant.options import SolveOptions
 from convert_to_quant.report import figures, page, picture
-from convert_to_quant.solve import SolveOptions
 from convert_to_quant.stats import Statistics
 
 LATENT: dict[str, Any] = {"samples": None}

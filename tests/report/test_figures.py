@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert_to_quant.errors import CalibrationError, StatisticsError, TensorError
+from convert_to_quant.options import SolveOptions
 from convert_to_quant.report import figures
 from convert_to_quant.report.document import (
     AXIS_HIGH,
@@ -28,7 +29,6 @@ from convert_to_quant.report.document import (
 )
 from convert_to_quant.report.figures import Source, build, cell_shares, with_risk
 from convert_to_quant.report.page import render
-from convert_to_quant.solve import SolveOptions
 from convert_to_quant.stats import Statistics
 
 Observed = Callable[..., Statistics]

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from convert_to_quant import __version__
+from convert_to_quant.options import SolveOptions
 from convert_to_quant.report import picture
 from convert_to_quant.report.document import Layer, Report
 from convert_to_quant.report.figures import Source, build
-from convert_to_quant.solve import SolveOptions
 from convert_to_quant.stats import Statistics
 
 Observed = Callable[..., Statistics]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from convert_to_quant import __version__
+from convert_to_quant.options import SolveOptions
 from convert_to_quant.report import table
 from convert_to_quant.report.figures import Source, build
-from convert_to_quant.solve import SolveOptions
 from convert_to_quant.stats import Statistics
 
 Observed = Callable[..., Statistics]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from convert_to_quant.options import SolveOptions
 from convert_to_quant.report.document import Verdict
 from convert_to_quant.report.figures import Source, build
-from convert_to_quant.solve import SolveOptions
 from convert_to_quant.stats import Statistics
 
 Observed = Callable[..., Statistics]

@@ -39,9 +39,10 @@ from ...families.comfyui import FILM, PICTURE, SOUND, Conditions, Scene, measure
 from ...families.running import Shapes
 from ...layers import LayerTable, find_layers
 from ...lora import Lora
+from ...options import FRAMES, SAMPLES, SIDE_PIXELS, STEPS, TEXT_TOKENS
 from ...recorder import find_linears, record
 from ...telling import Advance, Progress
-from .. import FRAMES, SAMPLES, SIDE_PIXELS, STEPS, TEXT_TOKENS, noise
+from .. import noise
 from ..diffusers import Observation, conditioned, expect_finite
 from ..provenance import trace
 from ..session import Session, Unit

@@ -1,0 +1,273 @@
+"""Every option of showing, calibrating, solving and converting, declared once: type, default, words and range.
+
+The command line, `--config` (through the command line's parsers) and ComfyUI's nodes are made of the same fields, and
+whoever makes the dataclasses in Python gets the same checks. `--help` comes through here, so numpy is not loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+from . import names
+from .errors import OptionError
+
+SAMPLES, STEPS = 16, 4
+"""What a model is shown by default: images, and noise levels on the way of each from noise to image. A sample is one
+image, an evaluation one call of the network: `STEPS` per sample. Outliers of few tokens differ between images more than
+between levels: of 64 evaluations 8 images missed up to nine tenths of a range that 16 images saw (docs/experiments.md).
+"""
+
+SIDE_PIXELS, FRAMES, TEXT_TOKENS = 256, 1, 64
+"""Default size of an image or video, and length of its text."""
+
+DEFAULT_ROWS = 64
+"""Rows of input that each guessed layer is shown."""
+
+Engine = Literal["auto", "model", "layer"]
+"""What finds the ranges. "auto" is "model": the one that measures; it never guesses by itself."""
+Method = Literal["absmax", "mse", "percentile"]
+"""Keys of `solve.METHODS`."""
+
+_DEVICE = re.compile(r"(cpu|cuda|xpu)(:\d+)?")
+DEVICES = "cpu, cuda, cuda:0 or xpu"
+
+
+class Range(NamedTuple):
+    """The numbers that an option takes, and how it is said that one is not among them."""
+
+    rule: str
+    least: float
+    most: float = sys.float_info.max
+    hint: str = ""
+
+
+COUNT = Range("{name} should be at least 1", 1)
+MARGIN = Range("a margin should be at least 1", 1, hint="below 1 clips what was seen")
+PERCENTILE = Range("a percentile should be above 0 and at most 100", math.ulp(0.0), 100)
+SEED = Range("a seed should not be negative", 0)
+SHARE = Range("--{flag} should be a share between 0 and 1", 0, 1)
+
+
+def option(default: Any, words: str, metavar: str | None = None, within: Range | None = None, flag: str = "") -> Any:
+    """A field of a dataclass that the command line offers.
+
+    Args:
+        default: None where something else decides; then `words` say what.
+        words: its help, to which a default is added.
+        metavar: what stands for its value.
+        within: the numbers that it takes.
+        flag: where it is not the field's name; of a switch that turns something off, "no-" and the name.
+    """
+    return field(default=default, metadata={"help": words, "metavar": metavar, "within": within, "flag": flag})
+
+
+def _flag(one: Field[Any]) -> str:
+    return one.metadata.get("flag") or one.name.replace("_", "-")
+
+
+def _destination(one: Field[Any]) -> str:
+    return _flag(one).replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options that are checked when they are made: choices, ranges, regular expressions."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for one in fields(self):
+            value, name = getattr(self, one.name), one.name.replace("_", " ")
+            if get_origin(hints[one.name]) is Literal and value not in get_args(hints[one.name]):
+                known = ", ".join(get_args(hints[one.name]))
+                raise OptionError(f"unknown {name} {value!r}", hint=f"{name}s: {known}")
+            within: Range | None = one.metadata.get("within")
+            if within is not None and value is not None and not within.least <= value <= within.most:
+                rule = within.rule.format(name=name, flag=_flag(one))
+                raise OptionError(f"{rule}, found {value}", hint=within.hint)
+            if isinstance(value, tuple):
+                names.check_patterns("--" + _flag(one), value)
+
+
+@dataclass(frozen=True)
+class ShownOptions(Options):
+    """What a model is shown, and where it runs.
+
+    Attributes:
+        samples: images that the model is shown; `SAMPLES` where None.
+        height, width, frames, text_tokens: of the images, in pixels, or videos. Where all are None, the default
+            geometry of `engines.diffusers`; those that are None beside others, the defaults above.
+        device: where the model runs.
+    """
+
+    samples: int | None = option(None, f"images ({SAMPLES}, or one per prompt)", "N", COUNT)
+    height: int | None = option(None, f"of each image ({SIDE_PIXELS})", "PIXELS", COUNT)
+    width: int | None = option(None, f"of each image ({SIDE_PIXELS})", "PIXELS", COUNT)
+    frames: int | None = option(None, f"of each video ({FRAMES})", "N", COUNT)
+    text_tokens: int | None = option(None, f"length of each prompt ({TEXT_TOKENS})", "N", COUNT)
+    device: str = option("cpu", "where to run: cpu, cuda, cuda:1, ...", "DEVICE")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_device_name(self.device)
+
+    @property
+    def size(self) -> tuple[int | None, ...]:
+        """As `engines.sizes.geometry` takes it."""
+        return self.height, self.width, self.frames, self.text_tokens
+
+
+@dataclass(frozen=True)
+class RunOptions(ShownOptions):
+    """What a model is shown that is run to be observed or compared.
+
+    Attributes:
+        steps: noise levels of each image.
+        seed: of all noise.
+    """
+
+    steps: int = option(STEPS, "noise levels of each image", "N", COUNT)
+    seed: int = option(42, "of all noise", "S", SEED)
+
+
+@dataclass(frozen=True)
+class CalibrationOptions(ShownOptions):
+    """How to calibrate.
+
+    Attributes:
+        samples: images that the model is shown, each at `STEPS` noise levels; rows of input for a guess. Where None,
+            `SAMPLES` and `DEFAULT_ROWS`.
+        margin: factor ≥ 1 on ranges; where None, headroom that costs nothing for what was seen, and 8 for what was
+            simulated.
+        engine: "model" (or "auto") runs the network; "layer" guesses each layer's range from its weight.
+        percentile: of simulated magnitudes; 99.9 where None. Real ranges are never cut.
+        seed: of all noise.
+        float16_safe: no scale below 2⁻¹⁵.
+        one_row_full_precision: whether layers that see one row per picture compute in full precision.
+        height, width, frames, text_tokens, device: see `ShownOptions`.
+    """
+
+    samples: int | None = option(None, f"images ({SAMPLES}), or rows of a guess ({DEFAULT_ROWS})", "N", COUNT)
+    margin: float | None = option(None, "factor on ranges (as much as costs nothing)", "M", MARGIN)
+    engine: Engine = option("auto", "model: run it; layer: guess", "ENGINE")  # noqa: RUF009
+    percentile: float | None = option(None, "of guessed magnitudes (99.9)", "P", PERCENTILE)
+    seed: int = option(42, "of all noise", "S", SEED)
+    float16_safe: bool = option(False, "no scale below 2⁻¹⁵")
+    one_row_full_precision: bool = True
+
+
+@dataclass(frozen=True)
+class SolveOptions(Options):
+    """How scales are chosen.
+
+    Attributes:
+        method: see the docstring of `solve`.
+        percentile: for the method of that name, in (0, 100].
+        margin: factor ≥ 1 on the range before it becomes a scale. None for headroom that costs nothing, by "absmax",
+            and for 1 by the other methods.
+        full_precision_budget: share of all multiply-adds that may move to full precision for quality.
+        row_loss_limit: largest share of lost rows that a layer may have in FP8.
+        keep: regular expressions; layers in which one is found keep their scale and precision.
+        float16_safe: raise scales to 2⁻¹⁵.
+        one_row_full_precision: whether layers that see one row per picture compute in full precision.
+    """
+
+    method: Method = option("absmax", "absmax, mse or percentile", "METHOD")  # noqa: RUF009
+    percentile: float = option(99.9, "for that method", "P", PERCENTILE)
+    margin: float | None = option(None, "factor on ranges (as much as costs nothing)", "M", MARGIN)
+    full_precision_budget: float = option(0.0, "multiply-adds for full precision", "SHARE", SHARE)
+    row_loss_limit: float = option(0.01, "full precision where more rows vanish", "SHARE", SHARE)
+    keep: tuple[str, ...] = option((), "leave such layers alone; may be repeated", "REGEX")
+    float16_safe: bool = option(False, "no scale below 2⁻¹⁵")
+    one_row_full_precision: bool = True
+
+
+def check_device_name(name: str) -> None:
+    """Refuse what names no device that is offered, whether it is there or not; torch is not loaded.
+
+    Raises:
+        OptionError: it does not.
+    """
+    if name.partition(":")[0] == "mps":
+        raise OptionError(
+            f"device {name!r} cannot be used: it has no float64, in which statistics are kept", hint=DEVICES
+        )
+    if not _DEVICE.fullmatch(name):
+        raise OptionError(f"unknown device {name!r}", hint=DEVICES)
+
+
+Kind = TypeVar("Kind", bound=Options)
+
+
+def destinations(kind: type[Options]) -> list[str]:
+    """What the offered options are called in a parsed command line."""
+    return [_destination(one) for one in fields(kind) if one.metadata]
+
+
+def add_options(group: Any, kind: type[Options], prefix: str = "", **defaults: Any) -> None:
+    """Offer options on a command line.
+
+    Args:
+        group: of a parser.
+        kind: whose fields.
+        prefix: before each name that takes a value, "actcal-" or nothing.
+        defaults: that differ from the fields'.
+    """
+    hints = get_type_hints(kind)
+    for one in fields(kind):
+        if not one.metadata:
+            continue
+        hint, default = hints[one.name], defaults.get(one.name, one.default)
+        words, settings = one.metadata["help"], {"metavar": one.metadata["metavar"], "dest": _destination(one)}
+        if hint is bool:
+            group.add_argument(f"--{_flag(one)}", dest=_destination(one), action="store_true", help=words)
+            continue
+        if isinstance(default, tuple):
+            settings |= {"action": "append", "default": list(default)}
+        elif get_origin(hint) is Literal:
+            settings |= {"choices": get_args(hint), "default": default}
+        else:
+            settings |= {"type": hint if isinstance(hint, type) else get_args(hint)[0], "default": default}
+        if default not in (None, ()):
+            words += f" ({default})" if isinstance(default, str) else f" ({default:g})"
+        group.add_argument(f"--{prefix}{_flag(one)}", help=words, **settings)
+
+
+def options_of(kind: type[Kind], args: argparse.Namespace) -> Kind:
+    """The options that a command line asked for; what it does not offer has its default.
+
+    Raises:
+        OptionError: one is out of range.
+    """
+    found = {}
+    for one in fields(kind):
+        if hasattr(args, _destination(one)):
+            value = getattr(args, _destination(one))
+            value = not value if _flag(one).startswith("no-") else value
+            found[one.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**found)
+
+
+def inputs_of(kind: type[Options], shown: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Options as the inputs of a node of ComfyUI. One that something else decides by default is 0 then.
+
+    Args:
+        kind: whose fields.
+        shown: names of fields, and what ComfyUI is told beyond type, default and range.
+    """
+    hints = get_type_hints(kind)
+    made: dict[str, tuple[Any, dict[str, Any]]] = {}
+    for one in fields(kind):
+        if one.name in shown and get_origin(hints[one.name]) is Literal:
+            made[one.name] = (list(get_args(hints[one.name])), {"default": one.default, **shown[one.name]})
+        elif one.name in shown:
+            within = one.metadata["within"]
+            default, least = (0.0, 0.0) if one.default is None else (one.default, float(within.least))
+            numbers = {"default": default, "min": least, "max": float(within.most), "step": 0.01}
+            made[one.name] = ("FLOAT", {**numbers, **shown[one.name]})
+    return {name: made[name] for name in shown}

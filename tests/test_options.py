@@ -1,0 +1,89 @@
+"""Options that are declared once: on a command line, in Python and on a node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import pytest
+
+from convert_to_quant.cli.parsing import Parser
+from convert_to_quant.errors import OptionError
+from convert_to_quant.options import (
+    MARGIN,
+    PERCENTILE,
+    Method,
+    Options,
+    SolveOptions,
+    add_options,
+    destinations,
+    inputs_of,
+    option,
+    options_of,
+)
+from convert_to_quant.solve import METHODS
+
+
+@dataclass(frozen=True)
+class Made(Options):
+    kind: Literal["plain", "odd"] = option("plain", "plain or odd", "KIND")
+    margin: float | None = option(None, "factor (free)", "M", MARGIN)
+    percentile: float = option(99.9, "of all", "P", PERCENTILE)
+    leave: tuple[str, ...] = option((), "left alone", "REGEX", flag="leave-layers")
+    scale: bool = option(True, "without scales", flag="no-scale")
+    inner: int = 3
+
+
+def parse(*words: str, prefix: str = "", **defaults: Any) -> Made:
+    parser = Parser(prog="made")
+    add_options(parser, Made, prefix, **defaults)
+    return options_of(Made, parser.parse_args(words))
+
+
+def test_a_command_line_without_words_gives_the_defaults() -> None:
+    assert parse() == Made()
+    assert parse(percentile=50.0) == Made(percentile=50.0)
+
+
+def test_a_command_line_says_each_of_them() -> None:
+    words = ("--kind", "odd", "--margin", "2", "--percentile", "9", "--leave-layers", "a", "--leave-layers", "b")
+    assert parse(*words, "--no-scale") == Made("odd", 2.0, 9.0, ("a", "b"), scale=False)
+    assert parse("--x-margin", "2", "--no-scale", prefix="x-") == Made(margin=2.0, scale=False)
+    assert destinations(Made) == ["kind", "margin", "percentile", "leave_layers", "no_scale"]
+
+
+def test_help_says_the_default() -> None:
+    parser = Parser(prog="made")
+    add_options(parser, Made)
+    said = [action.help for action in parser._actions]
+    assert said == ["plain or odd (plain)", "factor (free)", "of all (99.9)", "left alone", "without scales"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kind": "even"}, "unknown kind 'even' (kinds: plain, odd)"),
+        ({"margin": 0.5}, "a margin should be at least 1, found 0.5 (below 1 clips what was seen)"),
+        ({"leave": ("(",)}, "--leave-layers '(' is no regular expression"),
+    ],
+)
+def test_they_are_checked_when_they_are_made(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        Made(**options)
+    assert str(caught.value).startswith(said)
+
+
+def test_a_node_has_their_defaults_choices_and_ranges() -> None:
+    shown = inputs_of(Made, {"percentile": {"min": 0.5, "tooltip": "p"}, "margin": {"max": 9.0}, "kind": {}})
+    assert shown == {
+        "percentile": ("FLOAT", {"default": 99.9, "min": 0.5, "max": 100.0, "step": 0.01, "tooltip": "p"}),
+        "margin": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 9.0, "step": 0.01}),
+        "kind": (["plain", "odd"], {"default": "plain"}),
+    }
+
+
+def test_every_method_that_can_be_named_is_in_the_table_and_in_the_help() -> None:
+    assert get_args(Method) == tuple(METHODS)
+    parser = Parser(prog="made")
+    add_options(parser, SolveOptions)
+    assert all(name in parser.format_help() for name in METHODS)
