@@ -164,6 +164,7 @@ def test_the_statistics_calibrate_a_checkpoint(drive: Any, server: Any, tmp_path
     assert main(["-i", str(model), "-o", str(tmp_path / "fp8.safetensors"), "-q"]) == 0
     assert drive(painting(), "--seeds", "1") == 0, server.said()
     words = [tmp_path / "fp8.safetensors", tmp_path / "stats.safetensors", "-o", tmp_path / "calibrated.safetensors"]
+    words += ["--margin", "1"]
 
     assert main(["apply", *map(str, words)]) == 0
 
