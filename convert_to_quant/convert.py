@@ -38,6 +38,7 @@ from .errors import OptionError, OutputError, TensorError
 from .formats import DEFAULT, FORMATS, WRITTEN
 from .formats.record import CHUNK, Format, Granularity, scale_grid, spans, widen_bfloat16
 from .layers import Layer, LayerTable, find_layers, named, scales_per_row
+from .marks import Way
 from .telling import Advance
 from .untrusted import JSONError, parse_json
 
@@ -124,6 +125,7 @@ class ConversionPlan:
         family: the family whose table decided.
         decisions: one for every layer in high precision, in file order.
         options: how.
+        ways: how the file says it; one or several that agree.
         notes: what a user should know.
     """
 
@@ -131,6 +133,7 @@ class ConversionPlan:
     family: families.Family
     decisions: list[Decision]
     options: ConvertOptions
+    ways: tuple[Way, ...]
     notes: list[str]
 
     @property
@@ -167,8 +170,7 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> Conversi
             + ", ".join(f"{count} in {kind}" for kind, count in counts.items() if count)
         )
     decisions = [_decide(layer, bare, family, options) for layer in table.plain.values()]
-    if any(decision.quantize for decision in decisions):
-        _refuse_two_spellings(checkpoint, table, options)
+    ways = table.marks.to_write(options.legacy) if any(decision.quantize for decision in decisions) else ()
     if options.weight_scale == "mse" and options.record.granularity != "tensor":
         weights = sum(decision.layer.weight.elements for decision in decisions if decision.quantize)
         minutes = weights * MSE_SECONDS_PER_WEIGHT / 60
@@ -176,20 +178,7 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> Conversi
             notes.append(
                 f"an exact search for every {options.record.granularity} takes about {minutes:.0f} core minutes"
             )
-    return ConversionPlan(table, family, decisions, options, notes)
-
-
-def _refuse_two_spellings(checkpoint: Checkpoint, table: LayerTable, options: ConvertOptions) -> None:
-    """Where a file has both, ComfyUI reads the comfy_quant marks and drops the scales of the legacy layers."""
-    marks = [name for name in checkpoint if name.endswith(names.COMFY_QUANT)]
-    marks += [name for name in checkpoint.metadata if name == names.QUANTIZATION_METADATA]
-    if table.legacy_marker is not None and not options.legacy:
-        problem, hint = "is a legacy scaled_fp8 file", "add --legacy"
-    elif options.legacy and marks:
-        problem, hint = f"marks layers as comfy_quant does ({marks[0]})", "drop --legacy"
-    else:
-        return
-    raise OptionError(f"the input {problem}, and one file cannot hold both spellings", hint=hint)
+    return ConversionPlan(table, family, decisions, options, ways, notes)
 
 
 def _choose_family(checkpoint: Checkpoint, bare: dict[str, str], options: ConvertOptions) -> families.Family:
@@ -222,41 +211,6 @@ def _decide(layer: Layer, bare: dict[str, str], family: families.Family, options
     return Decision(layer, True)
 
 
-FULL_PRECISION_KEY = "full_precision_matrix_mult"
-_FULL_PRECISION_TEXT = f', "{FULL_PRECISION_KEY}": true'
-
-
-def mark_bytes(config: dict[str, Any], room_bytes: int | None = None) -> bytes:
-    """A mark as the bytes of a comfy_quant tensor, padded with spaces.
-
-    The padding leaves room for `full_precision_matrix_mult`, so that a later calibration can set it in place.
-
-    Args:
-        config: what it says.
-        room_bytes: the size to fill; by default what any later form needs, rounded up to a multiple of 8.
-
-    Returns:
-        JSON and spaces.
-    """
-    text = json.dumps(config).encode("utf-8")
-    if room_bytes is None:
-        room_bytes = len(text) + (0 if FULL_PRECISION_KEY in config else len(_FULL_PRECISION_TEXT))
-        room_bytes += -room_bytes % 8
-    return text.ljust(room_bytes)
-
-
-def quantization_metadata(marks: dict[str, dict[str, Any]]) -> str:
-    """The header entry that marks layers, with room for `full_precision_matrix_mult` in each of them."""
-    text = json.dumps({"format_version": "1.0", "layers": marks})
-    missing = sum(FULL_PRECISION_KEY not in config for config in marks.values())
-    return text + " " * (missing * stored_bytes(_FULL_PRECISION_TEXT))
-
-
-def stored_bytes(text: str) -> int:
-    """Bytes that a text takes inside a header, where each of its quotation marks is escaped."""
-    return len(json.dumps(text, ensure_ascii=False).encode("utf-8")) - len('""')
-
-
 @dataclass(frozen=True)
 class _Output:
     """Every tensor of the output: how large, and where from."""
@@ -272,13 +226,8 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> _Output:
     """The output's tensors, each with the input tensor whose shard it follows."""
     options, fmt = plan.options, plan.options.record
     quantized = {layer.weight.name: layer for layer in plan.quantized}
-    weight_scale, input_scale = (
-        (names.WEIGHT_SCALE_LEGACY, names.INPUT_SCALE_LEGACY)
-        if options.legacy
-        else (names.WEIGHT_SCALE, names.INPUT_SCALE)
-    )
     output = _Output({}, {}, {}, {}, dict(checkpoint.metadata))
-    marks: dict[str, dict[str, Any]] = {}
+    configs = {layer.name: fmt.config(options.block_size) for layer in plan.quantized}
 
     def add(name: str, spec: Spec, source: str, data: bytes | None = None) -> None:
         if name in output.specs or (name in checkpoint and name != source):
@@ -293,23 +242,19 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> _Output:
             add(name, Spec.like(info), name)
             output.copied[name] = name
             continue
-        add(layer.name + weight_scale, Spec("F32", fmt.scale_shape(layer.shape, options.block_size)), name)
+        add(layer.name + plan.ways[0].weight_scale, Spec("F32", fmt.scale_shape(layer.shape, options.block_size)), name)
         if options.input_scale and fmt.static:
-            add(layer.name + input_scale, Spec("F32", ()), name, np.float32(1.0).tobytes())
+            add(layer.name + plan.ways[0].input_scale, Spec("F32", ()), name, np.float32(1.0).tobytes())
         add(name, Spec(fmt.dtypes[0], info.shape), name)
-        if not options.legacy:
-            marks[layer.name] = fmt.config(options.block_size)
-            mark = mark_bytes(marks[layer.name])
-            add(layer.name + names.COMFY_QUANT, Spec("U8", (len(mark),)), name, mark)
+        for way in plan.ways:
+            for mark, (spec, data) in way.beside(layer.name, configs[layer.name]).items():
+                add(mark, spec, name, data)
 
-    if options.legacy and quantized and plan.table.legacy_marker is None:
-        marker = plan.table.prefix + names.LEGACY_MARKER
-        add(marker, Spec(fmt.dtypes[0], (0,)), next(iter(quantized)), b"")
-    if marks:
-        # A header that marks layers overrides their comfy_quant tensors, so layers marked before stay in it.
-        before = checkpoint.metadata.get(names.QUANTIZATION_METADATA)
-        before_marks = parse_json(before)["layers"] if before is not None else {}
-        output.metadata[names.QUANTIZATION_METADATA] = quantization_metadata({**before_marks, **marks})
+    for way in plan.ways:
+        tensors, entries = way.once(configs)
+        output.metadata.update(entries)
+        for mark, (spec, data) in tensors.items():
+            add(mark, spec, next(iter(quantized)), data)
     made = provenance(checkpoint.metadata, convert=asdict(options) | {"family": plan.family.name})
     room_bytes = PROVENANCE_ROOM_BYTES + sum(len(layer.name) + len('"", ') for layer in plan.quantized)
     output.metadata[PROVENANCE_KEY] = made + " " * room_bytes
@@ -367,7 +312,6 @@ def convert(
     files, index = output_files(output, checkpoint, layout.place.__getitem__, layout.specs)
     for path, _ in files:
         refuse_same_file(path, [file.path for file in checkpoint.files])
-    scale_suffix = names.WEIGHT_SCALE_LEGACY if plan.options.legacy else names.WEIGHT_SCALE
     with CheckpointWriter(files, layout.metadata, index) as writer:
         for name, data in layout.small.items():
             writer.write(name, data)
@@ -376,7 +320,7 @@ def convert(
             scale = quantize_weight(
                 checkpoint, layer, plan.options, lambda offset, codes: writer.write(layer.weight.name, codes, offset)
             )
-            writer.write(layer.name + scale_suffix, scale)
+            writer.write(layer.name + plan.ways[0].weight_scale, scale)
             if progress is not None:
                 progress(layer.weight.nbytes)
 

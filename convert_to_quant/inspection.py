@@ -27,7 +27,6 @@ in every block: only running the model shows that. Header metadata of shards is 
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -40,7 +39,7 @@ import numpy as np
 
 from . import families, names, packings, stats
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from .convert import FULL_PRECISION_KEY, PROVENANCE_KEY
+from .convert import PROVENANCE_KEY
 from .errors import StrPath
 from .formats import DEFAULT, DEFAULT_GRID, FLOAT_GRIDS
 from .formats.record import FLOAT_SCALES, Format, Grid
@@ -187,9 +186,6 @@ TEXT_ENCODERS: Mapping[str, tuple[str, ...]] = {
 _OTHER_PREFIXES = tuple(part.prefix for part in families.OTHER_PARTS)
 _LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", ".lora.up.", ".lora.down.")
 
-_SCALES = tuple(
-    suffix for suffix in names.LAYER_SUFFIXES if suffix not in (names.WEIGHT, names.BIAS, names.COMFY_QUANT)
-)
 _NO_CONFIG_BEYOND_BYTES = 1 << 20
 
 
@@ -416,7 +412,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     layers = survey.views()
     survey.look_for_orphans()
     survey.look_at_shapes()
-    marker = table.legacy_marker
+    marks, marker = table.marks, table.marks.legacy.marker
     parts = (families.other_part(name) for name in checkpoint.tensors if name.startswith(_OTHER_PREFIXES))
     return Inspection(
         path=checkpoint.path,
@@ -429,11 +425,11 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         title=title,
         parts=tuple(dict.fromkeys(part.title for part in parts if part is not None)),
         layers=tuple(layers),
-        header_marks=len(table.header_marks),
-        tensor_marks=sum(name.endswith(names.COMFY_QUANT) for name in checkpoint.tensors),
+        header_marks=len(marks.header.configs),
+        tensor_marks=len(marks.tensor.found),
         legacy_marker=None if marker is None else marker.name,
         legacy_marker_elements=None if marker is None else marker.elements,
-        further_markers=tuple(other.name for other in table.legacy_markers.values() if other is not marker),
+        further_markers=tuple(other.name for other in marks.legacy.markers.values() if other is not marker),
         quantization_config=_config_beside(checkpoint.path),
         made=made,
         problems=tuple(survey.problems()),
@@ -503,8 +499,8 @@ class _Survey:
             if weight is not None:
                 grid = FLOAT_GRIDS.get(weight.dtype)
                 views[name] = LayerView(name, weight.shape, grid.name if grid else weight.dtype, "error",
-                                        marked_by=self.marked_by(name))  # fmt: skip
-        markers = (table.marker_of(view.name) for view in views.values() if view.reading == "marker")
+                                        marked_by=table.marks.kinds(name))  # fmt: skip
+        markers = (table.marks.legacy.marker_of(view.name) for view in views.values() if view.reading == "marker")
         for name in dict.fromkeys(marker.name for marker in markers if marker is not None):
             self.report("marker-disables-fp8", name)
         order = []
@@ -527,7 +523,7 @@ class _Survey:
             if packed is None and name != key and info.dtype in INTEGERS and info.shape:
                 known = name in self.table.foreign or name in self.table.quantized
                 packed = None if known else (name, f"integers ({info.dtype})")
-            if packed is not None and not self.marked_by(packed[0]):
+            if packed is not None and not self.table.marks.kinds(packed[0]):
                 found[key] = packed
         return found
 
@@ -538,7 +534,7 @@ class _Survey:
 
     def foreign(self, layer: ForeignLayer) -> LayerView:
         """A layer in a format that is only recognized, and its problems."""
-        name, form, marked_by, reading = layer.name, layer.form, self.marked_by(layer.name), "foreign"
+        name, form, marked_by, reading = layer.name, layer.form, self.table.marks.kinds(layer.name), "foreign"
         fmt = layer.format
         missing = [name + key for key in (fmt.scales if fmt else ()) if name + key not in self.checkpoint]
         if not marked_by and len(layer.weight.shape) == 2:
@@ -598,18 +594,13 @@ class _Survey:
         starts = np.linspace(0, len(content) - _SAMPLE_BYTES, _SAMPLE_RUNS, dtype=np.int64)
         return np.concatenate([content[start : start + _SAMPLE_BYTES] for start in starts])
 
-    def marked_by(self, name: str) -> tuple[str, ...]:
-        """What marks a layer."""
-        header, tensor = name in self.table.header_marks, name + names.COMFY_QUANT in self.checkpoint
-        return (*(["header"] if header else []), *(["tensor"] if tensor else []))
-
     def quantized(self, layer: Layer) -> LayerView:
         """A layer in codes, and its problems."""
         assert layer.format is not None
-        marked_by = self.marked_by(layer.name) or (("legacy",) if layer.marking == "legacy" else ())
-        if marked_by == ("header", "tensor"):
-            self.compare_marks(layer)
-        if layer.marking == "header" and layer.name in self.table.bare_marks and layer.comfy_quant is None:
+        marks = self.table.marks
+        if disagreement := marks.disagreement(layer.name):
+            self.report("header-disagrees", layer.name, disagreement)
+        if marks.header.bare(layer.name) and layer.name not in marks.tensor:
             self.report("header-bare", layer.name)
         usable = layer.input_scale is not None and layer.input_problem is None
         scale = input_scale(self.checkpoint, layer) if usable else None
@@ -635,7 +626,7 @@ class _Survey:
             reading,
             layer.block,
             layer.granularity,
-            marked_by,
+            marks.kinds(layer.name) or (("legacy",) if layer.marking == "legacy" else ()),
             state,
             scale,
         )
@@ -662,7 +653,7 @@ class _Survey:
         if layer.marking == "none":
             self.report("unmarked", layer.name)
             return "scale-dropped"
-        if layer.marking == "legacy" and part is None and names.QUANTIZATION_METADATA in self.checkpoint.metadata:
+        if layer.marking == "legacy" and part is None and self.table.marks.header.found:
             self.report("two-spellings", layer.name)
             return "scale-dropped"
         if not fmt.since:
@@ -686,33 +677,15 @@ class _Survey:
             return "cuda-error"
         return "fp8-at-one" if scale is None or scale == 1.0 else "fp8"
 
-    def compare_marks(self, layer: Layer) -> None:
-        """Look whether the header and the comfy_quant tensor of a layer say the same."""
-        assert layer.comfy_quant is not None
-        text = self.checkpoint.raw(layer.comfy_quant).tobytes()
-        try:
-            mark = parse_json(text)
-        except JSONError:
-            self.report("header-disagrees", layer.name, "the tensor is not JSON")
-            return
-        if not isinstance(mark, dict):
-            self.report("header-disagrees", layer.name, "the tensor is no JSON object")
-            return
-        # No entry for full precision says the same as false.
-        header, tensor = ({FULL_PRECISION_KEY: False, **config} for config in (layer.config, mark))
-        for key in sorted({*header, *tensor}):
-            if header.get(key) != tensor.get(key):
-                said = (json.dumps(header.get(key)), json.dumps(tensor.get(key)))
-                self.report("header-disagrees", layer.name, f"{key}: {said[0]} and {said[1]}")
-                return
-
     def look_for_orphans(self) -> None:
         """Look for scales and marks whose weight is not there."""
-        tensors = self.checkpoint.tensors
-        for name in tensors:
-            if name.endswith((*_SCALES, names.COMFY_QUANT)) and not self.has_weight(_layer_of(name)):
-                self.report("orphaned-mark" if name.endswith(names.COMFY_QUANT) else "orphaned-scale", name)
-        for name in self.table.header_marks:
+        for name in self.checkpoint:
+            if name.endswith(names.SCALES) and not self.has_weight(_layer_of(name)):
+                self.report("orphaned-scale", name)
+        for name in self.table.marks.tensor.found:
+            if not self.has_weight(_layer_of(name)):
+                self.report("orphaned-mark", name)
+        for name in self.table.marks.header.configs:
             if not self.has_weight(name):
                 self.report("orphaned-mark", name, "in the header")
 

@@ -1,14 +1,7 @@
-"""What a quantized layer is: which tensors belong to it, how it is marked, and what its weight means.
+"""What a quantized layer is: which tensors belong to it, and what its weight means.
 
 A quantized linear layer X is a 2-D `X.weight` in codes of a format (`formats`), a weight scale (real = code value ×
-scale), and, as far as present, `X.input_scale`, `X.bias` and a mark that tells readers to use all this. Marks come in
-four kinds, and ComfyUI's order decides between them:
-
-    header       `_quantization_metadata` in the file's header; overrides the next
-    tensor       `X.comfy_quant`, JSON bytes
-    legacy       one `scaled_fp8` tensor for the whole model; scales are spelled `.scale_weight`, `.scale_input`
-    none         scales without any mark: ComfyUI drops them
-
+scale), and, as far as present, `X.input_scale`, `X.bias` and a mark that tells readers to use all this (`marks`).
 FP8 weights without scale and mark ("raw") mean their code values; norms and convolutions cast like that are no layers.
 Layers in formats that are only recognized (nvfp4, mxfp8 and the like) are "foreign": named, left alone.
 
@@ -22,11 +15,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,16 +27,11 @@ from numpy.typing import NDArray
 from . import families, formats, names
 from .checkpoint import Checkpoint, TensorInfo, to_float32
 from .errors import CheckpointError, TensorError
-from .formats import DEFAULT, FLOAT_GRIDS
+from .formats import FLOAT_GRIDS
 from .formats.record import FLOAT_SCALES, Format, scale_grid
-from .untrusted import parse_json
-
-Marking = Literal["header", "tensor", "legacy", "none", "raw", "plain"]
+from .marks import Config, Marking, Marks, first, full_precision, said_block
 
 PLAIN_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
-WEIGHT_SCALE_SPELLINGS = (names.WEIGHT_SCALE, names.WEIGHT_SCALE_LEGACY, names.WEIGHT_SCALE_INV)
-INPUT_SCALE_SPELLINGS = (names.INPUT_SCALE, names.INPUT_SCALE_LEGACY)
-BLOCK_SIZE_KEYS = ("block_size", "group_size")
 
 
 ProblemKind = Literal[
@@ -78,9 +66,9 @@ class Layer:
         name: as the checkpoint names it, prefix included, without `.weight`.
         weight: its weight, of shape (out, in).
         format: the format of the weight; None in high precision.
-        marking: how readers are told that it is quantized; see the module's docstring.
+        marking: how readers are told that it is quantized, see `marks`; "raw" FP8 and "plain" weights are not.
         block: (b_out, b_in), the weights that share one scale; (out, in) where there is one scale or none.
-        weight_scale, input_scale, bias, comfy_quant: names of its other tensors, None where missing.
+        weight_scale, input_scale, bias: names of its other tensors, None where missing.
         input_problem: why its input scale cannot be used; a calibration writes it anew.
         config: what its mark says, as in a comfy_quant tensor.
         full_precision: `full_precision_matrix_mult`: its inputs are never quantized.
@@ -94,9 +82,8 @@ class Layer:
     weight_scale: str | None = None
     input_scale: str | None = None
     bias: str | None = None
-    comfy_quant: str | None = None
     input_problem: LayerError | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Config = field(default_factory=dict)
     full_precision: bool = False
 
     @property
@@ -155,25 +142,21 @@ class LayerTable:
 
     Attributes:
         prefix: what stands before the diffusion model's own names.
+        marks: what the file says of its layers.
         quantized: layers in codes with a weight scale, in file order.
         raw: FP8 weights without scale and mark.
         plain: 2-D weights in high precision.
         foreign: layers in other quantized formats.
-        legacy_markers: `scaled_fp8` tensors, by the prefix of the names that each is about.
-        header_marks: what the header marks, by layer name as the file has it; also layers that the file lacks.
-        bare_marks: those of them that the header names without the prefix that they have in the file.
         notes: what a user should know, one sentence each.
         problems: what is wrong, where collecting was asked for.
     """
 
-    prefix: str = ""
+    prefix: str
+    marks: Marks
     quantized: dict[str, Layer] = field(default_factory=dict)
     raw: dict[str, Layer] = field(default_factory=dict)
     plain: dict[str, Layer] = field(default_factory=dict)
     foreign: dict[str, ForeignLayer] = field(default_factory=dict)
-    legacy_markers: dict[str, TensorInfo] = field(default_factory=dict)
-    header_marks: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    bare_marks: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
     problems: list[CheckpointError] = field(default_factory=list)
 
@@ -191,21 +174,6 @@ class LayerTable:
         """Whether a tensor or layer is the diffusion model's own, and not of a text encoder or VAE in the same file."""
         return name.startswith(self.prefix) and families.other_part(name) is None
 
-    @property
-    def legacy_marker(self) -> TensorInfo | None:
-        """The `scaled_fp8` tensor of the diffusion model, or the only one that there is."""
-        return self.legacy_markers.get(self.prefix) or next(iter(self.legacy_markers.values()), None)
-
-    @property
-    def marker_disables_fp8(self) -> bool:
-        """Whether a legacy marker of two elements makes ComfyUI compute in full precision and ignore input scales."""
-        return disables_fp8(self.legacy_marker)
-
-    def marker_of(self, name: str) -> TensorInfo | None:
-        """The legacy marker that is about a layer: the one whose prefix is the longest that the layer's name has."""
-        fitting = [prefix for prefix in self.legacy_markers if name.startswith(prefix)]
-        return self.legacy_markers[max(fitting, key=len)] if fitting else None
-
     def linear(self) -> Iterator[Layer]:
         """Every layer whose weight this tool can read, quantized or not."""
         for table in (self.quantized, self.raw, self.plain):
@@ -219,11 +187,6 @@ class LayerTable:
 def named(layers: Iterable[Layer]) -> str:
     """What formats layers are in, for people: "FP8", or "FP8 and INT8"."""
     return " and ".join(dict.fromkeys(layer.format.title for layer in layers if layer.format is not None))
-
-
-def disables_fp8(marker: TensorInfo | None) -> bool:
-    """Whether a legacy marker, if there is one, turns FP8 products and input scales off."""
-    return marker is not None and marker.elements == 2
 
 
 def infer_block(
@@ -314,22 +277,17 @@ class _Finder:
     def __init__(self, checkpoint: Checkpoint, collect_problems: bool) -> None:
         self.checkpoint = checkpoint
         self.collect_problems = collect_problems
-        self.table = LayerTable(prefix=names.strip_prefix(checkpoint.tensors)[0])
-        self.used_marks: set[str] = set()
+        prefix, _ = names.strip_prefix(checkpoint.tensors)
+        self.table = LayerTable(prefix, Marks(checkpoint, prefix, self.error))
 
     def run(self) -> LayerTable:
         table = self.table
-        tensors = self.checkpoint.tensors
-        table.legacy_markers = {
-            name.removesuffix(names.LEGACY_MARKER): info
-            for name, info in tensors.items()
-            if ("." + name).endswith("." + names.LEGACY_MARKER)
-        }
-        table.header_marks = header = self.guard(self.header_marks, {})
-        for name, info in tensors.items():
+        header = table.marks.header
+        self.guard(header.read)
+        for name, info in self.checkpoint.tensors.items():
             if name.endswith(names.WEIGHT) and info.shape:
-                self.guard(partial(self.add, name[: -len(names.WEIGHT)], info, header), None)
-        for name in (name for name in header if name not in self.used_marks):
+                self.guard(partial(self.add, name[: -len(names.WEIGHT)], info))
+        for name in (name for name in header.configs if name + names.WEIGHT not in self.checkpoint):
             table.notes.append(f"{name}: marked as quantized in the header, but it has no weight in the file")
         unmarked = [layer.name for layer in table.quantized.values() if layer.marking == "none"]
         if unmarked:
@@ -339,80 +297,27 @@ class _Finder:
             )
         return table
 
-    def guard(self, step: Callable[[], Any], otherwise: Any) -> Any:
+    def guard(self, step: Callable[[], None]) -> None:
         """Run a step; where problems are collected, keep its problem and go on."""
         try:
-            return step()
+            step()
         except CheckpointError as error:
             if not self.collect_problems:
                 raise
             self.table.problems.append(error)
-            return otherwise
 
-    def error(self, kind: ProblemKind, problem: str, tensor: str, hint: str | None = None) -> LayerError:
+    def error(self, kind: ProblemKind, tensor: str, problem: str, hint: str | None = None) -> LayerError:
         path = self.checkpoint.path_of(tensor) if tensor in self.checkpoint else self.checkpoint.path
         return LayerError(kind, problem, path=path, tensor=tensor, hint=hint)
 
-    def header_marks(self) -> dict[str, dict[str, Any]]:
-        """The layers that the header marks, under the names that the file uses."""
-        text = self.checkpoint.metadata.get(names.QUANTIZATION_METADATA)
-        if text is None:
-            return {}
-        fields = parse_json(text, lambda problem: self.error("header-unreadable", problem, names.QUANTIZATION_METADATA))
-        layers = fields.get("layers") if isinstance(fields, dict) else None
-        if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in layers.values()):
-            raise self.error(
-                "header-unreadable", '"layers" should map layer names to objects', names.QUANTIZATION_METADATA
-            )
-        marks = {}
-        for name, config in layers.items():
-            prefixed = self.table.prefix + name
-            bare_in_prefixed = name + names.WEIGHT not in self.checkpoint and prefixed + names.WEIGHT in self.checkpoint
-            marks[prefixed if bare_in_prefixed else name] = config
-            if bare_in_prefixed:
-                self.table.bare_marks |= {prefixed}
-        return marks
-
-    def tensor_mark(self, name: str) -> dict[str, Any] | None:
-        """What a layer's comfy_quant tensor says."""
-        key = name + names.COMFY_QUANT
-        if key not in self.checkpoint:
-            return None
-        raw = self.checkpoint.raw(key).tobytes()
-        config = parse_json(raw, lambda problem: self.error("mark-unreadable", f"{problem}, found {raw[:40]!r}", key))
-        if not isinstance(config, dict):
-            raise self.error("mark-unreadable", f"should be a JSON object, found {raw[:40]!r}", key)
-        return config
-
-    def first(self, name: str, suffixes: tuple[str, ...]) -> str | None:
-        """The first of a layer's possible tensors that exists."""
-        return next((name + suffix for suffix in suffixes if name + suffix in self.checkpoint), None)
-
-    def mark(
-        self, name: str, weight_scale: str | None, header: Mapping[str, dict[str, Any]]
-    ) -> tuple[Marking, dict[str, Any]]:
-        """How a layer is marked, by ComfyUI's order of precedence, and what the mark says."""
-        if name in header:
-            self.used_marks.add(name)
-            return "header", header[name]
-        config = self.tensor_mark(name)
-        if config is not None:
-            return "tensor", config
-        marker = self.table.marker_of(name)
-        if marker is not None and weight_scale == name + names.WEIGHT_SCALE_LEGACY:
-            config = dict(DEFAULT.mark)
-            if disables_fp8(marker):
-                config["full_precision_matrix_mult"] = True
-            return "legacy", config
-        return "none", {}
-
-    def add(self, name: str, weight: TensorInfo, header: Mapping[str, dict[str, Any]]) -> None:
+    def add(self, name: str, weight: TensorInfo) -> None:
         """Sort one weight into the table."""
-        weight_scale = self.first(name, WEIGHT_SCALE_SPELLINGS)
-        marking, config = self.mark(name, weight_scale, header)
+        weight_scale = first(self.checkpoint, name, names.WEIGHT_SCALES)
+        way = self.table.marks.of(name)
+        config = way.config(name)
         said = config.get("format")
-        if marking != "none" and not isinstance(said, str):
-            raise self.error("mark-unreadable", f"its mark names no format: {json.dumps(config)}", name)
+        if way.kind != "none" and not isinstance(said, str):
+            raise self.error("mark-unreadable", name, f"its mark names no format: {json.dumps(config)}")
         fmt = formats.of_mark(config)
         if said is None and weight_scale is not None and weight.dtype not in PLAIN_DTYPES:
             fmt = formats.recognize(name, weight.dtype, self.checkpoint.tensors)
@@ -422,7 +327,7 @@ class _Finder:
             if len(weight.shape) == 2:
                 self.table.plain[name] = self.complete(Layer(name, weight, None, "plain", (0, 0)))
         elif fmt is not None and fmt.grid is not None:
-            self.add_quantized(Layer(name, weight, fmt, marking, (0, 0), weight_scale, config=config))
+            self.add_quantized(Layer(name, weight, fmt, way.kind, (0, 0), weight_scale, config=config))
         elif said is not None or weight_scale is not None:
             form = said or (fmt.marked if fmt else weight.dtype)
             if fmt is not None and len(fmt.mark) > 1:  # one word means several formats
@@ -438,15 +343,11 @@ class _Finder:
             if layer.marking == "legacy" and weight.dtype in FLOAT_GRIDS:
                 found = FLOAT_GRIDS[weight.dtype].name
                 problem = f"legacy scaled_fp8 files are always read as {fmt.marked}, but this is {found}"
-                raise self.error("legacy-e5m2", problem, weight.name, "convert the original again")
-            raise self.error("mark-format", f"marked as {said}, but stored as {weight.dtype}", weight.name)
+                raise self.error("legacy-e5m2", weight.name, problem, "convert the original again")
+            raise self.error("mark-format", weight.name, f"marked as {said}, but stored as {weight.dtype}")
         if said is not None and layer.weight_scale is None:
-            raise self.error(
-                "weight-scale-missing",
-                f"marked as {said}, but there is no {names.WEIGHT_SCALE}",
-                layer.name,
-                "convert it again",
-            )
+            problem = f"marked as {said}, but there is no {names.WEIGHT_SCALE}"
+            raise self.error("weight-scale-missing", layer.name, problem, "convert it again")
         if len(weight.shape) != 2:
             if layer.weight_scale is None:
                 return  # a norm or convolution that was cast, with its values as they are
@@ -463,17 +364,14 @@ class _Finder:
         block = shape
         if layer.weight_scale is not None:
             info = self.checkpoint.tensors[layer.weight_scale]
-            inferred = infer_block(shape, info.shape, _said_block(layer.config))
+            inferred = infer_block(shape, info.shape, said_block(layer.config))
             if inferred is None:
-                raise self.error(
-                    "scale-shape",
-                    f"a weight scale of shape {list(info.shape)} fits no rule for a weight of shape {list(shape)}; "
-                    "expected one value, one per row, or one per block",
-                    layer.weight_scale,
-                )
+                problem = f"a weight scale of shape {list(info.shape)} fits no rule for a weight of shape {list(shape)}"
+                expected = "expected one value, one per row, or one per block"
+                raise self.error("scale-shape", layer.weight_scale, f"{problem}; {expected}")
             block = inferred
             self.check_scale(layer.weight_scale)
-        input_scale = self.first(layer.name, INPUT_SCALE_SPELLINGS) if layer.format is not None else None
+        input_scale = first(self.checkpoint, layer.name, names.INPUT_SCALES) if layer.format is not None else None
         input_problem = None
         if input_scale is not None:
             try:
@@ -486,36 +384,24 @@ class _Finder:
             block=block,
             input_scale=input_scale,
             input_problem=input_problem,
-            bias=self.first(layer.name, (names.BIAS,)),
-            comfy_quant=self.first(layer.name, (names.COMFY_QUANT,)),
-            full_precision=bool(layer.config.get("full_precision_matrix_mult", False)),
+            bias=first(self.checkpoint, layer.name, (names.BIAS,)),
+            full_precision=full_precision(layer.config),
         )
 
     def check_scale(self, key: str) -> None:
         info = self.checkpoint.tensors[key]
         if info.dtype not in FLOAT_SCALES:
-            raise self.error("scale-dtype", f"a scale should be float32, found {info.dtype}", key)
+            raise self.error("scale-dtype", key, f"a scale should be float32, found {info.dtype}")
         scales = self.checkpoint.float32(key)
         if not (np.isfinite(scales).all() and (scales >= 0).all()):
             worst = scales[~(np.isfinite(scales) & (scales >= 0))].flat[0]
-            raise self.error("scale-value", f"scales should be finite and not negative, found {worst}", key)
+            raise self.error("scale-value", key, f"scales should be finite and not negative, found {worst}")
 
     def check_input_scale(self, key: str) -> None:
         info = self.checkpoint.tensors[key]
         if info.elements != 1:
-            raise self.error("scale-shape", f"one value was expected, found shape {list(info.shape)}", key)
+            raise self.error("scale-shape", key, f"one value was expected, found shape {list(info.shape)}")
         self.check_scale(key)
-
-
-def _said_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The block that a mark names, as one size or two."""
-    for key in BLOCK_SIZE_KEYS:
-        said = config.get(key)
-        if isinstance(said, int) and not isinstance(said, bool) and said > 0:
-            return said, said
-        if isinstance(said, list) and len(said) == 2 and all(isinstance(size, int) and size > 0 for size in said):
-            return said[0], said[1]
-    return None
 
 
 def scales_per_row(scale: NDArray[np.float32], layer: Layer, rows: slice) -> NDArray[np.float32]:

@@ -29,18 +29,12 @@ LEGACY_MARKER = "scaled_fp8"
 QUANTIZATION_METADATA = "_quantization_metadata"
 """Header entry (JSON) that says per layer what `.comfy_quant` would say."""
 
-LAYER_SUFFIXES = (
-    WEIGHT,
-    BIAS,
-    WEIGHT_SCALE,
-    WEIGHT_SCALE_LEGACY,
-    WEIGHT_SCALE_INV,
-    WEIGHT_SCALE_2,
-    INPUT_SCALE,
-    INPUT_SCALE_LEGACY,
-    PRE_QUANT_SCALE,
-    COMFY_QUANT,
-)
+WEIGHT_SCALES = (WEIGHT_SCALE, WEIGHT_SCALE_LEGACY, WEIGHT_SCALE_INV)
+INPUT_SCALES = (INPUT_SCALE, INPUT_SCALE_LEGACY)
+SCALES = (*WEIGHT_SCALES, WEIGHT_SCALE_2, *INPUT_SCALES, PRE_QUANT_SCALE)
+LAYER_SUFFIXES = (WEIGHT, BIAS, *SCALES, COMFY_QUANT)
+CHANGED_IN_PLACE = (*INPUT_SCALES, COMFY_QUANT)
+"""Of these, what a change in place may touch."""
 
 # What stands before the diffusion model's own names. The first two say it aloud: next to them a file may hold a VAE and
 # text encoders under other names. The last two are ordinary words, so they count only where every name carries them.

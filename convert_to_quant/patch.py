@@ -16,17 +16,14 @@ first write and removed after the last; see `checkpoint.undo` for how a crash is
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from . import names
 from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, write_bytes
 from .checkpoint.header import LENGTH_BYTES, serialize_header
 from .checkpoint.positioned import OPEN_FLAGS, lock, pread, pwrite
@@ -42,10 +39,10 @@ from .checkpoint.undo import (
     undo_path,
     undo_record,
 )
-from .convert import FULL_PRECISION_KEY, PROVENANCE_KEY, mark_bytes, quantization_metadata, stored_bytes
+from .convert import PROVENANCE_KEY
 from .errors import CheckpointError, OptionError, OutputError, TensorError
 from .layers import Layer, LayerTable
-from .untrusted import parse_json
+from .marks import Config, disables_fp8, with_full_precision
 
 
 @dataclass(frozen=True)
@@ -112,10 +109,8 @@ def plan_patch(
         TensorError: a change names a layer that is not quantized, or a scale that is not finite and positive.
     """
     patch = Patch(checkpoint, metadata={**checkpoint.metadata, **(metadata or {})})
-    for known in table.quantized.values():
-        for tensor in (known.input_scale, known.comfy_quant):
-            if tensor is not None:
-                patch.seen[tensor] = checkpoint.raw(tensor).tobytes()
+    scales = (layer.input_scale for layer in table.quantized.values() if layer.input_scale is not None)
+    patch.seen.update({name: checkpoint.raw(name).tobytes() for name in (*scales, *table.marks.tensor.found)})
     for name, change in changes.items():
         layer = table.quantized.get(name)
         if layer is None:
@@ -124,64 +119,38 @@ def plan_patch(
             if not layer.static:
                 problem = "readers scale its inputs as they come, so it has no input scale"
                 raise TensorError(problem, path=checkpoint.path, tensor=name)
-            _set_scale(patch, layer, change.input_scale)
+            _set_scale(patch, layer, table.marks.input_scale(name), change.input_scale)
     _set_full_precision(patch, table, changes, enable_fp8_matmul)
-    if table.marker_disables_fp8 and any(layer.marking == "legacy" for layer in table.quantized.values()):
-        _legacy_marker(patch, table, enable_fp8_matmul)
-    elif enable_fp8_matmul and table.legacy_marker is None:
-        patch.notes.append("--enable-fp8-matmul: the file has no legacy marker, so there was nothing to enable")
+    _heed_marker(patch, table, enable_fp8_matmul)
     return patch
 
 
-def _set_scale(patch: Patch, layer: Layer, scale: float) -> None:
+def _set_scale(patch: Patch, layer: Layer, name: str, scale: float) -> None:
     with np.errstate(over="ignore"):
         value = np.float32(scale)
     if not (np.isfinite(value) and value > 0):
-        raise TensorError(
-            f"an input scale should be finite and positive in float32, found {scale}",
-            path=patch.checkpoint.path,
-            tensor=layer.name,
-        )
-    name = layer.input_scale
-    if name is None:
-        legacy = layer.weight_scale is not None and layer.weight_scale.endswith(names.WEIGHT_SCALE_LEGACY)
-        name = layer.name + (names.INPUT_SCALE_LEGACY if legacy else names.INPUT_SCALE)
-        patch.put(name, Spec("F32", ()), value.tobytes(), layer.weight.name)
-        return
-    info = patch.checkpoint.tensors[name]
-    shape = info.shape if info.dtype == "F32" and info.elements == 1 else ()
-    patch.put(name, Spec("F32", shape), value.tobytes(), name)
+        problem = f"an input scale should be finite and positive in float32, found {scale}"
+        raise TensorError(problem, path=patch.checkpoint.path, tensor=layer.name)
+    info = patch.checkpoint.tensors.get(name)
+    shape = info.shape if info is not None and info.dtype == "F32" and info.elements == 1 else ()
+    patch.put(name, Spec("F32", shape), value.tobytes(), layer.weight.name if info is None else name)
 
 
-def _set_full_precision(
-    patch: Patch, table: LayerTable, changes: Mapping[str, LayerChange], enable_fp8_matmul: bool
-) -> None:
+def _set_full_precision(patch: Patch, table: LayerTable, changes: Mapping[str, LayerChange], enable: bool) -> None:
     """Change marks where a layer's full precision changes, in the header and the tensors alike."""
-    header = patch.metadata.get(names.QUANTIZATION_METADATA)
-    in_header = set(parse_json(header)["layers"]) if header is not None else set()
-    marks: dict[str, dict[str, Any]] = {}
+    configs: dict[str, Config] = {}
     unmarked = []
     for name, change in changes.items():
         layer = table.quantized[name]
-        if layer.marking not in ("header", "tensor"):
-            disabled = layer.full_precision and not enable_fp8_matmul  # a legacy marker of two elements does it for all
+        if not table.marks.of(name).per_layer:
+            disabled = layer.full_precision and not enable  # a legacy marker of two elements does it for all
             if change.full_precision and not disabled:
                 unmarked.append(name)
-            continue
-        if change.full_precision is None or change.full_precision == layer.full_precision:
-            continue
-        config = {key: value for key, value in layer.config.items() if key != FULL_PRECISION_KEY}
-        if change.full_precision:
-            config[FULL_PRECISION_KEY] = True
-        marks[name] = config
-        if layer.comfy_quant is not None:
-            old_bytes = patch.checkpoint.tensors[layer.comfy_quant].nbytes
-            data = mark_bytes(config, old_bytes)
-            if len(data) > old_bytes:
-                data = mark_bytes(config)
-            patch.put(layer.comfy_quant, Spec("U8", (len(data),)), data, layer.comfy_quant)
-    if header is not None and marks:
-        patch.metadata[names.QUANTIZATION_METADATA] = _changed_header_marks(header, in_header, table.prefix, marks)
+        elif change.full_precision is not None and change.full_precision != layer.full_precision:
+            configs[name] = with_full_precision(layer.config, change.full_precision)
+            for tensor, (spec, data) in table.marks.tensor.changed(name, configs[name]).items():
+                patch.put(tensor, spec, data, tensor)
+    patch.metadata.update(table.marks.header.changed(configs))
     if unmarked:
         patch.notes.append(
             f"{len(unmarked)} layers should compute in full precision, but a file without comfy_quant marks cannot say "
@@ -189,31 +158,21 @@ def _set_full_precision(
         )
 
 
-def _changed_header_marks(header: str, in_header: set[str], prefix: str, marks: Mapping[str, dict[str, Any]]) -> str:
-    """The header entry with some marks changed, in the names and, where it fits, the length it had."""
-    fields = parse_json(header)
-    for name, config in marks.items():
-        bare = name[len(prefix) :] if name.startswith(prefix) else name
-        key = name if name in in_header or bare not in in_header else bare
-        if key in in_header:
-            fields["layers"][key] = config
-    text = json.dumps(fields)
-    room_bytes = stored_bytes(header) - stored_bytes(text)
-    return text + " " * room_bytes if room_bytes >= 0 else quantization_metadata(fields["layers"])
-
-
-def _legacy_marker(patch: Patch, table: LayerTable, enable: bool) -> None:
-    """Say what a marker of two elements does, or replace it."""
-    marker = table.legacy_marker
-    assert marker is not None
-    if not enable:
-        patch.notes.append(
+def _heed_marker(patch: Patch, table: LayerTable, enable: bool) -> None:
+    """Say what a legacy marker of two elements does to its layers, or replace it."""
+    marker = table.marks.legacy.marker
+    if marker is None:
+        if enable:
+            patch.notes.append("--enable-fp8-matmul: the file has no legacy marker, so there was nothing to enable")
+    elif disables_fp8(marker) and any(layer.marking == "legacy" for layer in table.quantized.values()):
+        note = (
             f"the marker {marker.name} has 2 elements: ComfyUI computes every layer in full precision and ignores the "
             "input scales; --enable-fp8-matmul changes that"
         )
-        return
-    patch.put(marker.name, Spec(marker.dtype, (0,)), b"", marker.name)
-    patch.notes.append(f"the marker {marker.name} now lets ComfyUI use FP8 matrix products and the input scales")
+        if enable:
+            patch.put(marker.name, Spec(marker.dtype, (0,)), b"", marker.name)
+            note = f"the marker {marker.name} now lets ComfyUI use FP8 matrix products and the input scales"
+        patch.notes.append(note)
 
 
 def rewrite(patch: Patch, output: Path) -> None:

@@ -23,15 +23,13 @@ from convert_to_quant.convert import (
     ConvertOptions,
     convert,
     least_squares_scale,
-    mark_bytes,
     plan_conversion,
     provenance,
-    quantization_metadata,
-    stored_bytes,
 )
 from convert_to_quant.errors import Error, OptionError, OutputError, TensorError
 from convert_to_quant.formats.record import CHUNK
 from convert_to_quant.layers import dequantize, find_layers
+from convert_to_quant.marks import disables_fp8
 
 NAME = "blocks.0.linear"
 E4M3FN = torch.float8_e4m3fn
@@ -401,7 +399,7 @@ def test_legacy_files_have_the_older_spelling_and_a_marker(tmp_path, save, build
         assert "_quantization_metadata" not in checkpoint.metadata
         table = find_layers(checkpoint)
         assert {layer.marking for layer in table.quantized.values()} == {"legacy"}
-        assert not table.marker_disables_fp8
+        assert not disables_fp8(table.marks.legacy.marker)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -666,26 +664,6 @@ def test_progress_adds_up_to_the_bytes_of_the_input(tmp_path, save, build):
         plan = plan_conversion(checkpoint, ConvertOptions())
         convert(checkpoint, plan, tmp_path / "out.safetensors", progress=done.append)
         assert sum(done) == sum(info.nbytes for info in checkpoint.tensors.values())
-
-
-# marks with room to grow
-
-
-def test_a_mark_has_room_for_full_precision():
-    config = {"format": "float8_e4m3fn"}
-    room = len(mark_bytes(config))
-    grown = mark_bytes(config | {"full_precision_matrix_mult": True}, room)
-    assert (len(grown), room % 8) == (room, 0)
-    assert json.loads(grown) == config | {"full_precision_matrix_mult": True}
-    assert len(mark_bytes(config | {"full_precision_matrix_mult": True})) == room
-
-
-def test_the_header_entry_has_room_for_full_precision_in_every_layer():
-    marks = {str(i): {"format": "float8_e4m3fn"} for i in range(9)}
-    grown = {name: config | {"full_precision_matrix_mult": True} for name, config in marks.items()}
-    assert stored_bytes(quantization_metadata(grown)) == stored_bytes(quantization_metadata(marks))
-    assert stored_bytes('"ä') == len(json.dumps('"ä', ensure_ascii=False).encode()) - 2 == 4
-    assert json.loads(quantization_metadata(marks))["layers"] == marks
 
 
 def test_a_search_that_takes_minutes_is_announced(tmp_path):

@@ -26,7 +26,7 @@ ROWS = (
     {"engines"},
     {"solve", "headroom", "patch", "convert"},
     {"lora", "recorder", "linear_calls", "layers", "naming", "packings"},
-    {"families", "stats", "formats", "checkpoint", "options"},
+    {"marks", "families", "stats", "formats", "checkpoint", "options"},
     {"names", "errors", "kernels", "telling", "untrusted"},
     {""},
 )
@@ -170,6 +170,21 @@ def test_what_a_number_format_is_stands_in_its_record_only():
     assert [path for path in outside if knowing.search(path.read_text(encoding="utf-8"))] == []
 
 
+SPELLED = {"COMFY_QUANT", "QUANTIZATION_METADATA", "LEGACY_MARKER", "WEIGHT_SCALE_LEGACY", "INPUT_SCALE_LEGACY"}
+
+
+def test_how_a_file_says_what_it_is_is_known_in_one_place():
+    """What else needs to know of a mark asks `marks`, so that a new way of marking changes no other file."""
+    knowing = {
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Attribute) and node.attr in SPELLED)
+        or (isinstance(node, ast.Constant) and node.value == "full_precision_matrix_mult")
+    }
+    assert knowing == {"marks"}
+
+
 def test_only_the_command_line_prints():
     printing = {
         name
@@ -188,6 +203,7 @@ LIGHT = [
     "names",
     "families",
     "stats",
+    "marks",
     "layers",
     "packings",
     "lora",

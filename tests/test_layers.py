@@ -15,6 +15,7 @@ from convert_to_quant.errors import CheckpointError, TensorError
 from convert_to_quant.formats.fp8 import E4M3FN, E5M2
 from convert_to_quant.formats.record import Grid
 from convert_to_quant.layers import dequantize, find_layers, infer_block, input_scale, scale_grid, scales_per_row
+from convert_to_quant.marks import disables_fp8
 
 PREFIXES = ["", "model.diffusion_model.", "diffusion_model.", "net.", "transformer."]
 LEGACY_MARKER = ("F8_E4M3", np.zeros(0, np.uint8))
@@ -55,7 +56,7 @@ def test_every_marking_is_found_under_every_prefix_in_both_formats(*, save, buil
     assert layer.weight_scale == names[0] + ".weight_scale"
     assert layer.input_scale == names[0] + ".input_scale"
     assert (layer.bias, table.quantized[names[1]].bias) == (names[0] + ".bias", None)
-    assert layer.comfy_quant == (names[0] + ".comfy_quant" if marking in ("tensor", "both") else None)
+    assert (layer.name in table.marks.tensor) == (marking in ("tensor", "both"))
     assert (layer.full_precision, layer.dynamic) == (False, False)
     assert not table.raw
     assert not table.plain
@@ -76,8 +77,8 @@ def test_a_legacy_marker_of_two_elements_means_full_precision(save, build, eleme
     tensors[prefix + "scaled_fp8"] = ("F8_E4M3", np.zeros(elements, np.uint8))
     table = table_of(save("a.safetensors", tensors))
     layer = table.quantized[prefix + "x"]
-    assert table.legacy_marker is not None
-    assert (layer.marking, layer.full_precision, table.marker_disables_fp8) == (
+    assert table.marks.legacy.marker is not None
+    assert (layer.marking, layer.full_precision, disables_fp8(table.marks.legacy.marker)) == (
         "legacy",
         full_precision,
         full_precision,
@@ -89,7 +90,7 @@ def test_a_legacy_marker_of_two_elements_means_full_precision(save, build, eleme
 def test_legacy_scales_without_the_marker_have_no_mark(save, build):
     table = table_of(save("a.safetensors", build.quantized(["x"], "legacy")[0]))
     assert table.quantized["x"].marking == "none"
-    assert table.legacy_marker is None
+    assert table.marks.legacy.marker is None
 
 
 def test_legacy_files_are_always_read_as_e4m3fn_so_e5m2_is_refused(save, build):
@@ -122,9 +123,9 @@ def test_every_marker_is_about_the_names_that_begin_as_its_own(save, build):
     tensors["model.diffusion_model.scaled_fp8"] = LEGACY_MARKER
     table = table_of(save("a.safetensors", tensors))
     assert [table.quantized[name].full_precision for name in names] == [False, True]
-    assert table.legacy_marker is not None
-    assert table.legacy_marker.name == "model.diffusion_model.scaled_fp8"
-    assert not table.marker_disables_fp8
+    assert table.marks.legacy.marker is not None
+    assert table.marks.legacy.marker.name == "model.diffusion_model.scaled_fp8"
+    assert not disables_fp8(table.marks.legacy.marker)
     del tensors["model.diffusion_model.scaled_fp8"]
     table = table_of(save("a.safetensors", tensors))
     assert [table.quantized[name].marking for name in names] == ["none", "legacy"]
@@ -146,7 +147,7 @@ def test_a_header_may_name_layers_bare_in_a_prefixed_file(save, build):
     table = table_of(save("a.safetensors", tensors, {"_quantization_metadata": json.dumps(header)}))
     layer = table.quantized["diffusion_model.x"]
     assert (layer.marking, layer.full_precision) == ("header", True)
-    assert table.bare_marks == {"diffusion_model.x"}
+    assert table.marks.header.bare("diffusion_model.x")
 
 
 def test_a_header_that_names_a_layer_as_the_file_does_means_that_layer(save, build):

@@ -21,9 +21,10 @@ import pytest
 from convert_to_quant import patch as patch_module
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.checkpoint.undo import UNDO_SUFFIX, Change, Edit, undo_record
-from convert_to_quant.convert import PROVENANCE_KEY, ConvertOptions, convert, mark_bytes, plan_conversion
+from convert_to_quant.convert import PROVENANCE_KEY, ConvertOptions, convert, plan_conversion
 from convert_to_quant.errors import CheckpointError, OptionError, OutputError, TensorError
 from convert_to_quant.layers import find_layers
+from convert_to_quant.marks import tensor_bytes
 from convert_to_quant.patch import (
     LayerChange,
     apply_in_place,
@@ -367,7 +368,7 @@ def test_in_place_changes_marks_where_they_have_room_and_provenance_too(converte
         assert checkpoint.metadata["title"] == "t"
     back = {name: LayerChange(1.0, full_precision=False)}
     assert in_place(converted, back) == 3
-    assert contents(converted)[f"{name}.comfy_quant"][2] == mark_bytes({"format": "float8_e4m3fn"})
+    assert contents(converted)[f"{name}.comfy_quant"][2] == tensor_bytes({"format": "float8_e4m3fn"})
     assert not layer_of(converted, name).full_precision
 
 

@@ -37,9 +37,6 @@ UNDO_SUFFIX = ".undo"
 MAX_UNDO_BYTES = 4 * MAX_HEADER_BYTES
 """More than the old and the new bytes of any header take in base64."""
 
-CHANGED_IN_PLACE = (names.INPUT_SCALE, names.INPUT_SCALE_LEGACY, names.COMFY_QUANT)
-"""How the names of tensors end that a change in place may touch."""
-
 _FORMAT = 2
 
 
@@ -182,7 +179,7 @@ class Undo:
 def _changeable(header: Header) -> Iterable[tuple[int, int]]:
     """Offset and size in bytes of every tensor that a change in place may touch."""
     for name, info in header.tensors.items():
-        if name.endswith(CHANGED_IN_PLACE):
+        if name.endswith(names.CHANGED_IN_PLACE):
             yield header.data_start + info.start, info.nbytes
 
 

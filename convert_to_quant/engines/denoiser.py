@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .. import families, names
+from .. import families, marks, names
 from ..checkpoint import Checkpoint
 from ..errors import OptionError, UnsupportedModelError
 from ..families.running import Architecture, Geometry, Inputs, Shapes, Signal
@@ -48,7 +48,6 @@ KEEP_BYTES = 1 << 29
 
 COMFYUI = "observe --comfyui-dir DIR may run it in ComfyUI"
 """What can be done about a layout that is not known here."""
-OWN_TENSORS = (names.WEIGHT, names.BIAS)
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
         UnsupportedModelError: its family is unknown, or has no engine, or its layout is not the one diffusers knows.
     """
     table = find_layers(checkpoint) if table is None else table
-    shapes = _model_shapes(checkpoint, table)
+    shapes = _model_shapes(checkpoint)
     family = families.detect(shapes, shapes)
     if family is None:
         raise UnsupportedModelError("its tensor names fit no known family", path=checkpoint.path, hint=COMFYUI)
@@ -153,15 +152,13 @@ def supports(checkpoint: Checkpoint, table: LayerTable | None = None) -> str | N
     return None
 
 
-def _model_shapes(checkpoint: Checkpoint, table: LayerTable) -> dict[str, tuple[int, ...]]:
+def _model_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Shapes of the diffusion model's own tensors by bare name, without scales and marks."""
-    side_tensors = {table.legacy_marker.name} if table.legacy_marker is not None else set()
-    suffixes = tuple(suffix for suffix in names.LAYER_SUFFIXES if suffix not in OWN_TENSORS)
     _, bare_names = names.strip_prefix(checkpoint.tensors)
     return {
         bare: checkpoint.tensors[name].shape
         for name, bare in bare_names.items()
-        if name not in side_tensors and not bare.endswith(suffixes) and not families.other_part(name)
+        if not marks.describes(name) and not families.other_part(name)
     }
 
 

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import names
+from ... import marks, names
 from ...checkpoint import Checkpoint
 from ...errors import CalibrationError, LoraError, OptionError, StrPath, UnsupportedModelError
 from ...families.comfyui import FILM, PICTURE, SOUND, Conditions, Scene, measure
@@ -51,8 +51,6 @@ from .inprocess_conditions import conditions_of, draw, wanted
 
 PATCH_PIXELS = 16
 """What one token of a picture covers along each side, for models whose latents have only a length."""
-
-OWN_TENSORS = (names.WEIGHT, names.BIAS)
 
 
 @dataclass(frozen=True)
@@ -299,12 +297,10 @@ def _prefix(checkpoint: Checkpoint) -> str:
 def _feeds(checkpoint: Checkpoint, table: LayerTable, model: Any) -> dict[str, list[str]]:
     """Which layers of the file every linear module of the network is made of, as ComfyUI's own functions tell."""
     prefix = _prefix(checkpoint)
-    marker = table.legacy_marker.name if table.legacy_marker is not None else None
-    side = tuple(suffix for suffix in names.LAYER_SUFFIXES if suffix not in OWN_TENSORS)
     shapes = {
         name.removeprefix(prefix): info.shape
         for name, info in checkpoint.tensors.items()
-        if name.startswith(prefix) and name != marker and not name.endswith(side)
+        if name.startswith(prefix) and not marks.describes(name)
     }
     with tree.understood("name the layers of", checkpoint.path, type(model).__name__):
         traced = trace(partial(_as_loaded, model.model_config, shapes), shapes)

@@ -1,0 +1,73 @@
+"""The ways in which a file says what its layers are."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.layers import find_layers
+from convert_to_quant.marks import header_text, stored_bytes, tensor_bytes
+
+
+def test_a_mark_has_room_for_full_precision():
+    config = {"format": "float8_e4m3fn"}
+    room = len(tensor_bytes(config))
+    grown = tensor_bytes(config | {"full_precision_matrix_mult": True}, room)
+    assert (len(grown), room % 8) == (room, 0)
+    assert json.loads(grown) == config | {"full_precision_matrix_mult": True}
+    assert len(tensor_bytes(config | {"full_precision_matrix_mult": True})) == room
+
+
+def test_the_header_entry_has_room_for_full_precision_in_every_layer():
+    marks = {str(i): {"format": "float8_e4m3fn"} for i in range(9)}
+    grown = {name: config | {"full_precision_matrix_mult": True} for name, config in marks.items()}
+    assert stored_bytes(header_text(grown)) == stored_bytes(header_text(marks))
+    assert stored_bytes('"ä') == len(json.dumps('"ä', ensure_ascii=False).encode()) - 2 == 4
+    assert json.loads(header_text(marks))["layers"] == marks
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_a_header_that_names_a_layer_twice_is_changed_in_both_names(save, build, prefix):
+    tensors, _ = build.quantized([f"{prefix}x", f"{prefix}y"], "none")
+    said = {"format": "float8_e4m3fn"}
+    header = {"layers": dict.fromkeys(("x", f"{prefix}x", "y"), said)}
+    with open_checkpoint(save("a.safetensors", tensors, {"_quantization_metadata": json.dumps(header)})) as checkpoint:
+        changed = find_layers(checkpoint).marks.header.changed(
+            {f"{prefix}x": said | {"full_precision_matrix_mult": True}}
+        )
+    layers = json.loads(changed["_quantization_metadata"])["layers"]
+    assert {name for name, config in layers.items() if len(config) == 2} == {"x", f"{prefix}x"}
+
+
+def test_a_header_that_speaks_of_other_layers_stays_as_it_is(save, build):
+    tensors, _ = build.quantized(["x"], "tensor")
+    other, _ = build.quantized(["y"], "none")
+    header = {"_quantization_metadata": '{ "layers" : {"y": {"format": "float8_e4m3fn"}} }'}
+    with open_checkpoint(save("a.safetensors", tensors | other, header)) as checkpoint:
+        marks = find_layers(checkpoint).marks
+        said = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+        assert marks.header.changed({"x": said}) == {}
+        assert [json.loads(data) for _, data in marks.tensor.changed("x", said).values()] == [said]
+        assert marks.tensor.changed("y", said) == {}
+
+
+def test_what_marks_a_layer_in_the_order_in_which_comfyui_heeds_it(save, build):
+    tensors = {"scaled_fp8": ("F8_E4M3", np.zeros(0, np.uint8))}
+    metadata: dict[str, str] = {}
+    for name, marking in (("a", "both"), ("b", "tensor"), ("c", "legacy"), ("d", "none")):
+        more, said = build.quantized([name], marking)
+        tensors, metadata = tensors | more, metadata | said
+    with open_checkpoint(save("a.safetensors", tensors, metadata)) as checkpoint:
+        marks = find_layers(checkpoint).marks
+        assert {name: marks.of(name).kind for name in "abcd"} == {
+            "a": "header",
+            "b": "tensor",
+            "c": "legacy",
+            "d": "none",
+        }
+        assert [marks.kinds(name) for name in "abcd"] == [("header", "tensor"), ("tensor",), (), ()]
+        assert [marks.of(name).per_layer for name in "abcd"] == [True, True, False, False]
+        assert [marks.input_scale(name) for name in "ac"] == ["a.input_scale", "c.scale_input"]
