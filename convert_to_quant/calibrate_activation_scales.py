@@ -280,6 +280,14 @@ def static_table(checkpoint: Checkpoint) -> LayerTable:
             path=checkpoint.path,
             tensor=next(iter(table.quantized)),
         )
+    if table.raw:
+        raise TensorError(
+            f"its {len(table.raw)} {named(table.raw.values())} layers are a plain cast without scales, and "
+            "nothing reads input scales beside them",
+            path=checkpoint.path,
+            tensor=next(iter(table.raw)),
+            hint="convert the original, in 16 or 32 bits",
+        )
     raise TensorError(
         "no FP8 layers with weight scales in this file",
         path=checkpoint.path,

@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    from ..calibrate_activation_scales import static_table
     from ..checkpoint import open_checkpoint
     from ..layers import find_layers
 
@@ -94,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
                 if unused:
                     note(f"the input is quantized already, so nothing is converted and {unused} does nothing")
                 return calibrate_file(checkpoint, args, options, adapters)
+            if args.in_place and find_layers(checkpoint).raw:
+                static_table(checkpoint)  # says why a plain cast cannot be calibrated
             if args.in_place:
                 raise OptionError("--in-place calibrates a model that is FP8 already, and this one is not; use -o OUT")
             conversion = conversion_options(args)
@@ -166,16 +169,18 @@ def convert_file(
     adapters: Sequence[Lora],
 ) -> int:
     """Convert a file in high precision, and calibrate it before it gets its name."""
-    from ..calibrate_activation_scales import refuse_unrunnable
+    from ..calibrate_activation_scales import refuse_unrunnable, static_table
     from ..checkpoint import refuse_same_file
     from ..convert import convert, plan_conversion
     from ..lora import match_loras
 
+    plan = plan_conversion(checkpoint, options)
+    if calibration is not None and plan.table.raw and not plan.quantized:
+        static_table(checkpoint)  # says why a plain cast cannot be calibrated either
     if calibration is not None and calibration.engine != "layer":
         refuse_unrunnable(checkpoint)
     if args.output is not None:
         refuse_same_file(Path(args.output), [checkpoint.path, *(file.path for file in checkpoint.files)])
-    plan = plan_conversion(checkpoint, options)
     if adapters:  # an adapter that does not fit shows before the work as well as after
         match_loras(adapters, plan.table.shapes())
     for text in plan.notes:

@@ -239,6 +239,19 @@ def test_a_file_without_linear_layers_is_nothing_to_convert(refused: Any, save: 
     refused(1, message, "-i", path, "-o", path.with_name("out.safetensors"), "-q")
 
 
+@pytest.mark.parametrize("words", [("-o", "out.safetensors"), ("-o", "out.safetensors", "--dry-run"), ("--in-place",)])
+def test_a_plain_cast_has_nothing_to_calibrate(refused: Any, save: Save, words: Any) -> None:
+    codes = np.full((64, 64), 0x38, np.uint8)
+    path = save(
+        "in.safetensors", {"blocks.0.a.weight": ("F8_E4M3", codes), "head.weight": np.eye(64, dtype=np.float32)}
+    )
+    message = (
+        f"{path}: blocks.0.a: its 1 FP8 layers are a plain cast without scales, and nothing reads input scales beside "
+        "them (convert the original, in 16 or 32 bits)"
+    )
+    refused(1, message, "-i", path, "--actcal", *words)
+
+
 @pytest.mark.parametrize("words", [LAYER, ()], ids=["calibrate", "convert"])
 class TestOutputsThatCannotBe:
     @pytest.fixture
