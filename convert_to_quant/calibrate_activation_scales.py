@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from . import convert, headroom, lora, naming
+from . import convert, families, headroom, lora, naming
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .engines import layer as layer_engine
 from .errors import OptionError, OutputError, StrPath, TensorError, UnsupportedModelError
@@ -266,9 +266,10 @@ def static_table(checkpoint: Checkpoint) -> LayerTable:
         TensorError: it has none, and why.
     """
     table = find_layers(checkpoint)
-    if table.static:
+    encoder = families.text_encoder(checkpoint.tensors) is not None
+    if table.static and not encoder:
         return table
-    if table.diffusion:
+    if table.diffusion and not encoder:
         raise TensorError(
             f"nothing to calibrate: readers of its {named(table.diffusion.values())} layers scale inputs as they come",
             path=checkpoint.path,

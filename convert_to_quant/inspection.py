@@ -176,13 +176,6 @@ INPUT_SCALE_KINDS: Mapping[str, str] = {
 }
 """Problems of scales -> the same of input scales, which a calibration cures."""
 
-TEXT_ENCODERS: Mapping[str, tuple[str, ...]] = {
-    "T5": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
-    "CLIP": ("text_model.encoder.layers.0.self_attn.q_proj.weight",),
-    "language model": ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"),
-}
-"""Files that hold nothing but a text encoder: what it is, and tensors by which it shows."""
-
 _OTHER_PREFIXES = tuple(part.prefix for part in families.OTHER_PARTS)
 _LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", ".lora.up.", ".lora.down.")
 
@@ -445,9 +438,9 @@ def _identify(checkpoint: Checkpoint) -> tuple[str | None, str]:
     family = families.detect(shapes, shapes)
     if family is not None:
         return family.name, family.title
-    for kind, tensors in TEXT_ENCODERS.items():
-        if all(name in shapes for name in tensors):
-            return "text-encoder", f"text encoder ({kind})"
+    encoder = families.text_encoder(shapes)
+    if encoder is not None:
+        return "text-encoder", f"text encoder ({encoder})"
     if any(part in name for name in checkpoint.tensors for part in _LORA_PARTS):
         return "adapter", "adapter (LoRA), not a model"
     return None, "unknown"

@@ -392,12 +392,13 @@ def test_a_text_encoder_in_the_same_file_is_left_alone(save: Save, build: Any) -
         assert ENCODER + ".input_scale" not in checkpoint
 
 
-def test_a_file_whose_only_fp8_layers_are_a_text_encoders_is_refused(save: Save, build: Any) -> None:
-    path = save("encoder.safetensors", *build.quantized([ENCODER], "tensor"))
+@pytest.mark.parametrize("encoder", [ENCODER, "encoder.block.0.layer.0.SelfAttention.q"])
+def test_a_file_whose_only_fp8_layers_are_a_text_encoders_is_refused(save: Save, build: Any, encoder: str) -> None:
+    path = save("encoder.safetensors", *build.quantized([encoder], "tensor"))
     with pytest.raises(TensorError) as caught:
         calibrate_model(path, LAYER_OPTIONS)
     assert str(caught.value) == (
-        f"{path}: {ENCODER}: its 1 FP8 layers are no diffusion model's, and nothing reads their input scales"
+        f"{path}: {encoder}: its 1 FP8 layers are no diffusion model's, and nothing reads their input scales"
     )
 
 

@@ -48,7 +48,7 @@ from ..names import LORA_FLAT_PREFIXES, LORA_PREFIXES
 from .base import Family, Shape
 from .comfyui import Conditions
 from .generic import FAMILY as GENERIC
-from .parts import OTHER_PARTS, other_part
+from .parts import OTHER_PARTS, other_part, text_encoder
 from .rules import Index, Part, Target, Targets, index, targets, translations, turned
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "lora_targets",
     "module_names",
     "other_part",
+    "text_encoder",
 ]
 
 _MODULES = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]

@@ -6,6 +6,7 @@ pixels.
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 
@@ -49,3 +50,23 @@ def other_part(name: str) -> OtherPart | None:
     'VAE'
     """
     return next((part for part in OTHER_PARTS if name.startswith(part.prefix)), None)
+
+
+TEXT_ENCODERS: Mapping[str, tuple[str, ...]] = {
+    "T5": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
+    "CLIP": ("text_model.encoder.layers.0.self_attn.q_proj.weight",),
+    "language model": ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"),
+}
+"""Files that hold nothing but a text encoder: what it is, and tensors by which it shows."""
+
+
+def text_encoder(names: Container[str]) -> str | None:
+    """Find out whether a file that fits no family of diffusion models is a text encoder.
+
+    Args:
+        names: its tensors.
+
+    Returns:
+        What it is, for people; None where it is none.
+    """
+    return next((kind for kind, tensors in TEXT_ENCODERS.items() if all(name in names for name in tensors)), None)
