@@ -154,7 +154,7 @@ def _set_full_precision(patch: Patch, table: LayerTable, changes: Mapping[str, L
     if unmarked:
         patch.notes.append(
             f"{len(unmarked)} layers should compute in full precision, but a file without comfy_quant marks cannot say "
-            f"so of single layers (first: {unmarked[0]}); convert the original without --legacy for that"
+            f"so of single layers (first: {unmarked[0]}); converting the original, without --legacy, writes such marks"
         )
 
 

@@ -269,7 +269,7 @@ def test_files_that_cannot_say_full_precision_of_one_layer_get_a_note(save, buil
         assert patch.tensors == {}
     assert patch.notes == [
         "1 layers should compute in full precision, but a file without comfy_quant marks cannot say so of single "
-        "layers (first: x); convert the original without --legacy for that"
+        "layers (first: x); converting the original, without --legacy, writes such marks"
     ]
 
 
