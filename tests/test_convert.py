@@ -640,7 +640,7 @@ def test_a_calibration_may_change_the_output_before_it_has_its_name_or_prevent_i
 
     def calibrate(writer) -> None:
         assert not output.exists()
-        with writer.reopen() as checkpoint:
+        with writer.reopen(source) as checkpoint:
             info = checkpoint.tensors["blocks.0.mlp.input_scale"]
             assert checkpoint.float32("blocks.0.mlp.input_scale") == 1.0
             file = checkpoint.file_of(info.name)

@@ -479,10 +479,13 @@ class CheckpointWriter:
             finally:
                 os.close(source_fd)
 
-    def reopen(self) -> Checkpoint:
-        """The output as a checkpoint, when all its tensors have been written but before it is committed."""
-        path = self._index or self._files[0].pending.path
-        files = [CheckpointFile(file.pending.path, file.pending.place) for file in self._files]
+    def reopen(self, path: Path) -> Checkpoint:
+        """The output as a checkpoint, when all its tensors have been written but before it is committed.
+
+        Args:
+            path: what messages call it: the input, say, since no file bears the output's name yet.
+        """
+        files = [CheckpointFile(path, file.pending.place) for file in self._files]
         return Checkpoint(path, files, sharded=self._index is not None)
 
     def overwrite(self, file: int, offset: int, data: bytes) -> None:

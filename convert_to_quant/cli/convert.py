@@ -201,7 +201,7 @@ def convert_file(
         from ..patch import in_place_edits
 
         assert calibration is not None
-        with writer.reopen() as quantized:
+        with writer.reopen(checkpoint.path) as quantized:
             found = calibrate(quantized, calibration, adapters)
             patch = plan_in_place(quantized, find_layers(quantized), found)
             edits = in_place_edits(patch)

@@ -156,6 +156,25 @@ def test_nan_in_an_fp8_weight_of_a_model_that_runs(ctq: Command, folder: Folder,
     assert folder() == before
 
 
+def test_nan_in_a_bias_of_a_model_that_is_converted_is_told_of_the_input(
+    ctq: Command, folder: Folder, flux_file: Path
+) -> None:
+    from convert_to_quant.checkpoint import open_checkpoint
+
+    with open_checkpoint(flux_file) as checkpoint:
+        info = checkpoint.tensors["img_in.bias"]
+        offset = checkpoint.files[0].header.data_start + info.start
+    with flux_file.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * info.nbytes)
+    before = folder()
+    outcome = ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), "--actcal", "--actcal-samples", 1)
+    assert outcome.code == 1
+    assert outcome.err.startswith(f"error: {flux_file}: double_blocks.0.")
+    assert "layers have infinities or NaN" in outcome.err
+    assert folder() == before
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0], ids=str)
 def test_a_bad_weight_scale(refused: Any, fp8: Any, value: float) -> None:
     path = fp8(lambda tensors: tensors.update({"blocks.0.weight_scale": np.float32(value)}))
