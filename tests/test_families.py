@@ -415,6 +415,14 @@ def test_generic_is_a_preset_but_never_detected() -> None:
     assert "generic" not in FAMILIES
 
 
+def test_an_embedding_in_a_repeated_block_is_kept() -> None:
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    assert GENERIC.kept_because(f"{attention}.q") is None
+    assert GENERIC.kept_because(f"{attention}.relative_attention_bias") == (
+        "embedding of positions (T5): no product reads it"
+    )
+
+
 def test_an_unknown_preset_names_the_nearest_and_all() -> None:
     with pytest.raises(
         OptionError, match=r"unknown preset 'huyuan-video' \(did you mean 'hunyuan-video'\? presets: chroma, flux1"

@@ -1,6 +1,6 @@
 """A model that no family fits; never recognized: the caller falls back to it and says so.
 
-Repeated blocks are quantized, except what sounds like an embedder, a refiner or a modulation in them.
+Repeated blocks are quantized, except what sounds like an embedder, an embedding, a refiner or a modulation in them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ FAMILY = Family(
     keep={
         r".*refiner[a-z_]*": REFINER,
         r".*emb(?:ed|_)[a-z_]*": "embedder, by its name",
+        r".*relative_attention_bias": "embedding of positions (T5): no product reads it",
         r".*(?:modulation|adaln|adaLN)[A-Za-z_]*": MODULATION,
     },
 )
