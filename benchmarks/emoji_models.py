@@ -39,7 +39,7 @@ from torch import Tensor
 from convert_to_quant import names
 from convert_to_quant.calibrate_activation_scales import calibrate_model
 from convert_to_quant.checkpoint import Checkpoint, Entry, open_checkpoint, write_checkpoint
-from convert_to_quant.convert import ConvertOptions, convert, plan_conversion
+from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.emoji import SIDE_TOKENS, WEIGHTS, prompts
 from convert_to_quant.emoji.rerange import RERANGINGS, to_bfloat16, write_reranged
 from convert_to_quant.engines import noise
@@ -49,7 +49,7 @@ from convert_to_quant.families.running import Geometry
 from convert_to_quant.fidelity import Fidelity, velocity_fidelity
 from convert_to_quant.headroom import column_energies
 from convert_to_quant.layers import find_layers
-from convert_to_quant.options import CalibrationOptions, SolveOptions
+from convert_to_quant.options import CalibrationOptions, ConvertOptions, SolveOptions
 from convert_to_quant.recorder import record
 from convert_to_quant.solve import LayerResult, Present, solve
 from convert_to_quant.stats import Statistics

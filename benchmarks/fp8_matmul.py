@@ -30,13 +30,13 @@ import torch
 
 from convert_to_quant.calibrate_activation_scales import calibrate_model, patch_model_with_scales
 from convert_to_quant.checkpoint import open_checkpoint
-from convert_to_quant.convert import ConvertOptions, convert, plan_conversion
+from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.emoji import SIDE_TOKENS, WEIGHTS, prompts
 from convert_to_quant.emoji.rerange import RERANGINGS, write_reranged
 from convert_to_quant.engines.denoiser import load
 from convert_to_quant.families.running import Geometry
 from convert_to_quant.fidelity import velocity_fidelity
-from convert_to_quant.options import CalibrationOptions
+from convert_to_quant.options import CalibrationOptions, ConvertOptions
 
 GEOMETRY = Geometry(height=SIDE_TOKENS, width=SIDE_TOKENS, frames=1, text_tokens=prompts.TOKENS)
 TOLERANCE_DB = 0.1

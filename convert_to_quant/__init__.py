@@ -14,7 +14,7 @@ _HOMES = {
     "Calibration": "calibrate_activation_scales",
     "CalibrationOptions": "options",
     "Checkpoint": "checkpoint",
-    "ConvertOptions": "convert",
+    "ConvertOptions": "options",
     "Error": "errors",
     "Fidelity": "fidelity",
     "Geometry": "families.running",

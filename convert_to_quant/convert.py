@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,14 +35,13 @@ from numpy.typing import NDArray
 from . import __version__, families, names
 from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, to_float32
 from .errors import OptionError, OutputError, TensorError
-from .formats import DEFAULT, FORMATS, WRITTEN
-from .formats.record import CHUNK, Format, Granularity, scale_grid, spans, widen_bfloat16
+from .formats import DEFAULT
+from .formats.record import CHUNK, Format, scale_grid, spans, widen_bfloat16
 from .layers import Layer, LayerTable, find_layers, named, scales_per_row
 from .marks import Way
+from .options import ConvertOptions
 from .telling import Advance
 from .untrusted import JSONError, parse_json
-
-WeightScale = Literal["absmax", "mse"]
 
 BAND_VALUES = 1 << 18
 """Values per step where scales differ within a weight: about 1 MB of float32, which a core's cache holds."""
@@ -55,50 +54,6 @@ PROVENANCE_KEY = "convert_to_quant"
 """Header entry in which every file that this tool writes says how it was made."""
 
 _LARGEST_BFLOAT16 = 0x7F7F
-_BLOCK_SIZES = range(1, 1 << 16)
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """How to convert.
-
-    Attributes:
-        format: one of `formats.WRITTEN`.
-        scaling_mode: one scale per tensor, row or block, for "fp8".
-        block_size: side of the square blocks.
-        weight_scale: how scales are chosen.
-        legacy: write the older `scaled_fp8` spelling instead of comfy_quant.
-        input_scale: write input scales of 1.0, so that calibration can set them in place.
-        preset: family whose table of kept layers is used; detected where None.
-        exclude: regular expressions; layers in which one is found stay in high precision.
-    """
-
-    format: str = DEFAULT.name
-    scaling_mode: Granularity = "tensor"
-    block_size: int = 64
-    weight_scale: WeightScale = "absmax"
-    legacy: bool = False
-    input_scale: bool = True
-    preset: str | None = None
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.format not in WRITTEN:
-            raise OptionError(f"no format {self.format!r} that can be written", hint=f"one of {', '.join(WRITTEN)}")
-        if self.scaling_mode != "tensor" and self.format != DEFAULT.name:
-            raise OptionError(f"--scaling_mode is for {DEFAULT.name}, and {self.format} says how it is scaled")
-        if self.legacy and self.scaling_mode != "tensor":
-            raise OptionError(f"legacy files know one scale per tensor only, not --scaling_mode {self.scaling_mode}")
-        if self.legacy and self.record is not DEFAULT:
-            raise OptionError(f"legacy files hold {DEFAULT.name} only, not {self.format}")
-        if self.block_size not in _BLOCK_SIZES:
-            raise OptionError(f"--block_size should be at least 1 and below 65536, found {self.block_size}")
-        names.check_patterns("--exclude-layers", self.exclude)
-
-    @property
-    def record(self) -> Format:
-        """The format."""
-        return FORMATS[self.format if self.scaling_mode == "tensor" else f"{self.format}-{self.scaling_mode}"]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from torch import Tensor
 from . import __version__
 from .calibrate_activation_scales import Calibration, calibrate_model, patch_model_with_scales
 from .checkpoint import Entry, open_checkpoint, write_bytes, write_checkpoint
-from .convert import ConvertOptions, convert, plan_conversion
+from .convert import convert, plan_conversion
 from .emoji import SIDE_TOKENS, WEIGHTS, prompts, sheet, to_pictures
 from .emoji.rerange import RERANGINGS, write_reranged
 from .engines import noise
@@ -45,7 +45,7 @@ from .engines.diffusers import Denoiser, load
 from .errors import OptionError, OutputError
 from .families.running import Geometry
 from .fidelity import Fidelity, velocity_fidelity
-from .options import SAMPLES, STEPS, CalibrationOptions
+from .options import SAMPLES, STEPS, CalibrationOptions, ConvertOptions
 from .telling import Progress
 
 if TYPE_CHECKING:

@@ -12,10 +12,13 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from . import names
 from .errors import OptionError
+
+if TYPE_CHECKING:
+    from .formats.record import Format
 
 SAMPLES, STEPS = 16, 4
 """What a model is shown by default: images, and noise levels on the way of each from noise to image. A sample is one
@@ -26,6 +29,7 @@ between levels: of 64 evaluations 8 images missed up to nine tenths of a range t
 SIDE_PIXELS, FRAMES, TEXT_TOKENS = 256, 1, 64
 """Default size of an image or video, and length of its text."""
 
+DEFAULT_FORMAT = "fp8"  # `formats.DEFAULT`, spelled out so that help needs no numpy
 DEFAULT_ROWS = 64
 """Rows of input that each guessed layer is shown."""
 
@@ -47,6 +51,7 @@ class Range(NamedTuple):
     hint: str = ""
 
 
+BLOCK = Range("--block_size should be at least 1 and below 65536", 1, 65535)
 COUNT = Range("{name} should be at least 1", 1)
 MARGIN = Range("a margin should be at least 1", 1, hint="below 1 clips what was seen")
 PERCENTILE = Range("a percentile should be above 0 and at most 100", math.ulp(0.0), 100)
@@ -185,6 +190,51 @@ class SolveOptions(Options):
     keep: tuple[str, ...] = option((), "leave such layers alone; may be repeated", "REGEX")
     float16_safe: bool = option(False, "no scale below 2⁻¹⁵")
     one_row_full_precision: bool = True
+
+
+@dataclass(frozen=True)
+class ConvertOptions(Options):
+    """How to convert.
+
+    Attributes:
+        format: one of `formats.WRITTEN`.
+        preset: family whose table of kept layers is used; detected where None.
+        exclude: regular expressions; layers in which one is found stay in high precision.
+        scaling_mode: one scale per tensor, row or block, for "fp8".
+        block_size: side of the square blocks.
+        weight_scale: how scales are chosen.
+        input_scale: write input scales of 1.0, so that calibration can set them in place.
+        legacy: write the older `scaled_fp8` spelling instead of comfy_quant.
+    """
+
+    format: str = option(DEFAULT_FORMAT, "number format: fp8, int8, int8-tensor", "NAME")
+    preset: str | None = option(None, "which layers to leave alone (found out)", "FAMILY")
+    exclude: tuple[str, ...] = option((), "leave such layers alone; may be repeated", "REGEX", flag="exclude-layers")
+    scaling_mode: Literal["tensor", "row", "block"] = option("tensor", "fp8 scales per tensor, row or block", "MODE")
+    block_size: int = option(64, "side of a block", "N", BLOCK)
+    weight_scale: Literal["absmax", "mse"] = option("absmax", "absmax, or mse: least error", "METHOD")
+    input_scale: bool = option(True, "leave input scales out", flag="no-input-scale")
+    legacy: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from .formats import WRITTEN
+
+        if self.format not in WRITTEN:
+            raise OptionError(f"no format {self.format!r} that can be written", hint=f"one of {', '.join(WRITTEN)}")
+        if self.scaling_mode != "tensor" and self.format != DEFAULT_FORMAT:
+            raise OptionError(f"--scaling_mode is for {DEFAULT_FORMAT}, and {self.format} says how it is scaled")
+        if self.legacy and self.scaling_mode != "tensor":
+            raise OptionError(f"legacy files know one scale per tensor only, not --scaling_mode {self.scaling_mode}")
+        if self.legacy and self.format != DEFAULT_FORMAT:
+            raise OptionError(f"legacy files hold {DEFAULT_FORMAT} only, not {self.format}")
+
+    @property
+    def record(self) -> Format:
+        """The format."""
+        from .formats import FORMATS
+
+        return FORMATS[self.format if self.scaling_mode == "tensor" else f"{self.format}-{self.scaling_mode}"]
 
 
 def check_device_name(name: str) -> None:

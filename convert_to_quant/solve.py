@@ -582,7 +582,7 @@ def _shifted(counts: Float, shift: int) -> Float:
 
 def _by_absmax(seen: Statistics, grids: Sequence[Grid], percentile: float) -> tuple[Float, Float]:  # noqa: ARG001
     ranges = seen.absmax.astype(np.float64)
-    return ranges, ranges / _largest(grids)
+    return ranges, ranges / [grid.max for grid in grids]
 
 
 def _by_mse(seen: Statistics, grids: Sequence[Grid], percentile: float) -> tuple[Float, Float]:  # noqa: ARG001
@@ -593,11 +593,7 @@ def _by_mse(seen: Statistics, grids: Sequence[Grid], percentile: float) -> tuple
 def _by_percentile(seen: Statistics, grids: Sequence[Grid], percentile: float) -> tuple[Float, Float]:
     ranges = seen.quantiles(percentile / 100)
     ranges = np.where(ranges < BIN_EDGES[1], 0.0, ranges)  # in the bin of the zeros
-    return ranges, ranges / _largest(grids)
-
-
-def _largest(grids: Sequence[Grid]) -> Float:
-    return np.array([grid.max for grid in grids])
+    return ranges, ranges / [grid.max for grid in grids]
 
 
 class Choice(NamedTuple):

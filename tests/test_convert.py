@@ -20,7 +20,6 @@ from convert_to_quant import families
 from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
 from convert_to_quant.convert import (
     PROVENANCE_KEY,
-    ConvertOptions,
     convert,
     least_squares_scale,
     plan_conversion,
@@ -30,6 +29,7 @@ from convert_to_quant.errors import Error, OptionError, OutputError, TensorError
 from convert_to_quant.formats.record import CHUNK
 from convert_to_quant.layers import dequantize, find_layers
 from convert_to_quant.marks import disables_fp8
+from convert_to_quant.options import ConvertOptions
 
 NAME = "blocks.0.linear"
 E4M3FN = torch.float8_e4m3fn

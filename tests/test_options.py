@@ -12,6 +12,7 @@ from convert_to_quant.errors import OptionError
 from convert_to_quant.options import (
     MARGIN,
     PERCENTILE,
+    ConvertOptions,
     Method,
     Options,
     SolveOptions,
@@ -71,6 +72,19 @@ def test_they_are_checked_when_they_are_made(options: dict[str, Any], said: str)
     with pytest.raises(OptionError) as caught:
         Made(**options)
     assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"scaling_mode": "diagonal"}, "unknown scaling mode 'diagonal' (scaling modes: tensor, row, block)"),
+        ({"weight_scale": "least"}, "unknown weight scale 'least' (weight scales: absmax, mse)"),
+    ],
+)
+def test_a_conversion_refuses_what_it_would_take_for_the_default(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        ConvertOptions(**options)
+    assert str(caught.value) == said
 
 
 def test_a_node_has_their_defaults_choices_and_ranges() -> None:

@@ -21,10 +21,11 @@ import pytest
 from convert_to_quant import patch as patch_module
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.checkpoint.undo import UNDO_SUFFIX, Change, Edit, undo_record
-from convert_to_quant.convert import PROVENANCE_KEY, ConvertOptions, convert, plan_conversion
+from convert_to_quant.convert import PROVENANCE_KEY, convert, plan_conversion
 from convert_to_quant.errors import CheckpointError, OptionError, OutputError, TensorError
 from convert_to_quant.layers import find_layers
 from convert_to_quant.marks import tensor_bytes
+from convert_to_quant.options import ConvertOptions
 from convert_to_quant.patch import (
     LayerChange,
     apply_in_place,

@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 
 from ..errors import OptionError
-from ..options import SolveOptions, options_of
+from ..options import SolveOptions, add_options, options_of
 from .calibration import check_written_files, recover_input
 from .patching import add_patching_arguments, check_target, finish
-from .solving import add_solving_arguments
 
 DESCRIPTION = "Choose the scale and precision of every FP8 layer from statistics, and write them into the checkpoint."
 EPILOG = """\
@@ -27,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="MODEL", help="an FP8 checkpoint")
     parser.add_argument("statistics", nargs="+", metavar="STATS", help="statistics files; several are merged")
     add_patching_arguments(parser)
-    solving = add_solving_arguments(parser)
+    solving = parser.add_argument_group("solving")
+    add_options(solving, SolveOptions)
     solving.add_argument("--force", action="store_true", help="use the layers that match, if not all do")
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from ..options import CalibrationOptions, options_of
 from . import COMMANDS, config, enter, perform
 from .calibration import add_calibration_arguments
 from .parsing import Parser
 from .patching import add_patching_arguments
+from .running import check_device
 from .shared import add_shared_options
 
 NAME = "calibrate"
@@ -49,11 +51,12 @@ def build_parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     """Calibrate the file."""
     from ..checkpoint import open_checkpoint
-    from .calibration import adapter_files, calibration_options, check_written_files, loras_of, recover_input
+    from .calibration import adapter_files, check_written_files, loras_of, recover_input
     from .convert import calibrate_file, check_options
 
     check_options(args)
-    options = calibration_options(args)
+    options = options_of(CalibrationOptions, args)
+    check_device(args.device)
     recover_input(args)
     with open_checkpoint(args.input) as checkpoint:
         check_written_files(checkpoint, args, adapter_files(args))

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..options import CalibrationOptions, add_options, options_of
+from ..options import CalibrationOptions, add_options
 from .output import decibels, note, print_table, progress_bar, say, write_json
-from .running import check_device
 from .shared import split_strength
 
 if TYPE_CHECKING:
@@ -27,16 +26,6 @@ def add_calibration_arguments(group: Any, prefix: str) -> None:
     group.add_argument(f"--{prefix}lora", dest="lora", action="append", default=[], metavar="FILE[:STRENGTH]",
                        help="adapter to be used with it; may be repeated")  # fmt: skip
     add_options(group, CalibrationOptions, prefix)
-
-
-def calibration_options(args: argparse.Namespace) -> CalibrationOptions:
-    """The options that were asked for.
-
-    Raises:
-        OptionError: one is out of range, or the device is not there.
-    """
-    check_device(args.device)
-    return options_of(CalibrationOptions, args)
 
 
 def recover_input(args: argparse.Namespace) -> None:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
-from ..options import CalibrationOptions, destinations
+from ..options import DEFAULT_FORMAT, CalibrationOptions, ConvertOptions, add_options, destinations, options_of
 from ..telling import advance
 from .calibration import (
     adapter_files,
     add_calibration_arguments,
     calibrate,
-    calibration_options,
     check_written_files,
     loras_of,
     recover_input,
@@ -24,14 +23,13 @@ from .calibration import (
 )
 from .output import note, print_table, progress_bar, say, write_json
 from .patching import check_target, finish, note_ending
+from .running import check_device
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint, CheckpointWriter
-    from ..convert import ConversionPlan, ConvertOptions
+    from ..convert import ConversionPlan
     from ..lora import Lora
 
-CONVERSION_OPTIONS = ("format", "scaling_mode", "block_size", "weight_scale", "legacy", "preset", "exclude_layers")
-DEFAULT_FORMAT = "fp8"
 DESCRIPTION = "Convert a checkpoint to FP8 or INT8, calibrate an FP8 checkpoint, or both."
 EPILOG = """\
 examples:
@@ -57,17 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              help="undo a legacy marker that turns FP8 off")  # fmt: skip
 
     conversion = parser.add_argument_group("conversion (of FP16, BF16 and FP32 weights)")
-    conversion.add_argument("--format", default=DEFAULT_FORMAT, metavar="NAME",
-                            help="number format: fp8, int8, int8-tensor (fp8)")  # fmt: skip
-    conversion.add_argument("--preset", metavar="FAMILY", help="which layers to leave alone (found out)")
-    conversion.add_argument("--exclude-layers", action="append", default=[], metavar="REGEX",
-                            help="leave such layers alone; may be repeated")  # fmt: skip
-    conversion.add_argument("--scaling-mode", choices=("tensor", "row", "block"), default="tensor", metavar="MODE",
-                            help="fp8 scales per tensor, row or block (tensor)")  # fmt: skip
-    conversion.add_argument("--block-size", type=int, default=64, metavar="N", help="side of a block (64)")
-    conversion.add_argument("--weight-scale", choices=("absmax", "mse"), default="absmax", metavar="METHOD",
-                            help="absmax, or mse: least error (absmax)")  # fmt: skip
-    conversion.add_argument("--no-input-scale", action="store_true", help="leave input scales out")
+    add_options(conversion, ConvertOptions)
     spelling = conversion.add_mutually_exclusive_group()
     spelling.add_argument("--comfy-quant", action="store_true", help="ComfyUI's present spelling, the default")
     spelling.add_argument("--legacy", action="store_true", help="the older scaled_fp8 spelling")
@@ -85,13 +73,14 @@ def run(args: argparse.Namespace) -> int:
             raise OptionError(f"{flag} needs --actcal")
     elif args.no_input_scale:
         raise OptionError("--no-input-scale leaves out what --actcal is asked to find")
-    options = calibration_options(args) if args.actcal else None
+    options = options_of(CalibrationOptions, args) if args.actcal else None
+    check_device(args.device)
     recover_input(args)
     with open_checkpoint(args.input) as checkpoint:
         check_written_files(checkpoint, args, adapter_files(args))
         with loras_of(args) as adapters:
             if options is not None and find_layers(checkpoint).diffusion:
-                unused = ", ".join(_given(args, CONVERSION_OPTIONS))
+                unused = ", ".join(_given(args, ["legacy", *destinations(ConvertOptions)]))
                 if unused:
                     note(f"the input is quantized already, so nothing is converted and {unused} does nothing")
                 return calibrate_file(checkpoint, args, options, adapters)
@@ -99,27 +88,11 @@ def run(args: argparse.Namespace) -> int:
                 static_table(checkpoint)  # says why a plain cast cannot be calibrated
             if args.in_place:
                 raise OptionError("--in-place calibrates a model that is FP8 already, and this one is not; use -o OUT")
-            conversion = conversion_options(args)
+            conversion = options_of(ConvertOptions, args)
             if options is not None and not conversion.record.static:
                 note(f"nothing to calibrate: readers of {conversion.record.title} layers scale inputs as they come")
                 options = None
             return convert_file(checkpoint, args, conversion, options, adapters)
-
-
-def conversion_options(args: argparse.Namespace) -> ConvertOptions:
-    """How to convert.
-
-    Raises:
-        OptionError: the options contradict each other.
-    """
-    from ..convert import ConvertOptions
-
-    *named, exclude = CONVERSION_OPTIONS
-    return ConvertOptions(
-        input_scale=not args.no_input_scale,
-        exclude=tuple(getattr(args, exclude)),
-        **{name: getattr(args, name) for name in named},
-    )
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:

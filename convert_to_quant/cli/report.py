@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from ..errors import OptionError, OutputError
-from ..options import SolveOptions, options_of
+from ..options import SolveOptions, add_options, options_of
 from .output import decibels, print_table, say, size, write_json
 from .parsing import Parser, flag_spelling
-from .solving import add_solving_arguments
 from .terminal import WIDEST, Styled, columns, fitted, is_terminal, paint, printable
 
 if TYPE_CHECKING:
@@ -64,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     comparing = parser.add_argument_group("comparing")
     comparing.add_argument("--against", metavar="OPTIONS", help='solve again with these: "margin=2 method=mse"')
     comparing.add_argument("--merge", action="store_true", help="take several statistics as one")
-    solving = add_solving_arguments(parser)
+    solving = parser.add_argument_group("solving")
+    add_options(solving, SolveOptions)
     solving.add_argument("--force", action="store_true", help="use the layers that match, if not all do")
 
 
@@ -192,7 +192,7 @@ def other_options(args: argparse.Namespace) -> SolveOptions:
         OptionError: it is empty, or a value is out of range.
     """
     parser = Parser(prog="convert_to_quant report")
-    add_solving_arguments(parser)
+    add_options(parser, SolveOptions)
     own = {action.dest: getattr(args, action.dest) for action in parser._actions}
     try:
         words = shlex.split(args.against)

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from convert_to_quant.cli.convert import DEFAULT_FORMAT
 from convert_to_quant.formats import DEFAULT, FORMATS, GRIDS, WRITTEN, of_mark, recognize
 from convert_to_quant.formats.record import Grid
+from convert_to_quant.options import DEFAULT_FORMAT
 
 READ = [fmt for fmt in FORMATS.values() if fmt.grid is not None]
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from convert_to_quant import convert as convert_module
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.cli import main
-from convert_to_quant.convert import ConvertOptions, convert, plan_conversion
+from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.engines.quantized_linear import Arithmetic, CheckpointLinear, StoredWeight, exact_product
 from convert_to_quant.formats import FORMATS
 from convert_to_quant.layers import dequantize, find_layers
+from convert_to_quant.options import ConvertOptions
 
 NAME = "blocks.0.linear"
 SHAPE = (48, 1100)
