@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from . import __version__, families, names
 from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, to_float32
-from .errors import OptionError, OutputError, TensorError
+from .errors import OutputError, TensorError
 from .formats import DEFAULT
 from .formats.record import CHUNK, Format, scale_grid, spans, widen_bfloat16
 from .layers import Layer, LayerTable, find_layers, named, scales_per_row
