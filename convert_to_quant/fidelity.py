@@ -437,9 +437,15 @@ class _Guided:
         """What the model says, [batch, 1 or 2, *latent shape]: with the prompt, and under guidance without it."""
         if self.guidance == 1:
             return model.velocity(state, sigma, self.conditioning, self.geometry).unsqueeze(1)
-        both = {
-            name: torch.cat([value, self.negative[name].expand_as(value)]) for name, value in self.conditioning.items()
+        negative = {
+            name: value.expand(len(state), *value.shape[1:])
+            for name, value in self.negative.items()
+            if name in self.conditioning
         }
+        sides = (self.conditioning, negative)
+        if any(value.shape != negative[name].shape for name, value in self.conditioning.items()):  # other text lengths
+            return torch.stack([model.velocity(state, sigma, side, self.geometry) for side in sides], 1)
+        both = {name: torch.cat([side[name] for side in sides]) for name in self.conditioning}
         velocities = model.velocity(torch.cat([state, state]), sigma, both, self.geometry)
         return torch.stack(velocities.chunk(2), 1)
 

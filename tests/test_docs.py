@@ -105,37 +105,6 @@ def tiny_embeddings(path: Path) -> None:
     save_file({"prompt_embeds": prompts, "pooled_prompt_embeds": prompts[:, 0, :16].copy()}, path)
 
 
-def tiny_pipeline(folder: Path) -> None:
-    """A Flux.1 pipeline of the tiny model's sizes with random weights, as diffusers saves it."""
-    import diffusers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    words = {word: number for number, word in enumerate(("<pad>", "<eos>", "<unk>", "a", "red", "fish"))}
-
-    def tokenizer() -> Any:
-        rules = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-        rules.pre_tokenizer = pre_tokenizers.Whitespace()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=rules, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=8
-        )
-
-    torch.manual_seed(0)
-    clip = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=8, eos_token_id=1, bos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    t5 = T5Config(vocab_size=len(words), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=False, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    parts = (CLIPTextModel(clip), tokenizer(), T5EncoderModel(t5), tokenizer(), transformer)
-    diffusers.FluxPipeline(scheduler, vae, *parts).save_pretrained(folder)
-
-
 def tiny_flux() -> bytes:
     """The tiny Flux.1 of the command line's tests, as a file."""
     files = runpy.run_path(str(ROOT / "tests" / "conftest.py"))
@@ -171,7 +140,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("flux_bf16.safetensors").write_bytes(tiny_flux())
         tiny_lora(Path("style.safetensors"))
         tiny_embeddings(Path("embeddings.safetensors"))
-        tiny_pipeline(Path("FLUX.1-dev"))
+        runpy.run_path(str(ROOT / "tests" / "cli" / "conftest.py"))["save_pipeline"](Path("FLUX.1-dev"))
         Path("prompts.txt").write_text("a red fish\na fish\n", encoding="utf-8")
         Path("ComfyUI/custom_nodes").mkdir(parents=True)
         Path("demo").mkdir()

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CalibrationError, OptionError
 from ..options import SAMPLES
+from ..telling import plural
+from .observe import read_prompts
 from .output import decibels, error, note, print_table, progress_bar, say, write_json
-from .running import NOISE, add_running_arguments, check_running_options, geometry_of
+from .running import add_running_arguments, check_running_options, embeddings_of, geometry_of
 from .terminal import Styled
 
 if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
     from ..engines.denoiser import Denoiser
+    from ..engines.prompts import Prompts
     from ..fidelity import Fidelity, Scene
 
 ARITHMETICS = ("comfyui", "comfyui-divide", "dequantize", "dynamic-tensor", "dynamic-row")
@@ -45,7 +51,7 @@ examples:
   convert_to_quant check bf16.safetensors fp8.safetensors --device cuda
   convert_to_quant check bf16.safetensors fp8.safetensors --at-least 25 --layers
   convert_to_quant check bf16.safetensors fp8.safetensors \\
-      --conditioning embeddings.safetensors
+      --pipeline FLUX.1-dev --prompts prompts.txt
 
 arithmetics of quantized layers:
   comfyui         as ComfyUI on a CPU: inputs are divided in their own dtype
@@ -66,12 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="how layers compute, see below (comfyui)")  # fmt: skip
     wanted.add_argument("--guidance", type=float, default=1.0, metavar="G",
                         help="of classifier-free guidance; 1 is none (1)")  # fmt: skip
-    add_running_arguments(parser, seed=SEED)
+    shown = add_running_arguments(parser, seed=SEED, several=True)
+    shown.add_argument("--pipeline", metavar="DIR", help="a diffusers pipeline, to embed prompts")
+    shown.add_argument("--prompts", metavar="FILE", help="the pipeline's prompts, one per line")
+    shown.add_argument("--save-conditioning", metavar="FILE", help="keep the embeddings, for --conditioning")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    check_running_options(args)
+    check_options(args)
     for flag, number in (("--at-least", args.at_least), ("--guidance", args.guidance)):
         if number is not None and not math.isfinite(number):
             raise OptionError(f"{flag} should be a finite number, found {number}")
@@ -89,6 +98,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other or do nothing, and a file of embeddings that cannot be written.
+
+    Raises:
+        OptionError: flags do.
+        OutputError: the file is an input, a folder or a special file, or has no folder to be in.
+        CalibrationError: --pipeline is no folder of a pipeline.
+    """
+    check_running_options(args)
+    if args.pipeline is None:
+        for name in ("prompts", "save-conditioning"):
+            if getattr(args, name.replace("-", "_")) is not None:
+                raise OptionError(f"--{name} needs --pipeline")
+        return
+    if args.prompts is None:
+        raise OptionError("--pipeline needs --prompts FILE")
+    if embeddings_of(args):
+        raise OptionError("--conditioning does not go with --pipeline")
+    from ..checkpoint import check_output, refuse_same_file
+    from ..engines.pipeline import require_pipeline
+
+    if args.save_conditioning is not None:
+        output = Path(args.save_conditioning)
+        inputs = [Path(path) for path in (args.reference, args.quantized, args.prompts)]
+        refuse_same_file(output, inputs, hint="name another file for --save-conditioning")
+        check_output(output)
+    require_pipeline(args.pipeline)
+
+
 def measure(args: argparse.Namespace) -> Fidelity:
     """Run both models."""
     from ..checkpoint import open_checkpoint
@@ -96,11 +134,12 @@ def measure(args: argparse.Namespace) -> Fidelity:
     from ..fidelity import scenes_fidelity
 
     with open_checkpoint(args.reference) as first, open_checkpoint(args.quantized) as second:
+        given = prompts_of(args, first)  # before the models are loaded: text encoders are large, too
         reference = load(first, device=args.device)
         quantized = load(second, device=args.device, arithmetic=args.arithmetic.replace("-", "_"))
         refuse_another_model(reference, quantized, args)
         refuse_wrong_order(reference, quantized, args)
-        scenes = shown(reference, args)
+        scenes = shown(reference, given, args)
         with progress_bar("checking") as progress:
             return scenes_fidelity(
                 reference,
@@ -160,35 +199,85 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else str(list(shape))
 
 
-def shown(reference: Denoiser, args: argparse.Namespace) -> list[Scene]:
-    """What both models are shown: noise of two sizes, or prompts of the size asked for."""
+def prompts_of(args: argparse.Namespace, reference: Checkpoint) -> list[Prompts]:
+    """Embeddings of prompts, as far as the call names some: each file's, or each length's that a pipeline makes.
+
+    Raises:
+        CalibrationError, OptionError: as of `engines.pipeline.encode`; or embeddings of several lengths are to be kept.
+        CheckpointError: a file cannot be read.
+        OutputError: --save-conditioning cannot be written.
+        UnsupportedModelError: the reference cannot be run.
+    """
+    from ..engines.denoiser import plan
+    from ..engines.prompts import Prompts
+
+    if args.pipeline is None:
+        return [Prompts.load(path) for path in embeddings_of(args)]
+    from ..engines.pipeline import encode
+
+    texts = read_prompts(Path(args.prompts))
+    model = plan(reference)
+    with progress_bar("embedding") as progress:
+        found = encode(
+            args.pipeline,
+            texts,
+            model.architecture.signals(model.config, geometry_of(args, model.family)),
+            negative=args.guidance != 1,
+            text_tokens=args.text_tokens,
+            device=args.device,
+            progress=progress,
+        )
+    if args.save_conditioning is not None:
+        if len(found) > 1:
+            raise OptionError(
+                f"{args.prompts}: embeddings of {len(found)} different lengths do not go into one file",
+                hint="keep one prompt per file; check takes several: --conditioning FILE --conditioning FILE",
+            )
+        found[0].save(args.save_conditioning)
+        say(f"wrote the embeddings of {plural(len(texts), 'prompt')} to {args.save_conditioning}")
+    return found
+
+
+def shown(reference: Denoiser, given: Sequence[Prompts], args: argparse.Namespace) -> list[Scene]:
+    """What both models are shown: noise of two sizes, or prompts of the size asked for, a scene for each of `given`."""
     from ..engines import noise
     from ..engines.diffusers import BATCH_TOKENS
     from ..engines.prompts import NEGATIVE, Prompts
     from ..fidelity import Scene, check_latents, noise_scenes
 
     geometry = geometry_of(args, reference.plan.family)
-    if args.conditioning == NOISE:
+    if not given:
         return noise_scenes(reference, geometry, args.samples or SAMPLES, seed=args.seed)
-    given = Prompts.load(args.conditioning)
-    positive = {name: value for name, value in given.tensors.items() if not name.startswith(NEGATIVE)}
-    prompts = Prompts(positive, source=given.source).fitted(reference, geometry)
-    empty = {name.removeprefix(NEGATIVE): given.tensors[name] for name in given.tensors.keys() - positive.keys()}
-    if empty:
-        fitted = Prompts(empty, source=given.source).fitted(reference, geometry).tensors
-        negative = {name: value[:1] for name, value in fitted.items()}
-    else:
-        negative = noise.conditioning(reference.signals(prompts.geometry), noise.SILENT, args.seed, 0)
-    rows = [number % prompts.count for number in range(args.samples or prompts.count)]
-    return [
-        Scene(
-            check_latents(reference, prompts.geometry, len(rows), args.seed),
-            {name: value[rows] for name, value in prompts.tensors.items()},
-            prompts.geometry,
-            negative,
-            max(BATCH_TOKENS // prompts.geometry.tokens, 1),
-        )
-    ]
+
+    def fitted(one: Prompts, names: Collection[str], prefix: str = "") -> Prompts:
+        tensors = {name.removeprefix(prefix): one.tensors[name] for name in names}
+        return Prompts(tensors, source=one.source).fitted(reference, geometry)
+
+    empty = [[name for name in one.tensors if name.startswith(NEGATIVE)] for one in given]
+    positive = [fitted(one, one.tensors.keys() - names) for one, names in zip(given, empty, strict=True)]
+    prompts = sum(one.count for one in positive)
+    count = args.samples or prompts
+    latents = check_latents(reference, geometry, count, args.seed)
+    scenes, start = [], 0
+    for own, one, names in zip(positive, given, empty, strict=True):
+        numbers = [number for number in range(count) if start <= number % prompts < start + own.count]
+        rows = [number % prompts - start for number in numbers]
+        if names:
+            negative = {name: value[:1] for name, value in fitted(one, names, NEGATIVE).tensors.items()}
+        else:
+            negative = noise.conditioning(reference.signals(own.geometry), noise.SILENT, args.seed, 0)
+        start += own.count
+        if numbers:
+            scenes.append(
+                Scene(
+                    latents[numbers],
+                    {name: value[rows] for name, value in own.tensors.items()},
+                    own.geometry,
+                    negative,
+                    max(BATCH_TOKENS // own.geometry.tokens, 1),
+                )
+            )
+    return scenes
 
 
 def say_meaning(found: Fidelity, args: argparse.Namespace) -> None:
@@ -201,8 +290,8 @@ def say_meaning(found: Fidelity, args: argparse.Namespace) -> None:
     meaning = next(words for least, words in MEANINGS if found.sqnr_db >= least)
     where = f" (convert_to_quant inspect {args.quantized} may say why)" if found.sqnr_db < DOUBTFUL_DB else ""
     say(f"{found.sqnr_db:.1f} dB on average, {found.worst_db:.1f} at worst: {meaning}{where}")
-    if args.conditioning == NOISE:
-        say(f"seen on noise, which can be {OFF_BY_DB} dB from real use: --conditioning FILE takes prompt embeddings")
+    if args.pipeline is None and not embeddings_of(args):
+        say(f"seen on noise, which can be {OFF_BY_DB} dB from real use: --pipeline or --conditioning shows prompts")
 
 
 def print_levels(found: Fidelity) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..engines.devices import find_device
 from ..errors import OptionError
@@ -15,12 +15,29 @@ if TYPE_CHECKING:
 NOISE = "noise"
 
 
-def add_running_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
-    """What a model is shown, and where it runs."""
+def add_running_arguments(parser: argparse.ArgumentParser, seed: int, *, several: bool = False) -> Any:
+    """What a model is shown, and where it runs.
+
+    Args:
+        parser: of the command.
+        seed: the default.
+        several: files of embeddings may be named; see `embeddings_of`.
+
+    Returns:
+        Their group, for more of the kind.
+    """
     shown = parser.add_argument_group("what the model is shown, and where")
-    shown.add_argument("--conditioning", default=NOISE, metavar="noise|FILE",
-                       help="prompt embeddings from a file (noise)")  # fmt: skip
+    more: dict[str, Any] = {"action": "append", "default": []} if several else {"default": NOISE}
+    words = f"prompt embeddings{'; may be repeated' if several else ' from a file'} (noise)"
+    shown.add_argument("--conditioning", metavar="noise|FILE", help=words, **more)
     add_options(shown, RunOptions, seed=seed)
+    return shown
+
+
+def embeddings_of(args: argparse.Namespace) -> list[str]:
+    """The files of prompt embeddings that a call names."""
+    said = args.conditioning if isinstance(args.conditioning, list) else [args.conditioning]
+    return [name for name in said if name != NOISE]
 
 
 def check_device(name: str) -> None:
@@ -41,7 +58,7 @@ def check_running_options(args: argparse.Namespace) -> None:
     """
     options_of(RunOptions, args)
     check_device(args.device)
-    if args.conditioning != NOISE and args.text_tokens is not None:
+    if embeddings_of(args) and args.text_tokens is not None:
         raise OptionError("--text-tokens is for noise: the conditioning's file says how long the text is")
 
 

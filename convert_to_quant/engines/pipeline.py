@@ -35,15 +35,23 @@ from torch import nn
 from .. import families
 from ..checkpoint import Checkpoint
 from ..errors import CalibrationError, OptionError, StrPath
+from ..families.running import Signal
 from ..recorder import find_linears, module_shape, record
 from ..stats import Shape, Statistics
 from ..telling import Advance, Progress
 from .denoiser import load as load_model
 from .diffusers import Observation, expect_finite, watched
+from .prompts import NEGATIVE, Prompts
 from .session import Session, Unit
 
 COMPONENTS = ("transformer", "unet")
 """What a pipeline calls its diffusion model."""
+
+NOT_ENCODERS = (*COMPONENTS, "transformer_2")
+"""Large parts that have no say in embeddings."""
+
+TEXT_LENGTH = "max_sequence_length"
+"""What pipelines call the most tokens of a prompt."""
 
 MODEL_INDEX = "model_index.json"
 
@@ -77,7 +85,7 @@ class Painting:
             "height": self.height,
             "width": self.width,
             "num_frames": self.frames,
-            "max_sequence_length": self.text_tokens,
+            TEXT_LENGTH: self.text_tokens,
         }
         return {name: value for name, value in said.items() if value is not None}
 
@@ -96,13 +104,20 @@ def require_pipeline(folder: StrPath) -> Path:
     return path
 
 
-def load(folder: StrPath, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
+def load(
+    folder: StrPath,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    without: Sequence[str] = (),
+) -> Any:
     """Load a pipeline from its folder.
 
     Args:
         folder: with `model_index.json`.
         device: where to run it.
         dtype: of its weights; bfloat16 on a GPU and float32 on a CPU by default.
+        without: parts that are not needed, as far as it has them.
 
     Raises:
         CalibrationError: it is no such folder, or diffusers cannot load it.
@@ -115,9 +130,11 @@ def load(folder: StrPath, device: str | torch.device = "cpu", dtype: torch.dtype
     try:
         with warnings.catch_warnings(), _no_loading_bars():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions call it dtype, older ones know only this
+            parts = diffusers.DiffusionPipeline.load_config(str(path)) if without else {}
             pipeline = diffusers.DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
-                str(path), local_files_only=True, use_safetensors=True, torch_dtype=number
-            )
+                str(path), local_files_only=True, use_safetensors=True, torch_dtype=number,
+                **{name: None for name in without if name in parts},
+            )  # fmt: skip
     except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise CalibrationError(f"diffusers cannot load it: {_first_line(error)}", path=path) from error
     pipeline.set_progress_bar_config(disable=True)
@@ -230,6 +247,109 @@ def observe(
     statistics = seen.statistics
     unvisited = [name for name, visited in zip(statistics.names, statistics.visited, strict=True) if not visited]
     return Observation(statistics, (), tuple(unvisited))
+
+
+@torch.no_grad()
+def encode(
+    folder: StrPath,
+    prompts: Sequence[str],
+    signals: Mapping[str, Signal],
+    *,
+    negative: bool = False,
+    text_tokens: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> list[Prompts]:
+    """Embed prompts with a pipeline's own text encoders; its diffusion model is not loaded.
+
+    Pipelines return embeddings in orders of their own, without names. Each is known by its width.
+
+    Args:
+        folder: of the pipeline.
+        prompts: one text each.
+        signals: the conditioning that the model takes, by name.
+        negative: embed the empty prompt as well.
+        text_tokens: most tokens of a prompt; the pipeline's own default where None.
+        device: where to run.
+        dtype: see `load`.
+        progress: called after every prompt.
+
+    Returns:
+        The prompts in order, those of one length together; under the names of `signals`, the empty prompt's with
+        `NEGATIVE` before them, on the CPU.
+
+    Raises:
+        OptionError: an option or device that the pipeline cannot use.
+        CalibrationError: the folder cannot be loaded, or its text encoders give no embeddings of the model's width.
+    """
+    pipeline = load(folder, device, dtype, without=NOT_ENCODERS)
+    if not callable(getattr(pipeline, "encode_prompt", None)):
+        raise CalibrationError(f"{type(pipeline).__name__} has no encode_prompt", path=folder)
+    known = inspect.signature(pipeline.encode_prompt).parameters
+    if text_tokens is not None and TEXT_LENGTH not in known:
+        raise OptionError(f"{type(pipeline).__name__} takes no {TEXT_LENGTH}")
+    at_once = "do_classifier_free_guidance" in known  # such pipelines have their own idea of the empty prompt
+
+    def embed(text: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        given = {
+            "prompt": text, "device": device, TEXT_LENGTH: text_tokens, "do_classifier_free_guidance": negative,
+        }  # fmt: skip
+        needed = {name for name, one in known.items() if one.default is one.empty and one.kind != one.VAR_KEYWORD}
+        said = {name for name in known.keys() & given if given[name] is not None}
+        return _by_signal(pipeline.encode_prompt(**{name: given.get(name) for name in needed | said}), signals)
+
+    empty = embed("")[0] if negative and not at_once else {}
+    alike: dict[tuple[torch.Size, ...], list[dict[str, torch.Tensor]]] = {}
+    for number, text in enumerate(prompts):
+        found, opposite = embed(text)
+        for name, signal in signals.items():
+            if signal.kind == "noise" and name not in found:
+                raise CalibrationError(
+                    f"its text encoders give no embeddings of {signal.shape[-1]} channels, as the model takes them",
+                    path=folder,
+                    tensor=name,
+                    hint="name the folder of the model's own pipeline",
+                )
+        if negative:
+            found |= {NEGATIVE + name: value for name, value in (opposite or empty).items()}
+        alike.setdefault(tuple(value.shape for value in found.values()), []).append(found)
+        if progress is not None:
+            progress(number + 1, len(prompts))
+    return [
+        Prompts(
+            {
+                name: rows[0][name] if name.startswith(NEGATIVE) else torch.cat([row[name] for row in rows])
+                for name in rows[0]
+            },
+            source=folder,
+        )
+        for rows in alike.values()
+    ]
+
+
+def _by_signal(
+    outputs: Sequence[Any], signals: Mapping[str, Signal]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What an `encode_prompt` gave for one prompt, by the model's names: with the prompt, and without it.
+
+    Of two that fit a name, the first is with the prompt, as in all pipelines of diffusers.
+    """
+    found: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
+    for output in outputs:
+        value = torch.stack(list(output)) if isinstance(output, (list, tuple)) and output else output  # one per prompt
+        if not isinstance(value, torch.Tensor) or len(value) != 1:
+            continue
+        for name, signal in signals.items():
+            if value.is_floating_point():
+                fits = signal.kind == "noise" and value.shape[-1] == signal.shape[-1]
+            else:
+                fits = signal.kind == "mask"
+            place = next((names for names in found if name not in names), None)
+            if fits and value.ndim == len(signal.shape) + 1 and place is not None:
+                place[name] = value.cpu()
+                break
+    return found
 
 
 def with_prefix(statistics: Statistics, prefix: str) -> Statistics:

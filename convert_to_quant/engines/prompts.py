@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..checkpoint import open_checkpoint
+from ..checkpoint import Entry, open_checkpoint, write_checkpoint
 from ..errors import CalibrationError, StrPath
 from ..families.running import Geometry, Signal
 from .denoiser import Denoiser
@@ -66,6 +66,16 @@ class Prompts:
                 for name, info in file.tensors.items()
             }
         return Prompts(tensors, source=path)
+
+    def save(self, path: StrPath) -> None:
+        """Write them as `load` reads them: floats in float32, masks as integers.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        numbers = {name: value.float() if value.is_floating_point() else value.long()
+                   for name, value in self.tensors.items()}  # fmt: skip
+        write_checkpoint(path, {name: Entry.of(value.cpu().numpy()) for name, value in numbers.items()})
 
     def fitted(self, denoiser: Denoiser, geometry: Geometry) -> Prompts:
         """The same prompts under the names that a model takes, complete and checked.

@@ -33,7 +33,7 @@ def test_every_arithmetic_has_its_spelling_here() -> None:
 
 
 CLOSE = "the same picture, details differ on close inspection"
-NOISE = "seen on noise, which can be 13 dB from real use: --conditioning FILE takes prompt embeddings"
+NOISE = "seen on noise, which can be 13 dB from real use: --pipeline or --conditioning shows prompts"
 
 
 @pytest.mark.parametrize(
@@ -46,12 +46,16 @@ NOISE = "seen on noise, which can be 13 dB from real use: --conditioning FILE ta
 )  # fmt: skip
 def test_the_mean_is_told_in_words(capsys: pytest.CaptureFixture[str], mean: float, said: str) -> None:
     found = Fidelity(mean, 0.1, mean - 3, (), (), 30.0, 0.1, 2, 2, 1.0)
-    check.say_meaning(found, argparse.Namespace(quantized="b.safetensors", conditioning="noise"))
+    check.say_meaning(found, argparse.Namespace(quantized="b.safetensors", pipeline=None, conditioning=[]))
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(f"{mean:.1f} dB on average, {mean - 3:.1f} at worst: {said}")
     assert second == NOISE
-    check.say_meaning(found, argparse.Namespace(quantized="b.safetensors", conditioning="prompts.safetensors"))
-    assert NOISE not in capsys.readouterr().err
+    for shown in (
+        {"pipeline": None, "conditioning": ["a.safetensors"]},
+        {"pipeline": "FLUX.1-dev", "conditioning": []},
+    ):
+        check.say_meaning(found, argparse.Namespace(quantized="b.safetensors", **shown))
+        assert NOISE not in capsys.readouterr().err
 
 
 def test_one_picture_has_no_spread(capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,6 +215,113 @@ def test_the_empty_prompt_of_guidance_can_be_given(ctq: Any, flux_file: Path, fp
     assert means[0] == means[1] != means[2]
 
 
+ONE_SIZE = ("--height", 32, "--width", 48, "--steps", 2, "--json", "-")
+
+
+def figures(outcome: Any) -> dict[str, Any]:
+    """A report without what was called."""
+    assert outcome.code == 0, outcome.err
+    document: dict[str, Any] = json.loads(outcome.out)
+    del document["made_by"]
+    return document
+
+
+@pytest.mark.parametrize("samples", [(), ("--samples", 1), ("--samples", 7)])
+def test_files_of_embeddings_are_shown_like_one(
+    ctq: Any, flux_file: Path, fp8_file: Path, save: Any, samples: tuple[Any, ...]
+) -> None:
+    given = embeddings(3)
+    words = ("check", flux_file, fp8_file, *ONE_SIZE, *samples, "--conditioning", save("all.safetensors", given))
+    parts = (slice(0, 1), slice(1, 3))
+    files = [
+        save(f"{number}.safetensors", {name: value[part] for name, value in given.items()})
+        for number, part in enumerate(parts)
+    ]
+    one = figures(ctq(*words))
+    several = figures(ctq(*words[:-2], "--conditioning", files[0], "--conditioning", files[1]))
+    assert several["prompts"] == one["prompts"]
+    assert several["sqnr_db"] == pytest.approx(one["sqnr_db"], abs=0.01)
+
+
+def test_prompts_and_the_empty_prompt_may_differ_in_length(
+    ctq: Any, flux_file: Path, fp8_file: Path, save: Any
+) -> None:
+    short, long = embeddings(1), embeddings(1)
+    long["prompt_embeds"] = np.concatenate([long["prompt_embeds"], long["prompt_embeds"]], 1)
+    empty = {f"negative_{name}": 0 * value for name, value in short.items()}
+    files = [save("short.safetensors", short | empty), save("long.safetensors", long | empty)]
+    words = [word for file in files for word in ("--conditioning", file)]
+    found = figures(ctq("check", flux_file, fp8_file, *ONE_SIZE, "--guidance", 3, *words))
+    assert [size["geometry"]["text_tokens"] for size in found["sizes"]] == [5, 10]
+
+
+POSITION = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
+TEXTS = ("a red fish", "a bear")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(TEXTS))
+    return path
+
+
+@POSITION
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_a_pipeline_embeds_prompts(
+    ctq: Any, flux_file: Path, fp8_file: Path, pipeline: Path, prompts: Path, *, save: Any, guidance: int
+) -> None:
+    import torch
+
+    from convert_to_quant.engines.pipeline import load as load_pipeline
+
+    kept = flux_file.with_name("kept.safetensors")
+    words = ("check", flux_file, fp8_file, *ONE_SIZE, "--guidance", guidance)
+    made = ("--pipeline", pipeline, "--prompts", prompts, "--text-tokens", 6)
+    outcome = ctq(*words, *made, "--save-conditioning", kept)
+
+    pipe = load_pipeline(pipeline)
+    texts = {"": list(TEXTS)} | ({"negative_": [""]} if guidance != 1 else {})
+    by_hand = {}
+    with torch.no_grad():
+        for prefix, some in texts.items():
+            context, pooled, _ = pipe.encode_prompt(some, some, max_sequence_length=6)
+            by_hand |= {f"{prefix}prompt_embeds": context.numpy(), f"{prefix}pooled_prompt_embeds": pooled.numpy()}
+    wanted = figures(ctq(*words, "--conditioning", save("by_hand.safetensors", by_hand)))
+    assert f"wrote the embeddings of 2 prompts to {kept}" in outcome.err
+    assert "noise" not in outcome.err
+    found = figures(outcome)
+    assert found["prompts"] == 2
+    assert found["sqnr_db"] == pytest.approx(wanted["sqnr_db"], abs=0.01)
+    assert figures(ctq(*words, "--conditioning", kept)) == found
+
+
+@POSITION
+def test_embeddings_of_several_lengths_are_not_kept_in_one_file(
+    ctq: Any, flux_file: Path, fp8_file: Path, pipeline: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convert_to_quant.engines import pipeline as engine
+    from convert_to_quant.engines.prompts import Prompts
+
+    monkeypatch.setattr(engine, "encode", lambda *_, **__: [Prompts({}), Prompts({})])
+    kept = flux_file.with_name("kept.safetensors")
+    words = ("--pipeline", pipeline, "--prompts", prompts, "--save-conditioning", kept)
+    outcome = ctq("check", flux_file, fp8_file, *words)
+    assert (outcome.code, kept.exists()) == (2, False)
+    assert "embeddings of 2 different lengths do not go into one file" in outcome.err
+
+
+def test_embeddings_replace_no_input(ctq: Any, flux_file: Path, fp8_file: Path, pipeline: Path, prompts: Path) -> None:
+    words = ("check", flux_file, fp8_file, "--pipeline", pipeline, "--prompts", prompts, "--save-conditioning")
+    for path in (flux_file, fp8_file, prompts):
+        before = path.read_bytes()
+        outcome = ctq(*words, path)
+        assert (outcome.code, path.read_bytes()) == (1, before)
+        assert "the same file as the input" in outcome.err
+    outcome = ctq(*words, flux_file.parent / "none" / "kept.safetensors")
+    assert (outcome.code, "does not exist" in outcome.err) == (1, True)
+
+
 def wider(tensors: dict[str, Any]) -> None:
     dtype, weight = tensors["txt_in.weight"]
     tensors["txt_in.weight"] = (dtype, np.concatenate([weight, weight], 1))
@@ -259,6 +370,11 @@ def test_a_file_that_is_no_model_is_refused(ctq: Any, flux_file: Path, save: Any
         (("--seed", -1), "a seed should not be negative"),
         (("--arithmetic", "abacus"), "invalid choice: 'abacus'"),
         (("--device", "abacus"), "unknown device 'abacus'"),
+        (("--prompts", "p.txt"), "--prompts needs --pipeline"),
+        (("--save-conditioning", "c"), "--save-conditioning needs --pipeline"),
+        (("--pipeline", "d"), "--pipeline needs --prompts FILE"),
+        (("--pipeline", "d", "--prompts", "p", "--conditioning", "c"), "--conditioning does not go with --pipeline"),
+        (("--conditioning", "c", "--text-tokens", 5), "--text-tokens is for noise"),
     ],
 )
 def test_misuse_exits_2(ctq: Any, flux_file: Path, words: tuple[Any, ...], said: str) -> None:

@@ -110,7 +110,7 @@ def test_an_argument_with_choices_is_held_to_them(ctq: Any, recipe: Any) -> None
 
 def test_what_is_no_file_is_not_taken_for_one(recipe: Any) -> None:
     found = options(recipe('[check]\nreference = "/a"\nquantized = "/b"\njson = "-"\nconditioning = "noise"'), "check")
-    assert (found["json"], found["conditioning"]) == ("-", "noise")
+    assert (found["json"], found["conditioning"]) == ("-", ["noise"])
 
 
 def test_actions_have_tables_of_their_own(recipe: Any, tmp_path: Path) -> None:

@@ -25,8 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:Fut
 SMALL = ("--height", 32, "--width", 48, "--text-tokens", 5, "--steps", 2)
 """2 by 3 tokens."""
 
-WORDS = ("<pad>", "<eos>", "<unk>", "a", "red", "fish", "bear")
-
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -397,39 +395,6 @@ def test_two_processes_observe_what_one_does(ctq: Any, start: Start, fp8_file: P
 
 
 # --- pipelines ---
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a Flux.1 pipeline of the test model's size, with random weights."""
-    import diffusers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    def tokenizer() -> Any:
-        rules = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-        rules.pre_tokenizer = pre_tokenizers.Whitespace()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=rules, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=8
-        )
-
-    torch.manual_seed(0)
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=8, eos_token_id=1, bos_token_id=0, pad_token_id=0,
-        )
-    )  # fmt: skip
-    t5 = T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
-    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=False, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    folder = tmp_path_factory.mktemp("pipeline")
-    diffusers.FluxPipeline(scheduler, vae, clip, tokenizer(), t5, tokenizer(), transformer).save_pretrained(folder)
-    return folder
 
 
 PAINT = ("--height", 8, "--width", 12, "--text-tokens", 6, "--steps", 4)

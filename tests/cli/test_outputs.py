@@ -70,6 +70,9 @@ OUTPUTS = {
     "apply -o": ("apply", "fp8", "stats", "-o", "OUT"),
     "merge -o": ("merge", "stats", "-o", "OUT"),
     "observe -o": ("observe", "bf16", "-o", "OUT"),
+    "check --save-conditioning": (
+        "check", "bf16", "fp8", "--pipeline", ".", "--prompts", "workflow", "--save-conditioning", "OUT",
+    ),
     "observe -o, its partial file": ("observe", "bf16", "-o", "WITHOUT_PARTIAL"),
     "comfyui -o": ("comfyui", "observe", "--server", "http://127.0.0.1:1", "--workflow", "workflow", "-o", "OUT"),
     "report -o": ("report", "stats", "-o", "OUT"),
@@ -193,7 +196,7 @@ def test_a_report_goes_into_a_character_device(
 def test_an_output_that_is_a_link_is_written_where_the_link_leads(
     ctq: Command, inputs: dict[str, Path], tmp_path: Path, call: Any, old: bytes | None
 ) -> None:  # fmt: skip
-    if call[0] in ("observe", "comfyui"):
+    if call[0] in ("observe", "comfyui", "check"):
         pytest.skip("needs a model that runs, or a server")
     (tmp_path / "disk").mkdir()
     target, link = tmp_path / "disk" / "target", tmp_path / "link"

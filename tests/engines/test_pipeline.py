@@ -1,0 +1,108 @@
+"""Embeddings of a pipeline. `tests/cli` runs real ones; here are the forms in which diffusers' pipelines give them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from convert_to_quant.engines import pipeline
+from convert_to_quant.errors import CalibrationError, OptionError
+from convert_to_quant.families.running import Signal
+
+TEXT, VECTOR = 4, 3
+SIGNALS = {
+    "encoder_hidden_states": Signal((64, TEXT)),
+    "encoder_attention_mask": Signal((64,), "mask"),
+    "pooled_projections": Signal((VECTOR,)),
+    "guidance": Signal((), "value", 3.5),
+}
+
+
+def tokens(text: str) -> Tensor:
+    """[1, letters + 1, TEXT], of which every number tells the text."""
+    return torch.full((1, len(text) + 1, TEXT), float(len(text)))
+
+
+def mask(text: str) -> Tensor:
+    return torch.ones(1, len(text) + 1, dtype=torch.bool)
+
+
+def pooled(text: str) -> Tensor:
+    return torch.full((1, VECTOR), float(len(text)))
+
+
+def flux(prompt: str, prompt_2: str | None = None, device: Any = None, max_sequence_length: int = 512) -> Any:
+    return tokens(prompt[:max_sequence_length]), pooled(prompt), torch.zeros(len(prompt) + 1, 3)
+
+
+def sd3(prompt: str, prompt_2: Any, prompt_3: Any, device: Any = None, do_classifier_free_guidance: bool = True) -> Any:
+    if not do_classifier_free_guidance:
+        return tokens(prompt), None, pooled(prompt), None
+    return tokens(prompt), tokens(""), pooled(prompt), pooled("")
+
+
+def ltx(prompt: str, do_classifier_free_guidance: bool = True, **kwargs: Any) -> Any:
+    if not do_classifier_free_guidance:
+        return tokens(prompt), mask(prompt), None, None
+    return tokens(prompt), mask(prompt), tokens(""), mask("")
+
+
+def z_image(prompt: str, do_classifier_free_guidance: bool = True, prompt_embeds: Any = None) -> Any:
+    return list(tokens(prompt)), list(tokens("")) if do_classifier_free_guidance else []
+
+
+FORMS = {
+    flux: ("encoder_hidden_states", "pooled_projections"),
+    sd3: ("encoder_hidden_states", "pooled_projections"),
+    ltx: ("encoder_hidden_states", "encoder_attention_mask"),
+    z_image: ("encoder_hidden_states",),
+}
+
+
+@pytest.fixture
+def encode(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """encode(encode_prompt, prompts, names of signals, ...)."""
+
+    def run(how: Any, prompts: tuple[str, ...], names: tuple[str, ...], **options: Any) -> Any:
+        monkeypatch.setattr(pipeline, "load", lambda *_, **__: SimpleNamespace(encode_prompt=how))
+        return pipeline.encode("folder", prompts, {name: SIGNALS[name] for name in names}, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_embeddings_get_their_names_from_their_widths(encode: Any, form: Any, negative: bool) -> None:
+    wanted = {"encoder_hidden_states": tokens, "encoder_attention_mask": mask, "pooled_projections": pooled}
+
+    same, other = encode(form, ("fish", "a red fish", "bear"), (*FORMS[form], "guidance"), negative=negative)
+
+    assert (same.count, other.count, same.source) == (2, 1, "folder")
+    for texts, found in ((("fish", "bear"), same), (("a red fish",), other)):
+        names = {f"negative_{name}" for name in FORMS[form]} if negative else set()
+        assert found.tensors.keys() == {*FORMS[form], *names}
+        for name in FORMS[form]:
+            assert torch.equal(found.tensors[name], torch.cat([wanted[name](text) for text in texts]))
+            if negative:
+                assert torch.equal(found.tensors["negative_" + name], wanted[name](""))
+
+
+def test_the_text_is_as_long_as_asked_for(encode: Any) -> None:
+    (found,) = encode(flux, ("a red fish",), FORMS[flux], text_tokens=4)
+    assert found.tensors["encoder_hidden_states"].shape == (1, 5, TEXT)
+    with pytest.raises(OptionError, match="takes no max_sequence_length"):
+        encode(sd3, ("a",), FORMS[sd3], text_tokens=4)
+
+
+def test_text_encoders_of_another_model_are_refused(encode: Any) -> None:
+    with pytest.raises(
+        CalibrationError, match="pooled_projections: its text encoders give no embeddings of 3 channels"
+    ):
+        encode(ltx, ("a",), ("encoder_hidden_states", "pooled_projections"))
+    with pytest.raises(CalibrationError, match="has no encode_prompt"):
+        encode(None, ("a",), ())
