@@ -10,6 +10,8 @@ ComfyUI runs a node when its inputs changed, and remembers what it gave otherwis
     Calibrate   runs when its inputs changed, or the files that it reads. Statistics of a recorder are there before
     and Report  anything was sampled, so they take them from Save, or wait for a LATENT of their own.
 
+Save Conditioning stands alone: it keeps a prompt's embeddings, for `check --conditioning`.
+
 Nodes keep nothing in themselves. ComfyUI's newer form (V3) is not offered: where a pack has both, it loads this one.
 """
 
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..calibrate_activation_scales import Calibration, apply_statistics, patch_model_with_scales
@@ -37,6 +39,9 @@ CATEGORY = "convert_to_quant"
 STATS = "ACTIVATION_STATS"
 NO_CHECKPOINT = "none"
 """What is chosen in a list of checkpoints for a report of ranges alone."""
+
+EMBEDDINGS = {"pooled_output": "pooled_prompt_embeds", "attention_mask": "prompt_attention_mask"}
+"""What a CONDITIONING has beside its embeddings -> what files of embeddings call it."""
 
 Input = tuple[Any, dict[str, Any]]
 Inputs = dict[str, dict[str, Any]]
@@ -239,6 +244,58 @@ class SaveActivationStats:
         return {"ui": {"text": [text], "statistics": [entry]}, "result": (statistics, file)}
 
 
+class SaveConditioning:
+    """Writes a CONDITIONING into ComfyUI's output folder, for `check --conditioning`."""
+
+    DESCRIPTION = (
+        "Writes the embeddings of a prompt into ComfyUI's output folder, as convert_to_quant's check and observe take "
+        "them with --conditioning. Each gets the next number."
+    )
+    CATEGORY = CATEGORY
+    FUNCTION = "save"
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("file",)
+    OUTPUT_TOOLTIPS = ("The file, in ComfyUI's output folder.",)
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        """What goes in."""
+        return {
+            "required": {
+                "conditioning": ("CONDITIONING", {"tooltip": "From CLIP Text Encode, as the sampler gets it."}),
+                "filename_prefix": (
+                    "STRING",
+                    {"default": "conditioning/prompt", "tooltip": "Folder and name in ComfyUI's output folder."},
+                ),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
+        """Refuse a bad name before anything is sampled."""
+        return _refusal(lambda: filename_prefix is None or folders.next_output(filename_prefix))
+
+    def save(
+        self,
+        conditioning: Sequence[tuple[torch.Tensor, Mapping[str, Any]]],
+        filename_prefix: str,
+        unique_id: str | None = None,
+    ) -> dict[str, Any]:
+        """Write it."""
+        from ..engines.prompts import Prompts
+
+        prompts = Prompts(embeddings_of(conditioning))
+        path = folders.next_output(filename_prefix)
+        folders.make_parent(path)
+        prompts.save(path)
+        file = path.relative_to(folders.output_folder()).as_posix()
+        text = f"{plural(prompts.count, 'prompt')}: {file}"
+        show_text(unique_id, text)
+        return {"ui": {"text": [text]}, "result": (file,)}
+
+
 class CalibrateFP8Checkpoint:
     """Chooses the input scale and precision of every FP8 layer from statistics, and writes a new checkpoint."""
 
@@ -406,6 +463,34 @@ class ActivationReport:
         return {"ui": {"text": [text], "pages": pages}, "result": (image, text)}
 
 
+def embeddings_of(conditioning: Sequence[tuple[torch.Tensor, Mapping[str, Any]]]) -> dict[str, torch.Tensor]:
+    """The tensors of a file of embeddings.
+
+    Args:
+        conditioning: as ComfyUI has it: embeddings [prompts, tokens, channels] each, with what goes with them.
+
+    Returns:
+        By name, each [prompts, ...], the prompts of all entries.
+
+    Raises:
+        OptionError: there are no entries, or their lengths differ, or what they have.
+    """
+    import torch
+
+    entries = [
+        {"prompt_embeds": context} | {name: more[key] for key, name in EMBEDDINGS.items() if more.get(key) is not None}
+        for context, more in conditioning
+    ]
+    shapes = [", ".join(f"{name} {list(value.shape[1:])}" for name, value in entry.items()) for entry in entries]
+    if len(set(shapes)) != 1:
+        found = "; ".join(dict.fromkeys(shapes)) or "none"
+        raise OptionError(
+            f"prompts that go into one file have the same length and parts, found {found}",
+            hint="save each CONDITIONING by a node of its own; check takes several files",
+        )
+    return {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
+
+
 def as_image(picture: Any) -> torch.Tensor:
     """A PIL image as ComfyUI has pictures: [1, height, width, 3], float32, 0 to 1."""
     import numpy as np
@@ -444,6 +529,7 @@ def _refusal(check: Any) -> bool | str:
 NODE_CLASS_MAPPINGS: Mapping[str, type] = {
     "ConvertToQuantRecordActivations": RecordActivations,
     "ConvertToQuantSaveActivationStats": SaveActivationStats,
+    "ConvertToQuantSaveConditioning": SaveConditioning,
     "ConvertToQuantCalibrateFP8Checkpoint": CalibrateFP8Checkpoint,
     "ConvertToQuantActivationReport": ActivationReport,
 }
@@ -452,6 +538,7 @@ NODE_CLASS_MAPPINGS: Mapping[str, type] = {
 NODE_DISPLAY_NAME_MAPPINGS: Mapping[str, str] = {
     "ConvertToQuantRecordActivations": "Record Activations",
     "ConvertToQuantSaveActivationStats": "Save Activation Stats",
+    "ConvertToQuantSaveConditioning": "Save Conditioning",
     "ConvertToQuantCalibrateFP8Checkpoint": "Calibrate FP8 Checkpoint",
     "ConvertToQuantActivationReport": "Activation Report",
 }

@@ -340,6 +340,20 @@ def save_stats(recorded: str, filename_prefix: str) -> dict[str, Any]:
     return {"file": answer["result"][1], "text": answer["ui"]["text"]}
 
 
+def save_conditioning(inputs: str, filename_prefix: str) -> dict[str, Any]:
+    """Our node Save Conditioning, behind what Flux Guidance does."""
+    import node_helpers
+    from comfy.utils import load_torch_file
+
+    from convert_to_quant.comfyui_nodes.nodes import SaveConditioning
+
+    tensors = load_torch_file(inputs)
+    conditioning = [[tensors["context"], {"pooled_output": tensors["y"]}]]
+    guided = node_helpers.conditioning_set_values(conditioning, {"guidance": 3.5})
+    (file,) = SaveConditioning().save(guided, filename_prefix)["result"]
+    return {"file": file}
+
+
 def calibrate(recorded: str, **inputs: Any) -> dict[str, Any]:
     """Our node Calibrate FP8 Checkpoint."""
     from convert_to_quant.comfyui_nodes.nodes import CalibrateFP8Checkpoint
@@ -379,6 +393,7 @@ COMMANDS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "on_two_devices": on_two_devices,
     "record": record,
     "save_stats": save_stats,
+    "save_conditioning": save_conditioning,
     "calibrate": calibrate,
     "renamed": renamed,
     "diffusers_names": diffusers_names,

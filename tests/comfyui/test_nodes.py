@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from convert_to_quant import families
+from convert_to_quant.engines.prompts import Prompts
 from convert_to_quant.stats import Statistics
 
 pytestmark = pytest.mark.comfyui
@@ -241,6 +242,16 @@ def test_recording_calibrating_and_reloading_mends_broken_models(
     else:  # inputs seen inside of the broken model carry its error
         assert quality_db["calibrated"] > quality_db["dynamic"] - 1.0
     assert broken.read_bytes() == made.converted.read_bytes()
+
+
+def test_a_saved_conditioning_is_what_check_reads(comfyui: Any, start: dict[str, Any], inputs_file: str) -> None:
+    import torch
+
+    told = comfyui.ask("save_conditioning", inputs=inputs_file, filename_prefix="prompts/first")
+    found = Prompts.load(comfyui.work / "output" / told["file"]).tensors
+    assert found.keys() == {"prompt_embeds", "pooled_prompt_embeds"}
+    assert torch.equal(found["prompt_embeds"], start["context"])
+    assert torch.equal(found["pooled_prompt_embeds"], start["y"])
 
 
 def test_hunyuan_video_is_renamed_as_our_table_says(comfyui: Any) -> None:

@@ -23,7 +23,9 @@ from convert_to_quant.comfyui_nodes.nodes import (
     CalibrateFP8Checkpoint,
     RecordActivations,
     SaveActivationStats,
+    SaveConditioning,
 )
+from convert_to_quant.engines.prompts import Prompts
 from convert_to_quant.errors import CalibrationError, OptionError, OutputError, StatisticsError
 from convert_to_quant.layers import find_layers, input_scale
 from convert_to_quant.options import SolveOptions
@@ -318,6 +320,61 @@ def test_statistics_of_another_model_are_refused(
         with pytest.raises(StatisticsError, match=f"made for another model: {said}"):
             CalibrateFP8Checkpoint().calibrate(checkpoint=NAME, stats=other, allow_partial=allow_partial)
     assert [path.name for path in comfyui.models.iterdir()] == ["flux.safetensors"]
+
+
+# Save Conditioning.
+
+
+def entry(tokens: int = 7, prompts: int = 1, **more: Any) -> Any:
+    """As ComfyUI's text encoders give it."""
+    return [torch.randn(prompts, tokens, 24), {"pooled_output": torch.randn(prompts, 20), **more}]
+
+
+def test_a_saved_conditioning_is_what_check_reads(comfyui: Any) -> None:
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    cond = [entry(attention_mask=mask[:1], guidance=3.5), entry(attention_mask=mask[:1])]
+    cond[0][0] = cond[0][0].bfloat16()
+
+    answer = SaveConditioning().save(cond, "mine/prompt")
+
+    assert answer["result"] == ("mine/prompt_00001_.safetensors",)
+    assert answer["ui"]["text"] == ["2 prompts: mine/prompt_00001_.safetensors"]
+    found = Prompts.load(comfyui.root / "output" / answer["result"][0])
+    assert found.count == 2
+    assert found.tensors.keys() == {"prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"}
+    assert torch.equal(found.tensors["prompt_embeds"], torch.cat([cond[0][0].float(), cond[1][0]]))
+    assert torch.equal(found.tensors["pooled_prompt_embeds"], torch.cat([more["pooled_output"] for _, more in cond]))
+    assert torch.equal(found.tensors["prompt_attention_mask"], mask)
+    assert SaveConditioning().save(cond, "mine/prompt")["result"] == ("mine/prompt_00002_.safetensors",)
+
+
+def test_a_conditioning_without_a_pooled_vector_has_none_in_its_file(comfyui: Any) -> None:
+    (file,) = SaveConditioning().save([entry(prompts=2, pooled_output=None)], "prompt")["result"]
+    assert Prompts.load(comfyui.root / "output" / file).tensors.keys() == {"prompt_embeds"}
+
+
+@pytest.mark.parametrize(
+    ("cond", "found"),
+    [
+        ([entry(7), entry(9)], r"prompt_embeds \[7, 24\], pooled.* \[20\]; prompt_embeds \[9, 24\], pooled"),
+        (
+            [entry(7), entry(7, pooled_output=None)],
+            r"prompt_embeds \[7, 24\], pooled.* \[20\]; prompt_embeds \[7, 24\] ",
+        ),
+        ([], "found none"),
+    ],
+)
+def test_prompts_that_differ_do_not_go_into_one_file(comfyui: Any, cond: Any, found: str) -> None:
+    with pytest.raises(OptionError, match=f"the same length and parts.*{found}"):
+        SaveConditioning().save(cond, "prompt")
+    assert list((comfyui.root / "output").iterdir()) == []
+
+
+def test_a_conditioning_is_not_saved_outside_of_the_output_folder(comfyui: Any) -> None:
+    assert SaveConditioning.VALIDATE_INPUTS("a/b") is True
+    assert "is no file name below" in str(SaveConditioning.VALIDATE_INPUTS("../a"))
+    with pytest.raises(OptionError, match="is no file name below"):
+        SaveConditioning().save([entry()], "../a")
 
 
 # Report.
