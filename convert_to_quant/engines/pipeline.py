@@ -263,7 +263,8 @@ def encode(
 ) -> list[Prompts]:
     """Embed prompts with a pipeline's own text encoders; its diffusion model is not loaded.
 
-    Pipelines return embeddings in orders of their own, without names. Each is known by its width.
+    Pipelines return embeddings in orders of their own, without names. Each is known by its width. A text
+    loses its padding where the model takes no mask.
 
     Args:
         folder: of the pipeline.
@@ -333,22 +334,29 @@ def _by_signal(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What an `encode_prompt` gave for one prompt, by the model's names: with the prompt, and without it.
 
-    Of two that fit a name, the first is with the prompt, as in all pipelines of diffusers.
+    Of two that fit a name, the first is with the prompt, as in all pipelines of diffusers. Of a text whose mask the
+    model does not take, only what counts is kept.
     """
     found: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
+    masks = []
     for output in outputs:
         value = torch.stack(list(output)) if isinstance(output, (list, tuple)) and output else output  # one per prompt
         if not isinstance(value, torch.Tensor) or len(value) != 1:
             continue
         for name, signal in signals.items():
-            if value.is_floating_point():
-                fits = signal.kind == "noise" and value.shape[-1] == signal.shape[-1]
-            else:
-                fits = signal.kind == "mask"
-            place = next((names for names in found if name not in names), None)
-            if fits and value.ndim == len(signal.shape) + 1 and place is not None:
-                place[name] = value.cpu()
+            shaped = signal.kind == "noise" and value.ndim == len(signal.shape) + 1
+            if shaped and value.is_floating_point() and value.shape[-1] == signal.shape[-1]:
+                next((names for names in found if name not in names), {})[name] = value.cpu()
                 break
+        else:
+            masks += [value.cpu()] if value.ndim == 2 else []
+    taken = next((name for name, signal in signals.items() if signal.kind == "mask"), None)
+    for names, mask in zip(found, masks, strict=False):
+        text = next((name for name, value in names.items() if value.shape[:-1] == mask.shape), None)
+        if text is not None and taken is not None:
+            names[taken] = mask.long()
+        elif text is not None:
+            names[text] = names[text][:, mask[0].bool()]
     return found
 
 

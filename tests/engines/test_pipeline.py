@@ -56,11 +56,22 @@ def z_image(prompt: str, do_classifier_free_guidance: bool = True, prompt_embeds
     return list(tokens(prompt)), list(tokens("")) if do_classifier_free_guidance else []
 
 
+def chroma(prompt: str, do_classifier_free_guidance: bool = True) -> Any:
+    texts = (prompt, "") if do_classifier_free_guidance else (prompt,)
+    padding = torch.zeros(1, 3, TEXT)
+    outputs = [
+        (torch.cat([tokens(text), padding], 1), torch.zeros(4, 3), torch.cat([mask(text).float(), padding[..., 0]], 1))
+        for text in texts
+    ]
+    return [value for output in outputs for value in output]
+
+
 FORMS = {
     flux: ("encoder_hidden_states", "pooled_projections"),
     sd3: ("encoder_hidden_states", "pooled_projections"),
     ltx: ("encoder_hidden_states", "encoder_attention_mask"),
     z_image: ("encoder_hidden_states",),
+    chroma: ("encoder_hidden_states",),
 }
 
 
