@@ -81,7 +81,7 @@ def test_they_are_checked_when_they_are_made(options: dict[str, Any], said: str)
         ({"weight_scale": "least"}, "unknown weight scale 'least' (weight scales: absmax, mse)"),
     ],
 )
-def test_a_conversion_refuses_what_it_would_take_for_the_default(options: dict[str, Any], said: str) -> None:
+def test_a_conversion_refuses_choices_that_do_not_exist(options: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError) as caught:
         ConvertOptions(**options)
     assert str(caught.value) == said
