@@ -201,9 +201,9 @@ def watched(
         CalibrationError: a layer does not exist.
     """
     table = denoiser.plan.table
-    if layers is None:
-        layers = list(table.diffusion) or [name for name in table.plain if name in denoiser.layers]
     known = table.shapes()
+    if layers is None:
+        layers = list(table.diffusion) or [name for name in known if name in denoiser.layers]
     unknown = [name for name in layers if name not in known]
     if unknown:
         raise CalibrationError(f"{len(unknown)} layers do not exist in the checkpoint", tensor=unknown[0])

@@ -386,7 +386,10 @@ def test_a_file_that_was_cast_to_fp8_whole_runs_on_its_codes_in_full_precision(
         cast_model, wide = engine.load(one, arithmetic="comfyui"), engine.load(other)
         latents, conditioning = flux_inputs(wide)
         velocities = [model.velocity(latents, 0.5, conditioning, SIZE) for model in (cast_model, wide)]
+        seen = [engine.observe(checkpoint, samples=3, steps=1, geometry=SIZE).statistics for checkpoint in (one, other)]
     assert torch.equal(*velocities)
+    assert seen[0].layers.keys() == seen[1].layers.keys()
+    np.testing.assert_array_equal(seen[0].absmax, seen[1].absmax)
 
 
 @pytest.mark.parametrize("given", [None, ("double_blocks.0.img_mlp.0",), ()])
