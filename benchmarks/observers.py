@@ -8,7 +8,7 @@ is made); `fidelity.py --observers FILE` reads what it writes.
 
 Their calibrators are called as their own FP8 recipes set them up: ModelOpt's `MaxCalibrator` for E4M3 per tensor, which
 `FP8_DEFAULT_CFG` uses; llm-compressor's "static_minmax" and "mse" observers for float 8-bit symmetric per tensor input
-activations, as in its static FP8 scheme. Each sees the inputs of every FP8 layer, one call per picture with its
+activations, as in its static FP8 scheme. Each sees the inputs of every FP8 layer, one call per image with its
 negative and noise level, as the tools see them when they calibrate a pipeline. What they return becomes an input scale
 unchanged.
 """

@@ -11,7 +11,7 @@ the command line does it, without data, and then its linear layers run
 
 FP8 layers compute as ComfyUI does (`engines.quantized_linear`). The figures are the SQNR of the predicted velocity, in
 dB, along the way of the embedded model in float32 (`fidelity`), which is the reference in every row: so the BF16 column
-says how well a re-ranging preserves the function, and what difference nobody minds. The pictures are what each model
+says how well a re-ranging preserves the function, and what difference nobody minds. The images are what each model
 reaches on its own. Four prompts are few: `check` on the prompts that are written beside the models gives the figure of
 docs/accuracy.md.
 
@@ -122,17 +122,17 @@ class Row:
         files: where its files are, by column.
         calibration: what calibration found.
         fidelity: by column.
-        pictures: by column, uint8 [names, height, width, 3].
+        images: by column, uint8 [names, height, width, 3].
     """
 
     variant: str
     files: Mapping[str, Path]
     calibration: Calibration
     fidelity: Mapping[str, Fidelity]
-    pictures: Mapping[str, NDArray[np.uint8]]
+    images: Mapping[str, NDArray[np.uint8]]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the pictures, as JSON values."""
+        """Everything but the images, as JSON values."""
         return {
             "variant": self.variant,
             "summary": RERANGINGS[self.variant].summary,
@@ -159,7 +159,7 @@ class Demo:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the pictures, as JSON values."""
+        """Everything but the images, as JSON values."""
         return {
             "version": __version__,
             "options": asdict(self.options),
@@ -203,12 +203,12 @@ def run(folder: Path, options: DemoOptions | None = None, *, progress: Progress 
 
 
 def draw(rows: tuple[Row, ...]) -> Image.Image:
-    """The pictures side by side, one row per variant of the model and one column per way to run it."""
+    """The images side by side, one row per variant of the model and one column per way to run it."""
 
     def cell(row: Row, column: str) -> sheet.Cell:
         sqnr_db = row.fidelity[column].sqnr_db
         color = sheet.GOOD if sqnr_db > KEPT_DB else sheet.BAD if sqnr_db < LOST_DB else sheet.INK
-        return sheet.Cell(list(row.pictures[column]), f"{sqnr_db:.1f} dB", color)
+        return sheet.Cell(list(row.images[column]), f"{sqnr_db:.1f} dB", color)
 
     return sheet.draw(
         TITLE,
@@ -228,7 +228,7 @@ class _Work:
 
     def __init__(self, options: DemoOptions, progress: Progress | None) -> None:
         sides = 2 if options.guidance != 1 else 1
-        observed_tokens = 5 * GEOMETRY.tokens  # calibration shows the model pictures about this much larger
+        observed_tokens = 5 * GEOMETRY.tokens  # calibration shows the model images about this much larger
         self.calibration = options.samples * STEPS * observed_tokens / GEOMETRY.tokens
         self.comparison = 3 * sides * options.measured * options.levels
         self.painting = sides * len(options.names) * options.steps
@@ -248,7 +248,7 @@ def _row(variant: str, folder: Path, options: DemoOptions, work: _Work) -> Row:
     files, calibration = make_files(variant, folder, options.samples, work.part(work.calibration))
     conditioning = prompt_conditioning(options.names)
     measured = {name: values[: options.measured] for name, values in conditioning.items()}
-    fidelity, pictures = {}, {}
+    fidelity, images = {}, {}
     with models(files) as (reference, runs):
         for column, model in runs.items():
             fidelity[column] = velocity_fidelity(
@@ -261,8 +261,8 @@ def _row(variant: str, folder: Path, options: DemoOptions, work: _Work) -> Row:
                 seed=options.seed,
                 progress=work.part(work.comparison),
             )
-            pictures[column] = paint(model, conditioning, options, work.part(work.painting))
-    return Row(variant, files, calibration, fidelity, pictures)
+            images[column] = paint(model, conditioning, options, work.part(work.painting))
+    return Row(variant, files, calibration, fidelity, images)
 
 
 def make_files(
@@ -333,12 +333,12 @@ def paint(
 
     Args:
         model: the model.
-        conditioning: of the pictures, by name, each [pictures, ...].
+        conditioning: of the images, by name, each [images, ...].
         options: steps, guidance and seed.
         progress: called after every step.
 
     Returns:
-        RGB, uint8 [pictures, height, width, 3].
+        RGB, uint8 [images, height, width, 3].
     """
     both = {name: torch.cat([value, torch.zeros_like(value)]) for name, value in conditioning.items()}
     count = len(next(iter(conditioning.values())))

@@ -153,7 +153,7 @@ class CalibrationOptions(ShownOptions):
         percentile: of simulated magnitudes; 99.9 where None. Real ranges are never cut.
         seed: of all noise.
         float16_safe: no scale below 2⁻¹⁵.
-        one_row_full_precision: whether layers that see one row per picture compute in full precision.
+        one_row_full_precision: whether layers that see one row per image compute in full precision.
         height, width, frames, text_tokens, device: see `ShownOptions`.
     """
 
@@ -179,7 +179,7 @@ class SolveOptions(Options):
         row_loss_limit: largest share of lost rows that a layer may have in FP8.
         keep: regular expressions; layers in which one is found keep their scale and precision.
         float16_safe: raise scales to 2⁻¹⁵.
-        one_row_full_precision: whether layers that see one row per picture compute in full precision.
+        one_row_full_precision: whether layers that see one row per image compute in full precision.
     """
 
     method: Method = option("absmax", "absmax, mse or percentile", "METHOD")  # noqa: RUF009

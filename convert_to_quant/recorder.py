@@ -13,7 +13,7 @@ host once, in `statistics`. Hooks leave with the block, whatever ended it.
 Inside ComfyUI two of its functions are watched as well, since they compute layers without calling them. A layer that
 ran while no input of it was seen is named: `Recording.unseen`, and "unseen" in the statistics' provenance.
 
-Rows per sample. Which layers see one row per picture follows from shapes alone, once the batch size is known: it is the
+Rows per sample. Which layers see one row per image follows from shapes alone, once the batch size is known: it is the
 first dimension of the first input of the model that has three dimensions or more, or the length of a list of inputs;
 `Recording.batch` overrides it. Where it stays unknown, an input [tokens, in_features] counts as one sample.
 
@@ -192,7 +192,7 @@ class Recording:
         """What was seen so far, on the host. Waits for the devices.
 
         Args:
-            samples: pictures that the model ran for.
+            samples: images that the model ran for.
             **facts: provenance; see `Statistics.with_facts`.
         """
         columns: dict[str, Any] = dict(self._host)
@@ -218,7 +218,7 @@ class Recording:
         """What all processes of a torch.distributed group saw together; every process must call it.
 
         Args:
-            samples: pictures that the model ran for in this process.
+            samples: images that the model ran for in this process.
             group: the process group; by default all processes.
             **facts: provenance of this process; see `Statistics.with_facts`.
 

@@ -19,7 +19,7 @@ Dividing by 2 moves a histogram by 16 bins and changes nothing else. So one tabl
 Full precision. A row (token) whose own absmax is under 32 of the grid's smallest steps (2⁻⁹ · s each in FP8) keeps at
 most 5 bits of range and drowns; one loud token can do that to all others, and the error over the
 whole tensor hides it. So rows are counted: where more than `row_loss_limit` of them are lost, the layer computes in
-full precision. A layer that sees one row per picture (modulation, embedders) costs nothing in full precision, so it
+full precision. A layer that sees one row per image (modulation, embedders) costs nothing in full precision, so it
 does too. A budget, as a share of all multiply-adds, is spent where it is expected to buy most (`_spend_budget`), as far
 as it reaches.
 
@@ -325,7 +325,7 @@ def _precision(result: LayerResult, one_row: bool, options: SolveOptions) -> Lay
     if lost > options.row_loss_limit:
         cause, reason = "rows lost", f"full precision: {lost:.1%} of its rows would be lost"
     elif one_row and options.one_row_full_precision:
-        cause, reason = "one row", "full precision: one row per picture, which costs nothing"
+        cause, reason = "one row", "full precision: one row per image, which costs nothing"
     else:
         return result
     return replace(result, full_precision_after=True, reason=reason, cause=cause)

@@ -101,12 +101,12 @@ class Statistics:
         calls: how often the layer ran.
         rows: rows it saw.
         rows_per_sample: the most rows that one call held for one sample of its batch; 1 for layers that see one row
-            per picture (modulation, time and vector embedders), 0 for layers that never ran.
+            per image (modulation, time and vector embedders), 0 for layers that never ran.
         histogram: values per bin of |x|; infinities and NaN in `NONFINITE_BIN`.
         row_histogram: rows per bin of the row's absmax over its finite values.
         channel_absmax: per layer the largest |x| of each input channel in a sample of rows, float32 [in]; empty where
             it is not known, not finite, or 0.
-        samples: pictures (or whatever the engine draws) that the model ran for.
+        samples: images (or whatever the engine draws) that the model ran for.
         provenance: facts about the run, each a sorted set of texts, so that merging is a union: "tool", "engine",
             "seed", "conditioning", "lora", "unseen", ...
         left_out: layers that a forced merge or selection dropped.
@@ -270,7 +270,7 @@ class Statistics:
         """A copy that says more about where it comes from.
 
         Args:
-            samples: pictures that the model ran for; None leaves the number as it is.
+            samples: images that the model ran for; None leaves the number as it is.
             **facts: entries of `provenance`: one value, or a list, tuple or set of values, each kept as its text.
         """
         more = {key: _texts(value) for key, value in facts.items()}

@@ -1,4 +1,4 @@
-"""The pictures of the concepts page, measured on the embedded emoji model.
+"""The images of the concepts page, measured on the embedded emoji model.
 
     python docs/figures.py
 
@@ -196,9 +196,9 @@ def damage_sheet(folder: Path) -> None:
             for target_db in TARGETS_DB:
                 factor = 1.0 if target_db == TARGETS_DB[0] else search(direction, target_db)
                 left_db = with_model(factor, fidelity_db)
-                pictures = with_model(factor, lambda model: demo.paint(model, conditioning, options))
+                images = with_model(factor, lambda model: demo.paint(model, conditioning, options))
                 print(f"{name}: factor {factor:.3g} leaves {left_db:.1f} dB", file=sys.stderr)
-                cells.append(sheet.Cell(list(pictures), f"{left_db:.1f} dB, scales x {told(factor)}"))  # type: ignore[call-overload]
+                cells.append(sheet.Cell(list(images), f"{left_db:.1f} dB, scales x {told(factor)}"))  # type: ignore[call-overload]
             rows.append((sheet.Heading(name, EXPLAINED[name]), cells))
     columns = [sheet.Heading(f"{target_db:.0f} dB", "") for target_db in TARGETS_DB]
     title = sheet.Heading(

@@ -50,7 +50,7 @@ SUBSTITUTIONS = {
 
 SMALL = ("--height", "32", "--width", "32", "--steps", "2", "--samples", "3")
 ADDED = {"observe": SMALL, "check": SMALL}
-"""Flags at the end of every call of a command: tiny pictures."""
+"""Flags at the end of every call of a command: tiny images."""
 
 ONLY_PARSED = {
     "demo": "runs a minute; tests/test_demo.py runs it",

@@ -35,7 +35,7 @@ class Duck(nn.Module):
 
 
 class Model(nn.Module):
-    """Tokens and a vector per picture, as a diffusion transformer has them."""
+    """Tokens and a vector per image, as a diffusion transformer has them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,8 +150,8 @@ def test_the_batch_can_be_told_and_is_read_off_lists() -> None:
             super().__init__()
             self.inner = nn.Linear(4, 4)
 
-        def forward(self, pictures: list[Tensor]) -> Tensor:
-            y: Tensor = self.inner(torch.cat(pictures))
+        def forward(self, images: list[Tensor]) -> Tensor:
+            y: Tensor = self.inner(torch.cat(images))
             return y
 
     lists = Lists()

@@ -377,7 +377,7 @@ def test_a_layer_that_loses_just_as_many_rows_as_allowed_stays_in_fp8() -> None:
 def test_one_row_layers_compute_in_full_precision_unless_told_otherwise() -> None:
     result = solve_one([[1.0, 2.0]], rows_per_sample=1)
     assert (result.full_precision_after, result.cause) == (True, "one row")
-    assert result.reason == "full precision: one row per picture, which costs nothing"
+    assert result.reason == "full precision: one row per image, which costs nothing"
     assert result.scale_after == float(np.float32(2 / 448)), "its scale is set all the same"
     assert not solve_one([[1.0, 2.0]], rows_per_sample=1, one_row_full_precision=False).full_precision_after
     assert not solve_one([[1.0, 2.0]], rows_per_sample=2).full_precision_after

@@ -43,7 +43,7 @@ example:
 
 OBSERVE = """\
 Run your own workflow on a ComfyUI that has our nodes, with many prompts and seeds, and fetch what its model's linear
-layers received, for `apply`. A recorder goes between model and sampler; pictures are not decoded or saved."""
+layers received, for `apply`. A recorder goes between model and sampler; images are not decoded or saved."""
 OBSERVE_EPILOG = """\
 examples:
   convert_to_quant comfyui observe --server http://127.0.0.1:8188 \\

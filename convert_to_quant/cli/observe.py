@@ -40,7 +40,7 @@ examples:
   convert_to_quant observe --pipeline FLUX.1-dev --prompts prompts.txt \\
       -o stats.safetensors
 
-On noise at least 3 pictures are made. A --pipeline without MODEL names layers in both ways. Under torchrun processes
+On noise at least 3 images are made. A --pipeline without MODEL names layers in both ways. Under torchrun processes
 share the work.
 """
 
@@ -211,13 +211,13 @@ def observe_in_diffusers(args: argparse.Namespace, distributed: bool, checkpoint
         geometry = geometry_of(args, diffusers.plan(checkpoint, table).family)
         prompts = None if args.conditioning == NOISE else Prompts.load(args.conditioning)
         match = match_loras(adapters, table.shapes()) if adapters else None
-        pictures = args.samples or (SAMPLES if prompts is None else 1)
+        images = args.samples or (SAMPLES if prompts is None else 1)
         session = session_of(
             args,
             distributed,
             model=fingerprint(checkpoint),
             conditioning=NOISE if prompts is None else fingerprint(args.conditioning),
-            samples=pictures,
+            samples=images,
             size=f"{geometry.frames} x {geometry.height} x {geometry.width} tokens, text {geometry.text_tokens}",
             lora=[f"{one.strength:g} {fingerprint(one.checkpoint)}" for one in adapters],
         )
@@ -229,7 +229,7 @@ def observe_in_diffusers(args: argparse.Namespace, distributed: bool, checkpoint
             observation = diffusers.observe(
                 checkpoint,
                 table,
-                samples=pictures,
+                samples=images,
                 steps=args.steps,
                 seed=args.seed,
                 device=args.device,
@@ -255,13 +255,13 @@ def observe_in_comfyui(args: argparse.Namespace, distributed: bool, checkpoint: 
         args.text_tokens or TEXT_TOKENS,
     )
     with loras_of(args) as adapters:
-        pictures = args.samples or SAMPLES
+        images = args.samples or SAMPLES
         session = session_of(
             args,
             distributed,
             engine=f"comfyui {inprocess_tree.version(folder)}",
             model=fingerprint(checkpoint),
-            samples=pictures,
+            samples=images,
             size=f"{size.frames} x {size.height} x {size.width}, text {size.text_tokens}",
             lora=[f"{one.strength:g} {fingerprint(one.checkpoint)}" for one in adapters],
         )
@@ -272,7 +272,7 @@ def observe_in_comfyui(args: argparse.Namespace, distributed: bool, checkpoint: 
                 checkpoint,
                 folder,
                 table,
-                samples=pictures,
+                samples=images,
                 steps=args.steps,
                 seed=args.seed,
                 device=args.device,
@@ -305,7 +305,7 @@ def observe_pipeline(args: argparse.Namespace, distributed: bool) -> int:
             prompts=fingerprint(args.prompts),
             model=None if checkpoint is None else fingerprint(checkpoint),
             component=args.component,
-            samples=painting.pictures,
+            samples=painting.images,
             size=f"{args.frames} x {args.height} x {args.width}, text {args.text_tokens}",
         )
         if done(session, args):
@@ -365,7 +365,7 @@ def finish(session: Session, observation: Observation, args: argparse.Namespace)
             f"observed on noise: the ranges of {len(observation.conditioned)} layers depend on the conditioning, "
             f"which noise only imitates (first: {min(observation.conditioned)})"
         )
-    say(f"observed {int(statistics.visited.sum())} layers over {statistics.samples} pictures; wrote {args.output}")
+    say(f"observed {int(statistics.visited.sum())} layers over {statistics.samples} images; wrote {args.output}")
     report(statistics, args)
     return 0
 

@@ -220,8 +220,8 @@ def _bar(title: str, unit: str) -> Iterator[Progress]:
 def rate(speed: float, unit: str) -> str:
     """So much per second.
 
-    >>> rate(2.34e8, "bytes"), rate(0.5, "pictures")
-    ('234.0 MB/s', '0.5 pictures/s')
+    >>> rate(2.34e8, "bytes"), rate(0.5, "images")
+    ('234.0 MB/s', '0.5 images/s')
     """
     return f"{size(speed)}/s" if unit == "bytes" else f"{speed:.3g} {unit}/s"
 

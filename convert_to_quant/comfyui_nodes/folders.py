@@ -134,7 +134,7 @@ def as_output(path: Path) -> dict[str, str]:
 
 
 def next_output(prefix: str, suffix: str = SUFFIX) -> Path:
-    """A path in ComfyUI's output folder that no file has yet, numbered as ComfyUI numbers its pictures.
+    """A path in ComfyUI's output folder that no file has yet, numbered as ComfyUI numbers its images.
 
     Args:
         prefix: folder and name below the output folder.

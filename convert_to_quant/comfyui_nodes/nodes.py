@@ -492,7 +492,7 @@ def embeddings_of(conditioning: Sequence[tuple[torch.Tensor, Mapping[str, Any]]]
 
 
 def as_image(picture: Any) -> torch.Tensor:
-    """A PIL image as ComfyUI has pictures: [1, height, width, 3], float32, 0 to 1."""
+    """A PIL image as ComfyUI has images: [1, height, width, 3], float32, 0 to 1."""
     import numpy as np
     import torch
 

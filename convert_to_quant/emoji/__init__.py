@@ -1,8 +1,8 @@
 """The embedded emoji model: a real, trained Flux.1-shaped network of 18 MB to show and to test things on.
 
-Every claim of this project about pictures can be checked on it in seconds and without a download. NOTICE.md says where
-it comes from. Here is where its file lies and how its latents become pictures; `prompts` makes what it takes as a
-prompt, `rerange` gives it the activation ranges of large models, `sheet` lays pictures out for people to compare.
+Every claim of this project about images can be checked on it in seconds and without a download. NOTICE.md says where
+it comes from. Here is where its file lies and how its latents become images; `prompts` makes what it takes as a
+prompt, `rerange` gives it the activation ranges of large models, `sheet` lays images out for people to compare.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIDE_PIXELS = 4 * SIDE_TOKENS
 
 
 def to_pictures(latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Latents as pictures on white.
+    """Latents as images on white.
 
     Args:
         latents: [batch, SIDE_TOKENS², 64], as the model has them: the channels of a token are (RGBA, row and column of
@@ -37,5 +37,5 @@ def to_pictures(latents: NDArray[np.float32]) -> NDArray[np.uint8]:
     rows_first = split.transpose(0, 1, 6, 4, 2, 7, 5, 3)
     rgba = np.clip(rows_first.reshape(batch, SIDE_PIXELS, SIDE_PIXELS, 4) / 2 + 0.5, 0, 1)
     rgb = np.clip(rgba[..., :3] + (1 - rgba[..., 3:]), 0, 1)
-    pictures: NDArray[np.uint8] = np.round(rgb * 255).astype(np.uint8)
-    return pictures
+    images: NDArray[np.uint8] = np.round(rgb * 255).astype(np.uint8)
+    return images

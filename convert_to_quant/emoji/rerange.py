@@ -1,4 +1,4 @@
-"""Function-preserving re-rangings of the emoji model: the same pictures, other activation ranges.
+"""Function-preserving re-rangings of the emoji model: the same images, other activation ranges.
 
 Why it exists. A small model trained at home has tame activations, and published models do not: Qwen-Image-Edit's layers
 see inputs of up to 38,656, other models' median layer sees 10. What FP8 does to such a model can be shown on a small

@@ -1,6 +1,6 @@
-"""A sheet of small pictures for people to compare: labelled rows, columns of cells, a caption under every cell.
+"""A sheet of small images for people to compare: labelled rows, columns of cells, a caption under every cell.
 
-Everything is drawn with Pillow and its own font, which has ASCII only; pictures are enlarged by whole factors without
+Everything is drawn with Pillow and its own font, which has ASCII only; images are enlarged by whole factors without
 smoothing, so that what one sees is the pixels that the model made.
 """
 
@@ -37,15 +37,15 @@ TITLE_SIZE, HEAD_SIZE, TEXT_SIZE = 42, 32, 24
 
 @dataclass(frozen=True)
 class Cell:
-    """Pictures and what is said under them.
+    """Images and what is said under them.
 
     Attributes:
-        pictures: equally large, uint8 [height, width, 3].
+        images: equally large, uint8 [height, width, 3].
         caption: one line.
         color: of the caption.
     """
 
-    pictures: Sequence[Picture]
+    images: Sequence[Picture]
     caption: str
     color: Color = INK
 
@@ -64,14 +64,14 @@ def draw(title: Heading, columns: Sequence[Heading], rows: Sequence[tuple[Headin
     Args:
         title: above everything.
         columns: their headings.
-        rows: their headings, and one cell per column; all cells have equally many pictures.
+        rows: their headings, and one cell per column; all cells have equally many images.
 
     Returns:
         An RGB image.
     """
     from PIL import Image, ImageDraw
 
-    blocks = [[_block(cell.pictures) for cell in cells] for _, cells in rows]
+    blocks = [[_block(cell.images) for cell in cells] for _, cells in rows]
     block_height, block_width, _ = blocks[0][0].shape
     cell_width, cell_height = block_width + 2 * PADDING, block_height + 2 * PADDING + CAPTION_HEIGHT
     lefts = [MARGIN + LABEL_WIDTH + number * (cell_width + GAP) for number in range(len(columns))]
@@ -92,13 +92,12 @@ def draw(title: Heading, columns: Sequence[Heading], rows: Sequence[tuple[Headin
     return sheet
 
 
-def _block(pictures: Sequence[Picture]) -> Picture:
-    """Two lines of pictures, enlarged: uint8 [height, width, 3]."""
-    in_line = (len(pictures) + 1) // 2
-    blanks = [np.full_like(pictures[0], 255)] * (2 * in_line - len(pictures))
+def _block(images: Sequence[Picture]) -> Picture:
+    """Two lines of images, enlarged: uint8 [height, width, 3]."""
+    in_line = (len(images) + 1) // 2
+    blanks = [np.full_like(images[0], 255)] * (2 * in_line - len(images))
     shown = [
-        np.pad(picture, ((SPACE, SPACE), (SPACE, SPACE), (0, 0)), constant_values=255)
-        for picture in (*pictures, *blanks)
+        np.pad(picture, ((SPACE, SPACE), (SPACE, SPACE), (0, 0)), constant_values=255) for picture in (*images, *blanks)
     ]
     lines = [np.concatenate(shown[start : start + in_line], 1) for start in (0, in_line)]
     block: Picture = np.concatenate(lines)

@@ -118,7 +118,7 @@ def observe(
         seed: of all noise.
         device: where to compute.
         dtype: in what to compute; see `load`.
-        geometry: size of the pictures; `GEOMETRY` by default.
+        geometry: size of the images; `GEOMETRY` by default.
         layers: names of the layers to record; by default the quantized ones, or all matrices of a checkpoint that has
             none.
         prompts: conditioning made by the model's own text encoders, in place of noise.
@@ -218,8 +218,8 @@ def parts(trajectories: int, geometry: Geometry, *, prompted: bool = False, adap
     """All work of a run, in parts of up to `BATCH_TOKENS` rows.
 
     Args:
-        trajectories: how many pictures; number n has the n-th way of conditioning, in turn.
-        geometry: of the pictures.
+        trajectories: how many images; number n has the n-th way of conditioning, in turn.
+        geometry: of the images.
         prompted: prompts are given, so nothing is drawn but latents.
         adapted: do everything again with adapters.
 

@@ -61,16 +61,16 @@ class Painting:
     """How a pipeline paints.
 
     Attributes:
-        pictures: how many; prompts are taken in turn, and each at least once.
+        images: how many; prompts are taken in turn, and each at least once.
         steps: of its scheduler.
         seed: of all noise.
         height: in pixels; the pipeline's own default where None. So are the others.
         width: in pixels.
-        frames: of a film.
+        frames: of a video.
         text_tokens: most tokens of a prompt.
     """
 
-    pictures: int = 1
+    images: int = 1
     steps: int = 8
     seed: int = 42
     height: int | None = None
@@ -231,7 +231,7 @@ def observe(
 
         units = [
             Unit(f"picture {number}", "prompts", 1, painting.steps, partial(paint, number))
-            for number in range(max(painting.pictures, len(prompts)))
+            for number in range(max(painting.images, len(prompts)))
         ]
         seen = session.run(
             recording,

@@ -40,7 +40,7 @@ class Prompts:
 
     Attributes:
         tensors: by name, each [prompts, ...].
-        geometry: of the pictures, with the prompts' own number of text tokens, once fitted to a model.
+        geometry: of the images, with the prompts' own number of text tokens, once fitted to a model.
         source: where they come from, for messages.
     """
 
@@ -82,7 +82,7 @@ class Prompts:
 
         Args:
             denoiser: the model.
-            geometry: of the pictures.
+            geometry: of the images.
 
         Returns:
             Prompts with one tensor per signal of the model.

@@ -62,7 +62,7 @@ class Unit:
     Attributes:
         name: what it is known by in the partial file; no two units of a run share it.
         group: units of one group are compared with those of others.
-        samples: pictures that it runs the model for.
+        samples: images that it runs the model for.
         cost: how much work it is, in any measure that the units share; for progress.
         run: does it, while the session records, and tells how much of the cost was done.
     """

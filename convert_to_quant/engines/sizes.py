@@ -24,7 +24,7 @@ class Grid:
 
     Attributes:
         pixels: along each side.
-        frames: of a film, after the first frame, which has tokens of its own.
+        frames: of a video, after the first frame, which has tokens of its own.
     """
 
     pixels: int = 16

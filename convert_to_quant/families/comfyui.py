@@ -1,4 +1,4 @@
-"""What ComfyUI's models take besides latents, as data: what stands in for prompts, pictures and sounds.
+"""What ComfyUI's models take besides latents, as data: what stands in for prompts, images and sounds.
 
 Why it exists. ComfyUI can load any model that it knows, but it does not say what a model wants besides latents: its
 nodes attach that to the conditioning under names of their own (`cross_attn`, `pooled_output`, `clip_vision_output`,
@@ -11,14 +11,14 @@ measured on the loaded network ("as wide as `txt_in` takes"), so a file of anoth
 no weight tells is a number here.
 
     stream   what an encoder gives per token: drawn as `noise.py` draws it, in three ways
-    vector   what an encoder gives per picture: the same, without loud channels
+    vector   what an encoder gives per image: the same, without loud channels
     picture  latents of another picture, as a VAE gives them: noise of unit variance once ComfyUI has scaled it
     signal   pixels, poses and the like: noise of unit variance
     ids      token numbers
     ones     masks, and scales that nothing says
 
 Limits. Control signals (poses, masks, depth) are noise here, and are never so wild in practice. Layers of branches that
-take part only with two or more reference pictures, or with a controlnet, are not reached.
+take part only with two or more reference images, or with a controlnet, are not reached.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Conditions:
         wants: name in the conditioning -> what stands there; None takes an inherited one away.
         settings: further entries of the conditioning, as they are.
         latents: shapes of the latents, each without the batch, where they are not what the latent format says.
-        batch: how many latents a trajectory has: models that take the frames of a film as a batch have one each.
+        batch: how many latents a trajectory has: models that take the frames of a video as a batch have one each.
         multiple: height and width of the latents are multiples of this.
         smallest: least height and width of the latents that the model can take.
         frames: fewest latent frames that it can take.
@@ -254,5 +254,5 @@ def vision_output(values: Tensor) -> Any:
 
 
 def listed(values: Tensor) -> Any:
-    """One of several pictures."""
+    """One of several images."""
     return [values]

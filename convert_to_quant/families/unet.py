@@ -39,7 +39,7 @@ def unclip(values: Any) -> Any:
 
 
 def _unclip_row(values: Any) -> Any:
-    """The same, as one of several pictures."""
+    """The same, as one of several images."""
     return unclip(values[:, None])
 
 

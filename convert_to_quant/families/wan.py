@@ -63,7 +63,7 @@ def speech_layers(scene: Scene) -> int:
 
 
 def beside_channels(scene: Scene) -> int:
-    """Channels of the latents beside a model's own: pictures of 16 channels each, and often a mask of four."""
+    """Channels of the latents beside a model's own: images of 16 channels each, and often a mask of four."""
     more = scene.inputs("patch_embedding") - scene.channels
     return max(more - 4 if more % scene.channels == 4 else more, 0) or scene.channels
 

@@ -30,7 +30,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
 
 
 def _arguments(inputs: Inputs) -> dict[str, Any]:
-    """Samples come as lists, pictures as films of one frame; time runs from 0 (noise) to 1."""
+    """Samples come as lists, images as videos of one frame; time runs from 0 (noise) to 1."""
     return {
         "x": list(inputs.latents.unsqueeze(2)),
         "t": inputs.time(-1, 1),

@@ -225,7 +225,7 @@ class Side:
         statistics: names of the statistics files.
         model: name of the checkpoint.
         family: what the checkpoint is.
-        samples: pictures that were observed.
+        samples: images that were observed.
         engine, conditioning: how, where that is known.
         provenance: all that the statistics say of themselves.
         options: how scales were chosen.

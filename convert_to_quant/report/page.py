@@ -2,7 +2,7 @@
 
     head        what was looked at
     verdict     one sentence, a bar of layers, the points, and how it all was made: written here, needs no scripts
-    pictures    drawn by the scripts in `assets/` from the document, which the file carries as JSON
+    charts    drawn by the scripts in `assets/` from the document, which the file carries as JSON
     lists       layers in full precision, and layers left alone, with the reasons: written here
     table       all figures: made by the scripts
 
@@ -12,8 +12,8 @@ nor call out; and every text is escaped (`html.escape` here, text nodes in the s
 
 Size. 1.1 MB is ECharts; a layer takes about 0.9 kB a side, so 1,000 layers on two sides make about 2.8 MB.
 
-Limits. The pictures need JavaScript, a canvas, and a browser of 2023 or later. Rows are drawn as they come into view;
-a print shows the first 400 of them in the pictures, and all in the table.
+Limits. The charts need JavaScript, a canvas, and a browser of 2023 or later. Rows are drawn as they come into view;
+a print shows the first 400 of them in the charts, and all in the table.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _about(document: Document) -> str:
     """What was looked at, in one line."""
     parts = [f"{len(document['layers']):,} layers"]
     for side in document["sides"]:
-        known = [side["family"], f"{side['samples']:,} pictures observed" if side["samples"] else None]
+        known = [side["family"], f"{side['samples']:,} images observed" if side["samples"] else None]
         if side["conditioning"]:
             known.append(f"on {side['conditioning']}")
         said = ", ".join(text for text in known if text)
@@ -198,7 +198,7 @@ def _made(document: Document) -> str:
             "checkpoint": side["model"],
             "family": side["family"],
             "statistics": side["statistics"],
-            "pictures": f"{side['samples']:,}" if side["samples"] else None,
+            "images": f"{side['samples']:,}" if side["samples"] else None,
             **{f"observed: {key.replace('_', ' ')}": texts for key, texts in side["provenance"].items()},
             **{f"chosen by: {key.replace('_', ' ')}": _plain(value) for key, value in side["options"].items()},
             "notes": side["notes"],

@@ -27,7 +27,7 @@ MOVED_OCTAVES = 0.5
 """A range or a scale that differs by more has moved."""
 
 CAUSES = {
-    "one row": "with one row per picture, where that costs nothing",
+    "one row": "with one row per image, where that costs nothing",
     "rows lost": "where rows (tokens) would be lost at any scale",
     "budget": "among the worst for what they cost, within the budget",
 }
@@ -220,10 +220,7 @@ def _ratios(rows: Sequence[tuple[str, Figures]]) -> list[str]:
     before, after = (_median_db(one.before for _, one in rows), _median_db(one.after for _, one in rows))
     if before is None or after is None:
         return []
-    return [
-        f"Signal to noise of a layer's inputs, in the middle of all layers: {before:.1f} dB now, {after:.1f} dB "
-        "calibrated."
-    ]
+    return [f"Signal to noise of a layer's inputs, median over layers: {before:.1f} dB now, {after:.1f} dB calibrated."]
 
 
 def _precision(rows: Sequence[tuple[str, Figures]]) -> list[str]:
@@ -339,7 +336,7 @@ def _two_scales(first: Side, second: Side, pairs: Sequence[Pair]) -> tuple[Level
         middles = [_median_db(state for _, _, state in rows) for rows in (mine, theirs)]
         if None not in middles:
             ratios = f"{middles[0]:.1f} dB in {first.label}, {middles[1]:.1f} dB in {second.label}"
-            points.append(f"Signal to noise of a layer's inputs at its {noun}, in the middle of all layers: {ratios}.")
+            points.append(f"Signal to noise of a layer's inputs at its {noun}, median over layers: {ratios}.")
     return level, headline or f"{first.label} and {second.label} have the same scales and precisions.", points
 
 

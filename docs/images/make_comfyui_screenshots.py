@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/comfyui.md, and the editor's form of docs/workflows, with ComfyUI's own frontend.
+"""Makes the images of docs/comfyui.md, and the editor's form of docs/workflows, with ComfyUI's own frontend.
 
     COMFYUI_DIR=/path/to/ComfyUI COMFYUI_PYTHON=/its/python python docs/images/make_comfyui_screenshots.py
 
@@ -43,7 +43,7 @@ TESTS = DOCS.parent / "tests" / "comfyui"
 WORKFLOWS = DOCS / "workflows"
 LARGEST_BYTES = 250_000
 WIDTH = 1500
-"""Of the window, in its own pixels; pictures have half as many again."""
+"""Of the window, in its own pixels; images have half as many again."""
 
 Box = tuple[int, int, int, int]
 """x, y, width, height on the graph."""

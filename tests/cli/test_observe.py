@@ -45,7 +45,7 @@ def test_the_quantized_layers_of_a_model_are_observed_and_applied(
     seen = Statistics.load(stats)
     assert set(seen.layers) == set(flux.quantized)
     assert seen.samples == 4
-    assert (seen.calls == 3 * 2).all()  # the pictures of one kind of conditioning run together
+    assert (seen.calls == 3 * 2).all()  # the images of one kind of conditioning run together
     facts = dict(seen.provenance)
     assert {name: facts[name] for name in ("conditioning", "engine", "family", "seed", "steps")} == {
         "conditioning": ("noise",), "engine": ("model",), "family": ("flux1",), "seed": ("7",), "steps": ("2",)
@@ -221,7 +221,7 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(
 # --- stopped runs ---
 
 LONG = ("--height", 16, "--width", 32, "--text-tokens", 2000, "--steps", 2, "--samples", 7)
-"""Two pictures run together: four parts of work, eight evaluations."""
+"""Two images run together: four parts of work, eight evaluations."""
 
 OBSERVE = """
 import os, signal, sys

@@ -56,7 +56,7 @@ def families() -> dict[str, Any]:
     return {"supported": found, "made": list(tiny_models.MODELS), "left out": dict(tiny_models.LEFT_OUT)}
 
 
-def tiny(name: str, folder: str, pictures: int) -> dict[str, Any]:
+def tiny(name: str, folder: str, images: int) -> dict[str, Any]:
     """Observe a tiny model of a family; one picture has loud conditioning."""
     from convert_to_quant.engines import noise
     from convert_to_quant.engines.comfyui import inprocess
@@ -73,7 +73,7 @@ def tiny(name: str, folder: str, pictures: int) -> dict[str, Any]:
         detected.append(type(model.patcher.model.model_config).__name__)
         return model
 
-    ways = noise.CONDITIONINGS if pictures > 1 else (noise.LOUD_CHANNELS,)
+    ways = noise.CONDITIONINGS if images > 1 else (noise.LOUD_CHANNELS,)
     with (
         comfyui(),
         tiny_models.assuming(name),
@@ -82,7 +82,7 @@ def tiny(name: str, folder: str, pictures: int) -> dict[str, Any]:
     ):
         told = command(
             ["observe", str(path), "-o", str(output), "--engine", "comfyui", "--comfyui-dir", str(TREE), "--samples",
-             str(pictures), "--steps", "1", "--height", str(height), "--width", str(width), "--frames", str(frames),
+             str(images), "--steps", "1", "--height", str(height), "--width", str(width), "--frames", str(frames),
              "--text-tokens", "12"]
         )  # fmt: skip
     return {**told, "detected": detected}

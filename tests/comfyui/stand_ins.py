@@ -1,7 +1,7 @@
 """Makes a ComfyUI run workflows for Flux.1 with the emoji model: its text encoder and VAE in place of theirs.
 
 Copied into `custom_nodes`. ComfyUI's own loader nodes then give objects that stand in for CLIP and VAE, whatever file
-is chosen; all other nodes, and the model itself, are ComfyUI's. The model paints pictures that the workflow takes for
+is chosen; all other nodes, and the model itself, are ComfyUI's. The model paints images that the workflow takes for
 128 pixels wide; they have 32, and come enlarged to 256.
 """
 
@@ -38,8 +38,8 @@ class Decoder:
         x = comfy.latent_formats.Flux().process_in(latents)
         batch, side = len(x), emoji.SIDE_TOKENS
         tokens = x.reshape(batch, 16, side, 2, side, 2).permute(0, 2, 4, 1, 3, 5).reshape(batch, side * side, 64)
-        pictures = emoji.to_pictures(tokens.float().numpy())
-        enlarged = pictures.repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2)
+        images = emoji.to_pictures(tokens.float().numpy())
+        enlarged = images.repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2)
         return torch.from_numpy(enlarged.astype(np.float32) / 255)
 
 

@@ -23,7 +23,7 @@ NAMES = sorted(path.name.removesuffix("_api.json") for path in (DOCS / "workflow
 
 @pytest.fixture(scope="module")
 def maker(comfyui: Any) -> SimpleNamespace:
-    """The script that makes the pictures."""
+    """The script that makes the images."""
     pytest.importorskip("playwright", reason="the editor is looked at through Playwright")
     pytest.importorskip("comfyui_frontend_package", reason="the editor is comfyui-frontend-package")
     if shutil.which("chromium") is None:

@@ -33,7 +33,7 @@ tiny_models = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny_models)
 LEFT_OUT, MODELS = tiny_models.LEFT_OUT, tiny_models.MODELS
 
-SLOW = {"WAN22_Animate": "its face encoder takes films of 512 by 512 pixels whatever the model's size"}
+SLOW = {"WAN22_Animate": "its face encoder takes videos of 512 by 512 pixels whatever the model's size"}
 """Minutes on a CPU: these paint one picture in place of three."""
 
 NEVER_RUN: Mapping[str, tuple[str, ...]] = {
@@ -47,7 +47,7 @@ NEVER_RUN: Mapping[str, tuple[str, ...]] = {
         ),
     ),
 }
-"""Layers that ComfyUI itself never runs here: a second time that this refiner leaves out, a head for films of another
+"""Layers that ComfyUI itself never runs here: a second time that this refiner leaves out, a head for videos of another
 frame rate, heads that only training has."""
 
 ZEROS: Mapping[str, tuple[str, ...]] = {"ACEStep": ("speaker_embedder",)}
@@ -171,8 +171,8 @@ def test_every_family_that_comfyui_detects_has_a_tiny_model_or_a_reason(inproces
 def test_a_tiny_model_is_detected_run_and_observed_on_every_layer(
     inprocess: InProcess, name: str, tmp_path: Path
 ) -> None:
-    pictures = 1 if name in SLOW else 3
-    told = inprocess.ask("tiny", name=name, folder=str(tmp_path), pictures=pictures)
+    images = 1 if name in SLOW else 3
+    told = inprocess.ask("tiny", name=name, folder=str(tmp_path), images=images)
 
     assert told["code"] == 0, told["err"]
     assert set(told["detected"]) == {name}
@@ -182,7 +182,7 @@ def test_a_tiny_model_is_detected_run_and_observed_on_every_layer(
     assert {layer.removeprefix(prefix) for layer in unvisited} == set(NEVER_RUN.get(name, ()))
     ranges = zip(seen.names, seen.visited, seen.absmax, strict=True)
     assert tuple(layer for layer, visited, absmax in ranges if visited and not absmax) == ZEROS.get(name, ())
-    assert seen.samples == pictures
+    assert seen.samples == images
     levels = seen.sigma_count.sum(0) > 0  # one step is taken, at the highest level; text is prepared before, at none
     assert levels[SIGMA_BINS - 1]
     assert not levels[: SIGMA_BINS - 1].any()
@@ -216,7 +216,7 @@ def test_renamed_layers_of_an_fp8_file_are_recorded_under_its_own_names(inproces
 
     theirs = {"_mod.lin.": "_mod.linear.", "_attn.qkv.": "_attn_qkv.", "_attn.proj.": "_attn_proj.",
               ".modulation.lin.": ".modulation.linear."}  # fmt: skip
-    told = inprocess.ask("tiny", name="HunyuanVideo", folder=str(tmp_path), pictures=3)
+    told = inprocess.ask("tiny", name="HunyuanVideo", folder=str(tmp_path), images=3)
     assert told["code"] == 0, told["err"]
     before = Statistics.load(tmp_path / "stats.safetensors")
     renamed = {}
@@ -280,7 +280,7 @@ def test_the_hot_model_is_calibrated_from_a_run_in_comfyui(
     facts = dict(seen.provenance)
     with open_checkpoint(files("hot").converted) as checkpoint:
         assert list(seen.names) == list(find_layers(checkpoint).quantized)
-    assert f"observed {len(seen.names)} layers over 3 pictures" in said
+    assert f"observed {len(seen.names)} layers over 3 images" in said
     assert facts["engine"] == ("comfyui",)
     assert facts["family"] == ("Flux",)
     assert facts["conditioning"] == ("noise",)
@@ -382,7 +382,7 @@ def test_what_comfyui_cannot_load_is_an_error_with_its_reason(
 
 
 def test_auto_takes_comfyui_for_what_diffusers_cannot_run(inprocess: InProcess, tmp_path: Path) -> None:
-    told = inprocess.ask("tiny", name="SD15", folder=str(tmp_path), pictures=3)
+    told = inprocess.ask("tiny", name="SD15", folder=str(tmp_path), images=3)
     assert told["code"] == 0, told["err"]
     words = ("observe", tmp_path / "tiny.safetensors", "-o", tmp_path / "auto", *SMALL, "--samples", "3")
 

@@ -194,7 +194,7 @@ MODELS: Mapping[str, Tiny] = {
         {"c_hidden": [64, 64, 64, 64], "nhead": [-1, -1, 1, 1], "blocks": [[1, 1, 1, 1], [1, 1, 1, 1]],
          "block_repeat": [[1, 1, 1, 1], [1, 1, 1, 1]], "c_cond": 64}, size=(256, 256, 1),
     ),
-    # pictures
+    # images
     "SD3": Tiny(
         {"in_channels": 16, "patch_size": 2, "out_channels": 16, "depth": 1, "input_size": None, "adm_in_channels": 24,
          "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 40, "out_features": 64}},
@@ -311,7 +311,7 @@ MODELS: Mapping[str, Tiny] = {
         {**HUNYUAN, "vec_in_dim": None, "in_channels": 128, "out_channels": 64, "patch_size": [1, 1, 1],
          "meanflow": True, "byt5": False},
     ),
-    # films
+    # videos
     "GenmoMochi": Tiny(
         {"image_model": "mochi_preview", "patch_size": 2, "mlp_ratio_x": 4.0, "mlp_ratio_y": 4.0, "learn_sigma": False,
          "in_channels": 12, "qk_norm": True, "qkv_bias": False, "out_bias": True, "attn_drop": 0.0,

@@ -212,5 +212,5 @@ def comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ComfyUI:
 
 @pytest.fixture
 def noise() -> Tensor:
-    """[2 pictures, 5 tokens, 16]."""
+    """[2 images, 5 tokens, 16]."""
     return torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))

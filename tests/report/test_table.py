@@ -69,7 +69,7 @@ def test_crossed_figures_stand_on_the_side_whose_inputs_they_are(observed: Obser
 def test_every_line_says_what_made_it(observed: Observed) -> None:
     (line,) = read(Source(observed({"a": NORMAL}), options=SolveOptions(margin=1.5, keep=("x", "y"))))
     assert line["tool"] == f"convert_to_quant {__version__}"
-    assert line["options"].startswith("method=absmax; margin=1.5; ")
+    assert line["options"].startswith("method=absmax; percentile=99.9; margin=1.5; ")
     assert line["options"].endswith("keep=x y")
 
 

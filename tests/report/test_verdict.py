@@ -70,7 +70,7 @@ def test_full_precision_has_its_reasons(observed: Observed) -> None:
     statistics = observed({"loud token": LOUD_TOKEN, "modulation": NORMAL[:1], "fine": NORMAL})
     found = verdict(Source(statistics))
     assert said(found.points, "full precision") == (
-        "Calibration moves 2 layers to full precision: 1 with one row per picture, where that costs nothing; 1 where "
+        "Calibration moves 2 layers to full precision: 1 with one row per image, where that costs nothing; 1 where "
         "rows (tokens) would be lost at any scale."
     )
 

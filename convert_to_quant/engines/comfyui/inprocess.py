@@ -59,7 +59,7 @@ class Size:
 
     Attributes:
         height, width: in pixels.
-        frames: of a film, 1 for a picture.
+        frames: of a video, 1 for a picture.
         text_tokens: length of a prompt.
     """
 
@@ -227,7 +227,7 @@ class Model:
         return patcher
 
     def _as_encoded(self, latents: Tensor) -> Tensor:
-        """Latents as a VAE gives them, of latents as the network sees them; several pictures lie in channels."""
+        """Latents as a VAE gives them, of latents as the network sees them; several images lie in channels."""
         channels = self.patcher.model.latent_format.latent_channels
         parts = [self.patcher.model.process_latent_out(part) for part in torch.split(latents, channels, dim=1)]
         return torch.cat(parts, dim=1).to(self.patcher.load_device)  # not every family moves them itself
@@ -357,11 +357,11 @@ def observe(
         checkpoint: the open checkpoint.
         folder: ComfyUI's tree; see `inprocess_tree.folder_of`.
         table: its layers, where they are known already.
-        samples: pictures; at least one for each of `noise.CONDITIONINGS` is painted.
+        samples: images; at least one for each of `noise.CONDITIONINGS` is painted.
         steps: noise levels on the way from noise to picture.
         seed: of all noise.
         device: "cpu", "cuda" or "cuda:N".
-        size: of the pictures.
+        size: of the images.
         layers: names of the layers to record; by default the quantized ones of the diffusion model, or all of its
             matrices where none is.
         adapters: LoRA files; ranges then cover the model with and without them.

@@ -1,4 +1,4 @@
-"""What ComfyUI's models are shown in place of prompts, pictures and sounds: what their families' records say, drawn."""
+"""What ComfyUI's models are shown in place of prompts, images and sounds: what their families' records say, drawn."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ...families.running import Signal
 from .. import noise
 
 PICTURES, IDS = 1 << 31, 1 << 32
-"""Pictures and token numbers of trajectory n are drawn with the numbers of trajectories that no run reaches."""
+"""Images and token numbers of trajectory n are drawn with the numbers of trajectories that no run reaches."""
 
 NOTHING_TO_PAINT: Mapping[str, str] = {
-    "RT_DETR_v4": "it finds objects in pictures",
-    "SAM3": "it cuts objects out of pictures",
-    "DepthAnything3": "it measures the depth of pictures",
+    "RT_DETR_v4": "it finds objects in images",
+    "SAM3": "it cuts objects out of images",
+    "DepthAnything3": "it measures the depth of images",
 }
 """Models that ComfyUI loads and that make nothing of noise."""
 

@@ -15,7 +15,7 @@ link being [node id, number of the output]. What a node takes and gives is not i
     seed       an integer that ComfyUI offers to change after each run, of a sampler or of the NOISE that it takes.
 
 Each distinct model gets one recorder. A recorder sees every sampler that takes this very link, so it is saved behind
-the last of them; where several are last, behind each. Everything that no saved LATENT depends on is left out: pictures
+the last of them; where several are last, behind each. Everything that no saved LATENT depends on is left out: images
 are neither decoded nor written. Nothing else changes. Our own nodes, where the workflow has them already, are taken out
 first.
 

@@ -1,4 +1,4 @@
-// What the reader asks for (view, search, filters, order) stands in the hash, and governs pictures and table alike.
+// What the reader asks for (view, search, filters, order) stands in the hash, and governs charts and table alike.
 
 const get = (id) => document.getElementById(id);
 const card = {
@@ -238,7 +238,7 @@ function refresh() {
   mark();
   write();
 }
-/** What pictures say about themselves, and which buttons are down. */
+/** What charts say about themselves, and which buttons are down. */
 function mark() {
   for (const one of marks) one();
   get("search").value = state.q;

@@ -135,7 +135,7 @@ def test_a_prompt_of_one_token_is_drawn_as_a_vector() -> None:
 @pytest.mark.parametrize(
     ("channels", "expected"),
     [(16, 16), (20, 16), (32, 16), (36, 16), (48, 32), (52, 32)],
-    ids=["text to film", "a mask alone", "camera", "a picture and a mask", "a picture and a control", "all of them"],
+    ids=["text to video", "a mask alone", "camera", "a picture and a mask", "a picture and a control", "all of them"],
 )
 def test_wan_models_are_shown_pictures_in_the_channels_beside_their_own(channels: int, expected: int) -> None:
     network = nn.Module()
