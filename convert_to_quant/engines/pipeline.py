@@ -9,7 +9,7 @@ transformer's linear layers are recorded and put under the names of the checkpoi
 tracing where each of its rows goes (`provenance.py`); without one, under diffusers' own names and the authors' both
 (`families`), so that the statistics fit a checkpoint of either kind. The parts of a fused layer share one input.
 
-Noise levels are the scheduler's own.
+Noise levels are the scheduler's own. Where only embeddings are wanted, nothing but its text encoders is loaded.
 
 Limits. The noise of prompt n follows from the seed and n on any device, but the picture is the pipeline's business:
 what it draws itself comes from its own generator. Pipelines with two transformers are observed one at a time
@@ -47,7 +47,7 @@ from .session import Session, Unit
 COMPONENTS = ("transformer", "unet")
 """What a pipeline calls its diffusion model."""
 
-NOT_ENCODERS = (*COMPONENTS, "transformer_2")
+NOT_ENCODERS = (*COMPONENTS, "transformer_2", "vae")
 """Large parts that have no say in embeddings."""
 
 TEXT_LENGTH = "max_sequence_length"
@@ -130,8 +130,11 @@ def load(
     try:
         with warnings.catch_warnings(), _no_loading_bars():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions call it dtype, older ones know only this
-            parts = diffusers.DiffusionPipeline.load_config(str(path)) if without else {}
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+            parts, kind = {}, diffusers.DiffusionPipeline
+            if without:  # optional parts can only be left out by the pipeline's own class
+                parts = kind.load_config(str(path))
+                kind = getattr(diffusers, str(parts.get("_class_name")), kind)
+            pipeline = kind.from_pretrained(  # type: ignore[no-untyped-call]
                 str(path), local_files_only=True, use_safetensors=True, torch_dtype=number,
                 **{name: None for name in without if name in parts},
             )  # fmt: skip

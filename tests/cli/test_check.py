@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,7 +278,9 @@ def test_a_pipeline_embeds_prompts(
 
     kept = flux_file.with_name("kept.safetensors")
     words = ("check", flux_file, fp8_file, *ONE_SIZE, "--guidance", guidance)
-    made = ("--pipeline", pipeline, "--prompts", prompts, "--text-tokens", 6)
+    encoders = flux_file.with_name("encoders")  # the rest is not read
+    shutil.copytree(pipeline, encoders, ignore=shutil.ignore_patterns("transformer", "vae"))
+    made = ("--pipeline", encoders, "--prompts", prompts, "--text-tokens", 6)
     outcome = ctq(*words, *made, "--save-conditioning", kept)
 
     pipe = load_pipeline(pipeline)
@@ -309,6 +312,16 @@ def test_embeddings_of_several_lengths_are_not_kept_in_one_file(
     outcome = ctq("check", flux_file, fp8_file, *words)
     assert (outcome.code, kept.exists()) == (2, False)
     assert "embeddings of 2 different lengths do not go into one file" in outcome.err
+
+
+@pytest.mark.parametrize("name", ["NoSuchPipeline", "AutoencoderKL", "DiffusionPipeline", 5])
+def test_a_folder_of_no_pipeline_is_refused(
+    ctq: Any, flux_file: Path, fp8_file: Path, prompts: Path, tmp_path: Path, *, name: Any
+) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    outcome = ctq("check", flux_file, fp8_file, "--pipeline", tmp_path, "--prompts", prompts)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert f"error: {tmp_path}: diffusers cannot load it: " in outcome.err
 
 
 def test_embeddings_replace_no_input(ctq: Any, flux_file: Path, fp8_file: Path, pipeline: Path, prompts: Path) -> None:
