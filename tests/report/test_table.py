@@ -70,7 +70,7 @@ def test_every_line_says_what_made_it(observed: Observed) -> None:
     (line,) = read(Source(observed({"a": NORMAL}), options=SolveOptions(margin=1.5, keep=("x", "y"))))
     assert line["tool"] == f"convert_to_quant {__version__}"
     assert line["options"].startswith("method=absmax; percentile=99.9; margin=1.5; ")
-    assert line["options"].endswith("keep=x y")
+    assert "; keep=x y; " in line["options"]
 
 
 @pytest.mark.parametrize("name", ['a,"b"', "a\nb", "模型", "a;b"])
