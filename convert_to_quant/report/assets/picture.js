@@ -286,6 +286,15 @@ function panelTitle(panel, count) {
 
 const difference = () => (seen && (view().real || state.view === "before") ? "range_difference" : "scale_difference");
 
+const pen = document.createElement("canvas").getContext("2d");
+
+/** How wide a label over a plot is, in whatever font the reader has, with some air. */
+function wide(plot, words) {
+  const { fontFamily, fontSize } = getComputedStyle(plot.head);
+  pen.font = `600 ${fontSize} ${fontFamily}`;
+  return pen.measureText(words).width + 4;
+}
+
 const picture = {
   rowHeight: (plot) => (view().real ? 26 : 20) + (panels(plot)[0](layers[0] || { sides: [] }).length - 1) * 13,
   side: (plot) => (plot.narrow ? 0 : compares ? Math.min(172, Math.round(plot.width * 0.19)) : 124),
@@ -301,13 +310,13 @@ const picture = {
       if (real) put("label", "size of an input, |x|", left + width / 2);
       else {
         const room = ({ low: from, high: to }) => place(Math.min(to, high)) - place(Math.max(from, low));
-        const long = ({ key }) => key.length * 6.6;
+        const long = ({ key }) => wide(plot, key);
         const last = ZONES.at(-1),
           spill = Math.max(long(last) - room(last), 0); // of the last word, into the zone before
         for (const zone of ZONES) {
           const free = room(zone) - (zone.key === "normal" ? spill : 0),
             middle = place(Math.max(zone.low, low)) + free / 2;
-          const words = free > (zone.key.length + zone.says.length + 2) * 6 ? `${zone.key}: ${zone.says}` : zone.key;
+          const words = free > wide(plot, `${zone.key}: ${zone.says}`) ? `${zone.key}: ${zone.says}` : zone.key;
           if (zone === last && spill) put("label saturated end", words, left + width);
           else if (zone.key === "vanished" && free < long(zone))
             put("label vanished start", free < 50 ? "" : words, left);
