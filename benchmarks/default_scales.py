@@ -27,7 +27,7 @@ from typing import Any
 import emoji_models as emoji
 import torch
 from emoji_models import Choice, Models, choice_of
-from fidelity import facts, in_processes, machine_of, write_between_markers
+from fidelity import add_run_arguments, facts, in_processes, machine_of, write_between_markers
 
 from convert_to_quant.emoji import prompts
 from convert_to_quant.engines import diffusers
@@ -120,11 +120,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2, 3])
     parser.add_argument("--prompts", type=int, default=24, help="held-out prompts")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
-    parser.add_argument("--json", type=Path, help="write everything there")
-    parser.add_argument("--from", dest="source", type=Path, help="a JSON of an earlier run, instead of running")
-    parser.add_argument("--write", type=Path, help="put the tables into this document")
+    add_run_arguments(parser)
     args = parser.parse_args()
     if args.source is not None:
         result = json.loads(args.source.read_text())

@@ -228,17 +228,22 @@ def in_processes(work: Callable[..., Any], variants: list[str], jobs: int, *argu
         return {variant: future.result() for variant, future in futures.items()}
 
 
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a benchmark over variants is run, and where its result goes."""
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="variants at a time")
+    parser.add_argument("--json", type=Path, help="write everything there")
+    parser.add_argument("--from", dest="source", type=Path, help="a JSON of an earlier run, instead of running")
+    parser.add_argument("--write", type=Path, help="put the tables into this document")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(emoji.VARIANTS), choices=emoji.VARIANTS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--prompts", type=int, default=len(emoji.HELD_OUT_PROMPTS), help="held-out prompts")
     parser.add_argument("--observers", type=Path, nargs="*", default=[], help="what observers.py wrote")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="variants at a time")
-    parser.add_argument("--json", type=Path, help="write everything there")
-    parser.add_argument("--from", dest="source", type=Path, help="a JSON of an earlier run, instead of running")
-    parser.add_argument("--write", type=Path, help="put the table into this document")
+    add_run_arguments(parser)
     args = parser.parse_args()
     if args.source is not None:
         result = json.loads(args.source.read_text())

@@ -30,7 +30,7 @@ import emoji_models as emoji
 import numpy as np
 import torch
 from emoji_models import Choice, Models
-from fidelity import SCALES_ONLY, facts, in_processes, machine_of, write_between_markers
+from fidelity import SCALES_ONLY, add_run_arguments, facts, in_processes, machine_of, write_between_markers
 
 from convert_to_quant.calibrate_activation_scales import calibrate_model
 from convert_to_quant.fidelity import velocity_fidelity
@@ -236,12 +236,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(emoji.VARIANTS), choices=emoji.VARIANTS)
     parser.add_argument("--prompts", type=int, default=32, help="held-out prompts")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="variants at a time")
-    parser.add_argument("--json", type=Path, help="write everything there")
-    parser.add_argument("--from", dest="source", type=Path, help="a JSON of an earlier run, instead of running")
+    add_run_arguments(parser)
     parser.add_argument("--plot", type=Path, help="write the picture there; needs matplotlib")
-    parser.add_argument("--write", type=Path, help="put the tables into this document")
     args = parser.parse_args()
     if args.source is not None:
         result = json.loads(args.source.read_text())

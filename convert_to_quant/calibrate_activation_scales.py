@@ -372,15 +372,13 @@ def _run(
         adapters=match,
         progress=progress,
     )
-    solved = solve(
-        observation.statistics,
-        present_scales(checkpoint, table),
-        SolveOptions(
-            margin=options.margin,
-            float16_safe=options.float16_safe,
-            one_row_full_precision=options.one_row_full_precision,
-        ),
+    solving = SolveOptions(
+        margin=options.margin,
+        float16_safe=options.float16_safe,
+        one_row_full_precision=options.one_row_full_precision,
     )
+    present = present_scales(checkpoint, table, energies=solving.finds_headroom)
+    solved = solve(observation.statistics, present, solving)
     conditioned = set(observation.conditioned)
     results = [_with_conditioning(result, result.layer in conditioned) for result in solved]
     notes += _conditioning_notes(conditioned)
@@ -411,7 +409,7 @@ def apply_statistics(
     options = options or SolveOptions()
     table = static_table(checkpoint)
     fitting = naming.for_checkpoint(statistics, table, force=force)
-    present = present_scales(checkpoint, table)
+    present = present_scales(checkpoint, table, energies=options.finds_headroom)
     missing = set(fitting.left_out)
     moving = set(fitting.provenance.get("depends_on_conditioning", ()))
     results = [_with_conditioning(result, result.layer in moving) for result in solve(fitting, present, options)]
@@ -435,7 +433,7 @@ def _with_conditioning(result: LayerResult, depends: bool) -> LayerResult:
     return replace(result, conditioning_dependent=depends)
 
 
-def present_scales(checkpoint: Checkpoint, table: LayerTable, *, energies: bool = True) -> dict[str, Present]:
+def present_scales(checkpoint: Checkpoint, table: LayerTable, *, energies: bool) -> dict[str, Present]:
     """What the layers with a static input scale have now; without the energies of their columns no weight is read."""
     return {
         name: Present(
@@ -469,7 +467,7 @@ def _simulate(
     ranges = layer_engine.simulate(checkpoint, table.static, _simulation(options), rows_of, told)
     margin = layer_engine.DEFAULT_MARGIN if options.margin is None else options.margin
     results = []
-    for name, present in present_scales(checkpoint, table).items():
+    for name, present in present_scales(checkpoint, table, energies=False).items():
         found = ranges[name]
         scale, reason = present.scale, "weight is empty or all zero: keeps its scale"
         if found > 0:

@@ -267,7 +267,7 @@ class Made:
 
     def measured(self, layer: str) -> bool:
         """Whether the scale of a layer's inputs was found by measurement, be it 1.0."""
-        return self.engine in ("model", "statistics") and layer not in {*self.unmeasured, *self.guessed}
+        return self.engine in ("model", "statistics") and layer not in self.unmeasured + self.guessed
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,11 @@ class SolveOptions(Options):
     float16_safe: bool = option(False, "no scale below 2⁻¹⁵")
     one_row_full_precision: bool = True
 
+    @property
+    def finds_headroom(self) -> bool:
+        """Whether each layer's margin is found from its channels and its weight (`headroom`)."""
+        return self.margin is None and self.method == "absmax"
+
 
 @dataclass(frozen=True)
 class ConvertOptions(Options):

@@ -297,7 +297,7 @@ def _refuse_nonfinite(statistics: Statistics) -> None:
 
 def _headroom(statistics: Statistics, number: int, state: Present, options: SolveOptions) -> float:
     """The factor on a layer's range: the margin asked for, or what costs nothing."""
-    if options.margin is not None or options.method != "absmax":
+    if not options.finds_headroom:
         return options.margin or 1.0
     channel_absmax_I = statistics.channel_absmax[number]
     if not len(channel_absmax_I) or state.column_energies is None:

@@ -37,7 +37,7 @@ from ..checkpoint import Checkpoint
 from ..errors import CalibrationError, OptionError, StrPath
 from ..families.running import Signal
 from ..recorder import find_linears, module_shape, record
-from ..stats import Shape, Statistics
+from ..stats import Shape
 from ..telling import Advance, Progress
 from .denoiser import load as load_model
 from .diffusers import Observation, expect_finite, watched
@@ -361,12 +361,6 @@ def _by_signal(
         elif text is not None:
             names[text] = names[text][:, mask[0].bool()]
     return found
-
-
-def with_prefix(statistics: Statistics, prefix: str) -> Statistics:
-    """The same statistics under layer names that begin with a checkpoint's prefix."""
-    layers = {name if name.startswith(prefix) else prefix + name: shape for name, shape in statistics.layers.items()}
-    return statistics.replace(layers=layers)
 
 
 def _component(pipeline: Any, component: str | None, folder: StrPath) -> nn.Module:

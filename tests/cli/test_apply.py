@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from convert_to_quant import headroom
 from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
 from convert_to_quant.cli import main
 from convert_to_quant.layers import find_layers, input_scale
@@ -68,6 +69,16 @@ def test_merged_files_give_the_same_bytes_as_the_files_themselves(model: Path, t
     assert main(["apply", str(model), *files, "-o", apart, "-q"]) == 0
     assert main(["apply", str(model), merged, "-o", together, "-q"]) == 0
     assert scales(Path(apart)) == scales(Path(together))
+
+
+@pytest.mark.parametrize("words", [("--margin", "1"), ("--method", "mse")])
+def test_no_weight_is_read_where_no_headroom_is_looked_for(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    stats = tmp_path / "stats.safetensors"
+    seen({LAYER: 896.0, OTHER: 44.8}).save(stats)
+    monkeypatch.setattr(headroom, "column_energies", lambda *_: pytest.fail("a weight was read"))
+    assert main(["apply", str(model), str(stats), "--in-place", "-q", *words]) == 0
 
 
 def test_a_layer_that_was_never_visited_keeps_its_scale_and_is_named(
