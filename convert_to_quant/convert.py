@@ -21,13 +21,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,13 +37,17 @@ from numpy.typing import NDArray
 from . import __version__, families, names
 from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, to_float32
 from .errors import OutputError, TensorError
-from .formats import DEFAULT
-from .formats.record import CHUNK, Format, scale_grid, spans, widen_bfloat16
+from .formats import DEFAULT, FORMATS
+from .formats.record import CHUNK, Format, Packed, scale_grid, spans, widen_bfloat16
 from .layers import Layer, LayerTable, find_layers, named, scales_per_row
+from .lazy_torch import torch
 from .marks import Way
 from .options import ConvertOptions
 from .telling import Advance
 from .untrusted import JSONError, parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BAND_VALUES = 1 << 18
 """Values per step where scales differ within a weight: about 1 MB of float32, which a core's cache holds."""
@@ -62,13 +68,18 @@ class Decision:
 
     Attributes:
         layer: the layer as it is in the input.
-        quantize: whether its weight is quantized.
-        reason: why not, where not.
+        format: what its weight becomes; None where it stays as it is.
+        reason: why it stays, or why it gets another format than the one asked for.
     """
 
     layer: Layer
-    quantize: bool
+    format: Format | None
     reason: str = ""
+
+    @property
+    def quantize(self) -> bool:
+        """Whether its weight is quantized."""
+        return self.format is not None
 
 
 @dataclass(frozen=True)
@@ -92,9 +103,18 @@ class ConversionPlan:
     notes: list[str]
 
     @property
-    def quantized(self) -> list[Layer]:
-        """The layers that are quantized."""
-        return [decision.layer for decision in self.decisions if decision.quantize]
+    def quantized(self) -> list[tuple[Layer, Format]]:
+        """The layers that are quantized, and what they become."""
+        return [(each.layer, each.format) for each in self.decisions if each.format is not None]
+
+    def spelled(self, suffix: str) -> str:
+        """A suffix as the file spells it."""
+        return self.ways[0].weight_scale if suffix == names.WEIGHT_SCALE else suffix
+
+    @property
+    def formats(self) -> dict[Format, int]:
+        """How many layers become what, the most frequent first."""
+        return dict(Counter(fmt for _, fmt in self.quantized).most_common())
 
 
 def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan:
@@ -126,13 +146,15 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> Conversi
         )
     decisions = [_decide(layer, bare, family, options) for layer in table.plain.values()]
     ways = table.marks.to_write(options.legacy) if any(decision.quantize for decision in decisions) else ()
-    if options.weight_scale == "mse" and options.record.granularity != "tensor":
-        weights = sum(decision.layer.weight.elements for decision in decisions if decision.quantize)
+    if options.weight_scale == "mse":
+        weights = sum(
+            each.layer.weight.elements
+            for each in decisions
+            if each.format and each.format.granularity != "tensor" and not isinstance(each.format, Packed)
+        )
         minutes = weights * MSE_SECONDS_PER_WEIGHT / 60
         if minutes > 1:
-            notes.append(
-                f"an exact search for every {options.record.granularity} takes about {minutes:.0f} core minutes"
-            )
+            notes.append(f"an exact search for every row or block takes about {minutes:.0f} core minutes")
     return ConversionPlan(table, family, decisions, options, ways, notes)
 
 
@@ -148,22 +170,26 @@ def _decide(layer: Layer, bare: dict[str, str], family: families.Family, options
     part = families.other_part(layer.name)
     bare_weight = bare.get(layer.weight.name)
     if part is not None:
-        return Decision(layer, False, f"belongs to a {part.title}")
+        return Decision(layer, None, f"belongs to a {part.title}")
     if bare_weight is None:
-        return Decision(layer, False, "outside the diffusion model")
+        return Decision(layer, None, "outside the diffusion model")
     excluded = next((pattern for pattern in options.exclude if re.search(pattern, layer.name)), None)
     if excluded is not None:
-        return Decision(layer, False, f"excluded by {excluded!r}")
+        return Decision(layer, None, f"excluded by {excluded!r}")
     kept = family.kept_because(bare_weight[: -len(names.WEIGHT)])
     if kept is not None:
-        return Decision(layer, False, kept)
+        return Decision(layer, None, kept)
     if layer.weight.elements == 0:
-        return Decision(layer, False, "has no elements")
-    fmt = options.record
-    if layer.out_features % fmt.side_multiple or layer.in_features % fmt.side_multiple:
+        return Decision(layer, None, "has no elements")
+    wanted = fmt = options.record_of(layer.name)
+    reason = ""
+    while not fmt.takes(layer.shape):
         sides = f"{layer.out_features} × {layer.in_features}"
-        return Decision(layer, False, f"{sides}: {fmt.title} matrix products need multiples of {fmt.side_multiple}")
-    return Decision(layer, True)
+        reason = reason or f"{sides}: {fmt.title} needs {fmt.needs}"
+        if not fmt.fallback:
+            return Decision(layer, None, reason)
+        fmt = FORMATS[fmt.fallback]
+    return Decision(layer, fmt, reason if fmt is not wanted else "")
 
 
 @dataclass(frozen=True)
@@ -179,10 +205,10 @@ class _Output:
 
 def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> _Output:
     """The output's tensors, each with the input tensor whose shard it follows."""
-    options, fmt = plan.options, plan.options.record
-    quantized = {layer.weight.name: layer for layer in plan.quantized}
+    options = plan.options
+    quantized = {layer.weight.name: (layer, fmt) for layer, fmt in plan.quantized}
     output = _Output({}, {}, {}, {}, dict(checkpoint.metadata))
-    configs = {layer.name: fmt.config(options.block_size) for layer in plan.quantized}
+    configs = {layer.name: fmt.config(layer.shape, options.block_size) for layer, fmt in plan.quantized}
 
     def add(name: str, spec: Spec, source: str, data: bytes | None = None) -> None:
         if name in output.specs or (name in checkpoint and name != source):
@@ -192,15 +218,15 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> _Output:
             output.small[name] = data
 
     for name, info in checkpoint.tensors.items():
-        layer = quantized.get(name)
-        if layer is None:
+        if name not in quantized:
             add(name, Spec.like(info), name)
             output.copied[name] = name
             continue
-        add(layer.name + plan.ways[0].weight_scale, Spec("F32", fmt.scale_shape(layer.shape, options.block_size)), name)
+        layer, fmt = quantized[name]
+        for suffix, (dtype, shape) in fmt.storage(layer.shape, options.block_size).items():
+            add(layer.name + plan.spelled(suffix), Spec(dtype, shape), name)
         if options.input_scale and fmt.static:
             add(layer.name + plan.ways[0].input_scale, Spec("F32", ()), name, np.float32(1.0).tobytes())
-        add(name, Spec(fmt.dtypes[0], info.shape), name)
         for way in plan.ways:
             for mark, (spec, data) in way.beside(layer.name, configs[layer.name]).items():
                 add(mark, spec, name, data)
@@ -211,7 +237,7 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> _Output:
         for mark, (spec, data) in tensors.items():
             add(mark, spec, next(iter(quantized)), data)
     made = provenance(checkpoint.metadata, convert=asdict(options) | {"family": plan.family.name})
-    room_bytes = PROVENANCE_ROOM_BYTES + sum(len(layer.name) + len('"", ') for layer in plan.quantized)
+    room_bytes = PROVENANCE_ROOM_BYTES + sum(len(layer.name) + len('"", ') for layer, _ in plan.quantized)
     output.metadata[PROVENANCE_KEY] = made + " " * room_bytes
     return output
 
@@ -271,16 +297,16 @@ def convert(
         for name, data in layout.small.items():
             writer.write(name, data)
 
-        def run(layer: Layer) -> None:
-            scale = quantize_weight(
-                checkpoint, layer, plan.options, lambda offset, codes: writer.write(layer.weight.name, codes, offset)
-            )
-            writer.write(layer.name + plan.ways[0].weight_scale, scale)
+        def run(layer: Layer, fmt: Format) -> None:
+            def sink(suffix: str, data: NDArray[Any], start: int) -> None:
+                writer.write(layer.name + plan.spelled(suffix), data, start)
+
+            quantize_weight(checkpoint, layer, fmt, plan.options, sink)
             if progress is not None:
                 progress(layer.weight.nbytes)
 
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            jobs = [pool.submit(run, layer) for layer in plan.quantized]
+            jobs = [pool.submit(run, layer, fmt) for layer, fmt in plan.quantized]
             try:
                 writer.copy(checkpoint, layout.copied)
                 for job in jobs:
@@ -294,30 +320,36 @@ def convert(
             before_commit(writer)
 
 
-CodeSink = Callable[[int, NDArray[Any]], None]
-"""Takes codes and where in the weight, in elements, they begin."""
+Sink = Callable[[str, NDArray[Any], int], None]
+"""Takes a part of one of a layer's tensors: its suffix, the elements, and the byte at which they begin."""
 
 
 def quantize_weight(
-    checkpoint: Checkpoint, layer: Layer, options: ConvertOptions, sink: CodeSink
-) -> NDArray[np.float32]:
-    """Quantize one weight, streaming its codes out.
+    checkpoint: Checkpoint, layer: Layer, fmt: Format, options: ConvertOptions, sink: Sink
+) -> NDArray[np.float32] | None:
+    """Quantize one weight, streaming it out.
 
     Args:
         checkpoint: where it is.
         layer: a layer in high precision.
-        options: format, block size, and how scales are chosen.
-        sink: called with the codes, chunk by chunk, in order.
+        fmt: the format.
+        options: block size, and how scales are chosen.
+        sink: called with codes and scales, chunk by chunk, those of each tensor in order.
 
     Returns:
-        The weight scale, float32 [n_out, n_in], one per block: (1, 1) for tensor, (out, 1) for row.
+        The weight scale of a format that is not packed, float32 [n_out, n_in], one per block: (1, 1) for tensor,
+        (out, 1) for row.
 
     Raises:
         TensorError: the weight has NaN or infinite values.
     """
-    if options.record.granularity == "tensor" and layer.weight.dtype in ("BF16", "F16"):
-        return _quantize_by_table(checkpoint, layer, options, sink)
-    return _quantize_by_bands(checkpoint, layer, options, sink)
+    if isinstance(fmt, Packed):
+        _quantize_packed(checkpoint, layer, fmt, options, sink)
+        return None
+    by_table = fmt.granularity == "tensor" and layer.weight.dtype in ("BF16", "F16")
+    scale = (_quantize_by_table if by_table else _quantize_by_bands)(checkpoint, layer, fmt, options, sink)
+    sink(names.WEIGHT_SCALE, scale, 0)
+    return scale
 
 
 def _not_finite(checkpoint: Checkpoint, layer: Layer, fmt: Format) -> TensorError:
@@ -330,10 +362,10 @@ def _not_finite(checkpoint: Checkpoint, layer: Layer, fmt: Format) -> TensorErro
 
 
 def _quantize_by_table(
-    checkpoint: Checkpoint, layer: Layer, options: ConvertOptions, sink: CodeSink
+    checkpoint: Checkpoint, layer: Layer, fmt: Format, options: ConvertOptions, sink: Sink
 ) -> NDArray[np.float32]:
     """One scale for 16-bit weights: two passes over the file's bits, no arithmetic per weight."""
-    dtype, fmt = layer.weight.dtype, options.record
+    dtype = layer.weight.dtype
     bits = checkpoint.bits(layer.weight.name).reshape(-1).view(np.uint16)
     meanings = to_float32(np.arange(1 << 16, dtype=np.uint16).view(_bit_dtype(dtype)), dtype)
     magnitudes = np.abs(meanings[: 1 << 15])
@@ -358,7 +390,7 @@ def _quantize_by_table(
     for span in spans(len(bits)):
         chunk = codes[: span.stop - span.start]
         np.take(table, bits[span], out=chunk, mode="clip")
-        sink(span.start, chunk)
+        sink(names.WEIGHT, chunk, span.start)
         if span.stop * 2 - released >= RELEASE_BYTES:
             released = span.stop * 2
             checkpoint.release(layer.weight.name)
@@ -371,10 +403,9 @@ def _bit_dtype(dtype: str) -> type:
 
 
 def _quantize_by_bands(
-    checkpoint: Checkpoint, layer: Layer, options: ConvertOptions, sink: CodeSink
+    checkpoint: Checkpoint, layer: Layer, fmt: Format, options: ConvertOptions, sink: Sink
 ) -> NDArray[np.float32]:
     """Scales per block, or wide weights: rows are widened to float32, a band at a time."""
-    fmt = options.record
     block = fmt.block(layer.shape, options.block_size)
     absmax = np.zeros(scale_grid(layer.shape, block), np.float32)
     bands = list(_bands(layer, block[0]))
@@ -390,8 +421,34 @@ def _quantize_by_bands(
     for band, bits in _banded(checkpoint, layer, bands):
         weight_OI = to_float32(bits, layer.weight.dtype)
         np.divide(weight_OI, scales_per_row(scale, blocked, band), out=weight_OI)
-        sink(band.start * layer.in_features, fmt.codes.encode(weight_OI))
+        sink(names.WEIGHT, fmt.codes.encode(weight_OI), band.start * layer.in_features)
     return scale
+
+
+def _quantize_packed(checkpoint: Checkpoint, layer: Layer, fmt: Packed, options: ConvertOptions, sink: Sink) -> None:
+    """Packed formats, in bands of whole tiles of scales."""
+    rows = max(1, BAND_VALUES // (layer.in_features * Packed.ROWS)) * Packed.ROWS
+    bands = list(spans(layer.out_features, rows))
+    every = (1, layer.in_features)
+    largest = [_block_absmax(bits, layer.weight.dtype, every).max() for _, bits in _banded(checkpoint, layer, bands)]
+    absmax = float(np.max(largest))
+    if not math.isfinite(absmax):
+        raise _not_finite(checkpoint, layer, fmt)
+
+    def some(numbers: Tensor) -> Tensor:
+        bits = checkpoint.bits(layer.weight.name)[numbers.numpy()]
+        return torch.from_numpy(to_float32(bits, layer.weight.dtype))
+
+    whole = fmt.whole(absmax, layer.shape, some, options.weight_scale)
+    for suffix, tensor in whole.items():
+        sink(suffix, tensor.numpy(), 0)
+    done: Counter[str] = Counter()
+    for _, bits in _banded(checkpoint, layer, bands):
+        weight_OI = torch.from_numpy(to_float32(bits, layer.weight.dtype))
+        for suffix, tensor in fmt.quantize(weight_OI, whole, options.weight_scale).items():
+            data = tensor.contiguous().view(torch.uint8).numpy() if tensor.element_size() == 1 else tensor.numpy()
+            sink(suffix, data, done[suffix])
+            done[suffix] += data.nbytes
 
 
 def _bands(layer: Layer, block_out: int) -> Iterator[slice]:

@@ -152,7 +152,7 @@ KINDS: Mapping[str, Kind] = {
         "an input scale is 0, not finite or absurd: inputs vanish, saturate or become NaN", _CALIBRATE
     ),
     "sides": Kind(
-        f"sides are no multiples of {DEFAULT.side_multiple}: FP8 products fail on CUDA",
+        f"sides are no multiples of {DEFAULT.sides[0]}: FP8 products fail on CUDA",
         f"{_RECONVERT}; convert_to_quant leaves such layers in high precision",
     ),
     "e5m2-product": Kind(
@@ -661,7 +661,7 @@ class _Survey:
         if fmt.dynamic:
             return "per-row"
         # Both are a ValueError of torch's scaled_mm, of which ComfyUI catches RuntimeError and TypeError.
-        odd_sides = layer.out_features % fmt.side_multiple or layer.in_features % fmt.side_multiple
+        odd_sides = not fmt.takes(layer.shape)
         if odd_sides:
             self.report("sides", layer.name, f"{layer.out_features} × {layer.in_features}")
         if not fmt.cards:

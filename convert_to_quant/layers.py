@@ -1,9 +1,9 @@
 """What a quantized layer is: which tensors belong to it, and what its weight means.
 
-A quantized linear layer X is a 2-D `X.weight` in codes of a format (`formats`), a weight scale (real = code value ×
-scale), and, as far as present, `X.input_scale`, `X.bias` and a mark that tells readers to use all this (`marks`).
-FP8 weights without scale and mark ("raw") mean their code values; norms and convolutions cast like that are no layers.
-Layers in formats that are only recognized (nvfp4, mxfp8 and the like) are "foreign": named, left alone.
+A quantized linear layer X is a 2-D `X.weight` in codes of a format (`formats`), the scales that the format has (real =
+code value × scale), and, as far as present, `X.input_scale`, `X.bias` and a mark that tells readers to use all this
+(`marks`). FP8 weights without scale and mark ("raw") mean their code values; norms and convolutions cast like that are
+no layers. Layers in formats that are only recognized (AWQ and the like) are "foreign": named, left alone.
 
 How finely a weight is scaled is one number pair, the block (b_out, b_in) that shares a scale: (out, in) is tensor-wise,
 (1, in) row-wise, anything else block-wise. It follows from the shapes: a scale of shape (n_out, n_in) fits a weight
@@ -15,20 +15,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 from . import families, formats, names
 from .checkpoint import Checkpoint, TensorInfo, to_float32
 from .errors import CheckpointError, TensorError
 from .formats import FLOAT_GRIDS
-from .formats.record import FLOAT_SCALES, Format, scale_grid
+from .formats.packing import round_up
+from .formats.record import FLOAT_SCALES, TORCH_NAMES, Format, Packed, scale_grid
+from .formats.rotation import is_group, rotate
+from .lazy_torch import torch
 from .marks import Config, Marking, Marks, first, full_precision, said_block
 
 PLAIN_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
@@ -43,6 +49,7 @@ ProblemKind = Literal[
     "scale-shape",
     "scale-dtype",
     "scale-value",
+    "rotation-group",
 ]
 
 
@@ -69,6 +76,7 @@ class Layer:
         marking: how readers are told that it is quantized, see `marks`; "raw" FP8 and "plain" weights are not.
         block: (b_out, b_in), the weights that share one scale; (out, in) where there is one scale or none.
         weight_scale, input_scale, bias: names of its other tensors, None where missing.
+        parts: the tensors that its weight is made of, by suffix; the weight is the first.
         input_problem: why its input scale cannot be used; a calibration writes it anew.
         config: what its mark says, as in a comfy_quant tensor.
         full_precision: `full_precision_matrix_mult`: its inputs are never quantized.
@@ -85,21 +93,28 @@ class Layer:
     input_problem: LayerError | None = None
     config: Config = field(default_factory=dict)
     full_precision: bool = False
+    parts: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight, however it is packed."""
+        packed = self.format is not None and self.format.shape(self.weight.shape, shapes_of(self.parts))
+        return packed or (self.weight.shape[0], self.weight.shape[1])
 
     @property
     def out_features(self) -> int:
         """Rows of the weight."""
-        return self.weight.shape[0]
+        return self.shape[0]
 
     @property
     def in_features(self) -> int:
         """Columns of the weight, and the size of an input row."""
-        return self.weight.shape[1]
+        return self.shape[1]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight."""
-        return self.out_features, self.in_features
+    def group(self) -> int:
+        """The size of the groups of inputs that readers rotate; 0 for none."""
+        return 0 if self.format is None else self.format.group(self.config)
 
     @property
     def granularity(self) -> Literal["tensor", "row", "block"]:
@@ -182,6 +197,11 @@ class LayerTable:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every layer of `linear`, by name."""
         return {layer.name: layer.shape for layer in self.linear()}
+
+
+def shapes_of(parts: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors."""
+    return {suffix: info.shape for suffix, info in parts.items()}
 
 
 def named(layers: Iterable[Layer]) -> str:
@@ -318,7 +338,9 @@ class _Finder:
         said = config.get("format")
         if way.kind != "none" and not isinstance(said, str):
             raise self.error("mark-unreadable", name, f"its mark names no format: {json.dumps(config)}")
-        fmt = formats.of_mark(config)
+        suffixes = (names.WEIGHT, *names.WEIGHT_PARTS)
+        parts = {part: info for part in suffixes if (info := self.checkpoint.tensors.get(name + part))}
+        fmt = formats.of_mark(config, shapes_of(parts))
         if said is None and weight_scale is not None and weight.dtype not in PLAIN_DTYPES:
             fmt = formats.recognize(name, weight.dtype, self.checkpoint.tensors)
         if said is None and fmt is None and weight.dtype in FLOAT_GRIDS:
@@ -326,12 +348,10 @@ class _Finder:
         if fmt is None and weight.dtype in PLAIN_DTYPES and said is None:
             if len(weight.shape) == 2:
                 self.table.plain[name] = self.complete(Layer(name, weight, None, "plain", (0, 0)))
-        elif fmt is not None and fmt.grid is not None:
-            self.add_quantized(Layer(name, weight, fmt, way.kind, (0, 0), weight_scale, config=config))
+        elif fmt is not None and fmt.readable:
+            self.add_quantized(Layer(name, weight, fmt, way.kind, (0, 0), weight_scale, config=config, parts=parts))
         elif said is not None or weight_scale is not None:
             form = said or (fmt.marked if fmt else weight.dtype)
-            if fmt is not None and len(fmt.mark) > 1:  # one word means several formats
-                form = fmt.name
             self.table.foreign[name] = ForeignLayer(name, form, weight, fmt)
 
     def add_quantized(self, layer: Layer) -> None:
@@ -345,10 +365,16 @@ class _Finder:
                 problem = f"legacy scaled_fp8 files are always read as {fmt.marked}, but this is {found}"
                 raise self.error("legacy-e5m2", weight.name, problem, "convert the original again")
             raise self.error("mark-format", weight.name, f"marked as {said}, but stored as {weight.dtype}")
-        if said is not None and layer.weight_scale is None:
-            problem = f"marked as {said}, but there is no {names.WEIGHT_SCALE}"
+        first_scale = fmt.scales[0]
+        missing = [suffix for suffix in fmt.scales if suffix not in layer.parts]
+        if first_scale == names.WEIGHT_SCALE and layer.weight_scale is not None:  # which may be spelled otherwise
+            missing = [suffix for suffix in missing if suffix != first_scale]
+        if said is not None and missing:
+            problem = f"marked as {said}, but there is no {missing[0]}"
             raise self.error("weight-scale-missing", layer.name, problem, "convert it again")
-        if len(weight.shape) != 2:
+        if isinstance(fmt, Packed):
+            self.table.quantized[layer.name] = self.complete_packed(layer, fmt)
+        elif len(weight.shape) != 2:
             if layer.weight_scale is None:
                 return  # a norm or convolution that was cast, with its values as they are
             form = f"{fmt.codes.name}, {len(weight.shape)}-dimensional"
@@ -360,7 +386,7 @@ class _Finder:
 
     def complete(self, layer: Layer) -> Layer:
         """Add what shapes and further tensors say, checking the scales."""
-        shape = (layer.weight.shape[0], layer.weight.shape[1])
+        shape = layer.shape
         block = shape
         if layer.weight_scale is not None:
             info = self.checkpoint.tensors[layer.weight_scale]
@@ -371,6 +397,33 @@ class _Finder:
                 raise self.error("scale-shape", layer.weight_scale, f"{problem}; {expected}")
             block = inferred
             self.check_scale(layer.weight_scale)
+        return self.with_input(replace(layer, block=block))
+
+    def complete_packed(self, layer: Layer, fmt: Packed) -> Layer:
+        """The same for a format of several parts, each of which has one shape."""
+        if fmt.shape(layer.weight.shape, shapes_of(layer.parts)) is None:
+            shapes = ", ".join(f"{suffix} {list(info.shape)}" for suffix, info in layer.parts.items())
+            raise self.error("scale-shape", layer.name, f"no {fmt.title} layer has parts of these shapes: {shapes}")
+        for suffix, (dtype, shape) in fmt.storage(layer.shape, 0).items():
+            info = layer.parts.get(suffix)
+            if info is None or suffix == names.WEIGHT:
+                continue  # optional
+            if math.prod(info.shape) != math.prod(shape) or (len(shape) == 2 and info.shape != shape):
+                problem = f"a {fmt.title} weight of shape {list(layer.shape)} has {suffix} of shape {list(shape)}"
+                raise self.error("scale-shape", info.name, f"{problem}, found {list(info.shape)}")
+            if dtype == "F32" and suffix in fmt.scales:
+                self.check_scale(info.name)
+            elif info.dtype not in (dtype, *fmt.scale_dtypes):
+                raise self.error("scale-dtype", info.name, f"{dtype} was expected, found {info.dtype}")
+        group = fmt.group(layer.config)
+        if group and not is_group(group, layer.in_features):
+            problem = f"inputs cannot be rotated in groups of {group}: expected a power of 4 that divides"
+            raise self.error("rotation-group", layer.name, f"{problem} {layer.in_features}")
+        weight_scale = layer.name + fmt.scales[0]
+        return self.with_input(replace(layer, block=fmt.block(layer.shape, 0), weight_scale=weight_scale))
+
+    def with_input(self, layer: Layer) -> Layer:
+        """Add its input scale, bias, and what its mark says of its inputs."""
         input_scale = first(self.checkpoint, layer.name, names.INPUT_SCALES) if layer.format is not None else None
         input_problem = None
         if input_scale is not None:
@@ -381,7 +434,6 @@ class _Finder:
                 self.table.notes.append(f"{input_scale}: {error.problem}: of no use until a calibration writes it anew")
         return replace(
             layer,
-            block=block,
             input_scale=input_scale,
             input_problem=input_problem,
             bias=first(self.checkpoint, layer.name, (names.BIAS,)),
@@ -441,12 +493,59 @@ def dequantize(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> 
     Raises:
         TensorError: the weight is not a float tensor.
     """
+    if isinstance(layer.format, Packed):
+        start, stop, _ = rows.indices(layer.out_features)
+        aligned = start - start % Packed.ROWS
+        weight = dense(layer, read_parts(checkpoint, layer, slice(aligned, stop)))
+        return np.array(weight[start - aligned :].numpy())
     bits = checkpoint.bits(layer.weight.name)[rows]
     weight_OI = to_float32(bits, layer.weight.dtype) if layer.format is None else layer.format.codes.decode(bits)
     if layer.weight_scale is not None and weight_OI.size:
         with np.errstate(over="ignore"):  # whoever runs or measures the weight says that it is not finite
             weight_OI *= scales_per_row(checkpoint.float32(layer.weight_scale), layer, rows)
     return weight_OI
+
+
+def read_parts(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> dict[str, Tensor]:
+    """The stored tensors of a quantized layer, by suffix, as torch has them.
+
+    Args:
+        checkpoint: where they are.
+        layer: the layer.
+        rows: contiguous rows; of a packed format they may begin at multiples of `Packed.ROWS`, where tiles begin.
+
+    Returns:
+        Copies on the CPU. Where every row has its part of a tensor, that of `rows`.
+    """
+    start, stop, _ = rows.indices(layer.out_features)
+    parts = {}
+    for suffix, info in layer.parts.items():
+        raw, shape = checkpoint.raw(info.name), info.shape
+        if suffix not in names.WHOLE_WEIGHT and (start, stop) != (0, layer.out_features) and math.prod(shape) > 1:
+            # Tiles fill up to whole ones.
+            last = stop if shape[0] == layer.out_features else min(round_up(stop, Packed.ROWS), shape[0])
+            row_bytes = info.nbytes // shape[0]
+            raw, shape = raw[start * row_bytes : last * row_bytes], (last - start, *shape[1:])
+        dtype = getattr(torch, TORCH_NAMES[info.dtype])
+        parts[suffix] = torch.from_numpy(np.array(raw)).view(dtype).reshape(shape)
+    return parts
+
+
+def dense(layer: Layer, parts: Mapping[str, Tensor]) -> Tensor:
+    """Real weights of a layer in a packed format.
+
+    Args:
+        layer: the layer.
+        parts: of `read_parts`, on any device.
+
+    Returns:
+        float32 [rows, in].
+    """
+    assert layer.format is not None
+    levels, scale = layer.format.decode(parts, layer.config)
+    weight_OI: Tensor = rotate(levels.float() * scale, layer.group)
+    factors = parts.get(names.PRE_QUANT_SCALE)
+    return weight_OI if factors is None else weight_OI * factors.float()
 
 
 def input_scale(checkpoint: Checkpoint, layer: Layer) -> float:

@@ -21,6 +21,9 @@ WEIGHT_SCALE_2 = ".weight_scale_2"
 INPUT_SCALE = ".input_scale"
 INPUT_SCALE_LEGACY = ".scale_input"
 PRE_QUANT_SCALE = ".pre_quant_scale"
+S_REL = ".weight_s_rel"
+S_CHANNEL = ".weight_s_channel"
+CODEBOOK = ".weight_codebook"
 COMFY_QUANT = ".comfy_quant"
 
 LEGACY_MARKER = "scaled_fp8"
@@ -31,7 +34,11 @@ QUANTIZATION_METADATA = "_quantization_metadata"
 
 WEIGHT_SCALES = (WEIGHT_SCALE, WEIGHT_SCALE_LEGACY, WEIGHT_SCALE_INV)
 INPUT_SCALES = (INPUT_SCALE, INPUT_SCALE_LEGACY)
-SCALES = (*WEIGHT_SCALES, WEIGHT_SCALE_2, *INPUT_SCALES, PRE_QUANT_SCALE)
+SCALES = (*WEIGHT_SCALES, WEIGHT_SCALE_2, S_REL, S_CHANNEL, CODEBOOK, *INPUT_SCALES, PRE_QUANT_SCALE)
+WEIGHT_PARTS = (WEIGHT_SCALE, WEIGHT_SCALE_2, S_REL, S_CHANNEL, CODEBOOK, PRE_QUANT_SCALE)
+"""Of these, what a weight may be made of beside its codes."""
+WHOLE_WEIGHT = (WEIGHT_SCALE_2, CODEBOOK, PRE_QUANT_SCALE)
+"""Of these, what does not have a part for each row."""
 LAYER_SUFFIXES = (WEIGHT, BIAS, *SCALES, COMFY_QUANT)
 CHANGED_IN_PLACE = (*INPUT_SCALES, COMFY_QUANT)
 """Of these, what a change in place may touch."""

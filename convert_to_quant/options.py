@@ -203,6 +203,7 @@ class ConvertOptions(Options):
 
     Attributes:
         format: one of `formats.WRITTEN`.
+        layer_format: "REGEX=NAME"; layers in whose names the expression is found become NAME, the first that fits.
         preset: family whose table of kept layers is used; detected where None.
         exclude: regular expressions; layers in which one is found stay in high precision.
         scaling_mode: one scale per tensor, row or block, for "fp8".
@@ -213,6 +214,7 @@ class ConvertOptions(Options):
     """
 
     format: str = option(DEFAULT_FORMAT, "number format: fp8, int8, int8-tensor", "NAME")
+    layer_format: tuple[str, ...] = option((), "format of such layers; may be repeated", "REGEX=NAME")
     preset: str | None = option(None, "which layers to leave alone (found out)", "FAMILY")
     exclude: tuple[str, ...] = option((), "leave such layers alone; may be repeated", "REGEX", flag="exclude-layers")
     scaling_mode: Literal["tensor", "row", "block"] = option("tensor", "fp8 scales per tensor, row or block", "MODE")
@@ -225,14 +227,31 @@ class ConvertOptions(Options):
         super().__post_init__()
         from .formats import WRITTEN
 
-        if self.format not in WRITTEN:
-            raise OptionError(f"no format {self.format!r} that can be written", hint=f"one of {', '.join(WRITTEN)}")
+        for name in (self.format, *(name for _, name in self.layer_formats)):
+            if name not in WRITTEN:
+                raise OptionError(f"no format {name!r} that can be written", hint=f"one of {', '.join(WRITTEN)}")
         if self.scaling_mode != "tensor" and self.format != DEFAULT_FORMAT:
             raise OptionError(f"--scaling_mode is for {DEFAULT_FORMAT}, and {self.format} says how it is scaled")
         if self.legacy and self.scaling_mode != "tensor":
             raise OptionError(f"legacy files know one scale per tensor only, not --scaling_mode {self.scaling_mode}")
-        if self.legacy and self.format != DEFAULT_FORMAT:
-            raise OptionError(f"legacy files hold {DEFAULT_FORMAT} only, not {self.format}")
+        if self.legacy and (self.format != DEFAULT_FORMAT or self.layer_format):
+            raise OptionError(f"legacy files hold {DEFAULT_FORMAT} only, in all layers")
+
+    @property
+    def layer_formats(self) -> list[tuple[str, str]]:
+        """The pairs of `layer_format`."""
+        pairs = [text.rpartition("=") for text in self.layer_format]
+        if not all(pattern and name for pattern, _, name in pairs):
+            raise OptionError("--layer-format takes REGEX=NAME", hint="for example '.*mlp.*=int8-convrot'")
+        return [(pattern, name) for pattern, _, name in pairs]
+
+    def record_of(self, layer: str) -> Format:
+        """The format that is asked for a layer."""
+        from .formats import FORMATS
+
+        names = (name for pattern, name in self.layer_formats if re.search(pattern, layer))
+        name = next(names, None)
+        return self.record if name is None else FORMATS[name]
 
     @property
     def record(self) -> Format:

@@ -196,11 +196,11 @@ def test_a_scale_that_is_not_finite_and_positive_in_float32_is_refused(save, bui
     assert str(caught.value) == (f"{source}: x: an input scale should be finite and positive in float32, found {scale}")
 
 
-@pytest.mark.parametrize("name", ["y", "plain", "raw", "nvfp4", ""])
+@pytest.mark.parametrize("name", ["y", "plain", "raw", "foreign", ""])
 def test_a_change_of_what_is_no_fp8_layer_is_refused(save, build, name):
     tensors, _ = build.quantized(["x"], "tensor")
     tensors |= {"plain.weight": np.ones((4, 4), np.float16), "raw.weight": ("F8_E4M3", np.ones((4, 4), np.uint8)),
-                "nvfp4.weight": np.ones((4, 4), np.uint8), "nvfp4.comfy_quant": build.mark(format="nvfp4")}  # fmt: skip
+                "foreign.weight": np.ones((4, 4), np.uint8), "foreign.comfy_quant": build.mark(format="banana")}  # fmt: skip
     source = save("in.safetensors", tensors)
     with open_checkpoint(source) as checkpoint, pytest.raises(TensorError) as caught:
         planned(checkpoint, {name: SCALE})

@@ -28,6 +28,7 @@ from .running import check_device
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint, CheckpointWriter
     from ..convert import ConversionPlan
+    from ..formats.record import Format
     from ..lora import Lora
 
 DESCRIPTION = "Convert a checkpoint to FP8 or INT8, calibrate an FP8 checkpoint, or both."
@@ -193,9 +194,10 @@ def convert_file(
         write_json(args.json, plan_json(plan))
     say(f"{conversion_summary(plan)}; wrote {output}")
     note_ending(output)
-    if args.format != DEFAULT_FORMAT:
-        note(f"{options.record.title} is read by {options.record.read_by}, and fast on {options.record.cards}")
-    if calibration is None and not args.no_input_scale and not options.record.dynamic:
+    for fmt in plan.formats:
+        if fmt.name != DEFAULT_FORMAT:
+            note(f"{fmt.title} is read by {fmt.read_by}, and fast on {fmt.cards}")
+    if calibration is None and not args.no_input_scale and any(fmt.static and not fmt.dynamic for fmt in plan.formats):
         there = f"convert_to_quant -i {shlex.quote(str(output))} --actcal --in-place"
         note(f"its input scales are 1.0, not measured ({there} measures them)")
     return 0
@@ -203,10 +205,14 @@ def convert_file(
 
 def conversion_summary(plan: ConversionPlan) -> str:
     """One line: how many layers, into what, and which family's table decided."""
-    weights = sum(layer.weight.elements for layer in plan.quantized)
+    weights = sum(layer.weight.elements for layer, _ in plan.quantized)
+    words = [f"{fmt.marked if fmt.grid else fmt.name}" for fmt in plan.formats]
+    if len(words) > 1:
+        words = [f"{count} {word}" for count, word in zip(plan.formats.values(), words, strict=True)]
+    scaled = f"{next(iter(plan.formats)).granularity} scales, " if len(words) == 1 else ""
     return (
-        f"{len(plan.quantized)} of {len(plan.decisions)} linear layers to {plan.options.record.marked} "
-        f"({weights / 1e6:,.1f} M weights, {plan.options.record.granularity} scales, {plan.family.title})"
+        f"{len(plan.quantized)} of {len(plan.decisions)} linear layers to {' and '.join(words) or plan.options.format} "
+        f"({weights / 1e6:,.1f} M weights, {scaled}{plan.family.title})"
     )
 
 
@@ -219,7 +225,7 @@ def print_plan(plan: ConversionPlan, *, talk: bool = False) -> None:
                 decision.layer.name,
                 f"{decision.layer.out_features} × {decision.layer.in_features}",
                 decision.layer.weight.dtype,
-                plan.options.record.dtypes[0] if decision.quantize else decision.layer.weight.dtype,
+                decision.layer.weight.dtype if decision.format is None else _becomes(decision.format),
                 decision.reason,
             )
             for decision in plan.decisions
@@ -227,6 +233,10 @@ def print_plan(plan: ConversionPlan, *, talk: bool = False) -> None:
         optional=(2, 1),
         talk=talk,
     )
+
+
+def _becomes(fmt: Format) -> str:
+    return fmt.dtypes[0] if fmt.grid else fmt.name
 
 
 def plan_json(plan: ConversionPlan) -> dict[str, Any]:
@@ -241,6 +251,7 @@ def plan_json(plan: ConversionPlan) -> dict[str, Any]:
                 "shape": list(decision.layer.weight.shape),
                 "dtype": decision.layer.weight.dtype,
                 "quantize": decision.quantize,
+                "format": decision.format and decision.format.name,
                 "reason": decision.reason,
             }
             for decision in plan.decisions

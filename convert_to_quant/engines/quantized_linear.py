@@ -8,8 +8,9 @@ Maths. With weight codes w, weight scale t, input x and input scale s, a quantiz
 
     q = round(clamp(x / s, ±max))        y = (q · s) (w · t)ᵀ + bias
 
-where q lies on the format's input grid. Where the format has a static scale, s is the file's; else it is absmax / max
-of each row of x.
+where q lies on the format's input grid. Where the format has a static scale, s is the file's; else it is found from x,
+per token or per block, as the format has it (`Format.inputs`). Where the format rotates, x is rotated first and w is
+what was made of rotated weights; where the file has `pre_quant_scale`, x is multiplied by it before all.
 
 How q comes about is the `Arithmetic`:
     dequantize       no q: y = x (w · t)ᵀ + bias. What a model computes without hardware for it; used for watching.
@@ -19,14 +20,14 @@ How q comes about is the `Arithmetic`:
     dynamic_row      the same with one s per row, in any format.
 A layer that the file holds in high precision, or marks `full_precision_matrix_mult`, is computed as by "dequantize".
 
-FP8 products are simulated in float32: values and their products are exact there, so only the order of summation differs
+Products are simulated in float32: FP8 values and their products are exact there, so only the order of summation differs
 from a tensor core's. `fp8_matmul=True` uses the real one (`torch._scaled_mm`) where the layer allows it. Products of
 whole numbers add up exactly, as they do in a reader's int32 (`exact_product`), and scales come after.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -34,54 +35,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from .. import names
 from ..checkpoint import Checkpoint
 from ..formats import DEFAULT
-from ..formats.record import Format, scale_grid, spans
-from ..layers import Layer, dequantize
+from ..formats.int8 import INTEGERS
+from ..formats.record import TORCH_NAMES, Packed, Parts, scale_grid, spans
+from ..formats.rotation import rotate
+from ..layers import Layer, dequantize, read_parts
 from ..lora import LoraMatch
 
 Arithmetic = Literal["dequantize", "comfyui", "comfyui_divide", "dynamic_tensor", "dynamic_row"]
 ARITHMETICS: tuple[Arithmetic, ...] = get_args(Arithmetic)
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-"""What the bytes of a weight in high precision are, by the spelling of a safetensors header."""
-
 EXACT_TERMS = 1 << 10
 """Products of two 8-bit integers that float32 adds up exactly: 2¹⁰ · 2⁷ · 2⁷ = 2²⁴."""
-
-
-def quantize_inputs(x: Tensor, static: Tensor, fmt: Format, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
-    """Codes of a layer's inputs.
-
-    Args:
-        x: [..., in].
-        static: the layer's input scale, float32 ().
-        fmt: of the layer.
-        arithmetic: any but "dequantize".
-
-    Returns:
-        Codes like x, and the float32 scale that they carry, () or [..., 1].
-    """
-    grid = fmt.input_grid
-    assert grid is not None, fmt.name
-    own = arithmetic == "comfyui"
-    if not fmt.dynamic and arithmetic in ("comfyui", "comfyui_divide"):
-        scale = static
-        scaled = x * (1.0 / scale).to(x.dtype) if own else x.float() / scale
-    else:
-        absmax = x.abs().amax() if arithmetic == "dynamic_tensor" else x.abs().amax(-1, keepdim=True)
-        scale = torch.where(absmax > 0, (absmax.float() / grid.max).clamp(min=fmt.least_scale), fmt.zero_scale)
-        divisor = scale.to(x.dtype) if own else scale
-        scaled = (x if own else x.float()) / torch.where(divisor == 0, torch.finfo(divisor.dtype).tiny, divisor)
-    dtype: torch.dtype = getattr(torch, grid.name)
-    if dtype.is_floating_point:
-        return scaled.clamp(-grid.max, grid.max).to(dtype), scale
-    return scaled.round().clamp(torch.iinfo(dtype).min, grid.max).to(dtype), scale
 
 
 def exact_product(codes: Tensor, weight_OI: Tensor) -> Tensor:
@@ -124,7 +91,7 @@ class StoredWeight:
         self.out_features = sum(rows.stop - rows.start for _, rows in self.pieces)
         self.in_features = self.pieces[0][0].in_features
         self.adapters: LoraMatch | None = None
-        self._stored: list[tuple[Tensor, Tensor | None]] = []
+        self._stored: list[Parts] = []
         self._kept: dict[torch.dtype, Tensor] = {}
 
     @property
@@ -137,11 +104,6 @@ class StoredWeight:
         """Whether an adapter changes it."""
         return self.adapters is not None and any(layer.name in self.adapters.matched for layer, _ in self.pieces)
 
-    @property
-    def scaled_by_row(self) -> bool:
-        """Whether one scale serves each whole row, so that it can follow the product."""
-        return all(layer.weight_scale is not None and layer.granularity != "block" for layer, _ in self.pieces)
-
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The real weight.
 
@@ -150,56 +112,71 @@ class StoredWeight:
         """
         if dtype in self._kept and not self.adapted:
             return self._kept[dtype]
-        parts = [self._part(index).to(dtype) for index in range(len(self.pieces))]
+        parts = [self.part(index).to(dtype) for index in range(len(self.pieces))]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.keep and not self.adapted:
             self._kept[dtype] = weight
         return weight
 
-    def _part(self, index: int) -> Tensor:
+    def part(self, index: int) -> Tensor:
+        """The real weight of a piece, adapters included, float32 [rows, in]."""
         layer, rows = self.pieces[index]
-        weight_OI = self._read_pages(layer, rows) if self.device.type == "cpu" else self.on_device(index)
+        if self.device.type == "cpu":
+            weight_OI = torch.from_numpy(dequantize(self.checkpoint, layer, rows))
+            self.checkpoint.release(layer.weight.name)
+        else:
+            weight_OI = self.on_device(index)
         if self.adapters is not None and layer.name in self.adapters.matched:
             change_OI = np.zeros(tuple(weight_OI.shape), np.float32)
             self.adapters.add_to(change_OI, layer.name, (rows.start, rows.stop))
             weight_OI += torch.from_numpy(change_OI).to(self.device)
         return weight_OI
 
-    def _read_pages(self, layer: Layer, rows: slice) -> Tensor:
-        weight_OI = dequantize(self.checkpoint, layer, rows)
-        self.checkpoint.release(layer.weight.name)
-        return torch.from_numpy(weight_OI)
-
     def on_device(self, index: int) -> Tensor:
         """A piece made of the file's bytes on the device, float32 [rows, in]."""
-        codes_OI, scale = self.stored()[index]
-        weight_OI = codes_OI.float()
-        if scale is not None:
-            block_in = self.pieces[index][0].block[1]
-            if scale.shape[1] > 1:
-                scale = scale.repeat_interleave(block_in, 1)[:, : self.in_features]
-            weight_OI *= scale
-        return weight_OI
+        levels, scale = self.multiplied(index)
+        weight_OI = rotate(levels.float() * scale, self.pieces[index][0].group)
+        factors = self.stored()[index].get(names.PRE_QUANT_SCALE)
+        return weight_OI if factors is None else weight_OI * factors.float()
 
-    def stored(self) -> list[tuple[Tensor, Tensor | None]]:
-        """The file's own values and scales on the device, per piece: [rows, in] and [rows, blocks per row] or None."""
+    def multiplied(self, index: int) -> tuple[Tensor, Tensor]:
+        """A piece as readers multiply it: levels [rows, in], and float32 scales that broadcast against them."""
+        layer, rows = self.pieces[index]
+        parts = self.stored()[index]
+        if isinstance(layer.format, Packed):
+            levels, scale = layer.format.decode(parts, layer.config)
+            skipped = rows.start % Packed.ROWS
+            return levels[skipped:], scale[skipped:] if len(scale) > 1 else scale
+        if names.WEIGHT_SCALE not in parts:
+            return parts[names.WEIGHT], torch.ones((1, 1), device=self.device)
+        scale = parts[names.WEIGHT_SCALE]
+        if scale.shape[1] > 1:
+            scale = scale.repeat_interleave(layer.block[1], 1)[:, : self.in_features]
+        return parts[names.WEIGHT], scale
+
+    def stored(self) -> list[Parts]:
+        """The file's own tensors on the device, per piece and by suffix."""
         if self.device.type == "cpu":
             return [self._upload(layer, rows) for layer, rows in self.pieces]
         if not self._stored:
             self._stored = [self._upload(layer, rows) for layer, rows in self.pieces]
         return self._stored
 
-    def _upload(self, layer: Layer, rows: slice) -> tuple[Tensor, Tensor | None]:
+    def _upload(self, layer: Layer, rows: slice) -> Parts:
+        if isinstance(layer.format, Packed):
+            aligned = slice(rows.start - rows.start % Packed.ROWS, rows.stop)
+            parts = {key: part.to(self.device) for key, part in read_parts(self.checkpoint, layer, aligned).items()}
+            self.checkpoint.release(layer.weight.name)
+            return parts
         codes = torch.from_numpy(np.array(self.checkpoint.bits(layer.weight.name)[rows]))
-        dtype = TORCH_DTYPES[layer.weight.dtype] if layer.format is None else getattr(torch, layer.format.codes.name)
-        codes_OI = codes.view(dtype).to(self.device)
+        parts = {names.WEIGHT: codes.view(getattr(torch, TORCH_NAMES[layer.weight.dtype])).to(self.device)}
         self.checkpoint.release(layer.weight.name)
-        if layer.weight_scale is None:
-            return codes_OI, None
-        scales = self.checkpoint.float32(layer.weight_scale)
-        grid = scales.reshape(scale_grid(layer.shape, layer.block))
-        per_row = grid[np.arange(rows.start, rows.stop) // layer.block[0]]
-        return codes_OI, torch.from_numpy(per_row).to(self.device)
+        if layer.weight_scale is not None:
+            scales = self.checkpoint.float32(layer.weight_scale)
+            grid = scales.reshape(scale_grid(layer.shape, layer.block))
+            per_row = grid[np.arange(rows.start, rows.stop) // layer.block[0]]
+            parts[names.WEIGHT_SCALE] = torch.from_numpy(per_row).to(self.device)
+        return parts
 
 
 class CheckpointLinear(nn.Module):
@@ -210,7 +187,7 @@ class CheckpointLinear(nn.Module):
         bias: float32 [out], or None.
         dtype: of inputs and outputs.
         arithmetic: how it computes.
-        input_scale: scale of its input, for arithmetics with a static one.
+        input_scale: scale of its input, for arithmetics with a static one; None where its file has none.
         full_precision: compute as by "dequantize" whatever the arithmetic.
         fp8_matmul: multiply in FP8 on a CUDA device where the shapes allow it, instead of simulating that.
     """
@@ -222,7 +199,7 @@ class CheckpointLinear(nn.Module):
         dtype: torch.dtype,
         *,
         arithmetic: Arithmetic = "dequantize",
-        input_scale: float = 1.0,
+        input_scale: float | None = 1.0,
         full_precision: bool = False,
         fp8_matmul: bool = False,
     ) -> None:
@@ -236,9 +213,10 @@ class CheckpointLinear(nn.Module):
         self.fp8_matmul = fp8_matmul
         # Models ask a module for the dtype of its parameters. This one is empty, but it has a dtype.
         self.dtype_witness = nn.Parameter(torch.empty(0, dtype=dtype, device=stored.device), requires_grad=False)
-        self.register_buffer("input_scale", torch.tensor(input_scale, dtype=torch.float32, device=stored.device), False)
+        scale = None if input_scale is None else torch.tensor(input_scale, dtype=torch.float32, device=stored.device)
+        self.register_buffer("input_scale", scale, False)
         self.register_buffer("bias", None if bias is None else bias.to(stored.device, dtype), False)
-        self.input_scale: Tensor
+        self.input_scale: Tensor | None
         self.bias: Tensor | None
 
     def extra_repr(self) -> str:
@@ -255,23 +233,35 @@ class CheckpointLinear(nn.Module):
         x = x.to(self.dtype)
         if self.full_precision or self.arithmetic == "dequantize":
             return linear(x, self.stored.dense(self.dtype), self.bias)
-        codes, scale = quantize_inputs(x, self.input_scale, self.stored.layer.format or DEFAULT, self.arithmetic)
+        y = torch.cat([self._product(x, index) for index in range(len(self.stored.pieces))], -1)
+        if self.bias is None:
+            return y.to(self.dtype)
+        if (self.stored.layer.format or DEFAULT).input_grid is INTEGERS:  # kernels add it to what is rounded already
+            return y.to(self.dtype) + self.bias
+        return (y + self.bias.float()).to(self.dtype)
+
+    def _product(self, x: Tensor, index: int) -> Tensor:
+        """From x [..., in] to [..., rows of a piece], without bias."""
+        layer = self.stored.pieces[index][0]
+        fmt = layer.format or DEFAULT
+        factors = self.stored.stored()[index].get(names.PRE_QUANT_SCALE)
+        if factors is not None:
+            x = x * factors.to(x.dtype)
+        codes, scale = fmt.inputs(rotate(x, layer.group), self.input_scale, self.arithmetic)
         if self.fp8_matmul and scale.ndim == 0 and self.fits_fp8_matmul():
             return self._scaled_matmul(codes, scale)
-        if not codes.is_floating_point() and not self.stored.adapted and self.stored.scaled_by_row:
-            return self._integer_matmul(codes, scale)
-        y = linear(codes.float() * scale, self.stored.dense(torch.float32))
-        return (y if self.bias is None else y + self.bias.float()).to(self.dtype)
-
-    def _integer_matmul(self, codes: Tensor, scale: Tensor) -> Tensor:
-        parts = [exact_product(codes, weight_OI) * (scale * weight_scale.reshape(-1))
-                 for weight_OI, weight_scale in self.stored.stored() if weight_scale is not None]  # fmt: skip
-        y = torch.cat(parts, -1).to(self.dtype)
-        return y if self.bias is None else y + self.bias
+        if self.stored.adapted:  # of a weight that an adapter changed there are no codes
+            weight_OI = self.stored.part(index)
+            weight_OI = weight_OI if factors is None else weight_OI / factors.float()
+            return linear(codes.float() * scale, rotate(weight_OI, layer.group))
+        levels, weight_scale = self.stored.multiplied(index)
+        if not codes.is_floating_point() and not levels.is_floating_point() and weight_scale.shape[1] == 1:
+            return exact_product(codes, levels) * (scale * weight_scale.reshape(-1))
+        return linear(codes.float() * scale, levels.float() * weight_scale)
 
     def fits_fp8_matmul(self) -> bool:
         """Whether the device can multiply this layer's codes as they are."""
-        sides, fmt = (self.in_features, self.out_features), self.stored.layer.format
+        fmt = self.stored.layer.format
         return (
             self.stored.device.type == "cuda"
             and not self.stored.adapted
@@ -280,22 +270,16 @@ class CheckpointLinear(nn.Module):
             and not fmt.dynamic
             and bool(fmt.cards)
             and self.stored.layer.granularity == "tensor"
-            and not any(side % fmt.side_multiple for side in sides)
+            and fmt.takes((self.out_features, self.in_features))
         )
 
     def _scaled_matmul(self, codes: Tensor, scale: Tensor) -> Tensor:
-        weight_OI, weight_scale = self.stored.stored()[0]
-        assert weight_scale is not None
-        # The kernel adds a bias only to 16-bit results.
-        fuses_bias = self.bias is not None and self.dtype != torch.float32
+        parts = self.stored.stored()[0]
         y: Tensor = torch._scaled_mm(
             codes.reshape(-1, self.in_features),
-            weight_OI.t(),
+            parts[names.WEIGHT].t(),
             scale_a=scale.reshape(()),
-            scale_b=weight_scale[0, 0].reshape(()),
-            bias=self.bias if fuses_bias else None,
-            out_dtype=self.dtype,
+            scale_b=parts[names.WEIGHT_SCALE].reshape(()),
+            out_dtype=torch.float32,
         )
-        if self.bias is not None and not fuses_bias:
-            y = y + self.bias
         return y.reshape(*codes.shape[:-1], self.out_features)

@@ -11,6 +11,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from .. import names
 from . import fp8
 from .record import Format, Grid
 
@@ -37,8 +38,12 @@ WRITTEN = tuple(name for name, fmt in FORMATS.items() if fmt.granularity is not 
 """The formats that can be written."""
 
 
-def of_mark(config: Mapping[str, Any]) -> Format | None:
+def of_mark(config: Mapping[str, Any], parts: Mapping[str, tuple[int, ...]] | None = None) -> Format | None:
     """The format that a comfy_quant entry names; the one that shares most with it.
+
+    Args:
+        config: the entry.
+        parts: shapes of the layer's tensors by suffix, which tell formats of one mark apart.
 
     >>> of_mark({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}).name, of_mark({"format": "banana"})
     ('fp8', None)
@@ -46,7 +51,10 @@ def of_mark(config: Mapping[str, Any]) -> Format | None:
     nested = config.get("params")
     said = {**(nested if isinstance(nested, dict) else {}), **config}
     fitting = [fmt for fmt in FORMATS.values() if fmt.mark.items() <= said.items()]
-    return max(fitting, key=lambda fmt: len(fmt.mark), default=None)
+    most = max((len(fmt.mark) for fmt in fitting), default=0)
+    fitting = [fmt for fmt in fitting if len(fmt.mark) == most]
+    shaped = [fmt for fmt in fitting if parts and fmt.shape(parts[names.WEIGHT], parts) is not None]
+    return next(iter(shaped or fitting), None)
 
 
 def recognize(name: str, dtype: str, tensors: Mapping[str, Any]) -> Format | None:
@@ -55,7 +63,7 @@ def recognize(name: str, dtype: str, tensors: Mapping[str, Any]) -> Format | Non
     Args:
         name: of the layer.
         dtype: of its weight.
-        tensors: all tensors of the file, by name, with a `dtype` each.
+        tensors: all tensors of the file, by name, with `dtype` and `shape` each.
     """
     fitting = [
         fmt

@@ -110,7 +110,7 @@ FP8 = Format(
     input_grid=E4M3FN,
     static=True,
     dynamic=False,
-    side_multiple=16,  # torch's FP8 products on CUDA take such sides only, and fail on others
+    sides=(16, 16),  # torch's FP8 products on CUDA take such sides only, and fail on others
     range=E4M3FN.max,
     cards="Ada, Hopper, Blackwell, RDNA 3 and 4",
     since="October 2025 (PR 10498)",
@@ -125,7 +125,4 @@ FORMATS = (
     # CUDA multiplies no two of this format, so nothing is written in it.
     replace(FP8, name="fp8-e5m2", mark={"format": "float8_e5m2"}, dtypes=(E5M2.dtype,), grid=E5M2, granularity=None,
             input_grid=E5M2, range=E5M2.max, cards=""),
-    # Recognized, not read: bare exponents for every 32 weights, laid out in tiles (OCP MX).
-    Format("mxfp8", "MXFP8", {"format": "mxfp8"}, (E4M3FN.dtype,), 8.25, scale_dtypes=("F8_E8M0", "U8"),
-           ranged_by=None),
 )  # fmt: skip

@@ -1,24 +1,34 @@
-"""INT8: weights times one scale per row, or one per tensor; inputs are scaled row by row as they come.
+"""INT8 and INT4: whole numbers times one scale per row, or one per tensor; inputs are scaled row by row as they come.
 
-    codes = clamp(round(W / s), ±127)        s = absmax / 127
+    codes = clamp(round(W / s), ±max)        s = absmax / max, of a row        max = 127, or 7
 
 A row of inputs x is quantized in the same way, with a scale of its own, and the products of codes add up exactly. So
 no file holds an input scale: there is nothing to calibrate, and nothing to clip. Steps are equal, so headroom costs
-6 dB an octave, and one loud channel makes all others coarse.
+6 dB an octave, and one loud channel makes all others coarse; with ConvRot both W and x are rotated first (`rotation`).
 
-Rounded as comfy-kitchen 0.2.40 rounds float32 weights (`quantize_int8_rowwise`, `quantize_int8_tensorwise`), ties to
-even, with scales of at least 1e-30. From bfloat16 weights its eager quantizer divides in bfloat16, which moves 7 % of
-the codes of normal numbers and costs them 0.6 dB; here every weight is divided in float32.
+Rounded as comfy-kitchen 0.2.40 rounds float32 weights (`quantize_int8_rowwise`, `quantize_int8_tensorwise`,
+`quantize_int8_convrot_weight`, `quantize_convrot_w4a4_weight`), ties to even. From bfloat16 weights its eager quantizer
+rotates and divides in bfloat16, which moves 7 % of the codes of normal numbers and costs them 0.6 dB; here every weight
+is divided in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .record import Format, Grid
+from .. import names
+from ..lazy_torch import torch
+from .packing import pack_nibbles, unpack_nibbles
+from .record import Format, Grid, Packed, Parts, Shape, Stored
+from .rotation import GROUP_KEY, group_of, rotate, said_group
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,71 @@ class IntegerGrid(Grid):
 
 INTEGERS = IntegerGrid("int8", "I8", 127.0, 1.0)
 
+
+def whole_numbers(rows: Tensor, largest: float, least_absmax: float, least_scale: float) -> tuple[Tensor, Tensor]:
+    """Quantize each row to whole numbers under a scale of its own.
+
+    Args:
+        rows: [..., in], of any floating dtype, in which the division is done.
+        largest: 127 or 7.
+        least_absmax: what a smaller row is taken for.
+        least_scale: a scale is never smaller.
+
+    Returns:
+        int8 like `rows`, and float32 scales [..., 1].
+    """
+    absmax = rows.abs().amax(-1, keepdim=True)
+    scale = (absmax.clamp(min=least_absmax).float() / largest).clamp(min=least_scale)
+    divisor = scale.to(rows.dtype)
+    divisor = torch.where(divisor == 0, torch.finfo(divisor.dtype).tiny, divisor)
+    return (rows / divisor).round().clamp(-largest, largest).to(torch.int8), scale
+
+
+class ConvRot(Packed):
+    """INT8 of rotated weights."""
+
+    def storage(self, shape: tuple[int, int], _block_size: int) -> dict[str, Stored]:
+        return {names.WEIGHT: ("I8", shape), names.WEIGHT_SCALE: ("F32", (shape[0], 1))}
+
+    def config(self, shape: tuple[int, int], _block_size: int) -> dict[str, Any]:
+        return {**self.mark, GROUP_KEY: group_of(shape[1])}
+
+    def group(self, config: Mapping[str, Any]) -> int:
+        return said_group(config)
+
+    def quantize(self, weight_OI: Tensor, _whole: Parts, _method: str) -> dict[str, Tensor]:
+        rotated = rotate(weight_OI, group_of(weight_OI.shape[1]))
+        codes, scale = whole_numbers(rotated, INTEGERS.max, 0.0, self.least_scale)
+        return {names.WEIGHT: codes, names.WEIGHT_SCALE: scale}
+
+
+class ConvRotW4A4(ConvRot):
+    """INT4 of rotated weights, two codes a byte, the first in the lower half; inputs have 4 bits too."""
+
+    LARGEST = 7.0
+    LEAST_ABSMAX = 1e-10
+
+    def storage(self, shape: tuple[int, int], _block_size: int) -> dict[str, Stored]:
+        return {names.WEIGHT: ("I8", (shape[0], shape[1] // 2)), names.WEIGHT_SCALE: ("F32", (shape[0],))}
+
+    def shape(self, stored: Shape, _parts: Mapping[str, Shape]) -> tuple[int, int] | None:
+        return (stored[0], 2 * stored[1]) if len(stored) == 2 else None
+
+    def quantize(self, weight_OI: Tensor, _whole: Parts, _method: str) -> dict[str, Tensor]:
+        rotated = rotate(weight_OI, group_of(weight_OI.shape[1]))
+        codes, scale = whole_numbers(rotated, self.LARGEST, self.LEAST_ABSMAX, 0.0)
+        return {names.WEIGHT: pack_nibbles(codes).view(torch.int8), names.WEIGHT_SCALE: scale.reshape(-1)}
+
+    def decode(self, parts: Parts, _config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        unsigned = unpack_nibbles(parts[names.WEIGHT]).to(torch.int8)
+        return torch.where(unsigned > 7, unsigned - 16, unsigned), parts[names.WEIGHT_SCALE].float().reshape(-1, 1)
+
+    def inputs(self, x: Tensor, static: Tensor | None, arithmetic: str) -> tuple[Tensor, Tensor]:
+        if arithmetic == "dynamic_tensor":
+            return super().inputs(x, static, arithmetic)
+        return whole_numbers(x if arithmetic == "comfyui" else x.float(), self.LARGEST, self.LEAST_ABSMAX, 0.0)
+
+
 ROWS = Format(
     name="int8",
     title="INT8",
@@ -54,4 +129,34 @@ ROWS = Format(
     cards="Turing and later, RDNA 3 and 4",
     since="June 2026 (PR 14636)",
 )
-FORMATS = (ROWS, replace(ROWS, name="int8-tensor", granularity="tensor", scale_rank=0))
+CONVROT = ConvRot(
+    name="int8-convrot",
+    title="INT8 ConvRot",
+    mark={"format": "int8_tensorwise", "convrot": True},
+    dtypes=("I8",),
+    bits=8,
+    granularity="row",
+    input_grid=INTEGERS,
+    sides=(1, 16),
+    fallback="int8",
+    range=INTEGERS.max,
+    least_scale=1e-30,
+    zero_scale=1e-30,
+    cards=ROWS.cards,
+    since=ROWS.since,
+)
+W4A4 = ConvRotW4A4(
+    name="convrot-w4a4",
+    title="ConvRot W4A4",
+    mark={"format": "convrot_w4a4"},
+    dtypes=("I8", "U8"),
+    bits=4,
+    granularity="row",
+    input_grid=INTEGERS,
+    sides=(1, 256),
+    fallback="int8",
+    range=7.0,
+    cards="Ampere and Ada",
+    since="0.33 or earlier",
+)
+FORMATS = (ROWS, replace(ROWS, name="int8-tensor", granularity="tensor", scale_rank=0), CONVROT, W4A4)

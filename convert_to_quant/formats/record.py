@@ -6,22 +6,27 @@ reports. A format is a `Format` in its family's file beside this one, and in the
 A quantized weight is codes C and scales s with W ≈ grid value of C × s. A `Grid` says what the codes mean and which
 code is the nearest to a number; everything that has codes of one byte is derived from the 256 meanings.
 
-Everything is numpy and runs on the CPU. Chunks keep temporaries in the second-level cache.
+A grid is numpy, and a weight of one code a byte needs nothing else. What packs codes, rotates, or scales in blocks is
+torch, which also runs on a GPU, and starts only where it is used. Chunks keep temporaries in the second-level cache.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import names
+from ..lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 1 << 16
 """Values handled at a time: 64 Ki uint16 values, their int64 indices and their codes stay in a core's L2."""
@@ -29,7 +34,27 @@ CHUNK = 1 << 16
 FLOAT_SCALES = ("F32", "F16", "BF16", "F64")
 """Dtypes of scales that are plain numbers."""
 
+TORCH_NAMES: Mapping[str, str] = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+"""What torch calls the dtypes of weights and scales, by the spelling of a safetensors header."""
+
 Granularity = Literal["tensor", "row", "block"]
+Shape = tuple[int, ...]
+Stored = tuple[str, Shape]
+"""Dtype, as a safetensors header spells it, and shape."""
+
+
+Parts = Mapping[str, "Tensor"]
+Rows = Callable[["Tensor"], "Tensor"]
 
 
 def spans(count: int, step: int = CHUNK) -> Iterator[slice]:
@@ -151,7 +176,7 @@ def _read_only(array: NDArray[Any]) -> NDArray[Any]:
 
 @dataclass(frozen=True, eq=False)
 class Format:
-    """A number format of linear layers, as ComfyUI or its nodes read it.
+    """A number format of linear layers, as ComfyUI or its nodes read it; one scale per tensor, row, or square block.
 
     Attributes:
         name: its key in `FORMATS`, as `--format` takes it.
@@ -160,14 +185,17 @@ class Format:
         dtypes: what its weights are stored as; the first is written.
         bits: per weight, scales included where they are one per some weights.
         scales: suffixes of the tensors that a weight cannot be read without; the first sizes its values.
+        optional: suffixes of tensors that readers heed where they are there.
         scale_dtypes: of the first of `scales`.
-        grid: of its weights' codes; None where the format is only recognized, not read.
+        grid: of its weights' codes where they are one a byte.
+        readable: whether this tool reads it; else it is only recognized.
         granularity: what shares a scale where this format is written; None where it is not written.
         scale_rank: dimensions of a written weight scale: 0 is a scalar, 1 one per row, 2 one per block.
         input_grid: of the codes that readers make of a layer's inputs; None where it is only recognized.
         static: whether files hold a scale of a layer's inputs, `input_scale`, which a calibration finds.
         dynamic: whether readers scale inputs as they come, by absmax / max of each row, and use no `input_scale`.
-        side_multiple: both sides of a weight must be multiples of it.
+        sides: what the sides (out, in) of a weight must be multiples of.
+        fallback: the format of layers whose sides it cannot take; "" for high precision.
         ranged_by: suffix of the scale that says how large the weights can get.
         range: the largest weight at a scale of 1.
         least_scale: a weight scale is never smaller.
@@ -182,14 +210,17 @@ class Format:
     dtypes: tuple[str, ...]
     bits: float
     scales: tuple[str, ...] = (names.WEIGHT_SCALE,)
+    optional: tuple[str, ...] = ()
     scale_dtypes: tuple[str, ...] = FLOAT_SCALES
     grid: Grid | None = None
+    readable: bool = True
     granularity: Granularity | None = None
     scale_rank: int = 0
     input_grid: Grid | None = None
     static: bool = False
     dynamic: bool = True
-    side_multiple: int = 1
+    sides: tuple[int, int] = (1, 1)
+    fallback: str = ""
     ranged_by: str | None = names.WEIGHT_SCALE
     range: float = 0.0
     least_scale: float = float(np.finfo(np.float32).smallest_subnormal)
@@ -210,9 +241,23 @@ class Format:
 
     @property
     def codes(self) -> Grid:
-        """The grid of a format that is read."""
+        """The grid of a format that has one code a byte."""
         assert self.grid is not None, self.name
         return self.grid
+
+    # How a layer is stored.
+
+    def takes(self, shape: Shape) -> bool:
+        """Whether it can hold a weight (out, in)."""
+        return not any(side % multiple for side, multiple in zip(shape, self.sides, strict=True))
+
+    @property
+    def needs(self) -> str:
+        """Which weights it can hold, for people."""
+        out, within = self.sides
+        if out == within:
+            return f"sides that are multiples of {out}"
+        return f"multiples of {within} inputs" + (f" and {out} outputs" if out > 1 else "")
 
     def block(self, weight_shape: tuple[int, int], block_size: int) -> tuple[int, int]:
         """The weights (b_out, b_in) that share one scale where a weight (out, in) is written."""
@@ -224,12 +269,102 @@ class Format:
         """The shape of the weight scale that is written for a weight (out, in)."""
         return scale_grid(weight_shape, self.block(weight_shape, block_size))[: self.scale_rank]
 
+    def storage(self, shape: tuple[int, int], block_size: int) -> dict[str, Stored]:
+        """What a weight (out, in) is written as, by suffix."""
+        return {names.WEIGHT: (self.dtypes[0], shape), self.scales[0]: ("F32", self.scale_shape(shape, block_size))}
+
+    def shape(self, stored: Shape, _parts: Mapping[str, Shape]) -> tuple[int, int] | None:
+        """(out, in) of a weight that is stored in this shape, with these shapes of its scales by suffix."""
+        return (stored[0], stored[1]) if len(stored) == 2 else None
+
+    def config(self, _shape: tuple[int, int], block_size: int) -> dict[str, Any]:
+        """What the mark of a layer says that is written in this format."""
+        return {**self.mark, **({"group_size": block_size} if self.granularity == "block" else {})}
+
+    # Weights.
+
     def weight_scales(self, absmax: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scales at which nothing is clipped: absmax / max, but never under `least_scale`; float32, the same shape."""
         scale = np.maximum(absmax.astype(np.float32) / np.float32(self.codes.max), np.float32(self.least_scale))
         result: NDArray[np.float32] = np.where(absmax == 0, np.float32(self.zero_scale), scale).astype(np.float32)
         return result
 
-    def config(self, block_size: int) -> dict[str, Any]:
-        """What the mark of a layer says that is written in this format."""
-        return {**self.mark, **({"group_size": block_size} if self.granularity == "block" else {})}
+    def decode(self, parts: Parts, _config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """A weight as readers multiply it, which may be rotated.
+
+        Args:
+            parts: the stored tensors by suffix; all, or the same rows of each.
+            config: the layer's mark.
+
+        Returns:
+            Levels [out, in], and the float32 scales [1 or out, 1] that they carry.
+        """
+        return parts[names.WEIGHT], parts[self.scales[0]].float().reshape(-1, 1)
+
+    def group(self, _config: Mapping[str, Any]) -> int:
+        """The size of the groups of inputs that readers rotate (`rotation`); 0 for none."""
+        return 0
+
+    # Inputs.
+
+    def inputs(self, x: Tensor, static: Tensor | None, arithmetic: str) -> tuple[Tensor, Tensor]:
+        """Codes that readers make of a layer's inputs.
+
+        Args:
+            x: [..., in], rotated where the format rotates.
+            static: the layer's input scale, float32 (); None where it has none.
+            arithmetic: "comfyui" computes in x's own dtype, all others in float32; see `engines.quantized_linear`.
+
+        Returns:
+            Levels like x, and the float32 scale that they carry, () or [..., 1].
+        """
+        grid = self.input_grid
+        assert grid is not None, self.name
+        own = arithmetic == "comfyui"
+        if not self.dynamic and arithmetic in ("comfyui", "comfyui_divide"):
+            scale = torch.ones((), device=x.device) if static is None else static
+            scaled = x * (1.0 / scale).to(x.dtype) if own else x.float() / scale
+        else:
+            absmax = x.abs().amax() if arithmetic == "dynamic_tensor" else x.abs().amax(-1, keepdim=True)
+            scale = torch.where(absmax > 0, (absmax.float() / grid.max).clamp(min=self.least_scale), self.zero_scale)
+            divisor = scale.to(x.dtype) if own else scale
+            scaled = (x if own else x.float()) / torch.where(divisor == 0, torch.finfo(divisor.dtype).tiny, divisor)
+        dtype = getattr(torch, grid.name)
+        if dtype.is_floating_point:
+            return scaled.clamp(-grid.max, grid.max).to(dtype), scale
+        return scaled.round().clamp(torch.iinfo(dtype).min, grid.max).to(dtype), scale
+
+
+class Packed(Format):
+    """A format whose codes are packed, rotated, or scaled in small blocks: written and read with torch.
+
+    A weight is written in bands of rows. What holds for all of it is found first (`whole`); the rest of each band is
+    contiguous in the file.
+    """
+
+    ROWS = 128
+    """Bands begin at multiples of it: tiles of scales have as many rows."""
+
+    def whole(self, _absmax: float, _shape: tuple[int, int], _rows: Rows, _method: str) -> dict[str, Tensor]:
+        """Tensors that belong to a weight as a whole, by suffix.
+
+        Args:
+            absmax: its largest magnitude.
+            shape: (out, in).
+            rows: gives rows of it by their numbers, float32 [n, in].
+            method: how scales are chosen, "absmax" or "mse".
+        """
+        return {}
+
+    def quantize(self, weight_OI: Tensor, whole: Parts, method: str) -> dict[str, Tensor]:
+        """Quantize a band of rows.
+
+        Args:
+            weight_OI: float32 [rows, in].
+            whole: of `whole`.
+            method: as there.
+
+        Returns:
+            What is stored of these rows, by suffix.
+        """
+        raise NotImplementedError

@@ -39,12 +39,14 @@ def test_records_are_whole(name: str) -> None:
     assert fmt.name == name
     assert fmt.marked
     assert of_mark(fmt.mark).mark == fmt.mark  # type: ignore[union-attr]
-    assert (fmt.grid is None) == (fmt.input_grid is None)
+    assert fmt.readable == (fmt.input_grid is not None)
     assert fmt.grid is None or fmt.range == fmt.grid.max
     assert fmt.ranged_by is None or (fmt.ranged_by in fmt.scales and fmt.range > 0)
     if name in WRITTEN:
-        assert fmt.grid is not None
-        assert fmt.grid.dtype == fmt.dtypes[0]
+        assert set(fmt.scales) <= set(fmt.storage((256, 512), 64)) <= {".weight", *fmt.scales, *fmt.optional}
+        assert fmt.storage((256, 512), 64)[".weight"][0] == fmt.dtypes[0]
+        assert fmt.cards or not fmt.since
+        assert not fmt.fallback or FORMATS[fmt.fallback].sides < fmt.sides
 
 
 @pytest.mark.parametrize(

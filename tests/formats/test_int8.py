@@ -209,10 +209,10 @@ def test_after_writing_a_line_says_what_reads_the_file(flux: Path, tmp_path: Pat
             ["--format", "int9"],
             "no format 'int9' that can be written (one of fp8, fp8-row, fp8-block, int8",
         ),
-        (["--format", "nvfp4"], "no format 'nvfp4' that can be written"),
+        (["--format", "awq-w4a16"], "no format 'awq-w4a16' that can be written"),
         (["--format", "int8", "--scaling_mode", "row"], "--scaling_mode is for fp8, and int8 says how it is scaled"),
-        (["--format", "int8", "--legacy"], "legacy files hold fp8 only, not int8"),
-        (["--format", "fp8-row", "--legacy"], "legacy files hold fp8 only, not fp8-row"),
+        (["--format", "int8", "--legacy"], "legacy files hold fp8 only, in all layers"),
+        (["--format", "fp8-row", "--legacy"], "legacy files hold fp8 only, in all layers"),
     ],
 )
 def test_what_does_not_go_together_is_refused(flux: Path, capsys: Any, flags: list[str], message: str) -> None:

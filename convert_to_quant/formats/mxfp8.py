@@ -1,0 +1,96 @@
+"""MXFP8: E4M3 codes with one power of two for every 32 (OCP Microscaling Formats 1.0), inputs and weights alike.
+
+    scale = 2^ceil(log2(absmax / 448)), stored as the exponent + 127 (E8M0)        codes = E4M3(W / scale)
+
+Rounded as comfy-kitchen 0.2.40 rounds (`quantize_mxfp8`). The specification takes the floor of log2(absmax) less 8,
+which clips up to an octave; the ceiling clips nothing. Scales lie in tiles (`packing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .. import names
+from ..lazy_torch import torch
+from .fp8 import E4M3FN
+from .packing import from_tiles, in_groups, tile_shape, to_tiles
+from .record import Packed, Parts, Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 32
+BIAS = 127
+
+
+def scale_of(exponents: Tensor) -> Tensor:
+    """The float32 scales that E8M0 bytes mean; 0, which stands for a block of zeros, is 0 to readers."""
+    return (exponents.to(torch.int32) << 23).view(torch.float32)
+
+
+def blocks_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize the last dimension in blocks.
+
+    Args:
+        x: [..., in], of any floating dtype.
+
+    Returns:
+        E4M3 codes like x, and E8M0 exponents, uint8 [..., in / 32].
+    """
+    blocked = in_groups(x, BLOCK)
+    absmax = blocked.abs().amax(-1).float()
+    exponents = torch.ceil(torch.log2((absmax / E4M3FN.max).clamp(min=2.0**-BIAS))) + BIAS
+    exponents = torch.where(absmax == 0, 0, exponents.clamp(0, 254)).to(torch.uint8)
+    scale = scale_of(exponents).unsqueeze(-1)
+    scaled = blocked.float() / torch.where((absmax == 0).unsqueeze(-1), 1, scale)
+    return scaled.clamp(-E4M3FN.max, E4M3FN.max).to(torch.float8_e4m3fn).reshape(x.shape), exponents
+
+
+def meanings(codes: Tensor, exponents: Tensor) -> Tensor:
+    """What codes [..., in] with exponents [..., in / 32] mean, float32."""
+    return (in_groups(codes.float(), BLOCK) * scale_of(exponents).unsqueeze(-1)).reshape(codes.shape)
+
+
+class MXFP8(Packed):
+    """See the module's docstring."""
+
+    def block(self, _weight_shape: tuple[int, int], _block_size: int) -> tuple[int, int]:
+        return 1, BLOCK
+
+    def storage(self, shape: tuple[int, int], _block_size: int) -> dict[str, Stored]:
+        return {names.WEIGHT: ("F8_E4M3", shape), names.WEIGHT_SCALE: ("U8", tile_shape(shape[0], shape[1] // BLOCK))}
+
+    def quantize(self, weight_OI: Tensor, _whole: Parts, _method: str) -> dict[str, Tensor]:
+        codes, exponents = blocks_of(weight_OI)
+        return {names.WEIGHT: codes, names.WEIGHT_SCALE: to_tiles(exponents)}
+
+    def decode(self, parts: Parts, _config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        codes = parts[names.WEIGHT]
+        tiled = parts[names.WEIGHT_SCALE].view(torch.uint8)
+        exponents = from_tiles(tiled, codes.shape[0], codes.shape[1] // BLOCK)
+        return meanings(codes, exponents), torch.ones((1, 1), device=codes.device)
+
+    def inputs(self, x: Tensor, static: Tensor | None, arithmetic: str) -> tuple[Tensor, Tensor]:
+        if arithmetic.startswith("dynamic"):
+            return super().inputs(x, static, arithmetic)
+        return meanings(*blocks_of(x)), torch.ones((), device=x.device)
+
+
+FORMATS = (
+    MXFP8(
+        name="mxfp8",
+        title="MXFP8",
+        mark={"format": "mxfp8"},
+        dtypes=("F8_E4M3",),
+        bits=8.25,
+        scale_dtypes=("F8_E8M0", "U8"),
+        granularity="block",
+        input_grid=E4M3FN,
+        sides=(32, 32),
+        fallback="fp8",
+        ranged_by=None,
+        cards="Blackwell",
+        since="0.33 or earlier",
+    ),
+)

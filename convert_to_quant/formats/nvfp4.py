@@ -1,0 +1,143 @@
+"""NVFP4: E2M1 codes (0, ½, 1, 1½, 2, 3, 4, 6 with a sign), an E4M3 scale for every 16, and one float32 over all.
+
+    global = absmax / (448 · 6)      block = E4M3(absmax of 16 / (6 · global))      codes = E2M1(W / (block · global))
+
+Inputs are quantized in the same way. Their global scale is the file's `input_scale`, the largest input / 2688, or is
+found from each input where the file has none. Where a file has `pre_quant_scale` [in], readers multiply inputs by it
+first, and its weights were divided by it.
+
+Rounded as comfy-kitchen 0.2.40 rounds (`quantize_nvfp4`), two codes a byte, the first in the upper half, scales in
+tiles (`packing`). "mse" tries absmax / 4 beside absmax / 6 in every block and keeps what has the smaller squared error
+("four over six": Cook et al., arXiv 2512.02010): between 4 and 6 the grid has no value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .. import names
+from ..lazy_torch import torch
+from .fp8 import E4M3FN
+from .packing import from_tiles, in_groups, pack_nibbles, tile_shape, to_tiles, unpack_nibbles
+from .record import Packed, Parts, Rows, Shape, Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 16
+LARGEST = 6.0
+LARGEST_INPUT = E4M3FN.max * LARGEST
+"""At an input scale of 1: 2688."""
+
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def encode(numbers: Tensor) -> Tensor:
+    """Nearest E2M1 codes, ties to the even code, saturating at ±6; uint8 like `numbers`, bit 3 is the sign."""
+    size = numbers.abs().clamp(max=LARGEST)
+    # From one power of two to the next the steps are equal, so each octave is rounded as whole numbers are.
+    codes = torch.where(size < 2, (2 * size).round(), torch.where(size < 4, size.round() + 2, (size / 2).round() + 4))
+    return codes.to(torch.uint8) | (torch.signbit(numbers).to(torch.uint8) << 3)
+
+
+def decode(codes: Tensor) -> Tensor:
+    """What E2M1 codes mean, float32."""
+    table = torch.tensor([*VALUES, *(-value for value in VALUES)], device=codes.device)
+    return table[codes.int()]
+
+
+def blocks_of(x: Tensor, overall: Tensor, reaches: float = LARGEST) -> tuple[Tensor, Tensor]:
+    """Quantize the last dimension in blocks under one scale.
+
+    Args:
+        x: [..., in].
+        overall: float32 ().
+        reaches: what the largest of a block becomes.
+
+    Returns:
+        E2M1 codes, uint8 [..., in / 16, 16], and E4M3 scales of the blocks [..., in / 16].
+    """
+    blocked = in_groups(x.float(), BLOCK)
+    scales = (blocked.abs().amax(-1) / reaches / overall).clamp(max=E4M3FN.max).to(torch.float8_e4m3fn)
+    total = (overall * scales.float()).unsqueeze(-1)
+    scaled = torch.where(total == 0, 0, blocked / torch.where(total == 0, 1, total))
+    return encode(scaled), scales
+
+
+def meanings(codes: Tensor, scales: Tensor, overall: Tensor) -> Tensor:
+    """What codes [..., in / 16, 16] with scales [..., in / 16] mean, float32 [..., in]."""
+    return (decode(codes) * (overall * scales.float()).unsqueeze(-1)).flatten(-2)
+
+
+class NVFP4(Packed):
+    """See the module's docstring."""
+
+    def block(self, _weight_shape: tuple[int, int], _block_size: int) -> tuple[int, int]:
+        return 1, BLOCK
+
+    def storage(self, shape: tuple[int, int], _block_size: int) -> dict[str, Stored]:
+        rows, columns = shape
+        return {
+            names.WEIGHT: ("U8", (rows, columns // 2)),
+            names.WEIGHT_SCALE: ("F8_E4M3", tile_shape(rows, columns // BLOCK)),
+            names.WEIGHT_SCALE_2: ("F32", ()),
+        }
+
+    def shape(self, stored: Shape, _parts: Mapping[str, Shape]) -> tuple[int, int] | None:
+        return (stored[0], 2 * stored[1]) if len(stored) == 2 else None
+
+    def whole(self, absmax: float, _shape: tuple[int, int], _rows: Rows, _method: str) -> dict[str, Tensor]:
+        return {names.WEIGHT_SCALE_2: torch.tensor(absmax or LARGEST_INPUT) / LARGEST_INPUT}
+
+    def quantize(self, weight_OI: Tensor, whole: Parts, method: str) -> dict[str, Tensor]:
+        overall = whole[names.WEIGHT_SCALE_2].to(weight_OI.device)
+        codes, scales = blocks_of(weight_OI, overall)
+        if method == "mse":
+            other_codes, other_scales = blocks_of(weight_OI, overall, 4.0)
+            wanted = in_groups(weight_OI, BLOCK)
+            error, other_error = (
+                (in_groups(meanings(c, s, overall), BLOCK) - wanted).square().sum(-1)
+                for c, s in ((codes, scales), (other_codes, other_scales))
+            )
+            better = other_error < error
+            codes = torch.where(better.unsqueeze(-1), other_codes, codes)
+            scales = torch.where(better, other_scales.view(torch.uint8), scales.view(torch.uint8))
+        tiled = to_tiles(scales.view(torch.uint8)).view(torch.float8_e4m3fn)
+        return {names.WEIGHT: pack_nibbles(codes.flatten(-2), high_first=True), names.WEIGHT_SCALE: tiled}
+
+    def decode(self, parts: Parts, _config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        codes = in_groups(unpack_nibbles(parts[names.WEIGHT], high_first=True), BLOCK)
+        tiled = parts[names.WEIGHT_SCALE].view(torch.uint8)
+        scales = from_tiles(tiled, *codes.shape[:2]).contiguous().view(torch.float8_e4m3fn)
+        overall = parts[names.WEIGHT_SCALE_2].float().reshape(())
+        return meanings(codes, scales, overall), torch.ones((1, 1), device=codes.device)
+
+    def inputs(self, x: Tensor, static: Tensor | None, arithmetic: str) -> tuple[Tensor, Tensor]:
+        if arithmetic == "dynamic_row":
+            return super().inputs(x, static, arithmetic)
+        if static is None or arithmetic == "dynamic_tensor":
+            static = (x.abs().amax() / LARGEST_INPUT).float()
+        overall = static.to(x.device)
+        return meanings(*blocks_of(x, overall), overall), torch.ones((), device=x.device)
+
+
+FORMATS = (
+    NVFP4(
+        name="nvfp4",
+        title="NVFP4",
+        mark={"format": "nvfp4"},
+        dtypes=("U8",),
+        bits=4.5,
+        scales=(names.WEIGHT_SCALE, names.WEIGHT_SCALE_2),
+        optional=(names.PRE_QUANT_SCALE,),
+        scale_dtypes=("F8_E4M3", "U8"),
+        granularity="block",
+        input_grid=E4M3FN,
+        sides=(16, 16),
+        ranged_by=names.WEIGHT_SCALE_2,
+        range=LARGEST_INPUT,
+        cards="Blackwell",
+        since="January 2026 (PR 11635)",
+    ),
+)

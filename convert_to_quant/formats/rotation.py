@@ -1,0 +1,61 @@
+"""ConvRot: groups of a layer's inputs are rotated so that no channel stands out, and its weights likewise.
+
+A regular Hadamard matrix H of size 4^k has entries ±1 / √size, is symmetric, and is its own inverse. So with W·H in the
+file and x·H at run time, (x·H)(W·H)ᵀ = x·Wᵀ: rotating twice gives back what was there. A loud channel is spread over
+its whole group, which helps whatever shares one scale over the group. As in comfy-kitchen 0.2.40, `int8_utils`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from ..lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LARGEST_GROUP = 256
+GROUP_KEY = "convrot_groupsize"
+
+
+def group_of(in_features: int) -> int:
+    """The largest power of 4 up to 256, and at least 16, that divides a number of inputs; 0 where none does.
+
+    >>> group_of(3072), group_of(192), group_of(100)
+    (256, 64, 0)
+    """
+    return next((size for size in (LARGEST_GROUP, 64, 16) if in_features and in_features % size == 0), 0)
+
+
+def said_group(config: Mapping[str, Any]) -> int:
+    """The size of the groups that a rotated layer's mark names; 256 where it names none."""
+    nested = config.get("params")
+    said = config.get(GROUP_KEY, nested.get(GROUP_KEY) if isinstance(nested, dict) else None)
+    return said if isinstance(said, int) and not isinstance(said, bool) and said > 0 else LARGEST_GROUP
+
+
+def is_group(size: int, in_features: int) -> bool:
+    """Whether inputs can be rotated in groups of this size: a power of 4 that divides them."""
+    return size >= 4 and size & (size - 1) == 0 and size.bit_length() % 2 == 1 and in_features % size == 0
+
+
+@lru_cache(maxsize=16)
+def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The regular Hadamard matrix [size, size] of a power of 4, orthogonal and symmetric."""
+    base = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=dtype, device=device)
+    matrix: Tensor = base
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, base)
+    normalized: Tensor = matrix / size**0.5
+    return normalized
+
+
+def rotate(x: Tensor, group: int) -> Tensor:
+    """Rotate the last dimension in groups, in x's own dtype; a second time undoes it. Group 0 leaves x as it is."""
+    if not group:
+        return x
+    grouped = x.reshape(-1, x.shape[-1] // group, group)
+    rotated: Tensor = torch.matmul(grouped, hadamard(group, x.dtype, x.device))
+    return rotated.reshape(x.shape)

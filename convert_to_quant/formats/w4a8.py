@@ -1,0 +1,266 @@
+"""W4A8 and W6A8: 4 or 6 bits for a weight, which readers turn into INT8 under one scale per row.
+
+    level = round(clamp(value(code) · s_rel, ±127))        W·H = level · s_channel
+
+s_rel is an E4M3 scale for every 16 weights of a row, s_channel a float32 for the row; inputs are rotated like the
+weights (`rotation`) and become INT8 row by row. At 4 bits value(code) is one of 16 numbers, a codebook in the file; at
+6 bits it is the whole number from -31 to 31. The scale of 16 weights is found by two rounds of least squares: codes for
+the scale, then the scale for the codes; at 6 bits the E4M3 numbers next to it are tried as well.
+
+Rounded as comfy-kitchen 0.2.40 rounds (`quantize_w4a8_int8_weight`). Its codebook is the Lloyd-Max quantizer of a group
+of 16 normal numbers divided by the largest; where rotated weights have heavier tails, one is fitted to a sample.
+
+Two codes share a byte, the first in its lower half. At 6 bits that holds the lower four bits of each code plus 32; the
+upper two bits of four codes share a byte of a plane behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .. import names
+from ..lazy_torch import torch
+from .int8 import INTEGERS, ConvRot
+from .packing import in_groups, pack_nibbles, unpack_nibbles
+from .record import Parts, Rows, Shape, Stored
+from .rotation import rotate, said_group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GROUP = 16
+ROTATED = 256
+ROUNDS = 2
+LEAST = 1e-8
+SIX_BIT_LEVELS = 31
+
+# fmt: off
+NORMAL_CODEBOOK = (
+    -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,
+    0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671,
+)
+# fmt: on
+HEAVY_TAILS = -0.1
+"""Excess kurtosis from which a codebook is fitted; groups of normal numbers lie near -0.5."""
+
+SAMPLED, SAMPLED_FOR_TAILS, SAMPLED_FOR_FIT = 1 << 22, 1 << 19, 300_000
+
+
+def nearest(numbers: Tensor, levels: Tensor) -> Tensor:
+    """Positions of the nearest of some levels, the lower at ties.
+
+    Args:
+        numbers: [..., n].
+        levels: ascending, [k], or [..., k] with the same leading dimensions.
+
+    Returns:
+        int64 [..., n].
+    """
+    place = torch.searchsorted(levels, numbers.contiguous())
+    low, high = (place - 1).clamp(min=0), place.clamp(max=levels.shape[-1] - 1)
+    if levels.ndim == 1:
+        low_level, high_level = levels[low], levels[high]
+    else:
+        low_level, high_level = levels.gather(-1, low), levels.gather(-1, high)
+    return torch.where((numbers - high_level).abs() < (numbers - low_level).abs(), high, low)
+
+
+def _sample(values: Tensor, count: int) -> Tensor:
+    flat = values.flatten()
+    if len(flat) <= count:
+        return flat
+    generator = torch.Generator(device=flat.device).manual_seed(0)
+    return flat[torch.randint(0, len(flat), (count,), device=flat.device, generator=generator)]
+
+
+def codebook_for(normalized: Tensor) -> Tensor:
+    """The codebook of weights that were divided by the largest of their group: the normal one, or a fitted one."""
+    tails = _sample(normalized, SAMPLED_FOR_TAILS)
+    kurtosis = ((tails - tails.mean()) / (tails.std() + 1e-9)).pow(4).mean() - 3.0
+    if kurtosis.item() <= HEAVY_TAILS:
+        return torch.tensor(NORMAL_CODEBOOK, device=normalized.device)
+    samples = _sample(normalized, SAMPLED_FOR_FIT)
+    codebook = torch.quantile(samples, torch.linspace(0, 1, 16, device=samples.device))
+    for _ in range(25):  # Lloyd's algorithm: each level becomes the mean of what is nearest to it
+        chosen = (samples.unsqueeze(-1) - codebook).abs().argmin(-1)
+        means = [samples[chosen == level] for level in range(16)]
+        codebook = torch.stack([mine.mean() if len(mine) else old for mine, old in zip(means, codebook, strict=True)])
+    return codebook.contiguous()
+
+
+class W4A8(ConvRot):
+    """See the module's docstring; the width of the rows tells 4 bits from 6."""
+
+    code_bits = 4
+
+    def block(self, _weight_shape: tuple[int, int], _block_size: int) -> tuple[int, int]:
+        return 1, GROUP
+
+    def storage(self, shape: tuple[int, int], _block_size: int) -> dict[str, Stored]:
+        rows, columns = shape
+        return {
+            names.WEIGHT: ("I8", (rows, columns * self.code_bits // 8)),
+            names.S_REL: ("F8_E4M3", (rows, columns // GROUP)),
+            names.S_CHANNEL: ("F32", (rows,)),
+            **({names.CODEBOOK: ("F32", (16,))} if names.CODEBOOK in self.optional else {}),
+        }
+
+    def shape(self, stored: Shape, parts: Mapping[str, Shape]) -> tuple[int, int] | None:
+        groups = parts.get(names.S_REL, ())
+        fits = len(stored) == len(groups) == 2 and stored[1] * 8 == groups[1] * GROUP * self.code_bits
+        return (stored[0], groups[1] * GROUP) if fits else None
+
+    def config(self, _shape: tuple[int, int], _block_size: int) -> dict[str, Any]:
+        return {**self.mark, "group_size": GROUP, "convrot_groupsize": ROTATED}
+
+    def group(self, config: Mapping[str, Any]) -> int:
+        return said_group(config)
+
+    def whole(self, _absmax: float, shape: tuple[int, int], rows: Rows, _method: str) -> dict[str, Tensor]:
+        sample = in_groups(rotate(rows_sampled(shape, rows), ROTATED), GROUP)
+        return {names.CODEBOOK: codebook_for(sample / sample.abs().amax(-1, keepdim=True).clamp(min=LEAST))}
+
+    def values(self, parts: Parts, device: torch.device) -> Tensor:
+        """What the codes stand for, ascending; without a codebook, whole numbers around 0 as readers take them."""
+        codebook = parts.get(names.CODEBOOK)
+        return torch.arange(-8.0, 8.0, device=device) if codebook is None else codebook.to(device)
+
+    def fit(self, groups: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales of groups by least squares.
+
+        Args:
+            groups: [rows, in / 16, 16].
+            values: of the codes.
+
+        Returns:
+            The scales [rows, in / 16, 1], and what the weights become under them.
+        """
+        scale = groups.abs().amax(-1, keepdim=True)
+        scale = (scale / SIX_BIT_LEVELS if self.code_bits == 6 else scale).clamp(min=LEAST)
+        chosen = self.assign(groups / scale, values)
+        for _ in range(ROUNDS):
+            level = values[chosen]
+            scale = (groups * level).sum(-1, keepdim=True) / (level * level).sum(-1, keepdim=True).clamp(min=LEAST)
+            scale = scale.clamp(min=LEAST)
+            chosen = self.assign(groups / scale, values)
+        return scale, values[chosen] * scale
+
+    def assign(self, normalized: Tensor, values: Tensor) -> Tensor:
+        """Codes of weights that were divided by their scale."""
+        return nearest(normalized, values)
+
+    def quantize(self, weight_OI: Tensor, whole: Parts, _method: str) -> dict[str, Tensor]:
+        groups = in_groups(rotate(weight_OI, ROTATED), GROUP)
+        values = self.values(whole, weight_OI.device)
+        scale, real = self.fit(groups, values)
+        s_channel = (real.abs().amax((1, 2)) / INTEGERS.max).clamp(min=LEAST)
+        s_rel = (scale.squeeze(-1) / s_channel.unsqueeze(1)).to(torch.float8_e4m3fn)
+        target = groups / s_channel.reshape(-1, 1, 1)
+        s_rel, codes = self.choose(target, s_rel, values)
+        return {names.WEIGHT: self.pack(codes.flatten(1)), names.S_REL: s_rel, names.S_CHANNEL: s_channel}
+
+    def choose(self, target: Tensor, s_rel: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The scales that are stored and the nearest codes, for weights in steps of s_channel [rows, in / 16, 16]."""
+        return s_rel, nearest(target, levels(values, s_rel))
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes [rows, in] as they are stored."""
+        return pack_nibbles(codes).view(torch.int8)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Stored rows as codes: positions in `values`."""
+        return unpack_nibbles(packed).int()
+
+    def decode(self, parts: Parts, _config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        codes = self.unpack(parts[names.WEIGHT])
+        numbers = in_groups(self.values(parts, codes.device)[codes], GROUP)
+        s_rel = parts[names.S_REL]
+        s_rel = s_rel.view(torch.float8_e4m3fn) if s_rel.dtype == torch.uint8 else s_rel
+        whole = (numbers * s_rel.float().unsqueeze(-1)).flatten(-2).round().clamp(-INTEGERS.max, INTEGERS.max)
+        return whole.to(torch.int8), parts[names.S_CHANNEL].float().reshape(-1, 1)
+
+
+class W6A8(W4A8):
+    """Six bits, without a codebook."""
+
+    code_bits = 6
+
+    # Values are whole numbers, so the nearest is found by rounding; the lowest of the 64 codes is not used.
+
+    def whole(self, _absmax: float, _shape: tuple[int, int], _rows: Rows, _method: str) -> dict[str, Tensor]:
+        return {}
+
+    def values(self, _parts: Parts, device: torch.device) -> Tensor:
+        return torch.arange(-SIX_BIT_LEVELS - 1.0, SIX_BIT_LEVELS + 1.0, device=device)
+
+    def assign(self, normalized: Tensor, _values: Tensor) -> Tensor:
+        return normalized.round().clamp(-SIX_BIT_LEVELS, SIX_BIT_LEVELS).long() + SIX_BIT_LEVELS + 1
+
+    def choose(self, target: Tensor, s_rel: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        bits = s_rel.view(torch.uint8)
+        # Of the scale and its two neighbours in E4M3, the one with the least squared error in the levels of a reader.
+        tried = torch.stack([bits, (bits - 1).clamp(min=1), (bits + 1).clamp(max=0x7E)])
+        best_bits, best_codes, best = bits, torch.empty(0), torch.empty(0)
+        for number, candidate in enumerate(tried):
+            steps = levels(values[1:], candidate.view(torch.float8_e4m3fn))
+            codes = nearest(target, steps)
+            error = (steps.gather(-1, codes) - target).square().sum(-1)
+            if number == 0:
+                best_codes, best = codes, error
+                continue
+            better = error < best
+            best = torch.where(better, error, best)
+            best_bits = torch.where(better, candidate, best_bits)
+            best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
+        return best_bits.view(torch.float8_e4m3fn), best_codes + 1
+
+    def pack(self, codes: Tensor) -> Tensor:
+        quads = in_groups((codes >> 4).to(torch.uint8), 4)
+        upper = quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
+        return torch.cat([pack_nibbles(codes), upper], 1).view(torch.int8)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        width = packed.shape[1] * 2 // 3
+        lower, upper = packed.view(torch.uint8)[:, :width], packed.view(torch.uint8)[:, width:]
+        shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
+        quads = (upper.unsqueeze(-1) >> shifts) & 3
+        return unpack_nibbles(lower).int() | (quads.flatten(-2).int() << 4)
+
+
+def levels(values: Tensor, s_rel: Tensor) -> Tensor:
+    """What codes become in INT8 in each group, [rows, in / 16, codes]."""
+    return (values * s_rel.float().unsqueeze(-1)).round().clamp(-INTEGERS.max, INTEGERS.max)
+
+
+def rows_sampled(shape: tuple[int, int], rows: Rows) -> Tensor:
+    """Evenly spaced rows of a weight, 4 Mi values at most, or all of it."""
+    count, columns = shape
+    wanted = max(1, SAMPLED // columns)
+    numbers = torch.linspace(0, count - 1, wanted).long() if count > wanted else torch.arange(count)
+    return rows(numbers)
+
+
+FOUR = W4A8(
+    name="w4a8",
+    title="W4A8",
+    mark={"format": "asym_w4a8_int8"},
+    dtypes=("I8", "U8"),
+    bits=4.5,
+    scales=(names.S_REL, names.S_CHANNEL),
+    optional=(names.CODEBOOK,),
+    scale_dtypes=("F8_E4M3", "U8", "F32"),
+    granularity="block",
+    input_grid=INTEGERS,
+    sides=(1, ROTATED),
+    fallback="int8",
+    ranged_by=names.S_CHANNEL,
+    range=INTEGERS.max,
+    cards="Ampere and later",
+    since="August 2026 (PR 15308)",
+)
+FORMATS = (
+    FOUR,
+    W6A8(**{**vars(FOUR), "name": "w6a8", "title": "W6A8", "bits": 6.5, "optional": (),
+            "since": "October 2026 (comfy-kitchen 0.2.40)"}),
+)  # fmt: skip
