@@ -26,7 +26,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,21 @@ Float32 = NDArray[np.float32]
 _INTEGER_DTYPES = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 
 # Suffix -> what the tensor is: a role of the supported kind, or the name of an unsupported kind. Longest first.
-_ROLES: dict[str, str] = dict(
-    sorted(
-        {
-            **{down: "down" for down, _ in LORA_FACTORS},
-            **{up: "up" for _, up in LORA_FACTORS},
-            **dict.fromkeys(LORA_ALPHAS, "alpha"),
-            **UNSUPPORTED_SUFFIXES,
-        }.items(),
-        key=lambda item: -len(item[0]),
-    )
-)
+_ROLES: dict[str, str] = {
+    **{down: "down" for down, _ in LORA_FACTORS},
+    **{up: "up" for _, up in LORA_FACTORS},
+    **dict.fromkeys(LORA_ALPHAS, "alpha"),
+    **UNSUPPORTED_SUFFIXES,
+}
+_ROLES = {suffix: _ROLES[suffix] for suffix in sorted(_ROLES, key=len, reverse=True)}
+
+# What is not applied -> how a summary counts it.
+_LEFT_OVER = {
+    "unmatched": "unmatched",
+    "ambiguous": "ambiguous",
+    "unsupported": "unsupported",
+    "text_encoder": "for text encoders",
+}
 
 
 @dataclass(frozen=True)
@@ -163,13 +168,13 @@ class Finding:
     """Something in a LoRA file that is not applied.
 
     Attributes:
-        path: The file.
+        file: Path of the file.
         name: An adapter's name, or a tensor's.
         reason: Why.
         layers: The checkpoint's layers it is about, where known.
     """
 
-    path: Path
+    file: str
     name: str
     reason: str
     layers: tuple[str, ...] = ()
@@ -213,60 +218,26 @@ class LoraMatch:
                 product *= np.float32(delta.scale)
                 weight_OI[low - start : high - start] += product
 
-    def delta(self, layer: str) -> Float32:
-        """The whole change of a layer's weight.
-
-        Args:
-            layer: The layer, as the checkpoint names it.
-
-        Returns:
-            float32 [out, in]; zeros where nothing is matched.
-        """
-        change = np.zeros(self.shapes[layer], np.float32)
-        self.add_to(change, layer)
-        return change
-
     def summary(self) -> str:
         """One line for the user, e.g. "304 adapters on 152 layers, 2 unmatched"."""
         adapters = sum(len(deltas) for deltas in self.matched.values())
-        counts = {
-            "unmatched": len(self.unmatched),
-            "ambiguous": len(self.ambiguous),
-            "unsupported": len(self.unsupported),
-            "for text encoders": len(self.text_encoder),
-        }
-        rest = "".join(f", {count} {kind}" for kind, count in counts.items() if count)
+        rest = "".join(f", {len(found)} {_LEFT_OVER[kind]}" for kind, found in self._left_over().items() if found)
         return f"{plural(adapters, 'adapter')} on {plural(len(self.matched), 'layer')}{rest}"
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values: names, files, ranks, scales and rows, no weights."""
+
+        def told(delta: Delta) -> dict[str, Any]:
+            file, rank = str(delta.lora.path), delta.adapter.rank
+            return {"file": file, "name": delta.name, "rank": rank, "scale": delta.scale, "rows": delta.rows}
+
         return {
-            "matched": {
-                layer: [
-                    {
-                        "file": str(delta.lora.path),
-                        "name": delta.name,
-                        "rank": delta.adapter.rank,
-                        "scale": delta.scale,
-                        "rows": list(delta.rows) if delta.rows else None,
-                    }
-                    for delta in deltas
-                ]
-                for layer, deltas in self.matched.items()
-            },
-            **{
-                kind: [
-                    {"file": str(found.path), "name": found.name, "reason": found.reason, "layers": list(found.layers)}
-                    for found in findings
-                ]
-                for kind, findings in (
-                    ("unmatched", self.unmatched),
-                    ("ambiguous", self.ambiguous),
-                    ("unsupported", self.unsupported),
-                    ("text_encoder", self.text_encoder),
-                )
-            },
+            "matched": {layer: [told(delta) for delta in deltas] for layer, deltas in self.matched.items()},
+            **{kind: [asdict(finding) for finding in found] for kind, found in self._left_over().items()},
         }
+
+    def _left_over(self) -> dict[str, list[Finding]]:
+        return {kind: getattr(self, kind) for kind in _LEFT_OVER}
 
 
 def calibration_rows(match: LoraMatch, layer: str) -> Float32:
@@ -302,8 +273,6 @@ def load_lora(path: StrPath, strength: float = 1.0) -> Lora:
     if not math.isfinite(strength):
         raise OptionError(f"a LoRA's strength should be a finite number, found {strength}", path=path)
     checkpoint = open_checkpoint(path)
-    lora = Lora(checkpoint, strength)
-
     tensors: dict[str, dict[str, list[str]]] = {}
     text_encoder: dict[str, None] = {}
     unknown: list[str] = []
@@ -316,23 +285,20 @@ def load_lora(path: StrPath, strength: float = 1.0) -> Lora:
         else:
             tensors.setdefault(name, {}).setdefault(role, []).append(key)
     if not tensors and not text_encoder:
-        raise LoraError(
-            f"not a LoRA: none of its {len(unknown)} tensors has a name that an adapter's would have",
-            path=path,
-            tensor=unknown[0] if unknown else None,
-        )
+        problem = f"not a LoRA: none of its {len(unknown)} tensors has a name that an adapter's would have"
+        raise LoraError(problem, path=path, tensor=next(iter(unknown), None))
 
+    adapters: dict[str, Adapter] = {}
+    unsupported: dict[str, tuple[str, ...]] = {}
     for name, roles in tensors.items():
         kinds = tuple(role for role in roles if role in UNSUPPORTED_SUFFIXES.values())
         if kinds:
-            lora.unsupported[name] = kinds
+            unsupported[name] = kinds
         if set(kinds) <= {BIAS_ONLY} and {"down", "up"} & set(roles):
-            lora.adapters[name] = _adapter(checkpoint, name, roles)
+            adapters[name] = _adapter(checkpoint, name, roles)
         elif not kinds:
             unknown += roles["alpha"]
-    lora.text_encoder = tuple(text_encoder)
-    lora.unknown = tuple(unknown)
-    return lora
+    return Lora(checkpoint, strength, adapters, unsupported, tuple(text_encoder), tuple(unknown))
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -345,61 +311,44 @@ def _split(key: str) -> tuple[str, str]:
 
 def _adapter(checkpoint: Checkpoint, name: str, roles: Mapping[str, list[str]]) -> Adapter:
     """One pair of factors, checked: both there, once, floats, finite, of one rank."""
+    refusal = partial(LoraError, path=checkpoint.path)
     for role, keys in roles.items():
         if len(keys) > 1 and role in ("down", "up", "alpha"):
-            raise LoraError(
-                f"the same adapter also has {keys[0]}, so one of the two is too many",
-                path=checkpoint.path,
-                tensor=keys[1],
-            )
+            problem = f"the same adapter also has {keys[0]}, so one of the two is too many"
+            raise refusal(problem, tensor=keys[1])
     for role, partner in (("down", "up"), ("up", "down")):
         if partner not in roles:
-            raise LoraError(
-                f"this {role} factor has no {partner} factor beside it",
-                path=checkpoint.path,
-                tensor=roles[role][0],
-                hint="the file is incomplete",
-            )
+            problem = f"this {role} factor has no {partner} factor beside it"
+            raise refusal(problem, tensor=roles[role][0], hint="the file is incomplete")
     (down,), (up,) = roles["down"], roles["up"]
     for tensor in (down, up):
-        _check_factor(checkpoint, tensor)
+        info = checkpoint.tensors[tensor]
+        if info.dtype not in FLOAT_DTYPES:
+            raise refusal(f"a factor should hold floats, found {info.dtype}", tensor=tensor)
+        if len(info.shape) < 2:
+            raise refusal(f"a factor should have 2 dimensions, found shape {list(info.shape)}", tensor=tensor)
+        finite = bool(np.isfinite(checkpoint.float32(tensor)).all())
+        checkpoint.release(tensor)
+        if not finite:
+            raise refusal("holds NaN or infinite values", tensor=tensor, hint="the file is damaged")
     rank, up_rank = checkpoint.tensors[down].shape[0], checkpoint.tensors[up].shape[1]
     if rank != up_rank or rank == 0:
-        raise LoraError(
-            f"its rank is {up_rank}, but {down} has rank {rank}" if rank else f"the rank of {down} is 0",
-            path=checkpoint.path,
-            tensor=up,
-        )
-    alpha = _alpha(checkpoint, roles["alpha"][0]) if "alpha" in roles else None
-    return Adapter(name, down, up, rank, alpha)
-
-
-def _check_factor(checkpoint: Checkpoint, tensor: str) -> None:
-    info = checkpoint.tensors[tensor]
-    if info.dtype not in FLOAT_DTYPES:
-        raise LoraError(f"a factor should hold floats, found {info.dtype}", path=checkpoint.path, tensor=tensor)
-    if len(info.shape) < 2:
-        raise LoraError(
-            f"a factor should have 2 dimensions, found shape {list(info.shape)}", path=checkpoint.path, tensor=tensor
-        )
-    finite = bool(np.isfinite(checkpoint.float32(tensor)).all())
-    checkpoint.release(tensor)
-    if not finite:
-        raise LoraError("holds NaN or infinite values", path=checkpoint.path, tensor=tensor, hint="the file is damaged")
+        problem = f"its rank is {up_rank}, but {down} has rank {rank}" if rank else f"the rank of {down} is 0"
+        raise refusal(problem, tensor=up)
+    return Adapter(name, down, up, rank, _alpha(checkpoint, roles["alpha"][0]) if "alpha" in roles else None)
 
 
 def _alpha(checkpoint: Checkpoint, tensor: str) -> float:
+    refusal = partial(LoraError, path=checkpoint.path, tensor=tensor)
     info = checkpoint.tensors[tensor]
     if info.elements != 1:
-        raise LoraError(
-            f"alpha should be one number, found shape {list(info.shape)}", path=checkpoint.path, tensor=tensor
-        )
+        raise refusal(f"alpha should be one number, found shape {list(info.shape)}")
     if info.dtype not in FLOAT_DTYPES | _INTEGER_DTYPES:
-        raise LoraError(f"alpha should be a number, found {info.dtype}", path=checkpoint.path, tensor=tensor)
+        raise refusal(f"alpha should be a number, found {info.dtype}")
     read = checkpoint.float32 if info.dtype in FLOAT_DTYPES else checkpoint.bits
     alpha = float(read(tensor).reshape(-1)[0])
     if not math.isfinite(alpha):
-        raise LoraError(f"alpha is {alpha}", path=checkpoint.path, tensor=tensor, hint="the file is damaged")
+        raise refusal(f"alpha is {alpha}", hint="the file is damaged")
     return alpha
 
 
@@ -425,6 +374,8 @@ def match_loras(loras: Sequence[Lora], layers: Mapping[str, tuple[int, int]]) ->
 
 
 def _match_one(lora: Lora, targets: Mapping[str, tuple[Target, ...]], prefix: str, match: LoraMatch) -> None:
+    finding = partial(Finding, str(lora.path))
+
     def layers_of(name: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys(prefix + target.layer for target in targets.get(name, ())))
 
@@ -432,31 +383,31 @@ def _match_one(lora: Lora, targets: Mapping[str, tuple[Target, ...]], prefix: st
     for name, adapter in lora.adapters.items():
         candidates = targets.get(name, ())
         if not candidates:
-            match.unmatched.append(Finding(lora.path, name, "no linear layer of the checkpoint has this name"))
+            match.unmatched.append(finding(name, "no linear layer of the checkpoint has this name"))
         elif len(candidates) > 1:
             reason = f"the name may mean {len(candidates)} parts of the checkpoint"
-            match.ambiguous.append(Finding(lora.path, name, reason, layers_of(name)))
+            match.ambiguous.append(finding(name, reason, layers_of(name)))
         else:
-            target = candidates[0]
-            layer = prefix + target.layer
-            _check_shapes(lora, adapter, layer, match.shapes[layer], target.rows)
-            found.setdefault(layer, []).append(Delta(lora, adapter, target.rows, target.swap_halves))
+            delta = Delta(lora, adapter, candidates[0].rows, candidates[0].swap_halves)
+            layer = prefix + candidates[0].layer
+            _check_shapes(delta, layer, match.shapes[layer])
+            found.setdefault(layer, []).append(delta)
 
-    matched = 0
+    matched = False
     for layer, deltas in found.items():
         for delta in deltas:
             rivals = [other.name for other in deltas if other is not delta and _overlap(other, delta)]
             if rivals:
                 reason = f"{' and '.join(rivals)} in the same file means the same rows"
-                match.ambiguous.append(Finding(lora.path, delta.name, reason, (layer,)))
+                match.ambiguous.append(finding(delta.name, reason, (layer,)))
             else:
                 match.matched.setdefault(layer, []).append(delta)
-                matched += 1
+                matched = True
 
-    match.unmatched += [Finding(lora.path, key, "not a tensor of a known kind of adapter") for key in lora.unknown]
-    match.text_encoder += [Finding(lora.path, name, "belongs to a text encoder") for name in lora.text_encoder]
+    match.unmatched += [finding(key, "not a tensor of a known kind of adapter") for key in lora.unknown]
+    match.text_encoder += [finding(name, "belongs to a text encoder") for name in lora.text_encoder]
     match.unsupported += [
-        Finding(lora.path, name, f"{kind} is not supported", layers_of(name))
+        finding(name, f"{kind} is not supported", layers_of(name))
         for name, kinds in lora.unsupported.items()
         for kind in kinds
     ]
@@ -468,40 +419,29 @@ def _overlap(one: Delta, other: Delta) -> bool:
     return one.rows is None or other.rows is None or max(one.rows[0], other.rows[0]) < min(one.rows[1], other.rows[1])
 
 
-def _check_shapes(
-    lora: Lora, adapter: Adapter, layer: str, shape: tuple[int, int], rows: tuple[int, int] | None
-) -> None:
+def _check_shapes(delta: Delta, layer: str, shape: tuple[int, int]) -> None:
+    adapter, rows = delta.adapter, delta.rows
     out_features = shape[0] if rows is None else rows[1] - rows[0]
     part = f"{layer} is {list(shape)}" if rows is None else f"rows {rows[0]} to {rows[1]} of {layer} are meant"
     for tensor, expected in ((adapter.down, [adapter.rank, shape[1]]), (adapter.up, [out_features, adapter.rank])):
-        shape_found = list(lora.checkpoint.tensors[tensor].shape)
-        if shape_found[:2] != expected or math.prod(shape_found[2:]) != 1:
-            raise LoraError(
-                f"its shape should be {expected}, since {part}, but it is {shape_found}",
-                path=lora.path,
-                tensor=tensor,
-                hint="the LoRA was made for another model",
-            )
+        found = list(delta.lora.checkpoint.tensors[tensor].shape)
+        if found[:2] != expected or math.prod(found[2:]) != 1:
+            problem = f"its shape should be {expected}, since {part}, but it is {found}"
+            hint = "the LoRA was made for another model"
+            raise LoraError(problem, path=delta.lora.path, tensor=tensor, hint=hint)
 
 
 def _matches_nothing(lora: Lora, match: LoraMatch) -> LoraError:
     """Why nothing of a file can be applied, with its first name and what the checkpoint has instead."""
     first = next(iter([*lora.adapters, *lora.unsupported, *lora.text_encoder, *lora.unknown]))
+    kinds = Counter(kind for kinds in lora.unsupported.values() for kind in kinds)
     counts = [
         (len(lora.adapters), "adapters match no layer of the checkpoint unambiguously"),
-        *((count, f"{kind} adapters are not supported") for kind, count in _kinds(lora).items()),
+        *((count, f"{kind} adapters are not supported") for kind, count in kinds.items()),
         (len(lora.text_encoder), "adapters belong to a text encoder"),
         (len(lora.unknown), "tensors are of no known kind"),
     ]
     reasons = ", ".join(f"{count} {what}" for count, what in counts if count)
     example = f"; its layers have names like {next(iter(match.shapes))}" if match.shapes else ""
-    return LoraError(
-        f"nothing in this LoRA can be applied: {reasons}{example}",
-        path=lora.path,
-        tensor=first,
-        hint="is it made for this model?",
-    )
-
-
-def _kinds(lora: Lora) -> Counter[str]:
-    return Counter(kind for kinds in lora.unsupported.values() for kind in kinds)
+    problem = f"nothing in this LoRA can be applied: {reasons}{example}"
+    return LoraError(problem, path=lora.path, tensor=first, hint="is it made for this model?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from convert_to_quant.checkpoint import Entry, write_checkpoint
 from convert_to_quant.errors import CheckpointError, LoraError, OptionError
 from convert_to_quant.lora import LoraMatch, calibration_rows, load_lora, match_loras
-from convert_to_quant.names import LORA_FACTORS, UNSUPPORTED_SUFFIXES
+from convert_to_quant.names import BIAS_ONLY, LORA_FACTORS, UNSUPPORTED_SUFFIXES
 
 Tensors = dict[str, NDArray[Any]]
 Layers = dict[str, tuple[int, int]]
@@ -84,6 +85,13 @@ def match_of(path: Path, layers: Layers, strength: float = 1.0) -> LoraMatch:
     return match_loras([load_lora(path, strength)], layers)
 
 
+def change(match: LoraMatch, layer: str) -> NDArray[np.float32]:
+    """All that is added to a layer's weight."""
+    added = np.zeros(match.shapes[layer], np.float32)
+    match.add_to(added, layer)
+    return added
+
+
 def only(match: LoraMatch) -> tuple[str, tuple[int, int] | None]:
     assert (match.unmatched, match.ambiguous, match.unsupported, match.text_encoder) == ([], [], [], [])
     ((layer, (delta,)),) = match.matched.items()
@@ -92,118 +100,53 @@ def only(match: LoraMatch) -> tuple[str, tuple[int, int] | None]:
 
 QKV, LINEAR1 = "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"
 
-# (who writes it, the name in the file, layers of the checkpoint, the layer it means, the rows)
+TXT_QKV, LINEAR11 = "double_blocks.0.txt_attn.qkv", "single_blocks.11.linear1"
+SD3_TEXT, LUMINA_QKV = "joint_blocks.0.context_block.attn.qkv", "layers.3.attention.qkv"
+MLP, OUT, GUIDANCE = "transformer_blocks.0.img_mlp.net.0.proj", "context_refiner.0.attention.out", next(iter(CHROMA))
+
+# (who writes it, the name in the file, layers of the checkpoint, the layer it means, the rows); what diffusers calls
+# every layer, and all prefixes, are tested in test_names.py.
 SPELLINGS: list[tuple[str, str, Layers, str, tuple[int, int] | None]] = [
     ("kohya", "lora_unet_double_blocks_0_img_attn_qkv", FLUX, QKV, None),
-    ("kohya", "lora_unet_double_blocks_0_img_mod_lin", FLUX, "double_blocks.0.img_mod.lin", None),
     ("kohya", "lora_unet_single_blocks_1_linear1", FLUX, LINEAR1, None),
-    ("kohya", "lora_unet_single_blocks_11_linear1", FLUX, "single_blocks.11.linear1", None),
+    ("kohya", "lora_unet_single_blocks_11_linear1", FLUX, LINEAR11, None),
     ("kohya, diffusers", "lora_unet_transformer_blocks_0_attn_to_k", FLUX, QKV, (H, 2 * H)),
     ("ComfyUI", "diffusion_model.double_blocks.0.img_attn.qkv", FLUX, QKV, None),
     ("ComfyUI", "diffusion_model.single_blocks.1.linear1_qkv", FLUX, LINEAR1, (0, 3 * H)),
-    ("plain", "double_blocks.0.img_attn.qkv", FLUX, QKV, None),
-    ("full name", "model.diffusion_model.double_blocks.0.img_attn.qkv", FLUX, QKV, None),
-    ("PEFT", "base_model.model.double_blocks.0.img_attn.qkv", FLUX, QKV, None),
     ("PEFT", "base_model.model.transformer_blocks.0.attn.to_v", FLUX, QKV, (2 * H, 3 * H)),
-    ("PEFT", "base_model.model.diffusion_model.double_blocks.0.img_attn.qkv", FLUX, QKV, None),
     ("ai-toolkit", "transformer.transformer_blocks.0.attn.to_q", FLUX, QKV, (0, H)),
-    ("ai-toolkit", "transformer.transformer_blocks.0.attn.to_k", FLUX, QKV, (H, 2 * H)),
-    ("diffusers", "transformer.transformer_blocks.0.attn.to_v", FLUX, QKV, (2 * H, 3 * H)),
-    ("diffusers", "transformer.transformer_blocks.0.attn.add_q_proj", FLUX, "double_blocks.0.txt_attn.qkv", (0, H)),
-    ("diffusers", "transformer.transformer_blocks.0.attn.add_k_proj", FLUX, "double_blocks.0.txt_attn.qkv", (H, 2 * H)),
-    ("diffusers", "transformer.transformer_blocks.0.attn.to_out.0", FLUX, "double_blocks.0.img_attn.proj", None),
-    ("diffusers", "transformer.transformer_blocks.0.norm1.linear", FLUX, "double_blocks.0.img_mod.lin", None),
-    ("diffusers", "transformer.transformer_blocks.0.ff.net.0.proj", FLUX, "double_blocks.0.img_mlp.0", None),
-    ("diffusers", "transformer.transformer_blocks.0.ff_context.net.2", FLUX, "double_blocks.0.txt_mlp.2", None),
+    ("diffusers", "transformer.transformer_blocks.0.attn.add_q_proj", FLUX, TXT_QKV, (0, H)),
     ("diffusers", "transformer.transformer_blocks.0.ff.linear_in", FLUX, "double_blocks.0.img_mlp.0", None),
-    ("diffusers", "transformer.single_transformer_blocks.1.attn.to_q", FLUX, LINEAR1, (0, H)),
-    ("diffusers", "transformer.single_transformer_blocks.1.attn.to_k", FLUX, LINEAR1, (H, 2 * H)),
-    ("diffusers", "transformer.single_transformer_blocks.1.attn.to_v", FLUX, LINEAR1, (2 * H, 3 * H)),
     ("diffusers", "transformer.single_transformer_blocks.1.proj_mlp", FLUX, LINEAR1, (3 * H, 7 * H)),
-    ("diffusers", "transformer.single_transformer_blocks.1.proj_out", FLUX, "single_blocks.1.linear2", None),
     ("diffusers", "transformer.norm_out.linear", FLUX, "final_layer.adaLN_modulation.1", None),
-    ("DiffSynth", "single_transformer_blocks.11.attn.to_k", FLUX, "single_blocks.11.linear1", (H, 2 * H)),
-    ("OneTrainer", "lora_transformer_transformer_blocks_0_attn_to_q", FLUX, QKV, (0, H)),
+    ("DiffSynth", "single_transformer_blocks.11.attn.to_k", FLUX, LINEAR11, (H, 2 * H)),
     ("OneTrainer", "lora_transformer_single_transformer_blocks_1_proj_mlp", FLUX, LINEAR1, (3 * H, 7 * H)),
     ("SimpleTuner", "lycoris_transformer_blocks_0_attn_to_v", FLUX, QKV, (2 * H, 3 * H)),
     ("XLabs", "double_blocks.0.processor.qkv_lora1", FLUX, QKV, None),
-    ("XLabs", "double_blocks.0.processor.qkv_lora2", FLUX, "double_blocks.0.txt_attn.qkv", None),
+    ("XLabs", "double_blocks.0.processor.qkv_lora2", FLUX, TXT_QKV, None),
     ("XLabs", "diffusion_model.double_blocks.0.processor.proj_lora1", FLUX, "double_blocks.0.img_attn.proj", None),
     ("Flux.2", "transformer.single_transformer_blocks.1.attn.to_qkv_mlp_proj", FLUX_2, LINEAR1, None),
-    ("Flux.2", "transformer.single_transformer_blocks.1.attn.to_out", FLUX_2, "single_blocks.1.linear2", None),
     ("Flux.2", "transformer.single_transformer_blocks.1.proj_mlp", FLUX_2, LINEAR1, (3 * H, 9 * H)),
-    ("SD3", "transformer.transformer_blocks.0.attn.to_v", SD3, "joint_blocks.0.x_block.attn.qkv", (2 * H, 3 * H)),
-    (
-        "SD3, OneTrainer",
-        "lora_transformer_transformer_blocks_0_attn_add_k_proj",
-        SD3,
-        "joint_blocks.0.context_block.attn.qkv",
-        (H, 2 * H),
-    ),
+    ("SD3, OneTrainer", "lora_transformer_transformer_blocks_0_attn_add_k_proj", SD3, SD3_TEXT, (H, 2 * H)),
     ("musubi", "lora_unet_blocks_1_self_attn_q", WAN, "blocks.1.self_attn.q", None),
-    ("musubi", "lora_unet_blocks_11_self_attn_q", WAN, "blocks.11.self_attn.q", None),
     ("Wan Fun", "lora_unet__blocks_1_ffn_0", WAN, "blocks.1.ffn.0", None),
-    ("Wan, ComfyUI", "diffusion_model.blocks.1.cross_attn.k_img", WAN, "blocks.1.cross_attn.k_img", None),
-    ("Wan, diffusers", "transformer.blocks.1.attn1.to_q", WAN, "blocks.1.self_attn.q", None),
-    ("Wan, diffusers", "transformer.blocks.1.attn1.to_out.0", WAN, "blocks.1.self_attn.o", None),
     ("Wan, diffusers", "transformer.blocks.1.attn2.add_k_proj", WAN, "blocks.1.cross_attn.k_img", None),
-    ("Wan, diffusers", "transformer.blocks.1.ffn.net.0.proj", WAN, "blocks.1.ffn.0", None),
-    ("Qwen", "transformer_blocks.0.attn.to_q", QWEN, "transformer_blocks.0.attn.to_q", None),
-    (
-        "Qwen, musubi",
-        "lora_unet_transformer_blocks_0_img_mlp_net_0_proj",
-        QWEN,
-        "transformer_blocks.0.img_mlp.net.0.proj",
-        None,
-    ),
-    ("Z-Image", "diffusion_model.layers.3.attention.to_k", Z_IMAGE, "layers.3.attention.qkv", (H, 2 * H)),
-    ("Z-Image", "lora_unet_layers_3_attention_qkv", Z_IMAGE, "layers.3.attention.qkv", None),
-    (
-        "Z-Image",
-        "transformer.context_refiner.0.attention.to_out.0",
-        Z_IMAGE,
-        "context_refiner.0.attention.out",
-        None,
-    ),
-    ("Lumina", "transformer.layers.3.attn.to_v", LUMINA, "layers.3.attention.qkv", (H + H // 4, H + H // 2)),
-    ("Hunyuan", "transformer.double_blocks.0.img_attn_qkv", HUNYUAN, "double_blocks.0.img_attn.qkv", None),
-    ("Hunyuan", "diffusion_model.double_blocks.0.txt_mlp.fc1", HUNYUAN, "double_blocks.0.txt_mlp.0", None),
-    ("Hunyuan", "transformer.transformer_blocks.0.attn.to_k", HUNYUAN, "double_blocks.0.img_attn.qkv", (H, 2 * H)),
-    (
-        "Hunyuan",
-        "diffusion_model.double_blocks.0.img_attn.qkv",
-        HUNYUAN_AUTHORS,
-        "double_blocks.0.img_attn_qkv",
-        None,
-    ),
-    (
-        "Hunyuan",
-        "transformer.transformer_blocks.0.attn.to_k",
-        HUNYUAN_AUTHORS,
-        "double_blocks.0.img_attn_qkv",
-        (H, 2 * H),
-    ),
-    (
-        "Chroma",
-        "transformer.distilled_guidance_layer.layers.0.linear_1",
-        CHROMA,
-        "distilled_guidance_layer.layers.0.in_layer",
-        None,
-    ),
+    ("Qwen, musubi", "lora_unet_transformer_blocks_0_img_mlp_net_0_proj", QWEN, MLP, None),
+    ("Z-Image", "diffusion_model.layers.3.attention.to_k", Z_IMAGE, LUMINA_QKV, (H, 2 * H)),
+    ("Z-Image", "transformer.context_refiner.0.attention.to_out.0", Z_IMAGE, OUT, None),
+    ("Lumina", "transformer.layers.3.attn.to_v", LUMINA, LUMINA_QKV, (H + H // 4, H + H // 2)),
+    ("Hunyuan", "transformer.double_blocks.0.img_attn_qkv", HUNYUAN, QKV, None),
+    ("Hunyuan", "transformer.transformer_blocks.0.attn.to_k", HUNYUAN, QKV, (H, 2 * H)),
+    ("Hunyuan", "diffusion_model." + QKV, HUNYUAN_AUTHORS, "double_blocks.0.img_attn_qkv", None),
+    ("Hunyuan", "transformer_blocks.0.attn.to_k", HUNYUAN_AUTHORS, "double_blocks.0.img_attn_qkv", (H, 2 * H)),
+    ("Chroma", "transformer.distilled_guidance_layer.layers.0.linear_1", CHROMA, GUIDANCE, None),
     ("LTX", "transformer.time_embed.linear", LTX, "adaln_single.linear", None),
-    ("LTX", "diffusion_model.transformer_blocks.0.attn1.to_q", LTX, "transformer_blocks.0.attn1.to_q", None),
-    (
-        "SDXL",
-        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0",
-        SDXL,
-        "input_blocks.4.1.transformer_blocks.0.attn1.to_out.0",
-        None,
-    ),
+    ("SDXL", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0", SDXL, next(iter(SDXL)), None),
     (
         "SDXL, diffusers",
         "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_out",
         SDXL,
-        "input_blocks.4.1.transformer_blocks.0.attn1.to_out.0",
+        next(iter(SDXL)),
         None,
     ),
 ]
@@ -226,7 +169,7 @@ def test_each_spelling_finds_its_layer_and_rows(
     if name.endswith("norm_out.linear"):  # diffusers: scale, shift; the checkpoint: shift, scale
         up = np.concatenate([up[H:], up[:H]])
     expected[slice(*(rows or (0, None)))] = up @ down
-    np.testing.assert_allclose(match.delta(layer), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(change(match, layer), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("style", range(len(LORA_FACTORS)), ids=[down for down, _ in LORA_FACTORS])
@@ -242,13 +185,9 @@ def test_each_suffix_is_read(style: int, alpha: str | None, write: Write) -> Non
 
 
 def test_xlabs_attention_of_a_single_block_loses_its_ending_to_the_suffix(write: Write) -> None:
-    tensors = {
-        "single_blocks.1.processor.qkv_lora.down.weight": np.ones((R, H), np.float32),
-        "single_blocks.1.processor.qkv_lora.up.weight": np.ones((3 * H, R), np.float32),
-        "single_blocks.1.processor.proj_lora.down.weight": np.ones((R, 5 * H), np.float32),
-        "single_blocks.1.processor.proj_lora.up.weight": np.ones((H, R), np.float32),
-    }
-    match = match_of(write(tensors), FLUX)
+    style = LORA_FACTORS.index(("_lora.down.weight", "_lora.up.weight"))
+    tensors = pair("single_blocks.1.processor.qkv", 3 * H, H, style=style)
+    match = match_of(write(tensors | pair("single_blocks.1.processor.proj", H, 5 * H, style=style)), FLUX)
     found = {layer: deltas[0].rows for layer, deltas in match.matched.items()}
     assert found == {LINEAR1: (0, 3 * H), "single_blocks.1.linear2": None}
 
@@ -277,53 +216,44 @@ def test_a_product_with_alpha_is_as_computed_by_hand(write: Write) -> None:
     match = match_of(write(tensors), {"blocks.1.self_attn.q": (3, 2)}, strength=0.5)
     # B A = [[1, 2], [6, 8], [2, 2]]; alpha / rank = 1 / 2; strength 1 / 2
     assert np.array_equal(
-        match.delta("blocks.1.self_attn.q"), np.array([[0.25, 0.5], [1.5, 2.0], [0.5, 0.5]], np.float32)
+        change(match, "blocks.1.self_attn.q"), np.array([[0.25, 0.5], [1.5, 2.0], [0.5, 0.5]], np.float32)
     )
 
 
 def test_an_alpha_of_zero_changes_nothing(write: Write) -> None:
     match = match_of(write({**pair("blocks.1.ffn.0", 4 * H, H), "blocks.1.ffn.0.alpha": np.float32(0)}), WAN)
-    assert not match.delta("blocks.1.ffn.0").any()
+    assert not change(match, "blocks.1.ffn.0").any()
 
 
 @pytest.mark.parametrize(
     "alpha",
     [
-        np.float32(6),
-        np.array([6], np.float32),
-        np.array([[6]], np.float32),
-        np.float16(6),
-        np.array([6], np.float64),
-        (np.array(0x40C0, np.uint16), "BF16"),
+        *(np.full(shape, 6, np.float32) for shape in ((), (1,), (1, 1))),
+        *(dtype(6) for dtype in (np.float16, np.float64, np.int64)),
         (np.array([0x40C0], np.uint16), "BF16"),
         (np.array(0x4C, np.uint8), "F8_E4M3"),
-        np.int64(6),
     ],
-    ids=["f32", "f32[1]", "f32[1,1]", "f16", "f64[1]", "bf16", "bf16[1]", "e4m3", "i64"],
+    ids=range(8),
 )
 def test_alpha_may_be_of_any_dtype_and_have_a_dimension(alpha: Any, write: Write) -> None:
     match = match_of(write({**pair("blocks.1.ffn.0", 4 * H, H), "blocks.1.ffn.0.alpha": alpha}), WAN)
     assert match.matched["blocks.1.ffn.0"][0].scale == 6 / R
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_factors_of_any_float_dtype_are_widened(dtype: type[np.floating[Any]], write: Write) -> None:
-    tensors = {key: np.round(value, 2).astype(dtype) for key, value in pair("blocks.1.ffn.0", 4 * H, H).items()}
-    delta = match_of(write(tensors), WAN).matched["blocks.1.ffn.0"][0]
+@pytest.mark.parametrize("dtype", ["F16", "F32", "F64", "BF16"])
+def test_factors_of_any_float_dtype_are_widened(dtype: str, write: Write) -> None:
+    numpy_dtype = {"F16": np.float16, "F32": np.float32, "F64": np.float64}.get(dtype)
+    stored = np.array([[0x3F80, 0x4000]], np.uint16) if numpy_dtype is None else np.array([[1, 2]], numpy_dtype)
+    match = match_of(write({"x.lora_A.weight": (stored, dtype), "x.lora_B.weight": (stored.T, dtype)}), {"x": (2, 2)})
+    delta = match.matched["x"][0]
     assert {delta.A_RI.dtype, delta.B_OR.dtype} == {np.dtype(np.float32)}
-    assert np.array_equal(delta.A_RI, tensors["blocks.1.ffn.0.lora_A.weight"].astype(np.float32))
-
-
-def test_bfloat16_factors_are_widened(write: Write) -> None:
-    bits = np.array([[0x3F80, 0x4000]], np.uint16)  # 1, 2
-    tensors = {"x.lora_A.weight": (bits, "BF16"), "x.lora_B.weight": (bits.reshape(2, 1), "BF16")}
-    assert np.array_equal(match_of(write(tensors), {"x": (2, 2)}).delta("x"), np.array([[1, 2], [2, 4]], np.float32))
+    assert np.array_equal(change(match, "x"), [[1, 2], [2, 4]])
 
 
 def test_factors_of_a_1x1_convolution_fit_a_linear_layer(write: Write) -> None:
     tensors = {key: value[:, :, None, None] for key, value in pair("x", H, H).items()}
     down, up = (value[:, :, 0, 0] for value in tensors.values())
-    assert np.array_equal(match_of(write(tensors), {"x": (H, H)}).delta("x"), up @ down)
+    assert np.array_equal(change(match_of(write(tensors), {"x": (H, H)}), "x"), up @ down)
 
 
 def test_a_block_diagonal_up_factor_changes_each_third_by_its_own_rows(write: Write) -> None:
@@ -339,7 +269,7 @@ def test_a_block_diagonal_up_factor_changes_each_third_by_its_own_rows(write: Wr
         f"{name}.lora_up.weight": up,
         f"{name}.alpha": np.float32(3),
     }
-    delta = match_of(write(tensors), FLUX).delta(QKV)
+    delta = change(match_of(write(tensors), FLUX), QKV)
     expected = np.concatenate([3 / (3 * R) * ups[piece] @ downs[piece] for piece in range(3)])
     np.testing.assert_allclose(delta, expected, rtol=1e-5, atol=1e-6)
 
@@ -354,7 +284,7 @@ def test_slices_and_files_add_up_on_one_layer(write: Write) -> None:
     values = list(slices.values())
     expected = np.concatenate([0.5 * up @ down for down, up in zip(values[::2], values[1::2], strict=True)])
     down, up = whole.values()
-    np.testing.assert_allclose(match.delta(QKV), expected - 2 * up @ down, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(change(match, QKV), expected - 2 * up @ down, rtol=1e-4, atol=1e-5)
     rows = calibration_rows(match, QKV)
     assert np.array_equal(rows, np.concatenate([*values[::2], down]))
     assert match.summary() == "4 adapters on 1 layer"
@@ -370,12 +300,12 @@ def test_merging_into_any_slice_is_merging_into_the_whole_and_slicing(start: int
     match = match_of(write(tensors), FLUX)
     part = np.ones((stop - start, H), np.float32)
     match.add_to(part, LINEAR1, (start, stop))
-    np.testing.assert_allclose(part, 1 + match.delta(LINEAR1)[start:stop], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(part, 1 + change(match, LINEAR1)[start:stop], rtol=1e-5, atol=1e-6)
 
 
 def test_a_layer_without_adapters_has_no_change_and_no_rows(write: Write) -> None:
     match = match_of(write(pair("blocks.1.ffn.0", 4 * H, H)), WAN)
-    assert not match.delta("blocks.1.self_attn.q").any()
+    assert not change(match, "blocks.1.self_attn.q").any()
     assert calibration_rows(match, "blocks.1.self_attn.q").shape == (0, H)
 
 
@@ -406,20 +336,12 @@ def test_a_name_that_may_mean_two_layers_is_reported_and_not_applied(write: Writ
 
 
 def test_two_names_for_the_same_rows_in_one_file_are_reported_and_not_applied(write: Write) -> None:
-    tensors = {
-        **pair("diffusion_model.layers.3.attention.qkv", 3 * H, H),
-        **pair("diffusion_model.layers.3.attention.to_k", H, H),
-        **pair("diffusion_model.context_refiner.0.attention.out", H, H),
-    }
-    match = match_of(write(tensors), Z_IMAGE)
-    assert list(match.matched) == ["context_refiner.0.attention.out"]
+    whole, part = "diffusion_model.layers.3.attention.qkv", "diffusion_model.layers.3.attention.to_k"
+    other = "context_refiner.0.attention.out"
+    match = match_of(write({**pair(whole, 3 * H, H), **pair(part, H, H), **pair(other, H, H)}), Z_IMAGE)
+    assert list(match.matched) == [other]
     assert {found.name: found.reason for found in match.ambiguous} == {
-        "diffusion_model.layers.3.attention.qkv": (
-            "diffusion_model.layers.3.attention.to_k in the same file means the same rows"
-        ),
-        "diffusion_model.layers.3.attention.to_k": (
-            "diffusion_model.layers.3.attention.qkv in the same file means the same rows"
-        ),
+        one: f"{rival} in the same file means the same rows" for one, rival in ((whole, part), (part, whole))
     }
 
 
@@ -447,29 +369,14 @@ def test_text_encoder_parts_are_reported_as_such_and_never_matched(name: str, wr
 @pytest.mark.parametrize(("suffix", "kind"), UNSUPPORTED_SUFFIXES.items(), ids=list(UNSUPPORTED_SUFFIXES))
 def test_unsupported_kinds_are_named_with_their_layer(suffix: str, kind: str, write: Write) -> None:
     name = "lora_unet_blocks_1_self_attn_q"
-    tensors = {
-        name + suffix: np.ones((H, H), np.float32),
-        f"{name}.alpha": np.float32(1),
-        **pair("blocks.1.ffn.0", 4 * H, H),
-    }
-    match = match_of(write(tensors), WAN)
-    assert list(match.matched) == ["blocks.1.ffn.0"]
-    (found,) = match.unsupported
-    assert (found.name, found.layers) == (name, ("blocks.1.self_attn.q",))
-    assert found.reason == f"{kind} is not supported"
-    assert match.unmatched == []
-
-
-@pytest.mark.parametrize("suffix", [".dora_scale", ".lora_magnitude_vector.weight", ".lora_mid.weight", ".diff"])
-def test_factors_that_are_only_half_of_a_change_are_not_applied(suffix: str, write: Write) -> None:
-    tensors = {
-        **pair("blocks.1.self_attn.q", H, H),
-        "blocks.1.self_attn.q" + suffix: np.ones((H, 1), np.float32),
-        **pair("blocks.1.ffn.0", 4 * H, H),
-    }
-    match = match_of(write(tensors), WAN)
-    assert list(match.matched) == ["blocks.1.ffn.0"]
-    assert [found.layers for found in match.unsupported] == [("blocks.1.self_attn.q",)]
+    alone = {name + suffix: np.ones((H, H), np.float32), f"{name}.alpha": np.float32(1), **FFN}
+    for tensors in (alone, alone if kind == BIAS_ONLY else {**alone, **pair(name, H, H)}):
+        match = match_of(write(tensors), WAN)
+        assert list(match.matched) == ["blocks.1.ffn.0"]  # factors that are half of a change are not applied
+        (found,) = match.unsupported
+        assert (found.name, found.layers) == (name, ("blocks.1.self_attn.q",))
+        assert found.reason == f"{kind} is not supported"
+        assert match.unmatched == []
 
 
 @pytest.mark.parametrize("suffix", [".diff_b", ".lora_B.bias"])
@@ -493,37 +400,25 @@ def test_tensors_of_no_known_kind_and_lonely_alphas_are_unmatched(write: Write) 
 
 
 def test_the_report_is_json_and_complete(write: Write) -> None:
+    name = "transformer.transformer_blocks.0.attn.to_k"
     tensors = {
-        **pair("transformer.transformer_blocks.0.attn.to_k", H, H),
+        **pair(name, H, H),
         **pair("nowhere", H, H),
         **pair("lora_te_x", H, H),
         "lora_unet_single_blocks_1_linear1.lokr_w1": np.ones((2, 2), np.float32),
     }
     path = write(tensors)
     match = match_of(path, FLUX, strength=0.5)
-    name = "transformer.transformer_blocks.0.attn.to_k"
-    assert match.as_json() == {
+
+    def left_over(name: str, reason: str, *layers: str) -> list[dict[str, Any]]:
+        return [{"file": str(path), "name": name, "reason": reason, "layers": list(layers)}]
+
+    assert json.loads(json.dumps(match.as_json())) == {
         "matched": {QKV: [{"file": str(path), "name": name, "rank": R, "scale": 0.5, "rows": [H, 2 * H]}]},
-        "unmatched": [
-            {
-                "file": str(path),
-                "name": "nowhere",
-                "reason": "no linear layer of the checkpoint has this name",
-                "layers": [],
-            }
-        ],
+        "unmatched": left_over("nowhere", "no linear layer of the checkpoint has this name"),
         "ambiguous": [],
-        "unsupported": [
-            {
-                "file": str(path),
-                "name": "lora_unet_single_blocks_1_linear1",
-                "reason": "LoKr is not supported",
-                "layers": [LINEAR1],
-            }
-        ],
-        "text_encoder": [
-            {"file": str(path), "name": "lora_te_x", "reason": "belongs to a text encoder", "layers": []},
-        ],
+        "unsupported": left_over("lora_unet_single_blocks_1_linear1", "LoKr is not supported", LINEAR1),
+        "text_encoder": left_over("lora_te_x", "belongs to a text encoder"),
     }
     assert match.summary() == "1 adapter on 1 layer, 1 unmatched, 1 unsupported, 1 for text encoders"
 
@@ -541,50 +436,26 @@ def with_value(tensors: Tensors, key: str, value: float) -> Tensors:
 FFN = pair("blocks.1.ffn.0", 4 * H, H)
 DOWN, UP = FFN
 
+ALPHA = "blocks.1.ffn.0.alpha"
+KOHYA_DOWN = "blocks.1.ffn.0.lora_down.weight"
+RANK_0 = {DOWN: np.ones((0, H), np.float32), UP: np.ones((4 * H, 0), np.float32)}
+ONE_DIMENSION = "a factor should have 2 dimensions, found shape [8]"
+TWICE = f"the same adapter also has {DOWN}, so one of the two is too many"
+
 # (what is wrong, tensors, the tensor named, the message)
 DAMAGED: list[tuple[str, Mapping[str, Any], str, str]] = [
     ("no up", without(FFN, UP), DOWN, "this down factor has no up factor beside it (the file is incomplete)"),
     ("no down", without(FFN, DOWN), UP, "this up factor has no down factor beside it (the file is incomplete)"),
     ("rank", {**FFN, UP: np.ones((4 * H, 3), np.float32)}, UP, f"its rank is 3, but {DOWN} has rank 2"),
-    (
-        "rank 0",
-        {DOWN: np.ones((0, H), np.float32), UP: np.ones((4 * H, 0), np.float32)},
-        UP,
-        f"the rank of {DOWN} is 0",
-    ),
+    ("rank 0", RANK_0, UP, f"the rank of {DOWN} is 0"),
     ("NaN", with_value(FFN, DOWN, np.nan), DOWN, "holds NaN or infinite values (the file is damaged)"),
     ("infinity", with_value(FFN, UP, -np.inf), UP, "holds NaN or infinite values (the file is damaged)"),
     ("integers", {**FFN, DOWN: np.ones((R, H), np.int8)}, DOWN, "a factor should hold floats, found I8"),
-    (
-        "one dimension",
-        {**FFN, DOWN: np.ones(H, np.float32)},
-        DOWN,
-        "a factor should have 2 dimensions, found shape [8]",
-    ),
-    (
-        "alpha is a row",
-        {**FFN, "blocks.1.ffn.0.alpha": np.ones(2, np.float32)},
-        "blocks.1.ffn.0.alpha",
-        "alpha should be one number, found shape [2]",
-    ),
-    (
-        "alpha is NaN",
-        {**FFN, "blocks.1.ffn.0.alpha": np.float32(np.nan)},
-        "blocks.1.ffn.0.alpha",
-        "alpha is nan (the file is damaged)",
-    ),
-    (
-        "alpha is a truth value",
-        {**FFN, "blocks.1.ffn.0.alpha": np.array(True)},
-        "blocks.1.ffn.0.alpha",
-        "alpha should be a number, found BOOL",
-    ),
-    (
-        "two spellings",
-        {**FFN, "blocks.1.ffn.0.lora_down.weight": FFN[DOWN]},
-        "blocks.1.ffn.0.lora_down.weight",
-        f"the same adapter also has {DOWN}, so one of the two is too many",
-    ),
+    ("one dimension", {**FFN, DOWN: np.ones(H, np.float32)}, DOWN, ONE_DIMENSION),
+    ("alphas", {**FFN, ALPHA: np.ones(2, np.float32)}, ALPHA, "alpha should be one number, found shape [2]"),
+    ("alpha is NaN", {**FFN, ALPHA: np.float32(np.nan)}, ALPHA, "alpha is nan (the file is damaged)"),
+    ("alpha is a bool", {**FFN, ALPHA: np.array(True)}, ALPHA, "alpha should be a number, found BOOL"),
+    ("two spellings", {**FFN, KOHYA_DOWN: FFN[DOWN]}, KOHYA_DOWN, TWICE),
     ("not a LoRA", {"a.weight": np.ones((2, 2), np.float32)}, "a.weight", "not a LoRA: none of its 1 tensors has"),
 ]
 
@@ -607,33 +478,17 @@ def test_damage_is_found_in_adapters_that_match_nothing_too(write: Write) -> Non
         load_lora(write(tensors))
 
 
+TO_K = "transformer.transformer_blocks.0.attn.to_k"
+WHOLE = "since blocks.1.ffn.0 is [32, 8], but it is"
+
+
 @pytest.mark.parametrize(
     ("name", "shapes", "tensor", "message"),
     [
-        (
-            "blocks.1.ffn.0",
-            ((R, H + 1), (4 * H, R)),
-            ".lora_A.weight",
-            "its shape should be [2, 8], since blocks.1.ffn.0 is [32, 8], but it is [2, 9]",
-        ),
-        (
-            "blocks.1.ffn.0",
-            ((R, H), (3 * H, R)),
-            ".lora_B.weight",
-            "its shape should be [32, 2], since blocks.1.ffn.0 is [32, 8], but it is [24, 2]",
-        ),
-        (
-            "blocks.1.ffn.0",
-            ((R, H, 3, 3), (4 * H, R, 1, 1)),
-            ".lora_A.weight",
-            "its shape should be [2, 8], since blocks.1.ffn.0 is [32, 8], but it is [2, 8, 3, 3]",
-        ),
-        (
-            "transformer.transformer_blocks.0.attn.to_k",
-            ((R, H), (3 * H, R)),
-            ".lora_B.weight",
-            f"its shape should be [8, 2], since rows 8 to 16 of {QKV} are meant, but it is [24, 2]",
-        ),
+        ("blocks.1.ffn.0", ((R, H + 1), (4 * H, R)), "A", f"[2, 8], {WHOLE} [2, 9]"),
+        ("blocks.1.ffn.0", ((R, H), (3 * H, R)), "B", f"[32, 2], {WHOLE} [24, 2]"),
+        ("blocks.1.ffn.0", ((R, H, 3, 3), (4 * H, R, 1, 1)), "A", f"[2, 8], {WHOLE} [2, 8, 3, 3]"),
+        (TO_K, ((R, H), (3 * H, R)), "B", f"[8, 2], since rows 8 to 16 of {QKV} are meant, but it is [24, 2]"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused_with_file_and_tensor(
@@ -642,7 +497,9 @@ def test_shapes_that_do_not_fit_are_refused_with_file_and_tensor(
     path = write({f"{name}.lora_A.weight": np.ones(shapes[0]), f"{name}.lora_B.weight": np.ones(shapes[1])})
     with pytest.raises(LoraError) as caught:
         match_of(path, {**WAN, **FLUX})
-    assert str(caught.value) == f"{path}: {name}{tensor}: {message} (the LoRA was made for another model)"
+    assert str(caught.value) == (
+        f"{path}: {name}.lora_{tensor}.weight: its shape should be {message} (the LoRA was made for another model)"
+    )
 
 
 def test_a_lora_that_matches_nothing_is_refused_with_all_reasons(write: Write) -> None:
