@@ -16,6 +16,9 @@ looked up in it: exactly or not at all. A name that may mean two parts is report
 one file that claim the same rows; neither is applied. Everything in a file ends up in one list of the report: matched,
 unmatched, ambiguous, unsupported (LoHa, LoKr, DoRA, full differences, ...) or text encoder.
 
+Merging. `merge_rows` adds adapters to a layer's rows before these are quantized. A quantizer's steps may be larger than
+what an adapter adds: `Survival` measures how much of it is left.
+
 Limits. numpy on the CPU, products in float32. Factors stay in the mapped file and are widened when they are used, so a
 match costs no memory. Factors of text encoders are never read. rsLoRA's alpha / sqrt(r) leaves no trace in a file's
 tensors and is read as alpha / r, as ComfyUI does.
@@ -25,8 +28,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +38,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint, to_float32
 from .checkpoint.reader import FLOAT_DTYPES
 from .errors import LoraError, OptionError, StrPath
 from .families import Target, lora_targets
@@ -157,10 +161,15 @@ class Delta:
         up = self._read(self.adapter.up)
         return np.roll(up, len(up) // 2, axis=0) if self.swap_halves else up
 
-    def _read(self, tensor: str) -> Float32:
-        values = self.lora.checkpoint.float32(tensor)
-        self.lora.checkpoint.release(tensor)
-        return values.reshape(values.shape[0], -1)
+    def up_rows(self, start: int, stop: int) -> Float32:
+        """Some rows of `B_OR`, read without the others where they stand in the layer's order."""
+        return self.B_OR[start:stop] if self.swap_halves else self._read(self.adapter.up, slice(start, stop))
+
+    def _read(self, tensor: str, rows: slice = slice(None)) -> Float32:
+        checkpoint = self.lora.checkpoint
+        values = to_float32(checkpoint.bits(tensor)[rows], checkpoint.tensors[tensor].dtype)
+        checkpoint.release(tensor)
+        return values.reshape(len(values), -1)
 
 
 @dataclass(frozen=True)
@@ -214,7 +223,7 @@ class LoraMatch:
             first, last = delta.rows or (0, self.shapes[layer][0])
             low, high = max(start, first), min(stop, last)
             if low < high:
-                product = delta.B_OR[low - first : high - first] @ delta.A_RI
+                product = delta.up_rows(low - first, high - first) @ delta.A_RI
                 product *= np.float32(delta.scale)
                 weight_OI[low - start : high - start] += product
 
@@ -240,6 +249,107 @@ class LoraMatch:
         return {kind: getattr(self, kind) for kind in _LEFT_OVER}
 
 
+def merge_rows(match: LoraMatch, layer: str, weight_OI: Float32, rows: tuple[int, int] | None = None) -> Float32:
+    """A layer's weight, or some of its rows, with everything added that is matched to it.
+
+    Each adapter adds strength · alpha / rank · B A in float32. 16-bit weights widen to float32 exactly, so what a
+    quantizer makes of the result is rounded once, and not to 16 bits before.
+
+    Args:
+        match: The matched files, each with its strength.
+        layer: The layer, as the checkpoint names it.
+        weight_OI: float32 [stop - start, in], or [out, in] where `rows` is None; it stays as it is.
+        rows: (start, stop) of the layer's rows that `weight_OI` holds.
+
+    Returns:
+        float32, of the same shape; `weight_OI` itself where nothing is matched.
+    """
+    if layer not in match.matched:
+        return weight_OI
+    merged_OI: Float32 = weight_OI.copy()
+    match.add_to(merged_OI, layer, rows)
+    return merged_OI
+
+
+@dataclass
+class Survival:
+    """How much of a change of weights is left after they were rounded.
+
+    Of the weights W, the merged ones W' = W + Δ, and what is stored instead of them, Q(W'), with B for what stood there
+    without the change (Q(W), or W where the original is the yardstick), S = Q(W') - B is the change that is left:
+
+        correlation   ⟨S, Δ⟩ / (‖S‖ ‖Δ‖)       1: S points where Δ does; not centered
+        share         ⟨S, Δ⟩ / ‖Δ‖²            the part of Δ that is in S; 1: all of it, 0: rounded away
+        decibels      10 log₁₀(‖Δ‖² / ‖S - Δ‖²)    0: the error is as large as the change itself
+
+    Sums run over all values that were added, in float64, so they are the same in whatever pieces these come, and
+    those of several layers add up.
+
+    Attributes:
+        delta_energy: ‖Δ‖².
+        left_energy: ‖S‖².
+        product: ⟨S, Δ⟩.
+        error_energy: ‖S - Δ‖².
+
+    >>> survival = Survival()
+    >>> w = np.float32([1, 1, 1, 1])
+    >>> survival.add(w, w + np.float32([0.5, 0.5, 0.25, 0]), np.float32([1.5, 1.5, 1, 1]))
+    >>> (round(survival.correlation, 4), round(survival.share, 4), round(survival.decibels, 2))
+    (0.9428, 0.8889, 9.54)
+    """
+
+    delta_energy: float = 0.0
+    left_energy: float = 0.0
+    product: float = 0.0
+    error_energy: float = 0.0
+
+    def add(self, weight: Float32, merged: Float32, stored: Float32, baseline: Float32 | None = None) -> None:
+        """Count some values.
+
+        Args:
+            weight: W, float32 of any shape.
+            merged: W' = W + Δ, of the same shape.
+            stored: Q(W'), dequantized, of the same shape.
+            baseline: B; W by default.
+        """
+        delta = np.subtract(merged, weight, dtype=np.float64).ravel()
+        left = np.subtract(stored, weight if baseline is None else baseline, dtype=np.float64).ravel()
+        self.delta_energy += float(delta @ delta)
+        self.left_energy += float(left @ left)
+        self.product += float(left @ delta)
+        left -= delta
+        self.error_energy += float(left @ left)
+
+    def __add__(self, other: Survival) -> Survival:
+        return Survival(*(one + another for one, another in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def correlation(self) -> float:
+        """Of S and Δ, -1 to 1; NaN where either is zero everywhere."""
+        return _ratio(self.product, math.sqrt(self.left_energy * self.delta_energy))
+
+    @property
+    def share(self) -> float:
+        """The part of Δ that is in S; NaN where Δ is zero everywhere."""
+        return _ratio(self.product, self.delta_energy)
+
+    @property
+    def decibels(self) -> float:
+        """Of Δ over the error; infinite where there is no error, NaN where there is no Δ."""
+        if not self.delta_energy or not self.error_energy:
+            return math.inf if self.delta_energy else math.nan
+        return 10 * math.log10(self.delta_energy / self.error_energy)
+
+    def as_json(self) -> dict[str, float | None]:
+        """The three figures; None for one that is not finite."""
+        figures = {"correlation": self.correlation, "share": self.share, "db": self.decibels}
+        return {name: figure if math.isfinite(figure) else None for name, figure in figures.items()}
+
+
+def _ratio(dividend: float, divisor: float) -> float:
+    return dividend / divisor if divisor else math.nan
+
+
 def calibration_rows(match: LoraMatch, layer: str) -> Float32:
     """The input directions that a layer's adapters read: the rows of all their down factors.
 
@@ -252,6 +362,38 @@ def calibration_rows(match: LoraMatch, layer: str) -> Float32:
     """
     rows = [delta.A_RI for delta in match.matched.get(layer, ())]
     return np.concatenate([np.empty((0, match.shapes[layer][1]), np.float32), *rows])
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH; a file that exists under the whole text is that file, and a drive's letter is no file.
+
+    >>> split_strength("a.safetensors:0.8"), split_strength("C:/a.safetensors")
+    (('a.safetensors', 0.8), ('C:/a.safetensors', 1.0))
+    """
+    path, _, strength = text.rpartition(":")
+    if len(path) > 1 and not Path(text).exists():
+        try:
+            return path, float(strength)
+        except ValueError:
+            return text, 1.0
+    return text, 1.0
+
+
+@contextmanager
+def open_loras(texts: Iterable[str]) -> Iterator[list[Lora]]:
+    """LoRA files by FILE or FILE:STRENGTH, open inside the `with` block.
+
+    Raises:
+        OptionError: A strength is not finite.
+        CheckpointError: A file cannot be read.
+        LoraError: One holds no adapters, or is damaged.
+    """
+    with ExitStack() as stack:
+        loras = []
+        for text in texts:
+            loras.append(load_lora(*split_strength(text)))
+            stack.enter_context(loras[-1].checkpoint)
+        yield loras
 
 
 def load_lora(path: StrPath, strength: float = 1.0) -> Lora:

@@ -13,9 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from convert_to_quant.checkpoint import Entry, write_checkpoint
+from convert_to_quant.checkpoint import Checkpoint, Entry, write_checkpoint
 from convert_to_quant.errors import CheckpointError, LoraError, OptionError
-from convert_to_quant.lora import LoraMatch, calibration_rows, load_lora, match_loras
+from convert_to_quant.lora import (
+    LoraMatch,
+    Survival,
+    calibration_rows,
+    load_lora,
+    match_loras,
+    merge_rows,
+    open_loras,
+    split_strength,
+)
 from convert_to_quant.names import BIAS_ONLY, LORA_FACTORS, UNSUPPORTED_SUFFIXES
 
 Tensors = dict[str, NDArray[Any]]
@@ -542,3 +551,115 @@ def test_a_missing_or_pickled_file_is_refused(tmp_path: Path) -> None:
 def test_a_strength_that_is_no_number_is_misuse(strength: float, write: Write) -> None:
     with pytest.raises(OptionError, match="strength should be a finite number"):
         load_lora(write(FFN), strength)
+
+
+# by FILE or FILE:STRENGTH
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("a.safetensors:0.8", ("a.safetensors", 0.8)),
+        ("a.safetensors:-1", ("a.safetensors", -1.0)),
+        ("a.safetensors:", ("a.safetensors:", 1.0)),
+        ("style: night.safetensors", ("style: night.safetensors", 1.0)),
+        ("style: night.safetensors:2", ("style: night.safetensors", 2.0)),
+        ("C:/loras/a.safetensors", ("C:/loras/a.safetensors", 1.0)),
+        ("C:\\loras\\a.safetensors:2", ("C:\\loras\\a.safetensors", 2.0)),
+        ("C:1", ("C:1", 1.0)),
+    ],
+)
+def test_a_strength_follows_the_last_colon(text: str, expected: tuple[str, float]) -> None:
+    assert split_strength(text) == expected
+
+
+def test_a_file_whose_own_name_ends_like_a_strength_is_that_file(tmp_path: Path) -> None:
+    path = tmp_path / "style:0.5"
+    path.touch()
+    assert split_strength(str(path)) == (str(path), 1.0)
+    assert split_strength(f"{path}:0.8") == (str(path), 0.8)
+
+
+def test_adapters_are_closed_also_where_a_later_one_is_broken(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Path] = []
+    monkeypatch.setattr(Checkpoint, "close", lambda self: closed.append(self.path))
+    good, bad = write(FFN), write({"x": np.ones(1, np.float32)}, "bad.safetensors")
+    with open_loras([f"{good}:0.5", str(good)]) as loras:
+        assert [lora.strength for lora in loras] == [0.5, 1.0]
+        assert closed == []
+    assert closed == [good, good]
+    with pytest.raises(LoraError, match="not a LoRA"), open_loras([str(good), str(bad)]):
+        pass
+    assert closed == [good, good, good]
+
+
+# merged, and what is left of it
+
+
+def test_rows_are_merged_at_their_strength_and_the_weight_stays(write: Write) -> None:
+    match = match_of(write(pair("x", 4, 3)), {"x": (4, 3), "y": (4, 3)}, strength=-0.5)
+    down, up = pair("x", 4, 3).values()
+    weight = np.arange(6, dtype=np.float32).reshape(2, 3)
+    kept = weight.copy()
+    merged = merge_rows(match, "x", weight, (1, 3))
+    np.testing.assert_allclose(merged, kept - 0.5 * up[1:3] @ down, rtol=1e-6)
+    np.testing.assert_array_equal(weight, kept)
+    assert merge_rows(match, "y", weight, (1, 3)) is weight
+
+
+def test_of_a_slice_only_its_own_rows_of_the_up_factor_are_read(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    match = match_of(write(pair(LINEAR1, 7 * H, H)), FLUX)
+    whole = change(match, LINEAR1)
+    delta = match.matched[LINEAR1][0]
+    np.testing.assert_array_equal(delta.up_rows(3, 9), delta.B_OR[3:9])
+    monkeypatch.setattr(type(delta), "B_OR", None)
+    part = np.zeros((6, H), np.float32)
+    match.add_to(part, LINEAR1, (3, 9))
+    np.testing.assert_allclose(part, whole[3:9], rtol=1e-6)
+
+
+def survival(*values: Any) -> Survival:
+    found = Survival()
+    found.add(*(np.asarray(array, np.float32) for array in values))
+    return found
+
+
+def test_a_change_that_is_stored_exactly_survives_whole() -> None:
+    found = survival([1, 2], [1.5, 1], [1.5, 1])
+    assert found.decibels == np.inf
+    assert found.as_json() == {"correlation": pytest.approx(1), "share": 1, "db": None}
+
+
+def test_a_change_that_is_rounded_away_leaves_nothing() -> None:
+    """Steps of 1, a change of 1/4: against Q(W) nothing is left; against W, which was rounded as well, its error is."""
+    weight, merged = np.array([1.0, 1, 2]), np.array([1.25, 0.75, 2.25])
+    found = survival(weight, merged, np.rint(merged), np.rint(weight))
+    assert np.isnan(found.correlation)
+    assert (found.share, found.decibels) == (0, 0)
+
+
+@pytest.mark.parametrize("baseline", ["the original", "the original, rounded"])
+def test_what_is_left_is_measured_as_the_formula_says(baseline: str) -> None:
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(32, 48)).astype(np.float32)
+    merged = weight + np.float32(0.05) * generator.normal(size=weight.shape).astype(np.float32)
+    stored, rounded = np.round(merged * 8) / 8, np.round(weight * 8) / 8
+    yardstick = rounded if baseline.endswith("rounded") else weight
+    found = survival(weight, merged, stored, yardstick)
+    delta, left = merged.astype(np.float64) - weight, stored.astype(np.float64) - yardstick
+    cosine = (left * delta).sum() / np.linalg.norm(left) / np.linalg.norm(delta)
+    assert found.correlation == pytest.approx(cosine, rel=1e-9)
+    assert found.share == pytest.approx(np.linalg.lstsq(delta.reshape(-1, 1), left.ravel())[0][0], rel=1e-9)
+    assert found.decibels == pytest.approx(20 * np.log10(np.linalg.norm(delta) / np.linalg.norm(left - delta)))
+    assert 0.3 < found.correlation < 0.95
+    pieces = [survival(*(values[rows] for values in (weight, merged, stored, yardstick)))
+              for rows in (slice(0, 7), slice(7, 32))]  # fmt: skip
+    total = pieces[0] + pieces[1]
+    assert total.as_json() == pytest.approx(found.as_json(), rel=1e-12)
+
+
+def test_what_changed_nothing_has_no_figures() -> None:
+    found = survival([1.0], [1.0], [2.0])
+    assert found.as_json() == {"correlation": None, "share": None, "db": None}
+    assert Survival().as_json() == found.as_json()

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..options import CalibrationOptions, add_options
 from .output import decibels, note, print_table, progress_bar, say, write_json
-from .shared import split_strength
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ..calibrate_activation_scales import Calibration
     from ..checkpoint import Checkpoint
     from ..lora import Lora
@@ -44,6 +41,8 @@ def recover_input(args: argparse.Namespace) -> None:
 
 def adapter_files(args: argparse.Namespace) -> list[Path]:
     """The adapters that were asked for."""
+    from ..lora import split_strength
+
     return [Path(split_strength(text)[0]) for text in args.lora]
 
 
@@ -73,20 +72,11 @@ def check_written_files(checkpoint: Checkpoint, args: argparse.Namespace, others
         refuse_same_file(Path(args.json), shards, hint="name another file for --json")
 
 
-@contextmanager
-def loras_of(args: argparse.Namespace) -> Iterator[list[Lora]]:
+def loras_of(args: argparse.Namespace) -> AbstractContextManager[list[Lora]]:
     """The adapters that were asked for, open."""
-    from ..calibrate_activation_scales import load_lora_tensors
+    from ..lora import open_loras
 
-    opened: list[Lora] = []
-    try:
-        for text in args.lora:
-            path, strength = split_strength(text)
-            opened.append(load_lora_tensors(path, strength))
-        yield opened
-    finally:
-        for adapter in opened:
-            adapter.checkpoint.close()
+    return open_loras(args.lora)
 
 
 def calibrate(checkpoint: Checkpoint, options: CalibrationOptions, adapters: Sequence[Lora]) -> Calibration:

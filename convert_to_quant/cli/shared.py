@@ -92,23 +92,12 @@ def paths_of(parser: Parser, args: argparse.Namespace) -> Iterator[tuple[str, Pa
         value = getattr(args, action.dest, None)
         for text in value if isinstance(value, list) else [value]:
             if text is not None and text not in NO_PATHS:
-                place = split_strength(text)[0] if action.metavar == "FILE[:STRENGTH]" else text
+                place = text
+                if action.metavar == "FILE[:STRENGTH]":
+                    from ..lora import split_strength
+
+                    place, _ = split_strength(text)
                 yield action.option_strings[0] if action.option_strings else str(action.metavar), Path(place)
-
-
-def split_strength(text: str) -> tuple[str, float]:
-    """FILE or FILE:STRENGTH.
-
-    >>> split_strength("a.safetensors:0.8"), split_strength("C:/a.safetensors")
-    (('a.safetensors', 0.8), ('C:/a.safetensors', 1.0))
-    """
-    path, colon, strength = text.rpartition(":")
-    if colon and not Path(text).exists():
-        try:
-            return path, float(strength)
-        except ValueError:
-            return text, 1.0
-    return text, 1.0
 
 
 def read_text(path: Path, refuse: Callable[[str], Error]) -> str:
