@@ -20,13 +20,14 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, write_bytes
 from .checkpoint.header import LENGTH_BYTES, serialize_header
-from .checkpoint.positioned import OPEN_FLAGS, lock, pread, pwrite
+from .checkpoint.positioned import OPEN_FLAGS, lock, pread, write_at
 from .checkpoint.reader import CheckpointFile, Identity, checkpoint_files
 from .checkpoint.undo import (
     Change,
@@ -210,17 +211,17 @@ def in_place_edits(patch: Patch) -> list[Edit]:
         OutputError: something would need more room than it has; names the first such tensor.
     """
     checkpoint = patch.checkpoint
-    hint = "write a new file with -o instead"
+    refusal = partial(OutputError, hint="write a new file with -o instead")
     edits = []
     for name, (spec, data) in patch.tensors.items():
         info = checkpoint.tensors.get(name)
         if info is None:
-            raise OutputError("in place is not possible: the file has no such tensor yet", path=checkpoint.path,
-                              tensor=name, hint=hint)  # fmt: skip
+            problem = "in place is not possible: the file has no such tensor yet"
+            raise refusal(problem, path=checkpoint.path, tensor=name)
         if Spec.like(info) != spec:
-            problem = f"in place is not possible: it is {info.dtype} {list(info.shape)}"
-            raise OutputError(f"{problem} and must become {spec.dtype} {list(spec.shape)}", path=checkpoint.path,
-                              tensor=name, hint=hint)  # fmt: skip
+            there, wanted = f"{info.dtype} {list(info.shape)}", f"{spec.dtype} {list(spec.shape)}"
+            problem = f"in place is not possible: it is {there} and must become {wanted}"
+            raise refusal(problem, path=checkpoint.path, tensor=name)
         file = checkpoint.file_of(name)
         if file.raw(info).tobytes() != data:
             edits.append(Edit(checkpoint.files.index(file), file.header.data_start + info.start, data))
@@ -232,15 +233,14 @@ def in_place_edits(patch: Patch) -> list[Edit]:
         room = file.header.data_start - LENGTH_BYTES
         if len(text) > room and PROVENANCE_KEY in metadata:
             # How the file was made is worth saying where there is room, but no reason to refuse.
-            text = _header_text(file, _without_provenance(metadata, file.header.metadata))
+            del metadata[PROVENANCE_KEY]
+            old = {key: text for key, text in file.header.metadata.items() if key == PROVENANCE_KEY}
+            text = _header_text(file, {**metadata, **old})
         if text == _header_text(file, file.header.metadata):
             continue
         if len(text) > room:
-            raise OutputError(
-                f"in place is not possible: the header has {room} bytes and needs {len(text)}",
-                path=file.path,
-                hint=hint,
-            )
+            problem = f"in place is not possible: the header has {room} bytes and needs {len(text)}"
+            raise refusal(problem, path=file.path)
         edits.append(Edit(number, LENGTH_BYTES, text.ljust(room)))
     return edits
 
@@ -248,12 +248,6 @@ def in_place_edits(patch: Patch) -> list[Edit]:
 def _header_text(file: CheckpointFile, metadata: Mapping[str, str]) -> bytes:
     """JSON of a file's header with other metadata, without padding."""
     return serialize_header(file.header.tensors.values(), metadata)[LENGTH_BYTES:].rstrip(b" ")
-
-
-def _without_provenance(new: Mapping[str, str], old: Mapping[str, str]) -> dict[str, str]:
-    """New metadata, but the old word, or none, on how the file was made."""
-    rest = {key: value for key, value in new.items() if key != PROVENANCE_KEY}
-    return {**rest, PROVENANCE_KEY: old[PROVENANCE_KEY]} if PROVENANCE_KEY in old else rest
 
 
 def _belongs(key: str, patch: Patch, number: int) -> bool:
@@ -310,23 +304,17 @@ def _refuse_changed(patch: Patch, fds: list[int]) -> None:
     The system's word on when a file was changed is as coarse as its clock, so headers, scales and marks are compared
     as well: another change in place touches nothing else.
     """
-    checkpoint = patch.checkpoint
-    for file, fd in zip(checkpoint.files, fds, strict=True):
-        room = file.header.data_start - LENGTH_BYTES
-        same = Identity.of(fd) == file.identity and zlib.crc32(pread(fd, room, LENGTH_BYTES)) == file.header_crc
+    for file, fd in zip(patch.checkpoint.files, fds, strict=True):
+        start = file.header.data_start
+        seen = [(file.header.tensors[name], data) for name, data in patch.seen.items() if name in file.header.tensors]
+        same = (
+            Identity.of(fd) == file.identity
+            and zlib.crc32(pread(fd, start - LENGTH_BYTES, LENGTH_BYTES)) == file.header_crc
+            and all(pread(fd, len(data), start + info.start) == data for info, data in seen)
+        )
         if not same:
-            raise _changed(file.path)
-    numbers = {file: number for number, file in enumerate(checkpoint.files)}
-    for name, data in patch.seen.items():
-        file = checkpoint.file_of(name)
-        start = file.header.data_start + checkpoint.tensors[name].start
-        if pread(fds[numbers[file]], len(data), start) != data:
-            raise _changed(file.path)
-
-
-def _changed(path: Path) -> OutputError:
-    problem = "it was changed or replaced since it was opened, so nothing was written"
-    return OutputError(problem, path=path, hint="run the command again")
+            problem = "it was changed or replaced since it was opened, so nothing was written"
+            raise OutputError(problem, path=file.path, hint="run the command again")
 
 
 def _put_back(fds: list[int], changes: list[Change], undo: Path, cause: OSError) -> None:
@@ -377,16 +365,9 @@ def recover(path: Path) -> bool:
 def _write_all(fds: list[int], edits: Iterable[Edit]) -> None:
     """Write edits, and put them on the disk."""
     for edit in edits:
-        _write_at(fds[edit.file], edit.offset, edit.data)
+        write_at(fds[edit.file], edit.data, edit.offset)
     for fd in fds:
         os.fsync(fd)
-
-
-def _write_at(fd: int, offset: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        written = pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def _sync_folder(folder: Path) -> None:

@@ -33,6 +33,15 @@ def pwrite(fd: int, data: Any, offset: int) -> int:
         return os.write(fd, data)
 
 
+def write_at(fd: int, data: Any, offset: int) -> None:
+    """Write all of `data`, C-contiguous, at a position."""
+    view = memoryview(data)
+    view = view.cast("B") if view.nbytes else memoryview(b"")
+    while view:
+        written = pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
 def lock(fd: int, *, shared: bool = False) -> None:
     """Take a file for ourselves, or shared with other readers, until it is closed; nothing where there are no locks.
 

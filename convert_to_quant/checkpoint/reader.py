@@ -13,8 +13,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +58,13 @@ class Identity(NamedTuple):
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+def special_kind(mode: int) -> str | None:
+    """What a pipe, a device or a socket is called, by its mode; None for a file or a folder."""
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return None
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
 def refuse_special(where: Path, path: Path) -> None:
     """Refuse a pipe, a device or a socket unopened: opening a pipe waits for a writer, and none can be mapped.
 
@@ -69,13 +75,30 @@ def refuse_special(where: Path, path: Path) -> None:
     Raises:
         CheckpointError: it is one.
     """
+    with contextlib.suppress(OSError):  # opening it says why
+        kind = special_kind(where.stat().st_mode)
+        if kind is not None:
+            raise CheckpointError(f"{kind}, not a file", path=path)
+
+
+@contextlib.contextmanager
+def _opening(where: Path, path: Path) -> Iterator[BinaryIO]:
+    """Open a file, and say in one sentence why it cannot be opened or read.
+
+    Args:
+        where: what is opened.
+        path: its name for messages.
+    """
     try:
-        mode = where.stat().st_mode
-    except OSError:  # opening it says why
-        return
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        what = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
-        raise CheckpointError(f"{what}, not a file", path=path)
+        refuse_special(where, path)
+        with where.open("rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError("no such file", path=path) from None
+    except IsADirectoryError:
+        raise CheckpointError("a folder, not a file", path=path) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
 
 
 def read_header(path: Path, place: Path | None = None) -> tuple[Header, Identity, int]:
@@ -91,29 +114,16 @@ def read_header(path: Path, place: Path | None = None) -> tuple[Header, Identity
     Raises:
         CheckpointError: it cannot be read, is a pickle or no file, or its header is wrong.
     """
-    try:
-        where = place or path
-        refuse_special(where, path)
-        with where.open("rb") as file:
-            identity = Identity.of(file.fileno())
-            file_bytes = identity.nbytes
-            beginning, brace = file.read(LENGTH_BYTES), file.read(1)
-            pickled = beginning.startswith(PICKLE_BEGINNINGS) and brace != b"{"
-            if pickled or path.suffix.lower() in PICKLE_SUFFIXES:
-                raise PickleError(
-                    "a pickled checkpoint; opening one runs the code in it, so it was not opened",
-                    path=path,
-                    hint="convert it to safetensors in a sandbox first",
-                )
-            length = header_length(beginning, file_bytes, path)
-            text = (brace + file.read(length))[:length]
-            return parse_header(text, file_bytes, path), identity, zlib.crc32(text)
-    except FileNotFoundError:
-        raise CheckpointError("no such file", path=path) from None
-    except IsADirectoryError:
-        raise CheckpointError("a folder, not a file", path=path) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
+    with _opening(place or path, path) as file:
+        identity = Identity.of(file.fileno())
+        beginning, brace = file.read(LENGTH_BYTES), file.read(1)
+        pickled = beginning.startswith(PICKLE_BEGINNINGS) and brace != b"{"
+        if pickled or path.suffix.lower() in PICKLE_SUFFIXES:
+            problem = "a pickled checkpoint; opening one runs the code in it, so it was not opened"
+            raise PickleError(problem, path=path, hint="convert it to safetensors in a sandbox first")
+        length = header_length(beginning, identity.nbytes, path)
+        text = (brace + file.read(length))[:length]
+        return parse_header(text, identity.nbytes, path), identity, zlib.crc32(text)
 
 
 class CheckpointFile:
@@ -147,9 +157,8 @@ class CheckpointFile:
             raise CheckpointError(f"cannot be read any more: {error.strerror}", path=self.path) from None
         if Identity.of(fd)[:3] != self.identity[:3]:
             os.close(fd)
-            raise CheckpointError(
-                "it was replaced or changed while it was read", path=self.path, hint="run the command again"
-            )
+            problem = "it was replaced or changed while it was read"
+            raise CheckpointError(problem, path=self.path, hint="run the command again")
         return fd
 
     def mapped(self) -> mmap.mmap:
@@ -216,9 +225,7 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __contains__(self, name: object) -> bool:
@@ -318,7 +325,7 @@ def open_checkpoint(path: StrPath) -> Checkpoint:
     """
     path = Path(path)
     weight_map = _weight_map(path)
-    paths = _files_of(path, weight_map)
+    paths = checkpoint_files(path, weight_map)
     refuse_unrecovered(path, paths)
     checkpoint = Checkpoint(path, [CheckpointFile(file) for file in paths], sharded=bool(weight_map))
     for name, shard in weight_map.items():
@@ -327,41 +334,30 @@ def open_checkpoint(path: StrPath) -> Checkpoint:
     return checkpoint
 
 
-def checkpoint_files(path: Path) -> list[Path]:
+def checkpoint_files(path: Path, weight_map: dict[str, str] | None = None) -> list[Path]:
     """The file, or the shards that an index names.
+
+    Args:
+        path: the file or the index.
+        weight_map: that of the index, where it has been read already.
 
     Raises:
         CheckpointError: it is an index, and cannot be read or is not of the usual form.
     """
-    return _files_of(path, _weight_map(path))
-
-
-def _files_of(path: Path, weight_map: dict[str, str]) -> list[Path]:
-    """The files of a checkpoint."""
-    shards = dict.fromkeys(weight_map.values())
+    shards = dict.fromkeys((_weight_map(path) if weight_map is None else weight_map).values())
     for shard in shards:
-        if not _is_file_name(shard):
+        # Its own folder only: no path, no "..", nothing that no disk can store.
+        if shard in ("", "..") or Path(shard).name != shard or "\0" in shard:
             raise CheckpointError(f"its shards should be files in its own folder, found {shard!r}", path=path)
     return [path.parent / shard for shard in shards] or [path]
-
-
-def _is_file_name(name: str) -> bool:
-    """Whether a name that a file gives leads to its own folder: no path, no "..", nothing that no disk can store."""
-    return name not in ("", "..") and Path(name).name == name and "\0" not in name
 
 
 def _weight_map(path: Path) -> dict[str, str]:
     """The weight_map of a shard index; empty where the checkpoint is one file."""
     if not path.name.endswith(INDEX_SUFFIX):
         return {}
-    refuse_special(path, path)
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise CheckpointError("no such file", path=path) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
+    with _opening(path, path) as file:
+        text = file.read(MAX_BYTES + 1)
     index = parse_json(text, lambda problem: CheckpointError(f"not a shard index: it is {problem}", path=path))
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):

@@ -30,7 +30,7 @@ from pathlib import Path
 from .. import names
 from ..errors import CheckpointError, HeaderError, OutputError
 from ..untrusted import JSONError, parse_json
-from .header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, header_length, parse_header
+from .header import LENGTH_BYTES, MAX_HEADER_BYTES, header_length, parse_header
 from .positioned import OPEN_FLAGS, lock, pread
 
 UNDO_SUFFIX = ".undo"
@@ -99,10 +99,6 @@ class Undo:
     subjects: list[_Subject]
     changes: list[Change]
 
-    def inodes(self) -> set[int]:
-        """The inode numbers of the files that it is about."""
-        return {subject.inode for subject in self.subjects}
-
     def check(self, paths: Sequence[Path], fds: Sequence[int]) -> list[Edit]:
         """What puts the old bytes back, if all of it may be believed.
 
@@ -119,15 +115,18 @@ class Undo:
         numbers = [self._number(subject, paths, fds) for subject in self.subjects]
         edits = []
         for position, number in enumerate(numbers):
-            changes = [change for change in self.changes if change.edit.file == position]
-            self._check_places(changes, paths[number], fds[number])
+            path, changes = paths[number], [change for change in self.changes if change.edit.file == position]
+            self._check_places(changes, path, fds[number])
             for change in changes:
                 offset = change.edit.offset
                 if not change.explains(pread(fds[number], len(change.old), offset)):
-                    problem = f"the undo file {self.path.name} belongs to another file: it does not know the bytes at"
-                    raise OutputError(f"{problem} {offset}", path=paths[number], hint=self._hint(paths[number]))
+                    problem = f"belongs to another file: it does not know the bytes at {offset}"
+                    raise self._refusal(problem, path, self._hint(path))
                 edits.append(Edit(number, offset, change.old))
         return edits
+
+    def _refusal(self, problem: str, path: Path, hint: str | None = None) -> OutputError:
+        return OutputError(f"the undo file {self.path.name} {problem}", path=path, hint=hint)
 
     def _number(self, subject: _Subject, paths: Sequence[Path], fds: Sequence[int]) -> int:
         """Which of the files an undo file is about; it must be ours to believe about it."""
@@ -136,13 +135,13 @@ class Undo:
             if found.st_ino != subject.inode:
                 continue
             if found.st_size != subject.nbytes:
-                raise OutputError(f"the undo file {self.path.name} belongs to a file of another size", path=path)
+                raise self._refusal("belongs to a file of another size", path)
             if hasattr(os, "geteuid") and self.owner not in (os.geteuid(), found.st_uid):
-                problem = f"the undo file {self.path.name} belongs to another user, {self.owner}"
-                raise OutputError(problem, path=path, hint="see what is in it, and who put it there")
+                problem = f"belongs to another user, {self.owner}"
+                raise self._refusal(problem, path, "see what is in it, and who put it there")
             return number
-        problem = f"the undo file {self.path.name} is about another file, which was called {subject.name}"
-        raise OutputError(problem, path=paths[0], hint=self._hint(paths[0]))
+        problem = f"is about another file, which was called {subject.name}"
+        raise self._refusal(problem, paths[0], self._hint(paths[0]))
 
     def _hint(self, path: Path) -> str:
         return f"remove {self.path.name} if {path.name} is a new file or a copy"
@@ -164,23 +163,22 @@ class Undo:
             raise self._beyond(path, error.problem) from None
         with contextlib.suppress(HeaderError):  # half old and half new, it may be no JSON
             headers.append(parse_header(found, nbytes, path))
-        if any(header.tensors != headers[0].tensors for header in headers):
+        tensors, data_start = headers[0].tensors, headers[0].data_start
+        if any(header.tensors != tensors for header in headers):
             raise self._beyond(path, "it would change what the header says of tensors")
-        allowed = {(LENGTH_BYTES, length), *_changeable(headers[0])}
+        allowed = {(LENGTH_BYTES, length)}
+        allowed |= {
+            (data_start + info.start, info.nbytes)
+            for name, info in tensors.items()
+            if name.endswith(names.CHANGED_IN_PLACE)
+        }
         for change in changes:
             if (change.edit.offset, len(change.old)) not in allowed:
                 raise self._beyond(path, f"it is about the {len(change.old)} bytes at {change.edit.offset}")
 
     def _beyond(self, path: Path, why: str) -> OutputError:
-        problem = f"the undo file {self.path.name} is about more than metadata, input scales and marks: {why}"
-        return OutputError(problem, path=path, hint="nothing was put back; see what is in it")
-
-
-def _changeable(header: Header) -> Iterable[tuple[int, int]]:
-    """Offset and size in bytes of every tensor that a change in place may touch."""
-    for name, info in header.tensors.items():
-        if name.endswith(names.CHANGED_IN_PLACE):
-            yield header.data_start + info.start, info.nbytes
+        problem = f"is about more than metadata, input scales and marks: {why}"
+        return self._refusal(problem, path, "nothing was put back; see what is in it")
 
 
 def undo_path(path: Path) -> Path:
@@ -274,12 +272,10 @@ def find_undo(path: Path, files: Iterable[Path]) -> Path | None:
     for name in sorted(folder, key=lambda name: (name != beside.name, name)):
         if not name.endswith(UNDO_SUFFIX):
             continue
-        named = name == beside.name
-        try:
-            about = read_undo(beside.with_name(name)).inodes()
-        except OutputError:
-            about = set()
-        if own & about or (named and not about & others):
+        about: set[int] = set()
+        with contextlib.suppress(OutputError):
+            about = {subject.inode for subject in read_undo(beside.with_name(name)).subjects}
+        if own & about or (name == beside.name and not about & others):
             return beside.with_name(name)
     return None
 
@@ -316,17 +312,12 @@ def refuse_unrecovered(path: Path, files: Sequence[Path]) -> None:
 def _is_locked(path: Path) -> bool:
     """Whether another process holds the lock that a change in place takes."""
     try:
-        fd = os.open(path, os.O_RDONLY | OPEN_FLAGS)
-    except OSError:
-        return False
-    try:
-        lock(fd, shared=True)
+        with path.open("rb") as file:
+            lock(file.fileno(), shared=True)
     except BlockingIOError:
         return True
     except OSError:
-        return False
-    finally:
-        os.close(fd)
+        pass
     return False
 
 

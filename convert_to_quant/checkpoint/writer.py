@@ -20,10 +20,9 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -31,8 +30,8 @@ from numpy.typing import NDArray
 
 from ..errors import OutputError, StrPath
 from .header import DTYPE_BITS, TensorInfo, serialize_header, tensor_nbytes
-from .positioned import OPEN_FLAGS, pread, pwrite
-from .reader import BIT_DTYPES, INDEX_SUFFIX, Checkpoint, CheckpointFile
+from .positioned import OPEN_FLAGS, pread, pwrite, write_at
+from .reader import BIT_DTYPES, INDEX_SUFFIX, Checkpoint, CheckpointFile, special_kind
 
 UNNAMED = Path("/proc/self/fd")
 """Where Linux shows open files; a file made with O_TMPFILE gets its name from its entry there."""
@@ -42,7 +41,6 @@ COPY_BYTES = 1 << 30
 
 _KERNEL_COPY_REFUSALS = frozenset({errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
 _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
-_SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 
 
 def _output_error(error: OSError, path: Path) -> OutputError:
@@ -60,6 +58,15 @@ def _output_error(error: OSError, path: Path) -> OutputError:
     }
     reason = reasons.get(error.errno or 0, error.strerror or str(error))
     return OutputError(f"cannot be written: {reason}", path=path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say of what the system refuses, in one sentence, why the file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise _output_error(error, path) from None
 
 
 def refuse_same_file(output: Path, inputs: Iterable[Path], *, hint: str | None = None) -> None:
@@ -100,9 +107,9 @@ def check_output(path: Path, *, stream: bool = False) -> None:
         raise _output_error(error, path) from None
     if stat.S_ISDIR(mode):
         raise OutputError("cannot be written: it is a folder", path=path)
-    if not (stat.S_ISREG(mode) or (stream and _is_stream(mode))):
-        what = _SPECIAL.get(stat.S_IFMT(mode), "something else")
-        raise OutputError(f"cannot be written: a file was expected, and this is {what}", path=path)
+    special = special_kind(mode)
+    if special and not (stream and _is_stream(mode)):
+        raise OutputError(f"cannot be written: a file was expected, and this is {special}", path=path)
 
 
 def _is_stream(mode: int) -> bool:
@@ -126,10 +133,8 @@ class PendingFile:
         self._target = Path(os.path.realpath(path))
         self._temporary: Path | None = None
         check_output(path)
-        try:
+        with _writing(path):
             self.fd = self._open(like)
-        except OSError as error:
-            raise _output_error(error, path) from None
 
     def _open(self, like: os.stat_result | None) -> int:
         if like is None and self._target.exists():
@@ -171,14 +176,8 @@ class PendingFile:
         Raises:
             OutputError: the disk is full, or another system error.
         """
-        view = memoryview(buffer)
-        view = view.cast("B") if view.nbytes else memoryview(b"")
-        try:
-            while view:
-                written = pwrite(self.fd, view, offset)
-                view, offset = view[written:], offset + written
-        except OSError as error:
-            raise _output_error(error, self.path) from None
+        with _writing(self.path):
+            write_at(self.fd, buffer, offset)
 
     def copy(self, source_fd: int, source_offset: int, offset: int, count: int) -> None:
         """Copy bytes from another open file, inside the kernel where it can.
@@ -187,10 +186,8 @@ class PendingFile:
             OutputError: the disk is full, the source ended early, or another system error.
         """
         while count:
-            try:
+            with _writing(self.path):
                 copied = _copy_once(source_fd, self.fd, min(count, COPY_BYTES), source_offset, offset)
-            except OSError as error:
-                raise _output_error(error, self.path) from None
             if copied == 0:
                 raise OutputError("cannot be written: the input became shorter meanwhile", path=self.path)
             source_offset, offset, count = source_offset + copied, offset + copied, count - copied
@@ -201,10 +198,8 @@ class PendingFile:
         Raises:
             OutputError: the disk is full, or another system error.
         """
-        try:
+        with _writing(self.path):
             os.fsync(self.fd)
-        except OSError as error:
-            raise _output_error(error, self.path) from None
 
     def commit(self) -> None:
         """Put the bytes on the disk and give the file its name, replacing an older regular file of that name.
@@ -212,7 +207,7 @@ class PendingFile:
         Raises:
             OutputError: the system refused.
         """
-        try:
+        with contextlib.closing(self), _writing(self.path):
             self.sync()
             check_output(self.path)  # what bears the name may be another thing by now
             if self._temporary is None:
@@ -227,12 +222,8 @@ class PendingFile:
                 self.fd = -1
                 self._temporary.replace(self._target)
                 self._temporary = None
-        except OSError as error:
-            raise _output_error(error, self.path) from None
-        finally:
-            self.discard()
 
-    def discard(self) -> None:
+    def close(self) -> None:
         """Drop the file if it has not been committed. Harmless when repeated."""
         if self.fd >= 0:
             os.close(self.fd)
@@ -278,24 +269,19 @@ def write_bytes(path: Path, content: bytes, *, stream: bool = False, like: os.st
     if stream and path.exists() and _is_stream(path.stat().st_mode):
         _write_stream(path, content)
         return
-    pending = PendingFile(path, like)
-    try:
+    with contextlib.closing(PendingFile(path, like)) as pending:
         pending.write(0, content)
         pending.commit()
-    finally:
-        pending.discard()
 
 
 def _write_stream(path: Path, content: bytes) -> None:
     """Write into a pipe or a character device."""
-    try:
+    with _writing(path):
         # Opening a pipe that nobody reads would wait for ever; with O_NONBLOCK the system says so (ENXIO).
         fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | OPEN_FLAGS)
         with os.fdopen(fd, "wb") as file:
             os.set_blocking(fd, True)
             file.write(content)
-    except OSError as error:
-        raise _output_error(error, path) from None
 
 
 @dataclass(frozen=True)
@@ -361,16 +347,11 @@ class _OutputFile:
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
         infos = lay_out(specs)
         self.infos = {info.name: info for info in infos}
-        header = serialize_header(infos, metadata)
-        self.data_start = len(header)
         self.written = dict.fromkeys(self.infos, 0)
+        self.header = serialize_header(infos, metadata)
+        self.data_start = len(self.header)
         self.total_bytes = self.data_start + (infos[-1].stop if infos else 0)
         self.pending = PendingFile(path)
-        try:
-            self.pending.write(0, header)
-        except BaseException:
-            self.pending.discard()
-            raise
 
 
 def _check_room(path: Path, needed_bytes: int) -> None:
@@ -407,32 +388,24 @@ class CheckpointWriter:
         self._files: list[_OutputFile] = []
         self._file_of: dict[str, _OutputFile] = {}
         self._lock = threading.Lock()
-        try:
+        with contextlib.ExitStack() as stack:
             for path, specs in files:
-                self._files.append(_OutputFile(path, specs, metadata))
-                for name in specs:
-                    self._file_of[name] = self._files[-1]
+                file = _OutputFile(path, specs, metadata)
+                stack.enter_context(contextlib.closing(file.pending))
+                file.pending.write(0, file.header)
+                self._files.append(file)
+                self._file_of |= dict.fromkeys(specs, file)
             if self._files:
                 _check_room(self._files[0].pending.path, sum(file.total_bytes for file in self._files))
-        except BaseException:
-            self._discard()
-            raise
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._stack:
+            if kind is None:
                 self._commit()
-        finally:
-            self._discard()
-
-    def _discard(self) -> None:
-        for file in self._files:
-            file.pending.discard()
 
     def _count(self, file: _OutputFile, name: str, nbytes: int) -> None:
         with self._lock:

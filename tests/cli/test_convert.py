@@ -433,11 +433,11 @@ def test_a_file_that_is_replaced_while_it_is_calibrated_in_place_is_left_alone(
 CRASH = """
 import os, sys
 from convert_to_quant import cli, patch
-write = patch._write_at
+write = patch.write_at
 def once_and_die(*words):
     write(*words)
     os._exit(7)
-patch._write_at = once_and_die
+patch.write_at = once_and_die
 cli.main(["-i", sys.argv[1], "--in-place", "--actcal", "--actcal-engine", "layer"])
 """
 
