@@ -57,9 +57,13 @@ def in_place(source: Path, changes, **options) -> int:
 
 
 def refused(call, *args, **options) -> str:
-    """The message with which a call is refused."""
+    """The message with which a call is refused, which changes no file of the folders that it is given."""
+    folders = {path.parent for path in args if isinstance(path, Path)}
+    before = {path: path.read_bytes() for folder in folders for path in folder.iterdir() if path.is_file()}
     with pytest.raises(Error) as caught:
         call(*args, **options)
+    after = {path: path.read_bytes() for folder in folders for path in folder.iterdir() if path.is_file()}
+    assert after == before
     return str(caught.value)
 
 
@@ -149,13 +153,6 @@ def test_a_scale_keeps_its_shape(tmp_path, save, build, shape):
     assert contents(tmp_path / "out.safetensors")["x.input_scale"] == ("F32", shape, np.float32(0.125).tobytes())
     in_place(source, {"x": SCALE})
     assert contents(source) == contents(tmp_path / "out.safetensors")
-
-
-def test_a_change_of_nothing_rewrites_every_tensor_as_it_is(tmp_path, save, build):
-    tensors, metadata = build.quantized(["x"], "both")
-    source = save("in.safetensors", tensors, metadata)
-    rewritten(source, tmp_path / "out.safetensors", {})
-    assert contents(tmp_path / "out.safetensors") == contents(source)
 
 
 def test_shards_are_rewritten_as_shards_or_as_one_file(tmp_path, save_shards, build):
@@ -263,10 +260,7 @@ def test_files_that_cannot_say_full_precision_of_one_layer_get_a_note(save, buil
     with open_checkpoint(save("in.safetensors", tensors)) as checkpoint:
         patch = planned(checkpoint, {"x": FULL, "y": LayerChange(full_precision=False)})
         assert patch.tensors == {}
-    assert patch.notes == [
-        "1 layers should compute in full precision, but a file without comfy_quant marks cannot say so of single "
-        "layers (first: x); converting the original, without --legacy, writes such marks"
-    ]
+    assert patch.notes == [UNSAID]
 
 
 # legacy markers
@@ -279,52 +273,45 @@ def disabled(save, build) -> Path:
     return save("in.safetensors", tensors | {"scaled_fp8": ("F8_E4M3", np.zeros(2, np.uint8))})
 
 
-def test_a_marker_of_two_elements_is_noted_because_it_makes_scales_useless(tmp_path, disabled):
-    changes = {"x": LayerChange(0.125, full_precision=False)}
-    patch = rewritten(disabled, tmp_path / "out.safetensors", changes)
-    assert patch.notes == [
-        "the marker scaled_fp8 has 2 elements: ComfyUI computes every layer in full precision and ignores the input "
-        "scales; --enable-fp8-matmul changes that"
-    ]
-    assert contents(tmp_path / "out.safetensors")["scaled_fp8"] == ("F8_E4M3", (2,), b"\0\0")
+ENABLE = {"enable_fp8_matmul": True}
+NOT_HEEDED = (
+    "the marker scaled_fp8 has 2 elements: ComfyUI computes every layer in full precision and ignores the input "
+    "scales; --enable-fp8-matmul changes that"
+)
+REPLACED = "the marker scaled_fp8 now lets ComfyUI use FP8 matrix products and the input scales"
+UNSAID = (
+    "1 layers should compute in full precision, but a file without comfy_quant marks cannot say so of single layers "
+    "(first: x); converting the original, without --legacy, writes such marks"
+)
 
 
-def test_enable_fp8_matmul_replaces_the_marker(tmp_path, disabled):
+@pytest.mark.parametrize("change", [LayerChange(0.125, full_precision=False), FULL])
+@pytest.mark.parametrize("enable", [False, True])
+def test_a_marker_of_two_elements_is_noted_or_replaced(tmp_path, disabled, change, enable):
     output = tmp_path / "out.safetensors"
-    patch = rewritten(disabled, output, {"x": SCALE}, enable_fp8_matmul=True)
-    assert patch.notes == ["the marker scaled_fp8 now lets ComfyUI use FP8 matrix products and the input scales"]
-    assert contents(output)["scaled_fp8"] == ("F8_E4M3", (0,), b"")
-    assert (layer_of(output).marking, layer_of(output).full_precision) == ("legacy", False)
-
-
-def test_layers_that_need_full_precision_are_noted_when_the_marker_is_replaced(disabled):
-    with open_checkpoint(disabled) as checkpoint:
-        kept, enabled = (planned(checkpoint, {"x": FULL}, enable_fp8_matmul=enable) for enable in (False, True))
-    assert not any("should compute in full precision" in note for note in kept.notes)
-    assert any("1 layers should compute in full precision" in note for note in enabled.notes)
+    patch = rewritten(disabled, output, {"x": change}, enable_fp8_matmul=enable)
+    assert patch.notes == [*([UNSAID] if enable and change is FULL else []), REPLACED if enable else NOT_HEEDED]
+    size = 0 if enable else 2
+    assert contents(output)["scaled_fp8"] == ("F8_E4M3", (size,), bytes(size))
+    assert (layer_of(output).marking, layer_of(output).full_precision) == ("legacy", not enable)
 
 
 def test_enable_fp8_matmul_cannot_happen_in_place(disabled):
-    before = disabled.read_bytes()
-    assert refused(in_place, disabled, {"x": SCALE}, enable_fp8_matmul=True) == (
+    assert refused(in_place, disabled, {"x": SCALE}, **ENABLE) == (
         f"{disabled}: scaled_fp8: in place is not possible: it is F8_E4M3 [2] and must become F8_E4M3 [0] "
         "(write a new file with -o instead)"
     )
-    assert disabled.read_bytes() == before
-
-
-def test_enable_fp8_matmul_without_a_marker_is_noted(save, build):
-    with open_checkpoint(save("in.safetensors", *build.quantized(["x"], "tensor"))) as checkpoint:
-        assert planned(checkpoint, {}, enable_fp8_matmul=True).notes == [
-            "--enable-fp8-matmul: the file has no legacy marker, so there was nothing to enable"
-        ]
 
 
 def test_a_marker_that_no_layer_heeds_is_not_noted(save, build):
     tensors, _ = build.quantized(["x"], "tensor")
-    path = save("in.safetensors", tensors | {"scaled_fp8": ("F8_E4M3", np.zeros(2, np.uint8))})
-    with open_checkpoint(path) as checkpoint:
+    marker = {"scaled_fp8": ("F8_E4M3", np.zeros(2, np.uint8))}
+    with open_checkpoint(save("in.safetensors", tensors | marker)) as checkpoint:
         assert planned(checkpoint, {"x": SCALE}).notes == []
+    with open_checkpoint(save("in.safetensors", tensors)) as checkpoint:
+        assert planned(checkpoint, {}, **ENABLE).notes == [
+            "--enable-fp8-matmul: the file has no legacy marker, so there was nothing to enable"
+        ]
 
 
 # in place
@@ -386,27 +373,21 @@ def test_provenance_that_has_no_room_is_left_out_but_everything_else_is_done(con
 
 
 def test_metadata_that_has_no_room_is_refused(converted):
-    before = converted.read_bytes()
     problem = refused(in_place, converted, {"blocks.0.x": SCALE}, metadata={"other": "long" * 1000})
     assert re.search(r"in place is not possible: the header has \d+ bytes and needs \d+ \(write a", problem)
-    assert converted.read_bytes() == before
 
 
-def test_a_mark_that_another_tool_left_more_room_in_keeps_its_size(save, build):
-    tensors, _ = build.quantized(["x"], "none")
-    mark = np.frombuffer(b'{"format": "float8_e4m3fn"}'.ljust(101), np.uint8)
-    source = save("in.safetensors", tensors | {"x.comfy_quant": mark})
-    assert in_place(source, {"x": FULL}) == 1
+@pytest.mark.parametrize(
+    ("change", "places"), [(FULL, 1), (LayerChange(full_precision=False), 0)], ids=["another", "what it says already"]
+)
+def test_a_mark_of_another_tool_keeps_its_size_and_its_spaces_where_it_can(save, build, change, places):
+    mark = np.frombuffer(b'{ "format" : "float8_e4m3fn" }'.ljust(101), np.uint8)
+    source = save("in.safetensors", build.quantized(["x"], "none")[0] | {"x.comfy_quant": mark})
+    before = source.read_bytes()
+    assert in_place(source, {"x": change}) == places
     assert contents(source)["x.comfy_quant"][1] == (101,)
-    assert layer_of(source).full_precision
-
-
-def test_a_mark_that_says_so_already_is_not_written_anew(save, build):
-    tensors, _ = build.quantized(["x"], "none")
-    mark = np.frombuffer(b'{ "format" : "float8_e4m3fn" }', np.uint8)
-    source = save("in.safetensors", tensors | {"x.comfy_quant": mark})
-    with open_checkpoint(source) as checkpoint:
-        assert planned(checkpoint, {"x": LayerChange(full_precision=False)}).tensors == {}
+    assert layer_of(source).full_precision is bool(places)
+    assert (source.read_bytes() == before) is not bool(places)
 
 
 def test_a_rewrite_leaves_the_other_layers_the_room_that_they_had(converted, tmp_path):
@@ -416,12 +397,10 @@ def test_a_rewrite_leaves_the_other_layers_the_room_that_they_had(converted, tmp
 
 def test_a_mark_without_room_is_refused(save, build):
     source = save("in.safetensors", *build.quantized(["x"], "tensor"))
-    before = source.read_bytes()
     assert refused(in_place, source, {"x": FULL}) == (
         f"{source}: x.comfy_quant: in place is not possible: it is U8 [27] and must become U8 [64] "
         "(write a new file with -o instead)"
     )
-    assert source.read_bytes() == before
 
 
 def test_a_scale_that_the_file_lacks_is_refused(save, build):
@@ -745,11 +724,9 @@ STRANGE = {
 
 @pytest.mark.parametrize("record", STRANGE.values(), ids=STRANGE)
 def test_an_undo_file_that_is_not_ours_is_refused_also_where_its_checksum_is_right(converted, record):
-    before = converted.read_bytes()
     undo = undo_path(converted)
     undo.write_bytes(sealed(record))
     assert refused(recover, converted) == f"{undo}: the undo file is not one of this version's (see what is in it)"
-    assert converted.read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
@@ -762,11 +739,9 @@ def test_an_undo_file_that_is_no_file_is_refused(converted, monkeypatch, kind):
     else:
         interrupted(converted, monkeypatch).rename(converted.with_name("elsewhere"))
         undo.symlink_to("elsewhere")
-    before = converted.read_bytes()
     problem = f"{undo}: the undo file cannot be read: it is no regular file, or too large for one"
     assert refused(recover, converted) == problem
     assert refused(open_checkpoint, converted) == half_done(converted, undo)
-    assert converted.read_bytes() == before
 
 
 def hostile(converted: Path, victim: Path, changes: list[tuple[int, bytes, bytes]]) -> Path:
@@ -813,18 +788,19 @@ def test_an_undo_file_from_elsewhere_is_refused_although_every_byte_is_known(con
 BEYOND = "is about more than metadata, input scales and marks"
 
 
-@pytest.mark.parametrize("part", ["weight", "weight_scale", "half a scale", "scale and more", "the header's length"])
-def test_an_undo_file_cannot_write_into_anything_but_metadata_scales_and_marks(converted, part):
-    before = converted.read_bytes()
-    tensor = part if part in ("weight", "weight_scale") else "input_scale"
-    start = 0 if part == "the header's length" else min(places(converted, f"blocks.1.x.{tensor}"))
-    count = {"half a scale": 2, "scale and more": 5}.get(part, 4)
-    undo = hostile(converted, converted, [(start, bytes(count), before[start : start + count])])
+# The tensor in whose place the bytes are, or where they are in the file, and their number.
+ELSEWHERE = [("weight", 4), ("weight_scale", 4), ("input_scale", 2), ("input_scale", 5), (0, 4), (-1, 3)]
+
+
+@pytest.mark.parametrize(("place", "count"), ELSEWHERE)
+def test_an_undo_file_cannot_write_into_anything_but_metadata_scales_and_marks(converted, place, count):
+    content = converted.read_bytes()
+    start = min(places(converted, f"blocks.1.x.{place}")) if isinstance(place, str) else place % len(content)
+    undo = hostile(converted, converted, [(start, bytes(count), content[start : start + count].ljust(count))])
     assert refused(recover, converted) == (
         f"{converted}: the undo file {undo.name} {BEYOND}: it is about the {count} bytes at {start} (nothing was put "
         "back; see what is in it)"
     )
-    assert converted.read_bytes() == before
 
 
 @pytest.mark.parametrize("swap", ["old", "both"])
@@ -980,37 +956,20 @@ def test_the_undo_file_and_its_name_are_on_the_disk_before_the_first_write_and_g
     ]
 
 
-def test_a_file_of_another_size_is_not_touched(converted, monkeypatch):
-    undo = interrupted(converted, monkeypatch)
-    converted.write_bytes(converted.read_bytes() + b"1")
-    before = converted.read_bytes()
-    assert refused(recover, converted) == f"{converted}: the undo file {undo.name} belongs to a file of another size"
-    assert converted.read_bytes() == before
-
-
-def test_another_file_of_the_same_size_is_not_touched(converted, monkeypatch):
+def test_another_file_in_the_place_of_an_interrupted_one_is_not_touched(converted, monkeypatch):
     original = converted.read_bytes()
     place = min(places(converted, "blocks.1.x.input_scale"))
     undo = interrupted(converted, monkeypatch)
-    other = original[:place] + np.float32(77).tobytes() + original[place + 4 :]
-    converted.write_bytes(other)
+    converted.write_bytes(original + b"1")
+    assert refused(recover, converted) == f"{converted}: the undo file {undo.name} belongs to a file of another size"
+    converted.write_bytes(original[:place] + np.float32(77).tobytes() + original[place + 4 :])
     assert refused(recover, converted) == (
         f"{converted}: the undo file {undo.name} belongs to another file: it does not know the bytes at {place} "
         f"(remove {undo.name} if {converted.name} is a new file or a copy)"
     )
-    assert converted.read_bytes() == other
     converted.write_bytes(original)  # a fresh copy of the file itself is recovered by doing nothing
     assert recover(converted)
     assert converted.read_bytes() == original
-
-
-def test_an_undo_file_of_bytes_beyond_the_end_is_refused(converted):
-    size = converted.stat().st_size
-    hostile(converted, converted, [(size - 1, bytes(3), bytes(3))])
-    assert f"it is about the 3 bytes at {size - 1}" in refused(recover, converted)
-
-
-def test_a_file_that_is_gone_is_named(converted, monkeypatch):
     interrupted(converted, monkeypatch)
     converted.unlink()
     assert refused(recover, converted) == f"{converted}: no such file"
