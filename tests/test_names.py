@@ -13,259 +13,163 @@ from hypothesis import strategies as st
 
 from convert_to_quant import names
 from convert_to_quant.families import RECORDS, Target, diffusers_targets, lora_targets
+from convert_to_quant.families.rules import rules
 from convert_to_quant.names import strip_prefix
 
 Layers = dict[str, tuple[int, int]]
 
 
-def flux_like(hidden: int, *, modulation: bool = True) -> Layers:
-    """A model of two double and two single blocks with Flux.1's layer names."""
-    layers: Layers = {
-        "img_in": (hidden, 16),
-        "txt_in": (hidden, 24),
-        "final_layer.linear": (16, hidden),
-    }
-    for block in range(2):
-        for stream in ("img", "txt"):
-            root = f"double_blocks.{block}.{stream}_"
-            layers[root + "attn.qkv"] = (3 * hidden, hidden)
-            layers[root + "attn.proj"] = (hidden, hidden)
-            layers[root + "mlp.0"] = (4 * hidden, hidden)
-            layers[root + "mlp.2"] = (hidden, 4 * hidden)
-            if modulation:
-                layers[root + "mod.lin"] = (6 * hidden, hidden)
-        layers[f"single_blocks.{block}.linear1"] = (7 * hidden, hidden)
-        layers[f"single_blocks.{block}.linear2"] = (hidden, 5 * hidden)
-        if modulation:
-            layers[f"single_blocks.{block}.modulation.lin"] = (3 * hidden, hidden)
-    if modulation:
-        layers["final_layer.adaLN_modulation.1"] = (2 * hidden, hidden)
-        for embedder in ("time_in", "vector_in", "guidance_in"):
-            layers[f"{embedder}.in_layer"] = (hidden, 32)
-            layers[f"{embedder}.out_layer"] = (hidden, hidden)
-    return layers
+def layers_of(table: str, hidden: int, **fused: int) -> Layers:
+    """Layers by lines of "patterns out in": `{a,b}` stands for both; 4h is four times the hidden size."""
+    found: Layers = {}
+
+    def number(size: str) -> int:
+        return int(size[:-1] or 1) * hidden if size.endswith("h") else fused.get(size) or int(size)
+
+    for line in filter(str.strip, table.splitlines()):
+        *patterns, rows, columns = line.split()
+        shape = number(rows), number(columns)
+        found |= {rule.layer: shape for pattern in patterns for rule in rules((pattern, pattern))}
+    return found
 
 
-def flux_2(hidden: int) -> Layers:
-    layers = flux_like(hidden, modulation=False)
-    for block in range(2):
-        layers[f"single_blocks.{block}.linear1"] = (9 * hidden, hidden)
-        layers[f"single_blocks.{block}.linear2"] = (hidden, 4 * hidden)
-        for stream in ("img", "txt"):
-            layers[f"double_blocks.{block}.{stream}_mlp.0"] = (6 * hidden, hidden)
-            layers[f"double_blocks.{block}.{stream}_mlp.2"] = (hidden, 3 * hidden)
-    for embedder in ("time_in", "guidance_in"):
-        layers[f"{embedder}.in_layer"] = (hidden, 32)
-        layers[f"{embedder}.out_layer"] = (hidden, hidden)
-    layers["double_stream_modulation_img.lin"] = (6 * hidden, hidden)
-    layers["double_stream_modulation_txt.lin"] = (6 * hidden, hidden)
-    layers["single_stream_modulation.lin"] = (3 * hidden, hidden)
-    layers["final_layer.adaLN_modulation.1"] = (2 * hidden, hidden)
-    return layers
-
-
-def chroma(hidden: int) -> Layers:
-    layers = flux_like(hidden, modulation=False)
-    for end in ("in_proj", "out_proj"):
-        layers[f"distilled_guidance_layer.{end}"] = (hidden, hidden)
-    for block in range(2):
-        layers[f"distilled_guidance_layer.layers.{block}.in_layer"] = (hidden, hidden)
-        layers[f"distilled_guidance_layer.layers.{block}.out_layer"] = (hidden, hidden)
-    return layers
-
-
-def sd3(hidden: int) -> Layers:
-    """Two blocks, the last one's text side cut short, the first one with a second attention."""
-    layers: Layers = {
-        "context_embedder": (hidden, 24),
-        "final_layer.linear": (16, hidden),
-        "final_layer.adaLN_modulation.1": (2 * hidden, hidden),
-        "joint_blocks.0.x_block.attn2.qkv": (3 * hidden, hidden),
-        "joint_blocks.0.x_block.attn2.proj": (hidden, hidden),
-        "joint_blocks.0.x_block.adaLN_modulation.1": (9 * hidden, hidden),
-        "joint_blocks.1.x_block.adaLN_modulation.1": (6 * hidden, hidden),
-        "joint_blocks.0.context_block.adaLN_modulation.1": (6 * hidden, hidden),
-        "joint_blocks.1.context_block.adaLN_modulation.1": (2 * hidden, hidden),
-    }
-    for embedder in ("t_embedder", "y_embedder"):
-        layers[f"{embedder}.mlp.0"] = (hidden, 32)
-        layers[f"{embedder}.mlp.2"] = (hidden, hidden)
-    for block in range(2):
-        for side in ("x_block", "context_block"):
-            root = f"joint_blocks.{block}.{side}"
-            layers[f"{root}.attn.qkv"] = (3 * hidden, hidden)
-            if (block, side) != (1, "context_block"):
-                layers[f"{root}.attn.proj"] = (hidden, hidden)
-                layers[f"{root}.mlp.fc1"] = (4 * hidden, hidden)
-                layers[f"{root}.mlp.fc2"] = (hidden, 4 * hidden)
-    return layers
-
-
-def hunyuan_video(hidden: int) -> Layers:
-    """The authors' spelling."""
-    layers: Layers = {
-        "time_in.mlp.0": (hidden, 32),
-        "time_in.mlp.2": (hidden, hidden),
-        "guidance_in.mlp.0": (hidden, 32),
-        "guidance_in.mlp.2": (hidden, hidden),
-        "vector_in.in_layer": (hidden, 24),
-        "vector_in.out_layer": (hidden, hidden),
-        "txt_in.input_embedder": (hidden, 48),
-        "txt_in.t_embedder.mlp.0": (hidden, 32),
-        "txt_in.t_embedder.mlp.2": (hidden, hidden),
-        "txt_in.c_embedder.linear_1": (hidden, 48),
-        "txt_in.c_embedder.linear_2": (hidden, hidden),
-        "final_layer.linear": (64, hidden),
-        "final_layer.adaLN_modulation.1": (2 * hidden, hidden),
-    }
-    for block in range(2):
-        for stream in ("img", "txt"):
-            root = f"double_blocks.{block}.{stream}_"
-            layers[root + "attn_qkv"] = (3 * hidden, hidden)
-            layers[root + "attn_proj"] = (hidden, hidden)
-            layers[root + "mod.linear"] = (6 * hidden, hidden)
-            layers[root + "mlp.fc1"] = (4 * hidden, hidden)
-            layers[root + "mlp.fc2"] = (hidden, 4 * hidden)
-        layers[f"single_blocks.{block}.linear1"] = (7 * hidden, hidden)
-        layers[f"single_blocks.{block}.linear2"] = (hidden, 5 * hidden)
-        layers[f"single_blocks.{block}.modulation.linear"] = (3 * hidden, hidden)
-        root = f"txt_in.individual_token_refiner.blocks.{block}."
-        layers[root + "self_attn_qkv"] = (3 * hidden, hidden)
-        layers[root + "self_attn_proj"] = (hidden, hidden)
-        layers[root + "mlp.fc1"] = (4 * hidden, hidden)
-        layers[root + "mlp.fc2"] = (hidden, 4 * hidden)
-        layers[root + "adaLN_modulation.1"] = (2 * hidden, hidden)
-    return layers
-
-
-def comfyui_spelling(layers: Layers) -> Layers:
-    """HunyuanVideo's layers as ComfyUI names them."""
-    swaps = {
-        "attn_qkv": "attn.qkv",
-        "attn_proj": "attn.proj",
-        "_mod.linear": "_mod.lin",
-        ".modulation.linear": ".modulation.lin",
-        "mlp.fc1": "mlp.0",
-        "mlp.fc2": "mlp.2",
-        "_in.mlp.0": "_in.in_layer",
-        "_in.mlp.2": "_in.out_layer",
-        "t_embedder.mlp.0": "t_embedder.in_layer",
-        "t_embedder.mlp.2": "t_embedder.out_layer",
-        "c_embedder.linear_1": "c_embedder.in_layer",
-        "c_embedder.linear_2": "c_embedder.out_layer",
-    }
-    renamed = {}
-    for layer, shape in layers.items():
-        name = layer
-        for old, new in swaps.items():
-            name = name.replace(old, new)
-        renamed[name] = shape
-    return renamed
-
-
-def wan(hidden: int) -> Layers:
-    layers: Layers = {
-        "time_embedding.0": (hidden, 32),
-        "time_embedding.2": (hidden, hidden),
-        "time_projection.1": (6 * hidden, hidden),
-        "text_embedding.0": (hidden, 48),
-        "text_embedding.2": (hidden, hidden),
-        "img_emb.proj.1": (48, 48),
-        "img_emb.proj.3": (hidden, 48),
-        "head.head": (64, hidden),
-        "vace_blocks.0.before_proj": (hidden, hidden),
-        "vace_blocks.0.after_proj": (hidden, hidden),
-        "face_adapter.fuser_blocks.0.linear1_q": (hidden, hidden),
-        "face_adapter.fuser_blocks.0.linear1_kv": (2 * hidden, hidden),
-        "face_adapter.fuser_blocks.0.linear2": (hidden, hidden),
-        "motion_encoder.enc.fc.0": (hidden, hidden),
-    }
-    for root in ("blocks.0.", "blocks.1.", "vace_blocks.0."):
-        for attention in ("self_attn", "cross_attn"):
-            for layer in "qkvo":
-                layers[f"{root}{attention}.{layer}"] = (hidden, hidden)
-        for layer in ("k_img", "v_img"):
-            layers[f"{root}cross_attn.{layer}"] = (hidden, hidden)
-        layers[root + "ffn.0"] = (4 * hidden, hidden)
-        layers[root + "ffn.2"] = (hidden, 4 * hidden)
-    return layers
-
-
-def lumina(hidden: int, key_rows: int, modulation: str, final_rows: int) -> Layers:
-    layers: Layers = {
-        "x_embedder": (hidden, 64),
-        "cap_embedder.1": (hidden, 48),
-        "t_embedder.mlp.0": (32, 32),
-        "t_embedder.mlp.2": (32, 32),
-        "final_layer.linear": (64, hidden),
-        "final_layer.adaLN_modulation.1": (final_rows, 32),
-    }
-    for tower in ("layers.0.", "layers.1.", "noise_refiner.0.", "context_refiner.0."):
-        layers[tower + "attention.qkv"] = (hidden + 2 * key_rows, hidden)
-        layers[tower + "attention.out"] = (hidden, hidden)
-        for layer, shape in (("w1", (96, hidden)), ("w2", (hidden, 96)), ("w3", (96, hidden))):
-            layers[f"{tower}feed_forward.{layer}"] = shape
-        if not tower.startswith("context"):
-            layers[tower + modulation] = (4 * hidden, 32)
-    return layers
-
-
-LTX: Layers = {
-    "patchify_proj": (32, 16),
-    "adaln_single.linear": (192, 32),
-    "adaln_single.emb.timestep_embedder.linear_1": (32, 16),
-    "caption_projection.linear_1": (32, 24),
-    "transformer_blocks.0.attn1.to_q": (32, 32),
-    "transformer_blocks.0.ff.net.0.proj": (128, 32),
-    "proj_out": (16, 32),
-}
-LTX_2: Layers = {
-    **LTX,
-    "audio_patchify_proj": (32, 16),
-    "audio_adaln_single.linear": (192, 32),
-    "av_ca_video_scale_shift_adaln_single.linear": (192, 32),
-    "av_ca_audio_scale_shift_adaln_single.emb.timestep_embedder.linear_1": (32, 16),
-    "av_ca_a2v_gate_adaln_single.linear": (32, 32),
-    "av_ca_v2a_gate_adaln_single.linear": (32, 32),
-}
-
-
-def auraflow(hidden: int) -> Layers:
-    layers: Layers = {
-        "init_x_linear": (hidden, 16),
-        "cond_seq_linear": (hidden, 24),
-        "t_embedder.mlp.0": (hidden, 32),
-        "t_embedder.mlp.2": (hidden, hidden),
-        "modF.1": (2 * hidden, hidden),
-        "final_linear": (16, hidden),
-    }
-    for root, streams, attentions in (
-        ("double_layers.0.", (("mlpX", "modX"), ("mlpC", "modC")), (1, 2)),
-        ("double_layers.1.", (("mlpX", "modX"), ("mlpC", "modC")), (1, 2)),
-        ("single_layers.0.", (("mlp", "modCX"),), (1,)),
-    ):
-        for part in "qkvo":
-            layers |= {f"{root}attn.w{number}{part}": (hidden, hidden) for number in attentions}
-        for mlp, modulation in streams:
-            layers |= {f"{root}{mlp}.{layer}": (4 * hidden, hidden) for layer in ("c_fc1", "c_fc2")}
-            layers[f"{root}{mlp}.c_proj"] = (hidden, 4 * hidden)
-            layers[f"{root}{modulation}.1"] = (6 * hidden, hidden)
-    return layers
+FLUX_BLOCKS = """
+    img_in h 16
+    txt_in h 24
+    final_layer.linear 16 h
+    double_blocks.{0,1}.{img,txt}_attn.qkv 3h h
+    double_blocks.{0,1}.{img,txt}_attn.proj h h
+    double_blocks.{0,1}.{img,txt}_mlp.0 4h h
+    double_blocks.{0,1}.{img,txt}_mlp.2 h 4h
+    single_blocks.{0,1}.linear1 7h h
+    single_blocks.{0,1}.linear2 h 5h
+"""
+FLUX_1 = """
+    double_blocks.{0,1}.{img,txt}_mod.lin 6h h
+    single_blocks.{0,1}.modulation.lin 3h h
+    final_layer.adaLN_modulation.1 2h h
+    {time,vector,guidance}_in.in_layer h 32
+    {time,vector,guidance}_in.out_layer h h
+"""
+FLUX_2 = """
+    single_blocks.{0,1}.linear1 9h h
+    single_blocks.{0,1}.linear2 h 4h
+    double_blocks.{0,1}.{img,txt}_mlp.0 double_stream_modulation_{img,txt}.lin 6h h
+    double_blocks.{0,1}.{img,txt}_mlp.2 h 3h
+    {time,guidance}_in.in_layer h 32
+    {time,guidance}_in.out_layer h h
+    single_stream_modulation.lin 3h h
+    final_layer.adaLN_modulation.1 2h h
+"""
+CHROMA = """
+    distilled_guidance_layer.{in,out}_proj distilled_guidance_layer.layers.{0,1}.{in,out}_layer h h
+"""
+# The last block's text side is cut short, the first one has a second attention.
+SD3 = """
+    context_embedder h 24
+    final_layer.linear 16 h
+    {t,y}_embedder.mlp.0 h 32
+    {t,y}_embedder.mlp.2 h h
+    joint_blocks.{0,1}.{x,context}_block.attn.qkv joint_blocks.0.x_block.attn2.qkv 3h h
+    joint_blocks.0.{x,context}_block.attn.proj joint_blocks.1.x_block.attn.proj joint_blocks.0.x_block.attn2.proj h h
+    joint_blocks.0.{x,context}_block.mlp.fc1 joint_blocks.1.x_block.mlp.fc1 4h h
+    joint_blocks.0.{x,context}_block.mlp.fc2 joint_blocks.1.x_block.mlp.fc2 h 4h
+    joint_blocks.0.x_block.adaLN_modulation.1 9h h
+    joint_blocks.1.x_block.adaLN_modulation.1 joint_blocks.0.context_block.adaLN_modulation.1 6h h
+    joint_blocks.1.context_block.adaLN_modulation.1 final_layer.adaLN_modulation.1 2h h
+"""
+# In its authors' spelling, then how ComfyUI's differs.
+HUNYUAN_VIDEO = """
+    {time,guidance}_in.mlp.0 txt_in.t_embedder.mlp.0 h 32
+    {time,guidance}_in.mlp.2 txt_in.t_embedder.mlp.2 h h
+    vector_in.in_layer h 24
+    vector_in.out_layer txt_in.c_embedder.linear_2 h h
+    txt_in.input_embedder txt_in.c_embedder.linear_1 h 48
+    final_layer.linear 64 h
+    final_layer.adaLN_modulation.1 txt_in.individual_token_refiner.blocks.{0,1}.adaLN_modulation.1 2h h
+    double_blocks.{0,1}.{img,txt}_attn_qkv txt_in.individual_token_refiner.blocks.{0,1}.self_attn_qkv 3h h
+    double_blocks.{0,1}.{img,txt}_attn_proj txt_in.individual_token_refiner.blocks.{0,1}.self_attn_proj h h
+    double_blocks.{0,1}.{img,txt}_mod.linear 6h h
+    double_blocks.{0,1}.{img,txt}_mlp.fc1 txt_in.individual_token_refiner.blocks.{0,1}.mlp.fc1 4h h
+    double_blocks.{0,1}.{img,txt}_mlp.fc2 txt_in.individual_token_refiner.blocks.{0,1}.mlp.fc2 h 4h
+    single_blocks.{0,1}.linear1 7h h
+    single_blocks.{0,1}.linear2 h 5h
+    single_blocks.{0,1}.modulation.linear 3h h
+"""
+COMFYUI_SPELLING = {
+    "attn_": "attn.", "_mod.linear": "_mod.lin", ".modulation.linear": ".modulation.lin",
+    "_in.mlp.0": "_in.in_layer", "_in.mlp.2": "_in.out_layer", "t_embedder.mlp.0": "t_embedder.in_layer",
+    "t_embedder.mlp.2": "t_embedder.out_layer", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2",
+    "c_embedder.linear_1": "c_embedder.in_layer", "c_embedder.linear_2": "c_embedder.out_layer",
+}  # fmt: skip
+WAN = """
+    time_embedding.0 h 32
+    {time,text}_embedding.2 vace_blocks.0.{before,after}_proj h h
+    time_projection.1 6h h
+    text_embedding.0 img_emb.proj.3 h 48
+    img_emb.proj.1 48 48
+    head.head 64 h
+    face_adapter.fuser_blocks.0.{linear1_q,linear2} motion_encoder.enc.fc.0 h h
+    face_adapter.fuser_blocks.0.linear1_kv 2h h
+    {blocks.0,blocks.1,vace_blocks.0}.{self,cross}_attn.{q,k,v,o} h h
+    {blocks.0,blocks.1,vace_blocks.0}.cross_attn.{k,v}_img h h
+    {blocks.0,blocks.1,vace_blocks.0}.ffn.0 4h h
+    {blocks.0,blocks.1,vace_blocks.0}.ffn.2 h 4h
+"""
+LUMINA = """
+    x_embedder h 64
+    cap_embedder.1 h 48
+    t_embedder.mlp.{0,2} 32 32
+    final_layer.linear 64 h
+    final_layer.adaLN_modulation.1 h 32
+    {layers.0,layers.1,noise_refiner.0,context_refiner.0}.attention.qkv QKV h
+    {layers.0,layers.1,noise_refiner.0,context_refiner.0}.attention.out h h
+    {layers.0,layers.1,noise_refiner.0,context_refiner.0}.feed_forward.{w1,w3} 96 h
+    {layers.0,layers.1,noise_refiner.0,context_refiner.0}.feed_forward.w2 h 96
+"""
+LTX = """
+    patchify_proj adaln_single.emb.timestep_embedder.linear_1 32 16
+    adaln_single.linear 192 32
+    caption_projection.linear_1 32 24
+    transformer_blocks.0.attn1.to_q 32 32
+    transformer_blocks.0.ff.net.0.proj 128 32
+    proj_out 16 32
+"""
+LTX_2 = """
+    audio_patchify_proj av_ca_audio_scale_shift_adaln_single.emb.timestep_embedder.linear_1 32 16
+    audio_adaln_single.linear av_ca_video_scale_shift_adaln_single.linear 192 32
+    av_ca_{a2v,v2a}_gate_adaln_single.linear 32 32
+"""
+AURAFLOW = """
+    init_x_linear h 16
+    cond_seq_linear h 24
+    t_embedder.mlp.0 h 32
+    t_embedder.mlp.2 h h
+    modF.1 2h h
+    final_linear 16 h
+    double_layers.{0,1}.attn.w{1,2}{q,k,v,o} single_layers.0.attn.w1{q,k,v,o} h h
+    double_layers.{0,1}.mlp{X,C}.c_fc{1,2} single_layers.0.mlp.c_fc{1,2} 4h h
+    double_layers.{0,1}.mlp{X,C}.c_proj single_layers.0.mlp.c_proj h 4h
+    double_layers.{0,1}.mod{X,C}.1 single_layers.0.modCX.1 6h h
+"""
+MODULATED = "{layers.0,layers.1,noise_refiner.0}.adaLN_modulation"
+LUMINA_2 = layers_of(LUMINA + f"{MODULATED}.1 4h 32", 2304, QKV=2304 + 2 * 768)
+Z_IMAGE = layers_of(LUMINA + f"{MODULATED}.0 4h 32", 48, QKV=3 * 48)
 
 
 # (converter in diffusers, layers); the hidden sizes 3072 and 2304 are constants in the converters, not in our tables.
 CONVERTED: dict[str, tuple[str, Layers]] = {
-    "flux.1": ("convert_flux_transformer_checkpoint_to_diffusers", flux_like(3072)),
-    "flux.2": ("convert_flux2_transformer_checkpoint_to_diffusers", flux_2(48)),
-    "chroma": ("convert_chroma_transformer_checkpoint_to_diffusers", chroma(3072)),
-    "sd3": ("convert_sd3_transformer_checkpoint_to_diffusers", sd3(48)),
-    "hunyuan_video": ("convert_hunyuan_video_transformer_to_diffusers", hunyuan_video(3072)),
-    "wan": ("convert_wan_transformer_to_diffusers", wan(48)),
-    "lumina_2": ("convert_lumina2_to_diffusers", lumina(2304, 768, "adaLN_modulation.1", 2304)),
-    "z_image": ("convert_z_image_transformer_checkpoint_to_diffusers", lumina(48, 48, "adaLN_modulation.0", 48)),
-    "ltx": ("convert_ltx_transformer_checkpoint_to_diffusers", LTX),
-    "ltx_2": ("convert_ltx2_transformer_to_diffusers", LTX_2),
-    "auraflow": ("convert_auraflow_transformer_checkpoint_to_diffusers", auraflow(48)),
+    "flux.1": ("convert_flux_transformer_checkpoint_to_diffusers", layers_of(FLUX_BLOCKS + FLUX_1, 3072)),
+    "flux.2": ("convert_flux2_transformer_checkpoint_to_diffusers", layers_of(FLUX_BLOCKS + FLUX_2, 48)),
+    "chroma": ("convert_chroma_transformer_checkpoint_to_diffusers", layers_of(FLUX_BLOCKS + CHROMA, 3072)),
+    "sd3": ("convert_sd3_transformer_checkpoint_to_diffusers", layers_of(SD3, 48)),
+    "hunyuan_video": ("convert_hunyuan_video_transformer_to_diffusers", layers_of(HUNYUAN_VIDEO, 3072)),
+    "wan": ("convert_wan_transformer_to_diffusers", layers_of(WAN, 48)),
+    "lumina_2": ("convert_lumina2_to_diffusers", LUMINA_2),
+    "z_image": ("convert_z_image_transformer_checkpoint_to_diffusers", Z_IMAGE),
+    "ltx": ("convert_ltx_transformer_checkpoint_to_diffusers", layers_of(LTX, 0)),
+    "ltx_2": ("convert_ltx2_transformer_to_diffusers", layers_of(LTX + LTX_2, 0)),
+    "auraflow": ("convert_auraflow_transformer_checkpoint_to_diffusers", layers_of(AURAFLOW, 48)),
 }
 
 
@@ -319,7 +223,7 @@ def test_every_row_goes_where_diffusers_own_converter_puts_it(family: str, conve
 
 @pytest.mark.parametrize("hidden", [16, 256, 3072, 6144])
 def test_flux_slices_follow_the_hidden_size(hidden: int) -> None:
-    targets = diffusers_targets(flux_like(hidden))
+    targets = diffusers_targets(layers_of(FLUX_BLOCKS + FLUX_1, hidden))
     qkv = "double_blocks.1.txt_attn.qkv"
     assert targets["transformer_blocks.1.attn.add_v_proj"] == Target(qkv, (2 * hidden, 3 * hidden))
     linear1 = "single_blocks.0.linear1"
@@ -345,7 +249,7 @@ def test_a_single_block_without_mlp_rows_is_not_sliced() -> None:
 
 
 def test_only_a_layer_of_two_pieces_has_its_halves_swapped() -> None:
-    targets = diffusers_targets(sd3(48))
+    targets = diffusers_targets(layers_of(SD3, 48))
     assert not targets["transformer_blocks.0.norm1_context.linear"].swap_halves
     assert targets["transformer_blocks.1.norm1_context.linear"].swap_halves
 
@@ -362,8 +266,13 @@ def test_a_block_number_is_one_number_and_patterns_cover_whole_names(root: str) 
 
 
 def test_both_spellings_of_hunyuan_video_mean_the_same_rows() -> None:
-    authors, comfyui = hunyuan_video(48), comfyui_spelling(hunyuan_video(48))
-    renamed = dict(zip(authors, comfyui, strict=True))
+    authors = layers_of(HUNYUAN_VIDEO, 48)
+    renamed = {}
+    for layer in authors:
+        renamed[layer] = layer
+        for theirs, comfyuis in COMFYUI_SPELLING.items():
+            renamed[layer] = renamed[layer].replace(theirs, comfyuis)
+    comfyui = {renamed[layer]: shape for layer, shape in authors.items()}
     by_authors, by_comfyui = diffusers_targets(authors), diffusers_targets(comfyui)
     expected = {name: Target(renamed[t.layer], t.rows, t.swap_halves) for name, t in by_authors.items()}
     assert len(set(authors) - set(comfyui)) == 38
@@ -372,20 +281,15 @@ def test_both_spellings_of_hunyuan_video_mean_the_same_rows() -> None:
 
 def test_unet_blocks_are_counted_as_diffusers_counts_them() -> None:
     inside = "transformer_blocks.7.attn2.to_k"
-    targets = diffusers_targets(
-        {
-            f"input_blocks.8.1.{inside}": (64, 96),
-            f"middle_block.1.{inside}": (64, 96),
-            f"output_blocks.5.1.{inside}": (64, 96),
-            "input_blocks.4.0.emb_layers.1": (64, 64),
-            "label_emb.0.2": (64, 64),
-        }
-    )
-    assert targets[f"down_blocks.2.attentions.1.{inside}"].layer == f"input_blocks.8.1.{inside}"
-    assert targets[f"mid_block.attentions.0.{inside}"].layer == f"middle_block.1.{inside}"
-    assert targets[f"up_blocks.1.attentions.2.{inside}"].layer == f"output_blocks.5.1.{inside}"
-    assert targets["down_blocks.1.resnets.0.time_emb_proj"].layer == "input_blocks.4.0.emb_layers.1"
-    assert targets["add_embedding.linear_2"].layer == "label_emb.0.2"
+    same = {
+        f"down_blocks.2.attentions.1.{inside}": f"input_blocks.8.1.{inside}",
+        f"mid_block.attentions.0.{inside}": f"middle_block.1.{inside}",
+        f"up_blocks.1.attentions.2.{inside}": f"output_blocks.5.1.{inside}",
+        "down_blocks.1.resnets.0.time_emb_proj": "input_blocks.4.0.emb_layers.1",
+        "add_embedding.linear_2": "label_emb.0.2",
+    }
+    targets = diffusers_targets(dict.fromkeys(same.values(), (64, 96)))
+    assert {name: targets[name].layer for name in same} == same
 
 
 def test_a_name_that_could_mean_two_layers_is_left_out_by_diffusers_targets_and_listed_by_lora_targets() -> None:
