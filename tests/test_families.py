@@ -16,347 +16,238 @@ import pytest
 
 import convert_to_quant
 from convert_to_quant.errors import OptionError
-from convert_to_quant.families import FAMILIES, GENERIC, OTHER_PARTS, detect, family, module_names, other_part
+from convert_to_quant.families import FAMILIES, GENERIC, OTHER_PARTS, Family, detect, family, module_names, other_part
+from convert_to_quant.families.rules import rules
+
+
+def spread(text: str) -> list[str]:
+    """Names by patterns: `a.{b,c}.d` stands for `a.b.d` and `a.c.d`."""
+    return [rule.layer for word in text.split() for rule in rules((word, word))]
 
 
 @dataclass(frozen=True)
 class Model:
-    """Layer names of one model: a pattern `a.{b,c}.d` stands for `a.b.d` and `a.c.d`."""
+    """Layer names of one model."""
 
     family: str | None
-    quantized: str
-    kept: str
-    other_tensors: tuple[str, ...] = ()
+    quantized: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    other_tensors: list[str] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def names(self) -> list[str]:
-        return [f"{layer}.weight" for layer in spread(self.quantized) + spread(self.kept)] + list(self.other_tensors)
+        return [*(f"{layer}.weight" for layer in self.quantized + self.kept), *self.other_tensors]
 
 
-def spread(text: str) -> list[str]:
-    names = []
-    for word in text.split():
-        pieces = word.replace("}", "{").split("{")
-        names += ["".join(choice) for choice in product(*(piece.split(",") for piece in pieces))]
-    return names
-
-
-DIFFUSERS_JOINT_BLOCK = """
-    transformer_blocks.0.attn.{to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out}
+# What several models share.
+SHARED = """
+@joint transformer_blocks.0.attn.{to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out}
     transformer_blocks.0.{ff,ff_context}.{net.0.proj,net.2}
-"""
-DIFFUSERS_MODULATION = " transformer_blocks.0.{norm1,norm1_context}.linear "
-DIFFUSERS_SINGLE_BLOCK = " single_transformer_blocks.{0,37}.{attn.to_q,attn.to_k,attn.to_v,proj_mlp,proj_out} "
-TIME_TEXT = " time_text_embed.{timestep_embedder,text_embedder}.{linear_1,linear_2} "
-NEXT_DIT_BLOCK = " layers.29.{attention.qkv,attention.out,feed_forward.w1,feed_forward.w2,feed_forward.w3} "
-NEXT_DIT_ENDS = """
-    layers.0.feed_forward.w1
-    {noise_refiner,context_refiner}.1.{attention.qkv,attention.out,feed_forward.w1,feed_forward.w2}
-    t_embedder.mlp.{0,2} cap_embedder.1 final_layer.linear final_layer.adaLN_modulation.1 x_embedder
-"""
-LTX_BLOCK = "{attn1,attn2}.{to_q,to_k,to_v,to_out.0}"
-SDXL_BLOCK = "transformer_blocks.{0,1}.{attn1.to_q,attn2.to_k,attn2.to_v,attn2.to_out.0,ff.net.0.proj,ff.net.2}"
-SDXL_KEY = "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-SDXL_DIFFUSERS_KEY = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-
-FLUX1 = Model(
-    "flux1",
-    """
-    double_blocks.{0,18}.{img_mod,txt_mod}.lin double_blocks.{0,18}.{img_attn,txt_attn}.{qkv,proj}
+@modulation transformer_blocks.0.{norm1,norm1_context}.linear
+@single single_transformer_blocks.{0,37}.{attn.to_q,attn.to_k,attn.to_v,proj_mlp,proj_out}
+@time_text time_text_embed.{timestep_embedder,text_embedder}.{linear_1,linear_2}
+@flux double_blocks.{0,18}.{img_mod,txt_mod}.lin double_blocks.{0,18}.{img_attn,txt_attn}.{qkv,proj}
     double_blocks.{0,18}.{img_mlp,txt_mlp}.{0,2} single_blocks.{0,37}.{linear1,linear2,modulation.lin}
-    """,
-    "img_in txt_in {time_in,vector_in,guidance_in}.{in_layer,out_layer} final_layer.{linear,adaLN_modulation.1}",
-)
-HUNYUAN_ENDS = """
-    {time_in,guidance_in,vector_in}.{in_layer,out_layer} txt_in.input_embedder txt_in.{t_embedder,c_embedder}.in_layer
+@hunyuan_ends {time_in,guidance_in,vector_in}.{in_layer,out_layer} txt_in.input_embedder
+    txt_in.{t_embedder,c_embedder}.in_layer
     txt_in.individual_token_refiner.blocks.1.{self_attn.qkv,self_attn.proj,mlp.0,mlp.2,adaLN_modulation.1}
     final_layer.{linear,adaLN_modulation.1}
+@dit layers.29.{attention.qkv,attention.out,feed_forward.w1,feed_forward.w2,feed_forward.w3}
+@ends_of_dit {noise_refiner,context_refiner}.1.{attention.qkv,attention.out,feed_forward.w1,feed_forward.w2}
+    t_embedder.mlp.{0,2} cap_embedder.1 final_layer.linear final_layer.adaLN_modulation.1 x_embedder
+@sdxl transformer_blocks.{0,1}.{attn1.to_q,attn2.to_k,attn2.to_v,attn2.to_out.0,ff.net.0.proj,ff.net.2}
+"""
+# Each model and its family; "+" layers that are quantized, "-" layers that are kept, "." other tensors, and the shapes
+# that matter. The last ones are neighbours that share names with a family and are none of it.
+TABLE = """
+Flux.1 = flux1
+    + @flux
+    - img_in txt_in {time_in,vector_in,guidance_in}.{in_layer,out_layer} final_layer.{linear,adaLN_modulation.1}
+Flux.1 schnell, which has no guidance = flux1
+    + @flux
+    - img_in txt_in {time_in,vector_in}.in_layer
+Flux.1, diffusers = flux1
+    + @joint @modulation @single single_transformer_blocks.0.norm.linear
+    - @time_text time_text_embed.guidance_embedder.linear_1 context_embedder x_embedder norm_out.linear proj_out
+Flux.2 = flux2
+    + double_blocks.{0,7}.{img_attn,txt_attn}.{qkv,proj} double_blocks.{0,7}.{img_mlp,txt_mlp}.{0,2}
+    + single_blocks.{0,47}.{linear1,linear2}
+    - img_in txt_in {time_in,guidance_in}.{in_layer,out_layer} final_layer.{linear,adaLN_modulation.1}
+    - {double_stream_modulation_img,double_stream_modulation_txt,single_stream_modulation}.lin
+Flux.2, diffusers = flux2
+    + transformer_blocks.0.attn.{to_q,add_q_proj,to_out.0,to_add_out}
+    + transformer_blocks.0.{ff,ff_context}.{linear_in,linear_out}
+    + single_transformer_blocks.0.attn.{to_qkv_mlp_proj,to_out}
+    - time_guidance_embed.{timestep_embedder,guidance_embedder}.linear_1 x_embedder context_embedder
+    - norm_out.linear proj_out
+    - {double_stream_modulation_img,double_stream_modulation_txt,single_stream_modulation}.linear
+Chroma = chroma
+    + double_blocks.0.{img_attn,txt_attn}.{qkv,proj} double_blocks.0.{img_mlp,txt_mlp}.{0,2}
+    + single_blocks.0.{linear1,linear2}
+    - img_in txt_in final_layer.linear
+    - distilled_guidance_layer.{in_proj,out_proj,layers.0.in_layer,layers.4.out_layer}
+Chroma Radiance = chroma
+    + double_blocks.0.{img_attn,txt_attn}.{qkv,proj} single_blocks.0.{linear1,linear2}
+    - txt_in distilled_guidance_layer.{in_proj,layers.0.in_layer} nerf_image_embedder.embedder.0
+    - nerf_blocks.3.param_generator nerf_final_layer.linear
+    . img_in_patch.weight nerf_final_layer_conv.conv.weight
+Chroma, diffusers = chroma
+    + @joint @single
+    - distilled_guidance_layer.{in_proj,layers.0.linear_1,out_proj} context_embedder x_embedder proj_out
+SD 3.5 = sd3
+    + joint_blocks.0.{context_block,x_block}.{attn.qkv,attn.proj,mlp.fc1,mlp.fc2,adaLN_modulation.1}
+    + joint_blocks.0.x_block.attn2.qkv joint_blocks.37.context_block.attn.qkv
+    - {t_embedder,y_embedder}.mlp.{0,2} context_embedder final_layer.{linear,adaLN_modulation.1}
+    . x_embedder.proj.weight pos_embed
+SD 3.5, diffusers = sd3
+    + @joint @modulation transformer_blocks.0.attn2.{to_q,to_out.0}
+    - @time_text context_embedder norm_out.linear proj_out
+    . pos_embed.proj.weight
+Qwen-Image = qwen-image
+    + transformer_blocks.{0,59}.attn.{to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out}
+    + transformer_blocks.{0,59}.{img_mlp,txt_mlp}.{net.0.proj,net.2} transformer_blocks.{0,59}.txt_mod.1
+    + transformer_blocks.{1,10,59}.img_mod.1
+    - transformer_blocks.0.img_mod.1 img_in txt_in time_text_embed.timestep_embedder.linear_1 norm_out.linear
+    - proj_out
+    . txt_norm.weight
+Wan = wan
+    + blocks.{0,39}.{self_attn,cross_attn}.{q,k,v,o} blocks.0.cross_attn.{k_img,v_img} blocks.{0,39}.ffn.{0,2}
+    - text_embedding.{0,2} time_embedding.{0,2} time_projection.1 img_emb.proj.{1,3} head.head
+    . patch_embedding.weight head.modulation blocks.0.modulation
+Wan VACE = wan
+    + blocks.0.{self_attn,cross_attn}.q blocks.0.ffn.0 vace_blocks.0.{self_attn.q,before_proj,after_proj,ffn.0}
+    - text_embedding.0 time_projection.1 head.head
+Wan, diffusers = wan
+    + blocks.0.{attn1,attn2}.{to_q,to_k,to_v,to_out.0} blocks.0.attn2.{add_k_proj,add_v_proj}
+    + blocks.0.ffn.{net.0.proj,net.2}
+    - condition_embedder.{time_embedder.linear_1,time_proj,text_embedder.linear_2,image_embedder.ff.net.0.proj}
+    - proj_out
+HunyuanVideo = hunyuan-video
+    + @flux
+    - @hunyuan_ends
+    . img_in.proj.weight txt_in.individual_token_refiner.blocks.0.norm1.weight
+HunyuanVideo as its authors name it = hunyuan-video
+    + double_blocks.0.{img_mod.linear,img_attn_qkv,img_attn_proj,img_mlp.fc1,img_mlp.fc2}
+    + single_blocks.0.modulation.linear
+    - @hunyuan_ends
+HunyuanVideo 1.5 = hunyuan-video
+    + double_blocks.0.{img_mod.lin,img_attn.qkv,txt_attn.proj,img_mlp.0}
+    - time_in.in_layer txt_in.individual_token_refiner.blocks.0.mlp.0 byt5_in.{fc1,fc3} vision_in.proj.{1,3}
+    - final_layer.linear
+HunyuanVideo, diffusers = hunyuan-video
+    + @joint @modulation @single
+    - @time_text context_embedder.{time_text_embed.text_embedder.linear_1,proj_in} norm_out.linear proj_out
+    - context_embedder.token_refiner.refiner_blocks.0.{attn.to_q,ff.net.2,norm_out.linear}
+    . x_embedder.proj.weight
+Z-Image = z-image
+    + @dit
+    - @ends_of_dit noise_refiner.0.attention.qkv noise_refiner.0.adaLN_modulation.0 layers.0.adaLN_modulation.0
+    - siglip_embedder.1
+    . cap_pad_token x_pad_token layers.0.feed_forward.w1.weight
+Z-Image, diffusers = z-image
+    + layers.0.attention.{to_q,to_k,to_v,to_out.0} layers.0.feed_forward.{w1,w2,w3}
+    - {noise_refiner,context_refiner}.0.attention.to_q layers.0.adaLN_modulation.0 t_embedder.mlp.0
+    - cap_embedder.1 all_x_embedder.2-1 all_final_layer.2-1.{linear,adaLN_modulation.1}
+Lumina 2 = lumina2
+    + @dit
+    - @ends_of_dit noise_refiner.0.attention.qkv noise_refiner.0.adaLN_modulation.1 layers.0.adaLN_modulation.1
+    . layers.0.feed_forward.w1.weight
+Lumina 2, diffusers = lumina2
+    + layers.0.attn.{to_q,to_k,to_v,to_out.0} layers.0.feed_forward.{linear_1,linear_2,linear_3}
+    - {noise_refiner,context_refiner}.0.{attn.to_q,feed_forward.linear_1} layers.0.norm1.linear x_embedder
+    - time_caption_embed.{timestep_embedder.linear_1,caption_embedder.1} norm_out.{linear_1,linear_2}
+LTX-Video = ltx
+    + transformer_blocks.{2,10,45}.{attn1,attn2}.{to_q,to_k,to_v,to_out.0}
+    + transformer_blocks.{2,10,45}.ff.{net.0.proj,net.2}
+    - transformer_blocks.{0,1,46,47}.{attn1,attn2}.{to_q,to_k,to_v,to_out.0} patchify_proj
+    - caption_projection.{linear_1,linear_2} proj_out adaln_single.{emb.timestep_embedder.linear_1,linear}
+LTX-2 = ltx
+    + transformer_blocks.20.{attn1,audio_attn1,audio_to_video_attn,video_to_audio_attn}.{to_q,to_out.0}
+    - transformer_blocks.{0,1}.{attn1,audio_attn1}.to_q transformer_blocks.20.attn1.to_gate_logits proj_out
+    - audio_proj_out {patchify_proj,audio_patchify_proj}
+    - {adaln_single,audio_adaln_single,av_ca_a2v_gate_adaln_single}.linear
+    - {audio_embeddings_connector,video_embeddings_connector}.transformer_1d_blocks.0.attn1.to_q
+    - audio_caption_projection.linear_1
+LTX-Video, diffusers = ltx
+    + transformer_blocks.10.{attn1,attn2}.to_q transformer_blocks.10.ff.{net.0.proj,net.2}
+    - transformer_blocks.0.{attn1.to_q,attn2.to_q,ff.net.2} proj_in proj_out caption_projection.linear_1
+    - time_embed.{emb.timestep_embedder.linear_1,linear}
+SDXL = sdxl
+    + {input_blocks.4.1,middle_block.1,output_blocks.5.1}.@sdxl
+    - time_embed.{0,2} label_emb.0.{0,2} {input_blocks.4.1,middle_block.1,output_blocks.5.1}.{proj_in,proj_out}
+    - {input_blocks.4.0,middle_block.0,middle_block.2,output_blocks.0.0}.emb_layers.1
+    . input_blocks.0.0.weight out.2.weight
+    input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight 640 2048
+SDXL, diffusers = sdxl
+    + {down_blocks.1.attentions.0,mid_block.attentions.0,up_blocks.0.attentions.2}.@sdxl
+    - {time_embedding,add_embedding}.{linear_1,linear_2}
+    - {down_blocks.1,mid_block,up_blocks.0}.attentions.0.{proj_in,proj_out}
+    - {down_blocks.0,mid_block,up_blocks.0}.resnets.0.time_emb_proj
+    . conv_in.weight conv_out.weight
+    down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight 640 2048
+SD 1.5 = none
+    + input_blocks.1.1.@sdxl
+    - time_embed.{0,2}
+    . input_blocks.0.0.weight output_blocks.0.0.in_layers.2.weight
+    input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight 320 768
+Stable Video Diffusion = none
+    + input_blocks.1.1.@sdxl
+    - time_embed.{0,2} label_emb.0.{0,2}
+    . input_blocks.0.0.weight output_blocks.0.0.in_layers.2.weight
+    input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight 320 1024
+PixArt, diffusers = none
+    + transformer_blocks.0.{attn1,attn2}.{to_q,to_k,to_v,to_out.0}
+    - adaln_single.{emb.timestep_embedder.linear_1,linear} proj_out
+    . pos_embed.proj.weight
+AuraFlow, diffusers = none
+    + joint_transformer_blocks.0.attn.{to_q,add_q_proj} single_transformer_blocks.0.attn.to_q
+    - pos_embed.proj context_embedder time_step_proj.linear_1 norm_out.linear proj_out
+Bria, diffusers: Flux.1 without pooled text = none
+    + @joint @single
+    - time_embed.timestep_embedder.linear_1 context_embedder x_embedder norm_out.linear proj_out
+a text encoder alone = none
+    + model.layers.0.self_attn.q_proj model.layers.0.mlp.down_proj
+    - model.embed_tokens lm_head
 """
 
-MODELS = {
-    "Flux.1": FLUX1,
-    "Flux.1 schnell, which has no guidance": Model(
-        "flux1", FLUX1.quantized, "img_in txt_in {time_in,vector_in}.in_layer"
-    ),
-    "Flux.1, diffusers": Model(
-        "flux1",
-        DIFFUSERS_JOINT_BLOCK
-        + DIFFUSERS_MODULATION
-        + DIFFUSERS_SINGLE_BLOCK
-        + "single_transformer_blocks.0.norm.linear",
-        TIME_TEXT + "time_text_embed.guidance_embedder.linear_1 context_embedder x_embedder norm_out.linear proj_out",
-    ),
-    "Flux.2": Model(
-        "flux2",
-        """
-        double_blocks.{0,7}.{img_attn,txt_attn}.{qkv,proj} double_blocks.{0,7}.{img_mlp,txt_mlp}.{0,2}
-        single_blocks.{0,47}.{linear1,linear2}
-        """,
-        """
-        img_in txt_in {time_in,guidance_in}.{in_layer,out_layer} final_layer.{linear,adaLN_modulation.1}
-        {double_stream_modulation_img,double_stream_modulation_txt,single_stream_modulation}.lin
-        """,
-    ),
-    "Flux.2, diffusers": Model(
-        "flux2",
-        """
-        transformer_blocks.0.attn.{to_q,add_q_proj,to_out.0,to_add_out}
-        transformer_blocks.0.{ff,ff_context}.{linear_in,linear_out}
-        single_transformer_blocks.0.attn.{to_qkv_mlp_proj,to_out}
-        """,
-        """
-        time_guidance_embed.{timestep_embedder,guidance_embedder}.linear_1 x_embedder context_embedder
-        norm_out.linear proj_out
-        {double_stream_modulation_img,double_stream_modulation_txt,single_stream_modulation}.linear
-        """,
-    ),
-    "Chroma": Model(
-        "chroma",
-        """
-        double_blocks.0.{img_attn,txt_attn}.{qkv,proj} double_blocks.0.{img_mlp,txt_mlp}.{0,2}
-        single_blocks.0.{linear1,linear2}
-        """,
-        """
-        img_in txt_in final_layer.linear
-        distilled_guidance_layer.{in_proj,out_proj,layers.0.in_layer,layers.4.out_layer}
-        """,
-    ),
-    "Chroma Radiance": Model(
-        "chroma",
-        "double_blocks.0.{img_attn,txt_attn}.{qkv,proj} single_blocks.0.{linear1,linear2}",
-        """
-        txt_in distilled_guidance_layer.{in_proj,layers.0.in_layer} nerf_image_embedder.embedder.0
-        nerf_blocks.3.param_generator nerf_final_layer.linear
-        """,
-        other_tensors=("img_in_patch.weight", "nerf_final_layer_conv.conv.weight"),
-    ),
-    "Chroma, diffusers": Model(
-        "chroma",
-        DIFFUSERS_JOINT_BLOCK + DIFFUSERS_SINGLE_BLOCK,
-        "distilled_guidance_layer.{in_proj,layers.0.linear_1,out_proj} context_embedder x_embedder proj_out",
-    ),
-    "SD 3.5": Model(
-        "sd3",
-        """
-        joint_blocks.0.{context_block,x_block}.{attn.qkv,attn.proj,mlp.fc1,mlp.fc2,adaLN_modulation.1}
-        joint_blocks.0.x_block.attn2.qkv
-        joint_blocks.37.context_block.attn.qkv
-        """,
-        "{t_embedder,y_embedder}.mlp.{0,2} context_embedder final_layer.{linear,adaLN_modulation.1}",
-        other_tensors=("x_embedder.proj.weight", "pos_embed"),
-    ),
-    "SD 3.5, diffusers": Model(
-        "sd3",
-        DIFFUSERS_JOINT_BLOCK + DIFFUSERS_MODULATION + "transformer_blocks.0.attn2.{to_q,to_out.0}",
-        TIME_TEXT + "context_embedder norm_out.linear proj_out",
-        other_tensors=("pos_embed.proj.weight",),
-    ),
-    "Qwen-Image": Model(
-        "qwen-image",
-        """
-        transformer_blocks.{0,59}.attn.{to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out}
-        transformer_blocks.{0,59}.{img_mlp,txt_mlp}.{net.0.proj,net.2} transformer_blocks.{0,59}.txt_mod.1
-        transformer_blocks.{1,10,59}.img_mod.1
-        """,
-        """
-        transformer_blocks.0.img_mod.1 img_in txt_in time_text_embed.timestep_embedder.linear_1 norm_out.linear
-        proj_out
-        """,
-        other_tensors=("txt_norm.weight",),
-    ),
-    "Wan": Model(
-        "wan",
-        "blocks.{0,39}.{self_attn,cross_attn}.{q,k,v,o} blocks.0.cross_attn.{k_img,v_img} blocks.{0,39}.ffn.{0,2}",
-        "text_embedding.{0,2} time_embedding.{0,2} time_projection.1 img_emb.proj.{1,3} head.head",
-        other_tensors=("patch_embedding.weight", "head.modulation", "blocks.0.modulation"),
-    ),
-    "Wan VACE": Model(
-        "wan",
-        "blocks.0.{self_attn,cross_attn}.q blocks.0.ffn.0 vace_blocks.0.{self_attn.q,before_proj,after_proj,ffn.0}",
-        "text_embedding.0 time_projection.1 head.head",
-    ),
-    "Wan, diffusers": Model(
-        "wan",
-        """
-        blocks.0.{attn1,attn2}.{to_q,to_k,to_v,to_out.0} blocks.0.attn2.{add_k_proj,add_v_proj}
-        blocks.0.ffn.{net.0.proj,net.2}
-        """,
-        """
-        condition_embedder.{time_embedder.linear_1,time_proj,text_embedder.linear_2,image_embedder.ff.net.0.proj}
-        proj_out
-        """,
-    ),
-    "HunyuanVideo": Model(
-        "hunyuan-video",
-        FLUX1.quantized,
-        HUNYUAN_ENDS,
-        other_tensors=("img_in.proj.weight", "txt_in.individual_token_refiner.blocks.0.norm1.weight"),
-    ),
-    "HunyuanVideo as its authors name it": Model(
-        "hunyuan-video",
-        """
-        double_blocks.0.{img_mod.linear,img_attn_qkv,img_attn_proj,img_mlp.fc1,img_mlp.fc2}
-        single_blocks.0.modulation.linear
-        """,
-        HUNYUAN_ENDS,
-    ),
-    "HunyuanVideo 1.5": Model(
-        "hunyuan-video",
-        "double_blocks.0.{img_mod.lin,img_attn.qkv,txt_attn.proj,img_mlp.0}",
-        """
-        time_in.in_layer txt_in.individual_token_refiner.blocks.0.mlp.0 byt5_in.{fc1,fc3} vision_in.proj.{1,3}
-        final_layer.linear
-        """,
-    ),
-    "HunyuanVideo, diffusers": Model(
-        "hunyuan-video",
-        DIFFUSERS_JOINT_BLOCK + DIFFUSERS_MODULATION + DIFFUSERS_SINGLE_BLOCK,
-        TIME_TEXT
-        + """
-        context_embedder.{time_text_embed.text_embedder.linear_1,proj_in} norm_out.linear proj_out
-        context_embedder.token_refiner.refiner_blocks.0.{attn.to_q,ff.net.2,norm_out.linear}
-        """,
-        other_tensors=("x_embedder.proj.weight",),
-    ),
-    "Z-Image": Model(
-        "z-image",
-        NEXT_DIT_BLOCK,
-        NEXT_DIT_ENDS.replace("layers.0.feed_forward.w1", "")
-        + """
-        noise_refiner.0.attention.qkv noise_refiner.0.adaLN_modulation.0 layers.0.adaLN_modulation.0
-        siglip_embedder.1
-        """,
-        other_tensors=("cap_pad_token", "x_pad_token", "layers.0.feed_forward.w1.weight"),
-    ),
-    "Z-Image, diffusers": Model(
-        "z-image",
-        "layers.0.attention.{to_q,to_k,to_v,to_out.0} layers.0.feed_forward.{w1,w2,w3}",
-        """
-        {noise_refiner,context_refiner}.0.attention.to_q layers.0.adaLN_modulation.0 t_embedder.mlp.0 cap_embedder.1
-        all_x_embedder.2-1 all_final_layer.2-1.{linear,adaLN_modulation.1}
-        """,
-    ),
-    "Lumina 2": Model(
-        "lumina2",
-        NEXT_DIT_BLOCK,
-        NEXT_DIT_ENDS.replace("layers.0.feed_forward.w1", "")
-        + "noise_refiner.0.attention.qkv noise_refiner.0.adaLN_modulation.1 layers.0.adaLN_modulation.1",
-        other_tensors=("layers.0.feed_forward.w1.weight",),
-    ),
-    "Lumina 2, diffusers": Model(
-        "lumina2",
-        "layers.0.attn.{to_q,to_k,to_v,to_out.0} layers.0.feed_forward.{linear_1,linear_2,linear_3}",
-        """
-        {noise_refiner,context_refiner}.0.{attn.to_q,feed_forward.linear_1} layers.0.norm1.linear x_embedder
-        time_caption_embed.{timestep_embedder.linear_1,caption_embedder.1} norm_out.{linear_1,linear_2}
-        """,
-    ),
-    "LTX-Video": Model(
-        "ltx",
-        f"transformer_blocks.{{2,10,45}}.{LTX_BLOCK} transformer_blocks.{{2,10,45}}.ff.{{net.0.proj,net.2}}",
-        f"""
-        transformer_blocks.{{0,1,46,47}}.{LTX_BLOCK} patchify_proj caption_projection.{{linear_1,linear_2}} proj_out
-        adaln_single.{{emb.timestep_embedder.linear_1,linear}}
-        """,
-    ),
-    "LTX-2": Model(
-        "ltx",
-        "transformer_blocks.20.{attn1,audio_attn1,audio_to_video_attn,video_to_audio_attn}.{to_q,to_out.0}",
-        """
-        transformer_blocks.{0,1}.{attn1,audio_attn1}.to_q transformer_blocks.20.attn1.to_gate_logits proj_out
-        audio_proj_out
-        {patchify_proj,audio_patchify_proj} {adaln_single,audio_adaln_single,av_ca_a2v_gate_adaln_single}.linear
-        {audio_embeddings_connector,video_embeddings_connector}.transformer_1d_blocks.0.attn1.to_q
-        audio_caption_projection.linear_1
-        """,
-    ),
-    "LTX-Video, diffusers": Model(
-        "ltx",
-        "transformer_blocks.10.{attn1,attn2}.to_q transformer_blocks.10.ff.{net.0.proj,net.2}",
-        """
-        transformer_blocks.0.{attn1.to_q,attn2.to_q,ff.net.2} proj_in proj_out caption_projection.linear_1
-        time_embed.{emb.timestep_embedder.linear_1,linear}
-        """,
-    ),
-    "SDXL": Model(
-        "sdxl",
-        f"input_blocks.4.1.{SDXL_BLOCK} middle_block.1.{SDXL_BLOCK} output_blocks.5.1.{SDXL_BLOCK}",
-        """
-        time_embed.{0,2} label_emb.0.{0,2} {input_blocks.4.1,middle_block.1,output_blocks.5.1}.{proj_in,proj_out}
-        {input_blocks.4.0,middle_block.0,middle_block.2,output_blocks.0.0}.emb_layers.1
-        """,
-        other_tensors=("input_blocks.0.0.weight", "out.2.weight"),
-        shapes={SDXL_KEY: (640, 2048)},
-    ),
-    "SDXL, diffusers": Model(
-        "sdxl",
-        f"""
-        down_blocks.1.attentions.0.{SDXL_BLOCK} mid_block.attentions.0.{SDXL_BLOCK}
-        up_blocks.0.attentions.2.{SDXL_BLOCK}
-        """,
-        """
-        {time_embedding,add_embedding}.{linear_1,linear_2}
-        {down_blocks.1,mid_block,up_blocks.0}.attentions.0.{proj_in,proj_out}
-        {down_blocks.0,mid_block,up_blocks.0}.resnets.0.time_emb_proj
-        """,
-        other_tensors=("conv_in.weight", "conv_out.weight"),
-        shapes={SDXL_DIFFUSERS_KEY: (640, 2048)},
-    ),
-    # Neighbours that share names with a family and are none of it.
-    "SD 1.5": Model(
-        None,
-        f"input_blocks.1.1.{SDXL_BLOCK}",
-        "time_embed.{0,2}",
-        other_tensors=("input_blocks.0.0.weight", "output_blocks.0.0.in_layers.2.weight"),
-        shapes={"input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 768)},
-    ),
-    "Stable Video Diffusion": Model(
-        None,
-        f"input_blocks.1.1.{SDXL_BLOCK}",
-        "time_embed.{0,2} label_emb.0.{0,2}",
-        other_tensors=("input_blocks.0.0.weight", "output_blocks.0.0.in_layers.2.weight"),
-        shapes={"input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 1024)},
-    ),
-    "PixArt, diffusers": Model(
-        None,
-        f"transformer_blocks.0.{LTX_BLOCK}",
-        "adaln_single.{emb.timestep_embedder.linear_1,linear} proj_out",
-        other_tensors=("pos_embed.proj.weight",),
-    ),
-    "AuraFlow, diffusers": Model(
-        None,
-        "joint_transformer_blocks.0.attn.{to_q,add_q_proj} single_transformer_blocks.0.attn.to_q",
-        "pos_embed.proj context_embedder time_step_proj.linear_1 norm_out.linear proj_out",
-    ),
-    "Bria, diffusers: Flux.1 without pooled text": Model(
-        None,
-        DIFFUSERS_JOINT_BLOCK + DIFFUSERS_SINGLE_BLOCK,
-        "time_embed.timestep_embedder.linear_1 context_embedder x_embedder norm_out.linear proj_out",
-    ),
-    "a text encoder alone": Model(
-        None, "model.layers.0.self_attn.q_proj model.layers.0.mlp.down_proj", "model.embed_tokens lm_head"
-    ),
-}
+
+def read_models() -> dict[str, Model]:
+    table = TABLE
+    for part in SHARED.strip().replace("\n    ", " ").splitlines():
+        name, layers = part.split(" ", 1)
+        table = table.replace(name, layers)
+    models: dict[str, Model] = {}
+    for line in table.strip().splitlines():
+        if not line.startswith(" "):
+            title, name = line.split(" = ")
+            model = models[title] = Model(None if name == "none" else name)
+            continue
+        sign, rest = line.split(maxsplit=1)
+        if sign in "+-.":
+            {"+": model.quantized, "-": model.kept, ".": model.other_tensors}[sign].extend(spread(rest))
+        else:
+            model.shapes[sign] = tuple(map(int, rest.split()))
+    return models
+
+
+MODELS = read_models()
+FLUX1 = MODELS["Flux.1"]
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_a_model_is_recognized_as_its_family_and_no_other(model: Model) -> None:
     found = detect(model.names(), model.shapes)
     assert (found.name if found else None) == model.family
+    modules = module_names(model.names())
+    fitting = {entry.name for entry in FAMILIES.values() for s in entry.signatures if s.fits(modules, model.shapes)}
+    assert fitting == ({model.family} if model.family else set())
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_blocks_are_quantized_and_the_rest_is_kept_with_a_reason(model: Model) -> None:
     table = family(model.family or "generic")
-    assert [layer for layer in spread(model.quantized) if table.kept_because(layer) is not None] == []
-    assert [layer for layer in spread(model.kept) if not table.kept_because(layer)] == []
-
-
-def test_every_signature_fits_exactly_one_family() -> None:
-    for model in MODELS.values():
-        modules = module_names(model.names())
-        fitting = {entry.name for entry in FAMILIES.values() for s in entry.signatures if s.fits(modules, model.shapes)}
-        assert fitting == ({model.family} if model.family else set())
+    assert [layer for layer in model.quantized if table.kept_because(layer) is not None] == []
+    assert [layer for layer in model.kept if not table.kept_because(layer)] == []
 
 
 def test_every_family_is_covered_by_a_model_above() -> None:
@@ -375,11 +266,9 @@ def test_every_signature_is_needed_by_a_model_above() -> None:
                 pytest.fail(f"no model above is recognized by {signature} alone")
 
 
-@pytest.mark.parametrize(
-    "name", ["flux1", "flux2", "chroma", "sd3", "wan", "hunyuan-video", "z-image", "lumina2", "ltx", "sdxl"]
-)
-def test_a_layer_outside_the_blocks_that_no_table_knows_is_kept(name: str) -> None:
-    assert family(name).kept_because("brand_new_adapter.3.linear") == "outside the repeated blocks"
+@pytest.mark.parametrize("known", FAMILIES.values(), ids=FAMILIES)
+def test_a_layer_outside_the_blocks_that_no_table_knows_is_kept(known: Family) -> None:
+    assert known.kept_because("brand_new_adapter.3.linear") == "outside the repeated blocks"
 
 
 def test_the_order_of_names_does_not_matter() -> None:
@@ -390,7 +279,8 @@ def test_the_order_of_names_does_not_matter() -> None:
 
 def test_sdxl_needs_shapes_because_its_names_are_those_of_older_models() -> None:
     assert detect(MODELS["SDXL"].names(), {}) is None
-    assert detect(MODELS["SDXL"].names(), {SDXL_KEY: (640,)}) is None
+    (key,) = MODELS["SDXL"].shapes
+    assert detect(MODELS["SDXL"].names(), {key: (640,)}) is None
 
 
 def test_an_empty_checkpoint_is_of_no_family() -> None:
