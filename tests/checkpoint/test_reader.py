@@ -21,12 +21,12 @@ from convert_to_quant.checkpoint.reader import BIT_DTYPES, FLOAT_DTYPES
 from convert_to_quant.errors import CheckpointError, HeaderError, PickleError, TensorError
 
 
-def refused(path: Path, error: type[CheckpointError] = CheckpointError) -> str:
-    """The message with which a path is refused, which begins with the path."""
+def refused(path: Path, error: type[CheckpointError] = CheckpointError, *, named: Path | None = None) -> str:
+    """The message with which a path is refused, which begins with it, or with the shard that is at fault."""
     with pytest.raises(error) as caught:
         open_checkpoint(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    return str(caught.value).removeprefix(f"{path}: ")
+    assert str(caught.value).startswith(f"{named or path}: ")
+    return str(caught.value).removeprefix(f"{named or path}: ")
 
 
 def test_tensors_are_read_with_names_dtypes_shapes_and_values(save, build):
@@ -79,32 +79,24 @@ def test_a_file_of_the_safetensors_library_reads_the_same_in_every_dtype(tmp_pat
                 np.testing.assert_array_equal(values, tensor.float().numpy())
 
 
-def test_float32_of_something_else_is_refused_by_name(save):
-    path = save("a.safetensors", {"ids": np.arange(3)})
-    with open_checkpoint(path) as checkpoint, pytest.raises(TensorError) as caught:
-        checkpoint.float32("ids")
-    assert str(caught.value) == f"{path}: ids: a float tensor was expected, found I64"
-
-
-def test_a_dtype_that_numpy_lacks_is_refused_by_name_and_only_when_read(save):
-    path = save("a.safetensors", {"x": ("F8_E4M3FNUZ", np.zeros(8, np.uint8))})
+def test_what_numpy_or_float32_cannot_hold_is_refused_by_name_and_only_when_read(save):
+    path = save("a.safetensors", {"ids": np.arange(3), "x": ("F8_E4M3FNUZ", np.zeros(8, np.uint8))})
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.raw("x").tobytes() == bytes(8)
-        with pytest.raises(TensorError) as caught:
-            checkpoint.bits("x")
-    assert str(caught.value) == f"{path}: x: F8_E4M3FNUZ tensors are not supported"
+        for read, name, problem in (
+            (checkpoint.float32, "ids", "a float tensor was expected, found I64"),
+            (checkpoint.bits, "x", "F8_E4M3FNUZ tensors are not supported"),
+        ):
+            with pytest.raises(TensorError) as caught:
+                read(name)
+            assert str(caught.value) == f"{path}: {name}: {problem}"
 
 
-def test_float64_beyond_float32_becomes_infinite_without_a_warning():
-    np.testing.assert_array_equal(
-        to_float32(np.float64([1e300, -1e300, 1.5]), "F64"), np.float32([np.inf, -np.inf, 1.5])
-    )
-
-
-def test_all_float16_patterns_widen_as_torch_widens_them_without_a_warning():
+def test_float16_and_float64_become_float32_as_torch_makes_them_without_a_warning():
     bits = np.arange(1 << 16, dtype=np.uint16)
     theirs = torch.from_numpy(bits.view(np.int16).copy()).view(torch.float16).float().numpy()
     np.testing.assert_array_equal(to_float32(bits.view(np.float16), "F16"), theirs)
+    np.testing.assert_array_equal(to_float32(np.float64([1e300, -1e300]), "F64"), np.float32([np.inf, -np.inf]))
 
 
 def test_a_tensor_at_an_odd_place_is_read_all_the_same(save):
@@ -164,22 +156,15 @@ def test_release_before_anything_was_read_and_of_nothing_is_harmless(save):
 # what is not there, or is no file
 
 
-def test_a_missing_file_is_said_to_be_missing(tmp_path):
-    assert refused(tmp_path / "a.safetensors") == "no such file"
-    assert refused(tmp_path / "a.safetensors.index.json") == "no such file"
-
-
-def test_a_folder_is_said_to_be_one(tmp_path):
-    assert refused(tmp_path) == "a folder, not a file"
-    index = tmp_path / "a.safetensors.index.json"
-    index.mkdir()
-    assert refused(index) == "a folder, not a file"
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
-def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "a.safetensors")
-    assert refused(tmp_path / "a.safetensors") == "a pipe, not a file"
+@pytest.mark.parametrize("name", ["a.safetensors", "a.safetensors.index.json"])
+def test_what_is_no_file_is_said_to_be_none(tmp_path, name):
+    path = tmp_path / name
+    assert refused(path) == "no such file"
+    path.mkdir()
+    assert refused(path) == "a folder, not a file"
+    path.rmdir()
+    path.symlink_to(name)
+    assert refused(path) == "cannot be read: Too many levels of symbolic links"
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.safetensors.index.json"])
@@ -213,12 +198,6 @@ def test_a_file_that_is_replaced_or_truncated_after_it_was_opened_is_not_mapped(
     assert str(caught.value) == f"{path}: it was replaced or changed while it was read (run the command again)"
 
 
-def test_a_file_that_the_system_does_not_let_us_read_is_refused(tmp_path):
-    for name in ("a.safetensors", "a.safetensors.index.json"):
-        (tmp_path / name).symlink_to(name)
-        assert refused(tmp_path / name) == "cannot be read: Too many levels of symbolic links"
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_read_permission_is_refused(save):
     path = save("a.safetensors", {})
@@ -239,31 +218,30 @@ class Trap:
         return os.mkdir, (str(self.folder),)
 
 
+UNOPENED = (
+    "a pickled checkpoint; opening one runs the code in it, so it was not opened "
+    "(convert it to safetensors in a sandbox first)"
+)
+
+
 @pytest.mark.parametrize("name", ["a.ckpt", "a.pt", "a.pth", "a.bin", "a.PT", "a.safetensors", "a"])
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_a_bare_pickle_is_refused_unread_by_its_name_or_its_content(name, protocol, tmp_path):
-    path = tmp_path / name
-    opened = tmp_path / "opened"
-    path.write_bytes(pickle.dumps({"x": Trap(opened)}, protocol))
-    assert refused(path, PickleError) == (
-        "a pickled checkpoint; opening one runs the code in it, so it was not opened "
-        "(convert it to safetensors in a sandbox first)"
-    )
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5, "an archive of torch.save"])
+def test_a_pickle_is_refused_unread_by_its_name_or_its_content(name, protocol, tmp_path):
+    path, opened = tmp_path / name, tmp_path / "opened"
+    if isinstance(protocol, int):
+        path.write_bytes(pickle.dumps({"x": Trap(opened)}, protocol))
+    else:
+        torch.save({"x": Trap(opened)}, path)
+        assert zipfile.is_zipfile(path)
+    assert refused(path, PickleError) == UNOPENED
     assert not opened.exists()
-    pickle.loads(path.read_bytes())
-    assert opened.exists(), "the trap does not work"
-
-
-@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
-def test_an_archive_of_torch_save_is_refused_unread(name, tmp_path):
-    path = tmp_path / name
-    torch.save({"x": torch.zeros(3)}, path)
-    assert zipfile.is_zipfile(path)
-    assert refused(path, PickleError).startswith("a pickled checkpoint")
+    if isinstance(protocol, int):
+        pickle.loads(path.read_bytes())
+        assert opened.exists(), "the trap does not work"
 
 
 def test_a_safetensors_file_with_the_suffix_of_a_pickle_is_refused_too(save):
-    assert refused(save("a.ckpt", {"x": np.zeros(1, np.float32)}), PickleError).startswith("a pickled checkpoint")
+    assert refused(save("a.ckpt", {"x": np.zeros(1, np.float32)}), PickleError) == UNOPENED
 
 
 @pytest.mark.parametrize("length", [640, 896, 1152, 1408])
@@ -328,30 +306,20 @@ def test_a_bad_index_is_refused_by_its_own_message(content, message, tmp_path):
     assert message in refused(path)
 
 
-def test_a_missing_shard_is_named(save_shards, tmp_path):
-    index = save_shards("m", [{"a": np.float32([1])}, {"b": np.float32([2])}])
-    missing = tmp_path / "m-00002-of-00002.safetensors"
-    missing.unlink()
-    with pytest.raises(CheckpointError, match=r"no such file") as caught:
-        open_checkpoint(index)
-    assert caught.value.path == missing
+FAULTS = {"missing": "no such file", "cut off": "b: truncated: its bytes 0..4 reach beyond", "pickled": UNOPENED}
 
 
-def test_a_damaged_shard_is_named(save_shards, tmp_path):
+@pytest.mark.parametrize(("fault", "problem"), FAULTS.items())
+def test_a_shard_that_is_at_fault_is_named(save_shards, tmp_path, fault, problem):
     index = save_shards("m", [{"a": np.float32([1])}, {"b": np.float32([2])}])
     shard = tmp_path / "m-00002-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(HeaderError, match="truncated") as caught:
-        open_checkpoint(index)
-    assert (caught.value.path, caught.value.tensor) == (shard, "b")
-
-
-def test_a_pickled_shard_is_refused(tmp_path):
-    index = tmp_path / "m.safetensors.index.json"
-    index.write_text('{"weight_map": {"a": "pytorch_model.bin"}}')
-    torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(PickleError):
-        open_checkpoint(index)
+    if fault == "cut off":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        shard.unlink()
+    if fault == "pickled":
+        torch.save({"a": torch.zeros(1)}, shard)
+    assert refused(index, named=shard).startswith(problem)
 
 
 def test_a_tensor_that_its_shard_lacks_is_named(save_shards):
@@ -368,7 +336,5 @@ def test_a_tensor_in_two_shards_is_refused(save_shards, tmp_path):
     index = save_shards("m", [{"a": np.float32([1])}, {"a": np.float32([2]), "b": np.float32([2])}])
     said = {"weight_map": {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"}}
     index.write_text(json.dumps(said))
-    with pytest.raises(HeaderError) as caught:
-        open_checkpoint(index)
     second = tmp_path / "m-00002-of-00002.safetensors"
-    assert str(caught.value) == f"{second}: a: also stands in m-00001-of-00002.safetensors"
+    assert refused(index, HeaderError, named=second) == "a: also stands in m-00001-of-00002.safetensors"
