@@ -65,16 +65,14 @@ class Patch:
 
     Attributes:
         checkpoint: what is changed.
-        tensors: new or changed tensors: name -> (spec, bytes).
-        place: new tensor -> a tensor of the checkpoint whose shard it goes into.
+        tensors: new or changed tensors: name -> (spec, bytes, a tensor of the checkpoint whose shard it goes into).
         metadata: the header's metadata afterwards.
         notes: what a user should know.
         seen: the scales and marks that it was planned from: name -> bytes.
     """
 
     checkpoint: Checkpoint
-    tensors: dict[str, tuple[Spec, bytes]] = field(default_factory=dict)
-    place: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, tuple[Spec, bytes, str]] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seen: dict[str, bytes] = field(default_factory=dict)
@@ -82,8 +80,7 @@ class Patch:
     def put(self, name: str, spec: Spec, data: bytes, near: str) -> None:
         """Set a tensor, beside another of the checkpoint."""
         assert spec.nbytes == len(data)
-        self.tensors[name] = (spec, data)
-        self.place[name] = near
+        self.tensors[name] = (spec, data, near)
 
 
 def plan_patch(
@@ -193,14 +190,14 @@ def rewrite(patch: Patch, output: Path) -> None:
     refuse_same_file(output, inputs, hint=hint)
     specs = {name: Spec.like(info) for name, info in checkpoint.tensors.items()}
     copied = {name: name for name in specs if name not in patch.tensors}
-    specs |= {name: spec for name, (spec, _) in patch.tensors.items()}
-    places = {**{name: name for name in copied}, **patch.place}
+    specs |= {name: spec for name, (spec, *_) in patch.tensors.items()}
+    places = {**copied, **{name: near for name, (*_, near) in patch.tensors.items()}}
     files, index = output_files(output, checkpoint, places.__getitem__, specs)
     for path, _ in files:
         refuse_same_file(path, inputs, hint=hint)
     with CheckpointWriter(files, patch.metadata, index) as writer:
         writer.copy(checkpoint, copied)
-        for name, (_, data) in patch.tensors.items():
+        for name, (_, data, _) in patch.tensors.items():
             writer.write(name, data)
 
 
@@ -213,7 +210,7 @@ def in_place_edits(patch: Patch) -> list[Edit]:
     checkpoint = patch.checkpoint
     refusal = partial(OutputError, hint="write a new file with -o instead")
     edits = []
-    for name, (spec, data) in patch.tensors.items():
+    for name, (spec, data, _) in patch.tensors.items():
         info = checkpoint.tensors.get(name)
         if info is None:
             problem = "in place is not possible: the file has no such tensor yet"
@@ -384,10 +381,11 @@ def _sync_folder(folder: Path) -> None:
 def _locked(paths: Iterable[Path]) -> Iterator[list[int]]:
     """Open files for reading and writing, with nobody else changing them meanwhile."""
     fds: list[int] = []
-    try:
+    with contextlib.ExitStack() as stack:
         for path in paths:
             try:
                 fds.append(os.open(path, os.O_RDWR | OPEN_FLAGS))
+                stack.callback(os.close, fds[-1])
                 lock(fds[-1])
             except FileNotFoundError:
                 raise CheckpointError("no such file", path=path) from None
@@ -396,9 +394,6 @@ def _locked(paths: Iterable[Path]) -> Iterator[list[int]]:
             except OSError as error:
                 raise OutputError(f"cannot be changed in place: {error.strerror}", path=path) from None
         yield fds
-    finally:
-        for fd in fds:
-            os.close(fd)
 
 
 def check_in_place(checkpoint: Checkpoint, output: Path | None) -> None:

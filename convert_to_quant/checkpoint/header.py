@@ -16,6 +16,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ OTHER_BEGINNINGS: Mapping[bytes, tuple[str, str]] = {
 
 Looked at only where the first eight bytes are no possible header length: 60 begins with `<` as well."""
 
+AGAIN = "download it again"
 MAX_DIMENSIONS = 32
 """numpy 1 has no arrays of more."""
 
@@ -108,30 +110,26 @@ def header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
     Raises:
         HeaderError: the file is too short, or the length cannot be true.
     """
-    if len(prefix) < LENGTH_BYTES:
-        raise HeaderError(f"not a safetensors file: only {file_bytes} bytes long", path=path, hint="download it again")
-    length: int = struct.unpack("<Q", prefix[:LENGTH_BYTES])[0]
+
+    def none(why: str, hint: str | None = None) -> HeaderError:
+        return HeaderError(f"not a safetensors file: {why}", path=path, hint=hint)
+
+    beginning = prefix[:LENGTH_BYTES]
+    if len(beginning) < LENGTH_BYTES:
+        raise none(f"only {file_bytes} bytes long", AGAIN)
+    length = int.from_bytes(beginning, "little")
     if length > MAX_HEADER_BYTES:
-        for beginning, (what, hint) in OTHER_BEGINNINGS.items():
-            if prefix.lstrip(b" \r\n").startswith(beginning):
-                raise HeaderError(f"not a safetensors file: {what}", path=path, hint=hint)
-        if prefix[:LENGTH_BYTES].isascii() and prefix[:LENGTH_BYTES].decode("ascii").isprintable():
-            raise HeaderError(
-                f"not a safetensors file: it begins with the text {prefix[:LENGTH_BYTES].decode('ascii')!r}",
-                path=path,
-                hint="downloads that fail leave such files; download it again",
-            )
-        raise HeaderError(
-            f"not a safetensors file: its first 8 bytes promise a header of {length} bytes, "
-            f"and at most {MAX_HEADER_BYTES} are allowed",
-            path=path,
-        )
+        for other, (what, hint) in OTHER_BEGINNINGS.items():
+            if prefix.lstrip(b" \r\n").startswith(other):
+                raise none(what, hint)
+        if beginning.isascii() and beginning.decode("ascii").isprintable():
+            hint = f"downloads that fail leave such files; {AGAIN}"
+            raise none(f"it begins with the text {beginning.decode('ascii')!r}", hint)
+        most = f"at most {MAX_HEADER_BYTES} are allowed"
+        raise none(f"its first 8 bytes promise a header of {length} bytes, and {most}")
     if LENGTH_BYTES + length > file_bytes:
-        raise HeaderError(
-            f"truncated: the header should be {length} bytes long, but the file ends after {file_bytes} bytes",
-            path=path,
-            hint="download it again",
-        )
+        problem = f"the header should be {length} bytes long, but the file ends after {file_bytes} bytes"
+        raise HeaderError(f"truncated: {problem}", path=path, hint=AGAIN)
     return length
 
 
@@ -165,17 +163,12 @@ def parse_header(text: bytes, file_bytes: int, path: Path) -> Header:
     end = 0
     for info in infos:
         if info.stop > data_bytes:
-            raise HeaderError(
-                f"truncated: its bytes {info.start}..{info.stop} reach beyond the file's {data_bytes} bytes of data",
-                path=path,
-                tensor=info.name,
-                hint="download it again",
-            )
+            problem = f"its bytes {info.start}..{info.stop} reach beyond the file's {data_bytes} bytes of data"
+            raise HeaderError(f"truncated: {problem}", path=path, tensor=info.name, hint=AGAIN)
         if info.start != end:
-            problem = "overlaps the tensor before it" if info.start < end else "leaves a hole before it"
-            raise HeaderError(
-                f"its data starts at {info.start}, but {end} was expected: it {problem}", path=path, tensor=info.name
-            )
+            fault = "overlaps the tensor before it" if info.start < end else "leaves a hole before it"
+            problem = f"its data starts at {info.start}, but {end} was expected: it {fault}"
+            raise HeaderError(problem, path=path, tensor=info.name)
         end = info.stop
     if end != data_bytes:
         raise HeaderError(f"the tensors end at byte {end} of the data, but the file has {data_bytes}", path=path)
@@ -184,10 +177,7 @@ def parse_header(text: bytes, file_bytes: int, path: Path) -> Header:
 
 def _tensor_info(name: str, entry: object, path: Path) -> TensorInfo:
     """One entry of the header, checked by itself."""
-
-    def fail(problem: str) -> HeaderError:
-        return HeaderError(problem, path=path, tensor=name)
-
+    fail = partial(HeaderError, path=path, tensor=name)
     if not isinstance(entry, dict):
         raise fail(f"its header entry should be an object, found {entry!r}")
     missing = [key for key in ("dtype", "shape", "data_offsets") if key not in entry]

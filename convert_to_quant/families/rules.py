@@ -155,17 +155,13 @@ def turned(table: Iterable[Rule]) -> tuple[Rule, ...]:
     return tuple(Rule(rule.other, rule.layer, rule.part) for rule in table)
 
 
-_WILDCARD = re.compile(r"\*\*|\*")
+_WILDCARD = re.compile(r"(\*\*|\*)")
 
 
 @cache
 def _matcher(pattern: str) -> re.Pattern[str]:
-    pieces: list[str] = []
-    end = 0
-    for wildcard in _WILDCARD.finditer(pattern):
-        pieces += re.escape(pattern[end : wildcard.start()]), "(.+)" if wildcard[0] == "**" else "([0-9]+)"
-        end = wildcard.end()
-    return re.compile("".join(pieces) + re.escape(pattern[end:]))
+    kinds = {"*": "([0-9]+)", "**": "(.+)"}
+    return re.compile("".join(kinds.get(piece) or re.escape(piece) for piece in _WILDCARD.split(pattern)))
 
 
 def _filled(pattern: str, groups: Iterable[str]) -> str:
