@@ -309,7 +309,7 @@ def test_an_embedding_in_a_repeated_block_is_kept() -> None:
     attention = "encoder.block.0.layer.0.SelfAttention"
     assert GENERIC.kept_because(f"{attention}.q") is None
     assert GENERIC.kept_because(f"{attention}.relative_attention_bias") == (
-        "embedding of positions (T5): no product reads it"
+        "position embedding (T5): no matrix product reads it"
     )
 
 
@@ -427,7 +427,7 @@ with open_checkpoint("nova.safetensors") as checkpoint:
     assert inspection.inspect_checkpoint(checkpoint).family == "nova-1"
     plan = convert.plan_conversion(checkpoint, convert.ConvertOptions())
     chosen = {decision.layer.name: decision.reason for decision in plan.decisions if not decision.quantize}
-    assert chosen["time_step_proj.linear_1"] == "time, guidance or pooled-text embedder: one row steers all blocks"
+    assert chosen["time_step_proj.linear_1"] == "time, guidance or pooled-text embedder: one vector steers all blocks"
     assert chosen["context_embedder"] == "outside the repeated blocks"
     assert f"{block}.attn.to_q" not in chosen
     targets = families.lora_targets({f"{block}.attn.to_k": (32, 32)})

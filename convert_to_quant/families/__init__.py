@@ -3,7 +3,7 @@
 Why it exists. In FP8 a layer's error is about the same everywhere (the step is relative), but what it costs is not.
 The repeated blocks hold most of the weights and add their errors to a residual stream that many others feed. What lies
 outside them is small and touches everything: embedders of pixels, text, time and guidance feed all blocks at once, the
-final layer is the picture itself. So converters in the field quantize the blocks and keep the rest, and so does this
+final layer writes the image itself. So converters in the field quantize the blocks and keep the rest, and so does this
 table. And whoever calibrates a model has to run it, or to find its layers under the names that others give them.
 
 How it works. Each file that holds a `FAMILY` (a `base.Family`) is found by listing the folder, so a new family is one
@@ -15,7 +15,7 @@ new file. The record says
     comfyui                       what its classes in ComfyUI take besides latents (`comfyui`)
 
 Everything outside `blocks` is kept, also a layer that no table has ever heard of: an unknown layer in high precision
-costs a little memory, an unknown layer in FP8 can cost the picture. Models come in the naming of their authors (which
+costs a little memory, an unknown layer in FP8 can cost the image. Models come in the naming of their authors (which
 ComfyUI keeps) and in that of diffusers; a family knows both.
 
 Where the choices come from (neighbours, read in November 2026; named where they decided):
@@ -29,7 +29,7 @@ The diffusers names follow its own converters (`diffusers/loaders/single_file_ut
 has none for), and the tests hold them to those; the LoRA names follow what trainers write and what ComfyUI reads.
 
 Limits. A name says where a layer sits, not how large its inputs grow; Z-Image's MLP inputs reach 6.6e4 in layers that
-this table quantizes. Layers that lose their small rows in FP8 are found by calibration, which keeps their weights in
+this table quantizes. Layers that lose their quiet tokens in FP8 are found by calibration, which keeps their weights in
 FP8 and their matrix product in full precision. Rules for names are tried on all layers, whatever the family: a layer is
 recognized by its name alone, and a name that fits nothing has no other spelling.
 """

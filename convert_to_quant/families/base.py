@@ -114,9 +114,9 @@ def _covers(pattern: str, name: str) -> bool:
 
 # Reasons that several families share.
 IMAGE = "image embedder: feeds every block"
-TEXT = "text embedder: feeds every block, and text encoders are loud in a few channels"
-VECTOR = "time, guidance or pooled-text embedder: one row steers all blocks"
+TEXT = "text embedder: feeds every block, and text encoders have outlier channels"
+VECTOR = "time, guidance or pooled-text embedder: one vector steers all blocks"
 CONDITION = "embedder of an extra condition (image, audio, face, glyphs)"
-FINAL = "final layer: its error is in the picture as it is"
-MODULATION = "modulation: one row scales every token of its blocks, and it costs nothing in time"
+FINAL = "final layer: its error goes straight into the image"
+MODULATION = "modulation: one vector scales every token of its blocks, and keeping it costs no time"
 REFINER = "token refiner: few weights, and its error reaches every block"

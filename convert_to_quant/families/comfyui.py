@@ -12,7 +12,7 @@ no weight tells is a number here.
 
     stream   what an encoder gives per token: drawn as `noise.py` draws it, in three ways
     vector   what an encoder gives per image: the same, without loud channels
-    picture  latents of another picture, as a VAE gives them: noise of unit variance once ComfyUI has scaled it
+    encoded  latents of another image or video, as a VAE gives them: noise of unit variance once ComfyUI has scaled it
     signal   pixels, poses and the like: noise of unit variance
     ids      token numbers
     ones     masks, and scales that nothing says
@@ -52,7 +52,7 @@ class Scene:
         config: ComfyUI's `unet_config`.
         channels: of the latents.
         height, width, frames: of the latents.
-        tokens: of a picture of this size, in patches of 16 by 16 pixels: the length of what has only a length.
+        tokens: of an image of this size, in patches of 16 by 16 pixels: the length of what has only a length.
         text_tokens: length of a prompt.
     """
 
@@ -103,7 +103,7 @@ Size = int | str | Callable[[Scene], int]
 """A number, one that the scene has ("height"), the path of the layer that takes as many, or what measures it."""
 
 Shape = tuple[Size, ...]
-Kind = Literal["noise", "picture", "signal", "ids", "ones"]
+Kind = Literal["noise", "encoded", "signal", "ids", "ones"]
 Wrap = Callable[["Tensor"], Any]
 
 
@@ -203,13 +203,13 @@ def setting(name: str) -> Size:
 
 
 SOUND: Shape = ("channels", "tokens")
-PICTURE: Shape = ("channels", "height", "width")
-FILM: Shape = ("channels", "frames", "height", "width")
+IMAGE: Shape = ("channels", "height", "width")
+VIDEO: Shape = ("channels", "frames", "height", "width")
 FIRST_FRAME: Shape = ("channels", 1, "height", "width")
 
 
 def text(width: Size, **how: Any) -> Want:
-    """What a text encoder says: one row per token."""
+    """What a text encoder gives: one vector per token."""
     return Want(("text_tokens", width), **how)
 
 
@@ -218,9 +218,9 @@ def pooled(width: Size, **how: Any) -> Want:
     return Want((width,), **how)
 
 
-def picture(shape: Shape = PICTURE, **how: Any) -> Want:
-    """Latents of another picture."""
-    return Want(shape, "picture", **how)
+def encoded(shape: Shape = IMAGE, **how: Any) -> Want:
+    """Latents of another image or video."""
+    return Want(shape, "encoded", **how)
 
 
 def signal(*shape: Size, **how: Any) -> Want:

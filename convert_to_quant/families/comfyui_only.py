@@ -9,16 +9,16 @@ from typing import Any
 
 from .base import Family
 from .comfyui import (
-    FILM,
     SOUND,
+    VIDEO,
     Scene,
     Want,
+    encoded,
     ids,
     listed,
     number,
     ones,
     over,
-    picture,
     pooled,
     signal,
     takes,
@@ -28,7 +28,7 @@ from .comfyui import (
 from .unet import unclip
 
 QWEN_WORDS = 151643
-"""Token numbers of Qwen below this are words; above are signs, such as "a picture starts here"."""
+"""Token numbers of Qwen below this are words; above are signs, such as "an image starts here"."""
 
 
 def _row(values: Any) -> Any:
@@ -37,7 +37,7 @@ def _row(values: Any) -> Any:
 
 
 def _upscaling(scene: Scene) -> int:
-    """Pixels of PiD's picture per latent that it is given."""
+    """Pixels of PiD's image per latent that it is given."""
     return scene.number("lq_proj.sr_scale") * scene.number("lq_proj.latent_spatial_down_factor")
 
 
@@ -94,7 +94,7 @@ _IMAGES = {
     "Omnigen2": takes(
         cross_attn=text("time_caption_embed.caption_embedder.0"),
         attention_mask=ones("text_tokens"),
-        reference_latents=picture(form=listed),
+        reference_latents=encoded(form=listed),
     ),
     "JoyImage": takes(cross_attn=text("condition_embedder.text_embedder.linear_1")),
     "Ideogram4": takes(cross_attn=text("llm_cond_proj")),
@@ -114,7 +114,7 @@ _VIDEOS = {
     "Kandinsky5": takes(
         cross_attn=text("text_embeddings.in_layer"), pooled_output=pooled("pooled_text_embeddings.in_layer")
     ),
-    "CogVideoX": takes(cross_attn=Want((226, "patch_embed.text_proj")), concat_latent_image=picture(FILM)),
+    "CogVideoX": takes(cross_attn=Want((226, "patch_embed.text_proj")), concat_latent_image=encoded(VIDEO)),
     "SeedVR2": takes(cross_attn=text("txt_in"), condition=signal(times("channels", 1, 1), "frames", "height", "width")),
     "MiniMaxH3": takes(
         cross_attn=text("condition_proj"),
@@ -127,14 +127,14 @@ _VIDEOS = {
 
 _SOUNDS = {
     "StableAudio1": takes(cross_attn=text("to_cond_embed.0")),
-    "StableAudio3": takes(cross_attn=text("to_cond_embed.0"), concat_latent_image=picture(SOUND)),
+    "StableAudio3": takes(cross_attn=text("to_cond_embed.0"), concat_latent_image=encoded(SOUND)),
     "ACEStep": takes(
         cross_attn=text("genre_embedder"), conditioning_lyrics=ids("lyric_embs"), latents=(("channels", 16, "tokens"),)
     ),
     "ACEStep15": takes(
         cross_attn=text("encoder.text_projector"),
         conditioning_lyrics=text("encoder.lyric_encoder.embed_tokens"),
-        reference_audio_timbre_latents=picture(SOUND, form=listed),
+        reference_audio_timbre_latents=encoded(SOUND, form=listed),
     ),
     "MiniMaxMusic3": takes(
         cross_attn=Want(("tokens", times("latent_conditioners.0", 8))), conditioning_scale=ones(1, 1)

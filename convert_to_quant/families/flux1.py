@@ -1,7 +1,7 @@
 """Flux.1, and what its relatives share with it: two streams of tokens, then one.
 
-ModelOpt quantizes the modulation of Flux.1 (27 % of its weights), musubi keeps it (to train on). A layer of one row per
-picture is no risk in FP8 weights: calibration gives it full precision where it multiplies.
+ModelOpt quantizes the modulation of Flux.1 (27 % of its weights), musubi keeps it (to train on). A layer that gets
+one vector per image is no risk in FP8 weights: calibration gives it full precision where it multiplies.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ FAMILY = Family(
         "Flux": comfyui.takes(
             cross_attn=comfyui.text("txt_in"),
             pooled_output=comfyui.pooled("vector_in.in_layer", only_with="vector_in.in_layer"),
-            concat_latent_image=comfyui.picture(),
+            concat_latent_image=comfyui.encoded(),
         )
     },
 )

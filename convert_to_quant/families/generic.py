@@ -14,7 +14,7 @@ FAMILY = Family(
     keep={
         r".*refiner[a-z_]*": REFINER,
         r".*emb(?:ed|_)[a-z_]*": "embedder, by its name",
-        r".*relative_attention_bias": "embedding of positions (T5): no product reads it",
+        r".*relative_attention_bias": "position embedding (T5): no matrix product reads it",
         r".*(?:modulation|adaln|adaLN)[A-Za-z_]*": MODULATION,
     },
 )

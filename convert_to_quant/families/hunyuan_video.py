@@ -80,7 +80,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
 
 
 LATENTS = video("patch_size_t", "patch_size", "patch_size")
-_FILM_BESIDE = comfyui.takes(concat_latent_image=comfyui.picture(comfyui.FILM))
+_VIDEO_BESIDE = comfyui.takes(concat_latent_image=comfyui.encoded(comfyui.VIDEO))
 _GLYPHS = comfyui.text("byt5_in.fc1", only_with="byt5_in.fc1")
 
 FAMILY = Family(
@@ -127,15 +127,15 @@ FAMILY = Family(
             clip_vision_output=comfyui.vision("vision_in.proj.1", tokens=729),
             settings={"pooled_output": None},
         ),
-        "HunyuanVideo15": _FILM_BESIDE,
+        "HunyuanVideo15": _VIDEO_BESIDE,
         "HunyuanVideo15_SR_Distilled": comfyui.takes(
             concat_latent_image=comfyui.signal(comfyui.times("channels", 2, 2), "frames", "height", "width")
         ),
-        "HunyuanVideoI2V": _FILM_BESIDE,
-        "HunyuanVideoSkyreelsI2V": _FILM_BESIDE,
+        "HunyuanVideoI2V": _VIDEO_BESIDE,
+        "HunyuanVideoSkyreelsI2V": _VIDEO_BESIDE,
         "HunyuanImage21": comfyui.takes(
             cross_attn=comfyui.text("txt_in.input_embedder"), conditioning_byt5small=_GLYPHS
         ),
-        "HunyuanImage21Refiner": _FILM_BESIDE,
+        "HunyuanImage21Refiner": _VIDEO_BESIDE,
     },
 )

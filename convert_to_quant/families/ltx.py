@@ -71,7 +71,7 @@ FAMILY = Family(
         r"(?:audio_)?caption_projection|(?:audio|video)_embeddings_connector|connectors": TEXT,
         r"\w*adaln_single|time_embed|audio_time_embed|\w*prompt_adaln|av_cross_attn_\w+": VECTOR,
         r"transformer_blocks\.(?:0|1|46|47)": "first or last two of 48 blocks, which others keep as well",
-        r"transformer_blocks\.\d+\.\w+\.to_gate_logits": "attention gate: one row per head, and it scales whole heads",
+        r"transformer_blocks\.\d+\.\w+\.to_gate_logits": "attention gate: one number per head, which scales it whole",
         r"proj_out|audio_proj_out": FINAL,
     },
     names=rules(
@@ -97,7 +97,7 @@ FAMILY = Family(
         "LTXAV": comfyui.takes(
             cross_attn=comfyui.text(_ltx2_text),
             latents=(
-                comfyui.FILM,
+                comfyui.VIDEO,
                 (
                     comfyui.number("num_audio_channels"),
                     comfyui.times("frames", 8),

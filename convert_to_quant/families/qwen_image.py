@@ -15,7 +15,7 @@ from .running import Architecture, Inputs, Shapes, blocks, text, tokens
 
 PATCH = 2
 ZERO_CONDITION_TIME = "__index_timestep_zero__"
-"""Marks Qwen-Image-Edit-2511: tokens of the picture to edit are told time 0."""
+"""Marks Qwen-Image-Edit-2511: tokens of the image to edit are told time 0."""
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
@@ -60,7 +60,7 @@ FAMILY = Family(
         r"txt_in": TEXT,
         r"time_text_embed": VECTOR,
         r"transformer_blocks\.0\.img_mod": (
-            "first image modulation: one row, and its error starts the residual stream"
+            "first image modulation: one vector, and its error starts the residual stream"
         ),
         r"norm_out|proj_out": FINAL,
     },

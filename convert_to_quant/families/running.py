@@ -9,7 +9,7 @@ shapes to the class's configuration, the shapes of latents and of every conditio
 the arguments of `forward` from them. Conditioning tensors have the names that the class's `forward` gives them.
 
 Conventions. sigma runs from 1 (noise) to 0. Latents have the layout that the transformer class takes, tokens or maps,
-without its extra condition channels. A velocity points from the picture to the noise:
+without its extra condition channels. A velocity points from the image to the noise:
 x_sigma = (1 - sigma) x_0 + sigma noise, velocity = noise - x_0.
 
 Limits. Families recognized by the names of a relative (HunyuanVideo 1.5, HunyuanImage, FramePack, Chroma Radiance, Wan
@@ -34,7 +34,7 @@ Config = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 
 CONDITION_LATENTS = "condition_latents"
-"""Conditioning that joins the latents as further channels: a second picture, a mask (Fill, Depth, image-to-video)."""
+"""Conditioning that joins the latents as further channels: a second image, a mask (Fill, Depth, image-to-video)."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ Want = Callable[[Config, Geometry], Signal | None]
 
 
 def tokens(channels: str) -> Latents:
-    """Latents of an image as a row of tokens, with as many channels as the configuration says there."""
+    """Latents of an image as a sequence of tokens, with as many channels as the configuration says there."""
     return lambda config, geometry: (geometry.height * geometry.width, config[channels])
 
 

@@ -34,7 +34,7 @@ FAMILY = Family(
     keep={
         r"time_embed|time_embedding|label_emb|add_embedding": VECTOR,
         r".*\.(?:emb_layers|time_emb_proj)": VECTOR,
-        r".*\d+\.(?:proj_in|proj_out)": "edge of a transformer: carries the residual stream of its whole level",
+        r".*\d+\.(?:proj_in|proj_out)": "end of a transformer: carries the residual stream of its level",
         r"encoder_hid_proj": TEXT,
     },
     names=unet.NAMES,

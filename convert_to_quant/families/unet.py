@@ -1,7 +1,7 @@
 """U-Nets from Stable Diffusion 1 to XL, by their names alone.
 
-Both sides count the blocks, the authors in one row, diffusers by level with two blocks each on the way down and three
-on the way up.
+Both sides count the blocks: the authors from first to last, diffusers by level, with two blocks each on the way down
+and three on the way up.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Family
-from .comfyui import BASE, Scene, measure, picture, pooled, setting, signal, takes, text, vision_output
+from .comfyui import BASE, Scene, encoded, measure, pooled, setting, signal, takes, text, vision_output
 from .rules import rules
 
 NAMES = rules(
@@ -29,12 +29,12 @@ NAMES = rules(
 
 
 def _unclip_width(scene: Scene) -> int:
-    """Features of a picture as a prompt: half of what it is given with, the other half says how noisy it is."""
+    """Features of an image as a prompt: half of what it is given with, the other half says how noisy it is."""
     return measure(setting("adm_in_channels"), scene) // 2
 
 
 def unclip(values: Any) -> Any:
-    """A picture as a prompt."""
+    """An image as a prompt."""
     return [{"clip_vision_output": vision_output(values), "strength": 1.0, "noise_augmentation": 0.0}]
 
 
@@ -49,7 +49,7 @@ def _token(values: Any) -> Any:
 
 
 TEXT = text(setting("context_dim"))
-IMAGE_BESIDE = takes(cross_attn=TEXT, concat_latent_image=picture())
+IMAGE_BESIDE = takes(cross_attn=TEXT, concat_latent_image=encoded())
 _CLIP_IMAGE = pooled(setting("context_dim"), form=_token)
 
 FAMILY = Family(
@@ -60,8 +60,8 @@ FAMILY = Family(
     comfyui={
         BASE: takes(cross_attn=TEXT),
         "SD21UNCLIP": takes(cross_attn=TEXT, unclip_conditioning=pooled(_unclip_width, form=_unclip_row)),
-        "SVD_img2vid": takes(cross_attn=_CLIP_IMAGE, concat_latent_image=picture(), batch="frames"),
-        "Stable_Zero123": takes(cross_attn=_CLIP_IMAGE, concat_latent_image=picture()),
+        "SVD_img2vid": takes(cross_attn=_CLIP_IMAGE, concat_latent_image=encoded(), batch="frames"),
+        "Stable_Zero123": takes(cross_attn=_CLIP_IMAGE, concat_latent_image=encoded()),
         "SD_X4Upscaler": takes(cross_attn=TEXT, concat_image=signal(3, "height", "width")),
         "SD15_instructpix2pix": IMAGE_BESIDE,
         "Lotus": takes(cross_attn=TEXT),

@@ -10,15 +10,15 @@ from typing import Any
 
 from .base import CONDITION, FINAL, IMAGE, TEXT, VECTOR, Family, signature
 from .comfyui import (
-    FILM,
     FIRST_FRAME,
+    VIDEO,
     VISION_TOKENS,
     Scene,
     Want,
+    encoded,
     listed,
     number,
     over,
-    picture,
     signal,
     takes,
     times,
@@ -74,7 +74,7 @@ def _channels_first(values: Any) -> Any:
 
 
 LATENTS = video("patch_size")
-_REFERENCE = picture(FIRST_FRAME, form=listed)
+_REFERENCE = encoded(FIRST_FRAME, form=listed)
 
 FAMILY = Family(
     name="wan",
@@ -131,10 +131,10 @@ FAMILY = Family(
         "WAN21": takes(
             cross_attn=comfyui_text("text_embedding.0"),
             clip_vision_output=vision("img_emb.proj.1", "img_emb.proj.0"),
-            concat_latent_image=picture((beside_channels, "frames", "height", "width")),
-            reference_latents=picture(FIRST_FRAME, form=listed, only_with="ref_conv"),
+            concat_latent_image=encoded((beside_channels, "frames", "height", "width")),
+            reference_latents=encoded(FIRST_FRAME, form=listed, only_with="ref_conv"),
         ),
-        "WAN21_Vace": takes(vace_frames=picture((32, "frames", "height", "width"), form=listed)),
+        "WAN21_Vace": takes(vace_frames=encoded((32, "frames", "height", "width"), form=listed)),
         "WAN21_Camera": takes(
             camera_conditions=signal(over("control_adapter.conv", 64), "frames", times("height", 8), times("width", 8))
         ),
@@ -145,10 +145,10 @@ FAMILY = Family(
             reference_latents=_REFERENCE,
         ),
         "WAN22_Animate": takes(
-            face_video_pixels=signal(3, times("frames", 4, -3), 512, 512), pose_video_latent=picture(FILM), frames=2
+            face_video_pixels=signal(3, times("frames", 4, -3), 512, 512), pose_video_latent=encoded(VIDEO), frames=2
         ),
         "WAN_Animate2": takes(
-            pose_video_latent=picture(("channels", times("frames", 1, -1), "height", "width")), frames=2
+            pose_video_latent=encoded(("channels", times("frames", 1, -1), "height", "width")), frames=2
         ),
         "WAN22_S2V": takes(
             audio_embed=Want(
@@ -156,13 +156,13 @@ FAMILY = Family(
                 form=_channels_first,
             ),
             reference_latents=_REFERENCE,
-            reference_motion=picture(("channels", 19, "height", "width")),
-            control_video=picture(FILM),
+            reference_motion=encoded(("channels", 19, "height", "width")),
+            control_video=encoded(VIDEO),
         ),
         "WAN21_SCAIL": takes(
             concat_latent_image=None,
             reference_latents=_REFERENCE,
-            pose_video_latent=picture(("channels", "frames", over("height", 2), over("width", 2))),
+            pose_video_latent=encoded(("channels", "frames", over("height", 2), over("width", 2))),
         ),
         "WAN22_WanDancer": takes(
             audio_embed=Want((times("frames", 8), "music_projection")),

@@ -35,7 +35,7 @@ from torch import Tensor
 from ... import marks, names
 from ...checkpoint import Checkpoint
 from ...errors import CalibrationError, LoraError, OptionError, StrPath, UnsupportedModelError
-from ...families.comfyui import FILM, PICTURE, SOUND, Conditions, Scene, measure
+from ...families.comfyui import IMAGE, SOUND, VIDEO, Conditions, Scene, measure
 from ...families.running import Shapes
 from ...layers import LayerTable, find_layers
 from ...lora import Lora
@@ -132,7 +132,7 @@ class Model:
     def latents(self, scene: Scene, seed: int, number: int) -> list[Tensor]:
         """Pure noise: the latents of one trajectory, several where a model paints and sounds."""
         made = self.patcher.model.latent_format
-        usual = {1: SOUND, 2: PICTURE, 3: FILM}[made.latent_dimensions]
+        usual = {1: SOUND, 2: IMAGE, 3: VIDEO}[made.latent_dimensions]
         batch = measure(self._wants.batch, scene)
         shapes = [tuple(measure(size, scene) for size in shape) for shape in self._wants.latents or (usual,)]
         drawn = [noise.latents((batch, *shape), seed, number * len(shapes) + turn) for turn, shape in enumerate(shapes)]

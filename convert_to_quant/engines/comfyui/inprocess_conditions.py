@@ -103,9 +103,9 @@ def draw(
     signals = {name: Signal(shape) for name, (want, shape) in entries.items() if want.kind == "noise"}
     values: dict[str, Tensor] = noise.conditioning(signals, way, seed, number)
     for place, (name, (want, shape)) in enumerate(entries.items()):
-        if want.kind in ("picture", "signal"):
+        if want.kind in ("encoded", "signal"):
             drawn = noise.latents(shape, seed, PICTURES + number * len(entries) + place)
-            values[name] = as_encoded(drawn) if want.kind == "picture" else drawn
+            values[name] = as_encoded(drawn) if want.kind == "encoded" else drawn
         elif want.kind == "ids":
             rng = np.random.default_rng((seed, IDS + number * len(entries) + place))
             values[name] = torch.from_numpy(rng.integers(measure(want.below, scene), size=(1, *shape)))

@@ -27,7 +27,7 @@ from convert_to_quant.stats import Statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
 
-KINDS = {"noise", "picture", "signal", "ids", "ones"}
+KINDS = {"noise", "encoded", "signal", "ids", "ones"}
 
 
 def scene(network: nn.Module | None = None, **config: int) -> Scene:
@@ -151,7 +151,7 @@ ROWS = Conditions(
     {
         "stream": Want((5, 64)),
         "vector": Want((64,)),
-        "picture": Want((4, 8, 6), "picture"),
+        "picture": Want((4, 8, 6), "encoded"),
         "signal": Want((3, 8), "signal"),
         "ids": Want((50,), "ids", below=9),
         "ones": Want((5,), "ones", form=lambda values: [values]),
@@ -195,7 +195,7 @@ def test_the_same_trajectory_is_drawn_again_and_another_differs() -> None:
 
 
 def test_pictures_share_no_noise_with_latents_or_with_each_other() -> None:
-    family = Conditions({name: Want((4, 8, 6), "picture") for name in ("one", "two")})
+    family = Conditions({name: Want((4, 8, 6), "encoded") for name in ("one", "two")})
     shown = [draw(family, scene(), noise.SILENT, 7, number) for number in (0, 1)]
     drawn = [values for conditioning in shown for values in conditioning.values()]
     drawn += [noise.latents((4, 8, 6), 7, number) for number in range(4)]
