@@ -186,11 +186,8 @@ def resumes(draw: Any, folder: Path, build: Any) -> None:
 def reads_undo_files(draw: Any, folder: Path, build: Any) -> None:
     path = folder / "m.safetensors"
     path.write_bytes(build.file_bytes(*build.quantized(["blocks.0"], "tensor")))
-    record = {
-        "format": 1,
-        "files": [{"name": path.name, "bytes": path.stat().st_size}],
-        "changes": [[0, 100, "AA==", "AQ=="]],
-    }
+    file = {"name": path.name, "inode": path.stat().st_ino, "bytes": path.stat().st_size}
+    record = {"format": 2, "files": [file], "changes": [[0, 100, "AA==", "AQ=="]]}
     body = mutated_text(draw, json.dumps(record)).encode()
     path.with_name(path.name + ".undo").write_bytes(f"{zlib.crc32(body):08x}\n".encode() + body)
     patch.recover(path)
