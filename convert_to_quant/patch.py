@@ -30,7 +30,6 @@ from .checkpoint.header import LENGTH_BYTES, serialize_header
 from .checkpoint.positioned import OPEN_FLAGS, lock, pread, write_at
 from .checkpoint.reader import CheckpointFile, Identity, checkpoint_files
 from .checkpoint.undo import (
-    Change,
     Edit,
     find_undo,
     interrupted,
@@ -220,8 +219,9 @@ def in_place_edits(patch: Patch) -> list[Edit]:
             problem = f"in place is not possible: it is {there} and must become {wanted}"
             raise refusal(problem, path=checkpoint.path, tensor=name)
         file = checkpoint.file_of(name)
-        if file.raw(info).tobytes() != data:
-            edits.append(Edit(checkpoint.files.index(file), file.header.data_start + info.start, data))
+        old = file.raw(info).tobytes()
+        if old != data:
+            edits.append(Edit(checkpoint.files.index(file), file.header.data_start + info.start, data, old))
     for number, file in enumerate(checkpoint.files):
         metadata = {**file.header.metadata, **{k: v for k, v in patch.metadata.items() if _belongs(k, patch, number)}}
         if metadata == file.header.metadata:
@@ -231,14 +231,15 @@ def in_place_edits(patch: Patch) -> list[Edit]:
         if len(text) > room and PROVENANCE_KEY in metadata:
             # How the file was made is worth saying where there is room, but no reason to refuse.
             del metadata[PROVENANCE_KEY]
-            old = {key: text for key, text in file.header.metadata.items() if key == PROVENANCE_KEY}
-            text = _header_text(file, {**metadata, **old})
+            kept = {key: text for key, text in file.header.metadata.items() if key == PROVENANCE_KEY}
+            text = _header_text(file, {**metadata, **kept})
         if text == _header_text(file, file.header.metadata):
             continue
         if len(text) > room:
             problem = f"in place is not possible: the header has {room} bytes and needs {len(text)}"
             raise refusal(problem, path=file.path)
-        edits.append(Edit(number, LENGTH_BYTES, text.ljust(room)))
+        old = file.mapped()[LENGTH_BYTES : file.header.data_start]
+        edits.append(Edit(number, LENGTH_BYTES, text.ljust(room), old))
     return edits
 
 
@@ -282,13 +283,12 @@ def apply_in_place(patch: Patch) -> int:
             raise interrupted(checkpoint.path, left)
         refuse_foreign_undo(checkpoint.path)
         _refuse_changed(patch, fds)
-        changes = [Change(edit, pread(fds[edit.file], len(edit.data), edit.offset)) for edit in edits]
-        write_bytes(undo, undo_record(zip(paths, fds, strict=True), changes), like=os.fstat(fds[0]))
+        write_bytes(undo, undo_record(zip(paths, fds, strict=True), edits), like=os.fstat(fds[0]))
         _sync_folder(undo.parent)
         try:
             _write_all(fds, edits)
         except OSError as error:
-            _put_back(fds, changes, undo, error)
+            _put_back(fds, edits, undo, error)
             problem = f"cannot be changed in place: {error.strerror}; it is as it was"
             raise OutputError(problem, path=checkpoint.path) from None
         _remove(undo)
@@ -314,10 +314,10 @@ def _refuse_changed(patch: Patch, fds: list[int]) -> None:
             raise OutputError(problem, path=file.path, hint="run the command again")
 
 
-def _put_back(fds: list[int], changes: list[Change], undo: Path, cause: OSError) -> None:
+def _put_back(fds: list[int], edits: list[Edit], undo: Path, cause: OSError) -> None:
     """Undo a change that failed half-way."""
     try:
-        _write_all(fds, [change.undone for change in changes])
+        _write_all(fds, [edit.undone for edit in edits])
     except OSError:
         problem = f"the change failed ({cause.strerror}), and so did putting back the old bytes, which this file keeps"
         raise OutputError(problem, path=undo, hint="the next change puts them back first") from None

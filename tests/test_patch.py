@@ -21,7 +21,7 @@ import pytest
 
 from convert_to_quant import patch as patch_module
 from convert_to_quant.checkpoint import open_checkpoint
-from convert_to_quant.checkpoint.undo import Change, Edit, undo_path, undo_record
+from convert_to_quant.checkpoint.undo import Edit, undo_path, undo_record
 from convert_to_quant.convert import PROVENANCE_KEY, convert, plan_conversion
 from convert_to_quant.errors import Error, OptionError, OutputError
 from convert_to_quant.layers import find_layers
@@ -724,8 +724,8 @@ def hostile(converted: Path, victim: Path, changes: list[tuple[int, bytes, bytes
     """An undo file for a checkpoint, well made in every way, of somebody's own changes."""
     undo = undo_path(converted)
     with victim.open("rb") as file:
-        made = [Change(Edit(0, offset, new), old) for offset, old, new in changes]
-        undo.write_bytes(undo_record([(victim, file.fileno())], made))
+        edits = [Edit(0, offset, new, old) for offset, old, new in changes]
+        undo.write_bytes(undo_record([(victim, file.fileno())], edits))
     return undo
 
 
@@ -739,7 +739,7 @@ def test_an_undo_file_cannot_write_into_another_file_of_the_folder(converted):
     )
     with converted.open("rb") as file, victim.open("rb") as other:  # beside changes of the checkpoint itself
         subjects = [(converted, file.fileno()), (victim, other.fileno())]
-        undo.write_bytes(undo_record(subjects, [Change(Edit(1, 5, b"safe"), b"evil")]))
+        undo.write_bytes(undo_record(subjects, [Edit(1, 5, b"safe", b"evil")]))
     assert refused(recover, converted) == (
         f"{converted}: the undo file {undo.name} is about another file, which was called run.sh "
         f"(remove {undo.name} if {converted.name} is a new file or a copy)"

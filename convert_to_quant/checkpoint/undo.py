@@ -24,7 +24,7 @@ import shlex
 import stat
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import names
@@ -48,29 +48,23 @@ class Edit:
         file: number of the file in `Checkpoint.files`.
         offset: byte position in that file.
         data: what goes there.
+        old: what stands there before.
     """
 
     file: int
     offset: int
     data: bytes
-
-
-@dataclass(frozen=True)
-class Change:
-    """An edit, and the bytes that stand there before it."""
-
-    edit: Edit
     old: bytes
 
     @property
     def undone(self) -> Edit:
         """The edit that takes it back."""
-        return Edit(self.edit.file, self.edit.offset, self.old)
+        return Edit(self.file, self.offset, self.old, self.data)
 
     def explains(self, found: bytes) -> bool:
-        """Whether this change, complete, partial or not begun, leaves these bytes: each is the old or the new one."""
-        return len(found) == len(self.old) == len(self.edit.data) and all(
-            byte in pair for byte, *pair in zip(found, self.old, self.edit.data, strict=True)
+        """Whether this edit, complete, partial or not begun, leaves these bytes: each is the old or the new one."""
+        return len(found) == len(self.old) == len(self.data) and all(
+            byte in pair for byte, *pair in zip(found, self.old, self.data, strict=True)
         )
 
 
@@ -90,14 +84,14 @@ class Undo:
     Attributes:
         path: the undo file.
         owner: user id of its owner.
-        subjects: what it is about; the changes count in them.
-        changes: what was to be done.
+        subjects: what it is about; the edits count in them.
+        edits: what was to be done.
     """
 
     path: Path
     owner: int
     subjects: list[_Subject]
-    changes: list[Change]
+    edits: list[Edit]
 
     def check(self, paths: Sequence[Path], fds: Sequence[int]) -> list[Edit]:
         """What puts the old bytes back, if all of it may be believed.
@@ -115,14 +109,13 @@ class Undo:
         numbers = [self._number(subject, paths, fds) for subject in self.subjects]
         edits = []
         for position, number in enumerate(numbers):
-            path, changes = paths[number], [change for change in self.changes if change.edit.file == position]
-            self._check_places(changes, path, fds[number])
-            for change in changes:
-                offset = change.edit.offset
-                if not change.explains(pread(fds[number], len(change.old), offset)):
-                    problem = f"belongs to another file: it does not know the bytes at {offset}"
+            path, own = paths[number], [edit for edit in self.edits if edit.file == position]
+            self._check_places(own, path, fds[number])
+            for edit in own:
+                if not edit.explains(pread(fds[number], len(edit.old), edit.offset)):
+                    problem = f"belongs to another file: it does not know the bytes at {edit.offset}"
                     raise self._refusal(problem, path, self._hint(path))
-                edits.append(Edit(number, offset, change.old))
+                edits.append(replace(edit.undone, file=number))
         return edits
 
     def _refusal(self, problem: str, path: Path, hint: str | None = None) -> OutputError:
@@ -146,17 +139,17 @@ class Undo:
     def _hint(self, path: Path) -> str:
         return f"remove {self.path.name} if {path.name} is a new file or a copy"
 
-    def _check_places(self, changes: Sequence[Change], path: Path, fd: int) -> None:
-        """Refuse changes of anything but metadata, input scales and marks."""
+    def _check_places(self, edits: Sequence[Edit], path: Path, fd: int) -> None:
+        """Refuse edits of anything but metadata, input scales and marks."""
         nbytes = os.fstat(fd).st_size
         try:
             length = header_length(pread(fd, LENGTH_BYTES, 0), nbytes, path)
             found = pread(fd, length, LENGTH_BYTES)
             texts = [
                 text
-                for change in changes
-                if (change.edit.offset, len(change.old)) == (LENGTH_BYTES, length)
-                for text in (change.old, change.edit.data)
+                for edit in edits
+                if (edit.offset, len(edit.old)) == (LENGTH_BYTES, length)
+                for text in (edit.old, edit.data)
             ]
             headers = [parse_header(text, nbytes, path) for text in texts or [found]]
         except HeaderError as error:
@@ -172,9 +165,9 @@ class Undo:
             for name, info in tensors.items()
             if name.endswith(names.CHANGED_IN_PLACE)
         }
-        for change in changes:
-            if (change.edit.offset, len(change.old)) not in allowed:
-                raise self._beyond(path, f"it is about the {len(change.old)} bytes at {change.edit.offset}")
+        for edit in edits:
+            if (edit.offset, len(edit.old)) not in allowed:
+                raise self._beyond(path, f"it is about the {len(edit.old)} bytes at {edit.offset}")
 
     def _beyond(self, path: Path, why: str) -> OutputError:
         problem = f"is about more than metadata, input scales and marks: {why}"
@@ -187,12 +180,12 @@ def undo_path(path: Path) -> Path:
     return real.with_name(real.name + UNDO_SUFFIX)
 
 
-def undo_record(files: Iterable[tuple[Path, int]], changes: Iterable[Change]) -> bytes:
+def undo_record(files: Iterable[tuple[Path, int]], edits: Iterable[Edit]) -> bytes:
     """The content of an undo file.
 
     Args:
         files: path and open descriptor of every file of the checkpoint.
-        changes: what will be done to them.
+        edits: what will be done to them.
     """
 
     def text(data: bytes) -> str:
@@ -204,7 +197,7 @@ def undo_record(files: Iterable[tuple[Path, int]], changes: Iterable[Change]) ->
             {"name": path.name, "inode": found.st_ino, "bytes": found.st_size}
             for path, found in ((path, os.fstat(fd)) for path, fd in files)
         ],
-        "changes": [[c.edit.file, c.edit.offset, text(c.old), text(c.edit.data)] for c in changes],
+        "changes": [[edit.file, edit.offset, text(edit.old), text(edit.data)] for edit in edits],
     }
     body = json.dumps(record).encode("ascii")
     return f"{zlib.crc32(body):08x}\n".encode("ascii") + body
@@ -232,16 +225,16 @@ def read_undo(path: Path) -> Undo:
         record = parse_json(body, most_bytes=MAX_UNDO_BYTES)
         known = record["format"] == _FORMAT
         subjects = [_Subject(str(one["name"]), int(one["inode"]), int(one["bytes"])) for one in record["files"]]
-        changes = [
-            Change(Edit(int(number), int(offset), base64.b64decode(new)), base64.b64decode(old))
+        edits = [
+            Edit(int(number), int(offset), base64.b64decode(new), base64.b64decode(old))
             for number, offset, old, new in record["changes"]
         ]
     except (JSONError, ValueError, KeyError, TypeError, OverflowError):
-        known, subjects, changes = False, [], []
-    inside = all(0 <= change.edit.file < len(subjects) and change.edit.offset >= 0 for change in changes)
+        known, subjects, edits = False, [], []
+    inside = all(0 <= edit.file < len(subjects) and edit.offset >= 0 for edit in edits)
     if not (known and inside and len({subject.inode for subject in subjects}) == len(subjects)):
         raise OutputError("the undo file is not one of this version's", path=path, hint="see what is in it")
-    return Undo(path, found.st_uid, subjects, changes)
+    return Undo(path, found.st_uid, subjects, edits)
 
 
 def _open_unfollowed(path: str, flags: int) -> int:
