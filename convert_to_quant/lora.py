@@ -456,7 +456,7 @@ def _adapter(checkpoint: Checkpoint, name: str, roles: Mapping[str, list[str]]) 
     refusal = partial(LoraError, path=checkpoint.path)
     for role, keys in roles.items():
         if len(keys) > 1 and role in ("down", "up", "alpha"):
-            problem = f"the same adapter also has {keys[0]}, so one of the two is too many"
+            problem = f"{keys[0]} holds the same part of the adapter"
             raise refusal(problem, tensor=keys[1])
     for role, partner in (("down", "up"), ("up", "down")):
         if partner not in roles:
@@ -546,7 +546,7 @@ def _match_one(lora: Lora, targets: Mapping[str, tuple[Target, ...]], prefix: st
                 match.matched.setdefault(layer, []).append(delta)
                 matched = True
 
-    match.unmatched += [finding(key, "not a tensor of a known kind of adapter") for key in lora.unknown]
+    match.unmatched += [finding(key, "no known kind of adapter tensor") for key in lora.unknown]
     match.text_encoder += [finding(name, "belongs to a text encoder") for name in lora.text_encoder]
     match.unsupported += [
         finding(name, f"{kind} is not supported", layers_of(name))

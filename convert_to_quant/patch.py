@@ -43,6 +43,7 @@ from .convert import PROVENANCE_KEY
 from .errors import CheckpointError, OptionError, OutputError, TensorError
 from .layers import Layer, LayerTable
 from .marks import Config, disables_fp8, with_full_precision
+from .telling import plural
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def plan_patch(
             raise TensorError("no quantized layer of this name in the file", path=checkpoint.path, tensor=name)
         if change.input_scale is not None:
             if not layer.static:
-                problem = "readers scale its inputs as they come, so it has no input scale"
+                problem = "readers scale its inputs dynamically, so it has no input scale"
                 raise TensorError(problem, path=checkpoint.path, tensor=name)
             _set_scale(patch, layer, table.marks.input_scale(name), change.input_scale)
     _set_full_precision(patch, table, changes, enable_fp8_matmul)
@@ -150,8 +151,8 @@ def _set_full_precision(patch: Patch, table: LayerTable, changes: Mapping[str, L
     patch.metadata.update(table.marks.header.changed(configs))
     if unmarked:
         patch.notes.append(
-            f"{len(unmarked)} layers should compute in full precision, but a file without comfy_quant marks cannot say "
-            f"so of single layers (first: {unmarked[0]}); converting the original, without --legacy, writes such marks"
+            f"{plural(len(unmarked), 'layer')} should compute in full precision, but a file without comfy_quant marks "
+            f"cannot say so per layer (first: {unmarked[0]}); convert the original without --legacy to get such marks"
         )
 
 
@@ -289,7 +290,7 @@ def apply_in_place(patch: Patch) -> int:
             _write_all(fds, edits)
         except OSError as error:
             _put_back(fds, edits, undo, error)
-            problem = f"cannot be changed in place: {error.strerror}; it is as it was"
+            problem = f"cannot be changed in place: {error.strerror}; it is unchanged"
             raise OutputError(problem, path=checkpoint.path) from None
         _remove(undo)
     return len(edits)
@@ -319,8 +320,8 @@ def _put_back(fds: list[int], edits: list[Edit], undo: Path, cause: OSError) -> 
     try:
         _write_all(fds, [edit.undone for edit in edits])
     except OSError:
-        problem = f"the change failed ({cause.strerror}), and so did putting back the old bytes, which this file keeps"
-        raise OutputError(problem, path=undo, hint="the next change puts them back first") from None
+        problem = f"the change failed ({cause.strerror}), and so did restoring the old bytes, which this file keeps"
+        raise OutputError(problem, path=undo, hint="the next in-place command restores them first") from None
     _remove(undo)
 
 
@@ -354,7 +355,7 @@ def recover(path: Path) -> bool:
         try:
             _write_all(fds, edits)
         except OSError as error:
-            raise OutputError(f"the old bytes cannot be put back: {error.strerror}", path=path) from None
+            raise OutputError(f"the old bytes cannot be restored: {error.strerror}", path=path) from None
         _remove(where)
     return True
 

@@ -59,7 +59,7 @@ def parse_json(
     {'a': [1, 2.5]}
     >>> parse_json('{"a": 1, "a": 2}')
     Traceback (most recent call last):
-    convert_to_quant.untrusted.JSONError: not JSON (the key 'a' stands twice in one object)
+    convert_to_quant.untrusted.JSONError: not JSON (the key 'a' appears twice in one object)
     """
 
     def finite(number: str) -> float | None:
@@ -105,7 +105,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise JSONError(f"the key {twice!r} stands twice in one object")
+        raise JSONError(f"the key {twice!r} appears twice in one object")
     return result
 
 

@@ -187,7 +187,7 @@ NOT_QUANTIZED = "no quantized layer of this name in the file"
 IMPOSSIBLE = [
     *(("x", LayerChange(scale), f"{UNREADABLE} {scale}") for scale in (0.0, -1.0, math.nan, math.inf, 1e39, 1e-46)),
     *((name, SCALE, NOT_QUANTIZED) for name in ("y", "plain", "raw", "foreign", "")),
-    ("int8", SCALE, "readers scale its inputs as they come, so it has no input scale"),
+    ("int8", SCALE, "readers scale its inputs dynamically, so it has no input scale"),
 ]
 
 
@@ -275,8 +275,8 @@ NOT_HEEDED = (
 )
 REPLACED = "the marker scaled_fp8 now lets ComfyUI use FP8 matrix products and the input scales"
 UNSAID = (
-    "1 layers should compute in full precision, but a file without comfy_quant marks cannot say so of single layers "
-    "(first: x); converting the original, without --legacy, writes such marks"
+    "1 layer should compute in full precision, but a file without comfy_quant marks cannot say so per layer "
+    "(first: x); convert the original without --legacy to get such marks"
 )
 
 
@@ -544,7 +544,7 @@ def test_a_write_that_fails_once_is_put_back_at_once(converted, monkeypatch):
         if raised is None:
             continue
         assert converted.read_bytes() == original
-        if str(raised) == f"{converted}: cannot be changed in place: Input/output error; it is as it was":
+        if str(raised) == f"{converted}: cannot be changed in place: Input/output error; it is unchanged":
             put_back += 1
         else:
             assert str(raised).endswith("fp8.safetensors.undo: cannot be written: Input/output error")
@@ -559,8 +559,8 @@ def test_a_disk_that_fails_for_good_leaves_the_undo_file_for_later(converted, mo
         if undo.exists():
             left += 1
             assert str(raised) == (
-                f"{undo}: the change failed (Input/output error), and so did putting back the old bytes, which this "
-                "file keeps (the next change puts them back first)"
+                f"{undo}: the change failed (Input/output error), and so did restoring the old bytes, which this "
+                "file keeps (the next in-place command restores them first)"
             )
             assert recover(converted) is True
         assert converted.read_bytes() == original or raised is None
@@ -614,8 +614,8 @@ def interrupted(path: Path, monkeypatch, step: int = 4, changes=CHANGES) -> Path
 
 def half_done(path: Path, undo: Path) -> str:
     return (
-        f"{path}: an interrupted change in place left it half done; the old bytes are in {undo} (any command with "
-        f"--in-place puts them back first, such as `convert_to_quant -i {path} --actcal --in-place`)"
+        f"{path}: an interrupted in-place change left it half done; the old bytes are in {undo} (run any command "
+        f"with --in-place to restore them first, such as `convert_to_quant -i {path} --actcal --in-place`)"
     )
 
 
@@ -651,7 +651,7 @@ def test_shards_are_recovered_together_and_none_is_read_before(save_shards, buil
         for path in [index, *tmp_path.glob("*.safetensors")]:
             assert refused(open_checkpoint, path) == half_done(path, undo)
         alone = refused(recover, tmp_path / "m-00001-of-00003.safetensors")
-        assert "is about another file, which was called m-0000" in alone
+        assert "belongs to another file, formerly called m-0000" in alone
         assert recover(index)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == original
 
@@ -678,7 +678,7 @@ def test_a_damaged_undo_file_puts_nothing_back(converted, monkeypatch):
     flipped = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in (0, 5, 9, len(good) // 2, len(good) - 1)]
     for damaged in (*flipped, b"", good[:5], good[: len(good) // 2]):
         undo.write_bytes(damaged)
-        problem = f"{undo}: the undo file is damaged, so nothing was put back (see what is in it)"
+        problem = f"{undo}: the undo file is damaged, so nothing was restored (check its contents)"
         assert refused(recover, converted) == problem
     assert converted.read_bytes() == half_done
 
@@ -702,7 +702,7 @@ STRANGE = {
 def test_an_undo_file_that_is_not_ours_is_refused_also_where_its_checksum_is_right(converted, record):
     undo = undo_path(converted)
     undo.write_bytes(sealed(record))
-    assert refused(recover, converted) == f"{undo}: the undo file is not one of this version's (see what is in it)"
+    assert refused(recover, converted) == f"{undo}: the undo file is not one of this version's (check its contents)"
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
@@ -734,14 +734,14 @@ def test_an_undo_file_cannot_write_into_another_file_of_the_folder(converted):
     victim.write_bytes(b"echo safe")
     undo = hostile(converted, victim, [(5, b"evil", b"safe")])
     assert refused(recover, converted) == (
-        f"{converted}: its undo file would replace {undo.name}, which is about another file of this folder (change "
-        "that file in place first, which puts its old bytes back)"
+        f"{converted}: its undo file would replace {undo.name}, which belongs to another file in this folder (change "
+        "that file in place first to restore its old bytes)"
     )
     with converted.open("rb") as file, victim.open("rb") as other:  # beside changes of the checkpoint itself
         subjects = [(converted, file.fileno()), (victim, other.fileno())]
         undo.write_bytes(undo_record(subjects, [Edit(1, 5, b"safe", b"evil")]))
     assert refused(recover, converted) == (
-        f"{converted}: the undo file {undo.name} is about another file, which was called run.sh "
+        f"{converted}: the undo file {undo.name} belongs to another file, formerly called run.sh "
         f"(remove {undo.name} if {converted.name} is a new file or a copy)"
     )
     assert victim.read_bytes() == b"echo safe"
@@ -754,14 +754,14 @@ def test_an_undo_file_from_elsewhere_is_refused_although_every_byte_is_known(con
     converted.write_bytes(found)
     converted.with_name("kept").rename(converted.parent.with_name("kept"))
     assert refused(recover, converted) == (
-        f"{converted}: the undo file {undo.name} is about another file, which was called {converted.name} "
+        f"{converted}: the undo file {undo.name} belongs to another file, formerly called {converted.name} "
         f"(remove {undo.name} if {converted.name} is a new file or a copy)"
     )
     assert refused(open_checkpoint, converted) == half_done(converted, undo)
     assert converted.read_bytes() == found
 
 
-BEYOND = "is about more than metadata, input scales and marks"
+BEYOND = "changes more than metadata, input scales and marks"
 
 
 # The tensor in whose place the bytes are, or where they are in the file, and their number.
@@ -774,8 +774,8 @@ def test_an_undo_file_cannot_write_into_anything_but_metadata_scales_and_marks(c
     start = min(places(converted, f"blocks.1.x.{place}")) if isinstance(place, str) else place % len(content)
     undo = hostile(converted, converted, [(start, bytes(count), content[start : start + count].ljust(count))])
     assert refused(recover, converted) == (
-        f"{converted}: the undo file {undo.name} {BEYOND}: it is about the {count} bytes at {start} (nothing was put "
-        "back; see what is in it)"
+        f"{converted}: the undo file {undo.name} {BEYOND}: the {count} bytes at {start} (nothing was restored; "
+        "check its contents)"
     )
 
 
@@ -788,7 +788,7 @@ def test_an_undo_file_cannot_change_what_the_header_says_of_tensors(converted, s
     swapped = swapped.replace(b"?", b'blocks.1.x.weight"')
     assert len(swapped) == length
     undo = hostile(converted, converted, [(8, swapped, swapped if swap == "both" else text)])
-    problem = f"{converted}: the undo file {undo.name} {BEYOND}: it would change what the header says of tensors"
+    problem = f"{converted}: the undo file {undo.name} {BEYOND}: what the header says of tensors"
     assert refused(recover, converted).startswith(problem)
     assert converted.read_bytes() == before
 
@@ -799,7 +799,7 @@ def test_an_undo_file_of_another_user_is_refused(converted, monkeypatch):
     before = converted.read_bytes()
     os.chown(undo, 1234, 1234)
     assert refused(recover, converted) == (
-        f"{converted}: the undo file {undo.name} belongs to another user, 1234 (see what is in it, and who put it "
+        f"{converted}: the undo file {undo.name} belongs to another user, 1234 (check its contents and who put it "
         "there)"
     )
     assert converted.read_bytes() == before
@@ -825,7 +825,7 @@ def test_a_renamed_file_is_found_and_recovered_and_a_new_one_of_the_old_name_is_
     with open_checkpoint(converted):
         pass
     for attempt in (lambda: recover(converted), lambda: in_place(converted, CHANGES)):
-        assert "its undo file would replace fp8.safetensors.undo, which is about" in refused(attempt)
+        assert "its undo file would replace fp8.safetensors.undo, which belongs to" in refused(attempt)
     assert recover(renamed)
     assert renamed.read_bytes() == converted.read_bytes() == original
     assert listing(converted.parent) == [converted.name, renamed.name]

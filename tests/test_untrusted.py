@@ -37,7 +37,7 @@ from convert_to_quant.untrusted import MAX_DEPTH, JSONError, parse_json
         (b'{"\xff": 1}', "'utf-8' codec can't decode"),
         ("[" * 100_000, f"nested deeper than {MAX_DEPTH} levels"),
         ('{"a":' * 500 + "1" + "}" * 500, f"nested deeper than {MAX_DEPTH} levels"),
-        ('[{"a": 1, "b": 2, "a": 3}]', "the key 'a' stands twice in one object"),
+        ('[{"a": 1, "b": 2, "a": 3}]', "the key 'a' appears twice in one object"),
         ("[NaN]", "NaN is no number of JSON"),
         ("-Infinity", "-Infinity is no number of JSON"),
         ("1e999", "1e999 is no number of JSON, or beyond float64"),

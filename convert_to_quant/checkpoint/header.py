@@ -126,7 +126,7 @@ def header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
             hint = f"downloads that fail leave such files; {AGAIN}"
             raise none(f"it begins with the text {beginning.decode('ascii')!r}", hint)
         most = f"at most {MAX_HEADER_BYTES} are allowed"
-        raise none(f"its first 8 bytes promise a header of {length} bytes, and {most}")
+        raise none(f"its first 8 bytes announce a header of {length} bytes, and {most}")
     if LENGTH_BYTES + length > file_bytes:
         problem = f"the header should be {length} bytes long, but the file ends after {file_bytes} bytes"
         raise HeaderError(f"truncated: {problem}", path=path, hint=AGAIN)
@@ -166,7 +166,7 @@ def parse_header(text: bytes, file_bytes: int, path: Path) -> Header:
             problem = f"its bytes {info.start}..{info.stop} reach beyond the file's {data_bytes} bytes of data"
             raise HeaderError(f"truncated: {problem}", path=path, tensor=info.name, hint=AGAIN)
         if info.start != end:
-            fault = "overlaps the tensor before it" if info.start < end else "leaves a hole before it"
+            fault = "overlaps the tensor before it" if info.start < end else "leaves a gap before it"
             problem = f"its data starts at {info.start}, but {end} was expected: it {fault}"
             raise HeaderError(problem, path=path, tensor=info.name)
         end = info.stop
@@ -196,7 +196,7 @@ def _tensor_info(name: str, entry: object, path: Path) -> TensorInfo:
     if stop < start:
         raise fail(f"its data_offsets end before they start: {offsets!r}")
     if math.prod(size for size in shape if size) * DTYPE_BITS[dtype] >= 1 << 63:
-        raise fail(f"no memory holds a tensor of shape {shape}")
+        raise fail(f"a tensor of shape {shape} is too large for any memory")
     expected = tensor_nbytes(dtype, shape)
     if expected is None:
         raise fail(f"shape {shape} of {dtype} does not fill whole bytes")

@@ -154,7 +154,7 @@ class CheckpointFile:
         try:
             fd = os.open(self.place, os.O_RDONLY | OPEN_FLAGS)
         except OSError as error:
-            raise CheckpointError(f"cannot be read any more: {error.strerror}", path=self.path) from None
+            raise CheckpointError(f"can no longer be read: {error.strerror}", path=self.path) from None
         if Identity.of(fd)[:3] != self.identity[:3]:
             os.close(fd)
             problem = "it was replaced or changed while it was read"
@@ -217,7 +217,7 @@ class Checkpoint:
         for file in files:
             for name, info in file.header.tensors.items():
                 if name in self.tensors:
-                    raise HeaderError(f"also stands in {self._file_of[name].path.name}", path=file.path, tensor=name)
+                    raise HeaderError(f"is also in {self._file_of[name].path.name}", path=file.path, tensor=name)
                 self.tensors[name] = info
                 self._file_of[name] = file
             self.metadata = {**file.header.metadata, **self.metadata}

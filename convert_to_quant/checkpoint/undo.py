@@ -131,9 +131,9 @@ class Undo:
                 raise self._refusal("belongs to a file of another size", path)
             if hasattr(os, "geteuid") and self.owner not in (os.geteuid(), found.st_uid):
                 problem = f"belongs to another user, {self.owner}"
-                raise self._refusal(problem, path, "see what is in it, and who put it there")
+                raise self._refusal(problem, path, "check its contents and who put it there")
             return number
-        problem = f"is about another file, which was called {subject.name}"
+        problem = f"belongs to another file, formerly called {subject.name}"
         raise self._refusal(problem, paths[0], self._hint(paths[0]))
 
     def _hint(self, path: Path) -> str:
@@ -158,7 +158,7 @@ class Undo:
             headers.append(parse_header(found, nbytes, path))
         tensors, data_start = headers[0].tensors, headers[0].data_start
         if any(header.tensors != tensors for header in headers):
-            raise self._beyond(path, "it would change what the header says of tensors")
+            raise self._beyond(path, "what the header says of tensors")
         allowed = {(LENGTH_BYTES, length)}
         allowed |= {
             (data_start + info.start, info.nbytes)
@@ -167,11 +167,11 @@ class Undo:
         }
         for edit in edits:
             if (edit.offset, len(edit.old)) not in allowed:
-                raise self._beyond(path, f"it is about the {len(edit.old)} bytes at {edit.offset}")
+                raise self._beyond(path, f"the {len(edit.old)} bytes at {edit.offset}")
 
     def _beyond(self, path: Path, why: str) -> OutputError:
-        problem = f"is about more than metadata, input scales and marks: {why}"
-        return self._refusal(problem, path, "nothing was put back; see what is in it")
+        problem = f"changes more than metadata, input scales and marks: {why}"
+        return self._refusal(problem, path, "nothing was restored; check its contents")
 
 
 def undo_path(path: Path) -> Path:
@@ -220,7 +220,7 @@ def read_undo(path: Path) -> Undo:
         raise OutputError(f"the undo file cannot be read: {error.strerror}", path=path) from None
     checksum, _, body = content.partition(b"\n")
     if checksum != f"{zlib.crc32(body):08x}".encode("ascii"):
-        raise OutputError("the undo file is damaged, so nothing was put back", path=path, hint="see what is in it")
+        raise OutputError("the undo file is damaged, so nothing was restored", path=path, hint="check its contents")
     try:
         record = parse_json(body, most_bytes=MAX_UNDO_BYTES)
         known = record["format"] == _FORMAT
@@ -233,7 +233,7 @@ def read_undo(path: Path) -> Undo:
         known, subjects, edits = False, [], []
     inside = all(0 <= edit.file < len(subjects) and edit.offset >= 0 for edit in edits)
     if not (known and inside and len({subject.inode for subject in subjects}) == len(subjects)):
-        raise OutputError("the undo file is not one of this version's", path=path, hint="see what is in it")
+        raise OutputError("the undo file is not one of this version's", path=path, hint="check its contents")
     return Undo(path, found.st_uid, subjects, edits)
 
 
@@ -277,9 +277,9 @@ def interrupted(path: Path, undo: Path) -> CheckpointError:
     """The error that says what an undo file means for a checkpoint."""
     command = f"convert_to_quant -i {shlex.quote(str(path))} --actcal --in-place"
     return CheckpointError(
-        f"an interrupted change in place left it half done; the old bytes are in {undo}",
+        f"an interrupted in-place change left it half done; the old bytes are in {undo}",
         path=path,
-        hint=f"any command with --in-place puts them back first, such as `{command}`",
+        hint=f"run any command with --in-place to restore them first, such as `{command}`",
     )
 
 
@@ -322,5 +322,5 @@ def refuse_foreign_undo(path: Path) -> None:
     """
     undo = undo_path(path)
     if os.path.lexists(undo):
-        problem = f"its undo file would replace {undo.name}, which is about another file of this folder"
-        raise OutputError(problem, path=path, hint="change that file in place first, which puts its old bytes back")
+        problem = f"its undo file would replace {undo.name}, which belongs to another file in this folder"
+        raise OutputError(problem, path=path, hint="change that file in place first to restore its old bytes")

@@ -189,7 +189,7 @@ class PendingFile:
             with _writing(self.path):
                 copied = _copy_once(source_fd, self.fd, min(count, COPY_BYTES), source_offset, offset)
             if copied == 0:
-                raise OutputError("cannot be written: the input became shorter meanwhile", path=self.path)
+                raise OutputError("cannot be written: the input was truncated while it was copied", path=self.path)
             source_offset, offset, count = source_offset + copied, offset + copied, count - copied
 
     def sync(self) -> None:

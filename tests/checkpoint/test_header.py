@@ -49,7 +49,7 @@ CORRUPT = {
     "nothing at all": (b"", "not a safetensors file: only 0 bytes long (download it again)"),
     "shorter than a length": (b"\x08\0\0", "not a safetensors file: only 3 bytes long"),
     "a text file": (b"just some text, and more", "not a safetensors file: it begins with the text 'just som' (downloads"),
-    "neither text nor a length": (b"\x89PNG\r\n\x1a\n", "not a safetensors file: its first 8 bytes promise a header of "),
+    "neither text nor a length": (b"\x89PNG\r\n\x1a\n", "not a safetensors file: its first 8 bytes announce a header of "),
     "GGUF": (b"GGUF\x03\0\0\0", "not a safetensors file: this is GGUF (take the model's safetensors file"),
     "a web page": (b"<!DOCTYPE html>", "not a safetensors file: this is a web page (download the file again"),
     "a web page after an empty line": (b"\r\n\r\n<html>", "not a safetensors file: this is a web page"),
@@ -60,9 +60,9 @@ CORRUPT = {
     "a length too long for the file": (
         b"\x40\0\0\0\0\0\0\0{}", "truncated: the header should be 64 bytes long, but the file ends after 10 bytes (download"),
     "a length of 2^63": (
-        b"\0\0\0\0\0\0\0\x80{}", "promise a header of 9223372036854775808 bytes, and at most 100000000 are allowed"),
+        b"\0\0\0\0\0\0\0\x80{}", "announce a header of 9223372036854775808 bytes, and at most 100000000 are allowed"),
     "a length of 2^64 - 8, which overflows when 8 is added": (
-        b"\xf8" + b"\xff" * 7 + b"{}", "promise a header of 18446744073709551608 bytes"),
+        b"\xf8" + b"\xff" * 7 + b"{}", "announce a header of 18446744073709551608 bytes"),
     "a header cut in the middle": (b'\x20\0\0\0\0\0\0\0{"x":{"dtype', "truncated: the header should be 32 bytes long"),
     "a length that only the eight bytes before it make too long": (
         b'\x0c\0\0\0\0\0\0\0{"x":1}   ', "truncated: the header should be 12 bytes long, but the file ends after 18"),
@@ -81,10 +81,10 @@ CORRUPT = {
         framed(b'{"__metadata__":{"a":"\\udc00"}}'), "the header is not JSON (half a surrogate pair in a text)"),
     "a name twice": (
         framed(b'{"x":{"dtype":"U8","shape":[],"data_offsets":[0,1]},"x":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}', b"1"),
-        "the header is not JSON (the key 'x' stands twice in one object)"),
+        "the header is not JSON (the key 'x' appears twice in one object)"),
     "a key of an entry twice": (
-        one('{"dtype":"U8","dtype":"I8","shape":[8],"data_offsets":[0,8]}'), "the header is not JSON (the key 'dtype' stands twice in one object)"),
-    "a metadata key twice": (framed(b'{"__metadata__":{"a":"1","a":"2"}}'), "the header is not JSON (the key 'a' stands twice in one object)"),
+        one('{"dtype":"U8","dtype":"I8","shape":[8],"data_offsets":[0,8]}'), "the header is not JSON (the key 'dtype' appears twice in one object)"),
+    "a metadata key twice": (framed(b'{"__metadata__":{"a":"1","a":"2"}}'), "the header is not JSON (the key 'a' appears twice in one object)"),
     "metadata that is a list": (framed(b'{"__metadata__":[]}'), "__metadata__ must map strings to strings"),
     "metadata that is false": (framed(b'{"__metadata__":false}'), "__metadata__ must map strings to strings"),
     "metadata of numbers": (framed(b'{"__metadata__":{"a":1}}'), "__metadata__ must map strings to strings"),
@@ -102,7 +102,7 @@ CORRUPT = {
     "a size that is a bool": (one(U8 % ("true", "0,1"), b"1"), "x: its shape should be a list of sizes, found [True]"),
     "a size of 2^64": (one(U8 % (f"0,{1 << 64}", "0,0"), b""), "x: its shape should be a list of sizes, found [0, 1844"),
     "sizes that no memory holds, beside a zero": (
-        one(U8 % (f"0,{1 << 62},4", "0,0"), b""), "x: no memory holds a tensor of shape [0, 4611686018427387904, 4]"),
+        one(U8 % (f"0,{1 << 62},4", "0,0"), b""), "x: a tensor of shape [0, 4611686018427387904, 4] is too large for any memory"),
     "33 dimensions": (one(U8 % (",".join("1" * 33), "0,1"), b"1"), "x: it has 33 dimensions, and at most 32 can be read"),
     "one offset": (one(U8 % ("8", "8")), "x: its data_offsets should be two byte positions, found [8]"),
     "three offsets": (one(U8 % ("8", "0,4,8")), "x: its data_offsets should be two byte positions, found [0, 4, 8]"),
@@ -120,10 +120,10 @@ CORRUPT = {
     "offsets far outside": (
         one(U8 % ("8", f"{1 << 62},{(1 << 62) + 8}")), "x: truncated: its bytes 4611686018427387904..4611686018427387912 reach"),
     "a hole at the beginning": (
-        one(U8 % ("4", "4,8")), "x: its data starts at 4, but 0 was expected: it leaves a hole before it"),
+        one(U8 % ("4", "4,8")), "x: its data starts at 4, but 0 was expected: it leaves a gap before it"),
     "a hole in the middle": (
         framed(b'{"x":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"y":{"dtype":"U8","shape":[2],"data_offsets":[4,6]}}', b"123456"),
-        "y: its data starts at 4, but 2 was expected: it leaves a hole before it"),
+        "y: its data starts at 4, but 2 was expected: it leaves a gap before it"),
     "overlapping tensors": (
         framed(b'{"x":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"y":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}}', b"123456"),
         "y: its data starts at 2, but 4 was expected: it overlaps the tensor before it"),

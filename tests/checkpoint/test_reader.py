@@ -337,4 +337,4 @@ def test_a_tensor_in_two_shards_is_refused(save_shards, tmp_path):
     said = {"weight_map": {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"}}
     index.write_text(json.dumps(said))
     second = tmp_path / "m-00002-of-00002.safetensors"
-    assert refused(index, HeaderError, named=second) == "a: also stands in m-00001-of-00002.safetensors"
+    assert refused(index, HeaderError, named=second) == "a: is also in m-00001-of-00002.safetensors"

@@ -213,8 +213,8 @@ CHANGED = "it was replaced or changed while it was read (run the command again)"
 CHANGES = {
     "replaced": CHANGED,
     "truncated": CHANGED,
-    "gone": "cannot be read any more: No such file or directory",
-    "truncated while it is copied": "cannot be written: the input became shorter meanwhile",
+    "gone": "can no longer be read: No such file or directory",
+    "truncated while it is copied": "cannot be written: the input was truncated while it was copied",
 }
 
 

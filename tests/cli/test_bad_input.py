@@ -534,7 +534,7 @@ def test_in_place_where_no_float32_scalar_exists_is_refused_before_any_work(
 def test_a_damaged_undo_file_stops_everything(refused: Any, fp8: Any) -> None:
     path = fp8()
     undo = write(path.with_name(path.name + ".undo"), b"rubbish")
-    message = f"{undo}: the undo file is damaged, so nothing was put back (see what is in it)"
+    message = f"{undo}: the undo file is damaged, so nothing was restored (check its contents)"
     refused(1, message, "-i", path, "--in-place", *LAYER)
 
 

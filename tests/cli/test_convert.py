@@ -380,8 +380,8 @@ def test_in_place_recovers_from_an_interrupted_change_and_says_so(ctq: Command, 
 
 def half_done(path: Path) -> str:
     return (
-        f"error: {path}: an interrupted change in place left it half done; the old bytes are in {path}.undo (any "
-        f"command with --in-place puts them back first, such as `convert_to_quant -i {path} --actcal --in-place`)\n"
+        f"error: {path}: an interrupted in-place change left it half done; the old bytes are in {path}.undo (run any "
+        f"command with --in-place to restore them first, such as `convert_to_quant -i {path} --actcal --in-place`)\n"
     )
 
 
