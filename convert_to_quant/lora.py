@@ -278,12 +278,15 @@ class Survival:
     Of the weights W, the merged ones W' = W + Δ, and what is stored instead of them, Q(W'), with B for what stood there
     without the change (Q(W), or W where the original is the yardstick), S = Q(W') - B is the change that is left:
 
-        correlation   ⟨S, Δ⟩ / (‖S‖ ‖Δ‖)       1: S points where Δ does; not centered
-        share         ⟨S, Δ⟩ / ‖Δ‖²            the part of Δ that is in S; 1: all of it, 0: rounded away
+        correlation   ⟨S, Δ⟩ / (‖S‖ ‖Δ‖)           1: S is Δ at some size, 0: Δ is gone; not centered
         decibels      10 log₁₀(‖Δ‖² / ‖S - Δ‖²)    0: the error is as large as the change itself
 
-    Sums run over all values that were added, in float64, so they are the same in whatever pieces these come, and
-    those of several layers add up.
+    ⟨S, Δ⟩ / ‖Δ‖² says nothing: it is 1 within 1 % in every format, since rounding to nearest is right on average. On
+    normal weights and a LoRA of 1 % of their norm, against W: FP8 per tensor 0.35 and -8.5 dB, INT8 per row 0.77 and
+    1.7 dB; a LoRA of 10 %: 0.97 and 11.5 dB, 1.00 and 21.6 dB.
+
+    Sums run over all values that were added, in float64, so it does not matter in which pieces these come, and those of
+    several layers add up.
 
     Attributes:
         delta_energy: ‖Δ‖².
@@ -294,8 +297,8 @@ class Survival:
     >>> survival = Survival()
     >>> w = np.float32([1, 1, 1, 1])
     >>> survival.add(w, w + np.float32([0.5, 0.5, 0.25, 0]), np.float32([1.5, 1.5, 1, 1]))
-    >>> (round(survival.correlation, 4), round(survival.share, 4), round(survival.decibels, 2))
-    (0.9428, 0.8889, 9.54)
+    >>> (round(survival.correlation, 4), round(survival.decibels, 2))
+    (0.9428, 9.54)
     """
 
     delta_energy: float = 0.0
@@ -326,12 +329,8 @@ class Survival:
     @property
     def correlation(self) -> float:
         """Of S and Δ, -1 to 1; NaN where either is zero everywhere."""
-        return _ratio(self.product, math.sqrt(self.left_energy * self.delta_energy))
-
-    @property
-    def share(self) -> float:
-        """The part of Δ that is in S; NaN where Δ is zero everywhere."""
-        return _ratio(self.product, self.delta_energy)
+        norms = math.sqrt(self.left_energy * self.delta_energy)
+        return self.product / norms if norms else math.nan
 
     @property
     def decibels(self) -> float:
@@ -341,13 +340,9 @@ class Survival:
         return 10 * math.log10(self.delta_energy / self.error_energy)
 
     def as_json(self) -> dict[str, float | None]:
-        """The three figures; None for one that is not finite."""
-        figures = {"correlation": self.correlation, "share": self.share, "db": self.decibels}
+        """Both figures; None for one that is not finite."""
+        figures = {"correlation": self.correlation, "db": self.decibels}
         return {name: figure if math.isfinite(figure) else None for name, figure in figures.items()}
-
-
-def _ratio(dividend: float, divisor: float) -> float:
-    return dividend / divisor if divisor else math.nan
 
 
 def calibration_rows(match: LoraMatch, layer: str) -> Float32:

@@ -628,7 +628,7 @@ def survival(*values: Any) -> Survival:
 def test_a_change_that_is_stored_exactly_survives_whole() -> None:
     found = survival([1, 2], [1.5, 1], [1.5, 1])
     assert found.decibels == np.inf
-    assert found.as_json() == {"correlation": pytest.approx(1), "share": 1, "db": None}
+    assert found.as_json() == {"correlation": pytest.approx(1), "db": None}
 
 
 def test_a_change_that_is_rounded_away_leaves_nothing() -> None:
@@ -636,7 +636,7 @@ def test_a_change_that_is_rounded_away_leaves_nothing() -> None:
     weight, merged = np.array([1.0, 1, 2]), np.array([1.25, 0.75, 2.25])
     found = survival(weight, merged, np.rint(merged), np.rint(weight))
     assert np.isnan(found.correlation)
-    assert (found.share, found.decibels) == (0, 0)
+    assert found.decibels == 0
 
 
 @pytest.mark.parametrize("baseline", ["the original", "the original, rounded"])
@@ -650,7 +650,6 @@ def test_what_is_left_is_measured_as_the_formula_says(baseline: str) -> None:
     delta, left = merged.astype(np.float64) - weight, stored.astype(np.float64) - yardstick
     cosine = (left * delta).sum() / np.linalg.norm(left) / np.linalg.norm(delta)
     assert found.correlation == pytest.approx(cosine, rel=1e-9)
-    assert found.share == pytest.approx(np.linalg.lstsq(delta.reshape(-1, 1), left.ravel())[0][0], rel=1e-9)
     assert found.decibels == pytest.approx(20 * np.log10(np.linalg.norm(delta) / np.linalg.norm(left - delta)))
     assert 0.3 < found.correlation < 0.95
     pieces = [survival(*(values[rows] for values in (weight, merged, stored, yardstick)))
@@ -661,5 +660,5 @@ def test_what_is_left_is_measured_as_the_formula_says(baseline: str) -> None:
 
 def test_what_changed_nothing_has_no_figures() -> None:
     found = survival([1.0], [1.0], [2.0])
-    assert found.as_json() == {"correlation": None, "share": None, "db": None}
+    assert found.as_json() == {"correlation": None, "db": None}
     assert Survival().as_json() == found.as_json()
