@@ -334,8 +334,13 @@ def edited(path: Path, drop: str | None = None, head: dict[str, Any] | None = No
         ({"rows_per_sample": np.array([1, -1, 1])}, "damaged: a count is negative"),
         ({"head": {"fingerprint": "0"}}, "damaged: the fingerprint is not that of the layers"),
         ({"head": {"format_version": 2}}, r"statistics of format 2; this version reads format 1 \(update"),
-        ({"head": {"samples": "many"}}, "damaged: 'samples' in the header should be a count"),
-        ({"head": {"layers": {"a": [1, 2], "b": 3, "c": [1, 2]}}}, r"b: damaged: \[out, in\] expected"),
+        *(({"head": {"samples": bad}}, "'samples' in the header should be a count") for bad in ("many", -3, True)),
+        *(
+            ({"head": {"layers": {"a": [1, 2], "b": bad, "c": [1, 2]}}}, r"b: damaged: \[out, in\] expected")
+            for bad in (3, [-1, 2], [True, 2])
+        ),
+        ({"head": {"provenance": {"x": 5}}}, "'provenance' in the header should be lists of texts by name"),
+        ({"head": {"left_out": [1, "a"]}}, "'left_out' in the header should be a list of texts"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
