@@ -176,10 +176,6 @@ def _heed_marker(patch: Patch, table: LayerTable, enable: bool) -> None:
 def rewrite(patch: Patch, output: Path) -> None:
     """Write the patched checkpoint as a new file, or as new shards where `output` is an index.
 
-    Args:
-        patch: the changes.
-        output: not one of the input's files.
-
     Raises:
         OutputError: it cannot be written, or is the input.
     """
@@ -256,13 +252,7 @@ def _belongs(key: str, patch: Patch, number: int) -> bool:
 
 
 def apply_in_place(patch: Patch) -> int:
-    """Change the checkpoint's own files.
-
-    Args:
-        patch: the changes.
-
-    Returns:
-        The number of places that changed.
+    """Change the checkpoint's own files, and say in how many places.
 
     Raises:
         OutputError: not possible in place, or the files cannot be written. They are as they were, or where even that

@@ -311,13 +311,7 @@ def to_float32(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
 
 
 def open_checkpoint(path: StrPath) -> Checkpoint:
-    """Open a `.safetensors` file, or the shards of a `.safetensors.index.json`.
-
-    Args:
-        path: the file or the index.
-
-    Returns:
-        A checkpoint; use it as a context manager.
+    """Open a `.safetensors` file, or the shards of a `.safetensors.index.json`; use it as a context manager.
 
     Raises:
         CheckpointError: a file is missing or unreadable, a pickle, or its header is wrong; an index that is not JSON

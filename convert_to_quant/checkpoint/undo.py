@@ -181,12 +181,7 @@ def undo_path(path: Path) -> Path:
 
 
 def undo_record(files: Iterable[tuple[Path, int]], edits: Iterable[Edit]) -> bytes:
-    """The content of an undo file.
-
-    Args:
-        files: path and open descriptor of every file of the checkpoint.
-        edits: what will be done to them.
-    """
+    """The content of an undo file: path and open descriptor of every file of the checkpoint, and what will be done."""
 
     def text(data: bytes) -> str:
         return base64.b64encode(data).decode("ascii")
@@ -246,10 +241,6 @@ def find_undo(path: Path, files: Iterable[Path]) -> Path | None:
     """The undo file that an interrupted change of a checkpoint left in its folder, also under an older name.
 
     One that bears the checkpoint's own name counts as well, unless it is about another file of the folder.
-
-    Args:
-        path: the checkpoint, a file or an index.
-        files: its files.
     """
     beside = undo_path(path)
     own: set[int] = set()
@@ -285,10 +276,6 @@ def interrupted(path: Path, undo: Path) -> CheckpointError:
 
 def refuse_unrecovered(path: Path, files: Sequence[Path]) -> None:
     """Refuse a checkpoint that is being changed in place, or that an interrupted change left half done.
-
-    Args:
-        path: the checkpoint, a file or an index.
-        files: its files.
 
     Raises:
         CheckpointError: there is an undo file for it.

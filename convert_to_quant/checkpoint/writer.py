@@ -260,7 +260,7 @@ def write_bytes(path: Path, content: bytes, *, stream: bool = False, like: os.st
         path: the file.
         content: its bytes.
         stream: write into `path` where it is a pipe or a character device.
-        like: the file whose owner and permissions it gets; see `PendingFile`.
+        like: see `PendingFile`.
 
     Raises:
         OutputError: it cannot be written.
@@ -412,13 +412,7 @@ class CheckpointWriter:
             file.written[name] += nbytes
 
     def write(self, name: str, buffer: Any, offset_bytes: int = 0) -> None:
-        """Write bytes of a tensor, from any thread.
-
-        Args:
-            name: the tensor.
-            buffer: C-contiguous; its bytes.
-            offset_bytes: where in the tensor they go.
-        """
+        """Write the bytes of a C-contiguous buffer into a tensor, from any thread."""
         file = self._file_of[name]
         info = file.infos[name]
         nbytes = memoryview(buffer).nbytes
@@ -428,12 +422,7 @@ class CheckpointWriter:
         self._count(file, name, nbytes)
 
     def copy(self, source: Checkpoint, names: Mapping[str, str]) -> None:
-        """Copy tensors byte for byte, neighbours in one piece.
-
-        Args:
-            source: where they are.
-            names: name in the output -> name in the source.
-        """
+        """Copy tensors byte for byte, neighbours in one piece; `names` maps those of the output to the source's."""
         by_file: dict[tuple[CheckpointFile, int], list[tuple[int, int, int]]] = {}
         for name, source_name in names.items():
             file = self._file_of[name]
@@ -462,13 +451,7 @@ class CheckpointWriter:
         return Checkpoint(path, files, sharded=self._index is not None)
 
     def overwrite(self, file: int, offset: int, data: bytes) -> None:
-        """Change bytes that were written already.
-
-        Args:
-            file: number of the file, as in `reopen().files`.
-            offset: byte position in the file, header included.
-            data: what goes there.
-        """
+        """Change bytes that were written already, at a position in a file of `reopen().files`, header included."""
         self._files[file].pending.write(offset, data)
 
     def _commit(self) -> None:
@@ -501,11 +484,6 @@ def _joined(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
 
 def write_checkpoint(path: StrPath, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> None:
     """Write one small safetensors file, whole or not at all.
-
-    Args:
-        path: the file.
-        entries: tensors by name.
-        metadata: the file's `__metadata__`.
 
     Raises:
         OutputError: it cannot be written.
