@@ -29,5 +29,5 @@ FAMILY = Family(
             ("modF.1", "norm_out.linear", SHIFT_SCALE),
         ),
     ),
-    comfyui={"AuraFlow": comfyui.takes(cross_attn=comfyui.text("cond_seq_linear"))},
+    comfyui={"AuraFlow": comfyui.takes("cond_seq_linear")},
 )

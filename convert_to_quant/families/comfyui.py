@@ -155,6 +155,7 @@ class Conditions:
 
 
 def takes(
+    prompt: Size | None = None,
     *,
     settings: Mapping[str, Any] | None = None,
     latents: tuple[Shape, ...] = (),
@@ -164,7 +165,8 @@ def takes(
     frames: int = 1,
     **wants: Want | None,
 ) -> Conditions:
-    """`Conditions` whose wants are keywords."""
+    """`Conditions` whose wants are keywords, beside a text as wide as `prompt` under ComfyUI's name for it."""
+    wants = wants if prompt is None else {"cross_attn": text(prompt), **wants}
     return Conditions(wants, settings or {}, latents, batch, multiple, smallest, frames)
 
 

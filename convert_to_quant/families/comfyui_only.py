@@ -63,7 +63,7 @@ def _krea_text(scene: Scene) -> int:
 
 _IMAGES = {
     "StableCascade_C": takes(
-        cross_attn=text("clip_txt_mapper"),
+        "clip_txt_mapper",
         pooled_output=pooled("clip_txt_pooled_mapper"),
         unclip_conditioning=pooled("clip_img_mapper", form=unclip),
     ),
@@ -77,14 +77,14 @@ _IMAGES = {
         conditioning_mt5xl=Want((number("text_len_t5"), "mlp_t5.0")),
         attention_mask_mt5xl=ones(number("text_len_t5")),
     ),
-    "Lens": takes(cross_attn=text("txt_in")),
-    "PixelDiTT2I": takes(cross_attn=text("y_embedder.proj")),
+    "Lens": takes("txt_in"),
+    "PixelDiTT2I": takes("y_embedder.proj"),
     "PiD": takes(
         lq_latent=signal(number("lq_proj.latent_channels"), over("height", _upscaling), over("width", _upscaling)),
         degrade_sigma=ones(),
     ),
     "HiDream": takes(
-        cross_attn=text(_last_caption),
+        _last_caption,
         pooled_output=pooled("p_embedder.pooled_embedder.linear_1"),
         conditioning_llama3=Want((_llama_layers, "text_tokens", "caption_projection.0.linear")),
     ),
@@ -92,32 +92,30 @@ _IMAGES = {
         text_input_ids=ids(QWEN_WORDS), reference_latents=signal("height", "width", 3, form=listed), multiple=32
     ),
     "Omnigen2": takes(
-        cross_attn=text("time_caption_embed.caption_embedder.0"),
+        "time_caption_embed.caption_embedder.0",
         attention_mask=ones("text_tokens"),
         reference_latents=encoded(form=listed),
     ),
-    "JoyImage": takes(cross_attn=text("condition_embedder.text_embedder.linear_1")),
-    "Ideogram4": takes(cross_attn=text("llm_cond_proj")),
-    "Krea2": takes(cross_attn=text(_krea_text)),
-    "ErnieImage": takes(cross_attn=text(_ernie_text)),
+    "JoyImage": takes("condition_embedder.text_embedder.linear_1"),
+    "Ideogram4": takes("llm_cond_proj"),
+    "Krea2": takes(_krea_text),
+    "ErnieImage": takes(_ernie_text),
 }
 
 _VIDEOS = {
     "GenmoMochi": takes(cross_attn=Want((256, "t5_yproj")), attention_mask=ones(256)),
-    "CosmosVideo": takes(cross_attn=text("blocks.block0.blocks.1.block.attn.to_k.0")),
-    "CosmosPredict2": takes(cross_attn=text("blocks.0.cross_attn.k_proj")),
+    "CosmosVideo": takes("blocks.block0.blocks.1.block.attn.to_k.0"),
+    "CosmosPredict2": takes("blocks.0.cross_attn.k_proj"),
     "Anima": takes(
-        cross_attn=text("llm_adapter.blocks.0.cross_attn.k_proj"),
+        "llm_adapter.blocks.0.cross_attn.k_proj",
         t5xxl_ids=ids("llm_adapter.embed", form=_row),
         t5xxl_weights=ones("text_tokens", form=_row),
     ),
-    "Kandinsky5": takes(
-        cross_attn=text("text_embeddings.in_layer"), pooled_output=pooled("pooled_text_embeddings.in_layer")
-    ),
+    "Kandinsky5": takes("text_embeddings.in_layer", pooled_output=pooled("pooled_text_embeddings.in_layer")),
     "CogVideoX": takes(cross_attn=Want((226, "patch_embed.text_proj")), concat_latent_image=encoded(VIDEO)),
-    "SeedVR2": takes(cross_attn=text("txt_in"), condition=signal(times("channels", 1, 1), "frames", "height", "width")),
+    "SeedVR2": takes("txt_in", condition=signal(times("channels", 1, 1), "frames", "height", "width")),
     "MiniMaxH3": takes(
-        cross_attn=text("condition_proj"),
+        "condition_proj",
         latents=(
             (number("latents_dim"), "frames", "height", "width"),
             (number("audio_latents_dim"), 2, times("frames", 7)),
@@ -126,13 +124,11 @@ _VIDEOS = {
 }
 
 _SOUNDS = {
-    "StableAudio1": takes(cross_attn=text("to_cond_embed.0")),
-    "StableAudio3": takes(cross_attn=text("to_cond_embed.0"), concat_latent_image=encoded(SOUND)),
-    "ACEStep": takes(
-        cross_attn=text("genre_embedder"), conditioning_lyrics=ids("lyric_embs"), latents=(("channels", 16, "tokens"),)
-    ),
+    "StableAudio1": takes("to_cond_embed.0"),
+    "StableAudio3": takes("to_cond_embed.0", concat_latent_image=encoded(SOUND)),
+    "ACEStep": takes("genre_embedder", conditioning_lyrics=ids("lyric_embs"), latents=(("channels", 16, "tokens"),)),
     "ACEStep15": takes(
-        cross_attn=text("encoder.text_projector"),
+        "encoder.text_projector",
         conditioning_lyrics=text("encoder.lyric_encoder.embed_tokens"),
         reference_audio_timbre_latents=encoded(SOUND, form=listed),
     ),
@@ -142,8 +138,8 @@ _SOUNDS = {
 }
 
 _SHAPES = {
-    "Hunyuan3Dv2": takes(cross_attn=text("cond_in")),
-    "Hunyuan3Dv2_1": takes(cross_attn=text("blocks.0.attn2.to_k")),
+    "Hunyuan3Dv2": takes("cond_in"),
+    "Hunyuan3Dv2_1": takes("blocks.0.attn2.to_k"),
     "TripoSplat": takes(
         cross_attn=Want((times("tokens", 1, 5), number("cond_channels"))),
         reference_latents=signal(number("cond2_channels"), 1, "tokens", form=listed, only_with="cond_embedder2"),

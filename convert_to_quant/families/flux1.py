@@ -172,7 +172,7 @@ FAMILY = Family(
     ),
     comfyui={
         "Flux": comfyui.takes(
-            cross_attn=comfyui.text("txt_in"),
+            "txt_in",
             pooled_output=comfyui.pooled("vector_in.in_layer", only_with="vector_in.in_layer"),
             concat_latent_image=comfyui.encoded(),
         )

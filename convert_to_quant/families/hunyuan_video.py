@@ -121,7 +121,7 @@ FAMILY = Family(
     ),
     comfyui={
         "HunyuanVideo": comfyui.takes(
-            cross_attn=comfyui.text("txt_in.input_embedder"),
+            "txt_in.input_embedder",
             pooled_output=comfyui.pooled("vector_in.in_layer", only_with="vector_in.in_layer"),
             conditioning_byt5small=_GLYPHS,
             clip_vision_output=comfyui.vision("vision_in.proj.1", tokens=729),
@@ -133,9 +133,7 @@ FAMILY = Family(
         ),
         "HunyuanVideoI2V": _VIDEO_BESIDE,
         "HunyuanVideoSkyreelsI2V": _VIDEO_BESIDE,
-        "HunyuanImage21": comfyui.takes(
-            cross_attn=comfyui.text("txt_in.input_embedder"), conditioning_byt5small=_GLYPHS
-        ),
+        "HunyuanImage21": comfyui.takes("txt_in.input_embedder", conditioning_byt5small=_GLYPHS),
         "HunyuanImage21Refiner": _VIDEO_BESIDE,
     },
 )

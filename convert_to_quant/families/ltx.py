@@ -91,11 +91,9 @@ FAMILY = Family(
         arguments=_arguments,
     ),
     comfyui={
-        "LTXV": comfyui.takes(
-            cross_attn=comfyui.text("caption_projection.linear_1"), attention_mask=comfyui.ones("text_tokens")
-        ),
+        "LTXV": comfyui.takes("caption_projection.linear_1", attention_mask=comfyui.ones("text_tokens")),
         "LTXAV": comfyui.takes(
-            cross_attn=comfyui.text(_ltx2_text),
+            _ltx2_text,
             latents=(
                 comfyui.VIDEO,
                 (

@@ -89,7 +89,7 @@ FAMILY = Family(
     ),
     comfyui={
         "Lumina2": comfyui.takes(
-            cross_attn=comfyui.text("cap_embedder.1"),
+            "cap_embedder.1",
             pooled_output=comfyui.pooled("clip_text_pooled_proj.0", only_with="clip_text_pooled_proj.0"),
         )
     },

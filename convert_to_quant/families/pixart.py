@@ -28,5 +28,5 @@ FAMILY = Family(
             ("final_layer.linear", "proj_out"),
         ),
     ),
-    comfyui={"PixArt": comfyui.takes(cross_attn=comfyui.text("y_embedder.y_proj.fc1"), smallest=64)},
+    comfyui={"PixArt": comfyui.takes("y_embedder.y_proj.fc1", smallest=64)},
 )

@@ -73,5 +73,5 @@ FAMILY = Family(
         arguments=_arguments,
         ignored=(ZERO_CONDITION_TIME,),
     ),
-    comfyui={"QwenImage": comfyui.takes(cross_attn=comfyui.text("txt_in"))},
+    comfyui={"QwenImage": comfyui.takes("txt_in")},
 )

@@ -100,9 +100,5 @@ FAMILY = Family(
         stand_ins={"pos_embed_max_size": 1},  # the class would compute a table of hundreds of megabytes
         adjust=_positions,
     ),
-    comfyui={
-        "SD3": comfyui.takes(
-            cross_attn=comfyui.text("context_embedder"), pooled_output=comfyui.pooled("y_embedder.mlp.0")
-        )
-    },
+    comfyui={"SD3": comfyui.takes("context_embedder", pooled_output=comfyui.pooled("y_embedder.mlp.0"))},
 )

@@ -23,11 +23,7 @@ FAMILY = Family(
         ),
         signature(
             "conv_in add_embedding.linear_1 down_blocks.0 up_blocks.0",
-            size=(
-                r"(?:down|up)_blocks\.\d+\.attentions\.0\.transformer_blocks\.0\.attn2\.to_k\.weight",
-                1,
-                _CONTEXT,
-            ),
+            size=(r"(?:down|up)_blocks\.\d+\.attentions\.0\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, _CONTEXT),
         ),
     ),
     blocks=r".*\.transformer_blocks\.\d+",

@@ -24,7 +24,6 @@ from .comfyui import (
     times,
     vision,
 )
-from .comfyui import text as comfyui_text
 from .rules import KV, rules, under
 from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Shapes, Signal, beside, blocks, text, video
 
@@ -129,7 +128,7 @@ FAMILY = Family(
     relatives=("WanVACETransformer3DModel",),
     comfyui={
         "WAN21": takes(
-            cross_attn=comfyui_text("text_embedding.0"),
+            "text_embedding.0",
             clip_vision_output=vision("img_emb.proj.1", "img_emb.proj.0"),
             concat_latent_image=encoded((beside_channels, "frames", "height", "width")),
             reference_latents=encoded(FIRST_FRAME, form=listed, only_with="ref_conv"),
