@@ -35,13 +35,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__, families, names
-from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, to_float32
+from .checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    Spec,
+    TensorInfo,
+    output_files,
+    refuse_same_file,
+    serialize_header,
+    to_float32,
+)
 from .errors import OutputError, TensorError
 from .formats import DEFAULT, FORMATS
 from .formats.record import CHUNK, Format, Packed, scale_grid, spans, widen_bfloat16
 from .layers import Layer, LayerTable, find_layers, named, scales_per_row
 from .lazy_torch import torch
-from .marks import Way
+from .marks import Way, with_full_precision
 from .options import ConvertOptions
 from .telling import Advance
 from .untrusted import JSONError, parse_json
@@ -70,11 +79,15 @@ class Decision:
         layer: the layer as it is in the input.
         format: what its weight becomes; None where it stays as it is.
         reason: why it stays, or why it gets another format than the one asked for.
+        input_scale: where the format has a static one.
+        full_precision: its inputs are not quantized.
     """
 
     layer: Layer
     format: Format | None
     reason: str = ""
+    input_scale: float | None = None
+    full_precision: bool = False
 
     @property
     def quantize(self) -> bool:
@@ -208,7 +221,11 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> _Output:
     options = plan.options
     quantized = {layer.weight.name: (layer, fmt) for layer, fmt in plan.quantized}
     output = _Output({}, {}, {}, {}, dict(checkpoint.metadata))
-    configs = {layer.name: fmt.config(layer.shape, options.block_size) for layer, fmt in plan.quantized}
+    decided = {each.layer.name: each for each in plan.decisions}
+    configs = {
+        layer.name: with_full_precision(fmt.config(layer.shape, options.block_size), decided[layer.name].full_precision)
+        for layer, fmt in plan.quantized
+    }
 
     def add(name: str, spec: Spec, source: str, data: bytes | None = None) -> None:
         if name in output.specs or (name in checkpoint and name != source):
@@ -226,7 +243,9 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> _Output:
         for suffix, (dtype, shape) in fmt.storage(layer.shape, options.block_size).items():
             add(layer.name + plan.spelled(suffix), Spec(dtype, shape), name)
         if options.input_scale and fmt.static:
-            add(layer.name + plan.ways[0].input_scale, Spec("F32", ()), name, np.float32(1.0).tobytes())
+            scale = decided[layer.name].input_scale
+            data = np.float32(1.0 if scale is None else scale).tobytes()
+            add(layer.name + plan.ways[0].input_scale, Spec("F32", ()), name, data)
         for way in plan.ways:
             for mark, (spec, data) in way.beside(layer.name, configs[layer.name]).items():
                 add(mark, spec, name, data)
@@ -240,6 +259,15 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> _Output:
     room_bytes = PROVENANCE_ROOM_BYTES + sum(len(layer.name) + len('"", ') for layer, _ in plan.quantized)
     output.metadata[PROVENANCE_KEY] = made + " " * room_bytes
     return output
+
+
+def written_bytes(checkpoint: Checkpoint, plan: ConversionPlan) -> int:
+    """The size of the file that `convert` would write, to a few bytes for each tensor that may lie aligned."""
+    layout = _lay_out(checkpoint, plan)
+    ends, end = {}, 0
+    for name, spec in layout.specs.items():
+        ends[name], end = TensorInfo(name, spec.dtype, spec.shape, end, end + spec.nbytes), end + spec.nbytes
+    return len(serialize_header(ends.values(), layout.metadata)) + end
 
 
 PROVENANCE_ROOM_BYTES = 1024

@@ -52,6 +52,7 @@ class Range(NamedTuple):
 
 
 BLOCK = Range("--block_size should be at least 1 and below 65536", 1, 65535)
+BITS = Range("--bits should be between 3 and 16", 3, 16)
 COUNT = Range("{name} should be at least 1", 1)
 MARGIN = Range("a margin should be at least 1", 1, hint="below 1 clips what was seen")
 PERCENTILE = Range("a percentile should be above 0 and at most 100", math.ulp(0.0), 100)
@@ -259,6 +260,57 @@ class ConvertOptions(Options):
         from .formats import FORMATS
 
         return FORMATS[self.format if self.scaling_mode == "tensor" else f"{self.format}-{self.scaling_mode}"]
+
+
+@dataclass(frozen=True)
+class BestOptions(Options):
+    """How the best file of a size is found.
+
+    Attributes:
+        bits: per weight of the layers that can be quantized, scales included; 8 where neither it nor `size` is given.
+        size: of the whole file, "8GB"; 1 GB is 10⁹ bytes.
+        gpu: a key of `formats.record.GPUS`.
+        formats: keys of `formats.FORMATS` to choose from; those of `best.CANDIDATES` where empty.
+    """
+
+    bits: float | None = option(None, "per quantized weight (8)", "N", BITS)
+    file_size: str | None = option(None, "of the file: 8GB, 700MB", "SIZE", flag="size")
+    gpu: str = option("any", "card to be fast on: any, rtx20 to rtx50, h100, mi300, rdna3, rdna4", "NAME")
+    only: str | None = option(None, "to choose from, with commas (all of the card)", "NAMES", flag="formats")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from .formats import FORMATS
+        from .formats.record import GPUS
+
+        if self.gpu not in GPUS:
+            raise OptionError(f"unknown card {self.gpu!r}", hint=f"one of {', '.join(GPUS)}")
+        unknown = [name for name in self.formats if name not in FORMATS]
+        if unknown:
+            raise OptionError(f"unknown format {unknown[0]!r}", hint=f"one of {', '.join(FORMATS)}")
+        if self.bits is not None and self.file_size is not None:
+            raise OptionError("--bits and --size both limit the file; give one")
+        self.size_bytes  # noqa: B018  # refuses what it cannot read
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What may be chosen; everything where empty."""
+        return tuple(name.strip() for name in self.only.split(",")) if self.only else ()
+
+    @property
+    def bits_wanted(self) -> float:
+        """Bits per weight, where no size is given."""
+        return 8.0 if self.bits is None else self.bits
+
+    @property
+    def size_bytes(self) -> int | None:
+        """`file_size` in bytes."""
+        if self.file_size is None:
+            return None
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kMG]?)B", self.file_size.strip())
+        if found is None:
+            raise OptionError(f"--size {self.file_size!r} is no size", hint="for example 8GB or 700MB")
+        return int(float(found[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[found[2]])
 
 
 def check_device_name(name: str) -> None:

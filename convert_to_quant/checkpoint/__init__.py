@@ -1,6 +1,6 @@
 """Reading and writing safetensors checkpoints, lazily and whole."""
 
-from .header import Header, TensorInfo
+from .header import Header, TensorInfo, serialize_header
 from .reader import INDEX_SUFFIX, Checkpoint, open_checkpoint, to_float32
 from .writer import (
     CheckpointWriter,
@@ -25,6 +25,7 @@ __all__ = [
     "open_checkpoint",
     "output_files",
     "refuse_same_file",
+    "serialize_header",
     "to_float32",
     "write_bytes",
     "write_checkpoint",

@@ -28,7 +28,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from .record import Format, Grid, spans, widen_bfloat16
+from .record import FP8_GPUS, Format, Grid, spans, widen_bfloat16
 
 STORED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 """Dtypes of one byte with an exponent that a safetensors header can name."""
@@ -113,10 +113,11 @@ FP8 = Format(
     sides=(16, 16),  # torch's FP8 products on CUDA take such sides only, and fail on others
     range=E4M3FN.max,
     cards="Ada, Hopper, Blackwell, RDNA 3 and 4",
+    native=FP8_GPUS,
     since="October 2025 (PR 10498)",
 )
 ROWS = replace(FP8, name="fp8-row", mark={"format": "float8_e4m3fn_rowwise"}, granularity="row", scale_rank=1,
-               dynamic=True, since="")  # fmt: skip
+               dynamic=True, since="", native=frozenset())  # fmt: skip
 FORMATS = (
     FP8,
     ROWS,
@@ -124,5 +125,5 @@ FORMATS = (
     replace(ROWS, name="fp8-block3d", mark={"format": "float8_e4m3fn_block3d"}, granularity=None),
     # CUDA multiplies no two of this format, so nothing is written in it.
     replace(FP8, name="fp8-e5m2", mark={"format": "float8_e5m2"}, dtypes=(E5M2.dtype,), grid=E5M2, granularity=None,
-            input_grid=E5M2, range=E5M2.max, cards=""),
+            input_grid=E5M2, range=E5M2.max, cards="", native=frozenset()),
 )  # fmt: skip

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from .. import names
 from ..lazy_torch import torch
 from .packing import pack_nibbles, unpack_nibbles
-from .record import Format, Grid, Packed, Parts, Shape, Stored
+from .record import INT8_GPUS, Format, Grid, Packed, Parts, Shape, Stored
 from .rotation import GROUP_KEY, group_of, rotate, said_group
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ ROWS = Format(
     least_scale=1e-30,
     zero_scale=1e-30,
     cards="Turing and later, RDNA 3 and 4",
+    native=INT8_GPUS,
     since="June 2026 (PR 14636)",
 )
 CONVROT = ConvRot(
@@ -143,6 +144,7 @@ CONVROT = ConvRot(
     least_scale=1e-30,
     zero_scale=1e-30,
     cards=ROWS.cards,
+    native=INT8_GPUS,
     since=ROWS.since,
 )
 W4A4 = ConvRotW4A4(
@@ -157,6 +159,7 @@ W4A4 = ConvRotW4A4(
     fallback="int8",
     range=7.0,
     cards="Ampere and Ada",
+    native=frozenset({"rtx30", "rtx40"}),
     since="0.33 or earlier",
 )
 FORMATS = (ROWS, replace(ROWS, name="int8-tensor", granularity="tensor", scale_rank=0), CONVROT, W4A4)

@@ -15,7 +15,7 @@ from .. import names
 from ..lazy_torch import torch
 from .fp8 import E4M3FN
 from .packing import from_tiles, in_groups, tile_shape, to_tiles
-from .record import Packed, Parts, Stored
+from .record import BLACKWELL_GPUS, Packed, Parts, Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +91,7 @@ FORMATS = (
         fallback="fp8",
         ranged_by=None,
         cards="Blackwell",
+        native=BLACKWELL_GPUS,
         since="0.33 or earlier",
     ),
 )

@@ -20,7 +20,7 @@ from .. import names
 from ..lazy_torch import torch
 from .fp8 import E4M3FN
 from .packing import from_tiles, in_groups, pack_nibbles, tile_shape, to_tiles, unpack_nibbles
-from .record import Packed, Parts, Rows, Shape, Stored
+from .record import BLACKWELL_GPUS, Packed, Parts, Rows, Shape, Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,6 +138,7 @@ FORMATS = (
         ranged_by=names.WEIGHT_SCALE_2,
         range=LARGEST_INPUT,
         cards="Blackwell",
+        native=BLACKWELL_GPUS,
         since="January 2026 (PR 11635)",
     ),
 )

@@ -53,6 +53,24 @@ Stored = tuple[str, Shape]
 """Dtype, as a safetensors header spells it, and shape."""
 
 
+GPUS: Mapping[str, str] = {
+    "any": "any card since Turing",
+    "rtx20": "GeForce RTX 20 (Turing)",
+    "rtx30": "GeForce RTX 30 (Ampere)",
+    "rtx40": "GeForce RTX 40 (Ada)",
+    "rtx50": "GeForce RTX 50 (Blackwell)",
+    "h100": "H100, H200 (Hopper)",
+    "mi300": "Instinct MI300",
+    "rdna3": "Radeon RX 7000",
+    "rdna4": "Radeon RX 9000",
+}
+"""Graphics cards that can be asked for; "any" is what has INT8 products, where packed weights become INT8 first."""
+
+INT8_GPUS = frozenset(GPUS)
+AMPERE_GPUS = frozenset({"any", "rtx30", "rtx40", "rtx50", "h100"})
+FP8_GPUS = frozenset({"rtx40", "rtx50", "h100", "rdna3", "rdna4"})
+BLACKWELL_GPUS = frozenset({"rtx50"})
+
 Parts = Mapping[str, "Tensor"]
 Rows = Callable[["Tensor"], "Tensor"]
 
@@ -201,6 +219,7 @@ class Format:
         least_scale: a weight scale is never smaller.
         zero_scale: the weight scale where all weights are 0.
         cards: what multiplies it natively; "" where nothing does.
+        native: the same as keys of `GPUS`.
         since: the ComfyUI that first read it; "" where only the ComfyUI-QuantOps nodes do.
     """
 
@@ -226,6 +245,7 @@ class Format:
     least_scale: float = float(np.finfo(np.float32).smallest_subnormal)
     zero_scale: float = 1.0
     cards: str = ""
+    native: frozenset[str] = frozenset()
     since: str = ""
 
     @property

@@ -23,7 +23,7 @@ from .. import names
 from ..lazy_torch import torch
 from .int8 import INTEGERS, ConvRot
 from .packing import in_groups, pack_nibbles, unpack_nibbles
-from .record import Parts, Rows, Shape, Stored
+from .record import AMPERE_GPUS, Parts, Rows, Shape, Stored
 from .rotation import rotate, said_group
 
 if TYPE_CHECKING:
@@ -257,6 +257,7 @@ FOUR = W4A8(
     ranged_by=names.S_CHANNEL,
     range=INTEGERS.max,
     cards="Ampere and later",
+    native=AMPERE_GPUS,
     since="August 2026 (PR 15308)",
 )
 FORMATS = (

@@ -1,0 +1,325 @@
+"""The best file of a wanted size: every layer in the format that keeps the picture, found by running the model.
+
+    observe      what layers receive on noise; scales of FP8 inputs follow from it
+    try          every layer in every format that the wanted card multiplies (`engines.trials`)
+    choose       a format for every layer under the size (`choose`)
+
+The rest is `convert`'s: it writes what a `Plan` says.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import headroom
+from .checkpoint import Checkpoint, Spec
+from .choose import Choice, Offer, choose, decibels, total_bytes, total_damage
+from .convert import ConversionPlan, plan_conversion, written_bytes
+from .errors import OptionError, StatisticsError, StrPath
+from .formats import FORMATS
+from .formats.record import Format
+from .layers import Layer
+from .options import SAMPLES, BestOptions, ConvertOptions, RunOptions, SolveOptions
+from .solve import LayerResult, Present, solve
+from .stats import Statistics
+from .telling import Progress
+from .trials import Trials
+
+if TYPE_CHECKING:
+    from .engines.trials import Candidate
+
+CANDIDATES = ("fp8", "int8", "int8-convrot", "mxfp8", "nvfp4", "w6a8", "w4a8", "convrot-w4a4")
+"""What is tried. One scale for a whole weight is never better than one for each of its rows, so INT8 is here once."""
+
+IMAGES = 12
+"""Trials are run on: four of each way of conditioning."""
+
+CURVE_BITS = (4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 8.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Best:
+    """A mix of formats, and what it was chosen from.
+
+    Attributes:
+        plan: what `convert` writes.
+        choice: by layer.
+        offers: what each layer could have become.
+        weights: of these layers.
+        statistics, trials: what was measured.
+    """
+
+    plan: ConversionPlan
+    choice: Choice
+    offers: Mapping[str, Sequence[Offer]]
+    weights: int
+    statistics: Statistics
+    trials: Trials
+
+    @property
+    def bits(self) -> float:
+        """Per weight, scales included."""
+        return 8 * total_bytes(self.choice) / self.weights
+
+    @property
+    def expected_db(self) -> float:
+        """The velocity's SQNR on noise, if the layers' damages add up; real prompts are usually kept better."""
+        return decibels(total_damage(self.choice))
+
+    def counts(self) -> dict[str, int]:
+        """How many layers are in which format; "" is high precision."""
+        return dict(Counter(offer.format for offer in self.choice.values()).most_common())
+
+    def curve(self) -> dict[float, float]:
+        """Bits per weight -> what is expected of the best mix of that size, in dB."""
+        found = {}
+        for bits in CURVE_BITS:
+            try:
+                found[bits] = decibels(total_damage(choose(self.offers, bits * self.weights / 8)))
+            except OptionError:  # not even the smallest formats fit
+                continue
+        return found
+
+    def uniform(self) -> dict[str, tuple[float, float]]:
+        """Formats that every layer was tried in -> bits per weight, and the expected dB."""
+        found = {}
+        for name in self.trials.formats:
+            chosen = {layer: next((o for o in some if o.format == name), None) for layer, some in self.offers.items()}
+            full = {layer: offer for layer, offer in chosen.items() if offer is not None}
+            if len(full) == len(chosen):
+                found[name] = 8 * total_bytes(full) / self.weights, decibels(total_damage(full))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {
+            "bits": self.bits,
+            "expected_db": self.expected_db,
+            "counts": self.counts(),
+            "curve": [{"bits": bits, "expected_db": db} for bits, db in self.curve().items()],
+            "uniform": {name: {"bits": bits, "expected_db": db} for name, (bits, db) in self.uniform().items()},
+            "layers": {
+                layer: {
+                    "format": offer.format,
+                    "damage_db": decibels(offer.damage),
+                    "tried": {each.format: decibels(each.damage) for each in self.offers[layer] if each.format},
+                }
+                for layer, offer in self.choice.items()
+            },
+        }
+
+
+def formats_for(options: BestOptions) -> list[Format]:
+    """The formats that may be chosen: those asked for, of those that the card multiplies natively.
+
+    Raises:
+        OptionError: none is left.
+    """
+    asked = options.formats or CANDIDATES
+    found = [FORMATS[name] for name in asked if options.gpu in FORMATS[name].native]
+    if not found:
+        raise OptionError(f"{options.gpu} multiplies none of {', '.join(asked)} natively")
+    return found
+
+
+def measure(
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    options: BestOptions,
+    shown: RunOptions,
+    *,
+    progress: Progress | None = None,
+) -> tuple[Statistics, Trials]:
+    """Run a model in high precision: what its layers receive, and what formats do to them.
+
+    Args:
+        checkpoint: the open checkpoint.
+        plan: with the layers that can be quantized.
+        options: card and formats.
+        shown: what the model is shown; `IMAGES` images where it does not say.
+        progress: told how far it is.
+
+    Returns:
+        Statistics of these layers, and the trials.
+
+    Raises:
+        UnsupportedModelError: the model cannot be run.
+        CalibrationError: its activations are not finite.
+    """
+    from .engines import denoiser, diffusers, sizes, trials
+
+    layers = {layer.name: layer for layer, _ in plan.quantized}
+    found = denoiser.plan(checkpoint, plan.table)
+    geometry = sizes.geometry(found.family, *shown.size) if any(shown.size) else diffusers.GEOMETRY
+    seen = diffusers.observe(
+        checkpoint, plan.table, samples=shown.samples or SAMPLES, steps=shown.steps, seed=shown.seed,
+        device=shown.device, geometry=geometry, layers=list(layers),
+        progress=None if progress is None else lambda done, of: progress(done, 2 * of),
+    ).statistics  # fmt: skip
+    model = denoiser.load(checkpoint, plan.table, device=shown.device)
+    images = shown.samples or IMAGES
+    tried = trials.run_trials(
+        trials.Bench(model, geometry, trials.moments(model, geometry, images, shown.steps, shown.seed)),
+        candidates(checkpoint, layers, seen, formats_for(options)),
+        gpus=(options.gpu,),
+        progress=None if progress is None else lambda done, of: progress(of + done, 2 * of),
+    )
+    return seen, tried
+
+
+def candidates(
+    checkpoint: Checkpoint, layers: Mapping[str, Layer], statistics: Statistics, formats: Sequence[Format]
+) -> dict[str, list[Candidate]]:
+    """What each layer could become.
+
+    Layers that see one token per image never quantize it: that costs no time, and one token steers a whole block.
+
+    Args:
+        checkpoint: the open checkpoint.
+        layers: by name.
+        statistics: of them.
+        formats: to choose from.
+    """
+    from .engines.trials import Candidate
+
+    solved = input_scales(checkpoint, layers, statistics)
+    return {
+        name: [
+            Candidate(
+                fmt,
+                solved[name].scale_after if fmt.static else None,
+                solved[name].cause == "one row" or (fmt.static and solved[name].full_precision_after),
+            )
+            for fmt in formats
+            if fmt.takes(layer.shape)
+        ]
+        for name, layer in layers.items()
+    }
+
+
+def input_scales(checkpoint: Checkpoint, layers: Mapping[str, Layer], statistics: Statistics) -> dict[str, LayerResult]:
+    """Scales of FP8 inputs, and which layers compute in full precision, by layer."""
+    present = {
+        name: Present(1.0, False, layer.shape, column_energies=headroom.column_energies(checkpoint, layer))
+        for name, layer in layers.items()
+    }
+    return {result.layer: result for result in solve(statistics, present, SolveOptions())}
+
+
+def offers_of(layers: Mapping[str, Layer], trials: Trials, formats: Sequence[Format]) -> dict[str, list[Offer]]:
+    """What each layer could become, what that takes, and what it does.
+
+    Of the formats of one size the one of least output error is offered, which is the one that was run to the end; where
+    trials of several cards are there, of those that this card multiplies.
+    """
+    nothing = np.zeros(len(trials.moments))
+    offers: dict[str, list[Offer]] = {}
+    for name, layer in layers.items():
+        offers[name] = [Offer("", layer.weight.nbytes, nothing)]
+        for fmt in formats:
+            damage = trials.mean_damage(name, fmt.name)
+            if damage is not None and fmt.takes(layer.shape):
+                offers[name].append(Offer(fmt.name, stored_bytes(fmt, layer.shape), damage))
+    return offers
+
+
+def stored_bytes(fmt: Format, shape: tuple[int, int]) -> int:
+    """What a weight takes in a format, scales included."""
+    return sum(Spec(dtype, size).nbytes for dtype, size in fmt.storage(shape, 0).values())
+
+
+def plan_best(
+    checkpoint: Checkpoint,
+    convert_options: ConvertOptions,
+    options: BestOptions,
+    shown: RunOptions | None = None,
+    measured: tuple[Statistics, Trials] | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Best:
+    """Find the best mix of formats for a checkpoint in high precision.
+
+    Args:
+        checkpoint: the open checkpoint.
+        convert_options: which layers stay out of it.
+        options: size, card and formats.
+        shown: what the model is shown.
+        measured: of an earlier run, in place of running the model.
+        progress: told how far the runs are.
+
+    Returns:
+        The mix; nothing is written.
+
+    Raises:
+        OptionError: the size cannot be reached.
+        UnsupportedModelError: the model cannot be run.
+        StatisticsError: what was measured is of other layers.
+    """
+    formats = formats_for(options)
+    plan = plan_conversion(checkpoint, replace(convert_options, format="int8"))  # which takes every layer
+    layers = {layer.name: layer for layer, _ in plan.quantized}
+    if not layers:
+        raise OptionError("no layer of this file can be quantized", hint="--dry-run says why, per layer")
+    statistics, trials = measured or measure(checkpoint, plan, options, shown or RunOptions(), progress=progress)
+    missing = [name for name in layers if name not in trials.layers]
+    if missing:
+        raise StatisticsError(f"{len(missing)} layers were not tried (first: {missing[0]})", path=statistics.path)
+    offers = offers_of(layers, trials, formats)
+    weights = sum(layer.weight.elements for layer in layers.values())
+    solved = input_scales(checkpoint, layers, statistics)
+    limit = options.bits_wanted * weights / 8
+    size = options.size_bytes
+    if size is not None:
+        limit = size - sum(info.nbytes for info in checkpoint.tensors.values()) + sum(
+            layer.weight.nbytes for layer in layers.values()
+        )  # fmt: skip
+    for _ in range(20):
+        choice = choose(offers, limit)
+        mixed = _plan_of(plan, choice, solved)
+        too_large = 0 if size is None else written_bytes(checkpoint, mixed) - size
+        if too_large <= 0:
+            break
+        limit -= too_large
+    return Best(mixed, choice, offers, weights, statistics, trials)
+
+
+def _plan_of(plan: ConversionPlan, choice: Choice, solved: Mapping[str, LayerResult]) -> ConversionPlan:
+    """What `convert` writes for a choice."""
+    decisions = []
+    for decision in plan.decisions:
+        offer = choice.get(decision.layer.name)
+        if offer is None:
+            decisions.append(decision)
+        elif not offer.format:
+            decisions.append(replace(decision, format=None, reason="high precision: it would cost too much"))
+        else:
+            fmt, result = FORMATS[offer.format], solved[decision.layer.name]
+            decisions.append(
+                replace(
+                    decision,
+                    format=fmt,
+                    reason=f"alone keeps {decibels(offer.damage):.1f} dB",
+                    input_scale=result.scale_after if fmt.static else None,
+                    full_precision=result.cause == "one row" or (fmt.static and result.full_precision_after),
+                )
+            )
+    return replace(plan, decisions=decisions)
+
+
+def load_measured(path: StrPath) -> tuple[Statistics, Trials]:
+    """Statistics and trials of an earlier run.
+
+    Raises:
+        CheckpointError: it cannot be read as a safetensors file.
+        StatisticsError: it holds none.
+    """
+    trials = Trials.load(path)
+    if trials is None:
+        raise StatisticsError("it holds no trials of formats", path=Path(path), hint="make it with observe --trials")
+    return Statistics.load(path), trials

@@ -1,0 +1,415 @@
+"""What each number format would do to a model's picture, layer by layer: trial runs of a model in high precision.
+
+Why it exists. How much a format damages a layer depends on what the layer receives, and what that does to the picture
+on everything behind it. Neither shows in weights. So every layer is put into every format, and the model runs.
+
+Two figures for a layer and a format, both relative energies, at the layer's own inputs while the model paints:
+
+    output error   ‖y - y'‖² / ‖y‖² of the layer's own output y
+    damage         ‖v - v'‖² / ‖v‖² of the velocity v, when this layer alone is in that format
+
+The output error needs no further run of the model, and between formats of one size it decides rightly. Between sizes
+only the damage does (docs/formats.md). So of the formats of one size only the best by output error is run to the end.
+
+How it is cheap. Blocks run in turn, so a trial in one block need not run those before it: they give again what they
+gave in the reference run. The inputs of a block's layers are kept while that block is worked on.
+
+Limits. Damages of layers add up to that of all only roughly; `damage_of` measures a mix. Measuring every layer again
+around a mix, and choosing anew, was tried and gave no better mixes (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+
+from ..families.running import Geometry
+from ..formats import FORMATS
+from ..formats.record import GPUS, Format, Packed, spans
+from ..formats.rotation import rotate
+from ..telling import Progress, advance
+from ..trials import Trials
+from . import noise
+from .denoiser import Denoiser
+from .quantized_linear import CheckpointLinear, exact_product
+
+ARITHMETIC = "comfyui_divide"
+TINY = torch.finfo(torch.float32).tiny
+BAND_VALUES = 1 << 24
+"""Weights that are quantized at a time."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A format that a layer could be in.
+
+    Attributes:
+        format: of its weight.
+        input_scale: where the format has a static one.
+        full_precision: its inputs are not quantized.
+    """
+
+    format: Format
+    input_scale: float | None = None
+    full_precision: bool = False
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One evaluation of the model.
+
+    Attributes:
+        name: how it is conditioned, and its noise level.
+        latents: [batch, *latent shape].
+        sigma: noise level.
+        conditioning: by name, each [batch, ...].
+    """
+
+    name: str
+    latents: Tensor
+    sigma: float
+    conditioning: Mapping[str, Tensor]
+
+
+class Simulated:
+    """A layer's weight in a format, as readers multiply it.
+
+    Args:
+        weight_OI: float32 [out, in].
+        candidate: the format, and how inputs are scaled.
+    """
+
+    def __init__(self, weight_OI: Tensor, candidate: Candidate) -> None:
+        self.format = candidate.format
+        self.full_precision = candidate.full_precision
+        self.static = None
+        if candidate.input_scale is not None:
+            self.static = torch.tensor(candidate.input_scale, device=weight_OI.device)
+        self.group = self.format.group(self.format.config((weight_OI.shape[0], weight_OI.shape[1]), 0))
+        self.levels, self.scale = quantized(weight_OI, self.format)
+        if self.full_precision:
+            self.levels = rotate(self.levels.float() * self.scale, self.group)
+
+    def product(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """From x [..., in] to float32 [..., rows], without bias."""
+        levels, scale = self.levels[rows], self.scale[rows] if len(self.scale) > 1 else self.scale
+        if self.full_precision:
+            return linear(x, levels.to(x.dtype)).float()
+        codes, x_scale = self.format.inputs(rotate(x, self.group), self.static, ARITHMETIC)
+        if codes.is_floating_point() or levels.is_floating_point():
+            return linear(codes.float() * x_scale, levels.float() * scale)
+        return integer_product(codes, levels) * (x_scale * scale.reshape(-1))
+
+
+def integer_product(codes: Tensor, levels: Tensor) -> Tensor:
+    """Exact products of 8-bit integers [..., in] and [out, in], float32 [..., out]; on a GPU by its own kernel."""
+    rows = codes.reshape(-1, codes.shape[-1])
+    if codes.device.type == "cpu" or levels.shape[0] % 8 or levels.shape[1] % 8:
+        return exact_product(codes, levels)
+    padded = pad(rows, (0, 0, 0, max(0, 17 - len(rows))))  # the kernel takes no fewer rows
+    return torch._int_mm(padded, levels.t())[: len(rows)].float().reshape(*codes.shape[:-1], -1)
+
+
+def quantized(weight_OI: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """A weight in a format, decoded as readers multiply it.
+
+    Args:
+        weight_OI: float32 [out, in].
+        fmt: the format.
+
+    Returns:
+        Levels [out, in], and float32 scales [1 or out, 1].
+    """
+    if not isinstance(fmt, Packed):
+        absmax = weight_OI.abs()
+        absmax = absmax.amax().reshape(1, 1) if fmt.granularity == "tensor" else absmax.amax(1, keepdim=True)
+        scale = torch.where(absmax == 0, fmt.zero_scale, (absmax / fmt.codes.max).clamp(min=fmt.least_scale))
+        scaled = (weight_OI / scale).clamp(-fmt.codes.max, fmt.codes.max)
+        dtype = getattr(torch, fmt.codes.name)
+        return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), scale
+    shape = (weight_OI.shape[0], weight_OI.shape[1])
+    whole = fmt.whole(float(weight_OI.abs().max()), shape, lambda rows: weight_OI[rows.to(weight_OI.device)], "absmax")
+    whole = {suffix: part.to(weight_OI.device) for suffix, part in whole.items()}
+    config = fmt.config(shape, 0)
+    step = max(1, BAND_VALUES // (shape[1] * Packed.ROWS)) * Packed.ROWS
+    decoded = [
+        fmt.decode({**whole, **fmt.quantize(weight_OI[band], whole, "absmax")}, config)
+        for band in spans(shape[0], step)
+    ]
+    scales = [scale for _, scale in decoded]
+    return torch.cat([levels for levels, _ in decoded]), torch.cat(scales) if len(scales[0]) > 1 else scales[0]
+
+
+class Bench:
+    """A model on which trials are run: it remembers what it was shown and what its blocks gave.
+
+    Args:
+        denoiser: the model, in high precision.
+        geometry: of the latents.
+        moments: what it is shown.
+    """
+
+    def __init__(self, denoiser: Denoiser, geometry: Geometry, moments: Sequence[Moment]) -> None:
+        self.denoiser = denoiser
+        self.geometry = geometry
+        self.moments = moments
+        self.modules: dict[str, list[tuple[CheckpointLinear, int]]] = {}
+        for module in denoiser.linears.values():
+            for index, (layer, _) in enumerate(module.stored.pieces):
+                self.modules.setdefault(layer.name, []).append((module, index))
+        self.blocks = blocks_of(denoiser.model)
+        self.block_of = {
+            module: block for block in self.blocks for module in block.modules() if isinstance(module, CheckpointLinear)
+        }
+        self.outputs: list[dict[nn.Module, Any]] = []
+        self.order: list[nn.Module] = []
+        self.velocities: list[Tensor] = []
+
+    def place(self, layer: str) -> int:
+        """Number of the block that holds all of a layer, as they run; 0 where none does."""
+        blocks = {self.block_of.get(module) for module, _ in self.modules[layer]}
+        block = blocks.pop()
+        return self.order.index(block) if not blocks and block is not None and block in self.order else 0
+
+    def run(self) -> list[Tensor]:
+        """Run every moment, and remember what blocks give.
+
+        Returns:
+            The velocities.
+        """
+        self.outputs, velocities = [], []
+        for moment in self.moments:
+            given: dict[nn.Module, Any] = {}
+            calls: list[nn.Module] = []
+
+            def keep(block: nn.Module, _: Any, output: Any, given: Any = given, calls: Any = calls) -> None:
+                given[block] = output
+                calls.append(block)
+
+            with ExitStack() as stack:
+                for block in self.blocks:
+                    stack.callback(block.register_forward_hook(keep).remove)
+                velocities.append(self._velocity(moment))
+            self.order = calls if len(calls) == len(set(calls)) else []  # a block that runs twice cannot be skipped
+            self.outputs.append(given)
+        return velocities
+
+    def trial(self, changes: Mapping[str, Simulated], place: int) -> list[Tensor]:
+        """Run every moment with some layers changed, from a block on.
+
+        Args:
+            changes: layers in formats.
+            place: number of the first block that any of them is in.
+
+        Returns:
+            The velocities.
+        """
+        found = []
+        with self._replaced(changes):
+            for moment, outputs in zip(self.moments, self.outputs, strict=True):
+                with self._skipped(place, outputs):
+                    found.append(self._velocity(moment))
+        return found
+
+    def inputs(self, place: int, layers: Sequence[str]) -> dict[str, list[Tensor]]:
+        """What layers of one block receive, at every moment."""
+        seen: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+        with ExitStack() as stack:
+            for layer in layers:
+                module, _ = self.modules[layer][0]
+
+                def keep(_: nn.Module, args: tuple[Tensor, ...], layer: str = layer) -> None:
+                    seen[layer].append(args[0])
+
+                stack.callback(module.register_forward_pre_hook(keep).remove)
+            if self.order:  # nothing behind the block is needed
+
+                def stop(*_: Any) -> None:
+                    raise _StopError
+
+                stack.callback(self.order[place].register_forward_hook(stop).remove)
+            for moment, outputs in zip(self.moments, self.outputs, strict=True):
+                with self._skipped(place, outputs), suppress(_StopError):
+                    self._velocity(moment)
+        return seen
+
+    def weight(self, layer: str) -> Tensor:
+        """The whole weight of a layer, float32 [out, in] on the device."""
+        module, index = self.modules[layer][0]
+        whole = module.stored.pieces[index][0]
+        rows = [(piece.start, piece.stop, m, i) for m, i in self.modules[layer] for piece in [m.stored.pieces[i][1]]]
+        weight_OI = torch.cat([m.stored.part(i) for _, _, m, i in sorted(rows, key=lambda row: row[0])])
+        assert tuple(weight_OI.shape) == whole.shape, layer
+        return weight_OI
+
+    def _velocity(self, moment: Moment) -> Tensor:
+        return self.denoiser.velocity(moment.latents, moment.sigma, moment.conditioning, self.geometry)
+
+    @contextmanager
+    def _replaced(self, changes: Mapping[str, Simulated]) -> Iterator[None]:
+        """Layers in formats, inside the block."""
+        touched = {module for layer in changes for module, _ in self.modules[layer]}
+
+        def forward(module: CheckpointLinear, x: Tensor) -> Tensor:
+            x = x.to(module.dtype)
+            parts = []
+            for index, (layer, rows) in enumerate(module.stored.pieces):
+                simulated = changes.get(layer.name)
+                parts.append(
+                    linear(x, module.stored.part(index).to(module.dtype)).float()
+                    if simulated is None
+                    else simulated.product(x, rows)
+                )
+            y = torch.cat(parts, -1)
+            return (y if module.bias is None else y + module.bias.float()).to(module.dtype)
+
+        for module in touched:
+            module.forward = partial(forward, module)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for module in touched:
+                del module.forward
+
+    @contextmanager
+    def _skipped(self, place: int, outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
+        """Blocks before one give what they gave, inside the block."""
+        skipped = self.order[:place]
+        for block in skipped:
+            block.forward = lambda *_, output=outputs[block], **__: output
+        try:
+            yield
+        finally:
+            for block in skipped:
+                del block.forward
+
+
+class _StopError(Exception):
+    """Ends a run of the model that has seen enough."""
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks that a model runs one after the other: the outermost members of its lists of modules."""
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in inside:
+            found += list(module)
+            inside.update(part for block in module for part in block.modules())
+    return found
+
+
+def relative_energy(wanted: Tensor, found: Tensor) -> float:
+    """Σ over samples of ‖v - v'‖² / ‖v‖².
+
+    Args:
+        wanted: [batch, ...].
+        found: the same shape.
+    """
+    error = (wanted.float() - found.float()).flatten(1).square().sum(1)
+    return float((error / wanted.float().flatten(1).square().sum(1).clamp(min=TINY)).double().sum())
+
+
+def size_of(fmt: Format) -> int:
+    """What formats of one size share: their bits per weight to half a bit."""
+    return round(2 * fmt.bits)
+
+
+@torch.no_grad()
+def run_trials(
+    bench: Bench,
+    candidates: Mapping[str, Sequence[Candidate]],
+    *,
+    gpus: Sequence[str] = tuple(GPUS),
+    share: tuple[int, int] = (0, 1),
+    progress: Progress | None = None,
+) -> Trials:
+    """Try every candidate of every layer.
+
+    Args:
+        bench: the model, and what it is shown.
+        candidates: by layer.
+        gpus: cards that may be chosen for: for each of them the best format of each size is run to the end.
+        share: number of this process and how many there are; each takes every n-th layer, and their trials add up.
+        progress: told how many layers are done.
+
+    Returns:
+        What was found.
+    """
+    formats = tuple(
+        name for name in FORMATS if any(c.format.name == name for some in candidates.values() for c in some)
+    )
+    trials = Trials.empty(tuple(candidates), formats, tuple(moment.name for moment in bench.moments))
+    reference = bench.run()
+    mine = list(candidates)[share[0] :: share[1]]
+    tick = advance(progress, len(mine))
+    by_place: dict[int, list[str]] = {}
+    for layer in mine:
+        by_place.setdefault(bench.place(layer), []).append(layer)
+    for place in sorted(by_place):
+        seen = bench.inputs(place, by_place[place])
+        for layer in by_place[place]:
+            weight_OI, row = bench.weight(layer), trials.layers.index(layer)
+            plain = [linear(x.float(), weight_OI) for x in seen[layer]]
+            best: dict[tuple[str, int], tuple[float, Simulated]] = {}
+            for candidate in candidates[layer]:
+                simulated = Simulated(weight_OI, candidate)
+                error = trials.error[row, formats.index(candidate.format.name)]
+                error += [relative_energy(y, simulated.product(x)) for y, x in zip(plain, seen[layer], strict=True)]
+                for gpu in set(gpus) & candidate.format.native:
+                    kind = gpu, size_of(candidate.format)
+                    if kind not in best or error.sum() < best[kind][0]:
+                        best[kind] = float(error.sum()), simulated
+            for simulated in {id(each): each for _, each in best.values()}.values():
+                column = row, formats.index(simulated.format.name)
+                found = bench.trial({layer: simulated}, place)
+                trials.damage[column] += [relative_energy(v, u) for v, u in zip(reference, found, strict=True)]
+                trials.count[column] += [len(v) for v in reference]
+            del seen[layer]
+            tick(1)
+    return trials
+
+
+@torch.no_grad()
+def damage_of(bench: Bench, mix: Mapping[str, Candidate]) -> NDArray[np.float64]:
+    """The damage of layers in formats all together, at every moment, [M].
+
+    Args:
+        bench: which has run.
+        mix: by layer.
+    """
+    wanted = bench.run()
+    found = bench.trial({layer: Simulated(bench.weight(layer), each) for layer, each in mix.items()}, 0)
+    return np.array([relative_energy(v, u) / len(v) for v, u in zip(wanted, found, strict=True)])
+
+
+@torch.no_grad()
+def moments(denoiser: Denoiser, geometry: Geometry, images: int, levels: int, seed: int) -> list[Moment]:
+    """What a model is shown: noise in place of prompts, and its own way from noise to a picture.
+
+    Args:
+        denoiser: the model.
+        geometry: of the images.
+        images: how many; of each way of conditioning in turn.
+        levels: noise levels of each.
+        seed: of the noise.
+    """
+    from .diffusers import draw, trajectory
+
+    found = []
+    for turn, way in enumerate(noise.CONDITIONINGS):
+        numbers = range(turn, images, len(noise.CONDITIONINGS))
+        if numbers:
+            latents, conditioning = draw(denoiser, geometry, way, seed, numbers)
+            for sigma, state, _ in trajectory(denoiser, latents, conditioning, geometry, levels):
+                found.append(Moment(f"{way.name}, {sigma:g}", state, sigma, conditioning))
+    return found
