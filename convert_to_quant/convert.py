@@ -65,8 +65,7 @@ MSE_SECONDS_PER_WEIGHT = 5e-6
 """What the exact search takes per weight where scales differ within a weight; measured on one core, 2026-11-22."""
 
 RELEASE_BYTES = 1 << 24
-PROVENANCE_KEY = "convert_to_quant"
-"""Header entry in which every file that this tool writes says how it was made."""
+PROVENANCE_KEY = names.PROVENANCE_KEY
 
 _LARGEST_BFLOAT16 = 0x7F7F
 

@@ -37,9 +37,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from . import families, names, packings, stats
+from . import families, names, packings
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from .convert import PROVENANCE_KEY
 from .errors import StrPath
 from .formats import DEFAULT, DEFAULT_GRID, FLOAT_GRIDS
 from .formats.record import FLOAT_SCALES, Format, Grid
@@ -431,7 +430,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
 
 def _identify(checkpoint: Checkpoint) -> tuple[str | None, str]:
     """The family and its name for people."""
-    if stats.METADATA_KEY in checkpoint.metadata:
+    if names.STATISTICS_KEY in checkpoint.metadata:
         return "statistics", "statistics of what layers received, not a model (convert_to_quant report shows them)"
     bare = names.strip_prefix(checkpoint.tensors)[1]
     shapes = {name: checkpoint.tensors[full].shape for full, name in bare.items()}
@@ -789,7 +788,7 @@ def _config_beside(path: Path) -> str | None:
 def _made(metadata: Mapping[str, str]) -> Made | None:
     """What this tool wrote about itself, as far as it is well formed: whoever wrote it, it is a remark, not data."""
     try:
-        said = parse_json(metadata.get(PROVENANCE_KEY, "null"))
+        said = parse_json(metadata.get(names.PROVENANCE_KEY, "null"))
     except JSONError:
         return None
     if not isinstance(said, dict):

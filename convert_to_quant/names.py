@@ -32,6 +32,12 @@ LEGACY_MARKER = "scaled_fp8"
 QUANTIZATION_METADATA = "_quantization_metadata"
 """Header entry (JSON) that says per layer what `.comfy_quant` would say."""
 
+PROVENANCE_KEY = "convert_to_quant"
+"""Header entry (JSON) in which every file that this tool writes says how it was made."""
+
+STATISTICS_KEY = "convert_to_quant.statistics"
+"""Header entry (JSON) that tells a statistics file from a checkpoint."""
+
 WEIGHT_SCALES = (WEIGHT_SCALE, WEIGHT_SCALE_LEGACY, WEIGHT_SCALE_INV)
 INPUT_SCALES = (INPUT_SCALE, INPUT_SCALE_LEGACY)
 SCALES = (*WEIGHT_SCALES, WEIGHT_SCALE_2, S_REL, S_CHANNEL, CODEBOOK, *INPUT_SCALES, PRE_QUANT_SCALE)

@@ -11,8 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 from . import names
 from .errors import OptionError
@@ -29,6 +28,9 @@ between levels: of 64 evaluations 8 images missed up to nine tenths of a range t
 SIDE_PIXELS, FRAMES, TEXT_TOKENS = 256, 1, 64
 """Default size of an image or video, and length of its text."""
 
+COMFYUI_VARIABLE = "COMFYUI_DIR"
+"""Environment variable that names a ComfyUI's folder where no flag does."""
+
 DEFAULT_FORMAT = "fp8"  # `formats.DEFAULT`, spelled out so that help needs no numpy
 DEFAULT_ROWS = 64
 """Rows of input that each guessed layer is shown."""
@@ -37,6 +39,8 @@ Engine = Literal["auto", "model", "layer"]
 """What finds the ranges. "auto" is "model": the one that measures; it never guesses by itself."""
 Method = Literal["absmax", "mse", "percentile"]
 """Keys of `solve.METHODS`."""
+ScalingMode = Literal["tensor", "row", "block"]
+WeightScale = Literal["absmax", "mse"]
 
 _DEVICE = re.compile(r"(cpu|cuda|xpu)(:\d+)?")
 DEVICES = "cpu, cuda, cuda:0 or xpu"
@@ -46,58 +50,89 @@ class Range(NamedTuple):
     """The numbers that an option takes, and how it is said that one is not among them."""
 
     rule: str
+    kind: type
     least: float
     most: float = sys.float_info.max
     hint: str = ""
 
 
-BLOCK = Range("--block_size should be at least 1 and below 65536", 1, 65535)
-BITS = Range("--bits should be between 3 and 16", 3, 16)
-COUNT = Range("{name} should be at least 1", 1)
-MARGIN = Range("a margin should be at least 1", 1, hint="below 1 clips what was seen")
-PERCENTILE = Range("a percentile should be above 0 and at most 100", math.ulp(0.0), 100)
-SEED = Range("a seed should not be negative", 0)
-SHARE = Range("--{flag} should be a share between 0 and 1", 0, 1)
+BLOCK = Range("--block_size should be at least 1 and below 65536", int, 1, 65535)
+BITS = Range("--bits should be between 3 and 16", float, 3, 16)
+COUNT = Range("{name} should be at least 1", int, 1)
+MARGIN = Range("a margin should be at least 1", float, 1, hint="below 1 clips what was seen")
+PERCENTILE = Range("a percentile should be above 0 and at most 100", float, math.ulp(0.0), 100)
+SEED = Range("a seed should not be negative", int, 0)
+SHARE = Range("--{flag} should be a share between 0 and 1", float, 0, 1)
 
 
-def option(default: Any, words: str, metavar: str | None = None, within: Range | None = None, flag: str = "") -> Any:
-    """A field of a dataclass that the command line offers.
+class Option(NamedTuple):
+    """A field of options, and how the command line offers it.
 
-    Args:
+    Attributes:
         default: None where something else decides; then `words` say what.
-        words: its help, to which a default is added.
+        words: its help, to which a default is added; without any it is not offered.
         metavar: what stands for its value.
-        within: the numbers that it takes.
+        within: the numbers that it takes, or the words.
         flag: where it is not the field's name; of a switch that turns something off, "no-" and the name.
     """
-    return field(default=default, metadata={"help": words, "metavar": metavar, "within": within, "flag": flag})
+
+    default: Any
+    words: str = ""
+    metavar: str | None = None
+    within: Range | tuple[str, ...] | None = None
+    flag: str = ""
 
 
-def _flag(one: Field[Any]) -> str:
-    return one.metadata.get("flag") or one.name.replace("_", "-")
+option: Any = Option
+"""An `Option` for the value of a field, whatever the field's type."""
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:  # importing dataclasses and making five of them takes a third of the time of `--help`, which needs none
+
+    def dataclass(**_: bool):
+        """Leave it to `Options.__new__`."""
+        return lambda kind: kind
 
 
-def _destination(one: Field[Any]) -> str:
-    return _flag(one).replace("-", "_")
-
-
-@dataclass(frozen=True)
 class Options:
-    """Options that are checked when they are made: choices, ranges, regular expressions."""
+    """Frozen dataclasses that are checked when they are made: choices, ranges, regular expressions.
+
+    A class becomes a dataclass when the first of its objects is made.
+    """
+
+    declared: ClassVar[dict[str, Option]] = {}
+
+    def __init_subclass__(cls) -> None:
+        own = {
+            name: one._replace(flag=one.flag or name.replace("_", "-"))
+            for name, one in vars(cls).items()
+            if isinstance(one, Option)
+        }
+        cls.declared = {**cls.declared, **own}
+        for name, one in own.items():
+            setattr(cls, name, one.default)
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        """An object that is not checked yet."""
+        from dataclasses import dataclass
+
+        for kind in reversed(cls.__mro__[:-1]):
+            if "__dataclass_fields__" not in vars(kind):
+                dataclass(frozen=True)(kind)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for one in fields(self):
-            value, name = getattr(self, one.name), one.name.replace("_", " ")
-            if get_origin(hints[one.name]) is Literal and value not in get_args(hints[one.name]):
-                known = ", ".join(get_args(hints[one.name]))
-                raise OptionError(f"unknown {name} {value!r}", hint=f"{name}s: {known}")
-            within: Range | None = one.metadata.get("within")
-            if within is not None and value is not None and not within.least <= value <= within.most:
-                rule = within.rule.format(name=name, flag=_flag(one))
-                raise OptionError(f"{rule}, found {value}", hint=within.hint)
+        for field, one in self.declared.items():
+            value, name = getattr(self, field), field.replace("_", " ")
+            if isinstance(one.within, Range):
+                if value is not None and not one.within.least <= value <= one.within.most:
+                    rule = one.within.rule.format(name=name, flag=one.flag)
+                    raise OptionError(f"{rule}, found {value}", hint=one.within.hint)
+            elif one.within is not None and value not in one.within:
+                raise OptionError(f"unknown {name} {value!r}", hint=f"{name}s: {', '.join(one.within)}")
             if isinstance(value, tuple):
-                names.check_patterns("--" + _flag(one), value)
+                names.check_patterns("--" + one.flag, value)
 
 
 @dataclass(frozen=True)
@@ -160,11 +195,11 @@ class CalibrationOptions(ShownOptions):
 
     samples: int | None = option(None, f"images ({SAMPLES}), or rows of a guess ({DEFAULT_ROWS})", "N", COUNT)
     margin: float | None = option(None, "factor on ranges (as much as costs nothing)", "M", MARGIN)
-    engine: Engine = option("auto", "model: run it; layer: guess", "ENGINE")  # noqa: RUF009
+    engine: Engine = option("auto", "model: run it; layer: guess", "ENGINE", get_args(Engine))
     percentile: float | None = option(None, "of guessed magnitudes (99.9)", "P", PERCENTILE)
     seed: int = option(42, "of all noise", "S", SEED)
     float16_safe: bool = option(False, "no scale below 2⁻¹⁵")
-    one_row_full_precision: bool = True
+    one_row_full_precision: bool = option(True)
 
 
 @dataclass(frozen=True)
@@ -183,14 +218,14 @@ class SolveOptions(Options):
         one_row_full_precision: whether layers that see one row per image compute in full precision.
     """
 
-    method: Method = option("absmax", "absmax, mse or percentile", "METHOD")  # noqa: RUF009
+    method: Method = option("absmax", "absmax, mse or percentile", "METHOD", get_args(Method))
     percentile: float = option(99.9, "for that method", "P", PERCENTILE)
     margin: float | None = option(None, "factor on ranges (as much as costs nothing)", "M", MARGIN)
     full_precision_budget: float = option(0.0, "multiply-adds for full precision", "SHARE", SHARE)
     row_loss_limit: float = option(0.01, "full precision where more rows vanish", "SHARE", SHARE)
     keep: tuple[str, ...] = option((), "leave such layers alone; may be repeated", "REGEX")
     float16_safe: bool = option(False, "no scale below 2⁻¹⁵")
-    one_row_full_precision: bool = True
+    one_row_full_precision: bool = option(True)
 
     @property
     def finds_headroom(self) -> bool:
@@ -214,15 +249,15 @@ class ConvertOptions(Options):
         legacy: write the older `scaled_fp8` spelling instead of comfy_quant.
     """
 
-    format: str = option(DEFAULT_FORMAT, "number format: fp8, int8, int8-tensor", "NAME")
+    format: str = option(DEFAULT_FORMAT, "number format; a wrong name lists them", "NAME")
     layer_format: tuple[str, ...] = option((), "format of such layers; may be repeated", "REGEX=NAME")
     preset: str | None = option(None, "which layers to leave alone (found out)", "FAMILY")
     exclude: tuple[str, ...] = option((), "leave such layers alone; may be repeated", "REGEX", flag="exclude-layers")
-    scaling_mode: Literal["tensor", "row", "block"] = option("tensor", "fp8 scales per tensor, row or block", "MODE")
+    scaling_mode: ScalingMode = option("tensor", "fp8 scales per tensor, row or block", "MODE", get_args(ScalingMode))
     block_size: int = option(64, "side of a block", "N", BLOCK)
-    weight_scale: Literal["absmax", "mse"] = option("absmax", "absmax, or mse: least error", "METHOD")
+    weight_scale: WeightScale = option("absmax", "absmax, or mse: least error", "METHOD", get_args(WeightScale))
     input_scale: bool = option(True, "leave input scales out", flag="no-input-scale")
-    legacy: bool = False
+    legacy: bool = option(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -330,9 +365,9 @@ def check_device_name(name: str) -> None:
 Kind = TypeVar("Kind", bound=Options)
 
 
-def destinations(kind: type[Options]) -> list[str]:
-    """What the offered options are called in a parsed command line."""
-    return [_destination(one) for one in fields(kind) if one.metadata]
+def offered(kind: type[Options]) -> dict[str, Option]:
+    """The options that a command line offers, by their names in the parsed one."""
+    return {one.flag.replace("-", "_"): one for one in kind.declared.values() if one.words}
 
 
 def add_options(group: Any, kind: type[Options], prefix: str = "", **defaults: Any) -> None:
@@ -344,24 +379,21 @@ def add_options(group: Any, kind: type[Options], prefix: str = "", **defaults: A
         prefix: before each name that takes a value, "actcal-" or nothing.
         defaults: that differ from the fields'.
     """
-    hints = get_type_hints(kind)
-    for one in fields(kind):
-        if not one.metadata:
+    for destination, one in offered(kind).items():
+        default, words = defaults.get(destination, one.default), one.words
+        if isinstance(default, bool):
+            group.add_argument(f"--{one.flag}", dest=destination, action="store_true", help=words)
             continue
-        hint, default = hints[one.name], defaults.get(one.name, one.default)
-        words, settings = one.metadata["help"], {"metavar": one.metadata["metavar"], "dest": _destination(one)}
-        if hint is bool:
-            group.add_argument(f"--{_flag(one)}", dest=_destination(one), action="store_true", help=words)
-            continue
+        settings: dict[str, Any] = {"metavar": one.metavar, "dest": destination, "default": default}
         if isinstance(default, tuple):
             settings |= {"action": "append", "default": list(default)}
-        elif get_origin(hint) is Literal:
-            settings |= {"choices": get_args(hint), "default": default}
+        elif isinstance(one.within, Range):
+            settings["type"] = one.within.kind
         else:
-            settings |= {"type": hint if isinstance(hint, type) else get_args(hint)[0], "default": default}
+            settings["choices"] = one.within
         if default not in (None, ()):
             words += f" ({default})" if isinstance(default, str) else f" ({default:g})"
-        group.add_argument(f"--{prefix}{_flag(one)}", help=words, **settings)
+        group.add_argument(f"--{prefix}{one.flag}", help=words, **settings)
 
 
 def options_of(kind: type[Kind], args: argparse.Namespace) -> Kind:
@@ -371,11 +403,12 @@ def options_of(kind: type[Kind], args: argparse.Namespace) -> Kind:
         OptionError: one is out of range.
     """
     found = {}
-    for one in fields(kind):
-        if hasattr(args, _destination(one)):
-            value = getattr(args, _destination(one))
-            value = not value if _flag(one).startswith("no-") else value
-            found[one.name] = tuple(value) if isinstance(value, list) else value
+    for name, one in kind.declared.items():
+        destination = one.flag.replace("-", "_")
+        if hasattr(args, destination):
+            value = getattr(args, destination)
+            value = not value if one.flag.startswith("no-") else value
+            found[name] = tuple(value) if isinstance(value, list) else value
     return kind(**found)
 
 
@@ -386,14 +419,13 @@ def inputs_of(kind: type[Options], shown: Mapping[str, Mapping[str, Any]]) -> di
         kind: whose fields.
         shown: names of fields, and what ComfyUI is told beyond type, default and range.
     """
-    hints = get_type_hints(kind)
     made: dict[str, tuple[Any, dict[str, Any]]] = {}
-    for one in fields(kind):
-        if one.name in shown and get_origin(hints[one.name]) is Literal:
-            made[one.name] = (list(get_args(hints[one.name])), {"default": one.default, **shown[one.name]})
-        elif one.name in shown:
-            within = one.metadata["within"]
-            default, least = (0.0, 0.0) if one.default is None else (one.default, float(within.least))
-            numbers = {"default": default, "min": least, "max": float(within.most), "step": 0.01}
-            made[one.name] = ("FLOAT", {**numbers, **shown[one.name]})
-    return {name: made[name] for name in shown}
+    for name, more in shown.items():
+        one = kind.declared[name]
+        if isinstance(one.within, Range):
+            default, least = (0.0, 0.0) if one.default is None else (one.default, float(one.within.least))
+            numbers = {"default": default, "min": least, "max": float(one.within.most), "step": 0.01}
+            made[name] = ("FLOAT", {**numbers, **more})
+        elif one.within is not None:
+            made[name] = (list(one.within), {"default": one.default, **more})
+    return made

@@ -33,11 +33,11 @@ from . import __version__
 from .checkpoint import Checkpoint, Entry, open_checkpoint, write_checkpoint
 from .errors import StatisticsError, StrPath
 from .kernels import BINS, DIGIT_BITS, DIGITS, LOWEST_EXPONENT, NONFINITE_BIN, SIGMA_BINS, UNKNOWN_SIGMA
+from .names import STATISTICS_KEY
 from .untrusted import is_count, is_texts, parse_json
 
 FORMAT_VERSION = 1
-METADATA_KEY = "convert_to_quant.statistics"
-"""Where the header's JSON stands; its presence tells a statistics file from a checkpoint."""
+METADATA_KEY = STATISTICS_KEY
 
 SIGMA_COLUMNS = SIGMA_BINS + 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -17,8 +17,8 @@ from convert_to_quant.options import (
     Options,
     SolveOptions,
     add_options,
-    destinations,
     inputs_of,
+    offered,
     option,
     options_of,
 )
@@ -27,12 +27,12 @@ from convert_to_quant.solve import METHODS
 
 @dataclass(frozen=True)
 class Made(Options):
-    kind: Literal["plain", "odd"] = option("plain", "plain or odd", "KIND")
+    kind: str = option("plain", "plain or odd", "KIND", ("plain", "odd"))
     margin: float | None = option(None, "factor (free)", "M", MARGIN)
     percentile: float = option(99.9, "of all", "P", PERCENTILE)
     leave: tuple[str, ...] = option((), "left alone", "REGEX", flag="leave-layers")
     scale: bool = option(True, "without scales", flag="no-scale")
-    inner: int = 3
+    inner: int = option(3)
 
 
 def parse(*words: str, prefix: str = "", **defaults: Any) -> Made:
@@ -50,7 +50,7 @@ def test_a_command_line_says_each_of_them() -> None:
     words = ("--kind", "odd", "--margin", "2", "--percentile", "9", "--leave-layers", "a", "--leave-layers", "b")
     assert parse(*words, "--no-scale") == Made("odd", 2.0, 9.0, ("a", "b"), scale=False)
     assert parse("--x-margin", "2", "--no-scale", prefix="x-") == Made(margin=2.0, scale=False)
-    assert destinations(Made) == ["kind", "margin", "percentile", "leave_layers", "no_scale"]
+    assert list(offered(Made)) == ["kind", "margin", "percentile", "leave_layers", "no_scale"]
 
 
 def test_help_says_the_default() -> None:

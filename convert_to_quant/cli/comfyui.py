@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,6 +213,8 @@ def report(
 ) -> int:
     """Write the report that was asked for; the exit code."""
     if args.json:
+        from dataclasses import asdict
+
         document = {
             "server": args.server,
             "workflow": args.workflow,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
-from ..options import DEFAULT_FORMAT, CalibrationOptions, ConvertOptions, add_options, destinations, options_of
+from ..options import DEFAULT_FORMAT, CalibrationOptions, ConvertOptions, add_options, offered, options_of
 from ..telling import advance
 from .calibration import (
     adapter_files,
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_options(args)
     if not args.actcal:
-        for flag in _given(args, ["lora", *destinations(CalibrationOptions)]):
+        for flag in _given(args, ["lora", *offered(CalibrationOptions)]):
             raise OptionError(f"{flag} needs --actcal")
     elif args.no_input_scale:
         raise OptionError("--no-input-scale leaves out what --actcal is asked to find")
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         check_written_files(checkpoint, args, adapter_files(args))
         with loras_of(args) as adapters:
             if options is not None and find_layers(checkpoint).diffusion:
-                unused = ", ".join(_given(args, ["legacy", *destinations(ConvertOptions)]))
+                unused = ", ".join(_given(args, ["legacy", *offered(ConvertOptions)]))
                 if unused:
                     note(f"the input is quantized already, so nothing is converted and {unused} does nothing")
                 return calibrate_file(checkpoint, args, options, adapters)

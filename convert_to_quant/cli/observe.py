@@ -10,9 +10,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from ..engines.comfyui.inprocess_tree import VARIABLE
 from ..errors import OptionError, UnsupportedModelError
-from ..options import FRAMES, SAMPLES, SIDE_PIXELS, TEXT_TOKENS
+from ..options import COMFYUI_VARIABLE, FRAMES, SAMPLES, SIDE_PIXELS, TEXT_TOKENS
 from .calibration import loras_of
 from .output import configure, note, progress_bar, say, write_json
 from .running import NOISE, add_running_arguments, check_running_options, geometry_of
@@ -57,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("what runs it")
     engine.add_argument("--engine", choices=ENGINES, default=ENGINES[0], metavar="WHICH",
                         help="diffusers, comfyui, or the one that can (auto)")  # fmt: skip
-    engine.add_argument("--comfyui-dir", metavar="DIR", help=f"a ComfyUI to run it in (${VARIABLE})")
+    engine.add_argument("--comfyui-dir", metavar="DIR", help=f"a ComfyUI to run it in (${COMFYUI_VARIABLE})")
     engine.add_argument("--pipeline", metavar="DIR", help="a diffusers pipeline, with real prompts")
     engine.add_argument("--prompts", metavar="FILE", help="the pipeline's prompts, one per line")
     engine.add_argument("--component", metavar="NAME", help="of the pipeline, to record (transformer)")
@@ -193,7 +192,7 @@ def engine_of(args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTabl
     reason = "diffusers is not installed" if missing else diffusers.supports(checkpoint, table)
     if reason is None or args.conditioning != NOISE:
         return "diffusers"
-    if args.comfyui_dir or os.environ.get(VARIABLE):
+    if args.comfyui_dir or os.environ.get(COMFYUI_VARIABLE):
         note(f"ComfyUI runs it: {reason}")
         return "comfyui"
     raise UnsupportedModelError(reason, path=checkpoint.path, hint="--comfyui-dir DIR runs it in ComfyUI")

@@ -25,9 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import CalibrationError, Error, OptionError, StrPath, UnsupportedModelError
-
-VARIABLE = "COMFYUI_DIR"
-"""Environment variable that names the tree where no flag does."""
+from ...options import COMFYUI_VARIABLE as VARIABLE
 
 MARKS = ("comfy/sd.py", "comfy/model_detection.py")
 """Files that make a folder a ComfyUI tree."""
