@@ -169,13 +169,13 @@ def perform(
     Returns:
         The exit code.
     """
-    said = config.options_in_force(parser, args)
-    options = {key: value for key, value in said.items() if key not in shared.TALK}
+    args.in_force = config.options_in_force(parser, args)
+    options = {key: value for key, value in args.in_force.items() if key not in shared.TALK}
     made_by = {"tool": "convert_to_quant", "version": __version__, "command": " ".join(names), "options": options}
     output.configure(quiet=args.quiet, verbose=args.verbose, made_by=made_by)
     if warning := neighbour():
         output.note(warning)
-    shared.check_reports(parser, args)
+    shared.check_paths(parser, args)
     code = int(work(args))
     if code == 0 and args.save_config and not getattr(args, "dry_run", False):
         config.write(args.save_config, names, parser, args)

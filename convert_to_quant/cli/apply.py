@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from ..errors import OptionError
 from ..options import SolveOptions, add_options, options_of
-from .calibration import check_written_files, recover_input
-from .patching import add_patching_arguments, check_target, finish
+from .calibration import add_target_arguments, check_target, finish, recover_input, require_target
 
 DESCRIPTION = "Choose the scale and precision of every FP8 layer from statistics, and write them into the checkpoint."
 EPILOG = """\
@@ -25,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.add_argument("input", metavar="MODEL", help="an FP8 checkpoint")
     parser.add_argument("statistics", nargs="+", metavar="STATS", help="statistics files; several are merged")
-    add_patching_arguments(parser)
+    add_target_arguments(parser)
     solving = parser.add_argument_group("solving")
     add_options(solving, SolveOptions)
     solving.add_argument("--force", action="store_true", help="use the layers that match, if not all do")
@@ -37,13 +34,11 @@ def run(args: argparse.Namespace) -> int:
     from ..checkpoint import open_checkpoint
     from ..stats import Statistics, merge
 
-    if args.output is None and not (args.in_place or args.dry_run):
-        raise OptionError("name the new file with -o OUT", hint="or --in-place, or --dry-run")
+    require_target(args)
     options = options_of(SolveOptions, args)
     recover_input(args)
     statistics = merge(*(Statistics.load(path) for path in args.statistics), force=args.force)
     with open_checkpoint(args.input) as checkpoint:
         check_target(checkpoint, args)
-        check_written_files(checkpoint, args, [Path(path) for path in args.statistics])
         calibration = apply_statistics(checkpoint, statistics, options, force=args.force)
         return finish(checkpoint, calibration, args)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from ..options import CalibrationOptions, options_of
 from . import COMMANDS, config, enter, perform
-from .calibration import add_calibration_arguments
+from .calibration import add_calibration_arguments, add_target_arguments, loras_of, recover_input
 from .parsing import Parser
-from .patching import add_patching_arguments
 from .running import check_device
 from .shared import add_shared_options
 
@@ -42,7 +41,7 @@ def build_parser() -> Parser:
         description="Find the input scale of every FP8 layer of a checkpoint and write it into a new one.",
     )
     parser.add_argument("input", metavar="MODEL", help="an FP8 checkpoint")
-    add_patching_arguments(parser)
+    add_target_arguments(parser)
     add_calibration_arguments(parser.add_argument_group("calibration"), "")
     add_shared_options(parser, writes=True)
     return parser
@@ -51,14 +50,11 @@ def build_parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     """Calibrate the file."""
     from ..checkpoint import open_checkpoint
-    from .calibration import adapter_files, check_written_files, loras_of, recover_input
     from .convert import calibrate_file, check_options
 
     check_options(args)
     options = options_of(CalibrationOptions, args)
     check_device(args.device)
     recover_input(args)
-    with open_checkpoint(args.input) as checkpoint:
-        check_written_files(checkpoint, args, adapter_files(args))
-        with loras_of(args) as adapters:
-            return calibrate_file(checkpoint, args, options, adapters)
+    with open_checkpoint(args.input) as checkpoint, loras_of(args) as adapters:
+        return calibrate_file(checkpoint, args, options, adapters)

@@ -1,4 +1,4 @@
-"""How calibration options are asked for, and how a calibration is told; shared by the commands that calibrate."""
+"""How calibrations are asked for, told and written; shared by the commands that calibrate a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,14 +8,29 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import OptionError
 from ..options import CalibrationOptions, add_options
 from .output import decibels, note, print_table, progress_bar, say, write_json
+from .shared import check_shards
 
 if TYPE_CHECKING:
     from ..calibrate_activation_scales import Calibration
     from ..checkpoint import Checkpoint
     from ..lora import Lora
     from ..solve import LayerResult
+
+
+READ_AS_SAFETENSORS = (".safetensors", ".sft", ".safetensors.index.json")
+"""How names end that ComfyUI reads as safetensors (`comfy.utils.load_torch_file`), and an index, which others read."""
+
+
+def add_target_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to, and the marker of legacy files."""
+    target = parser.add_argument_group("the file")
+    target.add_argument("-o", "--output", metavar="OUT", help="the new file")
+    target.add_argument("--in-place", action="store_true", help="write the scales into MODEL itself")
+    target.add_argument("--enable-fp8-matmul", action="store_true",
+                        help="undo a legacy marker that turns FP8 off")  # fmt: skip
 
 
 def add_calibration_arguments(group: Any, prefix: str) -> None:
@@ -39,37 +54,28 @@ def recover_input(args: argparse.Namespace) -> None:
         note(f"{args.input}: an interrupted change in place was undone")
 
 
-def adapter_files(args: argparse.Namespace) -> list[Path]:
-    """The adapters that were asked for."""
-    from ..lora import split_strength
-
-    return [Path(split_strength(text)[0]) for text in args.lora]
-
-
-def check_written_files(checkpoint: Checkpoint, args: argparse.Namespace, others: Sequence[Path]) -> None:
-    """Refuse, before any work, outputs that cannot be written or would replace what is read.
-
-    That reports are no other file of the call has been checked already (`shared.check_reports`); here are the shards,
-    which no call names.
-
-    Args:
-        checkpoint: the model.
-        args: with `output` and `json`.
-        others: the further files that are read.
+def require_target(args: argparse.Namespace) -> None:
+    """Refuse a call that names nothing to write.
 
     Raises:
-        OutputError: the output is a folder or a special file, has no folder or is one of `others`; the report is a
-            shard.
+        OptionError: it does not.
     """
-    from ..checkpoint import check_output, refuse_same_file
+    if args.output is None and not (args.in_place or args.dry_run):
+        raise OptionError("name the new file with -o OUT", hint="or --in-place, or --dry-run")
 
-    if args.output is not None:
-        output = Path(args.output)
-        refuse_same_file(output, others, hint="name another output")
-        check_output(output)
-    if args.json not in (None, "-"):
-        shards = [file.path for file in checkpoint.files]
-        refuse_same_file(Path(args.json), shards, hint="name another file for --json")
+
+def check_target(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Refuse, before minutes of work, a target that the open checkpoint forbids.
+
+    Raises:
+        OutputError: an output is one of its shards.
+        OptionError: in place, and yet another output was named.
+    """
+    from ..patch import check_in_place
+
+    check_shards(checkpoint, args)
+    if args.in_place:
+        check_in_place(checkpoint, None if args.output is None else Path(args.output))
 
 
 def loras_of(args: argparse.Namespace) -> AbstractContextManager[list[Lora]]:
@@ -96,6 +102,40 @@ def tell(calibration: Calibration, args: argparse.Namespace) -> None:
         print_calibration(calibration.results, talk=args.json == "-")
     if args.json:
         write_json(args.json, calibration.to_json())
+
+
+def finish(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Namespace) -> int:
+    """Say what a calibration found and, unless this is a dry run, write it: into a new file, or the checkpoint itself.
+
+    A dry run plans everything, so that what cannot be done shows.
+    """
+    from ..calibrate_activation_scales import plan, plan_in_place
+    from ..layers import find_layers
+    from ..patch import apply_in_place, rewrite
+
+    tell(calibration, args)
+    how = plan_in_place if args.in_place else plan
+    patch = how(checkpoint, find_layers(checkpoint), calibration, enable_fp8_matmul=args.enable_fp8_matmul)
+    target = checkpoint.path if args.in_place else Path(args.output or "")
+    for text in patch.notes:
+        note(text)
+    if args.dry_run:
+        would = f"would write {len(calibration.scales)} scales into {target}; " if args.in_place or args.output else ""
+        say(f"dry run: {would}nothing was written")
+    elif args.in_place and not apply_in_place(patch):
+        say(f"{target} has these scales already; nothing was written")
+    else:
+        if not args.in_place:
+            rewrite(patch, target)
+        say(f"wrote {target}")
+        note_ending(target)
+    return 0
+
+
+def note_ending(path: Path) -> None:
+    """Say that ComfyUI takes a file for something else, where it does: it goes by how names end."""
+    if not path.name.lower().endswith(READ_AS_SAFETENSORS):
+        note(f"ComfyUI does not read {path.name} as safetensors; it goes by how a name ends")
 
 
 def summary(calibration: Calibration) -> str:

@@ -116,14 +116,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise OptionError("--pipeline needs --prompts FILE")
     if embeddings_of(args):
         raise OptionError("--conditioning does not go with --pipeline")
-    from ..checkpoint import check_output, refuse_same_file
     from ..engines.pipeline import require_pipeline
 
-    if args.save_conditioning is not None:
-        output = Path(args.save_conditioning)
-        inputs = [Path(path) for path in (args.reference, args.quantized, args.prompts)]
-        refuse_same_file(output, inputs, hint="name another file for --save-conditioning")
-        check_output(output)
     require_pipeline(args.pipeline)
 
 

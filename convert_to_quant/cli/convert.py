@@ -13,17 +13,19 @@ from ..errors import OptionError
 from ..options import DEFAULT_FORMAT, CalibrationOptions, ConvertOptions, add_options, offered, options_of
 from ..telling import advance
 from .calibration import (
-    adapter_files,
     add_calibration_arguments,
     calibrate,
-    check_written_files,
+    check_target,
+    finish,
     loras_of,
+    note_ending,
     recover_input,
+    require_target,
     tell,
 )
 from .output import note, print_table, progress_bar, say, write_json
-from .patching import check_target, finish, note_ending
 from .running import check_device
+from .shared import check_shards
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint, CheckpointWriter
@@ -70,19 +72,20 @@ def run(args: argparse.Namespace) -> int:
 
     check_options(args)
     if not args.actcal:
-        for flag in _given(args, ["lora", *offered(CalibrationOptions)]):
-            raise OptionError(f"{flag} needs --actcal")
+        for flag in args.in_force:
+            if flag.startswith("actcal-"):
+                raise OptionError(f"--{flag} needs --actcal")
     elif args.no_input_scale:
         raise OptionError("--no-input-scale leaves out what --actcal is asked to find")
     options = options_of(CalibrationOptions, args) if args.actcal else None
     check_device(args.device)
     recover_input(args)
     with open_checkpoint(args.input) as checkpoint:
-        check_written_files(checkpoint, args, adapter_files(args))
+        check_shards(checkpoint, args)
         with loras_of(args) as adapters:
             if options is not None and find_layers(checkpoint).diffusion:
-                unused = ", ".join(_given(args, ["legacy", *offered(ConvertOptions)]))
-                if unused:
+                converting = {"legacy", *(one.flag for one in offered(ConvertOptions).values())}
+                if unused := ", ".join(f"--{flag}" for flag in args.in_force if flag in converting):
                     note(f"the input is quantized already, so nothing is converted and {unused} does nothing")
                 return calibrate_file(checkpoint, args, options, adapters)
             if args.in_place and find_layers(checkpoint).raw:
@@ -96,15 +99,6 @@ def run(args: argparse.Namespace) -> int:
             return convert_file(checkpoint, args, conversion, options, adapters)
 
 
-def _given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
-    """The flags of some options, of those that differ from their defaults."""
-    from . import DEFAULT_COMMAND, build_parser, config
-
-    parser = build_parser(DEFAULT_COMMAND)
-    known = config.keys(parser)
-    return [f"--{key}" for key in config.options_in_force(parser, args) if known[key].dest in names]
-
-
 def check_options(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other or do nothing.
 
@@ -113,8 +107,7 @@ def check_options(args: argparse.Namespace) -> None:
     """
     if args.in_place and not args.actcal:
         raise OptionError("--in-place needs --actcal: only scales can be written in place")
-    if args.output is None and not (args.in_place or args.dry_run):
-        raise OptionError("name the new file with -o OUT", hint="or --in-place, or --dry-run")
+    require_target(args)
     if args.enable_fp8_matmul and not args.actcal:
         raise OptionError("--enable-fp8-matmul needs --actcal: without input scales FP8 products would use 1.0")
     if args.float16_safe and not args.actcal:
@@ -144,7 +137,6 @@ def convert_file(
 ) -> int:
     """Convert a file in high precision, and calibrate it before it gets its name."""
     from ..calibrate_activation_scales import refuse_unrunnable, static_table
-    from ..checkpoint import refuse_same_file
     from ..convert import convert, plan_conversion
     from ..lora import match_loras
 
@@ -153,8 +145,6 @@ def convert_file(
         static_table(checkpoint)  # says why a plain cast cannot be calibrated either
     if calibration is not None and calibration.engine != "layer":
         refuse_unrunnable(checkpoint)
-    if args.output is not None:
-        refuse_same_file(Path(args.output), [checkpoint.path, *(file.path for file in checkpoint.files)])
     if adapters:  # an adapter that does not fit shows before the work as well as after
         match_loras(adapters, plan.table.shapes())
     for text in plan.notes:

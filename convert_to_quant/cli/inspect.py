@@ -8,12 +8,12 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
 from ..telling import plural
 from .output import error, print_table, size, write_json
+from .shared import check_shards
 from .terminal import Styled, columns, is_terminal, paint, printable
 
 if TYPE_CHECKING:
@@ -84,13 +84,11 @@ def run(args: argparse.Namespace) -> int:
 
 def look(path: str, args: argparse.Namespace) -> Inspection:
     """Find out what a file is."""
-    from ..checkpoint import open_checkpoint, refuse_same_file
+    from ..checkpoint import open_checkpoint
     from ..inspection import inspect_checkpoint
 
     with open_checkpoint(path) as checkpoint:
-        if args.json not in (None, "-"):
-            shards = [file.path for file in checkpoint.files]
-            refuse_same_file(Path(args.json), shards, hint="name another file for --json")
+        check_shards(checkpoint, args)
         return inspect_checkpoint(checkpoint)
 
 

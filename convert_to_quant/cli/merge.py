@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from .observe import report
 from .output import note, say
@@ -24,20 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from ..checkpoint import check_output, refuse_same_file
     from ..stats import Statistics, merge
 
-    output = Path(args.output)
-    refuse_same_file(output, [Path(path) for path in args.statistics], hint="name another output")
-    check_output(output)
     merged = merge(*(Statistics.load(path) for path in args.statistics), force=args.force)
     for name in merged.left_out:
         note(f"left out: {name}")
     found = f"{len(args.statistics)} files, {merged.samples} samples, {len(merged.layers)} layers"
     if args.dry_run:
-        say(f"dry run: would merge {found} into {output}; nothing was written")
+        say(f"dry run: would merge {found} into {args.output}; nothing was written")
     else:
-        merged.save(output)
-        say(f"merged {found}: {output}")
+        merged.save(args.output)
+        say(f"merged {found}: {args.output}")
     report(merged, args)
     return 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from ..engines.diffusers import Observation
     from ..engines.session import Session
     from ..layers import LayerTable
+    from ..lora import Lora
     from ..stats import Statistics
+    from ..telling import Progress
 
 ENGINES = ("auto", "diffusers", "comfyui")
 WARNING_LETTERS = 300
@@ -85,7 +87,7 @@ def check_options(args: argparse.Namespace) -> None:
         OptionError: flags do.
         OutputError: an output is an input, a folder or a special file, or has no folder to be in.
     """
-    from ..checkpoint import check_output, refuse_same_file
+    from ..checkpoint import check_output
 
     check_running_options(args)
     if args.save_every < 0:
@@ -114,10 +116,6 @@ def check_options(args: argparse.Namespace) -> None:
             "--conditioning does not go with --engine comfyui, which shows noise",
             hint="convert_to_quant comfyui observe runs a workflow of yours, on its own prompts",
         )
-    output = Path(args.output)
-    inputs = [args.input, args.prompts, None if args.conditioning == NOISE else args.conditioning]
-    refuse_same_file(output, [Path(path) for path in inputs if path is not None], hint="name another output")
-    check_output(output)
     check_output(partial_of(args.output))
 
 
@@ -151,29 +149,24 @@ def device_of_this_process(device: str) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
-def session_of(args: argparse.Namespace, distributed: bool, **options: Any) -> Session:
-    """The session that was asked for: what is in `options` may not change when it is resumed."""
-    from ..engines.session import Session
-
-    return Session(
-        args.output,
-        {"steps": args.steps, "seed": args.seed, "device": args.device.partition(":")[0], **options},
-        resume=args.resume,
-        save_every_seconds=args.save_every,
-        distributed=distributed,
-    )
+Run = Callable[["Session", "Progress"], "Observation"]
+"""What runs a model, as one of the engines does: told where to keep what it sees, and how far it is."""
 
 
 def observe_model(args: argparse.Namespace, distributed: bool) -> int:
     """Run a checkpoint."""
     from ..checkpoint import open_checkpoint
+    from ..engines.session import fingerprint
     from ..layers import find_layers
 
-    with open_checkpoint(args.input) as checkpoint:
+    with open_checkpoint(args.input) as checkpoint, loras_of(args) as adapters:
         table = find_layers(checkpoint)
-        if engine_of(args, checkpoint, table) == "comfyui":
-            return observe_in_comfyui(args, distributed, checkpoint, table)
-        return observe_in_diffusers(args, distributed, checkpoint, table)
+        inside = engine_of(args, checkpoint, table) == "comfyui"
+        prepare = observe_in_comfyui if inside else observe_in_diffusers
+        made_with, run = prepare(args, checkpoint, table, adapters)
+        made_with["model"] = fingerprint(checkpoint)
+        made_with["lora"] = [f"{one.strength:g} {fingerprint(one.checkpoint)}" for one in adapters]
+        return observe(args, distributed, made_with, run)
 
 
 def engine_of(args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTable) -> str:
@@ -198,90 +191,56 @@ def engine_of(args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTabl
     raise UnsupportedModelError(reason, path=checkpoint.path, hint="--comfyui-dir DIR runs it in ComfyUI")
 
 
-def observe_in_diffusers(args: argparse.Namespace, distributed: bool, checkpoint: Checkpoint, table: LayerTable) -> int:
-    """Run a checkpoint in diffusers' classes."""
+def observe_in_diffusers(
+    args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTable, adapters: Sequence[Lora]
+) -> tuple[dict[str, Any], Run]:
+    """How diffusers' classes run a checkpoint: what the statistics are made with, and the run."""
     from ..calibrate_activation_scales import lora_notes
     from ..engines import diffusers
     from ..engines.prompts import Prompts
     from ..engines.session import fingerprint
     from ..lora import match_loras
 
-    with loras_of(args) as adapters:
-        geometry = geometry_of(args, diffusers.plan(checkpoint, table).family)
-        prompts = None if args.conditioning == NOISE else Prompts.load(args.conditioning)
-        match = match_loras(adapters, table.shapes()) if adapters else None
-        images = args.samples or (SAMPLES if prompts is None else 1)
-        session = session_of(
-            args,
-            distributed,
-            model=fingerprint(checkpoint),
-            conditioning=NOISE if prompts is None else fingerprint(args.conditioning),
-            samples=images,
-            size=f"{geometry.frames} x {geometry.height} x {geometry.width} tokens, text {geometry.text_tokens}",
-            lora=[f"{one.strength:g} {fingerprint(one.checkpoint)}" for one in adapters],
-        )
-        if done(session, args):
-            return 0
+    geometry = geometry_of(args, diffusers.plan(checkpoint, table).family)
+    prompts = None if args.conditioning == NOISE else Prompts.load(args.conditioning)
+    match = match_loras(adapters, table.shapes()) if adapters else None
+    args.samples = args.samples or (SAMPLES if prompts is None else 1)
+
+    def run(session: Session, progress: Progress) -> Observation:
         for text in lora_notes(match) if match is not None else ():
             note(text)
-        with progress_bar("observing") as progress:
-            observation = diffusers.observe(
-                checkpoint,
-                table,
-                samples=images,
-                steps=args.steps,
-                seed=args.seed,
-                device=args.device,
-                geometry=geometry,
-                prompts=prompts,
-                adapters=match,
-                session=session,
-                progress=progress,
-            )
-    return finish(session, observation, args)
+        return diffusers.observe(checkpoint, table, geometry=geometry, prompts=prompts, adapters=match,
+                                 session=session, progress=progress, **shown(args))  # fmt: skip
+
+    return {
+        "conditioning": NOISE if prompts is None else fingerprint(args.conditioning),
+        "size": f"{geometry.frames} x {geometry.height} x {geometry.width} tokens, text {geometry.text_tokens}",
+    }, run
 
 
-def observe_in_comfyui(args: argparse.Namespace, distributed: bool, checkpoint: Checkpoint, table: LayerTable) -> int:
-    """Run a checkpoint in a ComfyUI."""
+def observe_in_comfyui(
+    args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTable, adapters: Sequence[Lora]
+) -> tuple[dict[str, Any], Run]:
+    """How a ComfyUI runs a checkpoint: what the statistics are made with, and the run."""
     from ..engines.comfyui import inprocess, inprocess_tree
-    from ..engines.session import fingerprint
 
     folder = inprocess_tree.folder_of(args.comfyui_dir)
-    size = inprocess.Size(
-        args.height or SIDE_PIXELS,
-        args.width or SIDE_PIXELS,
-        args.frames or FRAMES,
-        args.text_tokens or TEXT_TOKENS,
-    )
-    with loras_of(args) as adapters:
-        images = args.samples or SAMPLES
-        session = session_of(
-            args,
-            distributed,
-            engine=f"comfyui {inprocess_tree.version(folder)}",
-            model=fingerprint(checkpoint),
-            samples=images,
-            size=f"{size.frames} x {size.height} x {size.width}, text {size.text_tokens}",
-            lora=[f"{one.strength:g} {fingerprint(one.checkpoint)}" for one in adapters],
-        )
-        if done(session, args):
-            return 0
-        with progress_bar("observing") as progress:
-            observation = inprocess.observe(
-                checkpoint,
-                folder,
-                table,
-                samples=images,
-                steps=args.steps,
-                seed=args.seed,
-                device=args.device,
-                size=size,
-                adapters=adapters,
-                session=session,
-                progress=progress,
-                warn=lambda text: note(f"ComfyUI: {shorten(text, WARNING_LETTERS, placeholder=' ...')}"),
-            )
-    return finish(session, observation, args)
+    asked = args.height, args.width, args.frames, args.text_tokens
+    defaults = SIDE_PIXELS, SIDE_PIXELS, FRAMES, TEXT_TOKENS
+    size = inprocess.Size(*(one or default for one, default in zip(asked, defaults, strict=True)))
+    args.samples = args.samples or SAMPLES
+
+    def warn(text: str) -> None:
+        note(f"ComfyUI: {shorten(text, WARNING_LETTERS, placeholder=' ...')}")
+
+    def run(session: Session, progress: Progress) -> Observation:
+        return inprocess.observe(checkpoint, folder, table, size=size, adapters=adapters, session=session,
+                                 progress=progress, warn=warn, **shown(args))  # fmt: skip
+
+    return {
+        "engine": f"comfyui {inprocess_tree.version(folder)}",
+        "size": f"{size.frames} x {size.height} x {size.width}, text {size.text_tokens}",
+    }, run
 
 
 def observe_pipeline(args: argparse.Namespace, distributed: bool) -> int:
@@ -292,35 +251,76 @@ def observe_pipeline(args: argparse.Namespace, distributed: bool) -> int:
 
     pipeline.require_pipeline(args.pipeline)  # before all of its files are read
     prompts = read_prompts(Path(args.prompts))
+    args.samples = args.samples or len(prompts)
     painting = pipeline.Painting(
-        args.samples or len(prompts), args.steps, args.seed, args.height, args.width, args.frames, args.text_tokens
+        args.samples, args.steps, args.seed, args.height, args.width, args.frames, args.text_tokens
     )
-    with ExitStack() as stack:
-        checkpoint = None if args.input is None else stack.enter_context(open_checkpoint(args.input))
-        session = session_of(
-            args,
-            distributed,
-            pipeline=fingerprint(args.pipeline),
-            prompts=fingerprint(args.prompts),
-            model=None if checkpoint is None else fingerprint(checkpoint),
-            component=args.component,
-            samples=painting.images,
-            size=f"{args.frames} x {args.height} x {args.width}, text {args.text_tokens}",
-        )
-        if done(session, args):
-            return 0
+    with nullcontext() if args.input is None else open_checkpoint(args.input) as checkpoint:
+        made_with = {
+            "pipeline": fingerprint(args.pipeline),
+            "prompts": fingerprint(args.prompts),
+            "model": None if checkpoint is None else fingerprint(checkpoint),
+            "component": args.component,
+            "size": f"{args.frames} x {args.height} x {args.width}, text {args.text_tokens}",
+        }
+
+        def run(session: Session, progress: Progress) -> Observation:
+            return pipeline.observe(args.pipeline, prompts, painting, session, checkpoint=checkpoint,
+                                    component=args.component, device=args.device, progress=progress)  # fmt: skip
+
+        return observe(args, distributed, made_with, run)
+
+
+def shown(args: argparse.Namespace) -> dict[str, Any]:
+    """What every engine is told of the images."""
+    return {name: getattr(args, name) for name in ("samples", "steps", "seed", "device")}
+
+
+def observe(args: argparse.Namespace, distributed: bool, made_with: dict[str, Any], run: Run) -> int:
+    """Run a model, unless there is nothing left to do: an earlier run made the output, or this one is dry.
+
+    Args:
+        args: the options, with the number of samples.
+        distributed: whether other processes share the work.
+        made_with: what may not change when the run is resumed, beside what is said here.
+        run: does the work.
+    """
+    from ..engines.session import Session
+
+    made_with |= {**shown(args), "device": args.device.partition(":")[0]}
+    session = Session(args.output, made_with, resume=args.resume, save_every_seconds=args.save_every,
+                      distributed=distributed)  # fmt: skip
+    statistics = session.finished()
+    if args.dry_run:
+        say(f"dry run: would {'replace' if Path(args.output).exists() else 'write'} {args.output}; nothing was written")
+        if args.json:
+            write_json(args.json, {"statistics": str(args.output), "dry_run": True})
+        return 0
+    if statistics is not None:
+        session.discard()
+        say(f"{args.output} is complete already")
+    else:
         with progress_bar("observing") as progress:
-            observation = pipeline.observe(
-                args.pipeline,
-                prompts,
-                painting,
-                session,
-                checkpoint=checkpoint,
-                component=args.component,
-                device=args.device,
-                progress=progress,
-            )
-    return finish(session, observation, args)
+            observation = run(session, progress)
+        statistics = observation.statistics
+        session.finish(statistics)
+        tell(observation, args)
+    report(statistics, args)
+    return 0
+
+
+def tell(observation: Observation, args: argparse.Namespace) -> None:
+    """Say what was seen, and what was not."""
+    statistics = observation.statistics
+    unseen = set(statistics.unseen)
+    for name in observation.unvisited:
+        note(f"{name}: {'ran, but its input could not be seen' if name in unseen else 'never ran'}")
+    if observation.conditioned:
+        note(
+            f"observed on noise: the ranges of {len(observation.conditioned)} layers depend on the conditioning, "
+            f"which noise only imitates (first: {min(observation.conditioned)})"
+        )
+    say(f"observed {int(statistics.visited.sum())} layers over {statistics.samples} images; wrote {args.output}")
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -336,56 +336,19 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def done(session: Session, args: argparse.Namespace) -> bool:
-    """Whether there is nothing left to do: an earlier run made the output, or this one is dry; says so, and reports."""
-    statistics = session.finished()
-    if args.dry_run:
-        say(f"dry run: would {'replace' if Path(args.output).exists() else 'write'} {args.output}; nothing was written")
-        if args.json:
-            write_json(args.json, {"statistics": str(args.output), "dry_run": True})
-        return True
-    if statistics is None:
-        return False
-    session.discard()
-    say(f"{args.output} is complete already")
-    report(statistics, args)
-    return True
-
-
-def finish(session: Session, observation: Observation, args: argparse.Namespace) -> int:
-    """Write the statistics, and say what they hold."""
-    statistics = observation.statistics
-    session.finish(statistics)
-    unseen = set(statistics.unseen)
-    for name in observation.unvisited:
-        note(f"{name}: {'ran, but its input could not be seen' if name in unseen else 'never ran'}")
-    if observation.conditioned:
-        note(
-            f"observed on noise: the ranges of {len(observation.conditioned)} layers depend on the conditioning, "
-            f"which noise only imitates (first: {min(observation.conditioned)})"
-        )
-    say(f"observed {int(statistics.visited.sum())} layers over {statistics.samples} images; wrote {args.output}")
-    report(statistics, args)
-    return 0
-
-
 def report(statistics: Statistics, args: argparse.Namespace) -> None:
     """Write the report that was asked for; one process of several does."""
     if args.json is None or os.environ.get("RANK", "0") != "0":
         return
-    absmax, visited = statistics.absmax.tolist(), statistics.visited.tolist()
-    write_json(
-        args.json,
-        {
-            "statistics": str(args.output),
-            "fingerprint": statistics.fingerprint,
-            "samples": statistics.samples,
-            "provenance": {name: list(texts) for name, texts in statistics.provenance.items()},
-            "layers": [
-                {"layer": name, "absmax": largest if ran else None, "calls": calls}
-                for name, largest, ran, calls in zip(
-                    statistics.names, absmax, visited, statistics.calls.tolist(), strict=True
-                )
-            ],
-        },
-    )
+    columns = (statistics.absmax.tolist(), statistics.visited.tolist(), statistics.calls.tolist())
+    document = {
+        "statistics": str(args.output),
+        "fingerprint": statistics.fingerprint,
+        "samples": statistics.samples,
+        "provenance": {name: list(texts) for name, texts in statistics.provenance.items()},
+        "layers": [
+            {"layer": name, "absmax": absmax if visited else None, "calls": calls}
+            for name, absmax, visited, calls in zip(statistics.names, *columns, strict=True)
+        ],
+    }
+    write_json(args.json, document)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .. import __version__
 from ..errors import CheckpointError, Error, OutputError
 from .parsing import Parser
 from .terminal import COLOR_CHOICES
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
 
 Kind = Literal["checkpoint", "file", "config", "folder"]
 
@@ -50,6 +53,8 @@ SHARED: Mapping[tuple[str, ...], Mapping[str, Any]] = {
 }  # fmt: skip
 NO_KEYS = frozenset({"config", "save_config", "color", "version", "help"})
 """Options about the call itself, which a configuration file cannot say."""
+WRITTEN = frozenset({"-o", "--save-conditioning", "--json", "--save-config"})
+"""Options that name what is written."""
 TALK = frozenset({"json", "verbose", "quiet"})
 """Options about what is said, which change nothing in what is written."""
 
@@ -84,10 +89,11 @@ def kind_of(action: argparse.Action) -> Kind | None:
     return PATHS.get(action.metavar) if isinstance(action.metavar, str) else None
 
 
-def paths_of(parser: Parser, args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
-    """Every file and folder that a call names, with the option that names it."""
+def paths_of(parser: Parser, args: argparse.Namespace) -> Iterator[tuple[str, Path, Kind]]:
+    """Every file and folder that a call names: the option that names it, the path, and what it is."""
     for action in parser._actions:
-        if action.help == argparse.SUPPRESS or kind_of(action) is None:
+        kind = kind_of(action)
+        if action.help == argparse.SUPPRESS or kind is None:
             continue
         value = getattr(args, action.dest, None)
         for text in value if isinstance(value, list) else [value]:
@@ -97,7 +103,7 @@ def paths_of(parser: Parser, args: argparse.Namespace) -> Iterator[tuple[str, Pa
                     from ..lora import split_strength
 
                     place, _ = split_strength(text)
-                yield action.option_strings[0] if action.option_strings else str(action.metavar), Path(place)
+                yield action.option_strings[0] if action.option_strings else str(action.metavar), Path(place), kind
 
 
 def read_text(path: Path, refuse: Callable[[str], Error]) -> str:
@@ -124,35 +130,52 @@ def read_text(path: Path, refuse: Callable[[str], Error]) -> str:
     raise refuse(f"cannot be read: {problem}")
 
 
-def check_reports(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuse, before any work, a report or saved configuration that cannot be written or would replace another file.
+def check_paths(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse, before any work, outputs that cannot be written or would replace another file of the call.
+
+    The shards of a checkpoint, which no call names, are `check_shards`'s; pages and folders are their commands'.
 
     Raises:
-        OutputError: its folder is missing, it is a folder or a special file (a report may be a pipe or a character
+        OutputError: a folder is missing, an output is a folder or a special file (a report may be a pipe or a character
             device), or it is another file of the call.
     """
-    reports = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in ("--json", "--save-config")}
-    if all(place in (None, "-") for place in reports.values()):
-        return
-    from ..checkpoint import check_output
-
-    others = list(paths_of(parser, args))
-    for flag, place in reports.items():
-        if place in (None, "-"):
+    named = list(paths_of(parser, args))
+    in_place = getattr(args, "in_place", False)
+    for flag, output, kind in named:
+        if flag not in WRITTEN or (flag == "-o" and (kind != "checkpoint" or in_place)):
             continue
-        report = Path(place)
-        for name, other in others:
-            if name != flag and _same(report, other):
-                hint = f"name another file for {flag}"
-                raise OutputError(f"{flag} and {name} are the same file", path=report, hint=hint)
-        check_output(report, stream=flag == "--json")
+        from ..checkpoint import check_output
+
+        for name, other, _ in named:
+            if name == flag or (flag == "-o" and name in WRITTEN) or not _same(output, other):
+                continue
+            if flag == "-o":
+                calibrates = name in ("-i", "MODEL") and getattr(args, "actcal", hasattr(args, "in_place"))
+                hint = "name another output" + (", or add --in-place" if calibrates else "")
+                raise OutputError(f"the output is the same file as the input {other}", path=output, hint=hint)
+            hint = f"name another file for {flag}"
+            raise OutputError(f"{flag} and {name} are the same file", path=output, hint=hint)
+        check_output(output, stream=flag == "--json")
+
+
+def check_shards(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Refuse, before any work, outputs that are files of a checkpoint.
+
+    Raises:
+        OutputError: one is.
+    """
+    from ..checkpoint import refuse_same_file
+
+    files = [file.path for file in checkpoint.files]
+    if args.json not in (None, "-"):
+        refuse_same_file(Path(args.json), files, hint="name another file for --json")
+    if getattr(args, "output", None) is not None and not args.in_place:
+        refuse_same_file(Path(args.output), files, hint="name another output")
 
 
 def _same(one: Path, other: Path) -> bool:
     """Whether two paths are one file, whatever they are called; neither need exist."""
-    if one.resolve() == other.resolve():
-        return True
     try:
-        return one.samefile(other)
+        return one.resolve() == other.resolve() or one.samefile(other)
     except OSError:  # one of them does not exist, so they are two
         return False
