@@ -104,14 +104,11 @@ class Options:
     declared: ClassVar[dict[str, Option]] = {}
 
     def __init_subclass__(cls) -> None:
-        own = {
-            name: one._replace(flag=one.flag or name.replace("_", "-"))
-            for name, one in vars(cls).items()
-            if isinstance(one, Option)
-        }
-        cls.declared = {**cls.declared, **own}
-        for name, one in own.items():
-            setattr(cls, name, one.default)
+        cls.declared = dict(cls.declared)
+        for name, one in list(vars(cls).items()):
+            if isinstance(one, Option):
+                cls.declared[name] = one._replace(flag=one.flag or name.replace("_", "-"))
+                setattr(cls, name, one.default)
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         """An object that is not checked yet."""

@@ -132,7 +132,7 @@ def command_of(words: Sequence[str]) -> str:
         return word
     if word.startswith("-"):
         named_by_file = path is not None and not {"-i", "--input"} & {word.partition("=")[0] for word in words}
-        return config.only_command(config.read(str(path)), str(path), list(COMMANDS)) if named_by_file else "convert"
+        return config.only_command(str(path), list(COMMANDS)) if named_by_file else DEFAULT_COMMAND
     if word.endswith(FILE_SUFFIXES) or Path(word).exists():
         hint = f"convert_to_quant -i {word} converts it, convert_to_quant inspect {word} looks at it"
         raise OptionError(f"{word} is a file, not a command", hint=hint)

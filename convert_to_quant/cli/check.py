@@ -81,9 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     check_options(args)
-    for flag, number in (("--at-least", args.at_least), ("--guidance", args.guidance)):
-        if number is not None and not math.isfinite(number):
-            raise OptionError(f"{flag} should be a finite number, found {number}")
     found = measure(args)
     if args.json:
         write_json(args.json, found.to_json())
@@ -99,26 +96,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other or do nothing, and a file of embeddings that cannot be written.
+    """Refuse flags that contradict each other or do nothing, and numbers that are none.
 
     Raises:
-        OptionError: flags do.
-        OutputError: the file is an input, a folder or a special file, or has no folder to be in.
+        OptionError: there are such.
         CalibrationError: --pipeline is no folder of a pipeline.
     """
-    check_running_options(args)
-    if args.pipeline is None:
-        for name in ("prompts", "save-conditioning"):
-            if getattr(args, name.replace("-", "_")) is not None:
-                raise OptionError(f"--{name} needs --pipeline")
-        return
-    if args.prompts is None:
-        raise OptionError("--pipeline needs --prompts FILE")
-    if embeddings_of(args):
-        raise OptionError("--conditioning does not go with --pipeline")
-    from ..engines.pipeline import require_pipeline
+    check_running_options(args, ("prompts", "save-conditioning"), {})
+    for flag, number in (("--at-least", args.at_least), ("--guidance", args.guidance)):
+        if number is not None and not math.isfinite(number):
+            raise OptionError(f"{flag} should be a finite number, found {number}")
+    if args.pipeline is not None:
+        from ..engines.pipeline import require_pipeline
 
-    require_pipeline(args.pipeline)
+        require_pipeline(args.pipeline)
 
 
 def measure(args: argparse.Namespace) -> Fidelity:
@@ -135,15 +126,8 @@ def measure(args: argparse.Namespace) -> Fidelity:
         refuse_wrong_order(reference, quantized, args)
         scenes = shown(reference, given, args)
         with progress_bar("checking") as progress:
-            return scenes_fidelity(
-                reference,
-                quantized,
-                scenes,
-                guidance=args.guidance,
-                steps=args.steps,
-                layer_errors=args.layers,
-                progress=progress,
-            )
+            return scenes_fidelity(reference, quantized, scenes, guidance=args.guidance, steps=args.steps,
+                                   layer_errors=args.layers, progress=progress)  # fmt: skip
 
 
 def refuse_another_model(reference: Denoiser, quantized: Denoiser, args: argparse.Namespace) -> None:
@@ -153,16 +137,16 @@ def refuse_another_model(reference: Denoiser, quantized: Denoiser, args: argpars
         CalibrationError: they are.
     """
     one, other = reference.plan, quantized.plan
-    problem = None
+    names = sorted(one.shapes.keys() | other.shapes.keys())
+    different = next((name for name in names if one.shapes.get(name) != other.shapes.get(name)), None)
     if one.family != other.family:
         problem = f"its family is {other.family}, that of {args.reference} is {one.family}"
-    for name in sorted(one.shapes.keys() | other.shapes.keys()) if problem is None else ():
-        wanted, found = one.shapes.get(name), other.shapes.get(name)
-        if wanted != found:
-            problem = f"{name} is {_shape(found)}, in {args.reference} it is {_shape(wanted)}"
-            break
-    if problem is not None:
-        raise CalibrationError(f"another model: {problem}", path=args.quantized, hint="compare a model with itself")
+    elif different is not None:
+        wanted, found = (str(list(plan.shapes.get(different, ()))).replace("[]", "missing") for plan in (one, other))
+        problem = f"{different} is {found}, in {args.reference} it is {wanted}"
+    else:
+        return
+    raise CalibrationError(f"another model: {problem}", path=args.quantized, hint="compare a model with itself")
 
 
 def refuse_wrong_order(reference: Denoiser, quantized: Denoiser, args: argparse.Namespace) -> None:
@@ -189,10 +173,6 @@ def refuse_wrong_order(reference: Denoiser, quantized: Denoiser, args: argparse.
         note("neither model has quantized layers: the figures say how far apart their weights are")
 
 
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else str(list(shape))
-
-
 def prompts_of(args: argparse.Namespace, reference: Checkpoint) -> list[Prompts]:
     """Embeddings of prompts, as far as the call names some: each file's, or each length's that a pipeline makes.
 
@@ -212,15 +192,9 @@ def prompts_of(args: argparse.Namespace, reference: Checkpoint) -> list[Prompts]
     texts = read_prompts(Path(args.prompts))
     model = plan(reference)
     with progress_bar("embedding") as progress:
-        found = encode(
-            args.pipeline,
-            texts,
-            model.architecture.signals(model.config, geometry_of(args, model.family)),
-            negative=args.guidance != 1,
-            text_tokens=args.text_tokens,
-            device=args.device,
-            progress=progress,
-        )
+        signals = model.architecture.signals(model.config, geometry_of(args, model.family))
+        found = encode(args.pipeline, texts, signals, negative=args.guidance != 1, text_tokens=args.text_tokens,
+                       device=args.device, progress=progress)  # fmt: skip
     if args.save_conditioning is not None:
         if len(found) > 1:
             raise OptionError(
@@ -262,15 +236,9 @@ def shown(reference: Denoiser, given: Sequence[Prompts], args: argparse.Namespac
             negative = noise.conditioning(reference.signals(own.geometry), noise.SILENT, args.seed, 0)
         start += own.count
         if numbers:
-            scenes.append(
-                Scene(
-                    latents[numbers],
-                    {name: value[rows] for name, value in own.tensors.items()},
-                    own.geometry,
-                    negative,
-                    max(BATCH_TOKENS // own.geometry.tokens, 1),
-                )
-            )
+            conditioning = {name: value[rows] for name, value in own.tensors.items()}
+            batch = max(BATCH_TOKENS // own.geometry.tokens, 1)
+            scenes.append(Scene(latents[numbers], conditioning, own.geometry, negative, batch))
     return scenes
 
 
@@ -292,37 +260,26 @@ def print_levels(found: Fidelity) -> None:
     """Velocity SQNR per noise level and size, their mean and worst, and the final latents' PSNR."""
     from ..fidelity import EXACT_DB
 
-    def error_of(deviation: float) -> str:
-        return f"{deviation:.2f} dB" if found.prompts > 1 else "-"  # one picture has no spread
-
     def told(ratio: float | None) -> str:
-        return "-" if ratio is None else EXACT if ratio >= EXACT_DB else decibels(ratio, 2)
+        return EXACT if ratio is not None and ratio >= EXACT_DB else decibels(ratio, 2)
 
-    rows: list[tuple[str, float, float | None, float | None]] = [
-        (f"{level.sigma:.3f}", level.sqnr_db, level.standard_error_db, level.worst_db) for level in found.levels
-    ]
+    def row(name: str, mean: float, deviation: float | None, worst: float | None) -> tuple[str, str, str, str]:
+        spread = deviation is not None and mean < EXACT_DB and found.prompts > 1  # one image has no spread
+        return name, told(mean), f"{deviation:.2f} dB" if spread else "-", told(worst)
+
+    rows = [row(f"{one.sigma:.3f}", one.sqnr_db, one.standard_error_db, one.worst_db) for one in found.levels]
     for size in found.sizes if len(found.sizes) > 1 else ():
         tokens = f"{size.geometry.height} x {size.geometry.width} + {size.geometry.text_tokens} tokens"
-        rows.append((tokens, size.sqnr_db, None, size.worst_db))
-    rows.append(("mean", found.sqnr_db, found.standard_error_db, found.worst_db))
-    rows.append(("final PSNR", found.psnr_db, found.psnr_standard_error_db, None))
-    print_table(
-        ("sigma", "SQNR", "standard error", "worst"),
-        [
-            (name, told(mean), "-" if deviation is None or mean >= EXACT_DB else error_of(deviation), told(worst))
-            for name, mean, deviation, worst in rows
-        ],
-        right=(1, 2, 3),
-    )
+        rows.append(row(tokens, size.sqnr_db, None, size.worst_db))
+    rows.append(row("mean", found.sqnr_db, found.standard_error_db, found.worst_db))
+    rows.append(row("final PSNR", found.psnr_db, found.psnr_standard_error_db, None))
+    print_table(("sigma", "SQNR", "standard error", "worst"), rows, right=(1, 2, 3))
 
 
 def print_layers(found: Fidelity, most: int | None) -> None:
-    """Row errors of layers, worst first."""
-    print_table(
-        ("layer", "rows", "mean error", "worst 1 %", "whole tensor"),
-        [
-            (layer.layer, str(layer.rows), f"{layer.mean:.3%}", f"{layer.worst:.3%}", f"{layer.whole:.3%}")
-            for layer in found.layers[:most]
-        ],
-        right=(1, 2, 3, 4),
-    )
+    """Errors of layers, of their outputs' tokens and as a whole, worst first."""
+    rows = [
+        (one.layer, str(one.rows), f"{one.mean:.3%}", f"{one.worst:.3%}", f"{one.whole:.3%}")
+        for one in found.layers[:most]
+    ]
+    print_table(("layer", "tokens", "mean error", "worst 1 %", "whole tensor"), rows, right=(1, 2, 3, 4))

@@ -39,11 +39,11 @@ from .terminal import value_of
 Table = dict[str, Any]
 
 
-def read(path: str) -> Table:
-    """A configuration file's content.
+def read(path: str, known: Sequence[str]) -> Table:
+    """A configuration file's content: tables of commands.
 
     Raises:
-        OptionError: it cannot be read, or is not TOML.
+        OptionError: it cannot be read, is not TOML, or has something else in it.
     """
     if sys.version_info >= (3, 11):
         import tomllib
@@ -52,36 +52,11 @@ def read(path: str) -> Table:
 
     text = read_text(Path(path), lambda problem: OptionError(f"the configuration {problem}", path=path))
     try:
-        return tomllib.loads(text)
+        content: Table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise OptionError(f"not TOML: {error}", path=path) from None
     except RecursionError:
         raise OptionError("not TOML: nested too deeply", path=path) from None
-
-
-def only_command(content: Table, path: str, known: Sequence[str]) -> str:
-    """The command whose table is the only one.
-
-    Raises:
-        OptionError: there is none, or there are several.
-    """
-    check_commands(content, path, known)
-    if len(content) == 1:
-        return next(iter(content))
-    if not content:
-        raise OptionError("no table of a command in it", path=path, hint="begin with [convert]")
-    first = next(iter(content))
-    raise OptionError(
-        f"tables of several commands: {', '.join(content)}", path=path, hint=f"name one: convert_to_quant {first} ..."
-    )
-
-
-def check_commands(content: Table, path: str, known: Sequence[str]) -> None:
-    """Refuse what is no table of a command.
-
-    Raises:
-        OptionError: something is.
-    """
     for name, table in content.items():
         if name not in known and not isinstance(table, dict):
             raise OptionError(f"{name!r} stands outside of a table", path=path, hint="put [convert] above it")
@@ -90,6 +65,23 @@ def check_commands(content: Table, path: str, known: Sequence[str]) -> None:
             raise OptionError(f"[{name}] is no command", path=path, hint=hint)
         if not isinstance(table, dict):
             raise OptionError(f"{name!r} should be a table: [{name}]", path=path)
+    return content
+
+
+def only_command(path: str, known: Sequence[str]) -> str:
+    """The command whose table is the only one of a file.
+
+    Raises:
+        OptionError: there is none, or there are several; see `read`.
+    """
+    content = read(path, known)
+    if not content:
+        raise OptionError("no table of a command in it", path=path, hint="begin with [convert]")
+    first, *others = content
+    if others:
+        hint = f"name one: convert_to_quant {first} ..."
+        raise OptionError(f"tables of several commands: {', '.join(content)}", path=path, hint=hint)
+    return first
 
 
 def keys(parser: Parser) -> dict[str, argparse.Action]:
@@ -110,23 +102,11 @@ def _key(action: argparse.Action) -> str:
     return str(action.metavar or action.dest).lower()
 
 
-def _table(content: Table, path: str, names: Sequence[str], where: str) -> Table:
-    table: Any = content
-    for name in names:
-        if name not in table:
-            there = ", ".join(f"[{name}]" for name in content) or "nothing"
-            raise OptionError(f"no table {where}", path=path, hint=f"it has {there}")
-        table = table[name]
-        if not isinstance(table, dict):
-            raise OptionError(f"{where} should be a table", path=path)
-    return table  # type: ignore[no-any-return]
-
-
-def _in_file(content: Table, path: str, names: Sequence[str], parser: Parser) -> dict[str, Any]:
+def _in_file(table: Table, path: str, names: Sequence[str], parser: Parser) -> dict[str, Any]:
     """What a file says of a command, read as words of a command line.
 
     Args:
-        content: of the file.
+        table: of the command.
         path: of the file.
         names: the command, and its action if it has some.
         parser: `_sparse`; is changed.
@@ -135,10 +115,10 @@ def _in_file(content: Table, path: str, names: Sequence[str], parser: Parser) ->
         Values, by the names that parsed options have.
 
     Raises:
-        OptionError: there is no such table, a key is unknown, or its value cannot be.
+        OptionError: a key is unknown, or its value cannot be.
     """
     where = f"[{'.'.join(names)}]"
-    key, table = "", _table(content, path, names, where)
+    key = ""
 
     def refuse(problem: str) -> NoReturn:
         raise OptionError(re.sub(r"^argument \S+: ", "", problem), path=path, tensor=f"{where} {key}")
@@ -189,19 +169,6 @@ def _make_optional(action: argparse.Action) -> None:
         action.nargs = "*" if action.nargs in ("+", "*") else "?"
 
 
-def _prefer(in_file: dict[str, Any], parser: Parser, words: Sequence[str]) -> None:
-    """Make what a file says the parser's defaults, but for what a command line says."""
-    on_line = vars(_sparse(parser).parse_args(words))
-    for group in parser._mutually_exclusive_groups:
-        members = {action.dest for action in group._group_actions}
-        if any(on_line.get(dest) for dest in members):
-            on_line |= dict.fromkeys(members)
-    for action in parser._actions:
-        if action.dest in in_file.keys() - on_line.keys():
-            action.default = in_file[action.dest]
-            _make_optional(action)
-
-
 def parse(
     parser: Parser, words: Sequence[str], command: str, known: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
@@ -223,8 +190,7 @@ def parse(
     leaf, actions = follow(parser, words)
     if path is None:
         return parser.parse_args(words), [command, *actions]
-    content = read(path)
-    check_commands(content, path, known)
+    content = read(path, known)
     inner = leaf.subcommands()
     if inner is not None:  # no action is named, so the file's only one is meant
         said = list(content.get(command, ()))
@@ -235,7 +201,24 @@ def parse(
         words = [*said, *words]
         leaf, actions = follow(parser, words)
     names = [command, *actions]
-    _prefer(_in_file(content, path, names, _sparse(leaf)), leaf, words[len(actions) :])
+    table, where = content, f"[{'.'.join(names)}]"
+    for name in names:
+        if name not in table:
+            hint = f"it has {', '.join(f'[{name}]' for name in content) or 'nothing'}"
+            raise OptionError(f"no table {where}", path=path, hint=hint)
+        table = table[name]
+        if not isinstance(table, dict):
+            raise OptionError(f"{where} should be a table", path=path)
+    in_file = _in_file(table, path, names, _sparse(leaf))
+    on_line = vars(_sparse(leaf).parse_args(words[len(actions) :]))
+    for group in leaf._mutually_exclusive_groups:
+        members = {action.dest for action in group._group_actions}
+        if any(on_line.get(dest) for dest in members):
+            on_line |= dict.fromkeys(members)
+    for action in leaf._actions:  # what the file says becomes the default of what the line leaves out
+        if action.dest in in_file.keys() - on_line.keys():
+            action.default = in_file[action.dest]
+            _make_optional(action)
     return parser.parse_args(words), names
 
 

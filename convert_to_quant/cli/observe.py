@@ -89,26 +89,12 @@ def check_options(args: argparse.Namespace) -> None:
     """
     from ..checkpoint import check_output
 
-    check_running_options(args)
+    excluded = {"lora": args.lora, "comfyui-dir": args.comfyui_dir, "engine comfyui": args.engine == "comfyui"}
+    check_running_options(args, ("prompts", "component"), excluded)
     if args.save_every < 0:
         raise OptionError(f"--save-every should not be negative, found {args.save_every:g}")
-    if args.pipeline is None:
-        if args.input is None:
-            raise OptionError("name a MODEL, or a --pipeline")
-        for name in ("prompts", "component"):
-            if getattr(args, name) is not None:
-                raise OptionError(f"--{name} needs --pipeline")
-    else:
-        if args.prompts is None:
-            raise OptionError("--pipeline needs --prompts FILE")
-        for name, given in (
-            ("conditioning", args.conditioning != NOISE),
-            ("lora", args.lora),
-            ("comfyui-dir", args.comfyui_dir),
-            ("engine comfyui", args.engine == "comfyui"),
-        ):
-            if given:
-                raise OptionError(f"--{name} does not go with --pipeline")
+    if args.pipeline is None and args.input is None:
+        raise OptionError("name a MODEL, or a --pipeline")
     if args.engine == "diffusers" and args.comfyui_dir:
         raise OptionError("--comfyui-dir does not go with --engine diffusers")
     if args.engine == "comfyui" and args.conditioning != NOISE:

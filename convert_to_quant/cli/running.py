@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..engines.devices import find_device
@@ -50,8 +51,13 @@ def check_device(name: str) -> None:
         find_device(name)
 
 
-def check_running_options(args: argparse.Namespace) -> None:
-    """Refuse numbers that are out of range, and a device that is not there.
+def check_running_options(args: argparse.Namespace, needing: Iterable[str], excluded: Mapping[str, Any]) -> None:
+    """Refuse numbers that are out of range, a device that is not there, and what a pipeline needs or does without.
+
+    Args:
+        args: the options.
+        needing: options that need a pipeline.
+        excluded: options that do not go with one, and whether they were given.
 
     Raises:
         OptionError: one is.
@@ -60,6 +66,14 @@ def check_running_options(args: argparse.Namespace) -> None:
     check_device(args.device)
     if embeddings_of(args) and args.text_tokens is not None:
         raise OptionError("--text-tokens is for noise: the conditioning's file says how long the text is")
+    if args.pipeline is not None and args.prompts is None:
+        raise OptionError("--pipeline needs --prompts FILE")
+    for name in needing:
+        if args.pipeline is None and getattr(args, name.replace("-", "_")) is not None:
+            raise OptionError(f"--{name} needs --pipeline")
+    for name, given in {"conditioning": embeddings_of(args), **excluded}.items():
+        if args.pipeline is not None and given:
+            raise OptionError(f"--{name} does not go with --pipeline")
 
 
 def geometry_of(args: argparse.Namespace, family: str) -> Geometry:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from convert_to_quant import __version__
-from convert_to_quant.cli import COMMANDS, READERS, build_parser, flag_spelling, guarded
+from convert_to_quant.cli import COMMANDS, READERS, build_parser, guarded
 from convert_to_quant.cli.overview import GROUPS
 from convert_to_quant.cli.parsing import Parser
 from convert_to_quant.errors import CheckpointError, OptionError
@@ -23,34 +23,11 @@ MOST_LINES = 46
 LONGER = {"observe": 50, "convert": 49, "check": 51}
 """What runs a model, and what the model is shown, are both asked for."""
 
-HEAVY = ("torch", "numpy", "rich", "diffusers", "safetensors")
-
-
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["merge", "--help"]], ids=" ".join)
-def test_help_imports_nothing_heavy(words: list[str]) -> None:
-    code = (
-        "import sys\n"
-        "from convert_to_quant.cli import main\n"
-        "try: main(sys.argv[1:])\n"
-        "except SystemExit as stop: assert not stop.code\n"
-        f"print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-    assert done.stdout
-    assert done.stderr == "[]\n"
-
 
 def test_the_module_runs_as_a_program() -> None:
     words = [sys.executable, "-m", "convert_to_quant", "--version"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout == f"convert_to_quant {__version__}\n"
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(ctq: Any, command: str) -> None:
-    outcome = ctq(command, "--help")
-    assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.startswith("usage: convert_to_quant ")
 
 
 def test_convert_is_the_command_that_needs_no_name(ctq: Any, flux_file: Path) -> None:
@@ -69,83 +46,44 @@ def test_alone_it_gives_an_overview_that_fits_a_screen(ctq: Any, words: list[str
     assert [name for name in COMMANDS if f"\n  {name:<12}" not in outcome.out] == []
 
 
+def leaves(command: str) -> dict[str, Parser]:
+    """The parsers of a command's actions, or its own, by name."""
+    parser = build_parser(command)
+    actions = parser.subcommands()
+    return {command: parser} if actions is None else {f"{command} {name}": one for name, one in actions.choices.items()}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_names_a_command_before_or_after(ctq: Any, command: str) -> None:
+def test_help_fits_a_screen_and_begins_with_examples(ctq: Any, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ctq("help", command) == ctq(command, "--help")
-
-
-def screens(command: str) -> list[list[str]]:
-    """The names of a command, and of each of its actions."""
-    actions = build_parser(command).subcommands()
-    return [[command], *([command, name] for name in (actions.choices if actions is not None else ()))]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_a_screen_and_begins_with_examples(ctq: Any, command: str) -> None:
-    for names in screens(command):
-        lines = ctq(*names, "--help").out.splitlines()
+    for names in {command, *leaves(command)}:
+        lines = ctq(*names.split(), "--help").out.splitlines()
         assert len(lines) <= LONGER.get(command, MOST_LINES)
         assert [line for line in lines if len(line) > 80] == []
         first_option = next((number for number, line in enumerate(lines) if line.startswith("  -")), len(lines))
         assert next(number for number, line in enumerate(lines) if line.startswith("example")) < first_option
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_narrower_than_a_screen_is_wrapped(ctq: Any, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     options = ctq(command, "--help").out.partition("\ncommon:")[2].splitlines()
     assert [line for line in options if line.startswith("  -") and len(line) > 60] == []
 
 
-def leaves(command: str) -> list[Parser]:
-    """The parsers of a command's actions, or its own."""
-    parser = build_parser(command)
-    actions = parser.subcommands()
-    return [parser] if actions is None else list(actions.choices.values())
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_says_every_default_the_same_way(command: str) -> None:
-    wrong = []
-    for parser in leaves(command):
-        for action in parser._actions:
-            if action.help == argparse.SUPPRESS or action.default in (None, False, [], argparse.SUPPRESS):
-                continue
+@pytest.mark.parametrize(("name", "parser"), [one for command in COMMANDS for one in leaves(command).items()])
+def test_every_command_has_what_all_have_and_says_every_default_the_same_way(name: str, parser: Parser) -> None:
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    assert {"-q", "-v", "-h", "--quiet", "--verbose", "--json", "--config", "--save-config", "--color", "--version",
+            "--help"} <= flags  # fmt: skip
+    assert ("--dry-run" in flags) == (name not in READERS)
+    for action in parser._actions:
+        if action.help != argparse.SUPPRESS and action.default not in (None, False, [], argparse.SUPPRESS):
             default = f"{action.default:g}" if isinstance(action.default, float) else str(action.default)
-            if not str(action.help).endswith(f"({default})"):
-                wrong.append(action.help)
-    assert wrong == []
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_what_all_have(command: str) -> None:
-    for parser in leaves(command):
-        flags = {flag for action in parser._actions for flag in action.option_strings}
-        assert {"-q", "-v", "-h", "--quiet", "--verbose", "--json", "--config", "--save-config", "--color",
-                "--version", "--help"} <= flags  # fmt: skip
-        assert ("--dry-run" in flags) == (command not in READERS)
+            assert str(action.help).endswith(f"({default})")
+        assert not any("_" in flag for flag in action.option_strings), "the parsers know dashes"
 
 
 def test_every_command_has_its_place_in_the_overview() -> None:
     placed = [name for names in GROUPS.values() for name in names]
     assert len(placed) == len(set(placed))
     assert set(COMMANDS) <= set(placed)
-
-
-def test_dashes_and_underscores_are_the_same_in_every_flag() -> None:
-    for command in COMMANDS:
-        parser = build_parser(command)
-        flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
-        assert flags
-        for flag in flags:
-            assert "_" not in flag, "the parsers know dashes"
-            assert flag_spelling("--" + flag[2:].replace("-", "_")) == flag
-
-
-def test_underscores_in_values_stay() -> None:
-    assert flag_spelling("--actcal_lora=my_lora.safetensors") == "--actcal-lora=my_lora.safetensors"
-    assert flag_spelling("my_file.safetensors") == "my_file.safetensors"
-    assert flag_spelling("-o") == "-o"
 
 
 def test_both_spellings_convert_alike(ctq: Any, flux_file: Path) -> None:

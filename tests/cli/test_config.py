@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from convert_to_quant import __version__
 from convert_to_quant.cli import COMMANDS, build_parser, config
 from convert_to_quant.cli.parsing import flag_spelling
-from convert_to_quant.errors import OptionError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -246,8 +245,3 @@ TEXTS = st.text(st.characters(blacklist_categories=("Cs",)), max_size=8)
 @example('a\x7f\x1f\n"\\')
 def test_values_come_back_from_toml(value: Any) -> None:
     assert tomllib.loads(f"x = {config._toml(value)}") == {"x": value}
-
-
-def test_a_table_is_refused_by_the_same_error_that_misuse_is() -> None:
-    with pytest.raises(OptionError, match="several commands"):
-        config.only_command({"convert": {}, "apply": {}}, "x.toml", list(COMMANDS))

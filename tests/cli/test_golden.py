@@ -7,9 +7,6 @@ What differs between runs and machines is masked: the folder, the version, and, 
 
 from __future__ import annotations
 
-import difflib
-import io
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +19,6 @@ import pytest
 from convert_to_quant import __version__
 from convert_to_quant.cli import COMMANDS, build_parser, output
 
-FOLDER = Path(__file__).parents[1] / "golden"
 SMALL = "--height 32 --width 48 --text-tokens 5 --steps 2 --samples 2"
 
 HELP = {
@@ -61,23 +57,6 @@ MASKED = {"convert calibrated", "calibrate dry", "apply", "apply dry", "check", 
 
 OBSERVED: list[bytes] = []
 """The statistics that screens are made from; the same for all."""
-
-
-class FakeTerminal(io.StringIO):
-    """A stream that a person seems to look at."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def compare(name: str, shown: str) -> None:
-    """Compare a screen with the golden one, or write it."""
-    path = FOLDER / f"{name.replace(' ', '_')}.txt"
-    if os.environ.get("GOLDEN") == "write":
-        path.write_text(shown, encoding="utf-8")
-    golden = path.read_text(encoding="utf-8") if path.exists() else ""
-    difference = difflib.unified_diff(golden.splitlines(), shown.splitlines(), str(path), "now", lineterm="")
-    assert shown == golden, "\n".join(["GOLDEN=write writes it anew", *difference])
 
 
 @pytest.fixture(autouse=True)
@@ -143,19 +122,19 @@ def readable(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", HELP)
-def test_help(name: str, ctq: Any) -> None:
+def test_help(golden: Any, name: str, ctq: Any) -> None:
     outcome = ctq(*HELP[name].split())
     assert outcome.err == ""
-    compare(f"help {name}", outcome.out)
+    golden(f"help {name}", outcome.out)
 
 
 @pytest.mark.parametrize("name", SCREENS)
-def test_screens(name: str, shown: Callable[[str], str]) -> None:
+def test_screens(golden: Any, name: str, shown: Callable[[str], str]) -> None:
     text = shown(SCREENS[name])
-    compare(f"screen {name}", without_digits(text) if name in MASKED else text)
+    golden(f"screen {name}", without_digits(text) if name in MASKED else text)
 
 
-def test_the_demo(ctq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo(golden: Any, ctq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from convert_to_quant import demo
 
     figures = {"plain": (49.8, 30.2, 30.4), "hot": (49.3, 6.7, 30.4)}  # of 2026-11-22
@@ -171,7 +150,7 @@ def test_the_demo(ctq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for words in (["demo"], ["demo", "--dry-run"]):
         outcome = ctq(*words)
         said = "".join(f"2> {line}\n" for line in outcome.err.splitlines())
-        compare(
+        golden(
             f"screen {' '.join(words)}",
             f"$ convert_to_quant {' '.join(words)}\n{outcome.out}{said}exit code {outcome.code}\n",
         )
@@ -181,13 +160,19 @@ def test_the_demo(ctq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("name", "width"), [("inspect layers", 100), ("inspect layers", 60), ("check", 100), ("apply dry", 100)]
 )
 def test_screens_on_a_terminal(
-    name: str, width: int, here: Path, stats: Path, ctq: Any, monkeypatch: pytest.MonkeyPatch
+    golden: Any,
+    terminal: Any,
+    name: str,
+    width: int,
+    here: Path,
+    stats: Path,
+    ctq: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "xterm")
-    terminal = FakeTerminal()
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", terminal)
+        patch.setattr(sys, "stdout", screen := terminal())
         assert ctq(*SCREENS[name].split()).code == 0
-    text = mask(f"$ convert_to_quant {SCREENS[name]}\n{readable(terminal.getvalue())}", here)
-    compare(f"terminal {name} {width}", without_digits(text) if name in MASKED else text)
+    text = mask(f"$ convert_to_quant {SCREENS[name]}\n{readable(screen.getvalue())}", here)
+    golden(f"terminal {name} {width}", without_digits(text) if name in MASKED else text)

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import numpy as np
 import pytest
 
-from convert_to_quant import __version__
 from convert_to_quant.cli.inspect import WIDTH
-
-
-def screen(text: str) -> str:
-    """A screen as the tests write it."""
-    return dedent(text).lstrip("\n").replace("VERSION", __version__)
 
 
 @pytest.fixture
@@ -37,36 +28,7 @@ def look(ctq: Any) -> Callable[..., str]:
 # golden screens
 
 
-def test_the_screen_of_a_file_in_high_precision(look: Any, flux_file: Path) -> None:
-    assert look(flux_file) == screen("""
-        flux.safetensors: 142.5 kB, 48 tensors
-        model         Flux.1 (dev, schnell, Kontext, Fill, Krea)
-        layers        21 BF16
-        in ComfyUI    21 layers: high precision, as stored
-        problems      none
-        """)
-
-
-def test_the_screen_of_a_converted_file(look: Any, fp8_file: Path) -> None:
-    assert look(fp8_file) == screen("""
-        fp8.safetensors: 97.6 kB, 87 tensors
-        model         Flux.1 (dev, schnell, Kontext, Fill, Krea)
-        layers        13 float8_e4m3fn, one scale per tensor
-                      8 BF16
-        marked by     header (13 layers) and comfy_quant tensors (13)
-        input scales  13 at 1.0
-        made by       convert_to_quant VERSION: converted
-        in ComfyUI    13 layers: FP8 product, inputs at scale 1.0
-                      8 layers: high precision, as stored
-                      (with FP8 hardware; elsewhere all in full precision)
-        advice        13 of 13 FP8 products have no measured input scale, so inputs
-                      beyond 448 are clipped and tiny ones vanish:
-                      convert_to_quant -i FILE -o NEW --actcal
-        problems      none
-        """)
-
-
-def test_the_screen_of_a_calibrated_file(look: Any, save: Any, build: Any) -> None:
+def test_the_screen_of_a_calibrated_file(golden: Any, look: Any, save: Any, build: Any) -> None:
     made = {
         "version": "0.1.0", "convert": {},
         "calibrate": {"engine": "model", "conditioning": "noise", "samples": 64, "seed": 42,
@@ -81,69 +43,29 @@ def test_the_screen_of_a_calibrated_file(look: Any, save: Any, build: Any) -> No
               for name, mark in json.loads(text["_quantization_metadata"])["layers"].items()}  # fmt: skip
     path = save("calibrated.safetensors", tensors | full, {
         "_quantization_metadata": json.dumps({"layers": layers}), "convert_to_quant": json.dumps(made)})  # fmt: skip
-    assert look(path) == screen("""
-        calibrated.safetensors: 3.1 kB, 9 tensors
-        model         unknown
-        layers        3 float8_e4m3fn, one scale per tensor
-        marked by     header (3 layers)
-        input scales  2 calibrated (0.0312 to 0.25), 1 not used
-        made by       convert_to_quant 0.1.0: converted; calibrated by running the model
-                      on noise (64 samples, seed 42); for use with style.safetensors;
-                      the ranges of 2 layers depend on the conditioning (first:
-                      double_blocks.0.txt_attn.qkv)
-        in ComfyUI    2 layers: FP8 product, inputs scaled by input_scale
-                      1 layer: full precision (full_precision_matrix_mult)
-                      (with FP8 hardware; elsewhere all in full precision)
-        problems      none
-        """)
+    golden("inspect calibrated", look(path))
 
 
-def test_the_screen_of_a_legacy_file_whose_marker_disables_fp8(look: Any, save: Any, build: Any) -> None:
+def test_the_screen_of_a_legacy_file_whose_marker_disables_fp8(golden: Any, look: Any, save: Any, build: Any) -> None:
     tensors, _ = build.quantized([f"model.diffusion_model.blocks.{i}" for i in range(3)], "legacy")
     tensors["model.diffusion_model.scaled_fp8"] = ("F8_E4M3", np.zeros(2, np.uint8))
     tensors["vae.decoder.weight"] = np.zeros((4, 4), np.float16)
-    assert look(save("legacy.safetensors", tensors)) == screen("""
-        legacy.safetensors: 2.8 kB, 11 tensors
-        model         unknown; names begin with model.diffusion_model.; also in the
-                      file: VAE
-        layers        3 float8_e4m3fn, one scale per tensor
-                      1 F16
-        marked by     legacy marker model.diffusion_model.scaled_fp8 (2 elements)
-        input scales  3 not used
-        in ComfyUI    3 layers: full precision (legacy marker of 2 elements)
-                      1 layer: high precision, as stored
-        problems      the legacy marker has 2 elements: no FP8 products, and input
-                      scales are ignored (model.diffusion_model.scaled_fp8)
-                        do: convert_to_quant -i FILE -o NEW --actcal --enable-fp8-matmul
-        """)
+    golden("inspect legacy", look(save("legacy.safetensors", tensors)))
 
 
-def test_the_screen_of_what_diffusers_writes(look: Any, save_shards: Any, build: Any, tmp_path: Path) -> None:
+def test_the_screen_of_what_diffusers_writes(
+    golden: Any, look: Any, save_shards: Any, build: Any, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "modelopt"}}')
     shards = []
     for name in ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_q"):
         tensors, _ = build.quantized([name], "none")
         shards.append({key: np.ones(1, np.float32) if key.endswith("scale") else value
                        for key, value in tensors.items()})  # fmt: skip
-    assert look(save_shards("model", shards)) == screen("""
-        model.safetensors.index.json: 1.7 kB, 2 files, 6 tensors
-        model         unknown
-        layers        2 float8_e4m3fn, one scale per tensor
-        marked by     nothing; config.json beside it has a quantization_config
-                      (modelopt)
-        input scales  2 not used
-        in ComfyUI    2 layers: scale dropped: codes are taken for weights, so noise
-        advice        ComfyUI reads no shard indexes: join the shards into one file for
-                      it
-        problems      quantized, with scales, but without a mark: ComfyUI drops the
-                      scales and paints noise, or does not load it (2 times, first:
-                      transformer_blocks.0.attn.to_q)
-                        do: use it where it was made for, or convert the original with
-                          convert_to_quant
-        """)
+    golden("inspect of diffusers", look(save_shards("model", shards)))
 
 
-def test_the_screen_of_a_file_with_many_formats_and_problems(look: Any, save: Any, build: Any) -> None:
+def test_the_screen_of_a_file_with_many_formats_and_problems(golden: Any, look: Any, save: Any, build: Any) -> None:
     tensors, _ = build.quantized(["blocks.0", "blocks.1"], "tensor", shape=(24, 32))
     more, _ = build.quantized(["blocks.2", "blocks.3", "blocks.4", "blocks.5"], "tensor", input_scale=None)
     tensors |= more
@@ -158,60 +80,18 @@ def test_the_screen_of_a_file_with_many_formats_and_problems(look: Any, save: An
     tensors["blocks.6.weight_scale_2"] = np.float32(0.01)
     tensors["blocks.7.weight"] = ("F8_E5M2", np.zeros((16, 16), np.uint8))
     tensors["gone.input_scale"] = np.float32(1)
-    assert look(save("mixed.safetensors", tensors)) == screen("""
-        mixed.safetensors: 7.0 kB, 27 tensors
-        model         unknown
-        layers        4 float8_e4m3fn, one scale per tensor
-                      1 float8_e4m3fn_blockwise, one scale per block of 8 × 8
-                      1 float8_e4m3fn, not readable (see problems)
-                      1 nvfp4
-                      1 float8_e5m2, without scale
-        marked by     comfy_quant tensors (7)
-        input scales  2 at 1.0, 1 missing (read as 1.0), 1 suspicious, 1 not used
-        in ComfyUI    1 layer: FP8 product, inputs at scale 1.0
-                      1 layer: only with the ComfyUI-QuantOps nodes, which scale inputs
-                      as they come
-                      1 layer: kernels of its own format
-                      2 layers: FP8 product, which fails on CUDA
-                      2 layers: an error, or silently something else (see problems)
-                      1 layer: codes are the weights, cast to the precision of the model
-                      (with FP8 hardware; elsewhere all in full precision)
-        advice        1 of 1 FP8 products have no measured input scale, so inputs beyond
-                      448 are clipped and tiny ones vanish:
-                      convert_to_quant -i FILE -o NEW --actcal
-        problems      a scale is 0, NaN, infinite or negative (blocks.3.weight_scale,
-                      scales should be finite and not negative, found nan)
-                        do: convert the original again
-                      scales without a weight (gone.input_scale)
-                        do: a part of the model is missing or renamed: get the file
-                          again
-                      an input scale is 0, not finite or absurd: inputs vanish, saturate
-                      or become NaN (blocks.2.input_scale, 0)
-                        do: convert_to_quant -i FILE -o NEW --actcal
-                      sides are no multiples of 16: FP8 products fail on CUDA (2 times,
-                      first: blocks.0, 24 × 32)
-                        do: convert the original again; convert_to_quant leaves such
-                          layers in high precision
-                      FP8 weights without scale and mark: a plain cast, which loses
-                      small weights, without FP8 products (blocks.7)
-                        do: convert the original with convert_to_quant
-        """)
+    golden("inspect many problems", look(save("mixed.safetensors", tensors)))
 
 
 # the frame
 
 
-def test_the_table_of_layers(look: Any, save: Any, build: Any) -> None:
+def test_the_table_of_layers(golden: Any, look: Any, save: Any, build: Any) -> None:
     tensors, metadata = build.quantized(["blocks.0", "blocks.1"], "both", input_scale=0.125)
     tensors["blocks.1.input_scale"] = np.float32(1)
     tensors["final.weight"] = np.zeros((16, 16), np.float16)
     out = look(save("m.safetensors", tensors, metadata), "--layers")
-    assert out.partition("\n\n")[2] == screen("""
-        layer     shape    format         scale   marked by          input scale                in ComfyUI
-        blocks.0  16 × 32  float8_e4m3fn  tensor  header and tensor        0.125  calibrated    fp8
-        blocks.1  16 × 32  float8_e4m3fn  tensor  header and tensor            1  not measured  fp8-at-one
-        final     16 × 16  F16            -       -                            -                high-precision
-        """)
+    golden("inspect layers of several kinds", out.partition("\n\n")[2])
 
 
 def test_no_line_is_wider_than_a_terminal(look: Any, fp8_file: Path) -> None:
@@ -239,24 +119,11 @@ def test_the_report_never_replaces_the_model(ctq: Any, fp8_file: Path) -> None:
     assert fp8_file.read_bytes() == before
 
 
-def test_the_screen_of_guessed_scales(look: Any, ctq: Any, save: Any, build: Any) -> None:
+def test_the_screen_of_guessed_scales(golden: Any, look: Any, ctq: Any, save: Any, build: Any) -> None:
     tensors, _ = build.quantized(["blocks.0"], "tensor", input_scale=0.25)
     made = {"version": "0.1.0", "calibrate": {"engine": "layer", "samples": 64}}
     path = save("guessed.safetensors", tensors, {"convert_to_quant": json.dumps(made)})
-    assert look(path) == screen("""
-        guessed.safetensors: 1.0 kB, 4 tensors
-        model         unknown
-        layers        1 float8_e4m3fn, one scale per tensor
-        marked by     comfy_quant tensors (1)
-        input scales  1 guessed (0.25 to 0.25)
-        made by       convert_to_quant 0.1.0: input scales guessed by simulating each
-                      layer (64 samples)
-        in ComfyUI    1 layer: FP8 product, inputs scaled by input_scale
-                      (with FP8 hardware; elsewhere all in full precision)
-        advice        1 input scales are guesses from the weights, which may be far off:
-                      convert_to_quant -i FILE -o NEW --actcal, or observe
-        problems      none
-        """)
+    golden("inspect guessed", look(path))
     strict = ctq("inspect", path, "--strict")
     assert strict.code == 1
     assert "problems      input scales are guesses from simulated layers, not measured\n" in strict.out
@@ -305,19 +172,6 @@ def test_names_cannot_drive_the_terminal(look: Any, save: Any) -> None:
     assert "\x1b" not in out
     assert r"a\x1b[2J\n.weight_scale" in out
     assert r"b\x1b[2J" in out
-
-
-@pytest.mark.parametrize("words", [[], ["--layers"], ["--json", "-"]], ids=" ".join)
-def test_nothing_heavy_is_imported(fp8_file: Path, words: list[str]) -> None:
-    code = (
-        "import sys\nfrom convert_to_quant.cli import main\nassert main(sys.argv[1:]) == 0\n"
-        "heavy = ('torch', 'diffusers', 'transformers', 'rich', 'safetensors', 'PIL')\n"
-        "print([name for name in heavy if name in sys.modules], file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, "inspect", str(fp8_file), *words],
-                          capture_output=True, text=True, check=True)  # fmt: skip
-    assert done.stdout
-    assert done.stderr == "[]\n"
 
 
 def test_no_weight_is_read(save: Any, build: Any, monkeypatch: pytest.MonkeyPatch, look: Any) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,113 +36,97 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def observe(ctq: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Observe a tiny image of three kinds: observe(words...) gives the statistics and what was said."""
+
+    def run(*words: Any, small: tuple[Any, ...] = (*SMALL, "--samples", 3)) -> tuple[Statistics, Any]:
+        stats = tmp_path / "stats.safetensors"
+        outcome = ctq("observe", *words, "-o", stats, *small)
+        assert outcome.code == 0, outcome.err
+        return Statistics.load(stats), outcome
+
+    return run
+
+
 def test_the_quantized_layers_of_a_model_are_observed_and_applied(
-    ctq: Any, fp8_file: Path, flux: Any, tmp_path: Path
+    ctq: Any, observe: Any, fp8_file: Path, flux: Any, tmp_path: Path
 ) -> None:
-    stats = tmp_path / "stats.safetensors"
-    outcome = ctq("observe", fp8_file, "-o", stats, *SMALL, "--samples", 4, "--seed", 7)
-    assert outcome.code == 0
+    seen, outcome = observe(fp8_file, small=(*SMALL, "--samples", 4, "--seed", 7))
     assert outcome.out == ""
-    seen = Statistics.load(stats)
     assert set(seen.layers) == set(flux.quantized)
     assert seen.samples == 4
     assert (seen.calls == 3 * 2).all()  # the images of one kind of conditioning run together
     facts = dict(seen.provenance)
-    assert {name: facts[name] for name in ("conditioning", "engine", "family", "seed", "steps")} == {
-        "conditioning": ("noise",), "engine": ("model",), "family": ("flux1",), "seed": ("7",), "steps": ("2",)
-    }  # fmt: skip
-    moving = facts["depends_on_conditioning"]
+    moving = facts.pop("depends_on_conditioning")
+    wanted = {"conditioning": "noise", "engine": "model", "family": "flux1", "seed": "7", "steps": "2"}
+    assert {name: facts[name] for name in wanted} == {name: (value,) for name, value in wanted.items()}
     assert moving
     assert set(moving) < set(flux.quantized)
     assert f"the ranges of {len(moving)} layers depend on the conditioning" in outcome.err
 
-    calibrated, document = tmp_path / "out.safetensors", tmp_path / "report.json"
-    applied = ctq("apply", fp8_file, stats, "-o", calibrated, "--json", document)
+    document = tmp_path / "report.json"
+    applied = ctq("apply", fp8_file, tmp_path / "stats.safetensors", "-o", tmp_path / "out", "--json", document)
     assert applied.code == 0
     assert f"the ranges of {len(moving)} layers depend on the conditioning" in applied.err
     layers = json.loads(document.read_text())["layers"]
     assert {layer["layer"] for layer in layers if layer["conditioning_dependent"]} == set(moving)
 
 
-def test_all_layers_of_a_model_in_high_precision_are_observed(ctq: Any, flux_file: Path, flux: Any) -> None:
-    stats = flux_file.with_name("stats.safetensors")
-    assert ctq("observe", flux_file, "-o", stats, *SMALL, "--samples", 3, "-q").err == ""
-    assert set(Statistics.load(stats).layers) == set(flux.linear)
+def test_all_layers_of_a_model_in_high_precision_are_observed_and_reported(
+    observe: Any, flux_file: Path, flux: Any
+) -> None:
+    seen, outcome = observe(flux_file, "-q", "--json", "-")
+    assert outcome.err == ""
+    assert set(seen.layers) == set(flux.linear)
+    document = json.loads(outcome.out)
+    absmax = {layer["layer"]: layer["absmax"] for layer in document["layers"]}
+    assert absmax == dict(zip(seen.names, seen.absmax.tolist(), strict=True))
+    assert document["samples"] == seen.samples == 3
+    tokens = dict(zip(seen.names, seen.rows_per_sample.tolist(), strict=True))
+    assert (tokens["img_in"], tokens["txt_in"], tokens["single_blocks.0.linear1"]) == (6, 5, 11), "sizes are in pixels"
 
 
-def test_other_parts_of_a_checkpoint_are_not_observed(
-    ctq: Any, flux_tensors: Any, save: Any, flux: Any, tmp_path: Path
+def test_a_prefix_and_other_parts_of_a_checkpoint_are_left_aside(
+    ctq: Any, observe: Any, flux_tensors: Any, save: Any, flux: Any, fp8_file: Path, tmp_path: Path
 ) -> None:
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in flux_tensors().items()}
     tensors["first_stage_model.decoder.mid.attn.weight"] = np.ones((16, 16), np.float32)
-    path, stats = save("whole.safetensors", tensors), tmp_path / "stats.safetensors"
-    assert ctq("observe", path, "-o", stats, *SMALL, "--samples", 3).code == 0
-    assert set(Statistics.load(stats).layers) == {f"model.diffusion_model.{name}" for name in flux.linear}
-
-
-def test_statistics_fit_the_same_model_under_another_prefix(
-    ctq: Any, flux_tensors: Any, save: Any, fp8_file: Path, tmp_path: Path
-) -> None:
-    path = save("other.safetensors", {f"model.diffusion_model.{name}": t for name, t in flux_tensors().items()})
-    stats, out = tmp_path / "stats.safetensors", tmp_path / "out.safetensors"
-    assert ctq("observe", path, "-o", stats, *SMALL, "--samples", 3).code == 0
-    applied = ctq("apply", fp8_file, stats, "-o", out)
-    assert applied.code == 0
+    seen, _ = observe(save("whole.safetensors", tensors))
+    assert set(seen.layers) == {f"model.diffusion_model.{name}" for name in flux.linear}
+    applied = ctq("apply", fp8_file, tmp_path / "stats.safetensors", "-o", tmp_path / "out.safetensors")
+    assert applied.code == 0, "they fit the same model under another prefix"
     assert "layers depend on the conditioning, which noise only imitates (first: double_blocks.0" in applied.err
 
 
-def test_sizes_are_in_pixels(ctq: Any, flux_file: Path) -> None:
-    stats = flux_file.with_name("stats.safetensors")
-    assert ctq("observe", flux_file, "-o", stats, *SMALL, "--samples", 3).code == 0
-    seen = Statistics.load(stats)
-    rows = dict(zip(seen.names, seen.rows_per_sample.tolist(), strict=True))
-    assert (rows["img_in"], rows["txt_in"], rows["single_blocks.0.linear1"]) == (6, 5, 11)
-
-
-def test_the_report_has_every_layer(ctq: Any, flux_file: Path, flux: Any) -> None:
-    stats = flux_file.with_name("stats.safetensors")
-    outcome = ctq("observe", flux_file, "-o", stats, *SMALL, "--samples", 3, "--json", "-")
-    document = json.loads(outcome.out)
-    seen = Statistics.load(stats)
-    assert {layer["layer"]: layer["absmax"] for layer in document["layers"]} == dict(
-        zip(seen.names, seen.absmax.tolist(), strict=True)
-    )
-    assert document["samples"] == seen.samples == 3
-
-
-def test_adapters_are_named_and_widen_ranges(ctq: Any, flux_file: Path, save: Any) -> None:
+def test_adapters_are_named_and_widen_ranges(observe: Any, flux_file: Path, save: Any) -> None:
     random = np.random.default_rng(1)
     layer = "lora_unet_double_blocks_0_img_mlp_0"
     lora = save("style.safetensors", {
         f"{layer}.lora_down.weight": random.standard_normal((4, 32)).astype(np.float32),
         f"{layer}.lora_up.weight": random.standard_normal((128, 4)).astype(np.float32),
     })  # fmt: skip
-    plain, adapted = (flux_file.with_name(name) for name in ("plain.safetensors", "adapted.safetensors"))
-    assert ctq("observe", flux_file, "-o", plain, *SMALL, "--samples", 3).code == 0
-    outcome = ctq("observe", flux_file, "-o", adapted, *SMALL, "--samples", 3, "--lora", f"{lora}:2")
-    assert outcome.code == 0
+    without, _ = observe(flux_file)
+    with_lora, outcome = observe(flux_file, "--lora", f"{lora}:2")
     assert "LoRA" in outcome.err
-    without, with_lora = Statistics.load(plain), Statistics.load(adapted)
     assert with_lora.provenance["lora"] == ("style.safetensors",)
     number = without.index("double_blocks.0.img_mlp.2")
     assert with_lora.absmax[number] > 1.5 * without.absmax[number]
     assert (with_lora.absmax >= without.absmax).all()
 
 
-def embeddings(count: int = 2, tokens: int = 4) -> dict[str, Any]:
+def embeddings() -> dict[str, Any]:
     random = np.random.default_rng(2)
     return {
-        "prompt_embeds": random.standard_normal((count, tokens, 32)).astype(np.float32),
-        "pooled_prompt_embeds": random.standard_normal((count, 16)).astype(np.float32),
+        "prompt_embeds": random.standard_normal((2, 4, 32)).astype(np.float32),
+        "pooled_prompt_embeds": random.standard_normal((2, 16)).astype(np.float32),
     }
 
 
-def test_prompt_embeddings_take_the_place_of_noise(ctq: Any, flux_file: Path, save: Any) -> None:
+def test_prompt_embeddings_take_the_place_of_noise(observe: Any, flux_file: Path, save: Any) -> None:
     given = embeddings()
-    stats = flux_file.with_name("stats.safetensors")
     options = ("--height", 32, "--width", 48, "--steps", 2, "--conditioning", save("prompts.safetensors", given))
-    assert ctq("observe", flux_file, "-o", stats, *options).code == 0
-    seen = Statistics.load(stats)
+    seen, _ = observe(flux_file, small=options)
     assert seen.samples == 2
     assert seen.provenance["conditioning"] == ("prompts",)
     assert "depends_on_conditioning" not in seen.provenance
@@ -172,48 +157,38 @@ def test_conditioning_that_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "code", "said"),
     [
-        ((), "name a MODEL, or a --pipeline"),
-        (("MODEL", "--samples", 0), "samples should be at least 1, found 0"),
-        (("MODEL", "--text-tokens", -1), "text tokens should be at least 1, found -1"),
-        (("MODEL", "--seed", -1), "a seed should not be negative"),
-        (("MODEL", "--save-every", -1), "--save-every should not be negative"),
-        (("MODEL", "--prompts", "p.txt"), "--prompts needs --pipeline"),
-        (("MODEL", "--component", "unet"), "--component needs --pipeline"),
-        (("--pipeline", "d"), "--pipeline needs --prompts FILE"),
-        (("--pipeline", "d", "--prompts", "p", "--lora", "l"), "--lora does not go with --pipeline"),
-        (("--pipeline", "d", "--prompts", "p", "--conditioning", "c"), "--conditioning does not go with --pipeline"),
-        (("MODEL", "--conditioning", "c", "--text-tokens", 4), "--text-tokens is for noise"),
-        (("MODEL", "--device", "abacus"), "unknown device 'abacus'"),
+        ("-o s.safetensors", 2, "name a MODEL, or a --pipeline"),
+        ("MODEL -o s.safetensors --samples 0", 2, "samples should be at least 1, found 0"),
+        ("MODEL -o s.safetensors --text-tokens -1", 2, "text tokens should be at least 1, found -1"),
+        ("MODEL -o s.safetensors --seed -1", 2, "a seed should not be negative"),
+        ("MODEL -o s.safetensors --save-every -1", 2, "--save-every should not be negative"),
+        ("MODEL -o s.safetensors --prompts p.txt", 2, "--prompts needs --pipeline"),
+        ("MODEL -o s.safetensors --component unet", 2, "--component needs --pipeline"),
+        ("-o s.safetensors --pipeline d", 2, "--pipeline needs --prompts FILE"),
+        ("-o s.safetensors --pipeline d --prompts p --lora l", 2, "--lora does not go with --pipeline"),
+        ("-o s.safetensors --pipeline d --prompts p --conditioning c", 2, "--conditioning does not go with --pipeline"),
+        ("-o s.safetensors --pipeline d --prompts p --comfyui-dir c", 2, "--comfyui-dir does not go with --pipeline"),
+        ("-o s.safetensors --pipeline d --prompts p --engine comfyui", 2, "--engine comfyui does not go with"),
+        ("MODEL -o s.safetensors --conditioning c --text-tokens 4", 2, "--text-tokens is for noise"),
+        ("MODEL -o s.safetensors --conditioning c --engine comfyui", 2, "--conditioning does not go with --engine"),
+        ("MODEL -o s.safetensors --engine diffusers --comfyui-dir c", 2, "--comfyui-dir does not go with --engine"),
+        ("MODEL -o s.safetensors --device abacus", 2, "unknown device 'abacus'"),
+        ("MODEL -o MODEL", 1, "the output is the same file as the input"),
+        ("MODEL -o no/s.safetensors", 1, "the folder no does not exist"),
+        ("MODEL -o .", 1, "cannot be written: it is a folder"),
+        ("MODEL -o s.safetensors --json s.safetensors", 1, "--json and -o are the same file"),
+        ("MODEL -o s.safetensors --json no/r.json", 1, "the folder no does not exist"),
     ],
 )
-def test_misuse_exits_2(ctq: Any, flux_file: Path, folder: Any, words: tuple[Any, ...], said: str) -> None:
-    before = folder()
-    named = [flux_file if word == "MODEL" else word for word in words]
-    outcome = ctq("observe", *named, "-o", flux_file.with_name("s.safetensors"))
-    assert outcome.code == 2
-    assert said in outcome.err
-    assert folder() == before
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("-o", "flux.safetensors"), "flux.safetensors"),
-        (("-o", "no/s.safetensors"), "does not exist"),
-        (("-o", "."), "cannot be written: it is a folder"),
-        (("-o", "s.safetensors", "--json", "s.safetensors"), "--json and -o are the same file"),
-        (("-o", "s.safetensors", "--json", "no/r.json"), "does not exist"),
-    ],
-)
-def test_outputs_that_cannot_be_are_refused_before_the_work(
-    ctq: Any, flux_file: Path, folder: Any, monkeypatch: pytest.MonkeyPatch, *, words: tuple[str, ...], said: str
+def test_what_cannot_be_asked_for_is_refused_before_the_work(
+    ctq: Any, flux_file: Path, folder: Any, monkeypatch: pytest.MonkeyPatch, *, words: str, code: int, said: str
 ) -> None:
     monkeypatch.chdir(flux_file.parent)
     before = folder()
-    outcome = ctq("observe", flux_file.name, *words)
-    assert outcome.code == 1
+    outcome = ctq("observe", *words.replace("MODEL", flux_file.name).split())
+    assert outcome.code == code
     assert said in outcome.err
     assert folder() == before
 
@@ -303,21 +278,28 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_statistics(
     assert Statistics.load(stats) == Statistics.load(whole)
 
 
-@pytest.fixture
-def interrupted(ctq: Any, fp8_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The output of a run that was interrupted in its third part."""
-    velocity, left = denoiser.Denoiser.velocity, 5
+@contextmanager
+def interrupted_at(owner: Any, name: str, count: int) -> Iterator[None]:
+    """A method whose count-th call is interrupted."""
+    method, left = getattr(owner, name), count
 
-    def stopping(*args: Any) -> Any:
+    def stopping(*args: Any, **options: Any) -> Any:
         nonlocal left
         left -= 1
         if left == 0:
             raise KeyboardInterrupt
-        return velocity(*args)
+        return method(*args, **options)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, stopping)
+        yield
+
+
+@pytest.fixture
+def interrupted(ctq: Any, fp8_file: Path) -> Path:
+    """The output of a run that was interrupted in its third part."""
     stats = fp8_file.with_name("stats.safetensors")
-    with monkeypatch.context() as patch:
-        patch.setattr(denoiser.Denoiser, "velocity", stopping)
+    with interrupted_at(denoiser.Denoiser, "velocity", 5):
         assert ctq("observe", fp8_file, *LONG, "-o", stats, "--save-every", 0).code == 130
     assert not stats.exists()
     return stats
@@ -337,20 +319,16 @@ def test_an_interrupted_run_can_be_used_as_it_is(ctq: Any, interrupted: Path, fp
         (("--resume", "--seed", 1), "made with seed 42, not 1"),
         (("--resume", "--samples", 8), "made with samples 7, not 8"),
         (("--resume", "--width", 64), "made with size 1 x 1 x 2 tokens, text 2000, not 1 x 1 x 4 tokens, text 2000"),
+        (("flux", "--resume"), "cannot resume: made with another model"),
     ],
 )
-def test_a_run_is_not_resumed_with_other_options(
+def test_a_run_is_not_resumed_with_other_options_or_on_another_model(
     ctq: Any, interrupted: Path, fp8_file: Path, words: tuple[Any, ...], said: str
 ) -> None:
-    outcome = ctq("observe", fp8_file, *LONG, "-o", interrupted, *words)
+    model = fp8_file.with_name("flux.safetensors") if "flux" in words else fp8_file
+    outcome = ctq("observe", model, *LONG, "-o", interrupted, *(word for word in words if word != "flux"))
     assert outcome.code == 1
     assert said in outcome.err
-
-
-def test_a_run_is_not_resumed_on_another_model(ctq: Any, interrupted: Path, flux_file: Path) -> None:
-    outcome = ctq("observe", flux_file, *LONG, "-o", interrupted, "--resume")
-    assert outcome.code == 1
-    assert "cannot resume: made with another model" in outcome.err
 
 
 def test_resuming_a_complete_run_does_nothing(ctq: Any, fp8_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,11 +407,17 @@ def by_hand(folder: Path) -> dict[str, float]:
     return absmax
 
 
+@pytest.fixture
+def painting(pipeline: Path, prompts: Path) -> tuple[Any, ...]:
+    """The words of a run that paints the prompts."""
+    return ("observe", "--pipeline", pipeline, "--prompts", prompts, *PAINT)
+
+
 def test_a_pipeline_paints_prompts_under_both_kinds_of_names(
-    ctq: Any, pipeline: Path, prompts: Path, *, flux: Any, fp8_file: Path, tmp_path: Path
+    ctq: Any, painting: Any, pipeline: Path, *, flux: Any, fp8_file: Path, tmp_path: Path
 ) -> None:
-    stats = tmp_path / "stats.safetensors"
-    outcome = ctq("observe", "--pipeline", pipeline, "--prompts", prompts, "-o", stats, *PAINT)
+    stats, ours = tmp_path / "stats.safetensors", tmp_path / "ours.safetensors"
+    outcome = ctq(*painting, "-o", stats)
     assert (outcome.code, outcome.out) == (0, "")
     seen = Statistics.load(stats)
     absmax = dict(zip(seen.names, seen.absmax.tolist(), strict=True))
@@ -441,53 +425,28 @@ def test_a_pipeline_paints_prompts_under_both_kinds_of_names(
     assert {name: absmax[name] for name in wanted} == wanted
     assert {name: seen.layers[name] for name in flux.linear} == flux.linear
     assert set(seen.layers) == {*wanted, *flux.linear}
-    for ours, theirs in {
+    for own, theirs in {
         "double_blocks.0.txt_attn.qkv": "transformer_blocks.0.attn.add_k_proj",
         "single_blocks.0.linear1": "single_transformer_blocks.0.proj_mlp",
         "final_layer.adaLN_modulation.1": "norm_out.linear",
     }.items():
-        assert absmax[ours] == absmax[theirs]
+        assert absmax[own] == absmax[theirs]
     assert seen.samples == 2
     assert seen.visited.all()
     # Four steps of the scheduler, whose noise levels are 1, 0.75, 0.5 and 0.25.
     assert [column for column in range(SIGMA_BINS + 1) if seen.sigma_count[0, column]] == [1, 3, 5, 7]
-    rows = dict(zip(seen.names, seen.rows_per_sample.tolist(), strict=True))
-    assert (rows["txt_in"], rows["vector_in.in_layer"]) == (6, 1)
+    tokens = dict(zip(seen.names, seen.rows_per_sample.tolist(), strict=True))
+    assert (tokens["txt_in"], tokens["vector_in.in_layer"]) == (6, 1)
 
     assert ctq("apply", fp8_file, stats, "-o", tmp_path / "out.safetensors").code == 0
+    assert ctq(*painting, fp8_file, "-o", ours).code == 0
+    under_its_own_names = Statistics.load(ours)
+    assert set(under_its_own_names.layers) == set(flux.quantized)
+    assert under_its_own_names == seen.take(under_its_own_names.names)
 
-
-@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
-def test_a_folder_that_is_no_pipeline_is_refused(ctq: Any, prompts: Path, tmp_path: Path, dry: tuple[str, ...]) -> None:
-    (tmp_path / "empty").mkdir()
-    for name, said in {
-        "gone": "no such folder (of a diffusers pipeline; nothing is downloaded)",
-        "empty": "no folder of a diffusers pipeline: it has no model_index.json",
-    }.items():
-        words = ("--pipeline", tmp_path / name, "--prompts", prompts, "-o", tmp_path / "s.safetensors")
-        outcome = ctq("observe", *words, *dry)
-        assert (outcome.code, outcome.out, outcome.err) == (1, "", f"error: {tmp_path / name}: {said}\n")
-
-
-def test_a_pipeline_is_observed_under_a_checkpoints_own_names(
-    ctq: Any, pipeline: Path, prompts: Path, *, fp8_file: Path, flux: Any, tmp_path: Path
-) -> None:
-    both, ours = tmp_path / "both.safetensors", tmp_path / "ours.safetensors"
-    words = ("observe", "--pipeline", pipeline, "--prompts", prompts, *PAINT)
-    assert ctq(*words, "-o", both).code == 0
-    assert ctq(*words, fp8_file, "-o", ours).code == 0
-    seen = Statistics.load(ours)
-    assert set(seen.layers) == set(flux.quantized)
-    assert seen == Statistics.load(both).take(seen.names)
-
-
-def test_statistics_of_a_pipeline_fit_a_checkpoint_in_diffusers_names(
-    ctq: Any, pipeline: Path, prompts: Path, tmp_path: Path
-) -> None:
-    stats, fp8 = tmp_path / "stats.safetensors", tmp_path / "fp8.safetensors"
-    source = pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
+    # They fit a checkpoint in diffusers' names, too.
+    source, fp8 = pipeline / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path / "theirs.safetensors"
     assert ctq("-i", source, "-o", fp8).code == 0
-    assert ctq("observe", "--pipeline", pipeline, "--prompts", prompts, "-o", stats, *PAINT).code == 0
     with open_checkpoint(fp8) as checkpoint:
         assert any(name.endswith("attn.to_q.weight_scale") for name in checkpoint.tensors)
     applied = ctq("apply", fp8, stats, "-o", tmp_path / "out.safetensors")
@@ -495,25 +454,13 @@ def test_statistics_of_a_pipeline_fit_a_checkpoint_in_diffusers_names(
     assert "keeps its scale" not in applied.err
 
 
-def test_an_interrupted_pipeline_goes_on(
-    ctq: Any, pipeline: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_pipeline_goes_on(ctq: Any, painting: Any, tmp_path: Path) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     whole, stats = tmp_path / "whole.safetensors", tmp_path / "stats.safetensors"
-    words = ("observe", "--pipeline", pipeline, "--prompts", prompts, *PAINT, "--samples", 3, "--save-every", 0)
+    words = (*painting, "--samples", 3, "--save-every", 0)
     assert ctq(*words, "-o", whole).code == 0
-    step, left = FlowMatchEulerDiscreteScheduler.step, 6
-
-    def stopping(*args: Any, **options: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise KeyboardInterrupt
-        return step(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FlowMatchEulerDiscreteScheduler, "step", stopping)
+    with interrupted_at(FlowMatchEulerDiscreteScheduler, "step", 6):
         assert ctq(*words, "-o", stats).code == 130
     assert Statistics.load(f"{stats}.partial").samples == 1
     assert ctq(*words, "-o", stats, "--resume").code == 0
@@ -524,46 +471,39 @@ def test_an_interrupted_pipeline_goes_on(
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("--component", "unet"), 2, "the pipeline has no unet (it has "),
-        (("--frames", 9), 2, "FluxPipeline takes no num_frames"),
+        ("--component unet", 2, "the pipeline has no unet (it has "),
+        ("--frames 9", 2, "FluxPipeline takes no num_frames"),
+        ("--pipeline gone --dry-run", 1, "gone: no such folder (of a diffusers pipeline; nothing is downloaded)\n"),
+        ("--pipeline .", 1, ".: no folder of a diffusers pipeline: it has no model_index.json\n"),
+        ("--pipeline . --dry-run", 1, ".: no folder of a diffusers pipeline: it has no model_index.json\n"),
+        ("--pipeline strange", 1, "strange: diffusers cannot load it"),
+        ("--prompts none.txt", 2, "none.txt: the prompts cannot be read"),
+        ("--prompts empty.txt", 2, "empty.txt: no prompts"),
     ],
 )
-def test_what_a_pipeline_does_not_have_is_refused(
-    ctq: Any, pipeline: Path, prompts: Path, tmp_path: Path, *, words: tuple[Any, ...], code: int, said: str
+def test_pipelines_and_prompts_that_cannot_be_used_are_refused(
+    ctq: Any, painting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, words: str, code: int, said: str
 ) -> None:
-    outcome = ctq("observe", "--pipeline", pipeline, "--prompts", prompts, "-o", tmp_path / "s.safetensors", *words)
-    assert outcome.code == code
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    outcome = ctq(*painting, "-o", "s.safetensors", *words.split())
+    assert (outcome.code, outcome.out) == (code, "")
     assert said in outcome.err
+    assert not (tmp_path / "s.safetensors").exists()
 
 
 def test_a_checkpoint_of_another_model_than_the_pipelines_is_refused(
-    ctq: Any, pipeline: Path, prompts: Path, *, flux_tensors: Any, save: Any, tmp_path: Path
+    ctq: Any, painting: Any, *, flux_tensors: Any, save: Any, tmp_path: Path
 ) -> None:
     tensors = flux_tensors()
     dtype, weight = tensors["img_in.weight"]
     tensors["img_in.weight"] = (dtype, np.concatenate([weight, weight[:, :4]], 1))
     model = save("other.safetensors", tensors)
-    stats = tmp_path / "s.safetensors"
-    outcome = ctq("observe", model, "--pipeline", pipeline, "--prompts", prompts, "-o", stats, *PAINT)
+    outcome = ctq(*painting, model, "-o", tmp_path / "s.safetensors")
     assert outcome.code == 1
     assert f"x_embedder: the pipeline's FluxTransformer2DModel is not the model of {model}" in outcome.err
-
-
-def test_folders_and_prompts_that_cannot_be_used_are_refused(
-    ctq: Any, pipeline: Path, prompts: Path, tmp_path: Path
-) -> None:
-    stats = tmp_path / "s.safetensors"
-    outcome = ctq("observe", "--pipeline", tmp_path, "--prompts", prompts, "-o", stats)
-    assert (outcome.code, "it has no model_index.json" in outcome.err) == (1, True)
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
-    outcome = ctq("observe", "--pipeline", tmp_path, "--prompts", prompts, "-o", stats)
-    assert (outcome.code, "diffusers cannot load it" in outcome.err) == (1, True)
-    for name, said in (("none.txt", "cannot be read"), ("empty.txt", "no prompts")):
-        if name == "empty.txt":
-            (tmp_path / name).write_text("\n  \n")
-        outcome = ctq("observe", "--pipeline", pipeline, "--prompts", tmp_path / name, "-o", stats)
-        assert (outcome.code, said in outcome.err) == (2, True)
-    assert not stats.exists()
 
 
 def test_under_torchrun_cuda_is_the_processes_own_card(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,22 +14,16 @@ from typing import Any
 
 import pytest
 
-from convert_to_quant.cli import output, terminal
+from convert_to_quant.cli import output
+from convert_to_quant.cli import terminal as terminals
 from convert_to_quant.cli.terminal import Styled
-
-
-class FakeTerminal(io.StringIO):
-    """A stream that a person seems to look at."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal that knows colours, and no call before."""
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(terminal, "_when", "auto")
+    monkeypatch.setattr(terminals, "_when", "auto")
     monkeypatch.setattr(output, "_quiet", False)
     monkeypatch.setattr(output, "_verbose", False)
 
@@ -49,12 +43,12 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_first_that_speaks_decides_on_colours(
-    monkeypatch: pytest.MonkeyPatch, when: str, environment: dict[str, str], wanted: tuple[bool, bool]
+    terminal: Any, monkeypatch: pytest.MonkeyPatch, when: str, environment: dict[str, str], wanted: tuple[bool, bool]
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    terminal.choose_color(["demo", "--color", when])
-    assert (terminal.has_color(FakeTerminal()), terminal.has_color(io.StringIO())) == wanted
+    terminals.choose_color(["demo", "--color", when])
+    assert (terminals.has_color(terminal()), terminals.has_color(io.StringIO())) == wanted
 
 
 def test_colours_do_not_move_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +65,7 @@ def test_colours_do_not_move_columns(capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_colours_say_what_a_figure_is_worth() -> None:
-    styles = [terminal.style_of(output.decibels(value)) for value in (30.0, 25.0, 22.0, 20.0, 19.9, None)]
+    styles = [terminals.style_of(output.decibels(value)) for value in (30.0, 25.0, 22.0, 20.0, 19.9, None)]
     assert styles == ["good", "good", "warn", "warn", "bad", ""]
 
 
@@ -83,9 +77,9 @@ def test_the_limits_are_those_of_the_demos_picture() -> None:
 
 @pytest.mark.parametrize(("width", "gone"), [(200, ""), (24, "why"), (14, "range, why")])
 def test_a_narrow_terminal_does_without_columns_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, width: int, gone: str
+    terminal: Any, monkeypatch: pytest.MonkeyPatch, width: int, gone: str
 ) -> None:
-    stream = FakeTerminal()
+    stream = terminal()
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("NO_COLOR", "1")
@@ -98,10 +92,10 @@ def test_a_narrow_terminal_does_without_columns_and_says_so(
     assert max(map(len, shown.splitlines())) <= width
 
 
-def test_talk_is_broken_between_words_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_talk_is_broken_between_words_on_a_terminal_alone(terminal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     text = "calibrated 32 of 32  layers of a-file-with-a-long-name.safetensors"
-    for stream in (FakeTerminal(), io.StringIO()):
+    for stream in (terminal(), io.StringIO()):
         monkeypatch.setattr(sys, "stderr", stream)
         output.say(text)
         output.note(text)
@@ -116,7 +110,7 @@ def test_talk_is_broken_between_words_on_a_terminal_alone(monkeypatch: pytest.Mo
 
 
 def test_what_files_say_cannot_drive_the_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    terminal: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evil = "a\x1b[2J\nb"
     output.print_table(("layer",), [(evil,), (Styled(evil, "bad"),)])
@@ -126,7 +120,7 @@ def test_what_files_say_cannot_drive_the_terminal(
     out, err = capsys.readouterr()
     assert out == "layer\n" + 2 * "a\\x1b[2J\\nb\n"
     assert err == "a\\x1b[2J\\nb\nnote: a\\x1b[2J\\nb\nerror: a\\x1b[2J\\nb\n"
-    stream = FakeTerminal()
+    stream = terminal()
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setenv("NO_COLOR", "1")
     output.print_table(("layer",), [(evil,)])
