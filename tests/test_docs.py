@@ -22,7 +22,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from markdown_it import MarkdownIt
@@ -81,47 +80,9 @@ FOREIGN_FLAGS = {
 # --- stand-ins
 
 
-def tiny_lora(path: Path) -> None:
-    """A kohya adapter of rank 4 for one layer of the tiny model."""
-    from safetensors.numpy import save_file
-
-    random = np.random.default_rng(1)
-    layer = "lora_unet_double_blocks_0_img_mlp_0"
-    save_file(
-        {
-            f"{layer}.lora_down.weight": random.standard_normal((4, 32)).astype(np.float32),
-            f"{layer}.lora_up.weight": random.standard_normal((128, 4)).astype(np.float32),
-        },
-        path,
-    )
-
-
-def tiny_embeddings(path: Path) -> None:
-    """Prompt embeddings of the tiny model's sizes."""
-    from safetensors.numpy import save_file
-
-    random = np.random.default_rng(2)
-    prompts = random.standard_normal((2, 4, 32)).astype(np.float32)
-    save_file({"prompt_embeds": prompts, "pooled_prompt_embeds": prompts[:, 0, :16].copy()}, path)
-
-
-def tiny_flux() -> bytes:
-    """The tiny Flux.1 of the command line's tests, as a file."""
-    files = runpy.run_path(str(ROOT / "tests" / "conftest.py"))
-    model = runpy.run_path(str(ROOT / "tests" / "cli" / "conftest.py"))
-    random = np.random.default_rng(0)
-
-    def bfloat16(values: Any) -> tuple[str, Any]:
-        return "BF16", files["to_bfloat16"](values)
-
-    tensors = {}
-    for name, (rows, columns) in model["LINEAR"].items():
-        tensors[name + ".weight"] = bfloat16(random.standard_normal((rows, columns)) / np.sqrt(columns))
-        tensors[name + ".bias"] = bfloat16(0.1 * random.standard_normal(rows))
-    tensors |= {name: bfloat16(np.ones(model["HEAD"])) for name in model["NORMS"]}
-    content: bytes = files["file_bytes"](tensors)
-    return content
-
+files = runpy.run_path(str(ROOT / "tests" / "conftest.py"))
+tiny = runpy.run_path(str(ROOT / "tests" / "cli" / "conftest.py"))
+"""What other tests make tiny models with."""
 
 CALLED: dict[str, tuple[str, ...]] = {
     "flux_bf16": ("bf16", "flux", "flux1-dev", "demo/plain_bf16"),
@@ -137,10 +98,13 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of tiny files under the names that examples use."""
     folder = tmp_path_factory.mktemp("stand-ins")
     with inside(folder):
-        Path("flux_bf16.safetensors").write_bytes(tiny_flux())
-        tiny_lora(Path("style.safetensors"))
-        tiny_embeddings(Path("embeddings.safetensors"))
-        runpy.run_path(str(ROOT / "tests" / "cli" / "conftest.py"))["save_pipeline"](Path("FLUX.1-dev"))
+        for name, tensors in {
+            "flux_bf16": tiny["flux_model"](files["to_bfloat16"]),
+            "style": tiny["kohya"]("lora_unet_double_blocks_0_img_mlp_0", 128, 32),
+            "embeddings": tiny["prompt_embeddings"](),
+        }.items():
+            Path(f"{name}.safetensors").write_bytes(files["file_bytes"](tensors))
+        tiny["save_pipeline"](Path("FLUX.1-dev"))
         Path("prompts.txt").write_text("a red fish\na fish\n", encoding="utf-8")
         Path("ComfyUI/custom_nodes").mkdir(parents=True)
         Path("demo").mkdir()

@@ -67,22 +67,64 @@ def flux() -> type[Flux]:
     return Flux
 
 
+def flux_model(to_bfloat16: Callable[[Any], Any]) -> dict[str, Any]:
+    """The tiny Flux.1 in bfloat16, freshly made, the same every time."""
+    random = np.random.default_rng(0)
+    tensors: dict[str, Any] = {}
+    for name, (rows, columns) in LINEAR.items():
+        weight = random.standard_normal((rows, columns)) / np.sqrt(columns)
+        tensors[name + ".weight"] = ("BF16", to_bfloat16(weight))
+        tensors[name + ".bias"] = ("BF16", to_bfloat16(0.1 * random.standard_normal(rows)))
+    for name in NORMS:
+        tensors[name] = ("BF16", to_bfloat16(np.ones(HEAD)))
+    return tensors
+
+
 @pytest.fixture
 def flux_tensors(build: Any) -> Callable[[], dict[str, Any]]:
-    """The tiny Flux.1 in bfloat16, freshly made, the same every time."""
+    """Make the tiny Flux.1."""
+    return lambda: flux_model(build.to_bfloat16)
 
-    def make() -> dict[str, Any]:
-        random = np.random.default_rng(0)
-        tensors: dict[str, Any] = {}
-        for name, (rows, columns) in LINEAR.items():
-            weight = random.standard_normal((rows, columns)) / np.sqrt(columns)
-            tensors[name + ".weight"] = ("BF16", build.to_bfloat16(weight))
-            tensors[name + ".bias"] = ("BF16", build.to_bfloat16(0.1 * random.standard_normal(rows)))
-        for name in NORMS:
-            tensors[name] = ("BF16", build.to_bfloat16(np.ones(HEAD)))
-        return tensors
 
-    return make
+def kohya(layer: str, rows: int, columns: int, rank: int = 4) -> dict[str, Any]:
+    """An adapter of one layer, as kohya names it."""
+    random = np.random.default_rng(1)
+    return {
+        f"{layer}.lora_down.weight": random.standard_normal((rank, columns)).astype(np.float32),
+        f"{layer}.lora_up.weight": random.standard_normal((rows, rank)).astype(np.float32),
+    }
+
+
+@pytest.fixture
+def lora(save: Callable[..., Path]) -> Path:
+    """An adapter of the tiny Flux.1."""
+    return save("style.safetensors", kohya("lora_unet_double_blocks_0_img_mlp_0", 128, 32))
+
+
+def prompt_embeddings(count: int = 2, tokens: int = 4) -> dict[str, Any]:
+    """Embeddings of prompts of the tiny Flux.1's sizes."""
+    random = np.random.default_rng(2)
+    return {
+        "prompt_embeds": random.standard_normal((count, tokens, TEXT)).astype(np.float32),
+        "pooled_prompt_embeds": random.standard_normal((count, VECTOR)).astype(np.float32),
+    }
+
+
+@pytest.fixture
+def embeddings() -> Callable[..., dict[str, Any]]:
+    """Make embeddings: embeddings(prompts, tokens of each)."""
+    return prompt_embeddings
+
+
+TEXTS = ("a red fish", "a bear")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """A file of prompts."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(("", *TEXTS, " ")))
+    return path
 
 
 @pytest.fixture

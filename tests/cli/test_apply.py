@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_merged_files_give_the_same_bytes_as_the_files_themselves(model: Path, t
     assert scales(Path(apart)) == scales(Path(together))
 
 
-@pytest.mark.parametrize("words", [("--margin", "1"), ("--method", "mse")])
+@pytest.mark.parametrize("words", [("--margin", "1"), ("--method", "mse"), ("--margin", "1", "--keep", "proj$")])
 def test_no_weight_is_read_where_no_headroom_is_looked_for(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
@@ -79,6 +80,7 @@ def test_no_weight_is_read_where_no_headroom_is_looked_for(
     seen({LAYER: 896.0, OTHER: 44.8}).save(stats)
     monkeypatch.setattr(headroom, "column_energies", lambda *_: pytest.fail("a weight was read"))
     assert main(["apply", str(model), str(stats), "--in-place", "-q", *words]) == 0
+    assert (scales(model)[OTHER] == 1.0) == ("--keep" in words), "layers to keep are left alone"
 
 
 def test_a_layer_that_was_never_visited_keeps_its_scale_and_is_named(
@@ -91,21 +93,16 @@ def test_a_layer_that_was_never_visited_keeps_its_scale_and_is_named(
     assert f"note: {OTHER}: never visited: keeps its scale" in capsys.readouterr().err
 
 
-def test_layers_to_keep_are_left_alone(model: Path, tmp_path: Path) -> None:
+def test_a_dry_run_reports_and_writes_nothing(
+    model: Path, tmp_path: Path, folder: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     stats = tmp_path / "stats.safetensors"
     seen({LAYER: 896.0, OTHER: 896.0}).save(stats)
-    assert main(["apply", str(model), str(stats), "--in-place", "--keep", "proj$", "-q"]) == 0
-    assert scales(model) == {LAYER: 3.0, OTHER: 1.0}
-
-
-def test_a_dry_run_reports_and_writes_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stats = tmp_path / "stats.safetensors"
-    seen({LAYER: 896.0, OTHER: 896.0}).save(stats)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = folder()
     assert main(["apply", str(model), str(stats), "--dry-run", "--json", "-", "--margin", "2"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {entry["layer"]: entry["scale_after"] for entry in report["layers"]} == {LAYER: 4.0, OTHER: 4.0}
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert folder() == before
 
 
 @pytest.mark.parametrize(
@@ -120,15 +117,15 @@ def test_a_dry_run_reports_and_writes_nothing(model: Path, tmp_path: Path, capsy
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(
-    words: list[str], code: int, message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], code: int, message: str, model: Path, tmp_path: Path, folder: Any, capsys: Any
 ) -> None:
     stats = tmp_path / "stats.safetensors"
     seen({LAYER: 1.0, OTHER: 1.0}).save(stats)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = folder()
     places = {"STATS": str(stats), "OUT": str(tmp_path / "out.safetensors")}
     assert main(["apply", str(model), str(stats), *(places.get(word, word) for word in words)]) == code
     assert message in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert folder() == before
 
 
 def test_statistics_of_another_model_are_refused_and_forced_ones_name_the_rest(

@@ -175,47 +175,6 @@ def test_json_on_stdout_is_one_document(ctq: Any, flux_file: Path, fp8_file: Pat
     assert found["worst_db"] == min(level["worst_db"] for level in found["levels"])
 
 
-def embeddings(count: int = 3) -> dict[str, Any]:
-    random = np.random.default_rng(2)
-    return {
-        "prompt_embeds": random.standard_normal((count, 5, 32)).astype(np.float32),
-        "pooled_prompt_embeds": random.standard_normal((count, 16)).astype(np.float32),
-    }
-
-
-def test_prompt_embeddings_take_the_place_of_noise(ctq: Any, flux_file: Path, fp8_file: Path, save: Any) -> None:
-    given = embeddings()
-    options = ("--height", 32, "--width", 48, "--steps", 1, "--json", "-")
-
-    def found(tensors: dict[str, Any], *more: Any) -> dict[str, Any]:
-        path = save("prompts.safetensors", tensors)
-        outcome = ctq("check", flux_file, fp8_file, *options, "--conditioning", path, *more)
-        assert outcome.code == 0, outcome.err
-        document: dict[str, Any] = json.loads(outcome.out)
-        del document["made_by"]
-        return document
-
-    assert found(given)["prompts"] == 3
-    first = found(given, "--samples", 1)
-    assert first == found({name: value[:1] for name, value in given.items()})
-    assert first["sqnr_db"] != found({name: value[1:2] for name, value in given.items()})["sqnr_db"]
-    # Prompts are taken in turn, each time on another noise.
-    assert found(given, "--samples", 4)["prompts"] == 4
-
-
-def test_the_empty_prompt_of_guidance_can_be_given(ctq: Any, flux_file: Path, fp8_file: Path, save: Any) -> None:
-    given = embeddings(2)
-    empty = {f"negative_{name}": np.zeros_like(value[:1]) for name, value in given.items()}
-    loud = {name: value + 3 for name, value in empty.items()}
-    options = ("--height", 32, "--width", 48, "--steps", 2, "--guidance", 4, "--json", "-")
-    means = []
-    for tensors in (given, given | empty, given | loud):
-        outcome = ctq("check", flux_file, fp8_file, *options, "--conditioning", save("p.safetensors", tensors))
-        assert outcome.code == 0, outcome.err
-        means.append(json.loads(outcome.out)["sqnr_db"])
-    assert means[0] == means[1] != means[2]
-
-
 ONE_SIZE = ("--height", 32, "--width", 48, "--steps", 2, "--json", "-")
 
 
@@ -227,44 +186,54 @@ def figures(outcome: Any) -> dict[str, Any]:
     return document
 
 
+@pytest.fixture
+def shown(ctq: Any, flux_file: Path, fp8_file: Path, save: Any) -> Callable[..., dict[str, Any]]:
+    """The figures on embeddings: shown(tensors of a file, of another, words=...)."""
+
+    def run(*files: dict[str, Any], words: tuple[Any, ...] = ()) -> dict[str, Any]:
+        paths = [save(f"{number}.safetensors", tensors) for number, tensors in enumerate(files)]
+        given = [word for path in paths for word in ("--conditioning", path)]
+        return figures(ctq("check", flux_file, fp8_file, *ONE_SIZE, *words, *given))
+
+    return run
+
+
+def test_prompt_embeddings_take_the_place_of_noise(shown: Any, embeddings: Any) -> None:
+    given = embeddings(3, 5)
+    assert shown(given)["prompts"] == 3
+    first = shown(given, words=("--samples", 1))
+    assert first == shown({name: value[:1] for name, value in given.items()})
+    assert first["sqnr_db"] != shown({name: value[1:2] for name, value in given.items()})["sqnr_db"]
+    # Prompts are taken in turn, each time on another noise.
+    assert shown(given, words=("--samples", 4))["prompts"] == 4
+
+
+def test_the_empty_prompt_of_guidance_can_be_given(shown: Any, embeddings: Any) -> None:
+    given = embeddings(2, 5)
+    empty = {f"negative_{name}": np.zeros_like(value[:1]) for name, value in given.items()}
+    loud = {name: value + 3 for name, value in empty.items()}
+    means = [shown(tensors, words=("--guidance", 4))["sqnr_db"] for tensors in (given, given | empty, given | loud)]
+    assert means[0] == means[1] != means[2]
+
+
 @pytest.mark.parametrize("samples", [(), ("--samples", 1), ("--samples", 7)])
-def test_files_of_embeddings_are_shown_like_one(
-    ctq: Any, flux_file: Path, fp8_file: Path, save: Any, samples: tuple[Any, ...]
-) -> None:
-    given = embeddings(3)
-    words = ("check", flux_file, fp8_file, *ONE_SIZE, *samples, "--conditioning", save("all.safetensors", given))
-    parts = (slice(0, 1), slice(1, 3))
-    files = [
-        save(f"{number}.safetensors", {name: value[part] for name, value in given.items()})
-        for number, part in enumerate(parts)
-    ]
-    one = figures(ctq(*words))
-    several = figures(ctq(*words[:-2], "--conditioning", files[0], "--conditioning", files[1]))
+def test_files_of_embeddings_are_shown_like_one(shown: Any, embeddings: Any, samples: tuple[Any, ...]) -> None:
+    given = embeddings(3, 5)
+    one = shown(given, words=samples)
+    parts = ({name: value[part] for name, value in given.items()} for part in (slice(0, 1), slice(1, 3)))
+    several = shown(*parts, words=samples)
     assert several["prompts"] == one["prompts"]
     assert several["sqnr_db"] == pytest.approx(one["sqnr_db"], abs=0.01)
 
 
-def test_prompts_and_the_empty_prompt_may_differ_in_length(
-    ctq: Any, flux_file: Path, fp8_file: Path, save: Any
-) -> None:
-    short, long = embeddings(1), embeddings(1)
-    long["prompt_embeds"] = np.concatenate([long["prompt_embeds"], long["prompt_embeds"]], 1)
+def test_prompts_and_the_empty_prompt_may_differ_in_length(shown: Any, embeddings: Any) -> None:
+    short = embeddings(1, 5)
     empty = {f"negative_{name}": 0 * value for name, value in short.items()}
-    files = [save("short.safetensors", short | empty), save("long.safetensors", long | empty)]
-    words = [word for file in files for word in ("--conditioning", file)]
-    found = figures(ctq("check", flux_file, fp8_file, *ONE_SIZE, "--guidance", 3, *words))
+    found = shown(short | empty, embeddings(1, 10) | empty, words=("--guidance", 3))
     assert [size["geometry"]["text_tokens"] for size in found["sizes"]] == [5, 10]
 
 
 POSITION = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
-TEXTS = ("a red fish", "a bear")
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(TEXTS))
-    return path
 
 
 @POSITION
@@ -284,7 +253,7 @@ def test_a_pipeline_embeds_prompts(
     outcome = ctq(*words, *made, "--save-conditioning", kept)
 
     pipe = load_pipeline(pipeline)
-    texts = {"": list(TEXTS)} | ({"negative_": [""]} if guidance != 1 else {})
+    texts = {"": prompts.read_text().split("\n")[1:-1]} | ({"negative_": [""]} if guidance != 1 else {})
     by_hand = {}
     with torch.no_grad():
         for prefix, some in texts.items():
@@ -335,42 +304,22 @@ def test_embeddings_replace_no_input(ctq: Any, flux_file: Path, fp8_file: Path, 
     assert (outcome.code, "does not exist" in outcome.err) == (1, True)
 
 
-def wider(tensors: dict[str, Any]) -> None:
-    dtype, weight = tensors["txt_in.weight"]
-    tensors["txt_in.weight"] = (dtype, np.concatenate([weight, weight], 1))
-
-
-def deeper(tensors: dict[str, Any]) -> None:
-    more = {name.replace("single_blocks.0.", "single_blocks.1."): tensor for name, tensor in tensors.items()}
-    tensors.update(more)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (wider, "context_embedder.weight is [32, 64], in "),
-        (deeper, "single_transformer_blocks.1.attn.norm_k.weight is [16], in "),
-    ],
-)
-def test_another_model_is_refused(
-    ctq: Any, flux_file: Path, flux_tensors: Any, save: Any, *, change: Callable[[dict[str, Any]], None], said: str
-) -> None:
+def test_another_model_is_refused(ctq: Any, flux_file: Path, flux_tensors: Any, save: Any) -> None:
     tensors = flux_tensors()
-    change(tensors)
-    other = save("other.safetensors", tensors)
-    outcome = ctq("check", flux_file, other, *SMALL)
-    assert (outcome.code, outcome.out) == (1, "")
-    assert f"{other}: another model: {said}" in outcome.err
-    if change is deeper:
-        swapped = ctq("check", other, flux_file, *SMALL)
-        assert f"single_transformer_blocks.1.attn.norm_k.weight is missing, in {other} it is [16]" in swapped.err
-
-
-def test_a_file_that_is_no_model_is_refused(ctq: Any, flux_file: Path, save: Any) -> None:
-    other = save("other.safetensors", {"a.weight": np.ones((4, 4), np.float32)})
-    outcome = ctq("check", flux_file, other, *SMALL)
-    assert outcome.code == 1
-    assert f"{other}: its tensor names fit no known family" in outcome.err
+    dtype, weight = tensors["txt_in.weight"]
+    wider = save("wider.safetensors", {**tensors, "txt_in.weight": (dtype, np.concatenate([weight, weight], 1))})
+    more = {name.replace("single_blocks.0.", "single_blocks.1."): tensor for name, tensor in tensors.items()}
+    deeper, strange = save("deeper.safetensors", tensors | more), save("strange.safetensors", {"a.weight": weight})
+    norm = "single_transformer_blocks.1.attn.norm_k.weight"
+    for one, other, said in (
+        (flux_file, wider, f"another model: context_embedder.weight is [32, 64], in {flux_file} it is [32, 32]"),
+        (flux_file, deeper, f"another model: {norm} is [16], in {flux_file} it is missing"),
+        (deeper, flux_file, f"another model: {norm} is missing, in {deeper} it is [16]"),
+        (flux_file, strange, "its tensor names fit no known family"),
+    ):
+        outcome = ctq("check", one, other, *SMALL)
+        assert (outcome.code, outcome.out) == (1, "")
+        assert f"{other}: {said}" in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -396,32 +345,19 @@ def test_misuse_exits_2(ctq: Any, flux_file: Path, words: tuple[Any, ...], said:
     assert said in outcome.err
 
 
-def test_a_report_that_would_overwrite_a_model_is_refused(ctq: Any, flux_file: Path) -> None:
-    before = flux_file.read_bytes()
-    outcome = ctq("check", flux_file, flux_file, "--json", flux_file)
-    assert outcome.code == 1
-    message = f"{flux_file}: --json and REFERENCE are the same file (name another file for --json)"
-    assert outcome.err == f"error: {message}\n"
-    assert flux_file.read_bytes() == before
-
-
-def spoiled(tensors: dict[str, Any], change: str) -> None:
-    """Make one FP8 layer give what no figure can be made of."""
-    name = "double_blocks.0.img_attn.qkv"
-    if change == "a NaN code":
-        tensors[name + ".weight"][1].reshape(-1)[5] = 0x7F
-    else:
-        tensors[name + ".weight_scale"] = ("F32", np.float32(1e38).reshape(tensors[name + ".weight_scale"][1].shape))
-
-
 @pytest.mark.parametrize("more", [(), ("--layers",), ("--json", "-"), ("--at-least", 25), ("--guidance", 3)])
-@pytest.mark.parametrize("change", ["a NaN code", "a huge weight scale"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("weight", np.uint8(0x7F)), ("weight_scale", np.float32(1e38))],
+    ids=["a NaN code", "a huge scale"],
+)
 def test_a_file_that_gives_nan_or_infinity_is_refused(
-    ctq: Any, flux_file: Path, fp8_file: Path, save: Any, *, change: str, more: tuple[Any, ...]
+    ctq: Any, flux_file: Path, fp8_file: Path, save: Any, *, key: str, value: Any, more: tuple[Any, ...]
 ) -> None:
     with open_checkpoint(fp8_file) as checkpoint:
         tensors = {name: (info.dtype, checkpoint.bits(name).copy()) for name, info in checkpoint.tensors.items()}
-        spoiled(tensors, change)
+        _, bits = tensors[f"double_blocks.0.img_attn.qkv.{key}"]
+        bits.reshape(-1)[:1].view(value.dtype)[:] = value
         bad = save("bad.safetensors", tensors, checkpoint.metadata)
     outcome = ctq("check", flux_file, bad, *SMALL, *more)
     assert (outcome.code, outcome.out) == (1, "")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +111,12 @@ def test_dry_run_prints_the_plan_with_reasons_and_writes_nothing(ctq: Command, f
     assert r"excluded by 'txt_mlp\\.2$'" in rows["double_blocks.0.txt_mlp.2"]
     assert "image embedder: feeds every block" in rows["img_in"]
     assert "dry run: 12 of 21 linear layers" in outcome.err
-    assert folder() == before
 
-
-def test_json_of_a_dry_run_is_one_document_on_stdout(ctq: Command, flux_file: Path) -> None:
     outcome = ctq("-i", flux_file, "--dry-run", "-v", "--json", "-")
     document = json.loads(outcome.out)
-    assert document["family"] == "flux1"
-    assert document["counts"] == {"quantized": 13, "kept": 8}
+    assert (document["family"], document["counts"]) == ("flux1", {"quantized": 13, "kept": 8})
     assert "double_blocks.0.img_mlp.0" in outcome.err, "the table makes way"
+    assert folder() == before
 
 
 def test_actcal_takes_number_and_size_of_images_as_observe_does(
@@ -144,16 +140,11 @@ def test_actcal_takes_number_and_size_of_images_as_observe_does(
     assert seen.rows[seen.names.index(image)] == 4 * 4 * 2 * 3  # images, noise levels, tokens
 
 
-def test_json_of_a_conversion_goes_into_a_file(ctq: Command, flux_file: Path) -> None:
-    report = flux_file.with_name("report.json")
-    assert ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), "--json", report).code == 0
-    assert json.loads(report.read_text())["counts"]["quantized"] == 13
-
-
-def test_no_input_scale_leaves_it_out(ctq: Command, flux_file: Path) -> None:
-    output = flux_file.with_name("out.safetensors")
-    assert ctq("-i", flux_file, "-o", output, "--no_input_scale").code == 0
+def test_without_input_scales_and_with_a_report(ctq: Command, flux_file: Path) -> None:
+    output, report = flux_file.with_name("out.safetensors"), flux_file.with_name("report.json")
+    assert ctq("-i", flux_file, "-o", output, "--no_input_scale", "--json", report).code == 0
     assert input_scales(output) == {}
+    assert json.loads(report.read_text())["counts"]["quantized"] == 13
 
 
 def test_converting_and_calibrating_in_one_breath_equals_one_after_the_other(
@@ -196,42 +187,26 @@ def test_calibration_changes_scales_and_marks_only(ctq: Command, fp8_file: Path,
 
 
 def test_verbose_prints_old_scale_new_scale_source_and_range_of_every_layer(
-    ctq: Command, fp8_file: Path, flux: Any
+    ctq: Command, fp8_file: Path, folder: Folder, flux: Any
 ) -> None:
-    outcome = ctq("-i", fp8_file, "--dry-run", "-v", "--json", fp8_file.with_name("r.json"), *TIGHT)
+    report = fp8_file.with_name("r.json")
+    outcome = ctq("-i", fp8_file, "--dry-run", "-v", "--json", report, *TIGHT)
     head, *rows = outcome.out.splitlines()
-    for column in ("layer", "range", "scale before", "scale after", "source"):
-        assert column in head
-    assert [row.split()[0] for row in rows] == list(find(fp8_file))
-    document = json.loads(fp8_file.with_name("r.json").read_text())
+    assert [column in head for column in ("layer", "range", "scale before", "scale after", "source")] == [True] * 5
+    document = json.loads(report.read_text())
     assert document["engine"] == "model"
+    assert [row.split()[0] for row in rows] == [layer["layer"] for layer in document["layers"]]
+    assert set(flux.quantized) == {layer["layer"] for layer in document["layers"]}
     for row, layer in zip(rows, document["layers"], strict=True):
-        assert layer["source"] == "model"
-        assert layer["scale_before"] == 1.0
+        assert (layer["source"], layer["scale_before"]) == ("model", 1.0)
         assert layer["scale_after"] == float(np.float32(layer["range"] / 448))
         assert f"{layer['range']:.5g}" in row
         assert f"{layer['scale_after']:.5g}" in row
-    assert set(flux.quantized) == {layer["layer"] for layer in document["layers"]}
     assert "dry run: nothing was written" in outcome.err
 
-
-def find(path: Path) -> dict[str, Any]:
-    with open_checkpoint(path) as checkpoint:
-        return find_layers(checkpoint).quantized
-
-
-def test_json_dash_keeps_stdout_one_document_also_with_the_table(ctq: Command, fp8_file: Path) -> None:
     outcome = ctq("-i", fp8_file, "--dry-run", "-v", "--json", "-", *LAYER)
-    document = json.loads(outcome.out)
-    assert {layer["source"] for layer in document["layers"]} == {"layer"}
-    assert "scale before" in outcome.err
-
-
-def test_a_dry_run_of_a_calibration_writes_nothing(ctq: Command, fp8_file: Path, folder: Folder) -> None:
-    before = folder()
-    for words in (("--in-place",), ("-o", fp8_file.with_name("out.safetensors")), ()):
-        assert ctq("-i", fp8_file, "--dry-run", *words, *LAYER).code == 0
-    assert folder() == before
+    assert {layer["source"] for layer in json.loads(outcome.out)["layers"]} == {"layer"}
+    assert "scale before" in outcome.err, "the table makes way"
 
 
 def test_calibration_is_deterministic_for_a_seed(ctq: Command, fp8_file: Path) -> None:
@@ -242,20 +217,13 @@ def test_calibration_is_deterministic_for_a_seed(ctq: Command, fp8_file: Path) -
     assert input_scales(outputs[0]) != input_scales(outputs[2])
 
 
-@pytest.mark.parametrize("engine", [(), ("--actcal-engine", "auto"), ("--actcal-engine", "model")])
-@pytest.mark.parametrize("target", [("--in-place",), ("-o", "out.safetensors"), ("--dry-run",)])
+@pytest.mark.parametrize("engine", ["", "--actcal-engine auto", "--actcal-engine model"])
+@pytest.mark.parametrize("target", ["--in-place", "-o out.safetensors", "--dry-run"])
 @pytest.mark.parametrize("quantized", [True, False])
 def test_a_model_that_cannot_be_run_is_refused_and_nothing_is_written(
-    ctq: Command,
-    save: Callable[..., Path],
-    build: Any,
-    folder: Folder,
-    monkeypatch: pytest.MonkeyPatch,
-    quantized: bool,
-    target: tuple[str, ...],
-    engine: tuple[str, ...],
+    ctq: Command, save: Any, build: Any, folder: Folder, monkeypatch: Any, *, quantized: bool, target: str, engine: str
 ) -> None:
-    if target == ("--in-place",) and not quantized:
+    if target == "--in-place" and not quantized:
         pytest.skip("only FP8 files are calibrated in place")
     tensors, metadata = build.quantized(["blocks.0.fc1", "blocks.0.fc2"], "both")
     if not quantized:
@@ -263,7 +231,7 @@ def test_a_model_that_cannot_be_run_is_refused_and_nothing_is_written(
     path = save("m.safetensors", tensors, metadata)
     monkeypatch.chdir(path.parent)
     before = folder()
-    outcome = ctq("-i", path, *target, "--actcal", *engine)
+    outcome = ctq("-i", path, *target.split(), "--actcal", *engine.split())
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err == (
         f"error: {path}: the model cannot be run, so nothing was calibrated: its tensor names fit no known family "
@@ -299,19 +267,7 @@ def test_a_model_beside_an_fp8_text_encoder_is_converted_and_the_encoder_left_al
     assert "left alone: 1 FP8 layers beside the diffusion model" in again.err
 
 
-def lora_file(save: Callable[..., Path], names: Mapping[str, tuple[int, int]], name: str = "lora.safetensors") -> Path:
-    random = np.random.default_rng(1)
-    tensors = {}
-    for adapter, (rows, columns) in names.items():
-        tensors[adapter + ".lora_down.weight"] = random.standard_normal((2, columns)).astype(np.float32)
-        tensors[adapter + ".lora_up.weight"] = random.standard_normal((rows, 2)).astype(np.float32)
-    return save(name, tensors)
-
-
-def test_ranges_cover_the_model_with_and_without_its_lora(
-    ctq: Command, save: Callable[..., Path], fp8_file: Path, flux: Any
-) -> None:
-    lora = lora_file(save, {"lora_unet_double_blocks_0_img_mlp_0": (128, 32)})
+def test_ranges_cover_the_model_with_and_without_its_lora(ctq: Command, lora: Path, fp8_file: Path, flux: Any) -> None:
     scales = {}
     for name, words in (("plain", ()), ("lora", ("--actcal-lora", f"{lora}:3.0"))):
         output = fp8_file.with_name(f"with_{name}.safetensors")
@@ -362,37 +318,29 @@ def test_a_shard_index_is_converted_and_calibrated_shard_by_shard(
         assert all(checkpoint.float32(layer.input_scale) != 1.0 for layer in layers.values())
 
 
-def test_in_place_recovers_from_an_interrupted_change_and_says_so(ctq: Command, fp8_file: Path) -> None:
+CRASH = """
+import os, sys
+from convert_to_quant import cli, patch
+write = patch.write_at
+def once_and_die(*words):
+    write(*words)
+    os._exit(7)
+patch.write_at = once_and_die
+cli.main(["-i", sys.argv[1], "--in-place", "--actcal", "--actcal-engine", "layer"])
+"""
+
+
+def test_a_file_that_an_interrupted_change_left_half_done_is_repaired_in_place_and_not_read(
+    ctq: Command, fp8_file: Path, flux_file: Path, tmp_path: Path, folder: Folder
+) -> None:
+    stats, new, undo = (tmp_path / name for name in ("stats.safetensors", "new.safetensors", "fp8.safetensors.undo"))
+    assert ctq("observe", flux_file, "-o", stats, "--samples", "1").code == 0
     original = fp8_file.read_bytes()
     killed = subprocess.run([sys.executable, "-c", CRASH, str(fp8_file)], capture_output=True, text=True, check=False)
     assert killed.returncode == 7, killed.stderr
-    undo = fp8_file.with_name(fp8_file.name + ".undo")
     assert undo.exists()
     assert fp8_file.read_bytes() != original
-    refused = ctq("-i", fp8_file, "--dry-run", *LAYER)
-    assert (refused.code, refused.err) == (1, half_done(fp8_file))
-    outcome = ctq("-i", fp8_file, "--in-place", *LAYER)
-    assert outcome.code == 0
-    assert f"note: {fp8_file}: an interrupted change in place was undone" in outcome.err
-    assert not undo.exists()
-    assert 1.0 not in {float(scale) for scale in input_scales(fp8_file).values()}
-
-
-def half_done(path: Path) -> str:
-    return (
-        f"error: {path}: an interrupted in-place change left it half done; the old bytes are in {path}.undo (run any "
-        f"command with --in-place to restore them first, such as `convert_to_quant -i {path} --actcal --in-place`)\n"
-    )
-
-
-def test_nothing_reads_or_repairs_a_file_that_an_interrupted_change_left_half_done(
-    ctq: Command, fp8_file: Path, flux_file: Path, tmp_path: Path
-) -> None:
-    stats = tmp_path / "stats.safetensors"
-    assert ctq("observe", flux_file, "-o", stats, "--samples", "1").code == 0
-    subprocess.run([sys.executable, "-c", CRASH, str(fp8_file)], check=False)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    new = tmp_path / "new.safetensors"
+    before = folder()
     for words in (
         ("inspect", fp8_file),
         ("check", flux_file, fp8_file),
@@ -402,10 +350,20 @@ def test_nothing_reads_or_repairs_a_file_that_an_interrupted_change_left_half_do
         ("apply", fp8_file, stats, "--in-place", "--dry-run"),
         ("-i", fp8_file, "-o", new),
         ("-i", fp8_file, "-o", new, *LAYER),
+        ("-i", fp8_file, "--dry-run", *LAYER),
     ):
         outcome = ctq(*words)
-        assert (outcome.code, outcome.err) == (1, half_done(fp8_file)), words
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        assert outcome.code == 1, words
+        problem = f"an interrupted in-place change left it half done; the old bytes are in {undo}"
+        hint = "run any command with --in-place to restore them first, such as"
+        command = f"convert_to_quant -i {fp8_file} --actcal --in-place"
+        assert outcome.err == f"error: {fp8_file}: {problem} ({hint} `{command}`)\n"
+        assert folder() == before
+    outcome = ctq("-i", fp8_file, "--in-place", *LAYER)
+    assert outcome.code == 0
+    assert f"note: {fp8_file}: an interrupted change in place was undone" in outcome.err
+    assert not undo.exists()
+    assert 1.0 not in {float(scale) for scale in input_scales(fp8_file).values()}
 
 
 def test_a_file_that_is_replaced_while_it_is_calibrated_in_place_is_left_alone(
@@ -430,18 +388,6 @@ def test_a_file_that_is_replaced_while_it_is_calibrated_in_place_is_left_alone(
     assert not list(fp8_file.parent.glob("*.undo"))
 
 
-CRASH = """
-import os, sys
-from convert_to_quant import cli, patch
-write = patch.write_at
-def once_and_die(*words):
-    write(*words)
-    os._exit(7)
-patch.write_at = once_and_die
-cli.main(["-i", sys.argv[1], "--in-place", "--actcal", "--actcal-engine", "layer"])
-"""
-
-
 def test_a_calibration_that_fails_while_converting_leaves_no_output(
     ctq: Command, flux_file: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,28 +402,4 @@ def test_a_calibration_that_fails_while_converting_leaves_no_output(
     outcome = ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), "--actcal")
     assert outcome.code == 1
     assert outcome.err == "error: double_blocks.0.img_mlp.2: its inputs had 3 NaN\n"
-    assert folder() == before
-
-
-STALL = """
-import os, sys, time
-from convert_to_quant import cli, convert
-quantize = convert.quantize_weight
-def stall(*words):
-    quantize(*words)
-    os.write(1, b"converting\\n")
-    time.sleep(20)
-convert.quantize_weight = stall
-sys.exit(cli.main(["-i", sys.argv[1], "-o", sys.argv[2]]))
-"""
-
-
-def test_a_killed_conversion_leaves_nothing(flux_file: Path, folder: Folder) -> None:
-    before = folder()
-    words = [sys.executable, "-c", STALL, str(flux_file), str(flux_file.with_name("out.safetensors"))]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "converting\n"
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -9
     assert folder() == before

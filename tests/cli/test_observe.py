@@ -99,13 +99,7 @@ def test_a_prefix_and_other_parts_of_a_checkpoint_are_left_aside(
     assert "layers depend on the conditioning, which noise only imitates (first: double_blocks.0" in applied.err
 
 
-def test_adapters_are_named_and_widen_ranges(observe: Any, flux_file: Path, save: Any) -> None:
-    random = np.random.default_rng(1)
-    layer = "lora_unet_double_blocks_0_img_mlp_0"
-    lora = save("style.safetensors", {
-        f"{layer}.lora_down.weight": random.standard_normal((4, 32)).astype(np.float32),
-        f"{layer}.lora_up.weight": random.standard_normal((128, 4)).astype(np.float32),
-    })  # fmt: skip
+def test_adapters_are_named_and_widen_ranges(observe: Any, flux_file: Path, lora: Path) -> None:
     without, _ = observe(flux_file)
     with_lora, outcome = observe(flux_file, "--lora", f"{lora}:2")
     assert "LoRA" in outcome.err
@@ -115,15 +109,7 @@ def test_adapters_are_named_and_widen_ranges(observe: Any, flux_file: Path, save
     assert (with_lora.absmax >= without.absmax).all()
 
 
-def embeddings() -> dict[str, Any]:
-    random = np.random.default_rng(2)
-    return {
-        "prompt_embeds": random.standard_normal((2, 4, 32)).astype(np.float32),
-        "pooled_prompt_embeds": random.standard_normal((2, 16)).astype(np.float32),
-    }
-
-
-def test_prompt_embeddings_take_the_place_of_noise(observe: Any, flux_file: Path, save: Any) -> None:
+def test_prompt_embeddings_take_the_place_of_noise(observe: Any, flux_file: Path, save: Any, embeddings: Any) -> None:
     given = embeddings()
     options = ("--height", 32, "--width", 48, "--steps", 2, "--conditioning", save("prompts.safetensors", given))
     seen, _ = observe(flux_file, small=options)
@@ -144,7 +130,7 @@ def test_prompt_embeddings_take_the_place_of_noise(observe: Any, flux_file: Path
     ],
 )
 def test_conditioning_that_does_not_fit_is_refused(
-    ctq: Any, flux_file: Path, save: Any, folder: Any, *, change: Callable[[dict[str, Any]], object], message: str
+    ctq: Any, flux_file: Path, save: Any, folder: Any, embeddings: Any, *, change: Any, message: str
 ) -> None:
     tensors = embeddings()
     change(tensors)
@@ -376,17 +362,9 @@ def test_two_processes_observe_what_one_does(ctq: Any, start: Start, fp8_file: P
 
 
 PAINT = ("--height", 8, "--width", 12, "--text-tokens", 6, "--steps", 4)
-PROMPTS = ("a red fish", "a bear")
 
 
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(("", *PROMPTS, " ")))
-    return path
-
-
-def by_hand(folder: Path) -> dict[str, float]:
+def by_hand(folder: Path, prompts: Path) -> dict[str, float]:
     """Largest inputs of the transformer's linear layers, by hooks on diffusers' own pipeline."""
     from convert_to_quant.engines.pipeline import load
 
@@ -399,7 +377,7 @@ def by_hand(folder: Path) -> dict[str, float]:
     for name, module in pipe.transformer.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(watch(name))
-    for number, prompt in enumerate(PROMPTS):
+    for number, prompt in enumerate(prompts.read_text().split("\n")[1:-1]):
         pipe(
             prompt, height=8, width=12, num_inference_steps=4, max_sequence_length=6, output_type="latent",
             generator=torch.Generator().manual_seed(42 + number),
@@ -414,14 +392,14 @@ def painting(pipeline: Path, prompts: Path) -> tuple[Any, ...]:
 
 
 def test_a_pipeline_paints_prompts_under_both_kinds_of_names(
-    ctq: Any, painting: Any, pipeline: Path, *, flux: Any, fp8_file: Path, tmp_path: Path
+    ctq: Any, painting: Any, pipeline: Path, prompts: Path, *, flux: Any, fp8_file: Path, tmp_path: Path
 ) -> None:
     stats, ours = tmp_path / "stats.safetensors", tmp_path / "ours.safetensors"
     outcome = ctq(*painting, "-o", stats)
     assert (outcome.code, outcome.out) == (0, "")
     seen = Statistics.load(stats)
     absmax = dict(zip(seen.names, seen.absmax.tolist(), strict=True))
-    wanted = by_hand(pipeline)
+    wanted = by_hand(pipeline, prompts)
     assert {name: absmax[name] for name in wanted} == wanted
     assert {name: seen.layers[name] for name in flux.linear} == flux.linear
     assert set(seen.layers) == {*wanted, *flux.linear}

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from convert_to_quant import __version__
@@ -24,11 +23,8 @@ def made(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def outputs(ctq: Any, save: Any, flux_file: Path, tmp_path: Path) -> dict[str, Path]:
+def outputs(ctq: Any, lora: Path, flux_file: Path, tmp_path: Path) -> dict[str, Path]:
     """One of everything, all made from absolute paths."""
-    layer = "double_blocks.0.img_mlp.0"
-    lora = save("style.safetensors", {f"{layer}.lora_A.weight": np.ones((1, 32), np.float32),
-                                      f"{layer}.lora_B.weight": np.ones((128, 1), np.float32)})  # fmt: skip
     names = ("converted", "calibrated", "applied", "observed", "merged")
     paths = {name: tmp_path / f"{name}.safetensors" for name in names}
     for words in (
