@@ -26,26 +26,15 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import Error, OptionError
-from . import config, output, parsing, shared, terminal
+from . import config, output, shared, terminal
 from .interrupts import Interrupted, exit_code, interruptible
 from .neighbour import neighbour
-from .overview import overview
+from .overview import GROUPS, overview
 from .parsing import Parser, did_you_mean, flag_spelling
 
 __all__ = ["COMMANDS", "build_parser", "flag_spelling", "guarded", "main"]
 
-COMMANDS = {
-    "convert": "convert to FP8 or INT8, calibrate FP8, or both (the default)",
-    "inspect": "say what a file is, what ComfyUI does with it, what is wrong",
-    "observe": "run a model and keep what its layers receive as a statistics file",
-    "apply": "choose scales from statistics and write them into a checkpoint",
-    "merge": "merge statistics files",
-    "report": "show what calibration changes, layer by layer; or compare two",
-    "comfyui": "put our nodes into a ComfyUI, or record a model on one that runs",
-    "check": "compare a quantized model with its reference while both paint",
-    "demo": "convert, calibrate and check a small model; writes a picture",
-    "completion": "print what makes a shell complete our commands and flags",
-}
+COMMANDS = {name: words for group in GROUPS.values() for name, words in group.items()}
 """What each command does."""
 
 DEFAULT_COMMAND = "convert"
@@ -113,12 +102,12 @@ def dispatch(words: list[str]) -> int:
     if words and words[0] == "help":
         words = [*words[1:], "--help"]
     if words in ([], ["--help"], ["-h"]):
-        print(overview(COMMANDS), end="")
+        print(overview(), end="")
         return 0
     command = command_of(words)
     rest = words[1:] if words[0] == command else words
-    args, names = config.parse(build_parser(command), rest, command, list(COMMANDS))
-    return run(names, args)
+    args, parser, names = config.parse(build_parser(command), rest, command, list(COMMANDS))
+    return perform(importlib.import_module(f"{__name__}.{command}").run, parser, names, args)
 
 
 def command_of(words: Sequence[str]) -> str:
@@ -140,21 +129,6 @@ def command_of(words: Sequence[str]) -> str:
     raise OptionError(f"unknown command {word!r}", hint=hint)
 
 
-def run(names: Sequence[str], args: argparse.Namespace) -> int:
-    """Run a command whose options are parsed.
-
-    Args:
-        names: the command, and its action if it has some.
-        args: its options.
-
-    Returns:
-        The exit code.
-    """
-    command = names[0]
-    parser = parsing.follow(build_parser(command), names[1:])[0]
-    return perform(importlib.import_module(f"{__name__}.{command}").run, parser, names, args)
-
-
 def perform(
     work: Callable[[argparse.Namespace], int], parser: Parser, names: Sequence[str], args: argparse.Namespace
 ) -> int:
@@ -162,7 +136,7 @@ def perform(
 
     Args:
         work: the command.
-        parser: a fresh one, whose defaults are what is not worth saying.
+        parser: of the command or its action; its defaults are what is not worth saying.
         names: the command, and its action if it has some.
         args: its options.
 

@@ -27,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
 
     def call(words: list[str]) -> int:
-        args, names = config.parse(build_parser(), words, NAME, [NAME, *COMMANDS])
+        args, parser, names = config.parse(build_parser(), words, NAME, [NAME, *COMMANDS])
         args.actcal = True
-        return perform(run, build_parser(), names, args)
+        return perform(run, parser, names, args)
 
     return enter(arguments, call)
 

@@ -156,19 +156,8 @@ def summary(calibration: Calibration) -> str:
 def print_calibration(results: Sequence[LayerResult], *, talk: bool = False) -> None:
     """Old scale, new scale, source and range of every layer; see `print_table`."""
     print_table(
-        (
-            "layer",
-            "range",
-            "scale before",
-            "scale after",
-            "SQNR before",
-            "SQNR after",
-            "clipped",
-            "vanished",
-            "rows lost",
-            "source",
-            "why",
-        ),
+        ("layer", "range", "scale before", "scale after", "SQNR before", "SQNR after", "clipped", "vanished",
+         "tokens lost", "source", "why"),
         [
             (
                 result.layer,
@@ -188,7 +177,7 @@ def print_calibration(results: Sequence[LayerResult], *, talk: bool = False) -> 
         right=(1, 2, 3, 4, 5, 6, 7, 8),
         optional=(10, 7, 6, 1, 9, 8, 4, 5),
         talk=talk,
-    )
+    )  # fmt: skip
 
 
 def _number(value: float | None) -> str:

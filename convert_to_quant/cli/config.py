@@ -171,17 +171,17 @@ def _make_optional(action: argparse.Action) -> None:
 
 def parse(
     parser: Parser, words: Sequence[str], command: str, known: Sequence[str]
-) -> tuple[argparse.Namespace, list[str]]:
+) -> tuple[argparse.Namespace, Parser, list[str]]:
     """Parse a command line together with the configuration file that it names.
 
     Args:
-        parser: of the command; is changed.
+        parser: of the command.
         words: what follows the command.
         command: its name.
         known: the names that tables may have.
 
     Returns:
-        The options, and the names of the command and of its action, if it has some.
+        The options, the parser of the command or of its action, and the names of both.
 
     Raises:
         OptionError: the file cannot be used.
@@ -189,7 +189,7 @@ def parse(
     path = value_of("--config", words)
     leaf, actions = follow(parser, words)
     if path is None:
-        return parser.parse_args(words), [command, *actions]
+        return parser.parse_args(words), leaf, [command, *actions]
     content = read(path, known)
     inner = leaf.subcommands()
     if inner is not None:  # no action is named, so the file's only one is meant
@@ -215,18 +215,22 @@ def parse(
         members = {action.dest for action in group._group_actions}
         if any(on_line.get(dest) for dest in members):
             on_line |= dict.fromkeys(members)
-    for action in leaf._actions:  # what the file says becomes the default of what the line leaves out
+    usual = {action: action.default for action in leaf._actions}
+    for action in usual:  # what the file says is the default of what the line leaves out
         if action.dest in in_file.keys() - on_line.keys():
             action.default = in_file[action.dest]
             _make_optional(action)
-    return parser.parse_args(words), names
+    args = parser.parse_args(words)
+    for action, default in usual.items():
+        action.default = default
+    return args, leaf, names
 
 
 def options_in_force(parser: Parser, args: argparse.Namespace, folder: Path | None = None) -> Table:
     """What a call says that is not the default, as a table of a configuration file would.
 
     Args:
-        parser: of the command or action, fresh: its defaults are what counts.
+        parser: of the command or action.
         args: the options.
         folder: what paths become relative to; None leaves them as they are.
     """

@@ -53,25 +53,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=".safetensors, or the index of its shards")  # fmt: skip
     wanted = parser.add_argument_group("what to say")
     wanted.add_argument("--layers", action="store_true", help="every layer, as -v does")
-    wanted.add_argument(
-        "--strict",
-        action="store_true",
-        help="exit code 1 on problems, or scales not measured",
-    )
+    wanted.add_argument("--strict", action="store_true", help="exit code 1 on problems, or scales not measured")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; a file that cannot be read does not keep the others from being shown."""
+    from ..checkpoint import open_checkpoint
+    from ..inspection import inspect_checkpoint
+
     found: list[Inspection] = []
     documents: list[dict[str, Any]] = []
-    failed = False
     for path in args.inputs:
         try:
-            one = look(path, args)
+            with open_checkpoint(path) as checkpoint:
+                check_shards(checkpoint, args)
+                one = inspect_checkpoint(checkpoint)
         except Error as problem:
             error(str(problem))
             documents.append({"path": path, "error": str(problem)})
-            failed = True
         else:
             if args.json != "-":
                 show(one, layers=args.layers or args.verbose, gap=bool(found), strict=args.strict)
@@ -79,17 +78,8 @@ def run(args: argparse.Namespace) -> int:
             documents.append(one.to_json())
     if args.json and found:
         write_json(args.json, documents[0] if len(documents) == 1 else {"files": documents})
-    return 1 if failed or (args.strict and any(one.problems or one.doubts for one in found)) else 0
-
-
-def look(path: str, args: argparse.Namespace) -> Inspection:
-    """Find out what a file is."""
-    from ..checkpoint import open_checkpoint
-    from ..inspection import inspect_checkpoint
-
-    with open_checkpoint(path) as checkpoint:
-        check_shards(checkpoint, args)
-        return inspect_checkpoint(checkpoint)
+    doubtful = args.strict and any(one.problems or one.doubts for one in found)
+    return int(doubtful or len(found) < len(args.inputs))
 
 
 def show(found: Inspection, *, layers: bool, gap: bool, strict: bool = False) -> None:
@@ -140,25 +130,16 @@ def _entry(key: str, paragraphs: Sequence[str], width: int) -> Iterator[str]:
         text = printable(paragraph)
         hanging = 4 if text.startswith("  ") else 0
         unbroken = _COMMAND.sub(lambda command: command[0].replace(" ", _HARD_SPACE), text)
-        lines = textwrap.wrap(
-            unbroken,
-            width,
-            initial_indent=key.ljust(KEY_WIDTH),
-            subsequent_indent=" " * (KEY_WIDTH + hanging),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        lines = textwrap.wrap(unbroken, width, initial_indent=key.ljust(KEY_WIDTH), break_long_words=False,
+                              subsequent_indent=" " * (KEY_WIDTH + hanging), break_on_hyphens=False)  # fmt: skip
         yield from (line.replace(_HARD_SPACE, " ") for line in lines)
         key = ""
 
 
 def _model(found: Inspection) -> str:
-    text = found.title
-    if found.prefix:
-        text += f"; names begin with {found.prefix}"
-    if found.parts:
-        text += f"; also in the file: {', '.join(found.parts)}"
-    return text
+    prefix = f"; names begin with {found.prefix}" if found.prefix else ""
+    parts = f"; also in the file: {', '.join(found.parts)}" if found.parts else ""
+    return found.title + prefix + parts
 
 
 def _formats(found: Inspection) -> list[str]:
@@ -201,14 +182,8 @@ def _input_scales(found: Inspection) -> str:
                   if layer.input_state == state and layer.input_scale is not None]  # fmt: skip
         return f"{state} ({min(scales):.3g} to {max(scales):.3g})" if scales else state
 
-    words = {
-        "calibrated": spread("calibrated"),
-        "guessed": spread("guessed"),
-        "one": "at 1.0",
-        "missing": "missing (read as 1.0)",
-        "suspicious": "suspicious",
-        "unused": "not used",
-    }
+    words = {"calibrated": spread("calibrated"), "guessed": spread("guessed"), "one": "at 1.0",
+             "missing": "missing (read as 1.0)", "suspicious": "suspicious", "unused": "not used"}  # fmt: skip
     counts = found.input_states
     return ", ".join(f"{counts[state]:,} {word}" for state, word in words.items() if state in counts)
 

@@ -171,11 +171,11 @@ def write_json(place: str, document: Mapping[str, Any]) -> None:
 
 @contextmanager
 def progress_bar(title: str, *, unit: str = "") -> Iterator[Progress]:
-    """A bar with rate and time left on a terminal; with -v, a line now and then elsewhere; else nothing.
+    """A bar with time left on a terminal; with -v, a line now and then elsewhere; else nothing.
 
     Args:
         title: what is going on.
-        unit: of what is counted: "bytes", or a word; without one no rate is shown.
+        unit: "bytes", whose rate is shown too, or nothing.
 
     Yields:
         A function that takes what is done and what there is to do.
@@ -191,39 +191,23 @@ def progress_bar(title: str, *, unit: str = "") -> Iterator[Progress]:
 
 @contextmanager
 def _bar(title: str, unit: str) -> Iterator[Progress]:
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
 
     global _bar_shown  # noqa: PLW0603 - a process has one terminal
-    shown: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
-    shown += [TextColumn("{task.fields[rate]}")] if unit else []
-    shown.append(TimeRemainingColumn())
+    shown = [progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn(),
+             *([progress.TransferSpeedColumn()] if unit else []), progress.TimeRemainingColumn()]  # fmt: skip
     if _bar_shown is not None:  # work within work: two bars would write over each other
         _bar_shown.stop()
     console = Console(stderr=True, color_system=_colors(sys.stderr))
     # Not stdout: it may be a file, and rich would take what is printed there to the terminal.
-    with Bar(*shown, console=console, transient=True, redirect_stdout=False) as bar:
+    with progress.Progress(*shown, console=console, transient=True, redirect_stdout=False) as bar:
         _bar_shown = bar
-        task = bar.add_task(title, total=None, rate="")
-
-        def update(done: int, total: int) -> None:
-            speed = bar.tasks[0].speed
-            bar.update(task, completed=done, total=total, rate="" if speed is None else rate(speed, unit))
-
+        task = bar.add_task(title, total=None)
         try:
-            yield update
+            yield lambda done, total: bar.update(task, completed=done, total=total)
         finally:
             _bar_shown = None
-
-
-def rate(speed: float, unit: str) -> str:
-    """So much per second.
-
-    >>> rate(2.34e8, "bytes"), rate(0.5, "images")
-    ('234.0 MB/s', '0.5 images/s')
-    """
-    return f"{size(speed)}/s" if unit == "bytes" else f"{speed:.3g} {unit}/s"
 
 
 def size(count: float) -> str:

@@ -14,25 +14,34 @@ EXAMPLES = (
     "convert_to_quant demo",
 )
 
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "make a file": ("convert", "apply"),
-    "look at it": ("inspect", "check", "report"),
-    "see what its layers receive": ("observe", "merge", "comfyui"),
-    "begin": ("demo", "completion"),
+GROUPS: Mapping[str, Mapping[str, str]] = {
+    "make a file": {
+        "convert": "convert to another format, calibrate FP8, or both (the default)",
+        "apply": "choose scales from statistics and write them into a checkpoint",
+    },
+    "look at it": {
+        "inspect": "say what a file is, what ComfyUI does with it, what is wrong",
+        "check": "compare a quantized model with its reference while both paint",
+        "report": "show what calibration changes, layer by layer; or compare two",
+    },
+    "see what its layers receive": {
+        "observe": "run a model and keep what its layers receive as a statistics file",
+        "merge": "merge statistics files",
+        "comfyui": "put our nodes into a ComfyUI, or record a model on one that runs",
+    },
+    "begin": {
+        "demo": "convert, calibrate and check a small model; writes a picture",
+        "completion": "print what makes a shell complete our commands and flags",
+    },
 }
-"""Commands by what they are for."""
+"""Commands by what they are for, and what each does."""
 
 
-def overview(commands: Mapping[str, str]) -> str:
-    """The screen.
-
-    Args:
-        commands: what each does.
-    """
-    blocks: dict[str, tuple[str, ...]] = {"examples": EXAMPLES}
-    for title, names in GROUPS.items():
-        blocks[title] = tuple(f"{name:<12}{commands[name]}" for name in names if name in commands)
+def overview() -> str:
+    """The screen."""
     lines = ["FP8 for diffusion models that keeps the picture.", ""]
+    blocks: dict[str, tuple[str, ...]] = {"examples": EXAMPLES}
+    blocks |= {title: tuple(f"{name:<12}{words}" for name, words in group.items()) for title, group in GROUPS.items()}
     for title, entries in blocks.items():
         lines += [paint(f"{title}:", "head", sys.stdout), *(f"  {entry}" for entry in entries)]
     lines += ["", "convert needs no name. More: convert_to_quant help COMMAND, or --version."]

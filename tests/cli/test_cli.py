@@ -15,7 +15,6 @@ import pytest
 
 from convert_to_quant import __version__
 from convert_to_quant.cli import COMMANDS, READERS, build_parser, guarded
-from convert_to_quant.cli.overview import GROUPS
 from convert_to_quant.cli.parsing import Parser
 from convert_to_quant.errors import CheckpointError, OptionError
 
@@ -78,12 +77,6 @@ def test_every_command_has_what_all_have_and_says_every_default_the_same_way(nam
             default = f"{action.default:g}" if isinstance(action.default, float) else str(action.default)
             assert str(action.help).endswith(f"({default})")
         assert not any("_" in flag for flag in action.option_strings), "the parsers know dashes"
-
-
-def test_every_command_has_its_place_in_the_overview() -> None:
-    placed = [name for names in GROUPS.values() for name in names]
-    assert len(placed) == len(set(placed))
-    assert set(COMMANDS) <= set(placed)
 
 
 def test_both_spellings_convert_alike(ctq: Any, flux_file: Path) -> None:

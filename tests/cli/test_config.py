@@ -36,7 +36,7 @@ def recipe(tmp_path: Path) -> Callable[[str], Path]:
 
 def options(path: Path, command: str, *words: str) -> dict[str, Any]:
     """What a command line with that file says."""
-    parsed, _ = config.parse(build_parser(command), ["--config", str(path), *words], command, list(COMMANDS))
+    parsed, _, _ = config.parse(build_parser(command), ["--config", str(path), *words], command, list(COMMANDS))
     return vars(parsed)
 
 
@@ -116,7 +116,7 @@ def test_actions_have_tables_of_their_own(recipe: Any, tmp_path: Path) -> None:
     path = recipe('[comfyui.install]\ndir = "ComfyUI"')
     for named in (["install"], []):  # the only one there is needs no name
         words = [*named, "--config", str(path)]
-        parsed, names = config.parse(build_parser("comfyui"), words, "comfyui", list(COMMANDS))
+        parsed, _, names = config.parse(build_parser("comfyui"), words, "comfyui", list(COMMANDS))
         assert (parsed.folder, names) == (str(tmp_path / "ComfyUI"), ["comfyui", "install"])
 
 
