@@ -33,7 +33,7 @@ COMFYUI_VARIABLE = "COMFYUI_DIR"
 
 DEFAULT_FORMAT = "fp8"  # `formats.DEFAULT`, spelled out so that help needs no numpy
 DEFAULT_ROWS = 64
-"""Rows of input that each guessed layer is shown."""
+"""Tokens of input that each guessed layer is shown."""
 
 Engine = Literal["auto", "model", "layer"]
 """What finds the ranges. "auto" is "model": the one that measures; it never guesses by itself."""
@@ -143,11 +143,11 @@ class ShownOptions(Options):
         device: where the model runs.
     """
 
-    samples: int | None = option(None, f"images ({SAMPLES}, or one per prompt)", "N", COUNT)
-    height: int | None = option(None, f"of each image ({SIDE_PIXELS})", "PIXELS", COUNT)
-    width: int | None = option(None, f"of each image ({SIDE_PIXELS})", "PIXELS", COUNT)
-    frames: int | None = option(None, f"of each video ({FRAMES})", "N", COUNT)
-    text_tokens: int | None = option(None, f"length of each prompt ({TEXT_TOKENS})", "N", COUNT)
+    samples: int | None = option(None, f"number of images ({SAMPLES}, or one per prompt)", "N", COUNT)
+    height: int | None = option(None, f"image height ({SIDE_PIXELS})", "PIXELS", COUNT)
+    width: int | None = option(None, f"image width ({SIDE_PIXELS})", "PIXELS", COUNT)
+    frames: int | None = option(None, f"frames of a video ({FRAMES})", "N", COUNT)
+    text_tokens: int | None = option(None, f"length of a prompt ({TEXT_TOKENS})", "N", COUNT)
     device: str = option("cpu", "where to run: cpu, cuda, cuda:1, ...", "DEVICE")
 
     def __post_init__(self) -> None:
@@ -169,8 +169,8 @@ class RunOptions(ShownOptions):
         seed: of all noise.
     """
 
-    steps: int = option(STEPS, "noise levels of each image", "N", COUNT)
-    seed: int = option(42, "of all noise", "S", SEED)
+    steps: int = option(STEPS, "noise levels per image", "N", COUNT)
+    seed: int = option(42, "random seed", "S", SEED)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class CalibrationOptions(ShownOptions):
     """How to calibrate.
 
     Attributes:
-        samples: images that the model is shown, each at `STEPS` noise levels; rows of input for a guess. Where None,
+        samples: images that the model is shown, each at `STEPS` noise levels; tokens of input for a guess. Where None,
             `SAMPLES` and `DEFAULT_ROWS`.
         margin: factor ≥ 1 on ranges; where None, headroom that costs nothing for what was seen, and 8 for what was
             simulated.
@@ -186,15 +186,17 @@ class CalibrationOptions(ShownOptions):
         percentile: of simulated magnitudes; 99.9 where None. Real ranges are never cut.
         seed: of all noise.
         float16_safe: no scale below 2⁻¹⁵.
-        one_row_full_precision: whether layers that see one row per image compute in full precision.
+        one_row_full_precision: whether layers that see one token per image compute in full precision.
         height, width, frames, text_tokens, device: see `ShownOptions`.
     """
 
-    samples: int | None = option(None, f"images ({SAMPLES}), or rows of a guess ({DEFAULT_ROWS})", "N", COUNT)
-    margin: float | None = option(None, "factor on ranges (as much as costs nothing)", "M", MARGIN)
-    engine: Engine = option("auto", "model: run it; layer: guess", "ENGINE", get_args(Engine))
-    percentile: float | None = option(None, "of guessed magnitudes (99.9)", "P", PERCENTILE)
-    seed: int = option(42, "of all noise", "S", SEED)
+    samples: int | None = option(
+        None, f"number of images ({SAMPLES}), or tokens per guess ({DEFAULT_ROWS})", "N", COUNT
+    )
+    margin: float | None = option(None, "headroom factor on ranges (automatic)", "M", MARGIN)
+    engine: Engine = option("auto", "model: run it; layer: guess from weights", "ENGINE", get_args(Engine))
+    percentile: float | None = option(None, "percentile of guessed magnitudes (99.9)", "P", PERCENTILE)
+    seed: int = option(42, "random seed", "S", SEED)
     float16_safe: bool = option(False, "no scale below 2⁻¹⁵")
     one_row_full_precision: bool = option(True)
 
@@ -209,18 +211,18 @@ class SolveOptions(Options):
         margin: factor ≥ 1 on the range before it becomes a scale. None for headroom that costs nothing, by "absmax",
             and for 1 by the other methods.
         full_precision_budget: share of all multiply-adds that may move to full precision for quality.
-        row_loss_limit: largest share of lost rows that a layer may have in FP8.
+        row_loss_limit: largest share of lost tokens that a layer may have in FP8.
         keep: regular expressions; layers in which one is found keep their scale and precision.
         float16_safe: raise scales to 2⁻¹⁵.
-        one_row_full_precision: whether layers that see one row per image compute in full precision.
+        one_row_full_precision: whether layers that see one token per image compute in full precision.
     """
 
     method: Method = option("absmax", "absmax, mse or percentile", "METHOD", get_args(Method))
-    percentile: float = option(99.9, "for that method", "P", PERCENTILE)
-    margin: float | None = option(None, "factor on ranges (as much as costs nothing)", "M", MARGIN)
-    full_precision_budget: float = option(0.0, "multiply-adds for full precision", "SHARE", SHARE)
-    row_loss_limit: float = option(0.01, "full precision where more rows vanish", "SHARE", SHARE)
-    keep: tuple[str, ...] = option((), "leave such layers alone; may be repeated", "REGEX")
+    percentile: float = option(99.9, "percentile for that method", "P", PERCENTILE)
+    margin: float | None = option(None, "headroom factor on ranges (automatic)", "M", MARGIN)
+    full_precision_budget: float = option(0.0, "multiply-adds allowed in full precision", "SHARE", SHARE)
+    row_loss_limit: float = option(0.01, "full precision where more tokens vanish", "SHARE", SHARE)
+    keep: tuple[str, ...] = option((), "leave matching layers unchanged; repeatable", "REGEX")
     float16_safe: bool = option(False, "no scale below 2⁻¹⁵")
     one_row_full_precision: bool = option(True)
 
@@ -243,17 +245,17 @@ class ConvertOptions(Options):
         block_size: side of the square blocks.
         weight_scale: how scales are chosen.
         input_scale: write input scales of 1.0, so that calibration can set them in place.
-        legacy: write the older `scaled_fp8` spelling instead of comfy_quant.
+        legacy: write the older `scaled_fp8` layout instead of comfy_quant.
     """
 
     format: str = option(DEFAULT_FORMAT, "number format; a wrong name lists them", "NAME")
-    layer_format: tuple[str, ...] = option((), "format of such layers; may be repeated", "REGEX=NAME")
-    preset: str | None = option(None, "which layers to leave alone (found out)", "FAMILY")
-    exclude: tuple[str, ...] = option((), "leave such layers alone; may be repeated", "REGEX", flag="exclude-layers")
+    layer_format: tuple[str, ...] = option((), "format of matching layers; repeatable", "REGEX=NAME")
+    preset: str | None = option(None, "model family whose rules apply (detected)", "FAMILY")
+    exclude: tuple[str, ...] = option((), "do not quantize matching layers; repeatable", "REGEX", flag="exclude-layers")
     scaling_mode: ScalingMode = option("tensor", "fp8 scales per tensor, row or block", "MODE", get_args(ScalingMode))
-    block_size: int = option(64, "side of a block", "N", BLOCK)
-    weight_scale: WeightScale = option("absmax", "absmax, or mse: least error", "METHOD", get_args(WeightScale))
-    input_scale: bool = option(True, "leave input scales out", flag="no-input-scale")
+    block_size: int = option(64, "side of a block in mode block", "N", BLOCK)
+    weight_scale: WeightScale = option("absmax", "absmax, or mse for least error", "METHOD", get_args(WeightScale))
+    input_scale: bool = option(True, "write no input scales", flag="no-input-scale")
     legacy: bool = option(False)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ examples:
   convert_to_quant apply fp8.safetensors a.safetensors b.safetensors --in-place
   convert_to_quant apply fp8.safetensors stats.safetensors --dry-run -v
 
-With --full-precision-budget 0.05, the worst layers that cost 5 % of the multiply-adds compute in full precision.
+--full-precision-budget 0.05 lets the worst layers compute in full precision, up to 5 % of the multiply-adds.
 """
 
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target_arguments(parser)
     solving = parser.add_argument_group("solving")
     add_options(solving, SolveOptions)
-    solving.add_argument("--force", action="store_true", help="use the layers that match, if not all do")
+    solving.add_argument("--force", action="store_true", help="use the layers that match if some do not")
 
 
 def run(args: argparse.Namespace) -> int:

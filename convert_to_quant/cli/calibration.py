@@ -30,13 +30,13 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("-o", "--output", metavar="OUT", help="the new file")
     target.add_argument("--in-place", action="store_true", help="write the scales into MODEL itself")
     target.add_argument("--enable-fp8-matmul", action="store_true",
-                        help="undo a legacy marker that turns FP8 off")  # fmt: skip
+                        help="replace a legacy marker that turns FP8 off")  # fmt: skip
 
 
 def add_calibration_arguments(group: Any, prefix: str) -> None:
     """The options of a calibration, each that takes a value behind a prefix ("actcal-" or nothing)."""
     group.add_argument(f"--{prefix}lora", dest="lora", action="append", default=[], metavar="FILE[:STRENGTH]",
-                       help="adapter to be used with it; may be repeated")  # fmt: skip
+                       help="LoRA to use with the model; repeatable")  # fmt: skip
     add_options(group, CalibrationOptions, prefix)
 
 

@@ -29,9 +29,9 @@ SEED = 43
 WORST_LAYERS = 20
 EXACT = Styled("exact", "good")
 MEANINGS = (
-    (25.0, "the same picture, details differ on close inspection"),
-    (15.0, "the same picture, with small changes"),
-    (6.5, "the subject is there, the picture is damaged"),
+    (25.0, "the same image, details differ on close inspection"),
+    (15.0, "the same image, with small changes"),
+    (6.5, "the subject is there, the image is damaged"),
     (float("-inf"), "ruin"),
 )
 """What a mean SQNR in dB, from here on, looks like: the table of docs/concepts.md, cut between its lines."""
@@ -43,9 +43,9 @@ BELOW = 1
 """Exit code of a model that is worse than asked for."""
 
 DESCRIPTION = """\
-Run a reference and a quantized model side by side and say how close the quantized one stays: the SQNR of the predicted
-velocity in dB per noise level (30 is good, 10 is ruin), and the PSNR of the latents that each reaches by itself. On
-noise, of another kind than calibration sees, it checks two sizes: the one asked for, and a quarter of its tokens."""
+Run a reference and a quantized model side by side and report how close the quantized one stays: SQNR of the predicted
+velocity in dB per noise level (30 is good, 10 is ruin), and PSNR of the final latents. Without prompts both run on
+noise that calibration never sees, at two sizes: the given one, and a quarter of its tokens."""
 EPILOG = """\
 examples:
   convert_to_quant check bf16.safetensors fp8.safetensors --device cuda
@@ -57,25 +57,25 @@ arithmetics of quantized layers:
   comfyui         as ComfyUI on a CPU: inputs are divided in their own dtype
   comfyui-divide  as ComfyUI's CUDA kernels: inputs are divided in float32
   dequantize      weights are quantized, inputs are not
-  dynamic-tensor  scales from each input itself; dynamic-row: from each row
+  dynamic-tensor  input scales per call; dynamic-row: per token
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    parser.add_argument("reference", metavar="REFERENCE", help="the model as it should be")
+    parser.add_argument("reference", metavar="REFERENCE", help="the original model")
     parser.add_argument("quantized", metavar="QUANTIZED", help="the same model, quantized")
-    wanted = parser.add_argument_group("what to say")
+    wanted = parser.add_argument_group("report")
     wanted.add_argument("--layers", action="store_true", help=f"errors of the {WORST_LAYERS} worst layers (-v: all)")
-    wanted.add_argument("--at-least", type=float, metavar="DB", help=f"exit code {BELOW} if the mean SQNR is below")
+    wanted.add_argument("--at-least", type=float, metavar="DB", help=f"exit code {BELOW} if the mean SQNR is lower")
     wanted.add_argument("--arithmetic", choices=ARITHMETICS, default=ARITHMETICS[0], metavar="WHICH",
                         help="how layers compute, see below (comfyui)")  # fmt: skip
     wanted.add_argument("--guidance", type=float, default=1.0, metavar="G",
-                        help="of classifier-free guidance; 1 is none (1)")  # fmt: skip
+                        help="classifier-free guidance scale; 1 is off (1)")  # fmt: skip
     shown = add_running_arguments(parser, seed=SEED, several=True)
-    shown.add_argument("--pipeline", metavar="DIR", help="a diffusers pipeline, to embed prompts")
-    shown.add_argument("--prompts", metavar="FILE", help="the pipeline's prompts, one per line")
-    shown.add_argument("--save-conditioning", metavar="FILE", help="keep the embeddings, for --conditioning")
+    shown.add_argument("--pipeline", metavar="DIR", help="diffusers pipeline that embeds the prompts")
+    shown.add_argument("--prompts", metavar="FILE", help="text file with one prompt per line")
+    shown.add_argument("--save-conditioning", metavar="FILE", help="save the embeddings for --conditioning")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -198,8 +198,8 @@ def prompts_of(args: argparse.Namespace, reference: Checkpoint) -> list[Prompts]
     if args.save_conditioning is not None:
         if len(found) > 1:
             raise OptionError(
-                f"{args.prompts}: embeddings of {len(found)} different lengths do not go into one file",
-                hint="keep one prompt per file; check takes several: --conditioning FILE --conditioning FILE",
+                f"{args.prompts}: one file cannot hold embeddings of {len(found)} different lengths",
+                hint="keep one prompt per file, and repeat --conditioning FILE",
             )
         found[0].save(args.save_conditioning)
         say(f"wrote the embeddings of {plural(len(texts), 'prompt')} to {args.save_conditioning}")
@@ -253,7 +253,7 @@ def say_meaning(found: Fidelity, args: argparse.Namespace) -> None:
     where = f" (convert_to_quant inspect {args.quantized} may say why)" if found.sqnr_db < DOUBTFUL_DB else ""
     say(f"{found.sqnr_db:.1f} dB on average, {found.worst_db:.1f} at worst: {meaning}{where}")
     if args.pipeline is None and not embeddings_of(args):
-        say(f"seen on noise, which can be {OFF_BY_DB} dB from real use: --pipeline or --conditioning shows prompts")
+        say(f"measured on noise; real use can differ by {OFF_BY_DB} dB (--pipeline or --conditioning uses prompts)")
 
 
 def print_levels(found: Fidelity) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..formats.record import Format
     from ..lora import Lora
 
-DESCRIPTION = "Convert a checkpoint to FP8 or INT8, calibrate an FP8 checkpoint, or both."
+DESCRIPTION = "Convert a checkpoint to another format, calibrate an FP8 checkpoint, or both."
 EPILOG = """\
 examples:
   convert_to_quant -i flux_bf16.safetensors -o flux_fp8.safetensors --actcal
@@ -52,16 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--in-place", action="store_true", help="write scales into MODEL itself")
 
     calibration = parser.add_argument_group("calibration (of input scales)")
-    calibration.add_argument("--actcal", action="store_true", help="find the input scale of every FP8 layer")
+    calibration.add_argument("--actcal", action="store_true", help="measure the input scale of every FP8 layer")
     add_calibration_arguments(calibration, "actcal-")
     calibration.add_argument("--enable-fp8-matmul", action="store_true",
-                             help="undo a legacy marker that turns FP8 off")  # fmt: skip
+                             help="replace a legacy marker that turns FP8 off")  # fmt: skip
 
     conversion = parser.add_argument_group("conversion (of FP16, BF16 and FP32 weights)")
     add_options(conversion, ConvertOptions)
-    spelling = conversion.add_mutually_exclusive_group()
-    spelling.add_argument("--comfy-quant", action="store_true", help="ComfyUI's present spelling, the default")
-    spelling.add_argument("--legacy", action="store_true", help="the older scaled_fp8 spelling")
+    layout = conversion.add_mutually_exclusive_group()
+    layout.add_argument("--comfy-quant", action="store_true", help="write the comfy_quant layout, the default")
+    layout.add_argument("--legacy", action="store_true", help="write the older scaled_fp8 layout")
 
 
 def run(args: argparse.Namespace) -> int:

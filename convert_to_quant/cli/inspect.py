@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..inspection import Inspection, LayerView, Made, Problem
 
 DESCRIPTION = (
-    "Say what a checkpoint is, what ComfyUI does with it, and what is wrong with it. Reads headers and scales."
+    "Report what a checkpoint is, what ComfyUI does with it, and what is wrong with it. Reads only headers and scales."
 )
 EPILOG = """\
 examples:
@@ -28,8 +28,8 @@ examples:
   convert_to_quant inspect flux_fp8.safetensors --layers
   convert_to_quant inspect *.safetensors --json -
 
-Says of each file: family, formats, marks, input scales, what ComfyUI does with its layers, and its problems with what
-to do about each.
+Reports each file's family, formats, quantization configs, input scales, how ComfyUI runs its layers, and its problems
+with a remedy for each.
 """
 
 WIDTH = 80
@@ -51,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.add_argument("inputs", nargs="+", metavar="MODEL",
                         help=".safetensors, or the index of its shards")  # fmt: skip
-    wanted = parser.add_argument_group("what to say")
-    wanted.add_argument("--layers", action="store_true", help="every layer, as -v does")
-    wanted.add_argument("--strict", action="store_true", help="exit code 1 on problems, or scales not measured")
+    wanted = parser.add_argument_group("report")
+    wanted.add_argument("--layers", action="store_true", help="list every layer, as -v does")
+    wanted.add_argument("--strict", action="store_true", help="exit code 1 on problems or unmeasured scales")
 
 
 def run(args: argparse.Namespace) -> int:

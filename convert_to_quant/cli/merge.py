@@ -7,7 +7,7 @@ import argparse
 from .observe import report
 from .output import note, say
 
-DESCRIPTION = "Merge statistics of the same model: maxima and sums, the same in any order."
+DESCRIPTION = "Merge statistics of the same model into one file. Their order does not matter."
 EPILOG = """\
 examples:
   convert_to_quant merge faces.safetensors places.safetensors -o all.safetensors
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.add_argument("statistics", nargs="+", metavar="STATS", help="statistics files")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the merged file")
-    parser.add_argument("--force", action="store_true", help="keep the layers that all files share")
+    parser.add_argument("--force", action="store_true", help="keep only the layers that all files share")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,8 +31,8 @@ WARNING_LETTERS = 300
 """ComfyUI may list every tensor of a file in one warning."""
 
 DESCRIPTION = """\
-Run a model, in FP8 or in high precision, and write what its linear layers received into a statistics file, from which
-`apply` chooses scales."""
+Run a model, quantized or in high precision, and record what its linear layers receive in a statistics file. `apply`
+chooses scales from it."""
 EPILOG = """\
 examples:
   convert_to_quant observe flux.safetensors -o stats.safetensors --device cuda
@@ -41,8 +41,8 @@ examples:
   convert_to_quant observe --pipeline FLUX.1-dev --prompts prompts.txt \\
       -o stats.safetensors
 
-On noise at least 3 images are made. A --pipeline without MODEL names layers in both ways. Under torchrun processes
-share the work.
+Noise takes at least 3 images. --pipeline without MODEL records layers under both naming schemes. Under torchrun,
+processes share the work.
 """
 
 
@@ -51,17 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", nargs="?", metavar="MODEL", help="a checkpoint; optional with --pipeline")
     parser.add_argument("-o", "--output", required=True, metavar="STATS", help="the statistics file to write")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]",
-                        help="adapter to be used with it; may be repeated")  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="go on with a stopped run, or begin one")
+                        help="LoRA to use with the model; repeatable")  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="continue a stopped run, or start one")
     parser.add_argument("--save-every", type=float, default=120.0, metavar="SECONDS",
-                        help="keep what is done this often (120)")  # fmt: skip
+                        help="save progress this often (120)")  # fmt: skip
     engine = parser.add_argument_group("what runs it")
     engine.add_argument("--engine", choices=ENGINES, default=ENGINES[0], metavar="WHICH",
-                        help="diffusers, comfyui, or the one that can (auto)")  # fmt: skip
-    engine.add_argument("--comfyui-dir", metavar="DIR", help=f"a ComfyUI to run it in (${COMFYUI_VARIABLE})")
-    engine.add_argument("--pipeline", metavar="DIR", help="a diffusers pipeline, with real prompts")
-    engine.add_argument("--prompts", metavar="FILE", help="the pipeline's prompts, one per line")
-    engine.add_argument("--component", metavar="NAME", help="of the pipeline, to record (transformer)")
+                        help="diffusers, comfyui, or whichever can (auto)")  # fmt: skip
+    engine.add_argument("--comfyui-dir", metavar="DIR", help=f"ComfyUI folder to run it in (${COMFYUI_VARIABLE})")
+    engine.add_argument("--pipeline", metavar="DIR", help="diffusers pipeline, run on real prompts")
+    engine.add_argument("--prompts", metavar="FILE", help="text file with one prompt per line")
+    engine.add_argument("--component", metavar="NAME", help="pipeline component to record (transformer)")
     add_running_arguments(parser, seed=42)
 
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             return observe_pipeline(args, distributed) if args.pipeline else observe_model(args, distributed)
         except KeyboardInterrupt:
             if partial_of(args.output).exists():
-                note(f"{partial_of(args.output)} has what was done: --resume goes on")
+                note(f"progress is saved in {partial_of(args.output)}: --resume continues")
             raise
 
 

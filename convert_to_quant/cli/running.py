@@ -27,9 +27,9 @@ def add_running_arguments(parser: argparse.ArgumentParser, seed: int, *, several
     Returns:
         Their group, for more of the kind.
     """
-    shown = parser.add_argument_group("what the model is shown, and where")
+    shown = parser.add_argument_group("model input and device")
     more: dict[str, Any] = {"action": "append", "default": []} if several else {"default": NOISE}
-    words = f"prompt embeddings{'; may be repeated' if several else ' from a file'} (noise)"
+    words = f"prompt embeddings{'; repeatable' if several else ' from a file'} (noise)"
     shown.add_argument("--conditioning", metavar="noise|FILE", help=words, **more)
     add_options(shown, RunOptions, seed=seed)
     return shown

@@ -33,16 +33,16 @@ def test_every_arithmetic_has_its_spelling_here() -> None:
     assert {name.replace("-", "_") for name in check.ARITHMETICS} == set(ARITHMETICS)
 
 
-CLOSE = "the same picture, details differ on close inspection"
-NOISE = "seen on noise, which can be 13 dB from real use: --pipeline or --conditioning shows prompts"
+CLOSE = "the same image, details differ on close inspection"
+NOISE = "measured on noise; real use can differ by 13 dB (--pipeline or --conditioning uses prompts)"
 
 
 @pytest.mark.parametrize(
     ("mean", "said"),
     [
-        (25.0, CLOSE), (24.9, "the same picture, with small changes"), (20.0, "the same picture, with small changes"),
-        (19.9, "the same picture, with small changes (convert_to_quant inspect b.safetensors may say why)"),
-        (7.0, "the subject is there, the picture is damaged (convert_to_quant inspect"), (-1.0, "ruin ("),
+        (25.0, CLOSE), (24.9, "the same image, with small changes"), (20.0, "the same image, with small changes"),
+        (19.9, "the same image, with small changes (convert_to_quant inspect b.safetensors may say why)"),
+        (7.0, "the subject is there, the image is damaged (convert_to_quant inspect"), (-1.0, "ruin ("),
     ],
 )  # fmt: skip
 def test_the_mean_is_told_in_words(capsys: pytest.CaptureFixture[str], mean: float, said: str) -> None:
@@ -59,7 +59,7 @@ def test_the_mean_is_told_in_words(capsys: pytest.CaptureFixture[str], mean: flo
         assert NOISE not in capsys.readouterr().err
 
 
-def test_one_picture_has_no_spread(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_image_has_no_spread(capsys: pytest.CaptureFixture[str]) -> None:
     for prompts, spread in ((1, "-"), (2, "0.10")):
         check.print_levels(Fidelity(30.0, 0.1, 20.0, (), (), 30.0, 0.1, prompts, 2, 1.0))
         rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -280,7 +280,7 @@ def test_embeddings_of_several_lengths_are_not_kept_in_one_file(
     words = ("--pipeline", pipeline, "--prompts", prompts, "--save-conditioning", kept)
     outcome = ctq("check", flux_file, fp8_file, *words)
     assert (outcome.code, kept.exists()) == (2, False)
-    assert "embeddings of 2 different lengths do not go into one file" in outcome.err
+    assert "one file cannot hold embeddings of 2 different lengths" in outcome.err
 
 
 @pytest.mark.parametrize("name", ["NoSuchPipeline", "AutoencoderKL", "DiffusionPipeline", 5])
