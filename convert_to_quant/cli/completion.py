@@ -59,6 +59,7 @@ def whole_parser(shtab: Any) -> Parser:
     Args:
         shtab: the package, which says how files are completed.
     """
+    from ..formats import WRITTEN
     from . import COMMANDS, DEFAULT_COMMAND, build_parser
 
     whole = build_parser(DEFAULT_COMMAND)
@@ -73,6 +74,8 @@ def whole_parser(shtab: Any) -> Parser:
     for parser in parsers:
         for action in parser._actions:
             kind = kind_of(action)
+            if action.dest == "format":
+                action.choices = WRITTEN  # which the command itself does not load for its help
             if kind == "folder":
                 action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
             elif kind is not None:

@@ -66,6 +66,7 @@ def test_an_unknown_shell_suggests_one(ctq: Any) -> None:
         (("convert", "--actcal-l"), {"--actcal-lora"}),
         (("apply", "--full-precision-b"), {"--full-precision-budget"}),
         (("--scaling-mode", "r"), {"row"}),
+        (("--format", "int8-t"), {"int8-tensor"}),
         (("check", "--arithmetic", "dynamic-"), {"dynamic-tensor", "dynamic-row"}),
         (("comfyui", "un"), {"uninstall"}),
         (("comfyui", "install", "--dry"), {"--dry-run"}),

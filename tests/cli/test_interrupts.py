@@ -134,12 +134,6 @@ def test_in_a_thread_the_command_line_works_without_signals(capsys: pytest.Captu
     assert capsys.readouterr().out
 
 
-def test_both_signals_are_taken() -> None:
-    with interruptible():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            assert signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler)
-
-
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
