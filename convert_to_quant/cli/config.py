@@ -21,14 +21,12 @@ relative to the configuration file, so that a folder with a model and its recipe
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from .. import __version__
 from ..errors import OptionError
@@ -102,71 +100,63 @@ def _key(action: argparse.Action) -> str:
     return str(action.metavar or action.dest).lower()
 
 
-def _in_file(table: Table, path: str, names: Sequence[str], parser: Parser) -> dict[str, Any]:
-    """What a file says of a command, read as words of a command line.
+def _in_file(table: Table, path: str, names: Sequence[str], parser: Parser) -> dict[argparse.Action, Any]:
+    """What a file says of a command, read as a command line would be.
 
     Args:
         table: of the command.
         path: of the file.
         names: the command, and its action if it has some.
-        parser: `_sparse`; is changed.
-
-    Returns:
-        Values, by the names that parsed options have.
+        parser: of the command or action.
 
     Raises:
         OptionError: a key is unknown, or its value cannot be.
     """
-    where = f"[{'.'.join(names)}]"
-    key = ""
-
-    def refuse(problem: str) -> NoReturn:
-        raise OptionError(re.sub(r"^argument \S+: ", "", problem), path=path, tensor=f"{where} {key}")
-
-    parser.error = refuse  # type: ignore[method-assign, assignment]
-    known, found, words = keys(parser), {}, []
+    known, found = keys(parser), {}
     for key, value in table.items():
-        flag = flag_spelling("--" + key)
-        action = known.get(flag[2:])
-        if action is None:
-            hint = did_you_mean(flag[2:], known) or f"convert_to_quant help {' '.join(names)} names them"
-            refuse(f"unknown key ({hint})")
-        if action.nargs == 0:
-            if not isinstance(value, bool):
-                refuse(f"should be true or false, found {value!r}")
-            words.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            many = isinstance(action, argparse._AppendAction) or action.nargs == "*"
-            values = value if many and isinstance(value, list) else [value]
-            if wrong := [one for one in values if isinstance(one, bool) or not isinstance(one, (str, int, float))]:
-                refuse(f"should be one value, found {wrong[0]!r}")
-            texts = [str(one) for one in values]
-            if kind_of(action) is not None:
-                texts = [text if text in NO_PATHS else str(Path(path).parent / text) for text in texts]
-            if action.option_strings:
-                words += [f"{flag}={text}" for text in texts]
-            elif texts:  # known by its place, and those before it may stand on the command line
-                found[action.dest] = texts if many else texts[0]
-            else:
-                refuse("should name at least one")
-        found |= vars(parser.parse_args(words))
+        name = flag_spelling("--" + key)[2:]
+        try:
+            if name not in known:
+                hint = did_you_mean(name, known) or f"convert_to_quant help {' '.join(names)} names them"
+                raise argparse.ArgumentError(None, f"unknown key ({hint})")
+            found[known[name]] = _value(known[name], value, path, parser)
+            for group in parser._mutually_exclusive_groups:
+                said = [action for action in group._group_actions if found.get(action)]
+                if len(said) > 1:
+                    other = next(action for action in said if action is not known[name])
+                    raise argparse.ArgumentError(None, f"not allowed with argument --{_key(other)}")
+        except argparse.ArgumentError as error:
+            raise OptionError(error.message, path=path, tensor=f"[{'.'.join(names)}] {key}") from None
     return found
 
 
-def _sparse(parser: Parser) -> Parser:
-    """A copy of a parser that gives what words say and nothing else: no defaults, and nothing is required."""
-    sparse = copy.deepcopy(parser)
-    for action in sparse._actions:
-        action.default = argparse.SUPPRESS
-        action.choices = action.choices if action.option_strings else None  # argparse holds the default to them
-        _make_optional(action)
-    return sparse
+def _value(action: argparse.Action, value: Any, path: str, parser: Parser) -> Any:
+    """A value of a file as the parser would make it of words.
+
+    Raises:
+        ArgumentError: it cannot be.
+    """
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise argparse.ArgumentError(None, f"should be true or false, found {value!r}")
+        return value
+    many = _takes_several(action)
+    values = value if many and isinstance(value, list) else [value]
+    if wrong := [one for one in values if isinstance(one, bool) or not isinstance(one, (str, int, float))]:
+        raise argparse.ArgumentError(None, f"should be one value, found {wrong[0]!r}")
+    if not values and not action.option_strings:
+        raise argparse.ArgumentError(None, "should name at least one")
+    texts = [str(one) for one in values]
+    if kind_of(action) is not None:
+        texts = [text if text in NO_PATHS else str(Path(path).parent / text) for text in texts]
+    made = [parser._get_value(action, text) for text in texts]
+    for one in made:
+        parser._check_value(action, one)
+    return made if many else made[0]
 
 
-def _make_optional(action: argparse.Action) -> None:
-    action.required = False
-    if not action.option_strings:
-        action.nargs = "*" if action.nargs in ("+", "*") else "?"
+def _takes_several(action: argparse.Action) -> bool:
+    return isinstance(action, argparse._AppendAction) or action.nargs in ("*", "+")
 
 
 def parse(
@@ -209,20 +199,21 @@ def parse(
         table = table[name]
         if not isinstance(table, dict):
             raise OptionError(f"{where} should be a table", path=path)
-    in_file = _in_file(table, path, names, _sparse(leaf))
-    on_line = vars(_sparse(leaf).parse_args(words[len(actions) :]))
-    for group in leaf._mutually_exclusive_groups:
-        members = {action.dest for action in group._group_actions}
-        if any(on_line.get(dest) for dest in members):
-            on_line |= dict.fromkeys(members)
-    usual = {action: action.default for action in leaf._actions}
-    for action in usual:  # what the file says is the default of what the line leaves out
-        if action.dest in in_file.keys() - on_line.keys():
-            action.default = in_file[action.dest]
-            _make_optional(action)
+    in_file = _in_file(table, path, names, leaf)
+    usual = {action: action.default for action in in_file}
+    for action, value in in_file.items():  # what the file says is the default of what the line leaves out
+        action.default, action.required = value, False
+        if not action.option_strings:
+            action.nargs = "*" if _takes_several(action) else "?"
     args = parser.parse_args(words)
     for action, default in usual.items():
-        action.default = default
+        said, action.default = getattr(args, action.dest), default
+        if isinstance(action, argparse._AppendAction):  # the line's list replaces the file's
+            setattr(args, action.dest, said[len(in_file[action]) :] or said)
+    for group in leaf._mutually_exclusive_groups:
+        given = [action for action in group._group_actions if getattr(args, action.dest)]
+        for action in given if len(given) > 1 else ():
+            setattr(args, action.dest, action not in in_file)
     return args, leaf, names
 
 

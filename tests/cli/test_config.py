@@ -100,11 +100,9 @@ def test_arguments_without_flags_are_called_as_in_the_help(recipe: Any, tmp_path
 
 def test_an_argument_with_choices_is_held_to_them(ctq: Any, recipe: Any) -> None:
     assert ctq("--config", recipe('[completion]\nshell = "bash"')).code == 0
-    outcome = ctq("--config", recipe('[completion]\nshell = "bsah"'))
-    assert (outcome.code, outcome.err.partition("\n")[0]) == (
-        2,
-        "error: SHELL: invalid choice: 'bsah' (did you mean bash?)",
-    )
+    outcome = ctq("--config", path := recipe('[completion]\nshell = "bsah"'))
+    problem = "[completion] shell: invalid choice: 'bsah' (did you mean bash?)"
+    assert (outcome.code, outcome.err) == (2, f"error: {path}: {problem}\n")
 
 
 def test_what_is_no_file_is_not_taken_for_one(recipe: Any) -> None:
