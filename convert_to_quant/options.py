@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
+from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 from . import names
@@ -86,19 +87,22 @@ class Option(NamedTuple):
 option: Any = Option
 """An `Option` for the value of a field, whatever the field's type."""
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or "dataclasses" in sys.modules:
     from dataclasses import dataclass
-else:  # importing dataclasses and making five of them takes a third of the time of `--help`, which needs none
+else:  # importing it and making five of them takes a third of the time of `--help`, which needs none
 
     def dataclass(**_: bool):
         """Leave it to `Options.__new__`."""
         return lambda kind: kind
 
 
+_COMPLETING = Lock()
+
+
 class Options:
     """Frozen dataclasses that are checked when they are made: choices, ranges, regular expressions.
 
-    A class becomes a dataclass when the first of its objects is made.
+    A class becomes a dataclass when the first of its objects is made, if not before.
     """
 
     declared: ClassVar[dict[str, Option]] = {}
@@ -114,9 +118,10 @@ class Options:
         """An object that is not checked yet."""
         from dataclasses import dataclass
 
-        for kind in reversed(cls.__mro__[:-1]):
-            if "__dataclass_fields__" not in vars(kind):
-                dataclass(frozen=True)(kind)
+        with _COMPLETING:
+            for kind in reversed(cls.__mro__[:-1]):
+                if "__dataclass_fields__" not in vars(kind):
+                    dataclass(frozen=True)(kind)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

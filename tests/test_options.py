@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -85,6 +87,19 @@ def test_a_conversion_refuses_choices_that_do_not_exist(options: dict[str, Any],
     with pytest.raises(OptionError) as caught:
         ConvertOptions(**options)
     assert str(caught.value) == said
+
+
+def test_threads_may_make_the_first_of_them_together() -> None:
+    code = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from convert_to_quant.options import SolveOptions
+sys.setswitchinterval(1e-6)
+with ThreadPoolExecutor(16) as pool:
+    made = set(pool.map(lambda _: SolveOptions(margin=2.0), range(64)))
+assert made == {SolveOptions(margin=2.0)}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_a_node_has_their_defaults_choices_and_ranges() -> None:
