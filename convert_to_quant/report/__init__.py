@@ -4,7 +4,7 @@
     verdict                                                its meaning in words
     page.render(report.document()) -> str                  one HTML file
     picture.draw(report) -> Image                          one picture
-    table.rows(report)                                     one line per layer
+    table.render(report) -> str                            one line per layer, as CSV
 
 Importing the package imports none of them: the picture alone needs matplotlib.
 """

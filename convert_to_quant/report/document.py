@@ -15,14 +15,14 @@ Risks. `RISKS` says what each means. A layer whose inputs are never quantized is
                 rounded to the largest code (`Grid.largest_rounded` times the scale); else it
                 *vanishes* if most values that are not zero become zero; else it is *coarse*, spread over the few
                 codes below the normal range.
-    rows lost   most rows (tokens) lie wholly under 2⁻⁴ of the scale (`solve`). The ratio over all values hides them.
+    tokens lost most tokens lie wholly under 2⁻⁴ of the scale (`solve`). The ratio over all values hides them.
 
-So a few values clipped at no cost are no risk; their share is told all the same. Nor are fewer lost rows: whether the
-image needs them, ranges do not tell (a Wan-shaped model has 21 layers that lose some, and loses nothing in dB).
+So a few values clipped at no cost are no risk; their share is told all the same. Nor are fewer lost tokens: ranges do
+not tell whether the image needs them (a Wan-shaped model has 21 layers that lose some, and loses nothing in dB).
 
-Limits. A risk is one of inputs, not of the picture: where loud channels meet small weights, cutting them off costs the
-output less than it costs the input ("spiky" emoji at a scale of 1.0: 18 of 32 layers clip, and the picture loses about
-1 dB; "hot": 17 layers, 23 dB). What it costs a picture, `check` measures.
+Limits. A risk is one of inputs, not of the image: where outlier channels meet small weights, cutting them off costs the
+output less than it costs the input ("spiky" emoji at a scale of 1.0: 18 of 32 layers clip, and the image loses about
+1 dB; "hot": 17 layers, 23 dB). `check` measures what it costs the image.
 
 Densities. Shares of values in cells of a quarter octave of |x|, values taken as uniform within a bin of the histogram.
 A share is one byte, 0 for none, else 1 + 254 · (log10(share) + 8) / 8. What lies beyond the axis is in its last cells.
@@ -34,7 +34,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -47,30 +47,33 @@ from ..kernels import SIGMA_BINS
 FORMAT = 1
 """Version of the document."""
 
-Risk = Literal["", "no scale", "clips", "vanishes", "rows lost", "coarse"]
+Risk = Literal["", "no scale", "clips", "vanishes", "tokens lost", "coarse"]
 Level = Literal["good", "warning", "bad"]
 
 RISKS: Mapping[Risk, str] = {
     "no scale": "its scale is 0, or nothing that ComfyUI can use: inputs become infinite or NaN, or it fails",
     "clips": f"inputs beyond {DEFAULT_GRID.max:g} times the scale are cut off",
     "vanishes": "most inputs are too small for the scale and become 0",
-    "rows lost": "most rows (tokens) lie under 1/16 of the scale, where few codes are; often a loud one sets it",
+    "tokens lost": "most tokens lie under 1/16 of the scale, where few codes are; often an outlier sets it",
     "coarse": "inputs lie among the smallest steps of the scale, where few codes are left",
 }
 """What each risk means, the worst first."""
 
 MOST = 0.5
-"""Share of values or rows that are lost from which on a layer is at risk for that alone."""
+"""Share of values or tokens that are lost from which on a layer is at risk for that alone."""
 
 AXIS_LOW, AXIS_HIGH, CELLS_PER_OCTAVE = -32, 24, 4
 """The axis of densities, log2 |x|."""
 CELLS = (AXIS_HIGH - AXIS_LOW) * CELLS_PER_OCTAVE
 
+FIGURE_DIGITS, SCALE_DIGITS = 4, 9
+"""Significant digits of figures in the document, and of scales: all that a float32 has."""
+
 DENSITY_DECADES = 8
 """Shares from 10⁻⁸ to 1 are told apart."""
 
 SIGMA_EDGES = tuple(1 - number / SIGMA_BINS for number in range(SIGMA_BINS + 1))
-"""Edges of the noise levels, from noise to picture; bin i is (SIGMA_EDGES[i + 1], SIGMA_EDGES[i]]."""
+"""Edges of the noise levels, from noise to image; bin i is (SIGMA_EDGES[i + 1], SIGMA_EDGES[i]]."""
 
 Density = NDArray[np.uint8]
 
@@ -85,7 +88,7 @@ class State:
         sqnr_db: signal to quantization noise of the inputs; None where nothing but zeros was seen, or nothing.
         clipped: share of values beyond the largest code times the scale.
         vanished: share of all values that are not zero and become it.
-        rows_lost: share of rows under 2⁻⁴ of the scale.
+        rows_lost: share of tokens under 2⁻⁴ of the scale.
         risk: a key of `RISKS`, or "".
 
     The costs are those of FP8 also where `full_precision` avoids them.
@@ -98,18 +101,6 @@ class State:
     vanished: float | None = None
     rows_lost: float | None = None
     risk: Risk = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return {
-            "scale": _number(self.scale, 9),
-            "full_precision": self.full_precision,
-            "sqnr_db": _number(self.sqnr_db),
-            "clipped": _number(self.clipped),
-            "vanished": _number(self.vanished),
-            "rows_lost": _number(self.rows_lost),
-            "risk": self.risk,
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +119,8 @@ class Figures:
         multiply_adds: out × in × rows.
         zeros: share of values that are 0.
         absmax, rms, median, p999: of |x|; None where nothing was seen.
-        density, row_density: see the module's docstring, uint8 [CELLS]; of each value's |x|, and of each row's absmax.
-        sigma_absmax, sigma_rms: per noise level, from noise to picture; None where nothing was seen.
+        density, row_density: uint8 [CELLS], see the module's docstring; of values' |x|, and of tokens' absmax.
+        sigma_absmax, sigma_rms: per noise level, from noise to image; None where nothing was seen.
     """
 
     before: State
@@ -170,32 +161,6 @@ class Figures:
     def seen(self) -> bool:
         """Whether its inputs were seen, and were not all zero."""
         return bool(self.absmax)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return {
-            "rows": self.rows,
-            "rows_per_sample": self.rows_per_sample,
-            "calls": self.calls,
-            "multiply_adds": self.multiply_adds,
-            "zeros": _number(self.zeros),
-            "absmax": _number(self.absmax),
-            "rms": _number(self.rms),
-            "median": _number(self.median),
-            "p999": _number(self.p999),
-            "density": _cells(self.density),
-            "row_density": _cells(self.row_density),
-            "sigma_absmax": [_number(value) for value in self.sigma_absmax],
-            "sigma_rms": [_number(value) for value in self.sigma_rms],
-            "before": self.before.to_json(),
-            "after": self.after.to_json(),
-            "changed": self.changed,
-            "cause": self.cause,
-            "reason": self.reason,
-            "source": self.source,
-            "unused": self.unused,
-            "conditioning_dependent": self.conditioning_dependent,
-        }
 
 
 @dataclass(frozen=True)
@@ -248,11 +213,6 @@ class Side:
         """Whether there is something to choose scales from."""
         return bool(self.statistics)
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -271,7 +231,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A layer that the report has no row for, and why.
+    """A layer that the report has no figures for, and why.
 
     Attributes:
         name, why: what and why.
@@ -292,7 +252,7 @@ class Report:
         sides: one, or two.
         layers: in the natural order of their names: block 2 before block 10.
         verdict: what it means.
-        left_alone: layers of the files that have no row.
+        left_alone: layers of the files without figures.
         options: how the report was asked for.
     """
 
@@ -308,10 +268,10 @@ class Report:
         return {
             "format": FORMAT,
             "version": __version__,
-            "options": _plain(self.options),
+            "options": plain(self.options),
             "title": self.title,
-            "sides": [side.to_json() for side in self.sides],
-            "verdict": _plain(asdict(self.verdict)),
+            "sides": plain(self.sides),
+            "verdict": plain(self.verdict),
             "risks": dict(RISKS),
             "grid": {
                 "max": DEFAULT_GRID.max,
@@ -321,15 +281,11 @@ class Report:
             "axis": {"low": AXIS_LOW, "high": AXIS_HIGH, "per_octave": CELLS_PER_OCTAVE},
             "sigma_edges": list(SIGMA_EDGES),
             "layers": [
-                {
-                    "name": layer.name,
-                    "shape": list(layer.shape),
-                    "sides": [None if figures is None else figures.to_json() for figures in layer.sides],
-                    "crossed": None if layer.crossed is None else layer.crossed.to_json(),
-                }
+                plain(layer, FIGURE_DIGITS)
+                | {"sides": [one and plain(one, FIGURE_DIGITS) | {"changed": one.changed} for one in layer.sides]}
                 for layer in self.layers
             ],
-            "left_alone": [asdict(left) for left in self.left_alone],
+            "left_alone": plain(self.left_alone),
         }
 
 
@@ -345,21 +301,35 @@ def encode_shares(shares: NDArray[np.float64]) -> Density:
     return encoded
 
 
-def _plain(value: Any) -> Any:
-    """The same with lists for tuples, as JSON has them."""
+def plain(value: Any, digits: int | None = None) -> Any:
+    """A value of a report as JSON values.
+
+    Args:
+        value: a dataclass, mapping, list, tuple, density or plain value.
+        digits: significant digits of floats; of scales it is always `SCALE_DIGITS`. None keeps floats as they are.
+
+    Returns:
+        Mappings, lists, strings, numbers and None; a float that is not finite has no place in JSON and is None.
+
+    >>> plain({"scale": 1 / 3, "pair": (2 / 3, math.inf)}, digits=4)
+    {'scale': 0.333333333, 'pair': [0.6667, None]}
+    """
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(one, SCALE_DIGITS if digits and key == "scale" else digits) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one, digits) for one in value]
+    if isinstance(value, np.ndarray):
+        return _cells(value)
+    if digits and isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return value
 
 
-def _number(value: float | None, digits: int = 4) -> float | None:
-    """A number with as many digits as it is worth; what is not finite has no place in JSON."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
-
-
-def _cells(density: Density | None) -> list[int | str] | None:
+def _cells(density: Density) -> list[int | str] | None:
     """The occupied part of a density: the number of its first cell, and its bytes in base64."""
-    if density is None or not density.any():
+    if not density.any():
         return None
     occupied = np.flatnonzero(density)
     first, last = int(occupied[0]), int(occupied[-1])

@@ -132,17 +132,9 @@ def build(*sources: Source, force: bool = False, options: Mapping[str, Any] | No
     layers = []
     for key in keys:
         spelled = [side.bare.get(key) for side in solved]
-        owner = next(number for number, name in enumerate(spelled) if name is not None)
-        name = spelled[owner]
-        assert name is not None
-        layers.append(
-            Layer(
-                name,
-                solved[owner].shapes[name],
-                tuple(None if name is None else one[name] for one, name in zip(figures, spelled, strict=True)),
-                crossed.get(key),
-            )
-        )
+        name, owner = next((name, side) for name, side in zip(spelled, solved, strict=True) if name is not None)
+        known = tuple(None if name is None else one[name] for one, name in zip(figures, spelled, strict=True))
+        layers.append(Layer(name, owner.shapes[name], known, crossed.get(key)))
     sides = tuple(_side(side, label) for side, label in zip(solved, _labels(sources), strict=True))
     return Report(
         title=" against ".join(side.label for side in sides),
@@ -221,38 +213,28 @@ def _figures(side: _Solved) -> dict[str, Figures]:
     """The figures of every layer of a side, by name."""
     seen = [result for result in side.results if result.source == "model"]
     statistics = side.statistics.take([result.layer for result in seen])
-    scales = np.array([[result.scale_before, result.scale_after] for result in seen], np.float64).reshape(-1, 2)
     grids = [GRIDS[result.format] for result in seen]
-    lost = np.stack([lost_rows(statistics, column, grids) for column in scales.T])
-    columns = _columns(statistics)
+    lost = {
+        when: lost_rows(statistics, np.array([getattr(result, f"scale_{when}") for result in seen], np.float64), grids)
+        for when in ("before", "after")
+    }
+    columns = dict(zip((result.layer for result in seen), _columns(statistics), strict=True))
+    numbers = {layer: number for number, layer in enumerate(columns)}
     figures = {}
-    numbers = {result.layer: number for number, result in enumerate(seen)}
     for result in side.results:
-        unused = side.unused.get(result.layer, "")
-        number = numbers.get(result.layer)
-        absmax = 0.0 if number is None else float(statistics.absmax[number])
-        states = [
-            State(
-                scale=scale,
-                full_precision=full_precision,
-                sqnr_db=sqnr_db,
-                clipped=clipped,
-                vanished=vanished,
-                rows_lost=None if number is None else _finite(rows_lost[number]),
-            )
-            for scale, full_precision, sqnr_db, clipped, vanished, rows_lost in (
-                (result.scale_before, result.full_precision_before, result.sqnr_before_db,
-                 result.clipped_before, result.vanished_before, lost[0]),
-                (result.scale_after, result.full_precision_after, result.sqnr_after_db,
-                 result.clipped_after, result.vanished_after, lost[1]),
-            )
-        ]  # fmt: skip
-        before, after = (state if unused else with_risk(state, absmax, GRIDS[result.format]) for state in states)
+        column, unused = columns.get(result.layer, {}), side.unused.get(result.layer, "")
+        states: dict[str, Any] = {}
+        for when, rows_lost in lost.items():
+            fields = ("scale_{}", "full_precision_{}", "sqnr_{}_db", "clipped_{}", "vanished_{}")
+            state = State(*(getattr(result, name.format(when)) for name in fields))
+            if column:
+                state = replace(state, rows_lost=float(rows_lost[numbers[result.layer]]))
+            states[when] = state if unused else with_risk(state, column.get("absmax", 0), GRIDS[result.format])
         if result.layer in side.unusable:
-            before = State(0.0, before.full_precision, risk="no scale")
+            states["before"] = State(0.0, states["before"].full_precision, risk="no scale")
         figures[result.layer] = Figures(
-            before=before,
-            after=after,
+            **states,
+            **column,
             format=result.format,
             source=result.source,
             reason=result.reason,
@@ -260,7 +242,6 @@ def _figures(side: _Solved) -> dict[str, Figures]:
             unused=unused,
             conditioning_dependent=result.conditioning_dependent,
             multiply_adds=result.multiply_adds,
-            **({} if number is None else columns[number]),
         )
     return figures
 
@@ -285,37 +266,37 @@ def with_risk(state: State, absmax: float, grid: Grid = DEFAULT_GRID) -> State:
         else:
             risk = "vanishes" if state.vanished > document.MOST else "coarse"
     elif (state.rows_lost or 0) > document.MOST:
-        risk = "rows lost"
+        risk = "tokens lost"
     return replace(state, risk=risk)
 
 
 def _columns(statistics: Statistics) -> list[dict[str, Any]]:
     """What each layer's inputs looked like, as arguments of `Figures`."""
-    absmax = statistics.absmax.astype(np.float64)
     count = np.maximum(statistics.count, 1)
     levels = np.where(statistics.sigma_count > 0, 1.0, np.nan)[:, :SIGMA_BINS]
-    sigma_absmax = (statistics.sigma_absmax[:, :SIGMA_BINS] * levels)[:, ::-1]  # from noise to picture
+    sigma_absmax = (statistics.sigma_absmax[:, :SIGMA_BINS] * levels)[:, ::-1]  # from noise to image
     sigma_rms = (np.sqrt(statistics.sigma_mean_square[:, :SIGMA_BINS]) * levels)[:, ::-1]
     densities = encode_shares(cell_shares(statistics.histogram))
     row_densities = encode_shares(cell_shares(statistics.row_histogram))
-    rms = np.sqrt(statistics.mean_square)
-    median, p999 = statistics.quantiles(0.5), statistics.quantiles(0.999)
+    scalars: dict[str, NDArray[Any]] = {
+        "rows": statistics.rows,
+        "rows_per_sample": statistics.rows_per_sample,
+        "calls": statistics.calls,
+        "zeros": statistics.zeros / count,
+        "absmax": statistics.absmax,
+        "rms": np.sqrt(statistics.mean_square),
+        "median": statistics.quantiles(0.5),
+        "p999": statistics.quantiles(0.999),
+    }
     return [
         {
-            "rows": int(statistics.rows[number]),
-            "rows_per_sample": int(statistics.rows_per_sample[number]),
-            "calls": int(statistics.calls[number]),
-            "zeros": float(statistics.zeros[number] / count[number]),
-            "absmax": float(absmax[number]),
-            "rms": float(rms[number]),
-            "median": float(median[number]),
-            "p999": float(p999[number]),
+            **{name: column[number].item() for name, column in scalars.items()},
             "density": densities[number],
             "row_density": row_densities[number],
             "sigma_absmax": tuple(map(_finite, sigma_absmax[number])),
             "sigma_rms": tuple(map(_finite, sigma_rms[number])),
         }
-        for number in range(len(absmax))
+        for number in range(len(count))
     ]
 
 
@@ -361,35 +342,28 @@ def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
     grids = [GRIDS[result.format] for _, result, _ in pairs]
     errors = expected_errors(statistics, scales, grids)
     lost = lost_rows(statistics, scales, grids)
-    absmax = statistics.absmax
     states = {}
     for number, (bare, result, name) in enumerate(pairs):
-        state = State(
-            scale=result.scale_after,
-            full_precision=result.full_precision_after,
-            sqnr_db=_finite(errors.sqnr_db[number]),
-            clipped=_finite(errors.clipped[number]),
-            vanished=_finite(errors.vanished[number]),
-            rows_lost=_finite(lost[number]),
-        )
-        states[bare] = state if name in second.unused else with_risk(state, float(absmax[number]), grids[number])
+        costs: Any = (_finite(column[number]) for column in (errors.sqnr_db, errors.clipped, errors.vanished, lost))
+        state = State(result.scale_after, result.full_precision_after, *costs)
+        absmax = float(statistics.absmax[number])
+        states[bare] = state if name in second.unused else with_risk(state, absmax, grids[number])
     return states
 
 
 def _side(side: _Solved, label: str) -> Side:
     """What a side says of itself."""
-    source = side.source
-    facts = {} if source.statistics is None else dict(source.statistics.provenance)
-    made = side.inspection.made if side.inspection is not None else None
+    source, statistics, inspection = side.source, side.source.statistics, side.inspection
+    facts = {} if statistics is None else dict(statistics.provenance)
     notes = list(side.notes)
-    if made is not None and made.version is not None:
-        notes.append(f"the checkpoint was made by convert_to_quant {made.version}")
+    if inspection is not None and inspection.made is not None and inspection.made.version is not None:
+        notes.append(f"the checkpoint was made by convert_to_quant {inspection.made.version}")
     return Side(
         label=label,
         statistics=_files(source),
         model=None if source.model is None else Path(source.model).name,
-        family=None if side.inspection is None else side.inspection.title,
-        samples=0 if source.statistics is None else source.statistics.samples,
+        family=None if inspection is None else inspection.title,
+        samples=0 if statistics is None else statistics.samples,
         engine=", ".join(facts.get("engine", ())) or None,
         conditioning=", ".join(facts.get("conditioning", ())) or None,
         provenance=facts,

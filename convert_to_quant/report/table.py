@@ -13,8 +13,6 @@ import csv
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from .. import __version__
@@ -23,85 +21,55 @@ from .document import SIGMA_EDGES, Figures, Layer, Report, Side, State
 Cell = str | int | float | bool | None
 
 
-@dataclass(frozen=True)
-class Line:
-    """What a line is made from."""
-
-    layer: Layer
-    number: int
-    side: Side
-    figures: Figures
-
-
-def _state_columns(suffix: str, state_of: Callable[[Line], State | None]) -> dict[str, Callable[[Line], Cell]]:
-    """The columns of one state."""
-
-    def column(name: str) -> Callable[[Line], Cell]:
-        return lambda line: None if (state := state_of(line)) is None else getattr(state, name)
-
+def _columns(layer: Layer, number: int, side: Side, figures: Figures) -> dict[str, Cell]:
+    """What stands in each column of a layer's line. Columns are only ever added."""
+    # of two sides that saw different inputs: the first side's new scale on the second side's inputs
+    crossed = layer.crossed if number == 1 else None
+    states = {"before": figures.before, "after": figures.after, "crossed": crossed}
     return {
-        f"scale_{suffix}": column("scale"),
-        f"full_precision_{suffix}": column("full_precision"),
-        f"sqnr_{suffix}_db": column("sqnr_db"),
-        f"clipped_{suffix}_share": column("clipped"),
-        f"vanished_{suffix}_share": column("vanished"),
-        f"rows_lost_{suffix}_share": column("rows_lost"),
-        f"beyond_{suffix}_octaves": lambda line: line.figures.octaves_over(state_of(line)),
-        f"risk_{suffix}": column("risk"),
+        "layer": layer.name,
+        "side": "AB"[number],
+        "label": side.label,
+        "out_features": layer.shape[0],
+        "in_features": layer.shape[1],
+        **_named(figures, "source", "rows", "rows_per_sample", "calls", "multiply_adds"),
+        "zeros_share": figures.zeros,
+        **_named(figures, "absmax", "rms", "median", "p999"),
+        **{
+            name.format(suffix): value
+            for suffix, state in states.items()
+            for name, value in _state_columns(figures, state).items()
+        },
+        **_named(figures, "changed", "cause", "reason", "unused", "conditioning_dependent"),
+        **{
+            f"absmax_sigma_{low:g}_to_{high:g}": absmax
+            for (high, low), absmax in zip(itertools.pairwise(SIGMA_EDGES), figures.sigma_absmax, strict=True)
+        },
+        "tool": f"convert_to_quant {__version__}",
+        "options": "; ".join(f"{key}={_option(value)}" for key, value in side.options.items()),
     }
 
 
-def _figure(name: str) -> Callable[[Line], Cell]:
-    return lambda line: getattr(line.figures, name)
+def _named(figures: Figures, *names: str) -> dict[str, Cell]:
+    return {name: getattr(figures, name) for name in names}
 
 
-def _level(number: int) -> Callable[[Line], Cell]:
-    return lambda line: line.figures.sigma_absmax[number]
+def _state_columns(figures: Figures, state: State | None) -> dict[str, Cell]:
+    """The columns of one state; all empty where there is none."""
+    known = {} if state is None else vars(state)
+    return {
+        "scale_{}": known.get("scale"),
+        "full_precision_{}": known.get("full_precision"),
+        "sqnr_{}_db": known.get("sqnr_db"),
+        **{f"{loss}_{{}}_share": known.get(loss) for loss in ("clipped", "vanished", "rows_lost")},
+        "beyond_{}_octaves": figures.octaves_over(state),
+        "risk_{}": known.get("risk"),
+    }
 
 
-COLUMNS: Mapping[str, Callable[[Line], Cell]] = {
-    "layer": lambda line: line.layer.name,
-    "side": lambda line: "AB"[line.number],
-    "label": lambda line: line.side.label,
-    "out_features": lambda line: line.layer.shape[0],
-    "in_features": lambda line: line.layer.shape[1],
-    "source": _figure("source"),
-    "rows": _figure("rows"),
-    "rows_per_sample": _figure("rows_per_sample"),
-    "calls": _figure("calls"),
-    "multiply_adds": _figure("multiply_adds"),
-    "zeros_share": _figure("zeros"),
-    "absmax": _figure("absmax"),
-    "rms": _figure("rms"),
-    "median": _figure("median"),
-    "p999": _figure("p999"),
-    **_state_columns("before", lambda line: line.figures.before),
-    **_state_columns("after", lambda line: line.figures.after),
-    # of two sides that saw different inputs: the first side's new scale on the second side's inputs
-    **_state_columns("crossed", lambda line: line.layer.crossed if line.number == 1 else None),
-    "changed": _figure("changed"),
-    "cause": _figure("cause"),
-    "reason": _figure("reason"),
-    "unused": _figure("unused"),
-    "conditioning_dependent": _figure("conditioning_dependent"),
-    **{
-        f"absmax_sigma_{low:g}_to_{high:g}": _level(number)
-        for number, (high, low) in enumerate(itertools.pairwise(SIGMA_EDGES))
-    },
-    "tool": lambda _: f"convert_to_quant {__version__}",
-    "options": lambda line: "; ".join(f"{key}={_option(value)}" for key, value in line.side.options.items()),
-}
-"""Name of each column -> what stands in it. Columns are only ever added."""
-
-
-def rows(report: Report) -> Iterator[list[str]]:
-    """The cells of every line, the head first."""
-    yield list(COLUMNS)
-    for layer in report.layers:
-        for number, (side, figures) in enumerate(zip(report.sides, layer.sides, strict=True)):
-            if figures is not None:
-                line = Line(layer, number, side, figures)
-                yield [cell(column(line)) for column in COLUMNS.values()]
+_ANY = State(1.0, False)
+COLUMNS = tuple(_columns(Layer("", (0, 0), ()), 0, Side(""), Figures(_ANY, _ANY)))
+"""Names of all columns."""
 
 
 def cell(value: Cell) -> str:
@@ -125,7 +93,12 @@ def _option(value: Any) -> str:
 
 
 def render(report: Report) -> str:
-    """The whole file."""
+    """The whole file: a head, and a line for every layer and side that has it."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows(report))
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(COLUMNS)
+    for layer in report.layers:
+        for number, (side, figures) in enumerate(zip(report.sides, layer.sides, strict=True)):
+            if figures is not None:
+                lines.writerow(map(cell, _columns(layer, number, side, figures).values()))
     return text.getvalue()

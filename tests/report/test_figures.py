@@ -138,7 +138,7 @@ LOUD_TOKEN = np.concatenate([np.full((99, 32), 0.01, np.float32), np.full((1, 32
         (NORMAL * 1000, "clips"),
         (NORMAL * 0.0003, "vanishes"),
         (NORMAL * 0.002, "coarse"),
-        (LOUD_TOKEN, "rows lost"),
+        (LOUD_TOKEN, "tokens lost"),
         (np.full((4, 32), 464.0), ""),  # rounds to 448 all the same
         (np.full((4, 32), 900.0), "clips"),
         (np.zeros((4, 32)), ""),
@@ -165,8 +165,8 @@ def test_a_scale_of_0_and_full_precision() -> None:
     assert with_risk(State(0.0, True), 5.0).risk == ""
 
 
-@pytest.mark.parametrize(("share", "risk"), [(0.2, ""), (0.5, ""), (0.51, "rows lost")])
-def test_a_layer_is_at_risk_for_lost_rows_if_they_are_most(share: float, risk: str) -> None:
+@pytest.mark.parametrize(("share", "risk"), [(0.2, ""), (0.5, ""), (0.51, "tokens lost")])
+def test_a_layer_is_at_risk_for_lost_tokens_if_they_are_most(share: float, risk: str) -> None:
     assert with_risk(State(1.0, False, sqnr_db=31.0, vanished=0.0, rows_lost=share), 5.0).risk == risk
 
 

@@ -38,7 +38,7 @@ def figures(largest: float, *, before: float = 1.0, after: float | None = None, 
         ),
         after=State(scale, full, 31.5, 0.0, 0.002, 0.0),
         source="model",
-        reason="full precision: one row per image, which costs nothing" if full else "absmax",
+        reason="full precision: one token per image, which costs nothing" if full else "absmax",
         cause="one row" if full else "",
         rows=4096,
         multiply_adds=1000,
@@ -223,7 +223,7 @@ def test_layers_in_full_precision_and_left_alone_are_listed_with_the_reasons():
     )
     groups = re.findall(r"<summary><b>(\d+)</b> layers? (.*?)</summary><ul><li>(.*?)</li></ul>", text)
     assert groups == [
-        ("1", "with one row per image, where that costs nothing", "blocks.10.mod"),
+        ("1", "with one token per image, where that costs nothing", "blocks.10.mod"),
         ("1", "left alone: never visited: keeps its scale", "never"),
         ("1", "left alone: seen only as zeros: keeps its scale", "zeros"),
         ("1", "left alone: nvfp4", "other"),

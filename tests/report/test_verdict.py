@@ -41,23 +41,23 @@ def test_what_is_at_risk_stands_first_and_what_calibration_makes_of_it(observed:
     assert found.points[1].endswith("of a layer's values become 0 (silent).")
 
 
-def test_a_few_lost_rows_are_told_and_no_risk(observed: Observed) -> None:
+def test_a_few_lost_tokens_are_told_and_no_risk(observed: Observed) -> None:
     some = np.concatenate([np.full((20, 32), 0.01, np.float32), np.full((80, 32), 400.0, np.float32)])
     found = verdict(Source(observed({"some": some, "fine": NORMAL})))
     assert found.headline == "None of 2 FP8 layers is at risk at a scale of 1.0."
     assert found.level == "warning"
-    assert said(found.points, "rows (tokens) lie") == (
-        "Some rows (tokens) lie under 1/16 of the scale, where few codes are, in 1 layer (most: 20 % in some); whether "
-        "the image needs them is not known."
+    assert said(found.points, "some tokens") == (
+        "In 1 layer some tokens lie under 1/16 of the scale, where few codes are (most: 20 % in some); whether the image "
+        "needs them is not known."
     )
     assert verdict(Source(observed({"loud token": LOUD_TOKEN}))).headline.startswith("1 of 1 FP8 layers is at risk")
 
 
 def test_a_risk_is_said_to_be_one_of_inputs(observed: Observed) -> None:
-    assert said(verdict(Source(observed({"a": 1000 * NORMAL}))).points, "At risk") == (
-        "At risk are inputs of layers; what that costs the image, convert_to_quant check measures."
+    assert said(verdict(Source(observed({"a": 1000 * NORMAL}))).points, "risks") == (
+        "These are risks to the inputs of layers; convert_to_quant check measures what they cost the image."
     )
-    assert not [point for point in verdict(Source(observed({"a": NORMAL}))).points if "At risk" in point]
+    assert not [point for point in verdict(Source(observed({"a": NORMAL}))).points if "risks" in point]
 
 
 def test_a_model_at_no_risk_is_good(observed: Observed) -> None:
@@ -70,8 +70,8 @@ def test_full_precision_has_its_reasons(observed: Observed) -> None:
     statistics = observed({"loud token": LOUD_TOKEN, "modulation": NORMAL[:1], "fine": NORMAL})
     found = verdict(Source(statistics))
     assert said(found.points, "full precision") == (
-        "Calibration moves 2 layers to full precision: 1 with one row per image, where that costs nothing; 1 where "
-        "rows (tokens) would be lost at any scale."
+        "Calibration moves 2 layers to full precision: 1 with one token per image, where that costs nothing; 1 "
+        "where tokens would be lost at any scale."
     )
 
 
@@ -84,7 +84,7 @@ def test_a_risk_that_calibration_leaves_is_counted(observed: Observed) -> None:
 def test_layers_that_were_never_seen_are_named_and_worth_a_warning(observed: Observed) -> None:
     found = verdict(Source(observed({"a": NORMAL, "b": None, "c": 0 * NORMAL})))
     assert found.level == "warning"
-    assert said(found.points, "Never seen") == "Never seen, or only as zeros, so left as they are: 2 layers (first: b)."
+    assert "2 layers saw no inputs, or only zeros, and keep their scales (first: b)." in found.points
 
 
 def test_ranges_that_no_layer_has_on_both_sides_are_not_compared(observed: Observed) -> None:
@@ -95,7 +95,7 @@ def test_ranges_that_no_layer_has_on_both_sides_are_not_compared(observed: Obser
 def test_noise_is_said_to_be_noise(observed: Observed) -> None:
     statistics = observed({"a": NORMAL}).with_facts(conditioning="noise", depends_on_conditioning=["a"])
     found = verdict(Source(statistics))
-    assert "the ranges of 1 layer move with the conditioning" in said(found.points, "Observed on noise")
+    assert "the ranges of 1 layer depend on the conditioning" in said(found.points, "Observed on noise")
 
 
 @pytest.mark.parametrize(("factor", "moved"), [(1.4, False), (1.5, True), (1 / 1.4, False), (1 / 1.5, True)])

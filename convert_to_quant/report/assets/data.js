@@ -20,11 +20,11 @@ const TERMS = {
   scale:
     `What a stored FP8 number is multiplied by to give the real one. The input scale sets which range of a layer’s inputs FP8 can hold: up to ${grid.max} times the scale.`,
   "at risk":
-    "Quantized at this scale, the inputs lose more than FP8’s own rounding ever costs. The word says how: clips, vanishes, rows lost, coarse.",
+    "Quantized at this scale, the inputs lose more than FP8’s own rounding ever costs. The word says how: clips, vanishes, tokens lost, coarse.",
   clipped: `Share of the input values beyond ${grid.max} times the scale: they are cut off.`,
   vanished: "Share of the input values that are so small beside the scale that they become 0.",
-  "rows lost":
-    "Share of rows (one token’s vector each) that lie wholly among FP8’s smallest steps because louder rows set the scale. Errors over the whole tensor hide them.",
+  "tokens lost":
+    "Share of tokens that lie wholly among FP8’s smallest steps because outlier tokens set the scale. Errors over the whole tensor hide them.",
   SQNR: "Signal to quantization noise of the inputs, in decibels: how much larger they are than the error that FP8 makes. About 31 dB is what FP8 gives usual inputs at best; each 6 dB less doubles the error.",
   largest: "The largest input magnitude that was seen (absmax).",
   octave: "A factor of two. One octave more range is twice as large.",
@@ -191,16 +191,16 @@ const PER_SIDE = [
   },
   {
     key: "rows_lost_before",
-    label: "rows lost now",
-    term: "rows lost",
+    label: "tokens lost now",
+    term: "tokens lost",
     descending: true,
     value: of((f) => f.before.rows_lost),
     format: percent,
   },
   {
     key: "rows_lost_after",
-    label: "rows lost calibrated",
-    term: "rows lost",
+    label: "tokens lost calibrated",
+    term: "tokens lost",
     descending: true,
     value: of((f) => f.after.rows_lost),
     format: percent,
@@ -222,7 +222,7 @@ const PER_SIDE = [
     format: decibels,
   },
   { key: "zeros", label: "zeros", descending: true, value: of((f) => f.zeros), format: percent },
-  { key: "rows", label: "rows seen", descending: true, value: of((f) => f.rows), format: count },
+  { key: "rows", label: "tokens seen", descending: true, value: of((f) => f.rows), format: count },
   {
     key: "work",
     label: "multiply-adds",

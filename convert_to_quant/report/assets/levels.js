@@ -1,15 +1,15 @@
-// How the range moves while a picture is painted: one cell per layer and noise level.
+// How the range moves while an image is made: one cell per layer and noise level.
 
 const HEATS = [
   {
     key: "own",
     label: "share of the layer’s largest",
-    how: "Each row is a layer, from noise on the left to the picture on the right. The stronger the colour, the nearer its inputs come to the largest that it ever gets; numbers are the largest |x| seen there.",
+    how: "Each line is a layer, from noise on the left to the image on the right. The stronger the colour, the nearer its inputs come to the largest that it ever gets. Numbers are the largest |x| seen there.",
   },
   {
     key: "all",
     label: "range among all layers",
-    how: "The same figures on one colour scale for all layers, so that loud layers stand out.",
+    how: "The same figures on one colour scale for all layers, so that layers with large inputs stand out.",
   },
 ];
 const edges = given.sigma_edges,
@@ -71,7 +71,7 @@ const levels = {
       const put = (...what) => made.push(caption(...what));
       if (compares) put("side", `${letters[s]}: ${sides[s].label}`, left, width);
       put("label start", "noise", left);
-      put("label end", "picture", left + width);
+      put("label end", "image", left + width);
       const every = width / bins < 34 ? 4 : 1;
       edges.forEach((edge, n) => {
         if (n % every === 0)

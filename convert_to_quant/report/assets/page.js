@@ -102,7 +102,7 @@ function describe(layer) {
           row("holds up to", (at) => number(at.scale * grid.max)),
           row("clipped", (at) => percent(at.clipped)),
           row("vanished", (at) => percent(at.vanished)),
-          row("rows lost", (at) => percent(at.rows_lost)),
+          row("tokens lost", (at) => percent(at.rows_lost)),
           row("SQNR", (at) => (at.sqnr_db === null ? missing : decibels(at.sqnr_db) + " dB")),
         ),
       ),
@@ -111,7 +111,7 @@ function describe(layer) {
       element(
         "p",
         { class: "sub" },
-        `largest ${number(figure.absmax)}, 99.9 % under ${number(figure.p999)}, median ${number(figure.median)}; ${plural(figure.rows, "row")} seen` +
+        `largest ${number(figure.absmax)}, 99.9 % under ${number(figure.p999)}, median ${number(figure.median)}; ${plural(figure.rows, "token")} seen` +
           (work[s] ? `; ${percent(figure.multiply_adds / work[s])} of the multiply-adds` : ""),
       ),
     );
@@ -283,14 +283,14 @@ readInks();
 plots.push(
   new Plot(
     get("picture-plot"),
-    "Density of each layer’s inputs, one row per layer. Arrow keys read the rows; the table below has the same figures.",
+    "Density of each layer’s inputs, one line per layer. Arrow keys read the lines; the table below has the same figures.",
     picture,
   ),
 );
 plots.push(
   new Plot(
     get("levels-plot"),
-    "Range of each layer at each noise level, one row per layer. Arrow keys read the rows.",
+    "Range of each layer at each noise level, one line per layer. Arrow keys read the lines.",
     levels,
   ),
 );

@@ -8,19 +8,19 @@ const VIEWS = [
     key: "before",
     label: present,
     strips: (layer, s) => [strip(layer, s, "before")],
-    how: "Each row is a layer; the stronger the colour, the more of its inputs have that size beside the layer’s {scale}. Blue is kept well. Orange on the right is cut off, violet on the left becomes 0.",
+    how: "Each line is a layer. The stronger the colour, the more of its inputs have that size relative to the layer’s {scale}. FP8 keeps blue well, cuts off orange on the right, and turns violet on the left into 0.",
   },
   {
     key: "after",
     label: "new scale",
     strips: (layer, s) => [strip(layer, s, "after")],
-    how: "The same inputs beside the {scale} that calibration chose: the largest ends where FP8 does. Grey layers compute in {full precision}, where FP8’s limits do not hold.",
+    how: "The same inputs relative to the {scale} that calibration chose: the largest now fits. Grey layers compute in {full precision}, where FP8’s limits do not apply.",
   },
   {
     key: "both",
     label: "both",
     strips: (layer, s) => [strip(layer, s, "before"), strip(layer, s, "after")],
-    how: "Two strips a layer: above at the present {scale}, below at the new one.",
+    how: "Two strips per layer: the upper at the present {scale}, the lower at the new one.",
   },
   {
     key: "real",
@@ -36,7 +36,7 @@ const VIEWS = [
           label: "A’s new scale on B",
           only: 1,
           strips: (layer) => [{ ...strip(layer, 1, null), at: layer.crossed }],
-          how: `The inputs of B (${sides[1].label}) beside the {scale} that calibration chose on A (${sides[0].label}): whether a calibration on one holds for the other.`,
+          how: `The inputs of B (${sides[1].label}) relative to the {scale} that calibration chose on A (${sides[0].label}): does a calibration on one fit the other?`,
         },
       ]
     : []),
@@ -344,7 +344,7 @@ const picture = {
       const text = riskWords(at, figure);
       const risky = at && at.risk && !figure.unused;
       const lost =
-        risky && share ? { clips: at.clipped, vanishes: at.vanished, "rows lost": at.rows_lost }[at.risk] : null;
+        risky && share ? { clips: at.clipped, vanishes: at.vanished, "tokens lost": at.rows_lost }[at.risk] : null;
       return element("span", { class: risky ? "bad" : "" }, text + (lost ? " " + percent(+lost.toPrecision(2)) : ""));
     };
     if (compares && state.view !== "crossed") {
