@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ..errors import OptionError, OutputError
 from ..options import SolveOptions, add_options, options_of
@@ -43,14 +43,6 @@ OTHER_OUTPUTS = {".png": "--png", ".csv": "--csv", ".json": "--json"}
 """Endings of what `-o`, which writes the page, is mistaken for."""
 
 
-class Inputs(NamedTuple):
-    """The files of a call, told apart: statistics as they were loaded, and paths of checkpoints."""
-
-    statistics: list[Statistics]
-    models: list[Path]
-    read: list[Path]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.usage = f"{parser.prog} STATS... [MODEL...] [options]"
@@ -71,9 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     options = options_of(SolveOptions, args)
-    inputs = read_inputs(args.files)
-    check_outputs(args, inputs.read)
-    sources = sides_of(inputs, args, options)
+    statistics, models, read = read_inputs(args.files)
+    check_outputs(args, read)
+    sources = sides_of(statistics, models, args, options)
 
     from ..checkpoint import write_bytes
     from ..report import figures
@@ -92,8 +84,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_inputs(names: Sequence[str]) -> Inputs:
+def read_inputs(names: Sequence[str]) -> tuple[list[Statistics], list[Path], list[Path]]:
     """Tell statistics files from checkpoints by what they are.
+
+    Returns:
+        Statistics as they were loaded, paths of checkpoints, and every file that was read.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -102,16 +97,16 @@ def read_inputs(names: Sequence[str]) -> Inputs:
     from ..checkpoint import open_checkpoint
     from ..stats import METADATA_KEY, Statistics
 
-    found = Inputs([], [], [])
+    statistics, models, read = [], [], []
     for name in names:
         with open_checkpoint(name) as checkpoint:
-            found.read.extend([Path(name), *(file.path for file in checkpoint.files)])
+            read += [Path(name), *(file.path for file in checkpoint.files)]
             observed = METADATA_KEY in checkpoint.metadata
         if observed:
-            found.statistics.append(Statistics.load(name))
+            statistics.append(Statistics.load(name))
         else:
-            found.models.append(Path(name))
-    return found
+            models.append(Path(name))
+    return statistics, models, read
 
 
 def check_outputs(args: argparse.Namespace, read: Sequence[Path]) -> None:
@@ -124,16 +119,15 @@ def check_outputs(args: argparse.Namespace, read: Sequence[Path]) -> None:
     from ..checkpoint import check_output, refuse_same_file
 
     named = {"-o": args.output, "--png": args.png, "--csv": args.csv, "--json": args.json}
-    places = {flag: place for flag, place in named.items() if place is not None}
     for flag in ("-o", "--png"):
-        if places.get(flag) == STDOUT:
+        if named[flag] == STDOUT:
             raise OptionError(f"{flag} needs a file", hint="only --csv and --json go to stdout, as -")
     meant = OTHER_OUTPUTS.get(Path(args.output or "").suffix.lower())
     if meant is not None:
         raise OptionError(f"-o writes an HTML page, and {args.output} ends otherwise", hint=f"{meant} {args.output}")
     if [args.csv, args.json] == [STDOUT, STDOUT]:
         raise OptionError("--csv and --json cannot both go to stdout", hint="name a file for one of them")
-    files = {flag: Path(place) for flag, place in places.items() if place != STDOUT}
+    files = {flag: Path(place) for flag, place in named.items() if place not in (None, STDOUT)}
     for flag, path in files.items():
         refuse_same_file(path, read, hint=f"name another file for {flag}")
         check_output(path, stream=flag in ("--csv", "--json"))
@@ -142,7 +136,9 @@ def check_outputs(args: argparse.Namespace, read: Sequence[Path]) -> None:
             raise OutputError(f"{flag} and {other_flag} are the same file", path=path)
 
 
-def sides_of(inputs: Inputs, args: argparse.Namespace, options: SolveOptions) -> list[Source]:
+def sides_of(
+    statistics: list[Statistics], models: list[Path], args: argparse.Namespace, options: SolveOptions
+) -> list[Source]:
     """What is shown, or compared.
 
     Raises:
@@ -152,11 +148,10 @@ def sides_of(inputs: Inputs, args: argparse.Namespace, options: SolveOptions) ->
     from ..report.figures import Source
     from ..stats import merge
 
-    statistics, models = inputs.statistics, inputs.models
-    names = [path.name for path in (one.path for one in statistics) if path is not None]
-    files: list[tuple[str, ...]] = [(name,) for name in names]
+    files: tuple[str, ...] = ()
     if args.merge and statistics:
-        statistics, files = [merge(*statistics, force=args.force)], [tuple(names)]
+        files = tuple(one.path.name for one in statistics if one.path is not None)
+        statistics = [merge(*statistics, force=args.force)]
     if len(statistics) > 2:
         raise OptionError(f"{len(statistics)} statistics files: at most two can be compared", hint="--merge takes "
                           "them as one")  # fmt: skip
@@ -167,19 +162,18 @@ def sides_of(inputs: Inputs, args: argparse.Namespace, options: SolveOptions) ->
             f"no statistics: nothing says what the layers of {models[0].name} receive",
             hint=f"convert_to_quant observe {models[0].name} -o stats.safetensors, or name a second checkpoint",
         )
+    chosen = [options] * max(len(statistics), len(models))
     if args.against is not None:
         if len(statistics) != 1 or len(models) > 1:
             raise OptionError("--against compares two ways to solve, so it needs one statistics file (or --merge) and "
                               "at most one checkpoint")  # fmt: skip
         chosen = [options, other_options(args)]
-    else:
-        chosen = [options] * max(len(statistics), len(models))
     return [
         Source(
             statistics=statistics[min(number, len(statistics) - 1)] if statistics else None,
             model=models[min(number, len(models) - 1)] if models else None,
             options=one,
-            files=files[min(number, len(files) - 1)] if files else (),
+            files=files,
         )
         for number, one in enumerate(chosen)
     ]
@@ -206,22 +200,19 @@ def other_options(args: argparse.Namespace) -> SolveOptions:
 
 def outputs_of(report: Report, args: argparse.Namespace) -> dict[str, bytes]:
     """Everything that was asked for, by the name of its file; what goes to stdout is there already."""
+    from ..report import page, table
+
     outputs = {}
     if args.output is not None:
-        from ..report import page
-
         outputs[args.output] = page.render(report.document()).encode("utf-8", "backslashreplace")
     if args.png is not None:
-        from ..report import picture
+        from ..report import picture  # needs matplotlib
 
         outputs[args.png] = picture.png(report)
-    if args.csv is not None:
-        from ..report import table
-
-        if args.csv == STDOUT:
-            sys.stdout.write(table.render(report))
-        else:
-            outputs[args.csv] = table.render(report).encode("utf-8", "backslashreplace")
+    if args.csv == STDOUT:
+        sys.stdout.write(table.render(report))
+    elif args.csv is not None:
+        outputs[args.csv] = table.render(report).encode("utf-8", "backslashreplace")
     if args.json is not None:
         write_json(args.json, report.document())
     return outputs
@@ -259,16 +250,15 @@ def print_layers(report: Report, *, talk: bool) -> None:
             layer.name,
             side.label if several else "",
             "-" if figures.absmax is None else f"{figures.absmax:.5g}",
-            f"{figures.before.scale:.5g}",
-            f"{figures.after.scale:.5g}",
-            decibels(figures.before.sqnr_db),
-            decibels(figures.after.sqnr_db),
-            *(risk_cell(state) for state in (figures.before, figures.after)),
+            *(f"{state.scale:.5g}" for state in states),
+            *(decibels(state.sqnr_db) for state in states),
+            *map(risk_cell, states),
             figures.unused or figures.reason,
         )
         for layer in report.layers
         for side, figures in zip(report.sides, layer.sides, strict=True)
         if figures is not None
+        for states in [(figures.before, figures.after)]
     ]
     print_table(
         ("layer", "side" if several else "", "range", "scale before", "scale after", "SQNR before", "SQNR after",

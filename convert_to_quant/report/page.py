@@ -2,7 +2,7 @@
 
     head        what was looked at
     verdict     one sentence, a bar of layers, the points, and how it all was made: written here, needs no scripts
-    charts    drawn by the scripts in `assets/` from the document, which the file carries as JSON
+    charts      drawn by the scripts in `assets/` from the document, which the file carries as JSON
     lists       layers in full precision, and layers left alone, with the reasons: written here
     table       all figures: made by the scripts
 
@@ -12,7 +12,7 @@ nor call out; and every text is escaped (`html.escape` here, text nodes in the s
 
 Size. 1.1 MB is ECharts; a layer takes about 0.9 kB a side, so 1,000 layers on two sides make about 2.8 MB.
 
-Limits. The charts need JavaScript, a canvas, and a browser of 2023 or later. Rows are drawn as they come into view;
+Limits. The charts need JavaScript, a canvas, and a browser of 2023 or later. Lines are drawn as they come into view;
 a print shows the first 400 of them in the charts, and all in the table.
 """
 
@@ -21,13 +21,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from ..telling import plural
 from .verdict import CAUSES
 
 ASSETS = Path(__file__).with_name("assets")
@@ -59,52 +61,39 @@ def render(document: Document) -> str:
     Returns:
         The page; the same document is the same page.
     """
-    style, early, script, echarts = _style(), _asset("early.js"), _script(), _asset("echarts.min.js")
-    verdict = document["verdict"]
+    scripts = {
+        "early": _asset("early.js"),
+        "echarts": _asset("echarts.min.js"),
+        "script": "\n".join(['(() => {\n"use strict";', *map(_asset, SCRIPTS), "})();\n"]),
+    }
+    style, verdict = _asset("page.css"), document["verdict"]
+    texts = {
+        "version": document["version"],
+        "title": document["title"],
+        "about": _about(document),
+        "level": verdict["level"],
+        "mark": LEVELS[verdict["level"]],
+        "headline": verdict["headline"],
+    }
     return Template(_asset("page.html")).substitute(
-        policy=_policy([early, echarts, script], style),
-        version=escape(document["version"]),
+        {name: escape(text) for name, text in texts.items()},
+        **scripts,
+        style=style,
+        # nothing but these scripts and this style, and nothing from anywhere
+        policy=f"default-src 'none'; script-src {' '.join(map(_hash, scripts.values()))}; style-src {_hash(style)}; "
+        "img-src data:; base-uri 'none'; form-action 'none'",
         echarts_version=ECHARTS_VERSION,
-        title=escape(document["title"]),
-        heading=escape(document["title"]),
-        about=escape(_about(document)),
-        level=escape(verdict["level"]),
-        mark=escape(LEVELS[verdict["level"]]),
-        headline=escape(verdict["headline"]),
         bars=_bars(document),
         points=_list(verdict["points"], "points"),
         made=_made(document),
         kept=_kept(document),
         document=_embedded(document),
-        early=early,
-        style=style,
-        echarts=echarts,
-        script=script,
     )
 
 
 @cache
 def _asset(name: str) -> str:
     return (ASSETS / name).read_text(encoding="utf-8")
-
-
-@cache
-def _style() -> str:
-    return _asset("page.css")
-
-
-@cache
-def _script() -> str:
-    return "\n".join(['(() => {\n"use strict";', *map(_asset, SCRIPTS), "})();\n"])
-
-
-def _policy(scripts: Iterable[str], style: str) -> str:
-    """Nothing but these scripts and this style, and nothing from anywhere."""
-    allowed = " ".join(map(_hash, scripts))
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; img-src data:; base-uri 'none'; "
-        "form-action 'none'"
-    )
 
 
 @cache
@@ -129,23 +118,27 @@ def _embedded(document: Document) -> str:
     return text
 
 
+def _sides(document: Document) -> Iterator[tuple[str, Mapping[str, Any], list[tuple[str, Mapping[str, Any]]]]]:
+    """Each side's letter where there are two, the side, and the names and figures of its layers."""
+    for number, side in enumerate(document["sides"]):
+        figures = [(layer["name"], layer["sides"][number]) for layer in document["layers"]]
+        letter = "AB"[number] if len(document["sides"]) > 1 else ""
+        yield letter, side, [(name, one) for name, one in figures if one is not None]
+
+
 def _about(document: Document) -> str:
     """What was looked at, in one line."""
-    parts = [f"{len(document['layers']):,} layers"]
-    for side in document["sides"]:
-        known = [side["family"], f"{side['samples']:,} images observed" if side["samples"] else None]
-        if side["conditioning"]:
-            known.append(f"on {side['conditioning']}")
-        said = ", ".join(text for text in known if text)
-        parts.append(f"{side['label']}: {said}" if said and len(document["sides"]) > 1 else said)
-    return " · ".join(text for text in parts if text)
+    parts = [plural(len(document["layers"]), "layer")]
+    for letter, side, _ in _sides(document):
+        images = f"{plural(side['samples'], 'image')} observed" if side["samples"] else ""
+        said = ", ".join(filter(None, (side["family"], images, side["conditioning"] and f"on {side['conditioning']}")))
+        parts.append(f"{side['label']}: {said}" if said and letter else said)
+    return " · ".join(filter(None, parts))
 
 
 def _list(texts: Sequence[str], style: str = "") -> str:
-    if not texts:
-        return ""
     items = "".join(f"<li>{escape(text)}</li>" for text in texts)
-    return f'<ul class="{style}">{items}</ul>' if style else f"<ul>{items}</ul>"
+    return (f'<ul class="{style}">{items}</ul>' if style else f"<ul>{items}</ul>") if texts else ""
 
 
 def _state(figures: Mapping[str, Any], when: str) -> str:
@@ -160,108 +153,97 @@ def _state(figures: Mapping[str, Any], when: str) -> str:
 
 def _bars(document: Document) -> str:
     """How many layers are fine, now and calibrated, as one bar each."""
-    sides = document["sides"]
-    rows = []
-    for number in range(len(sides)):
-        seen = [figures for layer in document["layers"] if (figures := layer["sides"][number]) is not None]
-        moments = {"before": "present scales" if sides[number]["model"] else "scale 1.0", "after": "calibrated"}
-        if not any(figures["changed"] for figures in seen):
-            del moments["after"]
+    bars = []
+    for letter, side, layers in _sides(document):
+        moments = {"before": "present scales" if side["model"] else "scale 1.0"}
+        if any(figures["changed"] for _, figures in layers):
+            moments["after"] = "calibrated"
         for when, words in moments.items():
-            label = f"{'AB'[number]} {words}" if len(sides) > 1 else words.capitalize()
-            rows.append(_bar(label, [_state(figures, when) for figures in seen]))
-    return f'<dl class="bars">{"".join(rows)}</dl>' if document["layers"] else ""
+            label = f"{letter} {words}" if letter else words.capitalize()
+            bars.append(_bar(label, Counter(_state(figures, when) for _, figures in layers)))
+    return f'<dl class="bars">{"".join(bars)}</dl>' if document["layers"] else ""
 
 
-def _bar(label: str, states: Sequence[str]) -> str:
-    counts = {state: states.count(state) for state in _STATES}
-    said = ", ".join(f"<b>{count:,}</b> {_STATES[state]}" for state, count in counts.items() if count)
-    segments, start = [], 0
-    for state, count in counts.items():
-        if count:
-            segments.append(f'<rect class="seg {state}" x="{start}" width="{count}" height="1"/>')
-        start += count
-    picture = (
-        f'<svg viewBox="0 0 {max(len(states), 1)} 1" preserveAspectRatio="none" aria-hidden="true">'
-        f"{''.join(segments)}</svg>"
+def _bar(label: str, counts: Counter[str]) -> str:
+    said, segments, start = [], "", 0
+    for state, words in _STATES.items():
+        if count := counts[state]:
+            said.append(f"<b>{count:,}</b> {words}")
+            segments += f'<rect class="seg {state}" x="{start}" width="{count}" height="1"/>'
+            start += count
+    return (
+        f'<dt>{escape(label)}</dt><dd><svg viewBox="0 0 {max(start, 1)} 1" preserveAspectRatio="none" '
+        f'aria-hidden="true">{segments}</svg><span class="said">{", ".join(said) or "no layers"}</span></dd>'
     )
-    return f'<dt>{escape(label)}</dt><dd>{picture}<span class="said">{said or "no layers"}</span></dd>'
 
 
 def _made(document: Document) -> str:
     """How it was made, folded: files, run, options, notes."""
     parts = []
-    for number, side in enumerate(document["sides"]):
-        if len(document["sides"]) > 1:
-            parts.append(f"<h3>{'AB'[number]}: {escape(side['label'])}</h3>")
+    for letter, side, _ in _sides(document):
+        if letter:
+            parts.append(f"<h3>{letter}: {escape(side['label'])}</h3>")
         lines = {
             "checkpoint": side["model"],
             "family": side["family"],
             "statistics": side["statistics"],
             "images": f"{side['samples']:,}" if side["samples"] else None,
-            **{f"observed: {key.replace('_', ' ')}": texts for key, texts in side["provenance"].items()},
-            **{f"chosen by: {key.replace('_', ' ')}": _plain(value) for key, value in side["options"].items()},
+            **_prefixed("observed", side["provenance"]),
+            **_prefixed("chosen by", side["options"]),
             "notes": side["notes"],
         }
         parts.append(_terms(lines))
-    lines = {"convert_to_quant": document["version"]}
-    lines |= {f"report: {key.replace('_', ' ')}": _plain(value) for key, value in document["options"].items()}
-    parts.append(_terms(lines))
+    parts.append(_terms({"convert_to_quant": document["version"], **_prefixed("report", document["options"])}))
     return f'<details class="made"><summary>How this was made</summary>{"".join(parts)}</details>'
 
 
-def _plain(value: Any) -> Any:
-    """A JSON value as people write it; lists and texts as they are."""
+def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}: {key.replace('_', ' ')}": value for key, value in values.items()}
+
+
+def _text(value: Any) -> str:
+    """A JSON value as people write it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return [str(_plain(item)) for item in value]
-    return f"{value:g}" if isinstance(value, (int, float)) else json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _terms(lines: Mapping[str, Any]) -> str:
     """Names and texts; what is empty is left out, what is long is folded."""
     said = []
     for name, value in lines.items():
-        if value in (None, "", [], ()):
-            continue
-        texts = [value] if isinstance(value, str) else list(value)
-        if len(texts) == 1:
-            body = escape(texts[0])
-        elif len(texts) <= _LISTED // 2:
-            body = _list(texts)
-        else:
-            body = f"<details><summary>{len(texts):,}</summary>{_list(texts)}</details>"
-        said.append(f"<dt>{escape(name)}</dt><dd>{body}</dd>")
+        texts = [_text(one) for one in (value if isinstance(value, list) else [value]) if one not in (None, "")]
+        body = escape(texts[0]) if len(texts) == 1 else _list(texts)
+        if len(texts) > _LISTED // 2:
+            body = f"<details><summary>{len(texts):,}</summary>{body}</details>"
+        if texts:
+            said.append(f"<dt>{escape(name)}</dt><dd>{body}</dd>")
     return f"<dl>{''.join(said)}</dl>"
 
 
 def _kept(document: Document) -> str:
     """Layers in full precision and layers left alone, grouped by why."""
-    sides = document["sides"]
     parts = []
-    for number, side in enumerate(sides):
+    for number, (letter, side, layers) in enumerate(_sides(document)):
+        reasons = [(why, name) for name, figures in layers for why in _whys(figures)]
+        reasons += [
+            (f"left alone: {left['why']}", left["name"]) for left in document["left_alone"] if left["side"] == number
+        ]
         groups: dict[str, list[str]] = {}
-        for layer in document["layers"]:
-            figures = layer["sides"][number]
-            if figures is None:
-                continue
-            for why in _whys(figures):
-                groups.setdefault(why, []).append(layer["name"])
-        for left in document["left_alone"]:
-            if left["side"] == number:
-                groups.setdefault(f"left alone: {left['why']}", []).append(left["name"])
-        if len(sides) > 1:
-            parts.append(f'<p class="side">{"AB"[number]}: {escape(side["label"])}</p>')
-        parts += [_group(why, names) for why, names in groups.items()]
+        for why, name in reasons:
+            groups.setdefault(why, []).append(name)
+        if letter:
+            parts.append(f'<p class="side">{letter}: {escape(side["label"])}</p>')
+        for why, names in groups.items():
+            count = f"<b>{len(names):,}</b> {'layer' if len(names) == 1 else 'layers'}"
+            opened = " open" if len(names) <= _LISTED else ""
+            parts.append(f"<details{opened}><summary>{count} {escape(why)}</summary>{_list(names)}</details>")
         if not groups:
             parts.append("<p>None: every layer multiplies in FP8, with a scale that was measured.</p>")
     return f'<div class="kept">{"".join(parts)}</div>'
 
 
-def _whys(figures: Mapping[str, Any]) -> Iterable[str]:
+def _whys(figures: Mapping[str, Any]) -> Iterator[str]:
     """Why a layer is in full precision, or keeps the scale that it has."""
     if figures["after"]["full_precision"]:
         yield CAUSES.get(figures["cause"], "in full precision in the file already")
@@ -269,9 +251,3 @@ def _whys(figures: Mapping[str, Any]) -> Iterable[str]:
         yield f"left alone: {figures['unused']}"
     elif not figures["absmax"]:
         yield f"left alone: {figures['reason']}"
-
-
-def _group(why: str, names: Sequence[str]) -> str:
-    count = f"<b>{len(names):,}</b> {'layer' if len(names) == 1 else 'layers'}"
-    opened = " open" if len(names) <= _LISTED else ""
-    return f"<details{opened}><summary>{count} {escape(why)}</summary>{_list(names)}</details>"

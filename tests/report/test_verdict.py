@@ -47,8 +47,8 @@ def test_a_few_lost_tokens_are_told_and_no_risk(observed: Observed) -> None:
     assert found.headline == "None of 2 FP8 layers is at risk at a scale of 1.0."
     assert found.level == "warning"
     assert said(found.points, "some tokens") == (
-        "In 1 layer some tokens lie under 1/16 of the scale, where few codes are (most: 20 % in some); whether the image "
-        "needs them is not known."
+        "In 1 layer some tokens lie under 1/16 of the scale, where few codes are (most: 20 % in some); whether the "
+        "image needs them is not known."
     )
     assert verdict(Source(observed({"loud token": LOUD_TOKEN}))).headline.startswith("1 of 1 FP8 layers is at risk")
 
