@@ -17,19 +17,15 @@ const ZONES = [
 ];
 
 const TERMS = {
-  scale:
-    `What a stored FP8 number is multiplied by to give the real one. The input scale sets which range of a layer’s inputs FP8 can hold: up to ${grid.max} times the scale.`,
-  "at risk":
-    "Quantized at this scale, the inputs lose more than FP8’s own rounding ever costs. The word says how: clips, vanishes, tokens lost, coarse.",
+  scale: `What a stored FP8 number is multiplied by to give the real one. The input scale sets which range of a layer’s inputs FP8 can hold: up to ${grid.max} times the scale.`,
+  "at risk": "Quantized at this scale, the inputs lose more than FP8’s own rounding ever costs. The word says how: clips, vanishes, tokens lost, coarse.",
   clipped: `Share of the input values beyond ${grid.max} times the scale: they are cut off.`,
   vanished: "Share of the input values that are so small beside the scale that they become 0.",
-  "tokens lost":
-    "Share of tokens that lie wholly among FP8’s smallest steps because outlier tokens set the scale. Errors over the whole tensor hide them.",
+  "tokens lost": "Share of tokens that lie wholly among FP8’s smallest steps because outlier tokens set the scale. Errors over the whole tensor hide them.",
   SQNR: "Signal to quantization noise of the inputs, in decibels: how much larger they are than the error that FP8 makes. About 31 dB is what FP8 gives usual inputs at best; each 6 dB less doubles the error.",
   largest: "The largest input magnitude that was seen (absmax).",
   octave: "A factor of two. One octave more range is twice as large.",
-  "full precision":
-    "The layer’s inputs are not quantized: its FP8 weights are widened and multiplied with the inputs as they are.",
+  "full precision": "The layer’s inputs are not quantized: its FP8 weights are widened and multiplied with the inputs as they are.",
   "multiply-adds": "Share of the model’s arithmetic that the layer does: what full precision costs.",
   saturated: `Beyond ${grid.max} times the scale: FP8 cuts such values off.`,
   normal: "FP8 keeps four significant bits here, whatever the size.",
@@ -39,22 +35,21 @@ const TERMS = {
 const missing = "–";
 const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 }).format; // one for all: making them is slow
 const clean = (text) => text.replace("e+", "e").replace("-", "−");
-function number(x) {
-  if (x === null || x === undefined) return missing;
+/** A way to write a number, with a dash for what is not known. */
+const written = (write) => (x) => (x === null || x === undefined ? missing : write(x));
+const number = written((x) => {
   const size = Math.abs(x);
   if (size === 0) return "0";
   if (size >= 1e6 || size < 1e-3) return clean(x.toExponential(2));
   return clean(size >= 1000 ? grouped(x) : String(+x.toPrecision(4)));
-}
-function percent(x) {
-  if (x === null || x === undefined) return missing;
+});
+const percent = written((x) => {
   if (x === 0) return "0 %";
   if (x < 1e-5) return "< 0.001 %";
   return (x >= 0.9995 ? 100 : +(100 * x).toPrecision(x < 0.1 ? 2 : 3)) + " %";
-}
-const decibels = (x) => (x === null || x === undefined ? missing : clean(x.toFixed(1)));
-const octaves = (x) =>
-  x === null || x === undefined ? missing : x === 0 ? "0" : (x > 0 ? "+" : "−") + Math.abs(x).toFixed(2);
+});
+const decibels = written((x) => clean(x.toFixed(1)));
+const octaves = written((x) => (x === 0 ? "0" : (x > 0 ? "+" : "−") + Math.abs(x).toFixed(2)));
 const count = (x) => (x ? grouped(x) : missing);
 const plural = (n, noun) => `${grouped(n)} ${noun}${n === 1 ? "" : "s"}`;
 const log2 = (x) => (x > 0 ? Math.log2(x) : null);
@@ -68,10 +63,8 @@ const exact = (figure) => figure.after.full_precision || Boolean(figure.unused);
 function decode(density) {
   if (!density) return null;
   const levels = new Uint8Array((axis.high - axis.low) * axis.per_octave);
-  levels.set(
-    Uint8Array.from(atob(density[1]), (c) => c.charCodeAt(0)),
-    density[0],
-  );
+  const bytes = Uint8Array.from(atob(density[1]), (c) => c.charCodeAt(0));
+  levels.set(bytes, density[0]);
   return levels;
 }
 
@@ -83,9 +76,9 @@ const layers = given.layers.map((layer, index) => ({
 }));
 const seen = layers.some((layer) => layer.sides.some((figure) => figure && figure.levels));
 const present = sides.some((side) => side.model) ? "present scale" : "scale 1.0"; // what ComfyUI reads where there is none
-const work = sides.map((_, s) =>
-  layers.reduce((sum, layer) => sum + (layer.sides[s] ? layer.sides[s].multiply_adds : 0), 0),
-);
+const work = sides.map((_, s) => layers.reduce((sum, { sides }) => sum + (sides[s]?.multiply_adds ?? 0), 0));
+/** Share of a side's multiply-adds. */
+const share = (figure, s) => (work[s] ? figure.multiply_adds / work[s] : null);
 
 const of = (read) => (s) => (layer) => (layer.sides[s] ? read(layer.sides[s], s) : null);
 const riskOf = (state, figure) =>
@@ -96,205 +89,87 @@ function riskWords(state, figure) {
   if (state.full_precision) return "full precision";
   return state.risk || (figure.source === "none" ? "not seen" : "fine");
 }
+/** A figure of one side: its key, heading, how it is written, how it is read; the largest stand first when sorted. */
+const column = (key, label, format, read, more) => ({ key, label, format, descending: true, ...more, value: of(read) });
+const risk = (key, label, when) => ({
+  ...column(key, label, null, (f) => riskOf(f[when], f), { printed: true, term: "at risk", text: true }),
+  show: of((f) => riskWords(f[when], f)),
+});
+const loss = (key, word, printed) => [
+  column(key + "_before", word + " now", percent, (f) => f.before[key], { term: word, printed }),
+  column(key + "_after", word + " calibrated", percent, (f) => f.after[key], { term: word }),
+];
 const PER_SIDE = [
-  {
-    key: "now",
-    printed: true,
-    label: "risk now",
-    term: "at risk",
-    text: true,
-    descending: true,
-    value: of((f) => riskOf(f.before, f)),
-    show: of((f) => riskWords(f.before, f)),
-  },
-  {
-    key: "calibrated",
-    printed: true,
-    label: "risk calibrated",
-    term: "at risk",
-    text: true,
-    descending: true,
-    value: of((f) => riskOf(f.after, f)),
-    show: of((f) => riskWords(f.after, f)),
-  },
-  {
-    key: "scale_before",
-    printed: true,
-    label: present,
-    term: "scale",
-    descending: true,
-    value: of((f) => f.before.scale),
-    format: number,
-  },
-  {
-    key: "scale_after",
-    printed: true,
-    label: "new scale",
-    term: "scale",
-    descending: true,
-    value: of((f) => f.after.scale),
-    format: number,
-  },
-  {
-    key: "change",
-    label: "change, octaves",
-    term: "octave",
-    descending: true,
-    value: of((f) => ratio(f.after.scale, f.before.scale)),
-    format: octaves,
-  },
-  {
-    key: "absmax",
-    printed: true,
-    label: "largest |x|",
-    term: "largest",
-    descending: true,
-    value: of((f) => f.absmax),
-    format: number,
-  },
-  { key: "p999", label: "99.9th percentile", descending: true, value: of((f) => f.p999), format: number },
-  { key: "median", label: "median |x|", descending: true, value: of((f) => f.median), format: number },
-  { key: "rms", label: "root mean square", descending: true, value: of((f) => f.rms), format: number },
-  {
-    key: "clipped_before",
-    printed: true,
-    label: "clipped now",
-    term: "clipped",
-    descending: true,
-    value: of((f) => f.before.clipped),
-    format: percent,
-  },
-  {
-    key: "clipped_after",
-    label: "clipped calibrated",
-    term: "clipped",
-    descending: true,
-    value: of((f) => f.after.clipped),
-    format: percent,
-  },
-  {
-    key: "vanished_before",
-    printed: true,
-    label: "vanished now",
-    term: "vanished",
-    descending: true,
-    value: of((f) => f.before.vanished),
-    format: percent,
-  },
-  {
-    key: "vanished_after",
-    label: "vanished calibrated",
-    term: "vanished",
-    descending: true,
-    value: of((f) => f.after.vanished),
-    format: percent,
-  },
-  {
-    key: "rows_lost_before",
-    label: "tokens lost now",
-    term: "tokens lost",
-    descending: true,
-    value: of((f) => f.before.rows_lost),
-    format: percent,
-  },
-  {
-    key: "rows_lost_after",
-    label: "tokens lost calibrated",
-    term: "tokens lost",
-    descending: true,
-    value: of((f) => f.after.rows_lost),
-    format: percent,
-  },
-  {
-    key: "sqnr_before",
-    printed: true,
-    label: "SQNR now, dB",
-    term: "SQNR",
-    value: of((f) => f.before.sqnr_db),
-    format: decibels,
-  },
-  {
-    key: "sqnr_after",
-    printed: true,
-    label: "SQNR calibrated, dB",
-    term: "SQNR",
-    value: of((f) => f.after.sqnr_db),
-    format: decibels,
-  },
-  { key: "zeros", label: "zeros", descending: true, value: of((f) => f.zeros), format: percent },
-  { key: "rows", label: "tokens seen", descending: true, value: of((f) => f.rows), format: count },
-  {
-    key: "work",
-    label: "multiply-adds",
-    term: "multiply-adds",
-    descending: true,
-    value: of((f, s) => (work[s] ? f.multiply_adds / work[s] : null)),
-    format: percent,
-  },
-  { key: "reason", label: "why", text: true, long: true, value: of((f) => f.unused || f.reason) },
+  risk("now", "risk now", "before"),
+  risk("calibrated", "risk calibrated", "after"),
+  column("scale_before", present, number, (f) => f.before.scale, { printed: true, term: "scale" }),
+  column("scale_after", "new scale", number, (f) => f.after.scale, { printed: true, term: "scale" }),
+  column("change", "change, octaves", octaves, (f) => ratio(f.after.scale, f.before.scale), { term: "octave" }),
+  column("absmax", "largest |x|", number, (f) => f.absmax, { printed: true, term: "largest" }),
+  column("p999", "99.9th percentile", number, (f) => f.p999),
+  column("median", "median |x|", number, (f) => f.median),
+  column("rms", "root mean square", number, (f) => f.rms),
+  ...loss("clipped", "clipped", true),
+  ...loss("vanished", "vanished", true),
+  ...loss("rows_lost", "tokens lost", false),
+  ...["before", "after"].map((when) => {
+    const label = `SQNR ${when === "before" ? "now" : "calibrated"}, dB`;
+    const more = { printed: true, term: "SQNR", descending: false };
+    return column("sqnr_" + when, label, decibels, (f) => f[when].sqnr_db, more);
+  }),
+  column("zeros", "zeros", percent, (f) => f.zeros),
+  column("rows", "tokens seen", count, (f) => f.rows),
+  column("work", "multiply-adds", percent, share, { term: "multiply-adds" }),
+  column("reason", "why", null, (f) => f.unused || f.reason, { text: true, long: true, descending: false }),
 ];
-const between = (read) => (layer) =>
-  layer.sides[0] && layer.sides[1] ? read(layer.sides[0], layer.sides[1], layer) : null;
+const between = (read) => (layer) => (layer.sides.includes(null) ? null : read(...layer.sides, layer));
 const crosses = layers.some((layer) => layer.crossed);
+/** A figure of B beside A. */
+const compared = (key, label, format, read, more) => ({
+  ...column(key, label, format, read, more),
+  value: between(read),
+});
 const COMPARED = [
-  {
-    key: "range_difference",
-    label: "range, B to A, octaves",
+  compared("range_difference", "range, B to A, octaves", octaves, (a, b) => ratio(b.absmax, a.absmax), { term: "octave" }),
+  compared("scale_difference", "new scale, B to A, octaves", octaves, (a, b) => ratio(b.after.scale, a.after.scale), {
     term: "octave",
-    descending: true,
-    value: between((a, b) => ratio(b.absmax, a.absmax)),
-    format: octaves,
-  },
-  {
-    key: "scale_difference",
-    label: "new scale, B to A, octaves",
-    term: "octave",
-    descending: true,
-    value: between((a, b) => ratio(b.after.scale, a.after.scale)),
-    format: octaves,
-  },
-  ...(crosses
-    ? [
-        {
-          key: "crossed",
-          label: "risk of A’s new scale on B",
-          term: "at risk",
-          text: true,
-          descending: true,
-          value: between((a, b, l) => l.crossed && riskOf(l.crossed, b)),
-          show: between((a, b, l) => l.crossed && riskWords(l.crossed, b)),
-        },
-        {
-          key: "crossed_sqnr",
-          label: "SQNR of that, dB",
-          term: "SQNR",
-          value: between((a, b, l) => l.crossed && l.crossed.sqnr_db),
-          format: decibels,
-        },
-      ]
-    : []),
+  }),
 ];
+if (crosses)
+  COMPARED.push(
+    {
+      ...risk("crossed", "risk of A’s new scale on B"),
+      printed: false,
+      value: between((a, b, { crossed }) => crossed && riskOf(crossed, b)),
+      show: between((a, b, { crossed }) => crossed && riskWords(crossed, b)),
+    },
+    compared("crossed_sqnr", "SQNR of that, dB", decibels, (a, b, { crossed }) => crossed && crossed.sqnr_db, {
+      term: "SQNR",
+      descending: false,
+    }),
+  );
 const ORDER = { key: "order", label: "place in the model", value: (layer) => layer.index };
 const NAME = { key: "name", printed: true, label: "layer", text: true, value: (layer) => layer.name };
+const SHAPE = {
+  key: "shape",
+  label: "out × in",
+  descending: true,
+  value: (layer) => layer.shape[0] * layer.shape[1],
+  show: (layer) => layer.shape.join(" × "),
+};
+/** A column of one side. */
+const onSide = (figure, s) => ({
+  ...figure,
+  key: figure.key + (compares ? "." + letters[s].toLowerCase() : ""),
+  label: (compares ? letters[s] + ": " : "") + figure.label,
+  value: figure.value(s),
+  show: figure.show && figure.show(s),
+});
 const figures = [
   NAME,
-  {
-    key: "shape",
-    label: "out × in",
-    descending: true,
-    value: (layer) => layer.shape[0] * layer.shape[1],
-    show: (layer) => layer.shape.join(" × "),
-  },
+  SHAPE,
   ...(compares ? COMPARED : []),
-  ...sides.flatMap((_, s) =>
-    PER_SIDE.map((column) => ({
-      ...column,
-      key: column.key + (compares ? "." + letters[s].toLowerCase() : ""),
-      label: (compares ? letters[s] + ": " : "") + column.label,
-      value: column.value(s),
-      show: column.show && column.show(s),
-    })),
-  ),
+  ...sides.flatMap((_, s) => PER_SIDE.map((figure) => onSide(figure, s))),
 ].map((figure) => ({
   ...figure,
   show: (layer) =>
@@ -306,12 +181,10 @@ const anySide = (test) => (layer) => layer.sides.some((figure) => figure && test
 const FILTERS = [
   { key: "now", label: "at risk now", test: anySide((f) => f.before.risk) },
   { key: "after", label: "at risk after", test: anySide((f) => f.after.risk) },
-  ...(crosses
-    ? [{ key: "crossed", label: "A’s scale at risk on B", test: (layer) => layer.crossed && layer.crossed.risk }]
-    : []),
+  { key: "crossed", label: "A’s scale at risk on B", test: (layer) => layer.crossed && layer.crossed.risk },
   { key: "full", label: "full precision", test: anySide((f) => f.after.full_precision) },
   { key: "changed", label: "changed", test: anySide((f) => f.changed) },
-];
+].filter(({ key }) => key !== "crossed" || crosses);
 
 /** An element; texts are always texts, never markup. */
 function element(tag, attributes = {}, ...children) {
@@ -325,15 +198,11 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 /** A layer's name of which the beginning gives way where room is short: block numbers and the end tell layers apart. */
-const nameOf = (layer) =>
-  element(
-    "span",
-    { class: "name", title: layer.name },
-    layer.cut
-      ? element("span", { class: "front" }, element("bdi", { dir: "ltr" }, layer.name.slice(0, layer.cut)))
-      : null,
-    element("span", { class: "back" }, layer.name.slice(layer.cut)),
-  );
+const nameOf = (layer) => {
+  const [front, back] = [layer.name.slice(0, layer.cut), layer.name.slice(layer.cut)];
+  const first = front ? element("span", { class: "front" }, element("bdi", { dir: "ltr" }, front)) : null;
+  return element("span", { class: "name", title: layer.name }, first, element("span", { class: "back" }, back));
+};
 /** Words in braces as terms that explain themselves. */
 const explained = (text) => text.split(/\{(scale|full precision)\}/).map((part, n) => (n % 2 ? term(part) : part));
 const term = (word, text) => element("button", { type: "button", class: "term", "data-term": word }, text || word);
@@ -341,13 +210,8 @@ const term = (word, text) => element("button", { type: "button", class: "term", 
 /** What a variable of the style sheet says; asked once per theme, since asking is slow. */
 const themed = new Map();
 function theme(name) {
-  if (!themed.has(name))
-    themed.set(
-      name,
-      getComputedStyle(document.documentElement)
-        .getPropertyValue("--" + name)
-        .trim(),
-    );
+  const style = () => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+  if (!themed.has(name)) themed.set(name, style());
   return themed.get(name);
 }
 

@@ -15,49 +15,31 @@ const HEATS = [
 const edges = given.sigma_edges,
   bins = edges.length - 1;
 const heat = () => HEATS.find((one) => one.key === state.heat) || HEATS[0];
+const known = layers.flatMap((layer) => layer.sides.filter((figure) => figure && figure.absmax));
 const extent = (() => {
-  let low = Infinity,
-    high = -Infinity;
-  for (const layer of layers)
-    for (const figure of layer.sides)
-      for (const value of figure ? figure.sigma_absmax : []) {
-        const size = log2(value);
-        if (size !== null) {
-          low = Math.min(low, size);
-          high = Math.max(high, size);
-        }
-      }
+  const sizes = known.flatMap((figure) => figure.sigma_absmax.filter(Boolean).map(Math.log2));
+  const low = sizes.reduce((least, size) => Math.min(least, size), Infinity),
+    high = sizes.reduce((most, size) => Math.max(most, size), -Infinity);
   return low < high ? [low, high] : low === high ? [low - 1, low + 1] : [0, 1];
 })();
 /** How far below its largest a layer's range falls, for all but the most extreme cells: the colours span that. */
 const ownOctaves = (() => {
-  const falls = layers.flatMap((layer) =>
-    layer.sides.flatMap((figure) =>
-      figure && figure.absmax
-        ? figure.sigma_absmax.filter(Boolean).map((value) => Math.log2(figure.absmax / value))
-        : [],
-    ),
-  );
+  const fallsOf = ({ absmax, sigma_absmax }) => sigma_absmax.filter(Boolean).map((x) => Math.log2(absmax / x));
+  const falls = known.flatMap(fallsOf);
   falls.sort((a, b) => a - b);
   return Math.min(Math.max(Math.ceil(falls[Math.floor(falls.length * 0.97)] || 0), 1), 8);
 })();
 const RAMPS = {
   // from nothing to the largest, and the part of the way from which on words change their colour to be read
-  light: {
-    colours: ["#f6f3ec", "#d5e2e3", "#9cc2d2", "#5b9dbf", "#24699a"],
-    words: ["#0c1a24", "#ffffff"],
-    from: 0.86,
-  },
+  light: { colours: ["#f6f3ec", "#d5e2e3", "#9cc2d2", "#5b9dbf", "#24699a"], words: ["#0c1a24", "#ffffff"], from: 0.86 },
   dark: { colours: ["#191e22", "#1d3646", "#22536e", "#2c789f", "#58a9d3"], words: ["#ffffff", "#0c1a24"], from: 0.8 },
 };
 const ramp = () => RAMPS[document.documentElement.dataset.theme];
 const limits = () => (state.heat === "all" ? extent : [-ownOctaves, 0]);
-const warmth = (value, figure) =>
-  value > 0
-    ? state.heat === "all"
-      ? Math.log2(value)
-      : Math.max(Math.log2(value / figure.absmax), -ownOctaves)
-    : null;
+function warmth(value, figure) {
+  if (!(value > 0)) return null;
+  return state.heat === "all" ? Math.log2(value) : Math.max(Math.log2(value / figure.absmax), -ownOctaves);
+}
 
 const levels = {
   rowHeight: (plot) => (plot.narrow ? NAMED : 20),
@@ -66,23 +48,16 @@ const levels = {
     return plot.grids(compares ? 2 : 1, 16);
   },
   head(plot) {
-    const made = [];
-    this.grids(plot).forEach(({ left, width }, s) => {
-      const put = (...what) => made.push(caption(...what));
-      if (compares) put("side", `${letters[s]}: ${sides[s].label}`, left, width);
-      put("label start", "noise", left);
-      put("label end", "image", left + width);
+    return this.grids(plot).flatMap(({ left, width }, s) => {
       const every = width / bins < 34 ? 4 : 1;
-      edges.forEach((edge, n) => {
-        if (n % every === 0)
-          put(
-            "tick " + (n === 0 ? "start" : n === bins ? "end" : ""),
-            String(+edge.toFixed(3)),
-            left + (n / bins) * width,
-          );
+      const ticks = edges.map((edge, n) => {
+        const style = "tick " + (n === 0 ? "start" : n === bins ? "end" : "");
+        return n % every ? null : caption(style, String(+edge.toFixed(3)), left + (n / bins) * width);
       });
+      const title = compares ? caption("side", `${letters[s]}: ${sides[s].label}`, left, width) : null;
+      const ends = [caption("label start", "noise", left), caption("label end", "image", left + width)];
+      return [title, ...ends, ...ticks].filter(Boolean);
     });
-    return made;
   },
   state: () => [],
   setup(plot) {
@@ -93,14 +68,7 @@ const levels = {
       grid: grids.map(({ left, width }) => ({ left, width, show: false })),
       xAxis: grids.map((_, g) => axisOf(g, edges.slice(1).map(String), false)),
       yAxis: grids.map((_, g) => axisOf(g, ["0"], true)),
-      visualMap: {
-        show: false,
-        type: "continuous",
-        min: low,
-        max: high,
-        dimension: 2,
-        inRange: { color: ramp().colours },
-      },
+      visualMap: { show: false, type: "continuous", min: low, max: high, dimension: 2, inRange: { color: ramp().colours } },
       series: grids.map(({ width }, g) => ({
         type: "heatmap",
         xAxisIndex: g,
@@ -119,23 +87,18 @@ const levels = {
     const lines = plot.narrow ? 2 : 1; // on a narrow page, every other line holds a name
     const top = (first - plot.low) * plot.rowHeight,
       height = (last - first) * plot.rowHeight;
-    const cells = (s) => {
-      const list = [];
-      for (let number = first; number < last; number++) {
-        const figure = plot.rows[number].sides[s];
-        if (figure)
-          figure.sigma_absmax.forEach((value, bin) => {
-            const size = warmth(value, figure);
-            if (size === null) return;
-            const part = (size - low) / (high - low);
-            list.push({
-              value: [bin, (number - first) * lines + lines - 1, size],
-              label: { formatter: number3(value), color: words[Number(part > from)] },
-            });
-          });
-      }
-      return list;
-    };
+    const cells = (s) =>
+      plot.rows.slice(first, last).flatMap((layer, number) => {
+        const figure = layer.sides[s];
+        if (!figure) return [];
+        return figure.sigma_absmax.flatMap((value, bin) => {
+          const size = warmth(value, figure);
+          if (size === null) return [];
+          const color = words[Number((size - low) / (high - low) > from)];
+          const y = number * lines + lines - 1;
+          return [{ value: [bin, y, size], label: { formatter: number3(value), color } }];
+        });
+      });
     const data = Array.from({ length: Math.max(last - first, 1) * lines }, (_, n) => String(n));
     return {
       grid: grids.map(() => ({ top, height })),
@@ -150,11 +113,9 @@ function levelsLegend() {
   const bar = element("span", { class: "ramp" });
   bar.style.background = `linear-gradient(to right, ${ramp().colours.join(", ")})`;
   const [low, high] = limits();
-  const gaps = layers.some((layer) =>
-    layer.sides.some((figure) => figure && figure.absmax && figure.sigma_absmax.includes(null)),
-  );
-  return [
-    ...(state.heat === "all"
+  const gaps = known.some((figure) => figure.sigma_absmax.includes(null));
+  const says =
+    state.heat === "all"
       ? [
           element("span", {}, number3(2 ** low), bar, number3(2 ** high)),
           element("span", {}, "largest |x| at that noise level, on a log scale"),
@@ -162,7 +123,6 @@ function levelsLegend() {
       : [
           element("span", {}, `1/${2 ** ownOctaves} of it or less`, bar, "the layer’s largest"),
           element("span", {}, "each step to half is an ", term("octave")),
-        ]),
-    ...(gaps ? [element("span", {}, "empty: no inputs were seen there")] : []),
-  ];
+        ];
+  return gaps ? [...says, element("span", {}, "empty: no inputs were seen there")] : says;
 }

@@ -1,6 +1,8 @@
 // What the reader asks for (view, search, filters, order) stands in the hash, and governs charts and table alike.
 
 const get = (id) => document.getElementById(id);
+const upper = (text) => text[0].toUpperCase() + text.slice(1);
+const pointed = ({ clientX: x, clientY: y }) => ({ left: x, right: x, top: y, bottom: y });
 const card = {
   node: get("card"),
   layer: null,
@@ -9,7 +11,7 @@ const card = {
   hover(layer, event) {
     if (this.pinned) return;
     if (!layer) return this.leave();
-    this.show(layer, { left: event.clientX, right: event.clientX, top: event.clientY, bottom: event.clientY });
+    this.show(layer, pointed(event));
   },
   leave() {
     if (!this.pinned) this.hide();
@@ -18,7 +20,7 @@ const card = {
     if (!layer || (this.pinned && this.layer === layer)) return this.hide();
     this.pinned = true;
     this.layer = null;
-    this.show(layer, { left: event.clientX, right: event.clientX, top: event.clientY, bottom: event.clientY });
+    this.show(layer, pointed(event));
   },
   hide() {
     this.pinned = false;
@@ -32,10 +34,8 @@ const card = {
     if (this.layer !== layer) {
       this.layer = layer;
       this.node.replaceChildren(...describe(layer));
-      if (this.pinned)
-        this.node.append(
-          element("button", { type: "button", class: "close", "aria-label": "Close", onclick: () => this.hide() }, "×"),
-        );
+      const close = { type: "button", class: "close", "aria-label": "Close", onclick: () => this.hide() };
+      if (this.pinned) this.node.append(element("button", close, "×"));
       for (const plot of plots) plot.activate(layer);
     }
     this.place(place);
@@ -44,9 +44,7 @@ const card = {
   explain(word, place) {
     this.pinned = false;
     this.layer = null;
-    this.node.replaceChildren(
-      element("p", {}, element("b", {}, word[0].toUpperCase() + word.slice(1)), ". " + TERMS[word]),
-    );
+    this.node.replaceChildren(element("p", {}, element("b", {}, upper(word)), ". " + TERMS[word]));
     this.place(place);
   },
   place(place) {
@@ -66,69 +64,43 @@ const card = {
   },
 };
 
+const sub = (text) => element("p", { class: "sub" }, text);
+
 function describe(layer) {
-  const lines = [
-    element("h3", {}, layer.name),
-    element("p", { class: "sub" }, `${grouped(layer.shape[1])} inputs → ${grouped(layer.shape[0])} outputs`),
+  const size = sub(`${grouped(layer.shape[1])} inputs → ${grouped(layer.shape[0])} outputs`);
+  return [element("h3", {}, layer.name), size, ...layer.sides.flatMap((figure, s) => describeSide(layer, figure, s))];
+}
+function describeSide(layer, figure, s) {
+  const title = compares ? `${letters[s]}: ${sides[s].label}` : "";
+  if (!figure) return [sub(`${title}: not in this file`)];
+  const states = [figure.before, figure.after, ...(s === 1 && layer.crossed ? [layer.crossed] : [])];
+  const line = (label, show) =>
+    element("tr", {}, element("th", { scope: "row" }, label), ...states.map((at) => element("td", {}, show(at))));
+  const words = (at) => element("span", { class: at.risk && !figure.unused ? "bad" : "" }, riskWords(at, figure));
+  const heads = ["present", "new", "A’s new"].slice(0, states.length).map((text) => element("th", { scope: "col" }, text));
+  const body = [
+    line("state", words),
+    line("scale", (at) => number(at.scale)),
+    line("holds up to", (at) => number(at.scale * grid.max)),
+    line("clipped", (at) => percent(at.clipped)),
+    line("vanished", (at) => percent(at.vanished)),
+    line("tokens lost", (at) => percent(at.rows_lost)),
+    line("SQNR", (at) => (at.sqnr_db === null ? missing : decibels(at.sqnr_db) + " dB")),
   ];
-  layer.sides.forEach((figure, s) => {
-    const title = compares ? `${letters[s]}: ${sides[s].label}` : "";
-    if (!figure) return lines.push(element("p", { class: "sub" }, `${title}: not in this file`));
-    const states = [figure.before, figure.after, ...(s === 1 && layer.crossed ? [layer.crossed] : [])];
-    const row = (label, show) =>
-      element("tr", {}, element("th", { scope: "row" }, label), ...states.map((at) => element("td", {}, show(at))));
-    const words = (at) => element("span", { class: at.risk && !figure.unused ? "bad" : "" }, riskWords(at, figure));
-    lines.push(
-      element(
-        "table",
-        {},
-        element(
-          "thead",
-          {},
-          element(
-            "tr",
-            {},
-            element("th", { class: "whose" }, title),
-            ...["present", "new", "A’s new"]
-              .slice(0, states.length)
-              .map((text) => element("th", { scope: "col" }, text)),
-          ),
-        ),
-        element(
-          "tbody",
-          {},
-          row("state", words),
-          row("scale", (at) => number(at.scale)),
-          row("holds up to", (at) => number(at.scale * grid.max)),
-          row("clipped", (at) => percent(at.clipped)),
-          row("vanished", (at) => percent(at.vanished)),
-          row("tokens lost", (at) => percent(at.rows_lost)),
-          row("SQNR", (at) => (at.sqnr_db === null ? missing : decibels(at.sqnr_db) + " dB")),
-        ),
-      ),
-    );
-    lines.push(
-      element(
-        "p",
-        { class: "sub" },
-        `largest ${number(figure.absmax)}, 99.9 % under ${number(figure.p999)}, median ${number(figure.median)}; ${plural(figure.rows, "token")} seen` +
-          (work[s] ? `; ${percent(figure.multiply_adds / work[s])} of the multiply-adds` : ""),
-      ),
-    );
-    if (states.some((at) => at.full_precision))
-      lines.push(
-        element("p", { class: "sub" }, "Losses are those that FP8 would have; in full precision there are none."),
-      );
-    for (const risk of new Set(states.map((at) => !figure.unused && at.risk)))
-      if (risk) lines.push(element("p", { class: "sub" }, `${risk}: ${given.risks[risk]}`));
-    const why = [
-      figure.unused || figure.reason,
-      figure.conditioning_dependent && "its range moves with the made-up conditioning",
-    ]
-      .filter(Boolean)
-      .join("; ");
-    if (why) lines.push(element("p", {}, element("span", { class: "sub" }, "why: "), why));
-  });
+  const head = element("thead", {}, element("tr", {}, element("th", { class: "whose" }, title), ...heads));
+  const sizes = `largest ${number(figure.absmax)}, 99.9 % under ${number(figure.p999)}, median ${number(figure.median)}`;
+  const worth = work[s] ? `; ${percent(share(figure, s))} of the multiply-adds` : "";
+  const lines = [
+    element("table", {}, head, element("tbody", {}, ...body)),
+    sub(`${sizes}; ${plural(figure.rows, "token")} seen${worth}`),
+  ];
+  if (states.some((at) => at.full_precision))
+    lines.push(sub("The losses are those that FP8 would cause; in full precision there are none."));
+  const found = figure.unused ? [] : states.map((at) => at.risk).filter(Boolean);
+  for (const risk of new Set(found)) lines.push(sub(`${risk}: ${given.risks[risk]}`));
+  const moves = figure.conditioning_dependent && "its range depends on the made-up conditioning";
+  const why = [figure.unused || figure.reason, moves].filter(Boolean).join("; ");
+  if (why) lines.push(element("p", {}, element("span", { class: "sub" }, "why: "), why));
   return lines;
 }
 /** A layer in a sentence, to be read aloud. */
@@ -155,7 +127,7 @@ function read() {
     heat: known(HEATS, said.get("heat")),
     q: said.get("q") || "",
     regex: said.get("regex") === "1",
-    only: new Set((said.get("only") || "").split(",").filter((key) => FILTERS.some((filter) => filter.key === key))),
+    only: new Set((said.get("only") || "").split(",").filter((key) => FILTERS.some((one) => one.key === key))),
     sort: known(orders, sort.replace(/^-/, "")),
     descending: orders.some((order) => "-" + order.key === sort),
     theme: ["light", "dark"].includes(said.get("theme")) ? said.get("theme") : null,
@@ -197,28 +169,30 @@ function choose() {
     { value } = orders.find((order) => order.key === state.sort);
   const chosen = layers.filter((layer) => finds(layer) && filters.every((filter) => filter.test(layer)));
   const sign = state.descending ? -1 : 1,
-    values = new Map(chosen.map((layer) => [layer, value(layer)]));
+    values = new Map(chosen.map((layer) => [layer, value(layer) ?? null]));
   return chosen.sort((left, right) => {
-    const a = values.get(left),
-      b = values.get(right);
-    if (a === null || a === undefined) return b === null || b === undefined ? left.index - right.index : 1;
-    if (b === null || b === undefined) return -1;
-    return (
-      (typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b) * sign || left.index - right.index
-    );
+    const [a, b] = [values.get(left), values.get(right)];
+    if (a === null || b === null) return (a === null) - (b === null) || left.index - right.index;
+    const order = typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b;
+    return order * sign || left.index - right.index;
   });
 }
 
 // ---- what stands on the page
 
 function segments(id, list, key, change) {
-  get(id).replaceChildren(
-    ...list.map((one) =>
-      element("button", { type: "button", "data-key": one.key, onclick: () => change(one.key) }, one.label),
-    ),
-  );
+  const choose = (chosen) => {
+    const from = state[key];
+    state[key] = chosen;
+    change(from);
+    mark();
+    write();
+  };
+  const button = (one) =>
+    element("button", { type: "button", "data-key": one.key, onclick: () => choose(one.key) }, one.label);
+  get(id).replaceChildren(...list.map(button));
   return () => {
-    for (const button of get(id).children) button.setAttribute("aria-pressed", button.dataset.key === state[key]);
+    for (const one of get(id).children) one.setAttribute("aria-pressed", one.dataset.key === state[key]);
   };
 }
 
@@ -226,15 +200,12 @@ const plots = [];
 let marks = [];
 
 function refresh() {
-  const rows = choose();
-  shown = rows;
-  for (const plot of plots) plot.show(rows);
-  table.show(rows, state.sort, state.descending);
-  get("count").textContent =
-    rows.length === layers.length
-      ? plural(layers.length, "layer")
-      : `${grouped(rows.length)} of ${plural(layers.length, "layer")}`;
-  get("reset").hidden = rows.length === layers.length && !state.q;
+  shown = choose();
+  for (const plot of plots) plot.show(shown);
+  table.show(shown, state.sort, state.descending);
+  const all = plural(layers.length, "layer");
+  get("count").textContent = shown.length === layers.length ? all : `${grouped(shown.length)} of ${all}`;
+  get("reset").hidden = shown.length === layers.length && !state.q;
   mark();
   write();
 }
@@ -245,26 +216,21 @@ function mark() {
   get("regex").setAttribute("aria-pressed", state.regex);
   get("sort").value = state.sort;
   get("direction").textContent = state.descending ? "↓" : "↑";
-  get("direction").setAttribute(
-    "aria-label",
-    state.descending ? "Descending; make it ascending" : "Ascending; make it descending",
-  );
+  const turn = state.descending ? "Descending; make it ascending" : "Ascending; make it descending";
+  get("direction").setAttribute("aria-label", turn);
   for (const chip of get("filters").children) chip.setAttribute("aria-pressed", state.only.has(chip.dataset.key));
   get("layouts").hidden = !compares || view().only !== undefined || plots[0].narrow;
   get("picture-how").replaceChildren(...explained(view().how));
   get("picture-legend").replaceChildren(...pictureLegend());
   get("levels-how").textContent = heat().how;
   get("levels-legend").replaceChildren(...levelsLegend());
-  get("theme").textContent = document.documentElement.dataset.theme === "dark" ? "Light" : "Dark";
-  get("theme").setAttribute(
-    "aria-label",
-    `Switch to ${document.documentElement.dataset.theme === "dark" ? "light" : "dark"} colours`,
-  );
+  const other = document.documentElement.dataset.theme === "dark" ? "Light" : "Dark";
+  get("theme").textContent = other;
+  get("theme").setAttribute("aria-label", `Switch to ${other.toLowerCase()} colours`);
 }
 function paint() {
-  document.documentElement.dataset.theme = printing
-    ? "light"
-    : state.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  document.documentElement.dataset.theme = printing ? "light" : state.theme || system;
   readInks();
   for (const plot of plots) plot.layout();
   mark();
@@ -280,91 +246,50 @@ read();
 for (const id of ["tools", "picture", "figures", "theme"]) get(id).hidden = false;
 get("levels").hidden = !layers.some((layer) => layer.sides.some((figure) => figure && figure.sigma_absmax.some(Boolean)));
 readInks();
+const reads = "one line per layer. Arrow keys read the lines";
 plots.push(
-  new Plot(
-    get("picture-plot"),
-    "Density of each layer’s inputs, one line per layer. Arrow keys read the lines; the table below has the same figures.",
-    picture,
-  ),
-);
-plots.push(
-  new Plot(
-    get("levels-plot"),
-    "Range of each layer at each noise level, one line per layer. Arrow keys read the lines.",
-    levels,
-  ),
+  new Plot(get("picture-plot"), `Density of each layer’s inputs, ${reads}; the table has the same figures.`, picture),
+  new Plot(get("levels-plot"), `Range of each layer at each noise level, ${reads}.`, levels),
 );
 const table = new Table(get("figures-table"), sortBy);
 
 marks = [
-  segments("views", VIEWS, "view", (key) => {
-    const from = state.view;
-    state.view = key;
+  segments("views", VIEWS, "view", (from) =>
     slide(plots[0], from, () => {
       const top = plots[0].box.scrollTop;
       plots[0].layout();
       plots[0].box.scrollTop = top;
       plots[0].draw();
-    });
-    mark();
-    write();
-  }),
-  segments("layouts", LAYOUTS, "layout", (key) => {
-    state.layout = key;
-    plots[0].layout();
-    mark();
-    write();
-  }),
-  segments("heats", HEATS, "heat", (key) => {
-    state.heat = key;
-    plots[1].layout();
-    mark();
-    write();
-  }),
+    }),
+  ),
+  segments("layouts", LAYOUTS, "layout", () => plots[0].layout()),
+  segments("heats", HEATS, "heat", () => plots[1].layout()),
 ];
-get("filters").replaceChildren(
-  ...FILTERS.map((filter) => {
-    const number = layers.filter(filter.test).length;
-    return element(
-      "button",
-      {
-        type: "button",
-        class: "chip",
-        "data-key": filter.key,
-        disabled: !number,
-        onclick: () => {
-          if (!state.only.delete(filter.key)) state.only.add(filter.key);
-          refresh();
-        },
-      },
-      filter.label,
-      element("b", {}, grouped(number)),
-    );
-  }),
-);
+const chip = ({ key, label, test }) => {
+  const number = layers.filter(test).length;
+  const toggle = () => {
+    if (!state.only.delete(key)) state.only.add(key);
+    refresh();
+  };
+  const attributes = { type: "button", class: "chip", "data-key": key, disabled: !number, onclick: toggle };
+  return element("button", attributes, label, element("b", {}, grouped(number)));
+};
+get("filters").replaceChildren(...FILTERS.map(chip));
 get("sort").replaceChildren(...orders.map((order) => element("option", { value: order.key }, order.label)));
-get("sort").addEventListener("change", () => {
-  const order = orders.find((one) => one.key === get("sort").value);
-  Object.assign(state, { sort: order.key, descending: Boolean(order.descending) });
-  refresh();
+/** Changes what the reader asks for, and shows it. */
+const on = (id, event, change) =>
+  get(id).addEventListener(event, () => {
+    change(get(id).value);
+    refresh();
+  });
+on("sort", "change", (key) => {
+  const order = orders.find((one) => one.key === key);
+  Object.assign(state, { sort: key, descending: Boolean(order.descending) });
 });
-get("direction").addEventListener("click", () => {
-  state.descending = !state.descending;
-  refresh();
-});
-get("search").addEventListener("input", () => {
-  state.q = get("search").value;
-  refresh();
-});
-get("regex").addEventListener("click", () => {
-  state.regex = !state.regex;
-  refresh();
-});
-get("reset").addEventListener("click", () => {
-  state.q = "";
-  state.only.clear();
-  refresh();
-});
+on("direction", "click", () => (state.descending = !state.descending));
+on("search", "input", (text) => (state.q = text));
+on("regex", "click", () => (state.regex = !state.regex));
+on("reset", "click", () => Object.assign(state, { q: "", only: new Set() }));
 get("theme").addEventListener("click", () => {
   state.theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
   paint();
@@ -375,30 +300,18 @@ get("save").addEventListener("click", () => {
   element("a", { href: url, download: given.title.replace(/[^\w.-]+/g, "_") + ".csv" }).click();
   URL.revokeObjectURL(url);
 });
-const words = {
-  ...TERMS,
-  ...Object.fromEntries(
-    Object.entries(given.risks).map(([risk, text]) => [`risk: ${risk}`, text[0].toUpperCase() + text.slice(1) + "."]),
-  ),
-};
-get("glossary").replaceChildren(
-  ...Object.entries(words).flatMap(([word, text]) => [element("dt", {}, word), element("dd", {}, text)]),
-);
+const dangers = Object.entries(given.risks).map(([risk, text]) => [`risk: ${risk}`, upper(text) + "."]);
+const explanation = ([word, text]) => [element("dt", {}, word), element("dd", {}, text)];
+get("glossary").replaceChildren(...[...Object.entries(TERMS), ...dangers].flatMap(explanation));
 
 const wordAt = (event) => event.target.closest && event.target.closest("[data-term]");
-for (const [kind, open] of [
-  ["pointerover", true],
-  ["pointerout", false],
-  ["focusin", true],
-  ["focusout", false],
-]) {
+for (const kind of ["pointerover", "pointerout", "focusin", "focusout"])
   document.addEventListener(kind, (event) => {
     const word = wordAt(event);
     if (!word || (kind === "focusin" && !word.matches(":focus-visible"))) return;
-    if (open) card.explain(word.dataset.term, word.getBoundingClientRect());
-    else card.leave();
+    if (kind.endsWith("out")) card.leave();
+    else card.explain(word.dataset.term, word.getBoundingClientRect());
   });
-}
 document.addEventListener("click", (event) => {
   const word = wordAt(event);
   if (word && word.classList.contains("term")) return card.explain(word.dataset.term, word.getBoundingClientRect());
@@ -418,9 +331,9 @@ addEventListener("hashchange", () => {
   refresh();
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
-new ResizeObserver(() =>
-  document.documentElement.style.setProperty("--tools", get("tools").offsetHeight + "px"),
-).observe(get("tools"));
+new ResizeObserver(() => {
+  document.documentElement.style.setProperty("--tools", get("tools").offsetHeight + "px");
+}).observe(get("tools"));
 const print = (on) => {
   printing = on;
   paint();

@@ -29,18 +29,14 @@ const VIEWS = [
     strips: (layer, s) => [strip(layer, s, null)],
     how: "The inputs’ own sizes. Brackets show what FP8 can hold: dotted orange at the present {scale}, solid at the new one; the thick part is its normal zone.",
   },
-  ...(crosses
-    ? [
-        {
-          key: "crossed",
-          label: "A’s new scale on B",
-          only: 1,
-          strips: (layer) => [{ ...strip(layer, 1, null), at: layer.crossed }],
-          how: `The inputs of B (${sides[1].label}) relative to the {scale} that calibration chose on A (${sides[0].label}): does a calibration on one fit the other?`,
-        },
-      ]
-    : []),
-].filter((one) => seen || one.real); // where nothing was observed there still are ranges
+  {
+    key: "crossed",
+    label: "A’s new scale on B",
+    only: 1,
+    strips: (layer) => [{ ...strip(layer, 1, null), at: layer.crossed }],
+    how: `The inputs of B (${sides.at(-1).label}) relative to the {scale} that calibration chose on A (${sides[0].label}): does a calibration on one fit the other?`,
+  },
+].filter((one) => (seen || one.real) && (crosses || one.key !== "crossed")); // what was not seen has ranges
 const LAYOUTS = [
   { key: "beside", label: "A beside B" },
   { key: "over", label: "A over B" },
@@ -57,9 +53,9 @@ const beside = (plot) => compares && state.layout !== "over" && !plot.narrow && 
 /** Which strips each panel's rows have. */
 function panels(plot) {
   const { strips, only } = view();
-  if (only !== undefined || !compares) return [(layer) => strips(layer, only || 0)];
-  if (beside(plot)) return [0, 1].map((s) => (layer) => strips(layer, s));
-  return [(layer) => [0, 1].flatMap((s) => strips(layer, s))];
+  const over = (...shown) => (layer) => shown.flatMap((s) => strips(layer, s));
+  if (only !== undefined || !compares) return [over(only || 0)];
+  return beside(plot) ? [over(0), over(1)] : [over(0, 1)];
 }
 
 /** Where the axis begins and ends, the same for present and new scales, so that switching moves strips and not the axis. */
@@ -83,15 +79,8 @@ const extents = (() => {
       if (theirs && high !== null) widen(crossed, low - log2(theirs), high - log2(theirs));
     }
   if (real[0] > real[1]) widen(real, -10, 10);
-  const within = ([low, high], least, most) => [
-    Math.max(Math.floor(low), least),
-    Math.min(Math.ceil(high + 0.5), most),
-  ];
-  return {
-    real: within(real, axis.low, axis.high),
-    scaled: within(scaled, -24, 20),
-    crossed: within(crossed, -24, 20),
-  };
+  const within = ([low, high], least, most) => [Math.max(Math.floor(low), least), Math.min(Math.ceil(high + 0.5), most)];
+  return { real: within(real, axis.low, axis.high), scaled: within(scaled, -24, 20), crossed: within(crossed, -24, 20) };
 })();
 const span = () => (view().real ? extents.real : view().only === undefined ? extents.scaled : extents.crossed);
 
@@ -100,21 +89,19 @@ function ticks(real, room) {
   const [low, high] = span(),
     list = [];
   if (real) {
-    const step = (high - low) / Math.log2(10) > room / 52 ? 2 : 1;
-    for (let power = Math.ceil(low / Math.log2(10)); power * Math.log2(10) <= high; power += step) {
-      list.push([
-        power * Math.log2(10),
-        power > 4 || power < -3 ? "10" + superscript(power) : String(+(10 ** power).toPrecision(1)),
-      ]);
+    const octave = Math.log2(10), // per power of ten
+      step = (high - low) / octave > room / 52 ? 2 : 1;
+    for (let power = Math.ceil(low / octave); power * octave <= high; power += step) {
+      const short = power <= 4 && power >= -3;
+      list.push([power * octave, short ? String(+(10 ** power).toPrecision(1)) : "10" + superscript(power)]);
     }
     return list;
   }
   const step = (high - low) / 4 > room / 40 ? 8 : 4,
     apart = (44 * (high - low)) / room; // the last of all ends at its tick, the others stand across theirs
-  for (let power = Math.ceil(low / step) * step; power <= high; power += step) {
+  for (let power = Math.ceil(low / step) * step; power <= high; power += step)
     if (Math.abs(power - ZONES[3].low) > apart)
-      list.push([power, power === 0 ? "1" : power > 0 && power < 16 ? String(2 ** power) : "2" + superscript(power)]);
-  }
+      list.push([power, power >= 0 && power < 16 ? String(2 ** power) : "2" + superscript(power)]);
   return [...list, [ZONES[3].low, String(grid.max)]];
 }
 
@@ -123,10 +110,7 @@ let inks = {};
 function readInks() {
   themed.clear();
   painted.clear();
-  const rgb = (name) =>
-    theme(name)
-      .match(/[0-9a-f]{2}/gi)
-      .map((pair) => parseInt(pair, 16));
+  const rgb = (name) => theme(name).match(/[0-9a-f]{2}/gi).map((pair) => parseInt(pair, 16));
   inks = Object.fromEntries(["vanished", "subnormal", "normal", "saturated", "apart"].map((name) => [name, rgb(name)]));
 }
 
@@ -175,106 +159,82 @@ function pixels(levels, shift, low, high, width, plain, peak) {
 let moved = null; // while strips slide from one scale to another: {from, part}
 const shiftOf = (at) => (at && at.scale ? Math.log2(at.scale) : 0);
 
-function drawRow(plot, layer, shown, low, high, api, params) {
-  const [left] = api.coord([low, 0]),
+/** Shapes as ECharts' custom series takes them. */
+const lineOf = (x1, y1, x2, y2, style) => ({ type: "line", shape: { x1, y1, x2, y2 }, style, silent: true });
+const rectOf = (x, y, width, height, fill) => ({
+  type: "rect",
+  shape: { x, y, width, height },
+  style: { fill },
+  silent: true,
+});
+const textOf = (text, x, y, font, style) => ({
+  type: "text",
+  style: { text, x, y, font: `${font} ${theme("sans")}`, verticalAlign: "middle", ...style },
+  silent: true,
+});
+
+/** A layer's strips in a panel: one below the other, in the room under its name. */
+function drawLayer(plot, layer, shown, low, high, api, params) {
+  const [left, top] = api.coord([low, api.value(1)]),
     width = params.coordSys.width;
-  const [, top] = api.coord([low, api.value(1)]),
-    base = top + (plot.narrow ? NAMED : 0);
-  const room = plot.rowHeight - (plot.narrow ? NAMED : 0),
-    pad = plot.narrow ? 0 : 3,
-    each = (room - (plot.narrow ? 5 : 2 * pad)) / shown.length;
-  const children = [],
-    real = view().real,
-    place = (at) => left + ((at - low) / (high - low)) * width;
-  const line = (x1, x2, y, style) => ({ type: "line", shape: { x1, x2, y1: y, y2: y }, style, silent: true });
-  shown.forEach(({ figure, at, side: s }, n) => {
-    const y = base + pad + n * each,
-      height = each - (shown.length > 1 ? 2 : 0);
-    const silent = !figure || !figure.levels;
-    if (silent && !(figure && real)) {
-      const text = !figure ? "not in " + letters[s] : figure.absmax === 0 ? "only zeros" : "not seen";
-      children.push({
-        type: "text",
-        style: {
-          text,
-          x: left + 6,
-          y: y + height / 2,
-          fill: theme("soft"),
-          font: "11px " + theme("sans"),
-          verticalAlign: "middle",
-        },
-        silent: true,
-      });
-      return;
+  const above = plot.narrow ? NAMED : 3,
+    below = plot.narrow ? 5 : 3;
+  const each = (plot.rowHeight - above - below) / shown.length;
+  const place = (at) => left + ((at - low) / (high - low)) * width;
+  const children = shown.flatMap(({ figure, at, side }, n) => {
+    const box = { left, width, y: top + above + n * each, height: each - (shown.length > 1 ? 2 : 0) };
+    const middle = box.y + box.height / 2,
+      silent = !figure || !figure.levels;
+    if (silent && !(figure && view().real)) {
+      const text = !figure ? "not in " + letters[side] : figure.absmax === 0 ? "only zeros" : "not seen";
+      return [textOf(text, left + 6, middle, "11px", { fill: theme("soft") })];
     }
-    if (!real && at && !at.scale) return;
-    if (!silent) {
-      let shift = shiftOf(at);
-      if (moved) shift = shift * moved.part + shiftOf(figure[moved.from]) * (1 - moved.part);
-      const plain = real || Boolean(at && (at.full_precision || figure.unused));
-      const dots = Math.round(width * Math.min(devicePixelRatio || 1, 2));
-      const largest = Math.log2(figure.absmax) - shift,
-        peak = place(largest);
-      const thick = real ? Math.max(height - 8, 4) : height,
-        edge = y + (height - thick) / 2;
-      children.push({
-        type: "image",
-        style: {
-          image: strips(figure, shift, low, high, dots, plain, largest),
-          x: left,
-          y: edge,
-          width,
-          height: thick,
-        },
-        silent: true,
-      });
-      if (peak > left + width)
-        children.push({
-          type: "text",
-          style: {
-            text: "›",
-            x: left + width - 1,
-            y: y + height / 2,
-            fill: theme("ink"),
-            font: "bold 13px " + theme("sans"),
-            align: "right",
-            verticalAlign: "middle",
-          },
-          silent: true,
-        });
-      else if (peak > left)
-        children.push({
-          type: "rect",
-          shape: { x: peak - 0.75, y: edge, width: 1.5, height: thick },
-          style: { fill: theme("ink") },
-          silent: true,
-        });
-    }
-    if (!real) return;
-    for (const when of ["before", "after"]) {
-      const reach = figure[when];
-      if (!reach.scale || reach.full_precision || figure.unused) continue;
-      const now = when === "before",
-        edge = now ? y + 1 : y + height - 1,
-        origin = Math.log2(reach.scale);
-      const [far, near, end] = [ZONES[1].low, ZONES[2].low, ZONES[2].high].map((zone) =>
-        Math.min(Math.max(place(zone + origin), left), left + width),
-      );
-      const stroke = theme(now ? "saturated" : "ink"),
-        tick = now ? 3 : -3;
-      children.push(
-        line(far, near, edge, { stroke, lineWidth: 1, lineDash: now ? [2, 2] : null }),
-        line(near, end, edge, { stroke, lineWidth: 2.5, lineDash: now ? [3, 2] : null }),
-      );
-      children.push({
-        type: "line",
-        shape: { x1: end, x2: end, y1: edge - (now ? 1 : -1), y2: edge + tick },
-        style: { stroke, lineWidth: 1.5 },
-        silent: true,
-      });
-    }
+    if (!view().real && at && !at.scale) return [];
+    return [
+      ...(silent ? [] : drawStrip(figure, at, box, low, high, place)),
+      ...(view().real ? drawReaches(figure, box, place) : []),
+    ];
   });
   return { type: "group", children };
+}
+
+/** A strip of colours, and a mark at the largest input; an arrow where that lies beyond the axis. */
+function drawStrip(figure, at, { left, width, y, height }, low, high, place) {
+  let shift = shiftOf(at);
+  if (moved) shift = shift * moved.part + shiftOf(figure[moved.from]) * (1 - moved.part);
+  const { real } = view(),
+    plain = real || Boolean(at && (at.full_precision || figure.unused));
+  const dots = Math.round(width * Math.min(devicePixelRatio || 1, 2));
+  const largest = Math.log2(figure.absmax) - shift,
+    peak = place(largest);
+  const thick = real ? Math.max(height - 8, 4) : height,
+    edge = y + (height - thick) / 2;
+  const image = strips(figure, shift, low, high, dots, plain, largest);
+  const drawn = [{ type: "image", style: { image, x: left, y: edge, width, height: thick }, silent: true }];
+  const fill = theme("ink");
+  if (peak > left + width)
+    drawn.push(textOf("›", left + width - 1, y + height / 2, "bold 13px", { fill, align: "right" }));
+  else if (peak > left) drawn.push(rectOf(peak - 0.75, edge, 1.5, thick, fill));
+  return drawn;
+}
+
+/** Brackets around what FP8 holds: dotted above at the present scale, solid below at the new one. */
+function drawReaches(figure, { left, width, y, height }, place) {
+  const used = (when) => figure[when].scale && !figure[when].full_precision && !figure.unused;
+  return ["before", "after"].filter(used).flatMap((when) => {
+    const now = when === "before",
+      edge = now ? y + 1 : y + height - 1,
+      origin = Math.log2(figure[when].scale);
+    const [far, near, end] = [ZONES[1].low, ZONES[2].low, ZONES[2].high].map((zone) =>
+      Math.min(Math.max(place(zone + origin), left), left + width),
+    );
+    const stroke = theme(now ? "saturated" : "ink");
+    return [
+      lineOf(far, edge, near, edge, { stroke, lineWidth: 1, lineDash: now ? [2, 2] : null }),
+      lineOf(near, edge, end, edge, { stroke, lineWidth: 2.5, lineDash: now ? [3, 2] : null }),
+      lineOf(end, edge - (now ? 1 : -1), end, edge + (now ? 3 : -3), { stroke, lineWidth: 1.5 }),
+    ];
+  });
 }
 
 /** Which side a panel shows, or in which order its strips show both. */
@@ -295,99 +255,82 @@ function wide(plot, words) {
   return pen.measureText(words).width + 4;
 }
 
+/** The names of FP8's zones over a panel, with what they say where there is room. */
+function zoneWords(plot, left, width, place) {
+  const [low, high] = span();
+  const room = (zone) => place(Math.min(zone.high, high)) - place(Math.max(zone.low, low));
+  const long = ({ key }) => wide(plot, key);
+  const last = ZONES.at(-1),
+    spill = Math.max(long(last) - room(last), 0); // of the last word, into the zone before
+  return ZONES.flatMap((zone) => {
+    const free = room(zone) - (zone.key === "normal" ? spill : 0),
+      middle = place(Math.max(zone.low, low)) + free / 2;
+    const words = free > wide(plot, `${zone.key}: ${zone.says}`) ? `${zone.key}: ${zone.says}` : zone.key;
+    if (zone === last && spill) return [caption("label saturated end", words, left + width)];
+    if (free > long(zone)) return [caption("label " + zone.key, words, middle)];
+    return zone.key === "vanished" && free >= 50 ? [caption("label vanished start", words, left)] : [];
+  });
+}
+
 const picture = {
   rowHeight: (plot) => (view().real ? 26 : 20) + (panels(plot)[0](layers[0] || { sides: [] }).length - 1) * 13,
   side: (plot) => (plot.narrow ? 0 : compares ? Math.min(172, Math.round(plot.width * 0.19)) : 124),
   head(plot) {
-    const real = view().real,
+    const { real } = view(),
       [low, high] = span(),
-      made = [],
       grids = plot.grids(panels(plot).length);
-    grids.forEach(({ left, width }, number) => {
+    const made = grids.flatMap(({ left, width }, number) => {
       const place = (at) => left + ((at - low) / (high - low)) * width;
-      const put = (...what) => made.push(caption(...what));
-      if (compares) put("side", panelTitle(number, grids.length), left, width);
-      if (real) put("label", "size of an input, |x|", left + width / 2);
-      else {
-        const room = ({ low: from, high: to }) => place(Math.min(to, high)) - place(Math.max(from, low));
-        const long = ({ key }) => wide(plot, key);
-        const last = ZONES.at(-1),
-          spill = Math.max(long(last) - room(last), 0); // of the last word, into the zone before
-        for (const zone of ZONES) {
-          const free = room(zone) - (zone.key === "normal" ? spill : 0),
-            middle = place(Math.max(zone.low, low)) + free / 2;
-          const words = free > wide(plot, `${zone.key}: ${zone.says}`) ? `${zone.key}: ${zone.says}` : zone.key;
-          if (zone === last && spill) put("label saturated end", words, left + width);
-          else if (zone.key === "vanished" && free < long(zone))
-            put("label vanished start", free < 50 ? "" : words, left);
-          else if (free > long(zone)) put("label " + zone.key, words, middle);
-        }
-      }
-      for (const [at, text] of ticks(real, width)) {
+      const title = compares ? [caption("side", panelTitle(number, grids.length), left, width)] : [];
+      const marks = ticks(real, width).map(([at, text]) => {
         const x = place(at);
-        put("tick " + (x < left + 10 ? "start" : x > left + width - 14 ? "end" : ""), text, x);
-      }
+        return caption("tick " + (x < left + 10 ? "start" : x > left + width - 14 ? "end" : ""), text, x);
+      });
+      const size = caption("label", "size of an input, |x|", left + width / 2);
+      const words = real ? [size] : zoneWords(plot, left, width, place);
+      return [...title, ...words, ...marks];
     });
-    if (!plot.narrow) {
-      const title =
-        compares && state.view !== "crossed"
-          ? difference() === "range_difference"
-            ? "range, B to A"
-            : "new scale, B to A"
-          : { before: "as the file is", after: "calibrated", crossed: "on B" }[state.view] || "now → calibrated";
-      made.push(caption("tick end", title, plot.width));
-    }
-    return made;
+    if (plot.narrow) return made;
+    const alone = { before: "as the file is", after: "calibrated", crossed: "on B" }[state.view] || "now → calibrated";
+    const both = difference() === "range_difference" ? "range, B to A" : "new scale, B to A";
+    return [...made, caption("tick end", compares && state.view !== "crossed" ? both : alone, plot.width)];
   },
-  state(layer, plot) {
-    const words = (at, figure, share) => {
-      const text = riskWords(at, figure);
-      const risky = at && at.risk && !figure.unused;
-      const lost =
-        risky && share ? { clips: at.clipped, vanishes: at.vanished, "tokens lost": at.rows_lost }[at.risk] : null;
-      return element("span", { class: risky ? "bad" : "" }, text + (lost ? " " + percent(+lost.toPrecision(2)) : ""));
+  state(layer) {
+    const words = (at, figure, told) => {
+      const risky = at.risk && !figure.unused;
+      const lost = risky && told && { clips: at.clipped, vanishes: at.vanished, "tokens lost": at.rows_lost }[at.risk];
+      const text = riskWords(at, figure) + (lost ? " " + percent(+lost.toPrecision(2)) : "");
+      return element("span", { class: risky ? "bad" : "" }, text);
     };
     if (compares && state.view !== "crossed") {
       const value = orders.find((order) => order.key === difference()).value(layer);
       return [value === null ? missing : Math.abs(value) < 0.05 ? "equal" : `${octaves(value)} octaves`];
     }
-    const figure = layer.sides[compares ? 1 : 0];
-    if (!figure) return [missing];
-    if (state.view === "crossed") return layer.crossed ? [words(layer.crossed, figure, true)] : [missing];
-    if (state.view === "after") return [words(figure.after, figure, true)];
-    if (state.view === "before") return [words(figure.before, figure, true)];
-    const after = exact(figure)
-      ? element("span", {}, figure.unused ? "not used" : "full")
-      : words(figure.after, figure, false);
-    return [words(figure.before, figure, false), " → ", after];
+    const figure = layer.sides.at(-1);
+    const at = { before: figure?.before, after: figure?.after, crossed: layer.crossed }[state.view];
+    if (!figure || at === null) return [missing];
+    if (at) return [words(at, figure, true)];
+    const after = figure.unused ? "not used" : exact(figure) ? "full" : words(figure.after, figure);
+    return [words(figure.before, figure), " → ", after];
   },
   setup(plot) {
     const real = view().real,
       [low, high] = span();
     const each = panels(plot),
       grids = plot.grids(each.length);
-    const bands = real
-      ? []
-      : ZONES.map((zone) => [
-          {
-            xAxis: Math.max(zone.low, low),
-            itemStyle: { color: theme(zone.key), opacity: zone.key === "normal" ? 0.045 : 0.1 },
-          },
-          { xAxis: Math.min(zone.high, high) },
-        ]);
+    const bands = ZONES.map((zone) => [
+      {
+        xAxis: Math.max(zone.low, low),
+        itemStyle: { color: theme(zone.key), opacity: zone.key === "normal" ? 0.045 : 0.1 },
+      },
+      { xAxis: Math.min(zone.high, high) },
+    ]);
+    const line = (xAxis, color, width) => ({ xAxis, lineStyle: { color: theme(color), type: "solid", width } });
     const lines = real
-      ? ticks(true, grids[0].width).map(([at]) => ({
-          xAxis: at,
-          lineStyle: { color: theme("rule"), type: "solid", width: 1 },
-        }))
-      : ZONES.slice(1).map((zone) => ({
-          xAxis: zone.low,
-          lineStyle: {
-            color: theme(zone.key === "saturated" ? "saturated" : "strong"),
-            type: "solid",
-            width: zone.key === "saturated" ? 1.5 : 1,
-          },
-        }));
+      ? ticks(true, grids[0].width).map(([at]) => line(at, "rule", 1))
+      : ZONES.slice(1).map(({ key, low }) =>
+          key === "saturated" ? line(low, key, 1.5) : line(low, "strong", 1),
+        );
     return {
       grid: grids.map(({ left, width }) => ({ top: 0, height: plot.height, left, width, show: false })),
       xAxis: grids.map((_, g) => ({ type: "value", gridIndex: g, min: low, max: high, show: false })),
@@ -398,17 +341,12 @@ const picture = {
         yAxisIndex: g,
         clip: true,
         silent: true,
-        renderItem: (params, api) =>
-          drawRow(plot, plot.rows[api.value(1)], strips(plot.rows[api.value(1)]), low, high, api, params),
-        markArea: { silent: true, animation: false, data: bands },
-        markLine: {
-          silent: true,
-          z: real ? 0 : 5,
-          animation: false,
-          symbol: "none",
-          label: { show: false },
-          data: lines,
+        renderItem: (params, api) => {
+          const layer = plot.rows[api.value(1)];
+          return drawLayer(plot, layer, strips(layer), low, high, api, params);
         },
+        markArea: { silent: true, animation: false, data: real ? [] : bands },
+        markLine: { silent: true, z: real ? 0 : 5, animation: false, symbol: "none", label: { show: false }, data: lines },
       })),
     };
   },
@@ -422,16 +360,8 @@ const picture = {
 
 /** Lets strips slide from one scale to the other: that is what calibration does. */
 function slide(plot, from, done) {
-  const movable = ["before", "after", "crossed"];
-  if (
-    still() ||
-    !movable.includes(from) ||
-    !movable.includes(state.view) ||
-    from === state.view ||
-    from === "crossed" ||
-    state.view === "crossed"
-  )
-    return done();
+  const movable = ["before", "after"];
+  if (still() || !movable.includes(from) || !movable.includes(state.view) || from === state.view) return done();
   const start = performance.now();
   const step = (now) => {
     const part = Math.min((now - start) / 550, 1);
@@ -445,18 +375,13 @@ function slide(plot, from, done) {
 
 function pictureLegend() {
   const key = (name, ...text) => element("span", {}, element("span", { class: "key " + name }), ...text);
-  if (view().real)
-    return [
-      key("apart", "inputs"),
-      key("peak", "the ", term("largest", "largest seen")),
-      key("reach then", "what FP8 holds at the present ", term("scale")),
-      key("reach", "at the new one"),
-    ];
-  return [
-    ...ZONES.map((zone) => key(zone.key, TERMS[zone.key] ? term(zone.key) : zone.key, ": " + zone.says)),
-    key("peak", "the ", term("largest", "largest seen")),
-    state.view === "before" && !layers.some((layer) => layer.sides.some((f) => f && exact({ ...f, after: f.before })))
-      ? null
-      : key("apart", "in ", term("full precision"), ": nothing is cut"),
-  ].filter(Boolean);
+  const largest = key("peak", "the ", term("largest", "largest seen"));
+  if (view().real) {
+    const then = key("reach then", "what FP8 holds at the present ", term("scale"));
+    return [key("apart", "inputs"), largest, then, key("reach", "at the new one")];
+  }
+  const precise = (f) => f && exact({ ...f, after: state.view === "before" ? f.before : f.after });
+  const zones = ZONES.map((zone) => key(zone.key, TERMS[zone.key] ? term(zone.key) : zone.key, ": " + zone.says));
+  if (state.view === "before" && !layers.some((layer) => layer.sides.some(precise))) return [...zones, largest];
+  return [...zones, largest, key("apart", "in ", term("full precision"), ": nothing is cut")];
 }

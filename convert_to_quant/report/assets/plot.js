@@ -5,7 +5,8 @@
 const HEAD = compares ? 64 : 44,
   NAMED = 18,
   LONGEST = 1500,
-  PRINTED = 400;
+  PRINTED = 400,
+  NOTHING = "No layer fits the search and the filters.";
 let printing = false;
 
 /** A text in the head of a plot, at a place across it and no wider than `width`. */
@@ -14,6 +15,17 @@ function caption(style, text, left, width) {
   made.style.left = left + "px";
   if (width) made.style.maxWidth = width + "px";
   return made;
+}
+
+/** Calls something once per frame, however often it is asked for. */
+function oncePerFrame(draw) {
+  let waiting = 0;
+  return () => {
+    waiting ||= requestAnimationFrame(() => {
+      waiting = 0;
+      draw();
+    });
+  };
 }
 
 class Plot {
@@ -38,11 +50,10 @@ class Plot {
     this.chart = echarts.init(this.canvas, null, { renderer: "canvas", width: 10, height: 10 });
     this.active = null;
     this.made = new Map();
-    this.box.addEventListener("scroll", () => this.soon(), { passive: true });
-    this.box.addEventListener(
-      "pointermove",
-      (event) => event.pointerType === "mouse" && card.hover(this.at(event), event),
-    );
+    this.box.addEventListener("scroll", oncePerFrame(() => this.draw()), { passive: true });
+    this.box.addEventListener("pointermove", (event) => {
+      if (event.pointerType === "mouse") card.hover(this.at(event), event);
+    });
     this.box.addEventListener("pointerleave", () => card.leave());
     this.box.addEventListener("click", (event) => card.pin(this.at(event), event));
     this.box.addEventListener("keydown", (event) => this.key(event));
@@ -109,33 +120,20 @@ class Plot {
     this.canvas.style.height = this.height + "px";
     this.chart.clear(); // before it is resized, which draws: its rows may be gone
     this.chart.resize({ width: this.width, height: this.height });
-    this.chart.setOption({
-      animation: false,
-      textStyle: { fontFamily: theme("sans"), color: theme("soft") },
-      ...this.paint.setup(this),
-    });
+    const textStyle = { fontFamily: theme("sans"), color: theme("soft") };
+    this.chart.setOption({ animation: false, textStyle, ...this.paint.setup(this) });
     this.made.clear();
     this.names.replaceChildren();
     if (!this.rows.length)
-      this.names.append(element("p", { class: "empty" }, "No layer fits the search and the filters."));
+      this.names.append(element("p", { class: "empty" }, NOTHING));
     this.draw();
-  }
-
-  soon() {
-    if (this.waiting) return;
-    this.waiting = requestAnimationFrame(() => {
-      this.waiting = 0;
-      this.draw();
-    });
   }
 
   /** Draws the rows in view. */
   draw() {
     if (!this.width) return;
-    const scroll = this.flat ? 0 : this.box.scrollTop,
-      seen = this.height;
-    this.low = scroll / this.rowHeight;
-    this.high = (scroll + seen) / this.rowHeight;
+    this.low = (this.flat ? 0 : this.box.scrollTop) / this.rowHeight;
+    this.high = this.low + this.height / this.rowHeight;
     const first = Math.max(Math.floor(this.low), 0),
       last = Math.min(Math.ceil(this.high), this.rows.length);
     this.chart.setOption(this.paint.move(this, first, last), { silent: true });

@@ -10,51 +10,26 @@ class Table {
     this.rows = [];
     this.made = new Map();
     this.heads = figures.map((figure) => {
-      const button = element(
-        "button",
-        { type: "button", "data-term": figure.term, onclick: () => sortBy(figure) },
-        figure.label,
-      );
-      return element(
-        "th",
-        { scope: "col", role: "columnheader", class: this.style(figure), "data-key": figure.key },
-        button,
-      );
+      const sort = { type: "button", "data-term": figure.term, onclick: () => sortBy(figure) };
+      const head = { scope: "col", role: "columnheader", class: this.style(figure), "data-key": figure.key };
+      return element("th", head, element("button", sort, figure.label));
     });
     const widths = figures.map((figure) => {
-      const words =
-        Math.max(...figure.label.split(/[ ,]+/).map((word) => word.length), Math.ceil(figure.label.length / 3)) + 1;
-      const longest = layers.reduce((most, layer) => Math.max(most, String(figure.show(layer)).length), words);
+      const label = figure.label,
+        words = Math.max(...label.split(/[ ,]+/).map((word) => word.length), Math.ceil(label.length / 3)) + 1;
+      const longest = Math.max(words, ...layers.map((layer) => String(figure.show(layer)).length));
       if (figure.key === "name") return `min(${Math.min(longest, 42)}ch + 1.4rem, 50vw)`;
       return `calc(${Math.min(longest, 64)}ch + 1.4rem)`;
     });
+    const named = { "aria-labelledby": "figures-title" };
+    const head = element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...this.heads));
     this.body = element("tbody", { role: "rowgroup" });
-    this.table = element(
-      "table",
-      { role: "table", "aria-labelledby": "figures-title" },
-      element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...this.heads)),
-      this.body,
-    );
+    this.table = element("table", { role: "table", ...named }, head, this.body);
     this.table.style.setProperty("--columns", widths.join(" "));
     this.table.style.width = `calc(${widths.join(" + ")})`;
-    this.box = element(
-      "div",
-      { class: "table", tabindex: "0", role: "region", "aria-labelledby": "figures-title" },
-      this.table,
-    );
+    this.box = element("div", { class: "table", tabindex: "0", role: "region", ...named }, this.table);
     place.append(this.box);
-    this.box.addEventListener(
-      "scroll",
-      () => {
-        this.waiting =
-          this.waiting ||
-          requestAnimationFrame(() => {
-            this.waiting = 0;
-            this.draw();
-          });
-      },
-      { passive: true },
-    );
+    this.box.addEventListener("scroll", oncePerFrame(() => this.draw()), { passive: true });
     new ResizeObserver(() => this.draw()).observe(this.box);
   }
 
@@ -82,43 +57,30 @@ class Table {
     this.made.clear();
     this.body.replaceChildren();
     this.body.style.height = Math.max(this.rows.length, 1) * LINE + "px";
-    if (!this.rows.length)
-      this.body.append(
-        element(
-          "tr",
-          { role: "row" },
-          element("td", { role: "cell", class: "text empty" }, "No layer fits the search and the filters."),
-        ),
-      );
+    const none = element("td", { role: "cell", class: "text empty" }, NOTHING);
+    if (!this.rows.length) this.body.append(element("tr", { role: "row" }, none));
     this.draw();
   }
 
   draw() {
     const few = this.rows.length <= 40 || printing,
-      top = this.box.scrollTop / LINE;
+      top = this.box.scrollTop / LINE,
+      bottom = top + this.box.clientHeight / LINE;
     const first = few ? 0 : Math.max(Math.floor(top) - AROUND, 0);
-    const last = few
-      ? this.rows.length
-      : Math.min(Math.ceil(top + this.box.clientHeight / LINE) + AROUND, this.rows.length);
+    const last = few ? this.rows.length : Math.min(Math.ceil(bottom) + AROUND, this.rows.length);
     fill(this.body, this.made, first, last, (number) => this.line(number));
   }
 
   line(number) {
     const layer = this.rows[number];
-    const line = element(
-      "tr",
-      { role: "row", "aria-rowindex": number + 2 },
-      ...figures.map((figure) => {
-        if (figure.key === "name") return element("th", { scope: "row", role: "rowheader" }, nameOf(layer));
-        const text = String(figure.show(layer)),
-          risky = figure.term === "at risk" && figure.value(layer) > 0;
-        return element(
-          "td",
-          { role: "cell", class: this.style(figure), title: figure.long ? text : null },
-          risky ? element("span", { class: "bad" }, text) : text,
-        );
-      }),
-    );
+    const cells = figures.map((figure) => {
+      if (figure.key === "name") return element("th", { scope: "row", role: "rowheader" }, nameOf(layer));
+      const text = String(figure.show(layer)),
+        risky = figure.term === "at risk" && figure.value(layer) > 0;
+      const attributes = { role: "cell", class: this.style(figure), title: figure.long ? text : null };
+      return element("td", attributes, risky ? element("span", { class: "bad" }, text) : text);
+    });
+    const line = element("tr", { role: "row", "aria-rowindex": number + 2 }, ...cells);
     line.style.top = number * LINE + "px";
     return line;
   }
@@ -132,9 +94,7 @@ function csv(rows) {
     return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
   const value = (figure, layer) => (figure.format ? figure.value(layer) : figure.show(layer));
-  return (
-    [figures.map((figure) => figure.label), ...rows.map((layer) => figures.map((figure) => value(figure, layer)))]
-      .map((line) => line.map(cell).join(","))
-      .join("\r\n") + "\r\n"
-  );
+  const lines = rows.map((layer) => figures.map((figure) => value(figure, layer)));
+  const whole = [figures.map((figure) => figure.label), ...lines];
+  return whole.map((line) => line.map(cell).join(",") + "\r\n").join("");
 }
