@@ -22,7 +22,6 @@ from convert_to_quant.report.document import (
     CELLS,
     CELLS_PER_OCTAVE,
     Figures,
-    Layer,
     Report,
     State,
     encode_shares,
@@ -41,19 +40,21 @@ WIDE[6:11] = 2.0**-3  # and at 4096 / 448 only
 NORMAL = RNG.standard_normal((64, 32)).astype(np.float32)
 
 
-def figures_of(report: Report, name: str, side: int = 0) -> Figures:
+def figures_of(report: Report, name: str = "a", side: int = 0) -> Figures:
     found = next(layer for layer in report.layers if layer.name == name).sides[side]
     assert found is not None
     return found
 
 
-def layer_of(report: Report, name: str) -> Layer:
-    return next(layer for layer in report.layers if layer.name == name)
+@pytest.fixture
+def seen(observed: Observed) -> Callable[..., Figures]:
+    """The figures of a layer that saw these inputs, in a checkpoint if one is named."""
+    return lambda inputs, model=None: figures_of(build(Source(observed({"a": inputs}), model)))
 
 
 @pytest.fixture
-def wide(observed: Observed) -> Figures:
-    return figures_of(build(Source(observed({"a": {0.9: WIDE[:40], 0.2: WIDE[40:]}}))), "a")
+def wide(seen: Any) -> Any:
+    return seen({0.9: WIDE[:40], 0.2: WIDE[40:]})
 
 
 def test_shares_at_a_scale_are_those_of_the_raw_values(wide: Figures) -> None:
@@ -117,15 +118,13 @@ def test_what_lies_beyond_the_axis_is_in_its_last_cells(observed: Observed) -> N
     assert shares.sum() == pytest.approx(0.75)
 
 
-def test_rows_have_a_density_of_their_own(observed: Observed) -> None:
+def test_rows_have_a_density_of_their_own(observed: Observed, seen: Any) -> None:
     rows = np.array([[1.0, 0.1], [16.0, 0.1], [16.0, 0.0]])
     shares = cell_shares(observed({"a": rows}).row_histogram)[0]
     origin = -AXIS_LOW * CELLS_PER_OCTAVE
     assert shares[origin : origin + 2].sum() == pytest.approx(1 / 3)
     assert shares[origin + 16 : origin + 18].sum() == pytest.approx(2 / 3)
-    found = figures_of(build(Source(observed({"a": rows}))), "a").row_density
-    assert found is not None
-    assert (found == encode_shares(shares)).all()
+    assert (seen(rows).row_density == encode_shares(shares)).all()
 
 
 LOUD_TOKEN = np.concatenate([np.full((99, 32), 0.01, np.float32), np.full((1, 32), 400.0, np.float32)])
@@ -145,29 +144,31 @@ LOUD_TOKEN = np.concatenate([np.full((99, 32), 0.01, np.float32), np.full((1, 32
     ],
     ids=["normal", "loud", "silent", "quiet", "one loud token", "464", "900", "zeros"],
 )
-def test_each_way_to_fail_at_a_scale_has_its_name(observed: Observed, rows: np.ndarray, risk: str) -> None:
-    found = figures_of(build(Source(observed({"a": rows}))), "a")
+def test_each_way_to_fail_at_a_scale_has_its_name(seen: Any, rows: np.ndarray, risk: str) -> None:
+    found = seen(rows)
     assert found.before.risk == risk
     assert found.after.risk == ""
 
 
-def test_a_few_clipped_values_at_no_cost_are_no_risk_but_told(observed: Observed) -> None:
+def test_a_few_clipped_values_at_no_cost_are_no_risk_but_told(seen: Any) -> None:
     rows = np.full((100, 32), 300.0)
     rows[0, 0] = 500
-    before = figures_of(build(Source(observed({"a": rows}))), "a").before
+    before = seen(rows).before
     assert before.risk == ""
     assert before.clipped == pytest.approx(1 / 3200)
 
 
-def test_a_scale_of_0_and_full_precision() -> None:
-    state = State(0.0, False)
-    assert with_risk(state, 5.0).risk == "no scale"
-    assert with_risk(State(0.0, True), 5.0).risk == ""
-
-
-@pytest.mark.parametrize(("share", "risk"), [(0.2, ""), (0.5, ""), (0.51, "tokens lost")])
-def test_a_layer_is_at_risk_for_lost_tokens_if_they_are_most(share: float, risk: str) -> None:
-    assert with_risk(State(1.0, False, sqnr_db=31.0, vanished=0.0, rows_lost=share), 5.0).risk == risk
+@pytest.mark.parametrize(
+    ("state", "risk"),
+    [
+        (State(0.0, False), "no scale"),
+        (State(0.0, True), ""),
+        *((State(1.0, False, 31.0, 0.0, 0.0, rows_lost=share), "") for share in (0.2, 0.5)),
+        (State(1.0, False, 31.0, 0.0, 0.0, rows_lost=0.51), "tokens lost"),
+    ],
+)
+def test_a_scale_of_0_and_most_tokens_lost_are_risks(state: State, risk: str) -> None:
+    assert with_risk(state, 5.0).risk == risk
 
 
 def test_without_a_checkpoint_every_observed_layer_stands_at_1(observed: Observed) -> None:
@@ -232,23 +233,18 @@ def test_names_may_have_another_prefix(observed: Observed, model: Any) -> None:
     assert figures_of(report, "model.diffusion_model.blocks.0.a").absmax == np.abs(NORMAL).max()
 
 
-def test_a_layer_in_full_precision_is_at_no_risk_but_its_cost_in_fp8_is_told(observed: Observed, model: Any) -> None:
-    path = model("a", full_precision_matrix_mult=True)
-    before = figures_of(build(Source(observed({"a": 1000 * NORMAL}), path)), "a").before
-    assert before.full_precision
-    assert before.risk == ""
+def test_a_layer_in_full_precision_is_at_no_risk_but_its_cost_in_fp8_is_told(seen: Any, model: Any) -> None:
+    before = seen(1000 * NORMAL, model("a", full_precision_matrix_mult=True)).before
+    assert (before.full_precision, before.risk) == (True, "")
     assert before.clipped
-    assert before.sqnr_db is not None
     assert before.sqnr_db < 15
 
 
-def test_a_layer_whose_scale_no_reader_uses_is_at_no_risk_and_says_so(
-    observed: Observed, save: Any, build: Any
-) -> None:
+def test_a_layer_whose_scale_no_reader_uses_is_at_no_risk_and_says_so(seen: Any, save: Any, build: Any) -> None:
     tensors, _ = build.quantized(["a"], "none")
     tensors["a.weight_scale"] = np.ones(16, np.float32)
     tensors["a.comfy_quant"] = build.mark(format="float8_e4m3fn_rowwise")
-    found = figures_of(figures.build(Source(observed({"a": 1000 * NORMAL}), save("rows.safetensors", tensors))), "a")
+    found = seen(1000 * NORMAL, save("rows.safetensors", tensors))
     assert found.before.risk == ""
     assert "scale inputs as they come" in found.unused
 
@@ -265,12 +261,6 @@ def test_a_layer_that_has_no_input_scale_has_no_row_and_the_reason_is_told(
     assert [(left.name, left.why) for left in report.left_alone] == [
         ("b", "int8_tensorwise, which has no input scale that this tool knows")
     ]
-
-
-def test_a_scale_of_0_in_a_file_is_a_risk(observed: Observed, model: Any) -> None:
-    report = build(Source(observed({"a": NORMAL}), model("a", input_scale=0.0)))
-    assert figures_of(report, "a").before.risk == "no scale"
-    assert figures_of(report, "a").before.sqnr_db is None
 
 
 def test_layers_that_were_never_seen_have_a_row_without_figures(observed: Observed, model: Any) -> None:
@@ -299,16 +289,14 @@ def test_text_encoders_in_the_same_file_have_no_row(save: Any, build: Any) -> No
         figures.build(Source(model=path))
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0, ("BF16", np.array(0x3F80, np.uint16)), [1.0, 1.0]])
-def test_a_scale_that_comfyui_cannot_use_is_a_risk(
-    observed: Observed, save: Callable[..., Path], build: Any, scale: Any
-) -> None:
+@pytest.mark.parametrize("scale", [0.0, math.nan, math.inf, -1.0, ("BF16", np.array(0x3F80, np.uint16)), [1.0, 1.0]])
+def test_a_scale_that_comfyui_cannot_use_is_a_risk(observed: Observed, save: Any, build: Any, scale: Any) -> None:
     tensors, metadata = build.quantized(["a", "b"], "tensor")
     tensors["a.input_scale"] = scale if isinstance(scale, tuple) else np.float32(scale)
     path = save("bad.safetensors", tensors, metadata)
     report = figures.build(Source(observed({"a": NORMAL, "b": NORMAL}), path))
-    before, after = figures_of(report, "a").before, figures_of(report, "a").after
-    assert (before.scale, before.risk, after.risk) == (0.0, "no scale", "")
+    before, after = figures_of(report).before, figures_of(report).after
+    assert (before.scale, before.risk, before.sqnr_db, after.risk) == (0.0, "no scale", None, "")
     assert report.verdict.headline == "1 of 2 FP8 layers is at risk at the present scales; calibrated, none is."
     assert figures_of(report, "b").before.risk == ""
 
@@ -316,7 +304,7 @@ def test_a_scale_that_comfyui_cannot_use_is_a_risk(
 def test_the_first_sides_scales_meet_the_second_sides_inputs(observed: Observed) -> None:
     loud = NORMAL * 8
     report = build(Source(observed({"a": NORMAL}), options=SolveOptions(margin=1)), Source(observed({"a": loud})))
-    crossed = layer_of(report, "a").crossed
+    crossed = report.layers[0].crossed
     assert crossed is not None
     assert crossed.scale == pytest.approx(np.abs(NORMAL).max() / 448)
     assert crossed.clipped == pytest.approx((np.abs(loud) > 448 * crossed.scale).mean(), abs=2e-3)
@@ -325,7 +313,7 @@ def test_the_first_sides_scales_meet_the_second_sides_inputs(observed: Observed)
 
 def test_the_same_inputs_are_not_crossed(observed: Observed) -> None:
     report = build(*(Source(observed({"a": WIDE}), options=SolveOptions(margin=margin)) for margin in (1, 2)))
-    assert layer_of(report, "a").crossed is None
+    assert report.layers[0].crossed is None
     scales = [figures_of(report, "a", side).after.scale for side in (0, 1)]
     assert scales[1] == pytest.approx(2 * scales[0])
 
