@@ -203,24 +203,16 @@ def run(folder: Path, options: DemoOptions | None = None, *, progress: Progress 
 
 
 def draw(rows: tuple[Row, ...]) -> Image.Image:
-    """The images side by side, one row per variant of the model and one column per way to run it."""
+    """The images side by side, one line per variant of the model and one column per way to run it."""
 
     def cell(row: Row, column: str) -> sheet.Cell:
         sqnr_db = row.fidelity[column].sqnr_db
         color = sheet.GOOD if sqnr_db > KEPT_DB else sheet.BAD if sqnr_db < LOST_DB else sheet.INK
         return sheet.Cell(list(row.images[column]), f"{sqnr_db:.1f} dB", color)
 
-    return sheet.draw(
-        TITLE,
-        list(COLUMNS.values()),
-        [
-            (
-                sheet.Heading(row.variant, ROWS.get(row.variant, RERANGINGS[row.variant].summary)),
-                [cell(row, column) for column in COLUMNS],
-            )
-            for row in rows
-        ],
-    )
+    said = [sheet.Heading(row.variant, ROWS.get(row.variant, RERANGINGS[row.variant].summary)) for row in rows]
+    cells = [[cell(row, column) for column in COLUMNS] for row in rows]
+    return sheet.draw(TITLE, list(COLUMNS.values()), list(zip(said, cells, strict=True)))
 
 
 class _Work:
@@ -252,15 +244,9 @@ def _row(variant: str, folder: Path, options: DemoOptions, work: _Work) -> Row:
     with models(files) as (reference, runs):
         for column, model in runs.items():
             fidelity[column] = velocity_fidelity(
-                reference,
-                model,
-                measured,
-                GEOMETRY,
-                guidance=options.guidance,
-                steps=options.levels,
-                seed=options.seed,
-                progress=work.part(work.comparison),
-            )
+                reference, model, measured, GEOMETRY, guidance=options.guidance, steps=options.levels,
+                seed=options.seed, progress=work.part(work.comparison),
+            )  # fmt: skip
             images[column] = paint(model, conditioning, options, work.part(work.painting))
     return Row(variant, files, calibration, fidelity, images)
 
@@ -307,14 +293,11 @@ def models(files: Mapping[str, Path]) -> Iterator[tuple[Denoiser, dict[str, Deno
         bf16 = load(opened[BF16], dtype=torch.float32)
         for linear in bf16.linears.values():
             linear.register_forward_pre_hook(lambda _, inputs: (inputs[0].bfloat16().float(),))
-        yield (
-            load(original, dtype=torch.float32),
-            {
-                BF16: bf16,
-                SCALE_ONE: load(opened[SCALE_ONE], dtype=torch.float32, arithmetic="comfyui"),
-                CALIBRATED: load(opened[CALIBRATED], dtype=torch.float32, arithmetic="comfyui"),
-            },
-        )
+        fp8 = {
+            column: load(opened[column], dtype=torch.float32, arithmetic="comfyui")
+            for column in (SCALE_ONE, CALIBRATED)
+        }
+        yield load(original, dtype=torch.float32), {BF16: bf16, **fp8}
 
 
 def prompt_conditioning(names: tuple[str, ...]) -> dict[str, Tensor]:

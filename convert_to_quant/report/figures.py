@@ -47,6 +47,9 @@ Float = NDArray[np.float64]
 _UNREAD = frozenset({"dynamic", "text-encoder", "scale-dropped"})
 """Readings of `inspection` in which no reader uses a layer's input scale."""
 
+_TAKEN = ("format", "source", "reason", "cause", "conditioning_dependent", "multiply_adds")
+"""What figures take over from solving."""
+
 SUFFIX = ".safetensors"
 
 _DIGITS = re.compile(r"(\d+)")
@@ -80,8 +83,7 @@ class _Solved:
         results: one per layer that has figures, in file order.
         shapes: layer name -> (out, in).
         statistics: of those of them that were observed, by the same names.
-        unused: why no reader uses a layer's input scale, by name.
-        unusable: layers whose input scale no reader can use.
+        readings: what readers make of layers, by name; empty without a checkpoint.
         inspection: what the checkpoint is.
         notes: what a user should know.
         left_alone: layers without figures.
@@ -91,11 +93,15 @@ class _Solved:
     results: Sequence[LayerResult]
     shapes: Mapping[str, tuple[int, int]]
     statistics: Statistics
-    unused: Mapping[str, str] = field(default_factory=dict)
-    unusable: frozenset[str] = frozenset()
+    readings: Mapping[str, str] = field(default_factory=dict)
     inspection: Inspection | None = None
     notes: Sequence[str] = ()
     left_alone: Sequence[LeftAlone] = ()
+
+    def unused(self, name: str) -> str:
+        """Why no reader uses a layer's input scale; "" where one does."""
+        reading = self.readings.get(name, "")
+        return READINGS[reading] if reading in _UNREAD else ""
 
     @cached_property
     def bare(self) -> dict[str, str]:
@@ -187,8 +193,7 @@ def _solve(source: Source, *, force: bool) -> _Solved:
         results,
         {name: (views[name].shape[0], views[name].shape[1]) for name in solved},
         observed,
-        unused={name: READINGS[views[name].reading] for name in solved if views[name].reading in _UNREAD},
-        unusable=frozenset(name for name in solved if views[name].reading == "error"),
+        readings={name: views[name].reading for name in solved},
         inspection=inspection,
         notes=[text for text in notes if text.partition(":")[0] not in solved],  # a layer's row says those
         left_alone=_left_alone(views.values(), statistics),
@@ -222,7 +227,7 @@ def _figures(side: _Solved) -> dict[str, Figures]:
     numbers = {layer: number for number, layer in enumerate(columns)}
     figures = {}
     for result in side.results:
-        column, unused = columns.get(result.layer, {}), side.unused.get(result.layer, "")
+        column, unused = columns.get(result.layer, {}), side.unused(result.layer)
         states: dict[str, Any] = {}
         for when, rows_lost in lost.items():
             fields = ("scale_{}", "full_precision_{}", "sqnr_{}_db", "clipped_{}", "vanished_{}")
@@ -230,18 +235,13 @@ def _figures(side: _Solved) -> dict[str, Figures]:
             if column:
                 state = replace(state, rows_lost=float(rows_lost[numbers[result.layer]]))
             states[when] = state if unused else with_risk(state, column.get("absmax", 0), GRIDS[result.format])
-        if result.layer in side.unusable:
+        if side.readings.get(result.layer) == "error":  # no reader can use its scale
             states["before"] = State(0.0, states["before"].full_precision, risk="no scale")
         figures[result.layer] = Figures(
             **states,
             **column,
-            format=result.format,
-            source=result.source,
-            reason=result.reason,
-            cause=result.cause,
+            **{name: getattr(result, name) for name in _TAKEN},
             unused=unused,
-            conditioning_dependent=result.conditioning_dependent,
-            multiply_adds=result.multiply_adds,
         )
     return figures
 
@@ -347,7 +347,7 @@ def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
         costs: Any = (_finite(column[number]) for column in (errors.sqnr_db, errors.clipped, errors.vanished, lost))
         state = State(result.scale_after, result.full_precision_after, *costs)
         absmax = float(statistics.absmax[number])
-        states[bare] = state if name in second.unused else with_risk(state, absmax, grids[number])
+        states[bare] = state if second.unused(name) else with_risk(state, absmax, grids[number])
     return states
 
 
@@ -384,14 +384,14 @@ def _labels(sources: Sequence[Source]) -> list[str]:
     """What the sides are called: by what tells them apart, statistics first, then checkpoints, then options."""
     if len(sources) == 1:
         return [sources[0].label or _what(sources[0])]
-    changed = [_changed(source.options, other.options) for source, other in zip(sources, sources[::-1], strict=True)]
+    observed = [None if source.statistics is None else source.statistics.path for source in sources]
     models = [None if source.model is None else Path(source.model) for source in sources]
     candidates = (
         [" + ".join(_files(source)) for source in sources],
-        [_in_folder(source.statistics.path if source.statistics is not None else None) for source in sources],
-        ["" if model is None else model.name for model in models],
-        [_in_folder(model) for model in models],
-        changed,
+        [_in_folder(path) for path in observed],
+        ["" if path is None else path.name for path in models],
+        [_in_folder(path) for path in models],
+        [_changed(source.options, other.options) for source, other in zip(sources, sources[::-1], strict=True)],
         ["A", "B"],
     )
     chosen = next(found for found in candidates if len(set(found)) == len(sources))

@@ -20,7 +20,7 @@ const TERMS = {
   scale: `What a stored FP8 number is multiplied by to give the real one. The input scale sets which range of a layer’s inputs FP8 can hold: up to ${grid.max} times the scale.`,
   "at risk": "Quantized at this scale, the inputs lose more than FP8’s own rounding ever costs. The word says how: clips, vanishes, tokens lost, coarse.",
   clipped: `Share of the input values beyond ${grid.max} times the scale: they are cut off.`,
-  vanished: "Share of the input values that are so small beside the scale that they become 0.",
+  vanished: "Share of the input values that are so small relative to the scale that they become 0.",
   "tokens lost": "Share of tokens that lie wholly among FP8’s smallest steps because outlier tokens set the scale. Errors over the whole tensor hide them.",
   SQNR: "Signal to quantization noise of the inputs, in decibels: how much larger they are than the error that FP8 makes. About 31 dB is what FP8 gives usual inputs at best; each 6 dB less doubles the error.",
   largest: "The largest input magnitude that was seen (absmax).",

@@ -1,4 +1,4 @@
-// A picture with one row per layer, as long as there are layers. Names are text in the page, everything else is drawn
+// A chart with one line per layer, as long as there are layers. Names are text in the page, everything else is drawn
 // by ECharts on a canvas of the window's height that stays in view while the rows scroll under it: only the rows in
 // view are drawn, so a thousand layers cost what forty do.
 
