@@ -21,8 +21,8 @@ examples:
       --conditioning demo/prompts.safetensors \\
       --height 128 --width 128 --steps 8 --guidance 2
 
-The figures are the SQNR of the predicted velocity in dB, higher is better, 30 is good, 10 is ruin. The folder then
-has the picture and every model that was run, each in BF16, in FP8 with an input scale of 1.0, and in FP8 calibrated.
+The figures are the SQNR of the predicted velocity in dB. Higher is better: 30 is good, 10 is ruin. The folder then
+contains the picture and every model, each in BF16, in FP8 with an input scale of 1.0, and in FP8 calibrated.
 The demo measures on 4 prompts; the check above, on the 48 in demo/prompts.safetensors, gives the README's figure.
 """
 

@@ -33,8 +33,8 @@ examples:
   convert_to_quant report faces.safetensors with_lora.safetensors -o both.html
   convert_to_quant report stats.safetensors --against "margin=2 method=mse"
 
-Two statistics: does a calibration on the first hold for the second? Two checkpoints: their scales side by side. Of two
-of each, the first belongs to the first. Without an output the verdict is printed.
+Two statistics files: does a calibration on the first hold for the second? Two checkpoints: their scales side by side.
+Given two of each, the first statistics belong to the first checkpoint. Without an output, the verdict is printed.
 """
 
 LEVEL_STYLES = {"good": "good", "warning": "warn", "bad": "bad"}

@@ -121,7 +121,7 @@ def _one(side: Side, layers: Sequence[Layer]) -> Verdict:
     level: Level = "good"
     if not side.calibrates:
         level = "warning"
-        headline = f"Nothing was observed, so nothing says whether {plural(len(present), 'scale')} fit."
+        headline = f"Nothing was observed, so it is unknown whether {plural(len(present), 'scale')} fit."
     elif not present:
         headline = "No layer quantizes its inputs, so no input scale matters."
     elif risky:

@@ -178,4 +178,4 @@ def test_a_checkpoint_in_full_precision_needs_no_scale(model: Any, observed: Obs
 
 def test_a_checkpoint_alone_is_not_judged(model: Any) -> None:
     found = verdict(Source(model=model("one")))
-    assert (found.level, found.headline) == ("warning", "Nothing was observed, so nothing says whether 2 scales fit.")
+    assert (found.level, found.headline) == ("warning", "Nothing was observed, so it is unknown whether 2 scales fit.")
