@@ -34,7 +34,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -281,8 +281,12 @@ class Report:
             "axis": {"low": AXIS_LOW, "high": AXIS_HIGH, "per_octave": CELLS_PER_OCTAVE},
             "sigma_edges": list(SIGMA_EDGES),
             "layers": [
-                plain(layer, FIGURE_DIGITS)
-                | {"sides": [one and plain(one, FIGURE_DIGITS) | {"changed": one.changed} for one in layer.sides]}
+                {
+                    "name": layer.name,
+                    "shape": list(layer.shape),
+                    "sides": [one and plain(one, FIGURE_DIGITS) | {"changed": one.changed} for one in layer.sides],
+                    "crossed": plain(layer.crossed, FIGURE_DIGITS),
+                }
                 for layer in self.layers
             ],
             "left_alone": plain(self.left_alone),
@@ -314,17 +318,18 @@ def plain(value: Any, digits: int | None = None) -> Any:
     >>> plain({"scale": 1 / 3, "pair": (2 / 3, math.inf)}, digits=4)
     {'scale': 0.333333333, 'pair': [0.6667, None]}
     """
-    if is_dataclass(value):
-        value = vars(value)
-    if isinstance(value, Mapping):
-        return {key: plain(one, SCALE_DIGITS if digits and key == "scale" else digits) for key, one in value.items()}
+    if isinstance(value, float):
+        if not digits:
+            return value
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
     if isinstance(value, (list, tuple)):
         return [plain(one, digits) for one in value]
     if isinstance(value, np.ndarray):
         return _cells(value)
-    if digits and isinstance(value, float):
-        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
-    return value
+    entries = value if isinstance(value, Mapping) else vars(value)
+    return {key: plain(one, SCALE_DIGITS if digits and key == "scale" else digits) for key, one in entries.items()}
 
 
 def _cells(density: Density) -> list[int | str] | None:

@@ -139,6 +139,12 @@ def test_any_name_is_drawn_without_a_warning(hot: Report, name: str) -> None:
     drawn(replace(hot, layers=layers, title=name))
 
 
+@pytest.mark.parametrize("name", ["W" * 200, "i" * 200, "a"])
+def test_names_and_outcomes_stay_on_the_page(hot: Report, name: str) -> None:
+    pixels = drawn(replace(hot, layers=tuple(replace(layer, name=name) for layer in hot.layers)))
+    assert (pixels[:, [0, 1, 2, -3, -2, -1]] == 255).all()
+
+
 @given(TEXTS, st.integers(2, 60))
 def test_a_shortened_name_keeps_its_end_and_only_letters_of_the_font(text: str, most: int) -> None:
     short, shown = picture._end(text, most), picture.drawable(text)
