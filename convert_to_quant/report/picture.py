@@ -65,6 +65,8 @@ HEAT_OCTAVES = 2
 """A noise level whose range is 2⁻² of the layer's, or less, is pale."""
 
 HEADING, SMALL, TINY = 13.7, 9.4, 8.6
+BOLD = 1.15
+"""Bold letters are wider than others of their size."""
 STYLE: Any = {"font.family": "DejaVu Sans", "text.color": INK, "text.parse_math": False, "text.hinting": "none"}
 """matplotlib's settings, over its own defaults; the font comes with it."""
 
@@ -72,7 +74,8 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 MOST_POINTS = 6
 LINE_LETTERS = {20: 86, 10.8: 165}
 """Letters of a line across the picture, by the size of the font."""
-NAME_LETTERS, TITLE_LETTERS = 44, 56
+NAME_INCHES = 3.3
+"""The longest name that is shown whole."""
 
 LARGEST = math.log2(DEFAULT_GRID.max)
 NORMAL = math.log2(DEFAULT_GRID.smallest_normal)
@@ -155,7 +158,7 @@ def figure(report: Report, width_pixels: int = WIDTH) -> Figure:
     each = min(max(LAYERS_INCHES / count, LEAST_LAYER), LARGEST_LAYER)
     full = [layer.name for layer in report.layers]
     bare = names.strip_prefix(full)[1]
-    shown = [drawable(_end(bare.get(name, name), NAME_LETTERS)) for name in full]
+    shown = [_end(drawable(bare.get(name, name)), NAME_INCHES) for name in full]
     outcomes = [_outcome(*states) for states in zip(*(panel.strips for panel in panels), strict=True)]
     lines = list(_head(report))
     top = BELOW + each * count
@@ -164,7 +167,7 @@ def figure(report: Report, width_pixels: int = WIDTH) -> Figure:
     _draw_head(page, lines, LEVEL_COLORS[report.verdict.level], height - EDGE)
 
     left = EDGE + max(map(_inches, shown), default=0)
-    right = WIDTH_INCHES - EDGE - max(_inches("Outcome", HEADING), *(_inches(text) for text, _ in outcomes), 0)
+    right = WIDTH_INCHES - EDGE - max(_inches("Outcome", BOLD * HEADING), *(_inches(text) for text, _ in outcomes), 0)
     width = (right - left - LEVELS - 3 * GAP) / 2
     span = _span(panels)
     for number, panel in enumerate(panels):
@@ -179,7 +182,8 @@ def figure(report: Report, width_pixels: int = WIDTH) -> Figure:
         shades = _mix(TINTS[2], COLORS[2], np.linspace(0, 1, 256) ** 1.5)
         _draw_key(page, left, shades, "share of values, 10⁻⁸ to 1")
     _draw_key(page, left + width + GAP, [to_rgb(UNQUANTIZED)], "in full precision: not quantized")
-    _write(page, WIDTH_INCHES - EDGE, 0.2, _source(report), size=TINY, ha="right")
+    source = _end(_source(report), WIDTH_INCHES - 2 * EDGE, TINY)
+    _write(page, WIDTH_INCHES - EDGE, 0.2, source, size=TINY, ha="right")
     return page
 
 
@@ -241,8 +245,10 @@ def _draw_panel(page: Figure, box: Box, panel: Panel, span: Span) -> None:
     ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, color=FAINT, labelcolor=FADED,
                    labelsize=TINY)  # fmt: skip
     top, right = box.bottom + box.height, box.left + box.width
-    _write(page, box.left, top + 0.6, _end(panel.title, TITLE_LETTERS), size=HEADING, color=INK, weight="bold")
-    _write(page, right, top + 0.6, _end(panel.subtitle, TITLE_LETTERS), ha="right")
+    subtitle = _end(panel.subtitle, box.width / 2)
+    title = _end(panel.title, box.width - _inches(subtitle), BOLD * HEADING)
+    _write(page, box.left, top + 0.6, title, size=HEADING, color=INK, weight="bold")
+    _write(page, right, top + 0.6, subtitle, ha="right")
     if absolute:
         decades = range(math.ceil(low * math.log10(2)), math.floor(high * math.log10(2)) + 1, 2)
         ax.set_xticks(
@@ -411,9 +417,14 @@ def drawable(text: str) -> str:
     return "".join(sign if sign.isprintable() and _letters().get_char_index(ord(sign)) else "?" for sign in text)
 
 
-def _end(text: str, most: int) -> str:
-    """A text without its beginning where it is long: the end of a layer's name tells it apart."""
-    return text if len(text) <= most else "…" + text[1 - most :]
+def _end(text: str, inches: float, size: float = SMALL) -> str:
+    """A text without its beginning where there is no room for it: the end of a layer's name tells it apart."""
+    if _inches(text, size) <= inches:
+        return text
+    text = text[-500:]
+    while text and _inches("…" + text, size) > inches:
+        text = text[1:]
+    return "…" + text
 
 
 def _outcome(first: Strip, second: Strip) -> tuple[str, str]:

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from convert_to_quant import __version__
@@ -145,13 +147,25 @@ def test_names_and_outcomes_stay_on_the_page(hot: Report, name: str) -> None:
     assert (pixels[:, [0, 1, 2, -3, -2, -1]] == 255).all()
 
 
-@given(TEXTS, st.integers(2, 60))
-def test_a_shortened_name_keeps_its_end_and_only_letters_of_the_font(text: str, most: int) -> None:
-    short, shown = picture._end(text, most), picture.drawable(text)
-    assert len(short) <= most
-    assert short == text or text.endswith(short[1:])
+@given(TEXTS, st.floats(0.5, 4))
+def test_a_shortened_name_keeps_its_end_and_only_letters_of_the_font(text: str, inches: float) -> None:
+    shown = picture.drawable(text)
     assert len(shown) == len(text)
     assert shown == picture.drawable(shown)
+    short = picture._end(shown, inches)
+    assert picture._inches(short) <= inches
+    assert short == shown or shown.endswith(short[1:])
+
+
+def test_long_labels_of_sides_do_not_run_into_each_other(observed: Observed) -> None:
+    first, second = observed({"a": NORMAL}), observed({"a": 8 * NORMAL})
+    page = picture.figure(build(Source(first, label="W" * 60), Source(second, label="V" * 60)))
+    FigureCanvasAgg(page)
+    (height,) = [text.get_position()[1] for text in page.texts if text.get_text() == "Outcome"]
+    boxes = [text.get_window_extent() for text in page.texts if text.get_position()[1] == height]
+    assert len(boxes) == 6
+    for left, right in pairwise(sorted(boxes, key=lambda box: box.x0)):
+        assert left.x1 < right.x0
 
 
 def test_the_user_s_styles_are_neither_used_nor_changed(hot: Report) -> None:
