@@ -20,7 +20,7 @@ from convert_to_quant import convert, patch
 from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
 from convert_to_quant.cli import main
 from convert_to_quant.engines import session
-from convert_to_quant.engines.comfyui import connection, workflow
+from convert_to_quant.engines.comfyui import server, workflow
 from convert_to_quant.errors import Error, StatisticsError
 from convert_to_quant.inspection import inspect_file
 from convert_to_quant.lora import load_lora, match_loras
@@ -75,9 +75,9 @@ def test_whole_pairs_and_a_byte_order_mark_are_taken() -> None:
 
 def test_a_server_may_write_nan() -> None:
     assert parse_json("[NaN, -Infinity, 1e999, 2.5]", lenient=True) == [None, None, None, 2.5]
-    assert connection.parsed('{"max": Infinity}') == {"max": None}
-    assert connection.parsed(r'["\ud800"]') == ["\ud800"]
-    assert connection.parsed("[" * 100_000) is None
+    assert server.parsed('{"max": Infinity}') == {"max": None}
+    assert server.parsed(r'["\ud800"]') == ["\ud800"]
+    assert server.parsed("[" * 100_000) is None
 
 
 # every parser, on mutated files

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from .shared import read_text
 
 if TYPE_CHECKING:
     from ..engines.comfyui.remote import Run
-    from ..engines.comfyui.workflow import Model, Place, Plan
+    from ..engines.comfyui.workflow import Place, Plan
     from ..stats import Statistics
 
 DESCRIPTION = "Put our nodes into a ComfyUI, or record a model on one that runs."
@@ -29,16 +30,8 @@ examples:
 INSTALL = """\
 Put our nodes into a ComfyUI: a small folder in custom_nodes that imports this installed package. Run it with the Python
 that runs ComfyUI, so that the nodes find this package."""
-INSTALL_EPILOG = """\
-example:
-  convert_to_quant comfyui install ~/ComfyUI
-"""
 
 UNINSTALL = "Remove what install wrote. A folder that holds anything else is refused."
-UNINSTALL_EPILOG = """\
-example:
-  convert_to_quant comfyui uninstall ~/ComfyUI
-"""
 
 OBSERVE = """\
 Run your own workflow on a ComfyUI that has our nodes, with many prompts and seeds, and fetch what its model's linear
@@ -63,11 +56,12 @@ FOLDER = "activation_stats"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's actions and their arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
-    for name, does, text, epilog in (
-        ("install", "put our nodes into a ComfyUI", INSTALL, INSTALL_EPILOG),
-        ("uninstall", "remove what install wrote", UNINSTALL, UNINSTALL_EPILOG),
+    for name, does, text in (
+        ("install", "put our nodes into a ComfyUI", INSTALL),
+        ("uninstall", "remove what install wrote", UNINSTALL),
     ):
-        one = actions.add_parser(name, help=does, description=text, epilog=epilog)
+        example = f"example:\n  convert_to_quant comfyui {name} ~/ComfyUI\n"
+        one = actions.add_parser(name, help=does, description=text, epilog=example)
         one.add_argument("folder", metavar="DIR", help="ComfyUI's folder, which has custom_nodes in it")
     one = actions.add_parser(
         "observe", help="record a workflow's models on a running ComfyUI", description=OBSERVE, epilog=OBSERVE_EPILOG
@@ -94,10 +88,7 @@ def change_pack(args: argparse.Namespace) -> int:
         "uninstall": (pack.uninstall, "removed {}"),
     }[args.action]
     folder = does(Path(args.folder), dry_run=args.dry_run)
-    if args.dry_run:
-        say(f"dry run: would {args.action} {folder}; nothing was changed")
-    else:
-        say(done.format(folder))
+    say(f"dry run: would {args.action} {folder}; nothing was changed" if args.dry_run else done.format(folder))
     if args.json:
         write_json(args.json, {"folder": str(folder), "action": args.action, "dry_run": args.dry_run})
     return 0
@@ -105,80 +96,57 @@ def change_pack(args: argparse.Namespace) -> int:
 
 def observe(args: argparse.Namespace) -> int:
     """Run a workflow on a server."""
+    from ..checkpoint import check_output, refuse_same_file
     from ..engines.comfyui import remote, workflow
     from ..engines.comfyui.server import Server
 
-    check_options(args)
-    path = Path(args.workflow)
+    if args.seeds is not None and args.seeds < 1:
+        raise OptionError(f"--seeds should be at least 1, found {args.seeds}")
+    if args.seed < 0:
+        raise OptionError(f"a seed should not be negative, found {args.seed}")
+    path, output = Path(args.workflow), Path(args.output)
+    check_output(output)
 
     def unreadable(problem: str) -> CalibrationError:
         return CalibrationError(problem, path=path, hint="in ComfyUI: File > Export (API)")
 
     nodes = workflow.parse(read_text(path, unreadable), path)
     prompts = None if args.prompts is None else read_prompts(Path(args.prompts))
+    inputs = [Path(name) for name in (args.workflow, args.prompts, args.json) if name not in (None, "-")]
+    found: Mapping[str, Statistics] = {}
+    idle = 0
     with Server(args.server) as server:
         plan = workflow.plan(nodes, server.types(workflow.classes(nodes)), path)
         runs = remote.plan_runs(plan, prompts, args.seeds, args.seed)
-        outputs = output_files(plan, Path(args.output))
-        check_outputs(outputs, args)
+        outputs = {model.name: output.with_name(f"{output.stem}_{model.name}{output.suffix}") for model in plan.models}
+        if len(outputs) == 1:
+            outputs = dict.fromkeys(outputs, output)
+        for one in outputs.values():
+            refuse_same_file(one, inputs, hint="name another output")
+            check_output(one)
         tell = print if args.dry_run and args.json != "-" else say  # in a dry run this is the data
         for line in screen(plan, runs, outputs):
             tell(line)
         if args.dry_run:
             say("dry run: nothing was queued, nothing was written")
-            return report(args, plan, runs, outputs)
-        with progress_bar("observing") as progress:
-            found, idle = remote.observe(server, plan, runs, FOLDER, progress)
+        else:
+            with progress_bar("observing") as progress:
+                found, idle = remote.observe(server, plan, runs, FOLDER, progress)
     if idle:
         note(f"{idle} of {len(runs)} runs recorded nothing: ComfyUI knew them, and gave what it had")
     for name, statistics in found.items():
         statistics.save(outputs[name])
         absent = [layer for layer, ran in zip(statistics.names, statistics.visited, strict=True) if not ran]
-        silent = [layer for layer in absent if layer not in statistics.unseen]
-        if silent:
+        unseen = statistics.unseen
+        if silent := [layer for layer in absent if layer not in unseen]:
             note(f"{len(silent)} layers never ran (first: {silent[0]})")
-        if unseen := statistics.unseen:
+        if unseen:
             note(f"{len(unseen)} layers ran, but their inputs could not be seen (first: {unseen[0]})")
         seen = f"{int(statistics.visited.sum())} layers over {statistics.samples} samples"
         say(f"observed {seen}; wrote {outputs[name]}")
-    return report(args, plan, runs, outputs, found=found, idle=idle)
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Refuse numbers that are out of range, and an output that cannot be written.
-
-    Raises:
-        OptionError: a number is.
-        OutputError: the output has no folder, or is a folder or a special file.
-    """
-    from ..checkpoint import check_output
-
-    if args.seeds is not None and args.seeds < 1:
-        raise OptionError(f"--seeds should be at least 1, found {args.seeds}")
-    if args.seed < 0:
-        raise OptionError(f"a seed should not be negative, found {args.seed}")
-    check_output(Path(args.output))
-
-
-def output_files(plan: Plan, output: Path) -> dict[str, Path]:
-    """Where each model's statistics go: to the file that was named or, of several, to one beside it for each."""
-    if len(plan.models) == 1:
-        return {plan.models[0].name: output}
-    return {model.name: output.with_name(f"{output.stem}_{model.name}{output.suffix}") for model in plan.models}
-
-
-def check_outputs(outputs: Mapping[str, Path], args: argparse.Namespace) -> None:
-    """Refuse outputs that are files of the call, folders or special files.
-
-    Raises:
-        OutputError: one is.
-    """
-    from ..checkpoint import check_output, refuse_same_file
-
-    others = [Path(name) for name in (args.workflow, args.prompts, args.json) if name not in (None, "-")]
-    for path in outputs.values():
-        refuse_same_file(path, others, hint="name another output")
-        check_output(path)
+    if args.json:
+        write_json(args.json, document(args, plan, runs, outputs, found) | {"idle_runs": idle})
+    return 0
 
 
 def screen(plan: Plan, runs: Sequence[Run], outputs: Mapping[str, Path]) -> Iterator[str]:
@@ -202,49 +170,34 @@ def screen(plan: Plan, runs: Sequence[Run], outputs: Mapping[str, Path]) -> Iter
     yield f"runs      {len(runs)}" + (f", seeds {seeds[0]} to {seeds[-1]}" if seeds else "")
 
 
-def report(
+def document(
     args: argparse.Namespace,
     plan: Plan,
     runs: Sequence[Run],
     outputs: Mapping[str, Path],
-    *,
-    found: Mapping[str, Statistics] | None = None,
-    idle: int = 0,
-) -> int:
-    """Write the report that was asked for; the exit code."""
-    if args.json:
-        from dataclasses import asdict
-
-        document = {
-            "server": args.server,
-            "workflow": args.workflow,
-            "dry_run": args.dry_run,
-            "models": [told(model, outputs[model.name], (found or {}).get(model.name)) for model in plan.models],
-            "prompts": [asdict(place) for place in plan.texts],
-            "seeds": [asdict(place) for place in plan.seeds],
-            "left_out": list(plan.left_out()),
-            "runs": [asdict(run) for run in runs],
-            "idle_runs": idle,
-        }
-        write_json(args.json, document)
-    return 0
-
-
-def told(model: Model, output: Path, statistics: Statistics | None) -> dict[str, Any]:
-    """One model in the report; without what was observed in a dry run."""
-    planned = {
-        "name": model.name,
-        "loaders": list(model.loaders),
-        "samplers": list(model.samplers),
-        "statistics": str(output),
-    }
-    if statistics is None:
-        return planned
+    found: Mapping[str, Statistics],
+) -> dict[str, Any]:
+    """The report; after a dry run, without what was observed."""
+    models = []
+    for model in plan.models:
+        told: dict[str, Any] = {"name": model.name, "loaders": model.loaders, "samplers": model.samplers}
+        told["statistics"] = str(outputs[model.name])
+        if (statistics := found.get(model.name)) is not None:
+            told |= {
+                "fingerprint": statistics.fingerprint,
+                "samples": statistics.samples,
+                "layers": len(statistics.layers),
+                "visited": int(statistics.visited.sum()),
+                "provenance": statistics.provenance,
+            }
+        models.append(told)
     return {
-        **planned,
-        "fingerprint": statistics.fingerprint,
-        "samples": statistics.samples,
-        "layers": len(statistics.layers),
-        "visited": int(statistics.visited.sum()),
-        "provenance": {name: list(texts) for name, texts in statistics.provenance.items()},
+        "server": args.server,
+        "workflow": args.workflow,
+        "dry_run": args.dry_run,
+        "models": models,
+        "prompts": [place._asdict() for place in plan.texts],
+        "seeds": [place._asdict() for place in plan.seeds],
+        "left_out": plan.left_out(),
+        "runs": [asdict(run) for run in runs],
     }

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,10 +21,16 @@ from uuid import uuid4
 from ...errors import CalibrationError, Error, OptionError, StatisticsError
 from ...stats import Statistics, merge
 from ...telling import Progress
-from .server import Server, saved_file
-from .workflow import Model, Plan, shown
+from .server import Server, as_list, as_object
+from .workflow import Plan, shown
 
 SEEDS = 4
+
+Files = dict[str, Mapping[str, Any]]
+"""Statistics files of one model on the server: recorder -> what a Save node says that it wrote (`FILE`)."""
+
+FILE = {"filename": str, "subfolder": str, "type": str, "recording": str, "samples": int}
+"""The first three are what `/view` takes."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +44,6 @@ class Run:
 
     prompt: str | None
     seed: int | None
-
-
-@dataclass
-class Saved:
-    """Statistics files of one model on the server.
-
-    Attributes:
-        files: recorder -> what `/view` takes, and "samples".
-    """
-
-    files: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    @property
-    def samples(self) -> int:
-        """In all of them."""
-        return sum(file["samples"] for file in self.files.values())
-
-    def note(self, file: Mapping[str, Any]) -> None:
-        """Note a file, in place of an older one of the same recorder."""
-        before = self.files.get(file["recording"])
-        if before is None or file["samples"] >= before["samples"]:
-            self.files[file["recording"]] = file
 
 
 def plan_runs(plan: Plan, prompts: Sequence[str] | None, seeds: int | None, first_seed: int) -> list[Run]:
@@ -110,46 +94,62 @@ def observe(
         StatisticsError: what it sent is no statistics.
     """
     session = uuid4().hex
-    saved = {model.name: Saved() for model in plan.models}
+    saved: dict[str, Files] = {model.name: {} for model in plan.models}
     idle = done = 0
     try:
         for run in runs:
             progress(done, len(runs))
-            before = {name: files.samples for name, files in saved.items()}
+            before = _samples(saved)
             outputs = server.run(plan.queued(session, folder, run.prompt, run.seed))
             for model in plan.models:
-                _note(server, saved[model.name], model, outputs)
-            idle += before == {name: files.samples for name, files in saved.items()}
+                for save in model.saves:
+                    note(saved[model.name], _file(server, outputs, save))
+            idle += before == _samples(saved)
             done += 1
         progress(done, len(runs))
         found = {name: _fetch(server, files) for name, files in saved.items()}
     except CalibrationError as error:
-        raise _with_what_is_kept(error, done, saved) from None
+        files = [f"{file['subfolder']}/{file['filename']}" for each in saved.values() for file in each.values()]
+        if not files:
+            raise
+        kept = f"{done} runs before it are recorded in ComfyUI's output folder: {shown(', '.join(files))}"
+        hint = kept if error.hint is None else f"{error.hint}; {kept}"
+        raise CalibrationError(error.problem, path=error.path, tensor=error.tensor, hint=hint) from None
     facts: dict[str, Any] = {"runs": len(runs), "prompts": len({run.prompt for run in runs})}
     if runs[0].seed is not None:
         facts["seed"] = runs[0].seed
     return {name: statistics.with_facts(**facts) for name, statistics in found.items()}, idle
 
 
-def _note(server: Server, saved: Saved, model: Model, outputs: Mapping[str, Any]) -> None:
-    """Note the files that a run says it wrote."""
-    for recording in model.recordings:
-        for save in recording.saves:
-            file = saved_file(outputs, save)
-            if file is None:
-                raise CalibrationError(
-                    "its Save Activation Stats node does not say which file it wrote",
-                    path=server.address,
-                    hint="it comes from another version: update convert_to_quant there or here",
-                )
-            saved.note(file)
+def _samples(saved: Mapping[str, Files]) -> int:
+    """In all files."""
+    return sum(file["samples"] for files in saved.values() for file in files.values())
 
 
-def _fetch(server: Server, saved: Saved) -> Statistics:
+def note(files: Files, file: Mapping[str, Any]) -> None:
+    """Note a file, in place of an older one of the same recorder."""
+    before = files.get(file["recording"])
+    if before is None or file["samples"] >= before["samples"]:
+        files[file["recording"]] = file
+
+
+def _file(server: Server, outputs: Mapping[str, Any], save: str) -> Mapping[str, Any]:
+    """What a Save node says that it wrote."""
+    entry = as_object(next(iter(as_list(as_object(outputs.get(save)).get("statistics"))), None))
+    if not all(isinstance(entry.get(key), kind) for key, kind in FILE.items()):
+        raise CalibrationError(
+            "its Save Activation Stats node does not say which file it wrote",
+            path=server.address,
+            hint="it comes from another version: update convert_to_quant there or here",
+        )
+    return entry
+
+
+def _fetch(server: Server, files: Files) -> Statistics:
     """One model's statistics."""
     parts = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, file in enumerate(saved.files.values()):
+        for number, file in enumerate(files.values()):
             path = Path(folder, f"{number}.safetensors")
             server.fetch({key: file[key] for key in ("filename", "subfolder", "type")}, path)
             try:
@@ -161,13 +161,3 @@ def _fetch(server: Server, saved: Saved) -> Statistics:
                     hint="run it again; if it stays, use the same version of convert_to_quant there and here",
                 ) from None
     return merge(*parts)
-
-
-def _with_what_is_kept(error: CalibrationError, done: int, saved: Mapping[str, Saved]) -> CalibrationError:
-    """An error of a run or of what follows them, with where the runs before it are."""
-    files = [f"{file['subfolder']}/{file['filename']}" for each in saved.values() for file in each.files.values()]
-    if not files:
-        return error
-    kept = f"{done} runs before it are recorded in ComfyUI's output folder: {shown(', '.join(files))}"
-    hint = kept if error.hint is None else f"{error.hint}; {kept}"
-    return CalibrationError(error.problem, path=error.path, tensor=error.tensor, hint=hint)

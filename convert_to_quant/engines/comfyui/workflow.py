@@ -29,8 +29,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import CalibrationError, StrPath
 from ...untrusted import parse_json
@@ -52,24 +53,21 @@ Nodes = dict[str, dict[str, Any]]
 """A workflow: node id -> class_type, inputs, and what else stands there."""
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(NamedTuple):
     """An output of a node."""
 
     node: str
     slot: int
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """An input of a node."""
 
     node: str
     input: str
 
 
-@dataclass(frozen=True)
-class Input:
+class Input(NamedTuple):
     """What a node says of one of its inputs.
 
     Attributes:
@@ -101,9 +99,8 @@ class NodeType:
         inputs = {}
         for group in ("required", "optional"):
             for name, said in (info["input"].get(group) or {}).items():
-                kind = said[0] if said else ANY
                 options = said[1] if len(said) > 1 and isinstance(said[1], dict) else {}
-                inputs[name] = Input(_kind(kind), options)
+                inputs[name] = Input(_kind(said[0] if said else ANY), options)
         outputs = tuple(_kind(kind) for kind in info["output"])
         return NodeType(inputs, outputs, tuple(map(str, info.get("output_name") or outputs)))
 
@@ -154,6 +151,11 @@ class Model:
         """All that sample with it, each once."""
         return tuple(dict.fromkeys(sampler for recording in self.recordings for sampler in recording.samplers))
 
+    @property
+    def saves(self) -> tuple[str, ...]:
+        """Our nodes that save it."""
+        return tuple(save for recording in self.recordings for save in recording.saves)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -170,11 +172,6 @@ class Plan:
     models: tuple[Model, ...]
     texts: tuple[Place, ...]
     seeds: tuple[Place, ...]
-
-    @property
-    def recordings(self) -> tuple[Recording, ...]:
-        """Those of all models."""
-        return tuple(recording for model in self.models for recording in model.recordings)
 
     def queued(self, session: str, folder: str, text: str | None = None, seed: int | None = None) -> Nodes:
         """One run, as ComfyUI takes it.
@@ -194,9 +191,9 @@ class Plan:
         for model in self.models:
             for recording in model.recordings:
                 nodes[recording.node]["inputs"]["recording"] = session
-                for save in recording.saves:
-                    nodes[save]["inputs"]["filename_prefix"] = f"{folder}/{model.name}"
-        wanted = _ancestors(nodes, [save for recording in self.recordings for save in recording.saves])
+            for save in model.saves:
+                nodes[save]["inputs"]["filename_prefix"] = f"{folder}/{model.name}"
+        wanted = _ancestors(nodes, [save for model in self.models for save in model.saves])
         return {name: node for name, node in nodes.items() if name in wanted}
 
     def left_out(self) -> tuple[str, ...]:
@@ -228,12 +225,10 @@ def parse(text: str, path: StrPath | None = None) -> Nodes:
         right = isinstance(node, dict) and isinstance(node.get("class_type"), str)
         if not right or not isinstance(node.get("inputs"), dict):
             raise wrong("not a node: class_type and inputs were expected", shown(f"node {name}"))
-        for key, value in node["inputs"].items():
-            link = as_link(value)
-            if link is not None and link.node not in found:
-                raise wrong(
-                    shown(f"its input {key} is linked to node {link.node}, which is not there"), title(found, name)
-                )
+        for key, link in _links(node):
+            if link.node not in found:
+                problem = shown(f"its input {key} is linked to node {link.node}, which is not there")
+                raise wrong(problem, title(found, name))
     return found
 
 
@@ -244,12 +239,18 @@ def as_link(value: Any) -> Link | None:
     return Link(value[0], int(value[1])) if is_link else None
 
 
+def _links(node: Mapping[str, Any]) -> Iterator[tuple[str, Link]]:
+    """Inputs of a node that are links."""
+    return ((key, link) for key, value in node["inputs"].items() if (link := as_link(value)) is not None)
+
+
 def title(nodes: Nodes, name: str) -> str:
     """A node, as messages call it."""
-    node = nodes[name]
-    meta = node.get("_meta")
+    if name not in nodes:
+        return shown(f"node {name}")
+    meta = nodes[name].get("_meta")
     said = meta.get("title") if isinstance(meta, dict) else None
-    return shown(f"node {name} ({said if isinstance(said, str) and said else node['class_type']})")
+    return shown(f"node {name} ({said if isinstance(said, str) and said else nodes[name]['class_type']})")
 
 
 def shown(text: object, most: int = 300) -> str:
@@ -286,34 +287,25 @@ def plan(nodes: Nodes, types: Mapping[str, NodeType], path: StrPath | None = Non
             uses.setdefault(link, []).append((sampler, place))
     if not uses:
         unknown = sorted({node["class_type"] for node in graph.nodes.values()} - types.keys())
-        raise CalibrationError(
-            "no sampler: no node takes a MODEL with a CONDITIONING, or a GUIDER, and gives a LATENT",
-            path=path,
-            hint=shown(f"the server does not know {', '.join(unknown)}: install these nodes there")
-            if unknown
-            else None,
-        )
+        problem = "no sampler: no node takes a MODEL with a CONDITIONING, or a GUIDER, and gives a LATENT"
+        hint = shown(f"the server does not know {', '.join(unknown)}: install these nodes there")
+        raise CalibrationError(problem, path=path, hint=hint if unknown else None)
     done = dict(graph.nodes)
     by_loaders: dict[tuple[str, ...], list[Recording]] = {}
     for link, users in uses.items():
-        recording = _insert(done, graph, link, users)
-        by_loaders.setdefault(graph.loaders(link), []).append(recording)
+        by_loaders.setdefault(graph.loaders(link), []).append(_insert(done, graph, link, users))
+    names = _names(graph, [*by_loaders])
     made = Plan(
         done,
-        tuple(
-            Model(name, loaders, tuple(by_loaders[loaders])) for loaders, name in _names(graph, [*by_loaders]).items()
-        ),
+        tuple(Model(names[loaders], loaders, tuple(found)) for loaders, found in by_loaders.items()),
         tuple(dict.fromkeys(place for sampler in samplers for place in graph.texts(sampler))),
         tuple(dict.fromkeys(place for sampler in samplers for place in graph.seeds(sampler))),
     )
     for name, node in made.queued("", "").items():
         if node["class_type"] not in types:
-            raise CalibrationError(
-                f"the server has no node of type {shown(node['class_type'])}",
-                path=path,
-                tensor=title(made.nodes, name),
-                hint="install the custom nodes that the workflow needs, in the ComfyUI that runs there",
-            )
+            problem = f"the server has no node of type {shown(node['class_type'])}"
+            hint = "install the custom nodes that the workflow needs, in the ComfyUI that runs there"
+            raise CalibrationError(problem, path=path, tensor=title(made.nodes, name), hint=hint)
     return made
 
 
@@ -331,9 +323,8 @@ class _Graph:
         """Inputs of a node that are linked to something of a type; in nodes that pass anything on, all that may be."""
         outputs = self.type(name).outputs
         fitting = {kind, ANY} if ANY in outputs or not outputs else {kind}
-        for key, value in self.nodes[name]["inputs"].items():
-            link = as_link(value)
-            if link is not None and not fitting.isdisjoint(self._kind(name, key, link).split(",")):
+        for key, link in _links(self.nodes[name]):
+            if not fitting.isdisjoint(self._kind(name, key, link).split(",")):
                 yield key, link
 
     def _kind(self, name: str, key: str, link: Link) -> str:
@@ -407,30 +398,28 @@ class _Graph:
 def _without_ours(nodes: Nodes) -> Nodes:
     """A workflow without our nodes: what followed a recorder follows what it recorded."""
 
+    def is_ours(name: str) -> bool:
+        return bool(nodes[name]["class_type"].startswith(OURS))
+
     def before(link: Link) -> Link:
-        seen = set()
-        while nodes[link.node]["class_type"] == RECORD and link not in seen:
-            seen.add(link)
+        for _ in nodes:  # recorders in a circle, which the server refuses, are left alone
             earlier = as_link(nodes[link.node]["inputs"].get("model"))
-            if earlier is None:
+            if nodes[link.node]["class_type"] != RECORD or earlier is None:
                 break
             link = earlier
         return link
 
     rest: Nodes = {}
     for name, node in nodes.items():
-        if node["class_type"].startswith(OURS):
+        if is_ours(name):
             continue
-        inputs = {}
-        for key, value in node["inputs"].items():
-            link = as_link(value)
-            if link is None:
-                inputs[key] = value
-                continue
-            link = before(link)
-            if not nodes[link.node]["class_type"].startswith(OURS):  # else a text or a picture that one of ours made
-                inputs[key] = [link.node, link.slot]
-        rest[name] = {**node, "inputs": inputs}
+        rest[name] = {**node, "inputs": dict(node["inputs"])}
+        for key, link in _links(node):
+            source = before(link)
+            if is_ours(source.node):  # a text or an image that one of ours made
+                del rest[name]["inputs"][key]
+            else:
+                rest[name]["inputs"][key] = [*source]
     return rest
 
 
@@ -441,26 +430,19 @@ def _insert(nodes: Nodes, graph: _Graph, link: Link, users: list[tuple[str, Plac
         node = nodes[place.node]
         nodes[place.node] = {**node, "inputs": {**node["inputs"], place.input: [record, 0]}}
     samplers = tuple(dict.fromkeys(sampler for sampler, _ in users))
-    before = {sampler: _ancestors(graph.nodes, [sampler]) - {sampler} for sampler in samplers}
-    last = [sampler for sampler in samplers if not any(sampler in before[other] for other in samplers)]
+    before = {name for sampler in samplers for name in _ancestors(graph.nodes, [sampler]) - {sampler}}
+    last = [sampler for sampler in samplers if sampler not in before]
+    latents = [[sampler, graph.type(sampler).outputs.index(LATENT)] for sampler in last or samplers]
     saves = [
-        _new(
-            nodes,
-            "save",
-            SAVE,
-            "Save Activation Stats",
-            {"stats": [record, 1], "latent": [sampler, graph.type(sampler).outputs.index(LATENT)]},
-        )
-        for sampler in last or samplers
+        _new(nodes, "save", SAVE, "Save Activation Stats", {"stats": [record, 1], "latent": latent})
+        for latent in latents
     ]
     return Recording(record, link, samplers, tuple(saves))
 
 
 def _new(nodes: Nodes, what: str, kind: str, said: str, inputs: dict[str, Any]) -> str:
     """Add a node of ours; its id."""
-    number = 1
-    while (name := f"convert_to_quant_{what}_{number}") in nodes:
-        number += 1
+    name = next(name for n in count(1) if (name := f"convert_to_quant_{what}_{n}") not in nodes)
     nodes[name] = {"class_type": kind, "inputs": inputs, "_meta": {"title": said}}
     return name
 
@@ -473,7 +455,7 @@ def _ancestors(nodes: Nodes, starts: list[str]) -> set[str]:
         name = rest.pop()
         if name not in found:
             found.add(name)
-            rest += [link.node for link in map(as_link, nodes[name]["inputs"].values()) if link is not None]
+            rest += [link.node for _, link in _links(nodes[name])]
     return found
 
 

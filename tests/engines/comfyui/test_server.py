@@ -19,8 +19,7 @@ from aiohttp import web
 
 from convert_to_quant.comfyui_nodes.recording import Recorder
 from convert_to_quant.engines.comfyui import remote, server, workflow
-from convert_to_quant.engines.comfyui.connection import check_address
-from convert_to_quant.engines.comfyui.server import Server
+from convert_to_quant.engines.comfyui.server import Server, check_address
 from convert_to_quant.errors import CalibrationError, OptionError, StatisticsError
 from convert_to_quant.stats import COLUMNS, Statistics
 
@@ -473,15 +472,15 @@ def test_ctrl_c_before_the_answer_still_finds_the_run(serve: Any, flux: Nodes) -
 
     with Server(double.address) as client:
         plan = workflow.plan(flux, client.types(workflow.classes(flux)))
-        ask = client._connection.ask
+        ask = client._ask
 
-        def interrupted(path: str, **how: Any) -> Any:
+        def interrupted(path: str, body: Any = None) -> Any:
             if path == "/prompt":
-                threading.Timer(0.2, lambda: ask(path, **how)).start()
+                threading.Timer(0.2, lambda: ask(path, body)).start()
                 raise KeyboardInterrupt
-            return ask(path, **how)
+            return ask(path, body)
 
-        client._connection.ask = interrupted  # type: ignore[method-assign]
+        client._ask = interrupted  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
             client.run(plan.queued("s", "f"))
         client.cancel()
@@ -679,11 +678,10 @@ def test_addresses_are_taken_as_they_are() -> None:
 
 
 def test_of_each_recorder_the_file_with_the_most_samples_counts() -> None:
-    saved = remote.Saved()
+    files: remote.Files = {}
     for recording, filename, samples in (("r", "1", 2), ("r", "2", 3), ("r", "1", 2), ("s", "2", 1)):
-        saved.note({"recording": recording, "filename": filename, "samples": samples})
-    assert saved.samples == 4
-    assert [(file["filename"], file["samples"]) for file in saved.files.values()] == [("2", 3), ("2", 1)]
+        remote.note(files, {"recording": recording, "filename": filename, "samples": samples})
+    assert [(file["filename"], file["samples"]) for file in files.values()] == [("2", 3), ("2", 1)]
 
 
 def test_runs_need_something_to_vary(flux: Nodes, types: Any) -> None:

@@ -177,12 +177,12 @@ def test_one_recorder_is_saved_behind_its_last_sampler(types: Types) -> None:
         "first": sampler(["load", 0], ["yes", 0], ["size", 0]),
         "second": sampler(["load", 0], ["yes", 0], ["first", 0]),
     }
-    (recording,) = found(nodes, types).recordings
+    ((recording,),) = (model.recordings for model in found(nodes, types).models)
     assert recording.samplers == ("first", "second")
     assert found(nodes, types).queued("", "")[SAVE]["inputs"]["latent"] == ["second", 0]
 
     nodes["second"]["inputs"]["latent_image"] = ["size", 0]
-    (recording,) = found(nodes, types).recordings
+    ((recording,),) = (model.recordings for model in found(nodes, types).models)
     assert len(recording.saves) == 2
 
 
@@ -314,7 +314,7 @@ def test_our_own_nodes_are_taken_out_first(flux: Nodes, types: Types) -> None:
 
 def test_ids_of_new_nodes_are_new(flux: Nodes, types: Types) -> None:
     flux[RECORD] = node("VAELoader", vae_name="ae.safetensors")
-    (recording,) = found(flux, types).recordings
+    ((recording,),) = (model.recordings for model in found(flux, types).models)
     assert recording.node == "convert_to_quant_record_2"
 
 
