@@ -127,10 +127,14 @@ def output_folder() -> Path:
     return Path(folder_paths.get_output_directory())
 
 
+def output_name(path: Path) -> str:
+    """A file's name below the output folder, with slashes."""
+    return path.relative_to(output_folder()).as_posix()
+
+
 def as_output(path: Path) -> dict[str, str]:
     """A file in the output folder, as ComfyUI's clients are told of files and ask for them (`/view`)."""
-    folder = path.parent.relative_to(output_folder())
-    return {"filename": path.name, "subfolder": "/".join(folder.parts), "type": "output"}
+    return {"filename": path.name, "subfolder": output_name(path).rpartition("/")[0], "type": "output"}
 
 
 def next_output(prefix: str, suffix: str = SUFFIX) -> Path:

@@ -12,7 +12,8 @@ ComfyUI runs a node when its inputs changed, and remembers what it gave otherwis
 
 Save Conditioning stands alone: it keeps a prompt's embeddings, for `check --conditioning`.
 
-Nodes keep nothing in themselves. ComfyUI's newer form (V3) is not offered: where a pack has both, it loads this one.
+Nodes keep nothing in themselves. A new node is a class and an entry of `NODES`. ComfyUI's newer form (V3) is not
+offered: where a pack has both, it loads this one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from .recording import Recorder
 if TYPE_CHECKING:
     import torch
 
-CATEGORY = "convert_to_quant"
 STATS = "ACTIVATION_STATS"
 NO_CHECKPOINT = "none"
 """What is chosen in a list of checkpoints for a report of ranges alone."""
@@ -48,14 +48,16 @@ Inputs = dict[str, dict[str, Any]]
 
 _SHOWN_NOTES = 20
 
-_FROM_STATS: dict[str, Input] = {
-    "stats": (STATS, {"tooltip": "From Save Activation Stats, or from Record Activations with a latent."}),
-    "latent": ("LATENT", {"tooltip": "Waits for it. Needed where stats come from Record Activations."}),
-    "statistics_file": (
-        "STRING",
-        {"default": "", "tooltip": "Instead of stats: a file in ComfyUI's output (or input) folder."},
-    ),
-}
+
+def _text(tooltip: str, default: str = "") -> Input:
+    return "STRING", {"default": default, "tooltip": tooltip}
+
+
+def _switch(tooltip: str) -> Input:
+    return "BOOLEAN", {"default": False, "tooltip": tooltip}
+
+
+_HIDDEN = {"unique_id": "UNIQUE_ID"}
 
 _SOLVING: dict[str, Input] = inputs_of(
     SolveOptions,
@@ -73,12 +75,12 @@ _SOLVING: dict[str, Input] = inputs_of(
     },
 )
 
-_RARELY: dict[str, Input] = {
+_OPTIONAL: dict[str, Input] = {
+    "stats": (STATS, {"tooltip": "From Save Activation Stats, or from Record Activations with a latent."}),
+    "latent": ("LATENT", {"tooltip": "Waits for it. Needed where stats come from Record Activations."}),
+    "statistics_file": _text("Instead of stats: a file in ComfyUI's output (or input) folder."),
     **inputs_of(SolveOptions, {"percentile": {"min": 0.01, "tooltip": "For that method."}}),
-    "allow_partial": (
-        "BOOLEAN",
-        {"default": False, "tooltip": "Go on where not all FP8 layers were recorded: the others keep their scales."},
-    ),
+    "allow_partial": _switch("Go on where not all FP8 layers were recorded: the others keep their scales."),
 }
 
 
@@ -94,16 +96,24 @@ def statistics_of(recorded: Recorder | Statistics) -> Statistics:
     return recorded.statistics() if isinstance(recorded, Recorder) else recorded
 
 
-def statistics_from(
-    stats: Recorder | Statistics | None, latent: Mapping[str, Any] | None, statistics_file: str
-) -> Statistics:
-    """What a node is to work on, from a link or a file.
+def solving(
+    *,
+    stats: Recorder | Statistics | None = None,
+    latent: Mapping[str, Any] | None = None,
+    statistics_file: str = "",
+    margin: float = 0.0,
+    allow_partial: bool = False,
+    **options: Any,
+) -> tuple[SolveOptions, Statistics, bool]:
+    """What the inputs of `_SOLVING` and `_OPTIONAL` say: how to solve, from what, and whether some layers may lack.
 
     Raises:
-        OptionError: both or neither were given, or the link's statistics come before anything was sampled.
+        OptionError: both or neither of a link and a file were given, the link's statistics come before anything was
+            sampled, or an option is out of range.
         StatisticsError: there is no such file, or it holds no statistics.
         CalibrationError: nothing was recorded.
     """
+    how = SolveOptions(margin=margin or None, **options)
     if (stats is None) != bool(statistics_file.strip()):
         raise OptionError("statistics come from a link or from a file: exactly one of stats and statistics_file")
     if isinstance(stats, Recorder) and latent is None:
@@ -111,7 +121,8 @@ def statistics_from(
             "this node would run before the sampler",
             hint="take stats from Save Activation Stats, or connect the sampler's LATENT to this node, too",
         )
-    return Statistics.load(folders.statistics_file(statistics_file)) if stats is None else statistics_of(stats)
+    found = Statistics.load(folders.statistics_file(statistics_file)) if stats is None else statistics_of(stats)
+    return how, found, allow_partial
 
 
 def state_of_files(checkpoint: str | None, statistics_file: str) -> str:
@@ -128,16 +139,50 @@ def state_of_files(checkpoint: str | None, statistics_file: str) -> str:
     return " ".join(f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}" for stat in stats)
 
 
-class RecordActivations:
-    """Records what each linear layer of a MODEL receives while a sampler runs it. The picture stays the same."""
+class Node:
+    """What all nodes have in common. The docstring of each is what ComfyUI shows of it."""
 
-    DESCRIPTION = (
-        "Records what every linear layer receives while a sampler paints with this MODEL. Nothing else changes: "
-        "latents are the same to the last bit. Totals add up over prompts and seeds until the model changes. Best "
-        "done with the 16-bit model."
-    )
-    CATEGORY = CATEGORY
+    DESCRIPTION: str
+    CATEGORY = "convert_to_quant"
+    OUTPUT_NODE = True
+
+    def __init_subclass__(cls) -> None:
+        cls.DESCRIPTION = " ".join((cls.__doc__ or "").split())
+
+
+class Saving(Node):
+    """A node that writes into ComfyUI's output folder."""
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
+        """Refuse a bad name before anything is sampled."""
+        return _refusal(lambda: filename_prefix is None or folders.next_output(filename_prefix))
+
+
+class Solving(Node):
+    """A node that chooses scales."""
+
+    @staticmethod
+    def inputs(checkpoints: list[str], tooltip: str, **more: Input) -> Inputs:
+        """What goes in: a checkpoint, how to solve, `more`, and statistics."""
+        required = {"checkpoint": (checkpoints, {"tooltip": tooltip}), **_SOLVING, **more}
+        return {"required": required, "optional": dict(_OPTIONAL), "hidden": _HIDDEN}
+
+    @classmethod
+    def IS_CHANGED(cls, checkpoint: str | None = None, statistics_file: str = "", **_inputs: Any) -> str:
+        """When the files that are read change."""
+        return state_of_files(checkpoint, statistics_file)
+
+
+class RecordActivations(Node):
+    """Records what every linear layer receives while a sampler runs this MODEL.
+
+    Nothing else changes: latents are the same to the last bit. Totals add up over prompts and seeds until the model
+    changes. Best done with the 16-bit model.
+    """
+
     FUNCTION = "record"
+    OUTPUT_NODE = False
     RETURN_TYPES = ("MODEL", STATS)
     RETURN_NAMES = ("model", "stats")
     OUTPUT_TOOLTIPS = ("Records while it samples.", "Grows with every sampling.")
@@ -145,22 +190,14 @@ class RecordActivations:
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         """What goes in."""
+        file = (
+            "Go on from this file, made by Save Activation Stats: its path in ComfyUI's output (or input) folder. "
+            "Empty: start from nothing."
+        )
+        reset = "Forget what was recorded, each time this is queued."
         return {
             "required": {"model": ("MODEL", {"tooltip": "Behind all LoRAs, in front of the sampler."})},
-            "optional": {
-                "statistics_file": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "tooltip": "Go on from this file, made by Save Activation Stats: its path in ComfyUI's output "
-                        "(or input) folder. Empty: start from nothing.",
-                    },
-                ),
-                "reset": (
-                    "BOOLEAN",
-                    {"default": False, "tooltip": "Forget what was recorded, each time this is queued."},
-                ),
-            },
+            "optional": {"statistics_file": _text(file), "reset": _switch(reset)},
         }
 
     @classmethod
@@ -175,19 +212,16 @@ class RecordActivations:
         return recorder.attach(model), recorder
 
 
-class SaveActivationStats:
-    """Writes recorded statistics into ComfyUI's output folder, once the LATENT is there."""
+class SaveActivationStats(Saving):
+    """Writes what was recorded into ComfyUI's output folder, after the sampler is done.
 
-    DESCRIPTION = (
-        "Writes what was recorded into ComfyUI's output folder, after the sampler is done. The same recording "
-        "goes to the same file; another one, or one whose file was moved away, gets the next number."
-    )
-    CATEGORY = CATEGORY
+    The same recording goes to the same file; another one, or one whose file was moved away, gets the next number.
+    """
+
     FUNCTION = "save"
     RETURN_TYPES = (STATS, "STRING")
     RETURN_NAMES = ("stats", "file")
     OUTPUT_TOOLTIPS = ("As saved: what follows runs after sampling.", "The file, in ComfyUI's output folder.")
-    OUTPUT_NODE = True
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
@@ -196,23 +230,15 @@ class SaveActivationStats:
             "required": {
                 "stats": (STATS, {"tooltip": "From Record Activations."}),
                 "latent": ("LATENT", {"tooltip": "From the sampler: waits until it is done."}),
-                "filename_prefix": (
-                    "STRING",
-                    {"default": "activation_stats/stats", "tooltip": "Folder and name in ComfyUI's output folder."},
-                ),
+                "filename_prefix": _text("Folder and name in ComfyUI's output folder.", "activation_stats/stats"),
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": _HIDDEN,
         }
 
     @classmethod
     def IS_CHANGED(cls, **_inputs: Any) -> float:
         """Always: the recorder is the same, and what it holds is not."""
         return math.nan
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
-        """Refuse a bad name before anything is sampled."""
-        return _refusal(lambda: filename_prefix is None or folders.next_output(filename_prefix))
 
     def save(
         self,
@@ -223,40 +249,33 @@ class SaveActivationStats:
     ) -> dict[str, Any]:
         """Write them, and pass them on as they are now."""
         statistics = statistics_of(stats)
-        files = stats.files if isinstance(stats, Recorder) else {}
+        recording, files = (stats.recording, stats.files) if isinstance(stats, Recorder) else ("", {})
         path, written = files.get(filename_prefix, (None, None))
         if path is None or folders.written_at(path) != written:  # moved away, and another may have its name
             path = folders.next_output(filename_prefix)
         folders.make_parent(path)
         statistics.save(path)
         files[filename_prefix] = (path, folders.written_at(path))
-        file = path.relative_to(folders.output_folder()).as_posix()
+        file = folders.output_name(path)
         layers = plural(int(statistics.visited.sum()), "layer")
         text = f"{layers}, {plural(statistics.samples, 'sample')}: {file}"
         if unseen := statistics.unseen:
             text += f"\n{len(unseen)} layers ran, but their inputs could not be seen (first: {unseen[0]})"
         show_text(unique_id, text)
-        entry = {
-            **folders.as_output(path),
-            "recording": stats.recording if isinstance(stats, Recorder) else "",
-            "samples": statistics.samples,
-        }
+        entry = {**folders.as_output(path), "recording": recording, "samples": statistics.samples}
         return {"ui": {"text": [text], "statistics": [entry]}, "result": (statistics, file)}
 
 
-class SaveConditioning:
-    """Writes a CONDITIONING into ComfyUI's output folder, for `check --conditioning`."""
+class SaveConditioning(Saving):
+    """Writes the embeddings of a prompt into ComfyUI's output folder.
 
-    DESCRIPTION = (
-        "Writes the embeddings of a prompt into ComfyUI's output folder, as convert_to_quant's check and observe take "
-        "them with --conditioning. Each gets the next number."
-    )
-    CATEGORY = CATEGORY
+    convert_to_quant's check and observe take them with --conditioning. Each gets the next number.
+    """
+
     FUNCTION = "save"
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("file",)
     OUTPUT_TOOLTIPS = ("The file, in ComfyUI's output folder.",)
-    OUTPUT_NODE = True
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
@@ -264,18 +283,10 @@ class SaveConditioning:
         return {
             "required": {
                 "conditioning": ("CONDITIONING", {"tooltip": "From CLIP Text Encode, as the sampler gets it."}),
-                "filename_prefix": (
-                    "STRING",
-                    {"default": "conditioning/prompt", "tooltip": "Folder and name in ComfyUI's output folder."},
-                ),
+                "filename_prefix": _text("Folder and name in ComfyUI's output folder.", "conditioning/prompt"),
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": _HIDDEN,
         }
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
-        """Refuse a bad name before anything is sampled."""
-        return _refusal(lambda: filename_prefix is None or folders.next_output(filename_prefix))
 
     def save(
         self,
@@ -290,51 +301,33 @@ class SaveConditioning:
         path = folders.next_output(filename_prefix)
         folders.make_parent(path)
         prompts.save(path)
-        file = path.relative_to(folders.output_folder()).as_posix()
+        file = folders.output_name(path)
         text = f"{plural(prompts.count, 'prompt')}: {file}"
         show_text(unique_id, text)
         return {"ui": {"text": [text]}, "result": (file,)}
 
 
-class CalibrateFP8Checkpoint:
-    """Chooses the input scale and precision of every FP8 layer from statistics, and writes a new checkpoint."""
+class CalibrateFP8Checkpoint(Solving):
+    """Chooses the input scale of every FP8 layer, and the layers that need full precision, from what was recorded.
 
-    DESCRIPTION = (
-        "Chooses the input scale of every FP8 layer, and the layers that need full precision, from what was recorded, "
-        "and writes a new checkpoint into the models folder. The chosen checkpoint stays as it is."
-    )
-    CATEGORY = CATEGORY
+    Writes a new checkpoint into the models folder. The chosen checkpoint stays as it is.
+    """
+
     FUNCTION = "calibrate"
     RETURN_TYPES = ("STRING", "STRING")
     RETURN_NAMES = ("file", "report")
     OUTPUT_TOOLTIPS = ("The new checkpoint, in its models folder.", "What was done.")
-    OUTPUT_NODE = True
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         """What goes in."""
-        return {
-            "required": {
-                "checkpoint": (folders.checkpoint_names(), {"tooltip": "An FP8 checkpoint of the recorded model."}),
-                **_SOLVING,
-                "output_name": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "tooltip": "Name of the new file in the checkpoint's models folder. Empty: the checkpoint's "
-                        "name with _calibrated.",
-                    },
-                ),
-                "overwrite": ("BOOLEAN", {"default": False, "tooltip": "Replace a file of that name."}),
-            },
-            "optional": {**_FROM_STATS, **_RARELY},
-            "hidden": {"unique_id": "UNIQUE_ID"},
-        }
-
-    @classmethod
-    def IS_CHANGED(cls, checkpoint: str | None = None, statistics_file: str = "", **_inputs: Any) -> str:
-        """When the files that are read change."""
-        return state_of_files(checkpoint, statistics_file)
+        name = "Name of the new file in the checkpoint's models folder. Empty: the checkpoint's name with _calibrated."
+        return cls.inputs(
+            folders.checkpoint_names(),
+            "An FP8 checkpoint of the recorded model.",
+            output_name=_text(name),
+            overwrite=_switch("Replace a file of that name."),
+        )
 
     @classmethod
     def VALIDATE_INPUTS(
@@ -349,28 +342,18 @@ class CalibrateFP8Checkpoint:
         self,
         *,
         checkpoint: str,
-        method: Any = "absmax",
-        margin: float = 0.0,
-        full_precision_budget: float = 0.0,
         output_name: str = "",
         overwrite: bool = False,
-        stats: Recorder | Statistics | None = None,
-        latent: Mapping[str, Any] | None = None,
-        statistics_file: str = "",
-        percentile: float = 99.9,
-        allow_partial: bool = False,
         unique_id: str | None = None,
+        **inputs: Any,
     ) -> dict[str, Any]:
         """Solve, and write the new checkpoint."""
         choice = folders.choose_checkpoint(checkpoint)
         output = choice.output(output_name, overwrite)
-        options = SolveOptions(
-            method=method, margin=margin or None, percentile=percentile, full_precision_budget=full_precision_budget
-        )
-        statistics = statistics_from(stats, latent, statistics_file)
+        options, statistics, partial = solving(**inputs)
         show_text(unique_id, f"calibrating {choice.path.name}")
         with open_checkpoint(choice.path) as opened:
-            calibration = apply_statistics(opened, statistics, options, force=allow_partial)
+            calibration = apply_statistics(opened, statistics, options, force=partial)
             folders.make_parent(output)
             patch = patch_model_with_scales(opened, calibration, output)
         text = summary(calibration, patch.notes)
@@ -379,48 +362,27 @@ class CalibrateFP8Checkpoint:
         return {"ui": {"text": [f"{file}\n{text}"]}, "result": (file, text)}
 
 
-class ActivationReport:
-    """Draws what was recorded on FP8's range, before and after calibration, and says what is at risk."""
+class ActivationReport(Solving):
+    """Draws what each layer receives on the range of FP8, and says which layers are at risk.
 
-    DESCRIPTION = (
-        "Draws what each layer receives on the range of FP8, and says which layers are at risk. With a checkpoint: at "
-        "its present scales, and at those that Calibrate FP8 Checkpoint would choose with the same settings. Changes "
-        "no checkpoint."
-    )
-    CATEGORY = CATEGORY
+    With a checkpoint: at its present scales, and at those that Calibrate FP8 Checkpoint would choose with the same
+    settings. Changes no checkpoint.
+    """
+
     FUNCTION = "draw"
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("image", "verdict")
     OUTPUT_TOOLTIPS = ("To preview or save.", "What is at risk, and what calibration changes.")
-    OUTPUT_NODE = True
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         """What goes in."""
-        return {
-            "required": {
-                "checkpoint": (
-                    [NO_CHECKPOINT, *folders.checkpoint_names()],
-                    {"tooltip": f"An FP8 checkpoint of the recorded model. {NO_CHECKPOINT}: what was recorded alone."},
-                ),
-                **_SOLVING,
-                "filename_prefix": (
-                    "STRING",
-                    {
-                        "default": "activation_stats/report",
-                        "tooltip": "Folder and name in ComfyUI's output folder, for a page to open in a browser. "
-                        "Empty: no page.",
-                    },
-                ),
-            },
-            "optional": {**_FROM_STATS, **_RARELY},
-            "hidden": {"unique_id": "UNIQUE_ID"},
-        }
-
-    @classmethod
-    def IS_CHANGED(cls, checkpoint: str | None = None, statistics_file: str = "", **_inputs: Any) -> str:
-        """When the files that are read change."""
-        return state_of_files(checkpoint, statistics_file)
+        page = "Folder and name in ComfyUI's output folder, for a page to open in a browser. Empty: no page."
+        return cls.inputs(
+            [NO_CHECKPOINT, *folders.checkpoint_names()],
+            f"An FP8 checkpoint of the recorded model. {NO_CHECKPOINT}: what was recorded alone.",
+            filename_prefix=_text(page, "activation_stats/report"),
+        )
 
     @classmethod
     def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
@@ -431,35 +393,30 @@ class ActivationReport:
         self,
         *,
         checkpoint: str = NO_CHECKPOINT,
-        method: Any = "absmax",
-        margin: float = 0.0,
-        full_precision_budget: float = 0.0,
         filename_prefix: str = "activation_stats/report",
-        stats: Recorder | Statistics | None = None,
-        latent: Mapping[str, Any] | None = None,
-        statistics_file: str = "",
-        percentile: float = 99.9,
-        allow_partial: bool = False,
         unique_id: str | None = None,
+        **inputs: Any,
     ) -> dict[str, Any]:
         """Solve, draw, and write the page."""
+        import numpy as np
+        import torch
+
         from ..report import figures, page, picture
 
         model = None if checkpoint == NO_CHECKPOINT else folders.choose_checkpoint(checkpoint).path
-        options = SolveOptions(
-            method=method, margin=margin or None, percentile=percentile, full_precision_budget=full_precision_budget
-        )
         path = folders.next_output(filename_prefix, ".html") if filename_prefix.strip() else None
-        statistics = statistics_from(stats, latent, statistics_file)
+        options, statistics, partial = solving(**inputs)
         show_text(unique_id, "drawing")
-        report = figures.build(figures.Source(statistics, model, options), force=allow_partial)
-        image = as_image(picture.draw(report))
+        report = figures.build(figures.Source(statistics, model, options), force=partial)
+        pixels = np.asarray(picture.draw(report).convert("RGB"), np.float32) / 255
+        image = torch.from_numpy(pixels)[None]  # as ComfyUI has images: [1, height, width, 3], 0 to 1
         text = "\n".join((report.verdict.headline, *report.verdict.points))
+        pages = []
         if path is not None:
             folders.make_parent(path)
             write_bytes(path, page.render(report.document()).encode())
+            pages = [folders.as_output(path)]
         show_text(unique_id, text)
-        pages = [] if path is None else [folders.as_output(path)]
         return {"ui": {"text": [text], "pages": pages}, "result": (image, text)}
 
 
@@ -491,14 +448,6 @@ def embeddings_of(conditioning: Sequence[tuple[torch.Tensor, Mapping[str, Any]]]
     return {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
 
 
-def as_image(picture: Any) -> torch.Tensor:
-    """A PIL image as ComfyUI has images: [1, height, width, 3], float32, 0 to 1."""
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255)[None]
-
-
 def summary(calibration: Calibration, notes: list[str]) -> str:
     """What a calibration did: a line of numbers, then what a user should know.
 
@@ -526,19 +475,14 @@ def _refusal(check: Any) -> bool | str:
     return True
 
 
-NODE_CLASS_MAPPINGS: Mapping[str, type] = {
-    "ConvertToQuantRecordActivations": RecordActivations,
-    "ConvertToQuantSaveActivationStats": SaveActivationStats,
-    "ConvertToQuantSaveConditioning": SaveConditioning,
-    "ConvertToQuantCalibrateFP8Checkpoint": CalibrateFP8Checkpoint,
-    "ConvertToQuantActivationReport": ActivationReport,
+NODES: Mapping[str, tuple[type, str]] = {
+    "ConvertToQuantRecordActivations": (RecordActivations, "Record Activations"),
+    "ConvertToQuantSaveActivationStats": (SaveActivationStats, "Save Activation Stats"),
+    "ConvertToQuantSaveConditioning": (SaveConditioning, "Save Conditioning"),
+    "ConvertToQuantCalibrateFP8Checkpoint": (CalibrateFP8Checkpoint, "Calibrate FP8 Checkpoint"),
+    "ConvertToQuantActivationReport": (ActivationReport, "Activation Report"),
 }
-"""Names in workflows; they never change."""
+"""Name in workflows, which never changes -> the node, and its title."""
 
-NODE_DISPLAY_NAME_MAPPINGS: Mapping[str, str] = {
-    "ConvertToQuantRecordActivations": "Record Activations",
-    "ConvertToQuantSaveActivationStats": "Save Activation Stats",
-    "ConvertToQuantSaveConditioning": "Save Conditioning",
-    "ConvertToQuantCalibrateFP8Checkpoint": "Calibrate FP8 Checkpoint",
-    "ConvertToQuantActivationReport": "Activation Report",
-}
+NODE_CLASS_MAPPINGS = {name: kind for name, (kind, _) in NODES.items()}
+NODE_DISPLAY_NAME_MAPPINGS = {name: title for name, (_, title) in NODES.items()}

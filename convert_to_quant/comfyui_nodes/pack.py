@@ -7,6 +7,7 @@ somebody else wrote or changed, and only what is ours is replaced or removed.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 from ..checkpoint import write_bytes
@@ -92,12 +93,7 @@ def uninstall(comfyui: Path, *, dry_run: bool = False) -> Path:
     if dry_run:
         return folder
     try:
-        for path in (folder / CACHE).glob("*"):
-            path.unlink()
-        if (folder / CACHE).exists():
-            (folder / CACHE).rmdir()
-        (folder / FILE).unlink(missing_ok=True)
-        folder.rmdir()
+        shutil.rmtree(folder)
     except OSError as error:
         raise OutputError(f"cannot be removed: {error.strerror}", path=folder) from None
     return folder
@@ -115,15 +111,12 @@ def _check_ours(folder: Path) -> None:
     hint = "move it away yourself if you do not need it"
     if folder.is_symlink() or not folder.is_dir():
         raise OutputError("not the folder that install makes, so it is left alone", path=folder, hint=hint)
-    inside = list(folder.iterdir())
+    inside = list(folder.rglob("*"))
     if not inside:  # an install that was killed between its two steps
         return
-    strangers = [path for path in inside if path.name not in (FILE, CACHE) or path.is_symlink()]
-    cache = folder / CACHE
-    if cache.is_dir() and not cache.is_symlink():
-        strangers += [path for path in cache.iterdir() if not (path.match("__init__.*.pyc") and path.is_file())]
-    elif cache.exists():
-        strangers.append(cache)
+    ours = {path for path in (folder / FILE, *(folder / CACHE).glob("__init__.*.pyc")) if path.is_file()}
+    ours |= {path for path in inside if path == folder / CACHE and path.is_dir()}
+    strangers = [path for path in inside if path.is_symlink() or path not in ours]
     if strangers:
         raise OutputError("install did not write this, so it is left alone", path=strangers[0], hint=hint)
     try:

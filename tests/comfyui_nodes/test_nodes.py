@@ -16,7 +16,6 @@ from torch import Tensor
 
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.comfyui_nodes.nodes import (
-    CATEGORY,
     NODE_CLASS_MAPPINGS,
     NODE_DISPLAY_NAME_MAPPINGS,
     ActivationReport,
@@ -24,6 +23,7 @@ from convert_to_quant.comfyui_nodes.nodes import (
     RecordActivations,
     SaveActivationStats,
     SaveConditioning,
+    solving,
 )
 from convert_to_quant.engines.prompts import Prompts
 from convert_to_quant.errors import CalibrationError, OptionError, OutputError, StatisticsError
@@ -67,9 +67,13 @@ def scales(path: Path) -> dict[str, float]:
 def test_nodes_say_what_comfyui_asks(comfyui: Any, name: str) -> None:
     node: Any = NODE_CLASS_MAPPINGS[name]
     inputs = node.INPUT_TYPES()
-    function = inspect.signature(getattr(node, node.FUNCTION)).parameters
+    function = dict(inspect.signature(getattr(node, node.FUNCTION)).parameters)
+    if function.pop("inputs", None):
+        defaults = inspect.signature(SolveOptions).parameters
+        function |= {key: defaults[key] for key in ("method", "percentile", "full_precision_budget")}
+        function |= {key: value for key, value in inspect.signature(solving).parameters.items() if key != "options"}
 
-    assert node.CATEGORY == CATEGORY == "convert_to_quant"
+    assert node.CATEGORY == "convert_to_quant"
     assert NODE_DISPLAY_NAME_MAPPINGS[name]
     assert node.DESCRIPTION
     assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES) == len(node.OUTPUT_TOOLTIPS)

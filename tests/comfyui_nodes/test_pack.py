@@ -110,6 +110,10 @@ def cache_is_a_link(folder: Path) -> None:
     (folder / "__pycache__").symlink_to(folder.parent / "another")
 
 
+def cache_is_a_file(folder: Path) -> None:
+    (folder / "__pycache__").touch()
+
+
 def clone(folder: Path) -> None:
     (folder / "__init__.py").write_text("from .nodes import NODE_CLASS_MAPPINGS\n")
 
@@ -140,7 +144,7 @@ def test_a_dry_run_checks_everything_and_touches_nothing(home: Path) -> None:
             action(home, dry_run=True)
 
 
-@pytest.mark.parametrize("spoil", [change, add, add_to_cache, cache_is_a_link, clone, link, file])
+@pytest.mark.parametrize("spoil", [change, add, add_to_cache, cache_is_a_link, cache_is_a_file, clone, link, file])
 @pytest.mark.parametrize("action", [pack.install, pack.uninstall])
 def test_what_is_not_ours_is_left_alone(home: Path, action: Any, spoil: Any) -> None:
     spoil(pack.install(home))
