@@ -133,7 +133,7 @@ def observe(args: argparse.Namespace) -> int:
             with progress_bar("observing") as progress:
                 found, idle = remote.observe(server, plan, runs, FOLDER, progress)
     if idle:
-        note(f"{idle} of {len(runs)} runs recorded nothing: ComfyUI knew them, and gave what it had")
+        note(f"{idle} of {len(runs)} runs recorded nothing: ComfyUI answered them from its cache")
     for name, statistics in found.items():
         statistics.save(outputs[name])
         absent = [layer for layer, ran in zip(statistics.names, statistics.visited, strict=True) if not ran]

@@ -38,7 +38,7 @@ def inside(folder: Path, name: str) -> Path:
     said = PureWindowsPath(name)
     if not said.parts or said.anchor or any(map(_is_bad, said.parts)):
         raise OptionError(
-            f"{name!r} is no file name below {folder}", hint="use plain names, with / between folder and file"
+            f"{name!r} is not a file name below {folder}", hint="use plain names, with / between folder and file"
         )
     path = folder.joinpath(*said.parts)
     if not path.resolve().is_relative_to(folder.resolve()):

@@ -170,7 +170,7 @@ def test_layers_that_ran_unseen_are_told(
         (["-o", "GONE/stats.safetensors"], 1, "does not exist"),
         (["-o", "WORKFLOW"], 1, "is the same file as the input"),
         (["-o", "FOLDER"], 1, "cannot be written: it is a folder"),
-        (["--server", "localhost:8188"], 2, "localhost:8188 is no address of a server"),
+        (["--server", "localhost:8188"], 2, "localhost:8188 is not a server address"),
         (["--server", "http://127.0.0.1:9"], 1, "http://127.0.0.1:9: no answer: "),
         (["--workflow", "GONE"], 1, "cannot be read: No such file"),
     ],

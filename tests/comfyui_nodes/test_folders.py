@@ -43,7 +43,7 @@ OUTSIDE = [
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_names_that_lead_out_or_could_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(OptionError, match="is no file name below"):
+    with pytest.raises(OptionError, match="is not a file name below"):
         folders.inside(tmp_path, name)
 
 
@@ -108,7 +108,7 @@ def test_outputs_stay_in_the_folder_of_their_checkpoint(tmp_path: Path) -> None:
     for overwrite in (False, True):
         with pytest.raises(OutputError, match="same file as the input"):
             choice.output("sub/flux", overwrite)
-        with pytest.raises(OptionError, match="is no file name below"):
+        with pytest.raises(OptionError, match="is not a file name below"):
             choice.output("../flux2", overwrite)
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(OutputError, match="exists already"):
@@ -122,7 +122,7 @@ def test_statistics_files_are_numbered(comfyui: Any) -> None:
     for name in ("stats_00007_.safetensors", "stats_b_00009_.safetensors", "stats_x_.safetensors", "stats.png"):
         (output / "a" / name).touch()
     assert folders.next_output("a\\stats") == output / "a" / "stats_00008_.safetensors"
-    with pytest.raises(OptionError, match="is no file name below"):
+    with pytest.raises(OptionError, match="is not a file name below"):
         folders.next_output("../stats")
 
 
@@ -133,5 +133,5 @@ def test_statistics_are_looked_for_in_the_output_and_then_in_the_input_folder(co
     assert folders.statistics_file(" x.safetensors ") == comfyui.root / "output" / "x.safetensors"
     with pytest.raises(StatisticsError, match="no such file in ComfyUI's output and input folders"):
         folders.statistics_file("y")
-    with pytest.raises(OptionError, match="is no file name below"):
+    with pytest.raises(OptionError, match="is not a file name below"):
         folders.statistics_file("../models/secret.safetensors")

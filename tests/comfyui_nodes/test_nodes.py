@@ -205,8 +205,8 @@ def test_nothing_is_saved_where_nothing_was_recorded(comfyui: Any) -> None:
 def test_save_refuses_names_outside_of_the_output_folder(comfyui: Any, recorded: Any) -> None:
     assert SaveActivationStats.VALIDATE_INPUTS("a/b") is True
     assert SaveActivationStats.VALIDATE_INPUTS() is True
-    assert "is no file name below" in str(SaveActivationStats.VALIDATE_INPUTS("../models/a"))
-    with pytest.raises(OptionError, match="is no file name below"):
+    assert "is not a file name below" in str(SaveActivationStats.VALIDATE_INPUTS("../models/a"))
+    with pytest.raises(OptionError, match="is not a file name below"):
         SaveActivationStats().save(recorded, LATENT, "../a")
     assert [path.name for path in comfyui.root.rglob("*.safetensors")] == []
 
@@ -285,7 +285,7 @@ def test_outputs_that_cannot_be_are_refused_before_anything_is_sampled(comfyui: 
     assert validate(NAME, "taken", True) is True
     assert "exists already" in str(validate(NAME, "taken", False))
     assert "same file as the input" in str(validate(NAME, "flux", True))
-    assert "is no file name below" in str(validate(NAME, "../../escape", False))
+    assert "is not a file name below" in str(validate(NAME, "../../escape", False))
     assert "ComfyUI lists no checkpoint" in str(validate("diffusion_models/../../x.safetensors", "", False))
 
 
@@ -294,7 +294,7 @@ def test_no_checkpoint_is_written_outside_of_the_models_folder(
     comfyui: Any, checkpoint: Path, recorded: Any, output: str
 ) -> None:
     before = sorted(comfyui.root.rglob("*"))
-    with pytest.raises(OptionError, match="is no file name below"):
+    with pytest.raises(OptionError, match="is not a file name below"):
         CalibrateFP8Checkpoint().calibrate(checkpoint=NAME, stats=recorded.statistics(), output_name=output)
     assert sorted(comfyui.root.rglob("*")) == before
 
@@ -376,8 +376,8 @@ def test_prompts_that_differ_do_not_go_into_one_file(comfyui: Any, cond: Any, fo
 
 def test_a_conditioning_is_not_saved_outside_of_the_output_folder(comfyui: Any) -> None:
     assert SaveConditioning.VALIDATE_INPUTS("a/b") is True
-    assert "is no file name below" in str(SaveConditioning.VALIDATE_INPUTS("../a"))
-    with pytest.raises(OptionError, match="is no file name below"):
+    assert "is not a file name below" in str(SaveConditioning.VALIDATE_INPUTS("../a"))
+    with pytest.raises(OptionError, match="is not a file name below"):
         SaveConditioning().save([entry()], "../a")
 
 
@@ -426,8 +426,8 @@ def test_a_report_can_go_without_a_page_and_never_replaces_one(comfyui: Any, rec
 def test_a_report_refuses_names_outside_of_the_output_folder(comfyui: Any, recorded: Any) -> None:
     validate = ActivationReport.VALIDATE_INPUTS
     assert [validate(name) for name in (None, "", "a/b")] == [True] * 3
-    assert "is no file name below" in str(validate("../a"))
-    with pytest.raises(OptionError, match="is no file name below"):
+    assert "is not a file name below" in str(validate("../a"))
+    with pytest.raises(OptionError, match="is not a file name below"):
         ActivationReport().draw(stats=recorded.statistics(), filename_prefix="..\\a")
     with pytest.raises(OptionError, match="ComfyUI lists no checkpoint"):
         ActivationReport().draw(stats=recorded.statistics(), checkpoint="diffusion_models/../../x.safetensors")

@@ -1,4 +1,4 @@
-"""ComfyUI's own models as an engine: what their layers receive while they paint from noise, without a server.
+"""ComfyUI's own models as an engine: what their layers receive while they sample from noise, without a server.
 
 Why it exists. ComfyUI runs dozens of families that no engine of ours does, and it is what most files are made for. Its
 loader finds the family, its sampler takes the steps, its classes make of a conditioning what a network wants; so here
@@ -8,7 +8,7 @@ How it works. The file is loaded as its nodes would load it. ComfyUI renames, sp
 own functions are run once more on row numbers (`provenance.py`) to see which rows of which tensor of the file every
 weight came from. Then it takes Euler steps from pure noise along the noise levels of the model's own schedule: sigma 1
 to 0 in equal steps for flow models, as `engines.diffusers` takes them, and ComfyUI's "normal" schedule for others,
-whose sigma s is told to the recorder as the share of noise s / (1 + s). One picture at a time: not every model of
+whose sigma s is told to the recorder as the share of noise s / (1 + s). One image at a time: not every model of
 ComfyUI takes a batch.
 
 Inputs are recorded clean: layers in FP8 compute in full precision, whatever the hardware and the file's scales.
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from torch import Tensor
 
 from ... import marks, names
 from ...checkpoint import Checkpoint
-from ...errors import CalibrationError, LoraError, OptionError, StrPath, UnsupportedModelError
+from ...errors import CalibrationError, LoraError, OptionError, UnsupportedModelError
 from ...families.comfyui import IMAGE, SOUND, VIDEO, Conditions, Scene, measure
 from ...families.running import Shapes
 from ...layers import LayerTable, find_layers
@@ -50,16 +49,16 @@ from . import inprocess_tree as tree
 from .inprocess_conditions import conditions_of, draw, wanted
 
 PATCH_PIXELS = 16
-"""What one token of a picture covers along each side, for models whose latents have only a length."""
+"""What one token of an image covers along each side, for models whose latents have only a length."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is painted.
+    """Size of a sample.
 
     Attributes:
         height, width: in pixels.
-        frames: of a video, 1 for a picture.
+        frames: of a video, 1 for an image.
         text_tokens: length of a prompt.
     """
 
@@ -99,15 +98,8 @@ class Model:
 
         return isinstance(self.patcher.model.model_sampling, CONST)
 
-    @property
-    def starts_from_noise(self) -> bool:
-        """Whether sampling starts from noise; models that turn one picture into another start from that."""
-        from comfy.model_sampling import IMG_TO_IMG, IMG_TO_IMG_FLOW
-
-        return not isinstance(self.patcher.model.model_sampling, IMG_TO_IMG | IMG_TO_IMG_FLOW)
-
     def scene(self, size: Size) -> Scene:
-        """What is painted, in this model's latents.
+        """The size of a sample in this model's latents.
 
         Raises:
             UnsupportedModelError: the network does not tell the size of everything that it is shown.
@@ -125,12 +117,12 @@ class Model:
             math.ceil(size.height / PATCH_PIXELS) * math.ceil(size.width / PATCH_PIXELS),
             size.text_tokens,
         )
-        with _located(self.checkpoint.path):
+        with self._understood("measure"):
             wanted(self._wants, scene)
         return scene
 
     def latents(self, scene: Scene, seed: int, number: int) -> list[Tensor]:
-        """Pure noise: the latents of one trajectory, several where a model paints and sounds."""
+        """Pure noise: the latents of one trajectory, several where a model makes images and sound."""
         made = self.patcher.model.latent_format
         usual = {1: SOUND, 2: IMAGE, 3: VIDEO}[made.latent_dimensions]
         batch = measure(self._wants.batch, scene)
@@ -152,8 +144,9 @@ class Model:
             sigmas: Tensor = calculate_sigmas(self.patcher.model.model_sampling, "normal", steps)
         return sigmas
 
-    def level(self, sigma: Tensor | None) -> Tensor | None:
-        """A sigma as the share of noise."""
+    def level(self, _: tuple[Any, ...], arguments: dict[str, Any]) -> Tensor | None:
+        """The share of noise in a call of the network."""
+        sigma: Tensor | None = arguments.get("transformer_options", {}).get("sigmas")
         return sigma if sigma is None or self.is_flow else sigma / (1 + sigma)
 
     def paint(
@@ -177,22 +170,24 @@ class Model:
             after_step: called after every evaluation.
 
         Returns:
-            What was painted, as ComfyUI gives it to a VAE.
+            The sample, as ComfyUI gives it to a VAE.
 
         Raises:
             UnsupportedModelError: ComfyUI fails, and says why.
             CalibrationError: a layer does something to its input that the recorder does not know.
         """
+        from comfy.model_sampling import IMG_TO_IMG, IMG_TO_IMG_FLOW
         from comfy.nested_tensor import NestedTensor
         from comfy.samplers import CFGGuider, sampler_object
 
-        start = latents[0] if len(latents) == 1 else NestedTensor(latents)
-        empty = torch.zeros_like(latents[0]) if len(latents) == 1 else NestedTensor([x * 0 for x in latents])
-        if not self.starts_from_noise:
+        start, empty = (
+            parts[0] if len(parts) == 1 else NestedTensor(parts) for parts in (latents, [x * 0 for x in latents])
+        )
+        if isinstance(self.patcher.model.model_sampling, IMG_TO_IMG | IMG_TO_IMG_FLOW):  # it starts from an image
             start, empty = empty, self._as_encoded(latents[0])
         entries = dict(conditioning)
         cond = [[entries.pop("cross_attn", None), entries]]
-        with _located(self.checkpoint.path), self._understood("run"):
+        with self._understood("run"):
             guider = CFGGuider(patcher or self.patcher)
             guider.inner_set_conds({"positive": cond})
             guider.set_cfg(1.0)
@@ -221,7 +216,7 @@ class Model:
             with tree.understood("use an adapter on", path, self.family):
                 tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
                 made, _ = comfy.sd.load_lora_for_models(patcher, None, tensors, adapter.strength, 0.0)
-            if _patches(made) == _patches(patcher):
+            if sum(map(len, made.patches.values())) == sum(map(len, patcher.patches.values())):
                 raise LoraError(f"ComfyUI finds no place for it in this {self.family} model", path=path)
             patcher = made
         return patcher
@@ -234,10 +229,6 @@ class Model:
 
     def _understood(self, doing: str) -> Any:
         return tree.understood(doing, self.checkpoint.path, self.family)
-
-
-def _patches(patcher: Any) -> int:
-    return sum(len(patches) for patches in patcher.patches.values())
 
 
 def load(checkpoint: Checkpoint, table: LayerTable | None = None) -> Model:
@@ -268,22 +259,10 @@ def load(checkpoint: Checkpoint, table: LayerTable | None = None) -> Model:
             patcher = comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
         else:
             patcher = comfy.sd.load_diffusion_model(path)
-    for module in find_linears(patcher.model.diffusion_model).values():
-        if hasattr(module, "_full_precision_mm"):
-            module._full_precision_mm = True  # type: ignore[assignment]  # as ComfyUI does with layers marked so
-    with _located(checkpoint.path):
+        for module in find_linears(patcher.model.diffusion_model).values():
+            if hasattr(module, "_full_precision_mm"):
+                module._full_precision_mm = True  # type: ignore[assignment]  # as ComfyUI does with layers marked so
         return Model(checkpoint, table, patcher)
-
-
-@contextmanager
-def _located(path: StrPath) -> Iterator[None]:
-    """Say in which file it is that a model cannot be run or recorded."""
-    try:
-        yield
-    except CalibrationError as error:
-        if error.path is not None:
-            raise
-        raise type(error)(error.problem, path=path, tensor=error.tensor, hint=error.hint) from None
 
 
 def _prefix(checkpoint: Checkpoint) -> str:
@@ -307,9 +286,8 @@ def _feeds(checkpoint: Checkpoint, table: LayerTable, model: Any) -> dict[str, l
     known = table.shapes()
     feeds = {}
     for module in find_linears(model.diffusion_model):
-        tensors = [piece.tensor for piece in traced.get(module + names.WEIGHT, ())]
-        layers = [prefix + name.removesuffix(names.WEIGHT) for name in dict.fromkeys(tensors)]
-        feeds[module] = [layer for layer in layers if layer in known]
+        tensors = dict.fromkeys(piece.tensor for piece in traced.get(module + names.WEIGHT, ()))
+        feeds[module] = [layer for name in tensors if (layer := prefix + name.removesuffix(names.WEIGHT)) in known]
     return {module: layers for module, layers in feeds.items() if layers}
 
 
@@ -357,8 +335,8 @@ def observe(
         checkpoint: the open checkpoint.
         folder: ComfyUI's tree; see `inprocess_tree.folder_of`.
         table: its layers, where they are known already.
-        samples: images; at least one for each of `noise.CONDITIONINGS` is painted.
-        steps: noise levels on the way from noise to picture.
+        samples: images; at least one for each of `noise.CONDITIONINGS`.
+        steps: noise levels on the way from noise to image.
         seed: of all noise.
         device: "cpu", "cuda" or "cuda:N".
         size: of the images.
@@ -388,7 +366,7 @@ def observe(
         scene = model.scene(size or Size())
         variants = {False: model.patcher, **({True: model.adapted(adapters)} if adapters else {})}
         shapes, feeds = watched(model, layers)
-        with record(model.network, shapes, feeds, partial(_level, model)) as recording:
+        with record(model.network, shapes, feeds, model.level) as recording:
 
             def paint(way: noise.Conditioning, number: int, adapted: bool, tick: Advance) -> None:
                 recording.at(None)
@@ -437,13 +415,8 @@ def observe(
     return Observation(statistics.with_facts(depends_on_conditioning=moving), moving, tuple(unvisited))
 
 
-def _level(model: Model, _: tuple[Any, ...], arguments: dict[str, Any]) -> Tensor | None:
-    """The noise level of a call of the network."""
-    return model.level(arguments.get("transformer_options", {}).get("sigmas"))
-
-
 def trajectories(samples: int) -> Iterator[tuple[noise.Conditioning, int]]:
-    """How each picture's conditioning is drawn: the ways in turn; those of one way stand together.
+    """How each image's conditioning is drawn: the ways in turn; those of one way stand together.
 
     >>> [(way.name, number) for way, number in trajectories(4)]
     [('silent', 0), ('silent', 3), ('loud channels', 1), ('strong', 2)]

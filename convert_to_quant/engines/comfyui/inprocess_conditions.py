@@ -33,33 +33,33 @@ def conditions_of(classes: Iterable[str]) -> Conditions:
         classes: names of its class of `comfy.model_base` and of those that it derives from, nearest first.
 
     Returns:
-        The rows of all of them in one.
+        The entries of all of them in one.
 
     Raises:
-        UnsupportedModelError: there is no row, or the model paints nothing.
+        UnsupportedModelError: there is no entry, or the model makes no images from noise.
     """
     names = list(classes)
     idle = next((NOTHING_TO_PAINT[name] for name in names if name in NOTHING_TO_PAINT), None)
     if idle is not None:
-        raise UnsupportedModelError(f"ComfyUI's {names[0]} is no diffusion model: {idle}")
+        raise UnsupportedModelError(f"ComfyUI's {names[0]} is not a diffusion model: {idle}")
     if names[0] != BASE:
         names = names[: names.index(BASE)] if BASE in names else names
-    rows = [CONDITIONS[name] for name in names if name in CONDITIONS]
-    if not rows:
+    entries = [CONDITIONS[name] for name in names if name in CONDITIONS]
+    if not entries:
         raise UnsupportedModelError(
             f"what ComfyUI's {names[0]} takes besides latents is not known here",
             hint="record it in ComfyUI with the Record Activations node",
         )
-    joined = rows[-1]
-    for row in reversed(rows[:-1]):
+    joined = entries[-1]
+    for entry in reversed(entries[:-1]):
         joined = Conditions(
-            {**joined.wants, **row.wants},
-            {**joined.settings, **row.settings},
-            row.latents or joined.latents,
-            joined.batch if row.batch == 1 else row.batch,
-            max(row.multiple, joined.multiple),
-            max(row.smallest, joined.smallest),
-            max(row.frames, joined.frames),
+            {**joined.wants, **entry.wants},
+            {**joined.settings, **entry.settings},
+            entry.latents or joined.latents,
+            joined.batch if entry.batch == 1 else entry.batch,
+            max(entry.multiple, joined.multiple),
+            max(entry.smallest, joined.smallest),
+            max(entry.frames, joined.frames),
         )
     return joined
 
@@ -90,7 +90,7 @@ def draw(
 
     Args:
         conditions: what the model takes.
-        scene: what is painted.
+        scene: what is sampled.
         way: how loud it is.
         seed: of the run.
         number: of the trajectory.

@@ -21,8 +21,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from ...errors import CalibrationError, Error, OptionError, StrPath, UnsupportedModelError
 from ...options import COMFYUI_VARIABLE as VARIABLE
@@ -48,7 +46,7 @@ def folder_of(given: StrPath | None) -> Path:
         Its absolute path.
 
     Raises:
-        OptionError: none is named, or what is named is no ComfyUI tree.
+        OptionError: none is named, or what is named is not a ComfyUI tree.
     """
     named = given or os.environ.get(VARIABLE)
     if not named:
@@ -59,7 +57,7 @@ def folder_of(given: StrPath | None) -> Path:
     missing = [mark for mark in MARKS if not (folder / mark).is_file()]
     if missing:
         raise OptionError(
-            f"{folder} is no ComfyUI tree: there is no {missing[0]} in it",
+            f"{folder} is not a ComfyUI tree: it has no {missing[0]}",
             hint="name the folder that holds ComfyUI's main.py",
         )
     return folder
@@ -110,12 +108,21 @@ def imported(folder: Path, device: str) -> Iterator[Messages]:
     kind, numbered, number = device.partition(":")
     if kind not in FLAGS or (numbered and not (kind == "cuda" and number.isdecimal())):
         raise OptionError(f"ComfyUI runs here on {' or '.join(FLAGS)}, not on {device!r}")
+    root, messages = logging.getLogger(), Messages()
     with ExitStack() as stack:
-        messages = stack.enter_context(_quiet())
+        root.addHandler(messages)  # or they would go to stderr
+        stack.callback(root.removeHandler, messages)
         stack.enter_context(redirect_stdout(sys.stderr))
-        stack.enter_context(_on_path(folder))
+        stack.callback(setattr, sys, "dont_write_bytecode", sys.dont_write_bytecode)
+        sys.dont_write_bytecode = True
+        sys.path.insert(0, str(folder))
+        stack.callback(sys.path.remove, str(folder))
         if kind == "cuda":
-            stack.enter_context(_card(device, int(number or 0)))
+            import torch
+
+            if int(number or 0) >= (count := torch.cuda.device_count()):
+                raise OptionError(f"device {device!r} cannot be used: torch finds {count} CUDA devices")
+            stack.enter_context(torch.cuda.device(int(number or 0)))  # ComfyUI asks torch for the current one
         _import(folder, kind)
         try:
             yield messages
@@ -127,45 +134,14 @@ def imported(folder: Path, device: str) -> Iterator[Messages]:
             ) from error
 
 
-@contextmanager
-def _card(device: str, number: int) -> Iterator[None]:
-    """The card that ComfyUI takes for its own: it asks torch for the current one."""
-    import torch
-
-    if number >= torch.cuda.device_count():
-        raise OptionError(f"device {device!r} cannot be used: torch finds {torch.cuda.device_count()} CUDA devices")
-    with torch.cuda.device(number):
-        yield
-
-
-@contextmanager
-def _quiet() -> Iterator[Messages]:
-    """Take the root logger's messages, which would go to stderr."""
-    root, messages = logging.getLogger(), Messages()
-    root.addHandler(messages)
-    try:
-        yield messages
-    finally:
-        root.removeHandler(messages)
-
-
-@contextmanager
-def _on_path(folder: Path) -> Iterator[None]:
-    """The tree's own modules come first inside, and none of them leaves a compiled file behind."""
-    no_bytecode = sys.dont_write_bytecode
-    sys.dont_write_bytecode = True
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        sys.dont_write_bytecode = no_bytecode
-
-
 def _import(folder: Path, kind: str) -> None:
-    """Import ComfyUI with a command line of its own, or check the one that is there."""
-    if "comfy.cli_args" in sys.modules:
-        _check_present(sys.modules["comfy.cli_args"], folder, kind)
+    """Import ComfyUI with a command line of its own, or refuse the one that is there if it was started otherwise."""
+    if (cli_args := sys.modules.get("comfy.cli_args")) is not None:
+        there, was = Path(str(cli_args.__file__)).resolve().parents[1], "cpu" if cli_args.args.cpu else "cuda"
+        if there != folder:
+            raise OptionError(f"ComfyUI runs from {there} in this process already, not from {folder}")
+        if was != kind:
+            raise OptionError(f"ComfyUI runs on {was} in this process already, not on {kind}")
         return
     argv = sys.argv
     sys.argv = ["main.py", *FLAGS[kind]]
@@ -182,19 +158,9 @@ def _import(folder: Path, kind: str) -> None:
         sys.argv = argv
 
 
-def _check_present(cli_args: ModuleType, folder: Path, kind: str) -> None:
-    """Refuse a ComfyUI that was started otherwise."""
-    there = Path(str(cli_args.__file__)).resolve().parents[1]
-    if there != folder:
-        raise OptionError(f"ComfyUI runs from {there} in this process already, not from {folder}")
-    was = "cpu" if cli_args.args.cpu else "cuda"
-    if was != kind:
-        raise OptionError(f"ComfyUI runs on {was} in this process already, not on {kind}")
-
-
 @contextmanager
 def understood(doing: str, path: StrPath, family: str | None = None) -> Iterator[None]:
-    """Whatever ComfyUI raises inside, as one of our errors with its message.
+    """Whatever ComfyUI raises inside, as one of our errors with its message; our own say which file it was.
 
     Args:
         doing: "load", "run" and the like.
@@ -207,6 +173,8 @@ def understood(doing: str, path: StrPath, family: str | None = None) -> Iterator
     """
     try:
         yield
+    except CalibrationError as error:
+        raise type(error)(error.problem, path=error.path or path, tensor=error.tensor, hint=error.hint) from None
     except Error:
         raise
     except Exception as error:
@@ -221,16 +189,11 @@ def understood(doing: str, path: StrPath, family: str | None = None) -> Iterator
 
 
 def _said(error: Exception) -> str:
-    """Its kind, the first line of its message, and where it was raised."""
+    """Its kind, the first line of its message, and the last line of ComfyUI's own files on the way, or of all files."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-    return f"{type(error).__name__}: {line} {_place(error)}"
-
-
-def _place(error: Exception) -> str:
-    """Where it was raised: the last of ComfyUI's own files on the way, or the last of all."""
-    frames: list[Any] = list(traceback.extract_tb(error.__traceback__))
-    inside = [frame for frame in frames if "comfy" in Path(frame.filename).parts] or frames
-    name = Path(inside[-1].filename)
-    parts = name.parts
-    shown = "/".join(parts[len(parts) - 1 - parts[::-1].index("comfy") :]) if "comfy" in parts else name.name
-    return f"[{shown}:{inside[-1].lineno}]"
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if "comfy" in Path(frame.filename).parts]
+    last = (inside or frames)[-1]
+    file = Path(last.filename)
+    shown = "comfy/" + file.as_posix().rpartition("/comfy/")[2] if inside else file.name
+    return f"{type(error).__name__}: {line} [{shown}:{last.lineno}]"

@@ -61,7 +61,7 @@ def plan_runs(plan: Plan, prompts: Sequence[str] | None, seeds: int | None, firs
     if prompts is not None and not plan.texts:
         raise OptionError(
             "--prompts: the workflow has no text input on the way to its sampler that could be varied",
-            hint="leave --prompts away, and the workflow's own conditioning is used",
+            hint="without --prompts the workflow's own prompt is used",
         )
     if seeds is not None and seeds > 1 and not plan.seeds:
         raise OptionError("--seeds: the workflow's samplers have no seed that could be varied", hint="use --seeds 1")

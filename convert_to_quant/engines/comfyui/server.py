@@ -330,7 +330,7 @@ def check_address(address: str) -> str:
     """
     hint = "such as http://127.0.0.1:8188"
     if "@" in address:  # what is secret is not said again
-        raise OptionError("an address with a user's name is not supported", hint=hint)
+        raise OptionError("user names in addresses are not supported", hint=hint)
     try:
         parts = urllib.parse.urlsplit(address)
         right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.path.isascii()
@@ -338,7 +338,7 @@ def check_address(address: str) -> str:
     except ValueError:
         right = False
     if not right or parts.query or parts.fragment or not address.isprintable() or " " in address:
-        raise OptionError(f"{shown(address)} is no address of a server", hint=hint)
+        raise OptionError(f"{shown(address)} is not a server address", hint=hint)
     return address.rstrip("/")
 
 

@@ -68,7 +68,7 @@ def test_the_base_class_has_a_row_of_its_own_that_nothing_inherits() -> None:
 
 @pytest.mark.parametrize("name", NOTHING_TO_PAINT)
 def test_models_that_paint_nothing_are_refused_with_what_they_do(name: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"ComfyUI's {name} is no diffusion model: it "):
+    with pytest.raises(UnsupportedModelError, match=f"ComfyUI's {name} is not a diffusion model: it "):
         conditions_of([name, BASE])
 
 
@@ -232,7 +232,7 @@ def test_no_tree_at_all_says_how_to_name_one(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_folder_that_is_no_comfyui_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"is no ComfyUI tree: there is no comfy/sd.py in it"):
+    with pytest.raises(OptionError, match=r"is not a ComfyUI tree: it has no comfy/sd.py"):
         inprocess_tree.folder_of(tmp_path)
 
 
@@ -428,7 +428,7 @@ def test_the_engine_says_that_it_needs_a_comfyui(tmp_path: Path, monkeypatch: py
     assert main(words) == 2
     assert "the ComfyUI engine needs a ComfyUI (--comfyui-dir DIR" in capsys.readouterr().err
     assert main([*words, "--comfyui-dir", str(tmp_path)]) == 2
-    assert "is no ComfyUI tree" in capsys.readouterr().err
+    assert "is not a ComfyUI tree" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -653,17 +653,17 @@ def test_a_server_that_describes_nodes_otherwise_is_told(serve: Any, flux: Nodes
 @pytest.mark.parametrize(
     ("address", "said"),
     [
-        ("127.0.0.1:8188", "is no address of a server"),
-        ("ftp://host", "is no address of a server"),
-        ("file:///etc/passwd", "is no address of a server"),
-        ("http://", "is no address of a server"),
-        ("http://host:99999", "is no address of a server"),
-        ("http://user:secret@host", "^an address with a user's name is not supported"),
-        ("http://host/?a=1", "is no address of a server"),
-        ("http://host/a b", "is no address of a server"),
-        ("http://ho\nst", "is no address of a server"),
-        ("http://a..b:8188", "is no address of a server"),
-        ("http://host/\u00fc", "is no address of a server"),
+        ("127.0.0.1:8188", "is not a server address"),
+        ("ftp://host", "is not a server address"),
+        ("file:///etc/passwd", "is not a server address"),
+        ("http://", "is not a server address"),
+        ("http://host:99999", "is not a server address"),
+        ("http://user:secret@host", "^user names in addresses are not supported"),
+        ("http://host/?a=1", "is not a server address"),
+        ("http://host/a b", "is not a server address"),
+        ("http://ho\nst", "is not a server address"),
+        ("http://a..b:8188", "is not a server address"),
+        ("http://host/\u00fc", "is not a server address"),
     ],
 )
 def test_what_is_no_address_is_refused(address: str, said: str) -> None:
