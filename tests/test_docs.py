@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import doctest
-import importlib.util
 import json
 import re
 import runpy
@@ -22,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import comfyui_server as double
 import pytest
 import torch
 from markdown_it import MarkdownIt
@@ -133,19 +133,8 @@ PYTHON_NAMES: dict[str, Callable[[], Any]] = {"pipe": Pipe, "prompts": lambda: [
 # --- examples
 
 
-def fixtures_of(path: Path) -> Any:
-    """A conftest of other tests as a module."""
-    spec = importlib.util.spec_from_file_location("docs_" + path.parent.name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 SERVER = "http://127.0.0.1:8188"
 """Where the text has a ComfyUI; here it is a double, on a port that is free."""
-double = fixtures_of(ROOT / "tests" / "engines" / "comfyui" / "conftest.py")
 comfyui, serve, flux, wan = double.comfyui, double.serve, double.flux, double.wan
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -10,26 +9,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import comfyui_server as doubles
 import pytest
 
 from convert_to_quant.comfyui_nodes import pack
 from convert_to_quant.engines.comfyui import server as client
 from convert_to_quant.stats import Statistics
 
-
-def load(path: Path) -> Any:
-    """A module of the tests, by its file."""
-    spec = importlib.util.spec_from_file_location(f"for_cli_{path.parent.name}_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-here = load(Path(__file__).parents[1] / "engines" / "comfyui" / "conftest.py")
-comfyui, serve, flux, wan = here.comfyui, here.serve, here.flux, here.wan
+comfyui, serve, flux, wan = doubles.comfyui, doubles.serve, doubles.flux, doubles.wan
 
 Observe = Callable[..., Any]
 
@@ -53,10 +40,9 @@ def work(tmp_path: Path) -> Path:
 def observe(ctq: Any, double: Any, work: Path) -> Iterator[Observe]:
     """observe(workflow, flag, ...): the command on the double, into work/stats.safetensors."""
 
-    def run(nodes: Any, *flags: object, server: str | None = None) -> Any:
-        text = nodes if isinstance(nodes, str) else json.dumps(nodes)
-        (work / "workflow.json").write_text(text, encoding="utf-8")
-        words = ["comfyui", "observe", "--server", server or double.address, "--workflow", work / "workflow.json"]
+    def run(nodes: Any, *flags: object) -> Any:
+        (work / "workflow.json").write_bytes(nodes if isinstance(nodes, bytes) else json.dumps(nodes).encode())
+        words = ["comfyui", "observe", "--server", double.address, "--workflow", work / "workflow.json"]
         return ctq(*words, "-o", work / "stats.safetensors", *flags)
 
     return run
@@ -197,38 +183,19 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(
 
 
 @pytest.mark.parametrize(
-    ("nodes", "said"),
+    ("content", "said"),
     [
-        ("{", "not JSON"),
-        ('{"nodes": [], "links": []}', "File > Export (API)"),
-        ("\ufeff[]", "not a workflow: a JSON object of nodes was expected"),
-        ({"1": {"class_type": "VAELoader", "inputs": {"vae_name": "ae.safetensors"}}}, "no sampler"),
+        (b'{"nodes": [], "links": []}', "which a server does not run (in ComfyUI: File > Export (API))"),
+        (b"\xef\xbb\xbf[]", "not a workflow: a JSON object of nodes was expected"),
+        (b"\x89PNG\r\n\x1a\n\xff", "cannot be read: it is no text in UTF-8 (in ComfyUI: File > Export (API))"),
     ],
 )
-def test_what_is_no_workflow_is_refused(observe: Observe, work: Path, nodes: Any, said: str) -> None:
-    outcome = observe(nodes)
+def test_what_is_no_workflow_is_refused(observe: Observe, work: Path, content: bytes, said: str) -> None:
+    outcome = observe(content)
     assert (outcome.code, outcome.out) == (1, "")
+    assert f"{work}/workflow.json: " in outcome.err
     assert said in outcome.err
-    assert f"{work}/workflow.json" in outcome.err
     assert written(work) == set()
-
-
-def test_bytes_are_no_workflow(ctq: Any, work: Path, double: Any) -> None:
-    (work / "workflow.json").write_bytes(b"\x89PNG\r\n\x1a\n\xff")
-    outcome = ctq(
-        "comfyui", "observe", "--server", double.address, "--workflow", work / "workflow.json", "-o", work / "s"
-    )
-    assert outcome.code == 1
-    assert "cannot be read: it is no text in UTF-8 (in ComfyUI: File > Export (API))" in outcome.err
-
-
-def test_prompts_need_a_text_and_seeds_a_seed(observe: Observe, flux: Any, work: Path) -> None:
-    (work / "prompts.txt").write_text("a dog\n")
-    flux["6"]["inputs"]["conditioning"] = ["12", 0]
-    flux["12"] = {"class_type": "TextEncodeBooguEdit", "inputs": {"clip": ["2", 0]}}
-    outcome = observe(flux, "--prompts", work / "prompts.txt")
-    assert outcome.code == 2
-    assert "--prompts: the workflow has no text input on the way to its sampler" in outcome.err
 
 
 def test_a_failed_run_leaves_no_file(observe: Observe, flux: Any, work: Path, double: Any) -> None:
@@ -278,16 +245,14 @@ def test_install_and_uninstall(ctq: Any, tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-def test_install_needs_a_comfyui(ctq: Any, tmp_path: Path) -> None:
-    outcome = ctq("comfyui", "install", tmp_path)
+@pytest.mark.parametrize(("words", "said"), [(["install", "."], "there is no folder"), ([], "ACTION")])
+def test_a_call_that_is_wrong_is_told(
+    ctq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = ctq("comfyui", *words)
     assert outcome.code == 2
-    assert f"there is no folder {tmp_path / 'custom_nodes'}" in outcome.err
-
-
-def test_an_action_is_needed(ctq: Any) -> None:
-    outcome = ctq("comfyui")
-    assert outcome.code == 2
-    assert "ACTION" in outcome.err
+    assert said in outcome.err
 
 
 def test_help_loads_nothing_heavy(ctq: Any) -> None:

@@ -23,11 +23,7 @@ SHAPES = {QKV: (48, 16), MLP: (64, 16), FINAL: (16, 16)}
 
 
 class CONST:
-    """What marks flow models."""
-
-
-class EPS:
-    """What other models have there."""
+    """What marks flow models; others have `object` there."""
 
 
 class CastLinear(nn.Module):
@@ -58,17 +54,19 @@ class DiffusionModel(nn.Module):
                 parent = getattr(parent, part)
             parent.add_module(last, CastLinear(*shape))
 
-    def forward(self, x: Tensor, _t: Tensor, transformer_options: Mapping[str, Any]) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor) -> Tensor:
         for name, magnitude in self.magnitudes.items():
             y = self.get_submodule(name)(x * magnitude)
         return x + y[..., : x.shape[-1]].tanh()
 
 
+@dataclass
 class Executor:
     """Calls wrappers one inside the other."""
 
-    def __init__(self, original: Callable[..., Any], class_obj: Any, wrappers: list[Callable[..., Any]]) -> None:
-        self.original, self.class_obj, self.wrappers = original, class_obj, wrappers
+    original: Callable[..., Any]
+    class_obj: Any
+    wrappers: list[Callable[..., Any]]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.wrappers:
@@ -87,13 +85,11 @@ class Model:
         self, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
         transformer_options: Mapping[str, Any] = {},
     ) -> Tensor:  # fmt: skip
-        wrappers = all_of(transformer_options["wrappers"].get("apply_model", {}))
-        return Executor(self._apply_model, self, wrappers)(x, t, c_concat, c_crossattn, control, transformer_options)
+        def call(x: Tensor, *_: Any) -> Any:
+            return self.diffusion_model(x)
 
-    def _apply_model(
-        self, x: Tensor, t: Tensor, _concat: Any, _context: Any, _control: Any, transformer_options: Mapping[str, Any]
-    ) -> Tensor:
-        return self.diffusion_model(x, t, transformer_options=transformer_options)
+        wrappers = all_of(transformer_options["wrappers"].get("apply_model", {}))
+        return Executor(call, self, wrappers)(x, t, c_concat, c_crossattn, control, transformer_options)
 
 
 def all_of(by_key: Mapping[str, list[Any]]) -> list[Any]:
@@ -154,7 +150,7 @@ class ComfyUI:
     modules: SimpleNamespace
     shapes = SHAPES
     guider = Guider
-    EPS, CONST = EPS, CONST
+    EPS, CONST = object, CONST
 
     @staticmethod
     def model(shapes: Mapping[str, tuple[int, int]] = SHAPES, sampling: type = CONST) -> Patcher:

@@ -1,220 +1,130 @@
 """A double of ComfyUI's server, over real HTTP, that runs workflows with our own nodes.
 
-It follows ComfyUI 0.33: `server.py` (routes and answers), `execution.py` (validation, order and
-content of messages, what fails how, the queue and the history) and `comfy_execution/caching.py` (what a node's result
-is remembered by). `tests/comfyui/test_drive.py` holds it to the real server. Models are those of the double of
-ComfyUI's interfaces in `tests/comfyui_nodes/conftest.py`; the other nodes are as small as can be.
+It follows ComfyUI 0.33: `server.py` (routes and answers), `execution.py` (validation, order and content of messages,
+what fails how, the queue and the history) and `comfy_execution/caching.py` (what a node's result is remembered by).
+`tests/comfyui/test_drive.py` holds it to the real server. Models are those of `comfyui_modules`, the double of
+ComfyUI's interfaces; the other nodes are as small as can be.
 """
 
 from __future__ import annotations
 
-import asyncio
 import copy
-import importlib.util
 import json
-import sys
 import threading
 import time
 import traceback
+import urllib.parse
 import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
 import torch
-from aiohttp import web
+from comfyui_modules import comfyui
 
-SAMPLERS, SCHEDULERS = ["euler", "dpmpp_2m"], ["simple", "normal"]
-SEED = ("INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True})
-TEXT = ("STRING", {"multiline": True, "dynamicPrompts": True})
+__all__ = ["comfyui", "flux", "serve", "types", "wan"]
+
 MODELS = ["flux.safetensors", "folder/wan_high.safetensors", "wan_low.safetensors", "broken.safetensors"]
-STEPS = ("INT", {"default": 20, "min": 1, "max": 10000})
+KINDS: Mapping[str, Any] = {
+    "ANY": ("COMFY_MATCHTYPE_V3", {}),
+    "FIXED": ("INT", {"control_after_generate": "fixed"}),
+    "LINES": ("STRING", {"multiline": True}),
+    "SEED": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True}),
+    "STEPS": ("INT", {"default": 20, "min": 1, "max": 10000}),
+    "TEXT": ("STRING", {"multiline": True, "dynamicPrompts": True}),
+    "ADD": (["enable", "disable"], {}),
+    "DTYPES": (["default"], {}),
+    "FILES": (["t5xxl.safetensors", "clip_l.safetensors", "ae.safetensors", "style.safetensors"], {}),
+    "MODELS": (MODELS, {}),
+    "SAMPLERS": (["euler", "dpmpp_2m"], {}),
+    "SCHEDULERS": (["simple", "normal"], {}),
+}
+"""What stands for a type with options, or a list of choices. Anything else is a type itself."""
+
+SAMPLING = "steps:STEPS cfg:FLOAT sampler_name:SAMPLERS scheduler:SCHEDULERS"
+BOTH = "positive:CONDITIONING negative:CONDITIONING"
+NODES: Mapping[str, str] = {
+    "UNETLoader": "unet_name:MODELS weight_dtype:DTYPES -> MODEL",
+    "CheckpointLoaderSimple": "ckpt_name:MODELS -> MODEL CLIP VAE",
+    "LoraLoaderModelOnly": "model:MODEL lora_name:FILES strength_model:FLOAT -> MODEL",
+    "LoraLoader": "model:MODEL clip:CLIP lora_name:FILES -> MODEL CLIP",
+    "ModelMergeSimple": "model1:MODEL model2:MODEL ratio:FLOAT -> MODEL",
+    "ComfySwitchNode": "switch:BOOLEAN on_false:ANY on_true:ANY -> output:COMFY_MATCHTYPE_V3",
+    "DualCLIPLoader": "clip_name1:FILES clip_name2:FILES -> CLIP",
+    "VAELoader": "vae_name:FILES -> VAE",
+    "CLIPTextEncode": "text:TEXT clip:CLIP -> CONDITIONING",
+    "CLIPTextEncodeFlux": "clip:CLIP clip_l:TEXT t5xxl:TEXT guidance:FLOAT -> CONDITIONING",
+    "CLIPTextEncodeSDXL": "clip:CLIP width:INT text_g:TEXT text_l:TEXT -> CONDITIONING",
+    "TextEncodeBooguEdit": f"clip:CLIP prompt:TEXT negative_prompt:TEXT -> {BOTH}",
+    "ConditioningZeroOut": "conditioning:CONDITIONING -> CONDITIONING",
+    "ConditioningCombine": "conditioning_1:CONDITIONING conditioning_2:CONDITIONING -> CONDITIONING",
+    "FluxGuidance": "conditioning:CONDITIONING guidance:FLOAT -> CONDITIONING",
+    "GLIGENTextBoxApply": "conditioning_to:CONDITIONING clip:CLIP text:TEXT width:INT -> CONDITIONING",
+    "WanTrackToVideo": f"{BOTH} tracks:LINES -> {BOTH} latent:LATENT",
+    "WanInfiniteTalkToVideo": f"model:MODEL {BOTH} -> model:MODEL {BOTH} latent:LATENT trim_image:INT",
+    "ControlNetApplyAdvanced": f"{BOTH} strength:FLOAT -> {BOTH}",
+    "PrimitiveStringMultiline": "value:LINES -> STRING",
+    "PrimitiveInt": "value:FIXED -> INT",
+    "EmptyLatentImage": "width:INT height:INT batch_size:INT -> LATENT",
+    "AddNoise": "model:MODEL noise:NOISE latent_image:LATENT -> LATENT",
+    "VAEDecode": "samples:LATENT vae:VAE -> IMAGE",
+    "SaveImage": "images:IMAGE filename_prefix:STRING -> images:IMAGE",
+    "KSampler": f"model:MODEL seed:SEED {SAMPLING} {BOTH} latent_image:LATENT -> LATENT",
+    "KSamplerAdvanced": f"model:MODEL add_noise:ADD noise_seed:SEED {SAMPLING} {BOTH} latent_image:LATENT "
+    "start_at_step:INT end_at_step:INT -> LATENT",
+    "KSampler (Efficient)": f"model:MODEL seed:SEED {BOTH} latent_image:LATENT -> MODEL LATENT",
+    "BasicGuider": "model:MODEL conditioning:CONDITIONING -> GUIDER",
+    "DualModelGuider": "model:MODEL positive:CONDITIONING cfg:FLOAT ?model_negative:MODEL ?negative:CONDITIONING "
+    "-> GUIDER",
+    "RandomNoise": "noise_seed:SEED -> NOISE",
+    "DisableNoise": " -> NOISE",
+    "BasicScheduler": "model:MODEL scheduler:SCHEDULERS steps:STEPS -> SIGMAS",
+    "KSamplerSelect": "sampler_name:SAMPLERS -> SAMPLER",
+    "SamplerCustomAdvanced": "noise:NOISE guider:GUIDER sampler:SAMPLER sigmas:SIGMAS latent_image:LATENT -> "
+    "output:LATENT denoised_output:LATENT",
+}  # fmt: skip
+"""Inputs (? for optional ones) and outputs, as name:type; an output without a name is called as its type."""
 
 
 class InterruptProcessingException(Exception):  # noqa: N818 - ComfyUI's name
     """Somebody cancelled."""
 
 
-def node(
-    required: dict[str, Any], outputs: dict[str, str], run: Callable[..., Any], *,
-    optional: dict[str, Any] | None = None, output_node: bool = False, category: str = "test",
-) -> type:  # fmt: skip
-    """A class of nodes, as ComfyUI's are (V1)."""
-
-    def wrap(kind: Any) -> Any:
-        return kind if isinstance(kind, tuple) else (kind, {})
-
-    inputs = {"required": {name: wrap(kind) for name, kind in required.items()}}
-    if optional:
-        inputs["optional"] = {name: wrap(kind) for name, kind in optional.items()}
-    content = {
-        "INPUT_TYPES": classmethod(lambda _: copy.deepcopy(inputs)),
-        "RETURN_TYPES": tuple(outputs.values()),
-        "RETURN_NAMES": tuple(outputs),
-        "FUNCTION": "run",
-        "OUTPUT_NODE": output_node,
-        "CATEGORY": category,
-        "run": lambda _, **given: run(**given),
-    }
-    return type("Node", (), content)
-
-
 class Nodes:
     """What the double's server has: ComfyUI's nodes by name, type and place, and ours.
 
     Attributes:
-        happen: called at each step of each sampling with (model file, step).
+        happen: called at each step of each sampling with its number.
         failure: what a sampler raises.
+        sampled: model file and seed of each sampling.
     """
 
-    def __init__(self, comfyui: Any, server: Double) -> None:
+    def __init__(self, interfaces: Any, server: Double | None) -> None:
         from convert_to_quant.comfyui_nodes.nodes import NODE_CLASS_MAPPINGS
 
-        self.comfyui, self.server = comfyui, server
+        self.comfyui, self.server = interfaces, server
         self.models: dict[str, Any] = {}
-        self.happen: Callable[[int], None] = lambda _: None
+        self.happen: Callable[[int], Any] = lambda _: None
         self.failure: Exception | None = None
         self.sampled: list[tuple[str, int]] = []
-        cond, sample = "CONDITIONING", self.sample
-        both = {"positive": cond, "negative": cond}
-        sampling = {"steps": STEPS, "cfg": "FLOAT", "sampler_name": (SAMPLERS, {}), "scheduler": (SCHEDULERS, {})}
-
-        def first(**given: Any) -> Any:
-            """Pass on what comes in first."""
-            return (next(iter(given.values())),)
-
-        def patched(model: Any, clip: Any = None, **_: Any) -> Any:
-            return (model.clone(), clip)
-
-        def guide(model: Any, **_: Any) -> Any:
-            return (model,)
-
-        def sample_guided(noise: int, guider: Any, latent_image: Any, sigmas: int = 3, **_: Any) -> Any:
-            return sample(guider, seed=noise, steps=sigmas, latent_image=latent_image) * 2
-
-        multiline = ("STRING", {"multiline": True})
-        fixed = ("INT", {"control_after_generate": "fixed"})
-        lora = {"lora_name": (["style.safetensors"], {})}
-        self.classes: dict[str, type] = {
-            "UNETLoader": node(
-                {"unet_name": (MODELS, {}), "weight_dtype": (["default"], {})},
-                {"MODEL": "MODEL"},
-                lambda unet_name, **_: (self.load(unet_name),),
+        runs: dict[str, Callable[..., tuple[Any, ...]]] = {
+            "UNETLoader": lambda unet_name, **_: (self.load(unet_name),),
+            "CheckpointLoaderSimple": lambda ckpt_name: (self.load(ckpt_name), "clip", "vae"),
+            "ComfySwitchNode": lambda switch, on_false, on_true: (on_true if switch else on_false,),
+            "EmptyLatentImage": lambda batch_size, **_: ({"samples": torch.zeros(batch_size, 5, 16)},),
+            "DisableNoise": lambda: (0,),
+            "BasicScheduler": lambda steps, **_: (steps,),
+            "KSampler": self.sample,
+            "KSamplerAdvanced": self.sample,
+            "KSampler (Efficient)": lambda model, **given: (model, *self.sample(model, **given)),
+            "SamplerCustomAdvanced": lambda guider, noise, latent_image, sigmas=3, **_: (
+                self.sample(guider, latent_image, seed=noise, steps=sigmas) * 2
             ),
-            "CheckpointLoaderSimple": node(
-                {"ckpt_name": (MODELS, {})},
-                {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"},
-                lambda ckpt_name: (self.load(ckpt_name), "clip", "vae"),
-            ),
-            "LoraLoaderModelOnly": node(
-                {"model": "MODEL", **lora, "strength_model": "FLOAT"}, {"MODEL": "MODEL"}, patched
-            ),
-            "LoraLoader": node({"model": "MODEL", "clip": "CLIP", **lora}, {"MODEL": "MODEL", "CLIP": "CLIP"}, patched),
-            "ModelMergeSimple": node(
-                {"model1": "MODEL", "model2": "MODEL", "ratio": "FLOAT"},
-                {"MODEL": "MODEL"},
-                lambda model1, **_: patched(model1),
-            ),
-            "ComfySwitchNode": node(
-                {"switch": "BOOLEAN", "on_false": "COMFY_MATCHTYPE_V3", "on_true": "COMFY_MATCHTYPE_V3"},
-                {"output": "COMFY_MATCHTYPE_V3"},
-                lambda switch, on_false, on_true: (on_true if switch else on_false,),
-            ),
-            "DualCLIPLoader": node(
-                {"clip_name1": (["t5xxl.safetensors"], {}), "clip_name2": (["clip_l.safetensors"], {})},
-                {"CLIP": "CLIP"},
-                first,
-            ),
-            "VAELoader": node({"vae_name": (["ae.safetensors"], {})}, {"VAE": "VAE"}, first),
-            "CLIPTextEncode": node({"text": TEXT, "clip": "CLIP"}, {cond: cond}, first),
-            "CLIPTextEncodeFlux": node(
-                {"clip": "CLIP", "clip_l": TEXT, "t5xxl": TEXT, "guidance": "FLOAT"}, {cond: cond}, first
-            ),
-            "CLIPTextEncodeSDXL": node(
-                {"clip": "CLIP", "width": "INT", "text_g": TEXT, "text_l": TEXT}, {cond: cond}, first
-            ),
-            "TextEncodeBooguEdit": node(
-                {"clip": "CLIP", "prompt": TEXT, "negative_prompt": TEXT},
-                both,
-                lambda prompt, negative_prompt, **_: (prompt, negative_prompt),
-            ),
-            "ConditioningZeroOut": node({"conditioning": cond}, {cond: cond}, first),
-            "ConditioningCombine": node({"conditioning_1": cond, "conditioning_2": cond}, {cond: cond}, first),
-            "FluxGuidance": node({"conditioning": cond, "guidance": "FLOAT"}, {cond: cond}, first),
-            "GLIGENTextBoxApply": node(
-                {"conditioning_to": cond, "clip": "CLIP", "text": TEXT, "width": "INT"}, {cond: cond}, first
-            ),
-            "WanTrackToVideo": node(
-                {**both, "tracks": multiline},
-                {**both, "latent": "LATENT"},
-                lambda positive, negative, **_: (positive, negative, self.latent()),
-            ),
-            "WanInfiniteTalkToVideo": node(
-                {"model": "MODEL", **both},
-                {"model": "MODEL", **both, "latent": "LATENT", "trim_image": "INT"},
-                lambda model, positive, negative: (model, positive, negative, self.latent(), 0),
-            ),
-            "ControlNetApplyAdvanced": node(
-                {**both, "strength": "FLOAT"}, both, lambda positive, negative, **_: (positive, negative)
-            ),
-            "PrimitiveStringMultiline": node({"value": multiline}, {"STRING": "STRING"}, first),
-            "PrimitiveInt": node({"value": fixed}, {"INT": "INT"}, first),
-            "EmptyLatentImage": node(
-                {"width": "INT", "height": "INT", "batch_size": "INT"},
-                {"LATENT": "LATENT"},
-                lambda batch_size, **_: (self.latent(batch_size),),
-            ),
-            "AddNoise": node(
-                {"model": "MODEL", "noise": "NOISE", "latent_image": "LATENT"},
-                {"LATENT": "LATENT"},
-                lambda latent_image, **_: (latent_image,),
-            ),
-            "VAEDecode": node({"samples": "LATENT", "vae": "VAE"}, {"IMAGE": "IMAGE"}, first),
-            "SaveImage": node(
-                {"images": "IMAGE", "filename_prefix": "STRING"},
-                {"images": "IMAGE"},
-                lambda images, **_: {"ui": {"images": []}, "result": (images,)},
-                output_node=True,
-            ),
-            "KSampler": node(
-                {"model": "MODEL", "seed": SEED, **sampling, **both, "latent_image": "LATENT"},
-                {"LATENT": "LATENT"},
-                sample,
-            ),
-            "KSamplerAdvanced": node(
-                {"model": "MODEL", "add_noise": (["enable", "disable"], {}), "noise_seed": SEED, **sampling, **both,
-                 "latent_image": "LATENT", "start_at_step": "INT", "end_at_step": "INT"},
-                {"LATENT": "LATENT"},
-                sample,
-            ),
-            "KSampler (Efficient)": node(
-                {"model": "MODEL", "seed": SEED, **both, "latent_image": "LATENT"},
-                {"MODEL": "MODEL", "LATENT": "LATENT"},
-                lambda model, **given: (model, *sample(model, **given)),
-            ),
-            "BasicGuider": node({"model": "MODEL", "conditioning": cond}, {"GUIDER": "GUIDER"}, guide),
-            "DualModelGuider": node(
-                {"model": "MODEL", "positive": cond, "cfg": "FLOAT"},
-                {"GUIDER": "GUIDER"},
-                guide,
-                optional={"model_negative": "MODEL", "negative": cond},
-            ),
-            "RandomNoise": node({"noise_seed": SEED}, {"NOISE": "NOISE"}, first),
-            "DisableNoise": node({}, {"NOISE": "NOISE"}, lambda: (0,)),
-            "BasicScheduler": node(
-                {"model": "MODEL", "scheduler": (SCHEDULERS, {}), "steps": STEPS},
-                {"SIGMAS": "SIGMAS"},
-                lambda steps, **_: (steps,),
-            ),
-            "KSamplerSelect": node({"sampler_name": (SAMPLERS, {})}, {"SAMPLER": "SAMPLER"}, first),
-            "SamplerCustomAdvanced": node(
-                {"noise": "NOISE", "guider": "GUIDER", "sampler": "SAMPLER", "sigmas": "SIGMAS",
-                 "latent_image": "LATENT"},
-                {"output": "LATENT", "denoised_output": "LATENT"},
-                sample_guided,
-            ),
-            **NODE_CLASS_MAPPINGS,
-        }  # fmt: skip
+        }
+        self.classes: dict[str, Any] = {name: node_class(said, runs.get(name)) for name, said in NODES.items()}
+        self.classes["SaveImage"].OUTPUT_NODE = True
+        self.classes.update(NODE_CLASS_MAPPINGS)
 
     def load(self, name: str) -> Any:
         """A model: the same while it is remembered."""
@@ -223,74 +133,101 @@ class Nodes:
         self.models.setdefault(name, self.comfyui.model())
         return self.models[name]
 
-    @staticmethod
-    def latent(batch: int = 1) -> dict[str, Any]:
-        return {"samples": torch.zeros(batch, 5, 16)}
-
     def sample(
         self, model: Any, latent_image: Any, seed: int = 0, noise_seed: int = 0, steps: int = 3, **_: Any
-    ) -> Any:
+    ) -> tuple[Any]:
         """Sample on noise: the steps that ComfyUI shows are the model's calls."""
         seed = seed or noise_seed
-        name = next(name for name, loaded in self.models.items() if loaded.model is model.model)
-        self.sampled.append((name, seed))
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(latent_image["samples"].shape, generator=generator)
+        self.sampled.append((next(name for name, one in self.models.items() if one.model is model.model), seed))
+        noise = torch.randn(latent_image["samples"].shape, generator=torch.Generator().manual_seed(seed))
 
         def happen(step: int) -> None:
             self.happen(step)
             if self.failure is not None:
                 raise self.failure
-            self.server.step()
+            if self.server is not None and self.server.interrupted:
+                raise InterruptProcessingException
 
         sigmas = tuple(1 - step / steps for step in range(steps))
         return ({"samples": self.comfyui.guider(model, happen).sample(noise, sigmas)},)
 
 
+def node_class(said: str, run: Callable[..., tuple[Any, ...]] | None) -> Any:
+    """A class of nodes, as ComfyUI's are (V1). Without `run` it gives, for each output, the input of its name, of its
+    type, or the first.
+    """
+    before, _, after = said.partition("->")
+    declared: dict[str, dict[str, Any]] = {"required": {}, "optional": {}}
+    for name, kind in (word.split(":") for word in before.split()):
+        declared["optional" if name[0] == "?" else "required"][name.lstrip("?")] = KINDS.get(kind, (kind, {}))
+    outputs = {name: kind or name for name, _, kind in (word.partition(":") for word in after.split())}
+
+    def pass_on(**given: Any) -> tuple[Any, ...]:
+        kinds = {kind: given[name] for name, (kind, _) in declared["required"].items() if isinstance(kind, str)}
+        first = next(iter(given.values()))
+        return tuple(given.get(name, kinds.get(kind, first)) for name, kind in outputs.items())
+
+    content = {
+        "INPUT_TYPES": classmethod(lambda _: copy.deepcopy(declared)),
+        "RETURN_TYPES": tuple(outputs.values()),
+        "RETURN_NAMES": tuple(outputs),
+        "FUNCTION": "run",
+        "CATEGORY": "test",
+        "run": lambda _, **given: (run or pass_on)(**given),
+    }
+    return type("Node", (), content)
+
+
 def node_info(name: str, kind: Any) -> dict[str, Any]:
     """What `/object_info` says of a class (server.py, node_info)."""
-    inputs = kind.INPUT_TYPES()
     return {
-        "input": inputs,
-        "input_order": {group: list(those) for group, those in inputs.items()},
+        "input": kind.INPUT_TYPES(),
         "output": kind.RETURN_TYPES,
-        "output_is_list": [False] * len(kind.RETURN_TYPES),
         "output_name": getattr(kind, "RETURN_NAMES", kind.RETURN_TYPES),
         "name": name,
-        "display_name": name,
         "category": kind.CATEGORY,
         "output_node": getattr(kind, "OUTPUT_NODE", False),
     }
 
 
 def is_link(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], (int, float))
-    )
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], int)
 
 
-def problem(kind: str, message: str, details: str, **extra: Any) -> dict[str, Any]:
-    return {"type": kind, "message": message, "details": details, "extra_info": extra}
+def inputs_of(kind: Any) -> dict[str, Any]:
+    """What a class takes, required or not."""
+    declared = kind.INPUT_TYPES()
+    return {**declared.get("required", {}), **declared.get("optional", {})}
+
+
+Answer = tuple[int, bytes, Mapping[str, str]]
+"""Status, content and headers."""
+
+
+def answer(content: Any = b"", status: int = 200, **headers: str) -> Answer:
+    """Bytes as they are, anything else as JSON."""
+    return status, content if isinstance(content, bytes) else json.dumps(content).encode(), headers
 
 
 class Double:
     """A running server, and the strings that a test pulls.
 
     Args:
-        comfyui: the double of ComfyUI's interfaces.
+        interfaces: the double of ComfyUI's interfaces.
         cache: how it remembers results: "ram" (everything), "classic" (what the last workflow had), or "none".
+        prefix: before its paths.
 
     Attributes:
         address: its URL.
         requests: method and path of all that was asked, in order.
-        answer_with: a path -> what answers instead.
+        answer_with: a path -> what answers instead, from the query.
     """
 
-    def __init__(self, comfyui: Any, cache: str = "ram", prefix: str = "") -> None:
-        self.comfyui, self.cache, self.prefix = comfyui, cache, prefix
-        self.nodes = Nodes(comfyui, self)
+    def __init__(self, interfaces: Any, cache: str = "ram", prefix: str = "") -> None:
+        self.comfyui, self.cache = interfaces, cache
+        self.nodes = Nodes(interfaces, self)
         self.requests: list[str] = []
-        self.answer_with: dict[str, Callable[[web.Request], Any]] = {}
+        self.answer_with: dict[str, Callable[[dict[str, str]], Answer]] = {}
         self.queue: list[list[Any]] = []
         self.running: list[list[Any]] = []
         self.history: dict[str, Any] = {}
@@ -299,50 +236,46 @@ class Double:
         self.objects: dict[Any, Any] = {}
         self.interrupted = False
         self.client: str | None = None
-        self.number = 0
         self._mutex = threading.Condition()
         self._closed = False
-        self._ready = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._serve, self._work)]
+        double = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None:
+                """Nothing."""
+
+            def do_GET(self) -> None:
+                path, _, query = self.path.removeprefix(prefix).partition("?")
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                double.requests.append(f"{self.command} {path}")
+                given = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+                if path in double.answer_with:
+                    status, content, headers = double.answer_with[path](given)
+                else:
+                    route = path.strip("/").partition("/")
+                    name = f"_{self.command}_{route[0]}".lower()
+                    argument = json.loads(body) if body else given or urllib.parse.unquote(route[2])
+                    status, content, headers = getattr(double, name)(argument)
+                self.send_response(status)
+                for key, text in headers.items():
+                    self.send_header(key, text)
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_POST = do_GET  # noqa: N815 - the library's name
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads, block_on_close = True, False
+
+            def handle_error(self, *_: Any) -> None:
+                """A client that no longer listens."""
+
+        self._http = Server(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self._http.server_address[1]}{prefix}"
+        serving = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
+        self._threads = [serving, threading.Thread(target=self._work, daemon=True)]
         for thread in self._threads:
             thread.start()
-        assert self._ready.wait(10), "it did not start"
-
-    # the server
-
-    def _serve(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._start())
-        self._ready.set()
-        self._loop.run_forever()
-        self._loop.run_until_complete(self._runner.cleanup())
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.close()
-
-    async def _start(self) -> None:
-        application = web.Application(middlewares=[self._middleware], client_max_size=1 << 26)
-        for prefix in ("", "/api"):
-            application.add_routes(
-                [
-                    web.get(f"{self.prefix}{prefix}/system_stats", self._system_stats),
-                    web.get(f"{self.prefix}{prefix}/object_info", self._object_info),
-                    web.get(f"{self.prefix}{prefix}/object_info/{{name}}", self._object_info),
-                    web.post(f"{self.prefix}{prefix}/prompt", self._post_prompt),
-                    web.get(f"{self.prefix}{prefix}/queue", self._get_queue),
-                    web.post(f"{self.prefix}{prefix}/queue", self._post_queue),
-                    web.post(f"{self.prefix}{prefix}/interrupt", self._post_interrupt),
-                    web.get(f"{self.prefix}{prefix}/history", self._get_history),
-                    web.get(f"{self.prefix}{prefix}/history/{{name}}", self._get_history),
-                    web.get(f"{self.prefix}{prefix}/view", self._view),
-                ]
-            )
-        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
-        await self._runner.setup()
-        self._site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await self._site.start()
-        port = self._runner.addresses[0][1]
-        self.address = f"http://127.0.0.1:{port}{self.prefix}"
 
     def close(self) -> None:
         """End it, whatever it is doing."""
@@ -351,94 +284,62 @@ class Double:
         self.interrupted = self._closed = True
         with self._mutex:
             self._mutex.notify_all()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._http.shutdown()
+        self._http.server_close()
         for thread in self._threads:
             thread.join(10)
             assert not thread.is_alive()
 
-    @web.middleware
-    async def _middleware(self, request: web.Request, handler: Any) -> Any:
-        path = request.path.removeprefix(self.prefix)
-        self.requests.append(f"{request.method} {path}")
-        if path in self.answer_with:
-            answer = self.answer_with[path](request)
-            return await answer if asyncio.iscoroutine(answer) else answer
-        return await handler(request)
+    # the server
 
-    async def _system_stats(self, _request: web.Request) -> Any:
-        return web.json_response({"system": {"os": "posix", "comfyui_version": "0.33.0"}, "devices": []})
+    def _get_system_stats(self, _: Any) -> Answer:
+        return answer({"system": {"os": "posix", "comfyui_version": "0.33.0"}, "devices": []})
 
-    async def _object_info(self, request: web.Request) -> Any:
-        wanted = request.match_info.get("name")
-        return web.json_response(
-            {name: node_info(name, kind) for name, kind in self.nodes.classes.items() if wanted in (None, name)}
-        )
+    def _get_object_info(self, name: str) -> Answer:
+        return answer({name: node_info(name, self.nodes.classes[name])} if name in self.nodes.classes else {})
 
-    async def _post_prompt(self, request: web.Request) -> Any:
-        said = await request.json()
+    def _post_prompt(self, said: Any) -> Answer:
         prompt = said["prompt"]
-        self.number += 1
         error, outputs, node_errors = validate(prompt, self.nodes.classes)
         if error is not None:
-            return web.json_response({"error": error, "node_errors": node_errors}, status=400)
-        name = str(uuid.uuid4())
-        extra = {"client_id": said["client_id"]} if "client_id" in said else {}
-        extra["create_time"] = int(time.time() * 1000)
+            return answer({"error": error, "node_errors": node_errors}, 400)
+        name, number = str(uuid.uuid4()), len(self.prompts) + 1
+        extra = {key: said[key] for key in ("client_id",) if key in said} | {"create_time": int(time.time() * 1000)}
         self.prompts.append(copy.deepcopy(prompt))
-        self.put([self.number, name, prompt, extra, outputs])
-        return web.json_response({"prompt_id": name, "number": self.number, "node_errors": node_errors})
-
-    def put(self, item: list[Any]) -> None:
-        """Queue a run."""
         with self._mutex:
-            self.queue.append(item)
+            self.queue.append([number, name, prompt, extra, outputs])
             self._mutex.notify_all()
+        return answer({"prompt_id": name, "number": number, "node_errors": node_errors})
 
-    async def _get_queue(self, _request: web.Request) -> Any:
+    def _get_queue(self, _: Any) -> Answer:
         with self._mutex:
-            return web.json_response({"queue_running": self.running, "queue_pending": self.queue})
+            return answer({"queue_running": self.running, "queue_pending": self.queue})
 
-    async def _post_queue(self, request: web.Request) -> Any:
-        said = await request.json()
+    def _post_queue(self, said: Any) -> Answer:
         with self._mutex:
-            self.queue = [item for item in self.queue if item[1] not in said.get("delete", ())]
-        return web.Response(status=200)
+            self.queue = [item for item in self.queue if item[1] not in said["delete"]]
+        return answer()
 
-    async def _post_interrupt(self, request: web.Request) -> Any:
-        try:
-            said = await request.json()
-        except json.JSONDecodeError:
-            said = {}
-        wanted = said.get("prompt_id")
-        if wanted is None or any(item[1] == wanted for item in self.running):
+    def _post_interrupt(self, said: Any) -> Answer:
+        if any(item[1] == said["prompt_id"] for item in self.running):
             self.interrupted = True
-        return web.Response(status=200)
+        return answer()
 
-    async def _get_history(self, request: web.Request) -> Any:
-        wanted = request.match_info.get("name")
-        return web.json_response({name: entry for name, entry in self.history.items() if wanted in (None, name)})
+    def _get_history(self, name: str) -> Answer:
+        return answer({name: self.history[name]} if name in self.history else {})
 
-    async def _view(self, request: web.Request) -> Any:
-        query = request.rel_url.query
-        filename, folder = (
-            query.get("filename", ""),
-            {"output": self.comfyui.root / "output"}[query.get("type", "output")],
-        )
-        if not filename or filename[0] == "/" or ".." in filename:
-            return web.Response(status=400)
-        folder = (folder / query.get("subfolder", "")).resolve()
-        if not folder.is_relative_to((self.comfyui.root / "output").resolve()):
-            return web.Response(status=403)
-        path = folder / Path(filename).name
-        return web.FileResponse(path) if path.is_file() else web.Response(status=404)
+    def _get_view(self, query: Any) -> Answer:
+        root = (self.comfyui.root / "output").resolve()
+        path = (root / query["subfolder"] / query["filename"]).resolve()
+        assert path.is_relative_to(root)
+        return answer(path.read_bytes()) if path.is_file() else answer(status=404)
 
     # the worker
 
     def _work(self) -> None:
         while True:
             with self._mutex:
-                while not self.queue and not self._closed:
-                    self._mutex.wait()
+                self._mutex.wait_for(lambda: self.queue or self._closed)
                 if self._closed:
                     return
                 item = self.queue.pop(0)
@@ -454,31 +355,28 @@ class Double:
         self.client = extra.get("client_id")
         messages: list[Any] = []
 
-        def message(kind: str, data: dict[str, Any]) -> None:
+        def message(kind: str, **data: Any) -> None:
             messages.append([kind, {"prompt_id": run, **data, "timestamp": int(time.time() * 1000)}])
 
-        message("execution_start", {})
-        keys = {name: self._key(prompt, name, set()) for name in prompt}
+        message("execution_start")
+        keys = {name: self._key(prompt, name) for name in prompt}
         if self.cache == "classic":
             self.outputs = {key: value for key, value in self.outputs.items() if key in keys.values()}
         self.objects = {key: value for key, value in self.objects.items() if key[0] in prompt}
-        missed = {name for name in prompt if keys[name] not in self.outputs}
-        message("execution_cached", {"nodes": [name for name in prompt if name not in missed]})
+        cached = [name for name in prompt if keys[name] in self.outputs]
+        message("execution_cached", nodes=cached)
         shown: dict[str, Any] = {}
-        executed: list[str] = []
         results: dict[str, Any] = {}
         failed = None
         for name in order(prompt, outputs):
             failed = self._run(prompt, name, keys[name], results, shown)
             if failed is not None:
                 kind, data = failed
-                told = {"node_id": name, "node_type": prompt[name]["class_type"], "executed": executed, **data}
-                message(kind, told)
+                executed = [done for done in results if done not in cached]
+                message(kind, node_id=name, node_type=prompt[name]["class_type"], executed=executed, **data)
                 break
-            if name in missed:
-                executed.append(name)
         else:
-            message("execution_success", {})
+            message("execution_success")
         meta = {name: {"node_id": name, "display_node": name} for name in shown}
         status = {"status_str": "error" if failed else "success", "completed": not failed, "messages": messages}
         return {"outputs": shown, "meta": meta, "status": status}
@@ -486,66 +384,55 @@ class Double:
     def _run(
         self, prompt: dict[str, Any], name: str, key: Any, results: dict[str, Any], shown: dict[str, Any]
     ) -> tuple[str, dict[str, Any]] | None:
-        if key in self.outputs:
-            results[name], ui = self.outputs[key]
-            if ui is not None:
-                shown[name] = ui
-            return None
-        kind = self.nodes.classes[prompt[name]["class_type"]]
-        declared = kind.INPUT_TYPES()  # type: ignore[attr-defined]
-        known = {given for group in ("required", "optional") for given in declared.get(group, {})}
-        given = {
-            said: results[value[0]][value[1]] if is_link(value) else value
-            for said, value in prompt[name]["inputs"].items()
-            if is_link(value) or said in known
-        }
-        given |= {said: name for said, what in declared.get("hidden", {}).items() if what == "UNIQUE_ID"}
-        try:
-            if self.interrupted:
-                raise InterruptProcessingException
-            held = self.objects.setdefault((name, kind), kind()) if self.cache != "none" else kind()
-            found = getattr(held, kind.FUNCTION)(**given)  # type: ignore[attr-defined]
-        except InterruptProcessingException:
-            return "execution_interrupted", {}
-        except Exception as error:
-            told = type(error).__qualname__ if type(error).__module__ == "builtins" else (
-                f"{type(error).__module__}.{type(error).__qualname__}"
-            )  # fmt: skip
-            return "execution_error", {
-                "exception_message": f"{error}\n",
-                "exception_type": told,
-                "traceback": traceback.format_tb(error.__traceback__),
-                "current_inputs": {},
-                "current_outputs": [],
+        """Run a node, or remember what it gave; what failed."""
+        if key not in self.outputs:
+            kind = self.nodes.classes[prompt[name]["class_type"]]
+            known, hidden = inputs_of(kind), kind.INPUT_TYPES().get("hidden", {})
+            given = {
+                said: results[value[0]][value[1]] if is_link(value) else value
+                for said, value in prompt[name]["inputs"].items()
+                if is_link(value) or said in known
             }
-        ui = found.get("ui") if isinstance(found, dict) else None
-        results[name] = found.get("result", ()) if isinstance(found, dict) else found
+            given |= dict.fromkeys(hidden, name)
+            try:
+                if self.interrupted:
+                    raise InterruptProcessingException
+                held = self.objects.setdefault((name, kind), kind()) if self.cache != "none" else kind()
+                found = getattr(held, kind.FUNCTION)(**given)
+            except InterruptProcessingException:
+                return "execution_interrupted", {}
+            except Exception as error:
+                module = type(error).__module__
+                return "execution_error", {
+                    "exception_message": f"{error}\n",
+                    "exception_type": ("" if module == "builtins" else f"{module}.") + type(error).__qualname__,
+                    "traceback": traceback.format_tb(error.__traceback__),
+                    "current_inputs": {},
+                    "current_outputs": [],
+                }
+            found = found if isinstance(found, dict) else {"result": found}
+            results[name], ui = found.get("result", ()), found.get("ui")
+            if self.cache != "none":
+                self.outputs[key] = results[name], ui
+        else:
+            results[name], ui = self.outputs[key]
         if ui is not None:
             shown[name] = ui
-        if self.cache != "none":
-            self.outputs[key] = (results[name], ui)
         return None
 
-    def step(self) -> None:
-        """A sampler's step is done."""
-        if self.interrupted:
-            raise InterruptProcessingException
-
-    def _key(self, prompt: dict[str, Any], name: str, above: set[str]) -> Any:
+    def _key(self, prompt: dict[str, Any], name: str) -> Any:
         """What a result is remembered by: class, IS_CHANGED, values of all inputs, and the same of what is before."""
         kind = self.nodes.classes[prompt[name]["class_type"]]
         inputs = prompt[name]["inputs"]
         changed: Any = False
         if hasattr(kind, "IS_CHANGED"):
-            declared = kind.INPUT_TYPES()  # type: ignore[attr-defined]
-            known = {given for group in ("required", "optional") for given in declared.get(group, {})}
-            changed = kind.IS_CHANGED(
-                **{said: None if is_link(value) else value for said, value in inputs.items() if said in known}
-            )
+            known = inputs_of(kind)
+            changed = kind.IS_CHANGED(**{key: None if is_link(value) else value for key, value in inputs.items()
+                                         if key in known})  # fmt: skip
             changed = object() if changed != changed else changed  # noqa: PLR0124 - NaN is like nothing, not even itself
-        own = name if "UNIQUE_ID" in kind.INPUT_TYPES().get("hidden", {}).values() else None  # type: ignore[attr-defined]
+        own = name if "UNIQUE_ID" in kind.INPUT_TYPES().get("hidden", {}).values() else None
         said = tuple(
-            (key, (self._key(prompt, value[0], above), value[1]) if is_link(value) else value)
+            (key, (self._key(prompt, value[0]), value[1]) if is_link(value) else value)
             for key, value in sorted(inputs.items())
         )
         return kind, changed, own, said
@@ -553,39 +440,32 @@ class Double:
 
 def order(prompt: dict[str, Any], outputs: list[str]) -> list[str]:
     """Nodes that outputs need, each behind what it needs."""
-    found: list[str] = []
+    found: dict[str, None] = {}
 
     def visit(name: str) -> None:
-        for value in prompt[name]["inputs"].values():
-            if is_link(value):
-                visit(value[0])
-        if name not in found:
-            found.append(name)
+        for value in filter(is_link, prompt[name]["inputs"].values()):
+            visit(value[0])
+        found.setdefault(name)
 
     for name in outputs:
         visit(name)
-    return found
+    return list(found)
+
+
+def problem(kind: str, message: str, details: str, **extra: Any) -> dict[str, Any]:
+    return {"type": kind, "message": message, "details": details, "extra_info": extra}
 
 
 def validate(
-    prompt: dict[str, Any], classes: dict[str, type]
+    prompt: dict[str, Any], classes: dict[str, Any]
 ) -> tuple[dict[str, Any] | None, list[str], dict[str, Any]]:
     """What ComfyUI refuses of a workflow (execution.py, validate_prompt): error, good outputs, errors by node."""
-    outputs = []
     for name, said in prompt.items():
-        kind = classes.get(said["class_type"])
-        if kind is None:
+        if said["class_type"] not in classes:
             told = said.get("_meta", {}).get("title", said["class_type"])
             message = f"Node '{told}' not found. The custom node may not be installed."
-            return (
-                problem(
-                    "missing_node_type", message, f"Node ID '#{name}'", node_id=name, class_type=said["class_type"]
-                ),
-                [],
-                {},
-            )
-        if getattr(kind, "OUTPUT_NODE", False):
-            outputs.append(name)
+            return problem("missing_node_type", message, f"Node ID '#{name}'"), [], {}
+    outputs = [name for name, said in prompt.items() if getattr(classes[said["class_type"]], "OUTPUT_NODE", False)]
     if not outputs:
         return problem("prompt_no_outputs", "Prompt has no outputs", ""), [], {}
     good, node_errors = [], {}
@@ -598,53 +478,94 @@ def validate(
             node_errors.setdefault(name, entry)["dependent_outputs"].append(output)
     if good:
         return None, good, node_errors
-    lines = "\n".join(
-        f"{error['message']}: {error['details']}" for each in node_errors.values() for error in each["errors"]
-    )
-    return problem("prompt_outputs_failed_validation", "Prompt outputs failed validation", lines), [], node_errors
+    return problem("prompt_outputs_failed_validation", "Prompt outputs failed validation", ""), [], node_errors
 
 
-def errors_of(prompt: dict[str, Any], name: str, classes: dict[str, type]) -> Iterator[dict[str, Any]]:
+def errors_of(prompt: dict[str, Any], name: str, classes: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What ComfyUI refuses of one node (execution.py, validate_inputs)."""
-    kind: Any = classes[prompt[name]["class_type"]]
-    inputs, declared = prompt[name]["inputs"], kind.INPUT_TYPES()
-    for group in ("required", "optional"):
-        for said, entry in declared.get(group, {}).items():
-            wanted, options = entry[0], entry[1] if len(entry) > 1 else {}
-            if said not in inputs:
-                if group == "required":
-                    yield problem("required_input_missing", "Required input is missing", said, input_name=said)
-                continue
-            value = inputs[said]
-            if is_link(value):
-                received = classes[prompt[value[0]]["class_type"]].RETURN_TYPES[value[1]]  # type: ignore[attr-defined]
-                if received != wanted and not {received, wanted} & {"*", "COMFY_MATCHTYPE_V3"}:
-                    detail = f"{said}, received_type({received}) mismatch input_type({wanted})"
-                    message = "Return type mismatch between linked nodes"
-                    yield problem("return_type_mismatch", message, detail, input_name=said)
-            elif isinstance(wanted, list) and value not in wanted:
-                yield problem(
-                    "value_not_in_list", "Value not in list", f"{said}: {value!r} not in {wanted}", input_name=said
-                )
-            elif "max" in options and value > options["max"]:
-                message = f"Value {value} bigger than max of {options['max']}"
-                yield problem("value_bigger_than_max", message, said, input_name=said)
-    if hasattr(kind, "VALIDATE_INPUTS") and "filename_prefix" in inputs:
-        answer = kind.VALIDATE_INPUTS(filename_prefix=inputs["filename_prefix"])
-        if answer is not True:
-            message = "Custom validation failed for node"
-            yield problem(
-                "custom_validation_failed", message, f"filename_prefix - {answer}", input_name="filename_prefix"
-            )
+    kind, inputs = classes[prompt[name]["class_type"]], prompt[name]["inputs"]
+    for said, (wanted, options) in inputs_of(kind).items():
+        value = inputs.get(said)
+        if said not in inputs:
+            if said in kind.INPUT_TYPES()["required"]:
+                yield problem("required_input_missing", "Required input is missing", said, input_name=said)
+        elif is_link(value):
+            received = classes[prompt[value[0]]["class_type"]].RETURN_TYPES[value[1]]
+            if received != wanted and not {received, wanted} & {"*", "COMFY_MATCHTYPE_V3"}:
+                detail = f"{said}, received_type({received}) mismatch input_type({wanted})"
+                message = "Return type mismatch between linked nodes"
+                yield problem("return_type_mismatch", message, detail, input_name=said)
+        elif isinstance(wanted, list) and value not in wanted:
+            detail = f"{said}: {value!r} not in {wanted}"
+            yield problem("value_not_in_list", "Value not in list", detail, input_name=said)
+        elif value > options.get("max", value):
+            message = f"Value {value} bigger than max of {options['max']}"
+            yield problem("value_bigger_than_max", message, said, input_name=said)
 
 
-def interfaces() -> Any:
-    """`tests/comfyui_nodes/conftest.py`, which has the double of ComfyUI's interfaces."""
-    path = Path(__file__).parents[2] / "comfyui_nodes" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("comfyui_interfaces", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def serve(comfyui: Any) -> Iterator[Callable[..., Double]]:
+    """serve(cache="classic"): a running double."""
+    running: list[Double] = []
+
+    def start(**how: Any) -> Double:
+        running.append(Double(comfyui, **how))
+        return running[-1]
+
+    yield start
+    for one in running:
+        one.close()
+
+
+@pytest.fixture
+def types(comfyui: Any) -> dict[str, Any]:
+    """What the double's nodes take and give, as `plan` wants it."""
+    from convert_to_quant.engines.comfyui.workflow import NodeType
+
+    return {name: NodeType.read(node_info(name, kind)) for name, kind in Nodes(comfyui, None).classes.items()}
+
+
+def node(kind: str, title: str | None = None, **inputs: Any) -> dict[str, Any]:
+    """A node of a workflow."""
+    return {"class_type": kind, "inputs": inputs, **({"_meta": {"title": title}} if title else {})}
+
+
+@pytest.fixture
+def flux() -> dict[str, Any]:
+    """A workflow as users have them: Flux with a LoRA, painting into ComfyUI's output folder."""
+    return {
+        "1": node("UNETLoader", "Load Diffusion Model", unet_name="flux.safetensors", weight_dtype="default"),
+        "2": node("DualCLIPLoader", clip_name1="t5xxl.safetensors", clip_name2="clip_l.safetensors"),
+        "3": node("VAELoader", vae_name="ae.safetensors"),
+        "4": node("LoraLoaderModelOnly", model=["1", 0], lora_name="style.safetensors", strength_model=1.0),
+        "5": node("CLIPTextEncode", "Prompt", clip=["2", 0], text="a lighthouse"),
+        "6": node("FluxGuidance", conditioning=["5", 0], guidance=3.5),
+        "7": node("CLIPTextEncode", "Negative", clip=["2", 0], text="blurry"),
+        "8": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "9": node("KSampler", "Paint", model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["8", 0],
+                  seed=1, steps=3, cfg=1.0, sampler_name="euler", scheduler="simple"),
+        "10": node("VAEDecode", samples=["9", 0], vae=["3", 0]),
+        "11": node("SaveImage", images=["10", 0], filename_prefix="ComfyUI"),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def wan() -> dict[str, Any]:
+    """Two models, one behind the other: Wan's high and low noise."""
+    more = {"cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "steps": 4, "positive": ["5", 0],
+            "negative": ["6", 0]}  # fmt: skip
+    return {
+        "1": node("UNETLoader", unet_name="folder/wan_high.safetensors", weight_dtype="default"),
+        "2": node("UNETLoader", unet_name="wan_low.safetensors", weight_dtype="default"),
+        "3": node("DualCLIPLoader", clip_name1="t5xxl.safetensors", clip_name2="clip_l.safetensors"),
+        "5": node("CLIPTextEncode", clip=["3", 0], text="a river"),
+        "6": node("CLIPTextEncode", clip=["3", 0], text="static"),
+        "7": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "8": node("KSamplerAdvanced", model=["1", 0], noise_seed=5, add_noise="enable", latent_image=["7", 0],
+                  start_at_step=0, end_at_step=2, **more),
+        "9": node("KSamplerAdvanced", model=["2", 0], noise_seed=0, add_noise="disable", latent_image=["8", 0],
+                  start_at_step=2, end_at_step=4, **more),
+        "10": node("VAELoader", vae_name="ae.safetensors"),
+        "11": node("VAEDecode", samples=["9", 0], vae=["10", 0]),
+        "12": node("SaveImage", images=["11", 0], filename_prefix="film"),
+    }  # fmt: skip
