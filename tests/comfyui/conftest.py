@@ -9,20 +9,14 @@ Without COMFYUI_DIR they skip. With it, `driver.py` runs ComfyUI in a process of
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import processes
 import pytest
 
 from convert_to_quant import emoji
@@ -38,7 +32,6 @@ if TYPE_CHECKING:
     from convert_to_quant.engines.diffusers import Denoiser
     from convert_to_quant.engines.quantized_linear import Arithmetic
 
-VARIABLE = "COMFYUI_DIR"
 PROMPTS = ("strawberry", "grinning cat face with smiling eyes")
 SIGMAS = (1.0, 0.75, 0.5, 0.25)
 STEPS, GUIDANCE = 8, 2.0
@@ -69,172 +62,30 @@ def figure() -> Callable[[str, float], float]:
     return figure
 
 
-class ComfyUI:
-    """ComfyUI in its process."""
-
-    def __init__(self, folder: Path, work: Path) -> None:
-        self.work = work
-        self.log = (work / "comfyui.log").open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("driver.py"), folder, work, "--cpu", "--supports-fp8-compute"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Send one request; what ComfyUI raises fails the test."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, f"ComfyUI ended:\n{(self.work / 'comfyui.log').read_text()[-4000:]}"
-        answer: dict[str, Any] = json.loads(line)
-        assert "error" not in answer, answer["error"]
-        result: dict[str, Any] = answer["result"]
-        return result
-
-    def load(self, path: Path, key: str, **how: Any) -> dict[str, Any]:
-        """Load a file; `key` names the model from then on."""
-        return self.ask("load", path=str(path), key=key, **how)
-
-    def run(self, command: str, key: str, inputs: Mapping[str, Tensor], **how: Any) -> dict[str, Tensor]:
-        """Run a loaded model on tensors; ComfyUI has nothing to warn about."""
-        from safetensors.torch import load_file, save_file
-
-        save_file({name: value.contiguous() for name, value in inputs.items()}, self.work / "inputs.safetensors")
-        output = self.work / "output.safetensors"
-        told = self.ask(command, key=key, inputs=str(self.work / "inputs.safetensors"), output=str(output), **how)
-        assert told["warnings"] == []
-        found: dict[str, Tensor] = load_file(output)
-        return found
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-        self.log.close()
-
-
-class Server:
-    """ComfyUI's own server, in its process."""
-
-    def __init__(self, tree: Path, work: Path, *flags: str) -> None:
-        self.work = work
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.address = f"http://127.0.0.1:{port}"
-        (work / "front").mkdir(exist_ok=True)
-        (work / "front" / "index.html").touch()
-        words = ["serve", tree, work, "--cpu", "--listen", "127.0.0.1", "--port", port, "--disable-api-nodes",
-                 "--database-url", "sqlite:///:memory:", "--front-end-root", work / "front", *flags]  # fmt: skip
-        self.log = (work / "server.log").open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("driver.py"), *map(str, words)],
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def said(self) -> str:
-        """The end of its log."""
-        return (self.work / "server.log").read_text()[-4000:]
-
-    def ask(self, path: str, body: Any = None) -> Any:
-        """GET, or POST JSON; the answer, also of a refusal."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.loads(answer.read() or "null")
-        except urllib.error.HTTPError as refusal:
-            with refusal:
-                return json.load(refusal)
-
-    def wait_until_it_answers(self) -> None:
-        for _ in range(600):
-            assert self.process.poll() is None, self.said()
-            try:
-                self.ask("/system_stats")
-                return
-            except urllib.error.URLError:
-                time.sleep(0.2)
-        pytest.fail(self.said())
-
-    def run(self, workflow: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Queue a workflow as it is and wait: its history, and what validation refused of it."""
-        queued = self.ask("/prompt", {"prompt": workflow})
-        assert "prompt_id" in queued, queued
-        return self.finish(queued["prompt_id"]), queued["node_errors"]
-
-    def finish(self, prompt: str) -> dict[str, Any]:
-        """Wait for a prompt; its history."""
-        for _ in range(600):
-            history = self.ask(f"/history/{prompt}")
-            if history:
-                found: dict[str, Any] = history[prompt]
-                return found
-            time.sleep(0.1)
-        pytest.fail(self.said())
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.log.close()
-
-
 @pytest.fixture(scope="session")
 def tree() -> Path:
     """The ComfyUI tree."""
-    folder = os.environ.get(VARIABLE)
-    if not folder:
-        pytest.skip(f"{VARIABLE} is not set: it should name a ComfyUI tree")
-    if not (Path(folder) / "comfy" / "sd.py").is_file():
-        pytest.fail(f"{VARIABLE} is {folder}, and there is no comfy/sd.py in it")
-    return Path(folder)
+    return processes.tree()
 
 
 @pytest.fixture(scope="session")
-def serving(tree: Path) -> Callable[..., AbstractContextManager[Server]]:
+def serving(tree: Path) -> Callable[..., AbstractContextManager[processes.Server]]:
     """serving(work, flag, ...): a server that has `work` for its base directory."""
 
     @contextmanager
-    def serving(work: Path, *flags: str) -> Iterator[Server]:
-        running = Server(tree, work, *flags)
-        try:
+    def serving(work: Path, *flags: str) -> Iterator[processes.Server]:
+        with closing(processes.Server(tree, work, *flags)) as running:
             running.wait_until_it_answers()
             yield running
-        finally:
-            running.close()
 
     return serving
 
 
 @pytest.fixture(scope="session")
-def comfyui(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
+def comfyui(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.ComfyUI]:
     """The running ComfyUI."""
-    running = ComfyUI(tree, tmp_path_factory.mktemp("comfyui"))
-    try:
+    with closing(processes.ComfyUI(tree, tmp_path_factory.mktemp("comfyui"))) as running:
         yield running
-    finally:
-        running.close()
 
 
 @dataclass(frozen=True)
@@ -273,7 +124,7 @@ def reranged(path: Path, reranging: Reranging) -> Path:
 
 
 @pytest.fixture(scope="session")
-def files(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Files]:
+def files(comfyui: processes.ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Files]:
     """files("hot"): a re-ranging of the emoji model, converted and calibrated by our command line."""
     folder = tmp_path_factory.mktemp("models")
 
@@ -332,54 +183,60 @@ def spelled(files: Callable[[str], Files], tmp_path_factory: pytest.TempPathFact
     """spelled("header only"): the calibrated plain model in one of the spellings of `SPELLINGS`."""
     folder = tmp_path_factory.mktemp("spellings")
 
-    def path(name: str) -> Path:
-        return folder / f"{name.replace(' ', '_')}.safetensors"
+    def changed(name: str, source: Path, change: Callable[[Any, dict[str, str]], None]) -> Path:
+        """A file with its tensors and metadata changed."""
+        tensors, metadata = read(source)
+        change(tensors, metadata)
+        return save(folder / f"{name.replace(' ', '_')}.safetensors", tensors, metadata)
+
+    def converted(name: str, source: Path, *flags: str) -> Path:
+        """Converted with other flags, and calibrated as the default one."""
+        path = folder / f"{name.replace(' ', '_')}.safetensors"
+        command("-i", source, "-o", folder / "converted.safetensors", *flags)
+        return calibrated_like(files("plain"), folder / "converted.safetensors", path)
 
     def prefixed(name: str, *flags: str) -> Path:
         tensors, metadata = read(emoji.WEIGHTS)
         bare = save(folder / "prefixed_bf16.safetensors", {PREFIX + k: v for k, v in tensors.items()}, metadata)
-        command("-i", bare, "-o", folder / "converted.safetensors", *flags)
-        return calibrated_like(files("plain"), folder / "converted.safetensors", path(name))
+        return converted(name, bare, *flags)
 
-    def header_only(source: Path, name: str) -> Path:
-        tensors, metadata = read(source)
-        return save(path(name), {k: v for k, v in tensors.items() if not k.endswith(".comfy_quant")}, metadata)
+    def header_only(tensors: Any, _: dict[str, str]) -> None:
+        for name in [name for name in tensors if name.endswith(".comfy_quant")]:
+            del tensors[name]
 
-    def tensors_only(source: Path, name: str) -> Path:
-        tensors, metadata = read(source)
-        return save(path(name), tensors, {k: v for k, v in metadata.items() if k != HEADER})
+    def tensors_only(_: Any, metadata: dict[str, str]) -> None:
+        del metadata[HEADER]
 
-    def legacy(name: str) -> Path:
-        command("-i", emoji.WEIGHTS, "-o", folder / "converted.safetensors", "--legacy")
-        return calibrated_like(files("plain"), folder / "converted.safetensors", path(name))
+    def two_elements(tensors: Any, _: dict[str, str]) -> None:
+        tensors["scaled_fp8"] = tensors["scaled_fp8"].new_zeros(2)
 
-    def two_elements(name: str) -> Path:
-        tensors, metadata = read(make("legacy"))
-        return save(path(name), {**tensors, "scaled_fp8": tensors["scaled_fp8"].new_zeros(2)}, metadata)
-
-    def header_disagrees(name: str) -> Path:
-        tensors, metadata = read(files("plain").calibrated)
+    def header_disagrees(_: Any, metadata: dict[str, str]) -> None:
         header = json.loads(metadata[HEADER])
         for number, entry in enumerate(header["layers"].values()):
             entry["full_precision_matrix_mult"] = number % 3 == 0
-        return save(path(name), tensors, {**metadata, HEADER: json.dumps(header)})
+        metadata[HEADER] = json.dumps(header)
 
+    changes: dict[str, tuple[str, Callable[[Any, dict[str, str]], None]]] = {
+        "header only": ("default", header_only),
+        "tensors only": ("default", tensors_only),
+        "header disagrees": ("default", header_disagrees),
+        "legacy without FP8 products": ("legacy", two_elements),
+        "prefixed header only": ("prefixed", header_only),
+        "prefixed tensors only": ("prefixed", tensors_only),
+    }
     makers: dict[str, Callable[[str], Path]] = {
         "default": lambda _: files("plain").calibrated,
-        "header only": lambda name: header_only(files("plain").calibrated, name),
-        "tensors only": lambda name: tensors_only(files("plain").calibrated, name),
-        "header disagrees": header_disagrees,
-        "legacy": legacy,
-        "legacy without FP8 products": two_elements,
+        "legacy": lambda name: converted(name, emoji.WEIGHTS, "--legacy"),
         "prefixed": prefixed,
-        "prefixed header only": lambda name: header_only(make("prefixed"), name),
-        "prefixed tensors only": lambda name: tensors_only(make("prefixed"), name),
         "prefixed legacy": lambda name: prefixed(name, "--legacy"),
     }
 
     @cache
     def make(name: str) -> Path:
-        return makers[name](name)
+        if name in makers:
+            return makers[name](name)
+        source, change = changes[name]
+        return changed(name, make(source), change)
 
     return make
 
@@ -488,7 +345,7 @@ class Ours:
 
 
 @pytest.fixture(scope="session")
-def ours(comfyui: ComfyUI) -> Ours:
+def ours(comfyui: processes.ComfyUI) -> Ours:
     """Our engine, on one thread, like ComfyUI's process: more are slower on a machine that has other work."""
     import torch
 

@@ -22,8 +22,8 @@ import sys
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -57,7 +57,8 @@ class StandInFinder(MetaPathFinder, Loader):
         pass
 
 
-def start(folder: str, work: str, flags: list[str]) -> None:
+@contextmanager
+def started(folder: str, work: str, flags: list[str]) -> Iterator[None]:
     """Import ComfyUI as its own `main.py` would be started, with these flags."""
     sys.argv = ["main.py", "--base-directory", work, *flags]
     sys.path.insert(0, folder)
@@ -66,6 +67,10 @@ def start(folder: str, work: str, flags: list[str]) -> None:
     comfy.options.enable_args_parsing()
     sys.meta_path.append(StandInFinder())
     import comfy.sd
+    import torch
+
+    with torch.inference_mode():
+        yield
 
 
 def serve(folder: str, work: str, flags: list[str]) -> None:
@@ -400,24 +405,26 @@ COMMANDS: Mapping[str, Callable[..., dict[str, Any]]] = {
 }
 
 
+def answer_requests(commands: Mapping[str, Callable[..., dict[str, Any]]], within: Any) -> None:
+    """Answer requests until stdin ends, on what was stdout, within a context."""
+    private = os.dup(1)
+    os.dup2(2, 1)
+    with within, os.fdopen(private, "w") as answers:
+        for line in sys.stdin:
+            request = json.loads(line)
+            try:
+                answer: dict[str, Any] = {"result": commands[request.pop("command")](**request)}
+            except Exception:  # whatever is raised is the answer
+                answer = {"error": traceback.format_exc()}
+            print(json.dumps(answer), file=answers, flush=True)
+
+
 def main() -> None:
     """Answer requests until stdin ends, or serve until the process does."""
     if sys.argv[1] == "serve":
         serve(sys.argv[2], sys.argv[3], sys.argv[4:])
         return
-    private = os.dup(1)
-    os.dup2(2, 1)
-    start(sys.argv[1], sys.argv[2], sys.argv[3:])
-    import torch
-
-    with torch.inference_mode(), os.fdopen(private, "w") as answers:
-        for line in sys.stdin:
-            request = json.loads(line)
-            try:
-                answer: dict[str, Any] = {"result": COMMANDS[request.pop("command")](**request)}
-            except Exception:  # whatever ComfyUI raises is the answer
-                answer = {"error": traceback.format_exc()}
-            print(json.dumps(answer), file=answers, flush=True)
+    answer_requests(COMMANDS, started(sys.argv[1], sys.argv[2], sys.argv[3:]))
 
 
 if __name__ == "__main__":

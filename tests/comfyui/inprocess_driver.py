@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parent))
 import tiny_models
-from driver import StandInFinder
+from driver import StandInFinder, answer_requests
 
-sys.path.remove(str(Path(__file__).parent))
 TREE = Path(sys.argv[1]).resolve()
 DEVICE = "cpu"
 
@@ -295,20 +290,6 @@ COMMANDS: Mapping[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    """Answer requests until stdin ends."""
-    private = os.dup(1)
-    os.dup2(2, 1)
-    sys.meta_path.append(StandInFinder())
-    with os.fdopen(private, "w") as answers:
-        for line in sys.stdin:
-            request = json.loads(line)
-            try:
-                answer: dict[str, Any] = {"result": COMMANDS[request.pop("command")](**request)}
-            except Exception:  # whatever is raised is the answer
-                answer = {"error": traceback.format_exc()}
-            print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    sys.meta_path.append(StandInFinder())
+    answer_requests(COMMANDS, contextlib.nullcontext())

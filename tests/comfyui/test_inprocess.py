@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
+from tiny_models import LEFT_OUT, MODELS
 
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.kernels import SIGMA_BINS
@@ -21,17 +20,9 @@ from convert_to_quant.stats import Statistics
 
 pytestmark = pytest.mark.comfyui
 
-VARIABLE = "COMFYUI_DIR"
-TREE = os.environ.get(VARIABLE, "")
+TREE = os.environ.get(processes.VARIABLE, "")
 STEPS = 4
 SMALL = ("--height", "128", "--width", "128", "--steps", "2")
-
-spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
-assert spec is not None
-assert spec.loader is not None
-tiny_models = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_models)
-LEFT_OUT, MODELS = tiny_models.LEFT_OUT, tiny_models.MODELS
 
 SLOW = {"WAN22_Animate": "its face encoder takes videos of 512 by 512 pixels whatever the model's size"}
 """Minutes on a CPU: these paint one picture in place of three."""
@@ -54,65 +45,32 @@ ZEROS: Mapping[str, tuple[str, ...]] = {"ACEStep": ("speaker_embedder",)}
 """Layers that ComfyUI itself shows nothing but zeros."""
 
 
-class InProcess:
+class InProcess(processes.Process):
     """A process that runs our command line, and ComfyUI inside of it."""
 
     def __init__(self, work: Path) -> None:
-        self.work = work
-        self.log = (work / "log").open("w")
-        hidden = (VARIABLE, "PYTHONDONTWRITEBYTECODE")  # what the package has to say and to do by itself
-        environment = {name: value for name, value in os.environ.items() if name not in hidden}
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("inprocess_driver.py"), TREE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env={**environment, "OMP_NUM_THREADS": "1"},
-        )
-
-    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Send one request; what is raised fails the test."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, f"the process ended:\n{(self.work / 'log').read_text()[-4000:]}"
-        answer: dict[str, Any] = json.loads(line)
-        assert "error" not in answer, answer["error"]
-        result: dict[str, Any] = answer["result"]
-        return result
+        hidden = (processes.VARIABLE, "PYTHONDONTWRITEBYTECODE")  # what the package has to say and to do by itself
+        super().__init__(work, "inprocess_driver.py", TREE, hidden=hidden)
 
     def ctq(self, *words: str | Path) -> dict[str, Any]:
         """Our command line."""
         return self.ask("command", words=[str(word) for word in words])
 
+    def run(self, model: Path, stats: Path, *words: str | Path) -> dict[str, Any]:
+        """Observe a model in ComfyUI."""
+        return self.ctq("observe", model, "-o", stats, "--engine", "comfyui", "--comfyui-dir", TREE, *words)
+
     def observe(self, model: Path, stats: Path, *words: str | Path) -> str:
-        """Observe a model in ComfyUI: what is said."""
-        told = self.ctq("observe", model, "-o", stats, "--engine", "comfyui", "--comfyui-dir", TREE, *words)
+        """The same: what is said."""
+        told = self.run(model, stats, *words)
         assert told["code"] == 0, told["err"]
         return str(told["err"])
 
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait(60)
-        self.process.stdout.close()
-        self.log.close()
-
 
 @pytest.fixture(scope="session")
-def inprocess(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
-    if not TREE:
-        pytest.skip(f"{VARIABLE} is not set: it should name a ComfyUI tree")
-    running = InProcess(tmp_path_factory.mktemp("inprocess"))
-    try:
+def inprocess(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
+    with closing(InProcess(tmp_path_factory.mktemp("inprocess"))) as running:
         yield running
-    finally:
-        running.close()
 
 
 def written(tree: Path) -> dict[str, int]:

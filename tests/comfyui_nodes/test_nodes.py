@@ -88,17 +88,10 @@ def test_nodes_say_what_comfyui_asks(comfyui: Any, name: str) -> None:
             assert function[key].default in (inspect.Parameter.empty, settings["default"])
 
 
-def test_every_node_has_a_name_to_show() -> None:
-    assert NODE_CLASS_MAPPINGS.keys() == NODE_DISPLAY_NAME_MAPPINGS.keys()
-
-
-def test_record_runs_again_only_to_reset() -> None:
+def test_record_runs_again_only_to_reset_and_save_always() -> None:
     unchanged = RecordActivations.IS_CHANGED(statistics_file="a")
     assert unchanged == RecordActivations.IS_CHANGED(reset=False, statistics_file="a")
     assert math.isnan(float(RecordActivations.IS_CHANGED(reset=True)))
-
-
-def test_save_always_runs() -> None:
     assert math.isnan(SaveActivationStats.IS_CHANGED(filename_prefix="a"))
 
 
@@ -202,15 +195,6 @@ def test_nothing_is_saved_where_nothing_was_recorded(comfyui: Any) -> None:
     assert list((comfyui.root / "output").iterdir()) == []
 
 
-def test_save_refuses_names_outside_of_the_output_folder(comfyui: Any, recorded: Any) -> None:
-    assert SaveActivationStats.VALIDATE_INPUTS("a/b") is True
-    assert SaveActivationStats.VALIDATE_INPUTS() is True
-    assert "is not a file name below" in str(SaveActivationStats.VALIDATE_INPUTS("../models/a"))
-    with pytest.raises(OptionError, match="is not a file name below"):
-        SaveActivationStats().save(recorded, LATENT, "../a")
-    assert [path.name for path in comfyui.root.rglob("*.safetensors")] == []
-
-
 def test_progress_is_shown_on_the_node_where_a_server_runs(comfyui: Any, recorded: Any) -> None:
     shown: list[tuple[str, str]] = []
     server = SimpleNamespace(send_progress_text=lambda text, node: shown.append((node, text)))
@@ -289,16 +273,6 @@ def test_outputs_that_cannot_be_are_refused_before_anything_is_sampled(comfyui: 
     assert "ComfyUI lists no checkpoint" in str(validate("diffusion_models/../../x.safetensors", "", False))
 
 
-@pytest.mark.parametrize("output", ["../escape", "/tmp/escape", "a/../../escape", "..\\escape", "C:\\escape"])
-def test_no_checkpoint_is_written_outside_of_the_models_folder(
-    comfyui: Any, checkpoint: Path, recorded: Any, output: str
-) -> None:
-    before = sorted(comfyui.root.rglob("*"))
-    with pytest.raises(OptionError, match="is not a file name below"):
-        CalibrateFP8Checkpoint().calibrate(checkpoint=NAME, stats=recorded.statistics(), output_name=output)
-    assert sorted(comfyui.root.rglob("*")) == before
-
-
 def test_layers_that_were_not_recorded_are_named_and_kept_if_asked(
     comfyui: Any, checkpoint: Path, recorded: Any
 ) -> None:
@@ -374,11 +348,34 @@ def test_prompts_that_differ_do_not_go_into_one_file(comfyui: Any, cond: Any, fo
     assert list((comfyui.root / "output").iterdir()) == []
 
 
-def test_a_conditioning_is_not_saved_outside_of_the_output_folder(comfyui: Any) -> None:
-    assert SaveConditioning.VALIDATE_INPUTS("a/b") is True
-    assert "is not a file name below" in str(SaveConditioning.VALIDATE_INPUTS("../a"))
-    with pytest.raises(OptionError, match="is not a file name below"):
-        SaveConditioning().save([entry()], "../a")
+# Names that lead out of ComfyUI's folders; see test_folders.py for more.
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "said"),
+    [
+        (SaveActivationStats, {"latent": LATENT, "filename_prefix": "../a"}, "is not a file name below"),
+        (SaveConditioning, {"filename_prefix": "../a"}, "is not a file name below"),
+        (CalibrateFP8Checkpoint, {"checkpoint": NAME, "output_name": "../a"}, "is not a file name below"),
+        (ActivationReport, {"filename_prefix": "..\\a"}, "is not a file name below"),
+        (ActivationReport, {"checkpoint": "diffusion_models/../../x.safetensors"}, "ComfyUI lists no checkpoint"),
+    ],
+)
+def test_names_outside_of_comfyuis_folders_are_refused(
+    comfyui: Any, checkpoint: Path, recorded: Any, node: Any, inputs: dict[str, Any], said: str
+) -> None:
+    before = sorted(comfyui.root.rglob("*"))
+    given = {"conditioning": [entry()]} if node is SaveConditioning else {"stats": recorded.statistics()}
+    with pytest.raises(OptionError, match=said):
+        getattr(node(), node.FUNCTION)(**given, **inputs)
+    assert sorted(comfyui.root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("node", [SaveActivationStats, SaveConditioning, ActivationReport])
+def test_names_are_checked_before_anything_is_sampled(comfyui: Any, node: Any) -> None:
+    assert node.VALIDATE_INPUTS("a/b") is node.VALIDATE_INPUTS() is True
+    assert "is not a file name below" in str(node.VALIDATE_INPUTS("../a"))
+    assert (node.VALIDATE_INPUTS("") is True) == (node is ActivationReport)
 
 
 # Report.
@@ -421,17 +418,6 @@ def test_a_report_can_go_without_a_page_and_never_replaces_one(comfyui: Any, rec
         "b_00001_.html",
         "b_00002_.html",
     ]
-
-
-def test_a_report_refuses_names_outside_of_the_output_folder(comfyui: Any, recorded: Any) -> None:
-    validate = ActivationReport.VALIDATE_INPUTS
-    assert [validate(name) for name in (None, "", "a/b")] == [True] * 3
-    assert "is not a file name below" in str(validate("../a"))
-    with pytest.raises(OptionError, match="is not a file name below"):
-        ActivationReport().draw(stats=recorded.statistics(), filename_prefix="..\\a")
-    with pytest.raises(OptionError, match="ComfyUI lists no checkpoint"):
-        ActivationReport().draw(stats=recorded.statistics(), checkpoint="diffusion_models/../../x.safetensors")
-    assert list(comfyui.root.rglob("*.html")) == []
 
 
 def test_a_report_names_layers_that_were_not_recorded(comfyui: Any, checkpoint: Path, recorded: Any) -> None:

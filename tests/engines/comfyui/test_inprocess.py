@@ -27,8 +27,6 @@ from convert_to_quant.stats import Statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
 
-KINDS = {"noise", "encoded", "signal", "ids", "ones"}
-
 
 def scene(network: nn.Module | None = None, **config: int) -> Scene:
     return Scene(network or nn.Module(), config, channels=4, height=8, width=6, frames=2, tokens=12, text_tokens=5)
@@ -56,9 +54,16 @@ def test_a_family_has_what_it_derives_from_and_its_own_row_goes_first() -> None:
     assert conditions_of(["LongCatImage", "Flux", BASE]) == CONDITIONS["Flux"]
 
 
-def test_what_derives_from_nothing_known_is_refused_by_its_name() -> None:
-    with pytest.raises(UnsupportedModelError, match="what ComfyUI's Novelty takes besides latents is not known here"):
-        conditions_of(["Novelty", BASE, "Module", "object"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Novelty", "what ComfyUI's Novelty takes besides latents is not known here"),
+        *((name, f"ComfyUI's {name} is not a diffusion model: it ") for name in NOTHING_TO_PAINT),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_by_its_name(name: str, said: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=said):
+        conditions_of([name, BASE, "Module", "object"])
 
 
 def test_the_base_class_has_a_row_of_its_own_that_nothing_inherits() -> None:
@@ -66,39 +71,23 @@ def test_the_base_class_has_a_row_of_its_own_that_nothing_inherits() -> None:
     assert set(CONDITIONS["StableAudio1"].wants) == set(conditions_of(["StableAudio1", BASE]).wants)
 
 
-@pytest.mark.parametrize("name", NOTHING_TO_PAINT)
-def test_models_that_paint_nothing_are_refused_with_what_they_do(name: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"ComfyUI's {name} is not a diffusion model: it "):
-        conditions_of([name, BASE])
-
-
-def test_every_row_says_kinds_that_can_be_drawn() -> None:
-    wants = [want for family in CONDITIONS.values() for want in family.wants.values() if want is not None]
-
-    assert {want.kind for want in wants} <= KINDS
-    assert all(want.kind == "ids" or want.below == 1 for want in wants)
+def test_no_class_of_comfyui_stands_in_two_records() -> None:
+    assert sum(len(record.comfyui) for record in RECORDS) == len(CONDITIONS)
     assert not set(CONDITIONS) & set(NOTHING_TO_PAINT)
-    assert sum(len(record.comfyui) for record in RECORDS) == len(CONDITIONS)  # no class stands in two records
 
 
 def test_sizes_are_measured_on_the_network() -> None:
     network = nn.Module()
     network.txt_in = nn.Linear(40, 8)
+    assert "pooled_output" not in wanted(conditions_of(["Flux2", "Flux", BASE]), scene(network))  # it has no layer
+
     network.vector_in = nn.Module()
     network.vector_in.in_layer = nn.Linear(24, 8)
-
     flux = wanted(conditions_of(["Flux", BASE]), scene(network))
 
     assert {name: shape for name, (_, shape) in flux.items()} == {
         "cross_attn": (5, 40), "pooled_output": (24,), "concat_latent_image": (4, 8, 6)
     }  # fmt: skip
-
-
-def test_what_the_network_has_no_layer_for_is_not_wanted() -> None:
-    network = nn.Module()
-    network.txt_in = nn.Linear(40, 8)
-
-    assert "pooled_output" not in wanted(conditions_of(["Flux2", "Flux", BASE]), scene(network))
 
 
 def test_a_network_without_the_layer_that_tells_a_size_is_refused_by_the_layer() -> None:
@@ -169,17 +158,12 @@ def test_streams_and_vectors_are_drawn_as_the_other_engine_draws_them() -> None:
         assert torch.equal(drawn["vector"], expected["vector"])
 
 
-def test_pictures_are_encoded_and_signals_are_not() -> None:
+def test_what_is_drawn_is_as_its_kind_says() -> None:
     drawn = draw(ROWS, scene(), noise.SILENT, 7, 3, as_encoded=lambda values: values * 100)
 
     assert 50 < drawn["picture"].std() < 200
     assert 0.5 < drawn["signal"].std() < 2
     assert drawn["constant"] is None
-
-
-def test_token_numbers_are_in_range_and_masks_are_ones() -> None:
-    drawn = draw(ROWS, scene(), noise.STRONG, 7, 3)
-
     assert drawn["ids"].shape == (1, 50)
     assert set(drawn["ids"].flatten().tolist()) <= set(range(9))
     assert drawn["ones"][0].dtype == torch.int64  # a float mask would be added to attention's logits
@@ -223,17 +207,6 @@ def test_the_tree_is_the_one_that_is_named_or_else_the_environments(
     assert inprocess_tree.folder_of(None) == tree.resolve()
     monkeypatch.setenv(inprocess_tree.VARIABLE, str(tmp_path / "elsewhere"))
     assert inprocess_tree.folder_of(tree) == tree.resolve()
-
-
-def test_no_tree_at_all_says_how_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(inprocess_tree.VARIABLE, raising=False)
-    with pytest.raises(OptionError, match="--comfyui-dir DIR, or COMFYUI_DIR in the environment"):
-        inprocess_tree.folder_of(None)
-
-
-def test_a_folder_that_is_no_comfyui_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"is not a ComfyUI tree: it has no comfy/sd.py"):
-        inprocess_tree.folder_of(tmp_path)
 
 
 def test_the_version_is_read_without_importing_anything(tree: Path) -> None:
@@ -285,44 +258,39 @@ def test_comfyui_gets_a_command_line_of_its_own_and_leaves_no_trace(
 
 
 @pytest.mark.usefixtures("no_comfy")
-def test_a_comfyui_that_cannot_be_imported_says_what_it_lacks(tree: Path) -> None:
-    fake(tree, "import einops_of_another_world\n")
-    with (
-        pytest.raises(CalibrationError, match=r"No module named 'einops_of_another_world'.*run with the Python that"),
-        inprocess_tree.imported(tree, "cpu"),
-    ):
+@pytest.mark.parametrize(
+    ("sd", "said"),
+    [
+        ("import einops_of_another_world\n", r"No module named 'einops_of_another_world'.*run with the Python that"),
+        ("raise RuntimeError('no driver\\nof this version')\n",
+         r"cannot be imported: RuntimeError: no driver \[comfy/sd.py:2\] \(run with the Python"),
+    ],
+)  # fmt: skip
+def test_a_comfyui_that_cannot_be_imported_says_why(tree: Path, sd: str, said: str) -> None:
+    fake(tree, sd)
+    with pytest.raises(CalibrationError, match=said), inprocess_tree.imported(tree, "cpu"):
         pass
     assert str(tree) not in sys.path
 
 
 @pytest.mark.usefixtures("no_comfy")
-def test_a_comfyui_that_breaks_while_it_is_imported_says_where(tree: Path) -> None:
-    fake(tree, "raise RuntimeError('no driver\\nof this version')\n")
-    with (
-        pytest.raises(
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        (
+            "comfy.of_tomorrow",
             CalibrationError,
-            match=r"cannot be imported: RuntimeError: no driver \[comfy/sd.py:2\] \(run with the Python",
+            r"ComfyUI 0.33.0 .*'comfy.of_tomorrow'.*update ComfyUI",
         ),
-        inprocess_tree.imported(tree, "cpu"),
-    ):
-        pass
-
-
-@pytest.mark.usefixtures("no_comfy")
-def test_a_comfyui_that_lacks_what_is_used_of_it_is_told_with_its_version(tree: Path) -> None:
+        ("of_ours", ModuleNotFoundError, "of_ours"),
+    ],
+)
+def test_a_module_that_is_missing_inside_is_comfyuis_fault_where_it_is_comfyuis(
+    tree: Path, name: str, error: type[Exception], said: str
+) -> None:
     fake(tree, "")
-    with (
-        pytest.raises(CalibrationError, match=r"ComfyUI 0.33.0 .*No module named 'comfy.of_tomorrow'.*update ComfyUI"),
-        inprocess_tree.imported(tree, "cpu"),
-    ):
-        importlib.import_module("comfy.of_tomorrow")
-
-
-@pytest.mark.usefixtures("no_comfy")
-def test_an_import_of_ours_that_fails_is_no_fault_of_comfyui(tree: Path) -> None:
-    fake(tree, "")
-    with pytest.raises(ModuleNotFoundError, match="of_ours"), inprocess_tree.imported(tree, "cpu"):
-        importlib.import_module("of_ours")
+    with pytest.raises(error, match=said), inprocess_tree.imported(tree, "cpu"):
+        importlib.import_module(name)
 
 
 @pytest.mark.usefixtures("no_comfy")
@@ -346,55 +314,40 @@ def test_another_tree_or_another_kind_of_device_in_one_process_is_refused(
         pass
 
 
-@pytest.mark.parametrize("device", ["mps", "gpu", "", "cuda:x", "cuda:", "cpu:1"])
-def test_a_device_that_comfyui_is_not_run_on_here_is_refused(tree: Path, device: str) -> None:
-    with (
-        pytest.raises(OptionError, match=f"ComfyUI runs here on cpu or cuda, not on '{device}'"),
-        inprocess_tree.imported(tree, device),
-    ):
-        pass
-
-
-def test_a_card_that_is_not_there_is_refused(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        *((device, f"ComfyUI runs here on cpu or cuda, not on '{device}'")
+          for device in ("mps", "gpu", "", "cuda:x", "cuda:", "cpu:1")),
+        ("cuda:1", "device 'cuda:1' cannot be used: torch finds 1 CUDA devices"),
+    ],
+)  # fmt: skip
+def test_a_device_that_comfyui_is_not_run_on_here_is_refused(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, device: str, said: str
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with (
-        pytest.raises(OptionError, match="device 'cuda:1' cannot be used: torch finds 1 CUDA devices"),
-        inprocess_tree.imported(tree, "cuda:1"),
-    ):
+    with pytest.raises(OptionError, match=said), inprocess_tree.imported(tree, device):
         pass
 
 
-def test_what_comfyui_raises_becomes_one_line_with_its_place() -> None:
-    with pytest.raises(UnsupportedModelError) as caught, inprocess_tree.understood("run", "a.safetensors", "Flux"):
-        torch.ones(2, 3) @ torch.ones(2, 3)
-    assert str(caught.value).startswith(
-        "a.safetensors: ComfyUI cannot run this Flux model: RuntimeError: mat1 and mat2 shapes cannot be multiplied"
-    )
-    assert str(caught.value).count("\n") == 0
-    assert "[test_inprocess.py:" in str(caught.value)
-
-
-def test_memory_that_ran_out_says_what_to_try() -> None:
-    with (
-        pytest.raises(
-            CalibrationError, match=r"memory ran out while ComfyUI was to load this model: .*--height"
-        ) as caught,
-        inprocess_tree.understood("load", "a.safetensors"),
-    ):
-        raise torch.OutOfMemoryError("tried to allocate")
-    assert not isinstance(caught.value, UnsupportedModelError)
-
-
-def test_our_own_errors_pass_as_they_are() -> None:
-    error = OptionError("ours")
-    with pytest.raises(OptionError) as caught, inprocess_tree.understood("run", "a.safetensors"):
-        raise error
-    assert caught.value is error
-
-
-def test_cancelling_is_not_taken_for_an_error_of_comfyui() -> None:
-    with pytest.raises(KeyboardInterrupt), inprocess_tree.understood("run", "a.safetensors"):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("raised", "error", "said"),
+    [
+        (RuntimeError("mat1\nand mat2"), UnsupportedModelError,
+         r"^a.st: ComfyUI cannot run this Flux model: RuntimeError: mat1 \[test_inprocess.py:\d+\]$"),
+        (torch.OutOfMemoryError("tried"), CalibrationError, "^a.st: memory ran out while ComfyUI was .*--height"),
+        (CalibrationError("ours"), CalibrationError, "^a.st: ours$"),
+        (CalibrationError("ours", path="b"), CalibrationError, "^b: ours$"),
+        (OptionError("ours"), OptionError, "^ours$"),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+    ],
+)  # fmt: skip
+def test_what_comfyui_raises_becomes_one_line_with_its_place(
+    raised: BaseException, error: type[BaseException], said: str
+) -> None:
+    with pytest.raises(error, match=said) as caught, inprocess_tree.understood("run", "a.st", "Flux"):
+        raise raised
+    assert type(caught.value) is error
 
 
 # ---------------------------------------------------------------- the command

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui_server import answer
+from comfyui_server import answer, assert_same
 
 from convert_to_quant.comfyui_nodes.recording import Recorder
 from convert_to_quant.engines.comfyui import remote, server, workflow
 from convert_to_quant.engines.comfyui.server import Server, check_address
 from convert_to_quant.errors import CalibrationError, OptionError, StatisticsError
-from convert_to_quant.stats import COLUMNS, Statistics
+from convert_to_quant.stats import Statistics
 
 Nodes = dict[str, Any]
 PATIENT, HASTY = 20.0, 0.4
@@ -68,12 +68,6 @@ def directly(comfyui: Any, seeds: list[int], steps: int = 3) -> Statistics:
         noise = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(seed))
         comfyui.guider(model).sample(noise, tuple(1 - step / steps for step in range(steps)))
     return recorder.statistics()
-
-
-def assert_same(one: Statistics, other: Statistics) -> None:
-    assert (one.layers, one.samples) == (other.layers, other.samples)
-    for column in COLUMNS:
-        assert (getattr(one, column) == getattr(other, column)).all(), column
 
 
 def queue(double: Any, nodes: Nodes) -> str:
@@ -238,32 +232,18 @@ def test_proxies_of_the_environment_are_not_asked(double: Any, flux: Nodes, monk
     assert observe(double, flux)[0]["flux"].samples == 2
 
 
-@pytest.mark.parametrize(
-    ("node", "inputs", "said"),
-    [
-        ("1", {"unet_name": "gone.safetensors"},
-         r"the workflow was refused: node 1 \(Load Diffusion Model\): Value not in list: unet_name: 'gone"),
-        ("9", {"seed": 2**70, "steps": 10**9},
-         r"refused: node 9 \(Paint\): Value 1000000000 bigger than max of 10000: steps"),
-        ("6", {"conditioning": ["1", 0]},
-         r"refused: node 6 \(FluxGuidance\): Return type mismatch between linked nodes: conditioning, received_type"),
-    ],
-)  # fmt: skip
-def test_a_refused_workflow_is_told_by_node_and_input(
-    double: Any, flux: Nodes, node: str, inputs: Nodes, said: str
-) -> None:
-    flux[node]["inputs"] |= inputs
-    fails(double, flux, said)
-    assert double.queue == double.running == []
-
-
 NOTHING = {"type": "x", "message": "no\n\x1b[31mway", "details": "", "extra_info": {}}
+TOO_MANY = {"errors": [{"message": "Value 9 bigger than max of 3", "details": "steps"}]}
+GONE = {"errors": [{"message": "Value not in list", "details": "unet_name: 'gone' not in ['flux']"}]}
 
 
 @pytest.mark.parametrize(
     ("path", "said", "error"),
     [
         ("/prompt", answer({"error": NOTHING, "node_errors": []}, 400), r"the workflow was refused: no \\x1b\[31mway$"),
+        ("/prompt", answer({"error": NOTHING, "node_errors": {"1": GONE, "9": TOO_MANY}}, 400),
+         r"the workflow was refused: node 1 \(Load Diffusion Model\): Value not in list: unet_name: 'gone' not in "
+         r"\['flux'\]; node 9 \(Paint\): Value 9 bigger than max of 3: steps$"),
         ("/prompt", answer(b"<html>", 502), "HTTP error 502 for /prompt"),
         ("/prompt", answer(b"<html>", 500), "HTTP error 500 for /prompt"),
         *(("/prompt", answer(said), "the workflow was refused: it does not say why")

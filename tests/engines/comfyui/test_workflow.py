@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from comfyui_server import node
 
 from convert_to_quant.comfyui_nodes.nodes import NODE_CLASS_MAPPINGS, RecordActivations, SaveActivationStats
 from convert_to_quant.engines.comfyui import workflow
@@ -18,10 +19,6 @@ Nodes = dict[str, Any]
 Types = dict[str, NodeType]
 
 RECORD, SAVE = "convert_to_quant_record_1", "convert_to_quant_save_1"
-
-
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def sampler(model: list[Any], positive: list[Any], latent: list[Any], **more: Any) -> dict[str, Any]:
