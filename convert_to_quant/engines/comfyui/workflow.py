@@ -116,45 +116,21 @@ def _kind(said: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Recording:
-    """One recorder.
-
-    Attributes:
-        node: its id.
-        model: the link it records.
-        samplers: those it sees.
-        saves: our nodes that save it, each behind a sampler that no other of them follows.
-    """
-
-    node: str
-    model: Link
-    samplers: tuple[str, ...]
-    saves: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Model:
     """One model of the workflow, which gets a statistics file of its own.
 
     Attributes:
         name: of the file it is loaded from, fit for a file name; no two models have the same.
         loaders: the nodes it comes from; several where models are merged.
-        recordings: one for each way that it takes to samplers (with a LoRA and without, ...).
+        samplers: all that sample with it.
+        saves: our nodes that save it, each behind a sampler that no other of them follows. It has a recorder for each
+            way that it takes to samplers (with a LoRA and without, ...).
     """
 
     name: str
     loaders: tuple[str, ...]
-    recordings: tuple[Recording, ...]
-
-    @property
-    def samplers(self) -> tuple[str, ...]:
-        """All that sample with it, each once."""
-        return tuple(dict.fromkeys(sampler for recording in self.recordings for sampler in recording.samplers))
-
-    @property
-    def saves(self) -> tuple[str, ...]:
-        """Our nodes that save it."""
-        return tuple(save for recording in self.recordings for save in recording.saves)
+    samplers: tuple[str, ...]
+    saves: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -188,9 +164,10 @@ class Plan:
         for places, value in ((self.texts, text), (self.seeds, seed)):
             for place in places if value is not None else ():
                 nodes[place.node]["inputs"][place.input] = value
+        for node in nodes.values():
+            if node["class_type"] == RECORD:
+                node["inputs"]["recording"] = session
         for model in self.models:
-            for recording in model.recordings:
-                nodes[recording.node]["inputs"]["recording"] = session
             for save in model.saves:
                 nodes[save]["inputs"]["filename_prefix"] = f"{folder}/{model.name}"
         wanted = _ancestors(nodes, [save for model in self.models for save in model.saves])
@@ -291,13 +268,18 @@ def plan(nodes: Nodes, types: Mapping[str, NodeType], path: StrPath | None = Non
         hint = shown(f"the server does not know {', '.join(unknown)}: install these nodes there")
         raise CalibrationError(problem, path=path, hint=hint if unknown else None)
     done = dict(graph.nodes)
-    by_loaders: dict[tuple[str, ...], list[Recording]] = {}
+    users_of: dict[tuple[str, ...], list[str]] = {}
+    saves_of: dict[tuple[str, ...], list[str]] = {}
     for link, users in uses.items():
-        by_loaders.setdefault(graph.loaders(link), []).append(_insert(done, graph, link, users))
-    names = _names(graph, [*by_loaders])
+        loaders = graph.loaders(link)
+        users_of.setdefault(loaders, []).extend(sampler for sampler, _ in users)
+        saves_of.setdefault(loaders, []).extend(_insert(done, graph, link, users))
     made = Plan(
         done,
-        tuple(Model(names[loaders], loaders, tuple(found)) for loaders, found in by_loaders.items()),
+        tuple(
+            Model(name, loaders, tuple(dict.fromkeys(users_of[loaders])), tuple(saves_of[loaders]))
+            for loaders, name in _names(graph, [*saves_of]).items()
+        ),
         tuple(dict.fromkeys(place for sampler in samplers for place in graph.texts(sampler))),
         tuple(dict.fromkeys(place for sampler in samplers for place in graph.seeds(sampler))),
     )
@@ -423,8 +405,8 @@ def _without_ours(nodes: Nodes) -> Nodes:
     return rest
 
 
-def _insert(nodes: Nodes, graph: _Graph, link: Link, users: list[tuple[str, Place]]) -> Recording:
-    """Put a recorder behind a MODEL, and what saves it behind its samplers."""
+def _insert(nodes: Nodes, graph: _Graph, link: Link, users: list[tuple[str, Place]]) -> list[str]:
+    """Put a recorder behind a MODEL, and what saves it, which is told, behind its samplers."""
     record = _new(nodes, "record", RECORD, "Record Activations", {"model": [link.node, link.slot]})
     for _, place in users:
         node = nodes[place.node]
@@ -433,11 +415,10 @@ def _insert(nodes: Nodes, graph: _Graph, link: Link, users: list[tuple[str, Plac
     before = {name for sampler in samplers for name in _ancestors(graph.nodes, [sampler]) - {sampler}}
     last = [sampler for sampler in samplers if sampler not in before]
     latents = [[sampler, graph.type(sampler).outputs.index(LATENT)] for sampler in last or samplers]
-    saves = [
+    return [
         _new(nodes, "save", SAVE, "Save Activation Stats", {"stats": [record, 1], "latent": latent})
         for latent in latents
     ]
-    return Recording(record, link, samplers, tuple(saves))
 
 
 def _new(nodes: Nodes, what: str, kind: str, said: str, inputs: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from comfyui_server import node
 
 from convert_to_quant.comfyui_nodes.nodes import NODE_CLASS_MAPPINGS, RecordActivations, SaveActivationStats
 from convert_to_quant.engines.comfyui import workflow
-from convert_to_quant.engines.comfyui.workflow import Link, NodeType, Place, Plan, parse, plain, plan
+from convert_to_quant.engines.comfyui.workflow import Model, NodeType, Place, Plan, parse, plain, plan
 from convert_to_quant.errors import CalibrationError
 
 Nodes = dict[str, Any]
@@ -43,9 +43,19 @@ def found(nodes: Nodes, types: Types) -> Plan:
     return made
 
 
-def samplers(plan: Any) -> tuple[str, ...]:
+def samplers(plan: Plan) -> tuple[str, ...]:
     """All that are recorded, each once."""
     return tuple(dict.fromkeys(sampler for model in plan.models for sampler in model.samplers))
+
+
+def sources(plan: Plan) -> list[tuple[str, ...]]:
+    """The loaders of each model."""
+    return [model.loaders for model in plan.models]
+
+
+def recorded(plan: Plan) -> list[str]:
+    """The nodes whose MODELs are recorded."""
+    return [said["inputs"]["model"][0] for said in plan.nodes.values() if said["class_type"] == workflow.RECORD]
 
 
 def test_the_nodes_are_called_as_our_pack_calls_them() -> None:
@@ -57,10 +67,7 @@ def test_the_nodes_are_called_as_our_pack_calls_them() -> None:
 def test_a_recorder_goes_between_the_loras_and_the_sampler(flux: Nodes, types: Types) -> None:
     made = found(flux, types)
 
-    (model,) = made.models
-    (recording,) = model.recordings
-    assert (model.name, model.loaders, model.samplers) == ("flux", ("1",), ("9",))
-    assert (recording.node, recording.model, recording.saves) == (RECORD, Link("4", 0), (SAVE,))
+    assert made.models == (Model("flux", ("1",), ("9",), (SAVE,)),)
     queued = made.queued("session", "folder")
     assert queued[RECORD]["inputs"] == {"model": ["4", 0], "recording": "session"}
     assert queued[SAVE]["inputs"] == {"stats": [RECORD, 1], "latent": ["9", 0], "filename_prefix": "folder/flux"}
@@ -93,16 +100,18 @@ def test_a_run_has_its_prompt_and_seed_and_the_plan_stays(flux: Nodes, types: Ty
 def test_two_models_are_recorded_apart(wan: Nodes, types: Types) -> None:
     made = found(wan, types)
 
-    high, low = made.models
-    assert (high.name, high.loaders, high.samplers) == ("wan_high", ("1",), ("8",))
-    assert (low.name, low.loaders, low.samplers) == ("wan_low", ("2",), ("9",))
+    assert made.models == (
+        Model("wan_high", ("1",), ("8",), (SAVE,)),
+        Model("wan_low", ("2",), ("9",), ("convert_to_quant_save_2",)),
+    )
     queued = made.queued("session", "folder")
-    for model, sampled in ((high, "8"), (low, "9")):
-        (recording,) = model.recordings
-        (save,) = recording.saves
-        assert queued[sampled]["inputs"]["model"] == [recording.node, 0]
-        assert queued[save]["inputs"]["latent"] == [sampled, 0]
-        assert queued[save]["inputs"]["filename_prefix"] == f"folder/{model.name}"
+    for number, (model, loader) in enumerate(zip(made.models, "12", strict=True), 1):
+        record = f"convert_to_quant_record_{number}"
+        assert queued[record]["inputs"]["model"] == [loader, 0]
+        assert queued[model.samplers[0]]["inputs"]["model"] == [record, 0]
+        assert queued[model.saves[0]]["inputs"] == {
+            "stats": [record, 1], "latent": [model.samplers[0], 0], "filename_prefix": f"folder/{model.name}"
+        }  # fmt: skip
     assert made.texts == (Place("5", "text"),)
     assert made.seeds == (Place("8", "noise_seed"), Place("9", "noise_seed"))
 
@@ -137,7 +146,7 @@ def test_a_model_for_the_negative_prompt_alone_is_left_alone(types: Types) -> No
     }  # fmt: skip
     made = found(nodes, types)
 
-    assert [model.loaders for model in made.models] == [("load",)]
+    assert sources(made) == [("load",)]
     assert made.queued("", "")["guide"]["inputs"]["model_negative"] == ["other", 0]
     assert made.seeds == ()
 
@@ -174,13 +183,12 @@ def test_one_recorder_is_saved_behind_its_last_sampler(types: Types) -> None:
         "first": sampler(["load", 0], ["yes", 0], ["size", 0]),
         "second": sampler(["load", 0], ["yes", 0], ["first", 0]),
     }
-    ((recording,),) = (model.recordings for model in found(nodes, types).models)
-    assert recording.samplers == ("first", "second")
+    (model,) = found(nodes, types).models
+    assert (model.samplers, model.saves) == (("first", "second"), (SAVE,))
     assert found(nodes, types).queued("", "")[SAVE]["inputs"]["latent"] == ["second", 0]
 
     nodes["second"]["inputs"]["latent_image"] = ["size", 0]
-    ((recording,),) = (model.recordings for model in found(nodes, types).models)
-    assert len(recording.saves) == 2
+    assert len(found(nodes, types).models[0].saves) == 2
 
 
 def test_one_model_with_and_without_a_lora_is_one_model(types: Types) -> None:
@@ -190,9 +198,8 @@ def test_one_model_with_and_without_a_lora_is_one_model(types: Types) -> None:
         "first": sampler(["load", 0], ["yes", 0], ["size", 0]),
         "second": sampler(["lora", 0], ["yes", 0], ["first", 0]),
     }
-    (model,) = found(nodes, types).models
-    assert model.loaders == ("load",)
-    assert [recording.model for recording in model.recordings] == [Link("load", 0), Link("lora", 0)]
+    assert sources(found(nodes, types)) == [("load",)]
+    assert recorded(found(nodes, types)) == ["load", "lora"]
 
 
 def test_merged_models_are_one_and_a_switch_lets_models_through(types: Types) -> None:
@@ -202,17 +209,14 @@ def test_merged_models_are_one_and_a_switch_lets_models_through(types: Types) ->
         "merge": node("ModelMergeSimple", model1=["load", 0], model2=["other", 0], ratio=0.5),
         "sample": sampler(["merge", 0], ["yes", 0], ["size", 0]),
     }
-    (model,) = found(nodes, types).models
-    assert (model.name, model.loaders) == ("flux", ("load", "other"))
+    assert (sources(found(nodes, types)), recorded(found(nodes, types))) == ([("load", "other")], ["merge"])
 
     nodes["merge"] = node("ComfySwitchNode", switch=True, on_false=["load", 0], on_true=["other", 0])
-    (model,) = found(nodes, types).models
-    assert (model.loaders, model.recordings[0].model) == (("load", "other"), Link("merge", 0))
+    assert (sources(found(nodes, types)), recorded(found(nodes, types))) == ([("load", "other")], ["merge"])
 
     nodes["again"] = node("ComfySwitchNode", switch=True, on_false=["merge", 0], on_true=["merge", 0])
     nodes["sample"] = sampler(["again", 0], ["yes", 0], ["size", 0])
-    (model,) = found(nodes, types).models
-    assert (model.loaders, model.recordings[0].model) == (("load", "other"), Link("again", 0))
+    assert (sources(found(nodes, types)), recorded(found(nodes, types))) == ([("load", "other")], ["again"])
 
 
 def test_models_of_one_file_name_keep_apart(wan: Nodes, types: Types) -> None:
@@ -311,8 +315,7 @@ def test_our_own_nodes_are_taken_out_first(flux: Nodes, types: Types) -> None:
 
 def test_ids_of_new_nodes_are_new(flux: Nodes, types: Types) -> None:
     flux[RECORD] = node("VAELoader", vae_name="ae.safetensors")
-    ((recording,),) = (model.recordings for model in found(flux, types).models)
-    assert recording.node == "convert_to_quant_record_2"
+    assert "convert_to_quant_record_2" in found(flux, types).queued("", "")
 
 
 def test_a_circle_ends(types: Types) -> None:
@@ -328,15 +331,14 @@ def test_models_that_are_their_own_source_are_queued_for_the_server_to_refuse(ty
         "two": node("LoraLoaderModelOnly", model=["one", 0], **lora),
         "a": sampler(["one", 0], ["yes", 0], ["size", 0]),
     }
-    (model,) = found(nodes, types).models
-    assert model.loaders == ("one",)
+    assert sources(found(nodes, types)) == [("one",)]
 
 
 @pytest.mark.parametrize("output", ["-1", "-5"])
 def test_an_output_that_no_node_has_is_no_link(flux: Nodes, types: Types, output: str) -> None:
     flux["4"]["inputs"]["model"] = ["1", "OUTPUT"]
     nodes = parse(json.dumps(flux).replace('"OUTPUT"', output))
-    assert found(nodes, types).models[0].loaders == ("4",)
+    assert sources(found(nodes, types)) == [("4",)]
 
 
 @pytest.mark.parametrize(
