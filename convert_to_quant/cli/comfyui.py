@@ -1,4 +1,4 @@
-"""`convert_to_quant comfyui install|uninstall|observe`: our nodes into a ComfyUI and out of it, and one that runs."""
+"""`convert_to_quant comfyui install|uninstall|observe`: the nodes in a ComfyUI, and recording on a running one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CalibrationError, OptionError
+from ..telling import plural
 from .observe import read_prompts
 from .output import note, progress_bar, say, write_json
 from .shared import read_text
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ..engines.comfyui.workflow import Place, Plan
     from ..stats import Statistics
 
-DESCRIPTION = "Put our nodes into a ComfyUI, or record a model on one that runs."
+DESCRIPTION = "Install the nodes in a ComfyUI, or record the models of a workflow on a running one."
 EPILOG = """\
 examples:
   convert_to_quant comfyui install ~/ComfyUI
@@ -28,14 +29,14 @@ examples:
 """
 
 INSTALL = """\
-Put our nodes into a ComfyUI: a small folder in custom_nodes that imports this installed package. Run it with the Python
-that runs ComfyUI, so that the nodes find this package."""
+Install the nodes in a ComfyUI: a small folder in custom_nodes that imports this installed package. Run it with the
+Python that runs ComfyUI, so that the nodes find this package."""
 
 UNINSTALL = "Remove what install wrote. A folder that holds anything else is refused."
 
 OBSERVE = """\
-Run your own workflow on a ComfyUI that has our nodes, with many prompts and seeds, and fetch what its model's linear
-layers received, for `apply`. A recorder goes between model and sampler; images are not decoded or saved."""
+Run your own workflow on a running ComfyUI that has the nodes, with many prompts and seeds, and fetch the statistics of
+its model's linear layers, for `apply`. A recorder is put between model and sampler. No image is decoded or saved."""
 OBSERVE_EPILOG = """\
 examples:
   convert_to_quant comfyui observe --server http://127.0.0.1:8188 \\
@@ -43,9 +44,9 @@ examples:
   convert_to_quant comfyui observe --server http://127.0.0.1:8188 \\
       --workflow wan_api.json --prompts prompts.txt --seeds 2 -o wan.safetensors
 
-The workflow is one in API format: in ComfyUI, File > Export (API). Several models in it (Wan's two) get a file each,
-named after the model's, too. Nothing but this address is contacted. Ctrl-C takes the run off the server again; what was
-recorded before it stays in ComfyUI's output folder, in activation_stats.
+Export the workflow in API format: in ComfyUI, File > Export (API). Of several models (Wan has two), each gets a file of
+its own, with the model's name added. No other address is contacted. Ctrl-C cancels the run on the server; what earlier
+runs recorded stays in ComfyUI's output folder, in activation_stats.
 """
 
 SEED = 42
@@ -57,21 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's actions and their arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
     for name, does, text in (
-        ("install", "put our nodes into a ComfyUI", INSTALL),
-        ("uninstall", "remove what install wrote", UNINSTALL),
+        ("install", "install the nodes in a ComfyUI", INSTALL),
+        ("uninstall", "remove the nodes again", UNINSTALL),
     ):
         example = f"example:\n  convert_to_quant comfyui {name} ~/ComfyUI\n"
         one = actions.add_parser(name, help=does, description=text, epilog=example)
-        one.add_argument("folder", metavar="DIR", help="ComfyUI's folder, which has custom_nodes in it")
+        one.add_argument("folder", metavar="DIR", help="ComfyUI's folder (it has custom_nodes)")
     one = actions.add_parser(
         "observe", help="record a workflow's models on a running ComfyUI", description=OBSERVE, epilog=OBSERVE_EPILOG
     )
-    one.add_argument("--server", required=True, metavar="URL", help="of ComfyUI, such as http://127.0.0.1:8188")
+    one.add_argument("--server", required=True, metavar="URL", help="address, such as http://127.0.0.1:8188")
     one.add_argument("--workflow", required=True, metavar="FILE", help="a workflow in API format")
     one.add_argument("-o", "--output", required=True, metavar="STATS", help="the statistics file to write")
     one.add_argument("--prompts", metavar="FILE", help="one prompt per line (the workflow's own)")
-    one.add_argument("--seeds", type=int, metavar="N", help="runs of each prompt, each with a seed of its own (4)")
-    one.add_argument("--seed", type=int, default=SEED, metavar="S", help=f"the first; the others count on ({SEED})")
+    one.add_argument("--seeds", type=int, metavar="N", help="runs of each prompt, each with its own seed (4)")
+    one.add_argument("--seed", type=int, default=SEED, metavar="S", help=f"first seed; others count up ({SEED})")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -133,16 +134,16 @@ def observe(args: argparse.Namespace) -> int:
             with progress_bar("observing") as progress:
                 found, idle = remote.observe(server, plan, runs, FOLDER, progress)
     if idle:
-        note(f"{idle} of {len(runs)} runs recorded nothing: ComfyUI answered them from its cache")
+        note(f"{idle} of {plural(len(runs), 'run')} recorded nothing: ComfyUI answered from its cache")
     for name, statistics in found.items():
         statistics.save(outputs[name])
         absent = [layer for layer, ran in zip(statistics.names, statistics.visited, strict=True) if not ran]
         unseen = statistics.unseen
         if silent := [layer for layer in absent if layer not in unseen]:
-            note(f"{len(silent)} layers never ran (first: {silent[0]})")
+            note(f"{plural(len(silent), 'layer')} never ran (first: {silent[0]})")
         if unseen:
-            note(f"{len(unseen)} layers ran, but their inputs could not be seen (first: {unseen[0]})")
-        seen = f"{int(statistics.visited.sum())} layers over {statistics.samples} samples"
+            note(f"could not see the inputs of {plural(len(unseen), 'layer')} that ran (first: {unseen[0]})")
+        seen = f"{plural(int(statistics.visited.sum()), 'layer')} over {plural(statistics.samples, 'sample')}"
         say(f"observed {seen}; wrote {outputs[name]}")
     if args.json:
         write_json(args.json, document(args, plan, runs, outputs, found) | {"idle_runs": idle})

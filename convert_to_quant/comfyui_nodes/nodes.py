@@ -260,7 +260,7 @@ class SaveActivationStats(Saving):
         layers = plural(int(statistics.visited.sum()), "layer")
         text = f"{layers}, {plural(statistics.samples, 'sample')}: {file}"
         if unseen := statistics.unseen:
-            text += f"\n{len(unseen)} layers ran, but their inputs could not be seen (first: {unseen[0]})"
+            text += f"\ncould not see the inputs of {plural(len(unseen), 'layer')} that ran (first: {unseen[0]})"
         show_text(unique_id, text)
         entry = {**folders.as_output(path), "recording": recording, "samples": statistics.samples}
         return {"ui": {"text": [text], "statistics": [entry]}, "result": (statistics, file)}

@@ -116,13 +116,13 @@ def test_several_models_get_a_file_each(observe: Observe, wan: Any, work: Path) 
     assert written(work) == {"stats_wan_high.safetensors", "stats_wan_low.safetensors"}
     for name, sampler in (("high", 8), ("low", 9)):
         assert f"sampled by node {sampler} (KSamplerAdvanced), recorded into {work}/stats_wan_{name}" in outcome.err
-        assert f"observed 3 layers over 1 samples; wrote {work}/stats_wan_{name}.safetensors" in outcome.err
+        assert f"observed 3 layers over 1 sample; wrote {work}/stats_wan_{name}.safetensors" in outcome.err
 
 
 def test_layers_that_never_ran_are_told(observe: Observe, flux: Any, comfyui: Any, double: Any) -> None:
     first = next(iter(comfyui.shapes))
     double.nodes.load("flux.safetensors").model.diffusion_model.magnitudes.pop(first)
-    assert f"1 layers never ran (first: {first})" in observe(flux, "--seeds", "1").err
+    assert f"1 layer never ran (first: {first})" in observe(flux, "--seeds", "1").err
 
 
 def test_layers_that_ran_unseen_are_told(
@@ -141,7 +141,7 @@ def test_layers_that_ran_unseen_are_told(
 
     said = observe(flux, "--seeds", "1").err
 
-    assert f"1 layers ran, but their inputs could not be seen (first: {first})" in said
+    assert f"could not see the inputs of 1 layer that ran (first: {first})" in said
     assert "never ran" not in said
 
 
@@ -253,16 +253,3 @@ def test_a_call_that_is_wrong_is_told(
     outcome = ctq("comfyui", *words)
     assert outcome.code == 2
     assert said in outcome.err
-
-
-def test_help_loads_nothing_heavy(ctq: Any) -> None:
-    import subprocess
-
-    code = (
-        "import sys; from convert_to_quant.cli import main\n"
-        "try: main(['comfyui', 'observe', '--help'])\nexcept SystemExit: pass\n"
-        "print(*sorted({'torch', 'numpy', 'rich'} & sys.modules.keys()), file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stderr.split() == []
-    assert len(done.stdout.splitlines()) <= 45

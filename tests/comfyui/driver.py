@@ -82,36 +82,20 @@ def serve(folder: str, work: str, flags: list[str]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-class Messages(logging.Handler):
-    """Keeps what is logged inside a block, and Python's warnings."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-    def __enter__(self) -> Messages:
-        root = logging.getLogger()
-        self.level_before = root.level
-        root.setLevel(min(root.level, logging.INFO))
-        root.addHandler(self)
-        self.catcher = warnings.catch_warnings(record=True)
-        self.warnings = self.catcher.__enter__()
-        warnings.simplefilter("always")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.catcher.__exit__(None, None, None)
-        logging.getLogger().removeHandler(self)
-        logging.getLogger().setLevel(self.level_before)
-
-    def told(self) -> dict[str, list[str]]:
-        """What a user would see: warnings and errors, and the rest."""
-        loud = [record.getMessage() for record in self.records if record.levelno >= logging.WARNING]
-        quiet = [record.getMessage() for record in self.records if record.levelno < logging.WARNING]
-        return {"warnings": loud + [str(warning.message) for warning in self.warnings], "notes": quiet}
+@contextmanager
+def messages() -> Iterator[dict[str, list[str]]]:
+    """What a user is warned of inside a block, whether it is logged or raised as Python's warnings."""
+    told: dict[str, list[str]] = {"warnings": []}
+    handler, root = logging.Handler(logging.WARNING), logging.getLogger()
+    handler.emit = lambda record: told["warnings"].append(record.getMessage())  # type: ignore[method-assign]
+    root.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield told
+    finally:
+        root.removeHandler(handler)
+        told["warnings"] += [str(warning.message) for warning in caught]
 
 
 MODELS: dict[str, Any] = {}
@@ -132,7 +116,7 @@ def load(
     import comfy.sd
 
     with ExitStack() as stack:
-        messages = stack.enter_context(Messages())
+        told = stack.enter_context(messages())
         for question, answer in (device or {}).items():
             stack.enter_context(patch.object(comfy.model_management, question, return_value=answer))
         if loader == "diffusion_model":
@@ -149,7 +133,7 @@ def load(
         "model": type(model).__name__,
         "dtype": str(model.get_dtype_inference()),
         "layers": layers,
-        **messages.told(),
+        **told,
     }
 
 
@@ -185,7 +169,7 @@ def evaluate(key: str, inputs: str, output: str, record: bool = False) -> dict[s
     given = load_file(inputs)
     found: dict[str, torch.Tensor] = {}
     with ExitStack() as stack:
-        messages = stack.enter_context(Messages())
+        told = stack.enter_context(messages())
         comfy.model_management.load_models_gpu([patcher])
         if record:
             for name, module in patcher.model.diffusion_model.named_modules():
@@ -194,7 +178,7 @@ def evaluate(key: str, inputs: str, output: str, record: bool = False) -> dict[s
         denoised = patcher.model.apply_model(given["x"], given["sigma"], c_crossattn=given["context"], y=given["y"])
     found["velocity"] = (given["x"] - denoised) / given["sigma"].reshape(-1, 1, 1, 1)
     save_file(found, output)
-    return messages.told()
+    return told
 
 
 def keep(found: dict[str, Any], name: str) -> Callable[..., None]:
@@ -223,7 +207,7 @@ def sample(
     patcher, found = MODELS[key], {}
     modules = dict(linears(patcher))
     with ExitStack() as stack:
-        messages = stack.enter_context(Messages())
+        told = stack.enter_context(messages())
         if part is not None:
             load_all = comfy.model_patcher.ModelPatcher.load
 
@@ -238,7 +222,7 @@ def sample(
         left_out = [name for name, module in modules.items() if hasattr(module, "prev_comfy_cast_weights")]
     found["latents"] = patcher.model.process_latent_in(result).float()
     save_file(found, output)
-    return {"left_out": left_out, **messages.told()}
+    return {"left_out": left_out, **told}
 
 
 def euler(patcher: Any, inputs: str, steps: int, cfg: float, callback: Callable[..., None] | None = None) -> Any:
@@ -389,20 +373,11 @@ def diffusers_names(function: str, config: Mapping[str, int]) -> dict[str, Any]:
     return found
 
 
-COMMANDS: Mapping[str, Callable[..., dict[str, Any]]] = {
-    "load": load,
-    "evaluate": evaluate,
-    "sample": sample,
-    "fail": fail,
-    "hooks": hooks,
-    "on_two_devices": on_two_devices,
-    "record": record,
-    "save_stats": save_stats,
-    "save_conditioning": save_conditioning,
-    "calibrate": calibrate,
-    "renamed": renamed,
-    "diffusers_names": diffusers_names,
-}
+COMMANDS = {
+    command.__name__: command
+    for command in (load, evaluate, sample, fail, hooks, on_two_devices, record, save_stats, save_conditioning,
+                    calibrate, renamed, diffusers_names)
+}  # fmt: skip
 
 
 def answer_requests(commands: Mapping[str, Callable[..., dict[str, Any]]], within: Any) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -278,16 +278,10 @@ def modules() -> dict[str, Any]:
     }
 
 
-COMMANDS: Mapping[str, Callable[..., dict[str, Any]]] = {
-    "command": command,
-    "families": families,
-    "tiny": tiny,
-    "folded": folded,
-    "same_inputs": same_inputs,
-    "diffusers_layout": diffusers_layout,
-    "stopped": stopped,
-    "modules": modules,
-}
+COMMANDS = {
+    asked.__name__: asked
+    for asked in (command, families, tiny, folded, same_inputs, diffusers_layout, stopped, modules)
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -306,8 +306,7 @@ def test_a_lora_of_another_model_is_refused(inprocess: InProcess, files: Callabl
     name = "lora_unet_nothing_of_the_kind"
     save_file({f"{name}.lora_down.weight": torch.ones(1, 8), f"{name}.lora_up.weight": torch.ones(8, 1)},
               tmp_path / "lora.safetensors")  # fmt: skip
-    told = inprocess.ctq("observe", files("plain").original, "-o", tmp_path / "stats", "--engine", "comfyui",
-                         "--comfyui-dir", TREE, "--lora", tmp_path / "lora.safetensors")  # fmt: skip
+    told = inprocess.run(files("plain").original, tmp_path / "stats", "--lora", tmp_path / "lora.safetensors")
 
     assert told["code"] == 1
     assert "lora.safetensors: ComfyUI finds no place for it in this Flux model" in told["err"]
@@ -330,8 +329,7 @@ def test_what_comfyui_cannot_load_is_an_error_with_its_reason(
     from safetensors.torch import save_file
 
     save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "odd.safetensors")
-    told = inprocess.ctq("observe", tmp_path / "odd.safetensors", "-o", tmp_path / "stats", "--engine", "comfyui",
-                         "--comfyui-dir", TREE)  # fmt: skip
+    told = inprocess.run(tmp_path / "odd.safetensors", tmp_path / "stats")
 
     assert told["code"] == 1
     assert message in told["err"]

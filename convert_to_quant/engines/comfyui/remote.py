@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from ...errors import CalibrationError, Error, OptionError, StatisticsError
 from ...stats import Statistics, merge
-from ...telling import Progress
+from ...telling import Progress, plural
 from .server import Server, as_list, as_object
 from .workflow import Plan, shown
 
@@ -112,7 +112,7 @@ def observe(
         files = [f"{file['subfolder']}/{file['filename']}" for each in saved.values() for file in each.values()]
         if not files:
             raise
-        kept = f"{done} runs before it are recorded in ComfyUI's output folder: {shown(', '.join(files))}"
+        kept = f"{plural(done, 'run')} before it recorded into ComfyUI's output folder: {shown(', '.join(files))}"
         hint = kept if error.hint is None else f"{error.hint}; {kept}"
         raise CalibrationError(error.problem, path=error.path, tensor=error.tensor, hint=hint) from None
     facts: dict[str, Any] = {"runs": len(runs), "prompts": len({run.prompt for run in runs})}

@@ -269,7 +269,7 @@ def test_what_was_recorded_before_a_failure_is_told(double: Any, flux: Nodes, co
             raise RuntimeError("enough")
 
     double.nodes.happen = happen
-    fails(double, flux, r"enough \(2 runs before it are recorded .*: kept/flux_00001_.safetensors\)", seeds=4)
+    fails(double, flux, r"enough \(2 runs before it recorded .*: kept/flux_00001_.safetensors\)", seeds=4)
     assert Statistics.load(comfyui.root / "output" / "kept" / "flux_00001_.safetensors").samples == 2
 
 
