@@ -57,8 +57,6 @@ def _switch(tooltip: str) -> Input:
     return "BOOLEAN", {"default": False, "tooltip": tooltip}
 
 
-_HIDDEN = {"unique_id": "UNIQUE_ID"}
-
 _SOLVING: dict[str, Input] = inputs_of(
     SolveOptions,
     {
@@ -145,9 +143,17 @@ class Node:
     DESCRIPTION: str
     CATEGORY = "convert_to_quant"
     OUTPUT_NODE = True
+    REQUIRED: Mapping[str, Input] = {}
+    OPTIONAL: Mapping[str, Input] = {}
+    HIDDEN: Mapping[str, str] = {"unique_id": "UNIQUE_ID"}
 
     def __init_subclass__(cls) -> None:
         cls.DESCRIPTION = " ".join((cls.__doc__ or "").split())
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        """What goes in."""
+        return {"required": {**cls.REQUIRED}, "optional": {**cls.OPTIONAL}, "hidden": {**cls.HIDDEN}}
 
 
 class Saving(Node):
@@ -160,13 +166,22 @@ class Saving(Node):
 
 
 class Solving(Node):
-    """A node that chooses scales."""
+    """A node that chooses scales: it takes a checkpoint, how to solve, its own inputs, and statistics.
 
-    @staticmethod
-    def inputs(checkpoints: list[str], tooltip: str, **more: Input) -> Inputs:
-        """What goes in: a checkpoint, how to solve, `more`, and statistics."""
-        required = {"checkpoint": (checkpoints, {"tooltip": tooltip}), **_SOLVING, **more}
-        return {"required": required, "optional": dict(_OPTIONAL), "hidden": _HIDDEN}
+    Attributes:
+        CHECKPOINT: what is said of the checkpoint.
+        INSTEAD: what can be chosen in its place.
+    """
+
+    OPTIONAL = _OPTIONAL
+    CHECKPOINT = "An FP8 checkpoint of the recorded model."
+    INSTEAD: tuple[str, ...] = ()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        """What goes in."""
+        checkpoint = ([*cls.INSTEAD, *folders.checkpoint_names()], {"tooltip": cls.CHECKPOINT})
+        return {**super().INPUT_TYPES(), "required": {"checkpoint": checkpoint, **_SOLVING, **cls.REQUIRED}}
 
     @classmethod
     def IS_CHANGED(cls, checkpoint: str | None = None, statistics_file: str = "", **_inputs: Any) -> str:
@@ -183,22 +198,18 @@ class RecordActivations(Node):
 
     FUNCTION = "record"
     OUTPUT_NODE = False
+    REQUIRED: Mapping[str, Input] = {"model": ("MODEL", {"tooltip": "Behind all LoRAs, in front of the sampler."})}
+    OPTIONAL: Mapping[str, Input] = {
+        "statistics_file": _text(
+            "Go on from this file, made by Save Activation Stats: its path in ComfyUI's output (or input) folder. "
+            "Empty: start from nothing."
+        ),
+        "reset": _switch("Forget what was recorded, each time this is queued."),
+    }
+    HIDDEN: Mapping[str, str] = {}
     RETURN_TYPES = ("MODEL", STATS)
     RETURN_NAMES = ("model", "stats")
     OUTPUT_TOOLTIPS = ("Records while it samples.", "Grows with every sampling.")
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        """What goes in."""
-        file = (
-            "Go on from this file, made by Save Activation Stats: its path in ComfyUI's output (or input) folder. "
-            "Empty: start from nothing."
-        )
-        reset = "Forget what was recorded, each time this is queued."
-        return {
-            "required": {"model": ("MODEL", {"tooltip": "Behind all LoRAs, in front of the sampler."})},
-            "optional": {"statistics_file": _text(file), "reset": _switch(reset)},
-        }
 
     @classmethod
     def IS_CHANGED(cls, reset: bool = False, **_inputs: Any) -> float | str:
@@ -219,21 +230,14 @@ class SaveActivationStats(Saving):
     """
 
     FUNCTION = "save"
+    REQUIRED: Mapping[str, Input] = {
+        "stats": (STATS, {"tooltip": "From Record Activations."}),
+        "latent": ("LATENT", {"tooltip": "From the sampler: waits until it is done."}),
+        "filename_prefix": _text("Folder and name in ComfyUI's output folder.", "activation_stats/stats"),
+    }
     RETURN_TYPES = (STATS, "STRING")
     RETURN_NAMES = ("stats", "file")
     OUTPUT_TOOLTIPS = ("As saved: what follows runs after sampling.", "The file, in ComfyUI's output folder.")
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        """What goes in."""
-        return {
-            "required": {
-                "stats": (STATS, {"tooltip": "From Record Activations."}),
-                "latent": ("LATENT", {"tooltip": "From the sampler: waits until it is done."}),
-                "filename_prefix": _text("Folder and name in ComfyUI's output folder.", "activation_stats/stats"),
-            },
-            "hidden": _HIDDEN,
-        }
 
     @classmethod
     def IS_CHANGED(cls, **_inputs: Any) -> float:
@@ -273,20 +277,13 @@ class SaveConditioning(Saving):
     """
 
     FUNCTION = "save"
+    REQUIRED: Mapping[str, Input] = {
+        "conditioning": ("CONDITIONING", {"tooltip": "From CLIP Text Encode, as the sampler gets it."}),
+        "filename_prefix": _text("Folder and name in ComfyUI's output folder.", "conditioning/prompt"),
+    }
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("file",)
     OUTPUT_TOOLTIPS = ("The file, in ComfyUI's output folder.",)
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        """What goes in."""
-        return {
-            "required": {
-                "conditioning": ("CONDITIONING", {"tooltip": "From CLIP Text Encode, as the sampler gets it."}),
-                "filename_prefix": _text("Folder and name in ComfyUI's output folder.", "conditioning/prompt"),
-            },
-            "hidden": _HIDDEN,
-        }
 
     def save(
         self,
@@ -314,20 +311,15 @@ class CalibrateFP8Checkpoint(Solving):
     """
 
     FUNCTION = "calibrate"
+    REQUIRED: Mapping[str, Input] = {
+        "output_name": _text(
+            "Name of the new file in the checkpoint's models folder. Empty: the checkpoint's name with _calibrated."
+        ),
+        "overwrite": _switch("Replace a file of that name."),
+    }
     RETURN_TYPES = ("STRING", "STRING")
     RETURN_NAMES = ("file", "report")
     OUTPUT_TOOLTIPS = ("The new checkpoint, in its models folder.", "What was done.")
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        """What goes in."""
-        name = "Name of the new file in the checkpoint's models folder. Empty: the checkpoint's name with _calibrated."
-        return cls.inputs(
-            folders.checkpoint_names(),
-            "An FP8 checkpoint of the recorded model.",
-            output_name=_text(name),
-            overwrite=_switch("Replace a file of that name."),
-        )
 
     @classmethod
     def VALIDATE_INPUTS(
@@ -370,19 +362,17 @@ class ActivationReport(Solving):
     """
 
     FUNCTION = "draw"
+    CHECKPOINT = f"An FP8 checkpoint of the recorded model. {NO_CHECKPOINT}: what was recorded alone."
+    INSTEAD = (NO_CHECKPOINT,)
+    REQUIRED: Mapping[str, Input] = {
+        "filename_prefix": _text(
+            "Folder and name in ComfyUI's output folder, for a page to open in a browser. Empty: no page.",
+            "activation_stats/report",
+        )
+    }
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("image", "verdict")
     OUTPUT_TOOLTIPS = ("To preview or save.", "What is at risk, and what calibration changes.")
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        """What goes in."""
-        page = "Folder and name in ComfyUI's output folder, for a page to open in a browser. Empty: no page."
-        return cls.inputs(
-            [NO_CHECKPOINT, *folders.checkpoint_names()],
-            f"An FP8 checkpoint of the recorded model. {NO_CHECKPOINT}: what was recorded alone.",
-            filename_prefix=_text(page, "activation_stats/report"),
-        )
 
     @classmethod
     def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
