@@ -9,6 +9,7 @@ Without COMFYUI_DIR they skip. With it, `driver.py` runs ComfyUI in a process of
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
@@ -145,6 +146,36 @@ def files(comfyui: processes.ComfyUI, tmp_path_factory: pytest.TempPathFactory) 
         return made
 
     return make
+
+
+@pytest.fixture(scope="session")
+def server(
+    serving: Any, files: Callable[[str], Files], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[processes.Server]:
+    """A server with our pack and, in its lists, the emoji model, its hot re-ranging in 16 bits and in FP8, and that
+    under the names that the example workflows have; `stand_ins.py` has its text encoders and VAE.
+    """
+    work = tmp_path_factory.mktemp("server")
+    for folder in (
+        "custom_nodes",
+        "models/diffusion_models/sub",
+        "models/text_encoders",
+        "models/vae",
+        "input",
+        "output",
+    ):
+        (work / folder).mkdir(parents=True)
+    shutil.copy(Path(__file__).with_name("stand_ins.py"), work / "custom_nodes")
+    command("comfyui", "install", work)
+    for name in ("text_encoders/clip_l", "text_encoders/t5xxl_fp16", "vae/ae"):
+        (work / "models" / f"{name}.safetensors").touch()
+    made = {"plain": emoji.WEIGHTS}
+    for name in ("sub/hot", "flux1-dev"):
+        made |= {name: files("hot").original, f"{name}-fp8": files("hot").converted}
+    for name, path in made.items():
+        shutil.copy(path, work / "models" / "diffusion_models" / f"{name}.safetensors")
+    with serving(work, "--supports-fp8-compute") as running:
+        yield running
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

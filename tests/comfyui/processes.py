@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from comfyui_server import node
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,3 +172,25 @@ def tree() -> Path:
     if not (folder / "comfy" / "sd.py").is_file():
         pytest.fail(f"{VARIABLE} is {folder}, and there is no comfy/sd.py in it")
     return folder
+
+
+def painting(
+    model: str = "plain.safetensors", text: str = "strawberry", seed: int = 1, prefix: str = "painted"
+) -> dict[str, Any]:
+    """A workflow as a user would export it, as far as the emoji model goes; see `stand_ins.py`."""
+    return {
+        "load": node("UNETLoader", unet_name=model, weight_dtype="default"),
+        "clip": node("DualCLIPLoader", clip_name1="clip_l.safetensors", clip_name2="t5xxl_fp16.safetensors",
+                     type="flux"),
+        "yes": node("CLIPTextEncode", text=text, clip=["clip", 0]),
+        "no": node("CLIPTextEncode", text="", clip=["clip", 0]),
+        "size": node("EmptySD3LatentImage", width=128, height=128, batch_size=1),
+        "paint": sampling(["load", 0], ["size", 0], seed),
+        "keep": node("SaveLatent", samples=["paint", 0], filename_prefix=prefix),
+    }  # fmt: skip
+
+
+def sampling(model: list[Any], latent: list[Any], seed: int) -> dict[str, Any]:
+    """A sampler of such a workflow."""
+    return node("KSampler", model=model, seed=seed, steps=4, cfg=2.0, sampler_name="euler", scheduler="simple",
+                positive=["yes", 0], negative=["no", 0], latent_image=latent, denoise=1.0)  # fmt: skip

@@ -27,6 +27,8 @@ class TextEncoder:
         return text
 
     def encode_from_tokens_scheduled(self, text: str) -> list[Any]:
+        if text == "break":
+            raise ValueError("these words break\nit")
         context, pooled = (torch.from_numpy(part)[None] for part in embed(text))
         return [[context, {"pooled_output": pooled}]]
 

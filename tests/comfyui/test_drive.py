@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,81 +15,12 @@ from typing import Any
 import comfyui_server as double
 import pytest
 from comfyui_server import assert_same, node
-from processes import request, until
+from processes import painting, request, sampling, until
 
-from convert_to_quant import emoji
-from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
 from convert_to_quant.cli import main
-from convert_to_quant.emoji.rerange import RERANGINGS, rerange
 from convert_to_quant.stats import Statistics
 
 pytestmark = pytest.mark.comfyui
-
-PACK = '''
-import torch
-from convert_to_quant.emoji.prompts import embed
-
-class Encode:
-    """The emoji model's prompts: it has no text encoder."""
-    CATEGORY, FUNCTION, RETURN_TYPES = "test", "encode", ("CONDITIONING",)
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"text": ("STRING", {"multiline": True, "dynamicPrompts": True})}}
-
-    def encode(self, text):
-        if text == "break":
-            raise ValueError("these words break\\nit")
-        context, pooled = map(torch.from_numpy, embed(text))
-        return ([[context[None], {"pooled_output": pooled[None]}]],)
-
-class Size:
-    """Where the emoji model begins."""
-    CATEGORY, FUNCTION, RETURN_TYPES = "test", "make", ("LATENT",)
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"side": ("INT", {"default": 8, "max": 64})}}
-
-    def make(self, side):
-        return ({"samples": torch.zeros(1, 16, side, side)},)
-
-NODE_CLASS_MAPPINGS = {"TestEncode": Encode, "TestSize": Size}
-'''
-
-
-@pytest.fixture(scope="module")
-def server(serving: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A server with our pack, two models, and what the emoji model needs."""
-    work = tmp_path_factory.mktemp("drive")
-    for name in ("custom_nodes/test", "models/diffusion_models/sub", "input", "output"):
-        (work / name).mkdir(parents=True)
-    (work / "custom_nodes" / "test" / "__init__.py").write_text(PACK)
-    assert main(["comfyui", "install", str(work)]) == 0
-    models = work / "models" / "diffusion_models"
-    shutil.copy(emoji.WEIGHTS, models / "plain.safetensors")
-    with open_checkpoint(emoji.WEIGHTS) as checkpoint:
-        hot = rerange({name: checkpoint.float32(name) for name in checkpoint.tensors}, RERANGINGS["hot"])
-    write_checkpoint(models / "sub/hot.safetensors", {name: Entry.of(value) for name, value in hot.items()})
-    with serving(work) as running:
-        yield running
-
-
-def sampling(model: list[Any], latent: list[Any], seed: int, **more: Any) -> dict[str, Any]:
-    return node("KSampler", model=model, seed=seed, steps=4, cfg=2.0, sampler_name="euler", scheduler="simple",
-                positive=["yes", 0], negative=["no", 0], latent_image=latent, denoise=1.0, **more)  # fmt: skip
-
-
-def painting(model: str = "plain.safetensors", text: str = "strawberry") -> dict[str, Any]:
-    """A workflow as a user would export it, as far as this model goes."""
-    return {
-        "load": node("UNETLoader", unet_name=model, weight_dtype="default"),
-        "yes": node("TestEncode", text=text),
-        "no": node("TestEncode", text=""),
-        "size": node("TestSize", side=16),
-        "paint": sampling(["load", 0], ["size", 0], 1),
-        "keep": node("SaveLatent", samples=["paint", 0], filename_prefix="painted"),
-    }
 
 
 def recorded(server: Any, nodes: dict[str, Any], prompts: list[str], seeds: list[int], sampler: str) -> Statistics:
@@ -127,7 +57,7 @@ def test_statistics_are_those_of_the_nodes_own_runs(drive: Any, server: Any, tmp
     (tmp_path / "prompts.txt").write_text("tulip\n\nbear face\n")
     files = ("--prompts", str(tmp_path / "prompts.txt"), "--json", str(tmp_path / "r.json"))
     by_hand = recorded(server, painting(), ["tulip", "tulip", "bear face", "bear face"], [7, 8, 9, 10], "paint")
-    before = set((server.work / "output").iterdir())
+    before = set((server.work / "output").rglob("*.*"))
 
     for _ in range(2):  # the second time everything is in ComfyUI's cache
         assert drive(painting(), *files, "--seeds", "2", "--seed", "7") == 0, server.said()
@@ -136,8 +66,8 @@ def test_statistics_are_those_of_the_nodes_own_runs(drive: Any, server: Any, tmp
     assert by_hand.samples == 4
     report = json.loads((tmp_path / "r.json").read_text())
     assert (report["idle_runs"], report["models"][0]["samples"]) == (0, 4)
-    new = set((server.work / "output").iterdir()) - before
-    assert {path.name for path in new} == {"activation_stats"}  # nothing was painted into the folder
+    new = set((server.work / "output").rglob("*.*")) - before
+    assert {path.parent.name for path in new} == {"activation_stats"}  # no image or latent was written
 
 
 def test_two_models_are_recorded_apart(drive: Any, server: Any, tmp_path: Path) -> None:
@@ -159,9 +89,10 @@ def test_two_models_are_recorded_apart(drive: Any, server: Any, tmp_path: Path) 
     [
         ("load", node("UNETLoader", unet_name="gone.safetensors", weight_dtype="default"),
          "refused: node load (UNETLoader): Value not in list: unet_name: 'gone"),
-        ("size", node("TestSize", side=1000), "refused: node size (TestSize): Value 1000 bigger than max of 64: side"),
-        ("yes", node("TestEncode", text="break"),
-         "failed in node yes (TestEncode) of type TestEncode: ValueError: these words break it"),
+        ("size", node("EmptySD3LatentImage", width=99999, height=128, batch_size=1),
+         "refused: node size (EmptySD3LatentImage): Value 99999 bigger than max of 16384: width"),
+        ("yes", node("CLIPTextEncode", text="break", clip=["clip", 0]),
+         "failed in node yes (CLIPTextEncode) of type CLIPTextEncode: ValueError: these words break it"),
         ("size", node("FancySize"), "node size (FancySize): the server has no node of type FancySize"),
     ],
 )  # fmt: skip
