@@ -62,7 +62,7 @@ def cases() -> Iterator[tuple[str, Tensor]]:
 
 def check(x: Tensor) -> float:
     """Assert that both agree on x, and return how far their sums of squares are apart, relative."""
-    totals = [Totals(3, x.device) for _ in range(2)]
+    totals = [Totals([x.shape[-1]] * 3, x.device) for _ in range(2)]
     for total, accumulate in zip(totals, (kernel.accumulate, reference.accumulate), strict=True):
         for sigma in (2, 8):
             accumulate(total, 1, total.sigma_numbers[sigma : sigma + 1], x)
@@ -74,8 +74,9 @@ def check(x: Tensor) -> float:
             raise AssertionError(
                 f"{name} differs at {where}: {[(a[tuple(i)].item(), b[tuple(i)].item()) for i in where]}"
             )
-    unit = 1 / ours.per_unit[:-1]
-    squares = [(total.sigma_square_digits[1].sum(0).double() * unit).sum().item() for total in totals]
+    channels = [total.channel_bits[1].view(torch.float32) for total in totals]
+    torch.testing.assert_close(*channels, rtol=0, atol=0, equal_nan=True)
+    squares = [total.sigma_squares[1].sum().item() for total in totals]
     difference = abs(squares[0] - squares[1]) / max(squares[1], 1e-300)
     assert difference < 1e-5, squares
     return difference
@@ -125,7 +126,7 @@ def plain_read(x: Tensor) -> Callable[[], object]:
 
 def measure(x: Tensor, repeats: int, flush: Tensor) -> tuple[dict[str, list[float]], float]:
     """Times of kernel, plain read, copy and definition, alternating in one run, and the host's time per call."""
-    totals = Totals(2, x.device)
+    totals = Totals([x.shape[-1]] * 2, x.device)
     sigma = totals.sigma_numbers[2:3]
     target = torch.empty_like(x)
     ways: dict[str, tuple[Callable[[], object], int]] = {
@@ -204,7 +205,7 @@ def sweep(repeats: int, flush: Tensor) -> None:
         for kernel.PROGRAMS_PER_MULTIPROCESSOR in places:
             figures = []
             for x in big:
-                totals = Totals(1, x.device)
+                totals = Totals([x.shape[-1]], x.device)
                 run = partial(kernel.accumulate, totals, 0, totals.sigma_numbers[:1], x)
                 figures.append(statistics.median(seconds(run, repeats // 2, flush)) * 1e6)
             cells.append("/".join(f"{figure:.1f}" for figure in figures))

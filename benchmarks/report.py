@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from convert_to_quant.kernels import BINS, DIGIT_BITS, DIGITS, LOWEST_EXPONENT
+from convert_to_quant.kernels import BINS
 from convert_to_quant.options import SolveOptions
 from convert_to_quant.report import figures
 from convert_to_quant.solve import METHODS, Present, solve
@@ -32,12 +32,6 @@ from convert_to_quant.stats import SIGMA_COLUMNS, Statistics
 SHAPE = (3072, 3072)
 ROWS, WIDTH, LEVELS = 128, 64, 8
 PARTS = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")
-
-
-def fixed_point(value: float) -> list[int]:
-    """A number ≥ 0 in the digits of `stats`, to 2⁻⁶⁴."""
-    whole = int(value * 2.0**64) << (-LOWEST_EXPONENT - 64)
-    return [(whole >> (DIGIT_BITS * digit)) & (2**DIGIT_BITS - 1) for digit in range(DIGITS)]
 
 
 def recorded(layers: int, seed: int = 0) -> Statistics:
@@ -63,10 +57,9 @@ def recorded(layers: int, seed: int = 0) -> Statistics:
         empty.sigma_absmax[number, :LEVELS] = values.max((1, 2))
         empty.sigma_count[number, :LEVELS] = ROWS * WIDTH
         squares[number, :LEVELS] = (values.astype(np.float64) ** 2).sum((1, 2))
-    digits = np.array([[fixed_point(value) for value in row] for row in squares], np.int64)
     ones = np.ones(layers, np.int64)
     return empty.replace(
-        sigma_square_digits=digits, calls=LEVELS * ones, rows=LEVELS * ROWS * ones, rows_per_sample=ROWS * ones
+        sigma_squares=squares, calls=LEVELS * ones, rows=LEVELS * ROWS * ones, rows_per_sample=ROWS * ones
     ).with_facts(samples=8, engine="model", conditioning="noise")
 
 

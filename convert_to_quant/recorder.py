@@ -27,9 +27,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from types import TracebackType
-from typing import Any, cast
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,18 +38,13 @@ from .errors import CalibrationError, StatisticsError
 from .kernels import SIGMA_BINS, UNKNOWN_SIGMA, accumulate
 from .kernels.reference import Totals
 from .linear_calls import LinearCall, comfyui_watched, outside_allocation_graphs
-from .stats import COLUMNS, Shape, Statistics, merge, sigma_bin
+from .stats import CHANNELS, COLUMNS, Shape, Statistics, merge, sigma_bin
 
 Sigma = float | Tensor | None
 Names = Mapping[str, str | Sequence[str]] | Callable[[str], str | Sequence[str] | None]
 
 COMPILED_PREFIX = "_orig_mod."
 """What torch.compile puts into the names of the modules it wraps."""
-
-
-CHANNEL_ROWS = 256
-"""Of an input of more rows, about so many stand for all where channels are compared: all would take 15 % of the time of
-a model of Flux.1's size on an H100 (docs/experiments.md)."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -111,8 +105,8 @@ class Recording:
     def __init__(self, layers: Mapping[str, Shape], slots: Mapping[str, Sequence[str]]) -> None:
         self.layers = dict(layers)
         self.batch: int | None = None
-        self._slots = list(slots)
-        self._widths = [next((self.layers[layer][1] for layer in fed), 0) for fed in slots.values()]
+        # One slot more than modules: what stays empty, for the layers that none feeds.
+        self._widths = [*(next((self.layers[layer][1] for layer in fed), 0) for fed in slots.values()), 0]
         self._slot_of = {layer: number for number, fed in enumerate(slots.values()) for layer in fed}
         self.unfed = tuple(layer for layer in self.layers if layer not in self._slot_of)
         self._found_batch: int | None = None
@@ -123,11 +117,10 @@ class Recording:
         """Forget everything seen so far."""
         self._ran: set[int] = set()
         self._totals: dict[torch.device, Totals] = {}
-        self._channel_absmax: dict[torch.device, list[Tensor]] = {}
         self._sigma_bins: dict[torch.device, Tensor] = {}
-        self._host = {name: np.zeros(len(self._slots), np.int64) for name in ("calls", "rows", "rows_per_sample")}
+        self._host = {name: np.zeros(len(self._widths), np.int64) for name in ("calls", "rows", "rows_per_sample")}
 
-    def at(self, sigma: Sigma) -> _Level:
+    def at(self, sigma: Sigma) -> AbstractContextManager[object]:
         """Tell the noise level of the inputs to come.
 
         Args:
@@ -137,7 +130,8 @@ class Recording:
         Returns:
             A context manager, for those who want the former level back at the end of a block.
         """
-        level = _Level(self, self._sigma)
+        level = ExitStack()
+        level.callback(self._set_sigma, self._sigma)
         self._set_sigma(sigma)
         return level
 
@@ -173,18 +167,11 @@ class Recording:
             self._prepare(x.device)
             for part in (x,) if multiplied is None else multiplied:
                 accumulate(self._totals[x.device], module, self._sigma_bins[x.device], part)
-                largest = self._channel_absmax[x.device][module]
-                rows_RI = part.detach().reshape(-1, len(largest))
-                sample_RI = rows_RI[:: max(1, len(rows_RI) // CHANNEL_ROWS)]
-                seen = torch.linalg.vector_norm(sample_RI, torch.inf, 0)
-                torch.maximum(largest, seen, out=largest)
 
     def _prepare(self, device: torch.device) -> None:
         """Make what is kept on a device: the totals, and the column of the noise level."""
         if device not in self._totals:
-            self._totals[device] = Totals(len(self._slots), device)
-            with torch.inference_mode(False):
-                self._channel_absmax[device] = [torch.zeros(width, device=device) for width in self._widths]
+            self._totals[device] = Totals(self._widths, device)
         if device not in self._sigma_bins:
             self._sigma_bins[device] = _sigma_bin_on(self._sigma, self._totals[device])
 
@@ -195,24 +182,18 @@ class Recording:
             samples: images that the model ran for.
             **facts: provenance; see `Statistics.with_facts`.
         """
-        columns: dict[str, Any] = dict(self._host)
-        for name, column in COLUMNS.items():
-            if name not in columns:
-                columns[name] = np.zeros((len(self._slots), *column.shape), column.dtype)
-                for totals in self._totals.values():
-                    columns[name] = column.merge(columns[name], getattr(totals, name).cpu().numpy())
-        sources = np.array([self._slot_of.get(layer, -1) for layer in self.layers], np.int64)
-        for name, array in columns.items():
-            columns[name] = array[sources]
-            columns[name][sources < 0] = 0
-        channels = [np.zeros(width, np.float32) for width in self._widths]
-        for each in self._channel_absmax.values():
-            channels = [np.maximum(one, other.cpu().numpy()) for one, other in zip(channels, each, strict=True)]
-        columns["channel_absmax"] = tuple(
-            channels[source] if source >= 0 else np.zeros(0, np.float32) for source in sources
-        )
+        totals = list(self._totals.values()) or [Totals(self._widths, torch.device("cpu"))]
+        sources = [self._slot_of.get(layer, -1) for layer in self.layers]
+        columns: dict[str, Any] = {name: array[sources] for name, array in self._host.items()}
+        for name in COLUMNS.keys() - columns.keys():
+            columns[name] = COLUMNS[name].merge.reduce([getattr(each, name).cpu().numpy() for each in totals])[sources]
+        channels = [
+            np.maximum.reduce([bits.view(torch.float32).cpu().numpy() for bits in slot])
+            for slot in zip(*(each.channel_bits for each in totals), strict=True)
+        ]
+        columns[CHANNELS] = tuple(channels[source] for source in sources)
         unseen = {"unseen": self.unseen} if self.unseen else {}
-        return Statistics(self.layers, **cast(Any, columns)).with_facts(samples, **unseen, **facts)
+        return Statistics(self.layers, **columns).with_facts(samples, **unseen, **facts)
 
     def all_reduce(self, samples: int = 0, group: Any = None, **facts: object) -> Statistics:
         """What all processes of a torch.distributed group saw together; every process must call it.
@@ -229,22 +210,6 @@ class Recording:
             StatisticsError: the processes recorded different models.
         """
         return all_reduce(self.statistics(samples, **facts), group)
-
-
-class _Level:
-    """Gives the former noise level back at the end of a block."""
-
-    def __init__(self, recording: Recording, former: Sigma) -> None:
-        self._recording = recording
-        self._former = former
-
-    def __enter__(self) -> Recording:
-        return self._recording
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._recording._set_sigma(self._former)
 
 
 def _sigma_bin_on(sigma: Sigma, totals: Totals) -> Tensor:

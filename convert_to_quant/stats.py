@@ -5,12 +5,10 @@ made from later, and that adds up over prompts, runs, machines and GPUs. Each co
 is elementwise `max` and `+`. Histograms always span the whole range of float32 (`kernels/__init__.py` says how a value
 finds its bin), so they add without rebinning.
 
-Merging is exact and free of order: counts are int64, maxima are maxima, and the sums of squares are
-fixed-point integers (`sigma_square_digits`) kept in one canonical form, so that equal totals are equal
-bits. What the fixed-point numbers add up are float64 partial sums; those of two runs that cut the same rows into
-calls differently may differ in their last bits, while counts, histograms and maxima may not.
+Counts and maxima merge exactly, in any order. Sums of squares are float64: their last bits depend on the order, and
+`==` passes over those.
 
-Noise levels. Diffusion models run from sigma 1 (noise) to 0 (picture). Absmax, count and sum of squares are kept in
+Noise levels. Diffusion models run from sigma 1 (noise) to 0 (image). Absmax, count and sum of squares are kept in
 eight bins of sigma and a ninth for inputs whose sigma was not told; their totals are the totals.
 
 The file is a safetensors file: one tensor per column, names, shapes and provenance as JSON in its header.
@@ -32,7 +30,7 @@ from numpy.typing import NDArray
 from . import __version__
 from .checkpoint import Checkpoint, Entry, open_checkpoint, write_checkpoint
 from .errors import StatisticsError, StrPath
-from .kernels import BINS, DIGIT_BITS, DIGITS, LOWEST_EXPONENT, NONFINITE_BIN, SIGMA_BINS, UNKNOWN_SIGMA
+from .kernels import BINS, NONFINITE_BIN, SIGMA_BINS, UNKNOWN_SIGMA
 from .names import STATISTICS_KEY
 from .untrusted import is_count, is_texts, parse_json
 
@@ -71,7 +69,7 @@ class Column:
 COLUMNS: dict[str, Column] = {
     "sigma_absmax": Column(np.float32, (SIGMA_COLUMNS,), np.maximum),
     "sigma_count": Column(np.int64, (SIGMA_COLUMNS,), np.add),
-    "sigma_square_digits": Column(np.int64, (SIGMA_COLUMNS, DIGITS), np.add),
+    "sigma_squares": Column(np.float64, (SIGMA_COLUMNS,), np.add),
     "zeros": Column(np.int64, (), np.add),
     "calls": Column(np.int64, (), np.add),
     "rows": Column(np.int64, (), np.add),
@@ -83,6 +81,9 @@ COLUMNS: dict[str, Column] = {
 
 CHANNELS = "channel_absmax"
 """One more column, as long for each layer as its inputs are wide; older files lack it."""
+
+OLDER_SQUARES = "sigma_square_digits"
+"""What older files have instead of `sigma_squares`: fixed point, int64 [L, 9, 20], digit i worth 2^(32 i - 320)."""
 
 DERIVED = ("absmax", "count", "nonfinite", "sum_of_squares")
 """Columns that a file carries for other readers; ours computes them."""
@@ -96,7 +97,7 @@ class Statistics:
         layers: layer name -> shape of its weight, [out_features, in_features].
         sigma_absmax: largest finite |x| per noise level; 0 where nothing was seen. Float32 [L, 9].
         sigma_count: finite values per noise level.
-        sigma_square_digits: sum of squares of the finite values per noise level, in fixed point.
+        sigma_squares: sum of squares of the finite values per noise level.
         zeros: values that are 0 or -0.
         calls: how often the layer ran.
         rows: rows it saw.
@@ -117,7 +118,7 @@ class Statistics:
     layers: Mapping[str, Shape]
     sigma_absmax: NDArray[np.float32]
     sigma_count: NDArray[np.int64]
-    sigma_square_digits: NDArray[np.int64]
+    sigma_squares: NDArray[np.float64]
     zeros: NDArray[np.int64]
     calls: NDArray[np.int64]
     rows: NDArray[np.int64]
@@ -140,7 +141,6 @@ class Statistics:
         channels = self.channel_absmax or (_UNKNOWN,) * len(self.layers)
         known = (each if np.isfinite(each).all() and each.any() else _UNKNOWN for each in channels)
         object.__setattr__(self, CHANNELS, tuple(known))
-        object.__setattr__(self, "sigma_square_digits", carry(self.sigma_square_digits))
 
     @staticmethod
     def empty(layers: Mapping[str, Shape]) -> Statistics:
@@ -149,14 +149,15 @@ class Statistics:
         return Statistics(dict(layers), **columns)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both say the same, bit for bit, wherever they were loaded from."""
+        """Whether both say the same, wherever they were loaded from: sums within 1e-12, all else bit for bit."""
         if not isinstance(other, Statistics):
             return NotImplemented
         return (
             list(self.layers.items()) == list(other.layers.items())
             and (self.samples, self.left_out) == (other.samples, other.left_out)
             and dict(self.provenance) == dict(other.provenance)
-            and all(np.array_equal(getattr(self, name), getattr(other, name)) for name in COLUMNS)
+            and np.allclose(self.sigma_squares, other.sigma_squares, rtol=1e-12, atol=0)
+            and all(np.array_equal(getattr(self, n), getattr(other, n)) for n in COLUMNS if n != "sigma_squares")
             and all(map(np.array_equal, self.channel_absmax, other.channel_absmax))
         )
 
@@ -207,10 +208,11 @@ class Statistics:
         """Infinities and NaN seen, [L]. They are part of no other number but `histogram`."""
         return self.histogram[:, NONFINITE_BIN]
 
-    @cached_property
+    @property
     def sum_of_squares(self) -> NDArray[np.float64]:
         """Sum of the squares of the finite values, [L]."""
-        return to_float64(carry(self.sigma_square_digits.sum(1)))
+        total: NDArray[np.float64] = self.sigma_squares.sum(1)
+        return total
 
     @property
     def mean_square(self) -> NDArray[np.float64]:
@@ -220,7 +222,7 @@ class Statistics:
     @property
     def sigma_mean_square(self) -> NDArray[np.float64]:
         """Mean of x^2 per noise level, [L, 9]; 0 where nothing was seen."""
-        return to_float64(self.sigma_square_digits) / np.maximum(self.sigma_count, 1)
+        return self.sigma_squares / np.maximum(self.sigma_count, 1)
 
     @property
     def visited(self) -> NDArray[np.bool_]:
@@ -365,22 +367,20 @@ class Statistics:
         with open_checkpoint(path) as checkpoint:
             head = _parse_head(checkpoint.metadata, path)
             layers = {name: (shape[0], shape[1]) for name, shape in head["layers"].items()}
-            columns: dict[str, Any] = {}
-            for name, column in COLUMNS.items():
-                expected = (len(layers), *column.shape)
-                info = checkpoint.tensors.get(name)
-                if info is None:
-                    raise StatisticsError("the column is missing", path=path, tensor=name)
-                array = checkpoint.bits(name)
-                if array.dtype != column.dtype or array.shape != expected:
-                    raise StatisticsError(
-                        f"{np.dtype(column.dtype)} {list(expected)} expected, found {info.dtype} {list(info.shape)}",
-                        path=path,
-                        tensor=name,
-                    )
-                columns[name] = array.copy()
+            older = OLDER_SQUARES in checkpoint.tensors
+            columns: dict[str, Any] = {
+                name: _load_column(checkpoint, name, column.dtype, (len(layers), *column.shape))
+                for name, column in COLUMNS.items()
+                if not (older and name == "sigma_squares")
+            }
+            if older:
+                digits = _load_column(checkpoint, OLDER_SQUARES, np.int64, (len(layers), SIGMA_COLUMNS, 20))
+                columns["sigma_squares"] = digits @ np.exp2(32.0 * np.arange(20) - 320)
             metadata = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
-            columns[CHANNELS] = _load_channels(checkpoint, layers)
+            if CHANNELS in checkpoint.tensors:
+                ends = np.cumsum([in_features for _, in_features in layers.values()])
+                values = _load_column(checkpoint, CHANNELS, np.float32, (int(ends[-1]),))
+                columns[CHANNELS] = tuple(np.split(values, ends[:-1]))
         loaded = Statistics(
             layers,
             **columns,
@@ -399,8 +399,6 @@ class Statistics:
             "the fingerprint is not that of the layers": np.array([self.fingerprint != fingerprint]),
             "the histogram and the counts disagree": self.histogram[:, :NONFINITE_BIN].sum(1) != self.count,
             "the row histogram and the rows disagree": self.row_histogram.sum(1) != self.rows,
-            "a count is negative": np.concatenate([getattr(self, name).reshape(-1) for name in _COUNTS]) < 0,
-            "an absmax is negative or not finite": ~((self.sigma_absmax >= 0) & np.isfinite(self.sigma_absmax)).all(1),
         }
         for problem, found in contradictions.items():
             if found.any():
@@ -410,16 +408,19 @@ class Statistics:
 _UNKNOWN: NDArray[np.float32] = np.zeros(0, np.float32)
 
 
-def _load_channels(checkpoint: Checkpoint, layers: Mapping[str, Shape]) -> tuple[NDArray[np.float32], ...]:
-    """The absmax of each layer's channels, where a file has them."""
-    info = checkpoint.tensors.get(CHANNELS)
+def _load_column(checkpoint: Checkpoint, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
+    """One tensor of a statistics file, checked."""
+    info = checkpoint.tensors.get(name)
     if info is None:
-        return ()
-    ends = np.cumsum([in_features for _, in_features in layers.values()])
-    if info.dtype != "F32" or info.shape != (ends[-1],):
-        problem = f"float32 [{ends[-1]}] expected, found {info.dtype} {list(info.shape)}"
-        raise StatisticsError(problem, path=checkpoint.path, tensor=CHANNELS)
-    return tuple(np.split(checkpoint.float32(CHANNELS), ends[:-1]))
+        raise StatisticsError("the column is missing", path=checkpoint.path, tensor=name)
+    array: NDArray[Any] = checkpoint.bits(name).copy()
+    if array.dtype != dtype or array.shape != shape:
+        problem = f"{np.dtype(dtype)} {list(shape)} expected, found {info.dtype} {list(info.shape)}"
+        raise StatisticsError(problem, path=checkpoint.path, tensor=name)
+    if name != CHANNELS and not (np.isfinite(array) & (array >= 0)).all():
+        problem = "damaged: finite numbers were expected, none below 0"
+        raise StatisticsError(problem, path=checkpoint.path, tensor=name, hint="observe the model again")
+    return array
 
 
 def _merged_channels(parts: Sequence[Statistics]) -> tuple[NDArray[np.float32], ...]:
@@ -429,9 +430,6 @@ def _merged_channels(parts: Sequence[Statistics]) -> tuple[NDArray[np.float32], 
         seen = [part.channel_absmax[number] for part in parts if part.calls[number]]
         merged.append(reduce(np.maximum, seen) if seen and all(map(len, seen)) else _UNKNOWN)
     return tuple(merged)
-
-
-_COUNTS = ("sigma_count", "zeros", "calls", "rows", "rows_per_sample", "histogram", "row_histogram")
 
 
 def merge(*statistics: Statistics, force: bool = False) -> Statistics:
@@ -521,31 +519,6 @@ def sigma_bin(sigma: float | None) -> int:
     if sigma is None or not 0 <= sigma <= 1:
         return UNKNOWN_SIGMA
     return max(0, int(np.ceil(sigma * SIGMA_BINS)) - 1)
-
-
-def carry(digits: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The canonical form of fixed-point numbers: every digit but the last (which has the sign) in [0, 2^32).
-
-    Args:
-        digits: int64 [..., DIGITS], the lowest first.
-
-    Returns:
-        A new array: equal numbers have equal digits.
-    """
-    result: NDArray[np.int64] = digits.copy()
-    for number in range(DIGITS - 1):
-        over = result[..., number] >> DIGIT_BITS
-        result[..., number] -= over << DIGIT_BITS
-        result[..., number + 1] += over
-    return result
-
-
-def to_float64(digits: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The values of canonical fixed-point numbers [..., DIGITS], to within a few units in the last place."""
-    value = np.zeros(digits.shape[:-1])
-    for number in reversed(range(DIGITS)):
-        value = value * 2.0**DIGIT_BITS + digits[..., number]
-    return value * 2.0**LOWEST_EXPONENT
 
 
 def _texts(value: object) -> tuple[str, ...]:

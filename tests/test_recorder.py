@@ -93,6 +93,7 @@ def assert_recorded(statistics: Statistics, layer: str, seen: list[Tensor]) -> N
     bins = (rows.abs().amax(1).view(torch.int32) >> 19).long()
     assert statistics.row_histogram[number].tolist() == torch.bincount(bins, minlength=4096).tolist()
     assert statistics.sum_of_squares[number] == pytest.approx(float((values**2).sum()), rel=1e-6)
+    assert statistics.channel_absmax[number].tolist() == rows.abs().amax(0).tolist()
 
 
 def hooks_of(model: nn.Module) -> list[Any]:
@@ -190,7 +191,7 @@ def test_totals_of_several_devices_add_up() -> None:
     linear = nn.Linear(4, 4)
     with record(linear) as recording:
         linear(torch.full((2, 4), 2.0))
-        elsewhere = Totals(1, torch.device("cpu"))  # stands for those of another card
+        elsewhere = Totals([4, 0], torch.device("cpu"))  # stands for those of another card
         accumulate(elsewhere, 0, elsewhere.sigma_numbers[8:9], torch.full((1, 4), -1.0))
         recording._totals[torch.device("cuda", 1)] = elsewhere
     statistics = recording.statistics()

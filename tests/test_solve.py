@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from convert_to_quant.errors import CalibrationError, OptionError
 from convert_to_quant.formats.fp8 import E4M3FN, E5M2
 from convert_to_quant.formats.record import Grid
-from convert_to_quant.kernels import BINS, DIGIT_BITS, DIGITS, LOWEST_EXPONENT, NONFINITE_BIN
+from convert_to_quant.kernels import BINS, NONFINITE_BIN
 from convert_to_quant.options import SolveOptions
 from convert_to_quant.solve import (
     PHASES,
@@ -36,16 +35,10 @@ def bins_of(magnitudes: Any) -> np.ndarray:
     return np.asarray(magnitudes, np.float32).view(np.uint32) >> 19
 
 
-def fixed_point(value: float) -> list[int]:
-    whole = int(Fraction(value) / Fraction(2) ** LOWEST_EXPONENT)
-    low = [(whole >> (DIGIT_BITS * i)) & 0xFFFFFFFF for i in range(DIGITS - 1)]
-    return [*low, whole >> (DIGIT_BITS * (DIGITS - 1))]
-
-
 def seen(rows_by_layer: Mapping[str, Any], rows_per_sample: int = 8, shape: tuple[int, int] = SHAPE) -> Statistics:
     """Statistics of layers that saw these rows [rows, in]; None for a layer that never ran. NaN and inf count apart."""
     empty = Statistics.empty(dict.fromkeys(rows_by_layer, shape))
-    columns = {name: getattr(empty, name).copy() for name in ("sigma_absmax", "sigma_count", "sigma_square_digits",
+    columns = {name: getattr(empty, name).copy() for name in ("sigma_absmax", "sigma_count", "sigma_squares",
                "zeros", "calls", "rows", "rows_per_sample", "histogram", "row_histogram")}  # fmt: skip
     for number, given in enumerate(rows_by_layer.values()):
         if given is None:
@@ -55,7 +48,7 @@ def seen(rows_by_layer: Mapping[str, Any], rows_per_sample: int = 8, shape: tupl
         magnitudes = np.abs(rows[finite])
         columns["sigma_absmax"][number, 0] = magnitudes.max(initial=0)
         columns["sigma_count"][number, 0] = magnitudes.size
-        columns["sigma_square_digits"][number, 0] = fixed_point(float(np.sum(magnitudes.astype(np.float64) ** 2)))
+        columns["sigma_squares"][number, 0] = np.sum(magnitudes.astype(np.float64) ** 2)
         columns["zeros"][number] = np.count_nonzero(magnitudes == 0)
         columns["calls"][number] = 1
         columns["rows"][number] = len(rows)

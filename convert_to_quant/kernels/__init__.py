@@ -11,11 +11,11 @@ float16 and bfloat16 inputs put the same value into the same bin, and bin edges 
 steps per octave from 2^-126 on; bin 0 holds zeros and all that is under 2^-130. Bin `NONFINITE_BIN` holds infinities
 and NaN, which count nowhere else; the bins after it stay empty.
 
-Sums. Float sums depend on their order, and statistics must not: merging runs in any order, or adding from many thread
-blocks at once, has to give the same bits. So partial sums (one per call in the reference, one per block of rows in the
-kernel) are float64, and are added up as fixed-point integers: 20 digits of 32 bits each in int64, the lowest worth
-2^-320, which spans everything that float32 values and their squares can sum to. Integer addition commutes; int64
-leaves room for 2^31 partial sums before a carry is needed.
+Sums. Sums of squares are float64, added in the order of calls, on a GPU of thread blocks: their last bits may differ
+from run to run (1e-14, relative). Everything else is counts and maxima, which no order changes.
+
+Channels. The absmax of each input channel comes from a sample of tokens, since that of all of them would cost more than
+all the rest: of an input of n rows, every (n // CHANNEL_ROWS)-th.
 """
 
 from __future__ import annotations
@@ -37,10 +37,8 @@ SIGMA_BINS = 8
 UNKNOWN_SIGMA = SIGMA_BINS
 """Column of inputs whose noise level was not told, or not one number in [0, 1]."""
 
-DIGITS = 20
-DIGIT_BITS = 32
-LOWEST_EXPONENT = -320
-"""A fixed-point number is the sum of digit[i] * 2^(LOWEST_EXPONENT + DIGIT_BITS * i)."""
+CHANNEL_ROWS = 256
+"""Of an input of more rows, this many or up to twice as many give the absmax of the channels (docs/experiments.md)."""
 
 
 def accumulate(totals: Totals, slot: int, sigma_bin: Tensor, x: Tensor) -> None:
@@ -50,7 +48,7 @@ def accumulate(totals: Totals, slot: int, sigma_bin: Tensor, x: Tensor) -> None:
         totals: on the device of `x`.
         slot: the layer's row in the totals.
         sigma_bin: the input's noise level, one of SIGMA_BINS + 1 columns; int64 [1] on the device of `x`.
-        x: [..., in_features], floating, not empty.
+        x: [..., in_features], floating, not empty; in_features as the totals have it for the slot.
     """
     from . import reference
 

@@ -13,12 +13,13 @@ rounding of float32 within a row (about 1e-7, relative).
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import BINS, DIGIT_BITS, DIGITS, LOWEST_EXPONENT, NONFINITE_BIN, SIGMA_BINS
+from . import BINS, CHANNEL_ROWS, NONFINITE_BIN, SIGMA_BINS
 
 MAGNITUDE_BITS = 0x7FFFFFFF
 
@@ -42,6 +43,8 @@ class Observation(NamedTuple):
     """Values per bin of |x|, int64 [BINS]; infinities and NaN in NONFINITE_BIN."""
     row_histogram: Tensor
     """Rows per bin of the row's absmax over its finite values, int64 [BINS]."""
+    channel_bits: Tensor
+    """Float32 pattern of the largest |x| of each channel in a sample of rows, NaN above all, int32 [in_features]."""
 
 
 def observe(x: Tensor) -> Observation:
@@ -58,12 +61,14 @@ def observe(x: Tensor) -> Observation:
     blocks = [_observe_rows(block) for block in torch.split(rows_RI, step)]
     columns = blocks[0] if len(blocks) == 1 else [torch.cat(parts) for parts in zip(*blocks, strict=True)]
     row_bits, row_squares, nonzeros, prefixes = columns
+    sample_RI = rows_RI[:: max(1, len(rows_RI) // CHANNEL_ROWS)].to(torch.float32)
     return Observation(
         absmax=row_bits.amax().view(torch.float32),
         sum_of_squares=row_squares.sum(),
         zeros=rows_RI.numel() - nonzeros.sum(),
         histogram=_count_prefixes(prefixes),
         row_histogram=_count_prefixes(_prefixes(row_bits)),
+        channel_bits=(sample_RI.view(torch.int32) & MAGNITUDE_BITS).amax(0),
     )
 
 
@@ -109,47 +114,45 @@ def _count_prefixes(prefixes: Tensor) -> Tensor:
 class Totals:
     """Sums and maxima of observations, per layer, on one device.
 
+    Args:
+        widths: in_features of each slot.
+        device: where they are kept.
+
     Attributes:
         sigma_absmax: float32 [slots, SIGMA_BINS + 1]; `sigma_absmax_bits` is the same memory as int32.
         sigma_count: finite values, int64 [slots, SIGMA_BINS + 1].
-        sigma_square_digits: sums of squares in fixed point, int64 [slots, SIGMA_BINS + 1, DIGITS].
+        sigma_squares: sums of squares, float64 [slots, SIGMA_BINS + 1].
         zeros: int64 [slots].
         histogram, row_histogram: int64 [slots, BINS].
+        channel_bits: per slot as in `Observation`, int32 [in_features].
         sigma_numbers: 0 .. SIGMA_BINS, int64; `sigma_numbers[i : i + 1]` is column i without a copy from the host.
-        per_unit: float64 [DIGITS + 1], how many units of a digit make 1.
     """
 
-    def __init__(self, slots: int, device: torch.device) -> None:
-        columns = SIGMA_BINS + 1
+    def __init__(self, widths: Sequence[int], device: torch.device) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        slots, columns = len(widths), SIGMA_BINS + 1
         with torch.inference_mode(False):  # tensors made in inference mode could not be updated outside of it
-            self.sigma_absmax = torch.zeros(slots, columns, dtype=torch.float32, device=device)
-            self.sigma_absmax_bits = self.sigma_absmax.view(torch.int32)
-            self.sigma_count = torch.zeros(slots, columns, dtype=torch.int64, device=device)
-            self.sigma_square_digits = torch.zeros(slots, columns, DIGITS, dtype=torch.int64, device=device)
-            self.zeros = torch.zeros(slots, dtype=torch.int64, device=device)
-            self.histogram = torch.zeros(slots, BINS, dtype=torch.int64, device=device)
-            self.row_histogram = torch.zeros(slots, BINS, dtype=torch.int64, device=device)
+            self.sigma_absmax_bits = zeros(slots, columns, dtype=torch.int32)
+            self.sigma_absmax = self.sigma_absmax_bits.view(torch.float32)
+            self.sigma_count = zeros(slots, columns)
+            self.sigma_squares = zeros(slots, columns, dtype=torch.float64)
+            self.zeros = zeros(slots)
+            self.histogram, self.row_histogram = zeros(slots, BINS), zeros(slots, BINS)
+            self.channel_bits = [zeros(width, dtype=torch.int32) for width in widths]
             self.sigma_numbers = torch.arange(columns, device=device)
-            places = torch.arange(DIGITS + 1, device=device)  # made there: a copy from the host would wait
-            exponents = 1023 - LOWEST_EXPONENT - DIGIT_BITS * places
-            self.per_unit = (exponents << 52).view(torch.float64)
-
-    def digits(self, value: Tensor) -> Tensor:
-        """A float64 number of shape () as fixed point, int64 [DIGITS]; what lies under the lowest digit is dropped.
-
-        Each step is exact: division by a power of two, truncation, and a difference that fits into 32 bits.
-        """
-        whole = torch.trunc(value * self.per_unit)
-        return (whole[:-1] - whole[1:] * 2.0**DIGIT_BITS).to(torch.int64)
 
 
 def accumulate(totals: Totals, slot: int, sigma_bin: Tensor, x: Tensor) -> None:
     """Add one input to the totals; `kernels.accumulate` says what the arguments are."""
     seen = observe(x)
     finite = seen.histogram[:NONFINITE_BIN].sum()
+    channel_bits = totals.channel_bits[slot]
     totals.sigma_absmax[slot].scatter_reduce_(0, sigma_bin, seen.absmax.view(1), "amax")
     totals.sigma_count[slot].index_add_(0, sigma_bin, finite.view(1))
-    totals.sigma_square_digits[slot].index_add_(0, sigma_bin, totals.digits(seen.sum_of_squares).view(1, DIGITS))
+    totals.sigma_squares[slot].index_add_(0, sigma_bin, seen.sum_of_squares.view(1))
     totals.zeros[slot] += seen.zeros
     totals.histogram[slot] += seen.histogram
     totals.row_histogram[slot] += seen.row_histogram
+    torch.maximum(channel_bits, seen.channel_bits, out=channel_bits)

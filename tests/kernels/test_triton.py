@@ -6,13 +6,11 @@ import importlib.util
 import math
 import os
 
-import numpy as np
 import pytest
 import torch
 
 from convert_to_quant.kernels import reference
 from convert_to_quant.kernels.reference import Totals
-from convert_to_quant.stats import carry, to_float64
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,14 +32,16 @@ def assert_agrees(x: torch.Tensor) -> None:
     """Measure x both ways, twice, at two noise levels."""
     from convert_to_quant.kernels import triton
 
-    kernel, definition = Totals(3, x.device), Totals(3, x.device)
+    kernel, definition = (Totals([x.shape[-1]] * 3, x.device) for _ in range(2))
     for sigma in (2, 8):
         triton.accumulate(kernel, 1, kernel.sigma_numbers[sigma : sigma + 1], x)
         reference.accumulate(definition, 1, definition.sigma_numbers[sigma : sigma + 1], x)
     for name in ("sigma_absmax", "sigma_count", "zeros", "histogram", "row_histogram"):
         assert torch.equal(getattr(kernel, name), getattr(definition, name)), name
-    squares = [to_float64(carry(totals.sigma_square_digits.cpu().numpy())) for totals in (kernel, definition)]
-    np.testing.assert_allclose(*squares, rtol=1e-5)
+    torch.testing.assert_close(kernel.sigma_squares, definition.sigma_squares, rtol=1e-5, atol=0)
+    channels = [totals.channel_bits[1].view(torch.float32) for totals in (kernel, definition)]
+    torch.testing.assert_close(*channels, rtol=0, atol=0, equal_nan=True)
+    assert not any(totals.channel_bits[slot].any() for totals in (kernel, definition) for slot in (0, 2))
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -65,6 +65,13 @@ def test_views_agree(dtype: torch.dtype) -> None:
     x = normal(3, 14, 160).to(dtype)
     for view in (x[:, 3:9], x[:, ::2], x[..., 1:150], x[..., ::2], x.transpose(1, 2), x.transpose(0, 1), x[:1].expand(4, 14, 160)):  # fmt: skip  # noqa: E501
         assert_agrees(view)
+
+
+@pytest.mark.parametrize("rows", [255, 512, 1025])
+def test_the_channels_of_a_sample_of_rows_agree(rows: int) -> None:
+    """The loudest rows come last, so that a row too many or too few shows in every channel."""
+    assert_agrees(normal(rows, 12) * torch.arange(1, rows + 1, device=DEVICE)[:, None])
+    assert_agrees(normal(2, rows, 300)[:, 1:].bfloat16())
 
 
 def test_special_values_agree() -> None:
