@@ -16,7 +16,7 @@ name. Here is only the way through; the rooms below do the work.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,7 +31,7 @@ from .formats import DEFAULT, DEFAULT_GRID, GRIDS
 from .layers import Layer, LayerTable, find_layers, infer_block, input_scale, named, scales_per_row
 from .options import DEFAULT_ROWS, SAMPLES, CalibrationOptions, SolveOptions
 from .patch import LayerChange, Patch, apply_in_place, in_place_edits, plan_patch, rewrite
-from .solve import LayerResult, Present, final_scale, solve
+from .solve import LayerResult, Present, final_scale, solve, unchanged
 from .telling import Progress, advance
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Calibration:
             "options": asdict(self.options),
             "notes": self.notes,
             "lora": None if self.lora is None else self.lora.as_json(),
-            "layers": [result.to_json() for result in self.results],
+            "layers": [asdict(result) for result in self.results],
         }
 
 
@@ -269,31 +269,21 @@ def static_table(checkpoint: Checkpoint) -> LayerTable:
     encoder = families.text_encoder(checkpoint.tensors) is not None
     if table.static and not encoder:
         return table
+    tensor = hint = None
     if table.diffusion and not encoder:
-        raise TensorError(
-            f"nothing to calibrate: readers of its {named(table.diffusion.values())} layers scale inputs as they come",
-            path=checkpoint.path,
-        )
-    if table.quantized:
-        raise TensorError(
-            f"its {len(table.quantized)} {named(table.quantized.values())} layers are no diffusion model's, and "
-            "nothing reads their input scales",
-            path=checkpoint.path,
-            tensor=next(iter(table.quantized)),
-        )
-    if table.raw:
-        raise TensorError(
-            f"its {len(table.raw)} {named(table.raw.values())} layers are a plain cast without scales, and "
-            "nothing reads input scales beside them",
-            path=checkpoint.path,
-            tensor=next(iter(table.raw)),
-            hint="convert the original, in 16 or 32 bits",
-        )
-    raise TensorError(
-        "no FP8 layers with weight scales in this file",
-        path=checkpoint.path,
-        hint="convert and calibrate in one step: convert_to_quant -i IN -o OUT --actcal",
-    )
+        layers = named(table.diffusion.values())
+        problem = f"nothing to calibrate: readers of its {layers} layers scale inputs as they come"
+    elif table.quantized:
+        tensor, layers = next(iter(table.quantized)), f"{len(table.quantized)} {named(table.quantized.values())} layers"
+        problem = f"its {layers} are not a diffusion model's, and nothing reads their input scales"
+    elif table.raw:
+        tensor, layers = next(iter(table.raw)), f"{len(table.raw)} {named(table.raw.values())} layers"
+        problem = f"its {layers} are a plain cast without scales, and nothing reads input scales beside them"
+        hint = "convert the original, in 16 or 32 bits"
+    else:
+        problem = "no FP8 layers with weight scales in this file"
+        hint = "convert and calibrate in one step: convert_to_quant -i IN -o OUT --actcal"
+    raise TensorError(problem, path=checkpoint.path, tensor=tensor, hint=hint)
 
 
 def _left_alone(table: LayerTable) -> list[str]:
@@ -377,14 +367,24 @@ def _run(
         float16_safe=options.float16_safe,
         one_row_full_precision=options.one_row_full_precision,
     )
-    present = present_scales(checkpoint, table, energies=solving.finds_headroom)
-    solved = solve(observation.statistics, present, solving)
-    conditioned = set(observation.conditioned)
-    results = [_with_conditioning(result, result.layer in conditioned) for result in solved]
-    notes += _conditioning_notes(conditioned)
-    unsolved = [result for result in results if not result.range]
-    notes += [f"{result.layer}: {result.reason}" for result in unsolved]
+    results = _solved(checkpoint, table, observation.statistics, solving, notes)
     return Calibration("model", results, options, notes, match, observation.statistics)
+
+
+def _solved(
+    checkpoint: Checkpoint, table: LayerTable, statistics: Statistics, options: SolveOptions, notes: list[str]
+) -> list[LayerResult]:
+    """Results out of statistics; adds to the notes what a user should know of them."""
+    results = solve(statistics, present_scales(checkpoint, table, energies=options.finds_headroom), options)
+    if moving := statistics.provenance.get("depends_on_conditioning"):
+        notes.append(
+            f"calibrated on noise: the ranges of {len(moving)} layers depend on the conditioning, which noise only "
+            f"imitates (first: {min(moving)})"
+        )
+    absent = set(statistics.left_out)
+    notes += [f"{r.layer}: not in these statistics: keeps its scale" for r in results if r.layer in absent]
+    notes += [f"{r.layer}: {r.reason}" for r in results if not r.range and r.layer not in absent]
+    return results
 
 
 def apply_statistics(
@@ -409,28 +409,9 @@ def apply_statistics(
     options = options or SolveOptions()
     table = static_table(checkpoint)
     fitting = naming.for_checkpoint(statistics, table, force=force)
-    present = present_scales(checkpoint, table, energies=options.finds_headroom)
-    missing = set(fitting.left_out)
-    moving = set(fitting.provenance.get("depends_on_conditioning", ()))
-    results = [_with_conditioning(result, result.layer in moving) for result in solve(fitting, present, options)]
-    notes = _left_alone(table) + _conditioning_notes(moving)
-    notes += [f"{name}: not in these statistics: keeps its scale" for name in present if name in missing]
-    notes += [f"{r.layer}: {r.reason}" for r in results if not r.range and r.layer not in missing]
+    notes = _left_alone(table)
+    results = _solved(checkpoint, table, fitting, options, notes)
     return Calibration("statistics", results, options, notes, statistics=fitting)
-
-
-def _conditioning_notes(layers: Collection[str]) -> list[str]:
-    """Say that ranges come from noise and depend on what it stood in for, if any do."""
-    if not layers:
-        return []
-    return [
-        f"calibrated on noise: the ranges of {len(layers)} layers depend on the conditioning, which noise only "
-        f"imitates (first: {min(layers)})"
-    ]
-
-
-def _with_conditioning(result: LayerResult, depends: bool) -> LayerResult:
-    return replace(result, conditioning_dependent=depends)
 
 
 def present_scales(checkpoint: Checkpoint, table: LayerTable, *, energies: bool) -> dict[str, Present]:
@@ -469,24 +450,13 @@ def _simulate(
     results = []
     for name, present in present_scales(checkpoint, table, energies=False).items():
         found = ranges[name]
-        scale, reason = present.scale, "weight is empty or all zero: keeps its scale"
+        result = unchanged(name, present, "weight is empty or all zero: keeps its scale", "layer")
         if found > 0:
             scale = final_scale(margin * found / present.grid.max, name, float16_safe=options.float16_safe)
             rows = "LoRA" if match is not None and name in match.matched else "random"
             reason = f"simulated from {rows} inputs × {margin:g}"
-        results.append(
-            LayerResult(
-                layer=name,
-                source="layer",
-                range=found or None,
-                scale_before=present.scale,
-                scale_after=scale,
-                full_precision_before=present.full_precision,
-                full_precision_after=present.full_precision,
-                reason=reason,
-                format=present.grid.name,
-            )
-        )
+            result = replace(result, range=found, scale_after=scale, reason=reason)
+        results.append(result)
     return Calibration("layer", results, options, notes, match)
 
 

@@ -13,9 +13,6 @@ Expected squared error. Within a bin, x counts as uniform over [a, b]. With u = 
 m_k between them, the error of one u is (u - v_k)² in its cell [m_(k-1), m_k], so F(t) = ∫₀ᵗ (u - v(u))² du is a cubic
 in each cell, and a bin costs s² · (F(b/s) - F(a/s)) / (b/s - a/s) per value: exact, no sampling.
 
-Dividing by 2 moves a histogram by 16 bins and changes nothing else. So one table of the mean error of each bin at the
-`PHASES` scales of one octave serves all octaves and layers, and the search is a few small matrix products per layer.
-
 Full precision. A row (token) whose own absmax is under 32 of the grid's smallest steps (2⁻⁹ · s each in FP8) keeps at
 most 5 bits of range and drowns; one loud token can do that to all others, and the error over the
 whole tensor hides it. So rows are counted: where more than `row_loss_limit` of them are lost, the layer computes in
@@ -31,7 +28,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -49,12 +46,12 @@ from .stats import BIN_CENTRES, BIN_EDGES, Statistics
 Cause = Literal["", "one row", "rows lost", "budget"]
 
 PHASES = 32
-"""Scales per octave that the mse search tries."""
+"""Scales per octave that the mse search tries: powers of 2^(1/32), and absmax / max itself."""
 LOST_ROW_STEPS = 32.0
 """A row whose absmax is under this many of its grid's smallest steps is lost: in FP8, under 2⁻⁴ of the scale."""
 FLOAT16_SMALLEST_SCALE = 2.0**-15
 """Below it 1/s overflows where a reader multiplies by the reciprocal in float16."""
-_BINS_PER_OCTAVE = 16
+KEPT = "kept, as --keep asks"
 _ROUNDED_DOWN = 1 + 2.0**-23
 """absmax / max may round down in float32, which does not clip absmax: it becomes the largest code all the same."""
 
@@ -128,10 +125,6 @@ class LayerResult:
         """Whether the file must change for this layer."""
         return self.scale_after != self.scale_before or self.full_precision_after != self.full_precision_before
 
-    def to_json(self) -> dict[str, Any]:
-        """The result as JSON values."""
-        return asdict(self)
-
 
 def final_scale(scale: float, layer: str, *, float16_safe: bool = False) -> float:
     """A scale as the file will hold it.
@@ -176,46 +169,31 @@ def solve(
     seen = [name for name in present if name in statistics.layers]
     chosen = statistics.take(seen)
     _refuse_nonfinite(chosen)
-    absmax = chosen.absmax.astype(np.float64)
     before = np.array([present[name].scale for name in seen], np.float64)
     grids = [present[name].grid for name in seen]
+    kept = np.array([any(re.search(pattern, name) for pattern in options.keep) for name in seen], bool)
     ranges, least = METHODS[options.method].choose(chosen, grids, options.percentile)
-    usable = (ranges > 0) & np.array([not _kept(name, options) for name in seen], bool)
-    factors = np.array(
-        [
-            _headroom(chosen, number, present[name], options) if usable[number] else 1.0
-            for number, name in enumerate(seen)
-        ],
-        np.float64,
-    )
-    scales = np.where(usable, factors * least, before)
-    after = np.array(
-        [
-            final_scale(scale, name, float16_safe=options.float16_safe) if use else scale
-            for name, scale, use in zip(seen, scales, usable, strict=True)
-        ],
-        np.float64,
-    )
-    errors = [expected_errors(chosen, values, grids) for values in (before, after)]
+    factors, after = np.ones(len(seen)), before.copy()
+    for number in np.flatnonzero((ranges > 0) & ~kept).tolist():
+        name = seen[number]
+        factors[number] = _headroom(chosen, number, present[name], options)
+        after[number] = final_scale(factors[number] * least[number], name, float16_safe=options.float16_safe)
+    errors = [expected_errors(chosen, scales, grids) for scales in (before, after)]
     lost = lost_rows(chosen, after, grids)
     row_errors = dict(zip(seen, _expected_row_errors(chosen, after, grids, errors[1]).tolist(), strict=True))
-    results = []
+    moving = set(statistics.provenance.get("depends_on_conditioning", ()))
     numbers = {name: number for number, name in enumerate(seen)}
+    results = []
     for name, state in present.items():
         number = numbers.get(name)
         if number is None or not chosen.visited[number]:
             why = "ran, but its input could not be seen" if name in chosen.unseen else "never visited"
-            results.append(_unchanged(name, state, f"{why}: keeps its scale"))
+            results.append(unchanged(name, state, f"{why}: keeps its scale"))
             continue
-        result = LayerResult(
-            layer=name,
-            source="model",
+        result = replace(
+            unchanged(name, state, _scale_reason(options, float(factors[number]), float(after[number])), "model"),
             range=float(ranges[number]),
-            scale_before=state.scale,
             scale_after=float(after[number]),
-            full_precision_before=state.full_precision,
-            full_precision_after=state.full_precision,
-            reason=_scale_reason(options, float(factors[number]), float(after[number])),
             sqnr_before_db=_told(errors[0].sqnr_db[number]),
             sqnr_after_db=_told(errors[1].sqnr_db[number]),
             clipped_before=_told(errors[0].clipped[number]),
@@ -224,19 +202,24 @@ def solve(
             vanished_after=_told(errors[1].vanished[number]),
             rows_lost=float(lost[number]),
             multiply_adds=int(chosen.rows[number]) * state.shape[0] * state.shape[1],
-            format=state.grid.name,
+            conditioning_dependent=name in moving,
         )
-        if _kept(name, options):
-            result = replace(result, reason="kept, as --keep asks")
-        elif absmax[number] == 0:
+        if kept[number]:
+            result = replace(result, reason=KEPT)
+        elif chosen.absmax[number] == 0:
             result = replace(result, reason="seen only as zeros: keeps its scale")
-        elif ranges[number] == 0:
-            reason = f"its percentile {options.percentile:g} is 0: keeps its scale"
-            result = _precision(replace(result, reason=reason), bool(chosen.one_row[number]), options)
         else:
+            if ranges[number] == 0:
+                result = replace(result, reason=f"its percentile {options.percentile:g} is 0: keeps its scale")
             result = _precision(result, bool(chosen.one_row[number]), options)
         results.append(result)
     return _spend_budget(results, row_errors, options)
+
+
+def unchanged(name: str, state: Present, reason: str, source: str = "none") -> LayerResult:
+    """A layer that keeps its scale and its precision, and why."""
+    scale, full_precision = state.scale, state.full_precision
+    return LayerResult(name, source, None, scale, scale, full_precision, full_precision, reason, format=state.grid.name)
 
 
 def lost_rows(statistics: Statistics, scales: Float, grids: Sequence[Grid] | None = None) -> Float:
@@ -259,27 +242,9 @@ def _smallest_steps(scales: Float, grids: Sequence[Grid] | None) -> Float:
     return steps
 
 
-def _unchanged(name: str, state: Present, reason: str) -> LayerResult:
-    return LayerResult(
-        name,
-        "none",
-        None,
-        state.scale,
-        state.scale,
-        state.full_precision,
-        state.full_precision,
-        reason,
-        format=state.grid.name,
-    )
-
-
 def _told(number: float) -> float | None:
     """A figure for a report, which has no place for infinities and NaN."""
     return float(number) if np.isfinite(number) else None
-
-
-def _kept(name: str, options: SolveOptions) -> bool:
-    return any(re.search(pattern, name) for pattern in options.keep)
 
 
 def _refuse_nonfinite(statistics: Statistics) -> None:
@@ -365,18 +330,12 @@ def _spend_budget(
     )
     bought = set()
     for result in worst:
-        if result.multiply_adds <= left and not _kept(result.layer, options):
+        if result.multiply_adds <= left and result.reason != KEPT:
             bought.add(result.layer)
             left -= result.multiply_adds
+    reason = "full precision: among the worst that the budget covers"
     return [
-        replace(
-            result,
-            full_precision_after=True,
-            reason="full precision: among the worst that the budget covers",
-            cause="budget",
-        )
-        if result.layer in bought
-        else result
+        replace(result, full_precision_after=True, reason=reason, cause="budget") if result.layer in bought else result
         for result in results
     ]
 
@@ -458,25 +417,21 @@ def expected_errors(statistics: Statistics, scales: Float, grids: Sequence[Grid]
         The errors.
     """
     count = np.maximum(statistics.count, 1).astype(np.float64)
-    error = np.zeros(len(scales))
-    clipped = np.zeros(len(scales))
-    vanished = np.zeros(len(scales))
+    absmax = statistics.absmax.astype(np.float64)
+    error, clipped, vanished = np.zeros((3, len(scales)))
     for number, (scale, grid) in enumerate(zip(scales, grids or [DEFAULT_GRID] * len(scales), strict=True)):
         counts = statistics.histogram[number, :NONFINITE_BIN]
-        used = np.flatnonzero(counts)
         if scale == 0:
             error[number] = clipped[number] = vanished[number] = np.nan
             continue
-        if not len(used):
-            continue
+        used = np.flatnonzero(counts)
         weights = counts[used].astype(np.float64)
         low, high = BIN_EDGES[used] / scale, BIN_EDGES[used + 1] / scale
-        high = np.minimum(high, float(statistics.absmax[number]) / scale)  # so the last bin ends at absmax
-        error[number] = scale * scale * float(np.sum(weights * _mean_error(low, high, grid)))
-        clipped[number] = float(np.sum(weights * _share_above(low, high, grid.max * _ROUNDED_DOWN)))
-        half = grid.smallest_step / 2
-        below = float(np.sum(weights * (1 - _share_above(low, high, half))))
-        vanished[number] = max(below - float(statistics.zeros[number]), 0.0)
+        high = np.minimum(high, absmax[number] / scale)  # so the last bin ends at absmax
+        error[number] = scale * scale * (weights @ _mean_error(low, high, grid))
+        clipped[number] = weights @ _share_above(low, high, grid.max * _ROUNDED_DOWN)
+        below = weights @ (1 - _share_above(low, high, grid.smallest_step / 2))
+        vanished[number] = max(below - statistics.zeros[number], 0.0)
     signal = statistics.sum_of_squares
     mean_square = error / count
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -526,58 +481,29 @@ def _mean_error(low: Any, high: Any, grid: Grid) -> Float:
 
 
 @cache
-def _phase_errors(grid: Grid) -> tuple[Float, Float]:
-    """The `PHASES` scales of one octave, and the mean error of every bin at each, [PHASES, bins]."""
-    scales = np.exp2(np.arange(PHASES) / PHASES)
-    edges = BIN_EDGES
-    return scales, np.stack([s * s * _mean_error(edges[:-1] / s, edges[1:] / s, grid) for s in scales])
+def _phase_errors(grid: Grid) -> Float:
+    """Mean error of every bin at the `PHASES` scales from 1 to 2, in squares of the scale, [PHASES, bins]."""
+    scales = np.exp2(np.arange(PHASES) / PHASES)[:, None]
+    return _mean_error(BIN_EDGES[:-1] / scales, BIN_EDGES[1:] / scales, grid)
 
 
-def _least_error_scales(histogram: NDArray[np.int64], absmax: Float, grids: Sequence[Grid]) -> Float:
-    """Per layer the scale of least expected squared error in [absmax / max, 2 · absmax / max].
-
-    Candidates are absmax / max itself and 2^(k / PHASES). One table holds the mean error of each bin at the PHASES
-    scales of one octave; other octaves are the same table with the histogram moved by 16 bins per octave.
-    """
-    edges = BIN_EDGES
-    topmost = np.minimum(np.searchsorted(edges, absmax, side="right") - 1, NONFINITE_BIN - 1)
-    best = absmax / [grid.max for grid in grids]
-    counts = histogram[:, :NONFINITE_BIN].astype(np.float64)
-    counts[:, 0] = 0  # zeros, and what is under 2^-130: they cost nothing at any scale
-    for number in np.flatnonzero(absmax > 0).tolist():
-        grid, start = grids[number], best[number]
-        scales, table = _phase_errors(grid)
-        octave = int(np.floor(np.log2(start)))
-        # The topmost bin ends at absmax, which the table cannot know, so its share is added for each candidate.
-        top = topmost[number]
-        top_count, counts[number, top] = counts[number, top], 0.0
-        octaves = (octave, octave + 1)
-        moved = np.stack([_shifted(counts[number], step * _BINS_PER_OCTAVE) for step in octaves])
-        factors = np.exp2(np.array(octaves, np.float64))[:, None]
-        error = (moved @ table.T * factors * factors).reshape(-1)
-        scale = (scales * factors).reshape(-1)
-        error += top_count * scale * scale * _mean_error(edges[top] / scale, absmax[number] / scale, grid)
-        error[(scale < start) | (scale > 2 * start)] = np.inf
-        # Some are equal but for rounding; the least scale of equals loses the fewest small rows.
-        least = int(np.flatnonzero(error <= error.min() * (1 + 1e-9))[0])
-
-        used = np.flatnonzero(counts[number])
-        present = float(np.sum(counts[number, used] * _mean_error(edges[used] / start, edges[used + 1] / start, grid)))
-        present += top_count * float(_mean_error(edges[top] / start, absmax[number] / start, grid))
-        if error[least] < start * start * present:
-            best[number] = scale[least]
-    return best
-
-
-def _shifted(counts: Float, shift: int) -> Float:
-    """A histogram of x / 2^(shift / 16): bins move down by `shift`; what leaves at the lower end gathers in bin 0."""
-    moved = np.zeros_like(counts)
-    if shift >= 0:
-        moved[: len(counts) - shift] = counts[shift:]
-        moved[0] += counts[:shift].sum()
-    else:
-        moved[-shift:] = counts[:shift]
-    return moved
+def _least_error_scale(histogram: NDArray[np.int64], absmax: float, grid: Grid) -> float:
+    """The scale of least expected squared error in [absmax / max, 2 · absmax / max]."""
+    start = absmax / grid.max
+    used = np.flatnonzero(histogram[1:NONFINITE_BIN]) + 1  # zeros, and what is under 2^-130, cost nothing at any scale
+    if not len(used):
+        return start
+    powers = np.arange(np.ceil(np.log2(start) * PHASES), np.log2(2 * start) * PHASES).astype(int)
+    scales = np.append(start, np.exp2(powers / PHASES))
+    octaves, phases = np.divmod(powers, PHASES)
+    # Dividing by 2 moves a histogram by 16 bins and changes nothing else, so one table serves all octaves and layers.
+    in_octave = _phase_errors(grid)[phases[:, None], np.maximum(used - 16 * octaves[:, None], 0)]
+    at_start = _mean_error(BIN_EDGES[used] / start, BIN_EDGES[used + 1] / start, grid)
+    errors_SB = np.vstack([at_start, in_octave])
+    errors_SB[:, -1] = _mean_error(BIN_EDGES[used[-1]] / scales, absmax / scales, grid)  # the last bin ends at absmax
+    errors = scales * scales * (errors_SB @ histogram[used].astype(np.float64))
+    # Some are equal but for rounding; the least scale of equals loses the fewest small rows.
+    return float(scales[np.flatnonzero(errors <= errors.min() * (1 + 1e-9))[0]])
 
 
 def _by_absmax(seen: Statistics, grids: Sequence[Grid], percentile: float) -> tuple[Float, Float]:  # noqa: ARG001
@@ -587,7 +513,8 @@ def _by_absmax(seen: Statistics, grids: Sequence[Grid], percentile: float) -> tu
 
 def _by_mse(seen: Statistics, grids: Sequence[Grid], percentile: float) -> tuple[Float, Float]:  # noqa: ARG001
     ranges = seen.absmax.astype(np.float64)
-    return ranges, _least_error_scales(seen.histogram, ranges, grids)
+    found = [_least_error_scale(*layer) for layer in zip(seen.histogram, ranges.tolist(), grids, strict=True)]
+    return ranges, np.array(found)
 
 
 def _by_percentile(seen: Statistics, grids: Sequence[Grid], percentile: float) -> tuple[Float, Float]:

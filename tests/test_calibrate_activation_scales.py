@@ -398,7 +398,7 @@ def test_a_file_whose_only_fp8_layers_are_a_text_encoders_is_refused(save: Save,
     with pytest.raises(TensorError) as caught:
         calibrate_model(path, LAYER_OPTIONS)
     assert str(caught.value) == (
-        f"{path}: {encoder}: its 1 FP8 layers are no diffusion model's, and nothing reads their input scales"
+        f"{path}: {encoder}: its 1 FP8 layers are not a diffusion model's, and nothing reads their input scales"
     )
 
 

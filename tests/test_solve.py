@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -289,7 +289,7 @@ def test_a_layer_seen_only_as_zeros_keeps_its_scale_and_precision(method: Any) -
     result = solve_one(np.zeros((3, 4)), Present(0.5, False, SHAPE), 1, method=method, full_precision_budget=1.0)
     assert (result.scale_after, result.full_precision_after, result.range) == (0.5, False, 0.0)
     assert result.reason == "seen only as zeros: keeps its scale"
-    json.dumps(result.to_json(), allow_nan=False)
+    json.dumps(asdict(result), allow_nan=False)
 
 
 def test_a_present_scale_of_zero_is_mended_and_reported_without_figures() -> None:
@@ -297,7 +297,7 @@ def test_a_present_scale_of_zero_is_mended_and_reported_without_figures() -> Non
     assert result.scale_after == float(np.float32(2 / 448))
     assert (result.sqnr_before_db, result.clipped_before, result.vanished_before) == (None, None, None)
     assert result.sqnr_after_db is not None
-    json.dumps(result.to_json(), allow_nan=False)
+    json.dumps(asdict(result), allow_nan=False)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
