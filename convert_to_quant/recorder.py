@@ -98,7 +98,6 @@ class Recording:
 
     Attributes:
         layers: as given.
-        unfed: layers that no module feeds; their statistics stay empty.
         batch: samples in each input, if the user of this class says so; None to find out.
     """
 
@@ -108,7 +107,6 @@ class Recording:
         # One slot more than modules: what stays empty, for the layers that none feeds.
         self._widths = [*(next((self.layers[layer][1] for layer in fed), 0) for fed in slots.values()), 0]
         self._slot_of = {layer: number for number, fed in enumerate(slots.values()) for layer in fed}
-        self.unfed = tuple(layer for layer in self.layers if layer not in self._slot_of)
         self._found_batch: int | None = None
         self._sigma: Sigma = None
         self.clear()
@@ -356,18 +354,24 @@ def all_reduce(statistics: Statistics, group: Any = None) -> Statistics:
         group: the process group, gloo or nccl; by default all processes.
 
     Returns:
-        The same statistics in every process; the argument itself where torch.distributed is not set up.
+        The same statistics in every process.
 
     Raises:
         StatisticsError: the processes recorded different models.
     """
-    from torch import distributed
-
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return statistics
-    everyone: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(everyone, statistics.replace(metadata={}, path=None), group)
+    everyone: list[Statistics] = gather(statistics.replace(metadata={}, path=None), group)
     for rank, other in enumerate(everyone):
         if list(other.layers.items()) != list(everyone[0].layers.items()):
             raise StatisticsError(f"process {rank} recorded another model than process 0")
     return merge(*everyone)
+
+
+def gather(value: Any, group: Any = None) -> list[Any]:
+    """What every process of a torch.distributed group passes here, by rank; [value] where there is no group."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    everyone: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(everyone, value, group)
+    return everyone

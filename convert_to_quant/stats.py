@@ -242,11 +242,6 @@ class Statistics:
         single: NDArray[np.bool_] = self.rows_per_sample == 1
         return single
 
-    def quantile(self, layer: str, q: float) -> float:
-        """The q-quantile of a layer's |x|; see `quantiles`."""
-        number = self.index(layer)
-        return float(quantiles(self.histogram[number], self.absmax[number], q))
-
     def quantiles(self, q: float) -> NDArray[np.float64]:
         """The q-quantile of |x| of every layer, [L]; see `quantiles`."""
         return quantiles(self.histogram, self.absmax, q)

@@ -222,7 +222,6 @@ def test_modules_feed_layers_of_other_names(model: Model) -> None:
     statistics = recording.statistics()
     seen = by_hand(model, *args)
     assert dict(statistics.layers) == layers
-    assert recording.unfed == ("elsewhere",)
     assert_recorded(statistics, "img.qkv", seen["blocks.0.q"])
     assert_recorded(statistics, "img.out", seen["blocks.0.o"])
     assert_recorded(statistics, "also.out", seen["blocks.0.o"])
@@ -502,7 +501,7 @@ def test_without_process_groups_reducing_changes_nothing(model: Model) -> None:
         model(*inputs())
     assert recording.all_reduce(samples=3) == recording.statistics(samples=3)
     statistics = recording.statistics()
-    assert all_reduce(statistics) is statistics
+    assert all_reduce(statistics) == statistics
 
 
 @pytest.mark.cuda

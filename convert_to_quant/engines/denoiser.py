@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -204,13 +205,9 @@ def skeleton(plan: Plan) -> nn.Module:
             raise UnsupportedModelError(f"diffusers cannot build it: {error}", hint=COMFYUI) from error
     plan.architecture.adjust(model, plan.config)
     wanted = model.state_dict()
-    for problem, found in (
-        ("has no source in the checkpoint", [name for name in wanted if name not in plan.sources]),
-        (
-            "has no place in diffusers' model",
-            [pieces[0].tensor for name, pieces in plan.sources.items() if name not in wanted],
-        ),
-    ):
+    missing = [name for name in wanted if name not in plan.sources]
+    left = [pieces[0].tensor for name, pieces in plan.sources.items() if name not in wanted]
+    for problem, found in (("has no source in the checkpoint", missing), ("has no place in diffusers' model", left)):
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise UnsupportedModelError(problem + more, tensor=found[0], hint=COMFYUI)
@@ -225,6 +222,7 @@ def skeleton(plan: Plan) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+@dataclass(frozen=True, eq=False)
 class Denoiser:
     """A diffusion transformer that runs from its checkpoint.
 
@@ -232,27 +230,20 @@ class Denoiser:
         plan: how it was put together.
         model: diffusers' module.
         linears: its linear layers by diffusers' module name.
-        layers: checkpoint layer -> the module that sees its input first (a fused layer feeds several, alike).
         device, dtype: where and in what it computes.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        model: nn.Module,
-        linears: Mapping[str, CheckpointLinear],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.plan = plan
-        self.model = model
-        self.linears = linears
-        self.device = device
-        self.dtype = dtype
-        self.layers: dict[str, CheckpointLinear] = {}
-        for module in linears.values():
-            for layer, _ in module.stored.pieces:
-                self.layers.setdefault(layer.name, module)
+    plan: Plan
+    model: nn.Module
+    linears: Mapping[str, CheckpointLinear]
+    device: torch.device
+    dtype: torch.dtype
+
+    @cached_property
+    def layers(self) -> dict[str, CheckpointLinear]:
+        """Checkpoint layer -> the module that sees its input first (a fused layer feeds several, alike)."""
+        fed = [(layer.name, module) for module in self.linears.values() for layer, _ in module.stored.pieces]
+        return {**dict(fed), **dict(reversed(fed))}
 
     def latent_shape(self, geometry: Geometry) -> tuple[int, ...]:
         """Shape of one sample's latents."""
@@ -264,7 +255,7 @@ class Denoiser:
 
     @torch.no_grad()
     def velocity(self, latents: Tensor, sigma: float, conditioning: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
-        """The predicted velocity, noise minus picture.
+        """The predicted velocity, noise minus image.
 
         Args:
             latents: [batch, *latent shape].
@@ -338,7 +329,8 @@ def load(
     found = plan(checkpoint, table)
     model = skeleton(found)
     by_weight = {layer.weight.name: layer for layer in found.table.linear()}
-    keep = where.type == "cpu" and _dense_bytes(found) <= KEEP_BYTES
+    dense_bytes = sum(4 * layer.out_features * layer.in_features for layer in by_weight.values())
+    keep = where.type == "cpu" and dense_bytes <= KEEP_BYTES
 
     def value(name: str) -> Tensor:
         parts = found.sources[name]
@@ -377,10 +369,6 @@ def load(
         else:
             module._parameters[child] = nn.Parameter(new.to(number), requires_grad=False)
     return Denoiser(found, model.to(where), linears, where, number)
-
-
-def _dense_bytes(plan: Plan) -> int:
-    return sum(4 * layer.out_features * layer.in_features for layer in plan.table.linear())
 
 
 def _layer(by_weight: Mapping[str, Layer], plan: Plan, piece: Piece) -> Layer:

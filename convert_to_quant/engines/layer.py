@@ -89,10 +89,7 @@ def column_squares(checkpoint: Checkpoint, layer: Layer) -> NDArray[np.float64]:
             continue
         squares_OI = np.take(squares_of_codes, bits[rows].view(np.uint8), mode="clip")
         spread = np.square(scales_per_row(scale, layer, rows) / np.float32(largest))
-        if spread.shape[1] == 1:
-            total += np.einsum("o,oi->i", spread[:, 0], squares_OI)
-        else:
-            total += np.einsum("oi,oi->i", spread, squares_OI)
+        total += np.einsum("oi,oi->i", np.broadcast_to(spread, squares_OI.shape), squares_OI)
     total *= largest * largest
     checkpoint.release(layer.weight.name)
     if not np.isfinite(total).all():
@@ -160,29 +157,6 @@ def input_range(unit_RI: Float32, squares_I: NDArray[np.float64], out_features: 
     return percentile_of(np.abs(relative_RI, out=relative_RI), percentile) * largest
 
 
-def simulate_layer(
-    checkpoint: Checkpoint, layer: Layer, simulation: Simulation, lora_rows_RI: Float32 | None = None
-) -> float:
-    """Range of one layer, margin excluded.
-
-    Args:
-        checkpoint: where it is.
-        layer: a quantized layer.
-        simulation: how.
-        lora_rows_RI: rows of a LoRA's A for this layer, float32 [rank, in].
-
-    Returns:
-        The range; 0 where the weight is empty or all zero.
-
-    Raises:
-        TensorError: the weight has NaN or infinite values.
-    """
-    if layer.weight.elements == 0:
-        return 0.0
-    unit_RI = unit_rows(generator(simulation.seed, layer.name), simulation, layer.in_features, lora_rows_RI)
-    return input_range(unit_RI, column_squares(checkpoint, layer), layer.out_features, simulation.percentile)
-
-
 def simulate(
     checkpoint: Checkpoint,
     layers: Mapping[str, Layer],
@@ -200,14 +174,19 @@ def simulate(
         progress: told the bytes of weight that were done.
 
     Returns:
-        Range by layer name, in the order of `layers`.
+        Range by layer name, margin excluded, in the order of `layers`; 0 where a weight is empty or all zero.
 
     Raises:
         TensorError: a weight has NaN or infinite values.
     """
 
     def run(layer: Layer) -> float:
-        found = simulate_layer(checkpoint, layer, simulation, lora_rows(layer.name) if lora_rows else None)
+        found = 0.0
+        if layer.weight.elements:
+            rows_RI = lora_rows(layer.name) if lora_rows else None
+            unit_RI = unit_rows(generator(simulation.seed, layer.name), simulation, layer.in_features, rows_RI)
+            squares_I = column_squares(checkpoint, layer)
+            found = input_range(unit_RI, squares_I, layer.out_features, simulation.percentile)
         if progress is not None:
             progress(layer.weight.nbytes)
         return found

