@@ -56,14 +56,20 @@ class Observation:
 
     Attributes:
         statistics: of every layer asked for, over everything that was run.
-        conditioned: layers whose range moves with the noise that stood in for prompts: what a text encoder really
-            gives them is not known here. None after a run on prompts.
-        unvisited: layers that the model never ran, or that have no place in it.
     """
 
     statistics: Statistics
-    conditioned: tuple[str, ...]
-    unvisited: tuple[str, ...]
+
+    @property
+    def conditioned(self) -> tuple[str, ...]:
+        """Layers whose range moves with the noise in place of prompts; none after a run on prompts."""
+        return self.statistics.provenance.get("depends_on_conditioning", ())
+
+    @property
+    def unvisited(self) -> tuple[str, ...]:
+        """Layers that the model never ran, or that have no place in it."""
+        names = self.statistics.names
+        return tuple(name for name, visited in zip(names, self.statistics.visited, strict=True) if not visited)
 
 
 @dataclass(frozen=True)
@@ -176,13 +182,9 @@ def observe(
             lora=_files(adapters),
         )
     statistics = seen.statistics
-    moving = conditioned(
-        statistics.names, {way: seen.ranges[way.name] for way in noise.CONDITIONINGS if way.name in seen.ranges}
-    )
     if prompts is None:
-        statistics = statistics.with_facts(depends_on_conditioning=moving)
-    unvisited = [name for name, visited in zip(statistics.names, statistics.visited, strict=True) if not visited]
-    return Observation(statistics, moving, tuple(unvisited))
+        statistics = statistics.with_facts(depends_on_conditioning=conditioned(statistics.names, seen.ranges))
+    return Observation(statistics)
 
 
 def watched(
@@ -297,16 +299,16 @@ def trajectory(
         latents = latents - velocity / steps
 
 
-def conditioned(layers: Sequence[str], ranges: Mapping[noise.Conditioning, NDArray[np.float32]]) -> tuple[str, ...]:
+def conditioned(layers: Sequence[str], ranges: Mapping[str, NDArray[np.float32]]) -> tuple[str, ...]:
     """Layers whose range with strong conditioning is more than `MOVES` times that without any, or the reverse.
 
     Args:
         layers: their names.
-        ranges: way of conditioning -> absmax per layer, [layers]; without both ways there is nothing to compare.
+        ranges: name of the way of conditioning -> absmax per layer, [layers]; without both there is nothing to compare.
     """
-    if noise.SILENT not in ranges or noise.STRONG not in ranges:
+    low, high = ranges.get(noise.SILENT.name), ranges.get(noise.STRONG.name)
+    if low is None or high is None:
         return ()
-    low, high = ranges[noise.SILENT], ranges[noise.STRONG]
     moves = (high > low * MOVES) | (low > high * MOVES)
     return tuple(name for name, moved in zip(layers, moves, strict=True) if moved)
 

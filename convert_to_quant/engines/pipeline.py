@@ -1,8 +1,8 @@
 """A diffusers pipeline run on real prompts: the inputs that a model's layers receive in earnest.
 
 Why it exists. Noise stands in for prompts well (`noise.py`), but only a text encoder knows how loud its own outputs
-are, and only a pipeline knows its scheduler, its guidance and its negative prompt. Who has the folder of a pipeline has
-all of that.
+are, and only a pipeline knows its scheduler, its guidance and its negative prompt. The pipeline folder contains
+all of it.
 
 How it works. diffusers loads the folder, without a network, without pickles, and paints each prompt. The inputs of the
 transformer's linear layers are recorded and put under the names of the checkpoint that will be patched: given one, by
@@ -11,7 +11,7 @@ tracing where each of its rows goes (`provenance.py`); without one, under diffus
 
 Noise levels are the scheduler's own. Where only embeddings are wanted, nothing but its text encoders is loaded.
 
-Limits. The noise of prompt n follows from the seed and n on any device, but the picture is the pipeline's business:
+Limits. The noise of prompt n follows from the seed and n on any device, but the image is the pipeline's business:
 what it draws itself comes from its own generator. Pipelines with two transformers are observed one at a time
 (`component`).
 """
@@ -247,9 +247,7 @@ def observe(
             seed=painting.seed,
             steps=painting.steps,
         )
-    statistics = seen.statistics
-    unvisited = [name for name, visited in zip(statistics.names, statistics.visited, strict=True) if not visited]
-    return Observation(statistics, (), tuple(unvisited))
+    return Observation(seen.statistics)
 
 
 @torch.no_grad()

@@ -91,11 +91,14 @@ class Prompts:
             CalibrationError: a tensor is unknown or missing, or has a shape that does not fit.
         """
         known = denoiser.signals(geometry)
-        sets = [self._named(known, prefix) for prefix in ("", NEGATIVE)]
-        named, negative = sets
-        for name in self.tensors:
-            if not any(name == prefix + own for prefix in ("", NEGATIVE) for own in _spellings(known)):
+        spellings = _spellings(known)
+        named: dict[str, Tensor] = {}
+        negative: dict[str, Tensor] = {}
+        for name, value in self.tensors.items():
+            own = spellings.get(name.removeprefix(NEGATIVE))
+            if own is None:
                 raise self._error(f"the model takes no such conditioning; it takes {', '.join(known)}", name)
+            (negative if name.startswith(NEGATIVE) else named)[own] = value
         if not named:
             raise self._error("no prompts", next(iter(self.tensors), ""))
         longer = denoiser.signals(replace(geometry, text_tokens=geometry.text_tokens + 1))
@@ -103,22 +106,12 @@ class Prompts:
         text = [named[name].shape[1] for name in text_names if named[name].ndim == 3]
         geometry = replace(geometry, text_tokens=text[0] if text else geometry.text_tokens)
         signals = denoiser.signals(geometry)
-        complete = [self._complete(tensors, signals) for tensors in sets if tensors]
-        same = len(complete) > 1 and all(complete[0][name].shape[1:] == complete[1][name].shape[1:] for name in signals)
-        if len(complete) > 1 and not same:
+        complete = [self._complete(tensors, signals) for tensors in (named, negative) if tensors]
+        if len({tuple(value.shape[1:] for value in tensors.values()) for tensors in complete}) > 1:
             raise self._error("the empty prompt has another length than the others", next(iter(negative)))
         return Prompts(
             {name: torch.cat([tensors[name] for tensors in complete]) for name in signals}, geometry, self.source
         )
-
-    def _named(self, known: Mapping[str, Signal], prefix: str) -> dict[str, Tensor]:
-        """Tensors with a prefix, under the model's names."""
-        spellings = _spellings(known)
-        return {
-            spellings[name[len(prefix) :]]: value
-            for name, value in self.tensors.items()
-            if name.startswith(prefix) and name[len(prefix) :] in spellings
-        }
 
     def _complete(self, tensors: Mapping[str, Tensor], signals: Mapping[str, Signal]) -> dict[str, Tensor]:
         count = len(next(iter(tensors.values())))

@@ -328,7 +328,7 @@ def test_a_foreign_format_gives_a_reason(reference_flux: Any, save_model: Any, s
 def test_a_layer_follows_the_conditioning_if_its_range_moves_by_two_either_way(
     silent: float, strong: float, moves: bool
 ) -> None:
-    ranges = {noise.SILENT: np.float32([silent, 1]), noise.STRONG: np.float32([strong, 1])}
+    ranges = {"silent": np.float32([silent, 1]), "strong": np.float32([strong, 1])}
     assert engine.conditioned(["one", "still"], ranges) == (("one",) if moves else ())
 
 

@@ -408,11 +408,8 @@ def observe(
         for text in messages.said:
             warn(text)
     statistics = seen.statistics
-    moving = conditioned(
-        statistics.names, {way: seen.ranges[way.name] for way in noise.CONDITIONINGS if way.name in seen.ranges}
-    )
-    unvisited = [name for name, visited in zip(statistics.names, statistics.visited, strict=True) if not visited]
-    return Observation(statistics.with_facts(depends_on_conditioning=moving), moving, tuple(unvisited))
+    moving = conditioned(statistics.names, seen.ranges)
+    return Observation(statistics.with_facts(depends_on_conditioning=moving))
 
 
 def trajectories(samples: int) -> Iterator[tuple[noise.Conditioning, int]]:
