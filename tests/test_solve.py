@@ -37,27 +37,25 @@ def bins_of(magnitudes: Any) -> np.ndarray:
 
 def seen(rows_by_layer: Mapping[str, Any], rows_per_sample: int = 8, shape: tuple[int, int] = SHAPE) -> Statistics:
     """Statistics of layers that saw these rows [rows, in]; None for a layer that never ran. NaN and inf count apart."""
-    empty = Statistics.empty(dict.fromkeys(rows_by_layer, shape))
-    columns = {name: getattr(empty, name).copy() for name in ("sigma_absmax", "sigma_count", "sigma_squares",
-               "zeros", "calls", "rows", "rows_per_sample", "histogram", "row_histogram")}  # fmt: skip
+    statistics = Statistics.empty(dict.fromkeys(rows_by_layer, shape))
     for number, given in enumerate(rows_by_layer.values()):
         if given is None:
             continue
         rows = np.atleast_2d(np.asarray(given, np.float32))
         finite = np.isfinite(rows)
         magnitudes = np.abs(rows[finite])
-        columns["sigma_absmax"][number, 0] = magnitudes.max(initial=0)
-        columns["sigma_count"][number, 0] = magnitudes.size
-        columns["sigma_squares"][number, 0] = np.sum(magnitudes.astype(np.float64) ** 2)
-        columns["zeros"][number] = np.count_nonzero(magnitudes == 0)
-        columns["calls"][number] = 1
-        columns["rows"][number] = len(rows)
-        columns["rows_per_sample"][number] = rows_per_sample
-        columns["histogram"][number] = np.bincount(bins_of(magnitudes), minlength=BINS)
-        columns["histogram"][number, NONFINITE_BIN] = np.count_nonzero(~finite)
+        statistics.sigma_absmax[number, 0] = magnitudes.max(initial=0)
+        statistics.sigma_count[number, 0] = magnitudes.size
+        statistics.sigma_squares[number, 0] = np.sum(magnitudes.astype(np.float64) ** 2)
+        statistics.zeros[number] = np.count_nonzero(magnitudes == 0)
+        statistics.calls[number] = 1
+        statistics.rows[number] = len(rows)
+        statistics.rows_per_sample[number] = rows_per_sample
+        statistics.histogram[number] = np.bincount(bins_of(magnitudes), minlength=BINS)
+        statistics.histogram[number, NONFINITE_BIN] = np.count_nonzero(~finite)
         row_absmax = np.abs(np.where(finite, rows, 0)).max(1)
-        columns["row_histogram"][number] = np.bincount(bins_of(row_absmax), minlength=BINS)
-    return empty.replace(**columns)
+        statistics.row_histogram[number] = np.bincount(bins_of(row_absmax), minlength=BINS)
+    return statistics
 
 
 def present(*layers: str, scale: float = 1.0, full_precision: bool = False) -> dict[str, Present]:
@@ -90,15 +88,13 @@ def spread_over_bins(counts: Mapping[int, int], absmax: float, points: int = 400
 
 def of_counts(counts: Mapping[int, int], absmax: float) -> Statistics:
     statistics = seen({"layer": [[absmax]]})
-    histogram = np.zeros((1, BINS), np.int64)
-    for bin_, count in counts.items():
-        histogram[0, bin_] = count
-    total = np.zeros_like(statistics.sigma_count)
-    total[0, 0] = histogram.sum()
-    return statistics.replace(histogram=histogram, sigma_count=total)
+    statistics.histogram[0] = 0
+    statistics.histogram[0, list(counts)] = list(counts.values())
+    statistics.sigma_count[0, 0] = sum(counts.values())
+    return statistics
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("factor", [0.2, 1.0, 1.3, 4.0, 500.0], ids=lambda f: f"scale {f} x absmax/448")
 def test_expected_errors_equal_brute_force_over_values_spread_evenly_within_bins(seed: int, factor: float) -> None:
     rng = np.random.default_rng(seed)
@@ -151,19 +147,16 @@ def test_a_scale_of_zero_has_no_errors_to_tell() -> None:
     assert np.isnan([found.mean_square[0], found.sqnr_db[0], found.clipped[0], found.vanished[0]]).all()
 
 
-def test_absmax_scale_is_the_largest_magnitude_over_448_in_float32() -> None:
-    result = solve_one([[0.1, -3.7], [2.0, 0.0]])
+def test_absmax_scale_is_margin_times_the_largest_magnitude_over_448_in_float32() -> None:
+    result, wide = solve_one([[0.1, -3.7], [2.0, 0.0]]), solve_one([[0.1, -3.7], [2.0, 0.0]], margin=2.0)
     assert result.scale_after == float(np.float32(np.float64(np.float32(3.7)) / 448))
-    assert result.range == float(np.float32(3.7))
-    assert (result.reason, result.source, result.scale_before) == ("absmax", "model", 1.0)
+    assert wide.scale_after == 2 * result.scale_after
+    assert result.range == wide.range == float(np.float32(3.7)), "the margin is no part of the range"
+    assert (result.reason, result.source, result.scale_before, wide.reason) == ("absmax", "model", 1.0, "absmax × 2")
     assert result.changed
-
-
-def test_margin_multiplies_the_range_but_is_not_part_of_it() -> None:
-    plain, wide = solve_one([[3.5]]), solve_one([[3.5]], margin=2.0)
-    assert wide.scale_after == 2 * plain.scale_after
-    assert wide.range == plain.range == 3.5
-    assert wide.reason == "absmax × 2"
+    same = solve_one([[448.0]])
+    assert (same.scale_after, same.changed) == (1.0, False)
+    assert replace(same, full_precision_after=True).changed
 
 
 def test_percentile_scale_is_the_quantile_over_448() -> None:
@@ -173,10 +166,6 @@ def test_percentile_scale_is_the_quantile_over_448() -> None:
     assert result.scale_after == float(np.float32(result.range / 448))
     assert result.reason == "percentile 90"
     assert result.clipped_after == pytest.approx(0.1, abs=1e-3)
-
-
-def test_percentile_100_is_absmax() -> None:
-    rows = np.random.default_rng(5).standard_normal((10, 32))
     assert solve_one(rows, method="percentile", percentile=100).scale_after == solve_one(rows).scale_after
 
 
@@ -350,16 +339,6 @@ def test_a_layer_that_would_lose_its_small_rows_computes_in_full_precision() -> 
     assert not solve_one(rows, row_loss_limit=0.995).full_precision_after
 
 
-def test_rows_count_as_lost_under_a_sixteenth_of_the_scale() -> None:
-    scale = 1.0
-    loud, quiet, silent = 448.0 * scale, scale / 16, 0.0
-    above, below = quiet * 1.07, quiet / 1.07  # a bin's width away
-    rows = np.array([[loud]] * 6 + [[above]] * 2 + [[below]] * 1 + [[silent]] * 1)
-    result = solve_one(rows, row_loss_limit=0.5)
-    assert result.scale_after == 1.0
-    assert result.rows_lost == pytest.approx(0.1)
-
-
 def test_a_layer_that_loses_just_as_many_rows_as_allowed_stays_in_fp8() -> None:
     rows = np.array([[448.0], [1.0], [1.0], [2.0**-8]])
     assert solve_one(rows).rows_lost == 0.25
@@ -374,10 +353,7 @@ def test_one_row_layers_compute_in_full_precision_unless_told_otherwise() -> Non
     assert result.scale_after == float(np.float32(2 / 448)), "its scale is set all the same"
     assert not solve_one([[1.0, 2.0]], rows_per_sample=1, one_row_full_precision=False).full_precision_after
     assert not solve_one([[1.0, 2.0]], rows_per_sample=2).full_precision_after
-
-
-def test_full_precision_that_a_layer_has_is_never_taken_away() -> None:
-    assert solve_one([[1.0]], Present(1.0, True, SHAPE)).full_precision_after
+    assert solve_one([[1.0]], Present(1.0, True, SHAPE)).full_precision_after, "it is never taken away"
 
 
 def test_kept_layers_keep_their_scale_and_precision() -> None:
@@ -393,41 +369,6 @@ def test_kept_layers_keep_their_scale_and_precision() -> None:
     assert second.scale_after != 0.125
 
 
-def budgeted(share: float) -> list[LayerResult]:
-    """Ten layers of one size, the higher the number the worse its inputs suit FP8."""
-    rng = np.random.default_rng(8)
-    rows = {}
-    for number in range(10):
-        rows[f"layer{number}"] = rng.uniform(1, 2, (50, 32)) / 10.0 ** (rng.random((50, 32)) * number)
-        rows[f"layer{number}"][:, 0] = 1000.0 * 4.0**number
-    options = SolveOptions(full_precision_budget=share, row_loss_limit=1.0)
-    return solve(seen(rows), present(*rows), options)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.35, 0.999, 1.0])
-def test_the_budget_is_spent_on_the_worst_layers_and_never_exceeded(share: float) -> None:
-    results = budgeted(share)
-    total = sum(result.multiply_adds for result in results)
-    assert total == 10 * 50 * SHAPE[0] * SHAPE[1]
-    bought = [result for result in results if result.full_precision_after]
-    assert sum(result.multiply_adds for result in bought) <= share * total
-    assert len(bought) == int(share * 10 + 1e-9)
-    ranking = sorted(results, key=lambda result: result.sqnr_after_db)
-    assert {result.layer for result in bought} == {result.layer for result in ranking[: len(bought)]}
-    assert {result.cause for result in bought} <= {"budget"}
-
-
-def test_a_layer_too_large_for_the_budget_leaves_it_to_smaller_ones() -> None:
-    rng = np.random.default_rng(9)
-    # At scale 1 the step is 32 for both, and the signal is smaller where values are.
-    worst, fine = rng.uniform(256, 288, (90, 32)), rng.uniform(416, 448, (10, 32))
-    worst[0, 0] = fine[0, 0] = 448
-    results = solve(seen({"large": worst, "small": fine}), present("large", "small"),
-                    SolveOptions(full_precision_budget=0.2, row_loss_limit=1.0))  # fmt: skip
-    assert results[0].sqnr_after_db < results[1].sqnr_after_db
-    assert [result.full_precision_after for result in results] == [False, True]
-
-
 def bought_first(rows: dict[str, Any], share: float, **options: Any) -> set[str]:
     """Layers that a budget moves to full precision."""
     options = {"row_loss_limit": 1.0, "one_row_full_precision": False, **options}
@@ -435,13 +376,34 @@ def bought_first(rows: dict[str, Any], share: float, **options: Any) -> set[str]
     return {result.layer for result in results if result.full_precision_after}
 
 
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.35, 0.999, 1.0])
+def test_the_budget_is_spent_on_the_worst_layers_and_never_exceeded(share: float) -> None:
+    """Ten layers of one size, the higher the number the worse its inputs suit FP8."""
+    rng = np.random.default_rng(8)
+    rows = {}
+    for number in range(10):
+        rows[f"layer{number}"] = rng.uniform(1, 2, (50, 32)) / 10.0 ** (rng.random((50, 32)) * number)
+        rows[f"layer{number}"][:, 0] = 1000.0 * 4.0**number
+    results = solve(seen(rows), present(*rows), SolveOptions(row_loss_limit=1.0))
+    worst = [result.layer for result in sorted(results, key=lambda result: result.sqnr_after_db)]
+    assert {result.multiply_adds for result in results} == {50 * SHAPE[0] * SHAPE[1]}
+    assert bought_first(rows, share) == set(worst[: int(share * 10 + 1e-9)])
+
+
+def test_a_layer_too_large_for_the_budget_leaves_it_to_smaller_ones() -> None:
+    rng = np.random.default_rng(9)
+    # At scale 1 the step is 32 for both, and the signal is smaller where values are.
+    worst, fine = rng.uniform(256, 288, (90, 32)), rng.uniform(416, 448, (10, 32))
+    worst[0, 0] = fine[0, 0] = 448
+    assert bought_first({"large": worst, "small": fine}, 0.2) == {"small"}
+
+
 def test_the_budget_goes_to_lost_rows_first_although_the_whole_tensor_looks_fine() -> None:
     ordinary = np.random.default_rng(11).standard_normal((100, 32))
     loud = ordinary.copy()
     loud[0, 0] = 66000.0
-    assert bought_first({"blocks.0.loud": loud, "blocks.1.a": ordinary, "blocks.1.b": ordinary}, 0.34) == {
-        "blocks.0.loud"
-    }
+    rows = {"blocks.0.loud": loud, "blocks.1.a": ordinary, "blocks.1.b": ordinary}
+    assert bought_first(rows, 0.34) == {"blocks.0.loud"}
 
 
 def test_of_equal_errors_the_budget_goes_to_late_blocks_and_to_small_layers() -> None:
@@ -478,26 +440,15 @@ def test_results_come_in_the_order_of_the_checkpoint_whatever_the_statistics_ord
     assert [result.layer for result in one] == ["c", "a", "b"]
 
 
-def test_unchanged_results_say_so() -> None:
-    result = solve_one([[448.0]])
-    assert result.scale_after == 1.0
-    assert not result.changed
-    assert replace(result, full_precision_after=True).changed
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"method": "median"}, "unknown method 'median' (methods: absmax, mse, percentile)"),
         ({"percentile": 0.0}, "a percentile should be above 0 and at most 100, found 0.0"),
-        ({"percentile": 100.5}, "a percentile should be above 0 and at most 100, found 100.5"),
         ({"percentile": float("nan")}, "a percentile should be above 0 and at most 100, found nan"),
-        ({"margin": 0.5}, "a margin should be at least 1, found 0.5 (below 1 clips what was seen)"),
-        ({"margin": float("nan")}, "a margin should be at least 1, found nan (below 1 clips what was seen)"),
         ({"margin": float("inf")}, "a margin should be at least 1, found inf (below 1 clips what was seen)"),
         ({"row_loss_limit": -0.1}, "--row-loss-limit should be a share between 0 and 1, found -0.1"),
         ({"full_precision_budget": 5.0}, "--full-precision-budget should be a share between 0 and 1, found 5.0"),
-        ({"keep": ("(",)}, "--keep '(' is no regular expression: missing ), unterminated subpattern at position 0"),
     ],
     ids=lambda value: str(value)[:40],
 )
