@@ -92,19 +92,9 @@ def test_merging_is_the_same_in_every_order_and_grouping() -> None:
         assert merge(*order) == whole
         assert merge(merge(*order[:2]), merge(*order[2:])) == whole
         assert merge(order[0], merge(order[1], merge(order[2], order[3]))) == whole
+    assert (whole.samples, whole.provenance) == (10, {"seed": ("0", "1", "2", "3"), "engine": ("test",)})
     assert merge(whole) == whole
     assert merge(whole, runs[0]) != whole
-
-
-def test_merging_adds_counts_and_takes_the_larger_absmax() -> None:
-    a, b = random_statistics(0), random_statistics(1)
-    both = merge(a, b)
-    assert np.array_equal(both.histogram, a.histogram + b.histogram)
-    assert np.array_equal(both.absmax, np.maximum(a.absmax, b.absmax))
-    assert np.array_equal(both.count, a.count + b.count)
-    assert np.array_equal(both.rows_per_sample, np.maximum(a.rows_per_sample, b.rows_per_sample))
-    assert both.samples == 3
-    assert both.provenance == {"seed": ("0", "1"), "engine": ("test",)}
 
 
 @pytest.mark.parametrize("name", COLUMNS)
@@ -146,16 +136,13 @@ def test_statistics_are_equal_only_where_everything_is() -> None:
     assert all(other != stats for other in others)
 
 
-def test_facts_are_added_to_those_before_and_replace_their_own_only() -> None:
+def test_facts_and_layers_left_out_are_added_to_those_before() -> None:
     stats = random_statistics(0).with_facts(engine={"b", "a"}, lora=[2, 1, 1])
     assert stats.provenance == {"seed": ("0",), "engine": ("a", "b"), "lora": ("1", "2")}
     assert stats.samples == 1
-
-
-def test_layers_that_were_left_out_before_stay_so() -> None:
-    a, b = random_statistics(0).replace(left_out=("old",)), random_statistics(1).replace(left_out=("older",))
-    assert merge(a, b).left_out == ("old", "older")
-    assert a.for_layers({"c": (4, 4), "x": (1, 1)}, force=True).left_out == ("old", "x")
+    left = stats.replace(left_out=("old",))
+    assert merge(left, random_statistics(1).replace(left_out=("older",))).left_out == ("old", "older")
+    assert left.for_layers({"c": (4, 4), "x": (1, 1)}, force=True).left_out == ("old", "x")
 
 
 def test_a_model_is_known_by_names_and_shapes() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,33 +11,31 @@ from convert_to_quant.families.rules import qkv_mlp_rows, qkv_rows
 from convert_to_quant.families.running import Fused
 
 
-def test_a_renamed_tensor_keeps_all_its_rows() -> None:
-    assert trace(lambda t: {"b": t.pop("a")}, {"a": (3, 5)}) == {"b": (Piece("a", 0, 3),)}
-
-
-def test_a_split_tensor_says_which_rows_each_part_has() -> None:
-    def converter(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        q, k, v = tensors["qkv"].chunk(3)
-        return {"q": q, "k": k, "v": v}
-
-    assert trace(converter, {"qkv": (12, 7)}) == {
-        "q": (Piece("qkv", 0, 4),),
-        "k": (Piece("qkv", 4, 8),),
-        "v": (Piece("qkv", 8, 12),),
-    }
-
-
-def test_swapped_halves_are_two_pieces() -> None:
-    def converter(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        shift, scale = tensors["a"].chunk(2)
-        return {"a": torch.cat([scale, shift])}
-
-    assert trace(converter, {"a": (6,)}) == {"a": (Piece("a", 3, 6), Piece("a", 0, 3))}
-
-
-def test_joined_tensors_are_one_piece_each() -> None:
-    shapes = {"a": (2, 4), "b": (3, 4)}
-    assert trace(lambda t: {"ab": torch.cat([t["a"], t["b"]])}, shapes) == {"ab": (Piece("a", 0, 2), Piece("b", 0, 3))}
+@pytest.mark.parametrize(
+    ("converter", "shapes", "wanted"),
+    [
+        (lambda t: {"b": t["a"]}, {"a": (3, 5)}, {"b": [("a", 0, 3)]}),
+        (
+            lambda t: dict(zip("qk", t["a"].chunk(2), strict=True)),
+            {"a": (8, 7)},
+            {"q": [("a", 0, 4)], "k": [("a", 4, 8)]},
+        ),
+        (lambda t: {"a": t["a"].roll(3)}, {"a": (6,)}, {"a": [("a", 3, 6), ("a", 0, 3)]}),
+        (
+            lambda t: {"ab": torch.cat([t["a"], t["b"]])},
+            {"a": (2, 4), "b": (3, 4)},
+            {"ab": [("a", 0, 2), ("b", 0, 3)]},
+        ),
+        (
+            lambda t: {"a": torch.cat([t["a"][:300], t["a"][400:]]), "b": t["b"].flip(0)},
+            {"a": (600, 2), "b": (3,)},
+            {"a": [("a", 0, 300), ("a", 400, 600)], "b": [("b", 2, 3), ("b", 1, 2), ("b", 0, 1)]},
+        ),
+    ],
+    ids=["renamed", "split", "halves swapped", "joined", "left out and out of order"],
+)
+def test_pieces_say_where_rows_come_from(converter: Any, shapes: Any, wanted: dict[str, Any]) -> None:
+    assert trace(converter, shapes) == {name: tuple(Piece(*one) for one in pieces) for name, pieces in wanted.items()}
 
 
 def test_tensors_of_any_number_of_dimensions_are_followed() -> None:
@@ -59,18 +59,6 @@ def test_rows_split_at_a_published_size_are_carried_over_to_the_size_at_hand(hid
     assert found["v"] == (Piece("x.weight", 2 * hidden, 3 * hidden),)
     assert found["m"] == (Piece("x.weight", 3 * hidden, 6 * hidden),)
     assert found["m.bias"] == (Piece("x.bias", 3 * hidden, 6 * hidden),)
-
-
-def test_rows_that_are_left_out_or_out_of_order_are_pieces_of_their_own() -> None:
-    shapes = {"a": (600, 2), "b": (3,)}
-    found = trace(lambda t: {"a": torch.cat([t["a"][:300], t["a"][400:]]), "b": t["b"].flip(0)}, shapes)
-    assert found["a"] == (Piece("a", 0, 300), Piece("a", 400, 600))
-    assert found["b"] == (Piece("b", 2, 3), Piece("b", 1, 2), Piece("b", 0, 1))
-
-
-def test_a_converter_that_moves_columns_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="does more than move rows"):
-        trace(lambda t: {"a": t["a"].T}, {"a": (4, 4)})
 
 
 RULES = [Fused(r"x", (2, 2, 2, 8), qkv_mlp_rows), Fused(r"y", (2, 1, 1), qkv_rows)]
@@ -107,16 +95,16 @@ def test_a_split_inside_a_part_is_refused_where_it_falls_on_no_row() -> None:
         trace(converter, {"x.weight": (21, 3)}, RULES)  # half of 3 rows
 
 
-def test_a_tensor_that_the_converter_misses_is_named() -> None:
-    with pytest.raises(UnsupportedModelError, match="converter cannot read it: KeyError: 'b'"):
-        trace(lambda t: {"b": t["b"]}, {"a": (2,)})
-
-
-def test_a_tensor_without_a_place_is_named() -> None:
-    with pytest.raises(UnsupportedModelError, match="left: diffusers' converter has no place for 1 tensors"):
-        trace(lambda t: {"a": t["a"]}, {"a": (2,), "left": (2,)})
-
-
-def test_a_converter_that_computes_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="does more than move rows"):
-        trace(lambda t: {"a": t["a"] * 0.5}, {"a": (4, 4)})
+@pytest.mark.parametrize(
+    ("converter", "message"),
+    [
+        (lambda t: {"b": t["b"]}, "converter cannot read it: KeyError: 'b'"),
+        (lambda t: {"a": t["a"]}, "left: diffusers' converter has no place for 1 tensors"),
+        (lambda t: {**t, "a": t["a"] * 0.5}, "does more than move rows"),
+        (lambda t: {**t, "a": t["a"].T}, "does more than move rows"),
+    ],
+    ids=["misses a tensor", "leaves one over", "computes", "moves columns"],
+)
+def test_a_converter_that_does_other_things_is_refused(converter: Any, message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        trace(converter, {"a": (4, 4), "left": (2,)})
