@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -253,10 +254,31 @@ def calibrate_model(
     if loras:
         match = lora.match_loras(loras, table.shapes())
         notes += lora_notes(match)
-    guess = options.engine == "layer"
-    options = replace(options, samples=options.samples or (DEFAULT_ROWS if guess else SAMPLES))
-    step = _simulate if guess else _run
-    return step(model, table, options, match=match, notes=notes, progress=progress)
+    if options.engine == "layer":
+        options = replace(options, samples=options.samples or DEFAULT_ROWS)
+        if any(options.size):
+            notes.append("height, width, frames and text tokens are for running the model and were not used")
+        return Calibration("layer", _simulate(model, table, options, match, progress), options, notes, match)
+
+    from .engines import diffusers, sizes
+
+    options = replace(options, samples=options.samples or SAMPLES)
+    if options.percentile is not None:
+        notes.append("the percentile is for simulated inputs and was not used: real ranges are taken whole")
+    statistics = diffusers.observe(
+        model,
+        table,
+        samples=options.samples or SAMPLES,
+        seed=options.seed,
+        geometry=sizes.geometry(diffusers.plan(model, table).family, *options.size) if any(options.size) else None,
+        device=options.device,
+        adapters=match,
+        progress=progress,
+    ).statistics
+    shared = ("margin", "float16_safe", "one_row_full_precision")
+    solving = SolveOptions(**{name: getattr(options, name) for name in shared})
+    results = _solved(model, table, statistics, solving, notes)
+    return Calibration("model", results, options, notes, match, statistics)
 
 
 def static_table(checkpoint: Checkpoint) -> LayerTable:
@@ -338,39 +360,6 @@ def refuse_unrunnable(checkpoint: Checkpoint, table: LayerTable | None = None) -
         )
 
 
-def _run(
-    checkpoint: Checkpoint,
-    table: LayerTable,
-    options: CalibrationOptions,
-    *,
-    match: lora.LoraMatch | None,
-    notes: list[str],
-    progress: Progress | None,
-) -> Calibration:
-    """Run the model on noise and solve what was seen."""
-    from .engines import diffusers, sizes
-
-    if options.percentile is not None:
-        notes.append("the percentile is for simulated inputs and was not used: real ranges are taken whole")
-    observation = diffusers.observe(
-        checkpoint,
-        table,
-        samples=options.samples or SAMPLES,
-        seed=options.seed,
-        geometry=sizes.geometry(diffusers.plan(checkpoint, table).family, *options.size) if any(options.size) else None,
-        device=options.device,
-        adapters=match,
-        progress=progress,
-    )
-    solving = SolveOptions(
-        margin=options.margin,
-        float16_safe=options.float16_safe,
-        one_row_full_precision=options.one_row_full_precision,
-    )
-    results = _solved(checkpoint, table, observation.statistics, solving, notes)
-    return Calibration("model", results, options, notes, match, observation.statistics)
-
-
 def _solved(
     checkpoint: Checkpoint, table: LayerTable, statistics: Statistics, options: SolveOptions, notes: list[str]
 ) -> list[LayerResult]:
@@ -432,32 +421,24 @@ def _simulate(
     checkpoint: Checkpoint,
     table: LayerTable,
     options: CalibrationOptions,
-    *,
     match: lora.LoraMatch | None,
-    notes: list[str],
     progress: Progress | None,
-) -> Calibration:
+) -> list[LayerResult]:
     """Simulate layer by layer."""
-    if any(options.size):
-        notes.append("height, width, frames and text tokens are for running the model and were not used")
     told = advance(progress, sum(layer.weight.nbytes for layer in table.static.values()))
-
-    def rows_of(name: str) -> layer_engine.Float32 | None:
-        return lora.calibration_rows(match, name) if match is not None and name in match.matched else None
-
+    matched = {} if match is None else match.matched
+    rows_of = None if match is None else partial(lora.calibration_rows, match)
     ranges = layer_engine.simulate(checkpoint, table.static, _simulation(options), rows_of, told)
     margin = layer_engine.DEFAULT_MARGIN if options.margin is None else options.margin
     results = []
     for name, present in present_scales(checkpoint, table, energies=False).items():
-        found = ranges[name]
         result = unchanged(name, present, "weight is empty or all zero: keeps its scale", "layer")
-        if found > 0:
-            scale = final_scale(margin * found / present.grid.max, name, float16_safe=options.float16_safe)
-            rows = "LoRA" if match is not None and name in match.matched else "random"
-            reason = f"simulated from {rows} inputs × {margin:g}"
-            result = replace(result, range=found, scale_after=scale, reason=reason)
+        if ranges[name] > 0:
+            scale = final_scale(margin * ranges[name] / present.grid.max, name, float16_safe=options.float16_safe)
+            reason = f"simulated from {'LoRA' if name in matched else 'random'} inputs × {margin:g}"
+            result = replace(result, range=ranges[name], scale_after=scale, reason=reason)
         results.append(result)
-    return Calibration("layer", results, options, notes, match)
+    return results
 
 
 def patch_model_with_scales(

@@ -65,38 +65,17 @@ _SMALL = tl.constexpr(2.0**-40)
 _LARGE = tl.constexpr(2.0**50)
 
 
-@triton.jit
-def _shared_counters(anything):  # type: ignore[no-untyped-def]
-    """Declare the counters in shared memory; returns their address. Must be emitted once: call it with a scalar."""
-    return tl.inline_asm_elementwise(
-        ".shared .align 16 .b32 observed_bins[4096];\n\tmov.u32 $0, observed_bins;",
-        "=r,r",
-        [anything],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+_DECLARE = tl.constexpr(".shared .align 16 .b32 observed_bins[4096];\n\tmov.u32 $0, observed_bins;")
+"""Declares the counters in shared memory and gives their address. It must be emitted once: its operand is a scalar."""
+_STORE_ZERO = tl.constexpr("st.shared.u32 [$1], 0;\n\tmov.u32 $0, 0;")
+_INCREMENT = tl.constexpr("red.shared.add.u32 [$1], 1;\n\tmov.u32 $0, 0;")
+_READ = tl.constexpr("ld.shared.u32 $0, [$1];")
 
 
-@triton.jit
-def _store_zero(address):  # type: ignore[no-untyped-def]
-    tl.inline_asm_elementwise(
-        "st.shared.u32 [$1], 0;\n\tmov.u32 $0, 0;", "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def _increment(address):  # type: ignore[no-untyped-def]
-    tl.inline_asm_elementwise(
-        "red.shared.add.u32 [$1], 1;\n\tmov.u32 $0, 0;", "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def _read(address):  # type: ignore[no-untyped-def]
-    return tl.inline_asm_elementwise(
-        "ld.shared.u32 $0, [$1];", "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
+@triton.jit  # type: ignore[untyped-decorator]
+def _ptx(code: tl.constexpr, operand):  # type: ignore[no-untyped-def]
+    """Run PTX on one operand, of any shape: an address, but for `_DECLARE`."""
+    return tl.inline_asm_elementwise(code, "=r,r", [operand], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -231,8 +210,8 @@ def _observe(  # type: ignore[no-untyped-def]  # noqa: PLR0917, PLR0915
     row_histogram += slot * _BINS
     bins = tl.arange(0, _BINS)
     if PTX:
-        counters = _shared_counters(first)
-        _store_zero(counters + bins * 4)
+        counters = _ptx(_DECLARE, first)
+        _ptx(_STORE_ZERO, counters + bins * 4)
         tl.debug_barrier()
     else:
         counts = tl.zeros([_BINS], tl.int32)
@@ -254,7 +233,7 @@ def _observe(  # type: ignore[no-untyped-def]  # noqa: PLR0917, PLR0915
             tile = _float32(tl.load(x + places, mask=None if EVEN else here, other=None if EVEN else 0.0))
             bits = tile.to(tl.int32, bitcast=True)
             if PTX:
-                _increment(counters + ((bits >> 17) & (4 * _BINS - 4)))
+                _ptx(_INCREMENT, counters + ((bits >> 17) & (4 * _BINS - 4)))
             else:
                 numbers = (bits >> 19) & (_BINS - 1)
                 counts += tl.histogram(tl.reshape(numbers, [LOADS * ROWS * COLUMNS]), _BINS)
@@ -275,7 +254,7 @@ def _observe(  # type: ignore[no-untyped-def]  # noqa: PLR0917, PLR0915
 
     if PTX:
         tl.debug_barrier()
-        counts = _read(counters + bins * 4)
+        counts = _ptx(_READ, counters + bins * 4)
     counts = tl.where(bins == 0, counts - absent, counts)
     zero_count = tl.sum(tl.sum(zero_lanes.to(tl.int32), axis=1), axis=0) - absent
     _add_counts(histogram + slot * _BINS, zeros + slot, sigma_count + level, counts, zero_count)
