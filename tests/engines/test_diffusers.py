@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.checkpoint import Checkpoint, open_checkpoint
 from convert_to_quant.engines import diffusers as engine
 from convert_to_quant.engines import noise
 from convert_to_quant.errors import CalibrationError, OptionError, UnsupportedModelError
@@ -28,6 +28,13 @@ def in_blocks(layer: str) -> bool:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def flux(reference_flux: Any, save_model: Any) -> Iterator[Checkpoint]:
+    """A small Flux.1 with its blocks in FP8."""
+    with open_checkpoint(save_model(reference_flux(depth=1, singles=1).state_dict(), in_blocks)) as checkpoint:
+        yield checkpoint
 
 
 def flux_inputs(denoiser: engine.Denoiser, batch: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
@@ -103,29 +110,20 @@ def test_recorded_ranges_are_those_of_hooks_put_on_by_hand(reference_flux: Any, 
 
 
 @pytest.mark.parametrize("container", ["legacy", "header", "shards"])
-def test_every_container_gives_the_same_ranges(
-    reference_flux: Any, save_model: Any, save: Any, save_shards: Any, container: str
-) -> None:
-    path = save_model(reference_flux(depth=1, singles=1).state_dict(), in_blocks)
-    tensors: dict[str, Any] = {}
-    with open_checkpoint(path) as checkpoint:
-        table = find_layers(checkpoint)
-        plain = engine.observe(checkpoint, samples=1, steps=1, geometry=SIZE).statistics
-        for name, info in checkpoint.tensors.items():
-            tensors[name] = (info.dtype, checkpoint.bits(name).copy())
-    marks = [name for name in tensors if name.endswith(".comfy_quant")]
+def test_every_container_gives_the_same_ranges(flux: Checkpoint, save: Any, save_shards: Any, container: str) -> None:
+    plain = engine.observe(flux, samples=1, steps=1, geometry=SIZE).statistics
+    tensors = {name: (info.dtype, flux.bits(name).copy()) for name, info in flux.tensors.items()}
     if container == "shards":
-        half = len(tensors) // 2
         items = list(tensors.items())
-        other = save_shards("model", [dict(items[:half]), dict(items[half:])])
+        other = save_shards("model", [dict(items[: len(items) // 2]), dict(items[len(items) // 2 :])])
     else:
-        tensors = {name: value for name, value in tensors.items() if name not in marks}
+        tensors = {name: value for name, value in tensors.items() if not name.endswith(".comfy_quant")}
         metadata = None
         if container == "legacy":
             tensors = {name.replace(".weight_scale", ".scale_weight"): value for name, value in tensors.items()}
             tensors["scaled_fp8"] = ("F8_E4M3", np.zeros(0, np.uint8))
         else:
-            layers = {name: {"format": "float8_e4m3fn"} for name in table.quantized}
+            layers = {name: {"format": "float8_e4m3fn"} for name in find_layers(flux).quantized}
             metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
         other = save(f"{container}.safetensors", tensors, metadata)
     with open_checkpoint(other) as checkpoint:
@@ -140,28 +138,20 @@ def test_a_checkpoint_without_fp8_layers_is_observed_whole(reference_flux: Any, 
     assert seen.unvisited == ()
 
 
-def test_a_seed_gives_the_same_statistics_and_leaves_the_global_random_state_alone(
-    reference_flux: Any, save_model: Any
-) -> None:
-    with open_checkpoint(save_model(reference_flux().state_dict(), in_blocks)) as checkpoint:
-        before = torch.get_rng_state()
-        one, two, other = (
-            engine.observe(checkpoint, samples=3, steps=1, seed=seed, geometry=SIZE).statistics for seed in (1, 1, 2)
-        )
-    assert one == two
-    assert one != other
+def test_a_seed_gives_the_same_statistics_and_leaves_the_global_random_state_alone(flux: Checkpoint) -> None:
+    before = torch.get_rng_state()
+    one, two, other = (engine.observe(flux, samples=3, steps=1, seed=seed, geometry=SIZE) for seed in (1, 1, 2))
+    assert one.statistics == two.statistics
+    assert one.statistics != other.statistics
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_every_noise_level_and_the_layers_of_one_token_are_known_and_progress_ends_at_the_total(
-    reference_flux: Any, save_model: Any
+    flux: Checkpoint,
 ) -> None:
+    assert engine.supports(flux) is None
     calls: list[tuple[int, int]] = []
-    with open_checkpoint(save_model(reference_flux(depth=1, singles=1).state_dict(), in_blocks)) as checkpoint:
-        assert engine.supports(checkpoint) is None
-        seen = engine.observe(
-            checkpoint, samples=4, steps=8, geometry=SIZE, progress=lambda *call: calls.append(call)
-        ).statistics
+    seen = engine.observe(flux, samples=4, steps=8, geometry=SIZE, progress=lambda *call: calls.append(call)).statistics
     assert (seen.sigma_count[:, :8] > 0).all()
     assert (seen.sigma_count[:, 8] == 0).all()
     one_row = {name for name, single in zip(seen.names, seen.one_row, strict=True) if single}
@@ -204,12 +194,9 @@ def test_adapters_widen_the_ranges_to_the_model_with_and_without_them(
     assert np.allclose(both.absmax, np.maximum(plain.absmax, changed.absmax), rtol=1e-4)
 
 
-def test_weights_stay_in_the_file(reference_flux: Any, save_model: Any) -> None:
-    state = reference_flux().state_dict()
-    with open_checkpoint(save_model(state, in_blocks)) as checkpoint:
-        model = engine.load(checkpoint).model
-        matrices = [name for name, value in model.named_parameters() if value.ndim == 2]
-    assert matrices == []
+def test_weights_stay_in_the_file(flux: Checkpoint) -> None:
+    model = engine.load(flux).model
+    assert [name for name, value in model.named_parameters() if value.ndim == 2] == []
     assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
 
 
@@ -225,22 +212,14 @@ def test_weights_stay_in_the_file(reference_flux: Any, save_model: Any) -> None:
         ({"layers": ["nowhere"]}, "nowhere: 1 layers do not exist"),
     ],
 )
-def test_options_that_cannot_be_are_refused(
-    reference_flux: Any, save_model: Any, options: dict[str, Any], message: str
-) -> None:
-    with (
-        open_checkpoint(save_model(reference_flux(depth=1, singles=1).state_dict())) as checkpoint,
-        pytest.raises((OptionError, CalibrationError), match=message),
-    ):
-        engine.observe(checkpoint, geometry=SIZE, **options)
+def test_options_that_cannot_be_are_refused(flux: Checkpoint, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((OptionError, CalibrationError), match=message):
+        engine.observe(flux, geometry=SIZE, **options)
 
 
-def test_an_unknown_arithmetic_is_refused(reference_flux: Any, save_model: Any) -> None:
-    with (
-        open_checkpoint(save_model(reference_flux(depth=1, singles=1).state_dict())) as checkpoint,
-        pytest.raises(OptionError, match="unknown arithmetic 'guess'"),
-    ):
-        engine.load(checkpoint, arithmetic="guess")  # type: ignore[arg-type]
+def test_an_unknown_arithmetic_is_refused(flux: Checkpoint) -> None:
+    with pytest.raises(OptionError, match="unknown arithmetic 'guess'"):
+        engine.load(flux, arithmetic="guess")  # type: ignore[arg-type]
 
 
 def test_infinite_inputs_name_the_layer(reference_flux: Any, save_model: Any) -> None:
@@ -310,26 +289,20 @@ def test_a_few_channels_of_a_stream_are_loud_and_none_of_a_vector() -> None:
 ENCODER = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0."
 
 
-def beside_an_encoder(build: Any, path: Path) -> dict[str, Any]:
-    """A checkpoint's tensors and those of a text encoder in FP8: scaled, raw, and in a format that is not read here."""
-    scaled, _ = build.quantized([ENCODER + "SelfAttention.q"], "tensor")
-    with open_checkpoint(path) as checkpoint:
-        own = {name: (info.dtype, checkpoint.bits(name).copy()) for name, info in checkpoint.tensors.items()}
-    return {
-        **own,
-        **scaled,
+def test_a_text_encoder_in_the_same_file_is_neither_in_the_way_nor_recorded(
+    reference_flux: Any, save_model: Any, save: Any, build: Any
+) -> None:
+    """In FP8: scaled, raw, and in a format that is not read here."""
+    tensors, _ = build.quantized([ENCODER + "SelfAttention.q"], "tensor")
+    with open_checkpoint(save_model(reference_flux().state_dict(), in_blocks, "model.diffusion_model.")) as own:
+        tensors |= {name: (info.dtype, own.bits(name).copy()) for name, info in own.tensors.items()}
+    tensors |= {
         ENCODER + "SelfAttention.k.weight": ("F8_E4M3", np.ones((16, 32), np.uint8)),
         ENCODER + "layer_norm.weight": ("F8_E4M3", np.ones(32, np.uint8)),
         ENCODER + "SelfAttention.v.weight": np.ones((16, 16), np.uint8),
         ENCODER + "SelfAttention.v.comfy_quant": build.mark(format="nvfp4"),
     }
-
-
-def test_a_text_encoder_in_the_same_file_is_neither_in_the_way_nor_recorded(
-    reference_flux: Any, save_model: Any, save: Any, build: Any
-) -> None:
-    path = save_model(reference_flux().state_dict(), in_blocks, "model.diffusion_model.")
-    with open_checkpoint(save("all.safetensors", beside_an_encoder(build, path))) as checkpoint:
+    with open_checkpoint(save("all.safetensors", tensors)) as checkpoint:
         table = find_layers(checkpoint)
         assert table.foreign
         seen = engine.observe(checkpoint, table, samples=1, steps=1, geometry=SIZE)
@@ -371,9 +344,7 @@ def test_layers_marked_or_named_for_full_precision_quantize_no_input(
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_sees_the_same_ranges(reference_flux: Any, save_model: Any) -> None:
-    with open_checkpoint(save_model(reference_flux().state_dict(), in_blocks)) as checkpoint:
-        options: Any = {"samples": 3, "steps": 1, "geometry": SIZE, "dtype": torch.float32}
-        here = engine.observe(checkpoint, **options).statistics
-        there = engine.observe(checkpoint, device="cuda", **options).statistics
+def test_a_gpu_sees_the_same_ranges(flux: Checkpoint) -> None:
+    options: Any = {"samples": 3, "steps": 1, "geometry": SIZE, "dtype": torch.float32}
+    here, there = (engine.observe(flux, device=device, **options).statistics for device in ("cpu", "cuda"))
     assert np.allclose(here.absmax, there.absmax, rtol=1e-3)

@@ -35,27 +35,18 @@ def fitted(flux: Path, path: Path) -> Prompts:
         return Prompts.load(path).fitted(engine.load(checkpoint), SIZE)
 
 
-def test_pipeline_names_become_the_models_names(flux: Path, save: Any) -> None:
-    tensors = embeddings(3)
+def test_pipelines_names_and_the_models_own_are_understood(flux: Path, save: Any) -> None:
+    tensors = embeddings(3, tokens=9)
     prompts = fitted(flux, save("prompts.safetensors", tensors))
     assert set(prompts.tensors) == {"encoder_hidden_states", "pooled_projections", "guidance"}
     assert np.array_equal(prompts.tensors["encoder_hidden_states"], tensors["prompt_embeds"])
-    assert prompts.count == 3
-
-
-def test_the_models_own_names_are_understood(flux: Path, save: Any) -> None:
-    tensors = embeddings(2)
+    assert (prompts.count, prompts.geometry.text_tokens) == (3, 9), "the text is as long as the prompts"
     own = {
         "encoder_hidden_states": tensors["prompt_embeds"],
         "pooled_projections": tensors["pooled_prompt_embeds"],
-        "guidance": np.full(2, 2.0, np.float32),
+        "guidance": np.full(3, 2.0, np.float32),
     }
-    prompts = fitted(flux, save("prompts.safetensors", own))
-    assert prompts.tensors["guidance"].tolist() == [2.0, 2.0]
-
-
-def test_the_text_is_as_long_as_the_prompts(flux: Path, save: Any) -> None:
-    assert fitted(flux, save("prompts.safetensors", embeddings(2, tokens=9))).geometry.text_tokens == 9
+    assert fitted(flux, save("own.safetensors", own)).tensors["guidance"].tolist() == [2.0] * 3
 
 
 class Takes:
