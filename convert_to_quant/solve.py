@@ -13,12 +13,12 @@ Expected squared error. Within a bin, x counts as uniform over [a, b]. With u = 
 m_k between them, the error of one u is (u - v_k)² in its cell [m_(k-1), m_k], so F(t) = ∫₀ᵗ (u - v(u))² du is a cubic
 in each cell, and a bin costs s² · (F(b/s) - F(a/s)) / (b/s - a/s) per value: exact, no sampling.
 
-Full precision. A row (token) whose own absmax is under 32 of the grid's smallest steps (2⁻⁹ · s each in FP8) keeps at
-most 5 bits of range and drowns; one loud token can do that to all others, and the error over the
-whole tensor hides it. So rows are counted: where more than `row_loss_limit` of them are lost, the layer computes in
-full precision. A layer that sees one row per image (modulation, embedders) costs nothing in full precision, so it
-does too. A budget, as a share of all multiply-adds, is spent where it is expected to buy most (`_spend_budget`), as far
-as it reaches.
+Full precision. A token (row of the input) whose own absmax is under 32 of the grid's smallest steps (2⁻⁹ · s each in
+FP8) keeps at most 5 bits of range and drowns; one loud token can do that to all others, and the error over the whole
+tensor hides it. So tokens are counted: where more than `row_loss_limit` of them are lost, the layer computes in full
+precision. A layer that sees one token per image (modulation, embedders) costs nothing in full precision, so it does
+too. A budget, as a share of all multiply-adds, is spent where it is expected to buy most (`_spend_budget`), as far as
+it reaches.
 
 Guards. A scale is float32, finite, > 0. Layers never visited, or seen only as zeros, keep what they have and are named.
 """
@@ -288,9 +288,9 @@ def _precision(result: LayerResult, one_row: bool, options: SolveOptions) -> Lay
     lost = result.rows_lost or 0.0
     cause: Cause
     if lost > options.row_loss_limit:
-        cause, reason = "rows lost", f"full precision: {lost:.1%} of its rows would be lost"
+        cause, reason = "rows lost", f"full precision: {lost:.1%} of its tokens would be lost"
     elif one_row and options.one_row_full_precision:
-        cause, reason = "one row", "full precision: one row per image, which costs nothing"
+        cause, reason = "one row", "full precision: one token per image, which costs nothing"
     else:
         return result
     return replace(result, full_precision_after=True, reason=reason, cause=cause)

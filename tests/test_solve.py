@@ -333,7 +333,7 @@ def test_a_layer_that_would_lose_its_small_rows_computes_in_full_precision() -> 
     rows[0] = 66000.0  # one loud token: s = 147, so a row of ones lies far under 2^-4 s
     result = solve_one(rows)
     assert (result.full_precision_after, result.cause) == (True, "rows lost")
-    assert result.reason == "full precision: 99.0% of its rows would be lost"
+    assert result.reason == "full precision: 99.0% of its tokens would be lost"
     assert result.rows_lost == pytest.approx(0.99)
     assert result.sqnr_after_db > 25, "the error over the whole tensor hides it"
     assert not solve_one(rows, row_loss_limit=0.995).full_precision_after
@@ -349,7 +349,7 @@ def test_a_layer_that_loses_just_as_many_rows_as_allowed_stays_in_fp8() -> None:
 def test_one_row_layers_compute_in_full_precision_unless_told_otherwise() -> None:
     result = solve_one([[1.0, 2.0]], rows_per_sample=1)
     assert (result.full_precision_after, result.cause) == (True, "one row")
-    assert result.reason == "full precision: one row per image, which costs nothing"
+    assert result.reason == "full precision: one token per image, which costs nothing"
     assert result.scale_after == float(np.float32(2 / 448)), "its scale is set all the same"
     assert not solve_one([[1.0, 2.0]], rows_per_sample=1, one_row_full_precision=False).full_precision_after
     assert not solve_one([[1.0, 2.0]], rows_per_sample=2).full_precision_after

@@ -1,8 +1,8 @@
 """Long observations: work in units that can stop at any moment, go on later, and be shared by several processes.
 
 Why it exists. Running a large model takes minutes to hours, and machines get lost, cards get wanted by others, and one
-card is slower than eight. Statistics are maxima and exact sums, so work that is cut into units adds up to the same bits
-in whatever order, over whatever processes, and however often the run was stopped in between.
+card is slower than eight. Statistics are maxima and sums, so work that is cut into units adds up to the same in any
+order, over any processes, and however often the run was stopped in between.
 
 How it works. A `Unit` is a piece of work whose statistics depend on nothing but itself: some trajectories that run
 together, under one kind of conditioning. A session runs the units that are not done yet. Every `save_every_seconds` it
