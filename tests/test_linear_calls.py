@@ -73,7 +73,6 @@ CALLS: dict[str, tuple[bool, Callable[[FeedForward, Tensor, Tensor], Tensor]]] =
     "Wan": (False, lambda m, h, _: m.fc2(h, input_act="gelu_tanh")),
     "MiniMax H3": (True, lambda m, h, _: m.fc2(h, input_act="swiglu")),
     "MOSS-Image": (True, lambda m, h, _: m.fc2(h, input_act="situ")),
-    "none named": (False, lambda m, h, _: m.fc2(h, input_act=None)),
     "positional": (True, lambda m, h, _: m.fc2(h, "swiglu")),
     "input by keyword": (True, lambda m, h, _: m.fc2(input_act="swiglu", input=h)),
     "norm": (False, lambda m, h, _: m.fc2(h, input_act="rms_norm", act_weight=m.norm, act_eps=1e-6)),
@@ -119,10 +118,10 @@ def test_own_activations_are_what_they_are_written_out_and_comfyuis_go_before_th
     assert torch.equal(x, before)
 
     ops = ModuleType("comfy.ops")
-    ops.INPUT_ACT_EAGER = {"swiglu": lambda x: x[..., ::2] * 0 + 7, "new": lambda x: x * 0 + 9}  # type: ignore[attr-defined]
+    ops.INPUT_ACT_EAGER = {"swiglu": lambda x: x[..., ::2] * 0 + 7}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "comfy.ops", ops)
-    for name, value in (("swiglu", 7.0), ("new", 9.0), ("situ", float(EAGER["situ"](x).abs().max()))):
-        linear = Linear(2 * HIDDEN if name == "new" else HIDDEN, WIDTH)
+    for name, value in (("swiglu", 7.0), ("situ", float(EAGER["situ"](x).abs().max()))):
+        linear = Linear(HIDDEN, WIDTH)
         linear.forward = lambda *_, **__: None  # type: ignore[assignment]
         with record(linear) as recording:
             linear(x, input_act=name)
@@ -135,7 +134,6 @@ def test_own_activations_are_what_they_are_written_out_and_comfyuis_go_before_th
         (lambda m, h, _: m.fc2(h, input_act="tanhshrink"),
          r"fc2: called with the activation 'tanhshrink', which is none of gelu_tanh, rms_norm, situ, swiglu "
          r"\(a newer convert_to_quant may know it\)"),
-        (lambda m, h, _: m.fc2(h, "tanhshrink"), "fc2: called with the activation 'tanhshrink'"),
         (lambda m, h, _: m.fc2(h, input_act=3), "fc2: called with the activation 3"),
         (lambda m, h, _: m.fc2(h, input_act="gelu_tanh"), r"fc2: its input should be 16 wide, found \[18, 32\]"),
         (lambda m, h, _: m.fc2(h[..., :-2], input_act="swiglu"), r"fc2: its input should be 16 wide, found \[18, 15\]"),
@@ -270,7 +268,7 @@ def kept(recording: Recording) -> set[int]:
     """Storages of what a recording keeps."""
     tensors = [*recording._sigma_bins.values()]
     for totals in recording._totals.values():
-        tensors += [value for value in vars(totals).values() if isinstance(value, Tensor)]
+        tensors += [*totals.channel_bits, *(value for value in vars(totals).values() if isinstance(value, Tensor))]
     assert tensors
     return {storage(tensor) for tensor in tensors}
 

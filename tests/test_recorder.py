@@ -210,12 +210,10 @@ def test_modules_feed_layers_of_other_names(model: Model) -> None:
 
 
 def test_names_can_be_a_function_and_layers_a_choice(model: Model) -> None:
-    with torch.no_grad(), record(model, names=lambda name: f"net.{name}" if "blocks" in name else None) as recording:
-        model(*inputs())
-    assert recording.statistics().names == ("net.blocks.0.q", "net.blocks.0.k", "net.blocks.0.o")
+    with record(model, names=lambda name: f"net.{name}" if "blocks" in name else None) as recording:
+        assert list(recording.layers) == ["net.blocks.0.q", "net.blocks.0.k", "net.blocks.0.o"]
     with record(model, layers=(name for name in ("time", "embed"))) as recording:
-        pass
-    assert recording.statistics().layers == {"time": (8, 4), "embed": (8, 6)}
+        assert recording.layers == {"time": (8, 4), "embed": (8, 6)}
 
 
 @pytest.mark.parametrize(
@@ -338,8 +336,8 @@ def test_grad_modes_do_not_matter_and_can_change_between_blocks(model: Model, mo
 
 def test_autocast_changes_what_layers_see_and_not_how_it_is_measured(model: Model) -> None:
     args = inputs()
-    with torch.autocast("cpu", torch.bfloat16):
-        with torch.no_grad(), record(model) as recording:
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        with record(model) as recording:
             model(*args)
         seen = by_hand(model, *args)
     assert seen["blocks.0.o"][0].dtype == torch.bfloat16
@@ -353,18 +351,14 @@ def test_compiled_models_are_recorded(model: Model, when: str) -> None:
     import torch._dynamo  # what compiling imports
 
     args = inputs()
+    compiled = torch.compile(model, backend="eager") if when == "before" else model
     with torch.no_grad():
-        if when == "before":
-            compiled = torch.compile(model, backend="eager")
-            expected = compiled(*args)
-            with record(compiled) as recording:
-                assert torch.equal(compiled(*args), expected)
-        else:
-            with record(model) as recording:
-                torch.compile(model, backend="eager")(*args)
-        statistics = recording.statistics()
-        for layer, tensors in by_hand(model, *args).items():
-            assert_recorded(statistics, layer, tensors)
+        expected = compiled(*args)
+        with record(compiled) as recording:
+            run = compiled if when == "before" else torch.compile(model, backend="eager")
+            assert torch.equal(run(*args), expected)
+    for layer, tensors in by_hand(model, *args).items():
+        assert_recorded(recording.statistics(), layer, tensors)
 
 
 class NoReadBack(TorchDispatchMode):
