@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -468,18 +469,13 @@ def patch_model_with_scales(
     """
     if (output is None) != in_place:
         raise OptionError("name an output, or ask for in place; one of the two")
-    if not isinstance(model, Checkpoint):
-        with open_checkpoint(model) as checkpoint:
-            return patch_model_with_scales(
-                checkpoint, scales, output, in_place=in_place, enable_fp8_matmul=enable_fp8_matmul
-            )
-    table = find_layers(model)
-    if output is not None:
-        patch = plan(model, table, scales, enable_fp8_matmul=enable_fp8_matmul)
-        rewrite(patch, Path(output))
-        return patch
-    patch = plan_in_place(model, table, scales, enable_fp8_matmul=enable_fp8_matmul)
-    apply_in_place(patch)
+    with nullcontext(model) if isinstance(model, Checkpoint) else open_checkpoint(model) as checkpoint:
+        make = plan if output is not None else plan_in_place
+        patch = make(checkpoint, find_layers(checkpoint), scales, enable_fp8_matmul=enable_fp8_matmul)
+        if output is not None:
+            rewrite(patch, Path(output))
+        else:
+            apply_in_place(patch)
     return patch
 
 

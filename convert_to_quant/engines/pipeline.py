@@ -202,8 +202,6 @@ def observe(
     """
     if not prompts:
         raise OptionError("no prompts")
-    if painting.steps < 1:
-        raise OptionError(f"steps should be at least 1, found {painting.steps}")
     pipeline = load(folder, device, dtype)
     arguments = painting.arguments()
     known = inspect.signature(pipeline.__call__).parameters

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
-from ..errors import OptionError
 from ..families.running import Geometry
 from ..options import FRAMES, SIDE_PIXELS, TEXT_TOKENS
 
@@ -46,13 +45,10 @@ def geometry(
 
     Args:
         family: name of the model's family.
-        height: in pixels; rounded up to whole tokens.
+        height: in pixels; rounded up to whole tokens, and ≥ 1 as all numbers here are.
         width: like `height`.
         frames: of a video, 1 for an image; rounded up to whole tokens.
         text_tokens: length of the text.
-
-    Raises:
-        OptionError: a number is below 1.
 
     >>> geometry("flux1", 1024, 768)
     Geometry(height=64, width=48, frames=1, text_tokens=64)
@@ -62,9 +58,6 @@ def geometry(
     height, width = (SIDE_PIXELS if side is None else side for side in (height, width))
     frames = FRAMES if frames is None else frames
     text_tokens = TEXT_TOKENS if text_tokens is None else text_tokens
-    for option, number in (("height", height), ("width", width), ("frames", frames), ("text tokens", text_tokens)):
-        if number < 1:
-            raise OptionError(f"{option} should be at least 1, found {number}")
     grid = GRIDS.get(family, Grid())
     return Geometry(
         height=ceil(height / grid.pixels),
