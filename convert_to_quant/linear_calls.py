@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,56 +49,47 @@ ACTIVATIONS: Mapping[str, Activation] = {
 """By ComfyUI's names; its own functions, `comfy.ops.INPUT_ACT_EAGER`, go before these. "rms_norm" is made per call."""
 
 
-@dataclass(frozen=True)
-class LinearCall:
-    """One call of a linear layer.
+def read_call(layer: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Activation | None]:
+    """Read the arguments of a call of a linear layer.
 
-    Attributes:
-        layer: name of the layer, for errors.
-        in_features: columns of its weight.
-        x: what it is called with, [..., in_features], or wider if a gated activation follows; None if no tensor is.
-        activation: what the layer applies to x; None if nothing.
+    Args:
+        layer: its name, for errors.
+        args: positional arguments of the call.
+        kwargs: the others.
+
+    Returns:
+        What it is called with, [..., in_features], or wider if a gated activation follows, None if no tensor is; and
+        what the layer applies to it, None if nothing.
+
+    Raises:
+        CalibrationError: the call names an activation that is not known here.
     """
+    tensors = (*args, *(value for name, value in kwargs.items() if name not in ARGUMENTS))
+    x = next((value for value in tensors if isinstance(value, Tensor)), None)
+    # The second argument of other libraries' layers is something else, such as the scale of a LoRA.
+    told = args[1:] if len(args) > 1 and isinstance(args[1], str) else ()
+    return x, _activation(layer, {**dict(zip(ARGUMENTS, told, strict=False)), **kwargs})
 
-    layer: str
-    in_features: int
-    x: Tensor | None
-    activation: Activation | None
 
-    @classmethod
-    def of(cls, layer: str, in_features: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LinearCall:
-        """Read the arguments of a call.
+def multiplied(layer: str, in_features: int, x: Tensor, activation: Activation | None) -> Iterator[Tensor]:
+    """What the weight is multiplied by, in blocks of rows [..., in_features].
 
-        Raises:
-            CalibrationError: the call names an activation that is not known here.
-        """
-        tensors = (*args, *(value for name, value in kwargs.items() if name not in ARGUMENTS))
-        x = next((value for value in tensors if isinstance(value, Tensor)), None)
-        # The second argument of other libraries' layers is something else, such as the scale of a LoRA.
-        told = args[1:] if len(args) > 1 and isinstance(args[1], str) else ()
-        named = {**dict(zip(ARGUMENTS, told, strict=False)), **kwargs}
-        return cls(layer, in_features, x, _activation(layer, named))
-
-    def multiplied(self) -> Iterator[Tensor]:
-        """What the weight is multiplied by, in blocks of rows [..., in_features].
-
-        Raises:
-            CalibrationError: it is not as wide as the weight.
-        """
-        assert self.x is not None
-        blocks: tuple[Tensor, ...] = (self.x,)
-        if self.activation is not None:
-            rows_RI = self.x.reshape(-1, self.x.shape[-1])
-            blocks = torch.split(rows_RI, max(1, BLOCK_VALUES // rows_RI.shape[1]))
-        for block in blocks:
-            met = block if self.activation is None else self.activation(block)
-            if met.shape[-1:] != (self.in_features,):
-                raise CalibrationError(
-                    f"its input should be {self.in_features} wide, found {list(met.shape)}",
-                    tensor=self.layer,
-                    hint="the layer may apply something to its input that this version does not know",
-                )
-            yield met
+    Raises:
+        CalibrationError: it is not as wide as the weight.
+    """
+    blocks: tuple[Tensor, ...] = (x,)
+    if activation is not None:
+        rows_RI = x.reshape(-1, x.shape[-1])
+        blocks = torch.split(rows_RI, max(1, BLOCK_VALUES // rows_RI.shape[1]))
+    for block in blocks:
+        met = block if activation is None else activation(block)
+        if met.shape[-1:] != (in_features,):
+            raise CalibrationError(
+                f"its input should be {in_features} wide, found {list(met.shape)}",
+                tensor=layer,
+                hint="the layer may apply something to its input that this version does not know",
+            )
+        yield met
 
 
 def _activation(layer: str, named: Mapping[str, Any]) -> Activation | None:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from .errors import CalibrationError, StatisticsError
 from .kernels import SIGMA_BINS, UNKNOWN_SIGMA, accumulate
 from .kernels.reference import Totals
-from .linear_calls import LinearCall, comfyui_watched, outside_allocation_graphs
+from .linear_calls import comfyui_watched, multiplied, outside_allocation_graphs, read_call
 from .stats import CHANNELS, COLUMNS, Shape, Statistics, merge, sigma_bin
 
 Sigma = float | Tensor | None
@@ -289,9 +289,9 @@ def record(
             return
         ran(module)
         number, layer = modules[module]
-        call = LinearCall.of(layer, int(module.in_features), args, kwargs)  # type: ignore[arg-type]
-        if call.x is not None:
-            recording.observe(number, call.x, call.multiplied())
+        x, activation = read_call(layer, args, kwargs)
+        if x is not None:
+            recording.observe(number, x, multiplied(layer, int(module.in_features), x, activation))  # type: ignore[arg-type]
 
     @contextmanager
     def bypass(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
