@@ -276,13 +276,13 @@ def test_row_and_block_wise_files_say_that_their_readers_skip_input_scales(save:
 def test_foreign_layers_are_named_as_left_alone(save: Save, build: Any) -> None:
     tensors = fp8_tensors(build) | {
         "other.weight": np.zeros((4, 4), np.uint8),
-        "other.comfy_quant": build.mark(format="nvfp4"),
+        "other.comfy_quant": build.mark(format="svdquant_w4a4"),
         "rows.weight": np.zeros((4, 4), np.int8),
         "rows.weight_scale": np.float32(1),
         "rows.comfy_quant": build.mark(format="int8_tensorwise"),
     }
     notes = calibrate_model(save("m.safetensors", tensors), LAYER_OPTIONS).notes
-    assert "left alone: 1 layers in nvfp4" in notes
+    assert "left alone: 1 layers in svdquant_w4a4" in notes
     assert "left alone: 1 INT8 layers, whose inputs readers scale as they come" in notes
 
 

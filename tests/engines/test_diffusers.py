@@ -263,9 +263,9 @@ def test_a_foreign_format_gives_a_reason(reference_flux: Any, save_model: Any, s
     tensors = {name: value.numpy() for name, value in reference_flux().state_dict().items()}
     layer = "double_blocks.0.img_mlp.0"
     tensors[layer + ".weight"] = np.ones((128, 16), np.uint8)
-    tensors[layer + ".comfy_quant"] = build.mark(format="nvfp4")
-    with open_checkpoint(save("nvfp4.safetensors", tensors)) as checkpoint:
-        assert engine.supports(checkpoint) == f"{layer}: 1 layers are in nvfp4, which cannot be dequantized here"
+    tensors[layer + ".comfy_quant"] = build.mark(format="svdquant_w4a4")
+    with open_checkpoint(save("svdquant.safetensors", tensors)) as checkpoint:
+        assert engine.supports(checkpoint) == f"{layer}: 1 layers are in svdquant_w4a4, which cannot be dequantized here"
 
 
 @pytest.mark.parametrize(("silent", "strong", "moves"), [(1, 2, False), (1, 2.1, True), (2.1, 1, True), (2, 1, False)])
@@ -300,7 +300,7 @@ def test_a_text_encoder_in_the_same_file_is_neither_in_the_way_nor_recorded(
         ENCODER + "SelfAttention.k.weight": ("F8_E4M3", np.ones((16, 32), np.uint8)),
         ENCODER + "layer_norm.weight": ("F8_E4M3", np.ones(32, np.uint8)),
         ENCODER + "SelfAttention.v.weight": np.ones((16, 16), np.uint8),
-        ENCODER + "SelfAttention.v.comfy_quant": build.mark(format="nvfp4"),
+        ENCODER + "SelfAttention.v.comfy_quant": build.mark(format="svdquant_w4a4"),
     }
     with open_checkpoint(save("all.safetensors", tensors)) as checkpoint:
         table = find_layers(checkpoint)
