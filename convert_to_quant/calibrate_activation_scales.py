@@ -34,7 +34,7 @@ from .layers import Layer, LayerTable, find_layers, infer_block, input_scale, na
 from .options import DEFAULT_ROWS, SAMPLES, CalibrationOptions, SolveOptions
 from .patch import LayerChange, Patch, apply_in_place, in_place_edits, plan_patch, rewrite
 from .solve import LayerResult, Present, final_scale, solve, unchanged
-from .telling import Progress, advance
+from .telling import Progress, advance, plural
 
 if TYPE_CHECKING:
     from .stats import Statistics
@@ -314,13 +314,16 @@ def _left_alone(table: LayerTable) -> list[str]:
     notes = list(table.notes)
     foreign = [layer.form for name, layer in table.foreign.items() if table.owns(name)]
     if foreign:
-        notes.append(f"left alone: {len(foreign)} layers in {', '.join(sorted(set(foreign)))}")
+        notes.append(f"left alone: {plural(len(foreign), 'layer')} in {', '.join(sorted(set(foreign)))}")
     beside = sum(layer.static and not table.owns(layer.name) for layer in table.quantized.values())
     if beside:
-        notes.append(f"left alone: {beside} FP8 layers beside the diffusion model, whose input scales nothing reads")
+        words = plural(beside, "FP8 layer")
+        notes.append(f"left alone: {words} beside the diffusion model, whose input scales nothing reads")
     others = [layer for layer in table.diffusion.values() if not layer.static]
     if others:
-        notes.append(f"left alone: {len(others)} {named(others)} layers, whose inputs readers scale as they come")
+        notes.append(
+            f"left alone: {plural(len(others), f'{named(others)} layer')}, whose inputs readers scale as they come"
+        )
     return notes
 
 

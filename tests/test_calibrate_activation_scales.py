@@ -282,8 +282,8 @@ def test_foreign_layers_are_named_as_left_alone(save: Save, build: Any) -> None:
         "rows.comfy_quant": build.mark(format="int8_tensorwise"),
     }
     notes = calibrate_model(save("m.safetensors", tensors), LAYER_OPTIONS).notes
-    assert "left alone: 1 layers in svdquant_w4a4" in notes
-    assert "left alone: 1 INT8 layers, whose inputs readers scale as they come" in notes
+    assert "left alone: 1 layer in svdquant_w4a4" in notes
+    assert "left alone: 1 INT8 layer, whose inputs readers scale as they come" in notes
 
 
 def test_lora_report_names_all_that_is_not_applied(save: Save, build: Any) -> None:
@@ -337,7 +337,7 @@ def test_a_text_encoder_in_the_same_file_is_left_alone(save: Save, build: Any) -
     calibration = calibrate_model(path, LAYER_OPTIONS)
     assert set(calibration.scales) == {f"model.diffusion_model.{name}" for name in LAYERS}
     assert calibration.notes == [
-        "left alone: 1 FP8 layers beside the diffusion model, whose input scales nothing reads"
+        "left alone: 1 FP8 layer beside the diffusion model, whose input scales nothing reads"
     ]
     patch_model_with_scales(path, calibration, in_place=True)  # although the encoder has no input_scale to write into
     with open_checkpoint(path) as checkpoint:

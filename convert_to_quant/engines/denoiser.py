@@ -37,6 +37,7 @@ from ..families.running import Architecture, Geometry, Inputs, Shapes, Signal
 from ..layers import Layer, LayerTable, dequantize, find_layers
 from ..layers import input_scale as stored_input_scale
 from ..lora import LoraMatch
+from ..telling import plural
 from .devices import find_device
 from .provenance import Converter, Piece, trace
 from .quantized_linear import ARITHMETICS, Arithmetic, CheckpointLinear, StoredWeight
@@ -100,7 +101,7 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
     foreign = [layer for layer in table.foreign.values() if table.owns(layer.name)]
     if foreign:
         raise UnsupportedModelError(
-            f"{len(foreign)} layers are in {foreign[0].form}, which cannot be dequantized here",
+            f"{plural(len(foreign), 'layer')} in {foreign[0].form}, which cannot be dequantized here",
             path=checkpoint.path,
             tensor=foreign[0].name,
             hint=COMFYUI,

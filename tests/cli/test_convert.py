@@ -264,7 +264,7 @@ def test_a_model_beside_an_fp8_text_encoder_is_converted_and_the_encoder_left_al
     assert set(input_scales(output)) == {f"model.diffusion_model.{key}" for key in flux.quantized}
     again = ctq("-i", output, "--in-place", *MODEL, "--actcal-seed", 7)
     assert again.code == 0, again.err
-    assert "left alone: 1 FP8 layers beside the diffusion model" in again.err
+    assert "left alone: 1 FP8 layer beside the diffusion model" in again.err
 
 
 def test_ranges_cover_the_model_with_and_without_its_lora(ctq: Command, lora: Path, fp8_file: Path, flux: Any) -> None:

@@ -265,7 +265,7 @@ def test_a_foreign_format_gives_a_reason(reference_flux: Any, save_model: Any, s
     tensors[layer + ".weight"] = np.ones((128, 16), np.uint8)
     tensors[layer + ".comfy_quant"] = build.mark(format="svdquant_w4a4")
     with open_checkpoint(save("svdquant.safetensors", tensors)) as checkpoint:
-        assert engine.supports(checkpoint) == f"{layer}: 1 layers are in svdquant_w4a4, which cannot be dequantized here"
+        assert engine.supports(checkpoint) == f"{layer}: 1 layer in svdquant_w4a4, which cannot be dequantized here"
 
 
 @pytest.mark.parametrize(("silent", "strong", "moves"), [(1, 2, False), (1, 2.1, True), (2.1, 1, True), (2, 1, False)])
