@@ -336,9 +336,7 @@ def test_a_text_encoder_in_the_same_file_is_left_alone(save: Save, build: Any) -
     path = save("all.safetensors", {**own, **encoder})
     calibration = calibrate_model(path, LAYER_OPTIONS)
     assert set(calibration.scales) == {f"model.diffusion_model.{name}" for name in LAYERS}
-    assert calibration.notes == [
-        "left alone: 1 FP8 layer beside the diffusion model, whose input scales nothing reads"
-    ]
+    assert calibration.notes == ["left alone: 1 FP8 layer beside the diffusion model, whose input scales nothing reads"]
     patch_model_with_scales(path, calibration, in_place=True)  # although the encoder has no input_scale to write into
     with open_checkpoint(path) as checkpoint:
         assert ENCODER + ".input_scale" not in checkpoint
