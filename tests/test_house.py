@@ -24,11 +24,11 @@ PACKAGE = "convert_to_quant"
 ROWS = (
     {"cli", "__main__"},
     {"demo", "emoji", "comfyui_nodes"},
-    {"calibrate_activation_scales", "fidelity", "inspection", "report"},
+    {"best", "calibrate_activation_scales", "fidelity", "inspection", "report"},
     {"engines"},
-    {"solve", "headroom", "patch", "convert"},
+    {"solve", "choose", "headroom", "patch", "convert"},
     {"lora", "recorder", "linear_calls", "layers", "naming", "packings"},
-    {"marks", "families", "stats", "formats", "checkpoint", "options"},
+    {"marks", "families", "stats", "trials", "formats", "checkpoint", "options"},
     {"names", "errors", "kernels", "telling", "untrusted", "lazy_torch"},
     {""},
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +178,8 @@ def document(
     found: Mapping[str, Statistics],
 ) -> dict[str, Any]:
     """The report; after a dry run, without what was observed."""
+    from dataclasses import asdict
+
     models = []
     for model in plan.models:
         told: dict[str, Any] = {"name": model.name, "loaders": model.loaders, "samplers": model.samplers}

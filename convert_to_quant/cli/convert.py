@@ -5,12 +5,21 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
-from ..options import DEFAULT_FORMAT, CalibrationOptions, ConvertOptions, add_options, offered, options_of
+from ..options import (
+    DEFAULT_FORMAT,
+    BestOptions,
+    CalibrationOptions,
+    ConvertOptions,
+    RunOptions,
+    add_options,
+    offered,
+    options_of,
+)
 from ..telling import advance
 from .calibration import (
     add_calibration_arguments,
@@ -28,6 +37,7 @@ from .running import check_device
 from .shared import check_shards
 
 if TYPE_CHECKING:
+    from ..best import Best
     from ..checkpoint import Checkpoint, CheckpointWriter
     from ..convert import ConversionPlan
     from ..formats.record import Format
@@ -59,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     conversion = parser.add_argument_group("conversion (of FP16, BF16 and FP32 weights)")
     add_options(conversion, ConvertOptions)
+    best = parser.add_argument_group("best mix of formats (by running the model)")
+    best.add_argument("--best", action="store_true", help="give every layer the format that keeps most")
+    add_options(best, BestOptions)
+    best.add_argument("--from", dest="statistics", metavar="STATS", help="measured before, by observe --trials")
+
     layout = conversion.add_mutually_exclusive_group()
     layout.add_argument("--comfy-quant", action="store_true", help="write the comfy_quant layout, the default")
     layout.add_argument("--legacy", action="store_true", help="write the older scaled_fp8 layout")
@@ -73,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     check_options(args)
     if not args.actcal:
         for flag in args.in_force:
-            if flag.startswith("actcal-"):
+            if flag.startswith("actcal-") and not args.best:
                 raise OptionError(f"--{flag} needs --actcal")
     elif args.no_input_scale:
         raise OptionError("--no-input-scale leaves out what --actcal is asked to find")
@@ -93,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
             if args.in_place:
                 raise OptionError("--in-place calibrates a model that is FP8 already, and this one is not; use -o OUT")
             conversion = options_of(ConvertOptions, args)
+            if args.best:
+                return best_file(checkpoint, args, conversion)
             if options is not None and not conversion.record.static:
                 note(f"nothing to calibrate: readers of {conversion.record.title} layers scale inputs as they come")
                 options = None
@@ -108,6 +125,12 @@ def check_options(args: argparse.Namespace) -> None:
     if args.in_place and not args.actcal:
         raise OptionError("--in-place needs --actcal: only scales can be written in place")
     require_target(args)
+    mixing = {"from", *(one.flag for one in offered(BestOptions).values())}
+    for flag in args.in_force:
+        if flag in mixing and not args.best:
+            raise OptionError(f"--{flag} needs --best")
+        if args.best and flag in ("actcal", "format", "layer-format", "scaling_mode", "legacy", "weight-scale"):
+            raise OptionError(f"--{flag} and --best both say what layers become; give one")
     if args.enable_fp8_matmul and not args.actcal:
         raise OptionError("--enable-fp8-matmul needs --actcal: without input scales FP8 products would use 1.0")
     if args.float16_safe and not args.actcal:
@@ -128,6 +151,46 @@ def calibrate_file(
     return finish(checkpoint, calibrate(checkpoint, options, adapters), args)
 
 
+def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertOptions) -> int:
+    """Convert a file in high precision to the best mix of formats."""
+    from ..best import load_measured, plan_best
+    from ..calibrate_activation_scales import refuse_unrunnable
+
+    measured = None if args.statistics is None else load_measured(args.statistics)
+    if measured is None:
+        refuse_unrunnable(checkpoint)
+    with progress_bar("measuring") as progress:
+        best = plan_best(checkpoint, options, options_of(BestOptions, args), options_of(RunOptions, args), measured,
+                         progress=progress)  # fmt: skip
+    for text in best.plan.notes:
+        note(text)
+    if args.verbose or args.dry_run:
+        print_plan(best.plan, talk=args.json == "-")
+        print_curve(best)
+    if args.json:
+        write_json(args.json, {**plan_json(best.plan), "best": best.to_json()})
+    said = f"{best.bits:.2f} bits per weight, {best.expected_db:.1f} dB expected on noise"
+    if args.dry_run:
+        say(f"dry run: {conversion_summary(best.plan)}; {said}; nothing was written")
+        return 0
+    write_plan(checkpoint, best.plan, Path(args.output))
+    say(f"{conversion_summary(best.plan)}; {said}; wrote {args.output}")
+    note_formats(best.plan, Path(args.output))
+    return 0
+
+
+def print_curve(best: Best) -> None:
+    """What other sizes would keep, and what one format for all layers would."""
+    sizes = [("best mix", bits, db) for bits, db in best.curve().items()]
+    sizes += [(f"all {name}", bits, db) for name, (bits, db) in best.uniform().items()]
+    sizes.append(("this file", best.bits, best.expected_db))
+    print_table(
+        ("formats", "bits per weight", "expected on noise"),
+        [(name, f"{bits:.2f}", f"{db:.1f} dB") for name, bits, db in sorted(sizes, key=lambda size: size[1])],
+        right=(1, 2),
+    )
+
+
 def convert_file(
     checkpoint: Checkpoint,
     args: argparse.Namespace,
@@ -137,7 +200,7 @@ def convert_file(
 ) -> int:
     """Convert a file in high precision, and calibrate it before it gets its name."""
     from ..calibrate_activation_scales import refuse_unrunnable, static_table
-    from ..convert import convert, plan_conversion
+    from ..convert import plan_conversion
     from ..lora import match_loras
 
     plan = plan_conversion(checkpoint, options)
@@ -176,21 +239,37 @@ def convert_file(
             note(text)
 
     output = Path(args.output)
-    total = sum(info.nbytes for info in checkpoint.tensors.values())
-    with progress_bar("converting", unit="bytes") as progress:
-        convert(checkpoint, plan, output, progress=advance(progress, total),
-                before_commit=calibrate_output if calibration is not None else None)  # fmt: skip
+    write_plan(checkpoint, plan, output, calibrate_output if calibration is not None else None)
     if args.json and calibration is None:
         write_json(args.json, plan_json(plan))
     say(f"{conversion_summary(plan)}; wrote {output}")
-    note_ending(output)
-    for fmt in plan.formats:
-        if fmt.name != DEFAULT_FORMAT:
-            note(f"{fmt.title} is read by {fmt.read_by}, and fast on {fmt.cards}")
+    note_formats(plan, output)
     if calibration is None and not args.no_input_scale and any(fmt.static and not fmt.dynamic for fmt in plan.formats):
         there = f"convert_to_quant -i {shlex.quote(str(output))} --actcal --in-place"
         note(f"its input scales are 1.0, not measured ({there} measures them)")
     return 0
+
+
+def write_plan(
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    output: Path,
+    before_commit: Callable[[CheckpointWriter], None] | None = None,
+) -> None:
+    """Convert with a progress bar."""
+    from ..convert import convert
+
+    total = sum(info.nbytes for info in checkpoint.tensors.values())
+    with progress_bar("converting", unit="bytes") as progress:
+        convert(checkpoint, plan, output, progress=advance(progress, total), before_commit=before_commit)
+
+
+def note_formats(plan: ConversionPlan, output: Path) -> None:
+    """Say what reads the file, and where it is fast."""
+    note_ending(output)
+    for fmt in plan.formats:
+        if fmt.name != DEFAULT_FORMAT:
+            note(f"{fmt.title} is read by {fmt.read_by}, and fast on {fmt.cards}")
 
 
 def conversion_summary(plan: ConversionPlan) -> str:
