@@ -4,9 +4,9 @@ Why it exists. Two FP8 files of the same model look alike and behave differently
 tensors, one has input scales and one leaves them at 1.0, one carries a marker that turns FP8 products off. Readers
 either say nothing about it or fail in the middle of a picture. This module says it before.
 
-What it answers, layer by layer and in sum: the format and how finely it is scaled, what marks it, its input scale, and
-what ComfyUI does with it (a key of `READINGS`). What is wrong is a `Problem` of a kind of `KINDS`, with what to do.
-The facts about ComfyUI were found by running version 0.33 and by reading its source.
+What it answers, layer by layer and in sum: the format, its bits and how finely it is scaled, what marks it, its input
+scale, and what ComfyUI does with it (a key of `READINGS`). What is wrong is a `Problem` of a kind of `KINDS`, with what
+to do. The facts about ComfyUI were found by running version 0.33 and by reading its source.
 
 An input scale is *suspicious* where no network that was ever measured has such ranges. The range is the largest value
 of the format's grid times the scale; published ranges of real layers lie between about 1 and
@@ -14,9 +14,14 @@ of the format's grid times the scale; published ranges of real layers lie betwee
 
 A weight scale is *absurd* where the largest weight would lie outside 2⁻²⁰ to 2¹⁴. Weights of real layers reach 1e-3 to
 a few hundred, and 1/s in place of s makes every FP8 layer whose largest weight is under 12 exceed 2¹⁴. The largest
-weight is taken for the largest code times the scale; a scale of 1.0 or less is never too large, since a plain cast to
-a format of a wide range uses a small part of it. Only where a scale is outside are some codes read, 64 KiB of a layer
-at most: where they are all 0 any scale will do, and in such a format the largest of them counts.
+weight is taken for the largest scale times what the format reaches at a scale of 1 (`Format.range`); a scale of 1.0 or
+less is never too large, since a plain cast to a format of a wide range uses a small part of it. Only where a scale is
+outside are some codes read, 64 KiB of a layer at most: where they are all 0 any scale will do, and else the largest of
+them counts, or the largest of the scales of blocks where those lie under the scale in question (NVFP4). MXFP8 has
+scales of blocks alone, of which 64 KiB at most are read.
+
+A codebook is *missing* in W4A8 where the scales of groups show that one was meant. Without it readers take codes for
+-8 to 7, times such a scale at most 127; with it they take numbers under 1, so scales are eight times as large.
 
 A weight is *misshapen* where its rows do not fit its bias, where it is the only one of several blocks' same layer that
 is transposed, or where it does not fit the norms of its block.
@@ -27,21 +32,25 @@ in every block: only running the model shows that. Header metadata of shards is 
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import families, names, packings
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .errors import StrPath
-from .formats import DEFAULT, DEFAULT_GRID, FLOAT_GRIDS
-from .formats.record import FLOAT_SCALES, Format, Grid
+from .formats import DEFAULT, DEFAULT_GRID, FLOAT_GRIDS, FORMATS, recognize
+from .formats.fp8 import QUANTOPS
+from .formats.record import FLOAT_SCALES, Format, Grid, Packed
+from .formats.w4a8 import LEAST_CODE
 from .layers import ForeignLayer, Layer, LayerError, LayerTable, find_layers, input_scale
 from .untrusted import JSONError, parse_json
 
@@ -63,8 +72,11 @@ READINGS: Mapping[str, str] = {
     "full-precision": "full precision (full_precision_matrix_mult)",
     "marker": "full precision (legacy marker of 2 elements)",
     "text-encoder": "full precision (text encoders always are)",
-    "per-row": "product in its own format, inputs scaled row by row as they come",
-    "dynamic": "only with the ComfyUI-QuantOps nodes, which scale inputs as they come",
+    "per-token": "product in its own format, inputs scaled per token",
+    "per-block-16": "product in its own format, inputs scaled per block of 16",
+    "per-block-32": "product in its own format, inputs scaled per block of 32",
+    "per-block-static": "product in its own format, inputs scaled per block of 16 under input_scale",
+    "dynamic": "only with the ComfyUI-QuantOps nodes, inputs scaled per token",
     "foreign": "kernels of its own format",
     "packed": "nothing: another program packed it",
     "cuda-error": "FP8 product, which fails on CUDA",
@@ -76,14 +88,16 @@ READINGS: Mapping[str, str] = {
 """What ComfyUI does with a layer."""
 
 PRODUCTS = frozenset({"fp8", "fp8-at-one", "cuda-error"})
-"""Readings in which the inputs are quantized too, by input_scale."""
+"""Readings in which the inputs become FP8 by input_scale."""
+
+DYNAMIC = frozenset({"per-token", "per-block-16", "per-block-32", "foreign"})
+"""Readings in which there is no input_scale to calibrate."""
 
 _RECONVERT = "convert the original again"
 _CALIBRATE = "convert_to_quant -i FILE -o NEW --actcal"
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """A kind of problem.
 
     Attributes:
@@ -92,29 +106,33 @@ class Kind:
     """
 
     title: str
-    remedy: str
+    remedy: str = _RECONVERT
 
 
 KINDS: Mapping[str, Kind] = {
     "header-unreadable": Kind("the header's _quantization_metadata cannot be read", f"{_RECONVERT}, or download again"),
-    "mark-unreadable": Kind("a mark cannot be read, so the model does not load", _RECONVERT),
-    "mark-format": Kind("a mark names another format than the weight has", _RECONVERT),
-    "legacy-e5m2": Kind(f"float8_e5m2 in a legacy file, read as {DEFAULT.marked}: silently wrong", _RECONVERT),
-    "weight-scale-missing": Kind("marked as quantized without a weight scale: the model does not load", _RECONVERT),
-    "scale-value": Kind("a scale is 0, NaN, infinite or negative", _RECONVERT),
-    "scale-dtype": Kind("a scale is no float", _RECONVERT),
-    "scale-shape": Kind("a scale has a shape that fits no rule", _RECONVERT),
+    "mark-unreadable": Kind("a mark is empty, names no format, or is no JSON: the model does not load"),
+    "mark-format": Kind(
+        "a mark names another format than the weight is stored in: ComfyUI casts the numbers and paints noise"
+    ),
+    "legacy-e5m2": Kind(f"float8_e5m2 in a legacy file, read as {DEFAULT.marked}: silently wrong"),
+    "weight-scale-missing": Kind("marked as quantized without a weight scale: the model does not load"),
+    "scale-value": Kind("a scale is 0, NaN, infinite or negative"),
+    "scale-dtype": Kind("a scale is of a dtype that its format does not have"),
+    "scale-shape": Kind("a scale has a shape that fits no rule of its format: ComfyUI fails, or paints noise"),
+    "rotation-group": Kind("inputs cannot be rotated in groups of the size that the mark names: ComfyUI fails"),
+    "codebook-missing": Kind("W4A8 without the codebook that its scales are made for: weights are far too large"),
+    "pre-quant-scale": Kind("a pre_quant_scale beside a format in which ComfyUI does not read it: outputs are wrong"),
     "mark-unknown": Kind(
         "a mark names a format that ComfyUI does not know: the model does not load",
-        f"{_RECONVERT}, or install the nodes that the format belongs to",
+        f"{_RECONVERT}, or use the program or the nodes that the format belongs to",
     ),
     "packed": Kind(
         "layers that another program packed: ComfyUI cannot read them",
         "load the file with the nodes of that program, or convert the original",
     ),
     "weight-scale-absurd": Kind(
-        f"a weight scale makes weights beyond {LARGEST_WEIGHT:,.0f} or within {LEAST_WEIGHT:.0e}, as no model has them",
-        _RECONVERT,
+        f"a weight scale makes weights beyond {LARGEST_WEIGHT:,.0f} or within {LEAST_WEIGHT:.0e}, as no model has them"
     ),
     "misshapen": Kind(
         "a weight is transposed, flattened, or of another model: the model does not load",
@@ -130,7 +148,7 @@ KINDS: Mapping[str, Kind] = {
         "load it as a diffusion model, or convert the original again",
     ),
     "two-spellings": Kind(
-        "legacy layers in a file whose header marks others: ComfyUI drops the scales of the legacy layers", _RECONVERT
+        "legacy layers in a file whose header marks others: ComfyUI drops the scales of the legacy layers"
     ),
     "unmarked": Kind(
         "quantized, with scales, but without a mark: ComfyUI drops the scales and paints noise, or does not load it",
@@ -138,9 +156,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "orphaned-scale": Kind("scales without a weight", "a part of the model is missing or renamed: get the file again"),
     "orphaned-mark": Kind("marks without a weight", "a part of the model is missing or renamed: get the file again"),
-    "header-disagrees": Kind(
-        "header and comfy_quant tensor disagree; ComfyUI lets the header win, others may not", _RECONVERT
-    ),
+    "header-disagrees": Kind("header and comfy_quant tensor disagree; ComfyUI lets the header win, others may not"),
     "marker-disables-fp8": Kind(
         "the legacy marker has 2 elements: no FP8 products, and input scales are ignored",
         f"{_CALIBRATE} --enable-fp8-matmul",
@@ -165,7 +181,7 @@ KINDS: Mapping[str, Kind] = {
     "guessed": Kind("input scales are guesses from simulated layers, not measured", f"{_CALIBRATE}, or observe"),
     "uncalibrated": Kind("input scales were never calibrated: all are 1.0 or missing", _CALIBRATE),
 }
-"""Every kind of problem, the worst first. The first eight are those of `layers.ProblemKind`; the last two are doubts,
+"""Every kind of problem, the worst first. The first nine are those of `layers.ProblemKind`; the last two are doubts,
 which count only for those who ask for strictness."""
 
 INPUT_SCALE_KINDS: Mapping[str, str] = {
@@ -187,20 +203,26 @@ class LayerView:
 
     Attributes:
         name: as the file has it.
-        shape: of its weight as stored, (out, in) except in packed formats.
+        shape: (out, in) of its weight; as stored where the layer cannot be read.
         format: "int8_tensorwise", "nvfp4", ...; the dtype where it is not quantized.
+        title: the same for people: "INT8 ConvRot, groups of 256".
+        reading: what ComfyUI does with it, a key of `READINGS`.
+        read_as: the key of `formats.FORMATS` that its weight is read as; None where it is not quantized or not read.
+        bits: per weight, in the file; None where it cannot be read.
         block: the weights that share one scale; None without scale, or where the layer cannot be read.
         scaling: the same in a word.
         marked_by: "header", "tensor", "legacy".
-        reading: what ComfyUI does with it, a key of `READINGS`.
-        input_state: what its input scale is; None where it is not quantized.
+        input_state: what its input scale is; None where its format has none, or it is not quantized.
         input_scale: its value; None where it is missing or cannot be read.
     """
 
     name: str
     shape: tuple[int, ...]
     format: str
+    title: str
     reading: str
+    read_as: str | None = None
+    bits: float | None = None
     block: tuple[int, int] | None = None
     scaling: Literal["tensor", "row", "block"] | None = None
     marked_by: tuple[str, ...] = ()
@@ -320,6 +342,18 @@ class Inspection:
         return {reading: counts[reading] for reading in READINGS if counts[reading]}
 
     @property
+    def formats(self) -> dict[str, Format]:
+        """The formats that its quantized layers are read as, by the keys of `formats.FORMATS`."""
+        return {layer.read_as: FORMATS[layer.read_as] for layer in self.layers if layer.read_as is not None}
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Over all quantized layers, scales included; None where there are none."""
+        sizes = [(layer.bits, math.prod(layer.shape)) for layer in self.layers if layer.read_as is not None]
+        weights = sum(count for _, count in sizes)
+        return sum((bits or 0.0) * count for bits, count in sizes) / weights if weights else None
+
+    @property
     def input_states(self) -> dict[InputState, int]:
         """How many quantized layers have which input scale."""
         return dict(Counter(layer.input_state for layer in self.layers if layer.input_state is not None))
@@ -367,9 +401,12 @@ class Inspection:
             "advice": list(self.advice),
             "readings": self.readings,
             "input_scales": self.input_states,
+            "bits_per_weight": self.bits_per_weight,
+            "formats": {name: {"title": fmt.title, "read_by": fmt.read_by, "cards": fmt.cards}
+                        for name, fmt in self.formats.items()},
             "problems": [problem.to_json() for problem in self.problems],
             "doubts": [problem.to_json() for problem in self.doubts],
-        }
+        }  # fmt: skip
 
 
 def inspect_file(path: StrPath) -> Inspection:
@@ -471,17 +508,14 @@ class _Survey:
     def views(self) -> list[LayerView]:
         """Every layer, in file order."""
         table = self.table
-        views = {}
-        for layer in table.quantized.values():
-            views[layer.name] = self.quantized(layer)
+        views = {layer.name: self.quantized(layer) for layer in table.quantized.values()}
         for layer in table.raw.values():
-            assert layer.format is not None
-            views[layer.name] = LayerView(layer.name, layer.weight.shape, layer.format.marked, "cast")
+            views[layer.name] = self.view(layer, "cast")
             self.report("raw-fp8", layer.name)
         for foreign in (layer for name, layer in table.foreign.items() if name not in self.packed_layers):
             views[foreign.name] = self.foreign(foreign)
         for layer in table.plain.values():
-            views[layer.name] = LayerView(layer.name, layer.weight.shape, layer.weight.dtype, "high-precision")
+            views[layer.name] = self.view(layer, "high-precision")
         for error in table.problems:
             if not isinstance(error, LayerError) or error.tensor is None:
                 raise error  # not about a layer: the file cannot be read
@@ -489,9 +523,9 @@ class _Survey:
             name = _layer_of(error.tensor)
             weight = self.checkpoint.tensors.get(name + names.WEIGHT)
             if weight is not None:
-                grid = FLOAT_GRIDS.get(weight.dtype)
-                views[name] = LayerView(name, weight.shape, grid.name if grid else weight.dtype, "error",
-                                        marked_by=table.marks.kinds(name))  # fmt: skip
+                fmt = recognize(name, weight.dtype, self.checkpoint.tensors)
+                said, title = (fmt.marked, fmt.title) if fmt else (weight.dtype, weight.dtype)
+                views[name] = LayerView(name, weight.shape, said, title, "error", marked_by=table.marks.kinds(name))
         markers = (table.marks.legacy.marker_of(view.name) for view in views.values() if view.reading == "marker")
         for name in dict.fromkeys(marker.name for marker in markers if marker is not None):
             self.report("marker-disables-fp8", name)
@@ -500,7 +534,7 @@ class _Survey:
             name, program = self.packed.get(key) or (key.removesuffix(names.WEIGHT), None)
             if program is not None:
                 self.report("packed", name, program)
-                views[name] = LayerView(name, info.shape, program, "packed")
+                views[name] = LayerView(name, info.shape, program, program, "packed")
             if program is not None or name != key:
                 order.append(name)
         return [views[name] for name in order if name in views]
@@ -524,59 +558,78 @@ class _Survey:
         """The layers of `packed`."""
         return frozenset(name for name, _ in self.packed.values())
 
-    def foreign(self, layer: ForeignLayer) -> LayerView:
-        """A layer in a format that is only recognized, and its problems."""
-        name, form, marked_by, reading = layer.name, layer.form, self.table.marks.kinds(layer.name), "foreign"
+    def view(self, layer: Layer, reading: str, **more: Any) -> LayerView:
+        """A layer that can be read."""
         fmt = layer.format
+        said = layer.config.get("format") or (fmt.marked if fmt else layer.weight.dtype)
+        read_as = fmt.name if fmt else None
+        return LayerView(layer.name, layer.shape, said, layer.title, reading, read_as, layer.bits, **more)
+
+    def foreign(self, layer: ForeignLayer) -> LayerView:
+        """A layer in a format that is only recognized, or not even that, and its problems."""
+        name, form, fmt, marked_by = layer.name, layer.form, layer.format, self.table.marks.kinds(layer.name)
         missing = [name + key for key in (fmt.scales if fmt else ()) if name + key not in self.checkpoint]
+        reading = "error"
         if not marked_by and len(layer.weight.shape) == 2:
             self.report("unmarked", name, form)
             reading = "scale-dropped"
         elif not marked_by or form.endswith("-dimensional"):
-            pass  # in other dimensions than two, as convolutions are
-        elif fmt is None:
-            self.report("mark-unknown", name, form)
-            reading = "error"
+            reading = "foreign"  # in other dimensions than two, as convolutions are
+        elif fmt is None or not fmt.since:
+            self.report("mark-unknown", name, form if fmt is None else f"{form}, of {fmt.reader}")
         elif layer.weight.dtype not in fmt.dtypes:
             self.report("mark-format", name, f"marked as {form}, but stored as {layer.weight.dtype}")
-            reading = "error"
         elif missing:
-            self.report("weight-scale-missing", name, f"{form} needs {missing[0]}")
-            reading = "error"
-        elif fmt.ranged_by is not None:
-            scale = self.checkpoint.tensors[name + fmt.ranged_by]
-            if scale.dtype not in FLOAT_SCALES:
-                self.report("scale-dtype", scale.name, scale.dtype)
-                reading = "error"
-            elif self.judge_weight_scale(layer.weight, scale.name, fmt):
-                reading = "error"
-        return LayerView(name, layer.weight.shape, form, reading, marked_by=marked_by)
+            self.report("weight-scale-missing", name, f"marked as {form}, but there is no {missing[0]}")
+        else:
+            reading = "foreign"
+        return LayerView(name, layer.weight.shape, form, fmt.title if fmt else form, reading, marked_by=marked_by)
 
-    def judge_weight_scale(self, weight: TensorInfo, key: str, fmt: Format) -> bool:
-        """Whether a weight scale cannot be meant, which is then reported; see the module's docstring."""
-        largest_code = fmt.range
-        scales = self.checkpoint.float32(key)
-        if not (np.isfinite(scales).all() and (scales >= 0).all()):
-            self.report("scale-value", key, "scales should be finite and not negative")
+    def judge_weight(self, layer: Layer) -> bool:
+        """Whether scales cannot be meant, which is then reported; see the module's docstring."""
+        fmt, tensors = layer.format, self.checkpoint.tensors
+        assert fmt is not None
+        assert layer.weight_scale is not None
+        if names.CODEBOOK in fmt.optional and names.CODEBOOK not in layer.parts:
+            largest = float(np.nanmax(self.scales(fmt, tensors[layer.weight_scale]), initial=0.0))
+            if largest * -LEAST_CODE > 2 * fmt.range:
+                self.report("codebook-missing", layer.name, f"{layer.weight_scale} is up to {largest:g}")
+                return True
+        key = f"{layer.name}{fmt.ranged_by}" if isinstance(fmt, Packed) else layer.weight_scale
+        scales = self.scales(fmt, tensors[key])
+        if np.isnan(scales).any():
+            self.report("scale-value", key, "some are NaN")
             return True
-        largest_scale = float(scales.max(initial=0.0))
-        plausible = largest_scale * largest_code <= LARGEST_WEIGHT or largest_scale <= 1.0
-        if not scales.size or (plausible and largest_scale * largest_code >= LEAST_WEIGHT):
+        scale = float(scales.max(initial=0.0))
+        reach = fmt.range
+        if not scales.size or _plausible(scale, reach):
             return False
-        codes = self.sample(weight)
+        codes = self.sample(layer.weight)
         if not codes.any():
             return False
-        if fmt.grid is not None and fmt.range > LARGEST_WEIGHT:
+        if fmt.grid is not None:
             values = np.abs(fmt.grid.decode(codes))
-            largest_code = float(values.max(initial=0.0, where=np.isfinite(values)))
-        largest = largest_scale * largest_code
-        if largest_scale == 0.0:
+            reach = float(values.max(initial=0.0, where=np.isfinite(values)))
+        elif fmt.ranged_by == names.WEIGHT_SCALE_2:
+            reach *= float(np.nanmax(self.scales(fmt, tensors[layer.weight_scale]), initial=0.0)) / DEFAULT_GRID.max
+        if scale == 0.0:
             self.report("scale-value", key, "0, where the weights are not 0")
-        elif not LEAST_WEIGHT <= largest <= LARGEST_WEIGHT:
-            self.report("weight-scale-absurd", key, f"{largest_scale:.3g}: weights up to {largest:.3g}")
+        elif not _plausible(scale, reach):
+            self.report("weight-scale-absurd", key, f"{scale:.3g}: weights up to {scale * reach:.3g}")
         else:
             return False
         return True
+
+    def scales(self, fmt: Format, info: TensorInfo) -> NDArray[np.float32]:
+        """Scales of a weight as numbers; of those in one byte, which are many, some."""
+        if info.dtype in FLOAT_SCALES:
+            return self.checkpoint.float32(info.name)
+        codes = self.sample(info)
+        if fmt.scale_dtypes[0] in FLOAT_GRIDS:
+            return FLOAT_GRIDS[fmt.scale_dtypes[0]].decode(codes)
+        powers = np.full(codes.shape, np.nan, np.float32)  # E8M0: 255 is NaN
+        np.exp2(codes.astype(np.float32) - 127, out=powers, where=codes != 255)
+        return powers
 
     def sample(self, weight: TensorInfo) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Some bytes of a weight, spread over it."""
@@ -588,39 +641,35 @@ class _Survey:
 
     def quantized(self, layer: Layer) -> LayerView:
         """A layer in codes, and its problems."""
-        assert layer.format is not None
-        marks = self.table.marks
+        fmt, marks = layer.format, self.table.marks
+        assert fmt is not None
         if disagreement := marks.disagreement(layer.name):
             self.report("header-disagrees", layer.name, disagreement)
         if marks.header.bare(layer.name) and layer.name not in marks.tensor:
             self.report("header-bare", layer.name)
+        if names.PRE_QUANT_SCALE not in fmt.optional and layer.name + names.PRE_QUANT_SCALE in self.checkpoint:
+            self.report("pre-quant-scale", layer.name, layer.title)
         usable = layer.input_scale is not None and layer.input_problem is None
         scale = input_scale(self.checkpoint, layer) if usable else None
         reading = self.reading(layer, scale)
         state: InputState | None = "unused" if layer.static else None
-        if reading in PRODUCTS:
-            assert layer.format.input_grid is not None
-            state = _input_state(scale, layer.format.input_grid) if layer.input_problem is None else "suspicious"
+        if reading in PRODUCTS or reading == "per-block-static":
+            assert fmt.input_grid is not None
+            state = _input_state(scale, fmt.input_grid) if layer.input_problem is None else "suspicious"
             reading = self.judge_input_scale(layer, scale, state) or reading
             if state == "one" and self.made.measured(layer.name):
                 state = "calibrated"
                 reading = "fp8" if reading == "fp8-at-one" else reading
             if layer.name in self.made.guessed or (state == "calibrated" and self.made.engine == "layer"):
                 state = "guessed" if state != "suspicious" else state
-        assert layer.weight_scale is not None
-        if self.judge_weight_scale(layer.weight, layer.weight_scale, layer.format):
-            reading = "error"
-        said = layer.config.get("format")
-        return LayerView(
-            layer.name,
-            layer.weight.shape,
-            said if isinstance(said, str) else layer.format.marked,
-            reading,
-            layer.block,
-            layer.granularity,
-            marks.kinds(layer.name) or (("legacy",) if layer.marking == "legacy" else ()),
-            state,
-            scale,
+        return self.view(
+            layer,
+            "error" if self.judge_weight(layer) else reading,
+            block=layer.block,
+            scaling=layer.granularity,
+            marked_by=marks.kinds(layer.name) or (("legacy",) if layer.marking == "legacy" else ()),
+            input_state=state,
+            input_scale=scale,
         )
 
     def judge_input_scale(self, layer: Layer, scale: float | None, state: InputState) -> str | None:
@@ -643,11 +692,16 @@ class _Survey:
         assert fmt is not None
         part = families.other_part(layer.name)
         if layer.marking == "none":
-            self.report("unmarked", layer.name)
+            row_wise = layer.weight_scale == layer.name + names.WEIGHT_SCALE and layer.granularity == "row"
+            known = fmt.name == "nvfp4" or (fmt is DEFAULT and row_wise)
+            self.report("unmarked", layer.name, f"{fmt.title}, which diffusers reads since 0.42" if known else None)
             return "scale-dropped"
         if layer.marking == "legacy" and part is None and self.table.marks.header.found:
             self.report("two-spellings", layer.name)
             return "scale-dropped"
+        if not fmt.since and fmt.reader != QUANTOPS:
+            self.report("mark-unknown", layer.name, f"{fmt.marked}, of {fmt.reader}")
+            return "error"
         if not fmt.since:
             return "dynamic"
         if not fmt.dynamic and layer.granularity != "tensor":
@@ -657,8 +711,11 @@ class _Survey:
             return "text-encoder"
         if layer.full_precision:
             return "marker" if layer.marking == "legacy" else "full-precision"
+        if fmt.dynamic and not fmt.input_block:
+            return "per-token"
         if fmt.dynamic:
-            return "per-row"
+            heeded = layer.input_scale is not None and names.INPUT_SCALE in fmt.optional
+            return "per-block-static" if heeded else f"per-block-{fmt.input_block}"
         # Both are a ValueError of torch's scaled_mm, of which ComfyUI catches RuntimeError and TypeError.
         odd_sides = not fmt.takes(layer.shape)
         if odd_sides:
@@ -697,14 +754,17 @@ class _Survey:
                 norms[f"{block}.{number}"].add(info.shape[0])
             if name == key or name in self.packed_layers:
                 continue
-            bias = tensors.get(name + names.BIAS)
+            bias, layer = tensors.get(name + names.BIAS), self.table.quantized.get(name)
             if bias is not None and len(bias.shape) == 1:
                 padding = info.shape[0] - bias.shape[0] if len(info.shape) == 2 else 0
                 flat = len(info.shape) == 1 and info.shape[0] > bias.shape[0] > 0
-                if flat or padding < 0 or padding >= _MOST_PADDING or (padding and name not in self.table.foreign):
+                # Formats in tiles fill rows up to whole multiples.
+                filled = layer.format.sides[0] if layer and isinstance(layer.format, Packed) else 1
+                if flat or not 0 <= padding < filled:
                     self.report("misshapen", name, f"{_sides(info)} beside a bias of {bias.shape[0]}")
                     continue
-            if rest and len(info.shape) == 2 and name not in self.table.foreign:
+            codes = layer is not None and isinstance(layer.format, Packed)  # several a byte, so of another width
+            if rest and len(info.shape) == 2 and name not in self.table.foreign and not codes:
                 same[block, rest].append(info)
         for infos in same.values():
             (usual, count), *_ = Counter(info.shape for info in infos).most_common(1)
@@ -719,9 +779,6 @@ class _Survey:
 
 INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 """What no weight is stored as, so codes of some kind."""
-
-_MOST_PADDING = 32
-"""Rows that formats of ComfyUI add to a weight, less one: mxfp8 fills up to 32, nvfp4 to 16."""
 
 _BLOCK_NORM = re.compile(r"[a-z_]*(?:norm|ln)_?\d*\.weight|(?:input|post_attention)_layernorm\.weight")
 _READS_STREAM = re.compile(r"\.(?:qkv|to_qkv|to_q|q_proj|w1|w3|gate_proj|up_proj|fc1)$")
@@ -753,6 +810,11 @@ def _layer_of(tensor: str) -> str:
     """
     suffix = next((suffix for suffix in names.LAYER_SUFFIXES if tensor.endswith(suffix)), "")
     return tensor[: len(tensor) - len(suffix)]
+
+
+def _plausible(scale: float, reach: float) -> bool:
+    """Whether weights of a real layer can have this largest scale, where a scale of 1 reaches so far."""
+    return scale * reach >= LEAST_WEIGHT and (scale <= 1.0 or scale * reach <= LARGEST_WEIGHT)
 
 
 def _input_state(scale: float | None, grid: Grid = DEFAULT_GRID) -> InputState:

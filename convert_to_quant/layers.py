@@ -3,7 +3,7 @@
 A quantized linear layer X is a 2-D `X.weight` in codes of a format (`formats`), the scales that the format has (real =
 code value × scale), and, as far as present, `X.input_scale`, `X.bias` and a mark that tells readers to use all this
 (`marks`). FP8 weights without scale and mark ("raw") mean their code values; norms and convolutions cast like that are
-no layers. Layers in formats that are only recognized (AWQ and the like) are "foreign": named, left alone.
+no layers. Layers in formats that are only recognized (AWQ, SVDQuant) or unknown are "foreign": named, left alone.
 
 How finely a weight is scaled is one number pair, the block (b_out, b_in) that shares a scale: (out, in) is tensor-wise,
 (1, in) row-wise, anything else block-wise. It follows from the shapes: a scale of shape (n_out, n_in) fits a weight
@@ -33,7 +33,7 @@ from .errors import CheckpointError, TensorError
 from .formats import FLOAT_GRIDS
 from .formats.packing import round_up
 from .formats.record import FLOAT_SCALES, TORCH_NAMES, Format, Packed, scale_grid
-from .formats.rotation import is_group, rotate
+from .formats.rotation import LARGEST_GROUP, is_group, rotate
 from .lazy_torch import torch
 from .marks import Config, Marking, Marks, first, full_precision, said_block
 
@@ -115,6 +115,20 @@ class Layer:
     def group(self) -> int:
         """The size of the groups of inputs that readers rotate; 0 for none."""
         return 0 if self.format is None else self.format.group(self.config)
+
+    @property
+    def title(self) -> str:
+        """What its weight is in, for people: "INT8 ConvRot, groups of 256", or the dtype where it is no code."""
+        if self.format is None:
+            return self.weight.dtype
+        usual = self.group == LARGEST_GROUP and self.format.sides[1] == LARGEST_GROUP  # as every such layer has
+        return self.format.title + (f", groups of {self.group}" if self.group and not usual else "")
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight in the file, scales included."""
+        elements = max(math.prod(self.shape), 1)
+        return 8 * sum(info.nbytes for info in (self.parts or {names.WEIGHT: self.weight}).values()) / elements
 
     @property
     def granularity(self) -> Literal["tensor", "row", "block"]:
@@ -341,14 +355,13 @@ class _Finder:
         suffixes = (names.WEIGHT, *names.WEIGHT_PARTS)
         parts = {part: info for part in suffixes if (info := self.checkpoint.tensors.get(name + part))}
         fmt = formats.of_mark(config, shapes_of(parts))
-        if said is None and weight_scale is not None and weight.dtype not in PLAIN_DTYPES:
+        if said is None:
             fmt = formats.recognize(name, weight.dtype, self.checkpoint.tensors)
-        if said is None and fmt is None and weight.dtype in FLOAT_GRIDS:
-            fmt = next(fmt for fmt in formats.FORMATS.values() if fmt.dtypes == (weight.dtype,))
         if fmt is None and weight.dtype in PLAIN_DTYPES and said is None:
             if len(weight.shape) == 2:
                 self.table.plain[name] = self.complete(Layer(name, weight, None, "plain", (0, 0)))
         elif fmt is not None and fmt.readable:
+            parts = {part: info for part, info in parts.items() if part in (names.WEIGHT, *fmt.scales, *fmt.optional)}
             self.add_quantized(Layer(name, weight, fmt, way.kind, (0, 0), weight_scale, config=config, parts=parts))
         elif said is not None or weight_scale is not None:
             form = said or (fmt.marked if fmt else weight.dtype)
@@ -408,13 +421,22 @@ class _Finder:
             info = layer.parts.get(suffix)
             if info is None or suffix == names.WEIGHT:
                 continue  # optional
-            if math.prod(info.shape) != math.prod(shape) or (len(shape) == 2 and info.shape != shape):
+            exact = len(shape) == 2 or suffix in (names.S_CHANNEL, names.CODEBOOK)
+            if math.prod(info.shape) != math.prod(shape) or (exact and info.shape != shape):
                 problem = f"a {fmt.title} weight of shape {list(layer.shape)} has {suffix} of shape {list(shape)}"
                 raise self.error("scale-shape", info.name, f"{problem}, found {list(info.shape)}")
-            if dtype == "F32" and suffix in fmt.scales:
+            if suffix == names.CODEBOOK:
+                self.check_scale(info.name, signed=True)
+            elif dtype == "F32":
                 self.check_scale(info.name)
-            elif info.dtype not in (dtype, *fmt.scale_dtypes):
+            elif info.dtype not in fmt.scale_dtypes:
                 raise self.error("scale-dtype", info.name, f"{dtype} was expected, found {info.dtype}")
+        factors = layer.parts.get(names.PRE_QUANT_SCALE)
+        if factors is not None:
+            if factors.elements != layer.in_features:
+                problem = f"one value for each of {layer.in_features} inputs was expected"
+                raise self.error("scale-shape", factors.name, f"{problem}, found shape {list(factors.shape)}")
+            self.check_scale(factors.name)
         group = fmt.group(layer.config)
         if group and not is_group(group, layer.in_features):
             problem = f"inputs cannot be rotated in groups of {group}: expected a power of 4 that divides"
@@ -440,14 +462,15 @@ class _Finder:
             full_precision=full_precision(layer.config),
         )
 
-    def check_scale(self, key: str) -> None:
+    def check_scale(self, key: str, *, signed: bool = False) -> None:
         info = self.checkpoint.tensors[key]
         if info.dtype not in FLOAT_SCALES:
             raise self.error("scale-dtype", key, f"a scale should be float32, found {info.dtype}")
         scales = self.checkpoint.float32(key)
-        if not (np.isfinite(scales).all() and (scales >= 0).all()):
-            worst = scales[~(np.isfinite(scales) & (scales >= 0))].flat[0]
-            raise self.error("scale-value", key, f"scales should be finite and not negative, found {worst}")
+        good = np.isfinite(scales) & (signed | (scales >= 0))
+        if not good.all():
+            wanted = "finite" if signed else "finite and not negative"
+            raise self.error("scale-value", key, f"scales should be {wanted}, found {scales[~good].flat[0]}")
 
     def check_input_scale(self, key: str) -> None:
         info = self.checkpoint.tensors[key]

@@ -211,6 +211,8 @@ class Tensor(Way):
         key = layer + names.COMFY_QUANT
         raw = self.checkpoint.raw(key).tobytes()
         unreadable = partial(self.refuse, "mark-unreadable", key)
+        if not raw.strip(b"\0"):
+            raise unreadable(f"all of its {len(raw)} bytes are 0" if raw else "it is empty")
         config = parse_json(raw, lambda problem: unreadable(f"{problem}, found {raw[:40]!r}"))
         if not isinstance(config, dict):
             raise unreadable(f"should be a JSON object, found {raw[:40]!r}")

@@ -184,12 +184,15 @@ def test_a_mixed_file_is_sorted_into_all_kinds(save, build):
         "ids.weight": np.zeros((4, 4), np.int64),
         "int8.weight": np.zeros((4, 4), np.int8), "int8.weight_scale": np.zeros((4, 1), np.float32),
         "int8.comfy_quant": build.mark(format="int8_tensorwise"),
-        "nvfp4.weight": np.zeros((16, 8), np.uint8), "nvfp4.weight_scale": ("F8_E4M3", np.zeros((16, 1), np.uint8)),
+        "nvfp4.weight": np.zeros((16, 8), np.uint8), "nvfp4.weight_scale": ("F8_E4M3", np.zeros((128, 4), np.uint8)),
         "nvfp4.weight_scale_2": np.float32(1), "nvfp4.comfy_quant": build.mark(format="nvfp4"),
         "mxfp8.weight": ("F8_E4M3", np.zeros((16, 32), np.uint8)),
-        "mxfp8.weight_scale": np.zeros((16, 1), np.uint8), "mxfp8.comfy_quant": build.mark(format="mxfp8"),
+        "mxfp8.weight_scale": np.zeros((128, 4), np.uint8), "mxfp8.comfy_quant": build.mark(format="mxfp8"),
         "bare_mxfp8.weight": ("F8_E4M3", np.zeros((16, 32), np.uint8)),
-        "bare_mxfp8.weight_scale": ("F8_E8M0", np.zeros((16, 1), np.uint8)),
+        "bare_mxfp8.weight_scale": ("F8_E8M0", np.zeros((128, 4), np.uint8)),
+        "awq.weight": np.zeros((16, 8), np.int8), "awq.weight_scale": np.ones((1, 16), np.float16),
+        "awq.weight_zeros": np.ones((1, 16), np.float16), "awq.comfy_quant": build.mark(format="awq_w4a16"),
+        "banana.weight": np.zeros((4, 4), np.float16), "banana.comfy_quant": build.mark(format="banana"),
         "bare_int8.weight": np.zeros((4, 4), np.int8), "bare_int8.weight_scale": np.float32(1),
         "three.weight": ("F8_E4M3", np.zeros((2, 3, 4), np.uint8)), "three.weight_scale": np.float32(1),
         "cast_norm.weight": ("F8_E4M3", np.zeros(4, np.uint8)),
@@ -199,12 +202,12 @@ def test_a_mixed_file_is_sorted_into_all_kinds(save, build):
     table = table_of(save("a.safetensors", tensors, metadata))
     assert {name: layer.marking for name, layer in table.quantized.items()} == {
         "header": "header", "tensor": "tensor", "unmarked": "none", "old": "legacy", "int8": "tensor",
-        "bare_int8": "none"}  # fmt: skip
+        "bare_int8": "none", "nvfp4": "tensor", "mxfp8": "tensor", "bare_mxfp8": "none"}  # fmt: skip
     assert {name: (layer.marking, layer.format.grid) for name, layer in table.raw.items()} == {"raw": ("raw", E4M3FN)}
     assert list(table.plain) == ["bf16", "f16", "f32"]
     assert all(layer.marking == "plain" and layer.format is None for layer in table.plain.values())
     assert {name: layer.form for name, layer in table.foreign.items()} == {
-        "nvfp4": "nvfp4", "mxfp8": "mxfp8", "bare_mxfp8": "mxfp8",
+        "awq": "awq_w4a16", "banana": "banana",
         "three": "float8_e4m3fn, 3-dimensional"}  # fmt: skip
     assert [layer.name for layer in table.linear()] == [*table.quantized, *table.raw, *table.plain]
 
@@ -234,7 +237,8 @@ BAD_MARKS = {
     "not JSON": (b"{format", "x.comfy_quant: not JSON (Expecting property name"),
     "not UTF-8": (b'{"format": "\xff\xfe"}', "x.comfy_quant: not JSON ('utf-8' codec can't decode byte 0xff"),
     "nested too deeply": (b"[" * 100_000, "x.comfy_quant: not JSON (nested deeper than 64 levels), found b'[[[["),
-    "empty": (b"", "x.comfy_quant: not JSON (Expecting value"),
+    "empty": (b"", "x.comfy_quant: it is empty"),
+    "zeros": (bytes(64), "x.comfy_quant: all of its 64 bytes are 0"),
     "a list": (b"[1]", "x.comfy_quant: should be a JSON object, found b'[1]'"),
     "a string": (b'"float8_e4m3fn"', "x.comfy_quant: should be a JSON object, found b'\"float8_e4m3fn\"'"),
     "null": (b"null", "x.comfy_quant: should be a JSON object, found b'null'"),

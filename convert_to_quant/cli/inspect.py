@@ -42,6 +42,9 @@ _COMMAND = re.compile(r"convert_to_quant(?: --?[a-z]\S*(?: [A-Z]+\b)?)+")
 
 _HARD_SPACE = "\N{NO-BREAK SPACE}"
 
+NOT_READ = frozenset({"cast", "dynamic", "error", "marker", "scale-dropped"})
+"""Readings in which it does not matter which ComfyUI reads a format and which card multiplies it."""
+
 ENTRY_STYLES = {"advice": "warn", "problems": "bad"}
 READING_STYLES = {"fp8": "good", "fp8-at-one": "warn", "marker": "warn", "cuda-error": "bad", "error": "bad",
                   "packed": "bad", "scale-dropped": "bad"}  # fmt: skip
@@ -114,7 +117,7 @@ def screen(found: Inspection, width: int = WIDTH, *, strict: bool = False) -> It
     if found.made is not None:
         entries["made by"] = [_made(found.made)]
     if found.layers:
-        entries["in ComfyUI"] = _readings(found)
+        entries["in ComfyUI"] = [*_readings(found), *_readers(found)]
     entries["advice"] = found.advice
     problems = (*found.problems, *found.doubts) if strict else found.problems
     entries["problems"] = [line for problem in problems for line in _problem(problem)] or ["none"]
@@ -144,16 +147,21 @@ def _model(found: Inspection) -> str:
 
 def _formats(found: Inspection) -> list[str]:
     """How many layers of each format, quantized ones first."""
-    counts = Counter((layer.input_state is None, layer.format, _scaling(layer)) for layer in found.layers)
-    order = sorted(counts, key=lambda kind: (kind[0], -counts[kind]))
-    return [f"{counts[kind]:,} {kind[1]}{kind[2]}" for kind in order]
+    counts = Counter((layer.read_as or "", layer.title, _scaling(layer)) for layer in found.layers)
+    order = sorted(counts, key=lambda kind: (not kind[0], -counts[kind]))
+    bits = {name: f", {fmt.bits:g} bits" for name, fmt in found.formats.items()}
+    lines = [f"{counts[kind]:,} {kind[1]}{kind[2]}{bits.get(kind[0], '')}" for kind in order]
+    if len(found.formats) > 1:
+        lines.append(f"(quantized layers: {found.bits_per_weight:.3g} bits per weight in all)")
+    return lines
 
 
 def _scaling(layer: LayerView) -> str:
     """How finely a layer is scaled, behind its format."""
     if layer.scaling == "block":
         assert layer.block is not None
-        return f", one scale per block of {layer.block[0]} × {layer.block[1]}"
+        rows, columns = layer.block
+        return f", one scale per {columns} weights" if rows == 1 else f", one scale per block of {rows} × {columns}"
     if layer.scaling is not None:
         return f", one scale per {layer.scaling}"
     return {"cast": ", without scale", "error": ", not readable (see problems)"}.get(layer.reading, "")
@@ -211,12 +219,22 @@ def _made(made: Made) -> str:
 
 
 def _readings(found: Inspection) -> list[str]:
-    from ..inspection import PRODUCTS, READINGS
+    from ..inspection import READINGS
 
-    lines = [f"{plural(count, 'layer')}: {READINGS[reading]}" for reading, count in found.readings.items()]
-    if PRODUCTS & found.readings.keys():
-        lines.append("(with FP8 hardware; elsewhere all in full precision)")
-    return lines
+    return [f"{plural(count, 'layer')}: {READINGS[reading]}" for reading, count in found.readings.items()]
+
+
+def _readers(found: Inspection) -> list[str]:
+    """Since when ComfyUI reads the formats, and which cards multiply them; once for formats that share all that."""
+    from ..formats import DEFAULT_GRID
+
+    shared: dict[str, list[str]] = {}
+    read = {layer.read_as for layer in found.layers if layer.reading not in NOT_READ}
+    for fmt in (fmt for name, fmt in found.formats.items() if name in read):
+        words = fmt.read_by + (f", fast on {fmt.cards}" if fmt.cards else "")
+        words += ", in full precision elsewhere" if fmt.cards and fmt.input_grid is DEFAULT_GRID else ""
+        shared.setdefault(words, []).append(fmt.title)
+    return [f"{', '.join(dict.fromkeys(titles))}: {words}" for words, titles in shared.items()]
 
 
 def _problem(problem: Problem) -> list[str]:
@@ -235,7 +253,7 @@ def print_layers(found: Inspection) -> None:
             (
                 layer.name,
                 " × ".join(map(str, layer.shape)),
-                layer.format,
+                layer.title,
                 " × ".join(map(str, layer.block)) if layer.scaling == "block" and layer.block else layer.scaling or "-",
                 " and ".join(layer.marked_by) or "-",
                 "-" if layer.input_scale is None else f"{layer.input_scale:.5g}",

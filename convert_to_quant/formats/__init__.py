@@ -6,7 +6,7 @@ the file of its family.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -52,23 +52,31 @@ def of_mark(config: Mapping[str, Any], parts: Mapping[str, tuple[int, ...]] | No
     said = {**(nested if isinstance(nested, dict) else {}), **config}
     fitting = [fmt for fmt in FORMATS.values() if fmt.mark.items() <= said.items()]
     most = max((len(fmt.mark) for fmt in fitting), default=0)
-    fitting = [fmt for fmt in fitting if len(fmt.mark) == most]
-    shaped = [fmt for fmt in fitting if parts and fmt.shape(parts[names.WEIGHT], parts) is not None]
-    return next(iter(shaped or fitting), None)
+    return _shaped([fmt for fmt in fitting if len(fmt.mark) == most], parts or {})
 
 
 def recognize(name: str, dtype: str, tensors: Mapping[str, Any]) -> Format | None:
-    """The format that an unmarked layer's dtype and tensors fit; of several the one that needs most tensors.
+    """The format that a layer's dtype and tensors fit; of several the one that needs most tensors.
+
+    FP8 needs none: without a scale its codes are the weights.
 
     Args:
         name: of the layer.
         dtype: of its weight.
         tensors: all tensors of the file, by name, with `dtype` and `shape` each.
     """
-    fitting = [
-        fmt
-        for fmt in FORMATS.values()
-        if dtype in fmt.dtypes and all(name + suffix in tensors for suffix in fmt.scales)
-    ]
-    exact = [fmt for fmt in fitting if tensors[name + fmt.scales[0]].dtype in fmt.scale_dtypes]
-    return max(exact or fitting, key=lambda fmt: len(fmt.scales), default=None)
+    stored = [fmt for fmt in FORMATS.values() if dtype in fmt.dtypes]
+    fitting = [fmt for fmt in stored if all(name + suffix in tensors for suffix in fmt.scales)]
+    if not fitting:
+        return next((fmt for fmt in stored if dtype in FLOAT_GRIDS), None)
+    fitting = [fmt for fmt in fitting if tensors[name + fmt.scales[0]].dtype in fmt.scale_dtypes] or fitting
+    most = max(len(fmt.scales) for fmt in fitting)
+    fitting = [fmt for fmt in fitting if len(fmt.scales) == most]
+    parts = {suffix: tensors[name + suffix].shape for suffix in (names.WEIGHT, *fitting[0].scales)}
+    return _shaped(fitting, parts)
+
+
+def _shaped(fitting: Sequence[Format], parts: Mapping[str, tuple[int, ...]]) -> Format | None:
+    """The first of some formats that has tensors of these shapes, or else the first."""
+    shaped = [fmt for fmt in fitting if parts and fmt.shape(parts[names.WEIGHT], parts) is not None]
+    return next(iter(shaped or fitting), None)

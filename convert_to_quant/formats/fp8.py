@@ -99,6 +99,8 @@ class FloatGrid(Grid):
 E4M3FN = FloatGrid("float8_e4m3fn", "F8_E4M3", 448.0, 2.0**-6, 4, 3, infinities=False)
 E5M2 = FloatGrid("float8_e5m2", "F8_E5M2", 57344.0, 2.0**-14, 5, 2, infinities=True)
 
+QUANTOPS = "the ComfyUI-QuantOps nodes"
+
 FP8 = Format(
     name="fp8",
     title="FP8",
@@ -117,13 +119,14 @@ FP8 = Format(
     since="October 2025 (PR 10498)",
 )
 ROWS = replace(FP8, name="fp8-row", mark={"format": "float8_e4m3fn_rowwise"}, granularity="row", scale_rank=1,
-               dynamic=True, since="", native=frozenset())  # fmt: skip
+               dynamic=True, since="", native=frozenset(), reader=QUANTOPS)  # fmt: skip
 FORMATS = (
     FP8,
     ROWS,
     replace(ROWS, name="fp8-block", mark={"format": "float8_e4m3fn_blockwise"}, granularity="block", scale_rank=2),
     replace(ROWS, name="fp8-block3d", mark={"format": "float8_e4m3fn_block3d"}, granularity=None),
+    replace(ROWS, name="fp8-sglang", mark={"format": "rowwise-float8_e4m3fn"}, granularity=None, reader="SGLang"),
     # CUDA multiplies no two of this format, so nothing is written in it.
-    replace(FP8, name="fp8-e5m2", mark={"format": "float8_e5m2"}, dtypes=(E5M2.dtype,), grid=E5M2, granularity=None,
-            input_grid=E5M2, range=E5M2.max, cards="", native=frozenset()),
+    replace(FP8, name="fp8-e5m2", title="FP8 E5M2", mark={"format": "float8_e5m2"}, dtypes=(E5M2.dtype,), grid=E5M2,
+            granularity=None, input_grid=E5M2, range=E5M2.max, cards="", native=frozenset()),
 )  # fmt: skip

@@ -218,9 +218,11 @@ class Format:
         range: the largest weight at a scale of 1.
         least_scale: a weight scale is never smaller.
         zero_scale: the weight scale where all weights are 0.
+        input_block: how many inputs share a scale where readers scale them as they come; 0 for all of a token.
         cards: what multiplies it natively; "" where nothing does.
         native: the same as keys of `GPUS`.
-        since: the ComfyUI that first read it; "" where only the ComfyUI-QuantOps nodes do.
+        since: the ComfyUI that first read it; "" where ComfyUI does not.
+        reader: what reads it.
     """
 
     name: str
@@ -244,9 +246,11 @@ class Format:
     range: float = 0.0
     least_scale: float = float(np.finfo(np.float32).smallest_subnormal)
     zero_scale: float = 1.0
+    input_block: int = 0
     cards: str = ""
     native: frozenset[str] = frozenset()
     since: str = ""
+    reader: str = "ComfyUI"
 
     @property
     def marked(self) -> str:
@@ -257,7 +261,7 @@ class Format:
     @property
     def read_by(self) -> str:
         """What reads it, for people."""
-        return f"ComfyUI since {self.since}" if self.since else "the ComfyUI-QuantOps nodes"
+        return f"{self.reader} since {self.since}" if self.since else self.reader
 
     @property
     def codes(self) -> Grid:

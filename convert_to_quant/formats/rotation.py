@@ -30,10 +30,13 @@ def group_of(in_features: int) -> int:
 
 
 def said_group(config: Mapping[str, Any]) -> int:
-    """The size of the groups that a rotated layer's mark names; 256 where it names none."""
+    """The size of the groups that a rotated layer's mark names; 256 where it names none, -1 where that is no number."""
     nested = config.get("params")
-    said = config.get(GROUP_KEY, nested.get(GROUP_KEY) if isinstance(nested, dict) else None)
-    return said if isinstance(said, int) and not isinstance(said, bool) and said > 0 else LARGEST_GROUP
+    nested = nested if isinstance(nested, dict) else {}
+    try:
+        return int(config.get(GROUP_KEY, nested.get(GROUP_KEY, LARGEST_GROUP))) or -1
+    except (TypeError, ValueError, OverflowError):
+        return -1
 
 
 def is_group(size: int, in_features: int) -> bool:

@@ -34,6 +34,8 @@ ROTATED = 256
 ROUNDS = 2
 LEAST = 1e-8
 SIX_BIT_LEVELS = 31
+LEAST_CODE = -8
+"""What the first of 16 codes stands for without a codebook."""
 
 # fmt: off
 NORMAL_CODEBOOK = (
@@ -123,8 +125,8 @@ class W4A8(ConvRot):
 
     def values(self, parts: Parts, device: torch.device) -> Tensor:
         """What the codes stand for, ascending; without a codebook, whole numbers around 0 as readers take them."""
-        codebook = parts.get(names.CODEBOOK)
-        return torch.arange(-8.0, 8.0, device=device) if codebook is None else codebook.to(device)
+        whole = torch.arange(LEAST_CODE, -LEAST_CODE, dtype=torch.float32)
+        return parts.get(names.CODEBOOK, whole).to(device)
 
     def fit(self, groups: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Scales of groups by least squares.

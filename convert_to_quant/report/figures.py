@@ -34,7 +34,7 @@ from ..checkpoint import open_checkpoint
 from ..errors import StatisticsError, StrPath
 from ..formats import DEFAULT_GRID, GRIDS
 from ..formats.record import Grid
-from ..inspection import READINGS, Inspection, LayerView, inspect_checkpoint
+from ..inspection import DYNAMIC, READINGS, Inspection, LayerView, inspect_checkpoint
 from ..kernels import NONFINITE_BIN, SIGMA_BINS
 from ..options import SolveOptions
 from ..solve import LayerResult, Present, expected_errors, lost_rows, solve
@@ -207,7 +207,7 @@ def _left_alone(views: Iterable[LayerView], statistics: Statistics | None) -> li
     bare = names.strip_prefix(view.name for view in listed)[1]
     left = []
     for view in listed:
-        if view.reading in ("foreign", "per-row"):
+        if view.reading in DYNAMIC:
             left.append(LeftAlone(view.name, f"{view.format}, which has no input scale that this tool knows"))
         elif view.reading in ("cast", "high-precision") and bare.get(view.name) in recorded:
             left.append(LeftAlone(view.name, f"{view.format}: {READINGS[view.reading]}"))

@@ -86,6 +86,7 @@ def test_a_mark_names_a_format(config: dict[str, object], name: str | None) -> N
 @pytest.mark.parametrize(
     ("dtype", "scales", "name"),
     [
+        ("F8_E4M3", {}, "fp8"),
         ("F8_E4M3", {"weight_scale": "F32"}, "fp8"),
         ("F8_E4M3", {"weight_scale": "I32"}, "fp8"),
         ("F8_E4M3", {"weight_scale": "F8_E8M0"}, "mxfp8"),
@@ -96,9 +97,11 @@ def test_a_mark_names_a_format(config: dict[str, object], name: str | None) -> N
         ("I8", {"weight_s_rel": "F8_E4M3", "weight_s_channel": "F32"}, "w4a8"),
         ("U8", {"weight_scale": "F8_E4M3", "weight_scale_2": "F32"}, "nvfp4"),
         ("U8", {}, None),
+        ("BF16", {"weight_scale": "F32"}, None),
     ],
 )
 def test_without_a_mark_dtype_and_tensors_tell(dtype: str, scales: dict[str, str], name: str | None) -> None:
-    tensors = {f"x.{suffix}": SimpleNamespace(dtype=scale) for suffix, scale in scales.items()}
+    tensors = {f"x.{suffix}": SimpleNamespace(dtype=scale, shape=(16, 16)) for suffix, scale in scales.items()}
+    tensors["x.weight"] = SimpleNamespace(dtype=dtype, shape=(16, 128))
     found = recognize("x", dtype, tensors)
     assert (found and found.name) == name
