@@ -28,7 +28,7 @@ import numpy as np
 from . import convert, families, headroom, lora, naming
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .engines import layer as layer_engine
-from .errors import OptionError, OutputError, StrPath, TensorError, UnsupportedModelError
+from .errors import NoStaticScaleError, OptionError, OutputError, StrPath, TensorError, UnsupportedModelError
 from .formats import DEFAULT, DEFAULT_GRID, GRIDS
 from .layers import Layer, LayerTable, find_layers, infer_block, input_scale, named, scales_per_row
 from .options import DEFAULT_ROWS, SAMPLES, CalibrationOptions, SolveOptions
@@ -286,17 +286,23 @@ def static_table(checkpoint: Checkpoint) -> LayerTable:
     """The layers of a checkpoint whose diffusion model has layers with a static input scale.
 
     Raises:
-        TensorError: it has none, and why.
+        NoStaticScaleError: readers scale the inputs of all its layers as they come.
+        TensorError: it has no such layers, and why.
     """
     table = find_layers(checkpoint)
     encoder = families.text_encoder(checkpoint.tensors) is not None
     if table.static and not encoder:
         return table
-    tensor = hint = None
     if table.diffusion and not encoder:
-        layers = named(table.diffusion.values())
-        problem = f"nothing to calibrate: readers of its {layers} layers scale inputs as they come"
-    elif table.quantized:
+        layers, name = named(table.diffusion.values()), checkpoint.path.name
+        raise NoStaticScaleError(
+            f"nothing to calibrate: readers of its {layers} layers scale inputs as they come",
+            path=checkpoint.path,
+            hint=f"convert_to_quant inspect {name} says how it is read, convert_to_quant check ORIGINAL {name} what it "
+            "keeps of the images",
+        )
+    tensor = hint = None
+    if table.quantized:
         tensor, layers = next(iter(table.quantized)), f"{len(table.quantized)} {named(table.quantized.values())} layers"
         problem = f"its {layers} are not a diffusion model's, and nothing reads their input scales"
     elif table.raw:

@@ -5,7 +5,8 @@
     ├── CheckpointError          a file cannot be read as a checkpoint
     │   ├── HeaderError          its safetensors header is missing, cut off, or lies
     │   ├── PickleError          it is a pickle (.ckpt, .pt); pickles run code, so it is never opened
-    │   └── TensorError          a tensor or a layer in it has a value, shape or dtype that cannot be used
+    │   ├── TensorError          a tensor or a layer in it has a value, shape or dtype that cannot be used
+    │   └── NoStaticScaleError   readers scale the inputs of all its layers as they come
     ├── LoraError                an adapter cannot be used with this checkpoint
     ├── CalibrationError         activations could not be observed
     │   └── UnsupportedModelError  no engine can run this model
@@ -70,6 +71,10 @@ class PickleError(CheckpointError):
 
 class TensorError(CheckpointError):
     """A tensor or a layer holds a value, shape or dtype that cannot be used."""
+
+
+class NoStaticScaleError(CheckpointError):
+    """Readers scale the inputs of all of a checkpoint's layers as they come, which is no fault of it."""
 
 
 class LoraError(Error):

@@ -435,7 +435,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         What it is, its problems included.
     """
     table = find_layers(checkpoint, collect_problems=True)
-    family, title = _identify(checkpoint)
+    family, title = _identify(checkpoint, table)
     made = _made(checkpoint.metadata)
     survey = _Survey(checkpoint, table, family == "text-encoder", made or Made())
     layers = survey.views()
@@ -465,12 +465,12 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     )
 
 
-def _identify(checkpoint: Checkpoint) -> tuple[str | None, str]:
+def _identify(checkpoint: Checkpoint, table: LayerTable) -> tuple[str | None, str]:
     """The family and its name for people."""
     if names.STATISTICS_KEY in checkpoint.metadata:
         return "statistics", "statistics of what layers received, not a model (convert_to_quant report shows them)"
-    bare = names.strip_prefix(checkpoint.tensors)[1]
-    shapes = {name: checkpoint.tensors[full].shape for full, name in bare.items()}
+    found, bare = table.tensor_shapes(checkpoint), names.strip_prefix(checkpoint.tensors)[1]
+    shapes = {name: found[full] for full, name in bare.items() if full in found}
     family = families.detect(shapes, shapes)
     if family is not None:
         return family.name, family.title

@@ -35,7 +35,7 @@ from .formats.packing import round_up
 from .formats.record import FLOAT_SCALES, TORCH_NAMES, Format, Packed, scale_grid
 from .formats.rotation import LARGEST_GROUP, is_group, rotate
 from .lazy_torch import torch
-from .marks import Config, Marking, Marks, first, full_precision, said_block
+from .marks import Config, Marking, Marks, describes, first, full_precision, said_block
 
 PLAIN_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 
@@ -212,6 +212,11 @@ class LayerTable:
         """(out, in) of every layer of `linear`, by name."""
         return {layer.name: layer.shape for layer in self.linear()}
 
+    def tensor_shapes(self, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors but scales and marks, by name, as the model has them: (out, in), however packed."""
+        weights = {layer + names.WEIGHT: shape for layer, shape in self.shapes().items()}
+        return {name: weights.get(name, info.shape) for name, info in checkpoint.tensors.items() if not describes(name)}
+
 
 def shapes_of(parts: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
     """The shapes of tensors."""
@@ -219,8 +224,10 @@ def shapes_of(parts: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
 
 
 def named(layers: Iterable[Layer]) -> str:
-    """What formats layers are in, for people: "FP8", or "FP8 and INT8"."""
-    return " and ".join(dict.fromkeys(layer.format.title for layer in layers if layer.format is not None))
+    """What formats layers are in, for people: "FP8", or "FP8, INT8 and NVFP4"."""
+    titles = ", ".join(dict.fromkeys(layer.format.title for layer in layers if layer.format is not None))
+    others, comma, last = titles.rpartition(", ")
+    return f"{others} and {last}" if comma else last
 
 
 def infer_block(

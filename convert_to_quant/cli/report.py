@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ..errors import OptionError, OutputError
+from ..errors import NoStaticScaleError, OptionError, OutputError
 from ..options import SolveOptions, add_options, options_of
 from .output import decibels, print_table, say, size, write_json
 from .parsing import Parser, flag_spelling
@@ -72,7 +72,11 @@ def run(args: argparse.Namespace) -> int:
 
     asked = {"files": [Path(name).name for name in args.files], "against": args.against, "merge": args.merge,
              "force": args.force}  # fmt: skip
-    report = figures.build(*sources, force=args.force, options=asked)
+    try:
+        report = figures.build(*sources, force=args.force, options=asked)
+    except NoStaticScaleError as finding:  # which is good to know, and no fault
+        say(str(finding))
+        return 1 if any((args.output, args.png, args.csv, args.json)) else 0
     outputs = outputs_of(report, args)
     tell(report, args)
     for place, content in outputs.items():

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .. import families, marks, names
+from .. import families, names
 from ..checkpoint import Checkpoint
 from ..errors import OptionError, UnsupportedModelError
 from ..families.running import Architecture, Geometry, Inputs, Shapes, Signal
@@ -91,7 +91,7 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
         UnsupportedModelError: its family is unknown, or has no engine, or its layout is not the one diffusers knows.
     """
     table = find_layers(checkpoint) if table is None else table
-    shapes = _model_shapes(checkpoint)
+    shapes = _model_shapes(checkpoint, table)
     family = families.detect(shapes, shapes)
     if family is None:
         raise UnsupportedModelError("its tensor names fit no known family", path=checkpoint.path, hint=COMFYUI)
@@ -154,14 +154,10 @@ def supports(checkpoint: Checkpoint, table: LayerTable | None = None) -> str | N
     return None
 
 
-def _model_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def _model_shapes(checkpoint: Checkpoint, table: LayerTable) -> dict[str, tuple[int, ...]]:
     """Shapes of the diffusion model's own tensors by bare name, without scales and marks."""
-    _, bare_names = names.strip_prefix(checkpoint.tensors)
-    return {
-        bare: checkpoint.tensors[name].shape
-        for name, bare in bare_names.items()
-        if not marks.describes(name) and not families.other_part(name)
-    }
+    shapes, (_, bare_names) = table.tensor_shapes(checkpoint), names.strip_prefix(checkpoint.tensors)
+    return {bare: shapes[name] for name, bare in bare_names.items() if name in shapes and not families.other_part(name)}
 
 
 def converter(architecture: Architecture) -> Converter:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import marks, names
+from ... import names
 from ...checkpoint import Checkpoint
 from ...errors import CalibrationError, LoraError, OptionError, UnsupportedModelError
 from ...families.comfyui import IMAGE, SOUND, VIDEO, Conditions, Scene, measure
@@ -276,11 +276,8 @@ def _prefix(checkpoint: Checkpoint) -> str:
 def _feeds(checkpoint: Checkpoint, table: LayerTable, model: Any) -> dict[str, list[str]]:
     """Which layers of the file every linear module of the network is made of, as ComfyUI's own functions tell."""
     prefix = _prefix(checkpoint)
-    shapes = {
-        name.removeprefix(prefix): info.shape
-        for name, info in checkpoint.tensors.items()
-        if name.startswith(prefix) and not marks.describes(name)
-    }
+    found = table.tensor_shapes(checkpoint)
+    shapes = {name.removeprefix(prefix): shape for name, shape in found.items() if name.startswith(prefix)}
     with tree.understood("name the layers of", checkpoint.path, type(model).__name__):
         traced = trace(partial(_as_loaded, model.model_config, shapes), shapes)
     known = table.shapes()

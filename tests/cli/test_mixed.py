@@ -1,0 +1,136 @@
+"""Commands on a model whose layers are in every format that can be written: what has a static scale is calibrated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.convert import convert, plan_conversion
+from convert_to_quant.emoji import WEIGHTS
+from convert_to_quant.formats import FORMATS, WRITTEN
+from convert_to_quant.inspection import inspect_file
+from convert_to_quant.layers import find_layers
+from convert_to_quant.options import ConvertOptions
+
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
+
+SMALL = ("--height", 32, "--width", 32, "--text-tokens", 4, "--steps", 1)
+FIRST_BLOCKS = ("double_blocks.0.", "single_blocks.0.")
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first blocks of the emoji model, in 16 bits and in each format."""
+    folder = tmp_path_factory.mktemp("formats")
+    kept = {
+        name: tensor
+        for name, tensor in load_file(WEIGHTS).items()
+        if "_blocks." not in name or name.startswith(FIRST_BLOCKS)
+    }
+    save_file(kept, folder / "original.safetensors")
+    with open_checkpoint(folder / "original.safetensors") as checkpoint:
+        for name in WRITTEN:
+            plan = plan_conversion(checkpoint, ConvertOptions(format=name))
+            convert(checkpoint, plan, folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.fixture
+def mixed(originals: Path, tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """The model with its layers in the formats one after the other, and the format of each layer."""
+    tensors, formats = load_file(originals / "original.safetensors"), {}
+    by_format = {name: load_file(originals / f"{name}.safetensors") for name in WRITTEN}
+    marked = [key.removesuffix(".comfy_quant") for key in by_format["fp8"] if key.endswith(".comfy_quant")]
+    for number, layer in enumerate(marked):
+        formats[layer] = WRITTEN[number % len(WRITTEN)]
+        own = by_format[formats[layer]].items()
+        tensors |= {key: tensor for key, tensor in own if key.startswith(f"{layer}.")}
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    return tmp_path / "mixed.safetensors", formats
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """The bytes of each tensor."""
+    with open_checkpoint(path) as checkpoint:
+        return {name: checkpoint.raw(name).tobytes() for name in checkpoint}
+
+
+def test_every_layer_is_read_as_it_was_written(mixed: Any, ctq: Any) -> None:
+    path, formats = mixed
+    found = inspect_file(path)
+    read = {layer.name: layer.read_as for layer in found.layers if layer.read_as is not None}
+    assert read == {layer: name.replace("int8-tensor", "int8") for layer, name in formats.items()}
+    assert set(formats.values()) == set(WRITTEN)
+    assert {problem.kind for problem in found.problems} == set()
+    screen = ctq("inspect", path).out
+    assert all(FORMATS[name].title in screen for name in WRITTEN)
+
+
+def by_guessing(ctq: Callable[..., Any], path: Path, out: Path) -> Path:
+    assert ctq("-i", path, "-o", out, "--actcal", "--actcal-engine", "layer").code == 0
+    return out
+
+
+def by_running(ctq: Callable[..., Any], path: Path, out: Path) -> Path:
+    size = [word.replace("--", "--actcal-") if isinstance(word, str) else word for word in SMALL[:6]]
+    assert ctq("-i", path, "-o", out, "--actcal", "--actcal-samples", 3, *size, "--actcal-margin", 2).code == 0
+    return out
+
+
+def in_place(ctq: Callable[..., Any], path: Path, _out: Path) -> Path:
+    assert ctq("-i", path, "--in-place", "--actcal", "--actcal-engine", "layer").code == 0
+    return path
+
+
+def by_statistics(ctq: Callable[..., Any], path: Path, out: Path) -> Path:
+    stats = out.with_name("stats.safetensors")
+    assert ctq("observe", path, "-o", stats, *SMALL, "--samples", 3).code == 0
+    assert ctq("report", stats, path, "-o", out.with_name("report.html")).code == 0
+    assert ctq("apply", path, stats, "-o", out, "--margin", 2).code == 0
+    return out
+
+
+@pytest.mark.parametrize("calibrate", [by_guessing, by_running, in_place, by_statistics])
+def test_what_has_a_static_scale_is_calibrated_and_no_other_byte_changes(
+    mixed: Any, ctq: Any, tmp_path: Path, calibrate: Callable[..., Path]
+) -> None:
+    path, formats = mixed
+    before = contents(path)
+    after = contents(calibrate(ctq, path, tmp_path / "out.safetensors"))
+    static = [layer for layer, name in formats.items() if FORMATS[name].static]
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed <= {f"{layer}{suffix}" for layer in static for suffix in (".input_scale", ".comfy_quant")}
+    assert {f"{layer}.input_scale" for layer in static} <= changed
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN if not FORMATS[name].static])
+def test_a_report_on_a_file_without_static_scales_says_so_and_what_to_do(
+    originals: Path, ctq: Any, tmp_path: Path, statistics: Any, name: str
+) -> None:
+    path, page = originals / f"{name}.safetensors", tmp_path / "report.html"
+    stats = tmp_path / "stats.safetensors"
+    with open_checkpoint(path) as checkpoint:
+        statistics(find_layers(checkpoint).shapes()).save(stats)
+    reported = ctq("report", stats, path)
+    told = " ".join(reported.err.split())
+    assert (reported.code, reported.out) == (0, "")
+    assert told.startswith(f"{path}: nothing to calibrate: readers of its {FORMATS[name].title}")
+    assert f"convert_to_quant inspect {name}.safetensors" in told
+    assert f"convert_to_quant check ORIGINAL {name}.safetensors" in told
+    assert "error" not in told
+    assert ctq("report", stats, path, "-o", page).code == 1
+    assert not page.exists()
+
+
+def test_all_formats_are_checked_together(mixed: Any, originals: Path, ctq: Any, tmp_path: Path) -> None:
+    report = tmp_path / "check.json"
+    checked = ctq("check", originals / "original.safetensors", mixed[0], *SMALL, "--samples", 1, "--json", report)
+    assert checked.code == 0
+    assert 3 < json.loads(report.read_text())["sqnr_db"] < 40
