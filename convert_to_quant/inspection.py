@@ -6,7 +6,7 @@ either say nothing about it or fail in the middle of a picture. This module says
 
 What it answers, layer by layer and in sum: the format, its bits and how finely it is scaled, what marks it, its input
 scale, and what ComfyUI does with it (a key of `READINGS`). What is wrong is a `Problem` of a kind of `KINDS`, with what
-to do. The facts about ComfyUI were found by running version 0.33 and by reading its source.
+to do (`problems`).
 
 An input scale is *suspicious* where no network that was ever measured has such ranges. The range is the largest value
 of the format's grid times the scale; published ranges of real layers lie between about 1 and
@@ -33,13 +33,12 @@ in every block: only running the model shows that. Header metadata of shards is 
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +51,8 @@ from .formats.fp8 import QUANTOPS
 from .formats.record import FLOAT_SCALES, Format, Grid, Packed
 from .formats.w4a8 import LEAST_CODE
 from .layers import ForeignLayer, Layer, LayerError, LayerTable, find_layers, input_scale
+from .misshapen import misshapen
+from .problems import CALIBRATE, KINDS, LARGEST_WEIGHT, LEAST_WEIGHT, PRODUCTS, READINGS, Problem
 from .untrusted import JSONError, parse_json
 
 InputState = Literal["calibrated", "guessed", "one", "missing", "suspicious", "unused"]
@@ -60,136 +61,7 @@ LEAST_INPUT_SCALE = 2.0**-20
 LARGEST_INPUT_SCALE = 2.0**12
 """Of FP8; a scale of another grid is judged by the range that it makes."""
 
-LEAST_WEIGHT = 2.0**-20
-LARGEST_WEIGHT = 2.0**14
-"""Between them lies the largest weight of any real layer."""
-
 _SAMPLE_RUNS, _SAMPLE_BYTES = 4, 1 << 14
-
-READINGS: Mapping[str, str] = {
-    "fp8": "FP8 product, inputs scaled by input_scale",
-    "fp8-at-one": "FP8 product, inputs at scale 1.0",
-    "full-precision": "full precision (full_precision_matrix_mult)",
-    "marker": "full precision (legacy marker of 2 elements)",
-    "text-encoder": "full precision (text encoders always are)",
-    "per-token": "product in its own format, inputs scaled per token",
-    "per-block-16": "product in its own format, inputs scaled per block of 16",
-    "per-block-32": "product in its own format, inputs scaled per block of 32",
-    "per-block-static": "product in its own format, inputs scaled per block of 16 under input_scale",
-    "dynamic": "only with the ComfyUI-QuantOps nodes, inputs scaled per token",
-    "foreign": "kernels of its own format",
-    "packed": "nothing: another program packed it",
-    "cuda-error": "FP8 product, which fails on CUDA",
-    "error": "an error, or silently something else (see problems)",
-    "scale-dropped": "scale dropped: codes are taken for weights, so noise",
-    "cast": "codes are the weights, cast to the precision of the model",
-    "high-precision": "high precision, as stored",
-}
-"""What ComfyUI does with a layer."""
-
-PRODUCTS = frozenset({"fp8", "fp8-at-one", "cuda-error"})
-"""Readings in which the inputs become FP8 by input_scale."""
-
-DYNAMIC = frozenset({"per-token", "per-block-16", "per-block-32", "foreign"})
-"""Readings in which there is no input_scale to calibrate."""
-
-_RECONVERT = "convert the original again"
-_CALIBRATE = "convert_to_quant -i FILE -o NEW --actcal"
-
-
-class Kind(NamedTuple):
-    """A kind of problem.
-
-    Attributes:
-        title: what is wrong and what comes of it.
-        remedy: what to do.
-    """
-
-    title: str
-    remedy: str = _RECONVERT
-
-
-KINDS: Mapping[str, Kind] = {
-    "header-unreadable": Kind("the header's _quantization_metadata cannot be read", f"{_RECONVERT}, or download again"),
-    "mark-unreadable": Kind("a mark is empty, names no format, or is no JSON: the model does not load"),
-    "mark-format": Kind(
-        "a mark names another format than the weight is stored in: ComfyUI casts the numbers and paints noise"
-    ),
-    "legacy-e5m2": Kind(f"float8_e5m2 in a legacy file, read as {DEFAULT.marked}: silently wrong"),
-    "weight-scale-missing": Kind("marked as quantized without a weight scale: the model does not load"),
-    "scale-value": Kind("a scale is 0, NaN, infinite or negative"),
-    "scale-dtype": Kind("a scale is of a dtype that its format does not have"),
-    "scale-shape": Kind("a scale has a shape that fits no rule of its format: ComfyUI fails, or paints noise"),
-    "rotation-group": Kind("inputs cannot be rotated in groups of the size that the mark names: ComfyUI fails"),
-    "codebook-missing": Kind("W4A8 without the codebook that its scales are made for: weights are far too large"),
-    "pre-quant-scale": Kind("a pre_quant_scale beside a format in which ComfyUI does not read it: outputs are wrong"),
-    "mark-unknown": Kind(
-        "a mark names a format that ComfyUI does not know: the model does not load",
-        f"{_RECONVERT}, or use the program or the nodes that the format belongs to",
-    ),
-    "packed": Kind(
-        "layers that another program packed: ComfyUI cannot read them",
-        "load the file with the nodes of that program, or convert the original",
-    ),
-    "weight-scale-absurd": Kind(
-        f"a weight scale makes weights beyond {LARGEST_WEIGHT:,.0f} or within {LEAST_WEIGHT:.0e}, as no model has them"
-    ),
-    "misshapen": Kind(
-        "a weight is transposed, flattened, or of another model: the model does not load",
-        "get the file again, or convert the original",
-    ),
-    "scale-granularity": Kind(
-        "float8 with scales per row or block: ComfyUI fails, or silently computes something else",
-        f"{_RECONVERT} with --scaling-mode tensor",
-    ),
-    "header-bare": Kind(
-        "the header names layers without the prefix that they have in the file: ComfyUI's Load Checkpoint misses such "
-        "marks and paints noise; Load Diffusion Model finds them",
-        "load it as a diffusion model, or convert the original again",
-    ),
-    "two-spellings": Kind(
-        "legacy layers in a file whose header marks others: ComfyUI drops the scales of the legacy layers"
-    ),
-    "unmarked": Kind(
-        "quantized, with scales, but without a mark: ComfyUI drops the scales and paints noise, or does not load it",
-        "use it where it was made for, or convert the original with convert_to_quant",
-    ),
-    "orphaned-scale": Kind("scales without a weight", "a part of the model is missing or renamed: get the file again"),
-    "orphaned-mark": Kind("marks without a weight", "a part of the model is missing or renamed: get the file again"),
-    "header-disagrees": Kind("header and comfy_quant tensor disagree; ComfyUI lets the header win, others may not"),
-    "marker-disables-fp8": Kind(
-        "the legacy marker has 2 elements: no FP8 products, and input scales are ignored",
-        f"{_CALIBRATE} --enable-fp8-matmul",
-    ),
-    "input-scale-dtype": Kind("an input scale is not float32: ComfyUI fails at the first step", _CALIBRATE),
-    "input-scale-shape": Kind("an input scale has several values where one is read", _CALIBRATE),
-    "input-scale-suspicious": Kind(
-        "an input scale is 0, not finite or absurd: inputs vanish, saturate or become NaN", _CALIBRATE
-    ),
-    "sides": Kind(
-        f"sides are no multiples of {DEFAULT.sides[0]}: FP8 products fail on CUDA",
-        f"{_RECONVERT}; convert_to_quant leaves such layers in high precision",
-    ),
-    "e5m2-product": Kind(
-        "float8_e5m2 for weights and inputs: FP8 products fail on CUDA, which multiplies no two of that format",
-        f"{_RECONVERT}, to {DEFAULT.marked}",
-    ),
-    "raw-fp8": Kind(
-        "FP8 weights without scale and mark: a plain cast, which loses small weights, without FP8 products",
-        "convert the original with convert_to_quant",
-    ),
-    "guessed": Kind("input scales are guesses from simulated layers, not measured", f"{_CALIBRATE}, or observe"),
-    "uncalibrated": Kind("input scales were never calibrated: all are 1.0 or missing", _CALIBRATE),
-}
-"""Every kind of problem, the worst first. The first nine are those of `layers.ProblemKind`; the last two are doubts,
-which count only for those who ask for strictness."""
-
-INPUT_SCALE_KINDS: Mapping[str, str] = {
-    "scale-dtype": "input-scale-dtype",
-    "scale-shape": "input-scale-shape",
-    "scale-value": "input-scale-suspicious",
-}
-"""Problems of scales -> the same of input scales, which a calibration cures."""
 
 _OTHER_PREFIXES = tuple(part.prefix for part in families.OTHER_PARTS)
 _LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", ".lora.up.", ".lora.down.")
@@ -228,35 +100,6 @@ class LayerView:
     marked_by: tuple[str, ...] = ()
     input_state: InputState | None = None
     input_scale: float | None = None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that is wrong, once for all layers that have it.
-
-    Attributes:
-        kind: a key of `KINDS`.
-        tensors: the tensors or layers that have it, in file order.
-        detail: what was found at the first of them, where the kind does not say it all.
-    """
-
-    kind: str
-    tensors: tuple[str, ...]
-    detail: str | None = None
-
-    @property
-    def title(self) -> str:
-        """What is wrong and what comes of it."""
-        return KINDS[self.kind].title
-
-    @property
-    def remedy(self) -> str:
-        """What to do."""
-        return KINDS[self.kind].remedy
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return {**asdict(self), "title": self.title, "remedy": self.remedy}
 
 
 @dataclass(frozen=True)
@@ -365,14 +208,10 @@ class Inspection:
         if guessed:
             return (Problem("guessed", guessed),)
         products = [layer for layer in self.layers if layer.reading in PRODUCTS]
-        if self.calibrated or not all(layer.input_state in ("one", "missing") for layer in products):
+        calibrated = self.made is not None and self.made.engine is not None  # be all scales 1.0
+        if calibrated or not products or not all(layer.input_state in ("one", "missing") for layer in products):
             return ()
-        return (Problem("uncalibrated", tuple(layer.name for layer in products)),) if products else ()
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the file says that its input scales were calibrated, be they 1.0."""
-        return self.made is not None and self.made.engine is not None
+        return (Problem("uncalibrated", tuple(layer.name for layer in products)),)
 
     @property
     def advice(self) -> tuple[str, ...]:
@@ -382,12 +221,12 @@ class Inspection:
         if at_one:
             sentences.append(
                 f"{at_one} of {at_one + self.readings.get('fp8', 0)} FP8 products have no measured input scale, so "
-                f"inputs beyond {DEFAULT_GRID.max:g} are clipped and tiny ones vanish: {_CALIBRATE}"
+                f"inputs beyond {DEFAULT_GRID.max:g} are clipped and tiny ones vanish: {CALIBRATE}"
             )
         guessed = self.input_states.get("guessed", 0)
         if guessed:
             sentences.append(
-                f"{guessed} input scales are guesses from the weights, which may be far off: {_CALIBRATE}, or observe"
+                f"{guessed} input scales are guesses from the weights, which may be far off: {CALIBRATE}, or observe"
             )
         if self.sharded:
             sentences.append("ComfyUI reads no shard indexes: join the shards into one file for it")
@@ -440,7 +279,12 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     survey = _Survey(checkpoint, table, family == "text-encoder", made or Made())
     layers = survey.views()
     survey.look_for_orphans()
-    survey.look_at_shapes()
+    alone = survey.packed_layers | table.foreign.keys()
+    tiles = {
+        layer.name: layer.format.sides[0] for layer in table.quantized.values() if isinstance(layer.format, Packed)
+    }
+    for name, detail in misshapen(table.tensor_shapes(checkpoint), alone, tiles):
+        survey.report("misshapen", name, detail)
     marks, marker = table.marks, table.marks.legacy.marker
     parts = (families.other_part(name) for name in checkpoint.tensors if name.startswith(_OTHER_PREFIXES))
     return Inspection(
@@ -461,7 +305,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         further_markers=tuple(other.name for other in marks.legacy.markers.values() if other is not marker),
         quantization_config=_config_beside(checkpoint.path),
         made=made,
-        problems=tuple(survey.problems()),
+        problems=tuple(survey.found[kind] for kind in KINDS if kind in survey.found),
     )
 
 
@@ -490,20 +334,12 @@ class _Survey:
     table: LayerTable
     whole_text_encoder: bool
     made: Made
-    found: dict[str, list[str]] = field(default_factory=dict)
-    details: dict[str, str] = field(default_factory=dict)
+    found: dict[str, Problem] = field(default_factory=dict)
 
     def report(self, kind: str, tensor: str, detail: str | None = None) -> None:
         """Note a problem."""
-        self.found.setdefault(kind, []).append(tensor)
-        if detail is not None:
-            self.details.setdefault(kind, detail)
-
-    def problems(self) -> Iterator[Problem]:
-        """What was found, the worst first."""
-        for kind in KINDS:
-            if kind in self.found:
-                yield Problem(kind, tuple(self.found[kind]), self.details.get(kind))
+        known = self.found.get(kind, Problem(kind, ()))
+        self.found[kind] = Problem(kind, (*known.tensors, tensor), known.detail or detail)
 
     def views(self) -> list[LayerView]:
         """Every layer, in file order."""
@@ -679,7 +515,7 @@ class _Survey:
             return None
         dtype = self.checkpoint.tensors[key].dtype
         if problem is not None:
-            self.report(INPUT_SCALE_KINDS[problem.kind], key, problem.problem)
+            self.report("input-" + problem.kind.replace("value", "suspicious"), key, problem.problem)
         elif dtype != "F32":  # a weight scale may be any float: ComfyUI converts that one
             self.report("input-scale-dtype", key, dtype)
         if problem is None and state == "suspicious":
@@ -728,78 +564,19 @@ class _Survey:
 
     def look_for_orphans(self) -> None:
         """Look for scales and marks whose weight is not there."""
-        for name in self.checkpoint:
-            if name.endswith(names.SCALES) and not self.has_weight(_layer_of(name)):
-                self.report("orphaned-scale", name)
-        for name in self.table.marks.tensor.found:
-            if not self.has_weight(_layer_of(name)):
-                self.report("orphaned-mark", name)
-        for name in self.table.marks.header.configs:
-            if not self.has_weight(name):
-                self.report("orphaned-mark", name, "in the header")
-
-    def has_weight(self, layer: str) -> bool:
-        """Whether a layer of this name has a weight."""
-        return layer + names.WEIGHT in self.checkpoint or layer in self.packed_layers
-
-    def look_at_shapes(self) -> None:
-        """Look for weights whose shapes contradict their biases, the same layers of other blocks, or norms."""
-        tensors = self.checkpoint.tensors
-        norms: dict[str, set[int]] = defaultdict(set)  # sizes of a block's own norms
-        same: dict[tuple[str, str], list[TensorInfo]] = defaultdict(list)  # a layer over all blocks
-        for key, info in tensors.items():
-            block, number, rest = _in_block(key)
-            name = key.removesuffix(names.WEIGHT)
-            if len(info.shape) == 1 and _BLOCK_NORM.fullmatch(rest):
-                norms[f"{block}.{number}"].add(info.shape[0])
-            if name == key or name in self.packed_layers:
-                continue
-            bias, layer = tensors.get(name + names.BIAS), self.table.quantized.get(name)
-            if bias is not None and len(bias.shape) == 1:
-                padding = info.shape[0] - bias.shape[0] if len(info.shape) == 2 else 0
-                flat = len(info.shape) == 1 and info.shape[0] > bias.shape[0] > 0
-                # Formats in tiles fill rows up to whole multiples.
-                filled = layer.format.sides[0] if layer and isinstance(layer.format, Packed) else 1
-                if flat or not 0 <= padding < filled:
-                    self.report("misshapen", name, f"{_sides(info)} beside a bias of {bias.shape[0]}")
-                    continue
-            codes = layer is not None and isinstance(layer.format, Packed)  # several a byte, so of another width
-            if rest and len(info.shape) == 2 and name not in self.table.foreign and not codes:
-                same[block, rest].append(info)
-        for infos in same.values():
-            (usual, count), *_ = Counter(info.shape for info in infos).most_common(1)
-            for info in infos:
-                block, number, rest = _in_block(info.name)
-                name, sizes = info.name.removesuffix(names.WEIGHT), norms[f"{block}.{number}"]
-                if info.shape == usual[::-1] != usual and 2 * count > len(infos) > 2:
-                    self.report("misshapen", name, f"{_sides(info)}, but {usual[0]} × {usual[1]} in other blocks")
-                elif _READS_STREAM.search(name) and info.shape[0] in sizes and info.shape[1] not in sizes:
-                    self.report("misshapen", name, f"{_sides(info)} behind a norm of {info.shape[0]}")
+        found: list[tuple[str, str, str | None]] = [
+            *(("orphaned-scale", name, None) for name in self.checkpoint if name.endswith(names.SCALES)),
+            *(("orphaned-mark", name, None) for name in self.table.marks.tensor.found),
+            *(("orphaned-mark", name, "in the header") for name in self.table.marks.header.configs),
+        ]
+        for kind, name, detail in found:
+            layer = _layer_of(name)
+            if layer + names.WEIGHT not in self.checkpoint and layer not in self.packed_layers:
+                self.report(kind, name, detail)
 
 
 INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 """What no weight is stored as, so codes of some kind."""
-
-_BLOCK_NORM = re.compile(r"[a-z_]*(?:norm|ln)_?\d*\.weight|(?:input|post_attention)_layernorm\.weight")
-_READS_STREAM = re.compile(r"\.(?:qkv|to_qkv|to_q|q_proj|w1|w3|gate_proj|up_proj|fc1)$")
-"""Layers that read what a block's norm gives."""
-
-
-def _in_block(tensor: str) -> tuple[str, str, str]:
-    """What stands before a block's number, the number, and the rest; nothing where a tensor is in no block.
-
-    >>> _in_block("double_blocks.3.img_mlp.0.weight"), _in_block("time_embed.2.weight")
-    (('double_blocks', '3', 'img_mlp.0.weight'), ('', '', ''))
-    """
-    parts = tensor.split(".")
-    number = next((place for place, part in enumerate(parts) if part.isdecimal()), len(parts))
-    if all(part.isdecimal() for part in parts[number + 1 : -1]):
-        return "", "", ""
-    return ".".join(parts[:number]), parts[number], ".".join(parts[number + 1 :])
-
-
-def _sides(info: TensorInfo) -> str:
-    return " × ".join(map(str, info.shape))
 
 
 def _layer_of(tensor: str) -> str:
@@ -856,26 +633,10 @@ def _made(metadata: Mapping[str, str]) -> Made | None:
     if not isinstance(said, dict):
         return None
     calibrate = said.get("calibrate")
-    calibrate = calibrate if isinstance(calibrate, dict) else {}
-    return Made(
-        version=_typed(said.get("version"), str),
-        converted=isinstance(said.get("convert"), dict),
-        engine=_typed(calibrate.get("engine"), str),
-        conditioning=_typed(calibrate.get("conditioning"), str),
-        samples=_typed(calibrate.get("samples"), int),
-        seed=_typed(calibrate.get("seed"), int),
-        guessed=_texts(calibrate.get("guessed")),
-        unmeasured=_texts(calibrate.get("unmeasured")),
-        depends_on_conditioning=_texts(calibrate.get("depends_on_conditioning")),
-        lora=_texts(calibrate.get("lora")),
-    )
-
-
-def _typed(value: Any, kind: type[Any]) -> Any:
-    """A value, if it is of the kind that it should be."""
-    return value if type(value) is kind else None
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    """The texts in a list."""
-    return tuple(text for text in value if isinstance(text, str)) if isinstance(value, list) else ()
+    found = {**(calibrate if isinstance(calibrate, dict) else {}), "version": said.get("version")}
+    kinds = {"version": str, "engine": str, "conditioning": str, "samples": int, "seed": int}
+    facts: dict[str, Any] = {name: found[name] for name, kind in kinds.items() if type(found.get(name)) is kind}
+    for name in ("guessed", "unmeasured", "depends_on_conditioning", "lora"):
+        if isinstance(found.get(name), list):
+            facts[name] = tuple(text for text in found[name] if isinstance(text, str))
+    return Made(converted=isinstance(said.get("convert"), dict), **facts)

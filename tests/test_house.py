@@ -24,10 +24,10 @@ PACKAGE = "convert_to_quant"
 ROWS = (
     {"cli", "__main__"},
     {"demo", "emoji", "comfyui_nodes"},
-    {"best", "calibrate_activation_scales", "fidelity", "inspection", "report"},
+    {"best", "calibrate_activation_scales", "fidelity", "inspection", "problems", "report"},
     {"engines"},
     {"solve", "choose", "headroom", "patch", "convert"},
-    {"lora", "recorder", "linear_calls", "layers", "naming", "packings"},
+    {"lora", "recorder", "linear_calls", "layers", "misshapen", "naming", "packings"},
     {"marks", "families", "stats", "trials", "formats", "checkpoint", "options"},
     {"names", "errors", "kernels", "telling", "untrusted", "lazy_torch"},
     {""},

@@ -16,16 +16,8 @@ from convert_to_quant.checkpoint import INDEX_SUFFIX
 from convert_to_quant.checkpoint.reader import CheckpointFile
 from convert_to_quant.errors import CheckpointError
 from convert_to_quant.formats import FORMATS
-from convert_to_quant.inspection import (
-    KINDS,
-    LARGEST_INPUT_SCALE,
-    LEAST_INPUT_SCALE,
-    READINGS,
-    Inspection,
-    Made,
-    Problem,
-    inspect_file,
-)
+from convert_to_quant.inspection import LARGEST_INPUT_SCALE, LEAST_INPUT_SCALE, Inspection, Made, inspect_file
+from convert_to_quant.problems import KINDS, READINGS, Problem
 from convert_to_quant.recorder import Recording
 
 X = "blocks.0"

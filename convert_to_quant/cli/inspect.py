@@ -17,7 +17,8 @@ from .shared import check_shards
 from .terminal import Styled, columns, is_terminal, paint, printable
 
 if TYPE_CHECKING:
-    from ..inspection import Inspection, LayerView, Made, Problem
+    from ..inspection import Inspection, LayerView, Made
+    from ..problems import Problem
 
 DESCRIPTION = (
     "Report what a checkpoint is, what ComfyUI does with it, and what is wrong with it. Reads only headers and scales."
@@ -219,7 +220,7 @@ def _made(made: Made) -> str:
 
 
 def _readings(found: Inspection) -> list[str]:
-    from ..inspection import READINGS
+    from ..problems import READINGS
 
     return [f"{plural(count, 'layer')}: {READINGS[reading]}" for reading, count in found.readings.items()]
 

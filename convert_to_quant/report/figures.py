@@ -34,9 +34,10 @@ from ..checkpoint import open_checkpoint
 from ..errors import StatisticsError, StrPath
 from ..formats import DEFAULT_GRID, GRIDS
 from ..formats.record import Grid
-from ..inspection import DYNAMIC, READINGS, Inspection, LayerView, inspect_checkpoint
+from ..inspection import Inspection, LayerView, inspect_checkpoint
 from ..kernels import NONFINITE_BIN, SIGMA_BINS
 from ..options import SolveOptions
+from ..problems import DYNAMIC, READINGS
 from ..solve import LayerResult, Present, expected_errors, lost_rows, solve
 from ..stats import BIN_EDGES, Statistics
 from . import document, verdict

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from sphinx.application import Sphinx
 
-from convert_to_quant import inspection
 from convert_to_quant.cli import COMMANDS, DEFAULT_COMMAND, build_parser
 from convert_to_quant.families import FAMILIES
+from convert_to_quant.problems import KINDS, READINGS
 from convert_to_quant.report.document import RISKS
 from convert_to_quant.stats import COLUMNS, Statistics
 
@@ -128,7 +128,7 @@ def readings() -> Iterator[str]:
     """What ComfyUI does with a layer, in the words of `inspect`."""
     yield table(
         ("in `--layers`", "what ComfyUI does"),
-        ((f"`{name}`", markdown(text)) for name, text in inspection.READINGS.items()),
+        ((f"`{name}`", markdown(text)) for name, text in READINGS.items()),
     )
 
 
@@ -136,7 +136,7 @@ def problems() -> Iterator[str]:
     """What `inspect` may find."""
     yield table(
         ("problem", "what is wrong", "what to do"),
-        ((f"`{name}`", markdown(kind.title), markdown(kind.remedy)) for name, kind in inspection.KINDS.items()),
+        ((f"`{name}`", markdown(kind.title), markdown(kind.remedy)) for name, kind in KINDS.items()),
     )
 
 

@@ -201,7 +201,8 @@ BROKEN = {
 def test_a_remedy_that_is_a_command_cures(
     ctq: Any, save: Any, build: Any, tmp_path: Path, kind: str, broken: Any
 ) -> None:
-    from convert_to_quant.inspection import KINDS, inspect_file
+    from convert_to_quant.inspection import inspect_file
+    from convert_to_quant.problems import KINDS
 
     if kind == "marker-disables-fp8":
         tensors, _ = build.quantized(["blocks.0"], "legacy")
