@@ -48,6 +48,7 @@ from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .errors import StrPath
 from .formats import DEFAULT, DEFAULT_GRID, FLOAT_GRIDS, FORMATS, recognize
 from .formats.fp8 import QUANTOPS
+from .formats.int8 import ROWS as INT8
 from .formats.record import FLOAT_SCALES, Format, Grid, Packed
 from .formats.w4a8 import LEAST_CODE
 from .layers import ForeignLayer, Layer, LayerError, LayerTable, find_layers, input_scale
@@ -485,6 +486,10 @@ class _Survey:
             self.report("header-bare", layer.name)
         if names.PRE_QUANT_SCALE not in fmt.optional and layer.name + names.PRE_QUANT_SCALE in self.checkpoint:
             self.report("pre-quant-scale", layer.name, layer.title)
+        assert layer.weight_scale is not None
+        scales = self.checkpoint.tensors[layer.weight_scale]
+        if layer.config.get("format") == INT8.marked and len(scales.shape) == 1 < scales.elements:
+            self.report("scale-flat", scales.name)
         usable = layer.input_scale is not None and layer.input_problem is None
         scale = input_scale(self.checkpoint, layer) if usable else None
         reading = self.reading(layer, scale)

@@ -428,8 +428,9 @@ class _Finder:
             info = layer.parts.get(suffix)
             if info is None or suffix == names.WEIGHT:
                 continue  # optional
-            exact = len(shape) == 2 or suffix in (names.S_CHANNEL, names.CODEBOOK)
-            if math.prod(info.shape) != math.prod(shape) or (exact and info.shape != shape):
+            flat = (shape[0],) if shape[1:] == (1,) else shape  # which readers multiply, too
+            single = math.prod(info.shape) == math.prod(shape) == 1
+            if info.shape not in (shape, flat) and not single:
                 problem = f"a {fmt.title} weight of shape {list(layer.shape)} has {suffix} of shape {list(shape)}"
                 raise self.error("scale-shape", info.name, f"{problem}, found {list(info.shape)}")
             if suffix == names.CODEBOOK:

@@ -72,6 +72,9 @@ KINDS: Mapping[str, Kind] = {
     "scale-shape": Kind("a scale has a shape that fits no rule of its format: ComfyUI fails, or paints noise"),
     "rotation-group": Kind("inputs cannot be rotated in groups of the size that the mark names: ComfyUI fails"),
     "codebook-missing": Kind("W4A8 without the codebook that its scales are made for: weights are far too large"),
+    "scale-flat": Kind(
+        "INT8 scales of shape [out], not [out, 1]: products are right, but LoRAs and full precision fail or are wrong"
+    ),
     "pre-quant-scale": Kind("a pre_quant_scale beside a format in which ComfyUI does not read it: outputs are wrong"),
     "mark-unknown": Kind(
         "a mark names a format that ComfyUI does not know: the model does not load",
