@@ -151,6 +151,7 @@ class Inspection:
         parts: what else the file holds: "VAE", ...
         layers: its linear layers, in file order.
         header_marks: number of layers that the header marks.
+        header_version: of the header's marks: "1.0" is ComfyUI's, "1.1" SGLang's; None where it says none.
         tensor_marks: number of comfy_quant tensors.
         legacy_marker: name of the `scaled_fp8` tensor.
         legacy_marker_elements: its size; 2 turns FP8 products off.
@@ -171,6 +172,7 @@ class Inspection:
     parts: tuple[str, ...]
     layers: tuple[LayerView, ...]
     header_marks: int
+    header_version: str | None
     tensor_marks: int
     legacy_marker: str | None
     legacy_marker_elements: int | None
@@ -300,6 +302,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         parts=tuple(dict.fromkeys(part.title for part in parts if part is not None)),
         layers=tuple(layers),
         header_marks=len(marks.header.configs),
+        header_version=version if isinstance(version := marks.header.fields.get("format_version"), str) else None,
         tensor_marks=len(marks.tensor.found),
         legacy_marker=None if marker is None else marker.name,
         legacy_marker_elements=None if marker is None else marker.elements,

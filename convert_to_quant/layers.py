@@ -387,7 +387,7 @@ class _Finder:
             raise self.error("mark-format", weight.name, f"marked as {said}, but stored as {weight.dtype}")
         first_scale = fmt.scales[0]
         missing = [suffix for suffix in fmt.scales if suffix not in layer.parts]
-        if first_scale == names.WEIGHT_SCALE and layer.weight_scale is not None:  # which may be spelled otherwise
+        if not isinstance(fmt, Packed) and layer.weight_scale is not None:  # which may be spelled otherwise
             missing = [suffix for suffix in missing if suffix != first_scale]
         if said is not None and missing:
             problem = f"marked as {said}, but there is no {missing[0]}"

@@ -326,6 +326,7 @@ CONVROT = FORMS["int8-convrot"][1]
         ("int8-convrot", {"mark": {**CONVROT, GROUP: 256}}, "rotation-group", "a power of 4 that divides 64"),
         ("int8-convrot", {"mark": {**CONVROT, GROUP: "many"}}, "rotation-group", "groups of -1"),
         ("w4a8", {"mark": {"format": "asym_w4a8_int8", "params": {GROUP: 0}}}, "rotation-group", "groups of -1"),
+        ("mxfp8", {"weight_scale": None, "scale_weight": SMALL}, "weight-scale-missing", "there is no .weight_scale"),
         ("mxfp8", {"weight_scale": np.full((32, 1), 120, np.uint8)}, "scale-shape", "of shape [128, 4], found [32, 1]"),
         ("mxfp8", {"weight_scale": np.full((128, 4), SMALL)}, "scale-dtype", "U8 was expected, found F32"),
         ("mxfp8", {"weight_scale": np.full((128, 4), 255, np.uint8)}, "scale-value", "some are NaN"),
@@ -386,7 +387,8 @@ def test_what_only_sglang_reads_is_named(look, build):
     assert (found.layers[-1].title, found.layers[-1].scaling, found.formats["fp8-sglang"].read_by) == (
         "FP8", "row", "SGLang")  # fmt: skip
     text = json.dumps({"format_version": "1.1", "layers": {"y": mark}})
-    assert only_problem(look(tensors, "none", {"_quantization_metadata": text}, scaled=False)).kind == "mark-unknown"
+    found = look(tensors, "none", {"_quantization_metadata": text}, scaled=False)
+    assert (only_problem(found).kind, found.header_version, found.header_marks) == ("mark-unknown", "1.1", 1)
 
 
 def test_row_wise_fp8_of_black_forest_labs_is_named(look):
@@ -830,19 +832,21 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 100) | st.floats() | st.text(max_size=3) | st.sampled_from(sorted(
         {fmt.marked for fmt in FORMATS.values()})),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(
-        ["format", "full_precision_matrix_mult", "block_size", "layers", X, "calibrate", "version", "samples"]), inner,
+        ["format", "full_precision_matrix_mult", "block_size", "layers", X, "calibrate", "version", "samples",
+         "convrot", "convrot_groupsize", "params"]), inner,
         max_size=4),
     max_leaves=8,
 )  # fmt: skip
 SCALES = st.sampled_from([
     np.float32(1), np.float32(np.nan), np.float16(2), np.int64(3), np.bool_(True), ("C64", np.complex64(1j)),
     np.zeros(0, np.float32), np.ones((16, 1), np.float32), np.ones((2, 2), np.float64), np.float64(1e300),
-    ("F8_E8M0", np.ones(4, np.uint8)), ("F8_E4M3", np.uint8(0x7F)),
+    ("F8_E8M0", np.ones(4, np.uint8)), ("F8_E4M3", np.uint8(0x7F)), ("F8_E4M3", np.full((128, 4), 0x7F, np.uint8)),
+    np.full((128, 4), 255, np.uint8), ("F8_E4M3", np.full((16, 16), 0x7F, np.uint8)), np.ones(16, np.float32),
 ])  # fmt: skip
 WEIGHTS = st.sampled_from([
     ("F8_E4M3", np.zeros((16, 32), np.uint8)), ("F8_E5M2", np.zeros((16, 32), np.uint8)), np.zeros((16, 32), np.int8),
     ("F8_E4M3", np.zeros((0, 32), np.uint8)), ("F8_E4M3", np.zeros(4, np.uint8)), np.float32(1),
-    np.zeros((2, 2), np.float32),
+    np.zeros((2, 2), np.float32), np.ones((16, 8), np.uint8), np.ones((16, 128), np.int8),
     ("F8_E4M3", np.zeros((2, 2, 2), np.uint8)), ("F8_E4M3FNUZ", np.zeros((16, 32), np.uint8)),
 ])  # fmt: skip
 
@@ -851,7 +855,8 @@ WEIGHTS = st.sampled_from([
 @given(data=st.data())
 def test_nothing_that_a_file_holds_is_a_traceback(build, tmp_path, data):
     tensors = {f"{X}.weight": data.draw(WEIGHTS)}
-    for key in ("weight_scale", "input_scale", "scale_weight", "scale_input"):
+    for key in ("weight_scale", "input_scale", "scale_weight", "scale_input", "weight_scale_2", "weight_s_rel",
+                "weight_s_channel", "weight_codebook", "pre_quant_scale"):  # fmt: skip
         scale = data.draw(st.none() | SCALES)
         if scale is not None:
             tensors[f"{X}.{key}"] = scale

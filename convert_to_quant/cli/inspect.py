@@ -171,7 +171,8 @@ def _scaling(layer: LayerView) -> str:
 def _marks(found: Inspection) -> str:
     marks = []
     if found.header_marks:
-        marks.append(f"header ({plural(found.header_marks, 'layer')})")
+        version = "" if found.header_version in ("1.0", None) else f" {found.header_version}"
+        marks.append(f"header{version} ({plural(found.header_marks, 'layer')})")
     if found.tensor_marks:
         marks.append(f"comfy_quant tensors ({found.tensor_marks:,})")
     if found.legacy_marker is not None:
