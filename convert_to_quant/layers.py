@@ -441,7 +441,7 @@ class _Finder:
                 raise self.error("scale-dtype", info.name, f"{dtype} was expected, found {info.dtype}")
         factors = layer.parts.get(names.PRE_QUANT_SCALE)
         if factors is not None:
-            if factors.elements != layer.in_features:
+            if factors.shape != (layer.in_features,):
                 problem = f"one value for each of {layer.in_features} inputs was expected"
                 raise self.error("scale-shape", factors.name, f"{problem}, found shape {list(factors.shape)}")
             self.check_scale(factors.name)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convert_to_quant import families, layers
-from convert_to_quant.checkpoint import INDEX_SUFFIX
+from convert_to_quant import families, layers, names
+from convert_to_quant.checkpoint import INDEX_SUFFIX, open_checkpoint
 from convert_to_quant.checkpoint.reader import CheckpointFile
 from convert_to_quant.errors import CheckpointError
 from convert_to_quant.formats import FORMATS
@@ -337,7 +337,7 @@ CONVROT = FORMS["int8-convrot"][1]
         ("nvfp4", {"weight_scale_2": np.float32(np.inf)}, "scale-value", "found inf"),
         ("nvfp4", {"weight_scale_2": np.float32(1e9)}, "weight-scale-absurd", "1e+09: weights up to 6e+09"),
         ("nvfp4", {"weight": np.ones((16, 8), np.int8)}, "mark-format", "marked as nvfp4, but stored as I8"),
-        ("nvfp4", {"pre_quant_scale": np.ones(8, np.float32)}, "scale-shape", "one value for each of 16 inputs"),
+        ("nvfp4", {"pre_quant_scale": np.ones((4, 4), np.float32)}, "scale-shape", "one value for each of 16 inputs"),
         ("mxfp8", {"pre_quant_scale": np.ones(32, np.float32)}, "pre-quant-scale", "MXFP8"),
         ("w4a8", {"weight_s_channel": np.full((16, 1), SMALL)}, "scale-shape", "of shape [16], found [16, 1]"),
         ("w4a8", {"weight_s_rel": np.ones((16, 16), np.float16)}, "scale-dtype", "F8_E4M3 was expected, found F16"),
@@ -862,6 +862,9 @@ def test_nothing_that_a_file_holds_is_a_traceback(build, tmp_path, data):
             tensors[f"{X}.{key}"] = scale
     if data.draw(st.booleans()):
         tensors[f"{X}.comfy_quant"] = np.frombuffer(json.dumps(data.draw(JSON)).encode(), np.uint8)
+    tensors |= layer_y(build, data.draw(st.sampled_from(sorted(FORMS))))
+    for key in data.draw(st.lists(st.sampled_from(names.LAYER_SUFFIXES[:-1]), max_size=3)):
+        tensors[f"y{key}"] = data.draw(SCALES | WEIGHTS)
     if data.draw(st.booleans()):
         tensors["scaled_fp8"] = marker(data.draw(st.sampled_from([0, 2])))
     metadata = {key: json.dumps(data.draw(JSON)) for key in ("_quantization_metadata", "convert_to_quant")
@@ -872,6 +875,9 @@ def test_nothing_that_a_file_holds_is_a_traceback(build, tmp_path, data):
         found = inspect_file(path)
     except CheckpointError:
         return  # the header itself is wrong
+    with open_checkpoint(path) as checkpoint:
+        for layer in layers.find_layers(checkpoint, collect_problems=True).linear():
+            assert layers.dequantize(checkpoint, layer).shape == layer.shape
     json.dumps(found.to_json(), allow_nan=False)
     assert all(layer.reading in READINGS for layer in found.layers)
     assert all(problem.kind in KINDS for problem in found.problems)
