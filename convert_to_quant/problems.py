@@ -26,7 +26,7 @@ READINGS: Mapping[str, str] = {
     "per-block-16": "product in its own format, inputs scaled per block of 16",
     "per-block-32": "product in its own format, inputs scaled per block of 32",
     "per-block-static": "product in its own format, inputs scaled per block of 16 under input_scale",
-    "dynamic": "only with the ComfyUI-QuantOps nodes, inputs scaled per token",
+    "dynamic": "only with the ComfyUI-QuantOps nodes, which scale inputs as they come, per token",
     "foreign": "kernels of its own format",
     "packed": "nothing: another program packed it",
     "cuda-error": "FP8 product, which fails on CUDA",
