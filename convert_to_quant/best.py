@@ -22,6 +22,7 @@ from .checkpoint import Checkpoint, Spec
 from .choose import Choice, Offer, choose, decibels, total_bytes, total_damage
 from .convert import ConversionPlan, plan_conversion, written_bytes
 from .errors import OptionError, StatisticsError, StrPath
+from .families.running import Geometry
 from .formats import FORMATS
 from .formats.record import Format
 from .layers import Layer
@@ -38,7 +39,8 @@ CANDIDATES = ("fp8", "int8", "int8-convrot", "mxfp8", "nvfp4", "w6a8", "w4a8", "
 """What is tried. One scale for a whole weight is never better than one for each of its rows, so INT8 is here once."""
 
 IMAGES = 12
-"""Trials are run on: four of each way of conditioning."""
+TRIAL_GEOMETRY = Geometry(height=16, width=16, text_tokens=64)
+"""What trials are run on: four images of each way of conditioning, a quarter of the tokens of an observation."""
 
 CURVE_BITS = (4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 8.0, 10.0)
 
@@ -164,6 +166,7 @@ def measure(
     ).statistics  # fmt: skip
     model = denoiser.load(checkpoint, plan.table, device=shown.device)
     images = shown.samples or IMAGES
+    geometry = geometry if any(shown.size) else TRIAL_GEOMETRY
     tried = trials.run_trials(
         trials.Bench(model, geometry, trials.moments(model, geometry, images, shown.steps, shown.seed)),
         candidates(checkpoint, layers, seen, formats_for(options)),
