@@ -79,7 +79,7 @@ class Judge:
         state = check_latents(model, geometry, count, emoji.HELD_OUT_SEED)
         for step in range(emoji.LEVELS):
             sigma = 1 - step / emoji.LEVELS
-            self.moments.append(trials.Moment(f"{sigma:g}", torch.cat([state, state]), sigma, both))
+            self.moments.append(trials.Moment({"prompts": 2 * count}, torch.cat([state, state]), sigma, both))
             velocity = model.velocity(torch.cat([state, state]), sigma, both, geometry)
             self.wanted.append(velocity)
             positive, negative = velocity.chunk(2)
@@ -231,14 +231,8 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
         for card in CARDS:
             point = found["best"][card].get("8")
             got = -np.inf if point is None else point["sqnr_db"]
-            single = max(
-                (
-                    db
-                    for name, db in found["uniform"].items()
-                    if card in FORMATS[name].native and FORMATS[name].bits <= 8
-                ),
-                default=-np.inf,
-            )
+            taken = [name for name in found["uniform"] if card in FORMATS[name].native and FORMATS[name].bits <= 8]
+            single = max(found["uniform"][name] for name in taken)
             wanted = max(single - UNDER_ONE_FORMAT_DB, AIMS.get((card, title(model)), -np.inf))
             if got < wanted:
                 missed.append(f"{title(model)}, {card}, 8 bits: {got:.2f} dB, {wanted:.2f} were asked for")

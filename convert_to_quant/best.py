@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 CANDIDATES = ("fp8", "int8", "int8-convrot", "mxfp8", "nvfp4", "w6a8", "w4a8", "convrot-w4a4")
 """What is tried. One scale for a whole weight is never better than one for each of its rows, so INT8 is here once."""
 
-IMAGES = 12
+LARGE_WEIGHTS, IMAGES, LARGE_IMAGES = 10**9, 12, 3
 TRIAL_GEOMETRY = Geometry(height=16, width=16, text_tokens=64)
-"""What trials are run on: four images of each way of conditioning, a quarter of the tokens of an observation."""
+"""What trials are run on: four images of each way of conditioning, one where the model is large; a quarter of the
+tokens of an observation."""
 
 CURVE_BITS = (4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 8.0, 10.0)
 
@@ -154,6 +155,8 @@ def measure(
         UnsupportedModelError: the model cannot be run.
         CalibrationError: its activations are not finite.
     """
+    import torch
+
     from .engines import denoiser, diffusers, sizes, trials
 
     layers = {layer.name: layer for layer, _ in plan.quantized}
@@ -164,15 +167,17 @@ def measure(
         device=shown.device, geometry=geometry, layers=list(layers),
         progress=None if progress is None else lambda done, of: progress(done, 2 * of),
     ).statistics  # fmt: skip
-    model = denoiser.load(checkpoint, plan.table, device=shown.device)
-    images = shown.samples or IMAGES
+    model = denoiser.load(checkpoint, plan.table, device=shown.device, dtype=torch.float32)
+    small = sum(layer.weight.elements for layer in layers.values()) < LARGE_WEIGHTS
+    images = shown.samples or (IMAGES if small else LARGE_IMAGES)
     geometry = geometry if any(shown.size) else TRIAL_GEOMETRY
-    tried = trials.run_trials(
-        trials.Bench(model, geometry, trials.moments(model, geometry, images, shown.steps, shown.seed)),
-        candidates(checkpoint, layers, seen, formats_for(options)),
-        gpus=(options.gpu,),
-        progress=None if progress is None else lambda done, of: progress(of + done, 2 * of),
-    )
+    with trials.tensor_float_32():
+        tried = trials.run_trials(
+            trials.Bench(model, geometry, trials.moments(model, geometry, images, shown.steps, shown.seed)),
+            candidates(checkpoint, layers, seen, formats_for(options)),
+            gpus=(options.gpu,),
+            progress=None if progress is None else lambda done, of: progress(of + done, 2 * of),
+        )
     return seen, tried
 
 
