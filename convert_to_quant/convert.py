@@ -47,8 +47,9 @@ from .checkpoint import (
 )
 from .errors import OutputError, TensorError
 from .formats import DEFAULT, FORMATS
-from .formats.record import CHUNK, Format, Packed, scale_grid, spans, widen_bfloat16
-from .layers import Layer, LayerTable, find_layers, named, scales_per_row
+from .formats.packing import round_up
+from .formats.record import CHUNK, TORCH_NAMES, Format, Packed, scale_grid, spans
+from .layers import ALL_ROWS, Layer, LayerTable, find_layers, named, scales_per_row
 from .lazy_torch import torch
 from .marks import Way, with_full_precision
 from .options import ConvertOptions
@@ -59,12 +60,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BAND_VALUES = 1 << 18
-"""Values per step where scales differ within a weight: about 1 MB of float32, which a core's cache holds."""
+"""Values per step where scales differ within a weight: half a MB of float32, so that a core's cache holds a few."""
+
+DEVICE_BAND_VALUES = 1 << 23
+"""The same on a GPU: enough to occupy it."""
+
+STAGED_BYTES = 1 << 24
+"""What a thread copies to a GPU at a time."""
 
 MSE_SECONDS_PER_WEIGHT = 5e-6
 """What the exact search takes per weight where scales differ within a weight; measured on one core, 2026-11-22."""
 
 RELEASE_BYTES = 1 << 24
+WORKERS = min(8, os.cpu_count() or 1)
 PROVENANCE_KEY = names.PROVENANCE_KEY
 
 _LARGEST_BFLOAT16 = 0x7F7F
@@ -291,6 +299,7 @@ def convert(
     plan: ConversionPlan,
     output: Path,
     *,
+    device: str = "cpu",
     progress: Advance | None = None,
     before_commit: Callable[[CheckpointWriter], None] | None = None,
 ) -> None:
@@ -300,6 +309,7 @@ def convert(
         checkpoint: the input.
         plan: what becomes of it.
         output: a `.safetensors` path, or `.safetensors.index.json` to keep the input's shards.
+        device: where torch computes; see `quantize_weight`.
         progress: told how many input bytes were done.
         before_commit: called with the complete but still unnamed output, which it may read and change in place
             (calibration); if it raises, there is no output.
@@ -328,11 +338,13 @@ def convert(
             def sink(suffix: str, data: NDArray[Any], start: int) -> None:
                 writer.write(layer.name + plan.spelled(suffix), data, start)
 
-            quantize_weight(checkpoint, layer, fmt, plan.options, sink)
+            quantize_weight(checkpoint, layer, fmt, plan.options, sink, device=place)
             if progress is not None:
                 progress(layer.weight.nbytes)
 
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        place = None if device == "cpu" else torch.device(device)
+        computes = place is not None or any(isinstance(fmt, Packed) for fmt in plan.formats)
+        with _threads(place) if computes else ThreadPoolExecutor(WORKERS) as pool:
             jobs = [pool.submit(run, layer, fmt) for layer, fmt in plan.quantized]
             try:
                 writer.copy(checkpoint, layout.copied)
@@ -347,12 +359,35 @@ def convert(
             before_commit(writer)
 
 
+@contextlib.contextmanager
+def _threads(device: torch.device | None) -> Iterator[ThreadPoolExecutor]:
+    """Threads in which torch starts no further ones, each with a stream of its own on a GPU."""
+    before = torch.get_num_threads()
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        if device is not None and device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+    try:
+        with ThreadPoolExecutor(WORKERS, initializer=begin) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
 Sink = Callable[[str, NDArray[Any], int], None]
 """Takes a part of one of a layer's tensors: its suffix, the elements, and the byte at which they begin."""
 
 
 def quantize_weight(
-    checkpoint: Checkpoint, layer: Layer, fmt: Format, options: ConvertOptions, sink: Sink
+    checkpoint: Checkpoint,
+    layer: Layer,
+    fmt: Format,
+    options: ConvertOptions,
+    sink: Sink,
+    *,
+    device: torch.device | None = None,
 ) -> NDArray[np.float32] | None:
     """Quantize one weight, streaming it out.
 
@@ -362,6 +397,8 @@ def quantize_weight(
         fmt: the format.
         options: block size, and how scales are chosen.
         sink: called with codes and scales, chunk by chunk, those of each tensor in order.
+        device: where torch computes; None for the CPU, without torch where a format needs none. The bytes are the
+            same, but for formats that rotate: sums have another order on a GPU.
 
     Returns:
         The weight scale of a format that is not packed, float32 [n_out, n_in], one per block: (1, 1) for tensor,
@@ -370,12 +407,16 @@ def quantize_weight(
     Raises:
         TensorError: the weight has NaN or infinite values.
     """
-    if isinstance(fmt, Packed):
-        _quantize_packed(checkpoint, layer, fmt, options, sink)
-        return None
-    by_table = fmt.granularity == "tensor" and layer.weight.dtype in ("BF16", "F16")
-    scale = (_quantize_by_table if by_table else _quantize_by_bands)(checkpoint, layer, fmt, options, sink)
-    sink(names.WEIGHT_SCALE, scale, 0)
+    if isinstance(fmt, Packed) or device is not None:
+        place = device or torch.device("cpu")
+        scale = _quantize_with_torch(checkpoint, layer, fmt, options, sink, device=place)
+    elif fmt.granularity == "tensor" and layer.weight.dtype in ("BF16", "F16"):
+        scale = _quantize_by_table(checkpoint, layer, fmt, options, sink)
+    else:
+        scale = _quantize_by_bands(checkpoint, layer, fmt, options, sink)
+    checkpoint.release(layer.weight.name)
+    if scale is not None:
+        sink(names.WEIGHT_SCALE, scale, 0)
     return scale
 
 
@@ -394,7 +435,7 @@ def _quantize_by_table(
     """One scale for 16-bit weights: two passes over the file's bits, no arithmetic per weight."""
     dtype = layer.weight.dtype
     bits = checkpoint.bits(layer.weight.name).reshape(-1).view(np.uint16)
-    meanings = to_float32(np.arange(1 << 16, dtype=np.uint16).view(_bit_dtype(dtype)), dtype)
+    meanings = _meanings(dtype)
     magnitudes = np.abs(meanings[: 1 << 15])
 
     # Bits without the sign order magnitudes: finite, then infinity, then NaN. Read as signed they order the positive
@@ -404,12 +445,8 @@ def _quantize_by_table(
         raise _not_finite(checkpoint, layer, fmt)
     scale = fmt.weight_scales(magnitudes[largest])
     if options.weight_scale == "mse":
-        counts = np.zeros(1 << 16, np.int64)
-        for span in spans(len(bits)):
-            counts += np.bincount(bits[span], minlength=1 << 16)
-        both_signs = counts[: 1 << 15] + counts[1 << 15 :]
-        used = np.flatnonzero(both_signs)
-        scale = least_squares_scale(magnitudes[used].astype(np.float64), both_signs[used], scale, fmt)
+        bands = list(spans(layer.out_features, max(1, BAND_VALUES // layer.in_features)))
+        scale = _least_squares_grid(checkpoint, layer, scale, fmt, block=layer.shape, bands=bands)
     with np.errstate(invalid="ignore", over="ignore"):
         table = fmt.codes.encode(meanings / scale)
     released = 0
@@ -421,86 +458,164 @@ def _quantize_by_table(
         if span.stop * 2 - released >= RELEASE_BYTES:
             released = span.stop * 2
             checkpoint.release(layer.weight.name)
-    checkpoint.release(layer.weight.name)
     return scale.reshape(1, 1)
 
 
-def _bit_dtype(dtype: str) -> type:
-    return np.float16 if dtype == "F16" else np.uint16
+def _meanings(dtype: str) -> NDArray[np.float32]:
+    """What the 65,536 patterns of a 16-bit dtype mean."""
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    return to_float32(patterns.view(np.float16) if dtype == "F16" else patterns, dtype)
 
 
 def _quantize_by_bands(
     checkpoint: Checkpoint, layer: Layer, fmt: Format, options: ConvertOptions, sink: Sink
 ) -> NDArray[np.float32]:
-    """Scales per block, or wide weights: rows are widened to float32, a band at a time."""
+    """Scales per block, or wide weights: rows are widened to float32, a band at a time.
+
+    All bands that share a scale are read before the first is quantized; those of rows are still in the cache then.
+    """
     block = fmt.block(layer.shape, options.block_size)
-    absmax = np.zeros(scale_grid(layer.shape, block), np.float32)
-    bands = list(_bands(layer, block[0]))
-    for band, bits in _banded(checkpoint, layer, bands):
-        rows = slice(band.start // block[0], -(-band.stop // block[0]))
-        np.maximum(absmax[rows], _block_absmax(bits, layer.weight.dtype, block), out=absmax[rows])
-    if not np.isfinite(absmax).all():
-        raise _not_finite(checkpoint, layer, fmt)
-    scale = fmt.weight_scales(absmax)
-    if options.weight_scale == "mse":
-        scale = _least_squares_grid(checkpoint, layer, block, scale, fmt)
     blocked = replace(layer, block=block)
-    for band, bits in _banded(checkpoint, layer, bands):
-        weight_OI = to_float32(bits, layer.weight.dtype)
-        np.divide(weight_OI, scales_per_row(scale, blocked, band), out=weight_OI)
-        sink(names.WEIGHT, fmt.codes.encode(weight_OI), band.start * layer.in_features)
+    scale = np.empty(scale_grid(layer.shape, block), np.float32)
+    bits, dtype = checkpoint.bits(layer.weight.name), layer.weight.dtype
+    scratch = np.empty((max(1, BAND_VALUES // layer.in_features), layer.in_features), np.float32)
+    for bands in _bands(layer, block[0]):
+        blocks = slice(bands[0].start // block[0], -(-bands[-1].stop // block[0]))
+        absmax = np.max([_block_absmax(bits[band], dtype, block) for band in bands], axis=0)
+        if not np.isfinite(absmax).all():
+            raise _not_finite(checkpoint, layer, fmt)
+        scale[blocks] = fmt.weight_scales(absmax)
+        if options.weight_scale == "mse":
+            scale[blocks] = _least_squares_grid(checkpoint, layer, scale[blocks], fmt, block=block, bands=bands)
+        for band in bands:
+            weight_OI = to_float32(bits[band], dtype, scratch[: band.stop - band.start])
+            np.divide(weight_OI, scales_per_row(scale, blocked, band), out=weight_OI)
+            sink(names.WEIGHT, fmt.codes.encode(weight_OI), band.start * layer.in_features)
+            _release_behind(checkpoint, layer, band)
     return scale
 
 
-def _quantize_packed(checkpoint: Checkpoint, layer: Layer, fmt: Packed, options: ConvertOptions, sink: Sink) -> None:
-    """Packed formats, in bands of whole tiles of scales."""
-    rows = max(1, BAND_VALUES // (layer.in_features * Packed.ROWS)) * Packed.ROWS
+def _quantize_with_torch(
+    checkpoint: Checkpoint, layer: Layer, fmt: Format, options: ConvertOptions, sink: Sink, *, device: torch.device
+) -> NDArray[np.float32] | None:
+    """Packed formats, and every format on a GPU, in bands of whole tiles of scales."""
+    on_cpu = device.type == "cpu"
+    read = _rows_on_cpu(checkpoint, layer) if on_cpu else _rows_on_device(checkpoint, layer, device)
+    rows = max(1, (BAND_VALUES if on_cpu else DEVICE_BAND_VALUES) // layer.in_features)
+    if isinstance(fmt, Packed) and fmt.TILED:
+        rows = round_up(rows, fmt.ROWS)
     bands = list(spans(layer.out_features, rows))
-    every = (1, layer.in_features)
-    largest = [_block_absmax(bits, layer.weight.dtype, every).max() for _, bits in _banded(checkpoint, layer, bands)]
-    absmax = float(np.max(largest))
-    if not math.isfinite(absmax):
-        raise _not_finite(checkpoint, layer, fmt)
+    bits = checkpoint.bits(layer.weight.name)
 
-    def some(numbers: Tensor) -> Tensor:
-        bits = checkpoint.bits(layer.weight.name)[numbers.numpy()]
-        return torch.from_numpy(to_float32(bits, layer.weight.dtype))
+    def largest(band: slice) -> float:
+        absmax = _block_absmax(bits[band], layer.weight.dtype, layer.shape) if on_cpu else read(band).abs().amax()
+        if not math.isfinite(absmax.item()):
+            raise _not_finite(checkpoint, layer, fmt)
+        return absmax.item()
 
-    whole = fmt.whole(absmax, layer.shape, some, options.weight_scale)
-    for suffix, tensor in whole.items():
-        sink(suffix, tensor.numpy(), 0)
+    scale: NDArray[np.float32] | None = None
+    if isinstance(fmt, Packed):
+        whole = fmt.whole(lambda: max(largest(band) for band in bands), layer.shape, read, options.weight_scale)
+        for suffix, tensor in whole.items():
+            sink(suffix, tensor.cpu().numpy(), 0)
+    else:
+        block = fmt.block(layer.shape, options.block_size)
+        absmax = _block_absmax_of(read(ALL_ROWS), block).cpu().numpy()
+        if not np.isfinite(absmax).all():
+            raise _not_finite(checkpoint, layer, fmt)
+        scale = fmt.weight_scales(absmax)
+        if options.weight_scale == "mse":
+            scale = _least_squares_grid(checkpoint, layer, scale, fmt, block=block, bands=bands)
+        scales = torch.from_numpy(scale).to(device)
+
+    def quantized(band: slice) -> dict[str, Tensor]:
+        if isinstance(fmt, Packed):
+            largest(band)
+            return fmt.quantize(read(band), whole, options.weight_scale)
+        per_row = scales[torch.arange(band.start, band.stop, device=device) // block[0]]
+        if per_row.shape[1] > 1:
+            per_row = per_row.repeat_interleave(block[1], 1)[:, : layer.in_features]
+        return {names.WEIGHT: fmt.codes.round(read(band).float() / per_row)}
+
     done: Counter[str] = Counter()
-    for _, bits in _banded(checkpoint, layer, bands):
-        weight_OI = torch.from_numpy(to_float32(bits, layer.weight.dtype))
-        for suffix, tensor in fmt.quantize(weight_OI, whole, options.weight_scale).items():
-            data = tensor.contiguous().view(torch.uint8).numpy() if tensor.element_size() == 1 else tensor.numpy()
+    for band in bands:
+        for suffix, tensor in quantized(band).items():
+            data = _to_host(tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor).numpy()
             sink(suffix, data, done[suffix])
             done[suffix] += data.nbytes
+    return scale
 
 
-def _bands(layer: Layer, block_out: int) -> Iterator[slice]:
-    """Rows of a weight in steps of whole blocks, or of a part of one where a block is a large weight."""
+def _rows_on_cpu(checkpoint: Checkpoint, layer: Layer) -> Callable[[Any], Tensor]:
+    """Gives rows of a weight, by a slice or by their numbers, in the file's dtype."""
+    raw = checkpoint.raw(layer.weight.name).reshape(layer.out_features, -1)
+
+    def read(rows: Any) -> Tensor:
+        copied = torch.from_numpy(raw[rows].copy())
+        if isinstance(rows, slice):
+            _release_behind(checkpoint, layer, rows)
+        return copied.view(getattr(torch, TORCH_NAMES[layer.weight.dtype]))
+
+    return read
+
+
+def _rows_on_device(checkpoint: Checkpoint, layer: Layer, device: torch.device) -> Callable[[Any], Tensor]:
+    """The same of a weight that is read into the memory of a device once, through pinned memory.
+
+    A thread waits for each of its copies; other threads copy or compute meanwhile, each on a stream of its own.
+    """
+    raw = checkpoint.raw(layer.weight.name).reshape(layer.out_features, -1)
+    weight = torch.empty(raw.shape, dtype=torch.uint8, device=device)
+    rows = min(layer.out_features, max(1, STAGED_BYTES // raw.shape[1]))
+    staged = torch.empty((rows, raw.shape[1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for band in spans(layer.out_features, rows):
+        part = staged[: band.stop - band.start]
+        np.copyto(part.numpy(), raw[band])
+        weight[band].copy_(part)
+        _release_behind(checkpoint, layer, band)
+    return weight.view(getattr(torch, TORCH_NAMES[layer.weight.dtype])).__getitem__
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A contiguous copy in memory that a GPU writes directly; the tensor itself on the CPU."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu().contiguous()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+
+
+def _block_absmax_of(weight_OI: Tensor, block: tuple[int, int]) -> Tensor:
+    """Largest magnitude per block, float32 [n_out, n_in]."""
+    rows, columns = scale_grid((weight_OI.shape[0], weight_OI.shape[1]), block)
+    missing = (0, columns * block[1] - weight_OI.shape[1], 0, rows * block[0] - weight_OI.shape[0])
+    magnitudes = torch.nn.functional.pad(weight_OI.abs(), missing)
+    return magnitudes.reshape(rows, block[0], columns, block[1]).amax((1, 3)).float()
+
+
+def _bands(layer: Layer, block_out: int) -> Iterator[list[slice]]:
+    """Rows of a weight in steps that share no scale: a band of whole blocks, or several of one block that is larger."""
     rows = max(1, BAND_VALUES // layer.in_features)
-    if rows >= block_out:
-        rows -= rows % block_out
-        yield from spans(layer.out_features, rows)
-        return
-    for block_rows in spans(layer.out_features, block_out):
-        for part in spans(block_rows.stop - block_rows.start, rows):
-            yield slice(block_rows.start + part.start, block_rows.start + part.stop)
+    step = max(block_out, rows - rows % block_out)
+    for together in spans(layer.out_features, step):
+        yield [
+            slice(together.start + part.start, together.start + part.stop)
+            for part in spans(together.stop - together.start, max(rows, step) if rows >= block_out else rows)
+        ]
 
 
-def _banded(checkpoint: Checkpoint, layer: Layer, bands: Sequence[slice]) -> Iterator[tuple[slice, NDArray[Any]]]:
-    """Each band with its rows [rows, in], as `Checkpoint.bits` gives them."""
+def _banded(checkpoint: Checkpoint, layer: Layer, bands: Sequence[slice]) -> Iterator[NDArray[Any]]:
+    """The rows [rows, in] of each band, as `Checkpoint.bits` gives them."""
     bits = checkpoint.bits(layer.weight.name)
-    done_bytes = 0
     for band in bands:
-        yield band, bits[band]
-        done_bytes += bits[band].nbytes
-        if done_bytes >= RELEASE_BYTES:
-            checkpoint.release(layer.weight.name)
-            done_bytes = 0
-    checkpoint.release(layer.weight.name)
+        yield bits[band]
+        _release_behind(checkpoint, layer, band)
+
+
+def _release_behind(checkpoint: Checkpoint, layer: Layer, band: slice) -> None:
+    """Give back the memory of a weight that was read, every `RELEASE_BYTES`."""
+    start, stop, _ = band.indices(layer.out_features)
+    row_bytes = layer.weight.nbytes // layer.out_features
+    if start * row_bytes // RELEASE_BYTES < stop * row_bytes // RELEASE_BYTES:
+        checkpoint.release(layer.weight.name)
 
 
 def _block_absmax(bits: NDArray[Any], dtype: str, block: tuple[int, int]) -> NDArray[np.float32]:
@@ -508,40 +623,52 @@ def _block_absmax(bits: NDArray[Any], dtype: str, block: tuple[int, int]) -> NDA
 
     Bits without the sign order magnitudes: finite, then infinity, then NaN. So only the largest are widened.
     """
-    unsigned = bits.view(f"u{bits.itemsize}")
-    magnitudes = unsigned & (np.iinfo(unsigned.dtype).max >> 1)
-    rows, columns = magnitudes.shape
-    if block[1] >= columns:
-        magnitudes = magnitudes.max(axis=1, keepdims=True)
+    unsigned, signed = bits.view(f"u{bits.itemsize}"), bits.view(f"i{bits.itemsize}")
+    without_sign = np.iinfo(unsigned.dtype).max >> 1
+    rows, columns = bits.shape
+    if block[1] >= columns:  # the largest as signed numbers is positive, as unsigned ones negative: no temporary
+        negative = (unsigned.max(axis=1, keepdims=True) & without_sign).view(signed.dtype)
+        magnitudes = np.maximum(signed.max(axis=1, keepdims=True), negative)
     else:
-        magnitudes = np.maximum.reduceat(magnitudes, np.arange(0, columns, block[1]), axis=1)
+        magnitudes = np.maximum.reduceat(unsigned & without_sign, np.arange(0, columns, block[1]), axis=1)
     if block[0] > 1:
         magnitudes = np.maximum.reduceat(magnitudes, np.arange(0, rows, block[0]), axis=0)
     return to_float32(magnitudes.view(bits.dtype), dtype)
 
 
 def _least_squares_grid(
-    checkpoint: Checkpoint, layer: Layer, block: tuple[int, int], absmax_scale: NDArray[np.float32], fmt: Format
+    checkpoint: Checkpoint,
+    layer: Layer,
+    absmax_scale: NDArray[np.float32],
+    fmt: Format,
+    *,
+    block: tuple[int, int],
+    bands: Sequence[slice],
 ) -> NDArray[np.float32]:
-    """The least-squares scale of every block."""
-    if absmax_scale.size == 1:
+    """The least-squares scale of every block in some bands."""
+    if scale_grid(layer.shape, block) == (1, 1):
         counts = np.zeros(1 << 15, np.int64)
-        for _, bits in _banded(checkpoint, layer, list(_bands(layer, block[0]))):
+        for bits in _banded(checkpoint, layer, bands):
+            if layer.weight.dtype in ("BF16", "F16"):
+                both_signs = np.bincount(bits.reshape(-1).view(np.uint16), minlength=1 << 16)
+                counts += both_signs[: 1 << 15] + both_signs[1 << 15 :]
+                continue
             weight_OI = to_float32(bits, layer.weight.dtype)
             rounded = (np.abs(weight_OI).view(np.uint32).reshape(-1) + np.uint32(0x8000)) >> np.uint32(16)
             rounded = np.minimum(rounded, np.uint32(_LARGEST_BFLOAT16))  # what is above would round to infinity
             counts += np.bincount(rounded, minlength=1 << 15)
         used = np.flatnonzero(counts)
-        magnitudes = widen_bfloat16(used.astype(np.uint16)).astype(np.float64)
+        magnitudes = _meanings("F16" if layer.weight.dtype == "F16" else "BF16")[used].astype(np.float64)
         return least_squares_scale(magnitudes, counts[used], absmax_scale, fmt).reshape(1, 1)
     scale = np.empty_like(absmax_scale)
-    whole_blocks = list(spans(layer.out_features, block[0]))
-    for number, (_, bits) in enumerate(_banded(checkpoint, layer, whole_blocks)):
+    start, stop = bands[0].start, bands[-1].stop
+    whole_blocks = [slice(at, min(at + block[0], stop)) for at in range(start, stop, block[0])]
+    for number, bits in enumerate(_banded(checkpoint, layer, whole_blocks)):
         weight_OI = to_float32(bits, layer.weight.dtype)
         for column, span in enumerate(spans(layer.in_features, block[1])):
             values, counts = np.unique(np.abs(weight_OI[:, span]), return_counts=True)
-            start = absmax_scale[number, column]
-            scale[number, column] = least_squares_scale(values.astype(np.float64), counts, start, fmt)
+            found = least_squares_scale(values.astype(np.float64), counts, absmax_scale[number, column], fmt)
+            scale[number, column] = found
     return scale
 
 

@@ -397,7 +397,11 @@ def add_options(group: Any, kind: type[Options], prefix: str = "", **defaults: A
             settings["choices"] = one.within
         if default not in (None, ()):
             words += f" ({default})" if isinstance(default, str) else f" ({default:g})"
-        group.add_argument(f"--{prefix}{one.flag}", help=words, **settings)
+        flag = f"--{prefix}{one.flag}"
+        if one.flag == "device" and prefix:  # converting runs there, too
+            group.add_argument(flag, **(settings | {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}))
+            flag = "--device"
+        group.add_argument(flag, help=words, **settings)
 
 
 def options_of(kind: type[Kind], args: argparse.Namespace) -> Kind:

@@ -39,7 +39,6 @@ OURS = ("convert_to_quant", "ctq")
 
 SUBSTITUTIONS = {
     r"--device cuda\b": "--device cpu",
-    r"--actcal-device cuda\b": "--actcal-device cpu",
     r"--actcal\b(?!-)": "--actcal --actcal-samples 3",
     r"(/path/to|~)/ComfyUI\b": "ComfyUI",
     r" \*\.safetensors": " flux_bf16.safetensors flux_fp8.safetensors",

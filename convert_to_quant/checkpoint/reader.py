@@ -292,18 +292,19 @@ class Checkpoint:
         self._file_of[name].release(info.start, info.stop)
 
 
-def to_float32(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+def to_float32(bits: NDArray[Any], dtype: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
     """Values of an array as `Checkpoint.bits` gives it.
 
     Args:
         bits: any shape, in the numpy dtype of `BIT_DTYPES[dtype]`.
         dtype: one of `FLOAT_DTYPES`.
+        out: memory that it may use.
 
     Returns:
-        A fresh float32 array of the same shape; float64 rounds to nearest, and to infinity beyond float32.
+        A float32 array of the same shape, fresh or `out`; float64 rounds to nearest, and to infinity beyond float32.
     """
     if dtype == "BF16":
-        return widen_bfloat16(bits)
+        return widen_bfloat16(bits, out)
     if dtype in FLOAT_GRIDS:
         return FLOAT_GRIDS[dtype].decode(bits)
     with np.errstate(over="ignore", invalid="ignore"):  # beyond float32; signalling NaNs

@@ -173,7 +173,7 @@ def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: Convert
     if args.dry_run:
         say(f"dry run: {conversion_summary(best.plan)}; {said}; nothing was written")
         return 0
-    write_plan(checkpoint, best.plan, Path(args.output))
+    write_plan(checkpoint, best.plan, Path(args.output), args.device)
     say(f"{conversion_summary(best.plan)}; {said}; wrote {args.output}")
     note_formats(best.plan, Path(args.output))
     return 0
@@ -239,7 +239,7 @@ def convert_file(
             note(text)
 
     output = Path(args.output)
-    write_plan(checkpoint, plan, output, calibrate_output if calibration is not None else None)
+    write_plan(checkpoint, plan, output, args.device, calibrate_output if calibration is not None else None)
     if args.json and calibration is None:
         write_json(args.json, plan_json(plan))
     say(f"{conversion_summary(plan)}; wrote {output}")
@@ -254,6 +254,7 @@ def write_plan(
     checkpoint: Checkpoint,
     plan: ConversionPlan,
     output: Path,
+    device: str,
     before_commit: Callable[[CheckpointWriter], None] | None = None,
 ) -> None:
     """Convert with a progress bar."""
@@ -261,7 +262,8 @@ def write_plan(
 
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     with progress_bar("converting", unit="bytes") as progress:
-        convert(checkpoint, plan, output, progress=advance(progress, total), before_commit=before_commit)
+        told = advance(progress, total)
+        convert(checkpoint, plan, output, device=device, progress=told, before_commit=before_commit)
 
 
 def note_formats(plan: ConversionPlan, output: Path) -> None:

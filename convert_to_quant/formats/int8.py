@@ -25,7 +25,7 @@ from .. import names
 from ..lazy_torch import torch
 from .packing import pack_nibbles, unpack_nibbles
 from .record import INT8_GPUS, Format, Grid, Packed, Parts, Shape, Stored
-from .rotation import GROUP_KEY, group_of, rotate, said_group
+from .rotation import GROUP_KEY, group_of, rotate_weight, said_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,11 +61,11 @@ def whole_numbers(rows: Tensor, largest: float, least_absmax: float, least_scale
     Returns:
         int8 like `rows`, and float32 scales [..., 1].
     """
-    absmax = rows.abs().amax(-1, keepdim=True)
+    absmax = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))  # no temporary of |rows|
     scale = (absmax.clamp(min=least_absmax).float() / largest).clamp(min=least_scale)
     divisor = scale.to(rows.dtype)
     divisor = torch.where(divisor == 0, torch.finfo(divisor.dtype).tiny, divisor)
-    return (rows / divisor).round().clamp(-largest, largest).to(torch.int8), scale
+    return (rows / divisor).round_().clamp_(-largest, largest).to(torch.int8), scale
 
 
 class ConvRot(Packed):
@@ -81,7 +81,7 @@ class ConvRot(Packed):
         return said_group(config)
 
     def quantize(self, weight_OI: Tensor, _whole: Parts, _method: str) -> dict[str, Tensor]:
-        rotated = rotate(weight_OI, group_of(weight_OI.shape[1]))
+        rotated = rotate_weight(weight_OI, group_of(weight_OI.shape[1]))
         codes, scale = whole_numbers(rotated, INTEGERS.max, 0.0, self.least_scale)
         return {names.WEIGHT: codes, names.WEIGHT_SCALE: scale}
 
@@ -99,7 +99,7 @@ class ConvRotW4A4(ConvRot):
         return (stored[0], 2 * stored[1]) if len(stored) == 2 else None
 
     def quantize(self, weight_OI: Tensor, _whole: Parts, _method: str) -> dict[str, Tensor]:
-        rotated = rotate(weight_OI, group_of(weight_OI.shape[1]))
+        rotated = rotate_weight(weight_OI, group_of(weight_OI.shape[1]))
         codes, scale = whole_numbers(rotated, self.LARGEST, self.LEAST_ABSMAX, 0.0)
         return {names.WEIGHT: pack_nibbles(codes).view(torch.int8), names.WEIGHT_SCALE: scale.reshape(-1)}
 

@@ -55,6 +55,8 @@ def meanings(codes: Tensor, exponents: Tensor) -> Tensor:
 class MXFP8(Packed):
     """See the module's docstring."""
 
+    TILED = True
+
     def block(self, _weight_shape: tuple[int, int], _block_size: int) -> tuple[int, int]:
         return 1, BLOCK
 

@@ -13,7 +13,7 @@ tiles (`packing`). "mse" tries absmax / 4 beside absmax / 6 in every block and k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import names
@@ -87,8 +87,12 @@ class NVFP4(Packed):
     def shape(self, stored: Shape, _parts: Mapping[str, Shape]) -> tuple[int, int] | None:
         return (stored[0], 2 * stored[1]) if len(stored) == 2 else None
 
-    def whole(self, absmax: float, _shape: tuple[int, int], _rows: Rows, _method: str) -> dict[str, Tensor]:
-        return {names.WEIGHT_SCALE_2: torch.tensor(absmax or LARGEST_INPUT) / LARGEST_INPUT}
+    TILED = True
+
+    def whole(
+        self, absmax: Callable[[], float], _shape: tuple[int, int], _rows: Rows, _method: str
+    ) -> dict[str, Tensor]:
+        return {names.WEIGHT_SCALE_2: torch.tensor(absmax() or LARGEST_INPUT) / LARGEST_INPUT}
 
     def quantize(self, weight_OI: Tensor, whole: Parts, method: str) -> dict[str, Tensor]:
         overall = whole[names.WEIGHT_SCALE_2].to(weight_OI.device)

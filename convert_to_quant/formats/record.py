@@ -81,16 +81,18 @@ def spans(count: int, step: int = CHUNK) -> Iterator[slice]:
         yield slice(start, min(start + step, count))
 
 
-def widen_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+def widen_bfloat16(bits: NDArray[np.uint16], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
     """Exact float32 values of bfloat16 bit patterns.
 
     Args:
         bits: uint16, any shape.
+        out: where they go; by default a new array.
 
     Returns:
         float32, the same shape.
     """
-    wide = bits.astype(np.uint32)
+    wide = np.empty(bits.shape, np.uint32) if out is None else out.view(np.uint32)
+    wide[...] = bits
     wide <<= np.uint32(16)
     return wide.view(np.float32)
 
@@ -149,6 +151,13 @@ class Grid(ABC):
         for span in spans(len(flat)):
             np.take(self.values, flat[span], out=numbers[span], mode="clip")
         return numbers.reshape(np.shape(codes))
+
+    def round(self, numbers: Tensor) -> Tensor:
+        """The codes of `encode` in torch's dtype; NaN is not expected."""
+        dtype = getattr(torch, self.name)
+        if dtype.is_floating_point:
+            return numbers.clamp(-self.max, self.max).to(dtype)
+        return numbers.round().clamp(torch.iinfo(dtype).min, self.max).to(dtype)
 
     @cached_property
     def values(self) -> NDArray[np.float32]:
@@ -353,10 +362,7 @@ class Format:
             scale = torch.where(absmax > 0, (absmax.float() / grid.max).clamp(min=self.least_scale), self.zero_scale)
             divisor = scale.to(x.dtype) if own else scale
             scaled = (x if own else x.float()) / torch.where(divisor == 0, torch.finfo(divisor.dtype).tiny, divisor)
-        dtype = getattr(torch, grid.name)
-        if dtype.is_floating_point:
-            return scaled.clamp(-grid.max, grid.max).to(dtype), scale
-        return scaled.round().clamp(torch.iinfo(dtype).min, grid.max).to(dtype), scale
+        return grid.round(scaled), scale
 
 
 class Packed(Format):
@@ -367,15 +373,19 @@ class Packed(Format):
     """
 
     ROWS = 128
-    """Bands begin at multiples of it: tiles of scales have as many rows."""
+    """Bands of a tiled format begin at multiples of it: tiles of scales have as many rows."""
 
-    def whole(self, _absmax: float, _shape: tuple[int, int], _rows: Rows, _method: str) -> dict[str, Tensor]:
+    TILED = False
+
+    def whole(
+        self, _absmax: Callable[[], float], _shape: tuple[int, int], _rows: Rows, _method: str
+    ) -> dict[str, Tensor]:
         """Tensors that belong to a weight as a whole, by suffix.
 
         Args:
-            absmax: its largest magnitude.
+            absmax: finds its largest magnitude, which takes a pass over it.
             shape: (out, in).
-            rows: gives rows of it by their numbers, float32 [n, in].
+            rows: gives rows of it by their numbers, [n, in] in the file's dtype.
             method: how scales are chosen, "absmax" or "mse".
         """
         return {}
@@ -384,7 +394,7 @@ class Packed(Format):
         """Quantize a band of rows.
 
         Args:
-            weight_OI: float32 [rows, in].
+            weight_OI: [rows, in] in the file's dtype; computed in float32.
             whole: of `whole`.
             method: as there.
 

@@ -55,6 +55,21 @@ def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return normalized
 
 
+def rotate_weight(weight_OI: Tensor, group: int) -> Tensor:
+    """Rotate a weight in float32.
+
+    A float32 weight is multiplied by H at once, as comfy-kitchen does it. On a CPU one of 16 bits is multiplied by the
+    factors of H, H256 = H16 ⊗ H16, in a quarter of the time. Sums of such numbers are mostly exact in float32; where
+    they are not, the last bit can differ.
+    """
+    wide = weight_OI.float()
+    if group < 64 or wide is weight_OI or wide.device.type != "cpu":
+        return rotate(wide, group)
+    inner, outer = (hadamard(size, wide.dtype, wide.device) for size in (16, group // 16))
+    rotated: Tensor = torch.matmul(outer, torch.matmul(wide.reshape(-1, group // 16, 16), inner))
+    return rotated.reshape(weight_OI.shape)
+
+
 def rotate(x: Tensor, group: int) -> Tensor:
     """Rotate the last dimension in groups, in x's own dtype; a second time undoes it. Group 0 leaves x as it is."""
     if not group:

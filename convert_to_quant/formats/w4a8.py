@@ -16,7 +16,7 @@ upper two bits of four codes share a byte of a plane behind it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import names
@@ -24,7 +24,7 @@ from ..lazy_torch import torch
 from .int8 import INTEGERS, ConvRot
 from .packing import in_groups, pack_nibbles, unpack_nibbles
 from .record import AMPERE_GPUS, Parts, Rows, Shape, Stored
-from .rotation import rotate, said_group
+from .rotation import rotate_weight, said_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,8 +119,10 @@ class W4A8(ConvRot):
     def group(self, config: Mapping[str, Any]) -> int:
         return said_group(config)
 
-    def whole(self, _absmax: float, shape: tuple[int, int], rows: Rows, _method: str) -> dict[str, Tensor]:
-        sample = in_groups(rotate(rows_sampled(shape, rows), ROTATED), GROUP)
+    def whole(
+        self, _absmax: Callable[[], float], shape: tuple[int, int], rows: Rows, _method: str
+    ) -> dict[str, Tensor]:
+        sample = in_groups(rotate_weight(rows_sampled(shape, rows), ROTATED), GROUP)
         return {names.CODEBOOK: codebook_for(sample / sample.abs().amax(-1, keepdim=True).clamp(min=LEAST))}
 
     def values(self, parts: Parts, device: torch.device) -> Tensor:
@@ -153,7 +155,7 @@ class W4A8(ConvRot):
         return nearest(normalized, values)
 
     def quantize(self, weight_OI: Tensor, whole: Parts, _method: str) -> dict[str, Tensor]:
-        groups = in_groups(rotate(weight_OI, ROTATED), GROUP)
+        groups = in_groups(rotate_weight(weight_OI, ROTATED), GROUP)
         values = self.values(whole, weight_OI.device)
         scale, real = self.fit(groups, values)
         s_channel = (real.abs().amax((1, 2)) / INTEGERS.max).clamp(min=LEAST)
@@ -190,7 +192,9 @@ class W6A8(W4A8):
 
     # Values are whole numbers, so the nearest is found by rounding; the lowest of the 64 codes is not used.
 
-    def whole(self, _absmax: float, _shape: tuple[int, int], _rows: Rows, _method: str) -> dict[str, Tensor]:
+    def whole(
+        self, _absmax: Callable[[], float], _shape: tuple[int, int], _rows: Rows, _method: str
+    ) -> dict[str, Tensor]:
         return {}
 
     def values(self, _parts: Parts, device: torch.device) -> Tensor:

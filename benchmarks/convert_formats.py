@@ -1,0 +1,140 @@
+"""What converting to each format takes, as a multiple of a floor: reading every weight, and writing as many bytes.
+
+The floor runs in the same process, through the same threads and writer, in turns with each format:
+
+    on the CPU    each weight is read and its `torch.aminmax` found; as many bytes as its codes and scales take are
+                  written.
+    on a GPU      each weight is copied into the card, and as many bytes as its codes and scales take are copied back
+                  and written. Nothing is computed.
+
+The model is Flux.1's layers (`against_peer.flux_shapes`) with random values, in memory (/dev/shm), as large as is asked
+for. Imports and the first use of a card are not timed. Files are removed whatever happens.
+
+    python benchmarks/convert_formats.py --gigabytes 1.7
+    python benchmarks/convert_formats.py --gigabytes 24 --device cuda --json convert_cuda.json
+
+One line of JSON per format: seconds, the floor's, the median of their ratios, and the peak of resident memory so far;
+the kernel's peak never falls, so `--formats` with one name says what that one needs. Mapped pages of the file count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from against_peer import flux_shapes, make_bfloat16, our_version, touch_memory, workspace
+from measure import in_fresh_process, machine
+
+from convert_to_quant import convert as conversion
+from convert_to_quant.checkpoint import Checkpoint, open_checkpoint
+from convert_to_quant.formats import WRITTEN
+from convert_to_quant.formats.record import Format
+from convert_to_quant.layers import Layer
+from convert_to_quant.names import WEIGHT
+from convert_to_quant.options import ConvertOptions
+
+BLOCK_BYTES = 0.7e9, 0.3e9
+"""Of a double block and a single one in bfloat16."""
+
+BASE = {"fp8-row": "row", "fp8-block": "block"}
+
+
+def shapes_of(size_bytes: float) -> dict[str, tuple[int, ...]]:
+    """Flux.1 with as many blocks as make up a size, in its proportion of one double block to two single ones."""
+    double = max(1, round(size_bytes / (BLOCK_BYTES[0] + 2 * BLOCK_BYTES[1])))
+    return flux_shapes(double, max(0, round((size_bytes - double * BLOCK_BYTES[0]) / BLOCK_BYTES[1])))
+
+
+def floor(
+    checkpoint: Checkpoint,
+    layer: Layer,
+    fmt: Format,
+    options: ConvertOptions,
+    sink: conversion.Sink,
+    *,
+    device: torch.device | None = None,
+) -> None:
+    """In place of `quantize_weight`: everything but the arithmetic."""
+    raw = checkpoint.raw(layer.weight.name)
+    stored = {
+        suffix: conversion.Spec(*spec).nbytes for suffix, spec in fmt.storage(layer.shape, options.block_size).items()
+    }
+    if device is None:
+        # numpy's array is read-only, which torch warns of
+        bits = checkpoint.bits(layer.weight.name).reshape(-1)
+        for span in conversion.spans(len(bits), 1 << 18):
+            torch.aminmax(torch.from_numpy(bits[span].copy()).view(torch.bfloat16))
+    else:
+        weight = conversion._rows_on_device(checkpoint, layer, device)(slice(None)).view(torch.uint8).reshape(-1)
+        torch.cuda.current_stream(device).synchronize() if device.type == "cuda" else None
+    for suffix, size in stored.items():
+        for span in conversion.spans(size, 1 << 23):
+            part = slice(span.start, span.stop) if suffix == WEIGHT else slice(0, span.stop - span.start)
+            data = raw[part] if device is None else conversion._to_host(weight[part]).numpy()
+            sink(suffix, data, span.start)
+    checkpoint.release(layer.weight.name)
+
+
+def seconds_of(source: Path, output: Path, name: str, device: str, quantize: Any) -> float:
+    """One conversion."""
+    options = ConvertOptions(format="fp8" if name in BASE else name, scaling_mode=BASE.get(name, "tensor"))
+    output.unlink(missing_ok=True)
+    conversion.quantize_weight = quantize
+    with open_checkpoint(source) as checkpoint:
+        plan = conversion.plan_conversion(checkpoint, options)
+        started = time.perf_counter()
+        conversion.convert(checkpoint, plan, output, device=device)
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time conversions to every format against reading and writing.")
+    parser.add_argument("--gigabytes", type=float, default=1.7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--formats", nargs="+", default=[*WRITTEN[:1], *BASE, *WRITTEN[1:]], metavar="NAME")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    setting = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "card": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None,
+        "versions": {"convert_to_quant": our_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
+    ours, rows = conversion.quantize_weight, []
+    with workspace(args.directory) as folder:
+        source, output = folder / "in.safetensors", folder / "out.safetensors"
+        touch_memory(folder, int(args.gigabytes * 2e9))
+        in_fresh_process(make_bfloat16, source, shapes_of(args.gigabytes * 1e9))
+        for name in dict.fromkeys(args.formats):
+            seconds_of(source, output, name, args.device, ours)  # warm
+            times: dict[Any, list[float]] = {floor: [], ours: []}
+            for turn in range(args.repeats):
+                for which in (floor, ours) if turn % 2 == 0 else (ours, floor):
+                    times[which].append(seconds_of(source, output, name, args.device, which))
+            row = {
+                "format": name,
+                "bytes": source.stat().st_size,
+                "seconds": round(statistics.median(times[ours]), 3),
+                "floor_seconds": round(statistics.median(times[floor]), 3),
+                "ratio": round(statistics.median(a / b for a, b in zip(times[ours], times[floor], strict=True)), 2),
+                "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+            rows.append(row | setting)
+            print(json.dumps(row), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
