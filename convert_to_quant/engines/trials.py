@@ -137,7 +137,9 @@ def quantized(weight_OI: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
         dtype = getattr(torch, fmt.codes.name)
         return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), scale
     shape = (weight_OI.shape[0], weight_OI.shape[1])
-    whole = fmt.whole(float(weight_OI.abs().max()), shape, lambda rows: weight_OI[rows.to(weight_OI.device)], "absmax")
+    whole = fmt.whole(
+        lambda: float(weight_OI.abs().max()), shape, lambda rows: weight_OI[rows.to(weight_OI.device)], "absmax"
+    )
     whole = {suffix: part.to(weight_OI.device) for suffix, part in whole.items()}
     config = fmt.config(shape, 0)
     step = max(1, BAND_VALUES // (shape[1] * Packed.ROWS)) * Packed.ROWS

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .. import names
 from ..lazy_torch import torch
 from .fp8 import E4M3FN
-from .packing import from_tiles, in_groups, tile_shape, to_tiles
+from .packing import absmax_of, from_tiles, in_groups, tile_shape, to_tiles
 from .record import BLACKWELL_GPUS, Packed, Parts, Stored
 
 if TYPE_CHECKING:
@@ -39,12 +39,15 @@ def blocks_of(x: Tensor) -> tuple[Tensor, Tensor]:
         E4M3 codes like x, and E8M0 exponents, uint8 [..., in / 32].
     """
     blocked = in_groups(x, BLOCK)
-    absmax = blocked.abs().amax(-1).float()
-    exponents = torch.ceil(torch.log2((absmax / E4M3FN.max).clamp(min=2.0**-BIAS))) + BIAS
+    absmax = absmax_of(blocked)
+    ratio = (absmax / absmax.new_full((), E4M3FN.max)).clamp(
+        min=2.0**-BIAS
+    )  # by a tensor: CUDA multiplies by 1 / number
+    exponents = torch.log2(ratio.double()).float().ceil() + BIAS  # float32's logarithm differs between devices
     exponents = torch.where(absmax == 0, 0, exponents.clamp(0, 254)).to(torch.uint8)
     scale = scale_of(exponents).unsqueeze(-1)
     scaled = blocked.float() / torch.where((absmax == 0).unsqueeze(-1), 1, scale)
-    return scaled.clamp(-E4M3FN.max, E4M3FN.max).to(torch.float8_e4m3fn).reshape(x.shape), exponents
+    return E4M3FN.round(scaled).reshape(x.shape), exponents
 
 
 def meanings(codes: Tensor, exponents: Tensor) -> Tensor:

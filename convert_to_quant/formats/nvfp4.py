@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .. import names
 from ..lazy_torch import torch
 from .fp8 import E4M3FN
-from .packing import from_tiles, in_groups, pack_nibbles, tile_shape, to_tiles, unpack_nibbles
+from .packing import absmax_of, from_tiles, in_groups, pack_nibbles, tile_shape, to_tiles, unpack_nibbles
 from .record import BLACKWELL_GPUS, Packed, Parts, Rows, Shape, Stored
 
 if TYPE_CHECKING:
@@ -35,10 +35,12 @@ VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 def encode(numbers: Tensor) -> Tensor:
     """Nearest E2M1 codes, ties to the even code, saturating at ±6; uint8 like `numbers`, bit 3 is the sign."""
-    size = numbers.abs().clamp(max=LARGEST)
-    # From one power of two to the next the steps are equal, so each octave is rounded as whole numbers are.
-    codes = torch.where(size < 2, (2 * size).round(), torch.where(size < 4, size.round() + 2, (size / 2).round() + 4))
-    return codes.to(torch.uint8) | (torch.signbit(numbers).to(torch.uint8) << 3)
+    size = numbers.abs()
+    # From 0 to 2, from there to 4 and to 6 the steps are equal, so each part is rounded as whole numbers are.
+    codes = size.clamp(max=2).mul_(2).round_()
+    codes += size.clamp(2, 4).sub_(2).round_()
+    codes += size.clamp_(4, LARGEST).sub_(4).mul_(0.5).round_()
+    return codes.to(torch.uint8) | ((numbers.view(torch.int32) >> 28) & 8).to(torch.uint8)
 
 
 def decode(codes: Tensor) -> Tensor:
@@ -59,10 +61,11 @@ def blocks_of(x: Tensor, overall: Tensor, reaches: float = LARGEST) -> tuple[Ten
         E2M1 codes, uint8 [..., in / 16, 16], and E4M3 scales of the blocks [..., in / 16].
     """
     blocked = in_groups(x.float(), BLOCK)
-    scales = (blocked.abs().amax(-1) / reaches / overall).clamp(max=E4M3FN.max).to(torch.float8_e4m3fn)
+    scales = absmax_of(blocked) / overall.new_full((), reaches) / overall  # by a tensor: CUDA multiplies by 1 / number
+    scales = scales.clamp_(max=E4M3FN.max).to(torch.float8_e4m3fn)
     total = (overall * scales.float()).unsqueeze(-1)
-    scaled = torch.where(total == 0, 0, blocked / torch.where(total == 0, 1, total))
-    return encode(scaled), scales
+    codes = encode(blocked / torch.where(total == 0, 1, total))
+    return codes * (total != 0), scales
 
 
 def meanings(codes: Tensor, scales: Tensor, overall: Tensor) -> Tensor:

@@ -17,12 +17,16 @@ upper two bits of four codes share a byte of a plane behind it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .. import names
 from ..lazy_torch import torch
 from .int8 import INTEGERS, ConvRot
-from .packing import in_groups, pack_nibbles, unpack_nibbles
+from .packing import absmax_of, in_groups, pack_nibbles, unpack_nibbles
 from .record import AMPERE_GPUS, Parts, Rows, Shape, Stored
 from .rotation import rotate_weight, said_group
 
@@ -49,23 +53,38 @@ HEAVY_TAILS = -0.1
 SAMPLED, SAMPLED_FOR_TAILS, SAMPLED_FOR_FIT = 1 << 22, 1 << 19, 300_000
 
 
-def nearest(numbers: Tensor, levels: Tensor) -> Tensor:
-    """Positions of the nearest of some levels, the lower at ties.
+@lru_cache(maxsize=64)
+def limits_of(codebook: tuple[float, ...]) -> NDArray[np.float32]:
+    """The largest number, of each number but the first of a codebook, that is not nearer to it than to the one before.
 
-    Args:
-        numbers: [..., n].
-        levels: ascending, [k], or [..., k] with the same leading dimensions.
-
-    Returns:
-        int64 [..., n].
+    Both distances are rounded to float32, as comfy-kitchen compares them, so the limit is found by bisection.
     """
-    place = torch.searchsorted(levels, numbers.contiguous())
-    low, high = (place - 1).clamp(min=0), place.clamp(max=levels.shape[-1] - 1)
-    if levels.ndim == 1:
-        low_level, high_level = levels[low], levels[high]
-    else:
-        low_level, high_level = levels.gather(-1, low), levels.gather(-1, high)
-    return torch.where((numbers - high_level).abs() < (numbers - low_level).abs(), high, low)
+    level = np.array(codebook, np.float32)
+    low, high = level[:-1], level[1:]
+    limit: NDArray[np.float32]
+    limit, nearer = low, np.where(low < high, high, np.nextafter(low, np.float32(np.inf)))
+    for _ in range(64):
+        middle = ((limit.astype(np.float64) + nearer) / 2).astype(np.float32)
+        is_nearer = np.abs(middle - high) < np.abs(middle - low)
+        limit, nearer = np.where(is_nearer, limit, middle), np.where(is_nearer, middle, nearer)
+    return limit
+
+
+def count_exceeded(numbers: Tensor, limits: Any) -> Tensor:
+    """How many limits each number exceeds, uint8; limits broadcast against numbers. A code, if they are ascending.
+
+    On a CPU numpy compares, ten times as fast as torch does.
+    """
+    if numbers.device.type == "cpu":
+        return torch.from_numpy(_count(numbers.numpy(), limits, np.zeros(numbers.shape, np.uint8)))
+    counted: Tensor = _count(numbers, limits, torch.zeros(numbers.shape, dtype=torch.uint8, device=numbers.device))
+    return counted
+
+
+def _count(numbers: Any, limits: Any, count: Any) -> Any:
+    for limit in limits:
+        count += numbers > limit
+    return count
 
 
 def _sample(values: Tensor, count: int) -> Tensor:
@@ -140,33 +159,42 @@ class W4A8(ConvRot):
         Returns:
             The scales [rows, in / 16, 1], and what the weights become under them.
         """
-        scale = groups.abs().amax(-1, keepdim=True)
+        scale = absmax_of(groups).unsqueeze(-1)
         scale = (scale / SIX_BIT_LEVELS if self.code_bits == 6 else scale).clamp(min=LEAST)
-        chosen = self.assign(groups / scale, values)
+        level = self.assign(groups / scale, values)
         for _ in range(ROUNDS):
-            level = values[chosen]
             scale = (groups * level).sum(-1, keepdim=True) / (level * level).sum(-1, keepdim=True).clamp(min=LEAST)
             scale = scale.clamp(min=LEAST)
-            chosen = self.assign(groups / scale, values)
-        return scale, values[chosen] * scale
+            level = self.assign(groups / scale, values)
+        return scale, level.mul_(scale)
 
     def assign(self, normalized: Tensor, values: Tensor) -> Tensor:
-        """Codes of weights that were divided by their scale."""
-        return nearest(normalized, values)
+        """The nearest values to weights that were divided by their scale, the lower at ties."""
+        codes = count_exceeded(normalized, limits_of(tuple(values.tolist())))
+        return values.index_select(0, codes.flatten().int()).reshape(normalized.shape)
 
     def quantize(self, weight_OI: Tensor, whole: Parts, _method: str) -> dict[str, Tensor]:
         groups = in_groups(rotate_weight(weight_OI, ROTATED), GROUP)
         values = self.values(whole, weight_OI.device)
         scale, real = self.fit(groups, values)
-        s_channel = (real.abs().amax((1, 2)) / INTEGERS.max).clamp(min=LEAST)
+        s_channel = (absmax_of(real.flatten(1)) / INTEGERS.max).clamp(min=LEAST)
         s_rel = (scale.squeeze(-1) / s_channel.unsqueeze(1)).to(torch.float8_e4m3fn)
         target = groups / s_channel.reshape(-1, 1, 1)
         s_rel, codes = self.choose(target, s_rel, values)
         return {names.WEIGHT: self.pack(codes.flatten(1)), names.S_REL: s_rel, names.S_CHANNEL: s_channel}
 
     def choose(self, target: Tensor, s_rel: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The scales that are stored and the nearest codes, for weights in steps of s_channel [rows, in / 16, 16]."""
-        return s_rel, nearest(target, levels(values, s_rel))
+        """The scales that are stored and the nearest codes, for weights in steps of s_channel [rows, in / 16, 16].
+
+        Levels are whole numbers, so half of the gap between two of them is exact, and so is the point between them.
+        Beyond it by half a unit in the last place of the half gap, the upper level is nearer in float32.
+        """
+        level = levels(values.unsqueeze(1), s_rel.float().flatten())  # [16, groups]
+        half = (level[1:] - level[:-1]) / 2
+        half -= (half.view(torch.int32) - 1).clamp_(min=0).view(torch.float32)
+        limits = (level[1:] + level[:-1]) / 2 + half / 2
+        codes = count_exceeded(target.reshape(-1, GROUP).T.contiguous(), limits.numpy() if limits.is_cpu else limits)
+        return s_rel, codes.T.reshape(target.shape)
 
     def pack(self, codes: Tensor) -> Tensor:
         """Codes [rows, in] as they are stored."""
@@ -201,25 +229,26 @@ class W6A8(W4A8):
         return torch.arange(-SIX_BIT_LEVELS - 1.0, SIX_BIT_LEVELS + 1.0, device=device)
 
     def assign(self, normalized: Tensor, _values: Tensor) -> Tensor:
-        return normalized.round().clamp(-SIX_BIT_LEVELS, SIX_BIT_LEVELS).long() + SIX_BIT_LEVELS + 1
+        return normalized.round().clamp_(-SIX_BIT_LEVELS, SIX_BIT_LEVELS)
 
-    def choose(self, target: Tensor, s_rel: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, target: Tensor, s_rel: Tensor, _values: Tensor) -> tuple[Tensor, Tensor]:
         bits = s_rel.view(torch.uint8)
         # Of the scale and its two neighbours in E4M3, the one with the least squared error in the levels of a reader.
-        tried = torch.stack([bits, (bits - 1).clamp(min=1), (bits + 1).clamp(max=0x7E)])
-        best_bits, best_codes, best = bits, torch.empty(0), torch.empty(0)
-        for number, candidate in enumerate(tried):
-            steps = levels(values[1:], candidate.view(torch.float8_e4m3fn))
-            codes = nearest(target, steps)
-            error = (steps.gather(-1, codes) - target).square().sum(-1)
+        best_bits, best = bits, torch.empty(0)
+        for number, tried in enumerate((bits, (bits - 1).clamp(min=1), (bits + 1).clamp(max=0x7E))):
+            _, below, above = around(target, tried.view(torch.float8_e4m3fn).float().unsqueeze(-1))
+            error = torch.minimum(below, above).square_().sum(-1)
             if number == 0:
-                best_codes, best = codes, error
+                best = error
                 continue
             better = error < best
             best = torch.where(better, error, best)
-            best_bits = torch.where(better, candidate, best_bits)
-            best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
-        return best_bits.view(torch.float8_e4m3fn), best_codes + 1
+            best_bits = torch.where(better, tried, best_bits)
+        s_rel = best_bits.view(torch.float8_e4m3fn)
+        code, below, above = around(target, s_rel.float().unsqueeze(-1))
+        return s_rel, (code + (above < below)).clamp_(-SIX_BIT_LEVELS, SIX_BIT_LEVELS).to(
+            torch.int8
+        ) + SIX_BIT_LEVELS + 1
 
     def pack(self, codes: Tensor) -> Tensor:
         quads = in_groups((codes >> 4).to(torch.uint8), 4)
@@ -235,8 +264,33 @@ class W6A8(W4A8):
 
 
 def levels(values: Tensor, s_rel: Tensor) -> Tensor:
-    """What codes become in INT8 in each group, [rows, in / 16, codes]."""
-    return (values * s_rel.float().unsqueeze(-1)).round().clamp(-INTEGERS.max, INTEGERS.max)
+    """What codes become in INT8: values times the scale of their group, both float32."""
+    return (values * s_rel).round_().clamp_(-INTEGERS.max, INTEGERS.max)
+
+
+def around(target: Tensor, s_rel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The levels of 6 bits on both sides of numbers.
+
+    Args:
+        target: [..., 16].
+        s_rel: float32 [..., 1].
+
+    Returns:
+        The code of the last level below each number, -32 where there is none; the distances to that level and to the
+        next one, the first or the last where there is none.
+
+    A level round(code · s_rel) reaches a number if it reaches the next whole number n, so code · s_rel should reach
+    n - ½, and exceed it where n is odd, since ties go to even. Products are multiples of 2⁻⁹.
+    """
+    whole = target.ceil()
+    half = whole / 2
+    edge = whole - 0.5 + (half - half.floor()).mul_(2.0**-10)
+    edge += (whole - whole.clamp(1 - INTEGERS.max, INTEGERS.max)).mul_(1e9)  # levels end at ±127
+    code = (edge / s_rel).ceil_().clamp_(-SIX_BIT_LEVELS, SIX_BIT_LEVELS + 1)
+    above = (levels(code.clamp(max=SIX_BIT_LEVELS), s_rel) - target).abs_()
+    code -= 1
+    below = (levels(code.clamp(min=-SIX_BIT_LEVELS), s_rel) - target).abs_()
+    return code, below, above
 
 
 def rows_sampled(shape: tuple[int, int], rows: Rows) -> Tensor:

@@ -18,6 +18,7 @@ from convert_to_quant.formats import FORMATS
 from convert_to_quant.formats.packing import from_tiles, pack_nibbles, to_tiles, unpack_nibbles
 from convert_to_quant.formats.record import Packed
 from convert_to_quant.formats.rotation import group_of, hadamard, rotate
+from convert_to_quant.formats.w4a8 import NORMAL_CODEBOOK, W4A8
 from convert_to_quant.layers import dequantize, find_layers
 from convert_to_quant.options import ConvertOptions
 
@@ -196,3 +197,22 @@ def test_packing_is_undone() -> None:
     assert tiled.shape == (256, 8)
     assert torch.equal(from_tiles(tiled, 130, 5), scales)
     assert tiled.flatten()[:16].tolist() == [int(scales[row, column]) for row in (0, 32, 64, 96) for column in range(4)]
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w6a8"])
+def test_codes_of_levels_are_the_nearest_at_and_beside_every_tie(name: str) -> None:
+    scales = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    fmt = FORMATS[name]
+    assert isinstance(fmt, W4A8)
+    values = torch.tensor(NORMAL_CODEBOOK) if name == "w4a8" else torch.arange(-31.0, 32.0)
+    ties = torch.arange(-130, 130.5, 0.5).repeat(3)
+    ties[521:1042] = ties[521:1042].nextafter(torch.tensor(1e9))
+    ties[1042:] = ties[1042:].nextafter(torch.tensor(-1e9))
+    target = torch.nn.functional.pad(ties, (0, -len(ties) % 16)).reshape(1, -1, 16).expand(127, -1, -1).contiguous()
+    s_rel = scales.view(torch.uint8).view(-1, 1).expand(-1, target.shape[1]).contiguous().view(torch.float8_e4m3fn)
+    chosen, codes = fmt.choose(target, s_rel, values)
+    levels = (values * chosen.float().unsqueeze(-1)).round().clamp(-127, 127)
+    place = torch.searchsorted(levels, target)  # as comfy-kitchen searches: the lower of two that are as near
+    low, high = (place - 1).clamp(min=0), place.clamp(max=len(values) - 1)
+    nearer = (target - levels.gather(-1, high)).abs() < (target - levels.gather(-1, low)).abs()
+    assert torch.equal(codes.long() - int(name == "w6a8"), torch.where(nearer, high, low))
