@@ -5,6 +5,8 @@ What is compared, and what for:
     start-up   `--help`: what every call pays.
     convert    a bf16 checkpoint to FP8, one scale per tensor. The neighbour's `--simple` is the same work plus a "bias
                correction" by random inputs; `--calib_samples 1` cuts that short, so both are given.
+    convert F  the same to INT8 ConvRot, NVFP4 and MXFP8. Nothing but time and memory is looked at: the bytes
+               are held against comfy-kitchen's by the tests.
     calibrate  activation scales of an FP8 checkpoint, one layer at a time from random inputs, written to a new file.
     rewrite    the same file with other activation scales, against `cp` of it: the physical limit of a rewrite.
     in place   the same scales set within the file.
@@ -415,6 +417,25 @@ def convert_case(tools: Tools, source: Path) -> Case:
     )
 
 
+PEER_FORMATS = {"int8-convrot": ("--int8", "--convrot"), "nvfp4": ("--nvfp4",), "mxfp8": ("--mxfp8",)}
+"""What the neighbour calls the formats that both write."""
+
+
+def format_case(name: str, tools: Tools, source: Path) -> Case:
+    outputs = {who: tools.folder / f"{who}-{name}.safetensors" for who in ("peer", "ours")}
+    peer = ("--simple", "--comfy_quant", "--exclude-layers", PEER_EXCLUDES, *PEER_FORMATS[name])
+    commands = {
+        "peer": tools.peer_script("-i", source, "-o", outputs["peer"], *peer),
+        "ours": tools.ours_command("-i", source, "-o", outputs["ours"], "--format", name),
+    }
+    return Case(
+        f"convert {name}",
+        tuple(Contender(who, commands[who], prepare=partial(_remove, outputs[who])) for who in outputs),
+        bytes_in=source.stat().st_size,
+        outputs=outputs,
+    )
+
+
 def calibrate_case(tools: Tools, source: Path) -> Case:
     names = ("peer", "ours")
     outputs = {name: tools.folder / f"calibrated-{index}.safetensors" for index, name in enumerate(names)}
@@ -530,6 +551,7 @@ TARGETS = (
     Target("convert", "ours", "seconds", 1 / 6, "peer --simple"),
     Target("convert", "ours", "seconds", 1 / 6, "peer --simple --calib_samples 1"),
     Target("convert", "ours", "peak_rss_bytes", 800e6),
+    *(Target(f"convert {name}", "ours", "peak_rss_bytes", 800e6) for name in PEER_FORMATS),
     Target("calibrate", "ours", "seconds", 1 / 4, "peer"),
     Target("calibrate", "ours", "peak_rss_bytes", 600e6),
     Target("rewrite", "ours", "seconds", 1.3, "cp"),
@@ -587,11 +609,12 @@ def print_table(rows: Sequence[Check]) -> None:
 CASES: dict[str, Callable[[Tools, Path], Case]] = {
     "start-up": startup_case,
     "convert": convert_case,
+    **{f"convert {name}": partial(format_case, name) for name in PEER_FORMATS},
     "calibrate": calibrate_case,
     "rewrite": rewrite_case,
     "in place": in_place_case,
 }
-BFLOAT16_CASES = ("start-up", "convert")
+BFLOAT16_CASES = [name for name in CASES if name.startswith(("start-up", "convert"))]
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -84,7 +84,7 @@ class FloatGrid(Grid):
         table.flags.writeable = False
         return table
 
-    def encode(self, numbers: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def encode(self, numbers: NDArray[np.float32], *, fits: bool = False) -> NDArray[np.uint8]:  # noqa: ARG002
         """Nearest codes, ties to even, saturating at ±max; NaN stays NaN with its sign."""
         flat = np.ascontiguousarray(numbers, dtype=np.float32).reshape(-1).view(np.uint32)
         codes = np.empty(flat.shape, np.uint8)

@@ -39,11 +39,13 @@ class IntegerGrid(Grid):
         """What each byte means: two's complement."""
         return np.arange(256).astype(np.int8).astype(np.float64)
 
-    def encode(self, numbers: NDArray[np.float32]) -> NDArray[np.int8]:
+    def encode(self, numbers: NDArray[np.float32], *, fits: bool = False) -> NDArray[np.int8]:
         """Nearest whole numbers, ties to even."""
         with np.errstate(invalid="ignore"):  # NaN: whoever has such a weight has refused it
-            nearest = np.rint(numbers, out=np.empty(np.shape(numbers), np.float32))
-            return np.clip(nearest, -128, 127, out=nearest).astype(np.int8)
+            nearest = np.rint(numbers, out=numbers if fits else np.empty(np.shape(numbers), np.float32))
+            if not fits:
+                np.clip(nearest, -128, 127, out=nearest)
+            return nearest.astype(np.int8)
 
 
 INTEGERS = IntegerGrid("int8", "I8", 127.0, 1.0)

@@ -127,11 +127,12 @@ class Grid(ABC):
         """What each code means, [256] by the code's byte; NaN and infinity where the grid has them."""
 
     @abstractmethod
-    def encode(self, numbers: NDArray[np.float32]) -> NDArray[Any]:
+    def encode(self, numbers: NDArray[np.float32], *, fits: bool = False) -> NDArray[Any]:
         """Nearest codes, ties to even, saturating at ±max.
 
         Args:
             numbers: float32, any shape.
+            fits: whether none is known to be beyond ±max, and they may be overwritten.
 
         Returns:
             Codes of one byte, the same shape.
