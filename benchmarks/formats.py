@@ -131,19 +131,19 @@ def measure(variant: str, device: str, geometry: Geometry, count: int) -> dict[s
                 for name in best.CANDIDATES:
                     mix = {layer: of[layer, name] for layer in layers if (layer, name) in of}
                     found["uniform"][name] = judge.sqnr_db(mix)
-            found["best"][card] = curve(chosen.offers, chosen.weights, judged, BITS)
+            found["best"][card] = curve(chosen.offers, chosen, judged, BITS)
             if card == "rtx40":
                 for way, offers in others(checkpoint, chosen, layers).items():
-                    found["compared"][way] = curve(offers, chosen.weights, judged, COMPARED_BITS)
+                    found["compared"][way] = curve(offers, chosen, judged, COMPARED_BITS)
         return found
 
 
-def curve(offers: Any, weights: int, judged: Any, sizes: Sequence[float]) -> dict[str, Any]:
+def curve(offers: Any, chosen: best.Best, judged: Any, sizes: Sequence[float]) -> dict[str, Any]:
     """Bits per weight -> dB on prompts, dB expected on noise, and the mix."""
     found: dict[str, Any] = {}
     for bits in sizes:
         try:
-            choice = choose(offers, bits * weights / 8)
+            choice = choose(offers, best.limit_bytes(chosen.layers, bits))
         except OptionError:  # not even the smallest formats fit
             continue
         counts: dict[str, int] = {}
@@ -151,7 +151,7 @@ def curve(offers: Any, weights: int, judged: Any, sizes: Sequence[float]) -> dic
             counts[offer.format] = counts.get(offer.format, 0) + 1
         found[f"{bits:g}"] = {
             "sqnr_db": judged(choice), "expected_db": decibels(total_damage(choice)), "counts": counts,
-            "bits": 8 * total_bytes(choice) / weights,
+            "bits": 8 * total_bytes(choice) / chosen.weights,
         }  # fmt: skip
     return found
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 CANDIDATES = ("fp8", "int8", "int8-convrot", "mxfp8", "nvfp4", "w6a8", "w4a8", "convrot-w4a4")
 """What is tried. One scale for a whole weight is never better than one for each of its rows, so INT8 is here once."""
 
+CODEBOOK_BYTES = 64
 LARGE_WEIGHTS, IMAGES, LARGE_IMAGES = 10**9, 12, 3
 TRIAL_GEOMETRY = Geometry(height=16, width=16, text_tokens=64)
 """What trials are run on: four images of each way of conditioning, one where the model is large; a quarter of the
@@ -54,20 +55,25 @@ class Best:
         plan: what `convert` writes.
         choice: by layer.
         offers: what each layer could have become.
-        weights: of these layers.
+        layers: these layers.
         statistics, trials: what was measured.
     """
 
     plan: ConversionPlan
     choice: Choice
     offers: Mapping[str, Sequence[Offer]]
-    weights: int
+    layers: Mapping[str, Layer]
     statistics: Statistics
     trials: Trials
 
     @property
+    def weights(self) -> int:
+        """Of these layers."""
+        return sum(layer.weight.elements for layer in self.layers.values())
+
+    @property
     def bits(self) -> float:
-        """Per weight, scales included."""
+        """Per weight, all scales included."""
         return 8 * total_bytes(self.choice) / self.weights
 
     @property
@@ -84,7 +90,7 @@ class Best:
         found = {}
         for bits in CURVE_BITS:
             try:
-                found[bits] = decibels(total_damage(choose(self.offers, bits * self.weights / 8)))
+                found[bits] = decibels(total_damage(choose(self.offers, limit_bytes(self.layers, bits))))
             except OptionError:  # not even the smallest formats fit
                 continue
         return found
@@ -237,6 +243,16 @@ def offers_of(layers: Mapping[str, Layer], trials: Trials, formats: Sequence[For
     return offers
 
 
+def limit_bytes(layers: Mapping[str, Layer], bits: float) -> float:
+    """What layers may take at so many bits per weight.
+
+    As formats are called 8, 6.5 or 4.5 bits: with the scales of their blocks, but without the one scale that each row
+    has in nearly all of them, and without codebooks.
+    """
+    weights = sum(layer.weight.elements for layer in layers.values())
+    return bits * weights / 8 + sum(4 * layer.out_features + CODEBOOK_BYTES for layer in layers.values())
+
+
 def stored_bytes(fmt: Format, shape: tuple[int, int]) -> int:
     """What a weight takes in a format, scales included."""
     return sum(Spec(dtype, size).nbytes for dtype, size in fmt.storage(shape, 0).values())
@@ -279,9 +295,8 @@ def plan_best(
     if missing:
         raise StatisticsError(f"{len(missing)} layers were not tried (first: {missing[0]})", path=statistics.path)
     offers = offers_of(layers, trials, formats)
-    weights = sum(layer.weight.elements for layer in layers.values())
     solved = input_scales(checkpoint, layers, statistics)
-    limit = options.bits_wanted * weights / 8
+    limit = limit_bytes(layers, options.bits_wanted)
     size = options.size_bytes
     if size is not None:
         limit = size - sum(info.nbytes for info in checkpoint.tensors.values()) + sum(
@@ -294,7 +309,7 @@ def plan_best(
         if too_large <= 0:
             break
         limit -= too_large
-    return Best(mixed, choice, offers, weights, statistics, trials)
+    return Best(mixed, choice, offers, layers, statistics, trials)
 
 
 def _plan_of(plan: ConversionPlan, choice: Choice, solved: Mapping[str, LayerResult]) -> ConversionPlan:

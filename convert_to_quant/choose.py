@@ -34,7 +34,7 @@ class Offer:
 
     Attributes:
         format: a key of `formats.FORMATS`, or "" for what it is now.
-        nbytes: what that takes in the file.
+        nbytes: what that takes of the limit.
         damage: relative error energy of the velocity at every moment, [M].
     """
 

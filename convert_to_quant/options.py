@@ -306,10 +306,11 @@ class BestOptions(Options):
     """How the best file of a size is found.
 
     Attributes:
-        bits: per weight of the layers that can be quantized, scales included; 8 where neither it nor `size` is given.
-        size: of the whole file, "8GB"; 1 GB is 10⁹ bytes.
+        bits: per weight of the layers that can be quantized, as `best.limit_bytes` counts them; 8 where neither it nor
+            `file_size` is given.
+        file_size: of the whole file, "8GB"; 1 GB is 10⁹ bytes.
         gpu: a key of `formats.record.GPUS`.
-        formats: keys of `formats.FORMATS` to choose from; those of `best.CANDIDATES` where empty.
+        only: keys of `formats.FORMATS` to choose from, with commas; those of `best.CANDIDATES` where None.
     """
 
     bits: float | None = option(None, "per quantized weight (8)", "N", BITS)

@@ -279,7 +279,7 @@ class CheckpointLinear(nn.Module):
             codes.reshape(-1, self.in_features),
             parts[names.WEIGHT].t(),
             scale_a=scale.reshape(()),
-            scale_b=parts[names.WEIGHT_SCALE].reshape(()),
+            scale_b=parts[names.WEIGHT_SCALE][0, 0].reshape(()),
             out_dtype=torch.float32,
         )
         return y.reshape(*codes.shape[:-1], self.out_features)
