@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from .. import names
 from ..checkpoint import Entry, open_checkpoint, write_checkpoint
+from ..formats.record import narrow_bfloat16
 
 Float32 = NDArray[np.float32]
 Factors = Callable[[np.random.Generator, int], NDArray[np.float64]]
@@ -148,12 +149,6 @@ def _scale_values(tensors: dict[str, Float32], qkv: str, reader: str, factors: F
     tensors[reader + names.WEIGHT][:, :size] /= factors
 
 
-def to_bfloat16(values: Float32) -> NDArray[np.uint16]:
-    """Bit patterns of the nearest bfloat16, ties to even, of finite values."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
 def write_reranged(source: Path, output: Path, reranging: Reranging, seed: int = 0) -> None:
     """Re-range a file into one with bfloat16 weights and float32 biases.
 
@@ -170,7 +165,7 @@ def write_reranged(source: Path, output: Path, reranging: Reranging, seed: int =
     with open_checkpoint(source) as checkpoint:
         tensors = rerange({name: checkpoint.float32(name) for name in checkpoint.tensors}, reranging, seed)
         entries = {
-            name: Entry.of(values) if name.endswith(names.BIAS) else Entry.of(to_bfloat16(values), "BF16")
+            name: Entry.of(values) if name.endswith(names.BIAS) else Entry.of(narrow_bfloat16(values), "BF16")
             for name, values in tensors.items()
         }
         write_checkpoint(output, entries, checkpoint.metadata)

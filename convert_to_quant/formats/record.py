@@ -97,6 +97,21 @@ def widen_bfloat16(bits: NDArray[np.uint16], out: NDArray[np.float32] | None = N
     return wide.view(np.float32)
 
 
+def narrow_bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Bit patterns of the nearest bfloat16, ties to even; what is too large becomes infinity, and NaN stays NaN.
+
+    Args:
+        numbers: float32, any shape.
+
+    Returns:
+        uint16, the same shape.
+    """
+    bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
+    nearest: NDArray[np.uint16] = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+    nearest[np.isnan(numbers)] = 0x7FC0
+    return nearest
+
+
 def scale_grid(weight_shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
     """Scales per dimension of a weight (out, in) in blocks (b_out, b_in).
 

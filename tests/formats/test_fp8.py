@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from convert_to_quant import formats
 from convert_to_quant.formats.fp8 import E4M3FN, E5M2
-from convert_to_quant.formats.record import CHUNK, Grid, spans, widen_bfloat16
+from convert_to_quant.formats.record import CHUNK, Grid, narrow_bfloat16, spans, widen_bfloat16
 
 TORCH = {E4M3FN: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 both_formats = pytest.mark.parametrize("grid", [E4M3FN, E5M2], ids=lambda grid: grid.name)
@@ -125,6 +125,16 @@ def test_widening_all_bfloat16_patterns_is_what_torch_does():
     bits = np.arange(1 << 16, dtype=np.uint16)
     theirs = torch.from_numpy(bits.view(np.int16).copy()).view(torch.bfloat16).float().numpy()
     np.testing.assert_array_equal(widen_bfloat16(bits).view(np.uint32), theirs.view(np.uint32))
+
+
+def test_narrowing_to_bfloat16_is_what_torch_does():
+    values = np.random.default_rng(0).integers(0, 1 << 32, 10_000, np.uint32).view(np.float32)
+    values[:6] = [1 + 2**-8, 1 + 3 * 2**-8, -0.0, 1e-40, 3.4e38, np.inf]  # two ties, a subnormal, an overflow
+    values = values[np.isfinite(values) | np.isinf(values)]
+    theirs = torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(narrow_bfloat16(values), theirs)
+    nans = np.uint32([0x7F800001, 0xFFFFFFFF, 0x7FC00000]).view(np.float32)
+    assert np.isnan(widen_bfloat16(narrow_bfloat16(nans))).all()
 
 
 @both_formats
