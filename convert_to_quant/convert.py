@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,13 +33,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import __version__, families, names
+from . import __version__, families, layout, names
 from .checkpoint import (
     Checkpoint,
     CheckpointWriter,
     Spec,
     TensorInfo,
-    output_files,
     refuse_same_file,
     serialize_header,
     to_float32,
@@ -49,11 +47,12 @@ from .errors import OutputError, TensorError
 from .formats import DEFAULT, FORMATS
 from .formats.packing import round_up
 from .formats.record import CHUNK, TORCH_NAMES, Format, Packed, scale_grid, spans
-from .layers import ALL_ROWS, Layer, LayerTable, find_layers, named, scales_per_row
+from .layers import ALL_ROWS, Layer, LayerTable, dequantize, determined, find_layers, input_scale, named, scales_per_row
+from .layout import WORKERS, Sink
 from .lazy_torch import torch
-from .marks import Way, with_full_precision
+from .marks import Config, Way, with_full_precision
 from .options import ConvertOptions
-from .telling import Advance
+from .telling import Advance, plural
 from .untrusted import JSONError, parse_json
 
 if TYPE_CHECKING:
@@ -76,7 +75,6 @@ KEPT_BYTES = 31 << 20
 """A block of this size that was freed tells glibc to keep smaller ones (mallopt(3), M_MMAP_THRESHOLD). Else the kernel
 maps and clears every temporary anew: seven times as many page faults for INT8 ConvRot, 2026-11-26."""
 
-WORKERS = min(8, os.cpu_count() or 1)
 PROVENANCE_KEY = names.PROVENANCE_KEY
 
 _LARGEST_BFLOAT16 = 0x7F7F
@@ -133,7 +131,7 @@ class ConversionPlan:
 
     def spelled(self, suffix: str) -> str:
         """A suffix as the file spells it."""
-        return self.ways[0].weight_scale if suffix == names.WEIGHT_SCALE else suffix
+        return self.ways[0].spelled(suffix) or suffix
 
     @property
     def formats(self) -> dict[Format, int]:
@@ -161,15 +159,22 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> Conversi
     notes = list(table.notes)
     if family is families.GENERIC and options.preset is None:
         notes.append("no known model family fits these names: only layers in repeated blocks are quantized")
-    if table.quantized or table.raw or table.foreign:
-        here = [*table.quantized.values(), *table.raw.values()]
-        counts = {named(here): len(here), "other formats": len(table.foreign)}
-        notes.append(
-            "already quantized layers stay as they are: "
-            + ", ".join(f"{count} in {kind}" for kind, count in counts.items() if count)
-        )
     decisions = [_decide(layer, bare, family, options) for layer in table.plain.values()]
-    ways = table.marks.to_write(options.legacy) if any(decision.quantize for decision in decisions) else ()
+    here = [*table.quantized.values(), *table.raw.values()]
+    again = [_carried(checkpoint, _decide(layer, bare, family, options)) for layer in here]
+    if options.requantize:
+        decisions += again
+        again = [each for each in again if each.format is None]
+        notes += _say_again(checkpoint, [each.layer for each in decisions if each.format and each.layer.format])
+    counts = {named(each.layer for each in again): len(again), "other formats": len(table.foreign)}
+    if any(counts.values()):
+        kept = ", ".join(f"{count} in {kind}" for kind, count in counts.items() if count)
+        more = "; --requantize rounds them anew" if any(each.format for each in again) else ""
+        notes.append(f"already quantized layers stay as they are: {kept}{more}")
+    ways: tuple[Way, ...] = ()
+    if any(decision.quantize for decision in decisions):
+        target = "legacy" if options.legacy else "comfy"
+        ways = table.marks.anew(target) if options.requantize else table.marks.to_write(options.legacy)
     if options.weight_scale == "mse":
         weights = sum(
             each.layer.weight.elements
@@ -180,6 +185,15 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> Conversi
         if minutes > 1:
             notes.append(f"an exact search for every row or block takes about {minutes:.0f} core minutes")
     return ConversionPlan(table, family, decisions, options, ways, notes)
+
+
+def _say_again(checkpoint: Checkpoint, layers: list[Layer]) -> list[str]:
+    """What a user should know of quantized layers that are rounded anew."""
+    for layer in layers:
+        if layer.marking == "none":
+            determined(checkpoint, layer.name)
+    count = f"{plural(len(layers), 'layer')} in {named(layers)}"
+    return [f"rounded a second time: {count}; the original in 16 bits keeps more"] if layers else []
 
 
 def _choose_family(checkpoint: Checkpoint, bare: dict[str, str], options: ConvertOptions) -> families.Family:
@@ -213,72 +227,70 @@ def _decide(layer: Layer, bare: dict[str, str], family: families.Family, options
         if not fmt.fallback:
             return Decision(layer, None, reason)
         fmt = FORMATS[fmt.fallback]
+    if layer.format is not None and layer.marking != "raw" and _is_in(layer, fmt):
+        return Decision(layer, None, f"is {fmt.title} already")
     return Decision(layer, fmt, reason if fmt is not wanted else "")
 
 
-@dataclass(frozen=True)
-class _Output:
-    """Every tensor of the output: how large, and where from."""
-
-    specs: dict[str, Spec]
-    place: dict[str, str]
-    small: dict[str, bytes]
-    copied: dict[str, str]
-    metadata: dict[str, str]
+def _is_in(layer: Layer, fmt: Format) -> bool:
+    """Whether a layer is in a format, however it is marked."""
+    if isinstance(fmt, Packed) or layer.format is None:
+        return layer.format is fmt
+    return layer.format.mark == fmt.mark and layer.granularity == fmt.granularity
 
 
-def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> _Output:
+def _carried(checkpoint: Checkpoint, decision: Decision) -> Decision:
+    """A decision about a quantized layer with what it keeps: full precision, and an input scale for the same range."""
+    layer, fmt = decision.layer, decision.format
+    scale = None
+    if fmt is not None and layer.format is not None and layer.static and layer.input_problem is None:
+        found = input_scale(checkpoint, layer)
+        scale = None if found == 1.0 else found * layer.format.range / fmt.range  # 1.0 was measured by nobody
+    return replace(decision, input_scale=scale, full_precision=layer.full_precision)
+
+
+def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
     """The output's tensors, each with the input tensor whose shard it follows."""
     options = plan.options
-    quantized = {layer.weight.name: (layer, fmt) for layer, fmt in plan.quantized}
-    output = _Output({}, {}, {}, {}, dict(checkpoint.metadata))
-    decided = {each.layer.name: each for each in plan.decisions}
-    configs = {
-        layer.name: with_full_precision(fmt.config(layer.shape, options.block_size), decided[layer.name].full_precision)
-        for layer, fmt in plan.quantized
-    }
-
-    def add(name: str, spec: Spec, source: str, data: bytes | None = None) -> None:
-        if name in output.specs or (name in checkpoint and name != source):
-            raise TensorError("the input already has a tensor of this name", path=checkpoint.path, tensor=name)
-        output.specs[name], output.place[name] = spec, source
-        if data is not None:
-            output.small[name] = data
-
-    for name, info in checkpoint.tensors.items():
-        if name not in quantized:
-            add(name, Spec.like(info), name)
-            output.copied[name] = name
+    made: dict[str, dict[str, tuple[Spec, layout.Source]]] = {}
+    configs: dict[str, Config] = {}
+    dropped: set[str] = set()
+    for decision in plan.decisions:
+        layer, fmt = decision.layer, decision.format
+        if fmt is None:
             continue
-        layer, fmt = quantized[name]
-        for suffix, (dtype, shape) in fmt.storage(layer.shape, options.block_size).items():
-            add(layer.name + plan.spelled(suffix), Spec(dtype, shape), name)
+        config = with_full_precision(fmt.config(layer.shape, options.block_size), decision.full_precision)
+        tensors: dict[str, tuple[Spec, layout.Source]] = {
+            layer.name + plan.spelled(suffix): (Spec(dtype, shape), None)
+            for suffix, (dtype, shape) in fmt.storage(layer.shape, options.block_size).items()
+        }
         if options.input_scale and fmt.static:
-            scale = decided[layer.name].input_scale
-            data = np.float32(1.0 if scale is None else scale).tobytes()
-            add(layer.name + plan.ways[0].input_scale, Spec("F32", ()), name, data)
+            scale = np.float32(1.0 if decision.input_scale is None else decision.input_scale)
+            tensors[layer.name + plan.ways[0].input_scale] = (Spec("F32", ()), scale.tobytes())
         for way in plan.ways:
-            for mark, (spec, data) in way.beside(layer.name, configs[layer.name]).items():
-                add(mark, spec, name, data)
-
-    for way in plan.ways:
-        tensors, entries = way.once(configs)
-        output.metadata.update(entries)
-        for mark, (spec, data) in tensors.items():
-            add(mark, spec, next(iter(quantized)), data)
-    made = provenance(checkpoint.metadata, convert=asdict(options) | {"family": plan.family.name})
+            tensors.update(way.beside(layer.name, config))
+        made[layer.weight.name], configs[layer.name] = tensors, config
+        if layer.format is not None:
+            dropped.update(layout.beside(checkpoint, layer.name))
+    metadata: Mapping[str, str] = checkpoint.metadata
+    if options.requantize:  # what stays is marked like the rest
+        kept, told, unmarked = layout.remark(checkpoint, plan.table, plan.ways, configs)
+        made, configs, dropped = made | kept, configs | told, dropped | unmarked
+        metadata = plan.table.marks.other_metadata
+    marked = layout.mark_once(made, configs, plan.ways, metadata)
+    said = provenance(checkpoint.metadata, convert=asdict(options) | {"family": plan.family.name})
     room_bytes = PROVENANCE_ROOM_BYTES + sum(len(layer.name) + len('"", ') for layer, _ in plan.quantized)
-    output.metadata[PROVENANCE_KEY] = made + " " * room_bytes
-    return output
+    marked[PROVENANCE_KEY] = said + " " * room_bytes
+    return layout.lay_out(checkpoint, made, dropped, marked)
 
 
 def written_bytes(checkpoint: Checkpoint, plan: ConversionPlan) -> int:
     """The size of the file that `convert` would write, to a few bytes for each tensor that may lie aligned."""
-    layout = _lay_out(checkpoint, plan)
+    output = _lay_out(checkpoint, plan)
     ends, end = {}, 0
-    for name, spec in layout.specs.items():
+    for name, spec in output.specs.items():
         ends[name], end = TensorInfo(name, spec.dtype, spec.shape, end, end + spec.nbytes), end + spec.nbytes
-    return len(serialize_header(ends.values(), layout.metadata)) + end
+    return len(serialize_header(ends.values(), output.metadata)) + end
 
 
 PROVENANCE_ROOM_BYTES = 1024
@@ -330,38 +342,24 @@ def convert(
             hint="--dry-run says why, per layer"
             + ("; --actcal calibrates the FP8 layers that are there" if plan.table.static else ""),
         )
-    layout = _lay_out(checkpoint, plan)
-    files, index = output_files(output, checkpoint, layout.place.__getitem__, layout.specs)
-    for path, _ in files:
-        refuse_same_file(path, [file.path for file in checkpoint.files])
-    with CheckpointWriter(files, layout.metadata, index) as writer:
-        for name, data in layout.small.items():
-            writer.write(name, data)
 
-        def run(layer: Layer, fmt: Format) -> None:
+    def job(layer: Layer, fmt: Format) -> layout.Job:
+        source, high = (checkpoint, layer) if layer.format is None else _dequantized(checkpoint, layer)
+
+        def work(write: Sink) -> None:
             def sink(suffix: str, data: NDArray[Any], start: int) -> None:
-                writer.write(layer.name + plan.spelled(suffix), data, start)
+                write(layer.name + plan.spelled(suffix), data, start)
 
-            quantize_weight(checkpoint, layer, fmt, plan.options, sink, device=place)
-            if progress is not None:
-                progress(layer.weight.nbytes)
+            quantize_weight(source, high, fmt, plan.options, sink, device=place)
 
-        np.empty(KEPT_BYTES, np.uint8)
-        place = None if device == "cpu" else torch.device(device)
-        computes = place is not None or any(isinstance(fmt, Packed) for fmt in plan.formats)
-        with _threads(place) if computes else ThreadPoolExecutor(WORKERS) as pool:
-            jobs = [pool.submit(run, layer, fmt) for layer, fmt in plan.quantized]
-            try:
-                writer.copy(checkpoint, layout.copied)
-                for job in jobs:
-                    job.result()
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        if progress is not None:
-            progress(sum(layout.specs[name].nbytes for name in layout.copied))
-        if before_commit is not None:
-            before_commit(writer)
+        return layer.weight.nbytes, work
+
+    np.empty(KEPT_BYTES, np.uint8)
+    place = None if device == "cpu" else torch.device(device)
+    computes = place is not None or any(isinstance(fmt, Packed) for fmt in plan.formats)
+    jobs = [job(layer, fmt) for layer, fmt in plan.quantized]
+    layout.write(checkpoint, _lay_out(checkpoint, plan), output, jobs, progress=progress, before_commit=before_commit,
+                 threads=_threads(place) if computes else None)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -381,8 +379,62 @@ def _threads(device: torch.device | None) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-Sink = Callable[[str, NDArray[Any], int], None]
-"""Takes a part of one of a layer's tensors: its suffix, the elements, and the byte at which they begin."""
+class _Dequantized(Checkpoint):
+    """A checkpoint in which the weight of a quantized layer reads as float32, some rows at a time.
+
+    Whole tiles are dequantized, and each but once where bands follow one another.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layer: Layer) -> None:
+        vars(self).update(vars(checkpoint))
+        self.checkpoint, self.layer = checkpoint, layer
+        self.start, self.ahead = 0, np.empty((0, layer.in_features), np.float32)
+
+    def bits(self, _name: str) -> Any:
+        """The weight [out, in], whose rows are made when they are asked for."""
+        return _Rows(self, np.dtype(np.float32))
+
+    def raw(self, _name: str) -> Any:
+        """Its bytes [out, 4 in], likewise."""
+        return _Rows(self, np.dtype(np.uint8))
+
+    def band(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows from `start` to `stop`, or to the last, float32 [rows, in]."""
+        if not self.start <= start <= self.start + len(self.ahead):
+            self.start, self.ahead = start - start % Packed.ROWS, self.ahead[:0]
+        made = self.start + len(self.ahead)
+        if stop > made:
+            more = dequantize(self.checkpoint, self.layer, slice(made, round_up(stop, Packed.ROWS)))
+            behind = min(start - self.start, len(self.ahead))
+            self.ahead = np.concatenate([self.ahead[behind:], more])
+            self.start += behind
+        return np.array(self.ahead[start - self.start : stop - self.start])
+
+
+class _Rows:
+    """The weight of a quantized layer as an array of float32, or of their bytes."""
+
+    def __init__(self, source: _Dequantized, dtype: np.dtype[Any]) -> None:
+        self.source, self.dtype = source, dtype
+        self.shape = source.layer.out_features, source.layer.in_features * (4 // dtype.itemsize)
+
+    def reshape(self, *_shape: int) -> _Rows:
+        """Itself: it has rows already."""
+        return self
+
+    def __getitem__(self, rows: Any) -> NDArray[Any]:
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self.shape[0])
+            return self.source.band(start, stop).view(self.dtype)
+        tile, inside = np.divmod(np.asarray(rows), Packed.ROWS)
+        bands = ((self.source.band(n * Packed.ROWS, (n + 1) * Packed.ROWS), inside[tile == n]) for n in np.unique(tile))
+        return np.concatenate([band[numbers] for band, numbers in bands]).view(self.dtype)
+
+
+def _dequantized(checkpoint: Checkpoint, layer: Layer) -> tuple[Checkpoint, Layer]:
+    """A quantized layer as one in high precision, and a checkpoint in which it is."""
+    weight = replace(layer.weight, dtype="F32", shape=layer.shape)
+    return _Dequantized(checkpoint, layer), Layer(layer.name, weight, None, "plain", layer.shape)
 
 
 def quantize_weight(

@@ -13,6 +13,7 @@ How finely a weight is scaled is one number pair, the block (b_out, b_in) that s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -485,6 +486,77 @@ class _Finder:
         if info.elements != 1:
             raise self.error("scale-shape", key, f"one value was expected, found shape {list(info.shape)}")
         self.check_scale(key)
+
+
+def possible(checkpoint: Checkpoint, name: str, said: Config) -> list[Layer]:
+    """What a weight with scales may be, by its tensors alone.
+
+    Args:
+        checkpoint: where it is.
+        name: of the layer.
+        said: what a mark says that names no format that is known: "convrot" and the like.
+
+    Returns:
+        The layer in each format that its tensors fit, with the config that would mark it.
+    """
+    weight = checkpoint.tensors[name + names.WEIGHT]
+    weight_scale = first(checkpoint, name, names.WEIGHT_SCALES)
+    parts = {part: info for part in names.WEIGHT_PARTS if (info := checkpoint.tensors.get(name + part))}
+    there = {*parts, *([names.WEIGHT_SCALE] if weight_scale else [])}
+    parts[names.WEIGHT] = weight
+    finder = _Finder(checkpoint, collect_problems=False)
+    found = []
+    for fmt in formats.FORMATS.values():
+        complete = set(fmt.scales) <= there <= {*fmt.scales, *fmt.optional}
+        shape = fmt.shape(weight.shape, shapes_of(parts)) if complete and weight.dtype in fmt.dtypes else None
+        if not fmt.readable or shape is None or (isinstance(fmt, Packed) and not fmt.takes(shape)):
+            continue
+        config = {**fmt.config(shape, 0), **{key: value for key, value in said.items() if key != "format"}}
+        layer = Layer(name, weight, fmt, "none", shape, weight_scale, config=config, parts=parts)
+        with contextlib.suppress(LayerError):
+            if isinstance(fmt, Packed):
+                found.append(finder.complete_packed(layer, fmt))
+                continue
+            layer = finder.complete(replace(layer, config=said))
+            flat = len(checkpoint.tensors[weight_scale or ""].shape) < 3
+            if flat and layer.granularity == (fmt.granularity or ("" if fmt.dynamic else "tensor")):
+                found.append(replace(layer, config={**config, **fmt.config(shape, layer.block[0])}))
+    hinted = [layer for layer in found if any(said.get(key) == value for key, value in _marked(layer).items())]
+    return hinted or found
+
+
+def _marked(layer: Layer) -> Config:
+    """What a layer's format says in a mark beyond its name."""
+    return {key: value for key, value in (layer.format.mark if layer.format else {}).items() if key != "format"}
+
+
+def determined(checkpoint: Checkpoint, name: str, said: Config | None = None) -> Layer:
+    """What a weight with scales is, where its tensors leave no choice.
+
+    Args:
+        checkpoint: where it is.
+        name: of the layer.
+        said: what its mark says, which names no format that is known; None where it has no mark.
+
+    Returns:
+        The layer, with the config that would mark it.
+
+    Raises:
+        TensorError: its tensors fit several formats, or none.
+    """
+    found = possible(checkpoint, name, said or {})
+    titles = [layer.format.title for layer in found if layer.format is not None]
+    if said is None and any(layer.input_scale and names.WEIGHT_SCALE_2 in layer.parts for layer in found):
+        titles.append("NVFP4 in the order of codes that diffusers reads")
+    if len(titles) == 1:
+        return found[0]
+    problem = f"fit several formats: {', '.join(titles)}" if titles else "fit no format that is read here"
+    raise TensorError(
+        f"nothing says what format it is in, and its tensors {problem}",
+        path=checkpoint.path_of(name + names.WEIGHT),
+        tensor=name,
+        hint="get a file with marks, or convert the original",
+    )
 
 
 def scales_per_row(scale: NDArray[np.float32], layer: Layer, rows: slice) -> NDArray[np.float32]:

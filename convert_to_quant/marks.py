@@ -20,10 +20,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from . import names
 from .checkpoint import Checkpoint, Spec, TensorInfo
-from .errors import Error, OptionError
-from .formats import DEFAULT
+from .errors import Error, OptionError, TensorError
+from .formats import DEFAULT, of_mark
 from .untrusted import JSONError, parse_json
 
 Refuse = Callable[[Literal["header-unreadable", "mark-unreadable"], str, str], Error]
@@ -132,6 +134,16 @@ class Way:
         """Tensors and header entries to write once for all layers."""
         return {}, {}
 
+    def spelled(self, suffix: str) -> str | None:
+        """What a layer's tensor is called where a file is marked so; None where `beside` makes it, or it goes."""
+        spelled = {**dict.fromkeys(names.WEIGHT_SCALES, self.weight_scale),
+                   **dict.fromkeys(names.INPUT_SCALES, self.input_scale)}  # fmt: skip
+        return None if suffix == names.COMFY_QUANT else spelled.get(suffix, suffix)
+
+    def cannot(self, _layer: str, _config: Config, _granularity: str | None) -> str | None:
+        """Why it cannot say what a layer is, whose config and granularity are these; None where it can."""
+        return None
+
 
 @dataclass(eq=False)
 class Header(Way):
@@ -144,7 +156,7 @@ class Header(Way):
 
     kind = "header"
     per_layer = True
-    fields: dict[str, Any] = field(default_factory=lambda: {"layers": {}})
+    fields: dict[str, Any] = field(default_factory=lambda: {"format_version": "1.0", "layers": {}})
     configs: dict[str, Config] = field(default_factory=dict)
 
     @property
@@ -182,13 +194,20 @@ class Header(Way):
         """The entry. It overrides comfy_quant tensors, so layers that it had before stay in it."""
         return {}, {names.QUANTIZATION_METADATA: header_text({**self.fields["layers"], **configs})}
 
-    def changed(self, configs: Mapping[str, Config]) -> dict[str, str]:
-        """The entry with other configs of some layers, in the names and, where it fits, the length that it had."""
+    def changed(self, configs: Mapping[str, Config], more: Mapping[str, Config] | None = None) -> dict[str, str]:
+        """The entry with other configs of some layers, in the names and, where it fits, the length that it had.
+
+        Args:
+            configs: of layers; those that it does not name are left out.
+            more: of layers that it does not name, and shall.
+        """
         layers = {name: configs.get(self._in_file(name), config) for name, config in self.fields["layers"].items()}
+        layers.update(more or {})
         if layers == self.fields["layers"]:
             return {}
         text = json.dumps({**self.fields, "layers": layers})
-        room_bytes = stored_bytes(self.checkpoint.metadata[names.QUANTIZATION_METADATA]) - stored_bytes(text)
+        before = self.checkpoint.metadata.get(names.QUANTIZATION_METADATA, "")
+        room_bytes = stored_bytes(before) - stored_bytes(text)
         return {names.QUANTIZATION_METADATA: text + " " * room_bytes if room_bytes >= 0 else header_text(layers)}
 
 
@@ -263,9 +282,58 @@ class Legacy(Way):
         """What the marker says of each of its layers."""
         return with_full_precision(DEFAULT.mark, disables_fp8(self.marker_of(layer)))
 
-    def once(self, _configs: Mapping[str, Config]) -> tuple[Written, dict[str, str]]:
-        """The marker, where the checkpoint has none yet."""
-        return {} if self.markers else {self.prefix + names.LEGACY_MARKER: (Spec(DEFAULT.dtypes[0], (0,)), b"")}, {}
+    def once(self, configs: Mapping[str, Config]) -> tuple[Written, dict[str, str]]:
+        """The marker, where the checkpoint has none yet: of 2 elements where all layers compute in full precision."""
+        full = [layer for layer, config in configs.items() if full_precision(config)]
+        if 0 < len(full) < len(configs):
+            problem = f"{len(full)} of {len(configs)} layers are marked to compute in full precision, and a legacy"
+            raise TensorError(f"{problem} file says it of all or none", path=self.checkpoint.path, tensor=full[0])
+        if self.markers:
+            return {}, {}
+        elements = 2 if full else 0
+        return {self.prefix + names.LEGACY_MARKER: (Spec(DEFAULT.dtypes[0], (elements,)), bytes(elements))}, {}
+
+    def cannot(self, layer: str, config: Config, granularity: str | None) -> str | None:
+        """Whatever is not in the default format, or not of the diffusion model."""
+        if not layer.startswith(self.prefix):
+            return "a legacy file marks the diffusion model only, and this layer is outside it"
+        if of_mark(config) is DEFAULT and granularity == "tensor":
+            return None
+        said = config.get("format")
+        return f"a legacy file holds {DEFAULT.marked} with one scale per tensor only, and this is {said}"
+
+
+class FreshLegacy(Legacy):
+    """The same where every mark is written anew, and whatever marker there is goes."""
+
+    @cached_property
+    def markers(self) -> dict[str, TensorInfo]:
+        """None that stays."""
+        return {}
+
+
+class Unmarked(Way):
+    """FP8 with one scale per row and no mark, as diffusers reads it since 0.42; it scales inputs row by row."""
+
+    def spelled(self, suffix: str) -> str | None:
+        """Scales of inputs go, and those of the weight are made anew."""
+        return suffix if suffix == names.WEIGHT else None
+
+    def beside(self, layer: str, _config: Config) -> Written:
+        """One scale for each row."""
+        weight_scale = first(self.checkpoint, layer, names.WEIGHT_SCALES)
+        assert weight_scale is not None
+        rows = self.checkpoint.tensors[layer + names.WEIGHT].shape[0]
+        scale = np.broadcast_to(self.checkpoint.float32(weight_scale).reshape(-1), rows)
+        return {layer + self.weight_scale: (Spec("F32", (rows,)), scale.tobytes())}
+
+    def cannot(self, _layer: str, config: Config, granularity: str | None) -> str | None:
+        """Whatever has no codes of the default format, or another scale than one per tensor or row."""
+        fmt = of_mark(config)
+        if fmt is not None and fmt.grid is DEFAULT.grid and granularity in ("tensor", "row"):
+            return None
+        said = config.get("format")
+        return f"diffusers reads {DEFAULT.marked} with one scale per tensor or row only, and this is {said}"
 
 
 def disables_fp8(marker: TensorInfo | None) -> bool:
@@ -280,6 +348,7 @@ class Marks:
         self.checkpoint = checkpoint
         told = (checkpoint, prefix, refuse)
         self.header, self.tensor, self.legacy, self.none = Header(*told), Tensor(*told), Legacy(*told), Way(*told)
+        self.fresh, self.fresh_legacy, self.unmarked = Header(*told), FreshLegacy(*told), Unmarked(*told)
 
     def of(self, layer: str) -> Way:
         """The way that ComfyUI heeds for a layer."""
@@ -302,6 +371,25 @@ class Marks:
         else:
             return (self.legacy,) if legacy else (self.tensor, self.header)
         raise OptionError(f"the input {problem}, and one file cannot hold both spellings", hint=hint)
+
+    @property
+    def markers(self) -> set[str]:
+        """Names of all legacy markers."""
+        return {info.name for info in self.legacy.markers.values()}
+
+    @property
+    def other_metadata(self) -> dict[str, str]:
+        """The header's metadata that marks nothing."""
+        return {key: text for key, text in self.checkpoint.metadata.items() if key not in self.header.found}
+
+    def anew(self, target: str) -> tuple[Way, ...]:
+        """The ways of a file in which every mark is written anew, by a name of `TARGETS`."""
+        return {
+            "comfy": (self.tensor, self.fresh),
+            "header": (self.fresh,),
+            "legacy": (self.fresh_legacy,),
+            "diffusers": (self.unmarked,),
+        }[target]
 
     def input_scale(self, layer: str) -> str:
         """The input scale that a layer has, or that a new one is called, as its weight scale is spelled."""

@@ -38,6 +38,10 @@ PROVENANCE_KEY = "convert_to_quant"
 STATISTICS_KEY = "convert_to_quant.statistics"
 """Header entry (JSON) that tells a statistics file from a checkpoint."""
 
+TARGETS = ("comfy", "header", "legacy", "diffusers")
+"""What `migrate` calls ways of marking: comfy_quant tensors with a header that agrees, a header alone, `scaled_fp8`,
+no mark."""
+
 WEIGHT_SCALES = (WEIGHT_SCALE, WEIGHT_SCALE_LEGACY, WEIGHT_SCALE_INV)
 INPUT_SCALES = (INPUT_SCALE, INPUT_SCALE_LEGACY)
 SCALES = (*WEIGHT_SCALES, WEIGHT_SCALE_2, S_REL, S_CHANNEL, CODEBOOK, *INPUT_SCALES, PRE_QUANT_SCALE)

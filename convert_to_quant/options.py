@@ -249,6 +249,7 @@ class ConvertOptions(Options):
         scaling_mode: one scale per tensor, row or block, for "fp8".
         block_size: side of the square blocks.
         weight_scale: how scales are chosen.
+        requantize: round layers anew that are quantized in another format.
         input_scale: write input scales of 1.0, so that calibration can set them in place.
         legacy: write the older `scaled_fp8` layout instead of comfy_quant.
     """
@@ -260,6 +261,7 @@ class ConvertOptions(Options):
     scaling_mode: ScalingMode = option("tensor", "fp8 scales per tensor, row or block", "MODE", get_args(ScalingMode))
     block_size: int = option(64, "side of a block in mode block", "N", BLOCK)
     weight_scale: WeightScale = option("absmax", "absmax, or mse for least error", "METHOD", get_args(WeightScale))
+    requantize: bool = option(False, "round quantized layers anew, too")
     input_scale: bool = option(True, "write no input scales", flag="no-input-scale")
     legacy: bool = option(False)
 

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     with open_checkpoint(args.input) as checkpoint:
         check_shards(checkpoint, args)
         with loras_of(args) as adapters:
-            if options is not None and find_layers(checkpoint).diffusion:
+            if options is not None and not args.requantize and find_layers(checkpoint).diffusion:
                 converting = {"legacy", *(one.flag for one in offered(ConvertOptions).values())}
                 if unused := ", ".join(f"--{flag}" for flag in args.in_force if flag in converting):
                     note(f"the input is quantized already, so nothing is converted and {unused} does nothing")
@@ -244,7 +244,8 @@ def convert_file(
         write_json(args.json, plan_json(plan))
     say(f"{conversion_summary(plan)}; wrote {output}")
     note_formats(plan, output)
-    if calibration is None and not args.no_input_scale and any(fmt.static and not fmt.dynamic for fmt in plan.formats):
+    unmeasured = (fmt.static and not fmt.dynamic and layer.input_scale is None for layer, fmt in plan.quantized)
+    if calibration is None and not args.no_input_scale and any(unmeasured):
         there = f"convert_to_quant -i {shlex.quote(str(output))} --actcal --in-place"
         note(f"its input scales are 1.0, not measured ({there} measures them)")
     return 0
@@ -276,7 +277,7 @@ def note_formats(plan: ConversionPlan, output: Path) -> None:
 
 def conversion_summary(plan: ConversionPlan) -> str:
     """One line: how many layers, into what, and which family's table decided."""
-    weights = sum(layer.weight.elements for layer, _ in plan.quantized)
+    weights = sum(layer.out_features * layer.in_features for layer, _ in plan.quantized)
     words = [f"{fmt.marked if fmt.grid else fmt.name}" for fmt in plan.formats]
     if len(words) > 1:
         words = [f"{count} {word}" for count, word in zip(plan.formats.values(), words, strict=True)]
