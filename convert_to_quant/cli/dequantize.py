@@ -1,0 +1,60 @@
+"""`convert_to_quant dequantize MODEL -o OUT`: every layer that can be read as BF16, without scales and marks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..telling import advance
+from .calibration import note_ending
+from .output import progress_bar, say, write_json
+from .shared import check_shards
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+    from ..layout import Job, Layout
+
+DESCRIPTION = "Turn the layers of a quantized checkpoint into BF16. What rounding lost does not come back."
+EPILOG = """\
+examples:
+  convert_to_quant dequantize flux_fp8.safetensors -o flux_bf16.safetensors
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument("input", metavar="MODEL", help="a quantized checkpoint, or the index of its shards")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the new file, or index for shards")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from ..checkpoint import open_checkpoint
+    from ..migration import plan_bfloat16
+
+    with open_checkpoint(args.input) as checkpoint:
+        layout, jobs, done = plan_bfloat16(checkpoint)
+        return write_layout(checkpoint, layout, jobs, done, args)
+
+
+def write_layout(
+    checkpoint: Checkpoint, layout: Layout, jobs: Sequence[Job], done: str, args: argparse.Namespace
+) -> int:
+    """Write what was laid out, or say what would be written, with the document that was asked for."""
+    from ..layout import write
+
+    output = Path(args.output)
+    check_shards(checkpoint, args)
+    if args.dry_run:
+        say(f"dry run: {done}; would write {output}; nothing was written")
+    else:
+        with progress_bar("writing", unit="bytes") as progress:
+            total = sum(info.nbytes for info in checkpoint.tensors.values())
+            write(checkpoint, layout, output, jobs, progress=advance(progress, total))
+        say(f"{done}; wrote {output}")
+        note_ending(output)
+    if args.json:
+        write_json(args.json, {"done": done, "tensors": len(layout.specs)})
+    return 0

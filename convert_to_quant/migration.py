@@ -1,0 +1,90 @@
+"""Quantized checkpoints written anew without rounding: in BF16, or with other marks."""
+
+from __future__ import annotations
+
+from .checkpoint import Checkpoint, Spec
+from .convert import BAND_VALUES, PROVENANCE_KEY, provenance
+from .errors import TensorError
+from .formats.record import Packed, narrow_bfloat16, spans
+from .layers import Layer, dequantize, find_layers, named
+from .layout import Job, Layout, Sink, Tensors, beside, lay_out, mark_once, remark, told
+from .telling import plural
+
+
+def plan_bfloat16(checkpoint: Checkpoint) -> tuple[Layout, list[Job], str]:
+    """Plan to turn every layer that can be read into BF16.
+
+    Args:
+        checkpoint: the quantized checkpoint.
+
+    Returns:
+        What `layout.write` takes, and what is done, for people.
+
+    Raises:
+        TensorError: no layer can be turned; one has no mark, and its tensors fit several formats.
+    """
+    table = find_layers(checkpoint)
+    layers = [*table.quantized.values(), *table.raw.values()]
+    if not layers:
+        problem = "nothing to dequantize: no layer is quantized in a format that is read here"
+        raise TensorError(problem, path=checkpoint.path)
+    dropped: set[str] = set() if any(name in table.marks.legacy for name in table.foreign) else table.marks.markers
+    for layer in table.quantized.values():
+        told(checkpoint, table, layer)
+        dropped.update(beside(checkpoint, layer.name))
+    made: dict[str, Tensors] = {
+        layer.weight.name: {layer.weight.name: (Spec("BF16", layer.shape), None)} for layer in layers
+    }
+    metadata = table.marks.other_metadata
+    foreign = {name: config for name, config in table.marks.header.configs.items() if name in table.foreign}
+    if foreign:
+        metadata.update(table.marks.fresh.once(foreign)[1])
+    metadata[PROVENANCE_KEY] = provenance(checkpoint.metadata, dequantize={"from": named(layers)})
+    done = f"{plural(len(layers), 'layer')} in {named(layers)} to BF16"
+    left = f"; {len(table.foreign)} in other formats stay as they are" if table.foreign else ""
+    jobs = [_dequantizing(checkpoint, layer) for layer in layers]
+    return lay_out(checkpoint, made, dropped, metadata), jobs, done + left
+
+
+def _dequantizing(checkpoint: Checkpoint, layer: Layer) -> Job:
+    """The work of turning a layer into BF16, in bands of whole tiles of scales."""
+
+    def work(sink: Sink) -> None:
+        rows = max(1, BAND_VALUES // (max(1, layer.in_features) * Packed.ROWS)) * Packed.ROWS
+        for band in spans(layer.out_features, rows):
+            sink(layer.weight.name, narrow_bfloat16(dequantize(checkpoint, layer, band)),
+                 band.start * layer.in_features * 2)  # fmt: skip
+            checkpoint.release(layer.weight.name)
+
+    return layer.weight.nbytes, work
+
+
+def plan_migration(checkpoint: Checkpoint, target: str) -> tuple[Layout, str, list[str]]:
+    """Plan to mark every quantized layer in another way; weights stay as they are.
+
+    Args:
+        checkpoint: the quantized checkpoint.
+        target: one of `names.TARGETS`.
+
+    Returns:
+        What `layout.write` takes; what is done, and what the target cannot say, for people.
+
+    Raises:
+        TensorError: no layer is quantized; a layer cannot be expressed so; one has no mark, and its tensors fit
+            several formats.
+    """
+    table = find_layers(checkpoint)
+    ways = table.marks.anew(target)
+    made, configs, dropped = remark(checkpoint, table, ways)
+    if not configs:
+        raise TensorError("nothing to migrate: no layer is quantized with a scale", path=checkpoint.path)
+    metadata = mark_once(made, configs, ways, table.marks.other_metadata)
+    metadata[PROVENANCE_KEY] = provenance(checkpoint.metadata, migrate={"to": target})
+    notes = list(table.notes)
+    if target == "diffusers":
+        scales = sum(layer.input_scale is not None for layer in table.quantized.values())
+        full = sum(layer.full_precision for layer in table.quantized.values())
+        lost = {"input scale": scales, "mark of full precision": full}
+        left = " and ".join(plural(count, noun) for noun, count in lost.items() if count)
+        notes += [f"{left} left out: diffusers scales inputs token by token, in every layer"] * bool(left)
+    return lay_out(checkpoint, made, dropped, metadata), f"{plural(len(configs), 'layer')} marked for {target}", notes
