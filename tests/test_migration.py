@@ -130,8 +130,8 @@ def test_a_mix_is_completed_and_marked_alike(save: Save, build: Any, tmp_path: P
 
 
 UNTOLD = {
-    "INT8, INT8 ConvRot, ConvRot W4A4": {
-        ".weight": np.ones((16, 256), np.int8), ".weight_scale": np.ones((16, 1), np.float32),
+    "INT8, INT8 ConvRot": {
+        ".weight": np.ones((16, 32), np.int8), ".weight_scale": np.ones((16, 1), np.float32),
     },
     "NVFP4, NVFP4 in the order of codes that diffusers reads": {
         ".weight": np.ones((128, 32), np.uint8), ".weight_scale": ("F8_E4M3", np.ones((128, 4), np.uint8)),

@@ -9,8 +9,6 @@ from .terminal import paint
 
 EXAMPLES = (
     "convert_to_quant -i flux_bf16.safetensors -o flux_fp8.safetensors --actcal",
-    "convert_to_quant inspect flux_fp8.safetensors",
-    "convert_to_quant check flux_bf16.safetensors flux_fp8.safetensors",
     "convert_to_quant demo",
 )
 
@@ -18,6 +16,9 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     "make a file": {
         "convert": "convert to another format, calibrate FP8, or both (the default)",
         "apply": "choose scales from statistics and write them into a checkpoint",
+        "dequantize": "turn quantized layers into BF16",
+        "repair": "put broken marks of quantized layers right, in place",
+        "migrate": "mark quantized layers in another way, weights as they are",
     },
     "look at it": {
         "inspect": "say what a file is, what ComfyUI does with it, what is wrong",

@@ -169,7 +169,7 @@ def check_shards(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     files = [file.path for file in checkpoint.files]
     if args.json not in (None, "-"):
         refuse_same_file(Path(args.json), files, hint="name another file for --json")
-    if getattr(args, "output", None) is not None and not args.in_place:
+    if getattr(args, "output", None) is not None and not getattr(args, "in_place", False):
         refuse_same_file(Path(args.output), files, hint="name another output")
 
 

@@ -68,6 +68,7 @@ OUTPUTS = {
     "convert and calibrate -o": ("-i", "bf16", "-o", "OUT", *LAYER),
     "calibrate -o": ("-i", "fp8", "-o", "OUT", *LAYER),
     "apply -o": ("apply", "fp8", "stats", "-o", "OUT"),
+    "dequantize -o": ("dequantize", "fp8", "-o", "OUT"),
     "merge -o": ("merge", "stats", "-o", "OUT"),
     "observe -o": ("observe", "bf16", "-o", "OUT"),
     "check --save-conditioning": (

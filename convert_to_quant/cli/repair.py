@@ -1,0 +1,58 @@
+"""`convert_to_quant repair MODEL`: marks that are missing or broken, put right in place or in a new file."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from ..telling import plural
+from .calibration import recover_input
+from .output import print_table, say, write_json
+from .shared import check_shards
+
+DESCRIPTION = "Put broken marks of quantized layers right where their tensors leave no doubt; in place, or with -o."
+EPILOG = """\
+examples:
+  convert_to_quant repair flux_fp8.safetensors --dry-run
+  convert_to_quant repair flux_fp8.safetensors -o repaired.safetensors
+
+A mark is broken where it is missing, empty, all NUL, no JSON, or names no format that is known.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.usage = "convert_to_quant repair MODEL [-o OUT] [options]"
+    parser.add_argument("input", metavar="MODEL", help="a quantized checkpoint, or the index of its shards")
+    parser.add_argument("-o", "--output", metavar="OUT", help="a new file instead of MODEL itself")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from ..checkpoint import open_checkpoint
+    from ..patch import apply_in_place, in_place_edits, rewrite
+    from ..repair import plan_repair
+
+    args.in_place = args.output is None
+    recover_input(args)
+    with open_checkpoint(args.input) as checkpoint:
+        check_shards(checkpoint, args)
+        repairs, patch = plan_repair(checkpoint, in_place=args.in_place)
+        if args.in_place:
+            in_place_edits(patch)  # whether everything has room shows before anything is said
+        if repairs:
+            cells = [(one.layer, one.found, one.becomes, one.where) for one in repairs]
+            print_table(("layer", "found", "becomes", "in the"), cells, optional=(3,), talk=args.json == "-")
+        done = f"{plural(len(repairs), 'broken mark')} in {checkpoint.path}"
+        if args.dry_run or not repairs:
+            say(f"dry run: {done}; nothing was written" if args.dry_run else f"{done}; nothing was written")
+        else:
+            if args.in_place:
+                apply_in_place(patch)
+            else:
+                rewrite(patch, Path(args.output))
+            say(f"{done} put right; wrote {args.output or checkpoint.path}")
+        if args.json:
+            write_json(args.json, {"repairs": [asdict(one) for one in repairs]})
+    return 0

@@ -1,0 +1,140 @@
+"""`dequantize`, `repair` and `migrate` at the command line, and `--requantize`: what is said, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.layers import find_layers
+
+Command = Callable[..., Any]
+Folder = Callable[[], dict[str, bytes]]
+OUT = ("-o", "out.safetensors")
+
+
+@pytest.fixture
+def files(save: Any, build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with an FP8 file, one with a broken mark, one of INT8 without marks, and one in high precision."""
+    monkeypatch.chdir(tmp_path)
+    fp8, metadata = build.quantized(["blocks.0.a", "blocks.1.a"], "tensor", input_scale=0.5)
+    save("fp8.safetensors", fp8, metadata)
+    save("broken.safetensors", fp8 | {"blocks.1.a.comfy_quant": np.zeros(64, np.uint8)})
+    save("int8.safetensors", {"blocks.0.a.weight": np.ones((16, 32), np.int8),
+                              "blocks.0.a.weight_scale": np.ones((16, 1), np.float32)})  # fmt: skip
+    save("plain.safetensors", {"blocks.0.a.weight": ("BF16", build.to_bfloat16(np.ones((16, 32))))})
+    save("nvfp4.safetensors", {"a.comfy_quant": build.mark(format="nvfp4"), "a.weight": np.ones((16, 8), np.uint8),
+                               "a.weight_scale": ("F8_E4M3", np.ones((128, 4), np.uint8)),
+                               "a.weight_scale_2": np.float32(1)})  # fmt: skip
+    return tmp_path
+
+
+DONE = {
+    "dequantize fp8.safetensors -o out.safetensors": "2 layers in FP8 to BF16; wrote out.safetensors\n",
+    "migrate fp8.safetensors -o out.safetensors --to legacy": "2 layers marked for legacy; wrote out.safetensors\n",
+    "migrate fp8.safetensors -o out.safetensors --to diffusers": (
+        "note: 2 input scales left out: diffusers scales inputs token by token, in every layer\n"
+        "2 layers marked for diffusers; wrote out.safetensors\n"
+    ),
+    "repair broken.safetensors -o out.safetensors": (
+        "1 broken mark in broken.safetensors put right; wrote out.safetensors\n"
+    ),
+    "repair broken.safetensors": "1 broken mark in broken.safetensors put right; wrote broken.safetensors\n",
+    "repair fp8.safetensors": "0 broken marks in fp8.safetensors; nothing was written\n",
+}
+
+
+@pytest.mark.parametrize("call", DONE)
+def test_each_says_what_it_did(ctq: Command, files: Path, call: str) -> None:
+    outcome = ctq(*call.split())
+    assert (outcome.code, outcome.err) == (0, DONE[call])
+    table = "layer       found                   becomes        in the\n"
+    table += "blocks.1.a  a mark that is all NUL  float8_e4m3fn  tensor\n"
+    assert outcome.out == (table if "broken" in call else "")
+
+
+UNTOLD = (
+    "int8.safetensors: blocks.0.a: nothing says what format it is in, and its tensors fit several formats: INT8, "
+    "INT8 ConvRot (get a file with marks, or convert the original)"
+)
+REFUSED = {
+    "dequantize plain.safetensors -o out.safetensors": (
+        "plain.safetensors: nothing to dequantize: no layer is quantized in a format that is read here"
+    ),
+    "dequantize int8.safetensors -o out.safetensors": UNTOLD,
+    "dequantize none.safetensors -o out.safetensors": "none.safetensors: no such file",
+    "dequantize fp8.safetensors -o fp8.safetensors": (
+        "fp8.safetensors: the output is the same file as the input fp8.safetensors (name another output)"
+    ),
+    "migrate plain.safetensors -o out.safetensors --to comfy": (
+        "plain.safetensors: nothing to migrate: no layer is quantized with a scale"
+    ),
+    "migrate int8.safetensors -o out.safetensors --to comfy": UNTOLD,
+    "migrate nvfp4.safetensors -o out.safetensors --to legacy": (
+        "nvfp4.safetensors: a: a legacy file holds float8_e4m3fn with one scale per tensor only, and this is nvfp4"
+    ),
+    "migrate fp8.safetensors -o none/out.safetensors --to legacy": (
+        "none/out.safetensors: cannot be written: the folder none does not exist"
+    ),
+    "repair int8.safetensors": UNTOLD,
+    "repair broken.safetensors -o broken.safetensors": (
+        "broken.safetensors: the output is the same file as the input broken.safetensors (name another output)"
+    ),
+    "-i int8.safetensors -o out.safetensors --format fp8 --requantize -q": UNTOLD,
+}
+
+
+@pytest.mark.parametrize("dry", [False, True], ids=["", "dry"])
+@pytest.mark.parametrize("call", REFUSED)
+def test_bad_input_is_refused_and_nothing_changes(
+    ctq: Command, files: Path, folder: Folder, call: str, dry: bool
+) -> None:
+    before = folder()
+    outcome = ctq(*call.split(), *(["--dry-run"] if dry else []))
+    assert (outcome.code, outcome.out, outcome.err) == (1, "", f"error: {REFUSED[call]}\n")
+    assert folder() == before
+
+
+def test_requantize_says_that_it_rounds_twice_and_keeps_what_was_measured(ctq: Command, files: Path) -> None:
+    outcome = ctq("-i", "fp8.safetensors", *OUT, "--format", "int8", "--layer-format", "1.a=fp8", "--requantize")
+    assert outcome.code == 0, outcome.err
+    assert "note: rounded a second time: 1 layer in FP8; the original in 16 bits keeps more\n" in outcome.err
+    assert "note: already quantized layers stay as they are: 1 in FP8\n" in outcome.err
+    assert "not measured" not in outcome.err
+    with open_checkpoint("out.safetensors") as checkpoint:
+        found = {name: layer.format.name for name, layer in find_layers(checkpoint).quantized.items()}
+        assert found == {"blocks.0.a": "int8", "blocks.1.a": "fp8"}
+        assert checkpoint.float32("blocks.1.a.input_scale") == 0.5
+
+
+def test_a_full_disk_leaves_nothing(ctq: Command, files: Path, folder: Folder) -> None:
+    """A limit on file sizes stands in for it: the write fails half-way."""
+    import resource
+
+    before = folder()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+    try:
+        outcome = ctq("dequantize", "fp8.safetensors", *OUT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (outcome.code, outcome.err) == (
+        1, "error: out.safetensors: cannot be written: the file system allows no file that large\n",
+    )  # fmt: skip
+    assert folder() == before
+
+
+def test_a_requantized_file_is_calibrated_in_the_same_breath(ctq: Command, flux_file: Path, flux: Any) -> None:
+    int8, output = flux_file.with_name("int8.safetensors"), flux_file.with_name("fp8.safetensors")
+    assert ctq("-i", flux_file, "-o", int8, "--format", "int8").code == 0
+    words = ("--requantize", "--actcal", "--actcal-engine", "layer")
+    assert ctq("-i", int8, "-o", output, *words).code == 0
+    with open_checkpoint(output) as checkpoint:
+        table = find_layers(checkpoint)
+        assert set(table.static) == set(flux.quantized)
+        scales = [checkpoint.float32(layer.input_scale or "").item() for layer in table.static.values()]
+        assert min(scales) < 1
