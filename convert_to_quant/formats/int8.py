@@ -112,7 +112,10 @@ class ConvRotW4A4(ConvRot):
     def inputs(self, x: Tensor, static: Tensor | None, arithmetic: str) -> tuple[Tensor, Tensor]:
         if arithmetic == "dynamic_tensor":
             return super().inputs(x, static, arithmetic)
-        return whole_numbers(x if arithmetic == "comfyui" else x.float(), self.LARGEST, self.LEAST_ABSMAX, 0.0)
+        if arithmetic != "comfyui":
+            return whole_numbers(x.float(), self.LARGEST, self.LEAST_ABSMAX, 0.0)
+        codes, scale = whole_numbers(x, self.LARGEST, self.LEAST_ABSMAX, 0.0)
+        return codes, scale.to(x.dtype).float()  # unlike at 8 bits, eager scales are in x's own dtype
 
 
 ROWS = Format(

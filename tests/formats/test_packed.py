@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,32 @@ def test_layers_compute_what_kitchen_computes(tmp_path: Path, name: str) -> None
         )(x)
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(swapped, torch.cat([ours[:, 200:] - bias[200:], ours[:, :200] - bias[:200]], 1))
+
+
+@pytest.mark.parametrize(("width", "group"), [(192, 64), (48, 16)])
+def test_narrow_layers_are_rotated_in_the_groups_that_their_mark_names(tmp_path: Path, width: int, group: int) -> None:
+    kitchen = pytest.importorskip("comfy_kitchen")
+    output, parts = written(tmp_path, weights("normal")[:, :width].contiguous(), "int8-convrot")
+    said = json.loads(bytes(parts[".comfy_quant"]))
+    x = torch.randn(160, width, generator=torch.Generator().manual_seed(1))
+    wanted = kitchen.int8_linear(x, parts[".weight"], parts[".weight_scale"], None, x.dtype, convrot=said["convrot"],
+                                 convrot_groupsize=said["convrot_groupsize"])  # fmt: skip
+    with open_checkpoint(output) as checkpoint:
+        stored = StoredWeight(
+            checkpoint, [(find_layers(checkpoint).quantized["blocks.0.mlp"], slice(None))], torch.device("cpu")
+        )
+        ours = CheckpointLinear(stored, None, torch.float32, arithmetic="comfyui", input_scale=None)(x)
+    assert said["convrot_groupsize"] == group
+    assert torch.equal(ours, wanted)
+
+
+def test_w4a4_scales_inputs_in_their_own_dtype() -> None:
+    eager = pytest.importorskip("comfy_kitchen.backends.eager.convrot_w4a4")
+    x = weights("uneven").bfloat16()
+    codes, scales = FORMATS["convrot-w4a4"].inputs(x, None, "comfyui")
+    wanted_codes, wanted_scales = eager.quantize_signed_int4_rowwise(x)
+    assert torch.equal(pack_nibbles(codes), wanted_codes.view(torch.uint8))
+    assert torch.equal(scales.flatten(), wanted_scales)
 
 
 def _quantized(tensor: Any, layout: Any, weight: Tensor, name: str) -> tuple[Any, str, Any]:
