@@ -19,6 +19,7 @@ How q comes about is the `Arithmetic`:
     dynamic_tensor   as comfyui_divide with s = absmax(x) / max. No file can ask ComfyUI for this.
     dynamic_row      the same with one s per row, in any format.
 A layer that the file holds in high precision, or marks `full_precision_matrix_mult`, is computed as by "dequantize".
+(ComfyUI 0.33 quantizes inputs that become whole numbers whatever that mark says; later versions do not.)
 
 Products are simulated in float32: FP8 values and their products are exact there, so only the order of summation differs
 from a tensor core's. `fp8_matmul=True` uses the real one (`torch._scaled_mm`) where the layer allows it. Products of

@@ -9,6 +9,7 @@ Without COMFYUI_DIR they skip. With it, `driver.py` runs ComfyUI in a process of
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -97,14 +98,11 @@ class Files:
         original: in high precision.
         converted: in FP8, with input scales of 1.0.
         calibrated: in FP8, after `--actcal`.
-        int8, int8_tensor: in INT8, with scales per row, or one.
     """
 
     original: Path
     converted: Path
     calibrated: Path
-    int8: Path
-    int8_tensor: Path
 
 
 def command(*words: str | Path) -> None:
@@ -134,10 +132,7 @@ def files(comfyui: processes.ComfyUI, tmp_path_factory: pytest.TempPathFactory) 
         original = emoji.WEIGHTS
         if name != "plain":
             original = reranged(folder / f"{name}.safetensors", RERANGINGS[name])
-        kinds = ("fp8", "fp8_calibrated", "int8", "int8_tensor")
-        made = Files(original, *(folder / f"{name}_{kind}.safetensors" for kind in kinds))
-        command("-i", original, "-o", made.int8, "--format", "int8")
-        command("-i", original, "-o", made.int8_tensor, "--format", "int8-tensor")
+        made = Files(original, *(folder / f"{name}_{kind}.safetensors" for kind in ("fp8", "fp8_calibrated")))
         command("-i", original, "-o", made.converted)
         # The least that observes every kind of noise conditioning; more samples change little here.
         # Without headroom every layer has a scale of its own, which a reader cannot mistake for another's.
@@ -302,7 +297,7 @@ class Ours:
         size = (emoji.SIDE_TOKENS**2, 64)
         self.noise = torch.cat([noise.latents(size, SEED, number) for number in range(len(PROMPTS))])
 
-    def load(self, path: Path, arithmetic: Arithmetic, dtype: torch.dtype) -> Any:
+    def load(self, path: Path, arithmetic: Arithmetic, dtype: torch.dtype, **how: Any) -> Any:
         """A context manager that gives the model."""
         from contextlib import contextmanager
 
@@ -311,7 +306,7 @@ class Ours:
         @contextmanager
         def loaded() -> Iterator[Denoiser]:
             with open_checkpoint(path) as checkpoint:
-                yield diffusers.load(checkpoint, arithmetic=arithmetic, dtype=dtype)
+                yield diffusers.load(checkpoint, arithmetic=arithmetic, dtype=dtype, **how)
 
         return loaded()
 
@@ -339,6 +334,26 @@ class Ours:
             "context": self.context[chosen],
             "y": self.pooled[chosen],
         }
+
+    @staticmethod
+    def db(wanted: Tensor, found: Tensor) -> float:
+        """10 log10(Σ wanted² / Σ (wanted - found)²), over everything; infinite where they are equal."""
+        error = float((wanted.double() - found.double()).square().sum())
+        return 10 * math.log10(float(wanted.double().square().sum()) / error) if error else math.inf
+
+    def outputs(
+        self, path: Path, seen: Mapping[str, Tensor], dtype: torch.dtype, adapters: Any = None, **how: Any
+    ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+        """What ComfyUI computed (`evaluate` with `record`) and what we do of its inputs, by module and first layer."""
+        import torch
+
+        found = {}
+        with self.load(path, dtype=dtype, **how) as model, model.adapted(adapters):
+            for module, linear in model.linears.items():
+                pieces = linear.stored.pieces
+                theirs = torch.cat([seen[f"{layer.name}.out"][..., rows] for layer, rows in pieces], -1)
+                found[module, pieces[0][0].name] = (theirs, linear(seen[f"{pieces[0][0].name}.in"]))
+        return found
 
     def evaluate(self, path: Path, states: Mapping[str, Tensor], arithmetic: Arithmetic, dtype: torch.dtype) -> Tensor:
         """Velocities like `states["x"]`."""

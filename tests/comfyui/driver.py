@@ -141,6 +141,7 @@ def describe(module: Any) -> dict[str, Any]:
     """One linear layer as ComfyUI holds it."""
     weight = module.weight
     stored = getattr(weight, "_qdata", None)
+    factors = None if stored is None else weight._params.scale
     scale = getattr(module, "input_scale", None)
     return {
         "class": f"{type(module).__module__}.{type(module).__qualname__}",
@@ -148,11 +149,59 @@ def describe(module: Any) -> dict[str, Any]:
         "weight_class": type(weight.data).__name__ if stored is None else type(weight).__name__,
         "weight_dtype": str(weight.dtype if stored is None else stored.dtype),
         "weight_shape": list(weight.shape),
-        "weight_scale": None if stored is None else weight._params.scale.squeeze().tolist(),
+        "weight_scale": None if factors is None or factors.numel() > 1 else factors.item(),
+        "layout": getattr(weight, "_layout_cls", None),
+        "stored": None if stored is None else parameter(stored),
+        "params": {} if stored is None else {name: parameter(value) for name, value in vars(weight._params).items()},
         "input_scale": None if scale is None else scale.item(),
         "input_scale_dtype": None if scale is None else str(scale.dtype),
         "full_precision": getattr(module, "_full_precision_mm", None),
     }
+
+
+def parameter(value: Any) -> Any:
+    """A parameter of a layout in JSON: a tensor's dtype and shape, or the value."""
+    if hasattr(value, "shape"):
+        return [str(value.dtype).removeprefix("torch."), *value.shape]
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def weights(key: str, output: str) -> dict[str, Any]:
+    """What ComfyUI dequantizes each quantized weight of a loaded model to, by layer."""
+    from safetensors.torch import save_file
+
+    quantized = {name: m.weight for name, m in linears(MODELS[key]) if getattr(m, "quant_format", None)}
+    save_file({name: weight.dequantize().contiguous() for name, weight in quantized.items()}, output)
+    return {}
+
+
+def adapt(key: str, adapted: str, lora: str, part: int | None = None) -> dict[str, Any]:
+    """A loaded model with a LoRA. Where `part` is given, so many bytes are loaded, and the rest is cast in use."""
+    import comfy.sd
+    from comfy.utils import load_torch_file
+
+    with messages() as said:
+        patcher, _ = comfy.sd.load_lora_for_models(MODELS[key], None, load_torch_file(lora), 1.0, 0.0)
+    if part is not None:
+        load_all = patcher.load
+        patcher.load = lambda device=None, force_patch_weights=False, **_: load_all(device, part, force_patch_weights)
+    MODELS[adapted] = patcher
+    return said
+
+
+def evaluate_without_kernels(**request: Any) -> dict[str, Any]:
+    """`evaluate` where the products of MXFP8 and NVFP4 fail in a way that kitchen foresees: it then multiplies what the
+    codes of both sides mean. Its CPU kernels for them fail in a way that it does not foresee.
+    """
+    import comfy_kitchen
+
+    missing = RuntimeError("no kernel for this product")
+    with (
+        patch.object(comfy_kitchen, "scaled_mm_mxfp8", side_effect=missing),
+        patch.object(comfy_kitchen, "scaled_mm_nvfp4", side_effect=missing),
+    ):
+        said = evaluate(**request)
+    return {"warnings": [warning for warning in said["warnings"] if str(missing) not in warning]}
 
 
 def evaluate(key: str, inputs: str, output: str, record: bool = False) -> dict[str, Any]:
@@ -375,8 +424,8 @@ def diffusers_names(function: str, config: Mapping[str, int]) -> dict[str, Any]:
 
 COMMANDS = {
     command.__name__: command
-    for command in (load, evaluate, sample, fail, hooks, on_two_devices, record, save_stats, save_conditioning,
-                    calibrate, renamed, diffusers_names)
+    for command in (load, evaluate, evaluate_without_kernels, weights, adapt, sample, fail, hooks, on_two_devices,
+                    record, save_stats, save_conditioning, calibrate, renamed, diffusers_names)
 }  # fmt: skip
 
 

@@ -31,12 +31,6 @@ SUMS_DB, BFLOAT16_DB = 120.0, 48.0
 """What is left where only the order of float32 sums differs, or one rounding to bfloat16."""
 
 
-def db(wanted: Tensor, found: Tensor) -> float:
-    """10 log10(Σ wanted² / Σ (wanted - found)²), over everything; infinite where they are equal."""
-    error = float((wanted.double() - found.double()).square().sum())
-    return 10 * math.log10(float(wanted.double().square().sum()) / error) if error else math.inf
-
-
 def mean_sqnr_db(wanted: Tensor, found: Tensor) -> float:
     """As our `fidelity` has it: the mean over evaluations."""
     from convert_to_quant.fidelity import sqnr_db
@@ -66,9 +60,6 @@ CASES = {
     "FP8 file in float32": ("calibrated", {}, "comfyui", "float32", SUMS_DB),
     "FP8 file in bfloat16": ("calibrated", BFLOAT16, "comfyui", "bfloat16", BFLOAT16_DB),
     "FP8 file without FP8 hardware": ("calibrated", NO_FP8, "dequantize", "float32", SUMS_DB),
-    "INT8 file in float32": ("int8", {}, "comfyui", "float32", math.inf),
-    "INT8 file in bfloat16": ("int8", BFLOAT16, "comfyui", "bfloat16", math.inf),
-    "INT8 file with one scale a tensor": ("int8_tensor", {}, "comfyui", "float32", math.inf),
 }
 """Which file, what ComfyUI is told of the device, and what we simulate, in which dtype; and the least agreement."""
 
@@ -87,13 +78,8 @@ def test_every_layer_computes_what_we_simulate(bench: Bench, figure: Figure, cas
     assert read == {layer: marked.get(layer) for layer in read}
     seen = bench.comfyui.run("evaluate", "run", {key: value[:2] for key, value in bench.states.items()}, record=True)
 
-    differences_db = {}
-    with bench.ours.load(path, arithmetic, getattr(torch, dtype)) as model:
-        for module, linear in model.linears.items():
-            pieces = linear.stored.pieces
-            theirs = torch.cat([seen[f"{layer.name}.out"][..., rows] for layer, rows in pieces], -1)
-            differences_db[module] = db(theirs, linear(seen[f"{pieces[0][0].name}.in"]))
-
+    outputs = bench.ours.outputs(path, seen, getattr(torch, dtype), arithmetic=arithmetic)
+    differences_db = {module: bench.ours.db(*pair) for (module, _), pair in outputs.items()}
     exact = sum(math.isinf(value) for value in differences_db.values())
     worst = min(differences_db, key=lambda module: differences_db[module])
     figure(f"{case}: worst layer {worst}; {exact} of {len(differences_db)} bit-identical", differences_db[worst])
@@ -117,13 +103,13 @@ def test_whole_models_without_fp8_products_agree_to_rounding(
 
     found = bench.ours.evaluate(path, bench.states, arithmetic, getattr(torch, dtype))
 
-    assert figure(f"{case}: velocity, ours against ComfyUI's", db(theirs, found)) >= least_db
+    assert figure(f"{case}: velocity, ours against ComfyUI's", bench.ours.db(theirs, found)) >= least_db
     if dtype == "bfloat16":
         # Two bfloat16 runs are no closer to each other than each is to float32.
         bench.comfyui.load(path, "exact")
         exact = bench.comfyui.run("evaluate", "exact", bench.states)["velocity"]
-        rounding_db = figure("ComfyUI in bfloat16 against itself in float32", db(exact, theirs))
-        assert db(theirs, found) >= rounding_db - 3
+        rounding_db = figure("ComfyUI in bfloat16 against itself in float32", bench.ours.db(exact, theirs))
+        assert bench.ours.db(theirs, found) >= rounding_db - 3
 
 
 @pytest.mark.parametrize("case", ["FP8 file in float32", "FP8 file in bfloat16"])
@@ -144,12 +130,12 @@ def test_a_whole_fp8_model_agrees_as_closely_as_comfyui_with_itself(bench: Bench
     for last_bits in {"float32": (1, 8, 64), "bfloat16": (1, 1, 1)}[dtype]:
         noise = torch.randn(bench.states["x"].shape, generator=generator)
         nudged = {**bench.states, "x": bench.states["x"] * (1 + last_bits * step * noise)}
-        twins.append(db(theirs, bench.comfyui.run("evaluate", "run", nudged)["velocity"]))
+        twins.append(bench.ours.db(theirs, bench.comfyui.run("evaluate", "run", nudged)["velocity"]))
 
     found = bench.ours.evaluate(path, bench.states, arithmetic, getattr(torch, dtype))
 
     itself_db = figure(f"{case}: velocity, ComfyUI against itself with nudged inputs (worst of 3)", min(twins))
-    assert figure(f"{case}: velocity, ours against ComfyUI's", db(theirs, found)) >= itself_db - 3
+    assert figure(f"{case}: velocity, ours against ComfyUI's", bench.ours.db(theirs, found)) >= itself_db - 3
     theirs_db = figure(f"{case}: ComfyUI against its own BF16 run", mean_sqnr_db(reference, theirs))
     assert figure(f"{case}: ours against ComfyUI's BF16 run", mean_sqnr_db(reference, found)) == pytest.approx(
         theirs_db, abs=0.5
@@ -170,5 +156,6 @@ def test_sampling_ends_at_the_same_latents(bench: Bench, figure: Figure, case: s
     found = bench.ours.sample(path, arithmetic, getattr(torch, dtype))
 
     assert (
-        figure(f"{case}: latents after {bench.ours.steps} steps, ours against ComfyUI's", db(theirs, found)) >= least_db
+        figure(f"{case}: latents after {bench.ours.steps} steps, ours against ComfyUI's", bench.ours.db(theirs, found))
+        >= least_db
     )
