@@ -192,8 +192,6 @@ def candidates(
 ) -> dict[str, list[Candidate]]:
     """What each layer could become.
 
-    Layers that see one token per image never quantize it: that costs no time, and one token steers a whole block.
-
     Args:
         checkpoint: the open checkpoint.
         layers: by name.
@@ -208,13 +206,22 @@ def candidates(
             Candidate(
                 fmt,
                 solved[name].scale_after if fmt.static else None,
-                solved[name].cause == "one row" or (fmt.static and solved[name].full_precision_after),
+                full_precision(fmt, solved[name]),
             )
             for fmt in formats
             if fmt.takes(layer.shape)
         ]
         for name, layer in layers.items()
     }
+
+
+def full_precision(fmt: Format, result: LayerResult) -> bool:
+    """Whether a layer in a format does not quantize its inputs, as far as readers heed that.
+
+    Layers that see one token per image do not: it costs no time, and one token steers a whole block. Others do not where
+    a static scale would lose tokens.
+    """
+    return fmt.heeds_full_precision and (result.cause == "one row" or (fmt.static and result.full_precision_after))
 
 
 def input_scales(checkpoint: Checkpoint, layers: Mapping[str, Layer], statistics: Statistics) -> dict[str, LayerResult]:
@@ -329,7 +336,7 @@ def _plan_of(plan: ConversionPlan, choice: Choice, solved: Mapping[str, LayerRes
                     format=fmt,
                     reason=f"alone keeps {decibels(offer.damage):.1f} dB",
                     input_scale=result.scale_after if fmt.static else None,
-                    full_precision=result.cause == "one row" or (fmt.static and result.full_precision_after),
+                    full_precision=full_precision(fmt, result),
                 )
             )
     return replace(plan, decisions=decisions)

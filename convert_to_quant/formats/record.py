@@ -237,6 +237,8 @@ class Format:
         input_grid: of the codes that readers make of a layer's inputs; None where it is only recognized.
         static: whether files hold a scale of a layer's inputs, `input_scale`, which a calibration finds.
         dynamic: whether readers scale inputs as they come, by absmax / max of each row, and use no `input_scale`.
+        heeds_full_precision: whether readers heed a mark that inputs are not quantized; ComfyUI 0.33 does not where
+            its kernels quantize inputs themselves.
         sides: what the sides (out, in) of a weight must be multiples of.
         fallback: the format of layers whose sides it cannot take; "" for high precision.
         ranged_by: suffix of the scale that says how large the weights can get.
@@ -265,6 +267,7 @@ class Format:
     input_grid: Grid | None = None
     static: bool = False
     dynamic: bool = True
+    heeds_full_precision: bool = True
     sides: tuple[int, int] = (1, 1)
     fallback: str = ""
     ranged_by: str | None = names.WEIGHT_SCALE

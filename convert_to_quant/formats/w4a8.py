@@ -312,6 +312,7 @@ FOUR = W4A8(
     scale_dtypes=("F8_E4M3", "U8", "F32"),
     granularity="block",
     input_grid=INTEGERS,
+    heeds_full_precision=False,
     sides=(1, ROTATED),
     fallback="int8",
     ranged_by=names.S_CHANNEL,
