@@ -2,8 +2,8 @@
 
     python benchmarks/best_large.py --device cuda --json best_large.json
 
-The model has Flux.1's 12 billion weights, random, in bfloat16, in memory (/dev/shm). It is observed, tried in every format
-that the card multiplies, and written as the best mix of 8 bits per weight.
+The model has Flux.1's 12 billion weights, random, in bfloat16, in memory (/dev/shm). It is observed, tried in every
+format that the card multiplies, and written as the best mix of 8 bits per weight.
 """
 
 from __future__ import annotations

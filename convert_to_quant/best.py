@@ -218,8 +218,8 @@ def candidates(
 def full_precision(fmt: Format, result: LayerResult) -> bool:
     """Whether a layer in a format does not quantize its inputs, as far as readers heed that.
 
-    Layers that see one token per image do not: it costs no time, and one token steers a whole block. Others do not where
-    a static scale would lose tokens.
+    Layers that see one token per image do not: it costs no time, and one token steers a whole block. Others do not
+    where a static scale would lose tokens.
     """
     return fmt.heeds_full_precision and (result.cause == "one row" or (fmt.static and result.full_precision_after))
 
