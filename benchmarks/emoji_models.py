@@ -41,12 +41,13 @@ from convert_to_quant.calibrate_activation_scales import calibrate_model
 from convert_to_quant.checkpoint import Checkpoint, Entry, open_checkpoint, write_checkpoint
 from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.emoji import SIDE_TOKENS, WEIGHTS, prompts
-from convert_to_quant.emoji.rerange import RERANGINGS, to_bfloat16, write_reranged
+from convert_to_quant.emoji.rerange import RERANGINGS, write_reranged
 from convert_to_quant.engines import noise
 from convert_to_quant.engines.denoiser import Denoiser, load
 from convert_to_quant.engines.quantized_linear import Arithmetic
 from convert_to_quant.families.running import Geometry
 from convert_to_quant.fidelity import Fidelity, velocity_fidelity
+from convert_to_quant.formats.record import narrow_bfloat16
 from convert_to_quant.headroom import column_energies
 from convert_to_quant.layers import find_layers
 from convert_to_quant.options import CalibrationOptions, ConvertOptions, SolveOptions
@@ -150,7 +151,9 @@ def write_variant(variant: str, path: Path) -> None:
         remove_quiet_units(tensors)
         add_loud_units(tensors)
         write_checkpoint(
-            path, {name: Entry.of(to_bfloat16(values), "BF16") for name, values in tensors.items()}, checkpoint.metadata
+            path,
+            {name: Entry.of(narrow_bfloat16(values), "BF16") for name, values in tensors.items()},
+            checkpoint.metadata,
         )
 
 
