@@ -49,7 +49,7 @@ def main() -> None:
             tried = time.perf_counter()
             chosen = best.plan_best(checkpoint, ConvertOptions(), options, shown, measured)
             ready = time.perf_counter()
-            convert(checkpoint, chosen.plan, output)
+            convert(checkpoint, chosen.plan, output, device=args.device)
             end = time.perf_counter()
         seconds = {
             "observe": told[0] - start, "trials": tried - told[0], "choose": ready - tried, "write": end - ready,

@@ -90,7 +90,7 @@ class Judge:
     def sqnr_db(self, mix: Mapping[str, trials.Candidate]) -> float:
         """Of layers in formats."""
         simulated = {name: trials.Simulated(self.bench.weight(name), each) for name, each in mix.items()}
-        found = self.bench.trial(simulated, 0)
+        (found,) = self.bench.trials([simulated], 0)
         return float(torch.cat([sqnr_db(v, u) for v, u in zip(self.wanted, found, strict=True)]).mean())
 
 

@@ -12,7 +12,8 @@ The output error needs no further run of the model, and between formats of one s
 only the damage does (docs/formats.md). So of the formats of one size only the best by output error is run to the end.
 
 How it is cheap. Blocks run in turn, so a trial in one block need not run those before it: they give again what they
-gave in the reference run. The inputs of a block's layers are kept while that block is worked on.
+gave in the reference run. Trials of one block run side by side in one batch. The inputs of a block's layers are
+kept while that block is worked on.
 
 Limits. Damages of layers add up to that of all only roughly; `damage_of` measures a mix. Measuring every layer again
 around a mix, and choosing anew, was tried and gave no better mixes (docs/experiments.md).
@@ -44,6 +45,9 @@ from .quantized_linear import CheckpointLinear, exact_product
 
 ARITHMETIC = "comfyui_divide"
 TINY = torch.finfo(torch.float32).tiny
+TOGETHER_TOKENS = 1 << 15
+"""Of all images that run side by side, each for another trial."""
+
 BAND_VALUES = 1 << 24
 """Weights that are quantized at a time."""
 
@@ -174,6 +178,8 @@ class Bench:
         }
         self.outputs: list[dict[nn.Module, Any]] = []
         self.order: list[nn.Module] = []
+        self.images = len(moments[0].latents) if moments else 0
+        self.together = max(1, TOGETHER_TOKENS // max(1, self.images * geometry.tokens))
 
     @property
     def shown(self) -> list[tuple[str, int]]:
@@ -209,21 +215,29 @@ class Bench:
             self.outputs.append(given)
         return velocities
 
-    def trial(self, changes: Mapping[str, Simulated], place: int) -> list[Tensor]:
-        """Run every moment with some layers changed, from a block on.
+    def trials(self, changes: Sequence[Mapping[str, Simulated]], place: int) -> list[list[Tensor]]:
+        """Run every moment with some layers changed, from a block on; several changes side by side in one batch.
 
         Args:
-            changes: layers in formats.
+            changes: each of them layers in formats.
             place: number of the first block that any of them is in.
 
         Returns:
-            The velocities.
+            The velocities at every moment, by change.
         """
-        found = []
-        with self._replaced(changes):
-            for moment, outputs in zip(self.moments, self.outputs, strict=True):
-                with self._skipped(place, outputs):
-                    found.append(self._velocity(moment))
+        found: list[list[Tensor]] = [[] for _ in changes]
+        for start in range(0, len(changes), self.together):
+            chosen = changes[start : start + self.together]
+            try:
+                with self._replaced(chosen):
+                    for moment, outputs in zip(self.moments, self.outputs, strict=True):
+                        with self._skipped(place, outputs, len(chosen)):
+                            velocities = self._velocity(moment, len(chosen)).chunk(len(chosen))
+                        for mine, velocity in zip(found[start:], velocities, strict=False):
+                            mine.append(velocity)
+            except _UnbatchedError:
+                self.together = 1
+                return self.trials(changes, place)
         return found
 
     def inputs(self, place: int, layers: Sequence[str]) -> dict[str, list[Tensor]]:
@@ -257,25 +271,32 @@ class Bench:
         assert tuple(weight_OI.shape) == whole.shape, layer
         return weight_OI
 
-    def _velocity(self, moment: Moment) -> Tensor:
-        return self.denoiser.velocity(moment.latents, moment.sigma, moment.conditioning, self.geometry)
+    def _velocity(self, moment: Moment, copies: int = 1) -> Tensor:
+        conditioning = {name: torch.cat([value] * copies) for name, value in moment.conditioning.items()}
+        latents = torch.cat([moment.latents] * copies)
+        return self.denoiser.velocity(latents, moment.sigma, conditioning, self.geometry)
 
     @contextmanager
-    def _replaced(self, changes: Mapping[str, Simulated]) -> Iterator[None]:
-        """Layers in formats, inside the block."""
-        touched = {module for layer in changes for module, _ in self.modules[layer]}
+    def _replaced(self, changes: Sequence[Mapping[str, Simulated]]) -> Iterator[None]:
+        """Layers in formats, inside the block: in each part of a batch those of one change."""
+        touched = {module for change in changes for layer in change for module, _ in self.modules[layer]}
+
+        def piece(module: CheckpointLinear, index: int, parts: Sequence[Tensor]) -> Tensor:
+            layer, rows = module.stored.pieces[index]
+            own = [change.get(layer.name) for change in changes]
+            given = {n: each.product(parts[n], rows) for n, each in enumerate(own) if each is not None}
+            others = [n for n in range(len(parts)) if n not in given]
+            if others:
+                weight_OI = module.stored.part(index).to(module.dtype)
+                plain = linear(torch.cat([parts[n] for n in others]), weight_OI).float()
+                given |= dict(zip(others, plain.chunk(len(others)), strict=True))
+            return torch.cat([given[n] for n in range(len(parts))])
 
         def forward(module: CheckpointLinear, x: Tensor) -> Tensor:
-            x = x.to(module.dtype)
-            parts = []
-            for index, (layer, rows) in enumerate(module.stored.pieces):
-                simulated = changes.get(layer.name)
-                parts.append(
-                    linear(x, module.stored.part(index).to(module.dtype)).float()
-                    if simulated is None
-                    else simulated.product(x, rows)
-                )
-            y = torch.cat(parts, -1)
+            if len(changes) > 1 and len(x) != len(changes) * self.images:
+                raise _UnbatchedError
+            parts = x.to(module.dtype).chunk(len(changes)) if len(changes) > 1 else [x.to(module.dtype)]
+            y = torch.cat([piece(module, index, parts) for index in range(len(module.stored.pieces))], -1)
             return (y if module.bias is None else y + module.bias.float()).to(module.dtype)
 
         for module in touched:
@@ -287,16 +308,32 @@ class Bench:
                 del module.forward
 
     @contextmanager
-    def _skipped(self, place: int, outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
+    def _skipped(self, place: int, outputs: Mapping[nn.Module, Any], copies: int = 1) -> Iterator[None]:
         """Blocks before one give what they gave, inside the block."""
         skipped = self.order[:place]
+
+        def again(output: Any, *_: Any, **__: Any) -> Any:
+            return _repeated(output, self.images, copies)
+
         for block in skipped:
-            block.forward = lambda *_, output=outputs[block], **__: output
+            block.forward = partial(again, outputs[block])  # type: ignore[method-assign]
         try:
             yield
         finally:
             for block in skipped:
                 del block.forward
+
+
+def _repeated(output: Any, images: int, copies: int) -> Any:
+    """What a block gave, for several copies of its batch."""
+    if isinstance(output, tuple):
+        return tuple(_repeated(each, images, copies) for each in output)
+    batched = isinstance(output, Tensor) and output.ndim and len(output) == images
+    return torch.cat([output] * copies) if batched else output
+
+
+class _UnbatchedError(Exception):
+    """The first dimension of what a layer receives is not that of the batch."""
 
 
 class _StopError(Exception):
@@ -372,6 +409,7 @@ def run_trials(
         by_place.setdefault(bench.place(layer), []).append(layer)
     for place in sorted(by_place):
         seen = bench.inputs(place, by_place[place])
+        pending: list[tuple[str, Simulated]] = []
         for layer in by_place[place]:
             weight_OI, row = bench.weight(layer), trials.layers.index(layer)
             plain = [linear(x.float(), weight_OI) for x in seen[layer]]
@@ -384,12 +422,15 @@ def run_trials(
                     kind = gpu, size_of(candidate.format)
                     if kind not in best or error.sum() < best[kind][0]:
                         best[kind] = float(error.sum()), simulated
-            for simulated in {id(each): each for _, each in best.values()}.values():
-                column = row, formats.index(simulated.format.name)
-                found = bench.trial({layer: simulated}, place)
-                trials.damage[column] += relative_energies(bench.moments, reference, found)
-                trials.count[column] += images
+            pending += [(layer, each) for each in {id(each): each for _, each in best.values()}.values()]
             del seen[layer]
+            if len(pending) >= bench.together or layer == by_place[place][-1]:
+                found = bench.trials([{name: each} for name, each in pending], place)
+                for (name, each), velocities in zip(pending, found, strict=True):
+                    column = trials.layers.index(name), formats.index(each.format.name)
+                    trials.damage[column] += relative_energies(bench.moments, reference, velocities)
+                    trials.count[column] += images
+                pending = []
             tick(1)
     return trials
 
@@ -403,7 +444,7 @@ def damage_of(bench: Bench, mix: Mapping[str, Candidate]) -> NDArray[np.float64]
         mix: by layer.
     """
     wanted = bench.run()
-    found = bench.trial({layer: Simulated(bench.weight(layer), each) for layer, each in mix.items()}, 0)
+    (found,) = bench.trials([{layer: Simulated(bench.weight(layer), each) for layer, each in mix.items()}], 0)
     images = [count for _, count in bench.shown]
     damage: NDArray[np.float64] = relative_energies(bench.moments, wanted, found) / np.array(images)
     return damage
