@@ -598,9 +598,9 @@ def dequantize(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> 
     """
     if isinstance(layer.format, Packed):
         start, stop, _ = rows.indices(layer.out_features)
-        aligned = start - start % Packed.ROWS
-        weight = dense(layer, read_parts(checkpoint, layer, slice(aligned, stop)))
-        return np.array(weight[start - aligned :].numpy())
+        tiles = whole_tiles(layer, start, stop)
+        weight = dense(layer, read_parts(checkpoint, layer, tiles))
+        return np.array(weight[start - tiles.start : stop - tiles.start].numpy())
     bits = checkpoint.bits(layer.weight.name)[rows]
     weight_OI = to_float32(bits, layer.weight.dtype) if layer.format is None else layer.format.codes.decode(bits)
     if layer.weight_scale is not None and weight_OI.size:
@@ -609,13 +609,18 @@ def dequantize(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> 
     return weight_OI
 
 
+def whole_tiles(layer: Layer, start: int, stop: int) -> slice:
+    """The rows of a packed weight that share tiles of scales with some of its rows."""
+    return slice(start - start % Packed.ROWS, min(round_up(stop, Packed.ROWS), layer.out_features))
+
+
 def read_parts(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> dict[str, Tensor]:
     """The stored tensors of a quantized layer, by suffix, as torch has them.
 
     Args:
         checkpoint: where they are.
         layer: the layer.
-        rows: contiguous rows; of a packed format they may begin at multiples of `Packed.ROWS`, where tiles begin.
+        rows: contiguous rows; of a packed format, `whole_tiles`.
 
     Returns:
         Copies on the CPU. Where every row has its part of a tensor, that of `rows`.

@@ -42,7 +42,7 @@ from ..formats import DEFAULT
 from ..formats.int8 import INTEGERS
 from ..formats.record import TORCH_NAMES, Packed, Parts, scale_grid, spans
 from ..formats.rotation import rotate
-from ..layers import Layer, dequantize, read_parts
+from ..layers import Layer, dequantize, read_parts, whole_tiles
 from ..lora import LoraMatch
 
 Arithmetic = Literal["dequantize", "comfyui", "comfyui_divide", "dynamic_tensor", "dynamic_row"]
@@ -146,8 +146,9 @@ class StoredWeight:
         parts = self.stored()[index]
         if isinstance(layer.format, Packed):
             levels, scale = layer.format.decode(parts, layer.config)
-            skipped = rows.start % Packed.ROWS
-            return levels[skipped:], scale[skipped:] if len(scale) > 1 else scale
+            first = rows.start % Packed.ROWS
+            own = slice(first, first + rows.stop - rows.start)
+            return levels[own], scale[own] if len(scale) > 1 else scale
         if names.WEIGHT_SCALE not in parts:
             return parts[names.WEIGHT], torch.ones((1, 1), device=self.device)
         scale = parts[names.WEIGHT_SCALE]
@@ -165,8 +166,8 @@ class StoredWeight:
 
     def _upload(self, layer: Layer, rows: slice) -> Parts:
         if isinstance(layer.format, Packed):
-            aligned = slice(rows.start - rows.start % Packed.ROWS, rows.stop)
-            parts = {key: part.to(self.device) for key, part in read_parts(self.checkpoint, layer, aligned).items()}
+            read = read_parts(self.checkpoint, layer, whole_tiles(layer, rows.start, rows.stop))
+            parts = {key: part.to(self.device) for key, part in read.items()}
             self.checkpoint.release(layer.weight.name)
             return parts
         codes = torch.from_numpy(np.array(self.checkpoint.bits(layer.weight.name)[rows]))

@@ -152,6 +152,19 @@ def _quantized(tensor: Any, layout: Any, weight: Tensor, name: str) -> tuple[Any
     return qdata, LAYOUTS[name], params
 
 
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("count", [384, 416])  # in whole tiles of scales, and not
+def test_any_rows_are_those_of_the_whole(tmp_path: Path, name: str, count: int) -> None:
+    output, _ = written(tmp_path, weights("normal")[:count], name)
+    with open_checkpoint(output) as checkpoint:
+        layer = find_layers(checkpoint).quantized["blocks.0.mlp"]
+        whole = torch.from_numpy(dequantize(checkpoint, layer))
+        for rows in (slice(0, 16), slice(100, 130), slice(130, None)):
+            assert torch.equal(torch.from_numpy(dequantize(checkpoint, layer, rows)), whole[rows])
+            stored = StoredWeight(checkpoint, [(layer, rows)], torch.device("cpu"))
+            torch.testing.assert_close(stored.on_device(0), whole[rows])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", PACKED)
 def test_weights_of_16_bits_are_rounded_in_float32(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
