@@ -205,7 +205,7 @@ def candidates(
         name: [
             Candidate(
                 fmt,
-                solved[name].scale_after if fmt.static else None,
+                None if fmt.dynamic else solved[name].scale_after,
                 full_precision(fmt, solved[name]),
             )
             for fmt in formats
@@ -221,7 +221,7 @@ def full_precision(fmt: Format, result: LayerResult) -> bool:
     Layers that see one token per image do not: it costs no time, and one token steers a whole block. Others do not
     where a static scale would lose tokens.
     """
-    return fmt.heeds_full_precision and (result.cause == "one row" or (fmt.static and result.full_precision_after))
+    return fmt.heeds_full_precision and (result.cause == "one row" or (not fmt.dynamic and result.full_precision_after))
 
 
 def input_scales(checkpoint: Checkpoint, layers: Mapping[str, Layer], statistics: Statistics) -> dict[str, LayerResult]:
@@ -335,7 +335,7 @@ def _plan_of(plan: ConversionPlan, choice: Choice, solved: Mapping[str, LayerRes
                     decision,
                     format=fmt,
                     reason=f"alone keeps {decibels(offer.damage):.1f} dB",
-                    input_scale=result.scale_after if fmt.static else None,
+                    input_scale=None if fmt.dynamic else result.scale_after,
                     full_precision=full_precision(fmt, result),
                 )
             )

@@ -16,7 +16,7 @@ name. Here is only the way through; the rooms below do the work.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from . import convert, families, headroom, lora, naming
+from . import convert, families, headroom, lora, names, naming
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .engines import layer as layer_engine
 from .errors import NoStaticScaleError, OptionError, OutputError, StrPath, TensorError, UnsupportedModelError
@@ -69,7 +69,8 @@ class Calibration:
     @property
     def scales(self) -> dict[str, float]:
         """Input scale by layer name, of the layers that got one."""
-        return {result.layer: result.scale_after for result in self.results if result.range}
+        found = {result.layer: result.scale_after for result in self.results if result.range}
+        return {layer: scale for layer, scale in found.items() if scale is not None}
 
     def changes(self, *, full_precision: bool = True) -> dict[str, LayerChange]:
         """What the file must change.
@@ -247,10 +248,6 @@ def calibrate_model(
     if options.engine != "layer":
         refuse_unrunnable(model, table)
     notes = _left_alone(table)
-    if all(layer.dynamic for layer in table.static.values()):
-        notes.append(
-            "row-wise and block-wise FP8: the known readers scale activations as they come and skip input_scale"
-        )
     match = None
     if loras:
         match = lora.match_loras(loras, table.shapes())
@@ -321,15 +318,18 @@ def _left_alone(table: LayerTable) -> list[str]:
     foreign = [layer.form for name, layer in table.foreign.items() if table.owns(name)]
     if foreign:
         notes.append(f"left alone: {plural(len(foreign), 'layer')} in {', '.join(sorted(set(foreign)))}")
-    beside = sum(layer.static and not table.owns(layer.name) for layer in table.quantized.values())
+    beside = [layer for layer in table.quantized.values() if layer.static and not table.owns(layer.name)]
     if beside:
-        words = plural(beside, "FP8 layer")
+        words = plural(len(beside), f"{named(beside)} layer")
         notes.append(f"left alone: {words} beside the diffusion model, whose input scales nothing reads")
     others = [layer for layer in table.diffusion.values() if not layer.static]
-    if others:
-        notes.append(
-            f"left alone: {plural(len(others), f'{named(others)} layer')}, whose inputs readers scale as they come"
-        )
+    factored = [layer for layer in others if names.PRE_QUANT_SCALE in layer.parts]
+    for layers, why in (
+        ([layer for layer in others if layer not in factored], "whose inputs readers scale as they come"),
+        (factored, "whose inputs readers multiply by pre_quant_scale first"),
+    ):
+        if layers:
+            notes.append(f"left alone: {plural(len(layers), f'{named(layers)} layer')}, {why}")
     return notes
 
 
@@ -417,10 +417,10 @@ def present_scales(checkpoint: Checkpoint, table: LayerTable, *, energies: bool)
     """What the layers with a static input scale have now; without the energies of their columns no weight is read."""
     return {
         name: Present(
-            1.0 if layer.input_problem is not None else input_scale(checkpoint, layer),
+            None if layer.dynamic else 1.0 if layer.input_problem is not None else input_scale(checkpoint, layer),
             layer.full_precision,
             layer.shape,
-            GRIDS[layer.format.codes.name] if layer.format is not None else DEFAULT_GRID,
+            (layer.format or DEFAULT).input_grid or DEFAULT_GRID,
             headroom.column_energies(checkpoint, layer) if energies else None,
         )
         for name, layer in table.static.items()
@@ -494,15 +494,18 @@ def plan(
     scales: Mapping[str, float] | Calibration,
     *,
     full_precision: bool = True,
+    without: Collection[str] = (),
     enable_fp8_matmul: bool = False,
 ) -> Patch:
-    """The patch that writes scales or a calibration; see `patch.plan_patch`."""
+    """The patch that writes scales or a calibration, but for the scales of some layers; see `patch.plan_patch`."""
     if isinstance(scales, Calibration):
         changes = scales.changes(full_precision=full_precision)
         metadata = scales.metadata(checkpoint.metadata)
     else:
         changes = {name: LayerChange(input_scale=scale) for name, scale in scales.items()}
         metadata = {}
+    for name in without:
+        changes[name] = replace(changes[name], input_scale=None)
     return plan_patch(checkpoint, table, changes, metadata=metadata, enable_fp8_matmul=enable_fp8_matmul)
 
 
@@ -515,19 +518,26 @@ def plan_in_place(
 ) -> Patch:
     """Like `plan`, for the file itself.
 
-    Where a mark has no room for full precision and the layer can do without, only the scales change.
+    Where a mark has no room for full precision and the layer can do without, only the scales change. Of several layers
+    those keep dynamic scales that have no place for another.
 
     Raises:
         OutputError: a scale has no place of its own in the file, or a mark that the picture needs has no room.
     """
-    patch = plan(checkpoint, table, scales, enable_fp8_matmul=enable_fp8_matmul)
+    named_scales = scales.scales if isinstance(scales, Calibration) else scales
+    dynamic = [name for name in named_scales if name in table.static and table.static[name].dynamic]
+    if len(dynamic) == len(named_scales):
+        dynamic = []  # so that the first of them is refused
+    patch = plan(checkpoint, table, scales, without=dynamic, enable_fp8_matmul=enable_fp8_matmul)
     results = scales.results if isinstance(scales, Calibration) else []
     try:
         in_place_edits(patch)
     except OutputError:
         if any(result.cause in ("rows lost", "budget") for result in results):
             raise
-        patch = plan(checkpoint, table, scales, full_precision=False, enable_fp8_matmul=enable_fp8_matmul)
+        patch = plan(
+            checkpoint, table, scales, full_precision=False, without=dynamic, enable_fp8_matmul=enable_fp8_matmul
+        )
         in_place_edits(patch)
         wanted = sum(result.full_precision_after and not result.full_precision_before for result in results)
         if wanted:
@@ -535,6 +545,11 @@ def plan_in_place(
                 f"{wanted} layers would gain from full precision, but their marks have no room for it in place; -o OUT "
                 "writes a file that has it"
             )
+    if dynamic:
+        patch.notes.append(
+            f"without a place for an input_scale, inputs stay scaled as they come in {plural(len(dynamic), 'layer')} "
+            f"(first: {dynamic[0]}); -o OUT writes a file that has them"
+        )
     return patch
 
 

@@ -88,7 +88,7 @@ class Decision:
         layer: the layer as it is in the input.
         format: what its weight becomes; None where it stays as it is.
         reason: why it stays, or why it gets another format than the one asked for.
-        input_scale: where the format has a static one.
+        input_scale: where the file is to hold one; None where readers shall find it, or take it for 1.0.
         full_precision: its inputs are not quantized.
     """
 
@@ -264,7 +264,7 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
             layer.name + plan.spelled(suffix): (Spec(dtype, shape), None)
             for suffix, (dtype, shape) in fmt.storage(layer.shape, options.block_size).items()
         }
-        if options.input_scale and fmt.static:
+        if options.input_scale and fmt.static and not (fmt.dynamic and decision.input_scale is None):
             scale = np.float32(1.0 if decision.input_scale is None else decision.input_scale)
             tensors[layer.name + plan.ways[0].input_scale] = (Spec("F32", ()), scale.tobytes())
         for way in plan.ways:

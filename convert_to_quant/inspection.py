@@ -496,7 +496,7 @@ class _Survey:
         usable = layer.input_scale is not None and layer.input_problem is None
         scale = input_scale(self.checkpoint, layer) if usable else None
         reading = self.reading(layer, scale)
-        state: InputState | None = "unused" if layer.static else None
+        state: InputState | None = "unused" if layer.input_scale is not None or not layer.dynamic else None
         if reading in PRODUCTS or reading == "per-block-static":
             assert fmt.input_grid is not None
             state = _input_state(scale, fmt.input_grid) if layer.input_problem is None else "suspicious"
@@ -558,8 +558,7 @@ class _Survey:
         if fmt.dynamic and not fmt.input_block:
             return "per-token"
         if fmt.dynamic:
-            heeded = layer.input_scale is not None and names.INPUT_SCALE in fmt.optional
-            return "per-block-static" if heeded else f"per-block-{fmt.input_block}"
+            return f"per-block-{fmt.input_block}" if layer.dynamic else "per-block-static"
         # Both are a ValueError of torch's scaled_mm, of which ComfyUI catches RuntimeError and TypeError.
         odd_sides = not fmt.takes(layer.shape)
         if odd_sides:

@@ -140,13 +140,17 @@ class Layer:
 
     @property
     def static(self) -> bool:
-        """Whether it can have an input_scale, which a calibration finds."""
-        return self.format is not None and self.format.static
+        """Whether readers use an input_scale where it has one, and a calibration finds it.
+
+        Where they multiply inputs by factors first, statistics do not tell it.
+        """
+        return self.format is not None and self.format.static and names.PRE_QUANT_SCALE not in self.parts
 
     @property
     def dynamic(self) -> bool:
-        """Whether readers scale this layer's inputs as they come, so that an input_scale is unused."""
-        return self.format is not None and self.format.dynamic
+        """Whether readers scale this layer's inputs as they come, for want of an input_scale that they use."""
+        fmt = self.format
+        return fmt is not None and fmt.dynamic and not (fmt.static and self.input_scale is not None)
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ READINGS: Mapping[str, str] = {
 PRODUCTS = frozenset({"fp8", "fp8-at-one", "cuda-error"})
 """Readings in which the inputs become FP8 by input_scale."""
 
-DYNAMIC = frozenset({"per-token", "per-block-16", "per-block-32", "foreign"})
-"""Readings in which there is no input_scale to calibrate."""
+DYNAMIC = frozenset({"dynamic", "per-token", "per-block-16", "per-block-32", "foreign"})
+"""Readings in which there is no input_scale."""
 
 _RECONVERT = "convert the original again"
 CALIBRATE = "convert_to_quant -i FILE -o NEW --actcal"

@@ -63,7 +63,7 @@ class Present:
     """What a layer has before solving.
 
     Attributes:
-        scale: its input scale; 1.0 where the file has none.
+        scale: its input scale, 1.0 where readers take it so for want of one; None where they scale inputs as they come.
         full_precision: whether it computes in full precision.
         shape: (out, in).
         grid: of its inputs' codes.
@@ -71,7 +71,7 @@ class Present:
             where the weight is not at hand.
     """
 
-    scale: float
+    scale: float | None
     full_precision: bool
     shape: tuple[int, int]
     grid: Grid = DEFAULT_GRID
@@ -86,7 +86,7 @@ class LayerResult:
         layer: its name.
         source: where the range comes from: "model" (seen while the model ran), "layer" (simulated), "none".
         range: the largest |x| that the scale must represent, margin excluded; None where nothing was seen.
-        scale_before, scale_after: input scales.
+        scale_before, scale_after: input scales; None where readers scale inputs as they come.
         full_precision_before, full_precision_after: precision of the matrix product.
         reason: why the scale or the precision is what it is.
         cause: what moved it to full precision: "" nothing, "one row" it costs nothing, "rows lost" it must, "budget".
@@ -103,8 +103,8 @@ class LayerResult:
     layer: str
     source: str
     range: float | None
-    scale_before: float
-    scale_after: float
+    scale_before: float | None
+    scale_after: float | None
     full_precision_before: bool
     full_precision_after: bool
     reason: str
@@ -169,7 +169,7 @@ def solve(
     seen = [name for name in present if name in statistics.layers]
     chosen = statistics.take(seen)
     _refuse_nonfinite(chosen)
-    before = np.array([present[name].scale for name in seen], np.float64)
+    before = np.array([present[name].scale or 0.0 for name in seen], np.float64)
     grids = [present[name].grid for name in seen]
     kept = np.array([any(re.search(pattern, name) for pattern in options.keep) for name in seen], bool)
     ranges, least = METHODS[options.method].choose(chosen, grids, options.percentile)
@@ -193,7 +193,7 @@ def solve(
         result = replace(
             unchanged(name, state, _scale_reason(options, float(factors[number]), float(after[number])), "model"),
             range=float(ranges[number]),
-            scale_after=float(after[number]),
+            scale_after=state.scale if after[number] == before[number] else float(after[number]),
             sqnr_before_db=_told(errors[0].sqnr_db[number]),
             sqnr_after_db=_told(errors[1].sqnr_db[number]),
             clipped_before=_told(errors[0].clipped[number]),

@@ -30,6 +30,7 @@ from convert_to_quant.engines import layer as layer_engine
 from convert_to_quant.errors import (
     CalibrationError,
     LoraError,
+    NoStaticScaleError,
     OptionError,
     TensorError,
     UnsupportedModelError,
@@ -146,9 +147,8 @@ def expect_by_hand(scales: Mapping[str, Any]) -> None:
         assert scales[name] == pytest.approx(by_hand(name, weight), rel=0.02)  # of FP8's rounding of the weight
 
 
-@pytest.mark.parametrize("mode", GRAINS)
-def test_calibrate_tensor_wise_row_wise_and_block_wise(save: Save, build: Any, calibrate: Calibrate, mode: str) -> None:
-    expect_by_hand(calibrate(save("m.safetensors", fp8_tensors(build, mode))))
+def test_calibrate(save: Save, build: Any, calibrate: Calibrate) -> None:
+    expect_by_hand(calibrate(save("m.safetensors", fp8_tensors(build))))
 
 
 SPELLINGS = {
@@ -267,10 +267,10 @@ def test_margin_multiplies_and_float16_safe_raises(save: Save, build: Any) -> No
     assert default[LAYERS[0]] < safe[LAYERS[0]] == 2.0**-15
 
 
-def test_row_and_block_wise_files_say_that_their_readers_skip_input_scales(save: Save, build: Any) -> None:
-    for mode, expected in (("row", True), ("block", True), ("tensor", False)):
-        notes = calibrate_model(save("m.safetensors", fp8_tensors(build, mode)), LAYER_OPTIONS).notes
-        assert any("skip input_scale" in note for note in notes) == expected
+@pytest.mark.parametrize("mode", ["row", "block"])
+def test_row_and_block_wise_files_have_nothing_to_calibrate(save: Save, build: Any, mode: str) -> None:
+    with pytest.raises(NoStaticScaleError, match="nothing to calibrate: readers of its FP8 layers scale inputs"):
+        calibrate_model(save("m.safetensors", fp8_tensors(build, mode)), LAYER_OPTIONS)
 
 
 def test_foreign_layers_are_named_as_left_alone(save: Save, build: Any) -> None:
@@ -280,8 +280,17 @@ def test_foreign_layers_are_named_as_left_alone(save: Save, build: Any) -> None:
         "rows.weight": np.zeros((4, 4), np.int8),
         "rows.weight_scale": np.float32(1),
         "rows.comfy_quant": build.mark(format="int8_tensorwise"),
+        "awq.weight": np.zeros((16, 16), np.uint8),
+        "awq.weight_scale": ("F8_E4M3", np.zeros((128, 4), np.uint8)),
+        "awq.weight_scale_2": np.float32(1),
+        "awq.pre_quant_scale": np.ones(32, np.float32),
+        "awq.input_scale": np.float32(1),
+        "awq.comfy_quant": build.mark(format="nvfp4"),
     }
-    notes = calibrate_model(save("m.safetensors", tensors), LAYER_OPTIONS).notes
+    calibration = calibrate_model(save("m.safetensors", tensors), LAYER_OPTIONS)
+    notes = calibration.notes
+    assert set(calibration.scales) == set(LAYERS)
+    assert "left alone: 1 NVFP4 layer, whose inputs readers multiply by pre_quant_scale first" in notes
     assert "left alone: 1 layer in svdquant_w4a4" in notes
     assert "left alone: 1 INT8 layer, whose inputs readers scale as they come" in notes
 

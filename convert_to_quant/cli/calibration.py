@@ -146,7 +146,7 @@ def summary(calibration: Calibration) -> str:
         "layer": "guessing from the weights",
         "statistics": "what was observed",
     }[calibration.engine]
-    text = f"calibrated {len(scales)} of {len(calibration.results)} FP8 layers by {how}"
+    text = f"calibrated {len(scales)} of {len(calibration.results)} layers by {how}"
     if scales:
         text += f": scales {min(scales.values()):.3g} to {max(scales.values()):.3g}"
     full = sum(result.full_precision_after for result in calibration.results)

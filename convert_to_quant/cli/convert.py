@@ -110,9 +110,6 @@ def run(args: argparse.Namespace) -> int:
             conversion = options_of(ConvertOptions, args)
             if args.best:
                 return best_file(checkpoint, args, conversion)
-            if options is not None and not conversion.record.static:
-                note(f"nothing to calibrate: readers of {conversion.record.title} layers scale inputs as they come")
-                options = None
             return convert_file(checkpoint, args, conversion, options, adapters)
 
 
@@ -199,11 +196,19 @@ def convert_file(
     adapters: Sequence[Lora],
 ) -> int:
     """Convert a file in high precision, and calibrate it before it gets its name."""
+    from dataclasses import replace
+
     from ..calibrate_activation_scales import refuse_unrunnable, static_table
     from ..convert import plan_conversion
     from ..lora import match_loras
 
     plan = plan_conversion(checkpoint, options)
+    if calibration is not None and plan.formats and not any(fmt.static for fmt in plan.formats):
+        titles = " and ".join(dict.fromkeys(fmt.title for fmt in plan.formats))
+        note(f"nothing to calibrate: readers of {titles} layers scale inputs as they come")
+        calibration = None
+    if calibration is not None:  # places for what it finds
+        plan = replace(plan, decisions=[replace(each, input_scale=each.input_scale or 1.0) for each in plan.decisions])
     if calibration is not None and plan.table.raw and not plan.quantized:
         static_table(checkpoint)  # says why a plain cast cannot be calibrated either
     if calibration is not None and calibration.engine != "layer":
@@ -244,7 +249,7 @@ def convert_file(
         write_json(args.json, plan_json(plan))
     say(f"{conversion_summary(plan)}; wrote {output}")
     note_formats(plan, output)
-    unmeasured = (fmt.static and not fmt.dynamic and layer.input_scale is None for layer, fmt in plan.quantized)
+    unmeasured = (not fmt.dynamic and layer.input_scale is None for layer, fmt in plan.quantized)
     if calibration is None and not args.no_input_scale and any(unmeasured):
         there = f"convert_to_quant -i {shlex.quote(str(output))} --actcal --in-place"
         note(f"its input scales are 1.0, not measured ({there} measures them)")

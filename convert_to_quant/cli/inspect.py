@@ -228,13 +228,13 @@ def _readings(found: Inspection) -> list[str]:
 
 def _readers(found: Inspection) -> list[str]:
     """Since when ComfyUI reads the formats, and which cards multiply them; once for formats that share all that."""
-    from ..formats import DEFAULT_GRID
+    from ..formats.int8 import INTEGERS
 
     shared: dict[str, list[str]] = {}
     read = {layer.read_as for layer in found.layers if layer.reading not in NOT_READ}
     for fmt in (fmt for name, fmt in found.formats.items() if name in read):
         words = fmt.read_by + (f", fast on {fmt.cards}" if fmt.cards else "")
-        words += ", in full precision elsewhere" if fmt.cards and fmt.input_grid is DEFAULT_GRID else ""
+        words += ", in full precision elsewhere" if fmt.cards and fmt.input_grid is not INTEGERS else ""
         shared.setdefault(words, []).append(fmt.title)
     return [f"{', '.join(dict.fromkeys(titles))}: {words}" for words, titles in shared.items()]
 

@@ -254,7 +254,7 @@ def print_layers(report: Report, *, talk: bool) -> None:
             layer.name,
             side.label if several else "",
             "-" if figures.absmax is None else f"{figures.absmax:.5g}",
-            *(f"{state.scale:.5g}" for state in states),
+            *("-" if state.scale is None else f"{state.scale:.5g}" for state in states),
             *(decibels(state.sqnr_db) for state in states),
             *map(risk_cell, states),
             figures.unused or figures.reason,

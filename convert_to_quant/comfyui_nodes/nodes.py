@@ -447,7 +447,7 @@ def summary(calibration: Calibration, notes: list[str]) -> str:
     """
     scales = calibration.scales.values()
     full = sum(result.full_precision_after for result in calibration.results)
-    lines = [f"calibrated {len(scales)} of {len(calibration.results)} FP8 layers, {full} in full precision"]
+    lines = [f"calibrated {len(scales)} of {len(calibration.results)} layers, {full} in full precision"]
     if scales:
         lines[0] += f", scales {min(scales):.3g} to {max(scales):.3g}"
     lines += [*calibration.notes, *notes]

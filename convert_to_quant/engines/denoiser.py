@@ -341,8 +341,7 @@ def load(
                 for piece in found.sources[name + names.WEIGHT]
             ]
             layer = pieces[0][0]
-            scaled = arithmetic in STATIC and (layer.input_scale is not None or not layer.dynamic)
-            stored = stored_input_scale(checkpoint, layer) if scaled else None
+            stored = stored_input_scale(checkpoint, layer) if arithmetic in STATIC and not layer.dynamic else None
             linears[name] = CheckpointLinear(
                 StoredWeight(checkpoint, pieces, where, keep),
                 None if module.bias is None else value(name + names.BIAS),

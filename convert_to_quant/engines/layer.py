@@ -12,7 +12,7 @@ The percentile of |x|, times a margin (8 by default, since FP8 forgives headroom
 z is normal, or, where a LoRA was trained on this layer, the rows of its A with small noise and both signs, at unit
 variance: directions that real inputs had.
 
-One pass over the file in FP8 codes: no weight is ever whole in memory, and no torch is needed.
+One pass over the file: no weight is ever whole in memory, and FP8 needs no torch.
 """
 
 from __future__ import annotations
@@ -76,9 +76,10 @@ def column_squares(checkpoint: Checkpoint, layer: Layer) -> NDArray[np.float64]:
         TensorError: the weight has NaN or infinite values.
     """
     bits = checkpoint.bits(layer.weight.name)
-    scale = None if layer.weight_scale is None else checkpoint.float32(layer.weight_scale)
+    grid = None if layer.format is None else layer.format.grid
+    scale = None if grid is None or layer.weight_scale is None else checkpoint.float32(layer.weight_scale)
     # einsum, not @: BLAS would start threads of its own under each of ours, which costs three times the time.
-    squares_of_codes = None if layer.format is None else layer.format.codes.values**2
+    squares_of_codes = None if grid is None else grid.values**2
     total = np.zeros(layer.in_features)
     # Squares of very small or large scales leave float32, so they are taken relative to the largest.
     largest = 1.0 if scale is None else float(scale.max(initial=0.0)) or 1.0

@@ -119,7 +119,7 @@ FP8 = Format(
     since="October 2025 (PR 10498)",
 )
 ROWS = replace(FP8, name="fp8-row", mark={"format": "float8_e4m3fn_rowwise"}, granularity="row", scale_rank=1,
-               dynamic=True, since="", native=frozenset(), reader=QUANTOPS)  # fmt: skip
+               static=False, dynamic=True, since="", native=frozenset(), reader=QUANTOPS)  # fmt: skip
 FORMATS = (
     FP8,
     ROWS,

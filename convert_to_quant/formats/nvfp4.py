@@ -14,13 +14,17 @@ tiles (`packing`). "mse" tries absmax / 4 beside absmax / 6 in every block and k
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .. import names
 from ..lazy_torch import torch
 from .fp8 import E4M3FN
 from .packing import absmax_of, from_tiles, in_groups, pack_nibbles, tile_shape, to_tiles, unpack_nibbles
-from .record import BLACKWELL_GPUS, Packed, Parts, Rows, Shape, Stored
+from .record import BLACKWELL_GPUS, Grid, Packed, Parts, Rows, Shape, Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +35,36 @@ LARGEST_INPUT = E4M3FN.max * LARGEST
 """At an input scale of 1: 2688."""
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class BlockGrid(Grid):
+    """What blocks hold under an input scale of 1, as seen by a value that does not know its block.
+
+    It is taken for the largest of its block. A block under half the least E4M3 scale vanishes, what is beyond 448 · 6
+    is clipped, and between them rounding costs what E2M1's two steps an octave cost, whatever the scale.
+
+    >>> BLOCKS.levels[:6] / BLOCKS.smallest_step
+    array([0., 1., 2., 3., 4., 6.])
+    """
+
+    def meanings(self) -> NDArray[np.float64]:
+        """E2M1's steps from the largest value of the least scale up to the largest of all; the rest is NaN."""
+        sizes = np.outer(np.exp2(np.arange(1, 18)), (1.0, 1.5)).reshape(-1)
+        half = np.full(128, np.nan)
+        half[: len(sizes) + 3] = [0.0, LEAST_INPUT, *(LEAST_INPUT * sizes), LARGEST_INPUT]
+        return np.concatenate([half, -half])
+
+    def encode(self, numbers: NDArray[np.float32], *, fits: bool = False) -> NDArray[np.uint8]:  # noqa: ARG002
+        """Nearest codes, saturating at ±max."""
+        codes = np.searchsorted(self.midpoints, np.abs(numbers)).astype(np.uint8)
+        return codes | (np.signbit(numbers) << 7).astype(np.uint8)
+
+
+LEAST_INPUT = E4M3FN.smallest_step * LARGEST
+"""The largest of a block whose scale is the least, at an input scale of 1."""
+
+BLOCKS = BlockGrid("nvfp4", "U8", LARGEST_INPUT, 2 * LEAST_INPUT)
 
 
 def encode(numbers: Tensor) -> Tensor:
@@ -54,7 +88,7 @@ def blocks_of(x: Tensor, overall: Tensor, reaches: float = LARGEST) -> tuple[Ten
 
     Args:
         x: [..., in].
-        overall: float32 ().
+        overall: float32 (), or [..., 1] for one per token.
         reaches: what the largest of a block becomes.
 
     Returns:
@@ -122,10 +156,11 @@ class NVFP4(Packed):
 
     def inputs(self, x: Tensor, static: Tensor | None, arithmetic: str) -> tuple[Tensor, Tensor]:
         if arithmetic == "dynamic_row":
-            return super().inputs(x, static, arithmetic)
-        if static is None or arithmetic == "dynamic_tensor":
-            static = (x.abs().amax() / LARGEST_INPUT).float()
-        overall = static.to(x.device)
+            overall = (x.abs().amax(-1, keepdim=True) / LARGEST_INPUT).float().clamp(min=torch.finfo().tiny)
+        elif static is None or arithmetic == "dynamic_tensor":
+            overall = (x.abs().amax() / LARGEST_INPUT).float()
+        else:
+            overall = static.to(x.device)
         return meanings(*blocks_of(x, overall), overall), torch.ones((), device=x.device)
 
 
@@ -137,10 +172,11 @@ FORMATS = (
         dtypes=("U8",),
         bits=4.5,
         scales=(names.WEIGHT_SCALE, names.WEIGHT_SCALE_2),
-        optional=(names.PRE_QUANT_SCALE, names.INPUT_SCALE),
+        optional=(names.PRE_QUANT_SCALE,),
         scale_dtypes=("F8_E4M3", "U8"),
         granularity="block",
-        input_grid=E4M3FN,
+        input_grid=BLOCKS,
+        static=True,
         sides=(16, 16),
         ranged_by=names.WEIGHT_SCALE_2,
         range=LARGEST_INPUT,

@@ -234,9 +234,10 @@ class Format:
         readable: whether this tool reads it; else it is only recognized.
         granularity: what shares a scale where this format is written; None where it is not written.
         scale_rank: dimensions of a written weight scale: 0 is a scalar, 1 one per row, 2 one per block.
-        input_grid: of the codes that readers make of a layer's inputs; None where it is only recognized.
-        static: whether files hold a scale of a layer's inputs, `input_scale`, which a calibration finds.
-        dynamic: whether readers scale inputs as they come, by absmax / max of each row, and use no `input_scale`.
+        input_grid: of what readers make of a layer's inputs at a scale of 1; None where it is only recognized.
+        static: whether readers use an `input_scale` that a file holds, which a calibration finds.
+        dynamic: whether readers scale inputs as they come, by their absmax, where a file holds no `input_scale`; else
+            they take it for 1.0.
         heeds_full_precision: whether readers heed a mark that inputs are not quantized; ComfyUI 0.33 does not where
             its kernels quantize inputs themselves.
         sides: what the sides (out, in) of a weight must be multiples of.

@@ -83,7 +83,7 @@ class State:
     """A layer with one scale, and what quantizing its inputs with it is expected to cost.
 
     Attributes:
-        scale: its input scale.
+        scale: its input scale; None where readers scale inputs as they come.
         full_precision: whether its inputs stay as they are.
         sqnr_db: signal to quantization noise of the inputs; None where nothing but zeros was seen, or nothing.
         clipped: share of values beyond the largest code times the scale.
@@ -94,13 +94,19 @@ class State:
     The costs are those of FP8 also where `full_precision` avoids them.
     """
 
-    scale: float
+    scale: float | None
     full_precision: bool
     sqnr_db: float | None = None
     clipped: float | None = None
     vanished: float | None = None
     rows_lost: float | None = None
     risk: Risk = ""
+
+    @property
+    def log2_scale(self) -> float:
+        """Where the scale lies, in octaves, where it is there and not 0."""
+        assert self.scale
+        return math.log2(self.scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,7 +290,10 @@ class Report:
                 {
                     "name": layer.name,
                     "shape": list(layer.shape),
-                    "sides": [one and plain(one, FIGURE_DIGITS) | {"changed": one.changed} for one in layer.sides],
+                    "sides": [
+                        one and {**plain(one, FIGURE_DIGITS), "changed": one.changed, "max": GRIDS[one.format].max}
+                        for one in layer.sides
+                    ],
                     "crossed": plain(layer.crossed, FIGURE_DIGITS),
                 }
                 for layer in self.layers

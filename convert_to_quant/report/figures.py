@@ -19,7 +19,7 @@ off by at most the values of one bin. Costs are those of quantizing inputs, not 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,7 @@ from .document import Figures, Layer, LeftAlone, Report, Risk, Side, State, enco
 
 Float = NDArray[np.float64]
 
-_UNREAD = frozenset({"dynamic", "text-encoder", "scale-dropped"})
+_UNREAD = frozenset({"text-encoder", "scale-dropped"})
 """Readings of `inspection` in which no reader uses a layer's input scale."""
 
 _TAKEN = ("format", "source", "reason", "cause", "conditioning_dependent", "multiply_adds")
@@ -197,18 +197,18 @@ def _solve(source: Source, *, force: bool) -> _Solved:
         readings={name: views[name].reading for name in solved},
         inspection=inspection,
         notes=[text for text in notes if text.partition(":")[0] not in solved],  # a layer's row says those
-        left_alone=_left_alone(views.values(), statistics),
+        left_alone=_left_alone(views.values(), solved, statistics),
     )
 
 
-def _left_alone(views: Iterable[LayerView], statistics: Statistics | None) -> list[LeftAlone]:
+def _left_alone(views: Iterable[LayerView], solved: Set[str], statistics: Statistics | None) -> list[LeftAlone]:
     """The layers of a checkpoint that are quantized, or were observed, and have no figures all the same."""
     recorded = set() if statistics is None else set(names.strip_prefix(statistics.layers)[1].values())
     listed = list(views)
     bare = names.strip_prefix(view.name for view in listed)[1]
     left = []
     for view in listed:
-        if view.reading in DYNAMIC:
+        if view.reading in DYNAMIC and view.name not in solved:
             left.append(LeftAlone(view.name, f"{view.format}, which has no input scale that this tool knows"))
         elif view.reading in ("cast", "high-precision") and bare.get(view.name) in recorded:
             left.append(LeftAlone(view.name, f"{view.format}: {READINGS[view.reading]}"))
@@ -221,7 +221,7 @@ def _figures(side: _Solved) -> dict[str, Figures]:
     statistics = side.statistics.take([result.layer for result in seen])
     grids = [GRIDS[result.format] for result in seen]
     lost = {
-        when: lost_rows(statistics, np.array([getattr(result, f"scale_{when}") for result in seen], np.float64), grids)
+        when: lost_rows(statistics, np.array([getattr(result, f"scale_{when}") or 0.0 for result in seen]), grids)
         for when in ("before", "after")
     }
     columns = dict(zip((result.layer for result in seen), _columns(statistics), strict=True))
@@ -233,7 +233,7 @@ def _figures(side: _Solved) -> dict[str, Figures]:
         for when, rows_lost in lost.items():
             fields = ("scale_{}", "full_precision_{}", "sqnr_{}_db", "clipped_{}", "vanished_{}")
             state = State(*(getattr(result, name.format(when)) for name in fields))
-            if column:
+            if column and state.scale is not None:
                 state = replace(state, rows_lost=float(rows_lost[numbers[result.layer]]))
             states[when] = state if unused else with_risk(state, column.get("absmax", 0), GRIDS[result.format])
         if side.readings.get(result.layer) == "error":  # no reader can use its scale
@@ -256,7 +256,7 @@ def with_risk(state: State, absmax: float, grid: Grid = DEFAULT_GRID) -> State:
         grid: of the layer's inputs.
     """
     risk: Risk = ""
-    if state.full_precision:
+    if state.full_precision or state.scale is None:
         return state
     if state.scale == 0:
         risk = "no scale"
@@ -339,7 +339,7 @@ def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
         if bare in second.bare and second.bare[bare] in theirs and mine[name].source == "model"
     ]
     statistics = second.statistics.take([name for _, _, name in pairs])
-    scales = np.array([result.scale_after for _, result, _ in pairs], np.float64)
+    scales = np.array([result.scale_after or 0.0 for _, result, _ in pairs], np.float64)
     grids = [GRIDS[result.format] for _, result, _ in pairs]
     errors = expected_errors(statistics, scales, grids)
     lost = lost_rows(statistics, scales, grids)

@@ -224,9 +224,9 @@ class Span(NamedTuple):
 def _span(panels: Sequence[Panel]) -> Span:
     strips = [strip for panel in panels for strip in panel.strips if strip is not None and strip[1].scale]
     if not any(figures.seen for figures, _ in strips):
-        scales = [math.log2(state.scale) for _, state in strips] or [0.0]
+        scales = [state.log2_scale for _, state in strips] or [0.0]
         return Span(math.floor(min(scales) + VANISHING - 2), math.ceil(max(scales) + LARGEST + 2), absolute=True)
-    highest = max(math.log2(figures.absmax / state.scale) for figures, state in strips if figures.absmax)
+    highest = max(math.log2(figures.absmax) - state.log2_scale for figures, state in strips if figures.absmax)
     return Span(-16, min(max(math.ceil(highest) + 1, 12), 20))
 
 
@@ -313,7 +313,7 @@ def _draw_layers(
 
 def _strip(figures: Figures, state: State, octaves: Float, under: Float, absolute: bool) -> Float:
     """How a layer's inputs lie in the zones or, on an axis of log2 |x|, where the zones are: [n, 3]."""
-    relative = octaves - math.log2(state.scale) if absolute else octaves
+    relative = octaves - state.log2_scale if absolute else octaves
     colors = COLORS[np.searchsorted(EDGES, relative, side="right")]
     if state.full_precision:
         colors = np.tile(to_rgb(UNQUANTIZED), (len(octaves), 1))
@@ -321,9 +321,9 @@ def _strip(figures: Figures, state: State, octaves: Float, under: Float, absolut
         return _mix(under, colors, 0.7 * ((relative >= VANISHING) & (relative < LARGEST)))
     if figures.density is None or not figures.absmax:
         return under
-    position = (octaves + math.log2(state.scale) - AXIS_LOW) * CELLS_PER_OCTAVE - 0.5
+    position = (octaves + state.log2_scale - AXIS_LOW) * CELLS_PER_OCTAVE - 0.5
     levels = np.interp(position, np.arange(CELLS), figures.density.astype(np.float64), left=0, right=0) / 255
-    end = int(np.searchsorted(octaves, math.log2(figures.absmax / state.scale), side="right"))
+    end = int(np.searchsorted(octaves, math.log2(figures.absmax) - state.log2_scale, side="right"))
     levels[end:] = 0  # the cell that holds the largest value reaches beyond it
     strength: Float = levels**1.5 * (0.8 if state.full_precision else 1)
     if not state.full_precision:  # beyond the largest code a single value is worth seeing
@@ -437,7 +437,7 @@ def _outcome(first: Strip, second: Strip) -> tuple[str, str]:
     if after.full_precision:
         return "full precision" + FULL_PRECISION.get(figures.cause, ""), LEVEL_COLORS["warning"]
     if not figures.seen:
-        scales = dict.fromkeys(f"{state.scale:.3g}" for state in (before, after))
+        scales = dict.fromkeys("none" if state.scale is None else f"{state.scale:.3g}" for state in (before, after))
         return ("scale " if len(scales) > 1 else "never seen: scale ") + " → ".join(scales), FADED
     ratios = dict.fromkeys(f"{round(state.sqnr_db)}" for state in (before, after) if state.sqnr_db is not None)
     words = " → ".join(ratios) + " dB"

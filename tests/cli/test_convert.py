@@ -153,7 +153,7 @@ def test_converting_and_calibrating_in_one_breath_equals_one_after_the_other(
     at_once, after = flux_file.with_name("once.safetensors"), flux_file.with_name("after.safetensors")
     outcome = ctq("-i", flux_file, "-o", at_once, *TIGHT)
     assert outcome.code == 0, outcome.err
-    assert "calibrated 13 of 13 FP8 layers by running the model on noise" in outcome.err
+    assert "calibrated 13 of 13 layers by running the model on noise" in outcome.err
     assert "note: calibrated on noise: the ranges of" in outcome.err
     assert ctq("-i", fp8_file, "-o", after, *TIGHT).code == 0
     scales = expect_calibrated(at_once, flux.quantized)
@@ -246,7 +246,7 @@ def test_guesses_are_made_by_name_and_called_so(ctq: Command, save: Callable[...
     output = path.with_name("out.safetensors")
     outcome = ctq("-i", path, "-o", output, *LAYER)
     assert outcome.code == 0
-    assert "calibrated 2 of 2 FP8 layers by guessing from the weights" in outcome.err
+    assert "calibrated 2 of 2 layers by guessing from the weights" in outcome.err
     expect_calibrated(output, ("blocks.0.fc1", "blocks.0.fc2"))
     with open_checkpoint(output) as checkpoint:
         assert json.loads(checkpoint.metadata["convert_to_quant"])["calibrate"]["engine"] == "layer"

@@ -84,7 +84,9 @@ def by_running(ctq: Callable[..., Any], path: Path, out: Path) -> Path:
 
 
 def in_place(ctq: Callable[..., Any], path: Path, _out: Path) -> Path:
-    assert ctq("-i", path, "--in-place", "--actcal", "--actcal-engine", "layer").code == 0
+    said = ctq("-i", path, "--in-place", "--actcal", "--actcal-engine", "layer")
+    assert said.code == 0
+    assert "without a place for an input_scale, inputs stay scaled as they come in" in " ".join(said.err.split())
     return path
 
 
@@ -104,10 +106,42 @@ def test_what_has_a_static_scale_is_calibrated_and_no_other_byte_changes(
     before = contents(path)
     after = contents(calibrate(ctq, path, tmp_path / "out.safetensors"))
     static = [layer for layer, name in formats.items() if FORMATS[name].static]
-    assert before.keys() == after.keys()
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed <= {f"{layer}{suffix}" for layer in static for suffix in (".input_scale", ".comfy_quant")}
-    assert {f"{layer}.input_scale" for layer in static} <= changed
+    scales = {f"{layer}.input_scale" for layer in static}
+    assert after.keys() == before.keys() | (set() if calibrate is in_place else scales)
+    changed = {name for name in after if before.get(name) != after[name]}
+    assert changed <= scales | {f"{layer}.comfy_quant" for layer in static}
+    assert scales & after.keys() <= changed
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN if FORMATS[name].static])
+def test_a_static_scale_is_found_while_converting_and_has_headroom(
+    originals: Path, ctq: Any, tmp_path: Path, name: str
+) -> None:
+    fmt, out, found = FORMATS[name], tmp_path / "out.safetensors", tmp_path / "found.json"
+    size = [word.replace("--", "--actcal-") if isinstance(word, str) else word for word in SMALL[:6]]
+    original = originals / "original.safetensors"
+    words = ("-i", original, "-o", out, "--format", name, "--actcal", "--actcal-samples", 3, *size, "--json", found)
+    assert ctq(*words).code == 0
+    for layer in json.loads(found.read_text())["layers"]:
+        assert layer["scale_after"] * fmt.input_grid.max >= 1.499 * layer["range"] > 0
+        assert layer["clipped_after"] == 0
+    assert set(inspect_file(out).input_states) == {"calibrated", "unused"}  # one-token layers are in full precision
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN if FORMATS[name].static])
+def test_a_static_scale_needs_a_place_in_the_file_to_be_found_in_place(
+    originals: Path, ctq: Any, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "file.safetensors"
+    path.write_bytes((originals / f"{name}.safetensors").read_bytes())
+    said = ctq("-i", path, "--in-place", "--actcal", "--actcal-engine", "layer")
+    if not FORMATS[name].dynamic:
+        assert said.code == 0
+        return
+    assert said.code == 1
+    told = " ".join(said.err.split())
+    assert "input_scale: in place is not possible: the file has no such tensor yet (write a new file with -o" in told
+    assert path.read_bytes() == (originals / f"{name}.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("name", [name for name in WRITTEN if not FORMATS[name].static])

@@ -140,7 +140,7 @@ def test_one_workflow_paints_records_saves_and_calibrates(server: Any, figure: C
     statistics = Statistics.load(server.work / "output" / "stats" / "hot_00001_.safetensors")
     assert (statistics.samples, set(statistics.calls.tolist())) == (1, {4})
     (text,) = done["outputs"]["calibrate"]["text"]
-    assert text.startswith("sub/hot-fp8_calibrated.safetensors\ncalibrated 32 of 32 FP8 layers")
+    assert text.startswith("sub/hot-fp8_calibrated.safetensors\ncalibrated 32 of 32 layers")
     assert (models / "hot-fp8.safetensors").read_bytes() == before
 
     # Another seed adds to the same recording. Its checkpoint exists now, so that node is refused and the rest runs.

@@ -196,6 +196,18 @@ def test_actcal_has_nothing_to_calibrate_and_says_so_in_a_line(flux: Path, tmp_p
     assert Path(out).read_bytes() == before
 
 
+def test_actcal_calibrates_the_layers_of_a_mix_that_have_a_static_scale(
+    flux: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "out.safetensors"
+    words = ["-i", str(flux), "-o", str(out), "--format", "int8", "--layer-format", "blocks.0=nvfp4"]
+    assert main([*words, "--actcal", "--actcal-engine", "layer"]) == 0
+    assert "calibrated 1 of 1 layers by guessing from the weights" in capsys.readouterr().err
+    with open_checkpoint(out) as checkpoint:
+        assert [name for name in checkpoint if name.endswith("input_scale")] == ["blocks.0.linear.input_scale"]
+        assert 0 < checkpoint.float32("blocks.0.linear.input_scale") < 1
+
+
 def test_after_writing_a_line_says_what_reads_the_file(flux: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["-i", str(flux), "-o", str(tmp_path / "out.safetensors"), "--format", "int8"]) == 0
     said = capsys.readouterr().err

@@ -214,6 +214,27 @@ def test_four_over_six_is_never_worse(tmp_path: Path) -> None:
     assert errors[1].sum() < 0.95 * errors[0].sum()
 
 
+def test_scales_per_token_of_nvfp4_inputs_are_those_of_the_token_alone() -> None:
+    x = weights("uneven")  # with a token of zeros
+    fmt = FORMATS["nvfp4"]
+    together = fmt.inputs(x, None, "dynamic_row")[0]
+    for number in (0, 1, 100):
+        assert torch.equal(together[number], fmt.inputs(x[number], None, "comfyui")[0])
+    assert not together[3].any()
+
+
+@pytest.mark.parametrize("factor", [0.5, 1, 1.5, 16, 256])
+@pytest.mark.parametrize("kind", ["normal", "uneven"])
+def test_the_grid_of_nvfp4_inputs_expects_what_they_lose(kind: str, factor: float) -> None:
+    x, fmt = weights(kind), FORMATS["nvfp4"]
+    assert fmt.input_grid is not None
+    scale = factor * x.abs().amax() / fmt.input_grid.max
+    levels, midpoints = (torch.tensor(part).float() for part in (fmt.input_grid.levels, fmt.input_grid.midpoints))
+    expected = levels[torch.searchsorted(midpoints, x.abs() / scale)] * scale - x.abs()
+    found = fmt.inputs(x, scale, "comfyui")[0] - x
+    assert 10 * (found.square().sum() / expected.square().sum()).log10().abs() < 2
+
+
 @pytest.mark.parametrize("size", [16, 64, 256])
 def test_rotation_is_its_own_inverse_and_spreads_a_channel(size: int) -> None:
     matrix = hadamard(size, torch.float32, torch.device("cpu"))

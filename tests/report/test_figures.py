@@ -233,11 +233,26 @@ def test_a_layer_in_full_precision_is_at_no_risk_but_its_cost_in_fp8_is_told(see
 
 def test_a_layer_whose_scale_no_reader_uses_is_at_no_risk_and_says_so(seen: Any, save: Any, build: Any) -> None:
     tensors, _ = build.quantized(["a"], "none")
-    tensors["a.weight_scale"] = np.ones(16, np.float32)
-    tensors["a.comfy_quant"] = build.mark(format="float8_e4m3fn_rowwise")
-    found = seen(1000 * NORMAL, save("rows.safetensors", tensors))
+    found = seen(1000 * NORMAL, save("unmarked.safetensors", tensors))
     assert found.before.risk == ""
-    assert "scale inputs as they come" in found.unused
+    assert "scale dropped" in found.unused
+
+
+def test_a_layer_without_a_scale_that_may_have_one_has_none_before_and_one_after(
+    observed: Observed, save: Any, build: Any
+) -> None:
+    tensors = {"a.weight": np.zeros((16, 16), np.uint8), "a.weight_scale": ("F8_E4M3", np.zeros((128, 4), np.uint8)),
+               "a.weight_scale_2": np.float32(1), "a.comfy_quant": build.mark(format="nvfp4")}  # fmt: skip
+    report = figures.build(Source(observed({"a": 1000 * NORMAL}), save("nvfp4.safetensors", tensors)))
+    found = figures_of(report, "a")
+    assert (found.before.scale, found.before.sqnr_db, found.before.risk) == (None, None, "")
+    assert found.after.scale * 2688 > 1.49 * found.absmax
+    assert found.changed
+    assert found.after.sqnr_db == pytest.approx(20, abs=1)
+    assert report.left_alone == ()
+    small = {**tensors, "a.input_scale": np.float32(found.absmax / 2688 / 8)}
+    report = figures.build(Source(observed({"a": 1000 * NORMAL}), save("small.safetensors", small)))
+    assert figures_of(report, "a").before.risk == "clips"
 
 
 def test_a_layer_that_has_no_input_scale_has_no_row_and_the_reason_is_told(

@@ -72,7 +72,7 @@ const extents = (() => {
       if (high !== null) widen(real, low - 3, high);
       for (const { scale } of [figure.before, figure.after])
         if (scale) {
-          widen(real, log2(scale) - 6, log2(scale * grid.max));
+          widen(real, log2(scale) - 6, log2(scale * figure.max));
           if (high !== null) widen(scaled, low - log2(scale), high - log2(scale));
         }
       const theirs = layer.crossed && layer.crossed.scale;
