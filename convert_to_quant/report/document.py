@@ -90,6 +90,7 @@ class State:
         vanished: share of all values that are not zero and become it.
         rows_lost: share of tokens under 2⁻⁴ of the scale.
         risk: a key of `RISKS`, or "".
+        max: the largest input that a scale of 1 holds.
 
     The costs are those of FP8 also where `full_precision` avoids them.
     """
@@ -101,12 +102,13 @@ class State:
     vanished: float | None = None
     rows_lost: float | None = None
     risk: Risk = ""
+    max: float = DEFAULT_GRID.max
 
     @property
     def log2_scale(self) -> float:
-        """Where the scale lies, in octaves, where it is there and not 0."""
+        """Where the scale of FP8 that holds as much lies, in octaves; for scales that are there and not 0."""
         assert self.scale
-        return math.log2(self.scale)
+        return math.log2(self.scale * self.max / DEFAULT_GRID.max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,10 +292,7 @@ class Report:
                 {
                     "name": layer.name,
                     "shape": list(layer.shape),
-                    "sides": [
-                        one and {**plain(one, FIGURE_DIGITS), "changed": one.changed, "max": GRIDS[one.format].max}
-                        for one in layer.sides
-                    ],
+                    "sides": [one and plain(one, FIGURE_DIGITS) | {"changed": one.changed} for one in layer.sides],
                     "crossed": plain(layer.crossed, FIGURE_DIGITS),
                 }
                 for layer in self.layers

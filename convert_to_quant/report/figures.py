@@ -232,7 +232,8 @@ def _figures(side: _Solved) -> dict[str, Figures]:
         states: dict[str, Any] = {}
         for when, rows_lost in lost.items():
             fields = ("scale_{}", "full_precision_{}", "sqnr_{}_db", "clipped_{}", "vanished_{}")
-            state = State(*(getattr(result, name.format(when)) for name in fields))
+            values = (getattr(result, name.format(when)) for name in fields)
+            state = replace(State(*values), max=GRIDS[result.format].max)
             if column and state.scale is not None:
                 state = replace(state, rows_lost=float(rows_lost[numbers[result.layer]]))
             states[when] = state if unused else with_risk(state, column.get("absmax", 0), GRIDS[result.format])
@@ -346,7 +347,7 @@ def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
     states = {}
     for number, (bare, result, name) in enumerate(pairs):
         costs: Any = (_finite(column[number]) for column in (errors.sqnr_db, errors.clipped, errors.vanished, lost))
-        state = State(result.scale_after, result.full_precision_after, *costs)
+        state = replace(State(result.scale_after, result.full_precision_after, *costs), max=grids[number].max)
         absmax = float(statistics.absmax[number])
         states[bare] = state if second.unused(name) else with_risk(state, absmax, grids[number])
     return states

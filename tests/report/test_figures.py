@@ -249,6 +249,7 @@ def test_a_layer_without_a_scale_that_may_have_one_has_none_before_and_one_after
     assert found.after.scale * 2688 > 1.49 * found.absmax
     assert found.changed
     assert found.after.sqnr_db == pytest.approx(20, abs=1)
+    assert found.after.log2_scale == pytest.approx(np.log2(found.after.scale * 2688 / 448))  # as FP8's zones are drawn
     assert report.left_alone == ()
     small = {**tensors, "a.input_scale": np.float32(found.absmax / 2688 / 8)}
     report = figures.build(Source(observed({"a": 1000 * NORMAL}), save("small.safetensors", small)))

@@ -81,7 +81,7 @@ function describeSide(layer, figure, s) {
   const body = [
     line("state", words),
     line("scale", (at) => number(at.scale)),
-    line("holds up to", (at) => number(at.scale && at.scale * figure.max)),
+    line("holds up to", (at) => number(at.scale && at.scale * at.max)),
     line("clipped", (at) => percent(at.clipped)),
     line("vanished", (at) => percent(at.vanished)),
     line("tokens lost", (at) => percent(at.rows_lost)),

@@ -58,6 +58,9 @@ function panels(plot) {
   return beside(plot) ? [over(0), over(1)] : [over(0, 1)];
 }
 
+/** FP8's scale that holds as much as a layer's own does in its format: its zones are drawn. */
+const unitOf = (at) => at && at.scale && (at.scale * at.max) / grid.max;
+
 /** Where the axis begins and ends, the same for present and new scales, so that switching moves strips and not the axis. */
 const extents = (() => {
   const real = [Infinity, -Infinity],
@@ -70,12 +73,12 @@ const extents = (() => {
       const high = log2(figure.absmax),
         low = (log2(figure.median) ?? high) - 2;
       if (high !== null) widen(real, low - 3, high);
-      for (const { scale } of [figure.before, figure.after])
+      for (const scale of [figure.before, figure.after].map(unitOf))
         if (scale) {
-          widen(real, log2(scale) - 6, log2(scale * figure.max));
+          widen(real, log2(scale) - 6, log2(scale * grid.max));
           if (high !== null) widen(scaled, low - log2(scale), high - log2(scale));
         }
-      const theirs = layer.crossed && layer.crossed.scale;
+      const theirs = unitOf(layer.crossed);
       if (theirs && high !== null) widen(crossed, low - log2(theirs), high - log2(theirs));
     }
   if (real[0] > real[1]) widen(real, -10, 10);
@@ -157,7 +160,7 @@ function pixels(levels, shift, low, high, width, plain, peak) {
 }
 
 let moved = null; // while strips slide from one scale to another: {from, part}
-const shiftOf = (at) => (at && at.scale ? Math.log2(at.scale) : 0);
+const shiftOf = (at) => Math.log2(unitOf(at) || 1);
 
 /** Shapes as ECharts' custom series takes them. */
 const lineOf = (x1, y1, x2, y2, style) => ({ type: "line", shape: { x1, y1, x2, y2 }, style, silent: true });
@@ -224,7 +227,7 @@ function drawReaches(figure, { left, width, y, height }, place) {
   return ["before", "after"].filter(used).flatMap((when) => {
     const now = when === "before",
       edge = now ? y + 1 : y + height - 1,
-      origin = Math.log2(figure[when].scale);
+      origin = Math.log2(unitOf(figure[when]));
     const [far, near, end] = [ZONES[1].low, ZONES[2].low, ZONES[2].high].map((zone) =>
       Math.min(Math.max(place(zone + origin), left), left + width),
     );
