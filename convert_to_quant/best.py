@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import headroom
+from .calibrate_activation_scales import refuse_unrunnable
 from .checkpoint import Checkpoint, Spec
 from .choose import Choice, Offer, choose, decibels, total_bytes, total_damage
 from .convert import ConversionPlan, plan_conversion, written_bytes
@@ -43,6 +44,9 @@ LARGE_WEIGHTS, IMAGES, LARGE_IMAGES = 10**9, 12, 3
 TRIAL_GEOMETRY = Geometry(height=16, width=16, text_tokens=64)
 """What trials are run on: four images of each way of conditioning, one where the model is large; a quarter of the
 tokens of an observation."""
+
+INSTEAD = "--format gives all layers one format, and --layer-format some of them another"
+"""What can be done about a model that cannot be run."""
 
 CURVE_BITS = (4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 8.0, 10.0)
 
@@ -80,6 +84,10 @@ class Best:
     def expected_db(self) -> float:
         """The velocity's SQNR on noise, if the layers' damages add up; real prompts are usually kept better."""
         return decibels(total_damage(self.choice))
+
+    def summary(self) -> str:
+        """One line: how many layers became what, their bits per weight, and what is expected of them."""
+        return f"{self.plan.summary()}; {self.bits:.2f} bits per weight, {self.expected_db:.1f} dB expected on noise"
 
     def counts(self) -> dict[str, int]:
         """How many layers are in which format; "" is high precision."""
@@ -161,6 +169,7 @@ def measure(
         UnsupportedModelError: the model cannot be run.
         CalibrationError: its activations are not finite.
     """
+    refuse_unrunnable(checkpoint, plan.table, "chosen", INSTEAD)
     import torch
 
     from .engines import denoiser, diffusers, sizes, trials

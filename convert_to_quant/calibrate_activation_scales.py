@@ -16,7 +16,7 @@ name. Here is only the way through; the rooms below do the work.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from . import convert, families, headroom, lora, names, naming
-from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
 from .engines import layer as layer_engine
 from .errors import NoStaticScaleError, OptionError, OutputError, StrPath, TensorError, UnsupportedModelError
 from .formats import DEFAULT, DEFAULT_GRID, GRIDS
@@ -346,12 +346,16 @@ def lora_notes(match: lora.LoraMatch) -> list[str]:
     return notes
 
 
-def refuse_unrunnable(checkpoint: Checkpoint, table: LayerTable | None = None) -> None:
+def refuse_unrunnable(
+    checkpoint: Checkpoint, table: LayerTable | None = None, undone: str = "calibrated", hint: str = INSTEAD
+) -> None:
     """Refuse a model that cannot be run, in FP8 or in high precision; no weight is read.
 
     Args:
         checkpoint: the open checkpoint.
         table: its layers, where they are known already.
+        undone: what it should have been run for.
+        hint: what can be done about it.
 
     Raises:
         UnsupportedModelError: why, and what to do instead.
@@ -366,7 +370,7 @@ def refuse_unrunnable(checkpoint: Checkpoint, table: LayerTable | None = None) -
         reason = diffusers.supports(checkpoint, table)
     if reason is not None:
         raise UnsupportedModelError(
-            f"the model cannot be run, so nothing was calibrated: {reason}", path=checkpoint.path, hint=INSTEAD
+            f"the model cannot be run, so nothing was {undone}: {reason}", path=checkpoint.path, hint=hint
         )
 
 
@@ -551,6 +555,28 @@ def plan_in_place(
             f"(first: {dynamic[0]}); -o OUT writes a file that has them"
         )
     return patch
+
+
+def calibrate_written(
+    writer: CheckpointWriter, source: Path, calibrate: Callable[[Checkpoint], Calibration]
+) -> tuple[Calibration, Patch]:
+    """Calibrate a complete output of a conversion while it has no name yet.
+
+    Args:
+        writer: which has written all tensors.
+        source: what messages call the output: the input, say.
+        calibrate: the output -> its calibration.
+
+    Returns:
+        The calibration, and the patch that was written.
+    """
+    with writer.reopen(source) as quantized:
+        found = calibrate(quantized)
+        patch = plan_in_place(quantized, find_layers(quantized), found)
+        edits = in_place_edits(patch)
+    for edit in edits:
+        writer.overwrite(edit.file, edit.offset, edit.data)
+    return found, patch
 
 
 if __name__ == "__main__":

@@ -138,6 +138,24 @@ class ConversionPlan:
         """How many layers become what, the most frequent first."""
         return dict(Counter(fmt for _, fmt in self.quantized).most_common())
 
+    def summary(self) -> str:
+        """One line: how many layers, into what, and which family's table decided."""
+        weights = sum(layer.out_features * layer.in_features for layer, _ in self.quantized)
+        words = [f"{fmt.marked if fmt.grid else fmt.name}" for fmt in self.formats]
+        if len(words) > 1:
+            words = [f"{count} {word}" for count, word in zip(self.formats.values(), words, strict=True)]
+        scaled = f"{next(iter(self.formats)).granularity} scales, " if len(words) == 1 else ""
+        return (
+            f"{len(self.quantized)} of {len(self.decisions)} linear layers to "
+            f"{' and '.join(words) or self.options.format} "
+            f"({weights / 1e6:,.1f} M weights, {scaled}{self.family.title})"
+        )
+
+    def readers(self) -> list[str]:
+        """What reads each format beside the default one, and where it is fast."""
+        others = [fmt for fmt in self.formats if fmt is not DEFAULT]
+        return [f"{fmt.title} is read by {fmt.read_by}, and fast on {fmt.cards}" for fmt in others]
+
 
 def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan:
     """Decide for every layer whether it is quantized.

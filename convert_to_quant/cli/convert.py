@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from ..options import (
-    DEFAULT_FORMAT,
     BestOptions,
     CalibrationOptions,
     ConvertOptions,
@@ -151,11 +150,8 @@ def calibrate_file(
 def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertOptions) -> int:
     """Convert a file in high precision to the best mix of formats."""
     from ..best import load_measured, plan_best
-    from ..calibrate_activation_scales import refuse_unrunnable
 
     measured = None if args.statistics is None else load_measured(args.statistics)
-    if measured is None:
-        refuse_unrunnable(checkpoint)
     with progress_bar("measuring") as progress:
         best = plan_best(checkpoint, options, options_of(BestOptions, args), options_of(RunOptions, args), measured,
                          progress=progress)  # fmt: skip
@@ -166,12 +162,11 @@ def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: Convert
         print_curve(best)
     if args.json:
         write_json(args.json, {**plan_json(best.plan), "best": best.to_json()})
-    said = f"{best.bits:.2f} bits per weight, {best.expected_db:.1f} dB expected on noise"
     if args.dry_run:
-        say(f"dry run: {conversion_summary(best.plan)}; {said}; nothing was written")
+        say(f"dry run: {best.summary()}; nothing was written")
         return 0
     write_plan(checkpoint, best.plan, Path(args.output), args.device)
-    say(f"{conversion_summary(best.plan)}; {said}; wrote {args.output}")
+    say(f"{best.summary()}; wrote {args.output}")
     note_formats(best.plan, Path(args.output))
     return 0
 
@@ -223,22 +218,15 @@ def convert_file(
         if args.json:
             write_json(args.json, plan_json(plan))
         would = "" if args.output is None else f"; would write {args.output}"
-        say(f"dry run: {conversion_summary(plan)}{would}; nothing was written")
+        say(f"dry run: {plan.summary()}{would}; nothing was written")
         return 0
 
     def calibrate_output(writer: CheckpointWriter) -> None:
-        """Calibrate the complete output while it has no name yet."""
-        from ..calibrate_activation_scales import plan_in_place
-        from ..layers import find_layers
-        from ..patch import in_place_edits
+        from ..calibrate_activation_scales import calibrate_written
 
         assert calibration is not None
-        with writer.reopen(checkpoint.path) as quantized:
-            found = calibrate(quantized, calibration, adapters)
-            patch = plan_in_place(quantized, find_layers(quantized), found)
-            edits = in_place_edits(patch)
-        for edit in edits:
-            writer.overwrite(edit.file, edit.offset, edit.data)
+        options = calibration
+        found, patch = calibrate_written(writer, checkpoint.path, lambda made: calibrate(made, options, adapters))
         tell(found, args)
         for text in patch.notes:
             note(text)
@@ -247,7 +235,7 @@ def convert_file(
     write_plan(checkpoint, plan, output, args.device, calibrate_output if calibration is not None else None)
     if args.json and calibration is None:
         write_json(args.json, plan_json(plan))
-    say(f"{conversion_summary(plan)}; wrote {output}")
+    say(f"{plan.summary()}; wrote {output}")
     note_formats(plan, output)
     unmeasured = (not fmt.dynamic and layer.input_scale is None for layer, fmt in plan.quantized)
     if calibration is None and not args.no_input_scale and any(unmeasured):
@@ -275,22 +263,8 @@ def write_plan(
 def note_formats(plan: ConversionPlan, output: Path) -> None:
     """Say what reads the file, and where it is fast."""
     note_ending(output)
-    for fmt in plan.formats:
-        if fmt.name != DEFAULT_FORMAT:
-            note(f"{fmt.title} is read by {fmt.read_by}, and fast on {fmt.cards}")
-
-
-def conversion_summary(plan: ConversionPlan) -> str:
-    """One line: how many layers, into what, and which family's table decided."""
-    weights = sum(layer.out_features * layer.in_features for layer, _ in plan.quantized)
-    words = [f"{fmt.marked if fmt.grid else fmt.name}" for fmt in plan.formats]
-    if len(words) > 1:
-        words = [f"{count} {word}" for count, word in zip(plan.formats.values(), words, strict=True)]
-    scaled = f"{next(iter(plan.formats)).granularity} scales, " if len(words) == 1 else ""
-    return (
-        f"{len(plan.quantized)} of {len(plan.decisions)} linear layers to {' and '.join(words) or plan.options.format} "
-        f"({weights / 1e6:,.1f} M weights, {scaled}{plan.family.title})"
-    )
+    for text in plan.readers():
+        note(text)
 
 
 def print_plan(plan: ConversionPlan, *, talk: bool = False) -> None:
