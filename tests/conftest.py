@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import settings
+from tiny_flux import flux, flux_file, flux_tensors
+
+__all__ = ["flux", "flux_file", "flux_tensors"]
 
 DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "uint8": "U8", "int8": "I8", "int32": "I32",
           "int64": "I64", "bool": "BOOL", "uint16": "U16"}  # fmt: skip
@@ -86,7 +89,7 @@ class Builders:
     quantized = staticmethod(quantized)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def build() -> type[Builders]:
     """The builders of this file."""
     return Builders

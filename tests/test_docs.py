@@ -26,6 +26,7 @@ import pytest
 import torch
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from tiny_flux import flux_model
 
 from convert_to_quant import cli
 
@@ -98,7 +99,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stand-ins")
     with inside(folder):
         for name, tensors in {
-            "flux_bf16": tiny["flux_model"](files["to_bfloat16"]),
+            "flux_bf16": flux_model(files["to_bfloat16"]),
             "style": tiny["kohya"]("lora_unet_double_blocks_0_img_mlp_0", 128, 32),
             "embeddings": tiny["prompt_embeddings"](),
         }.items():
