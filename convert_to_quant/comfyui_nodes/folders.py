@@ -69,12 +69,13 @@ class Choice:
     root: Path
     path: Path
 
-    def output(self, name: str, overwrite: bool) -> Path:
+    def output(self, name: str, overwrite: bool, ending: str = "calibrated") -> Path:
         """Where a file made from this one goes.
 
         Args:
-            name: below the models folder; empty for one beside the checkpoint that says so.
+            name: below the models folder; empty for one beside the checkpoint, with its name and an ending.
             overwrite: whether a file of that name may be replaced. The checkpoint itself never is.
+            ending: says what was done.
 
         Raises:
             OptionError: the name leads out of the models folder.
@@ -83,7 +84,7 @@ class Choice:
         if name.strip():
             path = inside(self.root, with_suffix(name.strip()))
         else:
-            path = self.path.with_name(f"{self.path.stem}_calibrated{SUFFIX}")
+            path = self.path.with_name(f"{self.path.stem}_{ending}{SUFFIX}")
         refuse_same_file(path, [self.path], hint="name another output")
         if path.is_dir() or (path.exists() and not overwrite):
             raise OutputError("it exists already", path=path, hint="name another output, or switch overwrite on")

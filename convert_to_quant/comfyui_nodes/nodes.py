@@ -10,7 +10,8 @@ ComfyUI runs a node when its inputs changed, and remembers what it gave otherwis
     Calibrate   runs when its inputs changed, or the files that it reads. Statistics of a recorder are there before
     and Report  anything was sampled, so they take them from Save, or wait for a LATENT of their own.
 
-Save Conditioning stands alone: it keeps a prompt's embeddings, for `check --conditioning`.
+Save Conditioning stands alone: it keeps a prompt's embeddings, for `check --conditioning`. So does Quantize Checkpoint,
+which takes statistics where FP8 layers are to have scales from them.
 
 Nodes keep nothing in themselves. A new node is a class and an entry of `NODES`. ComfyUI's newer form (V3) is not
 offered: where a pack has both, it loads this one.
@@ -21,15 +22,21 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibrate_activation_scales import Calibration, apply_statistics, patch_model_with_scales
-from ..checkpoint import open_checkpoint, write_bytes
-from ..errors import Error, OptionError
-from ..options import SolveOptions, inputs_of
+from .. import naming
+from ..best import plan_best
+from ..calibrate_activation_scales import Calibration, apply_statistics, calibrate_written, patch_model_with_scales
+from ..checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, write_bytes
+from ..convert import ConversionPlan, convert, plan_conversion
+from ..errors import Error, NoStaticScaleError, OptionError
+from ..formats import FORMATS, WRITTEN
+from ..formats.record import GPUS
+from ..options import BITS, BestOptions, ConvertOptions, RunOptions, SolveOptions, inputs_of
 from ..solve import METHODS
 from ..stats import Statistics
-from ..telling import plural
+from ..telling import Progress, advance, plural
 from . import folders
 from .recording import Recorder
 
@@ -39,6 +46,12 @@ if TYPE_CHECKING:
 STATS = "ACTIVATION_STATS"
 NO_CHECKPOINT = "none"
 """What is chosen in a list of checkpoints for a report of ranges alone."""
+
+BEST = "best"
+"""What is chosen in the list of formats for a mix of them."""
+
+QUANTIZED = (*(name for name in WRITTEN if FORMATS[name].reader == "ComfyUI"), BEST)
+"""What a checkpoint can be quantized to: what ComfyUI reads without further nodes."""
 
 EMBEDDINGS = {"pooled_output": "pooled_prompt_embeds", "attention_mask": "prompt_attention_mask"}
 """What a CONDITIONING has beside its embeddings -> what files of embeddings call it."""
@@ -87,6 +100,20 @@ def show_text(node_id: str | None, text: str) -> None:
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id)
+
+
+def shown_progress(node_id: str | None) -> Progress:
+    """A progress bar on a node, of one piece of work; cancelling in ComfyUI ends that work."""
+    from comfy.model_management import throw_exception_if_processing_interrupted
+    from comfy.utils import ProgressBar
+
+    bar = ProgressBar(1, node_id)
+
+    def show(done: int, total: int) -> None:
+        throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return show
 
 
 def statistics_of(recorded: Recorder | Statistics) -> Statistics:
@@ -174,7 +201,7 @@ class Solving(Node):
     """
 
     OPTIONAL = _OPTIONAL
-    CHECKPOINT = "An FP8 checkpoint of the recorded model."
+    CHECKPOINT = "A checkpoint of the recorded model with layers in FP8. Layers in other formats stay as they are."
     INSTEAD: tuple[str, ...] = ()
 
     @classmethod
@@ -354,6 +381,130 @@ class CalibrateFP8Checkpoint(Solving):
         return {"ui": {"text": [f"{file}\n{text}"]}, "result": (file, text)}
 
 
+class QuantizeCheckpoint(Node):
+    """Quantizes a checkpoint in 16 or 32 bits: to one format, or each layer to the one that keeps most at a size.
+
+    Writes a new checkpoint into the models folder. The chosen checkpoint stays as it is. "best" runs the model on noise
+    first, on ComfyUI's device. FP8 layers get their input scales from statistics, where they are given.
+    """
+
+    FUNCTION = "quantize"
+    OPTIONAL: Mapping[str, Input] = {
+        **inputs_of(
+            BestOptions,
+            {
+                "bits": {
+                    "default": 8.0,
+                    "min": BITS.least,
+                    "step": 0.25,
+                    "tooltip": f"For {BEST}: bits per weight at most, with scales.",
+                }
+            },
+        ),
+        "gpu": (list(GPUS), {"default": "any", "tooltip": f"For {BEST}: a card that multiplies all of its formats."}),
+        "exclude": (
+            "STRING",
+            {
+                "default": "",
+                "multiline": True,
+                "tooltip": "Regular expressions, one per line: layers in whose names one is found stay as they are.",
+            },
+        ),
+        "output_name": _text(
+            "Name of the new file in the checkpoint's models folder. Empty: the checkpoint's name with the format."
+        ),
+        "overwrite": _switch("Replace a file of that name."),
+        **{name: _OPTIONAL[name] for name in ("stats", "latent", "statistics_file", "allow_partial")},
+    }
+    RETURN_TYPES = ("STRING", "STRING")
+    RETURN_NAMES = ("file", "report")
+    OUTPUT_TOOLTIPS = ("The new checkpoint, in its models folder.", "What was done.")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        """What goes in."""
+        required = {
+            "checkpoint": (folders.checkpoint_names(), {"tooltip": "A checkpoint in 16 or 32 bits."}),
+            "format": (
+                list(QUANTIZED),
+                {
+                    "default": BEST,
+                    "tooltip": f"{BEST}: the mix that keeps most. "
+                    + " ".join(f"{n}: fast on {FORMATS[n].cards}." for n in QUANTIZED if n != BEST),
+                },
+            ),
+        }
+        return {**super().INPUT_TYPES(), "required": required}
+
+    @classmethod
+    def IS_CHANGED(cls, checkpoint: str | None = None, statistics_file: str = "", **_inputs: Any) -> str:
+        """When the files that are read change."""
+        return state_of_files(checkpoint, statistics_file)
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        checkpoint: str | None = None,
+        format: str | None = None,  # noqa: A002  # the input's name
+        exclude: str | None = None,
+        output_name: str | None = None,
+        overwrite: bool | None = None,
+    ) -> bool | str:
+        """Refuse what is known to be wrong before anything is sampled; None comes from another node, or by default."""
+
+        def check() -> None:
+            conversion_options(BEST if format is None else format, exclude or "")
+            if checkpoint is not None:
+                choice = folders.choose_checkpoint(checkpoint)
+                if format is not None and output_name is not None and overwrite is not None:
+                    choice.output(output_name, overwrite, format)
+
+        return _refusal(check)
+
+    def quantize(
+        self,
+        *,
+        checkpoint: str,
+        format: str,  # noqa: A002
+        bits: float = 8.0,
+        gpu: str = "any",
+        exclude: str = "",
+        output_name: str = "",
+        overwrite: bool = False,
+        stats: Recorder | Statistics | None = None,
+        latent: Mapping[str, Any] | None = None,
+        statistics_file: str = "",
+        allow_partial: bool = False,
+        unique_id: str | None = None,
+    ) -> dict[str, Any]:
+        """Choose formats, and write the new checkpoint."""
+        choice = folders.choose_checkpoint(checkpoint)
+        output = choice.output(output_name, overwrite, format)
+        options, solved = conversion_options(format, exclude), None
+        if stats is not None or statistics_file.strip():
+            solved = solving(stats=stats, latent=latent, statistics_file=statistics_file, allow_partial=allow_partial)
+        with open_checkpoint(choice.path) as opened:
+            plan = plan_conversion(opened, options)
+            if solved is not None:  # another model's statistics show before the work as well as after
+                wanted = {layer.name: layer.shape for layer, _ in plan.quantized}
+                naming.respell(solved[1], wanted, plan.table.prefix).for_layers(wanted, allow_partial)
+            done = plan.summary()
+            if format == BEST:
+                show_text(unique_id, f"trying formats on {choice.path.name}")
+                shown = RunOptions(device=_device())
+                best = plan_best(
+                    opened, options, BestOptions(bits=bits, gpu=gpu), shown, progress=shown_progress(unique_id)
+                )
+                plan, done = best.plan, best.summary()
+            show_text(unique_id, f"quantizing {choice.path.name}")
+            folders.make_parent(output)
+            scaled = write_quantized(opened, plan, output, solved, shown_progress(unique_id))
+        text = listed([done, *scaled, *plan.readers(), *plan.notes])
+        file = output.relative_to(choice.root).as_posix()
+        show_text(unique_id, f"{done}\n{file}")
+        return {"ui": {"text": [f"{file}\n{text}"]}, "result": (file, text)}
+
+
 class ActivationReport(Solving):
     """Draws what each layer receives on the range of FP8, and says which layers are at risk.
 
@@ -362,7 +513,7 @@ class ActivationReport(Solving):
     """
 
     FUNCTION = "draw"
-    CHECKPOINT = f"An FP8 checkpoint of the recorded model. {NO_CHECKPOINT}: what was recorded alone."
+    CHECKPOINT = f"A checkpoint of the recorded model with layers in FP8. {NO_CHECKPOINT}: what was recorded alone."
     INSTEAD = (NO_CHECKPOINT,)
     REQUIRED: Mapping[str, Input] = {
         "filename_prefix": _text(
@@ -397,10 +548,14 @@ class ActivationReport(Solving):
         path = folders.next_output(filename_prefix, ".html") if filename_prefix.strip() else None
         options, statistics, partial = solving(**inputs)
         show_text(unique_id, "drawing")
-        report = figures.build(figures.Source(statistics, model, options), force=partial)
+        try:
+            report = figures.build(figures.Source(statistics, model, options), force=partial)
+            text = "\n".join((report.verdict.headline, *report.verdict.points))
+        except NoStaticScaleError as finding:  # which is good to know, and no fault
+            report = figures.build(figures.Source(statistics, None, options), force=partial)
+            text = f"{finding}\nThe image shows what was recorded on the range of FP8, as without a checkpoint."
         pixels = np.asarray(picture.draw(report).convert("RGB"), np.float32) / 255
         image = torch.from_numpy(pixels)[None]  # as ComfyUI has images: [1, height, width, 3], 0 to 1
-        text = "\n".join((report.verdict.headline, *report.verdict.points))
         pages = []
         if path is not None:
             folders.make_parent(path)
@@ -450,10 +605,81 @@ def summary(calibration: Calibration, notes: list[str]) -> str:
     lines = [f"calibrated {len(scales)} of {len(calibration.results)} layers, {full} in full precision"]
     if scales:
         lines[0] += f", scales {min(scales):.3g} to {max(scales):.3g}"
-    lines += [*calibration.notes, *notes]
+    return listed([*lines, *calibration.notes, *notes])
+
+
+def listed(lines: list[str]) -> str:
+    """Lines of text, as many as a node shows."""
     if len(lines) > _SHOWN_NOTES:
-        lines[_SHOWN_NOTES:] = [f"and {len(lines) - _SHOWN_NOTES} more notes"]
+        lines = [*lines[:_SHOWN_NOTES], f"and {len(lines) - _SHOWN_NOTES} more notes"]
     return "\n".join(lines)
+
+
+def conversion_options(name: str, exclude: str) -> ConvertOptions:
+    """What Quantize Checkpoint was asked for.
+
+    Args:
+        name: one of `QUANTIZED`.
+        exclude: regular expressions, one per line.
+
+    Raises:
+        OptionError: there is no such format, or a line is no regular expression.
+    """
+    if name not in QUANTIZED:
+        raise OptionError(f"no format {name!r} that ComfyUI reads", hint=f"one of {', '.join(QUANTIZED)}")
+    patterns = tuple(line.strip() for line in exclude.splitlines() if line.strip())
+    return ConvertOptions(format="int8" if name == BEST else name, exclude=patterns)  # INT8 takes every layer
+
+
+def write_quantized(
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    output: Path,
+    solved: tuple[SolveOptions, Statistics, bool] | None,
+    progress: Progress,
+) -> list[str]:
+    """Write a checkpoint, with input scales out of statistics where they are given.
+
+    Args:
+        checkpoint: in high precision.
+        plan: what becomes of it.
+        output: the new file.
+        solved: see `solving`.
+        progress: told of the bytes that were done.
+
+    Returns:
+        What a user should know of the input scales.
+    """
+    static = [each for each in plan.decisions if each.format is not None and each.format.static]
+    told: list[str] = []
+
+    def calibrate(writer: CheckpointWriter) -> None:
+        assert solved is not None
+        options, statistics, partial = solved
+        calibration, patch = calibrate_written(
+            writer, checkpoint.path, lambda made: apply_statistics(made, statistics, options, force=partial)
+        )
+        told.extend(summary(calibration, patch.notes).splitlines())
+
+    if solved is not None and not static:
+        told.append("statistics were not used: readers scale the inputs of all layers as they come")
+    if solved is None and any(each.input_scale is None for each in static):
+        told.append("input scales are 1.0: give stats, or use Calibrate FP8 Checkpoint on the new file")
+    total = sum(info.nbytes for info in checkpoint.tensors.values())
+    calibrating = calibrate if solved is not None and static else None
+    device = _device()
+    convert(
+        checkpoint, plan, output, device=device if device.startswith("cuda") else "cpu",
+        progress=advance(progress, total), before_commit=calibrating,
+    )  # fmt: skip
+    return told
+
+
+def _device() -> str:
+    """Where ComfyUI runs models."""
+    from comfy.model_management import get_torch_device
+
+    return str(get_torch_device())
 
 
 def _refusal(check: Any) -> bool | str:
@@ -470,6 +696,7 @@ NODES: Mapping[str, tuple[type, str]] = {
     "ConvertToQuantSaveActivationStats": (SaveActivationStats, "Save Activation Stats"),
     "ConvertToQuantSaveConditioning": (SaveConditioning, "Save Conditioning"),
     "ConvertToQuantCalibrateFP8Checkpoint": (CalibrateFP8Checkpoint, "Calibrate FP8 Checkpoint"),
+    "ConvertToQuantQuantizeCheckpoint": (QuantizeCheckpoint, "Quantize Checkpoint"),
     "ConvertToQuantActivationReport": (ActivationReport, "Activation Report"),
 }
 """Name in workflows, which never changes -> the node, and its title."""

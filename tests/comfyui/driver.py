@@ -400,6 +400,14 @@ def calibrate(recorded: str, **inputs: Any) -> dict[str, Any]:
     return {"file": answer["result"][0], "report": answer["result"][1]}
 
 
+def quantize(**inputs: Any) -> dict[str, Any]:
+    """Our node Quantize Checkpoint."""
+    from convert_to_quant.comfyui_nodes.nodes import QuantizeCheckpoint
+
+    answer = QuantizeCheckpoint().quantize(**inputs)
+    return {"file": answer["result"][0], "report": answer["result"][1]}
+
+
 def renamed(layers: list[str]) -> dict[str, Any]:
     """What ComfyUI calls the layers of a HunyuanVideo file."""
     import comfy.supported_models
@@ -425,7 +433,7 @@ def diffusers_names(function: str, config: Mapping[str, int]) -> dict[str, Any]:
 COMMANDS = {
     command.__name__: command
     for command in (load, evaluate, evaluate_without_kernels, weights, adapt, sample, fail, hooks, on_two_devices,
-                    record, save_stats, save_conditioning, calibrate, renamed, diffusers_names)
+                    record, save_stats, save_conditioning, calibrate, quantize, renamed, diffusers_names)
 }  # fmt: skip
 
 

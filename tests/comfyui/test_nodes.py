@@ -244,6 +244,34 @@ def test_recording_calibrating_and_reloading_mends_broken_models(
     assert broken.read_bytes() == made.converted.read_bytes()
 
 
+def test_a_quantized_checkpoint_is_loaded_as_it_says(
+    comfyui: Any, files: Callable[[str], Any], states: dict[str, Any], figure: Figure
+) -> None:
+    from convert_to_quant.fidelity import sqnr_db
+
+    models = comfyui.work / "models" / "diffusion_models"
+    models.mkdir(parents=True, exist_ok=True)
+    original = Path(shutil.copy(files("plain").original, models / "emoji.safetensors"))
+    before = original.read_bytes()
+
+    told = comfyui.ask(
+        "quantize", checkpoint="diffusion_models/emoji.safetensors", format="int8-convrot", exclude="single_blocks"
+    )
+
+    assert told["file"] == "emoji_int8-convrot.safetensors"
+    found = comfyui.load(models / told["file"], "quantized")
+    assert found["warnings"] == []
+    kinds = {name: layer["quant_format"] for name, layer in found["layers"].items() if layer["quant_format"]}
+    assert set(kinds.values()) == {"int8_tensorwise"}
+    assert all(name.startswith("double_blocks") for name in kinds)
+    assert told["report"].startswith(f"{len(kinds)} of ")
+    comfyui.load(original, "run")
+    reference = comfyui.run("evaluate", "run", states)["velocity"]
+    quality_db = float(sqnr_db(reference, comfyui.run("evaluate", "quantized", states)["velocity"]).mean())
+    assert figure("plain, double blocks to INT8 ConvRot by the node", quality_db) > 35
+    assert original.read_bytes() == before
+
+
 def test_a_saved_conditioning_is_what_check_reads(comfyui: Any, start: dict[str, Any], inputs_file: str) -> None:
     import torch
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,20 +17,31 @@ import torch
 from torch import Tensor
 
 from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.comfyui_nodes import nodes
 from convert_to_quant.comfyui_nodes.nodes import (
     NODE_CLASS_MAPPINGS,
     NODE_DISPLAY_NAME_MAPPINGS,
     ActivationReport,
     CalibrateFP8Checkpoint,
+    QuantizeCheckpoint,
     RecordActivations,
     SaveActivationStats,
     SaveConditioning,
     solving,
 )
+from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.engines.prompts import Prompts
-from convert_to_quant.errors import CalibrationError, OptionError, OutputError, StatisticsError
+from convert_to_quant.errors import (
+    CalibrationError,
+    NoStaticScaleError,
+    OptionError,
+    OutputError,
+    StatisticsError,
+    UnsupportedModelError,
+)
+from convert_to_quant.formats import FORMATS
 from convert_to_quant.layers import find_layers, input_scale
-from convert_to_quant.options import SolveOptions
+from convert_to_quant.options import ConvertOptions, RunOptions, SolveOptions
 from convert_to_quant.report import figures, page, picture
 from convert_to_quant.stats import Statistics
 
@@ -385,3 +398,139 @@ def test_a_report_can_go_without_a_page_and_never_replaces_one(comfyui: Any, rec
         "b_00001_.html",
         "b_00002_.html",
     ]
+
+
+# Quantize.
+
+
+@pytest.fixture
+def original(comfyui: Any, build: Any) -> Path:
+    """The double's model in 32 bits, in ComfyUI's list."""
+    random = np.random.default_rng(0)
+    path: Path = comfyui.models / "sub" / "flux.safetensors"
+    path.parent.mkdir()
+    weights = {f"{name}.weight": random.standard_normal(shape, np.float32) for name, shape in comfyui.shapes.items()}
+    path.write_bytes(build.file_bytes(weights))
+    return path
+
+
+def formats(path: Path) -> dict[str, str]:
+    """The format of each quantized layer."""
+    with open_checkpoint(path) as opened:
+        return {name: layer.format.name for name, layer in find_layers(opened).quantized.items() if layer.format}
+
+
+def quantized(name: str = "int8-convrot", **inputs: Any) -> tuple[str, str]:
+    """The new file, and the report."""
+    with torch.inference_mode():  # as ComfyUI runs nodes
+        told = QuantizeCheckpoint().quantize(checkpoint="diffusion_models/sub/flux.safetensors", format=name, **inputs)
+    assert told["ui"]["text"] == ["\n".join(told["result"])]
+    file, report = told["result"]
+    return file, report
+
+
+def test_a_checkpoint_is_quantized_beside_itself(comfyui: Any, original: Path) -> None:
+    before = original.read_bytes()
+
+    file, report = quantized(exclude="\n img_mlp \n", unique_id="7")
+
+    assert file == "sub/flux_int8-convrot.safetensors"
+    assert formats(comfyui.models / file) == {next(iter(comfyui.shapes)): "int8-convrot"}
+    assert report.startswith("1 of 3 linear layers to int8-convrot")
+    assert "ConvRot is read by ComfyUI since" in report
+    assert original.read_bytes() == before
+    total = sum(4 * out * within for out, within in comfyui.shapes.values())
+    assert comfyui.progress[-1] == ("7", total, total)
+
+
+def test_cancelling_ends_the_work_and_leaves_nothing(comfyui: Any, original: Path) -> None:
+    class InterruptProcessingException(BaseException):
+        """As in ComfyUI."""
+
+    def cancel() -> None:
+        raise InterruptProcessingException
+
+    comfyui.modules.model_management.throw_exception_if_processing_interrupted = cancel
+    with pytest.raises(InterruptProcessingException):
+        quantized()
+    assert list(original.parent.iterdir()) == [original]
+
+
+def test_fp8_inputs_get_scales_of_statistics_where_they_are_given(
+    comfyui: Any, original: Path, statistics: Callable[..., Any]
+) -> None:
+    file, report = quantized("fp8")
+    assert "input scales are 1.0: give stats" in report
+    assert set(scales(comfyui.models / file).values()) == {1.0}
+
+    recorded = statistics(comfyui.shapes, 44.8)
+    file, report = quantized("fp8", stats=recorded, output_name="mine")
+    assert "calibrated 2 of 2 FP8 layers" in report
+    assert file == "mine.safetensors"
+    assert 1.0 not in scales(comfyui.models / file).values()
+
+    assert "statistics were not used" in quantized("int8", stats=recorded)[1]
+    with pytest.raises(StatisticsError, match="differ"):
+        quantized("fp8", stats=statistics({"other": (48, 16)}), output_name="not")
+    assert not (comfyui.models / "not.safetensors").exists()
+
+
+def test_best_is_a_mix_of_the_size_that_was_asked_for(
+    comfyui: Any, original: Path, build: Any, flux_tensors: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original.write_bytes(build.file_bytes(flux_tensors()))
+    small = partial(RunOptions, samples=3, steps=1, height=32, width=32, text_tokens=4)
+    monkeypatch.setattr(nodes, "RunOptions", small)
+
+    file, report = quantized("best", bits=7.0, gpu="rtx50", exclude="double_blocks", unique_id="7")
+
+    found = formats(comfyui.models / file)
+    assert file == "sub/flux_best.safetensors"
+    assert len(set(found.values())) > 1
+    assert all(name.startswith("single_blocks") and FORMATS[fmt].native >= {"rtx50"} for name, fmt in found.items())
+    assert re.search(r"[\d.]+ bits per weight, [\d.]+ dB expected", report)
+    assert "NVFP4 is read by ComfyUI since" in report
+    assert {(node, done == of) for node, done, of in comfyui.progress} == {("7", False), ("7", True)}
+
+
+def test_best_says_where_a_model_cannot_be_run(comfyui: Any, original: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="cannot be run, so nothing was chosen"):
+        quantized("best")
+    assert list(original.parent.iterdir()) == [original]
+
+
+def test_what_cannot_be_quantized_is_refused_before_anything_runs(comfyui: Any, original: Path) -> None:
+    validate, name = QuantizeCheckpoint.VALIDATE_INPUTS, "diffusion_models/sub/flux.safetensors"
+    original.with_name("flux_int8.safetensors").touch()
+
+    assert validate() is validate(None, "int8", "", "", False) is validate(name, "int8") is True
+    assert validate(name, "int8", "", "", True) is True
+    assert "exists already" in str(validate(name, "int8", "", "", False))
+    assert "same file as the input" in str(validate(name, "int8", "", "sub/flux", True))
+    assert "no format 'fp8-row' that ComfyUI reads" in str(validate(name, "fp8-row", "", "", False))
+    assert "is no regular expression" in str(validate(name, "best", "("))
+    assert "ComfyUI lists no checkpoint" in str(validate("diffusion_models/../x.safetensors"))
+
+
+def test_calibrate_and_report_take_a_mix_of_formats(comfyui: Any, original: Path, recorded: Any) -> None:
+    with open_checkpoint(original) as opened:
+        for name, mix in {"mix": ("mlp=int8-convrot",), "int8": (".=int8",)}.items():
+            plan = plan_conversion(opened, ConvertOptions(layer_format=mix))
+            convert(opened, plan, comfyui.models / f"{name}.safetensors")
+    fp8, *_ = comfyui.shapes
+    given = {"checkpoint": "diffusion_models/mix.safetensors", "stats": recorded.statistics(), "margin": 1.5}
+
+    file, text = CalibrateFP8Checkpoint().calibrate(**given)["result"]
+    assert text.startswith("calibrated 1 of 1 FP8 layers")
+    assert "left alone: 1 INT8 ConvRot layer, whose inputs readers scale as they come" in text
+    with open_checkpoint(comfyui.models / "mix.safetensors") as before, open_checkpoint(comfyui.models / file) as after:
+        changed = {name for name in before if before.raw(name).tobytes() != after.raw(name).tobytes()}
+    assert changed == {f"{fp8}.input_scale"}
+    assert ActivationReport().draw(**given)["result"][1].startswith("None of 1 FP8 layer ")
+
+    given["checkpoint"] = "diffusion_models/int8.safetensors"
+    with pytest.raises(NoStaticScaleError, match="readers of its INT8 layers scale inputs as they come"):
+        CalibrateFP8Checkpoint().calibrate(**given)
+    image, text = ActivationReport().draw(**given)["result"]
+    assert "nothing to calibrate: readers of its INT8 layers" in text
+    assert torch.equal(image, ActivationReport().draw(**{**given, "checkpoint": "none"})["result"][0])

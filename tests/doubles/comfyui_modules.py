@@ -148,6 +148,7 @@ class ComfyUI:
 
     root: Path
     modules: SimpleNamespace
+    progress: list[tuple[str | None, int, int]]
     shapes = SHAPES
     guider = Guider
     EPS, CONST = object, CONST
@@ -184,12 +185,28 @@ def comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ComfyUI:
     def get_full_path(kind: str, name: str) -> str | None:
         return next((str(root / name) for root in folders[kind] if (root / name).is_file()), None)
 
+    progress: list[tuple[str | None, int, int]] = []
+
+    class ProgressBar:
+        """Keeps the node, what is done, and of what."""
+
+        def __init__(self, total: int, node_id: str | None = None) -> None:
+            self.total, self.node_id = total, node_id
+
+        def update_absolute(self, value: int, total: int | None = None) -> None:
+            progress.append((self.node_id, value, self.total if total is None else total))
+
     contents: dict[str, dict[str, Any]] = {
         "comfy": {"__path__": []},
         "comfy.patcher_extension": {
             "WrappersMP": SimpleNamespace(OUTER_SAMPLE="outer_sample", APPLY_MODEL="apply_model")
         },
         "comfy.model_sampling": {"CONST": CONST},
+        "comfy.model_management": {
+            "get_torch_device": lambda: torch.device("cpu"),
+            "throw_exception_if_processing_interrupted": lambda: None,
+        },
+        "comfy.utils": {"ProgressBar": ProgressBar},
         "folder_paths": {
             "get_filename_list": get_filename_list,
             "get_full_path": get_full_path,
@@ -203,7 +220,8 @@ def comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ComfyUI:
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    return ComfyUI(tmp_path, SimpleNamespace(server=sys.modules["server"]))
+    modules = SimpleNamespace(server=sys.modules["server"], model_management=sys.modules["comfy.model_management"])
+    return ComfyUI(tmp_path, modules, progress)
 
 
 @pytest.fixture
