@@ -10,7 +10,7 @@ The rest is `convert`'s: it writes what a `Plan` says.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from .options import SAMPLES, BestOptions, ConvertOptions, RunOptions, SolveOpti
 from .solve import LayerResult, Present, solve
 from .stats import Statistics
 from .telling import Progress
-from .trials import Trials
+from .trials import Trials, size_of
 
 if TYPE_CHECKING:
     from .engines.trials import Candidate
@@ -299,7 +299,7 @@ def plan_best(
     Raises:
         OptionError: the size cannot be reached.
         UnsupportedModelError: the model cannot be run.
-        StatisticsError: what was measured is of other layers.
+        StatisticsError: what was measured is of other layers, or for other cards or formats.
     """
     formats = formats_for(options)
     plan = plan_conversion(checkpoint, replace(convert_options, format="int8"))  # which takes every layer
@@ -307,25 +307,63 @@ def plan_best(
     if not layers:
         raise OptionError("no layer of this file can be quantized", hint="--dry-run says why, per layer")
     statistics, trials = measured or measure(checkpoint, plan, options, shown or RunOptions(), progress=progress)
-    missing = [name for name in layers if name not in trials.layers]
-    if missing:
-        raise StatisticsError(f"{len(missing)} layers were not tried (first: {missing[0]})", path=statistics.path)
     offers = offers_of(layers, trials, formats)
+    _refuse_untried(layers, offers, formats, statistics)
     solved = input_scales(checkpoint, layers, statistics)
-    limit = limit_bytes(layers, options.bits_wanted)
-    size = options.size_bytes
-    if size is not None:
-        limit = size - sum(info.nbytes for info in checkpoint.tensors.values()) + sum(
-            layer.weight.nbytes for layer in layers.values()
-        )  # fmt: skip
-    for _ in range(20):
-        choice = choose(offers, limit)
-        mixed = _plan_of(plan, choice, solved)
-        too_large = 0 if size is None else written_bytes(checkpoint, mixed) - size
-        if too_large <= 0:
-            break
-        limit -= too_large
+    if options.size_bytes is None:
+        choice = _choose_of_bits(offers, options.bits_wanted, layers)
+    else:
+        choice = _choose_of_size(
+            offers, options.size_bytes, lambda choice: written_bytes(checkpoint, _plan_of(plan, choice, solved))
+        )
+    mixed = _plan_of(plan, choice, solved)
+    if not mixed.quantized:
+        raise OptionError("nothing would be quantized: the layers fit as they are", hint="ask for a smaller file")
     return Best(mixed, choice, offers, layers, statistics, trials)
+
+
+def _refuse_untried(
+    layers: Mapping[str, Layer], offers: Mapping[str, Sequence[Offer]], formats: Sequence[Format], seen: Statistics
+) -> None:
+    """Refuse trials that lack a layer, or that were for another card or other formats.
+
+    Raises:
+        StatisticsError: of the formats of one size that a layer can be in, none was run to the end.
+    """
+    for name, layer in layers.items():
+        tried = {size_of(FORMATS[offer.format]) for offer in offers[name] if offer.format}
+        missing = [fmt.name for fmt in formats if fmt.takes(layer.shape) and size_of(fmt) not in tried]
+        if missing:
+            raise StatisticsError(
+                f"{name} was not tried in {', '.join(missing)}",
+                path=seen.path,
+                hint="run the trials again for this model, card and these formats",
+            )
+
+
+def _choose_of_bits(offers: Mapping[str, Sequence[Offer]], bits: float, layers: Mapping[str, Layer]) -> Choice:
+    """The best choice of at most so many bits per weight."""
+    over = total_bytes(_smallest(offers)) - limit_bytes(layers, bits)
+    if over > 0:
+        least = bits + 8 * over / sum(layer.weight.elements for layer in layers.values())
+        raise OptionError(f"even the smallest formats take {least:.2f} bits per weight, and --bits asks for {bits:g}")
+    return choose(offers, limit_bytes(layers, bits))
+
+
+def _choose_of_size(offers: Mapping[str, Sequence[Offer]], size: int, written: Callable[[Choice], int]) -> Choice:
+    """The best choice whose file has at most so many bytes; what surrounds the weights depends on the choice, too."""
+    smallest = _smallest(offers)
+    if written(smallest) > size:
+        raise OptionError(f"even the smallest formats make a file of {written(smallest):,} bytes, not of {size:,}")
+    choice: Choice = {name: some[0] for name, some in offers.items()}
+    while (too_large := written(choice) - size) > 0:
+        limit = total_bytes(choice) - too_large
+        choice = choose(offers, limit) if limit > total_bytes(smallest) else smallest
+    return choice
+
+
+def _smallest(offers: Mapping[str, Sequence[Offer]]) -> Choice:
+    return {name: min(some, key=lambda offer: offer.nbytes) for name, some in offers.items()}
 
 
 def _plan_of(plan: ConversionPlan, choice: Choice, solved: Mapping[str, LayerResult]) -> ConversionPlan:
@@ -348,7 +386,8 @@ def _plan_of(plan: ConversionPlan, choice: Choice, solved: Mapping[str, LayerRes
                     full_precision=full_precision(fmt, result),
                 )
             )
-    return replace(plan, decisions=decisions)
+    ways = plan.ways if any(decision.quantize for decision in decisions) else ()
+    return replace(plan, decisions=decisions, ways=ways)
 
 
 def load_measured(path: StrPath) -> tuple[Statistics, Trials]:

@@ -15,10 +15,16 @@ from numpy.typing import NDArray
 
 from .checkpoint import Entry, open_checkpoint
 from .errors import StatisticsError, StrPath
+from .formats.record import Format
 from .untrusted import is_texts, parse_json
 
 METADATA_KEY = "convert_to_quant.trials"
 COLUMNS = ("trial_error", "trial_damage", "trial_count")
+
+
+def size_of(fmt: Format) -> int:
+    """What formats of one size share: their bits per weight to half a bit."""
+    return round(2 * fmt.bits)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Trials:
         layers: names.
         formats: keys of `formats.FORMATS`.
         moments: what they are called.
-        error: of the layer's own output, float64 [L, F, M]; NaN where a layer cannot be in a format.
+        error: of the layer's own output, float64 [L, F, M]; 0 where a layer cannot be in a format.
         damage: of the velocity, where that layer alone is in that format, float64 [L, F, M].
         count: images that `damage` sums, int64 [L, F, M]; 0 where a format was not run to the end.
     """

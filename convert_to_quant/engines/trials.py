@@ -38,7 +38,7 @@ from ..formats import FORMATS
 from ..formats.record import GPUS, Format, Packed, spans
 from ..formats.rotation import rotate
 from ..telling import Progress, advance
-from ..trials import Trials
+from ..trials import Trials, size_of
 from . import noise
 from .denoiser import Denoiser
 from .quantized_linear import CheckpointLinear, exact_product
@@ -368,11 +368,6 @@ def relative_energies(
         ends = np.cumsum(list(moment.ways.values()))
         sums += [float(ratios[end - count : end].sum()) for end, count in zip(ends, moment.ways.values(), strict=True)]
     return np.array(sums)
-
-
-def size_of(fmt: Format) -> int:
-    """What formats of one size share: their bits per weight to half a bit."""
-    return round(2 * fmt.bits)
 
 
 @torch.no_grad()

@@ -1,0 +1,206 @@
+"""The best mix of formats under a size, on the tiny Flux.1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_flux import ONE_ROW
+
+from convert_to_quant.best import Best, limit_bytes, load_measured, plan_best, stored_bytes
+from convert_to_quant.checkpoint import Checkpoint, open_checkpoint
+from convert_to_quant.choose import total_bytes
+from convert_to_quant.convert import convert, plan_conversion
+from convert_to_quant.engines import denoiser
+from convert_to_quant.engines.trials import Bench, Candidate, damage_of, moments
+from convert_to_quant.errors import OptionError, StatisticsError, UnsupportedModelError
+from convert_to_quant.families.running import Geometry
+from convert_to_quant.formats import FORMATS, WRITTEN
+from convert_to_quant.layers import find_layers, input_scale
+from convert_to_quant.options import BestOptions, ConvertOptions, RunOptions
+
+SHOWN = RunOptions(samples=12, steps=2, height=32, width=32, text_tokens=4)
+CARD = "rtx50"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, build: Any, flux_tensors: Any) -> Iterator[Checkpoint]:
+    """The open model."""
+    path = tmp_path_factory.mktemp("best") / "flux.safetensors"
+    path.write_bytes(build.file_bytes(flux_tensors()))
+    with open_checkpoint(path) as checkpoint:
+        yield checkpoint
+
+
+@pytest.fixture(scope="module")
+def first(checkpoint: Checkpoint) -> Best:
+    """A choice for which the model was run."""
+    return plan_best(checkpoint, ConvertOptions(), BestOptions(gpu=CARD), SHOWN)
+
+
+@pytest.fixture
+def choose(checkpoint: Checkpoint, first: Best) -> Callable[..., Best]:
+    """choose(bits=6): another choice, from what was measured then."""
+
+    def choose(exclude: tuple[str, ...] = (), **options: Any) -> Best:
+        asked = BestOptions(**{"gpu": CARD, **options})
+        return plan_best(checkpoint, ConvertOptions(exclude=exclude), asked, measured=(first.statistics, first.trials))
+
+    return choose
+
+
+def written(checkpoint: Checkpoint, best: Best, folder: Path) -> Path:
+    path = folder / "best.safetensors"
+    convert(checkpoint, best.plan, path)
+    return path
+
+
+@pytest.mark.parametrize("bits", [5.6, 6.0, 7.0, 8.0, 10.0])
+def test_weights_and_their_scales_take_no_more_bits_than_asked_for(
+    checkpoint: Checkpoint, choose: Any, tmp_path: Path, bits: float
+) -> None:
+    best = choose(bits=bits)
+    with open_checkpoint(written(checkpoint, best, tmp_path)) as file:
+        stored = sum(
+            info.nbytes
+            for layer in best.choice
+            for name, info in file.tensors.items()
+            if name.startswith((f"{layer}.weight", f"{layer}.weight_scale"))
+        )
+        mixed = {layer.name: layer.format.name for layer in find_layers(file).quantized.values() if layer.format}
+    assert 8 * stored / best.weights == best.bits
+    assert stored <= limit_bytes(best.layers, bits)
+    assert mixed == {layer: offer.format for layer, offer in best.choice.items() if offer.format}
+    assert bits > 8 or len(set(mixed.values())) > 1
+
+
+def test_files_are_never_larger_than_asked_for(checkpoint: Checkpoint, choose: Any, tmp_path: Path) -> None:
+    smallest = written(checkpoint, choose(bits=5.6), tmp_path).stat().st_size
+    expected_db = []
+    for size in np.linspace(smallest, checkpoint.path.stat().st_size, 12).astype(int).tolist():
+        best = choose(file_size=f"{size}B")
+        assert size - 3000 < written(checkpoint, best, tmp_path).stat().st_size <= size
+        expected_db.append(best.expected_db)
+    assert expected_db == sorted(expected_db)
+
+
+def test_sizes_that_ask_for_too_much_or_nothing_are_refused(checkpoint: Checkpoint, choose: Any) -> None:
+    with pytest.raises(OptionError, match=r"even the smallest formats take 4\.\d\d bits per weight, and .* for 3"):
+        choose(bits=3.0)
+    with pytest.raises(OptionError, match=r"even the smallest formats make a file of \d+,\d+ bytes, not of 9,000"):
+        choose(file_size="9kB")
+    for enough in ({"bits": 16.0}, {"file_size": "1GB"}):
+        with pytest.raises(OptionError, match="nothing would be quantized: the layers fit as they are"):
+            choose(**enough)
+
+
+def test_the_mix_is_better_than_any_one_format_of_its_size(checkpoint: Checkpoint, choose: Any) -> None:
+    model, size = denoiser.load(checkpoint), Geometry(height=2, width=2, frames=1, text_tokens=4)
+    bench = Bench(model, size, moments(model, size, images=6, levels=2, seed=9))  # other noise than it was chosen on
+
+    def decibels(mix: dict[str, Candidate]) -> float:
+        damage = damage_of(bench, mix)
+        assert np.isfinite(damage).all()
+        return float(np.mean(-10 * np.log10(damage)))
+
+    layers = choose().layers
+    for fmt in (FORMATS[name] for name in ("int8", "int8-convrot", "fp8", "mxfp8", "nvfp4")):
+        stored = sum(stored_bytes(fmt, layer.shape) for layer in layers.values())
+        best = choose(bits=8 * (stored - limit_bytes(layers, 0)) / choose().weights)
+        mix = {
+            each.layer.name: Candidate(each.format, each.input_scale, each.full_precision)
+            for each in best.plan.decisions
+            if each.format
+        }
+        assert total_bytes(best.choice) <= stored
+        # Damages of layers add up only roughly, so a uniform format may be as good.
+        assert decibels(mix) > decibels(dict.fromkeys(layers, Candidate(fmt))) - 0.2, fmt.name
+
+
+def test_formats_are_those_of_the_card_or_asked_for(choose: Any) -> None:
+    for gpu in ("any", CARD):
+        chosen = set(choose(gpu=gpu, bits=10.0).counts()) - {""}
+        assert all(gpu in FORMATS[name].native for name in chosen)
+    assert set(choose(only="nvfp4", bits=9.0).counts()) == {"nvfp4", ""}
+    with pytest.raises(OptionError, match="rtx20 multiplies none of fp8, nvfp4 natively"):
+        choose(gpu="rtx20", only="fp8,nvfp4")
+
+
+def test_fp8_layers_have_the_input_scales_that_were_measured(
+    checkpoint: Checkpoint, choose: Any, tmp_path: Path
+) -> None:
+    best = plan_best(checkpoint, ConvertOptions(), BestOptions(only="fp8", gpu=CARD, bits=8.1), SHOWN)
+    with open_checkpoint(written(checkpoint, best, tmp_path)) as file:
+        found = {
+            name: (input_scale(file, layer), layer.full_precision)
+            for name, layer in find_layers(file).quantized.items()
+        }
+    assert found == {
+        each.layer.name: (np.float32(each.input_scale), each.full_precision)
+        for each in best.plan.decisions
+        if each.format
+    }
+    assert any(full for _, full in found.values())
+
+
+def test_layers_that_see_one_token_per_image_compute_in_full_precision_where_readers_heed_it(choose: Any) -> None:
+    decisions = [each for each in choose(bits=6.0).plan.decisions if each.format]
+    one_token = [each for each in decisions if each.layer.name in ONE_ROW]
+    assert one_token
+    assert all(each.full_precision == each.format.heeds_full_precision for each in one_token)
+
+
+def test_excluded_layers_stay_as_they_are(choose: Any) -> None:
+    best = choose(exclude=("double_blocks",))
+    assert best.choice
+    assert all(layer.startswith("single_blocks") for layer in best.choice)
+
+
+def test_the_curve_rises_and_json_says_the_same(choose: Any) -> None:
+    best = choose(bits=7.0)
+    curve = list(best.curve().values())
+    said = best.to_json()
+    assert curve == sorted(curve)
+    assert [point["expected_db"] for point in said["curve"]] == curve
+    assert said["bits"] == best.bits
+    assert sum(said["counts"].values()) == len(said["layers"]) == len(best.choice)
+    assert set(said["uniform"]) <= set(WRITTEN)
+    assert best.summary().endswith(f"{best.bits:.2f} bits per weight, {best.expected_db:.1f} dB expected on noise")
+
+
+def test_trials_of_other_layers_are_refused(checkpoint: Checkpoint, first: Best, tmp_path: Path) -> None:
+    first.statistics.save(tmp_path / "stats.safetensors")
+    with pytest.raises(StatisticsError, match="it holds no trials of formats"):
+        load_measured(tmp_path / "stats.safetensors")
+    few = first.statistics, replace(first.trials, layers=("a", *first.trials.layers[1:]))
+    with pytest.raises(StatisticsError, match=rf"{first.trials.layers[0]} was not tried in fp8, int8"):
+        plan_best(checkpoint, ConvertOptions(), BestOptions(gpu=CARD), measured=few)
+
+
+def test_trials_for_other_formats_are_refused(choose: Any) -> None:
+    with pytest.raises(StatisticsError, match=r"was not tried in fp8 .*run the trials again"):
+        choose(only="fp8", bits=9.0)
+
+
+def test_a_model_that_cannot_be_run_is_refused(save: Callable[..., Path]) -> None:
+    path = save("other.safetensors", {f"blocks.{n}.fc.weight": np.ones((32, 32), np.float32) for n in range(2)})
+    with (
+        open_checkpoint(path) as other,
+        pytest.raises(
+            UnsupportedModelError, match=r"cannot be run, so nothing was chosen: .*--format gives all layers"
+        ),
+    ):
+        plan_best(other, ConvertOptions(), BestOptions())
+
+
+def test_a_model_that_is_quantized_already_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    convert(checkpoint, plan_conversion(checkpoint, ConvertOptions(format="int8")), tmp_path / "int8.safetensors")
+    with (
+        open_checkpoint(tmp_path / "int8.safetensors") as other,
+        pytest.raises(OptionError, match="no layer of this file can be quantized"),
+    ):
+        plan_best(other, ConvertOptions(), BestOptions())

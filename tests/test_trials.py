@@ -1,0 +1,76 @@
+"""Sums of trial runs: they add up, and a file keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert_to_quant.checkpoint import write_checkpoint
+from convert_to_quant.errors import StatisticsError
+from convert_to_quant.trials import Trials
+
+FORMATS, MOMENTS = ("int8", "nvfp4"), ("noise, 1", "noise, 0.5", "loud, 1")
+
+
+def trials(seed: int = 0, layers: tuple[str, ...] = ("a", "b")) -> Trials:
+    """Every layer in INT8, and the first one in NVFP4."""
+    random = np.random.default_rng(seed)
+    found = Trials.empty(layers, FORMATS, MOMENTS)
+    found.error[:] = random.uniform(size=found.error.shape)
+    found.error[-1, 1] = 0
+    found.count[:, 0], found.count[0, 1] = 4, 2
+    found.damage[:] = found.count * random.uniform(size=found.damage.shape)
+    return found
+
+
+def test_damage_is_a_mean_over_images_where_it_was_measured() -> None:
+    one, both = trials(), trials().plus(trials(1))
+    damage = one.mean_damage("a", "nvfp4")
+    assert damage is not None
+    assert np.array_equal(damage, one.damage[0, 1] / 2)
+    assert one.mean_damage("b", "nvfp4") is one.mean_damage("c", "int8") is one.mean_damage("a", "fp8") is None
+    mean = both.mean_damage("a", "nvfp4")
+    assert mean is not None
+    assert mean == pytest.approx((one.damage[0, 1] + trials(1).damage[0, 1]) / 4)
+
+
+def test_trials_of_other_layers_do_not_add_up() -> None:
+    with pytest.raises(StatisticsError, match="trials of other layers do not add up"):
+        trials().plus(trials(layers=("a", "c")))
+
+
+def test_a_file_keeps_them(tmp_path: Path) -> None:
+    path, kept = tmp_path / "trials.safetensors", trials()
+    write_checkpoint(path, *kept.entries())
+    found = Trials.load(path)
+    assert found is not None
+    assert (found.layers, found.formats, found.moments) == (kept.layers, kept.formats, kept.moments)
+    for name in ("error", "damage", "count"):
+        assert getattr(found, name).dtype == getattr(kept, name).dtype
+        assert np.array_equal(getattr(found, name), getattr(kept, name))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors, _: tensors.pop("trial_damage"), "not F64"),
+        (lambda tensors, _: tensors.update(trial_count=tensors["trial_damage"]), "not I64"),
+        (lambda _, metadata: metadata.update({"convert_to_quant.trials": "{}"}), "without their layers"),
+        (lambda _, metadata: metadata.update({"convert_to_quant.trials": "["}), "damaged: the trials are"),
+    ],
+)
+def test_damaged_trials_are_refused(tmp_path: Path, change: Callable[[Any, Any], Any], said: str) -> None:
+    path, (tensors, metadata) = tmp_path / "trials.safetensors", trials().entries()
+    change(tensors, metadata)
+    write_checkpoint(path, tensors, metadata)
+    with pytest.raises(StatisticsError, match=said):
+        Trials.load(path)
+
+
+def test_a_file_without_trials_has_none(statistics: Callable[..., Any], tmp_path: Path) -> None:
+    statistics({"a": (4, 4)}).save(tmp_path / "stats.safetensors")
+    assert Trials.load(tmp_path / "stats.safetensors") is None
