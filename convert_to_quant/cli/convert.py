@@ -122,11 +122,14 @@ def check_options(args: argparse.Namespace) -> None:
         raise OptionError("--in-place needs --actcal: only scales can be written in place")
     require_target(args)
     mixing = {"from", *(one.flag for one in offered(BestOptions).values())}
+    showing = {f"actcal-{one.flag}" for one in offered(RunOptions).values()}
     for flag in args.in_force:
         if flag in mixing and not args.best:
             raise OptionError(f"--{flag} needs --best")
-        if args.best and flag in ("actcal", "format", "layer-format", "scaling_mode", "legacy", "weight-scale"):
+        if args.best and flag in ("actcal", "format", "layer-format", "scaling-mode", "legacy", "weight-scale"):
             raise OptionError(f"--{flag} and --best both say what layers become; give one")
+        if args.best and flag.startswith("actcal-") and flag not in showing:
+            raise OptionError(f"--{flag} is for --actcal, and --best would not use it")
     if args.enable_fp8_matmul and not args.actcal:
         raise OptionError("--enable-fp8-matmul needs --actcal: without input scales FP8 products would use 1.0")
     if args.float16_safe and not args.actcal:

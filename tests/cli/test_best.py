@@ -1,0 +1,98 @@
+"""`convert_to_quant --best`: from a file in 16 bits to the best mix of formats, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.layers import find_layers
+
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
+
+SMALL = ("--actcal-samples", 3, "--actcal-height", 32, "--actcal-width", 32, "--actcal-text-tokens", 4)
+BEST = ("--best", "--gpu", "rtx50", *SMALL)
+
+
+def mix(path: Path) -> dict[str, str]:
+    """The format of each quantized layer."""
+    with open_checkpoint(path) as file:
+        return {layer.name: layer.format.name for layer in find_layers(file).quantized.values() if layer.format}
+
+
+def test_the_best_mix_is_written_told_and_checked(ctq: Any, flux_file: Path, tmp_path: Path) -> None:
+    out, report = tmp_path / "best.safetensors", tmp_path / "best.json"
+    done = ctq("-i", flux_file, "-o", out, *BEST, "--bits", 7, "--json", report, "-v")
+    found, said = mix(out), json.loads(report.read_text())
+
+    assert done.code == 0
+    assert "bits per weight" in done.err
+    assert f"wrote {out}" in done.err
+    assert {line.split()[0] for line in done.out.splitlines() if line.startswith(("double", "single"))} >= found.keys()
+    for words in ("best mix", "all nvfp4", "this file"):
+        assert words in done.out
+    assert out.stat().st_size < 0.8 * flux_file.stat().st_size
+    assert found == {name: each["format"] for name, each in said["best"]["layers"].items() if each["format"]}
+    checked = ctq("check", flux_file, out, "--height", 32, "--width", 32, "--samples", 1, "--steps", 1)
+    assert checked.code == 0
+    assert ctq("inspect", out, "--strict").code == 0
+
+
+def test_a_dry_run_writes_nothing(ctq: Any, flux_file: Path, folder: Callable[[], Any]) -> None:
+    before = folder()
+    done = ctq("-i", flux_file, *BEST, "--size", "1MB", "--formats", "int8", "--dry-run")
+    assert (done.code, folder()) == (2, before)
+    assert "the layers fit as they are" in done.err
+    done = ctq("-i", flux_file, *BEST, "--size", "120kB", "--formats", "int8,nvfp4", "--dry-run")
+    assert (done.code, folder()) == (0, before)
+    assert "nothing was written" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--best", "--format", "int8"), "--format and --best both say what layers become"),
+        (("--best", "--layer-format", "a=int8"), "--layer-format and --best both"),
+        (("--best", "--scaling_mode", "row"), "--scaling-mode and --best both"),
+        (("--best", "--weight-scale", "mse"), "--weight-scale and --best both"),
+        (("--best", "--legacy"), "--legacy and --best both"),
+        (("--best", "--actcal"), "--actcal and --best both"),
+        (("--best", "--actcal-margin", 2), "--actcal-margin is for --actcal, and --best would not use it"),
+        (("--best", "--actcal-lora", "a.safetensors"), "--actcal-lora is for --actcal"),
+        (("--best", "--bits", 8, "--size", "1MB"), "--bits and --size both limit the file"),
+        (("--best", "--bits", 1), "--bits should be between 3 and 16, found 1"),
+        (("--best", "--size", "8 parsecs"), "--size '8 parsecs' is no size"),
+        (("--best", "--gpu", "voodoo"), "unknown card 'voodoo'"),
+        (("--best", "--formats", "int9"), "unknown format 'int9'"),
+        (("--best", "--gpu", "rtx20", "--formats", "fp8"), "rtx20 multiplies none of fp8 natively"),
+        (("--best", "--from", "none.safetensors"), "none.safetensors"),
+        (("--bits", 8), "--bits needs --best"),
+        (("--size", "1MB"), "--size needs --best"),
+        (("--gpu", "rtx40"), "--gpu needs --best"),
+        (("--from", "stats.safetensors"), "--from needs --best"),
+    ],
+)
+def test_contradictions_are_refused_before_any_work(
+    ctq: Any, flux_file: Path, folder: Callable[[], Any], words: tuple[Any, ...], said: str
+) -> None:
+    before = folder()
+    done = ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), *words)
+    assert done.code == (1 if "none.safetensors" in words else 2)
+    assert said in " ".join(done.err.split())
+    assert folder() == before
+
+
+def test_a_model_that_cannot_be_run_gets_no_guess(ctq: Any, save: Callable[..., Path], folder: Any) -> None:
+    path = save("other.safetensors", {f"blocks.{n}.fc.weight": np.ones((32, 32), np.float32) for n in range(2)})
+    before = folder()
+    done = ctq("-i", path, "-o", path.with_name("out.safetensors"), "--best")
+    told = " ".join(done.err.split())
+    assert done.code == 1
+    assert f"{path}: the model cannot be run, so nothing was chosen: " in told
+    assert "--format gives all layers one format" in told
+    assert folder() == before
