@@ -367,7 +367,10 @@ def refuse_unrunnable(
     else:
         from .engines import diffusers
 
-        reason = diffusers.supports(checkpoint, table)
+        try:  # it loads what runs this family
+            reason = diffusers.supports(checkpoint, table)
+        except ImportError as error:
+            reason = f"diffusers cannot be imported here: {' '.join(str(error).split())}"
     if reason is not None:
         raise UnsupportedModelError(
             f"the model cannot be run, so nothing was {undone}: {reason}", path=checkpoint.path, hint=hint

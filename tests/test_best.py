@@ -197,6 +197,15 @@ def test_a_model_that_cannot_be_run_is_refused(save: Callable[..., Path]) -> Non
         plan_best(other, ConvertOptions(), BestOptions())
 
 
+def test_libraries_that_do_not_go_together_are_told(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def supports(*_: Any) -> None:
+        raise ImportError("no AutoImageProcessor\nin this version")
+
+    monkeypatch.setattr("convert_to_quant.engines.diffusers.supports", supports)
+    with pytest.raises(UnsupportedModelError, match="diffusers cannot be imported here: no AutoImageProcessor in this"):
+        plan_best(checkpoint, ConvertOptions(), BestOptions())
+
+
 def test_a_model_that_is_quantized_already_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     convert(checkpoint, plan_conversion(checkpoint, ConvertOptions(format="int8")), tmp_path / "int8.safetensors")
     with (
