@@ -316,7 +316,7 @@ class Bench:
             return _repeated(output, self.images, copies)
 
         for block in skipped:
-            block.forward = partial(again, outputs[block])  # type: ignore[method-assign]
+            block.forward = partial(again, outputs[block])
         try:
             yield
         finally:
