@@ -399,5 +399,5 @@ def load_measured(path: StrPath) -> tuple[Statistics, Trials]:
     """
     trials = Trials.load(path)
     if trials is None:
-        raise StatisticsError("it holds no trials of formats", path=Path(path), hint="make it with observe --trials")
+        raise StatisticsError("it holds no trials of formats", path=Path(path), hint="make it with --best --keep")
     return Statistics.load(path), trials

@@ -317,7 +317,7 @@ class BestOptions(Options):
 
     bits: float | None = option(None, "per quantized weight (8)", "N", BITS)
     file_size: str | None = option(None, "of the file: 8GB, 700MB", "SIZE", flag="size")
-    gpu: str = option("any", "card to be fast on: any, rtx20 to rtx50, h100, mi300, rdna3, rdna4", "NAME")
+    gpu: str = option("any", "fast on: any, rtx20..50, h100, mi300, rdna3..4", "NAME")
     only: str | None = option(None, "to choose from, with commas (all of the card)", "NAMES", flag="formats")
 
     def __post_init__(self) -> None:

@@ -324,12 +324,18 @@ class Statistics:
             )
         return self.take(matching).replace(left_out=tuple(sorted({*self.left_out, *rest})))
 
-    def save(self, path: StrPath, metadata: Mapping[str, str] | None = None) -> None:
+    def save(
+        self,
+        path: StrPath,
+        metadata: Mapping[str, str] | None = None,
+        further: Mapping[str, Entry] | None = None,
+    ) -> None:
         """Write everything into one safetensors file, whole or not at all, in place of an older one.
 
         Args:
             path: where to.
             metadata: further texts for the header; `load` gives them back as `metadata`.
+            further: further tensors, which `load` leaves alone.
 
         Raises:
             OutputError: it cannot be written.
@@ -348,7 +354,9 @@ class Statistics:
             pairs = zip(self.channel_absmax, self.layers.values(), strict=True)
             parts = [each if len(each) else np.zeros(shape[1], np.float32) for each, shape in pairs]
             columns[CHANNELS] = Entry.of(np.concatenate(parts))
-        write_checkpoint(Path(path), columns, {**(metadata or {}), METADATA_KEY: json.dumps(head)})
+        write_checkpoint(
+            Path(path), {**columns, **(further or {})}, {**(metadata or {}), METADATA_KEY: json.dumps(head)}
+        )
 
     @staticmethod
     def load(path: StrPath) -> Statistics:

@@ -71,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     best = parser.add_argument_group("best mix of formats (by running the model)")
     best.add_argument("--best", action="store_true", help="give every layer the format that keeps most")
     add_options(best, BestOptions)
-    best.add_argument("--from", dest="statistics", metavar="STATS", help="measured before, by observe --trials")
+    best.add_argument("--keep", metavar="STATS", help="write what was measured to this file")
+    best.add_argument("--from", dest="statistics", metavar="STATS", help="choose from what was kept, without a run")
 
     layout = conversion.add_mutually_exclusive_group()
     layout.add_argument("--comfy-quant", action="store_true", help="write the comfy_quant layout, the default")
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from ..layers import find_layers
 
     check_options(args)
+    check_best(args)
     if not args.actcal:
         for flag in args.in_force:
             if flag.startswith("actcal-") and not args.best:
@@ -121,7 +123,19 @@ def check_options(args: argparse.Namespace) -> None:
     if args.in_place and not args.actcal:
         raise OptionError("--in-place needs --actcal: only scales can be written in place")
     require_target(args)
-    mixing = {"from", *(one.flag for one in offered(BestOptions).values())}
+    if args.enable_fp8_matmul and not args.actcal:
+        raise OptionError("--enable-fp8-matmul needs --actcal: without input scales FP8 products would use 1.0")
+    if args.float16_safe and not args.actcal:
+        raise OptionError("--float16-safe needs --actcal: it is about the input scales that --actcal finds")
+
+
+def check_best(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict --best, or need it.
+
+    Raises:
+        OptionError: they do.
+    """
+    mixing = {"from", "keep", *(one.flag for one in offered(BestOptions).values())}
     showing = {f"actcal-{one.flag}" for one in offered(RunOptions).values()}
     for flag in args.in_force:
         if flag in mixing and not args.best:
@@ -130,10 +144,6 @@ def check_options(args: argparse.Namespace) -> None:
             raise OptionError(f"--{flag} and --best both say what layers become; give one")
         if args.best and flag.startswith("actcal-") and flag not in showing:
             raise OptionError(f"--{flag} is for --actcal, and --best would not use it")
-    if args.enable_fp8_matmul and not args.actcal:
-        raise OptionError("--enable-fp8-matmul needs --actcal: without input scales FP8 products would use 1.0")
-    if args.float16_safe and not args.actcal:
-        raise OptionError("--float16-safe needs --actcal: it is about the input scales that --actcal finds")
 
 
 def calibrate_file(
@@ -158,6 +168,9 @@ def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: Convert
     with progress_bar("measuring") as progress:
         best = plan_best(checkpoint, options, options_of(BestOptions, args), options_of(RunOptions, args), measured,
                          progress=progress)  # fmt: skip
+    if args.keep is not None:
+        tensors, entries = best.trials.entries()
+        best.statistics.save(args.keep, entries, tensors)
     for text in best.plan.notes:
         note(text)
     if args.verbose or args.dry_run:

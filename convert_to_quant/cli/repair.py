@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 from ..telling import plural
@@ -54,5 +53,7 @@ def run(args: argparse.Namespace) -> int:
                 rewrite(patch, Path(args.output))
             say(f"{done} put right; wrote {args.output or checkpoint.path}")
         if args.json:
+            from dataclasses import asdict
+
             write_json(args.json, {"repairs": [asdict(one) for one in repairs]})
     return 0

@@ -43,6 +43,21 @@ def test_the_best_mix_is_written_told_and_checked(ctq: Any, flux_file: Path, tmp
     assert ctq("inspect", out, "--strict").code == 0
 
 
+def test_what_was_measured_is_kept_and_chosen_from_without_a_run(ctq: Any, flux_file: Path, tmp_path: Path) -> None:
+    out, kept, again = (tmp_path / name for name in ("a.safetensors", "kept.safetensors", "b.safetensors"))
+    assert ctq("-i", flux_file, "-o", out, *BEST, "--bits", 7, "--keep", kept).code == 0
+    assert ctq("-i", flux_file, "-o", again, "--best", "--gpu", "rtx50", "--bits", 7, "--from", kept).code == 0
+    assert mix(again) == mix(out)
+    smaller = ctq("-i", flux_file, "-o", again, "--best", "--gpu", "rtx50", "--bits", 5, "--from", kept)
+    assert smaller.code == 0
+    assert again.stat().st_size < out.stat().st_size
+    refused = ctq("-i", flux_file, "-o", again, "--best", "--from", out)
+    assert (refused.code, refused.err) == (
+        1,
+        f"error: {out}: it holds no trials of formats (make it with --best --keep)\n",
+    )
+
+
 def test_a_dry_run_writes_nothing(ctq: Any, flux_file: Path, folder: Callable[[], Any]) -> None:
     before = folder()
     done = ctq("-i", flux_file, *BEST, "--size", "1MB", "--formats", "int8", "--dry-run")

@@ -108,7 +108,7 @@ def test_a_trial_that_begins_at_its_block_is_the_trial_of_the_whole_model(
 def test_damage_is_that_of_the_file_that_would_be_written(
     flux: Checkpoint, bench: Bench, layers: Mapping[str, Layer], tmp_path: Path, name: str
 ) -> None:
-    scale = 1.0 if FORMATS[name].static else None
+    scale = None if FORMATS[name].dynamic else 1.0
     found = damage_of(bench, dict.fromkeys(layers, Candidate(FORMATS[name], scale)))
     path = tmp_path / f"{name}.safetensors"
     convert(flux, plan_conversion(flux, ConvertOptions(format=name)), path)

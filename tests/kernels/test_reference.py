@@ -47,8 +47,10 @@ def brute_force(x: torch.Tensor) -> Observation:
 
 
 def assert_same(seen: Observation, expected: Observation) -> None:
-    for name in ("absmax", "zeros", "histogram", "row_histogram", "channel_bits"):
+    for name in ("absmax", "zeros", "histogram", "row_histogram"):
         assert torch.equal(getattr(seen, name), getattr(expected, name)), name
+    infinity = 0x7F800000  # conversions may change which NaN it is, and all of them are above
+    assert torch.equal(seen.channel_bits.clamp(max=infinity + 1), expected.channel_bits.clamp(max=infinity + 1))
     assert float(seen.sum_of_squares) == pytest.approx(float(expected.sum_of_squares), rel=1e-6, abs=0)
 
 
