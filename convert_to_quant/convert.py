@@ -141,13 +141,13 @@ class ConversionPlan:
     def summary(self) -> str:
         """One line: how many layers, into what, and which family's table decided."""
         weights = sum(layer.out_features * layer.in_features for layer, _ in self.quantized)
-        words = [f"{fmt.marked if fmt.grid else fmt.name}" for fmt in self.formats]
+        words = [fmt.marked if fmt.grid else fmt.name for fmt in self.formats]
         if len(words) > 1:
-            words = [f"{count} {word}" for count, word in zip(self.formats.values(), words, strict=True)]
+            words = [f"{count} {fmt.name}" for fmt, count in self.formats.items()]
         scaled = f"{next(iter(self.formats)).granularity} scales, " if len(words) == 1 else ""
         return (
             f"{len(self.quantized)} of {len(self.decisions)} linear layers to "
-            f"{' and '.join(words) or self.options.format} "
+            f"{', '.join(words) or self.options.format} "
             f"({weights / 1e6:,.1f} M weights, {scaled}{self.family.title})"
         )
 

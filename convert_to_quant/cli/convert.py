@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from ..best import Best
     from ..checkpoint import Checkpoint, CheckpointWriter
     from ..convert import ConversionPlan
-    from ..formats.record import Format
     from ..lora import Lora
 
 DESCRIPTION = "Convert a checkpoint to another format, calibrate an FP8 checkpoint, or both."
@@ -292,7 +291,7 @@ def print_plan(plan: ConversionPlan, *, talk: bool = False) -> None:
                 decision.layer.name,
                 f"{decision.layer.out_features} × {decision.layer.in_features}",
                 decision.layer.weight.dtype,
-                decision.layer.weight.dtype if decision.format is None else _becomes(decision.format),
+                decision.layer.weight.dtype if decision.format is None else decision.format.name,
                 decision.reason,
             )
             for decision in plan.decisions
@@ -300,10 +299,6 @@ def print_plan(plan: ConversionPlan, *, talk: bool = False) -> None:
         optional=(2, 1),
         talk=talk,
     )
-
-
-def _becomes(fmt: Format) -> str:
-    return fmt.dtypes[0] if fmt.grid else fmt.name
 
 
 def plan_json(plan: ConversionPlan) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def test_dry_run_prints_the_plan_with_reasons_and_writes_nothing(ctq: Command, f
     outcome = ctq("-i", flux_file, "--dry-run", "--exclude_layers", r"txt_mlp\.2$")
     assert outcome.code == 0
     rows = {line.split()[0]: line for line in outcome.out.splitlines()}
-    assert "F8_E4M3" in rows["double_blocks.0.img_mlp.0"]
+    assert "fp8" in rows["double_blocks.0.img_mlp.0"]
     assert r"excluded by 'txt_mlp\\.2$'" in rows["double_blocks.0.txt_mlp.2"]
     assert "image embedder: feeds every block" in rows["img_in"]
     assert "dry run: 12 of 21 linear layers" in outcome.err
