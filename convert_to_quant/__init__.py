@@ -1,4 +1,4 @@
-"""FP8 for diffusion models that keeps the picture: convert, calibrate, patch, check.
+"""Quantized diffusion models that keep the picture: measure, choose formats, convert, calibrate, check.
 
 The names in `__all__` are the public API, flat and lazy: `import convert_to_quant` loads no numpy and no torch; each
 name loads its module when it is first used. No name is that of a module, so modules stay importable beside them: the
@@ -11,6 +11,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Best": "best",
+    "BestOptions": "options",
     "Calibration": "calibrate_activation_scales",
     "CalibrationOptions": "options",
     "Checkpoint": "checkpoint",
@@ -35,6 +37,7 @@ _HOMES = {
     "merge_statistics": "stats:merge",
     "open_checkpoint": "checkpoint",
     "patch_model_with_scales": "calibrate_activation_scales",
+    "plan_best": "best",
     "plan_conversion": "convert",
     "record": "recorder",
     "render_report": "report.page:render",
