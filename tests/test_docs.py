@@ -40,12 +40,13 @@ OURS = ("convert_to_quant", "ctq")
 
 SUBSTITUTIONS = {
     r"--device cuda\b": "--device cpu",
+    r"--bits 6.5 --gpu rtx40\b": "--gpu rtx50 --actcal-samples 3 --actcal-height 32 --actcal-width 32",
     r"--actcal\b(?!-)": "--actcal --actcal-samples 3",
     r"(/path/to|~)/ComfyUI\b": "ComfyUI",
     r" \*\.safetensors": " flux_bf16.safetensors flux_fp8.safetensors",
     r"^source <\((.*)\)$": r"\1",
 }
-"""Regular expression -> what is run in its place: no GPU, no shell, and little time."""
+"""Regular expression -> what is run in its place: no GPU, no shell, little time, and formats whose sides tiny layers have."""
 
 SMALL = ("--height", "32", "--width", "32", "--steps", "2", "--samples", "3")
 ADDED = {"observe": SMALL, "check": SMALL}
