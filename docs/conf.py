@@ -42,12 +42,13 @@ python_maximum_signature_line_length = 100
 # --- What docstrings and annotations name and this site does not document
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(numpy|torch|mmap|PIL|Image|collections|pathlib|types|typing|os)\..*"),
+    (r"py:.*", r"(numpy|torch|mmap|PIL|Image|collections|contextlib|pathlib|types|typing|os)\..*"),
     (
         r"py:.*",
         r"convert_to_quant\.(families|engines\.(session|prompts|quantized_linear|provenance))\..*",
     ),
     (r"py:.*", r"convert_to_quant\.(.*\.)?_.*"),
+    (r"py:.*", r"Parts"),
 ]
 
 # --- The look

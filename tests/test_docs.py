@@ -46,7 +46,7 @@ SUBSTITUTIONS = {
     r" \*\.safetensors": " flux_bf16.safetensors flux_fp8.safetensors",
     r"^source <\((.*)\)$": r"\1",
 }
-"""Regular expression -> what is run in its place: no GPU, no shell, little time, and formats whose sides tiny layers have."""
+"""Regular expression -> what is run in its place: no GPU, no shell, little time, and formats that take tiny layers."""
 
 SMALL = ("--height", "32", "--width", "32", "--steps", "2", "--samples", "3")
 ADDED = {"observe": SMALL, "check": SMALL}
