@@ -54,7 +54,7 @@ Stored = tuple[str, Shape]
 
 
 GPUS: Mapping[str, str] = {
-    "any": "any card since Turing",
+    "any": "any card since Ampere",
     "rtx20": "GeForce RTX 20 (Turing)",
     "rtx30": "GeForce RTX 30 (Ampere)",
     "rtx40": "GeForce RTX 40 (Ada)",
