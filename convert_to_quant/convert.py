@@ -26,7 +26,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,13 +44,15 @@ from .checkpoint import (
     serialize_header,
     to_float32,
 )
+from .checkpoint.reader import BIT_DTYPES
 from .errors import OutputError, TensorError
 from .formats import DEFAULT, FORMATS
 from .formats.packing import round_up
-from .formats.record import CHUNK, TORCH_NAMES, Format, Packed, scale_grid, spans
+from .formats.record import CHUNK, TORCH_NAMES, Format, Packed, narrow_bfloat16, scale_grid, spans
 from .layers import ALL_ROWS, Layer, LayerTable, dequantize, determined, find_layers, input_scale, named, scales_per_row
 from .layout import WORKERS, Sink
 from .lazy_torch import torch
+from .lora import Lora, LoraMatch, Survival, match_loras, merge_rows
 from .marks import Config, Way, with_full_precision
 from .options import ConvertOptions
 from .telling import Advance, plural
@@ -115,6 +118,7 @@ class ConversionPlan:
         options: how.
         ways: how the file says it; one or several that agree.
         notes: what a user should know.
+        merged: adapters that are added to weights before these are rounded.
     """
 
     table: LayerTable
@@ -123,11 +127,18 @@ class ConversionPlan:
     options: ConvertOptions
     ways: tuple[Way, ...]
     notes: list[str]
+    merged: LoraMatch = field(default_factory=lambda: LoraMatch({}))
 
     @property
     def quantized(self) -> list[tuple[Layer, Format]]:
         """The layers that are quantized, and what they become."""
         return [(each.layer, each.format) for each in self.decisions if each.format is not None]
+
+    @property
+    def merged_only(self) -> list[Layer]:
+        """The layers that adapters change and that stay in high precision."""
+        kept = (each.layer for each in self.decisions if each.format is None)
+        return [layer for layer in kept if layer.name in self.merged.matched and layer.weight.elements]
 
     def spelled(self, suffix: str) -> str:
         """A suffix as the file spells it."""
@@ -157,12 +168,13 @@ class ConversionPlan:
         return [f"{fmt.title} is read by {fmt.read_by}, and fast on {fmt.cards}" for fmt in others]
 
 
-def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> ConversionPlan:
+def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequence[Lora] = ()) -> ConversionPlan:
     """Decide for every layer whether it is quantized.
 
     Args:
         checkpoint: what to convert.
         options: how.
+        loras: adapters to merge first.
 
     Returns:
         The plan.
@@ -170,8 +182,11 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> Conversi
     Raises:
         CheckpointError: the checkpoint's layers cannot be read.
         OptionError: the preset does not exist.
+        LoraError: an adapter does not fit, or a file matches nothing.
+        TensorError: an adapter changes a quantized layer that is not rounded anew.
     """
     table = find_layers(checkpoint)
+    merged = match_loras(loras, table.shapes()) if loras else LoraMatch({})
     bare = names.strip_prefix(checkpoint.tensors)[1]
     family = _choose_family(checkpoint, bare, options)
     notes = list(table.notes)
@@ -179,11 +194,15 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> Conversi
         notes.append("no known model family fits these names: only layers in repeated blocks are quantized")
     decisions = [_decide(layer, bare, family, options) for layer in table.plain.values()]
     here = [*table.quantized.values(), *table.raw.values()]
-    again = [_carried(checkpoint, _decide(layer, bare, family, options)) for layer in here]
+    changed = merged.matched
+    again = [_carried(checkpoint, _decide(each, bare, family, options, changed=each.name in changed)) for each in here]
     if options.requantize:
         decisions += again
         again = [each for each in again if each.format is None]
         notes += _say_again(checkpoint, [each.layer for each in decisions if each.format and each.layer.format])
+    for each in again:
+        if each.layer.name in changed:
+            raise _cannot_merge(checkpoint, each, options)
     counts = {named(each.layer for each in again): len(again), "other formats": len(table.foreign)}
     if any(counts.values()):
         kept = ", ".join(f"{count} in {kind}" for kind, count in counts.items() if count)
@@ -202,7 +221,17 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions) -> Conversi
         minutes = weights * MSE_SECONDS_PER_WEIGHT / 60
         if minutes > 1:
             notes.append(f"an exact search for every row or block takes about {minutes:.0f} core minutes")
-    return ConversionPlan(table, family, decisions, options, ways, notes)
+    return ConversionPlan(table, family, decisions, options, ways, notes, merged)
+
+
+def _cannot_merge(checkpoint: Checkpoint, decision: Decision, options: ConvertOptions) -> TensorError:
+    layer = decision.layer
+    return TensorError(
+        f"a LoRA changes this layer, which is {named([layer])} already and would not be rounded anew",
+        path=checkpoint.path_of(layer.weight.name),
+        tensor=layer.weight.name,
+        hint="merge into the original in 16 bits" + ("" if options.requantize else ", or add --requantize"),
+    )
 
 
 def _say_again(checkpoint: Checkpoint, layers: list[Layer]) -> list[str]:
@@ -221,8 +250,10 @@ def _choose_family(checkpoint: Checkpoint, bare: dict[str, str], options: Conver
     return families.detect(shapes, shapes) or families.GENERIC
 
 
-def _decide(layer: Layer, bare: dict[str, str], family: families.Family, options: ConvertOptions) -> Decision:
-    """Quantize a layer, or the first reason not to."""
+def _decide(
+    layer: Layer, bare: dict[str, str], family: families.Family, options: ConvertOptions, *, changed: bool = False
+) -> Decision:
+    """Quantize a layer, or the first reason not to; one that is `changed` is rounded anew to its own format, too."""
     part = families.other_part(layer.name)
     bare_weight = bare.get(layer.weight.name)
     if part is not None:
@@ -245,7 +276,7 @@ def _decide(layer: Layer, bare: dict[str, str], family: families.Family, options
         if not fmt.fallback:
             return Decision(layer, None, reason)
         fmt = FORMATS[fmt.fallback]
-    if layer.format is not None and layer.marking != "raw" and _is_in(layer, fmt):
+    if layer.format is not None and layer.marking != "raw" and not changed and _is_in(layer, fmt):
         return Decision(layer, None, f"is {fmt.title} already")
     return Decision(layer, fmt, reason if fmt is not wanted else "")
 
@@ -270,7 +301,9 @@ def _carried(checkpoint: Checkpoint, decision: Decision) -> Decision:
 def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
     """The output's tensors, each with the input tensor whose shard it follows."""
     options = plan.options
-    made: dict[str, dict[str, tuple[Spec, layout.Source]]] = {}
+    made: dict[str, dict[str, tuple[Spec, layout.Source]]] = {
+        layer.weight.name: {layer.weight.name: (Spec.like(layer.weight), None)} for layer in plan.merged_only
+    }
     configs: dict[str, Config] = {}
     dropped: set[str] = set()
     for decision in plan.decisions:
@@ -296,7 +329,11 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
         made, configs, dropped = made | kept, configs | told, dropped | unmarked
         metadata = plan.table.marks.other_metadata
     marked = layout.mark_once(made, configs, plan.ways, metadata)
-    said = provenance(checkpoint.metadata, convert=asdict(options) | {"family": plan.family.name})
+    step = asdict(options) | {"family": plan.family.name}
+    if plan.merged.matched:
+        loras = {id(delta.lora): delta.lora for deltas in plan.merged.matched.values() for delta in deltas}
+        step["merged"] = [{"file": lora.path.name, "strength": lora.strength} for lora in loras.values()]
+    said = provenance(checkpoint.metadata, convert=step)
     room_bytes = PROVENANCE_ROOM_BYTES + sum(len(layer.name) + len('"", ') for layer, _ in plan.quantized)
     marked[PROVENANCE_KEY] = said + " " * room_bytes
     return layout.lay_out(checkpoint, made, dropped, marked)
@@ -362,9 +399,11 @@ def convert(
         )
 
     def job(layer: Layer, fmt: Format) -> layout.Job:
-        source, high = (checkpoint, layer) if layer.format is None else _dequantized(checkpoint, layer)
-
         def work(write: Sink) -> None:
+            source, high = checkpoint, layer
+            if layer.format is not None or layer.name in plan.merged.matched:  # here: it holds the rows it made last
+                source, high = _widened(checkpoint, layer, plan.merged)
+
             def sink(suffix: str, data: NDArray[Any], start: int) -> None:
                 write(layer.name + plan.spelled(suffix), data, start)
 
@@ -376,6 +415,7 @@ def convert(
     place = None if device == "cpu" else torch.device(device)
     computes = place is not None or any(isinstance(fmt, Packed) for fmt in plan.formats)
     jobs = [job(layer, fmt) for layer, fmt in plan.quantized]
+    jobs += [(each.weight.nbytes, partial(_merge_kept, checkpoint, each, plan.merged)) for each in plan.merged_only]
     layout.write(checkpoint, _lay_out(checkpoint, plan), output, jobs, progress=progress, before_commit=before_commit,
                  threads=_threads(place) if computes else None)  # fmt: skip
 
@@ -397,15 +437,64 @@ def _threads(device: torch.device | None) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-class _Dequantized(Checkpoint):
-    """A checkpoint in which the weight of a quantized layer reads as float32, some rows at a time.
+def _merge_kept(checkpoint: Checkpoint, layer: Layer, merged: LoraMatch, write: Sink) -> None:
+    """Merge adapters into a weight that stays in high precision, rounded once to its dtype."""
+    source, dtype = _Widened(checkpoint, layer, merged), layer.weight.dtype
+    row_bytes = layer.weight.nbytes // layer.out_features
+    for band in spans(layer.out_features, max(1, BAND_VALUES // layer.in_features)):
+        weight_OI = source.band(band.start, band.stop)
+        with np.errstate(over="ignore"):
+            rounded = narrow_bfloat16(weight_OI) if dtype == "BF16" else weight_OI.astype(BIT_DTYPES[dtype])
+        if not np.isfinite(to_float32(rounded, dtype)).all():
+            raise TensorError(
+                f"the merged weight has NaN or infinite values in {dtype}",
+                path=checkpoint.path_of(layer.weight.name),
+                tensor=layer.weight.name,
+                hint="is the LoRA's strength too large?",
+            )
+        write(layer.weight.name, rounded, band.start * row_bytes)
+        _release_behind(checkpoint, layer, band)
+    checkpoint.release(layer.weight.name)
 
-    Whole tiles are dequantized, and each but once where bands follow one another.
+
+def surviving(checkpoint: Checkpoint, written: Checkpoint, plan: ConversionPlan) -> Survival:
+    """How much of what adapters add is left in the quantized layers of a converted file.
+
+    Args:
+        checkpoint: the input.
+        written: the output.
+        plan: what was done.
+
+    Returns:
+        The sum over all quantized layers that adapters change, against the input's weights.
+    """
+    table = find_layers(written)
+
+    def of(layer: Layer) -> Survival:
+        survival = Survival()
+        for band in spans(layer.out_features, round_up(max(1, BAND_VALUES // layer.in_features), Packed.ROWS)):
+            weight_OI = dequantize(checkpoint, layer, band).reshape(-1, layer.in_features)
+            merged_OI = merge_rows(plan.merged, layer.name, weight_OI, (band.start, band.stop))
+            survival.add(weight_OI, merged_OI, dequantize(written, table.quantized[layer.name], band))
+            _release_behind(checkpoint, layer, band)
+        checkpoint.release(layer.weight.name)
+        written.release(table.quantized[layer.name].weight.name)
+        return survival
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        changed = (layer for layer, _ in plan.quantized if layer.name in plan.merged.matched)
+        return sum(pool.map(of, changed), Survival())
+
+
+class _Widened(Checkpoint):
+    """A checkpoint in which a layer's weight reads as float32, dequantized and with adapters merged, by rows.
+
+    Whole tiles are made, and each but once where bands follow one another.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layer: Layer) -> None:
+    def __init__(self, checkpoint: Checkpoint, layer: Layer, merged: LoraMatch) -> None:
         vars(self).update(vars(checkpoint))
-        self.checkpoint, self.layer = checkpoint, layer
+        self.checkpoint, self.layer, self.merged = checkpoint, layer, merged
         self.start, self.ahead = 0, np.empty((0, layer.in_features), np.float32)
 
     def bits(self, _name: str) -> Any:
@@ -422,7 +511,9 @@ class _Dequantized(Checkpoint):
             self.start, self.ahead = start - start % Packed.ROWS, self.ahead[:0]
         made = self.start + len(self.ahead)
         if stop > made:
-            more = dequantize(self.checkpoint, self.layer, slice(made, round_up(stop, Packed.ROWS)))
+            rows = slice(made, min(round_up(stop, Packed.ROWS), self.layer.out_features))
+            weight_OI = dequantize(self.checkpoint, self.layer, rows).reshape(-1, self.layer.in_features)
+            more = merge_rows(self.merged, self.layer.name, weight_OI, (rows.start, rows.stop))
             behind = min(start - self.start, len(self.ahead))
             self.ahead = np.concatenate([self.ahead[behind:], more])
             self.start += behind
@@ -430,9 +521,9 @@ class _Dequantized(Checkpoint):
 
 
 class _Rows:
-    """The weight of a quantized layer as an array of float32, or of their bytes."""
+    """The weight of a layer as an array of float32, or of their bytes."""
 
-    def __init__(self, source: _Dequantized, dtype: np.dtype[Any]) -> None:
+    def __init__(self, source: _Widened, dtype: np.dtype[Any]) -> None:
         self.source, self.dtype = source, dtype
         self.shape = source.layer.out_features, source.layer.in_features * (4 // dtype.itemsize)
 
@@ -449,10 +540,10 @@ class _Rows:
         return np.concatenate([band[numbers] for band, numbers in bands]).view(self.dtype)
 
 
-def _dequantized(checkpoint: Checkpoint, layer: Layer) -> tuple[Checkpoint, Layer]:
-    """A quantized layer as one in high precision, and a checkpoint in which it is."""
+def _widened(checkpoint: Checkpoint, layer: Layer, merged: LoraMatch) -> tuple[Checkpoint, Layer]:
+    """A layer as one in float32, dequantized and with adapters merged, and a checkpoint in which it is."""
     weight = replace(layer.weight, dtype="F32", shape=layer.shape)
-    return _Dequantized(checkpoint, layer), Layer(layer.name, weight, None, "plain", layer.shape)
+    return _Widened(checkpoint, layer, merged), Layer(layer.name, weight, None, "plain", layer.shape)
 
 
 def quantize_weight(

@@ -267,7 +267,8 @@ def merge_rows(match: LoraMatch, layer: str, weight_OI: Float32, rows: tuple[int
     if layer not in match.matched:
         return weight_OI
     merged_OI: Float32 = weight_OI.copy()
-    match.add_to(merged_OI, layer, rows)
+    with np.errstate(over="ignore", invalid="ignore"):  # whoever rounds the weight says that it is not finite
+        match.add_to(merged_OI, layer, rows)
     return merged_OI
 
 

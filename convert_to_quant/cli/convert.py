@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..best import Best
     from ..checkpoint import Checkpoint, CheckpointWriter
     from ..convert import ConversionPlan
-    from ..lora import Lora
+    from ..lora import Lora, Survival
 
 DESCRIPTION = "Convert a checkpoint to another format, calibrate an FP8 checkpoint, or both."
 EPILOG = """\
@@ -67,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     conversion = parser.add_argument_group("conversion (of FP16, BF16 and FP32 weights)")
     add_options(conversion, ConvertOptions)
+    conversion.add_argument("--merge-lora", action="append", default=[], metavar="FILE[:STRENGTH]",
+                            help="LoRA to merge before rounding; repeatable")  # fmt: skip
     best = parser.add_argument_group("best mix of formats (by running the model)")
     best.add_argument("--best", action="store_true", help="give every layer the format that keeps most")
     add_options(best, BestOptions)
@@ -82,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from ..calibrate_activation_scales import static_table
     from ..checkpoint import open_checkpoint
+    from ..convert import plan_conversion
     from ..layers import find_layers
+    from ..lora import open_loras
 
     check_options(args)
     check_best(args)
@@ -97,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     recover_input(args)
     with open_checkpoint(args.input) as checkpoint:
         check_shards(checkpoint, args)
-        with loras_of(args) as adapters:
+        with loras_of(args) as adapters, open_loras(args.merge_lora) as merged:
             if options is not None and not args.requantize and find_layers(checkpoint).diffusion:
                 converting = {"legacy", *(one.flag for one in offered(ConvertOptions).values())}
                 if unused := ", ".join(f"--{flag}" for flag in args.in_force if flag in converting):
@@ -110,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
             conversion = options_of(ConvertOptions, args)
             if args.best:
                 return best_file(checkpoint, args, conversion)
-            return convert_file(checkpoint, args, conversion, options, adapters)
+            return convert_file(checkpoint, args, plan_conversion(checkpoint, conversion, merged), options, adapters)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -143,6 +147,10 @@ def check_best(args: argparse.Namespace) -> None:
             raise OptionError(f"--{flag} and --best both say what layers become; give one")
         if args.best and flag.startswith("actcal-") and flag not in showing:
             raise OptionError(f"--{flag} is for --actcal, and --best would not use it")
+    for flag in ("actcal", "best"):
+        if args.merge_lora and getattr(args, flag):
+            hint = "convert to a --format first; --actcal --in-place then calibrates the new file"
+            raise OptionError(f"--merge-lora and --{flag} cannot be combined", hint=hint)
 
 
 def calibrate_file(
@@ -201,18 +209,17 @@ def print_curve(best: Best) -> None:
 def convert_file(
     checkpoint: Checkpoint,
     args: argparse.Namespace,
-    options: ConvertOptions,
+    plan: ConversionPlan,
     calibration: CalibrationOptions | None,
     adapters: Sequence[Lora],
 ) -> int:
     """Convert a file in high precision, and calibrate it before it gets its name."""
     from dataclasses import replace
 
-    from ..calibrate_activation_scales import refuse_unrunnable, static_table
-    from ..convert import plan_conversion
-    from ..lora import match_loras
+    from ..calibrate_activation_scales import lora_notes, refuse_unrunnable, static_table
+    from ..convert import surviving
+    from ..lora import Survival, match_loras
 
-    plan = plan_conversion(checkpoint, options)
     if calibration is not None and plan.formats and not any(fmt.static for fmt in plan.formats):
         titles = " and ".join(dict.fromkeys(fmt.title for fmt in plan.formats))
         note(f"nothing to calibrate: readers of {titles} layers scale inputs as they come")
@@ -225,7 +232,7 @@ def convert_file(
         refuse_unrunnable(checkpoint)
     if adapters:  # an adapter that does not fit shows before the work as well as after
         match_loras(adapters, plan.table.shapes())
-    for text in plan.notes:
+    for text in [*plan.notes, *(lora_notes(plan.merged) if plan.merged.matched else [])]:
         note(text)
     if args.verbose or args.dry_run:
         print_plan(plan, talk=args.json == "-")
@@ -246,11 +253,24 @@ def convert_file(
         for text in patch.notes:
             note(text)
 
+    survival = Survival()
+
+    def measure_merged(writer: CheckpointWriter) -> None:
+        nonlocal survival
+        with writer.reopen(checkpoint.path) as written:
+            survival = surviving(checkpoint, written, plan)
+
     output = Path(args.output)
-    write_plan(checkpoint, plan, output, args.device, calibrate_output if calibration is not None else None)
+    finishing = calibrate_output if calibration is not None else measure_merged if plan.merged.matched else None
+    write_plan(checkpoint, plan, output, args.device, finishing)
     if args.json and calibration is None:
-        write_json(args.json, plan_json(plan))
+        write_json(args.json, plan_json(plan, survival))
     say(f"{plan.summary()}; wrote {output}")
+    if survival.delta_energy:
+        say(
+            "what rounding leaves of the merged change: "
+            f"correlation {survival.correlation:.3f}, {survival.decibels:.1f} dB"
+        )
     note_formats(plan, output)
     unmeasured = (not fmt.dynamic and layer.input_scale is None for layer, fmt in plan.quantized)
     if calibration is None and not args.no_input_scale and any(unmeasured):
@@ -301,9 +321,11 @@ def print_plan(plan: ConversionPlan, *, talk: bool = False) -> None:
     )
 
 
-def plan_json(plan: ConversionPlan) -> dict[str, Any]:
-    """The plan as JSON values."""
+def plan_json(plan: ConversionPlan, survival: Survival | None = None) -> dict[str, Any]:
+    """The plan as JSON values, with what is left of merged adapters."""
+    merged = {**plan.merged.as_json(), "survival": survival and survival.as_json()}
     return {
+        **({"merged": merged} if plan.merged.matched else {}),
         "family": plan.family.name,
         "notes": plan.notes,
         "counts": dict(Counter("quantized" if d.quantize else "kept" for d in plan.decisions)),
