@@ -465,7 +465,7 @@ def test_fp8_inputs_get_scales_of_statistics_where_they_are_given(
 
     recorded = statistics(comfyui.shapes, 44.8)
     file, report = quantized("fp8", stats=recorded, output_name="mine")
-    assert "calibrated 2 of 2 FP8 layers" in report
+    assert "calibrated 2 of 2 layers" in report
     assert file == "mine.safetensors"
     assert 1.0 not in scales(comfyui.models / file).values()
 
@@ -521,7 +521,7 @@ def test_calibrate_and_report_take_a_mix_of_formats(comfyui: Any, original: Path
     given = {"checkpoint": "diffusion_models/mix.safetensors", "stats": recorded.statistics(), "margin": 1.5}
 
     file, text = CalibrateFP8Checkpoint().calibrate(**given)["result"]
-    assert text.startswith("calibrated 1 of 1 FP8 layers")
+    assert text.startswith("calibrated 1 of 1 layers")
     assert "left alone: 1 INT8 ConvRot layer, whose inputs readers scale as they come" in text
     with open_checkpoint(comfyui.models / "mix.safetensors") as before, open_checkpoint(comfyui.models / file) as after:
         changed = {name for name in before if before.raw(name).tobytes() != after.raw(name).tobytes()}
