@@ -34,7 +34,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from .. import names
 from ..checkpoint import Checkpoint
@@ -53,7 +53,7 @@ EXACT_TERMS = 1 << 10
 
 
 def exact_product(codes: Tensor, weight_OI: Tensor) -> Tensor:
-    """Products of 8-bit integers, summed exactly.
+    """Products of 8-bit integers, summed exactly; on a GPU by its own kernel, where that takes the sides.
 
     Args:
         codes: [..., in].
@@ -62,10 +62,31 @@ def exact_product(codes: Tensor, weight_OI: Tensor) -> Tensor:
     Returns:
         float32 [..., out]: the exact sums, rounded once.
     """
+    if codes.device.type == "cuda" and not any(side % 8 for side in weight_OI.shape):
+        rows = codes.reshape(-1, codes.shape[-1])
+        padded = pad(rows, (0, 0, 0, max(0, 17 - len(rows))))  # the kernel takes no fewer rows
+        return torch._int_mm(padded, weight_OI.t())[: len(rows)].float().reshape(*codes.shape[:-1], -1)
     total = torch.zeros((*codes.shape[:-1], len(weight_OI)), dtype=torch.float64, device=codes.device)
     for part in spans(codes.shape[-1], EXACT_TERMS):
         total += linear(codes[..., part].float(), weight_OI[:, part].float())
     return total.float()
+
+
+def multiply(codes: Tensor, scale: Tensor, levels: Tensor, weight_scale: Tensor) -> Tensor:
+    """What a layer computes of quantized inputs, without bias.
+
+    Args:
+        codes: of the inputs, [..., in].
+        scale: that they carry, () or [..., 1].
+        levels: of the weight, [out, in].
+        weight_scale: that they carry, [1 or out, 1], or [out, in] for blocks.
+
+    Returns:
+        float32 [..., out].
+    """
+    if codes.is_floating_point() or levels.is_floating_point() or weight_scale.shape[1] > 1:
+        return linear(codes.float() * scale, levels.float() * weight_scale)
+    return exact_product(codes, levels) * (scale * weight_scale.reshape(-1))
 
 
 class StoredWeight:
@@ -256,10 +277,7 @@ class CheckpointLinear(nn.Module):
             weight_OI = self.stored.part(index)
             weight_OI = weight_OI if factors is None else weight_OI / factors.float()
             return linear(codes.float() * scale, rotate(weight_OI, layer.group))
-        levels, weight_scale = self.stored.multiplied(index)
-        if not codes.is_floating_point() and not levels.is_floating_point() and weight_scale.shape[1] == 1:
-            return exact_product(codes, levels) * (scale * weight_scale.reshape(-1))
-        return linear(codes.float() * scale, levels.float() * weight_scale)
+        return multiply(codes, scale, *self.stored.multiplied(index))
 
     def fits_fp8_matmul(self) -> bool:
         """Whether the device can multiply this layer's codes as they are."""

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 from ..families.running import Geometry
 from ..formats import FORMATS
@@ -41,7 +41,7 @@ from ..telling import Progress, advance
 from ..trials import Trials, size_of
 from . import noise
 from .denoiser import Denoiser
-from .quantized_linear import CheckpointLinear, exact_product
+from .quantized_linear import CheckpointLinear, multiply
 
 ARITHMETIC = "comfyui_divide"
 TINY = torch.finfo(torch.float32).tiny
@@ -109,18 +109,7 @@ class Simulated:
         if self.full_precision:
             return linear(x, levels.to(x.dtype)).float()
         codes, x_scale = self.format.inputs(rotate(x, self.group), self.static, ARITHMETIC)
-        if codes.is_floating_point() or levels.is_floating_point():
-            return linear(codes.float() * x_scale, levels.float() * scale)
-        return integer_product(codes, levels) * (x_scale * scale.reshape(-1))
-
-
-def integer_product(codes: Tensor, levels: Tensor) -> Tensor:
-    """Exact products of 8-bit integers [..., in] and [out, in], float32 [..., out]; on a GPU by its own kernel."""
-    rows = codes.reshape(-1, codes.shape[-1])
-    if codes.device.type == "cpu" or levels.shape[0] % 8 or levels.shape[1] % 8:
-        return exact_product(codes, levels)
-    padded = pad(rows, (0, 0, 0, max(0, 17 - len(rows))))  # the kernel takes no fewer rows
-    return torch._int_mm(padded, levels.t())[: len(rows)].float().reshape(*codes.shape[:-1], -1)
+        return multiply(codes, x_scale, levels, scale)
 
 
 def quantized(weight_OI: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -137,9 +126,7 @@ def quantized(weight_OI: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
         absmax = weight_OI.abs()
         absmax = absmax.amax().reshape(1, 1) if fmt.granularity == "tensor" else absmax.amax(1, keepdim=True)
         scale = torch.where(absmax == 0, fmt.zero_scale, (absmax / fmt.codes.max).clamp(min=fmt.least_scale))
-        scaled = (weight_OI / scale).clamp(-fmt.codes.max, fmt.codes.max)
-        dtype = getattr(torch, fmt.codes.name)
-        return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), scale
+        return fmt.codes.round(weight_OI / scale), scale
     shape = (weight_OI.shape[0], weight_OI.shape[1])
     whole = fmt.whole(
         lambda: float(weight_OI.abs().max()), shape, lambda rows: weight_OI[rows.to(weight_OI.device)], "absmax"
