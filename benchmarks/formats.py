@@ -27,6 +27,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -64,27 +65,26 @@ class Judge:
     """A model and the prompts on which mixes are judged.
 
     Args:
-        bench: the model.
+        model: the model.
+        geometry: of the images.
         count: prompts.
     """
 
-    def __init__(self, bench: trials.Bench, geometry: Geometry, count: int) -> None:
-        self.bench, self.geometry = bench, geometry
-        model = bench.denoiser
+    def __init__(self, model: denoiser.Denoiser, geometry: Geometry, count: int) -> None:
         words = emoji.conditioning(model, prompts.HELD_OUT[:count], geometry)
         nothing = {name: torch.zeros_like(v) if v.is_floating_point() else v for name, v in words.items()}
         both = {name: torch.cat([value, nothing[name]]) for name, value in words.items()}
-        self.moments: list[trials.Moment] = []
+        moments: list[trials.Moment] = []
         self.wanted: list[torch.Tensor] = []
         state = check_latents(model, geometry, count, emoji.HELD_OUT_SEED)
         for step in range(emoji.LEVELS):
             sigma = 1 - step / emoji.LEVELS
-            self.moments.append(trials.Moment({"prompts": 2 * count}, torch.cat([state, state]), sigma, both))
+            moments.append(trials.Moment({"prompts": 2 * count}, torch.cat([state, state]), sigma, both))
             velocity = model.velocity(torch.cat([state, state]), sigma, both, geometry)
             self.wanted.append(velocity)
             positive, negative = velocity.chunk(2)
             state = state - (negative + emoji.GUIDANCE * (positive - negative)) / emoji.LEVELS
-        self.bench = trials.Bench(model, geometry, self.moments)
+        self.bench = trials.Bench(model, geometry, moments)
         self.bench.run()
 
     def sqnr_db(self, mix: Mapping[str, trials.Candidate]) -> float:
@@ -112,7 +112,7 @@ def measure(variant: str, device: str, geometry: Geometry, count: int) -> dict[s
     torch.set_num_threads(2)
     with checkpoint_of(variant) as checkpoint:
         model = denoiser.load(checkpoint, device=device, dtype=torch.float32)
-        judge = Judge(trials.Bench(model, geometry, []), geometry, count)
+        judge = Judge(model, geometry, count)
         found: dict[str, Any] = {"uniform": {}, "best": {}, "compared": {}, "seconds": {}}
         for card in CARDS:
             start = time.perf_counter()
@@ -181,42 +181,49 @@ def others(checkpoint: Any, chosen: best.Best, layers: Mapping[str, Any]) -> dic
     return found
 
 
+def markdown(models: Mapping[str, Any], *columns: str, rows: Iterator[tuple[str, ...]]) -> str:
+    """A table of some columns and one for each model."""
+    heads = [*columns, *(title(name) for name in models)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
+
+
 def uniform_table(result: Mapping[str, Any]) -> str:
     """Formats down, models across."""
     models = result["models"]
-    lines = ["| format | bits | cards | " + " | ".join(title(name) for name in models) + " |"]
-    lines.append("|---|---|---|" + "---|" * len(models))
-    for name in best.CANDIDATES:
-        fmt = FORMATS[name]
-        cells = [f"{found['uniform'][name]:.1f}" for found in models.values()]
-        lines.append(f"| {name} | {fmt.bits:g} | {fmt.cards} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for name in best.CANDIDATES:
+            fmt = FORMATS[name]
+            yield name, f"{fmt.bits:g}", fmt.cards, *(f"{found['uniform'][name]:.1f}" for found in models.values())
+
+    return markdown(models, "format", "bits", "cards", rows=rows())
 
 
 def best_table(result: Mapping[str, Any]) -> str:
     """Cards and sizes down, models across: on prompts, and what was expected on noise."""
     models = result["models"]
-    lines = ["| card | bits | " + " | ".join(title(name) for name in models) + " |", "|---|---|" + "---|" * len(models)]
-    for card in CARDS:
-        for bits in BITS:
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for card, bits in product(CARDS, BITS):
             points = [found["best"][card].get(f"{bits:g}") for found in models.values()]
-            cells = ["–" if p is None else f"{p['sqnr_db']:.1f} ({p['expected_db']:.1f})" for p in points]
-            lines.append(f"| {card} | {bits:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            cells = ("–" if p is None else f"{p['sqnr_db']:.1f} ({p['expected_db']:.1f})" for p in points)
+            yield card, f"{bits:g}", *cells
+
+    return markdown(models, "card", "bits", rows=rows())
 
 
 def compared_table(result: Mapping[str, Any]) -> str:
     """Ways of choosing down, models across."""
     models = result["models"]
-    lines = ["| chosen by | bits | " + " | ".join(title(name) for name in models) + " |"]
-    lines.append("|---|---|" + "---|" * len(models))
-    for bits in COMPARED_BITS:
-        for way in ("damage", *COMPARED):
-            rows = [found["best"]["rtx40"] if way == "damage" else found["compared"][way] for found in models.values()]
-            points = [row.get(f"{bits:g}") for row in rows]
-            cells = ["–" if point is None else f"{point['sqnr_db']:.1f}" for point in points]
-            lines.append(f"| {f'**{way}**' if way == 'damage' else way} | {bits:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for bits, way in product(COMPARED_BITS, ("damage", *COMPARED)):
+            curves = (f["best"]["rtx40"] if way == "damage" else f["compared"][way] for f in models.values())
+            points = [points.get(f"{bits:g}") for points in curves]
+            cells = ("–" if point is None else f"{point['sqnr_db']:.1f}" for point in points)
+            yield f"**{way}**" if way == "damage" else way, f"{bits:g}", *cells
+
+    return markdown(models, "chosen by", "bits", rows=rows())
 
 
 def title(model: str) -> str:
