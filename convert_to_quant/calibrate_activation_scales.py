@@ -100,7 +100,7 @@ class Calibration:
             said["unmeasured"] = unmeasured
         if self.lora is not None:
             said["lora"] = sorted({d.lora.path.name for deltas in self.lora.matched.values() for d in deltas})
-        return {convert.PROVENANCE_KEY: convert.provenance(before, calibrate=said)}
+        return {names.PROVENANCE_KEY: convert.provenance(before, calibrate=said)}
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""

@@ -78,8 +78,6 @@ KEPT_BYTES = 31 << 20
 """A block of this size that was freed tells glibc to keep smaller ones (mallopt(3), M_MMAP_THRESHOLD). Else the kernel
 maps and clears every temporary anew: seven times as many page faults for INT8 ConvRot, 2026-11-26."""
 
-PROVENANCE_KEY = names.PROVENANCE_KEY
-
 _LARGEST_BFLOAT16 = 0x7F7F
 
 
@@ -335,7 +333,7 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
         step["merged"] = [{"file": lora.path.name, "strength": lora.strength} for lora in loras.values()]
     said = provenance(checkpoint.metadata, convert=step)
     room_bytes = PROVENANCE_ROOM_BYTES + sum(len(layer.name) + len('"", ') for layer, _ in plan.quantized)
-    marked[PROVENANCE_KEY] = said + " " * room_bytes
+    marked[names.PROVENANCE_KEY] = said + " " * room_bytes
     return layout.lay_out(checkpoint, made, dropped, marked)
 
 
@@ -361,7 +359,7 @@ def provenance(metadata: Mapping[str, str], **steps: Any) -> str:
     """
     before: Any = {}
     with contextlib.suppress(JSONError):  # whoever wrote it, it is a remark, not data
-        before = parse_json(metadata.get(PROVENANCE_KEY, "{}"))
+        before = parse_json(metadata.get(names.PROVENANCE_KEY, "{}"))
     return json.dumps({**(before if isinstance(before, dict) else {}), **steps, "version": __version__}, sort_keys=True)
 
 

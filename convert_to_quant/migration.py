@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from . import names
 from .checkpoint import Checkpoint, Spec
-from .convert import BAND_VALUES, PROVENANCE_KEY, provenance
+from .convert import BAND_VALUES, provenance
 from .errors import TensorError
 from .formats.record import Packed, narrow_bfloat16, spans
 from .layers import Layer, dequantize, find_layers, named
@@ -39,7 +40,7 @@ def plan_bfloat16(checkpoint: Checkpoint) -> tuple[Layout, list[Job], str]:
     foreign = {name: config for name, config in table.marks.header.configs.items() if name in table.foreign}
     if foreign:
         metadata.update(table.marks.fresh.once(foreign)[1])
-    metadata[PROVENANCE_KEY] = provenance(checkpoint.metadata, dequantize={"from": named(layers)})
+    metadata[names.PROVENANCE_KEY] = provenance(checkpoint.metadata, dequantize={"from": named(layers)})
     done = f"{plural(len(layers), 'layer')} in {named(layers)} to BF16"
     left = f"; {len(table.foreign)} in other formats stay as they are" if table.foreign else ""
     jobs = [_dequantizing(checkpoint, layer) for layer in layers]
@@ -79,7 +80,7 @@ def plan_migration(checkpoint: Checkpoint, target: str) -> tuple[Layout, str, li
     if not configs:
         raise TensorError("nothing to migrate: no layer is quantized with a scale", path=checkpoint.path)
     metadata = mark_once(made, configs, ways, table.marks.other_metadata)
-    metadata[PROVENANCE_KEY] = provenance(checkpoint.metadata, migrate={"to": target})
+    metadata[names.PROVENANCE_KEY] = provenance(checkpoint.metadata, migrate={"to": target})
     notes = list(table.notes)
     if target == "diffusers":
         scales = sum(layer.input_scale is not None for layer in table.quantized.values())

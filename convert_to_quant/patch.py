@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import names
 from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, write_bytes
 from .checkpoint.header import LENGTH_BYTES, serialize_header
 from .checkpoint.positioned import OPEN_FLAGS, lock, pread, write_at
@@ -39,7 +40,6 @@ from .checkpoint.undo import (
     undo_path,
     undo_record,
 )
-from .convert import PROVENANCE_KEY
 from .errors import CheckpointError, OptionError, OutputError, TensorError
 from .layers import Layer, LayerTable
 from .marks import Config, disables_fp8, with_full_precision
@@ -225,10 +225,10 @@ def in_place_edits(patch: Patch) -> list[Edit]:
             continue
         text = _header_text(file, metadata)
         room = file.header.data_start - LENGTH_BYTES
-        if len(text) > room and PROVENANCE_KEY in metadata:
+        if len(text) > room and names.PROVENANCE_KEY in metadata:
             # How the file was made is worth saying where there is room, but no reason to refuse.
-            del metadata[PROVENANCE_KEY]
-            kept = {key: text for key, text in file.header.metadata.items() if key == PROVENANCE_KEY}
+            del metadata[names.PROVENANCE_KEY]
+            kept = {key: text for key, text in file.header.metadata.items() if key == names.PROVENANCE_KEY}
             text = _header_text(file, {**metadata, **kept})
         if text == _header_text(file, file.header.metadata):
             continue

@@ -19,7 +19,6 @@ from convert_to_quant import convert as convert_module
 from convert_to_quant import families
 from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
 from convert_to_quant.convert import (
-    PROVENANCE_KEY,
     convert,
     least_squares_scale,
     plan_conversion,
@@ -29,6 +28,7 @@ from convert_to_quant.errors import Error, OptionError, OutputError, TensorError
 from convert_to_quant.formats.record import CHUNK
 from convert_to_quant.layers import dequantize, find_layers
 from convert_to_quant.marks import disables_fp8
+from convert_to_quant.names import PROVENANCE_KEY
 from convert_to_quant.options import ConvertOptions
 
 NAME = "blocks.0.linear"

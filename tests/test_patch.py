@@ -19,10 +19,11 @@ import pytest
 from convert_to_quant import patch as patch_module
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.checkpoint.undo import Edit, undo_path, undo_record
-from convert_to_quant.convert import PROVENANCE_KEY, convert, plan_conversion
+from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.errors import Error, OptionError, OutputError
 from convert_to_quant.layers import find_layers
 from convert_to_quant.marks import tensor_bytes
+from convert_to_quant.names import PROVENANCE_KEY
 from convert_to_quant.options import ConvertOptions
 from convert_to_quant.patch import (
     LayerChange,

@@ -12,11 +12,12 @@ import pytest
 
 from convert_to_quant import convert as convert_module
 from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
-from convert_to_quant.convert import PROVENANCE_KEY, convert, plan_conversion, surviving
+from convert_to_quant.convert import convert, plan_conversion, surviving
 from convert_to_quant.errors import Error, LoraError, TensorError
 from convert_to_quant.formats.record import narrow_bfloat16, widen_bfloat16
 from convert_to_quant.layers import dequantize, find_layers
 from convert_to_quant.lora import Survival, open_loras
+from convert_to_quant.names import PROVENANCE_KEY
 from convert_to_quant.options import ConvertOptions
 
 FIRST, SECOND, KEPT = "blocks.0.linear", "blocks.1.linear", "final.linear"
