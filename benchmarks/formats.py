@@ -39,7 +39,7 @@ from fidelity import add_run_arguments, facts, in_processes, machine_of, write_b
 
 from convert_to_quant import best
 from convert_to_quant.checkpoint import open_checkpoint
-from convert_to_quant.choose import Choice, Offer, choose, decibels, total_bytes, total_damage
+from convert_to_quant.choose import Choice, Offer, decibels, total_bytes, total_damage
 from convert_to_quant.emoji import prompts
 from convert_to_quant.engines import denoiser, trials
 from convert_to_quant.errors import OptionError
@@ -143,7 +143,7 @@ def curve(offers: Any, chosen: best.Best, judged: Any, sizes: Sequence[float]) -
     found: dict[str, Any] = {}
     for bits in sizes:
         try:
-            choice = choose(offers, best.limit_bytes(chosen.layers, bits))
+            choice = best.choose_of_cards(offers, best.limit_bytes(chosen.layers, bits))
         except OptionError:  # not even the smallest formats fit
             continue
         counts: dict[str, int] = {}

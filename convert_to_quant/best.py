@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,13 @@ from .convert import ConversionPlan, plan_conversion, written_bytes
 from .errors import OptionError, StatisticsError, StrPath
 from .families.running import Geometry
 from .formats import FORMATS
-from .formats.record import Format
+from .formats.record import GPUS, Format
 from .layers import Layer
 from .options import SAMPLES, BestOptions, ConvertOptions, RunOptions, SolveOptions
 from .solve import LayerResult, Present, solve
 from .stats import Statistics
 from .telling import Progress
-from .trials import Trials, size_of
+from .trials import Trials
 
 if TYPE_CHECKING:
     from .engines.trials import Candidate
@@ -98,7 +99,7 @@ class Best:
         found = {}
         for bits in CURVE_BITS:
             try:
-                found[bits] = decibels(total_damage(choose(self.offers, limit_bytes(self.layers, bits))))
+                found[bits] = decibels(total_damage(choose_of_cards(self.offers, limit_bytes(self.layers, bits))))
             except OptionError:  # not even the smallest formats fit
                 continue
         return found
@@ -190,7 +191,6 @@ def measure(
         tried = trials.run_trials(
             trials.Bench(model, geometry, trials.moments(model, geometry, images, shown.steps, shown.seed)),
             candidates(checkpoint, layers, seen, formats_for(options)),
-            gpus=(options.gpu,),
             progress=None if progress is None else lambda done, of: progress(of + done, 2 * of),
         )
     return seen, tried
@@ -245,8 +245,7 @@ def input_scales(checkpoint: Checkpoint, layers: Mapping[str, Layer], statistics
 def offers_of(layers: Mapping[str, Layer], trials: Trials, formats: Sequence[Format]) -> dict[str, list[Offer]]:
     """What each layer could become, what that takes, and what it does.
 
-    Of the formats of one size the one of least output error is offered, which is the one that was run to the end; where
-    trials of several cards are there, of those that this card multiplies.
+    Of the formats of one size those are offered that were run to the end: the best by output error of each card.
     """
     nothing = np.zeros(len(trials.moments))
     offers: dict[str, list[Offer]] = {}
@@ -257,6 +256,24 @@ def offers_of(layers: Mapping[str, Layer], trials: Trials, formats: Sequence[For
             if damage is not None and fmt.takes(layer.shape):
                 offers[name].append(Offer(fmt.name, stored_bytes(fmt, layer.shape), damage))
     return offers
+
+
+def choose_of_cards(offers: Mapping[str, Sequence[Offer]], limit: float) -> Choice:
+    """The best of what is chosen from all formats, and from those of them that each card multiplies.
+
+    With more formats `choose` may end at a mix that is a little worse than one of fewer.
+
+    Raises:
+        OptionError: even the smallest formats take more.
+    """
+    some = {offer.format for row in offers.values() for offer in row if offer.format}
+    kinds = {frozenset(name for name in some if gpu in FORMATS[name].native) for gpu in GPUS} - {frozenset(some)}
+    found = [choose(offers, limit)]
+    for kind in kinds:
+        fewer = {layer: [o for o in row if not o.format or o.format in kind] for layer, row in offers.items()}
+        with suppress(OptionError):  # its smallest formats may take more
+            found.append(choose(fewer, limit))
+    return max(found, key=lambda choice: decibels(total_damage(choice)))
 
 
 def limit_bytes(layers: Mapping[str, Layer], bits: float) -> float:
@@ -331,8 +348,8 @@ def _refuse_untried(
         StatisticsError: of the formats of one size that a layer can be in, none was run to the end.
     """
     for name, layer in layers.items():
-        tried = {size_of(FORMATS[offer.format]) for offer in offers[name] if offer.format}
-        missing = [fmt.name for fmt in formats if fmt.takes(layer.shape) and size_of(fmt) not in tried]
+        tried = {FORMATS[offer.format].bits for offer in offers[name] if offer.format}
+        missing = [fmt.name for fmt in formats if fmt.takes(layer.shape) and fmt.bits not in tried]
         if missing:
             raise StatisticsError(
                 f"{name} was not tried in {', '.join(missing)}",
@@ -347,7 +364,7 @@ def _choose_of_bits(offers: Mapping[str, Sequence[Offer]], bits: float, layers: 
     if over > 0:
         least = bits + 8 * over / sum(layer.weight.elements for layer in layers.values())
         raise OptionError(f"even the smallest formats take {least:.2f} bits per weight, and --bits asks for {bits:g}")
-    return choose(offers, limit_bytes(layers, bits))
+    return choose_of_cards(offers, limit_bytes(layers, bits))
 
 
 def _choose_of_size(offers: Mapping[str, Sequence[Offer]], size: int, written: Callable[[Choice], int]) -> Choice:
@@ -358,7 +375,7 @@ def _choose_of_size(offers: Mapping[str, Sequence[Offer]], size: int, written: C
     choice: Choice = {name: some[0] for name, some in offers.items()}
     while (too_large := written(choice) - size) > 0:
         limit = total_bytes(choice) - too_large
-        choice = choose(offers, limit) if limit > total_bytes(smallest) else smallest
+        choice = choose_of_cards(offers, limit) if limit > total_bytes(smallest) else smallest
     return choice
 
 

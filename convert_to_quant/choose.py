@@ -36,28 +36,31 @@ class Offer:
         format: a key of `formats.FORMATS`, or "" for what it is now.
         nbytes: what that takes of the limit.
         damage: relative error energy of the velocity at every moment, [M].
+        microseconds: what its products take, where that is limited, too.
     """
 
     format: str
     nbytes: int
     damage: NDArray[np.float64]
+    microseconds: float = 0.0
 
 
 Choice = dict[str, Offer]
 
 
-def choose(offers: Mapping[str, Sequence[Offer]], limit_bytes: float) -> Choice:
+def choose(offers: Mapping[str, Sequence[Offer]], limit_bytes: float, limit_microseconds: float = math.inf) -> Choice:
     """Choose one offer for every layer.
 
     Args:
         offers: by layer, one at least.
         limit_bytes: for all of them together.
+        limit_microseconds: the same.
 
     Returns:
         The choice, by layer.
 
     Raises:
-        OptionError: even the smallest offers are larger.
+        OptionError: even the smallest offers are larger, or no choice that fits is so fast.
 
     >>> w4, w8 = (lambda d: Offer("w4", 4, np.array([d]))), (lambda d: Offer("w8", 8, np.array([d])))
     >>> found = choose({"a": [w4(0.5), w8(0.1)], "b": [w4(0.2), w8(0.1)]}, 12)
@@ -67,10 +70,29 @@ def choose(offers: Mapping[str, Sequence[Offer]], limit_bytes: float) -> Choice:
     least = sum(min(offer.nbytes for offer in some) for some in offers.values())
     if least > limit_bytes:
         raise OptionError(f"the smallest formats take {least:,} bytes, and {max(limit_bytes, 0):,.0f} were asked for")
-    moments = len(next(iter(offers.values()))[0].damage)
-    weights, best, best_db = np.ones(moments), None, -math.inf
+    table = [sorted(some, key=lambda offer: offer.nbytes) for some in offers.values()]  # of equals the smallest
+    there = np.array([[place < len(some) for place in range(max(map(len, table)))] for some in table])
+    damage_MLK = np.zeros((len(table[0][0].damage), *there.shape))
+    costs, limits = np.zeros((2, *there.shape)), (limit_microseconds, limit_bytes)
+    for row, some in enumerate(table):
+        for place, offer in enumerate(some):
+            damage_MLK[:, row, place], costs[:, row, place] = offer.damage, (offer.microseconds, offer.nbytes)
+
+    weights, best, best_db = np.ones(len(damage_MLK)), None, -math.inf
     for _ in range(ROUNDS):
-        found = _least(offers, weights, limit_bytes)
+        worth = np.where(there, np.tensordot(weights, damage_MLK, 1), np.inf)
+        places = _least(worth, costs, limits)
+        if places is None:
+            raise OptionError(
+                "no mix of formats of that size is so fast", hint="ask for less speed, or other --formats"
+            )
+        found = dict(
+            zip(
+                offers,
+                (table[row][place] for row, place in enumerate(_spend(places, worth, costs, limits))),
+                strict=True,
+            )
+        )
         damage = total_damage(found)
         if best is None or decibels(damage) > best_db:
             best, best_db = found, decibels(damage)
@@ -96,43 +118,59 @@ def decibels(damage: NDArray[np.float64]) -> float:
     return float(np.mean(-10 * np.log10(damage + TINY)))
 
 
-def _least(offers: Mapping[str, Sequence[Offer]], weights: NDArray[np.float64], limit_bytes: float) -> Choice:
-    """The choice of the least weighted damage."""
-    weighed = {layer: [(float(weights @ each.damage), each) for each in some] for layer, some in offers.items()}
+def _taken(table_LK: NDArray[np.float64], places: NDArray[np.intp]) -> NDArray[np.float64]:
+    """What each layer has at its place, [L]."""
+    found: NDArray[np.float64] = np.take_along_axis(table_LK, places[:, None], 1)[:, 0]
+    return found
 
-    def at(price: float) -> Choice:
-        return {
-            layer: min(some, key=lambda pair: (pair[0] + price * pair[1].nbytes, pair[1].nbytes))[1]
-            for layer, some in weighed.items()
-        }
+
+def _least(
+    worth_LK: NDArray[np.float64], costs: NDArray[np.float64], limits: Sequence[float]
+) -> NDArray[np.intp] | None:
+    """The places of the least total worth; of several limits each has its price, found inside the one before.
+
+    Args:
+        worth_LK: of each layer's offers.
+        costs: of them by limit, [C, L, K].
+        limits: for their sums, [C].
+
+    Returns:
+        [L]; None where nothing fits.
+    """
+    if not len(costs):
+        first: NDArray[np.intp] = worth_LK.argmin(1)
+        return first
+
+    def at(price: float) -> NDArray[np.intp] | None:
+        found = _least(worth_LK + price * costs[0], costs[1:], limits[1:])
+        return found if found is not None and _taken(costs[0], found).sum() <= limits[0] else None
 
     chosen = at(0.0)
-    if total_bytes(chosen) > limit_bytes:
-        low, high = 2.0**-100, 2.0**20  # damage per byte
-        chosen = {layer: min(some, key=lambda each: each.nbytes) for layer, some in offers.items()}
-        while high / low > 1 + 1e-9:
+    if chosen is None:
+        low, high = 2.0**-100, 2.0**20  # damage per byte or microsecond
+        chosen = at(high)
+        while chosen is not None and high / low > 1 + 1e-9:
             price = math.sqrt(low * high)
             found = at(price)
-            if total_bytes(found) <= limit_bytes:
-                chosen, high = found, price
-            else:
+            if found is None:
                 low = price
-    return _spend(chosen, weighed, limit_bytes - total_bytes(chosen))
+            else:
+                chosen, high = found, price
+    return chosen
 
 
-def _spend(chosen: Choice, weighed: Mapping[str, Sequence[tuple[float, Offer]]], left: float) -> Choice:
-    """Swap while what is left pays for it: always what saves most per byte."""
-    chosen = dict(chosen)
-    worth = {layer: next(w for w, each in weighed[layer] if each is chosen[layer]) for layer in chosen}
+def _spend(
+    places: NDArray[np.intp], worth_LK: NDArray[np.float64], costs: NDArray[np.float64], limits: Sequence[float]
+) -> NDArray[np.intp]:
+    """Swap while what is left pays for it: always what saves most for its share of what may be spent."""
+    places = places.copy()
     while True:
-        swaps = [
-            ((worth[layer] - w) / max(each.nbytes - chosen[layer].nbytes, 1), layer, w, each)
-            for layer, some in weighed.items()
-            for w, each in some
-            if w < worth[layer] and each.nbytes - chosen[layer].nbytes <= left
-        ]
-        if not swaps:
-            return chosen
-        _, layer, worth_now, offer = max(swaps, key=lambda swap: swap[0])
-        left -= offer.nbytes - chosen[layer].nbytes
-        chosen[layer], worth[layer] = offer, worth_now
+        saved = _taken(worth_LK, places)[:, None] - worth_LK
+        more = np.array([cost - _taken(cost, places)[:, None] for cost in costs])
+        left = [limit - _taken(cost, places).sum() for cost, limit in zip(costs, limits, strict=True)]
+        fits = (saved > 0) & np.all([each <= rest for each, rest in zip(more, left, strict=True)], axis=0)
+        if not fits.any():
+            return places
+        spent = sum(each.clip(min=0) / limit for each, limit in zip(more, limits, strict=True))
+        row, place = np.unravel_index(np.where(fits, saved / (spent + TINY), 0).argmax(), fits.shape)
+        places[row] = place

@@ -15,16 +15,10 @@ from numpy.typing import NDArray
 
 from .checkpoint import Entry, open_checkpoint
 from .errors import StatisticsError, StrPath
-from .formats.record import Format
 from .untrusted import is_texts, parse_json
 
 METADATA_KEY = "convert_to_quant.trials"
 COLUMNS = ("trial_error", "trial_damage", "trial_count")
-
-
-def size_of(fmt: Format) -> int:
-    """What formats of one size share: their bits per weight to half a bit."""
-    return round(2 * fmt.bits)
 
 
 @dataclass(frozen=True)

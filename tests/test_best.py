@@ -11,9 +11,17 @@ import numpy as np
 import pytest
 from tiny_flux import ONE_ROW
 
-from convert_to_quant.best import Best, limit_bytes, load_measured, plan_best, stored_bytes
+from convert_to_quant.best import (
+    CANDIDATES,
+    Best,
+    choose_of_cards,
+    limit_bytes,
+    load_measured,
+    plan_best,
+    stored_bytes,
+)
 from convert_to_quant.checkpoint import Checkpoint, open_checkpoint
-from convert_to_quant.choose import total_bytes
+from convert_to_quant.choose import Offer, decibels, total_bytes, total_damage
 from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.engines import denoiser
 from convert_to_quant.engines.trials import Bench, Candidate, damage_of, moments
@@ -128,6 +136,28 @@ def test_formats_are_those_of_the_card_or_asked_for(choose: Any) -> None:
     assert set(choose(only="nvfp4", bits=9.0).counts()) == {"nvfp4", ""}
     with pytest.raises(OptionError, match="rtx20 multiplies none of fp8, nvfp4 natively"):
         choose(gpu="rtx20", only="fp8,nvfp4")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_more_formats_to_choose_from_never_make_a_mix_worse(seed: int) -> None:
+    random, offers = np.random.default_rng(seed), {}
+    for layer in range(12):
+        size, damage = int(random.choice([9, 12, 36])), 10 ** random.uniform(-4, -1)
+        offers[f"layer{layer}"] = [Offer("", 512 * size, np.zeros(5))] + [
+            Offer(name, int(32 * fmt.bits * size), damage * 4 ** (8 - fmt.bits) * 10 ** random.uniform(-2, 2, 5))
+            for name, fmt in FORMATS.items()
+            if name in CANDIDATES
+        ]
+    whole = sum(row[0].nbytes for row in offers.values())
+    for share in (0.3, 0.4, 0.55):
+        db = {
+            gpu: decibels(total_damage(choose_of_cards({
+                name: [offer for offer in row if not offer.format or gpu in FORMATS[offer.format].native]
+                for name, row in offers.items()
+            }, share * whole)))
+            for gpu in ("rtx20", "any", "h100", "rtx50") if share > 0.5 or gpu != "rtx20"
+        }  # fmt: skip
+        assert list(db.values()) == sorted(db.values())
 
 
 def test_fp8_layers_have_the_input_scales_that_were_measured(

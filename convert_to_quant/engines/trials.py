@@ -9,7 +9,8 @@ Two figures for a layer and a format, both relative energies, at the layer's own
     damage         ‖v - v'‖² / ‖v‖² of the velocity v, when this layer alone is in that format
 
 The output error needs no further run of the model, and between formats of one size it decides rightly. Between sizes
-only the damage does (docs/formats.md). So of the formats of one size only the best by output error is run to the end.
+only the damage does (docs/formats.md). So of the formats of one size only the best by output error is run to the end:
+the best of those that each card multiplies, so that whoever may choose from more formats loses nothing.
 
 How it is cheap. Blocks run in turn, so a trial in one block need not run those before it: they give again what they
 gave in the reference run. Trials of one block run side by side in one batch. The inputs of a block's layers are
@@ -35,10 +36,10 @@ from torch.nn.functional import linear
 
 from ..families.running import Geometry
 from ..formats import FORMATS
-from ..formats.record import GPUS, Format, Packed, spans
+from ..formats.record import Format, Packed, spans
 from ..formats.rotation import rotate
 from ..telling import Progress, advance
-from ..trials import Trials, size_of
+from ..trials import Trials
 from . import noise
 from .denoiser import Denoiser
 from .quantized_linear import CheckpointLinear, multiply
@@ -362,7 +363,6 @@ def run_trials(
     bench: Bench,
     candidates: Mapping[str, Sequence[Candidate]],
     *,
-    gpus: Sequence[str] = tuple(GPUS),
     share: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
 ) -> Trials:
@@ -371,7 +371,6 @@ def run_trials(
     Args:
         bench: the model, and what it is shown.
         candidates: by layer.
-        gpus: cards that may be chosen for: for each of them the best format of each size is run to the end.
         share: number of this process and how many there are; each takes every n-th layer, and their trials add up.
         progress: told how many layers are done.
 
@@ -395,13 +394,13 @@ def run_trials(
         for layer in by_place[place]:
             weight_OI, row = bench.weight(layer), trials.layers.index(layer)
             plain = [linear(x.float(), weight_OI) for x in seen[layer]]
-            best: dict[tuple[str, int], tuple[float, Simulated]] = {}
+            best: dict[tuple[str, float], tuple[float, Simulated]] = {}
             for candidate in candidates[layer]:
                 simulated = Simulated(weight_OI, candidate)
                 error = trials.error[row, formats.index(candidate.format.name)]
                 error += relative_energies(bench.moments, plain, [simulated.product(x) for x in seen[layer]])
-                for gpu in set(gpus) & candidate.format.native:
-                    kind = gpu, size_of(candidate.format)
+                for gpu in candidate.format.native:
+                    kind = gpu, candidate.format.bits
                     if kind not in best or error.sum() < best[kind][0]:
                         best[kind] = float(error.sum()), simulated
             pending += [(layer, each) for each in {id(each): each for _, each in best.values()}.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from convert_to_quant.engines.trials import (
 )
 from convert_to_quant.families.running import Geometry
 from convert_to_quant.formats import FORMATS
+from convert_to_quant.formats.record import GPUS
 from convert_to_quant.layers import Layer, dequantize, find_layers
 from convert_to_quant.options import BestOptions, ConvertOptions
 
@@ -65,8 +67,8 @@ def test_it_is_shown_every_way_of_conditioning_at_every_noise_level(bench: Bench
 
 def test_shares_of_the_layers_add_up_to_the_whole(bench: Bench, offered: dict[str, list[Candidate]]) -> None:
     told: list[tuple[int, int]] = []
-    whole = run_trials(bench, offered, gpus=("rtx50",), progress=lambda done, of: told.append((done, of)))
-    parts = [run_trials(bench, offered, gpus=("rtx50",), share=(number, 2)) for number in range(2)]
+    whole = run_trials(bench, offered, progress=lambda done, of: told.append((done, of)))
+    parts = [run_trials(bench, offered, share=(number, 2)) for number in range(2)]
     together = parts[0].plus(parts[1])
 
     assert told[-1] == (len(offered), len(offered))
@@ -78,15 +80,22 @@ def test_shares_of_the_layers_add_up_to_the_whole(bench: Bench, offered: dict[st
         )  # batches differ in the last bits
 
 
-def test_of_the_formats_of_one_size_only_the_best_by_output_error_is_run_to_the_end(
+def test_of_the_formats_of_one_size_only_the_best_of_each_card_is_run_to_the_end(
     bench: Bench, offered: dict[str, list[Candidate]]
 ) -> None:
-    trials = run_trials(bench, offered, gpus=("rtx50",))
-    eight = [trials.formats.index(name) for name in ("fp8", "int8", "int8-convrot")]
+    trials = run_trials(bench, offered)
     for row, layer in enumerate(trials.layers):
-        ran = [number for number in eight if trials.count[row, number].all()]
-        assert ran == [min(eight, key=lambda number: trials.error[row, number].sum())], layer
-        assert trials.mean_damage(layer, "nvfp4") is not None
+        ran = {name for place, name in enumerate(trials.formats) if trials.count[row, place].all()}
+        error = dict(zip(trials.formats, trials.error[row].sum(1), strict=True))
+        best = {
+            min(of_one, key=lambda name: error[name])
+            for gpu, bits in itertools.product(GPUS, (4.5, 6.5, 8, 8.25))
+            if (
+                of_one := [n for n in error if error[n] and (FORMATS[n].bits, gpu in FORMATS[n].native) == (bits, True)]
+            )
+        }
+        assert ran == best, layer
+        assert {"mxfp8", "nvfp4"} <= ran
     assert (trials.error[trials.count > 0] > 0).all()
 
 
