@@ -1,0 +1,128 @@
+"""What the benchmarks of ComfyUI's speed share: its own linear layers, in every format, with random weights."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convert_to_quant.engines.comfyui import inprocess_tree as tree
+from convert_to_quant.formats import FORMATS
+from convert_to_quant.formats.record import Format, Packed
+
+BF16 = "bf16"
+INPUT_ABSMAX = 5.5
+"""Of normal inputs: for static scales."""
+
+
+def stored(weight_OI: Tensor, fmt: Format, full_precision: bool = False) -> dict[str, Tensor]:
+    """What a file holds of a weight [out, in], by suffix without its dot, its mark included."""
+    shape = (weight_OI.shape[0], weight_OI.shape[1])
+    if isinstance(fmt, Packed):
+        whole = fmt.whole(lambda: float(weight_OI.abs().max()), shape, lambda rows: weight_OI[rows], "absmax")
+        whole = {suffix: part.to(weight_OI.device) for suffix, part in whole.items()}
+        parts = {**whole, **fmt.quantize(weight_OI, whole, "absmax")}
+        sizes = {suffix: size for suffix, (_, size) in fmt.storage(shape, 0).items()}
+        parts = {suffix: part.reshape(sizes.get(suffix, part.shape)) for suffix, part in parts.items()}
+    else:
+        absmax = weight_OI.abs().amax() if fmt.granularity == "tensor" else weight_OI.abs().amax(1, keepdim=True)
+        scale = absmax.float() / fmt.codes.max
+        parts = {".weight": fmt.codes.round(weight_OI.float() / scale), ".weight_scale": scale}
+    if fmt.static and not fmt.dynamic:
+        parts[".input_scale"] = torch.tensor(INPUT_ABSMAX / fmt.codes.max)
+    config = fmt.config(shape, 0)
+    if full_precision and fmt.heeds_full_precision:
+        config |= {"full_precision_matrix_mult": True}
+    mark = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+    return {suffix[1:]: part for suffix, part in parts.items()} | {"comfy_quant": mark}
+
+
+def weights(shape: tuple[int, int], device: str, seed: int = 0) -> Tensor:
+    """Normal weights of variance 1 / in, bfloat16 [out, in]."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return (torch.randn(shape, generator=generator, device=device) / shape[1] ** 0.5).bfloat16()
+
+
+def operations(name: str, device: str) -> Any:
+    """ComfyUI's classes of layers, as it picks them for a file of one format ("bf16" or ours), or a mix of them."""
+    import comfy.ops
+
+    config = None if name == BF16 else SimpleNamespace(quant_config={"mixed_ops": True})
+    return comfy.ops.pick_operations(torch.bfloat16, torch.bfloat16, torch.device(device), model_config=config)
+
+
+def linear(name: str, shape: tuple[int, int], device: str) -> Any:
+    """One of ComfyUI's linear layers, [out, in], without bias."""
+    layer = operations(name, device).Linear(shape[1], shape[0], bias=False, device=device, dtype=torch.bfloat16)
+    weight_OI = weights(shape, device)
+    layer.load_state_dict({"weight": weight_OI} if name == BF16 else stored(weight_OI, FORMATS[name]))
+    return layer
+
+
+def supported(name: str, device: str) -> bool:
+    """Whether ComfyUI multiplies a format natively on a device."""
+    import comfy.model_management as management
+
+    asks = {"float8_e4m3fn": management.supports_fp8_compute, "nvfp4": management.supports_nvfp4_compute,
+            "mxfp8": management.supports_mxfp8_compute}  # fmt: skip
+    return name == BF16 or asks.get(FORMATS[name].marked, lambda _: True)(torch.device(device))
+
+
+def kept_db(wanted: Tensor, found: Tensor) -> float:
+    """The ratio of signal to error, in dB."""
+    error = (wanted.double() - found.double()).square().sum()
+    return float(10 * torch.log10(wanted.double().square().sum() / error))
+
+
+def milliseconds(calls: Mapping[str, Callable[[], Any]], rounds: int, repeats: int, device: str) -> dict[str, float]:
+    """The median time of each call, in milliseconds; all of them in turn, so that a warm GPU treats all alike."""
+
+    def wait() -> None:
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):  # the first warms up
+        for name, call in calls.items():
+            wait()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            wait()
+            if turn:
+                taken[name].append((time.perf_counter() - start) / repeats * 1e3)
+    return {name: sorted(some)[len(some) // 2] for name, some in taken.items()}
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """How these benchmarks are run."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--comfyui-dir", help="a ComfyUI tree (COMFYUI_DIR)")
+    made.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    made.add_argument("--rounds", type=int, default=9, help="of all formats in turn")
+    made.add_argument("--json", type=Path, help="write everything there")
+    return made
+
+
+def entered(args: argparse.Namespace) -> dict[str, str]:
+    """Import the parts of ComfyUI that are needed, which load no model files: what runs, in words."""
+    folder = tree.folder_of(args.comfyui_dir)
+    sys.path.insert(0, str(folder))
+    sys.argv = ["main.py", *tree.FLAGS[args.device], *(["--supports-fp8-compute"] if args.device == "cpu" else [])]
+    importlib.import_module("comfy.options").enable_args_parsing()
+    importlib.import_module("comfy.ops")
+    torch.set_grad_enabled(False)
+    return {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "comfyui": tree.version(folder), "comfy_kitchen": metadata.version("comfy-kitchen"), "torch": torch.__version__,
+    }  # fmt: skip
