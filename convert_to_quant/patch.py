@@ -28,7 +28,7 @@ import numpy as np
 from . import names
 from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, write_bytes
 from .checkpoint.header import LENGTH_BYTES, serialize_header
-from .checkpoint.positioned import OPEN_FLAGS, lock, pread, write_at
+from .checkpoint.positioned import OPEN_FLAGS, lock, pread, sync, sync_folder, write_at
 from .checkpoint.reader import CheckpointFile, Identity, checkpoint_files
 from .checkpoint.undo import (
     Edit,
@@ -275,7 +275,6 @@ def apply_in_place(patch: Patch) -> int:
         refuse_foreign_undo(checkpoint.path)
         _refuse_changed(patch, fds)
         write_bytes(undo, undo_record(zip(paths, fds, strict=True), edits), like=os.fstat(fds[0]))
-        _sync_folder(undo.parent)
         try:
             _write_all(fds, edits)
         except OSError as error:
@@ -316,8 +315,13 @@ def _put_back(fds: list[int], edits: list[Edit], undo: Path, cause: OSError) -> 
 
 
 def _remove(undo: Path) -> None:
-    undo.unlink()
-    _sync_folder(undo.parent)
+    """Remove an undo file that is no longer needed."""
+    try:
+        undo.unlink()
+    except OSError as error:
+        problem = f"cannot be removed: {error.strerror}, so the change that it is about counts as interrupted"
+        raise OutputError(problem, path=undo, hint="the next in-place command restores the old bytes") from None
+    sync_folder(undo.parent)
 
 
 def recover(path: Path) -> bool:
@@ -355,17 +359,7 @@ def _write_all(fds: list[int], edits: Iterable[Edit]) -> None:
     for edit in edits:
         write_at(fds[edit.file], edit.data, edit.offset)
     for fd in fds:
-        os.fsync(fd)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a folder's entries on the disk, where the system lets one."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync(fd)
 
 
 @contextlib.contextmanager

@@ -781,6 +781,17 @@ def test_an_undo_file_has_the_mode_and_the_owner_of_the_file(converted, monkeypa
     assert (found.st_mode, found.st_uid) == (kept.st_mode, kept.st_uid)
 
 
+def test_a_name_that_leaves_no_room_for_an_ending_has_an_undo_file_too(converted, monkeypatch):
+    long = converted.rename(converted.with_name("n" * 242 + ".safetensors"))
+    before = long.read_bytes()
+    undo = interrupted(long, monkeypatch)
+    assert len(undo.name) < 64
+    assert refused(open_checkpoint, long) == half_done(long, undo)
+    assert recover(long)
+    assert long.read_bytes() == before
+    assert not undo.exists()
+
+
 def test_a_renamed_file_is_found_and_recovered_and_a_new_one_of_the_old_name_is_read(converted, monkeypatch, save):
     original = converted.read_bytes()
     undo = interrupted(converted, monkeypatch)

@@ -9,6 +9,7 @@ from .writer import (
     check_output,
     output_files,
     refuse_same_file,
+    rehearse,
     write_bytes,
     write_checkpoint,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "open_checkpoint",
     "output_files",
     "refuse_same_file",
+    "rehearse",
     "serialize_header",
     "to_float32",
     "write_bytes",

@@ -1,18 +1,22 @@
-"""Reading and writing at a byte position, and locks, on systems that have them and on those that have not.
+"""Reading and writing at a position, locks, and fsync, on systems that have them and on those that have not.
 
 Windows has neither pread(2) nor pwrite(2); there the position is set and used under one lock for all files.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import threading
+from pathlib import Path
 from typing import Any
 
 OPEN_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 """What every open needs: bytes as they are, and no inheritance."""
 
 _POSITION = threading.Lock()
+_NO_FSYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
 def pread(fd: int, count: int, offset: int) -> bytes:
@@ -40,6 +44,25 @@ def write_at(fd: int, data: Any, offset: int) -> None:
     while view:
         written = pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
+
+
+def sync(fd: int) -> None:
+    """Put a file's bytes on the disk, where its file system knows how."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's entries on the disk, where the system lets one."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | OPEN_FLAGS)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def lock(fd: int, *, shared: bool = False) -> None:

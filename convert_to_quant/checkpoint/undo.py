@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
 import os
 import shlex
@@ -36,6 +37,8 @@ from .positioned import OPEN_FLAGS, lock, pread
 UNDO_SUFFIX = ".undo"
 MAX_UNDO_BYTES = 4 * MAX_HEADER_BYTES
 """More than the old and the new bytes of any header take in base64."""
+MAX_NAME_BYTES = 255
+"""Of a file's name, on the usual file systems."""
 
 _FORMAT = 2
 
@@ -177,7 +180,10 @@ class Undo:
 def undo_path(path: Path) -> Path:
     """Where the undo file of a checkpoint goes: beside the real file, so that it is found through every link to it."""
     real = Path(os.path.realpath(path))  # Path.resolve raises a RuntimeError on a circle of links
-    return real.with_name(real.name + UNDO_SUFFIX)
+    name = real.name + UNDO_SUFFIX
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:  # found by what it is about all the same
+        name = f".convert_to_quant.{hashlib.sha256(os.fsencode(real.name)).hexdigest()[:16]}{UNDO_SUFFIX}"
+    return real.with_name(name)
 
 
 def undo_record(files: Iterable[tuple[Path, int]], edits: Iterable[Edit]) -> bytes:

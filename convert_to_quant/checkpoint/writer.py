@@ -2,8 +2,12 @@
 
 An output is first an unnamed file in its folder (Linux's O_TMPFILE; elsewhere a temporary sibling). It gets its name
 only after its last byte is on the disk, in one step that replaces an older file of that name. Whatever ends the process
-before, kill -9 included, the unnamed file goes with it and the old file stays. Where the name is a symbolic link, the
-file that it leads to is made or replaced, and the link stays. A pipe, device or socket is never replaced.
+before, kill -9 included, the unnamed file goes with it and the old file stays; a sibling that a kill left is removed by
+the next write into that folder. Where the name is a symbolic link, the file that it leads to is made or replaced, and
+the link stays. A pipe, device or socket is never replaced.
+
+Several files cannot get their names in one step, so a sharded checkpoint is never replaced: an index that exists is
+refused. Shards get their names first, over shards that no index names; the index, last, makes them a checkpoint.
 
 Sizes are known before the first byte, so the header is written first and tensors follow in any order, from any thread,
 each at its place. Copies from another checkpoint go through the kernel (copy_file_range) and never through Python.
@@ -18,6 +22,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +35,7 @@ from numpy.typing import NDArray
 
 from ..errors import OutputError, StrPath
 from .header import DTYPE_BITS, TensorInfo, serialize_header, tensor_nbytes
-from .positioned import OPEN_FLAGS, pread, pwrite, write_at
+from .positioned import OPEN_FLAGS, lock, pread, pwrite, sync, sync_folder, write_at
 from .reader import BIT_DTYPES, INDEX_SUFFIX, Checkpoint, CheckpointFile, special_kind
 
 UNNAMED = Path("/proc/self/fd")
@@ -41,6 +46,8 @@ COPY_BYTES = 1 << 30
 
 _KERNEL_COPY_REFUSALS = frozenset({errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
 _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
+_MISSING = frozenset({errno.ENOSYS, errno.EOPNOTSUPP})
+_TEMPORARY = re.compile(r"\.convert_to_quant\.[0-9a-f]{16}\.tmp")
 
 
 def _output_error(error: OSError, path: Path) -> OutputError:
@@ -55,6 +62,7 @@ def _output_error(error: OSError, path: Path) -> OutputError:
         errno.ENOTDIR: f"{path.parent} is not a folder",
         errno.EISDIR: "it is a folder",
         errno.ENXIO: "no program reads from this pipe",
+        **dict.fromkeys(_MISSING, "the file system there cannot write at a position, or rename"),
     }
     reason = reasons.get(error.errno or 0, error.strerror or str(error))
     return OutputError(f"cannot be written: {reason}", path=path)
@@ -94,7 +102,8 @@ def check_output(path: Path, *, stream: bool = False) -> None:
         stream: accept a pipe or a character device too, which `write_bytes` then writes into.
 
     Raises:
-        OutputError: it is a folder, a pipe, a device or a socket, or its folder does not exist.
+        OutputError: it is a folder, a pipe, a device or a socket, or the index of a sharded checkpoint that exists, or
+            its folder does not exist.
     """
     try:
         mode = path.stat().st_mode
@@ -110,6 +119,74 @@ def check_output(path: Path, *, stream: bool = False) -> None:
     special = special_kind(mode)
     if special and not (stream and _is_stream(mode)):
         raise OutputError(f"cannot be written: a file was expected, and this is {special}", path=path)
+    if path.name.endswith(INDEX_SUFFIX):
+        problem = "a sharded checkpoint is there already, and several files cannot be replaced in one step"
+        raise OutputError(problem, path=path, hint="delete the index and its shards first, or name another output")
+
+
+def rehearse(path: Path) -> list[str]:
+    """Find out, before any work, whether a checked output can be written: write, name, replace and remove a small file.
+
+    Args:
+        path: the output.
+
+    Returns:
+        What a user should know of the folder: what was removed from it, and what it does not say.
+
+    Raises:
+        OutputError: the folder is not writable, or its file system lacks something that writing needs.
+    """
+    folder = Path(os.path.realpath(path)).parent
+    notes = clear_left_overs(folder)
+    if _free_bytes(folder) == 0:
+        notes.append(f"the drive of {folder} reports no free space; writing is tried all the same")
+    trial = _sibling(folder)
+    try:
+        with contextlib.closing(PendingFile(trial)) as first, contextlib.closing(PendingFile(trial)) as second:
+            for pending in (first, second):
+                for offset in (1, 0):
+                    pending.write(offset, b"\0")
+                pending.take_name()
+            trial.unlink(missing_ok=True)
+    except OSError as error:
+        raise _output_error(error, path) from None
+    except OutputError as error:
+        hint = "write to another drive, and copy the file from there"
+        raise OutputError(error.problem, path=path, hint=hint) from None
+    return notes
+
+
+def clear_left_overs(folder: Path) -> list[str]:
+    """Remove temporary files that killed runs left in a folder. Those of runs that go on are locked, and stay.
+
+    Returns:
+        A line for each that was removed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if _TEMPORARY.fullmatch(entry.name))
+    except OSError:  # a folder that may not be listed, or that is not there
+        return []
+    lines = []
+    for name in names:
+        with contextlib.suppress(OSError):
+            fd = os.open(folder / name, os.O_RDWR | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                lock(fd)
+                nbytes = os.fstat(fd).st_size
+                if os.name != "nt":
+                    (folder / name).unlink()
+            finally:
+                os.close(fd)
+            if os.name == "nt":  # which removes no open file, and so none of a run that goes on
+                (folder / name).unlink()
+            lines.append(f"removed {folder / name} ({nbytes:,} bytes), which an interrupted run left")
+    return lines
+
+
+def _sibling(folder: Path) -> Path:
+    """A temporary file's name: short, whatever the output's."""
+    return folder / f".convert_to_quant.{os.urandom(8).hex()}.tmp"
 
 
 def _is_stream(mode: int) -> bool:
@@ -133,6 +210,7 @@ class PendingFile:
         self._target = Path(os.path.realpath(path))
         self._temporary: Path | None = None
         check_output(path)
+        clear_left_overs(self._target.parent)
         with _writing(path):
             self.fd = self._open(like)
 
@@ -143,9 +221,12 @@ class PendingFile:
             return self._open_new(0o666)
         mode = stat.S_IMODE(like.st_mode) & 0o777
         fd = self._open_new(mode)
-        if hasattr(os, "fchown") and os.fstat(fd).st_uid != like.st_uid:
-            with contextlib.suppress(OSError):  # only root gives files away
-                os.fchown(fd, like.st_uid, like.st_gid)
+        found = os.fstat(fd)
+        if hasattr(os, "fchown") and (found.st_uid, found.st_gid) != (like.st_uid, like.st_gid):
+            for owner in (like.st_uid, -1):  # only root gives files away; a group may be one of ours
+                with contextlib.suppress(OSError):
+                    os.fchown(fd, owner, like.st_gid)
+                    break
         if hasattr(os, "fchmod"):
             with contextlib.suppress(OSError):  # some drives know no permissions
                 os.fchmod(fd, mode)  # whatever the umask
@@ -155,15 +236,18 @@ class PendingFile:
         folder = self._target.parent
         if hasattr(os, "O_TMPFILE") and folder.is_dir() and UNNAMED.is_dir():
             try:
-                return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)
+                fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)
+                _lock_own(fd)  # for the time when it bears a sibling's name
+                return fd
             except OSError as error:
                 if error.errno not in _NO_TMPFILE:
                     raise
-        self._temporary = self._sibling()
-        return os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, mode)
-
-    def _sibling(self) -> Path:
-        return self._target.with_name(f".convert_to_quant.{os.urandom(8).hex()}.tmp")  # short, whatever the name
+        while True:
+            self._temporary = _sibling(folder)
+            fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, mode)
+            if _lock_own(fd) and self._temporary.exists():
+                return fd
+            os.close(fd)  # before it was locked, another run took it for a left-over
 
     @property
     def place(self) -> Path:
@@ -199,7 +283,7 @@ class PendingFile:
             OutputError: the disk is full, or another system error.
         """
         with _writing(self.path):
-            os.fsync(self.fd)
+            sync(self.fd)
 
     def commit(self) -> None:
         """Put the bytes on the disk and give the file its name, replacing an older regular file of that name.
@@ -207,30 +291,55 @@ class PendingFile:
         Raises:
             OutputError: the system refused.
         """
-        with contextlib.closing(self), _writing(self.path):
+        with contextlib.closing(self):
             self.sync()
-            check_output(self.path)  # what bears the name may be another thing by now
+            self.take_name()
+            sync_folder(self._target.parent)
+
+    def take_name(self) -> None:
+        """Give the file its name, replacing an older regular file of that name.
+
+        Raises:
+            OutputError: the system refused.
+        """
+        check_output(self.path)  # what bears the name may be another thing by now
+        with _writing(self.path):
             if self._temporary is None:
                 try:
                     _name_unnamed(self.fd, self._target)
                 except FileExistsError:
-                    sibling = self._sibling()
-                    _name_unnamed(self.fd, sibling)
-                    self._temporary = sibling
+                    self._temporary = _sibling(self._target.parent)
+                    _name_unnamed(self.fd, self._temporary)
             if self._temporary is not None:
-                os.close(self.fd)  # Windows renames no open file
-                self.fd = -1
+                if os.name == "nt":  # which renames no open file; elsewhere the lock says that it is no left-over
+                    self._close()
                 self._temporary.replace(self._target)
                 self._temporary = None
 
     def close(self) -> None:
         """Drop the file if it has not been committed. Harmless when repeated."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self._close()
         if self._temporary is not None:
-            self._temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the next write into the folder removes it
+                self._temporary.unlink()
             self._temporary = None
+
+    def _close(self) -> None:
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            with contextlib.suppress(OSError):  # the bytes are on the disk, or not wanted
+                os.close(fd)
+
+
+def _lock_own(fd: int) -> bool:
+    """Lock a new file, where its drive knows locks, and say whether nobody else had."""
+    try:
+        lock(fd)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _name_unnamed(fd: int, path: Path) -> None:
@@ -354,13 +463,20 @@ class _OutputFile:
         self.pending = PendingFile(path)
 
 
-def _check_room(path: Path, needed_bytes: int) -> None:
-    """Refuse early what the disk cannot hold, where the system knows."""
+def _free_bytes(folder: Path) -> int | None:
+    """What the system says of a folder's drive; None where it does not know."""
     if not hasattr(os, "statvfs"):
-        return
-    disk = os.statvfs(path.parent)
-    free_bytes = disk.f_bavail * disk.f_frsize
-    if disk.f_blocks and free_bytes < needed_bytes:  # some network drives say 0 blocks for "unknown"
+        return None
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(folder)
+        return disk.f_bavail * disk.f_frsize if disk.f_blocks else None  # network drives say 0 blocks for "unknown"
+    return None
+
+
+def _check_room(path: Path, needed_bytes: int) -> None:
+    """Refuse early what the disk cannot hold, where the system knows: 0 free may mean anything, and is tried."""
+    free_bytes = _free_bytes(path.parent)
+    if free_bytes and free_bytes < needed_bytes:
         unit, unit_bytes = ("GB", 1e9) if needed_bytes >= 1e9 else ("MB", 1e6)
         needed, free = f"{needed_bytes / unit_bytes:.2f} {unit}", f"{free_bytes / unit_bytes:.2f} {unit}"
         raise OutputError(f"cannot be written: it needs {needed} and the disk has {free} free", path=path)
@@ -460,13 +576,42 @@ class CheckpointWriter:
                 assert file.written[name] == info.nbytes, f"{name}: {file.written[name]} of {info.nbytes} bytes written"
         for file in self._files:  # a disk that fills up late says so here, before any shard has its name
             file.pending.sync()
-        for file in self._files:
-            file.pending.commit()
-        if self._index is not None:
-            total = sum(info.nbytes for file in self._files for info in file.infos.values())
-            weight_map = {name: file.pending.path.name for file in self._files for name in file.infos}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_bytes(self._index, json.dumps(index, indent=2, ensure_ascii=False).encode("utf-8"))
+        if self._index is None:
+            for file in self._files:
+                file.pending.commit()
+            return
+        total = sum(info.nbytes for file in self._files for info in file.infos.values())
+        weight_map = {name: file.pending.path.name for file in self._files for name in file.infos}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        named: list[Path] = []
+        with _alone(self._index):
+            check_output(self._index)  # no index may name the shards that are replaced
+            try:
+                for file in self._files:
+                    file.pending.commit()
+                    named.append(file.pending.path)
+                write_bytes(self._index, json.dumps(index, indent=2, ensure_ascii=False).encode("utf-8"))
+            except BaseException:
+                if not os.path.lexists(self._index):
+                    for path in named:
+                        with contextlib.suppress(OSError):
+                            path.unlink()
+                raise
+
+
+@contextlib.contextmanager
+def _alone(index: Path) -> Iterator[None]:
+    """Lock an index's folder against other writers of shards, where the system lets one."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            fd = os.open(index.parent, os.O_RDONLY | OPEN_FLAGS)
+            stack.callback(os.close, fd)
+            try:
+                lock(fd)
+            except BlockingIOError:
+                problem = "another process is writing shards into this folder"
+                raise OutputError(problem, path=index, hint="run the command again") from None
+        yield
 
 
 def _joined(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:

@@ -257,12 +257,32 @@ def test_an_exception_leaves_nothing_and_the_old_file_stays(tmp_path, error, eit
     assert listing(tmp_path) == ["a.safetensors"]
 
 
-def test_a_small_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, either_kind):
-    named_at_sync = []
-    real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (named_at_sync.append((tmp_path / "a.json").exists()), real(fd)))
+@pytest.fixture
+def synced(tmp_path, monkeypatch):
+    """What is put on the disk: a folder or a file, and the names in the test's folder at that time."""
+    calls, real = [], os.fsync
+
+    def sync(fd: int) -> None:
+        names = [name for name in listing(tmp_path) if not name.endswith(".tmp")]
+        calls.append(("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file", names))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    return calls
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(tmp_path, synced, either_kind):
     write_bytes(tmp_path / "a.json", b"{}")
-    assert named_at_sync == [False]
+    assert synced == [("file", []), ("folder", ["a.json"])]
+
+
+def test_the_names_of_all_shards_are_on_the_disk_before_the_index_has_its_own(tmp_path, synced, either_kind):
+    index = tmp_path / "m.safetensors.index.json"
+    with CheckpointWriter([(tmp_path / name, {}) for name in ("1", "2")], {}, index):
+        pass
+    before_index = [call for call in synced if call[1] == ["1", "2"]]
+    assert before_index == [("folder", ["1", "2"]), ("file", ["1", "2"])]
+    assert synced[-1] == ("folder", ["1", "2", index.name])
 
 
 def test_an_older_file_is_replaced_and_who_has_it_open_keeps_it(tmp_path, either_kind):
@@ -395,6 +415,66 @@ def test_a_signal_in_the_middle_leaves_nothing_and_the_old_file_stays(tmp_path, 
     assert old is None or path.read_bytes() == old
 
 
+# what kills leave, and what drives lack
+
+
+def test_the_next_write_removes_what_a_killed_one_left_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    dead, strange = tmp_path / ".convert_to_quant.0123456789abcdef.tmp", tmp_path / ".convert_to_quant.notes.tmp"
+    dead.write_bytes(bytes(1234))
+    strange.write_bytes(b"")
+    with writing(tmp_path / "running", 0):
+        running = [name for name in listing(tmp_path) if name not in (dead.name, strange.name)]
+        dead.write_bytes(bytes(1234))
+        assert writer.rehearse(tmp_path / "a") == [f"removed {dead} (1,234 bytes), which an interrupted run left"]
+        assert listing(tmp_path) == sorted([strange.name, *running])
+        dead.write_bytes(bytes(1234))
+        write_bytes(tmp_path / "a", b"")
+        assert dead.name not in listing(tmp_path)
+    assert listing(tmp_path) == [strange.name, "a", "running"]
+
+
+LACKING = {
+    "rename": ("replace", errno.ENOSYS, "the file system there cannot write at a position, or rename"),
+    "positions": ("pwrite", errno.EOPNOTSUPP, "the file system there cannot write at a position, or rename"),
+    "removing": ("unlink", errno.EPERM, "Operation not permitted"),
+    "permission": ("open", errno.EACCES, "no permission to write there"),
+}
+
+
+@pytest.mark.parametrize(("call", "number", "reason"), LACKING.values(), ids=LACKING)
+def test_a_drive_that_lacks_what_writing_needs_is_found_before_the_work(tmp_path, monkeypatch, call, number, reason):
+    path, real = tmp_path / "a.safetensors", getattr(os, call)
+
+    def refuse(*words, **more):
+        if call == "open" and not words[1] & os.O_RDWR:
+            return real(*words, **more)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, refuse)
+    with refused() as message:
+        writer.rehearse(path)
+    assert message[0].startswith(f"{path}: cannot be written: {reason}")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_drive_without_fsync_is_written_to(tmp_path, monkeypatch, number, either_kind):
+    def refuse(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert writer.rehearse(tmp_path / "a") == []
+    write_bytes(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_trying_an_output_leaves_nothing_and_an_older_file_as_it_was(tmp_path, either_kind):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+    assert writer.rehearse(path) == []
+    assert (listing(tmp_path), path.read_bytes()) == ([path.name], b"old")
+
+
 # shards
 
 
@@ -430,6 +510,72 @@ def test_a_shard_that_does_not_reach_the_disk_leaves_all_of_them_unnamed(tmp_pat
     with refused() as message, CheckpointWriter(files, {}, tmp_path / "m.safetensors.index.json"):
         pass
     assert message == [f"{tmp_path / '1.safetensors'}: cannot be written: the disk is full"]
+    assert listing(tmp_path) == []
+
+
+def shards(folder: Path) -> CheckpointWriter:
+    files = [(folder / f"m-{number}.safetensors", {f"{number}": Spec("U8", (0,))}) for number in (1, 2)]
+    return CheckpointWriter(files, {}, folder / "m.safetensors.index.json")
+
+
+EXISTS = (
+    "a sharded checkpoint is there already, and several files cannot be replaced in one step "
+    "(delete the index and its shards first, or name another output)"
+)
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_sharded_checkpoint_is_never_replaced(tmp_path, when, either_kind):
+    index = tmp_path / "m.safetensors.index.json"
+    if when == "before":
+        with shards(tmp_path):
+            pass
+        before = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
+        with refused() as message:
+            writer.check_output(index)
+        assert {path.name: path.stat().st_ino for path in tmp_path.iterdir()} == before
+    else:
+        with refused() as message, shards(tmp_path):
+            index.write_bytes(b"of another run")
+        assert listing(tmp_path) == [index.name]
+    assert message == [f"{index}: {EXISTS}"]
+
+
+def test_shards_that_no_index_names_are_replaced(tmp_path, either_kind):
+    (tmp_path / "m-1.safetensors").write_bytes(b"left by a run that was killed between two names")
+    with shards(tmp_path):
+        pass
+    assert safetensors.numpy.load_file(tmp_path / "m-1.safetensors").keys() == {"1"}
+
+
+@pytest.mark.parametrize("failing", ["m-2.safetensors", "m.safetensors.index.json"])
+def test_a_shard_or_index_that_gets_no_name_leaves_none_named(tmp_path, monkeypatch, failing):
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    real = os.replace
+
+    def replace(source, target):
+        if Path(target).name == failing:
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with refused() as message, shards(tmp_path):
+        pass
+    assert message == [f"{tmp_path / failing}: cannot be written: Input/output error"]
+    assert listing(tmp_path) == []
+
+
+def test_two_runs_do_not_name_shards_in_one_folder_at_a_time(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    fd = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        with refused() as message, shards(tmp_path):
+            pass
+    finally:
+        os.close(fd)
+    place = tmp_path / "m.safetensors.index.json"
+    assert message == [f"{place}: another process is writing shards into this folder (run the command again)"]
     assert listing(tmp_path) == []
 
 
@@ -505,8 +651,16 @@ def test_shards_larger_than_the_disk_together_are_refused_before_anything_is_wri
     assert listing(tmp_path) == []
 
 
-def test_a_drive_that_does_not_know_its_size_is_tried(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255)))
+@pytest.mark.parametrize("blocks", [0, 9, None])
+def test_a_drive_that_does_not_know_its_room_is_tried(tmp_path, monkeypatch, blocks):
+    def statvfs(_):
+        if blocks is None:
+            raise OSError(errno.EIO, "Input/output error")
+        return os.statvfs_result((4096, 4096, blocks, 0, 0, 0, 0, 0, 0, 255))
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    warning = f"the drive of {tmp_path} reports no free space; writing is tried all the same"
+    assert writer.rehearse(tmp_path / "a") == ([warning] if blocks else [])
     write_checkpoint(tmp_path / "a.safetensors", {"x": Entry.of(np.zeros(4, np.float32))})
 
 
