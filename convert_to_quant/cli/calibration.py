@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from ..options import CalibrationOptions, add_options
-from .output import decibels, note, print_table, progress_bar, say, write_json
+from .output import decibels, note, print_table, progress_bar, say, write_json, wrote
 from .shared import check_shards
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def finish(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Name
     else:
         if not args.in_place:
             rewrite(patch, target)
-        say(f"wrote {target}")
+        say(wrote(target))
         note_ending(target)
     return 0
 

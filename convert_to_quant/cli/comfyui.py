@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CalibrationError, OptionError
 from ..telling import plural
 from .observe import read_prompts
-from .output import note, progress_bar, say, write_json
+from .output import foresee, note, progress_bar, say, write_json, wrote
 from .shared import read_text
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def observe(args: argparse.Namespace) -> int:
         for one in outputs.values():
             refuse_same_file(one, inputs, hint="name another output")
             check_output(one)
+        foresee(outputs.values(), dry=args.dry_run)
         tell = print if args.dry_run and args.json != "-" else say  # in a dry run this is the data
         for line in screen(plan, runs, outputs):
             tell(line)
@@ -143,7 +144,7 @@ def observe(args: argparse.Namespace) -> int:
         if unseen:
             note(f"could not see the inputs of {plural(len(unseen), 'layer')} that ran (first: {unseen[0]})")
         seen = f"{plural(int(statistics.visited.sum()), 'layer')} over {plural(statistics.samples, 'sample')}"
-        say(f"observed {seen}; wrote {outputs[name]}")
+        say(f"observed {seen}; {wrote(outputs[name])}")
     if args.json:
         write_json(args.json, document(args, plan, runs, outputs, found) | {"idle_runs": idle})
     return 0

@@ -31,7 +31,7 @@ from .calibration import (
     require_target,
     tell,
 )
-from .output import note, print_table, progress_bar, say, write_json
+from .output import note, print_table, progress_bar, say, write_json, wrote
 from .running import check_device
 from .shared import check_shards
 
@@ -189,7 +189,7 @@ def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: Convert
         say(f"dry run: {best.summary()}; nothing was written")
         return 0
     write_plan(checkpoint, best.plan, Path(args.output), args.device)
-    say(f"{best.summary()}; wrote {args.output}")
+    say(f"{best.summary()}; {wrote(args.output)}")
     note_formats(best.plan, Path(args.output))
     return 0
 
@@ -239,7 +239,7 @@ def convert_file(
     if args.dry_run:
         if args.json:
             write_json(args.json, plan_json(plan))
-        would = "" if args.output is None else f"; would write {args.output}"
+        would = "" if args.output is None else f"; {wrote(args.output, would=True)}"
         say(f"dry run: {plan.summary()}{would}; nothing was written")
         return 0
 
@@ -265,7 +265,7 @@ def convert_file(
     write_plan(checkpoint, plan, output, args.device, finishing)
     if args.json and calibration is None:
         write_json(args.json, plan_json(plan, survival))
-    say(f"{plan.summary()}; wrote {output}")
+    say(f"{plan.summary()}; {wrote(output)}")
     if survival.delta_energy:
         say(
             "what rounding leaves of the merged change: "

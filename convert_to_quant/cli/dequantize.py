@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..telling import advance
 from .calibration import note_ending
-from .output import progress_bar, say, write_json
+from .output import progress_bar, say, write_json, wrote
 from .shared import check_shards
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ def write_layout(
     output = Path(args.output)
     check_shards(checkpoint, args)
     if args.dry_run:
-        say(f"dry run: {done}; would write {output}; nothing was written")
+        say(f"dry run: {done}; {wrote(output, would=True)}; nothing was written")
     else:
         with progress_bar("writing", unit="bytes") as progress:
             total = sum(info.nbytes for info in checkpoint.tensors.values())
             write(checkpoint, layout, output, jobs, progress=advance(progress, total))
-        say(f"{done}; wrote {output}")
+        say(f"{done}; {wrote(output)}")
         note_ending(output)
     if args.json:
         write_json(args.json, {"done": done, "tensors": len(layout.specs)})

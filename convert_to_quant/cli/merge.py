@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .observe import report
-from .output import note, say
+from .output import note, say, wrote
 
 DESCRIPTION = "Merge statistics of the same model into one file. Their order does not matter."
 EPILOG = """\
@@ -33,6 +33,6 @@ def run(args: argparse.Namespace) -> int:
         say(f"dry run: would merge {found} into {args.output}; nothing was written")
     else:
         merged.save(args.output)
-        say(f"merged {found}: {args.output}")
+        say(f"merged {found}; {wrote(args.output)}")
     report(merged, args)
     return 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import OptionError, UnsupportedModelError
 from ..options import COMFYUI_VARIABLE, FRAMES, SAMPLES, SIDE_PIXELS, TEXT_TOKENS
 from .calibration import loras_of
-from .output import configure, note, progress_bar, say, write_json
+from .output import configure, note, progress_bar, say, write_json, wrote
 from .running import NOISE, add_running_arguments, check_running_options, geometry_of
 from .shared import read_text
 
@@ -306,7 +306,7 @@ def tell(observation: Observation, args: argparse.Namespace) -> None:
             f"observed on noise: the ranges of {len(observation.conditioned)} layers depend on the conditioning, "
             f"which noise only imitates (first: {min(observation.conditioned)})"
         )
-    say(f"observed {int(statistics.visited.sum())} layers over {statistics.samples} images; wrote {args.output}")
+    say(f"observed {int(statistics.visited.sum())} layers over {statistics.samples} images; {wrote(args.output)}")
 
 
 def read_prompts(path: Path) -> list[str]:

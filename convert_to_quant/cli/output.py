@@ -7,13 +7,15 @@ are drawn by rich where a person looks at them, and are plain text everywhere el
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from ..errors import StrPath
 from ..telling import Progress
 from .terminal import Styled, columns, fitted, has_color, is_terminal, paint, printable, style_of
 
@@ -30,6 +32,7 @@ WRAPPED = 40
 _quiet = _verbose = False
 _bar_shown: Any = None
 _made_by: Mapping[str, Any] = {}
+_older: set[Path] = set()
 
 
 def configure(*, quiet: bool = False, verbose: bool = False, made_by: Mapping[str, Any] | None = None) -> None:
@@ -42,6 +45,34 @@ def configure(*, quiet: bool = False, verbose: bool = False, made_by: Mapping[st
     """
     global _quiet, _verbose, _made_by
     _quiet, _verbose, _made_by = quiet, verbose, made_by or {}
+
+
+def foresee(outputs: Iterable[Path], *, dry: bool = False) -> None:
+    """Find out, before any work, which outputs there are already, and whether their folders can be written to.
+
+    Args:
+        outputs: checked already.
+        dry: touch nothing.
+
+    Raises:
+        OutputError: a folder cannot be written to.
+    """
+    from ..checkpoint import rehearse
+
+    tried: set[Path] = set()
+    for path in outputs:
+        (_older.add if path.exists() else _older.discard)(path)
+        folder = Path(os.path.realpath(path)).parent
+        if not dry and folder not in tried:
+            tried.add(folder)
+            for text in rehearse(path):
+                note(text)
+
+
+def wrote(place: StrPath, *, would: bool = False) -> str:
+    """Say in words that an output was written, or would be, and whether it replaces an older file."""
+    old = Path(place) in _older
+    return f"would {'replace' if old else 'write'} {place}" if would else f"{'replaced' if old else 'wrote'} {place}"
 
 
 def say(text: str) -> None:

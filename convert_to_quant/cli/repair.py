@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..telling import plural
 from .calibration import recover_input
-from .output import print_table, say, write_json
+from .output import print_table, say, write_json, wrote
 from .shared import check_shards
 
 DESCRIPTION = "Put broken marks of quantized layers right where their tensors leave no doubt; in place, or with -o."
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
                 apply_in_place(patch)
             else:
                 rewrite(patch, Path(args.output))
-            say(f"{done} put right; wrote {args.output or checkpoint.path}")
+            say(f"{done} put right; {wrote(args.output or checkpoint.path)}")
         if args.json:
             from dataclasses import asdict
 

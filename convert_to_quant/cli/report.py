@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from ..errors import NoStaticScaleError, OptionError, OutputError
 from ..options import SolveOptions, add_options, options_of
-from .output import decibels, print_table, say, size, write_json
+from .output import decibels, foresee, print_table, say, size, write_json, wrote
 from .parsing import Parser, flag_spelling
 from .terminal import WIDEST, Styled, columns, fitted, is_terminal, paint, printable
 
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             say(f"dry run: {place} ({size(len(content))}) was not written")
         else:
             write_bytes(Path(place), content, stream=place == args.csv)
-            say(f"wrote {place}")
+            say(wrote(place))
     return 0
 
 
@@ -138,6 +138,7 @@ def check_outputs(args: argparse.Namespace, read: Sequence[Path]) -> None:
     for (flag, path), (other_flag, other) in itertools.combinations(files.items(), 2):
         if path.resolve() == other.resolve():
             raise OutputError(f"{flag} and {other_flag} are the same file", path=path)
+    foresee([path for path in files.values() if path.is_file() or not path.exists()], dry=args.dry_run)
 
 
 def sides_of(

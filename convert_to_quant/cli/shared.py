@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .. import __version__
 from ..errors import CheckpointError, Error, OutputError
+from .output import foresee
 from .parsing import Parser
 from .terminal import COLOR_CHOICES
 
@@ -141,6 +142,7 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
     """
     named = list(paths_of(parser, args))
     in_place = getattr(args, "in_place", False)
+    outputs = []
     for flag, output, kind in named:
         if flag not in WRITTEN or (flag == "-o" and (kind != "checkpoint" or in_place)):
             continue
@@ -156,6 +158,9 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
             hint = f"name another file for {flag}"
             raise OutputError(f"{flag} and {name} are the same file", path=output, hint=hint)
         check_output(output, stream=flag == "--json")
+        if output.is_file() or not output.exists():
+            outputs.append(output)
+    foresee(outputs, dry=getattr(args, "dry_run", False))
 
 
 def check_shards(checkpoint: Checkpoint, args: argparse.Namespace) -> None:

@@ -177,6 +177,11 @@ def written_at(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
+def replaces(path: Path) -> list[str]:
+    """The line that says that an older file is replaced; none where there is none."""
+    return ["replaced the older file of that name"] if path.exists() else []
+
+
 def make_parent(path: Path) -> None:
     """Make the folder of a file.
 

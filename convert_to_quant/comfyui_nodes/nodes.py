@@ -374,8 +374,9 @@ class CalibrateFP8Checkpoint(Solving):
         with open_checkpoint(choice.path) as opened:
             calibration = apply_statistics(opened, statistics, options, force=partial)
             folders.make_parent(output)
+            replaced = folders.replaces(output)
             patch = patch_model_with_scales(opened, calibration, output)
-        text = summary(calibration, patch.notes)
+        text = summary(calibration, [*replaced, *patch.notes])
         file = output.relative_to(choice.root).as_posix()
         show_text(unique_id, f"{text.splitlines()[0]}\n{file}")
         return {"ui": {"text": [f"{file}\n{text}"]}, "result": (file, text)}
@@ -498,8 +499,9 @@ class QuantizeCheckpoint(Node):
                 plan, done = best.plan, best.summary()
             show_text(unique_id, f"quantizing {choice.path.name}")
             folders.make_parent(output)
+            replaced = folders.replaces(output)
             scaled = write_quantized(opened, plan, output, solved, shown_progress(unique_id))
-        text = listed([done, *scaled, *plan.readers(), *plan.notes])
+        text = listed([done, *replaced, *scaled, *plan.readers(), *plan.notes])
         file = output.relative_to(choice.root).as_posix()
         show_text(unique_id, f"{done}\n{file}")
         return {"ui": {"text": [f"{file}\n{text}"]}, "result": (file, text)}

@@ -7,6 +7,7 @@ Every node is the test's own, in its own folder. Never aim such a test at a node
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -80,6 +81,13 @@ OUTPUTS = {
     "report --png": ("report", "stats", "--png", "OUT"),
     "--save-config": ("-i", "bf16", "-o", "new.safetensors", "--save-config", "OUT"),
 }  # fmt: skip
+SAID = {
+    "convert -o": ("wrote OUT", "would replace OUT"),
+    "calibrate -o": ("wrote OUT", None),
+    "dequantize -o": ("wrote OUT", "would replace OUT"),
+    "merge -o": ("wrote OUT", None),
+    "report -o": ("wrote OUT", None),
+}
 STREAMS = {
     "inspect --json": ("inspect", "fp8", "--json", "OUT"),
     "convert --json": ("-i", "bf16", "--dry-run", "--json", "OUT"),
@@ -230,3 +238,43 @@ def test_texts_are_not_read_from_special_files(
     assert ctq(*recording, "--workflow", text).err == f"error: {text}: {said} (in ComfyUI: File > Export (API))\n"
     with pytest.raises(OptionError, match=said):
         read_prompts(text)
+
+
+@pytest.mark.parametrize("call", SAID)
+def test_an_older_file_is_replaced_and_that_is_said(
+    ctq: Command, inputs: dict[str, Path], tmp_path: Path, call: str
+) -> None:
+    output, (wrote, would) = tmp_path / "out.safetensors", SAID[call]
+    words = words_of(OUTPUTS[call], inputs, output)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for said in (wrote, wrote.replace("wrote", "replaced")):
+        assert said.replace("OUT", str(output)) in ctq(*words).err
+    dry = ctq(*words, "--dry-run").err
+    assert would is None or would.replace("OUT", str(output)) in dry
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, output.name])
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(
+    ctq: Command, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("convert_to_quant.convert.convert", None)
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
+    output = tmp_path / "out.safetensors"
+    outcome = ctq("-i", inputs["bf16"], "-o", output)
+    problem = "cannot be written: the file system there cannot write at a position, or rename"
+    hint = "write to another drive, and copy the file from there"
+    assert (outcome.code, outcome.err) == (1, f"error: {output}: {problem} ({hint})\n")
+
+
+def test_what_an_interrupted_run_left_is_removed_and_that_is_said(
+    ctq: Command, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    left = tmp_path / ".convert_to_quant.0123456789abcdef.tmp"
+    left.write_bytes(bytes(1234))
+    outcome = ctq("-i", inputs["bf16"], "-o", tmp_path / "out.safetensors")
+    assert outcome.err.startswith(f"note: removed {left} (1,234 bytes), which an interrupted run left\n")
+    assert not left.exists()

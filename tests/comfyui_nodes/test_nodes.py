@@ -246,7 +246,8 @@ def test_an_existing_file_is_replaced_only_if_asked(comfyui: Any, checkpoint: Pa
     with pytest.raises(OutputError, match="exists already"):
         node.calibrate(checkpoint=NAME, stats=statistics)
     assert output.read_bytes() == b"precious"
-    node.calibrate(checkpoint=NAME, stats=statistics, overwrite=True)
+    _, text = node.calibrate(checkpoint=NAME, stats=statistics, overwrite=True)["result"]
+    assert "replaced the older file of that name" in text
     assert len(scales(output)) == 3
 
 
