@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ import numpy as np
 from . import names
 from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, write_bytes
 from .checkpoint.header import LENGTH_BYTES, serialize_header
-from .checkpoint.positioned import OPEN_FLAGS, lock, pread, sync, sync_folder, write_at
+from .checkpoint.positioned import OPEN_FLAGS, close, lock, pread, sync, sync_folder, write_at
 from .checkpoint.reader import CheckpointFile, Identity, checkpoint_files
 from .checkpoint.undo import (
     Edit,
@@ -363,14 +363,14 @@ def _write_all(fds: list[int], edits: Iterable[Edit]) -> None:
 
 
 @contextlib.contextmanager
-def _locked(paths: Iterable[Path]) -> Iterator[list[int]]:
+def _locked(paths: Sequence[Path]) -> Iterator[list[int]]:
     """Open files for reading and writing, with nobody else changing them meanwhile."""
     fds: list[int] = []
     with contextlib.ExitStack() as stack:
         for path in paths:
             try:
                 fds.append(os.open(path, os.O_RDWR | OPEN_FLAGS))
-                stack.callback(os.close, fds[-1])
+                stack.callback(close, fds[-1])
                 lock(fds[-1])
             except FileNotFoundError:
                 raise CheckpointError("no such file", path=path) from None
@@ -378,7 +378,10 @@ def _locked(paths: Iterable[Path]) -> Iterator[list[int]]:
                 raise OutputError("another process is changing this file", path=path, hint="wait for it") from None
             except OSError as error:
                 raise OutputError(f"cannot be changed in place: {error.strerror}", path=path) from None
-        yield fds
+        try:
+            yield fds
+        except OSError as error:
+            raise OutputError(f"cannot be changed in place: {error.strerror}", path=paths[0]) from None
 
 
 def check_in_place(checkpoint: Checkpoint, output: Path | None) -> None:

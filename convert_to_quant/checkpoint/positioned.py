@@ -46,6 +46,12 @@ def write_at(fd: int, data: Any, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
+def close(fd: int) -> None:
+    """Close a file whose bytes are on the disk, or not wanted: what the system says of it no longer matters."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
 def sync(fd: int) -> None:
     """Put a file's bytes on the disk, where its file system knows how."""
     try:
@@ -62,7 +68,7 @@ def sync_folder(folder: Path) -> None:
         try:
             os.fsync(fd)
         finally:
-            os.close(fd)
+            close(fd)
 
 
 def lock(fd: int, *, shared: bool = False) -> None:

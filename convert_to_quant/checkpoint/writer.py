@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from ..errors import OutputError, StrPath
 from .header import DTYPE_BITS, TensorInfo, serialize_header, tensor_nbytes
-from .positioned import OPEN_FLAGS, lock, pread, pwrite, sync, sync_folder, write_at
+from .positioned import OPEN_FLAGS, close, lock, pread, pwrite, sync, sync_folder, write_at
 from .reader import BIT_DTYPES, INDEX_SUFFIX, Checkpoint, CheckpointFile, special_kind
 
 UNNAMED = Path("/proc/self/fd")
@@ -143,11 +143,16 @@ def rehearse(path: Path) -> list[str]:
     trial = _sibling(folder)
     try:
         with contextlib.closing(PendingFile(trial)) as first, contextlib.closing(PendingFile(trial)) as second:
-            for pending in (first, second):
-                for offset in (1, 0):
-                    pending.write(offset, b"\0")
-                pending.take_name()
-            trial.unlink(missing_ok=True)
+            try:
+                for pending in (first, second):
+                    for offset in (1, 0):
+                        pending.write(offset, b"\0")
+                    pending.take_name()
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    trial.unlink()
+                raise
+            trial.unlink()
     except OSError as error:
         raise _output_error(error, path) from None
     except OutputError as error:
@@ -164,7 +169,7 @@ def clear_left_overs(folder: Path) -> list[str]:
     """
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if _TEMPORARY.fullmatch(entry.name))
+            names = sorted(entry.name for entry in entries if is_left_over(entry.name))
     except OSError:  # a folder that may not be listed, or that is not there
         return []
     lines = []
@@ -177,11 +182,16 @@ def clear_left_overs(folder: Path) -> list[str]:
                 if os.name != "nt":
                     (folder / name).unlink()
             finally:
-                os.close(fd)
+                close(fd)
             if os.name == "nt":  # which removes no open file, and so none of a run that goes on
                 (folder / name).unlink()
             lines.append(f"removed {folder / name} ({nbytes:,} bytes), which an interrupted run left")
     return lines
+
+
+def is_left_over(name: str) -> bool:
+    """Whether a file bears the name of a temporary one."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def _sibling(folder: Path) -> Path:
@@ -247,7 +257,7 @@ class PendingFile:
             fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, mode)
             if _lock_own(fd) and self._temporary.exists():
                 return fd
-            os.close(fd)  # before it was locked, another run took it for a left-over
+            close(fd)  # before it was locked, another run took it for a left-over
 
     @property
     def place(self) -> Path:
@@ -326,9 +336,8 @@ class PendingFile:
 
     def _close(self) -> None:
         if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            with contextlib.suppress(OSError):  # the bytes are on the disk, or not wanted
-                os.close(fd)
+            close(self.fd)
+            self.fd = -1
 
 
 def _lock_own(fd: int) -> bool:
@@ -348,7 +357,7 @@ def _name_unnamed(fd: int, path: Path) -> None:
     try:
         os.link(str(fd), path, src_dir_fd=entries, follow_symlinks=True)  # only with a dir_fd is this linkat(2)
     finally:
-        os.close(entries)
+        close(entries)
 
 
 def _copy_once(source_fd: int, target_fd: int, count: int, source_offset: int, offset: int) -> int:
@@ -555,7 +564,7 @@ class CheckpointWriter:
                 for start, offset, nbytes in _joined(runs):
                     self._files[file_number].pending.copy(source_fd, start, offset, nbytes)
             finally:
-                os.close(source_fd)
+                close(source_fd)
 
     def reopen(self, path: Path) -> Checkpoint:
         """The output as a checkpoint, when all its tensors have been written but before it is committed.
@@ -605,7 +614,7 @@ def _alone(index: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             fd = os.open(index.parent, os.O_RDONLY | OPEN_FLAGS)
-            stack.callback(os.close, fd)
+            stack.callback(close, fd)
             try:
                 lock(fd)
             except BlockingIOError:

@@ -176,10 +176,10 @@ def guarded(run: Callable[[], int], *, last: bool = False) -> int:
             print("interrupted: an output is written whole or not at all", file=sys.stderr)
         return stop.exit_code if isinstance(stop, Interrupted) else exit_code(signal.SIGINT)
     except OSError as failure:
-        if failure.errno not in STREAM_ENDS:
-            raise
+        where = "" if failure.filename is None else f"{failure.filename}: "
+        what = "the output cannot be written" if failure.errno in STREAM_ENDS else "the system refused"
         if failure.errno != errno.EPIPE:  # whose reader has seen enough
-            output.error(f"the output cannot be written: {failure.strerror}")
-        # Keep Python from complaining when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            output.error(f"{where}{what}: {failure.strerror}")
+        with contextlib.suppress(OSError):  # keep Python from complaining when it flushes at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

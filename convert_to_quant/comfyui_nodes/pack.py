@@ -10,7 +10,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from ..checkpoint import write_bytes
+from ..checkpoint import is_left_over, write_bytes
 from ..errors import OptionError, OutputError
 
 NAME = "convert_to_quant"
@@ -111,7 +111,7 @@ def _check_ours(folder: Path) -> None:
     hint = "move it away yourself if you do not need it"
     if folder.is_symlink() or not folder.is_dir():
         raise OutputError("not the folder that install makes, so it is left alone", path=folder, hint=hint)
-    inside = list(folder.rglob("*"))
+    inside = [path for path in folder.rglob("*") if not is_left_over(path.name)]
     if not inside:  # an install that was killed between its two steps
         return
     ours = {path for path in (folder / FILE, *(folder / CACHE).glob("__init__.*.pyc")) if path.is_file()}
