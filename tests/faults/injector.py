@@ -1,0 +1,361 @@
+"""Fails, cuts short, or is killed at every system call that a writer makes; then looks at what is left.
+
+    python tests/faults/injector.py [--all] [--jobs N] [WRITER ...]
+
+Every run is a child, forked when everything is imported, in which the functions of `os` that writers call are replaced.
+The n-th call raises an error (once, or from then on), writes half of what it should, or is preceded by a SIGKILL. Two
+kinds of drive are played: one with unnamed files and copies inside the kernel, and one without. Afterwards
+
+- every output is the older file or the new one, to the byte, and so is a set of shards as its index shows it;
+- a file that was being changed in place is the old one, the new one, or has an undo file;
+- every input is what it was, and nothing else lies in the folder, but for what a kill leaves;
+- a command that failed said so in one line; one that did not fail did its work;
+- the next run does its work, and removes what was left.
+
+One line of JSON per writer and drive: calls, runs, and problems, of which there should be none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import fcntl
+import gc
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ERRORS = ("ENOSPC", "EIO", "EINTR", "EACCES")
+KILL, SHORT, LASTING = "kill", "short", "lasting "
+WRITES = {"write": 1, "pwrite": 1, "copy_file_range": 2}
+"""Calls that may do less than they were asked for, and which argument says how much that is."""
+
+CALLS = ("open", *WRITES, "pread", "fsync", "link", "replace", "unlink", "mkdir", "fchmod", "fchown", "scandir",
+         "statvfs", "fstat", "close")  # fmt: skip
+LEFT = re.compile(r"\.convert_to_quant\.[0-9a-f]{16}\.tmp|m-\d{5}-of-\d{5}\.safetensors")
+"""Names that a kill may leave until the next run: temporary files, and shards without their index."""
+
+DRIVES = ("unnamed files", "named files")
+
+Files = dict[str, bytes]
+
+
+class Writer(NamedTuple):
+    """A command that writes.
+
+    Attributes:
+        words: its command line.
+        older: outputs that exist before.
+        changed: the file that it changes in place.
+        torn: whether that file is half done when it starts.
+    """
+
+    words: str
+    older: tuple[str, ...] = ()
+    changed: str | None = None
+    torn: bool = False
+
+
+OUT = "out.safetensors"
+WRITERS = {
+    "convert": Writer(f"-i bf16.safetensors -o {OUT}"),
+    "convert over an older file": Writer(f"-i bf16.safetensors -o {OUT}", older=(OUT,)),
+    "calibrate": Writer(f"-i fp8.safetensors -o {OUT} --actcal --actcal-engine layer --actcal-samples 2"),
+    "patch to a new file": Writer(f"apply fp8.safetensors stats.safetensors -o {OUT}"),
+    "patch in place": Writer("apply fp8.safetensors stats.safetensors --in-place", changed="fp8.safetensors"),
+    "undo": Writer("apply fp8.safetensors stats.safetensors --in-place", changed="fp8.safetensors", torn=True),
+    "shards": Writer("-i in.safetensors.index.json -o m.safetensors.index.json"),
+    "statistics": Writer(f"merge stats.safetensors more.safetensors -o {OUT}", older=(OUT,)),
+    "report": Writer(
+        "report stats.safetensors fp8.safetensors -o r.html --png r.png --csv r.csv --json r.json", older=("r.csv",)
+    ),
+    "configuration": Writer(f"-i bf16.safetensors -o {OUT} --save-config c.toml --json j.json", older=("c.toml",)),
+    "ComfyUI pack": Writer("comfyui install ."),
+}
+
+
+class Fault(NamedTuple):
+    """What happens at which call: the name of an error, once or from then on; KILL; or SHORT."""
+
+    what: str
+    number: int
+
+
+class Outcome(NamedTuple):
+    """How a run ended: its exit code, what it said, the calls it made, and the one that the fault met."""
+
+    code: int
+    said: str
+    calls: list[str]
+    met: str | None
+
+
+def make_inputs(folder: Path) -> None:
+    """Small files of every kind that the writers read."""
+    import numpy as np
+    import torch
+
+    from convert_to_quant.checkpoint import Entry, write_checkpoint
+    from convert_to_quant.recorder import Recording
+
+    names = ("blocks.0", "blocks.1")
+    weights = {f"{name}.weight": Entry.of(np.full((16, 32), 0x3F80, np.uint16), "BF16") for name in names}
+    write_checkpoint(folder / "bf16.safetensors", {**weights, "x": Entry.of(np.arange(9, dtype=np.float32))})
+    for number, name in enumerate(weights, 1):
+        write_checkpoint(folder / f"in-{number}.safetensors", {name: weights[name]})
+    index = {"weight_map": {name: f"in-{number}.safetensors" for number, name in enumerate(weights, 1)}}
+    (folder / "in.safetensors.index.json").write_text(json.dumps(index))
+    recording = Recording(dict.fromkeys(names, (16, 32)), {name: [name] for name in names})
+    for number in range(2):
+        recording.observe(number, torch.full((1, 4, 32), 3.0 + number))
+    for name in ("stats", "more"):
+        recording.statistics(samples=1, engine="a test").save(folder / f"{name}.safetensors")
+    (folder / "custom_nodes").mkdir()
+    assert call(folder, ["-i", "bf16.safetensors", "-o", "fp8.safetensors"]).code == 0
+
+
+def look(folder: Path) -> Files:
+    """Every file of a folder, by its path there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def lay(folder: Path, files: Files) -> None:
+    """Make a folder hold these files and nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "custom_nodes").mkdir(parents=True)
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def call(folder: Path, words: list[str], fault: Fault | None = None, drive: str = DRIVES[0]) -> Outcome:
+    """Run a command in a child, with a fault."""
+    told, tell = os.pipe()
+    with tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if not child:
+            code = 97
+            try:
+                os.close(told)
+                os.chdir(folder)
+                for number, stream in enumerate(("stdout", "stderr"), 1):
+                    os.dup2(said.fileno(), number)
+                    setattr(sys, stream, open(number, "w", buffering=1, closefd=False))  # noqa: SIM115
+                code = run(words, fault, drive, tell)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(code)
+        os.close(tell)
+        with os.fdopen(told) as lines:
+            heard = lines.read().splitlines()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        met = next((line[1:] for line in heard if line.startswith("!")), None)
+        return Outcome(code, said.read().decode(), [line.lstrip("!") for line in heard], met)
+
+
+def run(words: list[str], fault: Fault | None, drive: str, tell: int) -> int:
+    """Replace the calls, and run the command; in the child."""
+    from convert_to_quant import cli
+
+    count, guard, write = itertools.count(1), threading.Lock(), os.write
+    kill, close = os.kill, os.close
+
+    def replaced(name: str, real: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            with guard:
+                number = next(count)
+                hit = fault is not None and (
+                    number == fault.number or (fault.what.startswith(LASTING) and number > fault.number)
+                )
+                write(tell, f"{'!' if hit else ''}{name}\n".encode())
+            if not hit or fault is None:
+                return real(*arguments, **more)
+            if fault.what == KILL:
+                kill(os.getpid(), signal.SIGKILL)
+            if fault.what == SHORT:
+                if name in ("write", "pwrite"):
+                    fd, data, *rest = arguments
+                    return real(fd, memoryview(data)[: max(1, len(memoryview(data)) // 2)], *rest)
+                if name == "copy_file_range":
+                    return real(*arguments[:2], max(1, arguments[2] // 2), *arguments[3:])
+                return real(*arguments, **more)
+            if name == "close":  # Linux closes the file whatever it says
+                close(*arguments)
+            number = getattr(errno, fault.what.removeprefix(LASTING))
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    owners = [os, *([pathlib._NormalAccessor] if hasattr(pathlib, "_NormalAccessor") else [])]  # Python 3.10
+    for name in CALLS:
+        for owner in owners:
+            if hasattr(owner, name):
+                value = replaced(name, getattr(owner, name))
+                setattr(owner, name, value if owner is os else staticmethod(value))
+    fcntl.flock = replaced("flock", fcntl.flock)
+    if drive == "named files":
+        del os.O_TMPFILE, os.copy_file_range
+    code = cli.main(words)
+    if fault is not None and fault.what == KILL and next(count) == fault.number:
+        kill(os.getpid(), signal.SIGKILL)  # after the last call
+    return code
+
+
+def faults(calls: list[str], every: bool) -> Iterator[Fault]:
+    """What is tried at each call of a run: everything, or a kill and an error of each kind in turn."""
+    for number, name in enumerate(calls, 1):
+        yield Fault(KILL, number)
+        if name in WRITES:
+            yield Fault(SHORT, number)
+        errors = [*ERRORS, *(LASTING + error for error in ERRORS)]
+        for error in errors if every else [errors[number % len(ERRORS)], *errors[4 + number // 2 % 4 :][: number % 2]]:
+            yield Fault(error, number)
+    yield Fault(KILL, len(calls) + 1)
+
+
+def sweep(name: str, drive: str, inputs: Files, folder: Path, every: bool) -> dict[str, Any]:
+    """Every fault at every call of one writer."""
+    writer = WRITERS[name]
+    words = writer.words.split()
+    start = {**inputs, **dict.fromkeys(writer.older, b"older")}
+    lay(folder, start)
+    clean = call(folder, words, drive=drive)
+    good = look(folder)
+    problems: list[str] = []
+    if clean.code:
+        problems.append(f"without a fault: exit code {clean.code}: {clean.said}")
+    old = start
+    if writer.torn:
+        lay(folder, start)
+        edits = [number for number, one in enumerate(clean.calls, 1) if one == "pwrite"]
+        assert call(folder, words, Fault(KILL, edits[-1]), drive).code == -signal.SIGKILL
+        start = look(folder)
+        assert f"{writer.changed}.undo" in start
+        clean = None
+    counts: Counter[str] = Counter()
+    if clean is None:
+        lay_undo(folder, start)
+        clean = call(folder, words, drive=drive)
+        good = look(folder)
+    for fault in faults(clean.calls, every):
+        lay_undo(folder, start)
+        ended = call(folder, words, fault, drive)
+        now = look(folder)
+        counts["kills" if fault.what == KILL else "faults"] += 1
+        found = list(judged(writer, old, start, good, now, ended, fault))
+        left = set(now) - set(start) - set(good)
+        if not found and (left or (ended.code and (every or fault.number % 4 == 0))):
+            after = call(folder, words, drive=drive)
+            last = look(folder)
+            if "m.safetensors.index.json" not in now or now == start:
+                found += [f"the next run fails: {after.said}"] if after.code else []
+                found += [f"the next run leaves {one}" for one in set(last) ^ set(good)]
+                found += [f"the next run makes another {one}" for one in good if last.get(one, b"") != good[one]]
+            counts["next runs"] += 1
+        problems += [f"{fault.what} at call {fault.number} ({ended.met}): {one}" for one in found]
+    return {
+        "writer": name, "drive": drive, "calls": len(clean.calls), **counts, "problems": problems
+    }  # fmt: skip
+
+
+def lay_undo(folder: Path, files: Files) -> None:
+    """Lay files; an undo file knows the file that it is about by its inode number."""
+    lay(folder, files)
+    for name in files:
+        if name.endswith(".undo"):
+            import zlib
+
+            _, _, body = files[name].partition(b"\n")
+            record = json.loads(body)
+            for one in record["files"]:
+                one["inode"] = (folder / one["name"]).stat().st_ino
+            body = json.dumps(record).encode()
+            (folder / name).write_bytes(f"{zlib.crc32(body):08x}\n".encode() + body)
+
+
+def judged(
+    writer: Writer, old: Files, start: Files, good: Files, now: Files, ended: Outcome, fault: Fault
+) -> Iterator[str]:
+    """What is wrong after a run."""
+    killed, undo = ended.code == -signal.SIGKILL, f"{writer.changed}.undo"
+    if not killed and ended.code not in (0, 1):
+        yield f"exit code {ended.code}: {ended.said}"
+    if "Traceback" in ended.said:
+        yield f"a traceback: {ended.said}"
+    if ended.code == 1 and "error: " not in ended.said:
+        yield f"failed without a word: {ended.said}"
+    if ended.code == 0 and {name: now.get(name) for name in good} != good:
+        yield "did not fail, and did not do its work"
+    for name in {*start, *good} - {undo}:
+        if name == writer.changed and undo in now:
+            continue
+        if now.get(name) not in (start.get(name), good.get(name), old.get(name)):
+            yield f"{name} is neither the old file nor the new one"
+        if name in start and name not in now:
+            yield f"{name} is gone"
+    index = "m.safetensors.index.json"
+    if index in now and any(now.get(name) != good[name] for name in good):
+        yield "the index is there, and not all of its shards"
+    excused = killed or fault.what.startswith(LASTING) or ended.met in ("unlink", "scandir", "flock", "open", "fstat")
+    for name in set(now) - set(start) - set(good) - {undo}:
+        if not (excused and LEFT.fullmatch(Path(name).name)):
+            yield f"{name} is left behind"
+    if index not in now and not killed and not excused and any(map(re.compile("m-").match, now)):
+        yield "shards are left behind without their index"
+
+
+def main() -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("writers", nargs="*", metavar="WRITER", help=", ".join(WRITERS))
+    parser.add_argument("--all", action="store_true", help="every error at every call")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (2)")
+    args = parser.parse_args()
+
+    from convert_to_quant import cli
+    from convert_to_quant.report import picture
+
+    picture.png = lambda _: b"png" * 1000  # what is drawn is not what is written
+    memory = "/dev/shm"  # where there is one, a disk need not be waited for
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as place:
+        base = Path(place, "base")
+        base.mkdir()
+        make_inputs(base)
+        inputs = look(base)
+        lay(Path(place, "warm"), inputs)
+        os.chdir(Path(place, "warm"))
+        real, sys.stderr = sys.stderr, open(os.devnull, "w")  # noqa: SIM115, PTH123
+        for writer in WRITERS.values():  # once here, so that every child finds everything imported
+            cli.main(writer.words.split())
+        sys.stderr = real
+        gc.freeze()  # or collections in the children copy every page
+        tasks = list(itertools.product(args.writers or WRITERS, DRIVES))
+        children = []
+        for job in range(args.jobs):
+            child = os.fork()
+            if not child:
+                for name, drive in tasks[job :: args.jobs]:
+                    line = json.dumps(sweep(name, drive, inputs, Path(place, f"job-{job}"), args.all))
+                    os.write(1, f"{line}\n".encode())
+                os._exit(0)
+            children.append(child)
+        return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.exit(main())
