@@ -42,8 +42,8 @@ KILL, SHORT, LASTING = "kill", "short", "lasting "
 WRITES = {"write": 1, "pwrite": 1, "copy_file_range": 2}
 """Calls that may do less than they were asked for, and which argument says how much that is."""
 
-CALLS = ("open", *WRITES, "pread", "fsync", "link", "replace", "unlink", "mkdir", "fchmod", "fchown", "scandir",
-         "statvfs", "fstat", "close")  # fmt: skip
+CALLS = ("open", *WRITES, "pread", "preadv", "fsync", "link", "replace", "unlink", "mkdir", "fchmod", "fchown",
+         "scandir", "statvfs", "fstat", "close")  # fmt: skip
 LEFT = re.compile(r"\.convert_to_quant\.[0-9a-f]{16}\.tmp|m-\d{5}-of-\d{5}\.safetensors")
 """Names that a kill may leave until the next run: temporary files, and shards without their index."""
 
