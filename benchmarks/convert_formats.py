@@ -64,15 +64,13 @@ def floor(
     device: torch.device | None = None,
 ) -> None:
     """In place of `quantize_weight`: everything but the arithmetic."""
-    raw = checkpoint.raw(layer.weight.name)
     stored = {
         suffix: conversion.Spec(*spec).nbytes for suffix, spec in fmt.storage(layer.shape, options.block_size).items()
     }
     if device is None:
-        # numpy's array is read-only, which torch warns of
-        bits = checkpoint.bits(layer.weight.name).reshape(-1)
-        for span in conversion.spans(len(bits), 1 << 18):
-            torch.aminmax(torch.from_numpy(bits[span].copy()).view(torch.bfloat16))
+        raw = checkpoint.raw(layer.weight.name)
+        for span in conversion.spans(len(raw), 1 << 19):
+            torch.aminmax(torch.from_numpy(raw[span]).view(torch.bfloat16))
     else:
         weight = conversion._rows_on_device(checkpoint, layer, device)(slice(None)).view(torch.uint8).reshape(-1)
         torch.cuda.current_stream(device).synchronize() if device.type == "cuda" else None
@@ -81,7 +79,6 @@ def floor(
             part = slice(span.start, span.stop) if suffix == WEIGHT else slice(0, span.stop - span.start)
             data = raw[part] if device is None else conversion._to_host(weight[part]).numpy()
             sink(suffix, data, span.start)
-    checkpoint.release(layer.weight.name)
 
 
 def seconds_of(source: Path, output: Path, name: str, device: str, quantize: Any) -> float:

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from . import __version__, families, layout, names
 from .checkpoint import (
+    ALL_ROWS,
     Checkpoint,
     CheckpointWriter,
     Spec,
@@ -49,7 +50,7 @@ from .errors import OutputError, TensorError
 from .formats import DEFAULT, FORMATS
 from .formats.packing import round_up
 from .formats.record import CHUNK, TORCH_NAMES, Format, Packed, narrow_bfloat16, scale_grid, spans
-from .layers import ALL_ROWS, Layer, LayerTable, dequantize, determined, find_layers, input_scale, named, scales_per_row
+from .layers import Layer, LayerTable, dequantize, determined, find_layers, input_scale, named, scales_per_row
 from .layout import WORKERS, Sink
 from .lazy_torch import torch
 from .lora import Lora, LoraMatch, Survival, match_loras, merge_rows
@@ -73,7 +74,6 @@ STAGED_BYTES = 1 << 24
 MSE_SECONDS_PER_WEIGHT = 5e-6
 """What the exact search takes per weight where scales differ within a weight; measured on one core, 2026-11-22."""
 
-RELEASE_BYTES = 1 << 24
 KEPT_BYTES = 31 << 20
 """A block of this size that was freed tells glibc to keep smaller ones (mallopt(3), M_MMAP_THRESHOLD). Else the kernel
 maps and clears every temporary anew: seven times as many page faults for INT8 ConvRot, 2026-11-26."""
@@ -451,8 +451,6 @@ def _merge_kept(checkpoint: Checkpoint, layer: Layer, merged: LoraMatch, write: 
                 hint="is the LoRA's strength too large?",
             )
         write(layer.weight.name, rounded, band.start * row_bytes)
-        _release_behind(checkpoint, layer, band)
-    checkpoint.release(layer.weight.name)
 
 
 def surviving(checkpoint: Checkpoint, written: Checkpoint, plan: ConversionPlan) -> Survival:
@@ -474,9 +472,6 @@ def surviving(checkpoint: Checkpoint, written: Checkpoint, plan: ConversionPlan)
             weight_OI = dequantize(checkpoint, layer, band).reshape(-1, layer.in_features)
             merged_OI = merge_rows(plan.merged, layer.name, weight_OI, (band.start, band.stop))
             survival.add(weight_OI, merged_OI, dequantize(written, table.quantized[layer.name], band))
-            _release_behind(checkpoint, layer, band)
-        checkpoint.release(layer.weight.name)
-        written.release(table.quantized[layer.name].weight.name)
         return survival
 
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -495,13 +490,10 @@ class _Widened(Checkpoint):
         self.checkpoint, self.layer, self.merged = checkpoint, layer, merged
         self.start, self.ahead = 0, np.empty((0, layer.in_features), np.float32)
 
-    def bits(self, _name: str) -> Any:
-        """The weight [out, in], whose rows are made when they are asked for."""
-        return _Rows(self, np.dtype(np.float32))
-
-    def raw(self, _name: str) -> Any:
-        """Its bytes [out, 4 in], likewise."""
-        return _Rows(self, np.dtype(np.uint8))
+    def bits(self, _name: str, rows: slice = ALL_ROWS) -> NDArray[np.float32]:
+        """The weight, float32 [rows, in]."""
+        start, stop, _ = rows.indices(self.layer.out_features)
+        return self.band(start, stop)
 
     def band(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows from `start` to `stop`, or to the last, float32 [rows, in]."""
@@ -516,26 +508,6 @@ class _Widened(Checkpoint):
             self.ahead = np.concatenate([self.ahead[behind:], more])
             self.start += behind
         return np.array(self.ahead[start - self.start : stop - self.start])
-
-
-class _Rows:
-    """The weight of a layer as an array of float32, or of their bytes."""
-
-    def __init__(self, source: _Widened, dtype: np.dtype[Any]) -> None:
-        self.source, self.dtype = source, dtype
-        self.shape = source.layer.out_features, source.layer.in_features * (4 // dtype.itemsize)
-
-    def reshape(self, *_shape: int) -> _Rows:
-        """Itself: it has rows already."""
-        return self
-
-    def __getitem__(self, rows: Any) -> NDArray[Any]:
-        if isinstance(rows, slice):
-            start, stop, _ = rows.indices(self.shape[0])
-            return self.source.band(start, stop).view(self.dtype)
-        tile, inside = np.divmod(np.asarray(rows), Packed.ROWS)
-        bands = ((self.source.band(n * Packed.ROWS, (n + 1) * Packed.ROWS), inside[tile == n]) for n in np.unique(tile))
-        return np.concatenate([band[numbers] for band, numbers in bands]).view(self.dtype)
 
 
 def _widened(checkpoint: Checkpoint, layer: Layer, merged: LoraMatch) -> tuple[Checkpoint, Layer]:
@@ -578,7 +550,6 @@ def quantize_weight(
         scale = _quantize_by_table(checkpoint, layer, fmt, options, sink)
     else:
         scale = _quantize_by_bands(checkpoint, layer, fmt, options, sink)
-    checkpoint.release(layer.weight.name)
     if scale is not None:
         sink(names.WEIGHT_SCALE, scale, 0)
     return scale
@@ -597,31 +568,20 @@ def _quantize_by_table(
     checkpoint: Checkpoint, layer: Layer, fmt: Format, options: ConvertOptions, sink: Sink
 ) -> NDArray[np.float32]:
     """One scale for 16-bit weights: two passes over the file's bits, no arithmetic per weight."""
-    dtype = layer.weight.dtype
-    bits = checkpoint.bits(layer.weight.name).reshape(-1).view(np.uint16)
-    meanings = _meanings(dtype)
-    magnitudes = np.abs(meanings[: 1 << 15])
-
-    # Bits without the sign order magnitudes: finite, then infinity, then NaN. Read as signed they order the positive
-    # weights, read as unsigned the negative ones, so two maxima find the largest magnitude without a temporary.
-    largest = max(int(bits.view(np.int16).max()), int(bits.max()) & 0x7FFF, 0)
-    if not np.isfinite(magnitudes[largest]):
+    meanings = _meanings(layer.weight.dtype)
+    bands = list(spans(layer.out_features, max(1, CHUNK // layer.in_features)))
+    # Bits without the sign order magnitudes, so the largest is found without widening.
+    every = [_block_absmax(bits, layer.weight.dtype, layer.shape) for bits in _banded(checkpoint, layer, bands)]
+    largest = np.max(every).reshape(())
+    if not np.isfinite(largest):
         raise _not_finite(checkpoint, layer, fmt)
-    scale = fmt.weight_scales(magnitudes[largest])
+    scale = fmt.weight_scales(largest)
     if options.weight_scale == "mse":
-        bands = list(spans(layer.out_features, max(1, BAND_VALUES // layer.in_features)))
         scale = _least_squares_grid(checkpoint, layer, scale, fmt, block=layer.shape, bands=bands)
     with np.errstate(invalid="ignore", over="ignore"):
         table = fmt.codes.encode(meanings / scale)
-    released = 0
-    codes = np.empty(CHUNK, table.dtype)
-    for span in spans(len(bits)):
-        chunk = codes[: span.stop - span.start]
-        np.take(table, bits[span], out=chunk, mode="clip")
-        sink(names.WEIGHT, chunk, span.start)
-        if span.stop * 2 - released >= RELEASE_BYTES:
-            released = span.stop * 2
-            checkpoint.release(layer.weight.name)
+    for band, bits in zip(bands, _banded(checkpoint, layer, bands), strict=True):
+        sink(names.WEIGHT, np.take(table, bits.view(np.uint16), mode="clip"), band.start * layer.in_features)
     return scale.reshape(1, 1)
 
 
@@ -641,22 +601,21 @@ def _quantize_by_bands(
     block = fmt.block(layer.shape, options.block_size)
     blocked = replace(layer, block=block)
     scale = np.empty(scale_grid(layer.shape, block), np.float32)
-    bits, dtype = checkpoint.bits(layer.weight.name), layer.weight.dtype
+    weight, dtype = layer.weight.name, layer.weight.dtype
     scratch = np.empty((max(1, BAND_VALUES // layer.in_features), layer.in_features), np.float32)
     for bands in _bands(layer, block[0]):
         blocks = slice(bands[0].start // block[0], -(-bands[-1].stop // block[0]))
-        absmax = np.max([_block_absmax(bits[band], dtype, block) for band in bands], axis=0)
+        absmax = np.max([_block_absmax(bits, dtype, block) for bits in _banded(checkpoint, layer, bands)], axis=0)
         if not np.isfinite(absmax).all():
             raise _not_finite(checkpoint, layer, fmt)
         scale[blocks] = fmt.weight_scales(absmax)
         if options.weight_scale == "mse":
             scale[blocks] = _least_squares_grid(checkpoint, layer, scale[blocks], fmt, block=block, bands=bands)
         for band in bands:
-            weight_OI = to_float32(bits[band], dtype, scratch[: band.stop - band.start])
+            weight_OI = to_float32(checkpoint.bits(weight, band), dtype, scratch[: band.stop - band.start])
             np.divide(weight_OI, scales_per_row(scale, blocked, band), out=weight_OI)
             codes = fmt.codes.encode(weight_OI, fits=options.weight_scale == "absmax")
             sink(names.WEIGHT, codes, band.start * layer.in_features)
-            _release_behind(checkpoint, layer, band)
     return scale
 
 
@@ -670,13 +629,15 @@ def _quantize_with_torch(
     if isinstance(fmt, Packed) and fmt.TILED:
         rows = round_up(rows, fmt.ROWS)
     bands = list(spans(layer.out_features, rows))
-    bits = checkpoint.bits(layer.weight.name)
 
     def largest(band: slice) -> float:
-        absmax = _block_absmax(bits[band], layer.weight.dtype, layer.shape) if on_cpu else read(band).abs().amax()
-        if not math.isfinite(absmax.item()):
+        if on_cpu:
+            found = _block_absmax(checkpoint.bits(layer.weight.name, band), layer.weight.dtype, layer.shape).item()
+        else:
+            found = read(band).abs().amax().item()
+        if not math.isfinite(found):
             raise _not_finite(checkpoint, layer, fmt)
-        return absmax.item()
+        return found
 
     scale: NDArray[np.float32] | None = None
     if isinstance(fmt, Packed):
@@ -713,13 +674,14 @@ def _quantize_with_torch(
 
 def _rows_on_cpu(checkpoint: Checkpoint, layer: Layer) -> Callable[[Any], Tensor]:
     """Gives rows of a weight, by a slice or by their numbers, in the file's dtype."""
-    raw = checkpoint.raw(layer.weight.name).reshape(layer.out_features, -1)
+    weight = layer.weight.name
 
     def read(rows: Any) -> Tensor:
-        copied = torch.from_numpy(raw[rows].copy())
         if isinstance(rows, slice):
-            _release_behind(checkpoint, layer, rows)
-        return copied.view(getattr(torch, TORCH_NAMES[layer.weight.dtype]))
+            bits = checkpoint.bits(weight, rows)
+        else:
+            bits = np.concatenate([checkpoint.bits(weight, slice(row, row + 1)) for row in rows.tolist()])
+        return torch.from_numpy(bits.view(np.uint8)).view(getattr(torch, TORCH_NAMES[layer.weight.dtype]))
 
     return read
 
@@ -729,15 +691,14 @@ def _rows_on_device(checkpoint: Checkpoint, layer: Layer, device: torch.device) 
 
     A thread waits for each of its copies; other threads copy or compute meanwhile, each on a stream of its own.
     """
-    raw = checkpoint.raw(layer.weight.name).reshape(layer.out_features, -1)
-    weight = torch.empty(raw.shape, dtype=torch.uint8, device=device)
-    rows = min(layer.out_features, max(1, STAGED_BYTES // raw.shape[1]))
-    staged = torch.empty((rows, raw.shape[1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    row_bytes = layer.weight.nbytes // layer.out_features
+    weight = torch.empty((layer.out_features, row_bytes), dtype=torch.uint8, device=device)
+    rows = min(layer.out_features, max(1, STAGED_BYTES // row_bytes))
+    staged = torch.empty((rows, row_bytes), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for band in spans(layer.out_features, rows):
         part = staged[: band.stop - band.start]
-        np.copyto(part.numpy(), raw[band])
+        np.copyto(part.numpy(), checkpoint.bits(layer.weight.name, band).view(np.uint8))
         weight[band].copy_(part)
-        _release_behind(checkpoint, layer, band)
     return weight.view(getattr(torch, TORCH_NAMES[layer.weight.dtype])).__getitem__
 
 
@@ -769,18 +730,7 @@ def _bands(layer: Layer, block_out: int) -> Iterator[list[slice]]:
 
 def _banded(checkpoint: Checkpoint, layer: Layer, bands: Sequence[slice]) -> Iterator[NDArray[Any]]:
     """The rows [rows, in] of each band, as `Checkpoint.bits` gives them."""
-    bits = checkpoint.bits(layer.weight.name)
-    for band in bands:
-        yield bits[band]
-        _release_behind(checkpoint, layer, band)
-
-
-def _release_behind(checkpoint: Checkpoint, layer: Layer, band: slice) -> None:
-    """Give back the memory of a weight that was read, every `RELEASE_BYTES`."""
-    start, stop, _ = band.indices(layer.out_features)
-    row_bytes = layer.weight.nbytes // layer.out_features
-    if start * row_bytes // RELEASE_BYTES < stop * row_bytes // RELEASE_BYTES:
-        checkpoint.release(layer.weight.name)
+    return (checkpoint.bits(layer.weight.name, band) for band in bands)
 
 
 def _block_absmax(bits: NDArray[Any], dtype: str, block: tuple[int, int]) -> NDArray[np.float32]:

@@ -473,11 +473,10 @@ class _Survey:
 
     def sample(self, weight: TensorInfo) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Some bytes of a weight, spread over it."""
-        content = self.checkpoint.raw(weight.name).reshape(-1).view(np.uint8)
-        if len(content) <= _SAMPLE_RUNS * _SAMPLE_BYTES:
-            return np.array(content)
-        starts = np.linspace(0, len(content) - _SAMPLE_BYTES, _SAMPLE_RUNS, dtype=np.int64)
-        return np.concatenate([content[start : start + _SAMPLE_BYTES] for start in starts])
+        if weight.nbytes <= _SAMPLE_RUNS * _SAMPLE_BYTES:
+            return self.checkpoint.raw(weight.name)
+        starts = np.linspace(0, weight.nbytes - _SAMPLE_BYTES, _SAMPLE_RUNS, dtype=np.int64)
+        return np.concatenate([self.checkpoint.raw(weight.name, at, at + _SAMPLE_BYTES) for at in starts.tolist()])
 
     def quantized(self, layer: Layer) -> LayerView:
         """A layer in codes, and its problems."""

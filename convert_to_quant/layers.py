@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 from . import families, formats, names
-from .checkpoint import Checkpoint, TensorInfo, to_float32
+from .checkpoint import ALL_ROWS, Checkpoint, TensorInfo, to_float32
 from .errors import CheckpointError, TensorError
 from .formats import FLOAT_GRIDS
 from .formats.packing import round_up
@@ -583,9 +583,6 @@ def scales_per_row(scale: NDArray[np.float32], layer: Layer, rows: slice) -> NDA
     return per_row
 
 
-ALL_ROWS = slice(None)
-
-
 def dequantize(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> NDArray[np.float32]:
     """Real weights of a layer: code values × scale, or the stored values where it is not quantized.
 
@@ -605,7 +602,7 @@ def dequantize(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> 
         tiles = whole_tiles(layer, start, stop)
         weight = dense(layer, read_parts(checkpoint, layer, tiles))
         return np.array(weight[start - tiles.start : stop - tiles.start].numpy())
-    bits = checkpoint.bits(layer.weight.name)[rows]
+    bits = checkpoint.bits(layer.weight.name, rows)
     weight_OI = to_float32(bits, layer.weight.dtype) if layer.format is None else layer.format.codes.decode(bits)
     if layer.weight_scale is not None and weight_OI.size:
         with np.errstate(over="ignore"):  # whoever runs or measures the weight says that it is not finite
@@ -632,14 +629,14 @@ def read_parts(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> 
     start, stop, _ = rows.indices(layer.out_features)
     parts = {}
     for suffix, info in layer.parts.items():
-        raw, shape = checkpoint.raw(info.name), info.shape
+        span, shape = (0, info.nbytes), info.shape
         if suffix not in names.WHOLE_WEIGHT and (start, stop) != (0, layer.out_features) and math.prod(shape) > 1:
             # Tiles fill up to whole ones.
             last = stop if shape[0] == layer.out_features else min(round_up(stop, Packed.ROWS), shape[0])
             row_bytes = info.nbytes // shape[0]
-            raw, shape = raw[start * row_bytes : last * row_bytes], (last - start, *shape[1:])
+            span, shape = (start * row_bytes, last * row_bytes), (last - start, *shape[1:])
         dtype = getattr(torch, TORCH_NAMES[info.dtype])
-        parts[suffix] = torch.from_numpy(np.array(raw)).view(dtype).reshape(shape)
+        parts[suffix] = torch.from_numpy(checkpoint.raw(info.name, *span)).view(dtype).reshape(shape)
     return parts
 
 

@@ -211,3 +211,4 @@ def write(
             progress(sum(layout.specs[name].nbytes for name in layout.copied))
         if before_commit is not None:
             before_commit(writer)
+        checkpoint.refuse_changed()

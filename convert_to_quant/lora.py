@@ -19,7 +19,7 @@ unmatched, ambiguous, unsupported (LoHa, LoKr, DoRA, full differences, ...) or t
 Merging. `merge_rows` adds adapters to a layer's rows before these are quantized. A quantizer's steps may be larger than
 what an adapter adds: `Survival` measures how much of it is left.
 
-Limits. numpy on the CPU, products in float32. Factors stay in the mapped file and are widened when they are used, so a
+Limits. numpy on the CPU, products in float32. Factors stay in the file and are widened when they are used, so a
 match costs no memory. Factors of text encoders are never read. rsLoRA's alpha / sqrt(r) leaves no trace in a file's
 tensors and is read as alpha / r, as ComfyUI does.
 """
@@ -167,8 +167,7 @@ class Delta:
 
     def _read(self, tensor: str, rows: slice = slice(None)) -> Float32:
         checkpoint = self.lora.checkpoint
-        values = to_float32(checkpoint.bits(tensor)[rows], checkpoint.tensors[tensor].dtype)
-        checkpoint.release(tensor)
+        values = to_float32(checkpoint.bits(tensor, rows), checkpoint.tensors[tensor].dtype)
         return values.reshape(len(values), -1)
 
 
@@ -466,7 +465,6 @@ def _adapter(checkpoint: Checkpoint, name: str, roles: Mapping[str, list[str]]) 
         if len(info.shape) < 2:
             raise refusal(f"a factor should have 2 dimensions, found shape {list(info.shape)}", tensor=tensor)
         finite = bool(np.isfinite(checkpoint.float32(tensor)).all())
-        checkpoint.release(tensor)
         if not finite:
             raise refusal("holds NaN or infinite values", tensor=tensor, hint="the file is damaged")
     rank, up_rank = checkpoint.tensors[down].shape[0], checkpoint.tensors[up].shape[1]

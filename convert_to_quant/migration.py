@@ -55,7 +55,6 @@ def _dequantizing(checkpoint: Checkpoint, layer: Layer) -> Job:
         for band in spans(layer.out_features, rows):
             sink(layer.weight.name, narrow_bfloat16(dequantize(checkpoint, layer, band)),
                  band.start * layer.in_features * 2)  # fmt: skip
-            checkpoint.release(layer.weight.name)
 
     return layer.weight.nbytes, work
 

@@ -195,6 +195,7 @@ def rewrite(patch: Patch, output: Path) -> None:
         writer.copy(checkpoint, copied)
         for name, (_, data, _) in patch.tensors.items():
             writer.write(name, data)
+        checkpoint.refuse_changed()
 
 
 def in_place_edits(patch: Patch) -> list[Edit]:
@@ -216,7 +217,7 @@ def in_place_edits(patch: Patch) -> list[Edit]:
             problem = f"in place is not possible: it is {there} and must become {wanted}"
             raise refusal(problem, path=checkpoint.path, tensor=name)
         file = checkpoint.file_of(name)
-        old = file.raw(info).tobytes()
+        old = checkpoint.raw(name).tobytes()
         if old != data:
             edits.append(Edit(checkpoint.files.index(file), file.header.data_start + info.start, data, old))
     for number, file in enumerate(checkpoint.files):
@@ -235,7 +236,7 @@ def in_place_edits(patch: Patch) -> list[Edit]:
         if len(text) > room:
             problem = f"in place is not possible: the header has {room} bytes and needs {len(text)}"
             raise refusal(problem, path=file.path)
-        old = file.mapped()[LENGTH_BYTES : file.header.data_start]
+        old = file.read(LENGTH_BYTES, room).tobytes()
         edits.append(Edit(number, LENGTH_BYTES, text.ljust(room), old))
     return edits
 

@@ -416,7 +416,7 @@ def _load_column(checkpoint: Checkpoint, name: str, dtype: type[np.generic], sha
     info = checkpoint.tensors.get(name)
     if info is None:
         raise StatisticsError("the column is missing", path=checkpoint.path, tensor=name)
-    array: NDArray[Any] = checkpoint.bits(name).copy()
+    array: NDArray[Any] = checkpoint.bits(name)
     if array.dtype != dtype or array.shape != shape:
         problem = f"{np.dtype(dtype)} {list(shape)} expected, found {info.dtype} {list(info.shape)}"
         raise StatisticsError(problem, path=checkpoint.path, tensor=name)

@@ -107,6 +107,6 @@ class Trials:
             for info, dtype in zip(infos, dtypes, strict=True):
                 if info is None or (info.dtype, info.shape) != (dtype, shape):
                     raise damaged(f"not {dtype} {list(shape)}")
-            error, damage = (np.array(checkpoint.bits(name), np.float64) for name in COLUMNS[:2])
-            count = np.array(checkpoint.bits(COLUMNS[2]), np.int64)
+            error, damage = (checkpoint.bits(name).astype(np.float64) for name in COLUMNS[:2])
+            count = checkpoint.bits(COLUMNS[2]).astype(np.int64)
         return Trials(layers, formats, moments, error, damage, count)

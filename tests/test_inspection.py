@@ -808,12 +808,12 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content):
         inspect_file(path)
 
 
-def test_a_file_that_cannot_be_mapped_is_refused(look, monkeypatch):
-    def refuse(file):
-        raise CheckpointError("cannot be mapped", path=file.path)
+def test_a_file_that_cannot_be_read_is_refused(look, monkeypatch):
+    def refuse(file, *_):
+        raise CheckpointError("cannot be read", path=file.path)
 
-    monkeypatch.setattr(CheckpointFile, "mapped", refuse)
-    with pytest.raises(CheckpointError, match="cannot be mapped"):
+    monkeypatch.setattr(CheckpointFile, "read", refuse)
+    with pytest.raises(CheckpointError, match="cannot be read"):
         look()
 
 

@@ -1,7 +1,7 @@
 """Reading and writing safetensors checkpoints, lazily and whole."""
 
 from .header import Header, TensorInfo, serialize_header
-from .reader import INDEX_SUFFIX, Checkpoint, open_checkpoint, to_float32
+from .reader import ALL_ROWS, INDEX_SUFFIX, Checkpoint, open_checkpoint, to_float32
 from .writer import (
     CheckpointWriter,
     Entry,
@@ -16,6 +16,7 @@ from .writer import (
 )
 
 __all__ = [
+    "ALL_ROWS",
     "INDEX_SUFFIX",
     "Checkpoint",
     "CheckpointWriter",

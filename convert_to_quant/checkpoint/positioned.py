@@ -15,6 +15,9 @@ from typing import Any
 OPEN_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 """What every open needs: bytes as they are, and no inheritance."""
 
+MOST_BYTES = 1 << 30
+"""Of one call; Linux takes 2 GiB at most, macOS fails beyond."""
+
 _POSITION = threading.Lock()
 _NO_FSYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
@@ -26,6 +29,23 @@ def pread(fd: int, count: int, offset: int) -> bytes:
     with _POSITION:
         os.lseek(fd, offset, os.SEEK_SET)
         return os.read(fd, count)
+
+
+def read_at(fd: int, buffer: Any, offset: int) -> int:
+    """Fill a writable, C-contiguous buffer of bytes from a position, and return how many there were before the end."""
+    view = memoryview(buffer)
+    done = 0
+    while done < len(view):
+        if hasattr(os, "preadv"):
+            count = os.preadv(fd, [view[done : done + MOST_BYTES]], offset + done)
+        else:
+            content = pread(fd, min(len(view) - done, MOST_BYTES), offset + done)
+            count = len(content)
+            view[done : done + count] = content
+        if not count:
+            break
+        done += count
+    return done
 
 
 def pwrite(fd: int, data: Any, offset: int) -> int:

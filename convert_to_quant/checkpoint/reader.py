@@ -1,15 +1,16 @@
 """Checkpoints, opened lazily: one safetensors file, or the shards that an index names.
 
-Opening reads headers only. A tensor's bytes are mapped, not read: `bits` gives a view of the page cache, `release`
-gives the pages back, so a walk over a file of any size needs the memory of its largest tensor.
+Opening reads headers only, and keeps the files open: what bears their names later does not matter. Bytes are read when
+they are asked for, a few rows of a tensor at a time, so a walk over a file of any size needs little memory. Nothing is
+mapped: some file systems cannot, and a mapped file that shrinks, or whose disk fails, ends the process without a word.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import stat
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,8 @@ from ..errors import CheckpointError, HeaderError, PickleError, StrPath, TensorE
 from ..formats import FLOAT_GRIDS
 from ..formats.record import widen_bfloat16
 from ..untrusted import MAX_BYTES, parse_json
-from .header import LENGTH_BYTES, Header, TensorInfo, header_length, parse_header
-from .positioned import OPEN_FLAGS
+from .header import LENGTH_BYTES, TensorInfo, header_length, parse_header
+from .positioned import read_at
 from .undo import refuse_unrecovered
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -39,6 +40,8 @@ BIT_DTYPES: dict[str, Any] = {
     "C64": np.complex64, "BF16": np.uint16, "F8_E8M0": np.uint8, **dict.fromkeys(FLOAT_GRIDS, np.uint8),
 }  # fmt: skip
 """How a tensor's bytes appear in numpy. bfloat16 and FP8, which numpy lacks, appear as their bit patterns."""
+
+ALL_ROWS = slice(None)
 
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64", *FLOAT_GRIDS})
 
@@ -101,99 +104,71 @@ def _opening(where: Path, path: Path) -> Iterator[BinaryIO]:
         raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from None
 
 
-def read_header(path: Path, place: Path | None = None) -> tuple[Header, Identity, int]:
-    """Read and check the header of one safetensors file.
+class CheckpointFile:
+    """One open safetensors file: its checked header, and its bytes.
 
     Args:
-        path: the file, for messages.
+        path: the file, for messages too.
         place: where its bytes are, if not under its name: a file that is still being written has none.
 
-    Returns:
-        The header, which file it was read from, and the CRC-32 of its JSON.
+    Attributes:
+        place: as given, or `path`.
+        header: checked.
+        identity: which file it is.
+        header_crc: CRC-32 of the header's JSON.
+        fd: the open file.
 
     Raises:
         CheckpointError: it cannot be read, is a pickle or no file, or its header is wrong.
     """
-    with _opening(place or path, path) as file:
-        identity = Identity.of(file.fileno())
-        beginning, brace = file.read(LENGTH_BYTES), file.read(1)
-        pickled = beginning.startswith(PICKLE_BEGINNINGS) and brace != b"{"
-        if pickled or path.suffix.lower() in PICKLE_SUFFIXES:
-            problem = "a pickled checkpoint; opening one runs the code in it, so it was not opened"
-            raise PickleError(problem, path=path, hint="convert it to safetensors in a sandbox first")
-        length = header_length(beginning, identity.nbytes, path)
-        text = (brace + file.read(length))[:length]
-        return parse_header(text, identity.nbytes, path), identity, zlib.crc32(text)
-
-
-class CheckpointFile:
-    """One open safetensors file: its checked header and its mapped bytes.
-
-    Args:
-        path: the file, for messages too.
-        place: where its bytes are, if not under its name.
-
-    Attributes:
-        header: checked.
-        identity: which file the header was read from.
-        header_crc: CRC-32 of the header's JSON.
-    """
 
     def __init__(self, path: Path, place: Path | None = None) -> None:
-        self.path = path
-        self.place = place or path
-        self.header, self.identity, self.header_crc = read_header(path, place)
-        self._map: mmap.mmap | None = None
+        self.path, self.place = path, place or path
+        with _opening(self.place, path) as file:
+            self.identity = Identity.of(file.fileno())
+            beginning, brace = file.read(LENGTH_BYTES), file.read(1)
+            pickled = beginning.startswith(PICKLE_BEGINNINGS) and brace != b"{"
+            if pickled or path.suffix.lower() in PICKLE_SUFFIXES:
+                problem = "a pickled checkpoint; opening one runs the code in it, so it was not opened"
+                raise PickleError(problem, path=path, hint="convert it to safetensors in a sandbox first")
+            length = header_length(beginning, self.identity.nbytes, path)
+            text = (brace + file.read(length))[:length]
+            self.header, self.header_crc = parse_header(text, self.identity.nbytes, path), zlib.crc32(text)
+            self.fd = os.dup(file.fileno())
+        self._close = weakref.finalize(self, os.close, self.fd)
 
-    def open(self) -> int:
-        """Open the file whose header was read once more, for reading; the caller closes it.
+    def read(self, start: int, nbytes: int) -> NDArray[np.uint8]:
+        """Bytes of the file, from a byte position; safe from several threads.
 
         Raises:
-            CheckpointError: it cannot be opened, or its name stands for another file by now.
+            CheckpointError: the disk fails, or the file has become shorter.
         """
+        content = np.empty(nbytes, np.uint8)
         try:
-            fd = os.open(self.place, os.O_RDONLY | OPEN_FLAGS)
+            found = read_at(self.fd, content, start)
         except OSError as error:
-            raise CheckpointError(f"can no longer be read: {error.strerror}", path=self.path) from None
-        if Identity.of(fd)[:3] != self.identity[:3]:
-            os.close(fd)
-            problem = "it was replaced or changed while it was read"
-            raise CheckpointError(problem, path=self.path, hint="run the command again")
-        return fd
+            raise CheckpointError(f"cannot be read: {error.strerror}", path=self.path) from None
+        if found < nbytes:
+            raise self._changed("it became shorter while it was read")
+        return content
 
-    def mapped(self) -> mmap.mmap:
-        """The whole file, mapped read-only on first use."""
-        if self._map is None:
-            fd = self.open()
-            try:
-                self._map = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
-            except OSError as error:
-                raise CheckpointError(f"cannot be mapped: {error.strerror}", path=self.path) from None
-            finally:
-                os.close(fd)
-        return self._map
+    def refuse_changed(self) -> None:
+        """Refuse, after the work, a file that was written to since it was opened.
 
-    def raw(self, info: TensorInfo) -> NDArray[np.uint8]:
-        """A tensor's bytes, uint8 [nbytes], a read-only view of the file."""
-        if info.nbytes == 0:
-            return np.empty(0, np.uint8)
-        return np.frombuffer(self.mapped(), np.uint8, info.nbytes, self.header.data_start + info.start)
+        Raises:
+            CheckpointError: it was.
+        """
+        if Identity.of(self.fd) != self.identity:
+            raise self._changed("it was changed while it was read")
 
-    def release(self, start: int, stop: int) -> None:
-        """Give back the memory of the mapped pages that lie in these bytes of the data block; views stay valid."""
-        if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        first = (self.header.data_start + start) // mmap.PAGESIZE * mmap.PAGESIZE
-        length = self.header.data_start + stop - first
-        if length > 0:
-            self._map.madvise(mmap.MADV_DONTNEED, first, length)
+    def _changed(self, problem: str) -> CheckpointError:
+        hint = "run the command again when nothing writes to it"
+        return CheckpointError(problem, path=self.path, hint=hint)
 
     def close(self) -> None:
-        """Unmap the file. Views that are still held keep it mapped until they go."""
-        if self._map is not None:
-            with contextlib.suppress(BufferError):  # a caller holds a view; the mapping goes with the last of them
-                self._map.close()
-            self._map = None
+        """Close the file. Harmless when repeated."""
+        self._close()
+        self.fd = -1
 
 
 class Checkpoint:
@@ -234,8 +209,13 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
+    def refuse_changed(self) -> None:
+        """Refuse, after the work, files that were written to since they were opened; see `CheckpointFile`."""
+        for file in self.files:
+            file.refuse_changed()
+
     def close(self) -> None:
-        """Unmap every file."""
+        """Close every file."""
         for file in self.files:
             file.close()
 
@@ -243,20 +223,24 @@ class Checkpoint:
         """The file that holds a tensor."""
         return self._file_of[name]
 
-    def raw(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's bytes.
+    def raw(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """A tensor's bytes, or those from `start` to `stop`.
 
         Returns:
-            uint8 [nbytes], a read-only view of the file.
+            Fresh uint8 [bytes].
         """
-        return self._file_of[name].raw(self.tensors[name])
+        info, file = self.tensors[name], self._file_of[name]
+        return file.read(file.header.data_start + info.start + start, (info.nbytes if stop is None else stop) - start)
 
-    def bits(self, name: str) -> NDArray[Any]:
+    def bits(self, name: str, rows: slice = ALL_ROWS) -> NDArray[Any]:
         """A tensor in the numpy dtype of `BIT_DTYPES`: bfloat16 as uint16 patterns, FP8 as uint8 codes.
 
+        Args:
+            name: the tensor.
+            rows: contiguous ones of its first dimension; all by default.
+
         Returns:
-            An array of the tensor's shape, a read-only view of the file where its place in the file is aligned, else
-            a copy.
+            A fresh array of the tensor's shape, with so many rows.
 
         Raises:
             TensorError: numpy has no dtype for it (the 4- and 6-bit floats).
@@ -264,11 +248,11 @@ class Checkpoint:
         info = self.tensors[name]
         if info.dtype not in BIT_DTYPES:
             raise TensorError(f"{info.dtype} tensors are not supported", path=self.file_of(name).path, tensor=name)
-        dtype = np.dtype(BIT_DTYPES[info.dtype])
-        raw = self.raw(name)
-        if raw.ctypes.data % dtype.alignment:
-            raw = raw.copy()
-        array: NDArray[Any] = raw.view(dtype).reshape(info.shape)
+        count = info.shape[0] if info.shape else 1
+        start, stop, _ = rows.indices(count)
+        row_bytes = info.nbytes // max(count, 1)
+        raw = self.raw(name, start * row_bytes, stop * row_bytes)
+        array: NDArray[Any] = raw.view(BIT_DTYPES[info.dtype]).reshape(info.shape and (stop - start, *info.shape[1:]))
         return array
 
     def float32(self, name: str) -> NDArray[np.float32]:
@@ -285,11 +269,6 @@ class Checkpoint:
     def path_of(self, name: str) -> Path:
         """The path of the file that holds a tensor, for messages."""
         return self._file_of[name].path
-
-    def release(self, name: str) -> None:
-        """Give back the memory that reading a tensor's pages took."""
-        info = self.tensors[name]
-        self._file_of[name].release(info.start, info.stop)
 
 
 def to_float32(bits: NDArray[Any], dtype: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from ..errors import OutputError, StrPath
 from .header import DTYPE_BITS, TensorInfo, serialize_header, tensor_nbytes
-from .positioned import OPEN_FLAGS, close, lock, pread, pwrite, sync, sync_folder, write_at
+from .positioned import OPEN_FLAGS, close, lock, sync, sync_folder, write_at
 from .reader import BIT_DTYPES, INDEX_SUFFIX, Checkpoint, CheckpointFile, special_kind
 
 UNNAMED = Path("/proc/self/fd")
@@ -44,7 +44,9 @@ UNNAMED = Path("/proc/self/fd")
 COPY_BYTES = 1 << 30
 """Most bytes asked of one copy_file_range call (Linux caps it near 2 GiB)."""
 
-_KERNEL_COPY_REFUSALS = frozenset({errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
+READ_BYTES = 1 << 24
+"""What is read at a time where the kernel does not copy."""
+
 _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})
 _MISSING = frozenset({errno.ENOSYS, errno.EOPNOTSUPP})
 _TEMPORARY = re.compile(r"\.convert_to_quant\.[0-9a-f]{16}\.tmp")
@@ -273,17 +275,19 @@ class PendingFile:
         with _writing(self.path):
             write_at(self.fd, buffer, offset)
 
-    def copy(self, source_fd: int, source_offset: int, offset: int, count: int) -> None:
+    def copy(self, source: CheckpointFile, source_offset: int, offset: int, count: int) -> None:
         """Copy bytes from another open file, inside the kernel where it can.
 
         Raises:
-            OutputError: the disk is full, the source ended early, or another system error.
+            CheckpointError: the source cannot be read, or ended early.
+            OutputError: the disk is full, or another system error.
         """
         while count:
-            with _writing(self.path):
-                copied = _copy_once(source_fd, self.fd, min(count, COPY_BYTES), source_offset, offset)
-            if copied == 0:
-                raise OutputError("cannot be written: the input was truncated while it was copied", path=self.path)
+            copied = _copy_once(source.fd, self.fd, min(count, COPY_BYTES), source_offset, offset)
+            if copied == 0:  # the kernel could not, or the source ended; which side is at fault shows here
+                data = source.read(source_offset, min(count, READ_BYTES))
+                self.write(offset, data)
+                copied = len(data)
             source_offset, offset, count = source_offset + copied, offset + copied, count - copied
 
     def sync(self) -> None:
@@ -361,14 +365,10 @@ def _name_unnamed(fd: int, path: Path) -> None:
 
 
 def _copy_once(source_fd: int, target_fd: int, count: int, source_offset: int, offset: int) -> int:
-    """Copy up to `count` bytes and return how many it was."""
-    if hasattr(os, "copy_file_range"):
-        try:
-            return os.copy_file_range(source_fd, target_fd, count, source_offset, offset)
-        except OSError as error:
-            if error.errno not in _KERNEL_COPY_REFUSALS:
-                raise
-    return pwrite(target_fd, pread(source_fd, min(count, 1 << 24), source_offset), offset)
+    """Let the kernel copy up to `count` bytes, and return how many it was; 0 where it could not."""
+    with contextlib.suppress(AttributeError, OSError):  # no such call; or whatever reading or writing says again
+        return os.copy_file_range(source_fd, target_fd, count, source_offset, offset)
+    return 0
 
 
 def write_bytes(path: Path, content: bytes, *, stream: bool = False, like: os.stat_result | None = None) -> None:
@@ -559,12 +559,8 @@ class CheckpointWriter:
             runs.append((start, file.data_start + info.start, info.nbytes))
             self._count(file, name, info.nbytes)
         for (source_file, file_number), runs in by_file.items():
-            source_fd = source_file.open()
-            try:
-                for start, offset, nbytes in _joined(runs):
-                    self._files[file_number].pending.copy(source_fd, start, offset, nbytes)
-            finally:
-                close(source_fd)
+            for start, offset, nbytes in _joined(runs):
+                self._files[file_number].pending.copy(source_file, start, offset, nbytes)
 
     def reopen(self, path: Path) -> Checkpoint:
         """The output as a checkpoint, when all its tensors have been written but before it is committed.

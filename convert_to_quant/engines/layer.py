@@ -75,7 +75,6 @@ def column_squares(checkpoint: Checkpoint, layer: Layer) -> NDArray[np.float64]:
     Raises:
         TensorError: the weight has NaN or infinite values.
     """
-    bits = checkpoint.bits(layer.weight.name)
     grid = None if layer.format is None else layer.format.grid
     scale = None if grid is None or layer.weight_scale is None else checkpoint.float32(layer.weight_scale)
     # einsum, not @: BLAS would start threads of its own under each of ours, which costs three times the time.
@@ -88,11 +87,10 @@ def column_squares(checkpoint: Checkpoint, layer: Layer) -> NDArray[np.float64]:
             weight_OI = dequantize(checkpoint, layer, rows)
             total += np.einsum("oi,oi->i", weight_OI, weight_OI)
             continue
-        squares_OI = np.take(squares_of_codes, bits[rows].view(np.uint8), mode="clip")
+        squares_OI = np.take(squares_of_codes, checkpoint.bits(layer.weight.name, rows).view(np.uint8), mode="clip")
         spread = np.square(scales_per_row(scale, layer, rows) / np.float32(largest))
         total += np.einsum("oi,oi->i", np.broadcast_to(spread, squares_OI.shape), squares_OI)
     total *= largest * largest
-    checkpoint.release(layer.weight.name)
     if not np.isfinite(total).all():
         name = layer.weight.name
         raise TensorError("the weight has NaN or infinite values", path=checkpoint.path_of(name), tensor=name)

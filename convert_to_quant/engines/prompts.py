@@ -62,7 +62,7 @@ class Prompts:
         """
         with open_checkpoint(path) as file:
             tensors = {
-                name: torch.from_numpy(file.float32(name) if _is_float(info.dtype) else file.bits(name).copy())
+                name: torch.from_numpy(file.float32(name) if _is_float(info.dtype) else file.bits(name))
                 for name, info in file.tensors.items()
             }
         return Prompts(tensors, source=path)

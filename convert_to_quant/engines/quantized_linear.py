@@ -145,7 +145,6 @@ class StoredWeight:
         layer, rows = self.pieces[index]
         if self.device.type == "cpu":
             weight_OI = torch.from_numpy(dequantize(self.checkpoint, layer, rows))
-            self.checkpoint.release(layer.weight.name)
         else:
             weight_OI = self.on_device(index)
         if self.adapters is not None and layer.name in self.adapters.matched:
@@ -188,12 +187,9 @@ class StoredWeight:
     def _upload(self, layer: Layer, rows: slice) -> Parts:
         if isinstance(layer.format, Packed):
             read = read_parts(self.checkpoint, layer, whole_tiles(layer, rows.start, rows.stop))
-            parts = {key: part.to(self.device) for key, part in read.items()}
-            self.checkpoint.release(layer.weight.name)
-            return parts
-        codes = torch.from_numpy(np.array(self.checkpoint.bits(layer.weight.name)[rows]))
+            return {key: part.to(self.device) for key, part in read.items()}
+        codes = torch.from_numpy(self.checkpoint.bits(layer.weight.name, rows))
         parts = {names.WEIGHT: codes.view(getattr(torch, TORCH_NAMES[layer.weight.dtype])).to(self.device)}
-        self.checkpoint.release(layer.weight.name)
         if layer.weight_scale is not None:
             scales = self.checkpoint.float32(layer.weight_scale)
             grid = scales.reshape(scale_grid(layer.shape, layer.block))

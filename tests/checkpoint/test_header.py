@@ -23,7 +23,7 @@ from convert_to_quant.checkpoint.header import (
     parse_header,
     serialize_header,
 )
-from convert_to_quant.checkpoint.reader import read_header
+from convert_to_quant.checkpoint.reader import CheckpointFile
 from convert_to_quant.errors import Error, HeaderError
 
 PATH = Path("model.safetensors")
@@ -147,7 +147,7 @@ def test_a_corrupt_file_is_refused_by_its_own_message(content, message, tmp_path
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(HeaderError) as from_file:
-        read_header(path)
+        CheckpointFile(path)
     assert message.removeprefix("model.safetensors: ") in str(from_file.value)
 
 
