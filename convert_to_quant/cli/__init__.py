@@ -19,6 +19,7 @@ import contextlib
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -43,6 +44,19 @@ READERS = frozenset({"inspect", "check", "completion"})
 
 STREAM_ENDS = frozenset({errno.EPIPE, errno.ENOSPC, errno.EIO})
 """Why a stream takes no more: its reader went away, or the disk behind it is full or failed."""
+
+NO_MEMORY = re.compile(
+    r"out of memory|allocate memory|not enough memory|bad_?alloc|failed to map segment|can't start new thread"
+    r"|error return without exception set",  # Python's own word, where its import runs out of memory
+    re.I,
+)
+"""What libraries say where the system gives them no memory, or no thread, and raise no MemoryError."""
+
+WANTED = re.compile(r"(?:allocate|allocating) ([\d.,]+ ?\w*)")
+"""How much they wanted at once."""
+
+BALLAST_BYTES = 1 << 22
+"""Room to say that there is none."""
 
 FILE_SUFFIXES = (".safetensors", ".sft", ".json", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 """What shows that a word was meant as a file."""
@@ -163,6 +177,7 @@ def guarded(run: Callable[[], int], *, last: bool = False) -> int:
         run: gives the exit code.
         last: whether it is all that the process does.
     """
+    ballast = bytearray(BALLAST_BYTES)
     try:
         with interruptible(last=last):
             code = run()
@@ -175,7 +190,13 @@ def guarded(run: Callable[[], int], *, last: bool = False) -> int:
         with contextlib.suppress(BrokenPipeError):  # whoever ended us may be gone
             print("interrupted: an output is written whole or not at all", file=sys.stderr)
         return stop.exit_code if isinstance(stop, Interrupted) else exit_code(signal.SIGINT)
-    except OSError as failure:
+    except Exception as failure:
+        if lacks_memory(failure):
+            del ballast
+            output.error(f"out of memory{_wanted(failure)} (close other programs, or ask for fewer or smaller samples)")
+            return 1
+        if not isinstance(failure, OSError):
+            raise
         where = "" if failure.filename is None else f"{failure.filename}: "
         what = "the output cannot be written" if failure.errno in STREAM_ENDS else "the system refused"
         if failure.errno != errno.EPIPE:  # whose reader has seen enough
@@ -183,3 +204,23 @@ def guarded(run: Callable[[], int], *, last: bool = False) -> int:
         with contextlib.suppress(OSError):  # keep Python from complaining when it flushes at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def lacks_memory(failure: BaseException) -> bool:
+    """Whether an error, or what it was raised from, is that the system or a GPU had no more memory.
+
+    >>> lacks_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."))
+    True
+    >>> lacks_memory(RuntimeError("shapes cannot be multiplied"))
+    False
+    """
+    if isinstance(failure, MemoryError) or getattr(failure, "errno", None) == errno.ENOMEM:
+        return True
+    before = failure.__cause__ or failure.__context__
+    return bool(NO_MEMORY.search(str(failure))) or (before is not None and lacks_memory(before))
+
+
+def _wanted(failure: BaseException) -> str:
+    """How much was asked for at once, where the error says it: ": 31.0 MiB more could not be had"."""
+    found = WANTED.search(str(failure))
+    return f": {found[1]} more could not be had" if found else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import subprocess
@@ -146,6 +147,34 @@ def test_errors_become_one_line_and_their_exit_code(capsys: pytest.CaptureFixtur
 def test_a_bug_shows_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 // 0)
+
+
+LACK = {
+    "Python": (MemoryError(), ""),
+    "numpy": (MemoryError("Unable to allocate 31.0 MiB for an array"), ": 31.0 MiB more could not be had"),
+    "torch": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\nframe #1"), ""),
+    "CUDA": (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB."), ": 20.00 MiB more could not be had"),
+    "threads": (RuntimeError("can't start new thread"), ""),
+    "the system": (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), ""),
+    "a library": (ImportError("libx.so: failed to map segment from shared object"), ""),
+}
+
+
+@pytest.mark.parametrize(("failure", "wanted"), LACK.values(), ids=LACK)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_too_little_memory_is_one_line(failure: Exception, wanted: str, wrapped: bool, capsys: Any) -> None:
+    def run() -> int:
+        try:
+            raise failure
+        except type(failure):
+            if wrapped:
+                raise ValueError("while something was made of it") from failure
+            raise
+
+    assert guarded(run) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: out of memory{'' if wrapped else wanted} (close other programs")
+    assert said.count("\n") == 1
 
 
 def test_a_reader_that_goes_away_is_no_error_message(save: Callable[..., Path], build: Any) -> None:
