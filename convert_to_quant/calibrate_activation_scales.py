@@ -33,6 +33,7 @@ from .formats import DEFAULT, DEFAULT_GRID, GRIDS
 from .layers import Layer, LayerTable, find_layers, infer_block, input_scale, named, scales_per_row
 from .options import DEFAULT_ROWS, SAMPLES, CalibrationOptions, SolveOptions
 from .patch import LayerChange, Patch, apply_in_place, in_place_edits, plan_patch, rewrite
+from .problems import CALIBRATE
 from .solve import LayerResult, Present, final_scale, solve, unchanged
 from .telling import Progress, advance, plural
 
@@ -305,7 +306,7 @@ def static_table(checkpoint: Checkpoint) -> LayerTable:
     elif table.raw:
         tensor, layers = next(iter(table.raw)), f"{len(table.raw)} {named(table.raw.values())} layers"
         problem = f"its {layers} are a plain cast without scales, and nothing reads input scales beside them"
-        hint = "convert the original, in 16 or 32 bits"
+        hint = f"{CALIBRATE} marks them and finds input scales; converting the original, in 16 bits, keeps more"
     else:
         problem = "no FP8 layers with weight scales in this file"
         hint = "convert and calibrate in one step: convert_to_quant -i IN -o OUT --actcal"

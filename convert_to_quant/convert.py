@@ -24,7 +24,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -91,6 +91,7 @@ class Decision:
         reason: why it stays, or why it gets another format than the one asked for.
         input_scale: where the file is to hold one; None where readers shall find it, or take it for 1.0.
         full_precision: its inputs are not quantized.
+        as_it_is: its weight is codes of the format already, without a scale, and gets 1.0 for one.
     """
 
     layer: Layer
@@ -98,6 +99,7 @@ class Decision:
     reason: str = ""
     input_scale: float | None = None
     full_precision: bool = False
+    as_it_is: bool = False
 
     @property
     def quantize(self) -> bool:
@@ -112,7 +114,7 @@ class ConversionPlan:
     Attributes:
         table: its layers.
         family: the family whose table decided.
-        decisions: one for every layer in high precision, in file order.
+        decisions: one for every layer in high precision, then those that were only cast to FP8, in file order.
         options: how.
         ways: how the file says it; one or several that agree.
         notes: what a user should know.
@@ -191,8 +193,15 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequ
     if family is families.GENERIC and options.preset is None:
         notes.append("no known model family fits these names: only layers in repeated blocks are quantized")
     decisions = [_decide(layer, bare, family, options) for layer in table.plain.values()]
-    here = [*table.quantized.values(), *table.raw.values()]
+    here = [*table.quantized.values(), *(table.raw.values() if options.requantize else ())]
     changed = merged.matched
+    if not options.requantize:
+        cast = [_as_it_is(_decide(layer, bare, family, options)) for layer in table.raw.values()]
+        notes += _say_cast(cast)
+        decisions += cast
+        for each in cast:
+            if each.layer.name in changed:
+                raise _cannot_merge(checkpoint, each, options)
     again = [_carried(checkpoint, _decide(each, bare, family, options, changed=each.name in changed)) for each in here]
     if options.requantize:
         decisions += again
@@ -230,6 +239,26 @@ def _cannot_merge(checkpoint: Checkpoint, decision: Decision, options: ConvertOp
         tensor=layer.weight.name,
         hint="merge into the original in 16 bits" + ("" if options.requantize else ", or add --requantize"),
     )
+
+
+def _as_it_is(decision: Decision) -> Decision:
+    """What becomes of a layer that was only cast: a scale of 1.0 and a mark, where it is in the format asked for."""
+    layer, fmt = decision.layer, decision.format
+    if fmt is None:
+        return decision
+    if fmt is DEFAULT and layer.format is DEFAULT:
+        return replace(decision, reason="a plain cast: marked as it is, with a scale of 1.0", as_it_is=True)
+    return replace(decision, format=None, reason=f"a plain cast to {layer.title} already")
+
+
+def _say_cast(cast: list[Decision]) -> list[str]:
+    """What a user should know of layers that were only cast."""
+    if not cast:
+        return []
+    marked = sum(each.as_it_is for each in cast)
+    done = f"{marked} of them are marked as they are, with a scale of 1.0" if marked else "they stay as they are"
+    what = f"{plural(len(cast), 'layer')} are a plain cast to {named(each.layer for each in cast)} without scales"
+    return [f"{what}: {done}; the original in 16 bits keeps more, and --requantize rounds them anew"]
 
 
 def _say_again(checkpoint: Checkpoint, layers: list[Layer]) -> list[str]:
@@ -313,6 +342,9 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
             layer.name + plan.spelled(suffix): (Spec(dtype, shape), None)
             for suffix, (dtype, shape) in fmt.storage(layer.shape, options.block_size).items()
         }
+        if decision.as_it_is:
+            tensors[layer.weight.name] = (Spec.like(layer.weight), layer.weight.name)
+            tensors[layer.name + plan.spelled(names.WEIGHT_SCALE)] = (Spec("F32", ()), np.float32(1).tobytes())
         if options.input_scale and fmt.static and not (fmt.dynamic and decision.input_scale is None):
             scale = np.float32(1.0 if decision.input_scale is None else decision.input_scale)
             tensors[layer.name + plan.ways[0].input_scale] = (Spec("F32", ()), scale.tobytes())
@@ -331,9 +363,8 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
     if plan.merged.matched:
         loras = {id(delta.lora): delta.lora for deltas in plan.merged.matched.values() for delta in deltas}
         step["merged"] = [{"file": lora.path.name, "strength": lora.strength} for lora in loras.values()]
-    said = provenance(checkpoint.metadata, convert=step)
-    room_bytes = PROVENANCE_ROOM_BYTES + sum(len(layer.name) + len('"", ') for layer, _ in plan.quantized)
-    marked[names.PROVENANCE_KEY] = said + " " * room_bytes
+    room = provenance_room(layer.name for layer, _ in plan.quantized)
+    marked[names.PROVENANCE_KEY] = provenance(checkpoint.metadata, convert=step) + room
     return layout.lay_out(checkpoint, made, dropped, marked)
 
 
@@ -348,6 +379,11 @@ def written_bytes(checkpoint: Checkpoint, plan: ConversionPlan) -> int:
 
 PROVENANCE_ROOM_BYTES = 1024
 """Spaces that leave room for a later calibration to say, in place, how it was done; layer names come on top."""
+
+
+def provenance_room(layers: Iterable[str]) -> str:
+    """Spaces for what a calibration says of layers."""
+    return " " * (PROVENANCE_ROOM_BYTES + sum(len(name) + len('"", ') for name in layers))
 
 
 def provenance(metadata: Mapping[str, str], **steps: Any) -> str:
@@ -412,7 +448,7 @@ def convert(
     np.empty(KEPT_BYTES, np.uint8)
     place = None if device == "cpu" else torch.device(device)
     computes = place is not None or any(isinstance(fmt, Packed) for fmt in plan.formats)
-    jobs = [job(layer, fmt) for layer, fmt in plan.quantized]
+    jobs = [job(each.layer, each.format) for each in plan.decisions if each.format and not each.as_it_is]
     jobs += [(each.weight.nbytes, partial(_merge_kept, checkpoint, each, plan.merged)) for each in plan.merged_only]
     layout.write(checkpoint, _lay_out(checkpoint, plan), output, jobs, progress=progress, before_commit=before_commit,
                  threads=_threads(place) if computes else None)  # fmt: skip

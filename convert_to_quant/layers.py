@@ -511,7 +511,8 @@ def possible(checkpoint: Checkpoint, name: str, said: Config) -> list[Layer]:
     finder = _Finder(checkpoint, collect_problems=False)
     found = []
     for fmt in formats.FORMATS.values():
-        complete = set(fmt.scales) <= there <= {*fmt.scales, *fmt.optional}
+        needed = parts.keys() if isinstance(fmt, Packed) else there  # those have one spelling
+        complete = set(fmt.scales) <= needed and there <= {*fmt.scales, *fmt.optional}
         shape = fmt.shape(weight.shape, shapes_of(parts)) if complete and weight.dtype in fmt.dtypes else None
         if not fmt.readable or shape is None or (isinstance(fmt, Packed) and not fmt.takes(shape)):
             continue

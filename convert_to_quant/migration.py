@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from . import names
 from .checkpoint import Checkpoint, Spec
-from .convert import BAND_VALUES, provenance
+from .convert import BAND_VALUES, provenance, provenance_room
 from .errors import TensorError
 from .formats.record import Packed, narrow_bfloat16, spans
 from .layers import Layer, dequantize, find_layers, named
@@ -59,12 +61,13 @@ def _dequantizing(checkpoint: Checkpoint, layer: Layer) -> Job:
     return layer.weight.nbytes, work
 
 
-def plan_migration(checkpoint: Checkpoint, target: str) -> tuple[Layout, str, list[str]]:
+def plan_migration(checkpoint: Checkpoint, target: str, *, input_scales: bool = False) -> tuple[Layout, str, list[str]]:
     """Plan to mark every quantized layer in another way; weights stay as they are.
 
     Args:
         checkpoint: the quantized checkpoint.
         target: one of `names.TARGETS`.
+        input_scales: give every layer that can have one an input scale that a calibration can write in place.
 
     Returns:
         What `layout.write` takes; what is done, and what the target cannot say, for people.
@@ -77,9 +80,15 @@ def plan_migration(checkpoint: Checkpoint, target: str) -> tuple[Layout, str, li
     ways = table.marks.anew(target)
     made, configs, dropped = remark(checkpoint, table, ways)
     if not configs:
-        raise TensorError("nothing to migrate: no layer is quantized with a scale", path=checkpoint.path)
+        hint = "convert_to_quant -i FILE -o NEW marks a plain cast to FP8 as it is" if table.raw else None
+        raise TensorError("nothing to migrate: no layer is quantized with a scale", path=checkpoint.path, hint=hint)
+    for layer in table.static.values() if input_scales else ():
+        scale, tensors = layer.name + ways[0].input_scale, made[layer.weight.name]
+        if not layer.dynamic and (scale not in tensors or layer.input_problem or tensors[scale][0].dtype != "F32"):
+            tensors[scale] = Spec("F32", ()), np.float32(1).tobytes()
     metadata = mark_once(made, configs, ways, table.marks.other_metadata)
-    metadata[names.PROVENANCE_KEY] = provenance(checkpoint.metadata, migrate={"to": target})
+    room = provenance_room(table.static if input_scales else ())
+    metadata[names.PROVENANCE_KEY] = provenance(checkpoint.metadata, migrate={"to": target}) + room
     notes = list(table.notes)
     if target == "diffusers":
         scales = sum(layer.input_scale is not None for layer in table.quantized.values())

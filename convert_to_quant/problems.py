@@ -105,7 +105,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "unmarked": Kind(
         "quantized, with scales, but without a mark: ComfyUI drops the scales and paints noise, or does not load it",
-        "use it where it was made for, or convert the original with convert_to_quant",
+        "convert_to_quant migrate FILE -o NEW --to comfy adds marks; or use it where it was made for",
     ),
     "orphaned-scale": Kind("scales without a weight", "a part of the model is missing or renamed: get the file again"),
     "orphaned-mark": Kind("marks without a weight", "a part of the model is missing or renamed: get the file again"),
@@ -129,7 +129,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "raw-fp8": Kind(
         "FP8 weights without scale and mark: a plain cast, which loses small weights, without FP8 products",
-        "convert the original with convert_to_quant",
+        f"convert the original with convert_to_quant; or {CALIBRATE}, which marks the weights as they are",
     ),
     "guessed": Kind("input scales are guesses from simulated layers, not measured", f"{CALIBRATE}, or observe"),
     "uncalibrated": Kind("input scales were never calibrated: all are 1.0 or missing", CALIBRATE),

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from ..options import CalibrationOptions, add_options
+from ..telling import plural
 from .output import decibels, note, print_table, progress_bar, say, write_json, wrote
 from .shared import check_shards
 
 if TYPE_CHECKING:
     from ..calibrate_activation_scales import Calibration
-    from ..checkpoint import Checkpoint
+    from ..checkpoint import Checkpoint, CheckpointWriter
     from ..lora import Lora
     from ..solve import LayerResult
 
@@ -38,6 +40,7 @@ def add_calibration_arguments(group: Any, prefix: str) -> None:
     group.add_argument(f"--{prefix}lora", dest="lora", action="append", default=[], metavar="FILE[:STRENGTH]",
                        help="LoRA to use with the model; repeatable")  # fmt: skip
     add_options(group, CalibrationOptions, prefix)
+    group.add_argument("--mark", action="store_true", help="also mark layers that have scales but no mark")
 
 
 def recover_input(args: argparse.Namespace) -> None:
@@ -93,6 +96,21 @@ def calibrate(checkpoint: Checkpoint, options: CalibrationOptions, adapters: Seq
         return calibrate_model(checkpoint, options, loras=adapters, progress=progress)
 
 
+def calibrate_output(
+    checkpoint: Checkpoint, options: CalibrationOptions, adapters: Sequence[Lora], args: argparse.Namespace
+) -> Callable[[CheckpointWriter], None]:
+    """What calibrates a new file before it gets its name, and tells what was found; the file has places for scales."""
+    from ..calibrate_activation_scales import calibrate_written
+
+    def finishing(writer: CheckpointWriter) -> None:
+        found, patch = calibrate_written(writer, checkpoint.path, lambda made: calibrate(made, options, adapters))
+        tell(found, args)
+        for text in patch.notes:
+            note(text)
+
+    return finishing
+
+
 def tell(calibration: Calibration, args: argparse.Namespace) -> None:
     """Say what a calibration found: a summary, with -v the table, with --json the document."""
     for text in calibration.notes:
@@ -129,7 +147,19 @@ def finish(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Name
             rewrite(patch, target)
         say(wrote(target))
         note_ending(target)
+    note_unmarked(checkpoint, target, args)
     return 0
+
+
+def note_unmarked(checkpoint: Checkpoint, target: Path, args: argparse.Namespace) -> None:
+    """Say, last of all, that ComfyUI drops the scales of layers without a mark, and what adds marks."""
+    from ..layers import find_layers
+
+    count = sum(layer.marking == "none" for layer in find_layers(checkpoint).diffusion.values())
+    if count:
+        elsewhere = f"convert_to_quant migrate {shlex.quote(str(target))} -o NEW --to comfy"
+        adds = "--mark" if hasattr(args, "mark") and not args.in_place else elsewhere
+        note(f"ComfyUI drops the scales of {plural(count, 'layer')} without a mark ({adds} adds marks)")
 
 
 def note_ending(path: Path) -> None:

@@ -23,14 +23,15 @@ from ..telling import advance
 from .calibration import (
     add_calibration_arguments,
     calibrate,
+    calibrate_output,
     check_target,
     finish,
     loras_of,
     note_ending,
     recover_input,
     require_target,
-    tell,
 )
+from .dequantize import write_layout
 from .output import note, print_table, progress_bar, say, write_json, wrote
 from .running import check_device
 from .shared import check_shards
@@ -125,6 +126,8 @@ def check_options(args: argparse.Namespace) -> None:
     """
     if args.in_place and not args.actcal:
         raise OptionError("--in-place needs --actcal: only scales can be written in place")
+    if args.mark and (args.in_place or not args.actcal):
+        raise OptionError("--mark is for --actcal with -o OUT: marks have no room in place")
     require_target(args)
     if args.enable_fp8_matmul and not args.actcal:
         raise OptionError("--enable-fp8-matmul needs --actcal: without input scales FP8 products would use 1.0")
@@ -158,9 +161,15 @@ def calibrate_file(
 ) -> int:
     """Calibrate a file that is FP8 already."""
     from ..calibrate_activation_scales import plan_in_place, static_table
+    from ..migration import plan_migration
 
     check_target(checkpoint, args)
     table = static_table(checkpoint)
+    if args.mark and any(layer.marking == "none" for layer in table.diffusion.values()):
+        layout, done, _ = plan_migration(checkpoint, "comfy", input_scales=True)
+        if not args.dry_run:
+            finishing = calibrate_output(checkpoint, options, adapters, args)
+            return write_layout(checkpoint, layout, (), done, args, before_commit=finishing)
     if args.in_place:
         # Whether every scale has a place shows before minutes of work as well as after.
         plan_in_place(checkpoint, table, dict.fromkeys(table.static, 1.0), enable_fp8_matmul=args.enable_fp8_matmul)
@@ -243,16 +252,6 @@ def convert_file(
         say(f"dry run: {plan.summary()}{would}; nothing was written")
         return 0
 
-    def calibrate_output(writer: CheckpointWriter) -> None:
-        from ..calibrate_activation_scales import calibrate_written
-
-        assert calibration is not None
-        options = calibration
-        found, patch = calibrate_written(writer, checkpoint.path, lambda made: calibrate(made, options, adapters))
-        tell(found, args)
-        for text in patch.notes:
-            note(text)
-
     survival = Survival()
 
     def measure_merged(writer: CheckpointWriter) -> None:
@@ -261,7 +260,13 @@ def convert_file(
             survival = surviving(checkpoint, written, plan)
 
     output = Path(args.output)
-    finishing = calibrate_output if calibration is not None else measure_merged if plan.merged.matched else None
+    finishing = (
+        calibrate_output(checkpoint, calibration, adapters, args)
+        if calibration is not None
+        else measure_merged
+        if plan.merged.matched
+        else None
+    )
     write_plan(checkpoint, plan, output, args.device, finishing)
     if args.json and calibration is None:
         write_json(args.json, plan_json(plan, survival))

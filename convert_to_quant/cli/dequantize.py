@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from .output import progress_bar, say, write_json, wrote
 from .shared import check_shards
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
+    from ..checkpoint import Checkpoint, CheckpointWriter
     from ..layout import Job, Layout
 
 DESCRIPTION = "Turn the layers of a quantized checkpoint into BF16. What rounding lost does not come back."
@@ -40,7 +40,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write_layout(
-    checkpoint: Checkpoint, layout: Layout, jobs: Sequence[Job], done: str, args: argparse.Namespace
+    checkpoint: Checkpoint,
+    layout: Layout,
+    jobs: Sequence[Job],
+    done: str,
+    args: argparse.Namespace,
+    *,
+    before_commit: Callable[[CheckpointWriter], None] | None = None,
 ) -> int:
     """Write what was laid out, or say what would be written, with the document that was asked for."""
     from ..layout import write
@@ -52,9 +58,9 @@ def write_layout(
     else:
         with progress_bar("writing", unit="bytes") as progress:
             total = sum(info.nbytes for info in checkpoint.tensors.values())
-            write(checkpoint, layout, output, jobs, progress=advance(progress, total))
+            write(checkpoint, layout, output, jobs, progress=advance(progress, total), before_commit=before_commit)
         say(f"{done}; {wrote(output)}")
         note_ending(output)
-    if args.json:
+    if args.json and before_commit is None:  # which has its own
         write_json(args.json, {"done": done, "tensors": len(layout.specs)})
     return 0

@@ -205,14 +205,15 @@ def test_a_file_with_nothing_to_do(refused: Any, save: Save) -> None:
 
 
 @pytest.mark.parametrize("words", [("-o", "out.safetensors"), ("-o", "out.safetensors", "--dry-run"), ("--in-place",)])
-def test_a_plain_cast_has_nothing_to_calibrate(refused: Any, save: Save, words: Any) -> None:
+def test_a_plain_cast_has_nothing_to_calibrate_until_it_is_marked(refused: Any, save: Save, words: Any) -> None:
     codes = np.full((64, 64), 0x38, np.uint8)
     save("in.safetensors", {"blocks.0.a.weight": ("F8_E4M3", codes), "head.weight": np.eye(64, dtype=np.float32)})
     message = (
         "in.safetensors: blocks.0.a: its 1 FP8 layers are a plain cast without scales, and nothing reads input scales "
-        "beside them (convert the original, in 16 or 32 bits)"
+        "beside them (convert_to_quant -i FILE -o NEW --actcal marks them and finds input scales; converting the "
+        "original, in 16 bits, keeps more)"
     )
-    refused(message, "-i", "in.safetensors", "--actcal", *words)
+    refused(message, "in.safetensors", *words, main=calibrate.main)
 
 
 @pytest.mark.parametrize("words", [LAYER, ()], ids=["calibrate", "convert"])

@@ -175,16 +175,16 @@ def test_names_cannot_drive_the_terminal(look: Any, save: Any) -> None:
 
 
 def test_no_weight_is_read(save: Any, build: Any, monkeypatch: pytest.MonkeyPatch, look: Any) -> None:
-    from convert_to_quant.checkpoint.reader import CheckpointFile
+    from convert_to_quant.checkpoint import Checkpoint
 
     read = []
-    raw = CheckpointFile.raw
+    raw = Checkpoint.raw
 
-    def watched(self: CheckpointFile, info: Any) -> Any:
-        read.append(info.name)
-        return raw(self, info)
+    def watched(self: Checkpoint, name: str, *span: int) -> Any:
+        read.append(name)
+        return raw(self, name, *span)
 
-    monkeypatch.setattr(CheckpointFile, "raw", watched)
+    monkeypatch.setattr(Checkpoint, "raw", watched)
     look(save("m.safetensors", *build.quantized(["blocks.0"], "both")))
     assert set(read) == {"blocks.0.weight_scale", "blocks.0.input_scale", "blocks.0.comfy_quant"}
 

@@ -1,0 +1,74 @@
+"""FP8 that no reader takes for what it is: plain casts, and scales without a mark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.inspection import inspect_file
+
+NAMES = ("blocks.0.a", "blocks.1.a")
+LAYER = ("--actcal", "--actcal-engine", "layer")
+
+
+@pytest.fixture
+def cast(save: Callable[..., Path], build: Any) -> Path:
+    """A file that was only cast to FP8, norms, biases and a layer outside of the blocks included."""
+    tensors, _ = build.quantized([*NAMES, "head"], "none", input_scale=None)
+    tensors = {name: value for name, value in tensors.items() if name.endswith(".weight")}
+    codes = np.full(16, 0x38, np.uint8)
+    tensors |= {"blocks.0.norm.weight": ("F8_E4M3", codes), "blocks.0.a.bias": ("F8_E4M3", codes)}
+    return save("cast.safetensors", tensors)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_plain_cast_is_marked_as_it_is(ctq: Any, cast: Path, tmp_path: Path, legacy: bool) -> None:
+    output = tmp_path / "out.safetensors"
+    outcome = ctq("-i", cast, "-o", output, *["--legacy"] * legacy)
+    assert outcome.code == 0, outcome.err
+    assert "3 layers are a plain cast to FP8 without scales: 2 of them are marked as they are" in outcome.err
+    with open_checkpoint(cast) as before, open_checkpoint(output) as after:
+        for name in before:
+            assert after.raw(name).tobytes() == before.raw(name).tobytes(), name
+        scale = "scale_weight" if legacy else "weight_scale"
+        assert [after.float32(f"{name}.{scale}") for name in NAMES] == [1.0, 1.0]
+    found = inspect_file(output)
+    assert found.readings == {"fp8-at-one": 2, "cast": 1}
+    assert [problem.kind for problem in found.problems] == ["raw-fp8"]
+
+
+def test_a_plain_cast_is_listed_and_calibrated_and_never_changed_in_place(ctq: Any, cast: Path, tmp_path: Path) -> None:
+    listed = ctq("-i", cast, "--dry-run").out
+    assert listed.count("a plain cast: marked as it is, with a scale of 1.0") == 2
+    assert "head" in listed
+    output = tmp_path / "out.safetensors"
+    assert ctq("-i", cast, "-o", output, *LAYER).code == 0
+    assert inspect_file(output).input_states == {"guessed": 2}
+    refused = ctq("-i", cast, "--in-place", *LAYER)
+    assert refused.code == 1
+    assert "-o NEW --actcal marks them and finds input scales" in refused.err
+    other = ctq("-i", cast, "-o", tmp_path / "other.safetensors", "--format", "int8")
+    assert other.code == 1
+    assert "they stay as they are; the original in 16 bits keeps more, and --requantize rounds them anew" in other.err
+
+
+def test_scales_without_a_mark_are_said_last_and_marked_where_asked(
+    ctq: Any, save: Callable[..., Path], build: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.safetensors"
+    told = "note: ComfyUI drops the scales of 2 layers without a mark (--mark adds marks)"
+    for spelled in (".weight_scale", ".scale_weight"):
+        tensors, _ = build.quantized(NAMES, "none", input_scale=None)
+        path = save("m.safetensors", {name.replace(".weight_scale", spelled): one for name, one in tensors.items()})
+        assert ctq("-i", path, "-o", output, *LAYER).err.splitlines()[-1] == told
+        assert inspect_file(output).readings == {"scale-dropped": 2}
+        marked = ctq("-i", path, "-o", output, *LAYER, "--mark")
+        assert "without a mark" not in marked.err.splitlines()[-1]
+        assert inspect_file(output).readings == {"fp8": 2}
+        assert inspect_file(output).input_states == {"guessed": 2}
+    assert ctq("-i", path, "--in-place", *LAYER, "--mark").code == 2
