@@ -135,10 +135,15 @@ class ConversionPlan:
         return [(each.layer, each.format) for each in self.decisions if each.format is not None]
 
     @property
+    def kept(self) -> list[Layer]:
+        """The layers of the diffusion model that stay in high precision."""
+        layers = (each.layer for each in self.decisions if each.format is None and each.layer.format is None)
+        return [layer for layer in layers if self.table.owns(layer.name) and layer.weight.elements]
+
+    @property
     def merged_only(self) -> list[Layer]:
         """The layers that adapters change and that stay in high precision."""
-        kept = (each.layer for each in self.decisions if each.format is None)
-        return [layer for layer in kept if layer.name in self.merged.matched and layer.weight.elements]
+        return [layer for layer in self.kept if layer.name in self.merged.matched]
 
     def spelled(self, suffix: str) -> str:
         """A suffix as the file spells it."""
@@ -449,6 +454,7 @@ def convert(
     place = None if device == "cpu" else torch.device(device)
     computes = place is not None or any(isinstance(fmt, Packed) for fmt in plan.formats)
     jobs = [job(each.layer, each.format) for each in plan.decisions if each.format and not each.as_it_is]
+    jobs += [(0, partial(_check_kept, checkpoint, each)) for each in plan.kept]
     jobs += [(each.weight.nbytes, partial(_merge_kept, checkpoint, each, plan.merged)) for each in plan.merged_only]
     layout.write(checkpoint, _lay_out(checkpoint, plan), output, jobs, progress=progress, before_commit=before_commit,
                  threads=_threads(place) if computes else None)  # fmt: skip
@@ -469,6 +475,14 @@ def _threads(device: torch.device | None) -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(before)
+
+
+def _check_kept(checkpoint: Checkpoint, layer: Layer, _write: Sink) -> None:
+    """Refuse a weight that is copied and would spoil every image."""
+    bands = spans(layer.out_features, max(1, BAND_VALUES // layer.in_features))
+    every = [_block_absmax(bits, layer.weight.dtype, layer.shape) for bits in _banded(checkpoint, layer, bands)]
+    if not np.isfinite(every).all():
+        raise _not_finite(checkpoint, layer, DEFAULT)
 
 
 def _merge_kept(checkpoint: Checkpoint, layer: Layer, merged: LoraMatch, write: Sink) -> None:
@@ -764,7 +778,7 @@ def _bands(layer: Layer, block_out: int) -> Iterator[list[slice]]:
         ]
 
 
-def _banded(checkpoint: Checkpoint, layer: Layer, bands: Sequence[slice]) -> Iterator[NDArray[Any]]:
+def _banded(checkpoint: Checkpoint, layer: Layer, bands: Iterable[slice]) -> Iterator[NDArray[Any]]:
     """The rows [rows, in] of each band, as `Checkpoint.bits` gives them."""
     return (checkpoint.bits(layer.weight.name, band) for band in bands)
 

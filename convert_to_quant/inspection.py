@@ -45,6 +45,7 @@ from numpy.typing import NDArray
 
 from . import families, names, packings
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .damaged import all_zero, not_finite
 from .errors import StrPath
 from .formats import DEFAULT, DEFAULT_GRID, FLOAT_GRIDS, FORMATS, recognize
 from .formats.fp8 import QUANTOPS
@@ -282,6 +283,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     survey = _Survey(checkpoint, table, family == "text-encoder", made or Made())
     layers = survey.views()
     survey.look_for_orphans()
+    survey.look_for_damage()
     alone = survey.packed_layers | table.foreign.keys()
     tiles = {
         layer.name: layer.format.sides[0] for layer in table.quantized.values() if isinstance(layer.format, Packed)
@@ -579,6 +581,14 @@ class _Survey:
             layer = _layer_of(name)
             if layer + names.WEIGHT not in self.checkpoint and layer not in self.packed_layers:
                 self.report(kind, name, detail)
+
+    def look_for_damage(self) -> None:
+        """Look for weights that are all zero."""
+        for layer in self.table.linear():
+            if self.table.owns(layer.name) and all_zero(self.checkpoint, layer.weight.name):
+                self.report("all-zero", layer.name)
+        for name in not_finite(self.checkpoint, self.table):
+            self.report("not-finite", name)
 
 
 INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})

@@ -91,6 +91,11 @@ KINDS: Mapping[str, Kind] = {
         "a weight is transposed, flattened, or of another model: the model does not load",
         "get the file again, or convert the original",
     ),
+    "all-zero": Kind("weights that are all zero, as downloads that stopped leave them", "download the file again"),
+    "not-finite": Kind(
+        "norms or biases with NaN or infinite values: the file is damaged, or its training diverged",
+        "get the file again",
+    ),
     "scale-granularity": Kind(
         "float8 with scales per row or block: ComfyUI fails, or silently computes something else",
         f"{_RECONVERT} with --scaling-mode tensor",

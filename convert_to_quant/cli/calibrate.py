@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..options import CalibrationOptions, options_of
 from . import COMMANDS, config, enter, perform
-from .calibration import add_calibration_arguments, add_target_arguments, loras_of, recover_input
+from .calibration import add_calibration_arguments, add_target_arguments, loras_of, note_damage, recover_input
 from .parsing import Parser
 from .running import check_device
 from .shared import add_shared_options
@@ -57,4 +57,5 @@ def run(args: argparse.Namespace) -> int:
     check_device(args.device)
     recover_input(args)
     with open_checkpoint(args.input) as checkpoint, loras_of(args) as adapters:
+        note_damage(checkpoint)
         return calibrate_file(checkpoint, args, options, adapters)

@@ -57,6 +57,15 @@ def recover_input(args: argparse.Namespace) -> None:
         note(f"{args.input}: an interrupted change in place was undone")
 
 
+def note_damage(checkpoint: Checkpoint) -> None:
+    """Refuse a model that lost its weights, and say which weights another one lost; see `damaged`."""
+    from ..damaged import refuse_damaged
+    from ..layers import find_layers
+
+    for text in refuse_damaged(checkpoint, find_layers(checkpoint)):
+        note(text)
+
+
 def require_target(args: argparse.Namespace) -> None:
     """Refuse a call that names nothing to write.
 

@@ -27,6 +27,7 @@ from .calibration import (
     check_target,
     finish,
     loras_of,
+    note_damage,
     note_ending,
     recover_input,
     require_target,
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     recover_input(args)
     with open_checkpoint(args.input) as checkpoint:
         check_shards(checkpoint, args)
+        note_damage(checkpoint)
         with loras_of(args) as adapters, open_loras(args.merge_lora) as merged:
             if options is not None and not args.requantize and find_layers(checkpoint).diffusion:
                 converting = {"legacy", *(one.flag for one in offered(ConvertOptions).values())}

@@ -30,6 +30,7 @@ from ..best import plan_best
 from ..calibrate_activation_scales import Calibration, apply_statistics, calibrate_written, patch_model_with_scales
 from ..checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, write_bytes
 from ..convert import ConversionPlan, convert, plan_conversion
+from ..damaged import refuse_damaged
 from ..errors import Error, NoStaticScaleError, OptionError
 from ..formats import FORMATS, WRITTEN
 from ..formats.record import GPUS
@@ -486,6 +487,7 @@ class QuantizeCheckpoint(Node):
             solved = solving(stats=stats, latent=latent, statistics_file=statistics_file, allow_partial=allow_partial)
         with open_checkpoint(choice.path) as opened:
             plan = plan_conversion(opened, options)
+            refuse_damaged(opened, plan.table)
             if solved is not None:  # another model's statistics show before the work as well as after
                 wanted = {layer.name: layer.shape for layer, _ in plan.quantized}
                 naming.respell(solved[1], wanted, plan.table.prefix).for_layers(wanted, allow_partial)

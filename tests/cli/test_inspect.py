@@ -174,19 +174,22 @@ def test_names_cannot_drive_the_terminal(look: Any, save: Any) -> None:
     assert r"b\x1b[2J" in out
 
 
-def test_no_weight_is_read(save: Any, build: Any, monkeypatch: pytest.MonkeyPatch, look: Any) -> None:
+def test_hardly_a_weight_is_read(save: Any, build: Any, monkeypatch: pytest.MonkeyPatch, look: Any) -> None:
     from convert_to_quant.checkpoint import Checkpoint
 
     read = []
     raw = Checkpoint.raw
 
     def watched(self: Checkpoint, name: str, *span: int) -> Any:
-        read.append(name)
-        return raw(self, name, *span)
+        found = raw(self, name, *span)
+        read.append((name, found.nbytes))
+        return found
 
     monkeypatch.setattr(Checkpoint, "raw", watched)
-    look(save("m.safetensors", *build.quantized(["blocks.0"], "both")))
-    assert set(read) == {"blocks.0.weight_scale", "blocks.0.input_scale", "blocks.0.comfy_quant"}
+    look(save("m.safetensors", *build.quantized(["blocks.0"], "both", shape=(1024, 1024))))
+    names = {"blocks.0.weight", "blocks.0.weight_scale", "blocks.0.input_scale", "blocks.0.comfy_quant"}
+    assert {name for name, _ in read} == names
+    assert sum(nbytes for name, nbytes in read if name == "blocks.0.weight") < 1000
 
 
 BROKEN = {
