@@ -22,12 +22,13 @@ from . import headroom
 from .calibrate_activation_scales import refuse_unrunnable
 from .checkpoint import Checkpoint, Spec
 from .choose import Choice, Offer, choose, decibels, total_bytes, total_damage
-from .convert import ConversionPlan, plan_conversion, written_bytes
+from .convert import ConversionPlan, MergedCheckpoint, plan_conversion, written_bytes
 from .errors import OptionError, StatisticsError, StrPath
 from .families.running import Geometry
 from .formats import FORMATS
 from .formats.record import GPUS, Format
-from .layers import Layer
+from .layers import Layer, named
+from .lora import Lora
 from .options import SAMPLES, BestOptions, ConvertOptions, RunOptions, SolveOptions
 from .solve import LayerResult, Present, solve
 from .stats import Statistics
@@ -298,6 +299,7 @@ def plan_best(
     shown: RunOptions | None = None,
     measured: tuple[Statistics, Trials] | None = None,
     *,
+    loras: Sequence[Lora] = (),
     progress: Progress | None = None,
 ) -> Best:
     """Find the best mix of formats for a checkpoint in high precision.
@@ -308,6 +310,7 @@ def plan_best(
         options: size, card and formats.
         shown: what the model is shown.
         measured: of an earlier run, in place of running the model.
+        loras: adapters to merge first; the merged model is what is run.
         progress: told how far the runs are.
 
     Returns:
@@ -316,17 +319,31 @@ def plan_best(
     Raises:
         OptionError: the size cannot be reached.
         UnsupportedModelError: the model cannot be run.
-        StatisticsError: what was measured is of other layers, or for other cards or formats.
+        StatisticsError: what was measured is of other layers, or for other cards, formats or adapters.
+        LoraError: an adapter does not fit, or a file matches nothing.
     """
     formats = formats_for(options)
-    plan = plan_conversion(checkpoint, replace(convert_options, format="int8"))  # which takes every layer
+    plan = plan_conversion(checkpoint, replace(convert_options, format="int8"), loras)  # which takes every layer
     layers = {layer.name: layer for layer, _ in plan.quantized}
     if not layers:
         raise OptionError("no layer of this file can be quantized", hint="--dry-run says why, per layer")
-    statistics, trials = measured or measure(checkpoint, plan, options, shown or RunOptions(), progress=progress)
+    run = checkpoint
+    if plan.merged.loras:
+        rounded = next((layer for layer in layers.values() if layer.format and layer.name in plan.merged.matched), None)
+        if rounded is not None:
+            raise OptionError(f"--best cannot merge a LoRA into {rounded.name}, which is {named([rounded])} already",
+                              hint="start from the original in 16 bits")  # fmt: skip
+        run = MergedCheckpoint(checkpoint, plan.table.linear(), plan.merged)
+    merged = tuple(sorted(f"{lora.path.name}:{lora.strength:g}" for lora in plan.merged.loras))
+    statistics, trials = measured or measure(run, plan, options, shown or RunOptions(), progress=progress)
+    if measured is None:
+        statistics = statistics.with_facts(merged=merged) if merged else statistics
+    elif (before := tuple(statistics.provenance.get("merged", ()))) != merged:
+        of = ", ".join(before) or "none"
+        raise StatisticsError(f"it was measured with other adapters merged: {of}", path=statistics.path)
     offers = offers_of(layers, trials, formats)
     _refuse_untried(layers, offers, formats, statistics)
-    solved = input_scales(checkpoint, layers, statistics)
+    solved = input_scales(run, layers, statistics)
     if options.size_bytes is None:
         choice = _choose_of_bits(offers, options.bits_wanted, layers)
     else:

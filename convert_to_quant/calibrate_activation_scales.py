@@ -251,8 +251,8 @@ def calibrate_model(
     notes = _left_alone(table)
     match = None
     if loras:
-        match = lora.match_loras(loras, table.shapes())
-        notes += lora_notes(match)
+        match = lora.match_checkpoint(loras, model, table)
+        notes += match.notes()
     if options.engine == "layer":
         options = replace(options, samples=options.samples or DEFAULT_ROWS)
         if any(options.size):
@@ -331,19 +331,6 @@ def _left_alone(table: LayerTable) -> list[str]:
     ):
         if layers:
             notes.append(f"left alone: {plural(len(layers), f'{named(layers)} layer')}, {why}")
-    return notes
-
-
-def lora_notes(match: lora.LoraMatch) -> list[str]:
-    """Say how adapters matched, for the user: a summary, then every name that is left over."""
-    kinds = {
-        "unmatched": match.unmatched,
-        "ambiguous": match.ambiguous,
-        "unsupported": match.unsupported,
-    }
-    notes = [f"LoRA: {match.summary()}"]
-    for kind, findings in kinds.items():
-        notes += [f"LoRA {kind}: {found.name} ({found.reason})" for found in findings]
     return notes
 
 

@@ -53,7 +53,7 @@ from .formats.record import CHUNK, TORCH_NAMES, Format, Packed, narrow_bfloat16,
 from .layers import Layer, LayerTable, dequantize, determined, find_layers, input_scale, named, scales_per_row
 from .layout import WORKERS, Sink
 from .lazy_torch import torch
-from .lora import Lora, LoraMatch, Survival, match_loras, merge_rows
+from .lora import Lora, LoraMatch, Survival, match_checkpoint, merge_rows
 from .marks import Config, Way, with_full_precision
 from .options import ConvertOptions
 from .telling import Advance, plural
@@ -167,6 +167,10 @@ class ConversionPlan:
             f"({weights / 1e6:,.1f} M weights, {scaled}{self.family.title})"
         )
 
+    def told(self) -> list[str]:
+        """Its notes, and what adapters matched."""
+        return [*self.notes, *(self.merged.notes() if self.merged.loras else ())]
+
     def readers(self) -> list[str]:
         """What reads each format beside the default one, and where it is fast."""
         others = [fmt for fmt in self.formats if fmt is not DEFAULT]
@@ -191,7 +195,7 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequ
         TensorError: an adapter changes a quantized layer that is not rounded anew.
     """
     table = find_layers(checkpoint)
-    merged = match_loras(loras, table.shapes()) if loras else LoraMatch({})
+    merged = match_checkpoint(loras, checkpoint, table, beside=True) if loras else LoraMatch({})
     bare = names.strip_prefix(checkpoint.tensors)[1]
     family = _choose_family(checkpoint, bare, options)
     notes = list(table.notes)
@@ -336,6 +340,9 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
     made: dict[str, dict[str, tuple[Spec, layout.Source]]] = {
         layer.weight.name: {layer.weight.name: (Spec.like(layer.weight), None)} for layer in plan.merged_only
     }
+    view = MergedCheckpoint(checkpoint, (), plan.merged)
+    for name in plan.merged.beside:
+        made[name] = {name: (Spec.like(checkpoint.tensors[name]), view.bits(name).tobytes())}
     configs: dict[str, Config] = {}
     dropped: set[str] = set()
     for decision in plan.decisions:
@@ -365,9 +372,8 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
         metadata = plan.table.marks.other_metadata
     marked = layout.mark_once(made, configs, plan.ways, metadata)
     step = asdict(options) | {"family": plan.family.name}
-    if plan.merged.matched:
-        loras = {id(delta.lora): delta.lora for deltas in plan.merged.matched.values() for delta in deltas}
-        step["merged"] = [{"file": lora.path.name, "strength": lora.strength} for lora in loras.values()]
+    if plan.merged.loras:
+        step["merged"] = [{"file": lora.path.name, "strength": lora.strength} for lora in plan.merged.loras]
     room = provenance_room(layer.name for layer, _ in plan.quantized)
     marked[names.PROVENANCE_KEY] = provenance(checkpoint.metadata, convert=step) + room
     return layout.lay_out(checkpoint, made, dropped, marked)
@@ -487,20 +493,49 @@ def _check_kept(checkpoint: Checkpoint, layer: Layer, _write: Sink) -> None:
 
 def _merge_kept(checkpoint: Checkpoint, layer: Layer, merged: LoraMatch, write: Sink) -> None:
     """Merge adapters into a weight that stays in high precision, rounded once to its dtype."""
-    source, dtype = _Widened(checkpoint, layer, merged), layer.weight.dtype
+    source = _Widened(checkpoint, layer, merged)
     row_bytes = layer.weight.nbytes // layer.out_features
     for band in spans(layer.out_features, max(1, BAND_VALUES // layer.in_features)):
-        weight_OI = source.band(band.start, band.stop)
-        with np.errstate(over="ignore"):
-            rounded = narrow_bfloat16(weight_OI) if dtype == "BF16" else weight_OI.astype(BIT_DTYPES[dtype])
-        if not np.isfinite(to_float32(rounded, dtype)).all():
-            raise TensorError(
-                f"the merged weight has NaN or infinite values in {dtype}",
-                path=checkpoint.path_of(layer.weight.name),
-                tensor=layer.weight.name,
-                hint="is the LoRA's strength too large?",
-            )
-        write(layer.weight.name, rounded, band.start * row_bytes)
+        write(layer.weight.name, _rounded(checkpoint, layer.weight.name, source.bits("", band)), band.start * row_bytes)
+
+
+def _rounded(checkpoint: Checkpoint, tensor: str, values: NDArray[np.float32]) -> NDArray[Any]:
+    """Merged values, rounded to the dtype of the tensor that they are to replace."""
+    dtype = checkpoint.tensors[tensor].dtype
+    with np.errstate(over="ignore"):
+        rounded = narrow_bfloat16(values) if dtype == "BF16" else values.astype(BIT_DTYPES[dtype])
+    if not np.isfinite(to_float32(rounded, dtype)).all():
+        raise TensorError(
+            f"what is merged has NaN or infinite values in {dtype}",
+            path=checkpoint.path_of(tensor),
+            tensor=tensor,
+            hint="is the LoRA's strength too large?",
+        )
+    return rounded
+
+
+class MergedCheckpoint(Checkpoint):
+    """A checkpoint in high precision that reads as if adapters were merged into it, rounded to its dtypes.
+
+    Args:
+        checkpoint: the open checkpoint.
+        layers: those whose weights may be asked for.
+        merged: what changes them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layers: Iterable[Layer], merged: LoraMatch) -> None:
+        vars(self).update(vars(checkpoint))
+        self.checkpoint, self.merged = checkpoint, merged
+        self.changed = {layer.weight.name: layer for layer in layers if layer.name in merged.matched}
+
+    def bits(self, name: str, rows: slice = ALL_ROWS) -> NDArray[Any]:
+        """As of the checkpoint, merged."""
+        if name in self.merged.beside:
+            return _rounded(self.checkpoint, name, self.merged.changed_tensor(self.checkpoint, name))[rows]
+        if name not in self.changed:
+            return self.checkpoint.bits(name, rows)
+        source = _Widened(self.checkpoint, self.changed[name], self.merged)
+        return _rounded(self.checkpoint, name, source.bits(name, rows))
 
 
 def surviving(checkpoint: Checkpoint, written: Checkpoint, plan: ConversionPlan) -> Survival:

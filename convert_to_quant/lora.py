@@ -1,69 +1,65 @@
-"""LoRA files: which layers of a checkpoint they change, and by how much.
+"""LoRA files and their relatives: which layers of a checkpoint they change, and by how much.
 
-Why it exists. A LoRA adds a low-rank change to a layer's weight, and with it the ranges of everything behind that layer
-move. Whoever calibrates a checkpoint with its adapters has to know exactly what belongs to which layer: a change on the
+Why it exists. An adapter changes a layer's weight, and with it the ranges of everything behind that layer move. Whoever
+calibrates or converts a checkpoint with its adapters has to know exactly what belongs to which layer: a change on the
 wrong layer is worse than none.
 
-The maths. An adapter holds A ("down", [r, in]) and B ("up", [out, r]) and perhaps alpha; it means
+The maths. An adapter means, with the change ΔW of its kind (`adapters`),
 
-    W[rows] += strength · (alpha / r) · B A          alpha absent: alpha / r = 1
+    W[rows] += strength · (alpha / rank) · ΔW          alpha absent: alpha / rank = 1
 
-where `rows` is all of the layer or, for a name like ``attn.to_k``, the slice that it has in a fused layer. The up
-factor of kohya's split_qkv is block-diagonal over 3r; the same product holds for it. r is always A's number of rows.
+where `rows` is all of the layer or, for a name like ``attn.to_k``, the slice that it has in a fused layer. With a
+magnitude m (DoRA), V = W + (alpha / rank) · ΔW and W += strength · (m · V / ‖V‖ - W). Several adapters of one layer act
+one after the other, in the order of the files.
 
-How names are matched. `families.lora_targets` builds every name that each layer may have, and the file's names are
-looked up in it: exactly or not at all. A name that may mean two parts is reported as ambiguous, and so are two names of
-one file that claim the same rows; neither is applied. Everything in a file ends up in one list of the report: matched,
-unmatched, ambiguous, unsupported (LoHa, LoKr, DoRA, full differences, ...) or text encoder.
+How names are matched. `families.lora_names` knows every name that each layer may have, and the file's names are looked
+up in it, without prefixes and separators, but whole: exactly or not at all. Of several layers that a name may mean, the
+one whose shape fits is meant; if that does not decide, the name is reported as ambiguous, and so are two names of one
+file that claim the same rows; neither is applied. Everything in a file ends up in one list of the report: matched,
+unmatched, ambiguous, unsupported (other kinds, other shapes) or text encoder.
 
 Merging. `merge_rows` adds adapters to a layer's rows before these are quantized. A quantizer's steps may be larger than
 what an adapter adds: `Survival` measures how much of it is left.
 
-Limits. numpy on the CPU, products in float32. Factors stay in the file and are widened when they are used, so a
-match costs no memory. Factors of text encoders are never read. rsLoRA's alpha / sqrt(r) leaves no trace in a file's
-tensors and is read as alpha / r, as ComfyUI does.
+Limits. numpy on the CPU, in float32. Factors stay in the mapped file and are widened when they are used, so a match
+costs no memory. Factors of text encoders are never read. Ranges are found with changed linear layers alone; merging
+also adds differences of biases and norms. What is for convolutions is reported. rsLoRA's alpha / sqrt(r) leaves no
+trace in a file's tensors and is read as alpha / r, as ComfyUI does.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .checkpoint import Checkpoint, open_checkpoint, to_float32
+from .adapters import ALL, Float32, Kind, Matrix, Rows, kind_of, stored
+from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.reader import FLOAT_DTYPES
 from .errors import LoraError, OptionError, StrPath
-from .families import Target, lora_targets
-from .names import (
-    BIAS_ONLY,
-    LORA_ALPHAS,
-    LORA_FACTORS,
-    TEXT_ENCODER_PREFIXES,
-    UNSUPPORTED_SUFFIXES,
-    strip_prefix,
-)
+from .families import LoraNames, Target, lora_names
+from .layers import LayerTable, dequantize
+from .names import ADAPTER_ROLES, BIAS, UNSUPPORTED_ADAPTERS, WEIGHT, for_text_encoder, squeezed, strip_prefix
 from .telling import plural
-
-Float32 = NDArray[np.float32]
 
 _INTEGER_DTYPES = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 
-# Suffix -> what the tensor is: a role of the supported kind, or the name of an unsupported kind. Longest first.
-_ROLES: dict[str, str] = {
-    **{down: "down" for down, _ in LORA_FACTORS},
-    **{up: "up" for _, up in LORA_FACTORS},
-    **dict.fromkeys(LORA_ALPHAS, "alpha"),
-    **UNSUPPORTED_SUFFIXES,
-}
-_ROLES = {suffix: _ROLES[suffix] for suffix in sorted(_ROLES, key=len, reverse=True)}
+BESIDE = frozenset({"alpha", "magnitude", "bias", "reshape"})
+"""Roles of tensors that stand beside those that make a change."""
+
+BESIDE_TITLES = {"bias": "bias difference", "diff": "difference of a norm"}
+SAMPLED_ROWS = 64
+"""Rows that stand for the directions a change reads, where its kind has no factor that names them."""
+BAND_ROWS = 256
+"""Rows of a weight that are read at a time to find norms of its columns."""
 
 # What is not applied -> how a summary counts it.
 _LEFT_OVER = {
@@ -76,26 +72,26 @@ _LEFT_OVER = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """One pair of factors in a LoRA file, as the file names it.
+    """One adapter of a file.
 
     Attributes:
         name: The tensors' common name, without their suffixes.
-        down: Tensor name of A, [rank, in].
-        up: Tensor name of B, [out, rank].
-        rank: Rows of A.
-        alpha: As stored; None where the file has none.
+        kind: What it is.
+        change: ΔW without `scale`, [out, in].
+        scale: alpha / rank, or 1.
+        rank: Where its kind has one.
+        directions: The factor whose rows are what it reads of inputs, where its kind has one.
+        magnitude_tensor: DoRA's magnitude, of one value per row, or per column where `per_column`.
     """
 
     name: str
-    down: str
-    up: str
-    rank: int
-    alpha: float | None
-
-    @property
-    def scale(self) -> float:
-        """What the product B A is multiplied by before the user's strength: alpha / rank, or 1."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+    kind: Kind
+    change: Matrix
+    scale: float = 1.0
+    rank: int | None = None
+    directions: Matrix | None = None
+    magnitude_tensor: str | None = None
+    per_column: bool = False
 
 
 @dataclass
@@ -105,8 +101,9 @@ class Lora:
     Attributes:
         checkpoint: The open file.
         strength: The user's factor on all of it.
-        adapters: Pairs of factors by name.
-        unsupported: Name -> kinds of its tensors that cannot be applied.
+        adapters: By name.
+        beside: Name -> tensors that are differences of biases and norms, by role.
+        unsupported: Name -> what about it cannot be applied.
         text_encoder: Names of a text encoder's adapters.
         unknown: Tensors of no known kind.
     """
@@ -114,6 +111,7 @@ class Lora:
     checkpoint: Checkpoint
     strength: float = 1.0
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    beside: dict[str, dict[str, str]] = field(default_factory=dict)
     unsupported: dict[str, tuple[str, ...]] = field(default_factory=dict)
     text_encoder: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
@@ -126,13 +124,13 @@ class Lora:
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """What one adapter adds to one layer: W[rows] += scale · B A.
+    """What one adapter does to one layer.
 
     Attributes:
         lora: The file.
-        adapter: The pair of factors.
+        adapter: The adapter.
         rows: First row and row after the last of the layer's weight; None for all.
-        swap_halves: B's halves stand in the file in the other order than in the layer. `B_OR` has them in the layer's.
+        swap_halves: The adapter's halves of rows stand in the file in the other order than in the layer.
     """
 
     lora: Lora
@@ -147,28 +145,56 @@ class Delta:
 
     @property
     def scale(self) -> float:
-        """The factor on the product: strength · alpha / rank."""
+        """The factor on the change: strength · alpha / rank."""
         return self.lora.strength * self.adapter.scale
 
     @property
-    def A_RI(self) -> Float32:  # noqa: N802 - shapes stand in names
-        """The down factor, float32 [rank, in]."""
-        return self._read(self.adapter.down)
+    def needs_weights(self) -> bool:
+        """Whether it depends on all rows of the weight that it changes."""
+        return self.adapter.per_column
 
-    @property
-    def B_OR(self) -> Float32:  # noqa: N802
-        """The up factor, float32 [rows, rank], its rows in the layer's order."""
-        up = self._read(self.adapter.up)
-        return np.roll(up, len(up) // 2, axis=0) if self.swap_halves else up
+    def span(self, out_features: int) -> tuple[int, int]:
+        """First row and row after the last of a layer of so many rows."""
+        return self.rows or (0, out_features)
 
-    def up_rows(self, start: int, stop: int) -> Float32:
-        """Some rows of `B_OR`, read without the others where they stand in the layer's order."""
-        return self.B_OR[start:stop] if self.swap_halves else self._read(self.adapter.up, slice(start, stop))
+    def apply(self, weight_OI: Float32, start: int, column_norms_I: Float32 | None = None) -> None:
+        """Change some of the rows that it means, in place.
 
-    def _read(self, tensor: str, rows: slice = slice(None)) -> Float32:
-        checkpoint = self.lora.checkpoint
-        values = to_float32(checkpoint.bits(tensor, rows), checkpoint.tensors[tensor].dtype)
-        return values.reshape(len(values), -1)
+        Args:
+            weight_OI: float32 [rows, in].
+            start: The first of them, counted from the first row that it means.
+            column_norms_I: ‖V‖ of each column, float32 [in], where the magnitude is per column.
+        """
+        rows: Rows = slice(start, start + len(weight_OI))
+        if self.swap_halves:
+            count = self.adapter.change.shape[0]
+            rows = (np.arange(start, start + len(weight_OI)) + count // 2) % count
+        change_OI = self.adapter.change.rows(rows)
+        if self.adapter.magnitude_tensor is None:
+            change_OI *= np.float32(self.scale)
+            weight_OI += change_OI
+            return
+        change_OI *= np.float32(self.adapter.scale)
+        change_OI += weight_OI
+        if column_norms_I is None:
+            norms = np.linalg.norm(change_OI, axis=1, keepdims=True)
+            magnitude = self._magnitude()[rows, None]
+        else:
+            norms, magnitude = column_norms_I, self._magnitude()
+        change_OI *= magnitude / np.maximum(norms, np.finfo(np.float32).tiny)
+        change_OI -= weight_OI
+        weight_OI += np.float32(self.lora.strength) * change_OI
+
+    def decomposed(self, weight_OI: Float32, start: int) -> Float32:
+        """V = W + (alpha / rank) · ΔW of some rows; arguments as of `apply`."""
+        decomposed: Float32 = weight_OI + np.float32(self.adapter.scale) * self.adapter.change.rows(
+            slice(start, start + len(weight_OI))
+        )
+        return decomposed
+
+    def _magnitude(self) -> Float32:
+        values: Float32 = self.lora.checkpoint.float32(self.adapter.magnitude_tensor or "").reshape(-1)
+        return values
 
 
 @dataclass(frozen=True)
@@ -188,25 +214,51 @@ class Finding:
     layers: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Addition:
+    """Values that a file adds to a bias, a norm, or another tensor that no adapter changes.
+
+    Attributes:
+        lora: The file.
+        tensor: Its tensor.
+        rows: First and last + 1 of the values that it means; None for all.
+        swap_halves: As of `Delta`.
+    """
+
+    lora: Lora
+    tensor: str
+    rows: tuple[int, int] | None = None
+    swap_halves: bool = False
+
+
+Weights = Callable[[str, slice], Float32]
+"""Some rows of a layer's weight before anything is added, float32 [rows, in]."""
+
+
 @dataclass
 class LoraMatch:
     """What some LoRA files do to a checkpoint's layers, and what of them is left over.
 
     Attributes:
         shapes: The checkpoint's layers -> (out, in).
+        weights: Reads their weights, where they are at hand: DoRA's magnitudes per column need all rows.
         matched: Layer -> what is added to it, in the order of the files.
+        beside: Other tensors of the checkpoint -> what is added to them; only for merging.
         unmatched: Adapters whose names fit no layer, and tensors of no known kind.
         ambiguous: Adapters that may mean several parts, or that claim rows which another one of their file claims.
-        unsupported: Adapters of kinds that cannot be applied, with their layers.
+        unsupported: Adapters of kinds or shapes that cannot be applied, with their layers.
         text_encoder: Adapters of text encoders.
     """
 
     shapes: dict[str, tuple[int, int]]
+    weights: Weights | None = None
     matched: dict[str, list[Delta]] = field(default_factory=dict)
+    beside: dict[str, list[Addition]] = field(default_factory=dict)
     unmatched: list[Finding] = field(default_factory=list)
     ambiguous: list[Finding] = field(default_factory=list)
     unsupported: list[Finding] = field(default_factory=list)
     text_encoder: list[Finding] = field(default_factory=list)
+    _norms: dict[tuple[str, int], Float32] = field(default_factory=dict, repr=False)
 
     def add_to(self, weight_OI: Float32, layer: str, rows: tuple[int, int] | None = None) -> None:
         """Merge everything that is matched to a layer into its weight, in place.
@@ -218,31 +270,94 @@ class LoraMatch:
         """
         start, stop = rows or (0, self.shapes[layer][0])
         assert weight_OI.shape == (stop - start, self.shapes[layer][1])
-        for delta in self.matched.get(layer, ()):
-            first, last = delta.rows or (0, self.shapes[layer][0])
-            low, high = max(start, first), min(stop, last)
+        self._apply(weight_OI, layer, start, len(self.matched.get(layer, ())))
+
+    def _apply(self, weight_OI: Float32, layer: str, start: int, count: int) -> None:
+        """Merge the first adapters of a layer into some of its rows."""
+        for number, delta in enumerate(self.matched.get(layer, ())[:count]):
+            first, last = delta.span(self.shapes[layer][0])
+            low, high = max(start, first), min(start + len(weight_OI), last)
             if low < high:
-                product = delta.up_rows(low - first, high - first) @ delta.A_RI
-                product *= np.float32(delta.scale)
-                weight_OI[low - start : high - start] += product
+                norms = self._column_norms(layer, number) if delta.needs_weights else None
+                delta.apply(weight_OI[low - start : high - start], low - first, norms)
+
+    def _column_norms(self, layer: str, number: int) -> Float32:
+        """‖V‖ per column for an adapter of a layer, float32 [in]; all its rows are read, once."""
+        if (layer, number) not in self._norms:
+            assert self.weights is not None
+            delta = self.matched[layer][number]
+            first, last = delta.span(self.shapes[layer][0])
+            squares = np.zeros(self.shapes[layer][1])
+            for start in range(first, last, BAND_ROWS):
+                weight_OI = self.weights(layer, slice(start, min(start + BAND_ROWS, last)))
+                self._apply(weight_OI, layer, start, number)
+                squares += np.square(delta.decomposed(weight_OI, start - first), dtype=np.float64).sum(0)
+            self._norms[layer, number] = np.sqrt(squares).astype(np.float32)
+        return self._norms[layer, number]
+
+    def delta(self, layer: str, weight_OI: Float32 | None = None) -> Float32:
+        """The whole change of a layer's weight, float32 [out, in].
+
+        Args:
+            layer: The layer, as the checkpoint names it.
+            weight_OI: Its weight, which DoRA depends on; `weights` reads it by default.
+        """
+        if weight_OI is None:
+            zeros = np.zeros(self.shapes[layer], np.float32)
+            weight_OI = zeros if self.weights is None else self.weights(layer, ALL)
+        merged_OI = weight_OI.copy()
+        self.add_to(merged_OI, layer)
+        change_OI: Float32 = merged_OI - weight_OI
+        return change_OI
+
+    @property
+    def loras(self) -> list[Lora]:
+        """The files of which something is applied, in their order."""
+        found = [delta.lora for some in self.matched.values() for delta in some]
+        found += [each.lora for some in self.beside.values() for each in some]
+        return list({id(lora): lora for lora in found}.values())
+
+    def changed_tensor(self, checkpoint: Checkpoint, name: str) -> Float32:
+        """A tensor of `beside` with everything added, float32."""
+        values: Float32 = checkpoint.float32(name)
+        for each in self.beside[name]:
+            added = each.lora.checkpoint.float32(each.tensor).reshape(-1)
+            if each.swap_halves:
+                added = np.roll(added, len(added) // 2)
+            part = values.reshape(-1)[slice(*(each.rows or (0, None)))]
+            part += np.float32(each.lora.strength) * added
+        return values
 
     def summary(self) -> str:
         """One line for the user, e.g. "304 adapters on 152 layers, 2 unmatched"."""
         adapters = sum(len(deltas) for deltas in self.matched.values())
         rest = "".join(f", {len(found)} {_LEFT_OVER[kind]}" for kind, found in self._left_over().items() if found)
-        return f"{plural(adapters, 'adapter')} on {plural(len(self.matched), 'layer')}{rest}"
+        beside = f", {len(self.beside)} biases and norms" if self.beside else ""
+        return f"{plural(adapters, 'adapter')} on {plural(len(self.matched), 'layer')}{beside}{rest}"
 
     def as_json(self) -> dict[str, Any]:
-        """The report as JSON values: names, files, ranks, scales and rows, no weights."""
+        """The report as JSON values: names, files, kinds, ranks, scales and rows, no weights."""
 
         def told(delta: Delta) -> dict[str, Any]:
-            file, rank = str(delta.lora.path), delta.adapter.rank
-            return {"file": file, "name": delta.name, "rank": rank, "scale": delta.scale, "rows": delta.rows}
+            adapter = delta.adapter
+            kind = {"kind": adapter.kind.title, "rank": adapter.rank, "dora": adapter.magnitude_tensor is not None}
+            return {"file": str(delta.lora.path), "name": delta.name, **kind, "scale": delta.scale, "rows": delta.rows}
 
         return {
             "matched": {layer: [told(delta) for delta in deltas] for layer, deltas in self.matched.items()},
+            "beside": {name: [str(each.lora.path) for each in some] for name, some in self.beside.items()},
             **{kind: [asdict(finding) for finding in found] for kind, found in self._left_over().items()},
         }
+
+    def notes(self) -> list[str]:
+        """Lines for the user: the summary, then what is left over, by reason, with its count and first names."""
+        lines = [f"LoRA: {self.summary()}"]
+        for kind, found in self._left_over().items():
+            for reason, count in Counter(finding.reason for finding in found).items():
+                names = [finding.name for finding in found if finding.reason == reason]
+                more = f" and {count - len(names[:3])} more" if count > 3 else ""
+                lines.append(f"LoRA {kind.replace('_', ' ')}: {', '.join(names[:3])}{more} ({reason})")
+        return lines
 
     def _left_over(self) -> dict[str, list[Finding]]:
         return {kind: getattr(self, kind) for kind in _LEFT_OVER}
@@ -346,17 +461,22 @@ class Survival:
 
 
 def calibration_rows(match: LoraMatch, layer: str) -> Float32:
-    """The input directions that a layer's adapters read: the rows of all their down factors.
+    """The input directions that a layer's adapters read: the rows of all their down factors, or of their changes.
 
     Args:
         match: The matched files.
         layer: The layer, as the checkpoint names it.
 
     Returns:
-        float32 [sum of ranks, in], as stored (neither scaled nor normalized); no rows where nothing is matched.
+        float32 [n, in], as stored (neither scaled nor normalized); no rows where nothing is matched.
     """
-    rows = [delta.A_RI for delta in match.matched.get(layer, ())]
-    return np.concatenate([np.empty((0, match.shapes[layer][1]), np.float32), *rows])
+    rows = [np.empty((0, match.shapes[layer][1]), np.float32)]
+    for delta in match.matched.get(layer, ()):
+        change = delta.adapter.change
+        some = np.unique(np.linspace(0, change.shape[0] - 1, SAMPLED_ROWS).astype(int))
+        directions = delta.adapter.directions
+        rows.append(change.rows(some) if directions is None else directions.rows(ALL))
+    return np.concatenate(rows)
 
 
 def split_strength(text: str) -> tuple[str, float]:
@@ -399,8 +519,8 @@ def load_lora(path: StrPath, strength: float = 1.0) -> Lora:
         strength: The user's factor, finite; 1 applies the file as it was trained.
 
     Returns:
-        The file's adapters, sound in themselves: both factors there, of one rank, finite. Whether they fit a checkpoint
-        is for `match_loras` to say.
+        The file's adapters, sound in themselves: all factors there, of ranks that agree, finite. Whether they fit a
+        checkpoint is for `match_loras` to say.
 
     Raises:
         OptionError: `strength` is not finite.
@@ -415,7 +535,7 @@ def load_lora(path: StrPath, strength: float = 1.0) -> Lora:
     unknown: list[str] = []
     for key in checkpoint.tensors:
         name, role = _split(key)
-        if key.startswith(TEXT_ENCODER_PREFIXES):
+        if for_text_encoder(key):
             text_encoder[name] = None
         elif not role:
             unknown.append(key)
@@ -425,53 +545,80 @@ def load_lora(path: StrPath, strength: float = 1.0) -> Lora:
         problem = f"not a LoRA: none of its {len(unknown)} tensors has a name that an adapter's would have"
         raise LoraError(problem, path=path, tensor=next(iter(unknown), None))
 
-    adapters: dict[str, Adapter] = {}
-    unsupported: dict[str, tuple[str, ...]] = {}
+    lora = Lora(checkpoint, strength, text_encoder=tuple(text_encoder))
     for name, roles in tensors.items():
-        kinds = tuple(role for role in roles if role in UNSUPPORTED_SUFFIXES.values())
-        if kinds:
-            unsupported[name] = kinds
-        if set(kinds) <= {BIAS_ONLY} and {"down", "up"} & set(roles):
-            adapters[name] = _adapter(checkpoint, name, roles)
-        elif not kinds:
-            unknown += roles["alpha"]
-    return Lora(checkpoint, strength, adapters, unsupported, tuple(text_encoder), tuple(unknown))
+        unknown += _read(lora, name, roles)
+    lora.unknown = tuple(unknown)
+    return lora
+
+
+def _read(lora: Lora, name: str, roles: Mapping[str, list[str]]) -> list[str]:
+    """Add what some tensors of one name are to a file; the tensors that are nothing."""
+    kinds = [role for role in roles if role in UNSUPPORTED_ADAPTERS]
+    beside = {role: roles[role][0] for role in ("bias",) if role in roles}
+    made = None
+    if not kinds and frozenset(roles) - BESIDE:
+        made = _adapter(lora.checkpoint, name, roles)
+        if made is None:
+            beside["diff"] = roles["diff"][0]
+        elif isinstance(made, Adapter):
+            lora.adapters[name] = made
+        else:
+            kinds.append(made)
+    if beside:
+        lora.beside[name] = beside
+    if kinds:
+        lora.unsupported[name] = tuple(kinds)
+    nothing = made is None and not beside and not kinds
+    return [key for keys in roles.values() for key in keys] if nothing else []
+
+
+_ROLES = [
+    (role, re.compile(rf"(.+?)(?:{pattern})"))
+    for role, pattern in (*ADAPTER_ROLES.items(), *UNSUPPORTED_ADAPTERS.items())
+]
 
 
 def _split(key: str) -> tuple[str, str]:
     """A tensor's name as (adapter, role); the role is "" where no suffix is known."""
-    for suffix, role in _ROLES.items():
-        if key.endswith(suffix) and len(key) > len(suffix):
-            return key[: -len(suffix)], role
-    return key, ""
+    found = next(((match[1], role) for role, pattern in _ROLES if (match := pattern.fullmatch(key))), None)
+    return found or (key, "")
 
 
-def _adapter(checkpoint: Checkpoint, name: str, roles: Mapping[str, list[str]]) -> Adapter:
-    """One pair of factors, checked: both there, once, floats, finite, of one rank."""
+def _adapter(checkpoint: Checkpoint, name: str, roles: Mapping[str, list[str]]) -> Adapter | str | None:
+    """One adapter, checked; None for the difference of a vector, or what is wrong where its tensors do not fit."""
     refusal = partial(LoraError, path=checkpoint.path)
-    for role, keys in roles.items():
-        if len(keys) > 1 and role in ("down", "up", "alpha"):
-            problem = f"{keys[0]} holds the same part of the adapter"
-            raise refusal(problem, tensor=keys[1])
-    for role, partner in (("down", "up"), ("up", "down")):
-        if partner not in roles:
-            problem = f"this {role} factor has no {partner} factor beside it"
-            raise refusal(problem, tensor=roles[role][0], hint="the file is incomplete")
-    (down,), (up,) = roles["down"], roles["up"]
-    for tensor in (down, up):
-        info = checkpoint.tensors[tensor]
-        if info.dtype not in FLOAT_DTYPES:
-            raise refusal(f"a factor should hold floats, found {info.dtype}", tensor=tensor)
-        if len(info.shape) < 2:
-            raise refusal(f"a factor should have 2 dimensions, found shape {list(info.shape)}", tensor=tensor)
-        finite = bool(np.isfinite(checkpoint.float32(tensor)).all())
-        if not finite:
-            raise refusal("holds NaN or infinite values", tensor=tensor, hint="the file is damaged")
-    rank, up_rank = checkpoint.tensors[down].shape[0], checkpoint.tensors[up].shape[1]
-    if rank != up_rank or rank == 0:
-        problem = f"its rank is {up_rank}, but {down} has rank {rank}" if rank else f"the rank of {down} is 0"
-        raise refusal(problem, tensor=up)
-    return Adapter(name, down, up, rank, _alpha(checkpoint, roles["alpha"][0]) if "alpha" in roles else None)
+    for keys in roles.values():
+        if len(keys) > 1:
+            raise refusal(f"{keys[0]} holds the same part of the adapter", tensor=keys[1])
+    tensor_of = {role: keys[0] for role, keys in roles.items()}
+    factors = frozenset(tensor_of) - BESIDE
+    kind = kind_of(factors)
+    if isinstance(kind, str):
+        if not kind:
+            return f"a mix of {' and '.join(sorted(factors))}"
+        there = next(role for role in tensor_of if role in factors)
+        problem = f"this {there} factor has no {kind} factor beside it"
+        raise refusal(problem, tensor=tensor_of[there], hint="the file is incomplete")
+    if "diff" in factors and len(checkpoint.tensors[tensor_of["diff"]].shape) < 2:
+        return None
+    parts = {role: stored(checkpoint, tensor_of[role]) for role in sorted(factors)}
+    change = kind.change(parts)
+    rank = parts[kind.rank].shape[0] if kind.rank else None
+    scale = _alpha(checkpoint, tensor_of["alpha"]) / rank if rank and "alpha" in tensor_of else 1.0
+    adapter = partial(Adapter, name, kind, change, scale, rank, parts.get("down"))
+    if "magnitude" not in tensor_of:
+        return adapter()
+    magnitude = tensor_of["magnitude"]
+    info = checkpoint.tensors[magnitude]
+    if info.dtype not in FLOAT_DTYPES or not np.isfinite(checkpoint.float32(magnitude)).all():
+        raise refusal("a magnitude should hold finite floats", tensor=magnitude, hint="the file is damaged")
+    # [out], [out, 1] and [out, 1, 1, 1] are per row; [1, in] per column.
+    per_column = len(info.shape) > 1 and info.shape[0] == 1 != change.shape[0]
+    if info.elements != change.shape[per_column]:
+        expected = f"{change.shape[0]} values, one per row, or [1, {change.shape[1]}]"
+        raise refusal(f"a magnitude should hold {expected}, found shape {list(info.shape)}", tensor=magnitude)
+    return adapter(magnitude, per_column)
 
 
 def _alpha(checkpoint: Checkpoint, tensor: str) -> float:
@@ -488,48 +635,118 @@ def _alpha(checkpoint: Checkpoint, tensor: str) -> float:
     return alpha
 
 
-def match_loras(loras: Sequence[Lora], layers: Mapping[str, tuple[int, int]]) -> LoraMatch:
+def match_checkpoint(
+    loras: Sequence[Lora], checkpoint: Checkpoint, table: LayerTable, *, beside: bool = False
+) -> LoraMatch:
+    """`match_loras` for an open checkpoint, whose weights are at hand then.
+
+    Args:
+        loras: The files.
+        checkpoint: The checkpoint; must stay open.
+        table: Its layers.
+        beside: Also match differences of biases and norms, for whoever merges them.
+    """
+    by_name = {layer.name: layer for layer in table.linear()}
+    weights = {layer.weight.name for layer in by_name.values()}
+    others = {
+        name: info.shape
+        for name, info in checkpoint.tensors.items()
+        if beside and name not in weights and info.dtype in FLOAT_DTYPES
+    }
+    return match_loras(loras, table.shapes(), lambda layer, rows: dequantize(checkpoint, by_name[layer], rows), others)
+
+
+def match_loras(
+    loras: Sequence[Lora],
+    layers: Mapping[str, tuple[int, int]],
+    weights: Weights | None = None,
+    others: Mapping[str, tuple[int, ...]] | None = None,
+) -> LoraMatch:
     """Find the layers that LoRA files mean.
 
     Args:
         loras: The files, as `load_lora` gives them.
         layers: All of a checkpoint's linear layers, quantized or not, as it names them -> (out, in).
+        weights: Reads their weights, for magnitudes per column.
+        others: Further tensors to which differences may be added, biases and norms -> their shapes.
 
     Returns:
         What is matched and what is left over; nothing is dropped silently.
 
     Raises:
-        LoraError: An adapter does not fit the shape of the layer that its name means, or a file matches nothing.
+        LoraError: A file matches nothing, or what its names mean has other shapes in all cases.
     """
     prefix, bare = strip_prefix(layers)
-    targets = lora_targets({bare_name: layers[layer] for layer, bare_name in bare.items()})
-    match = LoraMatch(dict(layers))
+    known = lora_names({bare_name: layers[layer] for layer, bare_name in bare.items()})
+    match = LoraMatch(dict(layers), weights)
     for lora in loras:
-        _match_one(lora, targets, prefix, match)
+        additions = _match_beside(lora, known, prefix, match, others or {})
+        _match_one(lora, known, prefix, match, matched=additions)
     return match
 
 
-def _match_one(lora: Lora, targets: Mapping[str, tuple[Target, ...]], prefix: str, match: LoraMatch) -> None:
+def _match_beside(
+    lora: Lora, known: LoraNames, prefix: str, match: LoraMatch, others: Mapping[str, tuple[int, ...]]
+) -> bool:
+    """Match what a file adds to biases and norms; whether there is any."""
+    bare = {name.removeprefix(prefix): Target(name) for name in others if name.startswith(prefix)}
+    named = LoraNames({}, {squeezed(name): (target,) for name, target in bare.items()})
+    found = False
+    for name, tensors in lora.beside.items():
+        for role, tensor in tensors.items():
+            ending = BIAS if role == "bias" else WEIGHT
+            targets = [*named.find(name + ending), *(() if role == "bias" else named.find(name))]
+            if role == "bias":
+                targets += [replace(each, layer=prefix + each.layer + ending) for each in known.find(name)]
+            size = lora.checkpoint.tensors[tensor].elements
+            target = next((each for each in targets if size == _size(each, others.get(each.layer, ()))), None)
+            if target is None:
+                why = "is not supported" if not others else "fits no tensor of the checkpoint"
+                reason = f"{BESIDE_TITLES[role]} {why}"
+                match.unsupported.append(Finding(str(lora.path), name, reason, tuple(each.layer for each in targets)))
+                continue
+            addition = Addition(lora, tensor, target.rows, target.swap_halves)
+            match.beside.setdefault(target.layer, []).append(addition)
+            found = True
+    return found
+
+
+def _size(target: Target, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) if target.rows is None else target.rows[1] - target.rows[0]
+
+
+def _match_one(lora: Lora, known: LoraNames, prefix: str, match: LoraMatch, *, matched: bool) -> None:
+    """Match a file's adapters; `matched` says whether something else of it is."""
     finding = partial(Finding, str(lora.path))
 
-    def layers_of(name: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(prefix + target.layer for target in targets.get(name, ())))
+    def layers_of(targets: Iterable[Target]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(prefix + target.layer for target in targets))
 
     found: dict[str, list[Delta]] = {}
+    misfits: list[Finding] = []
     for name, adapter in lora.adapters.items():
-        candidates = targets.get(name, ())
+        candidates = known.find(name)
         if not candidates:
             match.unmatched.append(finding(name, "no linear layer of the checkpoint has this name"))
-        elif len(candidates) > 1:
-            reason = f"the name may mean {len(candidates)} parts of the checkpoint"
-            match.ambiguous.append(finding(name, reason, layers_of(name)))
+            continue
+        fitting = [target for target in candidates if not _misfit(adapter, prefix, target, match.shapes)]
+        if not fitting:
+            reason = _misfit(adapter, prefix, candidates[0], match.shapes)
+            misfits.append(finding(name, reason, layers_of(candidates)))
+        elif len(fitting) > 1:
+            reason = f"the name may mean {len(fitting)} parts of the checkpoint"
+            match.ambiguous.append(finding(name, reason, layers_of(fitting)))
+        elif adapter.per_column and match.weights is None:
+            reason = "DoRA with a magnitude per column needs the checkpoint's weights"
+            match.unsupported.append(finding(name, reason, layers_of(fitting)))
         else:
-            delta = Delta(lora, adapter, candidates[0].rows, candidates[0].swap_halves)
-            layer = prefix + candidates[0].layer
-            _check_shapes(delta, layer, match.shapes[layer])
-            found.setdefault(layer, []).append(delta)
+            delta = Delta(lora, adapter, fitting[0].rows, fitting[0].swap_halves)
+            found.setdefault(prefix + fitting[0].layer, []).append(delta)
 
-    matched = False
+    if misfits and not (found or matched):
+        raise LoraError(misfits[0].reason, path=lora.path, tensor=misfits[0].name,
+                        hint="the LoRA was made for another model")  # fmt: skip
+    match.unsupported += misfits
     for layer, deltas in found.items():
         for delta in deltas:
             rivals = [other.name for other in deltas if other is not delta and _overlap(other, delta)]
@@ -543,7 +760,7 @@ def _match_one(lora: Lora, targets: Mapping[str, tuple[Target, ...]], prefix: st
     match.unmatched += [finding(key, "no known kind of adapter tensor") for key in lora.unknown]
     match.text_encoder += [finding(name, "belongs to a text encoder") for name in lora.text_encoder]
     match.unsupported += [
-        finding(name, f"{kind} is not supported", layers_of(name))
+        finding(name, f"{kind} is not supported", layers_of(known.find(name)))
         for name, kinds in lora.unsupported.items()
         for kind in kinds
     ]
@@ -555,22 +772,25 @@ def _overlap(one: Delta, other: Delta) -> bool:
     return one.rows is None or other.rows is None or max(one.rows[0], other.rows[0]) < min(one.rows[1], other.rows[1])
 
 
-def _check_shapes(delta: Delta, layer: str, shape: tuple[int, int]) -> None:
-    adapter, rows = delta.adapter, delta.rows
-    out_features = shape[0] if rows is None else rows[1] - rows[0]
-    part = f"{layer} is {list(shape)}" if rows is None else f"rows {rows[0]} to {rows[1]} of {layer} are meant"
-    for tensor, expected in ((adapter.down, [adapter.rank, shape[1]]), (adapter.up, [out_features, adapter.rank])):
-        found = list(delta.lora.checkpoint.tensors[tensor].shape)
-        if found[:2] != expected or math.prod(found[2:]) != 1:
-            problem = f"its shape should be {expected}, since {part}, but it is {found}"
-            hint = "the LoRA was made for another model"
-            raise LoraError(problem, path=delta.lora.path, tensor=tensor, hint=hint)
+def _misfit(adapter: Adapter, prefix: str, target: Target, shapes: Mapping[str, tuple[int, int]]) -> str:
+    """How the shape of an adapter differs from that of what its name means; "" where it does not."""
+    layer, rows = prefix + target.layer, target.rows
+    out_features, in_features = shapes[layer]
+    expected = (out_features if rows is None else rows[1] - rows[0], in_features)
+    found = adapter.change.shape
+    if found == expected:
+        return ""
+    part = layer if rows is None else f"the part of {layer} that it means"
+    if found[0] >= expected[0] and found[1] >= expected[1]:
+        return f"its change is {list(found)} and would widen {part}, which is {list(expected)}"
+    return f"its change is {list(found)}, but {part} is {list(expected)}"
 
 
 def _matches_nothing(lora: Lora, match: LoraMatch) -> LoraError:
     """Why nothing of a file can be applied, with its first name and what the checkpoint has instead."""
-    first = next(iter([*lora.adapters, *lora.unsupported, *lora.text_encoder, *lora.unknown]))
+    first = next(iter([*lora.adapters, *lora.unsupported, *lora.beside, *lora.text_encoder, *lora.unknown]))
     kinds = Counter(kind for kinds in lora.unsupported.values() for kind in kinds)
+    kinds.update(BESIDE_TITLES[role] for roles in lora.beside.values() for role in roles)
     counts = [
         (len(lora.adapters), "adapters match no layer of the checkpoint unambiguously"),
         *((count, f"{kind} adapters are not supported") for kind, count in kinds.items()),

@@ -6,7 +6,7 @@ Every spelling is written once, here, as data. What one family's layers are call
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 from .errors import OptionError
 
@@ -101,59 +101,80 @@ def strip_prefix(names: Iterable[str]) -> tuple[str, dict[str, str]]:
     return "", {name: name for name in listed}
 
 
-# What stands before a layer's name in a LoRA file, as it is and with "_" for ".".
-LORA_PREFIXES = (
-    "",
-    "diffusion_model.",
-    "model.diffusion_model.",
-    "transformer.",
-    "unet.",
-    "net.",
-    "base_model.model.",
-    "base_model.model.diffusion_model.",
-    "base_model.model.transformer.",
-    "unet.base_model.model.",
-    "transformer.base_model.model.",
-)
-LORA_FLAT_PREFIXES = ("lora_unet_", "lora_unet__", "lora_transformer_", "lora_prior_unet_", "lycoris_")
+# What may stand before a layer's name in a LoRA file, once or several times (`diffusion_model.transformer.`), and words
+# of wrappers that may stand anywhere in it. A flattened name ("_" for ".") begins with who wrote it and for what.
+_LORA_WORDS = "diffusion_model|base_model|model|transformer|prior_unet|unet|net|module|pipe|dit"
+_LORA_PREFIX = re.compile(rf"(?:{_LORA_WORDS})\.")
+_LORA_FLAT_PREFIX = re.compile(r"\w*?(?:lora|lycoris)_+")
+_LORA_FLAT_WORD = re.compile(rf"(?:{_LORA_WORDS})_+")
+_LORA_WRAPPER = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)[._]")
 
-TEXT_ENCODER_PREFIXES = (
-    *(f"lora_te{number}_" for number in ("", 1, 2, 3, 4)),
-    "lora_prior_te_",
-    *(f"text_encoder{number}." for number in ("", "_2", "_3", "_4", "s")),
-    "base_model.model.text_encoder.",
-    "cond_stage_model.",
-    "conditioner.",
+_TEXT_ENCODER = re.compile(
+    rf"(?:(?:{_LORA_WORDS})\.)*(?:\w*?(?:lora|lycoris)_(?:prior_)?te\d*_|"
+    r"(?:text_encoders?(?:_\d)?|te\d?|cond_stage_model|conditioner|clip_[lgh]|t5xxl)\.)"
 )
-"""Beginnings of the names of a text encoder's adapters, which are never the diffusion model's."""
 
-# Suffixes of the two factors, down [r, in] and up [out, r], of a low-rank adapter. Where two fit, the longer one holds.
-LORA_FACTORS = (
-    (".lora_A.weight", ".lora_B.weight"),
-    (".lora_A.default.weight", ".lora_B.default.weight"),
-    (".lora_A", ".lora_B"),
-    (".lora_down.weight", ".lora_up.weight"),
-    (".lora_down", ".lora_up"),
-    (".lora.down.weight", ".lora.up.weight"),
-    ("_lora.down.weight", "_lora.up.weight"),
-    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
-    (".down.weight", ".up.weight"),
-)
-LORA_ALPHAS = (".alpha", ".lora_alpha")
 
-UNSUPPORTED_SUFFIXES: dict[str, str] = {
-    **dict.fromkeys((".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight"), "DoRA"),
-    **dict.fromkeys((".lora_magnitude_vector.default.weight",), "DoRA"),
-    **dict.fromkeys((f".hada_{factor}" for factor in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")), "LoHa"),
-    **dict.fromkeys((f".lokr_{factor}" for factor in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")), "LoKr"),
-    **dict.fromkeys((f".{factor}.weight" for factor in ("a1", "a2", "b1", "b2")), "GLoRA"),
-    **dict.fromkeys((".oft_blocks", ".oft_diag", ".oft_R.weight"), "OFT"),
-    **dict.fromkeys((".lora_mid.weight", ".lora_mid"), "lora_mid (convolution)"),
-    **dict.fromkeys((".diff", ".set_weight", ".w_norm"), "full difference"),
-    **dict.fromkeys((".diff_b", ".b_norm", ".lora_B.bias", ".lora_up.bias", ".lora_B.default.bias"), "bias difference"),
-    ".reshape_weight": "reshaped weight",
+def for_text_encoder(name: str) -> bool:
+    """Whether a name in a LoRA file is a text encoder's, which is never the diffusion model's.
+
+    >>> for_text_encoder("lora_te1_text_model_encoder_layers_0_mlp_fc1"), for_text_encoder("text_embedder.linear_1")
+    (True, False)
+    """
+    return _TEXT_ENCODER.match(name) is not None
+
+
+def without_lora_prefixes(name: str) -> Iterator[str]:
+    """What a name in a LoRA file may be the name of: all of it first, then without what may stand before it.
+
+    >>> list(without_lora_prefixes("transformer._orig_mod.blocks.0.q"))
+    ['transformer.blocks.0.q', 'blocks.0.q']
+    >>> list(without_lora_prefixes("lora_transformer_blocks_0_q"))
+    ['lora_transformer_blocks_0_q', 'transformer_blocks_0_q', 'blocks_0_q']
+    """
+    name = _LORA_WRAPPER.sub("", name)
+    yield name
+    while found := _LORA_PREFIX.match(name):
+        name = name[found.end() :]
+        yield name
+    found = _LORA_FLAT_PREFIX.match(name)
+    while found:
+        name = name[found.end() :]
+        yield name
+        found = _LORA_FLAT_WORD.match(name)
+
+
+def squeezed(name: str) -> str:
+    """A name without its separators, but for those between digits: all ways of flattening it come to the same.
+
+    >>> squeezed("blocks.1.ffn.net.0.proj"), squeezed("_blocks_1_ffn_net_0_proj_"), squeezed("blocks.1.1.q")
+    ('blocks1ffnnet0proj', 'blocks1ffnnet0proj', 'blocks1_1q')
+    """
+    return re.sub(r"(?<!\d)_|_(?!\d)", "", re.sub(r"[._]+", "_", name))
+
+
+# Roles of an adapter's tensors (see `adapters`) -> endings of their names. PEFT may put the adapter's own name in.
+_NAMED = r"(?:\.(?!(?:weight|bias)$)[^.]+)?"
+ADAPTER_ROLES: Mapping[str, str] = {
+    **{
+        role: rf"\.lora_(?:{letter}|{role}){_NAMED}(?:\.weight)?|(?:[._]lora|\.lora_linear_layer)?\.{role}\.weight"
+        for role, letter in (("down", "A"), ("up", "B"))
+    },
+    "mid": r"\.lora_mid(?:\.weight)?|\.lora\.mid\.weight",
+    "alpha": rf"\.alpha|\.lora_alpha{_NAMED}",
+    "magnitude": rf"\.(?:dora_scale|lora_magnitude_vector{_NAMED}(?:\.weight)?)",
+    **{f"hada_{part}": rf"\.hada_{part}{_NAMED}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{part}": rf"\.lokr_{part}{_NAMED}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")},
+    "diff": r"\.(?:diff|w_norm)",
+    "bias": rf"\.(?:diff_b|b_norm)|\.lora_(?:B|up){_NAMED}\.bias",
+    "reshape": r"\.reshape_weight",
 }
-"""Suffixes of adapter tensors that are recognized but not applied, with the name of their kind."""
 
-BIAS_ONLY = "bias difference"
-"""The one of these kinds that leaves the low-rank factors beside it as they are: a bias does not change a weight."""
+UNSUPPORTED_ADAPTERS: Mapping[str, str] = {
+    "GLoRA": r"\.[ab][12]\.weight",
+    "OFT": rf"\.oft_(?:blocks|diag|R){_NAMED}(?:\.weight)?",
+    "IA3": rf"\.(?:ia3_l{_NAMED}|on_input)",
+    "VeRA": rf"\.vera_lambda_[bd]{_NAMED}",
+    "a replaced weight": r"\.set_weight",
+}
+"""Kinds that are recognized but not applied -> endings of their tensors."""

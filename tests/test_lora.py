@@ -25,11 +25,23 @@ from convert_to_quant.lora import (
     open_loras,
     split_strength,
 )
-from convert_to_quant.names import BIAS_ONLY, LORA_FACTORS, UNSUPPORTED_SUFFIXES
 
 Tensors = dict[str, NDArray[Any]]
 Layers = dict[str, tuple[int, int]]
 Write = Callable[..., Path]
+
+LORA_FACTORS = (
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_A.default.weight", ".lora_B.default.weight"),
+    (".lora_A.style_0.weight", ".lora_B.style_0.weight"),
+    (".lora_A", ".lora_B"),
+    (".lora_down.weight", ".lora_up.weight"),
+    (".lora_down", ".lora_up"),
+    (".lora.down.weight", ".lora.up.weight"),
+    ("_lora.down.weight", "_lora.up.weight"),
+    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    (".down.weight", ".up.weight"),
+)
 
 H = 8  # hidden size
 R = 2  # rank
@@ -182,7 +194,7 @@ def test_each_spelling_finds_its_layer_and_rows(
 
 
 @pytest.mark.parametrize("style", range(len(LORA_FACTORS)), ids=[down for down, _ in LORA_FACTORS])
-@pytest.mark.parametrize("alpha", [None, ".alpha", ".lora_alpha"])
+@pytest.mark.parametrize("alpha", [None, ".alpha", ".lora_alpha", ".lora_alpha.style_0"])
 def test_each_suffix_is_read(style: int, alpha: str | None, write: Write) -> None:
     name = "transformer.transformer_blocks.0.attn.to_k"
     tensors = pair(name, H, H, style=style)
@@ -254,8 +266,7 @@ def test_factors_of_any_float_dtype_are_widened(dtype: str, write: Write) -> Non
     numpy_dtype = {"F16": np.float16, "F32": np.float32, "F64": np.float64}.get(dtype)
     stored = np.array([[0x3F80, 0x4000]], np.uint16) if numpy_dtype is None else np.array([[1, 2]], numpy_dtype)
     match = match_of(write({"x.lora_A.weight": (stored, dtype), "x.lora_B.weight": (stored.T, dtype)}), {"x": (2, 2)})
-    delta = match.matched["x"][0]
-    assert {delta.A_RI.dtype, delta.B_OR.dtype} == {np.dtype(np.float32)}
+    assert match.matched["x"][0].adapter.change.rows(slice(None)).dtype == np.float32
     assert np.array_equal(change(match, "x"), [[1, 2], [2, 4]])
 
 
@@ -375,11 +386,21 @@ def test_text_encoder_parts_are_reported_as_such_and_never_matched(name: str, wr
     assert match.unmatched == []
 
 
-@pytest.mark.parametrize(("suffix", "kind"), UNSUPPORTED_SUFFIXES.items(), ids=list(UNSUPPORTED_SUFFIXES))
+UNSUPPORTED = {
+    "GLoRA": (".a1.weight", ".b2.weight"),
+    "OFT": (".oft_blocks", ".oft_diag", ".oft_R.weight", ".oft_R.default.weight"),
+    "IA3": (".on_input", ".ia3_l"),
+    "a replaced weight": (".set_weight",),
+}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"), [(suffix, kind) for kind, suffixes in UNSUPPORTED.items() for suffix in suffixes]
+)
 def test_unsupported_kinds_are_named_with_their_layer(suffix: str, kind: str, write: Write) -> None:
     name = "lora_unet_blocks_1_self_attn_q"
     alone = {name + suffix: np.ones((H, H), np.float32), f"{name}.alpha": np.float32(1), **FFN}
-    for tensors in (alone, alone if kind == BIAS_ONLY else {**alone, **pair(name, H, H)}):
+    for tensors in (alone, {**alone, **pair(name, H, H)}):
         match = match_of(write(tensors), WAN)
         assert list(match.matched) == ["blocks.1.ffn.0"]  # factors that are half of a change are not applied
         (found,) = match.unsupported
@@ -414,7 +435,7 @@ def test_the_report_is_json_and_complete(write: Write) -> None:
         **pair(name, H, H),
         **pair("nowhere", H, H),
         **pair("lora_te_x", H, H),
-        "lora_unet_single_blocks_1_linear1.lokr_w1": np.ones((2, 2), np.float32),
+        "lora_unet_single_blocks_1_linear1.oft_blocks": np.ones((2, 2), np.float32),
     }
     path = write(tensors)
     match = match_of(path, FLUX, strength=0.5)
@@ -423,10 +444,23 @@ def test_the_report_is_json_and_complete(write: Write) -> None:
         return [{"file": str(path), "name": name, "reason": reason, "layers": list(layers)}]
 
     assert json.loads(json.dumps(match.as_json())) == {
-        "matched": {QKV: [{"file": str(path), "name": name, "rank": R, "scale": 0.5, "rows": [H, 2 * H]}]},
+        "matched": {
+            QKV: [
+                {
+                    "file": str(path),
+                    "name": name,
+                    "kind": "LoRA",
+                    "rank": R,
+                    "dora": False,
+                    "scale": 0.5,
+                    "rows": [H, 2 * H],
+                }
+            ]
+        },
+        "beside": {},
         "unmatched": left_over("nowhere", "no linear layer of the checkpoint has this name"),
         "ambiguous": [],
-        "unsupported": left_over("lora_unet_single_blocks_1_linear1", "LoKr is not supported", LINEAR1),
+        "unsupported": left_over("lora_unet_single_blocks_1_linear1", "OFT is not supported", LINEAR1),
         "text_encoder": left_over("lora_te_x", "belongs to a text encoder"),
     }
     assert match.summary() == "1 adapter on 1 layer, 1 unmatched, 1 unsupported, 1 for text encoders"
@@ -488,33 +522,41 @@ def test_damage_is_found_in_adapters_that_match_nothing_too(write: Write) -> Non
 
 
 TO_K = "transformer.transformer_blocks.0.attn.to_k"
-WHOLE = "since blocks.1.ffn.0 is [32, 8], but it is"
 
 
 @pytest.mark.parametrize(
-    ("name", "shapes", "tensor", "message"),
+    ("name", "shapes", "message"),
     [
-        ("blocks.1.ffn.0", ((R, H + 1), (4 * H, R)), "A", f"[2, 8], {WHOLE} [2, 9]"),
-        ("blocks.1.ffn.0", ((R, H), (3 * H, R)), "B", f"[32, 2], {WHOLE} [24, 2]"),
-        ("blocks.1.ffn.0", ((R, H, 3, 3), (4 * H, R, 1, 1)), "A", f"[2, 8], {WHOLE} [2, 8, 3, 3]"),
-        (TO_K, ((R, H), (3 * H, R)), "B", f"[8, 2], since rows 8 to 16 of {QKV} are meant, but it is [24, 2]"),
+        ("blocks.1.ffn.0", ((R, H + 1), (4 * H, R)), "[32, 9] and would widen blocks.1.ffn.0, which is [32, 8]"),
+        ("blocks.1.ffn.0", ((R, H), (3 * H, R)), "[24, 8], but blocks.1.ffn.0 is [32, 8]"),
+        ("blocks.1.ffn.0", ((R, H, 3, 3), (H, R, 1, 1)), "[8, 72], but blocks.1.ffn.0 is [32, 8]"),
+        (TO_K, ((R, H - 1), (H, R)), f"[8, 7], but the part of {QKV} that it means is [8, 8]"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused_with_file_and_tensor(
-    name: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], tensor: str, message: str, write: Write
+def test_shapes_that_do_not_fit_are_left_out_or_refused_where_nothing_else_does(
+    name: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], message: str, write: Write
 ) -> None:
-    path = write({f"{name}.lora_A.weight": np.ones(shapes[0]), f"{name}.lora_B.weight": np.ones(shapes[1])})
+    layers = {**WAN, **FLUX}
+    tensors = {f"{name}.lora_A.weight": np.ones(shapes[0]), f"{name}.lora_B.weight": np.ones(shapes[1])}
+    path = write(tensors)
     with pytest.raises(LoraError) as caught:
-        match_of(path, {**WAN, **FLUX})
-    assert str(caught.value) == (
-        f"{path}: {name}.lora_{tensor}.weight: its shape should be {message} (the LoRA was made for another model)"
-    )
+        match_of(path, layers)
+    hint = "the LoRA was made for another model"
+    assert str(caught.value) == f"{path}: {name}: its change is {message} ({hint})"
+    match = match_of(write({**tensors, **pair("blocks.1.self_attn.q", H, H)}), layers)
+    assert list(match.matched) == ["blocks.1.self_attn.q"]
+    assert [(found.name, found.reason) for found in match.unsupported] == [(name, f"its change is {message}")]
+
+
+def test_of_two_layers_of_one_name_the_one_whose_shape_fits_is_meant(write: Write) -> None:
+    layers = {"head.head": (2 * H, H), "final_layer.linear": (H, H)}  # both are "proj_out" in diffusers
+    assert only(match_of(write(pair("transformer.proj_out", H, H)), layers)) == ("final_layer.linear", None)
 
 
 def test_a_lora_that_matches_nothing_is_refused_with_all_reasons(write: Write) -> None:
     tensors = {
         **pair("nowhere", H, H),
-        "blocks.1.self_attn.q.hada_w1_a": np.ones((H, R), np.float32),
+        "blocks.1.self_attn.q.oft_blocks": np.ones((H, R), np.float32),
         **pair("lora_te_x", H, H),
         "strange": np.ones(2, np.float32),
     }
@@ -523,7 +565,7 @@ def test_a_lora_that_matches_nothing_is_refused_with_all_reasons(write: Write) -
         match_of(path, WAN)
     assert str(caught.value) == (
         f"{path}: nowhere: nothing in this LoRA can be applied: 1 adapters match no layer of the checkpoint "
-        "unambiguously, 1 LoHa adapters are not supported, 1 adapters belong to a text encoder, 1 tensors are of no "
+        "unambiguously, 1 OFT adapters are not supported, 1 adapters belong to a text encoder, 1 tensors are of no "
         "known kind; its layers have names like blocks.1.self_attn.q (is it made for this model?)"
     )
 
@@ -608,14 +650,13 @@ def test_rows_are_merged_at_their_strength_and_the_weight_stays(write: Write) ->
     assert merge_rows(match, "y", weight, (1, 3)) is weight
 
 
-def test_of_a_slice_only_its_own_rows_of_the_up_factor_are_read(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    match = match_of(write(pair(LINEAR1, 7 * H, H)), FLUX)
-    whole = change(match, LINEAR1)
-    delta = match.matched[LINEAR1][0]
-    np.testing.assert_array_equal(delta.up_rows(3, 9), delta.B_OR[3:9])
-    monkeypatch.setattr(type(delta), "B_OR", None)
+@pytest.mark.parametrize("name", ["final_layer.adaLN_modulation.1", "norm_out.linear", LINEAR1])
+def test_some_rows_of_a_change_are_those_of_the_whole(name: str, write: Write) -> None:
+    layer = "final_layer.adaLN_modulation.1" if name == "norm_out.linear" else name
+    match = match_of(write(pair(name, FLUX[layer][0], H)), FLUX)
+    whole = change(match, layer)
     part = np.zeros((6, H), np.float32)
-    match.add_to(part, LINEAR1, (3, 9))
+    match.add_to(part, layer, (3, 9))
     np.testing.assert_allclose(part, whole[3:9], rtol=1e-6)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert_to_quant import names
-from convert_to_quant.families import RECORDS, Target, diffusers_targets, lora_targets
+from convert_to_quant.families import RECORDS, Target, diffusers_targets, lora_names
 from convert_to_quant.families.rules import rules
 from convert_to_quant.names import strip_prefix
 
@@ -292,39 +292,50 @@ def test_unet_blocks_are_counted_as_diffusers_counts_them() -> None:
     assert {name: targets[name].layer for name in same} == same
 
 
-def test_a_name_that_could_mean_two_layers_is_left_out_by_diffusers_targets_and_listed_by_lora_targets() -> None:
+def test_a_name_that_could_mean_two_layers_is_left_out_by_diffusers_targets_and_listed_by_lora_names() -> None:
     layers = {"head.head": (16, 32), "final_layer.linear": (16, 32)}  # of two families, both "proj_out"
     assert "proj_out" not in diffusers_targets(layers)
-    assert set(lora_targets(layers)["transformer.proj_out"]) == {Target("head.head"), Target("final_layer.linear")}
+    assert set(lora_names(layers).find("transformer.proj_out")) == {Target("head.head"), Target("final_layer.linear")}
 
 
 @pytest.mark.parametrize("layers", [layers for _, layers in CONVERTED.values()], ids=list(CONVERTED))
 def test_no_lora_name_of_a_real_family_is_ambiguous(layers: Layers) -> None:
-    assert {name: targets for name, targets in lora_targets(layers).items() if len(targets) > 1} == {}
+    known = lora_names(layers)
+    assert {name: meant for name, meant in (known.exact | known.squeezed).items() if len(meant) > 1} == {}
+
+
+PREFIXES = (
+    "", "diffusion_model.", "model.diffusion_model.", "transformer.", "unet.", "net.", "module.", "pipe.dit.", "model.",
+    "base_model.model.", "base_model.model.transformer.", "transformer.base_model.model.", "transformer._orig_mod.",
+    "diffusion_model.transformer.", "_fsdp_wrapped_module.",
+)  # fmt: skip
+FLAT_PREFIXES = (
+    "lora_unet_", "lora_unet__", "lora_transformer_", "lora_prior_unet_", "lycoris_", "lora_", "lora_unet_net_",
+    "Hunyuan_video_I2V_lora_", "lora_unet__orig_mod_",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("layers", [layers for _, layers in CONVERTED.values()], ids=list(CONVERTED))
 def test_every_layer_answers_to_its_own_name_under_every_prefix(layers: Layers) -> None:
-    targets = lora_targets(layers)
+    known = lora_names(layers)
     for layer in layers:
-        spellings = [prefix + layer for prefix in names.LORA_PREFIXES]
-        spellings += [prefix + layer.replace(".", "_") for prefix in names.LORA_FLAT_PREFIXES]
-        assert all(targets[spelling] == (Target(layer),) for spelling in spellings)
+        spellings = [prefix + layer for prefix in PREFIXES]
+        spellings += [prefix + layer.replace(".", "_") for prefix in FLAT_PREFIXES]
+        assert {spelling: known.find(spelling) for spelling in spellings} == dict.fromkeys(spellings, (Target(layer),))
 
 
 def test_flattened_names_that_coincide_are_both_listed() -> None:
-    found = lora_targets({"a.b_c": (4, 4), "a_b.c": (4, 4)})
-    assert {target.layer for target in found["lora_unet_a_b_c"]} == {"a.b_c", "a_b.c"}
-    assert found["a.b_c"] == (Target("a.b_c"),)
+    known = lora_names({"a.b_c": (4, 4), "a_b.c": (4, 4)})
+    assert {target.layer for target in known.find("lora_unet_a_b_c")} == {"a.b_c", "a_b.c"}
+    assert known.find("a.b_c") == (Target("a.b_c"),)
 
 
 @given(st.lists(st.integers(0, 99), min_size=1, unique=True))
 def test_block_numbers_are_kept_whole(blocks: list[int]) -> None:
-    found = lora_targets({f"blocks.{block}.self_attn.q": (8, 8) for block in blocks})
+    known = lora_names({f"blocks.{block}.self_attn.q": (8, 8) for block in blocks})
     for block in range(100):
         name = f"lora_unet_blocks_{block}_self_attn_q"
-        assert (name in found) == (block in blocks)
-        assert all(target.layer == f"blocks.{block}.self_attn.q" for target in found.get(name, ()))
+        assert [target.layer for target in known.find(name)] == [f"blocks.{block}.self_attn.q"] * (block in blocks)
 
 
 @pytest.mark.parametrize("prefix", names.CHECKPOINT_PREFIXES)
@@ -345,9 +356,6 @@ def test_an_ordinary_word_is_a_prefix_only_where_every_name_has_it() -> None:
 
 
 def test_suffixes_are_written_once() -> None:
-    down, up = zip(*names.LORA_FACTORS, strict=True)
-    suffixes = [*down, *up, *names.LORA_ALPHAS, *names.UNSUPPORTED_SUFFIXES]
-    assert len(set(suffixes)) == len(suffixes)
     assert len(set(names.LAYER_SUFFIXES)) == len(names.LAYER_SUFFIXES)
 
 

@@ -109,6 +109,9 @@ def run(args: argparse.Namespace) -> int:
                 converting = {"legacy", *(one.flag for one in offered(ConvertOptions).values())}
                 if unused := ", ".join(f"--{flag}" for flag in args.in_force if flag in converting):
                     note(f"the input is quantized already, so nothing is converted and {unused} does nothing")
+                if merged:
+                    raise OptionError("--merge-lora changes weights, and the input is quantized already",
+                                      hint="merge into the original in 16 bits, or add --requantize")  # fmt: skip
                 return calibrate_file(checkpoint, args, options, adapters)
             if args.in_place and find_layers(checkpoint).raw:
                 static_table(checkpoint)  # says why a plain cast cannot be calibrated
@@ -116,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
                 raise OptionError("--in-place calibrates a model that is FP8 already, and this one is not; use -o OUT")
             conversion = options_of(ConvertOptions, args)
             if args.best:
-                return best_file(checkpoint, args, conversion)
+                return best_file(checkpoint, args, conversion, merged)
             return convert_file(checkpoint, args, plan_conversion(checkpoint, conversion, merged), options, adapters)
 
 
@@ -152,10 +155,6 @@ def check_best(args: argparse.Namespace) -> None:
             raise OptionError(f"--{flag} and --best both say what layers become; give one")
         if args.best and flag.startswith("actcal-") and flag not in showing:
             raise OptionError(f"--{flag} is for --actcal, and --best would not use it")
-    for flag in ("actcal", "best"):
-        if args.merge_lora and getattr(args, flag):
-            hint = "convert to a --format first; --actcal --in-place then calibrates the new file"
-            raise OptionError(f"--merge-lora and --{flag} cannot be combined", hint=hint)
 
 
 def calibrate_file(
@@ -178,18 +177,18 @@ def calibrate_file(
     return finish(checkpoint, calibrate(checkpoint, options, adapters), args)
 
 
-def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertOptions) -> int:
+def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertOptions, merged: Sequence[Lora]) -> int:
     """Convert a file in high precision to the best mix of formats."""
     from ..best import load_measured, plan_best
 
     measured = None if args.statistics is None else load_measured(args.statistics)
     with progress_bar("measuring") as progress:
         best = plan_best(checkpoint, options, options_of(BestOptions, args), options_of(RunOptions, args), measured,
-                         progress=progress)  # fmt: skip
+                         loras=merged, progress=progress)  # fmt: skip
     if args.keep is not None:
         tensors, entries = best.trials.entries()
         best.statistics.save(args.keep, entries, tensors)
-    for text in best.plan.notes:
+    for text in best.plan.told():
         note(text)
     if args.verbose or args.dry_run:
         print_plan(best.plan, talk=args.json == "-")
@@ -199,8 +198,9 @@ def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: Convert
     if args.dry_run:
         say(f"dry run: {best.summary()}; nothing was written")
         return 0
-    write_plan(checkpoint, best.plan, Path(args.output), args.device)
+    survival = write_plan(checkpoint, best.plan, Path(args.output), args.device)
     say(f"{best.summary()}; {wrote(args.output)}")
+    say_surviving(survival)
     note_formats(best.plan, Path(args.output))
     return 0
 
@@ -227,9 +227,8 @@ def convert_file(
     """Convert a file in high precision, and calibrate it before it gets its name."""
     from dataclasses import replace
 
-    from ..calibrate_activation_scales import lora_notes, refuse_unrunnable, static_table
-    from ..convert import surviving
-    from ..lora import Survival, match_loras
+    from ..calibrate_activation_scales import refuse_unrunnable, static_table
+    from ..lora import match_checkpoint
 
     if calibration is not None and plan.formats and not any(fmt.static for fmt in plan.formats):
         titles = " and ".join(dict.fromkeys(fmt.title for fmt in plan.formats))
@@ -242,8 +241,8 @@ def convert_file(
     if calibration is not None and calibration.engine != "layer":
         refuse_unrunnable(checkpoint)
     if adapters:  # an adapter that does not fit shows before the work as well as after
-        match_loras(adapters, plan.table.shapes())
-    for text in [*plan.notes, *(lora_notes(plan.merged) if plan.merged.matched else [])]:
+        match_checkpoint(adapters, checkpoint, plan.table)
+    for text in plan.told():
         note(text)
     if args.verbose or args.dry_run:
         print_plan(plan, talk=args.json == "-")
@@ -254,30 +253,13 @@ def convert_file(
         say(f"dry run: {plan.summary()}{would}; nothing was written")
         return 0
 
-    survival = Survival()
-
-    def measure_merged(writer: CheckpointWriter) -> None:
-        nonlocal survival
-        with writer.reopen(checkpoint.path) as written:
-            survival = surviving(checkpoint, written, plan)
-
     output = Path(args.output)
-    finishing = (
-        calibrate_output(checkpoint, calibration, adapters, args)
-        if calibration is not None
-        else measure_merged
-        if plan.merged.matched
-        else None
-    )
-    write_plan(checkpoint, plan, output, args.device, finishing)
+    calibrating = None if calibration is None else calibrate_output(checkpoint, calibration, adapters, args)
+    survival = write_plan(checkpoint, plan, output, args.device, calibrating)
     if args.json and calibration is None:
         write_json(args.json, plan_json(plan, survival))
     say(f"{plan.summary()}; {wrote(output)}")
-    if survival.delta_energy:
-        say(
-            "what rounding leaves of the merged change: "
-            f"correlation {survival.correlation:.3f}, {survival.decibels:.1f} dB"
-        )
+    say_surviving(survival)
     note_formats(plan, output)
     unmeasured = (not fmt.dynamic and layer.input_scale is None for layer, fmt in plan.quantized)
     if calibration is None and not args.no_input_scale and any(unmeasured):
@@ -291,15 +273,34 @@ def write_plan(
     plan: ConversionPlan,
     output: Path,
     device: str,
-    before_commit: Callable[[CheckpointWriter], None] | None = None,
-) -> None:
-    """Convert with a progress bar."""
-    from ..convert import convert
+    calibrate_output: Callable[[CheckpointWriter], None] | None = None,
+) -> Survival:
+    """Convert with a progress bar; what rounding leaves of adapters that are merged."""
+    from ..convert import convert, surviving
+    from ..lora import Survival
+
+    survival = Survival()
+
+    def finish_output(writer: CheckpointWriter) -> None:
+        nonlocal survival
+        if plan.merged.matched:
+            with writer.reopen(checkpoint.path) as written:
+                survival = surviving(checkpoint, written, plan)
+        if calibrate_output is not None:
+            calibrate_output(writer)
 
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     with progress_bar("converting", unit="bytes") as progress:
         told = advance(progress, total)
-        convert(checkpoint, plan, output, device=device, progress=told, before_commit=before_commit)
+        convert(checkpoint, plan, output, device=device, progress=told, before_commit=finish_output)
+    return survival
+
+
+def say_surviving(survival: Survival) -> None:
+    """Say what rounding leaves of merged adapters, where there are any."""
+    if survival.delta_energy:
+        figures = f"correlation {survival.correlation:.3f}, {survival.decibels:.1f} dB"
+        say(f"what rounding leaves of the merged change: {figures}")
 
 
 def note_formats(plan: ConversionPlan, output: Path) -> None:
@@ -332,7 +333,7 @@ def plan_json(plan: ConversionPlan, survival: Survival | None = None) -> dict[st
     """The plan as JSON values, with what is left of merged adapters."""
     merged = {**plan.merged.as_json(), "survival": survival and survival.as_json()}
     return {
-        **({"merged": merged} if plan.merged.matched else {}),
+        **({"merged": merged} if plan.merged.loras else {}),
         "family": plan.family.name,
         "notes": plan.notes,
         "counts": dict(Counter("quantized" if d.quantize else "kept" for d in plan.decisions)),

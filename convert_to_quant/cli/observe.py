@@ -181,19 +181,18 @@ def observe_in_diffusers(
     args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTable, adapters: Sequence[Lora]
 ) -> tuple[dict[str, Any], Run]:
     """How diffusers' classes run a checkpoint: what the statistics are made with, and the run."""
-    from ..calibrate_activation_scales import lora_notes
     from ..engines import diffusers
     from ..engines.prompts import Prompts
     from ..engines.session import fingerprint
-    from ..lora import match_loras
+    from ..lora import match_checkpoint
 
     geometry = geometry_of(args, diffusers.plan(checkpoint, table).family)
     prompts = None if args.conditioning == NOISE else Prompts.load(args.conditioning)
-    match = match_loras(adapters, table.shapes()) if adapters else None
+    match = match_checkpoint(adapters, checkpoint, table) if adapters else None
     args.samples = args.samples or (SAMPLES if prompts is None else 1)
 
     def run(session: Session, progress: Progress) -> Observation:
-        for text in lora_notes(match) if match is not None else ():
+        for text in match.notes() if match is not None else ():
             note(text)
         return diffusers.observe(checkpoint, table, geometry=geometry, prompts=prompts, adapters=match,
                                  session=session, progress=progress, **shown(args))  # fmt: skip

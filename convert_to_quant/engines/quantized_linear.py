@@ -43,7 +43,7 @@ from ..formats.int8 import INTEGERS
 from ..formats.record import TORCH_NAMES, Packed, Parts, scale_grid, spans
 from ..formats.rotation import rotate
 from ..layers import Layer, dequantize, read_parts, whole_tiles
-from ..lora import LoraMatch
+from ..lora import LoraMatch, merge_rows
 
 Arithmetic = Literal["dequantize", "comfyui", "comfyui_divide", "dynamic_tensor", "dynamic_row"]
 ARITHMETICS: tuple[Arithmetic, ...] = get_args(Arithmetic)
@@ -148,9 +148,8 @@ class StoredWeight:
         else:
             weight_OI = self.on_device(index)
         if self.adapters is not None and layer.name in self.adapters.matched:
-            change_OI = np.zeros(tuple(weight_OI.shape), np.float32)
-            self.adapters.add_to(change_OI, layer.name, (rows.start, rows.stop))
-            weight_OI += torch.from_numpy(change_OI).to(self.device)
+            merged_OI = merge_rows(self.adapters, layer.name, weight_OI.cpu().numpy(), (rows.start, rows.stop))
+            weight_OI = torch.from_numpy(merged_OI).to(self.device)
         return weight_OI
 
     def on_device(self, index: int) -> Tensor:

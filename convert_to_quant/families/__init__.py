@@ -39,12 +39,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from itertools import chain
 from pkgutil import iter_modules
 
 from ..errors import OptionError
-from ..names import LORA_FLAT_PREFIXES, LORA_PREFIXES
+from ..names import squeezed, without_lora_prefixes
 from .base import Family, Shape
 from .comfyui import Conditions
 from .generic import FAMILY as GENERIC
@@ -58,12 +60,13 @@ __all__ = [
     "OTHER_PARTS",
     "RECORDS",
     "Family",
+    "LoraNames",
     "Target",
     "checkpoint_layers",
     "detect",
     "diffusers_targets",
     "family",
-    "lora_targets",
+    "lora_names",
     "module_names",
     "other_part",
     "text_encoder",
@@ -157,33 +160,50 @@ def diffusers_targets(layers: Mapping[str, tuple[int, int]]) -> dict[str, Target
     return {name: meant[0] for name, meant in targets(layers, _names(), _spellings()).items() if len(meant) == 1}
 
 
-def lora_targets(layers: Mapping[str, tuple[int, int]]) -> Targets:
-    """Say what every name that a LoRA file may use for a layer means.
+@dataclass(frozen=True)
+class LoraNames:
+    """What names in a LoRA file mean.
 
-    The names are built from the layers and never taken apart: ``_`` for ``.`` cannot be undone (``img_attn_qkv`` is
-    ``img_attn.qkv`` in one model and one word in another), and a match by ending would take ``blocks.11`` for
-    ``blocks.1``.
+    Names are built from the layers and never taken apart: `_` for `.` cannot be undone (`img_attn_qkv` is
+    `img_attn.qkv` in one model and one word in another), and a match by ending would take `blocks.11` for `blocks.1`.
+
+    Attributes:
+        exact: Every name that a layer, or a part of one, may have -> what it may mean.
+        squeezed: The same without separators.
+    """
+
+    exact: Targets
+    squeezed: Targets
+
+    def find(self, name: str) -> tuple[Target, ...]:
+        """The parts of the checkpoint that a name, without its adapter's suffix, may mean; several are an ambiguity.
+
+        >>> lora_names({"blocks.1.ffn.0": (8, 4)}).find("lora_unet_blocks_1_ffn_net_0_proj")
+        (Target(layer='blocks.1.ffn.0', rows=None, swap_halves=False),)
+        """
+        spellings = list(without_lora_prefixes(name))
+        found = (self.exact.get(spelling) for spelling in spellings)
+        loosely = (self.squeezed.get(squeezed(spelling)) for spelling in spellings)
+        return next(filter(None, chain(found, loosely)), ())
+
+
+def lora_names(layers: Mapping[str, tuple[int, int]]) -> LoraNames:
+    """What the names that LoRA files use for some layers mean.
 
     Args:
         layers: Bare names of a checkpoint's linear layers -> (out, in) features.
-
-    Returns:
-        {name without its LoRA suffix: the parts it may mean}. More than one part is an ambiguity.
-
-    >>> lora_targets({"blocks.1.ffn.0": (8, 4)})["lora_unet_blocks_1_ffn_net_0_proj"]
-    (Target(layer='blocks.1.ffn.0', rows=None, swap_halves=False),)
     """
-    found: Targets = {}
+    exact: dict[str, dict[Target, None]] = {}
+    loose: dict[str, dict[Target, None]] = {}
     for name, meant in targets(layers, _lora_names(), _spellings()).items():
         # diffusers' first LoRA files name the attention processor; it has one output projection, not a list of them.
         processor = name.replace(".to_", ".processor.to_")
         if processor.endswith(".to_out.0"):
             processor = processor.removesuffix(".0")
-        spellings = {prefix + spelled for prefix in LORA_PREFIXES for spelled in (name, processor)}
-        spellings |= {prefix + name.replace(".", "_") for prefix in LORA_FLAT_PREFIXES}
-        for spelling in spellings:
-            found[spelling] = tuple(dict.fromkeys((*found.get(spelling, ()), *meant)))
-    return found
+        for spelling in {name, processor}:
+            exact.setdefault(spelling, {}).update(dict.fromkeys(meant))
+            loose.setdefault(squeezed(spelling), {}).update(dict.fromkeys(meant))
+    return LoraNames(*({name: tuple(meant) for name, meant in names.items()} for names in (exact, loose)))
 
 
 def checkpoint_layers(

@@ -314,8 +314,8 @@ def lora(save: Save, name: str, rows: int = 16, columns: int = 32, value: float 
          "transformer.other.0: nothing in this LoRA can be applied: 1 adapters match no layer of the checkpoint "
          "unambiguously; its layers have names like blocks.0 (is it made for this model?)"),
         ({"name": "diffusion_model.blocks.1", "columns": 48},
-         "diffusion_model.blocks.1.lora_A.weight: its shape should be [2, 32], since blocks.1 is [16, 32], but it is "
-         "[2, 48] (the LoRA was made for another model)"),
+         "diffusion_model.blocks.1: its change is [16, 48] and would widen blocks.1, which is [16, 32] "
+         "(the LoRA was made for another model)"),
         ({"name": "blocks.0", "value": np.nan},
          "blocks.0.lora_A.weight: holds NaN or infinite values (the file is damaged)"),
     ],
@@ -334,8 +334,8 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_converted(
     monkeypatch.setattr(conversion, "convert", None)
     lora(save, "diffusion_model.double_blocks.0.img_mlp.0")
     message = (
-        "lora.safetensors: diffusion_model.double_blocks.0.img_mlp.0.lora_B.weight: its shape should be [128, 2], "
-        "since double_blocks.0.img_mlp.0 is [128, 32], but it is [16, 2] (the LoRA was made for another model)"
+        "lora.safetensors: diffusion_model.double_blocks.0.img_mlp.0: its change is [16, 32], "
+        "but double_blocks.0.img_mlp.0 is [128, 32] (the LoRA was made for another model)"
     )
     refused(message, "-i", flux_file, "-o", "out.safetensors", *LAYER, "--actcal-lora", "lora.safetensors")
 

@@ -1,0 +1,171 @@
+"""Kinds of adapters: which tensors one is made of, and the change of a weight that they mean.
+
+An adapter of a layer [out, in] is a few small tensors under one name. `KINDS` says for every set of them how they make
+ΔW, written as it stands in the papers; a kind is one entry.
+
+    LoRA              up · down, with `mid` in between where a convolution was split further
+    LoHa              (w1_a · w1_b) ∘ (w2_a · w2_b)                     arXiv 2108.06098
+    LoKr              w1 ⊗ w2, either of which may be a product        arXiv 2212.10650
+    full difference   the change itself
+
+It counts alpha / rank times where the file has an alpha, and once where it has none, or where a kind has no rank.
+Beside it may stand a magnitude m (DoRA, arXiv 2402.09353): the weight becomes m · (W + ΔW) / ‖W + ΔW‖, with the norm of
+each row, or of each column, as the shape of m says. LyCORIS and PEFT compute the same (the tests compare with both).
+ComfyUI 0.33 divides rows by ‖W‖ instead, which is the same to first order.
+
+A `Matrix` is such a formula that was not evaluated: it knows its shape, and makes the rows that are asked for. So a
+change takes no more memory than the rows that are merged at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .checkpoint import Checkpoint, to_float32
+from .checkpoint.reader import FLOAT_DTYPES
+from .errors import LoraError
+
+Float32 = NDArray[np.float32]
+Rows = slice | NDArray[np.int64]
+ALL = slice(None)
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A matrix whose rows are made when they are asked for.
+
+    Attributes:
+        shape: (rows, columns).
+        rows: Makes some of its rows, float32 [rows, columns].
+        checkpoint: The file that it stems from.
+        tensor: The tensor that it begins with.
+    """
+
+    shape: tuple[int, int]
+    rows: Callable[[Rows], Float32]
+    checkpoint: Checkpoint
+    tensor: str
+
+    def _made(self, shape: tuple[int, int], rows: Callable[[Rows], Float32]) -> Matrix:
+        return Matrix(shape, rows, self.checkpoint, self.tensor)
+
+    @property
+    def T(self) -> Matrix:  # noqa: N802 - as numpy has it
+        """Transposed; for small ones, since all of it is read."""
+        return self._made(self.shape[::-1], lambda rows: self.rows(ALL).T[rows])
+
+    def __matmul__(self, other: Matrix) -> Matrix:
+        """The product, over ranks that have to agree."""
+        if self.shape[1] != other.shape[0] or not self.shape[1]:
+            problem = f"its rank is {self.shape[1]}, but {other.tensor} has rank {other.shape[0]}"
+            if not self.shape[1] and not other.shape[0]:
+                problem = f"the rank of {other.tensor} is 0"
+            raise LoraError(problem, path=self.checkpoint.path, tensor=self.tensor)
+        return self._made((self.shape[0], other.shape[1]), lambda rows: self.rows(rows) @ other.rows(ALL))
+
+    def __mul__(self, other: Matrix) -> Matrix:
+        """The product value by value, of equal shapes."""
+        if self.shape != other.shape:
+            problem = f"it makes {list(self.shape)}, but {other.tensor} makes {list(other.shape)}"
+            raise LoraError(problem, path=self.checkpoint.path, tensor=self.tensor)
+        return self._made(self.shape, lambda rows: self.rows(rows) * other.rows(rows))
+
+    def kron(self, other: Matrix) -> Matrix:
+        """The Kronecker product: row i is row i // n of the one times row i % n of the other, of n rows."""
+        height, shape = other.shape[0], (self.shape[0] * other.shape[0], self.shape[1] * other.shape[1])
+
+        def rows(wanted: Rows) -> Float32:
+            outer, inner = np.divmod(np.arange(shape[0])[wanted], height)
+            made: Float32 = self.rows(ALL)[outer][:, :, None] * other.rows(ALL)[inner][:, None, :]
+            return made.reshape(-1, shape[1])
+
+        return self._made(shape, rows)
+
+
+def stored(checkpoint: Checkpoint, tensor: str) -> Matrix:
+    """A tensor of a file as a matrix; what a convolution has beyond two dimensions becomes columns.
+
+    Raises:
+        LoraError: It is no matrix of finite floats.
+    """
+    info = checkpoint.tensors[tensor]
+    refusal = partial(LoraError, path=checkpoint.path, tensor=tensor)
+    if info.dtype not in FLOAT_DTYPES:
+        raise refusal(f"a factor should hold floats, found {info.dtype}")
+    if len(info.shape) < 2:
+        raise refusal(f"a factor should have 2 dimensions, found shape {list(info.shape)}")
+
+    def rows(wanted: Rows) -> Float32:
+        bits = checkpoint.bits(tensor, wanted) if isinstance(wanted, slice) else checkpoint.bits(tensor)[wanted]
+        values = to_float32(bits, info.dtype)
+        return values.reshape(len(values), shape[1])
+
+    shape = info.shape[0], info.elements // max(info.shape[0], 1)
+    if not np.isfinite(rows(ALL)).all():
+        raise refusal("holds NaN or infinite values", hint="the file is damaged")
+    return Matrix(shape, rows, checkpoint, tensor)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of adapter.
+
+    Attributes:
+        title: What it is called.
+        change: Makes ΔW, without alpha / rank, of its tensors by role.
+        rank: The role of the tensor whose rows are the rank that alpha is divided by; "" where alpha does not count.
+    """
+
+    title: str
+    change: Callable[[Mapping[str, Matrix]], Matrix]
+    rank: str = ""
+
+
+def _halves(kind: str, side: str) -> dict[tuple[str, ...], tuple[Callable[[Any], Matrix], str]]:
+    """Ways of storing one of the two matrices of LoHa or LoKr: roles -> how it is made, and the role with its rank."""
+    whole, a, b, t = (f"{kind}_{name}" for name in (f"w{side}", f"w{side}_a", f"w{side}_b", f"t{side}"))
+    ways: dict[tuple[str, ...], tuple[Callable[[Any], Matrix], str]] = {
+        (a, b): (lambda parts: parts[a] @ parts[b], b),
+        (a, b, t): (lambda parts: parts[a].T @ parts[t] @ parts[b], b),
+    }
+    return ways if kind == "hada" else {(whole,): (lambda parts: parts[whole], ""), **ways}
+
+
+def _of_halves(title: str, kind: str, joined: Callable[[Matrix, Matrix], Matrix]) -> dict[frozenset[str], Kind]:
+    def entry(first: Callable[[Any], Matrix], second: Callable[[Any], Matrix], rank: str) -> Kind:
+        return Kind(title, lambda parts: joined(first(parts), second(parts)), rank)
+
+    return {
+        frozenset((*one, *two)): entry(first, second, second_rank or first_rank)
+        for (one, (first, first_rank)), (two, (second, second_rank)) in product(
+            _halves(kind, "1").items(), _halves(kind, "2").items()
+        )
+    }
+
+
+KINDS: Mapping[frozenset[str], Kind] = {
+    frozenset(("down", "up")): Kind("LoRA", lambda parts: parts["up"] @ parts["down"], "down"),
+    frozenset(("down", "mid", "up")): Kind("LoRA", lambda parts: parts["up"] @ parts["mid"] @ parts["down"], "down"),
+    **_of_halves("LoHa", "hada", Matrix.__mul__),
+    **_of_halves("LoKr", "lokr", Matrix.kron),
+    frozenset(("diff",)): Kind("full difference", lambda parts: parts["diff"]),
+}
+"""Roles of an adapter's tensors (`names.ADAPTER_ROLES`) -> what they mean."""
+
+
+def kind_of(roles: frozenset[str]) -> Kind | str:
+    """The kind of adapter that some roles make, or the role that is missing to the likeliest one; "" where none is.
+
+    >>> kind_of(frozenset({"down"})), kind_of(frozenset({"up", "lokr_w1"}))
+    ('up', '')
+    """
+    if roles in KINDS:
+        return KINDS[roles]
+    return next((min(whole - roles) for whole in sorted(KINDS, key=len) if roles < whole), "")
