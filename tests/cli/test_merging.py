@@ -178,3 +178,57 @@ def test_the_command_line_merges_and_says_what_is_left(ctq: Callable[..., Any], 
     assert f"correlation {survival['correlation']:.3f}, {survival['db']:.1f} dB" in done.err
     assert set(said["matched"]) == {FIRST, SECOND}
     assert ctq("-i", model, "-o", lora, "--merge-lora", lora).code == 1  # the output is an input
+
+
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--format", "nvfp4"),
+        ("--actcal", "--actcal-samples", "1", "--actcal-margin", "1"),
+        ("--best", "--gpu", "rtx50", "--bits", "7", "--actcal-samples", "3"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_differences_of_every_tensor_are_merged_before_anything_is_measured(
+    ctq: Callable[..., Any], flux_file: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """The same file as from a checkpoint that was merged beforehand; weights, biases and norms."""
+    after, differences = {}, {}
+    with open_checkpoint(flux_file) as checkpoint:
+        for seed, (name, info) in enumerate(checkpoint.tensors.items()):
+            noise = np.random.default_rng(seed).standard_normal(info.shape).astype(np.float32)
+            before = checkpoint.float32(name)
+            wanted = narrow_bfloat16(before * (1 + noise / 8)) if info.dtype == "BF16" else before * (1 + noise / 8)
+            after[name] = Entry.of(wanted, info.dtype)
+            layer, _, kind = name.rpartition(".")
+            suffix = {"weight": f"{layer}.diff", "bias": f"{layer}.diff_b"}.get(kind, f"{name}.diff")
+            differences[f"diffusion_model.{suffix}"] = (
+                widen_bfloat16(wanted) if info.dtype == "BF16" else wanted
+            ) - before
+    lora, merged = written(tmp_path / "lora.safetensors", differences), written(tmp_path / "merged.safetensors", after)
+    size = ("--actcal-height", 32, "--actcal-width", 32, "--actcal-text-tokens", 4) if "--format" not in words else ()
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    assert ctq("-i", merged, "-o", theirs, *words, *size).code == 0
+    done = ctq("-i", flux_file, "-o", ours, *words, *size, "--merge-lora", lora)
+    assert done.code == 0, done.err
+    assert "unsupported" not in done.err
+    assert "unmatched" not in done.err
+    assert "what rounding leaves of the merged change" in done.err
+    assert tensors_of(ours) == tensors_of(theirs)
+
+
+def test_a_quantized_file_and_trials_of_another_merge_are_refused(
+    ctq: Callable[..., Any], flux_file: Path, fp8_file: Path, lora: Path, tmp_path: Path
+) -> None:
+    output, kept = tmp_path / "out.safetensors", tmp_path / "kept.safetensors"
+    refused = ctq("-i", fp8_file, "-o", output, "--actcal", "--merge-lora", lora)
+    assert refused.code == 2
+    assert "--merge-lora changes weights, and the input is quantized already" in refused.err
+    small = ("--actcal-samples", 3, "--actcal-height", 32, "--actcal-width", 32, "--actcal-text-tokens", 4)
+    best = ("-i", flux_file, "-o", output, "--best", "--gpu", "rtx50", "--formats", "int8", "--bits", 9)
+    assert ctq(*best, *small, "--merge-lora", f"{lora}:0.5", "--keep", kept).code == 0
+    assert ctq(*best, "--merge-lora", f"{lora}:0.5", "--from", kept).code == 0
+    refused = ctq(*best, "--from", kept)
+    assert refused.code == 1
+    assert f"{kept}: it was measured with other adapters merged: style.safetensors:0.5" in refused.err
