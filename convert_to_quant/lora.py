@@ -47,7 +47,16 @@ from .checkpoint.reader import FLOAT_DTYPES
 from .errors import LoraError, OptionError, StrPath
 from .families import LoraNames, Target, lora_names
 from .layers import LayerTable, dequantize
-from .names import ADAPTER_ROLES, BIAS, UNSUPPORTED_ADAPTERS, WEIGHT, for_text_encoder, squeezed, strip_prefix
+from .names import (
+    ADAPTER_ROLES,
+    BIAS,
+    UNSUPPORTED_ADAPTERS,
+    WEIGHT,
+    for_text_encoder,
+    squeezed,
+    strip_prefix,
+    without_lora_prefixes,
+)
 from .telling import plural
 
 _INTEGER_DTYPES = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
@@ -82,6 +91,7 @@ class Adapter:
         rank: Where its kind has one.
         directions: The factor whose rows are what it reads of inputs, where its kind has one.
         magnitude_tensor: DoRA's magnitude, of one value per row, or per column where `per_column`.
+        kernel: It is of a convolution that sees more than single points.
     """
 
     name: str
@@ -92,6 +102,7 @@ class Adapter:
     directions: Matrix | None = None
     magnitude_tensor: str | None = None
     per_column: bool = False
+    kernel: bool = False
 
 
 @dataclass
@@ -606,7 +617,8 @@ def _adapter(checkpoint: Checkpoint, name: str, roles: Mapping[str, list[str]]) 
     change = kind.change(parts)
     rank = parts[kind.rank].shape[0] if kind.rank else None
     scale = _alpha(checkpoint, tensor_of["alpha"]) / rank if rank and "alpha" in tensor_of else 1.0
-    adapter = partial(Adapter, name, kind, change, scale, rank, parts.get("down"))
+    kernel = any(math.prod(checkpoint.tensors[tensor_of[role]].shape[2:]) > 1 for role in factors)
+    adapter = partial(Adapter, name, kind, change, scale, rank, parts.get("down"), kernel=kernel)
     if "magnitude" not in tensor_of:
         return adapter()
     magnitude = tensor_of["magnitude"]
@@ -676,28 +688,35 @@ def match_loras(
     Raises:
         LoraError: A file matches nothing, or what its names mean has other shapes in all cases.
     """
-    prefix, bare = strip_prefix(layers)
-    known = lora_names({bare_name: layers[layer] for layer, bare_name in bare.items()})
+    prefix, bare_names = strip_prefix(layers)
+    full = {bare: layer for layer, bare in bare_names.items()}
+    known = lora_names({bare: layers[layer] for bare, layer in full.items()})
     match = LoraMatch(dict(layers), weights)
     for lora in loras:
-        additions = _match_beside(lora, known, prefix, match, others or {})
-        _match_one(lora, known, prefix, match, matched=additions)
+        additions = _match_beside(lora, known, prefix, full, match=match, others=others or {})
+        _match_one(lora, known, full, match, matched=additions)
     return match
 
 
 def _match_beside(
-    lora: Lora, known: LoraNames, prefix: str, match: LoraMatch, others: Mapping[str, tuple[int, ...]]
+    lora: Lora,
+    known: LoraNames,
+    prefix: str,
+    full: Mapping[str, str],
+    *,
+    match: LoraMatch,
+    others: Mapping[str, tuple[int, ...]],
 ) -> bool:
     """Match what a file adds to biases and norms; whether there is any."""
-    bare = {name.removeprefix(prefix): Target(name) for name in others if name.startswith(prefix)}
-    named = LoraNames({}, {squeezed(name): (target,) for name, target in bare.items()})
+    bare = {name: next(without_lora_prefixes(name[len(prefix) :])) for name in others if name.startswith(prefix)}
+    named = LoraNames({}, {squeezed(name): (Target(tensor),) for tensor, name in bare.items()})
     found = False
     for name, tensors in lora.beside.items():
         for role, tensor in tensors.items():
             ending = BIAS if role == "bias" else WEIGHT
             targets = [*named.find(name + ending), *(() if role == "bias" else named.find(name))]
             if role == "bias":
-                targets += [replace(each, layer=prefix + each.layer + ending) for each in known.find(name)]
+                targets += [replace(each, layer=full[each.layer] + ending) for each in known.find(name)]
             size = lora.checkpoint.tensors[tensor].elements
             target = next((each for each in targets if size == _size(each, others.get(each.layer, ()))), None)
             if target is None:
@@ -715,23 +734,24 @@ def _size(target: Target, shape: tuple[int, ...]) -> int:
     return math.prod(shape) if target.rows is None else target.rows[1] - target.rows[0]
 
 
-def _match_one(lora: Lora, known: LoraNames, prefix: str, match: LoraMatch, *, matched: bool) -> None:
+def _match_one(lora: Lora, known: LoraNames, full: Mapping[str, str], match: LoraMatch, *, matched: bool) -> None:
     """Match a file's adapters; `matched` says whether something else of it is."""
     finding = partial(Finding, str(lora.path))
 
     def layers_of(targets: Iterable[Target]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(prefix + target.layer for target in targets))
+        return tuple(dict.fromkeys(full[target.layer] for target in targets))
 
     found: dict[str, list[Delta]] = {}
     misfits: list[Finding] = []
     for name, adapter in lora.adapters.items():
         candidates = known.find(name)
         if not candidates:
-            match.unmatched.append(finding(name, "no linear layer of the checkpoint has this name"))
+            what = "changes a convolution, and " if adapter.kernel else ""
+            match.unmatched.append(finding(name, f"{what}no linear layer of the checkpoint has this name"))
             continue
-        fitting = [target for target in candidates if not _misfit(adapter, prefix, target, match.shapes)]
+        fitting = [target for target in candidates if not _misfit(adapter, full[target.layer], target, match.shapes)]
         if not fitting:
-            reason = _misfit(adapter, prefix, candidates[0], match.shapes)
+            reason = _misfit(adapter, full[candidates[0].layer], candidates[0], match.shapes)
             misfits.append(finding(name, reason, layers_of(candidates)))
         elif len(fitting) > 1:
             reason = f"the name may mean {len(fitting)} parts of the checkpoint"
@@ -741,7 +761,7 @@ def _match_one(lora: Lora, known: LoraNames, prefix: str, match: LoraMatch, *, m
             match.unsupported.append(finding(name, reason, layers_of(fitting)))
         else:
             delta = Delta(lora, adapter, fitting[0].rows, fitting[0].swap_halves)
-            found.setdefault(prefix + fitting[0].layer, []).append(delta)
+            found.setdefault(full[fitting[0].layer], []).append(delta)
 
     if misfits and not (found or matched):
         raise LoraError(misfits[0].reason, path=lora.path, tensor=misfits[0].name,
@@ -772,9 +792,9 @@ def _overlap(one: Delta, other: Delta) -> bool:
     return one.rows is None or other.rows is None or max(one.rows[0], other.rows[0]) < min(one.rows[1], other.rows[1])
 
 
-def _misfit(adapter: Adapter, prefix: str, target: Target, shapes: Mapping[str, tuple[int, int]]) -> str:
+def _misfit(adapter: Adapter, layer: str, target: Target, shapes: Mapping[str, tuple[int, int]]) -> str:
     """How the shape of an adapter differs from that of what its name means; "" where it does not."""
-    layer, rows = prefix + target.layer, target.rows
+    rows = target.rows
     out_features, in_features = shapes[layer]
     expected = (out_features if rows is None else rows[1] - rows[0], in_features)
     found = adapter.change.shape

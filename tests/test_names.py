@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -322,6 +324,57 @@ def test_every_layer_answers_to_its_own_name_under_every_prefix(layers: Layers) 
         spellings = [prefix + layer for prefix in PREFIXES]
         spellings += [prefix + layer.replace(".", "_") for prefix in FLAT_PREFIXES]
         assert {spelling: known.find(spelling) for spelling in spellings} == dict.fromkeys(spellings, (Target(layer),))
+
+
+WRITERS: dict[str, tuple[str, bool]] = {
+    "ComfyUI, ai-toolkit, diffusion-pipe": ("diffusion_model.NAME", False),
+    "kohya, musubi": ("lora_unet_NAME", False),
+    "PEFT": ("base_model.model.NAME", False),
+    "LyCORIS": ("lycoris_NAME", False),
+    "diffusers, ai-toolkit, SimpleTuner": ("transformer.NAME", True),
+    "DiffSynth": ("NAME", True),
+    "PEFT on diffusers": ("base_model.model.NAME", True),
+    "kohya on diffusers": ("lora_unet_NAME", True),
+    "OneTrainer": ("lora_transformer_NAME", True),
+    "LyCORIS on diffusers, SimpleTuner": ("lycoris_NAME", True),
+}
+"""Who writes LoRA files -> how they spell a layer, and whether they have diffusers' names for it."""
+
+
+def covered(layers: Layers, spelling: str, diffusers: bool) -> str:
+    """How many layers are found, all of their rows, under the names that one of the writers gives them."""
+    known, others = lora_names(layers), diffusers_targets(layers)
+    found = 0
+    for layer, (out_features, _) in layers.items():
+        names_of = [name for name, target in others.items() if target.layer == layer and name != layer]
+        rows = set()
+        for name in (names_of if diffusers else []) or [layer]:
+            asked = spelling.replace("NAME", name if "." in spelling else name.replace(".", "_"))
+            if spelling == "NAME":
+                asked = name
+            (target,) = known.find(asked)
+            assert target.layer == layer
+            rows |= set(range(*(target.rows or (0, out_features))))
+        found += rows == set(range(out_features))
+    return "all" if found == len(layers) else f"{found} of {len(layers)}"
+
+
+def test_the_table_of_spellings_in_the_documentation_is_true() -> None:
+    """`GOLDEN=write` writes it anew."""
+    families = {name.replace("_", "-"): layers for name, (_, layers) in CONVERTED.items()}
+    lines = [["", "", *families], ["---"] * (2 + len(families))]
+    for who, (spelling, diffusers) in WRITERS.items():
+        shown = spelling.replace("NAME", "transformer_blocks.0.attn.to_q" if diffusers else "blocks.0.attn.q")
+        shown = shown if "." in spelling or spelling == "NAME" else shown.replace(".", "_")
+        lines.append([who, f"`{shown}`", *(covered(layers, spelling, diffusers) for layers in families.values())])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    path = Path(__file__).parents[1] / "docs" / "adapters.md"
+    before, _, rest = path.read_text(encoding="utf-8").partition("<!-- spellings -->\n")
+    _, _, after = rest.partition("\n<!-- end -->")
+    page = f"{before}<!-- spellings -->\n{table}\n<!-- end -->{after}"
+    if os.environ.get("GOLDEN") == "write":
+        path.write_text(page, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == page
 
 
 def test_flattened_names_that_coincide_are_both_listed() -> None:

@@ -146,8 +146,9 @@ FAMILY = Family(
         **DIFFUSERS_ENDS,
     },
     names=NAMES,
-    # XLabs' attention processors (its `qkv_lora.down` loses "_lora" with the suffix) and ComfyUI's name for the
-    # attention rows of a single block.
+    # XLabs' attention processors (its `qkv_lora.down` loses "_lora" with the suffix), ComfyUI's name for the attention
+    # rows of a single block, and DiffSynth's own names. Its `final_norm_out.linear` has either order of halves, and is
+    # not taken for one.
     lora=(
         *under("double_blocks.*.", "double_blocks.*.processor.")(
             ("{img,txt}_attn.qkv", "qkv_lora{1,2}"),
@@ -157,6 +158,22 @@ FAMILY = Family(
             ("linear1", "processor.qkv", QKV_OF_MLP),
             ("linear1", "linear1_qkv", QKV_OF_MLP),
             ("linear2", "processor.proj"),
+            ("linear1", "to_qkv_mlp"),
+            ("linear2", "proj_out"),
+            ("modulation.lin", "norm.linear"),
+        ),
+        *under("double_blocks.*.", "blocks.*.")(
+            ("{img,txt}_attn.qkv", "attn.{a,b}_to_qkv"),
+            ("img_attn.qkv", "attn.a_to_{q,k,v}", QKV),
+            ("txt_attn.qkv", "attn.b_to_{q,k,v}", QKV),
+            ("{img,txt}_attn.proj", "attn.{a,b}_to_out"),
+            ("{img,txt}_mlp.{0,2}", "ff_{a,b}.{0,2}"),
+            ("{img,txt}_mod.lin", "norm1_{a,b}.linear"),
+        ),
+        *rules(
+            ("{time,guidance}_in.{in,out}_layer", "{time,guidance}_embedder.timestep_embedder.{0,2}"),
+            ("vector_in.{in,out}_layer", "pooled_text_embedder.{0,2}"),
+            ("final_layer.linear", "final_proj_out"),
         ),
     ),
     architecture=Architecture(
