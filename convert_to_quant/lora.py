@@ -142,12 +142,14 @@ class Delta:
         adapter: The adapter.
         rows: First row and row after the last of the layer's weight; None for all.
         swap_halves: The adapter's halves of rows stand in the file in the other order than in the layer.
+        first: Row of the adapter that is the first of these; its others are other layers'.
     """
 
     lora: Lora
     adapter: Adapter
     rows: tuple[int, int] | None = None
     swap_halves: bool = False
+    first: int = 0
 
     @property
     def name(self) -> str:
@@ -176,6 +178,7 @@ class Delta:
             start: The first of them, counted from the first row that it means.
             column_norms_I: ‖V‖ of each column, float32 [in], where the magnitude is per column.
         """
+        start += self.first
         rows: Rows = slice(start, start + len(weight_OI))
         if self.swap_halves:
             count = self.adapter.change.shape[0]
@@ -233,13 +236,14 @@ class Addition:
         lora: The file.
         tensor: Its tensor.
         rows: First and last + 1 of the values that it means; None for all.
-        swap_halves: As of `Delta`.
+        swap_halves, first: As of `Delta`.
     """
 
     lora: Lora
     tensor: str
     rows: tuple[int, int] | None = None
     swap_halves: bool = False
+    first: int = 0
 
 
 Weights = Callable[[str, slice], Float32]
@@ -336,7 +340,7 @@ class LoraMatch:
             if each.swap_halves:
                 added = np.roll(added, len(added) // 2)
             part = values.reshape(-1)[slice(*(each.rows or (0, None)))]
-            part += np.float32(each.lora.strength) * added
+            part += np.float32(each.lora.strength) * added[each.first : each.first + len(part)]
         return values
 
     def summary(self) -> str:
@@ -714,54 +718,54 @@ def _match_beside(
     for name, tensors in lora.beside.items():
         for role, tensor in tensors.items():
             ending = BIAS if role == "bias" else WEIGHT
-            targets = [*named.find(name + ending), *(() if role == "bias" else named.find(name))]
+            named_so = [*named.find(name + ending), *(() if role == "bias" else named.find(name))]
+            meant: list[tuple[Target, ...]] = [(target,) for target in named_so]
             if role == "bias":
-                targets += [replace(each, layer=full[each.layer] + ending) for each in known.find(name)]
+                meant += [tuple(replace(each, layer=full[each.layer] + ending) for each in some)
+                          for some in known.meant(name)]  # fmt: skip
             size = lora.checkpoint.tensors[tensor].elements
-            target = next((each for each in targets if size == _size(each, others.get(each.layer, ()))), None)
-            if target is None:
+            fits = next((some for some in meant if size == sum(_size(each, others) for each in some)), ())
+            if not fits:
                 why = "is not supported" if not others else "fits no tensor of the checkpoint"
                 reason = f"{BESIDE_TITLES[role]} {why}"
-                match.unsupported.append(Finding(str(lora.path), name, reason, tuple(each.layer for each in targets)))
-                continue
-            addition = Addition(lora, tensor, target.rows, target.swap_halves)
-            match.beside.setdefault(target.layer, []).append(addition)
-            found = True
+                layers = tuple(each.layer for some in meant for each in some)
+                match.unsupported.append(Finding(str(lora.path), name, reason, layers))
+            for target in fits:
+                addition = Addition(lora, tensor, target.rows, target.swap_halves, target.first)
+                match.beside.setdefault(target.layer, []).append(addition)
+                found = True
     return found
 
 
-def _size(target: Target, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) if target.rows is None else target.rows[1] - target.rows[0]
+def _size(target: Target, others: Mapping[str, tuple[int, ...]]) -> int:
+    """Values that a target means of a tensor; -1 where there is no such tensor."""
+    if target.layer not in others:
+        return -1
+    return math.prod(others[target.layer]) if target.rows is None else target.rows[1] - target.rows[0]
 
 
 def _match_one(lora: Lora, known: LoraNames, full: Mapping[str, str], match: LoraMatch, *, matched: bool) -> None:
     """Match a file's adapters; `matched` says whether something else of it is."""
     finding = partial(Finding, str(lora.path))
 
-    def layers_of(targets: Iterable[Target]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(full[target.layer] for target in targets))
+    def layers_of(meant: Iterable[tuple[Target, ...]]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(full[target.layer] for some in meant for target in some))
 
     found: dict[str, list[Delta]] = {}
     misfits: list[Finding] = []
     for name, adapter in lora.adapters.items():
-        candidates = known.find(name)
-        if not candidates:
-            what = "changes a convolution, and " if adapter.kernel else ""
-            match.unmatched.append(finding(name, f"{what}no linear layer of the checkpoint has this name"))
-            continue
-        fitting = [target for target in candidates if not _misfit(adapter, full[target.layer], target, match.shapes)]
-        if not fitting:
-            reason = _misfit(adapter, full[candidates[0].layer], candidates[0], match.shapes)
+        candidates = known.meant(name)
+        fitting = [some for some in candidates if not _misfit(adapter, full, some, match.shapes)]
+        kind, reason = _left_out(adapter, candidates, fitting, match)
+        if kind:
+            getattr(match, kind).append(finding(name, reason, layers_of(fitting)))
+        elif not fitting:
+            reason = _misfit(adapter, full, candidates[0], match.shapes)
             misfits.append(finding(name, reason, layers_of(candidates)))
-        elif len(fitting) > 1:
-            reason = f"the name may mean {len(fitting)} parts of the checkpoint"
-            match.ambiguous.append(finding(name, reason, layers_of(fitting)))
-        elif adapter.per_column and match.weights is None:
-            reason = "DoRA with a magnitude per column needs the checkpoint's weights"
-            match.unsupported.append(finding(name, reason, layers_of(fitting)))
         else:
-            delta = Delta(lora, adapter, fitting[0].rows, fitting[0].swap_halves)
-            found.setdefault(full[fitting[0].layer], []).append(delta)
+            for each in fitting[0]:
+                delta = Delta(lora, adapter, each.rows, each.swap_halves, each.first)
+                found.setdefault(full[each.layer], []).append(delta)
 
     if misfits and not (found or matched):
         raise LoraError(misfits[0].reason, path=lora.path, tensor=misfits[0].name,
@@ -780,7 +784,7 @@ def _match_one(lora: Lora, known: LoraNames, full: Mapping[str, str], match: Lor
     match.unmatched += [finding(key, "no known kind of adapter tensor") for key in lora.unknown]
     match.text_encoder += [finding(name, "belongs to a text encoder") for name in lora.text_encoder]
     match.unsupported += [
-        finding(name, f"{kind} is not supported", layers_of(known.find(name)))
+        finding(name, f"{kind} is not supported", layers_of(known.meant(name)))
         for name, kinds in lora.unsupported.items()
         for kind in kinds
     ]
@@ -788,19 +792,39 @@ def _match_one(lora: Lora, known: LoraNames, full: Mapping[str, str], match: Lor
         raise _matches_nothing(lora, match)
 
 
+def _left_out(
+    adapter: Adapter, candidates: Sequence[object], fitting: Sequence[Sequence[Target]], match: LoraMatch
+) -> tuple[str, str]:
+    """Why an adapter is not applied, whatever its shape: a list of the report, and the reason; "" where it is."""
+    if not candidates:
+        what = "changes a convolution, and " if adapter.kernel else ""
+        return "unmatched", f"{what}no linear layer of the checkpoint has this name"
+    if len(fitting) > 1:
+        return "ambiguous", f"the name may mean {len(fitting)} parts of the checkpoint"
+    if fitting and adapter.per_column and (match.weights is None or len(fitting[0]) > 1):
+        needed = "the checkpoint's weights" if match.weights is None else "a layer that is not split"
+        return "unsupported", f"DoRA with a magnitude per column needs {needed}"
+    return "", ""
+
+
 def _overlap(one: Delta, other: Delta) -> bool:
     return one.rows is None or other.rows is None or max(one.rows[0], other.rows[0]) < min(one.rows[1], other.rows[1])
 
 
-def _misfit(adapter: Adapter, layer: str, target: Target, shapes: Mapping[str, tuple[int, int]]) -> str:
+def _misfit(
+    adapter: Adapter,
+    full: Mapping[str, str],
+    meant: Sequence[Target],
+    shapes: Mapping[str, tuple[int, int]],
+) -> str:
     """How the shape of an adapter differs from that of what its name means; "" where it does not."""
-    rows = target.rows
-    out_features, in_features = shapes[layer]
-    expected = (out_features if rows is None else rows[1] - rows[0], in_features)
+    layers = [full[target.layer] for target in meant]
+    rows = [target.rows or (0, shapes[layer][0]) for target, layer in zip(meant, layers, strict=True)]
+    expected = (sum(stop - start for start, stop in rows), shapes[layers[0]][1])
     found = adapter.change.shape
     if found == expected:
         return ""
-    part = layer if rows is None else f"the part of {layer} that it means"
+    part = " and ".join(layers) if meant[0].rows is None else f"the part of {layers[0]} that it means"
     if found[0] >= expected[0] and found[1] >= expected[1]:
         return f"its change is {list(found)} and would widen {part}, which is {list(expected)}"
     return f"its change is {list(found)}, but {part} is {list(expected)}"

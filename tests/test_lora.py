@@ -548,6 +548,41 @@ def test_shapes_that_do_not_fit_are_left_out_or_refused_where_nothing_else_does(
     assert [(found.name, found.reason) for found in match.unsupported] == [(name, f"its change is {message}")]
 
 
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("diffusion_model.double_blocks.0.img_attn.qkv", ["attn.to_q", "attn.to_k", "attn.to_v"]),
+        ("lora_unet_double_blocks_0_img_attn_qkv", ["attn.to_q", "attn.to_k", "attn.to_v"]),
+        ("double_blocks.0.processor.proj_lora1", ["attn.to_out.0"]),
+    ],
+)
+def test_names_of_fused_layers_mean_all_their_parts(name: str, parts: list[str], write: Write) -> None:
+    """A checkpoint in diffusers' names, and an adapter of the authors' layer."""
+    layers = {f"transformer_blocks.0.{part}": (H, H) for part in [*parts, "attn.add_q_proj"]}
+    tensors = {**pair(name, len(parts) * H, H), f"{name}.diff_b": np.arange(len(parts) * H, dtype=np.float32)}
+    down, up = list(tensors.values())[:2]
+    biases = {f"{layer}.bias": (H,) for layer in layers}
+    match = match_loras([load_lora(write(tensors))], layers, others=biases)
+    assert (match.unmatched, match.unsupported) == ([], [])
+    found = np.concatenate([change(match, f"transformer_blocks.0.{part}") for part in parts])
+    np.testing.assert_allclose(found, up @ down, rtol=1e-5, atol=1e-6)
+    added = [match.beside[f"transformer_blocks.0.{part}.bias"][0] for part in parts]
+    assert [each.first for each in added] == [H * number for number in range(len(parts))]
+    assert not change(match, "transformer_blocks.0.attn.add_q_proj").any()
+
+
+def test_halves_are_swapped_for_a_checkpoint_in_diffusers_names_too(write: Write) -> None:
+    tensors = pair("final_layer.adaLN_modulation.1", 2 * H, H)
+    down, up = tensors.values()
+    match = match_of(write(tensors), {"norm_out.linear": (2 * H, H)})
+    np.testing.assert_allclose(change(match, "norm_out.linear"), np.concatenate([up[H:], up[:H]]) @ down, rtol=1e-5)
+
+
+def test_authors_names_of_wan_mean_layers_that_diffusers_calls_otherwise(write: Write) -> None:
+    layers = {"blocks.1.attn1.to_q": (H, H), "blocks.11.attn1.to_q": (H, H)}
+    assert only(match_of(write(pair("lora_unet_blocks_1_self_attn_q", H, H)), layers)) == ("blocks.1.attn1.to_q", None)
+
+
 def test_of_two_layers_of_one_name_the_one_whose_shape_fits_is_meant(write: Write) -> None:
     layers = {"head.head": (2 * H, H), "final_layer.linear": (H, H)}  # both are "proj_out" in diffusers
     assert only(match_of(write(pair("transformer.proj_out", H, H)), layers)) == ("final_layer.linear", None)

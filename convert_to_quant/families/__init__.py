@@ -38,11 +38,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
-from itertools import chain
+from itertools import accumulate, chain
 from pkgutil import iter_modules
 
 from ..errors import OptionError
@@ -138,6 +138,11 @@ def _lora_names() -> Index:
 
 
 @cache
+def _authors_names() -> Index:
+    return index(turned(rule for record in RECORDS for rule in record.names))
+
+
+@cache
 def _spellings() -> Index:
     return index(rule for record in RECORDS for rule in (*record.spellings, *turned(record.spellings)))
 
@@ -170,10 +175,14 @@ class LoraNames:
     Attributes:
         exact: Every name that a layer, or a part of one, may have -> what it may mean.
         squeezed: The same without separators.
+        fused: Layers that the checkpoint's authors have, and that it holds in parts -> these, in order of rows.
+        of_fused: What names mean of those.
     """
 
     exact: Targets
     squeezed: Targets
+    fused: Mapping[str, tuple[Target, ...]] = field(default_factory=dict)
+    of_fused: LoraNames | None = None
 
     def find(self, name: str) -> tuple[Target, ...]:
         """The parts of the checkpoint that a name, without its adapter's suffix, may mean; several are an ambiguity.
@@ -186,6 +195,22 @@ class LoraNames:
         loosely = (self.squeezed.get(squeezed(spelling)) for spelling in spellings)
         return next(filter(None, chain(found, loosely)), ())
 
+    def meant(self, name: str) -> list[tuple[Target, ...]]:
+        """All that a name may mean; each possibility as the parts that it means together."""
+        whole = () if self.of_fused is None else self.of_fused.find(name)
+        return [(target,) for target in self.find(name)] or [tuple(self._parts(target)) for target in whole]
+
+    def _parts(self, target: Target) -> Iterator[Target]:
+        """The parts of the checkpoint that some rows of a fused layer are in."""
+        for part in self.fused[target.layer]:
+            assert part.rows is not None
+            size = part.rows[1]
+            start, stop = target.rows or (0, part.first + size)
+            low, high = max(start, part.first), min(stop, part.first + size)
+            if low < high:
+                rows = None if high - low == size else (low - part.first, high - part.first)
+                yield Target(part.layer, rows, part.swap_halves != target.swap_halves, low - start)
+
 
 def lora_names(layers: Mapping[str, tuple[int, int]]) -> LoraNames:
     """What the names that LoRA files use for some layers mean.
@@ -193,6 +218,13 @@ def lora_names(layers: Mapping[str, tuple[int, int]]) -> LoraNames:
     Args:
         layers: Bare names of a checkpoint's linear layers -> (out, in) features.
     """
+    fused = _fused(layers)
+    shapes = {name: (parts[-1].first + layers[parts[-1].layer][0], layers[parts[0].layer][1])
+              for name, parts in fused.items()}  # fmt: skip
+    return replace(_names_of(layers), fused=fused, of_fused=_names_of(shapes))
+
+
+def _names_of(layers: Mapping[str, tuple[int, int]]) -> LoraNames:
     exact: dict[str, dict[Target, None]] = {}
     loose: dict[str, dict[Target, None]] = {}
     for name, meant in targets(layers, _lora_names(), _spellings()).items():
@@ -203,7 +235,29 @@ def lora_names(layers: Mapping[str, tuple[int, int]]) -> LoraNames:
         for spelling in {name, processor}:
             exact.setdefault(spelling, {}).update(dict.fromkeys(meant))
             loose.setdefault(squeezed(spelling), {}).update(dict.fromkeys(meant))
-    return LoraNames(*({name: tuple(meant) for name, meant in names.items()} for names in (exact, loose)))
+    found = [{name: tuple(meant) for name, meant in names.items()} for names in (exact, loose)]
+    return LoraNames(found[0], found[1])
+
+
+def _fused(layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Target, ...]]:
+    """Layers of models' authors that diffusers' names stand for, whole -> their parts, in order of rows."""
+    found: dict[str, dict[Part, str]] = {}
+    for module in layers:
+        for layer, part in translations(module, _authors_names()):
+            found.setdefault(layer, {}).setdefault(part, module)
+    fused = {}
+    for layer, module_of in found.items():
+        parts = sorted((part for part in module_of if part.fused is not None), key=lambda part: part.first)
+        parts = parts if len(parts) == len(module_of) else [next(part for part in module_of if part.fused is None)]
+        sizes = [layers[module_of[part]] for part in parts]
+        wanted = parts[0].fused(sum(rows for rows, _ in sizes), sizes[0][1]) if parts[0].fused else (sizes[0][0],)
+        if layer not in layers and wanted == tuple(rows for rows, _ in sizes):
+            firsts = accumulate((rows for rows, _ in sizes), initial=0)
+            fused[layer] = tuple(
+                Target(module_of[part], (0, rows), part.scale_shift and rows == 2 * columns, first)
+                for part, (rows, columns), first in zip(parts, sizes, firsts, strict=False)
+            )
+    return fused
 
 
 def checkpoint_layers(

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
 
@@ -38,11 +38,13 @@ class Target:
         rows: First row and row after the last, of the weight [out, in]; None for all of them.
         swap_halves: The foreign tensor holds the upper and the lower half of these rows in the other order. Swapping
             the halves turns either form into the other.
+        first: Row of the foreign tensor that is the first of these; not 0 where that tensor spans several layers.
     """
 
     layer: str
     rows: tuple[int, int] | None = None
     swap_halves: bool = False
+    first: int = field(default=0, repr=False)
 
 
 def qkv_rows(out_features: int, in_features: int) -> tuple[int, ...]:
