@@ -178,11 +178,7 @@ class Delta:
             start: The first of them, counted from the first row that it means.
             column_norms_I: ‖V‖ of each column, float32 [in], where the magnitude is per column.
         """
-        start += self.first
-        rows: Rows = slice(start, start + len(weight_OI))
-        if self.swap_halves:
-            count = self.adapter.change.shape[0]
-            rows = (np.arange(start, start + len(weight_OI)) + count // 2) % count
+        rows = self._rows(start, len(weight_OI))
         change_OI = self.adapter.change.rows(rows)
         if self.adapter.magnitude_tensor is None:
             change_OI *= np.float32(self.scale)
@@ -201,10 +197,18 @@ class Delta:
 
     def decomposed(self, weight_OI: Float32, start: int) -> Float32:
         """V = W + (alpha / rank) · ΔW of some rows; arguments as of `apply`."""
-        decomposed: Float32 = weight_OI + np.float32(self.adapter.scale) * self.adapter.change.rows(
-            slice(start, start + len(weight_OI))
-        )
+        change_OI = self.adapter.change.rows(self._rows(start, len(weight_OI)))
+        decomposed: Float32 = weight_OI + np.float32(self.adapter.scale) * change_OI
         return decomposed
+
+    def _rows(self, start: int, count: int) -> Rows:
+        """The adapter's rows for some that it means, as the file has them."""
+        start += self.first
+        if not self.swap_halves:
+            return slice(start, start + count)
+        height = self.adapter.change.shape[0]
+        swapped: Rows = (np.arange(start, start + count) + height // 2) % height
+        return swapped
 
     def _magnitude(self) -> Float32:
         values: Float32 = self.lora.checkpoint.float32(self.adapter.magnitude_tensor or "").reshape(-1)
@@ -725,9 +729,12 @@ def _match_beside(
                           for some in known.meant(name)]  # fmt: skip
             size = lora.checkpoint.tensors[tensor].elements
             fits = next((some for some in meant if size == sum(_size(each, others) for each in some)), ())
-            if not fits:
+            adapter = lora.adapters.get(name)
+            alone = adapter and all(_misfit(adapter, full, some, match.shapes) for some in known.meant(name))
+            if not fits or alone:
                 why = "is not supported" if not others else "fits no tensor of the checkpoint"
-                reason = f"{BESIDE_TITLES[role]} {why}"
+                reason = f"{BESIDE_TITLES[role]} {why if not fits else 'of a layer that is left out'}"
+                fits = ()
                 layers = tuple(each.layer for some in meant for each in some)
                 match.unsupported.append(Finding(str(lora.path), name, reason, layers))
             for target in fits:

@@ -583,6 +583,24 @@ def test_authors_names_of_wan_mean_layers_that_diffusers_calls_otherwise(write: 
     assert only(match_of(write(pair("lora_unet_blocks_1_self_attn_q", H, H)), layers)) == ("blocks.1.attn1.to_q", None)
 
 
+def test_of_a_widened_layer_the_bias_is_left_out_with_the_rest(write: Write) -> None:
+    """As in the control LoRAs of Flux.1's authors."""
+    tensors = {
+        **pair("img_in", H, 2 * H),
+        **pair(LINEAR1, 7 * H, H),
+        "img_in.lora_B.bias": np.ones(H, np.float32),
+        f"{LINEAR1}.lora_B.bias": np.ones(7 * H, np.float32),
+    }
+    layers = {"img_in": (H, H), LINEAR1: (7 * H, H)}
+    biases = {f"{layer}.bias": (rows,) for layer, (rows, _) in layers.items()}
+    match = match_loras([load_lora(write(tensors))], layers, others=biases)
+    assert (list(match.matched), list(match.beside)) == ([LINEAR1], [f"{LINEAR1}.bias"])
+    assert [(found.name, found.reason) for found in match.unsupported] == [
+        ("img_in", "bias difference of a layer that is left out"),
+        ("img_in", "its change is [8, 16] and would widen img_in, which is [8, 8]"),
+    ]
+
+
 def test_of_two_layers_of_one_name_the_one_whose_shape_fits_is_meant(write: Write) -> None:
     layers = {"head.head": (2 * H, H), "final_layer.linear": (H, H)}  # both are "proj_out" in diffusers
     assert only(match_of(write(pair("transformer.proj_out", H, H)), layers)) == ("final_layer.linear", None)
