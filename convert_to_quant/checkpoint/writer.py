@@ -64,7 +64,7 @@ def _output_error(error: OSError, path: Path) -> OutputError:
         errno.ENOTDIR: f"{path.parent} is not a folder",
         errno.EISDIR: "it is a folder",
         errno.ENXIO: "no program reads from this pipe",
-        **dict.fromkeys(_MISSING, "the file system there cannot write at a position, or rename"),
+        **dict.fromkeys(_MISSING, "its file system cannot rename or write at a position; use another"),
     }
     reason = reasons.get(error.errno or 0, error.strerror or str(error))
     return OutputError(f"cannot be written: {reason}", path=path)
@@ -158,8 +158,7 @@ def rehearse(path: Path) -> list[str]:
     except OSError as error:
         raise _output_error(error, path) from None
     except OutputError as error:
-        hint = "write to another drive, and copy the file from there"
-        raise OutputError(error.problem, path=path, hint=hint) from None
+        raise OutputError(error.problem, path=path) from None
     return notes
 
 

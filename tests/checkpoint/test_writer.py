@@ -434,8 +434,16 @@ def test_the_next_write_removes_what_a_killed_one_left_and_nothing_else(tmp_path
 
 
 LACKING = {
-    "rename": ("replace", errno.ENOSYS, "the file system there cannot write at a position, or rename"),
-    "positions": ("pwrite", errno.EOPNOTSUPP, "the file system there cannot write at a position, or rename"),
+    "rename": (
+        "replace",
+        errno.ENOSYS,
+        "its file system cannot rename or write at a position; use another",
+    ),
+    "positions": (
+        "pwrite",
+        errno.EOPNOTSUPP,
+        "its file system cannot rename or write at a position; use another",
+    ),
     "removing": ("unlink", errno.EPERM, "Operation not permitted"),
     "permission": ("open", errno.EACCES, "no permission to write there"),
 }

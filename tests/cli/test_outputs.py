@@ -265,9 +265,8 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(
     monkeypatch.setattr(os, "replace", refuse)
     output = tmp_path / "out.safetensors"
     outcome = ctq("-i", inputs["bf16"], "-o", output)
-    problem = "cannot be written: the file system there cannot write at a position, or rename"
-    hint = "write to another drive, and copy the file from there"
-    assert (outcome.code, outcome.err) == (1, f"error: {output}: {problem} ({hint})\n")
+    problem = "cannot be written: its file system cannot rename or write at a position; use another"
+    assert (outcome.code, outcome.err) == (1, f"error: {output}: {problem}\n")
 
 
 def test_what_an_interrupted_run_left_is_removed_and_that_is_said(
