@@ -24,7 +24,7 @@ from ..formats import FLOAT_GRIDS
 from ..formats.record import widen_bfloat16
 from ..untrusted import MAX_BYTES, parse_json
 from .header import LENGTH_BYTES, TensorInfo, header_length, parse_header
-from .positioned import read_at
+from .positioned import close, read_at
 from .undo import refuse_unrecovered
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -135,7 +135,7 @@ class CheckpointFile:
             text = (brace + file.read(length))[:length]
             self.header, self.header_crc = parse_header(text, self.identity.nbytes, path), zlib.crc32(text)
             self.fd = os.dup(file.fileno())
-        self._close = weakref.finalize(self, os.close, self.fd)
+        self._close = weakref.finalize(self, close, self.fd)
 
     def read(self, start: int, nbytes: int) -> NDArray[np.uint8]:
         """Bytes of the file, from a byte position; safe from several threads.

@@ -222,7 +222,8 @@ def faults(calls: list[str], every: bool) -> Iterator[Fault]:
         if name in WRITES:
             yield Fault(SHORT, number)
         errors = [*ERRORS, *(LASTING + error for error in ERRORS)]
-        for error in errors if every else [errors[number % len(ERRORS)], *errors[4 + number // 2 % 4 :][: number % 2]]:
+        first, then = number % len(ERRORS), number // len(ERRORS) % len(ERRORS)
+        for error in errors if every else [ERRORS[first], *([LASTING + ERRORS[then]] if first == 0 else [])]:
             yield Fault(error, number)
     yield Fault(KILL, len(calls) + 1)
 

@@ -26,6 +26,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -379,7 +380,7 @@ def read(target: str, content: bytes, folder: Path) -> str | None:
     path = folder / "x.safetensors"
     path.write_bytes(content)
     try:
-        with np.errstate(all="ignore"), contextlib.redirect_stdout(io.StringIO()):
+        with np.errstate(all="ignore"), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             TARGETS[target][1](path)
     except Error:
         return ""
@@ -401,6 +402,8 @@ def fuzz(target: str, *, seed: int = 0, inputs: int | None = None, seconds: floa
     with contextlib.ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGALRM, before)
         place = stack.enter_context(tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None))
+        for content in seeds(target):
+            read(target, content, Path(place))  # imports what it needs, for as long as that takes
         for content in inputs_of(target, seed):
             if found.inputs == inputs or time.monotonic() > end:
                 return found
