@@ -176,9 +176,13 @@ class Bench:
 
     def place(self, layer: str) -> int:
         """Number of the block that holds all of a layer, as they run; 0 where none does."""
+        block = self.block(layer)
+        return self.order.index(block) if block in self.order else 0
+
+    def block(self, layer: str) -> nn.Module | None:
+        """The block that holds all of a layer; None where none does."""
         blocks = {self.block_of.get(module) for module, _ in self.modules[layer]}
-        block = blocks.pop()
-        return self.order.index(block) if not blocks and block is not None and block in self.order else 0
+        return blocks.pop() if len(blocks) == 1 else None
 
     def run(self) -> list[Tensor]:
         """Run every moment, and remember what blocks give.
@@ -201,7 +205,20 @@ class Bench:
                 velocities.append(self._velocity(moment))
             self.order = calls if len(calls) == len(set(calls)) else []  # a block that runs twice cannot be skipped
             self.outputs.append(given)
+        if not self._replays(velocities[0]):
+            self.order = []
         return velocities
+
+    def _replays(self, velocity: Tensor) -> bool:
+        """Whether the model takes from its blocks what they gave before, for two copies of a batch as well."""
+        try:
+            with self._skipped(len(self.order), self.outputs[0], 2):
+                again = self._velocity(self.moments[0], 2)
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
+            return False
+        return bool(
+            torch.allclose(again, torch.cat([velocity] * 2), rtol=1e-3, atol=1e-3 * float(velocity.abs().max()))
+        )
 
     def trials(self, changes: Sequence[Mapping[str, Simulated]], place: int) -> list[list[Tensor]]:
         """Run every moment with some layers changed, from a block on; several changes side by side in one batch.
@@ -229,14 +246,15 @@ class Bench:
         return found
 
     def inputs(self, place: int, layers: Sequence[str]) -> dict[str, list[Tensor]]:
-        """What layers of one block receive, at every moment."""
+        """What layers of one block receive, at every moment: rows of all calls where there are several, or none."""
+        calls: dict[str, list[Tensor]] = {layer: [] for layer in layers}
         seen: dict[str, list[Tensor]] = {layer: [] for layer in layers}
         with ExitStack() as stack:
             for layer in layers:
                 module, _ = self.modules[layer][0]
 
                 def keep(_: nn.Module, args: tuple[Tensor, ...], layer: str = layer) -> None:
-                    seen[layer].append(args[0])
+                    calls[layer].append(args[0])
 
                 stack.callback(module.register_forward_pre_hook(keep).remove)
             if self.order:  # nothing behind the block is needed
@@ -248,6 +266,13 @@ class Bench:
             for moment, outputs in zip(self.moments, self.outputs, strict=True):
                 with self._skipped(place, outputs), suppress(_StopError):
                     self._velocity(moment)
+                for layer, met in calls.items():
+                    rows = [x.reshape(-1, x.shape[-1]) for x in met] if len(met) > 1 else met
+                    module, _ = self.modules[layer][0]
+                    seen[layer].append(
+                        torch.cat(rows) if rows else module.dtype_witness.new_zeros(0, module.in_features)
+                    )
+                    met.clear()
         return seen
 
     def weight(self, layer: str) -> Tensor:
@@ -316,7 +341,7 @@ def _repeated(output: Any, images: int, copies: int) -> Any:
     """What a block gave, for several copies of its batch."""
     if isinstance(output, tuple):
         return tuple(_repeated(each, images, copies) for each in output)
-    batched = isinstance(output, Tensor) and output.ndim and len(output) == images
+    batched = isinstance(output, Tensor) and output.ndim and len(output) % images == 0
     return torch.cat([output] * copies) if batched else output
 
 
@@ -350,9 +375,12 @@ def relative_energies(
         found: the same.
     """
     sums = []
-    for moment, v, u in zip(moments, wanted, found, strict=True):
-        error = (v.float() - u.float()).flatten(1).square().sum(1)
-        ratios = (error / v.float().flatten(1).square().sum(1).clamp(min=TINY)).double()
+    for moment, plain, other in zip(moments, wanted, found, strict=True):
+        images = sum(moment.ways.values())
+        rows = images if len(plain) % images == 0 else 1  # experts take some rows of all images
+        v, u = (x.float().reshape(rows, x.numel() // rows) for x in (plain, other))
+        error, energy = (v - u).square().sum(1), v.square().sum(1)
+        ratios = (error / energy.clamp(min=TINY)).double().expand(images)
         ends = np.cumsum(list(moment.ways.values()))
         sums += [float(ratios[end - count : end].sum()) for end, count in zip(ends, moment.ways.values(), strict=True)]
     return np.array(sums)
@@ -385,13 +413,14 @@ def run_trials(
     reference = bench.run()
     mine = list(candidates)[share[0] :: share[1]]
     tick = advance(progress, len(mine))
-    by_place: dict[int, list[str]] = {}
+    together: dict[nn.Module | None, list[str]] = {}
     for layer in mine:
-        by_place.setdefault(bench.place(layer), []).append(layer)
-    for place in sorted(by_place):
-        seen = bench.inputs(place, by_place[place])
+        together.setdefault(bench.block(layer), []).append(layer)
+    for layers in sorted(together.values(), key=lambda layers: bench.place(layers[0])):
+        place = bench.place(layers[0])
+        seen = bench.inputs(place, layers)
         pending: list[tuple[str, Simulated]] = []
-        for layer in by_place[place]:
+        for layer in layers:
             weight_OI, row = bench.weight(layer), trials.layers.index(layer)
             plain = [linear(x.float(), weight_OI) for x in seen[layer]]
             best: dict[tuple[str, float], tuple[float, Simulated]] = {}
@@ -405,7 +434,7 @@ def run_trials(
                         best[kind] = float(error.sum()), simulated
             pending += [(layer, each) for each in {id(each): each for _, each in best.values()}.values()]
             del seen[layer]
-            if len(pending) >= bench.together or layer == by_place[place][-1]:
+            if len(pending) >= bench.together or layer == layers[-1]:
                 found = bench.trials([{name: each} for name, each in pending], place)
                 for (name, each), velocities in zip(pending, found, strict=True):
                     column = trials.layers.index(name), formats.index(each.format.name)
