@@ -199,10 +199,59 @@ PixArt, diffusers = none
     + transformer_blocks.0.{attn1,attn2}.{to_q,to_k,to_v,to_out.0}
     - adaln_single.{emb.timestep_embedder.linear_1,linear} proj_out
     . pos_embed.proj.weight
-AuraFlow, diffusers = none
+AuraFlow = auraflow
+    + double_layers.0.{attn.w1q,attn.w2q,mlpX.c_fc1} single_layers.0.attn.w1q
+    - init_x_linear cond_seq_linear t_embedder.mlp.0 modF.1 final_linear
+AuraFlow, diffusers = auraflow
     + joint_transformer_blocks.0.attn.{to_q,add_q_proj} single_transformer_blocks.0.attn.to_q
     - pos_embed.proj context_embedder time_step_proj.linear_1 norm_out.linear proj_out
-Bria, diffusers: Flux.1 without pooled text = none
+    . register_tokens
+Mochi = mochi
+    + blocks.0.{attn.qkv_x,attn.qkv_y,mlp_x.w1}
+    - t5_y_embedder.to_kv t5_yproj t_embedder.mlp.0 final_layer.{mod,linear}
+Mochi, diffusers = mochi
+    + transformer_blocks.0.attn1.{to_q,add_q_proj}
+    - time_embed.{caption_proj,pooler.to_q,timestep_embedder.linear_1} proj_out
+    . pos_frequencies
+Sana = sana
+    + transformer_blocks.0.{attn1,attn2}.to_q
+    - time_embed.linear caption_projection.linear_1 proj_out
+    . patch_embed.proj.weight caption_norm.weight transformer_blocks.0.ff.conv_inverted.weight
+HiDream = hidream
+    + {double_stream_blocks,single_stream_blocks}.0.block.{attn1.to_q,ff_i.experts.3.w1,ff_i.shared_experts.w2}
+    - caption_projection.0.linear double_stream_blocks.0.block.{ff_i.gate,adaLN_modulation.1} x_embedder.proj
+Cosmos-Predict2 = cosmos-predict2
+    + blocks.0.{self_attn,cross_attn}.q_proj blocks.0.mlp.layer1
+    - blocks.0.adaln_modulation_self_attn.1 x_embedder.proj.1 llm_adapter.blocks.0.cross_attn.q_proj
+    . t_embedding_norm.weight
+Cosmos-Predict2, diffusers = cosmos-predict2
+    + transformer_blocks.0.{attn1,attn2}.to_q
+    - transformer_blocks.0.norm1.linear_2 patch_embed.proj time_embed.t_embedder.linear_1
+    . time_embed.norm.weight
+Krea 2 = krea2
+    + blocks.0.{attn.wq,mlp.up}
+    - first txtfusion.projector txtmlp.1 tproj.1 last.linear
+Krea 2, diffusers = krea2
+    + transformer_blocks.0.{attn.to_gate,ff.up}
+    - img_in text_fusion.projector time_mod_proj txt_in.linear_1 final_layer.linear
+Kandinsky 5 = kandinsky5
+    + visual_transformer_blocks.0.{self_attention,cross_attention}.to_query
+    - text_transformer_blocks.0.self_attention.to_query visual_transformer_blocks.0.visual_modulation.out_layer
+    - visual_embeddings.in_layer out_layer.out_layer
+Qwen-Image 2.1 = qwen-image-2.1
+    + transformer_blocks.0.{attn.to_q,img_mlp.gate_up,img_mlp.out}
+    - modulation.1 txt_in.in_layer img_in proj_out
+LongCat = longcat
+    + @flux
+    - img_in txt_in time_in.in_layer final_layer.linear
+Ovis = ovis
+    + double_blocks.0.img_mlp.gate_proj
+    - img_in txt_in time_in.in_layer
+Ovis, diffusers = ovis
+    + single_transformer_blocks.0.proj_mlp
+    - timestep_embedder.linear_1 x_embedder context_embedder
+    . context_embedder_norm.weight
+Bria, diffusers: Flux.1 without pooled text = longcat
     + @joint @single
     - time_embed.timestep_embedder.linear_1 context_embedder x_embedder norm_out.linear proj_out
 a text encoder alone = none
@@ -315,10 +364,10 @@ def test_an_embedding_in_a_repeated_block_is_kept() -> None:
 
 def test_an_unknown_preset_names_the_nearest_and_all() -> None:
     with pytest.raises(
-        OptionError, match=r"unknown preset 'huyuan-video' \(did you mean 'hunyuan-video'\? presets: chroma, flux1"
+        OptionError, match=r"unknown preset 'huyuan-video' \(did you mean 'hunyuan-video'\? presets: auraflow, chroma, "
     ):
         family("huyuan-video")
-    with pytest.raises(OptionError, match=r"unknown preset 'xyzzy' \(presets: chroma, .*z-image, generic\)"):
+    with pytest.raises(OptionError, match=r"unknown preset 'xyzzy' \(presets: auraflow, .*z-image, generic\)"):
         family("xyzzy")
 
 
@@ -453,7 +502,7 @@ def test_a_new_family_is_one_new_file(tmp_path: Path) -> None:
         for path in (package / folder).iterdir():
             if path.name not in ("families", "__pycache__"):
                 (copy / folder / path.name).symlink_to(path)
-    (copy / "families" / "nova.py").write_text(NOVA)
+    (copy / "families" / "a_nova.py").write_text(NOVA)  # before AuraFlow, whose class it is run in
 
     done = subprocess.run(
         [sys.executable, "-c", USES_OF_NOVA], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},

@@ -33,13 +33,14 @@ from torch.overrides import TorchFunctionMode
 from .. import families, names
 from ..checkpoint import Checkpoint
 from ..errors import OptionError, UnsupportedModelError
+from ..families.rules import index
 from ..families.running import Architecture, Geometry, Inputs, Shapes, Signal
 from ..layers import Layer, LayerTable, dequantize, find_layers
 from ..layers import input_scale as stored_input_scale
 from ..lora import LoraMatch
 from ..telling import plural
 from .devices import find_device
-from .provenance import Converter, Piece, trace
+from .provenance import Converter, Piece, renamed, trace
 from .quantized_linear import ARITHMETICS, Arithmetic, CheckpointLinear, StoredWeight
 
 STATIC = ("comfyui", "comfyui_divide")
@@ -95,9 +96,10 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
     family = families.detect(shapes, shapes)
     if family is None:
         raise UnsupportedModelError("its tensor names fit no known family", path=checkpoint.path, hint=COMFYUI)
-    architecture = family.architecture
-    if architecture is None:
-        raise UnsupportedModelError(f"{family.title} cannot be run yet", path=checkpoint.path, hint=COMFYUI)
+    elsewhere = next((title for tensor, title in family.elsewhere.items() if tensor in shapes), family.title)
+    architecture = family.runs(shapes)
+    if architecture is None or elsewhere != family.title:
+        raise UnsupportedModelError(f"{elsewhere} is run only in ComfyUI", path=checkpoint.path, hint=COMFYUI)
     foreign = [layer for layer in table.foreign.values() if table.owns(layer.name)]
     if foreign:
         raise UnsupportedModelError(
@@ -106,7 +108,7 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
             tensor=foreign[0].name,
             hint=COMFYUI,
         )
-    sources = _sources(architecture, shapes)
+    sources = _sources(family, architecture, shapes)
     model_shapes = {name: _joined_shape(pieces, shapes) for name, pieces in sources.items()}
     try:
         config = architecture.config({**shapes, **model_shapes})
@@ -119,12 +121,16 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
     return Plan(family.name, architecture, config, sources, model_shapes, table)
 
 
-def _sources(architecture: Architecture, shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
+def _sources(family: families.Family, architecture: Architecture, shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
     """Where every tensor of the diffusers model lies, by bare names as the checkpoint spells them."""
     respelled = architecture.respelled(shapes)
     fed = {new: shapes[old] for new, old in respelled.items()}
-    native = architecture.converter is None or architecture.native in shapes
-    traced = trace(dict if native else converter(architecture), fed, architecture.fused)
+    if architecture.native in fed:
+        traced = trace(dict, fed)
+    elif architecture.converter is None:
+        traced = renamed(fed, index(family.names))
+    else:
+        traced = trace(converter(architecture), fed, architecture.fused)
     return {
         name: tuple(replace(piece, tensor=respelled[piece.tensor]) for piece in pieces)
         for name, pieces in traced.items()
@@ -273,9 +279,10 @@ class Denoiser:
                 for name, value in conditioning.items()
             },
         )
-        output = self.model(**self.plan.architecture.arguments(inputs), return_dict=False)[0]
+        output = self.model(**self.plan.architecture.arguments(inputs), return_dict=False)
+        output = output[0] if isinstance(output, tuple) and len(output) == 1 else output
         velocity: Tensor = self.plan.architecture.velocity(output).float().to(latents.device)
-        return velocity
+        return velocity[:, -latents.shape[1] :]  # some classes give what became of the text before it
 
     @contextmanager
     def adapted(self, adapters: LoraMatch | None) -> Iterator[None]:

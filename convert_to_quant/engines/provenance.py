@@ -27,7 +27,9 @@ from itertools import accumulate
 
 import torch
 
+from .. import names
 from ..errors import UnsupportedModelError
+from ..families.rules import Index, Target, translations
 from ..families.running import Fused, Shapes
 
 ROW_BITS = 32
@@ -87,6 +89,36 @@ def trace(converter: Converter, shapes: Shapes, fused: Iterable[Fused] = ()) -> 
             hint="a variant that diffusers does not know",
         )
     return pieces
+
+
+def renamed(shapes: Shapes, table: Index) -> dict[str, tuple[Piece, ...]]:
+    """Find where every tensor of a model lies by rules for names, where diffusers has no converter.
+
+    Args:
+        shapes: bare checkpoint tensor name -> shape.
+        table: other names of layers; a tensor that no rule names has the same name in the model.
+
+    Returns:
+        As `trace`.
+    """
+    found: dict[str, tuple[Piece, ...]] = {}
+    for tensor, shape in shapes.items():
+        layer, _, kind = tensor.rpartition(".")
+        rows = shape[0] if shape else 1
+        columns = shapes.get(layer + names.WEIGHT, (rows, rows))[-1]
+        meant = [(other, part.target(layer, rows, columns)) for other, part in translations(layer, table)]
+        pieces = {f"{other}.{kind}": _halves(tensor, rows, target) for other, target in meant if target is not None}
+        found |= pieces or {tensor: (Piece(tensor, 0, rows),)}
+    return found
+
+
+def _halves(tensor: str, rows: int, target: Target) -> tuple[Piece, ...]:
+    """The rows that a name means, its halves in the model's order."""
+    first, stop = target.rows or (0, rows)
+    if not target.swap_halves:
+        return (Piece(tensor, first, stop),)
+    middle = (first + stop) // 2
+    return Piece(tensor, middle, stop), Piece(tensor, first, middle)
 
 
 def _boundaries(name: str, shapes: Shapes, rules: Iterable[Fused]) -> tuple[list[int], list[int]]:

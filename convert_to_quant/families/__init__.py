@@ -118,7 +118,7 @@ def family(name: str) -> Family:
         OptionError: There is no such family.
     """
     known = {**FAMILIES, GENERIC.name: GENERIC}
-    plain = {key.replace("-", ""): key for key in known}
+    plain = {re.sub(r"[-.]", "", key): key for key in known}
     wanted = re.sub(r"[-_. ]", "", name.lower())
     if wanted in plain:
         return known[plain[wanted]]

@@ -1,14 +1,49 @@
-"""AuraFlow, by its names alone: blocks of two streams count 2 for the image and 1 for the text, others have only 1."""
+"""AuraFlow: blocks of two streams count 2 for the image and 1 for the text, others have only 1."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from . import comfyui
-from .base import Family
+from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
 from .rules import SHIFT_SCALE, rules, under
+from .running import Architecture, Shapes, blocks, image, text
+
+HEAD = 256
+"""Channels of a head; its norms have no weights and do not show it. Narrow models may have less."""
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    hidden, patched = shapes["pos_embed.proj.weight"]
+    head = math.gcd(hidden, HEAD)
+    return {
+        "in_channels": patched // 4,
+        "out_channels": shapes["proj_out.weight"][0] // 4,
+        "num_mmdit_layers": blocks(shapes, "joint_transformer_blocks."),
+        "num_single_dit_layers": blocks(shapes, "single_transformer_blocks."),
+        "attention_head_dim": head,
+        "num_attention_heads": hidden // head,
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        "caption_projection_dim": hidden,
+        "pos_embed_max_size": shapes["pos_embed.pos_embed"][1],
+    }
+
 
 FAMILY = Family(
     name="auraflow",
     title="AuraFlow",
+    signatures=(
+        signature("double_layers.0.attn.w2q single_layers.0.attn.w1q init_x_linear cond_seq_linear"),
+        signature("joint_transformer_blocks.0.attn.add_q_proj time_step_proj.linear_1 register_tokens"),
+    ),
+    blocks=r"(?:double_layers|single_layers|joint_transformer_blocks|single_transformer_blocks)\.\d+",
+    keep={
+        r"init_x_linear|pos_embed|positional_encoding": IMAGE,
+        r"cond_seq_linear|context_embedder": TEXT,
+        r"t_embedder|time_step_proj": VECTOR,
+        r"final_linear|modF|norm_out|proj_out": FINAL,
+    },
     names=(
         *under("double_layers.*.", "joint_transformer_blocks.*.")(
             ("attn.w2{q,k,v,o}", "attn.to_{q,k,v,out.0}"),
@@ -28,6 +63,15 @@ FAMILY = Family(
             ("final_linear", "proj_out"),
             ("modF.1", "norm_out.linear", SHIFT_SCALE),
         ),
+    ),
+    architecture=Architecture(
+        transformer="AuraFlowTransformer2DModel",
+        native="context_embedder.weight",
+        config=_config,
+        latents=image,
+        wants={"encoder_hidden_states": text("joint_attention_dim")},
+        arguments=lambda inputs: inputs.usual(),
+        spellings=rules(("positional_encoding", "pos_embed.pos_embed")),
     ),
     comfyui={"AuraFlow": comfyui.takes("cond_seq_linear")},
 )

@@ -72,6 +72,8 @@ class Family:
         lora: Names that only LoRA files use.
         spellings: Other names of whole layers in checkpoints of this family, by those of its authors.
         architecture: How it is run; None where diffusers cannot.
+        architectures: How members with parts of their own are run; the first that fits comes before `architecture`.
+        elsewhere: Released members that only ComfyUI runs: a tensor by which each is told -> its name.
         relatives: Further classes of diffusers whose modules have these names.
         comfyui: Class of `comfy.model_base` -> what ComfyUI's models of this class take.
     """
@@ -85,6 +87,8 @@ class Family:
     lora: tuple[Rule, ...] = ()
     spellings: tuple[Rule, ...] = ()
     architecture: Architecture | None = None
+    architectures: tuple[Architecture, ...] = ()
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
     relatives: tuple[str, ...] = ()
     comfyui: Mapping[str, Conditions] = field(default_factory=dict)
 
@@ -102,10 +106,16 @@ class Family:
                 return reason
         return None if _covers(self.blocks, layer) else "outside the repeated blocks"
 
+    def runs(self, tensors: Collection[str]) -> Architecture | None:
+        """How a checkpoint with these tensors (bare names) is run."""
+        fitting = (way for way in self.architectures if any(name in tensors for name in way.told_by))
+        return next(fitting, self.architecture)
+
     @property
     def transformers(self) -> tuple[str, ...]:
         """Diffusers' classes whose modules have these names."""
-        return self.relatives if self.architecture is None else (self.architecture.transformer, *self.relatives)
+        known = (self.architecture, *self.architectures)
+        return (*(way.transformer for way in known if way is not None), *self.relatives)
 
 
 def _covers(pattern: str, name: str) -> bool:

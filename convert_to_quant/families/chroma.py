@@ -9,7 +9,7 @@ from typing import Any
 
 from . import flux1
 from .base import FINAL, IMAGE, MODULATION, TEXT, Family, signature
-from .rules import under
+from .rules import rules, under
 from .running import Architecture, Shapes, blocks
 
 
@@ -45,6 +45,7 @@ FAMILY = Family(
         ),
         *flux1.NAMES,
     ),
+    elsewhere={"nerf_image_embedder.embedder.0.weight": "Chroma Radiance"},
     architecture=Architecture(
         transformer="ChromaTransformer2DModel",
         converter="convert_chroma_transformer_checkpoint_to_diffusers",
@@ -54,6 +55,9 @@ FAMILY = Family(
         wants=flux1.WANTS,
         arguments=flux1.arguments,
         fused=(flux1.SINGLE_BLOCKS,),
-        spellings=flux1.NORM_SPELLINGS,
+        spellings=(
+            *flux1.NORM_SPELLINGS,
+            *rules(("distilled_guidance_layer.norms.*.weight", "distilled_guidance_layer.norms.*.scale")),
+        ),
     ),
 )

@@ -5,8 +5,6 @@ A model that gets more than that moves into a file of its own.
 
 from __future__ import annotations
 
-from typing import Any
-
 from .base import Family
 from .comfyui import (
     SOUND,
@@ -31,34 +29,14 @@ QWEN_WORDS = 151643
 """Token numbers of Qwen below this are words; above are signs, such as "an image starts here"."""
 
 
-def _row(values: Any) -> Any:
-    """Without the batch."""
-    return values[0]
-
-
 def _upscaling(scene: Scene) -> int:
     """Pixels of PiD's image per latent that it is given."""
     return scene.number("lq_proj.sr_scale") * scene.number("lq_proj.latent_spatial_down_factor")
 
 
-def _last_caption(scene: Scene) -> int:
-    """Features of T5 in HiDream, whose projection is the last one."""
-    return scene.inputs(f"caption_projection.{len(scene.part('caption_projection')) - 1}.linear")
-
-
-def _llama_layers(scene: Scene) -> int:
-    """Layers of Llama that HiDream is given: up to the last one that it uses."""
-    return int(max(scene.part("llama_layers"))) + 1
-
-
 def _ernie_text(scene: Scene) -> int:
     """Features of the text in Ernie: that of its projection, or, without one, of the network."""
     return scene.inputs("text_proj") if scene.part("text_proj") is not None else scene.number("hidden_size")
-
-
-def _krea_text(scene: Scene) -> int:
-    """Features of the text in Krea 2: some layers of its encoder side by side."""
-    return scene.number("txtlayers") * scene.number("txtdim")
 
 
 _IMAGES = {
@@ -83,11 +61,6 @@ _IMAGES = {
         lq_latent=signal(number("lq_proj.latent_channels"), over("height", _upscaling), over("width", _upscaling)),
         degrade_sigma=ones(),
     ),
-    "HiDream": takes(
-        _last_caption,
-        pooled_output=pooled("p_embedder.pooled_embedder.linear_1"),
-        conditioning_llama3=Want((_llama_layers, "text_tokens", "caption_projection.0.linear")),
-    ),
     "HiDreamO1": takes(
         text_input_ids=ids(QWEN_WORDS), reference_latents=signal("height", "width", 3, form=listed), multiple=32
     ),
@@ -98,20 +71,11 @@ _IMAGES = {
     ),
     "JoyImage": takes("condition_embedder.text_embedder.linear_1"),
     "Ideogram4": takes("llm_cond_proj"),
-    "Krea2": takes(_krea_text),
     "ErnieImage": takes(_ernie_text),
 }
 
 _VIDEOS = {
-    "GenmoMochi": takes(cross_attn=Want((256, "t5_yproj")), attention_mask=ones(256)),
     "CosmosVideo": takes("blocks.block0.blocks.1.block.attn.to_k.0"),
-    "CosmosPredict2": takes("blocks.0.cross_attn.k_proj"),
-    "Anima": takes(
-        "llm_adapter.blocks.0.cross_attn.k_proj",
-        t5xxl_ids=ids("llm_adapter.embed", form=_row),
-        t5xxl_weights=ones("text_tokens", form=_row),
-    ),
-    "Kandinsky5": takes("text_embeddings.in_layer", pooled_output=pooled("pooled_text_embeddings.in_layer")),
     "CogVideoX": takes(cross_attn=Want((226, "patch_embed.text_proj")), concat_latent_image=encoded(VIDEO)),
     "SeedVR2": takes("txt_in", condition=signal(times("channels", 1, 1), "frames", "height", "width")),
     "MiniMaxH3": takes(

@@ -55,7 +55,7 @@ FINAL_NAMES = rules(
     ("final_layer.linear", "proj_out"),
     ("final_layer.adaLN_modulation.1", "norm_out.linear", SHIFT_SCALE),
 )
-NAMES = (
+BLOCK_NAMES = (
     *under("double_blocks.*.", "transformer_blocks.*.")(
         ("img_attn.qkv", "attn.to_{q,k,v}", QKV),
         ("txt_attn.qkv", "attn.add_{q,k,v}_proj", QKV),
@@ -68,11 +68,14 @@ NAMES = (
         ("linear2", "proj_out"),
         ("modulation.lin", "norm.linear"),
     ),
+    *rules(("{img,txt}_in", "{x,context}_embedder")),
+    *FINAL_NAMES,
+)
+NAMES = (
+    *BLOCK_NAMES,
     *rules(
-        ("{img,txt}_in", "{x,context}_embedder"),
         ("{time,vector,guidance}_in.{in,out}_layer", "time_text_embed.{timestep,text,guidance}_embedder.linear_{1,2}"),
     ),
-    *FINAL_NAMES,
 )
 
 

@@ -8,10 +8,27 @@ from typing import Any
 from . import comfyui, flux1
 from .base import CONDITION, FINAL, IMAGE, REFINER, TEXT, VECTOR, Family, signature
 from .rules import QKV, rules, turned, under
-from .running import CONDITION_LATENTS, Architecture, Shapes, beside, blocks, guidance, mask, text, vector, video
+from .running import (
+    CONDITION_LATENTS,
+    Architecture,
+    Config,
+    Geometry,
+    Shapes,
+    Signal,
+    beside,
+    blocks,
+    guidance,
+    mask,
+    text,
+    vector,
+    video,
+)
 
-GUIDANCE = 6.0
-"""Guidance that the distilled model is told; its pipeline's default."""
+GUIDANCE, IMAGE_GUIDANCE = 6.0, 3.5
+"""Guidance that distilled models are told, of videos and of images; their pipelines' defaults."""
+
+IMAGE_TOKENS = 729
+"""Of SigLIP: 27 by 27 patches."""
 
 # Spellings of whole layers that two kinds of checkpoint use for the same layer: the authors', then ComfyUI's. Either
 # may be the checkpoint's.
@@ -56,6 +73,11 @@ NAMES = (
 )
 
 
+# ComfyUI's and the authors' names of parts that only some members have, as diffusers calls them.
+_TIME = tuple(f"time_in.{names}" for names in ("{in,out}_layer", "mlp.{0,2}"))
+_GLYPH_NAMES = rules(("byt5_in.{layernorm,fc1,fc2,fc3}", "context_embedder_2.{norm,linear_1,linear_2,linear_3}"))
+
+
 def _config(shapes: Shapes) -> dict[str, Any]:
     hidden, in_channels, *patch = shapes["x_embedder.proj.weight"]
     head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
@@ -79,6 +101,74 @@ def _config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def _shared_config(shapes: Shapes) -> dict[str, Any]:
+    """What the configurations of HunyuanImage 2.1 and HunyuanVideo 1.5 share."""
+    hidden, in_channels, *patch = shapes["x_embedder.proj.weight"]
+    head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+    glyphs = shapes.get("context_embedder_2.linear_1.weight")
+    return {
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
+        "num_attention_heads": hidden // head,
+        "attention_head_dim": head,
+        "num_layers": blocks(shapes, "transformer_blocks."),
+        "num_refiner_layers": blocks(shapes, "context_embedder.token_refiner.refiner_blocks."),
+        "mlp_ratio": shapes["transformer_blocks.0.ff.net.0.proj.weight"][0] / hidden,
+        "text_embed_dim": shapes["context_embedder.proj_in.weight"][1],
+        "text_embed_2_dim": None if glyphs is None else glyphs[1],
+        "use_meanflow": any(".timestep_embedder_r." in name for name in shapes),
+    }
+
+
+def _image_config(shapes: Shapes) -> dict[str, Any]:
+    config, patch = _shared_config(shapes), shapes["x_embedder.proj.weight"][2:]
+    head = config["attention_head_dim"]
+    return {
+        **config,
+        "num_single_layers": blocks(shapes, "single_transformer_blocks."),
+        "patch_size": patch,
+        "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
+        "rope_axes_dim": (head // 2, head // 2) if len(patch) == 2 else flux1.rotary_axes(head),
+    }
+
+
+def _image_latents(config: Config, geometry: Geometry) -> tuple[int, ...]:
+    *time, height, width = config["patch_size"]
+    frames = tuple(patch * geometry.frames for patch in time)
+    return config["out_channels"], *frames, height * geometry.height, width * geometry.width
+
+
+def _video_15_config(shapes: Shapes) -> dict[str, Any]:
+    config, patch = _shared_config(shapes), shapes["x_embedder.proj.weight"][2:]
+    return {
+        **config,
+        "patch_size_t": patch[0],
+        "patch_size": patch[1],
+        "image_embed_dim": shapes["image_embedder.linear_1.weight"][1],
+        "rope_axes_dim": flux1.rotary_axes(config["attention_head_dim"]),
+    }
+
+
+def _glyphs(config: Config, geometry: Geometry) -> Signal | None:
+    """What ByT5 says of the words that are to be painted."""
+    return Signal((geometry.text_tokens, config["text_embed_2_dim"])) if config["text_embed_2_dim"] else None
+
+
+def _glyph_mask(config: Config, geometry: Geometry) -> Signal | None:
+    return mask(config, geometry) if config["text_embed_2_dim"] else None
+
+
+def _image(config: Config, _: Geometry) -> Signal:
+    """What SigLIP says of the first frame; silence is text-to-video."""
+    return Signal((IMAGE_TOKENS, config["image_embed_dim"]))
+
+
+_TEXTS = {
+    "encoder_hidden_states": text("text_embed_dim"),
+    "encoder_attention_mask": mask,
+    "encoder_hidden_states_2": _glyphs,
+    "encoder_attention_mask_2": _glyph_mask,
+}
 LATENTS = video("patch_size_t", "patch_size", "patch_size")
 _VIDEO_BESIDE = comfyui.takes(concat_latent_image=comfyui.encoded(comfyui.VIDEO))
 _GLYPHS = comfyui.text("byt5_in.fc1", only_with="byt5_in.fc1")
@@ -118,13 +208,61 @@ FAMILY = Family(
         arguments=lambda inputs: inputs.usual(1000),
         fused=(flux1.SINGLE_BLOCKS,),
         spellings=(*turned(SPELLINGS), *NORM_SPELLINGS),
+        optional=r"(?:clean_x_embedder|image_projection)\..*",  # FramePack's earlier frames and its image
+    ),
+    architectures=(
+        Architecture(
+            transformer="HunyuanVideo15Transformer3DModel",
+            converter="convert_hunyuan_video_transformer_to_diffusers",
+            native="x_embedder.proj.weight",
+            config=_video_15_config,
+            latents=LATENTS,
+            wants={**_TEXTS, "image_embeds": _image, CONDITION_LATENTS: beside(LATENTS, 0)},
+            arguments=lambda inputs: inputs.usual(1000),
+            spellings=(
+                *rules(
+                    *((name, "time_embed.timestep_embedder.linear_{1,2}") for name in _TIME),
+                    ("vision_in.proj.{0,1,3,4}", "image_embedder.{norm_in,linear_1,linear_2,norm_out}"),
+                    ("cond_type_embedding", "cond_type_embed"),
+                ),
+                *_GLYPH_NAMES,
+                *turned(SPELLINGS),
+                *NORM_SPELLINGS,
+            ),
+            told_by=("cond_type_embed.weight", "cond_type_embedding.weight"),
+        ),
+        Architecture(
+            transformer="HunyuanImageTransformer2DModel",
+            converter="convert_hunyuan_video_transformer_to_diffusers",
+            native="x_embedder.proj.weight",
+            config=_image_config,
+            latents=_image_latents,
+            wants={**_TEXTS, CONDITION_LATENTS: beside(_image_latents, 0), "guidance": guidance(1000 * IMAGE_GUIDANCE)},
+            arguments=lambda inputs: inputs.usual(1000),
+            fused=(flux1.SINGLE_BLOCKS,),
+            spellings=(
+                *rules(
+                    *((name, "time_guidance_embed.timestep_embedder.linear_{1,2}") for name in _TIME),
+                    ("time_r_in.{in,out}_layer", "time_guidance_embed.timestep_embedder_r.linear_{1,2}"),
+                    ("guidance_in.{in,out}_layer", "time_guidance_embed.guidance_embedder.linear_{1,2}"),
+                ),
+                *_GLYPH_NAMES,
+                *turned(SPELLINGS),
+                *NORM_SPELLINGS,
+            ),
+            told_by=(
+                "time_guidance_embed.timestep_embedder.linear_1.weight",
+                "byt5_in.fc1.weight",
+                "time_r_in.in_layer.weight",
+            ),
+        ),
     ),
     comfyui={
         "HunyuanVideo": comfyui.takes(
             "txt_in.input_embedder",
             pooled_output=comfyui.pooled("vector_in.in_layer", only_with="vector_in.in_layer"),
             conditioning_byt5small=_GLYPHS,
-            clip_vision_output=comfyui.vision("vision_in.proj.1", tokens=729),
+            clip_vision_output=comfyui.vision("vision_in.proj.1", tokens=IMAGE_TOKENS),
             settings={"pooled_output": None},
         ),
         "HunyuanVideo15": _VIDEO_BESIDE,

@@ -6,15 +6,21 @@ silveroxides, dit-quantizer and ModelOpt (which adds 2 and 45); Lightricks' own 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import comfyui
 from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
 from .rules import rules
-from .running import Architecture, Config, Geometry, Inputs, Shapes, blocks, mask, text
+from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, Want, blocks, mask, text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEADS = 32
 """Heads in all sizes; the norms span all of them and do not show their number."""
+
+AUDIO_TOKENS = 8
+"""Tokens of LTX-2's sound for each latent frame."""
 
 SCALES = (8 / 25, 32.0, 32.0)
 """Seconds, pixels and pixels per latent position, at the pipeline's 25 frames per second."""
@@ -45,6 +51,74 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
         "width": inputs.geometry.width,
         "rope_interpolation_scale": SCALES,
     }
+
+
+def _ltx2_config(shapes: Shapes) -> dict[str, Any]:
+    hidden, in_channels = shapes["proj_in.weight"]
+    audio_hidden, audio_channels = shapes["audio_proj_in.weight"]
+    captions = shapes.get("caption_projection.linear_1.weight")
+    block = "transformer_blocks.0"
+    return {
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0],
+        "num_attention_heads": HEADS,
+        "attention_head_dim": hidden // HEADS,
+        "cross_attention_dim": shapes[f"{block}.attn2.to_k.weight"][1],
+        "audio_in_channels": audio_channels,
+        "audio_out_channels": shapes["audio_proj_out.weight"][0],
+        "audio_num_attention_heads": HEADS,
+        "audio_attention_head_dim": audio_hidden // HEADS,
+        "audio_cross_attention_dim": shapes[f"{block}.audio_attn2.to_k.weight"][1],
+        "gated_attn": f"{block}.attn1.to_gate_logits.weight" in shapes,
+        "audio_gated_attn": f"{block}.audio_attn1.to_gate_logits.weight" in shapes,
+        "cross_attn_mod": shapes["time_embed.linear.weight"][0] == 9 * hidden,
+        "audio_cross_attn_mod": shapes["audio_time_embed.linear.weight"][0] == 9 * audio_hidden,
+        "num_layers": blocks(shapes, "transformer_blocks."),
+        "use_prompt_embeddings": captions is not None,
+        **({} if captions is None else {"caption_channels": captions[1]}),
+        "ff_bias": f"{block}.ff.net.2.bias" in shapes,
+        "audio_ff_bias": f"{block}.audio_ff.net.2.bias" in shapes,
+        "use_prompt_adaln_single": "prompt_adaln.linear.weight" in shapes,
+        "use_keyframes_abs_pos_embedding": "keyframes_abs_pos_embedding" in shapes,
+        "rope_type": "split",
+    }
+
+
+def _ltx2_latents(config: Config, geometry: Geometry) -> tuple[int, ...]:
+    """Tokens of the video, then those of the sound, which have as many channels."""
+    tokens, channels = _latents(config, geometry)
+    return tokens + AUDIO_TOKENS * geometry.frames, channels
+
+
+def _ltx2_texts(name: str) -> Want:
+    """What the text encoder's connector gives for the video, or for the sound."""
+
+    def want(config: Config, geometry: Geometry) -> Signal:
+        width = config["caption_channels" if config["use_prompt_embeddings"] else name]
+        return Signal((geometry.text_tokens, width))
+
+    return want
+
+
+def _ltx2_arguments(inputs: Inputs) -> dict[str, Any]:
+    geometry = inputs.geometry
+    sound = AUDIO_TOKENS * geometry.frames
+    return {
+        **inputs.usual(1000),
+        "hidden_states": inputs.latents[:, :-sound],
+        "audio_hidden_states": inputs.latents[:, -sound:],
+        "sigma": inputs.time(1000),
+        "num_frames": geometry.frames,
+        "height": geometry.height,
+        "width": geometry.width,
+        "audio_num_frames": sound,
+    }
+
+
+def _ltx2_velocity(output: tuple[Tensor, Tensor]) -> Tensor:
+    import torch
+
+    return torch.cat(output, 1)
 
 
 def _ltx2_text(scene: comfyui.Scene) -> int:
@@ -89,6 +163,23 @@ FAMILY = Family(
         latents=_latents,
         wants={"encoder_hidden_states": text("caption_channels"), "encoder_attention_mask": mask},
         arguments=_arguments,
+    ),
+    architectures=(
+        Architecture(
+            transformer="LTX2VideoTransformer3DModel",
+            converter="convert_ltx2_transformer_to_diffusers",
+            native="proj_in.weight",
+            config=_ltx2_config,
+            latents=_ltx2_latents,
+            wants={
+                "encoder_hidden_states": _ltx2_texts("cross_attention_dim"),
+                "audio_encoder_hidden_states": _ltx2_texts("audio_cross_attention_dim"),
+            },
+            arguments=_ltx2_arguments,
+            velocity=_ltx2_velocity,
+            optional=r"(?:audio|video)_embeddings_connector\..*",  # part of the text encoder
+            told_by=("audio_proj_in.weight", "audio_patchify_proj.weight"),
+        ),
     ),
     comfyui={
         "LTXV": comfyui.takes("caption_projection.linear_1", attention_mask=comfyui.ones("text_tokens")),

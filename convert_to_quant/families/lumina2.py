@@ -86,6 +86,7 @@ FAMILY = Family(
         velocity=operator.neg,
         fused=(Fused(r".*\.attention\.qkv", (2304, 768, 768), qkv_rows),),
         ignored=("norm_final.weight",),
+        optional=r"(?:clip_text_pooled_proj|time_text_embed)\..*",  # NewBie's pooled text
     ),
     comfyui={
         "Lumina2": comfyui.takes(

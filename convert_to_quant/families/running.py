@@ -12,16 +12,16 @@ Conventions. sigma runs from 1 (noise) to 0. Latents have the layout that the tr
 without its extra condition channels. A velocity points from the image to the noise:
 x_sigma = (1 - sigma) x_0 + sigma noise, velocity = noise - x_0.
 
-Limits. Families recognized by the names of a relative (HunyuanVideo 1.5, HunyuanImage, FramePack, Chroma Radiance, Wan
-VACE and Animate, LTX-2) have tensors that these classes do not know: they are reported as such and not run here.
-`engines.comfyui.inprocess` runs them inside ComfyUI.
+Limits. Members of a family with parts that no class of diffusers knows, and without which they cannot run, are named
+(`Family.elsewhere`) and not run here. `engines.comfyui.inprocess` runs them inside ComfyUI.
 
 torch is imported only by what computes with tensors, so a family is recognized and named without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 CONDITION_LATENTS = "condition_latents"
 """Conditioning that joins the latents as further channels: a second image, a mask (Fill, Depth, image-to-video)."""
+
+
+STRAY = r"(?:global_)?step|model_sampling\..*|pos_embedder\.(?:seq|dim_\w+_range)|logvar\..*|accum_\w+"
+"""Pattern of what training and saving leave in a file, and no model reads."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +231,8 @@ class Architecture:
         fused: what the converter splits at published row numbers.
         spellings: other spellings of tensors and layers, by those that the converter knows.
         ignored: tensors that have no use in the model.
+        optional: pattern of tensors that the model runs without: further conditions, each added to what the others do.
+        told_by: tensors (bare names) any of which says that this is the variant of its family.
         stand_ins: arguments for the class in place of the configuration's, where those would make it compute what the
             checkpoint holds.
         adjust: mends what the stand-ins did, after the model was built without weights.
@@ -243,6 +249,8 @@ class Architecture:
     fused: tuple[Fused, ...] = ()
     spellings: tuple[Rule, ...] = ()
     ignored: tuple[str, ...] = ()
+    optional: str | None = None
+    told_by: tuple[str, ...] = ()
     stand_ins: Mapping[str, Any] = field(default_factory=dict)
     adjust: Callable[[nn.Module, Config], None] = nothing
 
@@ -251,10 +259,15 @@ class Architecture:
         found = {name: want(config, geometry) for name, want in self.wants.items()}
         return {name: signal for name, signal in found.items() if signal is not None}
 
-    def respelled(self, tensors: Iterable[str]) -> dict[str, str]:
+    def respelled(self, tensors: Collection[str]) -> dict[str, str]:
         """Tensors that the model has a use for: {name as the converter spells it: name in the checkpoint}."""
-        spellings = index(self.spellings)
-        return {respelled(name, spellings): name for name in tensors if name not in self.ignored}
+        spellings = index(() if self.native in tensors else self.spellings)
+        left_out = re.compile("|".join(filter(None, (STRAY, self.optional))))
+        return {
+            respelled(name, spellings): name
+            for name in tensors
+            if name not in self.ignored and not left_out.fullmatch(name)
+        }
 
 
 def blocks(shapes: Shapes, prefix: str) -> int:

@@ -6,6 +6,7 @@ musubi's and silveroxides' lists, which agree; the extra conditions are those of
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from .base import CONDITION, FINAL, IMAGE, TEXT, VECTOR, Family, signature
@@ -25,20 +26,34 @@ from .comfyui import (
     vision,
 )
 from .rules import KV, rules, under
-from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Shapes, Signal, beside, blocks, text, video
+from .running import (
+    CONDITION_LATENTS,
+    Architecture,
+    Config,
+    Geometry,
+    Inputs,
+    Shapes,
+    Signal,
+    beside,
+    blocks,
+    text,
+    video,
+)
 
 HEAD = 128
-"""Channels of a head in all sizes; its norms span all heads and do not show it."""
+"""Channels of a head in all sizes; its norms span all heads and do not show it. Narrow models may have less."""
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
     hidden, in_channels, *patch = shapes["patch_embedding.weight"]
     image_norm = shapes.get("condition_embedder.image_embedder.norm1.weight")
     added_keys = shapes.get("blocks.0.attn2.add_k_proj.weight")
+    positions = shapes.get("condition_embedder.image_embedder.pos_embed")
+    head = math.gcd(hidden, HEAD)
     return {
         "patch_size": tuple(patch),
-        "num_attention_heads": max(hidden // HEAD, 1),
-        "attention_head_dim": min(hidden, HEAD),
+        "num_attention_heads": hidden // head,
+        "attention_head_dim": head,
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
         "text_dim": shapes["condition_embedder.text_embedder.linear_1.weight"][1],
@@ -48,12 +63,38 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         "cross_attn_norm": "blocks.0.norm2.weight" in shapes,
         "image_dim": None if image_norm is None else image_norm[0],
         "added_kv_proj_dim": None if added_keys is None else added_keys[1],
+        "pos_embed_seq_len": None if positions is None else positions[1],
+    }
+
+
+def _vace_config(shapes: Shapes) -> dict[str, Any]:
+    """As `_config`; a block in so many takes a hint, which no tensor says."""
+    config, hints = _config(shapes), blocks(shapes, "vace_blocks.")
+    every = config["num_layers"] // hints
+    return {
+        **config,
+        "vace_layers": tuple(range(0, every * hints, every)),
+        "vace_in_channels": shapes["vace_patch_embedding.weight"][1],
     }
 
 
 def _image(config: Config, _: Geometry) -> Signal | None:
-    """What image-to-video models are given of CLIP's vision encoder."""
-    return None if config["image_dim"] is None else Signal((VISION_TOKENS, config["image_dim"]))
+    """What image-to-video models are given of CLIP's vision encoder: of one image, or of the first and the last."""
+    tokens = config["pos_embed_seq_len"] or VISION_TOKENS
+    return None if config["image_dim"] is None else Signal((tokens, config["image_dim"]))
+
+
+def _control(config: Config, geometry: Geometry) -> Signal:
+    """The video that VACE follows."""
+    return Signal((config["vace_in_channels"], *LATENTS(config, geometry)[1:]))
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    arguments = inputs.usual(1000)
+    if inputs.config["pos_embed_seq_len"]:  # the class takes the two images of a sample as two of a batch
+        images = arguments["encoder_hidden_states_image"]
+        arguments["encoder_hidden_states_image"] = images.unflatten(1, (2, -1)).flatten(0, 1)
+    return arguments
 
 
 def speech_layers(scene: Scene) -> int:
@@ -73,6 +114,25 @@ def _channels_first(values: Any) -> Any:
 
 
 LATENTS = video("patch_size")
+ARCHITECTURE = Architecture(
+    transformer="WanTransformer3DModel",
+    converter="convert_wan_transformer_to_diffusers",
+    native="condition_embedder.time_proj.weight",
+    config=_config,
+    latents=LATENTS,
+    wants={
+        "encoder_hidden_states": text("text_dim"),
+        CONDITION_LATENTS: beside(LATENTS, 0),
+        "encoder_hidden_states_image": _image,
+    },
+    arguments=_arguments,
+    spellings=rules(("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed")),
+    # Fun's reference image, Camera's path, SCAIL's and Animate's pose and face, S2V's sound
+    optional=(
+        r"(?:ref_conv|control_adapter|patch_embedding_pose|pose_patch_embedding|motion_encoder|face_adapter"
+        r"|face_encoder|casual_audio_encoder|audio_injector|cond_encoder|frame_packer|trainable_cond_mask)\..*"
+    ),
+)
 _REFERENCE = encoded(FIRST_FRAME, form=listed)
 
 FAMILY = Family(
@@ -112,20 +172,20 @@ FAMILY = Family(
             ("motion_encoder.enc.fc.*", "motion_encoder.motion_network.*"),
         ),
     ),
-    architecture=Architecture(
-        transformer="WanTransformer3DModel",
-        converter="convert_wan_transformer_to_diffusers",
-        native="condition_embedder.time_proj.weight",
-        config=_config,
-        latents=LATENTS,
-        wants={
-            "encoder_hidden_states": text("text_dim"),
-            CONDITION_LATENTS: beside(LATENTS, 0),
-            "encoder_hidden_states_image": _image,
-        },
-        arguments=lambda inputs: inputs.usual(1000),
+    architecture=ARCHITECTURE,
+    architectures=(
+        replace(
+            ARCHITECTURE,
+            transformer="WanVACETransformer3DModel",
+            config=_vace_config,
+            wants={**ARCHITECTURE.wants, "control_hidden_states": _control},
+            told_by=("vace_patch_embedding.weight",),
+        ),
     ),
-    relatives=("WanVACETransformer3DModel",),
+    elsewhere={
+        "blocks.0.audio_cross_attn_wrapper.audio_cross_attn.q.weight": "Wan 2.1 HuMo",
+        "img_emb_refimage.proj.1.weight": "Wan 2.2 Dancer",
+    },
     comfyui={
         "WAN21": takes(
             "text_embedding.0",

@@ -19,7 +19,8 @@ from convert_to_quant import families
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.engines import diffusers as engine
 from convert_to_quant.engines import noise
-from convert_to_quant.engines.provenance import Piece
+from convert_to_quant.engines.provenance import Piece, trace
+from convert_to_quant.errors import UnsupportedModelError
 from convert_to_quant.families.running import Geometry, Inputs
 from convert_to_quant.layers import dequantize, find_layers
 
@@ -481,7 +482,7 @@ def test_qwen_image_edit_2511_tells_the_picture_to_edit_no_time(save_model: Any)
     [
         (FLUX_1, {"single_blocks.0.linear3.weight": (8, 8)}),
         (WAN, {"vace_blocks.0.before_proj.weight": (128, 128)}),
-        (HUNYUAN_VIDEO, {"byt5_in.fc1.weight": (32, 24)}),
+        (HUNYUAN_VIDEO, {"byt5_in.fc4.weight": (32, 24)}),
     ],
 )
 def test_relatives_that_diffusers_class_does_not_know_are_not_run(
@@ -489,6 +490,67 @@ def test_relatives_that_diffusers_class_does_not_know_are_not_run(
 ) -> None:
     with open_checkpoint(save_model(random_state(shapes | extra))) as checkpoint:
         assert next(iter(extra)) in (engine.supports(checkpoint) or "")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "extra"),
+    [
+        (FLUX_1, "step 0"),
+        (SD_3, "model_sampling.sigmas 100"),
+        (WAN, "ref_conv.[weight,bias] 128x4x2x2"),
+        (WAN, "control_adapter.conv.[weight,bias] 128x4x2x2"),
+        (WAN, "[patch_embedding_pose,pose_patch_embedding].[weight,bias] 128x4x1x2x2"),
+        (WAN, "audio_injector.injector.0.q.[weight,bias] 128x128"),
+        (HUNYUAN_VIDEO, "[clean_x_embedder.proj,image_projection.up].[weight,bias] 32x4"),
+        (LUMINA_2, "[clip_text_pooled_proj,time_text_embed].1.[weight,bias] 36x36"),
+    ],
+)
+def test_what_only_adds_a_condition_is_left_out(save_model: Any, shapes: Shapes, extra: str) -> None:
+    state = random_state(shapes)
+    run_alike(save_model(state), save_model(state | random_state(layout(extra))))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "tensor", "title"),
+    [
+        (WAN, "blocks.0.audio_cross_attn_wrapper.audio_cross_attn.q.weight", "Wan 2.1 HuMo"),
+        (CHROMA, "nerf_image_embedder.embedder.0.weight", "Chroma Radiance"),
+    ],
+)
+def test_a_released_model_that_only_comfyui_runs_is_named(
+    save_model: Any, shapes: Shapes, tensor: str, title: str
+) -> None:
+    with (
+        open_checkpoint(save_model(random_state(shapes | {tensor: (32, 32)}))) as checkpoint,
+        pytest.raises(UnsupportedModelError, match=f"{title} is run only in ComfyUI .observe --comfyui-dir DIR"),
+    ):
+        engine.load(checkpoint)
+
+
+AURAFLOW = layout("""
+positional_encoding 1x36x64
+register_tokens 1x8x64
+init_x_linear.[weight,bias] 64x16
+cond_seq_linear.weight 64x24
+t_embedder.mlp.0.[weight,bias] 64x256
+t_embedder.mlp.2.[weight,bias] 64x64
+double_layers.0.attn.[w1q,w1k,w1v,w1o,w2q,w2k,w2v,w2o].weight 64x64
+double_layers.0.[mlpC,mlpX].[c_fc1,c_fc2].weight 96x64
+double_layers.0.[mlpC,mlpX].c_proj.weight 64x96
+double_layers.0.[modC,modX].1.weight 384x64
+single_layers.0.attn.[w1q,w1k,w1v,w1o].weight 64x64
+single_layers.0.mlp.[c_fc1,c_fc2].weight 96x64
+single_layers.0.mlp.c_proj.weight 64x96
+single_layers.0.modCX.1.weight 384x64
+modF.1.weight 128x64
+final_linear.weight 16x64
+""")
+
+
+def test_rules_for_names_move_the_rows_that_diffusers_converter_moves(save_model: Any) -> None:
+    with open_checkpoint(save_model(random_state(AURAFLOW))) as checkpoint:
+        found = engine.plan(checkpoint).sources
+    assert found == trace(single_file_utils.convert_auraflow_transformer_checkpoint_to_diffusers, AURAFLOW)
 
 
 def test_module_names_lead_back_to_the_authors_layers(case: tuple[str, Shapes], save_model: Any) -> None:

@@ -1,0 +1,117 @@
+"""Cosmos-Predict2, and Anima, which puts an adapter between its text encoder and the same network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import FINAL, IMAGE, MODULATION, TEXT, VECTOR, Family, signature
+from .comfyui import ids, ones, takes
+from .rules import rules, under
+from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, text, video
+
+PATCH = (1, 2, 2)
+ROTARY_SCALE = (1.0, 4.0, 4.0)
+"""How far positions are stretched for images; videos at 720p have (1, 3, 3)."""
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    hidden, patched = shapes["patch_embed.proj.weight"]
+    head = shapes["transformer_blocks.0.attn1.norm_q.weight"][0]
+    projection = shapes.get("crossattn_proj.0.weight")
+    return {
+        "in_channels": patched // 4,  # the last one says what is padding
+        "concat_padding_mask": False,
+        "out_channels": shapes["proj_out.weight"][0] // 4,
+        "num_attention_heads": hidden // head,
+        "attention_head_dim": head,
+        "num_layers": blocks(shapes, "transformer_blocks."),
+        "mlp_ratio": shapes["transformer_blocks.0.ff.net.0.proj.weight"][0] / hidden,
+        "text_embed_dim": shapes["transformer_blocks.0.attn2.to_k.weight"][1],
+        "adaln_lora_dim": shapes["transformer_blocks.0.norm1.linear_1.weight"][0],
+        "patch_size": PATCH,
+        "rope_scale": ROTARY_SCALE,
+        "extra_pos_embed_type": None,
+        "use_crossattn_projection": projection is not None,
+        **(
+            {}
+            if projection is None
+            else {"crossattn_proj_in_channels": projection[1], "encoder_hidden_states_channels": projection[0]}
+        ),
+    }
+
+
+def _text(config: Config, geometry: Geometry) -> Signal | None:
+    """What the text encoder gives, or, with Anima's adapter left out, the adapter."""
+    width = "crossattn_proj_in_channels" if config["use_crossattn_projection"] else "text_embed_dim"
+    return text(width)(config, geometry)
+
+
+def _condition(config: Config, geometry: Geometry) -> Signal | None:
+    """The first frames and their mask, for models that take them."""
+    extra = config["in_channels"] - config["out_channels"] - 1
+    return Signal((extra, *LATENTS(config, geometry)[1:])) if extra else None
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    """Nothing of an image is padding; the class would ask torchvision for as much."""
+    import torch
+
+    arguments = inputs.usual()
+    latents = arguments["hidden_states"]
+    return {**arguments, "hidden_states": torch.cat([latents, torch.zeros_like(latents[:, :1])], 1)}
+
+
+LATENTS = video("patch_size")
+
+FAMILY = Family(
+    name="cosmos-predict2",
+    title="Cosmos-Predict2 (also Anima)",
+    signatures=(
+        signature("blocks.0.adaln_modulation_self_attn blocks.0.cross_attn.q_proj x_embedder.proj t_embedding_norm"),
+        signature(
+            "transformer_blocks.0.attn2.to_q transformer_blocks.0.norm1.linear_2 patch_embed.proj time_embed.norm"
+        ),
+    ),
+    blocks=r"(?:blocks|transformer_blocks)\.\d+",
+    keep={
+        r"x_embedder|patch_embed": IMAGE,
+        r"llm_adapter|crossattn_proj": TEXT,
+        r"t_embedder|t_embedding_norm|time_embed": VECTOR,
+        r"blocks\.\d+\.adaln_modulation_\w+|transformer_blocks\.\d+\.norm[123]": MODULATION,
+        r"final_layer|norm_out|proj_out": FINAL,
+    },
+    names=(
+        *under("blocks.*.", "transformer_blocks.*.")(
+            ("{self,cross}_attn.{q_proj,k_proj,v_proj,output_proj}", "attn{1,2}.{to_q,to_k,to_v,to_out.0}"),
+            ("mlp.layer{1,2}", "ff.net.{0.proj,2}"),
+            ("adaln_modulation_{self_attn,cross_attn,mlp}.{1,2}", "norm{1,2,3}.linear_{1,2}"),
+        ),
+        *rules(
+            ("x_embedder.proj.1", "patch_embed.proj"),
+            ("t_embedder.1.linear_{1,2}", "time_embed.t_embedder.linear_{1,2}"),
+            ("final_layer.linear", "proj_out"),
+            ("final_layer.adaln_modulation.{1,2}", "norm_out.linear_{1,2}"),
+        ),
+    ),
+    architecture=Architecture(
+        transformer="CosmosTransformer3DModel",
+        native="patch_embed.proj.weight",
+        config=_config,
+        latents=LATENTS,
+        wants={"encoder_hidden_states": _text, CONDITION_LATENTS: _condition},
+        arguments=_arguments,
+        spellings=rules(
+            ("t_embedding_norm", "time_embed.norm"),
+            ("blocks.*.{self,cross}_attn.{q,k}_norm", "transformer_blocks.*.attn{1,2}.norm_{q,k}"),
+        ),
+        optional=r"llm_adapter\..*",
+    ),
+    comfyui={
+        "CosmosPredict2": takes("blocks.0.cross_attn.k_proj"),
+        "Anima": takes(
+            "llm_adapter.blocks.0.cross_attn.k_proj",
+            t5xxl_ids=ids("llm_adapter.embed", form=lambda values: values[0]),
+            t5xxl_weights=ones("text_tokens", form=lambda values: values[0]),
+        ),
+    },
+)

@@ -1,0 +1,101 @@
+"""HiDream-I1: two streams, then one, whose MLPs are experts beside each other, chosen by a router."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+from . import comfyui
+from .base import FINAL, IMAGE, MODULATION, TEXT, VECTOR, Family, signature
+from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, image, vector
+
+HEAD = 128
+"""Channels of a head; the norms span all of them and do not show it. Narrow models may have less."""
+
+ACTIVE = 2
+"""Experts that a token passes."""
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    hidden, patched = shapes["x_embedder.proj.weight"]
+    head = math.gcd(hidden, HEAD)
+    double, single = blocks(shapes, "double_stream_blocks."), blocks(shapes, "single_stream_blocks.")
+    experts = shapes["double_stream_blocks.0.block.ff_i.gate.weight"][0]
+    return {
+        "patch_size": 2,
+        "in_channels": patched // 4,
+        "out_channels": shapes["final_layer.linear.weight"][0] // 4,
+        "num_layers": double,
+        "num_single_layers": single,
+        "attention_head_dim": head,
+        "num_attention_heads": hidden // head,
+        "caption_channels": [shapes[f"caption_projection.{place}.linear.weight"][1] for place in (double + single, 0)],
+        "text_emb_dim": shapes["p_embedder.pooled_embedder.linear_1.weight"][1],
+        "num_routed_experts": experts,
+        "num_activated_experts": min(ACTIVE, experts),
+        "axes_dims_rope": (head // 2, head // 4, head // 4),
+        "llama_layers": list(range(double + single)),
+    }
+
+
+def _t5(config: Config, geometry: Geometry) -> Signal:
+    return Signal((geometry.text_tokens, config["caption_channels"][0]))
+
+
+def _llama(config: Config, geometry: Geometry) -> Signal:
+    """A layer of Llama for each block."""
+    return Signal((len(config["llama_layers"]), geometry.text_tokens, config["caption_channels"][1]))
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    arguments = inputs.usual()
+    del arguments["timestep"]
+    layers = arguments["encoder_hidden_states_llama3"].movedim(1, 0)
+    return {**arguments, "timesteps": inputs.time(1000), "encoder_hidden_states_llama3": layers}
+
+
+def _last_caption(scene: comfyui.Scene) -> int:
+    """Features of T5, whose projection is the last one."""
+    return scene.inputs(f"caption_projection.{len(scene.part('caption_projection')) - 1}.linear")
+
+
+def _llama_layers(scene: comfyui.Scene) -> int:
+    """Layers of Llama: up to the last one that is used."""
+    return int(max(scene.part("llama_layers"))) + 1
+
+
+FAMILY = Family(
+    name="hidream",
+    title="HiDream-I1",
+    signatures=(signature("double_stream_blocks.0.block.attn1 single_stream_blocks.0.block caption_projection.0"),),
+    blocks=r"(?:double_stream_blocks|single_stream_blocks)\.\d+",
+    keep={
+        r"x_embedder": IMAGE,
+        r"caption_projection": TEXT,
+        r"t_embedder|p_embedder": VECTOR,
+        r".*\.adaLN_modulation": MODULATION,
+        r".*\.ff_i\.gate": "router: chooses experts, and a choice is not a little off",
+        r"final_layer": FINAL,
+    },
+    architecture=Architecture(
+        transformer="HiDreamImageTransformer2DModel",
+        native="x_embedder.proj.weight",
+        config=_config,
+        latents=image,
+        wants={
+            "encoder_hidden_states_t5": _t5,
+            "encoder_hidden_states_llama3": _llama,
+            "pooled_embeds": vector("text_emb_dim"),
+        },
+        arguments=_arguments,
+        velocity=operator.neg,
+    ),
+    comfyui={
+        "HiDream": comfyui.takes(
+            _last_caption,
+            pooled_output=comfyui.pooled("p_embedder.pooled_embedder.linear_1"),
+            conditioning_llama3=comfyui.Want((_llama_layers, "text_tokens", "caption_projection.0.linear")),
+        )
+    },
+)

@@ -1,0 +1,82 @@
+"""Kandinsky 5 (image and video): latents with their channels last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import FINAL, IMAGE, MODULATION, REFINER, TEXT, VECTOR, Family, signature
+from .comfyui import pooled, takes
+from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, text, vector
+
+PATCH = (1, 2, 2)
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    hidden, patched = shapes["visual_embeddings.in_layer.weight"]
+    head = shapes["visual_transformer_blocks.0.self_attention.query_norm.weight"][0]
+    channels, side = shapes["out_layer.out_layer.weight"][0] // 4, 2 * (3 * head // 16)
+    conditioned = patched // 4 == 2 * channels + 1
+    return {
+        "in_visual_dim": channels if conditioned else patched // 4,
+        "in_text_dim": shapes["text_embeddings.in_layer.weight"][1],
+        "in_text_dim2": shapes["pooled_text_embeddings.in_layer.weight"][1],
+        "time_dim": shapes["time_embeddings.out_layer.weight"][0],
+        "out_visual_dim": channels,
+        "patch_size": PATCH,
+        "model_dim": hidden,
+        "ff_dim": shapes["visual_transformer_blocks.0.feed_forward.in_layer.weight"][0],
+        "num_text_blocks": blocks(shapes, "text_transformer_blocks."),
+        "num_visual_blocks": blocks(shapes, "visual_transformer_blocks."),
+        "axes_dims": (head - 2 * side, side, side),
+        "visual_cond": conditioned,
+    }
+
+
+def _latents(config: Config, geometry: Geometry) -> tuple[int, ...]:
+    return geometry.frames, 2 * geometry.height, 2 * geometry.width, config["in_visual_dim"]
+
+
+def _beside(config: Config, geometry: Geometry) -> Signal | None:
+    """The first frame, and a mask."""
+    return Signal((*_latents(config, geometry)[:-1], config["in_visual_dim"] + 1)) if config["visual_cond"] else None
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    import torch
+
+    geometry, device = inputs.geometry, inputs.latents.device
+    sides = (geometry.frames, geometry.height, geometry.width)
+    return {
+        **inputs.usual(1000, channels=-1),
+        "visual_rope_pos": [torch.arange(side, device=device) for side in sides],
+        "text_rope_pos": torch.arange(inputs.conditioning["encoder_hidden_states"].shape[1], device=device),
+    }
+
+
+FAMILY = Family(
+    name="kandinsky5",
+    title="Kandinsky 5",
+    signatures=(signature("visual_transformer_blocks.0.self_attention text_transformer_blocks.0 visual_embeddings"),),
+    blocks=r"visual_transformer_blocks\.\d+",
+    keep={
+        r"visual_embeddings": IMAGE,
+        r"text_embeddings|pooled_text_embeddings": TEXT,
+        r"text_transformer_blocks": REFINER,
+        r"time_embeddings": VECTOR,
+        r"visual_transformer_blocks\.\d+\.visual_modulation": MODULATION,
+        r"out_layer": FINAL,
+    },
+    architecture=Architecture(
+        transformer="Kandinsky5Transformer3DModel",
+        native="visual_embeddings.in_layer.weight",
+        config=_config,
+        latents=_latents,
+        wants={
+            "encoder_hidden_states": text("in_text_dim"),
+            "pooled_projections": vector("in_text_dim2"),
+            CONDITION_LATENTS: _beside,
+        },
+        arguments=_arguments,
+    ),
+    comfyui={"Kandinsky5": takes("text_embeddings.in_layer", pooled_output=pooled("pooled_text_embeddings.in_layer"))},
+)

@@ -1,0 +1,78 @@
+"""Krea 2: one stream, steered by one modulation for all blocks; some layers of its text encoder side by side."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .base import FINAL, IMAGE, REFINER, TEXT, VECTOR, Family, signature
+from .comfyui import Scene, takes
+from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, tokens
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    hidden, in_channels = shapes["img_in.weight"]
+    head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+    text_head = shapes["text_fusion.layerwise_blocks.0.attn.norm_q.weight"][0]
+    fusion = "text_fusion.layerwise_blocks.0"
+    side = 2 * (3 * head // 16)
+    return {
+        "in_channels": in_channels,
+        "num_layers": blocks(shapes, "transformer_blocks."),
+        "attention_head_dim": head,
+        "num_attention_heads": hidden // head,
+        "num_key_value_heads": shapes["transformer_blocks.0.attn.to_k.weight"][0] // head,
+        "intermediate_size": shapes["transformer_blocks.0.ff.up.weight"][0],
+        "timestep_embed_dim": shapes["time_embed.linear_1.weight"][1],
+        "text_hidden_dim": shapes[f"{fusion}.attn.to_q.weight"][1],
+        "num_text_layers": math.prod(shapes["text_fusion.projector.weight"]),
+        "text_num_attention_heads": shapes[f"{fusion}.attn.to_q.weight"][0] // text_head,
+        "text_num_key_value_heads": shapes[f"{fusion}.attn.to_k.weight"][0] // text_head,
+        "text_intermediate_size": shapes[f"{fusion}.ff.up.weight"][0],
+        "num_layerwise_text_blocks": blocks(shapes, "text_fusion.layerwise_blocks."),
+        "num_refiner_text_blocks": blocks(shapes, "text_fusion.refiner_blocks."),
+        "axes_dims_rope": (head - 2 * side, side, side),
+    }
+
+
+def _text(config: Config, geometry: Geometry) -> Signal:
+    return Signal((geometry.text_tokens, config["num_text_layers"], config["text_hidden_dim"]))
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    import torch
+
+    return {**inputs.usual(), "position_ids": torch.cat([inputs.text_ids(3), inputs.image_ids(3)])}
+
+
+def _comfyui_text(scene: Scene) -> int:
+    """Features of the text: some layers of its encoder side by side."""
+    return scene.number("txtlayers") * scene.number("txtdim")
+
+
+FAMILY = Family(
+    name="krea2",
+    title="Krea 2",
+    signatures=(
+        signature("blocks.0.attn.wq txtfusion txtmlp tproj first"),
+        signature("transformer_blocks.0.attn.to_gate text_fusion time_mod_proj img_in"),
+    ),
+    blocks=r"(?:blocks|transformer_blocks)\.\d+",
+    keep={
+        r"first|img_in": IMAGE,
+        r"txtfusion|text_fusion": REFINER,
+        r"txtmlp|txt_in": TEXT,
+        r"tmlp|tproj|time_embed|time_mod_proj": VECTOR,
+        r"last|final_layer": FINAL,
+    },
+    architecture=Architecture(
+        transformer="Krea2Transformer2DModel",
+        converter="convert_krea2_transformer_checkpoint_to_diffusers",
+        native="img_in.weight",
+        config=_config,
+        latents=tokens("in_channels"),
+        wants={"encoder_hidden_states": _text},
+        arguments=_arguments,
+    ),
+    comfyui={"Krea2": takes(_comfyui_text)},
+)

@@ -1,0 +1,56 @@
+"""LongCat-Image and Bria 3: Flux.1 without a pooled vector."""
+
+from __future__ import annotations
+
+from . import flux1
+from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .rules import rules
+from .running import Architecture, text, tokens
+
+NORM_NAMES = rules(
+    *(
+        (f"double_blocks.*.{stream}_attn.norm.{{query,key}}_norm{own}", f"transformer_blocks.*.attn.norm_{mine}{other}")
+        for stream, mine in (("img", "{q,k}"), ("txt", "added_{q,k}"))
+        for own, other in ((".scale", ".weight"), ("", ""))
+    ),
+    ("single_blocks.*.norm.{query,key}_norm.scale", "single_transformer_blocks.*.attn.norm_{q,k}.weight"),
+    ("single_blocks.*.norm.{query,key}_norm", "single_transformer_blocks.*.attn.norm_{q,k}"),
+)
+
+FAMILY = Family(
+    name="longcat",
+    title="LongCat-Image (also Bria 3)",
+    signatures=(
+        signature(
+            "double_blocks.0.img_attn double_blocks.0.img_mlp.0 img_in txt_in time_in",
+            lacks="vector_in txt_in.individual_token_refiner distilled_guidance_layer double_stream_modulation_img",
+        ),
+        signature(
+            "transformer_blocks.0.attn.add_q_proj single_transformer_blocks.0.attn time_embed.timestep_embedder",
+            lacks="caption_projection context_embedder.token_refiner",
+        ),
+    ),
+    blocks=flux1.BLOCKS,
+    keep={
+        r"img_in": IMAGE,
+        r"txt_in": TEXT,
+        r"time_in": VECTOR,
+        r"final_layer": FINAL,
+        **flux1.DIFFUSERS_ENDS,
+    },
+    names=(
+        *flux1.BLOCK_NAMES,
+        *rules(("time_in.{in,out}_layer", "time_embed.timestep_embedder.linear_{1,2}")),
+    ),
+    architecture=Architecture(
+        transformer="LongCatImageTransformer2DModel",
+        native="x_embedder.weight",
+        config=lambda shapes: {
+            name: value for name, value in flux1.common_config(shapes).items() if name != "out_channels"
+        },
+        latents=tokens("in_channels"),
+        wants={"encoder_hidden_states": text("joint_attention_dim")},
+        arguments=flux1.arguments,
+        spellings=NORM_NAMES,
+    ),
+)

@@ -1,0 +1,33 @@
+"""Ovis-Image: Flux.1 without a pooled vector, with gates in its MLPs."""
+
+from __future__ import annotations
+
+from . import flux1
+from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .running import Architecture, text
+
+FAMILY = Family(
+    name="ovis",
+    title="Ovis-Image",
+    signatures=(
+        signature("double_blocks.0.img_mlp.gate_proj img_in txt_in time_in"),
+        signature("context_embedder_norm single_transformer_blocks.0.proj_mlp timestep_embedder"),
+    ),
+    blocks=flux1.BLOCKS,
+    keep={
+        r"img_in": IMAGE,
+        r"txt_in": TEXT,
+        r"time_in|timestep_embedder": VECTOR,
+        r"final_layer": FINAL,
+        **flux1.DIFFUSERS_ENDS,
+    },
+    elsewhere={"double_blocks.0.img_mlp.gate_proj.weight": "Ovis-Image in ComfyUI's names"},
+    architecture=Architecture(
+        transformer="OvisImageTransformer2DModel",
+        native="x_embedder.weight",
+        config=flux1.common_config,
+        latents=flux1.LATENTS,
+        wants={"encoder_hidden_states": text("joint_attention_dim")},
+        arguments=flux1.arguments,
+    ),
+)

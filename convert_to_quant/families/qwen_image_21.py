@@ -1,0 +1,69 @@
+"""Qwen-Image 2.1: one stream of text and image, one modulation for all blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .base import FINAL, IMAGE, MODULATION, TEXT, VECTOR, Family, signature
+from .flux1 import rotary_axes
+from .running import Architecture, Inputs, Shapes, blocks, text, tokens
+
+HEAD = 128
+"""Channels of a head; no norm shows it. Narrow models may have less."""
+
+SLOT = 4
+"""Tokens of an image that take one place of its text encoder's sequence."""
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    hidden, in_channels = shapes["img_in.weight"]
+    head = math.gcd(hidden, HEAD)
+    return {
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0],
+        "num_layers": blocks(shapes, "transformer_blocks."),
+        "attention_head_dim": head,
+        "num_attention_heads": hidden // head,
+        "context_in_dim": shapes["txt_in.in_layer.weight"][1],
+        "mlp_ratio": shapes["transformer_blocks.0.img_mlp.out.weight"][1] // hidden,
+        "axes_dims_rope": rotary_axes(head),
+    }
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    """The places of the sequence that are the image's come behind those of the text."""
+    import torch
+
+    geometry = inputs.geometry
+    batch, places = inputs.conditioning["encoder_hidden_states"].shape[:2]
+    of_image = torch.arange(places + geometry.height * geometry.width // SLOT, device=inputs.latents.device) >= places
+    return {
+        **inputs.usual(),
+        "img_shapes": [[(1, geometry.height, geometry.width)]] * batch,
+        "img_mask": of_image.expand(batch, -1),
+    }
+
+
+FAMILY = Family(
+    name="qwen-image-2.1",
+    title="Qwen-Image 2.1",
+    signatures=(signature("transformer_blocks.0.img_mlp.out modulation.1 txt_in.in_layer"),),
+    blocks=r"transformer_blocks\.\d+",
+    keep={
+        r"img_in": IMAGE,
+        r"txt_in": TEXT,
+        r"time_text_embed": VECTOR,
+        r"modulation": MODULATION,
+        r"norm_out|proj_out": FINAL,
+    },
+    architecture=Architecture(
+        transformer="QwenImage21Transformer2DModel",
+        converter="convert_qwen_image21_transformer_checkpoint_to_diffusers",
+        native="transformer_blocks.0.img_mlp.gate_layer.weight",
+        config=_config,
+        latents=tokens("in_channels"),
+        wants={"encoder_hidden_states": text("context_in_dim")},
+        arguments=_arguments,
+    ),
+)
