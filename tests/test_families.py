@@ -195,9 +195,12 @@ Stable Video Diffusion = none
     - time_embed.{0,2} label_emb.0.{0,2}
     . input_blocks.0.0.weight output_blocks.0.0.in_layers.2.weight
     input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight 320 1024
-PixArt, diffusers = none
+PixArt = pixart
+    + blocks.0.{attn.qkv,cross_attn.kv_linear,mlp.fc1}
+    - t_block.1 x_embedder.proj y_embedder.y_proj.fc1 t_embedder.mlp.0 final_layer.linear
+PixArt, diffusers = pixart
     + transformer_blocks.0.{attn1,attn2}.{to_q,to_k,to_v,to_out.0}
-    - adaln_single.{emb.timestep_embedder.linear_1,linear} proj_out
+    - adaln_single.{emb.timestep_embedder.linear_1,linear} proj_out caption_projection.linear_1
     . pos_embed.proj.weight
 AuraFlow = auraflow
     + double_layers.0.{attn.w1q,attn.w2q,mlpX.c_fc1} single_layers.0.attn.w1q
@@ -238,6 +241,12 @@ Kandinsky 5 = kandinsky5
     + visual_transformer_blocks.0.{self_attention,cross_attention}.to_query
     - text_transformer_blocks.0.self_attention.to_query visual_transformer_blocks.0.visual_modulation.out_layer
     - visual_embeddings.in_layer out_layer.out_layer
+CogVideoX = cogvideox
+    + blocks.0.{norm1.linear,q,ff_proj}
+    - patch_embed.{proj,text_proj} time_embedding_linear_1 norm_out.linear proj_out
+CogVideoX, diffusers = cogvideox
+    + transformer_blocks.0.{norm1.linear,norm2.linear,attn1.to_q,ff.net.2}
+    - patch_embed.{proj,text_proj} time_embedding.linear_1 norm_out.linear proj_out
 Qwen-Image 2.1 = qwen-image-2.1
     + transformer_blocks.0.{attn.to_q,img_mlp.gate_up,img_mlp.out}
     - modulation.1 txt_in.in_layer img_in proj_out

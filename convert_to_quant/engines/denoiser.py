@@ -19,6 +19,7 @@ rounding (0.4 %) between the two, far less than what one more sample moves them.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from .. import families, names
 from ..checkpoint import Checkpoint
 from ..errors import OptionError, UnsupportedModelError
 from ..families.rules import index
-from ..families.running import Architecture, Geometry, Inputs, Shapes, Signal
+from ..families.running import Architecture, Geometry, Inputs, Shapes, Signal, diffusion_time
 from ..layers import Layer, LayerTable, dequantize, find_layers
 from ..layers import input_scale as stored_input_scale
 from ..lora import LoraMatch
@@ -48,6 +49,9 @@ STATIC = ("comfyui", "comfyui_divide")
 
 KEEP_BYTES = 1 << 29
 """Dequantized weights of the whole model up to this size are kept instead of being made anew at every step."""
+
+LEAST_SIGNAL = 0.05
+"""Of an image in noise: in less, what a model that predicts noise says of the image is nothing."""
 
 COMFYUI = "observe --comfyui-dir DIR may run it in ComfyUI"
 """What can be done about a layout that is not known here."""
@@ -269,11 +273,16 @@ class Denoiser:
         Returns:
             float32, as `latents`, on the same device as these.
         """
+        prediction = self.plan.architecture.prediction
+        flows = prediction == "velocity"
+        length = 1.0 if flows else math.hypot(1 - sigma, sigma)
+        signal, noise = (1 - sigma) / length, sigma / length
+        latents = latents / length
         inputs = Inputs(
             self.plan.config,
             geometry,
             latents.to(self.device, self.dtype),
-            sigma,
+            sigma if flows else diffusion_time(signal),
             {
                 name: value.to(self.device, self.dtype if value.is_floating_point() else None)
                 for name, value in conditioning.items()
@@ -281,8 +290,13 @@ class Denoiser:
         )
         output = self.model(**self.plan.architecture.arguments(inputs), return_dict=False)
         output = output[0] if isinstance(output, tuple) and len(output) == 1 else output
-        velocity: Tensor = self.plan.architecture.velocity(output).float().to(latents.device)
-        return velocity[:, -latents.shape[1] :]  # some classes give what became of the text before it
+        predicted: Tensor = self.plan.architecture.velocity(output).float().to(latents.device)
+        predicted = predicted[:, -latents.shape[1] :]  # some classes give what became of the text before it
+        if flows:
+            return predicted
+        if prediction == "noise":
+            return predicted - (latents - noise * predicted) / max(signal, LEAST_SIGNAL)
+        return (noise * latents + signal * predicted) - (signal * latents - noise * predicted)
 
     @contextmanager
     def adapted(self, adapters: LoraMatch | None) -> Iterator[None]:

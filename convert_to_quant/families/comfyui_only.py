@@ -8,7 +8,6 @@ from __future__ import annotations
 from .base import Family
 from .comfyui import (
     SOUND,
-    VIDEO,
     Scene,
     Want,
     encoded,
@@ -76,7 +75,6 @@ _IMAGES = {
 
 _VIDEOS = {
     "CosmosVideo": takes("blocks.block0.blocks.1.block.attn.to_k.0"),
-    "CogVideoX": takes(cross_attn=Want((226, "patch_embed.text_proj")), concat_latent_image=encoded(VIDEO)),
     "SeedVR2": takes("txt_in", condition=signal(times("channels", 1, 1), "frames", "height", "width")),
     "MiniMaxH3": takes(
         "condition_proj",

@@ -1,14 +1,71 @@
-"""PixArt, by its names alone: ComfyUI's, for diffusers has no converter."""
+"""PixArt: self-attention, cross-attention, and one modulation for all blocks; it predicts noise."""
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING, Any
+
 from . import comfyui
-from .base import Family
+from .base import FINAL, IMAGE, MODULATION, TEXT, VECTOR, Family, signature
 from .rules import KV, QKV, rules, under
+from .running import Architecture, Inputs, Shapes, blocks, image, mask, text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HEAD = 72
+"""Channels of a head; no norm shows it. Other widths have the largest power of two that divides them, up to 64."""
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    hidden, in_channels, *_ = shapes["pos_embed.proj.weight"]
+    head = math.gcd(hidden, 64) if hidden % HEAD else HEAD
+    sized = "adaln_single.emb.resolution_embedder.linear_1.weight" in shapes
+    return {
+        "num_attention_heads": hidden // head,
+        "attention_head_dim": head,
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0] // 4,
+        "num_layers": blocks(shapes, "transformer_blocks."),
+        "cross_attention_dim": shapes["transformer_blocks.0.attn2.to_k.weight"][1],
+        "sample_size": 128,
+        "caption_channels": shapes["caption_projection.linear_1.weight"][1],
+        "use_additional_conditions": sized,
+    }
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    """The size is told in pixels; the class wants the time as whole steps."""
+    import torch
+
+    batch, (height, width) = len(inputs.latents), inputs.latents.shape[-2:]
+    pixels = torch.tensor([[8.0 * height, 8.0 * width]] * batch, device=inputs.latents.device)
+    aspect = torch.full((batch, 1), height / width, device=inputs.latents.device)
+    sized = inputs.config["use_additional_conditions"]
+    sizes = {"resolution": pixels, "aspect_ratio": aspect} if sized else {"resolution": None, "aspect_ratio": None}
+    return {**inputs.usual(1000), "added_cond_kwargs": sizes}
+
+
+def _noise(output: Tensor) -> Tensor:
+    """The first half; the second is its variance, for models that say it."""
+    return output.chunk(2, 1)[0]
+
 
 FAMILY = Family(
     name="pixart",
     title="PixArt",
+    signatures=(
+        signature("t_block.1 blocks.0.attn.qkv blocks.0.cross_attn.kv_linear blocks.0.mlp.fc1"),
+        signature("adaln_single.linear pos_embed.proj transformer_blocks.0.attn1.to_q caption_projection"),
+    ),
+    blocks=r"(?:blocks|transformer_blocks)\.\d+",
+    keep={
+        r"x_embedder|pos_embed": IMAGE,
+        r"y_embedder|caption_projection": TEXT,
+        r"t_block|adaln_single\.linear": MODULATION,
+        r"t_embedder|csize_embedder|ar_embedder|adaln_single": VECTOR,
+        r"final_layer|proj_out": FINAL,
+    },
     names=(
         *under("blocks.*.", "transformer_blocks.*.")(
             ("attn.qkv", "attn1.to_{q,k,v}", QKV),
@@ -27,6 +84,22 @@ FAMILY = Family(
             ("y_embedder.y_proj.fc{1,2}", "caption_projection.linear_{1,2}"),
             ("final_layer.linear", "proj_out"),
         ),
+    ),
+    architecture=Architecture(
+        transformer="PixArtTransformer2DModel",
+        native="adaln_single.linear.weight",
+        config=_config,
+        latents=image,
+        wants={"encoder_hidden_states": text("caption_channels"), "encoder_attention_mask": mask},
+        arguments=_arguments,
+        velocity=_noise,
+        prediction="noise",
+        spellings=rules(
+            ("x_embedder.proj", "pos_embed.proj"),
+            ("blocks.*.scale_shift_table", "transformer_blocks.*.scale_shift_table"),
+            ("final_layer.scale_shift_table", "scale_shift_table"),
+        ),
+        optional=r"y_embedder\.y_embedding|pos_embed",
     ),
     comfyui={"PixArt": comfyui.takes("y_embedder.y_proj.fc1", smallest=64)},
 )

@@ -20,6 +20,7 @@ torch is imported only by what computes with tensors, so a family is recognized 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -215,6 +216,25 @@ def nothing(model: nn.Module, config: Config) -> None:
     """No change to a model after it was built."""
 
 
+Prediction = Literal["velocity", "noise", "v"]
+"""What a model says of x = a x_0 + s noise: noise - x_0 of a flow (a = 1 - sigma, s = sigma); or, where a² + s² = 1,
+the noise, or v = a noise - s x_0."""
+
+BETAS = 0.0001, 0.02
+"""Noise added in the first and the last of the thousand steps of models that predict noise or v."""
+
+
+def diffusion_time(signal: float) -> float:
+    """When an image is left with this share a of its signal by `BETAS`, from 0 (clean) to 1.
+
+    >>> [round(diffusion_time(signal), 2) for signal in (1.0, 0.7, 0.0)]
+    [0.0, 0.26, 1.0]
+    """
+    first, last = (1000 * beta for beta in BETAS)
+    lost = -2 * math.log(max(signal, 1e-3))  # first u + (last - first) u² / 2
+    return min((math.sqrt(first**2 + 2 * (last - first) * lost) - first) / (last - first), 1.0)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How one family is run.
@@ -227,7 +247,8 @@ class Architecture:
         wants: the conditioning tensors.
         arguments: arguments of the class's `forward`.
         converter: name of the function in `diffusers.loaders.single_file_utils`; None where names agree already.
-        velocity: the velocity in what `forward` gives.
+        velocity: the velocity in what `forward` gives, or what is predicted in its place.
+        prediction: what that is.
         fused: what the converter splits at published row numbers.
         spellings: other spellings of tensors and layers, by those that the converter knows.
         ignored: tensors that have no use in the model.
@@ -246,6 +267,7 @@ class Architecture:
     arguments: Callable[[Inputs], dict[str, Any]]
     converter: str | None = None
     velocity: Callable[[Any], Tensor] = as_it_is
+    prediction: Prediction = "velocity"
     fused: tuple[Fused, ...] = ()
     spellings: tuple[Rule, ...] = ()
     ignored: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.engines import diffusers as engine
 from convert_to_quant.engines import noise
+from convert_to_quant.engines.denoiser import LEAST_SIGNAL
 from convert_to_quant.families.running import Geometry, Inputs
 from convert_to_quant.fidelity import noise_scenes, scenes_fidelity
 from convert_to_quant.layers import find_layers
@@ -99,6 +100,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "in_visual_dim": 4, "in_text_dim": 24, "in_text_dim2": 20, "time_dim": 32, "out_visual_dim": 4,
         "model_dim": 64, "ff_dim": 96, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (8, 12, 12),
         "visual_cond": True}),
+    "pixart": ("pixart", "PixArtTransformer2DModel", {
+        "num_attention_heads": 2, "attention_head_dim": 64, "in_channels": 4, "out_channels": 8, "num_layers": 2,
+        "cross_attention_dim": 128, "caption_channels": 24, "use_additional_conditions": False}),
+    "cogvideox": ("cogvideox", "CogVideoXTransformer3DModel", {
+        "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4, "time_embed_dim": 32,
+        "text_embed_dim": 24, "num_layers": 2, "sample_width": 8, "sample_height": 8, "sample_frames": 5}),
     "qwen-image 2.1": ("qwen-image-2.1", "QwenImage21Transformer2DModel", {
         "in_channels": 8, "out_channels": 8, "num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 1,
         "context_in_dim": 24, "axes_dims_rope": (8, 28, 28)}),
@@ -126,8 +133,11 @@ def run(model: nn.Module, denoiser: engine.Denoiser, latents: Tensor, conditioni
     arguments = architecture.arguments(Inputs(denoiser.plan.config, SIZE, latents, 1.0, conditioning))
     with torch.no_grad():
         output = model(**arguments, return_dict=False)
-    velocity = architecture.velocity(output[0] if isinstance(output, tuple) and len(output) == 1 else output)
-    return velocity[:, -latents.shape[1] :]
+    predicted = architecture.velocity(output[0] if isinstance(output, tuple) and len(output) == 1 else output)
+    predicted = predicted[:, -latents.shape[1] :]
+    if architecture.prediction == "noise":
+        return predicted - (latents - predicted) / LEAST_SIGNAL
+    return latents + predicted if architecture.prediction == "v" else predicted
 
 
 def test_it_is_recorded_converted_checked_and_mixed(

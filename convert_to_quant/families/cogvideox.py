@@ -1,0 +1,108 @@
+"""CogVideoX: one stream of text and video, whose blocks each say how the time steers them; it predicts v."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .comfyui import VIDEO, Want, encoded, takes
+from .rules import rules, under
+from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks
+
+ROTARY = 3072
+"""Width from which its models turn their positions; the smaller one (1920) adds them."""
+
+TEXT_TOKENS = 226
+"""Text is padded to this length, before which the video's positions do not begin."""
+
+SPELLINGS = (
+    *under("blocks.*.", "transformer_blocks.*.")(
+        ("{q,k,v,attn_out}", "attn1.{to_q,to_k,to_v,to_out.0}"),
+        ("norm_{q,k}", "attn1.norm_{q,k}"),
+        ("ff_{proj,out}", "ff.net.{0.proj,2}"),
+        ("norm{1,2}.{linear,norm}", "norm{1,2}.{linear,norm}"),
+    ),
+    *rules(("time_embedding_linear_{1,2}", "time_embedding.linear_{1,2}")),
+)
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    hidden, in_channels, patch, _ = shapes["patch_embed.proj.weight"]
+    head = shapes["transformer_blocks.0.attn1.norm_q.weight"][0]
+    return {
+        "num_attention_heads": hidden // head,
+        "attention_head_dim": head,
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0] // patch**2,
+        "time_embed_dim": shapes["time_embedding.linear_1.weight"][0],
+        "text_embed_dim": shapes["patch_embed.text_proj.weight"][1],
+        "num_layers": blocks(shapes, "transformer_blocks."),
+        "patch_size": patch,
+        "use_rotary_positional_embeddings": hidden >= ROTARY,
+        "sample_width": patch,  # for these sizes it would make a table of positions, in vain
+        "sample_height": patch,
+        "sample_frames": 1,
+    }
+
+
+def _latents(config: Config, geometry: Geometry) -> tuple[int, ...]:
+    patch = config["patch_size"]
+    return geometry.frames, config["out_channels"], patch * geometry.height, patch * geometry.width
+
+
+def _text(config: Config, _: Geometry) -> Signal:
+    return Signal((TEXT_TOKENS, config["text_embed_dim"]))
+
+
+def _beside(config: Config, geometry: Geometry) -> Signal | None:
+    """The first frame, for image-to-video."""
+    frames, channels, *sides = _latents(config, geometry)
+    extra = config["in_channels"] - channels
+    return Signal((frames, extra, *sides)) if extra > 0 else None
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    arguments, geometry = inputs.usual(1000, channels=2), inputs.geometry
+    if inputs.config["use_rotary_positional_embeddings"]:
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+        sides = geometry.height, geometry.width
+        arguments["image_rotary_emb"] = get_3d_rotary_pos_embed(
+            inputs.config["attention_head_dim"], ((0, 0), sides), sides, geometry.frames, device=inputs.latents.device
+        )
+    return arguments
+
+
+FAMILY = Family(
+    name="cogvideox",
+    title="CogVideoX",
+    signatures=(
+        signature("blocks.0.norm1.linear blocks.0.ff_proj patch_embed.text_proj"),
+        signature(
+            "transformer_blocks.0.norm2.linear transformer_blocks.0.attn1.to_q patch_embed.text_proj",
+            lacks="local_facial_extractor",
+        ),
+    ),
+    blocks=r"(?:blocks|transformer_blocks)\.\d+",
+    keep={
+        r"patch_embed\.text_proj": TEXT,
+        r"patch_embed": IMAGE,
+        r"time_embedding\w*|ofs_embedding\w*": VECTOR,
+        r"norm_out|proj_out": FINAL,
+    },
+    spellings=SPELLINGS,
+    elsewhere={"ofs_embedding.linear_1.weight": "CogVideoX 1.5", "ofs_embedding_linear_1.weight": "CogVideoX 1.5"},
+    architecture=Architecture(
+        transformer="CogVideoXTransformer3DModel",
+        native="time_embedding.linear_1.weight",
+        config=_config,
+        latents=_latents,
+        wants={"encoder_hidden_states": _text, CONDITION_LATENTS: _beside},
+        arguments=_arguments,
+        prediction="v",
+        spellings=SPELLINGS,
+    ),
+    comfyui={
+        "CogVideoX": takes(cross_attn=Want((TEXT_TOKENS, "patch_embed.text_proj")), concat_latent_image=encoded(VIDEO))
+    },
+)
