@@ -53,6 +53,7 @@ from .formats.int8 import ROWS as INT8
 from .formats.record import FLOAT_SCALES, Format, Grid, Packed
 from .formats.w4a8 import LEAST_CODE
 from .layers import ForeignLayer, Layer, LayerError, LayerTable, find_layers, input_scale
+from .marks import full_precision
 from .misshapen import misshapen
 from .problems import CALIBRATE, KINDS, LARGEST_WEIGHT, LEAST_WEIGHT, PRODUCTS, READINGS, Problem
 from .untrusted import JSONError, parse_json
@@ -415,6 +416,9 @@ class _Survey:
         if not marked_by and len(layer.weight.shape) == 2:
             self.report("unmarked", name, form)
             reading = "scale-dropped"
+        elif marked_by and len(layer.weight.shape) == 3 and form.endswith("-dimensional"):
+            whole = full_precision(self.table.marks.of(name).config(name))
+            reading = "full-precision" if whole else "experts-at-one"  # as ComfyUI's `MoEExperts` reads them
         elif not marked_by or form.endswith("-dimensional"):
             reading = "foreign"  # in other dimensions than two, as convolutions are
         elif fmt is None or not fmt.since:

@@ -19,6 +19,7 @@ LARGEST_WEIGHT = 2.0**14
 READINGS: Mapping[str, str] = {
     "fp8": "FP8 product, inputs scaled by input_scale",
     "fp8-at-one": "FP8 product, inputs at scale 1.0",
+    "experts-at-one": "experts in one bank: FP8 product, inputs at scale 1.0 always",
     "full-precision": "full precision (full_precision_matrix_mult)",
     "marker": "full precision (legacy marker of 2 elements)",
     "text-encoder": "full precision (text encoders always are)",
@@ -40,7 +41,7 @@ READINGS: Mapping[str, str] = {
 PRODUCTS = frozenset({"fp8", "fp8-at-one", "cuda-error"})
 """Readings in which the inputs become FP8 by input_scale."""
 
-DYNAMIC = frozenset({"dynamic", "per-token", "per-block-16", "per-block-32", "foreign"})
+DYNAMIC = frozenset({"dynamic", "per-token", "per-block-16", "per-block-32", "foreign", "experts-at-one"})
 """Readings in which there is no input_scale."""
 
 _RECONVERT = "convert the original again"

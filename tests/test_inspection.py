@@ -142,6 +142,19 @@ def test_legacy_layers_in_a_file_whose_header_marks_others(save, build):
         "old.0": "scale-dropped", "text_encoder.0": "text-encoder", "new.0": "fp8-at-one"}  # fmt: skip
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_bank_of_experts_has_its_own_reading_and_needs_no_input_scale(save, build, whole):
+    tensors = {
+        "experts.weight": ("F8_E4M3", np.zeros((2, 16, 16), np.uint8)),
+        "experts.weight_scale": np.ones(2, np.float32),
+        "experts.comfy_quant": build.mark(
+            format="float8_e4m3fn", num_experts=2, **({"full_precision_matrix_mult": True} if whole else {})
+        ),
+    }
+    found = inspect_file(save("m.safetensors", tensors))
+    assert (found.problems, found.readings) == ((), {"full-precision" if whole else "experts-at-one": 1})
+
+
 def test_legacy_layers_beside_marked_tensors_are_read_both(save, build):
     legacy, _ = build.quantized(["old.0"], "legacy")
     marked, _ = build.quantized(["new.0"], "tensor")
