@@ -25,6 +25,22 @@ from typing import ClassVar
 StrPath = str | PathLike[str]
 
 
+MOST_NAME, MOST_PROBLEM = 300, 1000
+"""Letters of a tensor's name, and of what is wrong, that a message shows: files say both, and at any length."""
+
+
+def cut(text: str, most: int) -> str:
+    """A text, or its beginning and its end where it is longer.
+
+    >>> cut("blocks.0.attention.weight", 20)
+    'block...ntion.weight'
+    """
+    if len(text) <= most:
+        return text
+    first = (most - 3) // 3
+    return f"{text[:first]}...{text[first + 3 - most :]}"
+
+
 class Error(Exception):
     """Base of all errors that a user can cause and mend.
 
@@ -47,8 +63,8 @@ class Error(Exception):
         self.path = path
         self.tensor = tensor
         self.hint = hint
-        where = "".join(f"{part}: " for part in (path, tensor) if part is not None)
-        super().__init__(where + problem + (f" ({hint})" if hint else ""))
+        where = "".join(f"{part}: " for part in (path, tensor and cut(tensor, MOST_NAME)) if part is not None)
+        super().__init__(where + cut(problem, MOST_PROBLEM) + (f" ({hint})" if hint else ""))
 
 
 class OptionError(Error):

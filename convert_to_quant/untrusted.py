@@ -4,6 +4,7 @@ Python's own parser takes more than JSON allows, and some of what it takes break
 here, in one sentence each:
 
     more than 100 MB, the most that a safetensors header may have (MAX_BYTES)
+    more than 4 million values: as Python objects, 100 MB of `{},` would take gigabytes and minutes (MAX_VALUES)
     nested deeper than 64 levels: code that walks such values recursively would overflow the stack (MAX_DEPTH)
     the same key twice in an object: parsers keep the last without a word (RFC 8259 calls it unpredictable)
     NaN, Infinity and numbers beyond float64, which JSON does not have
@@ -21,10 +22,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .errors import Error
+from .errors import MOST_NAME, Error, cut
 
 MAX_BYTES = 100_000_000
+MAX_VALUES = 1 << 22
 MAX_DEPTH = 64
+_STEP = 1 << 20
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -74,8 +77,10 @@ def parse_json(
         if len(text) > most_bytes:
             raise JSONError(f"{len(text):,} bytes, and at most {most_bytes:,} are read")
         decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
+        if _values(decoded) > MAX_VALUES:
+            raise JSONError(f"more than {MAX_VALUES:,} values")
         value = json.loads(decoded, object_pairs_hook=_unique, parse_float=finite, parse_constant=finite)
-        if _is_deep(value):
+        if is_deep(value):
             raise JSONError(f"nested deeper than {MAX_DEPTH} levels")
         if not lenient and _SURROGATE.search(decoded):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -105,11 +110,37 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise JSONError(f"the key {twice!r} appears twice in one object")
+        raise JSONError(f"the key {cut(repr(twice), MOST_NAME)} appears twice in one object")
     return result
 
 
-def _is_deep(value: Any) -> bool:
+def _values(text: str) -> int:
+    """About how many values a JSON text holds, as its brackets and commas say.
+
+    Those inside of texts do not count where there are too many for that.
+
+    >>> _values('{"a": [1, 2]}')
+    3
+    """
+    found = sum(map(text.count, "{[,"))
+    if found <= MAX_VALUES:
+        return found
+    import numpy as np
+
+    text = text.replace("\\\\", "").replace('\\"', "")  # the quotation marks that are left begin and end texts
+    found, inside = 0, np.uint8(0)
+    for start in range(0, len(text), _STEP):
+        part = np.frombuffer(text[start : start + _STEP].encode("utf-8", "replace"), np.uint8)
+        within = np.bitwise_xor.accumulate((part == ord('"')).astype(np.uint8)) ^ inside
+        ours = (part == ord("{")) | (part == ord("[")) | (part == ord(","))
+        found += int(np.count_nonzero(ours & (within == 0)))
+        inside = within[-1]
+        if found > MAX_VALUES:
+            break
+    return found
+
+
+def is_deep(value: Any) -> bool:
     """Whether a value is nested deeper than `MAX_DEPTH`, found level by level."""
     level: list[Any] = [[value]]
     for _ in range(MAX_DEPTH + 1):

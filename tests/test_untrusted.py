@@ -13,9 +13,14 @@ from convert_to_quant.engines import session
 from convert_to_quant.engines.comfyui import server
 from convert_to_quant.errors import StatisticsError
 from convert_to_quant.stats import Statistics
-from convert_to_quant.untrusted import MAX_DEPTH, JSONError, parse_json
+from convert_to_quant.untrusted import MAX_DEPTH, MAX_VALUES, JSONError, parse_json
 
 # the parser
+
+
+def test_brackets_and_commas_inside_of_texts_are_no_values():
+    text = json.dumps({"workflow": json.dumps({"a\\": "[{" * MAX_VALUES})})
+    assert parse_json(text)["workflow"].count("[") == MAX_VALUES
 
 
 @pytest.mark.parametrize(
@@ -23,6 +28,8 @@ from convert_to_quant.untrusted import MAX_DEPTH, JSONError, parse_json
     [
         ("{", "Expecting property name"),
         (b'{"\xff": 1}', "'utf-8' codec can't decode"),
+        ('{"a":[' + "[]," * MAX_VALUES + "1]}", f"more than {MAX_VALUES:,} values"),
+        ("[" + "1," * MAX_VALUES + "1]", f"more than {MAX_VALUES:,} values"),
         ("[" * 100_000, f"nested deeper than {MAX_DEPTH} levels"),
         ('{"a":' * 500 + "1" + "}" * 500, f"nested deeper than {MAX_DEPTH} levels"),
         ('[{"a": 1, "b": 2, "a": 3}]', "the key 'a' appears twice in one object"),
@@ -33,7 +40,7 @@ from convert_to_quant.untrusted import MAX_DEPTH, JSONError, parse_json
         (r'["\ud800"]', "half a surrogate pair"),
         (r'{"\uDFFF": 1}', "half a surrogate pair"),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_what_is_not_json_is_refused(text: str | bytes, problem: str) -> None:
     with pytest.raises(JSONError, match=r"not JSON \(") as caught:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import HeaderError
+from ..errors import MOST_NAME, HeaderError, cut
 from ..formats.fp8 import STORED
 from ..untrusted import MAX_BYTES, is_count, parse_json
 
@@ -118,6 +118,8 @@ def header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
     if len(beginning) < LENGTH_BYTES:
         raise none(f"only {file_bytes} bytes long", AGAIN)
     length = int.from_bytes(beginning, "little")
+    if length == 0:
+        raise none("its first 8 bytes are 0, as downloads that stopped leave them", AGAIN)
     if length > MAX_HEADER_BYTES:
         for other, (what, hint) in OTHER_BEGINNINGS.items():
             if prefix.lstrip(b" \r\n").startswith(other):
@@ -126,7 +128,7 @@ def header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
             hint = f"downloads that fail leave such files; {AGAIN}"
             raise none(f"it begins with the text {beginning.decode('ascii')!r}", hint)
         most = f"at most {MAX_HEADER_BYTES} are allowed"
-        raise none(f"its first 8 bytes announce a header of {length} bytes, and {most}")
+        raise none(f"its first 8 bytes announce a header of {length} bytes, and {most}", AGAIN)
     if LENGTH_BYTES + length > file_bytes:
         problem = f"the header should be {length} bytes long, but the file ends after {file_bytes} bytes"
         raise HeaderError(f"truncated: {problem}", path=path, hint=AGAIN)
@@ -171,7 +173,9 @@ def parse_header(text: bytes, file_bytes: int, path: Path) -> Header:
             raise HeaderError(problem, path=path, tensor=info.name)
         end = info.stop
     if end != data_bytes:
-        raise HeaderError(f"the tensors end at byte {end} of the data, but the file has {data_bytes}", path=path)
+        problem = f"the tensors end at byte {end} of the data, but the file has {data_bytes}"
+        hint = f"something was appended to it, or another file written over it; {AGAIN}"
+        raise HeaderError(problem, path=path, hint=hint)
     return Header({info.name: info for info in infos}, metadata, data_start, data_bytes)
 
 
@@ -179,19 +183,19 @@ def _tensor_info(name: str, entry: object, path: Path) -> TensorInfo:
     """One entry of the header, checked by itself."""
     fail = partial(HeaderError, path=path, tensor=name)
     if not isinstance(entry, dict):
-        raise fail(f"its header entry should be an object, found {entry!r}")
+        raise fail(f"its header entry should be an object, found {_shown(entry)}")
     missing = [key for key in ("dtype", "shape", "data_offsets") if key not in entry]
     if missing:
         raise fail(f"its header entry lacks {', '.join(missing)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise fail(f"unknown dtype {dtype!r}")
+        raise fail(f"unknown dtype {_shown(dtype)}")
     if not isinstance(shape, list) or not all(is_count(size) for size in shape):
-        raise fail(f"its shape should be a list of sizes, found {shape!r}")
+        raise fail(f"its shape should be a list of sizes, found {_shown(shape)}")
     if len(shape) > MAX_DIMENSIONS:
         raise fail(f"it has {len(shape)} dimensions, and at most {MAX_DIMENSIONS} can be read")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_count(offset) for offset in offsets):
-        raise fail(f"its data_offsets should be two byte positions, found {offsets!r}")
+        raise fail(f"its data_offsets should be two byte positions, found {_shown(offsets)}")
     start, stop = offsets
     if stop < start:
         raise fail(f"its data_offsets end before they start: {offsets!r}")
@@ -203,6 +207,11 @@ def _tensor_info(name: str, entry: object, path: Path) -> TensorInfo:
     if stop - start != expected:
         raise fail(f"shape {shape} of {dtype} takes {expected} bytes, but its data_offsets span {stop - start}")
     return TensorInfo(name, dtype, tuple(shape), start, stop)
+
+
+def _shown(value: object) -> str:
+    """A value of the header for a message; it may be of any length."""
+    return cut(repr(value), MOST_NAME)
 
 
 def serialize_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytes:

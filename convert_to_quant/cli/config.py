@@ -29,12 +29,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import OptionError
+from ..errors import MOST_NAME, OptionError, cut
+from ..untrusted import is_deep
 from .parsing import Parser, did_you_mean, flag_spelling, follow
 from .shared import NO_KEYS, NO_PATHS, kind_of, read_text
 from .terminal import value_of
 
 Table = dict[str, Any]
+
+MOST_BYTES = 1 << 16
+MOST_DOTS = 500
+"""Of a configuration, and of a line in it: a key of a thousand parts takes seconds, one of a million hours."""
 
 
 def read(path: str, known: Sequence[str]) -> Table:
@@ -48,13 +53,17 @@ def read(path: str, known: Sequence[str]) -> Table:
     else:
         import tomli as tomllib
 
-    text = read_text(Path(path), lambda problem: OptionError(f"the configuration {problem}", path=path))
+    text = read_text(Path(path), lambda problem: OptionError(f"the configuration {problem}", path=path), MOST_BYTES)
+    if any(part.count(".") > MOST_DOTS for line in text.splitlines() for part in line.split("=")):
+        raise OptionError(f"not TOML of options: more than {MOST_DOTS} dots in a line", path=path)
     try:
         content: Table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise OptionError(f"not TOML: {error}", path=path) from None
     except RecursionError:
         raise OptionError("not TOML: nested too deeply", path=path) from None
+    if is_deep(content):
+        raise OptionError("not TOML: nested too deeply", path=path)
     for name, table in content.items():
         if name not in known and not isinstance(table, dict):
             raise OptionError(f"{name!r} stands outside of a table", path=path, hint="put [convert] above it")
@@ -138,12 +147,12 @@ def _value(action: argparse.Action, value: Any, path: str, parser: Parser) -> An
     """
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise argparse.ArgumentError(None, f"should be true or false, found {value!r}")
+            raise argparse.ArgumentError(None, f"should be true or false, found {cut(repr(value), MOST_NAME)}")
         return value
     many = _takes_several(action)
     values = value if many and isinstance(value, list) else [value]
     if wrong := [one for one in values if isinstance(one, bool) or not isinstance(one, (str, int, float))]:
-        raise argparse.ArgumentError(None, f"should be one value, found {wrong[0]!r}")
+        raise argparse.ArgumentError(None, f"should be one value, found {cut(repr(wrong[0]), MOST_NAME)}")
     if not values and not action.option_strings:
         raise argparse.ArgumentError(None, "should name at least one")
     texts = [str(one) for one in values]

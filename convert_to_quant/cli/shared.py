@@ -60,6 +60,10 @@ TALK = frozenset({"json", "verbose", "quiet"})
 """Options about what is said, which change nothing in what is written."""
 
 
+MOST_TEXT_BYTES = 1 << 25
+"""Of a workflow or a list of prompts."""
+
+
 def add_shared_options(parser: Parser, *, writes: bool) -> None:
     """Add what every command has, except what this one has already, and the hidden opposite of every switch.
 
@@ -107,12 +111,13 @@ def paths_of(parser: Parser, args: argparse.Namespace) -> Iterator[tuple[str, Pa
                 yield action.option_strings[0] if action.option_strings else str(action.metavar), Path(place), kind
 
 
-def read_text(path: Path, refuse: Callable[[str], Error]) -> str:
+def read_text(path: Path, refuse: Callable[[str], Error], most_bytes: int = MOST_TEXT_BYTES) -> str:
     """The content of a text file in UTF-8, without a byte order mark.
 
     Args:
         path: the file; a pipe, a device or a socket is not opened, since a pipe would wait for a writer.
         refuse: makes the error from what is wrong: "cannot be read: ...".
+        most_bytes: a larger file is refused.
 
     Raises:
         Error: whatever `refuse` makes.
@@ -121,7 +126,11 @@ def read_text(path: Path, refuse: Callable[[str], Error]) -> str:
 
     try:
         refuse_special(path, path)
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(most_bytes + 1)
+        if len(content) <= most_bytes:
+            return content.decode("utf-8-sig")
+        problem = f"it is larger than {most_bytes:,} bytes"
     except CheckpointError as error:
         problem = error.problem
     except OSError as error:

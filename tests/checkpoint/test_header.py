@@ -56,7 +56,7 @@ CORRUPT = {
     "a Git LFS pointer": (
         b"version https://git-lfs.github.com/spec/v1\n", "this is a Git LFS pointer, which stands for the file (`git lfs"),
     "JSON without a length": (b'{"weight_map": {}}', "not a safetensors file: this is JSON text (an index of shards"),
-    "a length of zero": (b"\0\0\0\0\0\0\0\0", "not a safetensors file: the header does not begin with '{'"),
+    "a length of zero": (b"\0\0\0\0\0\0\0\0", "its first 8 bytes are 0, as downloads that stopped leave them"),
     "a length too long for the file": (
         b"\x40\0\0\0\0\0\0\0{}", "truncated: the header should be 64 bytes long, but the file ends after 10 bytes (download"),
     "a length of 2^63": (
@@ -66,7 +66,7 @@ CORRUPT = {
     "a header cut in the middle": (b'\x20\0\0\0\0\0\0\0{"x":{"dtype', "truncated: the header should be 32 bytes long"),
     "a length that only the eight bytes before it make too long": (
         b'\x0c\0\0\0\0\0\0\0{"x":1}   ', "truncated: the header should be 12 bytes long, but the file ends after 18"),
-    "a length of zero before JSON": (b"\0\0\0\0\0\0\0\0{}", "not a safetensors file: the header does not begin with '{'"),
+    "a length of zero before JSON": (b"\0\0\0\0\0\0\0\0{}", "its first 8 bytes are 0, as downloads that"),
     "a length that ends inside the JSON": (b'\x03\0\0\0\0\0\0\0{"x":1}', "the header is not JSON (Unterminated string"),
     "a length that ends inside the data": (b"\x04\0\0\0\0\0\0\0{}12", "the header is not JSON (Extra data"),
     "not UTF-8": (framed(b'{"\xff":1}'), "the header is not JSON ('utf-8' codec can't decode byte 0xff"),
@@ -252,3 +252,12 @@ def test_a_damaged_byte_or_a_cut_is_refused_or_still_adds_up(position, byte, cut
         assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])][: len(spans)]
         assert header.data_start + (spans[-1][1] if spans else 0) == len(content)
         json.dumps(header.metadata)
+
+
+def test_what_a_file_says_at_length_is_cut_in_messages():
+    name, dtype = "n" * 100_000, "d" * 100_000
+    for entry in ({"dtype": dtype}, {"dtype": dtype, "shape": [], "data_offsets": [0, 0]}, ["x" * 100_000]):
+        with pytest.raises(HeaderError) as caught:
+            parse(framed(json.dumps({name: entry}).encode()))
+        assert len(str(caught.value)) < 1000
+        assert caught.value.tensor == name

@@ -21,7 +21,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,13 @@ GATEWAY_ERRORS = frozenset({502, 503, 504})
 REFUSED = 400
 """With this HTTP error come the reasons why a workflow is not run."""
 
-MOST_JSON_BYTES = 1 << 28
+MOST_JSON_BYTES = 1 << 25
 MOST_FILE_BYTES = 1 << 31
 _CHUNK_BYTES = 1 << 20
 _MOST_ERRORS = 5
+
+LEAST_BYTES_PER_SECOND = 1 << 10
+"""A server that sends less, for longer than it may be silent, is given up."""
 
 
 class NoAnswerError(CalibrationError):
@@ -182,7 +185,7 @@ class Server:
         with self._open("/view", file) as answer:
             try:
                 with path.open("wb") as output:
-                    while chunk := self._read(answer, _CHUNK_BYTES):
+                    for chunk in self._chunks(answer):
                         if output.tell() + len(chunk) > MOST_FILE_BYTES:
                             raise self._error(f"{name} is larger than statistics are")
                         output.write(chunk)
@@ -234,10 +237,15 @@ class Server:
             StatusError: an HTTP error.
         """
         with self._open(path, body=body) as answer:
-            return parsed(self._read(answer, MOST_JSON_BYTES))
+            content = bytearray()
+            for chunk in self._chunks(answer):
+                content += chunk
+                if len(content) > MOST_JSON_BYTES:
+                    raise self._error(f"its answer to {path} is larger than {MOST_JSON_BYTES:,} bytes")
+            return parsed(bytes(content))
 
     def _open(self, path: str, query: Mapping[str, str] | None = None, body: Any = None) -> Any:
-        """An answer whose content is still to be read, with `_read`.
+        """An answer whose content is still to be read, with `_chunks`.
 
         Raises:
             NoAnswerError: none came.
@@ -257,17 +265,24 @@ class Server:
         except (OSError, HTTPException) as error:
             raise self._no_answer(getattr(error, "reason", error)) from None
 
-    def _read(self, answer: Any, most_bytes: int) -> bytes:
-        """The next bytes of an answer; none at its end.
+    def _chunks(self, answer: Any) -> Iterator[bytes]:
+        """The content of an answer.
 
         Raises:
-            NoAnswerError: it broke off.
+            NoAnswerError: it broke off, or comes too slowly.
         """
-        try:
-            content: bytes = answer.read(most_bytes)
-        except (OSError, HTTPException) as error:
-            raise self._no_answer(error) from None
-        return content
+        start, received = time.monotonic(), 0
+        while True:
+            try:
+                chunk: bytes = answer.read1(_CHUNK_BYTES)
+            except (OSError, HTTPException) as error:
+                raise self._no_answer(error) from None
+            if not chunk:
+                return
+            yield chunk
+            received += len(chunk)
+            if time.monotonic() - start > self.patience_seconds + received / LEAST_BYTES_PER_SECOND:
+                raise self._no_answer(f"{received:,} bytes in {time.monotonic() - start:.0f} s")
 
     def _http_error(self, error: urllib.error.HTTPError, path: str) -> CalibrationError:
         problem = f"HTTP error {error.code} for {path}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import socket
@@ -210,6 +211,30 @@ def test_a_server_that_says_nothing_is_given_up(listener: socket.socket) -> None
     start = time.monotonic()
     is_not_comfyui(f"http://127.0.0.1:{listener.getsockname()[1]}", "no answer: timed out", HASTY)
     assert HASTY <= time.monotonic() - start < HASTY + 2
+
+
+def test_a_server_that_drips_is_given_up(listener: socket.socket) -> None:
+    def talk() -> None:
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+            while True:
+                connection.sendall(b" ")
+                time.sleep(HASTY / 10)
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    start = time.monotonic()
+    is_not_comfyui(f"http://127.0.0.1:{listener.getsockname()[1]}", r"no answer: \d+ bytes in \d+ s", HASTY)
+    assert time.monotonic() - start < HASTY + 2
+    thread.join()
+
+
+def test_an_answer_of_any_size_is_not_read(double: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MOST_JSON_BYTES", 1000)
+    double.answer_with["/system_stats"] = lambda _: answer(b"[" * 2000)
+    is_not_comfyui(double.address, "its answer to /system_stats is larger than 1,000 bytes")
 
 
 def test_a_server_without_our_nodes_is_told_how_to_get_them(double: Any, flux: Nodes) -> None:
