@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import weakref
 import zlib
@@ -28,6 +29,7 @@ from .positioned import close, read_at
 from .undo import refuse_unrecovered
 
 INDEX_SUFFIX = ".safetensors.index.json"
+SHARD_NAME = re.compile(r"(?P<stem>.+)-\d+-of-(?P<count>\d+)\.safetensors")
 PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 PICKLE_BEGINNINGS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """A torch.save archive is a zip file; older ones are bare pickles of protocol 2 to 5.
@@ -298,14 +300,38 @@ def open_checkpoint(path: StrPath) -> Checkpoint:
             of the usual form, or that disagrees with its shards; a change in place is going on, or was interrupted.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError("a folder, not a file", path=path, hint=_what_to_name(path))
     weight_map = _weight_map(path)
     paths = checkpoint_files(path, weight_map)
+    missing = [file.name for file in paths if weight_map and not file.exists()]
+    if missing:
+        hint = f"{path.name} names it; {len(missing)} of {len(paths)} shards are missing: download them too"
+        raise CheckpointError("no such file", path=path.with_name(missing[0]), hint=hint)
     refuse_unrecovered(path, paths)
+    part = SHARD_NAME.fullmatch(path.name)
+    if part and int(part["count"]) > 1 and path.exists():
+        problem = f"one of the {int(part['count'])} files of a model, which is read as a whole"
+        raise CheckpointError(problem, path=path, hint=_what_to_name(path.parent, part["stem"]))
     checkpoint = Checkpoint(path, [CheckpointFile(file) for file in paths], sharded=bool(weight_map))
     for name, shard in weight_map.items():
         if name not in checkpoint or checkpoint.path_of(name).name != shard:
             raise CheckpointError(f"the index places it in {shard}, which does not hold it", path=path, tensor=name)
     return checkpoint
+
+
+def _what_to_name(folder: Path, stem: str = "*") -> str | None:
+    """Which file of a folder was meant, or what is missing there."""
+    indexes, shards, files = (
+        sorted(str(file.relative_to(folder)) for place in ("", "*/") for file in folder.glob(place + pattern))
+        for pattern in (stem + INDEX_SUFFIX, stem + "-*-of-*.safetensors", "*.safetensors")
+    )
+    if indexes:
+        return f"name {' or '.join(indexes[:3])}"
+    if shards:
+        index = SHARD_NAME.sub(rf"\g<stem>{INDEX_SUFFIX}", shards[0])
+        return f"its files are read through their index: download {index} too, and name that"
+    return f"name {' or '.join(files[:3])}" if files else None
 
 
 def checkpoint_files(path: Path, weight_map: dict[str, str] | None = None) -> list[Path]:

@@ -268,6 +268,26 @@ def test_metadata_of_shards_is_joined_and_the_first_word_holds(tmp_path, build):
         assert checkpoint.metadata == {"k": "first", "x": "1", "y": "2"}
 
 
+def test_a_folder_or_a_lone_shard_says_what_to_name(save_shards, save, tmp_path):
+    lone = "one of the 2 files of a model, which is read as a whole"
+    index = save_shards("m", [{"a": np.float32([1])}, {"b": np.float32([2])}])
+    shard = tmp_path / "m-00002-of-00002.safetensors"
+    assert refused(tmp_path) == f"a folder, not a file (name {index.name})"
+    assert refused(shard) == f"{lone} (name {index.name})"
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "model").mkdir()
+    for file in (index, *tmp_path.glob("*.safetensors")):
+        file.rename(tmp_path / "model" / file.name)
+    assert refused(tmp_path) == f"a folder, not a file (name model/{index.name})"
+    (tmp_path / "model" / index.name).unlink()
+    through = f"its files are read through their index: download {index.name} too, and name that"
+    assert refused(tmp_path / "model") == f"a folder, not a file ({through})"
+    assert refused(tmp_path / "model" / shard.name) == f"{lone} ({through})"
+    save("pipeline/one.safetensors", {})
+    assert refused(tmp_path / "pipeline") == "a folder, not a file (name one.safetensors)"
+    open_checkpoint(save("m-00001-of-00001.safetensors", {})).close()
+
+
 SHAPE = 'not a shard index: "weight_map" should map tensor names to file names'
 BAD_INDEXES = {
     "not JSON": (b"{", "not a shard index: it is not JSON (Expecting property name"),
@@ -298,7 +318,11 @@ def test_a_bad_index_is_refused_by_its_own_message(content, message, tmp_path):
     assert message in refused(path)
 
 
-FAULTS = {"missing": "no such file", "cut off": "b: truncated: its bytes 0..4 reach beyond", "pickled": UNOPENED}
+FAULTS = {
+    "missing": "no such file (m.safetensors.index.json names it; 1 of 2 shards are missing: download them too)",
+    "cut off": "b: truncated: its bytes 0..4 reach beyond",
+    "pickled": UNOPENED,
+}
 
 
 @pytest.mark.parametrize(("fault", "problem"), FAULTS.items())
