@@ -36,23 +36,20 @@ def main() -> None:
         source, output = Path(folder, "bf16.safetensors"), Path(folder, "best.safetensors")
         make_bfloat16(source, flux_shapes(*args.blocks))
         start = time.perf_counter()
-        told: list[float] = []
-
-        def progress(done: int, of: int) -> None:
-            if 2 * done >= of and not told:  # the first half is observation
-                told.append(time.perf_counter())
-
         with open_checkpoint(source) as checkpoint:
             options, shown = BestOptions(gpu=args.gpu), RunOptions(device=args.device)
             plan = plan_conversion(checkpoint, ConvertOptions(format="int8"))
-            measured = best.measure(checkpoint, plan, options, shown, progress=progress)
-            tried = time.perf_counter()
-            chosen = best.plan_best(checkpoint, ConvertOptions(), options, shown, measured)
+            statistics = best.observe(checkpoint, plan, shown)
+            seen = time.perf_counter()
+            solved = best.input_scales(checkpoint, {layer.name: layer for layer, _ in plan.quantized}, statistics)
+            tried = best.try_formats(checkpoint, plan, best.formats_for(options), solved, shown)
+            measured = time.perf_counter()
+            chosen = best.plan_best(checkpoint, ConvertOptions(), options, shown, (statistics, tried))
             ready = time.perf_counter()
             convert(checkpoint, chosen.plan, output, device=args.device)
             end = time.perf_counter()
         seconds = {
-            "observe": told[0] - start, "trials": tried - told[0], "choose": ready - tried, "write": end - ready,
+            "observe": seen - start, "trials": measured - seen, "choose": ready - measured, "write": end - ready,
             "all": end - start,
         }  # fmt: skip
         result = {

@@ -121,7 +121,7 @@ def measure(variant: str, device: str, geometry: Geometry, count: int) -> dict[s
             found["seconds"][card] = round(time.perf_counter() - start, 1)
             layers = {layer.name: layer for layer in chosen.plan.table.plain.values() if layer.name in chosen.offers}
             formats = [FORMATS[name] for name in best.CANDIDATES]
-            could = best.candidates(checkpoint, layers, chosen.statistics, formats)
+            could = best.candidates(layers, best.input_scales(checkpoint, layers, chosen.statistics), formats)
             of = {(name, each.format.name): each for name, some in could.items() for each in some}
 
             def judged(choice: Choice, of: Any = of) -> float:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,12 @@ from .layers import Layer, named
 from .lora import Lora
 from .options import SAMPLES, BestOptions, ConvertOptions, RunOptions, SolveOptions
 from .solve import LayerResult, Present, solve
-from .stats import Statistics
-from .telling import Progress
+from .stats import Statistics, merge
+from .telling import Progress, half
 from .trials import Trials
 
 if TYPE_CHECKING:
+    from .engines.prompts import Prompts
     from .engines.trials import Candidate
 
 CANDIDATES = ("fp8", "int8", "int8-convrot", "mxfp8", "nvfp4", "w6a8", "w4a8", "convrot-w4a4")
@@ -147,70 +149,99 @@ def formats_for(options: BestOptions) -> list[Format]:
     return found
 
 
-def measure(
-    checkpoint: Checkpoint,
-    plan: ConversionPlan,
-    options: BestOptions,
-    shown: RunOptions,
-    *,
-    progress: Progress | None = None,
-) -> tuple[Statistics, Trials]:
-    """Run a model in high precision: what its layers receive, and what formats do to them.
+def plan_any(
+    checkpoint: Checkpoint, options: ConvertOptions | None = None, loras: Sequence[Lora] = ()
+) -> ConversionPlan:
+    """A plan with every layer that can be quantized.
+
+    Raises:
+        OptionError: there is none.
+    """
+    plan = plan_conversion(checkpoint, replace(options or ConvertOptions(), format="int8"), loras)  # for any sides
+    if not plan.quantized:
+        raise OptionError("no layer of this file can be quantized", hint="--dry-run says why, per layer")
+    return plan
+
+
+def observe(
+    checkpoint: Checkpoint, plan: ConversionPlan, shown: RunOptions, *, progress: Progress | None = None
+) -> Statistics:
+    """Run a model in high precision, and record what the layers receive that can be quantized.
 
     Args:
         checkpoint: the open checkpoint.
-        plan: with the layers that can be quantized.
-        options: card and formats.
-        shown: what the model is shown; `IMAGES` images where it does not say.
+        plan: with these layers.
+        shown: what the model is shown.
         progress: told how far it is.
-
-    Returns:
-        Statistics of these layers, and the trials.
 
     Raises:
         UnsupportedModelError: the model cannot be run.
         CalibrationError: its activations are not finite.
     """
-    refuse_unrunnable(checkpoint, plan.table, "chosen", INSTEAD)
+    from .engines import denoiser, diffusers, sizes
+
+    family = denoiser.plan(checkpoint, plan.table).family
+    return diffusers.observe(
+        checkpoint, plan.table, samples=shown.samples or SAMPLES, steps=shown.steps, seed=shown.seed,
+        device=shown.device, geometry=sizes.geometry(family, *shown.size) if any(shown.size) else None,
+        layers=[layer.name for layer, _ in plan.quantized], progress=progress,
+    ).statistics  # fmt: skip
+
+
+def try_formats(
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    formats: Sequence[Format],
+    solved: Mapping[str, LayerResult],
+    shown: RunOptions,
+    *,
+    prompts: Prompts | None = None,
+    share: tuple[int, int] = (0, 1),
+    progress: Progress | None = None,
+) -> Trials:
+    """Run a model in high precision, with one layer in one format at a time.
+
+    Args:
+        checkpoint: the open checkpoint.
+        plan: with the layers that can be quantized.
+        formats: to try.
+        solved: how FP8 inputs are scaled; of `input_scales`.
+        shown: what the model is shown; `IMAGES` images where it does not say.
+        prompts: conditioning in place of noise.
+        share: of the layers; see `engines.trials.run_trials`.
+        progress: told how far it is, and at every evaluation of the model.
+    """
     import torch
 
-    from .engines import denoiser, diffusers, sizes, trials
+    from .engines import denoiser, sizes, trials
 
     layers = {layer.name: layer for layer, _ in plan.quantized}
-    found = denoiser.plan(checkpoint, plan.table)
-    geometry = sizes.geometry(found.family, *shown.size) if any(shown.size) else diffusers.GEOMETRY
-    seen = diffusers.observe(
-        checkpoint, plan.table, samples=shown.samples or SAMPLES, steps=shown.steps, seed=shown.seed,
-        device=shown.device, geometry=geometry, layers=list(layers),
-        progress=None if progress is None else lambda done, of: progress(done, 2 * of),
-    ).statistics  # fmt: skip
     model = denoiser.load(checkpoint, plan.table, device=shown.device, dtype=torch.float32)
+    geometry = sizes.geometry(model.plan.family, *shown.size) if any(shown.size) else TRIAL_GEOMETRY
     small = sum(layer.weight.elements for layer in layers.values()) < LARGE_WEIGHTS
     images = shown.samples or (IMAGES if small else LARGE_IMAGES)
-    geometry = geometry if any(shown.size) else TRIAL_GEOMETRY
+    if prompts is not None:
+        prompts = prompts.fitted(model, geometry)
+        geometry = prompts.geometry
     with trials.tensor_float_32():
-        tried = trials.run_trials(
-            trials.Bench(model, geometry, trials.moments(model, geometry, images, shown.steps, shown.seed)),
-            candidates(checkpoint, layers, seen, formats_for(options)),
-            progress=None if progress is None else lambda done, of: progress(of + done, 2 * of),
+        bench = trials.Bench(
+            model, geometry, trials.moments(model, geometry, images, shown.steps, shown.seed, prompts=prompts)
         )
-    return seen, tried
+        return trials.run_trials(bench, candidates(layers, solved, formats), share=share, progress=progress)
 
 
 def candidates(
-    checkpoint: Checkpoint, layers: Mapping[str, Layer], statistics: Statistics, formats: Sequence[Format]
+    layers: Mapping[str, Layer], solved: Mapping[str, LayerResult], formats: Sequence[Format]
 ) -> dict[str, list[Candidate]]:
     """What each layer could become.
 
     Args:
-        checkpoint: the open checkpoint.
         layers: by name.
-        statistics: of them.
+        solved: how FP8 inputs are scaled; of `input_scales`.
         formats: to choose from.
     """
     from .engines.trials import Candidate
 
-    solved = input_scales(checkpoint, layers, statistics)
     return {
         name: [
             Candidate(
@@ -323,11 +354,9 @@ def plan_best(
         LoraError: an adapter does not fit, or a file matches nothing.
     """
     formats = formats_for(options)
-    plan = plan_conversion(checkpoint, replace(convert_options, format="int8"), loras)  # which takes every layer
+    plan = plan_any(checkpoint, convert_options, loras)
     layers = {layer.name: layer for layer, _ in plan.quantized}
-    if not layers:
-        raise OptionError("no layer of this file can be quantized", hint="--dry-run says why, per layer")
-    run = checkpoint
+    run, shown = checkpoint, shown or RunOptions()
     if plan.merged.loras:
         rounded = next((layer for layer in layers.values() if layer.format and layer.name in plan.merged.matched), None)
         if rounded is not None:
@@ -335,15 +364,20 @@ def plan_best(
                               hint="start from the original in 16 bits")  # fmt: skip
         run = MergedCheckpoint(checkpoint, plan.table.linear(), plan.merged)
     merged = tuple(sorted(f"{lora.path.name}:{lora.strength:g}" for lora in plan.merged.loras))
-    statistics, trials = measured or measure(run, plan, options, shown or RunOptions(), progress=progress)
     if measured is None:
+        refuse_unrunnable(run, plan.table, "chosen", INSTEAD)
+        statistics = observe(run, plan, shown, progress=half(progress, 0))
         statistics = statistics.with_facts(merged=merged) if merged else statistics
-    elif (before := tuple(statistics.provenance.get("merged", ()))) != merged:
-        of = ", ".join(before) or "none"
-        raise StatisticsError(f"it was measured with other adapters merged: {of}", path=statistics.path)
+        solved = input_scales(run, layers, statistics)
+        trials = try_formats(run, plan, formats, solved, shown, progress=half(progress, 1))
+    else:
+        statistics, trials = measured
+        if (before := tuple(statistics.provenance.get("merged", ()))) != merged:
+            of = ", ".join(before) or "none"
+            raise StatisticsError(f"it was measured with other adapters merged: {of}", path=statistics.path)
+        solved = input_scales(run, layers, statistics)
     offers = offers_of(layers, trials, formats)
     _refuse_untried(layers, offers, formats, statistics)
-    solved = input_scales(run, layers, statistics)
     if options.size_bytes is None:
         choice = _choose_of_bits(offers, options.bits_wanted, layers)
     else:
@@ -424,14 +458,18 @@ def _plan_of(plan: ConversionPlan, choice: Choice, solved: Mapping[str, LayerRes
     return replace(plan, decisions=decisions, ways=ways)
 
 
-def load_measured(path: StrPath) -> tuple[Statistics, Trials]:
-    """Statistics and trials of an earlier run.
+def load_measured(*paths: StrPath) -> tuple[Statistics, Trials]:
+    """Statistics and trials of earlier runs, added up.
 
     Raises:
-        CheckpointError: it cannot be read as a safetensors file.
-        StatisticsError: it holds none.
+        CheckpointError: one cannot be read as a safetensors file.
+        StatisticsError: one holds no trials, or they are of different models.
     """
-    trials = Trials.load(path)
-    if trials is None:
-        raise StatisticsError("it holds no trials of formats", path=Path(path), hint="make it with --best --keep")
-    return Statistics.load(path), trials
+    found = []
+    for path in paths:
+        if (trials := Trials.load(path)) is None:
+            raise StatisticsError(
+                "it holds no trials of formats", path=Path(path), hint="make it with observe --trials"
+            )
+        found.append(trials)
+    return merge(*(Statistics.load(path) for path in paths)), reduce(Trials.plus, found)

@@ -74,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     best = parser.add_argument_group("best mix of formats (by running the model)")
     best.add_argument("--best", action="store_true", help="give every layer the format that keeps most")
     add_options(best, BestOptions)
-    best.add_argument("--keep", metavar="STATS", help="write what was measured to this file")
-    best.add_argument("--from", dest="statistics", metavar="STATS", help="choose from what was kept, without a run")
+    best.add_argument("--from", dest="statistics", action="append", default=[], metavar="STATS",
+                      help="choose from observe --trials, without a run; repeatable")  # fmt: skip
 
     layout = conversion.add_mutually_exclusive_group()
     layout.add_argument("--comfy-quant", action="store_true", help="write the comfy_quant layout, the default")
@@ -146,7 +146,7 @@ def check_best(args: argparse.Namespace) -> None:
     Raises:
         OptionError: they do.
     """
-    mixing = {"from", "keep", *(one.flag for one in offered(BestOptions).values())}
+    mixing = {"from", *(one.flag for one in offered(BestOptions).values())}
     showing = {f"actcal-{one.flag}" for one in offered(RunOptions).values()}
     for flag in args.in_force:
         if flag in mixing and not args.best:
@@ -181,13 +181,10 @@ def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: Convert
     """Convert a file in high precision to the best mix of formats."""
     from ..best import load_measured, plan_best
 
-    measured = None if args.statistics is None else load_measured(args.statistics)
+    measured = load_measured(*args.statistics) if args.statistics else None
     with progress_bar("measuring") as progress:
         best = plan_best(checkpoint, options, options_of(BestOptions, args), options_of(RunOptions, args), measured,
                          loras=merged, progress=progress)  # fmt: skip
-    if args.keep is not None:
-        tensors, entries = best.trials.entries()
-        best.statistics.save(args.keep, entries, tensors)
     for text in best.plan.told():
         note(text)
     if args.verbose or args.dry_run:

@@ -6,12 +6,15 @@ import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError, UnsupportedModelError
-from ..options import COMFYUI_VARIABLE, FRAMES, SAMPLES, SIDE_PIXELS, TEXT_TOKENS
+from ..options import COMFYUI_VARIABLE, FRAMES, SAMPLES, SIDE_PIXELS, TEXT_TOKENS, RunOptions, options_of
+from ..telling import half
 from .calibration import loras_of
 from .output import configure, note, progress_bar, say, write_json, wrote
 from .running import NOISE, add_running_arguments, check_running_options, geometry_of
@@ -20,11 +23,13 @@ from .shared import read_text
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..engines.diffusers import Observation
+    from ..engines.prompts import Prompts
     from ..engines.session import Session
     from ..layers import LayerTable
     from ..lora import Lora
     from ..stats import Statistics
     from ..telling import Progress
+    from ..trials import Trials
 
 ENGINES = ("auto", "diffusers", "comfyui")
 WARNING_LETTERS = 300
@@ -55,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue a stopped run, or start one")
     parser.add_argument("--save-every", type=float, default=120.0, metavar="SECONDS",
                         help="save progress this often (120)")  # fmt: skip
+    parser.add_argument("--trials", action="store_true",
+                        help="also try every format in every layer, for --best --from")  # fmt: skip
     engine = parser.add_argument_group("what runs it")
     engine.add_argument("--engine", choices=ENGINES, default=ENGINES[0], metavar="WHICH",
                         help="diffusers, comfyui, or whichever can (auto)")  # fmt: skip
@@ -91,6 +98,9 @@ def check_options(args: argparse.Namespace) -> None:
 
     excluded = {"lora": args.lora, "comfyui-dir": args.comfyui_dir, "engine comfyui": args.engine == "comfyui"}
     check_running_options(args, ("prompts", "component"), excluded)
+    for flag, given in {"pipeline": args.pipeline, **excluded}.items():
+        if args.trials and given:
+            raise OptionError(f"--trials does not go with --{flag}: formats are tried in the model itself")
     if args.save_every < 0:
         raise OptionError(f"--save-every should not be negative, found {args.save_every:g}")
     if args.pipeline is None and args.input is None:
@@ -141,12 +151,17 @@ Run = Callable[["Session", "Progress"], "Observation"]
 
 def observe_model(args: argparse.Namespace, distributed: bool) -> int:
     """Run a checkpoint."""
+    from ..best import INSTEAD, plan_any
+    from ..calibrate_activation_scales import refuse_unrunnable
     from ..checkpoint import open_checkpoint
     from ..engines.session import fingerprint
     from ..layers import find_layers
 
     with open_checkpoint(args.input) as checkpoint, loras_of(args) as adapters:
         table = find_layers(checkpoint)
+        if args.trials:
+            refuse_unrunnable(checkpoint, table, "tried", INSTEAD)
+            plan_any(checkpoint)  # says whether there is anything to try
         inside = engine_of(args, checkpoint, table) == "comfyui"
         prepare = observe_in_comfyui if inside else observe_in_diffusers
         made_with, run = prepare(args, checkpoint, table, adapters)
@@ -189,18 +204,52 @@ def observe_in_diffusers(
     geometry = geometry_of(args, diffusers.plan(checkpoint, table).family)
     prompts = None if args.conditioning == NOISE else Prompts.load(args.conditioning)
     match = match_checkpoint(adapters, checkpoint, table) if adapters else None
+    options = options_of(RunOptions, args)  # of trials, whose images are counted otherwise
     args.samples = args.samples or (SAMPLES if prompts is None else 1)
 
     def run(session: Session, progress: Progress) -> Observation:
         for text in match.notes() if match is not None else ():
             note(text)
-        return diffusers.observe(checkpoint, table, geometry=geometry, prompts=prompts, adapters=match,
-                                 session=session, progress=progress, **shown(args))  # fmt: skip
+        found = diffusers.observe(checkpoint, table, geometry=geometry, prompts=prompts, adapters=match,
+                                  session=session, progress=half(progress, 0) if args.trials else progress,
+                                  **shown(args))  # fmt: skip
+        if not args.trials:
+            return found
+        return replace(
+            found,
+            trials=try_all(checkpoint, found.statistics, options, session, prompts=prompts, progress=half(progress, 1)),
+        )
 
     return {
+        **({"trials": True} if args.trials else {}),
         "conditioning": NOISE if prompts is None else fingerprint(args.conditioning),
         "size": f"{geometry.frames} x {geometry.height} x {geometry.width} tokens, text {geometry.text_tokens}",
     }, run
+
+
+def try_all(
+    checkpoint: Checkpoint,
+    statistics: Statistics,
+    options: RunOptions,
+    session: Session,
+    *,
+    prompts: Prompts | None,
+    progress: Progress | None,
+) -> Trials:
+    """Try every format in every layer; each process takes some of the layers."""
+    from ..best import CANDIDATES, input_scales, plan_any, try_formats
+    from ..formats import FORMATS
+    from ..recorder import gather
+    from ..trials import Trials
+
+    plan = plan_any(checkpoint)
+    found = try_formats(
+        checkpoint, plan, [FORMATS[name] for name in CANDIDATES],
+        input_scales(checkpoint, {layer.name: layer for layer, _ in plan.quantized}, statistics), options,
+        prompts=prompts, share=(session.rank, session.processes), progress=progress,
+    )  # fmt: skip
+    everyone: list[Trials] = gather(found)
+    return reduce(Trials.plus, everyone)
 
 
 def observe_in_comfyui(
@@ -288,7 +337,7 @@ def observe(args: argparse.Namespace, distributed: bool, made_with: dict[str, An
         with progress_bar("observing") as progress:
             observation = run(session, progress)
         statistics = observation.statistics
-        session.finish(statistics)
+        session.finish(statistics, observation.trials)
         tell(observation, args)
     report(statistics, args)
     return 0

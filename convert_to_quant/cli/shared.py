@@ -54,7 +54,7 @@ SHARED: Mapping[tuple[str, ...], Mapping[str, Any]] = {
 }  # fmt: skip
 NO_KEYS = frozenset({"config", "save_config", "color", "version", "help"})
 """Options about the call itself, which a configuration file cannot say."""
-WRITTEN = frozenset({"-o", "--keep", "--save-conditioning", "--json", "--save-config"})
+WRITTEN = frozenset({"-o", "--save-conditioning", "--json", "--save-config"})
 """Options that name what is written."""
 TALK = frozenset({"json", "verbose", "quiet"})
 """Options about what is said, which change nothing in what is written."""

@@ -33,6 +33,7 @@ from ..options import SAMPLES, STEPS
 from ..recorder import record
 from ..stats import Statistics
 from ..telling import Advance, Progress
+from ..trials import Trials
 from . import noise
 from .denoiser import Denoiser, Plan, load, plan, supports
 from .prompts import Prompts
@@ -56,9 +57,11 @@ class Observation:
 
     Attributes:
         statistics: of every layer asked for, over everything that was run.
+        trials: of formats, where they were asked for.
     """
 
     statistics: Statistics
+    trials: Trials | None = None
 
     @property
     def conditioned(self) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ from ..errors import OutputError, StatisticsError, StrPath
 from ..recorder import Recording, gather
 from ..stats import Statistics, merge
 from ..telling import Advance, Progress, advance
+from ..trials import Trials
 from ..untrusted import is_count, is_texts, parse_json
 
 PARTIAL_SUFFIX = ".partial"
@@ -226,15 +227,20 @@ class Session:
                 saved = time.monotonic()
         return self._reduced(seen)
 
-    def finish(self, statistics: Statistics) -> None:
+    def finish(self, statistics: Statistics, trials: Trials | None = None) -> None:
         """Write the output and remove the partial files; every process must call it.
+
+        Args:
+            statistics: of all processes.
+            trials: the same, to stand beside them.
 
         Raises:
             OutputError: it cannot be written; the partial files stay.
         """
         assert self.output is not None
         if self.rank == 0:
-            statistics.save(self.output, {METADATA_KEY: json.dumps({"options": self.options})})
+            tensors, entries = ({}, {}) if trials is None else trials.entries()
+            statistics.save(self.output, {**entries, METADATA_KEY: json.dumps({"options": self.options})}, tensors)
         if self.processes > 1:
             from torch.distributed import barrier
 

@@ -38,10 +38,11 @@ from ..families.running import Geometry
 from ..formats import FORMATS
 from ..formats.record import Format, Packed, spans
 from ..formats.rotation import rotate
-from ..telling import Progress, advance
+from ..telling import Advance, Progress, advance
 from ..trials import Trials
 from . import noise
 from .denoiser import Denoiser
+from .prompts import Prompts
 from .quantized_linear import CheckpointLinear, multiply
 
 ARITHMETIC = "comfyui_divide"
@@ -150,6 +151,9 @@ class Bench:
         denoiser: the model, in high precision.
         geometry: of the latents.
         moments: what it is shown.
+
+    Attributes:
+        tick: called with 0 before every evaluation of the model; what it raises ends the run.
     """
 
     def __init__(self, denoiser: Denoiser, geometry: Geometry, moments: Sequence[Moment]) -> None:
@@ -164,6 +168,7 @@ class Bench:
         self.block_of = {
             module: block for block in self.blocks for module in block.modules() if isinstance(module, CheckpointLinear)
         }
+        self.tick: Advance = lambda _: None
         self.outputs: list[dict[nn.Module, Any]] = []
         self.order: list[nn.Module] = []
         self.images = len(moments[0].latents) if moments else 0
@@ -285,6 +290,7 @@ class Bench:
         return weight_OI
 
     def _velocity(self, moment: Moment, copies: int = 1) -> Tensor:
+        self.tick(0)
         conditioning = {name: torch.cat([value] * copies) for name, value in moment.conditioning.items()}
         latents = torch.cat([moment.latents] * copies)
         return self.denoiser.velocity(latents, moment.sigma, conditioning, self.geometry)
@@ -400,7 +406,7 @@ def run_trials(
         bench: the model, and what it is shown.
         candidates: by layer.
         share: number of this process and how many there are; each takes every n-th layer, and their trials add up.
-        progress: told how many layers are done.
+        progress: told how many candidates of layers are done, and at every evaluation of the model.
 
     Returns:
         What was found.
@@ -410,9 +416,9 @@ def run_trials(
     )
     trials = Trials.empty(tuple(candidates), formats, tuple(name for name, _ in bench.shown))
     images = np.array([count for _, count in bench.shown])
-    reference = bench.run()
     mine = list(candidates)[share[0] :: share[1]]
-    tick = advance(progress, len(mine))
+    bench.tick = advance(progress, sum(len(candidates[layer]) for layer in mine))
+    reference = bench.run()
     together: dict[nn.Module | None, list[str]] = {}
     for layer in mine:
         together.setdefault(bench.block(layer), []).append(layer)
@@ -441,7 +447,7 @@ def run_trials(
                     trials.damage[column] += relative_energies(bench.moments, reference, velocities)
                     trials.count[column] += images
                 pending = []
-            tick(1)
+            bench.tick(len(candidates[layer]))
     return trials
 
 
@@ -461,8 +467,10 @@ def damage_of(bench: Bench, mix: Mapping[str, Candidate]) -> NDArray[np.float64]
 
 
 @torch.no_grad()
-def moments(denoiser: Denoiser, geometry: Geometry, images: int, levels: int, seed: int) -> list[Moment]:
-    """What a model is shown: noise in place of prompts, and its own way from noise to a picture.
+def moments(
+    denoiser: Denoiser, geometry: Geometry, images: int, levels: int, seed: int, *, prompts: Prompts | None = None
+) -> list[Moment]:
+    """What a model is shown: noise in place of prompts, or these, and its own way from noise to a picture.
 
     Args:
         denoiser: the model.
@@ -470,13 +478,17 @@ def moments(denoiser: Denoiser, geometry: Geometry, images: int, levels: int, se
         images: how many; of each way of conditioning in turn.
         levels: noise levels of each.
         seed: of the noise.
+        prompts: fitted to the model.
     """
-    from .diffusers import draw, trajectory
+    from .diffusers import draw, take, trajectory
 
-    drawn = {
-        way.name: draw(denoiser, geometry, way, seed, range(turn, images, len(noise.CONDITIONINGS)))
-        for turn, way in enumerate(noise.CONDITIONINGS[:images])
-    }
+    if prompts is not None:
+        drawn = {"prompts": take(denoiser, prompts, seed, range(max(images, prompts.count)))}
+    else:
+        drawn = {
+            way.name: draw(denoiser, geometry, way, seed, range(turn, images, len(noise.CONDITIONINGS)))
+            for turn, way in enumerate(noise.CONDITIONINGS[:images])
+        }
     latents = torch.cat([each for each, _ in drawn.values()])
     signals = {name: torch.cat([each[name] for _, each in drawn.values()]) for name in denoiser.signals(geometry)}
     ways = {name: len(each) for name, (each, _) in drawn.items()}

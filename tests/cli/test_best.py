@@ -43,9 +43,15 @@ def test_the_best_mix_is_written_told_and_checked(ctq: Any, flux_file: Path, tmp
     assert ctq("inspect", out, "--strict").code == 0
 
 
-def test_what_was_measured_is_kept_and_chosen_from_without_a_run(ctq: Any, flux_file: Path, tmp_path: Path) -> None:
+OBSERVED = ("--trials", "--height", 32, "--width", 32, "--text-tokens", 4, "--samples", 3)
+
+
+def test_formats_are_tried_while_observing_and_chosen_from_without_a_run(
+    ctq: Any, flux_file: Path, tmp_path: Path
+) -> None:
     out, kept, again = (tmp_path / name for name in ("a.safetensors", "kept.safetensors", "b.safetensors"))
-    assert ctq("-i", flux_file, "-o", out, *BEST, "--bits", 7, "--keep", kept).code == 0
+    assert ctq("-i", flux_file, "-o", out, *BEST, "--bits", 7).code == 0
+    assert ctq("observe", flux_file, "-o", kept, *OBSERVED).code == 0
     assert ctq("-i", flux_file, "-o", again, "--best", "--gpu", "rtx50", "--bits", 7, "--from", kept).code == 0
     assert mix(again) == mix(out)
     smaller = ctq("-i", flux_file, "-o", again, "--best", "--gpu", "rtx50", "--bits", 5, "--from", kept)
@@ -54,7 +60,7 @@ def test_what_was_measured_is_kept_and_chosen_from_without_a_run(ctq: Any, flux_
     refused = ctq("-i", flux_file, "-o", again, "--best", "--from", out)
     assert (refused.code, refused.err) == (
         1,
-        f"error: {out}: it holds no trials of formats (make it with --best --keep)\n",
+        f"error: {out}: it holds no trials of formats (make it with observe --trials)\n",
     )
 
 

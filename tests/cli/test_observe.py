@@ -20,6 +20,7 @@ from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.engines import denoiser
 from convert_to_quant.kernels import SIGMA_BINS
 from convert_to_quant.stats import COLUMNS, Statistics
+from convert_to_quant.trials import Trials
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
 
@@ -356,6 +357,48 @@ def test_two_processes_observe_what_one_does(ctq: Any, start: Start, fp8_file: P
         assert np.array_equal(getattr(one, name), getattr(two, name)), name
     assert one == two
     assert not [path for path in fp8_file.parent.iterdir() if "partial" in path.name]
+
+
+def test_two_processes_try_the_layers_that_one_does(ctq: Any, start: Start, flux_file: Path, port: int) -> None:
+    together, single = flux_file.with_name("together.safetensors"), flux_file.with_name("single.safetensors")
+    words = ("observe", flux_file, "--trials", "--samples", 3, "--steps", 1, "--height", 32, "--width", 32)
+    ranks = [
+        start((*words, "-o", together), None, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert ctq(*words, "-o", single).code == 0
+    one, two = Trials.load(single), Trials.load(together)
+    assert one is not None
+    assert two is not None
+    assert (one.layers, one.formats, one.moments) == (two.layers, two.formats, two.moments)
+    assert np.array_equal(one.count, two.count)
+    assert one.count.any((1, 2)).all()
+    assert np.allclose(one.damage, two.damage, rtol=0.02, atol=0)  # batches differ in the last bits
+    assert Statistics.load(single) == Statistics.load(together)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--pipeline", "p", "--prompts", "p.txt"), "--trials does not go with --pipeline"),
+        (("--lora", "a.safetensors"), "--trials does not go with --lora"),
+        (("--engine", "comfyui"), "--trials does not go with --engine comfyui"),
+    ],
+)
+def test_formats_are_tried_in_the_model_alone(ctq: Any, flux_file: Path, words: tuple[str, ...], said: str) -> None:
+    done = ctq("observe", flux_file, "-o", flux_file.with_name("s.safetensors"), "--trials", *words)
+    assert done.code == 2
+    assert said in done.err
+
+
+def test_formats_are_not_tried_in_a_model_that_is_quantized(ctq: Any, fp8_file: Path) -> None:
+    done = ctq("observe", fp8_file, "-o", fp8_file.with_name("s.safetensors"), "--trials")
+    assert done.code == 2
+    assert "no layer of this file can be quantized" in done.err
 
 
 # --- pipelines ---

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert_to_quant.best import CANDIDATES, candidates, formats_for
+from convert_to_quant.best import CANDIDATES, candidates, formats_for, input_scales
 from convert_to_quant.checkpoint import Checkpoint, open_checkpoint
 from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.engines import denoiser, diffusers
@@ -56,7 +56,7 @@ def bench(flux: Checkpoint) -> Bench:
 def offered(flux: Checkpoint, layers: Mapping[str, Layer]) -> dict[str, list[Candidate]]:
     """Everything that a Blackwell card multiplies, for every layer."""
     seen = diffusers.observe(flux, samples=3, steps=1, geometry=SIZE, layers=list(layers)).statistics
-    return candidates(flux, layers, seen, formats_for(BestOptions(gpu="rtx50")))
+    return candidates(layers, input_scales(flux, layers, seen), formats_for(BestOptions(gpu="rtx50")))
 
 
 def test_it_is_shown_every_way_of_conditioning_at_every_noise_level(bench: Bench) -> None:
@@ -71,13 +71,26 @@ def test_shares_of_the_layers_add_up_to_the_whole(bench: Bench, offered: dict[st
     parts = [run_trials(bench, offered, share=(number, 2)) for number in range(2)]
     together = parts[0].plus(parts[1])
 
-    assert told[-1] == (len(offered), len(offered))
+    assert told[-1] == (cells := sum(map(len, offered.values())), cells)
     assert (parts[0].count.any((1, 2)) ^ parts[1].count.any((1, 2))).all()
     assert np.array_equal(together.count, whole.count)
     for name in ("error", "damage"):
         assert np.allclose(
             getattr(together, name), getattr(whole, name), rtol=0.02, atol=0
         )  # batches differ in the last bits
+
+
+def test_it_can_be_cancelled_at_every_evaluation(bench: Bench, offered: dict[str, list[Candidate]]) -> None:
+    ran: list[int] = []
+    bench.denoiser.model.register_forward_pre_hook(lambda *_: ran.append(1))
+
+    def cancel(*_: int) -> None:
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_trials(bench, offered, progress=cancel)
+    assert len(ran) == 4
 
 
 def test_of_the_formats_of_one_size_only_the_best_of_each_card_is_run_to_the_end(
