@@ -9,17 +9,18 @@ The rest is `convert`'s: it writes what a `Plan` says.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import headroom
+from . import headroom, speeds
 from .calibrate_activation_scales import refuse_unrunnable
 from .checkpoint import Checkpoint, Spec
 from .choose import Choice, Offer, choose, decibels, total_bytes, total_damage
@@ -52,6 +53,8 @@ tokens of an observation."""
 INSTEAD = "--format gives all layers one format, and --layer-format some of them another"
 """What can be done about a model that cannot be run."""
 
+Microseconds = Callable[[str, str], float]
+
 CURVE_BITS = (4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 8.0, 10.0)
 
 
@@ -65,6 +68,8 @@ class Best:
         offers: what each layer could have become.
         layers: these layers.
         statistics, trials: what was measured.
+        gpu: the card that it was chosen for.
+        limit_microseconds: of the layers' products there.
     """
 
     plan: ConversionPlan
@@ -73,6 +78,8 @@ class Best:
     layers: Mapping[str, Layer]
     statistics: Statistics
     trials: Trials
+    gpu: str = "any"
+    limit_microseconds: float = math.inf
 
     @property
     def weights(self) -> int:
@@ -89,9 +96,23 @@ class Best:
         """The velocity's SQNR on noise, if the layers' damages add up; real prompts are usually kept better."""
         return decibels(total_damage(self.choice))
 
+    @property
+    def speed(self) -> float | None:
+        """How many times as fast as in 16 bits the layers' products are; None where that was not asked for."""
+        if math.isinf(self.limit_microseconds):
+            return None
+        before = sum(some[0].microseconds for some in self.offers.values())
+        return before / sum(offer.microseconds for offer in self.choice.values())
+
     def summary(self) -> str:
         """One line: how many layers became what, their bits per weight, and what is expected of them."""
-        return f"{self.plan.summary()}; {self.bits:.2f} bits per weight, {self.expected_db:.1f} dB expected on noise"
+        fast = ""
+        if self.speed is not None:
+            known = speeds.of_card(self.gpu)
+            fast = f", products {self.speed:.2f} × as fast as 16 bits on {known['device']} ({known['source']})"
+        return (
+            f"{self.plan.summary()}; {self.bits:.2f} bits per weight, {self.expected_db:.1f} dB expected on noise{fast}"
+        )
 
     def counts(self) -> dict[str, int]:
         """How many layers are in which format; "" is high precision."""
@@ -102,7 +123,9 @@ class Best:
         found = {}
         for bits in CURVE_BITS:
             try:
-                found[bits] = decibels(total_damage(choose_of_cards(self.offers, limit_bytes(self.layers, bits))))
+                found[bits] = decibels(
+                    total_damage(choose_of_cards(self.offers, limit_bytes(self.layers, bits), self.limit_microseconds))
+                )
             except OptionError:  # not even the smallest formats fit
                 continue
         return found
@@ -122,6 +145,7 @@ class Best:
         return {
             "bits": self.bits,
             "expected_db": self.expected_db,
+            **({} if self.speed is None else {"speed": self.speed, "speed_source": speeds.of_card(self.gpu)["source"]}),
             "counts": self.counts(),
             "curve": [{"bits": bits, "expected_db": db} for bits, db in self.curve().items()],
             "uniform": {name: {"bits": bits, "expected_db": db} for name, (bits, db) in self.uniform().items()},
@@ -140,12 +164,15 @@ def formats_for(options: BestOptions) -> list[Format]:
     """The formats that may be chosen: those asked for, of those that the card multiplies natively.
 
     Raises:
-        OptionError: none is left.
+        OptionError: none is left, or a speed is asked for on a card that was not measured.
     """
     asked = options.formats or CANDIDATES
     found = [FORMATS[name] for name in asked if options.gpu in FORMATS[name].native]
+    if options.speed is not None:
+        found = [fmt for fmt in found if fmt.name in speeds.formats(options.gpu)]
     if not found:
-        raise OptionError(f"{options.gpu} multiplies none of {', '.join(asked)} natively")
+        known = "" if options.speed is None else ", as far as its speed is known"
+        raise OptionError(f"{options.gpu} multiplies none of {', '.join(asked)} natively{known}")
     return found
 
 
@@ -274,37 +301,49 @@ def input_scales(checkpoint: Checkpoint, layers: Mapping[str, Layer], statistics
     return {result.layer: result for result in solve(statistics, present, SolveOptions())}
 
 
-def offers_of(layers: Mapping[str, Layer], trials: Trials, formats: Sequence[Format]) -> dict[str, list[Offer]]:
+def offers_of(
+    layers: Mapping[str, Layer], trials: Trials, formats: Sequence[Format], microseconds: Microseconds | None = None
+) -> dict[str, list[Offer]]:
     """What each layer could become, what that takes, and what it does.
+
+    Args:
+        layers: by name.
+        trials: of them.
+        formats: to choose from.
+        microseconds: what a layer's product takes in a format, "" for what it is now; where speed counts.
 
     Of the formats of one size those are offered that were run to the end: the best by output error of each card.
     """
-    nothing = np.zeros(len(trials.moments))
+    nothing, cost = np.zeros(len(trials.moments)), microseconds or (lambda _layer, _fmt: 0.0)
     offers: dict[str, list[Offer]] = {}
     for name, layer in layers.items():
-        offers[name] = [Offer("", layer.weight.nbytes, nothing)]
+        offers[name] = [Offer("", layer.weight.nbytes, nothing, cost(name, ""))]
         for fmt in formats:
             damage = trials.mean_damage(name, fmt.name)
             if damage is not None and fmt.takes(layer.shape):
-                offers[name].append(Offer(fmt.name, stored_bytes(fmt, layer.shape), damage))
+                offers[name].append(Offer(fmt.name, stored_bytes(fmt, layer.shape), damage, cost(name, fmt.name)))
     return offers
 
 
-def choose_of_cards(offers: Mapping[str, Sequence[Offer]], limit: float) -> Choice:
+def choose_of_cards(offers: Mapping[str, Sequence[Offer]], *limits: float) -> Choice:
     """The best of what is chosen from all formats, and from those of them that each card multiplies.
 
     With more formats `choose` may end at a mix that is a little worse than one of fewer.
 
+    Args:
+        offers: by layer.
+        limits: as `choose` takes them.
+
     Raises:
-        OptionError: even the smallest formats take more.
+        OptionError: even the smallest formats take more, or the fastest that fit.
     """
     some = {offer.format for row in offers.values() for offer in row if offer.format}
     kinds = {frozenset(name for name in some if gpu in FORMATS[name].native) for gpu in GPUS} - {frozenset(some)}
-    found = [choose(offers, limit)]
+    found = [choose(offers, *limits)]
     for kind in kinds:
         fewer = {layer: [o for o in row if not o.format or o.format in kind] for layer, row in offers.items()}
         with suppress(OptionError):  # its smallest formats may take more
-            found.append(choose(fewer, limit))
+            found.append(choose(fewer, *limits))
     return max(found, key=lambda choice: decibels(total_damage(choice)))
 
 
@@ -376,18 +415,35 @@ def plan_best(
             of = ", ".join(before) or "none"
             raise StatisticsError(f"it was measured with other adapters merged: {of}", path=statistics.path)
         solved = input_scales(run, layers, statistics)
-    offers = offers_of(layers, trials, formats)
+    cost = None if options.speed is None else partial(_microseconds, options.gpu, layers, solved)
+    offers = offers_of(layers, trials, formats, cost)
     _refuse_untried(layers, offers, formats, statistics)
+    slowest = (
+        math.inf if options.speed is None else sum(some[0].microseconds for some in offers.values()) / options.speed
+    )
     if options.size_bytes is None:
-        choice = _choose_of_bits(offers, options.bits_wanted, layers)
+        choice = _choose_of_bits(offers, options.bits_wanted, layers, slowest)
     else:
         choice = _choose_of_size(
-            offers, options.size_bytes, lambda choice: written_bytes(checkpoint, _plan_of(plan, choice, solved))
+            offers,
+            options.size_bytes,
+            lambda choice: written_bytes(checkpoint, _plan_of(plan, choice, solved)),
+            slowest,
         )
     mixed = _plan_of(plan, choice, solved)
     if not mixed.quantized:
         raise OptionError("nothing would be quantized: the layers fit as they are", hint="ask for a smaller file")
-    return Best(mixed, choice, offers, layers, statistics, trials)
+    return Best(mixed, choice, offers, layers, statistics, trials, options.gpu, slowest)
+
+
+def _microseconds(
+    gpu: str, layers: Mapping[str, Layer], solved: Mapping[str, LayerResult], name: str, fmt: str
+) -> float:
+    """What a layer's products take; nothing where it sees one token per image."""
+    if solved[name].cause == "one row":
+        return 0.0
+    plain = not fmt or full_precision(FORMATS[fmt], solved[name])
+    return speeds.microseconds(gpu, "" if plain else fmt, layers[name].shape)
 
 
 def _refuse_untried(
@@ -409,24 +465,28 @@ def _refuse_untried(
             )
 
 
-def _choose_of_bits(offers: Mapping[str, Sequence[Offer]], bits: float, layers: Mapping[str, Layer]) -> Choice:
+def _choose_of_bits(
+    offers: Mapping[str, Sequence[Offer]], bits: float, layers: Mapping[str, Layer], slowest: float
+) -> Choice:
     """The best choice of at most so many bits per weight."""
     over = total_bytes(_smallest(offers)) - limit_bytes(layers, bits)
     if over > 0:
         least = bits + 8 * over / sum(layer.weight.elements for layer in layers.values())
         raise OptionError(f"even the smallest formats take {least:.2f} bits per weight, and --bits asks for {bits:g}")
-    return choose_of_cards(offers, limit_bytes(layers, bits))
+    return choose_of_cards(offers, limit_bytes(layers, bits), slowest)
 
 
-def _choose_of_size(offers: Mapping[str, Sequence[Offer]], size: int, written: Callable[[Choice], int]) -> Choice:
+def _choose_of_size(
+    offers: Mapping[str, Sequence[Offer]], size: int, written: Callable[[Choice], int], slowest: float
+) -> Choice:
     """The best choice whose file has at most so many bytes; what surrounds the weights depends on the choice, too."""
     smallest = _smallest(offers)
     if written(smallest) > size:
         raise OptionError(f"even the smallest formats make a file of {written(smallest):,} bytes, not of {size:,}")
-    choice: Choice = {name: some[0] for name, some in offers.items()}
+    choice = choose_of_cards(offers, math.inf, slowest)
     while (too_large := written(choice) - size) > 0:
-        limit = total_bytes(choice) - too_large
-        choice = choose_of_cards(offers, limit) if limit > total_bytes(smallest) else smallest
+        limit = max(total_bytes(choice) - too_large, total_bytes(smallest))
+        choice = choose_of_cards(offers, limit, slowest)
     return choice
 
 

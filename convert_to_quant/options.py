@@ -59,6 +59,7 @@ class Range(NamedTuple):
 
 BLOCK = Range("--block_size should be at least 1 and below 65536", int, 1, 65535)
 BITS = Range("--bits should be between 3 and 16", float, 3, 16)
+SPEED = Range("--speed should be above 0", float, math.ulp(0.0))
 COUNT = Range("{name} should be at least 1", int, 1)
 MARGIN = Range("a margin should be at least 1", float, 1, hint="below 1 clips what was seen")
 PERCENTILE = Range("a percentile should be above 0 and at most 100", float, math.ulp(0.0), 100)
@@ -312,12 +313,14 @@ class BestOptions(Options):
             `file_size` is given.
         file_size: of the whole file, "8GB"; 1 GB is 10⁹ bytes.
         gpu: a key of `formats.record.GPUS`.
+        speed: of the layers' products on that card, against 16 bits.
         only: keys of `formats.FORMATS` to choose from, with commas; those of `best.CANDIDATES` where None.
     """
 
     bits: float | None = option(None, "per quantized weight (8)", "N", BITS)
     file_size: str | None = option(None, "of the file: 8GB, 700MB", "SIZE", flag="size")
-    gpu: str = option("any", "fast on: any, rtx20..50, h100, mi300, rdna3..4", "NAME")
+    gpu: str = option("any", "fast on: any, rtx20..50, h100, l40s, mi300, rdna3..4", "NAME")
+    speed: float | None = option(None, "at least so many times as fast as 16 bits", "N", SPEED)
     only: str | None = option(None, "to choose from, with commas (all of the card)", "NAMES", flag="formats")
 
     def __post_init__(self) -> None:

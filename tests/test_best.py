@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny_flux import ONE_ROW
 
+from convert_to_quant import speeds
 from convert_to_quant.best import (
     CANDIDATES,
     Best,
@@ -158,6 +159,44 @@ def test_more_formats_to_choose_from_never_make_a_mix_worse(seed: int) -> None:
             for gpu in ("rtx20", "any", "h100", "rtx50") if share > 0.5 or gpu != "rtx20"
         }  # fmt: skip
         assert list(db.values()) == sorted(db.values())
+
+
+@pytest.fixture(scope="module")
+def on_l40s(checkpoint: Checkpoint) -> Best:
+    """A choice under a speed."""
+    return plan_best(checkpoint, ConvertOptions(), BestOptions(gpu="l40s", speed=1.5), SHOWN)
+
+
+def test_a_mix_is_as_fast_as_asked_for_and_no_larger(checkpoint: Checkpoint, on_l40s: Best) -> None:
+    measured = on_l40s.statistics, on_l40s.trials
+    free = plan_best(checkpoint, ConvertOptions(), BestOptions(gpu="l40s", only="fp8,int8-convrot"), measured=measured)
+    assert on_l40s.speed is not None
+    assert on_l40s.speed >= 1.5
+    assert set(on_l40s.counts()) <= {"fp8", "int8-convrot", ""}
+    assert total_bytes(on_l40s.choice) <= limit_bytes(on_l40s.layers, 8)
+    assert on_l40s.expected_db <= free.expected_db
+    assert "× as fast as 16 bits on NVIDIA L40S (published: " in on_l40s.summary()
+    by_size = BestOptions(gpu="l40s", speed=1.5, file_size="1MB")
+    again = plan_best(checkpoint, ConvertOptions(), by_size, measured=measured)
+    assert again.speed is not None
+    assert again.speed >= 1.5
+    with pytest.raises(OptionError, match="no mix of formats of that size is so fast"):
+        plan_best(checkpoint, ConvertOptions(), BestOptions(gpu="l40s", speed=2.1), measured=measured)
+
+
+def test_the_speed_of_a_card_that_was_not_measured_is_not_assumed(choose: Any) -> None:
+    with pytest.raises(
+        OptionError, match=r"no speed of GeForce RTX 40 \(Ada\) was measured.*known: h100 \(measured\), l40s"
+    ):
+        choose(gpu="rtx40", speed=1.2)
+    with pytest.raises(OptionError, match="multiplies none of int8 natively, as far as its speed is known"):
+        choose(gpu="l40s", only="int8", speed=1.2)
+
+
+def test_products_cost_what_was_measured_at_the_nearest_shape() -> None:
+    assert speeds.microseconds("h100", "fp8", (9216, 3072)) == 397
+    assert speeds.microseconds("h100", "", (3072, 24576)) == pytest.approx(549 * 24576 / 15360)
+    assert speeds.microseconds("l40s", "", (64, 64)) / speeds.microseconds("l40s", "fp8", (64, 64)) == 1.27
 
 
 def test_fp8_layers_have_the_input_scales_that_were_measured(

@@ -28,7 +28,7 @@ ROWS = (
     {"engines"},
     {"solve", "choose", "headroom", "patch", "convert", "migration", "repair"},
     {"adapters", "lora", "recorder", "linear_calls", "layers", "layout", "damaged", "misshapen", "naming", "packings"},
-    {"marks", "families", "stats", "trials", "formats", "checkpoint", "options"},
+    {"marks", "families", "stats", "trials", "speeds", "formats", "checkpoint", "options"},
     {"names", "errors", "kernels", "telling", "untrusted", "lazy_torch"},
     {""},
 )

@@ -167,7 +167,7 @@ W4A4 = ConvRotW4A4(
     fallback="int8",
     range=7.0,
     cards="Ampere and Ada",
-    native=frozenset({"rtx30", "rtx40"}),
+    native=frozenset({"rtx30", "rtx40", "l40s"}),
     since="0.33 or earlier",
 )
 FORMATS = (ROWS, replace(ROWS, name="int8-tensor", granularity="tensor", scale_rank=0), CONVROT, W4A4)

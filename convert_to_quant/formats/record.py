@@ -60,6 +60,7 @@ GPUS: Mapping[str, str] = {
     "rtx40": "GeForce RTX 40 (Ada)",
     "rtx50": "GeForce RTX 50 (Blackwell)",
     "h100": "H100, H200 (Hopper)",
+    "l40s": "L40S (Ada)",
     "mi300": "Instinct MI300",
     "rdna3": "Radeon RX 7000",
     "rdna4": "Radeon RX 9000",
@@ -67,8 +68,8 @@ GPUS: Mapping[str, str] = {
 """Graphics cards that can be asked for; "any" is what has INT8 products, where packed weights become INT8 first."""
 
 INT8_GPUS = frozenset(GPUS)
-AMPERE_GPUS = frozenset({"any", "rtx30", "rtx40", "rtx50", "h100"})
-FP8_GPUS = frozenset({"rtx40", "rtx50", "h100", "rdna3", "rdna4"})
+AMPERE_GPUS = frozenset({"any", "rtx30", "rtx40", "rtx50", "h100", "l40s"})
+FP8_GPUS = frozenset({"rtx40", "rtx50", "h100", "l40s", "rdna3", "rdna4"})
 BLACKWELL_GPUS = frozenset({"rtx50"})
 
 Parts = Mapping[str, "Tensor"]
