@@ -114,6 +114,17 @@ class Best:
             f"{self.plan.summary()}; {self.bits:.2f} bits per weight, {self.expected_db:.1f} dB expected on noise{fast}"
         )
 
+    def provenance(self) -> dict[str, Any]:
+        """What a file says of how its formats were chosen."""
+        made = self.statistics.provenance
+        run: dict[str, Any] = {
+            "samples": self.statistics.samples,
+            "conditioning": ", ".join(made.get("conditioning", ())),
+        }
+        if len(seeds := made.get("seed", ())) == 1 and seeds[0].isdecimal():
+            run["seed"] = int(seeds[0])
+        return {"gpu": self.gpu, "bits": round(self.bits, 3), "expected_db": round(self.expected_db, 2), **run}
+
     def counts(self) -> dict[str, int]:
         """How many layers are in which format; "" is high precision."""
         return dict(Counter(offer.format for offer in self.choice.values()).most_common())
@@ -421,19 +432,22 @@ def plan_best(
     slowest = (
         math.inf if options.speed is None else sum(some[0].microseconds for some in offers.values()) / options.speed
     )
+
+    def best_of(choice: Choice) -> Best:
+        mixed = _plan_of(plan, choice, solved)
+        found = Best(mixed, choice, offers, layers, statistics, trials, options.gpu, slowest)
+        return replace(found, plan=replace(mixed, steps={"mix": found.provenance()}))
+
     if options.size_bytes is None:
         choice = _choose_of_bits(offers, options.bits_wanted, layers, slowest)
     else:
         choice = _choose_of_size(
-            offers,
-            options.size_bytes,
-            lambda choice: written_bytes(checkpoint, _plan_of(plan, choice, solved)),
-            slowest,
+            offers, options.size_bytes, lambda choice: written_bytes(checkpoint, best_of(choice).plan), slowest
         )
-    mixed = _plan_of(plan, choice, solved)
-    if not mixed.quantized:
+    best = best_of(choice)
+    if not best.plan.quantized:
         raise OptionError("nothing would be quantized: the layers fit as they are", hint="ask for a smaller file")
-    return Best(mixed, choice, offers, layers, statistics, trials, options.gpu, slowest)
+    return best
 
 
 def _microseconds(

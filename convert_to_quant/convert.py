@@ -119,6 +119,7 @@ class ConversionPlan:
         ways: how the file says it; one or several that agree.
         notes: what a user should know.
         merged: adapters that are added to weights before these are rounded.
+        steps: what the file's provenance says beside "convert": how formats were chosen.
     """
 
     table: LayerTable
@@ -128,6 +129,7 @@ class ConversionPlan:
     ways: tuple[Way, ...]
     notes: list[str]
     merged: LoraMatch = field(default_factory=lambda: LoraMatch({}))
+    steps: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def quantized(self) -> list[tuple[Layer, Format]]:
@@ -375,7 +377,7 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
     if plan.merged.loras:
         step["merged"] = [{"file": lora.path.name, "strength": lora.strength} for lora in plan.merged.loras]
     room = provenance_room(layer.name for layer, _ in plan.quantized)
-    marked[names.PROVENANCE_KEY] = provenance(checkpoint.metadata, convert=step) + room
+    marked[names.PROVENANCE_KEY] = provenance(checkpoint.metadata, convert=step, **plan.steps) + room
     return layout.lay_out(checkpoint, made, dropped, marked)
 
 

@@ -106,6 +106,25 @@ class LayerView:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """How this tool chose a format for every layer, by the file's own word.
+
+    Attributes:
+        gpu: the card that it was chosen for.
+        bits: per weight of the layers that could be quantized.
+        expected_db: SQNR of the velocity.
+        conditioning, samples, seed: of the run that it was chosen from.
+    """
+
+    gpu: str | None = None
+    bits: float | None = None
+    expected_db: float | None = None
+    conditioning: str | None = None
+    samples: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
 class Made:
     """How this tool made a file, by the file's own word.
 
@@ -119,6 +138,7 @@ class Made:
         unmeasured: layers that a calibration by measurement left as they were.
         depends_on_conditioning: layers whose ranges move with the conditioning, which noise only imitates.
         lora: adapters that the ranges cover.
+        mix: how formats were chosen, where they were; scales of inputs were measured with it.
     """
 
     version: str | None = None
@@ -131,10 +151,12 @@ class Made:
     unmeasured: tuple[str, ...] = ()
     depends_on_conditioning: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
+    mix: Mix | None = None
 
     def measured(self, layer: str) -> bool:
         """Whether the scale of a layer's inputs was found by measurement, be it 1.0."""
-        return self.engine in ("model", "statistics") and layer not in self.unmeasured + self.guessed
+        measured = self.mix is not None or self.engine in ("model", "statistics")
+        return measured and layer not in self.unmeasured + self.guessed
 
 
 @dataclass(frozen=True)
@@ -213,7 +235,7 @@ class Inspection:
         if guessed:
             return (Problem("guessed", guessed),)
         products = [layer for layer in self.layers if layer.reading in PRODUCTS]
-        calibrated = self.made is not None and self.made.engine is not None  # be all scales 1.0
+        calibrated = self.made is not None and (self.made.engine or self.made.mix) is not None  # be all scales 1.0
         if calibrated or not products or not all(layer.input_state in ("one", "missing") for layer in products):
             return ()
         return (Problem("uncalibrated", tuple(layer.name for layer in products)),)
@@ -644,6 +666,10 @@ def _config_beside(path: Path) -> str | None:
     return " ".join(word for word in words if isinstance(word, str)) or "unnamed"
 
 
+def _of_kinds(found: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
+    return {name: found[name] for name, kind in kinds.items() if type(found.get(name)) is kind}
+
+
 def _made(metadata: Mapping[str, str]) -> Made | None:
     """What this tool wrote about itself, as far as it is well formed: whoever wrote it, it is a remark, not data."""
     try:
@@ -652,10 +678,12 @@ def _made(metadata: Mapping[str, str]) -> Made | None:
         return None
     if not isinstance(said, dict):
         return None
-    calibrate = said.get("calibrate")
+    calibrate, mix = said.get("calibrate"), said.get("mix")
     found = {**(calibrate if isinstance(calibrate, dict) else {}), "version": said.get("version")}
-    kinds = {"version": str, "engine": str, "conditioning": str, "samples": int, "seed": int}
-    facts: dict[str, Any] = {name: found[name] for name, kind in kinds.items() if type(found.get(name)) is kind}
+    run = {"conditioning": str, "samples": int, "seed": int}
+    facts = _of_kinds(found, {"version": str, "engine": str, **run})
+    if isinstance(mix, dict):
+        facts["mix"] = Mix(**_of_kinds(mix, {"gpu": str, "bits": float, "expected_db": float, **run}))
     for name in ("guessed", "unmeasured", "depends_on_conditioning", "lora"):
         if isinstance(found.get(name), list):
             facts[name] = tuple(text for text in found[name] if isinstance(text, str))

@@ -17,7 +17,7 @@ from .shared import check_shards
 from .terminal import Styled, columns, is_terminal, paint, printable
 
 if TYPE_CHECKING:
-    from ..inspection import Inspection, LayerView, Made
+    from ..inspection import Inspection, LayerView, Made, Mix
     from ..problems import Problem
 
 DESCRIPTION = (
@@ -198,17 +198,29 @@ def _input_scales(found: Inspection) -> str:
     return ", ".join(f"{counts[state]:,} {word}" for state, word in words.items() if state in counts)
 
 
+def _run(made: Made | Mix) -> str:
+    """What a run was shown, in brackets."""
+    figures = [plural(made.samples, "sample")] if made.samples is not None else []
+    figures += [f"seed {made.seed}"] if made.seed is not None else []
+    return f" ({', '.join(figures)})" if figures else ""
+
+
 def _made(made: Made) -> str:
     steps = ["converted"] if made.converted else []
+    if (mix := made.mix) is not None:
+        steps.append(
+            f"the best mix of formats{f' for {mix.gpu}' if mix.gpu else ''}, chosen by running the model on "
+            f"{mix.conditioning or 'given conditioning'}{_run(mix)}"
+            + (f": {mix.bits:.2f} bits per weight" if mix.bits is not None else "")
+            + (f", {mix.expected_db:.1f} dB expected there" if mix.expected_db is not None else "")
+        )
     if made.engine is not None:
         how = {
             "model": f"calibrated by running the model on {made.conditioning or 'given conditioning'}",
             "layer": "input scales guessed by simulating each layer",
             "statistics": "calibrated from observed statistics",
         }.get(made.engine, f"calibrated by {made.engine}")
-        figures = [plural(made.samples, "sample")] if made.samples is not None else []
-        figures += [f"seed {made.seed}"] if made.seed is not None else []
-        steps.append(how + (f" ({', '.join(figures)})" if figures else ""))
+        steps.append(how + _run(made))
     if made.guessed:
         steps.append(f"the scales of {plural(len(made.guessed), 'layer')} guessed (first: {made.guessed[0]})")
     if made.lora:

@@ -40,7 +40,11 @@ def test_the_best_mix_is_written_told_and_checked(ctq: Any, flux_file: Path, tmp
     assert found == {name: each["format"] for name, each in said["best"]["layers"].items() if each["format"]}
     checked = ctq("check", flux_file, out, "--height", 32, "--width", 32, "--samples", 1, "--steps", 1)
     assert checked.code == 0
-    assert ctq("inspect", out, "--strict").code == 0
+    told = ctq("inspect", out, "--strict")
+    assert told.code == 0
+    words = " ".join(told.out.split())
+    assert "the best mix of formats for rtx50, chosen by running the model on noise (3 samples, seed 42): " in words
+    assert f"{said['best']['bits']:.2f} bits per weight, {said['best']['expected_db']:.1f} dB expected there" in words
 
 
 OBSERVED = ("--trials", "--height", 32, "--width", 32, "--text-tokens", 4, "--samples", 3)
