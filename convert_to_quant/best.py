@@ -91,6 +91,10 @@ class Best:
         """Per weight, all scales included."""
         return 8 * total_bytes(self.choice) / self.weights
 
+    def bits_of(self, layer: str) -> float:
+        """Of one layer, per weight, scales included."""
+        return 8 * self.choice[layer].nbytes / self.layers[layer].weight.elements
+
     @property
     def expected_db(self) -> float:
         """The velocity's SQNR on noise, if the layers' damages add up; real prompts are usually kept better."""
@@ -141,6 +145,20 @@ class Best:
                 continue
         return found
 
+    def more(self, bits: float = 0.5) -> tuple[float, float]:
+        """What a larger mix would keep.
+
+        Args:
+            bits: more, per weight.
+
+        Returns:
+            Bits per weight, and the expected dB.
+        """
+        larger = choose_of_cards(
+            self.offers, total_bytes(self.choice) + bits * self.weights / 8, self.limit_microseconds
+        )
+        return 8 * total_bytes(larger) / self.weights, decibels(total_damage(larger))
+
     def uniform(self) -> dict[str, tuple[float, float]]:
         """Formats that every layer was tried in -> bits per weight, and the expected dB."""
         found = {}
@@ -158,11 +176,13 @@ class Best:
             "expected_db": self.expected_db,
             **({} if self.speed is None else {"speed": self.speed, "speed_source": speeds.of_card(self.gpu)["source"]}),
             "counts": self.counts(),
+            "half_a_bit_more": dict(zip(("bits", "expected_db"), self.more(), strict=True)),
             "curve": [{"bits": bits, "expected_db": db} for bits, db in self.curve().items()],
             "uniform": {name: {"bits": bits, "expected_db": db} for name, (bits, db) in self.uniform().items()},
             "layers": {
                 layer: {
                     "format": offer.format,
+                    "bits": self.bits_of(layer),
                     "damage_db": decibels(offer.damage),
                     "tried": {each.format: decibels(each.damage) for each in self.offers[layer] if each.format},
                 }

@@ -18,6 +18,7 @@ from .errors import StatisticsError, StrPath
 from .untrusted import is_texts, parse_json
 
 METADATA_KEY = "convert_to_quant.trials"
+TINY = 1e-12
 COLUMNS = ("trial_error", "trial_damage", "trial_count")
 
 
@@ -54,6 +55,18 @@ class Trials:
         place = self.layers.index(layer), self.formats.index(fmt)
         count = self.count[place]
         return self.damage[place] / count if count.all() else None
+
+    def damages_db(self) -> dict[str, dict[str, float]]:
+        """What each layer alone keeps of the velocity, in the formats that were run to the end: the mean in dB."""
+        found: dict[str, dict[str, float]] = {}
+        for layer in self.layers:
+            tried = {fmt: self.mean_damage(layer, fmt) for fmt in self.formats}
+            found[layer] = {
+                fmt: float(np.mean(-10 * np.log10(damage + TINY)))
+                for fmt, damage in tried.items()
+                if damage is not None
+            }
+        return found
 
     def plus(self, other: Trials) -> Trials:
         """Both together.

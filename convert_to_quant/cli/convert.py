@@ -188,8 +188,8 @@ def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: Convert
     for text in best.plan.told():
         note(text)
     if args.verbose or args.dry_run:
-        print_plan(best.plan, talk=args.json == "-")
-        print_curve(best)
+        print_mix(best, talk=args.json == "-")
+        print_curve(best, talk=args.json == "-")
     if args.json:
         write_json(args.json, {**plan_json(best.plan), "best": best.to_json()})
     if args.dry_run:
@@ -202,15 +202,35 @@ def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: Convert
     return 0
 
 
-def print_curve(best: Best) -> None:
+def print_mix(best: Best, *, talk: bool = False) -> None:
+    """Every layer, what becomes of it, and what it alone keeps of the velocity in this format and in the others."""
+    keeps, rows = best.trials.damages_db(), []
+    for decision in best.plan.decisions:
+        name, offer = decision.layer.name, best.choice.get(decision.layer.name)
+        becomes = decision.layer.weight.dtype if decision.format is None else decision.format.name
+        if offer is None:
+            rows.append((name, becomes, "", "", "", decision.reason))
+            continue
+        tried = sorted(keeps[name].items(), key=lambda pair: -pair[1])
+        others = ", ".join(f"{fmt} {db:.1f}" for fmt, db in tried if fmt != offer.format)
+        alone = f"{keeps[name][offer.format]:.1f} dB" if offer.format else ""
+        why = "least damage for its size" if offer.format else decision.reason
+        rows.append((name, becomes, f"{best.bits_of(name):.2f}", alone, others, why))
+    print_table(
+        ("layer", "format", "bits", "alone keeps", "others, dB", "why"), rows, right=(2, 3), optional=(5, 4), talk=talk
+    )
+
+
+def print_curve(best: Best, *, talk: bool = False) -> None:
     """What other sizes would keep, and what one format for all layers would."""
     sizes = [("best mix", bits, db) for bits, db in best.curve().items()]
     sizes += [(f"all {name}", bits, db) for name, (bits, db) in best.uniform().items()]
-    sizes.append(("this file", best.bits, best.expected_db))
+    sizes += [("this file", best.bits, best.expected_db), ("half a bit more", *best.more())]
     print_table(
         ("formats", "bits per weight", "expected on noise"),
         [(name, f"{bits:.2f}", f"{db:.1f} dB") for name, bits, db in sorted(sizes, key=lambda size: size[1])],
         right=(1, 2),
+        talk=talk,
     )
 
 

@@ -8,6 +8,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..report.document import Report, State
     from ..report.figures import Source
     from ..stats import Statistics
+    from ..trials import Trials
 
 DESCRIPTION = (
     "Show what calibration would change, and why: which layers are at risk at their present scales, every layer's "
@@ -69,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..checkpoint import write_bytes
     from ..report import figures
+    from ..trials import Trials
 
     asked = {"files": [Path(name).name for name in args.files], "against": args.against, "merge": args.merge,
              "force": args.force}  # fmt: skip
@@ -77,8 +80,11 @@ def run(args: argparse.Namespace) -> int:
     except NoStaticScaleError as finding:  # which is good to know, and no fault
         say(str(finding))
         return 1 if any((args.output, args.png, args.csv, args.json)) else 0
+    trials = [found for one in statistics if one.path is not None and (found := Trials.load(one.path)) is not None]
     outputs = outputs_of(report, args)
     tell(report, args)
+    if args.verbose and trials:
+        print_trials(reduce(Trials.plus, trials), talk=(args.csv, args.json) != (None, None))
     for place, content in outputs.items():
         if args.dry_run:
             say(f"dry run: {place} ({size(len(content))}) was not written")
@@ -273,6 +279,17 @@ def print_layers(report: Report, *, talk: bool) -> None:
         optional=(9, 5, 6, 2),
         talk=talk,
     )  # fmt: skip
+
+
+def print_trials(trials: Trials, *, talk: bool = False) -> None:
+    """What each layer alone keeps of the velocity in every format that was tried to the end; see `print_table`."""
+    found = trials.damages_db()
+    print_table(
+        ("layer alone, dB in", *trials.formats),
+        [(layer, *(f"{of[fmt]:.1f}" if fmt in of else "-" for fmt in trials.formats)) for layer, of in found.items()],
+        right=tuple(range(1, len(trials.formats) + 1)),
+        talk=talk,
+    )
 
 
 def risk_cell(state: State) -> str:

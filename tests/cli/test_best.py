@@ -34,7 +34,7 @@ def test_the_best_mix_is_written_told_and_checked(ctq: Any, flux_file: Path, tmp
     assert "bits per weight" in done.err
     assert f"wrote {out}" in done.err
     assert {line.split()[0] for line in done.out.splitlines() if line.startswith(("double", "single"))} >= found.keys()
-    for words in ("best mix", "all nvfp4", "this file"):
+    for words in ("best mix", "all nvfp4", "this file", "half a bit more", "alone keeps", "least damage for its size"):
         assert words in done.out
     assert out.stat().st_size < 0.8 * flux_file.stat().st_size
     assert found == {name: each["format"] for name, each in said["best"]["layers"].items() if each["format"]}
@@ -58,6 +58,9 @@ def test_formats_are_tried_while_observing_and_chosen_from_without_a_run(
     assert ctq("observe", flux_file, "-o", kept, *OBSERVED).code == 0
     assert ctq("-i", flux_file, "-o", again, "--best", "--gpu", "rtx50", "--bits", 7, "--from", kept).code == 0
     assert mix(again) == mix(out)
+    shown = ctq("report", kept, "-v").out
+    assert "layer alone, dB in" in shown
+    assert all(name in shown for name in mix(out))
     smaller = ctq("-i", flux_file, "-o", again, "--best", "--gpu", "rtx50", "--bits", 5, "--from", kept)
     assert smaller.code == 0
     assert again.stat().st_size < out.stat().st_size
@@ -66,6 +69,13 @@ def test_formats_are_tried_while_observing_and_chosen_from_without_a_run(
         1,
         f"error: {out}: it holds no trials of formats (make it with observe --trials)\n",
     )
+
+
+def test_stdout_is_one_document(ctq: Any, flux_file: Path) -> None:
+    done = ctq("-i", flux_file, *BEST, "--bits", 7, "--dry-run", "-v", "--json", "-")
+    said = json.loads(done.out)["best"]
+    assert said["half_a_bit_more"]["expected_db"] > said["expected_db"]
+    assert "half a bit more" in done.err
 
 
 def test_a_dry_run_writes_nothing(ctq: Any, flux_file: Path, folder: Callable[[], Any]) -> None:
