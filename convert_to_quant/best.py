@@ -566,4 +566,5 @@ def load_measured(*paths: StrPath) -> tuple[Statistics, Trials]:
                 "it holds no trials of formats", path=Path(path), hint="make it with observe --trials"
             )
         found.append(trials)
-    return merge(*(Statistics.load(path) for path in paths)), reduce(Trials.plus, found)
+    statistics = merge(*(Statistics.load(path) for path in paths)).replace(path=Path(paths[0]))
+    return statistics, reduce(Trials.plus, found)
