@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from . import convert, families, headroom, lora, names, naming
+from . import convert, headroom, lora, names, naming
 from .checkpoint import Checkpoint, CheckpointWriter, TensorInfo, open_checkpoint
 from .engines import layer as layer_engine
 from .errors import NoStaticScaleError, OptionError, OutputError, StrPath, TensorError, UnsupportedModelError
 from .formats import DEFAULT, DEFAULT_GRID, GRIDS
+from .identity import identify
 from .layers import Layer, LayerTable, find_layers, infer_block, input_scale, named, scales_per_row
 from .options import DEFAULT_ROWS, SAMPLES, CalibrationOptions, SolveOptions
 from .patch import LayerChange, Patch, apply_in_place, in_place_edits, plan_patch, rewrite
@@ -288,10 +289,10 @@ def static_table(checkpoint: Checkpoint) -> LayerTable:
         TensorError: it has no such layers, and why.
     """
     table = find_layers(checkpoint)
-    encoder = families.text_encoder(checkpoint.tensors) is not None
-    if table.static and not encoder:
+    found = identify(checkpoint, table)
+    if table.static and not found.encoder:
         return table
-    if table.diffusion and not encoder:
+    if table.diffusion and not found.encoder:
         layers, name = named(table.diffusion.values()), checkpoint.path.name
         raise NoStaticScaleError(
             f"nothing to calibrate: readers of its {layers} layers scale inputs as they come",
@@ -303,10 +304,15 @@ def static_table(checkpoint: Checkpoint) -> LayerTable:
     if table.quantized:
         tensor, layers = next(iter(table.quantized)), f"{len(table.quantized)} {named(table.quantized.values())} layers"
         problem = f"its {layers} are not a diffusion model's, and nothing reads their input scales"
+        if found.encoder:
+            problem = f"it is a {found.title}, which ComfyUI runs in full precision: nothing reads input scales in it"
+            tensor = None
     elif table.raw:
         tensor, layers = next(iter(table.raw)), f"{len(table.raw)} {named(table.raw.values())} layers"
         problem = f"its {layers} are a plain cast without scales, and nothing reads input scales beside them"
         hint = f"{CALIBRATE} marks them and finds input scales; converting the original, in 16 bits, keeps more"
+    elif found.kind not in (None, "diffusion"):
+        problem = f"it is a {found.title}, in which there is nothing to calibrate"
     else:
         problem = "no FP8 layers with weight scales in this file"
         hint = "convert and calibrate in one step: convert_to_quant -i IN -o OUT --actcal"

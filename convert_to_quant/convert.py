@@ -46,10 +46,12 @@ from .checkpoint import (
     to_float32,
 )
 from .checkpoint.reader import BIT_DTYPES
-from .errors import OutputError, TensorError
+from .errors import CheckpointError, OutputError, TensorError
+from .families.base import OUTSIDE
 from .formats import DEFAULT, FORMATS
 from .formats.packing import round_up
 from .formats.record import CHUNK, TORCH_NAMES, Format, Packed, narrow_bfloat16, scale_grid, spans
+from .identity import Identity, identify
 from .layers import Layer, LayerTable, dequantize, determined, find_layers, input_scale, named, scales_per_row
 from .layout import WORKERS, Sink
 from .lazy_torch import torch
@@ -114,6 +116,7 @@ class ConversionPlan:
     Attributes:
         table: its layers.
         family: the family whose table decided.
+        identity: what the file is.
         decisions: one for every layer in high precision, then those that were only cast to FP8, in file order.
         options: how.
         ways: how the file says it; one or several that agree.
@@ -124,6 +127,7 @@ class ConversionPlan:
 
     table: LayerTable
     family: families.Family
+    identity: Identity
     decisions: list[Decision]
     options: ConvertOptions
     ways: tuple[Way, ...]
@@ -156,6 +160,21 @@ class ConversionPlan:
         """How many layers become what, the most frequent first."""
         return dict(Counter(fmt for _, fmt in self.quantized).most_common())
 
+    @property
+    def title(self) -> str:
+        """What is converted, for people."""
+        return self.identity.title if self.identity.encoder else self.family.title
+
+    @property
+    def no_input_scales(self) -> str:
+        """Why there is nothing to calibrate in what is written; "" where there is."""
+        if self.identity.encoder:
+            return f"ComfyUI runs a {self.title} in full precision, so no input scales are written"
+        if not self.formats or any(fmt.static for fmt in self.formats):
+            return ""
+        titles = " and ".join(dict.fromkeys(fmt.title for fmt in self.formats))
+        return f"readers of {titles} layers scale inputs as they come"
+
     def summary(self) -> str:
         """One line: how many layers, into what, and which family's table decided."""
         weights = sum(layer.out_features * layer.in_features for layer, _ in self.quantized)
@@ -166,7 +185,7 @@ class ConversionPlan:
         return (
             f"{len(self.quantized)} of {len(self.decisions)} linear layers to "
             f"{', '.join(words) or self.options.format} "
-            f"({weights / 1e6:,.1f} M weights, {scaled}{self.family.title})"
+            f"({weights / 1e6:,.1f} M weights, {scaled}{self.title})"
         )
 
     def told(self) -> list[str]:
@@ -198,22 +217,27 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequ
     """
     table = find_layers(checkpoint)
     merged = match_checkpoint(loras, checkpoint, table, beside=True) if loras else LoraMatch({})
+    found = identify(checkpoint, table)
+    if options.preset is None and found.kind in ("vae", "adapter", "statistics", "packed"):
+        raise CheckpointError(f"it is a {found.title}, of which nothing is converted", path=checkpoint.path,
+                              hint="convert the original" if found.kind == "packed" else None)  # fmt: skip
+    if found.encoder:
+        options = replace(options, input_scale=False)  # which nothing reads
+    family = families.family(options.preset) if options.preset is not None else found.family or families.GENERIC
+    keeps = partial(found.kept_because, family=family)
     bare = names.strip_prefix(checkpoint.tensors)[1]
-    family = _choose_family(checkpoint, bare, options)
-    notes = list(table.notes)
-    if family is families.GENERIC and options.preset is None:
-        notes.append("no known model family fits these names: only layers in repeated blocks are quantized")
-    decisions = [_decide(layer, bare, family, options) for layer in table.plain.values()]
+    notes = [*table.notes, *(found.notes if options.preset is None else [])]
+    decisions = [_decide(layer, bare, keeps, options) for layer in table.plain.values()]
     here = [*table.quantized.values(), *(table.raw.values() if options.requantize else ())]
     changed = merged.matched
     if not options.requantize:
-        cast = [_as_it_is(_decide(layer, bare, family, options)) for layer in table.raw.values()]
+        cast = [_as_it_is(_decide(layer, bare, keeps, options)) for layer in table.raw.values()]
         notes += _say_cast(cast)
         decisions += cast
         for each in cast:
             if each.layer.name in changed:
                 raise _cannot_merge(checkpoint, each, options)
-    again = [_carried(checkpoint, _decide(each, bare, family, options, changed=each.name in changed)) for each in here]
+    again = [_carried(checkpoint, _decide(each, bare, keeps, options, changed=each.name in changed)) for each in here]
     if options.requantize:
         decisions += again
         again = [each for each in again if each.format is None]
@@ -239,7 +263,20 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequ
         minutes = weights * MSE_SECONDS_PER_WEIGHT / 60
         if minutes > 1:
             notes.append(f"an exact search for every row or block takes about {minutes:.0f} core minutes")
-    return ConversionPlan(table, family, decisions, options, ways, notes, merged)
+    notes += [] if table.quantized or table.raw or table.foreign else _say_little(found, decisions)
+    return ConversionPlan(table, family, found, decisions, options, ways, notes, merged)
+
+
+def _say_little(found: Identity, decisions: list[Decision]) -> list[str]:
+    """What a user should know where most of a model's blocks would stay in high precision."""
+    weights = found.structure.block_weights(found.shapes)
+    quantized = [each.layer for each in decisions if each.format]
+    share = sum(layer.out_features * layer.in_features for layer in quantized) / max(weights, 1)
+    if share >= 0.5 or not weights or any(each.layer.format for each in decisions):
+        return []
+    reasons = Counter(each.reason for each in decisions if not each.format and each.reason != OUTSIDE)
+    most = f" ({reasons.most_common(1)[0][0]})" if reasons else ""
+    return [f"only {share:.0%} of the weights in repeated blocks would be quantized; the rest stays as it is{most}"]
 
 
 def _cannot_merge(checkpoint: Checkpoint, decision: Decision, options: ConvertOptions) -> TensorError:
@@ -281,27 +318,22 @@ def _say_again(checkpoint: Checkpoint, layers: list[Layer]) -> list[str]:
     return [f"rounded a second time: {count}; the original in 16 bits keeps more"] if layers else []
 
 
-def _choose_family(checkpoint: Checkpoint, bare: dict[str, str], options: ConvertOptions) -> families.Family:
-    if options.preset is not None:
-        return families.family(options.preset)
-    shapes = {name: checkpoint.tensors[full].shape for full, name in bare.items()}
-    return families.detect(shapes, shapes) or families.GENERIC
-
-
 def _decide(
-    layer: Layer, bare: dict[str, str], family: families.Family, options: ConvertOptions, *, changed: bool = False
+    layer: Layer,
+    bare: Mapping[str, str],
+    keeps: Callable[[str], str | None],
+    options: ConvertOptions,
+    *,
+    changed: bool = False,
 ) -> Decision:
     """Quantize a layer, or the first reason not to; one that is `changed` is rounded anew to its own format, too."""
-    part = families.other_part(layer.name)
-    bare_weight = bare.get(layer.weight.name)
-    if part is not None:
-        return Decision(layer, None, f"belongs to a {part.title}")
-    if bare_weight is None:
-        return Decision(layer, None, "outside the diffusion model")
+    part, bare_weight = names.other_part(layer.name), bare.get(layer.weight.name)
+    if bare_weight is None or (part is not None and bare_weight == layer.weight.name):
+        return Decision(layer, None, f"belongs to a {part}" if part else "outside the diffusion model")
     excluded = next((pattern for pattern in options.exclude if re.search(pattern, layer.name)), None)
     if excluded is not None:
         return Decision(layer, None, f"excluded by {excluded!r}")
-    kept = family.kept_because(bare_weight[: -len(names.WEIGHT)])
+    kept = keeps(bare_weight[: -len(names.WEIGHT)])
     if kept is not None:
         return Decision(layer, None, kept)
     if layer.weight.elements == 0:

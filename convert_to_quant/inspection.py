@@ -43,7 +43,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import families, names, packings
+from . import names, packings
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .damaged import all_zero, not_finite
 from .errors import StrPath
@@ -52,6 +52,7 @@ from .formats.fp8 import QUANTOPS
 from .formats.int8 import ROWS as INT8
 from .formats.record import FLOAT_SCALES, Format, Grid, Packed
 from .formats.w4a8 import LEAST_CODE
+from .identity import identify
 from .layers import ForeignLayer, Layer, LayerError, LayerTable, find_layers, input_scale
 from .marks import full_precision
 from .misshapen import misshapen
@@ -65,9 +66,6 @@ LARGEST_INPUT_SCALE = 2.0**12
 """Of FP8; a scale of another grid is judged by the range that it makes."""
 
 _SAMPLE_RUNS, _SAMPLE_BYTES = 4, 1 << 14
-
-_OTHER_PREFIXES = tuple(part.prefix for part in families.OTHER_PARTS)
-_LORA_PARTS = (".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", ".lora.up.", ".lora.down.")
 
 _NO_CONFIG_BEYOND_BYTES = 1 << 20
 
@@ -170,8 +168,10 @@ class Inspection:
         size_bytes: of all its files.
         tensors: number of its tensors.
         prefix: what stands before the diffusion model's own names.
-        family: key of `families.FAMILIES`, "text-encoder", "adapter", or None.
+        family: key of `families.FAMILIES`, a kind of `identity.Kind`, or None.
         title: the same for people.
+        variant: which member of the family it is; "" where there is one only.
+        blocks: repeated blocks by structure, of a model of no known family.
         parts: what else the file holds: "VAE", ...
         layers: its linear layers, in file order.
         header_marks: number of layers that the header marks.
@@ -193,6 +193,8 @@ class Inspection:
     prefix: str
     family: str | None
     title: str
+    variant: str
+    blocks: tuple[str, ...]
     parts: tuple[str, ...]
     layers: tuple[LayerView, ...]
     header_marks: int
@@ -301,9 +303,9 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         What it is, its problems included.
     """
     table = find_layers(checkpoint, collect_problems=True)
-    family, title = _identify(checkpoint, table)
+    found = identify(checkpoint, table)
     made = _made(checkpoint.metadata)
-    survey = _Survey(checkpoint, table, family == "text-encoder", made or Made())
+    survey = _Survey(checkpoint, table, found.encoder, made or Made())
     layers = survey.views()
     survey.look_for_orphans()
     survey.look_for_damage()
@@ -314,7 +316,9 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     for name, detail in misshapen(table.tensor_shapes(checkpoint), alone, tiles):
         survey.report("misshapen", name, detail)
     marks, marker = table.marks, table.marks.legacy.marker
-    parts = (families.other_part(name) for name in checkpoint.tensors if name.startswith(_OTHER_PREFIXES))
+    for word in names.unread_words(table.prefix, checkpoint.tensors):
+        survey.report("wrapped", next(name for name in checkpoint.tensors if word in name), word)
+    parts = [] if found.encoder else [names.other_part(name) for name in checkpoint.tensors if not table.owns(name)]
     return Inspection(
         path=checkpoint.path,
         files=len(checkpoint.files),
@@ -322,9 +326,11 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         size_bytes=sum(file.header.data_start + file.header.data_bytes for file in checkpoint.files),
         tensors=len(checkpoint.tensors),
         prefix=table.prefix,
-        family=family,
-        title=title,
-        parts=tuple(dict.fromkeys(part.title for part in parts if part is not None)),
+        family=found.key,
+        title=found.title + (f" ({found.hint})" if found.hint else ""),
+        variant=found.variant,
+        blocks=tuple(map(str, found.structure.main)) if found.kind == "diffusion" and found.family is None else (),
+        parts=tuple(dict.fromkeys(part for part in parts if part is not None)),
         layers=tuple(layers),
         header_marks=len(marks.header.configs),
         header_version=version if isinstance(version := marks.header.fields.get("format_version"), str) else None,
@@ -336,23 +342,6 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         made=made,
         problems=tuple(survey.found[kind] for kind in KINDS if kind in survey.found),
     )
-
-
-def _identify(checkpoint: Checkpoint, table: LayerTable) -> tuple[str | None, str]:
-    """The family and its name for people."""
-    if names.STATISTICS_KEY in checkpoint.metadata:
-        return "statistics", "statistics of what layers received, not a model (convert_to_quant report shows them)"
-    found, bare = table.tensor_shapes(checkpoint), names.strip_prefix(checkpoint.tensors)[1]
-    shapes = {name: found[full] for full, name in bare.items() if full in found}
-    family = families.detect(shapes, shapes)
-    if family is not None:
-        return family.name, family.title
-    encoder = families.text_encoder(shapes)
-    if encoder is not None:
-        return "text-encoder", f"text encoder ({encoder})"
-    if any(part in name for name in checkpoint.tensors for part in _LORA_PARTS):
-        return "adapter", "adapter (LoRA), not a model"
-    return None, "unknown"
 
 
 @dataclass
@@ -561,7 +550,7 @@ class _Survey:
         """What ComfyUI does with a layer in codes, by its first fact that decides."""
         fmt = layer.format
         assert fmt is not None
-        part = families.other_part(layer.name)
+        part = None if self.table.owns(layer.name) else names.other_part(layer.name)
         if layer.marking == "none":
             row_wise = layer.weight_scale == layer.name + names.WEIGHT_SCALE and layer.granularity == "row"
             known = fmt.name == "nvfp4" or (fmt is DEFAULT and row_wise)
@@ -578,7 +567,7 @@ class _Survey:
         if not fmt.dynamic and layer.granularity != "tensor":
             self.report("scale-granularity", layer.name, f"one scale per {layer.granularity}")
             return "error"
-        if self.whole_text_encoder or (part is not None and part.title == "text encoder"):
+        if self.whole_text_encoder or (part == "text encoder"):
             return "text-encoder"
         if layer.full_precision:
             return "marker" if layer.marking == "legacy" else "full-precision"

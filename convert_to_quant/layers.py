@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-from . import families, formats, names
+from . import formats, names
 from .checkpoint import ALL_ROWS, Checkpoint, TensorInfo, to_float32
 from .errors import CheckpointError, TensorError
 from .formats import FLOAT_GRIDS
@@ -206,7 +206,7 @@ class LayerTable:
 
     def owns(self, name: str) -> bool:
         """Whether a tensor or layer is the diffusion model's own, and not of a text encoder or VAE in the same file."""
-        return name.startswith(self.prefix) and families.other_part(name) is None
+        return name.startswith(self.prefix) and (self.prefix != "" or names.other_part(name) is None)
 
     def linear(self) -> Iterator[Layer]:
         """Every layer whose weight this tool can read, quantized or not."""
@@ -324,6 +324,7 @@ class _Finder:
         self.checkpoint = checkpoint
         self.collect_problems = collect_problems
         prefix, _ = names.strip_prefix(checkpoint.tensors)
+        self.wrappers = names.unread_words(prefix, checkpoint.tensors)
         self.table = LayerTable(prefix, Marks(checkpoint, prefix, self.error))
 
     def run(self) -> LayerTable:
@@ -335,6 +336,9 @@ class _Finder:
                 self.guard(partial(self.add, name[: -len(names.WEIGHT)], info))
         for name in (name for name in header.configs if name + names.WEIGHT not in self.checkpoint):
             table.notes.append(f"{name}: marked as quantized in the header, but it has no weight in the file")
+        if self.wrappers:
+            words = " and ".join(self.wrappers)
+            table.notes.append(f"names hold {words}, which ComfyUI does not read: take it out of them")
         unmarked = [layer.name for layer in table.quantized.values() if layer.marking == "none"]
         if unmarked:
             table.notes.append(

@@ -6,7 +6,7 @@ Every spelling is written once, here, as data. What one family's layers are call
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from .errors import OptionError
 
@@ -53,11 +53,44 @@ LAYER_SUFFIXES = (WEIGHT, BIAS, *SCALES, COMFY_QUANT)
 CHANGED_IN_PLACE = (*INPUT_SCALES, COMFY_QUANT)
 """Of these, what a change in place may touch."""
 
-# What stands before the diffusion model's own names. The first two say it aloud: next to them a file may hold a VAE and
-# text encoders under other names. The last two are ordinary words, so they count only where every name carries them.
+OTHER_PARTS = {
+    prefix: title
+    for title, prefixes in {
+        # LTX-2's projection stands between Gemma and the transformer.
+        "text encoder": "text_encoders. text_encoder. text_encoder_2. text_encoder_3. cond_stage_model. conditioner. "
+        "text_embedding_projection.",
+        "image encoder": "clip_vision. image_encoder.",
+        "VAE": "first_stage_model. vae. audio_vae. pretransform.",
+        "vocoder": "vocoder.",
+        "second copy of the model (moving average)": "model_ema. ema_model. module_ema. net_ema. ema.",
+    }.items()
+    for prefix in prefixes.split()
+}
+"""Parts of a full checkpoint that are no diffusion model: the beginning of their names, and what they are called. Text
+encoders run in full precision in ComfyUI, so FP8 there would only lose; a VAE is convolutions and paints the pixels."""
+
+# What stands before the diffusion model's own names. The first two say it aloud: next to them a file may hold anything.
+# ComfyUI believes the next two where many names carry them. All others are ordinary words, so they count only where
+# every name carries them but those of other parts; some are what savers of wrapped models leave.
 DECISIVE_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-UNANIMOUS_PREFIXES = ("net.", "transformer.")
-CHECKPOINT_PREFIXES = ("", *DECISIVE_PREFIXES, *UNANIMOUS_PREFIXES)
+FREQUENT_PREFIXES = ("model.model.", "net.")
+MANY = 5
+"""Of names with such a prefix, more than these are many."""
+UNANIMOUS_PREFIXES = (
+    *("net.", "transformer.", "model.", "module.", "unet.", "dit.", "denoiser.", "backbone.", "student.", "generator."),
+    *(prefix for prefix, title in OTHER_PARTS.items() if title.startswith("second copy")),
+)
+CHECKPOINT_PREFIXES = ("", *DECISIVE_PREFIXES, *FREQUENT_PREFIXES, "transformer.")
+"""Those of released files."""
+
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_fpw_module.", "_forward_module.")
+"""What torch.compile, FSDP and activation checkpointing put anywhere into names."""
+
+UNREAD_PREFIXES = (
+    *WRAPPERS,
+    *(prefix for prefix in UNANIMOUS_PREFIXES if prefix not in ("net.", "transformer.", "model.")),
+)
+"""Of all these, what no reader takes off."""
 
 
 def check_patterns(flag: str, patterns: Iterable[str]) -> None:
@@ -78,27 +111,72 @@ def check_patterns(flag: str, patterns: Iterable[str]) -> None:
 
 
 def strip_prefix(names: Iterable[str]) -> tuple[str, dict[str, str]]:
-    """Find the prefix of a checkpoint's diffusion model and take it off.
+    """Find the prefix of a checkpoint's diffusion model and take it off, with all words that wrappers left in names.
 
     Args:
         names: Layer or tensor names of one checkpoint, as the file spells them.
 
     Returns:
-        The prefix (one of `CHECKPOINT_PREFIXES`) and {name in the file: bare name} of the names that carry it, in the
-        order given. Names without it (a VAE or text encoder in the same file) are left out.
+        What stands before the model's own names, as the file has it, and {name in the file: bare name} of the names
+        that carry it, in the order given. Names without it (a VAE or text encoder in the same file) are left out.
 
     >>> strip_prefix(["model.diffusion_model.img_in", "first_stage_model.conv_in"])
     ('model.diffusion_model.', {'model.diffusion_model.img_in': 'img_in'})
+    >>> strip_prefix(["module.img_in", "module.blocks.0._orig_mod.q"])[1]["module.blocks.0._orig_mod.q"]
+    'blocks.0.q'
     """
-    listed = list(names)
-    for prefix in DECISIVE_PREFIXES:
-        if any(name.startswith(prefix) for name in listed):
-            return prefix, {name: name[len(prefix) :] for name in listed if name.startswith(prefix)}
-    inside = [name for name in listed if name != LEGACY_MARKER]
-    for prefix in UNANIMOUS_PREFIXES:
+    prefix, bare = "", {name: name for name in names}
+    while found := _outermost_prefix(bare.values()):
+        prefix += found
+        bare = {name: rest[len(found) :] for name, rest in bare.items() if rest.startswith(found)}
+    unwrapped = {name: unwrap(rest) for name, rest in bare.items()}
+    return prefix, unwrapped if len(set(unwrapped.values())) == len(bare) else bare
+
+
+def unwrap(name: str) -> str:
+    """A name without the words that wrappers of modules leave in it."""
+    for word in WRAPPERS:
+        name = name.replace(word, "")
+    return name
+
+
+def unread_words(prefix: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Words in a checkpoint's names that no reader takes off.
+
+    >>> unread_words("module.", ["module.blocks.0._orig_mod.q"])
+    ('_orig_mod.', 'module.')
+    """
+    said = " ".join(names)
+    return tuple(word for word in UNREAD_PREFIXES if word in (said if word in WRAPPERS else prefix))
+
+
+def other_part(name: str) -> str | None:
+    """Find out whether a tensor or layer belongs to a text encoder, a VAE, or another part that is not quantized.
+
+    Args:
+        name: Its full name, as the file spells it.
+
+    Returns:
+        What the part is called, or None for the diffusion model's own layers.
+
+    >>> other_part("first_stage_model.decoder.mid.attn_1.q")
+    'VAE'
+    """
+    return next((title for prefix, title in OTHER_PARTS.items() if name.startswith(prefix)), None)
+
+
+def _outermost_prefix(names: Collection[str]) -> str:
+    """The next word of a prefix; "" where there is none."""
+    for prefix in (*DECISIVE_PREFIXES, *FREQUENT_PREFIXES):
+        if sum(name.startswith(prefix) for name in names) > (MANY if prefix in FREQUENT_PREFIXES else 0):
+            return prefix
+    inside = [name for name in names if name != LEGACY_MARKER]
+    inside = [name for name in inside if other_part(name) is None] or inside
+    for prefix in (*WRAPPERS, *UNANIMOUS_PREFIXES):
         if inside and all(name.startswith(prefix) for name in inside):
-            return prefix, {name: name[len(prefix) :] for name in inside}
-    return "", {name: name for name in listed}
+            language_model = prefix == "model." and any(name.endswith("embed_tokens.weight") for name in inside)
+            return "" if language_model else prefix
+    return ""
 
 
 # What may stand before a layer's name in a LoRA file, once or several times (`diffusion_model.transformer.`), and words

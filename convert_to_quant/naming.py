@@ -47,11 +47,13 @@ def respell(statistics: Statistics, layers: Mapping[str, Shape], prefix: str = "
         Statistics by the names given, in their order.
     """
     _, bare = names.strip_prefix(statistics.layers)
-    recorded = {name: statistics.layers[original] for original, name in bare.items()}
-    originals = {name: original for original, name in bare.items()}
-    wanted = {name.removeprefix(prefix): shape for name, shape in layers.items()}
+    originals = {name: original for original, name in bare.items()} | {name: name for name in statistics.layers}
+    recorded = {name: statistics.layers[original] for name, original in originals.items()}
+    wanted = {names.unwrap(name.removeprefix(prefix)): shape for name, shape in layers.items()}
     found = _same_inputs(recorded, wanted)
     sources = {name: originals[found[own]] for name, own in zip(layers, wanted, strict=True) if own in found}
+    sources |= {name: name for name, shape in layers.items() if statistics.layers.get(name) == shape}
+    sources = {name: sources[name] for name in layers if name in sources}
     facts = dict(statistics.provenance)
     if "depends_on_conditioning" in facts:
         moving = set(facts["depends_on_conditioning"])

@@ -109,6 +109,10 @@ KINDS: Mapping[str, Kind] = {
     "two-spellings": Kind(
         "legacy layers in a file whose header marks others: ComfyUI drops the scales of the legacy layers"
     ),
+    "wrapped": Kind(
+        "names hold words that wrappers of modules left (torch.compile, FSDP): ComfyUI does not find the model in them",
+        "take these words out of the names",
+    ),
     "unmarked": Kind(
         "quantized, with scales, but without a mark: ComfyUI drops the scales and paints noise, or does not load it",
         "convert_to_quant migrate FILE -o NEW --to comfy adds marks; or use it where it was made for",

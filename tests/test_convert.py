@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert_to_quant import convert as convert_module
-from convert_to_quant import families
 from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
 from convert_to_quant.convert import (
     convert,
@@ -25,6 +24,7 @@ from convert_to_quant.convert import (
     provenance,
 )
 from convert_to_quant.errors import Error, OptionError, OutputError, TensorError
+from convert_to_quant.families.base import IMAGE
 from convert_to_quant.formats.record import CHUNK
 from convert_to_quant.layers import dequantize, find_layers
 from convert_to_quant.marks import disables_fp8
@@ -460,7 +460,7 @@ def test_every_layer_that_stays_has_its_reason(save, build):
         "blocks.0.mlp": "excluded by 'mlp$'",
         "blocks.0.narrow": "24 × 16: FP8 needs sides that are multiples of 16",
         "blocks.0.empty": "has no elements",
-        "img_in": families.GENERIC.kept_because("img_in"),
+        "img_in": IMAGE,
         "text_encoders.t5.blocks.0.q": "belongs to a text encoder",
         "first_stage_model.layers.0": "belongs to a VAE",
         "surprise.blocks.0": "outside the diffusion model",
@@ -491,7 +491,9 @@ def test_a_family_is_detected_or_forced_by_a_preset(save, build):
 def test_an_unknown_model_is_noted(save, build):
     with open_checkpoint(save("in.safetensors", model(build))) as checkpoint:
         assert plan_conversion(checkpoint, ConvertOptions()).notes == [
-            "no known model family fits these names: only layers in repeated blocks are quantized"
+            "no known model family fits these names; repeated blocks by their structure: blocks (1 × 4 layers)",
+            "only 36% of the weights in repeated blocks would be quantized; the rest stays as it is "
+            "(24 × 16: FP8 needs sides that are multiples of 16)",
         ]
 
 

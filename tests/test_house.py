@@ -27,7 +27,8 @@ ROWS = (
     {"best", "calibrate_activation_scales", "fidelity", "inspection", "problems", "report"},
     {"engines"},
     {"solve", "choose", "headroom", "patch", "convert", "migration", "repair"},
-    {"adapters", "lora", "recorder", "linear_calls", "layers", "layout", "damaged", "misshapen", "naming", "packings"},
+    {"adapters", "lora", "recorder", "linear_calls", "layers", "identity", "layout", "damaged", "misshapen"}
+    | {"naming", "packings"},
     {"marks", "families", "stats", "trials", "speeds", "formats", "checkpoint", "options"},
     {"names", "errors", "kernels", "telling", "untrusted", "lazy_torch"},
     {""},

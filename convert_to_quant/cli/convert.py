@@ -247,9 +247,8 @@ def convert_file(
     from ..calibrate_activation_scales import refuse_unrunnable, static_table
     from ..lora import match_checkpoint
 
-    if calibration is not None and plan.formats and not any(fmt.static for fmt in plan.formats):
-        titles = " and ".join(dict.fromkeys(fmt.title for fmt in plan.formats))
-        note(f"nothing to calibrate: readers of {titles} layers scale inputs as they come")
+    if calibration is not None and (needless := plan.no_input_scales):
+        note(f"nothing to calibrate: {needless}")
         calibration = None
     if calibration is not None:  # places for what it finds
         plan = replace(plan, decisions=[replace(each, input_scale=each.input_scale or 1.0) for each in plan.decisions])
@@ -279,7 +278,7 @@ def convert_file(
     say_surviving(survival)
     note_formats(plan, output)
     unmeasured = (not fmt.dynamic and layer.input_scale is None for layer, fmt in plan.quantized)
-    if calibration is None and not args.no_input_scale and any(unmeasured):
+    if calibration is None and plan.options.input_scale and any(unmeasured):
         there = f"convert_to_quant -i {shlex.quote(str(output))} --actcal --in-place"
         note(f"its input scales are 1.0, not measured ({there} measures them)")
     return 0

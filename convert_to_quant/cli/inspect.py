@@ -141,9 +141,11 @@ def _entry(key: str, paragraphs: Sequence[str], width: int) -> Iterator[str]:
 
 
 def _model(found: Inspection) -> str:
+    variant = f": {found.variant}" if found.variant else ""
+    blocks = f"; blocks by structure: {', '.join(found.blocks)}" if found.blocks else ""
     prefix = f"; names begin with {found.prefix}" if found.prefix else ""
     parts = f"; also in the file: {', '.join(found.parts)}" if found.parts else ""
-    return found.title + prefix + parts
+    return found.title + variant + blocks + prefix + parts
 
 
 def _formats(found: Inspection) -> list[str]:

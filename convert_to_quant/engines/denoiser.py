@@ -36,6 +36,7 @@ from ..checkpoint import Checkpoint
 from ..errors import OptionError, UnsupportedModelError
 from ..families.rules import index
 from ..families.running import Architecture, Geometry, Inputs, Shapes, Signal, diffusion_time
+from ..identity import identify
 from ..layers import Layer, LayerTable, dequantize, find_layers
 from ..layers import input_scale as stored_input_scale
 from ..lora import LoraMatch
@@ -68,6 +69,7 @@ class Plan:
         sources: model tensor name -> where its rows lie, by bare tensor names.
         shapes: model tensor name -> its shape, as the sources give it.
         table: the checkpoint's layers.
+        full_names: bare tensor name -> as the checkpoint spells it.
     """
 
     family: str
@@ -76,10 +78,11 @@ class Plan:
     sources: Mapping[str, tuple[Piece, ...]]
     shapes: Shapes
     table: LayerTable
+    full_names: Mapping[str, str]
 
     def full_name(self, bare: str) -> str:
-        """A tensor or layer as the checkpoint spells it."""
-        return self.table.prefix + bare
+        """A tensor as the checkpoint spells it."""
+        return self.full_names[bare]
 
 
 def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
@@ -96,10 +99,12 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
         UnsupportedModelError: its family is unknown, or has no engine, or its layout is not the one diffusers knows.
     """
     table = find_layers(checkpoint) if table is None else table
-    shapes = _model_shapes(checkpoint, table)
-    family = families.detect(shapes, shapes)
+    found = identify(checkpoint, table)
+    shapes, family = found.shapes, found.family
     if family is None:
-        raise UnsupportedModelError("its tensor names fit no known family", path=checkpoint.path, hint=COMFYUI)
+        unfit = found.kind not in (None, "diffusion")
+        problem = f"no diffusion model: {found.title}" if unfit else "its tensor names fit no known family"
+        raise UnsupportedModelError(problem, path=checkpoint.path, hint=None if unfit else found.hint or COMFYUI)
     elsewhere = next((title for tensor, title in family.elsewhere.items() if tensor in shapes), family.title)
     architecture = family.runs(shapes)
     if architecture is None or elsewhere != family.title:
@@ -122,7 +127,8 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
             path=checkpoint.path,
             hint=COMFYUI,
         ) from None
-    return Plan(family.name, architecture, config, sources, model_shapes, table)
+    full_names = {bare: name for name, bare in names.strip_prefix(checkpoint.tensors)[1].items()}
+    return Plan(family.name, architecture, config, sources, model_shapes, table, full_names)
 
 
 def _sources(family: families.Family, architecture: Architecture, shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
@@ -162,12 +168,6 @@ def supports(checkpoint: Checkpoint, table: LayerTable | None = None) -> str | N
     except UnsupportedModelError as error:
         return error.problem if error.tensor is None else f"{error.tensor}: {error.problem}"
     return None
-
-
-def _model_shapes(checkpoint: Checkpoint, table: LayerTable) -> dict[str, tuple[int, ...]]:
-    """Shapes of the diffusion model's own tensors by bare name, without scales and marks."""
-    shapes, (_, bare_names) = table.tensor_shapes(checkpoint), names.strip_prefix(checkpoint.tensors)
-    return {bare: shapes[name] for name, bare in bare_names.items() if name in shapes and not families.other_part(name)}
 
 
 def converter(architecture: Architecture) -> Converter:

@@ -47,17 +47,15 @@ from pkgutil import iter_modules
 
 from ..errors import OptionError
 from ..names import squeezed, without_lora_prefixes
-from .base import Family, Shape
+from .base import Family, Shape, module_names
 from .comfyui import Conditions
 from .generic import FAMILY as GENERIC
-from .parts import OTHER_PARTS, other_part, text_encoder
 from .rules import Index, Part, Target, Targets, index, targets, translations, turned
 
 __all__ = [
     "CONDITIONS",
     "FAMILIES",
     "GENERIC",
-    "OTHER_PARTS",
     "RECORDS",
     "Family",
     "LoraNames",
@@ -68,13 +66,14 @@ __all__ = [
     "family",
     "lora_names",
     "module_names",
-    "other_part",
-    "text_encoder",
 ]
 
 _MODULES = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
 
-RECORDS: tuple[Family, ...] = tuple(module.FAMILY for module in _MODULES if hasattr(module, "FAMILY"))
+RECORDS: tuple[Family, ...] = tuple(
+    record for module in _MODULES for record in (getattr(module, "FAMILIES", None) or [getattr(module, "FAMILY", None)])
+    if record is not None
+)  # fmt: skip
 """All that is known, also of families that are known by their names alone; by the names of their files."""
 
 FAMILIES: Mapping[str, Family] = {record.name: record for record in RECORDS if record.signatures}
@@ -99,15 +98,6 @@ def detect(names: Collection[str], shapes: Mapping[str, Shape]) -> Family | None
     return next(fitting, None)
 
 
-def module_names(names: Collection[str]) -> set[str]:
-    """List tensor names and the names of all modules above them.
-
-    >>> sorted(module_names(["img_in.weight"]))
-    ['img_in', 'img_in.weight']
-    """
-    return {name[:end] for name in names for end, letter in enumerate(name + ".") if letter == "."}
-
-
 def family(name: str) -> Family:
     """Look a family up by its `--preset` name; case, `_` and spaces do not matter.
 
@@ -122,6 +112,7 @@ def family(name: str) -> Family:
     wanted = re.sub(r"[-_. ]", "", name.lower())
     if wanted in plain:
         return known[plain[wanted]]
+    known = {key: record for key, record in known.items() if record.blocks or record is GENERIC}
     close = difflib.get_close_matches(wanted, plain, n=1)
     hint = f"did you mean {plain[close[0]]!r}? " if close else ""
     raise OptionError(f"unknown preset {name!r}", hint=f"{hint}presets: {', '.join(known)}")

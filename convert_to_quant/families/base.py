@@ -8,7 +8,7 @@ to its end or up to a dot: ``proj_out`` keeps the model's own ``proj_out``, not
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .comfyui import Conditions
@@ -66,7 +66,7 @@ class Family:
         name: The spelling of `--preset`.
         title: Name for people, with the members that are easily taken for something else.
         signatures: Ways to recognize it; a record without any holds only names, and is no preset.
-        blocks: Pattern of the modules whose linear layers are quantized.
+        blocks: Pattern of the modules whose linear layers are quantized; "" leaves that to the structure.
         keep: Pattern of layers that stay in high precision, inside the blocks or outside -> why, half a sentence.
         names: diffusers' names of its layers, those of its relatives included.
         lora: Names that only LoRA files use.
@@ -76,6 +76,7 @@ class Family:
         elsewhere: Released members that only ComfyUI runs: a tensor by which each is told -> its name.
         relatives: Further classes of diffusers whose modules have these names.
         comfyui: Class of `comfy.model_base` -> what ComfyUI's models of this class take.
+        variants: Its members: name for people, and how each is told; the first that fits.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Family:
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     relatives: tuple[str, ...] = ()
     comfyui: Mapping[str, Conditions] = field(default_factory=dict)
+    variants: tuple[tuple[str, Signature], ...] = ()
 
     def kept_because(self, layer: str) -> str | None:
         """Why a linear layer stays in high precision.
@@ -99,12 +101,17 @@ class Family:
             layer: Bare layer name, without the checkpoint's prefix and without `.weight`.
 
         Returns:
-            The reason, or None for a layer that is quantized.
+            The reason, or None for a layer that is quantized, or that the structure decides of.
         """
         for pattern, reason in self.keep.items():
             if _covers(pattern, layer):
                 return reason
-        return None if _covers(self.blocks, layer) else "outside the repeated blocks"
+        return None if not self.blocks or _covers(self.blocks, layer) else OUTSIDE
+
+    def variant(self, shapes: Mapping[str, Shape]) -> str:
+        """Which of its members a model is, for people, by bare tensor names and shapes; "" where there is one only."""
+        modules = module_names(shapes)
+        return next((title for title, known in self.variants if known.fits(modules, shapes)), "")
 
     def runs(self, tensors: Collection[str]) -> Architecture | None:
         """How a checkpoint with these tensors (bare names) is run."""
@@ -122,7 +129,17 @@ def _covers(pattern: str, name: str) -> bool:
     return re.match(rf"(?:{pattern})(?:\.|$)", name) is not None
 
 
+def module_names(names: Iterable[str]) -> set[str]:
+    """List tensor names and the names of all modules above them.
+
+    >>> sorted(module_names(["img_in.weight"]))
+    ['img_in', 'img_in.weight']
+    """
+    return {name[:end] for name in names for end, letter in enumerate(name + ".") if letter == "."}
+
+
 # Reasons that several families share.
+OUTSIDE = "outside the repeated blocks"
 IMAGE = "image embedder: feeds every block"
 TEXT = "text embedder: feeds every block, and text encoders have outlier channels"
 VECTOR = "time, guidance or pooled-text embedder: one vector steers all blocks"

@@ -60,4 +60,8 @@ FAMILY = Family(
             *rules(("distilled_guidance_layer.norms.*.weight", "distilled_guidance_layer.norms.*.scale")),
         ),
     ),
+    variants=(
+        ("Radiance", signature("nerf_image_embedder")),
+        ("Chroma1", signature("distilled_guidance_layer")),
+    ),
 )

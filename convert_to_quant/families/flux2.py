@@ -69,4 +69,9 @@ FAMILY = Family(
         arguments=_arguments,
         spellings=flux1.NORM_SPELLINGS,
     ),
+    variants=(
+        ("dev", signature(size=(r"(?:img_in|x_embedder)\.weight", 0, (6144,)))),
+        ("klein 9B", signature(size=(r"(?:img_in|x_embedder)\.weight", 0, (4096,)))),
+        ("klein 4B", signature(size=(r"(?:img_in|x_embedder)\.weight", 0, (3072,)))),
+    ),
 )

@@ -274,4 +274,13 @@ FAMILY = Family(
         "HunyuanImage21": comfyui.takes("txt_in.input_embedder", conditioning_byt5small=_GLYPHS),
         "HunyuanImage21Refiner": _VIDEO_BESIDE,
     },
+    variants=(
+        ("FramePack", signature("clean_x_embedder")),
+        ("HunyuanVideo 1.5", signature("cond_type_embedding")),
+        ("HunyuanVideo 1.5", signature("cond_type_embed")),
+        ("HunyuanImage 2.1", signature("byt5_in")),
+        ("HunyuanImage 2.1", signature(size=(r"(?:img_in|x_embedder)\.proj\.weight", 1, (64,)))),
+        ("HunyuanVideo", signature("img_in.proj")),
+        ("HunyuanVideo", signature("x_embedder.proj")),
+    ),
 )

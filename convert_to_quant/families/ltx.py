@@ -195,4 +195,9 @@ FAMILY = Family(
             ),
         ),
     },
+    variants=(
+        ("LTX-2", signature("audio_patchify_proj")),
+        ("LTX-2", signature("audio_proj_in")),
+        ("LTX-Video", signature("proj_out")),
+    ),
 )

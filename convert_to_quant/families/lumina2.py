@@ -94,4 +94,8 @@ FAMILY = Family(
             pooled_output=comfyui.pooled("clip_text_pooled_proj.0", only_with="clip_text_pooled_proj.0"),
         )
     },
+    variants=(
+        ("NewBie", signature("clip_text_pooled_proj")),
+        ("Lumina-Image 2.0", signature("context_refiner")),
+    ),
 )

@@ -74,4 +74,10 @@ FAMILY = Family(
         ignored=(ZERO_CONDITION_TIME,),
     ),
     comfyui={"QwenImage": comfyui.takes("txt_in")},
+    variants=(
+        ("Layered", signature("time_text_embed.addition_t_embedding")),
+        ("Edit 2511", signature("__index_timestep_zero__")),
+        ("Mage-Flow", signature(size=(r"txt_norm\.weight", 0, (2560,)))),
+        ("Image or Edit", signature("txt_norm")),
+    ),
 )

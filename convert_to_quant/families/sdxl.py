@@ -35,4 +35,9 @@ FAMILY = Family(
     },
     names=unet.NAMES,
     comfyui={"SDXL": _SDXL, "SDXLRefiner": _SDXL, "SDXL_instructpix2pix": unet.IMAGE_BESIDE},
+    variants=(
+        ("refiner", signature(size=(r".*\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, (1280,)))),
+        ("inpainting", signature(size=(r"(?:input_blocks\.0\.0|conv_in)\.weight", 1, (9,)))),
+        ("base", signature(size=(r".*\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, (2048,)))),
+    ),
 )

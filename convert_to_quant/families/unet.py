@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Family
+from .base import Family, signature
 from .comfyui import BASE, Scene, encoded, measure, pooled, setting, signal, takes, text, vision_output
 from .rules import rules
 
@@ -55,6 +55,20 @@ _CLIP_IMAGE = pooled(setting("context_dim"), form=_token)
 FAMILY = Family(
     name="unet",
     title="Stable Diffusion 1 and 2",
+    signatures=(
+        signature(
+            "input_blocks.0.0 time_embed.0 output_blocks.0.0",
+            size=(r"(?:input|output)_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, (768, 1024)),
+        ),
+        signature(
+            "conv_in time_embedding.linear_1 down_blocks.0 up_blocks.0",
+            size=(
+                r"(?:down|up)_blocks\.\d+\.attentions\.0\.transformer_blocks\.0\.attn2\.to_k\.weight",
+                1,
+                (768, 1024),
+            ),
+        ),
+    ),
     names=NAMES,
     relatives=("UNet2DConditionModel",),
     comfyui={
@@ -66,4 +80,10 @@ FAMILY = Family(
         "SD15_instructpix2pix": IMAGE_BESIDE,
         "Lotus": takes(cross_attn=TEXT),
     },
+    variants=(
+        ("Stable Video Diffusion", signature("input_blocks.1.1.time_stack")),
+        ("unCLIP", signature("label_emb.0.0")),
+        ("Stable Diffusion 1", signature(size=(r".*\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, (768,)))),
+        ("Stable Diffusion 2", signature(size=(r".*\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, (1024,)))),
+    ),
 )

@@ -120,7 +120,7 @@ def families() -> Iterator[str]:
     yield table(
         ("`--preset`", "models", "the model engine runs it"),
         ((f"`{name}`", markdown(family.title), "yes" if family.architecture else "no: each layer is simulated")
-         for name, family in FAMILIES.items()),
+         for name, family in FAMILIES.items() if family.blocks),
     )  # fmt: skip
 
 

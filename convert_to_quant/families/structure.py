@@ -1,0 +1,302 @@
+"""What the layers of a model are, by its shapes and how its names repeat: for models that no table knows.
+
+Why it exists. Authors name blocks and modulations as they like (`double_layers.3.modX.1`, `blocks.7.mod_x`,
+`layers.2.norm1.linear`), so a table of words guesses. What does not change is the structure: a block is a numbered
+group of layers that repeats with the same children, and it reads and writes a residual stream; a modulation turns one
+vector into several vectors of the stream's width, which no layer of the block reads as its input.
+
+How it works. Every layer name is split at its numbers. A *stack* is what stands before a number, where groups of two or
+more layers follow it, from 0 on, or of one where it is called a block or a layer. `t_block.1` is none (the number ends
+the name: an entry of a Sequential), nor is `caption_projection.7.linear`. Of nested stacks the outer one holds, unless
+the inner one has more than twice its layers (U-Nets, whose levels are numbered as well). The *main* stacks are the
+heaviest one, those beside it under the same module, and those with the same children where modules are numbered or they
+are as heavy. In a block
+
+    stream       widths that layers of the block both take and give, from half of the largest of them up
+    modulation   k × stream outputs that no layer of the block reads, for k ≥ 4, or k ≥ 2 from a narrow vector; what is
+                 inside a norm or alone in a Sequential; and what says so by its name, with its Sequential
+    router       fewer than a sixteenth as many outputs as inputs, or as many as there are experts
+
+Kept besides: stacks inside another module than the main ones (an adapter between text encoder and model), stacks of
+less than `SMALL` of the main one's weights (refiners), embeddings, and everything outside of blocks.
+
+Limits. A modulation of 2 or 3 vectors as wide as the stream has the shape of a fused projection of attention, so there
+only names, norms and Sequentials tell. What a layer receives is not known here: calibration finds that.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from .base import FINAL, IMAGE, MODULATION, OUTSIDE, REFINER, TEXT, VECTOR, Shape
+
+SMALL = 0.08
+"""Stacks with a smaller share of the largest one's weights are kept: token refiners have 0.03 to 0.07."""
+
+NARROW = 4
+"""A vector is narrow where the stream is at least this many times as wide."""
+
+FEW = 16
+"""Outputs are few where there are more than this many times as many inputs."""
+
+ADAPTER = "adapter or encoder beside the main blocks: few weights, and its error reaches every block"
+ROUTER = "router or gate: few outputs, each of which scales whole tokens"
+EMBEDDING = "embedding: no matrix product reads it"
+
+_EMBEDDING = re.compile(
+    r"relative_attention_bias|embed|shared|embed_tokens|word_embeddings|\w*(?:pos|token|position)_?emb\w*|\w*embeddings?"
+)
+_BESIDE = {
+    r"\w*refiner\w*": REFINER,
+    r"\w*(?:adapter|connector|resampler|encoder|projector)s?(?:_\w+)?": ADAPTER,
+}
+"""Words in the names of stacks and of what they are in, which say that these are none of the main ones."""
+
+_OUTSIDE = {
+    r"\w*(?:modulation|adaln|t_block|[a-z]mod|modf)\w*": MODULATION,
+    r"(?:final|head|out_|norm_out|proj_out|project_out|lm_head)\w*": FINAL,
+    r"\w*(?:txt|text|cap|caption|context|cond_seq|y_proj|y_embedder|lyric|t5)\w*": TEXT,
+    r"(?:t_|time|vector_|guidance_|pooled|p_emb|label_|global|add_emb)\w*|to_(?:timestep|global)\w*": VECTOR,
+    r"\w*(?:img_in|x_emb|patch|latent_in|init_x|proj_in|project_in|visual_emb|conv_in)\w*": IMAGE,
+}
+"""The same of the first module of a name outside of blocks: the reason that is shown, and nothing hangs on it."""
+
+_MODULATION = re.compile(
+    r"(?:\w*_)?(?:mod|modulation|adaln|ada_ln|scale_shift|shift_scale|emb_layers|time_emb_proj)\w*|mod[A-Z]\w*|adaLN\w*"
+)
+_PRODUCT = re.compile(r"\w*(?:mlp|ff|ffn|feed_?forward|attn|attention|experts?)(?:_\w+)?", re.IGNORECASE)
+"""Modules whose layers multiply tokens, whatever their shapes."""
+_BLOCKS = re.compile(r"(?:block|layer)s?$", re.IGNORECASE)
+"""Stacks that are taken for such even where one group is left of them, with one layer."""
+_NORM = re.compile(r"\w*norm\w*|ln_?\d*")
+_DIGITS = re.compile(r"\d+")
+
+
+@dataclass
+class Stack:
+    """Numbered groups of layers with the same children.
+
+    Attributes:
+        name: what stands before the number, with "#" for the numbers in it.
+        layers: name of each of its layers -> the rest behind the number, with "#" for numbers.
+        numbers: where groups lie: what stands before the number as it is, and the number.
+        weights: elements of its layers.
+        kept: why all of it stays in high precision; "" where it does not.
+    """
+
+    name: str
+    layers: dict[str, str] = field(default_factory=dict)
+    numbers: set[str] = field(default_factory=set)
+    weights: int = 0
+    kept: str = ""
+
+    @property
+    def children(self) -> set[str]:
+        """The layers of a group."""
+        return set(self.layers.values())
+
+    @property
+    def module(self) -> str:
+        """The module that it is in."""
+        return self.name.rpartition(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({len(self.numbers)} × {len(self.layers) // max(len(self.numbers), 1)} layers)"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the layers of a model are.
+
+    Attributes:
+        stacks: its repeated blocks, the heaviest first.
+        kept: layer -> why it stays in high precision.
+    """
+
+    stacks: tuple[Stack, ...]
+    kept: Mapping[str, str]
+
+    @property
+    def main(self) -> list[Stack]:
+        """The stacks whose layers are quantized."""
+        return [stack for stack in self.stacks if not stack.kept]
+
+    def block_weights(self, shapes: Mapping[str, Shape]) -> int:
+        """Weights in the main stacks, convolutions included."""
+        places = {place for stack in self.main for place in stack.numbers}
+        inside = (shape for name, shape in shapes.items() if any(name[:end] in places for end in _dots(name)))
+        return sum(math.prod(shape) for shape in inside if len(shape) > 1)
+
+    def __str__(self) -> str:
+        main = ", ".join(map(str, self.main)) or "none"
+        beside = "; ".join(f"{stack} kept: {stack.kept}" for stack in self.stacks if stack.kept)
+        return f"repeated blocks by their structure: {main}" + (f"; {beside}" if beside else "")
+
+
+def study(shapes: Mapping[str, Shape], *, all_stacks: bool = False) -> Structure:
+    """Find the blocks of a model, and what in and beside them stays in high precision.
+
+    Args:
+        shapes: bare tensor name -> shape, (out, in) of weights.
+        all_stacks: quantize every stack, as in text encoders with a part that sees.
+
+    Returns:
+        What was found.
+
+    >>> found = study({f"blocks.{n}.{layer}.weight": (64, 64) for n in range(2) for layer in ("q", "proj")})
+    >>> str(found.main[0]), found.kept
+    ('blocks (2 × 2 layers)', {})
+    """
+    layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
+    linear = {name: (shape[0], shape[1]) for name, shape in layers.items() if len(shape) == 2}
+    stacks = _stacks(linear)
+    for stack in stacks:
+        stack.kept = "" if all_stacks or not stacks else _beside(stack, stacks)
+    home = {name: stack for stack in stacks for name in stack.layers}
+    groups: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
+    for name, shape in linear.items():
+        if name in home:
+            groups[_group(name, home[name])][name] = shape
+    said: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # the last block often lacks what reads a layer
+    for block in groups.values():
+        roles = dict(_roles(block, home, layers))
+        for name in block:
+            said[home[name].name, home[name].layers[name]][roles.get(name, "")] += 1
+
+    def reason(name: str) -> str:
+        stack = home.get(name)
+        if stack is None:
+            parts = name.split(".")
+            return EMBEDDING if any(map(_EMBEDDING.fullmatch, parts)) else _reason(parts[0], _OUTSIDE) or OUTSIDE
+        return stack.kept or said[stack.name, stack.layers[name]].most_common(1)[0][0]
+
+    return Structure(tuple(stacks), {name: why for name in linear if (why := reason(name))})
+
+
+def _dots(name: str) -> list[int]:
+    return [place for place, letter in enumerate(name) if letter == "."]
+
+
+def _split(name: str) -> Iterator[tuple[str, str, str]]:
+    """Every place of a number in a name with a module behind it: what is before, the number, and the rest."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        rest = parts[place + 1 :]
+        if part.isdecimal() and rest and not rest[0].isdecimal():
+            yield ".".join(parts[:place]), part, ".".join("#" if each.isdecimal() else each for each in rest)
+
+
+def _stacks(linear: Mapping[str, tuple[int, int]]) -> list[Stack]:
+    """The stacks that count, the heaviest first."""
+    candidates: dict[str, Counter[str]] = defaultdict(Counter)
+    places = {name: [(_DIGITS.sub("#", before), before, number, rest) for before, number, rest in _split(name)]
+              for name in linear}  # fmt: skip
+    for found in places.values():
+        for stack, _, _, rest in found:
+            candidates[stack][rest] += 1
+    first = {stack for found in places.values() for stack, _, number, _ in found if int(number) == 0}
+    nested: dict[str, set[str]] = defaultdict(set)
+    own: dict[str, set[str]] = {stack: set(children) for stack, children in candidates.items()}
+    for found in places.values():
+        for place, (stack, _, _, rest) in enumerate(found):
+            inner = [one for one, *_ in found[place + 1 :] if len(candidates[one]) > 1]
+            nested[stack].update(inner)
+            if inner:
+                own[stack].discard(rest)
+    good = {
+        stack
+        for stack, children in own.items()
+        if (_BLOCKS.search(stack) or (stack in first and len(children) > 1))
+        and all(len(candidates[inner]) <= 2 * len(children) for inner in nested[stack])
+    }
+    stacks: dict[str, Stack] = {}
+    for name, (rows, columns) in linear.items():
+        for stack, before, number, rest in places[name]:
+            if stack in good:
+                one = stacks.setdefault(stack, Stack(stack))
+                one.layers[name] = rest
+                one.numbers.add(f"{before}.{number}")
+                one.weights += rows * columns
+                break
+    return sorted(stacks.values(), key=lambda one: -one.weights)
+
+
+def _group(name: str, stack: Stack) -> str:
+    """The numbered group of a stack that a layer is in."""
+    return next(place for place in stack.numbers if name.startswith(place + "."))
+
+
+def _beside(stack: Stack, stacks: list[Stack]) -> str:
+    """Why a stack is none of the main ones; "" where it is one."""
+    largest = stacks[0]
+    if stack is largest:
+        return ""
+    small = stack.weights < SMALL * largest.weights
+    numbered = "#" in stack.name and "#" in largest.name
+    alike = 2 * len(stack.children & largest.children) > len(stack.children | largest.children)
+    if numbered and alike:
+        return ""
+    if words := next((reason for part in stack.name.split(".") if (reason := _reason(part, _BESIDE))), ""):
+        return words
+    if stack.module != largest.module and (small or not alike):
+        return ADAPTER
+    return REFINER if small else ""
+
+
+def _reason(part: str, table: Mapping[str, str]) -> str:
+    return next((reason for pattern, reason in table.items() if re.fullmatch(pattern, part, re.IGNORECASE)), "")
+
+
+def _roles(
+    block: Mapping[str, tuple[int, int]], home: Mapping[str, Stack], layers: Collection[str]
+) -> Iterator[tuple[str, str]]:
+    """The layers of one block that are no plain products of tokens, each with the reason why it is kept."""
+    taken, given = {columns for _, columns in block.values()}, {rows for rows, _ in block.values()}
+    both = taken & given
+    stream = {width for width in both if 2 * width >= max(both)}
+    numbered = {(before, number) for name in block for before, number, _ in _split(name)}
+    experts = set(Counter(before for before, _ in numbered if before.endswith("experts")).values())
+    modulations = set()
+    for name, (rows, columns) in block.items():
+        parts = home[name].layers[name].split(".")
+        product = any(map(_PRODUCT.fullmatch, parts))
+        if any(map(_EMBEDDING.fullmatch, parts)):
+            yield name, EMBEDDING
+        elif _sounds_modulating(name, layers) or (
+            not product and _modulates(rows, columns, stream, taken, taken - given)
+        ):
+            parent, _, last = name.rpartition(".")
+            modulations.update([parent] if last.isdecimal() else [])
+            yield name, MODULATION
+        elif 0 < rows * FEW < columns or (rows in experts and rows < columns):
+            yield name, ROUTER
+    for name in block:
+        if name.rpartition(".")[0] in modulations:
+            yield name, MODULATION
+
+
+def _sounds_modulating(name: str, layers: Collection[str]) -> bool:
+    """Whether a layer's name says that it modulates, or is inside a norm, or alone behind an activation."""
+    parent, _, last = name.rpartition(".")
+    module = parent.rpartition(".")[2]
+    if _MODULATION.fullmatch(last) or _MODULATION.fullmatch(module):
+        return True
+    alone = last == "1" and not any(f"{parent}.{number}" in layers for number in ("0", "2", "3"))
+    in_norm = _NORM.fullmatch(module) is not None and last.startswith("lin")
+    return in_norm or (alone and not module.startswith(("to_out", "ff")))
+
+
+def _modulates(rows: int, columns: int, stream: set[int], taken: set[int], attended: set[int]) -> bool:
+    """Whether a layer gives several vectors of a stream's width, which no layer of its block reads as one."""
+    for width in stream:
+        times, over = divmod(rows, width)
+        wide = {rows, rows / 2, rows - 2 * width, (rows - width) / 2}  # alone, gated, behind q, k and v, and both
+        read = (wide | {rows + width, rows / 2 + width}) & taken  # the latter beside what attention gives
+        read |= {rows / 3} & attended  # q, k and v of another width, which attention alone gives
+        if not over and not read and (times >= 4 or (times >= 2 and columns * NARROW <= width)):
+            return True
+    return False
