@@ -305,14 +305,14 @@ def static_table(checkpoint: Checkpoint) -> LayerTable:
         tensor, layers = next(iter(table.quantized)), f"{len(table.quantized)} {named(table.quantized.values())} layers"
         problem = f"its {layers} are not a diffusion model's, and nothing reads their input scales"
         if found.encoder:
-            problem = f"it is a {found.title}, which ComfyUI runs in full precision: nothing reads input scales in it"
+            problem = f"nothing to calibrate: {found.title}, which ComfyUI runs in full precision without input scales"
             tensor = None
     elif table.raw:
         tensor, layers = next(iter(table.raw)), f"{len(table.raw)} {named(table.raw.values())} layers"
         problem = f"its {layers} are a plain cast without scales, and nothing reads input scales beside them"
         hint = f"{CALIBRATE} marks them and finds input scales; converting the original, in 16 bits, keeps more"
     elif found.kind not in (None, "diffusion"):
-        problem = f"it is a {found.title}, in which there is nothing to calibrate"
+        problem = f"nothing to calibrate in it: {found.title}"
     else:
         problem = "no FP8 layers with weight scales in this file"
         hint = "convert and calibrate in one step: convert_to_quant -i IN -o OUT --actcal"

@@ -169,7 +169,7 @@ class ConversionPlan:
     def no_input_scales(self) -> str:
         """Why there is nothing to calibrate in what is written; "" where there is."""
         if self.identity.encoder:
-            return f"ComfyUI runs a {self.title} in full precision, so no input scales are written"
+            return f"{self.title}, which ComfyUI runs in full precision, so no input scales are written"
         if not self.formats or any(fmt.static for fmt in self.formats):
             return ""
         titles = " and ".join(dict.fromkeys(fmt.title for fmt in self.formats))
@@ -219,7 +219,7 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequ
     merged = match_checkpoint(loras, checkpoint, table, beside=True) if loras else LoraMatch({})
     found = identify(checkpoint, table)
     if options.preset is None and found.kind in ("vae", "adapter", "statistics", "packed"):
-        raise CheckpointError(f"it is a {found.title}, of which nothing is converted", path=checkpoint.path,
+        raise CheckpointError(f"nothing to convert in it: {found.title}", path=checkpoint.path,
                               hint="convert the original" if found.kind == "packed" else None)  # fmt: skip
     if found.encoder:
         options = replace(options, input_scale=False)  # which nothing reads

@@ -86,7 +86,7 @@ class Identity:
         title: the same for people.
         family: of its diffusion model; None where no family fits.
         variant: of the family, for people; "" where there is one only.
-        shapes: of the model's own tensors by bare name, (out, in) of weights however packed.
+        shapes: of the model's own tensors by bare name, (out, in) of weights however packed; without `names.NO_WEIGHT`.
         hint: what would make it known; "" where it is, or nothing does.
     """
 
@@ -152,7 +152,11 @@ def of_shapes(shapes: Shapes, metadata: Collection[str] = ()) -> Identity:
         metadata: keys of the header's metadata.
     """
     prefix, bare = names.strip_prefix(shapes)
-    own = {rest: shapes[name] for name, rest in bare.items() if prefix or names.other_part(name) is None}
+    own = {
+        rest: shapes[name]
+        for name, rest in bare.items()
+        if (prefix or names.other_part(name) is None) and not names.NO_WEIGHT.fullmatch(rest)
+    }
     said = " ".join(shapes)
 
     def found(kind: Kind | None, title: str, hint: str = "") -> Identity:

@@ -53,6 +53,7 @@ LAYER_SUFFIXES = (WEIGHT, BIAS, *SCALES, COMFY_QUANT)
 CHANGED_IN_PLACE = (*INPUT_SCALES, COMFY_QUANT)
 """Of these, what a change in place may touch."""
 
+COPY = "second copy of the model (moving average)"
 OTHER_PARTS = {
     prefix: title
     for title, prefixes in {
@@ -62,7 +63,7 @@ OTHER_PARTS = {
         "image encoder": "clip_vision. image_encoder.",
         "VAE": "first_stage_model. vae. audio_vae. pretransform.",
         "vocoder": "vocoder.",
-        "second copy of the model (moving average)": "model_ema. ema_model. module_ema. net_ema. ema.",
+        COPY: "model_ema. ema_model. module_ema. net_ema. ema.",
     }.items()
     for prefix in prefixes.split()
 }
@@ -78,13 +79,19 @@ MANY = 5
 """Of names with such a prefix, more than these are many."""
 UNANIMOUS_PREFIXES = (
     *("net.", "transformer.", "model.", "module.", "unet.", "dit.", "denoiser.", "backbone.", "student.", "generator."),
-    *(prefix for prefix, title in OTHER_PARTS.items() if title.startswith("second copy")),
+    *(prefix for prefix, title in OTHER_PARTS.items() if title == COPY),
 )
 CHECKPOINT_PREFIXES = ("", *DECISIVE_PREFIXES, *FREQUENT_PREFIXES, "transformer.")
 """Those of released files."""
 
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_fpw_module.", "_forward_module.")
 """What torch.compile, FSDP and activation checkpointing put anywhere into names."""
+
+NO_WEIGHT = re.compile(
+    r"(?:.*\.)?(?:(?:global_)?step|epoch|num_updates|(?:log_)?sigmas|betas|alphas_cumprod(?:_prev)?|inv_freq"
+    r"|pos_embedder\.(?:seq|dim_(?:spatial|temporal)_range))"
+)
+"""Names of training state, and of tables that a model computes anew: savers leave them, and no reader uses them."""
 
 UNREAD_PREFIXES = (
     *WRAPPERS,
@@ -171,7 +178,8 @@ def _outermost_prefix(names: Collection[str]) -> str:
         if sum(name.startswith(prefix) for name in names) > (MANY if prefix in FREQUENT_PREFIXES else 0):
             return prefix
     inside = [name for name in names if name != LEGACY_MARKER]
-    inside = [name for name in inside if other_part(name) is None] or inside
+    parts = {name: other_part(name) for name in inside}
+    inside = [name for name in inside if parts[name] is None] or [name for name in inside if parts[name] == COPY]
     for prefix in (*WRAPPERS, *UNANIMOUS_PREFIXES):
         if inside and all(name.startswith(prefix) for name in inside):
             language_model = prefix == "model." and any(name.endswith("embed_tokens.weight") for name in inside)

@@ -492,7 +492,7 @@ def test_an_unknown_model_is_noted(save, build):
     with open_checkpoint(save("in.safetensors", model(build))) as checkpoint:
         assert plan_conversion(checkpoint, ConvertOptions()).notes == [
             "no known model family fits these names; repeated blocks by their structure: blocks (1 × 4 layers)",
-            "only 36% of the weights in repeated blocks would be quantized; the rest stays as it is "
+            "only 40% of the weights in repeated blocks would be quantized; the rest stays as it is "
             "(24 × 16: FP8 needs sides that are multiples of 16)",
         ]
 

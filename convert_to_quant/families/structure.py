@@ -12,9 +12,10 @@ the inner one has more than twice its layers (U-Nets, whose levels are numbered 
 heaviest one, those beside it under the same module, and those with the same children where modules are numbered or they
 are as heavy. In a block
 
-    stream       widths that layers of the block both take and give, from half of the largest of them up
-    modulation   k × stream outputs that no layer of the block reads, for k ≥ 4, or k ≥ 2 from a narrow vector; what is
-                 inside a norm or alone in a Sequential; and what says so by its name, with its Sequential
+    stream       widths that layers of the block both take and give, and more than half as many as the most frequent one
+    modulation   k × stream outputs that no layer of the block reads, or of inputs that none gives, for k ≥ 4, or k ≥ 2
+                 from a narrow vector; what is inside a norm or alone in a Sequential; and what says so by its name,
+                 with its Sequential
     router       fewer than a sixteenth as many outputs as inputs, or as many as there are experts
 
 Kept besides: stacks inside another module than the main ones (an adapter between text encoder and model), stacks of
@@ -48,7 +49,7 @@ ROUTER = "router or gate: few outputs, each of which scales whole tokens"
 EMBEDDING = "embedding: no matrix product reads it"
 
 _EMBEDDING = re.compile(
-    r"relative_attention_bias|embed|shared|embed_tokens|word_embeddings|\w*(?:pos|token|position)_?emb\w*|\w*embeddings?"
+    r"relative_attention_bias|embed|shared|(?:embed_|word_)?tokens|word_embeddings|wte|wpe|(?:pos|position|tok|token)_embeddings?"
 )
 _BESIDE = {
     r"\w*refiner\w*": REFINER,
@@ -61,7 +62,7 @@ _OUTSIDE = {
     r"(?:final|head|out_|norm_out|proj_out|project_out|lm_head)\w*": FINAL,
     r"\w*(?:txt|text|cap|caption|context|cond_seq|y_proj|y_embedder|lyric|t5)\w*": TEXT,
     r"(?:t_|time|vector_|guidance_|pooled|p_emb|label_|global|add_emb)\w*|to_(?:timestep|global)\w*": VECTOR,
-    r"\w*(?:img_in|x_emb|patch|latent_in|init_x|proj_in|project_in|visual_emb|conv_in)\w*": IMAGE,
+    r"\w*(?:img_in|x_emb|patch|pos_embed|latent_in|init_x|proj_in|project_in|visual_emb|conv_in)\w*": IMAGE,
 }
 """The same of the first module of a name outside of blocks: the reason that is shown, and nothing hangs on it."""
 
@@ -256,8 +257,9 @@ def _roles(
 ) -> Iterator[tuple[str, str]]:
     """The layers of one block that are no plain products of tokens, each with the reason why it is kept."""
     taken, given = {columns for _, columns in block.values()}, {rows for rows, _ in block.values()}
-    both = taken & given
-    stream = {width for width in both if 2 * width >= max(both)}
+    uses = Counter(side for shape in block.values() for side in shape)
+    most = max((uses[width] for width in taken & given), default=0)
+    stream = {width for width in taken & given if 2 * uses[width] > most}
     numbered = {(before, number) for name in block for before, number, _ in _split(name)}
     experts = set(Counter(before for before, _ in numbered if before.endswith("experts")).values())
     modulations = set()
@@ -266,9 +268,7 @@ def _roles(
         product = any(map(_PRODUCT.fullmatch, parts))
         if any(map(_EMBEDDING.fullmatch, parts)):
             yield name, EMBEDDING
-        elif _sounds_modulating(name, layers) or (
-            not product and _modulates(rows, columns, stream, taken, taken - given)
-        ):
+        elif _sounds_modulating(name, layers) or (not product and _modulates((rows, columns), stream, taken, given)):
             parent, _, last = name.rpartition(".")
             modulations.update([parent] if last.isdecimal() else [])
             yield name, MODULATION
@@ -290,13 +290,23 @@ def _sounds_modulating(name: str, layers: Collection[str]) -> bool:
     return in_norm or (alone and not module.startswith(("to_out", "ff")))
 
 
-def _modulates(rows: int, columns: int, stream: set[int], taken: set[int], attended: set[int]) -> bool:
-    """Whether a layer gives several vectors of a stream's width, which no layer of its block reads as one."""
+def _modulates(shape: tuple[int, int], stream: set[int], taken: set[int], given: set[int]) -> bool:
+    """Whether a layer gives several vectors of a stream's width, which no layer of its block reads as one.
+
+    Args:
+        shape: (out, in) of its weight.
+        stream: widths of the block's streams.
+        taken: widths that its layers take.
+        given: widths that they give.
+    """
+    rows, columns = shape
+    foreign = columns not in stream | given  # it takes what no other layer has to do with
+    joined = taken - given  # given by attention alone, or by it and an MLP side by side
     for width in stream:
         times, over = divmod(rows, width)
-        wide = {rows, rows / 2, rows - 2 * width, (rows - width) / 2}  # alone, gated, behind q, k and v, and both
-        read = (wide | {rows + width, rows / 2 + width}) & taken  # the latter beside what attention gives
-        read |= {rows / 3} & attended  # q, k and v of another width, which attention alone gives
-        if not over and not read and (times >= 4 or (times >= 2 and columns * NARROW <= width)):
+        read = {rows, rows / 2} & taken - {width}  # as it is, or one half gating the other
+        read |= {rows / 3, rows + width, rows / 2 + width, rows - 2 * width, (rows - width) / 2} & joined
+        narrow = times >= 2 and columns * NARROW <= width
+        if not over and ((not read and (times >= 4 or narrow)) or (foreign and times >= 4)):
             return True
     return False

@@ -1,0 +1,96 @@
+"""Every layout of a released model: what it is, which layers are quantized, why the others are kept, what runs it.
+
+`data/layouts.json.xz` has names, dtypes and shapes, as released: of ComfyUI's own classes, of diffusers' (`d_`), of
+full checkpoints, of text encoders (`te_`), and of files that are a little different (`x_`). What is expected of them is
+docs/models.md, which is written anew by `python tests/test_layouts.py` and then to be read line by line.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from convert_to_quant.checkpoint import Checkpoint, TensorInfo, open_checkpoint, serialize_header
+from convert_to_quant.convert import plan_conversion
+from convert_to_quant.engines import diffusers as model_engine
+from convert_to_quant.options import ConvertOptions
+
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+
+DATA = Path(__file__).parent / "data" / "layouts.json.xz"
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+BYTES = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "I64": 8}
+
+INTRODUCTION = """\
+# Released models
+
+Layouts of released models, at full size: what each is recognized as, how many linear layers `convert` quantizes to FP8,
+why it keeps the others, and what runs the model to calibrate it. Layouts that begin with `d_` have diffusers' names,
+`te_` are text encoders, `x_` are files that differ a little from what was released. Made by `tests/test_layouts.py`,
+which fails where this page is not what the code does.
+
+| layout | model | variant | quantized | kept | engine |
+|---|---|---|---|---|---|
+"""
+
+
+@cache
+def layouts() -> dict[str, Layout]:
+    return json.loads(lzma.decompress(DATA.read_bytes()))
+
+
+@contextmanager
+def opened(layout: Layout, folder: Path) -> Iterator[Checkpoint]:
+    """A file with this header whose data is a hole."""
+    tensors, end = [], 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + BYTES[dtype] * math.prod(shape)
+        tensors.append(TensorInfo(name, dtype, tuple(shape), start, end))
+    path, header = folder / "layout.safetensors", serialize_header(tensors, {})
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + end)
+    with open_checkpoint(path) as checkpoint:
+        yield checkpoint
+
+
+def row(name: str, folder: Path) -> str:
+    """What the code makes of a layout, as a row of the page."""
+    layout = layouts()[name]
+    with opened(layout, folder) as checkpoint:
+        plan = plan_conversion(checkpoint, ConvertOptions())
+        runs = "diffusers" if model_engine.supports(checkpoint, plan.table) is None else "ComfyUI"
+    reasons = Counter(re.sub(r"^\d+ × \d+: ", "", each.reason).partition(":")[0] for each in plan.decisions)
+    already = len(plan.table.quantized) + len(plan.table.raw)
+    quantized = reasons.pop("", 0)
+    kept = "; ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    done = f", {already} FP8 already" if already else ""
+    found, engine = plan.identity, "none: never calibrated" if plan.identity.encoder else runs
+    cells = (name, found.title, found.variant, f"{quantized} of {len(plan.decisions)}{done}", kept, engine)
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("name", layouts())
+def test_a_released_layout_is_what_the_page_says(name: str, tmp_path: Path) -> None:
+    expected = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |")]
+    assert [row(name, tmp_path)] == expected
+
+
+def test_the_page_has_a_row_for_each_layout_and_nothing_else() -> None:
+    rows = PAGE.read_text(encoding="utf-8").removeprefix(INTRODUCTION).splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in rows] == list(layouts())
+
+
+if __name__ == "__main__":  # writes the page anew
+    with tempfile.TemporaryDirectory() as place:
+        PAGE.write_text(INTRODUCTION + "".join(f"{row(each, Path(place))}\n" for each in layouts()), encoding="utf-8")
