@@ -306,7 +306,6 @@ def static_table(checkpoint: Checkpoint) -> LayerTable:
         problem = f"its {layers} are not a diffusion model's, and nothing reads their input scales"
         if found.encoder:
             problem = f"nothing to calibrate: {found.title}, which ComfyUI runs in full precision without input scales"
-            tensor = None
     elif table.raw:
         tensor, layers = next(iter(table.raw)), f"{len(table.raw)} {named(table.raw.values())} layers"
         problem = f"its {layers} are a plain cast without scales, and nothing reads input scales beside them"

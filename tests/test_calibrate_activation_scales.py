@@ -357,7 +357,8 @@ def test_a_file_whose_only_fp8_layers_are_a_text_encoders_is_refused(save: Save,
     with pytest.raises(TensorError) as caught:
         calibrate_model(path, LAYER_OPTIONS)
     assert str(caught.value) == (
-        f"{path}: {encoder}: its 1 FP8 layers are not a diffusion model's, and nothing reads their input scales"
+        f"{path}: {encoder}: nothing to calibrate: text encoder (T5), which ComfyUI runs in full precision without "
+        "input scales"
     )
 
 

@@ -127,6 +127,16 @@ def test_statistics_of_a_prefixed_file_fit_a_bare_one(
     assert len(for_checkpoint(recorded, table(SPELLINGS["diffusers"])).layers) == 4
 
 
+@pytest.mark.parametrize("word", ["_orig_mod.", "module.", "dit.", "first."])
+def test_statistics_of_a_wrapped_file_fit_it_and_a_bare_one(
+    statistics: Callable[..., Any], table: Callable[..., Any], word: str
+) -> None:
+    wrapped = {word + name: shape for name, shape in RECORDED.items()}
+    assert dict(for_checkpoint(statistics(wrapped), table(wrapped)).layers) == wrapped
+    if word != "first.":  # which nobody knows
+        assert dict(for_checkpoint(statistics(wrapped), table(RECORDED)).layers) == RECORDED
+
+
 def test_recorded_layers_get_the_names_of_any_file(statistics: Callable[..., Any]) -> None:
     shapes = {f"net.{name}": shape for name, shape in SPELLINGS["diffusers"].items()}
     assert dict(respell(statistics(RECORDED), {**shapes, "net.other": (1, 1)}, "net.").layers) == shapes
