@@ -70,9 +70,9 @@ def row(name: str, folder: Path) -> str:
     with opened(layout, folder) as checkpoint:
         plan = plan_conversion(checkpoint, ConvertOptions())
         runs = "diffusers" if model_engine.supports(checkpoint, plan.table) is None else "ComfyUI"
-    reasons = Counter(re.sub(r"^\d+ × \d+: ", "", each.reason).partition(":")[0] for each in plan.decisions)
-    already = len(plan.table.quantized) + len(plan.table.raw)
-    quantized = reasons.pop("", 0)
+    stays = [each.reason for each in plan.decisions if not each.quantize]
+    reasons = Counter(re.sub(r"^\d+ × \d+: ", "", reason).partition(":")[0] for reason in stays)
+    already, quantized = len(plan.table.quantized), len(plan.decisions) - len(stays)
     kept = "; ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     done = f", {already} FP8 already" if already else ""
     found, engine = plan.identity, "none: never calibrated" if plan.identity.encoder else runs
