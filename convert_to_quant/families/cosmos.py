@@ -114,4 +114,5 @@ FAMILY = Family(
             t5xxl_weights=ones("text_tokens", form=lambda values: values[0]),
         ),
     },
+    variants=(("Anima", signature("llm_adapter")), ("Cosmos-Predict2", signature("blocks.0"))),
 )

@@ -42,8 +42,6 @@ _VIDEOS = (
     _row("kandinsky6", "Kandinsky 6", "visual_transformer_blocks.0.video_dec_block video_text_transformer_blocks.0",
          signature("visual_transformer_blocks.0.self_attention.to_query pooled_bias", lacks="text_transformer_blocks")),
     _row("consisid", "ConsisID", "local_facial_extractor transformer_blocks.0.norm2.linear"),
-    _row("allegro", "Allegro", signature("pos_embed.proj adaln_single.linear transformer_blocks.0.attn1.to_q",
-                                         size=(r"pos_embed\.proj\.weight", 0, (2304,)))),
     _row("motif-video", "Motif-Video", "context_embedder.linear_1 transformer_blocks.0.attn.add_q_proj x_embedder"),
     _row("minimax-h3", "MiniMax H3", "video_patch_proj audio_patch_proj blocks.0.adaln_proj",
          "audio_proj_in token_refiner.refiner_blocks.0 transformer_blocks.0.adaln_proj"),
