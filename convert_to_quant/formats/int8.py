@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from .. import names
 from ..lazy_torch import torch
 from .packing import pack_nibbles, unpack_nibbles
-from .record import INT8_GPUS, Format, Grid, Packed, Parts, Shape, Stored
+from .record import INT8_GPUS, Format, Grid, Lattice, Packed, Parts, Shape, Stored
 from .rotation import GROUP_KEY, group_of, rotate_weight, said_group
 
 if TYPE_CHECKING:
@@ -87,6 +87,11 @@ class ConvRot(Packed):
         codes, scale = whole_numbers(rotated, INTEGERS.max, 0.0, self.least_scale)
         return {names.WEIGHT: codes, names.WEIGHT_SCALE: scale}
 
+    def lattice(self, parts: Parts) -> Lattice:
+        levels, scale = self.decode(parts, self.mark)
+        whole = INTEGERS.meanings()
+        return Lattice.of(np.where(np.abs(whole) <= self.range, whole, np.nan), levels.view(torch.uint8), scale)
+
 
 class ConvRotW4A4(ConvRot):
     """INT4 of rotated weights, two codes a byte, the first in the lower half; inputs have 4 bits too."""
@@ -104,6 +109,10 @@ class ConvRotW4A4(ConvRot):
         rotated = rotate_weight(weight_OI, group_of(weight_OI.shape[1]))
         codes, scale = whole_numbers(rotated, self.LARGEST, self.LEAST_ABSMAX, 0.0)
         return {names.WEIGHT: pack_nibbles(codes).view(torch.int8), names.WEIGHT_SCALE: scale.reshape(-1)}
+
+    def stored(self, lattice: Lattice, parts: Parts) -> dict[str, Tensor]:
+        packed = pack_nibbles(lattice.stored).view(torch.int8)
+        return {**parts, names.WEIGHT: packed, names.WEIGHT_SCALE: lattice.unit.reshape(-1)}
 
     def decode(self, parts: Parts, _config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         unsigned = unpack_nibbles(parts[names.WEIGHT]).to(torch.int8)

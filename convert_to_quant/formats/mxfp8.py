@@ -15,7 +15,7 @@ from .. import names
 from ..lazy_torch import torch
 from .fp8 import E4M3FN
 from .packing import absmax_of, from_tiles, in_groups, tile_shape, to_tiles
-from .record import BLACKWELL_GPUS, Packed, Parts, Stored
+from .record import BLACKWELL_GPUS, Lattice, Packed, Parts, Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +69,17 @@ class MXFP8(Packed):
     def quantize(self, weight_OI: Tensor, _whole: Parts, _method: str) -> dict[str, Tensor]:
         codes, exponents = blocks_of(weight_OI)
         return {names.WEIGHT: codes, names.WEIGHT_SCALE: to_tiles(exponents)}
+
+    def lattice(self, parts: Parts) -> Lattice:
+        codes = parts[names.WEIGHT].view(torch.uint8)
+        numbers = from_tiles(parts[names.WEIGHT_SCALE], codes.shape[0], codes.shape[1] // BLOCK)
+        scales = scale_of(torch.arange(255, dtype=torch.uint8))
+        return Lattice.of(E4M3FN.meanings(), codes, torch.ones(1), group=BLOCK, scales=scales,
+                          numbers=numbers.long(), reach=(-1, 1), free=False)  # fmt: skip
+
+    def stored(self, lattice: Lattice, parts: Parts) -> dict[str, Tensor]:
+        exponents = to_tiles(lattice.numbers.to(torch.uint8))
+        return {names.WEIGHT: lattice.stored.view(parts[names.WEIGHT].dtype), names.WEIGHT_SCALE: exponents}
 
     def decode(self, parts: Parts, _config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         codes = parts[names.WEIGHT]

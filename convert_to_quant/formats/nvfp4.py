@@ -24,7 +24,7 @@ from .. import names
 from ..lazy_torch import torch
 from .fp8 import E4M3FN
 from .packing import absmax_of, from_tiles, in_groups, pack_nibbles, tile_shape, to_tiles, unpack_nibbles
-from .record import BLACKWELL_GPUS, Grid, Packed, Parts, Rows, Shape, Stored
+from .record import BLACKWELL_GPUS, Grid, Lattice, Packed, Parts, Rows, Shape, Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,6 +146,21 @@ class NVFP4(Packed):
             scales = torch.where(better, other_scales.view(torch.uint8), scales.view(torch.uint8))
         tiled = to_tiles(scales.view(torch.uint8)).view(torch.float8_e4m3fn)
         return {names.WEIGHT: pack_nibbles(codes.flatten(-2), high_first=True), names.WEIGHT_SCALE: tiled}
+
+    def lattice(self, parts: Parts) -> Lattice:
+        codes = unpack_nibbles(parts[names.WEIGHT], high_first=True)
+        numbers = from_tiles(parts[names.WEIGHT_SCALE].view(torch.uint8), len(codes), codes.shape[1] // BLOCK)
+        scaled = {"group": BLOCK, "scales": torch.tensor(E4M3FN.levels).float(), "numbers": numbers.long()}
+        values = [*VALUES, *(-value for value in VALUES)]
+        return Lattice.of(values, codes, parts[names.WEIGHT_SCALE_2], reach=(-2, 5), **scaled)
+
+    def stored(self, lattice: Lattice, _parts: Parts) -> dict[str, Tensor]:
+        tiled = to_tiles(lattice.numbers.to(torch.uint8)).view(torch.float8_e4m3fn)
+        return {
+            names.WEIGHT: pack_nibbles(lattice.stored, high_first=True),
+            names.WEIGHT_SCALE: tiled,
+            names.WEIGHT_SCALE_2: lattice.unit.reshape(()),
+        }
 
     def decode(self, parts: Parts, _config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         codes = in_groups(unpack_nibbles(parts[names.WEIGHT], high_first=True), BLOCK)

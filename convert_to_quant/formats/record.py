@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 CHUNK = 1 << 16
 """Values handled at a time: 64 Ki uint16 values, their int64 indices and their codes stay in a core's L2."""
 
+TOGETHER_VALUES = 1 << 24
+"""Weights that torch quantizes at a time."""
+
 FLOAT_SCALES = ("F32", "F16", "BF16", "F64")
 """Dtypes of scales that are plain numbers."""
 
@@ -213,6 +216,80 @@ class Grid(ABC):
         return -20 * math.log10(float(errors.max()))
 
 
+@dataclass(frozen=True, eq=False)
+class Lattice:
+    """A weight as positions on what a format can hold, which a rounding may move.
+
+    A weight is unit · step(value · scale), where a value is one of K, a scale is one of S for each group of weights in
+    a row, and step rounds to whole numbers up to ±127 where readers do.
+
+    Attributes:
+        values: of the codes, ascending; float32 [K].
+        codes: which byte or part of one is stored for each, uint8 [K].
+        positions: of each weight in `values`, int64 [out, in].
+        unit: what scales the whole weight or each row, float32 [1 or out, 1].
+        scales: that a group can have, by their numbers; float32 [S].
+        numbers: of each group in `scales`, int64 [out, in / group].
+        group: how many weights share a number; 0 for all of a row.
+        reach: how far a better scale's number may be from one that was found for the weights alone.
+        whole: whether value · scale becomes a whole number.
+        free: whether any unit can be stored.
+    """
+
+    values: Tensor
+    codes: Tensor
+    positions: Tensor
+    unit: Tensor
+    scales: Tensor
+    numbers: Tensor
+    group: int = 0
+    reach: tuple[int, int] = (0, 0)
+    whole: bool = False
+    free: bool = True
+
+    @staticmethod
+    def of(meanings: Any, stored: Tensor, unit: Tensor, **scaled: Any) -> Lattice:
+        """A weight by its stored codes.
+
+        Args:
+            meanings: of the codes 0, 1, ...; NaN where one is not to be used.
+            stored: uint8 [out, in].
+            unit: as of the lattice.
+            **scaled: what else it has; one scale of 1 by default.
+        """
+        table = np.asarray(meanings, np.float64)
+        values = np.unique(table[np.isfinite(table)])  # -0 and 0 are one
+        codes = [int(np.flatnonzero(table == value)[0]) for value in values]
+        place = torch.from_numpy(np.searchsorted(values, np.nan_to_num(table))).to(stored.device)
+        one = {"scales": torch.ones(1), "numbers": torch.zeros((len(stored), 1), dtype=torch.int64)}
+        parts = {
+            "values": torch.from_numpy(values).float(),
+            "codes": torch.tensor(codes, dtype=torch.uint8),
+            "unit": unit.float().reshape(-1, 1),
+            **one,
+            **scaled,
+        }
+        parts = {name: v.to(stored.device) if isinstance(v, torch.Tensor) else v for name, v in parts.items()}
+        return Lattice(positions=place[stored.int()], **parts)
+
+    def levels(self, numbers: Tensor) -> Tensor:
+        """What weights can be under scales [...], in units; float32 [..., K]."""
+        levels = self.scales[numbers].unsqueeze(-1) * self.values
+        return levels.round_().clamp_(-127, 127) if self.whole else levels
+
+    @property
+    def real(self) -> Tensor:
+        """The weights in units, float32 [out, in]."""
+        scale = self.scales[self.numbers].repeat_interleave(self.positions.shape[1] // self.numbers.shape[1], 1)
+        real = self.values[self.positions] * scale
+        return real.round_().clamp_(-127, 127) if self.whole else real
+
+    @property
+    def stored(self) -> Tensor:
+        """The codes [out, in]."""
+        return self.codes[self.positions].contiguous()
+
+
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:
     array.flags.writeable = False
     return array
@@ -355,6 +432,28 @@ class Format:
         """
         return parts[names.WEIGHT], parts[self.scales[0]].float().reshape(-1, 1)
 
+    @property
+    def roundable(self) -> bool:
+        """Whether it has a lattice: where scales are one per tensor, per row, or per group of a row."""
+        return self.granularity in ("tensor", "row")
+
+    def quantized(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        """What is stored of a whole weight [out, in], each weight rounded to nearest; scales by "absmax"."""
+        absmax = weight_OI.abs()
+        absmax = absmax.amax().reshape(1, 1) if self.granularity == "tensor" else absmax.amax(1, keepdim=True)
+        scale = torch.where(absmax == 0, self.zero_scale, (absmax / self.codes.max).clamp(min=self.least_scale))
+        return {names.WEIGHT: self.codes.round(weight_OI / scale), self.scales[0]: scale}
+
+    def lattice(self, parts: Parts) -> Lattice:
+        """A weight of `quantized` as positions, of which readers multiply what `decode` gives."""
+        meanings = np.where(np.abs(self.codes.meanings()) <= self.codes.max, self.codes.meanings(), np.nan)
+        return Lattice.of(meanings, parts[names.WEIGHT].view(torch.uint8), parts[self.scales[0]])
+
+    def stored(self, lattice: Lattice, parts: Parts) -> dict[str, Tensor]:
+        """What is stored of a lattice that was `parts`."""
+        codes = lattice.stored.view(parts[names.WEIGHT].dtype)
+        return {**parts, names.WEIGHT: codes, self.scales[0]: lattice.unit.reshape(parts[self.scales[0]].shape)}
+
     def group(self, _config: Mapping[str, Any]) -> int:
         """The size of the groups of inputs that readers rotate (`rotation`); 0 for none."""
         return 0
@@ -398,6 +497,10 @@ class Packed(Format):
 
     TILED = False
 
+    @property
+    def roundable(self) -> bool:
+        return True
+
     def whole(
         self, _absmax: Callable[[], float], _shape: tuple[int, int], _rows: Rows, _method: str
     ) -> dict[str, Tensor]:
@@ -423,3 +526,12 @@ class Packed(Format):
             What is stored of these rows, by suffix.
         """
         raise NotImplementedError
+
+    def quantized(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        shape = (weight_OI.shape[0], weight_OI.shape[1])
+        device = weight_OI.device
+        whole = self.whole(lambda: float(weight_OI.abs().max()), shape, lambda n: weight_OI[n.to(device)], "absmax")
+        whole = {suffix: part.to(device) for suffix, part in whole.items()}
+        step = max(1, TOGETHER_VALUES // (shape[1] * self.ROWS)) * self.ROWS
+        bands = [self.quantize(weight_OI[band], whole, "absmax") for band in spans(shape[0], step)]
+        return {**whole, **{suffix: torch.cat([band[suffix] for band in bands]) for suffix in bands[0]}}

@@ -16,6 +16,7 @@ upper two bits of four codes share a byte of a plane behind it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,10 @@ from numpy.typing import NDArray
 
 from .. import names
 from ..lazy_torch import torch
+from .fp8 import E4M3FN
 from .int8 import INTEGERS, ConvRot
 from .packing import absmax_of, in_groups, pack_nibbles, unpack_nibbles
-from .record import AMPERE_GPUS, Parts, Rows, Shape, Stored
+from .record import AMPERE_GPUS, Lattice, Parts, Rows, Shape, Stored
 from .rotation import rotate_weight, said_group
 
 if TYPE_CHECKING:
@@ -203,6 +205,19 @@ class W4A8(ConvRot):
     def unpack(self, packed: Tensor) -> Tensor:
         """Stored rows as codes: positions in `values`."""
         return unpack_nibbles(packed).int()
+
+    def lattice(self, parts: Parts) -> Lattice:
+        codes = self.unpack(parts[names.WEIGHT])
+        meanings = self.values(parts, torch.device("cpu")).tolist()
+        meanings = [math.nan, *meanings[1:]] if self.code_bits == 6 else meanings
+        numbers = parts[names.S_REL].view(torch.uint8).long()
+        scaled = {"group": GROUP, "scales": torch.tensor(E4M3FN.levels).float(), "numbers": numbers}
+        return Lattice.of(meanings, codes, parts[names.S_CHANNEL], reach=(-3, 3), whole=True, **scaled)
+
+    def stored(self, lattice: Lattice, parts: Parts) -> dict[str, Tensor]:
+        s_rel = lattice.numbers.to(torch.uint8).view(torch.float8_e4m3fn)
+        packed, s_channel = self.pack(lattice.stored), lattice.unit.reshape(-1)
+        return {**parts, names.WEIGHT: packed, names.S_REL: s_rel, names.S_CHANNEL: s_channel}
 
     def decode(self, parts: Parts, _config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         codes = self.unpack(parts[names.WEIGHT])
