@@ -450,6 +450,7 @@ def convert(
     output: Path,
     *,
     device: str = "cpu",
+    rounding: Callable[[Layer, Format], Mapping[str, Tensor] | None] | None = None,
     progress: Advance | None = None,
     before_commit: Callable[[CheckpointWriter], None] | None = None,
 ) -> None:
@@ -460,6 +461,7 @@ def convert(
         plan: what becomes of it.
         output: a `.safetensors` path, or `.safetensors.index.json` to keep the input's shards.
         device: where torch computes; see `quantize_weight`.
+        rounding: finds what is stored of a layer, by suffix; each weight goes to nearest where it finds nothing.
         progress: told how many input bytes were done.
         before_commit: called with the complete but still unnamed output, which it may read and change in place
             (calibration); if it raises, there is no output.
@@ -479,13 +481,17 @@ def convert(
 
     def job(layer: Layer, fmt: Format) -> layout.Job:
         def work(write: Sink) -> None:
-            source, high = checkpoint, layer
-            if layer.format is not None or layer.name in plan.merged.matched:  # here: it holds the rows it made last
-                source, high = _widened(checkpoint, layer, plan.merged)
-
             def sink(suffix: str, data: NDArray[Any], start: int) -> None:
                 write(layer.name + plan.spelled(suffix), data, start)
 
+            rounded = None if rounding is None else rounding(layer, fmt)
+            if rounded is not None:
+                for suffix, tensor in rounded.items():
+                    sink(suffix, _bytes_of(tensor), 0)
+                return
+            source, high = checkpoint, layer
+            if layer.format is not None or layer.name in plan.merged.matched:  # here: it holds the rows it made last
+                source, high = _widened(checkpoint, layer, plan.merged)
             quantize_weight(source, high, fmt, plan.options, sink, device=place)
 
         return layer.weight.nbytes, work
@@ -785,7 +791,7 @@ def _quantize_with_torch(
     done: Counter[str] = Counter()
     for band in bands:
         for suffix, tensor in quantized(band).items():
-            data = _to_host(tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor).numpy()
+            data = _bytes_of(tensor)
             sink(suffix, data, done[suffix])
             done[suffix] += data.nbytes
     return scale
@@ -819,6 +825,12 @@ def _rows_on_device(checkpoint: Checkpoint, layer: Layer, device: torch.device) 
         np.copyto(part.numpy(), checkpoint.bits(layer.weight.name, band).view(np.uint8))
         weight[band].copy_(part)
     return weight.view(getattr(torch, TORCH_NAMES[layer.weight.dtype])).__getitem__
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[Any]:
+    """A tensor of float32, or of the bytes of what numpy has no dtype for."""
+    data: NDArray[Any] = _to_host(tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor).numpy()
+    return data
 
 
 def _to_host(tensor: Tensor) -> Tensor:

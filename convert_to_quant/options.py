@@ -250,6 +250,7 @@ class ConvertOptions(Options):
         scaling_mode: one scale per tensor, row or block, for "fp8".
         block_size: side of the square blocks.
         weight_scale: how scales are chosen.
+        round: round weights for what layers receive while the model runs on noise (`rounding`).
         requantize: round layers anew that are quantized in another format.
         input_scale: write input scales of 1.0, so that calibration can set them in place.
         legacy: write the older `scaled_fp8` layout instead of comfy_quant.
@@ -262,6 +263,7 @@ class ConvertOptions(Options):
     scaling_mode: ScalingMode = option("tensor", "fp8 scales per tensor, row or block", "MODE", get_args(ScalingMode))
     block_size: int = option(64, "side of a block in mode block", "N", BLOCK)
     weight_scale: WeightScale = option("absmax", "absmax, or mse for least error", "METHOD", get_args(WeightScale))
+    round: bool = option(False, "round weights by running the model")
     requantize: bool = option(False, "round quantized layers anew, too")
     input_scale: bool = option(True, "write no input scales", flag="no-input-scale")
     legacy: bool = option(False)
@@ -275,6 +277,8 @@ class ConvertOptions(Options):
                 raise OptionError(f"no format {name!r} that can be written", hint=f"one of {', '.join(WRITTEN)}")
         if self.scaling_mode != "tensor" and self.format != DEFAULT_FORMAT:
             raise OptionError(f"--scaling_mode is for {DEFAULT_FORMAT}, and {self.format} says how it is scaled")
+        if self.round and self.weight_scale != "absmax":
+            raise OptionError("--round finds scales itself; leave --weight-scale out")
         if self.legacy and self.scaling_mode != "tensor":
             raise OptionError(f"legacy files know one scale per tensor only, not --scaling_mode {self.scaling_mode}")
         if self.legacy and (self.format != DEFAULT_FORMAT or self.layer_format):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ..best import Best
     from ..checkpoint import Checkpoint, CheckpointWriter
     from ..convert import ConversionPlan
+    from ..engines.moments import Rounding
     from ..lora import Lora, Survival
 
 DESCRIPTION = "Convert a checkpoint to another format, calibrate an FP8 checkpoint, or both."
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     check_best(args)
     if not args.actcal:
         for flag in args.in_force:
-            if flag.startswith("actcal-") and not args.best:
+            if flag.startswith("actcal-") and not (args.best or args.round):
                 raise OptionError(f"--{flag} needs --actcal")
     elif args.no_input_scale:
         raise OptionError("--no-input-scale leaves out what --actcal is asked to find")
@@ -155,6 +156,8 @@ def check_best(args: argparse.Namespace) -> None:
             raise OptionError(f"--{flag} and --best both say what layers become; give one")
         if args.best and flag.startswith("actcal-") and flag not in showing:
             raise OptionError(f"--{flag} is for --actcal, and --best would not use it")
+    if args.merge_lora and args.round:
+        raise OptionError("--merge-lora and --round cannot be combined")
 
 
 def calibrate_file(
@@ -195,7 +198,7 @@ def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: Convert
     if args.dry_run:
         say(f"dry run: {best.summary()}; nothing was written")
         return 0
-    survival = write_plan(checkpoint, best.plan, Path(args.output), args.device)
+    survival = write_plan(checkpoint, best.plan, args)
     say(f"{best.summary()}; {wrote(args.output)}")
     say_surviving(survival)
     note_formats(best.plan, Path(args.output))
@@ -271,7 +274,7 @@ def convert_file(
 
     output = Path(args.output)
     calibrating = None if calibration is None else calibrate_output(checkpoint, calibration, adapters, args)
-    survival = write_plan(checkpoint, plan, output, args.device, calibrating)
+    survival = write_plan(checkpoint, plan, args, calibrating)
     if args.json and calibration is None:
         write_json(args.json, plan_json(plan, survival))
     say(f"{plan.summary()}; {wrote(output)}")
@@ -287,8 +290,7 @@ def convert_file(
 def write_plan(
     checkpoint: Checkpoint,
     plan: ConversionPlan,
-    output: Path,
-    device: str,
+    args: argparse.Namespace,
     calibrate_output: Callable[[CheckpointWriter], None] | None = None,
 ) -> Survival:
     """Convert with a progress bar; what rounding leaves of adapters that are merged."""
@@ -305,10 +307,12 @@ def write_plan(
         if calibrate_output is not None:
             calibrate_output(writer)
 
+    rounding = rounding_of(checkpoint, plan, args) if plan.options.round and plan.quantized else None
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     with progress_bar("converting", unit="bytes") as progress:
         told = advance(progress, total)
-        convert(checkpoint, plan, output, device=device, progress=told, before_commit=finish_output)
+        convert(checkpoint, plan, Path(args.output), device=args.device, rounding=rounding, progress=told,
+                before_commit=finish_output)  # fmt: skip
     return survival
 
 
@@ -317,6 +321,16 @@ def say_surviving(survival: Survival) -> None:
     if survival.delta_energy:
         figures = f"correlation {survival.correlation:.3f}, {survival.decibels:.1f} dB"
         say(f"what rounding leaves of the merged change: {figures}")
+
+
+def rounding_of(checkpoint: Checkpoint, plan: ConversionPlan, args: argparse.Namespace) -> Rounding:
+    """What rounds the layers of a plan by running the model."""
+    from ..calibrate_activation_scales import refuse_unrunnable
+
+    refuse_unrunnable(checkpoint, plan.table, "run to be rounded", "leave --round out")
+    from ..engines.moments import Rounding
+
+    return Rounding(checkpoint, plan.table, [layer for layer, _ in plan.quantized], options_of(RunOptions, args))
 
 
 def note_formats(plan: ConversionPlan, output: Path) -> None:

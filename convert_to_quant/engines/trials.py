@@ -36,7 +36,7 @@ from torch.nn.functional import linear
 
 from ..families.running import Geometry
 from ..formats import FORMATS
-from ..formats.record import Format, Packed, spans
+from ..formats.record import Format, Parts
 from ..formats.rotation import rotate
 from ..telling import Advance, Progress, advance
 from ..trials import Trials
@@ -49,9 +49,6 @@ ARITHMETIC = "comfyui_divide"
 TINY = torch.finfo(torch.float32).tiny
 TOGETHER_TOKENS = 1 << 15
 """Of all images that run side by side, each for another trial."""
-
-BAND_VALUES = 1 << 24
-"""Weights that are quantized at a time."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +89,18 @@ class Simulated:
     Args:
         weight_OI: float32 [out, in].
         candidate: the format, and how inputs are scaled.
+        parts: what is stored of the weight, by suffix; rounded to nearest by default.
     """
 
-    def __init__(self, weight_OI: Tensor, candidate: Candidate) -> None:
+    def __init__(self, weight_OI: Tensor, candidate: Candidate, parts: Parts | None = None) -> None:
         self.format = candidate.format
         self.full_precision = candidate.full_precision
         self.static = None
         if candidate.input_scale is not None:
             self.static = torch.tensor(candidate.input_scale, device=weight_OI.device)
-        self.group = self.format.group(self.format.config((weight_OI.shape[0], weight_OI.shape[1]), 0))
-        self.levels, self.scale = quantized(weight_OI, self.format)
+        config = self.format.config((weight_OI.shape[0], weight_OI.shape[1]), 0)
+        self.group = self.format.group(config)
+        self.levels, self.scale = self.format.decode(parts or self.format.quantized(weight_OI), config)
         if self.full_precision:
             self.levels = rotate(self.levels.float() * self.scale, self.group)
 
@@ -112,36 +111,6 @@ class Simulated:
             return linear(x, levels.to(x.dtype)).float()
         codes, x_scale = self.format.inputs(rotate(x, self.group), self.static, ARITHMETIC)
         return multiply(codes, x_scale, levels, scale)
-
-
-def quantized(weight_OI: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """A weight in a format, decoded as readers multiply it.
-
-    Args:
-        weight_OI: float32 [out, in].
-        fmt: the format.
-
-    Returns:
-        Levels [out, in], and float32 scales [1 or out, 1].
-    """
-    if not isinstance(fmt, Packed):
-        absmax = weight_OI.abs()
-        absmax = absmax.amax().reshape(1, 1) if fmt.granularity == "tensor" else absmax.amax(1, keepdim=True)
-        scale = torch.where(absmax == 0, fmt.zero_scale, (absmax / fmt.codes.max).clamp(min=fmt.least_scale))
-        return fmt.codes.round(weight_OI / scale), scale
-    shape = (weight_OI.shape[0], weight_OI.shape[1])
-    whole = fmt.whole(
-        lambda: float(weight_OI.abs().max()), shape, lambda rows: weight_OI[rows.to(weight_OI.device)], "absmax"
-    )
-    whole = {suffix: part.to(weight_OI.device) for suffix, part in whole.items()}
-    config = fmt.config(shape, 0)
-    step = max(1, BAND_VALUES // (shape[1] * Packed.ROWS)) * Packed.ROWS
-    decoded = [
-        fmt.decode({**whole, **fmt.quantize(weight_OI[band], whole, "absmax")}, config)
-        for band in spans(shape[0], step)
-    ]
-    scales = [scale for _, scale in decoded]
-    return torch.cat([levels for levels, _ in decoded]), torch.cat(scales) if len(scales[0]) > 1 else scales[0]
 
 
 class Bench:
