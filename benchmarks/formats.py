@@ -46,6 +46,7 @@ from convert_to_quant.errors import OptionError
 from convert_to_quant.families.running import Geometry
 from convert_to_quant.fidelity import check_latents, sqnr_db
 from convert_to_quant.formats import FORMATS
+from convert_to_quant.formats.rotation import rotate
 from convert_to_quant.options import BestOptions, ConvertOptions, RunOptions
 
 CARDS = ("any", "rtx40", "rtx50")
@@ -89,7 +90,10 @@ class Judge:
 
     def sqnr_db(self, mix: Mapping[str, trials.Candidate]) -> float:
         """Of layers in formats."""
-        simulated = {name: trials.Simulated(self.bench.weight(name), each) for name, each in mix.items()}
+        return self.judge({name: trials.Simulated(self.bench.weight(name), each) for name, each in mix.items()})
+
+    def judge(self, simulated: Mapping[str, trials.Simulated]) -> float:
+        """Of layers that are quantized already."""
         (found,) = self.bench.trials([simulated], 0)
         return float(torch.cat([sqnr_db(v, u) for v, u in zip(self.wanted, found, strict=True)]).mean())
 
@@ -169,9 +173,9 @@ def others(checkpoint: Any, chosen: best.Best, layers: Mapping[str, Any]) -> dic
             judged = dict.fromkeys(COMPARED, 0.0)
             if offer.format:
                 fmt = FORMATS[offer.format]
-                levels, scale = trials.quantized(weight, fmt)
-                rotated = trials.rotate(weight, fmt.group(fmt.config(layer.shape, 0)))
-                error = (levels.float() * scale - rotated).square().sum() / weight.square().sum()
+                made = trials.Simulated(weight, trials.Candidate(fmt))
+                error = (made.levels.float() * made.scale - rotate(weight, made.group)).square().sum()
+                error /= weight.square().sum()
                 output = tried.error[row, tried.formats.index(offer.format)].mean()
                 # The fewer bits, the worse, and the worse the nearer to an end.
                 judged = {"output": float(output), "weights": float(error), "random": float(random.random()),

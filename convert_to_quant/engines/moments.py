@@ -123,7 +123,6 @@ class Rounding:
         with self.lock:
             moments = self.moments_of(layer.name) if fmt.roundable else None
             weight_OI = torch.from_numpy(dequantize(self.checkpoint, layer, ALL_ROWS))
-            self.checkpoint.release(layer.weight.name)
             if moments is None or not weight_OI.isfinite().all():
                 return None
             if not moments.isfinite().all():
