@@ -499,6 +499,7 @@ class Packed(Format):
 
     @property
     def roundable(self) -> bool:
+        """Always: scales are those of rows, or of groups of a row."""
         return True
 
     def whole(
@@ -528,6 +529,7 @@ class Packed(Format):
         raise NotImplementedError
 
     def quantized(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        """As of any format, in bands of rows."""
         shape = (weight_OI.shape[0], weight_OI.shape[1])
         device = weight_OI.device
         whole = self.whole(lambda: float(weight_OI.abs().max()), shape, lambda n: weight_OI[n.to(device)], "absmax")
