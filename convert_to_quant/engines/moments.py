@@ -21,7 +21,7 @@ from ..checkpoint import Checkpoint
 from ..errors import CalibrationError
 from ..families.running import Geometry
 from ..formats.record import Format
-from ..layers import ALL_ROWS, Layer, LayerTable, dequantize
+from ..layers import Layer, LayerTable, dequantize
 from ..options import SAMPLES, RunOptions
 from ..rounding import round_weight
 from . import denoiser, diffusers, sizes
@@ -122,7 +122,7 @@ class Rounding:
         """
         with self.lock:
             moments = self.moments_of(layer.name) if fmt.roundable else None
-            weight_OI = torch.from_numpy(dequantize(self.checkpoint, layer, ALL_ROWS))
+            weight_OI = torch.from_numpy(dequantize(self.checkpoint, layer))
             if moments is None or not weight_OI.isfinite().all():
                 return None
             if not moments.isfinite().all():
