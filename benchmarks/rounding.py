@@ -120,7 +120,8 @@ def measure(variant: str, device: str, geometry: Geometry, count: int, wanted: W
         seen = diffusers.observe(checkpoint, plan.table, device=device, layers=list(layers)).statistics
         gathered = moments.gather(model, list(layers), diffusers.GEOMETRY, wanted.samples, RunOptions())
         found: dict[str, Any] = {"formats": {}, "mixes": {}, "seconds": {"moments": time.perf_counter() - start}}
-        could = best.candidates(checkpoint, layers, seen, [FORMATS[name] for name in wanted.formats])
+        scales = best.input_scales(checkpoint, layers, seen)
+        could = best.candidates(layers, scales, [FORMATS[name] for name in wanted.formats])
         of = {(name, each.format.name): each for name, some in could.items() for each in some}
 
         def rounded(name: str, each: trials.Candidate, method: str) -> trials.Simulated:
@@ -154,7 +155,7 @@ def measure(variant: str, device: str, geometry: Geometry, count: int, wanted: W
                 checkpoint, ConvertOptions(), BestOptions(bits=8.0, gpu="rtx40"), RunOptions(device=device)
             )
             found["seconds"]["best"] = time.perf_counter() - start
-            could = best.candidates(checkpoint, layers, seen, [FORMATS[name] for name in best.CANDIDATES])
+            could = best.candidates(layers, scales, [FORMATS[name] for name in best.CANDIDATES])
             of = {(name, each.format.name): each for name, some in could.items() for each in some}
             for bits in MIXES:
                 try:
