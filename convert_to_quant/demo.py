@@ -187,10 +187,7 @@ def run(folder: Path, options: DemoOptions | None = None, *, progress: Progress 
     """
     options = options or DemoOptions()
     start = time.perf_counter()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder cannot be made: {error.strerror}", path=folder) from None
+    make_folder(folder)
     work = _Work(options, progress)
     rows = tuple(_row(variant, folder, options, work) for variant in options.variants)
     picture = folder / PICTURE
@@ -200,6 +197,18 @@ def run(folder: Path, options: DemoOptions | None = None, *, progress: Progress 
     held_out = zip(("prompt_embeds", "pooled_prompt_embeds"), prompts.embed_all(prompts.HELD_OUT), strict=True)
     write_checkpoint(folder / PROMPTS, {name: Entry.of(values) for name, values in held_out}, {})
     return Demo(options, rows, picture, time.perf_counter() - start)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for outputs, where it is missing.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder cannot be made: {error.strerror}", path=folder) from None
 
 
 def draw(rows: tuple[Row, ...]) -> Image.Image:

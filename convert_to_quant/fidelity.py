@@ -190,20 +190,21 @@ def sqnr_db(reference: Tensor, other: Tensor) -> Tensor:
     return _ratio_db(signal, error)
 
 
-def psnr_db(reference: Tensor, other: Tensor) -> Tensor:
-    """10 log10(range² / mean squared difference) per sample, with the range of the reference's values.
+def psnr_db(reference: Tensor, other: Tensor, peak: float | None = None) -> Tensor:
+    """10 log10(peak² / mean squared difference) per sample.
 
     Args:
         reference: [batch, ...].
         other: the same shape.
+        peak: by default the range of the reference's values.
 
     Returns:
         float64 [batch]; `EXACT_DB` where they are equal, NaN where either is not finite.
     """
     flat = reference.double().flatten(1)
     error = (flat - other.double().flatten(1)).square().mean(1)
-    peak = (flat.amax(1) - flat.amin(1)).square()
-    return _ratio_db(peak, error)
+    signal = (flat.amax(1) - flat.amin(1)).square() if peak is None else torch.full_like(error, peak**2)
+    return _ratio_db(signal, error)
 
 
 def _ratio_db(signal: Tensor, error: Tensor) -> Tensor:
@@ -271,6 +272,7 @@ def scenes_fidelity(
     steps: int = 8,
     layer_errors: bool = False,
     progress: Progress | None = None,
+    finished: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Fidelity:
     """Run a reference and a quantized model side by side and compare them.
 
@@ -282,6 +284,7 @@ def scenes_fidelity(
         steps: noise levels.
         layer_errors: compare every quantized layer's output too.
         progress: called after every prompt's noise level.
+        finished: takes the final latents of the reference and of the quantized model, one batch after the other.
 
     Returns:
         The comparison.
@@ -325,9 +328,11 @@ def scenes_fidelity(
             for side, latents in zip(sides, (state, own_state), strict=True):
                 side.require_finite(latents, "a latent", 0.0)
             final_db[chosen] = psnr_db(state, own_state).cpu()
+            if finished is not None:
+                finished(state, own_state)
         layers = errors.results()
     levels = tuple(
-        Level(1 - step / steps, *_mean_and_error(ratios_db[:, step]), float(ratios_db[:, step].min()))
+        Level(1 - step / steps, *mean_and_error(ratios_db[:, step]), float(ratios_db[:, step].min()))
         for step in range(steps)
     )
     sizes = tuple(
@@ -335,11 +340,11 @@ def scenes_fidelity(
         for scene, part_db in zip(scenes, torch.split(ratios_db, counts), strict=True)
     )
     return Fidelity(
-        *_mean_and_error(ratios_db.mean(1)),
+        *mean_and_error(ratios_db.mean(1)),
         float(ratios_db.min()),
         levels,
         sizes,
-        *_mean_and_error(final_db),
+        *mean_and_error(final_db),
         prompts,
         steps,
         guidance,
@@ -418,8 +423,8 @@ def _empty_prompt(value: Tensor) -> Tensor:
     return torch.zeros_like(value[:1]) if is_embedding else value[:1]
 
 
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean, and its standard error."""
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of [samples], and its standard error; 0 for one sample."""
     error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return float(values.mean()), error
 

@@ -49,7 +49,7 @@ SUBSTITUTIONS = {
 """Regular expression -> what is run in its place: no GPU, no shell, little time, and formats that take tiny layers."""
 
 SMALL = ("--height", "32", "--width", "32", "--steps", "2", "--samples", "3")
-ADDED = {"observe": SMALL, "check": SMALL}
+ADDED = {"observe": SMALL, "check": SMALL, "card": SMALL}
 """Flags at the end of every call of a command: tiny images."""
 
 ONLY_PARSED = {

@@ -23,7 +23,7 @@ PACKAGE = "convert_to_quant"
 
 ROWS = (
     {"cli", "__main__"},
-    {"demo", "emoji", "comfyui_nodes"},
+    {"card", "demo", "emoji", "comfyui_nodes"},
     {"best", "calibrate_activation_scales", "fidelity", "inspection", "problems", "report"},
     {"engines"},
     {"solve", "choose", "rounding", "headroom", "patch", "convert", "migration", "repair"},

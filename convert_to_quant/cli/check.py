@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CalibrationError, OptionError
 from ..options import SAMPLES
@@ -17,6 +17,8 @@ from .running import add_running_arguments, check_running_options, embeddings_of
 from .terminal import Styled
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..checkpoint import Checkpoint
     from ..engines.denoiser import Denoiser
     from ..engines.prompts import Prompts
@@ -42,6 +44,14 @@ DOUBTFUL_DB = 20.0
 BELOW = 1
 """Exit code of a model that is worse than asked for."""
 
+ARITHMETIC_WORDS = """\
+arithmetics of quantized layers:
+  comfyui         as ComfyUI on a CPU: inputs are divided in their own dtype
+  comfyui-divide  as ComfyUI's CUDA kernels: inputs are divided in float32
+  dequantize      weights are quantized, inputs are not
+  dynamic-tensor  input scales per call; dynamic-row: per token
+"""
+
 DESCRIPTION = """\
 Run a reference and a quantized model side by side and report how close the quantized one stays: SQNR of the predicted
 velocity in dB per noise level (30 is good, 10 is ruin), and PSNR of the final latents. Without prompts both run on
@@ -53,12 +63,8 @@ examples:
   convert_to_quant check bf16.safetensors fp8.safetensors \\
       --pipeline FLUX.1-dev --prompts prompts.txt
 
-arithmetics of quantized layers:
-  comfyui         as ComfyUI on a CPU: inputs are divided in their own dtype
-  comfyui-divide  as ComfyUI's CUDA kernels: inputs are divided in float32
-  dequantize      weights are quantized, inputs are not
-  dynamic-tensor  input scales per call; dynamic-row: per token
 """
+EPILOG += ARITHMETIC_WORDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,11 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     wanted = parser.add_argument_group("report")
     wanted.add_argument("--layers", action="store_true", help=f"errors of the {WORST_LAYERS} worst layers (-v: all)")
     wanted.add_argument("--at-least", type=float, metavar="DB", help=f"exit code {BELOW} if the mean SQNR is lower")
+    add_comparing_arguments(parser, wanted)
+
+
+def add_comparing_arguments(parser: argparse.ArgumentParser, wanted: Any, **defaults: Any) -> None:
+    """How two models are compared: arithmetic and guidance, which go to the group `wanted`, and what they are shown."""
     wanted.add_argument("--arithmetic", choices=ARITHMETICS, default=ARITHMETICS[0], metavar="WHICH",
                         help="how layers compute, see below (comfyui)")  # fmt: skip
     wanted.add_argument("--guidance", type=float, default=1.0, metavar="G",
                         help="classifier-free guidance scale; 1 is off (1)")  # fmt: skip
-    shown = add_running_arguments(parser, seed=SEED, several=True)
+    shown = add_running_arguments(parser, SEED, several=True, **defaults)
     shown.add_argument("--pipeline", metavar="DIR", help="diffusers pipeline that embeds the prompts")
     shown.add_argument("--prompts", metavar="FILE", help="text file with one prompt per line")
     shown.add_argument("--save-conditioning", metavar="FILE", help="save the embeddings for --conditioning")
@@ -112,14 +123,24 @@ def check_options(args: argparse.Namespace) -> None:
         require_pipeline(args.pipeline)
 
 
-def measure(args: argparse.Namespace) -> Fidelity:
-    """Run both models."""
+def measure(
+    args: argparse.Namespace,
+    default: Sequence[Prompts] = (),
+    finished: Callable[[Tensor, Tensor], None] | None = None,
+) -> Fidelity:
+    """Run both models.
+
+    Args:
+        args: the options.
+        default: prompts that they are shown where the call names none; noise where there are none.
+        finished: see `fidelity.scenes_fidelity`.
+    """
     from ..checkpoint import open_checkpoint
     from ..engines.denoiser import load
     from ..fidelity import scenes_fidelity
 
     with open_checkpoint(args.reference) as first, open_checkpoint(args.quantized) as second:
-        given = prompts_of(args, first)  # before the models are loaded: text encoders are large, too
+        given = prompts_of(args, first) or default  # before the models are loaded: text encoders are large, too
         reference = load(first, device=args.device)
         quantized = load(second, device=args.device, arithmetic=args.arithmetic.replace("-", "_"))
         refuse_another_model(reference, quantized, args)
@@ -127,7 +148,7 @@ def measure(args: argparse.Namespace) -> Fidelity:
         scenes = shown(reference, given, args)
         with progress_bar("checking") as progress:
             return scenes_fidelity(reference, quantized, scenes, guidance=args.guidance, steps=args.steps,
-                                   layer_errors=args.layers, progress=progress)  # fmt: skip
+                                   layer_errors=args.layers, progress=progress, finished=finished)  # fmt: skip
 
 
 def refuse_another_model(reference: Denoiser, quantized: Denoiser, args: argparse.Namespace) -> None:
@@ -242,6 +263,11 @@ def shown(reference: Denoiser, given: Sequence[Prompts], args: argparse.Namespac
     return scenes
 
 
+def meaning(found: Fidelity) -> str:
+    """The mean SQNR in words."""
+    return next(words for least, words in MEANINGS if found.sqnr_db >= least)
+
+
 def say_meaning(found: Fidelity, args: argparse.Namespace) -> None:
     """The mean in words, where to look if they are bad, and what figures on noise are worth."""
     from ..fidelity import EXACT_DB, OFF_BY_DB
@@ -249,9 +275,8 @@ def say_meaning(found: Fidelity, args: argparse.Namespace) -> None:
     if found.sqnr_db >= EXACT_DB:
         say("both compute the same")
         return
-    meaning = next(words for least, words in MEANINGS if found.sqnr_db >= least)
     where = f" (convert_to_quant inspect {args.quantized} may say why)" if found.sqnr_db < DOUBTFUL_DB else ""
-    say(f"{found.sqnr_db:.1f} dB on average, {found.worst_db:.1f} at worst: {meaning}{where}")
+    say(f"{found.sqnr_db:.1f} dB on average, {found.worst_db:.1f} at worst: {meaning(found)}{where}")
     if args.pipeline is None and not embeddings_of(args):
         say(f"measured on noise; real use can differ by {OFF_BY_DB} dB (--pipeline or --conditioning uses prompts)")
 

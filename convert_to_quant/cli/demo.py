@@ -6,8 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
-from ..errors import OutputError
 from .output import decibels, print_table, progress_bar, say, write_json
+from .shared import refuse_file
 
 DESCRIPTION = """\
 Convert and calibrate a small text-to-image model that comes with this package, paint with it, and say how much of it
@@ -38,8 +38,7 @@ def run(args: argparse.Namespace) -> int:
     # than 150 s otherwise, on two shared cores (2026-11-22). Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     folder = Path(args.output)
-    if folder.exists() and not folder.is_dir():
-        raise OutputError("the folder cannot be made: a file is there", path=folder)
+    refuse_file(folder)
     if args.dry_run:
         say(f"dry run: would write the picture and the models into {folder}; nothing was written")
         if args.json:

@@ -110,13 +110,13 @@ def screen(found: Inspection, width: int = WIDTH, *, strict: bool = False) -> It
     """The lines of the summary, each with its style."""
     files = f"{found.files} files, " if found.sharded else ""
     yield printable(f"{found.path.name}: {size(found.size_bytes)}, {files}{found.tensors:,} tensors"), "head"
-    entries: dict[str, Sequence[str]] = {"model": [_model(found)], "layers": _formats(found) or ["none"]}
+    entries: dict[str, Sequence[str]] = {"model": [_model(found)], "layers": format_lines(found) or ["none"]}
     if any(layer.input_state is not None for layer in found.layers) or found.header_marks or found.tensor_marks:
         entries["marked by"] = [_marks(found)]
     if found.input_states:
         entries["input scales"] = [_input_scales(found)]
     if found.made is not None:
-        entries["made by"] = [_made(found.made)]
+        entries["made by"] = [made_line(found.made)]
     if found.layers:
         entries["in ComfyUI"] = [*_readings(found), *_readers(found)]
     entries["advice"] = found.advice
@@ -148,7 +148,7 @@ def _model(found: Inspection) -> str:
     return found.title + variant + blocks + prefix + parts
 
 
-def _formats(found: Inspection) -> list[str]:
+def format_lines(found: Inspection) -> list[str]:
     """How many layers of each format, quantized ones first."""
     counts = Counter((layer.read_as or "", layer.title, _scaling(layer)) for layer in found.layers)
     order = sorted(counts, key=lambda kind: (not kind[0], -counts[kind]))
@@ -207,7 +207,8 @@ def _run(made: Made | Mix) -> str:
     return f" ({', '.join(figures)})" if figures else ""
 
 
-def _made(made: Made) -> str:
+def made_line(made: Made) -> str:
+    """How this tool made a file."""
     steps = ["converted"] if made.converted else []
     if (mix := made.mix) is not None:
         steps.append(

@@ -23,6 +23,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     "look at it": {
         "inspect": "say what a file is, what ComfyUI does with it, what is wrong",
         "check": "compare a quantized model with its reference while both paint",
+        "card": "compare as check does, and write a page for a model hub",
         "report": "show what calibration changes, layer by layer; or compare two",
     },
     "see what its layers receive": {

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 NOISE = "noise"
 
 
-def add_running_arguments(parser: argparse.ArgumentParser, seed: int, *, several: bool = False) -> Any:
+def add_running_arguments(parser: argparse.ArgumentParser, seed: int, *, several: bool = False, **defaults: Any) -> Any:
     """What a model is shown, and where it runs.
 
     Args:
         parser: of the command.
         seed: the default.
         several: files of embeddings may be named; see `embeddings_of`.
+        **defaults: of further options, by field.
 
     Returns:
         Their group, for more of the kind.
@@ -31,7 +32,7 @@ def add_running_arguments(parser: argparse.ArgumentParser, seed: int, *, several
     more: dict[str, Any] = {"action": "append", "default": []} if several else {"default": NOISE}
     words = f"prompt embeddings{'; repeatable' if several else ' from a file'} (noise)"
     shown.add_argument("--conditioning", metavar="noise|FILE", help=words, **more)
-    add_options(shown, RunOptions, seed=seed)
+    add_options(shown, RunOptions, seed=seed, **defaults)
     return shown
 
 

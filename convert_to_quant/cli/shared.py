@@ -187,6 +187,16 @@ def check_shards(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         refuse_same_file(Path(args.output), files, hint="name another output")
 
 
+def refuse_file(folder: Path) -> None:
+    """Refuse a file in the place of a folder for outputs.
+
+    Raises:
+        OutputError: there is one.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError("the folder cannot be made: a file is there", path=folder)
+
+
 def _same(one: Path, other: Path) -> bool:
     """Whether two paths are one file, whatever they are called; neither need exist."""
     try:

@@ -24,6 +24,7 @@ CALLS = {
     "repair": "repair fp8.safetensors",
     "merge": "merge stats.safetensors stats.safetensors -o out.safetensors",
     "report": "report stats.safetensors fp8.safetensors -o out.html --png out.png --csv out.csv",
+    "card": "card flux.safetensors fp8.safetensors -o out",
     "demo": "demo -o out",
     "comfyui install": "comfyui install ComfyUI",
     "comfyui uninstall": "comfyui uninstall Installed",
@@ -42,6 +43,7 @@ FAILURES = {
     "merge": ("merge stats.safetensors -o none/out.safetensors", "the folder none does not exist"),
     "merge onto itself": ("merge stats.safetensors -o stats.safetensors", "the same file as the input"),
     "report": ("report stats.safetensors fp8.safetensors -o none/out.html", "the folder none does not exist"),
+    "card": ("card flux.safetensors fp8.safetensors -o flux.safetensors", "a file is there"),
     "demo": ("demo -o flux.safetensors", "a file is there"),
 }
 
