@@ -414,6 +414,22 @@ def add_options(group: Any, kind: type[Options], prefix: str = "", **defaults: A
         group.add_argument(flag, help=words, **settings)
 
 
+def flags_of(options: Options) -> list[str]:
+    """The words of a command line that say how options differ from the defaults.
+
+    >>> flags_of(SolveOptions(margin=2.0, keep=("img", "txt"), float16_safe=True))
+    ['--margin', '2', '--keep', 'img', '--keep', 'txt', '--float16-safe']
+    """
+    words = []
+    for name, one in offered(type(options)).items():
+        value = getattr(options, name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if value != one.default:
+                words.append(f"--{one.flag}")
+                words += [] if value is True else [f"{each:g}" if isinstance(each, float) else str(each)]
+    return words
+
+
 def options_of(kind: type[Kind], args: argparse.Namespace) -> Kind:
     """The options that a command line asked for; what it does not offer has its default.
 

@@ -236,6 +236,11 @@ def tell(report: Report, args: argparse.Namespace) -> None:
     if alone or not args.quiet:
         for line in verdict_lines(report, stream):
             print(line, file=stream)
+        paths = {Path(name).name: name for name in args.files}
+        for side in report.sides:
+            if side.apply:  # with the folders that the call names, and unbroken, to be copied
+                said = shlex.join(paths.get(word, word) for word in shlex.split(side.apply))
+                print(printable(f"apply it: {said}"), file=stream)
     if args.verbose:
         print_layers(report, talk=not alone)
 
@@ -266,7 +271,7 @@ def print_layers(report: Report, *, talk: bool) -> None:
             *map(risk_cell, states),
             figures.unused or figures.reason,
         )
-        for layer in report.layers
+        for layer in map(report.layers.__getitem__, report.riskiest)
         for side, figures in zip(report.sides, layer.sides, strict=True)
         if figures is not None
         for states in [(figures.before, figures.after)]

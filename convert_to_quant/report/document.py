@@ -59,6 +59,14 @@ RISKS: Mapping[Risk, str] = {
 }
 """What each risk means, the worst first."""
 
+ZONES = {
+    "vanished": "rounds to 0",
+    "subnormal": "few steps left",
+    "normal": "even, relative steps",
+    "saturated": f"cut off at {DEFAULT_GRID.max:g}",
+}
+"""What FP8 does with |x| / scale, from small to large."""
+
 MOST = 0.5
 """Share of values or tokens that are lost from which on a layer is at risk for that alone."""
 
@@ -74,6 +82,9 @@ DENSITY_DECADES = 8
 
 SIGMA_EDGES = tuple(1 - number / SIGMA_BINS for number in range(SIGMA_BINS + 1))
 """Edges of the noise levels, from noise to image; bin i is (SIGMA_EDGES[i + 1], SIGMA_EDGES[i]]."""
+
+EXACT_DB = 300.0
+"""Stands for a ratio of signal to noise that is not known, where layers are sorted."""
 
 Density = NDArray[np.uint8]
 
@@ -188,6 +199,22 @@ class Layer:
     sides: tuple[Figures | None, ...]
     crossed: State | None = None
 
+    @property
+    def danger(self) -> float:
+        """A sorting key, the largest first: by the worst risk as the file is, then by the ratio of signal to noise."""
+        met = [(figures, figures.before) for figures in self.sides if figures is not None]
+        met += [
+            (figures, self.crossed) for figures in self.sides[1:] if figures is not None and self.crossed is not None
+        ]
+        worst = list(RISKS)[::-1]
+        dangers = [
+            1000.0 * (worst.index(state.risk) + 1 if state.risk else 0)
+            - (EXACT_DB if state.sqnr_db is None else state.sqnr_db)
+            for figures, state in met
+            if not (state.full_precision or figures.unused)
+        ]
+        return max(dangers, default=-math.inf)
+
 
 @dataclass(frozen=True)
 class Side:
@@ -203,6 +230,7 @@ class Side:
         provenance: all that the statistics say of themselves.
         options: how scales were chosen.
         notes: what a user should know, one sentence each.
+        apply: the command that writes the new scales, with names of files without folders; "" where none changes.
     """
 
     label: str
@@ -215,6 +243,7 @@ class Side:
     provenance: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    apply: str = ""
 
     @property
     def calibrates(self) -> bool:
@@ -271,6 +300,11 @@ class Report:
     left_alone: tuple[LeftAlone, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def riskiest(self) -> list[int]:
+        """Numbers of the layers, the riskiest first."""
+        return sorted(range(len(self.layers)), key=lambda number: -self.layers[number].danger)
+
     def document(self) -> dict[str, Any]:
         """Everything as JSON values: the same report is the same document."""
         return {
@@ -281,6 +315,8 @@ class Report:
             "sides": plain(self.sides),
             "verdict": plain(self.verdict),
             "risks": dict(RISKS),
+            "zones": dict(ZONES),
+            "riskiest": self.riskiest,
             "grid": {
                 "max": DEFAULT_GRID.max,
                 "smallest_normal": DEFAULT_GRID.smallest_normal,

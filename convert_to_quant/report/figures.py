@@ -19,6 +19,7 @@ off by at most the values of one bin. Costs are those of quantizing inputs, not 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -36,7 +37,7 @@ from ..formats import DEFAULT_GRID, GRIDS
 from ..formats.record import Grid
 from ..inspection import Inspection, LayerView, inspect_checkpoint
 from ..kernels import NONFINITE_BIN, SIGMA_BINS
-from ..options import SolveOptions
+from ..options import SolveOptions, flags_of
 from ..problems import DYNAMIC, READINGS
 from ..solve import LayerResult, Present, expected_errors, lost_rows, solve
 from ..stats import BIN_EDGES, Statistics
@@ -142,7 +143,10 @@ def build(*sources: Source, force: bool = False, options: Mapping[str, Any] | No
         name, owner = next((name, side) for name, side in zip(spelled, solved, strict=True) if name is not None)
         known = tuple(None if name is None else one[name] for one, name in zip(figures, spelled, strict=True))
         layers.append(Layer(name, owner.shapes[name], known, crossed.get(key)))
-    sides = tuple(_side(side, label) for side, label in zip(solved, _labels(sources), strict=True))
+    sides = tuple(
+        _side(side, label, apply=_apply(side.source) if any(figure.changed for figure in known.values()) else "")
+        for side, label, known in zip(solved, _labels(sources), figures, strict=True)
+    )
     return Report(
         title=" against ".join(side.label for side in sides),
         sides=sides,
@@ -353,7 +357,7 @@ def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
     return states
 
 
-def _side(side: _Solved, label: str) -> Side:
+def _side(side: _Solved, label: str, *, apply: str) -> Side:
     """What a side says of itself."""
     source, statistics, inspection = side.source, side.source.statistics, side.inspection
     facts = {} if statistics is None else dict(statistics.provenance)
@@ -371,7 +375,16 @@ def _side(side: _Solved, label: str) -> Side:
         provenance=facts,
         options=asdict(source.options),
         notes=tuple(notes),
+        apply=apply,
     )
+
+
+def _apply(source: Source) -> str:
+    """The command that writes what was solved into a new file."""
+    model = "MODEL.safetensors" if source.model is None else Path(source.model).name
+    output = f"{model.removesuffix('.index.json').removesuffix(SUFFIX)}_calibrated{SUFFIX}"
+    flags = flags_of(source.options)
+    return shlex.join(["convert_to_quant", "apply", model, *_files(source), "-o", output, *flags])
 
 
 def _files(source: Source) -> tuple[str, ...]:

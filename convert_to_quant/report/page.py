@@ -2,9 +2,11 @@
 
     head        what was looked at
     verdict     one sentence, a bar of layers, the points, and how it all was made: written here, needs no scripts
-    charts      drawn by the scripts in `assets/` from the document, which the file carries as JSON
+    charts      the riskiest layers first, before and after; drawn by the scripts in `assets/` from the document, which
+                the file carries as JSON
     lists       layers in full precision, and layers left alone, with the reasons: written here
     table       all figures: made by the scripts
+    command     that applies it
 
 One file. Style, scripts, Apache ECharts and the document are inside it. A Content-Security-Policy allows exactly these
 scripts and this style, by their hashes, and forbids every request, so what a stranger's file is called can neither run
@@ -21,6 +23,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -87,6 +90,7 @@ def render(document: Document) -> str:
         points=_list(verdict["points"], "points"),
         made=_made(document),
         kept=_kept(document),
+        apply=_apply(document),
         document=_embedded(document),
     )
 
@@ -94,6 +98,13 @@ def render(document: Document) -> str:
 @cache
 def _asset(name: str) -> str:
     return (ASSETS / name).read_text(encoding="utf-8")
+
+
+@cache
+def palette() -> dict[str, list[str]]:
+    """The light colours of the style sheet by name: one, or those of a ramp."""
+    light = _asset("page.css").partition("}")[0]
+    return {name: colors.split() for name, colors in re.findall(r"--([\w-]+): (#[^;]+);", light)}
 
 
 @cache
@@ -241,6 +252,20 @@ def _kept(document: Document) -> str:
         if not groups:
             parts.append("<p>None: every layer multiplies in FP8, with a scale that was measured.</p>")
     return f'<div class="kept">{"".join(parts)}</div>'
+
+
+def _apply(document: Document) -> str:
+    """The commands that write what is shown, to be copied."""
+    commands = ""
+    for letter, side, _ in _sides(document):
+        if side["apply"]:
+            commands += f'<p class="side">{letter}: {escape(side["label"])}</p>' if letter else ""
+            commands += f'<div class="command"><code>{escape(side["apply"])}</code>'
+            commands += '<button type="button" class="quiet copy" hidden>Copy</button></div>'
+    said = "Writes a new file with the new scales; --in-place in place of -o changes the file itself."
+    title = '<h2 id="apply-title">Apply it</h2>'
+    section = f'<section id="apply" aria-labelledby="apply-title">{title}<p class="how">{said}</p>{commands}</section>'
+    return section if commands else ""
 
 
 def _whys(figures: Mapping[str, Any]) -> Iterator[str]:

@@ -1,9 +1,9 @@
 """A report as one picture for sharing: the verdict, and under it a line for every layer.
 
-Each line shows how a layer's inputs are spread, as a strip over log2(|x| / scale): so the zones of FP8 are the same
-vertical bands for all layers, and a strip that reaches into the red one is clipped. One panel shows the scales as they
-are, the next the new ones; of two sides, what differs between them. Beside them stand the range over noise levels, and
-what becomes of the layer.
+The riskiest layers stand first, in the page's colours. Each line shows how a layer's inputs are spread, as a strip over
+log2(|x| / scale): so the zones of FP8 are the same vertical bands for all layers, and a strip that reaches into the
+orange one is clipped. One panel shows the scales as they are, the next the new ones; of two sides, what differs between
+them. Beside them stand the range over noise levels, and what becomes of the layer; below, the command that applies it.
 
 matplotlib draws it, through its Agg canvas alone: no window, no global figure, none of the user's styles. So the same
 report is the same picture. Places are in inches: measuring texts to lay them out would take as long as drawing them.
@@ -19,6 +19,7 @@ import json
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,7 +38,8 @@ from .. import __version__, names
 from ..formats import DEFAULT_GRID
 from ..kernels import SIGMA_BINS
 from ..telling import plural
-from .document import AXIS_LOW, CELLS, CELLS_PER_OCTAVE, Figures, Report, State, plain
+from .document import AXIS_LOW, CELLS, CELLS_PER_OCTAVE, DENSITY_DECADES, ZONES, Figures, Report, State, plain
+from .page import palette
 from .verdict import percent
 
 if TYPE_CHECKING:
@@ -56,11 +58,13 @@ EDGE, GAP, ABOVE, BELOW, LEVELS = 0.3, 0.25, 0.9, 1.2, 1.7
 STRIP_PIXELS = 800
 """Points at which a strip is computed."""
 
-INK, FADED, FAINT, BLANK = "#1f2328", "#59636e", "#d0d7de", "#f4f4f4"
-LEVEL_COLORS = {"good": "#1a7f37", "warning": "#9a6700", "bad": "#cf222e"}
-UNQUANTIZED = "#88929e"
+PALETTE = {name: colors[0] for name, colors in palette().items()}
+"""The page's colours."""
+INK, FADED, FAINT, BLANK = (PALETTE[name] for name in ("ink", "soft", "rule", "sunken"))
+LEVEL_COLORS = {level: PALETTE[level] for level in ("good", "warning", "bad")}
+UNQUANTIZED = PALETTE["apart"]
 """Strips of layers whose inputs stay as they are: FP8's zones say nothing about them."""
-HEAT = LinearSegmentedColormap.from_list("heat", ["#f7f5fc", "#a08ccd", "#402278"]).with_extremes(bad=BLANK)
+HEAT = LinearSegmentedColormap.from_list("heat", palette()["ramp"]).with_extremes(bad=BLANK)
 HEAT_OCTAVES = 2
 """A noise level whose range is 2⁻² of the layer's, or less, is pale."""
 
@@ -69,6 +73,9 @@ BOLD = 1.15
 """Bold letters are wider than others of their size."""
 STYLE: Any = {"font.family": "DejaVu Sans", "text.color": INK, "text.parse_math": False, "text.hinting": "none"}
 """matplotlib's settings, over its own defaults; the font comes with it."""
+
+FULL_SHARE = 0.06
+"""Share of values in a quarter octave from which on a strip has its full colour, as on the page."""
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 MOST_POINTS = 6
@@ -81,11 +88,9 @@ LARGEST = math.log2(DEFAULT_GRID.max)
 NORMAL = math.log2(DEFAULT_GRID.smallest_normal)
 VANISHING = math.log2(DEFAULT_GRID.smallest_step / 2)
 EDGES = (VANISHING, NORMAL, LARGEST)
-ZONES = ("vanished", "subnormal", "normal", "saturated")
-"""What FP8 does with log2(|x| / scale) under, between and over the edges."""
-TINTS, COLORS = (np.array([to_rgb(color) for color in colors]) for colors in (
-    ("#eef0f3", "#fff7db", "#e8f5f2", "#ffe8e6"), ("#424a53", "#b07800", "#0b6870", "#c41626")))  # fmt: skip
-"""Their colours where nothing is, and where everything is."""
+COLORS = np.array([to_rgb(PALETTE[zone]) for zone in ZONES])
+TINTS = 1 - np.array([[0.1], [0.1], [0.045], [0.1]]) * (1 - COLORS)
+"""Colours of the zones where most is, and where nothing is, as on the page."""
 FULL_PRECISION = {"one row": ": one token", "rows lost": ": tokens lost", "budget": ": budget"}
 """Why a layer computes in full precision, in a word; see `solve.LayerResult.cause`."""
 
@@ -153,6 +158,7 @@ def png(report: Report, width_pixels: int = WIDTH) -> bytes:
 
 def figure(report: Report, width_pixels: int = WIDTH) -> Figure:
     """A report as a figure of matplotlib: two panels of strips, the noise levels, and text around them."""
+    report = replace(report, layers=tuple(report.layers[number] for number in report.riskiest))
     panels = _panels(report)
     count = max(len(report.layers), 1)
     each = min(max(LAYERS_INCHES / count, LEAST_LAYER), LARGEST_LAYER)
@@ -178,10 +184,13 @@ def figure(report: Report, width_pixels: int = WIDTH) -> Figure:
     _write(page, right, top + 0.6, "Outcome", size=HEADING, color=INK, weight="bold")
     risky = [strip is not None and bool(strip[1].risk) for strip in panels[0].strips]
     _draw_layers(page, Box(left, BELOW, right - left, each * count), shown, risky, outcomes)
-    if not span.absolute:
-        shades = _mix(TINTS[2], COLORS[2], np.linspace(0, 1, 256) ** 1.5)
-        _draw_key(page, left, shades, "share of values, 10⁻⁸ to 1")
-    _draw_key(page, left + width + GAP, [to_rgb(UNQUANTIZED)], "in full precision: not quantized")
+    legend = {} if span.absolute else {f"{zone}: {says}": PALETTE[zone] for zone, says in ZONES.items()}
+    key = left
+    for says, color in {**legend, "in full precision: nothing is cut": UNQUANTIZED}.items():
+        _draw_key(page, Box(key, 0.72, 0.14, 0.14), [to_rgb(color)], says)
+        key += 0.4 + _inches(says)
+    command = next((side.apply for side in report.sides if side.apply), "")
+    _write(page, left, 0.46, _end(command, heat.left - left), color=INK)
     source = _end(_source(report), WIDTH_INCHES - 2 * EDGE, TINY)
     _write(page, WIDTH_INCHES - EDGE, 0.2, source, size=TINY, ha="right")
     return page
@@ -258,12 +267,12 @@ def _draw_panel(page: Figure, box: Box, panel: Panel, span: Span) -> None:
         says = "|x|; each bar is what FP8 can hold at this scale"
     else:
         ax.set_xticks([VANISHING, NORMAL, 0, LARGEST], ["2⁻¹⁰", "2⁻⁶", "1", f"{DEFAULT_GRID.max:g}"])
-        says = "|x| / scale, in octaves; the mark is the largest |x|"
+        says = "|x| / scale, in octaves; the mark is the largest seen"
         ends = (low, *EDGES, high)
-        for zone, start, end, color in zip(ZONES, ends, ends[1:], COLORS, strict=False):
+        for zone, start, end in zip(ZONES, ends, ends[1:], strict=False):
             middle = box.width * ((start + end) / 2 - low) / (high - low)
             place, side = (0, "left") if start == low else (middle, "center")
-            _write(page, box.left + place, top + 0.32, zone, color=color, size=TINY, ha=side)
+            _write(page, box.left + place, top + 0.32, zone, color=PALETTE[f"{zone}-text"], size=TINY, ha=side)
     _write(page, box.left + box.width / 2, box.bottom - 0.2, says, ha="center")
 
 
@@ -280,10 +289,10 @@ def _image(page: Figure, box: Box, layers: Any, ends: tuple[float, float], **how
     return ax
 
 
-def _draw_key(page: Figure, left: float, colors: Any, says: str) -> None:
+def _draw_key(page: Figure, box: Box, colors: Any, says: str) -> None:
     """What shades mean: a bar of them, and words."""
-    _image(page, Box(left, 0.68, 0.8, 0.14), [colors], (0, 1))
-    _write(page, left + 0.95, 0.7, says)
+    _image(page, box, [colors], (0, 1))
+    _write(page, box.left + box.width + 0.1, box.bottom + 0.02, says)
 
 
 def _draw_layers(
@@ -322,14 +331,13 @@ def _strip(figures: Figures, state: State, octaves: Float, under: Float, absolut
     if figures.density is None or not figures.absmax:
         return under
     position = (octaves + state.log2_scale - AXIS_LOW) * CELLS_PER_OCTAVE - 0.5
-    levels = np.interp(position, np.arange(CELLS), figures.density.astype(np.float64), left=0, right=0) / 255
+    levels = np.interp(position, np.arange(CELLS), figures.density.astype(np.float64), left=0, right=0)
     end = int(np.searchsorted(octaves, math.log2(figures.absmax) - state.log2_scale, side="right"))
     levels[end:] = 0  # the cell that holds the largest value reaches beyond it
-    strength: Float = levels**1.5 * (0.8 if state.full_precision else 1)
-    if not state.full_precision:  # beyond the largest code a single value is worth seeing
-        strength = np.where((octaves > LARGEST) & (levels > 0), 0.4 + 0.6 * strength, strength)
-    strip = _mix(under, colors, strength)
-    strip[max(end - 3, 0) : end] = colors[max(end - 1, 0)]
+    shares = 10 ** ((levels - 1) * DENSITY_DECADES / 254 - DENSITY_DECADES)
+    least = 0.14 if state.full_precision else np.where(octaves > LARGEST, 0.42, 0.05)  # what is cut off must be seen
+    strip = _mix(under, colors, (levels > 0) * (least + (1 - least) * np.minimum(1, (shares / FULL_SHARE) ** 0.4)))
+    strip[max(end - 2, 0) : end] = to_rgb(INK)
     return strip
 
 
@@ -353,7 +361,9 @@ def _draw_levels(page: Figure, box: Box, report: Report) -> None:
     _image(page, box, octaves, (0, 1), cmap=HEAT, vmin=-HEAT_OCTAVES, vmax=0)
     _write(page, box.left, top + 0.1, "noise", size=TINY)
     _write(page, right, top + 0.1, "image", size=TINY, ha="right")
-    _draw_key(page, box.left, HEAT(np.linspace(0, 1, 256)), "range, 1/4 of the largest to all of it")
+    _draw_key(
+        page, Box(box.left, 0.44, 0.8, 0.14), HEAT(np.linspace(0, 1, 256)), "range, 1/4 of the largest to all of it"
+    )
 
 
 def _panels(report: Report) -> tuple[Panel, Panel]:

@@ -315,10 +315,38 @@ def said(tab: Any) -> str:
 
 
 NAMES = [one.name for one in SMALL]
+RISKIEST = ["blocks.1.mlp.0", "blocks.2.attn.qkv", "blocks.0.mlp.0", "blocks.10.mod"]
+"""Clipped at the present scale, the worst first; fine; in full precision."""
+
+
+def test_it_opens_on_the_riskiest_layers_before_and_after(show):
+    tab = show(report(SMALL))
+    assert orders(tab) == (RISKIEST,) * 3
+    assert tab.locator("#views [aria-pressed=true]").inner_text() == "present and new"
+    assert tab.locator("#sort").input_value() == "risk"
+    assert said(tab) == ""
+
+
+def test_it_ends_with_the_command_that_applies_it(show):
+    command = "convert_to_quant apply fp8.safetensors stats.safetensors -o '<b>.safetensors'"
+    tab = show(report(SMALL, sides=(Side("a", ("stats.safetensors",), "fp8.safetensors", apply=command),)))
+    assert tab.locator("main > section").last.locator("code").inner_text() == command
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.locator("#apply button").click()
+    tab.get_by_text("Copied").wait_for()
+    assert tab.evaluate("navigator.clipboard.readText()") == command
+
+
+def test_a_table_that_is_cut_off_says_how_much_it_hides(show):
+    tab = show(report(SMALL))
+    hint = tab.locator("#more")
+    assert re.fullmatch(r"Scroll sideways for \d+ more columns →", hint.inner_text())
+    tab.locator(".table").evaluate("box => box.scrollLeft = box.scrollWidth")
+    hint.wait_for(state="hidden")
 
 
 def test_it_opens_without_a_word_or_a_request_whatever_layers_are_called(show):
-    tab = show(HOSTILE_DOCUMENT)
+    tab = show(HOSTILE_DOCUMENT, "#sort=order")
     assert orders(tab) == ([*NAMES, HOSTILE],) * 3
     tab.mouse.wheel(0, 3000)
     tab.locator("#views button").last.click()
@@ -357,20 +385,20 @@ def test_layers_without_a_figure_come_last_either_way(show, state):
 
 
 def test_search_and_filters_govern_pictures_and_table(show):
-    tab = show(report(SMALL))
+    tab = show(report(SMALL), "#sort=order")
     tab.locator("#search").fill("MLP")
     assert orders(tab) == (["blocks.0.mlp.0", "blocks.1.mlp.0"],) * 3
     assert tab.locator("#count").inner_text() == "2 of 4 layers"
     tab.locator("#filters [data-key=now]").click()
     assert orders(tab) == (["blocks.1.mlp.0"],) * 3
-    assert said(tab) == "#q=MLP&only=now"
+    assert said(tab) == "#q=MLP&only=now&sort=order"
     tab.locator("#reset").click()
     assert orders(tab) == (NAMES,) * 3
     assert tab.locator("#filters b").all_text_contents() == ["2", "0", "1", "4"]
 
 
 def test_search_takes_regular_expressions_and_says_when_they_are_none(show):
-    tab = show(report(SMALL))
+    tab = show(report(SMALL), "#sort=order")
     tab.locator("#search").fill(r"\.(1|10)\.")
     assert orders(tab) == ([],) * 3
     assert "No layer fits" in tab.locator("#picture-plot").inner_text()
@@ -397,7 +425,7 @@ def test_the_hash_brings_everything_back(show):
     "state", ["#view=nonsense&sort=--&only=a,b&heat=&theme=red", "#%", "#__proto__=1&sort=constructor"]
 )
 def test_a_hash_that_says_nothing_does_no_harm(show, state):
-    assert orders(show(report(SMALL), state)) == (NAMES,) * 3
+    assert orders(show(report(SMALL), state)) == (RISKIEST,) * 3
 
 
 PIXELS = """const { width, height } = canvas, copy = Object.assign(document.createElement('canvas'), { width, height });
@@ -438,7 +466,7 @@ return best; }}"""
 
 def test_strips_lie_where_their_values_lie_on_the_axis(show):
     """Two layers of one shape, the second 2³ times as large, at the same scale, and each at its own."""
-    tab = show(report([layer("a", figures(4.0)), layer("b", figures(32.0))]))
+    tab = show(report([layer("a", figures(4.0)), layer("b", figures(32.0))]), "#view=before&sort=order")
     canvas = tab.locator("#picture-plot canvas").first
     middle = {
         text: tab.locator("#picture-plot .tick", has_text=re.compile(f"^{text}$")).bounding_box()
@@ -476,7 +504,7 @@ def test_colours_follow_the_system_and_the_switch(show):
 
 
 def test_pointer_touch_and_keyboard_show_a_layers_figures(show):
-    tab = show(report(SMALL), has_touch=True)
+    tab = show(report(SMALL), "#view=before&sort=order", has_touch=True)
     card = tab.locator("#card")
     box = tab.locator("#picture-plot .row").nth(1).bounding_box()
     tab.mouse.move(box["x"] + 500, box["y"] + 8)

@@ -10,10 +10,10 @@ const axis = given.axis,
   grid = given.grid;
 const ZONES = [
   // log2 of |x| / scale; half of the smallest code rounds to 0
-  { key: "vanished", low: -Infinity, high: Math.log2(grid.smallest) - 1, says: "rounds to 0" },
-  { key: "subnormal", low: Math.log2(grid.smallest) - 1, high: Math.log2(grid.smallest_normal), says: "few steps left" },
-  { key: "normal", low: Math.log2(grid.smallest_normal), high: Math.log2(grid.max), says: "even, relative steps" },
-  { key: "saturated", low: Math.log2(grid.max), high: Infinity, says: "cut off at " + grid.max },
+  { key: "vanished", low: -Infinity, high: Math.log2(grid.smallest) - 1, says: given.zones.vanished },
+  { key: "subnormal", low: Math.log2(grid.smallest) - 1, high: Math.log2(grid.smallest_normal), says: given.zones.subnormal },
+  { key: "normal", low: Math.log2(grid.smallest_normal), high: Math.log2(grid.max), says: given.zones.normal },
+  { key: "saturated", low: Math.log2(grid.max), high: Infinity, says: given.zones.saturated },
 ];
 
 const TERMS = {
@@ -148,6 +148,8 @@ if (crosses)
       descending: false,
     }),
   );
+const rank = new Map(given.riskiest.map((index, place) => [index, place]));
+const RISK = { key: "risk", label: "risk", value: (layer) => rank.get(layer.index) };
 const ORDER = { key: "order", label: "place in the model", value: (layer) => layer.index };
 const NAME = { key: "name", printed: true, label: "layer", text: true, value: (layer) => layer.name };
 const SHAPE = {
@@ -175,7 +177,7 @@ const figures = [
   show: (layer) =>
     figure.format ? figure.format(figure.value(layer)) : ((figure.show || figure.value)(layer) ?? missing),
 }));
-const orders = [ORDER, ...figures];
+const orders = [RISK, ORDER, ...figures];
 
 const anySide = (test) => (layer) => layer.sides.some((figure) => figure && test(figure));
 const FILTERS = [

@@ -31,10 +31,10 @@ const ownOctaves = (() => {
 })();
 const RAMPS = {
   // from nothing to the largest, and the part of the way from which on words change their colour to be read
-  light: { colours: ["#f6f3ec", "#d5e2e3", "#9cc2d2", "#5b9dbf", "#24699a"], words: ["#0c1a24", "#ffffff"], from: 0.86 },
-  dark: { colours: ["#191e22", "#1d3646", "#22536e", "#2c789f", "#58a9d3"], words: ["#ffffff", "#0c1a24"], from: 0.8 },
+  light: { words: ["#0c1a24", "#ffffff"], from: 0.86 },
+  dark: { words: ["#ffffff", "#0c1a24"], from: 0.8 },
 };
-const ramp = () => RAMPS[document.documentElement.dataset.theme];
+const ramp = () => ({ ...RAMPS[document.documentElement.dataset.theme], colours: theme("ramp").split(" ") });
 const limits = () => (state.heat === "all" ? extent : [-ownOctaves, 0]);
 function warmth(value, figure) {
   if (!(value > 0)) return null;

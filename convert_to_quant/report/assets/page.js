@@ -119,7 +119,7 @@ function gist(layer) {
 
 function read() {
   const said = new URLSearchParams(location.hash.slice(1)),
-    sort = said.get("sort") || "order";
+    sort = said.get("sort") || "risk";
   const known = (list, key) => (list.some((one) => one.key === key) ? key : list[0].key);
   Object.assign(state, {
     view: known(VIEWS, said.get("view")),
@@ -142,7 +142,7 @@ function write() {
   put("q", state.q);
   put("regex", state.regex ? "1" : "");
   put("only", [...state.only].join(","));
-  put("sort", (state.descending ? "-" : "") + state.sort, "order");
+  put("sort", (state.descending ? "-" : "") + state.sort, "risk");
   put("theme", state.theme);
   history.replaceState(null, "", location.pathname + location.search + (said.size ? "#" + said : ""));
 }
@@ -295,6 +295,13 @@ get("theme").addEventListener("click", () => {
   paint();
   write();
 });
+for (const button of document.querySelectorAll(".copy")) {
+  button.hidden = !navigator.clipboard;
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(button.previousElementSibling.textContent);
+    button.textContent = "Copied";
+  });
+}
 get("save").addEventListener("click", () => {
   const url = URL.createObjectURL(new Blob(["\ufeff" + csv(shown)], { type: "text/csv" }));
   element("a", { href: url, download: given.title.replace(/[^\w.-]+/g, "_") + ".csv" }).click();

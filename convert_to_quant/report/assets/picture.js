@@ -18,7 +18,7 @@ const VIEWS = [
   },
   {
     key: "both",
-    label: "both",
+    label: "present and new",
     strips: (layer, s) => [strip(layer, s, "before"), strip(layer, s, "after")],
     how: "Two strips per layer: the upper at the present {scale}, the lower at the new one.",
   },
@@ -37,6 +37,8 @@ const VIEWS = [
     how: `The inputs of B (${sides.at(-1).label}) relative to the {scale} that calibration chose on A (${sides[0].label}): does a calibration on one fit the other?`,
   },
 ].filter((one) => (seen || one.real) && (crosses || one.key !== "crossed")); // what was not seen has ranges
+if (!compares && layers.some((layer) => layer.sides[0].changed))
+  VIEWS.sort((one, other) => (other.key === "both") - (one.key === "both")); // opens on what calibration changes
 const LAYOUTS = [
   { key: "beside", label: "A beside B" },
   { key: "over", label: "A over B" },

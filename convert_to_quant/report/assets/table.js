@@ -66,6 +66,11 @@ class Table {
     const few = this.rows.length <= 40 || printing,
       top = this.box.scrollTop / LINE,
       bottom = top + this.box.clientHeight / LINE;
+    const edge = this.box.scrollLeft + this.box.clientWidth,
+      hidden = this.heads.filter((head) => head.offsetLeft + head.offsetWidth > edge + 1).length;
+    this.box.classList.toggle("cut", hidden > 0);
+    get("more").hidden = !hidden;
+    get("more").textContent = `Scroll sideways for ${plural(hidden, "more column")} →`;
     const first = few ? 0 : Math.max(Math.floor(top) - AROUND, 0);
     const last = few ? this.rows.length : Math.min(Math.ceil(bottom) + AROUND, this.rows.length);
     fill(this.body, this.made, first, last, (number) => this.line(number));
