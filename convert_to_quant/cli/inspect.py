@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
@@ -28,9 +29,10 @@ examples:
   convert_to_quant inspect flux_fp8.safetensors
   convert_to_quant inspect flux_fp8.safetensors --layers
   convert_to_quant inspect *.safetensors --json -
+  convert_to_quant inspect ComfyUI/models/diffusion_models
 
 Reports each file's family, formats, quantization configs, input scales, how ComfyUI runs its layers, and its problems
-with a remedy for each.
+with a remedy for each; of a folder, one line for each file in it.
 """
 
 WIDTH = 80
@@ -43,6 +45,10 @@ _COMMAND = re.compile(r"convert_to_quant(?: --?[a-z]\S*(?: [A-Z]+\b)?)+")
 
 _HARD_SPACE = "\N{NO-BREAK SPACE}"
 
+INDEX = ".safetensors.index.json"
+SHARD = re.compile(r"-\d+-of-\d+$")
+"""How names of shards end; their index is called what stands before."""
+
 NOT_READ = frozenset({"cast", "dynamic", "error", "marker", "scale-dropped"})
 """Readings in which it does not matter which ComfyUI reads a format and which card multiplies it."""
 
@@ -54,7 +60,7 @@ READING_STYLES = {"fp8": "good", "fp8-at-one": "warn", "marker": "warn", "cuda-e
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.add_argument("inputs", nargs="+", metavar="MODEL",
-                        help=".safetensors, or the index of its shards")  # fmt: skip
+                        help=".safetensors, the index of its shards, or a folder")  # fmt: skip
     wanted = parser.add_argument_group("report")
     wanted.add_argument("--layers", action="store_true", help="list every layer, as -v does")
     wanted.add_argument("--strict", action="store_true", help="exit code 1 on problems or unmeasured scales")
@@ -67,23 +73,55 @@ def run(args: argparse.Namespace) -> int:
 
     found: list[Inspection] = []
     documents: list[dict[str, Any]] = []
-    for path in args.inputs:
-        try:
-            with open_checkpoint(path) as checkpoint:
-                check_shards(checkpoint, args)
-                one = inspect_checkpoint(checkpoint)
-        except Error as problem:
-            error(str(problem))
-            documents.append({"path": path, "error": str(problem)})
-        else:
-            if args.json != "-":
+    for name in args.inputs:
+        listed = files_of(Path(name))
+        lines: list[tuple[str, ...]] = []
+        for path in listed or [name]:
+            try:
+                with open_checkpoint(path) as checkpoint:
+                    check_shards(checkpoint, args)
+                    one = inspect_checkpoint(checkpoint)
+            except Error as problem:
+                error(str(problem))
+                documents.append({"path": str(path), "error": str(problem)})
+                continue
+            if listed:
+                lines.append(line(one, strict=args.strict))
+            elif args.json != "-":
                 show(one, layers=args.layers or args.verbose, gap=bool(found), strict=args.strict)
             found.append(one)
             documents.append(one.to_json())
+        if lines and args.json != "-":
+            print_table(("file", "size", "model", "layers", "input scales", "problems"), lines, right=(1,),
+                        optional=(1, 4, 2))  # fmt: skip
     if args.json and found:
         write_json(args.json, documents[0] if len(documents) == 1 else {"files": documents})
     doubtful = args.strict and any(one.problems or one.doubts for one in found)
-    return int(doubtful or len(found) < len(args.inputs))
+    return int(doubtful or len(found) < len(documents))
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, by name: shards only by their index; none where it is no folder or has none."""
+    if not folder.is_dir():
+        return []
+    indexes = {path.name.removesuffix(INDEX): path for path in folder.glob("*" + INDEX)}
+    files = (path for path in folder.iterdir() if path.suffix in (".safetensors", ".sft") and path.is_file())
+    alone = [path for path in files if SHARD.sub("", path.stem) not in indexes or not SHARD.search(path.stem)]
+    return sorted((*alone, *indexes.values()))
+
+
+def line(found: Inspection, *, strict: bool = False) -> tuple[str, ...]:
+    """A file's line in the table of a folder."""
+    problems = (*found.problems, *found.doubts) if strict else found.problems
+    kinds = [problem.title for problem in problems]
+    return (
+        found.path.name,
+        size(found.size_bytes),
+        found.title,
+        "; ".join(format_lines(found)) or "none",
+        _input_scales(found) or "-",
+        Styled("; ".join(kinds), "bad") if kinds else Styled("none", "good"),
+    )
 
 
 def show(found: Inspection, *, layers: bool, gap: bool, strict: bool = False) -> None:

@@ -221,3 +221,23 @@ def test_a_remedy_that_is_a_command_cures(
     assert ctq(*words, "--actcal-engine", "layer").code == 0
     found = inspect_file(cured)
     assert (found.problems, found.readings) == ((), {"fp8": 1})
+
+
+def test_a_folder_is_a_line_for_each_checkpoint_and_shards_are_their_index(ctq: Any, save: Any, build: Any) -> None:
+    good = save("good.safetensors", *build.quantized(["a"], "tensor", input_scale=0.5))
+    bad = save("bad.safetensors", *build.quantized(["a"], "tensor", input_scale=-1.0))
+    for name in ("big-00001-of-00001.safetensors", "-1-of-2.safetensors"):
+        save(name, *build.quantized(["a"], "tensor", input_scale=0.5))
+    shard = "big-00001-of-00001.safetensors"
+    names = ["a.weight", "a.weight_scale", "a.input_scale", "a.comfy_quant"]
+    index = good.with_name("big.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+    good.with_name("notes.txt").write_text("no checkpoint")
+    good.with_name("torn.sft").write_bytes(b"torn")
+    outcome = ctq("inspect", good.parent)
+    rows = outcome.out.splitlines()
+    assert [row.split("  ")[0] for row in rows] == ["file", "-1-of-2.safetensors", bad.name, index.name, good.name]
+    assert [row.endswith("  none") for row in rows[1:]] == [True, False, True, True]
+    assert (outcome.code, len(outcome.err.splitlines())) == (1, 1)
+    assert "torn.sft" in outcome.err
+    assert len(json.loads(ctq("inspect", good.parent, "--json", "-").out)["files"]) == 5
