@@ -415,6 +415,13 @@ def original(comfyui: Any, build: Any) -> Path:
     return path
 
 
+@pytest.fixture
+def small_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "best" shows the model little."""
+    small = partial(RunOptions, samples=3, steps=1, height=32, width=32, text_tokens=4)
+    monkeypatch.setattr(nodes, "RunOptions", small)
+
+
 def formats(path: Path) -> dict[str, str]:
     """The format of each quantized layer."""
     with open_checkpoint(path) as opened:
@@ -444,16 +451,31 @@ def test_a_checkpoint_is_quantized_beside_itself(comfyui: Any, original: Path) -
     assert comfyui.progress[-1] == ("7", total, total)
 
 
-def test_cancelling_ends_the_work_and_leaves_nothing(comfyui: Any, original: Path) -> None:
-    class InterruptProcessingException(BaseException):
-        """As in ComfyUI."""
+class Cancelled(BaseException):
+    """ComfyUI's cancelling is no Exception."""
+
+
+@pytest.mark.parametrize(
+    ("format_name", "share"),
+    [("int8-convrot", 0.0), *(("best", share) for share in (0.0, 0.3, 0.7, 1.0))],
+    ids=["writing", "best begins", "best observes", "best tries", "best writes"],
+)
+def test_cancelling_ends_the_work_and_leaves_nothing(
+    comfyui: Any, original: Path, build: Any, flux_tensors: Any, small_run: None, format_name: str, share: float
+) -> None:
+    original.write_bytes(build.file_bytes(flux_tensors()))
+
+    def reached() -> float:
+        return max((done / of for _, done, of in comfyui.progress), default=0.0)
 
     def cancel() -> None:
-        raise InterruptProcessingException
+        if reached() >= share:
+            raise Cancelled
 
     comfyui.modules.model_management.throw_exception_if_processing_interrupted = cancel
-    with pytest.raises(InterruptProcessingException):
-        quantized()
+    with pytest.raises(Cancelled):
+        quantized(format_name)
+    assert share <= reached() <= share + 0.1
     assert list(original.parent.iterdir()) == [original]
 
 
@@ -477,11 +499,9 @@ def test_fp8_inputs_get_scales_of_statistics_where_they_are_given(
 
 
 def test_best_is_a_mix_of_the_size_that_was_asked_for(
-    comfyui: Any, original: Path, build: Any, flux_tensors: Any, monkeypatch: pytest.MonkeyPatch
+    comfyui: Any, original: Path, build: Any, flux_tensors: Any, small_run: None
 ) -> None:
     original.write_bytes(build.file_bytes(flux_tensors()))
-    small = partial(RunOptions, samples=3, steps=1, height=32, width=32, text_tokens=4)
-    monkeypatch.setattr(nodes, "RunOptions", small)
 
     file, report = quantized("best", bits=7.0, gpu="rtx50", exclude="double_blocks", unique_id="7")
 
