@@ -75,12 +75,14 @@ def run(args: argparse.Namespace) -> int:
 
     asked = {"files": [Path(name).name for name in args.files], "against": args.against, "merge": args.merge,
              "force": args.force}  # fmt: skip
+    trials = [found for one in statistics if one.path is not None and (found := Trials.load(one.path)) is not None]
+    if args.merge and trials:
+        trials = [reduce(Trials.plus, trials)]
     try:
-        report = figures.build(*sources, force=args.force, options=asked)
+        report = figures.build(*sources, force=args.force, options=asked, trials=trials[0] if trials else None)
     except NoStaticScaleError as finding:  # which is good to know, and no fault
         say(str(finding))
         return 1 if any((args.output, args.png, args.csv, args.json)) else 0
-    trials = [found for one in statistics if one.path is not None and (found := Trials.load(one.path)) is not None]
     outputs = outputs_of(report, args)
     tell(report, args)
     if args.verbose and trials:

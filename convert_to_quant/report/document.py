@@ -192,12 +192,14 @@ class Layer:
         sides: what each side knows of it; None where a side does not have it.
         crossed: the first side's new scale and precision on the second side's inputs; None where both sides have the
             same statistics, or one has none of this layer.
+        alone_db: by format, SQNR of the velocity on noise where this layer alone is in it; of trials.
     """
 
     name: str
     shape: tuple[int, int]
     sides: tuple[Figures | None, ...]
     crossed: State | None = None
+    alone_db: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def danger(self) -> float:
@@ -330,6 +332,7 @@ class Report:
                     "shape": list(layer.shape),
                     "sides": [one and plain(one, FIGURE_DIGITS) | {"changed": one.changed} for one in layer.sides],
                     "crossed": plain(layer.crossed, FIGURE_DIGITS),
+                    "alone_db": plain(layer.alone_db, FIGURE_DIGITS),
                 }
                 for layer in self.layers
             ],

@@ -41,6 +41,7 @@ from ..options import SolveOptions, flags_of
 from ..problems import DYNAMIC, READINGS
 from ..solve import LayerResult, Present, expected_errors, lost_rows, solve
 from ..stats import BIN_EDGES, Statistics
+from ..trials import Trials
 from . import document, verdict
 from .document import Figures, Layer, LeftAlone, Report, Risk, Side, State, encode_shares
 
@@ -111,13 +112,16 @@ class _Solved:
         return {bare: name for name, bare in names.strip_prefix(self.shapes)[1].items()}
 
 
-def build(*sources: Source, force: bool = False, options: Mapping[str, Any] | None = None) -> Report:
+def build(
+    *sources: Source, force: bool = False, options: Mapping[str, Any] | None = None, trials: Trials | None = None
+) -> Report:
     """Make a report of one side, or of two that are compared.
 
     Args:
         *sources: one or two.
         force: use the layers of statistics that match a checkpoint where others do not.
         options: how the report was asked for, as JSON values; kept in it.
+        trials: of the same model's layers.
 
     Returns:
         The report.
@@ -137,12 +141,14 @@ def build(*sources: Source, force: bool = False, options: Mapping[str, Any] | No
             f"nothing to compare: {_what(sources[0])} and {_what(sources[1])} have no layer in common",
             hint="compare two files of the same model",
         )
+    alone_db = {} if trials is None else trials.damages_db()
+    alone_db = {bare: alone_db[name] for name, bare in names.strip_prefix(alone_db)[1].items()}
     layers = []
     for key in keys:
         spelled = [side.bare.get(key) for side in solved]
         name, owner = next((name, side) for name, side in zip(spelled, solved, strict=True) if name is not None)
         known = tuple(None if name is None else one[name] for one, name in zip(figures, spelled, strict=True))
-        layers.append(Layer(name, owner.shapes[name], known, crossed.get(key)))
+        layers.append(Layer(name, owner.shapes[name], known, crossed.get(key), alone_db.get(key, {})))
     sides = tuple(
         _side(side, label, apply=_apply(side.source) if any(figure.changed for figure in known.values()) else "")
         for side, label, known in zip(solved, _labels(sources), figures, strict=True)

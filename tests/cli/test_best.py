@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,14 @@ def test_formats_are_tried_while_observing_and_chosen_from_without_a_run(
     shown = ctq("report", kept, "-v").out
     assert "layer alone, dB in" in shown
     assert all(name in shown for name in mix(out))
+    page, table, document = tmp_path / "r.html", tmp_path / "r.csv", tmp_path / "r.json"
+    assert ctq("report", kept, "-o", page, "--csv", table, "--json", document).code == 0
+    layers = json.loads(document.read_text())["layers"]
+    assert all(set(mix(out).values()) & layer["alone_db"].keys() for layer in layers if layer["name"] in mix(out))
+    lines = {line["layer"]: line for line in csv.DictReader(table.read_text().splitlines())}
+    for layer in layers:
+        for name, alone_db in layer["alone_db"].items():
+            assert float(lines[layer["name"]][f"alone_{name}_db"]) == pytest.approx(alone_db, rel=1e-3)
     smaller = ctq("-i", flux_file, "-o", again, "--best", "--gpu", "rtx50", "--bits", 5, "--from", kept)
     assert smaller.code == 0
     assert again.stat().st_size < out.stat().st_size

@@ -23,6 +23,7 @@ const TERMS = {
   vanished: "Share of the input values that are so small relative to the scale that they become 0.",
   "tokens lost": "Share of tokens that lie wholly among FP8’s smallest steps because outlier tokens set the scale. Errors over the whole tensor hide them.",
   SQNR: "Signal to quantization noise of the inputs, in decibels: how much larger they are than the error that FP8 makes. About 31 dB is what FP8 gives usual inputs at best; each 6 dB less doubles the error.",
+  alone: "Signal to noise of the velocity, in decibels, where this layer alone is in that format and all else is in full precision; measured on noise, while formats were tried.",
   largest: "The largest input magnitude that was seen (absmax).",
   octave: "A factor of two. One octave more range is twice as large.",
   "full precision": "The layer’s inputs are not quantized: its FP8 weights are widened and multiplied with the inputs as they are.",
@@ -159,6 +160,14 @@ const SHAPE = {
   value: (layer) => layer.shape[0] * layer.shape[1],
   show: (layer) => layer.shape.join(" × "),
 };
+/** What each layer alone keeps of the velocity, by the formats that were tried. */
+const ALONE = [...new Set(layers.flatMap((layer) => Object.keys(layer.alone_db)))].map((name) => ({
+  key: "alone_" + name,
+  label: `alone in ${name}, dB expected on noise`,
+  format: decibels,
+  term: "alone",
+  value: (layer) => layer.alone_db[name] ?? null,
+}));
 /** A column of one side. */
 const onSide = (figure, s) => ({
   ...figure,
@@ -170,6 +179,7 @@ const onSide = (figure, s) => ({
 const figures = [
   NAME,
   SHAPE,
+  ...ALONE,
   ...(compares ? COMPARED : []),
   ...sides.flatMap((_, s) => PER_SIDE.map((figure) => onSide(figure, s))),
 ].map((figure) => ({
