@@ -169,6 +169,7 @@ def write(
     progress: Advance | None = None,
     before_commit: Callable[[CheckpointWriter], None] | None = None,
     threads: AbstractContextManager[ThreadPoolExecutor] | None = None,
+    hint: str | None = None,
 ) -> None:
     """Write a new checkpoint, whole or not at all.
 
@@ -181,6 +182,7 @@ def write(
         before_commit: called with the complete but still unnamed output, which it may read and change in place; if it
             raises, there is no output.
         threads: that do the jobs; plain ones by default.
+        hint: what to do where the output is the input.
 
     Raises:
         OutputError: the output cannot be written, or is the input.
@@ -188,7 +190,7 @@ def write(
     inputs = [checkpoint.path, *(file.path for file in checkpoint.files)]
     files, index = output_files(output, checkpoint, layout.place.__getitem__, layout.specs)
     for path in (output, *(path for path, _ in files)):
-        refuse_same_file(path, inputs)
+        refuse_same_file(path, inputs, hint=hint)
     with CheckpointWriter(files, layout.metadata, index) as writer:
         for name, data in layout.small.items():
             writer.write(name, data)

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from . import names
-from .checkpoint import Checkpoint, CheckpointWriter, Spec, output_files, refuse_same_file, write_bytes
+from .checkpoint import Checkpoint, Spec, write_bytes
 from .checkpoint.header import LENGTH_BYTES, serialize_header
 from .checkpoint.positioned import OPEN_FLAGS, close, lock, pread, sync, sync_folder, write_at
 from .checkpoint.reader import CheckpointFile, Identity, checkpoint_files
@@ -42,6 +42,7 @@ from .checkpoint.undo import (
 )
 from .errors import CheckpointError, OptionError, OutputError, TensorError
 from .layers import Layer, LayerTable
+from .layout import Layout, write
 from .marks import Config, disables_fp8, with_full_precision
 from .telling import plural
 
@@ -181,21 +182,13 @@ def rewrite(patch: Patch, output: Path) -> None:
     """
     checkpoint = patch.checkpoint
     refuse_unrecovered(checkpoint.path, [file.path for file in checkpoint.files])
-    inputs = [checkpoint.path, *(file.path for file in checkpoint.files)]
-    hint = "name another output, or add --in-place"
-    refuse_same_file(output, inputs, hint=hint)
     specs = {name: Spec.like(info) for name, info in checkpoint.tensors.items()}
     copied = {name: name for name in specs if name not in patch.tensors}
     specs |= {name: spec for name, (spec, *_) in patch.tensors.items()}
     places = {**copied, **{name: near for name, (*_, near) in patch.tensors.items()}}
-    files, index = output_files(output, checkpoint, places.__getitem__, specs)
-    for path, _ in files:
-        refuse_same_file(path, inputs, hint=hint)
-    with CheckpointWriter(files, patch.metadata, index) as writer:
-        writer.copy(checkpoint, copied)
-        for name, (_, data, _) in patch.tensors.items():
-            writer.write(name, data)
-        checkpoint.refuse_changed()
+    small = {name: data for name, (_, data, _) in patch.tensors.items()}
+    layout = Layout(specs, places, small, copied, patch.metadata)
+    write(checkpoint, layout, output, hint="name another output, or add --in-place")
 
 
 def in_place_edits(patch: Patch) -> list[Edit]:
