@@ -40,12 +40,12 @@ from .checkpoint import (
     Checkpoint,
     CheckpointWriter,
     Spec,
-    TensorInfo,
     refuse_same_file,
     serialize_header,
     to_float32,
 )
 from .checkpoint.reader import BIT_DTYPES
+from .checkpoint.writer import lay_out
 from .errors import CheckpointError, OutputError, TensorError
 from .families.base import OUTSIDE
 from .formats import DEFAULT, FORMATS
@@ -414,12 +414,9 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
 
 
 def written_bytes(checkpoint: Checkpoint, plan: ConversionPlan) -> int:
-    """The size of the file that `convert` would write, to a few bytes for each tensor that may lie aligned."""
+    """The size of the file that `convert` would write, in bytes."""
     output = _lay_out(checkpoint, plan)
-    ends, end = {}, 0
-    for name, spec in output.specs.items():
-        ends[name], end = TensorInfo(name, spec.dtype, spec.shape, end, end + spec.nbytes), end + spec.nbytes
-    return len(serialize_header(ends.values(), output.metadata)) + end
+    return len(serialize_header(lay_out(output.specs), output.metadata)) + sum(s.nbytes for s in output.specs.values())
 
 
 PROVENANCE_ROOM_BYTES = 1024
