@@ -227,23 +227,18 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequ
     keeps = partial(found.kept_because, family=family)
     bare = names.strip_prefix(checkpoint.tensors)[1]
     notes = [*table.notes, *(found.notes if options.preset is None else [])]
-    decisions = [_decide(layer, bare, keeps, options) for layer in table.plain.values()]
+    decide = partial(_decide, bare=bare, keeps=keeps, options=options)
     here = [*table.quantized.values(), *(table.raw.values() if options.requantize else ())]
-    changed = merged.matched
-    if not options.requantize:
-        cast = [_as_it_is(_decide(layer, bare, keeps, options)) for layer in table.raw.values()]
-        notes += _say_cast(cast)
-        decisions += cast
-        for each in cast:
-            if each.layer.name in changed:
-                raise _cannot_merge(checkpoint, each, options)
-    again = [_carried(checkpoint, _decide(each, bare, keeps, options, changed=each.name in changed)) for each in here]
+    again = [_carried(checkpoint, decide(each, changed=each.name in merged.matched)) for each in here]
+    cast = [] if options.requantize else [_as_it_is(decide(layer)) for layer in table.raw.values()]
+    notes += _say_cast(cast)
+    decisions = [*map(decide, table.plain.values()), *cast]
     if options.requantize:
         decisions += again
         again = [each for each in again if each.format is None]
         notes += _say_again(checkpoint, [each.layer for each in decisions if each.format and each.layer.format])
-    for each in again:
-        if each.layer.name in changed:
+    for each in (*cast, *again):
+        if each.layer.name in merged.matched:
             raise _cannot_merge(checkpoint, each, options)
     counts = {named(each.layer for each in again): len(again), "other formats": len(table.foreign)}
     if any(counts.values()):
@@ -487,8 +482,10 @@ def convert(
                     sink(suffix, _bytes_of(tensor), 0)
                 return
             source, high = checkpoint, layer
-            if layer.format is not None or layer.name in plan.merged.matched:  # here: it holds the rows it made last
-                source, high = _widened(checkpoint, layer, plan.merged)
+            if layer.format is not None or layer.name in plan.merged.matched:
+                source = _Widened(checkpoint, layer, plan.merged)  # here: it holds the rows it made last
+                weight = replace(layer.weight, dtype="F32", shape=layer.shape)
+                high = Layer(layer.name, weight, None, "plain", layer.shape)
             quantize_weight(source, high, fmt, plan.options, sink, device=place)
 
         return layer.weight.nbytes, work
@@ -630,12 +627,6 @@ class _Widened(Checkpoint):
             self.ahead = np.concatenate([self.ahead[behind:], more])
             self.start += behind
         return np.array(self.ahead[start - self.start : stop - self.start])
-
-
-def _widened(checkpoint: Checkpoint, layer: Layer, merged: LoraMatch) -> tuple[Checkpoint, Layer]:
-    """A layer as one in float32, dequantized and with adapters merged, and a checkpoint in which it is."""
-    weight = replace(layer.weight, dtype="F32", shape=layer.shape)
-    return _Widened(checkpoint, layer, merged), Layer(layer.name, weight, None, "plain", layer.shape)
 
 
 def quantize_weight(
