@@ -406,7 +406,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(ctq: Any,
         ("--dry-run --exclude-layers (",
          "--exclude-layers '(' is no regular expression: missing ), unterminated subpattern at position 0"),
         ("--dry-run --format fp9", "no format 'fp9' that can be written (one of fp8, "),
-        ("--dry-run --preset flxu1", "unknown preset 'flxu1' (did you mean 'flux1'? presets: chroma, "),
+        ("--dry-run --preset flxu1", "unknown preset 'flxu1' (did you mean 'flux1'? presets: auraflow, "),
     ],
 )  # fmt: skip
 def test_flags_that_contradict_each_other_or_do_nothing_are_misuse(
