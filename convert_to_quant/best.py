@@ -31,7 +31,7 @@ from .formats import FORMATS
 from .formats.record import GPUS, Format
 from .layers import Layer, named
 from .lora import Lora
-from .options import SAMPLES, BestOptions, ConvertOptions, RunOptions, SolveOptions
+from .options import SAMPLES, STEPS, BestOptions, ConvertOptions, RunOptions, SolveOptions
 from .solve import LayerResult, Present, solve
 from .stats import Statistics, merge
 from .telling import Progress, half
@@ -240,7 +240,7 @@ def observe(
 
     family = denoiser.plan(checkpoint, plan.table).family
     return diffusers.observe(
-        checkpoint, plan.table, samples=shown.samples or SAMPLES, steps=shown.steps, seed=shown.seed,
+        checkpoint, plan.table, samples=shown.samples or SAMPLES, steps=shown.steps or STEPS, seed=shown.seed,
         device=shown.device, geometry=sizes.geometry(family, *shown.size) if any(shown.size) else None,
         layers=[layer.name for layer, _ in plan.quantized], progress=progress,
     ).statistics  # fmt: skip
@@ -283,7 +283,7 @@ def try_formats(
         geometry = prompts.geometry
     with trials.tensor_float_32():
         bench = trials.Bench(
-            model, geometry, trials.moments(model, geometry, images, shown.steps, shown.seed, prompts=prompts)
+            model, geometry, trials.moments(model, geometry, images, shown.steps or STEPS, shown.seed, prompts=prompts)
         )
         return trials.run_trials(bench, candidates(layers, solved, formats), share=share, progress=progress)
 

@@ -32,7 +32,7 @@ from .errors import NoStaticScaleError, OptionError, OutputError, StrPath, Tenso
 from .formats import DEFAULT, DEFAULT_GRID, GRIDS
 from .identity import identify
 from .layers import Layer, LayerTable, find_layers, infer_block, input_scale, named, scales_per_row
-from .options import DEFAULT_ROWS, SAMPLES, CalibrationOptions, SolveOptions
+from .options import DEFAULT_ROWS, SAMPLES, STEPS, CalibrationOptions, SolveOptions
 from .patch import LayerChange, Patch, apply_in_place, in_place_edits, plan_patch, rewrite
 from .problems import CALIBRATE
 from .solve import LayerResult, Present, final_scale, solve, unchanged
@@ -269,6 +269,7 @@ def calibrate_model(
         model,
         table,
         samples=options.samples or SAMPLES,
+        steps=options.steps or STEPS,
         seed=options.seed,
         geometry=sizes.geometry(diffusers.plan(model, table).family, *options.size) if any(options.size) else None,
         device=options.device,

@@ -29,6 +29,14 @@ between levels: of 64 evaluations 8 images missed up to nine tenths of a range t
 SIDE_PIXELS, FRAMES, TEXT_TOKENS = 256, 1, 64
 """Default size of an image or video, and length of its text."""
 
+CPU_STEPS, CPU_SIDE_PIXELS, CPU_TEXT_TOKENS = 2, 128, 32
+"""What a CPU shows a large model by default: ranges hardly move with either (docs/experiments.md), and it is a seventh
+of the work.
+"""
+
+CPU_LARGE_WEIGHTS = 10**8
+"""Weights from which a model is large in that sense: a third of one double block of Flux.1."""
+
 COMFYUI_VARIABLE = "COMFYUI_DIR"
 """Environment variable that names a ComfyUI's folder where no flag does."""
 
@@ -43,7 +51,7 @@ Method = Literal["absmax", "mse", "percentile"]
 ScalingMode = Literal["tensor", "row", "block"]
 WeightScale = Literal["absmax", "mse"]
 
-_DEVICE = re.compile(r"(cpu|cuda|xpu)(:\d+)?")
+_DEVICE = re.compile(r"(cpu|cuda|xpu)(:\d+)?|auto")
 DEVICES = "cpu, cuda, cuda:0 or xpu"
 
 
@@ -146,15 +154,17 @@ class ShownOptions(Options):
         samples: images that the model is shown; `SAMPLES` where None.
         height, width, frames, text_tokens: of the images, in pixels, or videos. Where all are None, the default
             geometry of `engines.diffusers`; those that are None beside others, the defaults above.
-        device: where the model runs.
+        steps: noise levels of each image; `STEPS` where None.
+        device: where the model runs; "auto" is a GPU where there is one.
     """
 
     samples: int | None = option(None, f"number of images ({SAMPLES}, or one per prompt)", "N", COUNT)
+    steps: int | None = option(None, f"noise levels per image ({STEPS})", "N", COUNT)
     height: int | None = option(None, f"image height ({SIDE_PIXELS})", "PIXELS", COUNT)
     width: int | None = option(None, f"image width ({SIDE_PIXELS})", "PIXELS", COUNT)
     frames: int | None = option(None, f"frames of a video ({FRAMES})", "N", COUNT)
     text_tokens: int | None = option(None, f"length of a prompt ({TEXT_TOKENS})", "N", COUNT)
-    device: str = option("cpu", "where to run: cpu, cuda, cuda:1, ...", "DEVICE")
+    device: str = option("auto", "cpu, cuda, cuda:1, ...; a GPU first", "DEVICE")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,11 +181,9 @@ class RunOptions(ShownOptions):
     """What a model is shown that is run to be observed or compared.
 
     Attributes:
-        steps: noise levels of each image.
         seed: of all noise.
     """
 
-    steps: int = option(STEPS, "noise levels per image", "N", COUNT)
     seed: int = option(42, "random seed", "S", SEED)
 
 
@@ -184,8 +192,7 @@ class CalibrationOptions(ShownOptions):
     """How to calibrate.
 
     Attributes:
-        samples: images that the model is shown, each at `STEPS` noise levels; tokens of input for a guess. Where None,
-            `SAMPLES` and `DEFAULT_ROWS`.
+        samples: images that the model is shown; tokens of input for a guess. Where None, `SAMPLES` and `DEFAULT_ROWS`.
         margin: factor ≥ 1 on ranges; where None, headroom that costs nothing for what was seen, and 8 for what was
             simulated.
         engine: "model" (or "auto") runs the network; "layer" guesses each layer's range from its weight.
@@ -193,7 +200,7 @@ class CalibrationOptions(ShownOptions):
         seed: of all noise.
         float16_safe: no scale below 2⁻¹⁵.
         one_row_full_precision: whether layers that see one token per image compute in full precision.
-        height, width, frames, text_tokens, device: see `ShownOptions`.
+        steps, height, width, frames, text_tokens, device: see `ShownOptions`.
     """
 
     samples: int | None = option(

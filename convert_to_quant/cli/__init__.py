@@ -160,11 +160,11 @@ def perform(
     args.in_force = config.options_in_force(parser, args)
     options = {key: value for key, value in args.in_force.items() if key not in shared.TALK}
     made_by = {"tool": "convert_to_quant", "version": __version__, "command": " ".join(names), "options": options}
-    output.configure(quiet=args.quiet, verbose=args.verbose, made_by=made_by)
+    output.configure(quiet=args.quiet, made_by=made_by)
     if warning := neighbour():
         output.note(warning)
     shared.check_paths(parser, args)
-    code = int(work(args))
+    code = int(work(argparse.Namespace(**vars(args))))  # which settles what the call leaves open
     if code == 0 and args.save_config and not getattr(args, "dry_run", False):
         config.write(args.save_config, names, parser, args)
     return code

@@ -9,7 +9,7 @@ from ..options import CalibrationOptions, options_of
 from . import COMMANDS, config, enter, perform
 from .calibration import add_calibration_arguments, add_target_arguments, loras_of, note_damage, recover_input
 from .parsing import Parser
-from .running import check_device
+from .running import check_device, settle
 from .shared import add_shared_options
 
 NAME = "calibrate"
@@ -58,4 +58,6 @@ def run(args: argparse.Namespace) -> int:
     recover_input(args)
     with open_checkpoint(args.input) as checkpoint, loras_of(args) as adapters:
         note_damage(checkpoint)
-        return calibrate_file(checkpoint, args, options, adapters)
+        if options.engine != "layer":
+            settle(args, checkpoint)
+        return calibrate_file(checkpoint, args, options_of(CalibrationOptions, args), adapters)

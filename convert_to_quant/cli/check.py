@@ -13,7 +13,7 @@ from ..options import SAMPLES
 from ..telling import plural
 from .observe import read_prompts
 from .output import decibels, error, note, print_table, progress_bar, say, write_json
-from .running import add_running_arguments, check_running_options, embeddings_of, geometry_of
+from .running import add_running_arguments, check_running_options, embeddings_of, geometry_of, settle
 from .terminal import Styled
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def measure(
     from ..fidelity import scenes_fidelity
 
     with open_checkpoint(args.reference) as first, open_checkpoint(args.quantized) as second:
+        settle(args, first)
         given = prompts_of(args, first) or default  # before the models are loaded: text encoders are large, too
         reference = load(first, device=args.device)
         quantized = load(second, device=args.device, arithmetic=args.arithmetic.replace("-", "_"))

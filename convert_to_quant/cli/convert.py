@@ -34,7 +34,7 @@ from .calibration import (
 )
 from .dequantize import write_layout
 from .output import note, print_table, progress_bar, say, write_json, wrote
-from .running import check_device
+from .running import check_device, settle
 from .shared import check_shards
 
 if TYPE_CHECKING:
@@ -105,6 +105,11 @@ def run(args: argparse.Namespace) -> int:
     with open_checkpoint(args.input) as checkpoint:
         check_shards(checkpoint, args)
         note_damage(checkpoint)
+        if args.statistics is None if args.best else args.actcal and args.engine != "layer":
+            settle(args, checkpoint)
+            options = options and options_of(CalibrationOptions, args)
+        elif args.device == "auto":  # what only copies and rounds waits for the disk
+            args.device = "cpu"
         with loras_of(args) as adapters, open_loras(args.merge_lora) as merged:
             if options is not None and not args.requantize and find_layers(checkpoint).diffusion:
                 converting = {"legacy", *(one.flag for one in offered(ConvertOptions).values())}

@@ -12,12 +12,13 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from ..engines.devices import find_device
 from ..errors import OptionError, UnsupportedModelError
-from ..options import COMFYUI_VARIABLE, FRAMES, SAMPLES, SIDE_PIXELS, TEXT_TOKENS, RunOptions, options_of
+from ..options import COMFYUI_VARIABLE, FRAMES, SAMPLES, SIDE_PIXELS, STEPS, TEXT_TOKENS, RunOptions, options_of
 from ..telling import half
 from .calibration import loras_of
 from .output import configure, note, progress_bar, say, write_json, wrote
-from .running import NOISE, add_running_arguments, check_running_options, geometry_of
+from .running import NOISE, add_running_arguments, check_running_options, geometry_of, settle
 from .shared import read_text
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") != "0":
         configure(quiet=True)
     with processes() as distributed:
-        args.device = device_of_this_process(args.device)
+        args.device = device_of_this_process(str(find_device(args.device)))
         try:
             return observe_pipeline(args, distributed) if args.pipeline else observe_model(args, distributed)
         except KeyboardInterrupt:
@@ -162,6 +163,7 @@ def observe_model(args: argparse.Namespace, distributed: bool) -> int:
         if args.trials:
             refuse_unrunnable(checkpoint, table, "tried", INSTEAD)
             plan_any(checkpoint)  # says whether there is anything to try
+        settle(args, checkpoint)
         inside = engine_of(args, checkpoint, table) == "comfyui"
         prepare = observe_in_comfyui if inside else observe_in_diffusers
         made_with, run = prepare(args, checkpoint, table, adapters)
@@ -285,7 +287,7 @@ def observe_pipeline(args: argparse.Namespace, distributed: bool) -> int:
 
     pipeline.require_pipeline(args.pipeline)  # before all of its files are read
     prompts = read_prompts(Path(args.prompts))
-    args.samples = args.samples or len(prompts)
+    args.samples, args.steps = args.samples or len(prompts), args.steps or STEPS
     painting = pipeline.Painting(
         args.samples, args.steps, args.seed, args.height, args.width, args.frames, args.text_tokens
     )

@@ -22,29 +22,34 @@ from .terminal import Styled, columns, fitted, has_color, is_terminal, paint, pr
 GOOD_DB, BAD_DB = 25.0, 20.0
 """SQNR in dB that is green from here, and red below; those of the demo's picture."""
 
-SECONDS_BETWEEN_LINES = 10.0
-"""With -v in a pipe: between two lines of progress."""
+SECONDS_BETWEEN_LINES = 30.0
+"""In a pipe: between two lines of progress."""
+
+LONG_SECONDS = 30.0
+"""Work that its first part shows to take longer is said to, with how long."""
+
+FIRST_PARTS = 100
+"""That part is one of so many, or one evaluation of a network where that is more."""
 
 GAP = "  "
 WRAPPED = 40
 """Cells of a terminal's table that are longer may wrap: prose, not names."""
 
-_quiet = _verbose = False
+_quiet = False
 _bar_shown: Any = None
 _made_by: Mapping[str, Any] = {}
 _older: set[Path] = set()
 
 
-def configure(*, quiet: bool = False, verbose: bool = False, made_by: Mapping[str, Any] | None = None) -> None:
+def configure(*, quiet: bool = False, made_by: Mapping[str, Any] | None = None) -> None:
     """Set how loud this call is, and what its JSON documents say about it.
 
     Args:
         quiet: errors only; data on stdout stays.
-        verbose: progress also where there is no terminal.
         made_by: the entry of that name in every JSON document: tool, version, command, options.
     """
-    global _quiet, _verbose, _made_by
-    _quiet, _verbose, _made_by = quiet, verbose, made_by or {}
+    global _quiet, _made_by
+    _quiet, _made_by = quiet, made_by or {}
 
 
 def foresee(outputs: Iterable[Path], *, dry: bool = False) -> None:
@@ -202,7 +207,7 @@ def write_json(place: str, document: Mapping[str, Any]) -> None:
 
 @contextmanager
 def progress_bar(title: str, *, unit: str = "") -> Iterator[Progress]:
-    """A bar with time left on a terminal; with -v, a line now and then elsewhere; else nothing.
+    """A bar with time left on a terminal, a line now and then elsewhere; and how long all takes, if that is long.
 
     Args:
         title: what is going on.
@@ -211,13 +216,13 @@ def progress_bar(title: str, *, unit: str = "") -> Iterator[Progress]:
     Yields:
         A function that takes what is done and what there is to do.
     """
-    if _quiet or not (is_terminal(sys.stderr) or _verbose):
+    if _quiet:
         yield lambda _done, _total: None
     elif is_terminal(sys.stderr):
         with _bar(title, unit) as progress:
-            yield progress
+            yield _estimating(title, progress)
     else:
-        yield _lines(title)
+        yield _estimating(title, _lines(title))
 
 
 @contextmanager
@@ -253,6 +258,36 @@ def size(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
+def _estimating(title: str, progress: Progress) -> Progress:
+    """Progress that says once, as soon as a first part is done, how long the whole takes."""
+    begun: tuple[float, int] | None = None
+    told = False
+
+    def tell(done: int, total: int) -> None:
+        nonlocal begun, told
+        now = time.monotonic()
+        start, before = begun = begun or (now, done)
+        if not told and 0 < total <= (done - before) * FIRST_PARTS:
+            told = True
+            seconds = (now - start) * (total - before) / (done - before)
+            if seconds > LONG_SECONDS:
+                say(f"{title}: about {duration(seconds)} in all")
+        progress(done, total)
+
+    return tell
+
+
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    >>> duration(42.3), duration(400), duration(9000)
+    ('42 s', '7 min', '2.5 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def _lines(title: str) -> Progress:
     """Progress as lines, one every `SECONDS_BETWEEN_LINES`."""
     start = said = time.monotonic()
@@ -263,6 +298,6 @@ def _lines(title: str) -> Progress:
         if now - said >= SECONDS_BETWEEN_LINES and 0 < done < total:
             said = now
             left = (now - start) * (total - done) / done
-            say(f"{title}: {done / total:.0%}, about {left:.0f} s left")
+            say(f"{title}: {done / total:.0%}, about {duration(left)} left")
 
     return tell

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engines.devices import find_device
 from ..errors import OptionError
-from ..options import RunOptions, add_options, options_of
+from ..options import (
+    CPU_LARGE_WEIGHTS,
+    CPU_SIDE_PIXELS,
+    CPU_STEPS,
+    CPU_TEXT_TOKENS,
+    STEPS,
+    RunOptions,
+    add_options,
+    options_of,
+)
+from ..telling import plural
+from .output import note, say, size
 
 if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
     from ..families.running import Geometry
 
 NOISE = "noise"
@@ -43,13 +56,55 @@ def embeddings_of(args: argparse.Namespace) -> list[str]:
 
 
 def check_device(name: str) -> None:
-    """Refuse a device that is unknown or not there, before anything is read; the CPU is, and torch takes a second.
+    """Refuse a device that is unknown or not there, before anything is read; some are, and torch takes a second.
 
     Raises:
         OptionError: it is.
     """
-    if name != "cpu":
+    if name not in ("auto", "cpu"):
         find_device(name)
+
+
+def settle(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Decide where a model runs and what it is shown, as far as the call did not; say it, and what memory it takes.
+
+    Args:
+        args: the options; `device` and `steps` are told afterwards, and sizes too where a CPU shows less of a large
+            model than a GPU would.
+        checkpoint: the model.
+    """
+    from ..layers import find_layers
+
+    args.device = str(device := find_device(args.device))
+    stored = sum(info.nbytes for info in checkpoint.tensors.values())
+    if device.type == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        tell = note if stored > free else say
+        where = f"{args.device} ({torch.cuda.get_device_name(device)})"
+        tell(f"running on {where}: the model takes {size(stored)}, and {size(free)} of its memory are free")
+    elif sum(layer.out_features * layer.in_features for layer in find_layers(checkpoint).linear()) >= CPU_LARGE_WEIGHTS:
+        asked = args.height, args.width, args.frames, args.text_tokens
+        if not any(asked):
+            args.height = args.width = CPU_SIDE_PIXELS
+            args.text_tokens = None if getattr(args, "conditioning", NOISE) != NOISE else CPU_TEXT_TOKENS
+        args.steps = args.steps or CPU_STEPS
+        pixels = "" if any(asked) else f"{args.width} × {args.height} pixels, "
+        note(f"a large model on {args.device}: {pixels}{plural(args.steps, 'noise level')} (options set others)")
+        free_bytes = free_memory()
+        if free_bytes is not None and stored > free_bytes:
+            note(f"its {size(stored)} do not fit the {size(free_bytes)} of free memory: each evaluation reads the file")
+    args.steps = args.steps or STEPS
+
+
+def free_memory() -> int | None:
+    """Bytes that programs can have without swapping, where the system says it as Linux does."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def check_running_options(args: argparse.Namespace, needing: Iterable[str], excluded: Mapping[str, Any]) -> None:

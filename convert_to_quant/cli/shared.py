@@ -43,7 +43,7 @@ DRY_RUN = "--dry-run"
 SHARED: Mapping[tuple[str, ...], Mapping[str, Any]] = {
     (DRY_RUN,): {"action": "store_true", "help": "check everything, write nothing"},
     ("--json",): {"metavar": "FILE", "help": "write the report as JSON (- for stdout)"},
-    ("-v", "--verbose"): {"action": "store_true", "help": "list every layer; show progress in pipes"},
+    ("-v", "--verbose"): {"action": "store_true", "help": "list every layer"},
     ("-q", "--quiet"): {"action": "store_true", "help": "print only errors and data"},
     ("--config",): {"metavar": "FILE.toml", "help": "read options from this file"},
     ("--save-config",): {"metavar": "FILE.toml", "help": "save this call's options to a file"},

@@ -19,7 +19,7 @@ def find_device(name: str | torch.device) -> torch.device:
     """A device that is there.
 
     Args:
-        name: "cpu", "cuda", "cuda:1", "xpu" and so on.
+        name: "cpu", "cuda", "cuda:1", "xpu" and so on; "auto" is "cuda" where torch has it, else "cpu".
 
     Raises:
         OptionError: it is unknown, or torch cannot use it here.
@@ -28,11 +28,11 @@ def find_device(name: str | torch.device) -> torch.device:
     try:
         import torch
 
-        device = torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)
     except (ImportError, RuntimeError, AssertionError) as error:
         raise OptionError(
             f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}",
-            hint="without a device the model runs on the CPU",
+            hint="without a device the model runs on a GPU if there is one",
         ) from None
     return device

@@ -383,7 +383,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(ctq: Any,
     outcome = ctq(*words.split())
     assert outcome.code == 2
     assert outcome.err.startswith("error: device 'cuda:99' cannot be used: ")
-    assert outcome.err.endswith("(without a device the model runs on the CPU)\n")
+    assert outcome.err.endswith("(without a device the model runs on a GPU if there is one)\n")
 
 
 @pytest.mark.parametrize(

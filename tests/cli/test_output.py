@@ -25,7 +25,6 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(terminals, "_when", "auto")
     monkeypatch.setattr(output, "_quiet", False)
-    monkeypatch.setattr(output, "_verbose", False)
 
 
 @pytest.mark.parametrize(
@@ -143,27 +142,30 @@ def test_a_document_says_what_made_it(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == '{\n  "x": 1,\n  "made_by": {\n    "tool": "t"\n  }\n}\n'
 
 
-def test_progress_in_a_pipe_is_silence_or_with_verbose_a_line_now_and_then(
+def test_long_work_says_in_a_pipe_how_long_it_takes_and_now_and_then_how_far_it_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
     monkeypatch.setattr(output.time, "monotonic", lambda: now)
 
-    def work() -> str:
+    def work(seconds: float, resumed: int = 0) -> list[str]:
         nonlocal now
         with output.progress_bar("at work") as progress:
-            for done in range(41):
+            for done in range(resumed, 41):
                 progress(done, 40)
-                now += 1.0
-        return capsys.readouterr().err
+                now += seconds
+        return capsys.readouterr().err.splitlines()
 
-    assert work() == ""
-    output.configure(verbose=True)
-    assert work().splitlines() == [
-        "at work: 25%, about 30 s left",
-        "at work: 50%, about 20 s left",
-        "at work: 75%, about 10 s left",
+    assert work(0.7) == []
+    assert work(3.0) == [
+        "at work: about 2 min in all",
+        "at work: 25%, about 90 s left",
+        "at work: 50%, about 60 s left",
+        "at work: 75%, about 30 s left",
     ]
+    assert work(2.0, resumed=20)[0] == "at work: about 40 s in all"
+    output.configure(quiet=True)
+    assert work(3.0) == []
 
 
 def on_a_terminal(*words: str, stdout: Path | None = None, **environment: str) -> str:

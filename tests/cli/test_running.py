@@ -1,0 +1,60 @@
+"""Where a model runs, what it is shown there, and what is said about it before it does."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.cli import running
+from convert_to_quant.engines.devices import find_device
+
+
+@pytest.fixture
+def settled(flux_file: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[dict[str, Any], str]]:
+    """What is settled for the tiny Flux.1, and what is said: settled(options that are given)."""
+
+    def settle(**given: Any) -> tuple[dict[str, Any], str]:
+        options = {"device": "auto", **dict.fromkeys(("steps", "height", "width", "frames", "text_tokens")), **given}
+        args = argparse.Namespace(**options)
+        with open_checkpoint(flux_file) as checkpoint:
+            running.settle(args, checkpoint)
+        return {name: value for name, value in vars(args).items() if value is not None}, capsys.readouterr().err
+
+    return settle
+
+
+def test_a_gpu_is_used_and_named_with_its_memory(settled: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **_: empty(*shape, device="meta"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Abacus 9")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10**10))
+    assert find_device("cpu").type == "cpu"
+    free = 8_000_000_000
+    options, said = settled()
+    assert options == {"device": "cuda", "steps": 4}
+    assert said.startswith("running on cuda (Abacus 9): the model takes ")
+    assert said.endswith(" kB, and 8.0 GB of its memory are free\n")
+    free = 12
+    assert settled()[1].startswith("note: running on cuda")
+
+
+def test_a_cpu_shows_less_of_a_large_model_unless_told_otherwise(
+    settled: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(running, "free_memory", lambda: 10**10)
+    assert settled() == ({"device": "cpu", "steps": 4}, "")
+    monkeypatch.setattr(running, "CPU_LARGE_WEIGHTS", 10**4)
+    smaller = {"device": "cpu", "steps": 2, "height": 128, "width": 128, "text_tokens": 32}
+    said = "note: a large model on cpu: 128 × 128 pixels, 2 noise levels (options set others)\n"
+    assert settled() == (smaller, said)
+    assert settled(height=512, steps=1)[0] == {"device": "cpu", "steps": 1, "height": 512}
+    monkeypatch.setattr(running, "free_memory", lambda: 12)
+    assert settled()[1].endswith("do not fit the 12 bytes of free memory: each evaluation reads the file\n")
