@@ -29,7 +29,7 @@ from .. import __version__
 from ..errors import Error, OptionError
 from . import config, output, shared, terminal
 from .interrupts import Interrupted, exit_code, interruptible
-from .neighbour import neighbour
+from .neighbour import FLAGS, neighbour
 from .overview import GROUPS, overview
 from .parsing import Parser, did_you_mean, flag_spelling
 
@@ -67,6 +67,8 @@ def build_parser(command: str) -> Parser:
     module = importlib.import_module(f"{__name__}.{command}")
     parser = Parser(prog=f"convert_to_quant {command}", description=module.DESCRIPTION, epilog=module.EPILOG)
     module.add_arguments(parser)
+    if command == DEFAULT_COMMAND:
+        parser.foreign = FLAGS
     shared.add_shared_options(parser, writes=command not in READERS)
     return parser
 

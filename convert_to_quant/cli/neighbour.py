@@ -16,6 +16,27 @@ from pathlib import Path
 OUR_COMMAND = "convert_to_quant.cli:main"
 """What tells an installation of ours, from before the distribution was renamed, from the other program."""
 
+_BY_ITSELF = "not needed here: the model's family is detected, and --preset FAMILY names another"
+_EXACT = "not needed here: rounding is exact or measured, without steps of learning"
+FLAGS = {
+    "--fp8": "not needed here: FP8 is the default",
+    "--int8": "use --format int8",
+    "--nvfp4": "use --format nvfp4",
+    "--mxfp8": "use --format mxfp8",
+    "--convrot": "use --format int8-convrot",
+    "--simple": _EXACT,
+    "--num-iter": _EXACT,
+    "--optimizer": _EXACT,
+    "--lr": _EXACT,
+    "--calib-samples": "use --actcal --actcal-samples N",
+    "--heur": "not needed here: --best measures which format suits a layer",
+    "--input-scale": "not needed here: they are written, and --actcal measures them",
+    "--save-quant-metadata": "not needed here: it is written",
+    "--low-memory": "not needed here: files are streamed",
+    **dict.fromkeys(("--wan", "--qwen", "--hunyuan", "--zimage", "--flux2", "--radiance"), _BY_ITSELF),
+}
+"""The other program's common flags that are not ours -> what to do instead, for those who come from there."""
+
 
 def neighbour() -> str | None:
     """A line about the other program, where it is installed.

@@ -13,7 +13,7 @@ import argparse
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from .terminal import WIDEST, columns, paint, printable
@@ -65,6 +65,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"add_help": False, "allow_abbrev": False, **settings})
         self._positionals.title = "arguments"
+        self.foreign: Mapping[str, str] = {}
 
     # misuse
 
@@ -75,6 +76,8 @@ class Parser(argparse.ArgumentParser):
             for word in words[: words.index("--")] if "--" in words else words:
                 name = word.partition("=")[0]
                 if name.startswith("--") and name not in self._option_string_actions:
+                    if name in self.foreign:
+                        self.error(f"{name} is another program's option ({self.foreign[name]})")
                     self.error(f"unknown option {name}{in_brackets(did_you_mean(name, self.flags()))}")
         if not self._get_positional_actions():
             named = {"-i", "--input"} & {word.partition("=")[0] for word in words}

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from convert_to_quant.cli.neighbour import FLAGS
+
 THEIRS = """\
 [console_scripts]
 convert-to-quant = convert_to_quant.convert_to_quant:main
@@ -57,3 +59,10 @@ def test_the_other_program_is_told_in_one_line(
 def test_ours_under_either_name_is_not_told(name: str, install: Install, ctq: Any, fp8_file: Path) -> None:
     install(name, OURS)
     assert ctq("inspect", fp8_file).err == ""
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags_of_the_other_program_are_answered(ctq: Any, flag: str) -> None:
+    outcome = ctq("-i", "in.safetensors", flag.replace("-", "_").replace("__", "--", 1))
+    told = f"error: {flag} is another program's option ({FLAGS[flag]})"
+    assert (outcome.code, outcome.err.splitlines()[0]) == (2, told)
