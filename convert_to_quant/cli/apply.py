@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from ..errors import OptionError
 from ..options import SolveOptions, add_options, options_of
 from .calibration import add_target_arguments, check_target, finish, recover_input, require_target
+from .merge import load_distinct
 
 DESCRIPTION = "Choose the scale and precision of every FP8 layer from statistics, and write them into the checkpoint."
 EPILOG = """\
@@ -32,13 +34,16 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from ..calibrate_activation_scales import apply_statistics
     from ..checkpoint import open_checkpoint
-    from ..stats import Statistics, merge
+    from ..stats import METADATA_KEY, merge
 
     require_target(args)
     options = options_of(SolveOptions, args)
     recover_input(args)
-    statistics = merge(*(Statistics.load(path) for path in args.statistics), force=args.force)
     with open_checkpoint(args.input) as checkpoint:
+        if METADATA_KEY in checkpoint.metadata:
+            hint = f"convert_to_quant apply {args.statistics[0]} {args.input} ..."
+            raise OptionError(f"{args.input} holds statistics: the model comes first", hint=hint)
+        statistics = merge(*load_distinct(args.statistics), force=args.force)
         check_target(checkpoint, args)
         calibration = apply_statistics(checkpoint, statistics, options, force=args.force)
         return finish(checkpoint, calibration, args)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from ..telling import plural
 from .observe import report
 from .output import note, say, wrote
+
+if TYPE_CHECKING:
+    from ..stats import Statistics
 
 DESCRIPTION = "Merge statistics of the same model into one file. Their order does not matter."
 EPILOG = """\
@@ -23,12 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from ..stats import Statistics, merge
+    from ..stats import merge
 
-    merged = merge(*(Statistics.load(path) for path in args.statistics), force=args.force)
+    distinct = load_distinct(args.statistics)
+    merged = merge(*distinct, force=args.force)
     for name in merged.left_out:
         note(f"left out: {name}")
-    found = f"{len(args.statistics)} files, {merged.samples} samples, {len(merged.layers)} layers"
+    found = f"{plural(len(distinct), 'file')}, {merged.samples} samples, {len(merged.layers)} layers"
     if args.dry_run:
         say(f"dry run: would merge {found} into {args.output}; nothing was written")
     else:
@@ -36,3 +43,18 @@ def run(args: argparse.Namespace) -> int:
         say(f"merged {found}; {wrote(args.output)}")
     report(merged, args)
     return 0
+
+
+def load_distinct(paths: Sequence[str]) -> list[Statistics]:
+    """The statistics of files, without those that another holds as well, which are told and count once."""
+    from ..stats import Statistics
+
+    distinct: list[Statistics] = []
+    for path in paths:
+        loaded = Statistics.load(path)
+        twin = next((one for one in distinct if one == loaded), None)
+        if twin is None:
+            distinct.append(loaded)
+        else:
+            note(f"{path} holds the same as {twin.path}: it counts once")
+    return distinct

@@ -138,3 +138,24 @@ def test_statistics_of_another_model_are_refused_and_forced_ones_name_the_rest(
     assert main(["apply", str(model), str(stats), "--in-place", "--force"]) == 0
     assert f"{OTHER}: not in these statistics: keeps its scale" in capsys.readouterr().err
     assert scales(model) == {LAYER: 3.0, OTHER: 1.0}
+
+
+def test_swapped_arguments_are_told(ctq: Any, fp8_file: Path) -> None:
+    stats = fp8_file.with_name("swapped.safetensors")
+    assert ctq("observe", fp8_file, "-o", stats, "--steps", 1, "--height", 32, "--width", 32).code == 0
+    outcome = ctq("apply", stats, fp8_file, "--dry-run")
+    told = f"error: {stats} holds statistics: the model comes first (convert_to_quant apply {fp8_file} {stats} ...)\n"
+    assert (outcome.code, outcome.err) == (2, told)
+
+
+def test_the_same_statistics_count_once_and_are_told(ctq: Any, fp8_file: Path) -> None:
+    stats, twin = fp8_file.with_name("one.safetensors"), fp8_file.with_name("twin.safetensors")
+    assert ctq("observe", fp8_file, "-o", stats, "--steps", 1, "--height", 32, "--width", 32).code == 0
+    twin.write_bytes(stats.read_bytes())
+    for words in (
+        ("merge", stats, twin, "-o", fp8_file.with_name("all.safetensors")),
+        ("apply", fp8_file, stats, twin),
+    ):
+        outcome = ctq(*words, "--dry-run")
+        assert outcome.code == 0
+        assert f"note: {twin} holds the same as {stats}: it counts once\n" in outcome.err
