@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs wheel clean
 
 demo: $(VENV)/.product  ## convert, calibrate and check the embedded emoji model; writes demo/demo.png
 	$(BIN)/convert_to_quant demo -o demo
@@ -20,10 +20,16 @@ lint: $(VENV)/.dev  ## check style and types
 docs: $(VENV)/.docs  ## build the documentation into build/site; a warning is an error
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/site
 
+wheel: | $(VENV)/bin/python  ## build a wheel into dist and print the line that installs it
+	rm -f dist/calibrated_quant-*.whl
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	@echo python -m pip install dist/calibrated_quant-*.whl
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.product: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo 'installing the package and what it needs (torch, diffusers, ...) into $(VENV): minutes, once'
 	$(PIP) --editable .
 	touch $@
 
