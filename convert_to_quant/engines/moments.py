@@ -22,7 +22,7 @@ from ..errors import CalibrationError
 from ..families.running import Geometry
 from ..formats.record import Format
 from ..layers import Layer, LayerTable, dequantize
-from ..options import SAMPLES, RunOptions
+from ..options import SAMPLES, STEPS, RunOptions
 from ..rounding import round_weight
 from . import denoiser, diffusers, sizes
 from .trials import tensor_float_32
@@ -64,7 +64,7 @@ def gather(
         for part in diffusers.parts(samples, geometry):
             assert part.way is not None
             latents, conditioning = diffusers.draw(model, geometry, part.way, shown.seed, part.numbers)
-            for _ in diffusers.trajectory(model, latents, conditioning, geometry, shown.steps):
+            for _ in diffusers.trajectory(model, latents, conditioning, geometry, shown.steps or STEPS):
                 pass
     return found
 
@@ -100,7 +100,7 @@ class Rounding:
         budget = BUDGET_BYTES.get(self.model.device.type, BUDGET_BYTES["cpu"])
         self.bands = list(_bands(layers, budget))
         rows = ROWS_PER_INPUT * max(layer.in_features for layer in layers)
-        enough = -(-rows // (self.geometry.tokens * shown.steps))
+        enough = -(-rows // (self.geometry.tokens * (shown.steps or STEPS)))
         self.samples = shown.samples or min(max(SAMPLES, enough), MOST_SAMPLES)
         self.band: list[str] = []
         self.moments: dict[str, Tensor] = {}
