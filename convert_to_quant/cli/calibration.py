@@ -14,6 +14,7 @@ from ..options import CalibrationOptions, add_options
 from ..telling import plural
 from .output import decibels, note, print_table, progress_bar, say, write_json, wrote
 from .shared import check_shards
+from .terminal import Styled
 
 if TYPE_CHECKING:
     from ..calibrate_activation_scales import Calibration
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from ..lora import Lora
     from ..solve import LayerResult
 
+
+FULL_PRECISION = Styled("full precision", "good")
+"""In place of an SQNR: nothing is lost where inputs are not quantized."""
 
 READ_AS_SAFETENSORS = (".safetensors", ".sft", ".safetensors.index.json")
 """How names end that ComfyUI reads as safetensors (`comfy.utils.load_torch_file`), and an index, which others read."""
@@ -203,18 +207,18 @@ def print_calibration(results: Sequence[LayerResult], *, talk: bool = False) -> 
                 _number(result.range),
                 _number(result.scale_before),
                 _number(result.scale_after),
-                decibels(result.sqnr_before_db),
-                decibels(result.sqnr_after_db),
-                _shares(result.clipped_before, result.clipped_after),
-                _shares(result.vanished_before, result.vanished_after),
-                _share(result.rows_lost),
+                FULL_PRECISION if result.full_precision_before else decibels(result.sqnr_before_db),
+                FULL_PRECISION if result.full_precision_after else decibels(result.sqnr_after_db),
+                _shares(result, result.clipped_before, result.clipped_after),
+                _shares(result, result.vanished_before, result.vanished_after),
+                "-" if result.full_precision_after else _share(result.rows_lost),
                 result.source,
                 result.reason + (" (depends on the conditioning)" if result.conditioning_dependent else ""),
             )
             for result in results
         ],
         right=(1, 2, 3, 4, 5, 6, 7, 8),
-        optional=(10, 7, 6, 1, 9, 8, 4, 5),
+        optional=(4, 2, 7, 6, 1, 9, 8, 5, 3),
         talk=talk,
     )  # fmt: skip
 
@@ -227,5 +231,8 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"
 
 
-def _shares(before: float | None, after: float | None) -> str:
-    return "-" if before is None else f"{_share(before)} > {_share(after)}"
+def _shares(result: LayerResult, before: float | None, after: float | None) -> str:
+    """Before and after, as far as the layer's inputs are quantized."""
+    then = "-" if result.full_precision_before else _share(before)
+    now = "-" if result.full_precision_after else _share(after)
+    return "-" if then == now == "-" else f"{then} > {now}"

@@ -157,7 +157,8 @@ def test_the_demo(golden: Any, ctq: Any, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("name", "width"), [("inspect layers", 100), ("inspect layers", 60), ("check", 100), ("apply dry", 100)]
+    ("name", "width"),
+    [("inspect layers", 100), ("inspect layers", 60), ("check", 100), ("apply dry", 80), ("apply dry", 120)],
 )
 def test_screens_on_a_terminal(
     golden: Any,
