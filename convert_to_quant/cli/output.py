@@ -32,7 +32,7 @@ FIRST_PARTS = 100
 """That part is one of so many, or one evaluation of a network where that is more."""
 
 GAP = "  "
-WRAPPED = 40
+WRAPPED = 28
 """Cells of a terminal's table that are longer may wrap: prose, not names."""
 
 _quiet = False
