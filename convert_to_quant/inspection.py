@@ -53,7 +53,7 @@ from .formats.int8 import ROWS as INT8
 from .formats.record import FLOAT_SCALES, Format, Grid, Packed
 from .formats.w4a8 import LEAST_CODE
 from .identity import identify
-from .layers import ForeignLayer, Layer, LayerError, LayerTable, find_layers, input_scale
+from .layers import FOLDED, ForeignLayer, Layer, LayerError, LayerTable, find_layers, input_scale
 from .marks import full_precision
 from .misshapen import misshapen
 from .problems import CALIBRATE, KINDS, LARGEST_WEIGHT, LEAST_WEIGHT, PRODUCTS, READINGS, Problem
@@ -183,6 +183,7 @@ class Inspection:
         quantization_config: the method that a config.json beside the file names, where it has one.
         made: how this tool made it; None where it did not, or the file does not say.
         problems: what is wrong, the worst first.
+        folded: its channels were scaled, and adapters have to be, too; see `folding`.
     """
 
     path: Path
@@ -206,6 +207,7 @@ class Inspection:
     quantization_config: str | None
     made: Made | None
     problems: tuple[Problem, ...]
+    folded: bool = False
 
     @property
     def readings(self) -> dict[str, int]:
@@ -257,6 +259,8 @@ class Inspection:
             sentences.append(
                 f"{guessed} input scales are guesses from the weights, which may be far off: {CALIBRATE}, or observe"
             )
+        if self.folded:
+            sentences.append(FOLDED)
         if self.sharded:
             sentences.append("ComfyUI reads no shard indexes: join the shards into one file for it")
         return tuple(sentences)
@@ -341,6 +345,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         quantization_config=_config_beside(checkpoint.path),
         made=made,
         problems=tuple(survey.found[kind] for kind in KINDS if kind in survey.found),
+        folded=names.FOLDING_KEY in checkpoint.metadata,
     )
 
 

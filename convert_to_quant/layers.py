@@ -339,6 +339,8 @@ class _Finder:
         if self.wrappers:
             words = " and ".join(self.wrappers)
             table.notes.append(f"names hold {words}, which ComfyUI does not read: take it out of them")
+        if names.FOLDING_KEY in self.checkpoint.metadata:
+            table.notes.append(FOLDED)
         unmarked = [layer.name for layer in table.quantized.values() if layer.marking == "none"]
         if unmarked:
             table.notes.append(
@@ -586,6 +588,13 @@ def scales_per_row(scale: NDArray[np.float32], layer: Layer, rows: slice) -> NDA
     if per_row.shape[1] > 1:
         per_row = np.repeat(per_row, block_in, axis=1)[:, : layer.in_features]
     return per_row
+
+
+FOLDED = (
+    "its channels are folded: a LoRA that was made for the original fits only after convert_to_quant lora fold, and "
+    "ComfyUI would apply it wrongly"
+)
+"""What a user of a folded checkpoint should know."""
 
 
 def dequantize(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> NDArray[np.float32]:

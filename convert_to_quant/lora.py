@@ -29,6 +29,7 @@ trace in a file's tensors and is read as alpha / r, as ComfyUI does.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections import Counter
@@ -41,6 +42,7 @@ from typing import Any
 
 import numpy as np
 
+from . import names
 from .adapters import ALL, Float32, Kind, Matrix, Rows, kind_of, stored
 from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.reader import FLOAT_DTYPES
@@ -665,7 +667,11 @@ def match_checkpoint(
         checkpoint: The checkpoint; must stay open.
         table: Its layers.
         beside: Also match differences of biases and norms, for whoever merges them.
+
+    Raises:
+        LoraError: A file is not folded as the checkpoint is, or see `match_loras`.
     """
+    refuse_other_folding(loras, checkpoint)
     by_name = {layer.name: layer for layer in table.linear()}
     weights = {layer.weight.name for layer in by_name.values()}
     others = {
@@ -797,6 +803,31 @@ def _match_one(lora: Lora, known: LoraNames, full: Mapping[str, str], match: Lor
     ]
     if not matched:
         raise _matches_nothing(lora, match)
+
+
+def folding_of(checkpoint: Checkpoint) -> str | None:
+    """What tells the folding of a checkpoint's channels from others (SHA-256); None where they are not folded."""
+    text = checkpoint.metadata.get(names.FOLDING_KEY)
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def refuse_other_folding(loras: Sequence[Lora], checkpoint: Checkpoint) -> None:
+    """Refuse adapters that were made for other channels than a checkpoint has.
+
+    Raises:
+        LoraError: the checkpoint is folded and a file is not folded for it, or the other way round.
+    """
+    wanted = folding_of(checkpoint)
+    for lora in loras:
+        found = lora.checkpoint.metadata.get(names.FOLDED_FOR_KEY)
+        if found != wanted:
+            problem = (
+                f"it is not folded for {checkpoint.path.name}, whose channels are scaled"
+                if wanted
+                else f"it is folded for another file than {checkpoint.path.name}, whose channels are as trained"
+            )
+            hint = "convert_to_quant lora fold makes it fit" if wanted else "give the LoRA as it was trained"
+            raise LoraError(problem, path=lora.path, hint=hint)
 
 
 def _left_out(

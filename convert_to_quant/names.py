@@ -35,6 +35,12 @@ QUANTIZATION_METADATA = "_quantization_metadata"
 PROVENANCE_KEY = "convert_to_quant"
 """Header entry (JSON) in which every file that this tool writes says how it was made."""
 
+FOLDING_KEY = "convert_to_quant.folding"
+"""Header entry (JSON) in which a folded file says which channels were scaled by what, see `folding`."""
+
+FOLDED_FOR_KEY = "convert_to_quant.folded_for"
+"""Header entry of a LoRA: the SHA-256 of the folding that it was scaled for."""
+
 STATISTICS_KEY = "convert_to_quant.statistics"
 """Header entry (JSON) that tells a statistics file from a checkpoint."""
 

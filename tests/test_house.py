@@ -24,7 +24,7 @@ PACKAGE = "convert_to_quant"
 ROWS = (
     {"cli", "__main__"},
     {"card", "demo", "emoji", "comfyui_nodes"},
-    {"best", "calibrate_activation_scales", "fidelity", "inspection", "problems", "report"},
+    {"best", "calibrate_activation_scales", "fidelity", "folding", "inspection", "problems", "report"},
     {"engines"},
     {"solve", "choose", "rounding", "headroom", "patch", "convert", "migration", "repair"},
     {"adapters", "lora", "recorder", "linear_calls", "layers", "identity", "layout", "damaged", "misshapen"}

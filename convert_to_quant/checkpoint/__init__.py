@@ -1,6 +1,6 @@
 """Reading and writing safetensors checkpoints, lazily and whole."""
 
-from .header import Header, TensorInfo, serialize_header
+from .header import Header, TensorInfo, serialize_header, tensor_nbytes
 from .reader import ALL_ROWS, INDEX_SUFFIX, Checkpoint, open_checkpoint, to_float32
 from .writer import (
     CheckpointWriter,
@@ -31,6 +31,7 @@ __all__ = [
     "refuse_same_file",
     "rehearse",
     "serialize_header",
+    "tensor_nbytes",
     "to_float32",
     "write_bytes",
     "write_checkpoint",

@@ -13,7 +13,7 @@ import re
 import stat
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -182,7 +182,10 @@ class Checkpoint:
         tensors: what the headers say, by name, file after file in data order.
         metadata: the files' `__metadata__`, joined; the first file's word holds where two disagree.
         sharded: whether it was opened through an index.
+        computed: tensors that are made when they are read: their bytes in the files are not theirs.
     """
+
+    computed: Collection[str] = ()
 
     def __init__(self, path: Path, files: list[CheckpointFile], sharded: bool) -> None:
         self.path = path

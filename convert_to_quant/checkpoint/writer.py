@@ -549,6 +549,9 @@ class CheckpointWriter:
         """Copy tensors byte for byte, neighbours in one piece; `names` maps those of the output to the source's."""
         by_file: dict[tuple[CheckpointFile, int], list[tuple[int, int, int]]] = {}
         for name, source_name in names.items():
+            if source_name in source.computed:
+                self.write(name, source.raw(source_name))
+                continue
             file = self._file_of[name]
             info, source_info = file.infos[name], source.tensors[source_name]
             assert info.nbytes == source_info.nbytes, name

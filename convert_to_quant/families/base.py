@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .comfyui import Conditions
+from .folds import Fold
 from .rules import Rule
 from .running import Architecture
 
@@ -77,6 +78,7 @@ class Family:
         relatives: Further classes of diffusers whose modules have these names.
         comfyui: Class of `comfy.model_base` -> what ComfyUI's models of this class take.
         variants: Its members: name for people, and how each is told; the first that fits.
+        folds: Where channels can be scaled without changing the network.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Family:
     relatives: tuple[str, ...] = ()
     comfyui: Mapping[str, Conditions] = field(default_factory=dict)
     variants: tuple[tuple[str, Signature], ...] = ()
+    folds: tuple[Fold, ...] = ()
 
     def kept_because(self, layer: str) -> str | None:
         """Why a linear layer stays in high precision.

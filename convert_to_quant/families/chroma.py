@@ -64,4 +64,5 @@ FAMILY = Family(
         ("Radiance", signature("nerf_image_embedder")),
         ("Chroma1", signature("distilled_guidance_layer")),
     ),
+    folds=flux1.VALUES,
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import comfyui
 from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .folds import given, modulated
 from .rules import QKV, QKV_MLP, QKV_OF_MLP, SHIFT_SCALE, qkv_mlp_rows, rules, under
 from .running import (
     CONDITION_LATENTS,
@@ -76,6 +77,20 @@ NAMES = (
     *rules(
         ("{time,vector,guidance}_in.{in,out}_layer", "time_text_embed.{timestep,text,guidance}_embedder.linear_{1,2}"),
     ),
+)
+
+
+DOUBLE, SINGLE = "transformer_blocks.*.", "single_transformer_blocks.*."
+JOINT_VALUES = given(DOUBLE + "attn.{to_v,add_v_proj}", DOUBLE + "attn.{to_out.0,to_add_out}")
+"""Attention over two streams of tokens."""
+VALUES = (JOINT_VALUES, given(SINGLE + "attn.to_v", SINGLE + "proj_out", columns="first"))
+FOLDS = (
+    modulated(DOUBLE + "norm1.linear", DOUBLE + "attn.to_{q,k,v}"),
+    modulated(DOUBLE + "norm1.linear", DOUBLE + "ff.net.0.proj", shift=3),
+    modulated(DOUBLE + "norm1_context.linear", DOUBLE + "attn.add_{q,k,v}_proj"),
+    modulated(DOUBLE + "norm1_context.linear", DOUBLE + "ff_context.net.0.proj", shift=3),
+    modulated(SINGLE + "norm.linear", SINGLE + "{attn.to_q,attn.to_k,attn.to_v,proj_mlp}"),
+    *VALUES,
 )
 
 
@@ -204,4 +219,5 @@ FAMILY = Family(
         ("Kontext, Krea or dev", signature("time_text_embed.guidance_embedder")),
         ("schnell", signature(size=(r"(?:img_in|x_embedder)\.weight", 0, (3072,)))),
     ),
+    folds=FOLDS,
 )

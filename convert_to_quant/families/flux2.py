@@ -6,6 +6,7 @@ from typing import Any
 
 from . import flux1
 from .base import FINAL, IMAGE, MODULATION, TEXT, VECTOR, Family, signature
+from .folds import given
 from .rules import rules
 from .running import Architecture, Inputs, Shapes, guidance
 
@@ -73,5 +74,15 @@ FAMILY = Family(
         ("dev", signature(size=(r"(?:img_in|x_embedder)\.weight", 0, (6144,)))),
         ("klein 9B", signature(size=(r"(?:img_in|x_embedder)\.weight", 0, (4096,)))),
         ("klein 4B", signature(size=(r"(?:img_in|x_embedder)\.weight", 0, (3072,)))),
+    ),
+    # One modulation for all blocks, and no biases: its norms cannot be scaled.
+    folds=(
+        flux1.JOINT_VALUES,
+        *(
+            given(f"{flux1.DOUBLE}{mlp}.linear_in", f"{flux1.DOUBLE}{mlp}.linear_out", 1)
+            for mlp in ("ff", "ff_context")
+        ),
+        given(flux1.SINGLE + "attn.to_qkv_mlp_proj", flux1.SINGLE + "attn.to_out", 2, "first"),
+        given(flux1.SINGLE + "attn.to_qkv_mlp_proj", flux1.SINGLE + "attn.to_out", -1, "rest"),
     ),
 )

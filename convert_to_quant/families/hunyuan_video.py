@@ -283,4 +283,5 @@ FAMILY = Family(
         ("HunyuanVideo", signature("img_in.proj")),
         ("HunyuanVideo", signature("x_embedder.proj")),
     ),
+    folds=flux1.FOLDS,
 )

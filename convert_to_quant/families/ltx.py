@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import comfyui
 from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .folds import given
 from .rules import rules
 from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, Want, blocks, mask, text
 
@@ -180,6 +181,10 @@ FAMILY = Family(
             optional=r"(?:audio|video)_embeddings_connector\..*",  # part of the text encoder
             told_by=("audio_proj_in.weight", "audio_patchify_proj.weight"),
         ),
+    ),
+    folds=tuple(
+        given(f"transformer_blocks.*.{attention}.to_v", f"transformer_blocks.*.{attention}.to_out.0")
+        for attention in ("attn1", "attn2")
     ),
     comfyui={
         "LTXV": comfyui.takes("caption_projection.linear_1", attention_mask=comfyui.ones("text_tokens")),

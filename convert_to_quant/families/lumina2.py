@@ -12,6 +12,7 @@ from typing import Any
 
 from . import comfyui
 from .base import CONDITION, FINAL, IMAGE, MODULATION, REFINER, TEXT, VECTOR, Family, signature
+from .folds import given, normed
 from .rules import QKV, qkv_rows, rules, under
 from .running import Architecture, Fused, Shapes, blocks, image, mask, text
 
@@ -97,5 +98,11 @@ FAMILY = Family(
     variants=(
         ("NewBie", signature("clip_text_pooled_proj")),
         ("Lumina-Image 2.0", signature("context_refiner")),
+    ),
+    folds=(
+        normed("layers.*.norm1.norm", "layers.*.attn.to_{q,k,v}"),
+        normed("layers.*.ffn_norm1", "layers.*.feed_forward.linear_{1,3}"),
+        given("layers.*.attn.to_v", "layers.*.attn.to_out.0", head="layers.*.attn.norm_q"),
+        given("layers.*.feed_forward.linear_3", "layers.*.feed_forward.linear_2"),
     ),
 )

@@ -10,7 +10,8 @@ from typing import Any
 
 from . import comfyui
 from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
-from .flux1 import rotary_axes
+from .flux1 import DOUBLE, JOINT_VALUES, rotary_axes
+from .folds import modulated
 from .running import Architecture, Inputs, Shapes, blocks, text, tokens
 
 PATCH = 2
@@ -79,5 +80,12 @@ FAMILY = Family(
         ("Edit 2511", signature("__index_timestep_zero__")),
         ("Mage-Flow", signature(size=(r"txt_norm\.weight", 0, (2560,)))),
         ("Image or Edit", signature("txt_norm")),
+    ),
+    folds=(
+        modulated(DOUBLE + "img_mod.1", DOUBLE + "attn.to_{q,k,v}"),
+        modulated(DOUBLE + "img_mod.1", DOUBLE + "img_mlp.net.0.proj", shift=3),
+        modulated(DOUBLE + "txt_mod.1", DOUBLE + "attn.add_{q,k,v}_proj"),
+        modulated(DOUBLE + "txt_mod.1", DOUBLE + "txt_mlp.net.0.proj", shift=3),
+        JOINT_VALUES,
     ),
 )

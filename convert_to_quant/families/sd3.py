@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import comfyui
 from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
-from .flux1 import DIFFUSERS_ENDS, FINAL_NAMES
+from .flux1 import DIFFUSERS_ENDS, DOUBLE, FINAL_NAMES, JOINT_VALUES
+from .folds import given, modulated
 from .rules import QKV, SHIFT_SCALE, rules, under
 from .running import Architecture, Config, Shapes, blocks, image, text, vector
 
@@ -106,5 +107,15 @@ FAMILY = Family(
         ("3.5 Medium", signature("joint_blocks.0.x_block.attn2")),
         ("3.5 Medium", signature("transformer_blocks.0.attn2")),
         ("3 Medium", signature(size=(r"context_embedder\.weight", 0, (1536,)))),
+    ),
+    folds=(
+        modulated(DOUBLE + "norm1.linear", DOUBLE + "attn.to_{q,k,v}"),
+        modulated(DOUBLE + "norm1.linear", DOUBLE + "ff.net.0.proj", shift=3),
+        modulated(DOUBLE + "norm1.linear", DOUBLE + "attn2.to_{q,k,v}", shift=6, of=9),
+        modulated(DOUBLE + "norm1_context.linear", DOUBLE + "attn.add_{q,k,v}_proj", of=6),
+        modulated(DOUBLE + "norm1_context.linear", DOUBLE + "attn.add_{q,k,v}_proj", shift=1, scale=0, of=2),
+        modulated(DOUBLE + "norm1_context.linear", DOUBLE + "ff_context.net.0.proj", shift=3),
+        JOINT_VALUES,
+        given(DOUBLE + "attn2.to_v", DOUBLE + "attn2.to_out.0"),
     ),
 )

@@ -25,6 +25,7 @@ from .comfyui import (
     times,
     vision,
 )
+from .folds import given, normed
 from .rules import KV, rules, under
 from .running import (
     CONDITION_LATENTS,
@@ -186,6 +187,12 @@ FAMILY = Family(
         "blocks.0.audio_cross_attn_wrapper.audio_cross_attn.q.weight": "Wan 2.1 HuMo",
         "img_emb_refimage.proj.1.weight": "Wan 2.2 Dancer",
     },
+    # A block adds a table of its own to the modulation that all share, so only the norm before the text can be scaled.
+    folds=(
+        normed("blocks.*.norm2", "blocks.*.attn2.to_q"),
+        given("blocks.*.attn1.to_v", "blocks.*.attn1.to_out.0"),
+        given("blocks.*.attn2.{to_v,add_v_proj}", "blocks.*.attn2.to_out.0"),
+    ),
     comfyui={
         "WAN21": takes(
             "text_embedding.0",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import lumina2
 from .base import Family, signature
+from .folds import given, normed
 from .rules import QKV, rules, under
 from .running import Architecture, Inputs, Shapes, blocks, image, text
 
@@ -73,5 +74,11 @@ FAMILY = Family(
         arguments=_arguments,
         velocity=_velocity,
         ignored=("norm_final.weight",),
+    ),
+    folds=(
+        normed("layers.*.attention_norm1", "layers.*.attention.to_{q,k,v}"),
+        normed("layers.*.ffn_norm1", "layers.*.feed_forward.{w1,w3}"),
+        given("layers.*.attention.to_v", "layers.*.attention.to_out.0"),
+        given("layers.*.feed_forward.w3", "layers.*.feed_forward.w2"),
     ),
 )

@@ -15,13 +15,14 @@ import torch
 from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 
-from convert_to_quant import families
+from convert_to_quant import families, folding
 from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.engines import denoiser, noise
 from convert_to_quant.engines import diffusers as engine
-from convert_to_quant.engines import noise
 from convert_to_quant.engines.provenance import Piece, trace
 from convert_to_quant.errors import UnsupportedModelError
 from convert_to_quant.families.running import Geometry, Inputs
+from convert_to_quant.fidelity import sqnr_db
 from convert_to_quant.layers import dequantize, find_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
@@ -566,3 +567,34 @@ def test_module_names_lead_back_to_the_authors_layers(case: tuple[str, Shapes], 
     for name, module in denoiser.linears.items():  # each module's own layers are among those it stands for
         fed = {layer.name for layer, _ in module.stored.pieces}
         assert fed <= {name, *(layer for layer, _ in found.get(name, ()))}
+
+
+GROUPS = {
+    "flux.1 dev": 14, "flux.1 fill": 14, "flux.2 dev": 10, "flux.2 klein": 10, "chroma": 4, "sd 3": 9, "sd 3.5": 11,
+    "qwen-image": 10, "wan text to video": 6, "wan image to video": 6, "hunyuan video": 14, "ltx": 4, "lumina 2": 8,
+    "z-image": 8,
+}  # fmt: skip
+"""Groups of channels that can be scaled, in two blocks of each kind."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_whose_channels_are_scaled_computes_what_it_computed(name: str, save_model: Any) -> None:
+    generator = np.random.default_rng(0)
+    with open_checkpoint(save_model(random_state(CASES[name][1]))) as checkpoint:
+        model = denoiser.load(checkpoint, dtype=torch.float32)
+        groups = folding.find_groups(checkpoint, model.plan, list(model.plan.table.plain))
+        for group in groups:
+            least = 0 if group.ones else -3
+            exponents = generator.integers(least, least + 7, group.columns[0].count // group.repeat)
+            group.exponents = exponents.astype(np.int8)
+        folded = folding.fold_checkpoint(checkpoint, groups)
+        latents, conditioning = engine.draw(model, SIZE, noise.CONDITIONINGS[1], 0, range(2))
+        before, after = (
+            each.velocity(latents, 0.7, conditioning, SIZE)
+            for each in (model, denoiser.load(folded, dtype=torch.float32))
+        )
+        changed = [tensor for tensor in folded.computed if (folded.float32(tensor) != checkpoint.float32(tensor)).any()]
+
+    assert len(groups) == GROUPS[name]
+    assert len(changed) == len(folded.computed) > len(groups)
+    assert float(sqnr_db(before, after).min()) >= 120

@@ -1,0 +1,113 @@
+"""Channels evened out: per-channel factors moved from a layer's inputs into its weight, exactly.
+
+Why it exists. A format with one scale per token (INT8) or per tensor (FP8) gives every channel of an input the step of
+the largest. Where channels differ, the small ones drown. How large a channel is, is a matter of spelling: what gives
+the channels can be multiplied and what reads them divided, and the network computes what it computed
+(`families.folds` says where).
+
+    observe      what layers receive on noise, per channel
+    find         a factor for each channel, from that and from the columns that read it (`factors`)
+    fold         a checkpoint that reads as if it had been trained that way (`folded`); convert it as any other
+
+Limits. Adapters that were trained on the original no longer fit: what they add has to be scaled likewise (`adapters`),
+and no reader does that by itself. Only layers in high precision are folded, before they are rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from .. import names
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..errors import CheckpointError, OptionError, StrPath
+from ..layers import find_layers
+from ..options import SAMPLES, RunOptions
+from ..stats import Statistics
+from ..telling import Progress
+from .adapters import fold_lora
+from .factors import STRENGTH, find_exponents
+from .folded import Folded, fold_checkpoint, read_groups
+from .groups import Group, find_groups
+
+__all__ = [
+    "STRENGTH",
+    "Folded",
+    "Group",
+    "find_groups",
+    "fold",
+    "fold_checkpoint",
+    "fold_like",
+    "fold_lora",
+    "read_groups",
+]
+
+
+def refuse_folded(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose channels are scaled already: what its header says would no longer be all.
+
+    Raises:
+        CheckpointError: they are.
+    """
+    if names.FOLDING_KEY in checkpoint.metadata:
+        raise CheckpointError("its channels are folded already", path=checkpoint.path, hint="leave out --fold")
+
+
+def fold(
+    checkpoint: Checkpoint,
+    layers: Collection[str],
+    shown: RunOptions | None = None,
+    strength: float = STRENGTH,
+    statistics: Statistics | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Folded:
+    """A checkpoint with its channels evened out, found by running it.
+
+    Args:
+        checkpoint: the open checkpoint, which must stay open.
+        layers: those that will be quantized.
+        shown: what the model is shown.
+        strength: see `factors`.
+        statistics: what was observed already, in place of a run.
+        progress: told how far the run is.
+
+    Raises:
+        CheckpointError: it is folded already.
+        OptionError: none of the layers reads channels that can be scaled.
+        UnsupportedModelError: the model cannot be run.
+    """
+    from ..engines import denoiser, diffusers, sizes
+
+    refuse_folded(checkpoint)
+    shown = shown or RunOptions()
+    table = find_layers(checkpoint)
+    plan = denoiser.plan(checkpoint, table)
+    groups = find_groups(checkpoint, plan, layers)
+    if not groups:
+        problem = f"no layer of {plan.family} that is to be quantized reads channels that can be folded"
+        raise OptionError(problem, hint="leave out --fold")
+    read = {plan.full_name(place.tensor).removesuffix(names.WEIGHT) for group in groups for place in group.columns}
+    if statistics is None:
+        statistics = diffusers.observe(
+            checkpoint, table, samples=shown.samples or SAMPLES, steps=shown.steps, seed=shown.seed,
+            device=shown.device, layers=[name for name in table.plain if name in read],
+            geometry=sizes.geometry(plan.family, *shown.size) if any(shown.size) else None, progress=progress,
+        ).statistics  # fmt: skip
+    exponents = find_exponents(checkpoint, groups, statistics, table.prefix, strength)
+    found = [replace(group, exponents=each) for group, each in zip(groups, exponents, strict=True)]
+    return fold_checkpoint(checkpoint, [each for each in found if each.exponents.any()])
+
+
+def fold_like(checkpoint: Checkpoint, path: StrPath) -> Folded:
+    """A checkpoint with its channels scaled as a file says that was made of it: a folded one, or what `--keep` wrote.
+
+    Raises:
+        CheckpointError: the file cannot be read, or says nothing of folding; or the checkpoint is folded already.
+    """
+    refuse_folded(checkpoint)
+    with open_checkpoint(path) as file:
+        groups = read_groups(file)
+        if not groups:
+            raise CheckpointError("its channels are not folded", path=file.path, hint="leave out --fold")
+    return fold_checkpoint(checkpoint, groups)

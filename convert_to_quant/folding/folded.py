@@ -1,0 +1,209 @@
+"""A checkpoint whose channels are scaled: it reads as the folded one, and its header says what was done.
+
+Factors are powers of two, so that nothing is rounded: not in BF16 (but where a value falls under 2⁻¹²⁶) and not in
+float32. Two things could be: float16, whose range is small, and biases that take f - 1; both become float32.
+
+What the header says (`names.FOLDING_KEY`, JSON) is what adapters need: which columns and rows of which layers have
+which factors, 8 bits for each channel, packed by zlib.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import names
+from ..checkpoint import ALL_ROWS, Checkpoint, tensor_nbytes, to_float32
+from ..checkpoint.reader import BIT_DTYPES
+from ..errors import CheckpointError
+from ..formats.record import narrow_bfloat16, spans
+from ..untrusted import is_count, parse_json
+from .groups import Exponents, Group, Place
+
+VERSION = 1
+PLACES = ("columns", "rows", "ones")
+EXACT = frozenset({"BF16", "F32", "F64"})
+"""What powers of two leave exact."""
+
+BAND_VALUES = 1 << 22
+MOST_CHANNELS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Exponents by the full names of the tensors that they scale.
+
+    Attributes:
+        columns: runs of columns, which are divided: the first column, and exponents.
+        rows: runs of rows, which are multiplied, likewise; and whether they take f - 1 as well.
+    """
+
+    columns: dict[str, list[tuple[int, Exponents]]] = field(default_factory=dict)
+    rows: dict[str, list[tuple[int, Exponents, bool]]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(groups: Iterable[Group], prefix: str) -> Scaling:
+        """That of groups in a checkpoint whose names begin so."""
+        scaling = Scaling()
+        for group in groups:
+            for place in group.columns:
+                scaling.columns.setdefault(prefix + place.tensor, []).append((place.start, group.column_exponents))
+            for place in group.rows:
+                part = group.exponents[place.first : place.first + place.count]
+                scaling.rows.setdefault(prefix + place.tensor, []).append((place.start, part, place in group.ones))
+        return scaling
+
+    def of_columns(self, tensor: str, count: int) -> Exponents:
+        """Of the factors that columns are divided by, [count]."""
+        return _joined(count, self.columns.get(tensor, ()))
+
+    def of_rows(self, tensor: str, count: int) -> Exponents:
+        """Of the factors that rows are multiplied by, [count]."""
+        return _joined(count, ((start, part) for start, part, _ in self.rows.get(tensor, ())))
+
+    def of_ones(self, tensor: str, count: int) -> Exponents:
+        """Of the factors f where f - 1 is added, [count]; 0 elsewhere."""
+        return _joined(count, ((start, part) for start, part, one in self.rows.get(tensor, ()) if one))
+
+    def rounds(self, tensor: str) -> bool:
+        """Whether f - 1 is added anywhere, which 16 bits may not hold."""
+        return any(one for _, _, one in self.rows.get(tensor, ()))
+
+
+def _joined(count: int, parts: Iterable[tuple[int, Exponents]]) -> Exponents:
+    exponents = np.zeros(count, np.int8)
+    for start, part in parts:
+        run = exponents[start : start + len(part)]
+        run += part[: len(run)]
+    return exponents
+
+
+def _powers(exponents: Exponents) -> NDArray[np.float32]:
+    """2^exponents, exact."""
+    powers: NDArray[np.float32] = np.ldexp(np.float32(1), exponents.astype(np.int32))
+    return powers
+
+
+class Folded(Checkpoint):
+    """A checkpoint that reads as if its channels had been scaled before it was written.
+
+    Args:
+        checkpoint: as it is; must stay open.
+        scaling: of its tensors.
+        metadata: what its header says in place of the checkpoint's.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, scaling: Scaling, metadata: Mapping[str, str]) -> None:
+        vars(self).update(vars(checkpoint))
+        self._stored, self._scaling = checkpoint, scaling
+        self.computed = frozenset({*scaling.columns, *scaling.rows})
+        self.tensors = dict(checkpoint.tensors)
+        for name in self.computed:
+            info = self.tensors[name]
+            size = tensor_nbytes("F32", info.shape)
+            if size is not None and (info.dtype not in EXACT or scaling.rounds(name)):
+                self.tensors[name] = replace(info, dtype="F32", stop=info.start + size)
+        self.metadata = {**metadata}
+
+    def bits(self, name: str, rows: slice = ALL_ROWS) -> NDArray[Any]:
+        """See `Checkpoint.bits`."""
+        if name not in self.computed:
+            return super().bits(name, rows)
+        info, dtype = self.tensors[name], self._stored.tensors[name].dtype
+        source = self._stored.bits(name, rows)
+        flat = source.reshape(len(source), -1)
+        result = np.empty(flat.shape, BIT_DTYPES[info.dtype])
+        multiplied = _powers(self._scaling.of_rows(name, info.shape[0]))[rows, None]
+        divided = _powers(-self._scaling.of_columns(name, flat.shape[1]))
+        ones = _powers(self._scaling.of_ones(name, info.shape[0]))[rows, None].astype(np.float64) - 1
+        for band in spans(len(flat), max(1, BAND_VALUES // flat.shape[1])):
+            values = flat[band] if dtype == "F64" else to_float32(flat[band], dtype)
+            scaled = values * multiplied[band] * divided
+            if self._scaling.rounds(name):
+                scaled = scaled + ones[band]  # rounded once, since this is float64
+            result[band] = narrow_bfloat16(scaled) if info.dtype == "BF16" else scaled
+        return result.reshape(source.shape)
+
+    def raw(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """See `Checkpoint.raw`."""
+        if name not in self.computed:
+            return super().raw(name, start, stop)
+        info = self.tensors[name]
+        row_bytes = info.nbytes // info.shape[0]
+        stop = info.nbytes if stop is None else stop
+        first = start // row_bytes
+        data = self.bits(name, slice(first, -(-stop // row_bytes))).reshape(-1).view(np.uint8)
+        return data[start - first * row_bytes :][: stop - start]
+
+
+def fold_checkpoint(checkpoint: Checkpoint, groups: Sequence[Group]) -> Folded:
+    """A checkpoint with groups of channels scaled, whose header says so.
+
+    Args:
+        checkpoint: as it is; must stay open.
+        groups: what is scaled, with exponents.
+    """
+    scaling = Scaling.of(groups, names.strip_prefix(checkpoint.tensors)[0])
+    return Folded(checkpoint, scaling, {**checkpoint.metadata, names.FOLDING_KEY: written(groups)})
+
+
+def written(groups: Sequence[Group]) -> str:
+    """Groups as a header's text."""
+    return json.dumps(
+        {
+            "format_version": VERSION,
+            "groups": [
+                {
+                    **{kind: [astuple(place) for place in getattr(group, kind)] for kind in PLACES},
+                    "head": group.head,
+                    "repeat": group.repeat,
+                    "exponents": base64.b64encode(zlib.compress(group.exponents.tobytes(), 9)).decode(),
+                }
+                for group in groups
+            ],
+        }
+    )
+
+
+def read_groups(checkpoint: Checkpoint) -> list[Group]:
+    """What was scaled in a checkpoint, as its header says; nothing where it does not say so.
+
+    Raises:
+        CheckpointError: what it says is damaged.
+    """
+
+    def damaged(problem: str) -> CheckpointError:
+        return CheckpointError(f"what its header says of its folding is {problem}", path=checkpoint.path)
+
+    said: Any = parse_json(checkpoint.metadata.get(names.FOLDING_KEY, '{"groups": []}'), damaged)
+    try:
+        return [_read_group(group) for group in said["groups"]]
+    except (KeyError, TypeError, ValueError, AttributeError, zlib.error, binascii.Error):
+        raise damaged("not of the usual form") from None
+
+
+def _read_group(said: Any) -> Group:
+    unpacked = zlib.decompressobj().decompress(base64.b64decode(said["exponents"]), MOST_CHANNELS)
+    exponents = np.frombuffer(unpacked, np.int8)
+    places = {key: [_read_place(place) for place in said[key]] for key in PLACES}
+    head, repeat = said["head"], said["repeat"]
+    if not (is_count(head) and is_count(repeat) and len(exponents) * repeat <= MOST_CHANNELS):
+        raise TypeError
+    group = Group(**places, head=head, repeat=repeat, exponents=exponents)
+    group.column_exponents  # noqa: B018  # refuses sizes that do not fit
+    return group
+
+
+def _read_place(said: Any) -> Place:
+    tensor, *numbers = said
+    if not isinstance(tensor, str) or not all(is_count(number) for number in numbers):
+        raise TypeError
+    return Place(tensor, *numbers)
