@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import names
 from ..errors import OptionError
 from ..options import (
     BestOptions,
@@ -72,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(conversion, ConvertOptions)
     conversion.add_argument("--merge-lora", action="append", default=[], metavar="FILE[:STRENGTH]",
                             help="LoRA to merge before rounding; repeatable")  # fmt: skip
+    conversion.add_argument("--fold", action="store_true",
+                            help="even out channels first; LoRAs then need lora fold")  # fmt: skip
     best = parser.add_argument_group("best mix of formats (by running the model)")
     best.add_argument("--best", action="store_true", help="give every layer the format that keeps most")
     add_options(best, BestOptions)
@@ -95,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     check_best(args)
     if not args.actcal:
         for flag in args.in_force:
-            if flag.startswith("actcal-") and not (args.best or args.round):
+            if flag.startswith("actcal-") and not (args.best or args.round or args.fold):
                 raise OptionError(f"--{flag} needs --actcal")
     elif args.no_input_scale:
         raise OptionError("--no-input-scale leaves out what --actcal is asked to find")
@@ -124,9 +127,10 @@ def run(args: argparse.Namespace) -> int:
             if args.in_place:
                 raise OptionError("--in-place calibrates a model that is FP8 already, and this one is not; use -o OUT")
             conversion = options_of(ConvertOptions, args)
+            source = prepared(checkpoint, args, conversion)
             if args.best:
-                return best_file(checkpoint, args, conversion, merged)
-            return convert_file(checkpoint, args, plan_conversion(checkpoint, conversion, merged), options, adapters)
+                return best_file(source, args, conversion, merged)
+            return convert_file(source, args, plan_conversion(source, conversion, merged), options, adapters)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -146,6 +150,36 @@ def check_options(args: argparse.Namespace) -> None:
         raise OptionError("--float16-safe needs --actcal: it is about the input scales that --actcal finds")
 
 
+def prepared(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertOptions) -> Checkpoint:
+    """The file to convert: with its channels evened out, where that is asked for.
+
+    Raises:
+        StatisticsError: what was kept was measured of the other of the two.
+    """
+    from dataclasses import replace
+
+    from ..checkpoint import open_checkpoint
+    from ..convert import plan_conversion
+    from ..errors import StatisticsError
+    from ..folding import fold, fold_like
+
+    if args.statistics is not None:
+        with open_checkpoint(args.statistics) as kept:
+            if (names.FOLDING_KEY in kept.metadata) != args.fold:
+                problem, hint = ("without", "leave out") if args.fold else ("with", "add")
+                raise StatisticsError(f"it was measured {problem} --fold", path=kept.path, hint=f"{hint} --fold")
+        return fold_like(checkpoint, args.statistics) if args.fold else checkpoint
+    if not args.fold:
+        return checkpoint
+    plan = plan_conversion(checkpoint, replace(options, format="int8") if args.best else options)
+    if not (args.best or args.actcal or args.no_input_scale) and not all(fmt.dynamic for fmt in plan.formats):
+        problem = "--fold changes what FP8 layers receive, so their input scales have to be measured"
+        raise OptionError(problem, hint="add --actcal")
+    with progress_bar("folding") as progress:
+        return fold(checkpoint, [layer.name for layer, _ in plan.quantized], options_of(RunOptions, args),
+                    progress=progress)  # fmt: skip
+
+
 def check_best(args: argparse.Namespace) -> None:
     """Refuse flags that contradict --best, or need it.
 
@@ -163,6 +197,8 @@ def check_best(args: argparse.Namespace) -> None:
             raise OptionError(f"--{flag} is for --actcal, and --best would not use it")
     if args.merge_lora and args.round:
         raise OptionError("--merge-lora and --round cannot be combined")
+    if args.fold and (args.merge_lora or args.lora):
+        raise OptionError("--fold takes no LoRA", hint="convert, then make LoRAs fit with convert_to_quant lora fold")
 
 
 def calibrate_file(

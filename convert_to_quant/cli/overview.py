@@ -19,6 +19,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "dequantize": "turn quantized layers into BF16",
         "repair": "put broken marks of quantized layers right, in place",
         "migrate": "mark quantized layers in another way, weights as they are",
+        "lora": "make a LoRA fit a file whose channels are folded",
     },
     "look at it": {
         "inspect": "say what a file is, what ComfyUI does with it, what is wrong",

@@ -1,0 +1,49 @@
+"""`convert_to_quant lora fold LORA --like FILE -o OUT`: adapters for files whose channels are folded."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..telling import advance
+from .calibration import note_ending
+from .output import progress_bar, say, write_json
+
+DESCRIPTION = "Make LoRAs fit files that --fold made."
+FOLD = """\
+Scale a LoRA as the channels of a folded file are scaled, exactly. ComfyUI then adds to that file what the LoRA adds to
+the original."""
+EPILOG = """\
+example:
+  convert_to_quant lora fold style.safetensors --like flux_folded.safetensors \\
+      -o style_folded.safetensors
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's actions and their arguments."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
+    one = actions.add_parser("fold", help="scale a LoRA for a folded file", description=FOLD, epilog=EPILOG)
+    one.add_argument("lora", metavar="LORA", help="made for the original")
+    one.add_argument("--like", required=True, metavar="FILE", help="the folded checkpoint")
+    one.add_argument("-o", "--output", required=True, metavar="OUT", help="the new LoRA")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from ..checkpoint import check_output, open_checkpoint
+    from ..folding import fold_lora
+    from ..lora import load_lora
+
+    output = Path(args.output)
+    check_output(output)
+    lora = load_lora(args.lora)
+    with lora.checkpoint, open_checkpoint(args.like) as like, progress_bar("writing", unit="bytes") as progress:
+        total = sum(info.nbytes for info in lora.checkpoint.tensors.values())
+        done = fold_lora(lora, like, None if args.dry_run else output, progress=advance(progress, total))
+    say(f"dry run: {done}; nothing was written" if args.dry_run else f"{done}; wrote {output}")
+    if not args.dry_run:
+        note_ending(output)
+    if args.json:
+        write_json(args.json, {"done": done})
+    return 0

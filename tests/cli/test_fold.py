@@ -1,0 +1,99 @@
+"""`--fold` and `lora fold`: files whose channels are evened out, LoRAs that fit them, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert_to_quant import names
+from convert_to_quant.checkpoint import open_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
+
+SMALL = ("--actcal-samples", 3, "--actcal-height", 32, "--actcal-width", 32, "--actcal-text-tokens", 4)
+LAYER = "double_blocks.0.img_attn.qkv"
+
+
+def folding_of(path: Path) -> str | None:
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.metadata.get(names.FOLDING_KEY)
+
+
+@pytest.fixture
+def lora(flux_file: Path, save: Any) -> Path:
+    with open_checkpoint(flux_file) as checkpoint:
+        rows, inputs = checkpoint.tensors[LAYER + ".weight"].shape
+    rng = np.random.default_rng(0)
+    parts = {".lora_A.weight": (2, inputs), ".lora_B.weight": (rows, 2)}
+    return save(
+        "lora.safetensors", {LAYER + end: rng.standard_normal(shape, np.float32) for end, shape in parts.items()}
+    )
+
+
+def test_a_folded_file_warns_and_its_loras_are_converted(
+    ctq: Any, flux_file: Path, lora: Path, tmp_path: Path, folder: Callable[[], Any]
+) -> None:
+    out, converted = tmp_path / "int8.safetensors", tmp_path / "folded.safetensors"
+    done = ctq("-i", flux_file, "-o", out, "--format", "int8", "--fold", *SMALL)
+    assert done.code == 0
+    assert "its channels are folded" in done.err
+    shown = ctq("inspect", out)
+    assert "its channels are folded" in " ".join(shown.out.split())
+    before = folder()
+    assert ctq("lora", "fold", lora, "--like", out, "-o", converted, "--dry-run").code == 0
+    assert folder() == before
+    done = ctq("lora", "fold", lora, "--like", out, "-o", converted)
+    assert (done.code, done.err) == (0, f"1 of 1 adapter scaled for int8.safetensors; wrote {converted}\n")
+    again = ctq("lora", "fold", converted, "--like", out, "-o", tmp_path / "twice.safetensors")
+    assert (again.code, again.err) == (1, f"error: {converted}: it is folded already (give the original)\n")
+    plain = ctq("lora", "fold", lora, "--like", flux_file, "-o", tmp_path / "twice.safetensors")
+    assert plain.code == 1
+    assert "its channels are not folded, so LoRAs fit it as they are" in plain.err
+
+
+def test_calibration_takes_a_lora_that_is_folded_for_the_file_only(
+    ctq: Any, flux_file: Path, lora: Path, tmp_path: Path
+) -> None:
+    out, converted = tmp_path / "fp8.safetensors", tmp_path / "folded.safetensors"
+    assert ctq("-i", flux_file, "-o", out, "--fold", "--actcal", *SMALL).code == 0
+    assert ctq("lora", "fold", lora, "--like", out, "-o", converted).code == 0
+    for words in (("-i", out, "-o", tmp_path / "a.safetensors", "--actcal", "--actcal-lora"), ("observe", out, "-o",
+                  tmp_path / "stats.safetensors", "--lora")):  # fmt: skip
+        sizes = SMALL if words[0] == "-i" else [str(word).replace("actcal-", "") for word in SMALL]
+        assert ctq(*words, converted, *sizes).code == 0
+        refused = ctq(*words, lora, *sizes)
+        assert refused.code == 1
+        assert "it is not folded for fp8.safetensors, whose channels are scaled" in refused.err
+
+
+def test_the_best_mix_of_a_folded_file_is_chosen_from_what_was_kept(ctq: Any, flux_file: Path, tmp_path: Path) -> None:
+    out, kept, again = (tmp_path / name for name in ("a.safetensors", "kept.safetensors", "b.safetensors"))
+    best = ("-i", flux_file, "--best", "--gpu", "rtx50", "--bits", 7)
+    assert ctq(*best, "-o", out, "--fold", "--keep", kept, *SMALL).code == 0
+    assert ctq(*best, "-o", again, "--fold", "--from", kept).code == 0
+    assert folding_of(out) is not None
+    assert folding_of(again) == folding_of(out)
+    assert again.read_bytes() == out.read_bytes()
+    refused = ctq(*best, "-o", again, "--from", kept)
+    assert (refused.code, refused.err) == (1, f"error: {kept}: it was measured with --fold (add --fold)\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--format", "fp8"), "--fold changes what FP8 layers receive, so their input scales have to be measured"),
+        (("--format", "int8", "--merge-lora", "x.safetensors"), "--fold takes no LoRA"),
+        (("--actcal", "--actcal-lora", "x.safetensors"), "--fold takes no LoRA"),
+        (("--format", "int8", "--exclude-layers", "."), "no layer of flux1 that is to be quantized reads channels"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    ctq: Any, flux_file: Path, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    done = ctq("-i", flux_file, "-o", tmp_path / "out.safetensors", "--fold", *words)
+    assert done.code in (1, 2)
+    assert said in done.err
