@@ -42,7 +42,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
 
 def overview() -> str:
     """The screen."""
-    lines = ["FP8 for diffusion models that keeps the picture.", ""]
+    lines = ["FP8 for diffusion models that keeps the picture."]
     blocks: dict[str, tuple[str, ...]] = {"examples": EXAMPLES}
     blocks |= {title: tuple(f"{name:<12}{words}" for name, words in group.items()) for title, group in GROUPS.items()}
     for title, entries in blocks.items():
