@@ -591,8 +591,8 @@ def scales_per_row(scale: NDArray[np.float32], layer: Layer, rows: slice) -> NDA
 
 
 FOLDED = (
-    "its channels are folded: a LoRA that was made for the original fits only after convert_to_quant lora fold, and "
-    "ComfyUI would apply it wrongly"
+    "its channels are folded: ComfyUI would apply a LoRA that was made for the original wrongly (convert_to_quant lora "
+    "fold makes it fit), and statistics of the original do not fit either"
 )
 """What a user of a folded checkpoint should know."""
 

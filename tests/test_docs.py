@@ -111,6 +111,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("demo").mkdir()
         observe = ["observe", "flux_fp8.safetensors", "-o", "stats.safetensors", *SMALL, "-q"]
         assert main(["-i", "flux_bf16.safetensors", "-o", "flux_fp8.safetensors", "-q"]) == main(observe) == 0
+        fold = ["-i", "flux_bf16.safetensors", "-o", "flux_folded.safetensors", "--format", "int8", "--fold", "-q"]
+        assert main([*fold, "--actcal-samples", "3"]) == 0
         for name, others in CALLED.items():
             for other in others:
                 shutil.copy(f"{name}.safetensors", f"{other}.safetensors")

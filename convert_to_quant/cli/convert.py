@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     conversion.add_argument("--merge-lora", action="append", default=[], metavar="FILE[:STRENGTH]",
                             help="LoRA to merge before rounding; repeatable")  # fmt: skip
     conversion.add_argument("--fold", action="store_true",
-                            help="even out channels first; LoRAs then need lora fold")  # fmt: skip
+                            help="even out channels before rounding")  # fmt: skip
     best = parser.add_argument_group("best mix of formats (by running the model)")
     best.add_argument("--best", action="store_true", help="give every layer the format that keeps most")
     add_options(best, BestOptions)

@@ -42,10 +42,10 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
 
 def overview() -> str:
     """The screen."""
-    lines = ["FP8 for diffusion models that keeps the picture."]
+    lines = ["FP8 for diffusion models that keeps the picture.", ""]
     blocks: dict[str, tuple[str, ...]] = {"examples": EXAMPLES}
     blocks |= {title: tuple(f"{name:<12}{words}" for name, words in group.items()) for title, group in GROUPS.items()}
     for title, entries in blocks.items():
         lines += [paint(f"{title}:", "head", sys.stdout), *(f"  {entry}" for entry in entries)]
-    lines += ["", "convert needs no name. More: convert_to_quant help COMMAND, or --version."]
+    lines += ["convert needs no name. More: convert_to_quant help COMMAND, or --version."]
     return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from convert_to_quant.cli import COMMANDS, READERS
@@ -21,6 +22,7 @@ CALLS = {
     "apply in place": "apply fp8.safetensors stats.safetensors --in-place",
     "dequantize": "dequantize fp8.safetensors -o out.safetensors",
     "migrate": "migrate fp8.safetensors -o out.safetensors --to header",
+    "lora fold": "lora fold lora.safetensors --like folded.safetensors -o out.safetensors",
     "repair": "repair fp8.safetensors",
     "merge": "merge stats.safetensors stats.safetensors -o out.safetensors",
     "report": "report stats.safetensors fp8.safetensors -o out.html --png out.png --csv out.csv",
@@ -48,22 +50,31 @@ FAILURES = {
 }
 
 
+FOLDING = "--actcal-samples 3 --actcal-height 32 --actcal-width 32 --actcal-text-tokens 4"
+KEPT = ("stats.safetensors", "folded.safetensors")
+
+
 @pytest.fixture(scope="module")
 def observed() -> list[bytes]:
-    """The statistics that calls are made with, once they have been recorded."""
+    """Files that calls are made with and that take a run of the model, once they have been made."""
     return []
 
 
 @pytest.fixture
-def place(ctq: Any, fp8_file: Path, observed: list[bytes], monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(ctq: Any, fp8_file: Path, save: Any, observed: list[bytes], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with all that the calls name."""
     folder = fp8_file.parent
     monkeypatch.chdir(folder)
     if not observed:
         words = "--samples 1 --steps 1 --height 32 --width 32 --text-tokens 4 -q"
         assert ctq("observe", "flux.safetensors", "-o", "stats.safetensors", *words.split()).code == 0
-        observed.append((folder / "stats.safetensors").read_bytes())
-    (folder / "stats.safetensors").write_bytes(observed[0])
+        words = f"-i flux.safetensors -o folded.safetensors --format int8 --fold {FOLDING} -q"
+        assert ctq(*words.split()).code == 0
+        observed += [(folder / name).read_bytes() for name in KEPT]
+    for name, data in zip(KEPT, observed, strict=True):
+        (folder / name).write_bytes(data)
+    factors = {"lora_A": np.ones((1, 32), np.float32), "lora_B": np.ones((32, 1), np.float32)}
+    save("lora.safetensors", {f"double_blocks.0.img_attn.proj.{name}.weight": each for name, each in factors.items()})
     for name in ("ComfyUI", "Installed"):
         (folder / name / "custom_nodes").mkdir(parents=True)
     assert ctq("comfyui", "install", "Installed", "-q").code == 0
