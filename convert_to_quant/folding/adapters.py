@@ -20,6 +20,8 @@ from ..lora import Lora, folding_of, match_loras
 from ..telling import Advance, plural
 from .folded import Folded, Scaling, read_groups
 
+ENDINGS = ("", names.WEIGHT, names.BIAS)
+
 
 def fold_lora(lora: Lora, like: Checkpoint, output: Path | None, *, progress: Advance | None = None) -> str:
     """Write an adapter as it has to be for a folded checkpoint.
@@ -46,25 +48,39 @@ def fold_lora(lora: Lora, like: Checkpoint, output: Path | None, *, progress: Ad
         raise LoraError("it is folded already", path=lora.path, hint="give the original")
     table = find_layers(like)
     model, folded = Scaling.of(groups, table.prefix), Scaling()
-    match = match_loras([lora], table.shapes())
+    others = {name: info.shape for name, info in like.tensors.items() if name in model.rows}
+    match = match_loras([lora], table.shapes(), others={name: size for name, size in others.items() if len(size) == 1})
+
+    def refuse(name: str, changed: str, why: str) -> LoraError:
+        problem = f"it changes {changed}, which is folded, and cannot be converted: {why}"
+        return LoraError(problem, path=lora.path, tensor=name)
+
     for finding in (*match.unsupported, *match.ambiguous):
-        if any(layer + names.WEIGHT in {*model.rows, *model.columns} for layer in finding.layers):
-            problem = f"changes {finding.layers[0]}, which is folded, and cannot be converted: {finding.reason}"
-            raise LoraError(problem, path=lora.path, tensor=finding.name)
+        if any(layer + ending in {*model.rows, *model.columns} for layer in finding.layers for ending in ENDINGS):
+            raise refuse(finding.name, finding.layers[0], finding.reason)
+    for tensor, additions in match.beside.items():
+        raise refuse(additions[0].tensor, tensor, "it is a difference of a bias or norm")
     for layer, deltas in match.matched.items():
         rows, columns = (
             exponents(layer + names.WEIGHT, count)
             for exponents, count in zip((model.of_rows, model.of_columns), table.shapes()[layer], strict=True)
         )
         for delta in deltas:
-            own = rows if delta.rows is None else rows[slice(*delta.rows)]
+            adapter = delta.adapter
+            own = rows[slice(*delta.span(len(rows)))]
+            if not (own.any() or columns.any()):
+                continue
+            if adapter.directions is None or adapter.magnitude_tensor is not None:
+                kind = "DoRA" if adapter.magnitude_tensor else adapter.kind.title
+                raise refuse(delta.name, layer, f"{kind} is not supported")
             own = np.roll(own, len(own) // 2) if delta.swap_halves else own
-            if own.any():
-                folded.rows[delta.adapter.up] = [(0, own, False)]
-            if columns.any():
-                folded.columns[delta.adapter.down] = [(0, columns)]
+            down, up = adapter.directions.tensor, adapter.change.tensor
+            if down in folded.columns and (folded.columns[down][0][1] != columns).any():
+                raise refuse(delta.name, layer, "the layers that it means read different channels")
+            folded.rows.setdefault(up, []).append((delta.first, own, False))
+            folded.columns[down] = [(0, columns)]
     adapters = [delta.adapter for deltas in match.matched.values() for delta in deltas]
-    scaled = sum(adapter.up in folded.rows or adapter.down in folded.columns for adapter in adapters)
+    scaled = sum(adapter.change.tensor in folded.rows for adapter in adapters)
     if output is not None:
         metadata = {**lora.checkpoint.metadata, names.FOLDED_FOR_KEY: folding_of(like) or ""}
         view = Folded(lora.checkpoint, folded, metadata)

@@ -18,7 +18,6 @@ from convert_to_quant.emoji.rerange import RERANGINGS, write_reranged
 from convert_to_quant.engines import denoiser, noise
 from convert_to_quant.engines import diffusers as engine
 from convert_to_quant.errors import CheckpointError, LoraError
-from convert_to_quant.families import lora_targets
 from convert_to_quant.families.running import Geometry
 from convert_to_quant.fidelity import sqnr_db
 from convert_to_quant.formats.record import narrow_bfloat16
@@ -113,13 +112,14 @@ def test_a_folded_file_says_what_was_done(files: dict[str, Path]) -> None:
             folding.fold_like(original, files["int8"])
 
 
-LORA = (
-    "transformer.transformer_blocks.0.attn.to_v",
-    "transformer.transformer_blocks.0.attn.add_q_proj",
-    "double_blocks.1.img_mod.lin",
-    "lora_unet_single_blocks_0_linear1",
-    "single_blocks.1.linear2",
-)
+LORA = {
+    "transformer.transformer_blocks.0.attn.to_v": ("double_blocks.0.img_attn.qkv", 3),
+    "transformer.transformer_blocks.0.attn.add_q_proj": ("double_blocks.0.txt_attn.qkv", 3),
+    "double_blocks.1.img_mod.lin": ("double_blocks.1.img_mod.lin", 1),
+    "lora_unet_single_blocks_0_linear1": ("single_blocks.0.linear1", 1),
+    "single_blocks.1.linear2": ("single_blocks.1.linear2", 1),
+}
+"""Names in the file -> the layer, and how many parts it is fused of."""
 
 
 def write_lora(path: Path, model: Path, dtype: str = "BF16") -> Path:
@@ -128,11 +128,8 @@ def write_lora(path: Path, model: Path, dtype: str = "BF16") -> Path:
     entries = {}
     with open_checkpoint(model) as checkpoint:
         shapes = find_layers(checkpoint).shapes()
-    targets = lora_targets(shapes)
-    for name in LORA:
-        (target,) = targets[name]
-        rows, inputs = shapes[target.layer]
-        rows = rows if target.rows is None else target.rows[1] - target.rows[0]
+    for name, (layer, parts) in LORA.items():
+        rows, inputs = shapes[layer][0] // parts, shapes[layer][1]
         for suffix, shape in ((".lora_A.weight", (4, inputs)), (".lora_B.weight", (rows, 4))):
             values = (rng.standard_normal(shape) / 40).astype(np.float32)
             entries[name + suffix] = (
@@ -173,9 +170,10 @@ def test_what_cannot_be_folded_is_refused(files: dict[str, Path], tmp_path: Path
         with pytest.raises(LoraError, match="it is folded for another file"):
             plan_conversion(original, INT8, [again])
         other = tmp_path / "dora.safetensors"
-        entries = {"double_blocks.0.img_attn.qkv.dora_scale": Entry.of(np.ones((1, 192), np.float32))}
         with open_checkpoint(lora) as known:
-            entries |= {name: Entry.of(known.bits(name), "BF16") for name in known}
+            entries = {name: Entry.of(known.bits(name), "BF16") for name in known}
+        rows = entries["double_blocks.1.img_mod.lin.lora_B.weight"].spec.shape[0]
+        entries["double_blocks.1.img_mod.lin.dora_scale"] = Entry.of(np.ones((rows, 1), np.float32))
         write_checkpoint(other, entries)
         with pytest.raises(LoraError, match="DoRA is not supported"):
             folding.fold_lora(load_lora(other), model, tmp_path / "x.safetensors")
