@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import names
 from ..errors import OptionError
 from ..options import (
     BestOptions,
@@ -154,21 +153,13 @@ def prepared(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertO
     """The file to convert: with its channels evened out, where that is asked for.
 
     Raises:
-        StatisticsError: what was kept was measured of the other of the two.
+        OptionError: FP8 layers would keep input scales of what they received before.
     """
     from dataclasses import replace
 
-    from ..checkpoint import open_checkpoint
     from ..convert import plan_conversion
-    from ..errors import StatisticsError
-    from ..folding import fold, fold_like
+    from ..folding import fold
 
-    if args.statistics is not None:
-        with open_checkpoint(args.statistics) as kept:
-            if (names.FOLDING_KEY in kept.metadata) != args.fold:
-                problem, hint = ("without", "leave out") if args.fold else ("with", "add")
-                raise StatisticsError(f"it was measured {problem} --fold", path=kept.path, hint=f"{hint} --fold")
-        return fold_like(checkpoint, args.statistics) if args.fold else checkpoint
     if not args.fold:
         return checkpoint
     plan = plan_conversion(checkpoint, replace(options, format="int8") if args.best else options)
@@ -197,6 +188,9 @@ def check_best(args: argparse.Namespace) -> None:
             raise OptionError(f"--{flag} is for --actcal, and --best would not use it")
     if args.merge_lora and args.round:
         raise OptionError("--merge-lora and --round cannot be combined")
+    if args.fold and args.statistics:
+        problem = "--fold changes what --from would choose by: observe --trials tried the model as it is"
+        raise OptionError(problem, hint="leave out --from")
     if args.fold and (args.merge_lora or args.lora):
         raise OptionError("--fold takes no LoRA", hint="convert, then make LoRAs fit with convert_to_quant lora fold")
 

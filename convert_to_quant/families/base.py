@@ -78,7 +78,7 @@ class Family:
         relatives: Further classes of diffusers whose modules have these names.
         comfyui: Class of `comfy.model_base` -> what ComfyUI's models of this class take.
         variants: Its members: name for people, and how each is told; the first that fits.
-        folds: Where channels can be scaled without changing the network.
+        folds: Where channels of its plain form can be scaled; not of those with parts of their own or optional ones.
     """
 
     name: str

@@ -22,7 +22,7 @@ from .. import names
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, OptionError, StrPath
 from ..layers import find_layers
-from ..options import SAMPLES, RunOptions
+from ..options import SAMPLES, STEPS, RunOptions
 from ..stats import Statistics
 from ..telling import Progress
 from .adapters import fold_lora
@@ -85,12 +85,14 @@ def fold(
     plan = denoiser.plan(checkpoint, table)
     groups = find_groups(checkpoint, plan, layers)
     if not groups:
+        if not find_groups(checkpoint, plan, list(table.plain)):
+            raise OptionError("this model cannot be folded", path=checkpoint.path, hint="leave out --fold")
         problem = f"no layer of {plan.family} that is to be quantized reads channels that can be folded"
         raise OptionError(problem, hint="leave out --fold")
     read = {plan.full_name(place.tensor).removesuffix(names.WEIGHT) for group in groups for place in group.columns}
     if statistics is None:
         statistics = diffusers.observe(
-            checkpoint, table, samples=shown.samples or SAMPLES, steps=shown.steps, seed=shown.seed,
+            checkpoint, table, samples=shown.samples or SAMPLES, steps=shown.steps or STEPS, seed=shown.seed,
             device=shown.device, layers=[name for name in table.plain if name in read],
             geometry=sizes.geometry(plan.family, *shown.size) if any(shown.size) else None, progress=progress,
         ).statistics  # fmt: skip
@@ -100,7 +102,7 @@ def fold(
 
 
 def fold_like(checkpoint: Checkpoint, path: StrPath) -> Folded:
-    """A checkpoint with its channels scaled as a file says that was made of it: a folded one, or what `--keep` wrote.
+    """A checkpoint with its channels scaled as a file says that was made of it: a folded one.
 
     Raises:
         CheckpointError: the file cannot be read, or says nothing of folding; or the checkpoint is folded already.

@@ -77,13 +77,18 @@ def find_groups(checkpoint: Checkpoint, plan: Plan, layers: Collection[str]) -> 
         checkpoint: the open checkpoint.
         plan: how it runs.
         layers: their full names.
+
+    Returns:
+        Nothing for members of a family with parts of their own: scaling is proved for the family's plain form alone.
     """
+    family = families.family(plan.family)
+    optional = plan.architecture.optional
+    if plan.architecture is not family.architecture or (
+        optional and any(re.fullmatch(optional, name) for name in plan.full_names)
+    ):
+        return []
     modules = {name.removesuffix(names.WEIGHT) for name in plan.sources if name.endswith(names.WEIGHT)}
-    groups = [
-        _group(checkpoint, plan, fold, number)
-        for fold in families.family(plan.family).folds
-        for number in _numbers(fold, modules)
-    ]
+    groups = [_group(checkpoint, plan, fold, number) for fold in family.folds for number in _numbers(fold, modules)]
     wanted = {layer + names.WEIGHT for layer in layers}
     return [
         group
