@@ -8,15 +8,15 @@ Models, prompts and the figure (SQNR of the velocity in dB, layers computing as 
 
     nearest     each weight to nearest
     published   GPTQ as published: columns in their order, 1 % damping, scales of rounding to nearest
-    feedback    error feedback with scales set when their group is reached (`rounding`, without descent)
-    descent     the same, and descent: what `--round` writes
-    rank 16/64  "descent", and beside it in full precision the best correction of this rank for the layer's output
+    feedback    error feedback with scales set when their group is reached: what `--round` writes
+    descent     the same, and descent, four sweeps at most
+    rank 16/64  the last of them, and beside it in full precision the best correction of this rank for the layer's output
 
-and, with `--mixes`, the mixes that `--best` chooses for an RTX 40, rounded to nearest and by "descent".
+and, with `--mixes`, the mixes that `--best` chooses for an RTX 40, rounded to nearest and by "feedback".
 
 `--large OUT IN` times one weight of this size in every format instead, with its moments, and tells the memory.
 
-Requirement: the aims of the table `AIMS` hold, and "descent" keeps no less than "nearest" but for 0.1 dB.
+Requirement: the aims of the table `AIMS` hold, and "feedback" keeps no less than "nearest" but for 0.1 dB.
 Exit 1 where they do not.
 """
 
@@ -56,7 +56,7 @@ AIMS: Mapping[tuple[str, str], float] = {
     ("w4a8", "plain"): 27.5, ("nvfp4", "plain"): 20.0, ("int8-convrot", "plain"): 39.0, ("fp8", "plain"): 30.8,
     ("best, 5 bits", "plain"): 30.5,
 }  # fmt: skip
-"""Format and model -> dB of "descent"."""
+"""Format and model -> dB of "feedback"."""
 
 TOLERANCE_DB = 0.1
 
@@ -129,8 +129,8 @@ def measure(variant: str, device: str, geometry: Geometry, count: int, wanted: W
             make: Mapping[str, Callable[..., Any]] = {
                 "nearest": lambda: None,
                 "published": lambda: published(weight_OI, gathered[name], each.format),
-                "feedback": lambda: round_weight(weight_OI, gathered[name], each.format, sweeps=0),
-                "descent": lambda: round_weight(weight_OI, gathered[name], each.format),
+                "feedback": lambda: round_weight(weight_OI, gathered[name], each.format),
+                "descent": lambda: round_weight(weight_OI, gathered[name], each.format, sweeps=4),
             }
             return trials.Simulated(weight_OI, each, make[method]())
 
@@ -165,7 +165,7 @@ def measure(variant: str, device: str, geometry: Geometry, count: int, wanted: W
                 picked = {name: of[name, offer.format] for name, offer in choice.items() if offer.format}
                 found["mixes"][f"{bits:g}"] = {
                     method: {"sqnr_db": judge.judge({n: rounded(n, each, method) for n, each in picked.items()})}
-                    for method in ("nearest", "descent")
+                    for method in ("nearest", "feedback")
                 }
         found["memory_bytes"] = memory_bytes(device)
         return found
@@ -218,8 +218,8 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
     for model, found in result["models"].items():
         mixes = {f"best, {bits} bits": methods for bits, methods in found["mixes"].items()}
         for name, methods in {**found["formats"], **mixes}.items():
-            if "descent" in methods:
-                got, nearest = methods["descent"]["sqnr_db"], methods["nearest"]["sqnr_db"]
+            if "feedback" in methods:
+                got, nearest = methods["feedback"]["sqnr_db"], methods["nearest"]["sqnr_db"]
                 wanted = max(nearest - TOLERANCE_DB, AIMS.get((name, title(model)), nearest - TOLERANCE_DB))
                 if got < wanted:
                     missed.append(f"{title(model)}, {name}: {got:.2f} dB, {wanted:.2f} were asked for")
