@@ -74,7 +74,8 @@ def measure(variant: str, device: str, count: int, strength: float, mixes: bool)
             kept = found[setting] = {"exact": agreement(wanted.setdefault("plain", judge.wanted), judge.wanted)}
             table = {name: layer for name, layer in model.plan.table.plain.items() if name in layers}
             seen = diffusers.observe(checkpoint, device=device, layers=list(table)).statistics
-            could = best.candidates(checkpoint, table, seen, [FORMATS[name] for name in best.CANDIDATES])
+            scales = best.input_scales(checkpoint, table, seen)
+            could = best.candidates(table, scales, [FORMATS[name] for name in best.CANDIDATES])
             of = {(layer, each.format.name): each for layer, some in could.items() for each in some}
             for name in TRIED:
                 kept[name] = judge.sqnr_db({layer: of[layer, name] for layer in table if (layer, name) in of})

@@ -10,7 +10,7 @@ Models, prompts and the figure (SQNR of the velocity in dB, layers computing as 
     published   GPTQ as published: columns in their order, 1 % damping, scales of rounding to nearest
     feedback    error feedback with scales set when their group is reached: what `--round` writes
     descent     the same, and descent, four sweeps at most
-    rank 16/64  the last of them, and beside it in full precision the best correction of this rank for the layer's output
+    rank 16/64  the last, and beside it in full precision the best correction of this rank for the layer's output
 
 and, with `--mixes`, the mixes that `--best` chooses for an RTX 40, rounded to nearest and by "feedback".
 

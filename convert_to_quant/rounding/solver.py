@@ -18,8 +18,8 @@ DAMPING = 0.01
 """Share of the mean of H's diagonal that is added to it for error feedback."""
 
 SWEEPS = 0
-"""Of descent at most; it ends before where one takes less than `LEAST_GAIN` of the error. None by default: what it gains on
-the moments it is given, held-out prompts do not see (docs/rounding.md)."""
+"""Of descent at most; it ends before where one takes less than `LEAST_GAIN` of the error. None by default: what it
+gains on the moments it is given, held-out prompts do not see (docs/rounding.md)."""
 
 LEAST_GAIN = 1e-3
 BLOCK = 128
