@@ -402,6 +402,8 @@ def add_options(group: Any, kind: type[Options], prefix: str = "", **defaults: A
     """
     for destination, one in offered(kind).items():
         default, words = defaults.get(destination, one.default), one.words
+        if one.default is None and default is not None:
+            words = words.rpartition(" (")[0]  # which says what None stands for
         if isinstance(default, bool):
             group.add_argument(f"--{one.flag}", dest=destination, action="store_true", help=words)
             continue

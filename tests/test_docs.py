@@ -108,6 +108,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny["save_pipeline"](Path("FLUX.1-dev"))
         Path("prompts.txt").write_text("a red fish\na fish\n", encoding="utf-8")
         Path("ComfyUI/custom_nodes").mkdir(parents=True)
+        Path("ComfyUI/models/diffusion_models").mkdir(parents=True)
+        shutil.copy("flux_bf16.safetensors", "ComfyUI/models/diffusion_models")
         Path("demo").mkdir()
         observe = ["observe", "flux_fp8.safetensors", "-o", "stats.safetensors", *SMALL, "-q"]
         assert main(["-i", "flux_bf16.safetensors", "-o", "flux_fp8.safetensors", "-q"]) == main(observe) == 0
@@ -377,7 +379,8 @@ def test_commands_within_sentences_can_be_called_so(page: Path) -> None:
 def test_every_flag_in_the_pages_exists() -> None:
     parsers = [parser for command in cli.COMMANDS for parser in below(cli.build_parser(command))]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    paths = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").glob("f*/*.py")]
+    scripts = "".join(path.read_text(encoding="utf-8") for path in paths)
     known |= set(re.findall(r"\"(--[a-z][\w-]+)\"", scripts)) | FOREIGN_FLAGS.keys()
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

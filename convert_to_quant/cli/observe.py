@@ -6,7 +6,6 @@ import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from textwrap import shorten
@@ -217,6 +216,8 @@ def observe_in_diffusers(
                                   **shown(args))  # fmt: skip
         if not args.trials:
             return found
+        from dataclasses import replace
+
         return replace(
             found,
             trials=try_all(checkpoint, found.statistics, options, session, prompts=prompts, progress=half(progress, 1)),

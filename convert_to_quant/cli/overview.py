@@ -21,13 +21,11 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "migrate": "mark quantized layers in another way, weights as they are",
         "lora": "make a LoRA fit a file whose channels are folded",
     },
-    "look at it": {
+    "look at it, and at what its layers receive": {
         "inspect": "say what a file is, what ComfyUI does with it, what is wrong",
         "check": "compare a quantized model with its reference while both paint",
         "card": "compare as check does, and write a page for a model hub",
         "report": "show what calibration changes, layer by layer; or compare two",
-    },
-    "see what its layers receive": {
         "observe": "run a model and keep what its layers receive as a statistics file",
         "merge": "merge statistics files",
         "comfyui": "put our nodes into a ComfyUI, or record a model on one that runs",

@@ -21,6 +21,8 @@ are as heavy. In a block
 Kept besides: stacks inside another module than the main ones (an adapter between text encoder and model), stacks of
 less than `SMALL` of the main one's weights (refiners), embeddings, and everything outside of blocks.
 
+Where that leaves nothing to quantize, everything is but for embeddings and what says by its name what it is.
+
 Limits. A modulation of 2 or 3 vectors as wide as the stream has the shape of a fused projection of attention, so there
 only names, norms and Sequentials tell. What a layer receives is not known here: calibration finds that.
 """
@@ -175,7 +177,10 @@ def study(shapes: Mapping[str, Shape], *, all_stacks: bool = False) -> Structure
             return EMBEDDING if any(map(_EMBEDDING.fullmatch, parts)) else _reason(parts[0], _OUTSIDE) or OUTSIDE
         return stack.kept or said[stack.name, stack.layers[name]].most_common(1)[0][0]
 
-    return Structure(tuple(stacks), {name: why for name in linear if (why := reason(name))})
+    kept = {name: why for name in linear if (why := reason(name))}
+    if len(kept) == len(linear):  # no structure was found: only words are left to go by
+        kept = {name: why for name, why in kept.items() if name not in home and why != OUTSIDE}
+    return Structure(tuple(stacks), kept)
 
 
 def _dots(name: str) -> list[int]:

@@ -33,7 +33,7 @@ def test_a_model_without_a_decoder_is_compared_by_its_latents(ctq: Any, flux_fil
     assert f"| 0.500 | {wanted['levels'][1]['sqnr_db']:.1f}" in text
     for path in (flux_file, fp8_file):
         assert f"{path.name} | {path.stat().st_size:,} | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |" in text
-    assert "card flux.safetensors fp8.safetensors -o card --samples 2 --height 32 --width 48" in text
+    assert "card flux.safetensors fp8.safetensors -o card --samples 2 --steps 2 --height 32 --width 48" in text
     assert str(flux_file.parent) not in text
     assert text.startswith("---\n# base_model: ")
     assert "- fp8\n---\n" in text
