@@ -107,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
     with open_checkpoint(args.input) as checkpoint:
         check_shards(checkpoint, args)
         note_damage(checkpoint)
-        if args.statistics is None if args.best else args.actcal and args.engine != "layer":
+        measures = not args.statistics if args.best else args.actcal and args.engine != "layer"
+        if measures or args.round or args.fold:
             settle(args, checkpoint)
             options = options and options_of(CalibrationOptions, args)
         elif args.device == "auto":  # what only copies and rounds waits for the disk

@@ -13,6 +13,7 @@ import torch
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.cli import running
 from convert_to_quant.engines.devices import find_device
+from convert_to_quant.errors import OptionError
 
 
 @pytest.fixture
@@ -58,3 +59,27 @@ def test_a_cpu_shows_less_of_a_large_model_unless_told_otherwise(
     assert settled(height=512, steps=1)[0] == {"device": "cpu", "steps": 1, "height": 512}
     monkeypatch.setattr(running, "free_memory", lambda: 12)
     assert settled()[1].endswith("do not fit the 12 bytes of free memory: each evaluation reads the file\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "runs"),
+    [
+        ("--actcal", True),
+        ("--actcal --actcal-engine layer", False),
+        ("--best", True),
+        ("--best --from stats.safetensors", False),
+        ("--format int8 --round", True),
+        ("--format int8 --fold", True),
+        ("--format int8", False),
+    ],
+)
+def test_convert_settles_where_it_runs_if_it_runs_the_model(
+    ctq: Any, flux_file: Path, monkeypatch: pytest.MonkeyPatch, flags: str, runs: bool
+) -> None:
+    def settle(args: argparse.Namespace, _: object) -> None:
+        assert args.device == "auto"
+        raise OptionError("settled")
+
+    monkeypatch.setattr("convert_to_quant.cli.convert.settle", settle)
+    outcome = ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), *flags.split(), "--dry-run")
+    assert ("settled" in outcome.err) == runs
