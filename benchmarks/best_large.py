@@ -21,6 +21,7 @@ from fidelity import machine_of
 from convert_to_quant import best
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.convert import convert, plan_conversion
+from convert_to_quant.engines import diffusers
 from convert_to_quant.options import BestOptions, ConvertOptions, RunOptions
 
 
@@ -39,9 +40,10 @@ def main() -> None:
         with open_checkpoint(source) as checkpoint:
             options, shown = BestOptions(gpu=args.gpu), RunOptions(device=args.device)
             plan = plan_conversion(checkpoint, ConvertOptions(format="int8"))
-            statistics = best.observe(checkpoint, plan, shown)
+            layers = {layer.name: layer for layer, _ in plan.quantized}
+            statistics = diffusers.observe_shown(checkpoint, plan.table, shown, layers=list(layers))
             seen = time.perf_counter()
-            solved = best.input_scales(checkpoint, {layer.name: layer for layer, _ in plan.quantized}, statistics)
+            solved = best.input_scales(checkpoint, layers, statistics)
             tried = best.try_formats(checkpoint, plan, best.formats_for(options), solved, shown)
             measured = time.perf_counter()
             chosen = best.plan_best(checkpoint, ConvertOptions(), options, shown, (statistics, tried))

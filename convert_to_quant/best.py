@@ -31,7 +31,7 @@ from .formats import FORMATS
 from .formats.record import GPUS, Format
 from .layers import Layer, named
 from .lora import Lora
-from .options import SAMPLES, STEPS, BestOptions, ConvertOptions, RunOptions, SolveOptions
+from .options import STEPS, BestOptions, ConvertOptions, RunOptions, SolveOptions
 from .solve import LayerResult, Present, solve
 from .stats import Statistics, merge
 from .telling import Progress, half
@@ -221,31 +221,6 @@ def plan_any(
     return plan
 
 
-def observe(
-    checkpoint: Checkpoint, plan: ConversionPlan, shown: RunOptions, *, progress: Progress | None = None
-) -> Statistics:
-    """Run a model in high precision, and record what the layers receive that can be quantized.
-
-    Args:
-        checkpoint: the open checkpoint.
-        plan: with these layers.
-        shown: what the model is shown.
-        progress: told how far it is.
-
-    Raises:
-        UnsupportedModelError: the model cannot be run.
-        CalibrationError: its activations are not finite.
-    """
-    from .engines import denoiser, diffusers, sizes
-
-    family = denoiser.plan(checkpoint, plan.table).family
-    return diffusers.observe(
-        checkpoint, plan.table, samples=shown.samples or SAMPLES, steps=shown.steps or STEPS, seed=shown.seed,
-        device=shown.device, geometry=sizes.geometry(family, *shown.size) if any(shown.size) else None,
-        layers=[layer.name for layer, _ in plan.quantized], progress=progress,
-    ).statistics  # fmt: skip
-
-
 def try_formats(
     checkpoint: Checkpoint,
     plan: ConversionPlan,
@@ -275,7 +250,7 @@ def try_formats(
 
     layers = {layer.name: layer for layer, _ in plan.quantized}
     model = denoiser.load(checkpoint, plan.table, device=shown.device, dtype=torch.float32)
-    geometry = sizes.geometry(model.plan.family, *shown.size) if any(shown.size) else TRIAL_GEOMETRY
+    geometry = sizes.asked(model.plan.family, shown.size) or TRIAL_GEOMETRY
     small = sum(layer.weight.elements for layer in layers.values()) < LARGE_WEIGHTS
     images = shown.samples or (IMAGES if small else LARGE_IMAGES)
     if prompts is not None:
@@ -436,7 +411,9 @@ def plan_best(
     merged = tuple(sorted(f"{lora.path.name}:{lora.strength:g}" for lora in plan.merged.loras))
     if measured is None:
         refuse_unrunnable(run, plan.table, "chosen", INSTEAD)
-        statistics = observe(run, plan, shown, progress=half(progress, 0))
+        from .engines import diffusers
+
+        statistics = diffusers.observe_shown(run, plan.table, shown, layers=list(layers), progress=half(progress, 0))
         statistics = statistics.with_facts(merged=merged) if merged else statistics
         solved = input_scales(run, layers, statistics)
         trials = try_formats(run, plan, formats, solved, shown, progress=half(progress, 1))

@@ -32,7 +32,7 @@ from .errors import NoStaticScaleError, OptionError, OutputError, StrPath, Tenso
 from .formats import DEFAULT, DEFAULT_GRID, GRIDS
 from .identity import identify
 from .layers import Layer, LayerTable, find_layers, infer_block, input_scale, named, scales_per_row
-from .options import DEFAULT_ROWS, SAMPLES, STEPS, CalibrationOptions, SolveOptions
+from .options import DEFAULT_ROWS, SAMPLES, CalibrationOptions, SolveOptions
 from .patch import LayerChange, Patch, apply_in_place, in_place_edits, plan_patch, rewrite
 from .problems import CALIBRATE
 from .solve import LayerResult, Present, final_scale, solve, unchanged
@@ -260,22 +260,12 @@ def calibrate_model(
             notes.append("height, width, frames and text tokens are for running the model and were not used")
         return Calibration("layer", _simulate(model, table, options, match, progress), options, notes, match)
 
-    from .engines import diffusers, sizes
+    from .engines import diffusers
 
     options = replace(options, samples=options.samples or SAMPLES)
     if options.percentile is not None:
         notes.append("the percentile is for simulated inputs and was not used: real ranges are taken whole")
-    statistics = diffusers.observe(
-        model,
-        table,
-        samples=options.samples or SAMPLES,
-        steps=options.steps or STEPS,
-        seed=options.seed,
-        geometry=sizes.geometry(diffusers.plan(model, table).family, *options.size) if any(options.size) else None,
-        device=options.device,
-        adapters=match,
-        progress=progress,
-    ).statistics
+    statistics = diffusers.observe_shown(model, table, options, adapters=match, progress=progress)
     shared = ("margin", "float16_safe", "one_row_full_precision")
     solving = SolveOptions(**{name: getattr(options, name) for name in shared})
     results = _solved(model, table, statistics, solving, notes)

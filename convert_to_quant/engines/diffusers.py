@@ -29,12 +29,12 @@ from ..errors import CalibrationError, OptionError, StrPath
 from ..families.running import Geometry
 from ..layers import LayerTable
 from ..lora import LoraMatch
-from ..options import SAMPLES, STEPS
+from ..options import SAMPLES, STEPS, CalibrationOptions, RunOptions
 from ..recorder import record
 from ..stats import Statistics
 from ..telling import Advance, Progress
 from ..trials import Trials
-from . import noise
+from . import noise, sizes
 from .denoiser import Denoiser, Plan, load, plan, supports
 from .prompts import Prompts
 from .session import Session, Unit
@@ -98,6 +98,35 @@ class Part:
     def name(self) -> str:
         """What it is known by in a saved run."""
         return f"{self.group}{' adapted' if self.adapted else ''}, from {self.numbers[0]}"
+
+
+def observe_shown(
+    checkpoint: Checkpoint,
+    table: LayerTable,
+    shown: RunOptions | CalibrationOptions,
+    *,
+    layers: Collection[str] | None = None,
+    adapters: LoraMatch | None = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """What layers receive of a model that is shown what options say, and defaults for what they leave open.
+
+    Args:
+        checkpoint: the open checkpoint.
+        table: its layers.
+        shown: samples, noise levels, sizes, seed and device.
+        layers: as `observe` takes them, like what follows.
+        adapters: LoRA adapters.
+        progress: told how far it is.
+
+    Raises:
+        OptionError, UnsupportedModelError, CalibrationError: as `observe`.
+    """
+    return observe(
+        checkpoint, table, samples=shown.samples or SAMPLES, steps=shown.steps or STEPS, seed=shown.seed,
+        device=shown.device, layers=layers, adapters=adapters, progress=progress,
+        geometry=sizes.geometry(plan(checkpoint, table).family, *shown.size) if any(shown.size) else None,
+    ).statistics  # fmt: skip
 
 
 def observe(

@@ -96,7 +96,7 @@ class Rounding:
         self.checkpoint, self.shown = checkpoint, shown
         self.model = denoiser.load(checkpoint, table, device=shown.device)
         family = self.model.plan.family
-        self.geometry = sizes.geometry(family, *shown.size) if any(shown.size) else diffusers.GEOMETRY
+        self.geometry = sizes.asked(family, shown.size) or diffusers.GEOMETRY
         budget = BUDGET_BYTES.get(self.model.device.type, BUDGET_BYTES["cpu"])
         self.bands = list(_bands(layers, budget))
         rows = ROWS_PER_INPUT * max(layer.in_features for layer in layers)

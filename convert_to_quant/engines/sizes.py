@@ -9,7 +9,7 @@ shown another size than asked for, which moves ranges little.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -32,6 +32,11 @@ class Grid:
 
 GRIDS: Mapping[str, Grid] = {"ltx": Grid(32, 8), "ltx2": Grid(32, 8), "hunyuan-image": Grid(32), "mochi": Grid(16, 6)}
 """By family; `Grid()` for all others."""
+
+
+def asked(family: str, size: Sequence[int | None]) -> Geometry | None:
+    """The tokens of an image of the sizes that options name (`ShownOptions.size`); None where they name none."""
+    return geometry(family, *size) if any(size) else None
 
 
 def geometry(

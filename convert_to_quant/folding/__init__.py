@@ -22,7 +22,7 @@ from .. import names
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, OptionError, StrPath
 from ..layers import find_layers
-from ..options import SAMPLES, STEPS, RunOptions
+from ..options import RunOptions
 from ..stats import Statistics
 from ..telling import Progress
 from .adapters import fold_lora
@@ -77,7 +77,7 @@ def fold(
         OptionError: none of the layers reads channels that can be scaled.
         UnsupportedModelError: the model cannot be run.
     """
-    from ..engines import denoiser, diffusers, sizes
+    from ..engines import denoiser, diffusers
 
     refuse_folded(checkpoint)
     shown = shown or RunOptions()
@@ -91,11 +91,9 @@ def fold(
         raise OptionError(problem, hint="leave out --fold")
     read = {plan.full_name(place.tensor).removesuffix(names.WEIGHT) for group in groups for place in group.columns}
     if statistics is None:
-        statistics = diffusers.observe(
-            checkpoint, table, samples=shown.samples or SAMPLES, steps=shown.steps or STEPS, seed=shown.seed,
-            device=shown.device, layers=[name for name in table.plain if name in read],
-            geometry=sizes.geometry(plan.family, *shown.size) if any(shown.size) else None, progress=progress,
-        ).statistics  # fmt: skip
+        statistics = diffusers.observe_shown(
+            checkpoint, table, shown, layers=[name for name in table.plain if name in read], progress=progress
+        )
     exponents = find_exponents(checkpoint, groups, statistics, table.prefix, strength)
     found = [replace(group, exponents=each) for group, each in zip(groups, exponents, strict=True)]
     return fold_checkpoint(checkpoint, [each for each in found if each.exponents.any()])
