@@ -333,24 +333,29 @@ def test_resuming_a_complete_run_does_nothing(ctq: Any, fp8_file: Path, monkeypa
 
 
 @pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        number: int = probe.getsockname()[1]
-    return number
+def by_two(start: Start) -> Callable[[tuple[Any, ...]], None]:
+    """Run a command line in two processes that share the work, and see both end well."""
+
+    def run(words: tuple[Any, ...]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        ranks = [
+            start(words, None, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            for rank in range(2)
+        ]  # fmt: skip
+        for process in ranks:
+            process.join(60)
+        assert [process.exitcode for process in ranks] == [0, 0]
+
+    return run
 
 
-def test_two_processes_observe_what_one_does(ctq: Any, start: Start, fp8_file: Path, port: int) -> None:
+def test_two_processes_observe_what_one_does(ctq: Any, by_two: Any, fp8_file: Path) -> None:
     together, single = fp8_file.with_name("together.safetensors"), fp8_file.with_name("single.safetensors")
     words = ("observe", fp8_file, *LONG, "--resume", "--save-every", 0)
-    ranks = [
-        start((*words, "-o", together), None, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in ranks:
-        process.join(60)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    by_two((*words, "-o", together))
     assert ctq(*words, "-o", single).code == 0
     one, two = Statistics.load(single), Statistics.load(together)
     for name in COLUMNS:
@@ -359,17 +364,10 @@ def test_two_processes_observe_what_one_does(ctq: Any, start: Start, fp8_file: P
     assert not [path for path in fp8_file.parent.iterdir() if "partial" in path.name]
 
 
-def test_two_processes_try_the_layers_that_one_does(ctq: Any, start: Start, flux_file: Path, port: int) -> None:
+def test_two_processes_try_the_layers_that_one_does(ctq: Any, by_two: Any, flux_file: Path) -> None:
     together, single = flux_file.with_name("together.safetensors"), flux_file.with_name("single.safetensors")
     words = ("observe", flux_file, "--trials", "--samples", 3, "--steps", 1, "--height", 32, "--width", 32)
-    ranks = [
-        start((*words, "-o", together), None, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in ranks:
-        process.join(60)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    by_two((*words, "-o", together))
     assert ctq(*words, "-o", single).code == 0
     one, two = Trials.load(single), Trials.load(together)
     assert one is not None
