@@ -142,16 +142,12 @@ class Delta:
     Attributes:
         lora: The file.
         adapter: The adapter.
-        rows: First row and row after the last of the layer's weight; None for all.
-        swap_halves: The adapter's halves of rows stand in the file in the other order than in the layer.
-        first: Row of the adapter that is the first of these; its others are other layers'.
+        target: The layer, as the checkpoint names it, and the rows that it means there.
     """
 
     lora: Lora
     adapter: Adapter
-    rows: tuple[int, int] | None = None
-    swap_halves: bool = False
-    first: int = 0
+    target: Target
 
     @property
     def name(self) -> str:
@@ -163,14 +159,9 @@ class Delta:
         """The factor on the change: strength · alpha / rank."""
         return self.lora.strength * self.adapter.scale
 
-    @property
-    def needs_weights(self) -> bool:
-        """Whether it depends on all rows of the weight that it changes."""
-        return self.adapter.per_column
-
     def span(self, out_features: int) -> tuple[int, int]:
         """First row and row after the last of a layer of so many rows."""
-        return self.rows or (0, out_features)
+        return self.target.rows or (0, out_features)
 
     def apply(self, weight_OI: Float32, start: int, column_norms_I: Float32 | None = None) -> None:
         """Change some of the rows that it means, in place.
@@ -181,18 +172,16 @@ class Delta:
             column_norms_I: ‖V‖ of each column, float32 [in], where the magnitude is per column.
         """
         rows = self._rows(start, len(weight_OI))
-        change_OI = self.adapter.change.rows(rows)
         if self.adapter.magnitude_tensor is None:
+            change_OI = self.adapter.change.rows(rows)
             change_OI *= np.float32(self.scale)
             weight_OI += change_OI
             return
-        change_OI *= np.float32(self.adapter.scale)
-        change_OI += weight_OI
-        if column_norms_I is None:
-            norms = np.linalg.norm(change_OI, axis=1, keepdims=True)
-            magnitude = self._magnitude()[rows, None]
-        else:
-            norms, magnitude = column_norms_I, self._magnitude()
+        change_OI = self.decomposed(weight_OI, start)
+        magnitude = self.lora.checkpoint.float32(self.adapter.magnitude_tensor).reshape(-1)
+        norms = column_norms_I
+        if norms is None:
+            norms, magnitude = np.linalg.norm(change_OI, axis=1, keepdims=True), magnitude[rows, None]
         change_OI *= magnitude / np.maximum(norms, np.finfo(np.float32).tiny)
         change_OI -= weight_OI
         weight_OI += np.float32(self.lora.strength) * change_OI
@@ -205,16 +194,12 @@ class Delta:
 
     def _rows(self, start: int, count: int) -> Rows:
         """The adapter's rows for some that it means, as the file has them."""
-        start += self.first
-        if not self.swap_halves:
+        start += self.target.first
+        if not self.target.swap_halves:
             return slice(start, start + count)
         height = self.adapter.change.shape[0]
         swapped: Rows = (np.arange(start, start + count) + height // 2) % height
         return swapped
-
-    def _magnitude(self) -> Float32:
-        values: Float32 = self.lora.checkpoint.float32(self.adapter.magnitude_tensor or "").reshape(-1)
-        return values
 
 
 @dataclass(frozen=True)
@@ -241,15 +226,12 @@ class Addition:
     Attributes:
         lora: The file.
         tensor: Its tensor.
-        rows: First and last + 1 of the values that it means; None for all.
-        swap_halves, first: As of `Delta`.
+        target: The checkpoint's tensor, and the values of it that it means.
     """
 
     lora: Lora
     tensor: str
-    rows: tuple[int, int] | None = None
-    swap_halves: bool = False
-    first: int = 0
+    target: Target
 
 
 Weights = Callable[[str, slice], Float32]
@@ -299,7 +281,7 @@ class LoraMatch:
             first, last = delta.span(self.shapes[layer][0])
             low, high = max(start, first), min(start + len(weight_OI), last)
             if low < high:
-                norms = self._column_norms(layer, number) if delta.needs_weights else None
+                norms = self._column_norms(layer, number) if delta.adapter.per_column else None
                 delta.apply(weight_OI[low - start : high - start], low - first, norms)
 
     def _column_norms(self, layer: str, number: int) -> Float32:
@@ -316,21 +298,6 @@ class LoraMatch:
             self._norms[layer, number] = np.sqrt(squares).astype(np.float32)
         return self._norms[layer, number]
 
-    def delta(self, layer: str, weight_OI: Float32 | None = None) -> Float32:
-        """The whole change of a layer's weight, float32 [out, in].
-
-        Args:
-            layer: The layer, as the checkpoint names it.
-            weight_OI: Its weight, which DoRA depends on; `weights` reads it by default.
-        """
-        if weight_OI is None:
-            zeros = np.zeros(self.shapes[layer], np.float32)
-            weight_OI = zeros if self.weights is None else self.weights(layer, ALL)
-        merged_OI = weight_OI.copy()
-        self.add_to(merged_OI, layer)
-        change_OI: Float32 = merged_OI - weight_OI
-        return change_OI
-
     @property
     def loras(self) -> list[Lora]:
         """The files of which something is applied, in their order."""
@@ -343,10 +310,10 @@ class LoraMatch:
         values: Float32 = checkpoint.float32(name)
         for each in self.beside[name]:
             added = each.lora.checkpoint.float32(each.tensor).reshape(-1)
-            if each.swap_halves:
+            if each.target.swap_halves:
                 added = np.roll(added, len(added) // 2)
-            part = values.reshape(-1)[slice(*(each.rows or (0, None)))]
-            part += np.float32(each.lora.strength) * added[each.first : each.first + len(part)]
+            part = values.reshape(-1)[slice(*(each.target.rows or (0, None)))]
+            part += np.float32(each.lora.strength) * added[each.target.first : each.target.first + len(part)]
         return values
 
     def summary(self) -> str:
@@ -362,7 +329,8 @@ class LoraMatch:
         def told(delta: Delta) -> dict[str, Any]:
             adapter = delta.adapter
             kind = {"kind": adapter.kind.title, "rank": adapter.rank, "dora": adapter.magnitude_tensor is not None}
-            return {"file": str(delta.lora.path), "name": delta.name, **kind, "scale": delta.scale, "rows": delta.rows}
+            place = {"scale": delta.scale, "rows": delta.target.rows}
+            return {"file": str(delta.lora.path), "name": delta.name, **kind, **place}
 
         return {
             "matched": {layer: [told(delta) for delta in deltas] for layer, deltas in self.matched.items()},
@@ -705,82 +673,87 @@ def match_loras(
     prefix, bare_names = strip_prefix(layers)
     full = {bare: layer for layer, bare in bare_names.items()}
     known = lora_names({bare: layers[layer] for bare, layer in full.items()})
-    match = LoraMatch(dict(layers), weights)
+
+    def meant(name: str) -> Meant:
+        return [tuple(replace(part, layer=full[part.layer]) for part in parts) for parts in known.meant(name)]
+
+    match, sizes = LoraMatch(dict(layers), weights), {name: math.prod(shape) for name, shape in (others or {}).items()}
+    bare = {name: next(without_lora_prefixes(name[len(prefix) :])) for name in sizes if name.startswith(prefix)}
+    named = LoraNames({}, {squeezed(name): (Target(tensor),) for tensor, name in bare.items()})
     for lora in loras:
-        additions = _match_beside(lora, known, prefix, full, match=match, others=others or {})
-        _match_one(lora, known, full, match, matched=additions)
+        _match_beside(lora, meant, named, sizes, match)
+        _match_adapters(lora, meant, match)
+        if not any(each is lora for each in match.loras):
+            raise _matches_nothing(lora, match)
     return match
 
 
+Meant = list[tuple[Target, ...]]
+"""All that a name may mean; each possibility as the parts that it means together."""
+
+
 def _match_beside(
-    lora: Lora,
-    known: LoraNames,
-    prefix: str,
-    full: Mapping[str, str],
-    *,
-    match: LoraMatch,
-    others: Mapping[str, tuple[int, ...]],
-) -> bool:
-    """Match what a file adds to biases and norms; whether there is any."""
-    bare = {name: next(without_lora_prefixes(name[len(prefix) :])) for name in others if name.startswith(prefix)}
-    named = LoraNames({}, {squeezed(name): (Target(tensor),) for tensor, name in bare.items()})
-    found = False
+    lora: Lora, meant: Callable[[str], Meant], named: LoraNames, sizes: Mapping[str, int], match: LoraMatch
+) -> None:
+    """Match what a file adds to biases and norms.
+
+    Args:
+        lora: The file.
+        meant: What its names mean of layers.
+        named: Other tensors of the checkpoint, by their names.
+        sizes: How many values these have.
+        match: What is found is added to it.
+    """
+
+    def size(target: Target) -> float:
+        if target.layer not in sizes:
+            return math.nan
+        first, stop = target.rows or (0, sizes[target.layer])
+        return stop - first
+
     for name, tensors in lora.beside.items():
+        adapter = lora.adapters.get(name)
+        alone = adapter and all(_misfit(adapter, parts, match.shapes) for parts in meant(name))
         for role, tensor in tensors.items():
-            ending = BIAS if role == "bias" else WEIGHT
-            named_so = [*named.find(name + ending), *(() if role == "bias" else named.find(name))]
-            meant: list[tuple[Target, ...]] = [(target,) for target in named_so]
             if role == "bias":
-                meant += [tuple(replace(each, layer=full[each.layer] + ending) for each in some)
-                          for some in known.meant(name)]  # fmt: skip
-            size = lora.checkpoint.tensors[tensor].elements
-            fits = next((some for some in meant if size == sum(_size(each, others) for each in some)), ())
-            adapter = lora.adapters.get(name)
-            alone = adapter and all(_misfit(adapter, full, some, match.shapes) for some in known.meant(name))
-            if not fits or alone:
-                why = "is not supported" if not others else "fits no tensor of the checkpoint"
-                reason = f"{BESIDE_TITLES[role]} {why if not fits else 'of a layer that is left out'}"
-                fits = ()
-                layers = tuple(each.layer for some in meant for each in some)
-                match.unsupported.append(Finding(str(lora.path), name, reason, layers))
+                possible: Meant = [(target,) for target in named.find(name + BIAS)]
+                possible += [tuple(replace(part, layer=part.layer + BIAS) for part in parts) for parts in meant(name)]
+            else:
+                possible = [(target,) for target in (*named.find(name + WEIGHT), *named.find(name))]
+            elements = lora.checkpoint.tensors[tensor].elements
+            fits = next((parts for parts in possible if elements == sum(map(size, parts))), ())
+            if alone or not fits:
+                why = "fits no tensor of the checkpoint" if sizes else "is not supported"
+                reason = f"{BESIDE_TITLES[role]} {'of a layer that is left out' if fits else why}"
+                match.unsupported.append(Finding(str(lora.path), name, reason, _layers(possible)))
+                continue
             for target in fits:
-                addition = Addition(lora, tensor, target.rows, target.swap_halves, target.first)
-                match.beside.setdefault(target.layer, []).append(addition)
-                found = True
-    return found
+                match.beside.setdefault(target.layer, []).append(Addition(lora, tensor, target))
 
 
-def _size(target: Target, others: Mapping[str, tuple[int, ...]]) -> int:
-    """Values that a target means of a tensor; -1 where there is no such tensor."""
-    if target.layer not in others:
-        return -1
-    return math.prod(others[target.layer]) if target.rows is None else target.rows[1] - target.rows[0]
+def _layers(possible: Meant) -> tuple[str, ...]:
+    """The layers that a name may mean."""
+    return tuple(dict.fromkeys(target.layer for parts in possible for target in parts))
 
 
-def _match_one(lora: Lora, known: LoraNames, full: Mapping[str, str], match: LoraMatch, *, matched: bool) -> None:
-    """Match a file's adapters; `matched` says whether something else of it is."""
+def _match_adapters(lora: Lora, meant: Callable[[str], Meant], match: LoraMatch) -> None:
+    """Match a file's adapters; arguments as of `_match_beside`."""
     finding = partial(Finding, str(lora.path))
-
-    def layers_of(meant: Iterable[tuple[Target, ...]]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(full[target.layer] for some in meant for target in some))
-
     found: dict[str, list[Delta]] = {}
     misfits: list[Finding] = []
     for name, adapter in lora.adapters.items():
-        candidates = known.meant(name)
-        fitting = [some for some in candidates if not _misfit(adapter, full, some, match.shapes)]
+        candidates = meant(name)
+        fitting = [parts for parts in candidates if not _misfit(adapter, parts, match.shapes)]
         kind, reason = _left_out(adapter, candidates, fitting, match)
         if kind:
-            getattr(match, kind).append(finding(name, reason, layers_of(fitting)))
+            getattr(match, kind).append(finding(name, reason, _layers(fitting)))
         elif not fitting:
-            reason = _misfit(adapter, full, candidates[0], match.shapes)
-            misfits.append(finding(name, reason, layers_of(candidates)))
+            misfits.append(finding(name, _misfit(adapter, candidates[0], match.shapes), _layers(candidates)))
         else:
-            for each in fitting[0]:
-                delta = Delta(lora, adapter, each.rows, each.swap_halves, each.first)
-                found.setdefault(full[each.layer], []).append(delta)
+            for target in fitting[0]:
+                found.setdefault(target.layer, []).append(Delta(lora, adapter, target))
 
-    if misfits and not (found or matched):
+    if misfits and not found and not any(each is lora for each in match.loras):
         raise LoraError(misfits[0].reason, path=lora.path, tensor=misfits[0].name,
                         hint="the LoRA was made for another model")  # fmt: skip
     match.unsupported += misfits
@@ -792,17 +765,14 @@ def _match_one(lora: Lora, known: LoraNames, full: Mapping[str, str], match: Lor
                 match.ambiguous.append(finding(delta.name, reason, (layer,)))
             else:
                 match.matched.setdefault(layer, []).append(delta)
-                matched = True
 
     match.unmatched += [finding(key, "no known kind of adapter tensor") for key in lora.unknown]
     match.text_encoder += [finding(name, "belongs to a text encoder") for name in lora.text_encoder]
     match.unsupported += [
-        finding(name, f"{kind} is not supported", layers_of(known.meant(name)))
+        finding(name, f"{kind} is not supported", _layers(meant(name)))
         for name, kinds in lora.unsupported.items()
         for kind in kinds
     ]
-    if not matched:
-        raise _matches_nothing(lora, match)
 
 
 def folding_of(checkpoint: Checkpoint) -> str | None:
@@ -846,18 +816,14 @@ def _left_out(
 
 
 def _overlap(one: Delta, other: Delta) -> bool:
-    return one.rows is None or other.rows is None or max(one.rows[0], other.rows[0]) < min(one.rows[1], other.rows[1])
+    rows, others = one.target.rows, other.target.rows
+    return rows is None or others is None or max(rows[0], others[0]) < min(rows[1], others[1])
 
 
-def _misfit(
-    adapter: Adapter,
-    full: Mapping[str, str],
-    meant: Sequence[Target],
-    shapes: Mapping[str, tuple[int, int]],
-) -> str:
+def _misfit(adapter: Adapter, meant: Sequence[Target], shapes: Mapping[str, tuple[int, int]]) -> str:
     """How the shape of an adapter differs from that of what its name means; "" where it does not."""
-    layers = [full[target.layer] for target in meant]
-    rows = [target.rows or (0, shapes[layer][0]) for target, layer in zip(meant, layers, strict=True)]
+    layers = [target.layer for target in meant]
+    rows = [target.rows or (0, shapes[target.layer][0]) for target in meant]
     expected = (sum(stop - start for start, stop in rows), shapes[layers[0]][1])
     found = adapter.change.shape
     if found == expected:

@@ -41,6 +41,14 @@ def match(tmp_path: Path) -> Match:
     return of
 
 
+def change(found: LoraMatch, weight: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """All that is added to the layer's weight, which DoRA depends on."""
+    before = np.zeros((OUT, IN), np.float32) if weight is None else weight
+    after = before.copy()
+    found.add_to(after, LAYER)
+    return after - before
+
+
 def factors(*roles: tuple[str, tuple[int, ...]]) -> dict[str, NDArray[np.float32]]:
     return {f"{LAYER}.{role}": normal(*shape, seed=number) for number, (role, shape) in enumerate(roles)}
 
@@ -82,14 +90,14 @@ def tensors_of(kind: str) -> dict[str, NDArray[np.float32]]:
 def test_a_change_is_the_formula_times_strength_and_alpha_over_rank(kind: str, match: Match) -> None:
     tensors, (_, formula, rank) = tensors_of(kind), FORMULAS[kind]
     wanted = formula(*(each.astype(np.float64) for each in tensors.values()))
-    np.testing.assert_allclose(match(tensors, 0.5).delta(LAYER), 0.5 * wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(change(match(tensors, 0.5)), 0.5 * wanted, rtol=1e-4, atol=1e-5)
     found = match({**tensors, f"{LAYER}.alpha": np.float32(3)})
-    np.testing.assert_allclose(found.delta(LAYER), wanted * (3 / rank if rank else 1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(change(found), wanted * (3 / rank if rank else 1), rtol=1e-4, atol=1e-5)
     (delta,) = found.matched[LAYER]
     assert kind.startswith(delta.adapter.kind.title)
     part = np.zeros((7, IN), np.float32)  # across rows of both factors of a Kronecker product
     found.add_to(part, LAYER, (5, 12))
-    np.testing.assert_array_equal(part, found.delta(LAYER, np.zeros_like(WEIGHT))[5:12])
+    np.testing.assert_array_equal(part, change(found)[5:12])
 
 
 @pytest.mark.parametrize("kind", FORMULAS)
@@ -121,7 +129,7 @@ def test_magnitudes_per_column_see_what_files_before_them_added(tmp_path: Path) 
     found = match_loras([load_lora(path) for path in paths], {LAYER: (OUT, IN)}, lambda _, rows: WEIGHT[rows].copy())
     merged = WEIGHT + one + two
     wanted = magnitude * merged / np.linalg.norm(merged, axis=0)
-    np.testing.assert_allclose(found.delta(LAYER) + WEIGHT, wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(change(found, WEIGHT) + WEIGHT, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_magnitude_per_column_needs_the_weights(tmp_path: Path) -> None:
@@ -191,7 +199,7 @@ def test_changes_are_those_of_lycoris(module: str, options: dict[str, Any], per:
     weight = layer.weight.detach().numpy()
     with torch.no_grad():
         wanted = adapter.get_merged_weight(1.0)[0].reshape(OUT, IN).numpy()
-    found = match(tensors, weight=weight).delta(LAYER)
+    found = change(match(tensors, weight=weight), weight)
     np.testing.assert_allclose(weight + found, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -221,4 +229,4 @@ def test_changes_are_those_of_peft(config: str, named: str, match: Match) -> Non
     for names in (tensors, saved):
         found = match(names, weight=weight)
         assert (found.unmatched, found.unsupported) == ([], [])
-        np.testing.assert_allclose(weight + found.delta(LAYER), wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(weight + change(found, weight), wanted, rtol=1e-4, atol=1e-5)

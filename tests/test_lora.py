@@ -116,7 +116,7 @@ def change(match: LoraMatch, layer: str) -> NDArray[np.float32]:
 def only(match: LoraMatch) -> tuple[str, tuple[int, int] | None]:
     assert (match.unmatched, match.ambiguous, match.unsupported, match.text_encoder) == ([], [], [], [])
     ((layer, (delta,)),) = match.matched.items()
-    return layer, delta.rows
+    return layer, delta.target.rows
 
 
 QKV, LINEAR1 = "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"
@@ -209,7 +209,7 @@ def test_xlabs_attention_of_a_single_block_loses_its_ending_to_the_suffix(write:
     style = LORA_FACTORS.index(("_lora.down.weight", "_lora.up.weight"))
     tensors = pair("single_blocks.1.processor.qkv", 3 * H, H, style=style)
     match = match_of(write(tensors | pair("single_blocks.1.processor.proj", H, 5 * H, style=style)), FLUX)
-    found = {layer: deltas[0].rows for layer, deltas in match.matched.items()}
+    found = {layer: deltas[0].target.rows for layer, deltas in match.matched.items()}
     assert found == {LINEAR1: (0, 3 * H), "single_blocks.1.linear2": None}
 
 
@@ -567,7 +567,7 @@ def test_names_of_fused_layers_mean_all_their_parts(name: str, parts: list[str],
     found = np.concatenate([change(match, f"transformer_blocks.0.{part}") for part in parts])
     np.testing.assert_allclose(found, up @ down, rtol=1e-5, atol=1e-6)
     added = [match.beside[f"transformer_blocks.0.{part}.bias"][0] for part in parts]
-    assert [each.first for each in added] == [H * number for number in range(len(parts))]
+    assert [each.target.first for each in added] == [H * number for number in range(len(parts))]
     assert not change(match, "transformer_blocks.0.attn.add_q_proj").any()
 
 
