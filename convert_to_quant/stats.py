@@ -82,9 +82,6 @@ COLUMNS: dict[str, Column] = {
 CHANNELS = "channel_absmax"
 """One more column, as long for each layer as its inputs are wide; older files lack it."""
 
-OLDER_SQUARES = "sigma_square_digits"
-"""What older files have instead of `sigma_squares`: fixed point, int64 [L, 9, 20], digit i worth 2^(32 i - 320)."""
-
 DERIVED = ("absmax", "count", "nonfinite", "sum_of_squares")
 """Columns that a file carries for other readers; ours computes them."""
 
@@ -370,15 +367,10 @@ class Statistics:
         with open_checkpoint(path) as checkpoint:
             head = _parse_head(checkpoint.metadata, path)
             layers = {name: (shape[0], shape[1]) for name, shape in head["layers"].items()}
-            older = OLDER_SQUARES in checkpoint.tensors
             columns: dict[str, Any] = {
                 name: _load_column(checkpoint, name, column.dtype, (len(layers), *column.shape))
                 for name, column in COLUMNS.items()
-                if not (older and name == "sigma_squares")
             }
-            if older:
-                digits = _load_column(checkpoint, OLDER_SQUARES, np.int64, (len(layers), SIGMA_COLUMNS, 20))
-                columns["sigma_squares"] = digits @ np.exp2(32.0 * np.arange(20) - 320)
             metadata = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
             if CHANNELS in checkpoint.tensors:
                 ends = np.cumsum([in_features for _, in_features in layers.values()])

@@ -255,15 +255,6 @@ def test_other_tools_can_read_the_file(tmp_path: Path) -> None:
         assert np.array_equal(file.get_tensor("nonfinite"), stats.nonfinite)
 
 
-def test_older_versions_files_are_read(tmp_path: Path) -> None:
-    digits = np.zeros((len(LAYERS), 9, 20), np.int64)  # fixed point: digit i counts 2^(32 i - 320)
-    digits[1, 8, [9, 10, 11]] = 1 << 31, 5, 1
-    older = Statistics.load(edited(tmp_path / "a", drop="sigma_squares", sigma_square_digits=digits, sum=np.ones(3)))
-    assert older == random_statistics(0).replace(sigma_squares=older.sigma_squares)
-    assert older.sigma_squares[1, 8] == 2.0**32 + 5.5
-    assert np.count_nonzero(older.sigma_squares) == 1
-
-
 def edited(path: Path, drop: str | None = None, head: dict[str, Any] | None = None, **columns: NDArray[Any]) -> Path:
     """A statistics file with something in it changed."""
     random_statistics(0).save(path)
