@@ -266,38 +266,19 @@ def infer_block(
         return None
     if said is not None and scale_grid(weight_shape, said) == scale_shape:
         return said
-    ranges = [_block_sizes(size, count) for size, count in zip(weight_shape, scale_shape, strict=True)]
-    square = _power_of_two_in(range(max(sizes.start for sizes in ranges), min(sizes.stop for sizes in ranges)))
-    block_out, block_in = (
-        square or _likely_size(*arguments) for arguments in zip(weight_shape, scale_shape, ranges, strict=True)
-    )
+    square = next((size for size in _POWERS if scale_grid(weight_shape, (size, size)) == scale_shape), None)
+    block_out, block_in = (square or _likely_size(*sides) for sides in zip(weight_shape, scale_shape, strict=True))
     return (block_out, block_in) if block_out and block_in else None
 
 
-def _block_sizes(size: int, count: int) -> range:
-    """All b with ceil(size / b) = count. A single block may exceed the dimension."""
-    if count < 1 or count > size:
-        return range(0)
-    if count == 1:
-        return range(size, 1 << 31)
-    return range(-(-size // count), -(-size // (count - 1)))
+_POWERS = [1 << power for power in range(31)]
 
 
-def _power_of_two_in(sizes: range) -> int | None:
-    """The least power of two in a range, if there is one."""
-    if not sizes:
-        return None
-    power = 1 << max(sizes.start - 1, 0).bit_length()
-    return power if power in sizes else None
-
-
-def _likely_size(size: int, count: int, sizes: range) -> int | None:
-    """One dimension's block where squares do not fit: an exact divisor, else a power of two, else the only choice."""
-    if not sizes:
-        return None
-    if size % count == 0:
+def _likely_size(size: int, count: int) -> int | None:
+    """One dimension's block where squares do not fit: an exact divisor, else a power of two."""
+    if count and size % count == 0:
         return size // count
-    return _power_of_two_in(sizes) or (sizes.start if len(sizes) == 1 else None)
+    return next((power for power in _POWERS if -(-size // power) == count), None)
 
 
 def find_layers(checkpoint: Checkpoint, *, collect_problems: bool = False) -> LayerTable:
@@ -468,8 +449,12 @@ class _Finder:
         input_scale = first(self.checkpoint, layer.name, names.INPUT_SCALES) if layer.format is not None else None
         input_problem = None
         if input_scale is not None:
+            info = self.checkpoint.tensors[input_scale]
             try:
-                self.check_input_scale(input_scale)
+                if info.elements != 1:
+                    problem = f"one value was expected, found shape {list(info.shape)}"
+                    raise self.error("scale-shape", input_scale, problem)
+                self.check_scale(input_scale)
             except LayerError as error:  # weights are fine without it
                 input_problem = error
                 self.table.notes.append(f"{input_scale}: {error.problem}: of no use until a calibration writes it anew")
@@ -490,12 +475,6 @@ class _Finder:
         if not good.all():
             wanted = "finite" if signed else "finite and not negative"
             raise self.error("scale-value", key, f"scales should be {wanted}, found {scales[~good].flat[0]}")
-
-    def check_input_scale(self, key: str) -> None:
-        info = self.checkpoint.tensors[key]
-        if info.elements != 1:
-            raise self.error("scale-shape", key, f"one value was expected, found shape {list(info.shape)}")
-        self.check_scale(key)
 
 
 def possible(checkpoint: Checkpoint, name: str, said: Config) -> list[Layer]:

@@ -392,7 +392,6 @@ SHAPES = [
     ((100, 100), (2, 2), (51, 99), (51, 99)),
     ((100, 100), (2, 2), (33, 33), (64, 64)),  # a word that contradicts the shape counts for nothing
     ((65, 65), (2, 2), None, (64, 64)),  # blocks of 32 would be 3
-    ((4096, 8192), (64, 1), None, (64, 8192)),
     ((101, 7), (3, 7), None, None),  # 34 to 50 rows each: nothing decides
     ((16, 32), (3,), None, None),
     ((16, 32), (17, 1), None, None),
