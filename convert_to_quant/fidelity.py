@@ -313,9 +313,8 @@ def scenes_fidelity(
                 sigma = 1 - step / steps
                 wanted = guided.predictions(reference, state, sigma)
                 sides[0].require_finite(wanted, "the velocity", sigma)
-                with errors.paused():
-                    found = guided.predictions(quantized, state, sigma)
-                    own = found if own_state is state else guided.predictions(quantized, own_state, sigma)
+                found = guided.predictions(quantized, state, sigma)
+                own = found if own_state is state else guided.predictions(quantized, own_state, sigma)
                 for velocity in (found, own):
                     sides[1].require_finite(velocity, "the velocity", sigma)
                 ratios = sqnr_db(wanted.flatten(0, 1), found.flatten(0, 1))
@@ -466,7 +465,6 @@ class _RowErrors:
     """Row errors of every quantized layer, gathered while the reference runs."""
 
     def __init__(self) -> None:
-        self.active = True
         self.totals: dict[str, Tensor] = {}
         self.histograms: dict[str, Tensor] = {}
 
@@ -482,15 +480,6 @@ class _RowErrors:
             sums += self.totals[layer]
             counts += self.histograms[layer]
         self.totals[layer], self.histograms[layer] = sums, counts
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """While the quantized model itself runs, its modules are not compared."""
-        former, self.active = self.active, False
-        try:
-            yield
-        finally:
-            self.active = former
 
     def results(self) -> tuple[LayerError, ...]:
         found = [self._result(layer) for layer in self.totals]
@@ -514,8 +503,7 @@ def _row_errors(reference: Denoiser, quantized: Denoiser, *, enabled: bool) -> I
 
     def hook(layer: str, twin: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def compare(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if errors.active:
-                errors.add(layer, output, twin(inputs[0].to(quantized.device)).to(output.device))
+            errors.add(layer, output, twin(inputs[0].to(quantized.device)).to(output.device))
 
         return compare
 
