@@ -289,9 +289,7 @@ def observe_pipeline(args: argparse.Namespace, distributed: bool) -> int:
     pipeline.require_pipeline(args.pipeline)  # before all of its files are read
     prompts = read_prompts(Path(args.prompts))
     args.samples, args.steps = args.samples or len(prompts), args.steps or STEPS
-    painting = pipeline.Painting(
-        args.samples, args.steps, args.seed, args.height, args.width, args.frames, args.text_tokens
-    )
+    options = options_of(RunOptions, args)
     with nullcontext() if args.input is None else open_checkpoint(args.input) as checkpoint:
         made_with = {
             "pipeline": fingerprint(args.pipeline),
@@ -302,8 +300,8 @@ def observe_pipeline(args: argparse.Namespace, distributed: bool) -> int:
         }
 
         def run(session: Session, progress: Progress) -> Observation:
-            return pipeline.observe(args.pipeline, prompts, painting, session, checkpoint=checkpoint,
-                                    component=args.component, device=args.device, progress=progress)  # fmt: skip
+            return pipeline.observe(args.pipeline, prompts, options, session, checkpoint=checkpoint,
+                                    component=args.component, progress=progress)  # fmt: skip
 
         return observe(args, distributed, made_with, run)
 

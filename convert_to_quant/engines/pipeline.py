@@ -22,9 +22,7 @@ import importlib.util
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from .. import families
 from ..checkpoint import Checkpoint
 from ..errors import CalibrationError, OptionError, StrPath
 from ..families.running import Signal
+from ..options import STEPS, RunOptions
 from ..recorder import find_linears, module_shape, record
 from ..stats import Shape
 from ..telling import Advance, Progress
@@ -54,40 +53,6 @@ TEXT_LENGTH = "max_sequence_length"
 """What pipelines call the most tokens of a prompt."""
 
 MODEL_INDEX = "model_index.json"
-
-
-@dataclass(frozen=True)
-class Painting:
-    """How a pipeline paints.
-
-    Attributes:
-        images: how many; prompts are taken in turn, and each at least once.
-        steps: of its scheduler.
-        seed: of all noise.
-        height: in pixels; the pipeline's own default where None. So are the others.
-        width: in pixels.
-        frames: of a video.
-        text_tokens: most tokens of a prompt.
-    """
-
-    images: int = 1
-    steps: int = 8
-    seed: int = 42
-    height: int | None = None
-    width: int | None = None
-    frames: int | None = None
-    text_tokens: int | None = None
-
-    def arguments(self) -> dict[str, int]:
-        """What a pipeline is called with, as far as it is said."""
-        said = {
-            "num_inference_steps": self.steps,
-            "height": self.height,
-            "width": self.width,
-            "num_frames": self.frames,
-            TEXT_LENGTH: self.text_tokens,
-        }
-        return {name: value for name, value in said.items() if value is not None}
 
 
 def require_pipeline(folder: StrPath) -> Path:
@@ -127,8 +92,9 @@ def load(
 
     path = require_pipeline(folder)
     number = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    _hide_loading_bars()
     try:
-        with warnings.catch_warnings(), _no_loading_bars():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions call it dtype, older ones know only this
             parts, kind = {}, diffusers.DiffusionPipeline
             if without:  # optional parts can only be left out by the pipeline's own class
@@ -147,33 +113,21 @@ def load(
         raise OptionError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from None
 
 
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
+def _hide_loading_bars() -> None:
     """Keep diffusers and transformers from drawing bars while they load: only the command line prints."""
-    talkers = [
-        importlib.import_module(f"{package}.utils.logging")
-        for package in ("diffusers", "transformers")
-        if importlib.util.find_spec(package) is not None
-    ]
-    drawn = [talker for talker in talkers if talker.is_progress_bar_enabled()]
-    for talker in drawn:
-        talker.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for talker in drawn:
-            talker.enable_progress_bar()
+    for package in ("diffusers", "transformers"):
+        if importlib.util.find_spec(package) is not None:
+            importlib.import_module(f"{package}.utils.logging").disable_progress_bar()
 
 
 def observe(
     folder: StrPath,
     prompts: Sequence[str],
-    painting: Painting,
+    options: RunOptions,
     session: Session,
     *,
     checkpoint: Checkpoint | None = None,
     component: str | None = None,
-    device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Observation:
@@ -182,11 +136,11 @@ def observe(
     Args:
         folder: of the pipeline.
         prompts: one text each.
-        painting: how.
+        options: how many images, at least one of each prompt, the steps of the scheduler, and where to run. Sizes that
+            are None are the pipeline's own.
         session: saves, resumes and shares the work. Nothing is written to its output yet: see `Session.finish`.
         checkpoint: whose layer names to use; by default diffusers' and the authors' both.
         component: which of the pipeline's parts to record; "transformer" or "unet" by default.
-        device: where to run.
         dtype: see `load`.
         progress: called after every step.
 
@@ -202,8 +156,16 @@ def observe(
     """
     if not prompts:
         raise OptionError("no prompts")
-    pipeline = load(folder, device, dtype)
-    arguments = painting.arguments()
+    pipeline = load(folder, options.device, dtype)
+    images, steps = options.samples or len(prompts), options.steps or STEPS
+    said = {
+        "num_inference_steps": steps,
+        "height": options.height,
+        "width": options.width,
+        "num_frames": options.frames,
+        TEXT_LENGTH: options.text_tokens,
+    }
+    arguments = {name: value for name, value in said.items() if value is not None}
     known = inspect.signature(pipeline.__call__).parameters
     for name in arguments:
         if name not in known:
@@ -222,17 +184,17 @@ def observe(
                 return {}
 
             told: dict[str, Any] = {"callback_on_step_end": step_done} if "callback_on_step_end" in known else {}
-            generator = torch.Generator().manual_seed(painting.seed + number)
+            generator = torch.Generator().manual_seed(options.seed + number)
             with torch.no_grad():
                 pipeline(
                     prompt=prompts[number % len(prompts)], generator=generator, output_type="latent",
                     **arguments, **told,
                 )  # fmt: skip
-            tick(painting.steps - ticked)
+            tick(steps - ticked)
 
         units = [
-            Unit(f"picture {number}", "prompts", 1, painting.steps, partial(paint, number))
-            for number in range(max(painting.images, len(prompts)))
+            Unit(f"picture {number}", "prompts", 1, steps, partial(paint, number))
+            for number in range(max(images, len(prompts)))
         ]
         seen = session.run(
             recording,
@@ -242,8 +204,8 @@ def observe(
             engine="pipeline",
             pipeline=type(pipeline).__name__,
             conditioning="prompts",
-            seed=painting.seed,
-            steps=painting.steps,
+            seed=options.seed,
+            steps=steps,
         )
     return Observation(seen.statistics)
 
