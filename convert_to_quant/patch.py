@@ -42,7 +42,7 @@ from .checkpoint.undo import (
 )
 from .errors import CheckpointError, OptionError, OutputError, TensorError
 from .layers import Layer, LayerTable
-from .layout import Layout, write
+from .layout import Source, lay_out, write
 from .marks import Config, disables_fp8, with_full_precision
 from .telling import plural
 
@@ -66,7 +66,7 @@ class Patch:
 
     Attributes:
         checkpoint: what is changed.
-        tensors: new or changed tensors: name -> (spec, bytes, a tensor of the checkpoint whose shard it goes into).
+        tensors: new or changed tensors: name -> (spec, bytes, a tensor of the checkpoint that a new one goes beside).
         metadata: the header's metadata afterwards.
         notes: what a user should know.
         seen: the scales and marks that it was planned from: name -> bytes.
@@ -79,7 +79,7 @@ class Patch:
     seen: dict[str, bytes] = field(default_factory=dict)
 
     def put(self, name: str, spec: Spec, data: bytes, near: str) -> None:
-        """Set a tensor, beside another of the checkpoint."""
+        """Set a tensor; a new one goes beside another of the checkpoint."""
         assert spec.nbytes == len(data)
         self.tensors[name] = (spec, data, near)
 
@@ -132,7 +132,7 @@ def _set_scale(patch: Patch, layer: Layer, name: str, scale: float) -> None:
         raise TensorError(problem, path=patch.checkpoint.path, tensor=layer.name)
     info = patch.checkpoint.tensors.get(name)
     shape = info.shape if info is not None and info.dtype == "F32" and info.elements == 1 else ()
-    patch.put(name, Spec("F32", shape), value.tobytes(), layer.weight.name if info is None else name)
+    patch.put(name, Spec("F32", shape), value.tobytes(), layer.weight.name)
 
 
 def _set_full_precision(patch: Patch, table: LayerTable, changes: Mapping[str, LayerChange], enable: bool) -> None:
@@ -182,12 +182,11 @@ def rewrite(patch: Patch, output: Path) -> None:
     """
     checkpoint = patch.checkpoint
     refuse_unrecovered(checkpoint.path, [file.path for file in checkpoint.files])
-    specs = {name: Spec.like(info) for name, info in checkpoint.tensors.items()}
-    copied = {name: name for name in specs if name not in patch.tensors}
-    specs |= {name: spec for name, (spec, *_) in patch.tensors.items()}
-    places = {**copied, **{name: near for name, (*_, near) in patch.tensors.items()}}
-    small = {name: data for name, (_, data, _) in patch.tensors.items()}
-    layout = Layout(specs, places, small, copied, patch.metadata)
+    made: dict[str, dict[str, tuple[Spec, Source]]] = {}
+    for name, (spec, data, near) in patch.tensors.items():
+        place = name if name in checkpoint else near
+        made.setdefault(place, {place: (Spec.like(checkpoint.tensors[place]), place)})[name] = spec, data
+    layout = lay_out(checkpoint, made, (), patch.metadata)
     write(checkpoint, layout, output, hint="name another output, or add --in-place")
 
 

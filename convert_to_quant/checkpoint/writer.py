@@ -23,6 +23,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -473,11 +474,9 @@ class _OutputFile:
 
 def _free_bytes(folder: Path) -> int | None:
     """What the system says of a folder's drive; None where it does not know."""
-    if not hasattr(os, "statvfs"):
-        return None
     with contextlib.suppress(OSError):
-        disk = os.statvfs(folder)
-        return disk.f_bavail * disk.f_frsize if disk.f_blocks else None  # network drives say 0 blocks for "unknown"
+        disk = shutil.disk_usage(folder)
+        return disk.free if disk.total else None  # network drives say 0 for "unknown"
     return None
 
 
