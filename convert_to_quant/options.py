@@ -46,7 +46,7 @@ DEFAULT_ROWS = 64
 
 Engine = Literal["auto", "model", "layer"]
 """What finds the ranges. "auto" is "model": the one that measures; it never guesses by itself."""
-Method = Literal["absmax", "mse", "percentile"]
+Method = Literal["absmax", "percentile"]
 """Keys of `solve.METHODS`."""
 ScalingMode = Literal["tensor", "row", "block"]
 WeightScale = Literal["absmax", "mse"]
@@ -230,7 +230,7 @@ class SolveOptions(Options):
         one_row_full_precision: whether layers that see one token per image compute in full precision.
     """
 
-    method: Method = option("absmax", "absmax, mse or percentile", "METHOD", get_args(Method))
+    method: Method = option("absmax", "absmax or percentile", "METHOD", get_args(Method))
     percentile: float = option(99.9, "percentile for that method", "P", PERCENTILE)
     margin: float | None = option(None, "headroom factor on ranges (automatic)", "M", MARGIN)
     full_precision_budget: float = option(0.0, "multiply-adds allowed in full precision", "SHARE", SHARE)

@@ -5,8 +5,6 @@ real = q · s, on the format's grid of values, whose largest is max. Given the h
 
     absmax       s = margin · absmax / max. Nothing that was seen is clipped. Without a margin, as much headroom for
                  what was not seen as costs the layer's output nothing (`headroom.py`), and a factor of 1.5 at least.
-    mse          among s between absmax / max and twice that, the least expected squared error. Further up there is
-                 none: what the format holds at 2 s up to absmax, it holds at s, too.
     percentile   s = margin · percentile(|x|) / max. It clips what lies above; for simulated inputs.
 
 Expected squared error. Within a bin, x counts as uniform over [a, b]. With u = x / s, code values v_k and midpoints
@@ -45,8 +43,6 @@ from .stats import BIN_CENTRES, BIN_EDGES, Statistics
 
 Cause = Literal["", "one row", "rows lost", "budget"]
 
-PHASES = 32
-"""Scales per octave that the mse search tries: powers of 2^(1/32), and absmax / max itself."""
 LOST_ROW_STEPS = 32.0
 """A row whose absmax is under this many of its grid's smallest steps is lost: in FP8, under 2⁻⁴ of the scale."""
 FLOAT16_SMALLEST_SCALE = 2.0**-15
@@ -172,7 +168,8 @@ def solve(
     before = np.array([present[name].scale or 0.0 for name in seen], np.float64)
     grids = [present[name].grid for name in seen]
     kept = np.array([any(re.search(pattern, name) for pattern in options.keep) for name in seen], bool)
-    ranges, least = METHODS[options.method].choose(chosen, grids, options.percentile)
+    ranges = METHODS[options.method].choose(chosen, options.percentile)
+    least = ranges / [grid.max for grid in grids]
     factors, after = np.ones(len(seen)), before.copy()
     for number in np.flatnonzero((ranges > 0) & ~kept).tolist():
         name = seen[number]
@@ -480,67 +477,27 @@ def _mean_error(low: Any, high: Any, grid: Grid) -> Float:
     return mean
 
 
-@cache
-def _phase_errors(grid: Grid) -> Float:
-    """Mean error of every bin at the `PHASES` scales from 1 to 2, in squares of the scale, [PHASES, bins]."""
-    scales = np.exp2(np.arange(PHASES) / PHASES)[:, None]
-    return _mean_error(BIN_EDGES[:-1] / scales, BIN_EDGES[1:] / scales, grid)
-
-
-def _least_error_scale(histogram: NDArray[np.int64], absmax: float, grid: Grid) -> float:
-    """The scale of least expected squared error in [absmax / max, 2 · absmax / max]."""
-    start = absmax / grid.max
-    used = np.flatnonzero(histogram[1:NONFINITE_BIN]) + 1  # zeros, and what is under 2^-130, cost nothing at any scale
-    if not len(used):
-        return start
-    powers = np.arange(np.ceil(np.log2(start) * PHASES), np.log2(2 * start) * PHASES).astype(int)
-    scales = np.append(start, np.exp2(powers / PHASES))
-    octaves, phases = np.divmod(powers, PHASES)
-    # Dividing by 2 moves a histogram by 16 bins and changes nothing else, so one table serves all octaves and layers.
-    in_octave = _phase_errors(grid)[phases[:, None], np.maximum(used - 16 * octaves[:, None], 0)]
-    at_start = _mean_error(BIN_EDGES[used] / start, BIN_EDGES[used + 1] / start, grid)
-    errors_SB = np.vstack([at_start, in_octave])
-    errors_SB[:, -1] = _mean_error(BIN_EDGES[used[-1]] / scales, absmax / scales, grid)  # the last bin ends at absmax
-    errors = scales * scales * (errors_SB @ histogram[used].astype(np.float64))
-    # Some are equal but for rounding; the least scale of equals loses the fewest small rows.
-    return float(scales[np.flatnonzero(errors <= errors.min() * (1 + 1e-9))[0]])
-
-
-def _by_absmax(seen: Statistics, grids: Sequence[Grid], percentile: float) -> tuple[Float, Float]:  # noqa: ARG001
-    ranges = seen.absmax.astype(np.float64)
-    return ranges, ranges / [grid.max for grid in grids]
-
-
-def _by_mse(seen: Statistics, grids: Sequence[Grid], percentile: float) -> tuple[Float, Float]:  # noqa: ARG001
-    ranges = seen.absmax.astype(np.float64)
-    found = [_least_error_scale(*layer) for layer in zip(seen.histogram, ranges.tolist(), grids, strict=True)]
-    return ranges, np.array(found)
-
-
-def _by_percentile(seen: Statistics, grids: Sequence[Grid], percentile: float) -> tuple[Float, Float]:
+def _by_percentile(seen: Statistics, percentile: float) -> Float:
     ranges = seen.quantiles(percentile / 100)
-    ranges = np.where(ranges < BIN_EDGES[1], 0.0, ranges)  # in the bin of the zeros
-    return ranges, ranges / [grid.max for grid in grids]
+    return np.where(ranges < BIN_EDGES[1], 0.0, ranges)  # in the bin of the zeros
 
 
 class Choice(NamedTuple):
     """A method of choosing scales.
 
     Attributes:
-        choose: from statistics of L layers, the grids of their inputs and a percentile to their ranges and, before any
-            margin, scales, [L] each.
+        choose: from statistics of L layers and a percentile to their ranges, [L].
         words: what it does, for users.
         reason: what a layer's result says of it.
     """
 
-    choose: Callable[[Statistics, Sequence[Grid], float], tuple[Float, Float]]
+    choose: Callable[[Statistics, float], Float]
     words: str
     reason: str
 
 
 METHODS: Mapping[Method, Choice] = {
-    "absmax": Choice(_by_absmax, "nothing that was seen is clipped", "absmax"),
-    "mse": Choice(_by_mse, "the least squared error", "least squared error"),
+    "absmax": Choice(lambda seen, _: seen.absmax.astype(np.float64), "nothing that was seen is clipped", "absmax"),
     "percentile": Choice(_by_percentile, "clips what lies above it", "percentile {percentile:g}"),
 }
 """Every method, by its name."""

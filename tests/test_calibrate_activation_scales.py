@@ -493,15 +493,3 @@ def test_load_lora_tensors_gives_the_adapters_and_refuses_other_files(save: Save
     assert (list(lora.adapters), lora.strength, lora.adapters["x"].scale) == (["x"], 0.5, 0.5)
     with pytest.raises(LoraError, match="not a LoRA"):
         load_lora_tensors(save("other.safetensors", {"x.weight": np.ones((2, 2), np.float32)}))
-
-
-def test_options_of_a_calibration_are_checked_when_they_are_made() -> None:
-    for words, message in (
-        ({"engine": "magic"}, "unknown engine 'magic' (engines: auto, model, layer)"),
-        ({"device": "gpu"}, "unknown device 'gpu' (cpu, cuda, cuda:0 or xpu)"),
-        ({"text_tokens": -1}, "text tokens should be at least 1, found -1"),
-        ({"seed": -1}, "a seed should not be negative, found -1"),
-    ):
-        with pytest.raises(OptionError) as caught:
-            CalibrationOptions(**words)  # type: ignore[arg-type]
-        assert str(caught.value) == message

@@ -33,7 +33,7 @@ examples:
   convert_to_quant report stats.safetensors flux_fp8.safetensors -o report.html
   convert_to_quant report stats.safetensors --png report.png --csv report.csv
   convert_to_quant report faces.safetensors with_lora.safetensors -o both.html
-  convert_to_quant report stats.safetensors --against "margin=2 method=mse"
+  convert_to_quant report stats.safetensors --against "margin=2 keep=mlp"
 
 Two statistics files: does a calibration on the first hold for the second? Two checkpoints: their scales side by side.
 Given two of each, the first statistics belong to the first checkpoint. Without an output, the verdict is printed.
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     outputs.add_argument("--png", metavar="FILE", help="a picture for sharing")
     outputs.add_argument("--csv", metavar="FILE", help="a table, one line per layer (- for stdout)")
     comparing = parser.add_argument_group("comparing")
-    comparing.add_argument("--against", metavar="OPTIONS", help='solve again with these: "margin=2 method=mse"')
+    comparing.add_argument("--against", metavar="OPTIONS", help='solve again with these: "margin=2 keep=mlp"')
     comparing.add_argument("--merge", action="store_true", help="take several statistics as one")
     solving = parser.add_argument_group("solving")
     add_options(solving, SolveOptions)
@@ -206,7 +206,7 @@ def other_options(args: argparse.Namespace) -> SolveOptions:
     except ValueError as error:
         raise OptionError(f"--against {args.against!r} cannot be split into options: {error}") from None
     if not words:
-        raise OptionError("--against needs options", hint='--against "margin=2 method=mse"')
+        raise OptionError("--against needs options", hint='--against "margin=2 keep=mlp"')
     spelled = [flag_spelling("--" + word.removeprefix("--")) for word in words]
     return options_of(SolveOptions, parser.parse_args(spelled, argparse.Namespace(**own)))
 

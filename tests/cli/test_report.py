@@ -143,12 +143,12 @@ def test_the_first_statistics_belong_to_the_first_checkpoint(ctq: Any, stats: An
         (["a.safetensors"], "one.safetensors"), (["b.safetensors"], "two.safetensors")]  # fmt: skip
 
 
-@pytest.mark.parametrize("words", ["margin=2 method=mse", "--margin=2 --method=mse", "margin=2  method=mse"])
+@pytest.mark.parametrize("words", ["margin=2 method=percentile", "--margin=2  --method=percentile"])
 def test_one_statistics_file_is_solved_in_two_ways(ctq: Any, stats: Any, words: str) -> None:
     document = json.loads(ctq("report", stats(), "--keep", "blocks_1", f"--against={words}", "--json", "-").out)
     first, second = (side["options"] for side in document["sides"])
     assert (first["margin"], first["method"]) == (None, "absmax")
-    assert (second["margin"], second["method"]) == (2.0, "mse")
+    assert (second["margin"], second["method"]) == (2.0, "percentile")
     assert first["keep"] == second["keep"] == ["blocks_1"]  # what it does not say stays
 
 
