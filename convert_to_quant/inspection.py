@@ -67,8 +67,6 @@ LARGEST_INPUT_SCALE = 2.0**12
 
 _SAMPLE_RUNS, _SAMPLE_BYTES = 4, 1 << 14
 
-_NO_CONFIG_BEYOND_BYTES = 1 << 20
-
 
 @dataclass(frozen=True)
 class LayerView:
@@ -177,10 +175,7 @@ class Inspection:
         header_marks: number of layers that the header marks.
         header_version: of the header's marks: "1.0" is ComfyUI's, "1.1" SGLang's; None where it says none.
         tensor_marks: number of comfy_quant tensors.
-        legacy_marker: name of the `scaled_fp8` tensor.
-        legacy_marker_elements: its size; 2 turns FP8 products off.
-        further_markers: names of such tensors of other parts of the file.
-        quantization_config: the method that a config.json beside the file names, where it has one.
+        legacy_markers: the `scaled_fp8` tensors, the model's first -> their sizes; 2 turns FP8 products off.
         made: how this tool made it; None where it did not, or the file does not say.
         problems: what is wrong, the worst first.
         folded: its channels were scaled, and adapters have to be, too; see `folding`.
@@ -201,10 +196,7 @@ class Inspection:
     header_marks: int
     header_version: str | None
     tensor_marks: int
-    legacy_marker: str | None
-    legacy_marker_elements: int | None
-    further_markers: tuple[str, ...]
-    quantization_config: str | None
+    legacy_markers: Mapping[str, int]
     made: Made | None
     problems: tuple[Problem, ...]
     folded: bool = False
@@ -319,7 +311,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     }
     for name, detail in misshapen(table.tensor_shapes(checkpoint), alone, tiles):
         survey.report("misshapen", name, detail)
-    marks, marker = table.marks, table.marks.legacy.marker
+    marks = table.marks
+    markers = sorted(marks.legacy.markers.values(), key=lambda info: info is not marks.legacy.marker)
     for word in names.unread_words(table.prefix, checkpoint.tensors):
         survey.report("wrapped", next(name for name in checkpoint.tensors if word in name), word)
     parts = [] if found.encoder else [names.other_part(name) for name in checkpoint.tensors if not table.owns(name)]
@@ -339,10 +332,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         header_marks=len(marks.header.configs),
         header_version=version if isinstance(version := marks.header.fields.get("format_version"), str) else None,
         tensor_marks=len(marks.tensor.found),
-        legacy_marker=None if marker is None else marker.name,
-        legacy_marker_elements=None if marker is None else marker.elements,
-        further_markers=tuple(other.name for other in marks.legacy.markers.values() if other is not marker),
-        quantization_config=_config_beside(checkpoint.path),
+        legacy_markers={info.name: info.elements for info in markers},
         made=made,
         problems=tuple(survey.found[kind] for kind in KINDS if kind in survey.found),
         folded=names.FOLDING_KEY in checkpoint.metadata,
@@ -642,22 +632,6 @@ def _input_state(scale: float | None, grid: Grid = DEFAULT_GRID) -> InputState:
         return "one"
     as_fp8 = scale * (grid.max / DEFAULT_GRID.max)
     return "calibrated" if LEAST_INPUT_SCALE <= as_fp8 <= LARGEST_INPUT_SCALE else "suspicious"
-
-
-def _config_beside(path: Path) -> str | None:
-    """The quantization method that a diffusers config.json in the same folder names."""
-    config = path.with_name("config.json")
-    try:
-        if not config.is_file() or config.stat().st_size > _NO_CONFIG_BEYOND_BYTES:
-            return None
-        content = parse_json(config.read_bytes())
-    except (OSError, JSONError):  # a remark of a neighbour; the checkpoint does not need it
-        return None
-    quantization = content.get("quantization_config") if isinstance(content, dict) else None
-    if not isinstance(quantization, dict):
-        return None
-    words = (quantization.get(key) for key in ("quant_method", "quant_type", "quant_algo", "fmt"))
-    return " ".join(word for word in words if isinstance(word, str)) or "unnamed"
 
 
 def _of_kinds(found: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:

@@ -215,14 +215,8 @@ def _marks(found: Inspection) -> str:
         marks.append(f"header{version} ({plural(found.header_marks, 'layer')})")
     if found.tensor_marks:
         marks.append(f"comfy_quant tensors ({found.tensor_marks:,})")
-    if found.legacy_marker is not None:
-        assert found.legacy_marker_elements is not None
-        marks.append(f"legacy marker {found.legacy_marker} ({plural(found.legacy_marker_elements, 'element')})")
-    marks += [f"legacy marker {name}" for name in found.further_markers]
-    text = " and ".join(marks) or "nothing"
-    if found.quantization_config is not None:
-        text += f"; config.json beside it has a quantization_config ({found.quantization_config})"
-    return text
+    marks += [f"legacy marker {name} ({plural(count, 'element')})" for name, count in found.legacy_markers.items()]
+    return " and ".join(marks) or "nothing"
 
 
 def _input_scales(found: Inspection) -> str:
