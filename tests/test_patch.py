@@ -163,21 +163,6 @@ def test_shards_are_rewritten_as_shards_or_as_one_file(tmp_path, save_shards, bu
     assert contents(tmp_path / "one.safetensors")["y.input_scale"][2] == np.float32(0.125).tobytes()
 
 
-def test_a_rewrite_onto_the_input_is_refused_through_every_link(tmp_path, save, save_shards, build):
-    tensors, _ = build.quantized(["x"], "tensor")
-    source = save("in.safetensors", tensors)
-    (tmp_path / "symlink.safetensors").symlink_to(source)
-    (tmp_path / "hardlink.safetensors").hardlink_to(source)
-    for name in ("in", "symlink", "hardlink"):
-        output = tmp_path / f"{name}.safetensors"
-        assert refused(rewritten, source, output, {"x": SCALE}) == (
-            f"{output}: the output is the same file as the input {source} (name another output, or add --in-place)"
-        )
-    index = save_shards("m", [tensors])
-    for name in ("m.safetensors.index.json", "m-00001-of-00001.safetensors"):
-        assert "the output is the same file" in refused(rewritten, index, tmp_path / name, {"x": SCALE})
-
-
 # what cannot be planned
 
 
@@ -307,19 +292,6 @@ def test_a_marker_that_no_layer_heeds_is_not_noted(save, build):
 
 
 # in place
-
-
-def test_in_place_changes_the_bytes_of_the_scales_and_no_other(converted):
-    names = [f"blocks.{i}.x" for i in range(3)]
-    before = converted.read_bytes()
-    assert in_place(converted, {name: LayerChange(0.3 + i) for i, name in enumerate(names[:2])}) == 2
-    after = converted.read_bytes()
-    changed = differing(before, after)
-    assert changed
-    assert changed <= places(converted, *(f"{name}.input_scale" for name in names[:2]))
-    for i, name in enumerate(names[:2]):
-        assert contents(converted)[f"{name}.input_scale"][2] == np.float32(0.3 + i).tobytes()
-    assert listing(converted.parent) == [converted.name]
 
 
 def test_in_place_changes_marks_where_they_have_room_and_provenance_too(converted):

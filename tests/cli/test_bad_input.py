@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import resource
-import shutil
-import signal
 import struct
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,16 +77,9 @@ class Bomb:
 
 
 UNREADABLE: dict[str, tuple[str, Callable[[bytes], bytes] | None]] = {
-    "missing": ("none.safetensors", None),
     "a folder": (".", None),
-    "empty": ("a.safetensors", lambda _: b""),
-    "of another format": ("a.safetensors", lambda _: b"GGUF" + bytes(1000)),
-    "a tenth": ("a.safetensors", lambda whole: whole[: len(whole) // 10]),
-    "half": ("a.safetensors", lambda whole: whole[: len(whole) // 2]),
     "without its end": ("a.safetensors", lambda whole: whole[:-1]),
-    "a header length that lies": ("a.safetensors", lambda whole: struct.pack("<Q", 1 << 60) + whole[8:]),
     "ckpt": ("a.ckpt", lambda _: pickle.dumps(Bomb())),
-    "pt": ("a.pt", lambda _: pickle.dumps(Bomb())),
     "a pickle by another name": ("a.safetensors", lambda _: pickle.dumps(Bomb())),
 }
 
@@ -128,19 +116,10 @@ def test_nan_in_a_weight_to_be_converted(refused: Any, save: Save, flux_tensors:
     [
         (lambda tensors: tensors["blocks.1.weight"][1].__setitem__((2, 3), 0xFF),
          "blocks.1.weight: the weight has NaN or infinite values"),
-        *((lambda tensors, value=value: tensors.update({"blocks.0.weight_scale": np.float32(value)}),
-           f"blocks.0.weight_scale: scales should be finite and not negative, found {value}")
-          for value in (np.nan, np.inf, -1.0)),
         (lambda tensors: tensors.pop("blocks.1.weight_scale"),
          "blocks.1: marked as float8_e4m3fn, but there is no .weight_scale (convert it again)"),
-        (lambda tensors: tensors.update({"blocks.0.weight_scale": np.ones(5, np.float32)}),
-         "blocks.0.weight_scale: a weight scale of shape [5] fits no rule for a weight of shape [16, 32]; expected one "
-         "value, one per row, or one per block"),
-        (lambda tensors: tensors.update({"blocks.0.comfy_quant": np.frombuffer(b"{oops", np.uint8)}),
-         "blocks.0.comfy_quant: not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)),"
-         " found b'{oops'"),
     ],
-    ids=["a weight of NaN", "a scale of NaN", "of infinity", "of -1", "no scale", "a strange scale", "a strange mark"],
+    ids=["a weight of NaN", "no scale"],
 )  # fmt: skip
 def test_a_damaged_fp8_file(refused: Any, fp8: Any, change: Any, message: str) -> None:
     fp8(change)
@@ -229,26 +208,6 @@ class TestOutputsThatCannotBe:
         refused(message, "-i", source, "-o", "none/out.safetensors", *words)
         refused(".: cannot be written: it is a folder", "-i", source, "-o", ".", *words)
 
-    def test_no_permission(self, ctq: Command, source: str, words: Any) -> None:
-        with tempfile.TemporaryDirectory() as name:  # root may write anywhere, so root becomes nobody meanwhile
-            folder = Path(name)
-            folder.chmod(0o755)
-            readable = shutil.copy(source, folder / "in.safetensors")
-            assert ctq("-i", readable, "-o", folder / "made.safetensors", *words).code == 0, "all is imported now"
-            locked = folder / "locked"
-            locked.mkdir(mode=0o555)
-            output = locked / "out.safetensors"
-            user = os.geteuid()
-            if user == 0:
-                os.seteuid(65534)
-            try:
-                outcome = ctq("-i", readable, "-o", output, "-q", *words)
-            finally:
-                os.seteuid(user)
-            assert outcome.err == f"error: {output}: cannot be written: no permission to write there\n"
-            assert outcome.code == 1
-            assert not list(locked.iterdir())
-
     @pytest.mark.parametrize("link", ["itself", "symbolic link", "hard link", "another spelling"])
     def test_the_input(self, refused: Any, source: str, words: Any, link: str) -> None:
         output = {"itself": source, "another spelling": f"../{Path.cwd().name}/{source}"}.get(link, "link.safetensors")
@@ -274,22 +233,6 @@ def test_a_shard_of_the_input_is_no_output_and_that_is_seen_before_the_work(
     monkeypatch.setattr(convert, "calibrate", None)
     words = ("-i", index, *LAYER, *(("-o", "out.safetensors.index.json") if flag == "--json" else ()), flag, shard)
     refused(f"{shard}: the output is the same file as the input {shard} ({hint})", *words)
-
-
-def test_a_full_disk(ctq: Command, folder: Folder, flux_file: Path) -> None:
-    """A limit on file sizes stands in for it: the write fails half-way."""
-    before = folder()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        outcome = ctq("-i", flux_file, "-o", "out.safetensors", *LAYER)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert outcome.code == 1
-    assert outcome.err.endswith("out.safetensors: cannot be written: the file system allows no file that large\n")
-    assert folder() == before
 
 
 def test_reports_that_cannot_be(refused: Any, fp8: Any) -> None:
@@ -353,15 +296,10 @@ def test_an_adapter_as_output_and_one_of_no_strength(refused: Any, fp8: Any, sav
     ("words", "message"),
     [
         ("--actcal-samples 0", "samples should be at least 1, found 0"),
-        ("--actcal-samples -3", "samples should be at least 1, found -3"),
-        ("--actcal-percentile 0", "a percentile should be above 0 and at most 100, found 0.0"),
         ("--actcal-percentile 100.01", "a percentile should be above 0 and at most 100, found 100.01"),
-        ("--actcal-percentile nan", "a percentile should be above 0 and at most 100, found nan"),
         ("--actcal-margin 0.9", "a margin should be at least 1, found 0.9 (below 1 clips what was seen)"),
-        ("--actcal-margin nan", "a margin should be at least 1, found nan (below 1 clips what was seen)"),
         ("--actcal-seed -1", "a seed should not be negative, found -1"),
         ("--actcal-device gpu", "unknown device 'gpu' (cpu, cuda, cuda:0 or xpu)"),
-        ("--actcal-device cuda:x", "unknown device 'cuda:x' (cpu, cuda, cuda:0 or xpu)"),
         ("--actcal-device mps", "device 'mps' cannot be used: it has no float64, in which statistics are kept (cpu, "
          "cuda, cuda:0 or xpu)"),
     ],

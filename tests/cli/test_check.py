@@ -267,27 +267,6 @@ def test_embeddings_of_several_lengths_are_not_kept_in_one_file(
     assert "one file cannot hold embeddings of 2 different lengths" in outcome.err
 
 
-@pytest.mark.parametrize("name", ["NoSuchPipeline", "AutoencoderKL", "DiffusionPipeline", 5])
-def test_a_folder_of_no_pipeline_is_refused(
-    ctq: Any, flux_file: Path, fp8_file: Path, prompts: Path, tmp_path: Path, *, name: Any
-) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
-    outcome = ctq("check", flux_file, fp8_file, "--pipeline", tmp_path, "--prompts", prompts)
-    assert (outcome.code, outcome.out) == (1, "")
-    assert f"error: {tmp_path}: diffusers cannot load it: " in outcome.err
-
-
-def test_embeddings_replace_no_input(ctq: Any, flux_file: Path, fp8_file: Path, pipeline: Path, prompts: Path) -> None:
-    words = ("check", flux_file, fp8_file, "--pipeline", pipeline, "--prompts", prompts, "--save-conditioning")
-    for path in (flux_file, fp8_file, prompts):
-        before = path.read_bytes()
-        outcome = ctq(*words, path)
-        assert (outcome.code, path.read_bytes()) == (1, before)
-        assert "are the same file" in outcome.err
-    outcome = ctq(*words, flux_file.parent / "none" / "kept.safetensors")
-    assert (outcome.code, "does not exist" in outcome.err) == (1, True)
-
-
 def test_another_model_is_refused(ctq: Any, flux_file: Path, flux_tensors: Any, save: Any) -> None:
     tensors = flux_tensors()
     dtype, weight = tensors["txt_in.weight"]

@@ -111,23 +111,6 @@ def test_requantize_says_that_it_rounds_twice_and_keeps_what_was_measured(ctq: C
         assert checkpoint.float32("blocks.1.a.input_scale") == 0.5
 
 
-def test_a_full_disk_leaves_nothing(ctq: Command, files: Path, folder: Folder) -> None:
-    """A limit on file sizes stands in for it: the write fails half-way."""
-    import resource
-
-    before = folder()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
-    try:
-        outcome = ctq("dequantize", "fp8.safetensors", *OUT)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (outcome.code, outcome.err) == (
-        1, "error: out.safetensors: cannot be written: the file system allows no file that large\n",
-    )  # fmt: skip
-    assert folder() == before
-
-
 def test_a_requantized_file_is_calibrated_in_the_same_breath(ctq: Command, flux_file: Path, flux: Any) -> None:
     int8, output = flux_file.with_name("int8.safetensors"), flux_file.with_name("fp8.safetensors")
     assert ctq("-i", flux_file, "-o", int8, "--format", "int8").code == 0
