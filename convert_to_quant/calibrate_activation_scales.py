@@ -315,19 +315,17 @@ def _left_alone(table: LayerTable) -> list[str]:
     foreign = [layer.form for name, layer in table.foreign.items() if table.owns(name)]
     if foreign:
         notes.append(f"left alone: {plural(len(foreign), 'layer')} in {', '.join(sorted(set(foreign)))}")
-    beside = [layer for layer in table.quantized.values() if layer.static and not table.owns(layer.name)]
-    if beside:
-        words = plural(len(beside), f"{named(beside)} layer")
-        notes.append(f"left alone: {words} beside the diffusion model, whose input scales nothing reads")
-    others = [layer for layer in table.diffusion.values() if not layer.static]
-    factored = [layer for layer in others if names.PRE_QUANT_SCALE in layer.parts]
-    for layers, why in (
-        ([layer for layer in others if layer not in factored], "whose inputs readers scale as they come"),
-        (factored, "whose inputs readers multiply by pre_quant_scale first"),
-    ):
-        if layers:
-            notes.append(f"left alone: {plural(len(layers), f'{named(layers)} layer')}, {why}")
-    return notes
+    alone: dict[str, list[Layer]] = {}
+    for layer in table.quantized.values():
+        if layer.static and not table.owns(layer.name):
+            alone.setdefault(" beside the diffusion model, whose input scales nothing reads", []).append(layer)
+        elif not layer.static and table.owns(layer.name):
+            factored = names.PRE_QUANT_SCALE in layer.parts
+            how = "multiply by pre_quant_scale first" if factored else "scale as they come"
+            alone.setdefault(f", whose inputs readers {how}", []).append(layer)
+    return notes + [
+        f"left alone: {plural(len(layers), f'{named(layers)} layer')}{why}" for why, layers in alone.items()
+    ]
 
 
 def refuse_unrunnable(

@@ -252,13 +252,7 @@ def velocity_fidelity(
     latents = check_latents(reference, geometry, prompts, seed) if prompts else torch.empty(0)
     scene = Scene(latents, conditioning, geometry, negative, batch)
     return scenes_fidelity(
-        reference,
-        quantized,
-        [scene],
-        guidance=guidance,
-        steps=steps,
-        layer_errors=layer_errors,
-        progress=progress,
+        reference, quantized, [scene], guidance=guidance, steps=steps, layer_errors=layer_errors, progress=progress
     )
 
 

@@ -359,22 +359,21 @@ def _write_all(fds: list[int], edits: Iterable[Edit]) -> None:
 def _locked(paths: Sequence[Path]) -> Iterator[list[int]]:
     """Open files for reading and writing, with nobody else changing them meanwhile."""
     fds: list[int] = []
+    at = paths[0]
     with contextlib.ExitStack() as stack:
-        for path in paths:
-            try:
-                fds.append(os.open(path, os.O_RDWR | OPEN_FLAGS))
+        try:
+            for at in paths:
+                fds.append(os.open(at, os.O_RDWR | OPEN_FLAGS))
                 stack.callback(close, fds[-1])
                 lock(fds[-1])
-            except FileNotFoundError:
-                raise CheckpointError("no such file", path=path) from None
-            except BlockingIOError:
-                raise OutputError("another process is changing this file", path=path, hint="wait for it") from None
-            except OSError as error:
-                raise OutputError(f"cannot be changed in place: {error.strerror}", path=path) from None
-        try:
+            at = paths[0]
             yield fds
+        except FileNotFoundError:
+            raise CheckpointError("no such file", path=at) from None
+        except BlockingIOError:
+            raise OutputError("another process is changing this file", path=at, hint="wait for it") from None
         except OSError as error:
-            raise OutputError(f"cannot be changed in place: {error.strerror}", path=paths[0]) from None
+            raise OutputError(f"cannot be changed in place: {error.strerror}", path=at) from None
 
 
 def check_in_place(checkpoint: Checkpoint, output: Path | None) -> None:

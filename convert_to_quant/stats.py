@@ -322,10 +322,7 @@ class Statistics:
         return self.take(matching).replace(left_out=tuple(sorted({*self.left_out, *rest})))
 
     def save(
-        self,
-        path: StrPath,
-        metadata: Mapping[str, str] | None = None,
-        further: Mapping[str, Entry] | None = None,
+        self, path: StrPath, metadata: Mapping[str, str] | None = None, further: Mapping[str, Entry] | None = None
     ) -> None:
         """Write everything into one safetensors file, whole or not at all, in place of an older one.
 

@@ -562,8 +562,7 @@ def test_full_precision_uses_no_input_scale(look):
 
 
 @pytest.mark.parametrize(
-    ("form", "shape", "block", "scaling"),
-    [("rowwise", (16,), (1, 32), "row"), ("blockwise", (2, 2), (8, 16), "block")],
+    ("form", "shape", "block", "scaling"), [("rowwise", (16,), (1, 32), "row"), ("blockwise", (2, 2), (8, 16), "block")]
 )
 def test_row_and_block_formats_scale_inputs_themselves(look, build, form, shape, block, scaling):
     mark = build.mark(format=f"float8_e4m3fn_{form}", block_size=[8, 16])

@@ -26,14 +26,7 @@ from convert_to_quant.layers import find_layers
 from convert_to_quant.marks import tensor_bytes
 from convert_to_quant.names import PROVENANCE_KEY
 from convert_to_quant.options import ConvertOptions
-from convert_to_quant.patch import (
-    LayerChange,
-    apply_in_place,
-    check_in_place,
-    plan_patch,
-    recover,
-    rewrite,
-)
+from convert_to_quant.patch import LayerChange, apply_in_place, check_in_place, plan_patch, recover, rewrite
 
 SCALE = LayerChange(input_scale=0.125)
 FULL = LayerChange(full_precision=True)

@@ -15,15 +15,7 @@ from convert_to_quant.errors import CalibrationError
 from convert_to_quant.formats.fp8 import E5M2
 from convert_to_quant.kernels import BINS, NONFINITE_BIN
 from convert_to_quant.options import SolveOptions
-from convert_to_quant.solve import (
-    LayerResult,
-    Present,
-    _spend_budget,
-    expected_errors,
-    final_scale,
-    lost_rows,
-    solve,
-)
+from convert_to_quant.solve import LayerResult, Present, _spend_budget, expected_errors, final_scale, lost_rows, solve
 from convert_to_quant.stats import BIN_EDGES, Statistics
 
 SHAPE = (16, 32)

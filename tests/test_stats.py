@@ -199,10 +199,7 @@ def test_nonfinite_and_one_row_layers_are_told() -> None:
 
 
 @settings(deadline=None)
-@given(
-    values=hnp.arrays(np.float32, st.integers(1, 80), elements=st.floats(0, 2.0**100, width=32)),
-    q=st.floats(0, 1),
-)
+@given(values=hnp.arrays(np.float32, st.integers(1, 80), elements=st.floats(0, 2.0**100, width=32)), q=st.floats(0, 1))
 def test_a_quantile_lies_in_the_bin_of_the_values_own(values: NDArray[np.float32], q: float) -> None:
     found = of_values(values).quantiles(q)[0]
     rank = max(int(np.ceil(Fraction(q) * len(values))), 1)

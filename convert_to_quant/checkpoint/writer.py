@@ -502,10 +502,7 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self,
-        files: Sequence[tuple[Path, Mapping[str, Spec]]],
-        metadata: Mapping[str, str],
-        index: Path | None = None,
+        self, files: Sequence[tuple[Path, Mapping[str, Spec]]], metadata: Mapping[str, str], index: Path | None = None
     ) -> None:
         self._index = index
         self._files: list[_OutputFile] = []

@@ -124,9 +124,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def measure(
-    args: argparse.Namespace,
-    default: Sequence[Prompts] = (),
-    finished: Callable[[Tensor, Tensor], None] | None = None,
+    args: argparse.Namespace, default: Sequence[Prompts] = (), finished: Callable[[Tensor, Tensor], None] | None = None
 ) -> Fidelity:
     """Run both models.
 

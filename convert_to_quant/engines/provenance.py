@@ -75,9 +75,7 @@ def trace(converter: Converter, shapes: Shapes, fused: Iterable[Fused] = ()) -> 
     try:
         converted = converter(fed)
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
-        raise UnsupportedModelError(
-            f"diffusers' converter cannot read it: {type(error).__name__}: {error}",
-        ) from error
+        raise UnsupportedModelError(f"diffusers' converter cannot read it: {type(error).__name__}: {error}") from error
 
     pieces = {name: tuple(_pieces(name, values, tensor_names, boundaries)) for name, values in converted.items()}
     used = {piece.tensor for parts in pieces.values() for piece in parts}

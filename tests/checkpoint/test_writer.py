@@ -387,16 +387,8 @@ def test_the_next_write_removes_what_a_killed_one_left_and_nothing_else(tmp_path
 
 
 LACKING = {
-    "rename": (
-        "replace",
-        errno.ENOSYS,
-        "its file system cannot rename or write at a position; use another",
-    ),
-    "positions": (
-        "pwrite",
-        errno.EOPNOTSUPP,
-        "its file system cannot rename or write at a position; use another",
-    ),
+    "rename": ("replace", errno.ENOSYS, "its file system cannot rename or write at a position; use another"),
+    "positions": ("pwrite", errno.EOPNOTSUPP, "its file system cannot rename or write at a position; use another"),
     "removing": ("unlink", errno.EPERM, "Operation not permitted"),
     "permission": ("open", errno.EACCES, "no permission to write there"),
 }

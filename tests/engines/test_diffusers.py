@@ -237,10 +237,7 @@ def test_infinite_inputs_name_the_layer(reference_flux: Any, save_model: Any) ->
     [
         (lambda s: s.pop("single_blocks.1.linear2.bias"), "KeyError: 'single_blocks.1.linear2.bias'"),
         (lambda s: s.update({"extra.weight": torch.ones(4, 4)}), "extra.weight: diffusers' converter has no place"),
-        (
-            lambda s: s.update({"double_blocks.0.img_mlp.0.weight": torch.ones(64, 32)}),
-            "shape [128, 32] was expected",
-        ),
+        (lambda s: s.update({"double_blocks.0.img_mlp.0.weight": torch.ones(64, 32)}), "shape [128, 32] was expected"),
     ],
 )
 def test_a_layout_that_diffusers_does_not_know_gives_a_reason(

@@ -21,11 +21,7 @@ from convert_to_quant.families.running import Fused
             {"q": [("a", 0, 4)], "k": [("a", 4, 8)]},
         ),
         (lambda t: {"a": t["a"].roll(3)}, {"a": (6,)}, {"a": [("a", 3, 6), ("a", 0, 3)]}),
-        (
-            lambda t: {"ab": torch.cat([t["a"], t["b"]])},
-            {"a": (2, 4), "b": (3, 4)},
-            {"ab": [("a", 0, 2), ("b", 0, 3)]},
-        ),
+        (lambda t: {"ab": torch.cat([t["a"], t["b"]])}, {"a": (2, 4), "b": (3, 4)}, {"ab": [("a", 0, 2), ("b", 0, 3)]}),
         (
             lambda t: {"a": torch.cat([t["a"][:300], t["a"][400:]]), "b": t["b"].flip(0)},
             {"a": (600, 2), "b": (3,)},
