@@ -53,7 +53,6 @@ def factors(*roles: tuple[str, tuple[int, ...]]) -> dict[str, NDArray[np.float32
     return {f"{LAYER}.{role}": normal(*shape, seed=number) for number, (role, shape) in enumerate(roles)}
 
 
-W1_A, W1_B, W2_A, W2_B = (f"hada_w{part}" for part in ("1_a", "1_b", "2_a", "2_b"))
 SHAPES: dict[str, tuple[int, ...]] = {
     "lora_down.weight": (RANK, IN), "lora_up.weight": (OUT, RANK), "lora_mid.weight": (RANK, RANK, 1, 1),
     "hada_w1_a": (OUT, RANK), "hada_w1_b": (RANK, IN), "hada_w2_a": (OUT, RANK), "hada_w2_b": (RANK, IN),

@@ -72,8 +72,6 @@ Z_IMAGE: Layers = {"layers.3.attention.qkv": (3 * H, H), "context_refiner.0.atte
 LUMINA: Layers = {"layers.3.attention.qkv": (H + 2 * (H // 4), H)}
 HUNYUAN: Layers = {"double_blocks.0.img_attn.qkv": (3 * H, H), "double_blocks.0.txt_mlp.0": (4 * H, H)}
 HUNYUAN_AUTHORS: Layers = {"double_blocks.0.img_attn_qkv": (3 * H, H), "double_blocks.0.txt_mlp.fc1": (4 * H, H)}
-CHROMA: Layers = {"distilled_guidance_layer.layers.0.in_layer": (H, H)}
-LTX: Layers = {"adaln_single.linear": (6 * H, H), "transformer_blocks.0.attn1.to_q": (H, H)}
 SDXL: Layers = {"input_blocks.4.1.transformer_blocks.0.attn1.to_out.0": (H, H)}
 
 
@@ -123,7 +121,7 @@ QKV, LINEAR1 = "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"
 
 TXT_QKV, LINEAR11 = "double_blocks.0.txt_attn.qkv", "single_blocks.11.linear1"
 SD3_TEXT, LUMINA_QKV = "joint_blocks.0.context_block.attn.qkv", "layers.3.attention.qkv"
-MLP, OUT, GUIDANCE = "transformer_blocks.0.img_mlp.net.0.proj", "context_refiner.0.attention.out", next(iter(CHROMA))
+MLP = "transformer_blocks.0.img_mlp.net.0.proj"
 
 # (who writes it, the name in the file, layers of the checkpoint, the layer it means, the rows); what diffusers calls
 # every layer, and all prefixes, are tested in test_names.py.

@@ -161,11 +161,6 @@ def test_other_layers_are_not_resumed(unfinished: Path) -> None:
         Session(unfinished, MADE_WITH, resume=True).run(recording, [])
 
 
-def test_an_unfinished_run_is_not_overwritten_by_accident(unfinished: Path) -> None:
-    with pytest.raises(OutputError, match=r"an unfinished run is there .*--resume goes on"):
-        Session(unfinished)
-
-
 def test_an_unfinished_run_of_several_processes_is_recognized(tmp_path: Path) -> None:
     (tmp_path / "s.safetensors.partial-0-of-2").touch()
     for resume in (False, True):
