@@ -18,7 +18,7 @@ from convert_to_quant.checkpoint.positioned import OPEN_FLAGS, pread, pwrite
 @pytest.fixture(params=["pread and pwrite", "neither, as on Windows"])
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param.startswith("neither"):
-        for name in ("pread", "pwrite", "O_TMPFILE", "copy_file_range", "fchmod", "statvfs"):
+        for name in ("pread", "pwrite", "O_TMPFILE", "copy_file_range", "fchmod"):
             monkeypatch.delattr(os, name, raising=False)
 
 
