@@ -328,6 +328,20 @@ def _left_alone(table: LayerTable) -> list[str]:
     ]
 
 
+def unrunnable(checkpoint: Checkpoint, table: LayerTable | None = None) -> str | None:
+    """Why diffusers' classes cannot run a model here; None where they can. No weight is read."""
+    # They are large, so some installations leave them out.
+    missing = next((name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None), None)
+    if missing is not None:
+        return f"{missing} is not installed"
+    from .engines import diffusers
+
+    try:  # it loads what runs this family
+        return diffusers.supports(checkpoint, table)
+    except ImportError as error:
+        return f"diffusers cannot be imported here: {' '.join(str(error).split())}"
+
+
 def refuse_unrunnable(
     checkpoint: Checkpoint, table: LayerTable | None = None, undone: str = "calibrated", hint: str = INSTEAD
 ) -> None:
@@ -342,17 +356,7 @@ def refuse_unrunnable(
     Raises:
         UnsupportedModelError: why, and what to do instead.
     """
-    # They are large, so some installations leave them out.
-    missing = next((name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None), None)
-    if missing is not None:
-        reason: str | None = f"{missing} is not installed"
-    else:
-        from .engines import diffusers
-
-        try:  # it loads what runs this family
-            reason = diffusers.supports(checkpoint, table)
-        except ImportError as error:
-            reason = f"diffusers cannot be imported here: {' '.join(str(error).split())}"
+    reason = unrunnable(checkpoint, table)
     if reason is not None:
         raise UnsupportedModelError(
             f"the model cannot be run, so nothing was {undone}: {reason}", path=checkpoint.path, hint=hint

@@ -93,7 +93,7 @@ def free_scale(
     if least < 1:
         scales = np.append(scales, 1.0)
     sizes, shares = _sizes(channel_absmax_I, column_energies_I, row_histogram)
-    errors = np.array([float(shares @ _relative_error(grid, sizes - np.log2(scale))) for scale in scales])
+    errors = np.array([float(shares @ np.interp(sizes - np.log2(scale), *_error_table(grid))) for scale in scales])
     return float(scales[errors <= errors.min() * 10 ** (TOLERANCE_DB / 10)].max())
 
 
@@ -125,14 +125,9 @@ def _log2_histogram(values: Float, weights: Float) -> tuple[int, Float]:
     return int(bins.min()), np.bincount(bins - bins.min(), weights) / weights.sum()
 
 
-def _relative_error(grid: Grid, log2_deviation: Float) -> Float:
-    """ρ: the relative squared error of normal numbers of a given standard deviation at scale 1; see `_error_table`."""
-    return np.interp(log2_deviation, *_error_table(grid))
-
-
 @cache
 def _error_table(grid: Grid) -> tuple[Float, Float]:
-    """log2 of standard deviations, and the relative squared error of normal numbers of each; exact to about 1 %."""
+    """log2 of standard deviations, and ρ of each at scale 1; exact to about 1 %."""
     normal = NormalDist()
     unit = np.array([normal.inv_cdf(0.5 + (number + 0.5) / 4000) for number in range(2000)])
     low, high = np.log2(grid.smallest_step) - 6, np.log2(grid.max)

@@ -40,7 +40,7 @@ from .checkpoint.undo import (
     undo_path,
     undo_record,
 )
-from .errors import CheckpointError, OptionError, OutputError, TensorError
+from .errors import CheckpointError, OutputError, TensorError
 from .layers import Layer, LayerTable
 from .layout import Source, lay_out, write
 from .marks import Config, disables_fp8, with_full_precision
@@ -374,13 +374,3 @@ def _locked(paths: Sequence[Path]) -> Iterator[list[int]]:
             raise OutputError("another process is changing this file", path=at, hint="wait for it") from None
         except OSError as error:
             raise OutputError(f"cannot be changed in place: {error.strerror}", path=at) from None
-
-
-def check_in_place(checkpoint: Checkpoint, output: Path | None) -> None:
-    """Refuse options that contradict in-place work.
-
-    Raises:
-        OptionError: an output was named that is not the input.
-    """
-    if output is not None and os.path.realpath(output) != os.path.realpath(checkpoint.path):
-        raise OptionError(f"--in-place changes {checkpoint.path}; leave -o out, or drop --in-place to write {output}")

@@ -235,15 +235,10 @@ def test_layers_of_shards_are_found_and_named_in_errors_by_their_shard(save_shar
 
 BAD_MARKS = {
     "not JSON": (b"{format", "x.comfy_quant: not JSON (Expecting property name"),
-    "not UTF-8": (b'{"format": "\xff\xfe"}', "x.comfy_quant: not JSON ('utf-8' codec can't decode byte 0xff"),
-    "nested too deeply": (b"[" * 100_000, "x.comfy_quant: not JSON (nested deeper than 64 levels), found b'[[[["),
     "empty": (b"", "x.comfy_quant: it is empty"),
     "zeros": (bytes(64), "x.comfy_quant: all of its 64 bytes are 0"),
     "a list": (b"[1]", "x.comfy_quant: should be a JSON object, found b'[1]'"),
-    "a string": (b'"float8_e4m3fn"', "x.comfy_quant: should be a JSON object, found b'\"float8_e4m3fn\"'"),
-    "null": (b"null", "x.comfy_quant: should be a JSON object, found b'null'"),
     "without a format": (b'{"a": 1}', 'x: its mark names no format: {"a": 1}'),
-    "a format that is a number": (b'{"format": 8}', 'x: its mark names no format: {"format": 8}'),
     "the other FP8 format": (
         b'{"format": "float8_e5m2"}', "x.weight: marked as float8_e5m2, but stored as F8_E4M3"),
 }  # fmt: skip
@@ -258,10 +253,7 @@ def test_a_bad_comfy_quant_is_refused_by_name(save, build, content, message):
 
 BAD_HEADERS = {
     "not JSON": ("{", "not JSON (Expecting property name"),
-    "nested too deeply": ("[" * 100_000, "not JSON ("),
     "a list": ("[]", '"layers" should map layer names to objects'),
-    "without layers": ("{}", '"layers" should map layer names to objects'),
-    "layers that are a list": ('{"layers": ["x"]}', '"layers" should map layer names to objects'),
     "layers of strings": ('{"layers": {"x": "float8_e4m3fn"}}', '"layers" should map layer names to objects'),
 }
 

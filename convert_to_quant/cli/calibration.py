@@ -13,7 +13,7 @@ from ..errors import OptionError
 from ..options import CalibrationOptions, add_options
 from ..telling import plural
 from .output import decibels, note, print_table, progress_bar, say, write_json, wrote
-from .shared import check_shards
+from .shared import check_shards, is_one_file
 from .terminal import Styled
 
 if TYPE_CHECKING:
@@ -87,11 +87,10 @@ def check_target(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         OutputError: an output is one of its shards.
         OptionError: in place, and yet another output was named.
     """
-    from ..patch import check_in_place
-
     check_shards(checkpoint, args)
-    if args.in_place:
-        check_in_place(checkpoint, None if args.output is None else Path(args.output))
+    if args.in_place and args.output is not None and not is_one_file(Path(args.output), checkpoint.path):
+        path = checkpoint.path
+        raise OptionError(f"--in-place changes {path}; leave -o out, or drop --in-place to write {args.output}")
 
 
 def loras_of(args: argparse.Namespace) -> AbstractContextManager[list[Lora]]:

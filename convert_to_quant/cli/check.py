@@ -243,19 +243,18 @@ def shown(reference: Denoiser, given: Sequence[Prompts], args: argparse.Namespac
 
     empty = [[name for name in one.tensors if name.startswith(NEGATIVE)] for one in given]
     positive = [fitted(one, one.tensors.keys() - names) for one, names in zip(given, empty, strict=True)]
-    prompts = sum(one.count for one in positive)
-    count = args.samples or prompts
+    turns = [(number, row) for number, one in enumerate(positive) for row in range(one.count)]
+    count = args.samples or len(turns)
     latents = check_latents(reference, geometry, count, args.seed)
-    scenes, start = [], 0
-    for own, one, names in zip(positive, given, empty, strict=True):
-        numbers = [number for number in range(count) if start <= number % prompts < start + own.count]
-        rows = [number % prompts - start for number in numbers]
+    scenes = []
+    for place, (own, one, names) in enumerate(zip(positive, given, empty, strict=True)):
+        numbers = [number for number in range(count) if turns[number % len(turns)][0] == place]
         if names:
             negative = {name: value[:1] for name, value in fitted(one, names, NEGATIVE).tensors.items()}
         else:
             negative = noise.conditioning(reference.signals(own.geometry), noise.SILENT, args.seed, 0)
-        start += own.count
         if numbers:
+            rows = [turns[number % len(turns)][1] for number in numbers]
             conditioning = {name: value[rows] for name, value in own.tensors.items()}
             batch = max(BATCH_TOKENS // own.geometry.tokens, 1)
             scenes.append(Scene(latents[numbers], conditioning, own.geometry, negative, batch))

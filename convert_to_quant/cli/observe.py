@@ -179,12 +179,9 @@ def engine_of(args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTabl
     """
     if args.engine != "auto":
         return str(args.engine)
-    from importlib.util import find_spec
+    from ..calibrate_activation_scales import unrunnable
 
-    from ..engines import diffusers
-
-    missing = find_spec("diffusers") is None
-    reason = "diffusers is not installed" if missing else diffusers.supports(checkpoint, table)
+    reason = unrunnable(checkpoint, table)
     if reason is None or args.conditioning != NOISE:
         return "diffusers"
     if args.comfyui_dir or os.environ.get(COMFYUI_VARIABLE):

@@ -6,6 +6,7 @@ They stand in one place so that they mean the same everywhere. A command that is
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -158,7 +159,7 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
         from ..checkpoint import check_output
 
         for name, other, _ in named:
-            if name == flag or (flag == "-o" and name in WRITTEN) or not _same(output, other):
+            if name == flag or (flag == "-o" and name in WRITTEN) or not is_one_file(output, other):
                 continue
             if flag == "-o":
                 calibrates = name in ("-i", "MODEL") and getattr(args, "actcal", hasattr(args, "in_place"))
@@ -197,9 +198,9 @@ def refuse_file(folder: Path) -> None:
         raise OutputError("the folder cannot be made: a file is there", path=folder)
 
 
-def _same(one: Path, other: Path) -> bool:
+def is_one_file(one: Path, other: Path) -> bool:
     """Whether two paths are one file, whatever they are called; neither need exist."""
     try:
-        return one.resolve() == other.resolve() or one.samefile(other)
+        return os.path.realpath(one) == os.path.realpath(other) or one.samefile(other)
     except OSError:  # one of them does not exist, so they are two
         return False

@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors import deserialize as library_reads
@@ -24,7 +24,7 @@ from convert_to_quant.checkpoint.header import (
     serialize_header,
 )
 from convert_to_quant.checkpoint.reader import CheckpointFile
-from convert_to_quant.errors import Error, HeaderError
+from convert_to_quant.errors import HeaderError
 
 PATH = Path("model.safetensors")
 
@@ -47,12 +47,10 @@ U8 = '{"dtype":"U8","shape":[%s],"data_offsets":[%s]}'
 
 CORRUPT = {
     "nothing at all": (b"", "not a safetensors file: only 0 bytes long (download it again)"),
-    "shorter than a length": (b"\x08\0\0", "not a safetensors file: only 3 bytes long"),
     "a text file": (b"just some text, and more", "not a safetensors file: it begins with the text 'just som' (downloads"),
     "neither text nor a length": (b"\x89PNG\r\n\x1a\n", "not a safetensors file: its first 8 bytes announce a header of "),
     "GGUF": (b"GGUF\x03\0\0\0", "not a safetensors file: this is GGUF (take the model's safetensors file"),
     "a web page": (b"<!DOCTYPE html>", "not a safetensors file: this is a web page (download the file again"),
-    "a web page after an empty line": (b"\r\n\r\n<html>", "not a safetensors file: this is a web page"),
     "a Git LFS pointer": (
         b"version https://git-lfs.github.com/spec/v1\n", "this is a Git LFS pointer, which stands for the file (`git lfs"),
     "JSON without a length": (b'{"weight_map": {}}', "not a safetensors file: this is JSON text (an index of shards"),
@@ -61,75 +59,39 @@ CORRUPT = {
         b"\x40\0\0\0\0\0\0\0{}", "truncated: the header should be 64 bytes long, but the file ends after 10 bytes (download"),
     "a length of 2^63": (
         b"\0\0\0\0\0\0\0\x80{}", "announce a header of 9223372036854775808 bytes, and at most 100000000 are allowed"),
-    "a length of 2^64 - 8, which overflows when 8 is added": (
-        b"\xf8" + b"\xff" * 7 + b"{}", "announce a header of 18446744073709551608 bytes"),
-    "a header cut in the middle": (b'\x20\0\0\0\0\0\0\0{"x":{"dtype', "truncated: the header should be 32 bytes long"),
     "a length that only the eight bytes before it make too long": (
         b'\x0c\0\0\0\0\0\0\0{"x":1}   ', "truncated: the header should be 12 bytes long, but the file ends after 18"),
-    "a length of zero before JSON": (b"\0\0\0\0\0\0\0\0{}", "its first 8 bytes are 0, as downloads that"),
-    "a length that ends inside the JSON": (b'\x03\0\0\0\0\0\0\0{"x":1}', "the header is not JSON (Unterminated string"),
-    "a length that ends inside the data": (b"\x04\0\0\0\0\0\0\0{}12", "the header is not JSON (Extra data"),
-    "not UTF-8": (framed(b'{"\xff":1}'), "the header is not JSON ('utf-8' codec can't decode byte 0xff"),
     "not JSON": (framed(b"{it is not}"), "the header is not JSON (Expecting property name"),
     "a JSON list": (framed(b"[1]"), "the header does not begin with '{'"),
     "spaces before the brace": (framed(b"  {}"), "the header does not begin with '{'"),
-    "nested too deeply": (framed(b'{"x":' + b"[" * 100_000), "the header is not JSON ("),
-    "a number of 5,000 digits": (framed(b'{"x":' + b"1" * 5000 + b"}"), "the header is not JSON ("),
-    "half a surrogate pair as a name": (
-        framed(b'{"\\ud800":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}', b"1"), "the header is not JSON (half a surrogate pair in a text)"),
-    "half a surrogate pair in the metadata": (
-        framed(b'{"__metadata__":{"a":"\\udc00"}}'), "the header is not JSON (half a surrogate pair in a text)"),
     "a name twice": (
         framed(b'{"x":{"dtype":"U8","shape":[],"data_offsets":[0,1]},"x":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}', b"1"),
         "the header is not JSON (the key 'x' appears twice in one object)"),
-    "a key of an entry twice": (
-        one('{"dtype":"U8","dtype":"I8","shape":[8],"data_offsets":[0,8]}'), "the header is not JSON (the key 'dtype' appears twice in one object)"),
-    "a metadata key twice": (framed(b'{"__metadata__":{"a":"1","a":"2"}}'), "the header is not JSON (the key 'a' appears twice in one object)"),
     "metadata that is a list": (framed(b'{"__metadata__":[]}'), "__metadata__ must map strings to strings"),
-    "metadata that is false": (framed(b'{"__metadata__":false}'), "__metadata__ must map strings to strings"),
     "metadata of numbers": (framed(b'{"__metadata__":{"a":1}}'), "__metadata__ must map strings to strings"),
-    "metadata of objects": (framed(b'{"__metadata__":{"a":{}}}'), "__metadata__ must map strings to strings"),
     "an entry that is no object": (one("[1,2]"), "x: its header entry should be an object, found [1, 2]"),
-    "an entry without anything": (one("{}"), "x: its header entry lacks dtype, shape, data_offsets"),
     "an entry without offsets": (one('{"dtype":"U8","shape":[8]}'), "x: its header entry lacks data_offsets"),
     "an unknown dtype": (one('{"dtype":"F9","shape":[8],"data_offsets":[0,8]}'), "x: unknown dtype 'F9'"),
-    "a dtype that is a list": (one('{"dtype":["U8"],"shape":[8],"data_offsets":[0,8]}'), "x: unknown dtype ['U8']"),
     "a shape that is a number": (
         one('{"dtype":"U8","shape":8,"data_offsets":[0,8]}'), "x: its shape should be a list of sizes, found 8"),
-    "a negative size": (one(U8 % ("-8", "0,8")), "x: its shape should be a list of sizes, found [-8]"),
-    "two negative sizes": (one(U8 % ("-2,-4", "0,8")), "x: its shape should be a list of sizes, found [-2, -4]"),
-    "a size that is a float": (one(U8 % ("8.0", "0,8")), "x: its shape should be a list of sizes, found [8.0]"),
     "a size that is a bool": (one(U8 % ("true", "0,1"), b"1"), "x: its shape should be a list of sizes, found [True]"),
     "a size of 2^64": (one(U8 % (f"0,{1 << 64}", "0,0"), b""), "x: its shape should be a list of sizes, found [0, 1844"),
     "sizes that no memory holds, beside a zero": (
         one(U8 % (f"0,{1 << 62},4", "0,0"), b""), "x: a tensor of shape [0, 4611686018427387904, 4] is too large for any memory"),
     "33 dimensions": (one(U8 % (",".join("1" * 33), "0,1"), b"1"), "x: it has 33 dimensions, and at most 32 can be read"),
-    "one offset": (one(U8 % ("8", "8")), "x: its data_offsets should be two byte positions, found [8]"),
     "three offsets": (one(U8 % ("8", "0,4,8")), "x: its data_offsets should be two byte positions, found [0, 4, 8]"),
-    "a negative offset": (one(U8 % ("8", "-8,0")), "x: its data_offsets should be two byte positions, found [-8, 0]"),
-    "an offset that is a float": (one(U8 % ("8", "0,8.0")), "x: its data_offsets should be two byte positions, found [0, 8.0]"),
     "an offset that is a bool": (one(U8 % ("1", "false,true"), b"1"), "x: its data_offsets should be two byte positions"),
     "offsets the wrong way round": (one(U8 % ("8", "8,0")), "x: its data_offsets end before they start: [8, 0]"),
     "fewer bytes than the shape takes": (
         one('{"dtype":"F32","shape":[4],"data_offsets":[0,8]}'), "x: shape [4] of F32 takes 16 bytes, but its data_offsets span 8"),
-    "more bytes than the shape takes": (
-        one('{"dtype":"F16","shape":[2],"data_offsets":[0,8]}'), "x: shape [2] of F16 takes 4 bytes, but its data_offsets span 8"),
     "half a byte": (one('{"dtype":"F4","shape":[15],"data_offsets":[0,8]}'), "x: shape [15] of F4 does not fill whole bytes"),
     "data cut off": (
         one(U8 % ("16", "0,16")), "x: truncated: its bytes 0..16 reach beyond the file's 8 bytes of data (download it again)"),
-    "offsets far outside": (
-        one(U8 % ("8", f"{1 << 62},{(1 << 62) + 8}")), "x: truncated: its bytes 4611686018427387904..4611686018427387912 reach"),
     "a hole at the beginning": (
         one(U8 % ("4", "4,8")), "x: its data starts at 4, but 0 was expected: it leaves a gap before it"),
-    "a hole in the middle": (
-        framed(b'{"x":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"y":{"dtype":"U8","shape":[2],"data_offsets":[4,6]}}', b"123456"),
-        "y: its data starts at 4, but 2 was expected: it leaves a gap before it"),
     "overlapping tensors": (
         framed(b'{"x":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"y":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}}', b"123456"),
         "y: its data starts at 2, but 4 was expected: it overlaps the tensor before it"),
-    "two tensors in one place": (
-        framed(b'{"x":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"y":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}', b"1234"),
-        "y: its data starts at 0, but 4 was expected: it overlaps the tensor before it"),
     "an empty tensor inside another": (
         framed(b'{"x":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"y":{"dtype":"U8","shape":[0],"data_offsets":[2,2]}}', b"1234"),
         "y: its data starts at 2, but 4 was expected: it overlaps the tensor before it"),
@@ -151,8 +113,10 @@ def test_a_corrupt_file_is_refused_by_its_own_message(content, message, tmp_path
     assert message.removeprefix("model.safetensors: ") in str(from_file.value)
 
 
-STRICTER = {"a name twice", "a key of an entry twice", "a metadata key twice", "33 dimensions",
-            "sizes that no memory holds, beside a zero", "half a byte", "spaces before the brace"}  # fmt: skip
+STRICTER = {
+    "a name twice", "33 dimensions", "sizes that no memory holds, beside a zero", "half a byte",
+    "spaces before the brace",
+}  # fmt: skip
 """What the safetensors library may let pass and we do not."""
 
 
@@ -230,28 +194,6 @@ def test_what_is_serialized_is_parsed_again_and_the_data_starts_aligned(specs, m
     assert list(header.tensors.values()) == sorted(infos, key=lambda info: (info.start, info.stop))
     assert header.metadata == metadata
     assert header.data_start % 8 == 0
-
-
-valid = framed(
-    b'{"__metadata__":{"a":"b"},"x":{"dtype":"F16","shape":[2,2],"data_offsets":[0,8]},'
-    b'"y":{"dtype":"U8","shape":[],"data_offsets":[8,9]}}',
-    b"123456789",
-)
-
-
-@settings(max_examples=300)
-@given(position=st.integers(0, len(valid) - 10), byte=st.integers(0, 255), cut=st.integers(0, len(valid)))
-def test_a_damaged_byte_or_a_cut_is_refused_or_still_adds_up(position, byte, cut):
-    damaged = valid[:position] + bytes([byte]) + valid[position + 1 :]
-    for content in (damaged, valid[:cut]):
-        try:
-            header = parse(content)
-        except Error:
-            continue
-        spans = [(info.start, info.stop) for info in header.tensors.values()]
-        assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])][: len(spans)]
-        assert header.data_start + (spans[-1][1] if spans else 0) == len(content)
-        json.dumps(header.metadata)
 
 
 def test_what_a_file_says_at_length_is_cut_in_messages():
