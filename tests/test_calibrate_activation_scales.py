@@ -25,7 +25,6 @@ from convert_to_quant.calibrate_activation_scales import (
     patch_model_with_scales,
 )
 from convert_to_quant.checkpoint import open_checkpoint
-from convert_to_quant.cli import main
 from convert_to_quant.engines import layer as layer_engine
 from convert_to_quant.errors import (
     CalibrationError,
@@ -95,29 +94,15 @@ def expect_good(scales: Mapping[str, torch.Tensor], names: tuple[str, ...] = LAY
         assert scale > 0
 
 
-@pytest.fixture(params=["functions", "command line"])
-def calibrate(request: pytest.FixtureRequest) -> Calibrate:
-    """Calibrate a file by simulation into a new one, both ways; gives the new scales and checks the new file."""
+@pytest.fixture
+def calibrate() -> Calibrate:
+    """Calibrate a file by simulation into a new one; gives the new scales and checks the new file."""
 
-    def through_functions(path: Path, output: Path, loras: tuple[Path, ...], seed: int) -> None:
-        options = CalibrationOptions(engine="layer", seed=seed)
-        calibration = calibrate_model(path, options, loras=[load_lora_tensors(lora) for lora in loras])
-        patch_model_with_scales(path, calibration, output)
-
-    def through_command_line(path: Path, output: Path, loras: tuple[Path, ...], seed: int) -> None:
-        words = ["-i", str(path), "-o", str(output), "--actcal", "--actcal_engine", "layer", "--actcal_seed", str(seed)]
-        for lora in loras:
-            words += ["--actcal_lora", str(lora)]
-        assert main(words) == 0
-
-    way = {"functions": through_functions, "command line": through_command_line}[request.param]
-
-    def run(
-        path: Path, *loras: Path, names: tuple[str, ...] = LAYERS, suffix: str = ".input_scale", seed: int = 42
-    ) -> Any:
+    def run(path: Path, *loras: Path, names: tuple[str, ...] = LAYERS, suffix: str = ".input_scale") -> Any:
         output = path.with_name("calibrated.safetensors")
         before = path.read_bytes()
-        way(path, output, loras, seed)
+        found = calibrate_model(path, LAYER_OPTIONS, loras=[load_lora_tensors(lora) for lora in loras])
+        patch_model_with_scales(path, found, output)
         assert path.read_bytes() == before
         scales = read_scales(output, suffix)
         expect_good(scales, names)

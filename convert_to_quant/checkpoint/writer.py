@@ -87,14 +87,16 @@ def refuse_same_file(output: Path, inputs: Iterable[Path], *, hint: str | None =
         OutputError: `output` is one of `inputs`.
     """
     for path in inputs:
-        try:
-            same = output.samefile(path)
-        except FileNotFoundError:
-            same = os.path.realpath(output) == os.path.realpath(path)
-        except OSError as error:
-            raise _output_error(error, output) from None
-        if same:
+        if is_one_file(output, path):
             raise OutputError(f"the output is the same file as the input {path}", path=output, hint=hint)
+
+
+def is_one_file(one: Path, other: Path) -> bool:
+    """Whether two paths are one file, whatever they are called; neither need exist."""
+    try:
+        return os.path.realpath(one) == os.path.realpath(other) or one.samefile(other)
+    except OSError:  # one of them does not exist, so they are two
+        return False
 
 
 def check_output(path: Path, *, stream: bool = False) -> None:

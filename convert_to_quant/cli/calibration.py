@@ -13,7 +13,7 @@ from ..errors import OptionError
 from ..options import CalibrationOptions, add_options
 from ..telling import plural
 from .output import decibels, note, print_table, progress_bar, say, write_json, wrote
-from .shared import check_shards, is_one_file
+from .shared import check_shards
 from .terminal import Styled
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ def check_target(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         OutputError: an output is one of its shards.
         OptionError: in place, and yet another output was named.
     """
+    from ..checkpoint import is_one_file
+
     check_shards(checkpoint, args)
     if args.in_place and args.output is not None and not is_one_file(Path(args.output), checkpoint.path):
         path = checkpoint.path

@@ -6,7 +6,6 @@ They stand in one place so that they mean the same everywhere. A command that is
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -156,7 +155,7 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
     for flag, output, kind in named:
         if flag not in WRITTEN or (flag == "-o" and (kind != "checkpoint" or in_place)):
             continue
-        from ..checkpoint import check_output
+        from ..checkpoint import check_output, is_one_file
 
         for name, other, _ in named:
             if name == flag or (flag == "-o" and name in WRITTEN) or not is_one_file(output, other):
@@ -196,11 +195,3 @@ def refuse_file(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError("the folder cannot be made: a file is there", path=folder)
-
-
-def is_one_file(one: Path, other: Path) -> bool:
-    """Whether two paths are one file, whatever they are called; neither need exist."""
-    try:
-        return os.path.realpath(one) == os.path.realpath(other) or one.samefile(other)
-    except OSError:  # one of them does not exist, so they are two
-        return False
