@@ -650,6 +650,10 @@ def match_checkpoint(
     return match_loras(loras, table.shapes(), lambda layer, rows: dequantize(checkpoint, by_name[layer], rows), others)
 
 
+Meant = list[tuple[Target, ...]]
+"""All that a name may mean; each possibility as the parts that it means together."""
+
+
 def match_loras(
     loras: Sequence[Lora],
     layers: Mapping[str, tuple[int, int]],
@@ -686,10 +690,6 @@ def match_loras(
         if not any(each is lora for each in match.loras):
             raise _matches_nothing(lora, match)
     return match
-
-
-Meant = list[tuple[Target, ...]]
-"""All that a name may mean; each possibility as the parts that it means together."""
 
 
 def _match_beside(

@@ -39,6 +39,7 @@ from ..recorder import find_linears, module_shape, record
 from ..stats import Shape
 from ..telling import Advance, Progress
 from .denoiser import load as load_model
+from .devices import find_device
 from .diffusers import Observation, expect_finite, watched
 from .prompts import NEGATIVE, Prompts
 from .session import Session, Unit
@@ -156,7 +157,7 @@ def observe(
     """
     if not prompts:
         raise OptionError("no prompts")
-    pipeline = load(folder, options.device, dtype)
+    pipeline = load(folder, find_device(options.device), dtype)
     images, steps = options.samples or len(prompts), options.steps or STEPS
     said = {
         "num_inference_steps": steps,
