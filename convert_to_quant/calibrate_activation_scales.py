@@ -521,16 +521,15 @@ def plan_in_place(
     dynamic = [name for name in named_scales if name in table.static and table.static[name].dynamic]
     if len(dynamic) == len(named_scales):
         dynamic = []  # so that the first of them is refused
-    patch = plan(checkpoint, table, scales, without=dynamic, enable_fp8_matmul=enable_fp8_matmul)
+    make = partial(plan, checkpoint, table, scales, without=dynamic, enable_fp8_matmul=enable_fp8_matmul)
+    patch = make()
     results = scales.results if isinstance(scales, Calibration) else []
     try:
         in_place_edits(patch)
     except OutputError:
         if any(result.cause in ("rows lost", "budget") for result in results):
             raise
-        patch = plan(
-            checkpoint, table, scales, full_precision=False, without=dynamic, enable_fp8_matmul=enable_fp8_matmul
-        )
+        patch = make(full_precision=False)
         in_place_edits(patch)
         wanted = sum(result.full_precision_after and not result.full_precision_before for result in results)
         if wanted:
