@@ -19,10 +19,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from convert_to_quant.checkpoint import Checkpoint, TensorInfo, open_checkpoint, serialize_header
 from convert_to_quant.convert import plan_conversion
 from convert_to_quant.engines import diffusers as model_engine
+from convert_to_quant.engines.provenance import trace
 from convert_to_quant.options import ConvertOptions
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -84,6 +86,22 @@ def row(name: str, folder: Path) -> str:
 def test_a_released_layout_is_what_the_page_says(name: str, tmp_path: Path) -> None:
     expected = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |")]
     assert [row(name, tmp_path)] == expected
+
+
+@pytest.mark.parametrize("name", ["sd15_unet", "sdxl_unet"])
+def test_rules_for_names_of_unets_move_the_rows_that_diffusers_converter_moves(name: str, tmp_path: Path) -> None:
+    from diffusers.loaders import single_file_utils
+
+    with opened(layouts()[name], tmp_path) as checkpoint:
+        plan = model_engine.plan(checkpoint)
+        config = {**plan.config, "layers_per_block": 2}
+
+        def convert(fed: dict[str, Tensor]) -> dict[str, Tensor]:
+            named = {single_file_utils.LDM_UNET_KEY + tensor: values for tensor, values in fed.items()}
+            return single_file_utils.convert_ldm_unet_checkpoint(named, config)
+
+        found = trace(convert, {bare: checkpoint.tensors[name].shape for bare, name in plan.full_names.items()})
+    assert plan.sources == found
 
 
 def test_the_page_has_a_row_for_each_layout_and_nothing_else() -> None:

@@ -268,9 +268,10 @@ def checkpoint_layers(
     >>> checkpoint_layers(parts, "FluxTransformer2DModel")["transformer_blocks.3.attn.to_k"]
     (('double_blocks.3.img_attn.qkv', (96, 32)),)
     """
-    record = next((record for record in RECORDS if transformer in record.transformers), GENERIC)
-    layers = index(turned(record.names))
-    same = index((*record.spellings, *turned(record.spellings)))
+    records = [record for record in RECORDS if transformer in record.transformers]
+    alike = [rule for record in records for rule in record.spellings]
+    layers = index(turned(rule for record in records for rule in record.names))
+    same = index((*alike, *turned(alike)))
     parts: dict[str, dict[Part, str]] = {}
     for module in modules:
         for layer, part in translations(module, layers):

@@ -6,38 +6,70 @@ have the same names and context vectors of 768 and 1024; SDXL has 2048 and its r
 
 from __future__ import annotations
 
-from . import unet
-from .base import TEXT, VECTOR, Family, signature
-from .comfyui import pooled, takes
+from dataclasses import replace
+from typing import Any
 
-_CONTEXT = (2048, 1280)
-_SDXL = takes(cross_attn=unet.TEXT, pooled_output=pooled(1280))
+from . import unet
+from .base import Family, signature
+from .comfyui import pooled, takes
+from .rules import rules
+from .running import Config, Geometry, Inputs, Shapes, Signal
+
+BASE_TEXT, REFINER_TEXT = 2048, 1280
+NUMBERS = 256
+"""Features of each number that the model is told beside the text."""
+
+SCORE = 6.0
+"""Of beauty, as the refiner's pipeline tells it."""
+
+_SDXL = takes(cross_attn=unet.PROMPT, pooled_output=pooled(1280))
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    return {
+        **unet.config(shapes),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": NUMBERS,
+        unet.LABELS: shapes["add_embedding.linear_1.weight"][1],
+    }
+
+
+def _size(config: Config, height: int, width: int) -> tuple[float, ...]:
+    """The image's size, where it was cut out, and its size again, or, for the refiner, its beauty."""
+    rest = (SCORE,) if config["cross_attention_dim"] == REFINER_TEXT else (height, width)
+    return (height, width, 0, 0, *rest)
+
+
+def _pooled(config: Config, _: Geometry) -> Signal:
+    return Signal((config[unet.LABELS] - NUMBERS * len(_size(config, 0, 0)),))
+
+
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    """The size is told in pixels."""
+    arguments = unet.arguments(inputs)
+    latents = arguments["sample"]
+    size = latents.new_tensor(_size(inputs.config, *(8 * side for side in latents.shape[-2:])))
+    added = {"text_embeds": arguments.pop("text_embeds"), "time_ids": size.expand(len(latents), -1)}
+    return {**arguments, "added_cond_kwargs": added}
+
 
 FAMILY = Family(
     name="sdxl",
     title="Stable Diffusion XL (base, refiner, and models tuned from it)",
-    signatures=(
-        signature(
-            "input_blocks.0.0 label_emb.0.0 output_blocks.0.0",
-            size=(r"(?:input|output)_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, _CONTEXT),
-        ),
-        signature(
-            "conv_in add_embedding.linear_1 down_blocks.0 up_blocks.0",
-            size=(r"(?:down|up)_blocks\.\d+\.attentions\.0\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, _CONTEXT),
-        ),
+    signatures=unet.signatures("add_embedding", BASE_TEXT, REFINER_TEXT),
+    blocks=unet.BLOCKS,
+    keep=unet.KEEP,
+    names=(*unet.NAMES, *rules(("label_emb.0.{0,2}", "add_embedding.linear_{1,2}"))),
+    architecture=replace(
+        unet.ARCHITECTURE,
+        config=_config,
+        wants={**unet.WANTS, "text_embeds": _pooled},
+        arguments=_arguments,
     ),
-    blocks=r".*\.transformer_blocks\.\d+",
-    keep={
-        r"time_embed|time_embedding|label_emb|add_embedding": VECTOR,
-        r".*\.(?:emb_layers|time_emb_proj)": VECTOR,
-        r".*\d+\.(?:proj_in|proj_out)": "end of a transformer: carries the residual stream of its level",
-        r"encoder_hid_proj": TEXT,
-    },
-    names=unet.NAMES,
     comfyui={"SDXL": _SDXL, "SDXLRefiner": _SDXL, "SDXL_instructpix2pix": unet.IMAGE_BESIDE},
     variants=(
-        ("refiner", signature(size=(r".*\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, (1280,)))),
+        ("refiner", signature(size=(r".*\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, (REFINER_TEXT,)))),
         ("inpainting", signature(size=(r"(?:input_blocks\.0\.0|conv_in)\.weight", 1, (9,)))),
-        ("base", signature(size=(r".*\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, (2048,)))),
+        ("base", signature(size=(r".*\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, (BASE_TEXT,)))),
     ),
 )

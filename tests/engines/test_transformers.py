@@ -42,6 +42,13 @@ LTX_2 = {"in_channels": 8, "out_channels": 8, "num_attention_heads": 32, "attent
          "rope_type": "split"}  # fmt: skip
 SD_3 = {"sample_size": 16, "in_channels": 4, "out_channels": 4, "num_layers": 3, "joint_attention_dim": 24,
         "caption_projection_dim": 128, "pooled_projection_dim": 20, "pos_embed_max_size": 12}  # fmt: skip
+UNET = {"in_channels": 4, "out_channels": 4, "block_out_channels": (64, 64), "cross_attention_dim": 768,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 8}  # fmt: skip
+SDXL = UNET | {"block_out_channels": (64, 128), "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+               "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (1, 2),
+               "transformer_layers_per_block": (1, 2), "use_linear_projection": True,
+               "addition_embed_type": "text_time", "addition_time_embed_dim": 256}  # fmt: skip
 Z_IMAGE = {"all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 4, "n_layers": 2, "n_refiner_layers": 1,
            "cap_feat_dim": 24, "axes_lens": [64, 64, 64]}  # fmt: skip
 
@@ -103,6 +110,18 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "pixart": ("pixart", "PixArtTransformer2DModel", {
         "num_attention_heads": 2, "attention_head_dim": 64, "in_channels": 4, "out_channels": 8, "num_layers": 2,
         "cross_attention_dim": 128, "caption_channels": 24, "use_additional_conditions": False}),
+    "sd 1.5": ("unet", "UNet2DConditionModel", UNET),
+    "sd 2 unclip": ("unet", "UNet2DConditionModel", UNET | {
+        "cross_attention_dim": 1024, "attention_head_dim": 1, "use_linear_projection": True,
+        "class_embed_type": "projection", "projection_class_embeddings_input_dim": 24}),
+    "sdxl inpainting": ("sdxl", "UNet2DConditionModel", SDXL | {
+        "in_channels": 9, "cross_attention_dim": 2048, "projection_class_embeddings_input_dim": 6 * 256 + 20}),
+    "sdxl refiner": ("sdxl", "UNet2DConditionModel", SDXL | {
+        "cross_attention_dim": 1280, "projection_class_embeddings_input_dim": 5 * 256 + 20}),
+    "ssd-1b": ("sdxl", "UNet2DConditionModel", SDXL | {
+        "cross_attention_dim": 2048, "projection_class_embeddings_input_dim": 6 * 256 + 20,
+        "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": ((1, 1), (2, 2)),
+        "reverse_transformer_layers_per_block": ((2, 1, 1), 1)}),
     "cogvideox": ("cogvideox", "CogVideoXTransformer3DModel", {
         "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4, "time_embed_dim": 32,
         "text_embed_dim": 24, "num_layers": 2, "sample_width": 8, "sample_height": 8, "sample_frames": 5}),
