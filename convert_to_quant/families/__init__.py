@@ -14,8 +14,9 @@ new file. The record says
     architecture                  how diffusers' class of it is run (`running`)
     comfyui                       what its classes in ComfyUI take besides latents (`comfyui`)
 
-Everything outside `blocks` is kept, also a layer that no table has ever heard of: an unknown layer in high precision
-costs a little memory, an unknown layer in FP8 can cost the image. Models come in the naming of their authors (which
+Everything outside the blocks is kept, also a layer that no table has ever heard of: an unknown layer in high precision
+costs a little memory, an unknown layer in FP8 can cost the image. `blocks` names them where neighbours have published
+what they quantize in a family (some quantize its modulations); in all others `structure` finds them. Models come in the naming of their authors (which
 ComfyUI keeps) and in that of diffusers; a family knows both.
 
 Where the choices come from (neighbours, read in November 2026; named where they decided):
@@ -112,7 +113,7 @@ def family(name: str) -> Family:
     wanted = re.sub(r"[-_. ]", "", name.lower())
     if wanted in plain:
         return known[plain[wanted]]
-    known = {key: record for key, record in known.items() if record.blocks or record is GENERIC}
+    known = {key: record for key, record in known.items() if record.keep or record is GENERIC}
     close = difflib.get_close_matches(wanted, plain, n=1)
     hint = f"did you mean {plain[close[0]]!r}? " if close else ""
     raise OptionError(f"unknown preset {name!r}", hint=f"{hint}presets: {', '.join(known)}")

@@ -37,7 +37,6 @@ FAMILY = Family(
         signature("double_layers.0.attn.w2q single_layers.0.attn.w1q init_x_linear cond_seq_linear"),
         signature("joint_transformer_blocks.0.attn.add_q_proj time_step_proj.linear_1 register_tokens"),
     ),
-    blocks=r"(?:double_layers|single_layers|joint_transformer_blocks|single_transformer_blocks)\.\d+",
     keep={
         r"init_x_linear|pos_embed|positional_encoding": IMAGE,
         r"cond_seq_linear|context_embedder": TEXT,

@@ -67,7 +67,8 @@ class Family:
         name: The spelling of `--preset`.
         title: Name for people, with the members that are easily taken for something else.
         signatures: Ways to recognize it; a record without any holds only names, and is no preset.
-        blocks: Pattern of the modules whose linear layers are quantized; "" leaves that to the structure.
+        blocks: Pattern of the modules whose linear layers are all quantized, as published practice has it for this
+            family; "" leaves that to the structure, which keeps modulations, routers and adapters.
         keep: Pattern of layers that stay in high precision, inside the blocks or outside -> why, half a sentence.
         names: diffusers' names of its layers, those of its relatives included.
         lora: Names that only LoRA files use.

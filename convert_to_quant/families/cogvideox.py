@@ -83,7 +83,6 @@ FAMILY = Family(
             lacks="local_facial_extractor",
         ),
     ),
-    blocks=r"(?:blocks|transformer_blocks)\.\d+",
     keep={
         r"patch_embed\.text_proj": TEXT,
         r"patch_embed": IMAGE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import FINAL, IMAGE, MODULATION, TEXT, VECTOR, Family, signature
+from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
 from .comfyui import ids, ones, takes
 from .rules import rules, under
 from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, text, video
@@ -72,12 +72,10 @@ FAMILY = Family(
             "transformer_blocks.0.attn2.to_q transformer_blocks.0.norm1.linear_2 patch_embed.proj time_embed.norm"
         ),
     ),
-    blocks=r"(?:blocks|transformer_blocks)\.\d+",
     keep={
         r"x_embedder|patch_embed": IMAGE,
         r"llm_adapter|crossattn_proj": TEXT,
         r"t_embedder|t_embedding_norm|time_embed": VECTOR,
-        r"blocks\.\d+\.adaln_modulation_\w+|transformer_blocks\.\d+\.norm[123]": MODULATION,
         r"final_layer|norm_out|proj_out": FINAL,
     },
     names=(

@@ -7,7 +7,7 @@ import operator
 from typing import Any
 
 from . import comfyui
-from .base import FINAL, IMAGE, MODULATION, TEXT, VECTOR, Family, signature
+from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
 from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, image, vector
 
 HEAD = 128
@@ -69,13 +69,10 @@ FAMILY = Family(
     name="hidream",
     title="HiDream-I1",
     signatures=(signature("double_stream_blocks.0.block.attn1 single_stream_blocks.0.block caption_projection.0"),),
-    blocks=r"(?:double_stream_blocks|single_stream_blocks)\.\d+",
     keep={
         r"x_embedder": IMAGE,
         r"caption_projection": TEXT,
         r"t_embedder|p_embedder": VECTOR,
-        r".*\.adaLN_modulation": MODULATION,
-        r".*\.ff_i\.gate": "router: chooses experts, and a choice is not a little off",
         r"final_layer": FINAL,
     },
     architecture=Architecture(

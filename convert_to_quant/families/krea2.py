@@ -57,7 +57,6 @@ FAMILY = Family(
         signature("blocks.0.attn.wq txtfusion txtmlp tproj first"),
         signature("transformer_blocks.0.attn.to_gate text_fusion time_mod_proj img_in"),
     ),
-    blocks=r"(?:blocks|transformer_blocks)\.\d+",
     keep={
         r"first|img_in": IMAGE,
         r"txtfusion|text_fusion": REFINER,

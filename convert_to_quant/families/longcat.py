@@ -30,7 +30,6 @@ FAMILY = Family(
             lacks="caption_projection context_embedder.token_refiner",
         ),
     ),
-    blocks=flux1.BLOCKS,
     keep={
         r"img_in": IMAGE,
         r"txt_in": TEXT,

@@ -40,7 +40,6 @@ FAMILY = Family(
         signature("blocks.0.attn.qkv_x blocks.0.attn.qkv_y t5_y_embedder t5_yproj"),
         signature("transformer_blocks.0.attn1.add_q_proj time_embed.caption_proj pos_frequencies"),
     ),
-    blocks=r"(?:blocks|transformer_blocks)\.\d+",
     keep={
         r"x_embedder|patch_embed": IMAGE,
         r"t5_y_embedder|t5_yproj|time_embed\.(?:pooler|caption_proj)": TEXT,

@@ -13,7 +13,6 @@ FAMILY = Family(
         signature("double_blocks.0.img_mlp.gate_proj img_in txt_in time_in"),
         signature("context_embedder_norm single_transformer_blocks.0.proj_mlp timestep_embedder"),
     ),
-    blocks=flux1.BLOCKS,
     keep={
         r"img_in": IMAGE,
         r"txt_in": TEXT,

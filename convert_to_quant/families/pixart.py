@@ -58,7 +58,6 @@ FAMILY = Family(
         signature("t_block.1 blocks.0.attn.qkv blocks.0.cross_attn.kv_linear blocks.0.mlp.fc1"),
         signature("adaln_single.linear pos_embed.proj transformer_blocks.0.attn1.to_q caption_projection"),
     ),
-    blocks=r"(?:blocks|transformer_blocks)\.\d+",
     keep={
         r"x_embedder|pos_embed": IMAGE,
         r"y_embedder|caption_projection": TEXT,

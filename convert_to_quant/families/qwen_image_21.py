@@ -49,7 +49,6 @@ FAMILY = Family(
     name="qwen-image-2.1",
     title="Qwen-Image 2.1",
     signatures=(signature("transformer_blocks.0.img_mlp.out modulation.1 txt_in.in_layer"),),
-    blocks=r"transformer_blocks\.\d+",
     keep={
         r"img_in": IMAGE,
         r"txt_in": TEXT,

@@ -42,7 +42,6 @@ FAMILY = Family(
     name="sana",
     title="Sana",
     signatures=(signature("patch_embed.proj caption_norm transformer_blocks.0.ff.conv_inverted time_embed.linear"),),
-    blocks=r"transformer_blocks\.\d+",
     keep={
         r"patch_embed": IMAGE,
         r"caption_projection": TEXT,
