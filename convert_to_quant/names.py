@@ -87,15 +87,13 @@ UNANIMOUS_PREFIXES = (
     *("net.", "transformer.", "model.", "module.", "unet.", "dit.", "denoiser.", "backbone.", "student.", "generator."),
     *(prefix for prefix, title in OTHER_PARTS.items() if title == COPY),
 )
-CHECKPOINT_PREFIXES = ("", *DECISIVE_PREFIXES, *FREQUENT_PREFIXES, "transformer.")
-"""Those of released files."""
 
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_fpw_module.", "_forward_module.")
 """What torch.compile, FSDP and activation checkpointing put anywhere into names."""
 
 NO_WEIGHT = re.compile(
     r"(?:.*\.)?(?:(?:global_)?step|epoch|num_updates|(?:log_)?sigmas|betas|alphas_cumprod(?:_prev)?|inv_freq"
-    r"|pos_embedder\.(?:seq|dim_(?:spatial|temporal)_range))"
+    r"|pos_embedder\.(?:seq|dim_\w+_range)|model_sampling\..*|logvar\..*|accum_\w+|v_pred|ztsnr|edm_\w+)"
 )
 """Names of training state, and of tables that a model computes anew: savers leave them, and no reader uses them."""
 

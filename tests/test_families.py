@@ -118,6 +118,9 @@ Wan = wan
 Wan VACE = wan
     + blocks.0.{self_attn,cross_attn}.q blocks.0.ffn.0 vace_blocks.0.{self_attn.q,before_proj,after_proj,ffn.0}
     - text_embedding.0 time_projection.1 head.head
+Wan Animate 2, diffusers = wan
+    + blocks.0.{self_attn,cross_attn}.to_q blocks.0.ffn.0
+    - text_embedding.0 time_projection.1 head.head
 Wan, diffusers = wan
     + blocks.0.{attn1,attn2}.{to_q,to_k,to_v,to_out.0} blocks.0.attn2.{add_k_proj,add_v_proj}
     + blocks.0.ffn.{net.0.proj,net.2}
@@ -191,6 +194,12 @@ SD 1.5 = unet
     - time_embed.{0,2}
     . input_blocks.0.0.weight output_blocks.0.0.in_layers.2.weight
     input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight 320 768
+Stable Video Diffusion, diffusers = unet
+    + {down_blocks.0,up_blocks.0}.attentions.0.temporal_transformer_blocks.0.attn1.to_q
+    - {time_embedding,add_embedding}.linear_1 down_blocks.0.attentions.0.time_pos_embed.linear_1
+    - down_blocks.0.resnets.0.spatial_res_block.time_emb_proj
+    . conv_in.weight
+    down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight 320 1024
 SD 1.5, diffusers = unet
     + down_blocks.0.attentions.0.@sdxl
     - time_embedding.{linear_1,linear_2} {down_blocks.0,mid_block,up_blocks.0}.resnets.0.time_emb_proj
@@ -204,6 +213,9 @@ Stable Video Diffusion = unet
 PixArt = pixart
     + blocks.0.{attn.qkv,cross_attn.kv_linear,mlp.fc1}
     - t_block.1 x_embedder.proj y_embedder.y_proj.fc1 t_embedder.mlp.0 final_layer.linear
+PixArt without cross-attention = pixart
+    + blocks.0.{attn.qkv,mlp.fc1}
+    - t_block.1 t_embedder.mlp.0 final_layer.linear
 PixArt, diffusers = pixart
     + transformer_blocks.0.{attn1,attn2}.{to_q,to_k,to_v,to_out.0}
     - adaln_single.{emb.timestep_embedder.linear_1,linear} proj_out caption_projection.linear_1
@@ -223,6 +235,10 @@ Mochi, diffusers = mochi
     - time_embed.{caption_proj,pooler.to_q,timestep_embedder.linear_1} proj_out
     . pos_frequencies
 Sana = sana
+    + blocks.0.{attn.qkv,cross_attn.kv_linear}
+    - t_block.1 y_embedder.y_proj.fc1 t_embedder.mlp.0 final_layer.linear
+    . blocks.0.mlp.inverted_conv.conv.weight attention_y_norm.weight
+Sana, diffusers = sana
     + transformer_blocks.0.{attn1,attn2}.to_q
     - time_embed.linear caption_projection.linear_1 proj_out
     . patch_embed.proj.weight caption_norm.weight transformer_blocks.0.ff.conv_inverted.weight
@@ -231,8 +247,11 @@ HiDream = hidream
     - caption_projection.0.linear double_stream_blocks.0.block.{ff_i.gate,adaLN_modulation.1} x_embedder.proj
 Cosmos-Predict2 = cosmos-predict2
     + blocks.0.{self_attn,cross_attn}.q_proj blocks.0.mlp.layer1
-    - blocks.0.adaln_modulation_self_attn.1 x_embedder.proj.1 llm_adapter.blocks.0.cross_attn.q_proj
+    - blocks.0.{adaln_modulation_self_attn,adaln_modulation_mlp}.1 x_embedder.proj.1 final_layer.linear
     . t_embedding_norm.weight
+Anima = cosmos-predict2
+    + blocks.0.{self_attn,cross_attn}.q_proj blocks.0.mlp.layer1
+    - blocks.0.adaln_modulation_mlp.1 x_embedder.proj.1 llm_adapter.blocks.0.self_attn.q_proj final_layer.linear
 Cosmos-Predict2, diffusers = cosmos-predict2
     + transformer_blocks.0.{attn1,attn2}.to_q
     - transformer_blocks.0.norm1.linear_2 patch_embed.proj time_embed.t_embedder.linear_1
@@ -252,7 +271,8 @@ CogVideoX = cogvideox
     - blocks.0.norm1.linear patch_embed.{proj,text_proj} time_embedding_linear_1 norm_out.linear proj_out
 CogVideoX, diffusers = cogvideox
     + transformer_blocks.0.{attn1.to_q,ff.net.2}
-    - transformer_blocks.0.{norm1,norm2}.linear patch_embed.{proj,text_proj} time_embedding.linear_1 norm_out.linear proj_out
+    - transformer_blocks.0.{norm1,norm2}.linear patch_embed.{proj,text_proj} time_embedding.linear_1 norm_out.linear
+    - proj_out
 Qwen-Image 2.1 = qwen-image-2.1
     + transformer_blocks.0.{attn.to_q,img_mlp.gate_up,img_mlp.out}
     - modulation.1 txt_in.in_layer img_in proj_out

@@ -391,7 +391,7 @@ def test_block_numbers_are_kept_whole(blocks: list[int]) -> None:
         assert [target.layer for target in known.find(name)] == [f"blocks.{block}.self_attn.q"] * (block in blocks)
 
 
-@pytest.mark.parametrize("prefix", names.CHECKPOINT_PREFIXES)
+@pytest.mark.parametrize("prefix", ["", *names.DECISIVE_PREFIXES, *names.FREQUENT_PREFIXES, "transformer."])
 def test_each_prefix_is_found_and_stripped(prefix: str) -> None:
     listed = [prefix + "img_in.weight", prefix + "blocks.0.x.weight"]
     assert strip_prefix(listed) == (prefix, dict(zip(listed, ["img_in.weight", "blocks.0.x.weight"], strict=True)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from convert_to_quant.families.base import MODULATION, REFINER
+from convert_to_quant.families.base import MODULATION, REFINER, VECTOR
 from convert_to_quant.families.structure import ADAPTER, EMBEDDING, ROUTER, study
 
 WIDTH = 64
@@ -41,6 +41,11 @@ MAIN = blocks("tower")
         pytest.param(blocks("text_adapter.tower"),
                      {f"text_adapter.tower.{n}.{name}": ADAPTER for n in range(4) for name in BLOCK},
                      id="an adapter, by its name"),
+        pytest.param(blocks("tower", labels_in_embedding_table=(100, 64)),
+                     {f"tower.{n}.labels.embedding_table": EMBEDDING for n in range(4)}, id="a table in every block"),
+        pytest.param(blocks("tower", time_embedder_in_1=(64, 64)),
+                     {f"tower.{n}.time_embedder.1": VECTOR for n in range(4)}, id="the time in every block"),
+        pytest.param(blocks("tower", attn_in_to_k=(2, 64), attn_in_to_v=(2, 64)), {}, id="keys of one narrow head"),
         pytest.param({"head.weight": (16, 64)}, {"head": "final layer: its error goes straight into the image"},
                      id="what is outside"),
     ],
@@ -53,6 +58,15 @@ def test_what_stays_in_high_precision(layers: dict[str, tuple[int, int]], kept: 
 def test_a_small_stack_beside_the_main_one_is_a_refiner() -> None:
     found = study({**blocks("tower", 30), **blocks("before", 2)})
     assert {stack.name: stack.kept for stack in found.stacks} == {"tower": "", "before": REFINER}
+
+
+def test_a_heavier_stack_whose_name_says_refiner_or_adapter_is_not_the_main_one() -> None:
+    found = study({**blocks("tower", 1), **blocks("text_adapter.tower", 4), **blocks("noise_refiner", 2)})
+    assert {stack.name: stack.kept for stack in found.stacks} == {
+        "tower": "",
+        "text_adapter.tower": ADAPTER,
+        "noise_refiner": REFINER,
+    }
 
 
 def test_levels_of_a_u_net_are_no_blocks_but_the_transformers_in_them_are() -> None:

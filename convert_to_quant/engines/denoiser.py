@@ -105,10 +105,10 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
         unfit = found.kind not in (None, "diffusion")
         problem = f"no diffusion model: {found.title}" if unfit else "its tensor names fit no known family"
         raise UnsupportedModelError(problem, path=checkpoint.path, hint=None if unfit else found.hint or COMFYUI)
-    elsewhere = next((title for tensor, title in family.elsewhere.items() if tensor in shapes), family.title)
     architecture = family.runs(shapes)
-    if architecture is None or elsewhere != family.title:
-        raise UnsupportedModelError(f"{elsewhere} is run only in ComfyUI", path=checkpoint.path, hint=COMFYUI)
+    if architecture is None or found.variant in family.elsewhere:
+        name = f"{family.title.partition(' (')[0]}{found.variant and f' ({found.variant})'}"
+        raise UnsupportedModelError(f"diffusers does not run {name}", path=checkpoint.path, hint=COMFYUI)
     foreign = [layer for layer in table.foreign.values() if table.owns(layer.name)]
     if foreign:
         raise UnsupportedModelError(

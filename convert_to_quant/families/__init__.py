@@ -16,8 +16,8 @@ new file. The record says
 
 Everything outside the blocks is kept, also a layer that no table has ever heard of: an unknown layer in high precision
 costs a little memory, an unknown layer in FP8 can cost the image. `blocks` names them where neighbours have published
-what they quantize in a family (some quantize its modulations); in all others `structure` finds them. Models come in the naming of their authors (which
-ComfyUI keeps) and in that of diffusers; a family knows both.
+what they quantize in a family (some quantize its modulations); in all others `structure` finds them. Models come in
+the naming of their authors (which ComfyUI keeps) and in that of diffusers; a family knows both.
 
 Where the choices come from (neighbours, read in November 2026; named where they decided):
     ModelOpt       NVIDIA/Model-Optimizer, examples/diffusers/quantization: filter functions per model

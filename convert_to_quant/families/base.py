@@ -75,7 +75,7 @@ class Family:
         spellings: Other names of whole layers in checkpoints of this family, by those of its authors.
         architecture: How it is run; None where diffusers cannot.
         architectures: How members with parts of their own are run; the first that fits comes before `architecture`.
-        elsewhere: Released members that only ComfyUI runs: a tensor by which each is told -> its name.
+        elsewhere: Those of its variants that diffusers' classes do not run.
         relatives: Further classes of diffusers whose modules have these names.
         comfyui: Class of `comfy.model_base` -> what ComfyUI's models of this class take.
         variants: Its members: name for people, and how each is told; the first that fits.
@@ -92,7 +92,7 @@ class Family:
     spellings: tuple[Rule, ...] = ()
     architecture: Architecture | None = None
     architectures: tuple[Architecture, ...] = ()
-    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: tuple[str, ...] = ()
     relatives: tuple[str, ...] = ()
     comfyui: Mapping[str, Conditions] = field(default_factory=dict)
     variants: tuple[tuple[str, Signature], ...] = ()

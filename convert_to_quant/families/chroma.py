@@ -45,7 +45,7 @@ FAMILY = Family(
         ),
         *flux1.NAMES,
     ),
-    elsewhere={"nerf_image_embedder.embedder.0.weight": "Chroma Radiance"},
+    elsewhere=("Radiance",),
     architecture=Architecture(
         transformer="ChromaTransformer2DModel",
         converter="convert_chroma_transformer_checkpoint_to_diffusers",

@@ -90,7 +90,8 @@ FAMILY = Family(
         r"norm_out|proj_out": FINAL,
     },
     spellings=SPELLINGS,
-    elsewhere={"ofs_embedding.linear_1.weight": "CogVideoX 1.5", "ofs_embedding_linear_1.weight": "CogVideoX 1.5"},
+    elsewhere=("1.5",),
+    variants=(("1.5", signature("ofs_embedding.linear_1")), ("1.5", signature("ofs_embedding_linear_1"))),
     architecture=Architecture(
         transformer="CogVideoXTransformer3DModel",
         native="time_embedding.linear_1.weight",

@@ -67,7 +67,7 @@ FAMILY = Family(
     name="cosmos-predict2",
     title="Cosmos-Predict2 (also Anima)",
     signatures=(
-        signature("blocks.0.adaln_modulation_self_attn blocks.0.cross_attn.q_proj x_embedder.proj t_embedding_norm"),
+        signature("blocks.0.adaln_modulation_mlp blocks.0.cross_attn.q_proj x_embedder.proj final_layer.linear"),
         signature(
             "transformer_blocks.0.attn2.to_q transformer_blocks.0.norm1.linear_2 patch_embed.proj time_embed.norm"
         ),

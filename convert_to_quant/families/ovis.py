@@ -20,7 +20,7 @@ FAMILY = Family(
         r"final_layer": FINAL,
         **flux1.DIFFUSERS_ENDS,
     },
-    elsewhere={"double_blocks.0.img_mlp.gate_proj.weight": "Ovis-Image in ComfyUI's names"},
+    elsewhere=("in its authors' names",),
     architecture=Architecture(
         transformer="OvisImageTransformer2DModel",
         native="x_embedder.weight",
@@ -29,4 +29,5 @@ FAMILY = Family(
         wants={"encoder_hidden_states": text("joint_attention_dim")},
         arguments=flux1.arguments,
     ),
+    variants=(("in its authors' names", signature("double_blocks.0.img_mlp.gate_proj")),),
 )

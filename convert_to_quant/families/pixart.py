@@ -51,12 +51,30 @@ def _noise(output: Tensor) -> Tensor:
     return output.chunk(2, 1)[0]
 
 
+ATTENTION_NAMES = under("blocks.*.", "transformer_blocks.*.")(
+    ("attn.qkv", "attn1.to_{q,k,v}", QKV),
+    ("attn.proj", "attn1.to_out.0"),
+    ("cross_attn.q_linear", "attn2.to_q"),
+    ("cross_attn.kv_linear", "attn2.to_{k,v}", KV),
+    ("cross_attn.proj", "attn2.to_out.0"),
+)
+END_NAMES = rules(
+    ("y_embedder.y_proj.fc{1,2}", "caption_projection.linear_{1,2}"),
+    ("final_layer.linear", "proj_out"),
+)
+TABLE_SPELLINGS = rules(
+    ("blocks.*.scale_shift_table", "transformer_blocks.*.scale_shift_table"),
+    ("final_layer.scale_shift_table", "scale_shift_table"),
+)
+UNUSED = r"y_embedder\.y_embedding|pos_embed"
+"""The text of an empty prompt, and a table of positions that the class computes."""
+
 FAMILY = Family(
     name="pixart",
     title="PixArt",
     signatures=(
-        signature("t_block.1 blocks.0.attn.qkv blocks.0.cross_attn.kv_linear blocks.0.mlp.fc1"),
-        signature("adaln_single.linear pos_embed.proj transformer_blocks.0.attn1.to_q caption_projection"),
+        signature("t_block.1 blocks.0.attn.qkv blocks.0.mlp.fc1"),
+        signature("adaln_single.linear pos_embed.proj transformer_blocks.0.attn1.to_q transformer_blocks.0.attn2.to_q"),
     ),
     keep={
         r"x_embedder|pos_embed": IMAGE,
@@ -66,22 +84,15 @@ FAMILY = Family(
         r"final_layer|proj_out": FINAL,
     },
     names=(
-        *under("blocks.*.", "transformer_blocks.*.")(
-            ("attn.qkv", "attn1.to_{q,k,v}", QKV),
-            ("attn.proj", "attn1.to_out.0"),
-            ("cross_attn.q_linear", "attn2.to_q"),
-            ("cross_attn.kv_linear", "attn2.to_{k,v}", KV),
-            ("cross_attn.proj", "attn2.to_out.0"),
-            ("mlp.fc{1,2}", "ff.net.{0.proj,2}"),
-        ),
+        *under("blocks.*.", "transformer_blocks.*.")(("mlp.fc{1,2}", "ff.net.{0.proj,2}")),
+        *ATTENTION_NAMES,
+        *END_NAMES,
         *rules(
             (
                 "{t,csize,ar}_embedder.mlp.{0,2}",
                 "adaln_single.emb.{timestep,resolution,aspect_ratio}_embedder.linear_{1,2}",
             ),
             ("t_block.1", "adaln_single.linear"),
-            ("y_embedder.y_proj.fc{1,2}", "caption_projection.linear_{1,2}"),
-            ("final_layer.linear", "proj_out"),
         ),
     ),
     architecture=Architecture(
@@ -93,12 +104,10 @@ FAMILY = Family(
         arguments=_arguments,
         velocity=_noise,
         prediction="noise",
-        spellings=rules(
-            ("x_embedder.proj", "pos_embed.proj"),
-            ("blocks.*.scale_shift_table", "transformer_blocks.*.scale_shift_table"),
-            ("final_layer.scale_shift_table", "scale_shift_table"),
-        ),
-        optional=r"y_embedder\.y_embedding|pos_embed",
+        spellings=(*TABLE_SPELLINGS, *rules(("x_embedder.proj", "pos_embed.proj"))),
+        optional=UNUSED,
     ),
+    elsewhere=("Allegro",),
+    variants=(("Allegro", signature(size=(r"pos_embed\.proj\.weight", 0, (2304,)))),),
     comfyui={"PixArt": comfyui.takes("y_embedder.y_proj.fc1", smallest=64)},
 )

@@ -51,7 +51,8 @@ _VIDEOS = (
 
 _SOUNDS_AND_SHAPES = (
     _row("stable-audio", "Stable Audio", "transformer.layers.0.self_attn.to_qkv to_timestep_embed",
-         "preprocess_conv global_proj cross_attention_proj transformer_blocks.0.attn1.to_q"),
+         "preprocess_conv global_proj cross_attention_proj transformer_blocks.0.attn1.to_q",
+         "to_timestep_embed to_cond_embed transformer_blocks.0.self_attn.to_qkv"),
     _row("ace-step", "ACE-Step", "genre_embedder lyric_encoder transformer_blocks.0.cross_attn.add_q_proj"),
     _row("ace-step-1.5", "ACE-Step 1.5", "encoder.lyric_encoder.layers.0 decoder.layers.0",
          "time_embed_r.time_proj layers.0.self_attn.to_q proj_in_conv"),

@@ -38,10 +38,6 @@ CONDITION_LATENTS = "condition_latents"
 """Conditioning that joins the latents as further channels: a second image, a mask (Fill, Depth, image-to-video)."""
 
 
-STRAY = r"(?:global_)?step|model_sampling\..*|pos_embedder\.(?:seq|dim_\w+_range)|logvar\..*|accum_\w+"
-"""Pattern of what training and saving leave in a file, and no model reads."""
-
-
 @dataclass(frozen=True)
 class Geometry:
     """The size of what is painted, in the model's own tokens.
@@ -271,7 +267,7 @@ class Architecture:
     fused: tuple[Fused, ...] = ()
     spellings: tuple[Rule, ...] = ()
     ignored: tuple[str, ...] = ()
-    optional: str | None = None
+    optional: str = ""
     told_by: tuple[str, ...] = ()
     stand_ins: Mapping[str, Any] = field(default_factory=dict)
     adjust: Callable[[nn.Module, Config], None] = nothing
@@ -284,11 +280,10 @@ class Architecture:
     def respelled(self, tensors: Collection[str]) -> dict[str, str]:
         """Tensors that the model has a use for: {name as the converter spells it: name in the checkpoint}."""
         spellings = index(() if self.native in tensors else self.spellings)
-        left_out = re.compile("|".join(filter(None, (STRAY, self.optional))))
         return {
             respelled(name, spellings): name
             for name in tensors
-            if name not in self.ignored and not left_out.fullmatch(name)
+            if name not in self.ignored and not re.fullmatch(self.optional, name)
         }
 
 

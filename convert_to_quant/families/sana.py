@@ -1,36 +1,66 @@
-"""Sana: linear attention, and an MLP of convolutions, which no format here takes."""
+"""Sana, Sana Sprint and Sana Video: linear attention, and an MLP of convolutions, which no format here takes."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
-from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
-from .running import Architecture, Config, Geometry, Shapes, blocks, mask, text
+from . import pixart
+from .base import FINAL, IMAGE, MODULATION, TEXT, VECTOR, Family, signature
+from .rules import rules, under
+from .running import Architecture, Config, Geometry, Inputs, Shapes, blocks, guidance, mask, text, video
 
 HEAD = 32
-CROSS_HEADS = (112, 72, 64, 32, 16)
-"""Channels of a head: of self-attention, and of cross-attention in Sana 1.6B and 0.6B; no tensor shows either."""
+HEADS = (112, 72, 64, 32, 16)
+"""Channels of a head: of self-attention in images, and of all other attention by width; no tensor shows either."""
+
+GUIDANCE = 4.5
+"""Guidance that Sana Sprint is told, its pipeline's default."""
 
 
-def _config(shapes: Shapes) -> dict[str, Any]:
-    hidden, in_channels, patch, _ = shapes["patch_embed.proj.weight"]
+def _head(channels: int) -> int:
+    return next(size for size in (*HEADS, channels) if channels % size == 0)
+
+
+def _common_config(shapes: Shapes) -> dict[str, Any]:
+    hidden = shapes["proj_out.weight"][1]
     cross = shapes["transformer_blocks.0.attn2.to_q.weight"][0]
-    head, cross_head = math.gcd(hidden, HEAD), next(size for size in (*CROSS_HEADS, cross) if cross % size == 0)
     return {
-        "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight"][0] // patch**2,
-        "num_attention_heads": hidden // head,
-        "attention_head_dim": head,
         "num_layers": blocks(shapes, "transformer_blocks."),
-        "num_cross_attention_heads": cross // cross_head,
-        "cross_attention_head_dim": cross_head,
+        "num_cross_attention_heads": cross // _head(cross),
+        "cross_attention_head_dim": _head(cross),
         "cross_attention_dim": shapes["transformer_blocks.0.attn2.to_k.weight"][1],
         "caption_channels": shapes["caption_projection.linear_1.weight"][1],
         "mlp_ratio": shapes["transformer_blocks.0.ff.conv_point.weight"][1] / hidden,
         "attention_bias": "transformer_blocks.0.attn1.to_q.bias" in shapes,
-        "patch_size": patch,
+        "guidance_embeds": "time_embed.guidance_embedder.linear_1.weight" in shapes,
         "qk_norm": "rms_norm_across_heads" if "transformer_blocks.0.attn1.norm_q.weight" in shapes else None,
+    }
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    hidden, in_channels, patch, _ = shapes["patch_embed.proj.weight"]
+    head = math.gcd(hidden, HEAD)
+    return {
+        **_common_config(shapes),
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0] // patch**2,
+        "num_attention_heads": hidden // head,
+        "attention_head_dim": head,
+        "patch_size": patch,
+    }
+
+
+def _video_config(shapes: Shapes) -> dict[str, Any]:
+    hidden, in_channels, *patch = shapes["patch_embedding.weight"]
+    return {
+        **_common_config(shapes),
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
+        "num_attention_heads": hidden // _head(hidden),
+        "attention_head_dim": _head(hidden),
+        "patch_size": tuple(patch),
     }
 
 
@@ -38,23 +68,67 @@ def _latents(config: Config, geometry: Geometry) -> tuple[int, ...]:
     return config["in_channels"], config["patch_size"] * geometry.height, config["patch_size"] * geometry.width
 
 
+def _arguments(inputs: Inputs) -> dict[str, Any]:
+    return inputs.usual(1000)
+
+
+ARCHITECTURE = Architecture(
+    transformer="SanaTransformer2DModel",
+    native="caption_norm.weight",
+    config=_config,
+    latents=_latents,
+    wants={
+        "encoder_hidden_states": text("caption_channels"),
+        "encoder_attention_mask": mask,
+        "guidance": guidance(GUIDANCE),
+    },
+    arguments=_arguments,
+    spellings=(
+        *rules(
+            ("x_embedder.proj", "patch_embed.proj"),
+            ("attention_y_norm", "caption_norm"),
+            ("blocks.*.{attn,cross_attn}.{q,k}_norm", "transformer_blocks.*.attn{1,2}.norm_{q,k}"),
+            ("blocks.*.mlp.{inverted,depth,point}_conv.conv", "transformer_blocks.*.ff.conv_{inverted,depth,point}"),
+        ),
+        *pixart.TABLE_SPELLINGS,
+    ),
+    optional=pixart.UNUSED,
+)
+
 FAMILY = Family(
     name="sana",
-    title="Sana",
-    signatures=(signature("patch_embed.proj caption_norm transformer_blocks.0.ff.conv_inverted time_embed.linear"),),
+    title="Sana (also Sprint, Video)",
+    signatures=(
+        signature("caption_norm transformer_blocks.0.ff.conv_inverted time_embed.linear"),
+        signature("t_block.1 blocks.0.attn.qkv blocks.0.mlp.inverted_conv.conv"),
+    ),
     keep={
-        r"patch_embed": IMAGE,
-        r"caption_projection": TEXT,
-        r"time_embed": VECTOR,
-        r"proj_out": FINAL,
+        r"x_embedder|patch_embed|patch_embedding": IMAGE,
+        r"y_embedder|caption_projection": TEXT,
+        r"t_block|time_embed\.linear": MODULATION,
+        r"t_embedder|time_embed": VECTOR,
+        r"final_layer|proj_out": FINAL,
     },
-    elsewhere={"time_embed.guidance_embedder.linear_1.weight": "Sana Sprint"},
-    architecture=Architecture(
-        transformer="SanaTransformer2DModel",
-        native="patch_embed.proj.weight",
-        config=_config,
-        latents=_latents,
-        wants={"encoder_hidden_states": text("caption_channels"), "encoder_attention_mask": mask},
-        arguments=lambda inputs: inputs.usual(1000),
+    names=(
+        *pixart.ATTENTION_NAMES,
+        *pixart.END_NAMES,
+        *under("", "time_embed.")(
+            ("t_embedder.mlp.{0,2}", "emb.timestep_embedder.linear_{1,2}"), ("t_block.1", "linear")
+        ),
+    ),
+    architecture=ARCHITECTURE,
+    architectures=(
+        replace(
+            ARCHITECTURE,
+            transformer="SanaVideoTransformer3DModel",
+            config=_video_config,
+            latents=video("patch_size"),
+            told_by=("patch_embedding.weight",),
+        ),
+    ),
+    variants=(
+        ("Sprint", signature("time_embed.guidance_embedder")),
+        ("Video", signature("patch_embedding")),
+        ("Sana", signature("")),
     ),
 )

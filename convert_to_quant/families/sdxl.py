@@ -69,7 +69,8 @@ FAMILY = Family(
     comfyui={"SDXL": _SDXL, "SDXLRefiner": _SDXL, "SDXL_instructpix2pix": unet.IMAGE_BESIDE},
     variants=(
         ("refiner", signature(size=(r".*\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, (REFINER_TEXT,)))),
-        ("inpainting", signature(size=(r"(?:input_blocks\.0\.0|conv_in)\.weight", 1, (9,)))),
+        ("inpainting", signature(size=(unet.FIRST, 1, (9,)))),
+        ("InstructPix2Pix", signature(size=(unet.FIRST, 1, (8,)))),
         ("base", signature(size=(r".*\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, (BASE_TEXT,)))),
     ),
 )

@@ -51,7 +51,7 @@ ROUTER = "router or gate: few outputs, each of which scales whole tokens"
 EMBEDDING = "embedding: no matrix product reads it"
 
 _EMBEDDING = re.compile(
-    r"relative_attention_bias|embed|shared|(?:embed_|word_)?tokens|word_embeddings|wte|wpe|(?:pos|position|tok|token)_embeddings?"
+    r"relative_attention_bias|embed|shared|embedding_table|(?:embed_|word_)?tokens|word_embeddings|wte|wpe|(?:pos|position|tok|token)_embeddings?"
 )
 _BESIDE = {
     r"\w*refiner\w*": REFINER,
@@ -62,17 +62,20 @@ _BESIDE = {
 _OUTSIDE = {
     r"\w*(?:modulation|adaln|t_block|[a-z]mod|modf)\w*": MODULATION,
     r"(?:final|head|out_|norm_out|proj_out|project_out|lm_head)\w*": FINAL,
-    r"\w*(?:txt|text|cap|caption|context|cond_seq|y_proj|y_embedder|lyric|t5)\w*": TEXT,
     r"(?:t_|time|vector_|guidance_|pooled|p_emb|label_|global|add_emb)\w*|to_(?:timestep|global)\w*": VECTOR,
+    r"\w*(?:txt|text|cap|caption|context|cond_seq|y_proj|y_embedder|lyric|t5)\w*": TEXT,
     r"\w*(?:img_in|x_emb|patch|pos_embed|latent_in|init_x|proj_in|project_in|visual_emb|conv_in)\w*": IMAGE,
 }
 """The same of the first module of a name outside of blocks: the reason that is shown, and nothing hangs on it."""
 
 _MODULATION = re.compile(
-    r"(?:\w*_)?(?:mod|modulation|adaln|ada_ln|scale_shift|shift_scale|emb_layers|time_emb_proj)\w*|mod[A-Z]\w*|adaLN\w*"
+    r"(?:\w*_)?(?:mod|modulation|adaln|ada_ln|scale_shift|shift_scale|mapper|emb_layers|time_emb_proj)\w*|mod[A-Z]\w*|adaLN\w*"
 )
 _PRODUCT = re.compile(r"\w*(?:mlp|ff|ffn|feed_?forward|attn|attention|experts?)(?:_\w+)?", re.IGNORECASE)
 """Modules whose layers multiply tokens, whatever their shapes."""
+_TIME = re.compile(r"time(?:step)?_?embed\w*")
+_KEYS = re.compile(r"(?:to_|w)?[kv](?:_\w+)?|to_(?:kv|key|value)")
+"""Keys and values, which may be of one head for all queries."""
 _BLOCKS = re.compile(r"(?:block|layer)s?$", re.IGNORECASE)
 """Stacks that are taken for such even where one group is left of them, with one layer."""
 _NORM = re.compile(r"\w*norm\w*|ln_?\d*")
@@ -238,7 +241,10 @@ def _group(name: str, stack: Stack) -> str:
 
 def _beside(stack: Stack, stacks: list[Stack]) -> str:
     """Why a stack is none of the main ones; "" where it is one."""
-    largest = stacks[0]
+    said = {
+        one.name: next(filter(None, (_reason(part, _BESIDE) for part in one.name.split("."))), "") for one in stacks
+    }
+    largest = next((one for one in stacks if not said[one.name]), stacks[0])
     if stack is largest:
         return ""
     small = stack.weights < SMALL * largest.weights
@@ -246,8 +252,8 @@ def _beside(stack: Stack, stacks: list[Stack]) -> str:
     alike = 2 * len(stack.children & largest.children) > len(stack.children | largest.children)
     if numbered and alike:
         return ""
-    if words := next((reason for part in stack.name.split(".") if (reason := _reason(part, _BESIDE))), ""):
-        return words
+    if said[stack.name]:
+        return said[stack.name]
     if stack.module != largest.module and (small or not alike):
         return ADAPTER
     return REFINER if small else ""
@@ -273,11 +279,13 @@ def _roles(
         product = any(map(_PRODUCT.fullmatch, parts))
         if any(map(_EMBEDDING.fullmatch, parts)):
             yield name, EMBEDDING
+        elif any(map(_TIME.fullmatch, parts)):
+            yield name, VECTOR
         elif _sounds_modulating(name, layers) or (not product and _modulates((rows, columns), stream, taken, given)):
             parent, _, last = name.rpartition(".")
             modulations.update([parent] if last.isdecimal() else [])
             yield name, MODULATION
-        elif 0 < rows * FEW < columns or (rows in experts and rows < columns):
+        elif not _KEYS.fullmatch(parts[-1]) and (0 < rows * FEW < columns or (rows in experts and rows < columns)):
             yield name, ROUTER
     for name in block:
         if name.rpartition(".")[0] in modulations:

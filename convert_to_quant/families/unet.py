@@ -48,13 +48,16 @@ CONVOLUTIONS = rules(
     ),
 )  # fmt: skip
 
-BLOCKS = r".*\.(?:transformer_blocks|time_stack)\.\d+"
+BLOCKS = r".*\.(?:(?:temporal_)?transformer_blocks|time_stack)\.\d+"
 KEEP = {
     r"time_embed|time_embedding|label_emb|add_embedding|class_embedding": VECTOR,
     r".*\.(?:emb_layers|time_emb_proj|time_pos_embed)": VECTOR,
     r".*\d+\.(?:proj_in|proj_out)": "end of a transformer: carries the residual stream of its level",
     r"encoder_hid_proj": TEXT,
 }
+
+FIRST = r"(?:input_blocks\.0\.0|conv_in)\.weight"
+"""The convolution that tells what joins the latents."""
 
 HEAD = 64
 """Channels of a head; Stable Diffusion 1, which nothing but the width of its text tells, has 8 heads of any width."""
@@ -182,7 +185,7 @@ FAMILY = Family(
     keep=KEEP,
     names=(*NAMES, *rules(("label_emb.0.{0,2}", "class_embedding.linear_{1,2}"))),
     architecture=ARCHITECTURE,
-    elsewhere={"input_blocks.1.1.time_stack.0.attn1.to_q.weight": "Stable Video Diffusion"},
+    elsewhere=("Stable Video Diffusion", "ModelScope or I2VGen-XL", "x4 upscaler"),
     comfyui={
         BASE: takes(cross_attn=PROMPT),
         "SD21UNCLIP": takes(cross_attn=PROMPT, unclip_conditioning=pooled(_unclip_width, form=_unclip_row)),
@@ -194,7 +197,14 @@ FAMILY = Family(
     },
     variants=(
         ("Stable Video Diffusion", signature("input_blocks.1.1.time_stack")),
+        ("Stable Video Diffusion", signature("down_blocks.0.attentions.0.temporal_transformer_blocks")),
+        ("ModelScope or I2VGen-XL", signature("down_blocks.0.temp_attentions")),
+        ("Lotus", signature(size=(r"label_emb\.0\.0\.weight", 1, (4,)))),
         ("unCLIP", signature("label_emb.0.0")),
+        ("unCLIP", signature("class_embedding.linear_1")),
+        ("x4 upscaler", signature(size=(FIRST, 1, (7,)))),
+        ("InstructPix2Pix or Zero123", signature(size=(FIRST, 1, (8,)))),
+        ("inpainting", signature(size=(FIRST, 1, (9,)))),
         ("Stable Diffusion 1", signature(size=(r".*\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, (768,)))),
         ("Stable Diffusion 2", signature(size=(r".*\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, (1024,)))),
     ),

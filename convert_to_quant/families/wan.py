@@ -141,6 +141,7 @@ FAMILY = Family(
     title="Wan 2.1 and 2.2 (also VACE, Animate, S2V, SkyReels V2)",
     signatures=(
         signature("blocks.0.self_attn.q blocks.0.cross_attn.q blocks.0.ffn.0 time_projection.1 head.head"),
+        signature("blocks.0.self_attn.to_q blocks.0.cross_attn.to_q time_projection.1 head.head"),  # Animate 2
         signature("blocks.0.attn1.to_q blocks.0.attn2.to_q condition_embedder.time_proj"),
     ),
     blocks=r"(?:blocks|vace_blocks)\.\d+",
@@ -183,10 +184,7 @@ FAMILY = Family(
             told_by=("vace_patch_embedding.weight",),
         ),
     ),
-    elsewhere={
-        "blocks.0.audio_cross_attn_wrapper.audio_cross_attn.q.weight": "Wan 2.1 HuMo",
-        "img_emb_refimage.proj.1.weight": "Wan 2.2 Dancer",
-    },
+    elsewhere=("HuMo", "Dancer", "Animate 2"),
     # A block adds a table of its own to the modulation that all share, so only the norm before the text can be scaled.
     folds=(
         normed("blocks.*.norm2", "blocks.*.attn2.to_q"),
@@ -236,13 +234,14 @@ FAMILY = Family(
         ),
     },
     variants=(
+        ("Animate 2", signature("blocks.0.self_attn.to_q")),
         ("VACE", signature("vace_blocks.0")),
         ("Camera", signature("control_adapter")),
         ("S2V", signature("casual_audio_encoder")),
         ("HuMo", signature("audio_proj.audio_proj_glob_1")),
         ("Animate", signature("motion_encoder")),
-        ("SCAIL", signature("patch_embedding_pose")),
         ("SCAIL 2", signature("patch_embedding_mask")),
+        ("SCAIL", signature("patch_embedding_pose")),
         ("Dancer", signature("patch_embedding_global")),
         ("FLF2V", signature("img_emb.emb_pos")),
         ("FLF2V", signature("condition_embedder.image_embedder.pos_embed")),

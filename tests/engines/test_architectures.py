@@ -514,8 +514,8 @@ def test_what_only_adds_a_condition_is_left_out(save_model: Any, shapes: Shapes,
 @pytest.mark.parametrize(
     ("shapes", "tensor", "title"),
     [
-        (WAN, "blocks.0.audio_cross_attn_wrapper.audio_cross_attn.q.weight", "Wan 2.1 HuMo"),
-        (CHROMA, "nerf_image_embedder.embedder.0.weight", "Chroma Radiance"),
+        (WAN, "audio_proj.audio_proj_glob_1.layer.weight", r"Wan 2.1 and 2.2 \(HuMo\)"),
+        (CHROMA, "nerf_image_embedder.embedder.0.weight", r"Chroma \(Radiance\)"),
     ],
 )
 def test_a_released_model_that_only_comfyui_runs_is_named(
@@ -523,7 +523,7 @@ def test_a_released_model_that_only_comfyui_runs_is_named(
 ) -> None:
     with (
         open_checkpoint(save_model(random_state(shapes | {tensor: (32, 32)}))) as checkpoint,
-        pytest.raises(UnsupportedModelError, match=f"{title} is run only in ComfyUI .observe --comfyui-dir DIR"),
+        pytest.raises(UnsupportedModelError, match=f"diffusers does not run {title} .observe --comfyui-dir DIR"),
     ):
         engine.load(checkpoint)
 

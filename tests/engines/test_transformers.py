@@ -40,6 +40,9 @@ LTX_2 = {"in_channels": 8, "out_channels": 8, "num_attention_heads": 32, "attent
          "cross_attention_dim": 128, "audio_in_channels": 8, "audio_out_channels": 8, "audio_num_attention_heads": 32,
          "audio_attention_head_dim": 2, "audio_cross_attention_dim": 64, "num_layers": 3,
          "rope_type": "split"}  # fmt: skip
+SANA = {"in_channels": 8, "out_channels": 8, "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 1,
+        "num_cross_attention_heads": 2, "cross_attention_head_dim": 64, "cross_attention_dim": 128,
+        "caption_channels": 24}  # fmt: skip
 SD_3 = {"sample_size": 16, "in_channels": 4, "out_channels": 4, "num_layers": 3, "joint_attention_dim": 24,
         "caption_projection_dim": 128, "pooled_projection_dim": 20, "pos_embed_max_size": 12}  # fmt: skip
 UNET = {"in_channels": 4, "out_channels": 4, "block_out_channels": (64, 64), "cross_attention_dim": 768,
@@ -86,10 +89,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mochi": ("mochi", "MochiTransformer3DModel", {
         "num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "pooled_projection_dim": 32,
         "in_channels": 4, "text_embed_dim": 24, "time_embed_dim": 256}),
-    "sana": ("sana", "SanaTransformer2DModel", {
-        "in_channels": 8, "out_channels": 8, "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 1,
-        "num_cross_attention_heads": 2, "cross_attention_head_dim": 64, "cross_attention_dim": 128,
-        "caption_channels": 24}),
+    "sana": ("sana", "SanaTransformer2DModel", SANA),
+    "sana sprint": ("sana", "SanaTransformer2DModel", SANA | {
+        "guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}),
+    "sana video": ("sana", "SanaVideoTransformer3DModel", SANA | {"num_attention_heads": 2, "attention_head_dim": 64}),
     "hidream": ("hidream", "HiDreamImageTransformer2DModel", {
         "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_single_layers": 1,
         "attention_head_dim": 64, "num_attention_heads": 1, "caption_channels": [20, 24], "text_emb_dim": 16,
