@@ -29,9 +29,7 @@ def stored(weight_OI: Tensor, fmt: Format, full_precision: bool = False) -> dict
     """What a file holds of a weight [out, in], by suffix without its dot, its mark included."""
     shape = (weight_OI.shape[0], weight_OI.shape[1])
     if isinstance(fmt, Packed):
-        whole = fmt.whole(lambda: float(weight_OI.abs().max()), shape, lambda rows: weight_OI[rows], "absmax")
-        whole = {suffix: part.to(weight_OI.device) for suffix, part in whole.items()}
-        parts = {**whole, **fmt.quantize(weight_OI, whole, "absmax")}
+        parts = fmt.quantized(weight_OI)
         sizes = {suffix: size for suffix, (_, size) in fmt.storage(shape, 0).items()}
         parts = {suffix: part.reshape(sizes.get(suffix, part.shape)) for suffix, part in parts.items()}
     else:

@@ -72,7 +72,7 @@ def floor(
         for span in conversion.spans(len(raw), 1 << 19):
             torch.aminmax(torch.from_numpy(raw[span]).view(torch.bfloat16))
     else:
-        weight = conversion._rows_on_device(checkpoint, layer, device)(slice(None)).view(torch.uint8).reshape(-1)
+        weight = conversion._on_device(checkpoint, layer, device).view(torch.uint8).reshape(-1)
         torch.cuda.current_stream(device).synchronize() if device.type == "cuda" else None
     for suffix, size in stored.items():
         for span in conversion.spans(size, 1 << 23):

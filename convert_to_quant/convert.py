@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -519,10 +518,8 @@ def _threads(device: torch.device | None) -> Iterator[ThreadPoolExecutor]:
 
 def _check_kept(checkpoint: Checkpoint, layer: Layer, _write: Sink) -> None:
     """Refuse a weight that is copied and would spoil every image."""
-    bands = spans(layer.out_features, max(1, BAND_VALUES // layer.in_features))
-    every = [_block_absmax(bits, layer.weight.dtype, layer.shape) for bits in _banded(checkpoint, layer, bands)]
-    if not np.isfinite(every).all():
-        raise _not_finite(checkpoint, layer, DEFAULT)
+    rows = _Rows(checkpoint, layer, DEFAULT)
+    rows.absmax(spans(layer.out_features, rows.step), layer.shape)
 
 
 def _merge_kept(checkpoint: Checkpoint, layer: Layer, merged: LoraMatch, write: Sink) -> None:
@@ -656,46 +653,33 @@ def quantize_weight(
     Raises:
         TensorError: the weight has NaN or infinite values.
     """
-    if isinstance(fmt, Packed) or device is not None:
-        place = device or torch.device("cpu")
-        scale = _quantize_with_torch(checkpoint, layer, fmt, options, sink, device=place)
-    elif fmt.granularity == "tensor" and layer.weight.dtype in ("BF16", "F16"):
-        scale = _quantize_by_table(checkpoint, layer, fmt, options, sink)
+    rows = _Rows(checkpoint, layer, fmt) if device is None else _RowsOnDevice(checkpoint, layer, fmt, device)
+    if isinstance(fmt, Packed):
+        _quantize_packed(rows, layer, fmt, options, sink)
+        return None
+    if device is None and fmt.granularity == "tensor" and layer.weight.dtype in ("BF16", "F16"):
+        scale = _quantize_by_table(rows, layer, fmt, options, sink)
     else:
-        scale = _quantize_by_bands(checkpoint, layer, fmt, options, sink)
-    if scale is not None:
-        sink(names.WEIGHT_SCALE, scale, 0)
+        scale = _quantize_by_bands(rows, layer, fmt, options, sink)
+    sink(names.WEIGHT_SCALE, scale, 0)
     return scale
 
 
-def _not_finite(checkpoint: Checkpoint, layer: Layer, fmt: Format) -> TensorError:
-    return TensorError(
-        "the weight has NaN or infinite values",
-        path=checkpoint.path_of(layer.weight.name),
-        tensor=layer.weight.name,
-        hint=f"{fmt.title} cannot repair them; the input file is damaged or its training diverged",
-    )
-
-
 def _quantize_by_table(
-    checkpoint: Checkpoint, layer: Layer, fmt: Format, options: ConvertOptions, sink: Sink
+    rows: _Rows, layer: Layer, fmt: Format, options: ConvertOptions, sink: Sink
 ) -> NDArray[np.float32]:
     """One scale for 16-bit weights: two passes over the file's bits, no arithmetic per weight."""
     meanings = _meanings(layer.weight.dtype)
     bands = list(spans(layer.out_features, max(1, CHUNK // layer.in_features)))
-    # Bits without the sign order magnitudes, so the largest is found without widening.
-    every = [_block_absmax(bits, layer.weight.dtype, layer.shape) for bits in _banded(checkpoint, layer, bands)]
-    largest = np.max(every).reshape(())
-    if not np.isfinite(largest):
-        raise _not_finite(checkpoint, layer, fmt)
-    scale = fmt.weight_scales(largest)
+    scale = fmt.weight_scales(rows.absmax(bands, layer.shape))
     if options.weight_scale == "mse":
-        scale = _least_squares_grid(checkpoint, layer, scale, fmt, block=layer.shape, bands=bands)
+        scale = _least_squares_grid(rows, layer, scale, fmt, block=layer.shape, bands=bands)
     with np.errstate(invalid="ignore", over="ignore"):
-        table = fmt.codes.encode(meanings / scale)
-    for band, bits in zip(bands, _banded(checkpoint, layer, bands), strict=True):
-        sink(names.WEIGHT, np.take(table, bits.view(np.uint16), mode="clip"), band.start * layer.in_features)
-    return scale.reshape(1, 1)
+        table = fmt.codes.encode(meanings / scale.reshape(()))
+    for band in bands:
+        codes = np.take(table, rows.bits(band).view(np.uint16), mode="clip")
+        sink(names.WEIGHT, codes, band.start * layer.in_features)
+    return scale
 
 
 def _meanings(dtype: str) -> NDArray[np.float32]:
@@ -705,114 +689,135 @@ def _meanings(dtype: str) -> NDArray[np.float32]:
 
 
 def _quantize_by_bands(
-    checkpoint: Checkpoint, layer: Layer, fmt: Format, options: ConvertOptions, sink: Sink
+    rows: _Rows, layer: Layer, fmt: Format, options: ConvertOptions, sink: Sink
 ) -> NDArray[np.float32]:
-    """Scales per block, or wide weights: rows are widened to float32, a band at a time.
+    """Scales per row or block, or weights of more than 16 bits, or a GPU: a band of rows at a time.
 
     All bands that share a scale are read before the first is quantized; those of rows are still in the cache then.
     """
     block = fmt.block(layer.shape, options.block_size)
-    blocked = replace(layer, block=block)
     scale = np.empty(scale_grid(layer.shape, block), np.float32)
-    weight, dtype = layer.weight.name, layer.weight.dtype
-    scratch = np.empty((max(1, BAND_VALUES // layer.in_features), layer.in_features), np.float32)
-    for bands in _bands(layer, block[0]):
+    for bands in _bands(layer, block[0], rows.step):
         blocks = slice(bands[0].start // block[0], -(-bands[-1].stop // block[0]))
-        absmax = np.max([_block_absmax(bits, dtype, block) for bits in _banded(checkpoint, layer, bands)], axis=0)
-        if not np.isfinite(absmax).all():
-            raise _not_finite(checkpoint, layer, fmt)
-        scale[blocks] = fmt.weight_scales(absmax)
+        scale[blocks] = fmt.weight_scales(rows.absmax(bands, block))
         if options.weight_scale == "mse":
-            scale[blocks] = _least_squares_grid(checkpoint, layer, scale[blocks], fmt, block=block, bands=bands)
+            scale[blocks] = _least_squares_grid(rows, layer, scale[blocks], fmt, block=block, bands=bands)
         for band in bands:
-            weight_OI = to_float32(checkpoint.bits(weight, band), dtype, scratch[: band.stop - band.start])
-            np.divide(weight_OI, scales_per_row(scale, blocked, band), out=weight_OI)
-            codes = fmt.codes.encode(weight_OI, fits=options.weight_scale == "absmax")
+            codes = rows.codes(band, scale, block, fits=options.weight_scale == "absmax")
             sink(names.WEIGHT, codes, band.start * layer.in_features)
     return scale
 
 
-def _quantize_with_torch(
-    checkpoint: Checkpoint, layer: Layer, fmt: Format, options: ConvertOptions, sink: Sink, *, device: torch.device
-) -> NDArray[np.float32] | None:
-    """Packed formats, and every format on a GPU, in bands of whole tiles of scales."""
-    on_cpu = device.type == "cpu"
-    read = _rows_on_cpu(checkpoint, layer) if on_cpu else _rows_on_device(checkpoint, layer, device)
-    rows = max(1, (BAND_VALUES if on_cpu else DEVICE_BAND_VALUES) // layer.in_features)
-    if isinstance(fmt, Packed) and fmt.TILED:
-        rows = round_up(rows, fmt.ROWS)
-    bands = list(spans(layer.out_features, rows))
+def _quantize_packed(rows: _Rows, layer: Layer, fmt: Packed, options: ConvertOptions, sink: Sink) -> None:
+    """Packed formats."""
 
-    def largest(band: slice) -> float:
-        if on_cpu:
-            found = _block_absmax(checkpoint.bits(layer.weight.name, band), layer.weight.dtype, layer.shape).item()
-        else:
-            found = read(band).abs().amax().item()
-        if not math.isfinite(found):
-            raise _not_finite(checkpoint, layer, fmt)
-        return found
-
-    scale: NDArray[np.float32] | None = None
-    if isinstance(fmt, Packed):
-        whole = fmt.whole(lambda: max(largest(band) for band in bands), layer.shape, read, options.weight_scale)
-        for suffix, tensor in whole.items():
-            sink(suffix, tensor.cpu().numpy(), 0)
-    else:
-        block = fmt.block(layer.shape, options.block_size)
-        absmax = _block_absmax_of(read(ALL_ROWS), block).cpu().numpy()
-        if not np.isfinite(absmax).all():
-            raise _not_finite(checkpoint, layer, fmt)
-        scale = fmt.weight_scales(absmax)
-        if options.weight_scale == "mse":
-            scale = _least_squares_grid(checkpoint, layer, scale, fmt, block=block, bands=bands)
-        scales = torch.from_numpy(scale).to(device)
-
-    def quantized(band: slice) -> dict[str, Tensor]:
-        if isinstance(fmt, Packed):
-            largest(band)
-            return fmt.quantize(read(band), whole, options.weight_scale)
-        per_row = scales[torch.arange(band.start, band.stop, device=device) // block[0]]
-        if per_row.shape[1] > 1:
-            per_row = per_row.repeat_interleave(block[1], 1)[:, : layer.in_features]
-        return {names.WEIGHT: fmt.codes.round(read(band).float() / per_row)}
+    def largest() -> float:
+        return float(rows.absmax(list(spans(layer.out_features, rows.step)), layer.shape).item())
 
     done: Counter[str] = Counter()
-    for band in bands:
-        for suffix, tensor in quantized(band).items():
-            data = _bytes_of(tensor)
-            sink(suffix, data, done[suffix])
-            done[suffix] += data.nbytes
-    return scale
+    for suffix, piece in fmt.pieces(largest, layer.shape, rows, options.weight_scale, rows.step):
+        data = _bytes_of(piece)
+        sink(suffix, data, done[suffix])
+        done[suffix] += data.nbytes
 
 
-def _rows_on_cpu(checkpoint: Checkpoint, layer: Layer) -> Callable[[Any], Tensor]:
-    """Gives rows of a weight, by a slice or by their numbers, in the file's dtype."""
-    weight = layer.weight.name
+class _Rows:
+    """Rows of a weight, on the CPU: numpy does what needs no torch.
 
-    def read(rows: Any) -> Tensor:
-        if isinstance(rows, slice):
-            bits = checkpoint.bits(weight, rows)
-        else:
-            bits = np.concatenate([checkpoint.bits(weight, slice(row, row + 1)) for row in rows.tolist()])
-        return torch.from_numpy(bits.view(np.uint8)).view(getattr(torch, TORCH_NAMES[layer.weight.dtype]))
+    Args:
+        checkpoint: where it is.
+        layer: a layer in high precision.
+        fmt: what it is to become.
 
-    return read
+    Attributes:
+        step: how many rows to deal with at a time.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layer: Layer, fmt: Format) -> None:
+        self.checkpoint, self.layer, self.fmt = checkpoint, layer, fmt
+        self.step = max(1, BAND_VALUES // layer.in_features)
+        self.last: tuple[slice, NDArray[Any]] | None = None
+
+    def bits(self, band: slice) -> NDArray[Any]:
+        """As `Checkpoint.bits` gives them; a band that is asked for again is not read again."""
+        if self.last is None or self.last[0] != band:
+            self.last = band, self.checkpoint.bits(self.layer.weight.name, band)
+        return self.last[1]
+
+    def absmax(self, bands: Iterable[slice], block: tuple[int, int]) -> NDArray[np.float32]:
+        """The largest magnitude of each block of bands, which are whole blocks or parts of one; float32 [n_out, n_in].
+
+        Raises:
+            TensorError: a weight is NaN or infinite.
+        """
+        absmax: NDArray[np.float32] = np.max([self.band_absmax(band, block) for band in bands], axis=0)
+        if not np.isfinite(absmax).all():
+            raise TensorError(
+                "the weight has NaN or infinite values",
+                path=self.checkpoint.path_of(self.layer.weight.name),
+                tensor=self.layer.weight.name,
+                hint=f"{self.fmt.title} cannot repair them; the input file is damaged or its training diverged",
+            )
+        return absmax
+
+    def band_absmax(self, band: slice, block: tuple[int, int]) -> NDArray[np.float32]:
+        """The same of one band, unchecked."""
+        return _block_absmax(self.bits(band), self.layer.weight.dtype, block)
+
+    def codes(self, band: slice, scale: NDArray[np.float32], block: tuple[int, int], *, fits: bool) -> NDArray[Any]:
+        """A band's codes under the scales [n_out, n_in] of all blocks; `fits` where none is clipped."""
+        weight_OI = to_float32(self.bits(band), self.layer.weight.dtype)
+        np.divide(weight_OI, scales_per_row(scale, replace(self.layer, block=block), band), out=weight_OI)
+        return self.fmt.codes.encode(weight_OI, fits=fits)
+
+    def __call__(self, rows: Any) -> Tensor:
+        """Rows by a slice or by their numbers, in the file's dtype, known to be finite."""
+        bands = [rows] if isinstance(rows, slice) else [slice(row, row + 1) for row in rows.tolist()]
+        self.absmax(bands, self.layer.shape)
+        bits = np.concatenate([self.bits(band) for band in bands]) if len(bands) > 1 else self.bits(bands[0])
+        return torch.from_numpy(bits.view(np.uint8)).view(getattr(torch, TORCH_NAMES[self.layer.weight.dtype]))
 
 
-def _rows_on_device(checkpoint: Checkpoint, layer: Layer, device: torch.device) -> Callable[[Any], Tensor]:
-    """The same of a weight that is read into the memory of a device once, through pinned memory.
+class _RowsOnDevice(_Rows):
+    """Rows of a weight that is read into the memory of a device once, through pinned memory.
 
     A thread waits for each of its copies; other threads copy or compute meanwhile, each on a stream of its own.
     """
-    row_bytes = layer.weight.nbytes // layer.out_features
-    weight = torch.empty((layer.out_features, row_bytes), dtype=torch.uint8, device=device)
-    rows = min(layer.out_features, max(1, STAGED_BYTES // row_bytes))
-    staged = torch.empty((rows, row_bytes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+    def __init__(self, checkpoint: Checkpoint, layer: Layer, fmt: Format, device: torch.device) -> None:
+        super().__init__(checkpoint, layer, fmt)
+        self.step = max(1, DEVICE_BAND_VALUES // layer.in_features)
+        self.weight = _on_device(checkpoint, layer, device)
+        if isinstance(fmt, Packed):
+            self.absmax([ALL_ROWS], layer.shape)
+
+    def band_absmax(self, band: slice, block: tuple[int, int]) -> NDArray[np.float32]:
+        absmax: NDArray[np.float32] = _block_absmax_of(self.weight[band], block).cpu().numpy()
+        return absmax
+
+    def codes(self, band: slice, scale: NDArray[np.float32], block: tuple[int, int], *, fits: bool) -> NDArray[Any]:  # noqa: ARG002
+        weight_OI = self.weight[band]
+        scales = torch.from_numpy(scale[band.start // block[0] : -(-band.stop // block[0])]).to(weight_OI.device)
+        per_row = scales.repeat_interleave(block[0], 0)[band.start % block[0] :][: len(weight_OI)]
+        if per_row.shape[1] > 1:
+            per_row = per_row.repeat_interleave(block[1], 1)[:, : self.layer.in_features]
+        return _bytes_of(self.fmt.codes.round(weight_OI.float() / per_row))
+
+    def __call__(self, rows: Any) -> Tensor:
+        return self.weight[rows]
+
+
+def _on_device(checkpoint: Checkpoint, layer: Layer, device: torch.device) -> Tensor:
+    """A weight in the memory of a device, in the file's dtype."""
+    dtype = getattr(torch, TORCH_NAMES[layer.weight.dtype])
+    weight = torch.empty(layer.shape, dtype=dtype, device=device)
+    rows = min(layer.out_features, max(1, STAGED_BYTES // (layer.in_features * dtype.itemsize)))
+    staged = torch.empty((rows, layer.in_features), dtype=dtype, pin_memory=device.type == "cuda")
     for band in spans(layer.out_features, rows):
         part = staged[: band.stop - band.start]
-        np.copyto(part.numpy(), checkpoint.bits(layer.weight.name, band).view(np.uint8))
+        np.copyto(part.view(torch.uint8).numpy(), checkpoint.bits(layer.weight.name, band).view(np.uint8))
         weight[band].copy_(part)
-    return weight.view(getattr(torch, TORCH_NAMES[layer.weight.dtype])).__getitem__
+    return weight
 
 
 def _bytes_of(tensor: Tensor) -> NDArray[Any]:
@@ -836,20 +841,14 @@ def _block_absmax_of(weight_OI: Tensor, block: tuple[int, int]) -> Tensor:
     return magnitudes.reshape(rows, block[0], columns, block[1]).amax((1, 3)).float()
 
 
-def _bands(layer: Layer, block_out: int) -> Iterator[list[slice]]:
+def _bands(layer: Layer, block_out: int, rows: int) -> Iterator[list[slice]]:
     """Rows of a weight in steps that share no scale: a band of whole blocks, or several of one block that is larger."""
-    rows = max(1, BAND_VALUES // layer.in_features)
     step = max(block_out, rows - rows % block_out)
     for together in spans(layer.out_features, step):
         yield [
             slice(together.start + part.start, together.start + part.stop)
             for part in spans(together.stop - together.start, max(rows, step) if rows >= block_out else rows)
         ]
-
-
-def _banded(checkpoint: Checkpoint, layer: Layer, bands: Iterable[slice]) -> Iterator[NDArray[Any]]:
-    """The rows [rows, in] of each band, as `Checkpoint.bits` gives them."""
-    return (checkpoint.bits(layer.weight.name, band) for band in bands)
 
 
 def _block_absmax(bits: NDArray[Any], dtype: str, block: tuple[int, int]) -> NDArray[np.float32]:
@@ -873,7 +872,7 @@ def _block_absmax(bits: NDArray[Any], dtype: str, block: tuple[int, int]) -> NDA
 
 
 def _least_squares_grid(
-    checkpoint: Checkpoint,
+    rows: _Rows,
     layer: Layer,
     absmax_scale: NDArray[np.float32],
     fmt: Format,
@@ -884,7 +883,7 @@ def _least_squares_grid(
     """The least-squares scale of every block in some bands."""
     if scale_grid(layer.shape, block) == (1, 1):
         counts = np.zeros(1 << 15, np.int64)
-        for bits in _banded(checkpoint, layer, bands):
+        for bits in map(rows.bits, bands):
             if layer.weight.dtype in ("BF16", "F16"):
                 both_signs = np.bincount(bits.reshape(-1).view(np.uint16), minlength=1 << 16)
                 counts += both_signs[: 1 << 15] + both_signs[1 << 15 :]
@@ -899,7 +898,7 @@ def _least_squares_grid(
     scale = np.empty_like(absmax_scale)
     start, stop = bands[0].start, bands[-1].stop
     whole_blocks = [slice(at, min(at + block[0], stop)) for at in range(start, stop, block[0])]
-    for number, bits in enumerate(_banded(checkpoint, layer, whole_blocks)):
+    for number, bits in enumerate(map(rows.bits, whole_blocks)):
         weight_OI = to_float32(bits, layer.weight.dtype)
         for column, span in enumerate(spans(layer.in_features, block[1])):
             values, counts = np.unique(np.abs(weight_OI[:, span]), return_counts=True)

@@ -68,7 +68,7 @@ class MXFP8(Packed):
 
     def quantize(self, weight_OI: Tensor, _whole: Parts, _method: str) -> dict[str, Tensor]:
         codes, exponents = blocks_of(weight_OI)
-        return {names.WEIGHT: codes, names.WEIGHT_SCALE: to_tiles(exponents)}
+        return {names.WEIGHT: codes, names.WEIGHT_SCALE: exponents}
 
     def lattice(self, parts: Parts) -> Lattice:
         codes = parts[names.WEIGHT].view(torch.uint8)

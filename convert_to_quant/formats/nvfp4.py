@@ -67,39 +67,41 @@ LEAST_INPUT = E4M3FN.smallest_step * LARGEST
 BLOCKS = BlockGrid("nvfp4", "U8", LARGEST_INPUT, 2 * LEAST_INPUT)
 
 
-def encode(numbers: Tensor) -> Tensor:
-    """Nearest E2M1 codes, ties to the even code, saturating at ±6; uint8 like `numbers`, bit 3 is the sign."""
-    size = numbers.abs()
+def encode(size: Tensor) -> Tensor:
+    """Nearest E2M1 codes of magnitudes, ties to the even code, saturating at 6; uint8. `size` is overwritten."""
     # From 0 to 2, from there to 4 and to 6 the steps are equal, so each part is rounded as whole numbers are.
-    codes = size.clamp(max=2).mul_(2).round_()
-    codes += size.clamp(2, 4).sub_(2).round_()
-    codes += size.clamp_(4, LARGEST).sub_(4).mul_(0.5).round_()
-    return codes.to(torch.uint8) | ((numbers.view(torch.int32) >> 28) & 8).to(torch.uint8)
+    codes = (size * 2).round_().clamp_(max=4)
+    codes += size.clamp(2, 4).round_()
+    codes += size.clamp_(4, LARGEST).mul_(0.5).round_()
+    return codes.sub_(4).to(torch.uint8)
 
 
 def decode(codes: Tensor) -> Tensor:
     """What E2M1 codes mean, float32."""
     table = torch.tensor([*VALUES, *(-value for value in VALUES)], device=codes.device)
-    return table[codes.int()]
+    return table.index_select(0, codes.flatten().int()).reshape(codes.shape)
 
 
-def blocks_of(x: Tensor, overall: Tensor, reaches: float = LARGEST) -> tuple[Tensor, Tensor]:
-    """Quantize the last dimension in blocks under one scale.
+def scales_of(absmax: Tensor, overall: Tensor, reaches: float = LARGEST) -> Tensor:
+    """E4M3 scales of blocks under one scale.
 
     Args:
-        x: [..., in].
+        absmax: of the blocks, float32 [..., in / 16].
         overall: float32 (), or [..., 1] for one per token.
         reaches: what the largest of a block becomes.
-
-    Returns:
-        E2M1 codes, uint8 [..., in / 16, 16], and E4M3 scales of the blocks [..., in / 16].
     """
-    blocked = in_groups(x.float(), BLOCK)
-    scales = absmax_of(blocked) / overall.new_full((), reaches) / overall  # by a tensor: CUDA multiplies by 1 / number
-    scales = scales.clamp_(max=E4M3FN.max).to(torch.float8_e4m3fn)
+    scales = absmax / overall.new_full((), reaches) / overall  # by a tensor: CUDA multiplies by 1 / number
+    return scales.clamp_(max=E4M3FN.max).to(torch.float8_e4m3fn)
+
+
+def codes_of(blocked: Tensor, scales: Tensor, overall: Tensor) -> Tensor:
+    """E2M1 codes, uint8 like `blocked` [..., in / 16, 16]: bit 3 is the sign. Blocks without a scale become 0."""
     total = (overall * scales.float()).unsqueeze(-1)
-    codes = encode(blocked / torch.where(total == 0, 1, total))
-    return codes * (total != 0), scales
+    codes = encode(blocked.abs().div_(torch.where(total == 0, torch.inf, total)))
+    signs = blocked.view(torch.int32) >> 28
+    signs &= (total != 0).int() << 3
+    codes |= signs.to(torch.uint8)
+    return codes
 
 
 def meanings(codes: Tensor, scales: Tensor, overall: Tensor) -> Tensor:
@@ -133,19 +135,22 @@ class NVFP4(Packed):
 
     def quantize(self, weight_OI: Tensor, whole: Parts, method: str) -> dict[str, Tensor]:
         overall = whole[names.WEIGHT_SCALE_2].to(weight_OI.device)
-        codes, scales = blocks_of(weight_OI, overall)
+        blocked = in_groups(weight_OI.float(), BLOCK)
+        absmax = absmax_of(blocked)
+        scales = scales_of(absmax, overall)
         if method == "mse":
-            other_codes, other_scales = blocks_of(weight_OI, overall, 4.0)
-            wanted = in_groups(weight_OI, BLOCK)
+            other = scales_of(absmax, overall, 4.0)
             error, other_error = (
-                (in_groups(meanings(c, s, overall), BLOCK) - wanted).square().sum(-1)
-                for c, s in ((codes, scales), (other_codes, other_scales))
+                in_groups(meanings(codes_of(blocked, tried, overall), tried, overall), BLOCK)
+                .sub_(blocked)
+                .square_()
+                .sum(-1)
+                for tried in (scales, other)
             )
-            better = other_error < error
-            codes = torch.where(better.unsqueeze(-1), other_codes, codes)
-            scales = torch.where(better, other_scales.view(torch.uint8), scales.view(torch.uint8))
-        tiled = to_tiles(scales.view(torch.uint8)).view(torch.float8_e4m3fn)
-        return {names.WEIGHT: pack_nibbles(codes.flatten(-2), high_first=True), names.WEIGHT_SCALE: tiled}
+            chosen = torch.where(other_error < error, other.view(torch.uint8), scales.view(torch.uint8))
+            scales = chosen.view(torch.float8_e4m3fn)
+        codes = codes_of(blocked, scales, overall)
+        return {names.WEIGHT: pack_nibbles(codes.flatten(-2), high_first=True), names.WEIGHT_SCALE: scales}
 
     def lattice(self, parts: Parts) -> Lattice:
         codes = unpack_nibbles(parts[names.WEIGHT], high_first=True)
@@ -176,7 +181,9 @@ class NVFP4(Packed):
             overall = (x.abs().amax() / LARGEST_INPUT).float()
         else:
             overall = static.to(x.device)
-        return meanings(*blocks_of(x, overall), overall), torch.ones((), device=x.device)
+        blocked = in_groups(x.float(), BLOCK)
+        scales = scales_of(absmax_of(blocked), overall)
+        return meanings(codes_of(blocked, scales, overall), scales, overall), torch.ones((), device=x.device)
 
 
 FORMATS = (

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from .. import names
 from ..lazy_torch import torch
+from .packing import to_tiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +77,8 @@ FP8_GPUS = frozenset({"rtx40", "rtx50", "h100", "l40s", "rdna3", "rdna4"})
 BLACKWELL_GPUS = frozenset({"rtx50"})
 
 Parts = Mapping[str, "Tensor"]
-Rows = Callable[["Tensor"], "Tensor"]
+Rows = Callable[[Any], "Tensor"]
+"""Gives rows of a weight, by a slice or by their numbers, [n, in] in the file's dtype."""
 
 
 def spans(count: int, step: int = CHUNK) -> Iterator[slice]:
@@ -489,11 +491,11 @@ class Packed(Format):
     """A format whose codes are packed, rotated, or scaled in small blocks: written and read with torch.
 
     A weight is written in bands of rows. What holds for all of it is found first (`whole`); the rest of each band is
-    contiguous in the file.
+    contiguous in the file, but for scales in tiles, which are laid when all are known.
     """
 
     ROWS = 128
-    """Bands of a tiled format begin at multiples of it: tiles of scales have as many rows."""
+    """Tiles of scales have as many rows, so bands that are read begin at multiples of it."""
 
     TILED = False
 
@@ -505,12 +507,12 @@ class Packed(Format):
     def whole(
         self, _absmax: Callable[[], float], _shape: tuple[int, int], _rows: Rows, _method: str
     ) -> dict[str, Tensor]:
-        """Tensors that belong to a weight as a whole, by suffix.
+        """Tensors that belong to a weight as a whole, by suffix, on the CPU.
 
         Args:
             absmax: finds its largest magnitude, which takes a pass over it.
             shape: (out, in).
-            rows: gives rows of it by their numbers, [n, in] in the file's dtype.
+            rows: gives rows of it.
             method: how scales are chosen, "absmax" or "mse".
         """
         return {}
@@ -524,16 +526,41 @@ class Packed(Format):
             method: as there.
 
         Returns:
-            What is stored of these rows, by suffix.
+            What is stored of these rows, by suffix; scales not yet in tiles.
         """
         raise NotImplementedError
 
+    def pieces(
+        self, absmax: Callable[[], float], shape: tuple[int, int], rows: Rows, method: str, step: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Everything that is stored of a weight, by suffix, in pieces that follow one another.
+
+        Args:
+            absmax: as of `whole`, like all but the last.
+            shape: (out, in).
+            rows: gives rows.
+            method: how scales are chosen.
+            step: how many rows to quantize at a time.
+        """
+        whole = self.whole(absmax, shape, rows, method)
+        yield from whole.items()
+        scales = []
+        for band in spans(shape[0], step):
+            parts = self.quantize(rows(band), whole, method)
+            if self.TILED:
+                scales.append(parts.pop(names.WEIGHT_SCALE))
+            yield from parts.items()
+        if scales:
+            tiled = to_tiles(torch.cat([part.view(torch.uint8) for part in scales]))
+            yield names.WEIGHT_SCALE, tiled.view(scales[0].dtype)
+
     def quantized(self, weight_OI: Tensor) -> dict[str, Tensor]:
-        """As of any format, in bands of rows."""
+        """As of any format."""
         shape = (weight_OI.shape[0], weight_OI.shape[1])
-        device = weight_OI.device
-        whole = self.whole(lambda: float(weight_OI.abs().max()), shape, lambda n: weight_OI[n.to(device)], "absmax")
-        whole = {suffix: part.to(device) for suffix, part in whole.items()}
-        step = max(1, TOGETHER_VALUES // (shape[1] * self.ROWS)) * self.ROWS
-        bands = [self.quantize(weight_OI[band], whole, "absmax") for band in spans(shape[0], step)]
-        return {**whole, **{suffix: torch.cat([band[suffix] for band in bands]) for suffix in bands[0]}}
+        step = max(1, TOGETHER_VALUES // shape[1])
+        parts: dict[str, list[Tensor]] = {}
+        for suffix, piece in self.pieces(
+            lambda: float(weight_OI.abs().max()), shape, weight_OI.__getitem__, "absmax", step
+        ):
+            parts.setdefault(suffix, []).append(piece.to(weight_OI.device))
+        return {suffix: torch.cat(found) if found[0].dim() else found[0] for suffix, found in parts.items()}

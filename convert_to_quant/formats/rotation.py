@@ -66,8 +66,9 @@ def rotate_weight(weight_OI: Tensor, group: int) -> Tensor:
     if group < 64 or wide is weight_OI or wide.device.type != "cpu":
         return rotate(wide, group)
     inner, outer = (hadamard(size, wide.dtype, wide.device) for size in (16, group // 16))
-    rotated: Tensor = torch.matmul(outer, torch.matmul(wide.reshape(-1, group // 16, 16), inner))
-    return rotated.reshape(weight_OI.shape)
+    grouped = wide.view(-1, group // 16, 16)
+    torch.matmul(outer, torch.matmul(grouped, inner), out=grouped)
+    return wide
 
 
 def rotate(x: Tensor, group: int) -> Tensor:

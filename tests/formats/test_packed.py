@@ -271,8 +271,10 @@ def test_codes_of_levels_are_the_nearest_at_and_beside_every_tie(name: str) -> N
     ties[1042:] = ties[1042:].nextafter(torch.tensor(-1e9))
     target = torch.nn.functional.pad(ties, (0, -len(ties) % 16)).reshape(1, -1, 16).expand(127, -1, -1).contiguous()
     s_rel = scales.view(torch.uint8).view(-1, 1).expand(-1, target.shape[1]).contiguous().view(torch.float8_e4m3fn)
-    chosen, codes = fmt.choose(target, s_rel, values)
-    levels = (values * chosen.float().unsqueeze(-1)).round().clamp(-127, 127)
+    chosen, codes = (
+        part.reshape(127, len(s_rel[0]), -1) for part in fmt.choose(target.reshape(-1, 16), s_rel.flatten(), values)
+    )
+    levels = (values * chosen.float()).round().clamp(-127, 127)
     place = torch.searchsorted(levels, target)  # as comfy-kitchen searches: the lower of two that are as near
     low, high = (place - 1).clamp(min=0), place.clamp(max=len(values) - 1)
     nearer = (target - levels.gather(-1, high)).abs() < (target - levels.gather(-1, low)).abs()
