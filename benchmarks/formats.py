@@ -8,8 +8,9 @@ the same images and take the same words. Figures are the SQNR of the predicted v
 computed in float32, over prompts that nothing was chosen on, at every noise level, with guidance. Layers compute as
 readers compute (`engines.trials.Simulated`, which tests hold to comfy-kitchen's products).
 
-Per model: one format for all layers; the mixes that `--best` chooses, running the model on noise, at several sizes for
-three cards; and, for comparison, mixes of the same sizes chosen otherwise:
+Per model: one format for all layers, NVFP4 also with the scales of `--weight-scale mse` (four over six); the mixes that
+`--best` chooses, running the model on noise, at several sizes for three cards; and, for comparison, mixes of the same
+sizes chosen otherwise:
 
     output     least error of the layers' own outputs, as energies, instead of damage to the velocity
     weights    least relative error of the weights: what can be known without running anything
@@ -60,6 +61,7 @@ AIMS: Mapping[tuple[str, str], float] = {
 """Card and model -> dB at 8 bits."""
 
 UNDER_ONE_FORMAT_DB = 0.2
+FOUR_OVER_SIX = "nvfp4, four over six"
 
 
 class Judge:
@@ -90,7 +92,12 @@ class Judge:
 
     def sqnr_db(self, mix: Mapping[str, trials.Candidate]) -> float:
         """Of layers in formats."""
-        return self.judge({name: trials.Simulated(self.bench.weight(name), each) for name, each in mix.items()})
+        return self.judge({name: self.simulated(name, each) for name, each in mix.items()})
+
+    def simulated(self, name: str, candidate: trials.Candidate, method: str = "absmax") -> trials.Simulated:
+        """A layer in a format whose scales are chosen in one way."""
+        weight_OI = self.bench.weight(name)
+        return trials.Simulated(weight_OI, candidate, candidate.format.quantized(weight_OI, method))
 
     def judge(self, simulated: Mapping[str, trials.Simulated]) -> float:
         """Of layers that are quantized already."""
@@ -135,6 +142,9 @@ def measure(variant: str, device: str, geometry: Geometry, count: int) -> dict[s
                 for name in best.CANDIDATES:
                     mix = {layer: of[layer, name] for layer in layers if (layer, name) in of}
                     found["uniform"][name] = judge.sqnr_db(mix)
+                    if name == "nvfp4":
+                        made = {layer: judge.simulated(layer, each, "mse") for layer, each in mix.items()}
+                        found["uniform"][FOUR_OVER_SIX] = judge.judge(made)
             found["best"][card] = curve(chosen.offers, chosen, judged, BITS)
             if card == "rtx40":
                 for way, offers in others(checkpoint, chosen, layers).items():
@@ -196,8 +206,8 @@ def uniform_table(result: Mapping[str, Any]) -> str:
     models = result["models"]
 
     def rows() -> Iterator[tuple[str, ...]]:
-        for name in best.CANDIDATES:
-            fmt = FORMATS[name]
+        for name in next(iter(models.values()))["uniform"]:
+            fmt = FORMATS[name.partition(",")[0]]
             yield name, f"{fmt.bits:g}", fmt.cards, *(f"{found['uniform'][name]:.1f}" for found in models.values())
 
     return markdown(models, "format", "bits", "cards", rows=rows())
@@ -242,7 +252,7 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
         for card in CARDS:
             point = found["best"][card].get("8")
             got = -np.inf if point is None else point["sqnr_db"]
-            taken = [name for name in found["uniform"] if card in FORMATS[name].native and FORMATS[name].bits <= 8]
+            taken = [name for name in best.CANDIDATES if card in FORMATS[name].native and FORMATS[name].bits <= 8]
             single = max(found["uniform"][name] for name in taken)
             wanted = max(single - UNDER_ONE_FORMAT_DB, AIMS.get((card, title(model)), -np.inf))
             if got < wanted:

@@ -837,7 +837,9 @@ def _block_absmax_of(weight_OI: Tensor, block: tuple[int, int]) -> Tensor:
     """Largest magnitude per block, float32 [n_out, n_in]."""
     rows, columns = scale_grid((weight_OI.shape[0], weight_OI.shape[1]), block)
     missing = (0, columns * block[1] - weight_OI.shape[1], 0, rows * block[0] - weight_OI.shape[0])
-    magnitudes = torch.nn.functional.pad(weight_OI.abs(), missing)
+    magnitudes = weight_OI.abs()
+    if any(missing):
+        magnitudes = torch.nn.functional.pad(magnitudes, missing)
     return magnitudes.reshape(rows, block[0], columns, block[1]).amax((1, 3)).float()
 
 

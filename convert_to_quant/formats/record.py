@@ -439,8 +439,11 @@ class Format:
         """Whether it has a lattice: where scales are one per tensor, per row, or per group of a row."""
         return self.granularity in ("tensor", "row")
 
-    def quantized(self, weight_OI: Tensor) -> dict[str, Tensor]:
-        """What is stored of a whole weight [out, in], each weight rounded to nearest; scales by "absmax"."""
+    def quantized(self, weight_OI: Tensor, _method: str = "absmax") -> dict[str, Tensor]:
+        """What is stored of a whole weight [out, in], each weight rounded to nearest; scales by "absmax".
+
+        Packed formats take "mse" as well.
+        """
         absmax = weight_OI.abs()
         absmax = absmax.amax().reshape(1, 1) if self.granularity == "tensor" else absmax.amax(1, keepdim=True)
         scale = torch.where(absmax == 0, self.zero_scale, (absmax / self.codes.max).clamp(min=self.least_scale))
@@ -554,13 +557,12 @@ class Packed(Format):
             tiled = to_tiles(torch.cat([part.view(torch.uint8) for part in scales]))
             yield names.WEIGHT_SCALE, tiled.view(scales[0].dtype)
 
-    def quantized(self, weight_OI: Tensor) -> dict[str, Tensor]:
-        """As of any format."""
+    def quantized(self, weight_OI: Tensor, method: str = "absmax") -> dict[str, Tensor]:
         shape = (weight_OI.shape[0], weight_OI.shape[1])
         step = max(1, TOGETHER_VALUES // shape[1])
         parts: dict[str, list[Tensor]] = {}
         for suffix, piece in self.pieces(
-            lambda: float(weight_OI.abs().max()), shape, weight_OI.__getitem__, "absmax", step
+            lambda: float(weight_OI.abs().max()), shape, weight_OI.__getitem__, method, step
         ):
             parts.setdefault(suffix, []).append(piece.to(weight_OI.device))
         return {suffix: torch.cat(found) if found[0].dim() else found[0] for suffix, found in parts.items()}

@@ -58,12 +58,15 @@ def test_torch_makes_the_bytes_that_numpy_makes(source: Path, name: str, method:
 
 @pytest.mark.parametrize("name", ["fp8", "int8", "nvfp4", "mxfp8", "w6a8"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path, name: str, bad: float) -> None:
+@pytest.mark.parametrize("device", [CPU, None])
+def test_a_weight_that_is_not_finite_is_refused(
+    tmp_path: Path, name: str, bad: float, device: torch.device | None
+) -> None:
     weight = torch.ones(256, 256)
     weight[200, 3] = bad
     save_file({"blocks.0.mlp.weight": weight}, tmp_path / "in.safetensors")
     with pytest.raises(TensorError, match="NaN or infinite"):
-        quantized(tmp_path / "in.safetensors", name, CPU)
+        quantized(tmp_path / "in.safetensors", name, device)
 
 
 def test_threads_of_torch_are_as_many_afterwards(source: Path, tmp_path: Path) -> None:
