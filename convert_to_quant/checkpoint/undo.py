@@ -16,9 +16,8 @@ believed only where
 
 from __future__ import annotations
 
-import base64
+import binascii
 import contextlib
-import hashlib
 import json
 import os
 import shlex
@@ -182,7 +181,7 @@ def undo_path(path: Path) -> Path:
     real = Path(os.path.realpath(path))  # Path.resolve raises a RuntimeError on a circle of links
     name = real.name + UNDO_SUFFIX
     if len(os.fsencode(name)) > MAX_NAME_BYTES:  # found by what it is about all the same
-        name = f".convert_to_quant.{hashlib.sha256(os.fsencode(real.name)).hexdigest()[:16]}{UNDO_SUFFIX}"
+        name = f".convert_to_quant.{zlib.crc32(os.fsencode(real.name)):016x}{UNDO_SUFFIX}"
     return real.with_name(name)
 
 
@@ -190,7 +189,7 @@ def undo_record(files: Iterable[tuple[Path, int]], edits: Iterable[Edit]) -> byt
     """The content of an undo file: path and open descriptor of every file of the checkpoint, and what will be done."""
 
     def text(data: bytes) -> str:
-        return base64.b64encode(data).decode("ascii")
+        return binascii.b2a_base64(data, newline=False).decode("ascii")
 
     record = {
         "format": _FORMAT,
@@ -227,7 +226,7 @@ def read_undo(path: Path) -> Undo:
         known = record["format"] == _FORMAT
         subjects = [_Subject(str(one["name"]), int(one["inode"]), int(one["bytes"])) for one in record["files"]]
         edits = [
-            Edit(int(number), int(offset), base64.b64decode(new), base64.b64decode(old))
+            Edit(int(number), int(offset), binascii.a2b_base64(new), binascii.a2b_base64(old))
             for number, offset, old, new in record["changes"]
         ]
     except (JSONError, ValueError, KeyError, TypeError, OverflowError):
