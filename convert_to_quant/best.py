@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import headroom, speeds
+from . import headroom, naming, speeds
 from .calibrate_activation_scales import refuse_unrunnable
 from .checkpoint import Checkpoint, Spec
 from .choose import Choice, Offer, choose, decibels, total_bytes, total_damage
@@ -422,6 +422,7 @@ def plan_best(
         if (before := tuple(statistics.provenance.get("merged", ()))) != merged:
             of = ", ".join(before) or "none"
             raise StatisticsError(f"it was measured with other adapters merged: {of}", path=statistics.path)
+        statistics = naming.fitting(statistics, plan.table, layers)
         solved = input_scales(run, layers, statistics)
     cost = None if options.speed is None else partial(_microseconds, options.gpu, layers, solved)
     offers = offers_of(layers, trials, formats, cost)
@@ -543,5 +544,4 @@ def load_measured(*paths: StrPath) -> tuple[Statistics, Trials]:
                 "it holds no trials of formats", path=Path(path), hint="make it with observe --trials"
             )
         found.append(trials)
-    statistics = merge(*(Statistics.load(path) for path in paths)).replace(path=Path(paths[0]))
-    return statistics, reduce(Trials.plus, found)
+    return merge(*(Statistics.load(path) for path in paths)), reduce(Trials.plus, found)

@@ -37,6 +37,7 @@ from .formats.record import FLOAT_SCALES, TORCH_NAMES, Format, Packed, scale_gri
 from .formats.rotation import LARGEST_GROUP, is_group, rotate
 from .lazy_torch import torch
 from .marks import Config, Marking, Marks, describes, first, full_precision, said_block
+from .stats import sampled_place
 
 PLAIN_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 
@@ -601,6 +602,26 @@ def dequantize(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> 
         with np.errstate(over="ignore"):  # whoever runs or measures the weight says that it is not finite
             weight_OI *= scales_per_row(checkpoint.float32(layer.weight_scale), layer, rows)
     return weight_OI
+
+
+def sample_weights(checkpoint: Checkpoint, layers: Iterable[Layer]) -> dict[str, NDArray[np.float32]]:
+    """A few real weights of layers, by which statistics know their model again: see `stats.sampled_place`.
+
+    Args:
+        checkpoint: where they are.
+        layers: of `LayerTable.linear()`.
+
+    Returns:
+        By name, float32 [64]; without those that are empty or not finite.
+    """
+    samples = {}
+    for layer in layers:
+        if math.prod(layer.shape):
+            row, columns = sampled_place(layer.shape)
+            sample = dequantize(checkpoint, layer, slice(row, row + 1))[0, columns]
+            if np.isfinite(sample).all():
+                samples[layer.name] = sample
+    return samples
 
 
 def whole_tiles(layer: Layer, start: int, stop: int) -> slice:

@@ -4,6 +4,8 @@ Names are those of the model that ran. A checkpoint of the same model may have a
 authors do where ComfyUI renames layers while it loads them (HunyuanVideo); or may be in diffusers' layout, which splits
 what others fuse, or the other way round. The tables that know such spellings (`families`) say which layer is a part
 of which. Parts of a fused layer share its input, so they share its statistics, and any one of them has the whole's.
+
+Weights are compared only between layers of one name: under another spelling their rows may stand in another order.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from . import families, names
-from .layers import LayerTable
+from .layers import Layer, LayerTable, sample_weights
 from .stats import Shape, Statistics
 
 
@@ -31,8 +33,23 @@ def for_checkpoint(statistics: Statistics, table: LayerTable, *, force: bool = F
     Raises:
         StatisticsError: some layers were not found, and the message names them; with `force`, none was.
     """
-    wanted = {name: layer.shape for name, layer in table.diffusion.items()}
-    return respell(statistics, wanted, table.prefix).for_layers(wanted, force)
+    return fitting(statistics, table, table.diffusion, force=force)
+
+
+def fitting(
+    statistics: Statistics, table: LayerTable, layers: Mapping[str, Layer], *, force: bool = False
+) -> Statistics:
+    """The same for some of a checkpoint's layers, quantized or not; some of their weights are read and compared."""
+    wanted, checkpoint = {name: layer.shape for name, layer in layers.items()}, table.marks.checkpoint
+    found = respell(statistics, wanted, table.prefix)
+    weights = sample_weights(checkpoint, (layers[name] for name in found.weights))
+    return found.for_layers(wanted, force, weights=weights, model=checkpoint.path)
+
+
+def knowing_weights(statistics: Statistics, table: LayerTable) -> Statistics:
+    """Statistics that were observed of a checkpoint, with a few of its weights, which tell its model from others."""
+    layers = (layer for layer in table.linear() if layer.name in statistics.layers)
+    return statistics.replace(weights=sample_weights(table.marks.checkpoint, layers))
 
 
 def respell(statistics: Statistics, layers: Mapping[str, Shape], prefix: str = "") -> Statistics:
@@ -61,6 +78,11 @@ def respell(statistics: Statistics, layers: Mapping[str, Shape], prefix: str = "
     numbers = [statistics.index(source) for source in sources.values()]
     return statistics.replace(
         layers={name: layers[name] for name in sources},
+        weights={
+            name: statistics.weights[sources[name]]
+            for name, own in zip(layers, wanted, strict=True)
+            if name in sources and sources[name] in statistics.weights and sources[name] in (name, originals.get(own))
+        },
         provenance=facts,
         **statistics.columns(numbers),
     )

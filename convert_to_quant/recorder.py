@@ -32,13 +32,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .errors import CalibrationError, StatisticsError
+from .formats import DEFAULT, of_mark
 from .kernels import SIGMA_BINS, UNKNOWN_SIGMA, accumulate
 from .kernels.reference import Totals
 from .linear_calls import comfyui_watched, multiplied, outside_allocation_graphs, read_call
-from .stats import CHANNELS, COLUMNS, Shape, Statistics, merge, sigma_bin
+from .stats import CHANNELS, COLUMNS, Shape, Statistics, merge, sampled_place, sigma_bin
 
 Sigma = float | Tensor | None
 Names = Mapping[str, str | Sequence[str]] | Callable[[str], str | Sequence[str] | None]
@@ -87,6 +89,32 @@ def module_shape(module: nn.Module) -> Shape:
     if not isinstance(out_features, int):
         out_features = int(module.weight.shape[0])  # type: ignore[index]
     return out_features, int(module.in_features)  # type: ignore[arg-type]
+
+
+def sample_modules(linears: Mapping[str, nn.Module]) -> dict[str, NDArray[np.float32]]:
+    """A few weights of modules, as `layers.sample_weights` reads them from a file; in ComfyUI, those in FP8 as well.
+
+    Args:
+        linears: as `find_linears` finds them.
+
+    Returns:
+        By name, float32 [64]; without those that are in another format, on no device, or not finite.
+    """
+    samples = {}
+    for name, module in linears.items():
+        weight: Any = module.weight
+        kind = getattr(module, "quant_format", None)
+        if kind is not None:
+            if of_mark({"format": kind}) is not DEFAULT:
+                continue
+            weight = weight.dequantize()
+        shape = module_shape(module)
+        if weight.is_floating_point() and not weight.is_meta and weight.shape == shape and weight.numel():
+            row, columns = sampled_place(shape)
+            sample: NDArray[np.float32] = weight.detach()[row].float().cpu().numpy()[columns]
+            if np.isfinite(sample).all():
+                samples[name] = sample
+    return samples
 
 
 class Recording:

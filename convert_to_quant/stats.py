@@ -11,6 +11,9 @@ Counts and maxima merge exactly, in any order. Sums of squares are float64: thei
 Noise levels. Diffusion models run from sigma 1 (noise) to 0 (image). Absmax, count and sum of squares are kept in
 eight bins of sigma and a ninth for inputs whose sigma was not told; their totals are the totals.
 
+Which model. Names and shapes do not tell two models of one family apart, so a few weights of each layer are kept as
+well. Quantization, an adapter or a fine-tune moves them a little, and another training run altogether (`alike`).
+
 The file is a safetensors file: one tensor per column, names, shapes and provenance as JSON in its header.
 """
 
@@ -82,6 +85,12 @@ COLUMNS: dict[str, Column] = {
 CHANNELS = "channel_absmax"
 """One more column, as long for each layer as its inputs are wide; older files lack it."""
 
+WEIGHTS = "weights"
+"""No column, but a tensor beside them: weights of each layer, float32 [L, SAMPLED], zeros where they are not known."""
+
+SAMPLED = 64
+"""Weights of each layer that are kept."""
+
 DERIVED = ("absmax", "count", "nonfinite", "sum_of_squares")
 """Columns that a file carries for other readers; ours computes them."""
 
@@ -108,6 +117,7 @@ class Statistics:
         provenance: facts about the run, each a sorted set of texts, so that merging is a union: "tool", "engine",
             "seed", "conditioning", "lora", "unseen", ...
         left_out: layers that a forced merge or selection dropped.
+        weights: of some layers, by name: what `sampled_place` names of their weights, float32 [64].
         metadata: other texts from the file's header; not merged.
         path: the file this was loaded from.
     """
@@ -126,6 +136,7 @@ class Statistics:
     samples: int = 0
     provenance: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    weights: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     path: Path | None = None
 
@@ -156,6 +167,8 @@ class Statistics:
             and np.allclose(self.sigma_squares, other.sigma_squares, rtol=1e-12, atol=0)
             and all(np.array_equal(getattr(self, n), getattr(other, n)) for n in COLUMNS if n != "sigma_squares")
             and all(map(np.array_equal, self.channel_absmax, other.channel_absmax))
+            and self.weights.keys() == other.weights.keys()
+            and all(np.array_equal(each, other.weights[name]) for name, each in self.weights.items())
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -291,7 +304,18 @@ class Statistics:
         channels = tuple(self.channel_absmax[number] for number in numbers)
         return {name: getattr(self, name)[list(numbers)] for name in COLUMNS} | {CHANNELS: channels}
 
-    def for_layers(self, layers: Mapping[str, Shape], force: bool = False) -> Statistics:
+    def other_weights(self, weights: Mapping[str, NDArray[np.float32]]) -> set[str]:
+        """The layers whose weights were others when they were observed; see `alike`."""
+        return {name for name in weights.keys() & self.weights.keys() if not alike(weights[name], self.weights[name])}
+
+    def for_layers(
+        self,
+        layers: Mapping[str, Shape],
+        force: bool = False,
+        *,
+        weights: Mapping[str, NDArray[np.float32]] | None = None,
+        model: Path | None = None,
+    ) -> Statistics:
         """The statistics of a model's layers, to be used on that model.
 
         Layers that were observed but are not asked for do no harm: a file may hold only some of its layers in FP8.
@@ -299,25 +323,27 @@ class Statistics:
         Args:
             layers: layer name -> shape of its weight.
             force: keep the layers that match, and put the others into `left_out`, instead of raising.
+            weights: what `sampled_place` names of the weights of some layers, as they are now.
+            model: the file, for messages.
 
         Raises:
-            StatisticsError: a layer was not in the observed model, or had another shape there; with `force`, no layer
-                matches.
+            StatisticsError: a layer was not in the observed model, or had another shape or other weights there; with
+                `force`, no layer matches.
         """
-        matching = [name for name, shape in layers.items() if self.layers.get(name) == tuple(shape)]
+        strange = self.other_weights(weights or {})
+        matching = [
+            name for name, shape in layers.items() if self.layers.get(name) == tuple(shape) and name not in strange
+        ]
         rest = [name for name in layers if name not in set(matching)]
+        problem = "made for another model" + ("" if model is None else f" than {model.name}")
+        if layers and not matching:
+            problem += ": no layer matches in " + ("its weights" if strange else "name and shape")
+            raise StatisticsError(problem, path=self.path, hint="observe this model first")
         if rest and not force:
-            share = f"{len(rest)} of {len(layers)}"
             raise StatisticsError(
-                f"made for another model: {share} layers differ in name or shape: {_listing(rest)}",
+                f"{problem}: {len(rest)} of {len(layers)} layers {_differ(rest, strange)}",
                 path=self.path,
                 hint="--force uses the layers that match (in ComfyUI: allow_partial)",
-            )
-        if layers and not matching:
-            raise StatisticsError(
-                "made for another model: no layer matches in name and shape",
-                path=self.path,
-                hint="observe this model first",
             )
         return self.take(matching).replace(left_out=tuple(sorted({*self.left_out, *rest})))
 
@@ -348,6 +374,9 @@ class Statistics:
             pairs = zip(self.channel_absmax, self.layers.values(), strict=True)
             parts = [each if len(each) else np.zeros(shape[1], np.float32) for each, shape in pairs]
             columns[CHANNELS] = Entry.of(np.concatenate(parts))
+        if self.weights:
+            unknown = np.zeros(SAMPLED, np.float32)
+            columns[WEIGHTS] = Entry.of(np.stack([self.weights.get(name, unknown) for name in self.layers]))
         write_checkpoint(
             Path(path), {**columns, **(further or {})}, {**(metadata or {}), METADATA_KEY: json.dumps(head)}
         )
@@ -373,6 +402,9 @@ class Statistics:
                 ends = np.cumsum([in_features for _, in_features in layers.values()])
                 values = _load_column(checkpoint, CHANNELS, np.float32, (int(ends[-1]),))
                 columns[CHANNELS] = tuple(np.split(values, ends[:-1]))
+            if WEIGHTS in checkpoint.tensors:
+                rows = _load_column(checkpoint, WEIGHTS, np.float32, (len(layers), SAMPLED))
+                columns[WEIGHTS] = {name: row for name, row in zip(layers, rows, strict=True) if row.any()}
         loaded = Statistics(
             layers,
             **columns,
@@ -409,7 +441,7 @@ def _load_column(checkpoint: Checkpoint, name: str, dtype: type[np.generic], sha
     if array.dtype != dtype or array.shape != shape:
         problem = f"{np.dtype(dtype)} {list(shape)} expected, found {info.dtype} {list(info.shape)}"
         raise StatisticsError(problem, path=checkpoint.path, tensor=name)
-    if name != CHANNELS and not (np.isfinite(array) & (array >= 0)).all():
+    if name not in (CHANNELS, WEIGHTS) and not (np.isfinite(array) & (array >= 0)).all():
         problem = "damaged: finite numbers were expected, none below 0"
         raise StatisticsError(problem, path=checkpoint.path, tensor=name, hint="observe the model again")
     return array
@@ -429,23 +461,34 @@ def merge(*statistics: Statistics, force: bool = False) -> Statistics:
 
     Args:
         *statistics: of one model, at least one.
-        force: keep the layers that all of them have with one shape, and put the others into `left_out`, instead of
-            raising.
+        force: keep the layers that all of them have with one shape and the same weights, and put the others into
+            `left_out`, instead of raising.
 
     Returns:
-        New statistics. Layers are in the order that all share, or sorted by name where they disagree.
+        New statistics, with the path of the first. Layers are in the order that all share, or sorted by name where they
+        disagree.
 
     Raises:
         StatisticsError: they were made for different models; with `force`, no layer is common.
     """
     if not statistics:
         raise StatisticsError("no statistics to merge")
-    common = set.intersection(*({*s.layers.items()} for s in statistics))
+    weights: Mapping[str, NDArray[np.float32]] = {}
+    strange: set[str] = set()
+    for s in statistics:
+        strange |= s.other_weights(weights)
+        both = {name: np.maximum(weights[name], s.weights[name]) for name in weights.keys() & s.weights.keys()}
+        weights = {**weights, **s.weights, **both}
+    common = {each for each in set.intersection(*({*s.layers.items()} for s in statistics)) if each[0] not in strange}
     rest = sorted({name for s in statistics for name, shape in s.layers.items() if (name, shape) not in common})
     if rest and not force:
+        first = statistics[0]
+        other = next(s for s in statistics if s.fingerprint != first.fingerprint or s.other_weights(first.weights))
+        than = "different models" if first.path is None else f"another model than {first.path.name}"
+        everything = {name for s in statistics for name in s.layers}
         raise StatisticsError(
-            f"made for different models: {len(rest)} layers differ in name or shape: {_listing(rest)}",
-            path=next((s.path for s in statistics if s.fingerprint != statistics[0].fingerprint), None),
+            f"made for {than}: {len(rest)} of {len(everything)} layers {_differ(rest, strange)}",
+            path=other.path,
             hint="--force keeps the layers that all of them have",
         )
     if rest and not common:
@@ -463,7 +506,25 @@ def merge(*statistics: Statistics, force: bool = False) -> Statistics:
             for key in sorted({key for s in statistics for key in s.provenance})
         },
         left_out=tuple(sorted({*rest, *(name for s in statistics for name in s.left_out)})),
+        weights={name: weights[name] for name in names if name in weights},
+        path=statistics[0].path,
     )
+
+
+def sampled_place(shape: Shape) -> tuple[int, NDArray[np.intp]]:
+    """Where a weight is sampled: the row in the middle, and columns spread evenly over it, [64]."""
+    return shape[0] // 2, np.linspace(0, shape[1] - 1, SAMPLED).astype(np.intp)
+
+
+def alike(weights: NDArray[np.float32], others: NDArray[np.float32]) -> bool:
+    """Whether two samples of a weight are of one model: 2 Σab / (Σa² + Σb²) is 0.5 or more.
+
+    It is 1 where they are equal, about 1 - e² / 2 where they differ by a relative error e (4-bit weights: 0.1 to 0.2),
+    near 0 where nothing connects them, and 2 f / (1 + f²) where one is the other times f. Of weights that are all zero
+    nothing can be said.
+    """
+    a, b = weights.astype(np.float64), others.astype(np.float64)
+    return not (a.any() and b.any()) or bool(4 * (a @ b) >= a @ a + b @ b)
 
 
 def quantiles(histogram: NDArray[np.int64], absmax: NDArray[Any] | float, q: float) -> NDArray[np.float64]:
@@ -523,6 +584,12 @@ def _listing(names: list[str], most: int = 3) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _differ(names: list[str], strange: set[str]) -> str:
+    """What layers differ in, those that are strange in their weights, and the first few names."""
+    what = "weights" if strange.issuperset(names) else "name, shape or weights" if strange else "name or shape"
+    return f"differ in {what}: {_listing(names)}"
 
 
 def _parse_head(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:

@@ -6,14 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from convert_to_quant.calibrate_activation_scales import apply_statistics
 from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.errors import StatisticsError
+from convert_to_quant.formats import WRITTEN
 from convert_to_quant.layers import find_layers, input_scale
-from convert_to_quant.naming import for_checkpoint, respell
-from convert_to_quant.options import SolveOptions
+from convert_to_quant.naming import for_checkpoint, knowing_weights, respell
+from convert_to_quant.options import ConvertOptions, SolveOptions
+from convert_to_quant.stats import Statistics
 
 QKV, MLP = "double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0"
 RECORDED = {QKV: (48, 16), MLP: (64, 16), "final_layer.linear": (16, 16)}
@@ -140,3 +144,42 @@ def test_statistics_of_a_wrapped_file_fit_it_and_a_bare_one(
 def test_recorded_layers_get_the_names_of_any_file(statistics: Callable[..., Any]) -> None:
     shapes = {f"net.{name}": shape for name, shape in SPELLINGS["diffusers"].items()}
     assert dict(respell(statistics(RECORDED), {**shapes, "net.other": (1, 1)}, "net.").layers) == shapes
+
+
+@pytest.fixture
+def models(save: Callable[..., Path]) -> Callable[..., Path]:
+    """models(seed): a 16-bit file of the emoji model's kind whose weights come from a seed."""
+
+    def make(seed: int) -> Path:
+        rng = np.random.default_rng(seed)
+        weights = {f"{name}.weight": rng.standard_normal((256, 256)).astype(np.float32) / 16 for name in (QKV, MLP)}
+        return save(f"{seed}.safetensors", weights)
+
+    return make
+
+
+@pytest.mark.parametrize("fmt", WRITTEN)
+def test_statistics_know_their_model_in_every_format_and_no_other_of_its_shapes(
+    statistics: Callable[..., Any], models: Callable[..., Path], tmp_path: Path, fmt: str
+) -> None:
+    recorded = statistics({QKV: (256, 256), MLP: (256, 256)})
+    with open_checkpoint(models(1)) as checkpoint:
+        recorded = knowing_weights(recorded, find_layers(checkpoint))
+    recorded.save(tmp_path / "stats.safetensors")
+    loaded = Statistics.load(tmp_path / "stats.safetensors")
+    assert loaded == recorded
+    assert loaded != recorded.replace(weights={})
+    for seed in (1, 2):
+        converted = tmp_path / f"{seed}_{fmt}.safetensors"
+        with open_checkpoint(models(seed)) as checkpoint:
+            convert(checkpoint, plan_conversion(checkpoint, ConvertOptions(format=fmt, preset="flux1")), converted)
+        with open_checkpoint(converted) as checkpoint:
+            table = find_layers(checkpoint)
+            assert for_checkpoint(recorded.replace(weights={}), table).names == (QKV, MLP)  # older files are believed
+            if seed == 1:
+                assert for_checkpoint(loaded, table).names == (QKV, MLP)
+                continue
+            with pytest.raises(StatisticsError) as caught:
+                for_checkpoint(loaded, table)
+            problem = f"made for another model than {converted.name}: no layer matches in its weights"
+            assert str(caught.value) == f"{loaded.path}: {problem} (observe this model first)"

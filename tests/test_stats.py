@@ -26,6 +26,7 @@ from convert_to_quant.stats import (
     BIN_EDGES,
     COLUMNS,
     METADATA_KEY,
+    SAMPLED,
     Statistics,
     merge,
     quantiles,
@@ -164,7 +165,7 @@ def test_different_models_are_refused_and_forcing_keeps_what_matches() -> None:
     with pytest.raises(StatisticsError) as caught:
         merge(a, b)
     assert str(caught.value) == (
-        "made for different models: 3 layers differ in name or shape: b.attn, c, d "
+        "made for different models: 3 of 4 layers differ in name or shape: b.attn, c, d "
         "(--force keeps the layers that all of them have)"
     )
     forced = merge(a, b, force=True)
@@ -175,6 +176,25 @@ def test_different_models_are_refused_and_forcing_keeps_what_matches() -> None:
         merge(a, random_statistics(1, {"z": (1, 1)}), force=True)
     with pytest.raises(StatisticsError, match="no statistics to merge"):
         merge()
+
+
+def test_weights_tell_models_of_the_same_shapes_apart() -> None:
+    rng = np.random.default_rng(3)
+    own, other = ({name: rng.standard_normal(SAMPLED).astype(np.float32) for name in LAYERS} for _ in range(2))
+    noisy = {name: values * (1 + 0.3 * rng.standard_normal(SAMPLED)).astype(np.float32) for name, values in own.items()}
+    a, b, c = (random_statistics(0).replace(weights=weights) for weights in (own, noisy, {**own, "c": other["c"]}))
+    a, c = a.replace(path=Path("a.safetensors")), c.replace(path=Path("c.safetensors"))
+    merged = merge(a, b, random_statistics(1))
+    assert merged == merge(b, a, random_statistics(1))
+    assert merged.weights.keys() == own.keys()
+    with pytest.raises(StatisticsError) as caught:
+        merge(a, b, c)
+    problem = "made for another model than a.safetensors: 1 of 3 layers differ in weights: c"
+    assert str(caught.value) == f"c.safetensors: {problem} (--force keeps the layers that all of them have)"
+    assert merge(a, c, force=True).left_out == ("c",)
+    assert a.for_layers(LAYERS, force=True, weights=c.weights).left_out == ("c",)
+    assert not a.other_weights({name: 0 * values for name, values in other.items()})  # nothing can be said of these
+    assert a.other_weights({name: 10 * values for name, values in own.items()}) == own.keys()
 
 
 def test_statistics_are_used_on_models_whose_layers_they_know() -> None:

@@ -168,7 +168,7 @@ def observe_model(args: argparse.Namespace, distributed: bool) -> int:
         made_with, run = prepare(args, checkpoint, table, adapters)
         made_with["model"] = fingerprint(checkpoint)
         made_with["lora"] = [f"{one.strength:g} {fingerprint(one.checkpoint)}" for one in adapters]
-        return observe(args, distributed, made_with, run)
+        return observe(args, distributed, made_with, run, table)
 
 
 def engine_of(args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTable) -> str:
@@ -282,6 +282,7 @@ def observe_pipeline(args: argparse.Namespace, distributed: bool) -> int:
     from ..checkpoint import open_checkpoint
     from ..engines import pipeline
     from ..engines.session import fingerprint
+    from ..layers import find_layers
 
     pipeline.require_pipeline(args.pipeline)  # before all of its files are read
     prompts = read_prompts(Path(args.prompts))
@@ -300,7 +301,7 @@ def observe_pipeline(args: argparse.Namespace, distributed: bool) -> int:
             return pipeline.observe(args.pipeline, prompts, options, session, checkpoint=checkpoint,
                                     component=args.component, progress=progress)  # fmt: skip
 
-        return observe(args, distributed, made_with, run)
+        return observe(args, distributed, made_with, run, None if checkpoint is None else find_layers(checkpoint))
 
 
 def shown(args: argparse.Namespace) -> dict[str, Any]:
@@ -308,7 +309,9 @@ def shown(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("samples", "steps", "seed", "device")}
 
 
-def observe(args: argparse.Namespace, distributed: bool, made_with: dict[str, Any], run: Run) -> int:
+def observe(
+    args: argparse.Namespace, distributed: bool, made_with: dict[str, Any], run: Run, table: LayerTable | None
+) -> int:
     """Run a model, unless there is nothing left to do: an earlier run made the output, or this one is dry.
 
     Args:
@@ -316,8 +319,10 @@ def observe(args: argparse.Namespace, distributed: bool, made_with: dict[str, An
         distributed: whether other processes share the work.
         made_with: what may not change when the run is resumed, beside what is said here.
         run: does the work.
+        table: the layers of the checkpoint, where there is one.
     """
     from ..engines.session import Session
+    from ..naming import knowing_weights
 
     made_with |= {**shown(args), "device": args.device.partition(":")[0]}
     session = Session(args.output, made_with, resume=args.resume, save_every_seconds=args.save_every,
@@ -335,6 +340,8 @@ def observe(args: argparse.Namespace, distributed: bool, made_with: dict[str, An
         with progress_bar("observing") as progress:
             observation = run(session, progress)
         statistics = observation.statistics
+        if table is not None:
+            statistics = knowing_weights(statistics, table)
         session.finish(statistics, observation.trials)
         tell(observation, args)
     report(statistics, args)

@@ -489,8 +489,8 @@ class QuantizeCheckpoint(Node):
             plan = plan_conversion(opened, options)
             refuse_damaged(opened, plan.table)
             if solved is not None:  # another model's statistics show before the work as well as after
-                wanted = {layer.name: layer.shape for layer, _ in plan.quantized}
-                naming.respell(solved[1], wanted, plan.table.prefix).for_layers(wanted, allow_partial)
+                wanted = {layer.name: layer for layer, _ in plan.quantized}
+                naming.fitting(solved[1], plan.table, wanted, force=allow_partial)
             done = plan.summary()
             if format == BEST:
                 show_text(unique_id, f"trying formats on {choice.path.name}")

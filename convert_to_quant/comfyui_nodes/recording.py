@@ -24,12 +24,16 @@ are told only of flow models, whose sigma is in [0, 1]; elsewhere they are unkno
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import CalibrationError, StatisticsError
-from ..recorder import Recording, find_linears, module_shape, record
+from ..recorder import Recording, find_linears, module_shape, record, sample_modules
 from ..stats import Statistics, merge
 
 KEY = "convert_to_quant.record"
@@ -59,6 +63,7 @@ class Recorder:
         self.samplings = 0
         self.files: dict[str, tuple[Path, int | None]] = {}
         self._total = before
+        self._weights: Mapping[str, NDArray[np.float32]] = {}  # of the model that it is attached to
         self._recordings: dict[Any, Recording] = {}  # while it samples, by ComfyUI's BaseModel
 
     def attach(self, model: Any) -> Any:
@@ -73,13 +78,18 @@ class Recorder:
         """
         from comfy.patcher_extension import WrappersMP
 
-        layers = {name: module_shape(module) for name, module in find_linears(model.model.diffusion_model).items()}
-        if not layers:
+        linears = find_linears(model.model.diffusion_model)
+        if not linears:
             raise CalibrationError("the model has no linear layers to record")
-        if self._total is not None and self._total.fingerprint != Statistics.empty(layers).fingerprint:
+        shapes = {name: module_shape(module) for name, module in linears.items()}
+        self._weights = sample_modules(linears)
+        total = self._total
+        if total is not None and (
+            total.fingerprint != Statistics.empty(shapes).fingerprint or total.other_weights(self._weights)
+        ):
             raise StatisticsError(
-                f"made for another model than this one, which has {len(layers)} linear layers of its own",
-                path=self._total.path,
+                f"made for another model than this one, which has {len(shapes)} linear layers of its own",
+                path=total.path,
                 hint="go on from another file, or from none",
             )
         clone = model.clone()
@@ -116,7 +126,7 @@ class Recorder:
             seen = merge(*(recording.statistics() for recording in self._recordings.values()))
         finally:
             self._recordings = {}
-        seen = seen.with_facts(int(noise.shape[0]), **_facts(patcher.model))
+        seen = seen.replace(weights=self._weights).with_facts(int(noise.shape[0]), **_facts(patcher.model))
         self._total = seen if self._total is None else merge(self._total, seen)
         self.samplings += 1
         return result

@@ -13,6 +13,7 @@ from convert_to_quant import headroom
 from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
 from convert_to_quant.cli import main
 from convert_to_quant.layers import find_layers, input_scale
+from convert_to_quant.naming import knowing_weights
 from convert_to_quant.stats import BIN_EDGES, Statistics
 
 LAYER = "double_blocks.0.img_attn.qkv"
@@ -138,6 +139,23 @@ def test_statistics_of_another_model_are_refused_and_forced_ones_name_the_rest(
     assert main(["apply", str(model), str(stats), "--in-place", "--force"]) == 0
     assert f"{OTHER}: not in these statistics: keeps its scale" in capsys.readouterr().err
     assert scales(model) == {LAYER: 3.0, OTHER: 1.0}
+
+
+@pytest.mark.parametrize("command", [["apply", "MODEL", "STATS", "--dry-run"], ["report", "STATS", "MODEL"]])
+def test_statistics_of_other_weights_of_the_same_shapes_are_refused_by_both_names(
+    model: Path, tmp_path: Path, ctq: Any, command: list[str]
+) -> None:
+    stats = tmp_path / "stats.safetensors"
+    with open_checkpoint(model) as checkpoint:
+        known = knowing_weights(seen({LAYER: 896.0, OTHER: 1.0}), find_layers(checkpoint))
+    places = {"STATS": str(stats), "MODEL": str(model)}
+    words = [places.get(word, word) for word in command]
+    known.save(stats)
+    assert ctq(*words).code == 0
+    known.replace(weights={name: -values for name, values in known.weights.items()}).save(stats)
+    done = ctq(*words)
+    assert done.code == 1
+    assert f"error: {stats}: made for another model than fp8.safetensors: no layer matches in its weights" in done.err
 
 
 def test_swapped_arguments_are_told(ctq: Any, fp8_file: Path) -> None:

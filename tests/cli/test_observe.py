@@ -55,7 +55,7 @@ def test_the_quantized_layers_of_a_model_are_observed_and_applied(
 ) -> None:
     seen, outcome = observe(fp8_file, small=(*SMALL, "--samples", 4, "--seed", 7))
     assert outcome.out == ""
-    assert set(seen.layers) == set(flux.quantized)
+    assert set(seen.layers) == set(seen.weights) == set(flux.quantized)
     assert seen.samples == 4
     assert (seen.calls == 3 * 2).all()  # the images of one kind of conditioning run together
     facts = dict(seen.provenance)

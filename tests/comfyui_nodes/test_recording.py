@@ -12,6 +12,7 @@ from torch import Tensor
 
 from convert_to_quant.comfyui_nodes.recording import KEY, Recorder
 from convert_to_quant.errors import CalibrationError, StatisticsError
+from convert_to_quant.recorder import find_linears
 
 
 class Cancelled(BaseException):
@@ -165,8 +166,15 @@ def test_copies_on_further_gpus_are_recorded_with_the_model(comfyui: Any, noise:
 def test_statistics_of_another_model_are_refused_before_sampling(
     comfyui: Any, noise: Tensor, statistics: Callable[..., Any]
 ) -> None:
-    with pytest.raises(StatisticsError, match=r"made for another model .* 3 linear layers"):
-        Recorder(statistics({"other": (4, 4)})).attach(comfyui.model())
+    recorder, model = Recorder(), comfyui.model()
+    comfyui.guider(recorder.attach(model)).sample(noise)
+    seen = recorder.statistics()
+    Recorder(seen).attach(model)
+    weights = {name: module.weight.mul_(-1) for name, module in find_linears(model.model.diffusion_model).items()}
+    assert weights.keys() == seen.weights.keys()
+    for other in (statistics({"other": (4, 4)}), seen):
+        with pytest.raises(StatisticsError, match=r"made for another model .* 3 linear layers"):
+            Recorder(other).attach(model)
 
 
 def test_a_model_without_linear_layers_is_refused(comfyui: Any) -> None:
