@@ -15,7 +15,7 @@ from .shared import read_text
 
 if TYPE_CHECKING:
     from ..engines.comfyui.remote import Run
-    from ..engines.comfyui.workflow import Place, Plan
+    from ..engines.comfyui.workflow import NodeType, Place, Plan
     from ..stats import Statistics
 
 DESCRIPTION = "Install the nodes in a ComfyUI, or record the models of a workflow on a running one."
@@ -116,7 +116,8 @@ def observe(args: argparse.Namespace) -> int:
     found: Mapping[str, Statistics] = {}
     idle = 0
     with Server(args.server) as server:
-        plan = workflow.plan(nodes, server.types(workflow.classes(nodes)), path)
+        types = server.types(workflow.classes(nodes))
+        plan = workflow.plan(nodes, types, path)
         runs = remote.plan_runs(plan, prompts, args.seeds, args.seed)
         outputs = {model.name: output.with_name(f"{output.stem}_{model.name}{output.suffix}") for model in plan.models}
         if len(outputs) == 1:
@@ -129,6 +130,7 @@ def observe(args: argparse.Namespace) -> int:
         for line in screen(plan, runs, outputs):
             tell(line)
         if args.dry_run:
+            tell_missing(plan, types, path)
             say("dry run: nothing was queued, nothing was written")
         else:
             with progress_bar("observing") as progress:
@@ -148,6 +150,27 @@ def observe(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, document(args, plan, runs, outputs, found) | {"idle_runs": idle})
     return 0
+
+
+def tell_missing(plan: Plan, types: Mapping[str, NodeType], path: Path) -> None:
+    """Say which files of models the server does not list that the workflow names.
+
+    Raises:
+        CalibrationError: it needs them for recording.
+    """
+    from ..engines.comfyui.workflow import shown, title
+
+    left_out = plan.left_out()
+    needed = []
+    for place, file in plan.missing(types):
+        where = f"{title(plan.nodes, place.node)} {shown(place.input)}: {shown(file)}"
+        if place.node in left_out:
+            note(f"not on the server, and not needed: {where}")
+        else:
+            needed.append(where)
+    if needed:
+        hint = "put them into its models folders, or choose others in ComfyUI and export the workflow again"
+        raise CalibrationError(f"not on the server: {'; '.join(needed)}", path=path, hint=hint)
 
 
 def screen(plan: Plan, runs: Sequence[Run], outputs: Mapping[str, Path]) -> Iterator[str]:

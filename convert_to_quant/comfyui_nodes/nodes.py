@@ -668,7 +668,7 @@ def write_quantized(
     if solved is not None and not static:
         told.append("statistics were not used: readers scale the inputs of all layers as they come")
     if solved is None and any(each.input_scale is None for each in static):
-        told.append("input scales are 1.0: give stats, or use Calibrate FP8 Checkpoint on the new file")
+        told.append("input scales are not measured: give stats, or use Calibrate FP8 Checkpoint on the new file")
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     calibrating = calibrate if solved is not None and static else None
     device = _device()
@@ -686,12 +686,24 @@ def _device() -> str:
     return str(get_torch_device())
 
 
+class _Refusal(str):
+    """Why not. ComfyUI asks for its text once for each input that the check takes, and shows all of them."""
+
+    said = False
+
+    def __str__(self) -> str:
+        if self.said:
+            return "see above"
+        self.said = True
+        return super().__str__()
+
+
 def _refusal(check: Any) -> bool | str:
-    """True, or what ComfyUI shows beside the input."""
+    """True, or why not."""
     try:
         check()
     except Error as error:
-        return str(error)
+        return _Refusal(error)
     return True
 
 

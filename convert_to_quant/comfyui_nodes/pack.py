@@ -21,18 +21,19 @@ MARK = "# convert_to_quant pack, sha256 "
 BODY = '''\
 """ComfyUI nodes of convert_to_quant. Removed by: convert_to_quant comfyui uninstall COMFYUI_DIR"""
 
+import logging
 import sys
 
 try:
     from convert_to_quant.comfyui_nodes.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-except ImportError as error:
+except ImportError as error:  # told in one line: what is raised here, ComfyUI prints with a traceback
     missing = (error.name or "convert_to_quant").partition(".")[0]
-    what = "." if missing == "convert_to_quant" else missing
-    where = " in convert_to_quant's own folder" if what == "." else ""
-    raise ImportError(
-        f"the nodes of convert_to_quant need the package {missing}, as this ComfyUI's Python sees it ({error}). "
-        f"Install it{where}: {sys.executable} -m pip install {what}"
-    ) from error
+    what, where = (".", "in its repository's folder, ") if missing == "convert_to_quant" else (missing, "")
+    logging.error(
+        f"convert_to_quant has no nodes here: {error}. To install {missing} for this ComfyUI, {where}"
+        f'run  "{sys.executable}" -s -m pip install {what}  and restart ComfyUI'
+    )
+    NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = {}, {}
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 '''

@@ -23,6 +23,7 @@ are told only of flow models, whose sigma is in [0, 1]; elsewhere they are unkno
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -92,6 +93,11 @@ class Recorder:
                 path=total.path,
                 hint="go on from another file, or from none",
             )
+        if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+            logging.warning(
+                "Record Activations: the MODEL comes from another Record Activations, which records nothing now; only "
+                "the last one does"
+            )
         clone = model.clone()
         for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, self._sampling), (WrappersMP.APPLY_MODEL, self._call)):
             clone.remove_wrappers_with_key(kind, KEY)
@@ -149,10 +155,17 @@ def _is_flow(model: Any) -> bool:
 
 def _facts(model: Any) -> dict[str, object]:
     """Where statistics come from."""
-    kinds = {getattr(module, "quant_format", None) for module in find_linears(model.diffusion_model).values()}
+    kinds = {_weights_kind(module) for module in find_linears(model.diffusion_model).values()}
     return {
         "engine": "comfyui",
         "model": type(model).__name__,
         "conditioning": "workflow",
-        "weights": sorted(kind or "high precision" for kind in kinds),
+        "weights": sorted(kinds),
     }
+
+
+def _weights_kind(module: Any) -> str:
+    """What a layer's weight is in: the format that its file names, or FP8 to which `weight_dtype` casts it."""
+    dtype = module.weight.dtype
+    cast = dtype.is_floating_point and dtype.itemsize == 1
+    return getattr(module, "quant_format", None) or (str(dtype).removeprefix("torch.") if cast else "high precision")

@@ -109,6 +109,19 @@ def test_a_dry_run_says_what_it_found_and_queues_nothing(observe: Observe, flux:
     assert "samples" not in report["models"][0]
 
 
+def test_a_dry_run_names_the_files_that_the_server_does_not_list(observe: Observe, flux: Any, double: Any) -> None:
+    flux["3"]["inputs"]["vae_name"] = "other_ae.safetensors"
+    outcome = observe(flux, "--dry-run")
+    assert outcome.code == 0
+    assert "note: not on the server, and not needed: node 3 (VAELoader) vae_name: other_ae.safetensors\n" in outcome.err
+    flux["1"]["inputs"]["unet_name"] = "flux_dev.safetensors"
+    flux["2"]["inputs"]["clip_name1"] = "t5.safetensors"
+    outcome = observe(flux, "--dry-run")
+    assert outcome.code == 1
+    assert "not on the server: node 1 (Load Diffusion Model) unet_name: flux_dev.safetensors; node 2 (" in outcome.err
+    assert {asked.partition(" ")[0] for asked in double.requests} == {"GET"}
+
+
 def test_several_models_get_a_file_each(observe: Observe, wan: Any, work: Path) -> None:
     outcome = observe(wan, "--seeds", "1")
 

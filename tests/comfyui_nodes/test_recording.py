@@ -92,9 +92,14 @@ def test_a_sampling_inside_of_a_sampling_is_counted_once(comfyui: Any, noise: Te
     assert recorder.samplings == 1
 
 
-def test_the_last_recorder_attached_is_the_one_that_records(comfyui: Any, noise: Tensor) -> None:
+def test_the_last_recorder_attached_is_the_one_that_records_and_says_so(
+    comfyui: Any, noise: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
     first, second = Recorder(), Recorder()
-    attached = second.attach(first.attach(comfyui.model()))
+    before = first.attach(comfyui.model())
+    assert not caplog.messages
+    attached = second.attach(before)
+    assert [text for text in caplog.messages if "only the last one does" in text] == caplog.messages != []
     comfyui.guider(attached).sample(noise)
 
     assert second.statistics().samples == 2
@@ -115,6 +120,14 @@ def test_wrappers_of_others_stay(comfyui: Any) -> None:
 def levels(statistics: Any) -> list[int]:
     found: list[int] = np.flatnonzero(statistics.sigma_count.sum(0)).tolist()
     return found
+
+
+def test_weights_that_comfyui_casts_to_fp8_are_told(comfyui: Any, noise: Tensor) -> None:
+    recorder, model = Recorder(), comfyui.model()
+    for module in find_linears(model.model.diffusion_model).values():
+        module.weight.data = module.weight.to(torch.float8_e4m3fn)
+    comfyui.guider(recorder.attach(model)).sample(noise)
+    assert recorder.statistics().provenance["weights"] == ("float8_e4m3fn",)
 
 
 def test_noise_levels_are_told_of_flow_models_only(comfyui: Any, noise: Tensor) -> None:

@@ -36,7 +36,7 @@ class CastLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_features, in_features, generator=generator), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T
+        return x @ self.weight.T.to(x.dtype)
 
 
 class DiffusionModel(nn.Module):
@@ -115,6 +115,9 @@ class Patcher:
 
     def add_wrapper_with_key(self, kind: str, key: str, wrapper: Any) -> None:
         self.wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
+
+    def get_wrappers(self, kind: str, key: str) -> list[Any]:
+        return self.wrappers.get(kind, {}).get(key, [])
 
     def remove_wrappers_with_key(self, kind: str, key: str) -> None:
         self.wrappers.get(kind, {}).pop(key, None)

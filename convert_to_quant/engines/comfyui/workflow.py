@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import PurePosixPath
@@ -73,10 +73,12 @@ class Input(NamedTuple):
     Attributes:
         kind: its type.
         options: such as "multiline", "max".
+        choices: what it can be, where it is a list.
     """
 
     kind: str
     options: Mapping[str, Any]
+    choices: Sequence[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,9 @@ class NodeType:
         for group in ("required", "optional"):
             for name, said in (info["input"].get(group) or {}).items():
                 options = said[1] if len(said) > 1 and isinstance(said[1], dict) else {}
-                inputs[name] = Input(_kind(said[0] if said else ANY), options)
+                kind = said[0] if said else ANY
+                choices = kind if isinstance(kind, list) else options.get("options")
+                inputs[name] = Input(_kind(kind), options, choices if isinstance(choices, list) else None)
         outputs = tuple(_kind(kind) for kind in info["output"])
         return NodeType(inputs, outputs, tuple(map(str, info.get("output_name") or outputs)))
 
@@ -177,6 +181,22 @@ class Plan:
         """Nodes of the workflow that are not queued."""
         kept = self.queued("", "")
         return tuple(name for name in self.nodes if name not in kept)
+
+    def missing(self, types: Mapping[str, NodeType]) -> list[tuple[Place, str]]:
+        """Inputs that name a file of a model which the server does not list for them, and the file.
+
+        Args:
+            types: of the classes of nodes.
+        """
+        found = []
+        for name, node in self.nodes.items():
+            declared = types.get(node["class_type"], UNKNOWN).inputs
+            for key, value in node["inputs"].items():
+                choices = declared[key].choices if key in declared else None
+                named = isinstance(value, str) and _MODEL_FILE.search(value)
+                if named and choices is not None and value not in choices:
+                    found.append((Place(name, key), value))
+        return found
 
 
 def parse(text: str, path: StrPath | None = None) -> Nodes:
