@@ -55,7 +55,7 @@ from .layers import Layer, LayerTable, dequantize, determined, find_layers, inpu
 from .layout import WORKERS, Sink
 from .lazy_torch import torch
 from .lora import Lora, LoraMatch, Survival, match_checkpoint, merge_rows
-from .marks import Config, Way, with_full_precision
+from .marks import SCALE_BYTES, Config, Way, scale_room, with_full_precision
 from .options import ConvertOptions
 from .telling import Advance, plural
 from .untrusted import JSONError, parse_json
@@ -373,6 +373,7 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
         made[name] = {name: (Spec.like(checkpoint.tensors[name]), view.bits(name).tobytes())}
     configs: dict[str, Config] = {}
     dropped: set[str] = set()
+    without_scale = []
     for decision in plan.decisions:
         layer, fmt = decision.layer, decision.format
         if fmt is None:
@@ -385,11 +386,18 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
         if decision.as_it_is:
             tensors[layer.weight.name] = (Spec.like(layer.weight), layer.weight.name)
             tensors[layer.name + plan.spelled(names.WEIGHT_SCALE)] = (Spec("F32", ()), np.float32(1).tobytes())
+        spare_bytes = 0
         if options.input_scale and fmt.static and not (fmt.dynamic and decision.input_scale is None):
-            scale = np.float32(1.0 if decision.input_scale is None else decision.input_scale)
-            tensors[layer.name + plan.ways[0].input_scale] = (Spec("F32", ()), scale.tobytes())
+            name = layer.name + plan.ways[0].input_scale
+            stray = layer.format is None and name in checkpoint  # which is refused
+            if decision.input_scale is None and plan.ways[0].leaves_room and not stray:
+                spare_bytes = SCALE_BYTES
+                without_scale.append(layer.name)
+            else:
+                scale = np.float32(1.0 if decision.input_scale is None else decision.input_scale)
+                tensors[name] = (Spec("F32", ()), scale.tobytes())
         for way in plan.ways:
-            tensors.update(way.beside(layer.name, config))
+            tensors.update(way.beside(layer.name, config, spare_bytes=spare_bytes))
         made[layer.weight.name], configs[layer.name] = tensors, config
         if layer.format is not None:
             dropped.update(layout.beside(checkpoint, layer.name))
@@ -399,6 +407,8 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
         made, configs, dropped = made | kept, configs | told, dropped | unmarked
         metadata = plan.table.marks.other_metadata
     marked = layout.mark_once(made, configs, plan.ways, metadata)
+    if without_scale:
+        marked[names.QUANTIZATION_METADATA] += scale_room(without_scale)
     step = asdict(options) | {"family": plan.family.name}
     if plan.merged.loras:
         step["merged"] = [{"file": lora.path.name, "strength": lora.strength} for lora in plan.merged.loras]

@@ -9,13 +9,15 @@ Where several speak of a layer, ComfyUI heeds the first of this list. What is sa
 comfy_quant tensor: `{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}`.
 
 Files are written with headers and tensors that agree, or in the legacy way. JSON gets spaces behind it, which leave
-room for `full_precision_matrix_mult`, so that a later calibration can set that in place.
+room for `full_precision_matrix_mult`, so that a later calibration can set that in place. A layer without an input scale
+gets room for one as well: the end of its comfy_quant tensor becomes the scale, and the end of the header's entry what
+the header says of it. So readers that take every scale that is there for a measured one find none.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
@@ -24,6 +26,7 @@ import numpy as np
 
 from . import names
 from .checkpoint import Checkpoint, Spec, TensorInfo
+from .checkpoint.header import serialize_header
 from .errors import Error, OptionError, TensorError
 from .formats import DEFAULT, of_mark
 from .untrusted import JSONError, parse_json
@@ -35,6 +38,9 @@ Written = dict[str, tuple[Spec, bytes]]
 
 FULL_PRECISION = "full_precision_matrix_mult"
 _FULL_PRECISION_TEXT = f', "{FULL_PRECISION}": true'
+SCALE_BYTES = 4
+"""Of an input scale, which is float32."""
+
 _BLOCK_SIZES = ("block_size", "group_size")
 
 
@@ -74,16 +80,23 @@ def first(checkpoint: Checkpoint, layer: str, suffixes: tuple[str, ...]) -> str 
     return next((layer + suffix for suffix in suffixes if layer + suffix in checkpoint), None)
 
 
-def tensor_bytes(config: Config, room_bytes: int = 0) -> bytes:
+def tensor_bytes(config: Config, room_bytes: int = 0, spare_bytes: int = 0) -> bytes:
     """A config as the bytes of a comfy_quant tensor: JSON, padded with spaces.
 
-    They fill `room_bytes`, if that is enough, and else what any later form needs, rounded up to a multiple of 8.
+    They fill `room_bytes`, if that is enough, and else what any later form needs and `spare_bytes`, rounded up to a
+    multiple of 8.
     """
     text = json.dumps(config).encode("utf-8")
     if len(text) > room_bytes:
-        room_bytes = len(text) + (0 if FULL_PRECISION in config else len(_FULL_PRECISION_TEXT))
+        room_bytes = len(text) + (0 if FULL_PRECISION in config else len(_FULL_PRECISION_TEXT)) + spare_bytes
         room_bytes += -room_bytes % 8
     return text.ljust(room_bytes)
+
+
+def spare_bytes_of(data: bytes) -> int:
+    """How many bytes at the end of a comfy_quant tensor no later form of it needs; below 0 where it lacks some."""
+    text = data.rstrip(b" ")
+    return len(data) - len(text) - (0 if FULL_PRECISION.encode() in text else len(_FULL_PRECISION_TEXT))
 
 
 def header_text(configs: Mapping[str, Config]) -> str:
@@ -91,6 +104,13 @@ def header_text(configs: Mapping[str, Config]) -> str:
     text = json.dumps({"format_version": "1.0", "layers": configs})
     missing = sum(FULL_PRECISION not in config for config in configs.values())
     return text + " " * (missing * stored_bytes(_FULL_PRECISION_TEXT))
+
+
+def scale_room(layers: Iterable[str]) -> str:
+    """Spaces for the header entry: room for what a header says of the input scales of layers that have none yet."""
+    far = 10**12
+    infos = [TensorInfo(layer + names.INPUT_SCALE, "F32", (), far, far + SCALE_BYTES) for layer in layers]
+    return " " * len(serialize_header(infos, {})) if infos else ""
 
 
 def stored_bytes(text: str) -> int:
@@ -108,6 +128,7 @@ class Way:
         refuse: makes an error from its kind, what is wrong, and the tensor or header entry.
         kind: what it is called.
         per_layer: whether it can say of a single layer that it computes in full precision.
+        leaves_room: whether it can leave room for an input scale.
         weight_scale, input_scale: how scales are spelled where a file is written so.
     """
 
@@ -116,6 +137,7 @@ class Way:
     refuse: Refuse
     kind: ClassVar[Marking] = "none"
     per_layer: ClassVar[bool] = False
+    leaves_room: ClassVar[bool] = False
     weight_scale: ClassVar[str] = names.WEIGHT_SCALE
     input_scale: ClassVar[str] = names.INPUT_SCALE
 
@@ -126,8 +148,8 @@ class Way:
         """What is said of one of its layers."""
         return {}
 
-    def beside(self, _layer: str, _config: Config) -> Written:
-        """Tensors to write beside a layer's weight."""
+    def beside(self, _layer: str, _config: Config, *, spare_bytes: int = 0) -> Written:  # noqa: ARG002
+        """Tensors to write beside a layer's weight, with spare bytes behind what they say where it leaves room."""
         return {}
 
     def once(self, _configs: Mapping[str, Config]) -> tuple[Written, dict[str, str]]:
@@ -216,6 +238,7 @@ class Tensor(Way):
 
     kind = "tensor"
     per_layer = True
+    leaves_room = True
 
     @property
     def found(self) -> list[str]:
@@ -237,15 +260,15 @@ class Tensor(Way):
             raise unreadable(f"should be a JSON object, found {raw[:40]!r}")
         return config
 
-    def beside(self, layer: str, config: Config, room_bytes: int = 0) -> Written:
+    def beside(self, layer: str, config: Config, *, room_bytes: int = 0, spare_bytes: int = 0) -> Written:
         """The tensor, of `room_bytes` where it fits."""
-        data = tensor_bytes(config, room_bytes)
+        data = tensor_bytes(config, room_bytes, spare_bytes)
         return {layer + names.COMFY_QUANT: (Spec("U8", (len(data),)), data)}
 
     def changed(self, layer: str, config: Config) -> Written:
         """The tensor of a layer, if it has one, with another config and, where it fits, the size that it had."""
         info = self.checkpoint.tensors.get(layer + names.COMFY_QUANT)
-        return {} if info is None else self.beside(layer, config, info.nbytes)
+        return {} if info is None else self.beside(layer, config, room_bytes=info.nbytes)
 
 
 class Legacy(Way):
@@ -319,7 +342,7 @@ class Unmarked(Way):
         """Scales of inputs go, and those of the weight are made anew."""
         return suffix if suffix == names.WEIGHT else None
 
-    def beside(self, layer: str, _config: Config) -> Written:
+    def beside(self, layer: str, _config: Config, *, spare_bytes: int = 0) -> Written:  # noqa: ARG002
         """One scale for each row."""
         weight_scale = first(self.checkpoint, layer, names.WEIGHT_SCALES)
         assert weight_scale is not None

@@ -259,7 +259,7 @@ class ConvertOptions(Options):
         weight_scale: how scales are chosen.
         round: round weights for what layers receive while the model runs on noise (`rounding`).
         requantize: round layers anew that are quantized in another format.
-        input_scale: write input scales of 1.0, so that calibration can set them in place.
+        input_scale: leave room for input scales, so that calibration can set them in place; legacy files get 1.0.
         legacy: write the older `scaled_fp8` layout instead of comfy_quant.
     """
 
@@ -272,7 +272,7 @@ class ConvertOptions(Options):
     weight_scale: WeightScale = option("absmax", "absmax, or mse for least error", "METHOD", get_args(WeightScale))
     round: bool = option(False, "round weights by running the model")
     requantize: bool = option(False, "round quantized layers anew, too")
-    input_scale: bool = option(True, "write no input scales", flag="no-input-scale")
+    input_scale: bool = option(True, "leave no room for input scales", flag="no-input-scale")
     legacy: bool = option(False)
 
     def __post_init__(self) -> None:

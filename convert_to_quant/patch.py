@@ -8,9 +8,10 @@ Rewrite: the old data is copied inside the kernel in a few large pieces, the new
 their alignment puts them. Everything that was not changed is byte-identical.
 
 In place: possible where every new value fits exactly where the old one stands: a float32 scalar for a scale, JSON with
-room behind it for a mark. Under the files' locks it is made sure first that they are still the files, with the bytes,
-that the change was planned from. Then the old bytes, and the new ones, go into `FILE.undo`, on the disk before the
-first write and removed after the last; see `checkpoint.undo` for how a crash is recovered from.
+room behind it for a mark, of which a scale that is not there yet takes the end. Under the files' locks it is made sure
+first that they are still the files, with the bytes, that the change was planned from. Then the old bytes, and the new
+ones, go into `FILE.undo`, on the disk before the first write and removed after the last; see `checkpoint.undo` for how
+a crash is recovered from.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import numpy as np
 
 from . import names
 from .checkpoint import Checkpoint, Spec, write_bytes
-from .checkpoint.header import LENGTH_BYTES, serialize_header
+from .checkpoint.header import LENGTH_BYTES, TensorInfo, serialize_header
 from .checkpoint.positioned import OPEN_FLAGS, close, lock, pread, sync, sync_folder, write_at
 from .checkpoint.reader import CheckpointFile, Identity, checkpoint_files
 from .checkpoint.undo import (
@@ -43,7 +44,7 @@ from .checkpoint.undo import (
 from .errors import CheckpointError, OutputError, TensorError
 from .layers import Layer, LayerTable
 from .layout import Source, lay_out, write
-from .marks import Config, disables_fp8, with_full_precision
+from .marks import Config, disables_fp8, spare_bytes_of, with_full_precision
 from .telling import plural
 
 
@@ -199,30 +200,27 @@ def in_place_edits(patch: Patch) -> list[Edit]:
     checkpoint = patch.checkpoint
     refusal = partial(OutputError, hint="write a new file with -o instead")
     edits = []
-    for name, (spec, data, _) in patch.tensors.items():
-        info = checkpoint.tensors.get(name)
-        if info is None:
-            problem = "in place is not possible: the file has no such tensor yet"
-            raise refusal(problem, path=checkpoint.path, tensor=name)
-        if Spec.like(info) != spec:
-            there, wanted = f"{info.dtype} {list(info.shape)}", f"{spec.dtype} {list(spec.shape)}"
-            problem = f"in place is not possible: it is {there} and must become {wanted}"
-            raise refusal(problem, path=checkpoint.path, tensor=name)
-        file = checkpoint.file_of(name)
+    contents, added = _placed(patch, refusal)
+    for name, data in contents.items():
+        file, info = checkpoint.file_of(name), checkpoint.tensors[name]
         old = checkpoint.raw(name).tobytes()
         if old != data:
             edits.append(Edit(checkpoint.files.index(file), file.header.data_start + info.start, data, old))
     for number, file in enumerate(checkpoint.files):
         metadata = {**file.header.metadata, **{k: v for k, v in patch.metadata.items() if _belongs(k, patch, number)}}
-        if metadata == file.header.metadata:
+        if metadata == file.header.metadata and not added:
             continue
-        text = _header_text(file, metadata)
+        text = _header_text(file, metadata, added)
         room = file.header.data_start - LENGTH_BYTES
+        if len(text) > room and added and (marks := metadata.get(names.QUANTIZATION_METADATA)):
+            wanted = min(len(text) - room, len(text) - len(_header_text(file, metadata)))
+            metadata[names.QUANTIZATION_METADATA] = marks[: max(len(marks.rstrip(" ")), len(marks) - wanted)]
+            text = _header_text(file, metadata, added)
         if len(text) > room and names.PROVENANCE_KEY in metadata:
             # How the file was made is worth saying where there is room, but no reason to refuse.
             del metadata[names.PROVENANCE_KEY]
             kept = {key: text for key, text in file.header.metadata.items() if key == names.PROVENANCE_KEY}
-            text = _header_text(file, {**metadata, **kept})
+            text = _header_text(file, {**metadata, **kept}, added)
         if text == _header_text(file, file.header.metadata):
             continue
         if len(text) > room:
@@ -233,9 +231,45 @@ def in_place_edits(patch: Patch) -> list[Edit]:
     return edits
 
 
-def _header_text(file: CheckpointFile, metadata: Mapping[str, str]) -> bytes:
-    """JSON of a file's header with other metadata, without padding."""
-    return serialize_header(file.header.tensors.values(), metadata)[LENGTH_BYTES:].rstrip(b" ")
+def _placed(patch: Patch, refusal: Callable[..., OutputError]) -> tuple[dict[str, bytes], dict[str, TensorInfo]]:
+    """Where a patch goes in the file itself.
+
+    Returns:
+        The new bytes of tensors that the file has; and the input scales that it gets, with the marks whose ends they
+        take, as its header will say of them.
+    """
+    checkpoint = patch.checkpoint
+    contents: dict[str, bytes] = {}
+    added: dict[str, TensorInfo] = {}
+    for name, (spec, data, _) in patch.tensors.items():
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            continue
+        if Spec.like(info) != spec:
+            there, wanted = f"{info.dtype} {list(info.shape)}", f"{spec.dtype} {list(spec.shape)}"
+            problem = f"in place is not possible: it is {there} and must become {wanted}"
+            raise refusal(problem, path=checkpoint.path, tensor=name)
+        contents[name] = data
+    for name, (spec, data, near) in patch.tensors.items():
+        if name in checkpoint:
+            continue
+        mark = checkpoint.tensors.get(near.removesuffix(names.WEIGHT) + names.COMFY_QUANT)
+        old = b"" if mark is None else contents.get(mark.name) or checkpoint.raw(mark.name).tobytes()
+        end = 0 if mark is None else mark.stop - spec.nbytes
+        aligned = (checkpoint.file_of(near).header.data_start + end) % spec.nbytes == 0
+        if mark is None or checkpoint.sharded or not aligned or spare_bytes_of(old) < spec.nbytes:
+            problem = "in place is not possible: the file has no such tensor yet"
+            raise refusal(problem, path=checkpoint.path, tensor=name)
+        contents[mark.name] = old[: -spec.nbytes] + data
+        added[mark.name] = replace(mark, shape=(end - mark.start,), stop=end)
+        added[name] = TensorInfo(name, spec.dtype, spec.shape, end, mark.stop)
+    return contents, added
+
+
+def _header_text(file: CheckpointFile, metadata: Mapping[str, str], added: Mapping[str, TensorInfo] = {}) -> bytes:
+    """JSON of a file's header with other metadata and tensors, without padding."""
+    infos = sorted({**file.header.tensors, **added}.values(), key=lambda info: (info.start, info.stop))
+    return serialize_header(infos, metadata)[LENGTH_BYTES:].rstrip(b" ")
 
 
 def _belongs(key: str, patch: Patch, number: int) -> bool:

@@ -327,11 +327,9 @@ def test_the_file_is_what_comfyui_expects(tmp_path, save, build, prefix):
         weight, scale = read[f"{name}.weight"], read[f"{name}.weight_scale"]
         assert (weight.dtype, weight.shape) == (E4M3FN, tensors[f"{name}.weight"][1].shape)
         assert (scale.dtype, scale.shape) == (torch.float32, ())
-        scale = read[f"{name}.input_scale"]
-        assert (scale.dtype, scale.shape, scale.item()) == (torch.float32, (), 1.0)
         mark = read[f"{name}.comfy_quant"]
         assert (mark.dtype, json.loads(mark.numpy().tobytes())) == (torch.uint8, {"format": "float8_e4m3fn"})
-    new = {f"{name}.{key}" for name in names for key in ("weight_scale", "input_scale", "comfy_quant")}
+    new = {f"{name}.{key}" for name in names for key in ("weight_scale", "comfy_quant")}
     assert read.keys() == tensors.keys() | new
     with safetensors.safe_open(output, "pt") as file:
         metadata = file.metadata()
@@ -642,8 +640,7 @@ def test_a_calibration_may_change_the_output_before_it_has_its_name_or_prevent_i
     def calibrate(writer) -> None:
         assert not output.exists()
         with writer.reopen(source) as checkpoint:
-            info = checkpoint.tensors["blocks.0.mlp.input_scale"]
-            assert checkpoint.float32("blocks.0.mlp.input_scale") == 1.0
+            info = checkpoint.tensors["blocks.0.mlp.weight_scale"]
             file = checkpoint.file_of(info.name)
             writer.overwrite(0, file.header.data_start + info.start, np.float32(0.125).tobytes())
 
@@ -656,7 +653,7 @@ def test_a_calibration_may_change_the_output_before_it_has_its_name_or_prevent_i
             convert(checkpoint, plan, output, before_commit=fail)
         assert not output.exists()
         convert(checkpoint, plan, output, before_commit=calibrate)
-    assert safetensors.torch.load_file(output)["blocks.0.mlp.input_scale"].item() == 0.125
+    assert safetensors.torch.load_file(output)["blocks.0.mlp.weight_scale"].item() == 0.125
 
 
 def test_progress_adds_up_to_the_bytes_of_the_input(tmp_path, save, build):

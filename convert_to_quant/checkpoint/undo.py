@@ -10,7 +10,8 @@ believed only where
 - it knows every file that it is about by its inode number and size, and each is a file of the checkpoint that was asked
   for: a new name does not part a file from its undo file, and a copy or a download is never taken for the file;
 - it belongs to us, or to the owner of the file;
-- it is about a header whose tensors stay as they are, or a whole input scale or mark, and never about a weight;
+- it is about a header whose tensors stay as they are, but that a mark may lose its end to an input scale, or about a
+  whole input scale or mark, and never about a weight;
 - every byte that is there now is an old one or a new one.
 """
 
@@ -158,17 +159,16 @@ class Undo:
             raise self._beyond(path, error.problem) from None
         with contextlib.suppress(HeaderError):  # half old and half new, it may be no JSON
             headers.append(parse_header(found, nbytes, path))
-        tensors, data_start = headers[0].tensors, headers[0].data_start
-        if any(header.tensors != tensors for header in headers):
+        places = {(LENGTH_BYTES, length)}
+        untouched = []
+        for header in headers:
+            changed = {name: info for name, info in header.tensors.items() if name.endswith(names.CHANGED_IN_PLACE)}
+            places |= {(header.data_start + info.start, info.nbytes) for info in changed.values()}
+            untouched.append({name: info for name, info in header.tensors.items() if name not in changed})
+        if any(tensors != untouched[0] for tensors in untouched):
             raise self._beyond(path, "what the header says of tensors")
-        allowed = {(LENGTH_BYTES, length)}
-        allowed |= {
-            (data_start + info.start, info.nbytes)
-            for name, info in tensors.items()
-            if name.endswith(names.CHANGED_IN_PLACE)
-        }
         for edit in edits:
-            if (edit.offset, len(edit.old)) not in allowed:
+            if (edit.offset, len(edit.old)) not in places:
                 raise self._beyond(path, f"the {len(edit.old)} bytes at {edit.offset}")
 
     def _beyond(self, path: Path, why: str) -> OutputError:

@@ -284,13 +284,21 @@ def convert_file(
     from dataclasses import replace
 
     from ..calibrate_activation_scales import refuse_unrunnable, static_table
+    from ..checkpoint import INDEX_SUFFIX
     from ..lora import match_checkpoint
 
     if calibration is not None and (needless := plan.no_input_scales):
         note(f"nothing to calibrate: {needless}")
         calibration = None
-    if calibration is not None:  # places for what it finds
-        plan = replace(plan, decisions=[replace(each, input_scale=each.input_scale or 1.0) for each in plan.decisions])
+    sharded = (args.output or "").endswith(INDEX_SUFFIX)
+    if calibration is not None:  # places for what it finds, where no room is left for them
+        decisions = [
+            replace(each, input_scale=each.input_scale or 1.0)
+            if sharded or (each.format is not None and each.format.dynamic)
+            else each
+            for each in plan.decisions
+        ]
+        plan = replace(plan, decisions=decisions)
     if calibration is not None and plan.table.raw and not plan.quantized:
         static_table(checkpoint)  # says why a plain cast cannot be calibrated either
     if calibration is not None and calibration.engine != "layer":
@@ -318,8 +326,9 @@ def convert_file(
     note_formats(plan, output)
     unmeasured = (not fmt.dynamic and layer.input_scale is None for layer, fmt in plan.quantized)
     if calibration is None and plan.options.input_scale and any(unmeasured):
-        there = f"convert_to_quant -i {shlex.quote(str(output))} --actcal --in-place"
-        note(f"its input scales are 1.0, not measured ({there} measures them)")
+        how = "-o NEW" if sharded else "--in-place"
+        there = f"convert_to_quant -i {shlex.quote(str(output))} --actcal {how}"
+        note(f"its input scales are not measured, and ComfyUI takes 1.0 for them ({there} measures them)")
     return 0
 
 

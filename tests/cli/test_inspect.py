@@ -98,7 +98,7 @@ def test_no_line_is_wider_than_a_terminal(look: Any, fp8_file: Path) -> None:
 def test_json_on_stdout_is_one_document_and_nothing_else(look: Any, fp8_file: Path) -> None:
     document = json.loads(look(fp8_file, "--json", "-", "--layers"))
     assert document["family"] == "flux1"
-    assert document["input_scales"] == {"one": 13}
+    assert document["input_scales"] == {"missing": 13}
     assert {layer["reading"] for layer in document["layers"]} == {"fp8-at-one", "high-precision"}
 
 
