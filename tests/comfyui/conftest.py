@@ -96,8 +96,8 @@ class Files:
 
     Attributes:
         original: in high precision.
-        converted: in FP8, with input scales of 1.0.
-        calibrated: in FP8, after `--actcal`.
+        converted: in FP8, without input scales, which ComfyUI takes for 1.0.
+        calibrated: in FP8, after `--actcal --in-place`.
     """
 
     original: Path
@@ -137,7 +137,8 @@ def files(comfyui: processes.ComfyUI, tmp_path_factory: pytest.TempPathFactory) 
         # The least that observes every kind of noise conditioning; more samples change little here.
         # Without headroom every layer has a scale of its own, which a reader cannot mistake for another's.
         tight = ("--actcal-margin", "1") if name == "plain" else ()
-        command("-i", made.converted, "-o", made.calibrated, "--actcal", "--actcal-samples", "8", *tight)
+        shutil.copy(made.converted, made.calibrated)
+        command("-i", made.calibrated, "--in-place", "--actcal", "--actcal-samples", "8", *tight)
         return made
 
     return make

@@ -231,7 +231,7 @@ def test_an_activation_that_is_not_known_ends_the_run_and_names_file_layer_and_a
 def test_the_hot_model_is_calibrated_from_a_run_in_comfyui(
     inprocess: InProcess, files: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    """Input scales of 1.0 are in the file; the ranges of the run are those of full precision all the same."""
+    """Input scales are not in the file; the ranges of the run are those of full precision all the same."""
     said = inprocess.observe(files("hot").converted, tmp_path / "stats", *SMALL, "--samples", "3")
 
     seen = Statistics.load(tmp_path / "stats")
