@@ -75,7 +75,7 @@ class MXFP8(Packed):
         numbers = from_tiles(parts[names.WEIGHT_SCALE], codes.shape[0], codes.shape[1] // BLOCK)
         scales = scale_of(torch.arange(255, dtype=torch.uint8))
         return Lattice.of(E4M3FN.meanings(), codes, torch.ones(1), group=BLOCK, scales=scales,
-                          numbers=numbers.long(), reach=(-1, 1), free=False)  # fmt: skip
+                          numbers=numbers.long(), reach=(-1, 1))  # fmt: skip
 
     def stored(self, lattice: Lattice, parts: Parts) -> dict[str, Tensor]:
         exponents = to_tiles(lattice.numbers.to(torch.uint8))

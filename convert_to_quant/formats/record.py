@@ -235,7 +235,6 @@ class Lattice:
         group: how many weights share a number; 0 for all of a row.
         reach: how far a better scale's number may be from one that was found for the weights alone.
         whole: whether value · scale becomes a whole number.
-        free: whether any unit can be stored.
     """
 
     values: Tensor
@@ -247,7 +246,6 @@ class Lattice:
     group: int = 0
     reach: tuple[int, int] = (0, 0)
     whole: bool = False
-    free: bool = True
 
     @staticmethod
     def of(meanings: Any, stored: Tensor, unit: Tensor, **scaled: Any) -> Lattice:

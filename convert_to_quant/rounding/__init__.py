@@ -5,17 +5,14 @@
 is the energy of what rounding W to Ŵ does to the layer's output. Rounding each weight to nearest is the least of it
 only where H is diagonal. Inputs are correlated, so the error of one weight can be made good by those after it.
 
-Two steps, both over any format (`formats.record.Lattice`), in groups of weights that share a scale:
-
-    error feedback   each weight is rounded, and what that did to the output is taken from the weights not yet rounded
-                     (GPTQ; Babai's nearest plane). The scale of a group is set when the group is reached: all scales
-                     in reach are tried side by side, each with the feedback inside of the group, and the least kept.
-    descent          each group in turn is rounded anew, by the same procedure, for what all others have become, with
-                     scales in reach; kept where the error falls. Row scales follow in closed form, and so on.
+Error feedback (GPTQ; Babai's nearest plane), over any format (`formats.record.Lattice`): each weight is rounded, and
+what that did to the output is taken from the weights not yet rounded. The scale of a group of weights is set when the
+group is reached: all scales in reach are tried side by side, each with the feedback inside of the group, and the least
+kept. Descent afterwards gains nothing on held-out prompts (docs/experiments.md).
 
 Each row ends with the less error of what was found and of rounding to nearest.
 """
 
-from .solver import DAMPING, SWEEPS, error_of, round_weight
+from .solver import DAMPING, error_of, round_weight
 
-__all__ = ["DAMPING", "SWEEPS", "error_of", "round_weight"]
+__all__ = ["DAMPING", "error_of", "round_weight"]

@@ -61,17 +61,14 @@ def error(fmt: Format, parts: Any, moments: Tensor) -> float:
 def test_it_is_never_worse_than_nearest(name: str, kind: str) -> None:
     fmt, moments = FORMATS[name], some_moments(kind)
     nearest = error(fmt, fmt.quantized(a_weight()), moments)
-    for sweeps in (0, 2):
-        assert error(fmt, round_weight(a_weight(), moments, fmt, sweeps=sweeps), moments) <= nearest * (1 + 1e-6)
+    assert error(fmt, round_weight(a_weight(), moments, fmt), moments) <= nearest * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("name", ROUNDED)
-def test_correlated_inputs_gain_decibels_and_descent_more(name: str) -> None:
+def test_correlated_inputs_gain_decibels(name: str) -> None:
     fmt, moments = FORMATS[name], some_moments("correlated")
     nearest = error(fmt, fmt.quantized(a_weight()), moments)
-    fed_back = error(fmt, round_weight(a_weight(), moments, fmt, sweeps=0), moments)
-    assert fed_back < nearest / 2
-    assert error(fmt, round_weight(a_weight(), moments, fmt, sweeps=4), moments) < fed_back
+    assert error(fmt, round_weight(a_weight(), moments, fmt), moments) < nearest / 2
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -79,7 +76,7 @@ def test_every_weight_goes_to_nearest_where_inputs_do_not_correlate(name: str) -
     """Under the scales that were chosen. Rotation would make them correlate, so such inputs are all alike."""
     fmt = FORMATS[name]
     moments = torch.eye(IN) if made(fmt, fmt.quantized(a_weight()))[1] else some_moments("alone")
-    lattice = fmt.lattice(round_weight(a_weight(), moments, fmt, sweeps=0))
+    lattice = fmt.lattice(round_weight(a_weight(), moments, fmt))
     real, group = made(fmt, fmt.stored(lattice, fmt.quantized(a_weight())))
     numbers = lattice.numbers.repeat_interleave(IN // lattice.numbers.shape[1], 1)
     levels = lattice.levels(numbers) * lattice.unit.unsqueeze(-1)
