@@ -29,6 +29,7 @@ from markdown_it.token import Token
 from tiny_flux import flux_model
 
 from convert_to_quant import cli
+from convert_to_quant.emoji.rerange import RERANGINGS, write_reranged
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
 
@@ -105,6 +106,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "embeddings": tiny["prompt_embeddings"](),
         }.items():
             Path(f"{name}.safetensors").write_bytes(files["file_bytes"](tensors))
+        write_reranged(Path("flux_bf16.safetensors"), Path("flux_bf16.safetensors"), RERANGINGS["wild"])  # for --fold
         tiny["save_pipeline"](Path("FLUX.1-dev"))
         Path("prompts.txt").write_text("a red fish\na fish\n", encoding="utf-8")
         Path("ComfyUI/custom_nodes").mkdir(parents=True)

@@ -39,6 +39,7 @@ _quiet = False
 _bar_shown: Any = None
 _made_by: Mapping[str, Any] = {}
 _older: set[Path] = set()
+_noted: set[str] = set()
 
 
 def configure(*, quiet: bool = False, made_by: Mapping[str, Any] | None = None) -> None:
@@ -50,6 +51,7 @@ def configure(*, quiet: bool = False, made_by: Mapping[str, Any] | None = None) 
     """
     global _quiet, _made_by
     _quiet, _made_by = quiet, made_by or {}
+    _noted.clear()
 
 
 def foresee(outputs: Iterable[Path], *, dry: bool = False) -> None:
@@ -87,8 +89,9 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """One line that a user should know; a terminal gets it broken between words."""
-    if not _quiet:
+    """One line that a user should know, said once; a terminal gets it broken between words."""
+    if not _quiet and text not in _noted:
+        _noted.add(text)
         mark = "note:"
         line = fitted(f"{mark} {printable(text)}", sys.stderr)
         print(paint(mark, "warn", sys.stderr) + line.removeprefix(mark), file=sys.stderr)

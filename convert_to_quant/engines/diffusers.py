@@ -16,7 +16,7 @@ are covered since in larger models a quarter of the layers peak away from pure n
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -58,10 +58,12 @@ class Observation:
     Attributes:
         statistics: of every layer asked for, over everything that was run.
         trials: of formats, where they were asked for.
+        moments: the entry of the statistics' header, where second moments were asked for.
     """
 
     statistics: Statistics
     trials: Trials | None = None
+    moments: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def conditioned(self) -> tuple[str, ...]:
@@ -105,6 +107,7 @@ def observe_shown(
     table: LayerTable,
     shown: RunOptions | CalibrationOptions,
     *,
+    dtype: torch.dtype | None = None,
     layers: Collection[str] | None = None,
     adapters: LoraMatch | None = None,
     progress: Progress | None = None,
@@ -115,7 +118,8 @@ def observe_shown(
         checkpoint: the open checkpoint.
         table: its layers.
         shown: samples, noise levels, sizes, seed and device.
-        layers: as `observe` takes them, like what follows.
+        dtype: as `observe` takes it, like what follows.
+        layers: names.
         adapters: LoRA adapters.
         progress: told how far it is.
 
@@ -124,7 +128,7 @@ def observe_shown(
     """
     return observe(
         checkpoint, table, samples=shown.samples or SAMPLES, steps=shown.steps or STEPS, seed=shown.seed,
-        device=shown.device, layers=layers, adapters=adapters, progress=progress,
+        device=shown.device, dtype=dtype, layers=layers, adapters=adapters, progress=progress,
         geometry=sizes.geometry(plan(checkpoint, table).family, *shown.size) if any(shown.size) else None,
     ).statistics  # fmt: skip
 
@@ -188,11 +192,7 @@ def observe(
     with record(denoiser.model, shapes, feeds) as recording:
 
         def paint(part: Part, tick: Advance) -> None:
-            latents, conditioning = (
-                draw(denoiser, geometry, part.way, seed, part.numbers)
-                if part.way is not None
-                else take(denoiser, prompts, seed, part.numbers)
-            )
+            latents, conditioning = shown_of(denoiser, geometry, part, seed, prompts)
             recording.batch = len(latents)
             with denoiser.adapted(adapters if part.adapted else None):
                 for _ in trajectory(denoiser, latents, conditioning, geometry, steps, at=recording.at):
@@ -274,6 +274,15 @@ def _files(adapters: LoraMatch | None) -> list[str]:
     """Names of the files of some adapters."""
     deltas = [] if adapters is None else [delta for matched in adapters.matched.values() for delta in matched]
     return sorted({delta.lora.path.name for delta in deltas})
+
+
+def shown_of(
+    denoiser: Denoiser, geometry: Geometry, part: Part, seed: int, prompts: Prompts | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Latents and conditioning of a part's trajectories, as one batch."""
+    if part.way is None:
+        return take(denoiser, prompts, seed, part.numbers)
+    return draw(denoiser, geometry, part.way, seed, part.numbers)
 
 
 def take(

@@ -6,7 +6,8 @@ the channels can be multiplied and what reads them divided, and the network comp
 (`families.folds` says where).
 
     observe      what layers receive on noise, per channel
-    find         a factor for each channel, from that and from the columns that read it (`factors`)
+    find         a factor for each channel, from that and from the columns that read it; none where channels are even
+                 already (`factors`)
     fold         a checkpoint that reads as if it had been trained that way (`folded`); convert it as any other
 
 Limits. Adapters that were trained on the original no longer fit: what they add has to be scaled likewise (`adapters`),
@@ -19,8 +20,8 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from .. import names
-from ..checkpoint import Checkpoint, open_checkpoint
-from ..errors import CheckpointError, OptionError, StrPath
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointError, OptionError
 from ..layers import find_layers
 from ..options import RunOptions
 from ..stats import Statistics
@@ -37,7 +38,6 @@ __all__ = [
     "find_groups",
     "fold",
     "fold_checkpoint",
-    "fold_like",
     "fold_lora",
     "read_groups",
 ]
@@ -61,8 +61,10 @@ def fold(
     statistics: Statistics | None = None,
     *,
     progress: Progress | None = None,
-) -> Folded:
-    """A checkpoint with its channels evened out, found by running it.
+) -> Checkpoint:
+    """A checkpoint with its channels evened out, found by running it in float32; itself where they are even already.
+
+    In bfloat16 a small 1 + scale is nothing but rounding, and so are the ranges behind it.
 
     Args:
         checkpoint: the open checkpoint, which must stay open.
@@ -77,7 +79,9 @@ def fold(
         OptionError: none of the layers reads channels that can be scaled.
         UnsupportedModelError: the model cannot be run.
     """
-    from ..engines import denoiser, diffusers
+    from torch import float32
+
+    from ..engines import denoiser, diffusers, trials
 
     refuse_folded(checkpoint)
     shown = shown or RunOptions()
@@ -91,23 +95,11 @@ def fold(
         raise OptionError(problem, hint="leave out --fold")
     read = {plan.full_name(place.tensor).removesuffix(names.WEIGHT) for group in groups for place in group.columns}
     if statistics is None:
-        statistics = diffusers.observe_shown(
-            checkpoint, table, shown, layers=[name for name in table.plain if name in read], progress=progress
-        )
+        wanted = [name for name in table.plain if name in read]
+        with trials.tensor_float_32():
+            statistics = diffusers.observe_shown(
+                checkpoint, table, shown, dtype=float32, layers=wanted, progress=progress
+            )
     exponents = find_exponents(checkpoint, groups, statistics, table.prefix, strength)
-    found = [replace(group, exponents=each) for group, each in zip(groups, exponents, strict=True)]
-    return fold_checkpoint(checkpoint, [each for each in found if each.exponents.any()])
-
-
-def fold_like(checkpoint: Checkpoint, path: StrPath) -> Folded:
-    """A checkpoint with its channels scaled as a file says that was made of it: a folded one.
-
-    Raises:
-        CheckpointError: the file cannot be read, or says nothing of folding; or the checkpoint is folded already.
-    """
-    refuse_folded(checkpoint)
-    with open_checkpoint(path) as file:
-        groups = read_groups(file)
-        if not groups:
-            raise CheckpointError("its channels are not folded", path=file.path, hint="leave out --fold")
-    return fold_checkpoint(checkpoint, groups)
+    found = [replace(group, exponents=each) for group, each in zip(groups, exponents, strict=True) if each.any()]
+    return fold_checkpoint(checkpoint, found) if found else checkpoint

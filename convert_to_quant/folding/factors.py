@@ -7,11 +7,16 @@ since a scale per row is what most formats have: so it does not matter that othe
 What is left is one factor for all channels of a group. Where a layer reads other channels beside them (attention beside
 an MLP), it brings x / w to the level of those. A modulation's scale must not have factors under 1: where 1 + scale is
 near 0, bfloat16 keeps nothing of it (docs/experiments.md). Channels that never held anything get the median.
+
+Channels that are even already stay as they are. The error of a rounded product grows with Σ x² of its inputs and with
+Σ w² of its weights, so what factors gain is what they take from Σ x² · Σ w²; and where that is little, rotation keeps
+more of the channels as they are (docs/experiments.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +31,10 @@ Float = NDArray[np.float64]
 
 STRENGTH = 0.5
 """a: the share of the channels' differences that moves from the inputs into the weights."""
+
+LEAST_GAIN = 2.0
+"""What factors have to take from Σ x² · Σ w², on average over the layers that read the channels: 0.1 to 1.8 dB on the
+emoji model as it was trained, 15 to 40 dB where every channel has a range of its own."""
 
 MOST_OCTAVES = 60
 BAND_VALUES = 1 << 22
@@ -44,7 +53,8 @@ def find_exponents(
         strength: a, from 0 (the weights' columns become even) to 1 (the inputs do).
 
     Returns:
-        For each group int8, one for each row that gives a channel; all 0 where nothing is known of the inputs.
+        For each group int8, one for each row that gives a channel; all 0 where nothing is known of the inputs, or the
+        channels are even already.
     """
     inputs: dict[str, Float] = {}
     columns: dict[str, Float] = {}
@@ -86,7 +96,17 @@ def find_exponents(
             beside = [np.log2(inputs[tensor][free] / columns[tensor][free]) for tensor, free in others]
             level = np.median(np.concatenate(beside) if any(map(len, beside)) else own)
             octaves += (level - np.median(own + 2 * octaves[used])) / 2
-        return np.rint(octaves).clip(-MOST_OCTAVES, MOST_OCTAVES).astype(np.int8)
+        found = replace(group, exponents=np.rint(octaves).clip(-MOST_OCTAVES, MOST_OCTAVES).astype(np.int8))
+        gains = [gain(place, found.column_exponents) for place in known]
+        return found.exponents if np.mean(gains) >= np.log(LEAST_GAIN) else nothing
+
+    def gain(place: Place, column_exponents: Exponents) -> float:
+        """The natural logarithm of what is left of Σ x² · Σ w² of one layer, with the sign turned."""
+        squares = inputs[place.tensor] ** 2, columns[place.tensor] ** 2
+        before = np.log(squares[0].sum() * squares[1].sum())
+        for each, sign in zip(squares, (1, -1), strict=True):
+            each[_run(place)] *= np.exp2(2.0 * sign * column_exponents)
+        return float(before - np.log(squares[0].sum() * squares[1].sum()))
 
     return [exponents(group) for group in groups]
 

@@ -11,6 +11,7 @@ import pytest
 
 from convert_to_quant import names
 from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.emoji.rerange import RERANGINGS, write_reranged
 
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
 
@@ -21,6 +22,14 @@ LAYER = "double_blocks.0.img_attn.qkv"
 def folding_of(path: Path) -> str | None:
     with open_checkpoint(path) as checkpoint:
         return checkpoint.metadata.get(names.FOLDING_KEY)
+
+
+@pytest.fixture
+def flux_file(flux_file: Path) -> Path:
+    """The tiny Flux.1, every channel of which has a range of its own."""
+    path = flux_file.with_name("wild.safetensors")
+    write_reranged(flux_file, path, RERANGINGS["wild"])
+    return path
 
 
 @pytest.fixture
@@ -59,7 +68,8 @@ def test_calibration_takes_a_lora_that_is_folded_for_the_file_only(
     ctq: Any, flux_file: Path, lora: Path, tmp_path: Path
 ) -> None:
     out, converted = tmp_path / "fp8.safetensors", tmp_path / "folded.safetensors"
-    assert ctq("-i", flux_file, "-o", out, "--fold", "--actcal", *SMALL).code == 0
+    done = ctq("-i", flux_file, "-o", out, "--fold", "--actcal", *SMALL)
+    assert (done.code, done.err.count("its channels are folded")) == (0, 1)
     assert ctq("lora", "fold", lora, "--like", out, "-o", converted).code == 0
     for words in (("-i", out, "-o", tmp_path / "a.safetensors", "--actcal", "--actcal-lora"), ("observe", out, "-o",
                   tmp_path / "stats.safetensors", "--lora")):  # fmt: skip
@@ -70,10 +80,30 @@ def test_calibration_takes_a_lora_that_is_folded_for_the_file_only(
         assert "it is not folded for fp8.safetensors, whose channels are scaled" in refused.err
 
 
-def test_the_best_mix_of_a_folded_file_is_measured_on_it(ctq: Any, flux_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "a.safetensors"
-    done = ctq("-i", flux_file, "-o", out, "--best", "--gpu", "rtx50", "--bits", 7, "--fold", *SMALL)
-    assert (done.code, folding_of(out) is None) == (0, False)
+@pytest.mark.parametrize("words", [("--best", "--gpu", "rtx50", "--bits", 7), ("--format", "w4a8")])
+def test_a_folded_file_is_rounded_to_the_same_bytes_every_time(
+    ctq: Any, flux_file: Path, tmp_path: Path, words: tuple[Any, ...]
+) -> None:
+    outs = [tmp_path / name for name in ("nearest.safetensors", "a.safetensors", "b.safetensors")]
+    for out, more in zip(outs, ((), ("--round",), ("--round",)), strict=True):
+        assert ctq("-i", flux_file, "-o", out, "--fold", *words, *more, *SMALL).code == 0
+    nearest, first, again = (tensors_of(out) for out in outs)
+    assert folding_of(outs[1]) == folding_of(outs[0]) is not None
+    assert first == again
+    assert first.keys() == nearest.keys()
+    assert first != nearest
+
+
+def tensors_of(path: Path) -> dict[str, bytes]:
+    with open_checkpoint(path) as checkpoint:
+        return {name: checkpoint.raw(name).tobytes() for name in checkpoint.tensors}
+
+
+def test_even_channels_are_left_as_they_are(ctq: Any, save: Any, flux_tensors: Any, tmp_path: Path) -> None:
+    out = tmp_path / "int8.safetensors"
+    done = ctq("-i", save("even.safetensors", flux_tensors()), "-o", out, "--format", "int8", "--fold", *SMALL)
+    assert (done.code, folding_of(out)) == (0, None)
+    assert "its channels are even already" in done.err
 
 
 @pytest.mark.parametrize(
@@ -81,10 +111,7 @@ def test_the_best_mix_of_a_folded_file_is_measured_on_it(ctq: Any, flux_file: Pa
     [
         (("--format", "fp8"), "--fold changes what FP8 layers receive, so their input scales have to be measured"),
         (("--format", "int8", "--merge-lora", "x.safetensors"), "--fold takes no LoRA"),
-        (
-            ("--best", "--gpu", "rtx50", "--bits", 7, "--from", "x.safetensors"),
-            "--fold changes what --from would choose",
-        ),
+        (("--best", "--bits", 7, "--from", "x.safetensors"), "--fold changes what --from was observed of"),
         (("--actcal", "--actcal-lora", "x.safetensors"), "--fold takes no LoRA"),
         (("--format", "int8", "--exclude-layers", "."), "no layer of flux1 that is to be quantized reads channels"),
     ],
