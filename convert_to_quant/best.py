@@ -34,7 +34,7 @@ from .lora import Lora
 from .options import STEPS, BestOptions, ConvertOptions, RunOptions, SolveOptions
 from .solve import LayerResult, Present, solve
 from .stats import Statistics, merge
-from .telling import Progress, half
+from .telling import Progress, part
 from .trials import Trials
 
 if TYPE_CHECKING:
@@ -413,10 +413,10 @@ def plan_best(
         refuse_unrunnable(run, plan.table, "chosen", INSTEAD)
         from .engines import diffusers
 
-        statistics = diffusers.observe_shown(run, plan.table, shown, layers=list(layers), progress=half(progress, 0))
+        statistics = diffusers.observe_shown(run, plan.table, shown, layers=list(layers), progress=part(progress, 0))
         statistics = statistics.with_facts(merged=merged) if merged else statistics
         solved = input_scales(run, layers, statistics)
-        trials = try_formats(run, plan, formats, solved, shown, progress=half(progress, 1))
+        trials = try_formats(run, plan, formats, solved, shown, progress=part(progress, 1))
     else:
         statistics, trials = measured
         if (before := tuple(statistics.provenance.get("merged", ()))) != merged:

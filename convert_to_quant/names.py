@@ -41,6 +41,9 @@ FOLDING_KEY = "convert_to_quant.folding"
 FOLDED_FOR_KEY = "convert_to_quant.folded_for"
 """Header entry of a LoRA: the SHA-256 of the folding that it was scaled for."""
 
+MOMENTS_KEY = "convert_to_quant.moments"
+"""Header entry (JSON) of second moments, and of the statistics that they stand beside: see `rounding.kept`."""
+
 STATISTICS_KEY = "convert_to_quant.statistics"
 """Header entry (JSON) that tells a statistics file from a checkpoint."""
 

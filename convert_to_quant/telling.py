@@ -33,14 +33,14 @@ def advance(progress: Progress | None, total: int, done: int = 0) -> Advance:
     return add
 
 
-def half(progress: Progress | None, number: int) -> Progress | None:
-    """What one of two runs tells, the first (0) or the second (1), as a half of both.
+def part(progress: Progress | None, number: int, of: int = 2) -> Progress | None:
+    """What one of several runs tells, the first (0), the second (1), ..., as a part of all.
 
-    >>> told = half(print, 1)
+    >>> told = part(print, 1)
     >>> told(2, 10) if told else None
     12 20
     """
-    return None if progress is None else lambda done, total: progress(number * total + done, 2 * total)
+    return None if progress is None else lambda done, total: progress(number * total + done, of * total)
 
 
 def plural(count: int, noun: str) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OptionError
+from ..engines.devices import find_device
+from ..errors import OptionError, StatisticsError
 from ..options import (
     BestOptions,
     CalibrationOptions,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from ..convert import ConversionPlan
     from ..engines.moments import Rounding
     from ..lora import Lora, Survival
+    from ..rounding import KeptMoments
 
 DESCRIPTION = "Convert a checkpoint to another format, calibrate an FP8 checkpoint, or both."
 EPILOG = """\
@@ -78,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     best.add_argument("--best", action="store_true", help="give every layer the format that keeps most")
     add_options(best, BestOptions)
     best.add_argument("--from", dest="statistics", action="append", default=[], metavar="STATS",
-                      help="choose from observe --trials, without a run; repeatable")  # fmt: skip
+                      help="use what observe kept, without a run; repeatable")  # fmt: skip
 
     layout = conversion.add_mutually_exclusive_group()
     layout.add_argument("--comfy-quant", action="store_true", help="write the comfy_quant layout, the default")
@@ -107,12 +109,8 @@ def run(args: argparse.Namespace) -> int:
     with open_checkpoint(args.input) as checkpoint:
         check_shards(checkpoint, args)
         note_damage(checkpoint)
-        measures = not args.statistics if args.best else args.actcal and args.engine != "layer"
-        if measures or args.round or args.fold:
-            settle(args, checkpoint)
-            options = options and options_of(CalibrationOptions, args)
-        elif args.device == "auto":  # what only copies and rounds waits for the disk
-            args.device = "cpu"
+        settle_run(args, checkpoint)
+        options = options and options_of(CalibrationOptions, args)
         with loras_of(args) as adapters, open_loras(args.merge_lora) as merged:
             if options is not None and not args.requantize and find_layers(checkpoint).diffusion:
                 converting = {"legacy", *(one.flag for one in offered(ConvertOptions).values())}
@@ -150,6 +148,18 @@ def check_options(args: argparse.Namespace) -> None:
         raise OptionError("--float16-safe needs --actcal: it is about the input scales that --actcal finds")
 
 
+def settle_run(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Decide whether the model runs, where, and what it is shown; and find the moments that need no run."""
+    measures = not args.statistics if args.best else args.actcal and args.engine != "layer"
+    args.moments = kept_moments(checkpoint, args) if args.round else []
+    if measures or args.fold or (args.round and not args.moments):
+        settle(args, checkpoint)
+    elif args.round:
+        args.device = str(find_device(args.device))
+    elif args.device == "auto":  # what only copies waits for the disk
+        args.device = "cpu"
+
+
 def prepared(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertOptions) -> Checkpoint:
     """The file to convert: with its channels evened out, where that is asked for.
 
@@ -168,8 +178,11 @@ def prepared(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertO
         problem = "--fold changes what FP8 layers receive, so their input scales have to be measured"
         raise OptionError(problem, hint="add --actcal")
     with progress_bar("folding") as progress:
-        return fold(checkpoint, [layer.name for layer, _ in plan.quantized], options_of(RunOptions, args),
-                    progress=progress)  # fmt: skip
+        folded = fold(checkpoint, [layer.name for layer, _ in plan.quantized], options_of(RunOptions, args),
+                      progress=progress)  # fmt: skip
+    if folded is checkpoint:
+        note("its channels are even already, so nothing is folded, and LoRAs fit it as they are")
+    return folded
 
 
 def check_best(args: argparse.Namespace) -> None:
@@ -181,8 +194,8 @@ def check_best(args: argparse.Namespace) -> None:
     mixing = {"from", *(one.flag for one in offered(BestOptions).values())}
     showing = {f"actcal-{one.flag}" for one in offered(RunOptions).values()}
     for flag in args.in_force:
-        if flag in mixing and not args.best:
-            raise OptionError(f"--{flag} needs --best")
+        if flag in mixing and not args.best and not (flag == "from" and args.round):
+            raise OptionError(f"--{flag} needs --best" + (" or --round" if flag == "from" else ""))
         if args.best and flag in ("actcal", "format", "layer-format", "scaling-mode", "legacy", "weight-scale"):
             raise OptionError(f"--{flag} and --best both say what layers become; give one")
         if args.best and flag.startswith("actcal-") and flag not in showing:
@@ -190,7 +203,7 @@ def check_best(args: argparse.Namespace) -> None:
     if args.merge_lora and args.round:
         raise OptionError("--merge-lora and --round cannot be combined")
     if args.fold and args.statistics:
-        problem = "--fold changes what --from would choose by: observe --trials tried the model as it is"
+        problem = "--fold changes what --from was observed of: the model as it is"
         raise OptionError(problem, hint="leave out --from")
     if args.fold and (args.merge_lora or args.lora):
         raise OptionError("--fold takes no LoRA", hint="convert, then make LoRAs fit with convert_to_quant lora fold")
@@ -368,14 +381,40 @@ def say_surviving(survival: Survival) -> None:
         say(f"what rounding leaves of the merged change: {figures}")
 
 
+def kept_moments(checkpoint: Checkpoint, args: argparse.Namespace) -> list[KeptMoments]:
+    """The second moments that earlier runs of this model kept, if all of --from did.
+
+    Raises:
+        StatisticsError: they are of another model; or there are none, and nothing else to use of --from.
+    """
+    from ..layers import find_layers
+    from ..rounding import KeptMoments
+    from ..stats import Statistics
+
+    found = []
+    for path in args.statistics:
+        statistics = Statistics.load(path)
+        kept = KeptMoments.of(statistics)
+        if kept is not None:
+            layers = {layer.name: layer.shape for layer in find_layers(checkpoint).linear()}
+            statistics.for_layers({name: layers[name] for name in kept.files if name in layers} or layers)
+            found.append(kept)
+        elif not args.best:
+            problem = "it holds no second moments"
+            raise StatisticsError(problem, path=statistics.path, hint="make it with observe --moments")
+    return found if len(found) == len(args.statistics) else []
+
+
 def rounding_of(checkpoint: Checkpoint, plan: ConversionPlan, args: argparse.Namespace) -> Rounding:
-    """What rounds the layers of a plan by running the model."""
+    """What rounds the layers of a plan: by what was kept, or by running the model."""
     from ..calibrate_activation_scales import refuse_unrunnable
+    from ..engines.moments import Gathering, Rounding, kept_on
 
+    if args.moments:
+        return Rounding(checkpoint, kept_on(args.device, args.moments))
     refuse_unrunnable(checkpoint, plan.table, "run to be rounded", "leave --round out")
-    from ..engines.moments import Rounding
-
-    return Rounding(checkpoint, plan.table, [layer for layer, _ in plan.quantized], options_of(RunOptions, args))
+    layers = [layer for layer, _ in plan.quantized]
+    return Rounding(checkpoint, Gathering(checkpoint, plan.table, layers, options_of(RunOptions, args)).moments_of)
 
 
 def note_formats(plan: ConversionPlan, output: Path) -> None:

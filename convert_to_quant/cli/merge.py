@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..telling import plural
@@ -29,17 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    from ..rounding import KeptMoments, merge_moments
     from ..stats import merge
 
     distinct = load_distinct(args.statistics)
     merged = merge(*distinct, force=args.force)
     for name in merged.left_out:
         note(f"left out: {name}")
+    kept = [(one, KeptMoments.of(one)) for one in distinct]
+    moments = [own for _, own in kept if own is not None]
+    if moments and len(moments) < len(kept):
+        without = next(one.path for one, own in kept if own is None)
+        note(f"second moments are left out: {without} has none")
     found = f"{plural(len(distinct), 'file')}, {merged.samples} samples, {len(merged.layers)} layers"
     if args.dry_run:
         say(f"dry run: would merge {found} into {args.output}; nothing was written")
     else:
-        merged.save(args.output)
+        complete = len(moments) == len(kept)
+        merged.save(args.output, merge_moments(moments, Path(args.output), merged.names).entry() if complete else None)
         say(f"merged {found}; {wrote(args.output)}")
     report(merged, args)
     return 0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from textwrap import shorten
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..engines.devices import find_device
 from ..errors import OptionError, UnsupportedModelError
 from ..options import COMFYUI_VARIABLE, FRAMES, SAMPLES, SIDE_PIXELS, STEPS, TEXT_TOKENS, RunOptions, options_of
-from ..telling import half
+from ..telling import part
 from .calibration import loras_of
 from .output import configure, note, progress_bar, say, write_json, wrote
 from .running import NOISE, add_running_arguments, check_running_options, geometry_of, settle
@@ -62,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="save progress this often (120)")  # fmt: skip
     parser.add_argument("--trials", action="store_true",
                         help="also try every format in every layer, for --best --from")  # fmt: skip
+    parser.add_argument("--moments", action="store_true",
+                        help="also keep second moments in STATS.moments, for --round --from")  # fmt: skip
     engine = parser.add_argument_group("what runs it")
     engine.add_argument("--engine", choices=ENGINES, default=ENGINES[0], metavar="WHICH",
                         help="diffusers, comfyui, or whichever can (auto)")  # fmt: skip
@@ -99,8 +104,9 @@ def check_options(args: argparse.Namespace) -> None:
     excluded = {"lora": args.lora, "comfyui-dir": args.comfyui_dir, "engine comfyui": args.engine == "comfyui"}
     check_running_options(args, ("prompts", "component"), excluded)
     for flag, given in {"pipeline": args.pipeline, **excluded}.items():
-        if args.trials and given:
-            raise OptionError(f"--trials does not go with --{flag}: formats are tried in the model itself")
+        for asked in ("trials", "moments"):
+            if getattr(args, asked) and given:
+                raise OptionError(f"--{asked} does not go with --{flag}: it needs the model itself")
     if args.save_every < 0:
         raise OptionError(f"--save-every should not be negative, found {args.save_every:g}")
     if args.pipeline is None and args.input is None:
@@ -159,9 +165,9 @@ def observe_model(args: argparse.Namespace, distributed: bool) -> int:
 
     with open_checkpoint(args.input) as checkpoint, loras_of(args) as adapters:
         table = find_layers(checkpoint)
-        if args.trials:
-            refuse_unrunnable(checkpoint, table, "tried", INSTEAD)
-            plan_any(checkpoint)  # says whether there is anything to try
+        if args.trials or args.moments:
+            refuse_unrunnable(checkpoint, table, "tried" if args.trials else "observed", INSTEAD)
+            plan_any(checkpoint)  # says whether there is anything to quantize
         settle(args, checkpoint)
         inside = engine_of(args, checkpoint, table) == "comfyui"
         prepare = observe_in_comfyui if inside else observe_in_diffusers
@@ -208,20 +214,20 @@ def observe_in_diffusers(
     def run(session: Session, progress: Progress) -> Observation:
         for text in match.notes() if match is not None else ():
             note(text)
+        further = [name for name in ("trials", "moments") if getattr(args, name)]
+        runs = iter([part(progress, number, 1 + len(further)) for number in range(1 + len(further))])
         found = diffusers.observe(checkpoint, table, geometry=geometry, prompts=prompts, adapters=match,
-                                  session=session, progress=half(progress, 0) if args.trials else progress,
-                                  **shown(args))  # fmt: skip
-        if not args.trials:
-            return found
-        from dataclasses import replace
-
-        return replace(
-            found,
-            trials=try_all(checkpoint, found.statistics, options, session, prompts=prompts, progress=half(progress, 1)),
-        )
+                                  session=session, progress=next(runs), **shown(args))  # fmt: skip
+        if args.trials:
+            tried = try_all(checkpoint, found.statistics, options, session, prompts=prompts, progress=next(runs))
+            found = replace(found, trials=tried)
+        if args.moments:
+            kept = keep_moments(checkpoint, options, session, prompts=prompts, progress=next(runs))
+            found = replace(found, moments=kept)
+        return found
 
     return {
-        **({"trials": True} if args.trials else {}),
+        **{name: True for name in ("trials", "moments") if getattr(args, name)},
         "conditioning": NOISE if prompts is None else fingerprint(args.conditioning),
         "size": f"{geometry.frames} x {geometry.height} x {geometry.width} tokens, text {geometry.text_tokens}",
     }, run
@@ -250,6 +256,37 @@ def try_all(
     )  # fmt: skip
     everyone: list[Trials] = gather(found)
     return reduce(Trials.plus, everyone)
+
+
+def keep_moments(
+    checkpoint: Checkpoint, options: RunOptions, session: Session, *, prompts: Prompts | None, progress: Progress | None
+) -> dict[str, str]:
+    """Keep the second moments of every layer that can be quantized; each process takes some of the layers.
+
+    Returns:
+        What the statistics' header says of them.
+    """
+    from ..best import plan_any
+    from ..engines.moments import Gathering
+    from ..recorder import gather
+    from ..rounding import KeptMoments
+
+    assert session.output is not None
+    kept = KeptMoments(session.output, hashlib.sha256(json.dumps(session.options).encode()).hexdigest())
+    if session.rank == 0:
+        kept.prepare(resume=session.resume)
+    kept = gather(kept)[0]
+    plan = plan_any(checkpoint)
+    gathering = Gathering(
+        checkpoint, plan.table, [layer for layer, _ in plan.quantized], options, prompts=prompts,
+        done=list(kept.files), share=(session.rank, session.processes), progress=progress,
+    )  # fmt: skip
+    for band in gathering.bands:
+        for layers, moments in gathering.gather(band).items():
+            kept.write(layers, moments.cpu().numpy())
+    for other in gather(kept):
+        kept.files |= other.files
+    return kept.entry()
 
 
 def observe_in_comfyui(
@@ -342,7 +379,7 @@ def observe(
         statistics = observation.statistics
         if table is not None:
             statistics = knowing_weights(statistics, table)
-        session.finish(statistics, observation.trials)
+        session.finish(statistics, observation.trials, observation.moments)
         tell(observation, args)
     report(statistics, args)
     return 0

@@ -1,17 +1,18 @@
-"""Second moments of what layers receive, Σ x xᵀ, gathered while a model runs on noise; for `rounding`.
+"""Second moments of what layers receive, Σ x xᵀ, gathered while a model paints; for `rounding`.
 
-They are large (a layer of 15,360 inputs has 0.9 GB), so nothing stores them, and no more are held than fit a budget:
-layers are taken in turn, as many together as fit, and the model runs anew for each of these bands. What costs little is
-running the model.
+They are large (a layer of 15,360 inputs has 0.9 GB), so no more are held than fit a budget: layers are taken in turn,
+as many together as fit, and the model runs anew for each of these bands. What costs little is running the model.
+Layers that are called with one tensor share theirs. They are used at once, or kept on disk (`rounding.kept`).
 
-Products of bfloat16 inputs are exact in TF32 and are added up in float32. Sums of parts are added in float32, too: H is
-symmetric and damped before it is factored in float64 (`rounding.solver`).
+The model runs in float32, on a GPU in TF32: in bfloat16 a small 1 + scale is nothing but rounding. Sums are float32: H
+is symmetric and damped before it is factored in float64 (`rounding.solver`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
+from functools import reduce
 from threading import Lock
 
 import torch
@@ -19,109 +20,153 @@ from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
 from ..errors import CalibrationError
-from ..families.running import Geometry
 from ..formats.record import Format
 from ..layers import Layer, LayerTable, dequantize
 from ..options import SAMPLES, STEPS, RunOptions
-from ..rounding import round_weight
+from ..rounding import KeptMoments, round_weight
+from ..telling import Progress, advance
 from . import denoiser, diffusers, sizes
+from .prompts import Prompts
 from .trials import tensor_float_32
 
 ROWS_PER_INPUT = 8
 """Tokens that a model is shown at least for each input of its widest layer."""
 
+MomentsOf = Callable[[Layer], Tensor | None]
 MOST_SAMPLES = 256
 BUDGET_BYTES = {"cpu": 1 << 30, "cuda": 16 << 30}
 """Moments held at a time."""
 
 
-@torch.no_grad()
-def gather(
-    model: denoiser.Denoiser,
-    layers: Sequence[str],
-    geometry: Geometry,
-    samples: int,
-    shown: RunOptions,
-) -> dict[str, Tensor]:
-    """Second moments of the inputs of layers while the model paints from noise.
-
-    Args:
-        model: in high precision.
-        layers: names of layers of its checkpoint.
-        geometry: of the images.
-        samples: how many.
-        shown: noise levels, and the seed.
-
-    Returns:
-        {layer: float32 [in, in]} on the model's device; without layers that the model does not run.
-    """
-    found: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        stack.enter_context(tensor_float_32())
-        for layer in layers:
-            if layer in model.layers:
-                stack.callback(model.layers[layer].register_forward_pre_hook(_adding(found, layer)).remove)
-        for part in diffusers.parts(samples, geometry):
-            assert part.way is not None
-            latents, conditioning = diffusers.draw(model, geometry, part.way, shown.seed, part.numbers)
-            for _ in diffusers.trajectory(model, latents, conditioning, geometry, shown.steps or STEPS):
-                pass
-    return found
-
-
-def _adding(found: dict[str, Tensor], layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook that adds the moments of a module's input to those of a layer."""
-
-    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2).float()
-        if layer in found:
-            found[layer].addmm_(x.T, x)
-        else:
-            found[layer] = x.T @ x
-
-    return add
-
-
-class Rounding:
-    """Rounds the layers of a checkpoint one after the other, by moments of what they receive on noise.
+class Gathering:
+    """Second moments of what the layers of a checkpoint receive while it paints.
 
     Args:
         checkpoint: the open checkpoint, which can be run.
         table: its layers.
-        layers: those that will be rounded, in their order.
+        layers: those that are asked for, in their order.
         shown: what the model is shown, and where it runs.
+        prompts: conditioning in place of noise.
+        done: those of them whose moments are known.
+        share: of the rest: which, and of how many processes.
+        progress: told how many of all evaluations are done.
+
+    Attributes:
+        bands: names of the layers that are gathered together.
     """
 
-    def __init__(self, checkpoint: Checkpoint, table: LayerTable, layers: Sequence[Layer], shown: RunOptions) -> None:
-        self.checkpoint, self.shown = checkpoint, shown
-        self.model = denoiser.load(checkpoint, table, device=shown.device)
-        family = self.model.plan.family
-        self.geometry = sizes.asked(family, shown.size) or diffusers.GEOMETRY
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        table: LayerTable,
+        layers: Sequence[Layer],
+        shown: RunOptions,
+        *,
+        prompts: Prompts | None = None,
+        done: Collection[str] = (),
+        share: tuple[int, int] = (0, 1),
+        progress: Progress | None = None,
+    ) -> None:
+        self.model = denoiser.load(checkpoint, table, device=shown.device, dtype=torch.float32)
+        self.geometry = sizes.asked(self.model.plan.family, shown.size) or diffusers.GEOMETRY
+        self.prompts = prompts and prompts.fitted(self.model, self.geometry)
+        self.geometry = self.prompts.geometry if self.prompts else self.geometry
         budget = BUDGET_BYTES.get(self.model.device.type, BUDGET_BYTES["cpu"])
-        self.bands = list(_bands(layers, budget))
-        rows = ROWS_PER_INPUT * max(layer.in_features for layer in layers)
-        enough = -(-rows // (self.geometry.tokens * (shown.steps or STEPS)))
-        self.samples = shown.samples or min(max(SAMPLES, enough), MOST_SAMPLES)
-        self.band: list[str] = []
+        self.bands = list(_bands([layer for layer in layers if layer.name not in done], budget))[share[0] :: share[1]]
+        self.band: Sequence[str] = ()
         self.moments: dict[str, Tensor] = {}
+        self.steps, self.seed = shown.steps or STEPS, shown.seed
+        rows = ROWS_PER_INPUT * max((layer.in_features for layer in layers), default=0)
+        enough = -(-rows // (self.geometry.tokens * self.steps))
+        samples = shown.samples or min(max(SAMPLES, enough), MOST_SAMPLES)
+        self.parts = diffusers.parts(samples, self.geometry, prompted=prompts is not None)
+        self.tick = advance(progress, len(self.bands) * len(self.parts) * self.steps)
+
+    def moments_of(self, layer: Layer) -> Tensor | None:
+        """The moments of a layer; those of all others of its band are gathered at once. None where it does not run."""
+        if layer.name not in self.band:
+            self.moments = {}
+            self.band = next(names for names in self.bands if layer.name in names)
+            self.moments = {name: moments for names, moments in self.gather(self.band).items() for name in names}
+        return self.moments.get(layer.name)
+
+    @torch.no_grad()
+    def gather(self, layers: Sequence[str]) -> dict[tuple[str, ...], Tensor]:
+        """Run the model for some layers.
+
+        Returns:
+            {layers that receive one input: float32 [in, in]} on the model's device, without those that do not run.
+        """
+        inputs = _Inputs()
+        with ExitStack() as stack:
+            stack.enter_context(tensor_float_32())
+            for layer in layers:
+                if layer in self.model.layers:
+                    stack.callback(self.model.layers[layer].register_forward_pre_hook(inputs.adding(layer)).remove)
+            for part in self.parts:
+                latents, conditioning = diffusers.shown_of(self.model, self.geometry, part, self.seed, self.prompts)
+                for _ in diffusers.trajectory(self.model, latents, conditioning, self.geometry, self.steps):
+                    self.tick(1)
+        return {
+            tuple(layer for layer, first in inputs.first.items() if first == owner): moments
+            for owner, moments in inputs.moments.items()
+        }
+
+
+class _Inputs:
+    """The moments of what modules receive; those of modules that are called with one tensor are added once."""
+
+    def __init__(self) -> None:
+        self.moments: dict[str, Tensor] = {}
+        self.first: dict[str, str] = {}
+        self.last: tuple[str, Tensor | None] = "", None
+
+    def adding(self, layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """A hook for the module of a layer."""
+
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            before, seen = self.last
+            first = self.first.setdefault(layer, self.first[before] if seen is args[0] else layer)
+            if first == layer:
+                x = args[0].flatten(0, -2).float()
+                known = self.moments.get(layer)
+                self.moments[layer] = x.T @ x if known is None else known.addmm_(x.T, x)
+            self.last = layer, args[0]
+
+        return add
+
+
+def kept_on(device: str | torch.device, parts: Sequence[KeptMoments]) -> MomentsOf:
+    """What gives the moments of a layer that earlier runs kept, added up, on a device."""
+
+    def moments_of(layer: Layer) -> Tensor | None:
+        found = [torch.from_numpy(own).to(device) for part in parts if (own := part.read(layer)) is not None]
+        return reduce(torch.add, found) if found else None
+
+    return moments_of
+
+
+class Rounding:
+    """Rounds the layers of a checkpoint one after the other, by the second moments of what they receive.
+
+    Args:
+        checkpoint: the open checkpoint.
+        moments_of: gives those of a layer, on the device that rounds; None where there are none.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, moments_of: MomentsOf) -> None:
+        self.checkpoint, self.moments_of = checkpoint, moments_of
         self.lock = Lock()
 
-    def moments_of(self, layer: str) -> Tensor | None:
-        """The moments of a layer; those of all others of its band are gathered at once. None where it does not run."""
-        if layer not in self.band:
-            self.moments = {}
-            self.band = next(names for names in self.bands if layer in names)
-            self.moments = gather(self.model, self.band, self.geometry, self.samples, self.shown)
-        return self.moments.get(layer)
-
     def __call__(self, layer: Layer, fmt: Format) -> dict[str, Tensor] | None:
-        """What is stored of a layer, by suffix; None where the model does not run it, or nothing can be rounded.
+        """What is stored of a layer, by suffix; None where it has no moments, or nothing can be rounded.
 
         Raises:
             CalibrationError: the inputs of the layer are not finite.
+            CheckpointError, StatisticsError: moments that were kept cannot be read, or are not of this layer.
         """
         with self.lock:
-            moments = self.moments_of(layer.name) if fmt.roundable else None
+            moments = self.moments_of(layer) if fmt.roundable else None
             weight_OI = torch.from_numpy(dequantize(self.checkpoint, layer))
             if moments is None or not weight_OI.isfinite().all():
                 return None
@@ -129,7 +174,7 @@ class Rounding:
                 raise CalibrationError(
                     "its inputs have infinities or NaN", path=self.checkpoint.path, tensor=layer.name
                 )
-            rounded = round_weight(weight_OI.to(self.model.device), moments, fmt)
+            rounded = round_weight(weight_OI.to(moments.device), moments, fmt)
             return {suffix: part.cpu() for suffix, part in rounded.items()}
 
 

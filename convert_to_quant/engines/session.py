@@ -215,8 +215,9 @@ class Session:
         for number, unit in enumerate(todo, 1):
             unit.run(tick)
             pending.append(unit)
-            is_due = self.partial is not None and time.monotonic() - saved >= self.save_every_seconds
-            if is_due or number == len(todo) or todo[number].group != unit.group:
+            is_last = number == len(todo)  # more may follow: trials, second moments
+            is_due = self.partial is not None and (is_last or time.monotonic() - saved >= self.save_every_seconds)
+            if is_due or is_last or todo[number].group != unit.group:
                 seen = seen.plus(recording.statistics(sum(unit.samples for unit in pending), **facts), pending)
                 recording.clear()
                 pending = []
@@ -227,12 +228,15 @@ class Session:
                 saved = time.monotonic()
         return self._reduced(seen)
 
-    def finish(self, statistics: Statistics, trials: Trials | None = None) -> None:
+    def finish(
+        self, statistics: Statistics, trials: Trials | None = None, further: Mapping[str, str] | None = None
+    ) -> None:
         """Write the output and remove the partial files; every process must call it.
 
         Args:
             statistics: of all processes.
             trials: the same, to stand beside them.
+            further: entries of the header.
 
         Raises:
             OutputError: it cannot be written; the partial files stay.
@@ -240,7 +244,8 @@ class Session:
         assert self.output is not None
         if self.rank == 0:
             tensors, entries = ({}, {}) if trials is None else trials.entries()
-            statistics.save(self.output, {**entries, METADATA_KEY: json.dumps({"options": self.options})}, tensors)
+            state = {METADATA_KEY: json.dumps({"options": self.options})}
+            statistics.save(self.output, {**entries, **(further or {}), **state}, tensors)
         if self.processes > 1:
             from torch.distributed import barrier
 

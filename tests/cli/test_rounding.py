@@ -1,4 +1,4 @@
-"""`convert_to_quant --round`: a file whose weights are rounded by running the model, and what is refused."""
+"""`convert_to_quant --round`: by running the model, or by what `observe --moments` kept; and what is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.convert import plan_conversion
-from convert_to_quant.engines.moments import Rounding
+from convert_to_quant.engines import moments
 from convert_to_quant.layers import dequantize, find_layers
 from convert_to_quant.options import ConvertOptions, RunOptions
 from convert_to_quant.rounding import error_of
@@ -18,6 +18,7 @@ from convert_to_quant.rounding import error_of
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
 
 SMALL = ("--actcal-samples", 3, "--actcal-height", 32, "--actcal-width", 32, "--actcal-text-tokens", 4)
+OBSERVED = [str(word).replace("actcal-", "") for word in SMALL]
 SHOWN = RunOptions(samples=3, height=32, width=32, text_tokens=4)
 
 
@@ -31,14 +32,14 @@ def test_the_command_rounds_and_says_so(ctq: Any, flux_file: Path, tmp_path: Pat
         assert '"round": true' in rounded.metadata["convert_to_quant"]
         plan = plan_conversion(source, ConvertOptions(format=name))
         layers = [layer for layer, _ in plan.quantized]
-        rounding = Rounding(source, plan.table, layers, SHOWN)
+        gathering = moments.Gathering(source, plan.table, layers, SHOWN)
         errors = []
         for layer in layers:
-            moments, weight = rounding.moments_of(layer.name), torch.from_numpy(dequantize(source, layer))
+            own, weight = gathering.moments_of(layer), torch.from_numpy(dequantize(source, layer))
             found = [find_layers(file).quantized[layer.name] for file in (rounded, nearest)]
-            assert moments is not None
+            assert own is not None
             errors.append([
-                float(error_of(weight, torch.from_numpy(dequantize(file, each)), moments).sum())
+                float(error_of(weight, torch.from_numpy(dequantize(file, each)), own).sum())
                 for file, each in zip((rounded, nearest), found, strict=True)
             ])  # fmt: skip
     assert all(ours <= theirs * 1.001 for ours, theirs in errors)
@@ -51,11 +52,83 @@ def test_a_mix_is_rounded_too(ctq: Any, flux_file: Path, tmp_path: Path) -> None
     assert ctq("inspect", out, "--strict").code == 0
 
 
+@pytest.fixture
+def observed(ctq: Any, flux_file: Path, tmp_path: Path) -> Path:
+    """Statistics with second moments."""
+    stats = tmp_path / "stats.safetensors"
+    assert ctq("observe", flux_file, "-o", stats, "--moments", *OBSERVED).code == 0
+    return stats
+
+
+def rounded(ctq: Any, flux_file: Path, *words: Any) -> bytes:
+    out = flux_file.with_name("out.safetensors")
+    done = ctq("-i", flux_file, "-o", out, "--format", "nvfp4", "--round", *words)
+    assert done.code == 0, done.err
+    with open_checkpoint(out) as file:
+        return b"".join(file.raw(name).tobytes() for name in sorted(file.tensors))
+
+
+def test_kept_moments_round_as_a_run_does_and_merge(
+    ctq: Any, flux_file: Path, observed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = rounded(ctq, flux_file, *SMALL)
+    twice, twin = tmp_path / "twice.safetensors", tmp_path / "twin.safetensors"
+    assert ctq("observe", flux_file, "-o", twin, "--moments", *OBSERVED, "--seed", 42, "--resume").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(moments, "Gathering", None)  # no model runs
+        assert rounded(ctq, flux_file, "--from", observed) == wanted
+        assert rounded(ctq, flux_file, "--from", observed, "--from", twin) == wanted
+    assert ctq("observe", flux_file, "-o", twin, "--moments", *OBSERVED, "--seed", 1).code == 0
+    assert ctq("merge", observed, twin, "-o", twice).code == 0
+    assert rounded(ctq, flux_file, "--from", twice) == rounded(ctq, flux_file, "--from", twin, "--from", observed)
+    assert ctq("merge", observed, twin, "-o", twin).code == 1  # whose moments it would replace as it reads them
+
+
+def test_a_stopped_run_goes_on_with_the_layers_that_are_left(
+    ctq: Any, flux_file: Path, observed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = observed.with_name(observed.name + ".moments")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    observed.unlink()
+    lost = min(before)
+    (folder / lost).unlink()
+    gathered = []
+    gather = moments.Gathering.gather
+    monkeypatch.setattr(moments.Gathering, "gather", lambda self, names: gathered.extend(names) or gather(self, names))
+    assert ctq("observe", flux_file, "-o", observed, "--moments", *OBSERVED, "--resume").code == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [f"{name}.safetensors" for name in gathered] == [lost]
+
+
+def replaced(path: Path, old: bytes, new: bytes) -> None:
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("where", "old", "new", "said"),
+    [
+        ("stats.safetensors", b"quant.moments", b"quant.momentZ", "it holds no second moments (make it with observe"),
+        ("stats.safetensors", b"d.lin.safetensors", b"/d/in.safetensors", "without names of files"),
+        ("*/*", b"run", b"ruN", "what its header says of second moments is without its run or layers"),
+        ("*/*", b"moments", b"momentZ", "not the second moments that stats.safetensors was observed with"),
+    ],
+)
+def test_moments_that_are_missing_or_of_another_run_are_refused(
+    ctq: Any, flux_file: Path, observed: Path, tmp_path: Path, where: str, old: bytes, new: bytes, said: str
+) -> None:
+    for path in tmp_path.glob(where):
+        replaced(path, old, new)
+    refused = ctq("-i", flux_file, "-o", tmp_path / "o.safetensors", "--format", "int8", "--round", "--from", observed)
+    assert refused.code == 1
+    assert said in refused.err
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (("--weight-scale", "mse"), "--round finds scales itself"),
         (("--merge-lora", "lora.safetensors"), "--merge-lora and --round cannot be combined"),
+        (("--fold", "--from", "stats.safetensors"), "--fold changes what --from was observed of"),
     ],
 )
 def test_what_rounding_would_not_heed_is_refused(
