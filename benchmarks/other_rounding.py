@@ -7,7 +7,9 @@
 Moments are gathered on noise, once. Each tool rounds each layer for them, with the damping, the order of columns and
 the scales that it has by default; where a format rotates, it is given the rotated weight and moments.
 
-    nearest, published, feedback   as in `rounding.py`; the last is what `--round` writes
+    nearest                        each weight to nearest
+    published                      GPTQ as published: columns in their order, 1 % damping, scales of rounding to nearest
+    feedback                       what `--round` writes
     llm-compressor                 `quantize_weight` of its GPTQModifier, with the scales of its observer
     ModelOpt                       `mtq.quantize` by "gptq", of a layer that is shown a square root of the moments
     learned                        of a file that convert-to-quant 1.3.4 made of the model (`--learned nvfp4=FILE`)
@@ -35,7 +37,6 @@ import emoji_models as emoji
 import torch
 from formats import Judge, checkpoint_of
 from measure import in_fresh_process
-from rounding import published
 from torch import Tensor
 
 from convert_to_quant import best
@@ -53,6 +54,7 @@ from convert_to_quant.rounding.solver import error_of, rotated_moments
 Tool = Callable[[Tensor, Tensor, Format], Tensor]
 """From a weight and its moments to the weight of the format, [out, in]; all rotated where the format rotates."""
 
+PUBLISHED_DAMPING = 0.01
 E4M3, E2M1 = (4, 3), (2, 1)
 SCHEMES: Mapping[str, tuple[Mapping[str, Any], Mapping[Any, Any]]] = {
     "fp8": ({"num_bits": 8, "type": "float", "strategy": "tensor"}, {"num_bits": E4M3, "axis": None}),
@@ -121,6 +123,25 @@ def model_opt(weight_OI: Tensor, moments_II: Tensor, fmt: Format) -> Tensor:
     return rounded
 
 
+def published(weight_OI: Tensor, moments_II: Tensor, fmt: Format) -> dict[str, Tensor]:
+    """GPTQ as published (Frantar et al., arXiv 2210.17323), column by column, in the format's scales to nearest."""
+    parts = fmt.quantized(weight_OI)
+    lattice = fmt.lattice(parts)
+    group = fmt.group(fmt.config((weight_OI.shape[0], weight_OI.shape[1]), 0))
+    left = rotate(weight_OI, group) / lattice.unit
+    damped = rotated_moments(moments_II, group)
+    damped = damped + PUBLISHED_DAMPING * damped.diagonal().mean() * torch.eye(len(damped)).to(damped)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    for column in range(left.shape[1]):
+        levels = lattice.levels(lattice.numbers[:, column // lattice.group if lattice.group else 0])
+        at = torch.searchsorted((levels[:, 1:] + levels[:, :-1]) / 2, left[:, column : column + 1].contiguous())
+        error = (left[:, column : column + 1] - levels.gather(1, at)) / factor[column, column]
+        left[:, column + 1 :] -= error * factor[column, column + 1 :]
+        lattice.positions[:, column] = at[:, 0]
+    return fmt.stored(lattice, parts)
+
+
 TOOLS: Mapping[str, Tool] = {
     "nearest": own(lambda weight_OI, _, fmt: fmt.quantized(weight_OI)),
     "published": own(published),
@@ -155,7 +176,10 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
         plan = plan_conversion(checkpoint, ConvertOptions(format="int8"))
         layers = {layer.name: layer for layer, _ in plan.quantized[:: args.every]}
         seen = diffusers.observe(checkpoint, plan.table, device=args.device, layers=list(layers)).statistics
-        gathered = moments.gather(model, list(layers), diffusers.GEOMETRY, 3 * SAMPLES, RunOptions())
+        gathering = moments.Gathering(
+            checkpoint, plan.table, list(layers.values()), RunOptions(device=args.device, samples=3 * SAMPLES)
+        )
+        gathered = {name: own for name, layer in layers.items() if (own := gathering.moments_of(layer)) is not None}
         could = best.candidates(layers, best.input_scales(checkpoint, layers, seen), [FORMATS[n] for n in args.formats])
         files = dict(each.split("=", 1) for each in args.learned)
         for fmt, tool in product(args.formats, (*args.tools, "learned")):

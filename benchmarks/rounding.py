@@ -1,23 +1,26 @@
-"""What rounding by second moments of inputs keeps of the picture: a table of docs/rounding.md.
+"""What rounding by second moments of inputs and folding keep of the picture: a table of docs/rounding.md.
 
     python benchmarks/rounding.py --model qwen-image.safetensors --device cuda --jobs 7 --json rounding.json
     python benchmarks/rounding.py --from rounding.json --write docs/rounding.md
 
-Models, prompts and the figure (SQNR of the velocity in dB, layers computing as readers compute) are those of
-`formats.py`. Moments are gathered on noise. Per model and format, all layers are rounded in these ways:
+Models, prompts and the figure (SQNR of the velocity in dB against the original in float32, layers computing as readers
+compute) are those of `formats.py`. Moments and ranges are gathered on noise. Per model, every layer in one format, and
+the mixes that `--best` chooses for an RTX 50:
 
-    nearest     each weight to nearest
-    published   GPTQ as published: columns in their order, 1 % damping, scales of rounding to nearest
-    feedback    error feedback with scales set when their group is reached: what `--round` writes
-    descent     the same, and descent, four sweeps at most
-    rank 16/64  the last, and beside it in full precision the best correction of this rank for the layer's output
+    nearest             each weight to nearest
+    rounded             what `--round` writes
+    folded              what `--fold` writes: channels evened out first, then to nearest
+    folded and rounded  what `--fold --round` writes
 
-and, with `--mixes`, the mixes that `--best` chooses for an RTX 40, rounded to nearest and by "feedback".
+and a LoRA on all of them in INT8 ConvRot, which is random, of rank 8 and a tenth of each weight's norm, and reads
+channels as the weight does:
 
-`--large OUT IN` times one weight of this size in every format instead, with its moments, and tells the memory.
+    LoRA         of the model as it is, and of the folded one with the LoRA folded (rows "nearest" and "folded")
+    unconverted  the folded model in float32 with that LoRA as it is, as ComfyUI would apply it
+    exact        the folded model in float32 without a LoRA, against the original
 
-Requirement: the aims of the table `AIMS` hold, and "feedback" keeps no less than "nearest" but for 0.1 dB.
-Exit 1 where they do not.
+Requirement: the aims of the table `AIMS` hold; rounding keeps no less than nearest but for 0.1 dB; a LoRA on a folded
+file keeps no more than 1 dB less than on one that is not folded. Exit 1 where they do not.
 """
 
 from __future__ import annotations
@@ -26,149 +29,134 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import emoji_models as emoji
+import numpy as np
 import torch
 from fidelity import add_run_arguments, facts, in_processes, machine_of, write_between_markers
 from formats import Judge, checkpoint_of, markdown, said, title
-from torch import Tensor
-from torch.nn.functional import linear
 
-from convert_to_quant import best
-from convert_to_quant.choose import choose
-from convert_to_quant.convert import plan_conversion
-from convert_to_quant.engines import denoiser, diffusers, moments, trials
+from convert_to_quant import best, folding
+from convert_to_quant.checkpoint import Entry, write_checkpoint
+from convert_to_quant.engines import denoiser, diffusers, moments
+from convert_to_quant.engines.trials import Simulated
 from convert_to_quant.errors import OptionError
-from convert_to_quant.families.running import Geometry
+from convert_to_quant.fidelity import sqnr_db
 from convert_to_quant.formats import FORMATS
-from convert_to_quant.formats.record import Format
-from convert_to_quant.formats.rotation import rotate
-from convert_to_quant.options import SAMPLES, STEPS, BestOptions, ConvertOptions, RunOptions
-from convert_to_quant.rounding import round_weight
-from convert_to_quant.rounding.solver import rotated_moments
+from convert_to_quant.lora import load_lora, match_loras
+from convert_to_quant.options import BestOptions, ConvertOptions, RunOptions
 
-PUBLISHED_DAMPING = 0.01
-METHODS = ("nearest", "published", "feedback", "descent", "rank 16", "rank 64")
-MIXES = (4.5, 5.0, 5.5, 6.5, 8.0)
-AIMS: Mapping[tuple[str, str], float] = {
-    ("w4a8", "plain"): 27.5, ("nvfp4", "plain"): 20.0, ("int8-convrot", "plain"): 39.0, ("fp8", "plain"): 30.8,
-    ("best, 5 bits", "plain"): 30.5,
-}  # fmt: skip
-"""Format and model -> dB of "feedback"."""
+WAYS = ("nearest", "rounded", "folded", "folded and rounded")
+BITS = (4.5, 5.0, 5.5, 6.5, 8.0)
+CARD = "rtx50"
+INT8 = "int8-convrot"
+ALL_AIMED = ("plain", "hot", "spiky", "cold", "wild")
+AIMS: Mapping[tuple[str, str], Mapping[str, float]] = {
+    ("w4a8", "rounded"): {"plain": 27.5},
+    ("nvfp4", "rounded"): {"plain": 20.0},
+    (INT8, "rounded"): {"plain": 39.0},
+    ("fp8", "rounded"): {"plain": 30.8},
+    ("best, 5 bits", "rounded"): {"plain": 30.5},
+    (INT8, "folded"): dict.fromkeys(ALL_AIMED, 41.0),
+    ("best, 8 bits", "folded and rounded"): dict.fromkeys((*ALL_AIMED, emoji.LOUD_TOKENS), 41.5),
+}
+"""What is written, and how -> dB by model."""
 
-TOLERANCE_DB = 0.1
-
-
-def published(weight_OI: Tensor, moments_II: Tensor, fmt: Format) -> dict[str, Tensor]:
-    """GPTQ as published (Frantar et al., arXiv 2210.17323), column by column, in the format's scales to nearest."""
-    parts = fmt.quantized(weight_OI)
-    lattice = fmt.lattice(parts)
-    group = fmt.group(fmt.config((weight_OI.shape[0], weight_OI.shape[1]), 0))
-    left = rotate(weight_OI, group) / lattice.unit
-    damped = rotated_moments(moments_II, group)
-    damped = damped + PUBLISHED_DAMPING * damped.diagonal().mean() * torch.eye(len(damped)).to(damped)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
-    for column in range(left.shape[1]):
-        levels = lattice.levels(lattice.numbers[:, column // lattice.group if lattice.group else 0])
-        at = torch.searchsorted((levels[:, 1:] + levels[:, :-1]) / 2, left[:, column : column + 1].contiguous())
-        error = (left[:, column : column + 1] - levels.gather(1, at)) / factor[column, column]
-        left[:, column + 1 :] -= error * factor[column, column + 1 :]
-        lattice.positions[:, column] = at[:, 0]
-    return fmt.stored(lattice, parts)
+EXACT, LORA_UNDER, TOLERANCE_DB = 115.0, 1.0, 0.1
+RANK, SHARE = 8, 0.1
 
 
-class Corrected(trials.Simulated):
-    """A layer in a format with a correction of low rank beside it, the best for its output, in full precision."""
-
-    def __init__(self, made: trials.Simulated, weight_OI: Tensor, moments_II: Tensor, rank: int) -> None:
-        vars(self).update(vars(made))
-        real = made.levels.float() if made.full_precision else rotate(made.levels.float() * made.scale, made.group)
-        wide = moments_II.double()
-        root = torch.linalg.cholesky(wide + 1e-3 * wide.diagonal().mean() * torch.eye(len(wide)).to(wide))
-        error = (weight_OI - real).double() @ root
-        strongest = torch.linalg.eigh(error.T @ error)[1][:, -rank:]
-        down = torch.linalg.solve_triangular(root, strongest.T, upper=False, left=False)
-        self.up, self.down = (error @ strongest).float(), down.float()
-
-    def product(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """As of the format, and the correction."""
-        return super().product(x, rows) + linear(linear(x.float(), self.down), self.up[rows])
-
-
-class Wanted(NamedTuple):
-    """What is measured of each model; as the flags say."""
-
-    formats: tuple[str, ...]
-    methods: tuple[str, ...]
-    samples: int
-    mixes: bool
-
-
-def measure(variant: str, device: str, geometry: Geometry, count: int, wanted: Wanted) -> dict[str, Any]:
-    """Every format by every method."""
+def measure(variant: str, shown: RunOptions, count: int, formats: list[str], mixes: bool) -> dict[str, Any]:
+    """Every row of the table, by what is written and by way, in dB; and the seconds and bytes that it took."""
     torch.set_grad_enabled(False)
     torch.set_num_threads(2)
-    with checkpoint_of(variant) as checkpoint:
-        model = denoiser.load(checkpoint, device=device, dtype=torch.float32)
-        judge = Judge(model, geometry, count)
-        plan = plan_conversion(checkpoint, ConvertOptions(format="int8"))
+    device, begun = shown.device, time.perf_counter()
+    with checkpoint_of(variant) as original, TemporaryDirectory() as folder:
+        plan = best.plan_any(original)
         layers = {layer.name: layer for layer, _ in plan.quantized}
-        start = time.perf_counter()
-        seen = diffusers.observe(checkpoint, plan.table, device=device, layers=list(layers)).statistics
-        gathered = moments.gather(model, list(layers), diffusers.GEOMETRY, wanted.samples, RunOptions())
-        found: dict[str, Any] = {"formats": {}, "mixes": {}, "seconds": {"moments": time.perf_counter() - start}}
-        scales = best.input_scales(checkpoint, layers, seen)
-        could = best.candidates(layers, scales, [FORMATS[name] for name in wanted.formats])
-        of = {(name, each.format.name): each for name, some in could.items() for each in some}
-
-        def rounded(name: str, each: trials.Candidate, method: str) -> trials.Simulated:
-            weight_OI = judge.bench.weight(name)
-            make: Mapping[str, Callable[..., Any]] = {
-                "nearest": lambda: None,
-                "published": lambda: published(weight_OI, gathered[name], each.format),
-                "feedback": lambda: round_weight(weight_OI, gathered[name], each.format),
-                "descent": lambda: round_weight(weight_OI, gathered[name], each.format, sweeps=4),
-            }
-            return trials.Simulated(weight_OI, each, make[method]())
-
-        for fmt in wanted.formats:
-            found["formats"][fmt] = {}
-            mix: dict[str, trials.Simulated] = {}
-            for method in wanted.methods:
-                start = time.perf_counter()
-                if method.startswith("rank"):
-                    rank = int(method.removeprefix("rank "))
-                    mix = {
-                        name: Corrected(made, judge.bench.weight(name), gathered[name], rank)
-                        for name, made in mix.items()
-                    }
-                else:
-                    mix = {name: rounded(name, of[name, fmt], method) for name in layers if (name, fmt) in of}
-                db = judge.judge(mix)
-                found["formats"][fmt][method] = {"sqnr_db": db, "seconds": time.perf_counter() - start}
-        if wanted.mixes:
-            start = time.perf_counter()
-            chosen = best.plan_best(
-                checkpoint, ConvertOptions(), BestOptions(bits=8.0, gpu="rtx40"), RunOptions(device=device)
-            )
-            found["seconds"]["best"] = time.perf_counter() - start
+        folded = folding.fold(original, layers, shown)
+        lora, converted = (Path(folder, f"{name}.safetensors") for name in ("lora", "converted"))
+        write_lora(original, layers, lora)
+        if folded is not original:
+            folding.fold_lora(load_lora(lora), folded, converted)
+        pairs = {"nearest": (original, lora), "folded": (folded, converted)}
+        rows: dict[str, dict[str, float]] = {}
+        wanted: dict[str, list[torch.Tensor]] = {}
+        for way, (checkpoint, adapter) in pairs.items():
+            if way == "folded" and folded is original:  # its channels are even
+                for row in rows.values():
+                    row |= {WAYS[WAYS.index(known) + 2]: db for known, db in row.items()}
+                break
+            with_rounding = WAYS[WAYS.index(way) + 1]
+            model = denoiser.load(checkpoint, device=device, dtype=torch.float32)
+            layers = {name: model.plan.table.plain[name] for name in layers}
+            judge = Judge(model, emoji.GEOMETRY, count)
+            rows.setdefault("exact", {})[way] = agreement(wanted.setdefault("plain", judge.wanted), judge.wanted)
+            judge.wanted = wanted["plain"]
+            chosen = None
+            if mixes:
+                chosen = best.plan_best(checkpoint, ConvertOptions(), BestOptions(gpu=CARD), shown)
+            seen = diffusers.observe_shown(checkpoint, plan.table, shown, dtype=torch.float32, layers=layers)
+            scales = best.input_scales(checkpoint, layers, seen)
             could = best.candidates(layers, scales, [FORMATS[name] for name in best.CANDIDATES])
-            of = {(name, each.format.name): each for name, some in could.items() for each in some}
-            for bits in MIXES:
+            of = {(layer, each.format.name): each for layer, some in could.items() for each in some}
+            gathering = moments.Gathering(checkpoint, model.plan.table, list(layers.values()), shown)
+            rounding = moments.Rounding(checkpoint, gathering.moments_of)
+            wholes = {name: {layer: name for layer in layers if (layer, name) in of} for name in formats}
+            for bits in BITS if chosen else ():
                 try:
-                    choice = choose(chosen.offers, best.limit_bytes(chosen.layers, bits))
+                    choice = best.choose_of_cards(chosen.offers, best.limit_bytes(layers, bits))
                 except OptionError:  # not even the smallest formats fit
                     continue
-                picked = {name: of[name, offer.format] for name, offer in choice.items() if offer.format}
-                found["mixes"][f"{bits:g}"] = {
-                    method: {"sqnr_db": judge.judge({n: rounded(n, each, method) for n, each in picked.items()})}
-                    for method in ("nearest", "feedback")
-                }
-        found["memory_bytes"] = memory_bytes(device)
-        return found
+                wholes[f"best, {bits:g} bits"] = {layer: o.format for layer, o in choice.items() if o.format}
+            for name, mix in wholes.items():
+                row = rows.setdefault(name, {})
+                row[way] = judge.sqnr_db({layer: of[layer, fmt] for layer, fmt in mix.items()})
+                row[with_rounding] = judge.judge({
+                    layer: Simulated(judge.bench.weight(layer), of[layer, fmt],
+                                     on(device, rounding(layers[layer], FORMATS[fmt])))
+                    for layer, fmt in mix.items()
+                })  # fmt: skip
+            fits, wrong = (match_loras([load_lora(path)], model.plan.table.shapes()) for path in (adapter, lora))
+            with model.adapted(fits):
+                judge = Judge(model, emoji.GEOMETRY, count)
+                judge.wanted = wanted.setdefault("LoRA", judge.wanted)
+                rows.setdefault("LoRA", {})[way] = judge.sqnr_db({layer: of[layer, INT8] for layer in layers})
+            with model.adapted(wrong):
+                (applied,) = judge.bench.trials([{}], 0)
+                rows.setdefault("unconverted", {})[way] = agreement(judge.wanted, applied)
+        return {"rows": rows, "seconds": round(time.perf_counter() - begun), "memory_bytes": memory_bytes(device)}
+
+
+def on(device: str, parts: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+    """What is stored of a weight, on the device; None for rounding to nearest."""
+    return parts and {suffix: part.to(device) for suffix, part in parts.items()}
+
+
+def agreement(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+    """SQNR in dB; 300 for what is the same to the bit."""
+    every = torch.cat([sqnr_db(v, u) for v, u in zip(wanted, found, strict=True)])
+    return float(every.clamp(max=300).mean())
+
+
+def write_lora(checkpoint: Any, layers: Iterable[str], path: Path) -> None:
+    """A random LoRA whose down factors are mixtures of the weights' rows."""
+    random = np.random.default_rng(0)
+    entries = {}
+    for name in layers:
+        weight_OI = checkpoint.float32(name + ".weight")
+        rows_O = np.linalg.norm(weight_OI, axis=1, keepdims=True)
+        mixing_RO = random.standard_normal((RANK, len(weight_OI)), np.float32)
+        down_RI = mixing_RO @ (weight_OI / np.maximum(rows_O, 1e-30)) / np.sqrt(len(weight_OI))
+        up_OR = rows_O * random.standard_normal((len(weight_OI), RANK), np.float32)
+        size = SHARE * np.linalg.norm(weight_OI) / np.linalg.norm(up_OR @ down_RI)
+        entries[name + ".lora_A.weight"] = Entry.of(down_RI.astype(np.float32))
+        entries[name + ".lora_B.weight"] = Entry.of((size * up_OR).astype(np.float32))
+    write_checkpoint(path, entries)
 
 
 def memory_bytes(device: str) -> int:
@@ -179,72 +167,34 @@ def memory_bytes(device: str) -> int:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Formats and methods down, models across."""
+    """What is written and how down, models across."""
     models = result["models"]
 
-    def cell(of: Mapping[str, Any], method: str) -> str:
-        return f"{of[method]['sqnr_db']:.1f}" if method in of else "–"
-
     def rows() -> Iterator[tuple[str, ...]]:
-        first = next(iter(models.values()))
-        for fmt, methods in first["formats"].items():
-            for method in methods:
-                yield fmt, method, *(cell(found["formats"][fmt], method) for found in models.values())
-        for bits, methods in first["mixes"].items():
-            for method in methods:
-                yield f"best, {bits} bits", method, *(cell(f["mixes"].get(bits, {}), method) for f in models.values())
+        for name, ways in next(iter(models.values()))["rows"].items():
+            for way in ways:
+                dbs = [found["rows"].get(name, {}).get(way) for found in models.values()]
+                yield name, way, *("–" if db is None else "same" if db >= 300 else f"{db:.1f}" for db in dbs)
 
     return markdown(models, "format", "rounding", rows=rows())
-
-
-def seconds_table(result: Mapping[str, Any]) -> str:
-    """What rounding all layers and judging them takes."""
-    models = result["models"]
-
-    def rows() -> Iterator[tuple[str, ...]]:
-        yield "memory, GB", *(f"{found['memory_bytes'] / 1e9:.1f}" for found in models.values())
-        yield "moments and ranges, s", *(f"{found['seconds']['moments']:.1f}" for found in models.values())
-        for fmt, methods in next(iter(models.values()))["formats"].items():
-            for method in methods:
-                took = (found["formats"][fmt][method]["seconds"] for found in models.values())
-                yield f"{fmt}, {method}, s", *(f"{seconds:.1f}" for seconds in took)
-
-    return markdown(models, "what", rows=rows())
 
 
 def shortfalls(result: Mapping[str, Any]) -> list[str]:
     """Where a requirement is missed."""
     missed = []
     for model, found in result["models"].items():
-        mixes = {f"best, {bits} bits": methods for bits, methods in found["mixes"].items()}
-        for name, methods in {**found["formats"], **mixes}.items():
-            if "feedback" in methods:
-                got, nearest = methods["feedback"]["sqnr_db"], methods["nearest"]["sqnr_db"]
-                wanted = max(nearest - TOLERANCE_DB, AIMS.get((name, title(model)), nearest - TOLERANCE_DB))
-                if got < wanted:
-                    missed.append(f"{title(model)}, {name}: {got:.2f} dB, {wanted:.2f} were asked for")
+        rows = found["rows"]
+        least = {("exact", "folded"): EXACT, ("LoRA", "folded"): rows["LoRA"]["nearest"] - LORA_UNDER}
+        for name, row in rows.items():
+            if "rounded" in row:
+                least[name, "rounded"] = row["nearest"] - TOLERANCE_DB
+        least |= {where: aims[title(model)] for where, aims in AIMS.items() if title(model) in aims}
+        missed += [
+            f"{title(model)}, {name}, {way}: {rows[name][way]:.2f} dB, {db:.2f} were asked for"
+            for (name, way), db in least.items()
+            if name in rows and rows[name][way] < db
+        ]
     return missed
-
-
-def time_large(device: str, out_features: int, in_features: int, formats: tuple[str, ...]) -> None:
-    """Print what one large weight takes in every format."""
-    torch.set_grad_enabled(False)
-    generator = torch.Generator(device=device).manual_seed(0)
-    weight_OI = torch.randn(out_features, in_features, device=device, generator=generator) / 50
-    x = torch.randn(1 << 14, in_features, device=device, generator=generator)
-    x[:, 1:] += x[:, :-1] / 2  # correlated
-    moments_II = x.T @ x
-    print("| format | sweeps | seconds | peak GB |\n|---|---|---|---|")
-    for name in formats:
-        for sweeps in (0, 4):
-            if device != "cpu":
-                torch.cuda.reset_peak_memory_stats()
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            round_weight(weight_OI, moments_II, FORMATS[name], sweeps=sweeps)
-            if device != "cpu":
-                torch.cuda.synchronize()
-            print(f"| {name} | {sweeps} | {time.perf_counter() - start:.2f} | {memory_bytes(device) / 1e9:.1f} |")
 
 
 def main() -> int:
@@ -252,29 +202,25 @@ def main() -> int:
     parser.add_argument("--variants", nargs="*", default=list(emoji.VARIANTS), choices=emoji.VARIANTS)
     parser.add_argument("--model", action="append", default=[], help="a further model, 128 × 128 pixels")
     parser.add_argument("--prompts", type=int, default=16, help="held-out prompts")
-    parser.add_argument("--formats", nargs="+", default=list(best.CANDIDATES), choices=best.CANDIDATES)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--samples", type=int, default=3 * SAMPLES, help=f"images of moments, {STEPS} levels each")
-    parser.add_argument("--mixes", action="store_true", help="mixes of --best, too")
-    parser.add_argument("--large", nargs=2, type=int, metavar=("OUT", "IN"), help="time one weight instead")
+    parser.add_argument("--formats", nargs="*", default=list(best.CANDIDATES), choices=best.CANDIDATES)
+    parser.add_argument("--samples", type=int, help="images that ranges, moments and trials are measured on")
+    parser.add_argument("--no-mixes", action="store_true", help="leave out the mixes")
     add_run_arguments(parser)
     args = parser.parse_args()
-    if args.large:
-        time_large(args.device, *args.large, formats=tuple(args.formats))
-        return 0
     if args.source is not None:
         result = json.loads(args.source.read_text())
     else:
-        found = in_processes(
-            measure, [*args.variants, *args.model], args.jobs, args.device, emoji.GEOMETRY, args.prompts,
-            Wanted(tuple(args.formats), tuple(args.methods), args.samples, args.mixes),
-        )  # fmt: skip
+        models = [*args.variants, *args.model]
+        shown = RunOptions(device=args.device, samples=args.samples)
+        found = in_processes(measure, models, args.jobs, shown, args.prompts, args.formats, not args.no_mixes)
         result = {"run": facts(args, machine_of(args.device)), "models": found}
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1))
     if args.write is not None:
         write_between_markers(args.write, "rounding", f"{said(result)}\n\n{table(result)}")
-    print(table(result), seconds_table(result), sep="\n\n")
+    print(table(result))
+    for model, found in result["models"].items():
+        print(f"{title(model)}: {found['seconds']} s, {found['memory_bytes'] / 1e9:.1f} GB")
     missed = shortfalls(result)
     print("\n".join(missed) or "Every requirement holds.")
     return 1 if missed else 0

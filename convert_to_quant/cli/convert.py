@@ -388,16 +388,17 @@ def kept_moments(checkpoint: Checkpoint, args: argparse.Namespace) -> list[KeptM
         StatisticsError: they are of another model; or there are none, and nothing else to use of --from.
     """
     from ..layers import find_layers
+    from ..naming import fitting
     from ..rounding import KeptMoments
     from ..stats import Statistics
 
-    found = []
+    found, table = [], find_layers(checkpoint)
+    layers = {layer.name: layer for layer in table.linear()}
     for path in args.statistics:
         statistics = Statistics.load(path)
         kept = KeptMoments.of(statistics)
         if kept is not None:
-            layers = {layer.name: layer.shape for layer in find_layers(checkpoint).linear()}
-            statistics.for_layers({name: layers[name] for name in kept.files if name in layers} or layers)
+            fitting(statistics, table, {name: layers[name] for name in kept.files if name in layers} or layers)
             found.append(kept)
         elif not args.best:
             problem = "it holds no second moments"
