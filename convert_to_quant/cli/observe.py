@@ -275,7 +275,8 @@ def keep_moments(
     kept = KeptMoments(session.output, hashlib.sha256(json.dumps(session.options).encode()).hexdigest())
     if session.rank == 0:
         kept.prepare(resume=session.resume)
-    kept = gather(kept)[0]
+    everyones: list[KeptMoments] = gather(kept)
+    kept = everyones[0]
     plan = plan_any(checkpoint)
     gathering = Gathering(
         checkpoint, plan.table, [layer for layer, _ in plan.quantized], options, prompts=prompts,
