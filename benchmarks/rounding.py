@@ -30,6 +30,7 @@ import json
 import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,7 +42,7 @@ from fidelity import add_run_arguments, facts, in_processes, machine_of, write_b
 from formats import Judge, checkpoint_of, markdown, said, title
 
 from convert_to_quant import best, folding
-from convert_to_quant.checkpoint import Entry, write_checkpoint
+from convert_to_quant.checkpoint import Checkpoint, Entry, write_checkpoint
 from convert_to_quant.engines import denoiser, diffusers, moments
 from convert_to_quant.engines.trials import Simulated
 from convert_to_quant.errors import OptionError
@@ -97,9 +98,6 @@ def measure(variant: str, shown: RunOptions, count: int, formats: list[str], mix
             judge = Judge(model, emoji.GEOMETRY, count)
             rows.setdefault("exact", {})[way] = agreement(wanted.setdefault("plain", judge.wanted), judge.wanted)
             judge.wanted = wanted["plain"]
-            chosen = None
-            if mixes:
-                chosen = best.plan_best(checkpoint, ConvertOptions(), BestOptions(gpu=CARD), shown)
             seen = diffusers.observe_shown(checkpoint, plan.table, shown, dtype=torch.float32, layers=layers)
             scales = best.input_scales(checkpoint, layers, seen)
             could = best.candidates(layers, scales, [FORMATS[name] for name in best.CANDIDATES])
@@ -107,12 +105,7 @@ def measure(variant: str, shown: RunOptions, count: int, formats: list[str], mix
             gathering = moments.Gathering(checkpoint, model.plan.table, list(layers.values()), shown)
             rounding = moments.Rounding(checkpoint, gathering.moments_of)
             wholes = {name: {layer: name for layer in layers if (layer, name) in of} for name in formats}
-            for bits in BITS if chosen else ():
-                try:
-                    choice = best.choose_of_cards(chosen.offers, best.limit_bytes(layers, bits))
-                except OptionError:  # not even the smallest formats fit
-                    continue
-                wholes[f"best, {bits:g} bits"] = {layer: o.format for layer, o in choice.items() if o.format}
+            wholes |= best_mixes(checkpoint, shown) if mixes else {}
             for name, mix in wholes.items():
                 row = rows.setdefault(name, {})
                 row[way] = judge.sqnr_db({layer: of[layer, fmt] for layer, fmt in mix.items()})
@@ -125,11 +118,23 @@ def measure(variant: str, shown: RunOptions, count: int, formats: list[str], mix
             with model.adapted(fits):
                 judge = Judge(model, emoji.GEOMETRY, count)
                 judge.wanted = wanted.setdefault("LoRA", judge.wanted)
-                rows.setdefault("LoRA", {})[way] = judge.sqnr_db({layer: of[layer, INT8] for layer in layers})
+                mix = {layer: of[layer, INT8] for layer in layers if (layer, INT8) in of}
+                rows.setdefault("LoRA", {})[way] = judge.sqnr_db(mix)
             with model.adapted(wrong):
                 (applied,) = judge.bench.trials([{}], 0)
                 rows.setdefault("unconverted", {})[way] = agreement(judge.wanted, applied)
         return {"rows": rows, "seconds": round(time.perf_counter() - begun), "memory_bytes": memory_bytes(device)}
+
+
+def best_mixes(checkpoint: Checkpoint, shown: RunOptions) -> dict[str, dict[str, str]]:
+    """What `--best` chooses, as formats by layer."""
+    chosen = best.plan_best(checkpoint, ConvertOptions(), BestOptions(gpu=CARD), shown)
+    found = {}
+    for bits in BITS:
+        with suppress(OptionError):  # not even the smallest formats fit
+            choice = best.choose_of_cards(chosen.offers, best.limit_bytes(chosen.layers, bits))
+            found[f"best, {bits:g} bits"] = {layer: o.format for layer, o in choice.items() if o.format}
+    return found
 
 
 def on(device: str, parts: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
@@ -143,7 +148,7 @@ def agreement(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
     return float(every.clamp(max=300).mean())
 
 
-def write_lora(checkpoint: Any, layers: Iterable[str], path: Path) -> None:
+def write_lora(checkpoint: Checkpoint, layers: Iterable[str], path: Path) -> None:
     """A random LoRA whose down factors are mixtures of the weights' rows."""
     random = np.random.default_rng(0)
     entries = {}
@@ -192,7 +197,7 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
         missed += [
             f"{title(model)}, {name}, {way}: {rows[name][way]:.2f} dB, {db:.2f} were asked for"
             for (name, way), db in least.items()
-            if name in rows and rows[name][way] < db
+            if rows.get(name, {}).get(way, db) < db
         ]
     return missed
 
