@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     best.add_argument("--best", action="store_true", help="give every layer the format that keeps most")
     add_options(best, BestOptions)
     best.add_argument("--from", dest="statistics", action="append", default=[], metavar="STATS",
-                      help="use what observe kept, without a run; repeatable")  # fmt: skip
+                      help="use observe --trials and --moments, without a run; repeatable")  # fmt: skip
 
     layout = conversion.add_mutually_exclusive_group()
     layout.add_argument("--comfy-quant", action="store_true", help="write the comfy_quant layout, the default")

@@ -19,7 +19,7 @@ from ..errors import OptionError, UnsupportedModelError
 from ..options import COMFYUI_VARIABLE, FRAMES, SAMPLES, SIDE_PIXELS, STEPS, TEXT_TOKENS, RunOptions, options_of
 from ..telling import part
 from .calibration import loras_of
-from .output import configure, note, progress_bar, say, write_json, wrote
+from .output import configure, note, progress_bar, say, size, write_json, wrote
 from .running import NOISE, add_running_arguments, check_running_options, geometry_of, settle
 from .shared import read_text
 
@@ -269,7 +269,7 @@ def keep_moments(
     from ..best import plan_any
     from ..engines.moments import Gathering
     from ..recorder import gather
-    from ..rounding import KeptMoments
+    from ..rounding import KeptMoments, kept_bytes
 
     assert session.output is not None
     kept = KeptMoments(session.output, hashlib.sha256(json.dumps(session.options).encode()).hexdigest())
@@ -278,13 +278,15 @@ def keep_moments(
     everyones: list[KeptMoments] = gather(kept)
     kept = everyones[0]
     plan = plan_any(checkpoint)
-    gathering = Gathering(
-        checkpoint, plan.table, [layer for layer, _ in plan.quantized], options, prompts=prompts,
-        done=list(kept.files), share=(session.rank, session.processes), progress=progress,
-    )  # fmt: skip
+    layers = [layer for layer, _ in plan.quantized]
+    note(
+        f"second moments take {size(sum(kept_bytes(layer.in_features) for layer in layers))} at most, in {kept.folder}"
+    )
+    gathering = Gathering(checkpoint, plan.table, layers, options, prompts=prompts, done=list(kept.files),
+                          share=(session.rank, session.processes), progress=progress)  # fmt: skip
     for band in gathering.bands:
-        for layers, moments in gathering.gather(band).items():
-            kept.write(layers, moments.cpu().numpy())
+        for together, moments in gathering.gather(band).items():
+            kept.write(together, moments.cpu().numpy())
     for other in gather(kept):
         kept.files |= other.files
     return kept.entry()

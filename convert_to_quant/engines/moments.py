@@ -32,10 +32,12 @@ from .trials import tensor_float_32
 ROWS_PER_INPUT = 8
 """Tokens that a model is shown at least for each input of its widest layer."""
 
-MomentsOf = Callable[[Layer], Tensor | None]
 MOST_SAMPLES = 256
 BUDGET_BYTES = {"cpu": 1 << 30, "cuda": 16 << 30}
 """Moments held at a time."""
+
+MomentsOf = Callable[[Layer], Tensor | None]
+"""From a layer to its moments, float32 [in, in]; None where there are none."""
 
 
 class Gathering:
@@ -79,6 +81,7 @@ class Gathering:
         rows = ROWS_PER_INPUT * max((layer.in_features for layer in layers), default=0)
         enough = -(-rows // (self.geometry.tokens * self.steps))
         samples = shown.samples or min(max(SAMPLES, enough), MOST_SAMPLES)
+        samples = max(samples, prompts.count) if prompts else samples
         self.parts = diffusers.parts(samples, self.geometry, prompted=prompts is not None)
         self.tick = advance(progress, len(self.bands) * len(self.parts) * self.steps)
 
@@ -151,7 +154,7 @@ class Rounding:
 
     Args:
         checkpoint: the open checkpoint.
-        moments_of: gives those of a layer, on the device that rounds; None where there are none.
+        moments_of: gives those of a layer, on the device that rounds.
     """
 
     def __init__(self, checkpoint: Checkpoint, moments_of: MomentsOf) -> None:

@@ -13,7 +13,7 @@ kept. Descent afterwards gains nothing on held-out prompts (docs/experiments.md)
 Each row ends with the less error of what was found and of rounding to nearest.
 """
 
-from .kept import KeptMoments, merge_moments
+from .kept import KeptMoments, kept_bytes, merge_moments
 from .solver import DAMPING, error_of, round_weight
 
-__all__ = ["DAMPING", "KeptMoments", "error_of", "merge_moments", "round_weight"]
+__all__ = ["DAMPING", "KeptMoments", "error_of", "kept_bytes", "merge_moments", "round_weight"]

@@ -38,6 +38,15 @@ TENSOR = "moments"
 AGAIN = "observe the model again, with --moments"
 
 
+def kept_bytes(inputs: int) -> int:
+    """What the moments of so many inputs take.
+
+    >>> kept_bytes(3072)
+    18880512
+    """
+    return 2 * inputs * (inputs + 1)
+
+
 @dataclass
 class KeptMoments:
     """The second moments beside one file of statistics.
@@ -115,7 +124,7 @@ class KeptMoments:
             return None
         triangle = self._triangle(self.files[layer.name])
         size = layer.in_features
-        if len(triangle) != size * (size + 1) // 2:
+        if triangle.nbytes != kept_bytes(size):
             found = (isqrt(8 * len(triangle) + 1) - 1) // 2
             problem = f"moments of {size} inputs expected, found {found}"
             raise StatisticsError(problem, path=self.folder / self.files[layer.name], tensor=layer.name, hint=AGAIN)
