@@ -29,8 +29,10 @@ from . import denoiser, diffusers, sizes
 from .prompts import Prompts
 from .trials import tensor_float_32
 
+IMAGES = 3 * SAMPLES
+"""Images that a model is shown at least: W4A8 keeps 27.3 dB of "plain" by the moments of 16, and 27.8 of 48."""
 ROWS_PER_INPUT = 8
-"""Tokens that a model is shown at least for each input of its widest layer."""
+"""Tokens that it is shown at least for each input of its widest layer."""
 
 MOST_SAMPLES = 256
 BUDGET_BYTES = {"cpu": 1 << 30, "cuda": 16 << 30}
@@ -80,7 +82,7 @@ class Gathering:
         self.steps, self.seed = shown.steps or STEPS, shown.seed
         rows = ROWS_PER_INPUT * max((layer.in_features for layer in layers), default=0)
         enough = -(-rows // (self.geometry.tokens * self.steps))
-        samples = shown.samples or min(max(SAMPLES, enough), MOST_SAMPLES)
+        samples = shown.samples or min(max(IMAGES, enough), MOST_SAMPLES)
         samples = max(samples, prompts.count) if prompts else samples
         self.parts = diffusers.parts(samples, self.geometry, prompted=prompts is not None)
         self.tick = advance(progress, len(self.bands) * len(self.parts) * self.steps)

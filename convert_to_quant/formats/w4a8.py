@@ -83,7 +83,7 @@ def count_exceeded(numbers: Tensor, limits: Tensor) -> Tensor:
         Integers [n, 16].
     """
     if not numbers.is_cpu:
-        found: Tensor = torch.searchsorted(limits.T.contiguous(), numbers, out_int32=True)
+        found: Tensor = torch.searchsorted(limits.movedim(0, -1).contiguous(), numbers, out_int32=True)
         return found
     # numpy compares ten times as fast as torch does, and that many times faster than a search is.
     by_row = limits.dim() == 1
