@@ -45,6 +45,7 @@ from numpy.typing import NDArray
 
 from . import names, packings
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .checkpoint.reader import INTEGER_DTYPES
 from .damaged import all_zero, not_finite
 from .errors import StrPath
 from .formats import DEFAULT, DEFAULT_GRID, FLOAT_GRIDS, FORMATS, recognize
@@ -395,7 +396,7 @@ class _Survey:
         for key, info in self.checkpoint.tensors.items():
             packed = packings.packed_by(key, self.checkpoint)
             name = key.removesuffix(names.WEIGHT)
-            if packed is None and name != key and info.dtype in INTEGERS and info.shape:
+            if packed is None and name != key and info.dtype in INTEGER_DTYPES and info.shape:  # codes of some kind
                 known = name in self.table.foreign or name in self.table.quantized
                 packed = None if known else (name, f"integers ({info.dtype})")
             if packed is not None and not self.table.marks.kinds(packed[0]):
@@ -599,10 +600,6 @@ class _Survey:
                 self.report("all-zero", layer.name)
         for name in not_finite(self.checkpoint, self.table):
             self.report("not-finite", name)
-
-
-INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
-"""What no weight is stored as, so codes of some kind."""
 
 
 def _layer_of(tensor: str) -> str:

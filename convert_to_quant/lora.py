@@ -45,7 +45,7 @@ import numpy as np
 from . import names
 from .adapters import ALL, Float32, Kind, Matrix, Rows, kind_of, stored
 from .checkpoint import Checkpoint, open_checkpoint
-from .checkpoint.reader import FLOAT_DTYPES
+from .checkpoint.reader import FLOAT_DTYPES, INTEGER_DTYPES
 from .errors import LoraError, OptionError, StrPath
 from .families import LoraNames, Target, lora_names
 from .layers import LayerTable, dequantize
@@ -60,8 +60,6 @@ from .names import (
     without_lora_prefixes,
 )
 from .telling import plural
-
-_INTEGER_DTYPES = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 
 BESIDE = frozenset({"alpha", "magnitude", "bias", "reshape"})
 """Roles of tensors that stand beside those that make a change."""
@@ -616,7 +614,7 @@ def _alpha(checkpoint: Checkpoint, tensor: str) -> float:
     info = checkpoint.tensors[tensor]
     if info.elements != 1:
         raise refusal(f"alpha should be one number, found shape {list(info.shape)}")
-    if info.dtype not in FLOAT_DTYPES | _INTEGER_DTYPES:
+    if info.dtype not in FLOAT_DTYPES | INTEGER_DTYPES:
         raise refusal(f"alpha should be a number, found {info.dtype}")
     read = checkpoint.float32 if info.dtype in FLOAT_DTYPES else checkpoint.bits
     alpha = float(read(tensor).reshape(-1)[0])

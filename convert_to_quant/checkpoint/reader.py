@@ -46,6 +46,7 @@ BIT_DTYPES: dict[str, Any] = {
 ALL_ROWS = slice(None)
 
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64", *FLOAT_GRIDS})
+INTEGER_DTYPES = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 
 
 class Identity(NamedTuple):

@@ -45,10 +45,6 @@ _COMMAND = re.compile(r"convert_to_quant(?: --?[a-z]\S*(?: [A-Z]+\b)?)+")
 
 _HARD_SPACE = "\N{NO-BREAK SPACE}"
 
-INDEX = ".safetensors.index.json"
-SHARD = re.compile(r"-\d+-of-\d+$")
-"""How names of shards end; their index is called what stands before."""
-
 NOT_READ = frozenset({"cast", "dynamic", "error", "marker", "scale-dropped"})
 """Readings in which it does not matter which ComfyUI reads a format and which card multiplies it."""
 
@@ -104,10 +100,12 @@ def files_of(folder: Path) -> list[Path]:
     """The checkpoints in a folder, by name: shards only by their index; none where it is no folder or has none."""
     if not folder.is_dir():
         return []
-    indexes = {path.name.removesuffix(INDEX): path for path in folder.glob("*" + INDEX)}
-    files = (path for path in folder.iterdir() if path.suffix in (".safetensors", ".sft") and path.is_file())
-    alone = [path for path in files if SHARD.sub("", path.stem) not in indexes or not SHARD.search(path.stem)]
-    return sorted((*alone, *indexes.values()))
+    from ..checkpoint.reader import INDEX_SUFFIX, SHARD_NAME
+
+    indexes = {path.name.removesuffix(INDEX_SUFFIX): path for path in folder.glob("*" + INDEX_SUFFIX)}
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".sft") and path.is_file()]
+    shards = {path for path in files if (part := SHARD_NAME.fullmatch(path.name)) and part["stem"] in indexes}
+    return sorted({*files, *indexes.values()} - shards)
 
 
 def line(found: Inspection, *, strict: bool = False) -> tuple[str, ...]:
