@@ -106,29 +106,6 @@ def test_a_dry_run_reports_and_writes_nothing(
     assert folder() == before
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        ([], 2, "name the new file with -o OUT"),
-        (["-o", "STATS"], 1, "the output is the same file as the input"),
-        (["-o", "OUT", "--json", "STATS"], 1, "name another file for --json"),
-        (["-o", "missing/out.safetensors"], 1, "the folder missing does not exist"),
-        (["-o", "OUT", "--margin", "0.5"], 2, "a margin should be at least 1"),
-        (["-o", "OUT", "--full-precision-budget", "2"], 2, "should be a share between 0 and 1"),
-    ],
-)
-def test_bad_options_are_refused_before_anything_is_written(
-    words: list[str], code: int, message: str, model: Path, tmp_path: Path, folder: Any, capsys: Any
-) -> None:
-    stats = tmp_path / "stats.safetensors"
-    seen({LAYER: 1.0, OTHER: 1.0}).save(stats)
-    before = folder()
-    places = {"STATS": str(stats), "OUT": str(tmp_path / "out.safetensors")}
-    assert main(["apply", str(model), str(stats), *(places.get(word, word) for word in words)]) == code
-    assert message in capsys.readouterr().err
-    assert folder() == before
-
-
 def test_statistics_of_another_model_are_refused_and_forced_ones_name_the_rest(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

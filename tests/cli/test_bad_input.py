@@ -235,16 +235,6 @@ def test_a_shard_of_the_input_is_no_output_and_that_is_seen_before_the_work(
     refused(f"{shard}: the output is the same file as the input {shard} ({hint})", *words)
 
 
-def test_reports_that_cannot_be(refused: Any, fp8: Any) -> None:
-    fp8()
-    for report, problem in {
-        "none/r.json": "cannot be written: the folder none does not exist",
-        "in.safetensors": "--json and -i are the same file (name another file for --json)",
-        "out.safetensors": "--json and -o are the same file (name another file for --json)",
-    }.items():
-        refused(f"{report}: {problem}", *CALIBRATE, "--json", report)
-
-
 def lora(save: Save, name: str, rows: int = 16, columns: int = 32, value: float = 1.0) -> None:
     tensors = {f"{name}.lora_A.weight": np.full((2, columns), value, np.float32)}
     save("lora.safetensors", {**tensors, f"{name}.lora_B.weight": np.ones((rows, 2), np.float32)})

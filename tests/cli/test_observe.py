@@ -233,9 +233,7 @@ def start(processes: Any, tmp_path_factory: pytest.TempPathFactory) -> Start:
     [
         (("velocity", 1), set()),
         (("velocity", 4), {"stats.safetensors.partial"}),
-        (("fsync", 1), set()),
         (("fsync", 3), {"stats.safetensors.partial"}),
-        (("velocity", 8), {"stats.safetensors.partial"}),
         (("discard", 1), {"stats.safetensors.partial", "stats.safetensors"}),
     ],
 )
