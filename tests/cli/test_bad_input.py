@@ -154,6 +154,7 @@ INPUT_SCALE = "double_blocks.0.img_mlp.0.input_scale"
 
 @pytest.mark.parametrize(("value", "engine"), [(np.nan, "layer"), (-1.0, "layer"), (np.inf, "model")])
 def test_a_bad_input_scale_is_written_anew(ctq: Command, fp8_file: Path, value: float, engine: str) -> None:
+    assert ctq("-i", fp8_file, "--in-place", *LAYER).code == 0
     overwrite(fp8_file, INPUT_SCALE, struct.pack("<f", value))
     words = ("--in-place", *MODEL, "--actcal-engine", engine)
     outcome = ctq("-i", fp8_file, *words)
@@ -165,7 +166,8 @@ def test_a_bad_input_scale_is_written_anew(ctq: Command, fp8_file: Path, value: 
     assert "of no use" not in ctq("-i", fp8_file, *words, "--dry-run").err
 
 
-def test_a_bad_input_scale_that_is_used_is_refused(refused: Any, flux_file: Path, fp8_file: Path) -> None:
+def test_a_bad_input_scale_that_is_used_is_refused(ctq: Command, refused: Any, flux_file: Path, fp8_file: Path) -> None:
+    assert ctq("-i", fp8_file, "--in-place", *LAYER).code == 0
     overwrite(fp8_file, INPUT_SCALE, struct.pack("<f", np.nan))
     message = f"{fp8_file}: {INPUT_SCALE}: scales should be finite and not negative, found nan"
     refused(message, "check", flux_file, fp8_file, "--height", 32, "--width", 32, "--steps", 1, "--samples", 1)
