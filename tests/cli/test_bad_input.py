@@ -133,7 +133,7 @@ def test_nan_in_an_fp8_weight_of_a_model_that_runs(ctq: Command, folder: Folder,
     before = folder()
     outcome = ctq("-i", fp8_file, "-o", "out.safetensors", *MODEL)
     assert outcome.code == 1
-    assert outcome.err.startswith(f"error: {fp8_file}: double_blocks.0.img_attn.qkv: the inputs of ")
+    assert f"error: {fp8_file}: double_blocks.0.img_attn.qkv: the inputs of " in outcome.err
     assert "layers have infinities or NaN" in outcome.err
     assert folder() == before
 

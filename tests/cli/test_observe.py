@@ -447,7 +447,7 @@ def test_a_pipeline_paints_prompts_under_both_kinds_of_names(
     assert ctq(*painting, fp8_file, "-o", ours).code == 0
     under_its_own_names = Statistics.load(ours)
     assert set(under_its_own_names.layers) == set(flux.quantized)
-    assert under_its_own_names == seen.take(under_its_own_names.names)
+    assert under_its_own_names.replace(weights={}) == seen.take(under_its_own_names.names)
 
     # They fit a checkpoint in diffusers' names, too.
     source, fp8 = pipeline / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path / "theirs.safetensors"
