@@ -226,6 +226,9 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequ
     keeps = partial(found.kept_because, family=family)
     bare = names.strip_prefix(checkpoint.tensors)[1]
     notes = [*table.notes, *(found.notes if options.preset is None else [])]
+    if banks := found.banks:
+        which = f"{len(banks)}, first: {banks[0]}"
+        notes.append(f"banks of experts stay as they are ({which}): readers of FP8 banks use no measured input scale")
     decide = partial(_decide, bare=bare, keeps=keeps, options=options)
     here = [*table.quantized.values(), *(table.raw.values() if options.requantize else ())]
     again = [_carried(checkpoint, decide(each, changed=each.name in merged.matched)) for each in here]

@@ -13,6 +13,7 @@ written; their stacks are quantized on request, their embeddings never. What is 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,6 +71,7 @@ _LORA_PARTS = (
     *(".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", ".lora.up.", ".lora.down.", ".hada_w", ".lokr_w"),
     *(".oft_blocks", ".diff_b", ".lora_magnitude_vector"),
 )
+_BANK = re.compile(r"(?:.*\.)?\w*experts?(?:\.\w+)*")
 _TITLES = {
     "adapter": "adapter (LoRA), not a model",
     "statistics": "statistics of what layers received, not a model (convert_to_quant report shows them)",
@@ -108,6 +110,11 @@ class Identity:
         if self.family is not None or self.kind not in (None, "diffusion"):
             return []
         return [f"no known model family fits these names; {self.structure}", *([self.hint] if self.hint else [])]
+
+    @property
+    def banks(self) -> list[str]:
+        """Bare names of its banks of experts: weights [experts, out, in], which stay as they are."""
+        return [name for name, shape in self.shapes.items() if len(shape) == 3 and _BANK.fullmatch(name)]
 
     @property
     def encoder(self) -> bool:

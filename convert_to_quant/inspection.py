@@ -170,6 +170,7 @@ class Inspection:
         family: key of `families.FAMILIES`, a kind of `identity.Kind`, or None.
         title: the same for people.
         variant: which member of the family it is; "" where there is one only.
+        banks: how many banks of experts it has.
         blocks: repeated blocks by structure, of a model of no known family.
         parts: what else the file holds: "VAE", ...
         layers: its linear layers, in file order.
@@ -191,6 +192,7 @@ class Inspection:
     family: str | None
     title: str
     variant: str
+    banks: int
     blocks: tuple[str, ...]
     parts: tuple[str, ...]
     layers: tuple[LayerView, ...]
@@ -327,6 +329,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         family=found.key,
         title=found.title + (f" ({found.hint})" if found.hint else ""),
         variant=found.variant,
+        banks=len(found.banks),
         blocks=tuple(map(str, found.structure.main)) if found.kind == "diffusion" and found.family is None else (),
         parts=tuple(dict.fromkeys(part for part in parts if part is not None)),
         layers=tuple(layers),
@@ -425,7 +428,8 @@ class _Survey:
             reading = "scale-dropped"
         elif marked_by and len(layer.weight.shape) == 3 and form.endswith("-dimensional"):
             whole = full_precision(self.table.marks.of(name).config(name))
-            reading = "full-precision" if whole else "experts-at-one"  # as ComfyUI's `MoEExperts` reads them
+            quantized = "experts-at-one" if form.startswith("float8") else "foreign"
+            reading = "full-precision" if whole else quantized  # as ComfyUI's `MoEExperts` reads them
         elif not marked_by or form.endswith("-dimensional"):
             reading = "foreign"  # in other dimensions than two, as convolutions are
         elif fmt is None or not fmt.since:

@@ -385,13 +385,13 @@ class _Finder:
         if said is not None and missing:
             problem = f"marked as {said}, but there is no {missing[0]}"
             raise self.error("weight-scale-missing", layer.name, problem, "convert it again")
-        if isinstance(fmt, Packed):
-            self.table.quantized[layer.name] = self.complete_packed(layer, fmt)
-        elif len(weight.shape) != 2:
+        if len(weight.shape) != 2:
             if layer.weight_scale is None:
                 return  # a norm or convolution that was cast, with its values as they are
-            form = f"{fmt.codes.name}, {len(weight.shape)}-dimensional"
+            form = f"{fmt.marked}, {len(weight.shape)}-dimensional"
             self.table.foreign[layer.name] = ForeignLayer(layer.name, form, weight)
+        elif isinstance(fmt, Packed):
+            self.table.quantized[layer.name] = self.complete_packed(layer, fmt)
         elif layer.weight_scale is None:
             self.table.raw[layer.name] = self.complete(replace(layer, marking="raw"))
         else:

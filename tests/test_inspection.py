@@ -11,8 +11,10 @@ import pytest
 
 from convert_to_quant import layers
 from convert_to_quant.checkpoint.reader import CheckpointFile
+from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.errors import CheckpointError
 from convert_to_quant.inspection import LARGEST_INPUT_SCALE, LEAST_INPUT_SCALE, Inspection, Made, inspect_file
+from convert_to_quant.options import ConvertOptions
 from convert_to_quant.problems import KINDS, Problem
 from convert_to_quant.recorder import Recording
 
@@ -180,6 +182,36 @@ def test_a_bank_of_experts_has_its_own_reading_and_needs_no_input_scale(save, bu
     }
     found = inspect_file(save("m.safetensors", tensors))
     assert (found.problems, found.readings) == ((), {"full-precision" if whole else "experts-at-one": 1})
+
+
+BANK = "transformer_blocks.0.mlp.experts.up"
+SCALED = {
+    "nvfp4": {"weight": ("U8", np.zeros((2, 32, 16), np.uint8)), "weight_scale_2": np.ones(2, np.float32),
+              "weight_scale": ("F8_E4M3", np.full((2, 128, 4), 56, np.uint8))},
+    "mxfp8": {"weight": ("F8_E4M3", np.zeros((2, 32, 32), np.uint8)),
+              "weight_scale": np.full((2, 128, 4), 127, np.uint8)},
+    "int8_tensorwise": {"weight": np.zeros((2, 32, 32), np.int8), "weight_scale": np.ones((2, 32, 1), np.float32)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mark", SCALED)
+def test_a_bank_of_experts_in_another_format_is_read_and_left_alone(save, build, mark, tmp_path):
+    tensors = {f"{BANK}.{part}": value for part, value in SCALED[mark].items()}
+    tensors[f"{BANK}.comfy_quant"] = build.mark(format=mark, num_experts=2)
+    tensors |= {f"transformer_blocks.{n}.attn.{name}.weight": np.ones((32, 32), np.float32)
+                for n in range(2) for name in "qo"}  # fmt: skip
+    path = save("m.safetensors", tensors)
+    found = inspect_file(path)
+    assert (found.problems, found.banks) == ((), 1)
+    assert found.readings == {"foreign": 1, "high-precision": 4}
+    with open_checkpoint(path) as checkpoint:
+        plan = plan_conversion(checkpoint, ConvertOptions())
+        assert any(f"banks of experts stay as they are (1, first: {BANK}" in note for note in plan.notes)
+        convert(checkpoint, plan, tmp_path / "out.safetensors")
+    with open_checkpoint(path) as before, open_checkpoint(tmp_path / "out.safetensors") as after:
+        bank = {name for name in before.tensors if name.startswith(BANK)}
+        assert {name for name in after.tensors if name.startswith(BANK)} == bank
+        assert all(before.raw(name).tobytes() == after.raw(name).tobytes() for name in bank)
 
 
 def test_legacy_layers_beside_marked_tensors_are_read_both(save, build):

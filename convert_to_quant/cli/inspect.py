@@ -181,7 +181,8 @@ def _model(found: Inspection) -> str:
     blocks = f"; blocks by structure: {', '.join(found.blocks)}" if found.blocks else ""
     prefix = f"; names begin with {found.prefix}" if found.prefix else ""
     parts = f"; also in the file: {', '.join(found.parts)}" if found.parts else ""
-    return found.title + variant + blocks + prefix + parts
+    banks = f"; {plural(found.banks, 'bank')} of experts" if found.banks else ""
+    return found.title + variant + blocks + banks + prefix + parts
 
 
 def format_lines(found: Inspection) -> list[str]:
