@@ -57,7 +57,7 @@ from .names import (
     for_text_encoder,
     squeezed,
     strip_prefix,
-    without_lora_prefixes,
+    unwrap,
 )
 from .telling import plural
 
@@ -680,7 +680,7 @@ def match_loras(
         return [tuple(replace(part, layer=full[part.layer]) for part in parts) for parts in known.meant(name)]
 
     match, sizes = LoraMatch(dict(layers), weights), {name: math.prod(shape) for name, shape in (others or {}).items()}
-    bare = {name: next(without_lora_prefixes(name[len(prefix) :])) for name in sizes if name.startswith(prefix)}
+    bare = {name: unwrap(name[len(prefix) :]) for name in sizes if name.startswith(prefix)}
     named = LoraNames({}, {squeezed(name): (Target(tensor),) for tensor, name in bare.items()})
     for lora in loras:
         _match_beside(lora, meant, named, sizes, match)

@@ -200,7 +200,7 @@ _LORA_WORDS = "diffusion_model|base_model|model|transformer|prior_unet|unet|net|
 _LORA_PREFIX = re.compile(rf"(?:{_LORA_WORDS})\.")
 _LORA_FLAT_PREFIX = re.compile(r"\w*?(?:lora|lycoris)_+")
 _LORA_FLAT_WORD = re.compile(rf"(?:{_LORA_WORDS})_+")
-_LORA_WRAPPER = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)[._]")
+_LORA_WRAPPER = re.compile(rf"(?:{'|'.join(word[:-1] for word in WRAPPERS)})[._]")
 
 _TEXT_ENCODER = re.compile(
     rf"(?:(?:{_LORA_WORDS})\.)*(?:\w*?(?:lora|lycoris)_(?:prior_)?te\d*_|"

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from convert_to_quant import names
 from convert_to_quant.checkpoint import Checkpoint, Entry, write_checkpoint
 from convert_to_quant.errors import CheckpointError, LoraError, OptionError
 from convert_to_quant.lora import (
@@ -512,6 +513,17 @@ def test_names_of_fused_layers_mean_all_their_parts(name: str, parts: list[str],
     added = [match.beside[f"transformer_blocks.0.{part}.bias"][0] for part in parts]
     assert [each.target.first for each in added] == [H * number for number in range(len(parts))]
     assert not change(match, "transformer_blocks.0.attn.add_q_proj").any()
+
+
+@pytest.mark.parametrize("wrapper", names.WRAPPERS)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_words_of_wrappers_in_names_of_norms_do_not_matter(write: Write, prefix: str, wrapper: str) -> None:
+    block = f"{prefix}blocks.1.{wrapper}"
+    tensors = {**pair("blocks.1.self_attn.q", H, H), "blocks.1.self_attn.norm_q.diff": np.ones(H, np.float32)}
+    norm = f"{block}self_attn.norm_q.weight"
+    match = match_loras([load_lora(write(tensors))], {f"{block}self_attn.q": (H, H)}, others={norm: (H,)})
+    assert (list(match.matched), list(match.beside)) == ([f"{block}self_attn.q"], [norm])
+    assert (match.unmatched, match.unsupported) == ([], [])
 
 
 def test_halves_are_swapped_for_a_checkpoint_in_diffusers_names_too(write: Write) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import shlex
 import sys
 import textwrap
@@ -144,7 +145,7 @@ def check_outputs(args: argparse.Namespace, read: Sequence[Path]) -> None:
         refuse_same_file(path, read, hint=f"name another file for {flag}")
         check_output(path, stream=flag in ("--csv", "--json"))
     for (flag, path), (other_flag, other) in itertools.combinations(files.items(), 2):
-        if path.resolve() == other.resolve():
+        if os.path.realpath(path) == os.path.realpath(other):
             raise OutputError(f"{flag} and {other_flag} are the same file", path=path)
     foresee([path for path in files.values() if path.is_file() or not path.exists()], dry=args.dry_run)
 

@@ -223,6 +223,18 @@ class TestOutputsThatCannotBe:
         )
 
 
+@pytest.mark.parametrize("circle", ["input", "output"])
+def test_a_circle_of_links_is_one_line(ctq: Any, save: Save, build: Any, circle: str) -> None:
+    model = save("in.safetensors", build.quantized(["blocks.0"], "tensor")[0]).name
+    Path("a.safetensors").symlink_to("b.safetensors")
+    Path("b.safetensors").symlink_to("a.safetensors")
+    source, output = ("a.safetensors", "out.safetensors") if circle == "input" else (model, "a.safetensors")
+    outcome = ctq("-i", source, "-o", output, *LAYER)
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: a.safetensors: ")
+    assert outcome.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("flag", ["-o", "--json"])
 def test_a_shard_of_the_input_is_no_output_and_that_is_seen_before_the_work(
     refused: Any, save_shards: Any, build: Any, monkeypatch: pytest.MonkeyPatch, flag: str
