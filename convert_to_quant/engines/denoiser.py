@@ -108,7 +108,7 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
     architecture = family.runs(shapes)
     if architecture is None or found.variant in family.elsewhere:
         name = f"{family.title.partition(' (')[0]}{found.variant and f' ({found.variant})'}"
-        raise UnsupportedModelError(f"diffusers does not run {name}", path=checkpoint.path, hint=COMFYUI)
+        raise UnsupportedModelError(f"{name} is not run here", path=checkpoint.path, hint=COMFYUI)
     foreign = [layer for layer in table.foreign.values() if table.owns(layer.name)]
     if foreign:
         raise UnsupportedModelError(

@@ -145,7 +145,7 @@ FAMILY = Family(
         r"patchify_proj|audio_patchify_proj|proj_in|audio_proj_in": IMAGE,
         r"(?:audio_)?caption_projection|(?:audio|video)_embeddings_connector|connectors": TEXT,
         r"\w*adaln_single|time_embed|audio_time_embed|\w*prompt_adaln|av_cross_attn_\w+": VECTOR,
-        r"transformer_blocks\.(?:0|1|46|47)": "first or last two of 48 blocks, which others keep as well",
+        r"transformer_blocks\.(?:0|1|46|47)": "block 0, 1, 46 or 47, which others keep as well",
         r"transformer_blocks\.\d+\.\w+\.to_gate_logits": "attention gate: one number per head, which scales it whole",
         r"proj_out|audio_proj_out": FINAL,
     },

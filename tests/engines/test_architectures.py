@@ -525,7 +525,7 @@ def test_a_released_model_that_only_comfyui_runs_is_named(
 ) -> None:
     with (
         open_checkpoint(save_model(random_state(shapes | {tensor: (32, 32)}))) as checkpoint,
-        pytest.raises(UnsupportedModelError, match=f"diffusers does not run {title} .observe --comfyui-dir DIR"),
+        pytest.raises(UnsupportedModelError, match=f"{title} is not run here .observe --comfyui-dir DIR"),
     ):
         engine.load(checkpoint)
 
