@@ -113,7 +113,7 @@ def family(name: str) -> Family:
     wanted = re.sub(r"[-_. ]", "", name.lower())
     if wanted in plain:
         return known[plain[wanted]]
-    known = {key: record for key, record in known.items() if record.keep or record is GENERIC}
+    known = {key: record for key, record in known.items() if record.architecture or record is GENERIC}
     close = difflib.get_close_matches(wanted, plain, n=1)
     hint = f"did you mean {plain[close[0]]!r}? " if close else ""
     raise OptionError(f"unknown preset {name!r}", hint=f"{hint}presets: {', '.join(known)}")

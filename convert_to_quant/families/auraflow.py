@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from . import comfyui
-from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .base import Family, signature
 from .rules import SHIFT_SCALE, rules, under
 from .running import Architecture, Shapes, blocks, image, text
 
@@ -37,12 +37,6 @@ FAMILY = Family(
         signature("double_layers.0.attn.w2q single_layers.0.attn.w1q init_x_linear cond_seq_linear"),
         signature("joint_transformer_blocks.0.attn.add_q_proj time_step_proj.linear_1 register_tokens"),
     ),
-    keep={
-        r"init_x_linear|pos_embed|positional_encoding": IMAGE,
-        r"cond_seq_linear|context_embedder": TEXT,
-        r"t_embedder|time_step_proj": VECTOR,
-        r"final_linear|modF|norm_out|proj_out": FINAL,
-    },
     names=(
         *under("double_layers.*.", "joint_transformer_blocks.*.")(
             ("attn.w2{q,k,v,o}", "attn.to_{q,k,v,out.0}"),

@@ -69,7 +69,8 @@ class Family:
         signatures: Ways to recognize it; a record without any holds only names, and is no preset.
         blocks: Pattern of the modules whose linear layers are all quantized, as published practice has it for this
             family; "" leaves that to the structure, which keeps modulations, routers and adapters.
-        keep: Pattern of layers that stay in high precision, inside the blocks or outside -> why, half a sentence.
+        keep: Pattern of layers that stay in high precision, inside the blocks or outside -> why, half a sentence; only
+            what the structure does not tell where that decides.
         names: diffusers' names of its layers, those of its relatives included.
         lora: Names that only LoRA files use.
         spellings: Other names of whole layers in checkpoints of this family, by those of its authors.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .base import Family, signature
 from .comfyui import VIDEO, Want, encoded, takes
 from .rules import rules, under
 from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks
@@ -83,12 +83,6 @@ FAMILY = Family(
             lacks="local_facial_extractor",
         ),
     ),
-    keep={
-        r"patch_embed\.text_proj": TEXT,
-        r"patch_embed": IMAGE,
-        r"time_embedding\w*|ofs_embedding\w*": VECTOR,
-        r"norm_out|proj_out": FINAL,
-    },
     spellings=SPELLINGS,
     elsewhere=("1.5",),
     variants=(("1.5", signature("ofs_embedding.linear_1")), ("1.5", signature("ofs_embedding_linear_1"))),

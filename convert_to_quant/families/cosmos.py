@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .base import Family, signature
 from .comfyui import ids, ones, takes
 from .rules import rules, under
 from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, text, video
@@ -72,12 +72,6 @@ FAMILY = Family(
             "transformer_blocks.0.attn2.to_q transformer_blocks.0.norm1.linear_2 patch_embed.proj time_embed.norm"
         ),
     ),
-    keep={
-        r"x_embedder|patch_embed": IMAGE,
-        r"llm_adapter|crossattn_proj": TEXT,
-        r"t_embedder|t_embedding_norm|time_embed": VECTOR,
-        r"final_layer|norm_out|proj_out": FINAL,
-    },
     names=(
         *under("blocks.*.", "transformer_blocks.*.")(
             ("{self,cross}_attn.{q_proj,k_proj,v_proj,output_proj}", "attn{1,2}.{to_q,to_k,to_v,to_out.0}"),

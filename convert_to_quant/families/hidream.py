@@ -7,7 +7,7 @@ import operator
 from typing import Any
 
 from . import comfyui
-from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .base import Family, signature
 from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, image, vector
 
 HEAD = 128
@@ -69,12 +69,6 @@ FAMILY = Family(
     name="hidream",
     title="HiDream-I1",
     signatures=(signature("double_stream_blocks.0.block.attn1 single_stream_blocks.0.block caption_projection.0"),),
-    keep={
-        r"x_embedder": IMAGE,
-        r"caption_projection": TEXT,
-        r"t_embedder|p_embedder": VECTOR,
-        r"final_layer": FINAL,
-    },
     architecture=Architecture(
         transformer="HiDreamImageTransformer2DModel",
         native="x_embedder.proj.weight",

@@ -186,7 +186,7 @@ FAMILY = Family(
         r"txt_in\.individual_token_refiner|context_embedder\.token_refiner": REFINER,
         r"txt_in": TEXT,
         r"time_in|time_r_in|vector_in|guidance_in": VECTOR,
-        r"byt5_in|context_embedder_2|vision_in|cond_type_embedding|image_embedder|image_projection|cond_type_embed": CONDITION,
+        r"byt5_in|context_embedder_2|vision_in|cond_type_embed(?:ding)?|image_embedder|image_projection": CONDITION,
         r"final_layer": FINAL,
         **flux1.DIFFUSERS_ENDS,
     },

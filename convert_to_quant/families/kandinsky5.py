@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import FINAL, IMAGE, REFINER, TEXT, VECTOR, Family, signature
+from .base import REFINER, Family, signature
 from .comfyui import pooled, takes
 from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, text, vector
 
@@ -57,13 +57,7 @@ FAMILY = Family(
     name="kandinsky5",
     title="Kandinsky 5",
     signatures=(signature("visual_transformer_blocks.0.self_attention text_transformer_blocks.0 visual_embeddings"),),
-    keep={
-        r"visual_embeddings": IMAGE,
-        r"text_embeddings|pooled_text_embeddings": TEXT,
-        r"text_transformer_blocks": REFINER,
-        r"time_embeddings": VECTOR,
-        r"out_layer": FINAL,
-    },
+    keep={r"text_transformer_blocks": REFINER},
     architecture=Architecture(
         transformer="Kandinsky5Transformer3DModel",
         native="visual_embeddings.in_layer.weight",

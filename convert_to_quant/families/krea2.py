@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .base import FINAL, IMAGE, REFINER, TEXT, VECTOR, Family, signature
+from .base import REFINER, Family, signature
 from .comfyui import Scene, takes
 from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, tokens
 
@@ -57,13 +57,7 @@ FAMILY = Family(
         signature("blocks.0.attn.wq txtfusion txtmlp tproj first"),
         signature("transformer_blocks.0.attn.to_gate text_fusion time_mod_proj img_in"),
     ),
-    keep={
-        r"first|img_in": IMAGE,
-        r"txtfusion|text_fusion": REFINER,
-        r"txtmlp|txt_in": TEXT,
-        r"tmlp|tproj|time_embed|time_mod_proj": VECTOR,
-        r"last|final_layer": FINAL,
-    },
+    keep={r"txtfusion|text_fusion": REFINER},
     architecture=Architecture(
         transformer="Krea2Transformer2DModel",
         converter="convert_krea2_transformer_checkpoint_to_diffusers",

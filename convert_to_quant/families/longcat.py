@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import flux1
-from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .base import Family, signature
 from .rules import rules
 from .running import Architecture, text, tokens
 
@@ -30,13 +30,6 @@ FAMILY = Family(
             lacks="caption_projection context_embedder.token_refiner",
         ),
     ),
-    keep={
-        r"img_in": IMAGE,
-        r"txt_in": TEXT,
-        r"time_in": VECTOR,
-        r"final_layer": FINAL,
-        **flux1.DIFFUSERS_ENDS,
-    },
     names=(
         *flux1.BLOCK_NAMES,
         *rules(("time_in.{in,out}_layer", "time_embed.timestep_embedder.linear_{1,2}")),

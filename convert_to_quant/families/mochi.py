@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .base import Family, signature
 from .comfyui import Want, ones, takes
 from .running import Architecture, Shapes, blocks, mask, text
 
@@ -40,12 +40,6 @@ FAMILY = Family(
         signature("blocks.0.attn.qkv_x blocks.0.attn.qkv_y t5_y_embedder t5_yproj"),
         signature("transformer_blocks.0.attn1.add_q_proj time_embed.caption_proj pos_frequencies"),
     ),
-    keep={
-        r"x_embedder|patch_embed": IMAGE,
-        r"t5_y_embedder|t5_yproj|time_embed\.(?:pooler|caption_proj)": TEXT,
-        r"t_embedder|time_embed": VECTOR,
-        r"final_layer|norm_out|proj_out": FINAL,
-    },
     architecture=Architecture(
         transformer="MochiTransformer3DModel",
         converter="convert_mochi_transformer_checkpoint_to_diffusers",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import flux1
-from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .base import Family, signature
 from .running import Architecture, text
 
 FAMILY = Family(
@@ -13,13 +13,6 @@ FAMILY = Family(
         signature("double_blocks.0.img_mlp.gate_proj img_in txt_in time_in"),
         signature("context_embedder_norm single_transformer_blocks.0.proj_mlp timestep_embedder"),
     ),
-    keep={
-        r"img_in": IMAGE,
-        r"txt_in": TEXT,
-        r"time_in|timestep_embedder": VECTOR,
-        r"final_layer": FINAL,
-        **flux1.DIFFUSERS_ENDS,
-    },
     elsewhere=("in its authors' names",),
     architecture=Architecture(
         transformer="OvisImageTransformer2DModel",

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from . import comfyui
-from .base import FINAL, IMAGE, MODULATION, TEXT, VECTOR, Family, signature
+from .base import Family, signature
 from .rules import KV, QKV, rules, under
 from .running import Architecture, Inputs, Shapes, blocks, image, mask, text
 
@@ -76,13 +76,6 @@ FAMILY = Family(
         signature("t_block.1 blocks.0.attn.qkv blocks.0.mlp.fc1"),
         signature("adaln_single.linear pos_embed.proj transformer_blocks.0.attn1.to_q transformer_blocks.0.attn2.to_q"),
     ),
-    keep={
-        r"x_embedder|pos_embed": IMAGE,
-        r"y_embedder|caption_projection": TEXT,
-        r"t_block|adaln_single\.linear": MODULATION,
-        r"t_embedder|csize_embedder|ar_embedder|adaln_single": VECTOR,
-        r"final_layer|proj_out": FINAL,
-    },
     names=(
         *under("blocks.*.", "transformer_blocks.*.")(("mlp.fc{1,2}", "ff.net.{0.proj,2}")),
         *ATTENTION_NAMES,

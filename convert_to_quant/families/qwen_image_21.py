@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .base import FINAL, IMAGE, MODULATION, TEXT, VECTOR, Family, signature
+from .base import Family, signature
 from .flux1 import rotary_axes
 from .running import Architecture, Inputs, Shapes, blocks, text, tokens
 
@@ -49,13 +49,6 @@ FAMILY = Family(
     name="qwen-image-2.1",
     title="Qwen-Image 2.1",
     signatures=(signature("transformer_blocks.0.img_mlp.out modulation.1 txt_in.in_layer"),),
-    keep={
-        r"img_in": IMAGE,
-        r"txt_in": TEXT,
-        r"time_text_embed": VECTOR,
-        r"modulation": MODULATION,
-        r"norm_out|proj_out": FINAL,
-    },
     architecture=Architecture(
         transformer="QwenImage21Transformer2DModel",
         converter="convert_qwen_image21_transformer_checkpoint_to_diffusers",

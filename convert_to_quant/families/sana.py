@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from . import pixart
-from .base import FINAL, IMAGE, MODULATION, TEXT, VECTOR, Family, signature
+from .base import Family, signature
 from .rules import rules, under
 from .running import Architecture, Config, Geometry, Inputs, Shapes, blocks, guidance, mask, text, video
 
@@ -102,13 +102,6 @@ FAMILY = Family(
         signature("caption_norm transformer_blocks.0.ff.conv_inverted time_embed.linear"),
         signature("t_block.1 blocks.0.attn.qkv blocks.0.mlp.inverted_conv.conv"),
     ),
-    keep={
-        r"x_embedder|patch_embed|patch_embedding": IMAGE,
-        r"y_embedder|caption_projection": TEXT,
-        r"t_block|time_embed\.linear": MODULATION,
-        r"t_embedder|time_embed": VECTOR,
-        r"final_layer|proj_out": FINAL,
-    },
     names=(
         *pixart.ATTENTION_NAMES,
         *pixart.END_NAMES,
