@@ -38,8 +38,9 @@ INTRODUCTION = """\
 
 Layouts of released models, at full size: what each is recognized as, how many linear layers `convert` quantizes to FP8,
 why it keeps the others, and what runs the model to calibrate it. Layouts that begin with `d_` have diffusers' names,
-`te_` are text encoders, `x_` are files that differ a little from what was released. Made by `tests/test_layouts.py`,
-which fails where this page is not what the code does.
+`te_` are text encoders, `x_` are files that differ a little from what was released. Where the engine is ComfyUI,
+`observe --comfyui-dir` runs the model if ComfyUI knows it. Made by `tests/test_layouts.py`, which fails where this page
+is not what the code does.
 
 | layout | model | variant | quantized | kept | engine |
 |---|---|---|---|---|---|
