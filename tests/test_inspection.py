@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from convert_to_quant import layers
-from convert_to_quant.checkpoint.reader import CheckpointFile
 from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.checkpoint.reader import CheckpointFile
 from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.errors import CheckpointError
 from convert_to_quant.inspection import LARGEST_INPUT_SCALE, LEAST_INPUT_SCALE, Inspection, Made, inspect_file
