@@ -121,12 +121,10 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
     model_shapes = {name: _joined_shape(pieces, shapes) for name, pieces in sources.items()}
     try:
         config = architecture.config({**shapes, **model_shapes})
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise UnsupportedModelError(
-            f"not the layout of {family.title} that is known here: {type(error).__name__}: {error}",
-            path=checkpoint.path,
-            hint=COMFYUI,
-        ) from None
+    except (KeyError, IndexError, ValueError, ZeroDivisionError, StopIteration) as error:
+        why = f": it has no {error.args[0]}" if isinstance(error, KeyError) else ""
+        problem = f"not the layout of {family.title} that is known here{why}"
+        raise UnsupportedModelError(problem, path=checkpoint.path, hint=COMFYUI) from None
     full_names = {bare: name for name, bare in names.strip_prefix(checkpoint.tensors)[1].items()}
     return Plan(family.name, architecture, config, sources, model_shapes, table, full_names)
 

@@ -495,6 +495,14 @@ def test_relatives_that_diffusers_class_does_not_know_are_not_run(
         assert next(iter(extra)) in (engine.supports(checkpoint) or "")
 
 
+def test_a_file_that_lacks_what_tells_a_size_is_refused_by_the_name_of_the_tensor(save_model: Any) -> None:
+    shapes = {name: shape for name, shape in QWEN_IMAGE.items() if not name.startswith("proj_out")}
+    with open_checkpoint(save_model(random_state(shapes))) as checkpoint:
+        said = engine.supports(checkpoint)
+    assert said is not None
+    assert said.endswith("that is known here: it has no proj_out.weight")
+
+
 @pytest.mark.parametrize(
     ("shapes", "extra"),
     [
