@@ -38,8 +38,8 @@ INTRODUCTION = """\
 
 Layouts of released models, at full size: what each is recognized as, how many linear layers `convert` quantizes to FP8,
 why it keeps the others, and what runs the model to calibrate it. Layouts that begin with `d_` have diffusers' names,
-`te_` are text encoders, `x_` are files that differ a little from what was released. Where the engine is ComfyUI,
-`observe --comfyui-dir` runs the model if ComfyUI knows it. Made by `tests/test_layouts.py`, which fails where this page
+`te_` are text encoders, `x_` are files that differ a little from what was released. Where no engine stands,
+`observe --comfyui-dir` runs the models that ComfyUI knows. Made by `tests/test_layouts.py`, which fails where this page
 is not what the code does.
 
 | layout | model | variant | quantized | kept | engine |
@@ -72,7 +72,7 @@ def row(name: str, folder: Path) -> str:
     layout = layouts()[name]
     with opened(layout, folder) as checkpoint:
         plan = plan_conversion(checkpoint, ConvertOptions())
-        runs = "diffusers" if model_engine.supports(checkpoint, plan.table) is None else "ComfyUI"
+        runs = "diffusers" if model_engine.supports(checkpoint, plan.table) is None else "–"
     stays = [each.reason for each in plan.decisions if not each.quantize]
     reasons = Counter(re.sub(r"^\d+ × \d+: ", "", reason).partition(":")[0] for reason in stays)
     already, quantized = len(plan.table.quantized), len(plan.decisions) - len(stays)
