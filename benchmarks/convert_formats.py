@@ -35,10 +35,12 @@ from against_peer import flux_shapes, make_bfloat16, our_version, touch_memory, 
 from measure import in_fresh_process, machine
 
 from convert_to_quant import convert as conversion
-from convert_to_quant.checkpoint import Checkpoint, open_checkpoint
+from convert_to_quant import quantize
+from convert_to_quant.checkpoint import Checkpoint, Spec, open_checkpoint
 from convert_to_quant.formats import WRITTEN
-from convert_to_quant.formats.record import Format
+from convert_to_quant.formats.record import Format, spans
 from convert_to_quant.layers import Layer
+from convert_to_quant.layout import Sink
 from convert_to_quant.names import WEIGHT
 from convert_to_quant.options import ConvertOptions
 
@@ -59,25 +61,23 @@ def floor(
     layer: Layer,
     fmt: Format,
     options: ConvertOptions,
-    sink: conversion.Sink,
+    sink: Sink,
     *,
     device: torch.device | None = None,
 ) -> None:
     """In place of `quantize_weight`: everything but the arithmetic."""
-    stored = {
-        suffix: conversion.Spec(*spec).nbytes for suffix, spec in fmt.storage(layer.shape, options.block_size).items()
-    }
+    stored = {suffix: Spec(*spec).nbytes for suffix, spec in fmt.storage(layer.shape, options.block_size).items()}
     if device is None:
         raw = checkpoint.raw(layer.weight.name)
-        for span in conversion.spans(len(raw), 1 << 19):
+        for span in spans(len(raw), 1 << 19):
             torch.aminmax(torch.from_numpy(raw[span]).view(torch.bfloat16))
     else:
-        weight = conversion._on_device(checkpoint, layer, device).view(torch.uint8).reshape(-1)
+        weight = quantize.on_device(checkpoint, layer, device).view(torch.uint8).reshape(-1)
         torch.cuda.current_stream(device).synchronize() if device.type == "cuda" else None
     for suffix, size in stored.items():
-        for span in conversion.spans(size, 1 << 23):
+        for span in spans(size, 1 << 23):
             part = slice(span.start, span.stop) if suffix == WEIGHT else slice(0, span.stop - span.start)
-            data = raw[part] if device is None else conversion._to_host(weight[part]).numpy()
+            data = raw[part] if device is None else quantize.to_host(weight[part]).numpy()
             sink(suffix, data, span.start)
 
 

@@ -1,21 +1,4 @@
-"""FP16, BF16 and FP32 checkpoints to another number format: which layers, with which scale, and the file.
-
-A weight W becomes codes C = round(clamp(W / s, ±max)) on the format's grid and a scale s, so that W ≈ C · s. One s
-serves the whole weight (tensor), a row of it (row), or a block of it (block), as the format has it.
-
-    absmax   s = max|W| / max: nothing is clipped, the largest weight becomes the largest code.
-    mse      the s of least Σ (W - C·s)² between a half and twice that. FP8 is a float, so where s falls on its grid
-             matters little and clipping matters much; the search says exactly how much.
-
-The mse search is exact. For fixed codes the error is a parabola in s, and a code changes only where |W|/s crosses a
-midpoint m between two code values, at s = |W|/m. So the axis of s falls into intervals, in each of which
-error(s) = Σ w² - 2 s Σ w·c + s² Σ c² for known sums; sorted breakpoints and running sums give them all, and with them
-the global minimum. A 16-bit weight has at most 32,768 magnitudes, so a histogram stands for it; a float32 weight is
-binned to bfloat16 for the search (not for the codes).
-
-16-bit weights under one scale are a table look-up (65,536 entries, made with `Grid.encode`, so bit for bit the same).
-Work is streamed in chunks straight to the output, layers side by side in threads: memory does not grow with the file.
-"""
+"""FP16, BF16 and FP32 checkpoints to another number format: which layers become what, and the file."""
 
 from __future__ import annotations
 
@@ -49,28 +32,20 @@ from .errors import CheckpointError, OutputError, TensorError
 from .families.base import OUTSIDE
 from .formats import DEFAULT, FORMATS
 from .formats.packing import round_up
-from .formats.record import CHUNK, TORCH_NAMES, Format, Packed, narrow_bfloat16, scale_grid, spans
+from .formats.record import Format, Packed, narrow_bfloat16, spans
 from .identity import Identity, identify
-from .layers import Layer, LayerTable, dequantize, determined, find_layers, input_scale, named, scales_per_row
+from .layers import Layer, LayerTable, dequantize, determined, find_layers, input_scale, named
 from .layout import WORKERS, Sink
 from .lazy_torch import torch
 from .lora import Lora, LoraMatch, Survival, match_checkpoint, merge_rows
 from .marks import SCALE_BYTES, Config, Way, scale_room, with_full_precision
 from .options import ConvertOptions
+from .quantize import bytes_of, quantize_weight, refuse_not_finite, rows_at_a_time
 from .telling import Advance, plural
 from .untrusted import JSONError, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-BAND_VALUES = 1 << 18
-"""Values per step where scales differ within a weight: about 1 MB of float32, which a core's cache holds."""
-
-DEVICE_BAND_VALUES = 1 << 23
-"""The same on a GPU: enough to occupy it."""
-
-STAGED_BYTES = 1 << 24
-"""What a thread copies to a GPU at a time."""
 
 MSE_SECONDS_PER_WEIGHT = 5e-6
 """What the exact search takes per weight where scales differ within a weight; measured on one core, 2026-11-22."""
@@ -78,8 +53,6 @@ MSE_SECONDS_PER_WEIGHT = 5e-6
 KEPT_BYTES = 31 << 20
 """A block of this size that was freed tells glibc to keep smaller ones (mallopt(3), M_MMAP_THRESHOLD). Else the kernel
 maps and clears every temporary anew: seven times as many page faults for INT8 ConvRot, 2026-11-26."""
-
-_LARGEST_BFLOAT16 = 0x7F7F
 
 
 @dataclass(frozen=True)
@@ -491,7 +464,7 @@ def convert(
             rounded = None if rounding is None else rounding(layer, fmt)
             if rounded is not None:
                 for suffix, tensor in rounded.items():
-                    sink(suffix, _bytes_of(tensor), 0)
+                    sink(suffix, bytes_of(tensor), 0)
                 return
             source, high = checkpoint, layer
             if layer.format is not None or layer.name in plan.merged.matched:
@@ -506,7 +479,7 @@ def convert(
     place = None if device == "cpu" else torch.device(device)
     computes = place is not None or any(isinstance(fmt, Packed) for fmt in plan.formats)
     jobs = [job(each.layer, each.format) for each in plan.decisions if each.format and not each.as_it_is]
-    jobs += [(0, partial(_check_kept, checkpoint, each)) for each in plan.kept]
+    jobs += [(0, partial(refuse_not_finite, checkpoint, each)) for each in plan.kept]
     jobs += [(each.weight.nbytes, partial(_merge_kept, checkpoint, each, plan.merged)) for each in plan.merged_only]
     layout.write(checkpoint, _lay_out(checkpoint, plan), output, jobs, progress=progress, before_commit=before_commit,
                  threads=_threads(place) if computes else None)  # fmt: skip
@@ -529,17 +502,11 @@ def _threads(device: torch.device | None) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def _check_kept(checkpoint: Checkpoint, layer: Layer, _write: Sink) -> None:
-    """Refuse a weight that is copied and would spoil every image."""
-    rows = _Rows(checkpoint, layer, DEFAULT)
-    rows.absmax(spans(layer.out_features, rows.step), layer.shape)
-
-
 def _merge_kept(checkpoint: Checkpoint, layer: Layer, merged: LoraMatch, write: Sink) -> None:
     """Merge adapters into a weight that stays in high precision, rounded once to its dtype."""
     source = _Widened(checkpoint, layer, merged)
     row_bytes = layer.weight.nbytes // layer.out_features
-    for band in spans(layer.out_features, max(1, BAND_VALUES // layer.in_features)):
+    for band in spans(layer.out_features, rows_at_a_time(layer)):
         write(layer.weight.name, _rounded(checkpoint, layer.weight.name, source.bits("", band)), band.start * row_bytes)
 
 
@@ -597,7 +564,7 @@ def surviving(checkpoint: Checkpoint, written: Checkpoint, plan: ConversionPlan)
 
     def of(layer: Layer) -> Survival:
         survival = Survival()
-        for band in spans(layer.out_features, round_up(max(1, BAND_VALUES // layer.in_features), Packed.ROWS)):
+        for band in spans(layer.out_features, rows_at_a_time(layer, Packed.ROWS)):
             weight_OI = dequantize(checkpoint, layer, band).reshape(-1, layer.in_features)
             merged_OI = merge_rows(plan.merged, layer.name, weight_OI, (band.start, band.stop))
             survival.add(weight_OI, merged_OI, dequantize(written, table.quantized[layer.name], band))
@@ -637,344 +604,3 @@ class _Widened(Checkpoint):
             self.ahead = np.concatenate([self.ahead[behind:], more])
             self.start += behind
         return np.array(self.ahead[start - self.start : stop - self.start])
-
-
-def quantize_weight(
-    checkpoint: Checkpoint,
-    layer: Layer,
-    fmt: Format,
-    options: ConvertOptions,
-    sink: Sink,
-    *,
-    device: torch.device | None = None,
-) -> NDArray[np.float32] | None:
-    """Quantize one weight, streaming it out.
-
-    Args:
-        checkpoint: where it is.
-        layer: a layer in high precision.
-        fmt: the format.
-        options: block size, and how scales are chosen.
-        sink: called with codes and scales, chunk by chunk, those of each tensor in order.
-        device: where torch computes; None for the CPU, without torch where a format needs none. The bytes are the
-            same, but for formats that rotate: sums have another order on a GPU.
-
-    Returns:
-        The weight scale of a format that is not packed, float32 [n_out, n_in], one per block: (1, 1) for tensor,
-        (out, 1) for row.
-
-    Raises:
-        TensorError: the weight has NaN or infinite values.
-    """
-    rows = _Rows(checkpoint, layer, fmt) if device is None else _RowsOnDevice(checkpoint, layer, fmt, device)
-    if isinstance(fmt, Packed):
-        _quantize_packed(rows, layer, fmt, options, sink)
-        return None
-    if device is None and fmt.granularity == "tensor" and layer.weight.dtype in ("BF16", "F16"):
-        scale = _quantize_by_table(rows, layer, fmt, options, sink)
-    else:
-        scale = _quantize_by_bands(rows, layer, fmt, options, sink)
-    sink(names.WEIGHT_SCALE, scale, 0)
-    return scale
-
-
-def _quantize_by_table(
-    rows: _Rows, layer: Layer, fmt: Format, options: ConvertOptions, sink: Sink
-) -> NDArray[np.float32]:
-    """One scale for 16-bit weights: two passes over the file's bits, no arithmetic per weight."""
-    meanings = _meanings(layer.weight.dtype)
-    bands = list(spans(layer.out_features, max(1, CHUNK // layer.in_features)))
-    scale = fmt.weight_scales(rows.absmax(bands, layer.shape))
-    if options.weight_scale == "mse":
-        scale = _least_squares_grid(rows, layer, scale, fmt, block=layer.shape, bands=bands)
-    with np.errstate(invalid="ignore", over="ignore"):
-        table = fmt.codes.encode(meanings / scale.reshape(()))
-    for band in bands:
-        codes = np.take(table, rows.bits(band).view(np.uint16), mode="clip")
-        sink(names.WEIGHT, codes, band.start * layer.in_features)
-    return scale
-
-
-def _meanings(dtype: str) -> NDArray[np.float32]:
-    """What the 65,536 patterns of a 16-bit dtype mean."""
-    patterns = np.arange(1 << 16, dtype=np.uint16)
-    return to_float32(patterns.view(np.float16) if dtype == "F16" else patterns, dtype)
-
-
-def _quantize_by_bands(
-    rows: _Rows, layer: Layer, fmt: Format, options: ConvertOptions, sink: Sink
-) -> NDArray[np.float32]:
-    """Scales per row or block, or weights of more than 16 bits, or a GPU: a band of rows at a time.
-
-    All bands that share a scale are read before the first is quantized; those of rows are still in the cache then.
-    """
-    block = fmt.block(layer.shape, options.block_size)
-    scale = np.empty(scale_grid(layer.shape, block), np.float32)
-    for bands in _bands(layer, block[0], rows.step):
-        blocks = slice(bands[0].start // block[0], -(-bands[-1].stop // block[0]))
-        scale[blocks] = fmt.weight_scales(rows.absmax(bands, block))
-        if options.weight_scale == "mse":
-            scale[blocks] = _least_squares_grid(rows, layer, scale[blocks], fmt, block=block, bands=bands)
-        for band in bands:
-            codes = rows.codes(band, scale, block, fits=options.weight_scale == "absmax")
-            sink(names.WEIGHT, codes, band.start * layer.in_features)
-    return scale
-
-
-def _quantize_packed(rows: _Rows, layer: Layer, fmt: Packed, options: ConvertOptions, sink: Sink) -> None:
-    """Packed formats."""
-
-    def largest() -> float:
-        return float(rows.absmax(list(spans(layer.out_features, rows.step)), layer.shape).item())
-
-    done: Counter[str] = Counter()
-    for suffix, piece in fmt.pieces(largest, layer.shape, rows, options.weight_scale, rows.step):
-        data = _bytes_of(piece)
-        sink(suffix, data, done[suffix])
-        done[suffix] += data.nbytes
-
-
-class _Rows:
-    """Rows of a weight, on the CPU: numpy does what needs no torch.
-
-    Args:
-        checkpoint: where it is.
-        layer: a layer in high precision.
-        fmt: what it is to become.
-
-    Attributes:
-        step: how many rows to deal with at a time.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, layer: Layer, fmt: Format) -> None:
-        self.checkpoint, self.layer, self.fmt = checkpoint, layer, fmt
-        self.step = max(1, BAND_VALUES // layer.in_features)
-        self.last: tuple[slice, NDArray[Any]] | None = None
-
-    def bits(self, band: slice) -> NDArray[Any]:
-        """As `Checkpoint.bits` gives them; a band that is asked for again is not read again."""
-        if self.last is None or self.last[0] != band:
-            self.last = band, self.checkpoint.bits(self.layer.weight.name, band)
-        return self.last[1]
-
-    def absmax(self, bands: Iterable[slice], block: tuple[int, int]) -> NDArray[np.float32]:
-        """The largest magnitude of each block of bands, which are whole blocks or parts of one; float32 [n_out, n_in].
-
-        Raises:
-            TensorError: a weight is NaN or infinite.
-        """
-        absmax: NDArray[np.float32] = np.max([self.band_absmax(band, block) for band in bands], axis=0)
-        if not np.isfinite(absmax).all():
-            raise TensorError(
-                "the weight has NaN or infinite values",
-                path=self.checkpoint.path_of(self.layer.weight.name),
-                tensor=self.layer.weight.name,
-                hint=f"{self.fmt.title} cannot repair them; the input file is damaged or its training diverged",
-            )
-        return absmax
-
-    def band_absmax(self, band: slice, block: tuple[int, int]) -> NDArray[np.float32]:
-        """The same of one band, unchecked."""
-        return _block_absmax(self.bits(band), self.layer.weight.dtype, block)
-
-    def codes(self, band: slice, scale: NDArray[np.float32], block: tuple[int, int], *, fits: bool) -> NDArray[Any]:
-        """A band's codes under the scales [n_out, n_in] of all blocks; `fits` where none is clipped."""
-        weight_OI = to_float32(self.bits(band), self.layer.weight.dtype)
-        np.divide(weight_OI, scales_per_row(scale, replace(self.layer, block=block), band), out=weight_OI)
-        return self.fmt.codes.encode(weight_OI, fits=fits)
-
-    def __call__(self, rows: Any) -> Tensor:
-        """Rows by a slice or by their numbers, in the file's dtype, known to be finite."""
-        bands = [rows] if isinstance(rows, slice) else [slice(row, row + 1) for row in rows.tolist()]
-        self.absmax(bands, self.layer.shape)
-        bits = np.concatenate([self.bits(band) for band in bands]) if len(bands) > 1 else self.bits(bands[0])
-        return torch.from_numpy(bits.view(np.uint8)).view(getattr(torch, TORCH_NAMES[self.layer.weight.dtype]))
-
-
-class _RowsOnDevice(_Rows):
-    """Rows of a weight that is read into the memory of a device once, through pinned memory.
-
-    A thread waits for each of its copies; other threads copy or compute meanwhile, each on a stream of its own.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, layer: Layer, fmt: Format, device: torch.device) -> None:
-        super().__init__(checkpoint, layer, fmt)
-        self.step = max(1, DEVICE_BAND_VALUES // layer.in_features)
-        self.weight = _on_device(checkpoint, layer, device)
-        if isinstance(fmt, Packed):
-            self.absmax([ALL_ROWS], layer.shape)
-
-    def band_absmax(self, band: slice, block: tuple[int, int]) -> NDArray[np.float32]:
-        absmax: NDArray[np.float32] = _block_absmax_of(self.weight[band], block).cpu().numpy()
-        return absmax
-
-    def codes(self, band: slice, scale: NDArray[np.float32], block: tuple[int, int], *, fits: bool) -> NDArray[Any]:  # noqa: ARG002
-        weight_OI = self.weight[band]
-        scales = torch.from_numpy(scale[band.start // block[0] : -(-band.stop // block[0])]).to(weight_OI.device)
-        per_row = scales.repeat_interleave(block[0], 0)[band.start % block[0] :][: len(weight_OI)]
-        if per_row.shape[1] > 1:
-            per_row = per_row.repeat_interleave(block[1], 1)[:, : self.layer.in_features]
-        return _bytes_of(self.fmt.codes.round(weight_OI.float() / per_row))
-
-    def __call__(self, rows: Any) -> Tensor:
-        return self.weight[rows]
-
-
-def _on_device(checkpoint: Checkpoint, layer: Layer, device: torch.device) -> Tensor:
-    """A weight in the memory of a device, in the file's dtype."""
-    dtype = getattr(torch, TORCH_NAMES[layer.weight.dtype])
-    weight = torch.empty(layer.shape, dtype=dtype, device=device)
-    rows = min(layer.out_features, max(1, STAGED_BYTES // (layer.in_features * dtype.itemsize)))
-    staged = torch.empty((rows, layer.in_features), dtype=dtype, pin_memory=device.type == "cuda")
-    for band in spans(layer.out_features, rows):
-        part = staged[: band.stop - band.start]
-        np.copyto(part.view(torch.uint8).numpy(), checkpoint.bits(layer.weight.name, band).view(np.uint8))
-        weight[band].copy_(part)
-    return weight
-
-
-def _bytes_of(tensor: Tensor) -> NDArray[Any]:
-    """A tensor of float32, or of the bytes of what numpy has no dtype for."""
-    data: NDArray[Any] = _to_host(tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor).numpy()
-    return data
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A contiguous copy in memory that a GPU writes directly; the tensor itself on the CPU."""
-    if tensor.device.type != "cuda":
-        return tensor.cpu().contiguous()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-
-
-def _block_absmax_of(weight_OI: Tensor, block: tuple[int, int]) -> Tensor:
-    """Largest magnitude per block, float32 [n_out, n_in]."""
-    rows, columns = scale_grid((weight_OI.shape[0], weight_OI.shape[1]), block)
-    missing = (0, columns * block[1] - weight_OI.shape[1], 0, rows * block[0] - weight_OI.shape[0])
-    magnitudes = weight_OI.abs()
-    if any(missing):
-        magnitudes = torch.nn.functional.pad(magnitudes, missing)
-    return magnitudes.reshape(rows, block[0], columns, block[1]).amax((1, 3)).float()
-
-
-def _bands(layer: Layer, block_out: int, rows: int) -> Iterator[list[slice]]:
-    """Rows of a weight in steps that share no scale: a band of whole blocks, or several of one block that is larger."""
-    step = max(block_out, rows - rows % block_out)
-    for together in spans(layer.out_features, step):
-        yield [
-            slice(together.start + part.start, together.start + part.stop)
-            for part in spans(together.stop - together.start, max(rows, step) if rows >= block_out else rows)
-        ]
-
-
-def _block_absmax(bits: NDArray[Any], dtype: str, block: tuple[int, int]) -> NDArray[np.float32]:
-    """Largest magnitude per block of a band of rows; NaN where a block has one.
-
-    Bits without the sign order magnitudes: finite, then infinity, then NaN. So only the largest are widened.
-    """
-    if block[0] >= bits.shape[0] and block[1] >= bits.shape[1]:
-        bits, block = bits.reshape(1, -1), (1, bits.size)  # three times as fast as row by row
-    unsigned, signed = bits.view(f"u{bits.itemsize}"), bits.view(f"i{bits.itemsize}")
-    without_sign = np.iinfo(unsigned.dtype).max >> 1
-    rows, columns = bits.shape
-    if block[1] >= columns:  # the largest as signed numbers is positive, as unsigned ones negative: no temporary
-        negative = (unsigned.max(axis=1, keepdims=True) & without_sign).view(signed.dtype)
-        magnitudes = np.maximum(signed.max(axis=1, keepdims=True), negative)
-    else:
-        magnitudes = np.maximum.reduceat(unsigned & without_sign, np.arange(0, columns, block[1]), axis=1)
-    if block[0] > 1:
-        magnitudes = np.maximum.reduceat(magnitudes, np.arange(0, rows, block[0]), axis=0)
-    return to_float32(magnitudes.view(bits.dtype), dtype)
-
-
-def _least_squares_grid(
-    rows: _Rows,
-    layer: Layer,
-    absmax_scale: NDArray[np.float32],
-    fmt: Format,
-    *,
-    block: tuple[int, int],
-    bands: Sequence[slice],
-) -> NDArray[np.float32]:
-    """The least-squares scale of every block in some bands."""
-    if scale_grid(layer.shape, block) == (1, 1):
-        counts = np.zeros(1 << 15, np.int64)
-        for bits in map(rows.bits, bands):
-            if layer.weight.dtype in ("BF16", "F16"):
-                both_signs = np.bincount(bits.reshape(-1).view(np.uint16), minlength=1 << 16)
-                counts += both_signs[: 1 << 15] + both_signs[1 << 15 :]
-                continue
-            weight_OI = to_float32(bits, layer.weight.dtype)
-            rounded = (np.abs(weight_OI).view(np.uint32).reshape(-1) + np.uint32(0x8000)) >> np.uint32(16)
-            rounded = np.minimum(rounded, np.uint32(_LARGEST_BFLOAT16))  # what is above would round to infinity
-            counts += np.bincount(rounded, minlength=1 << 15)
-        used = np.flatnonzero(counts)
-        magnitudes = _meanings("F16" if layer.weight.dtype == "F16" else "BF16")[used].astype(np.float64)
-        return least_squares_scale(magnitudes, counts[used], absmax_scale, fmt).reshape(1, 1)
-    scale = np.empty_like(absmax_scale)
-    start, stop = bands[0].start, bands[-1].stop
-    whole_blocks = [slice(at, min(at + block[0], stop)) for at in range(start, stop, block[0])]
-    for number, bits in enumerate(map(rows.bits, whole_blocks)):
-        weight_OI = to_float32(bits, layer.weight.dtype)
-        for column, span in enumerate(spans(layer.in_features, block[1])):
-            values, counts = np.unique(np.abs(weight_OI[:, span]), return_counts=True)
-            found = least_squares_scale(values.astype(np.float64), counts, absmax_scale[number, column], fmt)
-            scale[number, column] = found
-    return scale
-
-
-def least_squares_scale(
-    magnitudes: NDArray[np.float64], counts: NDArray[np.int64], absmax_scale: Any, fmt: Format = DEFAULT
-) -> NDArray[np.float32]:
-    """The scale s of least Σ count · (|w| - s · code(|w| / s))² between half and twice `absmax_scale`.
-
-    Args:
-        magnitudes: distinct |w|, float64 [n].
-        counts: how often each occurs, [n].
-        absmax_scale: max|w| / max, the scale at which nothing is clipped.
-        fmt: the format.
-
-    Returns:
-        float32 scalar. Never worse than `absmax_scale` itself.
-
-    At 7/6 the code before the last means the largest weight exactly, and 0.1 lies nearer to a code than at 1:
-
-    >>> weights = np.array([0.1, DEFAULT.codes.max])
-    >>> round(float(least_squares_scale(weights, np.array([1000, 1]), np.float32(1.0))), 5)
-    1.16667
-    """
-    start = np.asarray(absmax_scale, np.float32).reshape(())
-    nonzero = magnitudes > 0
-    magnitudes, weights = magnitudes[nonzero], counts[nonzero].astype(np.float64)
-    if not len(magnitudes):
-        return start
-    low, high = float(start) / 2, float(start) * 2
-    levels, midpoints = fmt.codes.levels, fmt.codes.midpoints
-
-    # As s grows from low to high, |w| / s falls through the midpoints in ((|w| / high), (|w| / low)): one event each.
-    first = np.searchsorted(midpoints, magnitudes / high, side="right")
-    last = np.searchsorted(midpoints, magnitudes / low, side="left")
-    events = last - first
-    owner = np.repeat(np.arange(len(magnitudes)), events)
-    crossed = np.arange(len(owner)) - np.repeat(np.cumsum(events) - events, events) + first[owner]
-    position = magnitudes[owner] / midpoints[crossed]
-    order = np.argsort(position, kind="stable")
-    owner, crossed, position = owner[order], crossed[order], position[order]
-
-    top = levels[last]
-    dot = np.concatenate([[np.sum(weights * magnitudes * top)], weights[owner] * magnitudes[owner]])
-    square = np.concatenate([[np.sum(weights * top**2)], weights[owner]])
-    dot[1:] *= levels[crossed] - levels[crossed + 1]
-    square[1:] *= levels[crossed] ** 2 - levels[crossed + 1] ** 2
-    dot, square = np.cumsum(dot), np.cumsum(square)
-
-    edges = np.concatenate([[low], position, [high]])
-    best_inside = np.clip(np.divide(dot, square, out=np.full_like(dot, low), where=square > 0), edges[:-1], edges[1:])
-    saved = best_inside * (2 * dot - best_inside * square)  # Σ w² - error: the constant does not matter
-    found = np.maximum(np.float32(best_inside[int(np.argmax(saved))]), np.float32(fmt.least_scale))
-
-    def error(scale: np.float32) -> float:
-        codes = fmt.codes.encode((magnitudes / np.float64(scale)).astype(np.float32))
-        real = fmt.codes.decode(codes).astype(np.float64) * np.float64(scale)
-        return float(np.sum(weights * (magnitudes - real) ** 2))
-
-    return np.asarray(found if error(found) < error(np.float32(start)) else start, np.float32)

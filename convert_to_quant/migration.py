@@ -6,11 +6,12 @@ import numpy as np
 
 from . import names
 from .checkpoint import Checkpoint, Spec
-from .convert import BAND_VALUES, provenance, provenance_room
+from .convert import provenance, provenance_room
 from .errors import TensorError
 from .formats.record import Packed, narrow_bfloat16, spans
 from .layers import Layer, dequantize, find_layers, named
 from .layout import Job, Layout, Sink, Tensors, beside, lay_out, mark_once, remark, told
+from .quantize import rows_at_a_time
 from .telling import plural
 
 
@@ -53,8 +54,7 @@ def _dequantizing(checkpoint: Checkpoint, layer: Layer) -> Job:
     """The work of turning a layer into BF16, in bands of whole tiles of scales."""
 
     def work(sink: Sink) -> None:
-        rows = max(1, BAND_VALUES // (max(1, layer.in_features) * Packed.ROWS)) * Packed.ROWS
-        for band in spans(layer.out_features, rows):
+        for band in spans(layer.out_features, rows_at_a_time(layer, Packed.ROWS)):
             sink(layer.weight.name, narrow_bfloat16(dequantize(checkpoint, layer, band)),
                  band.start * layer.in_features * 2)  # fmt: skip
 

@@ -15,11 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert_to_quant import convert as convert_module
+from convert_to_quant import quantize as quantize_module
 from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
 from convert_to_quant.convert import (
     convert,
-    least_squares_scale,
     plan_conversion,
     provenance,
 )
@@ -30,6 +29,7 @@ from convert_to_quant.layers import dequantize, find_layers
 from convert_to_quant.marks import disables_fp8
 from convert_to_quant.names import PROVENANCE_KEY
 from convert_to_quant.options import ConvertOptions
+from convert_to_quant.quantize import least_squares_scale
 
 NAME = "blocks.0.linear"
 E4M3FN = torch.float8_e4m3fn
@@ -83,11 +83,11 @@ def weights(dtype: torch.dtype, shape: tuple[int, int] = (48, 80), seed: int = 0
         ({"scaling_mode": "block", "block_size": 65535}, (65535, 65535), (1, 1), "float8_e4m3fn_blockwise"),
     ],
 )
-@pytest.mark.parametrize("band_values", [convert_module.BAND_VALUES, 20 * 80, 7 * 80, 1])
+@pytest.mark.parametrize("band_values", [quantize_module.BAND_VALUES, 20 * 80, 7 * 80, 1])
 def test_codes_and_scales_are_those_of_torch_bit_for_bit(
     *, tmp_path, monkeypatch, dtype, options, block, scale_shape, format_name, band_values
 ):
-    monkeypatch.setattr(convert_module, "BAND_VALUES", band_values)
+    monkeypatch.setattr(quantize_module, "BAND_VALUES", band_values)
     weight = weights(dtype)
     safetensors.torch.save_file({f"{NAME}.weight": weight}, tmp_path / "in.safetensors")
     run(tmp_path / "in.safetensors", tmp_path / "out.safetensors", **options)

@@ -26,7 +26,7 @@ ROWS = (
     {"card", "demo", "emoji", "comfyui_nodes"},
     {"best", "calibrate_activation_scales", "fidelity", "folding", "inspection", "problems", "report"},
     {"engines"},
-    {"solve", "choose", "rounding", "headroom", "patch", "convert", "migration", "repair"},
+    {"solve", "choose", "rounding", "headroom", "patch", "convert", "quantize", "migration", "repair"},
     {"adapters", "lora", "recorder", "linear_calls", "layers", "identity", "layout", "damaged", "misshapen"}
     | {"naming", "packings"},
     {"marks", "families", "stats", "trials", "speeds", "formats", "checkpoint", "options"},

@@ -74,7 +74,7 @@ def make(save: Save, tmp_path: Path) -> Callable[[str], Path]:
 def test_any_format_is_rounded_to_any_other_as_its_real_weights_would_be(
     make: Any, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
 ) -> None:
-    monkeypatch.setattr("convert_to_quant.convert.BAND_VALUES", 50 * 256)  # bands that no tile ends with
+    monkeypatch.setattr("convert_to_quant.quantize.BAND_VALUES", 50 * 256)  # bands that no tile ends with
     source, output, expected = make(before), tmp_path / "out.safetensors", tmp_path / "expected.safetensors"
     notes = run(source, output, options(after, requantize=True))
     with open_checkpoint(source) as checkpoint:

@@ -438,10 +438,7 @@ class Format:
         return self.granularity in ("tensor", "row")
 
     def quantized(self, weight_OI: Tensor, _method: str = "absmax") -> dict[str, Tensor]:
-        """What is stored of a whole weight [out, in], each weight rounded to nearest; scales by "absmax".
-
-        Packed formats take "mse" as well.
-        """
+        """What is stored of a whole weight [out, in], each weight rounded to nearest; scales by "absmax"."""
         absmax = weight_OI.abs()
         absmax = absmax.amax().reshape(1, 1) if self.granularity == "tensor" else absmax.amax(1, keepdim=True)
         scale = torch.where(absmax == 0, self.zero_scale, (absmax / self.codes.max).clamp(min=self.least_scale))
@@ -556,6 +553,7 @@ class Packed(Format):
             yield names.WEIGHT_SCALE, tiled.view(scales[0].dtype)
 
     def quantized(self, weight_OI: Tensor, method: str = "absmax") -> dict[str, Tensor]:
+        """As of any format; "mse" as well."""
         shape = (weight_OI.shape[0], weight_OI.shape[1])
         step = max(1, TOGETHER_VALUES // shape[1])
         parts: dict[str, list[Tensor]] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert_to_quant import convert as convert_module
+from convert_to_quant import quantize as quantize_module
 from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
 from convert_to_quant.convert import convert, plan_conversion, surviving
 from convert_to_quant.errors import Error, LoraError, TensorError
@@ -81,7 +81,7 @@ def test_bytes_are_those_of_a_file_that_was_merged_beforehand(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, fmt: str, weight_scale: str
 ) -> None:
     """Two files, with strengths and alpha, one on two layers; in bands of a few rows."""
-    monkeypatch.setattr(convert_module, "BAND_VALUES", 50 * IN)
+    monkeypatch.setattr(quantize_module, "BAND_VALUES", 50 * IN)
     one, two = factors(FIRST, 5, alpha=8) | factors(KEPT, 6), factors(FIRST, 7)
     first, second = written(tmp_path / "one.safetensors", one), written(tmp_path / "two.safetensors", two)
     survival = run(model, tmp_path / "ours.safetensors", f"{first}:0.5", f"{second}:-2", format=fmt,

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from convert_to_quant import convert as convert_module
+from convert_to_quant import quantize as quantize_module
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.cli import main
 from convert_to_quant.convert import convert, plan_conversion
@@ -53,11 +53,11 @@ def converted(folder: Path, weight: Tensor, **options: Any) -> dict[str, Tensor]
 
 @float_dtypes
 @both
-@pytest.mark.parametrize("band_values", [convert_module.BAND_VALUES, 7 * SHAPE[1]])
+@pytest.mark.parametrize("band_values", [quantize_module.BAND_VALUES, 7 * SHAPE[1]])
 def test_weights_are_those_of_comfy_kitchen_bit_for_bit(
     *, tmp_path: Path, monkeypatch: Any, kitchen: Any, dtype: torch.dtype, form: str, per_row: bool, band_values: int
 ) -> None:
-    monkeypatch.setattr(convert_module, "BAND_VALUES", band_values)
+    monkeypatch.setattr(quantize_module, "BAND_VALUES", band_values)
     weight = weights(dtype)
     quantize = kitchen.quantize_int8_rowwise if per_row else kitchen.quantize_int8_tensorwise
     codes, scale = quantize(weight.float())

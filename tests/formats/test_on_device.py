@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert_to_quant.checkpoint import open_checkpoint
-from convert_to_quant.convert import Sink, convert, plan_conversion, quantize_weight
+from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.errors import TensorError
 from convert_to_quant.formats import FORMATS, WRITTEN
 from convert_to_quant.formats.record import Packed
 from convert_to_quant.layers import find_layers
+from convert_to_quant.layout import Sink
 from convert_to_quant.options import ConvertOptions
+from convert_to_quant.quantize import quantize_weight
 
 GRIDS = [name for name in WRITTEN if not isinstance(FORMATS[name], Packed)]
 CPU = torch.device("cpu")
