@@ -47,11 +47,11 @@ def is_group(size: int, in_features: int) -> bool:
 @lru_cache(maxsize=16)
 def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The regular Hadamard matrix [size, size] of a power of 4, orthogonal and symmetric."""
-    base = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=dtype, device=device)
+    base = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=dtype)
     matrix: Tensor = base
     while len(matrix) < size:
         matrix = torch.kron(matrix, base)
-    normalized: Tensor = matrix / size**0.5
+    normalized: Tensor = (matrix / size**0.5).to(device)  # copied, so that it is there for the streams of other threads
     return normalized
 
 

@@ -182,10 +182,10 @@ class W4A8(ConvRot):
         return values.index_select(0, codes.flatten().int()).reshape(normalized.shape)
 
     def quantize(self, weight_OI: Tensor, whole: Parts, _method: str) -> dict[str, Tensor]:
-        rotated = rotate_weight(weight_OI, ROTATED)
         values = self.values(whole, torch.device("cpu"))
-        limits = torch.from_numpy(limits_of(tuple(values.tolist())))  # on the CPU: waiting for a GPU costs more
-        values, limits = values.to(rotated.device), limits.to(rotated.device)
+        limits = torch.from_numpy(limits_of(tuple(values.tolist()))).to(weight_OI.device)
+        values = values.to(weight_OI.device)  # before there is work that these copies would wait for
+        rotated = rotate_weight(weight_OI, ROTATED)
         scale, real = self.fit(rotated.reshape(-1, GROUP), values, limits)
         s_channel = (absmax_of(real.reshape(rotated.shape)) / INTEGERS.max).clamp_(min=LEAST)
         s_rel = (scale.reshape(len(rotated), -1) / s_channel.unsqueeze(1)).to(torch.float8_e4m3fn)
