@@ -76,7 +76,7 @@ def floor(
     for suffix, size in stored.items():
         for span in spans(size, 1 << 23):
             part = slice(span.start, span.stop) if suffix == WEIGHT else slice(0, span.stop - span.start)
-            data = raw[part] if device is None else quantize.to_host(weight[part]).numpy()
+            data = raw[part] if device is None else quantize.bytes_of(weight[part])
             sink(suffix, data, span.start)
 
 

@@ -50,8 +50,6 @@ DEVICE_BAND_VALUES = 1 << 23
 STAGED_BYTES = 1 << 24
 """What a thread copies to a GPU at a time."""
 
-_LARGEST_BFLOAT16 = 0x7F7F
-
 Pieces = Iterator[tuple[str, NDArray[Any]]]
 """What is stored of a weight, by suffix, in pieces that follow one another."""
 
@@ -218,7 +216,13 @@ class _RowsOnDevice(_Rows):
             self.absmax([ALL_ROWS], layer.shape)
 
     def band_absmax(self, band: slice, block: tuple[int, int]) -> NDArray[np.float32]:
-        absmax: NDArray[np.float32] = _block_absmax_of(self.weight[band], block).cpu().numpy()
+        magnitudes = self.weight[band].abs()
+        rows, columns = scale_grid((magnitudes.shape[0], magnitudes.shape[1]), block)
+        missing = (0, columns * block[1] - magnitudes.shape[1], 0, rows * block[0] - magnitudes.shape[0])
+        if any(missing):
+            magnitudes = torch.nn.functional.pad(magnitudes, missing)
+        largest = magnitudes.reshape(rows, block[0], columns, block[1]).amax((1, 3))
+        absmax: NDArray[np.float32] = largest.float().cpu().numpy()
         return absmax
 
     def codes(self, band: slice, scale: NDArray[np.float32], block: tuple[int, int], *, fits: bool) -> NDArray[Any]:  # noqa: ARG002
@@ -247,26 +251,12 @@ def on_device(checkpoint: Checkpoint, layer: Layer, device: torch.device) -> Ten
 
 
 def bytes_of(tensor: Tensor) -> NDArray[Any]:
-    """A tensor of float32, or of the bytes of what numpy has no dtype for."""
-    data: NDArray[Any] = to_host(tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor).numpy()
+    """A tensor of float32, or of the bytes of what numpy has no dtype for; a GPU writes them into pinned memory."""
+    tensor = (tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor).contiguous()
+    if tensor.device.type == "cuda":
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    data: NDArray[Any] = tensor.cpu().numpy()
     return data
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """A contiguous copy in memory that a GPU writes directly; the tensor itself on the CPU."""
-    if tensor.device.type != "cuda":
-        return tensor.cpu().contiguous()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-
-
-def _block_absmax_of(weight_OI: Tensor, block: tuple[int, int]) -> Tensor:
-    """Largest magnitude per block, float32 [n_out, n_in]."""
-    rows, columns = scale_grid((weight_OI.shape[0], weight_OI.shape[1]), block)
-    missing = (0, columns * block[1] - weight_OI.shape[1], 0, rows * block[0] - weight_OI.shape[0])
-    magnitudes = weight_OI.abs()
-    if any(missing):
-        magnitudes = torch.nn.functional.pad(magnitudes, missing)
-    return magnitudes.reshape(rows, block[0], columns, block[1]).amax((1, 3)).float()
 
 
 def _bands(layer: Layer, block_out: int, rows: int) -> Iterator[list[slice]]:
@@ -311,7 +301,7 @@ def _least_squares_grid(
                 continue
             weight_OI = to_float32(bits, layer.weight.dtype)
             rounded = (np.abs(weight_OI).view(np.uint32).reshape(-1) + np.uint32(0x8000)) >> np.uint32(16)
-            rounded = np.minimum(rounded, np.uint32(_LARGEST_BFLOAT16))  # what is above would round to infinity
+            rounded = np.minimum(rounded, np.uint32(0x7F7F))  # bfloat16's largest: what is above would be infinity
             counts += np.bincount(rounded, minlength=1 << 15)
         used = np.flatnonzero(counts)
         magnitudes = _meanings("F16" if layer.weight.dtype == "F16" else "BF16")[used].astype(np.float64)
