@@ -37,7 +37,6 @@ from .formats.record import FLOAT_SCALES, TORCH_NAMES, Format, Packed, scale_gri
 from .formats.rotation import LARGEST_GROUP, is_group, rotate
 from .lazy_torch import torch
 from .marks import Config, Marking, Marks, describes, first, full_precision, said_block
-from .stats import sampled_place
 
 PLAIN_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 
@@ -614,6 +613,8 @@ def sample_weights(checkpoint: Checkpoint, layers: Iterable[Layer]) -> dict[str,
     Returns:
         By name, float32 [64]; without those that are empty or not finite.
     """
+    from .stats import sampled_place
+
     samples = {}
     for layer in layers:
         if math.prod(layer.shape):

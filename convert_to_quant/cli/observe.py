@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from textwrap import shorten
@@ -200,6 +198,8 @@ def observe_in_diffusers(
     args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTable, adapters: Sequence[Lora]
 ) -> tuple[dict[str, Any], Run]:
     """How diffusers' classes run a checkpoint: what the statistics are made with, and the run."""
+    from dataclasses import replace
+
     from ..engines import diffusers
     from ..engines.prompts import Prompts
     from ..engines.session import fingerprint
@@ -266,6 +266,8 @@ def keep_moments(
     Returns:
         What the statistics' header says of them.
     """
+    import hashlib
+
     from ..best import plan_any
     from ..engines.moments import Gathering
     from ..recorder import gather
