@@ -24,15 +24,13 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, OptionError
 from ..layers import find_layers
 from ..options import RunOptions
-from ..stats import Statistics
 from ..telling import Progress
 from .adapters import fold_lora
-from .factors import STRENGTH, find_exponents
+from .factors import find_exponents
 from .folded import Folded, fold_checkpoint, read_groups
 from .groups import Group, find_groups
 
 __all__ = [
-    "STRENGTH",
     "Folded",
     "Group",
     "find_groups",
@@ -43,22 +41,10 @@ __all__ = [
 ]
 
 
-def refuse_folded(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose channels are scaled already: what its header says would no longer be all.
-
-    Raises:
-        CheckpointError: they are.
-    """
-    if names.FOLDING_KEY in checkpoint.metadata:
-        raise CheckpointError("its channels are folded already", path=checkpoint.path, hint="leave out --fold")
-
-
 def fold(
     checkpoint: Checkpoint,
     layers: Collection[str],
     shown: RunOptions | None = None,
-    strength: float = STRENGTH,
-    statistics: Statistics | None = None,
     *,
     progress: Progress | None = None,
 ) -> Checkpoint:
@@ -70,8 +56,6 @@ def fold(
         checkpoint: the open checkpoint, which must stay open.
         layers: those that will be quantized.
         shown: what the model is shown.
-        strength: see `factors`.
-        statistics: what was observed already, in place of a run.
         progress: told how far the run is.
 
     Raises:
@@ -83,7 +67,8 @@ def fold(
 
     from ..engines import denoiser, diffusers, trials
 
-    refuse_folded(checkpoint)
+    if names.FOLDING_KEY in checkpoint.metadata:  # which would no longer say all
+        raise CheckpointError("its channels are folded already", path=checkpoint.path, hint="leave out --fold")
     shown = shown or RunOptions()
     table = find_layers(checkpoint)
     plan = denoiser.plan(checkpoint, table)
@@ -94,12 +79,9 @@ def fold(
         problem = f"no layer of {plan.family} that is to be quantized reads channels that can be folded"
         raise OptionError(problem, hint="leave out --fold")
     read = {plan.full_name(place.tensor).removesuffix(names.WEIGHT) for group in groups for place in group.columns}
-    if statistics is None:
-        wanted = [name for name in table.plain if name in read]
-        with trials.tensor_float_32():
-            statistics = diffusers.observe_shown(
-                checkpoint, table, shown, dtype=float32, layers=wanted, progress=progress
-            )
-    exponents = find_exponents(checkpoint, groups, statistics, table.prefix, strength)
+    wanted = [name for name in table.plain if name in read]
+    with trials.tensor_float_32():
+        statistics = diffusers.observe_shown(checkpoint, table, shown, dtype=float32, layers=wanted, progress=progress)
+    exponents = find_exponents(checkpoint, groups, statistics, table.prefix)
     found = [replace(group, exponents=each) for group, each in zip(groups, exponents, strict=True) if each.any()]
     return fold_checkpoint(checkpoint, found) if found else checkpoint

@@ -1,8 +1,9 @@
 """How much each channel is scaled: so that inputs and weights share what the channels differ by.
 
-Of a channel's largest input x and the size w of the column that reads it, x is divided by s = x^a / w^(1 - a), and the
-column multiplied by it: with a = 1/2 both become sqrt(x w). Each row of a weight is measured by its own largest value,
-since a scale per row is what most formats have: so it does not matter that other factors scale rows.
+Of a channel's largest input x and the size w of the column that reads it, x is divided by sqrt(x / w), and the column
+multiplied by it, so that both become sqrt(x w); other shares keep less (docs/experiments.md). Each row of a weight is
+measured by its own largest value, since a scale per row is what most formats have: so it does not matter that other
+factors scale rows.
 
 What is left is one factor for all channels of a group. Where a layer reads other channels beside them (attention beside
 an MLP), it brings x / w to the level of those. A modulation's scale must not have factors under 1: where 1 + scale is
@@ -29,9 +30,6 @@ from .groups import Exponents, Group, Place
 
 Float = NDArray[np.float64]
 
-STRENGTH = 0.5
-"""a: the share of the channels' differences that moves from the inputs into the weights."""
-
 LEAST_GAIN = 2.0
 """What factors have to take from Σ x² · Σ w², on average over the layers that read the channels: 0.1 to 1.8 dB on the
 emoji model as it was trained, 15 to 40 dB where every channel has a range of its own."""
@@ -41,7 +39,7 @@ BAND_VALUES = 1 << 22
 
 
 def find_exponents(
-    checkpoint: Checkpoint, groups: Sequence[Group], statistics: Statistics, prefix: str, strength: float = STRENGTH
+    checkpoint: Checkpoint, groups: Sequence[Group], statistics: Statistics, prefix: str
 ) -> list[Exponents]:
     """The exponents of factors: each channel is scaled by 2^exponent.
 
@@ -50,7 +48,6 @@ def find_exponents(
         groups: all that will be scaled.
         statistics: of what layers received.
         prefix: what stands before the diffusion model's names.
-        strength: a, from 0 (the weights' columns become even) to 1 (the inputs do).
 
     Returns:
         For each group int8, one for each row that gives a channel; all 0 where nothing is known of the inputs, or the
@@ -86,7 +83,7 @@ def find_exponents(
         if not used.any():
             return nothing
         octaves = np.zeros(len(x))
-        octaves[used] = (1 - strength) * np.log2(w[used]) - strength * np.log2(x[used])
+        octaves[used] = np.log2(w[used] / x[used]) / 2
         octaves[~used] = np.median(octaves[used])
         if group.ones:
             octaves -= octaves.min()
