@@ -46,9 +46,16 @@ def test_the_command_rounds_and_says_so(ctq: Any, flux_file: Path, tmp_path: Pat
     assert sum(ours for ours, _ in errors) < 0.8 * sum(theirs for _, theirs in errors)
 
 
-def test_a_mix_is_rounded_too(ctq: Any, flux_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "best.safetensors"
-    assert ctq("-i", flux_file, "-o", out, "--best", "--gpu", "rtx50", "--bits", 7, "--round", *SMALL).code == 0
+def test_a_mix_is_rounded_too_and_by_what_was_kept(
+    ctq: Any, flux_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, stats = tmp_path / "best.safetensors", tmp_path / "stats.safetensors"
+    best = ("-i", flux_file, "-o", out, "--best", "--gpu", "rtx50", "--bits", 7, "--round")
+    assert ctq(*best, *SMALL).code == 0
+    assert ctq("inspect", out, "--strict").code == 0
+    assert ctq("observe", flux_file, "-o", stats, "--trials", "--moments", *OBSERVED).code == 0
+    monkeypatch.setattr(moments, "Gathering", None)  # no model runs
+    assert ctq(*best, "--from", stats).code == 0
     assert ctq("inspect", out, "--strict").code == 0
 
 
