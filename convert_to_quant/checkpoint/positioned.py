@@ -1,6 +1,7 @@
 """Reading and writing at a position, locks, and fsync, on systems that have them and on those that have not.
 
-Windows has neither pread(2) nor pwrite(2); there the position is set and used under one lock for all files.
+Windows has neither pread(2) nor pwrite(2); there the position is set and used under one lock for all files. And it
+keeps some names for itself, whatever they end in.
 """
 
 from __future__ import annotations
@@ -8,9 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
+
+WINDOWS = os.name == "nt"
+
+_KEPT_NAME = re.compile(r"(con|prn|aux|nul|com[1-9¹²³]|lpt[1-9¹²³]|conin\$|conout\$) *(\..*)?", re.IGNORECASE)
 
 OPEN_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 """What every open needs: bytes as they are, and no inheritance."""
@@ -64,6 +70,15 @@ def write_at(fd: int, data: Any, offset: int) -> None:
     while view:
         written = pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
+
+
+def is_plain_on_windows(name: str) -> bool:
+    """Whether Windows makes a file of just this name, and opens no device and drops no ending.
+
+    >>> [is_plain_on_windows(name) for name in ("aux.safetensors", "COM1", "a.", "a ", "auxiliary", "com10.txt")]
+    [False, False, False, False, True, True]
+    """
+    return not (_KEPT_NAME.fullmatch(name) or name.endswith((".", " ")))
 
 
 def close(fd: int) -> None:

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from ..errors import OutputError, StrPath
 from .header import DTYPE_BITS, TensorInfo, serialize_header, tensor_nbytes
-from .positioned import OPEN_FLAGS, close, lock, sync, sync_folder, write_at
+from .positioned import OPEN_FLAGS, WINDOWS, close, is_plain_on_windows, lock, sync, sync_folder, write_at
 from .reader import BIT_DTYPES, INDEX_SUFFIX, Checkpoint, CheckpointFile, special_kind
 
 UNNAMED = Path("/proc/self/fd")
@@ -59,7 +59,7 @@ def _output_error(error: OSError, path: Path) -> OutputError:
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",
         errno.EFBIG: "the file system allows no file that large",
-        errno.EACCES: "no permission to write there",
+        errno.EACCES: "no permission to write there" + (", or another program has it open" if WINDOWS else ""),
         errno.EROFS: "the file system is read-only",
         errno.ENOENT: f"the folder {path.parent} does not exist",
         errno.ENOTDIR: f"{path.parent} is not a folder",
@@ -110,6 +110,10 @@ def check_output(path: Path, *, stream: bool = False) -> None:
         OutputError: it is a folder, a pipe, a device or a socket, or the index of a sharded checkpoint that exists, or
             its folder does not exist.
     """
+    if WINDOWS and not stream and not is_plain_on_windows(path.name):
+        raise OutputError(
+            "cannot be written: Windows keeps this name for a device, or drops its last letter", path=path
+        )
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -183,11 +187,11 @@ def clear_left_overs(folder: Path) -> list[str]:
             try:
                 lock(fd)
                 nbytes = os.fstat(fd).st_size
-                if os.name != "nt":
+                if not WINDOWS:
                     (folder / name).unlink()
             finally:
                 close(fd)
-            if os.name == "nt":  # which removes no open file, and so none of a run that goes on
+            if WINDOWS:  # which removes no open file, and so none of a run that goes on
                 (folder / name).unlink()
             lines.append(f"removed {folder / name} ({nbytes:,} bytes), which an interrupted run left")
     return lines
@@ -327,7 +331,7 @@ class PendingFile:
                     self._temporary = _sibling(self._target.parent)
                     _name_unnamed(self.fd, self._temporary)
             if self._temporary is not None:
-                if os.name == "nt":  # which renames no open file; elsewhere the lock says that it is no left-over
+                if WINDOWS:  # which renames no open file; elsewhere the lock says that it is no left-over
                     self._close()
                 self._temporary.replace(self._target)
                 self._temporary = None
@@ -398,9 +402,10 @@ def _write_stream(path: Path, content: bytes) -> None:
     """Write into a pipe or a character device."""
     with _writing(path):
         # Opening a pipe that nobody reads would wait for ever; with O_NONBLOCK the system says so (ENXIO).
-        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | OPEN_FLAGS)
+        fd = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | OPEN_FLAGS)
         with os.fdopen(fd, "wb") as file:
-            os.set_blocking(fd, True)
+            if hasattr(os, "O_NONBLOCK"):
+                os.set_blocking(fd, True)
             file.write(content)
 
 

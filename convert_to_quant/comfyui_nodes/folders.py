@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from ..checkpoint import check_output, refuse_same_file
+from ..checkpoint.positioned import is_plain_on_windows
 from ..errors import OptionError, OutputError, StatisticsError
 
 KINDS = ("diffusion_models", "checkpoints")
@@ -48,7 +49,7 @@ def inside(folder: Path, name: str) -> Path:
 
 def _is_bad(part: str) -> bool:
     """Whether some system would not take a part of a path as a plain name."""
-    special = _SPECIAL.search(part) or part.endswith((".", " ")) or part.startswith("~")
+    special = _SPECIAL.search(part) or part.startswith("~") or not is_plain_on_windows(part)
     return bool(special) or len(part.encode()) > _MOST_BYTES
 
 

@@ -14,6 +14,7 @@ OUTSIDE = [
     "", ".", "..", "../x", "a/../../x", "a/../b", "..\\x", "a\\..\\..\\x", "/etc/passwd", "\\\\server\\share\\x",
     "//server/share/x", "C:\\x", "C:x", "~/x", "~root", "x\0y", "x\ny", "x:stream", "a*", "what?", "x.", "x ", ".. /x",
     ".../x", "x" * 240, "\u00fc" * 120 + "/x", "half a letter \ud800",
+    "aux", "a/Con.safetensors/b", "COM1.txt", "NUL .x",
 ]  # fmt: skip
 """The long ones leave no room for _00001_.safetensors."""
 

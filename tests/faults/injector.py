@@ -47,7 +47,77 @@ CALLS = ("open", *WRITES, "pread", "preadv", "fsync", "link", "replace", "unlink
 LEFT = re.compile(r"\.convert_to_quant\.[0-9a-f]{16}\.tmp|m-\d{5}-of-\d{5}\.safetensors")
 """Names that a kill may leave until the next run: temporary files, and shards without their index."""
 
+POSIX_ONLY = (
+    *("O_TMPFILE", "O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_DIRECTORY", "copy_file_range", "link"),
+    *("fchmod", "fchown", "chown", "pread", "preadv", "pwrite", "pwritev", "geteuid", "statvfs", "set_blocking"),
+)
+
+
+def taken_away(*names: str) -> None:
+    """Take away what a system lacks."""
+    for name in names:
+        if hasattr(os, name):
+            delattr(os, name)
+
+
+def refused(*names: str) -> None:
+    """Let calls fail as they do where a drive does not know them."""
+
+    def refuse(*_arguments: Any, **_more: Any) -> Any:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    for name in names:
+        _replace_call(name, refuse)
+
+
+def without_locks() -> None:
+    """No `fcntl`."""
+    sys.modules["fcntl"] = None  # type: ignore[assignment]
+
+
+def as_on_windows() -> None:
+    """What Windows lacks; and no file that is open is renamed, replaced or removed, and no folder opened."""
+    from convert_to_quant.checkpoint import writer
+
+    def guarded(real: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            held = {os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()}
+            if held & {os.path.realpath(path) for path in arguments[:2] if isinstance(path, (str, os.PathLike))}:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return real(*arguments, **more)
+
+        return call
+
+    def opened(path: Any, flags: int, *more: Any, real: Any = os.open, **further: Any) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        fd: int = real(path, flags, *more, **further)
+        return fd
+
+    for name in ("rename", "replace", "unlink", "remove"):
+        _replace_call(name, guarded(getattr(os, name)))
+    _replace_call("open", opened)
+    without_locks()
+    taken_away(*POSIX_ONLY)
+    writer.WINDOWS = True
+
+
+def _replace_call(name: str, value: Any) -> None:
+    setattr(os, name, value)
+    if hasattr(pathlib, "_NormalAccessor"):  # Python 3.10
+        setattr(pathlib._NormalAccessor, name, staticmethod(value))
+
+
 DRIVES = ("unnamed files", "named files")
+LACKING = {
+    "unnamed files": lambda: None,
+    "named files": lambda: taken_away("O_TMPFILE", "copy_file_range"),
+    "no owners, permissions and locks": lambda: (refused("fchown", "fchmod"), without_locks()),
+    "Windows": as_on_windows,
+    "no names for unnamed files": lambda: refused("link"),
+    "no renaming": lambda: (taken_away("O_TMPFILE"), refused("replace")),
+}
+"""What a system or a drive lacks. The first two are swept."""
 
 Files = dict[str, bytes]
 
@@ -200,15 +270,11 @@ def run(words: list[str], fault: Fault | None, drive: str, tell: int) -> int:
 
         return call
 
-    owners = [os, *([pathlib._NormalAccessor] if hasattr(pathlib, "_NormalAccessor") else [])]  # Python 3.10
     for name in CALLS:
-        for owner in owners:
-            if hasattr(owner, name):
-                value = replaced(name, getattr(owner, name))
-                setattr(owner, name, value if owner is os else staticmethod(value))
+        if hasattr(os, name):
+            _replace_call(name, replaced(name, getattr(os, name)))
     fcntl.flock = replaced("flock", fcntl.flock)
-    if drive == "named files":
-        del os.O_TMPFILE, os.copy_file_range
+    LACKING[drive]()
     code = cli.main(words)
     if fault is not None and fault.what == KILL and next(count) == fault.number:
         kill(os.getpid(), signal.SIGKILL)  # after the last call

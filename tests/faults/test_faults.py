@@ -10,7 +10,55 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+import injector
+
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and kills what it forked")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> injector.Files:
+    """What the writers read."""
+    folder = tmp_path_factory.mktemp("inputs")
+    injector.make_inputs(folder)
+    return injector.look(folder)
+
+
+@pytest.mark.parametrize("lacking", [name for name in injector.LACKING if name not in injector.DRIVES])
+@pytest.mark.parametrize("name", [name for name, writer in injector.WRITERS.items() if not writer.torn])
+def test_every_writer_does_its_work_or_says_why_not_where_something_is_missing(
+    tmp_path: Path, inputs: injector.Files, name: str, lacking: str
+) -> None:
+    writer, folder = injector.WRITERS[name], tmp_path / "folder"
+    start, words = {**inputs, **dict.fromkeys(writer.older, b"older")}, writer.words.split()
+    injector.lay(folder, start)
+    assert injector.call(folder, words).code == 0
+    good = injector.look(folder)
+    injector.lay(folder, start)
+    ended = injector.call(folder, words, drive=lacking)
+    assert "Traceback" not in ended.said
+    needed = lacking in ("no names for unnamed files", "no renaming")
+    assert ended.code == (1 if needed else 0), ended.said
+    assert ("error: " in ended.said) == needed
+    assert injector.look(folder) == (start if needed else good)
+
+
+def test_what_windows_keeps_or_another_program_has_open_is_refused_in_one_line(
+    tmp_path: Path, inputs: injector.Files
+) -> None:
+    folder, lacking = tmp_path / "folder", "Windows"
+    injector.lay(folder, {**inputs, "out.safetensors": b"older"})
+    words = ["-i", "bf16.safetensors", "-o"]
+    for name in ("aux.safetensors", "COM1", "out.safetensors."):
+        ended = injector.call(folder, [*words, name], drive=lacking)
+        assert ended.code == 1
+        kept = "Windows keeps this name for a device, or drops its last letter"
+        assert ended.said == f"error: {name}: cannot be written: {kept}\n"
+    with (folder / "out.safetensors").open("rb"):
+        ended = injector.call(folder, [*words, "out.safetensors"], drive=lacking)
+    assert ended.code == 1
+    assert "or another program has it open" in ended.said
+    assert injector.look(folder) == {**inputs, "out.safetensors": b"older"}
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from itertools import count
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from ...checkpoint.positioned import is_plain_on_windows
 from ...errors import CalibrationError, StrPath
 from ...untrusted import parse_json
 
@@ -486,8 +487,9 @@ def _file_stem(graph: _Graph, loader: str) -> str:
 def plain(text: str) -> str:
     r"""A text as part of a file name, on any system: letters, digits, dots, dashes and underscores.
 
-    >>> plain("../Wan 2.2: high"), plain("..."), plain("a\x00b")
-    ('Wan_2.2_high', 'model', 'a_b')
+    >>> plain("../Wan 2.2: high"), plain("..."), plain("a\x00b"), plain("aux")
+    ('Wan_2.2_high', 'model', 'a_b', 'model_aux')
     """
     words = re.sub(r"[^A-Za-z0-9._-]+", "_", text)
-    return re.sub(r"\.{2,}", ".", words).strip("._-")[:_LONGEST_NAME].strip("._-") or "model"
+    name = re.sub(r"\.{2,}", ".", words).strip("._-")[:_LONGEST_NAME].strip("._-") or "model"
+    return name if is_plain_on_windows(name) else f"model_{name}"
