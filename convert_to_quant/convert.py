@@ -38,7 +38,7 @@ from .layers import Layer, LayerTable, dequantize, determined, find_layers, inpu
 from .layout import WORKERS, Sink
 from .lazy_torch import torch
 from .lora import Lora, LoraMatch, Survival, match_checkpoint, merge_rows
-from .marks import SCALE_BYTES, Config, Way, scale_room, with_full_precision
+from .marks import SCALE_BYTES, Config, Way, leave_scale_room, with_full_precision
 from .options import ConvertOptions
 from .quantize import bytes_of, quantize_weight, refuse_not_finite, rows_at_a_time
 from .telling import Advance, plural
@@ -383,8 +383,7 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
         made, configs, dropped = made | kept, configs | told, dropped | unmarked
         metadata = plan.table.marks.other_metadata
     marked = layout.mark_once(made, configs, plan.ways, metadata)
-    if without_scale:
-        marked[names.QUANTIZATION_METADATA] += scale_room(without_scale)
+    leave_scale_room(marked, without_scale)
     step = asdict(options) | {"family": plan.family.name}
     if plan.merged.loras:
         step["merged"] = [{"file": lora.path.name, "strength": lora.strength} for lora in plan.merged.loras]

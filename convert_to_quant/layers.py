@@ -603,28 +603,6 @@ def dequantize(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> 
     return weight_OI
 
 
-def sample_weights(checkpoint: Checkpoint, layers: Iterable[Layer]) -> dict[str, NDArray[np.float32]]:
-    """A few real weights of layers, by which statistics know their model again: see `stats.sampled_place`.
-
-    Args:
-        checkpoint: where they are.
-        layers: of `LayerTable.linear()`.
-
-    Returns:
-        By name, float32 [64]; without those that are empty or not finite.
-    """
-    from .stats import sampled_place
-
-    samples = {}
-    for layer in layers:
-        if math.prod(layer.shape):
-            row, columns = sampled_place(layer.shape)
-            sample = dequantize(checkpoint, layer, slice(row, row + 1))[0, columns]
-            if np.isfinite(sample).all():
-                samples[layer.name] = sample
-    return samples
-
-
 def whole_tiles(layer: Layer, start: int, stop: int) -> slice:
     """The rows of a packed weight that share tiles of scales with some of its rows."""
     return slice(start - start % Packed.ROWS, min(round_up(stop, Packed.ROWS), layer.out_features))

@@ -17,7 +17,7 @@ the header says of it. So readers that take every scale that is there for a meas
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
@@ -106,11 +106,23 @@ def header_text(configs: Mapping[str, Config]) -> str:
     return text + " " * (missing * stored_bytes(_FULL_PRECISION_TEXT))
 
 
-def scale_room(layers: Iterable[str]) -> str:
-    """Spaces for the header entry: room for what a header says of the input scales of layers that have none yet."""
+def leave_scale_room(metadata: dict[str, str], layers: Collection[str]) -> None:
+    """Leave room in a header, for what it will say of the input scales of layers that have none yet."""
     far = 10**12
     infos = [TensorInfo(layer + names.INPUT_SCALE, "F32", (), far, far + SCALE_BYTES) for layer in layers]
-    return " " * len(serialize_header(infos, {})) if infos else ""
+    if infos:
+        metadata[names.QUANTIZATION_METADATA] += " " * len(serialize_header(infos, {}))
+
+
+def take_room(metadata: dict[str, str], most_bytes: int) -> None:
+    """Take some of the room that was left in a header."""
+    if text := metadata.get(names.QUANTIZATION_METADATA):
+        metadata[names.QUANTIZATION_METADATA] = text[: max(len(text.rstrip(" ")), len(text) - most_bytes)]
+
+
+def mark_beside(checkpoint: Checkpoint, weight: str) -> TensorInfo | None:
+    """The comfy_quant tensor of a layer, by the name of its weight."""
+    return checkpoint.tensors.get(weight.removesuffix(names.WEIGHT) + names.COMFY_QUANT)
 
 
 def stored_bytes(text: str) -> int:

@@ -10,11 +10,16 @@ Weights are compared only between layers of one name: under another spelling the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
 
 from . import families, names
-from .layers import Layer, LayerTable, sample_weights
-from .stats import Shape, Statistics
+from .checkpoint import Checkpoint
+from .layers import Layer, LayerTable, dequantize
+from .stats import Shape, Statistics, sampled_place
 
 
 def for_checkpoint(statistics: Statistics, table: LayerTable, *, force: bool = False) -> Statistics:
@@ -108,3 +113,23 @@ def _shape(layers: Mapping[str, Shape], target: families.Target) -> Shape:
     if target.rows is not None:
         out_features = target.rows[1] - target.rows[0]
     return out_features, in_features
+
+
+def sample_weights(checkpoint: Checkpoint, layers: Iterable[Layer]) -> dict[str, NDArray[np.float32]]:
+    """A few real weights of layers, by which statistics know their model again: see `stats.sampled_place`.
+
+    Args:
+        checkpoint: where they are.
+        layers: of `LayerTable.linear()`.
+
+    Returns:
+        By name, float32 [64]; without those that are empty or not finite.
+    """
+    samples = {}
+    for layer in layers:
+        if math.prod(layer.shape):
+            row, columns = sampled_place(layer.shape)
+            sample = dequantize(checkpoint, layer, slice(row, row + 1))[0, columns]
+            if np.isfinite(sample).all():
+                samples[layer.name] = sample
+    return samples

@@ -44,7 +44,7 @@ from .checkpoint.undo import (
 from .errors import CheckpointError, OutputError, TensorError
 from .layers import Layer, LayerTable
 from .layout import Source, lay_out, write
-from .marks import Config, disables_fp8, spare_bytes_of, with_full_precision
+from .marks import Config, disables_fp8, mark_beside, spare_bytes_of, take_room, with_full_precision
 from .telling import plural
 
 
@@ -212,9 +212,8 @@ def in_place_edits(patch: Patch) -> list[Edit]:
             continue
         text = _header_text(file, metadata, added)
         room = file.header.data_start - LENGTH_BYTES
-        if len(text) > room and added and (marks := metadata.get(names.QUANTIZATION_METADATA)):
-            wanted = min(len(text) - room, len(text) - len(_header_text(file, metadata)))
-            metadata[names.QUANTIZATION_METADATA] = marks[: max(len(marks.rstrip(" ")), len(marks) - wanted)]
+        if len(text) > room and added:
+            take_room(metadata, min(len(text) - room, len(text) - len(_header_text(file, metadata))))
             text = _header_text(file, metadata, added)
         if len(text) > room and names.PROVENANCE_KEY in metadata:
             # How the file was made is worth saying where there is room, but no reason to refuse.
@@ -253,7 +252,7 @@ def _placed(patch: Patch, refusal: Callable[..., OutputError]) -> tuple[dict[str
     for name, (spec, data, near) in patch.tensors.items():
         if name in checkpoint:
             continue
-        mark = checkpoint.tensors.get(near.removesuffix(names.WEIGHT) + names.COMFY_QUANT)
+        mark = mark_beside(checkpoint, near)
         old = b"" if mark is None else contents.get(mark.name) or checkpoint.raw(mark.name).tobytes()
         end = 0 if mark is None else mark.stop - spec.nbytes
         aligned = (checkpoint.file_of(near).header.data_start + end) % spec.nbytes == 0

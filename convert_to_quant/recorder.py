@@ -92,7 +92,7 @@ def module_shape(module: nn.Module) -> Shape:
 
 
 def sample_modules(linears: Mapping[str, nn.Module]) -> dict[str, NDArray[np.float32]]:
-    """A few weights of modules, as `layers.sample_weights` reads them from a file; in ComfyUI, those in FP8 as well.
+    """A few weights of modules, as `naming.sample_weights` reads them from a file; in ComfyUI, those in FP8 as well.
 
     Args:
         linears: as `find_linears` finds them.

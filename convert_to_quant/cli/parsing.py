@@ -75,15 +75,17 @@ class Parser(argparse.ArgumentParser):
         if self.subcommands() is None:
             for word in words[: words.index("--")] if "--" in words else words:
                 name = word.partition("=")[0]
-                if name.startswith("--") and name not in self._option_string_actions:
-                    if name in self.foreign:
-                        self.error(f"{name} is another program's option ({self.foreign[name]})")
+                if name in self._option_string_actions:
+                    continue
+                if name.startswith("-") and name in self.foreign:
+                    self.error(f"{name} is another program's option ({self.foreign[name]})")
+                if name.startswith("--"):
                     self.error(f"unknown option {name}{in_brackets(did_you_mean(name, self.flags()))}")
         if not self._get_positional_actions():
             named = {"-i", "--input"} & {word.partition("=")[0] for word in words}
             for word in self._strays(words):
                 hint = f"did you mean -i {word}?" if "-i" in self._option_string_actions and not named else ""
-                self.error(f"unexpected argument {word!r}{in_brackets(hint)}")
+                self.error(f"unexpected argument {word!r}{in_brackets(self.foreign.get(word, hint))}")
         return super().parse_known_args(words, namespace)
 
     def _strays(self, words: Sequence[str]) -> Iterator[str]:
