@@ -28,10 +28,10 @@ try:
     from convert_to_quant.comfyui_nodes.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 except ImportError as error:  # told in one line: what is raised here, ComfyUI prints with a traceback
     missing = (error.name or "convert_to_quant").partition(".")[0]
-    what, where = (".", "in its repository's folder, ") if missing == "convert_to_quant" else (missing, "")
+    what = "PATH_OF_ITS_REPOSITORY_OR_WHEEL" if missing == "convert_to_quant" else missing
     logging.error(
-        f"convert_to_quant has no nodes here: {error}. To install {missing} for this ComfyUI, {where}"
-        f'run  "{sys.executable}" -s -m pip install {what}  and restart ComfyUI'
+        f"convert_to_quant has no nodes here: {error}. To install {missing} for this ComfyUI, run  "
+        f'"{sys.executable}" -s -m pip install {what}  and restart ComfyUI'
     )
     NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS = {}, {}
 

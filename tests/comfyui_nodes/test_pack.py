@@ -41,14 +41,14 @@ def test_the_installed_pack_gives_the_nodes_and_leaves_without_a_trace(home: Pat
 
 
 @pytest.mark.parametrize(
-    ("missing", "advice"),
+    ("missing", "what"),
     [
-        ("convert_to_quant.comfyui_nodes.nodes", "in its repository's folder, run  {} -s -m pip install ."),
-        ("some_package", "run  {} -s -m pip install some_package"),
+        ("convert_to_quant.comfyui_nodes.nodes", "PATH_OF_ITS_REPOSITORY_OR_WHEEL"),
+        ("some_package", "some_package"),
     ],
 )
 def test_the_pack_says_in_one_line_what_is_missing(
-    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, missing: str, advice: str
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, missing: str, what: str
 ) -> None:
     class Nowhere:
         """Nodes that cannot be imported."""
@@ -60,9 +60,9 @@ def test_the_pack_says_in_one_line_what_is_missing(
     monkeypatch.setitem(sys.modules, "convert_to_quant.comfyui_nodes.nodes", Nowhere())  # type: ignore[arg-type]
     assert runpy.run_path(str(folder / pack.FILE))["NODE_CLASS_MAPPINGS"] == {}
     (line,) = caplog.messages
-    package, command = missing.partition(".")[0], advice.format(f'"{sys.executable}"')
+    package, command = missing.partition(".")[0], f'"{sys.executable}" -s -m pip install {what}'
     said = f"convert_to_quant has no nodes here: No module named {missing!r}. To install {package} for this ComfyUI"
-    assert line == f"{said}, {command}  and restart ComfyUI"
+    assert line == f"{said}, run  {command}  and restart ComfyUI"
 
 
 def test_installing_again_renews_what_another_version_wrote(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
