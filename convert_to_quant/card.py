@@ -237,8 +237,8 @@ def _body(document: Mapping[str, Any]) -> Iterator[str]:
     ]
     if images is not None:
         figures += [("image PSNR", _db(images["psnr_db"])), ("image SSIM", f"{images['ssim']:.4f}")]
-        missing = "not measured: the package `lpips` is not installed"
-        figures.append(("image LPIPS", missing if images["lpips"] is None else f"{images['lpips']:.4f}"))
+        if images["lpips"] is not None:
+            figures.append(("image LPIPS", f"{images['lpips']:.4f}"))
     yield from _table(("figure", "value"), figures)
     if images is None:
         yield from ("", "Images were not compared: nothing here makes images of this model's latents of this size.")

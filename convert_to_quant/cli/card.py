@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     if document["images"] is not None:
         card.write_picture(folder / card.PICTURE, *samples.images(), document)
     write_bytes(folder / card.PAGE, card.markdown(document).encode("utf-8", "backslashreplace"))
-    write_json(str(folder / card.DOCUMENT), document)
+    # It is published, so it does not say where files were here, as the options of `made_by` would.
+    write_bytes(folder / card.DOCUMENT, (json.dumps(document, indent=2) + "\n").encode())
     if args.json:
         write_json(args.json, document)
     say(f"velocity SQNR {document['fidelity']['sqnr_db']:.1f} dB, latent SNR {document['latents']['snr_db']:.1f} dB: "
@@ -145,4 +147,4 @@ def call(args: argparse.Namespace) -> Iterator[str]:
             continue
         for one in value if isinstance(value, list) else [value]:
             yield f"--{key}"
-            yield Path(one).name if isinstance(one, str) else f"{one}"
+            yield Path(one).name if isinstance(one, str) else f"{one:g}"

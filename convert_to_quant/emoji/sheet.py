@@ -6,6 +6,7 @@ smoothing, so that what one sees is the pixels that the model made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -73,10 +74,14 @@ def draw(title: Heading, columns: Sequence[Heading], rows: Sequence[tuple[Headin
 
     blocks = [[_block(cell.images) for cell in cells] for _, cells in rows]
     block_height, block_width, _ = blocks[0][0].shape
-    cell_width, cell_height = block_width + 2 * PADDING, block_height + 2 * PADDING + CAPTION_HEIGHT
-    lefts = [MARGIN + LABEL_WIDTH + number * (cell_width + GAP) for number in range(len(columns))]
+    captions = [_width(cell.caption, HEAD_SIZE) for _, cells in rows for cell in cells]
+    inner_width = max(block_width, *captions, *(_heading_width(column, HEAD_SIZE) for column in columns))
+    cell_width, cell_height = inner_width + 2 * PADDING, block_height + 2 * PADDING + CAPTION_HEIGHT
+    label_width = LABEL_WIDTH if any(heading.name for heading, _ in rows) else 0
+    lefts = [MARGIN + label_width + number * (cell_width + GAP) for number in range(len(columns))]
     tops = [TITLE_HEIGHT + HEAD_HEIGHT + MARGIN + number * (cell_height + GAP) for number in range(len(rows))]
-    sheet = Image.new("RGB", (lefts[-1] + cell_width + MARGIN, tops[-1] + cell_height + MARGIN), PAGE)
+    width = max(lefts[-1] + cell_width, MARGIN + _heading_width(title, TITLE_SIZE)) + MARGIN
+    sheet = Image.new("RGB", (width, tops[-1] + cell_height + MARGIN), PAGE)
     pen = ImageDraw.Draw(sheet)
     _write(pen, (MARGIN, MARGIN), title, TITLE_SIZE)
     for left, column in zip(lefts, columns, strict=True):
@@ -86,7 +91,7 @@ def draw(title: Heading, columns: Sequence[Heading], rows: Sequence[tuple[Headin
         for left, cell, block in zip(lefts, cells, row_blocks, strict=True):
             frame = (left, top, left + cell_width - 1, top + cell_height - 1)
             pen.rounded_rectangle(frame, PADDING, fill=WHITE, outline=FRAME, width=2)
-            sheet.paste(Image.fromarray(block), (left + PADDING, top + PADDING))
+            sheet.paste(Image.fromarray(block), (left + (cell_width - block_width) // 2, top + PADDING))
             middle = (left + cell_width // 2, top + cell_height - PADDING - CAPTION_HEIGHT // 2 + 4)
             pen.text(middle, cell.caption, cell.color, _font(HEAD_SIZE), anchor="mm")
     return sheet
@@ -110,6 +115,17 @@ def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], heading: Heading, s
     left, top = place
     pen.text((left, top), heading.name, INK, _font(size))
     pen.multiline_text((left, top + round(1.25 * size)), heading.explanation, FADED, _font(TEXT_SIZE), spacing=4)
+
+
+def _heading_width(heading: Heading, size: int) -> int:
+    """Pixels that a heading takes."""
+    lines = heading.explanation.split("\n")
+    return max(_width(heading.name, size), *(_width(line, TEXT_SIZE) for line in lines))
+
+
+def _width(text: str, size: int) -> int:
+    """Pixels that a line takes."""
+    return math.ceil(_font(size).getlength(text))
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -31,6 +31,15 @@ def test_pictures_are_enlarged_pixel_by_pixel_and_captions_have_their_color() ->
     assert red_columns.min() < caption_columns.min() < caption_columns.max() < first_cell
 
 
+def test_a_long_caption_or_title_stays_inside() -> None:
+    long = "PSNR 32.3 dB, SSIM 0.975"
+    cells = [Cell([picture((9, 9, 9))], long, color) for color in (RED, BLUE)]
+    image = draw(Heading("title", 6 * long), [Heading("left", ""), Heading("right", long)], [(Heading("", ""), cells)])
+    (_, left), (_, right) = pixels(image, RED), pixels(image, BLUE)
+    assert 0 < left.min() < left.max() < right.min() < right.max() < image.width
+    assert (np.asarray(image)[:, -1] == np.asarray(image)[0, 0]).all()
+
+
 def test_the_sheet_grows_with_rows_and_columns() -> None:
     def size(columns: int, rows: int) -> tuple[int, int]:
         cells = [Cell([picture(RED)] * 2, "0 dB")] * columns
