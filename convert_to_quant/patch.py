@@ -257,6 +257,7 @@ def _placed(patch: Patch, refusal: Callable[..., OutputError]) -> tuple[dict[str
         end = 0 if mark is None else mark.stop - spec.nbytes
         aligned = (checkpoint.file_of(near).header.data_start + end) % spec.nbytes == 0
         if mark is None or checkpoint.sharded or not aligned or spare_bytes_of(old) < spec.nbytes:
+            checkpoint.refuse_changed()  # another process may have put one there
             problem = "in place is not possible: the file has no such tensor yet"
             raise refusal(problem, path=checkpoint.path, tensor=name)
         contents[mark.name] = old[: -spec.nbytes] + data

@@ -103,7 +103,7 @@ def files_of(folder: Path) -> list[Path]:
     from ..checkpoint.reader import INDEX_SUFFIX, SHARD_NAME
 
     indexes = {path.name.removesuffix(INDEX_SUFFIX): path for path in folder.glob("*" + INDEX_SUFFIX)}
-    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".sft") and path.is_file()]
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".sft") and not path.is_dir()]
     shards = {path for path in files if (part := SHARD_NAME.fullmatch(path.name)) and part["stem"] in indexes}
     return sorted({*files, *indexes.values()} - shards)
 
