@@ -49,7 +49,7 @@ LEFT = re.compile(r"\.convert_to_quant\.[0-9a-f]{16}\.tmp|m-\d{5}-of-\d{5}\.safe
 
 POSIX_ONLY = (
     *("O_TMPFILE", "O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_DIRECTORY", "copy_file_range", "link"),
-    *("fchmod", "fchown", "chown", "pread", "preadv", "pwrite", "pwritev", "geteuid", "statvfs", "set_blocking"),
+    *("fchmod", "fchown", "chown", "pread", "preadv", "pwrite", "pwritev", "geteuid", "set_blocking"),
 )
 
 
