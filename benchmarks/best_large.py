@@ -44,19 +44,24 @@ def main() -> None:
             statistics = diffusers.observe_shown(checkpoint, plan.table, shown, layers=list(layers))
             seen = time.perf_counter()
             solved = best.input_scales(checkpoint, layers, statistics)
-            tried = best.try_formats(checkpoint, plan, best.formats_for(options), solved, shown)
+            model = best.TrialModel(checkpoint, plan, shown)
+            tried = model.try_formats(best.candidates(layers, solved, best.formats_for(options)))
             measured = time.perf_counter()
             chosen = best.plan_best(checkpoint, ConvertOptions(), options, shown, (statistics, tried))
             ready = time.perf_counter()
+            kept_db = model.measured_db(best.candidates_of(chosen.plan))
+            del model
+            checked = time.perf_counter()
             convert(checkpoint, chosen.plan, output, device=args.device)
             end = time.perf_counter()
         seconds = {
-            "observe": seen - start, "trials": measured - seen, "choose": ready - measured, "write": end - ready,
+            "observe": seen - start, "trials": measured - seen, "choose": ready - measured,
+            "measure the mix": checked - ready, "write": end - checked,
             "all": end - start,
         }  # fmt: skip
         result = {
-            "machine": machine_of(args.device), "seconds": seconds, "layers": len(chosen.layers),
-            "weights": chosen.weights, "counts": chosen.counts(), "bits": chosen.bits,
+            "machine": machine_of(args.device), "seconds": seconds, "layers": len(chosen.choice),
+            "weights": chosen.mixes.elements, "measured_db": kept_db, "counts": chosen.counts(), "bits": chosen.bits,
             "gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if args.device != "cpu" else None,
             "file_bytes": output.stat().st_size,
         }  # fmt: skip

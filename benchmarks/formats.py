@@ -40,7 +40,7 @@ from fidelity import add_run_arguments, facts, in_processes, machine_of, write_b
 
 from convert_to_quant import best
 from convert_to_quant.checkpoint import open_checkpoint
-from convert_to_quant.choose import Choice, Offer, decibels, total_bytes, total_damage
+from convert_to_quant.choose import CANDIDATES, Choice, Mixes, Offer
 from convert_to_quant.emoji import prompts
 from convert_to_quant.engines import denoiser, trials
 from convert_to_quant.errors import OptionError
@@ -130,8 +130,8 @@ def measure(variant: str, device: str, geometry: Geometry, count: int) -> dict[s
             options = BestOptions(bits=8.0, gpu=card)
             chosen = best.plan_best(checkpoint, ConvertOptions(), options, RunOptions(device=device))
             found["seconds"][card] = round(time.perf_counter() - start, 1)
-            layers = {layer.name: layer for layer in chosen.plan.table.plain.values() if layer.name in chosen.offers}
-            formats = [FORMATS[name] for name in best.CANDIDATES]
+            layers = {layer.name: layer for layer in chosen.plan.table.plain.values() if layer.name in chosen.choice}
+            formats = [FORMATS[name] for name in CANDIDATES]
             could = best.candidates(layers, best.input_scales(checkpoint, layers, chosen.statistics), formats)
             of = {(name, each.format.name): each for name, some in could.items() for each in some}
 
@@ -139,33 +139,33 @@ def measure(variant: str, device: str, geometry: Geometry, count: int) -> dict[s
                 return judge.sqnr_db({name: of[name, o.format] for name, o in choice.items() if o.format})
 
             if not found["uniform"]:
-                for name in best.CANDIDATES:
+                for name in CANDIDATES:
                     mix = {layer: of[layer, name] for layer in layers if (layer, name) in of}
                     found["uniform"][name] = judge.sqnr_db(mix)
                     if name == "nvfp4":
                         made = {layer: judge.simulated(layer, each, "mse") for layer, each in mix.items()}
                         found["uniform"][FOUR_OVER_SIX] = judge.judge(made)
-            found["best"][card] = curve(chosen.offers, chosen, judged, BITS)
+            found["best"][card] = curve(chosen.mixes, judged, BITS)
             if card == "rtx40":
                 for way, offers in others(checkpoint, chosen, layers).items():
-                    found["compared"][way] = curve(offers, chosen, judged, COMPARED_BITS)
+                    found["compared"][way] = curve(Mixes(chosen.mixes.weights, offers), judged, COMPARED_BITS)
         return found
 
 
-def curve(offers: Any, chosen: best.Best, judged: Any, sizes: Sequence[float]) -> dict[str, Any]:
+def curve(mixes: Mixes, judged: Any, sizes: Sequence[float]) -> dict[str, Any]:
     """Bits per weight -> dB on prompts, dB expected on noise, and the mix."""
     found: dict[str, Any] = {}
     for bits in sizes:
         try:
-            choice = best.choose_of_cards(offers, best.limit_bytes(chosen.layers, bits))
+            choice = mixes.choose_bits(bits)
         except OptionError:  # not even the smallest formats fit
             continue
         counts: dict[str, int] = {}
         for offer in choice.values():
             counts[offer.format] = counts.get(offer.format, 0) + 1
         found[f"{bits:g}"] = {
-            "sqnr_db": judged(choice), "expected_db": decibels(total_damage(choice)), "counts": counts,
-            "bits": 8 * total_bytes(choice) / chosen.weights,
+            "sqnr_db": judged(choice), "counts": counts,
+            **dict(zip(("bits", "expected_db"), mixes.point(choice), strict=True)),
         }  # fmt: skip
     return found
 
@@ -179,7 +179,7 @@ def others(checkpoint: Any, chosen: best.Best, layers: Mapping[str, Any]) -> dic
         row = tried.layers.index(name)
         weight = torch.from_numpy(checkpoint.float32(layer.weight.name))
         end = min(depth[name], len(depth) - 1 - depth[name]) / len(depth)
-        for offer in chosen.offers[name]:
+        for offer in chosen.mixes.offers[name]:
             judged = dict.fromkeys(COMPARED, 0.0)
             if offer.format:
                 fmt = FORMATS[offer.format]

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from comfyui_layers import BF16, entered, kept_db, linear, milliseconds, parser, supported
 
-from convert_to_quant.best import CANDIDATES
+from convert_to_quant.choose import CANDIDATES
 from convert_to_quant.formats.record import GPUS
 
 SHAPES = ((9216, 3072), (12288, 3072), (21504, 3072), (3072, 12288), (3072, 15360), (3072, 3072))

@@ -12,39 +12,32 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from . import headroom, naming, speeds
 from .calibrate_activation_scales import refuse_unrunnable
 from .checkpoint import Checkpoint, Spec
-from .choose import Choice, Offer, choose, decibels, total_bytes, total_damage
+from .choose import CANDIDATES, Choice, Mixes, keeps, total_bytes
 from .convert import ConversionPlan, MergedCheckpoint, plan_conversion, written_bytes
 from .errors import OptionError, StatisticsError, StrPath
 from .families.running import Geometry
 from .formats import FORMATS
-from .formats.record import GPUS, Format
+from .formats.record import Format
 from .layers import Layer, named
 from .lora import Lora
 from .options import STEPS, BestOptions, ConvertOptions, RunOptions, SolveOptions
 from .solve import LayerResult, Present, solve
 from .stats import Statistics, merge
-from .telling import Progress, part
-from .trials import Trials
+from .telling import Progress, advance, part
+from .trials import Trials, decibels
 
 if TYPE_CHECKING:
     from .engines.prompts import Prompts
     from .engines.trials import Candidate
 
-CANDIDATES = ("fp8", "int8", "int8-convrot", "mxfp8", "nvfp4", "w6a8", "w4a8", "convrot-w4a4")
-"""What is tried. One scale for a whole weight is never better than one for each of its rows, so INT8 is here once."""
-
-CODEBOOK_BYTES = 64
 LARGE_WEIGHTS, IMAGES, LARGE_IMAGES = 10**9, 12, 3
 TRIAL_GEOMETRY = Geometry(height=16, width=16, text_tokens=64)
 """What trials are run on: four images of each way of conditioning, one where the model is large; a quarter of the
@@ -52,10 +45,6 @@ tokens of an observation."""
 
 INSTEAD = "--format gives all layers one format, and --layer-format some of them another"
 """What can be done about a model that cannot be run."""
-
-Microseconds = Callable[[str, str], float]
-
-CURVE_BITS = (4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 8.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -65,130 +54,71 @@ class Best:
     Attributes:
         plan: what `convert` writes.
         choice: by layer.
-        offers: what each layer could have become.
-        layers: these layers.
+        mixes: what it was chosen from.
         statistics, trials: what was measured.
         gpu: the card that it was chosen for.
-        limit_microseconds: of the layers' products there.
+        measured_db: what the mix keeps of the velocity on other noise than it was chosen on, least and most over sizes
+            of the image; None where the model was not run.
     """
 
     plan: ConversionPlan
     choice: Choice
-    offers: Mapping[str, Sequence[Offer]]
-    layers: Mapping[str, Layer]
+    mixes: Mixes
     statistics: Statistics
     trials: Trials
     gpu: str = "any"
-    limit_microseconds: float = math.inf
-
-    @property
-    def weights(self) -> int:
-        """Of these layers."""
-        return sum(layer.weight.elements for layer in self.layers.values())
+    measured_db: tuple[float, float] | None = None
 
     @property
     def bits(self) -> float:
         """Per weight, all scales included."""
-        return 8 * total_bytes(self.choice) / self.weights
-
-    def bits_of(self, layer: str) -> float:
-        """Of one layer, per weight, scales included."""
-        return 8 * self.choice[layer].nbytes / self.layers[layer].weight.elements
+        return self.mixes.point(self.choice)[0]
 
     @property
     def expected_db(self) -> float:
-        """The velocity's SQNR on noise, if the layers' damages add up; real prompts are usually kept better."""
-        return decibels(total_damage(self.choice))
+        """The velocity's SQNR on noise, if the layers' damages add up."""
+        return self.mixes.point(self.choice)[1]
+
+    @property
+    def conditioning(self) -> str:
+        """What the model was shown in place of prompts, or that it was shown some; "" where statistics do not say."""
+        return ", ".join(self.statistics.provenance.get("conditioning", ()))
 
     @property
     def speed(self) -> float | None:
         """How many times as fast as in 16 bits the layers' products are; None where that was not asked for."""
-        if math.isinf(self.limit_microseconds):
+        if math.isinf(self.mixes.limit_microseconds):
             return None
-        before = sum(some[0].microseconds for some in self.offers.values())
+        before = sum(some[0].microseconds for some in self.mixes.offers.values())
         return before / sum(offer.microseconds for offer in self.choice.values())
 
     def summary(self) -> str:
-        """One line: how many layers became what, their bits per weight, and what is expected of them."""
+        """One line: how many layers became what, their bits per weight, and what they keep of the velocity."""
         fast = ""
         if self.speed is not None:
             known = speeds.of_card(self.gpu)
             fast = f", products {self.speed:.2f} × as fast as 16 bits on {known['device']} ({known['source']})"
-        return (
-            f"{self.plan.summary()}; {self.bits:.2f} bits per weight, {self.expected_db:.1f} dB expected on noise{fast}"
-        )
-
-    def provenance(self) -> dict[str, Any]:
-        """What a file says of how its formats were chosen."""
-        made = self.statistics.provenance
-        run: dict[str, Any] = {
-            "samples": self.statistics.samples,
-            "conditioning": ", ".join(made.get("conditioning", ())),
-        }
-        if len(seeds := made.get("seed", ())) == 1 and seeds[0].isdecimal():
-            run["seed"] = int(seeds[0])
-        return {"gpu": self.gpu, "bits": round(self.bits, 3), "expected_db": round(self.expected_db, 2), **run}
+        kept = f"{self.bits:.2f} bits per weight, {keeps(self.to_json())} on {self.conditioning or 'noise'}"
+        return f"{self.plan.summary()}; {kept}{fast}"
 
     def counts(self) -> dict[str, int]:
         """How many layers are in which format; "" is high precision."""
         return dict(Counter(offer.format for offer in self.choice.values()).most_common())
 
-    def curve(self) -> dict[float, float]:
-        """Bits per weight -> what is expected of the best mix of that size, in dB."""
-        found = {}
-        for bits in CURVE_BITS:
-            try:
-                found[bits] = decibels(
-                    total_damage(choose_of_cards(self.offers, limit_bytes(self.layers, bits), self.limit_microseconds))
-                )
-            except OptionError:  # not even the smallest formats fit
-                continue
-        return found
-
-    def more(self, bits: float = 0.5) -> tuple[float, float]:
-        """What a larger mix would keep.
-
-        Args:
-            bits: more, per weight.
-
-        Returns:
-            Bits per weight, and the expected dB.
-        """
-        larger = choose_of_cards(
-            self.offers, total_bytes(self.choice) + bits * self.weights / 8, self.limit_microseconds
-        )
-        return 8 * total_bytes(larger) / self.weights, decibels(total_damage(larger))
-
-    def uniform(self) -> dict[str, tuple[float, float]]:
-        """Formats that every layer was tried in -> bits per weight, and the expected dB."""
-        found = {}
-        for name in self.trials.formats:
-            chosen = {layer: next((o for o in some if o.format == name), None) for layer, some in self.offers.items()}
-            full = {layer: offer for layer, offer in chosen.items() if offer is not None}
-            if len(full) == len(chosen):
-                found[name] = 8 * total_bytes(full) / self.weights, decibels(total_damage(full))
-        return found
-
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return {
-            "bits": self.bits,
-            "expected_db": self.expected_db,
-            **({} if self.speed is None else {"speed": self.speed, "speed_source": speeds.of_card(self.gpu)["source"]}),
-            "counts": self.counts(),
-            "half_a_bit_more": dict(zip(("bits", "expected_db"), self.more(), strict=True)),
-            "curve": [{"bits": bits, "expected_db": db} for bits, db in self.curve().items()],
-            "uniform": {name: {"bits": bits, "expected_db": db} for name, (bits, db) in self.uniform().items()},
-            "layers": {
-                layer: {
-                    "format": offer.format,
-                    "bits": self.bits_of(layer),
-                    "damage_db": decibels(offer.damage),
-                    "tried": {each.format: decibels(each.damage) for each in self.offers[layer] if each.format},
-                }
-                for layer, offer in self.choice.items()
-            },
+        """Everything as JSON values: what the file says of how its formats were chosen, too."""
+        made = self.statistics.provenance
+        run: dict[str, Any] = {
+            "samples": self.statistics.samples,
+            "conditioning": self.conditioning,
         }
+        if len(seeds := made.get("seed", ())) == 1 and seeds[0].isdecimal():
+            run["seed"] = int(seeds[0])
+        if self.speed is not None:
+            run |= {"speed": round(self.speed, 3), "speed_source": speeds.of_card(self.gpu)["source"]}
+        if self.measured_db is not None:
+            run["measured_db"] = [round(each, 2) for each in self.measured_db]
+        return {"gpu": self.gpu, **run, **self.mixes.figures(self.choice)}
 
 
 def formats_for(options: BestOptions) -> list[Format]:
@@ -221,46 +151,74 @@ def plan_any(
     return plan
 
 
-def try_formats(
-    checkpoint: Checkpoint,
-    plan: ConversionPlan,
-    formats: Sequence[Format],
-    solved: Mapping[str, LayerResult],
-    shown: RunOptions,
-    *,
-    prompts: Prompts | None = None,
-    share: tuple[int, int] = (0, 1),
-    progress: Progress | None = None,
-) -> Trials:
-    """Run a model in high precision, with one layer in one format at a time.
+class TrialModel:
+    """A model in high precision that trials are run on.
 
     Args:
         checkpoint: the open checkpoint.
         plan: with the layers that can be quantized.
-        formats: to try.
-        solved: how FP8 inputs are scaled; of `input_scales`.
-        shown: what the model is shown; `IMAGES` images where it does not say.
-        prompts: conditioning in place of noise.
-        share: of the layers; see `engines.trials.run_trials`.
-        progress: told how far it is, and at every evaluation of the model.
+        shown: what the model is shown; `IMAGES` images of `TRIAL_GEOMETRY` where it does not say.
     """
-    import torch
 
-    from .engines import denoiser, sizes, trials
+    def __init__(self, checkpoint: Checkpoint, plan: ConversionPlan, shown: RunOptions) -> None:
+        import torch
 
-    layers = {layer.name: layer for layer, _ in plan.quantized}
-    model = denoiser.load(checkpoint, plan.table, device=shown.device, dtype=torch.float32)
-    geometry = sizes.asked(model.plan.family, shown.size) or TRIAL_GEOMETRY
-    small = sum(layer.weight.elements for layer in layers.values()) < LARGE_WEIGHTS
-    images = shown.samples or (IMAGES if small else LARGE_IMAGES)
-    if prompts is not None:
-        prompts = prompts.fitted(model, geometry)
-        geometry = prompts.geometry
-    with trials.tensor_float_32():
-        bench = trials.Bench(
-            model, geometry, trials.moments(model, geometry, images, shown.steps or STEPS, shown.seed, prompts=prompts)
-        )
-        return trials.run_trials(bench, candidates(layers, solved, formats), share=share, progress=progress)
+        from .engines import denoiser, sizes
+
+        self.model = denoiser.load(checkpoint, plan.table, device=shown.device, dtype=torch.float32)
+        self.geometry = sizes.asked(self.model.plan.family, shown.size) or TRIAL_GEOMETRY
+        small = sum(layer.weight.elements for layer, _ in plan.quantized) < LARGE_WEIGHTS
+        self.images = shown.samples or (IMAGES if small else LARGE_IMAGES)
+        self.steps, self.seed = shown.steps or STEPS, shown.seed
+
+    def try_formats(
+        self,
+        candidates: Mapping[str, Sequence[Candidate]],
+        *,
+        prompts: Prompts | None = None,
+        share: tuple[int, int] = (0, 1),
+        progress: Progress | None = None,
+    ) -> Trials:
+        """Run it with one layer in one format at a time.
+
+        Args:
+            candidates: by layer.
+            prompts: conditioning in place of noise.
+            share: of the layers; see `engines.trials.run_trials`.
+            progress: told how far it is, and at every evaluation of the model.
+        """
+        from .engines import trials
+
+        geometry = self.geometry
+        if prompts is not None:
+            prompts = prompts.fitted(self.model, geometry)
+            geometry = prompts.geometry
+        with trials.tensor_float_32():
+            shown = trials.moments(self.model, geometry, self.images, self.steps, self.seed, prompts=prompts)
+            bench = trials.Bench(self.model, geometry, shown)
+            return trials.run_trials(bench, candidates, share=share, progress=progress)
+
+    def measured_db(self, mix: Mapping[str, Candidate], progress: Progress | None = None) -> tuple[float, float]:
+        """What layers in formats keep of the velocity all together, on other noise than that of the trials.
+
+        Args:
+            mix: by layer.
+            progress: told at every evaluation of the model, which is all but done.
+
+        Returns:
+            The least and the most in dB, of the trials' size and of one of a quarter of its tokens: a size that the
+            model was not trained for may suit a format more or less than others.
+        """
+        from .engines import trials
+
+        found = []
+        with trials.tensor_float_32():
+            for geometry in (self.geometry, self.geometry.quarter):
+                shown = trials.moments(self.model, geometry, self.images, self.steps, self.seed + 1)
+                bench = trials.Bench(self.model, geometry, shown)
+                bench.tick = advance(progress, 1, done=1)
+                found.append(decibels(trials.damage_of(bench, mix)))
+        return min(found), max(found)
 
 
 def candidates(
@@ -307,67 +265,6 @@ def input_scales(checkpoint: Checkpoint, layers: Mapping[str, Layer], statistics
     return {result.layer: result for result in solve(statistics, present, SolveOptions())}
 
 
-def offers_of(
-    layers: Mapping[str, Layer], trials: Trials, formats: Sequence[Format], microseconds: Microseconds | None = None
-) -> dict[str, list[Offer]]:
-    """What each layer could become, what that takes, and what it does.
-
-    Args:
-        layers: by name.
-        trials: of them.
-        formats: to choose from.
-        microseconds: what a layer's product takes in a format, "" for what it is now; where speed counts.
-
-    Of the formats of one size those are offered that were run to the end: the best by output error of each card.
-    """
-    nothing, cost = np.zeros(len(trials.moments)), microseconds or (lambda _layer, _fmt: 0.0)
-    offers: dict[str, list[Offer]] = {}
-    for name, layer in layers.items():
-        offers[name] = [Offer("", layer.weight.nbytes, nothing, cost(name, ""))]
-        for fmt in formats:
-            damage = trials.mean_damage(name, fmt.name)
-            if damage is not None and fmt.takes(layer.shape):
-                offers[name].append(Offer(fmt.name, stored_bytes(fmt, layer.shape), damage, cost(name, fmt.name)))
-    return offers
-
-
-def choose_of_cards(offers: Mapping[str, Sequence[Offer]], *limits: float) -> Choice:
-    """The best of what is chosen from all formats, and from those of them that each card multiplies.
-
-    With more formats `choose` may end at a mix that is a little worse than one of fewer.
-
-    Args:
-        offers: by layer.
-        limits: as `choose` takes them.
-
-    Raises:
-        OptionError: even the smallest formats take more, or the fastest that fit.
-    """
-    some = {offer.format for row in offers.values() for offer in row if offer.format}
-    kinds = {frozenset(name for name in some if gpu in FORMATS[name].native) for gpu in GPUS} - {frozenset(some)}
-    found = [choose(offers, *limits)]
-    for kind in kinds:
-        fewer = {layer: [o for o in row if not o.format or o.format in kind] for layer, row in offers.items()}
-        with suppress(OptionError):  # its smallest formats may take more
-            found.append(choose(fewer, *limits))
-    return max(found, key=lambda choice: decibels(total_damage(choice)))
-
-
-def limit_bytes(layers: Mapping[str, Layer], bits: float) -> float:
-    """What layers may take at so many bits per weight.
-
-    As formats are called 8, 6.5 or 4.5 bits: with the scales of their blocks, but without the one scale that each row
-    has in nearly all of them, and without codebooks.
-    """
-    weights = sum(layer.weight.elements for layer in layers.values())
-    return bits * weights / 8 + sum(4 * layer.out_features + CODEBOOK_BYTES for layer in layers.values())
-
-
-def stored_bytes(fmt: Format, shape: tuple[int, int]) -> int:
-    """What a weight takes in a format, scales included."""
-    return sum(Spec(dtype, size).nbytes for dtype, size in fmt.storage(shape, 0).values())
-
-
 def plan_best(
     checkpoint: Checkpoint,
     convert_options: ConvertOptions,
@@ -401,7 +298,7 @@ def plan_best(
     formats = formats_for(options)
     plan = plan_any(checkpoint, convert_options, loras)
     layers = {layer.name: layer for layer, _ in plan.quantized}
-    run, shown = checkpoint, shown or RunOptions()
+    run, shown, model = checkpoint, shown or RunOptions(), None
     if plan.merged.loras:
         rounded = next((layer for layer in layers.values() if layer.format and layer.name in plan.merged.matched), None)
         if rounded is not None:
@@ -416,7 +313,8 @@ def plan_best(
         statistics = diffusers.observe_shown(run, plan.table, shown, layers=list(layers), progress=part(progress, 0))
         statistics = statistics.with_facts(merged=merged) if merged else statistics
         solved = input_scales(run, layers, statistics)
-        trials = try_formats(run, plan, formats, solved, shown, progress=part(progress, 1))
+        model = TrialModel(run, plan, shown)
+        trials = model.try_formats(candidates(layers, solved, formats), progress=part(progress, 1))
     else:
         statistics, trials = measured
         if (before := tuple(statistics.provenance.get("merged", ()))) != merged:
@@ -425,27 +323,26 @@ def plan_best(
         statistics = naming.fitting(statistics, plan.table, layers)
         solved = input_scales(run, layers, statistics)
     cost = None if options.speed is None else partial(_microseconds, options.gpu, layers, solved)
-    offers = offers_of(layers, trials, formats, cost)
-    _refuse_untried(layers, offers, formats, statistics)
-    slowest = (
-        math.inf if options.speed is None else sum(some[0].microseconds for some in offers.values()) / options.speed
-    )
+    weights = {name: Spec.like(layer.weight) for name, layer in layers.items()}
+    mixes = Mixes.of(weights, trials, formats, cost, options.speed)
+    _refuse_untried(layers, mixes, formats, statistics)
 
-    def best_of(choice: Choice) -> Best:
+    def best_of(choice: Choice, measured_db: tuple[float, float] | None) -> Best:
         mixed = _plan_of(plan, choice, solved)
-        found = Best(mixed, choice, offers, layers, statistics, trials, options.gpu, slowest)
-        return replace(found, plan=replace(mixed, steps={"mix": found.provenance()}))
+        found = Best(mixed, choice, mixes, statistics, trials, options.gpu, measured_db)
+        return replace(found, plan=replace(mixed, steps={"mix": found.to_json()}))
 
+    room = None if model is None else (-10.01, -10.01)  # as long in the file as any figure
     if options.size_bytes is None:
-        choice = _choose_of_bits(offers, options.bits_wanted, layers, slowest)
+        choice = mixes.choose_bits(options.bits_wanted)
     else:
         choice = _choose_of_size(
-            offers, options.size_bytes, lambda choice: written_bytes(checkpoint, best_of(choice).plan), slowest
+            mixes, options.size_bytes, lambda choice: written_bytes(checkpoint, best_of(choice, room).plan)
         )
-    best = best_of(choice)
+    best = best_of(choice, room)
     if not best.plan.quantized:
         raise OptionError("nothing would be quantized: the layers fit as they are", hint="ask for a smaller file")
-    return best
+    return best if model is None else best_of(choice, model.measured_db(candidates_of(best.plan), part(progress, 1)))
 
 
 def _microseconds(
@@ -458,16 +355,14 @@ def _microseconds(
     return speeds.microseconds(gpu, "" if plain else fmt, layers[name].shape)
 
 
-def _refuse_untried(
-    layers: Mapping[str, Layer], offers: Mapping[str, Sequence[Offer]], formats: Sequence[Format], seen: Statistics
-) -> None:
+def _refuse_untried(layers: Mapping[str, Layer], mixes: Mixes, formats: Sequence[Format], seen: Statistics) -> None:
     """Refuse trials that lack a layer, or that were for another card or other formats.
 
     Raises:
         StatisticsError: of the formats of one size that a layer can be in, none was run to the end.
     """
     for name, layer in layers.items():
-        tried = {FORMATS[offer.format].bits for offer in offers[name] if offer.format}
+        tried = {FORMATS[offer.format].bits for offer in mixes.offers[name] if offer.format and offer.measured}
         missing = [fmt.name for fmt in formats if fmt.takes(layer.shape) and fmt.bits not in tried]
         if missing:
             raise StatisticsError(
@@ -477,33 +372,25 @@ def _refuse_untried(
             )
 
 
-def _choose_of_bits(
-    offers: Mapping[str, Sequence[Offer]], bits: float, layers: Mapping[str, Layer], slowest: float
-) -> Choice:
-    """The best choice of at most so many bits per weight."""
-    over = total_bytes(_smallest(offers)) - limit_bytes(layers, bits)
-    if over > 0:
-        least = bits + 8 * over / sum(layer.weight.elements for layer in layers.values())
-        raise OptionError(f"even the smallest formats take {least:.2f} bits per weight, and --bits asks for {bits:g}")
-    return choose_of_cards(offers, limit_bytes(layers, bits), slowest)
-
-
-def _choose_of_size(
-    offers: Mapping[str, Sequence[Offer]], size: int, written: Callable[[Choice], int], slowest: float
-) -> Choice:
+def _choose_of_size(mixes: Mixes, size: int, written: Callable[[Choice], int]) -> Choice:
     """The best choice whose file has at most so many bytes; what surrounds the weights depends on the choice, too."""
-    smallest = _smallest(offers)
-    if written(smallest) > size:
-        raise OptionError(f"even the smallest formats make a file of {written(smallest):,} bytes, not of {size:,}")
-    choice = choose_of_cards(offers, math.inf, slowest)
+    if (least := written(mixes.smallest)) > size:
+        raise OptionError(f"even the smallest formats make a file of {least:,} bytes, not of {size:,}")
+    choice = mixes.choose(math.inf)
     while (too_large := written(choice) - size) > 0:
-        limit = max(total_bytes(choice) - too_large, total_bytes(smallest))
-        choice = choose_of_cards(offers, limit, slowest)
+        choice = mixes.choose(max(total_bytes(choice) - too_large, total_bytes(mixes.smallest)))
     return choice
 
 
-def _smallest(offers: Mapping[str, Sequence[Offer]]) -> Choice:
-    return {name: min(some, key=lambda offer: offer.nbytes) for name, some in offers.items()}
+def candidates_of(plan: ConversionPlan) -> dict[str, Candidate]:
+    """What the layers of a plan become, as trials are told."""
+    from .engines.trials import Candidate
+
+    return {
+        each.layer.name: Candidate(each.format, each.input_scale, each.full_precision)
+        for each in plan.decisions
+        if each.format is not None
+    }
 
 
 def _plan_of(plan: ConversionPlan, choice: Choice, solved: Mapping[str, LayerResult]) -> ConversionPlan:

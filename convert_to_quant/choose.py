@@ -11,21 +11,42 @@ with weights 1 / (damage of all at m), so a few rounds of weighted sums lead to 
 A weighted sum is minimized by a price λ: each layer takes what has the least damage + λ · bytes, and the least λ whose
 choice fits is found by bisection. That choice is the best there is for the bytes that it takes (Everett, Operations
 Research 1963), which are a little fewer than the limit; the rest is spent on the swaps that save most per byte.
+
+`Mixes` are all choices of one model: what each size keeps, and every format alone. Statistics with trials suffice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .checkpoint import Spec
 from .errors import OptionError
+from .formats import FORMATS
+from .formats.record import GPUS, Format
+from .trials import Trials, decibels
 
 ROUNDS = 8
 TINY = 1e-12
+CODEBOOK_BYTES = 64
+CURVE_BITS = (4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 8.0, 10.0)
+MORE_BITS = 0.5
+
+CANDIDATES = ("fp8", "int8", "int8-convrot", "mxfp8", "nvfp4", "w6a8", "w4a8", "convrot-w4a4")
+"""What is tried. One scale for a whole weight is never better than one for each of its rows, so INT8 is here once."""
+
+Microseconds = Callable[[str, str], float]
+"""What a layer's products take in a format, "" for what it is now."""
+
+Point = tuple[float, float]
+"""Bits per weight, scales included, and dB."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +58,14 @@ class Offer:
         nbytes: what that takes of the limit.
         damage: relative error energy of the velocity at every moment, [M].
         microseconds: what its products take, where that is limited, too.
+        measured: whether the damage was, and the offer may be chosen; else it is estimated (`Trials.estimated_damage`).
     """
 
     format: str
     nbytes: int
     damage: NDArray[np.float64]
     microseconds: float = 0.0
+    measured: bool = True
 
 
 Choice = dict[str, Offer]
@@ -113,9 +136,200 @@ def total_bytes(choice: Choice) -> int:
     return sum(offer.nbytes for offer in choice.values())
 
 
-def decibels(damage: NDArray[np.float64]) -> float:
-    """The mean over moments of the ratio of signal to error, in dB."""
-    return float(np.mean(-10 * np.log10(damage + TINY)))
+def stored_bytes(fmt: Format, shape: tuple[int, ...]) -> int:
+    """What a weight (out, in) takes in a format, scales included."""
+    out_features, in_features = shape
+    return sum(Spec(dtype, size).nbytes for dtype, size in fmt.storage((out_features, in_features), 0).values())
+
+
+@dataclass(frozen=True)
+class Mixes:
+    """All mixes of formats that a model's layers could be in.
+
+    Attributes:
+        weights: what each layer's weight is now, by the layer's name.
+        offers: what each layer could become, the first of them what it is now.
+        limit_microseconds: of the layers' products.
+    """
+
+    weights: Mapping[str, Spec]
+    offers: Mapping[str, Sequence[Offer]]
+    limit_microseconds: float = math.inf
+
+    @staticmethod
+    def of(
+        weights: Mapping[str, Spec],
+        trials: Trials,
+        formats: Sequence[Format],
+        microseconds: Microseconds | None = None,
+        speed: float | None = None,
+    ) -> Mixes:
+        """What was tried, as offers.
+
+        Args:
+            weights: what each layer's weight is now.
+            trials: of these layers.
+            formats: to choose from.
+            microseconds: where speed counts.
+            speed: how many times as fast as now the products have to be.
+        """
+        nothing, cost = np.zeros(len(trials.moments)), microseconds or (lambda _layer, _fmt: 0.0)
+        offers: dict[str, list[Offer]] = {}
+        for name, weight in weights.items():
+            shape = weight.shape[0], weight.shape[1]
+            offers[name] = [Offer("", weight.nbytes, nothing, cost(name, ""))]
+            for fmt in formats:
+                damage = trials.mean_damage(name, fmt.name)
+                expected = trials.estimated_damage(name, fmt.name) if damage is None else damage
+                if expected is not None and fmt.takes(shape):
+                    size, time = stored_bytes(fmt, shape), cost(name, fmt.name)
+                    offers[name].append(Offer(fmt.name, size, expected, time, damage is not None))
+        now = sum(some[0].microseconds for some in offers.values())
+        return Mixes(weights, offers, math.inf if speed is None else now / speed)
+
+    @cached_property
+    def elements(self) -> int:
+        """All weights of these layers."""
+        return sum(math.prod(weight.shape) for weight in self.weights.values())
+
+    def limit_bytes(self, bits: float) -> float:
+        """What layers may take at so many bits per weight.
+
+        As formats are called 8, 6.5 or 4.5 bits: with the scales of their blocks, but without the one scale that each
+        row has in nearly all of them, and without codebooks.
+        """
+        return bits * self.elements / 8 + sum(4 * each.shape[0] + CODEBOOK_BYTES for each in self.weights.values())
+
+    def choose(self, limit_bytes: float) -> Choice:
+        """The best of what is chosen from all formats, and from those of them that each card multiplies.
+
+        With more formats `choose` may end at a mix that is a little worse than one of fewer.
+
+        Raises:
+            OptionError: even the smallest formats take more, or the fastest that fit.
+        """
+        measured = {layer: [offer for offer in row if offer.measured] for layer, row in self.offers.items()}
+        some = {offer.format for row in measured.values() for offer in row if offer.format}
+        kinds = {frozenset(name for name in some if gpu in FORMATS[name].native) for gpu in GPUS} - {frozenset(some)}
+        found = [choose(measured, limit_bytes, self.limit_microseconds)]
+        for kind in kinds:
+            fewer = {layer: [o for o in row if not o.format or o.format in kind] for layer, row in measured.items()}
+            with suppress(OptionError):  # its smallest formats may take more
+                found.append(choose(fewer, limit_bytes, self.limit_microseconds))
+        return max(found, key=lambda choice: decibels(total_damage(choice)))
+
+    def choose_bits(self, bits: float) -> Choice:
+        """The best choice of at most so many bits per weight.
+
+        Raises:
+            OptionError: even the smallest formats take more.
+        """
+        limit = self.limit_bytes(bits)
+        if (over := total_bytes(self.smallest) - limit) > 0:
+            least = bits + 8 * over / self.elements
+            raise OptionError(
+                f"even the smallest formats take {least:.2f} bits per weight, and --bits asks for {bits:g}"
+            )
+        return self.choose(limit)
+
+    @property
+    def smallest(self) -> Choice:
+        """What takes least."""
+        measured = {name: [offer for offer in some if offer.measured] for name, some in self.offers.items()}
+        return {name: min(some, key=lambda offer: offer.nbytes) for name, some in measured.items()}
+
+    def larger(self, choice: Choice) -> Choice:
+        """The best choice that takes `MORE_BITS` per weight more than another."""
+        return self.choose(total_bytes(choice) + MORE_BITS * self.elements / 8)
+
+    def point(self, choice: Choice) -> Point:
+        """What a choice takes, and what it keeps of the velocity if the layers' damages add up."""
+        return 8 * total_bytes(choice) / self.elements, decibels(total_damage(choice))
+
+    @cached_property
+    def curve(self) -> list[Point]:
+        """The best mix of every size of `CURVE_BITS` that can be had."""
+        found = []
+        for bits in CURVE_BITS:
+            with suppress(OptionError):
+                found.append((bits, self.point(self.choose_bits(bits))[1]))
+        return found
+
+    @cached_property
+    def uniform(self) -> dict[str, Point]:
+        """Every format that all layers could be in."""
+        by_name = {name: {offer.format: offer for offer in some} for name, some in self.offers.items()}
+        shared = [FORMATS[name] for name in FORMATS if all(name in some for some in by_name.values())]
+        return {fmt.name: self.point({layer: some[fmt.name] for layer, some in by_name.items()}) for fmt in shared}
+
+    def figures(self, choice: Choice | None = None) -> dict[str, Any]:
+        """What files, reports and other programs are told, as JSON values; without a choice, what there is to choose.
+
+        `weights` is a number of weights, a point is [bits per weight, dB]. `tried` is what each format in one layer
+        alone keeps in dB, as far as it was measured; `more` is the mix of half a bit more, or a layer's format in it.
+        """
+        larger = {} if choice is None else self.larger(choice)
+        point = {} if choice is None else dict(zip(("bits", "expected_db"), _rounded(self.point(choice)), strict=True))
+        layers: dict[str, dict[str, Any]] = {}
+        for name, some in self.offers.items():
+            tried = {each.format: round(decibels(each.damage), 2) for each in some if each.format and each.measured}
+            layers[name] = {"tried": tried}
+            if choice is not None:
+                bits = 8 * choice[name].nbytes / math.prod(self.weights[name].shape)
+                layers[name] |= {"format": choice[name].format, "bits": round(bits, 3), "more": larger[name].format}
+        return {
+            **point,
+            "weights": self.elements,
+            "curve": list(map(_rounded, self.curve)),
+            "uniform": {name: _rounded(each) for name, each in self.uniform.items()},
+            **({} if choice is None else {"more": _rounded(self.point(larger))}),
+            "layers": layers,
+        }
+
+
+def _rounded(point: Point) -> list[float]:
+    return [round(point[0], 3), round(point[1], 2)]
+
+
+def keeps(figures: Mapping[str, Any]) -> str:
+    """What a mix keeps of the velocity in words, measured where it was; "" where its figures do not say.
+
+    >>> keeps({"expected_db": 37.46}), keeps({"expected_db": 37.46, "measured_db": [35.1, 36.3]})
+    ('37.5 dB expected', '35.1 to 36.3 dB measured')
+    """
+    if "measured_db" in figures:
+        return "{:.1f} to {:.1f} dB measured".format(*figures["measured_db"])
+    return f"{figures['expected_db']:.1f} dB expected" if "expected_db" in figures else ""
+
+
+def read_figures(said: Any) -> dict[str, Any]:
+    """What a file says of its mix, as far as it is well formed: whoever wrote it, it is a remark, not data.
+
+    Args:
+        said: JSON values such as `Mixes.figures` makes.
+    """
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value)
+
+    def point(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 2 and all(map(number, value))
+
+    def named(value: Any, kind: Callable[[Any], bool]) -> bool:
+        return isinstance(value, dict) and all(map(kind, value.values()))
+
+    def layer(value: Any) -> bool:
+        return isinstance(value, dict) and named(value.get("tried"), number) and isinstance(value.get("more", ""), str)
+
+    kinds: dict[str, Callable[[Any], bool]] = {
+        **dict.fromkeys(("bits", "expected_db", "weights"), number),
+        **dict.fromkeys(("measured_db", "more"), point),
+        "curve": lambda value: isinstance(value, list) and all(map(point, value)),
+        "uniform": lambda value: named(value, point),
+        "layers": lambda value: named(value, layer),
+    }
+    known = said if isinstance(said, dict) else {}
+    return {name: known[name] for name, kind in kinds.items() if name in known and kind(known[name])}
 
 
 def _taken(table_LK: NDArray[np.float64], places: NDArray[np.intp]) -> NDArray[np.float64]:

@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -566,12 +566,6 @@ def noise_scenes(model: Denoiser, geometry: Geometry, count: int, *, seed: int =
         count: prompts at each size.
         seed: of the noise.
     """
-    smaller = replace(
-        geometry,
-        height=-(-geometry.height // 2),
-        width=-(-geometry.width // 2),
-        text_tokens=-(-geometry.text_tokens // 4),
-    )
     return [
         Scene(
             check_latents(model, size, count, seed),
@@ -580,5 +574,5 @@ def noise_scenes(model: Denoiser, geometry: Geometry, count: int, *, seed: int =
             noise.conditioning(model.signals(size), noise.SILENT, seed, 0),
             max(BATCH_TOKENS // size.tokens, 1),
         )
-        for size in (geometry, smaller)
+        for size in (geometry, geometry.quarter)
     ]

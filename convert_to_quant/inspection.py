@@ -46,6 +46,7 @@ from numpy.typing import NDArray
 from . import names, packings
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .checkpoint.reader import INTEGER_DTYPES
+from .choose import read_figures
 from .damaged import all_zero, not_finite
 from .errors import StrPath
 from .formats import DEFAULT, DEFAULT_GRID, FLOAT_GRIDS, FORMATS, recognize
@@ -108,17 +109,15 @@ class Mix:
 
     Attributes:
         gpu: the card that it was chosen for.
-        bits: per weight of the layers that could be quantized.
-        expected_db: SQNR of the velocity.
         conditioning, samples, seed: of the run that it was chosen from.
+        figures: what it keeps, beside what others would; see `choose.read_figures`.
     """
 
     gpu: str | None = None
-    bits: float | None = None
-    expected_db: float | None = None
     conditioning: str | None = None
     samples: int | None = None
     seed: int | None = None
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -303,7 +302,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """
     table = find_layers(checkpoint, collect_problems=True)
     found = identify(checkpoint, table)
-    made = _made(checkpoint.metadata)
+    made = made_of(checkpoint.metadata)
     survey = _Survey(checkpoint, table, found.encoder, made or Made())
     layers = survey.views()
     survey.look_for_orphans()
@@ -639,7 +638,7 @@ def _of_kinds(found: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, 
     return {name: found[name] for name, kind in kinds.items() if type(found.get(name)) is kind}
 
 
-def _made(metadata: Mapping[str, str]) -> Made | None:
+def made_of(metadata: Mapping[str, str]) -> Made | None:
     """What this tool wrote about itself, as far as it is well formed: whoever wrote it, it is a remark, not data."""
     try:
         said = parse_json(metadata.get(names.PROVENANCE_KEY, "null"))
@@ -652,7 +651,7 @@ def _made(metadata: Mapping[str, str]) -> Made | None:
     run = {"conditioning": str, "samples": int, "seed": int}
     facts = _of_kinds(found, {"version": str, "engine": str, **run})
     if isinstance(mix, dict):
-        facts["mix"] = Mix(**_of_kinds(mix, {"gpu": str, "bits": float, "expected_db": float, **run}))
+        facts["mix"] = Mix(**_of_kinds(mix, {"gpu": str, **run}), figures=read_figures(mix))
     for name in ("guessed", "unmeasured", "depends_on_conditioning", "lora"):
         if isinstance(found.get(name), list):
             facts[name] = tuple(text for text in found[name] if isinstance(text, str))

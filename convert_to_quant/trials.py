@@ -15,11 +15,17 @@ from numpy.typing import NDArray
 
 from .checkpoint import Entry, open_checkpoint
 from .errors import StatisticsError, StrPath
+from .formats import FORMATS
 from .untrusted import is_texts, parse_json
 
 METADATA_KEY = "convert_to_quant.trials"
 TINY = 1e-12
 COLUMNS = ("trial_error", "trial_damage", "trial_count")
+
+
+def decibels(damage: NDArray[np.float64]) -> float:
+    """The mean over moments of the ratio of signal to error, in dB."""
+    return float(np.mean(-10 * np.log10(damage + TINY)))
 
 
 @dataclass(frozen=True)
@@ -56,17 +62,20 @@ class Trials:
         count = self.count[place]
         return self.damage[place] / count if count.all() else None
 
-    def damages_db(self) -> dict[str, dict[str, float]]:
-        """What each layer alone keeps of the velocity, in the formats that were run to the end: the mean in dB."""
-        found: dict[str, dict[str, float]] = {}
-        for layer in self.layers:
-            tried = {fmt: self.mean_damage(layer, fmt) for fmt in self.formats}
-            found[layer] = {
-                fmt: float(np.mean(-10 * np.log10(damage + TINY)))
-                for fmt, damage in tried.items()
-                if damage is not None
-            }
-        return found
+    def estimated_damage(self, layer: str, fmt: str) -> NDArray[np.float64] | None:
+        """The damage of a format that was not run to the end, [M]; None where nothing tells.
+
+        It is that of a format of the same size which was, times the ratio of their output errors.
+        """
+        if layer not in self.layers or fmt not in self.formats:
+            return None
+        errors = self.error[self.layers.index(layer)]
+        for name, error in zip(self.formats, errors, strict=True):
+            damage = self.mean_damage(layer, name)
+            if damage is not None and error.all() and FORMATS[name].bits == FORMATS[fmt].bits:
+                own = errors[self.formats.index(fmt)]
+                return damage * own / error if own.all() else None
+        return None
 
     def plus(self, other: Trials) -> Trials:
         """Both together.
@@ -122,4 +131,6 @@ class Trials:
                     raise damaged(f"not {dtype} {list(shape)}")
             error, damage = (checkpoint.bits(name).astype(np.float64) for name in COLUMNS[:2])
             count = checkpoint.bits(COLUMNS[2]).astype(np.int64)
+        if not (np.isfinite(error).all() and np.isfinite(damage).all() and (damage >= 0).all() and (error >= 0).all()):
+            raise damaged("not finite, or less than 0")
         return Trials(layers, formats, moments, error, damage, count)

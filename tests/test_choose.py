@@ -10,10 +10,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert_to_quant.choose import Choice, Offer, choose, decibels, total_bytes, total_damage
+from convert_to_quant.choose import Choice, Offer, choose, read_figures, total_bytes, total_damage
 from convert_to_quant.errors import OptionError
+from convert_to_quant.trials import decibels
 
 Table = dict[str, list[Offer]]
+
+
+def test_what_a_stranger_s_file_says_of_its_mix_is_taken_as_far_as_it_is_well_formed() -> None:
+    layers = {"a": {"tried": {"w4": 30.0}, "more": "w8", "format": "w4"}, "b": {"tried": {}}}
+    said = {"bits": 6.5, "expected_db": 30, "measured_db": [29.0, 31.0], "curve": [[4.5, 20.0]], "uniform": {}}
+    said |= {"more": [7.0, 33.0], "weights": 100, "layers": layers}
+    assert read_figures({**said, "unknown": 1}) == said
+    for name, wrong in {
+        "bits": "6.5", "expected_db": float("nan"), "measured_db": [1.0], "curve": [[4.5, None]], "uniform": {"w4": 3},
+        "more": 7.0, "weights": True, "layers": {"a": {"tried": {"w4": "x"}}},
+    }.items():  # fmt: skip
+        assert read_figures({**said, name: wrong}) == {key: value for key, value in said.items() if key != name}
+    assert read_figures([]) == read_figures(None) == {}
 
 
 def table(seed: int, layers: int, *, moments: int = 1, sizes: Sequence[int] = (2, 6)) -> Table:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from convert_to_quant.checkpoint import write_checkpoint
+from convert_to_quant.checkpoint import Entry, write_checkpoint
 from convert_to_quant.errors import StatisticsError
 from convert_to_quant.trials import Trials
 
@@ -38,6 +39,16 @@ def test_damage_is_a_mean_over_images_where_it_was_measured() -> None:
     assert mean == pytest.approx((one.damage[0, 1] + trials(1).damage[0, 1]) / 4)
 
 
+def test_what_was_not_run_to_the_end_is_estimated_by_output_errors_within_a_size() -> None:
+    found = replace(trials(), formats=("int8", "fp8"))  # of one size; FP8 was not run in the second layer
+    found.error[1, 1] = 3 * found.error[1, 0]
+    damage = found.mean_damage("b", "int8")
+    assert damage is not None
+    assert found.estimated_damage("b", "fp8") == pytest.approx(3 * damage)
+    assert trials().estimated_damage("b", "nvfp4") is None, "of another size"
+    assert found.estimated_damage("c", "fp8") is found.estimated_damage("a", "mxfp8") is None
+
+
 def test_trials_of_other_layers_do_not_add_up() -> None:
     with pytest.raises(StatisticsError, match="trials of other layers do not add up"):
         trials().plus(trials(layers=("a", "c")))
@@ -61,6 +72,8 @@ def test_a_file_keeps_them(tmp_path: Path) -> None:
         (lambda tensors, _: tensors.update(trial_count=tensors["trial_damage"]), "not I64"),
         (lambda _, metadata: metadata.update({"convert_to_quant.trials": "{}"}), "without their layers"),
         (lambda _, metadata: metadata.update({"convert_to_quant.trials": "["}), "damaged: the trials are"),
+        (lambda tensors, _: tensors.update(trial_damage=Entry.of(np.full((2, 2, 3), np.nan))), "not finite"),
+        (lambda tensors, _: tensors.update(trial_error=Entry.of(np.full((2, 2, 3), -1.0))), "less than 0"),
     ],
 )
 def test_damaged_trials_are_refused(tmp_path: Path, change: Callable[[Any, Any], Any], said: str) -> None:

@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         if args.layers:
             print_layers(found, None if args.verbose else WORST_LAYERS)
     say_meaning(found, args)
+    say_predicted(args.quantized)
     if args.at_least is not None and found.sqnr_db < args.at_least:
         error(f"{args.quantized}: {found.sqnr_db:.2f} dB, at least {args.at_least:g} dB were asked for")
         return BELOW
@@ -277,6 +278,18 @@ def say_meaning(found: Fidelity, args: argparse.Namespace) -> None:
     say(f"{found.sqnr_db:.1f} dB on average, {found.worst_db:.1f} at worst: {meaning(found)}{where}")
     if args.pipeline is None and not embeddings_of(args):
         say(f"measured on noise; real use can differ by {OFF_BY_DB} dB (--pipeline or --conditioning uses prompts)")
+
+
+def say_predicted(path: str) -> None:
+    """What the file says that its mix of formats keeps, to hold the figure against."""
+    from ..checkpoint import open_checkpoint
+    from ..choose import keeps
+    from ..inspection import made_of
+
+    with open_checkpoint(path) as checkpoint:
+        made = made_of(checkpoint.metadata)
+    if made is not None and made.mix is not None and (words := keeps(made.mix.figures)):
+        say(f"its mix of formats was chosen for {words} on {made.mix.conditioning or 'given conditioning'}")
 
 
 def print_levels(found: Fidelity) -> None:

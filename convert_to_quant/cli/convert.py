@@ -256,18 +256,19 @@ def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: Convert
 
 def print_mix(best: Best, *, talk: bool = False) -> None:
     """Every layer, what becomes of it, and what it alone keeps of the velocity in this format and in the others."""
-    keeps, rows = best.trials.damages_db(), []
+    layers, rows = best.to_json()["layers"], []
     for decision in best.plan.decisions:
-        name, offer = decision.layer.name, best.choice.get(decision.layer.name)
+        name, told = decision.layer.name, layers.get(decision.layer.name)
         becomes = decision.layer.weight.dtype if decision.format is None else decision.format.name
-        if offer is None:
+        if told is None:
             rows.append((name, becomes, "", "", "", decision.reason))
             continue
-        tried = sorted(keeps[name].items(), key=lambda pair: -pair[1])
-        others = ", ".join(f"{fmt} {db:.1f}" for fmt, db in tried if fmt != offer.format)
-        alone = f"{keeps[name][offer.format]:.1f} dB" if offer.format else ""
-        why = "least damage for its size" if offer.format else decision.reason
-        rows.append((name, becomes, f"{best.bits_of(name):.2f}", alone, others, why))
+        tried, chosen = told["tried"], told["format"]
+        best_first = sorted(tried, key=tried.get, reverse=True)
+        others = ", ".join(f"{fmt} {tried[fmt]:.1f}" for fmt in best_first if fmt != chosen)
+        alone = f"{tried[chosen]:.1f} dB" if chosen else ""
+        why = "least damage for its size" if chosen else decision.reason
+        rows.append((name, becomes, f"{told['bits']:.2f}", alone, others, why))
     print_table(
         ("layer", "format", "bits", "alone keeps", "others, dB", "why"), rows, right=(2, 3), optional=(5, 4), talk=talk
     )
@@ -275,9 +276,10 @@ def print_mix(best: Best, *, talk: bool = False) -> None:
 
 def print_curve(best: Best, *, talk: bool = False) -> None:
     """What other sizes would keep, and what one format for all layers would."""
-    sizes = [("best mix", bits, db) for bits, db in best.curve().items()]
-    sizes += [(f"all {name}", bits, db) for name, (bits, db) in best.uniform().items()]
-    sizes += [("this file", best.bits, best.expected_db), ("half a bit more", *best.more())]
+    mixes = best.mixes
+    sizes = [("best mix", *point) for point in mixes.curve]
+    sizes += [(f"all {name}", *point) for name, point in mixes.uniform.items()]
+    sizes += [("this file", *mixes.point(best.choice)), ("half a bit more", *mixes.point(mixes.larger(best.choice)))]
     print_table(
         ("formats", "bits per weight", "expected on noise"),
         [(name, f"{bits:.2f}", f"{db:.1f} dB") for name, bits, db in sorted(sizes, key=lambda size: size[1])],

@@ -242,11 +242,13 @@ def made_line(made: Made) -> str:
     """How this tool made a file."""
     steps = ["converted"] if made.converted else []
     if (mix := made.mix) is not None:
+        from ..choose import keeps
+
         steps.append(
             f"the best mix of formats{f' for {mix.gpu}' if mix.gpu else ''}, chosen by running the model on "
             f"{mix.conditioning or 'given conditioning'}{_run(mix)}"
-            + (f": {mix.bits:.2f} bits per weight" if mix.bits is not None else "")
-            + (f", {mix.expected_db:.1f} dB expected there" if mix.expected_db is not None else "")
+            + (f": {mix.figures['bits']:.2f} bits per weight" if "bits" in mix.figures else "")
+            + (f", {keeps(mix.figures)} there" if keeps(mix.figures) else "")
         )
     if made.engine is not None:
         how = {

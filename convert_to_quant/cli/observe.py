@@ -243,15 +243,16 @@ def try_all(
     progress: Progress | None,
 ) -> Trials:
     """Try every format in every layer; each process takes some of the layers."""
-    from ..best import CANDIDATES, input_scales, plan_any, try_formats
+    from ..best import TrialModel, candidates, input_scales, plan_any
+    from ..choose import CANDIDATES
     from ..formats import FORMATS
     from ..recorder import gather
     from ..trials import Trials
 
     plan = plan_any(checkpoint)
-    found = try_formats(
-        checkpoint, plan, [FORMATS[name] for name in CANDIDATES],
-        input_scales(checkpoint, {layer.name: layer for layer, _ in plan.quantized}, statistics), options,
+    layers = {layer.name: layer for layer, _ in plan.quantized}
+    found = TrialModel(checkpoint, plan, options).try_formats(
+        candidates(layers, input_scales(checkpoint, layers, statistics), [FORMATS[name] for name in CANDIDATES]),
         prompts=prompts, share=(session.rank, session.processes), progress=progress,
     )  # fmt: skip
     everyone: list[Trials] = gather(found)

@@ -16,13 +16,14 @@ How it is cheap. Blocks run in turn, so a trial in one block need not run those 
 gave in the reference run. Trials of one block run side by side in one batch. The inputs of a block's layers are
 kept while that block is worked on.
 
-Limits. Damages of layers add up to that of all only roughly; `damage_of` measures a mix. Measuring every layer again
+Limits. Damages of layers add up to that of all only roughly, and both depend on the size of the image; `damage_of`
+measures a mix. Measuring every layer again
 around a mix, and choosing anew, was tried and gave no better mixes (docs/experiments.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -113,6 +114,23 @@ class Simulated:
         return multiply(codes, x_scale, levels, scale)
 
 
+class Rounded:
+    """A layer's weight in a format that is rounded anew for every product: all layers at once take no memory.
+
+    Args:
+        weight: gives it, float32 [out, in].
+        candidate: the format, and how inputs are scaled.
+    """
+
+    def __init__(self, weight: Callable[[], Tensor], candidate: Candidate) -> None:
+        self.weight = weight
+        self.candidate = candidate
+
+    def product(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """As `Simulated.product`."""
+        return Simulated(self.weight(), self.candidate).product(x, rows)
+
+
 class Bench:
     """A model on which trials are run: it remembers what it was shown and what its blocks gave.
 
@@ -194,7 +212,7 @@ class Bench:
             torch.allclose(again, torch.cat([velocity] * 2), rtol=1e-3, atol=1e-3 * float(velocity.abs().max()))
         )
 
-    def trials(self, changes: Sequence[Mapping[str, Simulated]], place: int) -> list[list[Tensor]]:
+    def trials(self, changes: Sequence[Mapping[str, Simulated | Rounded]], place: int) -> list[list[Tensor]]:
         """Run every moment with some layers changed, from a block on; several changes side by side in one batch.
 
         Args:
@@ -265,7 +283,7 @@ class Bench:
         return self.denoiser.velocity(latents, moment.sigma, conditioning, self.geometry)
 
     @contextmanager
-    def _replaced(self, changes: Sequence[Mapping[str, Simulated]]) -> Iterator[None]:
+    def _replaced(self, changes: Sequence[Mapping[str, Simulated | Rounded]]) -> Iterator[None]:
         """Layers in formats, inside the block: in each part of a batch those of one change."""
         touched = {module for change in changes for layer in change for module, _ in self.modules[layer]}
 
@@ -429,7 +447,7 @@ def damage_of(bench: Bench, mix: Mapping[str, Candidate]) -> NDArray[np.float64]
         mix: by layer.
     """
     wanted = bench.run()
-    (found,) = bench.trials([{layer: Simulated(bench.weight(layer), each) for layer, each in mix.items()}], 0)
+    (found,) = bench.trials([{layer: Rounded(partial(bench.weight, layer), each) for layer, each in mix.items()}], 0)
     images = [count for _, count in bench.shown]
     damage: NDArray[np.float64] = relative_energies(bench.moments, wanted, found) / np.array(images)
     return damage

@@ -58,6 +58,12 @@ class Geometry:
         """Rows that a block sees per sample."""
         return self.height * self.width * self.frames + self.text_tokens
 
+    @property
+    def quarter(self) -> Geometry:
+        """An image of half the sides, with a quarter of the text."""
+        half_height, half_width = -(-self.height // 2), -(-self.width // 2)
+        return Geometry(half_height, half_width, self.frames, -(-self.text_tokens // 4))
+
 
 @dataclass(frozen=True)
 class Signal:

@@ -16,7 +16,7 @@ import math
 from typing import Any
 
 from .. import __version__
-from ..best import CANDIDATES
+from ..choose import CANDIDATES
 from .document import SIGMA_EDGES, Figures, Layer, Report, Side, State
 
 Cell = str | int | float | bool | None
@@ -47,6 +47,10 @@ def _columns(layer: Layer, number: int, side: Side, figures: Figures) -> dict[st
             for (high, low), absmax in zip(itertools.pairwise(SIGMA_EDGES), figures.sigma_absmax, strict=True)
         },
         **{f"alone_{name}_db": layer.alone_db.get(name) for name in CANDIDATES},
+        "format": figures.stored,
+        "bits": figures.bits,
+        "inputs": figures.inputs,
+        "format_with_more": figures.more,
         "tool": f"convert_to_quant {__version__}",
         "options": "; ".join(f"{key}={_option(value)}" for key, value in side.options.items()),
     }

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from convert_to_quant.best import CANDIDATES, candidates, formats_for, input_scales
+from convert_to_quant.best import candidates, formats_for, input_scales
 from convert_to_quant.checkpoint import Checkpoint, open_checkpoint
+from convert_to_quant.choose import CANDIDATES
 from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.engines import denoiser, diffusers
 from convert_to_quant.engines.trials import (

@@ -31,7 +31,7 @@ changed cause reason unused conditioning_dependent
 absmax_sigma_0.875_to_1 absmax_sigma_0.75_to_0.875 absmax_sigma_0.625_to_0.75 absmax_sigma_0.5_to_0.625
 absmax_sigma_0.375_to_0.5 absmax_sigma_0.25_to_0.375 absmax_sigma_0.125_to_0.25 absmax_sigma_0_to_0.125
 alone_fp8_db alone_int8_db alone_int8-convrot_db alone_mxfp8_db alone_nvfp4_db alone_w6a8_db alone_w4a8_db
-alone_convrot-w4a4_db
+alone_convrot-w4a4_db format bits inputs format_with_more
 tool options
 """
 
