@@ -132,7 +132,7 @@ def best_mixes(checkpoint: Checkpoint, shown: RunOptions) -> dict[str, dict[str,
     found = {}
     for bits in BITS:
         with suppress(OptionError):  # not even the smallest formats fit
-            choice = best.choose_of_cards(chosen.offers, best.limit_bytes(chosen.layers, bits))
+            choice = chosen.mixes.choose_bits(bits)
             found[f"best, {bits:g} bits"] = {layer: o.format for layer, o in choice.items() if o.format}
     return found
 

@@ -320,12 +320,12 @@ class BestOptions(Options):
     """How the best file of a size is found.
 
     Attributes:
-        bits: per weight of the layers that can be quantized, as `best.limit_bytes` counts them; 8 where neither it nor
+        bits: per weight of the layers that can be quantized, as `choose.Mixes` counts them; 8 where neither it nor
             `file_size` is given.
         file_size: of the whole file, "8GB"; 1 GB is 10⁹ bytes.
         gpu: a key of `formats.record.GPUS`.
         speed: of the layers' products on that card, against 16 bits.
-        only: keys of `formats.FORMATS` to choose from, with commas; those of `best.CANDIDATES` where None.
+        only: keys of `formats.FORMATS` to choose from, with commas; those of `choose.CANDIDATES` where None.
     """
 
     bits: float | None = option(None, "per quantized weight (8)", "N", BITS)
