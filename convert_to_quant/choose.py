@@ -38,6 +38,8 @@ TINY = 1e-12
 CODEBOOK_BYTES = 64
 CURVE_BITS = (4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 8.0, 10.0)
 MORE_BITS = 0.5
+MOST_BITS, MOST_DB = 64, 400
+"""What a file may say of itself: of more, no chart could be drawn."""
 
 CANDIDATES = ("fp8", "int8", "int8-convrot", "mxfp8", "nvfp4", "w6a8", "w4a8", "convrot-w4a4")
 """What is tried. One scale for a whole weight is never better than one for each of its rows, so INT8 is here once."""
@@ -309,11 +311,17 @@ def read_figures(said: Any) -> dict[str, Any]:
         said: JSON values such as `Mixes.figures` makes.
     """
 
-    def number(value: Any) -> bool:
-        return type(value) in (int, float) and math.isfinite(value)
+    def number(value: Any, least: float = -MOST_DB, most: float = MOST_DB) -> bool:
+        return type(value) in (int, float) and least <= value <= most
+
+    def pair(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 2 and all(map(number, value))
+
+    def size(value: Any) -> bool:
+        return number(value, 0, MOST_BITS)
 
     def point(value: Any) -> bool:
-        return isinstance(value, list) and len(value) == 2 and all(map(number, value))
+        return pair(value) and size(value[0])
 
     def named(value: Any, kind: Callable[[Any], bool]) -> bool:
         return isinstance(value, dict) and all(map(kind, value.values()))
@@ -322,8 +330,11 @@ def read_figures(said: Any) -> dict[str, Any]:
         return isinstance(value, dict) and named(value.get("tried"), number) and isinstance(value.get("more", ""), str)
 
     kinds: dict[str, Callable[[Any], bool]] = {
-        **dict.fromkeys(("bits", "expected_db", "weights"), number),
-        **dict.fromkeys(("measured_db", "more"), point),
+        "bits": size,
+        "expected_db": number,
+        "measured_db": pair,
+        "more": point,
+        "weights": lambda value: number(value, 1, 2**60),
         "curve": lambda value: isinstance(value, list) and all(map(point, value)),
         "uniform": lambda value: named(value, point),
         "layers": lambda value: named(value, layer),

@@ -23,7 +23,7 @@ def test_what_a_stranger_s_file_says_of_its_mix_is_taken_as_far_as_it_is_well_fo
     said |= {"more": [7.0, 33.0], "weights": 100, "layers": layers}
     assert read_figures({**said, "unknown": 1}) == said
     for name, wrong in {
-        "bits": "6.5", "expected_db": float("nan"), "measured_db": [1.0], "curve": [[4.5, None]], "uniform": {"w4": 3},
+        "bits": "6.5", "curve": [[1e9, 20.0]], "expected_db": float("nan"), "measured_db": [1.0], "uniform": {"w4": 3},
         "more": 7.0, "weights": True, "layers": {"a": {"tried": {"w4": "x"}}},
     }.items():  # fmt: skip
         assert read_figures({**said, name: wrong}) == {key: value for key, value in said.items() if key != name}

@@ -13,7 +13,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ..errors import NoStaticScaleError, OptionError, OutputError
+from ..errors import OptionError, OutputError
 from ..options import SolveOptions, add_options, options_of
 from .output import decibels, foresee, print_table, say, size, write_json, wrote
 from .parsing import Parser, flag_spelling
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ..report.document import Report, State
     from ..report.figures import Source
     from ..stats import Statistics
-    from ..trials import Trials
 
 DESCRIPTION = (
     "Show what calibration would change, and why: which layers are at risk at their present scales, every layer's "
@@ -72,22 +71,12 @@ def run(args: argparse.Namespace) -> int:
 
     from ..checkpoint import write_bytes
     from ..report import figures
-    from ..trials import Trials
 
     asked = {"files": [Path(name).name for name in args.files], "against": args.against, "merge": args.merge,
              "force": args.force}  # fmt: skip
-    trials = [found for one in statistics if one.path is not None and (found := Trials.load(one.path)) is not None]
-    if args.merge and trials:
-        trials = [reduce(Trials.plus, trials)]
-    try:
-        report = figures.build(*sources, force=args.force, options=asked, trials=trials[0] if trials else None)
-    except NoStaticScaleError as finding:  # which is good to know, and no fault
-        say(str(finding))
-        return 1 if any((args.output, args.png, args.csv, args.json)) else 0
+    report = figures.build(*sources, force=args.force, options=asked)
     outputs = outputs_of(report, args)
     tell(report, args)
-    if args.verbose and trials:
-        print_trials(reduce(Trials.plus, trials), talk=(args.csv, args.json) != (None, None))
     for place, content in outputs.items():
         if args.dry_run:
             say(f"dry run: {place} ({size(len(content))}) was not written")
@@ -161,17 +150,21 @@ def sides_of(
     """
     from ..report.figures import Source
     from ..stats import merge
+    from ..trials import Trials
 
     files: tuple[str, ...] = ()
+    trials = [None if one.path is None else Trials.load(one.path) for one in statistics]
     if args.merge and statistics:
         files = tuple(one.path.name for one in statistics if one.path is not None)
         statistics = [merge(*statistics, force=args.force)]
+        tried = [one for one in trials if one is not None]
+        trials = [reduce(Trials.plus, tried) if tried else None]
     if len(statistics) > 2:
         raise OptionError(f"{len(statistics)} statistics files: at most two can be compared", hint="--merge takes "
                           "them as one")  # fmt: skip
     if len(models) > 2:
         raise OptionError(f"{len(models)} checkpoints: at most two can be compared")
-    if not statistics and len(models) == 1:
+    if not statistics and len(models) == 1 and not is_mix(models[0]):
         raise OptionError(
             f"no statistics: nothing says what the layers of {models[0].name} receive",
             hint=f"convert_to_quant observe {models[0].name} -o stats.safetensors, or name a second checkpoint",
@@ -187,10 +180,21 @@ def sides_of(
             statistics=statistics[min(number, len(statistics) - 1)] if statistics else None,
             model=models[min(number, len(models) - 1)] if models else None,
             options=one,
+            trials=trials[min(number, len(trials) - 1)] if trials else None,
             files=files,
         )
         for number, one in enumerate(chosen)
     ]
+
+
+def is_mix(path: Path) -> bool:
+    """Whether a file says how its formats were chosen."""
+    from ..checkpoint import open_checkpoint
+    from ..inspection import made_of
+
+    with open_checkpoint(path) as checkpoint:
+        made = made_of(checkpoint.metadata)
+    return made is not None and made.mix is not None
 
 
 def other_options(args: argparse.Namespace) -> SolveOptions:
@@ -246,6 +250,7 @@ def tell(report: Report, args: argparse.Namespace) -> None:
                 print(printable(f"apply it: {said}"), file=stream)
     if args.verbose:
         print_layers(report, talk=not alone)
+        print_mix(report, talk=not alone)
 
 
 def verdict_lines(report: Report, stream: TextIO) -> Iterator[str]:
@@ -289,15 +294,19 @@ def print_layers(report: Report, *, talk: bool) -> None:
     )  # fmt: skip
 
 
-def print_trials(trials: Trials, *, talk: bool = False) -> None:
-    """What each layer alone keeps of the velocity in every format that was tried to the end; see `print_table`."""
-    found = trials.damages_db()
-    print_table(
-        ("layer alone, dB in", *trials.formats),
-        [(layer, *(f"{of[fmt]:.1f}" if fmt in of else "-" for fmt in trials.formats)) for layer, of in found.items()],
-        right=tuple(range(1, len(trials.formats) + 1)),
-        talk=talk,
-    )
+def print_mix(report: Report, *, talk: bool) -> None:
+    """What each layer is stored in, what it alone keeps of the velocity in every format, and half a bit more."""
+    formats = list(dict.fromkeys(name for layer in report.layers for name in layer.alone_db))
+    rows = []
+    for layer in report.layers if formats else ():
+        sides = [one for one in layer.sides if one is not None]
+        keeps = (decibels(layer.alone_db.get(name)) for name in formats)
+        rows.append(
+            (layer.name, *(" | ".join(getattr(one, what) for one in sides) for what in ("stored", "more")), *keeps)
+        )
+    if rows:
+        print_table(("layer alone, dB in", "is", "half a bit more", *formats), rows,
+                    right=tuple(range(3, len(formats) + 3)), talk=talk)  # fmt: skip
 
 
 def risk_cell(state: State) -> str:

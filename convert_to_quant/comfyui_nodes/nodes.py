@@ -31,7 +31,7 @@ from ..calibrate_activation_scales import Calibration, apply_statistics, calibra
 from ..checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, write_bytes
 from ..convert import ConversionPlan, convert, plan_conversion
 from ..damaged import refuse_damaged
-from ..errors import Error, NoStaticScaleError, OptionError
+from ..errors import Error, OptionError
 from ..formats import FORMATS, WRITTEN
 from ..formats.record import GPUS
 from ..options import BITS, BestOptions, ConvertOptions, RunOptions, SolveOptions, inputs_of
@@ -552,12 +552,8 @@ class ActivationReport(Solving):
         path = folders.next_output(filename_prefix, ".html") if filename_prefix.strip() else None
         options, statistics, partial = solving(**inputs)
         show_text(unique_id, "drawing")
-        try:
-            report = figures.build(figures.Source(statistics, model, options), force=partial)
-            text = "\n".join((report.verdict.headline, *report.verdict.points))
-        except NoStaticScaleError as finding:  # which is good to know, and no fault
-            report = figures.build(figures.Source(statistics, None, options), force=partial)
-            text = f"{finding}\nThe image shows what was recorded on the range of FP8, as without a checkpoint."
+        report = figures.build(figures.Source(statistics, model, options), force=partial)
+        text = "\n".join((report.verdict.headline, *report.verdict.points))
         pixels = np.asarray(picture.draw(report).convert("RGB"), np.float32) / 255
         image = torch.from_numpy(pixels)[None]  # as ComfyUI has images: [1, height, width, 3], 0 to 1
         pages = []

@@ -41,7 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..formats import DEFAULT_GRID, GRIDS
+from ..formats import DEFAULT_GRID, FORMATS, GRIDS
 from ..kernels import SIGMA_BINS
 
 FORMAT = 1
@@ -66,6 +66,16 @@ ZONES = {
     "saturated": f"cut off at {DEFAULT_GRID.max:g}",
 }
 """What FP8 does with |x| / scale, from small to large."""
+
+MIX_WORDS = {
+    "curve": "the best mix of each size",
+    "uniform": "one format for all layers",
+    "more": "half a bit more per weight",
+    "measured": "this file as measured, at two sizes of image",
+    "chosen": "this file",
+    "tried": "a format that was tried; the stronger its colour, the more bits",
+}
+"""What the marks of the chart of sizes are, in page and picture."""
 
 MOST = 0.5
 """Share of values or tokens that are lost from which on a layer is at risk for that alone."""
@@ -133,6 +143,11 @@ class Figures:
         reason: why scale or precision after is what it is.
         cause: what moved it to full precision; see `solve.LayerResult`.
         unused: why no reader uses its input scale; "" where one does.
+        inputs: how readers scale its inputs where no input scale does, in a word; "" where one does.
+        stored: the format of its weight, a key of `formats.FORMATS`; the dtype where it is not quantized; "" where no
+            checkpoint says.
+        bits: per weight, scales included.
+        more: the format that it would have in the mix of half a bit more; "" where nothing says.
         conditioning_dependent: its range moves with the made-up conditioning of a run on noise.
         rows, rows_per_sample, calls: as in `Statistics`.
         multiply_adds: out × in × rows.
@@ -149,6 +164,10 @@ class Figures:
     reason: str = ""
     cause: str = ""
     unused: str = ""
+    inputs: str = ""
+    stored: str = ""
+    bits: float | None = None
+    more: str = ""
     conditioning_dependent: bool = False
     rows: int = 0
     rows_per_sample: int = 0
@@ -192,7 +211,7 @@ class Layer:
         sides: what each side knows of it; None where a side does not have it.
         crossed: the first side's new scale and precision on the second side's inputs; None where both sides have the
             same statistics, or one has none of this layer.
-        alone_db: by format, SQNR of the velocity on noise where this layer alone is in it; of trials.
+        alone_db: by format, SQNR of the velocity where this layer alone is in it; of trials.
     """
 
     name: str
@@ -233,6 +252,8 @@ class Side:
         options: how scales were chosen.
         notes: what a user should know, one sentence each.
         apply: the command that writes the new scales, with names of files without folders; "" where none changes.
+        mix: what the mix of its formats keeps, beside what others would, see `choose.Mixes.figures`; of its layers
+            the layers tell. `other_bytes` is what the file has besides them. Empty where nothing was tried.
     """
 
     label: str
@@ -246,6 +267,7 @@ class Side:
     options: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     apply: str = ""
+    mix: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def calibrates(self) -> bool:
@@ -269,20 +291,6 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class LeftAlone:
-    """A layer that the report has no figures for, and why.
-
-    Attributes:
-        name, why: what and why.
-        side: number of the side whose layer it is.
-    """
-
-    name: str
-    why: str
-    side: int = 0
-
-
-@dataclass(frozen=True)
 class Report:
     """All figures, and what they mean.
 
@@ -291,7 +299,6 @@ class Report:
         sides: one, or two.
         layers: in the natural order of their names: block 2 before block 10.
         verdict: what it means.
-        left_alone: layers of the files without figures.
         options: how the report was asked for.
     """
 
@@ -299,13 +306,17 @@ class Report:
     sides: tuple[Side, ...]
     layers: tuple[Layer, ...]
     verdict: Verdict
-    left_alone: tuple[LeftAlone, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def riskiest(self) -> list[int]:
         """Numbers of the layers, the riskiest first."""
         return sorted(range(len(self.layers)), key=lambda number: -self.layers[number].danger)
+
+    @property
+    def mixes(self) -> list[Mapping[str, Any]]:
+        """What the sides know of their mixes of formats, as far as there is a chart of it."""
+        return [side.mix for side in self.sides if side.mix.get("curve")]
 
     def document(self) -> dict[str, Any]:
         """Everything as JSON values: the same report is the same document."""
@@ -318,6 +329,8 @@ class Report:
             "verdict": plain(self.verdict),
             "risks": dict(RISKS),
             "zones": dict(ZONES),
+            "words": dict(MIX_WORDS),
+            "format_bits": {name: fmt.bits for name, fmt in FORMATS.items()} if self.mixes else {},
             "riskiest": self.riskiest,
             "grid": {
                 "max": DEFAULT_GRID.max,
@@ -336,7 +349,6 @@ class Report:
                 }
                 for layer in self.layers
             ],
-            "left_alone": plain(self.left_alone),
         }
 
 

@@ -18,9 +18,10 @@ off by at most the values of one bin. Costs are those of quantizing inputs, not 
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,24 +32,39 @@ from numpy.typing import NDArray
 
 from .. import names
 from ..calibrate_activation_scales import apply_statistics, present_scales, static_table
-from ..checkpoint import open_checkpoint
-from ..errors import StatisticsError, StrPath
-from ..formats import DEFAULT_GRID, GRIDS
+from ..checkpoint import Checkpoint, Spec, open_checkpoint
+from ..choose import Choice, Mixes
+from ..errors import NoStaticScaleError, StatisticsError, StrPath
+from ..formats import DEFAULT_GRID, FORMATS, GRIDS
 from ..formats.record import Grid
 from ..inspection import Inspection, LayerView, inspect_checkpoint
 from ..kernels import NONFINITE_BIN, SIGMA_BINS
+from ..layers import LayerTable, find_layers
+from ..naming import for_checkpoint, respell
 from ..options import SolveOptions, flags_of
 from ..problems import DYNAMIC, READINGS
-from ..solve import LayerResult, Present, expected_errors, lost_rows, solve
+from ..solve import LayerResult, Present, expected_errors, lost_rows, solve, unchanged
 from ..stats import BIN_EDGES, Statistics
 from ..trials import Trials
 from . import document, verdict
-from .document import Figures, Layer, LeftAlone, Report, Risk, Side, State, encode_shares
+from .document import Figures, Layer, Report, Risk, Side, State, encode_shares
 
 Float = NDArray[np.float64]
 
 _UNREAD = frozenset({"text-encoder", "scale-dropped"})
 """Readings of `inspection` in which no reader uses a layer's input scale."""
+
+INPUTS: Mapping[str, str] = {
+    "dynamic": "scaled per token",
+    "per-token": "scaled per token",
+    "per-block-16": "scaled per block",
+    "per-block-32": "scaled per block",
+    "foreign": "not known",
+    "experts-at-one": "at 1.0",
+    "cast": "not quantized",
+    "high-precision": "not quantized",
+}
+"""What readers do with a layer's inputs where no input scale says it, by reading."""
 
 _TAKEN = ("format", "source", "reason", "cause", "conditioning_dependent", "multiply_adds")
 """What figures take over from solving."""
@@ -66,6 +82,7 @@ class Source:
         statistics: what was observed.
         model: an FP8 checkpoint.
         options: how scales are chosen.
+        trials: of the same model's layers.
         label: a short name; by default that of what tells the sides apart.
         files: names of the files that the statistics come from; by default that of the one they were loaded from.
     """
@@ -73,6 +90,7 @@ class Source:
     statistics: Statistics | None = None
     model: StrPath | None = None
     options: SolveOptions = field(default_factory=SolveOptions)
+    trials: Trials | None = None
     label: str | None = None
     files: tuple[str, ...] = ()
 
@@ -86,25 +104,35 @@ class _Solved:
         results: one per layer that has figures, in file order.
         shapes: layer name -> (out, in).
         statistics: of those of them that were observed, by the same names.
-        readings: what readers make of layers, by name; empty without a checkpoint.
+        views: what readers make of layers, by name; empty without a checkpoint.
         inspection: what the checkpoint is.
         notes: what a user should know.
-        left_alone: layers without figures.
+        mix: of its formats; see `document.Side.mix`, and by its `layers` those.
     """
 
     source: Source
     results: Sequence[LayerResult]
     shapes: Mapping[str, tuple[int, int]]
     statistics: Statistics
-    readings: Mapping[str, str] = field(default_factory=dict)
+    views: Mapping[str, LayerView] = field(default_factory=dict)
     inspection: Inspection | None = None
     notes: Sequence[str] = ()
-    left_alone: Sequence[LeftAlone] = ()
+    mix: Mapping[str, Any] = field(default_factory=dict)
+
+    def reading(self, name: str) -> str:
+        """What readers make of a layer; "" without a checkpoint."""
+        return self.views[name].reading if name in self.views else ""
 
     def unused(self, name: str) -> str:
         """Why no reader uses a layer's input scale; "" where one does."""
-        reading = self.readings.get(name, "")
-        return READINGS[reading] if reading in _UNREAD else ""
+        reading = self.reading(name)
+        return READINGS[reading] if reading in _UNREAD or reading in INPUTS else ""
+
+    @cached_property
+    def tried(self) -> dict[str, Mapping[str, Any]]:
+        """What the mix says of each layer, by bare name."""
+        layers: Mapping[str, Mapping[str, Any]] = self.mix.get("layers", {})
+        return {bare: layers[name] for name, bare in names.strip_prefix(layers)[1].items()}
 
     @cached_property
     def bare(self) -> dict[str, str]:
@@ -112,16 +140,13 @@ class _Solved:
         return {bare: name for name, bare in names.strip_prefix(self.shapes)[1].items()}
 
 
-def build(
-    *sources: Source, force: bool = False, options: Mapping[str, Any] | None = None, trials: Trials | None = None
-) -> Report:
+def build(*sources: Source, force: bool = False, options: Mapping[str, Any] | None = None) -> Report:
     """Make a report of one side, or of two that are compared.
 
     Args:
         *sources: one or two.
         force: use the layers of statistics that match a checkpoint where others do not.
         options: how the report was asked for, as JSON values; kept in it.
-        trials: of the same model's layers.
 
     Returns:
         The report.
@@ -141,14 +166,13 @@ def build(
             f"nothing to compare: {_what(sources[0])} and {_what(sources[1])} have no layer in common",
             hint="compare two files of the same model",
         )
-    alone_db = {} if trials is None else trials.damages_db()
-    alone_db = {bare: alone_db[name] for name, bare in names.strip_prefix(alone_db)[1].items()}
     layers = []
     for key in keys:
         spelled = [side.bare.get(key) for side in solved]
         name, owner = next((name, side) for name, side in zip(spelled, solved, strict=True) if name is not None)
         known = tuple(None if name is None else one[name] for one, name in zip(figures, spelled, strict=True))
-        layers.append(Layer(name, owner.shapes[name], known, crossed.get(key), alone_db.get(key, {})))
+        tried: Mapping[str, float] = next((side.tried[key]["tried"] for side in solved if key in side.tried), {})
+        layers.append(Layer(name, owner.shapes[name], known, crossed.get(key), tried))
     sides = tuple(
         _side(side, label, apply=_apply(side.source) if any(figure.changed for figure in known.values()) else "")
         for side, label, known in zip(solved, _labels(sources), figures, strict=True)
@@ -158,7 +182,6 @@ def build(
         sides=sides,
         layers=tuple(layers),
         verdict=verdict.judge(sides, layers, same_inputs=_same_inputs(sources)),
-        left_alone=tuple(replace(left, side=number) for number, side in enumerate(solved) for left in side.left_alone),
         options={**(options or {})},
     )
 
@@ -184,45 +207,98 @@ def _solve(source: Source, *, force: bool) -> _Solved:
         moving = set(statistics.provenance.get("depends_on_conditioning", ()))
         results = solve(statistics, {name: Present(1.0, False, shapes[name]) for name in shapes}, source.options)
         results = [replace(result, conditioning_dependent=result.layer in moving) for result in results]
-        return _Solved(source, results, shapes, statistics)
+        return _Solved(source, results, shapes, statistics, mix=_mix(source))
     with open_checkpoint(source.model) as checkpoint:
         inspection = inspect_checkpoint(checkpoint)
-        if statistics is None:
-            table = static_table(checkpoint)
-            present = present_scales(checkpoint, table, energies=False)
-            observed = Statistics.empty({})
-            results, notes = solve(observed, present, source.options), table.notes
-        else:
-            calibration = apply_statistics(checkpoint, statistics, source.options, force=force)
-            assert calibration.statistics is not None
-            observed = calibration.statistics
-            results, notes = calibration.results, calibration.notes
+        table = find_layers(checkpoint)
+        results, notes = _calibrated(source, checkpoint, table, force=force)
+    mix = _mix(source, inspection)
+    observed = Statistics.empty({}) if statistics is None else respell(statistics, table.shapes(), table.prefix)
+    solved, chosen = {result.layer for result in results}, names.strip_prefix(mix.get("layers", {}))[1].values()
+    bare = names.strip_prefix(view.name for view in inspection.layers)[1]
+    rest = [
+        view
+        for view in inspection.layers
+        if view.name not in solved and len(view.shape) > 1
+        and (view.reading in DYNAMIC or view.name in observed.layers or bare.get(view.name) in chosen)
+    ]  # fmt: skip
+    results += [_without_scale(view, view.name in observed.layers) for view in rest]
     views = {view.name: view for view in inspection.layers}
-    solved = {result.layer for result in results}
+    shapes = {result.layer: _two_sides(views[result.layer]) for result in results}
     return _Solved(
         source,
         results,
-        {name: (views[name].shape[0], views[name].shape[1]) for name in solved},
+        shapes,
         observed,
-        readings={name: views[name].reading for name in solved},
+        views={name: views[name] for name in shapes},
         inspection=inspection,
-        notes=[text for text in notes if text.partition(":")[0] not in solved],  # a layer's row says those
-        left_alone=_left_alone(views.values(), solved, statistics),
+        notes=[text for text in notes if text.partition(":")[0] not in shapes],  # a layer's row says those
+        mix=mix,
     )
 
 
-def _left_alone(views: Iterable[LayerView], solved: Set[str], statistics: Statistics | None) -> list[LeftAlone]:
-    """The layers of a checkpoint that are quantized, or were observed, and have no figures all the same."""
-    recorded = set() if statistics is None else set(names.strip_prefix(statistics.layers)[1].values())
-    listed = list(views)
-    bare = names.strip_prefix(view.name for view in listed)[1]
-    left = []
-    for view in listed:
-        if view.reading in DYNAMIC and view.name not in solved:
-            left.append(LeftAlone(view.name, f"{view.format}, which has no input scale that this tool knows"))
-        elif view.reading in ("cast", "high-precision") and bare.get(view.name) in recorded:
-            left.append(LeftAlone(view.name, f"{view.format}: {READINGS[view.reading]}"))
-    return left
+def _calibrated(
+    source: Source, checkpoint: Checkpoint, table: LayerTable, *, force: bool
+) -> tuple[list[LayerResult], Sequence[str]]:
+    """The layers that have an input scale, solved, and notes; none where readers scale all inputs as they come."""
+    try:
+        if source.statistics is not None:
+            found = apply_statistics(checkpoint, source.statistics, source.options, force=force)
+            return list(found.results), found.notes
+        static_table(checkpoint)
+    except NoStaticScaleError:
+        if source.statistics is not None:
+            for_checkpoint(source.statistics, table, force=force)  # refuses those of another model
+        return [], ()
+    present = present_scales(checkpoint, table, energies=False)
+    results = solve(Statistics.empty({}), present, source.options)
+    return [replace(result, reason="nothing was observed: keeps its scale") for result in results], table.notes
+
+
+def _without_scale(view: LayerView, seen: bool) -> LayerResult:
+    """A layer that has no input scale."""
+    present = Present(None, view.read_as is None, _two_sides(view))
+    return unchanged(view.name, present, READINGS[view.reading], "model" if seen else "none")
+
+
+def _two_sides(view: LayerView) -> tuple[int, int]:
+    """(out, in) of a weight; a bank of experts has them one under the other."""
+    return math.prod(view.shape[:-1]), view.shape[-1]
+
+
+def _mix(source: Source, inspection: Inspection | None = None) -> dict[str, Any]:
+    """What the formats of a file keep, and what others would: by trials, or else by the file's own word."""
+    made = None if inspection is None or inspection.made is None else inspection.made.mix
+    said: dict[str, Any] = {} if made is None else {**made.figures, "gpu": made.gpu}
+    if source.trials is not None:
+        trials = source.trials
+        asked = [FORMATS[name] for name in trials.formats if name in FORMATS]
+        formats = [fmt for fmt in asked if made is None or made.gpu in fmt.native] or asked
+        assert source.statistics is not None, "trials stand in statistics"
+        shapes = {name: source.statistics.layers[name] for name in trials.layers if name in source.statistics.layers}
+        mixes = Mixes.of({name: Spec("BF16", shape) for name, shape in shapes.items()}, trials, formats)
+        said |= mixes.figures(_choice(mixes, inspection)) if shapes else {}
+    facts = {} if source.statistics is None else source.statistics.provenance
+    if said:
+        told = ", ".join(facts.get("conditioning", ())) if source.trials is not None else made and made.conditioning
+        said["on"] = told or "noise"
+    if inspection is not None and {"bits", "weights"} <= said.keys():
+        said["other_bytes"] = inspection.size_bytes - said["bits"] * said["weights"] / 8
+    return said
+
+
+def _choice(mixes: Mixes, inspection: Inspection | None) -> Choice | None:
+    """The formats of a file as a choice; None without a file, or where a layer is in a format that was not tried."""
+    views = {} if inspection is None else {view.name: view for view in inspection.layers}
+    own = {bare: views[name] for name, bare in names.strip_prefix(views)[1].items()}
+    found: Choice = {}
+    for name, bare in names.strip_prefix(mixes.offers)[1].items():
+        read_as = own[bare].read_as or "" if bare in own else None
+        offer = next((each for each in mixes.offers[name] if each.format == read_as), None)
+        if offer is None:
+            return None
+        found[name] = offer
+    return found if any(offer.format for offer in found.values()) else None
 
 
 def _figures(side: _Solved) -> dict[str, Figures]:
@@ -236,7 +312,7 @@ def _figures(side: _Solved) -> dict[str, Figures]:
     }
     columns = dict(zip((result.layer for result in seen), _columns(statistics), strict=True))
     numbers = {layer: number for number, layer in enumerate(columns)}
-    figures = {}
+    figures, bare = {}, {name: key for key, name in side.bare.items()}
     for result in side.results:
         column, unused = columns.get(result.layer, {}), side.unused(result.layer)
         states: dict[str, Any] = {}
@@ -247,13 +323,18 @@ def _figures(side: _Solved) -> dict[str, Figures]:
             if column and state.scale is not None:
                 state = replace(state, rows_lost=float(rows_lost[numbers[result.layer]]))
             states[when] = state if unused else with_risk(state, column.get("absmax", 0), GRIDS[result.format])
-        if side.readings.get(result.layer) == "error":  # no reader can use its scale
+        reading, view = side.reading(result.layer), side.views.get(result.layer)
+        if reading == "error":  # no reader can use its scale
             states["before"] = State(0.0, states["before"].full_precision, risk="no scale")
         figures[result.layer] = Figures(
             **states,
             **column,
             **{name: getattr(result, name) for name in _TAKEN},
             unused=unused,
+            inputs=INPUTS.get(reading, ""),
+            stored="" if view is None else view.read_as or view.format,
+            bits=None if view is None else view.bits,
+            more=side.tried.get(bare[result.layer], {}).get("more", ""),
         )
     return figures
 
@@ -347,7 +428,10 @@ def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
     pairs = [
         (bare, mine[name], second.bare[bare])
         for bare, name in first.bare.items()
-        if bare in second.bare and second.bare[bare] in theirs and mine[name].source == "model"
+        if bare in second.bare
+        and second.bare[bare] in theirs
+        and mine[name].source == "model"
+        and mine[name].scale_after is not None
     ]
     statistics = second.statistics.take([name for _, _, name in pairs])
     scales = np.array([result.scale_after or 0.0 for _, result, _ in pairs], np.float64)
@@ -382,6 +466,7 @@ def _side(side: _Solved, label: str, *, apply: str) -> Side:
         options=asdict(source.options),
         notes=tuple(notes),
         apply=apply,
+        mix={key: value for key, value in side.mix.items() if key != "layers"},
     )
 
 

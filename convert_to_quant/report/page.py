@@ -2,6 +2,7 @@
 
     head        what was looked at
     verdict     one sentence, a bar of layers, the points, and how it all was made: written here, needs no scripts
+    sizes       what each size keeps, where formats were tried
     charts      the riskiest layers first, before and after; drawn by the scripts in `assets/` from the document, which
                 the file carries as JSON
     lists       layers in full precision, and layers left alone, with the reasons: written here
@@ -36,7 +37,7 @@ from ..telling import plural
 from .verdict import CAUSES
 
 ASSETS = Path(__file__).with_name("assets")
-SCRIPTS = ("data.js", "plot.js", "picture.js", "levels.js", "table.js", "page.js")
+SCRIPTS = ("data.js", "plot.js", "mix.js", "picture.js", "levels.js", "table.js", "page.js")
 """Ours, in the order in which they build upon each other."""
 
 ECHARTS_VERSION = "6.1.0"
@@ -46,7 +47,10 @@ ECHARTS_SHA256 = "b66b25aeb4df84e33199dc21694014d336d222cbd9deb0e5a7c14bd6aa0d0f
 LEVELS = {"good": "Fine", "warning": "Worth knowing", "bad": "At risk"}
 """What the colour of a verdict says, in a word."""
 
-_STATES = {"risky": "at risk", "fine": "fine", "precise": "in full precision", "unknown": "not seen or not used"}
+_STATES = {
+    "risky": "at risk", "fine": "fine", "dynamic": "need no input scale", "precise": "in full precision",
+    "unknown": "not seen or not used",
+}  # fmt: skip
 """What a bar counts, in its order."""
 
 _LISTED = 12
@@ -73,6 +77,9 @@ def render(document: Document) -> str:
     texts = {
         "version": document["version"],
         "title": document["title"],
+        "kicker": "Report on a mix of formats"
+        if any(side["mix"] for side in document["sides"])
+        else "FP8 activation report",
         "about": _about(document),
         "level": verdict["level"],
         "mark": LEVELS[verdict["level"]],
@@ -159,6 +166,8 @@ def _state(figures: Mapping[str, Any], when: str) -> str:
         return "precise"
     if state["risk"]:
         return "risky"
+    if figures["inputs"]:
+        return "dynamic"
     return "unknown" if figures["unused"] or figures["source"] == "none" else "fine"
 
 
@@ -166,13 +175,15 @@ def _bars(document: Document) -> str:
     """How many layers are fine, now and calibrated, as one bar each."""
     bars = []
     for letter, side, layers in _sides(document):
+        if side["mix"] and not side["statistics"]:
+            continue  # nothing was observed, and its scales were measured with its formats
         moments = {"before": "present scales" if side["model"] else "scale 1.0"}
         if any(figures["changed"] for _, figures in layers):
             moments["after"] = "calibrated"
         for when, words in moments.items():
             label = f"{letter} {words}" if letter else words.capitalize()
             bars.append(_bar(label, Counter(_state(figures, when) for _, figures in layers)))
-    return f'<dl class="bars">{"".join(bars)}</dl>' if document["layers"] else ""
+    return f'<dl class="bars">{"".join(bars)}</dl>' if document["layers"] and bars else ""
 
 
 def _bar(label: str, counts: Counter[str]) -> str:
@@ -200,6 +211,7 @@ def _made(document: Document) -> str:
             "statistics": side["statistics"],
             "images": f"{side['samples']:,}" if side["samples"] else None,
             **_prefixed("observed", side["provenance"]),
+            **_prefixed("mix", {key: side["mix"].get(key) for key in ("gpu", "bits", "expected_db", "measured_db")}),
             **_prefixed("chosen by", side["options"]),
             "notes": side["notes"],
         }
@@ -235,11 +247,8 @@ def _terms(lines: Mapping[str, Any]) -> str:
 def _kept(document: Document) -> str:
     """Layers in full precision and layers left alone, grouped by why."""
     parts = []
-    for number, (letter, side, layers) in enumerate(_sides(document)):
+    for letter, side, layers in _sides(document):
         reasons = [(why, name) for name, figures in layers for why in _whys(figures)]
-        reasons += [
-            (f"left alone: {left['why']}", left["name"]) for left in document["left_alone"] if left["side"] == number
-        ]
         groups: dict[str, list[str]] = {}
         for why, name in reasons:
             groups.setdefault(why, []).append(name)
@@ -270,6 +279,9 @@ def _apply(document: Document) -> str:
 
 def _whys(figures: Mapping[str, Any]) -> Iterator[str]:
     """Why a layer is in full precision, or keeps the scale that it has."""
+    if figures["inputs"]:
+        yield f"left alone: {figures['stored']}, {figures['unused']}"
+        return
     if figures["after"]["full_precision"]:
         yield CAUSES.get(figures["cause"], "in full precision in the file already")
     if figures["unused"]:

@@ -5,6 +5,9 @@ log2(|x| / scale): so the zones of FP8 are the same vertical bands for all layer
 orange one is clipped. One panel shows the scales as they are, the next the new ones; of two sides, what differs between
 them. Beside them stand the range over noise levels, and what becomes of the layer; below, the command that applies it.
 
+Of a mix of formats, a chart above the layers shows what each size keeps, and the first panel what each layer alone
+keeps in every format that was tried.
+
 matplotlib draws it, through its Agg canvas alone: no window, no global figure, none of the user's styles. So the same
 report is the same picture. Places are in inches: measuring texts to lay them out would take as long as drawing them.
 
@@ -18,7 +21,7 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,13 +35,25 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MultipleLocator
 from numpy.typing import NDArray
 
 from .. import __version__, names
-from ..formats import DEFAULT_GRID
+from ..formats import DEFAULT_GRID, FORMATS
 from ..kernels import SIGMA_BINS
 from ..telling import plural
-from .document import AXIS_LOW, CELLS, CELLS_PER_OCTAVE, DENSITY_DECADES, ZONES, Figures, Report, State, plain
+from .document import (
+    AXIS_LOW,
+    CELLS,
+    CELLS_PER_OCTAVE,
+    DENSITY_DECADES,
+    MIX_WORDS,
+    ZONES,
+    Figures,
+    Report,
+    State,
+    plain,
+)
 from .page import palette
 from .verdict import percent
 
@@ -51,6 +66,8 @@ WIDTH = 1600
 """Pixels of a picture by default."""
 WIDTH_INCHES = 16.0
 """What all sizes below are meant for; the resolution follows from the pixels."""
+CHART = 4.2
+"""Inches that the chart of a mix takes, with its words."""
 LAYERS_INCHES, LEAST_LAYER, LARGEST_LAYER, READABLE_LAYER = 20.0, 0.01, 0.24, 0.12
 """Height of all layers, and of one: at least and at most, and from which on it has its own name and text."""
 EDGE, GAP, ABOVE, BELOW, LEVELS = 0.3, 0.25, 0.9, 1.2, 1.7
@@ -91,6 +108,9 @@ EDGES = (VANISHING, NORMAL, LARGEST)
 COLORS = np.array([to_rgb(PALETTE[zone]) for zone in ZONES])
 TINTS = 1 - np.array([[0.1], [0.1], [0.045], [0.1]]) * (1 - COLORS)
 """Colours of the zones where most is, and where nothing is, as on the page."""
+BARE = np.ones((STRIP_PIXELS, 3))
+"""The strip of a layer without an input scale."""
+NEVER = "never seen: "
 FULL_PRECISION = {"one row": ": one token", "rows lost": ": tokens lost", "budget": ": budget"}
 """Why a layer computes in full precision, in a word; see `solve.LayerResult.cause`."""
 
@@ -158,7 +178,10 @@ def png(report: Report, width_pixels: int = WIDTH) -> bytes:
 
 def figure(report: Report, width_pixels: int = WIDTH) -> Figure:
     """A report as a figure of matplotlib: two panels of strips, the noise levels, and text around them."""
-    report = replace(report, layers=tuple(report.layers[number] for number in report.riskiest))
+    drawn = [report.layers[number] for number in report.riskiest]
+    if not report.mixes:  # where scales are all there is to see, layers without one are not
+        drawn = [layer for layer in drawn if any(one is not None and not one.inputs for one in layer.sides)] or drawn
+    report = replace(report, layers=tuple(drawn))
     panels = _panels(report)
     count = max(len(report.layers), 1)
     each = min(max(LAYERS_INCHES / count, LEAST_LAYER), LARGEST_LAYER)
@@ -166,9 +189,16 @@ def figure(report: Report, width_pixels: int = WIDTH) -> Figure:
     bare = names.strip_prefix(full)[1]
     shown = [_end(drawable(bare.get(name, name)), NAME_INCHES) for name in full]
     outcomes = [_outcome(*states) for states in zip(*(panel.strips for panel in panels), strict=True)]
+    if report.mixes:
+        stored = [strip[0].stored if strip is not None else "" for strip in panels[1].strips]
+        outcomes = [
+            (f"{name}: {text.removeprefix(NEVER)}" if name else text, color)
+            for name, (text, color) in zip(stored, outcomes, strict=True)
+        ]
     lines = list(_head(report))
     top = BELOW + each * count
-    height = top + ABOVE + 0.6 + sum(size / 45 for _, size, _ in lines)
+    chart = CHART if report.mixes else 0.0
+    height = top + ABOVE + 0.6 + chart + sum(size / 45 for _, size, _ in lines)
     page = Figure((WIDTH_INCHES, height), width_pixels / WIDTH_INCHES)
     _draw_head(page, lines, LEVEL_COLORS[report.verdict.level], height - EDGE)
 
@@ -176,8 +206,14 @@ def figure(report: Report, width_pixels: int = WIDTH) -> Figure:
     right = WIDTH_INCHES - EDGE - max(_inches("Outcome", BOLD * HEADING), *(_inches(text) for text, _ in outcomes), 0)
     width = (right - left - LEVELS - 3 * GAP) / 2
     span = _span(panels)
-    for number, panel in enumerate(panels):
-        _draw_panel(page, Box(left + number * (width + GAP), BELOW, width, each * count), panel, span)
+    boxes = [Box(left + number * (width + GAP), BELOW, width, each * count) for number in range(2)]
+    if report.mixes:
+        _draw_mix(page, Box(EDGE + 0.7, top + ABOVE + 0.95, WIDTH_INCHES - 2 * EDGE - 0.7, chart - 1.6), report.mixes)
+        _draw_alone(page, boxes[0], report)
+        panels = panels[int(report.sides[0].calibrates)], panels[1]
+        boxes = boxes[1:]
+    for box, panel in zip(boxes, panels, strict=False):
+        _draw_panel(page, box, panel, span)
     heat = Box(right - GAP - LEVELS, BELOW, LEVELS, each * count)
     _draw_levels(page, heat, report)
 
@@ -222,6 +258,91 @@ def _draw_head(page: Figure, lines: Sequence[tuple[str, float, str]], color: str
     page.add_artist(Line2D([left, left], [top, y], lw=4.5, color=color, transform=page.dpi_scale_trans))
 
 
+MARKS: Mapping[str, dict[str, Any]] = {
+    "curve": {"color": PALETTE["normal"], "marker": "o", "ms": 3, "lw": 1.6},
+    "uniform": {"color": UNQUANTIZED, "marker": "s", "ms": 6, "lw": 0},
+    "more": {"color": PALETTE["normal"], "marker": "o", "ms": 7, "lw": 0, "mfc": "none", "mew": 1.6},
+    "measured": {"color": PALETTE["saturated"], "marker": "_", "ms": 9, "lw": 1.6},
+    "chosen": {"color": PALETTE["saturated"], "marker": "D", "ms": 8, "lw": 0},
+}
+"""How the points of a mix are marked, as on the page."""
+
+
+def _draw_mix(page: Figure, box: Box, mixes: Sequence[Mapping[str, Any]]) -> None:
+    """What each size keeps: the best mixes, one format for all layers, and the file."""
+    ax = _axes(page, box)
+    ax.grid(axis="y", color=FAINT, lw=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(FAINT)
+    ax.tick_params(color=FAINT, labelcolor=FADED, labelsize=SMALL)
+    first = mixes[0]
+    points = {
+        "curve": first["curve"],
+        "uniform": sorted(first.get("uniform", {}).values()),
+        "more": [mix["more"] for mix in mixes if "more" in mix],
+        "measured": [(mix["bits"], db) for mix in mixes[:1] if "bits" in mix for db in mix.get("measured_db", ())],
+        "chosen": [(mix["bits"], mix["expected_db"]) for mix in mixes if {"bits", "expected_db"} <= mix.keys()],
+    }
+    bits, decibels = ([point[number] for some in points.values() for point in some] for number in (0, 1))
+    across = math.floor(min(bits) - 0.5), math.ceil(max(bits))
+    ax.set(xlim=across)
+    low = 10 * math.floor(min(decibels) / 10)
+    ax.set(ylim=(low, max(10 * math.ceil(max(decibels) / 10), low + 10)))
+    key, below = box.left, box.bottom - 0.62
+    for name, found in points.items():
+        if found:
+            ax.plot(*zip(*found, strict=True), **MARKS[name], zorder=3, clip_on=False)
+            ends = [key, key + 0.2] if name == "curve" else [key + 0.1]
+            page.add_artist(Line2D(ends, [below] * len(ends), transform=page.dpi_scale_trans, **MARKS[name]))
+            _write(page, key + 0.3, below - 0.05, MIX_WORDS[name])
+            key += 0.6 + _inches(MIX_WORDS[name])
+    for name, (at, db) in first.get("uniform", {}).items():
+        crowded = any(0 < other - at < 1 and abs(height - db) < 3 for other, height in points["uniform"])
+        where: Any = ((0, 7), "center", "bottom") if crowded else ((7, 0), "left", "center")
+        ax.annotate(drawable(name), (at, db), where[0], textcoords="offset points", size=SMALL, color=FADED,
+                    ha=where[1], va=where[2])  # fmt: skip
+    if "weights" in first:
+        ticks = range(across[0], across[1] + 1)
+        ax.set_xticks(ticks, [f"{bits}\n{_size(first, bits)}" for bits in ticks])
+    top, left = box.bottom + box.height, box.left - 0.7
+    _write(page, left, top + 0.42, "What each size keeps", size=HEADING, color=INK, weight="bold")
+    _write(page, left, top + 0.18, f"dB of the velocity, expected on {first.get('on', 'noise')}")
+    says = "bits per weight, scales included; size of " + ("the file" if "other_bytes" in first else "these layers")
+    _write(page, box.left + box.width, top + 0.18, says, ha="right")
+
+
+def _size(mix: Mapping[str, Any], bits: float) -> str:
+    """What a file takes with so many bits per weight."""
+    megabytes = (mix["weights"] * bits / 8 + mix.get("other_bytes", 0)) / 1e6
+    return f"{megabytes:.3g} MB" if megabytes < 1000 else f"{megabytes / 1000:.3g} GB"
+
+
+def _draw_alone(page: Figure, box: Box, report: Report) -> None:
+    """What each layer alone keeps of the velocity in every format that was tried; the one that it has stands out."""
+    tried = [
+        (row, db, FORMATS[name].bits, side is not None and name == side.stored)
+        for row, layer in enumerate(report.layers)
+        for side in layer.sides[:1]
+        for name, db in layer.alone_db.items()
+        if name in FORMATS
+    ]
+    ends = (min((db for _, db, _, _ in tried), default=0) - 3, max((db for _, db, _, _ in tried), default=1) + 3)
+    ax = _image(page, box, [], ends, len(report.layers))
+    ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, color=FAINT, labelcolor=FADED,
+                   labelsize=TINY)  # fmt: skip
+    ax.xaxis.set_major_locator(MultipleLocator(10))
+    ax.grid(axis="x", color=FAINT, lw=0.6)
+    size = min(box.height / max(len(report.layers), 1) * 72 * 0.5, 6.0)
+    for own, mark, scale in ((False, "s", 1.0), (True, "D", 1.3)):
+        rows, decibels, bits = np.array([each[:3] for each in tried if each[3] == own]).reshape(-1, 3).T
+        shade: Any = {"color": PALETTE["saturated"]} if own else {"c": bits / 8, "cmap": HEAT, "vmin": 0, "vmax": 1}
+        ax.scatter(decibels, rows, (scale * size) ** 2, marker=mark, lw=0, zorder=3, **shade)
+    top = box.bottom + box.height
+    _write(page, box.left, top + 0.6, "Each layer alone", size=HEADING, color=INK, weight="bold")
+    _write(page, box.left + box.width, top + 0.6, "dB of the velocity, by format", ha="right")
+    _write(page, box.left + box.width / 2, box.bottom - 0.2, MIX_WORDS["tried"], ha="center")
+
+
 class Span(NamedTuple):
     """What all panels show, in octaves: log2(|x| / scale), or log2 |x| where only scales are known."""
 
@@ -247,7 +368,12 @@ def _draw_panel(page: Figure, box: Box, panel: Panel, span: Span) -> None:
     if absolute:
         under = np.tile(to_rgb(BLANK), (STRIP_PIXELS, 1))
     strips = [
-        under if one is None or not one[1].scale else _strip(*one, octaves, under, absolute) for one in panel.strips
+        BARE
+        if one is not None and one[0].inputs
+        else under
+        if one is None or not one[1].scale
+        else _strip(*one, octaves, under, absolute)
+        for one in panel.strips
     ]
     pixels = np.rint(np.reshape(strips, (-1, STRIP_PIXELS, 3)) * 255).astype(np.uint8)
     ax = _image(page, box, pixels, (low, high))
@@ -276,15 +402,20 @@ def _draw_panel(page: Figure, box: Box, panel: Panel, span: Span) -> None:
     _write(page, box.left + box.width / 2, box.bottom - 0.2, says, ha="center")
 
 
-def _image(page: Figure, box: Box, layers: Any, ends: tuple[float, float], **how: Any) -> Axes:
-    """Layers as rows of pixels, with white lines between them where they are high enough."""
+def _axes(page: Figure, box: Box) -> Axes:
+    """Axes at a place in inches."""
     width, height = page.get_size_inches()
-    ax = page.add_axes((box.left / width, box.bottom / height, box.width / width, box.height / height))
-    count = max(len(layers), 1)
+    return page.add_axes((box.left / width, box.bottom / height, box.width / width, box.height / height))
+
+
+def _image(page: Figure, box: Box, layers: Any, ends: tuple[float, float], rows: int | None = None, **how: Any) -> Axes:
+    """Layers as rows of pixels, with white lines between them where they are high enough; or empty rows."""
+    ax = _axes(page, box)
+    count = max(len(layers) if rows is None else rows, 1)
     ax.set(xlim=ends, ylim=(count - 0.5, -0.5), yticks=[], xticks=[], frame_on=False)
     if len(layers):
         ax.imshow(layers, extent=(*ends, count - 0.5, -0.5), aspect="auto", interpolation="nearest", **how)
-    if box.height / count >= READABLE_LAYER:
+    if rows is None and box.height / count >= READABLE_LAYER:
         ax.hlines(np.arange(count + 1) - 0.5, *ends, color="white", lw=box.height / count * 14.4, capstyle="projecting")
     return ax
 
@@ -442,13 +573,15 @@ def _outcome(first: Strip, second: Strip) -> tuple[str, str]:
     if first is None or second is None:
         return "only on one side", FADED
     before, (figures, after) = first[1], second
+    if figures.inputs:
+        return f"inputs {figures.inputs}", FADED
     if figures.unused:
         return "its scale is not read", FADED
     if after.full_precision:
         return "full precision" + FULL_PRECISION.get(figures.cause, ""), LEVEL_COLORS["warning"]
     if not figures.seen:
         scales = dict.fromkeys("none" if state.scale is None else f"{state.scale:.3g}" for state in (before, after))
-        return ("scale " if len(scales) > 1 else "never seen: scale ") + " → ".join(scales), FADED
+        return ("" if len(scales) > 1 else NEVER) + "scale " + " → ".join(scales), FADED
     ratios = dict.fromkeys(f"{round(state.sqnr_db)}" for state in (before, after) if state.sqnr_db is not None)
     words = " → ".join(ratios) + " dB"
     worst = after if after.risk else before

@@ -17,12 +17,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from ..choose import keeps
 from ..options import SolveOptions
 from ..telling import plural
 from .document import Figures, Layer, Level, Risk, Side, State, Verdict
 
 LOST_TOKENS = SolveOptions.row_loss_limit
 """Share of a layer's tokens under 1/16 of its scale from which on they are told."""
+
+TYPICAL_BITS = 8
+"""The size of which is told what the best mix keeps."""
 
 MOVED_OCTAVES = 0.5
 """A range or a scale that differs by more has moved."""
@@ -119,18 +123,21 @@ def _one(side: Side, layers: Sequence[Layer]) -> Verdict:
     lost = _lost_tokens(present)
     where = "at the present scales" if side.model is not None else "at a scale of 1.0"
     level: Level = "good"
-    if not side.calibrates:
+    mixed = _mixed(side, layers)
+    if mixed and not (risky or remaining):
+        headline = mixed.pop(0)
+    elif not side.calibrates and present:
         level = "warning"
         headline = f"Nothing was observed, so it is unknown whether {plural(len(present), 'scale')} fit."
     elif not present:
-        headline = "No layer quantizes its inputs, so no input scale matters."
+        headline = "No layer quantizes its inputs by an input scale, so there is nothing to calibrate."
     elif risky:
         level, then = "bad", f"{remaining:,} {_is(remaining)}" if remaining else "none is"
         headline = f"{risky:,} of {len(present):,} FP8 layers {_is(risky)} at risk {where}; calibrated, {then}."
     else:
         level = "warning" if unseen or remaining or lost else "good"
         headline = f"None of {plural(len(present), 'FP8 layer')} is at risk {where}."
-    points = [*_risks(present), *lost, *_mild(present)]
+    points = [*mixed, *_mix_points(side, layers), *_risks(present), *lost, *_mild(present)]
     ratios = _median_db(present), _median_db(case._replace(state=case.figures.after) for case in present)
     if None not in ratios:
         points.append(f"{RATIO}, median over layers: {ratios[0]:.1f} dB now, {ratios[1]:.1f} dB calibrated.")
@@ -146,7 +153,8 @@ def _one(side: Side, layers: Sequence[Layer]) -> Verdict:
     if unseen and side.calibrates:
         keep = "saw no inputs, or only zeros, and " + ("keeps its scale" if len(unseen) == 1 else "keep their scales")
         points.append(f"{plural(len(unseen), 'layer')} {keep} (first: {unseen[0]}).")
-    for why, count in Counter(case.figures.unused for case in before if case.figures.unused).items():
+    unused = Counter(case.figures.unused for case in before if case.figures.unused and not case.figures.inputs)
+    for why, count in unused.items():
         points.append(f"No reader uses the input scale of {plural(count, 'layer')}: {why}.")
     moving = [case.name for case in before if case.figures.conditioning_dependent]
     if moving:
@@ -155,6 +163,42 @@ def _one(side: Side, layers: Sequence[Layer]) -> Verdict:
             f"only imitates (first: {moving[0]})."
         )
     return Verdict(level, headline, tuple(points))
+
+
+def _mixed(side: Side, layers: Sequence[Layer]) -> list[str]:
+    """What a mix of formats keeps, and how many layers are in which; nothing where there is none."""
+    if "bits" not in side.mix:
+        return []
+    stored = Counter(figures.stored for layer in layers if (figures := layer.sides[0]) is not None)
+    counted = ", ".join(f"{count:,} in {name}" for name, count in stored.most_common())
+    chosen = f"; chosen for {side.mix['gpu']}" if side.mix.get("gpu") else ""
+    kept = f", {words} on {side.mix.get('on', 'noise')}" if (words := keeps(side.mix)) else ""
+    return [f"A mix of formats at {side.mix['bits']:.2f} bits per weight{kept}.", f"Layers: {counted}{chosen}."]
+
+
+def _mix_points(side: Side, layers: Sequence[Layer]) -> list[str]:
+    """What else there was to choose, in a sentence each."""
+    mix, points = side.mix, []
+    if "bits" in mix and "expected_db" in mix and "more" in mix:
+        bits, expected_db = mix["more"]
+        moved = sum(
+            figures is not None and figures.more not in ("", figures.stored) for (figures,) in (x.sides for x in layers)
+        )
+        gain = expected_db - mix["expected_db"]
+        points.append(
+            f"Half a bit more per weight ({bits:.2f}) is expected to keep {gain:.1f} dB more; "
+            f"{plural(moved, 'layer')} would change."
+        )
+    elif mix.get("curve"):
+        bits, expected_db = max(mix["curve"], key=lambda point: (point[0] <= TYPICAL_BITS, point[0]))
+        points.append(f"The best mix of {bits:g} bits per weight is expected to keep {expected_db:.1f} dB.")
+    uniform = mix.get("uniform", {})
+    best = max(uniform, key=lambda name: uniform[name][1], default=None)
+    if best is not None:
+        bits, expected_db = uniform[best]
+        kept = f"{expected_db:.1f} dB expected at {bits:.2f} bits per weight"
+        points.append(f"Of one format for all layers {best} keeps most: {kept}.")
+    return points
 
 
 RATIO = "Signal to noise of a layer's inputs"

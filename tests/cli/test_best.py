@@ -39,13 +39,23 @@ def test_the_best_mix_is_written_told_and_checked(ctq: Any, flux_file: Path, tmp
         assert words in done.out
     assert out.stat().st_size < 0.8 * flux_file.stat().st_size
     assert found == {name: each["format"] for name, each in said["best"]["layers"].items() if each["format"]}
+    page, document = tmp_path / "mix.html", tmp_path / "mix.json"
+    shown = ctq("report", out, "-o", page, "--json", document)
+    assert shown.code == 0
+    assert "A mix of formats at" in shown.err
+    layers = {layer["name"]: layer for layer in json.loads(document.read_text())["layers"]}
+    assert {name: layer["sides"][0]["stored"] for name, layer in layers.items() if name in found} == found
+    for name, each in said["best"]["layers"].items():
+        assert layers[name]["alone_db"] == pytest.approx(each["tried"], rel=1e-3)
     checked = ctq("check", flux_file, out, "--height", 32, "--width", 32, "--samples", 1, "--steps", 1)
     assert checked.code == 0
     told = ctq("inspect", out, "--strict")
     assert told.code == 0
     words = " ".join(told.out.split())
     assert "the best mix of formats for rtx50, chosen by running the model on noise (3 samples, seed 42): " in words
-    assert f"{said['best']['bits']:.2f} bits per weight, {said['best']['expected_db']:.1f} dB expected there" in words
+    measured = "{:.1f} to {:.1f} dB measured".format(*said["best"]["measured_db"])
+    assert f"{said['best']['bits']:.2f} bits per weight, {measured} there" in words
+    assert f"its mix of formats was chosen for {measured} on noise" in checked.err
 
 
 OBSERVED = ("--trials", "--height", 32, "--width", 32, "--text-tokens", 4, "--samples", 3)
@@ -83,7 +93,7 @@ def test_formats_are_tried_while_observing_and_chosen_from_without_a_run(
 def test_stdout_is_one_document(ctq: Any, flux_file: Path) -> None:
     done = ctq("-i", flux_file, *BEST, "--bits", 7, "--dry-run", "-v", "--json", "-")
     said = json.loads(done.out)["best"]
-    assert said["half_a_bit_more"]["expected_db"] > said["expected_db"]
+    assert said["more"][1] > said["expected_db"]
     assert "half a bit more" in done.err
 
 

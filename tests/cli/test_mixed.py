@@ -146,22 +146,19 @@ def test_a_static_scale_needs_a_place_in_the_file_to_be_found_in_place(
 
 
 @pytest.mark.parametrize("name", [name for name in WRITTEN if not FORMATS[name].static])
-def test_a_report_on_a_file_without_static_scales_says_so_and_what_to_do(
+def test_a_report_on_a_file_without_static_scales_has_a_row_for_every_layer(
     originals: Path, ctq: Any, tmp_path: Path, statistics: Any, name: str
 ) -> None:
-    path, page = originals / f"{name}.safetensors", tmp_path / "report.html"
-    stats = tmp_path / "stats.safetensors"
+    path, document, stats = originals / f"{name}.safetensors", tmp_path / "report.json", tmp_path / "stats.safetensors"
     with open_checkpoint(path) as checkpoint:
-        statistics(find_layers(checkpoint).shapes()).save(stats)
-    reported = ctq("report", stats, path)
-    told = " ".join(reported.err.split())
-    assert (reported.code, reported.out) == (0, "")
-    assert told.startswith(f"{path}: nothing to calibrate: readers of its {FORMATS[name].title}")
-    assert f"convert_to_quant inspect {name}.safetensors" in told
-    assert f"convert_to_quant check ORIGINAL {name}.safetensors" in told
-    assert "error" not in told
-    assert ctq("report", stats, path, "-o", page).code == 1
-    assert not page.exists()
+        table = find_layers(checkpoint)
+        statistics(table.shapes()).save(stats)
+    reported = ctq("report", stats, path, "--json", document)
+    layers = {layer["name"]: layer["sides"][0] for layer in json.loads(document.read_text())["layers"]}
+    assert reported.code == 0
+    assert "there is nothing to calibrate" in " ".join(reported.err.split())
+    assert {layer for layer, one in layers.items() if one["stored"] in FORMATS} == table.quantized.keys()
+    assert all(one["inputs"] and one["absmax"] for one in layers.values())
 
 
 def test_all_formats_are_checked_together(mixed: Any, originals: Path, ctq: Any, tmp_path: Path) -> None:

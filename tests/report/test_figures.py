@@ -20,6 +20,7 @@ from convert_to_quant.report.document import AXIS_LOW, CELLS, CELLS_PER_OCTAVE, 
 from convert_to_quant.report.figures import Source, build, cell_shares, with_risk
 from convert_to_quant.report.page import render
 from convert_to_quant.stats import Statistics
+from convert_to_quant.trials import Trials
 
 Observed = Callable[..., Statistics]
 
@@ -202,18 +203,22 @@ def model(save: Any, build: Any) -> Callable[..., Path]:
 def test_a_checkpoint_says_what_its_layers_have_now(observed: Observed, model: Any) -> None:
     path = model("blocks.0.a", "blocks.1.a", input_scale=0.25)
     report = build(Source(observed({"blocks.0.a": NORMAL, "blocks.1.a": NORMAL, "norm_out": NORMAL}), path))
-    assert [layer.name for layer in report.layers] == ["blocks.0.a", "blocks.1.a"]
+    assert [layer.name for layer in report.layers] == ["blocks.0.a", "blocks.1.a", "norm_out"]
     before = figures_of(report, "blocks.0.a").before
     assert before.scale == 0.25
     assert before.rows_lost == 0.0
     assert report.sides[0].model == "fp8.safetensors"
-    assert [(left.name, left.why) for left in report.left_alone] == [("norm_out", "F32: high precision, as stored")]
+    plain = figures_of(report, "norm_out")
+    assert (plain.stored, plain.inputs, plain.unused) == ("F32", "not quantized", "high precision, as stored")
 
 
 def test_a_layer_is_left_alone_on_its_own_side(observed: Observed, model: Any) -> None:
     first, second = observed({"a": NORMAL}), observed({"a": NORMAL, "norm_out": NORMAL})
     report = build(Source(first, model("a")), Source(second, model("a", name="other.safetensors")))
-    assert [(left.name, left.side) for left in report.left_alone] == [("norm_out", 1)]
+    assert [one is None for one in next(layer for layer in report.layers if layer.name == "norm_out").sides] == [
+        True,
+        False,
+    ]
     page = render(report.document())
     assert page.index("left alone: F32") > page.index('class="side">B: ')
 
@@ -250,24 +255,49 @@ def test_a_layer_without_a_scale_that_may_have_one_has_none_before_and_one_after
     assert found.changed
     assert found.after.sqnr_db == pytest.approx(20, abs=1)
     assert found.after.log2_scale == pytest.approx(np.log2(found.after.scale * 2688 / 448))  # as FP8's zones are drawn
-    assert report.left_alone == ()
     small = {**tensors, "a.input_scale": np.float32(found.absmax / 2688 / 8)}
     report = figures.build(Source(observed({"a": 1000 * NORMAL}), save("small.safetensors", small)))
     assert figures_of(report, "a").before.risk == "clips"
 
 
-def test_a_layer_that_has_no_input_scale_has_no_row_and_the_reason_is_told(
-    observed: Observed, save: Any, build: Any
-) -> None:
+def test_a_layer_that_has_no_input_scale_has_a_row_that_says_so(observed: Observed, save: Any, build: Any) -> None:
     tensors, metadata = build.quantized(["a"], "header")
     tensors |= {"b.weight": np.ones((16, 32), np.int8), "b.weight_scale": np.float32(1),
                 "b.comfy_quant": build.mark(format="int8_tensorwise")}  # fmt: skip
     path = save("mixed.safetensors", tensors, metadata)
     report = figures.build(Source(observed({"a": NORMAL, "b": NORMAL}), path))
-    assert [layer.name for layer in report.layers] == ["a"]
-    assert [(left.name, left.why) for left in report.left_alone] == [
-        ("b", "int8_tensorwise, which has no input scale that this tool knows")
-    ]
+    found = figures_of(report, "b")
+    assert (found.stored, found.inputs, found.bits) == ("int8", "scaled per token", pytest.approx(8, abs=0.1))
+    assert (found.before.scale, found.after.scale, found.changed, found.before.risk) == (None, None, False, "")
+    assert found.absmax == np.abs(NORMAL).max()
+
+
+def test_trials_say_what_every_size_and_format_keeps_and_what_a_file_of_them_does(
+    observed: Observed, save: Any, build: Any
+) -> None:
+    statistics = observed({"a": NORMAL, "b": NORMAL})
+    trials = Trials.empty(("a", "b"), ("int8", "nvfp4"), ("noise, 1",))
+    trials.error[:], trials.count[:] = 1e-3, 1
+    trials.damage[:, 0], trials.damage[:, 1] = 1e-4, 1e-2
+    alone = figures.build(Source(statistics, trials=trials))
+    assert alone.layers[0].alone_db == {"int8": 40.0, "nvfp4": 20.0}
+    mix = alone.sides[0].mix
+    assert mix["uniform"]["int8"] == [pytest.approx(9.0, abs=1), pytest.approx(37, abs=0.1)]
+    assert "bits" not in mix
+    tensors = {f"{name}.{what}": value for name in "ab" for what, value in {
+        "weight": np.ones((16, 32), np.int8), "weight_scale": np.ones((16, 1), np.float32),
+        "comfy_quant": build.mark(format="int8_tensorwise"),
+    }.items()}  # fmt: skip
+    path = save("mixed.safetensors", tensors)
+    report = figures.build(Source(statistics, path, trials=trials))
+    mix = report.sides[0].mix
+    assert [mix["bits"], mix["expected_db"]] == mix["uniform"]["int8"]
+    assert mix["other_bytes"] == pytest.approx(path.stat().st_size - mix["bits"] * 1024 / 8)
+    assert (
+        report.verdict.headline == f"A mix of formats at {mix['bits']:.2f} bits per weight, 37.0 dB expected on noise."
+    )
+    assert [figures_of(report, name).stored for name in "ab"] == ["int8", "int8"]
+    assert figures_of(report, "a").more
 
 
 def test_layers_that_were_never_seen_have_a_row_without_figures(observed: Observed, model: Any) -> None:

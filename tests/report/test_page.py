@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from convert_to_quant.report import page
-from convert_to_quant.report.document import CELLS, Figures, Layer, LeftAlone, Report, Side, State, Verdict
+from convert_to_quant.report.document import CELLS, Figures, Layer, Report, Side, State, Verdict
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<!--<script>.\u2028🙂"
 
@@ -76,14 +76,39 @@ def small(*more: Layer) -> list[Layer]:
 
 SMALL = small()
 UNSEEN = Figures(State(1.0, False), State(1.0, False), reason="never visited: keeps its scale")
+
+
+def tokens(stored: str, **changes: Any) -> Figures:
+    """A layer whose inputs need no scale."""
+    unscaled = State(None, False)
+    made = replace(figures(10.0), before=unscaled, after=unscaled, unused="inputs scaled per token", stored=stored)
+    return replace(made, **{"inputs": "scaled per token", "bits": 4.5, "more": "zz9", **changes})
+
+
+MIX = {
+    "gpu": "rtx40", "bits": 6.5, "expected_db": 32.0, "measured_db": [30.1, 33.2], "more": [7.0, 34.0],
+    "weights": 10**6, "other_bytes": 10**5, "curve": [[5, 20.0], [6.5, 32.0], [8, 38.0]],
+    "uniform": {"zz9": [8.0, 30.0], "yy4": [4.1, 2.0]},
+}  # fmt: skip
+"""Of formats that nobody knows: what a page shows comes from its document."""
+
+
+def mixed(**changes: Any) -> dict[str, Any]:
+    """A mix of two formats that need no input scale, and FP8."""
+    tried = {"zz9": 50.0, "yy4": 30.0}
+    layers = [replace(layer(f"blocks.{n}.a", tokens(name)), alone_db=tried) for n, name in enumerate(("zz9", "yy4"))]
+    fp8 = layer("blocks.2.a", replace(figures(100.0), stored="fp8", bits=8.0, more="fp8"))
+    return report([*layers, replace(fp8, alone_db={"fp8": 44.0})], sides=(replace(side("mix"), mix=MIX),), **changes)
+
+
 HOSTILE_SIDE = Side(
-    HOSTILE, (HOSTILE,), HOSTILE, HOSTILE, 8, "", "", {HOSTILE: (HOSTILE,)}, {HOSTILE: HOSTILE}, (HOSTILE,)
-)
+    HOSTILE, (HOSTILE,), HOSTILE, HOSTILE, 8, "", "", {HOSTILE: (HOSTILE,)}, {HOSTILE: HOSTILE}, (HOSTILE,),
+    mix={**MIX, "gpu": HOSTILE, "uniform": {HOSTILE: [4.0, 1.0]}},
+)  # fmt: skip
 HOSTILE_DOCUMENT = report(
-    small(layer(HOSTILE, figures(10.0))),
+    small(replace(layer(HOSTILE, tokens(HOSTILE, unused=HOSTILE, more=HOSTILE)), alone_db={HOSTILE: 1.0})),
     title=HOSTILE,
     verdict=Verdict("warning", HOSTILE, (HOSTILE,)),
-    left_alone=(LeftAlone(HOSTILE, HOSTILE),),
     sides=(HOSTILE_SIDE,),
 )
 HOSTILE_PAIR = report([layer(HOSTILE, figures(10.0), None)], count=2, sides=(HOSTILE_SIDE, HOSTILE_SIDE))
@@ -179,7 +204,7 @@ def test_names_of_strangers_are_only_text_that_fetches_and_runs_nothing(document
 def test_it_begins_with_the_verdict_and_ends_with_all_figures():
     tags = Tags(page.render(report(SMALL))).tags
     ids = [attributes["id"] for tag, attributes in tags if tag == "section"]
-    assert ids == ["verdict", "picture", "levels", "kept", "figures"]
+    assert ids == ["verdict", "mix", "alone", "picture", "levels", "kept", "figures"]
     headings = [tag for tag, _ in tags if re.fullmatch(r"h\d", tag)]
     assert headings[0] == "h1"
     assert headings.count("h1") == 1
@@ -194,14 +219,13 @@ def test_bars_count_layers_now_and_calibrated():
 
 def test_layers_in_full_precision_and_left_alone_are_listed_with_the_reasons():
     zeros = replace(UNSEEN, source="model", absmax=0.0, reason="seen only as zeros: keeps its scale")
-    layers = small(layer("never", UNSEEN), layer("zeros", zeros))
-    text = page.render(report(layers, left_alone=(LeftAlone("other", "nvfp4"),)))
+    text = page.render(report(small(layer("never", UNSEEN), layer("zeros", zeros), layer("other", tokens("nvfp4")))))
     groups = re.findall(r"<summary><b>(\d+)</b> layers? (.*?)</summary><ul><li>(.*?)</li></ul>", text)
     assert groups == [
         ("1", "with one token per image, where that costs nothing", "blocks.10.mod"),
         ("1", "left alone: never visited: keeps its scale", "never"),
         ("1", "left alone: seen only as zeros: keeps its scale", "zeros"),
-        ("1", "left alone: nvfp4", "other"),
+        ("1", "left alone: nvfp4, inputs scaled per token", "other"),
     ]
 
 
@@ -337,6 +361,32 @@ def test_it_ends_with_the_command_that_applies_it(show):
     assert tab.evaluate("navigator.clipboard.readText()") == command
 
 
+def test_a_mix_shows_what_each_size_and_each_format_keeps_and_has_a_row_for_every_layer(show):
+    tab = show(mixed())
+    chart = tab.locator("#mix .mix").get_attribute("aria-label")
+    assert "The best mix keeps 20.0 dB at 5 bits, 32.0 dB at 6.5 bits, 38.0 dB at 8 bits." in chart
+    assert "zz9: 30.0 dB at 8.00 bits" in chart
+    assert "this file: 32.0 dB at 6.50 bits" in chart
+    assert "half a bit more per weight: 34.0 dB" in chart
+    assert len(tab.locator("#mix .legend > span").all()) == 5
+    picture, _, table = orders(tab)
+    assert picture == ["blocks.2.a"], "the others need no input scale"
+    assert tab.locator("#alone-plot .row").evaluate_all(ROWS) == table
+    assert sorted(table) == ["blocks.0.a", "blocks.1.a", "blocks.2.a"]
+    line = tab.locator("#figures-table tbody tr", has_text="blocks.1.a").locator("td").all_inner_texts()
+    assert line[1:6] == ["yy4", "4.50", "zz9", "50.0", "30.0"]
+    for name in ("yy4", "fp8"):
+        tab.locator(f"#filters [data-key='is {name}']").click()
+    assert sorted(orders(tab)[2]) == ["blocks.1.a", "blocks.2.a"]
+
+
+def test_a_report_without_formats_that_were_tried_has_no_chart_of_them(show):
+    tab = show(report(SMALL))
+    assert tab.locator("#mix").is_hidden()
+    assert tab.locator("#alone").is_hidden()
+    assert "format" not in tab.locator("#figures-table thead th").all_inner_texts()
+
+
 def test_a_table_that_is_cut_off_says_how_much_it_hides(show):
     tab = show(report(SMALL))
     hint = tab.locator("#more")
@@ -347,10 +397,10 @@ def test_a_table_that_is_cut_off_says_how_much_it_hides(show):
 
 def test_it_opens_without_a_word_or_a_request_whatever_layers_are_called(show):
     tab = show(HOSTILE_DOCUMENT, "#sort=order")
-    assert orders(tab) == ([*NAMES, HOSTILE],) * 3
+    assert orders(tab) == (NAMES, [*NAMES, HOSTILE], [*NAMES, HOSTILE])
     tab.mouse.wheel(0, 3000)
     tab.locator("#views button").last.click()
-    tab.locator("#picture-plot .plot").focus()
+    tab.locator("#alone-plot .plot").focus()
     tab.keyboard.press("End")
     assert HOSTILE in tab.locator("#card").inner_text()
     assert tab.locator("img").count() == 0
@@ -623,7 +673,7 @@ def test_the_heading_over_the_names_is_as_wide_as_they_are_on_a_phone(show):
     assert head["width"] == pytest.approx(body["width"], abs=1)
 
 
-@pytest.mark.parametrize("document", [report(SMALL), compared()])
+@pytest.mark.parametrize("document", [report(SMALL), compared(), mixed()])
 def test_a_phone_needs_no_scrolling_sideways(show, document):
     tab = show(document, width=360, has_touch=True)
     for view in tab.locator("#views button").all():
@@ -631,7 +681,7 @@ def test_a_phone_needs_no_scrolling_sideways(show, document):
         assert tab.evaluate("document.documentElement.scrollWidth") <= 360
     tab.locator(".made summary").click()
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
-    assert len(orders(tab)[0]) == len(document["layers"])
+    assert len(orders(tab)[2]) == len(document["layers"])
 
 
 def saved(tab: Any, folder: Path) -> str:

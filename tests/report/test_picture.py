@@ -21,7 +21,7 @@ from PIL import Image
 from convert_to_quant import __version__
 from convert_to_quant.options import SolveOptions
 from convert_to_quant.report import figures, picture
-from convert_to_quant.report.document import Layer, Report
+from convert_to_quant.report.document import MIX_WORDS, Layer, Report
 from convert_to_quant.report.figures import Source, build
 from convert_to_quant.stats import Statistics
 
@@ -90,6 +90,28 @@ def test_a_layer_in_full_precision_is_gray(observed: Observed) -> None:
     colorful = (after.max(-1) - after.min(-1)).max(-1)
     assert colorful[1] < 60 < colorful[0]
     assert reds(strips(report, 0))[1] > 0, "before, it is in FP8"
+
+
+def test_a_mix_has_its_chart_and_a_mark_for_every_format_that_was_tried(hot: Report) -> None:
+    mix = {
+        "bits": 6.5, "expected_db": 32.0, "measured_db": [30.1, 33.2], "more": [7.0, 34.0], "weights": 10**6,
+        "curve": [[5, 20.0], [8, 38.0]], "uniform": {"int8": [8.0, 30.0], "$x_{\x1b模": [4.1, -2.0]},
+    }  # fmt: skip
+    layers = tuple(
+        replace(
+            one, alone_db={"int8": 40.0, "w4a8": 30.0}, sides=tuple(replace(side, stored="int8") for side in one.sides)
+        )
+        for one in hot.layers
+    )
+    made = replace(hot, layers=layers, sides=(replace(hot.sides[0], mix=mix),))
+    page = picture.figure(made)
+    chart, alone, *_ = page.axes
+    texts = [text.get_text() for text in (*page.texts, *chart.texts)]
+    assert {"What each size keeps", "Each layer alone", "int8", *MIX_WORDS.values()} <= set(texts)
+    assert [len(line.get_xdata()) for line in chart.lines] == [2, 2, 1, 2, 1]
+    assert sum(len(marks.get_offsets()) for marks in alone.collections) == 4
+    assert [text for text in texts if text.startswith("int8: ")], "outcomes name the format"
+    assert drawn(made).shape[0] > drawn(hot).shape[0] + 200
 
 
 @pytest.mark.parametrize("count", [0, 1, 57, 300, 1000])

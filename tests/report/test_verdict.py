@@ -173,7 +173,10 @@ def test_two_checkpoints_with_statistics_say_which_is_at_risk(model: Any, observ
 def test_a_checkpoint_in_full_precision_needs_no_scale(model: Any, observed: Observed) -> None:
     statistics = observed({"a": 1000 * NORMAL, "b": NORMAL})
     found = verdict(Source(statistics, model=model("one", full_precision_matrix_mult=True)))
-    assert (found.level, found.headline) == ("good", "No layer quantizes its inputs, so no input scale matters.")
+    assert (found.level, found.headline) == (
+        "good",
+        "No layer quantizes its inputs by an input scale, so there is nothing to calibrate.",
+    )
 
 
 def test_a_checkpoint_alone_is_not_judged(model: Any) -> None:

@@ -6,6 +6,7 @@ const given = JSON.parse(document.getElementById("document").textContent);
 const sides = given.sides,
   compares = sides.length === 2,
   letters = ["A", "B"];
+const mixes = sides.map((side) => side.mix).filter((mix) => mix.curve && mix.curve.length);
 const axis = given.axis,
   grid = given.grid;
 const ZONES = [
@@ -23,7 +24,8 @@ const TERMS = {
   vanished: "Share of the input values that are so small relative to the scale that they become 0.",
   "tokens lost": "Share of tokens that lie wholly among FP8’s smallest steps because outlier tokens set the scale. Errors over the whole tensor hide them.",
   SQNR: "Signal to quantization noise of the inputs, in decibels: how much larger they are than the error that FP8 makes. About 31 dB is what FP8 gives usual inputs at best; each 6 dB less doubles the error.",
-  alone: "Signal to noise of the velocity, in decibels, where this layer alone is in that format and all else is in full precision; measured on noise, while formats were tried.",
+  alone: "Signal to noise of the velocity, in decibels, where this layer alone is in that format and all else is in full precision; measured while formats were tried.",
+  "half a bit more": "The format that the layer has in the best mix of half a bit more per weight.",
   largest: "The largest input magnitude that was seen (absmax).",
   octave: "A factor of two. One octave more range is twice as large.",
   "full precision": "The layer’s inputs are not quantized: its FP8 weights are widened and multiplied with the inputs as they are.",
@@ -86,6 +88,7 @@ const riskOf = (state, figure) =>
   state.full_precision || figure.unused ? -1 : severity(state.risk) + (figure.source === "none" ? -0.5 : 0);
 function riskWords(state, figure) {
   if (!state) return missing;
+  if (figure.inputs) return figure.inputs;
   if (figure.unused) return "not used";
   if (state.full_precision) return "full precision";
   return state.risk || (figure.source === "none" ? "not seen" : "fine");
@@ -100,6 +103,13 @@ const loss = (key, word, printed) => [
   column(key + "_before", word + " now", percent, (f) => f.before[key], { term: word, printed }),
   column(key + "_after", word + " calibrated", percent, (f) => f.after[key], { term: word }),
 ];
+const word = (key, label, term) =>
+  column(key, label, null, (f) => f[key] || missing, { text: true, term, printed: true, descending: false });
+const FORMAT = [
+  word("stored", "format"),
+  column("bits", "bits", written((x) => x.toFixed(2)), (f) => f.bits),
+  word("more", "with half a bit more", "half a bit more"),
+].filter(() => mixes.length);
 const PER_SIDE = [
   risk("now", "risk now", "before"),
   risk("calibrated", "risk calibrated", "after"),
@@ -163,7 +173,7 @@ const SHAPE = {
 /** What each layer alone keeps of the velocity, by the formats that were tried. */
 const ALONE = [...new Set(layers.flatMap((layer) => Object.keys(layer.alone_db)))].map((name) => ({
   key: "alone_" + name,
-  label: `alone in ${name}, dB expected on noise`,
+  label: `alone in ${name}, dB`,
   format: decibels,
   term: "alone",
   value: (layer) => layer.alone_db[name] ?? null,
@@ -179,6 +189,7 @@ const onSide = (figure, s) => ({
 const figures = [
   NAME,
   SHAPE,
+  ...sides.flatMap((_, s) => FORMAT.map((figure) => onSide(figure, s))),
   ...ALONE,
   ...(compares ? COMPARED : []),
   ...sides.flatMap((_, s) => PER_SIDE.map((figure) => onSide(figure, s))),
@@ -196,6 +207,9 @@ const FILTERS = [
   { key: "crossed", label: "A’s scale at risk on B", test: (layer) => layer.crossed && layer.crossed.risk },
   { key: "full", label: "full precision", test: anySide((f) => f.after.full_precision) },
   { key: "changed", label: "changed", test: anySide((f) => f.changed) },
+  ...(mixes.length ? [...new Set(layers.flatMap((layer) => layer.sides.map((figure) => figure?.stored)))] : [])
+    .filter(Boolean)
+    .map((name) => ({ key: "is " + name, label: name, either: true, test: anySide((f) => f.stored === name) })),
 ].filter(({ key }) => key !== "crossed" || crosses);
 
 /** An element; texts are always texts, never markup. */

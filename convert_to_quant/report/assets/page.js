@@ -167,7 +167,11 @@ function choose() {
   get("search").setAttribute("aria-invalid", Boolean(problem));
   const filters = FILTERS.filter((filter) => state.only.has(filter.key)),
     { value } = orders.find((order) => order.key === state.sort);
-  const chosen = layers.filter((layer) => finds(layer) && filters.every((filter) => filter.test(layer)));
+  const either = filters.filter((filter) => filter.either),
+    passes = (layer) => (filter) => filter.test(layer),
+    all = filters.filter((filter) => !filter.either);
+  const fits = (layer) => all.every(passes(layer)) && (!either.length || either.some(passes(layer)));
+  const chosen = layers.filter((layer) => finds(layer) && fits(layer));
   const sign = state.descending ? -1 : 1,
     values = new Map(chosen.map((layer) => [layer, value(layer) ?? null]));
   return chosen.sort((left, right) => {
@@ -201,7 +205,7 @@ let marks = [];
 
 function refresh() {
   shown = choose();
-  for (const plot of plots) plot.show(shown);
+  for (const plot of plots) plot.show(plot.paint?.has ? shown.filter(plot.paint.has) : shown);
   table.show(shown, state.sort, state.descending);
   const all = plural(layers.length, "layer");
   get("count").textContent = shown.length === layers.length ? all : `${grouped(shown.length)} of ${all}`;
@@ -220,6 +224,9 @@ function mark() {
   get("direction").setAttribute("aria-label", turn);
   for (const chip of get("filters").children) chip.setAttribute("aria-pressed", state.only.has(chip.dataset.key));
   get("layouts").hidden = !compares || view().only !== undefined || plots[0].narrow;
+  get("mix-how").textContent = MIX_HOW;
+  get("mix-legend").replaceChildren(...mixLegend());
+  get("alone-legend").replaceChildren(...aloneLegend());
   get("picture-how").replaceChildren(...explained(view().how));
   get("picture-legend").replaceChildren(...pictureLegend());
   get("levels-how").textContent = heat().how;
@@ -243,7 +250,9 @@ function sortBy(figure) {
 
 let shown = layers;
 read();
-for (const id of ["tools", "picture", "figures", "theme"]) get(id).hidden = false;
+for (const id of ["tools", "figures", "theme"]) get(id).hidden = false;
+get("picture").hidden = mixes.length && !(seen && layers.some(picture.has));
+get("mix").hidden = get("alone").hidden = !mixes.length;
 get("levels").hidden = !layers.some((layer) => layer.sides.some((figure) => figure && figure.sigma_absmax.some(Boolean)));
 readInks();
 const reads = "one line per layer. Arrow keys read the lines";
@@ -251,6 +260,10 @@ plots.push(
   new Plot(get("picture-plot"), `Density of each layer’s inputs, ${reads}; the table has the same figures.`, picture),
   new Plot(get("levels-plot"), `Range of each layer at each noise level, ${reads}.`, levels),
 );
+if (mixes.length) {
+  const said = `What each layer alone keeps in each format, ${reads}; the table has the same figures.`;
+  plots.push(new MixChart(get("mix-plot")), new Plot(get("alone-plot"), said, alone));
+}
 const table = new Table(get("figures-table"), sortBy);
 
 marks = [

@@ -278,6 +278,7 @@ function zoneWords(plot, left, width, place) {
 }
 
 const picture = {
+  has: (layer) => layer.sides.some((figure) => figure && !figure.inputs),
   rowHeight: (plot) => (view().real ? 26 : 20) + (panels(plot)[0](layers[0] || { sides: [] }).length - 1) * 13,
   side: (plot) => (plot.narrow ? 0 : compares ? Math.min(172, Math.round(plot.width * 0.19)) : 124),
   head(plot) {

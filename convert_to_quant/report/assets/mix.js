@@ -1,0 +1,232 @@
+// What each size keeps: the best mix of formats by bits per weight, one format for all layers, and the file itself.
+// All of it, names of formats too, comes from the document; the same words stand under the picture of `picture.py`.
+
+const MARKS = {
+  // by the keys of the document's words; shapes tell them apart as well as colours
+  curve: { type: "line", symbol: "circle", symbolSize: 5, ink: "normal" },
+  uniform: { type: "scatter", symbol: "rect", symbolSize: 9, ink: "apart" },
+  more: { type: "scatter", symbol: "circle", symbolSize: 10, ink: "normal" },
+  measured: { type: "line", symbol: "rect", symbolSize: [12, 2], ink: "saturated" },
+  chosen: { type: "scatter", symbol: "diamond", symbolSize: 16, ink: "saturated" },
+};
+
+/** Points of a mark, each with what it is called: [bits per weight, dB, name]. */
+function mixPoints(key) {
+  const named = (name) => (point) => [...point, name];
+  const several = mixes.length > 1;
+  return mixes.flatMap((mix, s) => {
+    const own = (text) => (several ? `${letters[s]}: ${text}` : text); // short: the legend has the words
+    const at = {
+      curve: s ? [] : mix.curve.map(named("")),
+      uniform: s ? [] : Object.entries(mix.uniform || {}).map(([name, point]) => named(name)(point)),
+      more: mix.more ? [named("")(mix.more)] : [],
+      measured: (mix.measured_db || []).map((db) => [mix.bits, db, ""]),
+      chosen: mix.bits && mix.expected_db !== undefined ? [[mix.bits, mix.expected_db, own("this file")]] : [],
+    };
+    return at[key];
+  });
+}
+const MIX_HOW =
+  "Signal to noise of the velocity, if what the layers alone lose adds up. Nearer the upper left is better: more of the image kept, in fewer bits.";
+const marked = Object.keys(MARKS).filter((key) => mixPoints(key).length);
+
+/** What a file, or its layers, take with so many bits per weight. */
+const sized = (bits) => {
+  const megabytes = ((mixes[0].weights * bits) / 8 + (mixes[0].other_bytes || 0)) / 1e6;
+  return megabytes < 1000 ? `${+megabytes.toPrecision(3)} MB` : `${+(megabytes / 1000).toPrecision(3)} GB`;
+};
+/** Where the words beside points find room, clear of what stands there already; those of the curve do under it. */
+function besides(points, all, place, [least, most]) {
+  const taken = all.map((point) => [place(point), [9, 9]]),
+    beside = (x, u, widths) => Math.abs(x - u) * 2 >= widths,
+    apart = ([[x, y], [w, h]]) => taken.every(([[u, v], [a, b]]) => beside(x, u, w + a) || beside(y, v, h + b));
+  return points.map((point) => {
+    const [x, y] = place(point),
+      width = pen.measureText(point[2]).width + 4;
+    const inside = ([x]) => x - width / 2 >= least && x + width / 2 <= most;
+    const far = 10 + width / 2,
+      spots = { right: [x + far, y], left: [x - far, y], top: [x, y - 14], bottom: [x, y + 14] };
+    const onCurve = !mixPoints("uniform").some((one) => String(one) === String(point)),
+      order = onCurve ? ["bottom", "right", "left", "top"] : ["right", "left", "top", "bottom"];
+    const free = (side) => inside(spots[side]) && apart([spots[side], [width, 14]]),
+      found = order.find(free) || order[0];
+    taken.push([spots[found], [width, 14]]);
+    return found;
+  });
+}
+
+class MixChart {
+  constructor(place) {
+    this.box = element("div", { class: "mix", role: "img", "aria-label": mixGist() });
+    place.append(this.box);
+    this.chart = echarts.init(this.box, null, { renderer: "canvas", width: 10, height: 10 });
+    new ResizeObserver(() => this.layout()).observe(this.box);
+  }
+
+  activate() {}
+
+  show() {
+    this.layout();
+  }
+
+  layout() {
+    const width = this.box.clientWidth,
+      height = this.box.clientHeight;
+    if (!width) return;
+    const narrow = width < 640,
+      all = marked.flatMap(mixPoints);
+    const ends = (n, step, room) => {
+      const sizes = all.map((point) => point[n] / step);
+      const least = Math.floor(Math.min(...sizes) - room);
+      return [step * least, step * Math.max(Math.ceil(Math.max(...sizes)), least + 1)];
+    };
+    const [left, right] = ends(0, 1, 0.5), // for words beside the first point
+      [low, high] = ends(1, 10, 0);
+    const grid = { left: 46, right: 16, top: mixes[0].weights ? 48 : 16, bottom: 46 };
+    const place = ([x, y]) => [
+      grid.left + ((x - left) / (right - left)) * (width - grid.left - grid.right),
+      height - grid.bottom - ((y - low) / (high - low)) * (height - grid.top - grid.bottom),
+    ];
+    pen.font = `12px ${theme("sans")}`;
+    const labelled = ["chosen", "uniform"].flatMap(mixPoints),
+      spots = besides(labelled, all, place, [grid.left, width]);
+    const spotOf = (point) => spots[labelled.findIndex((one) => String(one) === String(point))];
+    const soft = { color: theme("soft"), fontFamily: theme("sans"), fontSize: 12 };
+    const axisLine = { show: true, lineStyle: { color: theme("strong") } };
+    const bare = { axisTick: { show: false }, splitLine: { show: false } };
+    const across = { type: "value", min: left, max: right, splitNumber: narrow ? 3 : 6, axisLine, ...bare };
+    const titled = (name, gap) => ({ name, nameLocation: "middle", nameGap: gap, nameTextStyle: soft });
+    const series = marked.map((key) => {
+      const { ink, ...mark } = MARKS[key],
+        color = theme(ink);
+      return {
+        ...mark,
+        data: mixPoints(key).map((value) => ({ value, label: { position: spotOf(value) } })),
+        itemStyle: key === "more" ? { color: theme("paper"), borderColor: color, borderWidth: 2 } : { color },
+        lineStyle: { color, width: 2 },
+        label: {
+          show: ["uniform", "chosen"].includes(key),
+          formatter: ({ value }) => value[2],
+          ...soft,
+          ...(key === "chosen" ? { color: theme("ink"), fontWeight: 600 } : {}),
+        },
+        z: key === "chosen" ? 4 : 3,
+      };
+    });
+    this.chart.clear();
+    this.chart.resize({ width, height });
+    this.chart.setOption({
+      animation: false,
+      textStyle: soft,
+      grid,
+      tooltip: {
+        renderMode: "richText",
+        confine: true,
+        backgroundColor: theme("raised"),
+        borderColor: theme("strong"),
+        textStyle: { ...soft, color: theme("ink") },
+        formatter: ({ seriesIndex, value: [bits, db, name] }) => {
+          const size = `${bits.toFixed(2)} bits per weight${mixes[0].weights ? `, ${sized(bits)}` : ""}`;
+          return `${name || given.words[marked[seriesIndex]]}\n${size}: ${decibels(db)} dB`;
+        },
+      },
+      xAxis: [
+        { ...across, ...titled("bits per weight, scales included", 28), axisLabel: soft },
+        {
+          ...across,
+          show: Boolean(mixes[0].weights),
+          position: "top",
+          axisLabel: { ...soft, formatter: sized },
+          ...titled(mixes[0].other_bytes ? "size of the file" : "size of these layers", 26),
+        },
+      ],
+      yAxis: {
+        type: "value",
+        min: low,
+        max: high,
+        ...titled(`dB expected on ${mixes[0].on || "noise"}`, 32),
+        axisLabel: soft,
+        splitLine: { lineStyle: { color: theme("rule") } },
+      },
+      series,
+    });
+  }
+}
+
+/** The chart in a sentence. */
+function mixGist() {
+  const said = marked.filter((key) => key !== "curve").flatMap((key) =>
+    mixPoints(key).map(([bits, db, name]) => `${name || given.words[key]}: ${decibels(db)} dB at ${bits.toFixed(2)} bits`),
+  );
+  const ends = mixPoints("curve").map(([bits, db]) => `${decibels(db)} dB at ${bits} bits`);
+  return `The best mix keeps ${ends.join(", ")}. ${said.join("; ")}.`;
+}
+
+/** What each layer alone keeps: a mark for every format that was tried, and another for the one that it has. */
+const alone = (() => {
+  const all = layers.flatMap((layer) => Object.values(layer.alone_db));
+  const low = 10 * Math.floor((all.reduce((a, b) => Math.min(a, b), Infinity) - 2) / 10),
+    high = 10 * Math.ceil((all.reduce((a, b) => Math.max(a, b), -Infinity) + 2) / 10);
+  const own = (layer) => layer.sides.find(Boolean)?.stored;
+  const shade = (name) => {
+    const ramp = theme("ramp").split(" "),
+      bits = given.format_bits[name] ?? 8;
+    return ramp[Math.max(Math.min(Math.round((bits / 8) * (ramp.length - 1)), ramp.length - 1), 1)];
+  };
+  return {
+    has: (layer) => Object.keys(layer.alone_db).length > 0,
+    rowHeight: () => 20,
+    side: (plot) => (plot.narrow ? 0 : 124),
+    head(plot) {
+      const [{ left, width }] = plot.grids(1),
+        step = width < 400 ? 20 : 10;
+      const ticks = Array.from({ length: Math.floor((high - low) / step) + 1 }, (_, n) => low + n * step);
+      const at = (db) => left + ((db - low) / (high - low)) * width;
+      const end = (db) => (db === low ? "start" : db === high ? "end" : "");
+      const marks = ticks.map((db) => caption("tick " + end(db), String(db), at(db)));
+      const side = plot.narrow ? [] : [caption("tick end", "format", plot.width)];
+      return [caption("label", "dB of the velocity", left + width / 2), ...marks, ...side];
+    },
+    state: (layer) => [own(layer) || ""],
+    setup(plot) {
+      const [{ left, width }] = plot.grids(1);
+      const line = { lineStyle: { color: theme("rule"), type: "solid" } };
+      const lines = Array.from({ length: (high - low) / 10 + 1 }, (_, n) => ({ xAxis: low + 10 * n, ...line }));
+      return {
+        grid: { top: 0, height: plot.height, left, width, show: false },
+        xAxis: { type: "value", min: low, max: high, show: false },
+        yAxis: { type: "value", inverse: true, show: false },
+        series: {
+          type: "custom",
+          clip: true,
+          silent: true,
+          renderItem: (_, api) => {
+            const layer = plot.rows[api.value(1)],
+              middle = plot.rowHeight - 10;
+            const marks = Object.entries(layer.alone_db).map(([name, db]) => {
+              const [x, y] = api.coord([db, api.value(1)]),
+                here = name === own(layer);
+              const shape = { x: x - 4, y: y + middle - 4, width: 8, height: 8 };
+              const turned = here ? { rotation: Math.PI / 4, originX: x, originY: y + middle } : {};
+              const style = { fill: here ? theme("saturated") : shade(name) };
+              return { type: "rect", shape, ...turned, style, z2: here ? 2 : 1 };
+            });
+            return { type: "group", children: marks };
+          },
+          markLine: { silent: true, z: 0, animation: false, symbol: "none", label: { show: false }, data: lines },
+        },
+      };
+    },
+    move: (plot, first, last) => ({
+      yAxis: { min: plot.low, max: plot.high },
+      series: { data: Array.from({ length: last - first }, (_, n) => [low, first + n]) },
+    }),
+  };
+})();
+const keyed = (mark, words) => element("span", {}, element("span", { class: "key mark-" + mark }), words);
+const aloneLegend = () => [
+  marked.includes("chosen") ? keyed("chosen", "the format that it has") : "",
+  keyed("tried", given.words.tried),
+];
+
+const mixLegend = () => marked.map((key) => keyed(key, given.words[key]));
