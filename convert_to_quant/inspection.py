@@ -322,7 +322,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         path=checkpoint.path,
         files=len(checkpoint.files),
         sharded=checkpoint.sharded,
-        size_bytes=sum(file.header.data_start + file.header.data_bytes for file in checkpoint.files),
+        size_bytes=checkpoint.size_bytes,
         tensors=len(checkpoint.tensors),
         prefix=table.prefix,
         family=found.key,

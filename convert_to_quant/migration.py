@@ -93,7 +93,7 @@ def plan_migration(checkpoint: Checkpoint, target: str, *, input_scales: bool = 
     if target == "diffusers":
         scales = sum(layer.input_scale is not None for layer in table.quantized.values())
         full = sum(layer.full_precision for layer in table.quantized.values())
-        lost = {"input scale": scales, "mark of full precision": full}
+        lost = {"input scale": scales, "full-precision mark": full}
         left = " and ".join(plural(count, noun) for noun, count in lost.items() if count)
         notes += [f"{left} left out: diffusers scales inputs token by token, in every layer"] * bool(left)
     return lay_out(checkpoint, made, dropped, metadata), f"{plural(len(configs), 'layer')} marked for {target}", notes

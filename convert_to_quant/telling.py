@@ -1,4 +1,4 @@
-"""What people are told: counts with their nouns, and how far work is."""
+"""What people are told: counts with their nouns, sizes and times, and how far work is."""
 
 from __future__ import annotations
 
@@ -50,3 +50,26 @@ def plural(count: int, noun: str) -> str:
     ('1 layer', '1,200 layers')
     """
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def size(count: float) -> str:
+    """A number of bytes for people.
+
+    >>> size(97_530), size(12)
+    ('97.5 kB', '12 bytes')
+    """
+    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if count >= 10**power:
+            return f"{count / 10**power:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    >>> duration(42.3), duration(400), duration(9000)
+    ('42 s', '7 min', '2.5 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

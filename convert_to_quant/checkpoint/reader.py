@@ -203,6 +203,11 @@ class Checkpoint:
                 self._file_of[name] = file
             self.metadata = {**file.header.metadata, **self.metadata}
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all its files."""
+        return sum(file.header.data_start + file.header.data_bytes for file in self.files)
+
     def __enter__(self) -> Checkpoint:
         return self
 

@@ -35,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import OutputError, StrPath
+from ..telling import size
 from .header import DTYPE_BITS, TensorInfo, serialize_header, tensor_nbytes
 from .positioned import OPEN_FLAGS, WINDOWS, close, is_plain_on_windows, lock, sync, sync_folder, write_at
 from .reader import BIT_DTYPES, INDEX_SUFFIX, Checkpoint, CheckpointFile, special_kind
@@ -491,9 +492,8 @@ def _check_room(path: Path, needed_bytes: int) -> None:
     """Refuse early what the disk cannot hold, where the system knows: 0 free may mean anything, and is tried."""
     free_bytes = _free_bytes(path.parent)
     if free_bytes and free_bytes < needed_bytes:
-        unit, unit_bytes = ("GB", 1e9) if needed_bytes >= 1e9 else ("MB", 1e6)
-        needed, free = f"{needed_bytes / unit_bytes:.2f} {unit}", f"{free_bytes / unit_bytes:.2f} {unit}"
-        raise OutputError(f"cannot be written: it needs {needed} and the disk has {free} free", path=path)
+        sizes = f"it needs {size(needed_bytes)} and the disk has {size(free_bytes)} free"
+        raise OutputError(f"cannot be written: {sizes}", path=path)
 
 
 class CheckpointWriter:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from ..options import CalibrationOptions, add_options
-from ..telling import plural
-from .output import decibels, note, print_table, progress_bar, say, write_json, wrote
+from ..telling import duration, plural, size
+from .output import decibels, note, print_table, progress_bar, say, seconds_taken, write_json, wrote
 from .shared import check_shards
 from .terminal import Styled
 
@@ -162,7 +162,18 @@ def finish(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Name
         say(wrote(target))
         note_ending(target)
     note_unmarked(checkpoint, target, args)
+    if not (args.in_place or args.dry_run):
+        say_totals(checkpoint, target)
     return 0
+
+
+def say_totals(checkpoint: Checkpoint, output: Path) -> None:
+    """Say, last of all, what became of the size, and how long the command took."""
+    from ..checkpoint import open_checkpoint
+
+    with open_checkpoint(output) as written:
+        before, after = (size(one.size_bytes) for one in (checkpoint, written))
+    say(f"{before} → {after} in {duration(seconds_taken())}")
 
 
 def note_unmarked(checkpoint: Checkpoint, target: Path, args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from ..errors import CalibrationError, OptionError
 from ..options import SAMPLES
 from ..telling import plural
 from .observe import read_prompts
-from .output import decibels, error, note, print_table, progress_bar, say, write_json
+from .output import decibels, error, note, print_table, progress_bar, say, write_json, wrote
 from .running import add_running_arguments, check_running_options, embeddings_of, geometry_of, settle
 from .terminal import Styled
 
@@ -186,7 +186,7 @@ def refuse_wrong_order(reference: Denoiser, quantized: Denoiser, args: argparse.
         raise CalibrationError(
             f"it is the reference and has quantized layers, while {args.quantized} has none: the reference comes first",
             path=args.reference,
-            hint=f"convert_to_quant check {args.quantized} {args.reference}",
+            hint=f"swap them: {args.quantized} {args.reference}",
         )
     if first:
         note("both models have quantized layers: the figures say how far apart they are, not how far from the original")
@@ -223,7 +223,7 @@ def prompts_of(args: argparse.Namespace, reference: Checkpoint) -> list[Prompts]
                 hint="keep one prompt per file, and repeat --conditioning FILE",
             )
         found[0].save(args.save_conditioning)
-        say(f"wrote the embeddings of {plural(len(texts), 'prompt')} to {args.save_conditioning}")
+        say(f"{wrote(args.save_conditioning)}: the embeddings of {plural(len(texts), 'prompt')}")
     return found
 
 

@@ -25,6 +25,7 @@ Put such a line into ~/.bashrc or config.fish; for zsh, into a folder of its fpa
 
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "checkpoint": ("*.safetensors", "*.safetensors.index.json"),
+    "adapter": ("*.safetensors",),
     "config": ("*.toml",),
 }
 """What files of a kind are called."""

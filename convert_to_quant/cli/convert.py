@@ -32,6 +32,7 @@ from .calibration import (
     note_ending,
     recover_input,
     require_target,
+    say_totals,
 )
 from .dequantize import write_layout
 from .output import note, print_table, progress_bar, say, write_json, wrote
@@ -251,6 +252,7 @@ def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: Convert
     say(f"{best.summary()}; {wrote(args.output)}")
     say_surviving(survival)
     note_formats(best.plan, Path(args.output))
+    say_totals(checkpoint, Path(args.output))
     return 0
 
 
@@ -270,7 +272,7 @@ def print_mix(best: Best, *, talk: bool = False) -> None:
         why = "least damage for its size" if chosen else decision.reason
         rows.append((name, becomes, f"{told['bits']:.2f}", alone, others, why))
     print_table(
-        ("layer", "format", "bits", "alone keeps", "others, dB", "why"), rows, right=(2, 3), optional=(5, 4), talk=talk
+        ("layer", "format", "bits", "alone keeps", "others, dB", "why"), rows, right=(2, 3), optional=(4, 2), talk=talk
     )
 
 
@@ -344,6 +346,7 @@ def convert_file(
         how = "-o NEW" if sharded else "--in-place"
         there = f"convert_to_quant -i {shlex.quote(str(output))} --actcal {how}"
         note(f"its input scales are not measured, and ComfyUI takes 1.0 for them ({there} measures them)")
+    say_totals(checkpoint, output)
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..telling import advance
-from .calibration import note_ending
+from .calibration import note_ending, say_totals
 from .output import progress_bar, say, write_json, wrote
 from .shared import check_shards
 
@@ -61,6 +61,7 @@ def write_layout(
             write(checkpoint, layout, output, jobs, progress=advance(progress, total), before_commit=before_commit)
         say(f"{done}; {wrote(output)}")
         note_ending(output)
+        say_totals(checkpoint, output)
     if args.json and before_commit is None:  # which has its own
         write_json(args.json, {"done": done, "tensors": len(layout.specs)})
     return 0

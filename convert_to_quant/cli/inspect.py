@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
-from ..telling import plural
-from .output import error, print_table, size, write_json
+from ..telling import plural, size
+from .output import error, print_table, write_json
 from .shared import check_shards
 from .terminal import Styled, columns, is_terminal, paint, printable
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..telling import advance
 from .calibration import note_ending
-from .output import progress_bar, say, write_json
+from .output import progress_bar, say, write_json, wrote
 
 DESCRIPTION = "Make LoRAs fit files that --fold made."
 FOLD = """\
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     with lora.checkpoint, open_checkpoint(args.like) as like, progress_bar("writing", unit="bytes") as progress:
         total = sum(info.nbytes for info in lora.checkpoint.tensors.values())
         done = fold_lora(lora, like, None if args.dry_run else output, progress=advance(progress, total))
-    say(f"dry run: {done}; nothing was written" if args.dry_run else f"{done}; wrote {output}")
+    say(f"dry run: {done}; nothing was written" if args.dry_run else f"{done}; {wrote(output)}")
     if not args.dry_run:
         note_ending(output)
     if args.json:

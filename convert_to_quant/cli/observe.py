@@ -185,13 +185,17 @@ def engine_of(args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTabl
         return str(args.engine)
     from ..calibrate_activation_scales import unrunnable
 
+    from ..identity import identify
+
     reason = unrunnable(checkpoint, table)
     if reason is None or args.conditioning != NOISE:
         return "diffusers"
     if args.comfyui_dir or os.environ.get(COMFYUI_VARIABLE):
         note(f"ComfyUI runs it: {reason}")
         return "comfyui"
-    raise UnsupportedModelError(reason, path=checkpoint.path, hint="--comfyui-dir DIR runs it in ComfyUI")
+    unfit = identify(checkpoint, table).kind not in (None, "diffusion")
+    hint = None if unfit else "--comfyui-dir DIR runs it in ComfyUI"
+    raise UnsupportedModelError(reason, path=checkpoint.path, hint=hint)
 
 
 def observe_in_diffusers(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from ..errors import StrPath
-from ..telling import Progress
+from ..telling import Progress, duration
 from .terminal import Styled, columns, fitted, has_color, is_terminal, paint, printable, style_of
 
 GOOD_DB, BAD_DB = 25.0, 20.0
@@ -32,9 +32,10 @@ FIRST_PARTS = 100
 """That part is one of so many, or one evaluation of a network where that is more."""
 
 GAP = "  "
-WRAPPED = 28
-"""Cells of a terminal's table that are longer may wrap: prose, not names."""
+WRAPPED = 25
+"""Cells of a terminal's table that are longer may wrap between words, and nowhere else."""
 
+_begun = time.monotonic()
 _quiet = False
 _bar_shown: Any = None
 _made_by: Mapping[str, Any] = {}
@@ -49,9 +50,14 @@ def configure(*, quiet: bool = False, made_by: Mapping[str, Any] | None = None) 
         quiet: errors only; data on stdout stays.
         made_by: the entry of that name in every JSON document: tool, version, command, options.
     """
-    global _quiet, _made_by
-    _quiet, _made_by = quiet, made_by or {}
+    global _begun, _quiet, _made_by
+    _begun, _quiet, _made_by = time.monotonic(), quiet, made_by or {}
     _noted.clear()
+
+
+def seconds_taken() -> float:
+    """Seconds since the call was configured."""
+    return time.monotonic() - _begun
 
 
 def foresee(outputs: Iterable[Path], *, dry: bool = False) -> None:
@@ -164,22 +170,25 @@ def _draw_table(
     from rich.table import Table
     from rich.text import Text
 
-    widths = [min(width, WRAPPED) for width in _widths(head, rows)]
-    dropped: list[int] = []
-    for column in optional:
-        if sum(width + len(GAP) for number, width in enumerate(widths) if number not in dropped) <= columns():
-            break
-        dropped.append(column)
-    kept = [number for number in range(len(head)) if number not in dropped]
+    words = [max((len(word) for row in rows for word in row[column].split()), default=0) for column in range(len(head))]
+    needed = [max(word, min(width, WRAPPED)) for word, width in zip(words, _widths(head, rows), strict=True)]
+    kept, dropped = list(range(len(head))), list(optional)
+
+    def fits() -> bool:
+        return sum(needed[number] + len(GAP) for number in kept) - len(GAP) <= columns()
+
+    while dropped and not fits():
+        kept.remove(dropped.pop(0))
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     for number in kept:
-        table.add_column(Text(head[number]), justify="right" if number in right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if number in right else "left"
+        least = needed[number] if fits() else None
+        table.add_column(Text(head[number]), justify=justify, overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*(Text(row[number], _RICH_STYLES.get(style_of(row[number]), "")) for number in kept))
     console = Console(file=stream, width=columns(), color_system=_colors(stream), highlight=False)
     console.print(table)
-    if dropped:
-        names = ", ".join(head[number] for number in sorted(dropped) if head[number])
+    if names := ", ".join(name for number, name in enumerate(head) if name and number not in kept):
         console.print(Text(f"no room for: {names} (a pipe, a file and --json have them)", "dim"))
 
 
@@ -249,18 +258,6 @@ def _bar(title: str, unit: str) -> Iterator[Progress]:
             _bar_shown = None
 
 
-def size(count: float) -> str:
-    """A number of bytes for people.
-
-    >>> size(97_530), size(12)
-    ('97.5 kB', '12 bytes')
-    """
-    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
-        if count >= 10**power:
-            return f"{count / 10**power:.1f} {unit}"
-    return f"{count:.0f} bytes"
-
-
 def _estimating(title: str, progress: Progress) -> Progress:
     """Progress that says once, as soon as a first part is done, how long the whole takes."""
     begun: tuple[float, int] | None = None
@@ -278,17 +275,6 @@ def _estimating(title: str, progress: Progress) -> Progress:
         progress(done, total)
 
     return tell
-
-
-def duration(seconds: float) -> str:
-    """A time for people.
-
-    >>> duration(42.3), duration(400), duration(9000)
-    ('42 s', '7 min', '2.5 h')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _lines(title: str) -> Progress:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from ..errors import OptionError, OutputError
 from ..options import SolveOptions, add_options, options_of
-from .output import decibels, foresee, print_table, say, size, write_json, wrote
+from ..telling import size
+from .output import decibels, foresee, print_table, say, write_json, wrote
 from .parsing import Parser, flag_spelling
 from .terminal import WIDEST, Styled, columns, fitted, is_terminal, paint, printable
 

@@ -19,8 +19,8 @@ from ..options import (
     add_options,
     options_of,
 )
-from ..telling import plural
-from .output import note, say, size
+from ..telling import plural, size
+from .output import note, say
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint

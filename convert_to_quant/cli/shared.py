@@ -6,20 +6,21 @@ They stand in one place so that they mean the same everywhere. A command that is
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .. import __version__
 from ..errors import CheckpointError, Error, OutputError
-from .output import foresee
+from .output import foresee, note
 from .parsing import Parser
 from .terminal import COLOR_CHOICES
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
 
-Kind = Literal["checkpoint", "file", "config", "folder"]
+Kind = Literal["checkpoint", "adapter", "file", "config", "folder"]
 
 PATHS: Mapping[str, Kind] = {
     "MODEL": "checkpoint",
@@ -27,7 +28,7 @@ PATHS: Mapping[str, Kind] = {
     "QUANTIZED": "checkpoint",
     "STATS": "checkpoint",
     "OUT": "checkpoint",
-    "FILE[:STRENGTH]": "checkpoint",
+    "FILE[:STRENGTH]": "adapter",
     "noise|FILE": "checkpoint",
     "FILE": "file",
     "FILE.toml": "config",
@@ -56,6 +57,8 @@ NO_KEYS = frozenset({"config", "save_config", "color", "version", "help"})
 """Options about the call itself, which a configuration file cannot say."""
 WRITTEN = frozenset({"-o", "--save-conditioning", "--json", "--save-config"})
 """Options that name what is written."""
+INPUTS = frozenset({"-i", "MODEL"})
+"""Options that name the model."""
 TALK = frozenset({"json", "verbose", "quiet"})
 """Options about what is said, which change nothing in what is written."""
 
@@ -166,10 +169,19 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
                 raise OutputError(f"the output is the same file as the input {other}", path=output, hint=hint)
             hint = f"name another file for {flag}"
             raise OutputError(f"{flag} and {name} are the same file", path=output, hint=hint)
+        if kind == "checkpoint" and output.is_file():
+            lacking = next((path for name, path, _ in named if name in INPUTS and not path.exists()), None)
+            if lacking is not None:
+                hint = f"{output}, which would be written, is there: {flag} names the new file"
+                raise CheckpointError("no such file", path=lacking, hint=hint)
         check_output(output, stream=flag == "--json")
         if output.is_file() or not output.exists():
             outputs.append(output)
     foresee(outputs, dry=getattr(args, "dry_run", False))
+    adapters = Counter((flag, path.resolve()) for flag, path, kind in named if kind == "adapter")
+    for (flag, path), count in adapters.items():
+        if count > 1:
+            note(f"{flag} names {path.name} {count} times, so its strengths add up")
 
 
 def check_shards(checkpoint: Checkpoint, args: argparse.Namespace) -> None:

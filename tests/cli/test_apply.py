@@ -141,6 +141,10 @@ def test_swapped_arguments_are_told(ctq: Any, fp8_file: Path) -> None:
     outcome = ctq("apply", stats, fp8_file, "--dry-run")
     told = f"error: {stats} holds statistics: the model comes first (convert_to_quant apply {fp8_file} {stats} ...)\n"
     assert (outcome.code, outcome.err) == (2, told)
+    new = fp8_file.with_name("new.safetensors")
+    told = f"error: {new}: no such file ({fp8_file}, which would be written, is there: -o names the new file)\n"
+    for words in (("-i", new), ("apply", new, stats), ("dequantize", new)):
+        assert ctq(*words, "-o", fp8_file).err == told
 
 
 def test_the_same_statistics_count_once_and_are_told(ctq: Any, fp8_file: Path) -> None:

@@ -84,7 +84,7 @@ def test_models_in_the_wrong_order_are_refused(ctq: Any, flux_file: Path, fp8_fi
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err == (
         f"error: {fp8_file}: it is the reference and has quantized layers, while {flux_file} has none: the reference "
-        f"comes first (convert_to_quant check {flux_file} {fp8_file})\n"
+        f"comes first (swap them: {flux_file} {fp8_file})\n"
     )
 
 
@@ -244,7 +244,7 @@ def test_a_pipeline_embeds_prompts(
             context, pooled, _ = pipe.encode_prompt(some, some, max_sequence_length=6)
             by_hand |= {f"{prefix}prompt_embeds": context.numpy(), f"{prefix}pooled_prompt_embeds": pooled.numpy()}
     wanted = figures(ctq(*words, "--conditioning", save("by_hand.safetensors", by_hand)))
-    assert f"wrote the embeddings of 2 prompts to {kept}" in outcome.err
+    assert f"wrote {kept}: the embeddings of 2 prompts" in outcome.err
     assert "noise" not in outcome.err
     found = figures(outcome)
     assert found["prompts"] == 2

@@ -55,8 +55,9 @@ def test_a_folded_file_warns_and_its_loras_are_converted(
     before = folder()
     assert ctq("lora", "fold", lora, "--like", out, "-o", converted, "--dry-run").code == 0
     assert folder() == before
-    done = ctq("lora", "fold", lora, "--like", out, "-o", converted)
-    assert (done.code, done.err) == (0, f"1 of 1 adapter scaled for int8.safetensors; wrote {converted}\n")
+    for wrote in ("wrote", "replaced"):
+        done = ctq("lora", "fold", lora, "--like", out, "-o", converted)
+        assert (done.code, done.err) == (0, f"1 of 1 adapter scaled for int8.safetensors; {wrote} {converted}\n")
     again = ctq("lora", "fold", converted, "--like", out, "-o", tmp_path / "twice.safetensors")
     assert (again.code, again.err) == (1, f"error: {converted}: it is folded already (give the original)\n")
     plain = ctq("lora", "fold", lora, "--like", flux_file, "-o", tmp_path / "twice.safetensors")

@@ -178,6 +178,8 @@ def test_the_command_line_merges_and_says_what_is_left(ctq: Callable[..., Any], 
     assert f"correlation {survival['correlation']:.3f}, {survival['db']:.1f} dB" in done.err
     assert set(said["matched"]) == {FIRST, SECOND}
     assert ctq("-i", model, "-o", lora, "--merge-lora", lora).code == 1  # the output is an input
+    twice = ctq("-i", model, "--dry-run", "--merge-lora", lora, "--merge-lora", f"{lora}:0.5")
+    assert "note: --merge-lora names lora.safetensors 2 times, so its strengths add up\n" in twice.err
 
 
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import select
 import socket
 import stat
@@ -88,6 +89,7 @@ SAID = {
     "merge -o": ("wrote OUT", None),
     "report -o": ("wrote OUT", None),
 }
+TOTALS = r"[\d.]+ (bytes|kB) → [\d.]+ (bytes|kB) in \d+ s"
 STREAMS = {
     "inspect --json": ("inspect", "fp8", "--json", "OUT"),
     "convert --json": ("-i", "bf16", "--dry-run", "--json", "OUT"),
@@ -248,7 +250,9 @@ def test_an_older_file_is_replaced_and_that_is_said(
     words = words_of(OUTPUTS[call], inputs, output)
     before = sorted(path.name for path in tmp_path.iterdir())
     for said in (wrote, wrote.replace("wrote", "replaced")):
-        assert said.replace("OUT", str(output)) in ctq(*words).err
+        told = ctq(*words).err
+        assert said.replace("OUT", str(output)) in told
+        assert "report" in call or "merge" in call or re.fullmatch(TOTALS, told.splitlines()[-1])
     dry = ctq(*words, "--dry-run").err
     assert would is None or would.replace("OUT", str(output)) in dry
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, output.name])
