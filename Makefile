@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 .PHONY: demo test lint docs wheel clean
 
-demo: $(VENV)/.product  ## convert, calibrate and check the embedded emoji model; writes demo/demo.png
+demo: $(VENV)/.product  ## make five files of the embedded emoji model, paint with each; writes demo/demo.png
 	$(BIN)/convert_to_quant demo -o demo
 
 test: $(VENV)/.test  ## run the tests
@@ -29,7 +29,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.product: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo 'installing the package and what it needs (torch, diffusers, ...) into $(VENV): minutes, once'
+	@echo 'installing the package and what it needs (torch, diffusers, ...) into $(VENV), once: minutes, as pip shows below;'
+	@echo 'the demo itself then takes a minute or two'
 	$(PIP) --editable .
 	touch $@
 

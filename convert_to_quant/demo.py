@@ -1,22 +1,25 @@
-"""The whole way on a real model in a minute: convert, calibrate, run, look.
+"""The whole way on a real model in a minute: convert, calibrate, mix formats, run, look.
 
-Why it exists. Whoever makes FP8 checkpoints wants to see that the result still paints, and what calibration is for. The
-embedded emoji model (`emoji`) is trained, and three files of it compute the same function: as it was trained, and with
-the activation ranges of large models ("hot") or far smaller ones ("cold"). Each is converted and calibrated exactly as
-the command line does it, without data, and then its linear layers run
+Why it exists. Whoever makes quantized checkpoints wants to see that the result still paints, and what calibration and a
+choice of formats are for. The embedded emoji model (`emoji`) is trained, and three files of it compute the same
+function: as it was trained, and with the activation ranges of large models ("hot") or far smaller ones ("cold"). Each
+is converted exactly as the command line does it, without data, and then its linear layers run
 
     in BF16                 the file before conversion, inputs rounded to bfloat16
     in FP8 with scale 1.0   what most FP8 files carry: converted, never calibrated
     in FP8, calibrated      converted with --actcal
+    in the best mix         converted with --best, the file as large as the one in FP8
+    in a smaller one        converted with --best --round, the file two thirds as large
 
-FP8 layers compute as ComfyUI does (`engines.quantized_linear`). The figures are the SQNR of the predicted velocity, in
-dB, along the way of the embedded model in float32 (`fidelity`), which is the reference in every row: so the BF16 column
-says how well a re-ranging preserves the function, and what difference nobody minds. The images are what each model
-reaches on its own. Four prompts are few: `check` on the prompts that are written beside the models gives the figure of
-docs/accuracy.md.
+Layers compute as ComfyUI does (`engines.quantized_linear`). The figures are the SQNR of the predicted velocity, in dB,
+along the way of the embedded model in float32 (`fidelity`), which is the reference in every row: so the BF16 row says
+how well a re-ranging preserves the function, and what difference nobody minds. The images are what each model reaches
+on its own, from the same noise in as many steps. Four prompts are few: `check` on the prompts that are written beside
+the models gives the figure of docs/accuracy.md.
 
-Limits. All else (norms, attention, sums) is float32 in every column, so that they differ in nothing but the linear
-layers, and because "cold" needs it (`emoji.rerange`). A GPU would compute it in bfloat16.
+Limits. All else (norms, attention, sums) is float32 everywhere, so that models differ in nothing but linear layers, and
+because "cold" needs it (`emoji.rerange`). A GPU would compute it in bfloat16. Formats are tried on fewer and smaller
+images than `--best` takes by default (`TRIED`), which takes a twentieth of the time.
 """
 
 from __future__ import annotations
@@ -35,49 +38,54 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import __version__
+from .best import plan_best
 from .calibrate_activation_scales import Calibration, calibrate_model, patch_model_with_scales
 from .checkpoint import Entry, open_checkpoint, write_bytes, write_checkpoint
 from .convert import convert, plan_conversion
 from .emoji import SIDE_TOKENS, WEIGHTS, prompts, sheet, to_pictures
 from .emoji.rerange import RERANGINGS, write_reranged
-from .engines import noise
 from .engines.diffusers import Denoiser, load
+from .engines.moments import Rounding
 from .errors import OptionError, OutputError
 from .families.running import Geometry
-from .fidelity import Fidelity, velocity_fidelity
-from .options import SAMPLES, STEPS, CalibrationOptions, ConvertOptions
-from .telling import Progress
+from .fidelity import Fidelity, Scene, check_latents, scenes_fidelity
+from .options import SAMPLES, STEPS, BestOptions, CalibrationOptions, ConvertOptions, RunOptions
+from .telling import Progress, advance, size
 
 if TYPE_CHECKING:
     from PIL import Image
-
-MEASURED = 4
-"""Prompts that the figures are measured on, the first of those that are painted."""
 
 GEOMETRY = Geometry(height=SIDE_TOKENS, width=SIDE_TOKENS, frames=1, text_tokens=prompts.TOKENS)
 PICTURE = "demo.png"
 PROMPTS = "prompts.safetensors"
 
-BF16, SCALE_ONE, CALIBRATED = "bf16", "fp8_scale_1", "fp8_calibrated"
-COLUMNS: Mapping[str, sheet.Heading] = {
-    BF16: sheet.Heading("BF16", "the model before conversion"),
-    SCALE_ONE: sheet.Heading("FP8, input_scale 1.0", "what most FP8 files carry"),
-    CALIBRATED: sheet.Heading("FP8, calibrated", "convert_to_quant --actcal, no data"),
+BF16, SCALE_ONE, CALIBRATED, BEST, SMALLER = "bf16", "fp8_scale_1", "fp8_calibrated", "best", "best_smaller"
+WAYS: Mapping[str, sheet.Heading] = {
+    BF16: sheet.Heading("original", "in BF16"),
+    SCALE_ONE: sheet.Heading("FP8, scale 1.0", "as most FP8 files are"),
+    CALIBRATED: sheet.Heading("FP8, calibrated", "--actcal, without data"),
+    BEST: sheet.Heading("best mix", "--best, as large as FP8"),
+    SMALLER: sheet.Heading("best mix", "--best --round,\ntwo thirds of FP8"),
 }
 """How each model is run, in the order of the table and of the picture."""
 
+SHARES: Mapping[str, float] = {BEST: 1, SMALLER: 2 / 3}
+"""Sizes of mixes, of the FP8 file's."""
+
+ROUNDED = SMALLER
+"""The mix that is rounded by running the model."""
+
+GPU = "rtx40"
+"""The card that mixes are chosen for."""
+
+TRIED = RunOptions(samples=3, steps=2, height=128, width=128, text_tokens=prompts.TOKENS)
+"""What formats are tried on: one image of each way of conditioning, as large as what is painted."""
+
 TITLE = sheet.Heading(
-    "FP8 has to know the range of what it reads",
-    "One trained model, three files that compute the same function: only the sizes of their activations differ.\n"
-    f"Figures: how closely a model follows the original's way on {MEASURED} prompts (velocity SQNR; 30 dB is close, "
-    "10 dB is ruin).",
+    "Calibrated, FP8 keeps the picture; the best mix of formats keeps more, or is smaller",
+    "One trained model in three files that compute the same function: only the sizes of what its layers read differ.\n"
+    "dB: how closely a file follows the original on these prompts (SQNR of the velocity; 30 is close, 10 is ruin).",
 )
-ROWS: Mapping[str, str] = {
-    "plain": "as it was trained",
-    "hot": "the same function,\nlayers read inputs\n40 to 900 times\nlarger",
-    "cold": "the same function,\nlayers read inputs\n1000 times\nsmaller",
-}
-"""What the picture says about a re-ranging."""
 
 LOST_DB, KEPT_DB = 20.0, 25.0
 """Captions are red below the first and green above the second."""
@@ -89,22 +97,20 @@ class DemoOptions:
 
     Attributes:
         variants: re-rangings of the model, names in `emoji.rerange.RERANGINGS`.
-        names: emoji to paint.
-        measured: how many of them fidelity is measured on.
-        levels: noise levels that it is measured at.
-        steps: Euler steps of a picture.
+        names: emoji to paint, and to measure fidelity on.
+        steps: Euler steps of an image, and noise levels that fidelity is measured at.
         guidance: strength of classifier-free guidance.
-        samples: images that calibration shows the model; its other options are the defaults.
+        samples: images that calibration and rounding show the model; their other options are the defaults.
+        tried: what formats are tried on.
         seed: of the latents. Calibration has its own.
     """
 
     variants: tuple[str, ...] = ("plain", "hot", "cold")
-    names: tuple[str, ...] = prompts.NAMES
-    measured: int = MEASURED
-    levels: int = 8
-    steps: int = 12
+    names: tuple[str, ...] = prompts.NAMES[:4]
+    steps: int = 8
     guidance: float = 2.0
     samples: int = SAMPLES
+    tried: RunOptions = TRIED
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -119,15 +125,17 @@ class Row:
 
     Attributes:
         variant: its name.
-        files: where its files are, by column.
+        files: where its files are, by way.
         calibration: what calibration found.
-        fidelity: by column.
-        images: by column, uint8 [names, height, width, 3].
+        mixes: how many layers are in which format, by way.
+        fidelity: by way.
+        images: by way, uint8 [names, height, width, 3].
     """
 
     variant: str
     files: Mapping[str, Path]
     calibration: Calibration
+    mixes: Mapping[str, Mapping[str, int]]
     fidelity: Mapping[str, Fidelity]
     images: Mapping[str, NDArray[np.uint8]]
 
@@ -136,8 +144,9 @@ class Row:
         return {
             "variant": self.variant,
             "summary": RERANGINGS[self.variant].summary,
-            "files": {column: str(path) for column, path in self.files.items()},
-            "fidelity": {column: fidelity.to_json() for column, fidelity in self.fidelity.items()},
+            "files": {way: str(path) for way, path in self.files.items()},
+            "mixes": self.mixes,
+            "fidelity": {way: fidelity.to_json() for way, fidelity in self.fidelity.items()},
             "calibration": self.calibration.to_json(),
         }
 
@@ -178,8 +187,8 @@ def run(folder: Path, options: DemoOptions | None = None, *, progress: Progress 
         progress: told how far it is, in evaluations of one sample of the demo's size.
 
     Returns:
-        What it found. The folder then holds each model in BF16 and FP8, with a scale of 1.0 and calibrated, the
-        picture, and embeddings of the prompts that no calibration sees, for `check --conditioning`.
+        What it found. The folder then holds every model in every way, the picture, and embeddings of the prompts that
+        no calibration sees, for `check --conditioning`.
 
     Raises:
         OutputError: a file cannot be written.
@@ -211,17 +220,24 @@ def make_folder(folder: Path) -> None:
         raise OutputError(f"the folder cannot be made: {error.strerror}", path=folder) from None
 
 
+def sizes(rows: tuple[Row, ...]) -> dict[str, str]:
+    """By way: what its file takes. Those of the variants differ by less than what shows."""
+    return {way: size(path.stat().st_size) for way, path in rows[0].files.items()}
+
+
 def draw(rows: tuple[Row, ...]) -> Image.Image:
-    """The images side by side, one line per variant of the model and one column per way to run it."""
+    """The images side by side, one line per way to run the model and one column per variant."""
 
-    def cell(row: Row, column: str) -> sheet.Cell:
-        sqnr_db = row.fidelity[column].sqnr_db
+    def cell(row: Row, way: str) -> sheet.Cell:
+        sqnr_db = row.fidelity[way].sqnr_db
         color = sheet.GOOD if sqnr_db > KEPT_DB else sheet.BAD if sqnr_db < LOST_DB else sheet.INK
-        return sheet.Cell(list(row.images[column]), f"{sqnr_db:.1f} dB", color)
+        return sheet.Cell(list(row.images[way]), f"{sqnr_db:.1f} dB", color)
 
-    said = [sheet.Heading(row.variant, ROWS.get(row.variant, RERANGINGS[row.variant].summary)) for row in rows]
-    cells = [[cell(row, column) for column in COLUMNS] for row in rows]
-    return sheet.draw(TITLE, list(COLUMNS.values()), list(zip(said, cells, strict=True)))
+    columns = [sheet.Heading(row.variant, RERANGINGS[row.variant].summary) for row in rows]
+    taken = sizes(rows)
+    said = [sheet.Heading(f"{heading.name}: {taken[way]}", heading.explanation) for way, heading in WAYS.items()]
+    cells = [[cell(row, way) for row in rows] for way in WAYS]
+    return sheet.draw(TITLE, columns, list(zip(said, cells, strict=True)), lines=1)
 
 
 class _Work:
@@ -231,9 +247,10 @@ class _Work:
         sides = 2 if options.guidance != 1 else 1
         observed_tokens = 5 * GEOMETRY.tokens  # calibration shows the model images about this much larger
         self.calibration = options.samples * STEPS * observed_tokens / GEOMETRY.tokens
-        self.comparison = 3 * sides * options.measured * options.levels
-        self.painting = sides * len(options.names) * options.steps
-        self.total = len(options.variants) * (self.calibration + len(COLUMNS) * (self.comparison + self.painting))
+        self.comparison = 3 * sides * len(options.names) * options.steps
+        self.trials = self.rounding = 400  # either took about as long as so many, on two cores
+        mixes = self.trials + self.rounding
+        self.total = len(options.variants) * (self.calibration + mixes + len(WAYS) * self.comparison)
         self.finished = 0.0
         self.report = progress or (lambda _done, _total: None)
 
@@ -247,23 +264,27 @@ class _Work:
 def _row(variant: str, folder: Path, options: DemoOptions, work: _Work) -> Row:
     """Make one variant's files, run them, and compare."""
     files, calibration = make_files(variant, folder, options.samples, work.part(work.calibration))
+    files |= {way: file_of(variant, way, folder) for way in SHARES}
+    mixes = _make_mixes(files, options, work)
     conditioning = prompt_conditioning(options.names)
-    measured = {name: values[: options.measured] for name, values in conditioning.items()}
     fidelity, images = {}, {}
     with models(files) as (reference, runs):
-        for column, model in runs.items():
-            fidelity[column] = velocity_fidelity(
-                reference, model, measured, GEOMETRY, guidance=options.guidance, steps=options.levels,
-                seed=options.seed, progress=work.part(work.comparison),
-            )  # fmt: skip
-            images[column] = paint(model, conditioning, options, work.part(work.painting))
-    return Row(variant, files, calibration, fidelity, images)
+        for way, model in runs.items():
+            fidelity[way], images[way] = compare(
+                reference, model, conditioning, options, progress=work.part(work.comparison)
+            )
+    return Row(variant, files, calibration, mixes, fidelity, images)
+
+
+def file_of(variant: str, way: str, folder: Path) -> Path:
+    """Where a variant's file of a way goes."""
+    return folder / f"{variant}_{way}.safetensors"
 
 
 def make_files(
     variant: str, folder: Path, samples: int = SAMPLES, progress: Progress | None = None
 ) -> tuple[dict[str, Path], Calibration]:
-    """Re-range, convert and calibrate; the latter two as the command line does it.
+    """Re-range, convert to FP8 and calibrate; the latter two as the command line does it.
 
     Args:
         variant: name of the re-ranging.
@@ -272,12 +293,12 @@ def make_files(
         progress: told how far calibration is.
 
     Returns:
-        The file of each column, and what calibration found.
+        The files of the original and of FP8, by way, and what calibration found.
 
     Raises:
         OutputError: a file cannot be written.
     """
-    files = {column: folder / f"{variant}_{column}.safetensors" for column in COLUMNS}
+    files = {way: file_of(variant, way, folder) for way in (BF16, SCALE_ONE, CALIBRATED)}
     write_reranged(WEIGHTS, files[BF16], RERANGINGS[variant])
     with open_checkpoint(files[BF16]) as checkpoint:
         convert(checkpoint, plan_conversion(checkpoint, ConvertOptions()), files[SCALE_ONE])
@@ -286,27 +307,45 @@ def make_files(
     return files, calibration
 
 
+def _make_mixes(files: Mapping[str, Path], options: DemoOptions, work: _Work) -> dict[str, dict[str, int]]:
+    """Convert to the best mixes of formats, all from one set of trials; see `Row.mixes`."""
+    fp8_bytes = files[CALIBRATED].stat().st_size
+    measured, mixes = None, {}
+    with open_checkpoint(files[BF16]) as checkpoint:
+        for way, share in SHARES.items():
+            asked = BestOptions(file_size=f"{int(share * fp8_bytes)}B", gpu=GPU)
+            progress = None if measured else work.part(work.trials)
+            best = plan_best(checkpoint, ConvertOptions(), asked, options.tried, measured, progress=progress)
+            measured, mixes[way] = (best.statistics, best.trials), best.counts()
+            rounding, told = None, None
+            if way == ROUNDED:
+                layers = [layer for layer, _ in best.plan.quantized]
+                rounding = Rounding(checkpoint, best.plan.table, layers, RunOptions(samples=options.samples))
+                total = sum(info.nbytes for info in checkpoint.tensors.values())
+                told = advance(work.part(work.rounding), total)
+            convert(checkpoint, best.plan, files[way], rounding=rounding, progress=told)
+    return mixes
+
+
 @contextmanager
 def models(files: Mapping[str, Path]) -> Iterator[tuple[Denoiser, dict[str, Denoiser]]]:
     """Open one variant's files.
 
     Args:
-        files: of each column.
+        files: by way.
 
     Yields:
-        The reference, and the model of each column, computing as it says.
+        The reference, and the model of each way, computing as it says.
     """
     with ExitStack() as stack:
-        original = stack.enter_context(open_checkpoint(WEIGHTS))
-        opened = {column: stack.enter_context(open_checkpoint(path)) for column, path in files.items()}
-        bf16 = load(opened[BF16], dtype=torch.float32)
-        for linear in bf16.linears.values():
+
+        def opened(path: Path) -> Denoiser:
+            return load(stack.enter_context(open_checkpoint(path)), dtype=torch.float32, arithmetic="comfyui")
+
+        runs = {way: opened(path) for way, path in files.items()}
+        for linear in runs[BF16].linears.values():
             linear.register_forward_pre_hook(lambda _, inputs: (inputs[0].bfloat16().float(),))
-        fp8 = {
-            column: load(opened[column], dtype=torch.float32, arithmetic="comfyui")
-            for column in (SCALE_ONE, CALIBRATED)
-        }
-        yield load(original, dtype=torch.float32), {BF16: bf16, **fp8}
+        yield opened(WEIGHTS), runs
 
 
 def prompt_conditioning(names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -315,30 +354,29 @@ def prompt_conditioning(names: tuple[str, ...]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": torch.from_numpy(context), "pooled_projections": torch.from_numpy(pooled)}
 
 
-def paint(
+def compare(
+    reference: Denoiser,
     model: Denoiser,
     conditioning: Mapping[str, Tensor],
     options: DemoOptions,
-    progress: Progress = lambda _done, _total: None,
-) -> NDArray[np.uint8]:
-    """Paint with classifier-free guidance against the empty prompt.
+    progress: Progress | None = None,
+) -> tuple[Fidelity, NDArray[np.uint8]]:
+    """Paint with classifier-free guidance against the empty prompt, and compare with the reference on the way.
 
     Args:
+        reference: the model as it should be.
         model: the model.
         conditioning: of the images, by name, each [images, ...].
         options: steps, guidance and seed.
-        progress: called after every step.
+        progress: as of `scenes_fidelity`.
 
     Returns:
-        RGB, uint8 [images, height, width, 3].
+        The comparison, and what the model painted: RGB, uint8 [images, height, width, 3].
     """
-    both = {name: torch.cat([value, torch.zeros_like(value)]) for name, value in conditioning.items()}
-    count = len(next(iter(conditioning.values())))
-    shape = model.latent_shape(GEOMETRY)
-    state = torch.cat([noise.latents(shape, options.seed, number) for number in range(count)])
-    for step in range(options.steps):
-        sigma = 1 - step / options.steps
-        positive, negative = model.velocity(torch.cat([state, state]), sigma, both, GEOMETRY).chunk(2)
-        state = state - (negative + options.guidance * (positive - negative)) / options.steps
-        progress(step + 1, options.steps)
-    return to_pictures(state.numpy())
+    latents = check_latents(reference, GEOMETRY, len(next(iter(conditioning.values()))), options.seed)
+    reached: list[Tensor] = []
+    fidelity = scenes_fidelity(
+        reference, model, [Scene(latents, conditioning, GEOMETRY)], guidance=options.guidance, steps=options.steps,
+        progress=progress, finished=lambda _, own: reached.append(own),
+    )  # fmt: skip
+    return fidelity, to_pictures(torch.cat(reached).numpy())

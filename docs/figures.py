@@ -196,7 +196,7 @@ def damage_sheet(folder: Path) -> None:
             for target_db in TARGETS_DB:
                 factor = 1.0 if target_db == TARGETS_DB[0] else search(direction, target_db)
                 left_db = with_model(factor, fidelity_db)
-                images = with_model(factor, lambda model: demo.paint(model, conditioning, options))
+                _, images = with_model(factor, lambda model: demo.compare(reference, model, conditioning, options))
                 print(f"{name}: factor {factor:.3g} leaves {left_db:.1f} dB", file=sys.stderr)
                 cells.append(sheet.Cell(list(images), f"{left_db:.1f} dB, scales x {told(factor)}"))  # type: ignore[call-overload]
             rows.append((sheet.Heading(name, EXPLAINED[name]), cells))

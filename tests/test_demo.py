@@ -11,23 +11,27 @@ from PIL import Image
 from convert_to_quant import demo
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.cli import main
-from convert_to_quant.demo import BF16, CALIBRATED, GEOMETRY, SCALE_ONE, DemoOptions
+from convert_to_quant.demo import BEST, BF16, CALIBRATED, GEOMETRY, SCALE_ONE, SMALLER, DemoOptions
 from convert_to_quant.emoji import WEIGHTS
 from convert_to_quant.engines.diffusers import load
 from convert_to_quant.engines.prompts import Prompts
 from convert_to_quant.errors import OptionError
-from convert_to_quant.fidelity import velocity_fidelity
 from convert_to_quant.layers import find_layers, input_scale
+from convert_to_quant.options import RunOptions
 
 LEAST_SAMPLES = 3
 """The fewest that calibration runs on: one way of eight steps for each kind of conditioning."""
 
 SMALL = DemoOptions(
-    variants=("hot",), names=("strawberry", "fish"), measured=1, levels=2, steps=2, samples=LEAST_SAMPLES
+    variants=("hot",),
+    names=("strawberry",),
+    steps=2,
+    samples=LEAST_SAMPLES,
+    tried=RunOptions(samples=LEAST_SAMPLES, steps=1, height=64, width=64, text_tokens=8),
 )
 
 
-def test_demo_converts_calibrates_paints_and_tells(
+def test_demo_converts_calibrates_mixes_paints_and_tells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shares: list[float] = []
@@ -45,15 +49,19 @@ def test_demo_converts_calibrates_paints_and_tells(
     folder, report = tmp_path / "new" / "folder", tmp_path / "report.json"
     assert main(["demo", "-o", str(folder), "--json", str(report)]) == 0
 
-    head, line = capsys.readouterr().out.splitlines()
-    assert head.split("  ")[0] == "model"
-    assert line.startswith("hot")
-    assert line.count(" dB") == 3
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["model", "size", "hot"]
+    assert [line.split("  ")[0] for line in lines] == [way.name for way in demo.WAYS.values()]
     (row,) = json.loads(report.read_text())["rows"]
-    figures = {column: found["sqnr_db"] for column, found in row["fidelity"].items()}
+    sizes = {way: Path(path).stat().st_size for way, path in row["files"].items()}
+    assert sizes[CALIBRATED] * 0.95 < sizes[BEST] <= sizes[CALIBRATED]
+    assert sizes[CALIBRATED] * 0.63 < sizes[SMALLER] <= sizes[CALIBRATED] * 2 / 3
+    figures = {way: found["sqnr_db"] for way, found in row["fidelity"].items()}
     assert figures[BF16] > 45
     assert figures[SCALE_ONE] < 12
     assert figures[CALIBRATED] > 29
+    assert figures[BEST] > figures[CALIBRATED] + 3
+    assert figures[SMALLER] > 18
     assert row["calibration"]["engine"] == "model"
     with Image.open(folder / demo.PICTURE) as image:
         assert image.format == "PNG"
@@ -64,17 +72,18 @@ def test_demo_converts_calibrates_paints_and_tells(
         held_out = Prompts.load(folder / demo.PROMPTS).fitted(load(checkpoint), GEOMETRY)
     for name, values in demo.prompt_conditioning(demo.prompts.HELD_OUT).items():
         assert torch.equal(held_out.tensors[name], values)
-    for column in demo.COLUMNS:
-        with open_checkpoint(row["files"][column]) as checkpoint:
+    for way in (SCALE_ONE, CALIBRATED):
+        with open_checkpoint(row["files"][way]) as checkpoint:
             table = find_layers(checkpoint)
             scales = {input_scale(checkpoint, layer) for layer in table.quantized.values()}
-            assert (scales == {1.0}, len(scales) > 10) == (column == SCALE_ONE, column == CALIBRATED)
+            assert (scales == {1.0}, len(scales) > 10) == (way == SCALE_ONE, way == CALIBRATED)
 
 
 def test_pictures_show_what_was_asked_for() -> None:
     names = ("strawberry", "fish")
     with open_checkpoint(WEIGHTS) as checkpoint:
-        painted = demo.paint(load(checkpoint), demo.prompt_conditioning(names), DemoOptions(names=names, steps=6))
+        model = load(checkpoint)
+        _, painted = demo.compare(model, model, demo.prompt_conditioning(names), DemoOptions(steps=6))
     assert painted.shape == (2, 32, 32, 3)
     strawberry, fish = painted.astype(int)
     assert strawberry[8:24, 8:24, 0].mean() > strawberry[8:24, 8:24, 2].mean() + 50  # red
@@ -108,8 +117,8 @@ def test_actcal_without_data_keeps_the_picture(
     conditioning = demo.prompt_conditioning(demo.prompts.NAMES[:2])
     with demo.models(files) as (reference, runs):
         found = {
-            column: velocity_fidelity(reference, runs[column], conditioning, GEOMETRY, guidance=2, steps=6).sqnr_db
-            for column in (SCALE_ONE, CALIBRATED)
+            way: demo.compare(reference, runs[way], conditioning, DemoOptions(steps=6))[0].sqnr_db
+            for way in (SCALE_ONE, CALIBRATED)
         }
     assert found[CALIBRATED] > found[SCALE_ONE] - 0.3
     if least_db is not None:

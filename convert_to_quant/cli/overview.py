@@ -9,7 +9,7 @@ from .terminal import paint
 
 EXAMPLES = (
     "convert_to_quant -i flux_bf16.safetensors -o flux_fp8.safetensors --actcal",
-    "convert_to_quant demo",
+    "convert_to_quant -i flux_bf16.safetensors -o flux_best.safetensors --best",
 )
 
 GROUPS: Mapping[str, Mapping[str, str]] = {
@@ -31,7 +31,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "comfyui": "put our nodes into a ComfyUI, or record a model on one that runs",
     },
     "begin": {
-        "demo": "convert, calibrate and check a small model; writes a picture",
+        "demo": "convert a small model in five ways, paint with each; writes a picture",
         "completion": "print what makes a shell complete our commands and flags",
     },
 }
@@ -40,7 +40,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
 
 def overview() -> str:
     """The screen."""
-    lines = ["FP8 for diffusion models that keeps the picture.", ""]
+    lines = ["FP8 for diffusion models that keeps the picture, and ComfyUI's other formats.", ""]
     blocks: dict[str, tuple[str, ...]] = {"examples": EXAMPLES}
     blocks |= {title: tuple(f"{name:<12}{words}" for name, words in group.items()) for title, group in GROUPS.items()}
     for title, entries in blocks.items():

@@ -32,7 +32,7 @@ ENLARGED, SPACE = 3, 2
 """Screen pixels per pixel, and pixels of white around each picture."""
 
 MARGIN, GAP, PADDING = 32, 24, 12
-LABEL_WIDTH, HEAD_HEIGHT, TITLE_HEIGHT, CAPTION_HEIGHT = 230, 76, 150, 48
+HEAD_HEIGHT, TITLE_HEIGHT, CAPTION_HEIGHT = 76, 150, 48
 TITLE_SIZE, HEAD_SIZE, TEXT_SIZE = 42, 32, 24
 
 
@@ -59,25 +59,28 @@ class Heading:
     explanation: str
 
 
-def draw(title: Heading, columns: Sequence[Heading], rows: Sequence[tuple[Heading, Sequence[Cell]]]) -> Image.Image:
+def draw(
+    title: Heading, columns: Sequence[Heading], rows: Sequence[tuple[Heading, Sequence[Cell]]], lines: int = 2
+) -> Image.Image:
     """Draw a sheet.
 
     Args:
         title: above everything.
         columns: their headings.
         rows: their headings, and one cell per column; all cells have equally many images.
+        lines: of images in a cell.
 
     Returns:
         An RGB image.
     """
     from PIL import Image, ImageDraw
 
-    blocks = [[_block(cell.images) for cell in cells] for _, cells in rows]
+    blocks = [[_block(cell.images, lines) for cell in cells] for _, cells in rows]
     block_height, block_width, _ = blocks[0][0].shape
     captions = [_width(cell.caption, HEAD_SIZE) for _, cells in rows for cell in cells]
     inner_width = max(block_width, *captions, *(_heading_width(column, HEAD_SIZE) for column in columns))
     cell_width, cell_height = inner_width + 2 * PADDING, block_height + 2 * PADDING + CAPTION_HEIGHT
-    label_width = LABEL_WIDTH if any(heading.name for heading, _ in rows) else 0
+    label_width = max(_heading_width(heading, HEAD_SIZE) for heading, _ in rows)
     lefts = [MARGIN + label_width + number * (cell_width + GAP) for number in range(len(columns))]
     tops = [TITLE_HEIGHT + HEAD_HEIGHT + MARGIN + number * (cell_height + GAP) for number in range(len(rows))]
     width = max(lefts[-1] + cell_width, MARGIN + _heading_width(title, TITLE_SIZE)) + MARGIN
@@ -97,15 +100,16 @@ def draw(title: Heading, columns: Sequence[Heading], rows: Sequence[tuple[Headin
     return sheet
 
 
-def _block(images: Sequence[Picture]) -> Picture:
-    """Two lines of images, enlarged: uint8 [height, width, 3]."""
-    in_line = (len(images) + 1) // 2
-    blanks = [np.full_like(images[0], 255)] * (2 * in_line - len(images))
+def _block(images: Sequence[Picture], lines: int) -> Picture:
+    """Lines of images, enlarged: uint8 [height, width, 3]."""
+    in_line = -(-len(images) // lines)
+    blanks = [np.full_like(images[0], 255)] * (lines * in_line - len(images))
     shown = [
         np.pad(picture, ((SPACE, SPACE), (SPACE, SPACE), (0, 0)), constant_values=255) for picture in (*images, *blanks)
     ]
-    lines = [np.concatenate(shown[start : start + in_line], 1) for start in (0, in_line)]
-    block: Picture = np.concatenate(lines)
+    block: Picture = np.concatenate(
+        [np.concatenate(shown[start : start + in_line], 1) for start in range(0, len(shown), in_line)]
+    )
     # Seven bits per color look the same, and noise compresses badly: the file is an eighth smaller.
     block = (block & np.uint8(0xFE)) | (block >> np.uint8(7))
     return block.repeat(ENLARGED, 0).repeat(ENLARGED, 1)
@@ -118,9 +122,10 @@ def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], heading: Heading, s
 
 
 def _heading_width(heading: Heading, size: int) -> int:
-    """Pixels that a heading takes."""
+    """Pixels that a heading takes with its name in this size, and a gap; nothing where it is empty."""
     lines = heading.explanation.split("\n")
-    return max(_width(heading.name, size), *(_width(line, TEXT_SIZE) for line in lines))
+    widest = max(_width(heading.name, size), *(_width(line, TEXT_SIZE) for line in lines))
+    return widest + GAP if widest else 0
 
 
 def _width(text: str, size: int) -> int:
