@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import io
 import json
+import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -140,3 +143,31 @@ def statistics() -> Callable[..., Any]:
         return recording.statistics(samples=1, engine="a test")
 
     return make
+
+
+@pytest.fixture
+def golden() -> Callable[[str, str], None]:
+    """Compare a screen with the golden one of a name, or write it: golden(name, screen)."""
+
+    def compare(name: str, shown: str) -> None:
+        path = Path(__file__).parent / "golden" / f"{name.replace(' ', '_')}.txt"
+        if os.environ.get("GOLDEN") == "write":
+            path.write_text(shown, encoding="utf-8")
+        wanted = path.read_text(encoding="utf-8") if path.exists() else ""
+        difference = difflib.unified_diff(wanted.splitlines(), shown.splitlines(), str(path), "now", lineterm="")
+        assert shown == wanted, "\n".join(["GOLDEN=write writes it anew", *difference])
+
+    return compare
+
+
+class Terminal(io.StringIO):
+    """A stream that a person seems to look at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal() -> type[Terminal]:
+    """What makes such streams."""
+    return Terminal

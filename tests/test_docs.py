@@ -14,8 +14,9 @@ import re
 import runpy
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -85,6 +86,8 @@ FOREIGN_FLAGS = {
 files = runpy.run_path(str(ROOT / "tests" / "conftest.py"))
 tiny = runpy.run_path(str(ROOT / "tests" / "cli" / "conftest.py"))
 """What other tests make tiny models with."""
+screens = runpy.run_path(str(ROOT / "tests" / "cli" / "test_golden.py"))
+"""What masks what differs between runs."""
 
 CALLED: dict[str, tuple[str, ...]] = {
     "flux_bf16": ("bf16", "flux", "flux1-dev", "demo/plain_bf16"),
@@ -332,6 +335,29 @@ def test_every_example_runs(
             workflow = json.dumps(request.getfixturevalue(name))
             (folder / f"{name}_api.json").write_text(workflow, encoding="utf-8")
     run(examples, folder)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_first_session_on_a_terminal(
+    width: int, golden: Any, terminal: Any, stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the README's commands show, in their order; digits masked, and without bars of progress."""
+    folder, screen = tmp_path / "here", terminal()
+    shutil.copytree(stand_ins, folder)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(cli.output, "SECONDS_BETWEEN_LINES", float("inf"))
+    monkeypatch.setattr(cli.output, "_bar", lambda *_: nullcontext(lambda *_: None))
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    with inside(folder):
+        for example in dict(DOCUMENTS)["README.md"]:
+            if example.language == "console" and example.text.startswith(OURS) and " demo" not in example.text:
+                screen.write(f"$ {example.text}\n")
+                run_line(example)
+                screen.write("\n")
+    text = screens["mask"](screens["readable"](screen.getvalue()), folder)
+    golden(f"session {width}", screens["without_digits"](text))
 
 
 def test_the_documents_have_examples() -> None:

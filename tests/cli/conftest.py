@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import io
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,34 +107,6 @@ def folder(tmp_path: Path) -> Callable[[], dict[str, bytes]]:
         return {str(path): path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
 
     return look
-
-
-@pytest.fixture
-def golden() -> Callable[[str, str], None]:
-    """Compare a screen with the golden one of a name, or write it: golden(name, screen)."""
-
-    def compare(name: str, shown: str) -> None:
-        path = Path(__file__).parents[1] / "golden" / f"{name.replace(' ', '_')}.txt"
-        if os.environ.get("GOLDEN") == "write":
-            path.write_text(shown, encoding="utf-8")
-        wanted = path.read_text(encoding="utf-8") if path.exists() else ""
-        difference = difflib.unified_diff(wanted.splitlines(), shown.splitlines(), str(path), "now", lineterm="")
-        assert shown == wanted, "\n".join(["GOLDEN=write writes it anew", *difference])
-
-    return compare
-
-
-class Terminal(io.StringIO):
-    """A stream that a person seems to look at."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def terminal() -> type[Terminal]:
-    """What makes such streams."""
-    return Terminal
 
 
 WORDS = ("<pad>", "<eos>", "<unk>", "a", "red", "fish", "bear")
