@@ -31,7 +31,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "comfyui": "put our nodes into a ComfyUI, or record a model on one that runs",
     },
     "begin": {
-        "demo": "convert a small model in five ways, paint with each; writes a picture",
+        "demo": "convert a small model in five ways, and paint with each",
         "completion": "print what makes a shell complete our commands and flags",
     },
 }
