@@ -177,7 +177,7 @@ def say_totals(checkpoint: Checkpoint, output: Path) -> None:
 
 
 def note_unmarked(checkpoint: Checkpoint, target: Path, args: argparse.Namespace) -> None:
-    """Say, last of all, that ComfyUI drops the scales of layers without a mark, and what adds marks."""
+    """Say, behind what was written, that ComfyUI drops the scales of layers without a mark, and what adds marks."""
     from ..layers import find_layers
 
     count = sum(layer.marking == "none" for layer in find_layers(checkpoint).diffusion.values())
