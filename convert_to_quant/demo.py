@@ -6,7 +6,7 @@ function: as it was trained, and with the activation ranges of large models ("ho
 is converted exactly as the command line does it, without data, and then its linear layers run
 
     in BF16                 the file before conversion, inputs rounded to bfloat16
-    in FP8 with scale 1.0   what most FP8 files carry: converted, never calibrated
+    in FP8 with scale 1.0   what most FP8 files carry, and ComfyUI takes where there is none: converted, not calibrated
     in FP8, calibrated      converted with --actcal
     in the best mix         converted with --best, the file as large as the one in FP8
     in a smaller one        converted with --best --round, the file two thirds as large
@@ -45,7 +45,7 @@ from .convert import convert, plan_conversion
 from .emoji import SIDE_TOKENS, WEIGHTS, prompts, sheet, to_pictures
 from .emoji.rerange import RERANGINGS, write_reranged
 from .engines.diffusers import Denoiser, load
-from .engines.moments import Rounding
+from .engines.moments import Gathering, Rounding
 from .errors import OptionError, OutputError
 from .families.running import Geometry
 from .fidelity import Fidelity, Scene, check_latents, scenes_fidelity
@@ -320,7 +320,8 @@ def _make_mixes(files: Mapping[str, Path], options: DemoOptions, work: _Work) ->
             rounding, told = None, None
             if way == ROUNDED:
                 layers = [layer for layer, _ in best.plan.quantized]
-                rounding = Rounding(checkpoint, best.plan.table, layers, RunOptions(samples=options.samples))
+                gathering = Gathering(checkpoint, best.plan.table, layers, RunOptions(samples=options.samples))
+                rounding = Rounding(checkpoint, gathering.moments_of)
                 total = sum(info.nbytes for info in checkpoint.tensors.values())
                 told = advance(work.part(work.rounding), total)
             convert(checkpoint, best.plan, files[way], rounding=rounding, progress=told)

@@ -184,7 +184,6 @@ def engine_of(args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTabl
     if args.engine != "auto":
         return str(args.engine)
     from ..calibrate_activation_scales import unrunnable
-
     from ..identity import identify
 
     reason = unrunnable(checkpoint, table)
