@@ -343,7 +343,8 @@ def test_the_first_session_on_a_terminal(
 ) -> None:
     """What the README's commands show, in their order; digits masked, and without bars of progress.
 
-    Without the demo, which tests/cli/test_golden.py shows, and the best mix, which tiny layers make a close race.
+    Without the demo, which tests/cli/test_golden.py shows, the best mix, which tiny layers make a close race, and the
+    pipeline, of which other libraries talk.
     """
     folder, screen = tmp_path / "here", terminal()
     shutil.copytree(stand_ins, folder)
@@ -355,7 +356,7 @@ def test_the_first_session_on_a_terminal(
     monkeypatch.setattr(sys, "stderr", screen)
     with inside(folder):
         for example in dict(DOCUMENTS)["README.md"]:
-            if example.text.startswith(OURS) and not re.search(" demo| --best", example.text):
+            if example.text.startswith(OURS) and not re.search(" demo| --best| --pipeline", example.text):
                 screen.write(f"$ {example.text}\n")
                 run_line(example)
                 screen.write("\n")

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ..engines.devices import find_device
 from ..errors import OptionError, UnsupportedModelError
 from ..options import COMFYUI_VARIABLE, FRAMES, SAMPLES, SIDE_PIXELS, STEPS, TEXT_TOKENS, RunOptions, options_of
-from ..telling import part
+from ..telling import part, size
 from .calibration import loras_of
-from .output import configure, note, progress_bar, say, size, write_json, wrote
+from .output import configure, note, progress_bar, say, write_json, wrote
 from .running import NOISE, add_running_arguments, check_running_options, geometry_of, settle
 from .shared import read_text
 
