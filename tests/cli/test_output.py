@@ -95,6 +95,7 @@ def test_talk_is_broken_between_words_on_a_terminal_alone(terminal: Any, monkeyp
     monkeypatch.setenv("COLUMNS", "20")
     text = "calibrated 32 of 32  layers of a-file-with-a-long-name.safetensors"
     for stream in (terminal(), io.StringIO()):
+        output.configure()  # which forgets what was noted
         monkeypatch.setattr(sys, "stderr", stream)
         output.say(text)
         output.note(text)
