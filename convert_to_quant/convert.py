@@ -38,7 +38,7 @@ from .layers import Layer, LayerTable, dequantize, determined, find_layers, inpu
 from .layout import WORKERS, Sink
 from .lazy_torch import torch
 from .lora import Lora, LoraMatch, Survival, match_checkpoint, merge_rows
-from .marks import SCALE_BYTES, Config, Way, leave_scale_room, with_full_precision
+from .marks import SPARE_BYTES, Config, Way, leave_scale_room, with_full_precision
 from .options import ConvertOptions
 from .quantize import bytes_of, quantize_weight, refuse_not_finite, rows_at_a_time
 from .telling import Advance, plural
@@ -367,7 +367,7 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
             name = layer.name + plan.ways[0].input_scale
             stray = layer.format is None and name in checkpoint  # which is refused
             if decision.input_scale is None and plan.ways[0].leaves_room and not stray:
-                spare_bytes = SCALE_BYTES
+                spare_bytes = SPARE_BYTES
                 without_scale.append(layer.name)
             else:
                 scale = np.float32(1.0 if decision.input_scale is None else decision.input_scale)

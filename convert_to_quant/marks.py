@@ -41,6 +41,9 @@ _FULL_PRECISION_TEXT = f', "{FULL_PRECISION}": true'
 SCALE_BYTES = 4
 """Of an input scale, which is float32."""
 
+SPARE_BYTES = 8
+"""Behind what a mark may say, where a scale has room: more than rounding to a multiple of 8 leaves by itself."""
+
 _BLOCK_SIZES = ("block_size", "group_size")
 
 
@@ -93,10 +96,11 @@ def tensor_bytes(config: Config, room_bytes: int = 0, spare_bytes: int = 0) -> b
     return text.ljust(room_bytes)
 
 
-def spare_bytes_of(data: bytes) -> int:
-    """How many bytes at the end of a comfy_quant tensor no later form of it needs; below 0 where it lacks some."""
+def has_scale_room(data: bytes) -> bool:
+    """Whether an input scale can take the end of a comfy_quant tensor, and no later form of its text needs it."""
     text = data.rstrip(b" ")
-    return len(data) - len(text) - (0 if FULL_PRECISION.encode() in text else len(_FULL_PRECISION_TEXT))
+    needed_bytes = len(text) + (0 if FULL_PRECISION.encode() in text else len(_FULL_PRECISION_TEXT))
+    return len(data) - needed_bytes >= SPARE_BYTES
 
 
 def header_text(configs: Mapping[str, Config]) -> str:

@@ -44,7 +44,7 @@ from .checkpoint.undo import (
 from .errors import CheckpointError, OutputError, TensorError
 from .layers import Layer, LayerTable
 from .layout import Source, lay_out, write
-from .marks import Config, disables_fp8, mark_beside, spare_bytes_of, take_room, with_full_precision
+from .marks import Config, disables_fp8, has_scale_room, mark_beside, take_room, with_full_precision
 from .telling import plural
 
 
@@ -256,7 +256,7 @@ def _placed(patch: Patch, refusal: Callable[..., OutputError]) -> tuple[dict[str
         old = b"" if mark is None else contents.get(mark.name) or checkpoint.raw(mark.name).tobytes()
         end = 0 if mark is None else mark.stop - spec.nbytes
         aligned = (checkpoint.file_of(near).header.data_start + end) % spec.nbytes == 0
-        if mark is None or checkpoint.sharded or not aligned or spare_bytes_of(old) < spec.nbytes:
+        if mark is None or checkpoint.sharded or not aligned or not has_scale_room(old):
             checkpoint.refuse_changed()  # another process may have put one there
             problem = "in place is not possible: the file has no such tensor yet"
             raise refusal(problem, path=checkpoint.path, tensor=name)
