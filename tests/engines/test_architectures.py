@@ -617,6 +617,7 @@ FOLDED: dict[tuple[str, str], tuple[Shapes, int]] = {
     ("wan", "Camera"): (WAN | layout("control_adapter.conv.weight 128x4x2x2"), 0),
     ("wan", "S2V"): (WAN | layout("casual_audio_encoder.weights 4"), 0),
     ("wan", "HuMo"): (WAN | layout("blocks.0.audio_cross_attn_wrapper.audio_cross_attn.q.weight 32x32"), 0),
+    ("wan", "Animate 2"): (WAN | layout("blocks.0.self_attn.to_q.weight 128x128"), 0),
     ("wan", "Animate"): (WAN | layout("motion_encoder.fc.weight 32x32"), 0),
     ("wan", "SCAIL"): (WAN | layout("patch_embedding_pose.weight 128x4x1x2x2"), 0),
     ("wan", "SCAIL 2"): (WAN | layout("patch_embedding_mask.weight 128x4x1x2x2"), 0),
