@@ -272,7 +272,11 @@ def print_mix(best: Best, *, talk: bool = False) -> None:
         why = "least damage for its size" if chosen else decision.reason
         rows.append((name, becomes, f"{told['bits']:.2f}", alone, others, why))
     print_table(
-        ("layer", "format", "bits", "alone keeps", "others, dB", "why"), rows, right=(2, 3), optional=(4, 2), talk=talk
+        ("layer", "format", "bits", "alone keeps", "others, dB", "why"),
+        rows,
+        right=(2, 3),
+        optional=(4, 2, 3),
+        talk=talk,
     )
 
 
