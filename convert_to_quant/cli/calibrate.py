@@ -60,4 +60,6 @@ def run(args: argparse.Namespace) -> int:
         note_damage(checkpoint)
         if options.engine != "layer":
             settle(args, checkpoint)
+        elif args.device == "auto":
+            args.device = "cpu"
         return calibrate_file(checkpoint, args, options_of(CalibrationOptions, args), adapters)

@@ -62,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-every", type=float, default=120.0, metavar="SECONDS",
                         help="save progress this often (120)")  # fmt: skip
     parser.add_argument("--trials", action="store_true",
-                        help="also try every format in every layer, for --best --from")  # fmt: skip
+                        help="also try every format in every layer (--best)")  # fmt: skip
     parser.add_argument("--moments", action="store_true",
-                        help="also keep second moments in STATS.moments, for --round --from")  # fmt: skip
+                        help="also keep second moments (--round)")  # fmt: skip
     engine = parser.add_argument_group("what runs it")
     engine.add_argument("--engine", choices=ENGINES, default=ENGINES[0], metavar="WHICH",
                         help="diffusers, comfyui, or whichever can (auto)")  # fmt: skip

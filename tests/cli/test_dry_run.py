@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from convert_to_quant.cli import COMMANDS, READERS
+from convert_to_quant.emoji.rerange import RERANGINGS, write_reranged
 
 CALLS = {
     "convert": "-i flux.safetensors -o out.safetensors",
@@ -68,7 +69,8 @@ def place(ctq: Any, fp8_file: Path, save: Any, observed: list[bytes], monkeypatc
     if not observed:
         words = "--samples 1 --steps 1 --height 32 --width 32 --text-tokens 4 -q"
         assert ctq("observe", "flux.safetensors", "-o", "stats.safetensors", *words.split()).code == 0
-        words = f"-i flux.safetensors -o folded.safetensors --format int8 --fold {FOLDING} -q"
+        write_reranged(folder / "flux.safetensors", folder / "wild.safetensors", RERANGINGS["wild"])
+        words = f"-i wild.safetensors -o folded.safetensors --format int8 --fold {FOLDING} -q"
         assert ctq(*words.split()).code == 0
         observed += [(folder / name).read_bytes() for name in KEPT]
     for name, data in zip(KEPT, observed, strict=True):
