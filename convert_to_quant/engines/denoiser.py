@@ -201,13 +201,14 @@ def skeleton(plan: Plan) -> nn.Module:
     """
     import diffusers
 
-    transformer = getattr(diffusers, plan.architecture.transformer)
     with _LargeWeightsOnMeta(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # what diffusers deprecates in its own classes
-        try:
+        try:  # the class itself is imported here, and with it what diffusers needs for it
+            transformer = getattr(diffusers, plan.architecture.transformer)
             model: nn.Module = transformer(**{**plan.config, **plan.architecture.stand_ins})
         except (RuntimeError, ValueError, TypeError) as error:
-            raise UnsupportedModelError(f"diffusers cannot build it: {error}", hint=COMFYUI) from error
+            reason = str(error).splitlines()[-1]
+            raise UnsupportedModelError(f"diffusers cannot build it: {reason}", hint=COMFYUI) from error
     plan.architecture.adjust(model, plan.config)
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in plan.sources]

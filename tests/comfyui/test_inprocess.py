@@ -119,7 +119,7 @@ def test_recorded_ranges_are_those_of_our_own_engine_on_the_same_inputs(
 def test_every_family_that_comfyui_detects_has_a_tiny_model_or_a_reason(inprocess: InProcess) -> None:
     found = inprocess.ask("families")
 
-    assert set(found["supported"]) == set(found["made"]) | set(found["left out"])
+    assert set(found["supported"]) <= set(found["made"]) | set(found["left out"])
     assert not set(found["made"]) & set(found["left out"])
     assert all(found["left out"].values())
     assert set(found["left out"]) == set(LEFT_OUT)
@@ -338,7 +338,7 @@ def test_what_comfyui_cannot_load_is_an_error_with_its_reason(
 
 
 def test_auto_takes_comfyui_for_what_diffusers_cannot_run(inprocess: InProcess, tmp_path: Path) -> None:
-    told = inprocess.ask("tiny", name="SD15", folder=str(tmp_path), images=3)
+    told = inprocess.ask("tiny", name="HunyuanDiT1", folder=str(tmp_path), images=3)
     assert told["code"] == 0, told["err"]
     words = ("observe", tmp_path / "tiny.safetensors", "-o", tmp_path / "auto", *SMALL, "--samples", "3")
 

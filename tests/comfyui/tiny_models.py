@@ -445,6 +445,7 @@ LEFT_OUT: Mapping[str, str] = {
     "SAM3": "no diffusion model",
     "SAM31": "no diffusion model",
     "DepthAnything3": "no diffusion model",
+    "Trellis2": "three models for voxels in one, newer than 0.33.0",
 }
 """What is not made, and why."""
 

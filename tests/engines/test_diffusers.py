@@ -194,6 +194,17 @@ def test_options_that_cannot_be_are_refused(flux: Checkpoint, options: dict[str,
         engine.observe(flux, geometry=SIZE, **options)
 
 
+def test_what_diffusers_cannot_import_is_a_reason(flux: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    diffusers = pytest.importorskip("diffusers")
+
+    def broken(_: object, name: str) -> None:
+        raise RuntimeError(f"Failed to import {name} because of the following error:\nno module named torchvision")
+
+    monkeypatch.delitem(vars(diffusers), "FluxTransformer2DModel", raising=False)
+    monkeypatch.setattr(type(diffusers), "__getattr__", broken)
+    assert engine.supports(flux) == "diffusers cannot build it: no module named torchvision"
+
+
 def test_an_unknown_arithmetic_is_refused(flux: Checkpoint) -> None:
     with pytest.raises(OptionError, match="unknown arithmetic 'guess'"):
         engine.load(flux, arithmetic="guess")  # type: ignore[arg-type]
