@@ -28,7 +28,7 @@ import io
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -320,12 +320,29 @@ def _make_mixes(files: Mapping[str, Path], options: DemoOptions, work: _Work) ->
             rounding, told = None, None
             if way == ROUNDED:
                 layers = [layer for layer, _ in best.plan.quantized]
-                gathering = Gathering(checkpoint, best.plan.table, layers, RunOptions(samples=options.samples))
+                gathering = Gathering(
+                    checkpoint, best.plan.table, layers, replace(options.tried, samples=options.samples, steps=None)
+                )
                 rounding = Rounding(checkpoint, gathering.moments_of)
                 total = sum(info.nbytes for info in checkpoint.tensors.values())
                 told = advance(work.part(work.rounding), total)
             convert(checkpoint, best.plan, files[way], rounding=rounding, progress=told)
     return mixes
+
+
+class _Reference(Denoiser):
+    """A model that does not compute anew what it has said before: every way is compared along one."""
+
+    def __init__(self, model: Denoiser) -> None:
+        vars(self).update(vars(model), said={})
+
+    def velocity(self, latents: Tensor, sigma: float, conditioning: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
+        """As of the model."""
+        said: dict[tuple[Any, ...], Tensor] = vars(self)["said"]
+        shown = sigma, geometry, *(each.numpy().tobytes() for each in (latents, *conditioning.values()))
+        if shown not in said:
+            said[shown] = super().velocity(latents, sigma, conditioning, geometry)
+        return said[shown]
 
 
 @contextmanager
@@ -346,7 +363,7 @@ def models(files: Mapping[str, Path]) -> Iterator[tuple[Denoiser, dict[str, Deno
         runs = {way: opened(path) for way, path in files.items()}
         for linear in runs[BF16].linears.values():
             linear.register_forward_pre_hook(lambda _, inputs: (inputs[0].bfloat16().float(),))
-        yield opened(WEIGHTS), runs
+        yield _Reference(opened(WEIGHTS)), runs
 
 
 def prompt_conditioning(names: tuple[str, ...]) -> dict[str, Tensor]:

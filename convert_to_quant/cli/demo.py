@@ -35,9 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    # Threads that wait in a busy loop slow a machine with other work down: measured 40 s for a part that takes more
-    # than 150 s otherwise, on two shared cores (2026-11-22). Read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads of GNU OpenMP that wait in a busy loop slow a machine with other work down, up to four times, and those
+    # that sleep at once leave the second of two cores idle: a short wait costs a fifth where two demos run, and saves a
+    # sixth where one does (2026-11-27). Read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     folder = Path(args.output)
     refuse_file(folder)
     if args.dry_run:

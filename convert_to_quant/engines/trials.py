@@ -17,8 +17,8 @@ gave in the reference run. Trials of one block run side by side in one batch. Th
 kept while that block is worked on.
 
 Limits. Damages of layers add up to that of all only roughly, and both depend on the size of the image; `damage_of`
-measures a mix. Measuring every layer again
-around a mix, and choosing anew, was tried and gave no better mixes (docs/experiments.md).
+measures a mix. Measuring every layer again around a mix, and choosing anew, was tried and gave no better mixes
+(docs/experiments.md).
 """
 
 from __future__ import annotations
