@@ -296,11 +296,12 @@ def _rounded(point: Point) -> list[float]:
 def keeps(figures: Mapping[str, Any]) -> str:
     """What a mix keeps of the velocity in words, measured where it was; "" where its figures do not say.
 
-    >>> keeps({"expected_db": 37.46}), keeps({"expected_db": 37.46, "measured_db": [35.1, 36.3]})
-    ('37.5 dB expected', '35.1 to 36.3 dB measured')
+    >>> keeps({"expected_db": 37.46}), keeps({"measured_db": [35.1, 36.3]}), keeps({"measured_db": [44.38, 44.41]})
+    ('37.5 dB expected', '35.1 to 36.3 dB measured', '44.4 dB measured')
     """
     if "measured_db" in figures:
-        return "{:.1f} to {:.1f} dB measured".format(*figures["measured_db"])
+        both = dict.fromkeys(f"{db:.1f}" for db in figures["measured_db"])
+        return f"{' to '.join(both)} dB measured"
     return f"{figures['expected_db']:.1f} dB expected" if "expected_db" in figures else ""
 
 
