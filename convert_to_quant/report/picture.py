@@ -207,22 +207,26 @@ def figure(report: Report, width_pixels: int = WIDTH) -> Figure:
     width = (right - left - LEVELS - 3 * GAP) / 2
     span = _span(panels)
     boxes = [Box(left + number * (width + GAP), BELOW, width, each * count) for number in range(2)]
+    scaled = not report.mixes or any(strip is not None and strip[1].scale for panel in panels for strip in panel.strips)
+    observed = not report.mixes or any(one is not None and one.absmax for layer in report.layers for one in layer.sides)
+    taken = LEVELS + GAP if observed else 0
     if report.mixes:
         _draw_mix(page, Box(EDGE + 0.7, top + ABOVE + 0.95, WIDTH_INCHES - 2 * EDGE - 0.7, chart - 1.6), report.mixes)
-        _draw_alone(page, boxes[0], report)
+        _draw_alone(page, boxes[0] if scaled else Box(left, BELOW, right - left - GAP - taken, each * count), report)
         panels = panels[int(report.sides[0].calibrates)], panels[1]
-        boxes = boxes[1:]
+        boxes = boxes[1:] if scaled else []
     for box, panel in zip(boxes, panels, strict=False):
         _draw_panel(page, box, panel, span)
     heat = Box(right - GAP - LEVELS, BELOW, LEVELS, each * count)
-    _draw_levels(page, heat, report)
+    if observed:
+        _draw_levels(page, heat, report)
 
     _write(page, right, top + 0.6, "Outcome", size=HEADING, color=INK, weight="bold")
     risky = [strip is not None and bool(strip[1].risk) for strip in panels[0].strips]
     _draw_layers(page, Box(left, BELOW, right - left, each * count), shown, risky, outcomes)
     legend = {} if span.absolute else {f"{zone}: {says}": PALETTE[zone] for zone, says in ZONES.items()}
     key = left
-    for says, color in {**legend, "in full precision: nothing is cut": UNQUANTIZED}.items():
+    for says, color in {**legend, "in full precision: nothing is cut": UNQUANTIZED}.items() if boxes else ():
         _draw_key(page, Box(key, 0.72, 0.14, 0.14), [to_rgb(color)], says)
         key += 0.4 + _inches(says)
     command = next((side.apply for side in report.sides if side.apply), "")
@@ -300,7 +304,8 @@ def _draw_mix(page: Figure, box: Box, mixes: Sequence[Mapping[str, Any]]) -> Non
         crowded = any(0 < other - at < 1 and abs(height - db) < 3 for other, height in points["uniform"])
         where: Any = ((0, 7), "center", "bottom") if crowded else ((7, 0), "left", "center")
         ax.annotate(drawable(name), (at, db), where[0], textcoords="offset points", size=SMALL, color=FADED,
-                    ha=where[1], va=where[2])  # fmt: skip
+                    ha=where[1], va=where[2], zorder=4,
+                    bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 0.5})  # fmt: skip
     if "weights" in first:
         ticks = range(across[0], across[1] + 1)
         ax.set_xticks(ticks, [f"{bits}\n{_size(first, bits)}" for bits in ticks])

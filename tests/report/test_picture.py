@@ -113,6 +113,11 @@ def test_a_mix_has_its_chart_and_a_mark_for_every_format_that_was_tried(hot: Rep
     assert [text for text in texts if text.startswith("int8: ")], "outcomes name the format"
     assert drawn(made).shape[0] > drawn(hot).shape[0] + 200
 
+    bare = tuple(replace(one, sides=(None,) * len(one.sides)) for one in layers)
+    alone_only = picture.figure(replace(made, layers=bare))
+    assert {text.get_text() for text in alone_only.texts}.isdisjoint({"As it is", "Noise levels", "not recorded"})
+    assert alone_only.axes[1].get_position().width > 2 * alone.get_position().width
+
 
 @pytest.mark.parametrize("count", [0, 1, 57, 300, 1000])
 def test_any_number_of_layers_fits(observed: Observed, count: int) -> None:
