@@ -9,7 +9,7 @@ from ..options import CalibrationOptions, options_of
 from . import COMMANDS, config, enter, perform
 from .calibration import add_calibration_arguments, add_target_arguments, loras_of, note_damage, recover_input
 from .parsing import Parser
-from .running import check_device, settle
+from .running import check_device, settle, settle_at_rest
 from .shared import add_shared_options
 
 NAME = "calibrate"
@@ -60,6 +60,6 @@ def run(args: argparse.Namespace) -> int:
         note_damage(checkpoint)
         if options.engine != "layer":
             settle(args, checkpoint)
-        elif args.device == "auto":
-            args.device = "cpu"
+        else:
+            settle_at_rest(args)
         return calibrate_file(checkpoint, args, options_of(CalibrationOptions, args), adapters)

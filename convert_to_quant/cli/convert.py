@@ -36,7 +36,7 @@ from .calibration import (
 )
 from .dequantize import write_layout
 from .output import note, print_table, progress_bar, say, write_json, wrote
-from .running import check_device, settle
+from .running import check_device, settle, settle_at_rest
 from .shared import check_shards
 
 if TYPE_CHECKING:
@@ -157,8 +157,8 @@ def settle_run(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
         settle(args, checkpoint)
     elif args.round:
         args.device = str(find_device(args.device))
-    elif args.device == "auto":  # what only copies waits for the disk
-        args.device = "cpu"
+    else:
+        settle_at_rest(args)
 
 
 def prepared(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertOptions) -> Checkpoint:

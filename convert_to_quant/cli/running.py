@@ -98,6 +98,12 @@ def settle(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
     args.steps = args.steps or STEPS
 
 
+def settle_at_rest(args: argparse.Namespace) -> None:
+    """Decide the device where no model runs and the call names none: the CPU, since what copies waits for the disk."""
+    if args.device == "auto":
+        args.device = "cpu"
+
+
 def free_memory() -> int | None:
     """Bytes that programs can have without swapping, where the system says it as Linux does."""
     try:
