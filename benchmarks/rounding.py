@@ -9,6 +9,7 @@ the mixes that `--best` chooses for an RTX 50:
 
     nearest             each weight to nearest
     rounded             what `--round` writes
+    rounded on prompts  the same by moments of 32 other prompts: `observe --moments --conditioning`
     folded              what `--fold` writes: channels evened out first, then to nearest
     folded and rounded  what `--fold --round` writes
 
@@ -31,6 +32,7 @@ import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,6 +46,7 @@ from formats import Judge, checkpoint_of, markdown, said, title
 from convert_to_quant import best, folding
 from convert_to_quant.checkpoint import Checkpoint, Entry, write_checkpoint
 from convert_to_quant.engines import denoiser, diffusers, moments
+from convert_to_quant.engines.prompts import Prompts
 from convert_to_quant.engines.trials import Simulated
 from convert_to_quant.errors import OptionError
 from convert_to_quant.fidelity import sqnr_db
@@ -52,6 +55,7 @@ from convert_to_quant.lora import load_lora, match_loras
 from convert_to_quant.options import BestOptions, ConvertOptions, RunOptions
 
 WAYS = ("nearest", "rounded", "folded", "folded and rounded")
+ON_PROMPTS = "rounded on prompts"
 BITS = (4.5, 5.0, 5.5, 6.5, 8.0)
 CARD = "rtx50"
 INT8 = "int8-convrot"
@@ -90,9 +94,8 @@ def measure(variant: str, shown: RunOptions, count: int, formats: list[str], mix
         for way, (checkpoint, adapter) in pairs.items():
             if way == "folded" and folded is original:  # its channels are even
                 for row in rows.values():
-                    row |= {WAYS[WAYS.index(known) + 2]: db for known, db in row.items()}
+                    row |= {WAYS[WAYS.index(known) + 2]: db for known, db in row.items() if known in WAYS}
                 break
-            with_rounding = WAYS[WAYS.index(way) + 1]
             model = denoiser.load(checkpoint, device=device, dtype=torch.float32)
             layers = {name: model.plan.table.plain[name] for name in layers}
             judge = Judge(model, emoji.GEOMETRY, count)
@@ -102,18 +105,22 @@ def measure(variant: str, shown: RunOptions, count: int, formats: list[str], mix
             scales = best.input_scales(checkpoint, layers, seen)
             could = best.candidates(layers, scales, [FORMATS[name] for name in best.CANDIDATES])
             of = {(layer, each.format.name): each for layer, some in could.items() for each in some}
-            gathering = moments.Gathering(checkpoint, model.plan.table, list(layers.values()), shown)
-            rounding = moments.Rounding(checkpoint, gathering.moments_of)
+            gather = partial(moments.Gathering, checkpoint, model.plan.table, list(layers.values()), shown)
+            gatherings = {WAYS[WAYS.index(way) + 1]: gather()}
+            if way == "nearest":
+                gatherings[ON_PROMPTS] = gather(prompts=Prompts(emoji.conditioning(model, emoji.CALIBRATION_PROMPTS)))
             wholes = {name: {layer: name for layer in layers if (layer, name) in of} for name in formats}
             wholes |= best_mixes(checkpoint, shown) if mixes else {}
             for name, mix in wholes.items():
                 row = rows.setdefault(name, {})
                 row[way] = judge.sqnr_db({layer: of[layer, fmt] for layer, fmt in mix.items()})
-                row[with_rounding] = judge.judge({
-                    layer: Simulated(judge.bench.weight(layer), of[layer, fmt],
-                                     on(device, rounding(layers[layer], FORMATS[fmt])))
-                    for layer, fmt in mix.items()
-                })  # fmt: skip
+                for how, gathering in gatherings.items():
+                    rounding = moments.Rounding(checkpoint, gathering.moments_of)
+                    row[how] = judge.judge({
+                        layer: Simulated(judge.bench.weight(layer), of[layer, fmt],
+                                         on(device, rounding(layers[layer], FORMATS[fmt])))
+                        for layer, fmt in mix.items()
+                    })  # fmt: skip
             fits, wrong = (match_loras([load_lora(path)], model.plan.table.shapes()) for path in (adapter, lora))
             with model.adapted(fits):
                 judge = Judge(model, emoji.GEOMETRY, count)

@@ -437,7 +437,8 @@ def convert(
         plan: what becomes of it.
         output: a `.safetensors` path, or `.safetensors.index.json` to keep the input's shards.
         device: where torch computes; see `quantize_weight`.
-        rounding: finds what is stored of a layer, by suffix; each weight goes to nearest where it finds nothing.
+        rounding: finds what is stored of a layer, by suffix; each weight goes to nearest where it finds nothing. It is
+            asked in one thread, in the order of the plan.
         progress: told how many input bytes were done.
         before_commit: called with the complete but still unnamed output, which it may read and change in place
             (calibration); if it raises, there is no output.
@@ -480,22 +481,23 @@ def convert(
     jobs = [job(each.layer, each.format) for each in plan.decisions if each.format and not each.as_it_is]
     jobs += [(0, partial(refuse_not_finite, checkpoint, each)) for each in plan.kept]
     jobs += [(each.weight.nbytes, partial(_merge_kept, checkpoint, each, plan.merged)) for each in plan.merged_only]
+    threads = _threads(place, WORKERS if rounding is None else 1) if computes or rounding else None
     layout.write(checkpoint, _lay_out(checkpoint, plan), output, jobs, progress=progress, before_commit=before_commit,
-                 threads=_threads(place) if computes else None)  # fmt: skip
+                 threads=threads)  # fmt: skip
 
 
 @contextlib.contextmanager
-def _threads(device: torch.device | None) -> Iterator[ThreadPoolExecutor]:
-    """Threads in which torch starts no further ones, each with a stream of its own on a GPU."""
+def _threads(device: torch.device | None, count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads in which torch starts no further ones where there are several, each with a stream of its own on a GPU."""
     before = torch.get_num_threads()
 
     def begin() -> None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(1 if count > 1 else before)
         if device is not None and device.type == "cuda":
             torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
     try:
-        with ThreadPoolExecutor(WORKERS, initializer=begin) as pool:
+        with ThreadPoolExecutor(count, initializer=begin) as pool:
             yield pool
     finally:
         torch.set_num_threads(before)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from functools import reduce
-from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +34,10 @@ ROWS_PER_INPUT = 8
 """Tokens that it is shown at least for each input of its widest layer."""
 
 MOST_SAMPLES = 256
-BUDGET_BYTES = {"cpu": 1 << 30, "cuda": 16 << 30}
-"""Moments held at a time."""
+BUDGET_BYTES = 1 << 30
+"""Moments held at a time on a CPU; on a GPU they may take half of what model and rounding leave free."""
+WORK_BYTES = 52
+"""What rounding takes of a GPU for the square of a layer's inputs: six and a half float64 matrices."""
 
 MomentsOf = Callable[[Layer], Tensor | None]
 """From a layer to its moments, float32 [in, in]; None where there are none."""
@@ -75,13 +76,16 @@ class Gathering:
         self.geometry = sizes.asked(self.model.plan.family, shown.size) or diffusers.GEOMETRY
         self.prompts = prompts and prompts.fitted(self.model, self.geometry)
         self.geometry = self.prompts.geometry if self.prompts else self.geometry
-        budget = BUDGET_BYTES.get(self.model.device.type, BUDGET_BYTES["cpu"])
+        widest = max((layer.in_features for layer in layers), default=0)
+        budget = BUDGET_BYTES
+        if self.model.device.type == "cuda":  # weights are copied there when they are first needed
+            weights = sum(layer.weight.nbytes for layer in table.linear())
+            budget = (torch.cuda.mem_get_info(self.model.device)[0] - weights - WORK_BYTES * widest**2) // 2
         self.bands = list(_bands([layer for layer in layers if layer.name not in done], budget))[share[0] :: share[1]]
         self.band: Sequence[str] = ()
         self.moments: dict[str, Tensor] = {}
         self.steps, self.seed = shown.steps or STEPS, shown.seed
-        rows = ROWS_PER_INPUT * max((layer.in_features for layer in layers), default=0)
-        enough = -(-rows // (self.geometry.tokens * self.steps))
+        enough = -(-ROWS_PER_INPUT * widest // (self.geometry.tokens * self.steps))
         samples = shown.samples or min(max(IMAGES, enough), MOST_SAMPLES)
         samples = max(samples, prompts.count) if prompts else samples
         self.parts = diffusers.parts(samples, self.geometry, prompted=prompts is not None)
@@ -154,6 +158,8 @@ def kept_on(device: str | torch.device, parts: Sequence[KeptMoments]) -> Moments
 class Rounding:
     """Rounds the layers of a checkpoint one after the other, by the second moments of what they receive.
 
+    In their order, since moments are gathered for some that follow each other; and in one thread.
+
     Args:
         checkpoint: the open checkpoint.
         moments_of: gives those of a layer, on the device that rounds.
@@ -161,7 +167,6 @@ class Rounding:
 
     def __init__(self, checkpoint: Checkpoint, moments_of: MomentsOf) -> None:
         self.checkpoint, self.moments_of = checkpoint, moments_of
-        self.lock = Lock()
 
     def __call__(self, layer: Layer, fmt: Format) -> dict[str, Tensor] | None:
         """What is stored of a layer, by suffix; None where it has no moments, or nothing can be rounded.
@@ -170,17 +175,15 @@ class Rounding:
             CalibrationError: the inputs of the layer are not finite.
             CheckpointError, StatisticsError: moments that were kept cannot be read, or are not of this layer.
         """
-        with self.lock:
-            moments = self.moments_of(layer) if fmt.roundable else None
-            weight_OI = torch.from_numpy(dequantize(self.checkpoint, layer))
-            if moments is None or not weight_OI.isfinite().all():
-                return None
-            if not moments.isfinite().all():
-                raise CalibrationError(
-                    "its inputs have infinities or NaN", path=self.checkpoint.path, tensor=layer.name
-                )
-            rounded = round_weight(weight_OI.to(moments.device), moments, fmt)
-            return {suffix: part.cpu() for suffix, part in rounded.items()}
+        moments = self.moments_of(layer) if fmt.roundable else None
+        if moments is None:
+            return None
+        weight_OI = torch.from_numpy(dequantize(self.checkpoint, layer)).to(moments.device)
+        if not weight_OI.isfinite().all():
+            return None
+        if not moments.isfinite().all():
+            raise CalibrationError("its inputs have infinities or NaN", path=self.checkpoint.path, tensor=layer.name)
+        return {suffix: part.cpu() for suffix, part in round_weight(weight_OI, moments, fmt).items()}
 
 
 def _bands(layers: Sequence[Layer], budget: int) -> Iterator[list[str]]:

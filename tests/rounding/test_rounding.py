@@ -17,7 +17,7 @@ from convert_to_quant.formats.record import Format
 from convert_to_quant.formats.rotation import rotate
 from convert_to_quant.layers import dequantize, find_layers
 from convert_to_quant.options import ConvertOptions
-from convert_to_quant.rounding import error_of, round_weight
+from convert_to_quant.rounding import error_of, round_weight, solver
 from convert_to_quant.rounding.solver import rotated_moments
 
 ROUNDED = [name for name in WRITTEN if FORMATS[name].roundable]
@@ -107,3 +107,14 @@ def test_files_read_as_what_was_chosen(tmp_path: Path, build: Any, name: str) ->
     lattice = fmt.lattice(parts)
     chosen = rotate(lattice.real * lattice.unit, made(fmt, parts)[1])
     np.testing.assert_allclose(real, chosen.numpy(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ROUNDED)
+def test_one_launch_rounds_as_many_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moments, fmt = a_weight().cuda(), some_moments("correlated").cuda(), FORMATS[name]
+    in_one = round_weight(weight, moments, fmt)
+    monkeypatch.setattr(solver.OneLaunch, "of", lambda *_: solver._nearest_plane)
+    in_many = round_weight(weight, moments, fmt)
+    assert all(torch.equal(part.float(), in_many[suffix].float()) for suffix, part in in_one.items())
