@@ -19,11 +19,10 @@ change takes no more memory than the rows that are merged at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,33 +127,36 @@ class Kind:
     rank: str = ""
 
 
-def _halves(kind: str, side: str) -> dict[tuple[str, ...], tuple[Callable[[Any], Matrix], str]]:
-    """Ways of storing one of the two matrices of LoHa or LoKr: roles -> how it is made, and the role with its rank."""
+WHOLE, PRODUCT, TUCKER = ("w{}",), ("w{}_a", "w{}_b"), ("w{}_a", "w{}_b", "t{}")
+"""Ways of storing one of the two matrices of LoHa or LoKr: the tensors that it is made of."""
+
+
+def _half(parts: Mapping[str, Matrix], kind: str, side: int) -> Matrix:
+    """One of the two matrices of LoHa or LoKr."""
     whole, a, b, t = (f"{kind}_{name}" for name in (f"w{side}", f"w{side}_a", f"w{side}_b", f"t{side}"))
-    ways: dict[tuple[str, ...], tuple[Callable[[Any], Matrix], str]] = {
-        (a, b): (lambda parts: parts[a] @ parts[b], b),
-        (a, b, t): (lambda parts: parts[a].T @ parts[t] @ parts[b], b),
-    }
-    return ways if kind == "hada" else {(whole,): (lambda parts: parts[whole], ""), **ways}
+    if whole in parts:
+        return parts[whole]
+    return (parts[a].T @ parts[t] if t in parts else parts[a]) @ parts[b]
 
 
-def _of_halves(title: str, kind: str, joined: Callable[[Matrix, Matrix], Matrix]) -> dict[frozenset[str], Kind]:
-    def entry(first: Callable[[Any], Matrix], second: Callable[[Any], Matrix], rank: str) -> Kind:
-        return Kind(title, lambda parts: joined(first(parts), second(parts)), rank)
+def _of_halves(
+    title: str, kind: str, joined: Callable[[Matrix, Matrix], Matrix], ways: Sequence[tuple[str, ...]]
+) -> Iterator[tuple[frozenset[str], Kind]]:
+    """The kinds that are made of two matrices, each stored in one of some ways."""
 
-    return {
-        frozenset((*one, *two)): entry(first, second, second_rank or first_rank)
-        for (one, (first, first_rank)), (two, (second, second_rank)) in product(
-            _halves(kind, "1").items(), _halves(kind, "2").items()
-        )
-    }
+    def change(parts: Mapping[str, Matrix]) -> Matrix:
+        return joined(_half(parts, kind, 1), _half(parts, kind, 2))
+
+    for one, two in product(ways, repeat=2):
+        roles = [f"{kind}_{name.format(side)}" for side, names in ((2, two), (1, one)) for name in names]
+        yield frozenset(roles), Kind(title, change, next((role for role in roles if role.endswith("_b")), ""))
 
 
 KINDS: Mapping[frozenset[str], Kind] = {
     frozenset(("down", "up")): Kind("LoRA", lambda parts: parts["up"] @ parts["down"], "down"),
     frozenset(("down", "mid", "up")): Kind("LoRA", lambda parts: parts["up"] @ parts["mid"] @ parts["down"], "down"),
-    **_of_halves("LoHa", "hada", Matrix.__mul__),
-    **_of_halves("LoKr", "lokr", Matrix.kron),
+    **dict(_of_halves("LoHa", "hada", Matrix.__mul__, (PRODUCT, TUCKER))),
+    **dict(_of_halves("LoKr", "lokr", Matrix.kron, (WHOLE, PRODUCT, TUCKER))),
     frozenset(("diff",)): Kind("full difference", lambda parts: parts["diff"]),
 }
 """Roles of an adapter's tensors (`names.ADAPTER_ROLES`) -> what they mean."""
