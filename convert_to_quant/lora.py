@@ -105,7 +105,7 @@ class Adapter:
     kernel: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Lora:
     """A LoRA file that was read and found sound.
 
@@ -124,8 +124,8 @@ class Lora:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     beside: dict[str, dict[str, str]] = field(default_factory=dict)
     unsupported: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    text_encoder: tuple[str, ...] = ()
-    unknown: tuple[str, ...] = ()
+    text_encoder: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
     @property
     def path(self) -> Path:
@@ -146,11 +146,6 @@ class Delta:
     lora: Lora
     adapter: Adapter
     target: Target
-
-    @property
-    def name(self) -> str:
-        """The adapter's name in its file."""
-        return self.adapter.name
 
     @property
     def scale(self) -> float:
@@ -261,20 +256,9 @@ class LoraMatch:
     text_encoder: list[Finding] = field(default_factory=list)
     _norms: dict[tuple[str, int], Float32] = field(default_factory=dict, repr=False)
 
-    def add_to(self, weight_OI: Float32, layer: str, rows: tuple[int, int] | None = None) -> None:
-        """Merge everything that is matched to a layer into its weight, in place.
-
-        Args:
-            weight_OI: float32 [stop - start, in], or [out, in] where `rows` is None.
-            layer: The layer, as the checkpoint names it.
-            rows: (start, stop) of the layer's rows that `weight_OI` holds.
-        """
-        start, stop = rows or (0, self.shapes[layer][0])
-        assert weight_OI.shape == (stop - start, self.shapes[layer][1])
-        self._apply(weight_OI, layer, start, len(self.matched.get(layer, ())))
-
-    def _apply(self, weight_OI: Float32, layer: str, start: int, count: int) -> None:
-        """Merge the first adapters of a layer into some of its rows."""
+    def add_to(self, weight_OI: Float32, layer: str, start: int = 0, count: int | None = None) -> None:
+        """Merge the first `count` adapters of a layer, or all, into its rows from `start` on, float32 [rows, in]."""
+        assert weight_OI.shape[1] == self.shapes[layer][1]
         for number, delta in enumerate(self.matched.get(layer, ())[:count]):
             first, last = delta.span(self.shapes[layer][0])
             low, high = max(start, first), min(start + len(weight_OI), last)
@@ -291,7 +275,7 @@ class LoraMatch:
             squares = np.zeros(self.shapes[layer][1])
             for start in range(first, last, BAND_ROWS):
                 weight_OI = self.weights(layer, slice(start, min(start + BAND_ROWS, last)))
-                self._apply(weight_OI, layer, start, number)
+                self.add_to(weight_OI, layer, start, number)
                 squares += np.square(delta.decomposed(weight_OI, start - first), dtype=np.float64).sum(0)
             self._norms[layer, number] = np.sqrt(squares).astype(np.float32)
         return self._norms[layer, number]
@@ -301,7 +285,7 @@ class LoraMatch:
         """The files of which something is applied, in their order."""
         found = [delta.lora for some in self.matched.values() for delta in some]
         found += [each.lora for some in self.beside.values() for each in some]
-        return list({id(lora): lora for lora in found}.values())
+        return list(dict.fromkeys(found))
 
     def changed_tensor(self, checkpoint: Checkpoint, name: str) -> Float32:
         """A tensor of `beside` with everything added, float32."""
@@ -328,7 +312,7 @@ class LoraMatch:
             adapter = delta.adapter
             kind = {"kind": adapter.kind.title, "rank": adapter.rank, "dora": adapter.magnitude_tensor is not None}
             place = {"scale": delta.scale, "rows": delta.target.rows}
-            return {"file": str(delta.lora.path), "name": delta.name, **kind, **place}
+            return {"file": str(delta.lora.path), "name": adapter.name, **kind, **place}
 
         return {
             "matched": {layer: [told(delta) for delta in deltas] for layer, deltas in self.matched.items()},
@@ -369,7 +353,7 @@ def merge_rows(match: LoraMatch, layer: str, weight_OI: Float32, rows: tuple[int
         return weight_OI
     merged_OI: Float32 = weight_OI.copy()
     with np.errstate(over="ignore", invalid="ignore"):  # whoever rounds the weight says that it is not finite
-        match.add_to(merged_OI, layer, rows)
+        match.add_to(merged_OI, layer, rows[0] if rows else 0)
     return merged_OI
 
 
@@ -377,14 +361,14 @@ def merge_rows(match: LoraMatch, layer: str, weight_OI: Float32, rows: tuple[int
 class Survival:
     """How much of a change of weights is left after they were rounded.
 
-    Of the weights W, the merged ones W' = W + Δ, and what is stored instead of them, Q(W'), with B for what stood there
-    without the change (Q(W), or W where the original is the yardstick), S = Q(W') - B is the change that is left:
+    Of the weights W, the merged ones W' = W + Δ, and what is stored instead of them, Q(W'), S = Q(W') - W is the change
+    that is left:
 
         correlation   ⟨S, Δ⟩ / (‖S‖ ‖Δ‖)           1: S is Δ at some size, 0: Δ is gone; not centered
         decibels      10 log₁₀(‖Δ‖² / ‖S - Δ‖²)    0: the error is as large as the change itself
 
     ⟨S, Δ⟩ / ‖Δ‖² says nothing: it is 1 within 1 % in every format, since rounding to nearest is right on average. On
-    normal weights and a LoRA of 1 % of their norm, against W: FP8 per tensor 0.35 and -8.5 dB, INT8 per row 0.77 and
+    normal weights and a LoRA of 1 % of their norm: FP8 per tensor 0.35 and -8.5 dB, INT8 per row 0.77 and
     1.7 dB; a LoRA of 10 %: 0.97 and 11.5 dB, 1.00 and 21.6 dB.
 
     Sums run over all values that were added, in float64, so it does not matter in which pieces these come, and those of
@@ -408,17 +392,16 @@ class Survival:
     product: float = 0.0
     error_energy: float = 0.0
 
-    def add(self, weight: Float32, merged: Float32, stored: Float32, baseline: Float32 | None = None) -> None:
+    def add(self, weight: Float32, merged: Float32, stored: Float32) -> None:
         """Count some values.
 
         Args:
             weight: W, float32 of any shape.
             merged: W' = W + Δ, of the same shape.
             stored: Q(W'), dequantized, of the same shape.
-            baseline: B; W by default.
         """
         delta = np.subtract(merged, weight, dtype=np.float64).ravel()
-        left = np.subtract(stored, weight if baseline is None else baseline, dtype=np.float64).ravel()
+        left = np.subtract(stored, weight, dtype=np.float64).ravel()
         self.delta_energy += float(delta @ delta)
         self.left_energy += float(left @ left)
         self.product += float(left @ delta)
@@ -516,48 +499,50 @@ def load_lora(path: StrPath, strength: float = 1.0) -> Lora:
     """
     if not math.isfinite(strength):
         raise OptionError(f"a LoRA's strength should be a finite number, found {strength}", path=path)
-    checkpoint = open_checkpoint(path)
-    tensors: dict[str, dict[str, list[str]]] = {}
+    lora = Lora(open_checkpoint(path), strength)
+    tensors: dict[str, dict[str, str]] = {}
     text_encoder: dict[str, None] = {}
-    unknown: list[str] = []
-    for key in checkpoint.tensors:
+    for key in lora.checkpoint.tensors:
         name, role = _split(key)
         if for_text_encoder(key):
             text_encoder[name] = None
         elif not role:
-            unknown.append(key)
+            lora.unknown.append(key)
         else:
-            tensors.setdefault(name, {}).setdefault(role, []).append(key)
+            first = tensors.setdefault(name, {}).setdefault(role, key)
+            if first != key and role not in UNSUPPORTED_ADAPTERS:
+                raise LoraError(f"{first} holds the same part of the adapter", path=path, tensor=key)
     if not tensors and not text_encoder:
-        problem = f"not a LoRA: none of its {len(unknown)} tensors has a name that an adapter's would have"
-        raise LoraError(problem, path=path, tensor=next(iter(unknown), None))
-
-    lora = Lora(checkpoint, strength, text_encoder=tuple(text_encoder))
+        problem = f"not a LoRA: none of its {len(lora.unknown)} tensors has a name that an adapter's would have"
+        raise LoraError(problem, path=path, tensor=next(iter(lora.unknown), None))
+    lora.text_encoder += text_encoder
     for name, roles in tensors.items():
-        unknown += _read(lora, name, roles)
-    lora.unknown = tuple(unknown)
+        _read(lora, name, roles)
     return lora
 
 
-def _read(lora: Lora, name: str, roles: Mapping[str, list[str]]) -> list[str]:
-    """Add what some tensors of one name are to a file; the tensors that are nothing."""
+def _read(lora: Lora, name: str, roles: Mapping[str, str]) -> None:
+    """Add what the tensors of one name are to a file."""
     kinds = [role for role in roles if role in UNSUPPORTED_ADAPTERS]
-    beside = {role: roles[role][0] for role in ("bias",) if role in roles}
-    made = None
-    if not kinds and frozenset(roles) - BESIDE:
-        made = _adapter(lora.checkpoint, name, roles)
-        if made is None:
-            beside["diff"] = roles["diff"][0]
-        elif isinstance(made, Adapter):
-            lora.adapters[name] = made
+    factors = frozenset(roles) - BESIDE
+    is_vector = factors == {"diff"} and len(lora.checkpoint.tensors[roles["diff"]].shape) < 2
+    beside = {role: roles[role] for role in ("bias", *(("diff",) if is_vector else ())) if role in roles}
+    if factors and not kinds and not is_vector:
+        kind = kind_of(factors)
+        if isinstance(kind, Kind):
+            lora.adapters[name] = _adapter(lora.checkpoint, name, kind, roles)
+        elif kind:
+            there = next(role for role in roles if role in factors)
+            problem = f"this {there} factor has no {kind} factor beside it"
+            raise LoraError(problem, path=lora.path, tensor=roles[there], hint="the file is incomplete")
         else:
-            kinds.append(made)
+            kinds = [f"a mix of {' and '.join(sorted(factors))}"]
     if beside:
         lora.beside[name] = beside
     if kinds:
         lora.unsupported[name] = tuple(kinds)
-    nothing = made is None and not beside and not kinds
-    return [key for keys in roles.values() for key in keys] if nothing else []
+    if not factors and not beside:
+        lora.unknown += roles.values()
 
 
 _ROLES = [
@@ -572,41 +557,28 @@ def _split(key: str) -> tuple[str, str]:
     return found or (key, "")
 
 
-def _adapter(checkpoint: Checkpoint, name: str, roles: Mapping[str, list[str]]) -> Adapter | str | None:
-    """One adapter, checked; None for the difference of a vector, or what is wrong where its tensors do not fit."""
-    refusal = partial(LoraError, path=checkpoint.path)
-    for keys in roles.values():
-        if len(keys) > 1:
-            raise refusal(f"{keys[0]} holds the same part of the adapter", tensor=keys[1])
-    tensor_of = {role: keys[0] for role, keys in roles.items()}
-    factors = frozenset(tensor_of) - BESIDE
-    kind = kind_of(factors)
-    if isinstance(kind, str):
-        if not kind:
-            return f"a mix of {' and '.join(sorted(factors))}"
-        there = next(role for role in tensor_of if role in factors)
-        problem = f"this {there} factor has no {kind} factor beside it"
-        raise refusal(problem, tensor=tensor_of[there], hint="the file is incomplete")
-    if "diff" in factors and len(checkpoint.tensors[tensor_of["diff"]].shape) < 2:
-        return None
-    parts = {role: stored(checkpoint, tensor_of[role]) for role in sorted(factors)}
+def _adapter(checkpoint: Checkpoint, name: str, kind: Kind, roles: Mapping[str, str]) -> Adapter:
+    """One adapter of a kind, checked."""
+    factors = frozenset(roles) - BESIDE
+    parts = {role: stored(checkpoint, roles[role]) for role in sorted(factors)}
     change = kind.change(parts)
     rank = parts[kind.rank].shape[0] if kind.rank else None
-    scale = _alpha(checkpoint, tensor_of["alpha"]) / rank if rank and "alpha" in tensor_of else 1.0
-    kernel = any(math.prod(checkpoint.tensors[tensor_of[role]].shape[2:]) > 1 for role in factors)
-    adapter = partial(Adapter, name, kind, change, scale, rank, parts.get("down"), kernel=kernel)
-    if "magnitude" not in tensor_of:
-        return adapter()
-    magnitude = tensor_of["magnitude"]
+    scale = _alpha(checkpoint, roles["alpha"]) / rank if rank and "alpha" in roles else 1.0
+    kernel = any(math.prod(checkpoint.tensors[roles[role]].shape[2:]) > 1 for role in factors)
+    adapter = Adapter(name, kind, change, scale, rank, parts.get("down"), kernel=kernel)
+    if "magnitude" not in roles:
+        return adapter
+    magnitude = roles["magnitude"]
     info = checkpoint.tensors[magnitude]
+    refusal = partial(LoraError, path=checkpoint.path, tensor=magnitude)
     if info.dtype not in FLOAT_DTYPES or not np.isfinite(checkpoint.float32(magnitude)).all():
-        raise refusal("a magnitude should hold finite floats", tensor=magnitude, hint="the file is damaged")
+        raise refusal("a magnitude should hold finite floats", hint="the file is damaged")
     # [out], [out, 1] and [out, 1, 1, 1] are per row; [1, in] per column.
     per_column = len(info.shape) > 1 and info.shape[0] == 1 != change.shape[0]
     if info.elements != change.shape[per_column]:
         expected = f"{change.shape[0]} values, one per row, or [1, {change.shape[1]}]"
-        raise refusal(f"a magnitude should hold {expected}, found shape {list(info.shape)}", tensor=magnitude)
-    return adapter(magnitude, per_column)
+        raise refusal(f"a magnitude should hold {expected}, found shape {list(info.shape)}")
+    return replace(adapter, magnitude_tensor=magnitude, per_column=per_column)
 
 
 def _alpha(checkpoint: Checkpoint, tensor: str) -> float:
@@ -685,7 +657,7 @@ def match_loras(
     for lora in loras:
         _match_beside(lora, meant, named, sizes, match)
         _match_adapters(lora, meant, match)
-        if not any(each is lora for each in match.loras):
+        if lora not in match.loras:
             raise _matches_nothing(lora, match)
     return match
 
@@ -742,25 +714,32 @@ def _match_adapters(lora: Lora, meant: Callable[[str], Meant], match: LoraMatch)
     for name, adapter in lora.adapters.items():
         candidates = meant(name)
         fitting = [parts for parts in candidates if not _misfit(adapter, parts, match.shapes)]
-        kind, reason = _left_out(adapter, candidates, fitting, match)
-        if kind:
-            getattr(match, kind).append(finding(name, reason, _layers(fitting)))
+        if not candidates:
+            what = "changes a convolution, and " if adapter.kernel else ""
+            match.unmatched.append(finding(name, f"{what}no linear layer of the checkpoint has this name"))
         elif not fitting:
             misfits.append(finding(name, _misfit(adapter, candidates[0], match.shapes), _layers(candidates)))
+        elif len(fitting) > 1:
+            reason = f"the name may mean {len(fitting)} parts of the checkpoint"
+            match.ambiguous.append(finding(name, reason, _layers(fitting)))
+        elif adapter.per_column and (match.weights is None or len(fitting[0]) > 1):
+            needed = "the checkpoint's weights" if match.weights is None else "a layer that is not split"
+            reason = f"DoRA with a magnitude per column needs {needed}"
+            match.unsupported.append(finding(name, reason, _layers(fitting)))
         else:
             for target in fitting[0]:
                 found.setdefault(target.layer, []).append(Delta(lora, adapter, target))
 
-    if misfits and not found and not any(each is lora for each in match.loras):
+    if misfits and not found and lora not in match.loras:
         raise LoraError(misfits[0].reason, path=lora.path, tensor=misfits[0].name,
                         hint="the LoRA was made for another model")  # fmt: skip
     match.unsupported += misfits
     for layer, deltas in found.items():
         for delta in deltas:
-            rivals = [other.name for other in deltas if other is not delta and _overlap(other, delta)]
+            rivals = [other.adapter.name for other in deltas if other is not delta and _overlap(other, delta)]
             if rivals:
                 reason = f"{' and '.join(rivals)} in the same file means the same rows"
-                match.ambiguous.append(finding(delta.name, reason, (layer,)))
+                match.ambiguous.append(finding(delta.adapter.name, reason, (layer,)))
             else:
                 match.matched.setdefault(layer, []).append(delta)
 
@@ -796,21 +775,6 @@ def refuse_other_folding(loras: Sequence[Lora], checkpoint: Checkpoint) -> None:
             )
             hint = "convert_to_quant lora fold makes it fit" if wanted else "give the LoRA as it was trained"
             raise LoraError(problem, path=lora.path, hint=hint)
-
-
-def _left_out(
-    adapter: Adapter, candidates: Sequence[object], fitting: Sequence[Sequence[Target]], match: LoraMatch
-) -> tuple[str, str]:
-    """Why an adapter is not applied, whatever its shape: a list of the report, and the reason; "" where it is."""
-    if not candidates:
-        what = "changes a convolution, and " if adapter.kernel else ""
-        return "unmatched", f"{what}no linear layer of the checkpoint has this name"
-    if len(fitting) > 1:
-        return "ambiguous", f"the name may mean {len(fitting)} parts of the checkpoint"
-    if fitting and adapter.per_column and (match.weights is None or len(fitting[0]) > 1):
-        needed = "the checkpoint's weights" if match.weights is None else "a layer that is not split"
-        return "unsupported", f"DoRA with a magnitude per column needs {needed}"
-    return "", ""
 
 
 def _overlap(one: Delta, other: Delta) -> bool:

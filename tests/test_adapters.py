@@ -95,7 +95,7 @@ def test_a_change_is_the_formula_times_strength_and_alpha_over_rank(kind: str, m
     (delta,) = found.matched[LAYER]
     assert kind.startswith(delta.adapter.kind.title)
     part = np.zeros((7, IN), np.float32)  # across rows of both factors of a Kronecker product
-    found.add_to(part, LAYER, (5, 12))
+    found.add_to(part, LAYER, 5)
     np.testing.assert_array_equal(part, change(found)[5:12])
 
 
@@ -115,7 +115,7 @@ def test_a_magnitude_scales_rows_or_columns_of_what_was_added(
     found = match({**tensors, f"{LAYER}.alpha": np.float32(3), f"{LAYER}.{ending}": magnitude}, 0.5)
     for rows in (slice(0, OUT), slice(5, 12)):
         weight = WEIGHT[rows].copy()
-        found.add_to(weight, LAYER, (rows.start, rows.stop))
+        found.add_to(weight, LAYER, rows.start)
         np.testing.assert_allclose(weight, ((WEIGHT + wanted) / 2)[rows], rtol=1e-4, atol=1e-4)
 
 

@@ -72,11 +72,11 @@ def fold_lora(lora: Lora, like: Checkpoint, output: Path | None, *, progress: Ad
                 continue
             if adapter.directions is None or adapter.magnitude_tensor is not None:
                 kind = "DoRA" if adapter.magnitude_tensor else adapter.kind.title
-                raise refuse(delta.name, layer, f"{kind} is not supported")
+                raise refuse(adapter.name, layer, f"{kind} is not supported")
             own = np.roll(own, len(own) // 2) if delta.target.swap_halves else own
             down, up = adapter.directions.tensor, adapter.change.tensor
             if down in folded.columns and (folded.columns[down][0][1] != columns).any():
-                raise refuse(delta.name, layer, "the layers that it means read different channels")
+                raise refuse(adapter.name, layer, "the layers that it means read different channels")
             folded.rows.setdefault(up, []).append((delta.target.first, own, False))
             folded.columns[down] = [(0, columns)]
     adapters = [delta.adapter for deltas in match.matched.values() for delta in deltas]
