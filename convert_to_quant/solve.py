@@ -162,7 +162,8 @@ def solve(
         CalibrationError: a layer saw NaN or infinite inputs.
     """
     options = options or SolveOptions()
-    seen = [name for name in present if name in statistics.layers]
+    visited = {name for name, ran in zip(statistics.layers, statistics.visited, strict=True) if ran}
+    seen = [name for name in present if name in visited]
     chosen = statistics.take(seen)
     _refuse_nonfinite(chosen)
     before = np.array([present[name].scale or 0.0 for name in seen], np.float64)
@@ -175,31 +176,29 @@ def solve(
         name = seen[number]
         factors[number] = _headroom(chosen, number, present[name], options)
         after[number] = final_scale(factors[number] * least[number], name, float16_safe=options.float16_safe)
-    errors = [expected_errors(chosen, scales, grids) for scales in (before, after)]
-    lost = lost_rows(chosen, after, grids)
-    row_errors = dict(zip(seen, _expected_row_errors(chosen, after, grids, errors[1]).tolist(), strict=True))
+    figures = {"rows_lost": lost_rows(chosen, after, grids)}
+    for when, scales in (("before", before), ("after", after)):
+        errors = expected_errors(chosen, scales, grids)
+        columns = {"sqnr_{}_db": errors.sqnr_db, "clipped_{}": errors.clipped, "vanished_{}": errors.vanished}
+        figures |= {name.format(when): column for name, column in columns.items()}
+    row_errors = dict(zip(seen, _expected_row_errors(chosen, after, grids, figures["sqnr_after_db"]), strict=True))
     moving = set(statistics.provenance.get("depends_on_conditioning", ()))
     numbers = {name: number for number, name in enumerate(seen)}
     results = []
     for name, state in present.items():
-        number = numbers.get(name)
-        if number is None or not chosen.visited[number]:
-            why = "ran, but its input could not be seen" if name in chosen.unseen else "never visited"
+        if name not in numbers:
+            why = "ran, but its input could not be seen" if name in statistics.unseen else "never visited"
             results.append(unchanged(name, state, f"{why}: keeps its scale"))
             continue
+        number = numbers[name]
+        told: dict[str, Any] = {figure: _told(column[number]) for figure, column in figures.items()}
         result = replace(
             unchanged(name, state, _scale_reason(options, float(factors[number]), float(after[number])), "model"),
             range=float(ranges[number]),
             scale_after=state.scale if after[number] == before[number] else float(after[number]),
-            sqnr_before_db=_told(errors[0].sqnr_db[number]),
-            sqnr_after_db=_told(errors[1].sqnr_db[number]),
-            clipped_before=_told(errors[0].clipped[number]),
-            clipped_after=_told(errors[1].clipped[number]),
-            vanished_before=_told(errors[0].vanished[number]),
-            vanished_after=_told(errors[1].vanished[number]),
-            rows_lost=float(lost[number]),
             multiply_adds=int(chosen.rows[number]) * state.shape[0] * state.shape[1],
             conditioning_dependent=name in moving,
+            **told,
         )
         if kept[number]:
             result = replace(result, reason=KEPT)
@@ -362,7 +361,7 @@ def _lateness(layers: Sequence[str]) -> dict[str, float]:
     return {layer: 1 / blocks_left(*places[layer]) if layer in places else 1.0 for layer in layers}
 
 
-def _expected_row_errors(statistics: Statistics, scales: Float, grids: Sequence[Grid], errors: ExpectedErrors) -> Float:
+def _expected_row_errors(statistics: Statistics, scales: Float, grids: Sequence[Grid], sqnr_db: Float) -> Float:
     """Expected squared error of a row relative to the row, mean over rows, [L].
 
     The error over the whole tensor is relative to its loudest rows. To it comes what a quiet row suffers: steps of d
@@ -374,12 +373,10 @@ def _expected_row_errors(statistics: Statistics, scales: Float, grids: Sequence[
     rows = np.maximum(counts.sum(1), 1)
     squares = BIN_CENTRES**2
     crest = statistics.mean_square * rows / np.maximum(counts @ squares, 1e-300)
-    step = _smallest_steps(scales, grids)
-    lost = np.zeros(len(scales))
-    for number in range(len(scales)):
-        floor = step[number] ** 2 / 12 / np.maximum(crest[number] * squares, 1e-300)
-        lost[number] = float(counts[number] @ np.minimum(floor, 1.0)) / rows[number]
-    whole: Float = np.where(np.isfinite(errors.sqnr_db), 10 ** (-errors.sqnr_db / 10), 0.0)
+    steps = _smallest_steps(scales, grids)
+    floors = steps[:, None] ** 2 / 12 / np.maximum(crest[:, None] * squares, 1e-300)
+    lost = np.einsum("lb,lb->l", counts, np.minimum(floors, 1.0)) / rows
+    whole: Float = np.where(np.isfinite(sqnr_db), 10 ** (-sqnr_db / 10), 0.0)
     return np.where(scales > 0, whole + lost, np.nan)
 
 
@@ -388,15 +385,13 @@ class ExpectedErrors:
     """What quantizing at given scales costs, per layer [L].
 
     Attributes:
-        mean_square: expected squared error per value.
-        sqnr_db: 10 log10(mean x² / mean_square); infinite where nothing but zeros was seen.
+        sqnr_db: 10 log10 of mean x² over the expected squared error; infinite where nothing but zeros was seen.
         clipped: share of values beyond ±max · s.
         vanished: share of values that are not zero and lie under half the smallest code.
 
     All are NaN where the scale is 0.
     """
 
-    mean_square: Float
     sqnr_db: Float
     clipped: Float
     vanished: Float
@@ -415,12 +410,11 @@ def expected_errors(statistics: Statistics, scales: Float, grids: Sequence[Grid]
     """
     count = np.maximum(statistics.count, 1).astype(np.float64)
     absmax = statistics.absmax.astype(np.float64)
-    error, clipped, vanished = np.zeros((3, len(scales)))
+    error, clipped, vanished = np.full((3, len(scales)), np.nan)
     for number, (scale, grid) in enumerate(zip(scales, grids or [DEFAULT_GRID] * len(scales), strict=True)):
-        counts = statistics.histogram[number, :NONFINITE_BIN]
         if scale == 0:
-            error[number] = clipped[number] = vanished[number] = np.nan
             continue
+        counts = statistics.histogram[number, :NONFINITE_BIN]
         used = np.flatnonzero(counts)
         weights = counts[used].astype(np.float64)
         low, high = BIN_EDGES[used] / scale, BIN_EDGES[used + 1] / scale
@@ -430,10 +424,9 @@ def expected_errors(statistics: Statistics, scales: Float, grids: Sequence[Grid]
         below = weights @ (1 - _share_above(low, high, grid.smallest_step / 2))
         vanished[number] = max(below - statistics.zeros[number], 0.0)
     signal = statistics.sum_of_squares
-    mean_square = error / count
     with np.errstate(divide="ignore", invalid="ignore"):
         sqnr_db = 10 * np.log10(np.where(signal > 0, signal / np.maximum(error, 1e-300), np.inf))
-    return ExpectedErrors(mean_square, sqnr_db, clipped / count, vanished / count)
+    return ExpectedErrors(sqnr_db, clipped / count, vanished / count)
 
 
 def _share_above(low: Float, high: Float, limit: float) -> Float:
