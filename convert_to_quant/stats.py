@@ -253,8 +253,24 @@ class Statistics:
         return single
 
     def quantiles(self, q: float) -> NDArray[np.float64]:
-        """The q-quantile of |x| of every layer, [L]; see `quantiles`."""
-        return quantiles(self.histogram, self.absmax, q)
+        """The q-quantile of |x| of every layer, [L], taking values as uniform within a bin.
+
+        Args:
+            q: in [0, 1]; 1 gives absmax exactly.
+
+        Returns:
+            [L], at most absmax, off by at most one bin (1/16 of an octave); 0 where nothing was seen.
+        """
+        counts = self.histogram[:, :NONFINITE_BIN]
+        cumulative = counts.cumsum(1)
+        wanted = q * cumulative[:, -1]
+        number = ((cumulative >= wanted[:, None]) & (cumulative > 0)).argmax(1)
+        layer = np.arange(len(counts))
+        inside = counts[layer, number]
+        part = np.clip((wanted - cumulative[layer, number] + inside) / np.maximum(inside, 1), 0, 1)
+        values = BIN_EDGES[number] + part * (BIN_EDGES[number + 1] - BIN_EDGES[number])
+        limit = self.absmax.astype(np.float64)
+        return np.where(cumulative[:, -1] == 0, 0.0, limit if q == 1 else np.minimum(values, limit))
 
     def rows_below(self, thresholds: NDArray[Any] | float) -> NDArray[np.float64]:
         """Share of rows whose absmax lies under a threshold but is not zero.
@@ -268,8 +284,11 @@ class Statistics:
             [L], in [0, 1]; exact at bin edges, linear between; 0 for layers without rows.
         """
         counts = self.row_histogram[:, :NONFINITE_BIN]
-        limits = np.broadcast_to(np.asarray(thresholds, np.float64), (len(counts),))
-        below = _count_below(counts, limits) - counts[:, 0]
+        limits = np.broadcast_to(np.clip(thresholds, 0, BIN_EDGES[-1]), len(counts))
+        number = np.minimum(np.searchsorted(BIN_EDGES, limits, side="right") - 1, NONFINITE_BIN - 1)
+        part = (limits - BIN_EDGES[number]) / (BIN_EDGES[number + 1] - BIN_EDGES[number])
+        layer = np.arange(len(counts))
+        below = counts.cumsum(1)[layer, number] - (1 - part) * counts[layer, number] - counts[:, 0]
         share: NDArray[np.float64] = np.maximum(below, 0) / np.maximum(counts.sum(1), 1)
         return share
 
@@ -280,10 +299,8 @@ class Statistics:
             samples: images that the model ran for; None leaves the number as it is.
             **facts: entries of `provenance`: one value, or a list, tuple or set of values, each kept as its text.
         """
-        more = {key: _texts(value) for key, value in facts.items()}
-        return self.replace(
-            samples=self.samples if samples is None else samples, provenance={**self.provenance, **more}
-        )
+        provenance = {**self.provenance, **{key: _texts(value) for key, value in facts.items()}}
+        return self.replace(samples=self.samples if samples is None else samples, provenance=provenance)
 
     def replace(self, **changes: Any) -> Statistics:
         """A copy with other values in some of its fields."""
@@ -527,42 +544,6 @@ def alike(weights: NDArray[np.float32], others: NDArray[np.float32]) -> bool:
     return not (a.any() and b.any()) or bool(4 * (a @ b) >= a @ a + b @ b)
 
 
-def quantiles(histogram: NDArray[np.int64], absmax: NDArray[Any] | float, q: float) -> NDArray[np.float64]:
-    """Quantiles of |x| from histograms, taking values as uniform within a bin.
-
-    Args:
-        histogram: [..., BINS].
-        absmax: largest |x| of each, [...]; no quantile exceeds it, and q = 1 gives it exactly.
-        q: in [0, 1].
-
-    Returns:
-        [...], off by at most one bin (1/16 of an octave); 0 for an empty histogram.
-    """
-    assert 0 <= q <= 1, q
-    counts = histogram[..., :NONFINITE_BIN]
-    cumulative = counts.cumsum(-1)
-    wanted = q * cumulative[..., -1:]
-    number = ((cumulative >= wanted) & (cumulative > 0)).argmax(-1)[..., None]
-    inside = np.take_along_axis(counts, number, -1)
-    before = np.take_along_axis(cumulative, number, -1) - inside
-    part = np.clip((wanted - before) / np.maximum(inside, 1), 0, 1)
-    values = (BIN_EDGES[number] + part * (BIN_EDGES[number + 1] - BIN_EDGES[number]))[..., 0]
-    empty = cumulative[..., -1] == 0
-    limit = np.asarray(absmax, np.float64)
-    return np.where(empty, 0.0, limit if q == 1 else np.minimum(values, limit))
-
-
-def _count_below(counts: NDArray[np.int64], thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Counts [L, NONFINITE_BIN] that lie under thresholds [L], linear within a bin."""
-    clipped = np.clip(thresholds, 0, BIN_EDGES[-1])
-    number = np.minimum(np.searchsorted(BIN_EDGES, clipped, side="right") - 1, NONFINITE_BIN - 1)
-    part = (clipped - BIN_EDGES[number]) / (BIN_EDGES[number + 1] - BIN_EDGES[number])
-    layer = np.arange(len(counts))
-    inside = counts[layer, number]
-    below: NDArray[np.float64] = counts.cumsum(1)[layer, number] - inside + part * inside
-    return below
-
-
 def sigma_bin(sigma: float | None) -> int:
     """The column of a noise level.
 
@@ -580,16 +561,11 @@ def _texts(value: object) -> tuple[str, ...]:
     return tuple(sorted({str(one) for one in several}))
 
 
-def _listing(names: list[str], most: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def _differ(names: list[str], strange: set[str]) -> str:
     """What layers differ in, those that are strange in their weights, and the first few names."""
     what = "weights" if strange.issuperset(names) else "name, shape or weights" if strange else "name or shape"
-    return f"differ in {what}: {_listing(names)}"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"differ in {what}: {', '.join(names[:3])}{more}"
 
 
 def _parse_head(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
