@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from convert_to_quant.checkpoint import Entry, write_checkpoint
 from convert_to_quant.errors import LoraError
 from convert_to_quant.lora import LoraMatch, load_lora, match_loras
 
@@ -30,13 +29,12 @@ WEIGHT = normal(OUT, IN, seed=99)
 
 
 @pytest.fixture
-def match(tmp_path: Path) -> Match:
+def match(save: Callable[..., Path]) -> Match:
     """Writes tensors, and matches them with one layer of the weight `WEIGHT`."""
 
-    def of(tensors: Tensors, strength: float = 1.0, weight: NDArray[np.float32] = WEIGHT, **others: Any) -> LoraMatch:
-        write_checkpoint(tmp_path / "x.safetensors", {key: Entry.of(np.asarray(each)) for key, each in tensors.items()})
-        lora = load_lora(tmp_path / "x.safetensors", strength)
-        return match_loras([lora], {LAYER: weight.shape}, lambda _, rows: weight[rows].copy(), **others)
+    def of(tensors: Tensors, strength: float = 1.0, weight: NDArray[np.float32] = WEIGHT) -> LoraMatch:
+        lora = load_lora(save("x.safetensors", tensors), strength)
+        return match_loras([lora], {LAYER: weight.shape}, lambda _, rows: weight[rows].copy())
 
     return of
 
@@ -47,10 +45,6 @@ def change(found: LoraMatch, weight: NDArray[np.float32] | None = None) -> NDArr
     after = before.copy()
     found.add_to(after, LAYER)
     return after - before
-
-
-def factors(*roles: tuple[str, tuple[int, ...]]) -> dict[str, NDArray[np.float32]]:
-    return {f"{LAYER}.{role}": normal(*shape, seed=number) for number, (role, shape) in enumerate(roles)}
 
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -81,8 +75,9 @@ FORMULAS: dict[str, tuple[str, Callable[..., Any], int | None]] = {
 
 
 def tensors_of(kind: str) -> dict[str, NDArray[np.float32]]:
-    roles = FORMULAS[kind][0].split()
-    return factors(*((role, TUCKER.get(role, SHAPES[role]) if "Tucker" in kind else SHAPES[role]) for role in roles))
+    shapes = SHAPES | (TUCKER if "Tucker" in kind else {})
+    roles = enumerate(FORMULAS[kind][0].split())
+    return {f"{LAYER}.{role}": normal(*shapes[role], seed=number) for number, role in roles}
 
 
 @pytest.mark.parametrize("kind", FORMULAS)
@@ -107,11 +102,11 @@ def test_a_magnitude_scales_rows_or_columns_of_what_was_added(
 ) -> None:
     tensors, (_, formula, rank) = tensors_of(kind), FORMULAS[kind]
     magnitude = np.abs(normal(*shape)) + 1
-    change = formula(*tensors.values()) * (3 / rank if rank else 1)
-    merged = WEIGHT.astype(np.float64) + change
     axis = 0 if shape[0] == 1 else 1
-    wanted = magnitude.reshape((1, -1) if axis == 0 else (-1, 1)) * merged
-    wanted /= np.linalg.norm(merged, axis=axis, keepdims=True)
+    merged = WEIGHT + formula(*tensors.values()) * (3 / rank if rank else 1)
+    wanted = (
+        magnitude.reshape((1, -1) if axis == 0 else (-1, 1)) * merged / np.linalg.norm(merged, axis=axis, keepdims=True)
+    )
     found = match({**tensors, f"{LAYER}.alpha": np.float32(3), f"{LAYER}.{ending}": magnitude}, 0.5)
     for rows in (slice(0, OUT), slice(5, 12)):
         weight = WEIGHT[rows].copy()
@@ -119,22 +114,20 @@ def test_a_magnitude_scales_rows_or_columns_of_what_was_added(
         np.testing.assert_allclose(weight, ((WEIGHT + wanted) / 2)[rows], rtol=1e-4, atol=1e-4)
 
 
-def test_magnitudes_per_column_see_what_files_before_them_added(tmp_path: Path) -> None:
-    paths = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+def test_magnitudes_per_column_see_what_files_before_them_added(save: Callable[..., Path]) -> None:
     one, two = normal(OUT, IN, seed=5), normal(OUT, IN, seed=6)
     magnitude = np.abs(normal(1, IN)) + 1
-    write_checkpoint(paths[0], {f"{LAYER}.diff": Entry.of(one)})
-    write_checkpoint(paths[1], {f"{LAYER}.diff": Entry.of(two), f"{LAYER}.dora_scale": Entry.of(magnitude)})
-    found = match_loras([load_lora(path) for path in paths], {LAYER: (OUT, IN)}, lambda _, rows: WEIGHT[rows].copy())
+    first = save("a.safetensors", {f"{LAYER}.diff": one})
+    second = save("b.safetensors", {f"{LAYER}.diff": two, f"{LAYER}.dora_scale": magnitude})
+    loras = [load_lora(path) for path in (first, second)]
+    found = match_loras(loras, {LAYER: (OUT, IN)}, lambda _, rows: WEIGHT[rows].copy())
     merged = WEIGHT + one + two
     wanted = magnitude * merged / np.linalg.norm(merged, axis=0)
     np.testing.assert_allclose(change(found, WEIGHT) + WEIGHT, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_magnitude_per_column_needs_the_weights(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    tensors = {**tensors_of("LoRA"), f"{LAYER}.dora_scale": np.ones((1, IN), np.float32)}
-    write_checkpoint(path, {key: Entry.of(each) for key, each in tensors.items()})
+def test_a_magnitude_per_column_needs_the_weights(save: Callable[..., Path]) -> None:
+    path = save("x.safetensors", {**tensors_of("LoRA"), f"{LAYER}.dora_scale": np.ones((1, IN), np.float32)})
     with pytest.raises(LoraError, match="nothing in this LoRA can be applied"):
         match_loras([load_lora(path)], {LAYER: (OUT, IN)})
 
@@ -164,7 +157,7 @@ def test_damage_is_named_with_its_tensor(tensors: Tensors, tensor: str, message:
     assert str(caught.value).endswith(f"x.safetensors: {LAYER}.{tensor}: {message}")
 
 
-def test_factors_of_two_kinds_under_one_name_are_reported(match: Match, tmp_path: Path) -> None:
+def test_factors_of_two_kinds_under_one_name_are_reported(match: Match) -> None:
     tensors = {**tensors_of("LoRA"), f"{LAYER}.lokr_w1": ONES}
     with pytest.raises(LoraError, match="1 a mix of down and lokr_w1 and up adapters are not supported"):
         match(tensors)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from convert_to_quant import names
-from convert_to_quant.checkpoint import Checkpoint, Entry, write_checkpoint
-from convert_to_quant.errors import CheckpointError, LoraError, OptionError
+from convert_to_quant.checkpoint import Checkpoint
+from convert_to_quant.errors import LoraError, OptionError
 from convert_to_quant.lora import (
     LoraMatch,
     Survival,
@@ -59,8 +59,6 @@ FLUX: Layers = {
     "single_blocks.11.linear1": (7 * H, H),
     "final_layer.adaLN_modulation.1": (2 * H, H),
 }
-FLUX_2: Layers = {"single_blocks.1.linear1": (9 * H, H), "single_blocks.1.linear2": (H, 4 * H)}
-SD3: Layers = {"joint_blocks.0.x_block.attn.qkv": (3 * H, H), "joint_blocks.0.context_block.attn.qkv": (3 * H, H)}
 WAN: Layers = {
     "blocks.1.self_attn.q": (H, H),
     "blocks.11.self_attn.q": (H, H),
@@ -68,27 +66,13 @@ WAN: Layers = {
     "blocks.1.self_attn.o": (H, H),
     "blocks.1.ffn.0": (4 * H, H),
 }
-QWEN: Layers = {"transformer_blocks.0.attn.to_q": (H, H), "transformer_blocks.0.img_mlp.net.0.proj": (4 * H, H)}
 Z_IMAGE: Layers = {"layers.3.attention.qkv": (3 * H, H), "context_refiner.0.attention.out": (H, H)}
-LUMINA: Layers = {"layers.3.attention.qkv": (H + 2 * (H // 4), H)}
-HUNYUAN: Layers = {"double_blocks.0.img_attn.qkv": (3 * H, H), "double_blocks.0.txt_mlp.0": (4 * H, H)}
-HUNYUAN_AUTHORS: Layers = {"double_blocks.0.img_attn_qkv": (3 * H, H), "double_blocks.0.txt_mlp.fc1": (4 * H, H)}
-SDXL: Layers = {"input_blocks.4.1.transformer_blocks.0.attn1.to_out.0": (H, H)}
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Writes a LoRA file; values are arrays, or (array, safetensors dtype)."""
-
-    def write_file(tensors: Mapping[str, Any], name: str = "lora.safetensors") -> Path:
-        entries = {
-            key: Entry.of(*value) if isinstance(value, tuple) else Entry.of(np.asarray(value))
-            for key, value in tensors.items()
-        }
-        write_checkpoint(tmp_path / name, entries)
-        return tmp_path / name
-
-    return write_file
+def write(save: Callable[..., Path]) -> Write:
+    """Writes a LoRA file."""
+    return lambda tensors, name="lora.safetensors": save(name, tensors)
 
 
 def pair(name: str, out_features: int, in_features: int, *, style: int = 0, seed: int = 0) -> Tensors:
@@ -120,46 +104,22 @@ def only(match: LoraMatch) -> tuple[str, tuple[int, int] | None]:
 
 QKV, LINEAR1 = "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"
 
-TXT_QKV, LINEAR11 = "double_blocks.0.txt_attn.qkv", "single_blocks.11.linear1"
-SD3_TEXT, LUMINA_QKV = "joint_blocks.0.context_block.attn.qkv", "layers.3.attention.qkv"
-MLP = "transformer_blocks.0.img_mlp.net.0.proj"
-
-# (who writes it, the name in the file, layers of the checkpoint, the layer it means, the rows); what diffusers calls
-# every layer, and all prefixes, are tested in test_names.py.
-SPELLINGS: list[tuple[str, str, Layers, str, tuple[int, int] | None]] = [
-    ("kohya", "lora_unet_double_blocks_0_img_attn_qkv", FLUX, QKV, None),
-    ("kohya", "lora_unet_single_blocks_11_linear1", FLUX, LINEAR11, None),
-    ("kohya, diffusers", "lora_unet_transformer_blocks_0_attn_to_k", FLUX, QKV, (H, 2 * H)),
-    ("ComfyUI", "diffusion_model.double_blocks.0.img_attn.qkv", FLUX, QKV, None),
-    ("ComfyUI", "diffusion_model.single_blocks.1.linear1_qkv", FLUX, LINEAR1, (0, 3 * H)),
-    ("PEFT", "base_model.model.transformer_blocks.0.attn.to_v", FLUX, QKV, (2 * H, 3 * H)),
-    ("ai-toolkit", "transformer.transformer_blocks.0.attn.to_q", FLUX, QKV, (0, H)),
-    ("diffusers", "transformer.transformer_blocks.0.attn.add_q_proj", FLUX, TXT_QKV, (0, H)),
-    ("diffusers", "transformer.single_transformer_blocks.1.proj_mlp", FLUX, LINEAR1, (3 * H, 7 * H)),
-    ("diffusers", "transformer.norm_out.linear", FLUX, "final_layer.adaLN_modulation.1", None),
-    ("OneTrainer", "lora_transformer_single_transformer_blocks_1_proj_mlp", FLUX, LINEAR1, (3 * H, 7 * H)),
-    ("SimpleTuner", "lycoris_transformer_blocks_0_attn_to_v", FLUX, QKV, (2 * H, 3 * H)),
-    ("XLabs", "double_blocks.0.processor.qkv_lora1", FLUX, QKV, None),
-    ("XLabs", "diffusion_model.double_blocks.0.processor.proj_lora1", FLUX, "double_blocks.0.img_attn.proj", None),
-    ("Flux.2", "transformer.single_transformer_blocks.1.attn.to_qkv_mlp_proj", FLUX_2, LINEAR1, None),
-    ("SD3, OneTrainer", "lora_transformer_transformer_blocks_0_attn_add_k_proj", SD3, SD3_TEXT, (H, 2 * H)),
-    ("musubi", "lora_unet_blocks_1_self_attn_q", WAN, "blocks.1.self_attn.q", None),
-    ("Wan Fun", "lora_unet__blocks_1_ffn_0", WAN, "blocks.1.ffn.0", None),
-    ("Qwen, musubi", "lora_unet_transformer_blocks_0_img_mlp_net_0_proj", QWEN, MLP, None),
-    ("Z-Image", "diffusion_model.layers.3.attention.to_k", Z_IMAGE, LUMINA_QKV, (H, 2 * H)),
-    ("Lumina", "transformer.layers.3.attn.to_v", LUMINA, LUMINA_QKV, (H + H // 4, H + H // 2)),
-    ("Hunyuan", "transformer.double_blocks.0.img_attn_qkv", HUNYUAN, QKV, None),
-    ("Hunyuan", "diffusion_model." + QKV, HUNYUAN_AUTHORS, "double_blocks.0.img_attn_qkv", None),
-    ("Hunyuan", "transformer_blocks.0.attn.to_k", HUNYUAN_AUTHORS, "double_blocks.0.img_attn_qkv", (H, 2 * H)),
-    ("SDXL", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0", SDXL, next(iter(SDXL)), None),
+# (the name in the file, layers of the checkpoint, the layer it means, the rows); what diffusers calls every layer, how
+# each trainer spells it, and all prefixes, are tested in test_names.py.
+SPELLINGS: list[tuple[str, Layers, str, tuple[int, int] | None]] = [
+    ("lora_unet_double_blocks_0_img_attn_qkv", FLUX, QKV, None),
+    ("lora_unet_transformer_blocks_0_attn_to_k", FLUX, QKV, (H, 2 * H)),
+    ("transformer.single_transformer_blocks.1.proj_mlp", FLUX, LINEAR1, (3 * H, 7 * H)),
+    ("transformer.norm_out.linear", FLUX, "final_layer.adaLN_modulation.1", None),
+    ("diffusion_model.single_blocks.1.linear1_qkv", FLUX, LINEAR1, (0, 3 * H)),  # ComfyUI
+    ("double_blocks.0.processor.qkv_lora1", FLUX, QKV, None),  # XLabs
+    ("diffusion_model.double_blocks.0.processor.proj_lora1", FLUX, "double_blocks.0.img_attn.proj", None),
+    ("diffusion_model.layers.3.attention.to_k", Z_IMAGE, "layers.3.attention.qkv", (H, 2 * H)),
+    ("lora_unet_blocks_1_self_attn_q", {"blocks.1.attn1.to_q": (H, H)}, "blocks.1.attn1.to_q", None),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "layers", "layer", "rows"),
-    [spelling[1:] for spelling in SPELLINGS],
-    ids=[f"{who}: {name}" for who, name, *_ in SPELLINGS],
-)
+@pytest.mark.parametrize(("name", "layers", "layer", "rows"), SPELLINGS, ids=[name for name, *_ in SPELLINGS])
 def test_each_spelling_finds_its_layer_and_rows(
     name: str, layers: Layers, layer: str, rows: tuple[int, int] | None, write: Write
 ) -> None:
@@ -195,13 +155,6 @@ def test_xlabs_attention_of_a_single_block_loses_its_ending_to_the_suffix(write:
     assert found == {LINEAR1: (0, 3 * H), "single_blocks.1.linear2": None}
 
 
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "net.", "transformer."])
-def test_the_checkpoints_own_prefix_stands_before_the_layers_it_reports(prefix: str, write: Write) -> None:
-    layers = {prefix + layer: shape for layer, shape in FLUX.items()}
-    match = match_of(write(pair("lora_unet_single_blocks_11_linear1", 7 * H, H)), layers)
-    assert only(match) == (prefix + "single_blocks.11.linear1", None)
-
-
 def test_a_vae_in_the_same_checkpoint_is_not_matched(write: Write) -> None:
     layers = {"model.diffusion_model.x": (H, H), "first_stage_model.y": (H, H)}
     tensors = {**pair("lora_unet_x", H, H), **pair("first_stage_model.y", H, H)}
@@ -210,26 +163,13 @@ def test_a_vae_in_the_same_checkpoint_is_not_matched(write: Write) -> None:
     assert [found.name for found in match.unmatched] == ["first_stage_model.y"]
 
 
-def test_a_product_with_alpha_is_as_computed_by_hand(write: Write) -> None:
-    tensors = {
-        "blocks.1.self_attn.q.lora_down.weight": np.array([[1, 2], [3, 4]], np.float32),
-        "blocks.1.self_attn.q.lora_up.weight": np.array([[1, 0], [0, 2], [-1, 1]], np.float32),
-        "blocks.1.self_attn.q.alpha": np.float32(1),
-    }
-    match = match_of(write(tensors), {"blocks.1.self_attn.q": (3, 2)}, strength=0.5)
-    # B A = [[1, 2], [6, 8], [2, 2]]; alpha / rank = 1 / 2; strength 1 / 2
-    assert np.array_equal(
-        change(match, "blocks.1.self_attn.q"), np.array([[0.25, 0.5], [1.5, 2.0], [0.5, 0.5]], np.float32)
-    )
-
-
 @pytest.mark.parametrize(
     "alpha",
     [
         *(np.full(shape, 6, np.float32) for shape in ((), (1,), (1, 1))),
         *(dtype(6) for dtype in (np.float16, np.float64, np.int64)),
-        (np.array([0x40C0], np.uint16), "BF16"),
-        (np.array(0x4C, np.uint8), "F8_E4M3"),
+        ("BF16", np.array([0x40C0], np.uint16)),
+        ("F8_E4M3", np.array(0x4C, np.uint8)),
     ],
     ids=range(8),
 )
@@ -260,17 +200,19 @@ def test_slices_and_files_add_up_on_one_layer(write: Write) -> None:
     assert match.summary() == "4 adapters on 1 layer"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(start=st.integers(0, 7 * H), count=st.integers(1, 7 * H))
-def test_merging_into_any_slice_is_merging_into_the_whole_and_slicing(start: int, count: int, write: Write) -> None:
-    stop = min(start + count, 7 * H)
-    start = min(start, stop)
+@pytest.mark.parametrize("layer", [LINEAR1, "final_layer.adaLN_modulation.1"])
+def test_merging_into_any_slice_is_merging_into_the_whole_and_slicing(
+    layer: str, start: int, count: int, write: Write
+) -> None:
     tensors = pair("transformer.single_transformer_blocks.1.attn.to_k", H, H)
     tensors |= pair("transformer.single_transformer_blocks.1.proj_mlp", 4 * H, H, seed=1)
-    match = match_of(write(tensors), FLUX)
-    part = np.ones((stop - start, H), np.float32)
-    match.add_to(part, LINEAR1, start)
-    np.testing.assert_allclose(part, 1 + change(match, LINEAR1)[start:stop], rtol=1e-5, atol=1e-6)
+    match = match_of(write(tensors | pair("norm_out.linear", 2 * H, H, seed=2)), FLUX)
+    whole = change(match, layer)
+    part = np.ones_like(whole[start : start + count])
+    match.add_to(part, layer, start)
+    np.testing.assert_allclose(part, 1 + whole[start : start + count], rtol=1e-5, atol=1e-6)
 
 
 def test_a_layer_without_adapters_has_no_change_and_no_rows(write: Write) -> None:
@@ -279,21 +221,20 @@ def test_a_layer_without_adapters_has_no_change_and_no_rows(write: Write) -> Non
     assert calibration_rows(match, "blocks.1.self_attn.q").shape == (0, H)
 
 
-@pytest.mark.parametrize("name", ["blocks.1.self_attn.q", "lora_unet_blocks_1_self_attn_q"])
-def test_block_1_never_matches_block_11(name: str, write: Write) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("blocks.1.self_attn.q", "lora_unet_blocks_1_self_attn_q", "attn.q", "other.blocks.11.self_attn.q"),
+        *("self_attn.q", "lora_unet_11_self_attn_q"),
+    ],
+)
+def test_a_name_that_has_only_a_part_in_common_is_no_match(name: str, write: Write) -> None:
     layers = {"blocks.11.self_attn.q": (H, H), "blocks.11.self_attn.k": (H, H)}
-    tensors = {**pair(name, H, H), **pair("blocks.11.self_attn.k", H, H)}
-    match = match_of(write(tensors), layers)
+    match = match_of(write(pair(name, H, H) | pair("blocks.11.self_attn.k", H, H)), layers)
     assert list(match.matched) == ["blocks.11.self_attn.k"]
     assert [(found.name, found.reason) for found in match.unmatched] == [
         (name, "no linear layer of the checkpoint has this name")
     ]
-
-
-@pytest.mark.parametrize("name", ["attn.q", "other.blocks.1.self_attn.q", "self_attn.q", "lora_unet_1_self_attn_q"])
-def test_an_ending_in_common_is_not_a_match(name: str, write: Write) -> None:
-    with pytest.raises(LoraError, match="1 adapters match no layer"):
-        match_of(write(pair(name, H, H)), WAN)
 
 
 def test_a_name_that_may_mean_two_layers_is_reported_and_not_applied(write: Write) -> None:
@@ -393,20 +334,9 @@ def test_the_report_is_json_and_complete(write: Write) -> None:
     def left_over(name: str, reason: str, *layers: str) -> list[dict[str, Any]]:
         return [{"file": str(path), "name": name, "reason": reason, "layers": list(layers)}]
 
+    told = {"kind": "LoRA", "rank": R, "dora": False, "scale": 0.5, "rows": [H, 2 * H]}
     assert json.loads(json.dumps(match.as_json())) == {
-        "matched": {
-            QKV: [
-                {
-                    "file": str(path),
-                    "name": name,
-                    "kind": "LoRA",
-                    "rank": R,
-                    "dora": False,
-                    "scale": 0.5,
-                    "rows": [H, 2 * H],
-                }
-            ]
-        },
+        "matched": {QKV: [{"file": str(path), "name": name, **told}]},
         "beside": {},
         "unmatched": left_over("nowhere", "no linear layer of the checkpoint has this name"),
         "ambiguous": [],
@@ -533,11 +463,6 @@ def test_halves_are_swapped_for_a_checkpoint_in_diffusers_names_too(write: Write
     np.testing.assert_allclose(change(match, "norm_out.linear"), np.concatenate([up[H:], up[:H]]) @ down, rtol=1e-5)
 
 
-def test_authors_names_of_wan_mean_layers_that_diffusers_calls_otherwise(write: Write) -> None:
-    layers = {"blocks.1.attn1.to_q": (H, H), "blocks.11.attn1.to_q": (H, H)}
-    assert only(match_of(write(pair("lora_unet_blocks_1_self_attn_q", H, H)), layers)) == ("blocks.1.attn1.to_q", None)
-
-
 def test_of_a_widened_layer_the_bias_is_left_out_with_the_rest(write: Write) -> None:
     """As in the control LoRAs of Flux.1's authors."""
     tensors = {
@@ -587,14 +512,6 @@ def test_one_of_two_files_that_matches_nothing_is_refused(write: Write) -> None:
 def test_an_empty_file_is_not_a_lora(write: Write) -> None:
     with pytest.raises(LoraError, match="not a LoRA: none of its 0 tensors"):
         load_lora(write({}))
-
-
-def test_a_missing_or_pickled_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such file"):
-        load_lora(tmp_path / "missing.safetensors")
-    (tmp_path / "lora.pt").write_bytes(b"\x80\x02}q\x00.")
-    with pytest.raises(CheckpointError, match="not opened"):
-        load_lora(tmp_path / "lora.pt")
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf")])
@@ -656,16 +573,6 @@ def test_rows_are_merged_at_their_strength_and_the_weight_stays(write: Write) ->
     np.testing.assert_allclose(merged, kept - 0.5 * up[1:3] @ down, rtol=1e-6)
     np.testing.assert_array_equal(weight, kept)
     assert merge_rows(match, "y", weight, (1, 3)) is weight
-
-
-@pytest.mark.parametrize("name", ["final_layer.adaLN_modulation.1", "norm_out.linear", LINEAR1])
-def test_some_rows_of_a_change_are_those_of_the_whole(name: str, write: Write) -> None:
-    layer = "final_layer.adaLN_modulation.1" if name == "norm_out.linear" else name
-    match = match_of(write(pair(name, FLUX[layer][0], H)), FLUX)
-    whole = change(match, layer)
-    part = np.zeros((6, H), np.float32)
-    match.add_to(part, layer, 3)
-    np.testing.assert_allclose(part, whole[3:9], rtol=1e-6)
 
 
 def survival(*values: Any) -> Survival:
