@@ -104,9 +104,8 @@ def test_a_magnitude_scales_rows_or_columns_of_what_was_added(
     magnitude = np.abs(normal(*shape)) + 1
     axis = 0 if shape[0] == 1 else 1
     merged = WEIGHT + formula(*tensors.values()) * (3 / rank if rank else 1)
-    wanted = (
-        magnitude.reshape((1, -1) if axis == 0 else (-1, 1)) * merged / np.linalg.norm(merged, axis=axis, keepdims=True)
-    )
+    norms = np.linalg.norm(merged, axis=axis, keepdims=True)
+    wanted = magnitude.reshape(norms.shape) * merged / norms
     found = match({**tensors, f"{LAYER}.alpha": np.float32(3), f"{LAYER}.{ending}": magnitude}, 0.5)
     for rows in (slice(0, OUT), slice(5, 12)):
         weight = WEIGHT[rows].copy()

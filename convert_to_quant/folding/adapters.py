@@ -18,7 +18,7 @@ from ..layers import find_layers
 from ..layout import lay_out, write
 from ..lora import Lora, folding_of, match_loras
 from ..telling import Advance, plural
-from .folded import Folded, Scaling, read_groups
+from .folded import Folded, Scaling, none, read_groups
 
 ENDINGS = ("", names.WEIGHT, names.BIAS)
 
@@ -47,9 +47,11 @@ def fold_lora(lora: Lora, like: Checkpoint, output: Path | None, *, progress: Ad
     if names.FOLDED_FOR_KEY in lora.checkpoint.metadata:
         raise LoraError("it is folded already", path=lora.path, hint="give the original")
     table = find_layers(like)
-    model, folded = Scaling.of(groups, table.prefix), Scaling()
-    others = {name: info.shape for name, info in like.tensors.items() if name in model.rows}
-    match = match_loras([lora], table.shapes(), others={name: size for name, size in others.items() if len(size) == 1})
+    shapes = {name: info.shape for name, info in like.tensors.items()}
+    shapes |= {layer + names.WEIGHT: shape for layer, shape in table.shapes().items()}
+    model, folded = Scaling.of(groups, table.prefix, shapes), Scaling()
+    others = {name: shapes[name] for name in model.rows if len(shapes[name]) == 1}
+    match = match_loras([lora], table.shapes(), others=others)
 
     def refuse(name: str, changed: str, why: str) -> LoraError:
         problem = f"it changes {changed}, which is folded, and cannot be converted: {why}"
@@ -61,10 +63,9 @@ def fold_lora(lora: Lora, like: Checkpoint, output: Path | None, *, progress: Ad
     for tensor, additions in match.beside.items():
         raise refuse(additions[0].tensor, tensor, "it is a difference of a bias or norm")
     for layer, deltas in match.matched.items():
-        rows, columns = (
-            exponents(layer + names.WEIGHT, count)
-            for exponents, count in zip((model.of_rows, model.of_columns), table.shapes()[layer], strict=True)
-        )
+        height, width = table.shapes()[layer]
+        rows = model.rows.get(layer + names.WEIGHT, none(height))
+        columns = model.columns.get(layer + names.WEIGHT, none(width))
         for delta in deltas:
             adapter = delta.adapter
             own = rows[slice(*delta.span(len(rows)))]
@@ -75,10 +76,11 @@ def fold_lora(lora: Lora, like: Checkpoint, output: Path | None, *, progress: Ad
                 raise refuse(adapter.name, layer, f"{kind} is not supported")
             own = np.roll(own, len(own) // 2) if delta.target.swap_halves else own
             down, up = adapter.directions.tensor, adapter.change.tensor
-            if down in folded.columns and (folded.columns[down][0][1] != columns).any():
+            if down in folded.columns and (folded.columns[down] != columns).any():
                 raise refuse(adapter.name, layer, "the layers that it means read different channels")
-            folded.rows.setdefault(up, []).append((delta.target.first, own, False))
-            folded.columns[down] = [(0, columns)]
+            part = slice(delta.target.first, delta.target.first + len(own))
+            folded.rows.setdefault(up, none(adapter.change.shape[0]))[part] = own
+            folded.columns[down] = columns
     adapters = [delta.adapter for deltas in match.matched.values() for delta in deltas]
     scaled = sum(adapter.change.tensor in folded.rows for adapter in adapters)
     if output is not None:

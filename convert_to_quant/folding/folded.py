@@ -39,57 +39,38 @@ MOST_CHANNELS = 1 << 20
 
 @dataclass(frozen=True)
 class Scaling:
-    """Exponents by the full names of the tensors that they scale.
+    """Exponents of factors, int8, by the full names of the tensors that they scale.
 
     Attributes:
-        columns: runs of columns, which are divided: the first column, and exponents.
-        rows: runs of rows, which are multiplied, likewise; and whether they take f - 1 as well.
+        columns: columns are divided by these, [in].
+        rows: rows are multiplied by these, [out].
+        ones: rows take f - 1 of these f as well, [out].
     """
 
-    columns: dict[str, list[tuple[int, Exponents]]] = field(default_factory=dict)
-    rows: dict[str, list[tuple[int, Exponents, bool]]] = field(default_factory=dict)
+    columns: dict[str, Exponents] = field(default_factory=dict)
+    rows: dict[str, Exponents] = field(default_factory=dict)
+    ones: dict[str, Exponents] = field(default_factory=dict)
 
     @staticmethod
-    def of(groups: Iterable[Group], prefix: str) -> Scaling:
-        """That of groups in a checkpoint whose names begin so."""
+    def of(groups: Iterable[Group], prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Scaling:
+        """That of groups in a checkpoint whose names begin so, of its tensors of these shapes."""
         scaling = Scaling()
         for group in groups:
-            for place in group.columns:
-                scaling.columns.setdefault(prefix + place.tensor, []).append((place.start, group.column_exponents))
-            for place in group.rows:
-                part = group.exponents[place.first : place.first + place.count]
-                scaling.rows.setdefault(prefix + place.tensor, []).append((place.start, part, place in group.ones))
+            for kind, axis in (("columns", 1), ("rows", 0), ("ones", 0)):
+                exponents = group.column_exponents if axis else group.exponents
+                for place in getattr(group, kind):
+                    shape = shapes.get(prefix + place.tensor, ())
+                    if len(shape) > axis:  # else the header speaks of another file
+                        whole = getattr(scaling, kind).setdefault(prefix + place.tensor, none(shape[axis]))
+                        part = exponents[place.first : place.first + place.count]
+                        run = whole[place.start : place.start + len(part)]
+                        run += part[: len(run)]
         return scaling
 
-    def of_columns(self, tensor: str, count: int) -> Exponents:
-        """Of the factors that columns are divided by, [count]."""
-        return _joined(count, self.columns.get(tensor, ()))
 
-    def of_rows(self, tensor: str, count: int) -> Exponents:
-        """Of the factors that rows are multiplied by, [count]."""
-        return _joined(count, ((start, part) for start, part, _ in self.rows.get(tensor, ())))
-
-    def of_ones(self, tensor: str, count: int) -> Exponents:
-        """Of the factors f where f - 1 is added, [count]; 0 elsewhere."""
-        return _joined(count, ((start, part) for start, part, one in self.rows.get(tensor, ()) if one))
-
-    def rounds(self, tensor: str) -> bool:
-        """Whether f - 1 is added anywhere, which 16 bits may not hold."""
-        return any(one for _, _, one in self.rows.get(tensor, ()))
-
-
-def _joined(count: int, parts: Iterable[tuple[int, Exponents]]) -> Exponents:
-    exponents = np.zeros(count, np.int8)
-    for start, part in parts:
-        run = exponents[start : start + len(part)]
-        run += part[: len(run)]
-    return exponents
-
-
-def _powers(exponents: Exponents) -> NDArray[np.float32]:
-    """2^exponents, exact."""
-    powers: NDArray[np.float32] = np.ldexp(np.float32(1), exponents.astype(np.int32))
-    return powers
+def none(count: int) -> Exponents:
+    """Those of rows or columns that stay as they are."""
+    return np.zeros(count, np.int8)
 
 
 class Folded(Checkpoint):
@@ -109,7 +90,7 @@ class Folded(Checkpoint):
         for name in self.computed:
             info = self.tensors[name]
             size = tensor_nbytes("F32", info.shape)
-            if size is not None and (info.dtype not in EXACT or scaling.rounds(name)):
+            if size is not None and (info.dtype not in EXACT or name in scaling.ones):
                 self.tensors[name] = replace(info, dtype="F32", stop=info.start + size)
         self.metadata = {**metadata}
 
@@ -121,13 +102,17 @@ class Folded(Checkpoint):
         source = self._stored.bits(name, rows)
         flat = source.reshape(len(source), -1)
         result = np.empty(flat.shape, BIT_DTYPES[info.dtype])
-        multiplied = _powers(self._scaling.of_rows(name, info.shape[0]))[rows, None]
-        divided = _powers(-self._scaling.of_columns(name, flat.shape[1]))
-        ones = _powers(self._scaling.of_ones(name, info.shape[0]))[rows, None].astype(np.float64) - 1
+
+        def powers(of: Mapping[str, Exponents], count: int) -> Any:
+            return np.ldexp(np.float32(1), of.get(name, none(count)).astype(np.int32))
+
+        multiplied = powers(self._scaling.rows, info.shape[0])[rows, None]
+        divided = powers(self._scaling.columns, flat.shape[1])
+        ones = powers(self._scaling.ones, info.shape[0])[rows, None].astype(np.float64) - 1
         for band in spans(len(flat), max(1, BAND_VALUES // flat.shape[1])):
             values = flat[band] if dtype == "F64" else to_float32(flat[band], dtype)
-            scaled = values * multiplied[band] * divided
-            if self._scaling.rounds(name):
+            scaled = values * multiplied[band] / divided
+            if name in self._scaling.ones:
                 scaled = scaled + ones[band]  # rounded once, since this is float64
             result[band] = narrow_bfloat16(scaled) if info.dtype == "BF16" else scaled
         return result.reshape(source.shape)
@@ -151,7 +136,8 @@ def fold_checkpoint(checkpoint: Checkpoint, groups: Sequence[Group]) -> Folded:
         checkpoint: as it is; must stay open.
         groups: what is scaled, with exponents.
     """
-    scaling = Scaling.of(groups, names.strip_prefix(checkpoint.tensors)[0])
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    scaling = Scaling.of(groups, names.strip_prefix(shapes)[0], shapes)
     return Folded(checkpoint, scaling, {**checkpoint.metadata, names.FOLDING_KEY: written(groups)})
 
 
