@@ -105,22 +105,15 @@ def test_the_mix_is_better_than_any_one_format_of_its_size(checkpoint: Checkpoin
     bench = Bench(model, size, moments(model, size, images=6, levels=2, seed=9))  # other noise than it was chosen on
 
     def kept(mix: dict[str, Candidate]) -> float:
-        damage = damage_of(bench, mix)
-        assert np.isfinite(damage).all()
-        return decibels(damage)
+        return decibels(damage_of(bench, mix))
 
     mixes = choose().mixes
     for fmt in (FORMATS[name] for name in ("int8", "int8-convrot", "fp8", "mxfp8", "nvfp4")):
         stored = sum(stored_bytes(fmt, weight.shape) for weight in mixes.weights.values())
         best = choose(bits=8 * (stored - mixes.limit_bytes(0)) / mixes.elements)
-        mix = {
-            each.layer.name: Candidate(each.format, each.input_scale, each.full_precision)
-            for each in best.plan.decisions
-            if each.format
-        }
         assert total_bytes(best.choice) <= stored
         # Damages of layers add up only roughly, so a uniform format may be as good.
-        assert kept(mix) > kept(dict.fromkeys(mixes.weights, Candidate(fmt))) - 0.2, fmt.name
+        assert kept(candidates_of(best.plan)) > kept(dict.fromkeys(mixes.weights, Candidate(fmt))) - 0.2, fmt.name
 
 
 def test_what_is_measured_and_estimated_is_near_what_layers_in_formats_keep_all_together(
@@ -157,16 +150,18 @@ def test_more_formats_to_choose_from_never_make_a_mix_worse(seed: int) -> None:
             for name, fmt in FORMATS.items()
             if name in CANDIDATES
         ]
-    whole = sum(row[0].nbytes for row in offers.values())
+
+    def best_db(gpu: str, share: float) -> float:
+        fewer = {
+            name: [offer for offer in row if not offer.format or gpu in FORMATS[offer.format].native]
+            for name, row in offers.items()
+        }
+        limit = share * sum(row[0].nbytes for row in offers.values())
+        return decibels(total_damage(Mixes({}, fewer).choose(limit)))
+
     for share in (0.3, 0.4, 0.55):
-        db = {
-            gpu: decibels(total_damage(Mixes({}, {
-                name: [offer for offer in row if not offer.format or gpu in FORMATS[offer.format].native]
-                for name, row in offers.items()
-            }).choose(share * whole)))
-            for gpu in ("rtx20", "any", "h100", "rtx50") if share > 0.5 or gpu != "rtx20"
-        }  # fmt: skip
-        assert list(db.values()) == sorted(db.values())
+        db = [best_db(gpu, share) for gpu in ("rtx20", "any", "h100", "rtx50")[share < 0.5 :]]
+        assert db == sorted(db)
 
 
 @pytest.fixture(scope="module")
@@ -216,11 +211,8 @@ def test_fp8_layers_have_the_input_scales_that_were_measured(
             name: (input_scale(file, layer), layer.full_precision)
             for name, layer in find_layers(file).quantized.items()
         }
-    assert found == {
-        each.layer.name: (np.float32(each.input_scale), each.full_precision)
-        for each in best.plan.decisions
-        if each.format
-    }
+    decided = [each for each in best.plan.decisions if each.format]
+    assert found == {each.layer.name: (np.float32(each.input_scale), each.full_precision) for each in decided}
     assert any(full for _, full in found.values())
 
 
@@ -252,28 +244,29 @@ def test_the_curve_rises_and_json_says_the_same(choose: Any) -> None:
     assert best.summary().endswith(f"{best.bits:.2f} bits per weight, {best.expected_db:.1f} dB expected on noise")
 
 
-def test_trials_of_other_layers_are_refused(checkpoint: Checkpoint, first: Best, tmp_path: Path) -> None:
+def test_trials_of_other_layers_or_formats_are_refused(
+    checkpoint: Checkpoint, first: Best, choose: Any, tmp_path: Path
+) -> None:
     first.statistics.save(tmp_path / "stats.safetensors")
     with pytest.raises(StatisticsError, match="it holds no trials of formats"):
         load_measured(tmp_path / "stats.safetensors")
     few = first.statistics, replace(first.trials, layers=("a", *first.trials.layers[1:]))
     with pytest.raises(StatisticsError, match=rf"{first.trials.layers[0]} was not tried in fp8, int8"):
         plan_best(checkpoint, ConvertOptions(), BestOptions(gpu=CARD), measured=few)
-
-
-def test_trials_for_other_formats_are_refused(choose: Any) -> None:
     with pytest.raises(StatisticsError, match=r"was not tried in fp8 .*run the trials again"):
         choose(only="fp8", bits=9.0)
 
 
-def test_a_model_that_cannot_be_run_is_refused(save: Callable[..., Path]) -> None:
+def test_models_that_cannot_be_run_or_are_quantized_already_are_refused(
+    checkpoint: Checkpoint, save: Callable[..., Path], tmp_path: Path
+) -> None:
     path = save("other.safetensors", {f"blocks.{n}.fc.weight": np.ones((32, 32), np.float32) for n in range(2)})
-    with (
-        open_checkpoint(path) as other,
-        pytest.raises(
-            UnsupportedModelError, match=r"cannot be run, so nothing was chosen: .*--format gives all layers"
-        ),
-    ):
+    unknown = r"cannot be run, so nothing was chosen: .*--format gives all layers"
+    with open_checkpoint(path) as other, pytest.raises(UnsupportedModelError, match=unknown):
+        plan_best(other, ConvertOptions(), BestOptions())
+    path = tmp_path / "int8.safetensors"
+    convert(checkpoint, plan_conversion(checkpoint, ConvertOptions(format="int8")), path)
+    with open_checkpoint(path) as other, pytest.raises(OptionError, match="no layer of this file can be quantized"):
         plan_best(other, ConvertOptions(), BestOptions())
 
 
@@ -284,12 +277,3 @@ def test_libraries_that_do_not_go_together_are_told(checkpoint: Checkpoint, monk
     monkeypatch.setattr("convert_to_quant.engines.diffusers.supports", supports)
     with pytest.raises(UnsupportedModelError, match="diffusers cannot be imported here: no AutoImageProcessor in this"):
         plan_best(checkpoint, ConvertOptions(), BestOptions())
-
-
-def test_a_model_that_is_quantized_already_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    convert(checkpoint, plan_conversion(checkpoint, ConvertOptions(format="int8")), tmp_path / "int8.safetensors")
-    with (
-        open_checkpoint(tmp_path / "int8.safetensors") as other,
-        pytest.raises(OptionError, match="no layer of this file can be quantized"),
-    ):
-        plan_best(other, ConvertOptions(), BestOptions())
