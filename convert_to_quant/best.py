@@ -21,7 +21,7 @@ from . import headroom, naming, speeds
 from .calibrate_activation_scales import refuse_unrunnable
 from .checkpoint import Checkpoint, Spec
 from .choose import CANDIDATES, Choice, Mixes, keeps, total_bytes
-from .convert import ConversionPlan, MergedCheckpoint, plan_conversion, written_bytes
+from .convert import ConversionPlan, Decision, MergedCheckpoint, plan_conversion, written_bytes
 from .errors import OptionError, StatisticsError, StrPath
 from .families.running import Geometry
 from .formats import FORMATS
@@ -112,10 +112,7 @@ class Best:
     @cached_property
     def _figures(self) -> dict[str, Any]:  # once: to say what half a bit more buys, a mix is chosen
         made = self.statistics.provenance
-        run: dict[str, Any] = {
-            "samples": self.statistics.samples,
-            "conditioning": self.conditioning,
-        }
+        run: dict[str, Any] = {"samples": self.statistics.samples, "conditioning": self.conditioning}
         if len(seeds := made.get("seed", ())) == 1 and seeds[0].isdecimal():
             run["seed"] = int(seeds[0])
         if self.speed is not None:
@@ -238,26 +235,20 @@ def candidates(
     from .engines.trials import Candidate
 
     return {
-        name: [
-            Candidate(
-                fmt,
-                None if fmt.dynamic else solved[name].scale_after,
-                full_precision(fmt, solved[name]),
-            )
-            for fmt in formats
-            if fmt.takes(layer.shape)
-        ]
+        name: [Candidate(fmt, *inputs(fmt, solved[name])) for fmt in formats if fmt.takes(layer.shape)]
         for name, layer in layers.items()
     }
 
 
-def full_precision(fmt: Format, result: LayerResult) -> bool:
-    """Whether a layer in a format does not quantize its inputs, as far as readers heed that.
+def inputs(fmt: Format, result: LayerResult) -> tuple[float | None, bool]:
+    """The static scale of a layer's inputs in a format, and whether it does not quantize them, as far as readers heed.
 
     Layers that see one token per image do not: it costs no time, and one token steers a whole block. Others do not
     where a static scale would lose tokens.
     """
-    return fmt.heeds_full_precision and (result.cause == "one row" or (not fmt.dynamic and result.full_precision_after))
+    scale = None if fmt.dynamic else result.scale_after
+    in_full = result.cause == "one row" or (not fmt.dynamic and result.full_precision_after)
+    return scale, fmt.heeds_full_precision and in_full
 
 
 def input_scales(checkpoint: Checkpoint, layers: Mapping[str, Layer], statistics: Statistics) -> dict[str, LayerResult]:
@@ -355,7 +346,7 @@ def _microseconds(
     """What a layer's products take; nothing where it sees one token per image."""
     if solved[name].cause == "one row":
         return 0.0
-    plain = not fmt or full_precision(FORMATS[fmt], solved[name])
+    plain = not fmt or inputs(FORMATS[fmt], solved[name])[1]
     return speeds.microseconds(gpu, "" if plain else fmt, layers[name].shape)
 
 
@@ -399,24 +390,19 @@ def candidates_of(plan: ConversionPlan) -> dict[str, Candidate]:
 
 def _plan_of(plan: ConversionPlan, choice: Choice, solved: Mapping[str, LayerResult]) -> ConversionPlan:
     """What `convert` writes for a choice."""
-    decisions = []
-    for decision in plan.decisions:
+
+    def decided(decision: Decision) -> Decision:
         offer = choice.get(decision.layer.name)
         if offer is None:
-            decisions.append(decision)
-        elif not offer.format:
-            decisions.append(replace(decision, format=None, reason="high precision: it would cost too much"))
-        else:
-            fmt, result = FORMATS[offer.format], solved[decision.layer.name]
-            decisions.append(
-                replace(
-                    decision,
-                    format=fmt,
-                    reason=f"alone keeps {decibels(offer.damage):.1f} dB",
-                    input_scale=None if fmt.dynamic else result.scale_after,
-                    full_precision=full_precision(fmt, result),
-                )
-            )
+            return decision
+        if not offer.format:
+            return replace(decision, format=None, reason="high precision: it would cost too much")
+        fmt = FORMATS[offer.format]
+        scale, in_full = inputs(fmt, solved[decision.layer.name])
+        reason = f"alone keeps {decibels(offer.damage):.1f} dB"
+        return replace(decision, format=fmt, reason=reason, input_scale=scale, full_precision=in_full)
+
+    decisions = list(map(decided, plan.decisions))
     ways = plan.ways if any(decision.quantize for decision in decisions) else ()
     return replace(plan, decisions=decisions, ways=ways)
 
@@ -430,9 +416,9 @@ def load_measured(*paths: StrPath) -> tuple[Statistics, Trials]:
     """
     found = []
     for path in paths:
-        if (trials := Trials.load(path)) is None:
-            raise StatisticsError(
-                "it holds no trials of formats", path=Path(path), hint="make it with observe --trials"
-            )
+        trials = Trials.load(path)
+        if trials is None:
+            hint = "make it with observe --trials"
+            raise StatisticsError("it holds no trials of formats", path=Path(path), hint=hint)
         found.append(trials)
     return merge(*(Statistics.load(path) for path in paths)), reduce(Trials.plus, found)

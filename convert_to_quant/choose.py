@@ -108,16 +108,10 @@ def choose(offers: Mapping[str, Sequence[Offer]], limit_bytes: float, limit_micr
         worth = np.where(there, np.tensordot(weights, damage_MLK, 1), np.inf)
         places = _least(worth, costs, limits)
         if places is None:
-            raise OptionError(
-                "no mix of formats of that size is so fast", hint="ask for less speed, or other --formats"
-            )
-        found = dict(
-            zip(
-                offers,
-                (table[row][place] for row, place in enumerate(_spend(places, worth, costs, limits))),
-                strict=True,
-            )
-        )
+            hint = "ask for less speed, or other --formats"
+            raise OptionError("no mix of formats of that size is so fast", hint=hint)
+        places = _spend(places, worth, costs, limits)
+        found = {layer: row[place] for layer, row, place in zip(offers, table, places, strict=True)}
         damage = total_damage(found)
         if best is None or decibels(damage) > best_db:
             best, best_db = found, decibels(damage)
@@ -190,6 +184,11 @@ class Mixes:
         return Mixes(weights, offers, math.inf if speed is None else now / speed)
 
     @cached_property
+    def measured(self) -> dict[str, list[Offer]]:
+        """The offers that may be chosen."""
+        return {name: [offer for offer in some if offer.measured] for name, some in self.offers.items()}
+
+    @cached_property
     def elements(self) -> int:
         """All weights of these layers."""
         return sum(math.prod(weight.shape) for weight in self.weights.values())
@@ -210,12 +209,11 @@ class Mixes:
         Raises:
             OptionError: even the smallest formats take more, or the fastest that fit.
         """
-        measured = {layer: [offer for offer in row if offer.measured] for layer, row in self.offers.items()}
-        some = {offer.format for row in measured.values() for offer in row if offer.format}
+        some = {offer.format for row in self.measured.values() for offer in row if offer.format}
         kinds = {frozenset(name for name in some if gpu in FORMATS[name].native) for gpu in GPUS} - {frozenset(some)}
-        found = [choose(measured, limit_bytes, self.limit_microseconds)]
+        found = [choose(self.measured, limit_bytes, self.limit_microseconds)]
         for kind in kinds:
-            fewer = {layer: [o for o in row if not o.format or o.format in kind] for layer, row in measured.items()}
+            fewer = {name: [o for o in row if not o.format or o.format in kind] for name, row in self.measured.items()}
             with suppress(OptionError):  # its smallest formats may take more
                 found.append(choose(fewer, limit_bytes, self.limit_microseconds))
         return max(found, key=lambda choice: decibels(total_damage(choice)))
@@ -229,16 +227,14 @@ class Mixes:
         limit = self.limit_bytes(bits)
         if (over := total_bytes(self.smallest) - limit) > 0:
             least = bits + 8 * over / self.elements
-            raise OptionError(
-                f"even the smallest formats take {least:.2f} bits per weight, and --bits asks for {bits:g}"
-            )
+            problem = f"even the smallest formats take {least:.2f} bits per weight, and --bits asks for {bits:g}"
+            raise OptionError(problem)
         return self.choose(limit)
 
     @property
     def smallest(self) -> Choice:
         """What takes least."""
-        measured = {name: [offer for offer in some if offer.measured] for name, some in self.offers.items()}
-        return {name: min(some, key=lambda offer: offer.nbytes) for name, some in measured.items()}
+        return {name: min(some, key=lambda offer: offer.nbytes) for name, some in self.measured.items()}
 
     def larger(self, choice: Choice) -> Choice:
         """The best choice that takes `MORE_BITS` per weight more than another."""
