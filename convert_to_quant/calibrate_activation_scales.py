@@ -75,11 +75,7 @@ class Calibration:
         return {layer: scale for layer, scale in found.items() if scale is not None}
 
     def changes(self, *, full_precision: bool = True) -> dict[str, LayerChange]:
-        """What the file must change.
-
-        Args:
-            full_precision: whether marks may change too, not only scales.
-        """
+        """What the file must change; without `full_precision` only scales, and no marks."""
         return {
             result.layer: LayerChange(
                 input_scale=result.scale_after if result.range else None,
@@ -491,12 +487,11 @@ def plan(
     enable_fp8_matmul: bool = False,
 ) -> Patch:
     """The patch that writes scales or a calibration, but for the scales of some layers; see `patch.plan_patch`."""
+    metadata: Mapping[str, str] = {}
     if isinstance(scales, Calibration):
-        changes = scales.changes(full_precision=full_precision)
-        metadata = scales.metadata(checkpoint.metadata)
+        changes, metadata = scales.changes(full_precision=full_precision), scales.metadata(checkpoint.metadata)
     else:
         changes = {name: LayerChange(input_scale=scale) for name, scale in scales.items()}
-        metadata = {}
     for name in without:
         changes[name] = replace(changes[name], input_scale=None)
     return plan_patch(checkpoint, table, changes, metadata=metadata, enable_fp8_matmul=enable_fp8_matmul)
@@ -532,11 +527,10 @@ def plan_in_place(
         patch = make(full_precision=False)
         in_place_edits(patch)
         wanted = sum(result.full_precision_after and not result.full_precision_before for result in results)
-        if wanted:
-            patch.notes.append(
-                f"{wanted} layers would gain from full precision, but their marks have no room for it in place; -o OUT "
-                "writes a file that has it"
-            )
+        patch.notes.append(
+            f"{wanted} layers would gain from full precision, but their marks have no room for it in place; -o OUT "
+            "writes a file that has it"
+        )
     if dynamic:
         patch.notes.append(
             f"without a place for an input_scale, inputs stay scaled as they come in {plural(len(dynamic), 'layer')} "

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import isqrt
 from pathlib import Path
@@ -78,7 +78,7 @@ class KeptMoments:
         return None if said is None else KeptMoments(statistics.path, said["run"], said["layers"])
 
     def entry(self) -> dict[str, str]:
-        """The entry of the statistics' header."""
+        """The entry of the statistics' header, or of one file's."""
         return {MOMENTS_KEY: json.dumps({"run": self.run, "layers": self.files})}
 
     def prepare(self, *, resume: bool) -> None:
@@ -109,7 +109,7 @@ class KeptMoments:
 
     def _write(self, layers: Sequence[str], triangle: Float32) -> None:
         files = dict.fromkeys(layers, f"{layers[0].replace('/', '_')}.safetensors")
-        header = {MOMENTS_KEY: json.dumps({"run": self.run, "layers": files})}
+        header = replace(self, files=files).entry()
         write_checkpoint(self.folder / files[layers[0]], {TENSOR: Entry.of(triangle)}, header)
         self.files |= files
 
