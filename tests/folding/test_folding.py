@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from convert_to_quant import folding, names
-from convert_to_quant.checkpoint import Checkpoint, Entry, open_checkpoint, write_checkpoint
+from convert_to_quant.checkpoint import Checkpoint, open_checkpoint
 from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.emoji import WEIGHTS
 from convert_to_quant.emoji.rerange import RERANGINGS, write_reranged
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:Fut
 SIZE = Geometry(height=4, width=4, text_tokens=4)
 SHOWN = RunOptions(samples=3, steps=2, height=64, width=64, text_tokens=4)
 INT8 = ConvertOptions(format="int8-convrot")
+Save = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -120,29 +121,26 @@ LORA = {
 """Names in the file -> the layer, and how many parts it is fused of."""
 
 
-def write_lora(path: Path, model: Path, dtype: str = "BF16") -> Path:
+def lora_tensors(model: Path, dtype: str = "BF16") -> dict[str, tuple[str, np.ndarray]]:
     """Adapters on parts of fused layers, on a modulation, and on layers that read two things at once."""
     rng = np.random.default_rng(1)
-    entries = {}
+    tensors = {}
     with open_checkpoint(model) as checkpoint:
         shapes = find_layers(checkpoint).shapes()
     for name, (layer, parts) in LORA.items():
         rows, inputs = shapes[layer][0] // parts, shapes[layer][1]
         for suffix, shape in ((".lora_A.weight", (4, inputs)), (".lora_B.weight", (rows, 4))):
             values = (rng.standard_normal(shape) / 40).astype(np.float32)
-            entries[name + suffix] = (
-                Entry.of(narrow_bfloat16(values), "BF16") if dtype == "BF16" else Entry.of(values.astype(np.float16))
-            )
-    write_checkpoint(path, entries)
-    return path
+            tensors[name + suffix] = dtype, narrow_bfloat16(values) if dtype == "BF16" else values.astype(np.float16)
+    return tensors
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_a_folded_lora_does_to_the_folded_file_what_it_does_to_the_original(
-    dtype: str, pair: tuple[Checkpoint, folding.Folded], files: dict[str, Path], tmp_path: Path
+    dtype: str, pair: tuple[Checkpoint, folding.Folded], files: dict[str, Path], save: Save, tmp_path: Path
 ) -> None:
     checkpoint, view = pair
-    lora, converted = write_lora(tmp_path / "lora.safetensors", files["original"], dtype), tmp_path / "out.safetensors"
+    lora, converted = save("lora.safetensors", lora_tensors(files["original"], dtype)), tmp_path / "out.safetensors"
     opened = load_lora(lora)
     with opened.checkpoint:
         folding.fold_lora(opened, view, converted)
@@ -153,28 +151,17 @@ def test_a_folded_lora_does_to_the_folded_file_what_it_does_to_the_original(
     assert db(files["folded"], wanted, converted) > 35
 
 
-def test_what_cannot_be_folded_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
-    lora, output = write_lora(tmp_path / "lora.safetensors", files["original"]), tmp_path / "out.safetensors"
+def test_what_cannot_be_folded_is_refused(files: dict[str, Path], save: Save, tmp_path: Path) -> None:
+    """The rest is in tests/cli/test_fold.py."""
+    tensors, output = lora_tensors(files["original"]), tmp_path / "out.safetensors"
     with open_checkpoint(files["folded"]) as model, open_checkpoint(files["original"]) as original:
-        opened = load_lora(lora)
-        with opened.checkpoint, pytest.raises(CheckpointError, match="not folded, so LoRAs fit it"):
-            folding.fold_lora(opened, original, output)
-        folding.fold_lora(load_lora(lora), model, output)
-        again = load_lora(output)
-        with pytest.raises(LoraError, match="folded already"):
-            folding.fold_lora(again, model, tmp_path / "twice.safetensors")
-        with pytest.raises(LoraError, match=r"it is not folded for folded\.safetensors"):
-            plan_conversion(model, INT8, [load_lora(lora)])
+        folding.fold_lora(load_lora(save("lora.safetensors", tensors)), model, output)
         with pytest.raises(LoraError, match="it is folded for another file"):
-            plan_conversion(original, INT8, [again])
-        other = tmp_path / "dora.safetensors"
-        with open_checkpoint(lora) as known:
-            entries = {name: Entry.of(known.bits(name), "BF16") for name in known}
-        rows = entries["double_blocks.1.img_mod.lin.lora_B.weight"].spec.shape[0]
-        entries["double_blocks.1.img_mod.lin.dora_scale"] = Entry.of(np.ones((rows, 1), np.float32))
-        write_checkpoint(other, entries)
+            plan_conversion(original, INT8, [load_lora(output)])
+        rows = len(tensors["double_blocks.1.img_mod.lin.lora_B.weight"][1])
+        magnitude = {"double_blocks.1.img_mod.lin.dora_scale": np.ones((rows, 1), np.float32)}
         with pytest.raises(LoraError, match="DoRA is not supported"):
-            folding.fold_lora(load_lora(other), model, tmp_path / "x.safetensors")
+            folding.fold_lora(load_lora(save("dora.safetensors", tensors | magnitude)), model, output)
 
 
 @pytest.mark.parametrize(
@@ -184,11 +171,7 @@ def test_what_cannot_be_folded_is_refused(files: dict[str, Path], tmp_path: Path
      '{"groups": [{"columns": [["a", -1, 0, 1]], "rows": [], "ones": [], "head": 1, "repeat": 1, "exponents": ""}]}',
      '{"groups": [{"columns": [], "rows": [], "ones": [], "head": 1, "repeat": 9e99, "exponents": "eJxjAAAAAQAB"}]}'],
 )  # fmt: skip
-def test_a_damaged_header_is_refused_in_one_sentence(said: str, tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    write_checkpoint(path, {"a": Entry.of(np.ones(2, np.float32))}, {names.FOLDING_KEY: said})
-    with (
-        open_checkpoint(path) as checkpoint,
-        pytest.raises(CheckpointError, match="says of its folding is not"),
-    ):
-        folding.read_groups(checkpoint)
+def test_a_damaged_header_is_refused_in_one_sentence(said: str, save: Save) -> None:
+    path = save("model.safetensors", {"a": np.ones(2, np.float32)}, {names.FOLDING_KEY: said})
+    with open_checkpoint(path) as model, pytest.raises(CheckpointError, match="says of its folding is not"):
+        folding.read_groups(model)
