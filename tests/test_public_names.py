@@ -7,7 +7,6 @@ import pkgutil
 import re
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,6 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
 MODULES = {module.name for module in pkgutil.iter_modules(convert_to_quant.__path__)}
 NAMES = [name for name in convert_to_quant.__all__ if name != "__version__"]
-
-
-def run(code: str) -> list[str]:
-    """The words that a fresh interpreter prints."""
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    ).stdout.split()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,13 +47,10 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_the_package_loads_nothing_before_a_name_is_used() -> None:
-    loaded = "print(*(name for name in sys.modules if name.startswith(('convert_to_quant', 'numpy', 'torch'))))"
-    assert run(f"import sys, convert_to_quant; {loaded}") == ["convert_to_quant"]
-    assert "torch" not in run(f"import sys; from convert_to_quant import find_layers; {loaded}")
-
-
-def test_everything_can_be_imported_at_once() -> None:
-    assert set(NAMES) <= set(run("from convert_to_quant import *; print(*globals())"))
+    loaded = "[name for name in sys.modules if name.startswith(('convert_to_quant', 'numpy', 'torch'))]"
+    code = f"import sys, convert_to_quant; print({loaded}); convert_to_quant.find_layers; print('torch' in {loaded})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "['convert_to_quant']\nFalse\n"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -76,8 +65,3 @@ def test_examples_use_the_flat_names(document: Path) -> None:
 def test_the_reference_lists_them() -> None:
     page = (ROOT / "docs/reference/python/index.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)`", page, re.MULTILINE) == NAMES
-
-
-def test_modules_are_still_modules() -> None:
-    for name in ("convert", "solve", "recorder", "report", "errors"):
-        assert inspect.ismodule(import_module(f"convert_to_quant.{name}"))
