@@ -113,8 +113,8 @@ class Lora:
         checkpoint: The open file.
         strength: The user's factor on all of it.
         adapters: By name.
-        beside: Name -> tensors that are differences of biases and norms, by role.
-        unsupported: Name -> what about it cannot be applied.
+        beside: Name, and role ("bias" or "diff") -> a tensor that is the difference of a bias or a norm.
+        unsupported: Names, and what about each cannot be applied.
         text_encoder: Names of a text encoder's adapters.
         unknown: Tensors of no known kind.
     """
@@ -122,8 +122,8 @@ class Lora:
     checkpoint: Checkpoint
     strength: float = 1.0
     adapters: dict[str, Adapter] = field(default_factory=dict)
-    beside: dict[str, dict[str, str]] = field(default_factory=dict)
-    unsupported: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    beside: dict[tuple[str, str], str] = field(default_factory=dict)
+    unsupported: list[tuple[str, str]] = field(default_factory=list)
     text_encoder: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
@@ -442,9 +442,8 @@ def calibration_rows(match: LoraMatch, layer: str) -> Float32:
     """
     rows = [np.empty((0, match.shapes[layer][1]), np.float32)]
     for delta in match.matched.get(layer, ()):
-        change = delta.adapter.change
+        change, directions = delta.adapter.change, delta.adapter.directions
         some = np.unique(np.linspace(0, change.shape[0] - 1, SAMPLED_ROWS).astype(int))
-        directions = delta.adapter.directions
         rows.append(change.rows(some) if directions is None else directions.rows(ALL))
     return np.concatenate(rows)
 
@@ -526,7 +525,6 @@ def _read(lora: Lora, name: str, roles: Mapping[str, str]) -> None:
     kinds = [role for role in roles if role in UNSUPPORTED_ADAPTERS]
     factors = frozenset(roles) - BESIDE
     is_vector = factors == {"diff"} and len(lora.checkpoint.tensors[roles["diff"]].shape) < 2
-    beside = {role: roles[role] for role in ("bias", *(("diff",) if is_vector else ())) if role in roles}
     if factors and not kinds and not is_vector:
         kind = kind_of(factors)
         if isinstance(kind, Kind):
@@ -537,10 +535,10 @@ def _read(lora: Lora, name: str, roles: Mapping[str, str]) -> None:
             raise LoraError(problem, path=lora.path, tensor=roles[there], hint="the file is incomplete")
         else:
             kinds = [f"a mix of {' and '.join(sorted(factors))}"]
-    if beside:
-        lora.beside[name] = beside
-    if kinds:
-        lora.unsupported[name] = tuple(kinds)
+    apart = ("bias", "diff") if is_vector else ("bias",)
+    beside = {(name, role): roles[role] for role in apart if role in roles}
+    lora.beside |= beside
+    lora.unsupported += [(name, kind) for kind in kinds]
     if not factors and not beside:
         lora.unknown += roles.values()
 
@@ -681,24 +679,23 @@ def _match_beside(
         first, stop = target.rows or (0, sizes[target.layer])
         return stop - first
 
-    for name, tensors in lora.beside.items():
+    for (name, role), tensor in lora.beside.items():
         adapter = lora.adapters.get(name)
         alone = adapter and all(_misfit(adapter, parts, match.shapes) for parts in meant(name))
-        for role, tensor in tensors.items():
-            if role == "bias":
-                possible: Meant = [(target,) for target in named.find(name + BIAS)]
-                possible += [tuple(replace(part, layer=part.layer + BIAS) for part in parts) for parts in meant(name)]
-            else:
-                possible = [(target,) for target in (*named.find(name + WEIGHT), *named.find(name))]
-            elements = lora.checkpoint.tensors[tensor].elements
-            fits = next((parts for parts in possible if elements == sum(map(size, parts))), ())
-            if alone or not fits:
-                why = "fits no tensor of the checkpoint" if sizes else "is not supported"
-                reason = f"{BESIDE_TITLES[role]} {'of a layer that is left out' if fits else why}"
-                match.unsupported.append(Finding(str(lora.path), name, reason, _layers(possible)))
-                continue
-            for target in fits:
-                match.beside.setdefault(target.layer, []).append(Addition(lora, tensor, target))
+        if role == "bias":
+            possible: Meant = [(target,) for target in named.find(name + BIAS)]
+            possible += [tuple(replace(part, layer=part.layer + BIAS) for part in parts) for parts in meant(name)]
+        else:
+            possible = [(target,) for target in (*named.find(name + WEIGHT), *named.find(name))]
+        elements = lora.checkpoint.tensors[tensor].elements
+        fits = next((parts for parts in possible if elements == sum(map(size, parts))), ())
+        if alone or not fits:
+            why = "fits no tensor of the checkpoint" if sizes else "is not supported"
+            reason = f"{BESIDE_TITLES[role]} {'of a layer that is left out' if fits else why}"
+            match.unsupported.append(Finding(str(lora.path), name, reason, _layers(possible)))
+            continue
+        for target in fits:
+            match.beside.setdefault(target.layer, []).append(Addition(lora, tensor, target))
 
 
 def _layers(possible: Meant) -> tuple[str, ...]:
@@ -746,9 +743,7 @@ def _match_adapters(lora: Lora, meant: Callable[[str], Meant], match: LoraMatch)
     match.unmatched += [finding(key, "no known kind of adapter tensor") for key in lora.unknown]
     match.text_encoder += [finding(name, "belongs to a text encoder") for name in lora.text_encoder]
     match.unsupported += [
-        finding(name, f"{kind} is not supported", _layers(meant(name)))
-        for name, kinds in lora.unsupported.items()
-        for kind in kinds
+        finding(name, f"{kind} is not supported", _layers(meant(name))) for name, kind in lora.unsupported
     ]
 
 
@@ -798,9 +793,10 @@ def _misfit(adapter: Adapter, meant: Sequence[Target], shapes: Mapping[str, tupl
 
 def _matches_nothing(lora: Lora, match: LoraMatch) -> LoraError:
     """Why nothing of a file can be applied, with its first name and what the checkpoint has instead."""
-    first = next(iter([*lora.adapters, *lora.unsupported, *lora.beside, *lora.text_encoder, *lora.unknown]))
-    kinds = Counter(kind for kinds in lora.unsupported.values() for kind in kinds)
-    kinds.update(BESIDE_TITLES[role] for roles in lora.beside.values() for role in roles)
+    others = [name for name, _ in (*lora.unsupported, *lora.beside)]
+    first = next(iter([*lora.adapters, *others, *lora.text_encoder, *lora.unknown]))
+    kinds = Counter(kind for _, kind in lora.unsupported)
+    kinds.update(BESIDE_TITLES[role] for _, role in lora.beside)
     counts = [
         (len(lora.adapters), "adapters match no layer of the checkpoint unambiguously"),
         *((count, f"{kind} adapters are not supported") for kind, count in kinds.items()),

@@ -74,10 +74,10 @@ def fields(section: str, lines: Sequence[str]) -> Iterator[str]:
             yield from ("    " + line for line in text[start + 1 : end])
 
 
-def escaped(line: str) -> str:
+def escaped(line: str, obeyed: re.Pattern[str] = OBEYED) -> str:
     """A line of prose, so that it is shown as it is written; what stands in backticks already is."""
     parts = line.split("`")
-    return "`".join(part if number % 2 else OBEYED.sub(r"\\\1", part) for number, part in enumerate(parts))
+    return "`".join(part if number % 2 else obeyed.sub(r"\\\1", part) for number, part in enumerate(parts))
 
 
 def convert(_app: Sphinx, what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:

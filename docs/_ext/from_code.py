@@ -13,6 +13,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from docstrings import escaped
 from sphinx.application import Sphinx
 
 from convert_to_quant.cli import COMMANDS, DEFAULT_COMMAND, build_parser
@@ -103,9 +104,8 @@ def fenced(language: str, text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """A plain text, with what Markdown would obey instead of show escaped; what stands in backticks already is."""
-    parts = text.split("`")
-    return "`".join(part if number % 2 else OBEYED.sub(r"\\\1", part) for number, part in enumerate(parts))
+    """A plain text, with what Markdown would obey instead of show escaped."""
+    return escaped(text, OBEYED)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -126,18 +126,14 @@ def families() -> Iterator[str]:
 
 def readings() -> Iterator[str]:
     """What ComfyUI does with a layer, in the words of `inspect`."""
-    yield table(
-        ("in `--layers`", "what ComfyUI does"),
-        ((f"`{name}`", markdown(text)) for name, text in READINGS.items()),
-    )
+    rows = ((f"`{name}`", markdown(text)) for name, text in READINGS.items())
+    yield table(("in `--layers`", "what ComfyUI does"), rows)
 
 
 def problems() -> Iterator[str]:
     """What `inspect` may find."""
-    yield table(
-        ("problem", "what is wrong", "what to do"),
-        ((f"`{name}`", markdown(kind.title), markdown(kind.remedy)) for name, kind in KINDS.items()),
-    )
+    rows = ((f"`{name}`", markdown(kind.title), markdown(kind.remedy)) for name, kind in KINDS.items())
+    yield table(("problem", "what is wrong", "what to do"), rows)
 
 
 def risks() -> Iterator[str]:
@@ -149,19 +145,12 @@ def statistics() -> Iterator[str]:
     """The columns of a statistics file."""
     meaning = attributes(Statistics)
     merged = {"maximum": "maximum", "add": "sum"}
-    yield table(
-        ("column", "dtype", "shape", "merged by", "meaning"),
-        (
-            (
-                f"`{name}`",
-                column.dtype.__name__,
-                f"[{', '.join(['L', *map(str, column.shape)])}]",
-                merged[column.merge.__name__],
-                markdown(meaning[name]),
-            )
-            for name, column in COLUMNS.items()
-        ),
-    )
+    rows = []
+    for name, column in COLUMNS.items():
+        shape = ", ".join(["L", *map(str, column.shape)])
+        how = merged[column.merge.__name__]
+        rows.append((f"`{name}`", column.dtype.__name__, f"[{shape}]", how, markdown(meaning[name])))
+    yield table(("column", "dtype", "shape", "merged by", "meaning"), rows)
 
 
 def attributes(cls: type) -> Mapping[str, str]:
