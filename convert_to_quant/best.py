@@ -180,14 +180,7 @@ class TrialModel:
         share: tuple[int, int] = (0, 1),
         progress: Progress | None = None,
     ) -> Trials:
-        """Run it with one layer in one format at a time.
-
-        Args:
-            candidates: by layer.
-            prompts: conditioning in place of noise.
-            share: of the layers; see `engines.trials.run_trials`.
-            progress: told how far it is, and at every evaluation of the model.
-        """
+        """Run it with one layer in one format at a time, on prompts if there are any; see `trials.run_trials`."""
         from .engines import trials
 
         geometry = self.geometry
@@ -201,10 +194,6 @@ class TrialModel:
 
     def measured_db(self, mix: Mapping[str, Candidate], progress: Progress | None = None) -> tuple[float, float]:
         """What layers in formats keep of the velocity all together, on other noise than that of the trials.
-
-        Args:
-            mix: by layer.
-            progress: told at every evaluation of the model, which is all but done.
 
         Returns:
             The least and the most in dB, of the trials' size and of one of a quarter of its tokens: a size that the
@@ -225,13 +214,7 @@ class TrialModel:
 def candidates(
     layers: Mapping[str, Layer], solved: Mapping[str, LayerResult], formats: Sequence[Format]
 ) -> dict[str, list[Candidate]]:
-    """What each layer could become.
-
-    Args:
-        layers: by name.
-        solved: how FP8 inputs are scaled; of `input_scales`.
-        formats: to choose from.
-    """
+    """What each layer could become, with its inputs scaled as `input_scales` found."""
     from .engines.trials import Candidate
 
     return {

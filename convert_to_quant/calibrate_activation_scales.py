@@ -343,11 +343,7 @@ def refuse_unrunnable(
 ) -> None:
     """Refuse a model that cannot be run, in FP8 or in high precision; no weight is read.
 
-    Args:
-        checkpoint: the open checkpoint.
-        table: its layers, where they are known already.
-        undone: what it should have been run for.
-        hint: what can be done about it.
+    The message says that nothing was `undone`, and what can be done about it.
 
     Raises:
         UnsupportedModelError: why, and what to do instead.
@@ -542,12 +538,7 @@ def plan_in_place(
 def calibrate_written(
     writer: CheckpointWriter, source: Path, calibrate: Callable[[Checkpoint], Calibration]
 ) -> tuple[Calibration, Patch]:
-    """Calibrate a complete output of a conversion while it has no name yet.
-
-    Args:
-        writer: which has written all tensors.
-        source: what messages call the output: the input, say.
-        calibrate: the output -> its calibration.
+    """Calibrate a complete output of a conversion while it has no name yet; messages call it `source`.
 
     Returns:
         The calibration, and the patch that was written.

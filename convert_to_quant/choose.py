@@ -160,15 +160,7 @@ class Mixes:
         microseconds: Microseconds | None = None,
         speed: float | None = None,
     ) -> Mixes:
-        """What was tried, as offers.
-
-        Args:
-            weights: what each layer's weight is now.
-            trials: of these layers.
-            formats: to choose from.
-            microseconds: where speed counts.
-            speed: how many times as fast as now the products have to be.
-        """
+        """What was tried of layers, as offers; products are to be `speed` times as fast as now."""
         nothing, cost = np.zeros(len(trials.moments)), microseconds or (lambda _layer, _fmt: 0.0)
         offers: dict[str, list[Offer]] = {}
         for name, weight in weights.items():
@@ -302,11 +294,7 @@ def keeps(figures: Mapping[str, Any]) -> str:
 
 
 def read_figures(said: Any) -> dict[str, Any]:
-    """What a file says of its mix, as far as it is well formed: whoever wrote it, it is a remark, not data.
-
-    Args:
-        said: JSON values such as `Mixes.figures` makes.
-    """
+    """What a file says of its mix, as far as it is what `Mixes.figures` makes: a remark, whoever wrote it, not data."""
 
     def number(value: Any, least: float = -MOST_DB, most: float = MOST_DB) -> bool:
         return type(value) in (int, float) and least <= value <= most

@@ -393,13 +393,7 @@ class Survival:
     error_energy: float = 0.0
 
     def add(self, weight: Float32, merged: Float32, stored: Float32) -> None:
-        """Count some values.
-
-        Args:
-            weight: W, float32 of any shape.
-            merged: W' = W + Δ, of the same shape.
-            stored: Q(W'), dequantized, of the same shape.
-        """
+        """Count some values of W, W' = W + Δ and Q(W'), dequantized: float32, of one shape."""
         delta = np.subtract(merged, weight, dtype=np.float64).ravel()
         left = np.subtract(stored, weight, dtype=np.float64).ravel()
         self.delta_energy += float(delta @ delta)
@@ -432,10 +426,6 @@ class Survival:
 
 def calibration_rows(match: LoraMatch, layer: str) -> Float32:
     """The input directions that a layer's adapters read: the rows of all their down factors, or of their changes.
-
-    Args:
-        match: The matched files.
-        layer: The layer, as the checkpoint names it.
 
     Returns:
         float32 [n, in], as stored (neither scaled nor normalized); no rows where nothing is matched.
@@ -596,13 +586,9 @@ def _alpha(checkpoint: Checkpoint, tensor: str) -> float:
 def match_checkpoint(
     loras: Sequence[Lora], checkpoint: Checkpoint, table: LayerTable, *, beside: bool = False
 ) -> LoraMatch:
-    """`match_loras` for an open checkpoint, whose weights are at hand then.
+    """`match_loras` for a checkpoint that stays open, so that its weights are at hand.
 
-    Args:
-        loras: The files.
-        checkpoint: The checkpoint; must stay open.
-        table: Its layers.
-        beside: Also match differences of biases and norms, for whoever merges them.
+    Differences of biases and norms are matched as well where `beside` says so, for whoever merges them.
 
     Raises:
         LoraError: A file is not folded as the checkpoint is, or see `match_loras`.
@@ -663,15 +649,7 @@ def match_loras(
 def _match_beside(
     lora: Lora, meant: Callable[[str], Meant], named: LoraNames, sizes: Mapping[str, int], match: LoraMatch
 ) -> None:
-    """Match what a file adds to biases and norms.
-
-    Args:
-        lora: The file.
-        meant: What its names mean of layers.
-        named: Other tensors of the checkpoint, by their names.
-        sizes: How many values these have.
-        match: What is found is added to it.
-    """
+    """Match what a file adds to biases and norms: `named` by their names, of `sizes` values."""
 
     def size(target: Target) -> float:
         if target.layer not in sizes:
@@ -704,7 +682,7 @@ def _layers(possible: Meant) -> tuple[str, ...]:
 
 
 def _match_adapters(lora: Lora, meant: Callable[[str], Meant], match: LoraMatch) -> None:
-    """Match a file's adapters; arguments as of `_match_beside`."""
+    """Match a file's adapters with the layers that their names mean."""
     finding = partial(Finding, str(lora.path))
     found: dict[str, list[Delta]] = {}
     misfits: list[Finding] = []

@@ -123,15 +123,7 @@ class LayerResult:
 
 
 def final_scale(scale: float, layer: str, *, float16_safe: bool = False) -> float:
-    """A scale as the file will hold it.
-
-    Args:
-        scale: range over the format's largest value, > 0.
-        layer: for the message.
-        float16_safe: raise it to 2⁻¹⁵.
-
-    Returns:
-        The float32 value, > 0, as a float.
+    """A scale > 0 as the file will hold it: the nearest float32, > 0, and 2⁻¹⁵ at least if it is to be float16-safe.
 
     Raises:
         CalibrationError: it is not finite in float32.
@@ -307,11 +299,6 @@ def _spend_budget(
     What a layer's error does to the picture grows slower than its work, about with the third root, so a multiply-add
     buys more in a small layer. And it grows with depth: errors of late blocks are read by few others and lie next to
     the output; they fell about as 1, 1/2, 1/3 from the last block backwards (`_lateness`).
-
-    Args:
-        results: of all layers.
-        row_errors: see `_expected_row_errors`; NaN where the scale is 0.
-        options: with the budget.
     """
     total = sum(result.multiply_adds for result in results)
     left = options.full_precision_budget * total
@@ -404,9 +391,6 @@ def expected_errors(statistics: Statistics, scales: Float, grids: Sequence[Grid]
         statistics: of L layers.
         scales: [L], ≥ 0. Files exist whose scale is 0; it quantizes nothing, so its errors are NaN.
         grids: of their inputs' codes, L of them; FP8's by default.
-
-    Returns:
-        The errors.
     """
     count = np.maximum(statistics.count, 1).astype(np.float64)
     absmax = statistics.absmax.astype(np.float64)

@@ -369,10 +369,7 @@ class Statistics:
     ) -> None:
         """Write everything into one safetensors file, whole or not at all, in place of an older one.
 
-        Args:
-            path: where to.
-            metadata: further texts for the header; `load` gives them back as `metadata`.
-            further: further tensors, which `load` leaves alone.
+        Further texts of the header come back as `metadata`; further tensors are for others to read.
 
         Raises:
             OutputError: it cannot be written.

@@ -50,13 +50,8 @@ def fold(
 ) -> Checkpoint:
     """A checkpoint with its channels evened out, found by running it in float32; itself where they are even already.
 
-    In bfloat16 a small 1 + scale is nothing but rounding, and so are the ranges behind it.
-
-    Args:
-        checkpoint: the open checkpoint, which must stay open.
-        layers: those that will be quantized.
-        shown: what the model is shown.
-        progress: told how far the run is.
+    In bfloat16 a small 1 + scale is nothing but rounding, and so are the ranges behind it. The checkpoint must stay
+    open; `layers` are those that will be quantized.
 
     Raises:
         CheckpointError: it is folded already.

@@ -130,12 +130,7 @@ class Folded(Checkpoint):
 
 
 def fold_checkpoint(checkpoint: Checkpoint, groups: Sequence[Group]) -> Folded:
-    """A checkpoint with groups of channels scaled, whose header says so.
-
-    Args:
-        checkpoint: as it is; must stay open.
-        groups: what is scaled, with exponents.
-    """
+    """A checkpoint, which must stay open, with groups of channels scaled; its header says so."""
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     scaling = Scaling.of(groups, names.strip_prefix(shapes)[0], shapes)
     return Folded(checkpoint, scaling, {**checkpoint.metadata, names.FOLDING_KEY: written(groups)})

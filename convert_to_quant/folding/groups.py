@@ -71,15 +71,9 @@ class Group:
 
 
 def find_groups(checkpoint: Checkpoint, plan: Plan, layers: Collection[str]) -> list[Group]:
-    """The channels in a checkpoint that can be scaled and that some layers read.
+    """The channels in a checkpoint that can be scaled and that some layers, by their full names, read.
 
-    Args:
-        checkpoint: the open checkpoint.
-        plan: how it runs.
-        layers: their full names.
-
-    Returns:
-        Nothing for members of a family with parts of their own: scaling is proved for the family's plain form alone.
+    None in members of a family with parts of their own: scaling is proved for the family's plain form alone.
     """
     family = families.family(plan.family)
     optional = plan.architecture.optional

@@ -153,7 +153,7 @@ def merge_moments(parts: Sequence[KeptMoments], output: Path, layers: Iterable[s
     Args:
         parts: of one model.
         output: the statistics' path.
-        layers: those that are wanted, as far as all parts have them.
+        layers: those that are wanted, of which only what all parts have is kept.
 
     Raises:
         OutputError: they cannot be written, or would replace what is read.
