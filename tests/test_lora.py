@@ -215,35 +215,53 @@ def test_merging_into_any_slice_is_merging_into_the_whole_and_slicing(
     np.testing.assert_allclose(part, 1 + whole[start : start + count], rtol=1e-5, atol=1e-6)
 
 
-def test_a_layer_without_adapters_has_no_change_and_no_rows(write: Write) -> None:
-    match = match_of(write(pair("blocks.1.ffn.0", 4 * H, H)), WAN)
-    assert not change(match, "blocks.1.self_attn.q").any()
-    assert calibration_rows(match, "blocks.1.self_attn.q").shape == (0, H)
+FFN = pair("blocks.1.ffn.0", 4 * H, H)
+DOWN, UP = FFN
+Q = "blocks.1.self_attn.q"
+ONES = np.ones((H, H), np.float32)
+PARTS = ("blocks.1.self_attn.k", "lora_unet_blocks_1_self_attn_k", "attn.q", "other.blocks.1.self_attn.q",
+         "self_attn.q", "lora_unet_1_self_attn_q")  # fmt: skip
+TEXT_ENCODERS = (
+    "lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te2_text_projection",
+    "lora_te3_encoder_block_0_layer_0_SelfAttention_q", "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+    "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
+    "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+)  # fmt: skip
+UNSUPPORTED = {
+    "GLoRA": (".a1.weight", ".b2.weight"),
+    "OFT": (".oft_blocks", ".oft_diag", ".oft_R.weight", ".oft_R.default.weight"),
+    "IA3": (".on_input", ".ia3_l"),
+    "a replaced weight": (".set_weight",),
+}
+
+# (the list of the report, the name that it says, the tensors, why, the layers)
+LEFT_OVER: list[tuple[str, str, Tensors, str, tuple[str, ...]]] = [
+    *(("unmatched", name, pair(name, H, H), "no linear layer of the checkpoint has this name", ()) for name in PARTS),
+    *(("unmatched", name, {name: np.ones(1, np.float32)}, "no known kind of adapter tensor", ())
+      for name in ("blocks.1.norm.scale", f"{Q}.alpha", ".alpha")),
+    ("ambiguous", "lora_unet_a_b_c", pair("lora_unet_a_b_c", H, H), "the name may mean 2 parts of the checkpoint",
+     ("a.b_c", "a_b.c")),
+    *(("text_encoder", name, {**pair(name, H, H), f"{name}.alpha": np.float32(1)}, "belongs to a text encoder", ())
+      for name in TEXT_ENCODERS),
+    *(("unsupported", Q, {**factors, Q + suffix: ONES, f"{Q}.alpha": np.float32(1)}, f"{kind} is not supported", (Q,))
+      for kind, suffixes in UNSUPPORTED.items() for suffix in suffixes
+      for factors in ({}, pair(Q, H, H))),  # factors that are half of a change are not applied
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("blocks.1.self_attn.q", "lora_unet_blocks_1_self_attn_q", "attn.q", "other.blocks.11.self_attn.q"),
-        *("self_attn.q", "lora_unet_11_self_attn_q"),
-    ],
-)
-def test_a_name_that_has_only_a_part_in_common_is_no_match(name: str, write: Write) -> None:
-    layers = {"blocks.11.self_attn.q": (H, H), "blocks.11.self_attn.k": (H, H)}
-    match = match_of(write(pair(name, H, H) | pair("blocks.11.self_attn.k", H, H)), layers)
-    assert list(match.matched) == ["blocks.11.self_attn.k"]
-    assert [(found.name, found.reason) for found in match.unmatched] == [
-        (name, "no linear layer of the checkpoint has this name")
-    ]
-
-
-def test_a_name_that_may_mean_two_layers_is_reported_and_not_applied(write: Write) -> None:
-    layers = {"a.b_c": (H, H), "a_b.c": (H, H), "d": (H, H)}
-    match = match_of(write({**pair("lora_unet_a_b_c", H, H), **pair("lora_unet_d", H, H)}), layers)
-    assert list(match.matched) == ["d"]
-    (found,) = match.ambiguous
-    assert (found.name, found.reason) == ("lora_unet_a_b_c", "the name may mean 2 parts of the checkpoint")
-    assert set(found.layers) == {"a.b_c", "a_b.c"}
+@pytest.mark.parametrize(("listed", "name", "tensors", "reason", "layers"), LEFT_OVER)
+def test_what_cannot_be_applied_is_reported_and_the_rest_applies(
+    listed: str, name: str, tensors: Tensors, reason: str, layers: tuple[str, ...], write: Write
+) -> None:
+    known = {"blocks.11.self_attn.k": (H, H), "a.b_c": (H, H), "a_b.c": (H, H), **WAN}
+    for encoder in TEXT_ENCODERS:  # never matched, even where such a layer exists
+        known |= {encoder: (H, H), encoder.removeprefix("lora_"): (H, H)}
+    match = match_of(write({**FFN, **tensors}), known)
+    assert list(match.matched) == ["blocks.1.ffn.0"]
+    found = {kind: getattr(match, kind) for kind in ("unmatched", "ambiguous", "unsupported", "text_encoder")}
+    (finding,) = found.pop(listed)
+    assert (finding.name, finding.reason, set(finding.layers)) == (name, reason, set(layers))
+    assert not any(found.values())
 
 
 def test_two_names_for_the_same_rows_in_one_file_are_reported_and_not_applied(write: Write) -> None:
@@ -256,68 +274,12 @@ def test_two_names_for_the_same_rows_in_one_file_are_reported_and_not_applied(wr
     }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "lora_te_text_model_encoder_layers_0_mlp_fc1",
-        "lora_te1_text_model_encoder_layers_0_mlp_fc1",
-        "lora_te2_text_projection",
-        "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
-        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
-        "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
-        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
-    ],
-)
-def test_text_encoder_parts_are_reported_as_such_and_never_matched(name: str, write: Write) -> None:
-    layers = {**WAN, name: (H, H), name.removeprefix("lora_"): (H, H)}  # even where such a layer exists
-    tensors = {**pair(name, H, H), f"{name}.alpha": np.float32(1), **pair("blocks.1.ffn.0", 4 * H, H)}
-    match = match_of(write(tensors), layers)
-    assert list(match.matched) == ["blocks.1.ffn.0"]
-    assert [(found.name, found.reason) for found in match.text_encoder] == [(name, "belongs to a text encoder")]
-    assert match.unmatched == []
-
-
-UNSUPPORTED = {
-    "GLoRA": (".a1.weight", ".b2.weight"),
-    "OFT": (".oft_blocks", ".oft_diag", ".oft_R.weight", ".oft_R.default.weight"),
-    "IA3": (".on_input", ".ia3_l"),
-    "a replaced weight": (".set_weight",),
-}
-
-
-@pytest.mark.parametrize(
-    ("suffix", "kind"), [(suffix, kind) for kind, suffixes in UNSUPPORTED.items() for suffix in suffixes]
-)
-def test_unsupported_kinds_are_named_with_their_layer(suffix: str, kind: str, write: Write) -> None:
-    name = "lora_unet_blocks_1_self_attn_q"
-    alone = {name + suffix: np.ones((H, H), np.float32), f"{name}.alpha": np.float32(1), **FFN}
-    for tensors in (alone, {**alone, **pair(name, H, H)}):
-        match = match_of(write(tensors), WAN)
-        assert list(match.matched) == ["blocks.1.ffn.0"]  # factors that are half of a change are not applied
-        (found,) = match.unsupported
-        assert (found.name, found.layers) == (name, ("blocks.1.self_attn.q",))
-        assert found.reason == f"{kind} is not supported"
-        assert match.unmatched == []
-
-
 @pytest.mark.parametrize("suffix", [".diff_b", ".lora_B.bias"])
 def test_a_bias_beside_the_factors_is_reported_and_the_factors_apply(suffix: str, write: Write) -> None:
     tensors = {**pair("blocks.1.self_attn.q", H, H), "blocks.1.self_attn.q" + suffix: np.ones(H, np.float32)}
     match = match_of(write(tensors), WAN)
     assert list(match.matched) == ["blocks.1.self_attn.q"]
     assert [found.reason for found in match.unsupported] == ["bias difference is not supported"]
-
-
-def test_tensors_of_no_known_kind_and_lonely_alphas_are_unmatched(write: Write) -> None:
-    tensors = {
-        **pair("blocks.1.ffn.0", 4 * H, H),
-        "blocks.1.norm.scale": np.ones(H, np.float32),
-        "blocks.1.self_attn.q.alpha": np.float32(1),
-        ".alpha": np.float32(1),
-    }
-    match = match_of(write(tensors), WAN)
-    assert {found.name for found in match.unmatched} == {"blocks.1.norm.scale", "blocks.1.self_attn.q.alpha", ".alpha"}
-    assert {found.reason for found in match.unmatched} == {"no known kind of adapter tensor"}
 
 
 def test_the_report_is_json_and_complete(write: Write) -> None:
@@ -355,9 +317,6 @@ def with_value(tensors: Tensors, key: str, value: float) -> Tensors:
     changed[-1, -1] = value
     return {**tensors, key: changed}
 
-
-FFN = pair("blocks.1.ffn.0", 4 * H, H)
-DOWN, UP = FFN
 
 ALPHA = "blocks.1.ffn.0.alpha"
 KOHYA_DOWN = "blocks.1.ffn.0.lora_down.weight"
@@ -573,6 +532,7 @@ def test_rows_are_merged_at_their_strength_and_the_weight_stays(write: Write) ->
     np.testing.assert_allclose(merged, kept - 0.5 * up[1:3] @ down, rtol=1e-6)
     np.testing.assert_array_equal(weight, kept)
     assert merge_rows(match, "y", weight, (1, 3)) is weight
+    assert calibration_rows(match, "y").shape == (0, 3)
 
 
 def survival(*values: Any) -> Survival:
