@@ -140,9 +140,6 @@ SPELLINGS = {
     "kohya": ("lora_unet_double_blocks_0_img_mlp_0", ".lora_down.weight", ".lora_up.weight"),
     "peft": ("base_model.model.double_blocks.0.img_mlp.0", ".lora_A.weight", ".lora_B.weight"),
     "diffusers": ("transformer.transformer_blocks.0.ff.net.0.proj", ".lora_A.weight", ".lora_B.weight"),
-    "onetrainer": ("lora_transformer_transformer_blocks_0_ff_net_0_proj", ".lora_down.weight", ".lora_up.weight"),
-    "bfl": ("diffusion_model.double_blocks.0.img_mlp.0", ".lora_A.weight", ".lora_B.weight"),
-    "plain": ("double_blocks.0.img_mlp.0", ".lora_down.weight", ".lora_up.weight"),
 }
 
 
@@ -174,24 +171,17 @@ def test_calibrate_with_lora_of_fused_qkv_slices(save: Save, build: Any, calibra
     assert calibrate(model, lora, names=names)[names[0]] > 1.5 * calibrate(model, names=names)[names[0]]
 
 
-def test_calibrate_legacy_keys(save: Save, build: Any, calibrate: Calibrate) -> None:
+@pytest.mark.parametrize("there", [True, False])
+def test_calibrate_legacy_keys(save: Save, build: Any, calibrate: Calibrate, there: bool) -> None:
     tensors: dict[str, Any] = {"scaled_fp8": ("F8_E4M3", np.zeros(0, np.uint8))}
     for name, weight in weights().items():
         codes, scale = quantize(weight, (OUT, IN))
-        tensors |= {f"{name}.weight": ("F8_E4M3", codes), f"{name}.scale_weight": scale.reshape(()),
-                    f"{name}.scale_input": np.float32(1.0)}  # fmt: skip
+        tensors |= {f"{name}.weight": ("F8_E4M3", codes), f"{name}.scale_weight": scale.reshape(())}
+        tensors |= {f"{name}.scale_input": np.float32(1.0)} if there else {}
     path = save("m.safetensors", tensors)
     expect_by_hand(calibrate(path, suffix=".scale_input"))
     with open_checkpoint(path.with_name("calibrated.safetensors")) as checkpoint:
-        assert set(checkpoint) == set(tensors), "legacy stays legacy"
-
-
-def test_calibrate_legacy_keys_without_scale_input_get_it_in_their_own_spelling(
-    save: Save, build: Any, calibrate: Calibrate
-) -> None:
-    tensors, _ = build.quantized(LAYERS, "legacy", shape=(OUT, IN), input_scale=None)
-    path = save("m.safetensors", {"scaled_fp8": ("F8_E4M3", np.zeros(0, np.uint8)), **tensors})
-    calibrate(path, suffix=".scale_input")
+        assert set(checkpoint) == {*tensors, *(f"{name}.scale_input" for name in LAYERS)}, "legacy stays legacy"
 
 
 def test_calibrate_mixed_files(save: Save, build: Any, calibrate: Calibrate) -> None:

@@ -208,13 +208,6 @@ def test_statistics_are_used_on_models_whose_layers_they_know() -> None:
         stats.index("x")
 
 
-def test_nonfinite_and_one_row_layers_are_told() -> None:
-    stats = random_statistics(0).replace(rows_per_sample=np.array([0, 1, 2]), calls=np.array([0, 3, 3]))
-    assert stats.one_row.tolist() == [False, True, False]
-    assert stats.visited.tolist() == [False, True, True]
-    assert stats.nonfinite.tolist() == stats.histogram[:, NONFINITE_BIN].tolist()
-
-
 @settings(deadline=None)
 @given(values=hnp.arrays(np.float32, st.integers(1, 80), elements=st.floats(0, 2.0**100, width=32)), q=st.floats(0, 1))
 def test_a_quantile_lies_in_the_bin_of_the_values_own(values: NDArray[np.float32], q: float) -> None:
