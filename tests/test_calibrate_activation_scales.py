@@ -365,17 +365,6 @@ def test_a_calibration_is_json_and_progress_ends_at_all_the_bytes(save: Save, bu
     assert told[-1] == (2 * OUT * IN, 2 * OUT * IN)
 
 
-def test_the_header_says_how_the_scales_were_found(save: Save, build: Any) -> None:
-    path = save("m.safetensors", fp8_tensors(build), {"author": "someone"})
-    output = path.with_name("out.safetensors")
-    patch_model_with_scales(path, calibrate_model(path, LAYER_OPTIONS), output)
-    with safe_open(output, "np") as file:
-        metadata = file.metadata()
-    assert metadata["author"] == "someone"
-    said = json.loads(metadata["convert_to_quant"])["calibrate"]
-    assert (said["engine"], said["samples"], said["seed"]) == ("layer", 64, 42)
-
-
 # --- patch_model_with_scales -----------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from convert_to_quant import names
 from convert_to_quant.checkpoint import Checkpoint
-from convert_to_quant.errors import LoraError, OptionError
+from convert_to_quant.errors import LoraError
 from convert_to_quant.lora import (
     LoraMatch,
     Survival,
@@ -471,12 +471,6 @@ def test_one_of_two_files_that_matches_nothing_is_refused(write: Write) -> None:
 def test_an_empty_file_is_not_a_lora(write: Write) -> None:
     with pytest.raises(LoraError, match="not a LoRA: none of its 0 tensors"):
         load_lora(write({}))
-
-
-@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
-def test_a_strength_that_is_no_number_is_misuse(strength: float, write: Write) -> None:
-    with pytest.raises(OptionError, match="strength should be a finite number"):
-        load_lora(write(FFN), strength)
 
 
 # by FILE or FILE:STRENGTH
