@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import names
-from ..checkpoint import ALL_ROWS, Checkpoint, tensor_nbytes, to_float32
+from ..checkpoint import Checkpoint, tensor_nbytes, to_float32
 from ..checkpoint.reader import BIT_DTYPES
 from ..errors import CheckpointError
 from ..formats.record import narrow_bfloat16, spans
@@ -94,10 +94,8 @@ class Folded(Checkpoint):
                 self.tensors[name] = replace(info, dtype="F32", stop=info.start + size)
         self.metadata = {**metadata}
 
-    def bits(self, name: str, rows: slice = ALL_ROWS) -> NDArray[Any]:
-        """See `Checkpoint.bits`."""
-        if name not in self.computed:
-            return super().bits(name, rows)
+    def _scaled(self, name: str, rows: slice) -> NDArray[Any]:
+        """Some rows of a tensor, in the numpy dtype of `BIT_DTYPES`, [rows, columns]."""
         info, dtype = self.tensors[name], self._stored.tensors[name].dtype
         source = self._stored.bits(name, rows)
         flat = source.reshape(len(source), -1)
@@ -115,7 +113,7 @@ class Folded(Checkpoint):
             if name in self._scaling.ones:
                 scaled = scaled + ones[band]  # rounded once, since this is float64
             result[band] = narrow_bfloat16(scaled) if info.dtype == "BF16" else scaled
-        return result.reshape(source.shape)
+        return result
 
     def raw(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
         """See `Checkpoint.raw`."""
@@ -125,7 +123,7 @@ class Folded(Checkpoint):
         row_bytes = info.nbytes // info.shape[0]
         stop = info.nbytes if stop is None else stop
         first = start // row_bytes
-        data = self.bits(name, slice(first, -(-stop // row_bytes))).reshape(-1).view(np.uint8)
+        data = self._scaled(name, slice(first, -(-stop // row_bytes))).reshape(-1).view(np.uint8)
         return data[start - first * row_bytes :][: stop - start]
 
 
