@@ -343,11 +343,8 @@ def _refuse_untried(layers: Mapping[str, Layer], mixes: Mixes, formats: Sequence
         tried = {FORMATS[offer.format].bits for offer in mixes.offers[name] if offer.format and offer.measured}
         missing = [fmt.name for fmt in formats if fmt.takes(layer.shape) and fmt.bits not in tried]
         if missing:
-            raise StatisticsError(
-                f"{name} was not tried in {', '.join(missing)}",
-                path=seen.path,
-                hint="run the trials again for this model, card and these formats",
-            )
+            hint = "run the trials again for this model, card and these formats"
+            raise StatisticsError(f"{name} was not tried in {', '.join(missing)}", path=seen.path, hint=hint)
 
 
 def _choose_of_size(mixes: Mixes, size: int, written: Callable[[Choice], int]) -> Choice:

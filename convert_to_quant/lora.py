@@ -70,13 +70,8 @@ SAMPLED_ROWS = 64
 BAND_ROWS = 256
 """Rows of a weight that are read at a time to find norms of its columns."""
 
-# What is not applied -> how a summary counts it.
-_LEFT_OVER = {
-    "unmatched": "unmatched",
-    "ambiguous": "ambiguous",
-    "unsupported": "unsupported",
-    "text_encoder": "for text encoders",
-}
+LEFT_OVER = ("unmatched", "ambiguous", "unsupported", "text_encoder")
+"""Lists of what is not applied."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +296,8 @@ class LoraMatch:
     def summary(self) -> str:
         """One line for the user, e.g. "304 adapters on 152 layers, 2 unmatched"."""
         adapters = sum(len(deltas) for deltas in self.matched.values())
-        rest = "".join(f", {len(found)} {_LEFT_OVER[kind]}" for kind, found in self._left_over().items() if found)
+        rest = "".join(f", {len(found)} {kind}" for kind, found in self._left_over().items() if found)
+        rest = rest.replace("text_encoder", "for text encoders")
         beside = f", {len(self.beside)} biases and norms" if self.beside else ""
         return f"{plural(adapters, 'adapter')} on {plural(len(self.matched), 'layer')}{beside}{rest}"
 
@@ -331,7 +327,7 @@ class LoraMatch:
         return lines
 
     def _left_over(self) -> dict[str, list[Finding]]:
-        return {kind: getattr(self, kind) for kind in _LEFT_OVER}
+        return {kind: getattr(self, kind) for kind in LEFT_OVER}
 
 
 def merge_rows(match: LoraMatch, layer: str, weight_OI: Float32, rows: tuple[int, int] | None = None) -> Float32:
@@ -739,15 +735,14 @@ def refuse_other_folding(loras: Sequence[Lora], checkpoint: Checkpoint) -> None:
     """
     wanted = folding_of(checkpoint)
     for lora in loras:
-        found = lora.checkpoint.metadata.get(names.FOLDED_FOR_KEY)
-        if found != wanted:
-            problem = (
-                f"it is not folded for {checkpoint.path.name}, whose channels are scaled"
-                if wanted
-                else f"it is folded for another file than {checkpoint.path.name}, whose channels are as trained"
-            )
-            hint = "convert_to_quant lora fold makes it fit" if wanted else "give the LoRA as it was trained"
-            raise LoraError(problem, path=lora.path, hint=hint)
+        if lora.checkpoint.metadata.get(names.FOLDED_FOR_KEY) == wanted:
+            continue
+        problem = f"it is folded for another file than {checkpoint.path.name}, whose channels are as trained"
+        hint = "give the LoRA as it was trained"
+        if wanted:
+            problem = f"it is not folded for {checkpoint.path.name}, whose channels are scaled"
+            hint = "convert_to_quant lora fold makes it fit"
+        raise LoraError(problem, path=lora.path, hint=hint)
 
 
 def _overlap(one: Delta, other: Delta) -> bool:

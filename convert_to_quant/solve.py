@@ -238,14 +238,10 @@ def _told(number: float) -> float | None:
 def _refuse_nonfinite(statistics: Statistics) -> None:
     broken = np.flatnonzero(statistics.nonfinite > 0)
     if len(broken):
-        name = statistics.names[broken[0]]
-        count = int(statistics.nonfinite[broken[0]])
-        raise CalibrationError(
-            f"its inputs had {count} NaN or infinite values, in {len(broken)} layers in all",
-            path=statistics.path,
-            tensor=name,
-            hint="the model or its inputs are broken; compute in bfloat16 or float32, not float16",
-        )
+        name, count = statistics.names[broken[0]], statistics.nonfinite[broken[0]]
+        problem = f"its inputs had {count} NaN or infinite values, in {len(broken)} layers in all"
+        hint = "the model or its inputs are broken; compute in bfloat16 or float32, not float16"
+        raise CalibrationError(problem, path=statistics.path, tensor=name, hint=hint)
 
 
 def _headroom(statistics: Statistics, number: int, state: Present, options: SolveOptions) -> float:

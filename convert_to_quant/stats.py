@@ -357,11 +357,9 @@ class Statistics:
             problem += ": no layer matches in " + ("its weights" if strange else "name and shape")
             raise StatisticsError(problem, path=self.path, hint="observe this model first")
         if rest and not force:
-            raise StatisticsError(
-                f"{problem}: {len(rest)} of {len(layers)} layers {_differ(rest, strange)}",
-                path=self.path,
-                hint="--force uses the layers that match (in ComfyUI: allow_partial)",
-            )
+            problem += f": {len(rest)} of {len(layers)} layers {_differ(rest, strange)}"
+            hint = "--force uses the layers that match (in ComfyUI: allow_partial)"
+            raise StatisticsError(problem, path=self.path, hint=hint)
         return self.take(matching).replace(left_out=tuple(sorted({*self.left_out, *rest})))
 
     def save(
@@ -500,11 +498,8 @@ def merge(*statistics: Statistics, force: bool = False) -> Statistics:
         other = next(s for s in statistics if s.fingerprint != first.fingerprint or s.other_weights(first.weights))
         than = "different models" if first.path is None else f"another model than {first.path.name}"
         everything = {name for s in statistics for name in s.layers}
-        raise StatisticsError(
-            f"made for {than}: {len(rest)} of {len(everything)} layers {_differ(rest, strange)}",
-            path=other.path,
-            hint="--force keeps the layers that all of them have",
-        )
+        problem = f"made for {than}: {len(rest)} of {len(everything)} layers {_differ(rest, strange)}"
+        raise StatisticsError(problem, path=other.path, hint="--force keeps the layers that all of them have")
     if rest and not common:
         raise StatisticsError("made for different models: no layer is common to all of them")
     orders = {tuple(name for name, shape in s.layers.items() if (name, shape) in common) for s in statistics}
@@ -577,11 +572,8 @@ def _parse_head(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     )
     version = head.get("format_version") if isinstance(head, dict) else None
     if version != FORMAT_VERSION:
-        raise StatisticsError(
-            f"statistics of format {version!r}; this version reads format {FORMAT_VERSION}",
-            path=path,
-            hint="update convert_to_quant, or observe the model again",
-        )
+        problem = f"statistics of format {version!r}; this version reads format {FORMAT_VERSION}"
+        raise StatisticsError(problem, path=path, hint="update convert_to_quant, or observe the model again")
     assert isinstance(head, dict)
     for key, (kind, is_right) in _HEAD.items():
         if not is_right(head.get(key)):

@@ -28,17 +28,9 @@ from ..telling import Progress
 from .adapters import fold_lora
 from .factors import find_exponents
 from .folded import Folded, fold_checkpoint, read_groups
-from .groups import Group, find_groups
+from .groups import find_groups
 
-__all__ = [
-    "Folded",
-    "Group",
-    "find_groups",
-    "fold",
-    "fold_checkpoint",
-    "fold_lora",
-    "read_groups",
-]
+__all__ = ["Folded", "find_groups", "fold", "fold_checkpoint", "fold_lora", "read_groups"]
 
 
 def fold(

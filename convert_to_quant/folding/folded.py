@@ -136,20 +136,16 @@ def fold_checkpoint(checkpoint: Checkpoint, groups: Sequence[Group]) -> Folded:
 
 def written(groups: Sequence[Group]) -> str:
     """Groups as a header's text."""
-    return json.dumps(
+    said = [
         {
-            "format_version": VERSION,
-            "groups": [
-                {
-                    **{kind: [astuple(place) for place in getattr(group, kind)] for kind in PLACES},
-                    "head": group.head,
-                    "repeat": group.repeat,
-                    "exponents": base64.b64encode(zlib.compress(group.exponents.tobytes(), 9)).decode(),
-                }
-                for group in groups
-            ],
+            **{kind: [astuple(place) for place in getattr(group, kind)] for kind in PLACES},
+            "head": group.head,
+            "repeat": group.repeat,
+            "exponents": base64.b64encode(zlib.compress(group.exponents.tobytes(), 9)).decode(),
         }
-    )
+        for group in groups
+    ]
+    return json.dumps({"format_version": VERSION, "groups": said})
 
 
 def read_groups(checkpoint: Checkpoint) -> list[Group]:
