@@ -269,8 +269,8 @@ class Statistics:
         inside = counts[layer, number]
         part = np.clip((wanted - cumulative[layer, number] + inside) / np.maximum(inside, 1), 0, 1)
         values = BIN_EDGES[number] + part * (BIN_EDGES[number + 1] - BIN_EDGES[number])
-        limit = self.absmax.astype(np.float64)
-        return np.where(cumulative[:, -1] == 0, 0.0, limit if q == 1 else np.minimum(values, limit))
+        found: NDArray[np.float64] = np.minimum(values, self.absmax)
+        return found
 
     def rows_below(self, thresholds: NDArray[Any] | float) -> NDArray[np.float64]:
         """Share of rows whose absmax lies under a threshold but is not zero.

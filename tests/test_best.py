@@ -221,6 +221,7 @@ def test_layers_that_see_one_token_per_image_compute_in_full_precision_where_rea
     one_token = [each for each in decisions if each.layer.name in ONE_ROW]
     assert one_token
     assert all(each.full_precision == each.format.heeds_full_precision for each in one_token)
+    assert all((each.input_scale is None) == each.format.dynamic for each in decisions)
 
 
 def test_excluded_layers_stay_as_they_are(choose: Any) -> None:

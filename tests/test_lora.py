@@ -239,6 +239,8 @@ LEFT_OVER: list[tuple[str, str, Tensors, str, tuple[str, ...]]] = [
     *(("unmatched", name, pair(name, H, H), "no linear layer of the checkpoint has this name", ()) for name in PARTS),
     *(("unmatched", name, {name: np.ones(1, np.float32)}, "no known kind of adapter tensor", ())
       for name in ("blocks.1.norm.scale", f"{Q}.alpha", ".alpha")),
+    ("unmatched", "conv", {"conv.lora_A.weight": np.ones((R, H, 3, 3)), "conv.lora_B.weight": np.ones((H, R, 1, 1))},
+     "changes a convolution, and no linear layer of the checkpoint has this name", ()),
     ("ambiguous", "lora_unet_a_b_c", pair("lora_unet_a_b_c", H, H), "the name may mean 2 parts of the checkpoint",
      ("a.b_c", "a_b.c")),
     *(("text_encoder", name, {**pair(name, H, H), f"{name}.alpha": np.float32(1)}, "belongs to a text encoder", ())
