@@ -49,15 +49,11 @@ Calibrate = Callable[..., dict[str, np.ndarray]]
 
 
 def quantize(weight_OI: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales, block by block, by torch's cast."""
-    grid = (weight_OI.shape[0] // block[0], weight_OI.shape[1] // block[1])
-    codes, scale = np.empty(weight_OI.shape, np.uint8), np.empty(grid, np.float32)
-    for i, j in np.ndindex(*grid):
-        part = np.s_[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
-        scale[i, j] = np.abs(weight_OI[part]).max() / 448
-        cast = torch.from_numpy(weight_OI[part] / scale[i, j]).to(torch.float8_e4m3fn)
-        codes[part] = cast.view(torch.uint8).numpy()
-    return codes, scale
+    """Codes by torch's cast, and the scale of every block."""
+    tiles = weight_OI.reshape(weight_OI.shape[0] // block[0], block[0], -1, block[1])
+    scale = np.abs(tiles).max((1, 3)) / np.float32(448)
+    cast = torch.from_numpy(weight_OI / np.kron(scale, np.ones(block, np.float32))).to(torch.float8_e4m3fn)
+    return cast.view(torch.uint8).numpy(), scale
 
 
 def weights(names: tuple[str, ...] = LAYERS) -> dict[str, np.ndarray]:
@@ -149,8 +145,8 @@ def test_calibrate_with_lora(save: Save, build: Any, calibrate: Calibrate, spell
     a = np.random.default_rng(5).standard_normal((4, IN)).astype(np.float32)
     a[:, 7] *= 30  # the adapter listens to one loud channel
     name, down, up = SPELLINGS[spelling]
-    lora = save("lora.safetensors", {name + down: a, name + up: np.ones((OUT, 4), np.float32),
-                                     name + ".alpha": np.float32(4)})  # fmt: skip
+    factors = {name + down: a, name + up: np.ones((OUT, 4), np.float32)}
+    lora = save("lora.safetensors", {**factors, name + ".alpha": np.float32(4)})
     plain = calibrate(model)
     with_lora = calibrate(model, lora)
     assert with_lora[LAYERS[0]] == plain[LAYERS[0]], "no adapter, no change"
@@ -164,9 +160,9 @@ def test_calibrate_with_lora_of_fused_qkv_slices(save: Save, build: Any, calibra
     tensors |= {f"{names[0]}.weight": ("F8_E4M3", codes), f"{names[0]}.weight_scale": scale.reshape(())}
     a = np.ones((1, IN), np.float32)
     a[0, 3] = 100
-    lora = save("lora.safetensors", {"transformer.transformer_blocks.0.attn.to_k.lora_A.weight": a,
-                                     "transformer.transformer_blocks.0.attn.to_k.lora_B.weight":
-                                     np.ones((IN, 1), np.float32)})  # fmt: skip
+    key = "transformer.transformer_blocks.0.attn.to_k"
+    factors = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": np.ones((IN, 1), np.float32)}
+    lora = save("lora.safetensors", factors)
     model = save("m.safetensors", tensors)
     assert calibrate(model, lora, names=names)[names[0]] > 1.5 * calibrate(model, names=names)[names[0]]
 
@@ -278,10 +274,7 @@ def test_lora_report_names_all_that_is_not_applied(save: Save, build: Any) -> No
     lora = load_lora_tensors(save("lora.safetensors", tensors))
     calibration = calibrate_model(save("m.safetensors", fp8_tensors(build)), LAYER_OPTIONS, loras=[lora])
     assert "LoRA: 1 adapter on 1 layer, 1 unmatched" in calibration.notes
-    assert (
-        "LoRA unmatched: double_blocks.7.img_mlp.0 (no linear layer of the checkpoint has this name)"
-        in calibration.notes
-    )
+    assert any(note.startswith("LoRA unmatched: double_blocks.7.img_mlp.0 (no linear") for note in calibration.notes)
     reasons = {result.layer: result.reason for result in calibration.results}
     assert reasons == {LAYERS[0]: "simulated from LoRA inputs × 8", LAYERS[1]: "simulated from random inputs × 8"}
 
@@ -408,7 +401,7 @@ def test_compute_takes_fp8_as_torch_tensors_and_as_codes(mode: str) -> None:
     assert compute_activation_scale(tensor, weight_scale=torch.from_numpy(np.asarray(scale))) == as_codes
     block = GRAINS[mode]
     spread = np.kron(scale.reshape(OUT // block[0], IN // block[1]), np.ones(block, np.float32))
-    real = DEFAULT_GRID.decode(codes) * spread.astype(np.float32)
+    real = DEFAULT_GRID.decode(codes) * spread
     assert as_codes == pytest.approx(compute_activation_scale(real), rel=1e-6)
 
 
