@@ -15,7 +15,7 @@ adds 1 % of damping to them (`solver`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import isqrt
@@ -74,8 +74,7 @@ class KeptMoments:
             StatisticsError: what the header says of them is damaged.
         """
         assert statistics.path is not None
-        said = _parse(statistics.metadata, statistics.path)
-        return None if said is None else KeptMoments(statistics.path, said["run"], said["layers"])
+        return _said(statistics.metadata, statistics.path)
 
     def entry(self) -> dict[str, str]:
         """The entry of the statistics' header, or of one file's."""
@@ -91,9 +90,9 @@ class KeptMoments:
             self.folder.mkdir(exist_ok=True)
             for path in sorted(self.folder.glob("*.safetensors")):
                 with open_checkpoint(path) as file:
-                    said = _parse(file.metadata, path)
-                if resume and said is not None and said["run"] == self.run:
-                    self.files |= said["layers"]
+                    said = _said(file.metadata, path)
+                if resume and said is not None and said.run == self.run:
+                    self.files |= said.files
                 elif said is not None:
                     path.unlink()
         except OSError as error:
@@ -138,9 +137,9 @@ class KeptMoments:
     def _triangle(self, name: str) -> Float32:
         path = self.folder / name
         with open_checkpoint(path) as file:
-            said = _parse(file.metadata, path)
+            said = _said(file.metadata, path)
             info = file.tensors.get(TENSOR)
-            if said is None or said["run"] != self.run or info is None or (info.dtype, len(info.shape)) != ("F32", 1):
+            if said is None or said.run != self.run or info is None or (info.dtype, len(info.shape)) != ("F32", 1):
                 problem = f"not the second moments that {self.statistics.name} was observed with"
                 raise StatisticsError(problem, path=path, hint=AGAIN)
             triangle: Float32 = file.bits(TENSOR)
@@ -173,8 +172,8 @@ def merge_moments(parts: Sequence[KeptMoments], output: Path, layers: Iterable[s
     return merged
 
 
-def _parse(metadata: Any, path: Path) -> dict[str, Any] | None:
-    """What a header says of second moments; None where it says nothing."""
+def _said(metadata: Mapping[str, str], path: Path) -> KeptMoments | None:
+    """What the header of a file says of second moments; None where it says nothing."""
     if MOMENTS_KEY not in metadata:
         return None
 
@@ -187,4 +186,4 @@ def _parse(metadata: Any, path: Path) -> dict[str, Any] | None:
         raise damaged("without its run or layers")
     if not all(isinstance(name, str) and Path(name).name == name for name in layers.values()):
         raise damaged("without names of files")
-    return {"run": said["run"], "layers": layers}
+    return KeptMoments(path, said["run"], layers)
