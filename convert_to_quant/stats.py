@@ -284,12 +284,10 @@ class Statistics:
             [L], in [0, 1]; exact at bin edges, linear between; 0 for layers without rows.
         """
         counts = self.row_histogram[:, :NONFINITE_BIN]
-        limits = np.broadcast_to(np.clip(thresholds, 0, BIN_EDGES[-1]), len(counts))
-        number = np.minimum(np.searchsorted(BIN_EDGES, limits, side="right") - 1, NONFINITE_BIN - 1)
-        part = (limits - BIN_EDGES[number]) / (BIN_EDGES[number + 1] - BIN_EDGES[number])
-        layer = np.arange(len(counts))
-        below = counts.cumsum(1)[layer, number] - (1 - part) * counts[layer, number] - counts[:, 0]
-        share: NDArray[np.float64] = np.maximum(below, 0) / np.maximum(counts.sum(1), 1)
+        under_edges = counts.cumsum(1) - counts[:, :1]  # of bins, but the first
+        limits = np.broadcast_to(thresholds, len(counts))
+        below = [np.interp(limit, BIN_EDGES[1:], row) for limit, row in zip(limits, under_edges, strict=True)]
+        share: NDArray[np.float64] = np.array(below) / np.maximum(counts.sum(1), 1)
         return share
 
     def with_facts(self, samples: int | None = None, **facts: object) -> Statistics:
