@@ -82,17 +82,16 @@ def find_exponents(
         used = (x > 0) & (w > 0)
         if not used.any():
             return nothing
+        levels = np.log2(x[used] / w[used])
         octaves = np.zeros(len(x))
-        octaves[used] = np.log2(w[used] / x[used]) / 2
+        octaves[used] = -levels / 2
         octaves[~used] = np.median(octaves[used])
         if group.ones:
             octaves -= octaves.min()
         else:
-            own = np.log2(x[used] / w[used])
             others = [(place.tensor, fixed[place.tensor]) for place in known]
             beside = [np.log2(inputs[tensor][free] / columns[tensor][free]) for tensor, free in others]
-            level = np.median(np.concatenate(beside) if any(map(len, beside)) else own)
-            octaves += (level - np.median(own + 2 * octaves[used])) / 2
+            octaves += np.median(np.concatenate(beside) if any(map(len, beside)) else levels) / 2
         found = replace(group, exponents=np.rint(octaves).clip(-MOST_OCTAVES, MOST_OCTAVES).astype(np.int8))
         gains = [gain(place, found.column_exponents) for place in known]
         return found.exponents if np.mean(gains) >= np.log(LEAST_GAIN) else nothing
