@@ -32,7 +32,7 @@ from .checkpoint import ALL_ROWS, Checkpoint, to_float32
 from .errors import TensorError
 from .formats import DEFAULT
 from .formats.packing import round_up
-from .formats.record import CHUNK, TORCH_NAMES, Format, Packed, scale_grid, spans
+from .formats.record import CHUNK, TORCH_NAMES, Format, Packed, Weight, scale_grid, spans
 from .layers import Layer, scales_per_row
 from .layout import Sink
 from .lazy_torch import torch
@@ -90,10 +90,9 @@ def quantize_weight(
     """
     rows = _Rows(checkpoint, layer, fmt) if device is None else _RowsOnDevice(checkpoint, layer, fmt, device)
     if isinstance(fmt, Packed):
-        whole = list(spans(layer.out_features, rows.step))
-        found = fmt.pieces(
-            lambda: float(rows.absmax(whole, layer.shape).item()), layer.shape, rows, options.weight_scale, rows.step
-        )
+        bands = list(spans(layer.out_features, rows.step))
+        weight = Weight(layer.shape, lambda: float(rows.absmax(bands, layer.shape).item()), rows)
+        found = fmt.pieces(weight, options.weight_scale, rows.step)
         pieces: Pieces = ((suffix, bytes_of(piece)) for suffix, piece in found)
     elif device is None and fmt.granularity == "tensor" and layer.weight.dtype in ("BF16", "F16"):
         pieces = _by_table(rows, options)

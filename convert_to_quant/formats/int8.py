@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from .. import names
 from ..lazy_torch import torch
 from .packing import pack_nibbles, unpack_nibbles
-from .record import INT8_GPUS, Format, Grid, Lattice, Packed, Parts, Shape, Stored
+from .record import INT8_GPUS, Format, Grid, Packed, Parts
 from .rotation import GROUP_KEY, group_of, rotate_weight, said_group
 
 if TYPE_CHECKING:
@@ -73,57 +73,37 @@ def whole_numbers(rows: Tensor, largest: float, least_absmax: float, least_scale
 class ConvRot(Packed):
     """INT8 of rotated weights."""
 
-    def storage(self, shape: tuple[int, int], _block_size: int) -> dict[str, Stored]:
-        return {names.WEIGHT: ("I8", shape), names.WEIGHT_SCALE: ("F32", (shape[0], 1))}
+    LEAST_ABSMAX = 0.0
 
-    def config(self, shape: tuple[int, int], _block_size: int) -> dict[str, Any]:
-        return {**self.mark, GROUP_KEY: group_of(shape[1])}
+    def config(self, shape: tuple[int, int], block_size: int) -> dict[str, Any]:
+        return {**super().config(shape, block_size), GROUP_KEY: group_of(shape[1])}
 
     def group(self, config: Mapping[str, Any]) -> int:
         return said_group(config)
 
     def quantize(self, weight_OI: Tensor, _whole: Parts, _method: str) -> dict[str, Tensor]:
         rotated = rotate_weight(weight_OI, group_of(weight_OI.shape[1]))
-        codes, scale = whole_numbers(rotated, INTEGERS.max, 0.0, self.least_scale)
-        return {names.WEIGHT: codes, names.WEIGHT_SCALE: scale}
-
-    def lattice(self, parts: Parts) -> Lattice:
-        levels, scale = self.decode(parts, self.mark)
-        whole = INTEGERS.meanings()
-        return Lattice.of(np.where(np.abs(whole) <= self.range, whole, np.nan), levels.view(torch.uint8), scale)
+        codes, scale = whole_numbers(rotated, self.range, self.LEAST_ABSMAX, self.least_scale)
+        return {names.WEIGHT: self.pack(codes), names.WEIGHT_SCALE: scale}
 
 
 class ConvRotW4A4(ConvRot):
     """INT4 of rotated weights, two codes a byte, the first in the lower half; inputs have 4 bits too."""
 
-    LARGEST = 7.0
     LEAST_ABSMAX = 1e-10
 
-    def storage(self, shape: tuple[int, int], _block_size: int) -> dict[str, Stored]:
-        return {names.WEIGHT: ("I8", (shape[0], shape[1] // 2)), names.WEIGHT_SCALE: ("F32", (shape[0],))}
+    def pack(self, codes: Tensor) -> Tensor:
+        return pack_nibbles(codes).view(torch.int8)
 
-    def shape(self, stored: Shape, _parts: Mapping[str, Shape]) -> tuple[int, int] | None:
-        return (stored[0], 2 * stored[1]) if len(stored) == 2 else None
-
-    def quantize(self, weight_OI: Tensor, _whole: Parts, _method: str) -> dict[str, Tensor]:
-        rotated = rotate_weight(weight_OI, group_of(weight_OI.shape[1]))
-        codes, scale = whole_numbers(rotated, self.LARGEST, self.LEAST_ABSMAX, 0.0)
-        return {names.WEIGHT: pack_nibbles(codes).view(torch.int8), names.WEIGHT_SCALE: scale.reshape(-1)}
-
-    def stored(self, lattice: Lattice, parts: Parts) -> dict[str, Tensor]:
-        packed = pack_nibbles(lattice.stored).view(torch.int8)
-        return {**parts, names.WEIGHT: packed, names.WEIGHT_SCALE: lattice.unit.reshape(-1)}
-
-    def decode(self, parts: Parts, _config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        unsigned = unpack_nibbles(parts[names.WEIGHT]).to(torch.int8)
-        return torch.where(unsigned > 7, unsigned - 16, unsigned), parts[names.WEIGHT_SCALE].float().reshape(-1, 1)
+    def unpack(self, packed: Tensor) -> Tensor:
+        unsigned = unpack_nibbles(packed).to(torch.int8)
+        return torch.where(unsigned > 7, unsigned - 16, unsigned)
 
     def inputs(self, x: Tensor, static: Tensor | None, arithmetic: str) -> tuple[Tensor, Tensor]:
         if arithmetic == "dynamic_tensor":
             return super().inputs(x, static, arithmetic)
-        if arithmetic != "comfyui":
-            return whole_numbers(x.float(), self.LARGEST, self.LEAST_ABSMAX, 0.0)
-        codes, scale = whole_numbers(x, self.LARGEST, self.LEAST_ABSMAX, 0.0)
+        x = x if arithmetic == "comfyui" else x.float()
+        codes, scale = whole_numbers(x, self.range, self.LEAST_ABSMAX, self.least_scale)
         return codes, scale.to(x.dtype).float()  # unlike at 8 bits, eager scales are in x's own dtype
 
 
@@ -145,31 +125,17 @@ ROWS = Format(
     native=INT8_GPUS,
     since="June 2026 (PR 14636)",
 )
-CONVROT = ConvRot(
-    name="int8-convrot",
-    title="INT8 ConvRot",
-    mark={"format": "int8_tensorwise", "convrot": True},
-    dtypes=("I8",),
-    bits=8,
-    granularity="row",
-    input_grid=INTEGERS,
-    heeds_full_precision=False,
-    sides=(1, 16),
-    fallback="int8",
-    range=INTEGERS.max,
-    least_scale=1e-30,
-    zero_scale=1e-30,
-    cards=ROWS.cards,
-    native=INT8_GPUS,
-    since=ROWS.since,
-)
+CONVROT = ConvRot(**{**vars(ROWS), "name": "int8-convrot", "title": "INT8 ConvRot", "grid": None, "sides": (1, 16),
+                     "mark": {"format": "int8_tensorwise", "convrot": True}, "fallback": "int8"})  # fmt: skip
 W4A4 = ConvRotW4A4(
     name="convrot-w4a4",
     title="ConvRot W4A4",
     mark={"format": "convrot_w4a4"},
     dtypes=("I8", "U8"),
     bits=4,
+    code_bits=4,
     granularity="row",
+    scale_rank=1,
     input_grid=INTEGERS,
     heeds_full_precision=False,
     sides=(1, 256),

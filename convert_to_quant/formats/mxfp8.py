@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from .. import names
 from ..lazy_torch import torch
 from .fp8 import E4M3FN
-from .packing import absmax_of, from_tiles, in_groups, tile_shape, to_tiles
-from .record import BLACKWELL_GPUS, Lattice, Packed, Parts, Stored
+from .packing import absmax_of, from_tiles, in_groups
+from .record import BLACKWELL_GPUS, Lattice, Packed, Parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,14 +58,6 @@ def meanings(codes: Tensor, exponents: Tensor) -> Tensor:
 class MXFP8(Packed):
     """See the module's docstring."""
 
-    TILED = True
-
-    def block(self, _weight_shape: tuple[int, int], _block_size: int) -> tuple[int, int]:
-        return 1, BLOCK
-
-    def storage(self, shape: tuple[int, int], _block_size: int) -> dict[str, Stored]:
-        return {names.WEIGHT: ("F8_E4M3", shape), names.WEIGHT_SCALE: ("U8", tile_shape(shape[0], shape[1] // BLOCK))}
-
     def quantize(self, weight_OI: Tensor, _whole: Parts, _method: str) -> dict[str, Tensor]:
         codes, exponents = blocks_of(weight_OI)
         return {names.WEIGHT: codes, names.WEIGHT_SCALE: exponents}
@@ -76,10 +68,6 @@ class MXFP8(Packed):
         scales = scale_of(torch.arange(255, dtype=torch.uint8))
         return Lattice.of(E4M3FN.meanings(), codes, torch.ones(1), group=BLOCK, scales=scales,
                           numbers=numbers.long(), reach=(-1, 1))  # fmt: skip
-
-    def stored(self, lattice: Lattice, parts: Parts) -> dict[str, Tensor]:
-        exponents = to_tiles(lattice.numbers.to(torch.uint8))
-        return {names.WEIGHT: lattice.stored.view(parts[names.WEIGHT].dtype), names.WEIGHT_SCALE: exponents}
 
     def decode(self, parts: Parts, _config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         codes = parts[names.WEIGHT]
@@ -100,8 +88,11 @@ FORMATS = (
         mark={"format": "mxfp8"},
         dtypes=("F8_E4M3",),
         bits=8.25,
-        scale_dtypes=("F8_E8M0", "U8"),
+        scale_dtypes=("U8", "F8_E8M0"),
         granularity="block",
+        scale_rank=2,
+        group_width=BLOCK,
+        tiled=True,
         input_grid=E4M3FN,
         sides=(32, 32),
         fallback="fp8",

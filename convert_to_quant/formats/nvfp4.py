@@ -13,7 +13,7 @@ tiles (`packing`). "mse" tries absmax / 4 beside absmax / 6 in every block and k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from .. import names
 from ..lazy_torch import torch
 from .fp8 import E4M3FN
-from .packing import absmax_of, from_tiles, in_groups, pack_nibbles, tile_shape, to_tiles, unpack_nibbles
-from .record import BLACKWELL_GPUS, Grid, Lattice, Packed, Parts, Rows, Shape, Stored
+from .packing import absmax_of, from_tiles, in_groups, pack_nibbles, unpack_nibbles
+from .record import BLACKWELL_GPUS, Grid, Lattice, Packed, Parts, Stored, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,9 @@ LARGEST = 6.0
 LARGEST_INPUT = E4M3FN.max * LARGEST
 """At an input scale of 1: 2688."""
 
-VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+VALUES = (*SIZES, *(-size for size in SIZES))
+"""Of the 16 codes."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def encode(size: Tensor) -> Tensor:
 
 def decode(codes: Tensor) -> Tensor:
     """What E2M1 codes mean, float32."""
-    table = torch.tensor([*VALUES, *(-value for value in VALUES)], device=codes.device)
+    table = torch.tensor(VALUES, device=codes.device)
     return table.index_select(0, codes.flatten().int()).reshape(codes.shape)
 
 
@@ -112,26 +114,17 @@ def meanings(codes: Tensor, scales: Tensor, overall: Tensor) -> Tensor:
 class NVFP4(Packed):
     """See the module's docstring."""
 
-    def block(self, _weight_shape: tuple[int, int], _block_size: int) -> tuple[int, int]:
-        return 1, BLOCK
+    def storage(self, shape: tuple[int, int], block_size: int) -> dict[str, Stored]:
+        return {**super().storage(shape, block_size), names.WEIGHT_SCALE_2: ("F32", ())}
 
-    def storage(self, shape: tuple[int, int], _block_size: int) -> dict[str, Stored]:
-        rows, columns = shape
-        return {
-            names.WEIGHT: ("U8", (rows, columns // 2)),
-            names.WEIGHT_SCALE: ("F8_E4M3", tile_shape(rows, columns // BLOCK)),
-            names.WEIGHT_SCALE_2: ("F32", ()),
-        }
+    def pack(self, codes: Tensor) -> Tensor:
+        return pack_nibbles(codes, high_first=True)
 
-    def shape(self, stored: Shape, _parts: Mapping[str, Shape]) -> tuple[int, int] | None:
-        return (stored[0], 2 * stored[1]) if len(stored) == 2 else None
+    def unpack(self, packed: Tensor) -> Tensor:
+        return unpack_nibbles(packed, high_first=True)
 
-    TILED = True
-
-    def whole(
-        self, absmax: Callable[[], float], _shape: tuple[int, int], _rows: Rows, _method: str
-    ) -> dict[str, Tensor]:
-        return {names.WEIGHT_SCALE_2: torch.tensor(absmax() or LARGEST_INPUT) / LARGEST_INPUT}
+    def whole(self, weight: Weight) -> dict[str, Tensor]:
+        return {names.WEIGHT_SCALE_2: torch.tensor(weight.absmax() or LARGEST_INPUT) / LARGEST_INPUT}
 
     def quantize(self, weight_OI: Tensor, whole: Parts, method: str) -> dict[str, Tensor]:
         overall = whole[names.WEIGHT_SCALE_2].to(weight_OI.device)
@@ -150,25 +143,16 @@ class NVFP4(Packed):
             chosen = torch.where(other_error < error, other.view(torch.uint8), scales.view(torch.uint8))
             scales = chosen.view(torch.float8_e4m3fn)
         codes = codes_of(blocked, scales, overall)
-        return {names.WEIGHT: pack_nibbles(codes.flatten(-2), high_first=True), names.WEIGHT_SCALE: scales}
+        return {names.WEIGHT: self.pack(codes.flatten(-2)), names.WEIGHT_SCALE: scales}
 
     def lattice(self, parts: Parts) -> Lattice:
-        codes = unpack_nibbles(parts[names.WEIGHT], high_first=True)
+        codes = self.unpack(parts[names.WEIGHT])
         numbers = from_tiles(parts[names.WEIGHT_SCALE].view(torch.uint8), len(codes), codes.shape[1] // BLOCK)
         scaled = {"group": BLOCK, "scales": torch.tensor(E4M3FN.levels).float(), "numbers": numbers.long()}
-        values = [*VALUES, *(-value for value in VALUES)]
-        return Lattice.of(values, codes, parts[names.WEIGHT_SCALE_2], reach=(-2, 5), **scaled)
-
-    def stored(self, lattice: Lattice, _parts: Parts) -> dict[str, Tensor]:
-        tiled = to_tiles(lattice.numbers.to(torch.uint8)).view(torch.float8_e4m3fn)
-        return {
-            names.WEIGHT: pack_nibbles(lattice.stored, high_first=True),
-            names.WEIGHT_SCALE: tiled,
-            names.WEIGHT_SCALE_2: lattice.unit.reshape(()),
-        }
+        return Lattice.of(VALUES, codes, parts[names.WEIGHT_SCALE_2], reach=(-2, 5), **scaled)
 
     def decode(self, parts: Parts, _config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        codes = in_groups(unpack_nibbles(parts[names.WEIGHT], high_first=True), BLOCK)
+        codes = in_groups(self.unpack(parts[names.WEIGHT]), BLOCK)
         tiled = parts[names.WEIGHT_SCALE].view(torch.uint8)
         scales = from_tiles(tiled, *codes.shape[:2]).contiguous().view(torch.float8_e4m3fn)
         overall = parts[names.WEIGHT_SCALE_2].float().reshape(())
@@ -193,10 +177,14 @@ FORMATS = (
         mark={"format": "nvfp4"},
         dtypes=("U8",),
         bits=4.5,
+        code_bits=4,
         scales=(names.WEIGHT_SCALE, names.WEIGHT_SCALE_2),
         optional=(names.PRE_QUANT_SCALE,),
         scale_dtypes=("F8_E4M3", "U8"),
         granularity="block",
+        scale_rank=2,
+        group_width=BLOCK,
+        tiled=True,
         input_grid=BLOCKS,
         static=True,
         sides=(16, 16),

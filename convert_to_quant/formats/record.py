@@ -17,14 +17,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import names
 from ..lazy_torch import torch
-from .packing import to_tiles
+from .packing import tile_shape, to_tiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,8 +77,20 @@ FP8_GPUS = frozenset({"rtx40", "rtx50", "h100", "l40s", "rdna3", "rdna4"})
 BLACKWELL_GPUS = frozenset({"rtx50"})
 
 Parts = Mapping[str, "Tensor"]
-Rows = Callable[[Any], "Tensor"]
-"""Gives rows of a weight, by a slice or by their numbers, [n, in] in the file's dtype."""
+
+
+class Weight(NamedTuple):
+    """A weight that is read as it is needed.
+
+    Attributes:
+        shape: (out, in).
+        absmax: finds its largest magnitude, which takes a pass over it.
+        rows: gives rows of it, by a slice or by their numbers, [n, in] in the file's dtype.
+    """
+
+    shape: tuple[int, int]
+    absmax: Callable[[], float]
+    rows: Callable[[Any], Tensor]
 
 
 def spans(count: int, step: int = CHUNK) -> Iterator[slice]:
@@ -307,11 +319,14 @@ class Format:
         bits: per weight, scales included where they are one per some weights.
         scales: suffixes of the tensors that a weight cannot be read without; the first sizes its values.
         optional: suffixes of tensors that readers heed where they are there.
-        scale_dtypes: of the first of `scales`.
+        scale_dtypes: of the first of `scales`; the first is written.
         grid: of its weights' codes where they are one a byte.
         readable: whether this tool reads it; else it is only recognized.
         granularity: what shares a scale where this format is written; None where it is not written.
         scale_rank: dimensions of a written weight scale: 0 is a scalar, 1 one per row, 2 one per block.
+        group_width: how many weights of a row share a scale; 0 where `granularity` and the block size say it.
+        tiled: whether scales lie in tiles (`packing`).
+        code_bits: per weight, scales not included.
         input_grid: of what readers make of a layer's inputs at a scale of 1; None where it is only recognized.
         static: whether readers use an `input_scale` that a file holds, which a calibration finds.
         dynamic: whether readers scale inputs as they come, by their absmax, where a file holds no `input_scale`; else
@@ -343,6 +358,9 @@ class Format:
     readable: bool = True
     granularity: Granularity | None = None
     scale_rank: int = 0
+    group_width: int = 0
+    tiled: bool = False
+    code_bits: int = 8
     input_grid: Grid | None = None
     static: bool = False
     dynamic: bool = True
@@ -392,25 +410,38 @@ class Format:
 
     def block(self, weight_shape: tuple[int, int], block_size: int) -> tuple[int, int]:
         """The weights (b_out, b_in) that share one scale where a weight (out, in) is written."""
-        return {"tensor": weight_shape, "row": (1, weight_shape[1]), "block": (block_size, block_size)}[
-            self.granularity or "tensor"
-        ]
+        square = (block_size, block_size)
+        blocks = {"tensor": weight_shape, "row": (1, weight_shape[1]), "block": square}
+        return (1, self.group_width) if self.group_width else blocks[self.granularity or "tensor"]
 
     def scale_shape(self, weight_shape: tuple[int, int], block_size: int) -> tuple[int, ...]:
         """The shape of the weight scale that is written for a weight (out, in)."""
-        return scale_grid(weight_shape, self.block(weight_shape, block_size))[: self.scale_rank]
+        grid = scale_grid(weight_shape, self.block(weight_shape, block_size))
+        return (tile_shape(*grid) if self.tiled else grid)[: self.scale_rank]
 
     def storage(self, shape: tuple[int, int], block_size: int) -> dict[str, Stored]:
         """What a weight (out, in) is written as, by suffix."""
-        return {names.WEIGHT: (self.dtypes[0], shape), self.scales[0]: ("F32", self.scale_shape(shape, block_size))}
+        return {
+            names.WEIGHT: (self.dtypes[0], (shape[0], shape[1] * self.code_bits // 8)),
+            self.scales[0]: (self.scale_dtypes[0], self.scale_shape(shape, block_size)),
+        }
 
     def shape(self, stored: Shape, _parts: Mapping[str, Shape]) -> tuple[int, int] | None:
         """(out, in) of a weight that is stored in this shape, with these shapes of its scales by suffix."""
-        return (stored[0], stored[1]) if len(stored) == 2 else None
+        return (stored[0], stored[1] * 8 // self.code_bits) if len(stored) == 2 else None
 
-    def config(self, _shape: tuple[int, int], block_size: int) -> dict[str, Any]:
+    def config(self, shape: tuple[int, int], block_size: int) -> dict[str, Any]:
         """What the mark of a layer says that is written in this format."""
-        return {**self.mark, **({"group_size": block_size} if self.granularity == "block" else {})}
+        said = {"group_size": self.block(shape, block_size)[1]} if self.granularity == "block" else {}
+        return {**self.mark, **said}
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes of a byte each, [rows, in], as they are stored."""
+        return codes
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The codes that are stored in rows."""
+        return packed
 
     # Weights.
 
@@ -430,7 +461,7 @@ class Format:
         Returns:
             Levels [out, in], and the float32 scales [1 or out, 1] that they carry.
         """
-        return parts[names.WEIGHT], parts[self.scales[0]].float().reshape(-1, 1)
+        return self.unpack(parts[names.WEIGHT]), parts[self.scales[0]].float().reshape(-1, 1)
 
     @property
     def roundable(self) -> bool:
@@ -446,13 +477,18 @@ class Format:
 
     def lattice(self, parts: Parts) -> Lattice:
         """A weight of `quantized` as positions, of which readers multiply what `decode` gives."""
-        meanings = np.where(np.abs(self.codes.meanings()) <= self.codes.max, self.codes.meanings(), np.nan)
-        return Lattice.of(meanings, parts[names.WEIGHT].view(torch.uint8), parts[self.scales[0]])
+        grid = self.grid or self.input_grid
+        assert grid is not None, self.name
+        meanings, (levels, scale) = grid.meanings(), self.decode(parts, self.mark)
+        return Lattice.of(np.where(np.abs(meanings) <= self.range, meanings, np.nan), levels.view(torch.uint8), scale)
 
     def stored(self, lattice: Lattice, parts: Parts) -> dict[str, Tensor]:
         """What is stored of a lattice that was `parts`."""
-        codes = lattice.stored.view(parts[names.WEIGHT].dtype)
-        return {**parts, names.WEIGHT: codes, self.scales[0]: lattice.unit.reshape(parts[self.scales[0]].shape)}
+        made = {names.WEIGHT: self.pack(lattice.stored), self.scales[-1]: lattice.unit}
+        if lattice.group:
+            numbers = lattice.numbers.to(torch.uint8)
+            made[self.scales[0]] = to_tiles(numbers) if self.tiled else numbers
+        return {**parts, **{key: new.view(parts[key].dtype).reshape(parts[key].shape) for key, new in made.items()}}
 
     def group(self, _config: Mapping[str, Any]) -> int:
         """The size of the groups of inputs that readers rotate (`rotation`); 0 for none."""
@@ -495,24 +531,13 @@ class Packed(Format):
     ROWS = 128
     """Tiles of scales have as many rows, so bands that are read begin at multiples of it."""
 
-    TILED = False
-
     @property
     def roundable(self) -> bool:
         """Always: scales are those of rows, or of groups of a row."""
         return True
 
-    def whole(
-        self, _absmax: Callable[[], float], _shape: tuple[int, int], _rows: Rows, _method: str
-    ) -> dict[str, Tensor]:
-        """Tensors that belong to a weight as a whole, by suffix, on the CPU.
-
-        Args:
-            absmax: finds its largest magnitude, which takes a pass over it.
-            shape: (out, in).
-            rows: gives rows of it.
-            method: how scales are chosen, "absmax" or "mse".
-        """
+    def whole(self, _weight: Weight) -> dict[str, Tensor]:
+        """Tensors that belong to a weight as a whole, by suffix, on the CPU."""
         return {}
 
     def quantize(self, weight_OI: Tensor, whole: Parts, method: str) -> dict[str, Tensor]:
@@ -521,31 +546,27 @@ class Packed(Format):
         Args:
             weight_OI: [rows, in] in the file's dtype; computed in float32.
             whole: of `whole`.
-            method: as there.
+            method: how scales are chosen, "absmax" or "mse".
 
         Returns:
             What is stored of these rows, by suffix; scales not yet in tiles.
         """
         raise NotImplementedError
 
-    def pieces(
-        self, absmax: Callable[[], float], shape: tuple[int, int], rows: Rows, method: str, step: int
-    ) -> Iterator[tuple[str, Tensor]]:
+    def pieces(self, weight: Weight, method: str, step: int) -> Iterator[tuple[str, Tensor]]:
         """Everything that is stored of a weight, by suffix, in pieces that follow one another.
 
         Args:
-            absmax: as of `whole`, like all but the last.
-            shape: (out, in).
-            rows: gives rows.
+            weight: the weight.
             method: how scales are chosen.
             step: how many rows to quantize at a time.
         """
-        whole = self.whole(absmax, shape, rows, method)
+        whole = self.whole(weight)
         yield from whole.items()
         scales = []
-        for band in spans(shape[0], step):
-            parts = self.quantize(rows(band), whole, method)
-            if self.TILED:
+        for band in spans(weight.shape[0], step):
+            parts = self.quantize(weight.rows(band), whole, method)
+            if self.tiled:
                 scales.append(parts.pop(names.WEIGHT_SCALE))
             yield from parts.items()
         if scales:
@@ -554,11 +575,9 @@ class Packed(Format):
 
     def quantized(self, weight_OI: Tensor, method: str = "absmax") -> dict[str, Tensor]:
         """As of any format; "mse" as well."""
-        shape = (weight_OI.shape[0], weight_OI.shape[1])
-        step = max(1, TOGETHER_VALUES // shape[1])
+        rows, columns = weight_OI.shape
+        weight = Weight((rows, columns), lambda: float(weight_OI.abs().max()), weight_OI.__getitem__)
         parts: dict[str, list[Tensor]] = {}
-        for suffix, piece in self.pieces(
-            lambda: float(weight_OI.abs().max()), shape, weight_OI.__getitem__, method, step
-        ):
+        for suffix, piece in self.pieces(weight, method, max(1, TOGETHER_VALUES // columns)):
             parts.setdefault(suffix, []).append(piece.to(weight_OI.device))
         return {suffix: torch.cat(found) if found[0].dim() else found[0] for suffix, found in parts.items()}

@@ -17,7 +17,7 @@ upper two bits of four codes share a byte of a plane behind it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,8 @@ from ..lazy_torch import torch
 from .fp8 import E4M3FN
 from .int8 import INTEGERS, ConvRot
 from .packing import absmax_of, in_groups, pack_nibbles, unpack_nibbles
-from .record import AMPERE_GPUS, Lattice, Parts, Rows, Shape, Stored
-from .rotation import rotate_weight, said_group
+from .record import AMPERE_GPUS, Lattice, Parts, Shape, Stored, Weight
+from .rotation import rotate_weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,35 +120,16 @@ def codebook_for(normalized: Tensor) -> Tensor:
 class W4A8(ConvRot):
     """See the module's docstring; the width of the rows tells 4 bits from 6."""
 
-    code_bits = 4
-
-    def block(self, _weight_shape: tuple[int, int], _block_size: int) -> tuple[int, int]:
-        return 1, GROUP
-
-    def storage(self, shape: tuple[int, int], _block_size: int) -> dict[str, Stored]:
-        rows, columns = shape
-        return {
-            names.WEIGHT: ("I8", (rows, columns * self.code_bits // 8)),
-            names.S_REL: ("F8_E4M3", (rows, columns // GROUP)),
-            names.S_CHANNEL: ("F32", (rows,)),
-            **({names.CODEBOOK: ("F32", (16,))} if names.CODEBOOK in self.optional else {}),
-        }
+    def storage(self, shape: tuple[int, int], block_size: int) -> dict[str, Stored]:
+        codebook = dict.fromkeys(self.optional, ("F32", (16,)))
+        return {**super().storage(shape, block_size), names.S_CHANNEL: ("F32", (shape[0],)), **codebook}
 
     def shape(self, stored: Shape, parts: Mapping[str, Shape]) -> tuple[int, int] | None:
-        groups = parts.get(names.S_REL, ())
-        fits = len(stored) == len(groups) == 2 and stored[1] * 8 == groups[1] * GROUP * self.code_bits
-        return (stored[0], groups[1] * GROUP) if fits else None
+        shape, groups = super().shape(stored, parts), parts.get(names.S_REL, ())
+        return shape if shape and len(groups) == 2 and shape[1] == groups[1] * GROUP else None
 
-    def config(self, _shape: tuple[int, int], _block_size: int) -> dict[str, Any]:
-        return {**self.mark, "group_size": GROUP, "convrot_groupsize": ROTATED}
-
-    def group(self, config: Mapping[str, Any]) -> int:
-        return said_group(config)
-
-    def whole(
-        self, _absmax: Callable[[], float], shape: tuple[int, int], rows: Rows, _method: str
-    ) -> dict[str, Tensor]:
-        sample = in_groups(rotate_weight(rows_sampled(shape, rows), ROTATED), GROUP)
+    def whole(self, weight: Weight) -> dict[str, Tensor]:
+        sample = in_groups(rotate_weight(rows_sampled(weight), ROTATED), GROUP)
         return {names.CODEBOOK: codebook_for(sample / sample.abs().amax(-1, keepdim=True).clamp(min=LEAST)).cpu()}
 
     def values(self, parts: Parts, device: torch.device) -> Tensor:
@@ -206,11 +187,9 @@ class W4A8(ConvRot):
         return s_rel, count_exceeded(target, limits)
 
     def pack(self, codes: Tensor) -> Tensor:
-        """Codes [rows, in] as they are stored."""
         return pack_nibbles(codes).view(torch.int8)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """Stored rows as codes: positions in `values`."""
         return unpack_nibbles(packed).int()
 
     def lattice(self, parts: Parts) -> Lattice:
@@ -220,11 +199,6 @@ class W4A8(ConvRot):
         numbers = parts[names.S_REL].view(torch.uint8).long()
         scaled = {"group": GROUP, "scales": torch.tensor(E4M3FN.levels).float(), "numbers": numbers}
         return Lattice.of(meanings, codes, parts[names.S_CHANNEL], reach=(-3, 3), whole=True, **scaled)
-
-    def stored(self, lattice: Lattice, parts: Parts) -> dict[str, Tensor]:
-        s_rel = lattice.numbers.to(torch.uint8).view(torch.float8_e4m3fn)
-        packed, s_channel = self.pack(lattice.stored), lattice.unit.reshape(-1)
-        return {**parts, names.WEIGHT: packed, names.S_REL: s_rel, names.S_CHANNEL: s_channel}
 
     def decode(self, parts: Parts, _config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         codes = self.unpack(parts[names.WEIGHT])
@@ -238,13 +212,9 @@ class W4A8(ConvRot):
 class W6A8(W4A8):
     """Six bits, without a codebook."""
 
-    code_bits = 6
-
     # Values are whole numbers, so the nearest is found by rounding; the lowest of the 64 codes is not used.
 
-    def whole(
-        self, _absmax: Callable[[], float], _shape: tuple[int, int], _rows: Rows, _method: str
-    ) -> dict[str, Tensor]:
+    def whole(self, _weight: Weight) -> dict[str, Tensor]:
         return {}
 
     def values(self, _parts: Parts, device: torch.device) -> Tensor:
@@ -322,12 +292,11 @@ def around(target: Tensor, edge: Tensor, s_rel: Tensor) -> tuple[Tensor, Tensor,
     return code, below, above
 
 
-def rows_sampled(shape: tuple[int, int], rows: Rows) -> Tensor:
+def rows_sampled(weight: Weight) -> Tensor:
     """Evenly spaced rows of a weight, 4 Mi values at most, or all of it."""
-    count, columns = shape
+    count, columns = weight.shape
     wanted = max(1, SAMPLED // columns)
-    numbers = torch.linspace(0, count - 1, wanted).long() if count > wanted else torch.arange(count)
-    return rows(numbers)
+    return weight.rows(torch.linspace(0, count - 1, wanted).long() if count > wanted else torch.arange(count))
 
 
 FOUR = W4A8(
@@ -336,10 +305,13 @@ FOUR = W4A8(
     mark={"format": "asym_w4a8_int8"},
     dtypes=("I8", "U8"),
     bits=4.5,
+    code_bits=4,
     scales=(names.S_REL, names.S_CHANNEL),
     optional=(names.CODEBOOK,),
     scale_dtypes=("F8_E4M3", "U8", "F32"),
     granularity="block",
+    scale_rank=2,
+    group_width=GROUP,
     input_grid=INTEGERS,
     heeds_full_precision=False,
     sides=(1, ROTATED),
@@ -352,6 +324,6 @@ FOUR = W4A8(
 )
 FORMATS = (
     FOUR,
-    W6A8(**{**vars(FOUR), "name": "w6a8", "title": "W6A8", "bits": 6.5, "optional": (),
+    W6A8(**{**vars(FOUR), "name": "w6a8", "title": "W6A8", "bits": 6.5, "code_bits": 6, "optional": (),
             "since": "October 2026 (comfy-kitchen 0.2.40)"}),
 )  # fmt: skip
