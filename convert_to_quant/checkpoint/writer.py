@@ -25,7 +25,6 @@ import os
 import re
 import shutil
 import stat
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +36,11 @@ from numpy.typing import NDArray
 from ..errors import OutputError, StrPath
 from ..telling import size
 from .header import DTYPE_BITS, TensorInfo, serialize_header, tensor_nbytes
-from .positioned import OPEN_FLAGS, WINDOWS, close, is_plain_on_windows, lock, sync, sync_folder, write_at
+from .positioned import MOST_BYTES, OPEN_FLAGS, WINDOWS, close, is_plain_on_windows, lock, sync, sync_folder, write_at
 from .reader import BIT_DTYPES, INDEX_SUFFIX, Checkpoint, CheckpointFile, special_kind
 
 UNNAMED = Path("/proc/self/fd")
 """Where Linux shows open files; a file made with O_TMPFILE gets its name from its entry there."""
-
-COPY_BYTES = 1 << 30
-"""Most bytes asked of one copy_file_range call (Linux caps it near 2 GiB)."""
 
 READ_BYTES = 1 << 24
 """What is read at a time where the kernel does not copy."""
@@ -158,11 +154,8 @@ def rehearse(path: Path) -> list[str]:
                     for offset in (1, 0):
                         pending.write(offset, b"\0")
                     pending.take_name()
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    trial.unlink()
-                raise
-            trial.unlink()
+            finally:
+                trial.unlink(missing_ok=True)
     except OSError as error:
         raise _output_error(error, path) from None
     except OutputError as error:
@@ -240,15 +233,12 @@ class PendingFile:
             return self._open_new(0o666)
         mode = stat.S_IMODE(like.st_mode) & 0o777
         fd = self._open_new(mode)
-        found = os.fstat(fd)
-        if hasattr(os, "fchown") and (found.st_uid, found.st_gid) != (like.st_uid, like.st_gid):
-            for owner in (like.st_uid, -1):  # only root gives files away; a group may be one of ours
-                with contextlib.suppress(OSError):
-                    os.fchown(fd, owner, like.st_gid)
-                    break
-        if hasattr(os, "fchmod"):
-            with contextlib.suppress(OSError):  # some drives know no permissions
-                os.fchmod(fd, mode)  # whatever the umask
+        for owner in (like.st_uid, -1):  # only root gives files away; a group may be one of ours
+            with contextlib.suppress(AttributeError, OSError):  # no such call; or some drives know no owners
+                os.fchown(fd, owner, like.st_gid)
+                break
+        with contextlib.suppress(AttributeError, OSError):
+            os.fchmod(fd, mode)  # whatever the umask
         return fd
 
     def _open_new(self, mode: int) -> int:
@@ -290,7 +280,7 @@ class PendingFile:
             OutputError: the disk is full, or another system error.
         """
         while count:
-            copied = _copy_once(source.fd, self.fd, min(count, COPY_BYTES), source_offset, offset)
+            copied = _copy_once(source.fd, self.fd, min(count, MOST_BYTES), source_offset, offset)
             if copied == 0:  # the kernel could not, or the source ended; which side is at fault shows here
                 data = source.read(source_offset, min(count, READ_BYTES))
                 self.write(offset, data)
@@ -473,7 +463,7 @@ class _OutputFile:
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
         infos = lay_out(specs)
         self.infos = {info.name: info for info in infos}
-        self.written = dict.fromkeys(self.infos, 0)
+        self.written: dict[str, list[int]] = {name: [] for name in self.infos}  # bytes of each part, from any thread
         self.header = serialize_header(infos, metadata)
         self.data_start = len(self.header)
         self.total_bytes = self.data_start + (infos[-1].stop if infos else 0)
@@ -486,14 +476,6 @@ def _free_bytes(folder: Path) -> int | None:
         disk = shutil.disk_usage(folder)
         return disk.free if disk.total else None  # network drives say 0 for "unknown"
     return None
-
-
-def _check_room(path: Path, needed_bytes: int) -> None:
-    """Refuse early what the disk cannot hold, where the system knows: 0 free may mean anything, and is tried."""
-    free_bytes = _free_bytes(path.parent)
-    if free_bytes and free_bytes < needed_bytes:
-        sizes = f"it needs {size(needed_bytes)} and the disk has {size(free_bytes)} free"
-        raise OutputError(f"cannot be written: {sizes}", path=path)
 
 
 class CheckpointWriter:
@@ -514,7 +496,6 @@ class CheckpointWriter:
         self._index = index
         self._files: list[_OutputFile] = []
         self._file_of: dict[str, _OutputFile] = {}
-        self._lock = threading.Lock()
         with contextlib.ExitStack() as stack:
             for path, specs in files:
                 file = _OutputFile(path, specs, metadata)
@@ -522,8 +503,11 @@ class CheckpointWriter:
                 file.pending.write(0, file.header)
                 self._files.append(file)
                 self._file_of |= dict.fromkeys(specs, file)
-            if self._files:
-                _check_room(self._files[0].pending.path, sum(file.total_bytes for file in self._files))
+            first, needed_bytes = files[0][0], sum(file.total_bytes for file in self._files)
+            free_bytes = _free_bytes(first.parent)
+            if free_bytes and free_bytes < needed_bytes:  # 0 may mean anything, and is tried
+                sizes = f"it needs {size(needed_bytes)} and the disk has {size(free_bytes)} free"
+                raise OutputError(f"cannot be written: {sizes}", path=first)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> CheckpointWriter:
@@ -534,10 +518,6 @@ class CheckpointWriter:
             if kind is None:
                 self._commit()
 
-    def _count(self, file: _OutputFile, name: str, nbytes: int) -> None:
-        with self._lock:
-            file.written[name] += nbytes
-
     def write(self, name: str, buffer: Any, offset_bytes: int = 0) -> None:
         """Write the bytes of a C-contiguous buffer into a tensor, from any thread."""
         file = self._file_of[name]
@@ -546,11 +526,11 @@ class CheckpointWriter:
         assert offset_bytes + nbytes <= info.nbytes, f"{name}: {offset_bytes} + {nbytes} > {info.nbytes}"
         if nbytes:
             file.pending.write(file.data_start + info.start + offset_bytes, buffer)
-        self._count(file, name, nbytes)
+        file.written[name].append(nbytes)
 
     def copy(self, source: Checkpoint, names: Mapping[str, str]) -> None:
         """Copy tensors byte for byte, neighbours in one piece; `names` maps those of the output to the source's."""
-        by_file: dict[tuple[CheckpointFile, int], list[tuple[int, int, int]]] = {}
+        by_file: dict[tuple[CheckpointFile, _OutputFile], list[tuple[int, int, int]]] = {}
         for name, source_name in names.items():
             if source_name in source.computed:
                 self.write(name, source.raw(source_name))
@@ -560,12 +540,12 @@ class CheckpointWriter:
             assert info.nbytes == source_info.nbytes, name
             source_file = source.file_of(source_name)
             start = source_file.header.data_start + source_info.start
-            runs = by_file.setdefault((source_file, self._files.index(file)), [])
+            runs = by_file.setdefault((source_file, file), [])
             runs.append((start, file.data_start + info.start, info.nbytes))
-            self._count(file, name, info.nbytes)
-        for (source_file, file_number), runs in by_file.items():
+            file.written[name].append(info.nbytes)
+        for (source_file, file), runs in by_file.items():
             for start, offset, nbytes in _joined(runs):
-                self._files[file_number].pending.copy(source_file, start, offset, nbytes)
+                file.pending.copy(source_file, start, offset, nbytes)
 
     def reopen(self, path: Path) -> Checkpoint:
         """The output as a checkpoint, when all its tensors have been written but before it is committed.
@@ -583,7 +563,8 @@ class CheckpointWriter:
     def _commit(self) -> None:
         for file in self._files:
             for name, info in file.infos.items():
-                assert file.written[name] == info.nbytes, f"{name}: {file.written[name]} of {info.nbytes} bytes written"
+                written = sum(file.written[name])
+                assert written == info.nbytes, f"{name}: {written} of {info.nbytes} bytes written"
         for file in self._files:  # a disk that fills up late says so here, before any shard has its name
             file.pending.sync()
         if self._index is None:
@@ -628,12 +609,11 @@ def _joined(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     """(source, target, count) runs with neighbours on both sides joined."""
     joined: list[tuple[int, int, int]] = []
     for source, target, count in sorted(runs):
-        if joined:
-            last_source, last_target, last_count = joined[-1]
-            if source == last_source + last_count and target == last_target + last_count:
-                joined[-1] = (last_source, last_target, last_count + count)
-                continue
-        joined.append((source, target, count))
+        first, second, before = joined[-1] if joined else (-1, -1, 0)
+        if (source, target) == (first + before, second + before):
+            joined[-1] = (first, second, before + count)
+        else:
+            joined.append((source, target, count))
     return joined
 
 
