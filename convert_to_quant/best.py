@@ -383,7 +383,7 @@ def _plan_of(plan: ConversionPlan, choice: Choice, solved: Mapping[str, LayerRes
         return replace(decision, format=fmt, reason=reason, input_scale=scale, full_precision=in_full)
 
     decisions = list(map(decided, plan.decisions))
-    ways = plan.ways if any(decision.quantize for decision in decisions) else ()
+    ways = plan.ways if any(decision.format for decision in decisions) else ()
     return replace(plan, decisions=decisions, ways=ways)
 
 

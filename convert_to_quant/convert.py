@@ -31,10 +31,9 @@ from .checkpoint.writer import lay_out
 from .errors import CheckpointError, OutputError, TensorError
 from .families.base import OUTSIDE
 from .formats import DEFAULT, FORMATS
-from .formats.packing import round_up
 from .formats.record import Format, Packed, narrow_bfloat16, spans
 from .identity import Identity, identify
-from .layers import Layer, LayerTable, dequantize, determined, find_layers, input_scale, named
+from .layers import Layer, LayerTable, dequantize, determined, find_layers, input_scale, named, whole_tiles
 from .layout import WORKERS, Sink
 from .lazy_torch import torch
 from .lora import Lora, LoraMatch, Survival, match_checkpoint, merge_rows
@@ -74,11 +73,6 @@ class Decision:
     input_scale: float | None = None
     full_precision: bool = False
     as_it_is: bool = False
-
-    @property
-    def quantize(self) -> bool:
-        """Whether its weight is quantized."""
-        return self.format is not None
 
 
 @dataclass(frozen=True)
@@ -221,7 +215,7 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequ
         more = "; --requantize rounds them anew" if any(each.format for each in again) else ""
         notes.append(f"already quantized layers stay as they are: {kept}{more}")
     ways: tuple[Way, ...] = ()
-    if any(decision.quantize for decision in decisions):
+    if any(decision.format for decision in decisions):
         target = "legacy" if options.legacy else "comfy"
         ways = table.marks.anew(target) if options.requantize else table.marks.to_write(options.legacy)
     if options.weight_scale == "mse":
@@ -507,7 +501,7 @@ def _merge_kept(checkpoint: Checkpoint, layer: Layer, merged: LoraMatch, write: 
     """Merge adapters into a weight that stays in high precision, rounded once to its dtype."""
     source = _Widened(checkpoint, layer, merged)
     row_bytes = layer.weight.nbytes // layer.out_features
-    for band in spans(layer.out_features, rows_at_a_time(layer)):
+    for band in spans(layer.out_features, rows_at_a_time(layer, Packed.ROWS)):
         write(layer.weight.name, _rounded(checkpoint, layer.weight.name, source.bits("", band)), band.start * row_bytes)
 
 
@@ -579,29 +573,21 @@ def surviving(checkpoint: Checkpoint, written: Checkpoint, plan: ConversionPlan)
 class _Widened(Checkpoint):
     """A checkpoint in which a layer's weight reads as float32, dequantized and with adapters merged, by rows.
 
-    Whole tiles are made, and each but once where bands follow one another.
+    Whole tiles are made, and the last ones are kept: most bands begin or end with them, and sampled rows lie in them.
     """
+
+    rows_together = Packed.ROWS
 
     def __init__(self, checkpoint: Checkpoint, layer: Layer, merged: LoraMatch) -> None:
         vars(self).update(vars(checkpoint))
         self.checkpoint, self.layer, self.merged = checkpoint, layer, merged
-        self.start, self.ahead = 0, np.empty((0, layer.in_features), np.float32)
+        self.made, self.made_OI = slice(0, 0), np.empty((0, layer.in_features), np.float32)
 
     def bits(self, _name: str, rows: slice = ALL_ROWS) -> NDArray[np.float32]:
         """The weight, float32 [rows, in]."""
         start, stop, _ = rows.indices(self.layer.out_features)
-        return self.band(start, stop)
-
-    def band(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows from `start` to `stop`, or to the last, float32 [rows, in]."""
-        if not self.start <= start <= self.start + len(self.ahead):
-            self.start, self.ahead = start - start % Packed.ROWS, self.ahead[:0]
-        made = self.start + len(self.ahead)
-        if stop > made:
-            rows = slice(made, min(round_up(stop, Packed.ROWS), self.layer.out_features))
-            weight_OI = dequantize(self.checkpoint, self.layer, rows).reshape(-1, self.layer.in_features)
-            more = merge_rows(self.merged, self.layer.name, weight_OI, (rows.start, rows.stop))
-            behind = min(start - self.start, len(self.ahead))
-            self.ahead = np.concatenate([self.ahead[behind:], more])
-            self.start += behind
-        return np.array(self.ahead[start - self.start : stop - self.start])
+        if not self.made.start <= start <= stop <= self.made.stop:
+            self.made = whole_tiles(self.layer, start, stop)
+            weight_OI = dequantize(self.checkpoint, self.layer, self.made).reshape(-1, self.layer.in_features)
+            self.made_OI = merge_rows(self.merged, self.layer.name, weight_OI, (self.made.start, self.made.stop))
+        return np.array(self.made_OI[start - self.made.start : stop - self.made.start])

@@ -30,7 +30,7 @@ from . import names
 from .checkpoint import Checkpoint, Spec, write_bytes
 from .checkpoint.header import LENGTH_BYTES, TensorInfo, serialize_header
 from .checkpoint.positioned import OPEN_FLAGS, close, lock, pread, sync, sync_folder, write_at
-from .checkpoint.reader import CheckpointFile, Identity, checkpoint_files
+from .checkpoint.reader import CheckpointFile, checkpoint_files, identity
 from .checkpoint.undo import (
     Edit,
     find_undo,
@@ -322,7 +322,7 @@ def _refuse_changed(patch: Patch, fds: list[int]) -> None:
         start = file.header.data_start
         seen = [(file.header.tensors[name], data) for name, data in patch.seen.items() if name in file.header.tensors]
         same = (
-            Identity.of(fd) == file.identity
+            identity(fd) == file.identity
             and zlib.crc32(pread(fd, start - LENGTH_BYTES, LENGTH_BYTES)) == file.header_crc
             and all(pread(fd, len(data), start + info.start) == data for info, data in seen)
         )

@@ -158,7 +158,7 @@ class _Rows:
 
     def __init__(self, checkpoint: Checkpoint, layer: Layer, fmt: Format) -> None:
         self.checkpoint, self.layer, self.fmt = checkpoint, layer, fmt
-        self.step = rows_at_a_time(layer)
+        self.step = rows_at_a_time(layer, checkpoint.rows_together)
         self.last: tuple[slice, NDArray[Any]] | None = None
 
     def bits(self, band: slice) -> NDArray[Any]:

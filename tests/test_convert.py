@@ -443,7 +443,7 @@ def test_shards_become_shards_or_one_file(tmp_path, save_shards, build):
 def reasons(source: Path, **options) -> dict[str, str]:
     with open_checkpoint(source) as checkpoint:
         plan = plan_conversion(checkpoint, ConvertOptions(**options))
-    return {decision.layer.name: "" if decision.quantize else decision.reason for decision in plan.decisions}
+    return {decision.layer.name: "" if decision.format else decision.reason for decision in plan.decisions}
 
 
 def test_every_layer_that_stays_has_its_reason(save, build):

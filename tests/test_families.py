@@ -506,7 +506,7 @@ with open_checkpoint("nova.safetensors") as checkpoint:
     assert families.detect(shapes, shapes) is families.family("Nova 1")
     assert inspection.inspect_checkpoint(checkpoint).family == "nova-1"
     plan = convert.plan_conversion(checkpoint, convert.ConvertOptions())
-    chosen = {decision.layer.name: decision.reason for decision in plan.decisions if not decision.quantize}
+    chosen = {decision.layer.name: decision.reason for decision in plan.decisions if not decision.format}
     assert chosen["time_step_proj.linear_1"] == "time, guidance or pooled-text embedder: one vector steers all blocks"
     assert chosen["context_embedder"] == "outside the repeated blocks"
     assert f"{block}.attn.to_q" not in chosen

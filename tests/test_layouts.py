@@ -73,7 +73,7 @@ def row(name: str, folder: Path) -> str:
     with opened(layout, folder) as checkpoint:
         plan = plan_conversion(checkpoint, ConvertOptions())
         runs = "diffusers" if model_engine.supports(checkpoint, plan.table) is None else "–"
-    stays = [each.reason for each in plan.decisions if not each.quantize]
+    stays = [each.reason for each in plan.decisions if not each.format]
     reasons = Counter(re.sub(r"^\d+ × \d+: ", "", reason).partition(":")[0] for reason in stays)
     already, quantized = len(plan.table.quantized), len(plan.decisions) - len(stays)
     kept = "; ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))

@@ -15,7 +15,7 @@ import weakref
 import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,19 +49,10 @@ FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64", *FLOAT_GRIDS})
 INTEGER_DTYPES = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"})
 
 
-class Identity(NamedTuple):
-    """What tells whether a name still stands for the same file, with the same content as far as the system knows."""
-
-    device: int
-    inode: int
-    nbytes: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, fd: int) -> Identity:
-        """That of an open file."""
-        found = os.fstat(fd)
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+def identity(fd: int) -> tuple[int, int, int, int]:
+    """What tells whether a name still stands for an open file, with the same content as far as the system knows."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def special_kind(mode: int) -> str | None:
@@ -117,7 +108,7 @@ class CheckpointFile:
     Attributes:
         place: as given, or `path`.
         header: checked.
-        identity: which file it is.
+        identity: which file it is, as `identity` says.
         header_crc: CRC-32 of the header's JSON.
         fd: the open file.
 
@@ -128,15 +119,15 @@ class CheckpointFile:
     def __init__(self, path: Path, place: Path | None = None) -> None:
         self.path, self.place = path, place or path
         with _opening(self.place, path) as file:
-            self.identity = Identity.of(file.fileno())
+            self.identity = _, _, nbytes, _ = identity(file.fileno())
             beginning, brace = file.read(LENGTH_BYTES), file.read(1)
             pickled = beginning.startswith(PICKLE_BEGINNINGS) and brace != b"{"
             if pickled or path.suffix.lower() in PICKLE_SUFFIXES:
                 problem = "a pickled checkpoint; opening one runs the code in it, so it was not opened"
                 raise PickleError(problem, path=path, hint="convert it to safetensors in a sandbox first")
-            length = header_length(beginning, self.identity.nbytes, path)
+            length = header_length(beginning, nbytes, path)
             text = (brace + file.read(length))[:length]
-            self.header, self.header_crc = parse_header(text, self.identity.nbytes, path), zlib.crc32(text)
+            self.header, self.header_crc = parse_header(text, nbytes, path), zlib.crc32(text)
             self.fd = os.dup(file.fileno())
         self._close = weakref.finalize(self, close, self.fd)
 
@@ -161,7 +152,7 @@ class CheckpointFile:
         Raises:
             CheckpointError: it was.
         """
-        if Identity.of(self.fd) != self.identity:
+        if identity(self.fd) != self.identity:
             raise self._changed("it was changed while it was read")
 
     def _changed(self, problem: str) -> CheckpointError:
@@ -184,9 +175,11 @@ class Checkpoint:
         metadata: the files' `__metadata__`, joined; the first file's word holds where two disagree.
         sharded: whether it was opened through an index.
         computed: tensors that are made when they are read: their bytes in the files are not theirs.
+        rows_together: how many rows are best read at a time, or multiples of them.
     """
 
     computed: Collection[str] = ()
+    rows_together = 1
 
     def __init__(self, path: Path, files: list[CheckpointFile], sharded: bool) -> None:
         self.path = path

@@ -460,13 +460,13 @@ def plan_json(plan: ConversionPlan, survival: Survival | None = None) -> dict[st
         **({"merged": merged} if plan.merged.loras else {}),
         "family": plan.family.name,
         "notes": plan.notes,
-        "counts": dict(Counter("quantized" if d.quantize else "kept" for d in plan.decisions)),
+        "counts": dict(Counter("quantized" if d.format else "kept" for d in plan.decisions)),
         "layers": [
             {
                 "layer": decision.layer.name,
                 "shape": list(decision.layer.weight.shape),
                 "dtype": decision.layer.weight.dtype,
-                "quantize": decision.quantize,
+                "quantize": decision.format is not None,
                 "format": decision.format and decision.format.name,
                 "reason": decision.reason,
             }
