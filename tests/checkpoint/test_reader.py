@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from on_disk import failing
 
 from convert_to_quant.checkpoint import open_checkpoint, to_float32
 from convert_to_quant.checkpoint.reader import BIT_DTYPES, FLOAT_DTYPES
@@ -27,25 +28,6 @@ def refused(path: Path, error: type[CheckpointError] = CheckpointError, *, named
         open_checkpoint(path)
     assert str(caught.value).startswith(f"{named or path}: ")
     return str(caught.value).removeprefix(f"{named or path}: ")
-
-
-def test_tensors_are_read_with_names_dtypes_shapes_and_values(save, build):
-    weight = np.arange(6, dtype=np.float32).reshape(2, 3)
-    path = save(
-        "a.safetensors", {"w": weight, "b": ("BF16", build.to_bfloat16(weight)), "s": np.float32(3)}, {"k": "v"}
-    )
-    with open_checkpoint(path) as checkpoint:
-        assert list(checkpoint) == ["w", "b", "s"]
-        assert "w" in checkpoint
-        assert "x" not in checkpoint
-        assert (checkpoint.path, checkpoint.sharded, checkpoint.metadata) == (path, False, {"k": "v"})
-        assert [(i.dtype, i.shape, i.nbytes) for i in checkpoint.tensors.values()] == [
-            ("F32", (2, 3), 24), ("BF16", (2, 3), 12), ("F32", (), 4)]  # fmt: skip
-        for name in ("w", "b"):
-            np.testing.assert_array_equal(checkpoint.float32(name), weight)
-        assert checkpoint.float32("s") == np.float32(3)
-        assert checkpoint.path_of("w") == path
-        assert checkpoint.raw("s").tobytes() == np.float32(3).tobytes()
 
 
 TORCH_DTYPES = {
@@ -64,13 +46,18 @@ def test_a_file_of_the_safetensors_library_reads_the_same_in_every_dtype(tmp_pat
     path = tmp_path / "all.safetensors"
     safetensors.torch.save_file(tensors, path, {"a": "ä"})
     with open_checkpoint(path) as checkpoint:
-        assert checkpoint.metadata == {"a": "ä"}
-        assert checkpoint.tensors.keys() == tensors.keys()
+        assert (checkpoint.path, checkpoint.sharded, checkpoint.metadata) == (path, False, {"a": "ä"})
+        assert {*checkpoint} == tensors.keys()
         for name, tensor in tensors.items():
             info, bits = checkpoint.tensors[name], checkpoint.bits(name)
+            assert (name in checkpoint, checkpoint.path_of(name)) == (True, path)
             assert (TORCH_DTYPES[info.dtype], info.shape) == (tensor.dtype, tuple(tensor.shape))
             assert (bits.dtype, bits.shape) == (np.dtype(BIT_DTYPES[info.dtype]), info.shape)
-            assert bits.tobytes() == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            assert (
+                checkpoint.raw(name).tobytes()
+                == bits.tobytes()
+                == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
             if info.dtype in FLOAT_DTYPES:
                 values = checkpoint.float32(name)
                 assert values.dtype == np.float32
@@ -181,11 +168,7 @@ def test_a_file_that_becomes_shorter_or_whose_disk_fails_is_named(save, monkeypa
                 use()
             assert str(caught.value) == f"{path}: {problem}"
     with open_checkpoint(save("b.safetensors", {"x": np.zeros(100, np.uint8)})) as checkpoint:
-
-        def fail(*_):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-        monkeypatch.setattr(os, "preadv", fail, raising=False)
+        monkeypatch.setattr(os, "preadv", failing(errno.EIO), raising=False)
         with pytest.raises(CheckpointError, match=r"b\.safetensors: cannot be read: Input/output error"):
             checkpoint.bits("x")
 
