@@ -18,6 +18,7 @@ from on_disk import contents, converted
 
 from convert_to_quant import quantize as quantize_module
 from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
+from convert_to_quant.cli import main
 from convert_to_quant.convert import (
     convert,
     plan_conversion,
@@ -553,6 +554,9 @@ def test_the_input_is_refused_as_output_also_as_a_shard(tmp_path, save, save_sha
             {"legacy": True, "scaling_mode": "row"},
             "legacy files know one scale per tensor only, not --scaling_mode row",
         ),
+        ({"format": "int8", "scaling_mode": "row"}, "--scaling_mode is for fp8, and int8 says how it is scaled"),
+        ({"format": "int8", "legacy": True}, "legacy files hold fp8 only, in all layers"),
+        ({"format": "fp8-row", "legacy": True}, "legacy files hold fp8 only, in all layers"),
         ({"block_size": 0}, "--block_size should be at least 1 and below 65536, found 0"),
         ({"block_size": 65536}, "--block_size should be at least 1 and below 65536, found 65536"),
         ({"exclude": ("a", "(")}, "--exclude-layers '(' is no regular expression: "),
@@ -562,6 +566,25 @@ def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(OptionError) as caught:
         ConvertOptions(**options)
     assert str(caught.value).startswith(message)
+
+
+def test_both_ways_to_ask_for_fp8_rows_write_the_same(tmp_path, save, build):
+    source, outputs = save("in.safetensors", model(build)), (tmp_path / "1.safetensors", tmp_path / "2.safetensors")
+    converted(source, outputs[0], format="fp8-row")
+    converted(source, outputs[1], scaling_mode="row")
+    assert contents(outputs[0]) == contents(outputs[1])
+
+
+def test_where_readers_scale_inputs_there_is_nothing_to_calibrate_which_is_said(tmp_path, save, build, capsys):
+    source, out = save("in.safetensors", model(build)), str(tmp_path / "out.safetensors")
+    assert main(["-i", str(source), "-o", out, "--format", "int8", "--actcal"]) == 0
+    assert "note: nothing to calibrate: readers of INT8 layers scale inputs as they come\n" in capsys.readouterr().err
+    before = Path(out).read_bytes()
+    for target in (["--in-place"], ["-o", str(tmp_path / "more.safetensors")]):
+        assert main(["-i", out, "--actcal", *target]) == 1
+        nothing = "nothing to calibrate: readers of its INT8 layers scale inputs as they come"
+        assert capsys.readouterr().err.startswith(f"error: {out}: {nothing} (convert_to_quant inspect out.safetensors")
+    assert Path(out).read_bytes() == before
 
 
 class BoomError(Error):
