@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from on_disk import contents, converted
 
 from convert_to_quant.checkpoint import Checkpoint, open_checkpoint
-from convert_to_quant.convert import convert, plan_conversion
+from convert_to_quant.convert import plan_conversion
 from convert_to_quant.errors import OutputError, TensorError
 from convert_to_quant.formats import FORMATS, WRITTEN
 from convert_to_quant.layers import dequantize, find_layers
@@ -24,7 +25,6 @@ LAYER = "blocks.0.mlp"
 OTHERS = {"blocks.0.norm.weight": np.ones(8, np.float32), "embed.weight": np.ones((3, 5), np.float16)}
 
 Save = Callable[..., Path]
-Bytes = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 
 def weights() -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -33,25 +33,6 @@ def weights() -> np.ndarray[Any, np.dtype[np.float32]]:
     weight = random.standard_normal((288, 256)) * np.exp(random.standard_normal((288, 1)))
     weight[3] = 0
     return weight.astype(np.float32)
-
-
-def options(name: str, **further: Any) -> ConvertOptions:
-    """What asks for a format by its name."""
-    name, _, mode = name.partition("-") if name.startswith("fp8") else (name, "", "")
-    return ConvertOptions(format=name, scaling_mode=mode or "tensor", **further)
-
-
-def run(source: Path, output: Path, asked: ConvertOptions) -> list[str]:
-    """Convert a file; the plan's notes."""
-    with open_checkpoint(source) as checkpoint:
-        plan = plan_conversion(checkpoint, asked)
-        convert(checkpoint, plan, output)
-        return plan.notes
-
-
-def content(path: Path) -> Bytes:
-    with open_checkpoint(path) as checkpoint:
-        return {name: (i.dtype, i.shape, checkpoint.raw(name).tobytes()) for name, i in checkpoint.tensors.items()}
 
 
 def real(checkpoint: Checkpoint) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -63,9 +44,9 @@ def make(save: Save, tmp_path: Path) -> Callable[[str], Path]:
     """A file with one layer in a format, and tensors that are none of our business."""
 
     def make(name: str) -> Path:
-        source, output = save("16.safetensors", {LAYER + ".weight": weights()} | OTHERS, {"author": "me"}), tmp_path
-        run(source, output / f"{name}.safetensors", options(name))
-        return output / f"{name}.safetensors"
+        source = save("16.safetensors", {LAYER + ".weight": weights()} | OTHERS, {"author": "me"})
+        converted(source, output := tmp_path / f"{name}.safetensors", format=name)
+        return output
 
     return make
 
@@ -76,10 +57,10 @@ def test_any_format_is_rounded_to_any_other_as_its_real_weights_would_be(
 ) -> None:
     monkeypatch.setattr("convert_to_quant.quantize.BAND_VALUES", 50 * 256)  # bands that no tile ends with
     source, output, expected = make(before), tmp_path / "out.safetensors", tmp_path / "expected.safetensors"
-    notes = run(source, output, options(after, requantize=True))
+    notes = converted(source, output, format=after, requantize=True)
     with open_checkpoint(source) as checkpoint:
-        run(save("real.safetensors", {LAYER + ".weight": real(checkpoint)} | OTHERS), expected, options(after))
-    assert content(output) == content(expected)
+        converted(save("real.safetensors", {LAYER + ".weight": real(checkpoint)} | OTHERS), expected, format=after)
+    assert contents(output) == contents(expected)
     title = FORMATS[before].title
     assert notes[-1] == f"rounded a second time: 1 layer in {title}; the original in 16 bits keeps more"
 
@@ -88,9 +69,9 @@ def test_any_format_is_rounded_to_any_other_as_its_real_weights_would_be(
 def test_what_is_in_the_wanted_format_stays_as_it_is(make: Any, tmp_path: Path, name: str) -> None:
     source = make(name)
     with pytest.raises(OutputError, match="nothing to convert"):
-        run(source, tmp_path / "out.safetensors", options(name, requantize=True))
+        converted(source, tmp_path / "out.safetensors", format=name, requantize=True)
     with open_checkpoint(source) as checkpoint:
-        notes = plan_conversion(checkpoint, options("int8" if name != "int8" else "fp8")).notes
+        notes = plan_conversion(checkpoint, ConvertOptions(format="int8" if name != "int8" else "fp8")).notes
     assert notes[-1].endswith(f"stay as they are: 1 in {FORMATS[name].title}; --requantize rounds them anew")
     assert not (tmp_path / "out.safetensors").exists()
 
@@ -106,8 +87,7 @@ def test_a_mix_is_completed_and_marked_alike(save: Save, build: Any, tmp_path: P
     marker = {"scaled_fp8": ("F8_E4M3", np.zeros(2, np.uint8))}
     source = save("in.safetensors", tensors | e5m2 | marked | raw | marker)
     output = tmp_path / "out.safetensors"
-    asked = ConvertOptions(requantize=True, layer_format=("blocks.1=int8",), exclude=("blocks.2",))
-    run(source, output, asked)
+    converted(source, output, requantize=True, layer_format=("blocks.1=int8",), exclude=("blocks.2",))
     with open_checkpoint(source) as before, open_checkpoint(output) as after:
         old, new = find_layers(before).quantized, find_layers(after).quantized
         assert {name: layer.format.name for name, layer in new.items()} == {
@@ -158,6 +138,13 @@ def test_a_layer_without_mark_that_may_be_several_things_is_refused(save: Save, 
 # to BF16
 
 
+def dequantized(source: Path, output: Path) -> str:
+    with open_checkpoint(source) as checkpoint:
+        layout, jobs, done = plan_bfloat16(checkpoint)
+        write(checkpoint, layout, output, jobs)
+    return done
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_dequantized_weights_are_the_nearest_bfloat16_and_nothing_else_changes(
     make: Any, build: Any, tmp_path: Path, name: str
@@ -165,10 +152,8 @@ def test_dequantized_weights_are_the_nearest_bfloat16_and_nothing_else_changes(
     source, output = make(name), tmp_path / "out.safetensors"
     with open_checkpoint(source) as checkpoint:
         expected = build.to_bfloat16(real(checkpoint))
-        layout, jobs, done = plan_bfloat16(checkpoint)
-        write(checkpoint, layout, output, jobs)
-    assert done == f"1 layer in {FORMATS[name].title} to BF16"
-    before, after = content(source), content(output)
+    assert dequantized(source, output) == f"1 layer in {FORMATS[name].title} to BF16"
+    before, after = contents(source), contents(output)
     assert after.pop(LAYER + ".weight") == ("BF16", (288, 256), expected.tobytes())
     assert after == {name: before[name] for name in OTHERS}
     with open_checkpoint(output) as checkpoint:
@@ -184,10 +169,7 @@ def test_what_cannot_be_read_stays_with_its_marks(save: Save, build: Any, tmp_pa
     said["layers"]["blocks.1.a"] = {"format": "awq_w4a16"}
     source = save("in.safetensors", tensors | raw | foreign, {"_quantization_metadata": json.dumps(said)})
     output = tmp_path / "out.safetensors"
-    with open_checkpoint(source) as checkpoint:
-        layout, jobs, done = plan_bfloat16(checkpoint)
-        write(checkpoint, layout, output, jobs)
-    assert done == "2 layers in FP8 to BF16; 1 in other formats stay as they are"
+    assert dequantized(source, output) == "2 layers in FP8 to BF16; 1 in other formats stay as they are"
     with open_checkpoint(output) as checkpoint:
         assert json.loads(checkpoint.metadata["_quantization_metadata"])["layers"] == {
             "blocks.1.a": {"format": "awq_w4a16"}
@@ -205,19 +187,6 @@ def test_a_convolution_keeps_the_legacy_marker_that_it_needs(save: Save, build: 
         assert {"scaled_fp8", *conv} <= set(layout.copied)
         with pytest.raises(TensorError, match="conv: it is float8_e4m3fn, 4-dimensional, which only a legacy marker"):
             plan_migration(checkpoint, "comfy")
-
-
-def test_shards_stay_shards(save_shards: Callable[..., Path], build: Any) -> None:
-    shards = [build.quantized([f"blocks.{number}.a"], "tensor")[0] for number in range(2)]
-    source = save_shards("in", [shards[0] | {"norm.weight": np.ones(3, np.float32)}, shards[1]])
-    output = source.with_name("out.safetensors.index.json")
-    with open_checkpoint(source) as checkpoint:
-        layout, jobs, _ = plan_bfloat16(checkpoint)
-        write(checkpoint, layout, output, jobs)
-    with open_checkpoint(output) as checkpoint:
-        assert [sorted(file.header.tensors) for file in checkpoint.files] == [
-            ["blocks.0.a.weight", "norm.weight"], ["blocks.1.a.weight"],
-        ]  # fmt: skip
 
 
 # marks
@@ -244,7 +213,7 @@ def test_marks_go_round_without_a_change_of_weights(save: Save, build: Any, full
             assert [layer.marking for layer in table.quantized.values()] == [marking] * 2
             assert [layer.full_precision for layer in table.quantized.values()] == [full] * 2
             assert len(table.marks.tensor.found) == (2 if target == "comfy" else 0)
-    assert content(path) == content(start.with_name("start.safetensors"))
+    assert contents(path) == contents(start.with_name("start.safetensors"))
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -253,7 +222,7 @@ def test_a_format_that_a_target_cannot_say_is_named(make: Any, tmp_path: Path, t
     source = make(name)
     said = {"legacy": ("fp8",), "diffusers": ("fp8", "fp8-row")}.get(target, WRITTEN)
     if name in said:
-        before, after = content(source), content(migrated(source, target))
+        before, after = contents(source), contents(migrated(source, target))
         assert after[LAYER + ".weight"] == before[LAYER + ".weight"]
         return
     with open_checkpoint(source) as checkpoint, pytest.raises(TensorError) as caught:

@@ -32,6 +32,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,11 +71,6 @@ def refused(*names: str) -> None:
         _replace_call(name, refuse)
 
 
-def without_locks() -> None:
-    """No `fcntl`."""
-    sys.modules["fcntl"] = None  # type: ignore[assignment]
-
-
 def as_on_windows() -> None:
     """What Windows lacks; and no file that is open is renamed, replaced or removed, and no folder opened."""
     from convert_to_quant.checkpoint import writer
@@ -97,7 +93,7 @@ def as_on_windows() -> None:
     for name in ("rename", "replace", "unlink", "remove"):
         _replace_call(name, guarded(getattr(os, name)))
     _replace_call("open", opened)
-    without_locks()
+    sys.modules["fcntl"] = None  # type: ignore[assignment]
     taken_away(*POSIX_ONLY)
     writer.WINDOWS = True
 
@@ -112,7 +108,7 @@ DRIVES = ("unnamed files", "named files")
 LACKING = {
     "unnamed files": lambda: None,
     "named files": lambda: taken_away("O_TMPFILE", "copy_file_range"),
-    "no owners, permissions and locks": lambda: (refused("fchown", "fchmod"), without_locks()),
+    "no owners, permissions and locks": lambda: (refused("fchown", "fchmod"), sys.modules.update(fcntl=None)),
     "Windows": as_on_windows,
     "no names for unnamed files": lambda: refused("link"),
     "no renaming": lambda: (taken_away("O_TMPFILE"), refused("replace")),
@@ -202,13 +198,20 @@ def look(folder: Path) -> Files:
 
 
 def lay(folder: Path, files: Files) -> None:
-    """Make a folder hold these files and nothing else."""
+    """Make a folder hold these files and nothing else; an undo file knows what it is about by its inode number."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "custom_nodes").mkdir(parents=True)
-    for name, content in files.items():
+    for name, content in sorted(files.items()):  # an undo file comes after its own
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        if name.endswith(".undo"):
+            record = json.loads(content.partition(b"\n")[2])
+            for one in record["files"]:
+                one["inode"] = (folder / one["name"]).stat().st_ino
+            body = json.dumps(record).encode()
+            path.write_bytes(f"{zlib.crc32(body):08x}\n".encode() + body)
+        else:
+            path.write_bytes(content)
 
 
 def call(folder: Path, words: list[str], fault: Fault | None = None, drive: str = DRIVES[0]) -> Outcome:
@@ -298,30 +301,23 @@ def sweep(name: str, drive: str, inputs: Files, folder: Path, every: bool) -> di
     """Every fault at every call of one writer."""
     writer = WRITERS[name]
     words = writer.words.split()
-    start = {**inputs, **dict.fromkeys(writer.older, b"older")}
-    lay(folder, start)
-    clean = call(folder, words, drive=drive)
-    good = look(folder)
-    problems: list[str] = []
-    if clean.code:
-        problems.append(f"without a fault: exit code {clean.code}: {clean.said}")
-    old = start
-    if writer.torn:
+    old = start = {**inputs, **dict.fromkeys(writer.older, b"older")}
+
+    def ran(fault: Fault | None = None) -> tuple[Outcome, Files]:
         lay(folder, start)
+        return call(folder, words, fault, drive), look(folder)
+
+    clean, good = ran()
+    if writer.torn:
         edits = [number for number, one in enumerate(clean.calls, 1) if one == "pwrite"]
-        assert call(folder, words, Fault(KILL, edits[-1]), drive).code == -signal.SIGKILL
-        start = look(folder)
+        killed, start = ran(Fault(KILL, edits[-1]))
+        assert killed.code == -signal.SIGKILL
         assert f"{writer.changed}.undo" in start
-        clean = None
+        clean, good = ran()
+    problems = [f"without a fault: exit code {clean.code}: {clean.said}"] if clean.code else []
     counts: Counter[str] = Counter()
-    if clean is None:
-        lay_undo(folder, start)
-        clean = call(folder, words, drive=drive)
-        good = look(folder)
     for fault in faults(clean.calls, every):
-        lay_undo(folder, start)
-        ended = call(folder, words, fault, drive)
-        now = look(folder)
+        ended, now = ran(fault)
         counts["kills" if fault.what == KILL else "faults"] += 1
         found = list(judged(writer, old, start, good, now, ended, fault))
         left = set(now) - set(start) - set(good)
@@ -337,21 +333,6 @@ def sweep(name: str, drive: str, inputs: Files, folder: Path, every: bool) -> di
     return {
         "writer": name, "drive": drive, "calls": len(clean.calls), **counts, "problems": problems
     }  # fmt: skip
-
-
-def lay_undo(folder: Path, files: Files) -> None:
-    """Lay files; an undo file knows the file that it is about by its inode number."""
-    lay(folder, files)
-    for name in files:
-        if name.endswith(".undo"):
-            import zlib
-
-            _, _, body = files[name].partition(b"\n")
-            record = json.loads(body)
-            for one in record["files"]:
-                one["inode"] = (folder / one["name"]).stat().st_ino
-            body = json.dumps(record).encode()
-            (folder / name).write_bytes(f"{zlib.crc32(body):08x}\n".encode() + body)
 
 
 def judged(

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+import fuzzer
+
 INPUTS = 100
-
-
-def load() -> ModuleType:
-    """The fuzzer, which is a program."""
-    spec = importlib.util.spec_from_file_location("fuzzer", Path(__file__).with_name("fuzzer.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fuzzer"] = module  # where its dataclass looks for itself
-    spec.loader.exec_module(module)
-    return module
-
-
-fuzzer = load()
-
 pytestmark = pytest.mark.skipif(not hasattr(fuzzer.signal, "SIGPROF"), reason="counts seconds of computing")
 
 
