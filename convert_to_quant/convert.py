@@ -360,7 +360,7 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
         if options.input_scale and fmt.static and not (fmt.dynamic and decision.input_scale is None):
             name = layer.name + plan.ways[0].input_scale
             stray = layer.format is None and name in checkpoint  # which is refused
-            if decision.input_scale is None and plan.ways[0].leaves_room and not stray:
+            if decision.input_scale is None and plan.ways[0].kind == "tensor" and not stray:
                 spare_bytes = SPARE_BYTES
                 without_scale.append(layer.name)
             else:

@@ -44,8 +44,6 @@ SCALE_BYTES = 4
 SPARE_BYTES = 8
 """Behind what a mark may say, where a scale has room: more than rounding to a multiple of 8 leaves by itself."""
 
-_BLOCK_SIZES = ("block_size", "group_size")
-
 
 def full_precision(config: Config) -> bool:
     """Whether a layer's inputs are never quantized."""
@@ -60,7 +58,7 @@ def with_full_precision(config: Config, wanted: bool) -> Config:
 
 def said_block(config: Config) -> tuple[int, int] | None:
     """The block of weights that share a scale, if a config names it, as one size or two."""
-    for key in _BLOCK_SIZES:
+    for key in ("block_size", "group_size"):
         said = config.get(key)
         if isinstance(said, int) and not isinstance(said, bool) and said > 0:
             return said, said
@@ -143,8 +141,6 @@ class Way:
         prefix: what stands before the diffusion model's own names.
         refuse: makes an error from its kind, what is wrong, and the tensor or header entry.
         kind: what it is called.
-        per_layer: whether it can say of a single layer that it computes in full precision.
-        leaves_room: whether it can leave room for an input scale.
         weight_scale, input_scale: how scales are spelled where a file is written so.
     """
 
@@ -152,8 +148,6 @@ class Way:
     prefix: str
     refuse: Refuse
     kind: ClassVar[Marking] = "none"
-    per_layer: ClassVar[bool] = False
-    leaves_room: ClassVar[bool] = False
     weight_scale: ClassVar[str] = names.WEIGHT_SCALE
     input_scale: ClassVar[str] = names.INPUT_SCALE
 
@@ -193,7 +187,6 @@ class Header(Way):
     """
 
     kind = "header"
-    per_layer = True
     fields: dict[str, Any] = field(default_factory=lambda: {"format_version": "1.0", "layers": {}})
     configs: dict[str, Config] = field(default_factory=dict)
 
@@ -253,8 +246,6 @@ class Tensor(Way):
     """JSON about one layer in a tensor beside it."""
 
     kind = "tensor"
-    per_layer = True
-    leaves_room = True
 
     @property
     def found(self) -> list[str]:
@@ -342,15 +333,6 @@ class Legacy(Way):
         return f"a legacy file holds {DEFAULT.marked} with one scale per tensor only, and this is {said}"
 
 
-class FreshLegacy(Legacy):
-    """The same where every mark is written anew, and whatever marker there is goes."""
-
-    @cached_property
-    def markers(self) -> dict[str, TensorInfo]:
-        """None that stays."""
-        return {}
-
-
 class Unmarked(Way):
     """FP8 with one scale per row and no mark, as diffusers reads it since 0.42; it scales inputs row by row."""
 
@@ -387,7 +369,8 @@ class Marks:
         self.checkpoint = checkpoint
         told = (checkpoint, prefix, refuse)
         self.header, self.tensor, self.legacy, self.none = Header(*told), Tensor(*told), Legacy(*told), Way(*told)
-        self.fresh, self.fresh_legacy, self.unmarked = Header(*told), FreshLegacy(*told), Unmarked(*told)
+        self.fresh, self.fresh_legacy, self.unmarked = Header(*told), Legacy(*told), Unmarked(*told)
+        self.fresh_legacy.markers = {}  # where every mark is written anew, whatever marker there is goes
 
     def of(self, layer: str) -> Way:
         """The way that ComfyUI heeds for a layer."""

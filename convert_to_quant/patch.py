@@ -142,7 +142,7 @@ def _set_full_precision(patch: Patch, table: LayerTable, changes: Mapping[str, L
     unmarked = []
     for name, change in changes.items():
         layer = table.quantized[name]
-        if not table.marks.of(name).per_layer:
+        if not table.marks.kinds(name):
             disabled = layer.full_precision and not enable  # a legacy marker of two elements does it for all
             if change.full_precision and not disabled:
                 unmarked.append(name)

@@ -46,5 +46,4 @@ def test_what_marks_a_layer_in_the_order_in_which_comfyui_heeds_it(save, build):
         marks = find_layers(checkpoint).marks
         assert [marks.of(name).kind for name in "abcd"] == ["header", "tensor", "legacy", "none"]
         assert [marks.kinds(name) for name in "abcd"] == [("header", "tensor"), ("tensor",), (), ()]
-        assert [marks.of(name).per_layer for name in "abcd"] == [True, True, False, False]
         assert [marks.input_scale(name) for name in "ac"] == ["a.input_scale", "c.scale_input"]

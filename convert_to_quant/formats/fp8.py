@@ -106,7 +106,6 @@ FP8 = Format(
     title="FP8",
     mark={"format": "float8_e4m3fn"},
     dtypes=(E4M3FN.dtype,),
-    bits=8,
     grid=E4M3FN,
     granularity="tensor",
     input_grid=E4M3FN,
@@ -118,12 +117,12 @@ FP8 = Format(
     native=FP8_GPUS,
     since="October 2025 (PR 10498)",
 )
-ROWS = replace(FP8, name="fp8-row", mark={"format": "float8_e4m3fn_rowwise"}, granularity="row", scale_rank=1,
+ROWS = replace(FP8, name="fp8-row", mark={"format": "float8_e4m3fn_rowwise"}, granularity="row",
                static=False, dynamic=True, since="", native=frozenset(), reader=QUANTOPS)  # fmt: skip
 FORMATS = (
     FP8,
     ROWS,
-    replace(ROWS, name="fp8-block", mark={"format": "float8_e4m3fn_blockwise"}, granularity="block", scale_rank=2),
+    replace(ROWS, name="fp8-block", mark={"format": "float8_e4m3fn_blockwise"}, granularity="block"),
     replace(ROWS, name="fp8-block3d", mark={"format": "float8_e4m3fn_block3d"}, granularity=None),
     replace(ROWS, name="fp8-sglang", mark={"format": "rowwise-float8_e4m3fn"}, granularity=None, reader="SGLang"),
     # CUDA multiplies no two of this format, so nothing is written in it.

@@ -112,10 +112,9 @@ ROWS = Format(
     title="INT8",
     mark={"format": "int8_tensorwise"},
     dtypes=(INTEGERS.dtype,),
-    bits=8,
     grid=INTEGERS,
     granularity="row",
-    scale_rank=2,
+    column=True,
     input_grid=INTEGERS,
     heeds_full_precision=False,
     range=INTEGERS.max,
@@ -135,7 +134,6 @@ W4A4 = ConvRotW4A4(
     bits=4,
     code_bits=4,
     granularity="row",
-    scale_rank=1,
     input_grid=INTEGERS,
     heeds_full_precision=False,
     sides=(1, 256),
@@ -145,4 +143,4 @@ W4A4 = ConvRotW4A4(
     native=frozenset({"rtx30", "rtx40", "l40s"}),
     since="0.33 or earlier",
 )
-FORMATS = (ROWS, replace(ROWS, name="int8-tensor", granularity="tensor", scale_rank=0), CONVROT, W4A4)
+FORMATS = (ROWS, replace(ROWS, name="int8-tensor", granularity="tensor"), CONVROT, W4A4)

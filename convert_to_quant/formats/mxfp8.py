@@ -90,7 +90,6 @@ FORMATS = (
         bits=8.25,
         scale_dtypes=("U8", "F8_E8M0"),
         granularity="block",
-        scale_rank=2,
         group_width=BLOCK,
         tiled=True,
         input_grid=E4M3FN,

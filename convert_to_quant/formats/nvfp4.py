@@ -182,7 +182,6 @@ FORMATS = (
         optional=(names.PRE_QUANT_SCALE,),
         scale_dtypes=("F8_E4M3", "U8"),
         granularity="block",
-        scale_rank=2,
         group_width=BLOCK,
         tiled=True,
         input_grid=BLOCKS,

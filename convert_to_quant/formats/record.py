@@ -273,12 +273,12 @@ class Lattice:
         values = np.unique(table[np.isfinite(table)])  # -0 and 0 are one
         codes = [int(np.flatnonzero(table == value)[0]) for value in values]
         place = torch.from_numpy(np.searchsorted(values, np.nan_to_num(table))).to(stored.device)
-        one = {"scales": torch.ones(1), "numbers": torch.zeros((len(stored), 1), dtype=torch.int64)}
         parts = {
             "values": torch.from_numpy(values).float(),
             "codes": torch.tensor(codes, dtype=torch.uint8),
             "unit": unit.float().reshape(-1, 1),
-            **one,
+            "scales": torch.ones(1),
+            "numbers": torch.zeros((len(stored), 1), dtype=torch.int64),
             **scaled,
         }
         parts = {name: v.to(stored.device) if isinstance(v, torch.Tensor) else v for name, v in parts.items()}
@@ -323,10 +323,10 @@ class Format:
         grid: of its weights' codes where they are one a byte.
         readable: whether this tool reads it; else it is only recognized.
         granularity: what shares a scale where this format is written; None where it is not written.
-        scale_rank: dimensions of a written weight scale: 0 is a scalar, 1 one per row, 2 one per block.
+        column: whether scales of rows are written as a column, [out, 1].
         group_width: how many weights of a row share a scale; 0 where `granularity` and the block size say it.
         tiled: whether scales lie in tiles (`packing`).
-        code_bits: per weight, scales not included.
+        code_bits: of a code.
         input_grid: of what readers make of a layer's inputs at a scale of 1; None where it is only recognized.
         static: whether readers use an `input_scale` that a file holds, which a calibration finds.
         dynamic: whether readers scale inputs as they come, by their absmax, where a file holds no `input_scale`; else
@@ -350,14 +350,14 @@ class Format:
     title: str
     mark: Mapping[str, Any]
     dtypes: tuple[str, ...]
-    bits: float
+    bits: float = 8
     scales: tuple[str, ...] = (names.WEIGHT_SCALE,)
     optional: tuple[str, ...] = ()
     scale_dtypes: tuple[str, ...] = FLOAT_SCALES
     grid: Grid | None = None
     readable: bool = True
     granularity: Granularity | None = None
-    scale_rank: int = 0
+    column: bool = False
     group_width: int = 0
     tiled: bool = False
     code_bits: int = 8
@@ -417,7 +417,8 @@ class Format:
     def scale_shape(self, weight_shape: tuple[int, int], block_size: int) -> tuple[int, ...]:
         """The shape of the weight scale that is written for a weight (out, in)."""
         grid = scale_grid(weight_shape, self.block(weight_shape, block_size))
-        return (tile_shape(*grid) if self.tiled else grid)[: self.scale_rank]
+        written = {"tensor": (), "row": grid if self.column else grid[:1], "block": grid}
+        return tile_shape(*grid) if self.tiled else written[self.granularity or "tensor"]
 
     def storage(self, shape: tuple[int, int], block_size: int) -> dict[str, Stored]:
         """What a weight (out, in) is written as, by suffix."""
@@ -466,7 +467,7 @@ class Format:
     @property
     def roundable(self) -> bool:
         """Whether it has a lattice: where scales are one per tensor, per row, or per group of a row."""
-        return self.granularity in ("tensor", "row")
+        return self.granularity in ("tensor", "row") or self.group_width > 0
 
     def quantized(self, weight_OI: Tensor, _method: str = "absmax") -> dict[str, Tensor]:
         """What is stored of a whole weight [out, in], each weight rounded to nearest; scales by "absmax"."""
@@ -530,11 +531,6 @@ class Packed(Format):
 
     ROWS = 128
     """Tiles of scales have as many rows, so bands that are read begin at multiples of it."""
-
-    @property
-    def roundable(self) -> bool:
-        """Always: scales are those of rows, or of groups of a row."""
-        return True
 
     def whole(self, _weight: Weight) -> dict[str, Tensor]:
         """Tensors that belong to a weight as a whole, by suffix, on the CPU."""

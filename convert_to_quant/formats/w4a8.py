@@ -310,7 +310,6 @@ FOUR = W4A8(
     optional=(names.CODEBOOK,),
     scale_dtypes=("F8_E4M3", "U8", "F32"),
     granularity="block",
-    scale_rank=2,
     group_width=GROUP,
     input_grid=INTEGERS,
     heeds_full_precision=False,
