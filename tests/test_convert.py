@@ -98,7 +98,8 @@ def test_codes_and_scales_are_those_of_torch_bit_for_bit(
     codes, scales = reference(weight, block)
     assert_same_bits(read["weight"], codes)
     assert_same_bits(read["weight_scale"], scales.reshape(scale_shape))
-    assert json.loads(read["comfy_quant"].numpy().tobytes())["format"] == format_name
+    mark = json.loads(read["comfy_quant"].numpy().tobytes())
+    assert (mark["format"], mark.get("group_size")) == (format_name, block[1] if "block" in format_name else None)
     with open_checkpoint(tmp_path / "out.safetensors") as checkpoint:
         layer = find_layers(checkpoint).quantized[NAME]
         spread = scales.repeat_interleave(block[0], 0)[:48].repeat_interleave(block[1], 1)[:, :80]
@@ -162,12 +163,12 @@ def test_the_least_and_the_largest_float32_weights_have_a_finite_scale_above_zer
     assert torch.isfinite(read["weight"].float()).all()
 
 
-@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf, 1e300])
 @pytest.mark.parametrize("mode", ["tensor", "row", "block"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_a_weight_with_nan_or_infinity_is_refused_by_name_and_leaves_no_file(tmp_path, bad, mode, dtype):
     weight = weights(dtype)
-    weight[40, 70] = bad
+    weight[40, 70] = torch.tensor(bad, dtype=torch.float64).to(dtype)
     source = tmp_path / "in.safetensors"
     safetensors.torch.save_file({"blocks.1.linear.weight": weights(dtype), f"{NAME}.weight": weight}, source)
     with pytest.raises(TensorError) as caught:
@@ -177,12 +178,6 @@ def test_a_weight_with_nan_or_infinity_is_refused_by_name_and_leaves_no_file(tmp
         "(FP8 cannot repair them; the input file is damaged or its training diverged)"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
-
-
-def test_float64_beyond_float32_is_refused_as_infinite(tmp_path, save):
-    source = save("in.safetensors", {f"{NAME}.weight": np.full((16, 16), 1e300)})
-    with pytest.raises(TensorError, match="NaN or infinite"):
-        converted(source, tmp_path / "out.safetensors")
 
 
 # the least-squares scale
@@ -322,17 +317,6 @@ def test_how_a_file_was_made_keeps_earlier_steps_and_room_for_later_ones(tmp_pat
         assert json.loads(provenance({PROVENANCE_KEY: strange}, convert=3))["convert"] == 3
 
 
-@pytest.mark.parametrize("mode", ["tensor", "row", "block"])
-def test_header_and_tensors_agree(tmp_path, save, build, mode):
-    output = tmp_path / "out.safetensors"
-    converted(save("in.safetensors", model(build)), output, scaling_mode=mode, block_size=32)
-    with open_checkpoint(output) as checkpoint:
-        layers = json.loads(checkpoint.metadata["_quantization_metadata"])["layers"]
-        marks = {name: json.loads(checkpoint.raw(f"{name}.comfy_quant").tobytes()) for name in CONVERTED}
-    assert layers == marks
-    assert {mark.get("group_size") for mark in marks.values()} == {32 if mode == "block" else None}
-
-
 def test_legacy_files_have_the_older_spelling_and_a_marker(tmp_path, save, build):
     tensors = {"model.diffusion_model." + name: tensor for name, tensor in model(build).items()}
     output = tmp_path / "out.safetensors"
@@ -366,17 +350,13 @@ def test_shards_become_shards_or_one_file(tmp_path, save_shards, build):
     source = save_shards("in", shards, {"k": "v"})
     converted(source, tmp_path / "out.safetensors.index.json")
     converted(source, tmp_path / "one.safetensors")
-    with (
-        open_checkpoint(tmp_path / "out.safetensors.index.json") as sharded,
-        open_checkpoint(tmp_path / "one.safetensors") as one,
-    ):
+    sharded, one = (open_checkpoint(tmp_path / f"{name}") for name in ("out.safetensors.index.json", "one.safetensors"))
+    with sharded, one:
         assert [file.path.name for file in sharded.files] == [
             "out-00001-of-00002.safetensors", "out-00002-of-00002.safetensors"]  # fmt: skip
         assert sharded.path_of("blocks.0.attn.qkv.weight_scale") == sharded.path_of("blocks.0.attn.qkv.weight")
         assert sharded.path_of("blocks.0.mlp.weight_scale") == sharded.path_of("blocks.0.mlp.weight")
-        assert sharded.tensors.keys() == one.tensors.keys()
-        for name in one.tensors:
-            assert sharded.raw(name).tobytes() == one.raw(name).tobytes()
+        assert contents(sharded.path) == contents(one.path)
         assert sharded.metadata == one.metadata
         assert list(find_layers(sharded).quantized) == CONVERTED
 
@@ -464,31 +444,22 @@ def test_layers_that_are_fp8_already_stay_byte_identical_and_keep_their_marks(tm
     assert notes[-1] == ("already quantized layers stay as they are: 4 in FP8 and NVFP4; --requantize rounds them anew")
 
 
-def test_one_file_cannot_hold_both_spellings(save, build):
-    legacy, _ = build.quantized(["blocks.1.a"], "legacy")
-    path = save("legacy.safetensors", model(build) | legacy | {"scaled_fp8": ("F8_E4M3", np.zeros(0, np.uint8))})
-    with open_checkpoint(path) as checkpoint:
-        with pytest.raises(OptionError) as caught:
-            plan_conversion(checkpoint, ConvertOptions())
-        assert len(plan_conversion(checkpoint, ConvertOptions(legacy=True)).quantized) == 2
-    assert str(caught.value) == (
-        "the input is a legacy scaled_fp8 file, and one file cannot hold both spellings (add --legacy)"
-    )
+MARKS = "marks layers as comfy_quant does"
+SPELLINGS = [
+    ("legacy", {"scaled_fp8": ("F8_E4M3", np.zeros(0, np.uint8))}, "is a legacy scaled_fp8 file", "add"),
+    ("tensor", {}, f"{MARKS} (blocks.1.a.comfy_quant)", "drop"),
+    ("header", {}, f"{MARKS} (_quantization_metadata)", "drop"),
+]
 
 
-@pytest.mark.parametrize(
-    ("marking", "where"), [("tensor", "blocks.1.a.comfy_quant"), ("header", "_quantization_metadata")]
-)
-def test_legacy_is_refused_where_layers_are_marked_because_comfyui_would_drop_the_legacy_ones(
-    save, build, marking, where
-):
+@pytest.mark.parametrize(("marking", "marker", "found", "do"), SPELLINGS)
+def test_one_file_cannot_hold_both_spellings_of_which_comfyui_would_drop_one(save, build, marking, marker, found, do):
     marked, metadata = build.quantized(["blocks.1.a"], marking)
-    path = save("in.safetensors", model(build) | marked, metadata)
-    with open_checkpoint(path) as checkpoint, pytest.raises(OptionError) as caught:
-        plan_conversion(checkpoint, ConvertOptions(legacy=True))
-    assert str(caught.value) == (
-        f"the input marks layers as comfy_quant does ({where}), and one file cannot hold both spellings (drop --legacy)"
-    )
+    with open_checkpoint(save("in.safetensors", model(build) | marked | marker, metadata)) as checkpoint:
+        with pytest.raises(OptionError) as caught:
+            plan_conversion(checkpoint, ConvertOptions(legacy=not marker))
+        assert len(plan_conversion(checkpoint, ConvertOptions(legacy=bool(marker))).quantized) == 2
+    assert str(caught.value) == f"the input {found}, and one file cannot hold both spellings ({do} --legacy)"
 
 
 def test_a_legacy_file_is_completed_under_the_marker_that_it_has(tmp_path, save, build):
@@ -518,18 +489,14 @@ def test_a_stray_scale_beside_a_weight_in_high_precision_is_refused(tmp_path, sa
 # what is refused
 
 
-def test_a_conversion_of_what_is_fp8_already_is_told_of_calibration(tmp_path, save, build):
-    source = save("in.safetensors", *build.quantized([CONVERTED[0]], "tensor"))
-    with pytest.raises(OutputError, match=r"\(--dry-run says why, per layer; --actcal calibrates the FP8 layers that"):
-        converted(source, tmp_path / "out.safetensors")
-
-
-def test_a_conversion_of_nothing_is_refused(tmp_path, save):
-    source = save("in.safetensors", {"norm.weight": np.ones(4, np.float32)})
+@pytest.mark.parametrize("done", [False, True])
+def test_a_conversion_of_nothing_is_refused_and_told_of_calibration_where_that_is_possible(tmp_path, save, build, done):
+    source = save("in.safetensors", *build.quantized([CONVERTED[0]] if done else [], "tensor"))
+    more = "; --actcal calibrates the FP8 layers that are there" if done else ""
     with pytest.raises(OutputError) as caught:
         converted(source, tmp_path / "out.safetensors")
     assert str(caught.value) == (
-        f"{source}: nothing to convert: no layer would become FP8 (--dry-run says why, per layer)"
+        f"{source}: nothing to convert: no layer would become FP8 (--dry-run says why, per layer{more})"
     )
 
 
