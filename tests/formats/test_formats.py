@@ -49,21 +49,6 @@ def test_records_are_whole(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "block", "scale"),
-    [
-        ("fp8", (100, 64), ()),
-        ("fp8-row", (1, 64), (100,)),
-        ("fp8-block", (16, 16), (7, 4)),
-        ("int8", (1, 64), (100, 1)),
-        ("int8-tensor", (100, 64), ()),
-    ],
-)
-def test_scales_of_a_weight_by_its_shape(name: str, block: tuple[int, int], scale: tuple[int, ...]) -> None:
-    assert FORMATS[name].block((100, 64), 16) == block
-    assert FORMATS[name].scale_shape((100, 64), 16) == scale
-
-
-@pytest.mark.parametrize(
     ("config", "name"),
     [
         ({"format": "int8_tensorwise"}, "int8"),

@@ -42,39 +42,16 @@ def test_all_256_codes_mean_what_torch_says(grid):
 
 
 @both_formats
-def test_all_256_codes_come_back_except_that_infinities_saturate(grid):
-    meanings = grid.decode(ALL_CODES)
-    codes = grid.encode(meanings)
-    finite = np.isfinite(meanings)
-    np.testing.assert_array_equal(codes[finite], ALL_CODES[finite])
-    largest = grid.encode(np.float32([grid.max, -grid.max]))
-    np.testing.assert_array_equal(codes[np.isposinf(meanings)], largest[0])
-    np.testing.assert_array_equal(codes[np.isneginf(meanings)], largest[1])
-    np.testing.assert_array_equal(codes[np.isnan(meanings)] & 0x7F, 0x7F)
-    np.testing.assert_array_equal(codes & 0x80, ALL_CODES & 0x80)
-
-
-@both_formats
-def test_all_bfloat16_patterns_become_the_codes_of_torchs_cast(grid):
-    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(torch.bfloat16).float().numpy()
-    assert_same_codes(numbers, grid)
-
-
-@both_formats
-def test_all_float16_patterns_become_the_codes_of_torchs_cast(grid):
-    assert_same_codes(torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(torch.float16).float().numpy(), grid)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_16_bit_patterns_become_the_codes_of_torchs_cast(grid, dtype):
+    assert_same_codes(torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype).float().numpy(), grid)
 
 
 @both_formats
 def test_every_tie_goes_to_the_even_code_and_its_neighbours_to_the_nearest(grid):
-    levels = np.unique(np.abs(grid.decode(ALL_CODES)))
-    levels = levels[np.isfinite(levels)].astype(np.float64)
-    ties = ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
+    ties = grid.midpoints.astype(np.float32)
     below, above = np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(np.inf))
-    code = np.arange(len(ties))
-    np.testing.assert_array_equal(grid.encode(ties), code + code % 2)
-    np.testing.assert_array_equal(grid.encode(below), code)
-    np.testing.assert_array_equal(grid.encode(above), code + 1)
+    assert (grid.encode(ties) % 2 == 0).all()
     assert_same_codes(np.concatenate([ties, below, above, -ties, -below, -above]), grid)
 
 
@@ -89,21 +66,11 @@ def test_any_float32_becomes_the_code_of_torchs_cast(grid, bits, values, near):
 
 
 @both_formats
-def test_zeros_keep_their_sign_and_float32_subnormals_become_zero(grid):
-    tiny = np.float32(np.finfo(np.float32).smallest_subnormal)
-    np.testing.assert_array_equal(grid.encode(np.float32([0.0, -0.0, tiny, -tiny])), [0x00, 0x80, 0x00, 0x80])
-
-
-@both_formats
-def test_infinities_and_all_that_is_too_large_saturate_and_nan_stays_nan_with_its_sign(grid):
+def test_what_is_too_small_or_large_and_nan_keep_their_sign(grid):
     top = grid.encode(np.float32([grid.max]))[0]
-    numbers = np.float32([np.inf, -np.inf, 3e38, -3e38, np.nan, -np.nan])
-    np.testing.assert_array_equal(grid.encode(numbers), [top, top | 0x80, top, top | 0x80, 0x7F, 0xFF])
-
-
-@both_formats
-def test_a_nan_whose_payload_lies_in_the_low_bits_stays_nan(grid):
-    assert grid.encode(np.uint32([0x7F800001]).view(np.float32))[0] == 0x7F
+    tiny, low_payload = np.finfo(np.float32).smallest_subnormal, np.uint32([0x7F800001]).view(np.float32)[0]
+    for number, code in ((0.0, 0), (tiny, 0), (3e38, top), (np.inf, top), (np.nan, 0x7F), (low_payload, 0x7F)):
+        np.testing.assert_array_equal(grid.encode(np.float32([number, -np.float32(number)])), [code, code | 0x80])
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2), (2, 3, 4), (CHUNK + 3,), (2, CHUNK)])

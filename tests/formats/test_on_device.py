@@ -14,7 +14,6 @@ from convert_to_quant.errors import TensorError
 from convert_to_quant.formats import FORMATS, WRITTEN
 from convert_to_quant.formats.record import Packed
 from convert_to_quant.layers import find_layers
-from convert_to_quant.layout import Sink
 from convert_to_quant.options import ConvertOptions
 from convert_to_quant.quantize import quantize_weight
 
@@ -42,11 +41,10 @@ def quantized(path: Path, name: str, device: torch.device | None, **options: str
         assert start == len(tensor)
         tensor += part
 
-    write: Sink = sink
     with open_checkpoint(path) as checkpoint:
         layer = find_layers(checkpoint).plain["blocks.0.mlp"]
         chosen = ConvertOptions(block_size=100, **options)  # type: ignore[arg-type]
-        quantize_weight(checkpoint, layer, FORMATS[name], chosen, write, device=device)
+        quantize_weight(checkpoint, layer, FORMATS[name], chosen, sink, device=device)
     return {suffix: bytes(data) for suffix, data in made.items()}
 
 
