@@ -19,9 +19,8 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -198,17 +197,19 @@ def in_place_edits(patch: Patch) -> list[Edit]:
         OutputError: something would need more room than it has; names the first such tensor.
     """
     checkpoint = patch.checkpoint
-    refusal = partial(OutputError, hint="write a new file with -o instead")
     edits = []
-    contents, added = _placed(patch, refusal)
+    contents, added = _placed(patch)
     for name, data in contents.items():
         file, info = checkpoint.file_of(name), checkpoint.tensors[name]
         old = checkpoint.raw(name).tobytes()
         if old != data:
             edits.append(Edit(checkpoint.files.index(file), file.header.data_start + info.start, data, old))
     for number, file in enumerate(checkpoint.files):
-        metadata = {**file.header.metadata, **{k: v for k, v in patch.metadata.items() if _belongs(k, patch, number)}}
-        if metadata == file.header.metadata and not added:
+        before = file.header.metadata
+        # An entry is written where it is already, else into the first file.
+        own = (key for key in patch.metadata if key in before or (number == 0 and key not in checkpoint.metadata))
+        metadata = before | {key: patch.metadata[key] for key in own}
+        if metadata == before and not added:
             continue
         text = _header_text(file, metadata, added)
         room = file.header.data_start - LENGTH_BYTES
@@ -218,19 +219,22 @@ def in_place_edits(patch: Patch) -> list[Edit]:
         if len(text) > room and names.PROVENANCE_KEY in metadata:
             # How the file was made is worth saying where there is room, but no reason to refuse.
             del metadata[names.PROVENANCE_KEY]
-            kept = {key: text for key, text in file.header.metadata.items() if key == names.PROVENANCE_KEY}
-            text = _header_text(file, {**metadata, **kept}, added)
-        if text == _header_text(file, file.header.metadata):
+            kept = {key: text for key, text in before.items() if key == names.PROVENANCE_KEY}
+            text = _header_text(file, metadata | kept, added)
+        if text == _header_text(file, before):
             continue
         if len(text) > room:
-            problem = f"in place is not possible: the header has {room} bytes and needs {len(text)}"
-            raise refusal(problem, path=file.path)
-        old = file.read(LENGTH_BYTES, room).tobytes()
-        edits.append(Edit(number, LENGTH_BYTES, text.ljust(room), old))
+            raise _impossible(f"the header has {room} bytes and needs {len(text)}", file.path)
+        edits.append(Edit(number, LENGTH_BYTES, text.ljust(room), file.read(LENGTH_BYTES, room).tobytes()))
     return edits
 
 
-def _placed(patch: Patch, refusal: Callable[..., OutputError]) -> tuple[dict[str, bytes], dict[str, TensorInfo]]:
+def _impossible(why: str, path: Path, tensor: str | None = None) -> OutputError:
+    hint = "write a new file with -o instead"
+    return OutputError(f"in place is not possible: {why}", path=path, tensor=tensor, hint=hint)
+
+
+def _placed(patch: Patch) -> tuple[dict[str, bytes], dict[str, TensorInfo]]:
     """Where a patch goes in the file itself.
 
     Returns:
@@ -240,17 +244,13 @@ def _placed(patch: Patch, refusal: Callable[..., OutputError]) -> tuple[dict[str
     checkpoint = patch.checkpoint
     contents: dict[str, bytes] = {}
     added: dict[str, TensorInfo] = {}
-    for name, (spec, data, _) in patch.tensors.items():
+    for name, (spec, data, near) in sorted(patch.tensors.items(), key=lambda item: item[0] not in checkpoint):
         info = checkpoint.tensors.get(name)
-        if info is None:
-            continue
-        if Spec.like(info) != spec:
-            there, wanted = f"{info.dtype} {list(info.shape)}", f"{spec.dtype} {list(spec.shape)}"
-            problem = f"in place is not possible: it is {there} and must become {wanted}"
-            raise refusal(problem, path=checkpoint.path, tensor=name)
-        contents[name] = data
-    for name, (spec, data, near) in patch.tensors.items():
-        if name in checkpoint:
+        if info is not None:
+            if Spec.like(info) != spec:
+                there, wanted = f"{info.dtype} {list(info.shape)}", f"{spec.dtype} {list(spec.shape)}"
+                raise _impossible(f"it is {there} and must become {wanted}", checkpoint.path, name)
+            contents[name] = data
             continue
         mark = mark_beside(checkpoint, near)
         old = b"" if mark is None else contents.get(mark.name) or checkpoint.raw(mark.name).tobytes()
@@ -258,8 +258,7 @@ def _placed(patch: Patch, refusal: Callable[..., OutputError]) -> tuple[dict[str
         aligned = (checkpoint.file_of(near).header.data_start + end) % spec.nbytes == 0
         if mark is None or checkpoint.sharded or not aligned or not has_scale_room(old):
             checkpoint.refuse_changed()  # another process may have put one there
-            problem = "in place is not possible: the file has no such tensor yet"
-            raise refusal(problem, path=checkpoint.path, tensor=name)
+            raise _impossible("the file has no such tensor yet", checkpoint.path, name)
         contents[mark.name] = old[: -spec.nbytes] + data
         added[mark.name] = replace(mark, shape=(end - mark.start,), stop=end)
         added[name] = TensorInfo(name, spec.dtype, spec.shape, end, mark.stop)
@@ -270,12 +269,6 @@ def _header_text(file: CheckpointFile, metadata: Mapping[str, str], added: Mappi
     """JSON of a file's header with other metadata and tensors, without padding."""
     infos = sorted({**file.header.tensors, **added}.values(), key=lambda info: (info.start, info.stop))
     return serialize_header(infos, metadata)[LENGTH_BYTES:].rstrip(b" ")
-
-
-def _belongs(key: str, patch: Patch, number: int) -> bool:
-    """Whether a metadata entry is written into this file: where it is already, else into the first."""
-    holders = [i for i, file in enumerate(patch.checkpoint.files) if key in file.header.metadata]
-    return number in (holders or [0])
 
 
 def apply_in_place(patch: Patch) -> int:
@@ -293,8 +286,7 @@ def apply_in_place(patch: Patch) -> int:
     paths = [Path(os.path.realpath(file.path)) for file in checkpoint.files]
     elsewhere = next((path for path in paths if path.parent != undo.parent), None)
     if elsewhere is not None:
-        problem = f"in place is not possible: it is not in the folder of {checkpoint.path.name}"
-        raise OutputError(problem, path=elsewhere, hint="write a new file with -o instead")
+        raise _impossible(f"it is not in the folder of {checkpoint.path.name}", elsewhere)
     with _locked([file.path for file in checkpoint.files]) as fds:
         left = find_undo(checkpoint.path, paths)
         if left is not None:
