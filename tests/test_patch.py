@@ -220,64 +220,50 @@ def test_where_header_and_tensor_disagreed_both_say_the_new_word(tmp_path, save,
         assert json.loads(checkpoint.metadata["_quantization_metadata"])["layers"]["x"] == expected
 
 
-@pytest.mark.parametrize("marking", ["legacy", "none"])
-def test_files_that_cannot_say_full_precision_of_one_layer_get_a_note(save, build, marking):
-    tensors, _ = build.quantized(["x", "y"], marking)
-    if marking == "legacy":
-        tensors["scaled_fp8"] = ("F8_E4M3", np.zeros(0, np.uint8))
-    with open_checkpoint(save("in.safetensors", tensors)) as checkpoint:
-        patch = planned(checkpoint, {"x": FULL, "y": LayerChange(full_precision=False)})
-        assert patch.tensors == {}
-    assert patch.notes == [UNSAID]
-
-
 # legacy markers
 
 
-@pytest.fixture
-def disabled(save, build) -> Path:
-    """A legacy file whose marker has two elements."""
-    tensors, _ = build.quantized(["x"], "legacy")
-    return save("in.safetensors", tensors | {"scaled_fp8": ("F8_E4M3", np.zeros(2, np.uint8))})
-
-
-ENABLE = {"enable_fp8_matmul": True}
 NOT_HEEDED = (
     "the marker scaled_fp8 has 2 elements: ComfyUI computes every layer in full precision and ignores the input "
     "scales; --enable-fp8-matmul changes that"
 )
 REPLACED = "the marker scaled_fp8 now lets ComfyUI use FP8 matrix products and the input scales"
+NO_MARKER = "--enable-fp8-matmul: the file has no legacy marker, so there was nothing to enable"
 UNSAID = (
     "1 layer should compute in full precision, but a file without comfy_quant marks cannot say so per layer "
     "(first: x); convert the original without --legacy to get such marks"
 )
+NOTED = [
+    ("none", None, FULL, False, [UNSAID]),
+    ("legacy", 0, FULL, False, [UNSAID]),
+    ("legacy", 2, FULL, False, [NOT_HEEDED]),
+    ("legacy", 2, LayerChange(0.125, full_precision=False), False, [NOT_HEEDED]),
+    ("legacy", 2, FULL, True, [UNSAID, REPLACED]),
+    ("legacy", 2, SCALE, True, [REPLACED]),
+    ("tensor", 2, SCALE, False, []),
+    ("tensor", None, SCALE, True, [NO_MARKER]),
+]
 
 
-@pytest.mark.parametrize("change", [LayerChange(0.125, full_precision=False), FULL])
-@pytest.mark.parametrize("enable", [False, True])
-def test_a_marker_of_two_elements_is_noted_or_replaced(tmp_path, disabled, change, enable):
-    output = tmp_path / "out.safetensors"
-    patch = rewritten(disabled, output, {"x": change}, enable_fp8_matmul=enable)
-    assert patch.notes == [*([UNSAID] if enable and change is FULL else []), REPLACED if enable else NOT_HEEDED]
-    size = 0 if enable else 2
-    assert contents(output)["scaled_fp8"] == ("F8_E4M3", (size,), bytes(size))
-    assert (layer_of(output).marking, layer_of(output).full_precision) == ("legacy", not enable)
-    if enable:
-        assert refused(in_place, disabled, {"x": change}, **ENABLE) == (
-            f"{disabled}: scaled_fp8: in place is not possible: it is F8_E4M3 [2] and must become F8_E4M3 [0] "
+@pytest.mark.parametrize(("marking", "elements", "change", "enable", "notes"), NOTED)
+def test_what_a_legacy_marker_means_for_a_change_is_noted(*, save, build, marking, elements, change, enable, notes):
+    tensors, _ = build.quantized(["x", "y"], marking)
+    if elements is not None:
+        tensors["scaled_fp8"] = ("F8_E4M3", np.zeros(elements, np.uint8))
+    source = save("in.safetensors", tensors)
+    output = source.with_name("out.safetensors")
+    patch = rewritten(source, output, {"x": change, "y": LayerChange()}, enable_fp8_matmul=enable)
+    assert patch.notes == notes
+    if elements is not None:
+        kept = 0 if REPLACED in notes else elements
+        assert contents(output)["scaled_fp8"] == ("F8_E4M3", (kept,), bytes(kept))
+    if marking == "legacy":
+        assert (layer_of(output).marking, layer_of(output).full_precision) == ("legacy", NOT_HEEDED in notes)
+    if REPLACED in notes:
+        assert refused(in_place, source, {"x": change}, enable_fp8_matmul=True) == (
+            f"{source}: scaled_fp8: in place is not possible: it is F8_E4M3 [2] and must become F8_E4M3 [0] "
             "(write a new file with -o instead)"
         )
-
-
-def test_a_marker_that_no_layer_heeds_is_not_noted(save, build):
-    tensors, _ = build.quantized(["x"], "tensor")
-    marker = {"scaled_fp8": ("F8_E4M3", np.zeros(2, np.uint8))}
-    with open_checkpoint(save("in.safetensors", tensors | marker)) as checkpoint:
-        assert planned(checkpoint, {"x": SCALE}).notes == []
-    with open_checkpoint(save("in.safetensors", tensors)) as checkpoint:
-        assert planned(checkpoint, {}, **ENABLE).notes == [
-            "--enable-fp8-matmul: the file has no legacy marker, so there was nothing to enable"
-        ]
 
 
 # in place

@@ -56,7 +56,7 @@ def layer(form: str, mark: bytes | None, name: str = NAME) -> Tensors:
 
 
 def repaired(source: Path, *, in_place: bool) -> tuple[Path, list[tuple[str, str, str, str]]]:
-    output = source if in_place else source.with_name("out.safetensors")
+    output = source if in_place else source.with_name(source.name.replace("in", "out", 1))
     with open_checkpoint(source) as checkpoint:
         repairs, patch = plan_repair(checkpoint, in_place=in_place)
         if in_place:
@@ -200,10 +200,7 @@ def test_shards_are_repaired_each_in_its_own_file(save_shards: Callable[..., Pat
     source = save_shards("in", [layer("float8_e4m3fn", bytes(LONG)), layer("mxfp8", bytes(LONG), OTHER)])
     before = raw(source)
     for in_place in (False, True):
-        output = source.with_name("out.safetensors.index.json") if not in_place else source
-        with open_checkpoint(source) as checkpoint:
-            _, patch = plan_repair(checkpoint, in_place=in_place)
-            apply_in_place(patch) if in_place else rewrite(patch, output)
+        output, _ = repaired(source, in_place=in_place)
         assert raw(output) == before
         with open_checkpoint(output) as checkpoint:
             assert [one.marking for one in find_layers(checkpoint).quantized.values()] == ["tensor"] * 2

@@ -155,17 +155,6 @@ def test_sub_byte_dtypes_take_the_bytes_that_their_bits_fill():
     assert header.tensors["x"].nbytes == 6
 
 
-def test_golden_bytes_of_a_header():
-    infos = [TensorInfo("b", "F32", (2,), 0, 8), TensorInfo("ä", "U8", (), 8, 9)]
-    text = (
-        '{"__metadata__":{"k":"v"},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
-        '"ä":{"dtype":"U8","shape":[],"data_offsets":[8,9]}}'
-    ).encode()
-    padded = text + b" " * 5
-    assert len(padded) % 8 == 0
-    assert serialize_header(infos, {"k": "v"}) == struct.pack("<Q", len(padded)) + padded
-
-
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda name: name != "__metadata__")
 
 
