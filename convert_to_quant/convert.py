@@ -17,15 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__, families, layout, names
-from .checkpoint import (
-    ALL_ROWS,
-    Checkpoint,
-    CheckpointWriter,
-    Spec,
-    refuse_same_file,
-    serialize_header,
-    to_float32,
-)
+from .checkpoint import ALL_ROWS, Checkpoint, CheckpointWriter, Spec, refuse_same_file, serialize_header, to_float32
 from .checkpoint.reader import BIT_DTYPES
 from .checkpoint.writer import lay_out
 from .errors import CheckpointError, OutputError, TensorError

@@ -28,7 +28,7 @@ import numpy as np
 from . import names
 from .checkpoint import Checkpoint, Spec, write_bytes
 from .checkpoint.header import LENGTH_BYTES, TensorInfo, serialize_header
-from .checkpoint.positioned import OPEN_FLAGS, close, lock, pread, sync, sync_folder, write_at
+from .checkpoint.positioned import lock, opened, pread, sync, sync_folder, write_at
 from .checkpoint.reader import CheckpointFile, checkpoint_files, identity
 from .checkpoint.undo import (
     Edit,
@@ -389,8 +389,7 @@ def _locked(paths: Sequence[Path]) -> Iterator[list[int]]:
     with contextlib.ExitStack() as stack:
         try:
             for at in paths:
-                fds.append(os.open(at, os.O_RDWR | OPEN_FLAGS))
-                stack.callback(close, fds[-1])
+                fds.append(stack.enter_context(opened(at, os.O_RDWR)))
                 lock(fds[-1])
             at = paths[0]
             yield fds

@@ -19,11 +19,7 @@ from on_disk import contents, converted
 from convert_to_quant import quantize as quantize_module
 from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
 from convert_to_quant.cli import main
-from convert_to_quant.convert import (
-    convert,
-    plan_conversion,
-    provenance,
-)
+from convert_to_quant.convert import convert, plan_conversion, provenance
 from convert_to_quant.errors import Error, OptionError, OutputError, TensorError
 from convert_to_quant.families.base import IMAGE
 from convert_to_quant.formats.record import CHUNK

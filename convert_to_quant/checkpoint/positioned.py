@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,16 @@ def close(fd: int) -> None:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """Open a file or folder for as long as it takes."""
+    fd = os.open(path, flags | OPEN_FLAGS)
+    try:
+        yield fd
+    finally:
+        close(fd)
+
+
 def sync(fd: int) -> None:
     """Put a file's bytes on the disk, where its file system knows how."""
     try:
@@ -98,12 +109,8 @@ def sync(fd: int) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Put a folder's entries on the disk, where the system lets one."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY | OPEN_FLAGS)
-        try:
-            os.fsync(fd)
-        finally:
-            close(fd)
+    with contextlib.suppress(OSError), opened(folder, os.O_RDONLY) as fd:
+        os.fsync(fd)
 
 
 def lock(fd: int, *, shared: bool = False) -> None:
@@ -117,3 +124,14 @@ def lock(fd: int, *, shared: bool = False) -> None:
     except ImportError:  # Windows
         return
     fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
+def taken(fd: int, *, shared: bool = False) -> bool:
+    """Whether another process has a file; else it is locked for us, where its drive knows locks."""
+    try:
+        lock(fd, shared=shared)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False

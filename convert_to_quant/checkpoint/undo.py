@@ -32,7 +32,7 @@ from .. import names
 from ..errors import CheckpointError, HeaderError, OutputError
 from ..untrusted import JSONError, parse_json
 from .header import LENGTH_BYTES, MAX_HEADER_BYTES, header_length, parse_header
-from .positioned import OPEN_FLAGS, lock, pread
+from .positioned import OPEN_FLAGS, opened, pread, taken
 
 UNDO_SUFFIX = ".undo"
 MAX_UNDO_BYTES = 4 * MAX_HEADER_BYTES
@@ -296,13 +296,8 @@ def refuse_unrecovered(path: Path, files: Sequence[Path]) -> None:
 
 def _is_locked(path: Path) -> bool:
     """Whether another process holds the lock that a change in place takes."""
-    try:
-        with path.open("rb") as file:
-            lock(file.fileno(), shared=True)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), opened(path, os.O_RDONLY) as fd:
+        return taken(fd, shared=True)
     return False
 
 

@@ -35,8 +35,9 @@ from numpy.typing import NDArray
 
 from ..errors import OutputError, StrPath
 from ..telling import size
+from . import positioned
 from .header import DTYPE_BITS, TensorInfo, serialize_header, tensor_nbytes
-from .positioned import MOST_BYTES, OPEN_FLAGS, WINDOWS, close, is_plain_on_windows, lock, sync, sync_folder, write_at
+from .positioned import MOST_BYTES, OPEN_FLAGS, WINDOWS, close, is_plain_on_windows, lock, opened, sync_folder, taken
 from .reader import BIT_DTYPES, INDEX_SUFFIX, Checkpoint, CheckpointFile, special_kind
 
 UNNAMED = Path("/proc/self/fd")
@@ -177,14 +178,11 @@ def clear_left_overs(folder: Path) -> list[str]:
     lines = []
     for name in names:
         with contextlib.suppress(OSError):
-            fd = os.open(folder / name, os.O_RDWR | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0))
-            try:
+            with opened(folder / name, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)) as fd:
                 lock(fd)
                 nbytes = os.fstat(fd).st_size
                 if not WINDOWS:
                     (folder / name).unlink()
-            finally:
-                close(fd)
             if WINDOWS:  # which removes no open file, and so none of a run that goes on
                 (folder / name).unlink()
             lines.append(f"removed {folder / name} ({nbytes:,} bytes), which an interrupted run left")
@@ -246,7 +244,7 @@ class PendingFile:
         if hasattr(os, "O_TMPFILE") and folder.is_dir() and UNNAMED.is_dir():
             try:
                 fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)
-                _lock_own(fd)  # for the time when it bears a sibling's name
+                taken(fd)  # locks it, for the time when it bears a sibling's name
                 return fd
             except OSError as error:
                 if error.errno not in _NO_TMPFILE:
@@ -254,7 +252,7 @@ class PendingFile:
         while True:
             self._temporary = _sibling(folder)
             fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, mode)
-            if _lock_own(fd) and self._temporary.exists():
+            if not taken(fd) and self._temporary.exists():
                 return fd
             close(fd)  # before it was locked, another run took it for a left-over
 
@@ -270,7 +268,7 @@ class PendingFile:
             OutputError: the disk is full, or another system error.
         """
         with _writing(self.path):
-            write_at(self.fd, buffer, offset)
+            positioned.write_at(self.fd, buffer, offset)
 
     def copy(self, source: CheckpointFile, source_offset: int, offset: int, count: int) -> None:
         """Copy bytes from another open file, inside the kernel where it can.
@@ -294,7 +292,7 @@ class PendingFile:
             OutputError: the disk is full, or another system error.
         """
         with _writing(self.path):
-            sync(self.fd)
+            positioned.sync(self.fd)
 
     def commit(self) -> None:
         """Put the bytes on the disk and give the file its name, replacing an older regular file of that name.
@@ -341,24 +339,10 @@ class PendingFile:
             self.fd = -1
 
 
-def _lock_own(fd: int) -> bool:
-    """Lock a new file, where its drive knows locks, and say whether nobody else had."""
-    try:
-        lock(fd)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
 def _name_unnamed(fd: int, path: Path) -> None:
     """Give a file made with O_TMPFILE its name (open(2): linkat on its entry in /proc, links followed)."""
-    entries = os.open(UNNAMED, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with opened(UNNAMED, os.O_RDONLY) as entries:
         os.link(str(fd), path, src_dir_fd=entries, follow_symlinks=True)  # only with a dir_fd is this linkat(2)
-    finally:
-        close(entries)
 
 
 def _copy_once(source_fd: int, target_fd: int, count: int, source_offset: int, offset: int) -> int:
@@ -595,13 +579,9 @@ def _alone(index: Path) -> Iterator[None]:
     """Lock an index's folder against other writers of shards, where the system lets one."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            fd = os.open(index.parent, os.O_RDONLY | OPEN_FLAGS)
-            stack.callback(close, fd)
-            try:
-                lock(fd)
-            except BlockingIOError:
+            if taken(stack.enter_context(opened(index.parent, os.O_RDONLY))):
                 problem = "another process is writing shards into this folder"
-                raise OutputError(problem, path=index, hint="run the command again") from None
+                raise OutputError(problem, path=index, hint="run the command again")
         yield
 
 
