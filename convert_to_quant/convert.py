@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -135,16 +136,13 @@ class ConversionPlan:
 
     def summary(self) -> str:
         """One line: how many layers, into what, and which family's table decided."""
-        weights = sum(layer.out_features * layer.in_features for layer, _ in self.quantized)
-        words = [fmt.marked if fmt.grid else fmt.name for fmt in self.formats]
-        if len(words) > 1:
-            words = [f"{count} {fmt.name}" for fmt, count in self.formats.items()]
-        scaled = f"{next(iter(self.formats)).granularity} scales, " if len(words) == 1 else ""
-        return (
-            f"{len(self.quantized)} of {len(self.decisions)} linear layers to "
-            f"{', '.join(words) or self.options.format} "
-            f"({weights / 1e6:,.1f} M weights, {scaled}{self.title})"
-        )
+        weights = sum(math.prod(layer.shape) for layer, _ in self.quantized)
+        what, scaled = ", ".join(f"{count} {fmt.name}" for fmt, count in self.formats.items()), ""
+        if len(self.formats) == 1:
+            (fmt,) = self.formats
+            what, scaled = fmt.marked if fmt.grid else fmt.name, f"{fmt.granularity} scales, "
+        layers = f"{len(self.quantized)} of {len(self.decisions)} linear layers to {what or self.options.format}"
+        return f"{layers} ({weights / 1e6:,.1f} M weights, {scaled}{self.title})"
 
     def told(self) -> list[str]:
         """Its notes, and what adapters matched."""
@@ -200,7 +198,10 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequ
         notes += _say_again(checkpoint, [each.layer for each in decisions if each.format and each.layer.format])
     for each in (*cast, *again):
         if each.layer.name in merged.matched:
-            raise _cannot_merge(checkpoint, each, options)
+            name = each.layer.weight.name
+            problem = f"a LoRA changes this layer, which is {named([each.layer])} already and would not be rounded anew"
+            hint = "merge into the original in 16 bits" + ("" if options.requantize else ", or add --requantize")
+            raise TensorError(problem, path=checkpoint.path_of(name), tensor=name, hint=hint)
     counts = {named(each.layer for each in again): len(again), "other formats": len(table.foreign)}
     if any(counts.values()):
         kept = ", ".join(f"{count} in {kind}" for kind, count in counts.items() if count)
@@ -226,23 +227,12 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequ
 def _say_little(found: Identity, decisions: list[Decision]) -> list[str]:
     """What a user should know where most of a model's blocks would stay in high precision."""
     weights = found.structure.block_weights(found.shapes)
-    quantized = [each.layer for each in decisions if each.format]
-    share = sum(layer.out_features * layer.in_features for layer in quantized) / max(weights, 1)
+    share = sum(math.prod(each.layer.shape) for each in decisions if each.format) / max(weights, 1)
     if share >= 0.5 or not weights or any(each.layer.format for each in decisions):
         return []
     reasons = Counter(each.reason for each in decisions if not each.format and each.reason != OUTSIDE)
     most = f" ({reasons.most_common(1)[0][0]})" if reasons else ""
     return [f"only {share:.0%} of the weights in repeated blocks would be quantized; the rest stays as it is{most}"]
-
-
-def _cannot_merge(checkpoint: Checkpoint, decision: Decision, options: ConvertOptions) -> TensorError:
-    layer = decision.layer
-    return TensorError(
-        f"a LoRA changes this layer, which is {named([layer])} already and would not be rounded anew",
-        path=checkpoint.path_of(layer.weight.name),
-        tensor=layer.weight.name,
-        hint="merge into the original in 16 bits" + ("" if options.requantize else ", or add --requantize"),
-    )
 
 
 def _as_it_is(decision: Decision) -> Decision:
@@ -348,16 +338,15 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
         if decision.as_it_is:
             tensors[layer.weight.name] = (Spec.like(layer.weight), layer.weight.name)
             tensors[layer.name + plan.spelled(names.WEIGHT_SCALE)] = (Spec("F32", ()), np.float32(1).tobytes())
-        spare_bytes = 0
-        if options.input_scale and fmt.static and not (fmt.dynamic and decision.input_scale is None):
+        scale, spare_bytes = decision.input_scale, 0
+        if options.input_scale and fmt.static and (scale is not None or not fmt.dynamic):
             name = layer.name + plan.ways[0].input_scale
             stray = layer.format is None and name in checkpoint  # which is refused
-            if decision.input_scale is None and plan.ways[0].kind == "tensor" and not stray:
+            if scale is None and plan.ways[0].kind == "tensor" and not stray:
                 spare_bytes = SPARE_BYTES
                 without_scale.append(layer.name)
             else:
-                scale = np.float32(1.0 if decision.input_scale is None else decision.input_scale)
-                tensors[name] = (Spec("F32", ()), scale.tobytes())
+                tensors[name] = (Spec("F32", ()), np.float32(1.0 if scale is None else scale).tobytes())
         for way in plan.ways:
             tensors.update(way.beside(layer.name, config, spare_bytes=spare_bytes))
         made[layer.weight.name], configs[layer.name] = tensors, config
@@ -435,12 +424,9 @@ def convert(
     """
     refuse_same_file(output, [checkpoint.path, *(file.path for file in checkpoint.files)])
     if not plan.quantized:
-        raise OutputError(
-            f"nothing to convert: no layer would become {plan.options.record.title}",
-            path=checkpoint.path,
-            hint="--dry-run says why, per layer"
-            + ("; --actcal calibrates the FP8 layers that are there" if plan.table.static else ""),
-        )
+        problem = f"nothing to convert: no layer would become {plan.options.record.title}"
+        more = "; --actcal calibrates the FP8 layers that are there" if plan.table.static else ""
+        raise OutputError(problem, path=checkpoint.path, hint=f"--dry-run says why, per layer{more}")
 
     def job(layer: Layer, fmt: Format) -> layout.Job:
         def work(write: Sink) -> None:
@@ -503,12 +489,8 @@ def _rounded(checkpoint: Checkpoint, tensor: str, values: NDArray[np.float32]) -
     with np.errstate(over="ignore"):
         rounded = narrow_bfloat16(values) if dtype == "BF16" else values.astype(BIT_DTYPES[dtype])
     if not np.isfinite(to_float32(rounded, dtype)).all():
-        raise TensorError(
-            f"what is merged has NaN or infinite values in {dtype}",
-            path=checkpoint.path_of(tensor),
-            tensor=tensor,
-            hint="is the LoRA's strength too large?",
-        )
+        problem, hint = f"what is merged has NaN or infinite values in {dtype}", "is the LoRA's strength too large?"
+        raise TensorError(problem, path=checkpoint.path_of(tensor), tensor=tensor, hint=hint)
     return rounded
 
 

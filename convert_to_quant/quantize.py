@@ -175,12 +175,9 @@ class _Rows:
         """
         absmax: NDArray[np.float32] = np.max([self.band_absmax(band, block) for band in bands], axis=0)
         if not np.isfinite(absmax).all():
-            raise TensorError(
-                "the weight has NaN or infinite values",
-                path=self.checkpoint.path_of(self.layer.weight.name),
-                tensor=self.layer.weight.name,
-                hint=f"{self.fmt.title} cannot repair them; the input file is damaged or its training diverged",
-            )
+            name, problem = self.layer.weight.name, "the weight has NaN or infinite values"
+            hint = f"{self.fmt.title} cannot repair them; the input file is damaged or its training diverged"
+            raise TensorError(problem, path=self.checkpoint.path_of(name), tensor=name, hint=hint)
         return absmax
 
     def band_absmax(self, band: slice, block: tuple[int, int]) -> NDArray[np.float32]:
