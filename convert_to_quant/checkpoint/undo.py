@@ -32,7 +32,7 @@ from .. import names
 from ..errors import CheckpointError, HeaderError, OutputError
 from ..untrusted import JSONError, parse_json
 from .header import LENGTH_BYTES, MAX_HEADER_BYTES, header_length, parse_header
-from .positioned import OPEN_FLAGS, opened, pread, taken
+from .positioned import opened, pread, taken
 
 UNDO_SUFFIX = ".undo"
 MAX_UNDO_BYTES = 4 * MAX_HEADER_BYTES
@@ -213,9 +213,10 @@ def read_undo(path: Path) -> Undo:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_UNDO_BYTES:
             raise OutputError("the undo file cannot be read: it is no regular file, or too large for one", path=path)
-        with open(path, "rb", opener=_open_unfollowed) as file:
-            found = os.fstat(file.fileno())  # which may be another one by now
-            content = file.read(MAX_UNDO_BYTES)
+        # No link is followed, and for the other end of a pipe nobody waits.
+        with opened(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)) as fd:
+            found = os.fstat(fd)  # which may be another one by now
+            content = pread(fd, min(found.st_size, MAX_UNDO_BYTES), 0)
     except OSError as error:
         raise OutputError(f"the undo file cannot be read: {error.strerror}", path=path) from None
     checksum, _, body = content.partition(b"\n")
@@ -235,11 +236,6 @@ def read_undo(path: Path) -> Undo:
     if not (known and inside and len({subject.inode for subject in subjects}) == len(subjects)):
         raise OutputError("the undo file is not one of this version's", path=path, hint="check its contents")
     return Undo(path, found.st_uid, subjects, edits)
-
-
-def _open_unfollowed(path: str, flags: int) -> int:
-    """Open a file, but no link, and without waiting for the other end of a pipe."""
-    return os.open(path, flags | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
 def find_undo(path: Path, files: Iterable[Path]) -> Path | None:

@@ -365,16 +365,11 @@ def write_bytes(path: Path, content: bytes, *, stream: bool = False, like: os.st
         OutputError: it cannot be written.
     """
     check_output(path, stream=stream)
-    if stream and path.exists() and _is_stream(path.stat().st_mode):
-        _write_stream(path, content)
+    if not (stream and path.exists() and _is_stream(path.stat().st_mode)):
+        with contextlib.closing(PendingFile(path, like)) as pending:
+            pending.write(0, content)
+            pending.commit()
         return
-    with contextlib.closing(PendingFile(path, like)) as pending:
-        pending.write(0, content)
-        pending.commit()
-
-
-def _write_stream(path: Path, content: bytes) -> None:
-    """Write into a pipe or a character device."""
     with _writing(path):
         # Opening a pipe that nobody reads would wait for ever; with O_NONBLOCK the system says so (ENXIO).
         fd = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | OPEN_FLAGS)

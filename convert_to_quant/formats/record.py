@@ -414,18 +414,13 @@ class Format:
         blocks = {"tensor": weight_shape, "row": (1, weight_shape[1]), "block": square}
         return (1, self.group_width) if self.group_width else blocks[self.granularity or "tensor"]
 
-    def scale_shape(self, weight_shape: tuple[int, int], block_size: int) -> tuple[int, ...]:
-        """The shape of the weight scale that is written for a weight (out, in)."""
-        grid = scale_grid(weight_shape, self.block(weight_shape, block_size))
-        written = {"tensor": (), "row": grid if self.column else grid[:1], "block": grid}
-        return tile_shape(*grid) if self.tiled else written[self.granularity or "tensor"]
-
     def storage(self, shape: tuple[int, int], block_size: int) -> dict[str, Stored]:
         """What a weight (out, in) is written as, by suffix."""
-        return {
-            names.WEIGHT: (self.dtypes[0], (shape[0], shape[1] * self.code_bits // 8)),
-            self.scales[0]: (self.scale_dtypes[0], self.scale_shape(shape, block_size)),
-        }
+        grid = scale_grid(shape, self.block(shape, block_size))
+        scales = {"tensor": (), "row": grid if self.column else grid[:1], "block": grid}
+        scale = tile_shape(*grid) if self.tiled else scales[self.granularity or "tensor"]
+        weight = (shape[0], shape[1] * self.code_bits // 8)
+        return {names.WEIGHT: (self.dtypes[0], weight), self.scales[0]: (self.scale_dtypes[0], scale)}
 
     def shape(self, stored: Shape, _parts: Mapping[str, Shape]) -> tuple[int, int] | None:
         """(out, in) of a weight that is stored in this shape, with these shapes of its scales by suffix."""
