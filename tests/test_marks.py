@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
 from convert_to_quant.checkpoint import open_checkpoint
@@ -34,16 +33,3 @@ def test_a_header_that_speaks_of_other_layers_stays_as_it_is(save, build):
         assert marks.header.changed({"x": said}) == {}
         assert [json.loads(data) for _, data in marks.tensor.changed("x", said).values()] == [said]
         assert marks.tensor.changed("y", said) == {}
-
-
-def test_what_marks_a_layer_in_the_order_in_which_comfyui_heeds_it(save, build):
-    tensors = {"scaled_fp8": ("F8_E4M3", np.zeros(0, np.uint8))}
-    metadata: dict[str, str] = {}
-    for name, marking in (("a", "both"), ("b", "tensor"), ("c", "legacy"), ("d", "none")):
-        more, said = build.quantized([name], marking)
-        tensors, metadata = tensors | more, metadata | said
-    with open_checkpoint(save("a.safetensors", tensors, metadata)) as checkpoint:
-        marks = find_layers(checkpoint).marks
-        assert [marks.of(name).kind for name in "abcd"] == ["header", "tensor", "legacy", "none"]
-        assert [marks.kinds(name) for name in "abcd"] == [("header", "tensor"), ("tensor",), (), ()]
-        assert [marks.input_scale(name) for name in "ac"] == ["a.input_scale", "c.scale_input"]

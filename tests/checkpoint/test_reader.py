@@ -219,15 +219,6 @@ def test_a_header_whose_length_begins_like_a_pickle_is_none(length, tmp_path):
 # shards
 
 
-def test_shards_are_read_as_one_table(save_shards):
-    index = save_shards("m", [{"a": np.float32([1]), "b": np.float32([2])}, {"c": np.float32([3])}], {"k": "v"})
-    with open_checkpoint(index) as checkpoint:
-        assert checkpoint.sharded
-        assert (list(checkpoint), checkpoint.metadata) == (["a", "b", "c"], {"k": "v"})
-        assert [checkpoint.path_of(name).name[:7] for name in checkpoint] == ["m-00001", "m-00001", "m-00002"]
-        assert [checkpoint.float32(name)[0] for name in checkpoint] == [1, 2, 3]
-
-
 def test_metadata_of_shards_is_joined_and_the_first_word_holds(tmp_path, build):
     (tmp_path / "1.safetensors").write_bytes(build.file_bytes({"a": np.uint8([1])}, {"k": "first", "x": "1"}))
     (tmp_path / "2.safetensors").write_bytes(build.file_bytes({"b": np.uint8([2])}, {"k": "second", "y": "2"}))

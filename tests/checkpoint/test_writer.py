@@ -435,19 +435,12 @@ def test_two_runs_do_not_name_shards_in_one_folder_at_a_time(tmp_path):
     assert listing(tmp_path) == []
 
 
-def test_shards_follow_the_source_shard_for_shard(tmp_path, save_shards):
-    source = save_shards("in", [{"a": np.uint8([1])}, {"b": np.uint8([2]), "c": np.uint8([3])}])
-    output = tmp_path / "out.safetensors.index.json"
-    with open_checkpoint(source) as checkpoint:
-        specs = {"a": Spec("U8", (1,)), "c": Spec("U8", (1,)), "c.new": Spec("F32", ())}
-        files, index = output_files(output, checkpoint, lambda name: name.removesuffix(".new"), specs)
-        assert index == output
-        assert [(path.name, list(names)) for path, names in files] == [
-            ("out-00001-of-00002.safetensors", ["a"]), ("out-00002-of-00002.safetensors", ["c", "c.new"])]  # fmt: skip
-        only_second, _ = output_files(output, checkpoint, lambda name: name, {"c": Spec("U8", (1,))})
-        assert [path.name for path, _ in only_second] == ["out-00001-of-00001.safetensors"]
-        one_file = output_files(tmp_path / "out.safetensors", checkpoint, lambda name: name, specs)
-        assert one_file == ([(tmp_path / "out.safetensors", specs)], None)
+def test_shards_follow_the_source_shard_for_shard_and_none_is_empty(tmp_path, save_shards):
+    output, one = tmp_path / "out.safetensors.index.json", Spec("U8", (1,))
+    with open_checkpoint(save_shards("in", [{name: np.uint8([1])} for name in "abc"])) as checkpoint:
+        files = output_files(output, checkpoint, lambda name: name[0], {"a": one, "c": one, "c.new": one})
+    assert files == ([(tmp_path / "out-00001-of-00002.safetensors", {"a": one}),
+                      (tmp_path / "out-00002-of-00002.safetensors", {"c": one, "c.new": one})], output)  # fmt: skip
 
 
 # where it cannot be written
