@@ -95,13 +95,11 @@ class Header:
         tensors: by name, in the order of their data.
         metadata: the file's `__metadata__`.
         data_start: byte offset of the data block in the file.
-        data_bytes: size of the data block.
     """
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     data_start: int
-    data_bytes: int
 
 
 def header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
@@ -176,7 +174,7 @@ def parse_header(text: bytes, file_bytes: int, path: Path) -> Header:
         problem = f"the tensors end at byte {end} of the data, but the file has {data_bytes}"
         hint = f"something was appended to it, or another file written over it; {AGAIN}"
         raise HeaderError(problem, path=path, hint=hint)
-    return Header({info.name: info for info in infos}, metadata, data_start, data_bytes)
+    return Header({info.name: info for info in infos}, metadata, data_start)
 
 
 def _tensor_info(name: str, entry: object, path: Path) -> TensorInfo:

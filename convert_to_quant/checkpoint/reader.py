@@ -109,6 +109,7 @@ class CheckpointFile:
         place: as given, or `path`.
         header: checked.
         identity: which file it is, as `identity` says.
+        nbytes: its size.
         header_crc: CRC-32 of the header's JSON.
         fd: the open file.
 
@@ -119,15 +120,15 @@ class CheckpointFile:
     def __init__(self, path: Path, place: Path | None = None) -> None:
         self.path, self.place = path, place or path
         with _opening(self.place, path) as file:
-            self.identity = _, _, nbytes, _ = identity(file.fileno())
+            self.identity = _, _, self.nbytes, _ = identity(file.fileno())
             beginning, brace = file.read(LENGTH_BYTES), file.read(1)
             pickled = beginning.startswith(PICKLE_BEGINNINGS) and brace != b"{"
             if pickled or path.suffix.lower() in PICKLE_SUFFIXES:
                 problem = "a pickled checkpoint; opening one runs the code in it, so it was not opened"
                 raise PickleError(problem, path=path, hint="convert it to safetensors in a sandbox first")
-            length = header_length(beginning, nbytes, path)
+            length = header_length(beginning, self.nbytes, path)
             text = (brace + file.read(length))[:length]
-            self.header, self.header_crc = parse_header(text, nbytes, path), zlib.crc32(text)
+            self.header, self.header_crc = parse_header(text, self.nbytes, path), zlib.crc32(text)
             self.fd = os.dup(file.fileno())
         self._close = weakref.finalize(self, close, self.fd)
 
@@ -199,7 +200,7 @@ class Checkpoint:
     @property
     def size_bytes(self) -> int:
         """Of all its files."""
-        return sum(file.header.data_start + file.header.data_bytes for file in self.files)
+        return sum(file.nbytes for file in self.files)
 
     def __enter__(self) -> Checkpoint:
         return self
