@@ -519,16 +519,7 @@ class MergedCheckpoint(Checkpoint):
 
 
 def surviving(checkpoint: Checkpoint, written: Checkpoint, plan: ConversionPlan) -> Survival:
-    """How much of what adapters add is left in the quantized layers of a converted file.
-
-    Args:
-        checkpoint: the input.
-        written: the output.
-        plan: what was done.
-
-    Returns:
-        The sum over all quantized layers that adapters change, against the input's weights.
-    """
+    """How much of what adapters add to the input's weights is left in the quantized layers of the output, over all."""
     table = find_layers(written)
 
     def of(layer: Layer) -> Survival:

@@ -134,15 +134,7 @@ def header_length(prefix: bytes, file_bytes: int, path: Path) -> int:
 
 
 def parse_header(text: bytes, file_bytes: int, path: Path) -> Header:
-    """Parse and check the JSON of a header.
-
-    Args:
-        text: the JSON bytes, without the length before them.
-        file_bytes: size of the whole file.
-        path: the file, for messages.
-
-    Returns:
-        The checked header.
+    """Parse and check the JSON of a header, without the length before it; `file_bytes` is the size of the whole file.
 
     Raises:
         HeaderError: one message per cause; see the module's docstring for what is checked.

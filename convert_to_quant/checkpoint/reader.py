@@ -65,12 +65,8 @@ def special_kind(mode: int) -> str | None:
 def refuse_special(where: Path, path: Path) -> None:
     """Refuse a pipe, a device or a socket unopened: opening a pipe waits for a writer, and none can be mapped.
 
-    Args:
-        where: what would be opened.
-        path: its name for the message.
-
     Raises:
-        CheckpointError: it is one.
+        CheckpointError: `where` is one, which is called `path`.
     """
     with contextlib.suppress(OSError):  # opening it says why
         kind = special_kind(where.stat().st_mode)
@@ -80,12 +76,7 @@ def refuse_special(where: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def _opening(where: Path, path: Path) -> Iterator[BinaryIO]:
-    """Open a file, and say in one sentence why it cannot be opened or read.
-
-    Args:
-        where: what is opened.
-        path: its name for messages.
-    """
+    """Open a file, and say in one sentence, in which it is called `path`, why it cannot be opened or read."""
     try:
         refuse_special(where, path)
         with where.open("rb") as file:
@@ -338,11 +329,7 @@ def _what_to_name(folder: Path, stem: str = "*") -> str | None:
 
 
 def checkpoint_files(path: Path, weight_map: dict[str, str] | None = None) -> list[Path]:
-    """The file, or the shards that an index names.
-
-    Args:
-        path: the file or the index.
-        weight_map: that of the index, where it has been read already.
+    """The file, or the shards that an index names, whose `weight_map` may have been read already.
 
     Raises:
         CheckpointError: it is an index, and cannot be read or is not of the usual form.

@@ -31,14 +31,9 @@ def absmax_of(groups: Tensor) -> Tensor:
 
 
 def pack_nibbles(codes: Tensor, *, high_first: bool = False) -> Tensor:
-    """Two codes a byte.
+    """Two codes a byte, uint8 [..., n / 2], of integers [..., n] of which four bits count.
 
-    Args:
-        codes: integers [..., n], of which four bits count.
-        high_first: whether the first of two codes is in the upper half of the byte.
-
-    Returns:
-        uint8 [..., n / 2].
+    The first of two is in the lower half of the byte, or with `high_first` in the upper half.
     """
     pairs = codes.to(torch.uint8).contiguous().view(torch.int16) & 0x0F0F  # the first of two in the lower byte
     return ((pairs << 4) | (pairs >> 8) if high_first else pairs | (pairs >> 4)).to(torch.uint8)

@@ -100,15 +100,7 @@ def spans(count: int, step: int = CHUNK) -> Iterator[slice]:
 
 
 def widen_bfloat16(bits: NDArray[np.uint16], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    """Exact float32 values of bfloat16 bit patterns.
-
-    Args:
-        bits: uint16, any shape.
-        out: where they go; by default a new array.
-
-    Returns:
-        float32, the same shape.
-    """
+    """Exact values, float32, of bfloat16 bit patterns, uint16 of any shape; in `out` where that is given."""
     wide = np.empty(bits.shape, np.uint32) if out is None else out.view(np.uint32)
     wide[...] = bits
     wide <<= np.uint32(16)
@@ -116,13 +108,9 @@ def widen_bfloat16(bits: NDArray[np.uint16], out: NDArray[np.float32] | None = N
 
 
 def narrow_bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Bit patterns of the nearest bfloat16, ties to even; what is too large becomes infinity, and NaN stays NaN.
+    """Bit patterns, uint16, of the bfloat16 nearest to float32 numbers of any shape, ties to even.
 
-    Args:
-        numbers: float32, any shape.
-
-    Returns:
-        uint16, the same shape.
+    What is too large becomes infinity, and NaN stays NaN.
     """
     bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
     nearest: NDArray[np.uint16] = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
@@ -172,14 +160,7 @@ class Grid(ABC):
         """
 
     def decode(self, codes: NDArray[Any]) -> NDArray[np.float32]:
-        """What codes mean.
-
-        Args:
-            codes: of one byte, any shape.
-
-        Returns:
-            float32, the same shape.
-        """
+        """What codes of one byte mean, float32 in their shape."""
         flat = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
         numbers = np.empty(flat.shape, np.float32)
         for span in spans(len(flat)):
@@ -545,13 +526,7 @@ class Packed(Format):
         raise NotImplementedError
 
     def pieces(self, weight: Weight, method: str, step: int) -> Iterator[tuple[str, Tensor]]:
-        """Everything that is stored of a weight, by suffix, in pieces that follow one another.
-
-        Args:
-            weight: the weight.
-            method: how scales are chosen.
-            step: how many rows to quantize at a time.
-        """
+        """Everything that is stored of a weight, by suffix, in pieces of `step` rows that follow one another."""
         whole = self.whole(weight)
         yield from whole.items()
         scales = []

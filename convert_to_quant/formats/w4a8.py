@@ -73,15 +73,7 @@ def limits_of(codebook: tuple[float, ...]) -> NDArray[np.float32]:
 
 
 def count_exceeded(numbers: Tensor, limits: Tensor) -> Tensor:
-    """How many limits each number exceeds, which is its code.
-
-    Args:
-        numbers: [n, 16].
-        limits: ascending, [k], or [k, n] for those of each row.
-
-    Returns:
-        Integers [n, 16].
-    """
+    """How many limits, ascending [k] or [k, n], each of numbers [n, 16] exceeds: its code, integers [n, 16]."""
     if not numbers.is_cpu:
         found: Tensor = torch.searchsorted(limits.movedim(0, -1).contiguous(), numbers, out_int32=True)
         return found
