@@ -317,7 +317,7 @@ def test_provenance_that_has_no_room_is_left_out_but_everything_else_is_done(con
 
 
 TENSOR = "x.{}: in place is not possible: {} (write a new file with -o instead)"
-MARK = TENSOR.format("comfy_quant", "it is U8 [27] and must become U8 [64]")
+MARK = TENSOR.format("comfy_quant", "it is U8 [36] and must become U8 [72]")
 NO_SCALE = TENSOR.format("input_scale", "the file has no such tensor yet")
 NO_ROOM = "in place is not possible: the header has 232 bytes and needs 4233 (write a new file with -o instead)"
 
@@ -328,7 +328,8 @@ NO_ROOM = "in place is not possible: the header has 232 bytes and needs 4233 (wr
     ids=["a mark", "a new scale", "metadata"],
 )
 def test_what_has_no_room_in_place_is_refused(save, build, change, options, problem):
-    source = save("in.safetensors", *build.quantized(["x"], "tensor", input_scale=None))
+    # The mark of 36 bytes ends where a scale could stand, had it any spaces.
+    source = save("in.safetensors", *build.quantized(["x"], "tensor", input_scale=None, n=""))
     assert refused(in_place, source, {"x": change}, **options) == f"{source}: {problem}"
 
 
