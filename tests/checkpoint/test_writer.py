@@ -230,6 +230,7 @@ def test_the_names_of_all_shards_are_on_the_disk_before_the_index_has_its_own(tm
     before_index = [call for call in synced if call[1] == ["1", "2"]]
     assert before_index == [("folder", ["1", "2"]), ("file", ["1", "2"])]
     assert synced[-1] == ("folder", ["1", "2", index.name])
+    assert synced[:2] == [("file", [])] * 2, "a disk that fills up says so before any shard has its name"
 
 
 def test_an_older_file_is_replaced_and_who_has_it_open_keeps_it(tmp_path, either_kind):
