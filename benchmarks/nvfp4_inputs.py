@@ -45,7 +45,12 @@ def to_nvfp4(source: Path, output: Path) -> Path:
 
 def kept(reference: Denoiser, file: Checkpoint, exact: frozenset[str], scales: Mapping[str, float]) -> float:
     """Decibels of a file with these input scales; without any, each picture's inputs are scaled by themselves."""
-    model = load(file, dtype=torch.float32, arithmetic="comfyui", input_scales=scales, full_precision=exact)
+    model = load(file, dtype=torch.float32, arithmetic="comfyui")
+    for module in model.linears.values():
+        layer = module.stored.layer
+        module.full_precision = layer.weight_scale is None or layer.name in exact
+        if layer.name in scales:
+            module.input_scale = torch.tensor(scales[layer.name])
     fed = emoji.conditioning(reference, emoji.HELD_OUT_PROMPTS[:PROMPTS])
     return velocity_fidelity(
         reference, model, fed, emoji.GEOMETRY, guidance=emoji.GUIDANCE, steps=LEVELS, seed=emoji.HELD_OUT_SEED,

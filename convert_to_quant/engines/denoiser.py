@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,8 +37,7 @@ from ..errors import OptionError, UnsupportedModelError
 from ..families.rules import index
 from ..families.running import Architecture, Geometry, Inputs, Shapes, Signal, diffusion_time
 from ..identity import identify
-from ..layers import Layer, LayerTable, dequantize, find_layers
-from ..layers import input_scale as stored_input_scale
+from ..layers import Layer, LayerTable, dequantize, find_layers, input_scale
 from ..lora import LoraMatch
 from ..telling import plural
 from .devices import find_device
@@ -79,10 +78,6 @@ class Plan:
     shapes: Shapes
     table: LayerTable
     full_names: Mapping[str, str]
-
-    def full_name(self, bare: str) -> str:
-        """A tensor as the checkpoint spells it."""
-        return self.full_names[bare]
 
 
 def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
@@ -316,9 +311,6 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     arithmetic: Arithmetic = "dequantize",
-    input_scales: Mapping[str, float] | None = None,
-    full_precision: Collection[str] | None = None,
-    fp8_matmul: bool = False,
 ) -> Denoiser:
     """Make a checkpoint run.
 
@@ -328,9 +320,6 @@ def load(
         device: where to compute.
         dtype: to compute in; bfloat16 on a GPU and float32 on a CPU by default.
         arithmetic: how quantized layers compute; see `quantized_linear`.
-        input_scales: layer -> input scale, in place of the file's.
-        full_precision: layers whose inputs are not quantized, in place of what the file's marks say.
-        fp8_matmul: use the device's FP8 matrix multiplication where a layer allows it.
 
     Returns:
         The model.
@@ -351,7 +340,7 @@ def load(
 
     def value(name: str) -> Tensor:
         parts = found.sources[name]
-        return torch.cat([_stored_rows(checkpoint, by_weight, found.full_name(part.tensor), part) for part in parts])
+        return torch.cat([_stored_rows(checkpoint, by_weight, found.full_names[part.tensor], part) for part in parts])
 
     linears: dict[str, CheckpointLinear] = {}
     for name, module in list(model.named_modules()):
@@ -361,16 +350,14 @@ def load(
                 for piece in found.sources[name + names.WEIGHT]
             ]
             layer = pieces[0][0]
-            stored = stored_input_scale(checkpoint, layer) if arithmetic in STATIC and not layer.dynamic else None
+            static = arithmetic in STATIC and not layer.dynamic
             linears[name] = CheckpointLinear(
                 StoredWeight(checkpoint, pieces, where, keep),
                 None if module.bias is None else value(name + names.BIAS),
                 number,
                 arithmetic=arithmetic,
-                input_scale=(input_scales or {}).get(layer.name, stored),
-                full_precision=layer.weight_scale is None
-                or (layer.full_precision if full_precision is None else layer.name in full_precision),
-                fp8_matmul=fp8_matmul,
+                input_scale=input_scale(checkpoint, layer) if static else None,
+                full_precision=layer.weight_scale is None or layer.full_precision,
             )
             parent, _, child = name.rpartition(".")
             model.get_submodule(parent)._modules[child] = linears[name]
@@ -388,7 +375,7 @@ def load(
 
 
 def _layer(by_weight: Mapping[str, Layer], plan: Plan, piece: Piece) -> Layer:
-    name = plan.full_name(piece.tensor)
+    name = plan.full_names[piece.tensor]
     if name not in by_weight:
         raise UnsupportedModelError("a linear layer's weight was expected to be a matrix", tensor=name)
     return by_weight[name]

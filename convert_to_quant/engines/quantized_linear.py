@@ -22,8 +22,8 @@ A layer that the file holds in high precision, or marks `full_precision_matrix_m
 (ComfyUI 0.33 quantizes inputs that become whole numbers whatever that mark says; later versions do not.)
 
 Products are simulated in float32: FP8 values and their products are exact there, so only the order of summation differs
-from a tensor core's. `fp8_matmul=True` uses the real one (`torch._scaled_mm`) where the layer allows it. Products of
-whole numbers add up exactly, as they do in a reader's int32 (`exact_product`), and scales come after.
+from a tensor core's (`benchmarks/fp8_matmul.py`). Products of whole numbers add up exactly, as they do in a reader's
+int32 (`exact_product`), and scales come after.
 """
 
 from __future__ import annotations
@@ -207,7 +207,6 @@ class CheckpointLinear(nn.Module):
         arithmetic: how it computes.
         input_scale: scale of its input, for arithmetics with a static one; None where its file has none.
         full_precision: compute as by "dequantize" whatever the arithmetic.
-        fp8_matmul: multiply in FP8 on a CUDA device where the shapes allow it, instead of simulating that.
     """
 
     def __init__(
@@ -219,7 +218,6 @@ class CheckpointLinear(nn.Module):
         arithmetic: Arithmetic = "dequantize",
         input_scale: float | None = 1.0,
         full_precision: bool = False,
-        fp8_matmul: bool = False,
     ) -> None:
         super().__init__()
         self.stored = stored
@@ -228,7 +226,6 @@ class CheckpointLinear(nn.Module):
         self.dtype = dtype
         self.arithmetic: Arithmetic = arithmetic
         self.full_precision = full_precision
-        self.fp8_matmul = fp8_matmul
         # Models ask a module for the dtype of its parameters. This one is empty, but it has a dtype.
         self.dtype_witness = nn.Parameter(torch.empty(0, dtype=dtype, device=stored.device), requires_grad=False)
         scale = None if input_scale is None else torch.tensor(input_scale, dtype=torch.float32, device=stored.device)
@@ -251,14 +248,14 @@ class CheckpointLinear(nn.Module):
         x = x.to(self.dtype)
         if self.full_precision or self.arithmetic == "dequantize":
             return linear(x, self.stored.dense(self.dtype), self.bias)
-        y = torch.cat([self._product(x, index) for index in range(len(self.stored.pieces))], -1)
+        y = torch.cat([self.product(x, index) for index in range(len(self.stored.pieces))], -1)
         if self.bias is None:
             return y.to(self.dtype)
         if (self.stored.layer.format or DEFAULT).input_grid is INTEGERS:  # kernels add it to what is rounded already
             return y.to(self.dtype) + self.bias
         return (y + self.bias.float()).to(self.dtype)
 
-    def _product(self, x: Tensor, index: int) -> Tensor:
+    def product(self, x: Tensor, index: int) -> Tensor:
         """From x [..., in] to [..., rows of a piece], without bias."""
         layer = self.stored.pieces[index][0]
         fmt = layer.format or DEFAULT
@@ -266,35 +263,8 @@ class CheckpointLinear(nn.Module):
         if factors is not None:
             x = x * factors.to(x.dtype)
         codes, scale = fmt.inputs(rotate(x, layer.group), self.input_scale, self.arithmetic)
-        if self.fp8_matmul and scale.ndim == 0 and self.fits_fp8_matmul():
-            return self._scaled_matmul(codes, scale)
         if self.stored.adapted:  # of a weight that an adapter changed there are no codes
             weight_OI = self.stored.part(index)
             weight_OI = weight_OI if factors is None else weight_OI / factors.float()
             return linear(codes.float() * scale, rotate(weight_OI, layer.group))
         return multiply(codes, scale, *self.stored.multiplied(index))
-
-    def fits_fp8_matmul(self) -> bool:
-        """Whether the device can multiply this layer's codes as they are."""
-        fmt = self.stored.layer.format
-        return (
-            self.stored.device.type == "cuda"
-            and not self.stored.adapted
-            and len(self.stored.pieces) == 1
-            and fmt is not None
-            and not fmt.dynamic
-            and bool(fmt.cards)
-            and self.stored.layer.granularity == "tensor"
-            and fmt.takes((self.out_features, self.in_features))
-        )
-
-    def _scaled_matmul(self, codes: Tensor, scale: Tensor) -> Tensor:
-        parts = self.stored.stored()[0]
-        y: Tensor = torch._scaled_mm(
-            codes.reshape(-1, self.in_features),
-            parts[names.WEIGHT].t(),
-            scale_a=scale.reshape(()),
-            scale_b=parts[names.WEIGHT_SCALE][0, 0].reshape(()),
-            out_dtype=torch.float32,
-        )
-        return y.reshape(*codes.shape[:-1], self.out_features)

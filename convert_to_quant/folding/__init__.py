@@ -65,7 +65,7 @@ def fold(
             raise OptionError("this model cannot be folded", path=checkpoint.path, hint="leave out --fold")
         problem = f"no layer of {plan.family} that is to be quantized reads channels that can be folded"
         raise OptionError(problem, hint="leave out --fold")
-    read = {plan.full_name(place.tensor).removesuffix(names.WEIGHT) for group in groups for place in group.columns}
+    read = {plan.full_names[place.tensor].removesuffix(names.WEIGHT) for group in groups for place in group.columns}
     wanted = [name for name in table.plain if name in read]
     with trials.tensor_float_32():
         statistics = diffusers.observe_shown(checkpoint, table, shown, dtype=float32, layers=wanted, progress=progress)

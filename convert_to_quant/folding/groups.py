@@ -87,7 +87,7 @@ def find_groups(checkpoint: Checkpoint, plan: Plan, layers: Collection[str]) -> 
     return [
         group
         for group in groups
-        if group is not None and any(plan.full_name(place.tensor) in wanted for place in group.columns)
+        if group is not None and any(plan.full_names[place.tensor] in wanted for place in group.columns)
     ]
 
 
@@ -133,7 +133,7 @@ def _group(checkpoint: Checkpoint, plan: Plan, fold: Fold, number: str) -> Group
             group.rows += places
             group.ones += places if rows.plus_one and suffix == names.BIAS else []
     group.columns = [Place(tensor, start, 0, channels) for tensor, start in read]
-    infos = {place.tensor: checkpoint.tensors[plan.full_name(place.tensor)] for place in (*group.columns, *group.rows)}
+    infos = {place.tensor: checkpoint.tensors[plan.full_names[place.tensor]] for place in (*group.columns, *group.rows)}
     plain = all(info.dtype in PLAIN for info in infos.values())
     whole = all(infos[tensor].shape[0] == height for (tensor, _), height in read.items())
     return group if group.rows and plain and whole else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -343,8 +343,9 @@ class Ours:
         return 10 * math.log10(float(wanted.double().square().sum()) / error) if error else math.inf
 
     def outputs(
-        self, path: Path, seen: Mapping[str, Tensor], dtype: torch.dtype, adapters: Any = None, **how: Any
-    ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+        self, path: Path, seen: Mapping[str, Tensor], dtype: torch.dtype, adapters: Any = None,
+        in_floats: Collection[str] = (), **how: Any,
+    ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:  # fmt: skip
         """What ComfyUI computed (`evaluate` with `record`) and what we do of its inputs, by module and first layer."""
         import torch
 
@@ -352,6 +353,8 @@ class Ours:
         with self.load(path, dtype=dtype, **how) as model, model.adapted(adapters):
             for module, linear in model.linears.items():
                 pieces = linear.stored.pieces
+                if in_floats:
+                    linear.full_precision = linear.stored.layer.weight_scale is None or pieces[0][0].name in in_floats
                 theirs = torch.cat([seen[f"{layer.name}.out"][..., rows] for layer, rows in pieces], -1)
                 found[module, pieces[0][0].name] = (theirs, linear(seen[f"{pieces[0][0].name}.in"]))
         return found

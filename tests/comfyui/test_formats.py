@@ -229,7 +229,7 @@ def test_full_precision_is_for_formats_of_floats_alone_in_033(
     assert told["warnings"] == []
     seen = bench.comfyui.run("evaluate", "run", bench.shown, record=True)
 
-    outputs = bench.ours.outputs(path, seen, torch.float32, arithmetic="comfyui", full_precision=floats)
+    outputs = bench.ours.outputs(path, seen, torch.float32, arithmetic="comfyui", in_floats=floats)
 
     assert set(bench.worst_db(outputs, formats)) == {*READ, "none"}
     assert min(bench.worst_db(outputs, formats).values()) >= SUMS_DB

@@ -315,16 +315,14 @@ def test_a_file_that_was_cast_to_fp8_whole_runs_on_its_codes_in_full_precision(
     np.testing.assert_array_equal(seen[0].absmax, seen[1].absmax)
 
 
-@pytest.mark.parametrize("given", [None, ("double_blocks.0.img_mlp.0",), ()])
-def test_layers_marked_or_named_for_full_precision_quantize_no_input(
-    reference_flux: Any, save_model: Any, given: tuple[str, ...] | None
-) -> None:
-    path = save_model(reference_flux().state_dict(), in_blocks, full_precision_matrix_mult=True)
+@pytest.mark.parametrize("marked", [True, False])
+def test_layers_marked_for_full_precision_quantize_no_input(reference_flux: Any, save_model: Any, marked: bool) -> None:
+    path = save_model(reference_flux().state_dict(), in_blocks, full_precision_matrix_mult=marked)
     with open_checkpoint(path) as checkpoint:
-        denoiser = engine.load(checkpoint, arithmetic="comfyui", full_precision=given)
+        denoiser = engine.load(checkpoint, arithmetic="comfyui")
         full = {name for name, module in denoiser.layers.items() if module.full_precision}
         table = find_layers(checkpoint)
-    assert full == set(table.plain) | set(table.quantized if given is None else given)
+    assert full == set(table.plain) | set(table.quantized if marked else ())
 
 
 @pytest.mark.cuda

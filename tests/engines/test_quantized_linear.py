@@ -159,19 +159,3 @@ def test_every_granularity_gives_the_same_weight_on_a_device(
     device_like = StoredWeight(checkpoint, pieces, CPU)
     parts = [device_like.on_device(index) for index in range(2)]
     assert torch.equal(torch.cat(parts), from_pages.dense(torch.float32))
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-7), (torch.float32, 1e-4)])
-def test_a_devices_own_fp8_product_agrees_with_the_simulated_one(
-    stored: StoredWeight, dtype: torch.dtype, rounding: float
-) -> None:
-    cuda = StoredWeight(stored.checkpoint, stored.pieces, torch.device("cuda"))
-    x = inputs(dtype).cuda()
-    options: Any = {"arithmetic": "comfyui_divide", "input_scale": 0.3, "dtype": dtype}
-    real, simulated = linear(cuda, fp8_matmul=True, **options), linear(cuda, **options)
-    assert real.fits_fp8_matmul()
-    found, wanted = real(x), simulated(x)
-    assert found.dtype == dtype
-    assert float((found - wanted).abs().max()) <= 2 * rounding * float(wanted.abs().max())
