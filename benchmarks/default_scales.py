@@ -33,7 +33,7 @@ from convert_to_quant.emoji import prompts
 from convert_to_quant.engines import diffusers
 from convert_to_quant.families.running import Geometry
 from convert_to_quant.fidelity import noise_scenes, scenes_fidelity
-from convert_to_quant.options import SolveOptions
+from convert_to_quant.options import RunOptions, SolveOptions
 
 UNDER_ONE_DB, UNDER_DYNAMIC_DB = 0.2, 0.3
 CHECKED_IMAGES = 8
@@ -42,7 +42,9 @@ ROWS = {"one": "1.0", "dynamic": "dynamic per tensor", "before": "before", "defa
 
 def before(models: Models, seed: int) -> Choice:
     """The default until 2026-11-26."""
-    seen = diffusers.observe(models.checkpoint, models.table, samples=8, steps=8, seed=seed).statistics
+    seen = diffusers.observe(
+        models.checkpoint, models.table, RunOptions(samples=8, steps=8, seed=seed, device="cpu")
+    ).statistics
     return choice_of(models.solve(seen, SolveOptions(margin=1.0)))
 
 

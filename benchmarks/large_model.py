@@ -35,7 +35,7 @@ def best_mix(source: Path, output: Path, device: str, gpu: str) -> dict[str, Any
         options, shown = BestOptions(gpu=gpu), RunOptions(device=device)
         plan = best.plan_any(checkpoint)
         layers = {layer.name: layer for layer, _ in plan.quantized}
-        statistics = diffusers.observe_shown(checkpoint, plan.table, shown, layers=list(layers))
+        statistics = diffusers.observe(checkpoint, plan.table, shown, layers=list(layers)).statistics
         seen = time.perf_counter()
         solved = best.input_scales(checkpoint, layers, statistics)
         model = best.TrialModel(checkpoint, plan, shown)

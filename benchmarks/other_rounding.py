@@ -175,7 +175,7 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
         judge = Judge(model, emoji.GEOMETRY, args.prompts)
         plan = plan_conversion(checkpoint, ConvertOptions(format="int8"))
         layers = {layer.name: layer for layer, _ in plan.quantized[:: args.every]}
-        seen = diffusers.observe(checkpoint, plan.table, device=args.device, layers=list(layers)).statistics
+        seen = diffusers.observe(checkpoint, plan.table, RunOptions(device=args.device), layers=list(layers)).statistics
         gathering = moments.Gathering(
             checkpoint, plan.table, list(layers.values()), RunOptions(device=args.device, samples=3 * SAMPLES)
         )

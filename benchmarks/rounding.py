@@ -101,7 +101,7 @@ def measure(variant: str, shown: RunOptions, count: int, formats: list[str], mix
             judge = Judge(model, emoji.GEOMETRY, count)
             rows.setdefault("exact", {})[way] = agreement(wanted.setdefault("plain", judge.wanted), judge.wanted)
             judge.wanted = wanted["plain"]
-            seen = diffusers.observe_shown(checkpoint, plan.table, shown, dtype=torch.float32, layers=layers)
+            seen = diffusers.observe(checkpoint, plan.table, shown, dtype=torch.float32, layers=layers).statistics
             scales = best.input_scales(checkpoint, layers, seen)
             could = best.candidates(layers, scales, [FORMATS[name] for name in best.CANDIDATES])
             of = {(layer, each.format.name): each for layer, some in could.items() for each in some}

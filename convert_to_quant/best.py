@@ -288,8 +288,8 @@ def plan_best(
         refuse_unrunnable(run, plan.table, "chosen", INSTEAD)
         from .engines import diffusers
 
-        statistics = diffusers.observe_shown(run, plan.table, shown, layers=list(layers), progress=part(progress, 0))
-        statistics = statistics.with_facts(merged=merged) if merged else statistics
+        seen = diffusers.observe(run, plan.table, shown, layers=list(layers), progress=part(progress, 0))
+        statistics = seen.statistics.with_facts(merged=merged) if merged else seen.statistics
         solved = input_scales(run, layers, statistics)
         model = TrialModel(run, plan, shown)
         trials = model.try_formats(candidates(layers, solved, formats), progress=part(progress, 1))

@@ -261,7 +261,7 @@ def calibrate_model(
     options = replace(options, samples=options.samples or SAMPLES)
     if options.percentile is not None:
         notes.append("the percentile is for simulated inputs and was not used: real ranges are taken whole")
-    statistics = diffusers.observe_shown(model, table, options, adapters=match, progress=progress)
+    statistics = diffusers.observe(model, table, options, adapters=match, progress=progress).statistics
     shared = ("margin", "float16_safe", "one_row_full_precision")
     solving = SolveOptions(**{name: getattr(options, name) for name in shared})
     results = _solved(model, table, statistics, solving, notes)

@@ -488,9 +488,10 @@ warnings.simplefilter("ignore")
 import convert_to_quant
 from convert_to_quant import convert, families, inspection
 from convert_to_quant.checkpoint import open_checkpoint
-from convert_to_quant.engines import diffusers as engine, noise
+from convert_to_quant.engines import diffusers as engine
 from convert_to_quant.engines.comfyui.inprocess_conditions import conditions_of
 from convert_to_quant.families.running import Geometry
+from convert_to_quant.options import RunOptions
 from diffusers import AuraFlowTransformer2DModel
 
 torch.manual_seed(1)
@@ -513,11 +514,11 @@ with open_checkpoint("nova.safetensors") as checkpoint:
     known = families.lora_names({f"{block}.attn.to_k": (32, 32)})
     assert known.find("lora_unet_nova_1_key") == (families.Target(f"{block}.attn.to_k"),)
     denoiser = engine.load(checkpoint)
-    latents, conditioning = engine.draw(denoiser, geometry, noise.STRONG, 1, [0])
+    latents, conditioning = engine.start(denoiser, geometry, 1, [2])
     with torch.no_grad():
         wanted = model(latents, timestep=torch.tensor([0.5]), **conditioning, return_dict=False)[0]
     assert torch.allclose(denoiser.velocity(latents, 0.5, conditioning, geometry), wanted, rtol=1e-3, atol=1e-4)
-    seen = engine.observe(checkpoint, samples=3, steps=1, geometry=geometry)
+    seen = engine.observe(checkpoint, None, RunOptions(samples=3, steps=1, device="cpu"), geometry=geometry)
     assert seen.unvisited == () and np.all(seen.statistics.absmax[seen.statistics.visited] > 0)
 assert set(conditions_of(["Nova", "BaseModel"]).wants) == {"cross_attn"}
 print(convert_to_quant.__file__)

@@ -23,9 +23,8 @@ from .shared import read_text
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
-    from ..engines.diffusers import Observation
     from ..engines.prompts import Prompts
-    from ..engines.session import Session
+    from ..engines.session import Observation, Session
     from ..layers import LayerTable
     from ..lora import Lora
     from ..stats import Statistics
@@ -219,8 +218,8 @@ def observe_in_diffusers(
             note(text)
         further = [name for name in ("trials", "moments") if getattr(args, name)]
         runs = iter([part(progress, number, 1 + len(further)) for number in range(1 + len(further))])
-        found = diffusers.observe(checkpoint, table, geometry=geometry, prompts=prompts, adapters=match,
-                                  session=session, progress=next(runs), **shown(args))  # fmt: skip
+        found = diffusers.observe(checkpoint, table, options_of(RunOptions, args), geometry=geometry, prompts=prompts,
+                                  adapters=match, session=session, progress=next(runs))  # fmt: skip
         if args.trials:
             tried = try_all(checkpoint, found.statistics, options, session, prompts=prompts, progress=next(runs))
             found = replace(found, trials=tried)

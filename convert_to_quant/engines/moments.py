@@ -88,7 +88,7 @@ class Gathering:
         enough = -(-ROWS_PER_INPUT * widest // (self.geometry.tokens * self.steps))
         samples = shown.samples or min(max(IMAGES, enough), MOST_SAMPLES)
         samples = max(samples, prompts.count) if prompts else samples
-        self.parts = diffusers.parts(samples, self.geometry, prompted=prompts is not None)
+        self.parts = diffusers.parts(samples, self.geometry, self.prompts)
         self.tick = advance(progress, len(self.bands) * len(self.parts) * self.steps)
 
     def moments_of(self, layer: Layer) -> Tensor | None:
@@ -113,7 +113,9 @@ class Gathering:
                 if layer in self.model.layers:
                     stack.callback(self.model.layers[layer].register_forward_pre_hook(inputs.adding(layer)).remove)
             for part in self.parts:
-                latents, conditioning = diffusers.shown_of(self.model, self.geometry, part, self.seed, self.prompts)
+                latents, conditioning = diffusers.start(
+                    self.model, self.geometry, self.seed, part.numbers, self.prompts
+                )
                 for _ in diffusers.trajectory(self.model, latents, conditioning, self.geometry, self.steps):
                     self.tick(1)
         return {

@@ -40,9 +40,9 @@ from ..stats import Shape
 from ..telling import Advance, Progress
 from .denoiser import load as load_model
 from .devices import find_device
-from .diffusers import Observation, expect_finite, watched
+from .diffusers import watched
 from .prompts import NEGATIVE, Prompts
-from .session import Session, Unit
+from .session import Observation, Session, Unit
 
 COMPONENTS = ("transformer", "unet")
 """What a pipeline calls its diffusion model."""
@@ -197,18 +197,17 @@ def observe(
             Unit(f"picture {number}", "prompts", 1, steps, partial(paint, number))
             for number in range(max(images, len(prompts)))
         ]
-        seen = session.run(
+        return session.run(
             recording,
             units,
+            folder,
             progress=progress,
-            check=partial(expect_finite, folder),
             engine="pipeline",
             pipeline=type(pipeline).__name__,
             conditioning="prompts",
             seed=options.seed,
             steps=steps,
         )
-    return Observation(seen.statistics)
 
 
 @torch.no_grad()

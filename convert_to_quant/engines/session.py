@@ -29,6 +29,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..checkpoint import Checkpoint
-from ..errors import OutputError, StatisticsError, StrPath
+from ..errors import CalibrationError, OutputError, StatisticsError, StrPath
 from ..recorder import Recording, gather
 from ..stats import Statistics, merge
 from ..telling import Advance, Progress, advance
 from ..trials import Trials
 from ..untrusted import is_count, is_texts, parse_json
+from . import noise
 
 PARTIAL_SUFFIX = ".partial"
 METADATA_KEY = "convert_to_quant.session"
@@ -51,6 +53,9 @@ SAVE_EVERY_SECONDS = 120.0
 HASH_PREFIX = "sha256:"
 SAMPLED_BYTES, SAMPLED_PLACES = 1 << 16, 32
 """What `fingerprint` reads of a file: this many bytes at each of these places, evenly spread."""
+
+MOVES = 2.0
+"""A layer depends on the conditioning if strong conditioning moves its range by this factor against none."""
 
 Ranges = dict[str, NDArray[np.float32]]
 """Group of units -> the largest input of each layer, float32 [L]."""
@@ -76,8 +81,34 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Observation:
+    """What a run saw.
+
+    Attributes:
+        statistics: of every layer asked for, over everything that was run.
+        trials: of formats, where they were asked for.
+        moments: the entry of the statistics' header, where second moments were asked for.
+    """
+
+    statistics: Statistics
+    trials: Trials | None = None
+    moments: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def conditioned(self) -> tuple[str, ...]:
+        """Layers whose range moves with the noise in place of prompts; none after a run on prompts."""
+        return self.statistics.provenance.get("depends_on_conditioning", ())
+
+    @property
+    def unvisited(self) -> tuple[str, ...]:
+        """Layers that the model never ran, or that have no place in it."""
+        names = self.statistics.names
+        return tuple(name for name, visited in zip(names, self.statistics.visited, strict=True) if not visited)
+
+
+@dataclass(frozen=True)
 class Observed:
-    """What units saw.
+    """What units saw, as far as they have run.
 
     Attributes:
         statistics: of all of them.
@@ -89,13 +120,22 @@ class Observed:
     ranges: Ranges = field(default_factory=dict)
     done: tuple[str, ...] = ()
 
-    def plus(self, seen: Statistics, units: Sequence[Unit]) -> Observed:
-        """With what some more units, all of one group, saw together."""
-        group = units[0].group
-        absmax = np.maximum(self.ranges.get(group, np.float32(0)), seen.absmax)
+    def plus(self, other: Observed) -> Observed:
+        """What these and other units saw."""
+        groups = {**self.ranges, **other.ranges}
+        nothing = np.zeros(len(self.statistics.layers), np.float32)
         return Observed(
-            merge(self.statistics, seen), {**self.ranges, group: absmax}, (*self.done, *(unit.name for unit in units))
+            merge(self.statistics, other.statistics),
+            {group: np.maximum(self.ranges.get(group, nothing), other.ranges.get(group, nothing)) for group in groups},
+            self.done + other.done,
         )
+
+    @property
+    def conditioned(self) -> tuple[str, ...]:
+        """Layers whose range with strong conditioning is more than `MOVES` times that without any, or the reverse."""
+        low, high = self.ranges[noise.SILENT.name], self.ranges[noise.STRONG.name]
+        moves = (high > low * MOVES) | (low > high * MOVES)
+        return tuple(name for name, moved in zip(self.statistics.names, moves, strict=True) if moved)
 
 
 class Session:
@@ -182,18 +222,18 @@ class Session:
         self,
         recording: Recording,
         units: Sequence[Unit],
+        model: StrPath,
         *,
         progress: Progress | None = None,
-        check: Callable[[Statistics], None] | None = None,
         **facts: object,
-    ) -> Observed:
+    ) -> Observation:
         """Run what is not done yet.
 
         Args:
             recording: what watches the model; is cleared.
             units: the same in every process and at every resumption.
+            model: the file that runs, for messages.
             progress: told after every tick, in units' cost.
-            check: looks at what has been seen so far from time to time, and may raise.
             **facts: provenance of the statistics.
 
         Returns:
@@ -201,6 +241,7 @@ class Session:
 
         Raises:
             StatisticsError: the partial file is damaged, or of another run.
+            CalibrationError: inputs were not finite.
         """
         mine = units[self.rank :: self.processes]
         seen = self._begun(recording)
@@ -218,15 +259,18 @@ class Session:
             is_last = number == len(todo)  # more may follow: trials, second moments
             is_due = self.partial is not None and (is_last or time.monotonic() - saved >= self.save_every_seconds)
             if is_due or is_last or todo[number].group != unit.group:
-                seen = seen.plus(recording.statistics(sum(unit.samples for unit in pending), **facts), pending)
+                found = recording.statistics(sum(unit.samples for unit in pending), **facts)
+                seen = seen.plus(Observed(found, {unit.group: found.absmax}, tuple(done.name for done in pending)))
                 recording.clear()
                 pending = []
-                if check is not None:
-                    check(seen.statistics)
+                _expect_finite(model, seen.statistics)
             if is_due:
                 self._save(seen)
                 saved = time.monotonic()
-        return self._reduced(seen)
+        seen = reduce(Observed.plus, gather(seen) if self.processes > 1 else [seen])
+        if {noise.SILENT.name, noise.STRONG.name} <= seen.ranges.keys():
+            return Observation(seen.statistics.with_facts(depends_on_conditioning=seen.conditioned))
+        return Observation(seen.statistics)
 
     def finish(
         self, statistics: Statistics, trials: Trials | None = None, further: Mapping[str, str] | None = None
@@ -295,14 +339,16 @@ class Session:
         }
         seen.statistics.save(self.partial, {METADATA_KEY: json.dumps(state)})
 
-    def _reduced(self, seen: Observed) -> Observed:
-        """What all processes saw."""
-        everyone = gather(seen) if self.processes > 1 else [seen]
-        groups = {group for other in everyone for group in other.ranges}
-        return Observed(
-            merge(*(other.statistics for other in everyone)),
-            {group: np.maximum.reduce([o.ranges[group] for o in everyone if group in o.ranges]) for group in groups},
-            tuple(name for other in everyone for name in other.done),
+
+def _expect_finite(model: StrPath, statistics: Statistics) -> None:
+    """Refuse statistics of inputs that were not finite."""
+    bad = [name for name, count in zip(statistics.names, statistics.nonfinite, strict=True) if count]
+    if bad:
+        raise CalibrationError(
+            f"the inputs of {len(bad)} layers have infinities or NaN",
+            path=model,
+            tensor=bad[0],
+            hint="try float32, or check the checkpoint's weights",
         )
 
 

@@ -41,7 +41,6 @@ from ..formats.record import Format, Parts
 from ..formats.rotation import rotate
 from ..telling import Advance, Progress, advance
 from ..trials import Trials
-from . import noise
 from .denoiser import Denoiser
 from .prompts import Prompts
 from .quantized_linear import CheckpointLinear, multiply
@@ -467,21 +466,15 @@ def moments(
         seed: of the noise.
         prompts: fitted to the model.
     """
-    from .diffusers import draw, take, trajectory
+    from . import diffusers
 
-    if prompts is not None:
-        drawn = {"prompts": take(denoiser, prompts, seed, range(max(images, prompts.count)))}
-    else:
-        drawn = {
-            way.name: draw(denoiser, geometry, way, seed, range(turn, images, len(noise.CONDITIONINGS)))
-            for turn, way in enumerate(noise.CONDITIONINGS[:images])
-        }
-    latents = torch.cat([each for each, _ in drawn.values()])
-    signals = {name: torch.cat([each[name] for _, each in drawn.values()]) for name in denoiser.signals(geometry)}
-    ways = {name: len(each) for name, (each, _) in drawn.items()}
+    ways = diffusers.ways(max(images, prompts.count) if prompts else images, prompts)
+    numbers = [number for numbers in ways.values() for number in numbers]
+    latents, signals = diffusers.start(denoiser, geometry, seed, numbers, prompts)
+    images_of = {way: len(numbers) for way, numbers in ways.items()}
     return [
-        Moment(ways, state, sigma, signals)
-        for sigma, state, _ in trajectory(denoiser, latents, signals, geometry, levels)
+        Moment(images_of, state, sigma, signals)
+        for sigma, state, _ in diffusers.trajectory(denoiser, latents, signals, geometry, levels)
     ]
 
 

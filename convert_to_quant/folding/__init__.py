@@ -68,7 +68,7 @@ def fold(
     read = {plan.full_names[place.tensor].removesuffix(names.WEIGHT) for group in groups for place in group.columns}
     wanted = [name for name in table.plain if name in read]
     with trials.tensor_float_32():
-        statistics = diffusers.observe_shown(checkpoint, table, shown, dtype=float32, layers=wanted, progress=progress)
-    exponents = find_exponents(checkpoint, groups, statistics, table.prefix)
+        seen = diffusers.observe(checkpoint, table, shown, dtype=float32, layers=wanted, progress=progress)
+    exponents = find_exponents(checkpoint, groups, seen.statistics, table.prefix)
     found = [replace(group, exponents=each) for group, each in zip(groups, exponents, strict=True) if each.any()]
     return fold_checkpoint(checkpoint, found) if found else checkpoint

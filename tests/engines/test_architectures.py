@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from convert_to_quant import families, folding
 from convert_to_quant.checkpoint import open_checkpoint
-from convert_to_quant.engines import denoiser, noise
+from convert_to_quant.engines import denoiser
 from convert_to_quant.engines import diffusers as engine
 from convert_to_quant.engines.moments import Gathering
 from convert_to_quant.engines.provenance import Piece, trace
@@ -333,7 +333,7 @@ def test_recorded_ranges_are_those_of_hooks_on_diffusers_own_model(case: tuple[s
     with open_checkpoint(path) as checkpoint:
         table = find_layers(checkpoint)
         assert engine.plan(checkpoint, table).family == family
-        seen = engine.observe(checkpoint, table, samples=3, steps=1, seed=9, geometry=SIZE)
+        seen = engine.observe(checkpoint, table, RunOptions(samples=3, steps=1, seed=9, device="cpu"), geometry=SIZE)
         denoiser = engine.load(checkpoint, table)
         config = denoiser.plan.config
         model = own_model(path, family, config)
@@ -341,8 +341,8 @@ def test_recorded_ranges_are_those_of_hooks_on_diffusers_own_model(case: tuple[s
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(watch(targets[name].layer))
-        for turn, way in enumerate(noise.CONDITIONINGS):
-            latents, conditioning = engine.draw(denoiser, SIZE, way, 9, [turn])
+        for number in range(3):
+            latents, conditioning = engine.start(denoiser, SIZE, 9, [number])
             velocity = run(model, family, Inputs(config, SIZE, latents, 1.0, conditioning))
             assert velocity.shape == latents.shape
             ours = denoiser.velocity(latents, 1.0, conditioning, SIZE)
@@ -378,7 +378,7 @@ def test_noise_level_and_conditioning_reach_the_model(case: tuple[str, Shapes], 
     _, shapes = case
     with open_checkpoint(save_model(random_state(shapes))) as checkpoint:
         denoiser = engine.load(checkpoint)
-        latents, conditioning = engine.draw(denoiser, SIZE, noise.Conditioning("test", 1.0), 1, [0, 1])
+        latents, conditioning = engine.start(denoiser, SIZE, 1, [1, 2])
         base = denoiser.velocity(latents, 0.5, conditioning, SIZE)
         assert not torch.allclose(base, denoiser.velocity(latents, 0.9, conditioning, SIZE), rtol=1e-3)
         for name, signal in denoiser.signals(SIZE).items():
@@ -394,7 +394,7 @@ def test_it_runs_in_bfloat16(case: tuple[str, Shapes], save_model: Any) -> None:
     _, shapes = case
     with open_checkpoint(save_model(random_state(shapes))) as checkpoint:
         full, half = (engine.load(checkpoint, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-        latents, conditioning = engine.draw(full, SIZE, noise.Conditioning("test", 1.0), 1, [0])
+        latents, conditioning = engine.start(full, SIZE, 1, [1])
         if "guidance" in conditioning:  # the classes round it to bfloat16, which 4 and 4000 survive
             conditioning["guidance"] = torch.where(conditioning["guidance"] < 100, 4.0, 4000.0)
         wanted, found = (model.velocity(latents, 0.5, conditioning, SIZE) for model in (full, half))
@@ -414,7 +414,7 @@ def run_alike(one: Path, other: Path) -> engine.Denoiser:
     with open_checkpoint(one) as first_file, open_checkpoint(other) as second_file:
         first, second = engine.load(first_file), engine.load(second_file)
         assert first.plan.config == second.plan.config
-        latents, conditioning = engine.draw(first, SIZE, noise.Conditioning("test", 1.0), 1, [0])
+        latents, conditioning = engine.start(first, SIZE, 1, [1])
         velocities = [model.velocity(latents, 0.5, conditioning, SIZE) for model in (first, second)]
     assert torch.equal(*velocities)
     return second
@@ -476,7 +476,7 @@ def test_qwen_image_edit_2511_tells_the_picture_to_edit_no_time(save_model: Any)
     with open_checkpoint(save_model(state)) as checkpoint:
         denoiser = engine.load(checkpoint)
         assert denoiser.plan.config["zero_cond_t"] is True
-        latents, conditioning = engine.draw(denoiser, SIZE, noise.SILENT, 1, [0])
+        latents, conditioning = engine.start(denoiser, SIZE, 1, [0])
         assert denoiser.velocity(latents, 0.5, conditioning, SIZE).isfinite().all()
 
 
@@ -663,7 +663,7 @@ def test_a_model_whose_channels_are_scaled_computes_what_it_computed(family: str
             group.exponents = exponents.astype(np.int8)
         folded = folding.fold_checkpoint(checkpoint, groups)
         model = denoiser.load(checkpoint, dtype=torch.float32)
-        latents, conditioning = engine.draw(model, SIZE, noise.CONDITIONINGS[1], 0, range(2))
+        latents, conditioning = engine.start(model, SIZE, 0, [1, 4])
         before, after = (
             each.velocity(latents, 0.7, conditioning, SIZE)
             for each in (model, denoiser.load(folded, dtype=torch.float32))

@@ -16,8 +16,13 @@ from convert_to_quant.errors import CalibrationError, OptionError, UnsupportedMo
 from convert_to_quant.families.running import Geometry, Signal
 from convert_to_quant.layers import dequantize, find_layers
 from convert_to_quant.lora import load_lora, match_loras
+from convert_to_quant.options import RunOptions
 
 SIZE = Geometry(height=3, width=4, frames=1, text_tokens=5)
+
+
+def shown(samples: int = 3, steps: int = 1, **more: Any) -> RunOptions:
+    return RunOptions(samples=samples, steps=steps, **{"device": "cpu", **more})
 
 
 def in_blocks(layer: str) -> bool:
@@ -37,7 +42,7 @@ def flux(reference_flux: Any, save_model: Any) -> Iterator[Checkpoint]:
 
 
 def flux_inputs(denoiser: engine.Denoiser, batch: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
-    return engine.draw(denoiser, SIZE, noise.Conditioning("test", 1.0), 7, range(batch))
+    return engine.start(denoiser, SIZE, 7, range(1, 1 + batch))
 
 
 def load_state_of(path: Path, model: nn.Module) -> None:
@@ -73,7 +78,7 @@ def test_it_computes_what_an_independent_flux_computes(
 def test_prefixes_are_understood_and_kept_in_layer_names(reference_flux: Any, save_model: Any, prefix: str) -> None:
     path = save_model(reference_flux(depth=1, singles=1).state_dict(), in_blocks, prefix)
     with open_checkpoint(path) as checkpoint:
-        seen = engine.observe(checkpoint, samples=3, steps=1, geometry=SIZE)
+        seen = engine.observe(checkpoint, None, shown(), geometry=SIZE)
         assert tuple(seen.statistics.layers) == tuple(find_layers(checkpoint).quantized)
     assert all(name.startswith(prefix) for name in seen.statistics.layers)
     assert seen.unvisited == ()
@@ -89,14 +94,14 @@ def test_recorded_ranges_are_those_of_hooks_put_on_by_hand(reference_flux: Any, 
         return lambda _, inputs: absmax.__setitem__(name, max(absmax.get(name, 0.0), float(inputs[0].abs().max())))
 
     with open_checkpoint(path) as checkpoint:
-        seen = engine.observe(checkpoint, samples=3, steps=2, seed=3, geometry=SIZE)
+        seen = engine.observe(checkpoint, None, shown(steps=2, seed=3), geometry=SIZE)
         layers = list(find_layers(checkpoint).quantized)
         denoiser = engine.load(checkpoint)
         for name, module in model.named_modules():
             if name in layers:
                 module.register_forward_pre_hook(watch(name))
-        for turn, way in enumerate(noise.CONDITIONINGS):
-            latents, conditioning = engine.draw(denoiser, SIZE, way, 3, [turn])
+        for number in range(3):
+            latents, conditioning = engine.start(denoiser, SIZE, 3, [number])
             text, pooled = conditioning["encoder_hidden_states"], conditioning["pooled_projections"]
             with torch.no_grad():
                 for sigma in (1.0, 0.5):
@@ -110,14 +115,14 @@ def test_recorded_ranges_are_those_of_hooks_put_on_by_hand(reference_flux: Any, 
 
 def test_a_checkpoint_without_fp8_layers_is_observed_whole(reference_flux: Any, save_model: Any) -> None:
     with open_checkpoint(save_model(reference_flux(depth=1, singles=1).state_dict())) as checkpoint:
-        seen = engine.observe(checkpoint, samples=1, steps=1, geometry=SIZE)
+        seen = engine.observe(checkpoint, None, shown(samples=1), geometry=SIZE)
         assert set(seen.statistics.layers) == set(find_layers(checkpoint).plain)
     assert seen.unvisited == ()
 
 
 def test_a_seed_gives_the_same_statistics_and_leaves_the_global_random_state_alone(flux: Checkpoint) -> None:
     before = torch.get_rng_state()
-    one, two, other = (engine.observe(flux, samples=3, steps=1, seed=seed, geometry=SIZE) for seed in (1, 1, 2))
+    one, two, other = (engine.observe(flux, None, shown(seed=seed), geometry=SIZE) for seed in (1, 1, 2))
     assert one.statistics == two.statistics
     assert one.statistics != other.statistics
     assert torch.equal(before, torch.get_rng_state())
@@ -128,7 +133,7 @@ def test_every_noise_level_and_the_layers_of_one_token_are_known_and_progress_en
 ) -> None:
     assert engine.supports(flux) is None
     calls: list[tuple[int, int]] = []
-    seen = engine.observe(flux, samples=4, steps=8, geometry=SIZE, progress=lambda *call: calls.append(call)).statistics
+    seen = engine.observe(flux, None, shown(4, 8), geometry=SIZE, progress=lambda *call: calls.append(call)).statistics
     assert (seen.sigma_count[:, :8] > 0).all()
     assert (seen.sigma_count[:, 8] == 0).all()
     one_row = {name for name, single in zip(seen.names, seen.one_row, strict=True) if single}
@@ -139,7 +144,7 @@ def test_every_noise_level_and_the_layers_of_one_token_are_known_and_progress_en
 
 def test_layers_that_follow_the_conditioning_are_named(reference_flux: Any, save_model: Any) -> None:
     with open_checkpoint(save_model(reference_flux().state_dict(), lambda _: True)) as checkpoint:
-        seen = engine.observe(checkpoint, samples=3, steps=1, geometry=SIZE)
+        seen = engine.observe(checkpoint, None, shown(), geometry=SIZE)
     assert {"txt_in", "vector_in.in_layer"} <= set(seen.conditioned)
     assert not {"img_in", "time_in.in_layer"} & set(seen.conditioned)
 
@@ -158,15 +163,14 @@ def test_adapters_widen_the_ranges_to_the_model_with_and_without_them(
     )
     merged = dict(state)
     merged["double_blocks.0.img_attn.qkv.weight"] = state["double_blocks.0.img_attn.qkv.weight"] + up @ down
-    options: Any = {"samples": 3, "steps": 1, "geometry": SIZE}
     with open_checkpoint(save_model(state)) as checkpoint, open_checkpoint(save_model(merged)) as with_lora:
         table = find_layers(checkpoint)
         match = match_loras(
             [load_lora(lora_path)], {layer.name: (layer.out_features, layer.in_features) for layer in table.linear()}
         )
-        both = engine.observe(checkpoint, table, adapters=match, **options).statistics
-        plain = engine.observe(checkpoint, **options).statistics
-        changed = engine.observe(with_lora, **options).statistics
+        both = engine.observe(checkpoint, table, shown(), geometry=SIZE, adapters=match).statistics
+        plain = engine.observe(checkpoint, None, shown(), geometry=SIZE).statistics
+        changed = engine.observe(with_lora, None, shown(), geometry=SIZE).statistics
     assert not np.allclose(plain.absmax, changed.absmax, rtol=1e-2)
     assert np.allclose(both.absmax, np.maximum(plain.absmax, changed.absmax), rtol=1e-4)
 
@@ -178,20 +182,20 @@ def test_weights_stay_in_the_file(flux: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "layers", "message"),
     [
-        ({"samples": 0}, "samples should be at least 1, found 0"),
-        ({"steps": -3}, "steps should be at least 1, found -3"),
-        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
-        ({"device": "xpu:99"}, "device 'xpu:99' cannot be used"),
-        ({"device": "abacus"}, "unknown device 'abacus'"),
-        ({"device": "mps"}, "device 'mps' cannot be used: it has no"),
-        ({"layers": ["nowhere"]}, "nowhere: 1 layers do not exist"),
+        ({"device": "cuda:99"}, None, "device 'cuda:99' cannot be used"),
+        ({"device": "xpu:99"}, None, "device 'xpu:99' cannot be used"),
+        ({"device": "abacus"}, None, "unknown device 'abacus'"),
+        ({"device": "mps"}, None, "device 'mps' cannot be used: it has no"),
+        ({}, ["nowhere"], "nowhere: 1 layers do not exist"),
     ],
 )
-def test_options_that_cannot_be_are_refused(flux: Checkpoint, options: dict[str, Any], message: str) -> None:
+def test_devices_and_layers_that_are_not_there_are_refused(
+    flux: Checkpoint, options: dict[str, Any], layers: Any, message: str
+) -> None:
     with pytest.raises((OptionError, CalibrationError), match=message):
-        engine.observe(flux, geometry=SIZE, **options)
+        engine.observe(flux, None, shown(**options), geometry=SIZE, layers=layers)
 
 
 def test_what_diffusers_cannot_import_is_a_reason(flux: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +221,7 @@ def test_infinite_inputs_name_the_layer(reference_flux: Any, save_model: Any) ->
         open_checkpoint(save_model(state, in_blocks)) as checkpoint,
         pytest.raises(CalibrationError, match=r"double_blocks\.0\.img_mlp\.2: the inputs of"),
     ):
-        engine.observe(checkpoint, samples=1, steps=1, geometry=SIZE)
+        engine.observe(checkpoint, None, shown(samples=1), geometry=SIZE)
 
 
 @pytest.mark.parametrize(
@@ -253,14 +257,6 @@ def test_a_foreign_format_gives_a_reason(reference_flux: Any, save_model: Any, s
         assert engine.supports(checkpoint) == f"{layer}: 1 layer in svdquant_w4a4, which cannot be dequantized here"
 
 
-@pytest.mark.parametrize(("silent", "strong", "moves"), [(1, 2, False), (1, 2.1, True), (2.1, 1, True), (2, 1, False)])
-def test_a_layer_follows_the_conditioning_if_its_range_moves_by_two_either_way(
-    silent: float, strong: float, moves: bool
-) -> None:
-    ranges = {"silent": np.float32([silent, 1]), "strong": np.float32([strong, 1])}
-    assert engine.conditioned(["one", "still"], ranges) == (("one",) if moves else ())
-
-
 def test_a_few_channels_of_a_stream_are_loud_and_none_of_a_vector() -> None:
     signals = {"stream": Signal((200, 256)), "vector": Signal((256,))}
     drawn = noise.conditioning(signals, noise.LOUD_CHANNELS, 1, 0)
@@ -290,7 +286,7 @@ def test_a_text_encoder_in_the_same_file_is_neither_in_the_way_nor_recorded(
     with open_checkpoint(save("all.safetensors", tensors)) as checkpoint:
         table = find_layers(checkpoint)
         assert table.foreign
-        seen = engine.observe(checkpoint, table, samples=1, steps=1, geometry=SIZE)
+        seen = engine.observe(checkpoint, table, shown(samples=1), geometry=SIZE)
     assert set(seen.statistics.layers) == set(table.diffusion) == set(table.quantized) - {ENCODER + "SelfAttention.q"}
     assert seen.unvisited == ()
 
@@ -309,7 +305,7 @@ def test_a_file_that_was_cast_to_fp8_whole_runs_on_its_codes_in_full_precision(
         cast_model, wide = engine.load(one, arithmetic="comfyui"), engine.load(other)
         latents, conditioning = flux_inputs(wide)
         velocities = [model.velocity(latents, 0.5, conditioning, SIZE) for model in (cast_model, wide)]
-        seen = [engine.observe(checkpoint, samples=3, steps=1, geometry=SIZE).statistics for checkpoint in (one, other)]
+        seen = [engine.observe(checkpoint, None, shown(), geometry=SIZE).statistics for checkpoint in (one, other)]
     assert torch.equal(*velocities)
     assert seen[0].layers.keys() == seen[1].layers.keys()
     np.testing.assert_array_equal(seen[0].absmax, seen[1].absmax)
@@ -328,6 +324,8 @@ def test_layers_marked_for_full_precision_quantize_no_input(reference_flux: Any,
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_sees_the_same_ranges(flux: Checkpoint) -> None:
-    options: Any = {"samples": 3, "steps": 1, "geometry": SIZE, "dtype": torch.float32}
-    here, there = (engine.observe(flux, device=device, **options).statistics for device in ("cpu", "cuda"))
+    here, there = (
+        engine.observe(flux, None, shown(device=device), geometry=SIZE, dtype=torch.float32).statistics
+        for device in ("cpu", "cuda")
+    )
     assert np.allclose(here.absmax, there.absmax, rtol=1e-3)

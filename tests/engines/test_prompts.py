@@ -12,6 +12,7 @@ from convert_to_quant.engines import diffusers as engine
 from convert_to_quant.engines.prompts import Prompts
 from convert_to_quant.errors import CalibrationError
 from convert_to_quant.families.running import Geometry, Signal
+from convert_to_quant.options import RunOptions
 
 SIZE = Geometry(height=2, width=2, frames=1, text_tokens=64)
 
@@ -119,7 +120,9 @@ def test_ranges_on_prompts_are_those_of_the_prompts(flux: Path, save: Any) -> No
     tensors["prompt_embeds"][1, 3, 5] = -77
     prompts = Prompts.load(save("prompts.safetensors", tensors))
     with open_checkpoint(flux) as checkpoint:
-        seen = engine.observe(checkpoint, samples=1, steps=1, geometry=SIZE, prompts=prompts)
+        seen = engine.observe(
+            checkpoint, None, RunOptions(samples=1, steps=1, device="cpu"), geometry=SIZE, prompts=prompts
+        )
     ranges = dict(zip(seen.statistics.names, seen.statistics.absmax, strict=True))
     assert ranges["txt_in"] == 77
     assert ranges["vector_in.in_layer"] == np.abs(tensors["pooled_prompt_embeds"]).max()

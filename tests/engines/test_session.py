@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from convert_to_quant.engines import session as session_module
-from convert_to_quant.engines.session import Observed, Session, Unit, fingerprint
-from convert_to_quant.errors import OutputError, StatisticsError
+from convert_to_quant.engines.session import Observation, Session, Unit, fingerprint
+from convert_to_quant.errors import CalibrationError, OutputError, StatisticsError
 from convert_to_quant.recorder import record
 from convert_to_quant.stats import Statistics
 from convert_to_quant.telling import Advance
@@ -56,31 +56,39 @@ def units_of(model: Model, *, stop_at: int | None = None, ran: list[int] | None 
     return [unit(number) for number in range(UNITS)]
 
 
-def go(session: Session, model: Model, units: Sequence[Unit], **options: Any) -> Observed:
+def go(session: Session, model: Model, units: Sequence[Unit], **options: Any) -> Observation:
     with record(model) as recording:
-        return session.run(recording, units, seed=1, **options)
+        return session.run(recording, units, "model.safetensors", seed=1, **options)
 
 
 @pytest.fixture
-def whole(model: Model) -> Observed:
+def whole(model: Model) -> Observation:
     """What an unbroken run sees."""
     return go(Session(), model, units_of(model))
 
 
-def test_units_add_up_to_what_one_recording_sees(model: Model, whole: Observed) -> None:
+def test_units_add_up_to_what_one_recording_sees(model: Model, whole: Observation) -> None:
     with record(model) as recording:
         for unit in units_of(model):
             unit.run(lambda _: None)
     assert whole.statistics == recording.statistics(2 * UNITS, seed=1)
-    assert whole.done == tuple(f"unit {number}" for number in range(UNITS))
 
 
-def test_the_largest_inputs_are_kept_by_group(model: Model, whole: Observed) -> None:
-    for group, numbers in (("quiet", range(3)), ("loud", range(3, 6))):
-        with record(model) as recording:
-            for number in numbers:
-                units_of(model)[number].run(lambda _: None)
-        assert (whole.ranges[group] == recording.statistics().absmax).all()
+@pytest.mark.parametrize(("silent", "strong", "moves"), [(1, 2, False), (1, 2.1, True), (2.1, 1, True), (2, 1, False)])
+def test_a_layer_follows_the_conditioning_if_its_range_moves_by_two_either_way(
+    tmp_path: Path, silent: float, strong: float, moves: bool
+) -> None:
+    model = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+
+    def unit(way: str, value: float) -> Unit:
+        return Unit(way, way, 1, 1, lambda _: [model[0](torch.full((1, 1), float(value))), model[1](torch.ones(1, 1))])
+
+    units = [unit("silent", silent), unit("strong", strong)]
+    with record(model) as recording:
+        for resumed in (False, True):
+            session = Session(tmp_path / "stats.safetensors", resume=resumed)
+            seen = session.run(recording, units[: 1 + resumed], "model.safetensors")
+    assert seen.conditioned == (("0",) if moves else ())
 
 
 def test_without_an_output_nothing_is_written(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +98,7 @@ def test_without_an_output_nothing_is_written(model: Model, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 3, 5])
-def test_a_stopped_run_goes_on_to_the_same_bits(model: Model, whole: Observed, tmp_path: Path, stop_at: int) -> None:
+def test_a_stopped_run_goes_on_to_the_same_bits(model: Model, whole: Observation, tmp_path: Path, stop_at: int) -> None:
     output = tmp_path / "stats.safetensors"
     with pytest.raises(StopError):
         go(Session(output, {"a": 1}, save_every_seconds=0), model, units_of(model, stop_at=stop_at))
@@ -105,9 +113,6 @@ def test_a_stopped_run_goes_on_to_the_same_bits(model: Model, whole: Observed, t
     assert ran == list(range(stop_at, UNITS))
     assert calls == [(2 * number, 2 * UNITS) for number in range(stop_at, UNITS + 1)]
     assert seen.statistics == whole.statistics
-    assert {group: absmax.tolist() for group, absmax in seen.ranges.items()} == {
-        group: absmax.tolist() for group, absmax in whole.ranges.items()
-    }
     session.finish(seen.statistics)
     assert [path.name for path in tmp_path.iterdir()] == ["stats.safetensors"]
     assert Statistics.load(output) == whole.statistics
@@ -119,10 +124,12 @@ def test_saving_waits_for_its_time(model: Model, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_checks_look_at_everything_seen_so_far(model: Model) -> None:
-    samples: list[int] = []
-    go(Session(), model, units_of(model), check=lambda statistics: samples.append(statistics.samples))
-    assert samples == [6, 12]
+def test_inputs_that_are_not_finite_are_refused_at_the_end_of_their_group(model: Model) -> None:
+    ran: list[int] = []
+    torch.nn.init.constant_(model.first.bias, torch.inf)
+    with pytest.raises(CalibrationError, match=r"model\.safetensors: second: the inputs of 1 layers have infinities"):
+        go(Session(), model, units_of(model, ran=ran))
+    assert ran == [0, 1, 2]
 
 
 MADE_WITH = {"steps": 8, "model": fingerprint()}
@@ -158,7 +165,7 @@ def test_other_options_or_models_are_not_resumed(
 def test_other_layers_are_not_resumed(unfinished: Path) -> None:
     other = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
     with pytest.raises(StatisticsError, match="it recorded other layers"), record(other) as recording:
-        Session(unfinished, MADE_WITH, resume=True).run(recording, [])
+        Session(unfinished, MADE_WITH, resume=True).run(recording, [], "model.safetensors")
 
 
 def test_an_unfinished_run_of_several_processes_is_recognized(tmp_path: Path) -> None:
@@ -183,7 +190,7 @@ def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
     Session(tmp_path / "s1.safetensors")
 
 
-def test_only_the_first_process_writes_the_output(whole: Observed, tmp_path: Path) -> None:
+def test_only_the_first_process_writes_the_output(whole: Observation, tmp_path: Path) -> None:
     session = Session(tmp_path / "s.safetensors")
     for session.rank in (1, 0):
         session.finish(whole.statistics)
@@ -238,7 +245,7 @@ def test_fingerprints_tell_contents_apart_and_not_names(tmp_path: Path, monkeypa
     assert fingerprint(one, same) != fingerprint(one)
 
 
-def test_the_recording_is_the_sessions_own(model: Model, whole: Observed) -> None:
+def test_the_recording_is_the_sessions_own(model: Model, whole: Observation) -> None:
     with record(model) as recording:
         model(torch.full((1, 1, 8), 1e6))  # before the run: none of its business
-        assert Session().run(recording, units_of(model), seed=1).statistics == whole.statistics
+        assert Session().run(recording, units_of(model), "model.safetensors", seed=1).statistics == whole.statistics

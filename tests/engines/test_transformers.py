@@ -17,7 +17,6 @@ from convert_to_quant.best import plan_best
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.engines import diffusers as engine
-from convert_to_quant.engines import noise
 from convert_to_quant.engines.denoiser import LEAST_SIGNAL
 from convert_to_quant.families.running import Geometry, Inputs
 from convert_to_quant.fidelity import noise_scenes, scenes_fidelity
@@ -176,12 +175,14 @@ def test_it_is_recorded_converted_checked_and_mixed(
         table = find_layers(checkpoint)
         denoiser = engine.load(checkpoint, table)
         assert denoiser.plan.family == family
-        seen = engine.observe(checkpoint, table, samples=3, steps=1, seed=9, geometry=SIZE).statistics
+        seen = engine.observe(
+            checkpoint, table, RunOptions(samples=3, steps=1, seed=9, device="cpu"), geometry=SIZE
+        ).statistics
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(watch(name))
-        for turn, way in enumerate(noise.CONDITIONINGS):
-            latents, conditioning = engine.draw(denoiser, SIZE, way, 9, [turn])
+        for number in range(3):
+            latents, conditioning = engine.start(denoiser, SIZE, 9, [number])
             wanted = run(model, denoiser, latents, conditioning)
             found = denoiser.velocity(latents, 1.0, conditioning, SIZE)
             assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))

@@ -30,7 +30,7 @@ from convert_to_quant.families.running import Geometry
 from convert_to_quant.formats import FORMATS
 from convert_to_quant.formats.record import GPUS
 from convert_to_quant.layers import Layer, dequantize, find_layers
-from convert_to_quant.options import BestOptions, ConvertOptions
+from convert_to_quant.options import BestOptions, ConvertOptions, RunOptions
 
 SIZE = Geometry(height=3, width=4, frames=1, text_tokens=5)
 
@@ -56,7 +56,9 @@ def bench(flux: Checkpoint) -> Bench:
 @pytest.fixture
 def offered(flux: Checkpoint, layers: Mapping[str, Layer]) -> dict[str, list[Candidate]]:
     """Everything that a Blackwell card multiplies, for every layer."""
-    seen = diffusers.observe(flux, samples=3, steps=1, geometry=SIZE, layers=list(layers)).statistics
+    seen = diffusers.observe(
+        flux, None, RunOptions(samples=3, steps=1, device="cpu"), geometry=SIZE, layers=list(layers)
+    ).statistics
     return candidates(layers, input_scales(flux, layers, seen), formats_for(BestOptions(gpu="rtx50")))
 
 

@@ -15,7 +15,7 @@ from convert_to_quant.checkpoint import Checkpoint, open_checkpoint
 from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.emoji import WEIGHTS
 from convert_to_quant.emoji.rerange import RERANGINGS, write_reranged
-from convert_to_quant.engines import denoiser, noise
+from convert_to_quant.engines import denoiser
 from convert_to_quant.engines import diffusers as engine
 from convert_to_quant.errors import CheckpointError, LoraError
 from convert_to_quant.families.running import Geometry
@@ -61,7 +61,7 @@ def files(spiky: Path, pair: tuple[Checkpoint, folding.Folded]) -> dict[str, Pat
 
 def velocity(checkpoint: Checkpoint, lora: Path | None = None) -> torch.Tensor:
     model = denoiser.load(checkpoint, dtype=torch.float32, arithmetic="comfyui")
-    latents, conditioning = engine.draw(model, SIZE, noise.CONDITIONINGS[1], 0, range(2))
+    latents, conditioning = engine.start(model, SIZE, 0, [1, 4])
     with ExitStack() as stack:
         if lora is not None:
             opened = load_lora(lora)

@@ -42,9 +42,8 @@ from ...options import FRAMES, SAMPLES, SIDE_PIXELS, STEPS, TEXT_TOKENS
 from ...recorder import find_linears, record
 from ...telling import Advance, Progress
 from .. import noise
-from ..diffusers import Observation, conditioned, expect_finite
 from ..provenance import trace
-from ..session import Session, Unit
+from ..session import Observation, Session, Unit
 from . import inprocess_tree as tree
 from .inprocess_conditions import conditions_of, draw, wanted
 
@@ -391,8 +390,8 @@ def observe(
                     for adapted in variants
                     for way, number in trajectories(samples)
                 ],
+                checkpoint.path,
                 progress=progress,
-                check=partial(expect_finite, checkpoint.path),
                 engine="comfyui",
                 comfyui=tree.version(folder),
                 family=model.family,
@@ -404,9 +403,7 @@ def observe(
     if warn is not None:
         for text in messages.said:
             warn(text)
-    statistics = seen.statistics
-    moving = conditioned(statistics.names, seen.ranges)
-    return Observation(statistics.with_facts(depends_on_conditioning=moving))
+    return seen
 
 
 def trajectories(samples: int) -> Iterator[tuple[noise.Conditioning, int]]:
