@@ -67,19 +67,11 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
         several places, under its first name.
     """
     found: dict[str, nn.Module] = {}
-    met: set[nn.Module] = set()
-
-    def walk(prefix: str, module: nn.Module) -> None:
-        if module in met:
-            return
-        met.add(module)
-        if is_linear(module):
-            found[prefix.replace(COMPILED_PREFIX, "").rstrip(".")] = module
-            return
-        for name, child in module.named_children():
-            walk(f"{prefix}{name}.", child)
-
-    walk("", model)
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():  # each once, and before what it is made of
+        if module not in inside and is_linear(module):
+            found[f"{name}.".replace(COMPILED_PREFIX, "").rstrip(".")] = module
+            inside.update(module.modules())
     return found
 
 
@@ -251,14 +243,14 @@ def _sigma_bin_on(sigma: Sigma, totals: Totals) -> Tensor:
     return totals.sigma_numbers[number : number + 1]
 
 
-def _samples_in(values: Iterable[Any]) -> tuple[int, torch.device] | None:
+def _samples_in(values: Iterable[Any]) -> tuple[int, torch.device] | tuple[None, None]:
     """How many samples a model's inputs hold, and where: the first with three dimensions or more, or a list."""
     for value in values:
         if isinstance(value, Tensor) and value.ndim > 2:
             return value.shape[0], value.device
         if isinstance(value, (list, tuple)) and value and all(isinstance(part, Tensor) for part in value):
             return len(value), value[0].device
-    return None
+    return None, None
 
 
 @contextmanager
@@ -304,13 +296,12 @@ def record(
     seen_already: set[nn.Module] = set()
 
     def watch_model(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = _samples_in((*args, *kwargs.values()))
-        recording._found_batch = None if found is None else found[0]
+        recording._found_batch, device = _samples_in((*args, *kwargs.values()))
         if sigma is not None:
             recording.at(sigma(args, kwargs))
-        if found is not None and found[1].type != "meta":  # before any block, see `outside_allocation_graphs`
+        if device is not None and device.type != "meta":  # before any block, see `outside_allocation_graphs`
             with outside_allocation_graphs():
-                recording._prepare(found[1])
+                recording._prepare(device)
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if module in seen_already:
@@ -358,13 +349,11 @@ def _plan(
             raise CalibrationError(
                 f"no linear module of that name in the model ({len(unknown)} of {len(names)})", tensor=unknown[0]
             )
+        names = names.get
     slots: dict[str, list[str]] = {}
     shapes: dict[str, Shape] = {}
     for name, module in linears.items():
-        if names is None:
-            fed: str | Sequence[str] | None = name
-        else:
-            fed = names.get(name) if isinstance(names, Mapping) else names(name)
+        fed = name if names is None else names(name)
         for layer in [fed] if isinstance(fed, str) else fed or ():
             if layer not in shapes and (wanted is None or layer in wanted):
                 slots.setdefault(name, []).append(layer)
