@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -70,19 +69,12 @@ def require_pipeline(folder: StrPath) -> Path:
     return path
 
 
-def load(
-    folder: StrPath,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    *,
-    without: Sequence[str] = (),
-) -> Any:
-    """Load a pipeline from its folder.
+def load(folder: StrPath, device: str = "cpu", *, without: Sequence[str] = ()) -> Any:
+    """Load a pipeline from its folder, in bfloat16 on a GPU and float32 on a CPU.
 
     Args:
         folder: with `model_index.json`.
         device: where to run it.
-        dtype: of its weights; bfloat16 on a GPU and float32 on a CPU by default.
         without: parts that are not needed, as far as it has them.
 
     Raises:
@@ -91,8 +83,8 @@ def load(
     """
     import diffusers
 
-    path = require_pipeline(folder)
-    number = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    path, where = require_pipeline(folder), find_device(device)
+    dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
     _hide_loading_bars()
     try:
         with warnings.catch_warnings():
@@ -102,16 +94,14 @@ def load(
                 parts = kind.load_config(str(path))
                 kind = getattr(diffusers, str(parts.get("_class_name")), kind)
             pipeline = kind.from_pretrained(  # type: ignore[no-untyped-call]
-                str(path), local_files_only=True, use_safetensors=True, torch_dtype=number,
+                str(path), local_files_only=True, use_safetensors=True, torch_dtype=dtype,
                 **{name: None for name in without if name in parts},
             )  # fmt: skip
     except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
-        raise CalibrationError(f"diffusers cannot load it: {_first_line(error)}", path=path) from error
+        reason = str(error).strip().partition("\n")[0].rstrip()
+        raise CalibrationError(f"diffusers cannot load it: {reason}", path=path) from error
     pipeline.set_progress_bar_config(disable=True)
-    try:
-        return pipeline.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from None
+    return pipeline.to(where)
 
 
 def _hide_loading_bars() -> None:
@@ -129,7 +119,6 @@ def observe(
     *,
     checkpoint: Checkpoint | None = None,
     component: str | None = None,
-    dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Observation:
     """Paint prompts with a pipeline and record the inputs of its transformer's linear layers.
@@ -142,7 +131,6 @@ def observe(
         session: saves, resumes and shares the work. Nothing is written to its output yet: see `Session.finish`.
         checkpoint: whose layer names to use; by default diffusers' and the authors' both.
         component: which of the pipeline's parts to record; "transformer" or "unet" by default.
-        dtype: see `load`.
         progress: called after every step.
 
     Returns:
@@ -157,7 +145,7 @@ def observe(
     """
     if not prompts:
         raise OptionError("no prompts")
-    pipeline = load(folder, find_device(options.device), dtype)
+    pipeline = load(folder, options.device)
     images, steps = options.samples or len(prompts), options.steps or STEPS
     said = {
         "num_inference_steps": steps,
@@ -218,8 +206,7 @@ def encode(
     *,
     negative: bool = False,
     text_tokens: int | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[Prompts]:
     """Embed prompts with a pipeline's own text encoders; its diffusion model is not loaded.
@@ -234,7 +221,6 @@ def encode(
         negative: embed the empty prompt as well.
         text_tokens: most tokens of a prompt; the pipeline's own default where None.
         device: where to run.
-        dtype: see `load`.
         progress: called after every prompt.
 
     Returns:
@@ -245,7 +231,7 @@ def encode(
         OptionError: an option or device that the pipeline cannot use.
         CalibrationError: the folder cannot be loaded, or its text encoders give no embeddings of the model's width.
     """
-    pipeline = load(folder, device, dtype, without=NOT_ENCODERS)
+    pipeline = load(folder, device, without=NOT_ENCODERS)
     if not callable(getattr(pipeline, "encode_prompt", None)):
         raise CalibrationError(f"{type(pipeline).__name__} has no encode_prompt", path=folder)
     known = inspect.signature(pipeline.encode_prompt).parameters
@@ -362,7 +348,3 @@ def _sigma(scheduler: Any) -> float | None:
         return None
     index = scheduler.step_index
     return float(sigmas[scheduler.begin_index or 0 if index is None else index])
-
-
-def _first_line(error: BaseException) -> str:
-    return re.split(r"\s*\n", str(error).strip(), maxsplit=1)[0]

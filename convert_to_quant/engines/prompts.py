@@ -62,7 +62,7 @@ class Prompts:
         """
         with open_checkpoint(path) as file:
             tensors = {
-                name: torch.from_numpy(file.float32(name) if _is_float(info.dtype) else file.bits(name))
+                name: torch.from_numpy(file.float32(name) if "F" in info.dtype else file.bits(name))
                 for name, info in file.tensors.items()
             }
         return Prompts(tensors, source=path)
@@ -91,7 +91,8 @@ class Prompts:
             CalibrationError: a tensor is unknown or missing, or has a shape that does not fit.
         """
         known = denoiser.signals(geometry)
-        spellings = _spellings(known)
+        spellings = {name: name for name in known}
+        spellings |= {said: name for said, names in PIPELINE_NAMES.items() for name in names if name in known}
         named: dict[str, Tensor] = {}
         negative: dict[str, Tensor] = {}
         for name, value in self.tensors.items():
@@ -133,13 +134,3 @@ class Prompts:
 
     def _error(self, problem: str, tensor: str) -> CalibrationError:
         return CalibrationError(problem, path=self.source, tensor=tensor)
-
-
-def _spellings(known: Mapping[str, Signal]) -> dict[str, str]:
-    """What the model's conditioning may be called -> its name in `forward`."""
-    pipeline = {said: name for said, names in PIPELINE_NAMES.items() for name in names if name in known}
-    return {**{name: name for name in known}, **pipeline}
-
-
-def _is_float(dtype: str) -> bool:
-    return "F" in dtype
