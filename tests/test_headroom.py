@@ -1,10 +1,5 @@
 """Headroom against rounding random numbers one by one."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +7,6 @@ import torch
 from convert_to_quant import headroom
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.formats.fp8 import E4M3FN, E5M2
-from convert_to_quant.formats.record import Grid
 from convert_to_quant.headroom import LEAST, MOST, TOLERANCE_DB, column_energies, free_scale
 from convert_to_quant.kernels import BINS
 from convert_to_quant.layers import find_layers
@@ -21,11 +15,11 @@ TORCH = {E4M3FN: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 ROWS, CHANNELS, OUTPUTS = 2000, 64, 32
 
 
-def row_histogram(x: Any) -> np.ndarray:
+def row_histogram(x):
     return np.bincount(np.abs(x).max(1).astype(np.float32).view(np.uint32) >> 19, minlength=BINS)
 
 
-def output_error(x_RI: Any, weight_OI: Any, scale: float, grid: Grid) -> float:
+def output_error(x_RI, weight_OI, scale, grid):
     """Mean over rows of the relative squared error of x·Wᵀ with x quantized by torch's own cast."""
     scaled = torch.from_numpy(x_RI / scale).float().clamp(-grid.max, grid.max)
     rounded = scaled.to(TORCH[grid]).double().numpy() * scale
@@ -33,7 +27,7 @@ def output_error(x_RI: Any, weight_OI: Any, scale: float, grid: Grid) -> float:
     return float(np.mean(((wanted - found) ** 2).sum(1) / (wanted**2).sum(1)))
 
 
-def inputs(channel_sizes: Any, row_sizes: Any = 1.0) -> np.ndarray:
+def inputs(channel_sizes, row_sizes=1.0):
     rng = np.random.default_rng(0)
     return (
         rng.standard_normal((ROWS, CHANNELS))
@@ -42,7 +36,7 @@ def inputs(channel_sizes: Any, row_sizes: Any = 1.0) -> np.ndarray:
     )
 
 
-def found_scale(x_RI: Any, weight_OI: Any, grid: Grid = E4M3FN) -> float:
+def found_scale(x_RI, weight_OI, grid=E4M3FN):
     absmax_I = np.abs(x_RI).max(0).astype(np.float32)
     return free_scale(grid, float(absmax_I.max()), absmax_I, (weight_OI**2).mean(0), row_histogram(x_RI))
 
@@ -54,7 +48,7 @@ LOUD_ROW = np.where(np.arange(ROWS) == 7, 2.0**13, 1.0)
 
 @pytest.mark.parametrize("grid", [E4M3FN, E5M2], ids=lambda grid: grid.name)
 @pytest.mark.parametrize("deviation_log2", [-20, -12, -8.4, -6, 0, 3])
-def test_the_error_of_normal_numbers_is_that_of_torchs_cast(grid: Grid, deviation_log2: float) -> None:
+def test_the_error_of_normal_numbers_is_that_of_torchs_cast(grid, deviation_log2):
     x = np.random.default_rng(1).standard_normal(200_000) * 2.0**deviation_log2
     rounded = torch.from_numpy(x).float().to(TORCH[grid]).double().numpy()
     expected = ((x - rounded) ** 2).sum() / (x**2).sum()
@@ -72,7 +66,7 @@ def test_the_error_of_normal_numbers_is_that_of_torchs_cast(grid: Grid, deviatio
     ],
     ids=["even", "quiet channels, even weights", "quiet channels, large weights", "loud row", "small"],
 )
-def test_what_is_called_free_costs_no_more_than_it_may(channel_sizes: Any, row_sizes: Any, weight_sizes: Any) -> None:
+def test_what_is_called_free_costs_no_more_than_it_may(channel_sizes, row_sizes, weight_sizes):
     x_RI = inputs(channel_sizes, row_sizes)
     weight_OI = np.random.default_rng(2).standard_normal((OUTPUTS, CHANNELS)) * weight_sizes
     least = np.abs(x_RI).max() / E4M3FN.max
@@ -83,41 +77,41 @@ def test_what_is_called_free_costs_no_more_than_it_may(channel_sizes: Any, row_s
     assert cost_db < 2 * TOLERANCE_DB
 
 
-def test_even_channels_leave_all_the_headroom_there_is() -> None:
+def test_even_channels_leave_all_the_headroom_there_is():
     x_RI = inputs(EVEN * 1000)
     assert found_scale(x_RI, np.ones((OUTPUTS, CHANNELS))) == pytest.approx(MOST * np.abs(x_RI).max() / E4M3FN.max)
 
 
-def test_quiet_channels_that_are_read_with_large_weights_leave_none() -> None:
+def test_quiet_channels_that_are_read_with_large_weights_leave_none():
     x_RI = inputs(HALF_QUIET)
     scale = found_scale(x_RI, np.ones((OUTPUTS, CHANNELS)) / HALF_QUIET)
     assert scale < LEAST * np.abs(x_RI).max() / E4M3FN.max
 
 
-def test_one_loud_row_leaves_none() -> None:
+def test_one_loud_row_leaves_none():
     x_RI = inputs(EVEN, LOUD_ROW)
     assert found_scale(x_RI, np.ones((OUTPUTS, CHANNELS))) < LEAST * np.abs(x_RI).max() / E4M3FN.max
 
 
-def test_a_scale_of_one_stays_where_it_costs_nothing() -> None:
+def test_a_scale_of_one_stays_where_it_costs_nothing():
     x_RI = inputs(EVEN * 0.5)
     assert MOST * np.abs(x_RI).max() / E4M3FN.max < 1
     assert found_scale(x_RI, np.ones((OUTPUTS, CHANNELS))) == 1.0
 
 
-def test_a_scale_of_one_goes_where_it_costs_something() -> None:
+def test_a_scale_of_one_goes_where_it_costs_something():
     x_RI = inputs(EVEN * 1e-3)
     assert found_scale(x_RI, np.ones((OUTPUTS, CHANNELS))) < 1e-3
 
 
-def test_a_layer_whose_weight_reads_nothing_gets_some_scale() -> None:
+def test_a_layer_whose_weight_reads_nothing_gets_some_scale():
     x_RI = inputs(EVEN)
     assert np.isfinite(found_scale(x_RI, np.zeros((OUTPUTS, CHANNELS))))
 
 
-def test_column_energies_are_those_of_the_real_weight(build: Any, save: Any) -> None:
+def test_column_energies_are_those_of_the_real_weight(build, save):
     tensors, metadata = build.quantized(["blocks.0.a"], "tensor", shape=(640, 32))
-    path: Path = save("model.safetensors", tensors, metadata)
+    path = save("model.safetensors", tensors, metadata)
     with open_checkpoint(path) as checkpoint:
         layer = find_layers(checkpoint).quantized["blocks.0.a"]
         found = column_energies(checkpoint, layer)

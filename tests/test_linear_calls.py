@@ -1,13 +1,9 @@
 """What linear layers multiply by their weights where ComfyUI folds an activation into the call."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -18,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from convert_to_quant import linear_calls
 from convert_to_quant.errors import CalibrationError
 from convert_to_quant.linear_calls import ACTIVATIONS
-from convert_to_quant.recorder import Recording, record
+from convert_to_quant.recorder import record
 
 WIDTH, HIDDEN = 8, 16
-EAGER: dict[str, Callable[[Tensor], Tensor]] = {
+EAGER = {
     "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
     "swiglu": lambda x: x[..., :HIDDEN] * torch.sigmoid(x[..., :HIDDEN]) * x[..., HIDDEN:],
     "situ": lambda x: 25 * torch.tanh(x[..., :HIDDEN] / 25) * 4 * torch.tanh(x[..., HIDDEN:] / 4)
@@ -37,14 +33,14 @@ class Linear(nn.Linear):
         met: what was multiplied by the weight.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features)
-        self.met: list[Tensor] = []
+        self.met = []
 
     def forward(
-        self, input: Tensor, input_act: str | None = None, act_weight: Tensor | None = None, act_eps: float = 0.0,  # noqa: A002
-        residual: Tensor | None = None, residual_scale: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, input, input_act = None, act_weight = None, act_eps = 0.0,  # noqa: A002
+        residual = None, residual_scale = None,
+    ):  # fmt: skip
         if input_act == "rms_norm":
             assert act_weight is not None
             input = input * (input.square().mean(-1, keepdim=True) + act_eps).rsqrt() * act_weight  # noqa: A001
@@ -52,24 +48,24 @@ class Linear(nn.Linear):
             input = EAGER[input_act](input)  # noqa: A001
         self.met.append(input.detach())
         output = super().forward(input)
-        return output if residual is None else torch.addcmul(residual, output, residual_scale)  # type: ignore[arg-type]
+        return output if residual is None else torch.addcmul(residual, output, residual_scale)
 
 
 class FeedForward(nn.Module):
     """As in Wan (GELU) and MiniMax H3 (SwiGLU)."""
 
-    def __init__(self, call: Callable[[FeedForward, Tensor, Tensor], Tensor], gated: bool) -> None:
+    def __init__(self, call, gated):
         super().__init__()
         self.norm = nn.Parameter(1 + torch.rand(HIDDEN))
         self.fc1, self.fc2 = Linear(WIDTH, 2 * HIDDEN if gated else HIDDEN), Linear(HIDDEN, WIDTH)
         self.call = call
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.call(self, 30 * self.fc1(x), x)
 
 
 HALF = torch.tensor(0.5)
-CALLS: dict[str, tuple[bool, Callable[[FeedForward, Tensor, Tensor], Tensor]]] = {
+CALLS = {
     "Wan": (False, lambda m, h, _: m.fc2(h, input_act="gelu_tanh")),
     "MiniMax H3": (True, lambda m, h, _: m.fc2(h, input_act="swiglu")),
     "MOSS-Image": (True, lambda m, h, _: m.fc2(h, input_act="situ")),
@@ -84,7 +80,7 @@ CALLS: dict[str, tuple[bool, Callable[[FeedForward, Tensor, Tensor], Tensor]]] =
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_ranges_are_those_of_what_the_weight_meets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_are_those_of_what_the_weight_meets(name, monkeypatch):
     monkeypatch.setattr(linear_calls, "BLOCK_VALUES", 5 * 2 * HIDDEN)  # several blocks, the last one shorter
     torch.manual_seed(0)
     gated, call = CALLS[name]
@@ -109,8 +105,8 @@ def test_ranges_are_those_of_what_the_weight_meets(name: str, monkeypatch: pytes
 
 
 def test_own_activations_are_what_they_are_written_out_and_comfyuis_go_before_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     x = 5 * torch.randn(7, 2 * HIDDEN, generator=torch.Generator().manual_seed(0))
     before = x.clone()
     for name, written_out in EAGER.items():
@@ -118,11 +114,11 @@ def test_own_activations_are_what_they_are_written_out_and_comfyuis_go_before_th
     assert torch.equal(x, before)
 
     ops = ModuleType("comfy.ops")
-    ops.INPUT_ACT_EAGER = {"swiglu": lambda x: x[..., ::2] * 0 + 7}  # type: ignore[attr-defined]
+    ops.INPUT_ACT_EAGER = {"swiglu": lambda x: x[..., ::2] * 0 + 7}
     monkeypatch.setitem(sys.modules, "comfy.ops", ops)
     for name, value in (("swiglu", 7.0), ("situ", float(EAGER["situ"](x).abs().max()))):
         linear = Linear(HIDDEN, WIDTH)
-        linear.forward = lambda *_, **__: None  # type: ignore[assignment]
+        linear.forward = lambda *_, **__: None
         with record(linear) as recording:
             linear(x, input_act=name)
         assert recording.statistics().absmax.tolist() == [pytest.approx(value)]
@@ -140,15 +136,15 @@ def test_own_activations_are_what_they_are_written_out_and_comfyuis_go_before_th
         (lambda m, h, _: m.fc2(h), r"fc2: its input should be 16 wide, found \[2, 9, 32\] \(the layer may apply"),
     ],
 )  # fmt: skip
-def test_what_is_not_known_is_refused(call: Callable[..., Tensor], message: str) -> None:
+def test_what_is_not_known_is_refused(call, message):
     model = FeedForward(call, gated=True)
     with pytest.raises(CalibrationError, match=message), torch.no_grad(), record(model):
         model(torch.randn(2, 9, WIDTH))
 
 
-def test_second_arguments_of_other_libraries_are_no_activations() -> None:
+def test_second_arguments_of_other_libraries_are_no_activations():
     class Adapted(nn.Linear):
-        def forward(self, x: Tensor, scale: float = 1.0, *_: Any, **__: Any) -> Tensor:
+        def forward(self, x, scale=1.0, *_, **__):
             return super().forward(x) * scale
 
     model = Adapted(WIDTH, WIDTH)
@@ -161,14 +157,14 @@ def test_second_arguments_of_other_libraries_are_no_activations() -> None:
 
 
 @pytest.fixture
-def ops(monkeypatch: pytest.MonkeyPatch) -> Any:
+def ops(monkeypatch):
     """`comfy.ops` with what computes INT8 layers, as in 0.33, and what every layer's weight goes through."""
-    module: Any = ModuleType("comfy.ops")
+    module = ModuleType("comfy.ops")
 
-    def cast_bias_weight(linear: nn.Linear, _x: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    def cast_bias_weight(linear, _x, **_):
         return linear.weight, linear.bias
 
-    def linear_input_act(linear: Any, x: Tensor, input_act: str, *args: Any, **kwargs: Any) -> Tensor:
+    def linear_input_act(linear, x, input_act, *args, **kwargs):
         if not getattr(linear, "int8", False):
             return linear(EAGER[input_act](x), *args, **kwargs)
         weight, bias = module.cast_bias_weight(linear, x, offloadable=True)
@@ -183,9 +179,9 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("int8", [True, False])
 @pytest.mark.parametrize(("act", "gated"), [("gelu_tanh", False), ("swiglu", True)])
-def test_layers_that_are_computed_without_a_call_are_recorded_once(ops: Any, int8: bool, act: str, gated: bool) -> None:
+def test_layers_that_are_computed_without_a_call_are_recorded_once(ops, int8, act, gated):
     model = FeedForward(lambda m, h, _: ops.linear_input_act(m.fc2, h, act), gated)
-    model.fc2.int8 = int8  # type: ignore[assignment]
+    model.fc2.int8 = int8
     functions = (ops.linear_input_act, ops.cast_bias_weight)
     with torch.no_grad(), record(model) as recording:
         assert functions != (ops.linear_input_act, ops.cast_bias_weight)
@@ -200,9 +196,9 @@ def test_layers_that_are_computed_without_a_call_are_recorded_once(ops: Any, int
     assert statistics.unseen == ()
 
 
-def test_layers_that_ran_unseen_are_named_and_the_others_are_not(ops: Any) -> None:
+def test_layers_that_ran_unseen_are_named_and_the_others_are_not(ops):
     class Model(FeedForward):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__(lambda m, h, _: functional.linear(h, *ops.cast_bias_weight(m.fc2, h)), gated=False)
             self.idle, self.norm_like = nn.Linear(3, 3), nn.LayerNorm(3)
 
@@ -221,7 +217,7 @@ def test_layers_that_ran_unseen_are_named_and_the_others_are_not(ops: Any) -> No
     assert recording.unseen == ()
 
 
-def test_functions_that_others_replaced_meanwhile_stay_and_ours_tell_nothing_more(ops: Any) -> None:
+def test_functions_that_others_replaced_meanwhile_stay_and_ours_tell_nothing_more(ops):
     model = FeedForward(lambda m, h, _: ops.linear_input_act(m.fc2, h, "swiglu"), gated=True)
     with record(model) as recording:
         ours = ops.linear_input_act
@@ -235,20 +231,19 @@ def test_functions_that_others_replaced_meanwhile_stay_and_ours_tell_nothing_mor
 # ---------------------------------------------------------------- ComfyUI's allocation graphs
 
 
-def storage(tensor: Tensor) -> int:
-    number: int = tensor.untyped_storage()._cdata
-    return number
+def storage(tensor):
+    return tensor.untyped_storage()._cdata
 
 
 class Graph(TorchDispatchMode):
     """Keeps what is allocated while a block runs and the recording of allocations is not paused."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.depth = 0
-        self.made: list[Tensor] = []
+        self.made = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         given = {storage(value) for value in args if isinstance(value, Tensor)}
         if self.depth == 0 and isinstance(made, Tensor) and storage(made) not in given:  # no view, not in place
@@ -256,7 +251,7 @@ class Graph(TorchDispatchMode):
         return made
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self):
         self.depth += 1
         try:
             yield
@@ -264,7 +259,7 @@ class Graph(TorchDispatchMode):
             self.depth -= 1
 
 
-def kept(recording: Recording) -> set[int]:
+def kept(recording):
     """Storages of what a recording keeps."""
     tensors = [*recording._sigma_bins.values()]
     for totals in recording._totals.values():
@@ -275,22 +270,22 @@ def kept(recording: Recording) -> set[int]:
 
 @pytest.mark.parametrize("pausable", [False, True])
 @pytest.mark.parametrize("dims", [2, 3])
-def test_what_is_kept_is_not_made_inside_of_a_block(monkeypatch: pytest.MonkeyPatch, pausable: bool, dims: int) -> None:
+def test_what_is_kept_is_not_made_inside_of_a_block(monkeypatch, pausable, dims):
     """Before the block where the model's input tells the device; paused where ComfyUI can."""
     graph = Graph()
     if pausable:
         prefetch = ModuleType("comfy.model_prefetch")
-        prefetch.pause_malloc_graph = graph.pause  # type: ignore[attr-defined]
+        prefetch.pause_malloc_graph = graph.pause
         monkeypatch.setitem(sys.modules, "comfy.model_prefetch", prefetch)
 
     class Model(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.block = nn.Linear(WIDTH, WIDTH)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             with graph:
-                return self.block(x)  # type: ignore[no-any-return]
+                return self.block(x)
 
     model, x = Model(), torch.randn((2, 3, WIDTH)[3 - dims :])
     with torch.no_grad():

@@ -1,18 +1,14 @@
 """Recording: what the hooks feed, to which layers, and that they leave nothing behind."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convert_to_quant.errors import CalibrationError
@@ -25,19 +21,19 @@ from convert_to_quant.stats import Statistics, merge
 class Duck(nn.Module):
     """Quacks like a linear layer, as ComfyUI's quantized layers do."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features, out_features):
         super().__init__()
         self.in_features = in_features
         self.weight = nn.Parameter(torch.randn(out_features, in_features))
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden):
         return hidden @ self.weight.T.to(hidden.dtype)
 
 
 class Model(nn.Module):
     """Tokens and a vector per image, as a diffusion transformer has them."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.embed = nn.Linear(6, 8)
         self.time = nn.Linear(4, 8)
@@ -45,7 +41,7 @@ class Model(nn.Module):
         self.idle = nn.Linear(3, 3)
         self.norm = nn.LayerNorm(8)
 
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+    def forward(self, x, timestep):
         vector = self.time(torch.stack([timestep * k for k in range(4)], -1))
         y = self.embed(x) + vector[:, None]
         for block in self.blocks:
@@ -54,24 +50,24 @@ class Model(nn.Module):
 
 
 @pytest.fixture
-def model() -> Model:
+def model():
     torch.manual_seed(0)
     return Model()
 
 
-def inputs(batch: int = 2, tokens: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+def inputs(batch=2, tokens=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, tokens, 6, generator=generator), torch.full((batch,), 0.6)
 
 
-def by_hand(model: nn.Module, *args: Any) -> dict[str, list[Tensor]]:
+def by_hand(model, *args):
     """Inputs of the layers, from hooks of the test's own."""
-    seen: dict[str, list[Tensor]] = {}
+    seen = {}
     handles = []
     for name, module in model.named_modules():
         if hasattr(module, "in_features"):
 
-            def hook(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            def hook(_, args, kwargs, name=name):
                 seen.setdefault(name, []).append((args or tuple(kwargs.values()))[0].detach().clone())
 
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -82,7 +78,7 @@ def by_hand(model: nn.Module, *args: Any) -> dict[str, list[Tensor]]:
     return seen
 
 
-def assert_recorded(statistics: Statistics, layer: str, seen: list[Tensor]) -> None:
+def assert_recorded(statistics, layer, seen):
     number = statistics.index(layer)
     values = torch.cat([x.float().reshape(-1) for x in seen]).double()
     rows = torch.cat([x.float().reshape(-1, x.shape[-1]) for x in seen])
@@ -96,11 +92,11 @@ def assert_recorded(statistics: Statistics, layer: str, seen: list[Tensor]) -> N
     assert statistics.channel_absmax[number].tolist() == rows.abs().amax(0).tolist()
 
 
-def hooks_of(model: nn.Module) -> list[Any]:
+def hooks_of(model):
     return [hook for module in model.modules() for hook in (*module._forward_pre_hooks, *module._forward_hooks)]
 
 
-def test_every_linear_is_recorded_as_hooks_put_on_by_hand_see_it(model: Model) -> None:
+def test_every_linear_is_recorded_as_hooks_put_on_by_hand_see_it(model):
     args = inputs()
     with torch.no_grad(), record(model) as recording:
         expected = model(*args)
@@ -116,7 +112,7 @@ def test_every_linear_is_recorded_as_hooks_put_on_by_hand_see_it(model: Model) -
     assert torch.equal(model(*args), expected)
 
 
-def test_layers_that_see_one_row_per_picture_are_known_in_any_batch(model: Model) -> None:
+def test_layers_that_see_one_row_per_picture_are_known_in_any_batch(model):
     for batch in (1, 3):
         with torch.no_grad(), record(model) as recording:
             model(*inputs(batch))
@@ -128,9 +124,7 @@ def test_layers_that_see_one_row_per_picture_are_known_in_any_batch(model: Model
 @pytest.mark.parametrize(
     ("rows", "batch", "most"), [(6, 6, 1), (6, None, 6), (3, 2, 2), (4, 3, 2), (7, 3, 3), (2, 3, 1)]
 )
-def test_samples_of_unequal_length_count_as_the_longest_that_one_must_be(
-    rows: int, batch: int | None, most: int
-) -> None:
+def test_samples_of_unequal_length_count_as_the_longest_that_one_must_be(rows, batch, most):
     linear = nn.Linear(4, 4)
     with record(linear) as recording:
         recording.batch = batch
@@ -143,16 +137,15 @@ def test_samples_of_unequal_length_count_as_the_longest_that_one_must_be(
 class Inner(nn.Module):
     """Gives its linear layer what a function makes of the model's inputs."""
 
-    def __init__(self, make: Any) -> None:
+    def __init__(self, make):
         super().__init__()
         self.make, self.inner = make, nn.Linear(4, 4)
 
-    def forward(self, *inputs: Any) -> Tensor:
-        y: Tensor = self.inner(self.make(*inputs))
-        return y
+    def forward(self, *inputs):
+        return self.inner(self.make(*inputs))
 
 
-def test_the_batch_is_read_off_lists_and_else_off_the_layers_input(model: Model) -> None:
+def test_the_batch_is_read_off_lists_and_else_off_the_layers_input(model):
     for make, inputs_, most in (
         (torch.cat, ([torch.randn(3, 4), torch.randn(3, 4)],), [3]),  # a list of images
         (lambda tokens, batch: tokens.reshape(batch, -1, 4), (torch.randn(6, 4), 3), [2]),  # of all samples in a row
@@ -167,7 +160,7 @@ def test_the_batch_is_read_off_lists_and_else_off_the_layers_input(model: Model)
     assert recording.statistics().rows_per_sample.tolist() == [10, 2, 10, 10, 10, 0]
 
 
-def test_totals_of_several_devices_add_up() -> None:
+def test_totals_of_several_devices_add_up():
     linear = nn.Linear(4, 4)
     with record(linear) as recording:
         linear(torch.full((2, 4), 2.0))
@@ -178,7 +171,7 @@ def test_totals_of_several_devices_add_up() -> None:
     assert (statistics.absmax[0], statistics.count[0], statistics.sum_of_squares[0]) == (2.0, 12, 36.0)
 
 
-def test_hooks_leave_with_the_block_whatever_ends_it(model: Model) -> None:
+def test_hooks_leave_with_the_block_whatever_ends_it(model):
     with record(model):
         assert len(hooks_of(model)) == 7
     assert not hooks_of(model)
@@ -192,7 +185,7 @@ def test_hooks_leave_with_the_block_whatever_ends_it(model: Model) -> None:
     assert not hooks_of(model)
 
 
-def test_modules_feed_layers_of_other_names(model: Model) -> None:
+def test_modules_feed_layers_of_other_names(model):
     args = inputs()
     layers = {"img.qkv": (16, 8), "img.out": (8, 8), "also.out": (8, 8), "elsewhere": (1, 1)}
     names = {"blocks.0.q": "img.qkv", "blocks.0.k": "img.qkv", "blocks.0.o": ["img.out", "also.out"]}
@@ -209,7 +202,7 @@ def test_modules_feed_layers_of_other_names(model: Model) -> None:
     assert statistics.histogram[statistics.index("elsewhere")].sum() == 0
 
 
-def test_names_can_be_a_function_and_layers_a_choice(model: Model) -> None:
+def test_names_can_be_a_function_and_layers_a_choice(model):
     with record(model, names=lambda name: f"net.{name}" if "blocks" in name else None) as recording:
         assert list(recording.layers) == ["net.blocks.0.q", "net.blocks.0.k", "net.blocks.0.o"]
     with record(model, layers=(name for name in ("time", "embed"))) as recording:
@@ -225,15 +218,15 @@ def test_names_can_be_a_function_and_layers_a_choice(model: Model) -> None:
         ({"layers": {"nowhere": (1, 1)}}, "none of the 6 linear modules"),
     ],
 )
-def test_names_that_fit_nothing_are_refused(model: Model, options: dict[str, Any], message: str) -> None:
+def test_names_that_fit_nothing_are_refused(model, options, message):
     with pytest.raises(CalibrationError, match=message), record(model, **options):
         raise AssertionError("not reached")
     assert not hooks_of(model)
 
 
-def test_parts_of_a_wrapped_layer_and_second_names_of_a_layer_are_not_layers() -> None:
+def test_parts_of_a_wrapped_layer_and_second_names_of_a_layer_are_not_layers():
     class Wrapper(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.base_layer = nn.Linear(4, 4)
             self.lora_A = nn.Linear(4, 1)
@@ -248,7 +241,7 @@ def test_parts_of_a_wrapped_layer_and_second_names_of_a_layer_are_not_layers() -
     assert list(find_linears(shared)) == [""]
 
 
-def level_of(statistics: Statistics) -> list[list[int]]:
+def level_of(statistics):
     """Columns of the noise levels that each layer was seen at."""
     return [np.flatnonzero(row).tolist() for row in statistics.sigma_count]
 
@@ -261,7 +254,7 @@ def level_of(statistics: Statistics) -> list[list[int]]:
         *[(torch.tensor(0.9, dtype=torch.bfloat16), 7), (torch.tensor(0.12501), 1), (torch.tensor(-0.1), 8)],
     ],
 )
-def test_noise_levels_are_numbers_or_tensors(sigma: float | Tensor | None, column: int) -> None:
+def test_noise_levels_are_numbers_or_tensors(sigma, column):
     linear = nn.Linear(4, 4)
     with record(linear) as recording:
         recording.at(sigma)
@@ -270,7 +263,7 @@ def test_noise_levels_are_numbers_or_tensors(sigma: float | Tensor | None, colum
     assert recording.statistics().sigma_mean_square[0, column] == 1.0
 
 
-def test_a_noise_level_can_hold_for_a_block_only_or_be_asked_of_each_call(model: Model) -> None:
+def test_a_noise_level_can_hold_for_a_block_only_or_be_asked_of_each_call(model):
     linear = nn.Linear(4, 4)
     with record(linear) as recording:
         recording.at(0.9)
@@ -285,7 +278,7 @@ def test_a_noise_level_can_hold_for_a_block_only_or_be_asked_of_each_call(model:
     assert level_of(recording.statistics())[0] == [1, 4]
 
 
-def test_runs_in_several_blocks_merge_to_the_run_in_one(model: Model) -> None:
+def test_runs_in_several_blocks_merge_to_the_run_in_one(model):
     runs = []
     with torch.no_grad():
         with record(model) as whole:
@@ -300,7 +293,7 @@ def test_runs_in_several_blocks_merge_to_the_run_in_one(model: Model) -> None:
     assert merge(runs[2], merge(runs[0], runs[3]), runs[1]) == whole.statistics(samples=8)
 
 
-def test_clearing_forgets_and_goes_on(model: Model) -> None:
+def test_clearing_forgets_and_goes_on(model):
     with torch.no_grad(), record(model) as recording:
         model(*inputs(seed=1))
         recording.clear()
@@ -311,7 +304,7 @@ def test_clearing_forgets_and_goes_on(model: Model) -> None:
     assert cleared == recording.statistics()
 
 
-def test_values_that_are_not_finite_are_counted_and_kept_out_of_the_rest() -> None:
+def test_values_that_are_not_finite_are_counted_and_kept_out_of_the_rest():
     linear = nn.Linear(4, 4)
     with record(linear) as recording:
         linear(torch.tensor([[float("nan"), -2.0, 0.0, 1.0], [float("inf"), float("-inf"), 0.5, -0.0]]))
@@ -323,7 +316,7 @@ def test_values_that_are_not_finite_are_counted_and_kept_out_of_the_rest() -> No
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_grad_modes_do_not_matter_and_can_change_between_blocks(model: Model, mode: Any) -> None:
+def test_grad_modes_do_not_matter_and_can_change_between_blocks(model, mode):
     with record(model) as recording:
         with torch.inference_mode():
             model(*inputs(seed=1))
@@ -334,7 +327,7 @@ def test_grad_modes_do_not_matter_and_can_change_between_blocks(model: Model, mo
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_autocast_changes_what_layers_see_and_not_how_it_is_measured(model: Model) -> None:
+def test_autocast_changes_what_layers_see_and_not_how_it_is_measured(model):
     args = inputs()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         with record(model) as recording:
@@ -347,7 +340,7 @@ def test_autocast_changes_what_layers_see_and_not_how_it_is_measured(model: Mode
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, about its own modules
 @pytest.mark.parametrize("when", ["before", "inside"])
-def test_compiled_models_are_recorded(model: Model, when: str) -> None:
+def test_compiled_models_are_recorded(model, when):
     import torch._dynamo  # what compiling imports
 
     args = inputs()
@@ -364,18 +357,18 @@ def test_compiled_models_are_recorded(model: Model, when: str) -> None:
 class NoReadBack(TorchDispatchMode):
     """Raises where a value of a tensor would be read by the host."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
 
 
-def test_no_value_is_read_back_while_recording(model: Model) -> None:
+def test_no_value_is_read_back_while_recording(model):
     with torch.no_grad(), NoReadBack(), record(model, sigma=lambda args, _: args[1]) as recording:
         model(*inputs())
     assert recording.statistics().calls.sum() == 5
 
 
-def test_odd_inputs_are_left_alone() -> None:
+def test_odd_inputs_are_left_alone():
     duck = Duck(4, 4)
     with record(duck) as recording:
         duck(torch.ones(0, 4))
@@ -424,11 +417,10 @@ distributed.destroy_process_group()
 
 
 @pytest.fixture
-def port() -> int:
+def port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        number: int = probe.getsockname()[1]
-    return number
+        return probe.getsockname()[1]
 
 
 CUDA_DEVICES = torch.cuda.device_count()
@@ -445,7 +437,7 @@ CUDA_DEVICES = torch.cuda.device_count()
         ),
     ],
 )
-def test_processes_see_together_what_one_sees(tmp_path: Path, port: int, backend: str, world: int) -> None:
+def test_processes_see_together_what_one_sees(tmp_path, port, backend, world):
     script = tmp_path / "rank.py"
     script.write_text(WATCH + RANK)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -461,14 +453,14 @@ def test_processes_see_together_what_one_sees(tmp_path: Path, port: int, backend
     refused = ["process 1 recorded another model than process 0" in out for out, _ in outputs]
     assert refused == [world > 1] * world
 
-    here: dict[str, Any] = {}
+    here = {}
     exec(WATCH, here)
     single = here["watch"]("cuda" if backend == "nccl" else "cpu", range(5))[1].statistics(samples=5, seed=range(5))
     for rank in range(world):
         assert Statistics.load(tmp_path / f"{rank}.safetensors") == single
 
 
-def test_without_process_groups_reducing_changes_nothing(model: Model) -> None:
+def test_without_process_groups_reducing_changes_nothing(model):
     with record(model) as recording:
         model(*inputs())
     assert recording.all_reduce(samples=3) == recording.statistics(samples=3)
@@ -479,7 +471,7 @@ def test_without_process_groups_reducing_changes_nothing(model: Model) -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-def test_on_cuda_the_host_never_waits_and_the_numbers_are_those_of_the_hooks(model: Model) -> None:
+def test_on_cuda_the_host_never_waits_and_the_numbers_are_those_of_the_hooks(model):
     model.cuda().bfloat16()
     x, sigma = (tensor.cuda().bfloat16() for tensor in inputs())
     with torch.no_grad(), record(model) as recording:  # the first call may compile, and checks itself

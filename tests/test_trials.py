@@ -1,11 +1,6 @@
 """Sums of trial runs: they add up, and a file keeps them."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +12,7 @@ from convert_to_quant.trials import Trials
 FORMATS, MOMENTS = ("int8", "nvfp4"), ("noise, 1", "noise, 0.5", "loud, 1")
 
 
-def trials(seed: int = 0, layers: tuple[str, ...] = ("a", "b")) -> Trials:
+def trials(seed=0, layers=("a", "b")):
     """Every layer in INT8, and the first one in NVFP4."""
     random = np.random.default_rng(seed)
     found = Trials.empty(layers, FORMATS, MOMENTS)
@@ -28,7 +23,7 @@ def trials(seed: int = 0, layers: tuple[str, ...] = ("a", "b")) -> Trials:
     return found
 
 
-def test_damage_is_a_mean_over_images_where_it_was_measured() -> None:
+def test_damage_is_a_mean_over_images_where_it_was_measured():
     one, both = trials(), trials().plus(trials(1))
     damage = one.mean_damage("a", "nvfp4")
     assert damage is not None
@@ -39,7 +34,7 @@ def test_damage_is_a_mean_over_images_where_it_was_measured() -> None:
     assert mean == pytest.approx((one.damage[0, 1] + trials(1).damage[0, 1]) / 4)
 
 
-def test_what_was_not_run_to_the_end_is_estimated_by_output_errors_within_a_size() -> None:
+def test_what_was_not_run_to_the_end_is_estimated_by_output_errors_within_a_size():
     found = replace(trials(), formats=("int8", "fp8"))  # of one size; FP8 was not run in the second layer
     found.error[1, 1] = 3 * found.error[1, 0]
     damage = found.mean_damage("b", "int8")
@@ -49,12 +44,12 @@ def test_what_was_not_run_to_the_end_is_estimated_by_output_errors_within_a_size
     assert found.estimated_damage("c", "fp8") is found.estimated_damage("a", "mxfp8") is None
 
 
-def test_trials_of_other_layers_do_not_add_up() -> None:
+def test_trials_of_other_layers_do_not_add_up():
     with pytest.raises(StatisticsError, match="trials of other layers do not add up"):
         trials().plus(trials(layers=("a", "c")))
 
 
-def test_a_file_keeps_them(tmp_path: Path) -> None:
+def test_a_file_keeps_them(tmp_path):
     path, kept = tmp_path / "trials.safetensors", trials()
     write_checkpoint(path, *kept.entries())
     found = Trials.load(path)
@@ -76,7 +71,7 @@ def test_a_file_keeps_them(tmp_path: Path) -> None:
         (lambda tensors, _: tensors.update(trial_error=Entry.of(np.full((2, 2, 3), -1.0))), "less than 0"),
     ],
 )
-def test_damaged_trials_are_refused(tmp_path: Path, change: Callable[[Any, Any], Any], said: str) -> None:
+def test_damaged_trials_are_refused(tmp_path, change, said):
     path, (tensors, metadata) = tmp_path / "trials.safetensors", trials().entries()
     change(tensors, metadata)
     write_checkpoint(path, tensors, metadata)
@@ -84,6 +79,6 @@ def test_damaged_trials_are_refused(tmp_path: Path, change: Callable[[Any, Any],
         Trials.load(path)
 
 
-def test_a_file_without_trials_has_none(statistics: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_file_without_trials_has_none(statistics, tmp_path):
     statistics({"a": (4, 4)}).save(tmp_path / "stats.safetensors")
     assert Trials.load(tmp_path / "stats.safetensors") is None

@@ -1,17 +1,14 @@
 """Tiny models for the engines' tests, and an independent Flux.1 to hold the engine against."""
 
-from __future__ import annotations
-
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from convert_to_quant.formats import DEFAULT_GRID
@@ -20,17 +17,17 @@ AXES = (4, 6, 6)
 HEAD = sum(AXES)
 
 
-def rotary(ids: Tensor) -> Tensor:
+def rotary(ids):
     """Angles of positions [L, 3] -> rotations as complex numbers [L, HEAD / 2]."""
     angles = [ids[:, axis, None] / 10000 ** (torch.arange(0, size, 2) / size) for axis, size in enumerate(AXES)]
     angle = torch.cat(angles, -1)
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
+def attend(q, k, v, rotation):
     """[B, heads, L, HEAD] each -> [B, L, heads · HEAD]."""
 
-    def turn(x: Tensor) -> Tensor:
+    def turn(x):
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs * rotation).flatten(-2)
 
@@ -41,69 +38,69 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rotation: Tensor) -> Tensor:
 class Scale(nn.Module):
     """Root-mean-square norm with a learned scale."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(1 + 0.3 * torch.randn(HEAD))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self.scale
 
 
 class Norms(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.query_norm, self.key_norm = Scale(), Scale()
 
-    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, qkv):
         q, k, v = qkv.unflatten(-1, (3, -1, HEAD)).permute(2, 0, 3, 1, 4)
         return self.query_norm(q), self.key_norm(k), v
 
 
 class Attention(nn.Module):
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden):
         super().__init__()
         self.qkv, self.proj, self.norm = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden), Norms()
 
 
 class Modulation(nn.Module):
-    def __init__(self, hidden: int, count: int) -> None:
+    def __init__(self, hidden, count):
         super().__init__()
         self.count, self.lin = count, nn.Linear(hidden, count * hidden)
 
-    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, vector):
         return self.lin(functional.silu(vector))[:, None].chunk(self.count, -1)
 
 
 class Embedder(nn.Module):
-    def __init__(self, size: int, hidden: int) -> None:
+    def __init__(self, size, hidden):
         super().__init__()
         self.in_layer, self.out_layer = nn.Linear(size, hidden), nn.Linear(hidden, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.out_layer(functional.silu(self.in_layer(x)))
 
 
-def normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def normed(x, shift, scale):
     return functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-def mlp(hidden: int) -> nn.Sequential:
+def mlp(hidden):
     return nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.GELU("tanh"), nn.Linear(4 * hidden, hidden))
 
 
 class Double(nn.Module):
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden):
         super().__init__()
         self.img_mod, self.txt_mod = Modulation(hidden, 6), Modulation(hidden, 6)
         self.img_attn, self.txt_attn = Attention(hidden), Attention(hidden)
         self.img_mlp, self.txt_mlp = mlp(hidden), mlp(hidden)
 
-    def forward(self, image: Tensor, text: Tensor, vector: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, image, text, vector, rotation):
         modulations = {"img": self.img_mod(vector), "txt": self.txt_mod(vector)}
         parts = []
         for stream, x in (("txt", text), ("img", image)):
             shift, scale, *_ = modulations[stream]
-            attention: Attention = getattr(self, f"{stream}_attn")
+            attention = getattr(self, f"{stream}_attn")
             parts.append(attention.norm.split(attention.qkv(normed(x, shift, scale))))
         mixed = attend(*(torch.cat(pair, 2) for pair in zip(*parts, strict=True)), rotation)
         results = []
@@ -115,13 +112,13 @@ class Double(nn.Module):
 
 
 class Single(nn.Module):
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden):
         super().__init__()
         self.hidden = hidden
         self.linear1, self.linear2 = nn.Linear(hidden, 7 * hidden), nn.Linear(5 * hidden, hidden)
         self.norm, self.modulation = Norms(), Modulation(hidden, 3)
 
-    def forward(self, x: Tensor, vector: Tensor, rotation: Tensor) -> Tensor:
+    def forward(self, x, vector, rotation):
         shift, scale, gate = self.modulation(vector)
         fused = self.linear1(normed(x, shift, scale))
         mixed = attend(*self.norm.split(fused[..., : 3 * self.hidden]), rotation)
@@ -130,7 +127,7 @@ class Single(nn.Module):
 
 
 class Final(nn.Module):
-    def __init__(self, hidden: int, channels: int) -> None:
+    def __init__(self, hidden, channels):
         super().__init__()
         self.linear = nn.Linear(hidden, channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
@@ -140,9 +137,9 @@ class ReferenceFlux(nn.Module):
     """Flux.1 as published, on tokens, with the checkpoint's own names and every size free."""
 
     def __init__(
-        self, *, hidden: int = 2 * HEAD, depth: int = 2, singles: int = 2, text: int = 24, vector: int = 20,
-        channels: int = 16, guidance: bool = False,
-    ) -> None:  # fmt: skip
+        self, *, hidden = 2 * HEAD, depth = 2, singles = 2, text = 24, vector = 20,
+        channels = 16, guidance = False,
+    ):  # fmt: skip
         super().__init__()
         self.img_in, self.txt_in = nn.Linear(channels, hidden), nn.Linear(text, hidden)
         self.time_in, self.vector_in = Embedder(256, hidden), Embedder(vector, hidden)
@@ -152,11 +149,11 @@ class ReferenceFlux(nn.Module):
         self.single_blocks = nn.ModuleList(Single(hidden) for _ in range(singles))
         self.final_layer = Final(hidden, channels)
 
-    def forward(self, image: Tensor, text: Tensor, vector: Tensor, sigma: float, size: tuple[int, int]) -> Tensor:
+    def forward(self, image, text, vector, sigma, size):
         """image [B, height · width, channels], text [B, T, text], vector [B, vector] -> as image."""
         height, width = size
 
-        def clock(value: float) -> Tensor:
+        def clock(value):
             angle = 1000 * value * torch.exp(-math.log(10000) * torch.arange(128) / 128)
             return torch.cat([angle.cos(), angle.sin()])[None].expand(len(image), -1)
 
@@ -179,7 +176,7 @@ class ReferenceFlux(nn.Module):
 
 
 @pytest.fixture
-def reference_flux() -> type[ReferenceFlux]:
+def reference_flux():
     """The independent Flux.1."""
     return ReferenceFlux
 
@@ -188,14 +185,14 @@ Save = Callable[..., Path]
 
 
 @pytest.fixture
-def save_model(tmp_path: Path, build: Any) -> Save:
+def save_model(tmp_path, build):
     """save_model(state, quantize=lambda name: bool, prefix=""): a float32 checkpoint, FP8 where asked for."""
 
     def save(
-        state: Mapping[str, Tensor], quantize: Callable[[str], bool] = lambda _: False, prefix: str = "",
-        input_scale: float | None = None, **config: Any,
-    ) -> Path:  # fmt: skip
-        tensors: dict[str, Any] = {}
+        state, quantize = lambda _: False, prefix = "",
+        input_scale = None, **config,
+    ):  # fmt: skip
+        tensors = {}
         for name, value in state.items():
             array = value.detach().numpy().astype(np.float32)
             layer = name.removesuffix(".weight")

@@ -1,15 +1,8 @@
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
-from convert_to_quant.checkpoint import Checkpoint, open_checkpoint
+from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.engines import diffusers as engine
 from convert_to_quant.engines import noise
 from convert_to_quant.errors import CalibrationError, OptionError, UnsupportedModelError
@@ -21,31 +14,31 @@ from convert_to_quant.options import RunOptions
 SIZE = Geometry(height=3, width=4, frames=1, text_tokens=5)
 
 
-def shown(samples: int = 3, steps: int = 1, **more: Any) -> RunOptions:
+def shown(samples=3, steps=1, **more):
     return RunOptions(samples=samples, steps=steps, **{"device": "cpu", **more})
 
 
-def in_blocks(layer: str) -> bool:
+def in_blocks(layer):
     return "blocks" in layer
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded():
     torch.manual_seed(0)
 
 
 @pytest.fixture
-def flux(reference_flux: Any, save_model: Any) -> Iterator[Checkpoint]:
+def flux(reference_flux, save_model):
     """A small Flux.1 with its blocks in FP8."""
     with open_checkpoint(save_model(reference_flux(depth=1, singles=1).state_dict(), in_blocks)) as checkpoint:
         yield checkpoint
 
 
-def flux_inputs(denoiser: engine.Denoiser, batch: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
+def flux_inputs(denoiser, batch=2):
     return engine.start(denoiser, SIZE, 7, range(1, 1 + batch))
 
 
-def load_state_of(path: Path, model: nn.Module) -> None:
+def load_state_of(path, model):
     """Fill a model with the real weights of a checkpoint."""
     with open_checkpoint(path) as checkpoint:
         layers = {layer.weight.name: layer for layer in find_layers(checkpoint).linear()}
@@ -58,9 +51,7 @@ def load_state_of(path: Path, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("guidance", [False, True])
 @pytest.mark.parametrize("size", [{"hidden": 32, "depth": 1, "singles": 1}, {"hidden": 48, "depth": 2, "singles": 3}])
-def test_it_computes_what_an_independent_flux_computes(
-    reference_flux: Any, save_model: Any, size: dict[str, int], guidance: bool
-) -> None:
+def test_it_computes_what_an_independent_flux_computes(reference_flux, save_model, size, guidance):
     model = reference_flux(guidance=guidance, **size)
     with open_checkpoint(save_model(model.state_dict())) as checkpoint:
         denoiser = engine.load(checkpoint)
@@ -75,7 +66,7 @@ def test_it_computes_what_an_independent_flux_computes(
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "transformer."])
-def test_prefixes_are_understood_and_kept_in_layer_names(reference_flux: Any, save_model: Any, prefix: str) -> None:
+def test_prefixes_are_understood_and_kept_in_layer_names(reference_flux, save_model, prefix):
     path = save_model(reference_flux(depth=1, singles=1).state_dict(), in_blocks, prefix)
     with open_checkpoint(path) as checkpoint:
         seen = engine.observe(checkpoint, None, shown(), geometry=SIZE)
@@ -84,13 +75,13 @@ def test_prefixes_are_understood_and_kept_in_layer_names(reference_flux: Any, sa
     assert seen.unvisited == ()
 
 
-def test_recorded_ranges_are_those_of_hooks_put_on_by_hand(reference_flux: Any, save_model: Any) -> None:
+def test_recorded_ranges_are_those_of_hooks_put_on_by_hand(reference_flux, save_model):
     model = reference_flux()
     path = save_model(model.state_dict(), in_blocks)
     load_state_of(path, model)
-    absmax: dict[str, float] = {}
+    absmax = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def watch(name):
         return lambda _, inputs: absmax.__setitem__(name, max(absmax.get(name, 0.0), float(inputs[0].abs().max())))
 
     with open_checkpoint(path) as checkpoint:
@@ -113,14 +104,14 @@ def test_recorded_ranges_are_those_of_hooks_put_on_by_hand(reference_flux: Any, 
     assert set(calls.values()) == {6}  # three trajectories of two steps; a fused layer counts once
 
 
-def test_a_checkpoint_without_fp8_layers_is_observed_whole(reference_flux: Any, save_model: Any) -> None:
+def test_a_checkpoint_without_fp8_layers_is_observed_whole(reference_flux, save_model):
     with open_checkpoint(save_model(reference_flux(depth=1, singles=1).state_dict())) as checkpoint:
         seen = engine.observe(checkpoint, None, shown(samples=1), geometry=SIZE)
         assert set(seen.statistics.layers) == set(find_layers(checkpoint).plain)
     assert seen.unvisited == ()
 
 
-def test_a_seed_gives_the_same_statistics_and_leaves_the_global_random_state_alone(flux: Checkpoint) -> None:
+def test_a_seed_gives_the_same_statistics_and_leaves_the_global_random_state_alone(flux):
     before = torch.get_rng_state()
     one, two, other = (engine.observe(flux, None, shown(seed=seed), geometry=SIZE) for seed in (1, 1, 2))
     assert one.statistics == two.statistics
@@ -129,10 +120,10 @@ def test_a_seed_gives_the_same_statistics_and_leaves_the_global_random_state_alo
 
 
 def test_every_noise_level_and_the_layers_of_one_token_are_known_and_progress_ends_at_the_total(
-    flux: Checkpoint,
-) -> None:
+    flux,
+):
     assert engine.supports(flux) is None
-    calls: list[tuple[int, int]] = []
+    calls = []
     seen = engine.observe(flux, None, shown(4, 8), geometry=SIZE, progress=lambda *call: calls.append(call)).statistics
     assert (seen.sigma_count[:, :8] > 0).all()
     assert (seen.sigma_count[:, 8] == 0).all()
@@ -142,16 +133,14 @@ def test_every_noise_level_and_the_layers_of_one_token_are_known_and_progress_en
     assert calls[-1] == (32, 32)
 
 
-def test_layers_that_follow_the_conditioning_are_named(reference_flux: Any, save_model: Any) -> None:
+def test_layers_that_follow_the_conditioning_are_named(reference_flux, save_model):
     with open_checkpoint(save_model(reference_flux().state_dict(), lambda _: True)) as checkpoint:
         seen = engine.observe(checkpoint, None, shown(), geometry=SIZE)
     assert {"txt_in", "vector_in.in_layer"} <= set(seen.conditioned)
     assert not {"img_in", "time_in.in_layer"} & set(seen.conditioned)
 
 
-def test_adapters_widen_the_ranges_to_the_model_with_and_without_them(
-    reference_flux: Any, save_model: Any, save: Any
-) -> None:
+def test_adapters_widen_the_ranges_to_the_model_with_and_without_them(reference_flux, save_model, save):
     state = reference_flux().state_dict()
     down, up = torch.randn(4, 32), torch.randn(96, 4)
     lora_path = save(
@@ -175,7 +164,7 @@ def test_adapters_widen_the_ranges_to_the_model_with_and_without_them(
     assert np.allclose(both.absmax, np.maximum(plain.absmax, changed.absmax), rtol=1e-4)
 
 
-def test_weights_stay_in_the_file(flux: Checkpoint) -> None:
+def test_weights_stay_in_the_file(flux):
     model = engine.load(flux).model
     assert [name for name, value in model.named_parameters() if value.ndim == 2] == []
     assert not any(value.is_meta for value in (*model.parameters(), *model.buffers()))
@@ -191,17 +180,15 @@ def test_weights_stay_in_the_file(flux: Checkpoint) -> None:
         ({}, ["nowhere"], "nowhere: 1 layers do not exist"),
     ],
 )
-def test_devices_and_layers_that_are_not_there_are_refused(
-    flux: Checkpoint, options: dict[str, Any], layers: Any, message: str
-) -> None:
+def test_devices_and_layers_that_are_not_there_are_refused(flux, options, layers, message):
     with pytest.raises((OptionError, CalibrationError), match=message):
         engine.observe(flux, None, shown(**options), geometry=SIZE, layers=layers)
 
 
-def test_what_diffusers_cannot_import_is_a_reason(flux: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_diffusers_cannot_import_is_a_reason(flux, monkeypatch):
     diffusers = pytest.importorskip("diffusers")
 
-    def broken(_: object, name: str) -> None:
+    def broken(_, name):
         raise RuntimeError(f"Failed to import {name} because of the following error:\nno module named torchvision")
 
     monkeypatch.delitem(vars(diffusers), "FluxTransformer2DModel", raising=False)
@@ -209,12 +196,12 @@ def test_what_diffusers_cannot_import_is_a_reason(flux: Checkpoint, monkeypatch:
     assert engine.supports(flux) == "diffusers cannot build it: no module named torchvision"
 
 
-def test_an_unknown_arithmetic_is_refused(flux: Checkpoint) -> None:
+def test_an_unknown_arithmetic_is_refused(flux):
     with pytest.raises(OptionError, match="unknown arithmetic 'guess'"):
-        engine.load(flux, arithmetic="guess")  # type: ignore[arg-type]
+        engine.load(flux, arithmetic="guess")
 
 
-def test_infinite_inputs_name_the_layer(reference_flux: Any, save_model: Any) -> None:
+def test_infinite_inputs_name_the_layer(reference_flux, save_model):
     state = reference_flux(depth=1, singles=1).state_dict()
     state["double_blocks.0.img_mlp.0.bias"] = torch.full_like(state["double_blocks.0.img_mlp.0.bias"], np.inf)
     with (
@@ -232,9 +219,7 @@ def test_infinite_inputs_name_the_layer(reference_flux: Any, save_model: Any) ->
         (lambda s: s.update({"double_blocks.0.img_mlp.0.weight": torch.ones(64, 32)}), "shape [128, 32] was expected"),
     ],
 )
-def test_a_layout_that_diffusers_does_not_know_gives_a_reason(
-    reference_flux: Any, save_model: Any, change: Callable[[dict[str, Tensor]], object], reason: str
-) -> None:
+def test_a_layout_that_diffusers_does_not_know_gives_a_reason(reference_flux, save_model, change, reason):
     state = reference_flux().state_dict()
     change(state)
     with open_checkpoint(save_model(state)) as checkpoint:
@@ -243,12 +228,12 @@ def test_a_layout_that_diffusers_does_not_know_gives_a_reason(
             engine.load(checkpoint)
 
 
-def test_an_unknown_model_gives_a_reason(save_model: Any) -> None:
+def test_an_unknown_model_gives_a_reason(save_model):
     with open_checkpoint(save_model({"a.weight": torch.ones(16, 16)})) as checkpoint:
         assert engine.supports(checkpoint) == "its tensor names fit no known family"
 
 
-def test_a_foreign_format_gives_a_reason(reference_flux: Any, save_model: Any, save: Any, build: Any) -> None:
+def test_a_foreign_format_gives_a_reason(reference_flux, save_model, save, build):
     tensors = {name: value.numpy() for name, value in reference_flux().state_dict().items()}
     layer = "double_blocks.0.img_mlp.0"
     tensors[layer + ".weight"] = np.ones((128, 16), np.uint8)
@@ -257,7 +242,7 @@ def test_a_foreign_format_gives_a_reason(reference_flux: Any, save_model: Any, s
         assert engine.supports(checkpoint) == f"{layer}: 1 layer in svdquant_w4a4, which cannot be dequantized here"
 
 
-def test_a_few_channels_of_a_stream_are_loud_and_none_of_a_vector() -> None:
+def test_a_few_channels_of_a_stream_are_loud_and_none_of_a_vector():
     signals = {"stream": Signal((200, 256)), "vector": Signal((256,))}
     drawn = noise.conditioning(signals, noise.LOUD_CHANNELS, 1, 0)
     spread = drawn["stream"][0].std(0)
@@ -270,9 +255,7 @@ def test_a_few_channels_of_a_stream_are_loud_and_none_of_a_vector() -> None:
 ENCODER = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0."
 
 
-def test_a_text_encoder_in_the_same_file_is_neither_in_the_way_nor_recorded(
-    reference_flux: Any, save_model: Any, save: Any, build: Any
-) -> None:
+def test_a_text_encoder_in_the_same_file_is_neither_in_the_way_nor_recorded(reference_flux, save_model, save, build):
     """In FP8: scaled, raw, and in a format that is not read here."""
     tensors, _ = build.quantized([ENCODER + "SelfAttention.q"], "tensor")
     with open_checkpoint(save_model(reference_flux().state_dict(), in_blocks, "model.diffusion_model.")) as own:
@@ -291,9 +274,7 @@ def test_a_text_encoder_in_the_same_file_is_neither_in_the_way_nor_recorded(
     assert seen.unvisited == ()
 
 
-def test_a_file_that_was_cast_to_fp8_whole_runs_on_its_codes_in_full_precision(
-    reference_flux: Any, save_model: Any, save: Any
-) -> None:
+def test_a_file_that_was_cast_to_fp8_whole_runs_on_its_codes_in_full_precision(reference_flux, save_model, save):
     state = {name: value.to(torch.float8_e4m3fn) for name, value in reference_flux().state_dict().items()}
     cast = save(
         "cast.safetensors", {name: ("F8_E4M3", value.view(torch.uint8).numpy()) for name, value in state.items()}
@@ -312,7 +293,7 @@ def test_a_file_that_was_cast_to_fp8_whole_runs_on_its_codes_in_full_precision(
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_layers_marked_for_full_precision_quantize_no_input(reference_flux: Any, save_model: Any, marked: bool) -> None:
+def test_layers_marked_for_full_precision_quantize_no_input(reference_flux, save_model, marked):
     path = save_model(reference_flux().state_dict(), in_blocks, full_precision_matrix_mult=marked)
     with open_checkpoint(path) as checkpoint:
         denoiser = engine.load(checkpoint, arithmetic="comfyui")
@@ -323,7 +304,7 @@ def test_layers_marked_for_full_precision_quantize_no_input(reference_flux: Any,
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_sees_the_same_ranges(flux: Checkpoint) -> None:
+def test_a_gpu_sees_the_same_ranges(flux):
     here, there = (
         engine.observe(flux, None, shown(device=device), geometry=SIZE, dtype=torch.float32).statistics
         for device in ("cpu", "cuda")

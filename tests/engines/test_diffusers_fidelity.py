@@ -1,10 +1,5 @@
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from convert_to_quant import fidelity
 from convert_to_quant.checkpoint import open_checkpoint
@@ -16,7 +11,7 @@ SIZE = Geometry(height=2, width=3, frames=1, text_tokens=4)
 
 
 @pytest.fixture
-def pair(reference_flux: Any, save_model: Any) -> tuple[engine.Denoiser, engine.Denoiser]:
+def pair(reference_flux, save_model):
     torch.manual_seed(0)
     state = reference_flux(depth=1, singles=1).state_dict()
     reference = open_checkpoint(save_model(state))
@@ -24,9 +19,9 @@ def pair(reference_flux: Any, save_model: Any) -> tuple[engine.Denoiser, engine.
     return engine.load(reference), engine.load(quantized, arithmetic="comfyui_divide")
 
 
-def test_layer_errors_compare_rows_for_the_references_inputs(pair: tuple[engine.Denoiser, engine.Denoiser]) -> None:
+def test_layer_errors_compare_rows_for_the_references_inputs(pair):
     reference, quantized = pair
-    seen: dict[str, Tensor] = {}
+    seen = {}
     handles = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: seen.setdefault(name, inputs[0]))
         for name, module in reference.linears.items()
@@ -49,14 +44,14 @@ def test_layer_errors_compare_rows_for_the_references_inputs(pair: tuple[engine.
     assert by_layer[layer].whole == pytest.approx(float((wanted - other).norm() / wanted.norm()), rel=1e-4)
 
 
-def test_layers_are_not_compared_unless_asked_for(pair: tuple[engine.Denoiser, engine.Denoiser]) -> None:
+def test_layers_are_not_compared_unless_asked_for(pair):
     reference, quantized = pair
     conditioning = fidelity.noise_prompts(reference, SIZE, 1)
     assert velocity_fidelity(reference, quantized, conditioning, SIZE, steps=1).layers == ()
     assert not any(module._forward_hooks for module in reference.linears.values())
 
 
-def test_clipped_inputs_cost_far_more_than_rounded_ones(pair: tuple[engine.Denoiser, engine.Denoiser]) -> None:
+def test_clipped_inputs_cost_far_more_than_rounded_ones(pair):
     reference, quantized = pair
     conditioning = fidelity.noise_prompts(reference, SIZE, 2)
     rounded = velocity_fidelity(reference, quantized, conditioning, SIZE, steps=2).sqnr_db

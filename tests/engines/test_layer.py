@@ -1,10 +1,7 @@
 """The layer engine: simulated inputs against their definition, and its sums against brute force."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,17 +27,17 @@ SCALES = {
 Save = Callable[..., Path]
 
 
-def fp8_layer(codes: np.ndarray, scale: Any, dtype: str = "F8_E4M3", name: str = "layer") -> dict[str, Any]:
+def fp8_layer(codes, scale, dtype="F8_E4M3", name="layer"):
     return {f"{name}.weight": (dtype, codes), f"{name}.weight_scale": np.asarray(scale, np.float32)}
 
 
-def random_codes(shape: tuple[int, int] = (OUT, IN), seed: int = 0) -> np.ndarray:
+def random_codes(shape=(OUT, IN), seed=0):
     """Finite codes of both signs, in either format."""
     random = np.random.default_rng(seed)
     return (random.integers(0, 0x78, shape) | random.integers(0, 2, shape) << 7).astype(np.uint8)
 
 
-def real_weight(codes: np.ndarray, scale: Any, dtype: str = "F8_E4M3") -> np.ndarray:
+def real_weight(codes, scale, dtype="F8_E4M3"):
     """codes × scale in float64, by torch's cast and a loop over the elements' blocks."""
     kind = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[dtype]
     weight = torch.from_numpy(codes).view(kind).double().numpy()
@@ -58,7 +55,7 @@ def real_weight(codes: np.ndarray, scale: Any, dtype: str = "F8_E4M3") -> np.nda
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
 @pytest.mark.parametrize("scaling", SCALES)
-def test_column_squares_equal_brute_force(save: Save, scaling: str, dtype: str) -> None:
+def test_column_squares_equal_brute_force(save, scaling, dtype):
     codes = random_codes()
     path = save("a.safetensors", fp8_layer(codes, SCALES[scaling], dtype))
     with open_checkpoint(path) as checkpoint:
@@ -68,14 +65,14 @@ def test_column_squares_equal_brute_force(save: Save, scaling: str, dtype: str) 
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_column_squares_of_a_weight_in_high_precision(save: Save) -> None:
+def test_column_squares_of_a_weight_in_high_precision(save):
     weight = np.random.default_rng(1).standard_normal((130, 7)).astype(np.float32)
     with open_checkpoint(save("a.safetensors", {"layer.weight": weight})) as checkpoint:
         found = engine.column_squares(checkpoint, find_layers(checkpoint).plain["layer"])
     np.testing.assert_allclose(found, np.sum(weight.astype(np.float64) ** 2, 0), rtol=1e-5)
 
 
-def range_of(save: Save, tensors: Mapping[str, Any], lora: Any = None, **options: Any) -> float:
+def range_of(save, tensors, lora=None, **options):
     with open_checkpoint(save("range.safetensors", tensors)) as checkpoint:
         (found,) = simulate(
             checkpoint, find_layers(checkpoint).quantized, Simulation(**options), lambda _: lora
@@ -83,7 +80,7 @@ def range_of(save: Save, tensors: Mapping[str, Any], lora: Any = None, **options
         return found
 
 
-def test_balanced_inputs_give_outputs_of_unit_variance_with_equal_shares_of_the_channels() -> None:
+def test_balanced_inputs_give_outputs_of_unit_variance_with_equal_shares_of_the_channels():
     random = np.random.default_rng(2)
     weight = random.standard_normal((400, 300)) * 10.0 ** random.uniform(-3, 3, 300)
     squares = np.sum(weight**2, 0)
@@ -98,7 +95,7 @@ def test_balanced_inputs_give_outputs_of_unit_variance_with_equal_shares_of_the_
     assert np.std(shares) < 0.1 * np.mean(shares)
 
 
-def test_range_is_the_percentile_of_balanced_inputs_drawn_for_this_seed_and_layer(save: Save) -> None:
+def test_range_is_the_percentile_of_balanced_inputs_drawn_for_this_seed_and_layer(save):
     codes = random_codes()
     weight = real_weight(codes, 0.25)
     unit = generator(7, "layer").standard_normal((50, IN), dtype=np.float32)
@@ -110,7 +107,7 @@ def test_range_is_the_percentile_of_balanced_inputs_drawn_for_this_seed_and_laye
     )
 
 
-def test_range_of_a_rescaled_weight_is_rescaled_the_other_way(save: Save) -> None:
+def test_range_of_a_rescaled_weight_is_rescaled_the_other_way(save):
     codes = random_codes()
     one, other = (range_of(save, fp8_layer(codes, scale)) for scale in (0.25, 0.25e-6))
     assert other == pytest.approx(one * 1e6, rel=1e-5)
@@ -118,13 +115,13 @@ def test_range_of_a_rescaled_weight_is_rescaled_the_other_way(save: Save) -> Non
 
 @pytest.mark.parametrize("percentile", [0.001, 1, 50, 99, 99.9, 99.99, 100])
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 999, 1000, 4096])
-def test_percentiles_count_like_torch_kthvalue(size: int, percentile: float) -> None:
+def test_percentiles_count_like_torch_kthvalue(size, percentile):
     values = np.random.default_rng(size).random(size, np.float32)
     rank = max(1, int(size * percentile / 100))
     assert percentile_of(values.copy(), percentile) == torch.from_numpy(values).kthvalue(rank).values.item()
 
 
-def test_lora_rows_appear_with_noise_and_both_signs_at_unit_variance() -> None:
+def test_lora_rows_appear_with_noise_and_both_signs_at_unit_variance():
     a = np.random.default_rng(4).standard_normal((6, 200)).astype(np.float32) * 1e-3 + 5e-4
     rows = unit_rows(np.random.default_rng(0), Simulation(), 200, a)
     assert rows.shape == (4 * 6, 200)
@@ -139,7 +136,7 @@ def test_lora_rows_appear_with_noise_and_both_signs_at_unit_variance() -> None:
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
-def test_lora_rows_of_any_magnitude_give_the_same_inputs(magnitude: float) -> None:
+def test_lora_rows_of_any_magnitude_give_the_same_inputs(magnitude):
     a = np.random.default_rng(5).standard_normal((3, 50)).astype(np.float32)
     expected = unit_rows(np.random.default_rng(0), Simulation(), 50, a)
     found = unit_rows(np.random.default_rng(0), Simulation(), 50, a * np.float32(magnitude))
@@ -148,21 +145,19 @@ def test_lora_rows_of_any_magnitude_give_the_same_inputs(magnitude: float) -> No
     assert rows.std() == pytest.approx(1), "also of one constant value"
 
 
-def test_lora_rows_of_zeros_are_no_directions_and_random_rows_take_their_place() -> None:
+def test_lora_rows_of_zeros_are_no_directions_and_random_rows_take_their_place():
     rows = unit_rows(np.random.default_rng(0), Simulation(samples=5), 8, np.zeros((2, 8), np.float32))
     np.testing.assert_array_equal(rows, np.random.default_rng(0).standard_normal((5, 8), dtype=np.float32))
 
 
-def many_layers() -> dict[str, Any]:
-    tensors: dict[str, Any] = {}
+def many_layers():
+    tensors = {}
     for number in range(12):
         tensors |= fp8_layer(random_codes((32, 48), number), 0.1 + number, name=f"blocks.{number}")
     return tensors
 
 
-def test_results_are_the_same_whatever_the_order_the_threads_and_the_other_layers(
-    save: Save, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_are_the_same_whatever_the_order_the_threads_and_the_other_layers(save, monkeypatch):
     simulation = Simulation()
     with open_checkpoint(save("a.safetensors", many_layers())) as checkpoint:
         layers = find_layers(checkpoint).quantized
@@ -179,7 +174,7 @@ def test_results_are_the_same_whatever_the_order_the_threads_and_the_other_layer
         assert alone == {"blocks.7": expected["blocks.7"]}
 
 
-def test_lora_rows_are_asked_for_by_layer_name(save: Save) -> None:
+def test_lora_rows_are_asked_for_by_layer_name(save):
     rows = {"blocks.3": np.eye(2, 48, dtype=np.float32)}
     with open_checkpoint(save("a.safetensors", many_layers())) as checkpoint:
         layers = find_layers(checkpoint).quantized
@@ -187,7 +182,7 @@ def test_lora_rows_are_asked_for_by_layer_name(save: Save) -> None:
     assert {name for name in layers if without[name] != with_lora[name]} == {"blocks.3"}
 
 
-def test_channels_of_zeros_are_left_out_and_do_not_blow_up_the_range(save: Save) -> None:
+def test_channels_of_zeros_are_left_out_and_do_not_blow_up_the_range(save):
     codes = random_codes()
     half = codes.copy()
     half[:, ::2] = 0
@@ -203,14 +198,14 @@ def test_channels_of_zeros_are_left_out_and_do_not_blow_up_the_range(save: Save)
     [((32, 16), 0x00, 1.0), ((32, 16), 0x80, 1.0), ((32, 16), 0x38, 0.0), ((0, 16), 0, 1.0), ((32, 0), 0, 1.0)],
     ids=["zeros", "minus zeros", "a scale of zero", "no rows", "no columns"],
 )
-def test_all_zero_and_empty_weights_have_no_range(save: Save, shape: tuple[int, int], code: int, scale: float) -> None:
+def test_all_zero_and_empty_weights_have_no_range(save, shape, code, scale):
     assert range_of(save, fp8_layer(np.full(shape, code, np.uint8), scale)) == 0
 
 
 @pytest.mark.parametrize(
     ("dtype", "code"), [("F8_E4M3", 0x7F), ("F8_E4M3", 0xFF), ("F8_E5M2", 0x7C), ("F8_E5M2", 0xFE)]
 )
-def test_a_weight_with_nan_or_infinity_is_refused_by_name(save: Save, dtype: str, code: int) -> None:
+def test_a_weight_with_nan_or_infinity_is_refused_by_name(save, dtype, code):
     codes = random_codes()
     codes[77, 5] = code
     with pytest.raises(TensorError) as caught:
@@ -218,9 +213,9 @@ def test_a_weight_with_nan_or_infinity_is_refused_by_name(save: Save, dtype: str
     assert str(caught.value).endswith("range.safetensors: layer.weight: the weight has NaN or infinite values")
 
 
-def test_layers_of_equal_weights_draw_different_inputs(save: Save) -> None:
+def test_layers_of_equal_weights_draw_different_inputs(save):
     tensors = fp8_layer(random_codes(), 0.25, name="layer") | fp8_layer(random_codes(), 0.25, name="other")
-    told: list[int] = []
+    told = []
     with open_checkpoint(save("a.safetensors", tensors)) as checkpoint:
         layers = find_layers(checkpoint).quantized
         one, other, seeded = (

@@ -1,14 +1,9 @@
 """Second moments of the tiny Flux.1's inputs."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 
-from convert_to_quant.checkpoint import Checkpoint, open_checkpoint
+from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.convert import plan_conversion
 from convert_to_quant.engines import moments
 from convert_to_quant.options import ConvertOptions, RunOptions
@@ -19,20 +14,20 @@ SHOWN = RunOptions(samples=3, steps=2, height=32, width=32, text_tokens=4)
 
 
 @pytest.fixture
-def flux(flux_file: Path) -> Iterator[Checkpoint]:
+def flux(flux_file):
     with open_checkpoint(flux_file) as checkpoint:
         yield checkpoint
 
 
-def gathering(flux: Checkpoint) -> moments.Gathering:
+def gathering(flux):
     plan = plan_conversion(flux, ConvertOptions(format="int8"))
     return moments.Gathering(flux, plan.table, [layer for layer, _ in plan.quantized], SHOWN)
 
 
-def test_moments_are_the_sum_over_all_inputs(flux: Checkpoint) -> None:
+def test_moments_are_the_sum_over_all_inputs(flux):
     whole = gathering(flux)
     layer = next(iter(whole.model.layers))
-    seen: list[torch.Tensor] = []
+    seen = []
     whole.model.layers[layer].register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
     found = whole.gather([layer, "not run"])
     rows = torch.cat(seen)
@@ -40,7 +35,7 @@ def test_moments_are_the_sum_over_all_inputs(flux: Checkpoint) -> None:
     torch.testing.assert_close(found[layer,], rows.T @ rows)
 
 
-def test_moments_of_few_layers_are_held_at_a_time(flux: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_of_few_layers_are_held_at_a_time(flux, monkeypatch):
     plan = plan_conversion(flux, ConvertOptions(format="int8"))
     whole = gathering(flux)
     monkeypatch.setattr(moments, "BUDGET_BYTES", 0)

@@ -1,14 +1,9 @@
 """Embeddings of a pipeline. `tests/cli` runs real ones; here are the forms in which diffusers' pipelines give them."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from convert_to_quant.engines import pipeline
 from convert_to_quant.errors import CalibrationError, OptionError
@@ -23,40 +18,40 @@ SIGNALS = {
 }
 
 
-def tokens(text: str) -> Tensor:
+def tokens(text):
     """[1, letters + 1, TEXT], of which every number tells the text."""
     return torch.full((1, len(text) + 1, TEXT), float(len(text)))
 
 
-def mask(text: str) -> Tensor:
+def mask(text):
     return torch.ones(1, len(text) + 1, dtype=torch.bool)
 
 
-def pooled(text: str) -> Tensor:
+def pooled(text):
     return torch.full((1, VECTOR), float(len(text)))
 
 
-def flux(prompt: str, prompt_2: str | None = None, device: Any = None, max_sequence_length: int = 512) -> Any:
+def flux(prompt, prompt_2=None, device=None, max_sequence_length=512):
     return tokens(prompt[:max_sequence_length]), pooled(prompt), torch.zeros(len(prompt) + 1, 3)
 
 
-def sd3(prompt: str, prompt_2: Any, prompt_3: Any, device: Any = None, do_classifier_free_guidance: bool = True) -> Any:
+def sd3(prompt, prompt_2, prompt_3, device=None, do_classifier_free_guidance=True):
     if not do_classifier_free_guidance:
         return tokens(prompt), None, pooled(prompt), None
     return tokens(prompt), tokens(""), pooled(prompt), pooled("")
 
 
-def ltx(prompt: str, do_classifier_free_guidance: bool = True, **kwargs: Any) -> Any:
+def ltx(prompt, do_classifier_free_guidance=True, **kwargs):
     if not do_classifier_free_guidance:
         return tokens(prompt), mask(prompt), None, None
     return tokens(prompt), mask(prompt), tokens(""), mask("")
 
 
-def z_image(prompt: str, do_classifier_free_guidance: bool = True, prompt_embeds: Any = None) -> Any:
+def z_image(prompt, do_classifier_free_guidance=True, prompt_embeds=None):
     return list(tokens(prompt)), list(tokens("")) if do_classifier_free_guidance else []
 
 
-def chroma(prompt: str, do_classifier_free_guidance: bool = True) -> Any:
+def chroma(prompt, do_classifier_free_guidance=True):
     texts = (prompt, "") if do_classifier_free_guidance else (prompt,)
     padding = torch.zeros(1, 3, TEXT)
     outputs = [
@@ -76,10 +71,10 @@ FORMS = {
 
 
 @pytest.fixture
-def encode(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def encode(monkeypatch):
     """encode(encode_prompt, prompts, names of signals, ...)."""
 
-    def run(how: Any, prompts: tuple[str, ...], names: tuple[str, ...], **options: Any) -> Any:
+    def run(how, prompts, names, **options):
         monkeypatch.setattr(pipeline, "load", lambda *_, **__: SimpleNamespace(encode_prompt=how))
         return pipeline.encode("folder", prompts, {name: SIGNALS[name] for name in names}, **options)
 
@@ -88,7 +83,7 @@ def encode(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("negative", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_embeddings_get_their_names_from_their_widths(encode: Any, form: Any, negative: bool) -> None:
+def test_embeddings_get_their_names_from_their_widths(encode, form, negative):
     wanted = {"encoder_hidden_states": tokens, "encoder_attention_mask": mask, "pooled_projections": pooled}
 
     same, other = encode(form, ("fish", "a red fish", "bear"), (*FORMS[form], "guidance"), negative=negative)
@@ -103,14 +98,14 @@ def test_embeddings_get_their_names_from_their_widths(encode: Any, form: Any, ne
                 assert torch.equal(found.tensors["negative_" + name], wanted[name](""))
 
 
-def test_the_text_is_as_long_as_asked_for(encode: Any) -> None:
+def test_the_text_is_as_long_as_asked_for(encode):
     (found,) = encode(flux, ("a red fish",), FORMS[flux], text_tokens=4)
     assert found.tensors["encoder_hidden_states"].shape == (1, 5, TEXT)
     with pytest.raises(OptionError, match="takes no max_sequence_length"):
         encode(sd3, ("a",), FORMS[sd3], text_tokens=4)
 
 
-def test_text_encoders_of_another_model_are_refused(encode: Any) -> None:
+def test_text_encoders_of_another_model_are_refused(encode):
     with pytest.raises(
         CalibrationError, match="pooled_projections: its text encoders give no embeddings of 3 channels"
     ):

@@ -1,8 +1,3 @@
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -18,12 +13,12 @@ SIZE = Geometry(height=2, width=2, frames=1, text_tokens=64)
 
 
 @pytest.fixture
-def flux(reference_flux: Any, save_model: Any) -> Path:
+def flux(reference_flux, save_model):
     torch.manual_seed(0)
     return save_model(reference_flux(depth=1, singles=1, guidance=True).state_dict())
 
 
-def embeddings(count: int, tokens: int = 7, prefix: str = "") -> dict[str, np.ndarray]:
+def embeddings(count, tokens=7, prefix=""):
     rng = np.random.default_rng(count)
     return {
         prefix + "prompt_embeds": rng.standard_normal((count, tokens, 24)).astype(np.float32),
@@ -31,12 +26,12 @@ def embeddings(count: int, tokens: int = 7, prefix: str = "") -> dict[str, np.nd
     }
 
 
-def fitted(flux: Path, path: Path) -> Prompts:
+def fitted(flux, path):
     with open_checkpoint(flux) as checkpoint:
         return Prompts.load(path).fitted(engine.load(checkpoint), SIZE)
 
 
-def test_pipelines_names_and_the_models_own_are_understood(flux: Path, save: Any) -> None:
+def test_pipelines_names_and_the_models_own_are_understood(flux, save):
     tensors = embeddings(3, tokens=9)
     prompts = fitted(flux, save("prompts.safetensors", tensors))
     assert set(prompts.tensors) == {"encoder_hidden_states", "pooled_projections", "guidance"}
@@ -53,7 +48,7 @@ def test_pipelines_names_and_the_models_own_are_understood(flux: Path, save: Any
 class Takes:
     """Stands for a denoiser: takes an image, a text with its mask, a vector, and a guidance of 3.5."""
 
-    def signals(self, geometry: Geometry) -> dict[str, Signal]:
+    def signals(self, geometry):
         return {
             "encoder_hidden_states": Signal((geometry.text_tokens, 4)),
             "encoder_attention_mask": Signal((geometry.text_tokens,), "mask"),
@@ -63,13 +58,13 @@ class Takes:
         }
 
 
-def test_the_text_is_told_from_the_image_and_what_is_left_out_gets_its_constant() -> None:
+def test_the_text_is_told_from_the_image_and_what_is_left_out_gets_its_constant():
     given = {  # in the order of their names, as files have them
         "image_embeds": torch.zeros(2, 5, 3),
         "pooled_prompt_embeds": torch.zeros(2, 2),
         "prompt_embeds": torch.zeros(2, 7, 4),
     }
-    prompts = Prompts(given).fitted(Takes(), SIZE)  # type: ignore[arg-type]
+    prompts = Prompts(given).fitted(Takes(), SIZE)
     assert prompts.geometry.text_tokens == 7
     assert set(prompts.tensors) == set(Takes().signals(SIZE))
     assert prompts.tensors["guidance"].tolist() == [3.5, 3.5]
@@ -77,21 +72,21 @@ def test_the_text_is_told_from_the_image_and_what_is_left_out_gets_its_constant(
     assert prompts.tensors["encoder_attention_mask"].tolist() == [[1] * 7] * 2
 
 
-def test_a_file_of_empty_prompts_only_has_no_prompts() -> None:
+def test_a_file_of_empty_prompts_only_has_no_prompts():
     for tensors in ({}, {"negative_prompt_embeds": torch.zeros(1, 7, 4)}):
         with pytest.raises(CalibrationError, match="no prompts"):
-            Prompts(tensors).fitted(Takes(), SIZE)  # type: ignore[arg-type]
+            Prompts(tensors).fitted(Takes(), SIZE)
 
 
-def test_the_empty_prompt_counts_as_one_more(flux: Path, save: Any) -> None:
+def test_the_empty_prompt_counts_as_one_more(flux, save):
     path = save("prompts.safetensors", embeddings(2) | embeddings(1, prefix="negative_"))
     prompts = fitted(flux, path)
     assert prompts.count == 3
     assert prompts.tensors["pooled_projections"].shape == (3, 20)
 
 
-def test_bfloat16_embeddings_widen_exactly(flux: Path, save: Any, build: Any) -> None:
-    tensors: dict[str, Any] = dict(embeddings(1))
+def test_bfloat16_embeddings_widen_exactly(flux, save, build):
+    tensors = dict(embeddings(1))
     tensors["prompt_embeds"] = ("BF16", build.to_bfloat16(tensors["prompt_embeds"]))
     prompts = fitted(flux, save("prompts.safetensors", tensors))
     wide = np.asarray(tensors["prompt_embeds"][1], np.uint32) << 16
@@ -108,14 +103,14 @@ def test_bfloat16_embeddings_widen_exactly(flux: Path, save: Any, build: Any) ->
         (embeddings(1, tokens=8, prefix="negative_"), r"found \[1, 8, 24\]"),
     ],
 )
-def test_conditioning_that_does_not_fit_is_refused(flux: Path, save: Any, change: dict[str, Any], message: str) -> None:
+def test_conditioning_that_does_not_fit_is_refused(flux, save, change, message):
     tensors = {name: value for name, value in (embeddings(2) | change).items() if value is not None}
     path = save("prompts.safetensors", tensors)
     with pytest.raises(CalibrationError, match=message):
         fitted(flux, path)
 
 
-def test_ranges_on_prompts_are_those_of_the_prompts(flux: Path, save: Any) -> None:
+def test_ranges_on_prompts_are_those_of_the_prompts(flux, save):
     tensors = embeddings(2)
     tensors["prompt_embeds"][1, 3, 5] = -77
     prompts = Prompts.load(save("prompts.safetensors", tensors))

@@ -1,35 +1,29 @@
-from __future__ import annotations
-
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from convert_to_quant.engines import session as session_module
-from convert_to_quant.engines.session import Observation, Session, Unit, fingerprint
+from convert_to_quant.engines.session import Session, Unit, fingerprint
 from convert_to_quant.errors import CalibrationError, OutputError, StatisticsError
 from convert_to_quant.recorder import record
 from convert_to_quant.stats import Statistics
-from convert_to_quant.telling import Advance
 
 UNITS = 6
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 4)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.second(self.first(x).relu())
-        return y
+    def forward(self, x):
+        return self.second(self.first(x).relu())
 
 
 @pytest.fixture
-def model() -> Model:
+def model():
     torch.manual_seed(0)
     return Model()
 
@@ -38,10 +32,10 @@ class StopError(Exception):
     """Ends a run in the middle of it."""
 
 
-def units_of(model: Model, *, stop_at: int | None = None, ran: list[int] | None = None) -> list[Unit]:
+def units_of(model, *, stop_at=None, ran=None):
     """Six units in two groups; the later ones are louder."""
 
-    def run(number: int, tick: Advance) -> None:
+    def run(number, tick):
         generator = torch.Generator().manual_seed(number)
         model(torch.randn(2, 3, 8, generator=generator) * (number + 1))
         if number == stop_at:
@@ -50,24 +44,24 @@ def units_of(model: Model, *, stop_at: int | None = None, ran: list[int] | None 
         if ran is not None:
             ran.append(number)
 
-    def unit(number: int) -> Unit:
+    def unit(number):
         return Unit(f"unit {number}", "quiet" if number < 3 else "loud", 2, 2, lambda tick: run(number, tick))
 
     return [unit(number) for number in range(UNITS)]
 
 
-def go(session: Session, model: Model, units: Sequence[Unit], **options: Any) -> Observation:
+def go(session, model, units, **options):
     with record(model) as recording:
         return session.run(recording, units, "model.safetensors", seed=1, **options)
 
 
 @pytest.fixture
-def whole(model: Model) -> Observation:
+def whole(model):
     """What an unbroken run sees."""
     return go(Session(), model, units_of(model))
 
 
-def test_units_add_up_to_what_one_recording_sees(model: Model, whole: Observation) -> None:
+def test_units_add_up_to_what_one_recording_sees(model, whole):
     with record(model) as recording:
         for unit in units_of(model):
             unit.run(lambda _: None)
@@ -75,12 +69,10 @@ def test_units_add_up_to_what_one_recording_sees(model: Model, whole: Observatio
 
 
 @pytest.mark.parametrize(("silent", "strong", "moves"), [(1, 2, False), (1, 2.1, True), (2.1, 1, True), (2, 1, False)])
-def test_a_layer_follows_the_conditioning_if_its_range_moves_by_two_either_way(
-    tmp_path: Path, silent: float, strong: float, moves: bool
-) -> None:
+def test_a_layer_follows_the_conditioning_if_its_range_moves_by_two_either_way(tmp_path, silent, strong, moves):
     model = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
 
-    def unit(way: str, value: float) -> Unit:
+    def unit(way, value):
         return Unit(way, way, 1, 1, lambda _: [model[0](torch.full((1, 1), float(value))), model[1](torch.ones(1, 1))])
 
     units = [unit("silent", silent), unit("strong", strong)]
@@ -91,14 +83,14 @@ def test_a_layer_follows_the_conditioning_if_its_range_moves_by_two_either_way(
     assert seen.conditioned == (("0",) if moves else ())
 
 
-def test_without_an_output_nothing_is_written(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_output_nothing_is_written(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     go(Session(save_every_seconds=0), model, units_of(model))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 3, 5])
-def test_a_stopped_run_goes_on_to_the_same_bits(model: Model, whole: Observation, tmp_path: Path, stop_at: int) -> None:
+def test_a_stopped_run_goes_on_to_the_same_bits(model, whole, tmp_path, stop_at):
     output = tmp_path / "stats.safetensors"
     with pytest.raises(StopError):
         go(Session(output, {"a": 1}, save_every_seconds=0), model, units_of(model, stop_at=stop_at))
@@ -106,8 +98,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(model: Model, whole: Observation
     if stop_at:
         seen_before = go(Session(), model, units_of(model)[:stop_at]).statistics
         assert Statistics.load(output.with_name("stats.safetensors.partial")) == seen_before
-    ran: list[int] = []
-    calls: list[tuple[int, int]] = []
+    ran = []
+    calls = []
     session = Session(output, {"a": 1}, resume=True, save_every_seconds=0)
     seen = go(session, model, units_of(model, ran=ran), progress=lambda *call: calls.append(call))
     assert ran == list(range(stop_at, UNITS))
@@ -118,14 +110,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(model: Model, whole: Observation
     assert Statistics.load(output) == whole.statistics
 
 
-def test_saving_waits_for_its_time(model: Model, tmp_path: Path) -> None:
+def test_saving_waits_for_its_time(model, tmp_path):
     with pytest.raises(StopError):
         go(Session(tmp_path / "stats.safetensors", save_every_seconds=60), model, units_of(model, stop_at=5))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inputs_that_are_not_finite_are_refused_at_the_end_of_their_group(model: Model) -> None:
-    ran: list[int] = []
+def test_inputs_that_are_not_finite_are_refused_at_the_end_of_their_group(model):
+    ran = []
     torch.nn.init.constant_(model.first.bias, torch.inf)
     with pytest.raises(CalibrationError, match=r"model\.safetensors: second: the inputs of 1 layers have infinities"):
         go(Session(), model, units_of(model, ran=ran))
@@ -136,7 +128,7 @@ MADE_WITH = {"steps": 8, "model": fingerprint()}
 
 
 @pytest.fixture
-def unfinished(model: Model, tmp_path: Path) -> Path:
+def unfinished(model, tmp_path):
     """The output of a run that was stopped."""
     output = tmp_path / "stats.safetensors"
     with pytest.raises(StopError):
@@ -153,51 +145,47 @@ def unfinished(model: Model, tmp_path: Path) -> Path:
         ({**MADE_WITH, "lora": "x"}, "cannot resume: made with lora unset, not x"),
     ],
 )
-def test_other_options_or_models_are_not_resumed(
-    model: Model, unfinished: Path, options: dict[str, Any], message: str
-) -> None:
+def test_other_options_or_models_are_not_resumed(model, unfinished, options, message):
     before = unfinished.with_name("stats.safetensors.partial").read_bytes()
     with pytest.raises(StatisticsError, match=message):
         go(Session(unfinished, options, resume=True), model, units_of(model))
     assert unfinished.with_name("stats.safetensors.partial").read_bytes() == before
 
 
-def test_other_layers_are_not_resumed(unfinished: Path) -> None:
+def test_other_layers_are_not_resumed(unfinished):
     other = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
     with pytest.raises(StatisticsError, match="it recorded other layers"), record(other) as recording:
         Session(unfinished, MADE_WITH, resume=True).run(recording, [], "model.safetensors")
 
 
-def test_an_unfinished_run_of_several_processes_is_recognized(tmp_path: Path) -> None:
+def test_an_unfinished_run_of_several_processes_is_recognized(tmp_path):
     (tmp_path / "s.safetensors.partial-0-of-2").touch()
     for resume in (False, True):
         with pytest.raises(OutputError, match="another number of processes than 1"):
             Session(tmp_path / "s.safetensors", resume=resume)
 
 
-def test_a_run_of_another_version_is_not_resumed(
-    model: Model, unfinished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_another_version_is_not_resumed(model, unfinished, monkeypatch):
     monkeypatch.setattr(session_module, "__version__", "0.0.0")
     with pytest.raises(StatisticsError, match=r"cannot resume: made with tool version .*, not 0\.0\.0"):
         go(Session(unfinished, MADE_WITH, resume=True), model, units_of(model))
 
 
-def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
+def test_a_name_with_brackets_is_no_pattern(tmp_path):
     (tmp_path / "s[1].safetensors.partial").touch()
     with pytest.raises(OutputError, match="an unfinished run is there"):
         Session(tmp_path / "s[1].safetensors")
     Session(tmp_path / "s1.safetensors")
 
 
-def test_only_the_first_process_writes_the_output(whole: Observation, tmp_path: Path) -> None:
+def test_only_the_first_process_writes_the_output(whole, tmp_path):
     session = Session(tmp_path / "s.safetensors")
     for session.rank in (1, 0):
         session.finish(whole.statistics)
         assert (tmp_path / "s.safetensors").exists() is (session.rank == 0)
 
 
-def test_a_damaged_partial_file_is_an_error_of_ours(model: Model, unfinished: Path) -> None:
+def test_a_damaged_partial_file_is_an_error_of_ours(model, unfinished):
     partial = unfinished.with_name("stats.safetensors.partial")
     partial.write_bytes(partial.read_bytes()[:-9])
     with pytest.raises(Exception, match=r"stats\.safetensors\.partial: ") as caught:
@@ -205,7 +193,7 @@ def test_a_damaged_partial_file_is_an_error_of_ours(model: Model, unfinished: Pa
     assert type(caught.value).__module__ == "convert_to_quant.errors"
 
 
-def test_a_complete_output_is_recognized_and_another_is_not(model: Model, tmp_path: Path) -> None:
+def test_a_complete_output_is_recognized_and_another_is_not(model, tmp_path):
     output = tmp_path / "stats.safetensors"
     session = Session(output, {"steps": 8}, resume=True)
     assert session.finished() is None
@@ -220,8 +208,8 @@ def test_a_complete_output_is_recognized_and_another_is_not(model: Model, tmp_pa
         Session(output, {"steps": 8}, resume=True).finished()
 
 
-def test_fingerprints_tell_contents_apart_and_not_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(name: str, content: bytes) -> Path:
+def test_fingerprints_tell_contents_apart_and_not_names(tmp_path, monkeypatch):
+    def write(name, content):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
@@ -245,7 +233,7 @@ def test_fingerprints_tell_contents_apart_and_not_names(tmp_path: Path, monkeypa
     assert fingerprint(one, same) != fingerprint(one)
 
 
-def test_the_recording_is_the_sessions_own(model: Model, whole: Observation) -> None:
+def test_the_recording_is_the_sessions_own(model, whole):
     with record(model) as recording:
         model(torch.full((1, 1, 8), 1e6))  # before the run: none of its business
         assert Session().run(recording, units_of(model), "model.safetensors", seed=1).statistics == whole.statistics

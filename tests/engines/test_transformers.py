@@ -1,16 +1,10 @@
 """Every class of diffusers that a family runs in, tiny and as diffusers saves it: everything from its tensors alone."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
-
 import diffusers
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convert_to_quant import families
 from convert_to_quant.best import plan_best
@@ -54,7 +48,7 @@ SDXL = UNET | {"block_out_channels": (64, 128), "down_block_types": ("DownBlock2
 Z_IMAGE = {"all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 4, "n_layers": 2, "n_refiner_layers": 1,
            "cap_feat_dim": 24, "axes_lens": [64, 64, 64]}  # fmt: skip
 
-CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+CASES = {
     "flux.1": ("flux1", "FluxTransformer2DModel",
                FLUX | {"out_channels": 8, "guidance_embeds": True, "pooled_projection_dim": 20}),
     "longcat": ("longcat", "LongCatImageTransformer2DModel", FLUX),
@@ -134,11 +128,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 @pytest.fixture(params=CASES.values(), ids=[name.replace(" ", "-") for name in CASES])
-def case(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
+def case(request):
     """Family, and a tiny model of one of its classes."""
     family, transformer, config = request.param
     torch.manual_seed(5)
-    model: nn.Module = getattr(diffusers, transformer)(**config).eval()
+    model = getattr(diffusers, transformer)(**config).eval()
     for name, values in model.named_parameters():
         with torch.no_grad():
             drawn = torch.randn_like(values)
@@ -149,7 +143,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
     return family, model
 
 
-def run(model: nn.Module, denoiser: engine.Denoiser, latents: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+def run(model, denoiser, latents, conditioning):
     architecture = denoiser.plan.architecture
     arguments = architecture.arguments(Inputs(denoiser.plan.config, SIZE, latents, 1.0, conditioning))
     with torch.no_grad():
@@ -161,14 +155,12 @@ def run(model: nn.Module, denoiser: engine.Denoiser, latents: Tensor, conditioni
     return latents + predicted if architecture.prediction == "v" else predicted
 
 
-def test_it_is_recorded_converted_checked_and_mixed(
-    case: tuple[str, nn.Module], save_model: Any, tmp_path: Path
-) -> None:
+def test_it_is_recorded_converted_checked_and_mixed(case, save_model, tmp_path):
     family, model = case
     path = save_model(model.state_dict())
-    absmax: dict[str, float] = {}
+    absmax = {}
 
-    def watch(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def watch(layer):
         return lambda _, inputs: absmax.__setitem__(layer, max(absmax.get(layer, 0.0), float(inputs[0].abs().max())))
 
     with open_checkpoint(path) as checkpoint:
@@ -206,7 +198,7 @@ def test_it_is_recorded_converted_checked_and_mixed(
                 assert 10 < fidelity.sqnr_db < 100
 
 
-def test_every_class_that_is_run_is_here() -> None:
+def test_every_class_that_is_run_is_here():
     """All others are in `test_architectures`, under their authors' names."""
     known = {
         way.transformer for record in families.RECORDS for way in (record.architecture, *record.architectures) if way

@@ -1,17 +1,13 @@
 """Trial runs of the tiny Flux.1: what formats do to its velocity, one layer at a time and together."""
 
-from __future__ import annotations
-
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from convert_to_quant.best import candidates, formats_for, input_scales
-from convert_to_quant.checkpoint import Checkpoint, open_checkpoint
+from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.choose import CANDIDATES
 from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.engines import denoiser, diffusers
@@ -29,32 +25,32 @@ from convert_to_quant.engines.trials import (
 from convert_to_quant.families.running import Geometry
 from convert_to_quant.formats import FORMATS
 from convert_to_quant.formats.record import GPUS
-from convert_to_quant.layers import Layer, dequantize, find_layers
+from convert_to_quant.layers import dequantize, find_layers
 from convert_to_quant.options import BestOptions, ConvertOptions, RunOptions
 
 SIZE = Geometry(height=3, width=4, frames=1, text_tokens=5)
 
 
 @pytest.fixture
-def flux(flux_file: Path) -> Iterator[Checkpoint]:
+def flux(flux_file):
     with open_checkpoint(flux_file) as checkpoint:
         yield checkpoint
 
 
 @pytest.fixture
-def layers(flux: Checkpoint) -> dict[str, Layer]:
+def layers(flux):
     """Those that can be quantized."""
     return {layer.name: layer for layer, _ in plan_conversion(flux, ConvertOptions(format="int8")).quantized}
 
 
 @pytest.fixture
-def bench(flux: Checkpoint) -> Bench:
+def bench(flux):
     model = denoiser.load(flux)
     return Bench(model, SIZE, moments(model, SIZE, images=4, levels=2, seed=3))
 
 
 @pytest.fixture
-def offered(flux: Checkpoint, layers: Mapping[str, Layer]) -> dict[str, list[Candidate]]:
+def offered(flux, layers):
     """Everything that a Blackwell card multiplies, for every layer."""
     seen = diffusers.observe(
         flux, None, RunOptions(samples=3, steps=1, device="cpu"), geometry=SIZE, layers=list(layers)
@@ -62,14 +58,14 @@ def offered(flux: Checkpoint, layers: Mapping[str, Layer]) -> dict[str, list[Can
     return candidates(layers, input_scales(flux, layers, seen), formats_for(BestOptions(gpu="rtx50")))
 
 
-def test_it_is_shown_every_way_of_conditioning_at_every_noise_level(bench: Bench) -> None:
+def test_it_is_shown_every_way_of_conditioning_at_every_noise_level(bench):
     assert [(len(moment.latents), moment.sigma) for moment in bench.moments] == [(4, 1.0), (4, 0.5)]
     assert [images for _, images in bench.shown] == [2, 1, 1] * 2
     assert len({name for name, _ in bench.shown}) == 6
 
 
-def test_shares_of_the_layers_add_up_to_the_whole(bench: Bench, offered: dict[str, list[Candidate]]) -> None:
-    told: list[tuple[int, int]] = []
+def test_shares_of_the_layers_add_up_to_the_whole(bench, offered):
+    told = []
     whole = run_trials(bench, offered, progress=lambda done, of: told.append((done, of)))
     parts = [run_trials(bench, offered, share=(number, 2)) for number in range(2)]
     together = parts[0].plus(parts[1])
@@ -83,11 +79,11 @@ def test_shares_of_the_layers_add_up_to_the_whole(bench: Bench, offered: dict[st
         )  # batches differ in the last bits
 
 
-def test_it_can_be_cancelled_at_every_evaluation(bench: Bench, offered: dict[str, list[Candidate]]) -> None:
-    ran: list[int] = []
+def test_it_can_be_cancelled_at_every_evaluation(bench, offered):
+    ran = []
     bench.denoiser.model.register_forward_pre_hook(lambda *_: ran.append(1))
 
-    def cancel(*_: int) -> None:
+    def cancel(*_):
         if len(ran) == 4:
             raise KeyboardInterrupt
 
@@ -96,9 +92,7 @@ def test_it_can_be_cancelled_at_every_evaluation(bench: Bench, offered: dict[str
     assert len(ran) == 4
 
 
-def test_of_the_formats_of_one_size_only_the_best_of_each_card_is_run_to_the_end(
-    bench: Bench, offered: dict[str, list[Candidate]]
-) -> None:
+def test_of_the_formats_of_one_size_only_the_best_of_each_card_is_run_to_the_end(bench, offered):
     trials = run_trials(bench, offered)
     for row, layer in enumerate(trials.layers):
         ran = {name for place, name in enumerate(trials.formats) if trials.count[row, place].all()}
@@ -115,9 +109,7 @@ def test_of_the_formats_of_one_size_only_the_best_of_each_card_is_run_to_the_end
     assert (trials.error[trials.count > 0] > 0).all()
 
 
-def test_a_trial_that_begins_at_its_block_is_the_trial_of_the_whole_model(
-    bench: Bench, offered: dict[str, list[Candidate]]
-) -> None:
+def test_a_trial_that_begins_at_its_block_is_the_trial_of_the_whole_model(bench, offered):
     wanted = bench.run()
     found = run_trials(bench, {name: some[:1] for name, some in offered.items()})
     for layer, (candidate, *_) in offered.items():
@@ -130,9 +122,7 @@ def test_a_trial_that_begins_at_its_block_is_the_trial_of_the_whole_model(
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-convrot", "fp8", "mxfp8", "nvfp4"])
-def test_damage_is_that_of_the_file_that_would_be_written(
-    flux: Checkpoint, bench: Bench, layers: Mapping[str, Layer], tmp_path: Path, name: str
-) -> None:
+def test_damage_is_that_of_the_file_that_would_be_written(flux, bench, layers, tmp_path, name):
     scale = None if FORMATS[name].dynamic else 1.0
     found = damage_of(bench, dict.fromkeys(layers, Candidate(FORMATS[name], scale)))
     path = tmp_path / f"{name}.safetensors"
@@ -146,7 +136,7 @@ def test_damage_is_that_of_the_file_that_would_be_written(
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
-def test_a_weight_in_a_format_is_the_weight_that_would_be_written(save: Callable[..., Path], name: str) -> None:
+def test_a_weight_in_a_format_is_the_weight_that_would_be_written(save, name):
     weight = np.random.default_rng(0).standard_normal((128, 512), np.float32)
     with open_checkpoint(save("original.safetensors", {"blocks.0.x.weight": weight})) as checkpoint:
         plan = plan_conversion(checkpoint, ConvertOptions(format=name))
@@ -158,7 +148,7 @@ def test_a_weight_in_a_format_is_the_weight_that_would_be_written(save: Callable
     assert np.allclose(simulated.product(torch.eye(512)).T.numpy(), wanted, atol=1e-5)
 
 
-def test_the_energy_of_an_error_is_relative_to_each_image_and_summed_by_way() -> None:
+def test_the_energy_of_an_error_is_relative_to_each_image_and_summed_by_way():
     wanted = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.6, 0.8]])
     moment = Moment({"silent": 2, "strong": 1}, wanted, 1.0, {})
     found = relative_energies([moment], [wanted], [wanted + torch.tensor([0.0, 0.5])])

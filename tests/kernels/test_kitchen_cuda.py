@@ -4,18 +4,12 @@
 of a GPU sum, rotate and round in another order. What differs must be small beside what the format itself loses.
 """
 
-from __future__ import annotations
-
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import linear
 
 from convert_to_quant import emoji
@@ -23,13 +17,12 @@ from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.cli import main
 from convert_to_quant.emoji.prompts import HELD_OUT, TOKENS, embed_all
 from convert_to_quant.engines import noise
-from convert_to_quant.engines.denoiser import Denoiser, load
+from convert_to_quant.engines.denoiser import load
 from convert_to_quant.engines.quantized_linear import CheckpointLinear
 from convert_to_quant.families.running import Geometry
 from convert_to_quant.fidelity import sqnr_db
 from convert_to_quant.formats import FORMATS
 from convert_to_quant.formats.record import GPUS
-from convert_to_quant.layers import Layer
 
 DEVICE = "cuda"
 GEOMETRY = Geometry(height=emoji.SIDE_TOKENS, width=emoji.SIDE_TOKENS, frames=1, text_tokens=TOKENS)
@@ -53,7 +46,7 @@ pytestmark = [
 NAMES = ("fp8", "int8", "int8-tensor", "int8-convrot", "w4a8", "w6a8", "convrot-w4a4", "mxfp8", "nvfp4")
 
 
-def require(name: str) -> None:
+def require(name):
     """Skip where the card does not multiply a format natively."""
     capability = torch.cuda.get_device_capability()
     if FORMATS[name].native == {"rtx50"} and capability < (10, 0):
@@ -62,7 +55,7 @@ def require(name: str) -> None:
         pytest.skip("FP8 products need Ada")
 
 
-def kitchen_weight(layer: Layer, tensors: Mapping[str, Tensor]) -> Any:
+def kitchen_weight(layer, tensors):
     """A stored weight as ComfyUI makes it (`comfy.ops._load_quantized_module`), from its tensors by suffix."""
     import comfy_kitchen.tensor as kitchen
 
@@ -98,7 +91,7 @@ def kitchen_weight(layer: Layer, tensors: Mapping[str, Tensor]) -> Any:
     return kitchen.QuantizedTensor(tensors[".weight"], layout, params)
 
 
-def kitchen_product(layer: Layer, weight: Any, static: Tensor | None, x: Tensor) -> Tensor:
+def kitchen_product(layer, weight, static, x):
     """What ComfyUI's layer computes, without bias: it makes codes of inputs itself where they are floats."""
     from comfy_kitchen.tensor import QuantizedTensor
 
@@ -118,20 +111,20 @@ class Kitchen:
         path: the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         from safetensors.torch import load_file
 
         self.tensors = load_file(path, DEVICE)
-        self.weights: dict[str, Any] = {}
+        self.weights = {}
 
-    def product(self, layer: Layer, x: Tensor) -> Tensor:
+    def product(self, layer, x):
         """Of the whole layer, in x's dtype."""
         if layer.name not in self.weights:
             own = {n[len(layer.name) :]: t for n, t in self.tensors.items() if n.startswith(layer.name + ".")}
             self.weights[layer.name] = kitchen_weight(layer, own), own.get(".input_scale")
         return kitchen_product(layer, *self.weights[layer.name], x)
 
-    def forward(self, module: CheckpointLinear, x: Tensor) -> Tensor:
+    def forward(self, module, x):
         """In place of a module's own."""
         if module.full_precision:
             return CheckpointLinear.forward(module, x)
@@ -140,10 +133,10 @@ class Kitchen:
         return y if module.bias is None else y + module.bias
 
     @contextmanager
-    def inside(self, model: Denoiser) -> Iterator[None]:
+    def inside(self, model):
         """A model's layers multiply so, inside the block."""
         for module in model.linears.values():
-            module.forward = partial(self.forward, module)  # type: ignore[method-assign]
+            module.forward = partial(self.forward, module)
         try:
             yield
         finally:
@@ -152,12 +145,12 @@ class Kitchen:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def written(tmp_path_factory):
     """written("int8"): the emoji model in a format, by our command line."""
     folder = tmp_path_factory.mktemp("kitchen")
 
     @cache
-    def write(name: str) -> Path:
+    def write(name):
         path = folder / f"{name}.safetensors"
         assert main(["-i", str(emoji.WEIGHTS), "-o", str(path), "--format", name, "--quiet"]) == 0
         return path
@@ -166,7 +159,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module")
-def velocities() -> Callable[[Denoiser], Tensor]:
+def velocities():
     """velocities(model): at every noise level, on the way from noise to the model's own images."""
     fed = {
         name: torch.from_numpy(value).to(DEVICE)
@@ -182,7 +175,7 @@ def velocities() -> Callable[[Denoiser], Tensor]:
             states.append(state)
             state = state - model.velocity(state, sigma, fed, GEOMETRY) / len(SIGMAS)
 
-    def velocities(model: Denoiser) -> Tensor:
+    def velocities(model):
         return torch.cat([model.velocity(x, sigma, fed, GEOMETRY) for x, sigma in zip(states, SIGMAS, strict=True)])
 
     return velocities
@@ -190,18 +183,16 @@ def velocities() -> Callable[[Denoiser], Tensor]:
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_kernels_compute_what_is_simulated(
-    written: Callable[[str], Path], velocities: Any, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_kernels_compute_what_is_simulated(written, velocities, name, capsys):
     require(name)
     with open_checkpoint(written(name)) as file, open_checkpoint(emoji.WEIGHTS) as original:
         simulated = load(file, device=DEVICE, dtype=torch.bfloat16, arithmetic="comfyui_divide")
         exact = load(original, device=DEVICE, dtype=torch.bfloat16)
         kitchen = Kitchen(written(name))
-        agree_db: dict[str, float] = {}
-        kept_db: dict[str, float] = {}
+        agree_db = {}
+        kept_db = {}
 
-        def compare(label: str, module: CheckpointLinear, args: Any, output: Tensor) -> None:
+        def compare(label, module, args, output):
             if module.full_precision or label in agree_db:
                 return
             real = kitchen.forward(module, args[0])
@@ -236,7 +227,7 @@ def test_kernels_compute_what_is_simulated(
     assert real_db == pytest.approx(simulated_db, abs=WHOLE_DB)
 
 
-def decibels(wanted: Tensor, found: Tensor) -> float:
+def decibels(wanted, found):
     """The ratio of signal to error."""
     error = (wanted.double() - found.double()).square().sum().clamp(min=1e-300)
     return float(10 * torch.log10(wanted.double().square().sum() / error))

@@ -1,7 +1,5 @@
 """The definition of what is measured, against brute force in numpy and exact arithmetic."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -22,7 +20,7 @@ SPECIALS = [
 ]
 
 
-def brute_force(x: torch.Tensor) -> Observation:
+def brute_force(x):
     """The same numbers one value at a time."""
     rows = x.detach().to(torch.float32).reshape(-1, x.shape[-1]).numpy()
     histogram, row_histogram = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
@@ -46,7 +44,7 @@ def brute_force(x: torch.Tensor) -> Observation:
     )
 
 
-def assert_same(seen: Observation, expected: Observation) -> None:
+def assert_same(seen, expected):
     for name in ("absmax", "zeros", "histogram", "row_histogram"):
         assert torch.equal(getattr(seen, name), getattr(expected, name)), name
     infinity = 0x7F800000  # conversions may change which NaN it is, and all of them are above
@@ -54,7 +52,7 @@ def assert_same(seen: Observation, expected: Observation) -> None:
     assert float(seen.sum_of_squares) == pytest.approx(float(expected.sum_of_squares), rel=1e-6, abs=0)
 
 
-def test_every_bfloat16_falls_into_the_bin_of_its_upper_bits() -> None:
+def test_every_bfloat16_falls_into_the_bin_of_its_upper_bits():
     bits = np.arange(1 << 16, dtype=np.uint16)
     x = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).reshape(64, 1024)
     expected = np.bincount((bits & 0x7FFF) >> 3, minlength=BINS)
@@ -68,7 +66,7 @@ def test_every_bfloat16_falls_into_the_bin_of_its_upper_bits() -> None:
     assert_same(seen, brute_force(x))
 
 
-def test_inputs_of_any_size_fill_the_bins_of_their_own_values() -> None:
+def test_inputs_of_any_size_fill_the_bins_of_their_own_values():
     """The counts differ from bin to bin, so no shift hides."""
     size = 40_001
     x = torch.randn(1, size, generator=torch.Generator().manual_seed(size)).exp()
@@ -84,14 +82,14 @@ def test_inputs_of_any_size_fill_the_bins_of_their_own_values() -> None:
     ]
 
 
-def test_a_value_has_one_bin_in_every_dtype() -> None:
+def test_a_value_has_one_bin_in_every_dtype():
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)  # all dtypes hold these
     histograms = [observe(codes.to(dtype).reshape(4, 64)).histogram for dtype in
                   (torch.float64, torch.float32, torch.float16, torch.bfloat16)]  # fmt: skip
     assert all(torch.equal(histograms[0], histogram) for histogram in histograms[1:])
 
 
-def test_float32_is_truncated_not_rounded_to_its_bin() -> None:
+def test_float32_is_truncated_not_rounded_to_its_bin():
     edge = np.float32(1.0625)  # a lower edge: 1 + 1/16
     x = torch.tensor([[np.nextafter(edge, np.float32(0)), edge]])
     assert observe(x).histogram.nonzero().flatten().tolist() == [0x3F800000 >> 19, (0x3F800000 >> 19) + 1]
@@ -105,9 +103,7 @@ def test_float32_is_truncated_not_rounded_to_its_bin() -> None:
     dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
     take=st.sampled_from([slice(None), slice(None, None, 2), slice(0, 1)]),
 )
-def test_shapes_strides_and_special_values_agree_with_brute_force(
-    values: list[float], shape: tuple[int, int, int], dtype: torch.dtype, take: slice
-) -> None:
+def test_shapes_strides_and_special_values_agree_with_brute_force(values, shape, dtype, take):
     full = torch.tensor(list(itertools.islice(itertools.cycle(values), math.prod(shape))), dtype=torch.float32)
     x = full.reshape(shape).to(dtype)
     for view in (x[:, take], x[..., take], x.transpose(0, 2), x[:1].expand(2, *x.shape[1:])):
@@ -115,19 +111,19 @@ def test_shapes_strides_and_special_values_agree_with_brute_force(
 
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-10, 1e10, 1e19, 1e30, 1e38])
-def test_sums_survive_the_ends_of_float32(scale: float) -> None:
+def test_sums_survive_the_ends_of_float32(scale):
     x = torch.linspace(-1, 2.9, 8 * 96).reshape(8, 96).mul(scale)
     assert_same(observe(x), brute_force(x))
 
 
-def test_the_cut_into_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cut_into_blocks_does_not_show(monkeypatch):
     x = torch.randn(50, 33, generator=torch.Generator().manual_seed(0)).bfloat16()
     whole = observe(x)
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS_CPU", 100)
     assert_same(observe(x), whole)
 
 
-def test_one_dimension_is_one_row_and_gradients_are_left_alone() -> None:
+def test_one_dimension_is_one_row_and_gradients_are_left_alone():
     x = torch.tensor([1.0, -2.0], requires_grad=True)
     seen = observe(x)
     assert seen.row_histogram.sum() == 1
@@ -135,12 +131,12 @@ def test_one_dimension_is_one_row_and_gradients_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize(("rows", "step"), [(256, 1), (511, 1), (512, 2), (1000, 3)])
-def test_channels_are_compared_in_a_sample_of_rows(rows: int, step: int) -> None:
+def test_channels_are_compared_in_a_sample_of_rows(rows, step):
     x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(rows)) * torch.arange(1, rows + 1)[:, None]
     assert observe(x).channel_bits.view(torch.float32).equal(x[::step].abs().amax(0))
 
 
-def test_an_input_adds_to_its_own_slot_and_noise_level_only() -> None:
+def test_an_input_adds_to_its_own_slot_and_noise_level_only():
     totals = Totals([4] * 3, CPU)
     x = torch.tensor([[1.0, -3.0, 0.0, math.nan]])
     accumulate(totals, 1, totals.sigma_numbers[4:5], x)
@@ -160,12 +156,12 @@ def test_an_input_adds_to_its_own_slot_and_noise_level_only() -> None:
 class NoReadBack(TorchDispatchMode):
     """Raises where a value of a tensor would be read by the host."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
         return func(*args, **(kwargs or {}))
 
 
-def test_no_value_is_read_back() -> None:
+def test_no_value_is_read_back():
     totals = Totals([8], CPU)
     x = torch.randn(4, 8)
     with NoReadBack():
@@ -177,7 +173,7 @@ def test_no_value_is_read_back() -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-def test_cuda_agrees_with_the_cpu_and_never_waits() -> None:
+def test_cuda_agrees_with_the_cpu_and_never_waits():
     x = torch.randn(4, 37, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     x.view(-1)[: len(SPECIALS)] = torch.tensor(SPECIALS)
     on_device = x.cuda()

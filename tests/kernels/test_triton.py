@@ -1,7 +1,5 @@
 """The Triton kernel against the definition in torch: on a CUDA device, or with TRITON_INTERPRET=1 on a CPU."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os
@@ -28,7 +26,7 @@ pytestmark = [
 ]
 
 
-def assert_agrees(x: torch.Tensor) -> None:
+def assert_agrees(x):
     """Measure x both ways, twice, at two noise levels."""
     from convert_to_quant.kernels import triton
 
@@ -44,11 +42,11 @@ def assert_agrees(x: torch.Tensor) -> None:
     assert not any(totals.channel_bits[slot].any() for totals in (kernel, definition) for slot in (0, 2))
 
 
-def normal(*shape: int) -> torch.Tensor:
+def normal(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
-def test_it_works_here() -> None:
+def test_it_works_here():
     from convert_to_quant.kernels import triton
 
     assert triton.works(DEVICE)
@@ -56,25 +54,25 @@ def test_it_works_here() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(1, 1), (7,), (5, 100), (2, 3, 128), (9, 1536), (2, 2, 3, 64), (64, 3072)])
-def test_shapes_and_dtypes_agree(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_shapes_and_dtypes_agree(shape, dtype):
     assert_agrees(normal(*shape).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_views_agree(dtype: torch.dtype) -> None:
+def test_views_agree(dtype):
     x = normal(3, 14, 160).to(dtype)
     for view in (x[:, 3:9], x[:, ::2], x[..., 1:150], x[..., ::2], x.transpose(1, 2), x.transpose(0, 1), x[:1].expand(4, 14, 160)):  # fmt: skip  # noqa: E501
         assert_agrees(view)
 
 
 @pytest.mark.parametrize("rows", [255, 512, 1025])
-def test_the_channels_of_a_sample_of_rows_agree(rows: int) -> None:
+def test_the_channels_of_a_sample_of_rows_agree(rows):
     """The loudest rows come last, so that a row too many or too few shows in every channel."""
     assert_agrees(normal(rows, 12) * torch.arange(1, rows + 1, device=DEVICE)[:, None])
     assert_agrees(normal(2, rows, 300)[:, 1:].bfloat16())
 
 
-def test_special_values_agree() -> None:
+def test_special_values_agree():
     patterns = torch.arange(-(1 << 15), 1 << 15, 7).to(torch.int16).to(DEVICE)
     assert_agrees(patterns.view(torch.bfloat16).reshape(1, -1))
     assert_agrees(patterns.view(torch.float16).reshape(-1, 1))
@@ -83,5 +81,5 @@ def test_special_values_agree() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-13, 1e14, 1e25, 1e37])
-def test_sums_survive_the_ends_of_float32(scale: float) -> None:
+def test_sums_survive_the_ends_of_float32(scale):
     assert_agrees(normal(5, 200) * scale)
