@@ -12,29 +12,47 @@ import pytest
 HIDDEN, HEAD, CHANNELS, TEXT, VECTOR = 32, 16, 16, 32, 16
 
 STREAM = {"mod.lin": (6, 1), "attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.0": (4, 1), "mlp.2": (1, 4)}
-LINEAR = {
-    "img_in": (HIDDEN, CHANNELS),
-    "txt_in": (HIDDEN, TEXT),
-    "time_in.in_layer": (HIDDEN, 256),
-    "time_in.out_layer": (HIDDEN, HIDDEN),
-    "vector_in.in_layer": (HIDDEN, VECTOR),
-    "vector_in.out_layer": (HIDDEN, HIDDEN),
-    **{
-        f"double_blocks.0.{stream}_{layer}": (rows * HIDDEN, columns * HIDDEN)
-        for stream in ("img", "txt")
-        for layer, (rows, columns) in STREAM.items()
-    },
-    "single_blocks.0.linear1": (7 * HIDDEN, HIDDEN),
-    "single_blocks.0.linear2": (HIDDEN, 5 * HIDDEN),
-    "single_blocks.0.modulation.lin": (3 * HIDDEN, HIDDEN),
-    "final_layer.linear": (CHANNELS, HIDDEN),
-    "final_layer.adaLN_modulation.1": (2 * HIDDEN, HIDDEN),
-}
-NORMS = tuple(
-    f"{block}norm.{kind}_norm.scale"
-    for block in ("double_blocks.0.img_attn.", "double_blocks.0.txt_attn.", "single_blocks.0.")
-    for kind in ("query", "key")
-)
+SINGLE = {"linear1": (7, 1), "linear2": (1, 5), "modulation.lin": (3, 1)}
+
+
+def linear_shapes(hidden=HIDDEN, depth=1, singles=1, guidance=False):
+    """Layers and their shapes."""
+    embedders = {"time_in": 256, "vector_in": VECTOR, **({"guidance_in": 256} if guidance else {})}
+    blocks = {f"double_blocks.{n}.{stream}_": STREAM for n in range(depth) for stream in ("img", "txt")}
+    blocks |= {f"single_blocks.{n}.": SINGLE for n in range(singles)}
+    return {
+        "img_in": (hidden, CHANNELS),
+        "txt_in": (hidden, TEXT),
+        **{
+            f"{name}.{layer}": (hidden, columns)
+            for name, first in embedders.items()
+            for layer, columns in (("in_layer", first), ("out_layer", hidden))
+        },
+        **{
+            block + layer: (rows * hidden, columns * hidden)
+            for block, layers in blocks.items()
+            for layer, (rows, columns) in layers.items()
+        },
+        "final_layer.linear": (CHANNELS, hidden),
+        "final_layer.adaLN_modulation.1": (2 * hidden, hidden),
+    }
+
+
+def random_flux(seed=0, **size):
+    """A random Flux.1 in float32, the same every time."""
+    random = np.random.default_rng(seed)
+    tensors, shapes = {}, linear_shapes(**size)
+    for name, (rows, columns) in shapes.items():
+        tensors[name + ".weight"] = random.standard_normal((rows, columns)) / np.sqrt(columns)
+        tensors[name + ".bias"] = 0.1 * random.standard_normal(rows)
+    for name in shapes:
+        if name.endswith(("qkv", "linear1")):
+            block = name.rpartition(".")[0]
+            tensors |= {f"{block}.norm.{kind}_norm.scale": np.ones(HEAD) for kind in ("query", "key")}
+    return {name: np.float32(values) for name, values in tensors.items()}
+
+
+LINEAR = linear_shapes()
 QUANTIZED = tuple(name for name in LINEAR if "blocks." in name)
 ONE_ROW = tuple(name for name in QUANTIZED if name.endswith(("mod.lin", "modulation.lin")))
 
@@ -55,15 +73,7 @@ def flux() -> type[Flux]:
 
 def flux_model(to_bfloat16: Callable[[Any], Any]) -> dict[str, Any]:
     """The tiny Flux.1 in bfloat16, freshly made, the same every time."""
-    random = np.random.default_rng(0)
-    tensors: dict[str, Any] = {}
-    for name, (rows, columns) in LINEAR.items():
-        weight = random.standard_normal((rows, columns)) / np.sqrt(columns)
-        tensors[name + ".weight"] = ("BF16", to_bfloat16(weight))
-        tensors[name + ".bias"] = ("BF16", to_bfloat16(0.1 * random.standard_normal(rows)))
-    for name in NORMS:
-        tensors[name] = ("BF16", to_bfloat16(np.ones(HEAD)))
-    return tensors
+    return {name: ("BF16", to_bfloat16(values)) for name, values in random_flux().items()}
 
 
 @pytest.fixture(scope="session")

@@ -1,130 +1,164 @@
+import math
+
 import numpy as np
 import pytest
 import torch
+from tiny_flux import QUANTIZED, random_flux
+from torch.nn import functional
 
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.engines import diffusers as engine
 from convert_to_quant.engines import noise
 from convert_to_quant.errors import CalibrationError, OptionError, UnsupportedModelError
 from convert_to_quant.families.running import Geometry, Signal
-from convert_to_quant.layers import dequantize, find_layers
+from convert_to_quant.formats import DEFAULT_GRID
+from convert_to_quant.layers import find_layers
 from convert_to_quant.lora import load_lora, match_loras
 from convert_to_quant.options import RunOptions
 
 SIZE = Geometry(height=3, width=4, frames=1, text_tokens=5)
 
 
-def shown(samples=3, steps=1, **more):
-    return RunOptions(samples=samples, steps=steps, **{"device": "cpu", **more})
+def observe(checkpoint, table=None, *, samples=3, steps=1, seed=42, device="cpu", **how):
+    shown = RunOptions(samples=samples, steps=steps, seed=seed, device=device)
+    return engine.observe(checkpoint, table, shown, geometry=SIZE, **how)
 
 
 def in_blocks(layer):
     return "blocks" in layer
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
-def flux(reference_flux, save_model):
+def flux(save_model):
     """A small Flux.1 with its blocks in FP8."""
-    with open_checkpoint(save_model(reference_flux(depth=1, singles=1).state_dict(), in_blocks)) as checkpoint:
+    with open_checkpoint(save_model(random_flux(), in_blocks)) as checkpoint:
         yield checkpoint
 
 
-def flux_inputs(denoiser, batch=2):
-    return engine.start(denoiser, SIZE, 7, range(1, 1 + batch))
+def independent_flux(state, image, text, vector, sigma, size):
+    """Flux.1 as published: image [B, height · width, channels], text [B, T, text], vector [B, vector] -> as image."""
+    axes = (4, 6, 6)
+    height, width = size
+    positions = torch.cartesian_prod(torch.zeros(1), torch.arange(0.0, height), torch.arange(0.0, width))
+    positions = torch.cat([torch.zeros(text.shape[1], 3), positions])
+    angles = [positions[:, [n]] / 10000 ** (torch.arange(0, axis, 2) / axis) for n, axis in enumerate(axes)]
+    rotation = torch.polar(torch.ones(len(positions), sum(axes) // 2), torch.cat(angles, -1))
 
+    def linear(name, x):
+        return functional.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
-def load_state_of(path, model):
-    """Fill a model with the real weights of a checkpoint."""
-    with open_checkpoint(path) as checkpoint:
-        layers = {layer.weight.name: layer for layer in find_layers(checkpoint).linear()}
-        state = {
-            name: torch.from_numpy(dequantize(checkpoint, layers[name]) if name in layers else checkpoint.float32(name))
-            for name in model.state_dict()
-        }
-    model.load_state_dict(state)
+    def embedded(name, x):
+        return linear(f"{name}.out_layer", functional.silu(linear(f"{name}.in_layer", x)))
+
+    def clock(value):
+        angle = 1000 * value * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+        return torch.cat([angle.cos(), angle.sin()]).expand(len(image), -1)
+
+    def modulation(name, count):
+        return linear(name, functional.silu(steering))[:, None].chunk(count, -1)
+
+    def normed(x, shift, scale):
+        return functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+    def rms(x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def heads(name, qkv):
+        q, k, v = qkv.unflatten(-1, (3, -1, sum(axes))).permute(2, 0, 3, 1, 4)
+        return rms(q) * state[f"{name}.query_norm.scale"], rms(k) * state[f"{name}.key_norm.scale"], v
+
+    def attend(q, k, v):
+        q, k = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * rotation for x in (q, k))
+        q, k = (torch.view_as_real(x).flatten(-2) for x in (q, k))
+        return ((q @ k.mT / math.sqrt(sum(axes))).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    steering = embedded("time_in", clock(sigma)) + embedded("vector_in", vector)
+    if "guidance_in.in_layer.weight" in state:
+        steering = steering + embedded("guidance_in", clock(3.5))
+    streams = {"txt": linear("txt_in", text), "img": linear("img_in", image)}
+    blocks = sorted({".".join(name.split(".")[:2]) for name in state if "_blocks." in name})
+    for block in (name for name in blocks if name.startswith("double")):
+        steps = {stream: modulation(f"{block}.{stream}_mod.lin", 6) for stream in streams}
+        parts = [
+            heads(f"{block}.{stream}_attn.norm", linear(f"{block}.{stream}_attn.qkv", normed(x, *steps[stream][:2])))
+            for stream, x in streams.items()
+        ]
+        mixed = attend(*(torch.cat(pair, 2) for pair in zip(*parts, strict=True)))
+        for stream, y in zip(streams, mixed.split([text.shape[1], image.shape[1]], 1), strict=True):
+            _, _, gate, shift, scale, mlp_gate = steps[stream]
+            x = streams[stream] + gate * linear(f"{block}.{stream}_attn.proj", y)
+            hidden = functional.gelu(linear(f"{block}.{stream}_mlp.0", normed(x, shift, scale)), approximate="tanh")
+            streams[stream] = x + mlp_gate * linear(f"{block}.{stream}_mlp.2", hidden)
+    x = torch.cat([*streams.values()], 1)
+    for block in (name for name in blocks if name.startswith("single")):
+        shift, scale, gate = modulation(f"{block}.modulation.lin", 3)
+        qkv, hidden = linear(f"{block}.linear1", normed(x, shift, scale)).split([3 * x.shape[-1], 4 * x.shape[-1]], -1)
+        mixed = attend(*heads(f"{block}.norm", qkv))
+        x = x + gate * linear(f"{block}.linear2", torch.cat([mixed, functional.gelu(hidden, approximate="tanh")], -1))
+    shift, scale = modulation("final_layer.adaLN_modulation.1", 2)
+    return linear("final_layer.linear", normed(x[:, text.shape[1] :], shift, scale))
 
 
 @pytest.mark.parametrize("guidance", [False, True])
 @pytest.mark.parametrize("size", [{"hidden": 32, "depth": 1, "singles": 1}, {"hidden": 48, "depth": 2, "singles": 3}])
-def test_it_computes_what_an_independent_flux_computes(reference_flux, save_model, size, guidance):
-    model = reference_flux(guidance=guidance, **size)
-    with open_checkpoint(save_model(model.state_dict())) as checkpoint:
+def test_it_computes_what_an_independent_flux_computes(save_model, size, guidance):
+    state = {name: torch.from_numpy(values) for name, values in random_flux(guidance=guidance, **size).items()}
+    state |= {name: values + 0.3 * torch.randn(values.shape) for name, values in state.items() if "norm" in name}
+    with open_checkpoint(save_model(state)) as checkpoint:
         denoiser = engine.load(checkpoint)
-        latents, conditioning = flux_inputs(denoiser)
+        latents, conditioning = engine.start(denoiser, SIZE, 7, [1, 2])
         found = denoiser.velocity(latents, 0.7, conditioning, SIZE)
-        with torch.no_grad():
-            wanted = model(
-                latents, conditioning["encoder_hidden_states"], conditioning["pooled_projections"], 0.7, (3, 4)
-            )
+    given = (conditioning[name] for name in ("encoder_hidden_states", "pooled_projections"))
+    wanted = independent_flux(state, latents, *given, 0.7, (SIZE.height, SIZE.width))
     assert found.dtype == torch.float32
     assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "transformer."])
-def test_prefixes_are_understood_and_kept_in_layer_names(reference_flux, save_model, prefix):
-    path = save_model(reference_flux(depth=1, singles=1).state_dict(), in_blocks, prefix)
-    with open_checkpoint(path) as checkpoint:
-        seen = engine.observe(checkpoint, None, shown(), geometry=SIZE)
-        assert tuple(seen.statistics.layers) == tuple(find_layers(checkpoint).quantized)
-    assert all(name.startswith(prefix) for name in seen.statistics.layers)
+def test_prefixes_are_understood_and_kept_in_layer_names(save_model, prefix):
+    with open_checkpoint(save_model(random_flux(), in_blocks, prefix)) as checkpoint:
+        seen = observe(checkpoint)
+        assert list(seen.statistics.layers) == list(find_layers(checkpoint).quantized)
+    assert set(seen.statistics.layers) == {prefix + name for name in QUANTIZED}
     assert seen.unvisited == ()
 
 
-def test_recorded_ranges_are_those_of_hooks_put_on_by_hand(reference_flux, save_model):
-    model = reference_flux()
-    path = save_model(model.state_dict(), in_blocks)
-    load_state_of(path, model)
-    absmax = {}
+def test_recorded_ranges_are_those_of_hooks_put_on_by_hand(flux):
+    seen = observe(flux, steps=2, seed=3).statistics
+    denoiser, absmax = engine.load(flux), dict.fromkeys(QUANTIZED, 0.0)
 
     def watch(name):
-        return lambda _, inputs: absmax.__setitem__(name, max(absmax.get(name, 0.0), float(inputs[0].abs().max())))
+        return lambda _, inputs: absmax.update({name: max(absmax[name], float(inputs[0].abs().max()))})
 
-    with open_checkpoint(path) as checkpoint:
-        seen = engine.observe(checkpoint, None, shown(steps=2, seed=3), geometry=SIZE)
-        layers = list(find_layers(checkpoint).quantized)
-        denoiser = engine.load(checkpoint)
-        for name, module in model.named_modules():
-            if name in layers:
-                module.register_forward_pre_hook(watch(name))
-        for number in range(3):
-            latents, conditioning = engine.start(denoiser, SIZE, 3, [number])
-            text, pooled = conditioning["encoder_hidden_states"], conditioning["pooled_projections"]
-            with torch.no_grad():
-                for sigma in (1.0, 0.5):
-                    latents = latents - 0.5 * model(latents, text, pooled, sigma, (3, 4))
-    assert sorted(layers) == sorted(absmax)
-    wanted = np.array([absmax[name] for name in seen.statistics.names])
-    assert np.allclose(seen.statistics.absmax, wanted, rtol=1e-3)
-    calls = dict(zip(seen.statistics.names, seen.statistics.calls, strict=True))
-    assert set(calls.values()) == {6}  # three trajectories of two steps; a fused layer counts once
+    for name in QUANTIZED:
+        denoiser.layers[name].register_forward_pre_hook(watch(name))
+    for number in range(3):
+        latents, conditioning = engine.start(denoiser, SIZE, 3, [number])
+        for sigma in (1.0, 0.5):
+            latents = latents - 0.5 * denoiser.velocity(latents, sigma, conditioning, SIZE)
+    assert dict(zip(seen.names, seen.absmax.tolist(), strict=True)) == pytest.approx(absmax, rel=1e-4)
+    assert set(seen.calls) == {6}  # three trajectories of two steps; a fused layer counts once
 
 
-def test_a_checkpoint_without_fp8_layers_is_observed_whole(reference_flux, save_model):
-    with open_checkpoint(save_model(reference_flux(depth=1, singles=1).state_dict())) as checkpoint:
-        seen = engine.observe(checkpoint, None, shown(samples=1), geometry=SIZE)
+def test_a_checkpoint_without_fp8_layers_is_observed_whole(save_model):
+    with open_checkpoint(save_model(random_flux())) as checkpoint:
+        seen = observe(checkpoint)
         assert set(seen.statistics.layers) == set(find_layers(checkpoint).plain)
     assert seen.unvisited == ()
+    assert {"txt_in", "vector_in.in_layer"} <= set(seen.conditioned), "they follow the conditioning"
+    assert not {"img_in", "time_in.in_layer"} & set(seen.conditioned)
 
 
 def test_a_seed_gives_the_same_statistics_and_leaves_the_global_random_state_alone(flux):
     before = torch.get_rng_state()
-    one, two, other = (engine.observe(flux, None, shown(seed=seed), geometry=SIZE) for seed in (1, 1, 2))
-    assert one.statistics == two.statistics
-    assert one.statistics != other.statistics
+    one, two, other = (observe(flux, seed=seed).statistics for seed in (1, 1, 2))
+    assert one == two != other
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_every_noise_level_and_the_layers_of_one_token_are_known_and_progress_ends_at_the_total(
-    flux,
-):
-    assert engine.supports(flux) is None
+def test_every_noise_level_and_the_layers_of_one_token_are_known_and_progress_ends_at_the_total(flux):
     calls = []
-    seen = engine.observe(flux, None, shown(4, 8), geometry=SIZE, progress=lambda *call: calls.append(call)).statistics
+    seen = observe(flux, samples=4, steps=8, progress=lambda *call: calls.append(call)).statistics
     assert (seen.sigma_count[:, :8] > 0).all()
     assert (seen.sigma_count[:, 8] == 0).all()
     one_row = {name for name, single in zip(seen.names, seen.one_row, strict=True) if single}
@@ -133,35 +167,19 @@ def test_every_noise_level_and_the_layers_of_one_token_are_known_and_progress_en
     assert calls[-1] == (32, 32)
 
 
-def test_layers_that_follow_the_conditioning_are_named(reference_flux, save_model):
-    with open_checkpoint(save_model(reference_flux().state_dict(), lambda _: True)) as checkpoint:
-        seen = engine.observe(checkpoint, None, shown(), geometry=SIZE)
-    assert {"txt_in", "vector_in.in_layer"} <= set(seen.conditioned)
-    assert not {"img_in", "time_in.in_layer"} & set(seen.conditioned)
-
-
-def test_adapters_widen_the_ranges_to_the_model_with_and_without_them(reference_flux, save_model, save):
-    state = reference_flux().state_dict()
-    down, up = torch.randn(4, 32), torch.randn(96, 4)
-    lora_path = save(
-        "lora.safetensors",
-        {
-            "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": down.numpy(),
-            "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": up.numpy(),
-        },
-    )
-    merged = dict(state)
-    merged["double_blocks.0.img_attn.qkv.weight"] = state["double_blocks.0.img_attn.qkv.weight"] + up @ down
+def test_adapters_widen_the_ranges_to_the_model_with_and_without_them(save_model, save):
+    layer, state, random = "double_blocks.0.img_attn.qkv", random_flux(), np.random.default_rng(0)
+    down, up = np.float32(random.standard_normal((4, 32))), np.float32(random.standard_normal((96, 4)))
+    name = "lora_unet_" + layer.replace(".", "_")
+    lora = save("lora.safetensors", {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up})
+    merged = state | {f"{layer}.weight": state[f"{layer}.weight"] + up @ down}
     with open_checkpoint(save_model(state)) as checkpoint, open_checkpoint(save_model(merged)) as with_lora:
         table = find_layers(checkpoint)
-        match = match_loras(
-            [load_lora(lora_path)], {layer.name: (layer.out_features, layer.in_features) for layer in table.linear()}
-        )
-        both = engine.observe(checkpoint, table, shown(), geometry=SIZE, adapters=match).statistics
-        plain = engine.observe(checkpoint, None, shown(), geometry=SIZE).statistics
-        changed = engine.observe(with_lora, None, shown(), geometry=SIZE).statistics
-    assert not np.allclose(plain.absmax, changed.absmax, rtol=1e-2)
-    assert np.allclose(both.absmax, np.maximum(plain.absmax, changed.absmax), rtol=1e-4)
+        match = match_loras([load_lora(lora)], table.shapes())
+        both = observe(checkpoint, table, adapters=match).statistics.absmax
+        plain, changed = (observe(one).statistics.absmax for one in (checkpoint, with_lora))
+    assert not np.allclose(plain, changed, rtol=1e-2)
+    assert np.allclose(both, np.maximum(plain, changed), rtol=1e-4)
 
 
 def test_weights_stay_in_the_file(flux):
@@ -171,18 +189,16 @@ def test_weights_stay_in_the_file(flux):
 
 
 @pytest.mark.parametrize(
-    ("options", "layers", "message"),
+    ("how", "message"),
     [
-        ({"device": "cuda:99"}, None, "device 'cuda:99' cannot be used"),
-        ({"device": "xpu:99"}, None, "device 'xpu:99' cannot be used"),
-        ({"device": "abacus"}, None, "unknown device 'abacus'"),
-        ({"device": "mps"}, None, "device 'mps' cannot be used: it has no"),
-        ({}, ["nowhere"], "nowhere: 1 layers do not exist"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        ({"device": "xpu:99"}, "device 'xpu:99' cannot be used"),
+        ({"layers": ["nowhere"]}, "nowhere: 1 layers do not exist"),
     ],
 )
-def test_devices_and_layers_that_are_not_there_are_refused(flux, options, layers, message):
+def test_devices_and_layers_that_are_not_there_are_refused(flux, how, message):
     with pytest.raises((OptionError, CalibrationError), match=message):
-        engine.observe(flux, None, shown(**options), geometry=SIZE, layers=layers)
+        observe(flux, **how)
 
 
 def test_what_diffusers_cannot_import_is_a_reason(flux, monkeypatch):
@@ -201,14 +217,14 @@ def test_an_unknown_arithmetic_is_refused(flux):
         engine.load(flux, arithmetic="guess")
 
 
-def test_infinite_inputs_name_the_layer(reference_flux, save_model):
-    state = reference_flux(depth=1, singles=1).state_dict()
-    state["double_blocks.0.img_mlp.0.bias"] = torch.full_like(state["double_blocks.0.img_mlp.0.bias"], np.inf)
+def test_infinite_inputs_name_the_layer(save_model):
+    state = random_flux()
+    state["double_blocks.0.img_mlp.0.bias"][:] = np.inf
     with (
         open_checkpoint(save_model(state, in_blocks)) as checkpoint,
         pytest.raises(CalibrationError, match=r"double_blocks\.0\.img_mlp\.2: the inputs of"),
     ):
-        engine.observe(checkpoint, None, shown(samples=1), geometry=SIZE)
+        observe(checkpoint, samples=1)
 
 
 @pytest.mark.parametrize(
@@ -219,8 +235,8 @@ def test_infinite_inputs_name_the_layer(reference_flux, save_model):
         (lambda s: s.update({"double_blocks.0.img_mlp.0.weight": torch.ones(64, 32)}), "shape [128, 32] was expected"),
     ],
 )
-def test_a_layout_that_diffusers_does_not_know_gives_a_reason(reference_flux, save_model, change, reason):
-    state = reference_flux().state_dict()
+def test_a_layout_that_diffusers_does_not_know_gives_a_reason(save_model, change, reason):
+    state = random_flux(depth=2, singles=2)
     change(state)
     with open_checkpoint(save_model(state)) as checkpoint:
         assert reason in (engine.supports(checkpoint) or "")
@@ -233,8 +249,8 @@ def test_an_unknown_model_gives_a_reason(save_model):
         assert engine.supports(checkpoint) == "its tensor names fit no known family"
 
 
-def test_a_foreign_format_gives_a_reason(reference_flux, save_model, save, build):
-    tensors = {name: value.numpy() for name, value in reference_flux().state_dict().items()}
+def test_a_foreign_format_gives_a_reason(save_model, save, build):
+    tensors = random_flux()
     layer = "double_blocks.0.img_mlp.0"
     tensors[layer + ".weight"] = np.ones((128, 16), np.uint8)
     tensors[layer + ".comfy_quant"] = build.mark(format="svdquant_w4a4")
@@ -255,10 +271,10 @@ def test_a_few_channels_of_a_stream_are_loud_and_none_of_a_vector():
 ENCODER = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0."
 
 
-def test_a_text_encoder_in_the_same_file_is_neither_in_the_way_nor_recorded(reference_flux, save_model, save, build):
+def test_a_text_encoder_in_the_same_file_is_neither_in_the_way_nor_recorded(save_model, save, build):
     """In FP8: scaled, raw, and in a format that is not read here."""
     tensors, _ = build.quantized([ENCODER + "SelfAttention.q"], "tensor")
-    with open_checkpoint(save_model(reference_flux().state_dict(), in_blocks, "model.diffusion_model.")) as own:
+    with open_checkpoint(save_model(random_flux(), in_blocks, "model.diffusion_model.")) as own:
         tensors |= {name: (info.dtype, own.bits(name).copy()) for name, info in own.tensors.items()}
     tensors |= {
         ENCODER + "SelfAttention.k.weight": ("F8_E4M3", np.ones((16, 32), np.uint8)),
@@ -269,32 +285,28 @@ def test_a_text_encoder_in_the_same_file_is_neither_in_the_way_nor_recorded(refe
     with open_checkpoint(save("all.safetensors", tensors)) as checkpoint:
         table = find_layers(checkpoint)
         assert table.foreign
-        seen = engine.observe(checkpoint, table, shown(samples=1), geometry=SIZE)
+        seen = observe(checkpoint, table, samples=1)
     assert set(seen.statistics.layers) == set(table.diffusion) == set(table.quantized) - {ENCODER + "SelfAttention.q"}
     assert seen.unvisited == ()
 
 
-def test_a_file_that_was_cast_to_fp8_whole_runs_on_its_codes_in_full_precision(reference_flux, save_model, save):
-    state = {name: value.to(torch.float8_e4m3fn) for name, value in reference_flux().state_dict().items()}
-    cast = save(
-        "cast.safetensors", {name: ("F8_E4M3", value.view(torch.uint8).numpy()) for name, value in state.items()}
-    )
-    with (
-        open_checkpoint(cast) as one,
-        open_checkpoint(save_model({name: value.float() for name, value in state.items()})) as other,
-    ):
+def test_a_file_that_was_cast_to_fp8_whole_runs_on_its_codes_in_full_precision(save_model, save):
+    codes = {name: DEFAULT_GRID.encode(values) for name, values in random_flux().items()}
+    cast = save("cast.safetensors", {name: ("F8_E4M3", values) for name, values in codes.items()})
+    wide = save_model({name: DEFAULT_GRID.decode(values) for name, values in codes.items()})
+    with open_checkpoint(cast) as one, open_checkpoint(wide) as other:
         cast_model, wide = engine.load(one, arithmetic="comfyui"), engine.load(other)
-        latents, conditioning = flux_inputs(wide)
+        latents, conditioning = engine.start(wide, SIZE, 7, [1, 2])
         velocities = [model.velocity(latents, 0.5, conditioning, SIZE) for model in (cast_model, wide)]
-        seen = [engine.observe(checkpoint, None, shown(), geometry=SIZE).statistics for checkpoint in (one, other)]
+        seen = [observe(checkpoint).statistics for checkpoint in (one, other)]
     assert torch.equal(*velocities)
     assert seen[0].layers.keys() == seen[1].layers.keys()
     np.testing.assert_array_equal(seen[0].absmax, seen[1].absmax)
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_layers_marked_for_full_precision_quantize_no_input(reference_flux, save_model, marked):
-    path = save_model(reference_flux().state_dict(), in_blocks, full_precision_matrix_mult=marked)
+def test_layers_marked_for_full_precision_quantize_no_input(save_model, marked):
+    path = save_model(random_flux(), in_blocks, full_precision_matrix_mult=marked)
     with open_checkpoint(path) as checkpoint:
         denoiser = engine.load(checkpoint, arithmetic="comfyui")
         full = {name for name, module in denoiser.layers.items() if module.full_precision}
@@ -305,8 +317,5 @@ def test_layers_marked_for_full_precision_quantize_no_input(reference_flux, save
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_sees_the_same_ranges(flux):
-    here, there = (
-        engine.observe(flux, None, shown(device=device), geometry=SIZE, dtype=torch.float32).statistics
-        for device in ("cpu", "cuda")
-    )
+    here, there = (observe(flux, device=device, dtype=torch.float32).statistics for device in ("cpu", "cuda"))
     assert np.allclose(here.absmax, there.absmax, rtol=1e-3)

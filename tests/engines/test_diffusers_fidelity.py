@@ -1,5 +1,5 @@
 import pytest
-import torch
+from tiny_flux import random_flux
 
 from convert_to_quant import fidelity
 from convert_to_quant.checkpoint import open_checkpoint
@@ -11,9 +11,8 @@ SIZE = Geometry(height=2, width=3, frames=1, text_tokens=4)
 
 
 @pytest.fixture
-def pair(reference_flux, save_model):
-    torch.manual_seed(0)
-    state = reference_flux(depth=1, singles=1).state_dict()
+def pair(save_model):
+    state = random_flux()
     reference = open_checkpoint(save_model(state))
     quantized = open_checkpoint(save_model(state, lambda layer: "blocks" in layer, input_scale=0.02))
     return engine.load(reference), engine.load(quantized, arithmetic="comfyui_divide")

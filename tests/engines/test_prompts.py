@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from tiny_flux import TEXT, VECTOR, random_flux
 
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.engines import diffusers as engine
@@ -13,16 +14,15 @@ SIZE = Geometry(height=2, width=2, frames=1, text_tokens=64)
 
 
 @pytest.fixture
-def flux(reference_flux, save_model):
-    torch.manual_seed(0)
-    return save_model(reference_flux(depth=1, singles=1, guidance=True).state_dict())
+def flux(save_model):
+    return save_model(random_flux(guidance=True))
 
 
 def embeddings(count, tokens=7, prefix=""):
     rng = np.random.default_rng(count)
     return {
-        prefix + "prompt_embeds": rng.standard_normal((count, tokens, 24)).astype(np.float32),
-        prefix + "pooled_prompt_embeds": rng.standard_normal((count, 20)).astype(np.float32),
+        prefix + "prompt_embeds": rng.standard_normal((count, tokens, TEXT)).astype(np.float32),
+        prefix + "pooled_prompt_embeds": rng.standard_normal((count, VECTOR)).astype(np.float32),
     }
 
 
@@ -82,7 +82,7 @@ def test_the_empty_prompt_counts_as_one_more(flux, save):
     path = save("prompts.safetensors", embeddings(2) | embeddings(1, prefix="negative_"))
     prompts = fitted(flux, path)
     assert prompts.count == 3
-    assert prompts.tensors["pooled_projections"].shape == (3, 20)
+    assert prompts.tensors["pooled_projections"].shape == (3, VECTOR)
 
 
 def test_bfloat16_embeddings_widen_exactly(flux, save, build):
@@ -97,10 +97,10 @@ def test_bfloat16_embeddings_widen_exactly(flux, save, build):
     ("change", "message"),
     [
         ({"style": np.zeros((2, 3), np.float32)}, "style: the model takes no such conditioning"),
-        ({"pooled_prompt_embeds": None}, r"pooled_projections: missing; the model takes it as \[prompts, 20\]"),
-        ({"prompt_embeds": np.zeros((2, 7, 23), np.float32)}, r"shape \[2, 7, 24\] was expected, found \[2, 7, 23\]"),
-        ({"pooled_prompt_embeds": np.zeros((1, 20), np.float32)}, r"found \[1, 20\]"),
-        (embeddings(1, tokens=8, prefix="negative_"), r"found \[1, 8, 24\]"),
+        ({"pooled_prompt_embeds": None}, r"pooled_projections: missing; the model takes it as \[prompts, 16\]"),
+        ({"prompt_embeds": np.zeros((2, 7, 31), np.float32)}, r"shape \[2, 7, 32\] was expected, found \[2, 7, 31\]"),
+        ({"pooled_prompt_embeds": np.zeros((1, VECTOR), np.float32)}, r"found \[1, 16\]"),
+        (embeddings(1, tokens=8, prefix="negative_"), r"found \[1, 8, 32\]"),
     ],
 )
 def test_conditioning_that_does_not_fit_is_refused(flux, save, change, message):
