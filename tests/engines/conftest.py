@@ -31,3 +31,20 @@ def save_model(tmp_path, build):
         return path
 
     return save
+
+
+@pytest.fixture
+def largest_inputs():
+    """largest_inputs({name: module}): the largest |x| that each module receives from now on, by name."""
+
+    def watch(modules):
+        absmax = {}
+
+        def keep(name, x):
+            absmax[name] = max(absmax.get(name, 0.0), float(x.abs().max()))
+
+        for name, module in modules.items():
+            module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
+        return absmax
+
+    return watch

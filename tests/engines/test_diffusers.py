@@ -123,15 +123,10 @@ def test_prefixes_are_understood_and_kept_in_layer_names(save_model, prefix):
     assert seen.unvisited == ()
 
 
-def test_recorded_ranges_are_those_of_hooks_put_on_by_hand(flux):
+def test_recorded_ranges_are_those_of_hooks_put_on_by_hand(flux, largest_inputs):
     seen = observe(flux, steps=2, seed=3).statistics
-    denoiser, absmax = engine.load(flux), dict.fromkeys(QUANTIZED, 0.0)
-
-    def watch(name):
-        return lambda _, inputs: absmax.update({name: max(absmax[name], float(inputs[0].abs().max()))})
-
-    for name in QUANTIZED:
-        denoiser.layers[name].register_forward_pre_hook(watch(name))
+    denoiser = engine.load(flux)
+    absmax = largest_inputs({name: denoiser.layers[name] for name in QUANTIZED})
     for number in range(3):
         latents, conditioning = engine.start(denoiser, SIZE, 3, [number])
         for sigma in (1.0, 0.5):

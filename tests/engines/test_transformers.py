@@ -155,14 +155,9 @@ def run(model, denoiser, latents, conditioning):
     return latents + predicted if architecture.prediction == "v" else predicted
 
 
-def test_it_is_recorded_converted_checked_and_mixed(case, save_model, tmp_path):
+def test_it_is_recorded_converted_checked_and_mixed(case, save_model, largest_inputs, tmp_path):
     family, model = case
     path = save_model(model.state_dict())
-    absmax = {}
-
-    def watch(layer):
-        return lambda _, inputs: absmax.__setitem__(layer, max(absmax.get(layer, 0.0), float(inputs[0].abs().max())))
-
     with open_checkpoint(path) as checkpoint:
         table = find_layers(checkpoint)
         denoiser = engine.load(checkpoint, table)
@@ -170,19 +165,14 @@ def test_it_is_recorded_converted_checked_and_mixed(case, save_model, tmp_path):
         seen = engine.observe(
             checkpoint, table, RunOptions(samples=3, steps=1, seed=9, device="cpu"), geometry=SIZE
         ).statistics
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
-                module.register_forward_pre_hook(watch(name))
+        absmax = largest_inputs({name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         for number in range(3):
             latents, conditioning = engine.start(denoiser, SIZE, 9, [number])
             wanted = run(model, denoiser, latents, conditioning)
             found = denoiser.velocity(latents, 1.0, conditioning, SIZE)
             assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
-        visited = {
-            name: value for name, value, there in zip(seen.names, seen.absmax, seen.visited, strict=True) if there
-        }
-        assert visited.keys() == absmax.keys()
-        assert np.allclose(list(visited.values()), [absmax[name] for name in visited], rtol=1e-3)
+        visited = seen.take(np.array(seen.names)[seen.visited])
+        assert dict(zip(visited.names, visited.absmax.tolist(), strict=True)) == pytest.approx(absmax, rel=1e-3)
 
         shown = RunOptions(samples=3, steps=1, height=64, width=64, text_tokens=4)
         best = plan_best(checkpoint, ConvertOptions(), BestOptions(), shown)
