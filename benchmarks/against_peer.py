@@ -34,19 +34,18 @@ import os
 import re
 import shutil
 import signal
-import struct
+import statistics
 import subprocess
 import sys
 import tempfile
 import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 from measure import (
     Command,
     CommandFailedError,
@@ -56,9 +55,9 @@ from measure import (
     in_fresh_process,
     machine,
     run,
+    summary,
     versions,
 )
-from numpy.typing import NDArray
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PEER = "convert-to-quant==1.3.4"
@@ -70,7 +69,6 @@ HIDDEN = 3072
 BLOCK_LAYER = re.compile(r"(double|single)_blocks\.")
 PEER_EXCLUDES = r"^(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)"
 E4M3_MAX = 448.0
-BFLOAT16_INFINITY = 0x7F80
 FOLDER_PREFIX = "convert_to_quant-bench-"
 
 Shapes = dict[str, tuple[int, ...]]
@@ -107,133 +105,59 @@ def flux_shapes(double_blocks: int, single_blocks: int) -> Shapes:
     return shapes | linear("final_layer.linear", 64, h) | linear("final_layer.adaLN_modulation.1", 2 * h, h)
 
 
-@cache
-def _random_pool() -> NDArray[np.float32]:
-    return np.random.default_rng(1).standard_normal(1 << 24, dtype=np.float32)
-
-
-def random_values(shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Normal values of variance 1/in, as a trained layer has them to the order of magnitude.
+def random_weights(shapes: Shapes) -> Iterator[tuple[str, Any]]:
+    """Normal values of variance 1/in, as trained layers have them to the order of magnitude, in bfloat16 by name.
 
     They repeat after 17 million, which no contender notices: drawing two billion would take longer than the bench.
     """
-    values = np.resize(_random_pool(), shape)
-    values *= np.float32(1 / math.sqrt(shape[-1]))
-    return values
+    import torch
 
-
-def bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Upper halves of float32: bfloat16, cut instead of rounded, which random values cannot tell."""
-    return (values.view(np.uint32) >> 16).astype(np.uint16)
-
-
-def write_safetensors(path: Path, plan: Mapping[str, tuple[str, tuple[int, ...], int]], data: Iterator[bytes]) -> None:
-    """Write a file tensor by tensor: plan is name -> (dtype, shape, bytes), data its contents in the same order."""
-    header: dict[str, object] = {}
-    offset = 0
-    for name, (dtype, shape, size_bytes) in plan.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size_bytes]}
-        offset += size_bytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.writelines(data)
-    assert path.stat().st_size == 8 + len(text) + offset
+    pool = torch.randn(1 << 24, generator=torch.Generator().manual_seed(1))
+    for name, shape in shapes.items():
+        count = math.prod(shape)
+        values = pool.repeat(-(-count // len(pool)))[:count].reshape(shape)
+        yield name, (values / math.sqrt(shape[-1])).bfloat16()
 
 
 def make_bfloat16(path: Path, shapes: Shapes) -> None:
     """Write a bf16 checkpoint of random values."""
-    plan = {name: ("BF16", shape, 2 * math.prod(shape)) for name, shape in shapes.items()}
-    write_safetensors(path, plan, (bfloat16_bits(random_values(shape)).tobytes() for shape in shapes.values()))
+    from safetensors.torch import save_file
 
-
-def e4m3_values() -> NDArray[np.float32]:
-    """The 256 values of float8_e4m3fn by definition: sign, 4 bits of exponent (bias 7), 3 of mantissa, no infinity."""
-    code = np.arange(256)
-    exponent, mantissa = (code >> 3) & 15, code & 7
-    magnitude = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-    magnitude[(code & 127) == 127] = np.nan
-    return np.where(code < 128, magnitude, -magnitude).astype(np.float32)
+    save_file(dict(random_weights(shapes)), path)
 
 
 def make_fp8(path: Path, shapes: Shapes) -> None:
     """Write an FP8 checkpoint of random values in ComfyUI's layout, its input scales still 1.0."""
-    positive = e4m3_values()[:127].astype(np.float64)
-    edges = (positive[1:] + positive[:-1]) / 2
+    import torch
+    from safetensors.torch import save_file
+
     marker = json.dumps({"format": "float8_e4m3fn"}).encode()
-    plan: dict[str, tuple[str, tuple[int, ...], int]] = {}
-    for name, shape in shapes.items():
-        if len(shape) == 2 and BLOCK_LAYER.match(name):
+    tensors = {}
+    for name, values in random_weights(shapes):
+        tensors[name] = values
+        if values.ndim == 2 and BLOCK_LAYER.match(name):
             layer = name.removesuffix(".weight")
-            plan[name] = ("F8_E4M3", shape, math.prod(shape))
-            plan |= {f"{layer}.weight_scale": ("F32", (), 4), f"{layer}.input_scale": ("F32", (), 4)}
-            plan[f"{layer}.comfy_quant"] = ("U8", (len(marker),), len(marker))
-        else:
-            plan[name] = ("BF16", shape, 2 * math.prod(shape))
-
-    def data() -> Iterator[bytes]:
-        scale = 1.0
-        for name, (dtype, shape, _) in plan.items():
-            if dtype == "F8_E4M3":
-                # A table over all finite bf16 magnitudes: rounding 65,536 values is cheaper than rounding 100 million.
-                bits = bfloat16_bits(random_values(shape))
-                scale = float((np.uint32((bits & 0x7FFF).max()) << np.uint32(16)).view(np.float32)) / E4M3_MAX
-                patterns = (np.arange(BFLOAT16_INFINITY, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
-                magnitudes = np.searchsorted(edges, np.minimum(patterns / scale, E4M3_MAX)).astype(np.uint8)
-                codes = np.where(bits >> 15, np.uint8(128), np.uint8(0))
-                codes |= np.take(magnitudes, bits & 0x7FFF)
-                yield codes.tobytes()
-            elif name.endswith("_scale"):
-                yield struct.pack("<f", scale if name.endswith(".weight_scale") else 1.0)
-            elif dtype == "U8":
-                yield marker
-            else:
-                yield bfloat16_bits(random_values(shape)).tobytes()
-
-    write_safetensors(path, plan, data())
+            scale = values.abs().max().float() / E4M3_MAX
+            tensors[name] = (values.float() / scale).to(torch.float8_e4m3fn)
+            tensors |= {f"{layer}.weight_scale": scale, f"{layer}.input_scale": torch.ones(())}
+            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(marker), dtype=torch.uint8)
+    save_file(tensors, path)
 
 
-# --- Checks, by a reader of their own
+# --- Checks, by the library of the format alone
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """A safetensors file, read by the letter of its format."""
-
-    entries: dict[str, tuple[str, tuple[int, ...], int, int]]
-    data: NDArray[np.uint8]
-
-    @classmethod
-    def of(cls, path: Path) -> Tensors:
-        """Map a file."""
-        mapped = np.memmap(path, np.uint8, "r")
-        length = int(mapped[:8].view("<u8")[0])
-        header = json.loads(bytes(mapped[8 : 8 + length]))
-        header.pop("__metadata__", None)
-        entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-        return cls(entries, mapped[8 + length :])
-
-    def raw(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's bytes."""
-        _, _, begin, end = self.entries[name]
-        return self.data[begin:end]
-
-    def scalar(self, name: str) -> float | None:
-        """The value of a float32 tensor of one element; None where there is no such tensor."""
-        if name not in self.entries or self.entries[name][0] != "F32" or self.raw(name).size != 4:
-            return None
-        return float(self.raw(name).copy().view("<f4")[0])
-
-    def fp8_weights(self) -> list[str]:
-        """Layers with an FP8 weight."""
-        return [
-            n.removesuffix(".weight") for n, e in self.entries.items() if e[0] == "F8_E4M3" and n.endswith(".weight")
-        ]
+def fp8_layers(file: Any) -> list[str]:
+    """Layers of an open file with an FP8 weight."""
+    names = [name for name in file.keys() if name.endswith(".weight")]  # noqa: SIM118  # it is no mapping
+    return [name.removesuffix(".weight") for name in names if file.get_slice(name).get_dtype() == "F8_E4M3"]
 
 
-def _good(scale: float | None) -> bool:
-    return scale is not None and math.isfinite(scale) and scale > 0
+def scalar(file: Any, *names: str) -> float:
+    """The value of the first of some tensors that is there and has one element; NaN where none is."""
+    there = set(file.keys())
+    values = (file.get_tensor(name) for name in names if name in there)
+    return next((float(value) for value in values if value.numel() == 1), math.nan)
 
 
 def check_conversion(original: Path, converted: Path, rows: int = 256) -> Check:
@@ -243,34 +167,38 @@ def check_conversion(original: Path, converted: Path, rows: int = 256) -> Check:
         layers: number of FP8 layers; weight_sqnr_db: signal to quantization noise of their first `rows` rows;
         problems: sentences, empty where all is well.
     """
-    before, after = Tensors.of(original), Tensors.of(converted)
-    decoded = e4m3_values()
+    from safetensors import safe_open
+
     signal = noise = 0.0
     problems = []
-    for layer in after.fp8_weights():
-        scale = after.scalar(f"{layer}.weight_scale") or after.scalar(f"{layer}.scale_weight")
-        if not _good(scale):
-            problems.append(f"{layer}: weight scale is {scale}")
-            continue
-        _, shape, _, _ = after.entries[f"{layer}.weight"]
-        if shape != before.entries[f"{layer}.weight"][1]:
-            problems.append(f"{layer}: shape {shape}")
-            continue
-        count = min(rows, shape[0]) * shape[1]
-        bits = before.raw(f"{layer}.weight")[: 2 * count].view("<u2").astype(np.uint32)
-        expected = (bits << 16).view(np.float32)
-        found = decoded[after.raw(f"{layer}.weight")[:count]] * np.float32(scale or math.nan)
-        signal += float(np.square(expected, dtype=np.float64).sum())
-        noise += float(np.square(expected - found, dtype=np.float64).sum())
-    wanted = {n.removesuffix(".weight") for n, e in before.entries.items() if len(e[1]) == 2 and BLOCK_LAYER.match(n)}
-    if missing := wanted - set(after.fp8_weights()):
-        problems.append(f"{len(missing)} of {len(wanted)} block layers are not FP8")
-    if lost := set(before.entries) - set(after.entries):
-        problems.append(f"{len(lost)} tensors are missing")
+    with safe_open(original, "pt") as before, safe_open(converted, "pt") as after:
+        layers = fp8_layers(after)
+        for layer in layers:
+            scale = scalar(after, f"{layer}.weight_scale", f"{layer}.scale_weight")
+            weight, wanted = (file.get_slice(f"{layer}.weight") for file in (after, before))
+            if not 0 < scale < math.inf:
+                problems.append(f"{layer}: weight scale is {scale}")
+            elif weight.get_shape() != wanted.get_shape():
+                problems.append(f"{layer}: shape {weight.get_shape()}")
+            else:
+                expected = wanted[:rows].double()
+                signal += float(expected.square().sum())
+                noise += float((expected - weight[:rows].double() * scale).square().sum())
+        names = set(before.keys())
+        blocks = {name.removesuffix(".weight") for name in names if BLOCK_LAYER.match(name) and is_matrix(before, name)}
+        if missing := blocks - set(layers):
+            problems.append(f"{len(missing)} of {len(blocks)} block layers are not FP8")
+        if lost := names - set(after.keys()):
+            problems.append(f"{len(lost)} tensors are missing")
     sqnr_db = 10 * math.log10(signal / noise) if noise > 0 else math.inf
     if not sqnr_db > 25:
         problems.append(f"weights are {sqnr_db:.1f} dB from the original")
-    return {"layers": len(after.fp8_weights()), "weight_sqnr_db": round(sqnr_db, 2), "problems": problems}
+    return {"layers": len(layers), "weight_sqnr_db": round(sqnr_db, 2), "problems": problems}
+
+
+def is_matrix(file: Any, name: str) -> bool:
+    """Whether a tensor of an open file has two dimensions."""
+    return len(file.get_slice(name).get_shape()) == 2
 
 
 def check_calibration(original: Path, calibrated: Path) -> Check:
@@ -280,19 +208,24 @@ def check_calibration(original: Path, calibrated: Path) -> Check:
         layers: number of FP8 layers with an input scale; changed: how many of these changed; input_scale_median;
         problems: sentences, empty where all is well.
     """
-    before, after = Tensors.of(original), Tensors.of(calibrated)
-    problems = []
-    scales = {layer: after.scalar(f"{layer}.input_scale") for layer in before.fp8_weights()}
-    problems += [f"{layer}: input scale is {scale}" for layer, scale in scales.items() if not _good(scale)]
-    for name, (dtype, shape, _, _) in before.entries.items():
-        if name.endswith((".input_scale", ".comfy_quant")):
-            continue
-        if name not in after.entries or after.entries[name][:2] != (dtype, shape):
-            problems.append(f"{name} is missing or has another type or shape")
-        elif not np.array_equal(before.raw(name), after.raw(name)):
-            problems.append(f"{name} has other bytes")
-    changed = sum(before.scalar(f"{layer}.input_scale") != scale for layer, scale in scales.items())
-    median = float(np.median([scale for scale in scales.values() if scale is not None] or [math.nan]))
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(original, "pt") as before, safe_open(calibrated, "pt") as after:
+        layers = [f"{layer}.input_scale" for layer in fp8_layers(before)]
+        scales = {name: scalar(after, name) for name in layers}
+        problems = [f"{name} is {scale}" for name, scale in scales.items() if not 0 < scale < math.inf]
+        changed = sum(scalar(before, name) != scale for name, scale in scales.items())
+        there = set(after.keys())
+        for name in before.keys():  # noqa: SIM118
+            if name.endswith((".input_scale", ".comfy_quant")):
+                continue
+            one, other = before.get_tensor(name), after.get_tensor(name) if name in there else None
+            if other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
+                problems.append(f"{name} is missing or has another type or shape")
+            elif not torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))):
+                problems.append(f"{name} has other bytes")
+    median = statistics.median(scales.values())
     return {"layers": len(scales), "changed": changed, "input_scale_median": median, "problems": problems}
 
 
@@ -363,7 +296,6 @@ class Case:
     Attributes:
         name: The job.
         contenders: Measured in turns.
-        bytes_in: Size of the file that each reads.
         outputs: Contender -> the file that it writes, if any.
         checks: Contender -> what looks at its result, after all repeats.
         rounds: Repeats per repeat asked for: short jobs need more.
@@ -371,7 +303,6 @@ class Case:
 
     name: str
     contenders: tuple[Contender, ...]
-    bytes_in: int = 0
     outputs: Mapping[str, Path] = field(default_factory=dict)
     checks: Mapping[str, Callable[[], Check]] = field(default_factory=dict)
     rounds: int = 1
@@ -399,22 +330,38 @@ def startup_case(tools: Tools, source: Path) -> Case:
     )
 
 
-def convert_case(tools: Tools, source: Path) -> Case:
-    names = ("peer --simple", "peer --simple --calib_samples 1", "ours")
-    outputs = {name: tools.folder / f"converted-{index}.safetensors" for index, name in enumerate(names)}
-    peer = ("-i", source, "--simple", "--comfy_quant", "--exclude-layers", PEER_EXCLUDES)
-    commands = {
-        names[0]: tools.peer_script(*peer, "-o", outputs[names[0]]),
-        names[1]: tools.peer_script(*peer, "-o", outputs[names[1]], "--calib_samples", "1"),
-        names[2]: tools.ours_command("-i", source, "-o", outputs[names[2]]),
-    }
+def writing_case(
+    name: str,
+    tools: Tools,
+    source: Path,
+    commands: Mapping[str, Callable[[Path], Command]],
+    *,
+    check: Callable[[Path, Path], Check] | None = None,
+    seconds_of: Callable[[Run], float] = lambda done: done.seconds,
+    rounds: int = 1,
+) -> Case:
+    """A case whose contenders each write a file: from the file's path to the command, and what looks at it."""
+    outputs = {who: tools.folder / f"{name}-{number}.safetensors" for number, who in enumerate(commands)}
     return Case(
-        "convert",
-        tuple(Contender(name, commands[name], prepare=partial(_remove, outputs[name])) for name in names),
-        bytes_in=source.stat().st_size,
-        outputs=outputs,
-        checks={name: partial(in_fresh_process, check_conversion, source, outputs[name]) for name in names},
+        name,
+        tuple(
+            Contender(who, make(outputs[who]), partial(outputs[who].unlink, missing_ok=True), seconds_of)
+            for who, make in commands.items()
+        ),
+        outputs,
+        {who: partial(in_fresh_process, check, source, path) for who, path in outputs.items() if check},
+        rounds,
     )
+
+
+def convert_case(tools: Tools, source: Path) -> Case:
+    peer = ("-i", source, "--simple", "--comfy_quant", "--exclude-layers", PEER_EXCLUDES, "-o")
+    commands = {
+        "peer --simple": lambda path: tools.peer_script(*peer, path),
+        "peer --simple --calib_samples 1": lambda path: tools.peer_script(*peer, path, "--calib_samples", "1"),
+        "ours": lambda path: tools.ours_command("-i", source, "-o", path),
+    }
+    return writing_case("convert", tools, source, commands, check=check_conversion)
 
 
 PEER_FORMATS = {"int8-convrot": ("--int8", "--convrot"), "nvfp4": ("--nvfp4",), "mxfp8": ("--mxfp8",)}
@@ -422,40 +369,22 @@ PEER_FORMATS = {"int8-convrot": ("--int8", "--convrot"), "nvfp4": ("--nvfp4",), 
 
 
 def format_case(name: str, tools: Tools, source: Path) -> Case:
-    outputs = {who: tools.folder / f"{who}-{name}.safetensors" for who in ("peer", "ours")}
-    peer = ("--simple", "--comfy_quant", "--exclude-layers", PEER_EXCLUDES, *PEER_FORMATS[name])
+    peer = ("-i", source, "--simple", "--comfy_quant", "--exclude-layers", PEER_EXCLUDES, *PEER_FORMATS[name], "-o")
     commands = {
-        "peer": tools.peer_script("-i", source, "-o", outputs["peer"], *peer),
-        "ours": tools.ours_command("-i", source, "-o", outputs["ours"], "--format", name),
+        "peer": lambda path: tools.peer_script(*peer, path),
+        "ours": lambda path: tools.ours_command("-i", source, "--format", name, "-o", path),
     }
-    return Case(
-        f"convert {name}",
-        tuple(Contender(who, commands[who], prepare=partial(_remove, outputs[who])) for who in outputs),
-        bytes_in=source.stat().st_size,
-        outputs=outputs,
-    )
+    return writing_case(f"convert {name}", tools, source, commands)
 
 
 def calibrate_case(tools: Tools, source: Path) -> Case:
-    names = ("peer", "ours")
-    outputs = {name: tools.folder / f"calibrated-{index}.safetensors" for index, name in enumerate(names)}
-    peer_module = "convert_to_quant.calibrate_activation_scales"
-    layer_engine = ("-i", source, "--actcal", "--actcal-engine", "layer")
+    layer_engine = ("-i", source, "--actcal", "--actcal-engine", "layer", "-o")
+    peer = ("-m", "convert_to_quant.calibrate_activation_scales", source, "-o")
     commands = {
-        names[0]: tools.peer_python("-m", peer_module, source, "-o", outputs[names[0]]),
-        names[1]: tools.ours_command(*layer_engine, "-o", outputs[names[1]]),
+        "peer": lambda path: tools.peer_python(*peer, path),
+        "ours": lambda path: tools.ours_command(*layer_engine, path),
     }
-    return Case(
-        "calibrate",
-        tuple(Contender(name, commands[name], prepare=partial(_remove, outputs[name])) for name in names),
-        bytes_in=source.stat().st_size,
-        outputs=outputs,
-        checks={name: partial(in_fresh_process, check_calibration, source, outputs[name]) for name in names},
-    )
-
-
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
+    return writing_case("calibrate", tools, source, commands, check=check_calibration)
 
 
 # What a rewrite and a change in place do without anything else: new input scales for every FP8 layer. Imports come
@@ -477,26 +406,18 @@ print(time.perf_counter() - started)
 """
 
 
-def _printed_seconds(done: Run) -> float:
-    return float(done.output)
+def printed_seconds(done: Run) -> float:
+    """What a program says that its work took; all of a run that says nothing."""
+    return float(done.output or done.seconds)
 
 
 def rewrite_case(tools: Tools, source: Path) -> Case:
-    outputs = {name: tools.folder / f"rewritten-{name}.safetensors" for name in ("cp", "ours")}
     commands = {
-        "cp": Command(["cp", str(source), str(outputs["cp"])], tools.folder),
-        "ours": tools.ours_python("-c", PATCH_CODE, source, outputs["ours"]),
+        "cp": lambda path: Command(["cp", str(source), str(path)], tools.folder),
+        "ours": lambda path: tools.ours_python("-c", PATCH_CODE, source, path),
     }
-    return Case(
-        "rewrite",
-        (
-            Contender("cp", commands["cp"], prepare=partial(_remove, outputs["cp"])),
-            Contender("ours", commands["ours"], prepare=partial(_remove, outputs["ours"]), seconds_of=_printed_seconds),
-        ),
-        bytes_in=source.stat().st_size,
-        outputs=outputs,
-        checks={"ours": partial(in_fresh_process, check_calibration, source, outputs["ours"])},
-        rounds=3,
+    return writing_case(
+        "rewrite", tools, source, commands, check=check_calibration, seconds_of=printed_seconds, rounds=3
     )
 
 
@@ -505,10 +426,9 @@ def in_place_case(tools: Tools, source: Path) -> Case:
     shutil.copyfile(source, changed)
     return Case(
         "in place",
-        (Contender("ours", tools.ours_python("-c", PATCH_CODE, changed, changed), seconds_of=_printed_seconds),),
-        bytes_in=source.stat().st_size,
-        outputs={"ours": changed},
-        checks={"ours": partial(in_fresh_process, check_calibration, source, changed)},
+        (Contender("ours", tools.ours_python("-c", PATCH_CODE, changed, changed), seconds_of=printed_seconds),),
+        {"ours": changed},
+        {"ours": partial(in_fresh_process, check_calibration, source, changed)},
         rounds=3,
     )
 
@@ -536,7 +456,7 @@ class Target:
             limit *= _figure(rows[self.case, self.measure], self.figure)
             against = f" = {self.limit:.3g} x {self.measure}"
         unit = 1e6 if self.figure.endswith("_bytes") else 1.0
-        name = {"seconds": "s", "peak_rss_bytes": "MB resident", "peak_private_bytes": "MB private"}[self.figure]
+        name = {"seconds": "s", "peak_rss_bytes": "MB"}[self.figure]
         sentence = f"{self.case}, {self.contender}: {found / unit:.3g} {name}, at most {limit / unit:.3g}{against}"
         return sentence, found <= limit
 
@@ -568,36 +488,32 @@ def measure_case(case: Case, repeats: int, setting: Check) -> list[Check]:
     rows = []
     for measured in alternate(case.contenders, repeats * case.rounds, progress):
         name = measured.contender.name
-        output = case.outputs.get(name)
         rows.append(
             {
                 "case": case.name,
                 "contender": name,
-                "seconds": measured.seconds.as_dict(),
+                "seconds": summary(measured.seconds),
                 "peak_rss_bytes": measured.peak_rss_bytes,
-                "peak_private_bytes": measured.peak_private_bytes,
-                "bytes_in": case.bytes_in,
-                "bytes_out": output.stat().st_size if output else 0,
                 "check": case.checks[name]() if name in case.checks else {"problems": []},
                 "command": list(measured.contender.command.arguments),
                 **setting,
             }
         )
     for output in case.outputs.values():
-        _remove(output)
+        output.unlink(missing_ok=True)
     return rows
 
 
 def print_table(rows: Sequence[Check]) -> None:
-    print(f"{'':42}{'seconds':>10}{'spread':>20}{'x':>7}{'resident':>12}{'private':>10}   result")
+    print(f"{'':42}{'seconds':>10}{'spread':>20}{'x':>7}{'memory':>12}   result")
     first: Check = {}
     for row in rows:
         if row["case"] != first.get("case"):
             first = row
-        seconds, private = row["seconds"], row["peak_private_bytes"]
+        seconds = row["seconds"]
         spread = f"{seconds['min']:.3g} - {seconds['max']:.3g}"
         ratio = seconds["median"] / first["seconds"]["median"]
-        memory = f"{row['peak_rss_bytes'] / 1e6:9,.0f} MB{'' if private is None else f'{private / 1e6:7,.0f} MB'}"
+        memory = f"{row['peak_rss_bytes'] / 1e6:9,.0f} MB"
         found = {key: value for key, value in row["check"].items() if key != "problems"}
         words = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
         if row["check"]["problems"]:

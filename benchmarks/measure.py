@@ -1,25 +1,18 @@
-"""Measure what a command costs: wall-clock seconds and peak memory of its whole process tree.
+"""Measure what a command costs: wall-clock seconds and peak memory.
 
-Why it exists. A tool's cost is what its user waits for and what their machine must hold, start-up and child processes
-included, so commands are measured from outside, as they are typed. Contenders alternate (A B, B A, A B, ...), so that a
-machine that warms up or is shared slows all of them alike; the median over repeats is the figure, smallest and largest
-are its spread.
+Why it exists. A tool's cost is what its user waits for and what their machine must hold, start-up included, so commands
+are measured from outside, as they are typed. Contenders alternate (A B, B A, A B, ...), so that a machine that warms up
+or is shared slows all of them alike; the median over repeats is the figure, smallest and largest are its spread.
 
-Two figures for memory, because a checkpoint is mapped into memory:
-    peak_rss_bytes      pages in memory, mapped files included (the kernel's own maximum for one process, and the
-                        largest sum over the tree that sampling saw): an upper bound. The kernel may drop mapped pages.
-    peak_private_bytes  anonymous pages only (heap and stacks): what cannot be dropped. Sampled, so a peak shorter than
-                        the interval is missed. None where /proc does not tell.
+Memory is the kernel's own maximum of pages in memory, mapped files included: an upper bound, since the kernel may drop
+mapped pages.
 
 Limits. Linux. The kernel carries the maximum of a process over from the one that started it, so this process must stay
-small: big work around a measurement belongs into `in_fresh_process`. Pages shared by several processes count once each.
-
-    python benchmarks/measure.py --repeats 5 -- COMMAND ...
+small: big work around a measurement belongs into `in_fresh_process`. Of child processes only the largest counts.
 """
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import json
 import math
@@ -28,17 +21,12 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec, TypeVar
-
-SAMPLE_SECONDS = 0.01
-"""Between two looks at the memory; one look costs about 0.1 ms."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -61,98 +49,24 @@ class Command:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of a command took."""
+    """What one run of a command took, and said."""
 
     seconds: float
     peak_rss_bytes: int
-    peak_private_bytes: int | None
-    exit_code: int
     output: str
     errors: str
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Repeats of one figure."""
-
-    values: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """The figure to quote."""
-        return statistics.median(self.values)
-
-    def as_dict(self, digits: int = 4) -> dict[str, object]:
-        """Median, extremes and all values, rounded to `digits` significant digits."""
-
-        def short(value: float) -> float:
-            return value if value == 0 else round(value, digits - 1 - math.floor(math.log10(abs(value))))
-
-        return {
-            "median": short(self.median),
-            "min": short(min(self.values)),
-            "max": short(max(self.values)),
-            "all": [short(value) for value in self.values],
-        }
 
 
 class CommandFailedError(RuntimeError):
     """A measured command exited with another code than 0: its time means nothing."""
 
-    def __init__(self, command: Command, run: Run) -> None:
-        tail = "\n".join((run.output + run.errors).splitlines()[-15:])
-        super().__init__(f"exit code {run.exit_code} from {' '.join(command.arguments)}\n{tail}")
-
-
-class _MemoryWatch(threading.Thread):
-    """Samples the memory of a process and its descendants until told to stop."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self.pid = pid
-        self.peak_rss_bytes = 0
-        self.peak_private_bytes: int | None = None
-        self.ended = threading.Event()
-
-    def run(self) -> None:
-        while not self.ended.wait(SAMPLE_SECONDS):
-            seen = [usage for pid in _tree(self.pid) if (usage := _memory(pid)) is not None]
-            if seen:
-                self.peak_rss_bytes = max(self.peak_rss_bytes, sum(rss for rss, _ in seen))
-                self.peak_private_bytes = max(self.peak_private_bytes or 0, sum(private for _, private in seen))
-
-
-def _tree(pid: int) -> list[int]:
-    pids = [pid]
-    for parent in pids:  # grows while it is walked: children of children
-        for listing in Path(f"/proc/{parent}/task").glob("*/children"):
-            pids += _children(listing)
-    return pids
-
-
-def _children(listing: Path) -> list[int]:
-    try:
-        return [int(child) for child in listing.read_text().split()]
-    except OSError:  # the thread ended between listing and reading
-        return []
-
-
-def _memory(pid: int) -> tuple[int, int] | None:
-    """Resident and anonymous bytes of one process; None where it has ended or /proc does not tell."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return None
-    kib = {
-        line.split(":")[0]: int(line.split()[1])
-        for line in status.splitlines()
-        if line.startswith(("VmRSS", "RssAnon"))
-    }
-    return (kib["VmRSS"] * 1024, kib["RssAnon"] * 1024) if len(kib) == 2 else None
-
 
 def run(command: Command) -> Run:
-    """Run a command once and measure it."""
+    """Run a command once and measure it.
+
+    Raises:
+        CommandFailedError: It failed.
+    """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -163,29 +77,35 @@ def run(command: Command) -> Run:
             stdout=output,
             stderr=errors,
         )
-        watch = _MemoryWatch(process.pid)
-        watch.start()
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:  # interrupted: leave no child behind
             process.kill()
             process.wait()
             raise
-        finally:
-            watch.ended.set()
-            watch.join()
         seconds = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         errors.seek(0)
-        return Run(
-            seconds=seconds,
-            peak_rss_bytes=max(usage.ru_maxrss * 1024, watch.peak_rss_bytes),
-            peak_private_bytes=watch.peak_private_bytes,
-            exit_code=process.returncode,
-            output=output.read(),
-            errors=errors.read(),
-        )
+        done = Run(seconds, usage.ru_maxrss * 1024, output.read(), errors.read())
+    if process.returncode != 0:
+        tail = "\n".join((done.output + done.errors).splitlines()[-15:])
+        raise CommandFailedError(f"exit code {process.returncode} from {' '.join(command.arguments)}\n{tail}")
+    return done
+
+
+def summary(seconds: Sequence[float], digits: int = 4) -> dict[str, object]:
+    """Median, extremes and all values, rounded to `digits` significant digits."""
+
+    def short(value: float) -> float:
+        return value if value == 0 else round(value, digits - 1 - math.floor(math.log10(abs(value))))
+
+    return {
+        "median": short(statistics.median(seconds)),
+        "min": short(min(seconds)),
+        "max": short(max(seconds)),
+        "all": [short(value) for value in seconds],
+    }
 
 
 @dataclass(frozen=True)
@@ -210,10 +130,8 @@ class Measurement:
     """Repeats of one contender."""
 
     contender: Contender
-    seconds: Spread
+    seconds: Sequence[float]
     peak_rss_bytes: int
-    peak_private_bytes: int | None
-    last: Run
 
 
 def alternate(
@@ -237,8 +155,6 @@ def alternate(
         for contender in contenders if turn % 2 == 0 else contenders[::-1]:
             contender.prepare()
             done = run(contender.command)
-            if done.exit_code != 0:
-                raise CommandFailedError(contender.command, done)
             runs[contender.name].append(done)
             progress(
                 f"{contender.name}: {contender.seconds_of(done):.3g} s, "
@@ -246,14 +162,9 @@ def alternate(
             )
     return [
         Measurement(
-            contender=contender,
-            seconds=Spread(tuple(contender.seconds_of(done) for done in runs[contender.name])),
-            peak_rss_bytes=max(done.peak_rss_bytes for done in runs[contender.name]),
-            peak_private_bytes=max(
-                (done.peak_private_bytes for done in runs[contender.name] if done.peak_private_bytes is not None),
-                default=None,
-            ),
-            last=runs[contender.name][-1],
+            contender,
+            [contender.seconds_of(done) for done in runs[contender.name]],
+            max(done.peak_rss_bytes for done in runs[contender.name]),
         )
         for contender in contenders
     ]
@@ -293,34 +204,3 @@ def versions(python: Path, packages: Sequence[str], directory: Path) -> dict[str
     ).stdout
     found: dict[str, str] = json.loads(answer)
     return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure a command: seconds and peak memory of its process tree.")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="the command, after --")
-    options = parser.parse_args()
-    arguments = options.command[1:] if options.command[:1] == ["--"] else options.command
-    if not arguments:
-        parser.error("no command")
-    contender = Contender(arguments[0], Command(arguments, Path.cwd()))
-    try:
-        (result,) = alternate([contender], options.repeats, progress=lambda line: print(line, file=sys.stderr))
-    except CommandFailedError as error:
-        sys.exit(str(error))
-    print(
-        json.dumps(
-            {
-                "command": arguments,
-                "seconds": result.seconds.as_dict(),
-                "peak_rss_bytes": result.peak_rss_bytes,
-                "peak_private_bytes": result.peak_private_bytes,
-                "machine": machine(),
-            },
-            indent=2,
-        )
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from measure import Command, Contender, alternate, machine
+from measure import Command, Contender, alternate, machine, summary
 
 from convert_to_quant.emoji import WEIGHTS
 
@@ -50,11 +51,11 @@ def main() -> int:
         measured = alternate(contenders, args.repeats)
     rows = []
     for one in measured:
-        name, seconds = one.contender.name, one.seconds
-        rows.append({"call": name, **seconds.as_dict(), "modules": imports(calls[name]),
-                     "target_met": seconds.median <= TARGET_SECONDS})  # fmt: skip
-        spread = f"{min(seconds.values):.3f} to {max(seconds.values):.3f}"
-        print(f"{name:<16} {seconds.median:.3f} s ({spread}), {rows[-1]['modules']:>4} modules")
+        name, seconds = one.contender.name, statistics.median(one.seconds)
+        rows.append({"call": name, **summary(one.seconds), "modules": imports(calls[name]),
+                     "target_met": seconds <= TARGET_SECONDS})  # fmt: skip
+        spread = f"{min(one.seconds):.3f} to {max(one.seconds):.3f}"
+        print(f"{name:<16} {seconds:.3f} s ({spread}), {rows[-1]['modules']:>4} modules")
     if args.json:
         document = {"machine": machine(), "target_seconds": TARGET_SECONDS, "rows": rows}
         Path(args.json).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
