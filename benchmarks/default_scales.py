@@ -18,16 +18,14 @@ at most 0.3 dB under dynamic scales on average over seeds. Exit 1 where it does 
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import emoji_models as emoji
 import torch
 from emoji_models import Choice, Models, choice_of
-from fidelity import add_run_arguments, facts, in_processes, machine_of, write_between_markers
+from fidelity import result_of, run_parser, write_between_markers
 
 from convert_to_quant.emoji import prompts
 from convert_to_quant.engines import diffusers
@@ -48,7 +46,7 @@ def before(models: Models, seed: int) -> Choice:
     return choice_of(models.solve(seen, SolveOptions(margin=1.0)))
 
 
-def measure(variant: str, device: str, seeds: tuple[int, ...], geometry: Geometry, count: int) -> dict[str, Any]:
+def measure(variant: str, device: str, seeds: Sequence[int], geometry: Geometry, count: int) -> dict[str, Any]:
     """Every method on one model: dB on prompts and as checked, by seed where there is one."""
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
@@ -115,26 +113,16 @@ def report(result: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="*", default=list(emoji.VARIANTS), choices=emoji.VARIANTS)
+    parser = run_parser(__doc__, 24)
     parser.add_argument("--model", nargs="*", default=[], help="other models' files")
     parser.add_argument("--height", type=int, default=128, help="pixels of the other models' images")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2, 3])
-    parser.add_argument("--prompts", type=int, default=24, help="held-out prompts")
-    add_run_arguments(parser)
     args = parser.parse_args()
-    if args.source is not None:
-        result = json.loads(args.source.read_text())
-    else:
-        geometry = Geometry(args.height // 16, args.width // 16, 1, prompts.TOKENS)
-        names = [*args.variants, *args.model]
-        found = in_processes(measure, names, args.jobs, args.device, tuple(args.seeds), geometry, args.prompts)
-        result = {"run": facts(args, machine_of(args.device)), "seeds": args.seeds, "models": found}
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1))
-    if args.write is not None:
-        write_between_markers(args.write, "default", report(result))
+    geometry = Geometry(args.height // 16, args.width // 16, 1, prompts.TOKENS)
+    given = (args.device, args.seeds, geometry, args.prompts)
+    result = result_of(args, "models", measure, [*args.variants, *args.model], *given, seeds=args.seeds)
+    write_between_markers(args.write, "default", report(result))
     print(report(result))
     failed = failures(result)
     print("\n".join(failed) if failed else "Within the limits.")

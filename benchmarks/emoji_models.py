@@ -26,7 +26,7 @@ would not be seen by a calibration on noise; docs/accuracy.md says what that cos
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,7 +243,7 @@ class Models:
         feeds = {name: layer for name, layer in feeds.items() if layer in self.present}
         shapes = {name: state.shape for name, state in self.present.items()}
         with record(model.model, shapes, feeds) as recording:
-            for _ in guided_way(model, prompt_names, levels, self.geometry, at=recording.at):
+            for _ in guided_way(model, prompt_names, self.geometry, levels=levels, at=recording.at):
                 pass
             return recording.statistics(len(prompt_names))
 
@@ -256,50 +256,69 @@ class Models:
         return calibrate_model(self.checkpoint, CalibrationOptions(**options)).results  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Guided:
+    """One step of painting under guidance: what a model is shown, each prompt with and without its words.
+
+    Attributes:
+        latents: [2 · prompts, ...].
+        sigma: noise level.
+        conditioning: by name, each [2 · prompts, ...].
+        velocity: what the model gives for it.
+    """
+
+    latents: Tensor
+    sigma: float
+    conditioning: Mapping[str, Tensor]
+    velocity: Tensor
+
+
 def guided_way(
-    model: Denoiser,
-    prompt_names: Sequence[str],
-    levels: int,
-    geometry: Geometry = GEOMETRY,
-    *,
-    at: object = None,
-    batch: int = 8,
-) -> Iterator[None]:
-    """Paint emoji under guidance, from latents of the calibration's seed; yields after every step."""
-    both = conditioning(model, prompt_names, geometry)
+    model: Denoiser, prompt_names: Sequence[str], geometry: Geometry = GEOMETRY, *,
+    levels: int = LEVELS, seed: int = CALIBRATION_SEED, latents: Tensor | None = None,
+    at: Callable[[float], object] = lambda _: None, batch: int = 8,
+) -> Iterator[Guided]:  # fmt: skip
+    """Paint emoji under guidance, from latents of a seed, or these; told each noise level before the model runs."""
     shape = model.latent_shape(geometry)
+    if latents is None:
+        latents = torch.cat([noise.latents(shape, seed, number) for number in range(len(prompt_names))])
     for start in range(0, len(prompt_names), batch):
-        chosen = slice(start, start + batch)
+        words = conditioning(model, prompt_names[start : start + batch], geometry)
         fed = {
-            name: torch.cat(
-                [value[chosen], torch.zeros_like(value[chosen]) if value.is_floating_point() else value[chosen]]
-            )
-            for name, value in both.items()
+            name: torch.cat([value, torch.zeros_like(value) if value.is_floating_point() else value])
+            for name, value in words.items()
         }
-        numbers = range(len(prompt_names))[chosen]
-        state = torch.cat([noise.latents(shape, CALIBRATION_SEED, number) for number in numbers])
+        state = latents[start : start + batch]
         for step in range(levels):
             sigma = 1 - step / levels
-            if callable(at):
-                at(sigma)
-            positive, negative = model.velocity(torch.cat([state, state]), sigma, fed, geometry).chunk(2)
+            at(sigma)
+            both = torch.cat([state, state])
+            velocity = model.velocity(both, sigma, fed, geometry)
+            yield Guided(both, sigma, fed, velocity)
+            positive, negative = velocity.chunk(2)
             state = state - (negative + GUIDANCE * (positive - negative)) / levels
-            yield
+
+
+@contextmanager
+def checkpoint_of(variant: str) -> Iterator[Checkpoint]:
+    """A variant, whose file is made first, or the model of a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(variant)
+        if variant in VARIANTS:
+            path = Path(folder, "source.safetensors")
+            write_variant(variant, path)
+        with open_checkpoint(path) as checkpoint:
+            yield checkpoint
 
 
 @contextmanager
 def models(variant: str, device: str = "cpu", geometry: Geometry = GEOMETRY) -> Iterator[Models]:
-    """Load a variant, whose files are made first, or the model of a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, output = Path(folder, "source.safetensors"), Path(folder, "fp8.safetensors")
-        if variant in VARIANTS:
-            write_variant(variant, source)
-        else:
-            source = Path(variant)
-        with open_checkpoint(source) as checkpoint:
-            convert(checkpoint, plan_conversion(checkpoint, ConvertOptions()), output)
-            with open_checkpoint(output) as quantized:
-                yield Models(variant, checkpoint, quantized, device, geometry)
+    """Load a variant or the model of a file, as it is and in FP8."""
+    with checkpoint_of(variant) as checkpoint, tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "fp8.safetensors")
+        convert(checkpoint, plan_conversion(checkpoint, ConvertOptions()), output)
+        with open_checkpoint(output) as quantized:
+            yield Models(variant, checkpoint, quantized, device, geometry)
 
 
 def scales_of(results: Sequence[LayerResult]) -> dict[str, float]:

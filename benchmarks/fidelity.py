@@ -23,7 +23,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -114,7 +114,7 @@ def _output_ranges(checkpoint: Checkpoint) -> Iterator[tuple[str, float]]:
 
 
 def measure(
-    variant: str, device: str, observers: Mapping[str, Any], wanted: tuple[str, ...], count: int
+    variant: str, device: str, observers: Mapping[str, Any], wanted: Sequence[str], count: int
 ) -> dict[str, Any]:
     """Fidelity of every method on one variant."""
     torch.set_grad_enabled(False)
@@ -187,27 +187,15 @@ def verdict(result: Mapping[str, Any]) -> tuple[str, bool]:
     return f"The default minus dynamic per tensor, in dB: {said}.", all(gap >= -TOLERANCE_DB for gap in gaps.values())
 
 
-def write_between_markers(path: Path, name: str, text: str) -> None:
-    """Put generated text into a document, between `<!-- name -->` and `<!-- /name -->`."""
+def write_between_markers(path: Path | None, name: str, text: str) -> None:
+    """Put generated text into a document, if one is named, between `<!-- name -->` and `<!-- /name -->`."""
+    if path is None:
+        return
     document = path.read_text(encoding="utf-8")
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(document):
         raise SystemExit(f"{path} has no <!-- {name} --> ... <!-- /{name} -->")
     path.write_text(pattern.sub(lambda found: f"{found[1]}{text}\n{found[2]}", document), encoding="utf-8")
-
-
-def facts(args: argparse.Namespace, machine: str) -> dict[str, Any]:
-    """What a reader needs to repeat a run."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "command": "python " + " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv),
-        "machine": machine,
-        "version": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "prompts": args.prompts,
-        "levels": emoji.LEVELS,
-    }
 
 
 def machine_of(device: str) -> str:
@@ -217,44 +205,62 @@ def machine_of(device: str) -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}"
 
 
-def in_processes(work: Callable[..., Any], variants: list[str], jobs: int, *arguments: Any) -> dict[str, Any]:
-    """Run `work` once per variant, in processes of their own."""
-    if jobs == 1:
-        return {variant: work(variant, *arguments) for variant in variants}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = {variant: pool.submit(work, variant, *arguments) for variant in variants}
-        return {variant: future.result() for variant, future in futures.items()}
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def run_parser(doc: str | None, prompts: int) -> argparse.ArgumentParser:
     """How a benchmark over variants is run, and where its result goes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="*", default=list(emoji.VARIANTS), choices=emoji.VARIANTS)
+    parser.add_argument("--prompts", type=int, default=prompts, help="held-out prompts")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="variants at a time")
     parser.add_argument("--json", type=Path, help="write everything there")
     parser.add_argument("--from", dest="source", type=Path, help="a JSON of an earlier run, instead of running")
     parser.add_argument("--write", type=Path, help="put the tables into this document")
+    return parser
+
+
+def result_of(
+    args: argparse.Namespace, key: str, work: Callable[..., Any], names: Sequence[str], *arguments: Any, **more: Any
+) -> dict[str, Any]:
+    """What an earlier run found, or one of now, each model in a process of its own; it is written where that is asked.
+
+    Args:
+        args: of `run_parser`.
+        key: what holds the figures, by model.
+        work: finds those of a model, from its name and further arguments.
+        names: of the models.
+        *arguments: further ones.
+        **more: what else is told of the run.
+    """
+    if args.source is not None:
+        result: dict[str, Any] = json.loads(args.source.read_text())
+    else:
+        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+            futures = {name: pool.submit(work, name, *arguments) for name in names}
+            found = {name: future.result() for name, future in futures.items()}
+        facts = {
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "command": "python " + " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv),
+            "machine": machine_of(args.device),
+            "version": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "prompts": args.prompts,
+            "levels": emoji.LEVELS,
+        }
+        result = {"run": facts, **more, key: found}
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=1))
+    return result
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(emoji.VARIANTS), choices=emoji.VARIANTS)
+    parser = run_parser(__doc__, len(emoji.HELD_OUT_PROMPTS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--prompts", type=int, default=len(emoji.HELD_OUT_PROMPTS), help="held-out prompts")
     parser.add_argument("--observers", type=Path, nargs="*", default=[], help="what observers.py wrote")
-    add_run_arguments(parser)
     args = parser.parse_args()
-    if args.source is not None:
-        result = json.loads(args.source.read_text())
-    else:
-        observers = load_observers(args.observers)
-        found = in_processes(
-            measure, args.variants, args.jobs, args.device, observers, tuple(args.methods), args.prompts
-        )
-        result = {"run": facts(args, machine_of(args.device)), "variants": found}
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1))
-    if args.write is not None:
-        write_between_markers(args.write, "fidelity", report(result))
+    observers = load_observers(args.observers)
+    result = result_of(args, "variants", measure, args.variants, args.device, observers, args.methods, args.prompts)
+    write_between_markers(args.write, "fidelity", report(result))
     said, holds = verdict(result)
     print(table(result))
     print(said, "Within the limit." if holds else f"MORE THAN {TOLERANCE_DB} dB BELOW.")

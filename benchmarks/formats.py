@@ -23,23 +23,18 @@ table `AIMS` hold. Exit 1 where they do not.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import emoji_models as emoji
 import numpy as np
 import torch
-from fidelity import add_run_arguments, facts, in_processes, machine_of, write_between_markers
+from fidelity import result_of, run_parser, write_between_markers
 
 from convert_to_quant import best
-from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.choose import CANDIDATES, Choice, Mixes, Offer
 from convert_to_quant.emoji import prompts
 from convert_to_quant.engines import denoiser, trials
@@ -74,19 +69,10 @@ class Judge:
     """
 
     def __init__(self, model: denoiser.Denoiser, geometry: Geometry, count: int) -> None:
-        words = emoji.conditioning(model, prompts.HELD_OUT[:count], geometry)
-        nothing = {name: torch.zeros_like(v) if v.is_floating_point() else v for name, v in words.items()}
-        both = {name: torch.cat([value, nothing[name]]) for name, value in words.items()}
-        moments: list[trials.Moment] = []
-        self.wanted: list[torch.Tensor] = []
-        state = check_latents(model, geometry, count, emoji.HELD_OUT_SEED)
-        for step in range(emoji.LEVELS):
-            sigma = 1 - step / emoji.LEVELS
-            moments.append(trials.Moment({"prompts": 2 * count}, torch.cat([state, state]), sigma, both))
-            velocity = model.velocity(torch.cat([state, state]), sigma, both, geometry)
-            self.wanted.append(velocity)
-            positive, negative = velocity.chunk(2)
-            state = state - (negative + emoji.GUIDANCE * (positive - negative)) / emoji.LEVELS
+        latents = check_latents(model, geometry, count, emoji.HELD_OUT_SEED)
+        way = list(emoji.guided_way(model, prompts.HELD_OUT[:count], geometry, latents=latents, batch=count))
+        moments = [trials.Moment({"prompts": 2 * count}, at.latents, at.sigma, at.conditioning) for at in way]
+        self.wanted = [at.velocity for at in way]
         self.bench = trials.Bench(model, geometry, moments)
         self.bench.run()
 
@@ -105,23 +91,11 @@ class Judge:
         return float(torch.cat([sqnr_db(v, u) for v, u in zip(self.wanted, found, strict=True)]).mean())
 
 
-@contextmanager
-def checkpoint_of(variant: str) -> Iterator[Any]:
-    """A variant, whose file is made first, or the model of a file."""
-    with TemporaryDirectory() as folder:
-        path = Path(variant)
-        if variant in emoji.VARIANTS:
-            path = Path(folder, "source.safetensors")
-            emoji.write_variant(variant, path)
-        with open_checkpoint(path) as checkpoint:
-            yield checkpoint
-
-
 def measure(variant: str, device: str, geometry: Geometry, count: int) -> dict[str, Any]:
     """Every format, every mix, and how long measuring took."""
     torch.set_grad_enabled(False)
     torch.set_num_threads(2)
-    with checkpoint_of(variant) as checkpoint:
+    with emoji.checkpoint_of(variant) as checkpoint:
         model = denoiser.load(checkpoint, device=device, dtype=torch.float32)
         judge = Judge(model, geometry, count)
         found: dict[str, Any] = {"uniform": {}, "best": {}, "compared": {}, "seconds": {}}
@@ -270,27 +244,15 @@ def said(result: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="*", default=list(emoji.VARIANTS), choices=emoji.VARIANTS)
+    parser = run_parser(__doc__, 16)
     parser.add_argument("--model", action="append", default=[], help="a further model, 128 × 128 pixels")
-    parser.add_argument("--prompts", type=int, default=16, help="held-out prompts")
     parser.add_argument("--write-formats", type=Path, help="put the formats' table into this document")
-    add_run_arguments(parser)
     args = parser.parse_args()
-    if args.source is not None:
-        result = json.loads(args.source.read_text())
-    else:
-        found = in_processes(
-            measure, [*args.variants, *args.model], args.jobs, args.device, emoji.GEOMETRY, args.prompts
-        )
-        result = {"run": facts(args, machine_of(args.device)), "models": found}
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1))
-    if args.write is not None:
-        for name, table in (("best", best_table), ("chosen", compared_table)):
-            write_between_markers(args.write, name, f"{said(result)}\n\n{table(result)}")
-    if args.write_formats is not None:
-        write_between_markers(args.write_formats, "kept", f"{said(result)}\n\n{uniform_table(result)}")
+    given = (args.device, emoji.GEOMETRY, args.prompts)
+    result = result_of(args, "models", measure, [*args.variants, *args.model], *given)
+    for name, table in (("best", best_table), ("chosen", compared_table)):
+        write_between_markers(args.write, name, f"{said(result)}\n\n{table(result)}")
+    write_between_markers(args.write_formats, "kept", f"{said(result)}\n\n{uniform_table(result)}")
     print(uniform_table(result), best_table(result), compared_table(result), sep="\n\n")
     print({title(name): found["seconds"] for name, found in result["models"].items()})
     missed = shortfalls(result)

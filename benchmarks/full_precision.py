@@ -19,10 +19,8 @@ The requirement: ours on top within `TOLERANCE_DB`, and on "loud-tokens" the def
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ import emoji_models as emoji
 import numpy as np
 import torch
 from emoji_models import Choice, Models
-from fidelity import SCALES_ONLY, add_run_arguments, facts, in_processes, machine_of, write_between_markers
+from fidelity import SCALES_ONLY, result_of, run_parser, write_between_markers
 
 from convert_to_quant.calibrate_activation_scales import calibrate_model
 from convert_to_quant.fidelity import velocity_fidelity
@@ -233,25 +231,13 @@ def report(result: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(emoji.VARIANTS), choices=emoji.VARIANTS)
-    parser.add_argument("--prompts", type=int, default=32, help="held-out prompts")
-    add_run_arguments(parser)
+    parser = run_parser(__doc__, 32)
     parser.add_argument("--plot", type=Path, help="write the picture there; needs matplotlib")
     args = parser.parse_args()
-    if args.source is not None:
-        result = json.loads(args.source.read_text())
-    else:
-        found = in_processes(measure, args.variants, args.jobs, args.device, args.prompts)
-        result = {"run": facts(args, machine_of(args.device)), "variants": found}
-    writers: list[tuple[Path | None, Callable[[Path], object]]] = [
-        (args.json, lambda path: path.write_text(json.dumps(result, indent=1))),
-        (args.plot, lambda path: plot(result, path)),
-        (args.write, lambda path: write_between_markers(path, "budget", report(result))),
-    ]
-    for path, write in writers:
-        if path is not None:
-            write(path)
+    result = result_of(args, "variants", measure, args.variants, args.device, args.prompts)
+    if args.plot is not None:
+        plot(result, args.plot)
+    write_between_markers(args.write, "budget", report(result))
     print(table(result))
     print(limits(result))
     missed = shortfalls(result)

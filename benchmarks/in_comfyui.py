@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from emoji_models import GEOMETRY, GUIDANCE, HELD_OUT_PROMPTS, LEVELS, conditioning, write_variant
+from emoji_models import GUIDANCE, HELD_OUT_PROMPTS, LEVELS, guided_way, write_variant
 from torch import Tensor
 
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.cli import main as command_line
 from convert_to_quant.comfyui_nodes.recording import Recorder
 from convert_to_quant.emoji import SIDE_TOKENS
+from convert_to_quant.emoji.prompts import embed_all
 from convert_to_quant.engines import noise
 from convert_to_quant.engines.comfyui import inprocess_tree as tree
 from convert_to_quant.engines.denoiser import load
@@ -53,24 +54,15 @@ def to_latents(tokens: Tensor) -> Tensor:
 
 def way(original: Path) -> dict[str, Tensor]:
     """Noisy latents on the original's own guided way, at every noise level, as ComfyUI takes them."""
-    fed = conditioning(PROMPTS)
-    both = {name: torch.cat([value, torch.zeros_like(value)]) for name, value in fed.items()}
-    latents, sigmas = [], []
     with open_checkpoint(original) as checkpoint:
         model = load(checkpoint, dtype=torch.float32)
-        state = torch.cat([noise.latents((SIDE_TOKENS**2, 64), SEED, number) for number in range(len(PROMPTS))])
-        for step in range(LEVELS):
-            sigma = 1 - step / LEVELS
-            latents.append(state)
-            sigmas += [sigma] * len(PROMPTS)
-            positive, negative = model.velocity(torch.cat([state, state]), sigma, both, GEOMETRY).chunk(2)
-            state = state - (negative + GUIDANCE * (positive - negative)) / LEVELS
-    return {
-        "x": to_latents(torch.cat(latents)),
-        "sigma": torch.tensor(sigmas),
-        "context": fed["encoder_hidden_states"].repeat(LEVELS, 1, 1),
-        "y": fed["pooled_projections"].repeat(LEVELS, 1),
+        steps = list(guided_way(model, PROMPTS, seed=SEED))
+    shown = {
+        "x": torch.cat([to_latents(at.latents[: len(PROMPTS)]) for at in steps]),
+        "sigma": torch.tensor([at.sigma for at in steps]).repeat_interleave(len(PROMPTS)),
     }
+    context, pooled = (torch.from_numpy(part).repeat(LEVELS, *[1] * (part.ndim - 1)) for part in embed_all(PROMPTS))
+    return {**shown, "context": context, "y": pooled}
 
 
 def opened(path: Path, **options: Any) -> Any:
@@ -96,8 +88,7 @@ def sample(patcher: Any) -> Tensor:
     import comfy.sample
     import comfy.samplers
 
-    fed = conditioning(PROMPTS)
-    context, pooled = fed["encoder_hidden_states"], fed["pooled_projections"]
+    context, pooled = (torch.from_numpy(part) for part in embed_all(PROMPTS))
     start = torch.cat([noise.latents((SIDE_TOKENS**2, 64), SEED, number) for number in range(len(PROMPTS))])
     latents = to_latents(start)
     found: Tensor = comfy.sample.sample_custom(

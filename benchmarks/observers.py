@@ -92,7 +92,7 @@ def scales(tool: Any, variant: str, prompt_count: int) -> dict[str, dict[str, fl
                         calibrators[layer].see(inputs[0])
 
                 module.register_forward_pre_hook(watch)
-        for _ in emoji.guided_way(model, emoji.CALIBRATION_PROMPTS[:prompt_count], emoji.LEVELS, batch=1):
+        for _ in emoji.guided_way(model, emoji.CALIBRATION_PROMPTS[:prompt_count], batch=1):
             pass
         return {method: {layer: one.scale() for layer, one in each.items()} for method, each in found.items()}
 

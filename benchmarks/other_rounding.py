@@ -35,7 +35,7 @@ from typing import Any
 
 import emoji_models as emoji
 import torch
-from formats import Judge, checkpoint_of
+from formats import Judge
 from measure import in_fresh_process
 from torch import Tensor
 
@@ -170,7 +170,7 @@ def learned(path: Path, layers: Mapping[str, Layer]) -> Iterator[tuple[str, Tens
 
 def measure(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     """Format, tool, dB of layers, dB of the velocity, seconds per layer; "–" where there is no figure."""
-    with checkpoint_of(args.model) as checkpoint:
+    with emoji.checkpoint_of(args.model) as checkpoint:
         model = denoiser.load(checkpoint, device=args.device, dtype=torch.float32)
         judge = Judge(model, emoji.GEOMETRY, args.prompts)
         plan = plan_conversion(checkpoint, ConvertOptions(format="int8"))

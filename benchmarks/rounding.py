@@ -26,8 +26,6 @@ file keeps no more than 1 dB less than on one that is not folded. Exit 1 where t
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,8 +38,8 @@ from typing import Any
 import emoji_models as emoji
 import numpy as np
 import torch
-from fidelity import add_run_arguments, facts, in_processes, machine_of, write_between_markers
-from formats import Judge, checkpoint_of, markdown, said, title
+from fidelity import result_of, run_parser, write_between_markers
+from formats import Judge, markdown, said, title
 
 from convert_to_quant import best, folding
 from convert_to_quant.checkpoint import Checkpoint, Entry, write_checkpoint
@@ -80,7 +78,7 @@ def measure(variant: str, shown: RunOptions, count: int, formats: list[str], mix
     torch.set_grad_enabled(False)
     torch.set_num_threads(2)
     device, begun = shown.device, time.perf_counter()
-    with checkpoint_of(variant) as original, TemporaryDirectory() as folder:
+    with emoji.checkpoint_of(variant) as original, TemporaryDirectory() as folder:
         plan = best.plan_any(original)
         layers = {layer.name: layer for layer, _ in plan.quantized}
         folded = folding.fold(original, layers, shown)
@@ -210,26 +208,15 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="*", default=list(emoji.VARIANTS), choices=emoji.VARIANTS)
+    parser = run_parser(__doc__, 16)
     parser.add_argument("--model", action="append", default=[], help="a further model, 128 × 128 pixels")
-    parser.add_argument("--prompts", type=int, default=16, help="held-out prompts")
     parser.add_argument("--formats", nargs="*", default=list(best.CANDIDATES), choices=best.CANDIDATES)
     parser.add_argument("--samples", type=int, help="images that ranges, moments and trials are measured on")
     parser.add_argument("--no-mixes", action="store_true", help="leave out the mixes")
-    add_run_arguments(parser)
     args = parser.parse_args()
-    if args.source is not None:
-        result = json.loads(args.source.read_text())
-    else:
-        models = [*args.variants, *args.model]
-        shown = RunOptions(device=args.device, samples=args.samples)
-        found = in_processes(measure, models, args.jobs, shown, args.prompts, args.formats, not args.no_mixes)
-        result = {"run": facts(args, machine_of(args.device)), "models": found}
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1))
-    if args.write is not None:
-        write_between_markers(args.write, "rounding", f"{said(result)}\n\n{table(result)}")
+    given = (RunOptions(device=args.device, samples=args.samples), args.prompts, args.formats, not args.no_mixes)
+    result = result_of(args, "models", measure, [*args.variants, *args.model], *given)
+    write_between_markers(args.write, "rounding", f"{said(result)}\n\n{table(result)}")
     print(table(result))
     for model, found in result["models"].items():
         print(f"{title(model)}: {found['seconds']} s, {found['memory_bytes'] / 1e9:.1f} GB")
