@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from convert_to_quant.engines.comfyui import inprocess_tree as tree
+from convert_to_quant.fidelity import sqnr_db
 from convert_to_quant.formats import FORMATS
-from convert_to_quant.formats.record import Format, Packed
+from convert_to_quant.formats.record import Format
 
 BF16 = "bf16"
 INPUT_ABSMAX = 5.5
@@ -28,14 +29,9 @@ INPUT_ABSMAX = 5.5
 def stored(weight_OI: Tensor, fmt: Format, full_precision: bool = False) -> dict[str, Tensor]:
     """What a file holds of a weight [out, in], by suffix without its dot, its mark included."""
     shape = (weight_OI.shape[0], weight_OI.shape[1])
-    if isinstance(fmt, Packed):
-        parts = fmt.quantized(weight_OI)
-        sizes = {suffix: size for suffix, (_, size) in fmt.storage(shape, 0).items()}
-        parts = {suffix: part.reshape(sizes.get(suffix, part.shape)) for suffix, part in parts.items()}
-    else:
-        absmax = weight_OI.abs().amax() if fmt.granularity == "tensor" else weight_OI.abs().amax(1, keepdim=True)
-        scale = absmax.float() / fmt.codes.max
-        parts = {".weight": fmt.codes.round(weight_OI.float() / scale), ".weight_scale": scale}
+    sizes = {suffix: size for suffix, (_, size) in fmt.storage(shape, 0).items()}
+    quantized = fmt.quantized(weight_OI.float())
+    parts = {suffix: part.reshape(sizes.get(suffix, part.shape)) for suffix, part in quantized.items()}
     if fmt.static and not fmt.dynamic:
         parts[".input_scale"] = torch.tensor(INPUT_ABSMAX / fmt.codes.max)
     config = fmt.config(shape, 0)
@@ -78,8 +74,7 @@ def supported(name: str, device: str) -> bool:
 
 def kept_db(wanted: Tensor, found: Tensor) -> float:
     """The ratio of signal to error, in dB."""
-    error = (wanted.double() - found.double()).square().sum()
-    return float(10 * torch.log10(wanted.double().square().sum() / error))
+    return float(sqnr_db(wanted[None], found[None]))
 
 
 def milliseconds(calls: Mapping[str, Callable[[], Any]], rounds: int, repeats: int, device: str) -> dict[str, float]:

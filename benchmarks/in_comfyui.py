@@ -165,9 +165,8 @@ def layers_agree(path: Path, states: Mapping[str, Tensor]) -> dict[str, dict[str
             figures = []
             for linear in model.linears.values():
                 pieces = linear.stored.pieces
-                theirs = torch.cat([outputs[layer.name][..., rows] for layer, rows in pieces], -1).double()
-                error = (linear(inputs[pieces[0][0].name]).double() - theirs).square().sum()
-                figures.append(float(10 * torch.log10(theirs.square().sum() / error)))
+                theirs = torch.cat([outputs[layer.name][..., rows] for layer, rows in pieces], -1)
+                figures.append(float(sqnr_db(theirs[None], linear(inputs[pieces[0][0].name])[None])))
             found[arithmetic] = {"worst_db": min(figures), "median_db": statistics.median(figures)}
     return found
 

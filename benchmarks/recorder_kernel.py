@@ -1,9 +1,9 @@
 """The Triton kernel that measures a layer's input, against its definition in torch and against a copy of the input.
 
-First both measure inputs of many shapes, dtypes, strides and special values: counts, histograms and absmax must be
-equal, sums close. Then they are timed on the inputs of Flux.1's linear layers (4,096 + 512 tokens). The kernel reads x
-once, so its limit is the bandwidth of reading. Two yardsticks: a kernel that reads x and adds up its words, and a
-device-to-device copy, which reads and writes ("of copy" compares bytes per second). Each timing is on the device's
+They are timed on the inputs of Flux.1's linear layers (4,096 + 512 tokens), on which counts, histograms and absmax must
+be equal, and sums close; `tests/kernels/test_triton.py` tries other shapes, dtypes, strides and values. The kernel
+reads x once, so its limit is the bandwidth of reading. Two yardsticks: a kernel that reads x and adds up its words, and
+a device-to-device copy, which reads and writes ("of copy" compares bytes per second). Each timing is on the device's
 clock, after a write of 512 MiB has put x out of the L2 cache.
 
     python benchmarks/recorder_kernel.py [--repeats 30] [--sweep]
@@ -12,10 +12,9 @@ clock, after a write of 512 MiB has put x out of the L2 cache.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 
@@ -32,54 +31,17 @@ EXACT = ("sigma_absmax", "sigma_count", "zeros", "histogram", "row_histogram")
 LAYERS = ((4608, 3072), (4608, 12288), (4608, 15360), (4096, 5120), (4608, 2560), (512, 3072), (1, 3072))
 
 
-def cases() -> Iterator[tuple[str, Tensor]]:
-    """Inputs to agree on."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    shapes = [(1, 1), (1, 3072), (7,), (3, 100), (4, 64, 128), (2, 5, 3, 384), (4608, 3072), (33, 15360), (257, 1000)]
-    for dtype, shape in itertools.product((torch.bfloat16, torch.float16, torch.float32, torch.float64), shapes):
-        values = torch.randn(shape, generator=generator, device="cuda", dtype=torch.float32)
-        yield f"{dtype} {shape}", (values * torch.rand_like(values).sub(0.5).mul(8).exp()).to(dtype)
-    x = torch.randn(6, 70, 512, generator=generator, device="cuda")
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        y = x.to(dtype)
-        yield f"{dtype} middle rows", y[:, 3:60]
-        yield f"{dtype} every other row", y[:, ::2]
-        yield f"{dtype} odd columns", y[..., 1:500]
-        yield f"{dtype} every other column", y[..., ::2]
-        yield f"{dtype} transposed", y.transpose(1, 2)
-        yield f"{dtype} batch and rows swapped", y.transpose(0, 1)
-        yield f"{dtype} expanded", y[:1].expand(5, 70, 512)
-    for name, dtype, integer in (("bfloat16", torch.bfloat16, torch.int16), ("float16", torch.float16, torch.int16)):
-        patterns = torch.arange(-(1 << 15), 1 << 15, device="cuda").to(integer)
-        yield f"every {name}", patterns.view(dtype).reshape(64, 1024)
-    bits = torch.randint(-(1 << 31), 1 << 31, (512, 1024), generator=generator, device="cuda").to(torch.int32)
-    yield "random float32 patterns", bits.view(torch.float32)
-    for scale in (1e-38, 1e-30, 1e-12, 1e15, 1e30):
-        yield f"float32 around {scale}", x[0] * scale
-    for value in (0.0, -0.0, 1.0, float("inf"), float("nan"), 1e-45):
-        yield f"all {value}", torch.full((64, 1024), value, device="cuda")
-
-
 def check(x: Tensor) -> float:
-    """Assert that both agree on x, and return how far their sums of squares are apart, relative."""
-    totals = [Totals([x.shape[-1]] * 3, x.device) for _ in range(2)]
+    """Assert that kernel and definition agree on x, and return how far their sums of squares are apart, relative."""
+    totals = [Totals([x.shape[-1]], x.device) for _ in range(2)]
     for total, accumulate in zip(totals, (kernel.accumulate, reference.accumulate), strict=True):
-        for sigma in (2, 8):
-            accumulate(total, 1, total.sigma_numbers[sigma : sigma + 1], x)
-    ours, theirs = totals
+        accumulate(total, 0, total.sigma_numbers[:1], x)
     for name in EXACT:
-        a, b = getattr(ours, name), getattr(theirs, name)
-        if not torch.equal(a, b):
-            where = (a != b).nonzero()[:5].tolist()
-            raise AssertionError(
-                f"{name} differs at {where}: {[(a[tuple(i)].item(), b[tuple(i)].item()) for i in where]}"
-            )
-    channels = [total.channel_bits[1].view(torch.float32) for total in totals]
-    torch.testing.assert_close(*channels, rtol=0, atol=0, equal_nan=True)
-    squares = [total.sigma_squares[1].sum().item() for total in totals]
-    difference = abs(squares[0] - squares[1]) / max(squares[1], 1e-300)
-    assert difference < 1e-5, squares
-    return difference
+        assert torch.equal(*(getattr(total, name) for total in totals)), name
+    assert torch.equal(*(total.channel_bits[0] for total in totals))
+    ours, theirs = (float(total.sigma_squares.sum()) for total in totals)
+    assert abs(ours - theirs) < 1e-5 * theirs, (ours, theirs)
+    return abs(ours - theirs) / theirs
 
 
 def seconds(work: Callable[[], object], repeats: int, flush: Tensor) -> list[float]:
@@ -156,21 +118,14 @@ def main() -> None:
     device = torch.cuda.get_device_properties(0)
     print(f"{device.name}, {device.multi_processor_count} multiprocessors, torch {torch.__version__}, ", end="")
     print(f"triton {metadata.version('triton')}; the kernel works here: {kernel.works()}")
-    worst, number = 0.0, 0
-    for name, x in cases():
-        try:
-            worst = max(worst, check(x))
-        except AssertionError as error:
-            raise SystemExit(f"disagreement on {name}: {error}") from error
-        number += 1
-    print(f"agreement: counts, histograms and absmax equal on {number} inputs; sums of squares within {worst:.1e}")
-
+    worst = 0.0
     flush = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
     print(
         "\nrows  columns  values    kernel us (max)    GB/s  of copy  of read   read us   copy us  torch us   host us"
     )
     for rows, columns in LAYERS:
         for kind, x in inputs(rows, columns).items():
+            worst = max(worst, check(x))
             times, host = measure(x, options.repeats, flush)
             median = {way: statistics.median(runs) for way, runs in times.items()}
             of_copy = median["copy"] / (2 * median["kernel"])
@@ -182,6 +137,7 @@ def main() -> None:
             )
             if kind == "normal" and rows * columns < 1 << 20:
                 break
+    print(f"counts, histograms and absmax equal the definition's; sums of squares are within {worst:.1e}")
     if options.sweep:
         sweep(options.repeats, flush)
 

@@ -76,6 +76,8 @@ def test_special_values_agree():
     patterns = torch.arange(-(1 << 15), 1 << 15, 7).to(torch.int16).to(DEVICE)
     assert_agrees(patterns.view(torch.bfloat16).reshape(1, -1))
     assert_agrees(patterns.view(torch.float16).reshape(-1, 1))
+    bits = torch.randint(-(1 << 31), 1 << 31, (64, 300), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    assert_agrees(bits.view(torch.float32).to(DEVICE))
     for value in (0.0, -0.0, 1e-45, 1.0, 3e38, math.inf, math.nan):
         assert_agrees(torch.full((4, 130), value, device=DEVICE))
 
