@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 
-from convert_to_quant import names
 from convert_to_quant.calibrate_activation_scales import calibrate_model, patch_model_with_scales
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.convert import convert, plan_conversion
@@ -100,13 +99,13 @@ def fits(module: CheckpointLinear) -> bool:
 
 def real_product(module: CheckpointLinear, x: torch.Tensor, _index: int) -> torch.Tensor:
     """What the matrix units give for `CheckpointLinear.product`."""
-    (parts,) = module.stored.stored()
+    levels, weight_scale, _ = module.stored.multiplied(0)
     codes, scale = DEFAULT.inputs(x, module.input_scale, module.arithmetic)
     y: torch.Tensor = torch._scaled_mm(
         codes.reshape(-1, module.in_features),
-        parts[names.WEIGHT].t(),
+        levels.t(),
         scale_a=scale.reshape(()),
-        scale_b=parts[names.WEIGHT_SCALE].reshape(-1)[0],
+        scale_b=weight_scale[0, 0],
         out_dtype=torch.float32,
     )
     return y.reshape(*x.shape[:-1], module.out_features)

@@ -362,15 +362,13 @@ def load(
             parent, _, child = name.rpartition(".")
             model.get_submodule(parent)._modules[child] = linears[name]
 
-    for name in [name for name in found.sources if name.rpartition(".")[0] not in linears]:
-        parent, _, child = name.rpartition(".")
-        module = model.get_submodule(parent)
-        old = getattr(module, child)
-        new = value(name).reshape(old.shape)
-        if child in module._buffers:
-            module._buffers[child] = new.to(old.dtype)
-        else:
-            module._parameters[child] = nn.Parameter(new.to(number), requires_grad=False)
+    parameters = {name for name, _ in model.named_parameters()}
+    rest = {
+        name: value(name).reshape(old.shape).to(number if name in parameters else old.dtype)
+        for name, old in model.state_dict().items()
+        if name in found.sources
+    }
+    model.load_state_dict(rest, strict=False, assign=True)
     return Denoiser(found, model.to(where), linears, where, number)
 
 

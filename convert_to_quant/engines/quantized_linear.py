@@ -113,7 +113,7 @@ class StoredWeight:
         self.out_features = sum(rows.stop - rows.start for _, rows in self.pieces)
         self.in_features = self.pieces[0][0].in_features
         self.adapters: LoraMatch | None = None
-        self._stored: list[Parts] = []
+        self._stored: dict[int, Parts] = {}
         self._kept: dict[torch.dtype, Tensor] = {}
 
     @property
@@ -154,36 +154,33 @@ class StoredWeight:
 
     def on_device(self, index: int) -> Tensor:
         """A piece made of the file's bytes on the device, float32 [rows, in]."""
-        levels, scale = self.multiplied(index)
+        levels, scale, factors = self.multiplied(index)
         weight_OI = rotate(levels.float() * scale, self.pieces[index][0].group)
-        factors = self.stored()[index].get(names.PRE_QUANT_SCALE)
         return weight_OI if factors is None else weight_OI * factors.float()
 
-    def multiplied(self, index: int) -> tuple[Tensor, Tensor]:
-        """A piece as readers multiply it: levels [rows, in], and float32 scales that broadcast against them."""
+    def multiplied(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A piece as readers multiply it.
+
+        Returns:
+            Levels [rows, in], float32 scales that broadcast against them, and factors of inputs, [in] or None.
+        """
         layer, rows = self.pieces[index]
-        parts = self.stored()[index]
+        parts = self._stored.get(index) or self._upload(layer, rows)
+        if self.device.type != "cpu":
+            self._stored[index] = parts
+        factors = parts.get(names.PRE_QUANT_SCALE)
         if isinstance(layer.format, Packed):
             levels, scale = layer.format.decode(parts, layer.config)
             first = rows.start % Packed.ROWS
             own = slice(first, first + rows.stop - rows.start)
-            return levels[own], scale[own] if len(scale) > 1 else scale
-        if names.WEIGHT_SCALE not in parts:
-            return parts[names.WEIGHT], torch.ones((1, 1), device=self.device)
-        scale = parts[names.WEIGHT_SCALE]
+            return levels[own], scale[own] if len(scale) > 1 else scale, factors
+        scale = parts.get(names.WEIGHT_SCALE, torch.ones((1, 1), device=self.device))
         if scale.shape[1] > 1:
             scale = scale.repeat_interleave(layer.block[1], 1)[:, : self.in_features]
-        return parts[names.WEIGHT], scale
-
-    def stored(self) -> list[Parts]:
-        """The file's own tensors on the device, per piece and by suffix."""
-        if self.device.type == "cpu":
-            return [self._upload(layer, rows) for layer, rows in self.pieces]
-        if not self._stored:
-            self._stored = [self._upload(layer, rows) for layer, rows in self.pieces]
-        return self._stored
+        return parts[names.WEIGHT], scale, factors
 
     def _upload(self, layer: Layer, rows: slice) -> Parts:
+        """The file's own tensors of a piece on the device, by suffix."""
         if isinstance(layer.format, Packed):
             read = read_parts(self.checkpoint, layer, whole_tiles(layer, rows.start, rows.stop))
             return {key: part.to(self.device) for key, part in read.items()}
@@ -259,7 +256,7 @@ class CheckpointLinear(nn.Module):
         """From x [..., in] to [..., rows of a piece], without bias."""
         layer = self.stored.pieces[index][0]
         fmt = layer.format or DEFAULT
-        factors = self.stored.stored()[index].get(names.PRE_QUANT_SCALE)
+        levels, weight_scale, factors = self.stored.multiplied(index)
         if factors is not None:
             x = x * factors.to(x.dtype)
         codes, scale = fmt.inputs(rotate(x, layer.group), self.input_scale, self.arithmetic)
@@ -267,4 +264,4 @@ class CheckpointLinear(nn.Module):
             weight_OI = self.stored.part(index)
             weight_OI = weight_OI if factors is None else weight_OI / factors.float()
             return linear(codes.float() * scale, rotate(weight_OI, layer.group))
-        return multiply(codes, scale, *self.stored.multiplied(index))
+        return multiply(codes, scale, levels, weight_scale)

@@ -149,6 +149,10 @@ class Session:
         distributed: share the work with the other processes of the default torch.distributed group, all of which
             must do the same.
 
+    Attributes:
+        partials: where the processes keep what they have; none without an output.
+        partial: the one of this process.
+
     Raises:
         OutputError: an unfinished run is there and `resume` was not asked for, or one of more or fewer processes.
     """
@@ -168,31 +172,23 @@ class Session:
 
             self.rank, self.processes = get_rank(), get_world_size()
         self.output = None if output is None else Path(output)
+        self.partials: list[Path] = []
+        if self.output is not None:
+            places = [f"-{rank}-of-{self.processes}" for rank in range(self.processes)] if self.processes > 1 else [""]
+            self.partials = [self.output.with_name(self.output.name + PARTIAL_SUFFIX + place) for place in places]
+        self.partial = self.partials[self.rank] if self.partials else None
         self.options = parse_json(
             json.dumps({**(options or {}), "processes": self.processes, "tool_version": __version__})
         )
         self.resume = resume
         self.save_every_seconds = save_every_seconds
-        self._check_partial_files()
-
-    @property
-    def partial(self) -> Path | None:
-        """Where this process keeps what it has; None without an output."""
-        return None if self.output is None else self._partial_of(self.output, self.rank)
-
-    def _partial_of(self, output: Path, rank: int) -> Path:
-        place = f"-{rank}-of-{self.processes}" if self.processes > 1 else ""
-        return output.with_name(output.name + PARTIAL_SUFFIX + place)
-
-    def _check_partial_files(self) -> None:
         if self.output is None:
             return
-        ours = {self._partial_of(self.output, rank) for rank in range(self.processes)}
         found = set(self.output.parent.glob(glob.escape(self.output.name + PARTIAL_SUFFIX) + "*"))
-        if found - ours:
+        if strange := found - set(self.partials):
             raise OutputError(
                 f"an unfinished run of another number of processes than {self.processes} is there",
-                path=min(found - ours),
+                path=min(strange),
                 hint="go on with as many processes as it had, or delete it",
             )
         if found and not self.resume:
@@ -210,7 +206,7 @@ class Session:
         made_with = _session_of(statistics).get("options")
         if made_with == self.options:
             return statistics
-        if not any(self._partial_of(self.output, rank).exists() for rank in range(self.processes)):
+        if not any(partial.exists() for partial in self.partials):
             raise OutputError(
                 f"nothing to resume: a complete file is there, {_difference(made_with, self.options)}",
                 path=self.output,
