@@ -6,7 +6,7 @@ Everything is a sum over images, so parts of a run, and runs on other images, ad
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from .untrusted import is_texts, parse_json
 
 METADATA_KEY = "convert_to_quant.trials"
 TINY = 1e-12
-COLUMNS = ("trial_error", "trial_damage", "trial_count")
+COLUMNS = {"trial_error": "F64", "trial_damage": "F64", "trial_count": "I64"}
 
 
 def decibels(damage: NDArray[np.float64]) -> float:
@@ -86,14 +86,8 @@ class Trials:
         for what in ("layers", "formats", "moments"):
             if getattr(self, what) != getattr(other, what):
                 raise StatisticsError(f"trials of other {what} do not add up")
-        return Trials(
-            self.layers,
-            self.formats,
-            self.moments,
-            self.error + other.error,
-            self.damage + other.damage,
-            self.count + other.count,
-        )
+        sums = {what: getattr(self, what) + getattr(other, what) for what in ("error", "damage", "count")}
+        return replace(self, **sums)
 
     def entries(self) -> tuple[dict[str, Entry], dict[str, str]]:
         """Tensors and a header entry, to stand in a file of statistics."""
@@ -124,13 +118,11 @@ class Trials:
                 raise damaged("without their layers, formats or moments")
             layers, formats, moments = (tuple(each) for each in names)
             shape = (len(layers), len(formats), len(moments))
-            dtypes = ("F64", "F64", "I64")
-            infos = [checkpoint.tensors.get(name) for name in COLUMNS]
-            for info, dtype in zip(infos, dtypes, strict=True):
+            for name, dtype in COLUMNS.items():
+                info = checkpoint.tensors.get(name)
                 if info is None or (info.dtype, info.shape) != (dtype, shape):
                     raise damaged(f"not {dtype} {list(shape)}")
-            error, damage = (checkpoint.bits(name).astype(np.float64) for name in COLUMNS[:2])
-            count = checkpoint.bits(COLUMNS[2]).astype(np.int64)
-        if not (np.isfinite(error).all() and np.isfinite(damage).all() and (damage >= 0).all() and (error >= 0).all()):
+            error, damage, count = map(checkpoint.bits, COLUMNS)
+        if not all(np.isfinite(each).all() and (each >= 0).all() for each in (error, damage)):
             raise damaged("not finite, or less than 0")
         return Trials(layers, formats, moments, error, damage, count)

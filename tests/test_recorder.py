@@ -1,7 +1,6 @@
 """Recording: what the hooks feed, to which layers, and that they leave nothing behind."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -398,11 +397,11 @@ RANK = """
 import sys
 from torch import distributed
 
-rank, world, port, out, backend = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+rank, world, out, backend = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
 if backend == "nccl":
     torch.cuda.set_device(device)
-distributed.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+distributed.init_process_group(backend, init_method=f"file://{out}/meeting", rank=rank, world_size=world)
 mine = range(rank, 5, world)
 model, recording = watch(device, mine)
 recording.all_reduce(samples=len(mine), seed=mine).save(f"{out}/{rank}.safetensors")
@@ -414,13 +413,6 @@ except Exception as error:
     print(error)
 distributed.destroy_process_group()
 """
-
-
-@pytest.fixture
-def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 CUDA_DEVICES = torch.cuda.device_count()
@@ -437,13 +429,13 @@ CUDA_DEVICES = torch.cuda.device_count()
         ),
     ],
 )
-def test_processes_see_together_what_one_sees(tmp_path, port, backend, world):
+def test_processes_see_together_what_one_sees(tmp_path, backend, world):
     script = tmp_path / "rank.py"
     script.write_text(WATCH + RANK)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world), str(port), str(tmp_path), backend],
+            [sys.executable, str(script), str(rank), str(world), str(tmp_path), backend],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(world)

@@ -13,19 +13,10 @@ from convert_to_quant.stats import Statistics
 UNITS = 6
 
 
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 4)
-
-    def forward(self, x):
-        return self.second(self.first(x).relu())
-
-
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return Model()
+    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
 
 
 class StopError(Exception):
@@ -118,8 +109,8 @@ def test_saving_waits_for_its_time(model, tmp_path):
 
 def test_inputs_that_are_not_finite_are_refused_at_the_end_of_their_group(model):
     ran = []
-    torch.nn.init.constant_(model.first.bias, torch.inf)
-    with pytest.raises(CalibrationError, match=r"model\.safetensors: second: the inputs of 1 layers have infinities"):
+    torch.nn.init.constant_(model[0].bias, torch.inf)
+    with pytest.raises(CalibrationError, match=r"model\.safetensors: 2: the inputs of 1 layers have infinities"):
         go(Session(), model, units_of(model, ran=ran))
     assert ran == [0, 1, 2]
 
