@@ -1,7 +1,7 @@
 """From pixels, in which people think, to the tokens that a model sees.
 
 A picture passes an encoder (8 times smaller in most families) and is cut into patches (2 by 2 in most): one token
-covers 16 by 16 pixels. Video encoders merge frames after the first in groups of four. What differs is in `GRIDS`.
+covers 16 by 16 pixels. Video encoders merge frames after the first in groups of four.
 
 Limits. A checkpoint does not say which encoder it was trained with; a model of a listed family with another one is
 shown another size than asked for, which moves ranges little.
@@ -10,28 +10,16 @@ shown another size than asked for, which moves ranges little.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import ceil
 
 from ..families.running import Geometry
 from ..options import FRAMES, SIDE_PIXELS, TEXT_TOKENS
 
+GRID = (16, 4)
+"""What one token covers: pixels along each side, and frames of a video after the first, which has tokens of its own."""
 
-@dataclass(frozen=True)
-class Grid:
-    """What one token covers.
-
-    Attributes:
-        pixels: along each side.
-        frames: of a video, after the first frame, which has tokens of its own.
-    """
-
-    pixels: int = 16
-    frames: int = 4
-
-
-GRIDS: Mapping[str, Grid] = {"ltx": Grid(32, 8), "ltx2": Grid(32, 8), "hunyuan-image": Grid(32), "mochi": Grid(16, 6)}
-"""By family; `Grid()` for all others."""
+GRIDS: Mapping[str, tuple[int, int]] = {"ltx": (32, 8), "ltx2": (32, 8), "hunyuan-image": (32, 4), "mochi": (16, 6)}
+"""The same of families with another encoder."""
 
 
 def asked(family: str, size: Sequence[int | None]) -> Geometry | None:
@@ -60,13 +48,7 @@ def geometry(
     >>> geometry("ltx", 512, 768, frames=97).frames
     13
     """
-    height, width = (SIDE_PIXELS if side is None else side for side in (height, width))
-    frames = FRAMES if frames is None else frames
-    text_tokens = TEXT_TOKENS if text_tokens is None else text_tokens
-    grid = GRIDS.get(family, Grid())
-    return Geometry(
-        height=ceil(height / grid.pixels),
-        width=ceil(width / grid.pixels),
-        frames=1 + ceil((frames - 1) / grid.frames),
-        text_tokens=text_tokens,
-    )
+    said, defaults = (height, width, frames, text_tokens), (SIDE_PIXELS, SIDE_PIXELS, FRAMES, TEXT_TOKENS)
+    height, width, frames, text_tokens = (one or default for one, default in zip(said, defaults, strict=True))
+    pixels, merged = GRIDS.get(family, GRID)
+    return Geometry(ceil(height / pixels), ceil(width / pixels), 1 + ceil((frames - 1) / merged), text_tokens)

@@ -355,18 +355,18 @@ def works(device: str | torch.device = "cuda") -> bool:
     x[3, 7:11] = torch.tensor([0.0, -0.0, torch.inf, torch.nan])
     parts = (x, x[:5, 1:])
     kernel, definition = (Totals([part.shape[1] for part in parts], x.device) for _ in range(2))
-    for slot, part in enumerate(parts):
-        reference.accumulate(definition, slot, definition.sigma_numbers[2:3], part)
-        try:
+    reason = "Triton miscounts here"
+    try:
+        for slot, part in enumerate(parts):
+            reference.accumulate(definition, slot, definition.sigma_numbers[2:3], part)
             accumulate(kernel, slot, kernel.sigma_numbers[2:3], part)
-        except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
-            warnings.warn(f"recording falls back to slower torch operations: Triton fails here ({error})", stacklevel=2)
-            return False
-    exact = ("sigma_absmax", "sigma_count", "zeros", "histogram", "row_histogram")
-    same = [torch.equal(getattr(kernel, name), getattr(definition, name)) for name in exact]
-    if all(same) and all(map(torch.equal, kernel.channel_bits, definition.channel_bits)):
-        return True
-    warnings.warn("recording falls back to slower torch operations: Triton miscounts here", stacklevel=2)
+        exact = ("sigma_absmax", "sigma_count", "zeros", "histogram", "row_histogram")
+        same = [torch.equal(getattr(kernel, name), getattr(definition, name)) for name in exact]
+        if all(same) and all(map(torch.equal, kernel.channel_bits, definition.channel_bits)):
+            return True
+    except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        reason = f"Triton fails here ({error})"
+    warnings.warn(f"recording falls back to slower torch operations: {reason}", stacklevel=2)
     return False
 
 
