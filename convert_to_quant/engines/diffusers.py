@@ -4,9 +4,9 @@ Why it exists. A layer's input range cannot be read off a weight matrix; only ru
 it on noise is enough (`noise.py`). So this must be as easy as a data-free command.
 
 How it works. The model (`denoiser.py`) takes Euler steps of flow matching from pure noise, and the recorder takes down
-the input of every layer under the checkpoint's own names. The run is cut into parts: some trajectories that share a
-kind of conditioning, with or without adapters. A part's statistics depend on nothing but the part, and statistics add
-up exactly, so parts can be done in any order, over any processes (`session.py`).
+the input of every layer under the checkpoint's own names. The run is cut into units: some trajectories that share a
+kind of conditioning, with or without adapters. Statistics of a unit depend on nothing but the unit, and add up exactly,
+so units can be done in any order, over any processes (`session.py`).
 
 Defaults, measured on the emoji model (`docs/experiments.md`): ranges hardly depend on the number of steps or the size
 of the picture. Three trajectories of one step each already calibrate it as well as a hundred evaluations; noise levels
@@ -16,7 +16,6 @@ are covered since in larger models a quarter of the layers peak away from pure n
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -42,26 +41,6 @@ GEOMETRY = Geometry(height=16, width=16, frames=1, text_tokens=64)
 
 BATCH_TOKENS = 4096
 """Trajectories run together up to this many rows per layer."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Trajectories that run together.
-
-    Attributes:
-        way: what their way of conditioning is called.
-        numbers: of the trajectories.
-        adapted: whether adapters are on.
-    """
-
-    way: str
-    numbers: Sequence[int]
-    adapted: bool = False
-
-    @property
-    def name(self) -> str:
-        """What it is known by in a saved run."""
-        return f"{self.way}{' adapted' if self.adapted else ''}, from {self.numbers[0]}"
 
 
 def observe(
@@ -113,18 +92,25 @@ def observe(
     shapes, feeds = watched(denoiser, layers)
     with record(denoiser.model, shapes, feeds) as recording:
 
-        def paint(part: Part, tick: Advance) -> None:
-            latents, conditioning = start(denoiser, geometry, shown.seed, part.numbers, prompts)
+        def paint(numbers: range, adapted: bool, tick: Advance) -> None:
+            latents, conditioning = start(denoiser, geometry, shown.seed, numbers, prompts)
             recording.batch = len(latents)
-            with denoiser.adapted(adapters if part.adapted else None):
+            with denoiser.adapted(adapters if adapted else None):
                 for _ in trajectory(denoiser, latents, conditioning, geometry, steps, at=recording.at):
                     tick(len(latents))
 
         return (session or Session()).run(
             recording,
             [
-                Unit(part.name, part.way, len(part.numbers), steps * len(part.numbers), partial(paint, part))
-                for part in parts(images, geometry, prompts, adapted=adapters is not None)
+                Unit(
+                    f"{way}{' adapted' * adapted}, from {numbers[0]}",
+                    way,
+                    len(numbers),
+                    steps * len(numbers),
+                    partial(paint, numbers, adapted),
+                )
+                for adapted in ((False, True) if adapters else (False,))
+                for way, numbers in batches(images, geometry, prompts)
             ],
             checkpoint.path,
             progress=progress,
@@ -178,19 +164,11 @@ def ways(images: int, prompts: Prompts | None = None) -> dict[str, range]:
     return {way.name: range(turn, images, count) for turn, way in enumerate(noise.CONDITIONINGS[:images])}
 
 
-def parts(images: int, geometry: Geometry, prompts: Prompts | None = None, *, adapted: bool = False) -> list[Part]:
-    """All work of a run, in parts of up to `BATCH_TOKENS` rows; those of one way stand together.
-
-    Args:
-        images: how many.
-        geometry: of the images.
-        prompts: as of `start`.
-        adapted: do everything again with adapters.
-    """
+def batches(images: int, geometry: Geometry, prompts: Prompts | None = None) -> list[tuple[str, range]]:
+    """All trajectories, as those of `ways` that run together: up to `BATCH_TOKENS` rows."""
     size = max(BATCH_TOKENS // geometry.tokens, 1)
     return [
-        Part(way, numbers[first : first + size], setting)
-        for setting in ((False, True) if adapted else (False,))
+        (way, numbers[first : first + size])
         for way, numbers in ways(images, prompts).items()
         for first in range(0, len(numbers), size)
     ]

@@ -88,8 +88,8 @@ class Gathering:
         enough = -(-ROWS_PER_INPUT * widest // (self.geometry.tokens * self.steps))
         samples = shown.samples or min(max(IMAGES, enough), MOST_SAMPLES)
         samples = max(samples, prompts.count) if prompts else samples
-        self.parts = diffusers.parts(samples, self.geometry, self.prompts)
-        self.tick = advance(progress, len(self.bands) * len(self.parts) * self.steps)
+        self.batches = [numbers for _, numbers in diffusers.batches(samples, self.geometry, self.prompts)]
+        self.tick = advance(progress, len(self.bands) * len(self.batches) * self.steps)
 
     def moments_of(self, layer: Layer) -> Tensor | None:
         """The moments of a layer; those of all others of its band are gathered at once. None where it does not run."""
@@ -112,10 +112,8 @@ class Gathering:
             for layer in layers:
                 if layer in self.model.layers:
                     stack.callback(self.model.layers[layer].register_forward_pre_hook(inputs.adding(layer)).remove)
-            for part in self.parts:
-                latents, conditioning = diffusers.start(
-                    self.model, self.geometry, self.seed, part.numbers, self.prompts
-                )
+            for numbers in self.batches:
+                latents, conditioning = diffusers.start(self.model, self.geometry, self.seed, numbers, self.prompts)
                 for _ in diffusers.trajectory(self.model, latents, conditioning, self.geometry, self.steps):
                     self.tick(1)
         return {
