@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import pytest
@@ -62,33 +64,30 @@ def inputs(batch=2, tokens=5, seed=0):
 def by_hand(model, *args):
     """Inputs of the layers, from hooks of the test's own."""
     seen = {}
-    handles = []
-    for name, module in model.named_modules():
-        if hasattr(module, "in_features"):
 
-            def hook(_, args, kwargs, name=name):
-                seen.setdefault(name, []).append((args or tuple(kwargs.values()))[0].detach().clone())
+    def hook(name, _, args, kwargs):
+        seen.setdefault(name, []).append((args or tuple(kwargs.values()))[0].detach().clone())
 
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as stack:
+        for name, module in model.named_modules():
+            if hasattr(module, "in_features"):
+                stack.callback(module.register_forward_pre_hook(partial(hook, name), with_kwargs=True).remove)
         model(*args)
-    for handle in handles:
-        handle.remove()
     return seen
 
 
-def assert_recorded(statistics, layer, seen):
-    number = statistics.index(layer)
-    values = torch.cat([x.float().reshape(-1) for x in seen]).double()
-    rows = torch.cat([x.float().reshape(-1, x.shape[-1]) for x in seen])
-    assert statistics.absmax[number] == values.abs().max()
-    assert statistics.count[number] == values.numel()
-    assert statistics.rows[number] == len(rows)
-    assert statistics.calls[number] == len(seen)
-    bins = (rows.abs().amax(1).view(torch.int32) >> 19).long()
-    assert statistics.row_histogram[number].tolist() == torch.bincount(bins, minlength=4096).tolist()
-    assert statistics.sum_of_squares[number] == pytest.approx(float((values**2).sum()), rel=1e-6)
-    assert statistics.channel_absmax[number].tolist() == rows.abs().amax(0).tolist()
+def assert_recorded(statistics, seen):
+    for layer, inputs in seen.items():
+        number = statistics.index(layer)
+        rows = torch.cat([x.float().reshape(-1, x.shape[-1]) for x in inputs])
+        assert statistics.absmax[number] == rows.abs().max()
+        assert statistics.count[number] == rows.numel()
+        assert statistics.rows[number] == len(rows)
+        assert statistics.calls[number] == len(inputs)
+        bins = (rows.abs().amax(1).view(torch.int32) >> 19).long()
+        assert statistics.row_histogram[number].tolist() == torch.bincount(bins, minlength=4096).tolist()
+        assert statistics.sum_of_squares[number] == pytest.approx(float((rows.double() ** 2).sum()), rel=1e-6)
+        assert statistics.channel_absmax[number].tolist() == rows.abs().amax(0).tolist()
 
 
 def hooks_of(model):
@@ -100,12 +99,10 @@ def test_every_linear_is_recorded_as_hooks_put_on_by_hand_see_it(model):
     with torch.no_grad(), record(model) as recording:
         expected = model(*args)
     statistics = recording.statistics(samples=2, seed=7)
-    seen = by_hand(model, *args)
     assert statistics.names == ("embed", "time", "blocks.0.q", "blocks.0.k", "blocks.0.o", "idle")
     assert statistics.layers["embed"] == (8, 6)
     assert statistics.layers["blocks.0.o"] == (8, 8)
-    for layer, tensors in seen.items():
-        assert_recorded(statistics, layer, tensors)
+    assert_recorded(statistics, by_hand(model, *args))
     assert statistics.visited.tolist() == [True] * 5 + [False]
     assert (statistics.samples, statistics.provenance) == (2, {"seed": ("7",)})
     assert torch.equal(model(*args), expected)
@@ -194,9 +191,8 @@ def test_modules_feed_layers_of_other_names(model):
     statistics = recording.statistics()
     seen = by_hand(model, *args)
     assert dict(statistics.layers) == layers
-    assert_recorded(statistics, "img.qkv", seen["blocks.0.q"])
-    assert_recorded(statistics, "img.out", seen["blocks.0.o"])
-    assert_recorded(statistics, "also.out", seen["blocks.0.o"])
+    fed = {"img.qkv": "blocks.0.q", "img.out": "blocks.0.o", "also.out": "blocks.0.o"}
+    assert_recorded(statistics, {layer: seen[module] for layer, module in fed.items()})
     assert not statistics.visited[statistics.index("elsewhere")]
     assert statistics.histogram[statistics.index("elsewhere")].sum() == 0
 
@@ -333,8 +329,7 @@ def test_autocast_changes_what_layers_see_and_not_how_it_is_measured(model):
             model(*args)
         seen = by_hand(model, *args)
     assert seen["blocks.0.o"][0].dtype == torch.bfloat16
-    for layer, tensors in seen.items():
-        assert_recorded(recording.statistics(), layer, tensors)
+    assert_recorded(recording.statistics(), seen)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, about its own modules
@@ -349,8 +344,7 @@ def test_compiled_models_are_recorded(model, when):
         with record(compiled) as recording:
             run = compiled if when == "before" else torch.compile(model, backend="eager")
             assert torch.equal(run(*args), expected)
-    for layer, tensors in by_hand(model, *args).items():
-        assert_recorded(recording.statistics(), layer, tensors)
+    assert_recorded(recording.statistics(), by_hand(model, *args))
 
 
 class NoReadBack(TorchDispatchMode):
@@ -475,6 +469,5 @@ def test_on_cuda_the_host_never_waits_and_the_numbers_are_those_of_the_hooks(mod
             model(x, sigma)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    statistics = recording.statistics()
-    for layer, tensors in by_hand(model, x, sigma).items():
-        assert_recorded(statistics, layer, [tensor.cpu() for tensor in tensors])
+    seen = {layer: [x.cpu() for x in inputs] for layer, inputs in by_hand(model, x, sigma).items()}
+    assert_recorded(recording.statistics(), seen)

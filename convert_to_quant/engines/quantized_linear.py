@@ -231,10 +231,6 @@ class CheckpointLinear(nn.Module):
         self.input_scale: Tensor | None
         self.bias: Tensor | None
 
-    def extra_repr(self) -> str:
-        """As of `nn.Linear`, with the layer's name in the checkpoint."""
-        return f"{self.stored.layer.name}, in_features={self.in_features}, out_features={self.out_features}"
-
     @property
     def weight(self) -> Tensor:
         """The real weight [out, in], made anew on every read."""
