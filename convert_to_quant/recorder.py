@@ -84,13 +84,10 @@ def module_shape(module: nn.Module) -> Shape:
 
 
 def sample_modules(linears: Mapping[str, nn.Module]) -> dict[str, NDArray[np.float32]]:
-    """A few weights of modules, as `naming.sample_weights` reads them from a file; in ComfyUI, those in FP8 as well.
-
-    Args:
-        linears: as `find_linears` finds them.
+    """A few weights of modules that `find_linears` found, as `naming.sample_weights` reads them from a file.
 
     Returns:
-        By name, float32 [64]; without those that are in another format, on no device, or not finite.
+        By name, float32 [64]; without those that are in another format than FP8, on no device, or not finite.
     """
     samples = {}
     for name, module in linears.items():
@@ -164,13 +161,7 @@ class Recording:
         return tuple(layer for layer in self.layers if self._slot_of.get(layer) in unseen)
 
     def observe(self, module: int, x: Tensor, multiplied: Iterable[Tensor] | None = None) -> None:
-        """Add one input of the module with this number; what the hooks call.
-
-        Args:
-            module: its number.
-            x: what it was called with.
-            multiplied: what it multiplies by its weight, in blocks of rows; by default x.
-        """
+        """Add one input of the module with this number, which multiplies x by its weight, or these blocks of rows."""
         if not x.is_floating_point() or x.is_meta:
             return
         rows = x.numel() // x.shape[-1] if x.ndim and x.shape[-1] else 0

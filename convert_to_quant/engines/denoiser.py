@@ -81,14 +81,7 @@ class Plan:
 
 
 def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
-    """Find out how to run a checkpoint.
-
-    Args:
-        checkpoint: the open checkpoint.
-        table: its layers, where they are known already.
-
-    Returns:
-        The plan.
+    """Find out how to run a checkpoint, of which the table of layers may be known already.
 
     Raises:
         UnsupportedModelError: its family is unknown, or has no engine, or its layout is not the one diffusers knows.
@@ -147,15 +140,7 @@ def _joined_shape(pieces: Sequence[Piece], shapes: Shapes) -> tuple[int, ...]:
 
 
 def supports(checkpoint: Checkpoint, table: LayerTable | None = None) -> str | None:
-    """Say why this engine cannot run a checkpoint.
-
-    Args:
-        checkpoint: the open checkpoint.
-        table: its layers, where they are known already.
-
-    Returns:
-        One line with the reason; None where it can.
-    """
+    """Why this engine cannot run a checkpoint, in one line; None where it can."""
     try:
         skeleton(plan(checkpoint, table))
     except UnsupportedModelError as error:
@@ -320,9 +305,6 @@ def load(
         device: where to compute.
         dtype: to compute in; bfloat16 on a GPU and float32 on a CPU by default.
         arithmetic: how quantized layers compute; see `quantized_linear`.
-
-    Returns:
-        The model.
 
     Raises:
         OptionError: unknown arithmetic or device.

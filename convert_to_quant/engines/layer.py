@@ -63,14 +63,7 @@ def generator(seed: int, layer: str) -> np.random.Generator:
 
 
 def column_squares(checkpoint: Checkpoint, layer: Layer) -> NDArray[np.float64]:
-    """Sum of squares of every column of a layer's real weight.
-
-    Args:
-        checkpoint: where it is.
-        layer: quantized or not.
-
-    Returns:
-        float64 [in].
+    """Sum of squares of every column of a layer's real weight, quantized or not: float64 [in].
 
     Raises:
         TensorError: the weight has NaN or infinite values.
@@ -100,16 +93,13 @@ def column_squares(checkpoint: Checkpoint, layer: Layer) -> NDArray[np.float64]:
 def unit_rows(
     random: np.random.Generator, simulation: Simulation, in_features: int, lora_rows_RI: Float32 | None = None
 ) -> Float32:
-    """Rows of unit variance: normal, or a LoRA's rows with noise and both signs.
+    """Float32 rows of unit variance: normal, [samples, in], or a LoRA's with noise and both signs, [4 · rank, in].
 
     Args:
         random: where from.
         simulation: how many.
         in_features: their length.
         lora_rows_RI: rows of the LoRA's A, float32 [rank, in].
-
-    Returns:
-        float32 [samples, in], or [4 · rank, in].
     """
     if lora_rows_RI is None or not np.any(lora_rows_RI):
         return random.standard_normal((simulation.samples, in_features), dtype=np.float32)

@@ -78,14 +78,7 @@ class Prompts:
         write_checkpoint(path, {name: Entry.of(value.cpu().numpy()) for name, value in numbers.items()})
 
     def fitted(self, denoiser: Denoiser, geometry: Geometry) -> Prompts:
-        """The same prompts under the names that a model takes, complete and checked.
-
-        Args:
-            denoiser: the model.
-            geometry: of the images.
-
-        Returns:
-            Prompts with one tensor per signal of the model.
+        """The same prompts under the names that a model takes: one tensor for each of its signals, checked.
 
         Raises:
             CalibrationError: a tensor is unknown or missing, or has a shape that does not fit.
