@@ -1,30 +1,15 @@
 """The "loud-tokens" variant of the emoji model: its loud units are loud, and say nothing."""
 
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-from typing import Any
-
+import emoji_models as emoji
 import numpy as np
 import pytest
 
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.emoji import WEIGHTS
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def emoji() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-        import emoji_models
-    return emoji_models
-
-
-@pytest.fixture(scope="module")
-def stages(emoji: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def stages():
     """The tensors with the quiet units removed, and with loud pairs in their place."""
     with open_checkpoint(WEIGHTS) as checkpoint:
         removed = {name: checkpoint.float32(name) for name in checkpoint.tensors}
@@ -34,12 +19,12 @@ def stages(emoji: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return removed, added
 
 
-def hidden(tensors: dict[str, Any], layer: str, x: Any) -> Any:
+def hidden(tensors, layer, x):
     a = x @ tensors[layer + ".weight"][-1024:].astype(np.float64).T + tensors[layer + ".bias"][-1024:]
     return 0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
 
 
-def test_loud_pairs_cancel_and_dwarf_everything_else(emoji: Any, stages: Any) -> None:
+def test_loud_pairs_cancel_and_dwarf_everything_else(stages):
     removed, added = stages
     for pair in emoji.LOUD_PAIRS:
         direction = np.sign(removed[pair.first + ".weight"][-1024:][pair.listens_to])
@@ -60,7 +45,7 @@ def test_loud_pairs_cancel_and_dwarf_everything_else(emoji: Any, stages: Any) ->
                 assert not second.any()
 
 
-def test_nothing_but_the_named_layers_changes(emoji: Any, stages: Any) -> None:
+def test_nothing_but_the_named_layers_changes(stages):
     with open_checkpoint(WEIGHTS) as checkpoint:
         plain = {name: checkpoint.float32(name) for name in checkpoint.tensors}
     _, added = stages
