@@ -5,7 +5,15 @@ import json
 import numpy as np
 import pytest
 
+from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.formats import DEFAULT_GRID
+
+
+@pytest.fixture
+def flux(flux_file):
+    """The tiny Flux.1, opened."""
+    with open_checkpoint(flux_file) as checkpoint:
+        yield checkpoint
 
 
 @pytest.fixture

@@ -20,22 +20,15 @@ def pair(save_model):
 
 def test_layer_errors_compare_rows_for_the_references_inputs(pair):
     reference, quantized = pair
-    seen = {}
-    handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: seen.setdefault(name, inputs[0]))
-        for name, module in reference.linears.items()
-    ]
+    name, layer, seen = "transformer_blocks.0.ff.net.2", "double_blocks.0.img_mlp.2", []
+    reference.linears[name].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     conditioning = fidelity.noise_prompts(reference, SIZE, 2)
     found = velocity_fidelity(reference, quantized, conditioning, SIZE, steps=1, layer_errors=True)
-    for handle in handles:
-        handle.remove()
     by_layer = {error.layer: error for error in found.layers}
     assert set(by_layer) == {layer for layer in quantized.layers if "blocks" in layer}
     assert [error.worst for error in found.layers] == sorted((e.worst for e in found.layers), reverse=True)
 
-    name, layer = "transformer_blocks.0.ff.net.2", "double_blocks.0.img_mlp.2"
-    x = seen[name]
-    wanted, other = reference.linears[name](x), quantized.linears[name](x)
+    wanted, other = (model.linears[name](seen[0]) for model in (reference, quantized))
     rows = ((wanted - other).norm(dim=-1) / wanted.norm(dim=-1)).flatten()
     assert by_layer[layer].rows == len(rows) == 2 * SIZE.height * SIZE.width
     assert by_layer[layer].mean == pytest.approx(float(rows.mean()), rel=1e-4)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.convert import plan_conversion
 from convert_to_quant.engines import moments
 from convert_to_quant.options import ConvertOptions, RunOptions
@@ -11,12 +10,6 @@ from convert_to_quant.options import ConvertOptions, RunOptions
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
 
 SHOWN = RunOptions(samples=3, steps=2, height=32, width=32, text_tokens=4)
-
-
-@pytest.fixture
-def flux(flux_file):
-    with open_checkpoint(flux_file) as checkpoint:
-        yield checkpoint
 
 
 def gathering(flux):

@@ -32,12 +32,6 @@ SIZE = Geometry(height=3, width=4, frames=1, text_tokens=5)
 
 
 @pytest.fixture
-def flux(flux_file):
-    with open_checkpoint(flux_file) as checkpoint:
-        yield checkpoint
-
-
-@pytest.fixture
 def layers(flux):
     """Those that can be quantized."""
     return {layer.name: layer for layer, _ in plan_conversion(flux, ConvertOptions(format="int8")).quantized}
