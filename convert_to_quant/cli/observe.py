@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engines.devices import find_device
 from ..errors import OptionError, UnsupportedModelError
-from ..options import COMFYUI_VARIABLE, FRAMES, SAMPLES, SIDE_PIXELS, STEPS, TEXT_TOKENS, RunOptions, options_of
+from ..options import COMFYUI_VARIABLE, SAMPLES, STEPS, RunOptions, options_of
 from ..telling import part, size
 from .calibration import loras_of
 from .output import configure, note, progress_bar, say, write_json, wrote
@@ -304,21 +304,20 @@ def observe_in_comfyui(
     from ..engines.comfyui import inprocess, inprocess_tree
 
     folder = inprocess_tree.folder_of(args.comfyui_dir)
-    asked = args.height, args.width, args.frames, args.text_tokens
-    defaults = SIDE_PIXELS, SIDE_PIXELS, FRAMES, TEXT_TOKENS
-    size = inprocess.Size(*(one or default for one, default in zip(asked, defaults, strict=True)))
     args.samples = args.samples or SAMPLES
+    options = options_of(RunOptions, args)
+    height, width, frames, text_tokens = inprocess.size_of(options)
 
     def warn(text: str) -> None:
         note(f"ComfyUI: {shorten(text, WARNING_LETTERS, placeholder=' ...')}")
 
     def run(session: Session, progress: Progress) -> Observation:
-        return inprocess.observe(checkpoint, folder, table, size=size, adapters=adapters, session=session,
-                                 progress=progress, warn=warn, **shown(args))  # fmt: skip
+        return inprocess.observe(checkpoint, table, folder, options, adapters=adapters, session=session,
+                                 progress=progress, warn=warn)  # fmt: skip
 
     return {
         "engine": f"comfyui {inprocess_tree.version(folder)}",
-        "size": f"{size.frames} x {size.height} x {size.width}, text {size.text_tokens}",
+        "size": f"{frames} x {height} x {width}, text {text_tokens}",
     }, run
 
 

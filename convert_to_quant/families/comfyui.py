@@ -24,7 +24,7 @@ take part only with two or more reference images, or with a controlnet, are not 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -152,6 +152,12 @@ class Conditions:
     multiple: int = 1
     smallest: int = 1
     frames: int = 1
+
+    def over(self, inherited: Conditions) -> Conditions:
+        """These, and what is inherited where they say nothing."""
+        said = {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
+        said |= {name: {**getattr(inherited, name), **getattr(self, name)} for name in ("wants", "settings")}
+        return replace(inherited, **said)
 
 
 def takes(

@@ -94,6 +94,8 @@ def folded(name: str, folder: str, how: str) -> dict[str, Any]:
     from convert_to_quant.engines import noise
     from convert_to_quant.engines.comfyui import inprocess
     from convert_to_quant.errors import CalibrationError
+    from convert_to_quant.layers import find_layers
+    from convert_to_quant.options import ShownOptions
     from convert_to_quant.recorder import record
 
     path = Path(folder, "tiny.safetensors")
@@ -139,8 +141,10 @@ def folded(name: str, folder: str, how: str) -> dict[str, Any]:
         for where, what, instead in patches:
             stack.enter_context(patch.object(where, what, instead))
         stack.enter_context(tiny_models.assuming(name))
-        model = inprocess.load(stack.enter_context(open_checkpoint(path)))
-        scene = model.scene(inprocess.Size(*tiny_models.MODELS[name].size, 12))
+        checkpoint = stack.enter_context(open_checkpoint(path))
+        model = inprocess.load(checkpoint, find_layers(checkpoint))
+        height, width, frames = tiny_models.MODELS[name].size
+        scene = model.scene(ShownOptions(height=height, width=width, frames=frames, text_tokens=12))
         conditioning = model.conditioning(scene, noise.LOUD_CHANNELS, 0, 0)
         with record(model.network) as recording:
             try:
@@ -183,6 +187,7 @@ def same_inputs(path: str, inputs: str, output: str) -> dict[str, Any]:
 
     from convert_to_quant.checkpoint import open_checkpoint
     from convert_to_quant.engines.comfyui import inprocess
+    from convert_to_quant.layers import find_layers
     from convert_to_quant.recorder import record
 
     given = load_file(inputs)
@@ -190,7 +195,7 @@ def same_inputs(path: str, inputs: str, output: str) -> dict[str, Any]:
         import comfy.model_management
 
         with patch.object(comfy.model_management, "supports_fp8_compute", return_value=True):
-            model = inprocess.load(checkpoint)
+            model = inprocess.load(checkpoint, find_layers(checkpoint))
         shapes, feeds = inprocess.watched(model)
         sigmas = model.sigmas(int(given["steps"]))
         with record(model.network, shapes, feeds) as recording:

@@ -22,8 +22,7 @@ needs the model's memory in ComfyUI's own way; it moves parts of a model that do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,12 @@ from torch import Tensor
 
 from ... import names
 from ...checkpoint import Checkpoint
-from ...errors import CalibrationError, LoraError, OptionError, UnsupportedModelError
+from ...errors import CalibrationError, LoraError, UnsupportedModelError
 from ...families.comfyui import IMAGE, SOUND, VIDEO, Conditions, Scene, measure
 from ...families.running import Shapes
-from ...layers import LayerTable, find_layers
+from ...layers import LayerTable
 from ...lora import Lora
-from ...options import FRAMES, SAMPLES, SIDE_PIXELS, STEPS, TEXT_TOKENS
+from ...options import FRAMES, SAMPLES, SIDE_PIXELS, STEPS, TEXT_TOKENS, RunOptions, ShownOptions
 from ...recorder import find_linears, record
 from ...telling import Advance, Progress
 from .. import noise
@@ -51,28 +50,13 @@ PATCH_PIXELS = 16
 """What one token of an image covers along each side, for models whose latents have only a length."""
 
 
-@dataclass(frozen=True)
-class Size:
-    """Size of a sample.
-
-    Attributes:
-        height, width: in pixels.
-        frames: of a video, 1 for an image.
-        text_tokens: length of a prompt.
-    """
-
-    height: int = SIDE_PIXELS
-    width: int = SIDE_PIXELS
-    frames: int = FRAMES
-    text_tokens: int = TEXT_TOKENS
-
-
 class Model:
     """A file that ComfyUI has loaded.
 
     Attributes:
         patcher: ComfyUI's ModelPatcher.
         family: name of its class of `comfy.model_base`.
+        network: what is recorded.
         feeds: module of the network -> the file's layers that its input feeds.
         table: the file's layers.
     """
@@ -82,13 +66,9 @@ class Model:
         self.table = table
         self.patcher = patcher
         self.family = type(patcher.model).__name__
+        self.network = patcher.model.diffusion_model
         self._wants: Conditions = conditions_of(kind.__name__ for kind in type(patcher.model).__mro__)
         self.feeds = _feeds(checkpoint, table, patcher.model)
-
-    @property
-    def network(self) -> Any:
-        """What is recorded."""
-        return self.patcher.model.diffusion_model
 
     @property
     def is_flow(self) -> bool:
@@ -97,24 +77,27 @@ class Model:
 
         return isinstance(self.patcher.model.model_sampling, CONST)
 
-    def scene(self, size: Size) -> Scene:
+    def scene(self, shown: ShownOptions) -> Scene:
         """The size of a sample in this model's latents.
 
         Raises:
             UnsupportedModelError: the network does not tell the size of everything that it is shown.
         """
         made = self.patcher.model.latent_format
-        frames = 1 + math.ceil((size.frames - 1) / made.temporal_downscale_ratio)
-        side, step = made.spacial_downscale_ratio, self._wants.multiple
+        *pixels, frames, text_tokens = size_of(shown)
+        step = self._wants.multiple
+        height, width = (
+            max(math.ceil(side / made.spacial_downscale_ratio / step) * step, self._wants.smallest) for side in pixels
+        )
         scene = Scene(
             self.network,
             self.patcher.model.model_config.unet_config,
             made.latent_channels,
-            max(math.ceil(size.height / side / step) * step, self._wants.smallest),
-            max(math.ceil(size.width / side / step) * step, self._wants.smallest),
-            max(frames, self._wants.frames),
-            math.ceil(size.height / PATCH_PIXELS) * math.ceil(size.width / PATCH_PIXELS),
-            size.text_tokens,
+            height,
+            width,
+            max(1 + math.ceil((frames - 1) / made.temporal_downscale_ratio), self._wants.frames),
+            math.prod(math.ceil(side / PATCH_PIXELS) for side in pixels),
+            text_tokens,
         )
         with self._understood("measure"):
             wanted(self._wants, scene)
@@ -156,7 +139,7 @@ class Model:
         *,
         patcher: Any = None,
         seed: int = 0,
-        after_step: Callable[[], object] | None = None,
+        after_step: Callable[[], object] = lambda: None,
     ) -> Any:
         """Euler steps of ComfyUI's own sampler.
 
@@ -195,7 +178,7 @@ class Model:
                 empty,
                 sampler_object("euler"),
                 sigmas,
-                callback=None if after_step is None else lambda *_: after_step(),
+                callback=lambda *_: after_step(),
                 disable_pbar=True,
                 seed=seed,
             )
@@ -230,12 +213,18 @@ class Model:
         return tree.understood(doing, self.checkpoint.path, self.family)
 
 
-def load(checkpoint: Checkpoint, table: LayerTable | None = None) -> Model:
+def size_of(shown: ShownOptions) -> tuple[int, ...]:
+    """Height and width of a sample in pixels, its frames, and the length of its prompt in tokens."""
+    defaults = SIDE_PIXELS, SIDE_PIXELS, FRAMES, TEXT_TOKENS
+    return tuple(one or default for one, default in zip(shown.size, defaults, strict=True))
+
+
+def load(checkpoint: Checkpoint, table: LayerTable) -> Model:
     """Load a file as ComfyUI's nodes do; inside `inprocess_tree.imported`.
 
     Args:
         checkpoint: the open checkpoint, in one file.
-        table: its layers, where they are known already.
+        table: its layers.
 
     Returns:
         The model.
@@ -249,7 +238,6 @@ def load(checkpoint: Checkpoint, table: LayerTable | None = None) -> Model:
         raise UnsupportedModelError(
             f"it is in {len(checkpoint.files)} files, and ComfyUI's loader reads one", path=checkpoint.path
         )
-    table = find_layers(checkpoint) if table is None else table
     path = str(checkpoint.files[0].path)
     prefix = _prefix(checkpoint)
     whole = bool(prefix) and not all(name.startswith(prefix) for name in checkpoint.tensors)
@@ -284,7 +272,7 @@ def _feeds(checkpoint: Checkpoint, table: LayerTable, model: Any) -> dict[str, l
     for module in find_linears(model.diffusion_model):
         tensors = dict.fromkeys(piece.tensor for piece in traced.get(module + names.WEIGHT, ()))
         feeds[module] = [layer for name in tensors if (layer := prefix + name.removesuffix(names.WEIGHT)) in known]
-    return {module: layers for module, layers in feeds.items() if layers}
+    return feeds
 
 
 def _as_loaded(config: Any, shapes: Shapes, fed: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -311,35 +299,24 @@ def _as_loaded(config: Any, shapes: Shapes, fed: dict[str, Tensor]) -> dict[str,
 
 def observe(
     checkpoint: Checkpoint,
+    table: LayerTable,
     folder: Path,
-    table: LayerTable | None = None,
+    shown: RunOptions,
     *,
-    samples: int = SAMPLES,
-    steps: int = STEPS,
-    seed: int = 42,
-    device: str = "cpu",
-    size: Size | None = None,
-    layers: Collection[str] | None = None,
-    adapters: Sequence[Lora] = (),
-    session: Session | None = None,
-    progress: Progress | None = None,
-    warn: Callable[[str], object] | None = None,
+    adapters: Sequence[Lora],
+    session: Session,
+    progress: Progress,
+    warn: Callable[[str], object],
 ) -> Observation:
     """Run a checkpoint inside ComfyUI and record the inputs of its layers.
 
     Args:
         checkpoint: the open checkpoint.
+        table: its layers; recorded are those that `watched` names.
         folder: ComfyUI's tree; see `inprocess_tree.folder_of`.
-        table: its layers, where they are known already.
-        samples: images; at least one for each of `noise.CONDITIONINGS`.
-        steps: noise levels on the way from noise to image.
-        seed: of all noise.
-        device: "cpu", "cuda" or "cuda:N".
-        size: of the images.
-        layers: names of the layers to record; by default the quantized ones of the diffusion model, or all of its
-            matrices where none is.
+        shown: of images, at least one for each of `noise.CONDITIONINGS`; the device is "cpu", "cuda" or "cuda:N".
         adapters: LoRA files; ranges then cover the model with and without them.
-        session: what saves, resumes and shares the run; by default it is made in one go.
+        session: what saves, resumes and shares the run.
         progress: called after every evaluation with what is done and what there is to do.
         warn: told what ComfyUI warned of.
 
@@ -347,21 +324,18 @@ def observe(
         The observation.
 
     Raises:
-        OptionError: fewer than one sample or step, or a device that ComfyUI cannot use.
+        OptionError: ComfyUI cannot use the device.
         UnsupportedModelError: ComfyUI does not know the model or fails, or what it takes is not known here.
-        CalibrationError: ComfyUI cannot be imported, a layer asked for does not exist or has no place in the model, or
-            its inputs are not finite.
+        CalibrationError: ComfyUI cannot be imported, no layer has a place in the model, or inputs are not finite.
         LoraError: an adapter does not fit.
         StatisticsError: the session cannot be resumed.
     """
-    for option, number in (("samples", samples), ("steps", steps)):
-        if number < 1:
-            raise OptionError(f"{option} should be at least 1, found {number}")
-    with tree.imported(folder, device) as messages, torch.inference_mode():
+    samples, steps, seed = shown.samples or SAMPLES, shown.steps or STEPS, shown.seed
+    with tree.imported(folder, shown.device) as messages, torch.inference_mode():
         model = load(checkpoint, table)
-        scene = model.scene(size or Size())
+        scene = model.scene(shown)
         variants = {False: model.patcher, **({True: model.adapted(adapters)} if adapters else {})}
-        shapes, feeds = watched(model, layers)
+        shapes, feeds = watched(model)
         with record(model.network, shapes, feeds, model.level) as recording:
 
             def paint(way: noise.Conditioning, number: int, adapted: bool, tick: Advance) -> None:
@@ -377,7 +351,7 @@ def observe(
                     after_step=partial(tick, 1),
                 )
 
-            seen = (session or Session()).run(
+            seen = session.run(
                 recording,
                 [
                     Unit(
@@ -400,9 +374,8 @@ def observe(
                 steps=steps,
                 lora=sorted(adapter.checkpoint.path.name for adapter in adapters),
             )
-    if warn is not None:
-        for text in messages.said:
-            warn(text)
+    for text in messages.said:
+        warn(text)
     return seen
 
 
@@ -418,33 +391,22 @@ def trajectories(samples: int) -> Iterator[tuple[noise.Conditioning, int]]:
             yield way, number
 
 
-def watched(
-    model: Model, layers: Collection[str] | None = None
-) -> tuple[dict[str, tuple[int, int]], dict[str, list[str]]]:
-    """What to record, as `recorder.record` takes it.
-
-    Args:
-        model: the loaded model.
-        layers: names of the file's layers; by default the diffusion model's quantized ones, or all of it where none is.
+def watched(model: Model) -> tuple[dict[str, tuple[int, int]], dict[str, list[str]]]:
+    """What to record, as `recorder.record` takes it: the diffusion model's quantized layers, or all where none is.
 
     Returns:
         {layer: (out, in)} and {module: the layers that its input feeds}.
 
     Raises:
-        CalibrationError: a layer does not exist, or none has a place in the model.
+        CalibrationError: none has a place in the model.
     """
     known = model.table.shapes()
     fed = {layer for found in model.feeds.values() for layer in found}
-    if layers is None:
-        layers = list(model.table.diffusion) or [name for name in known if name in fed]
-    unknown = [name for name in layers if name not in known]
-    if unknown:
-        raise CalibrationError(f"{len(unknown)} layers do not exist in the checkpoint", tensor=unknown[0])
-    chosen = set(layers)
-    feeds = {module: [layer for layer in found if layer in chosen] for module, found in model.feeds.items()}
+    layers = dict.fromkeys(model.table.diffusion) or {name: None for name in known if name in fed}
+    feeds = {module: [layer for layer in found if layer in layers] for module, found in model.feeds.items()}
     feeds = {module: found for module, found in feeds.items() if found}
     if not feeds:
         raise CalibrationError(
-            f"none of its {len(chosen)} layers has a place in ComfyUI's {model.family}", path=model.checkpoint.path
+            f"none of its {len(layers)} layers has a place in ComfyUI's {model.family}", path=model.checkpoint.path
         )
     return {name: known[name] for name in layers}, feeds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -50,18 +51,7 @@ def conditions_of(classes: Iterable[str]) -> Conditions:
             f"what ComfyUI's {names[0]} takes besides latents is not known here",
             hint="record it in ComfyUI with the Record Activations node",
         )
-    joined = entries[-1]
-    for entry in reversed(entries[:-1]):
-        joined = Conditions(
-            {**joined.wants, **entry.wants},
-            {**joined.settings, **entry.settings},
-            entry.latents or joined.latents,
-            joined.batch if entry.batch == 1 else entry.batch,
-            max(entry.multiple, joined.multiple),
-            max(entry.smallest, joined.smallest),
-            max(entry.frames, joined.frames),
-        )
-    return joined
+    return reduce(lambda inherited, own: own.over(inherited), reversed(entries))
 
 
 def wanted(conditions: Conditions, scene: Scene) -> dict[str, tuple[Want, tuple[int, ...]]]:
