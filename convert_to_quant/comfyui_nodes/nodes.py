@@ -63,15 +63,15 @@ Inputs = dict[str, dict[str, Any]]
 _SHOWN_NOTES = 20
 
 
-def _text(tooltip: str, default: str = "") -> Input:
-    return "STRING", {"default": default, "tooltip": tooltip}
+def _text(tooltip: str, default: str = "", **more: Any) -> Input:
+    return "STRING", {"default": default, "tooltip": tooltip, **more}
 
 
 def _switch(tooltip: str) -> Input:
     return "BOOLEAN", {"default": False, "tooltip": tooltip}
 
 
-_SOLVING: dict[str, Input] = inputs_of(
+_SOLVING: Mapping[str, Input] = inputs_of(
     SolveOptions,
     {
         "method": {"tooltip": " ".join(f"{name}: {method.words}." for name, method in METHODS.items())},
@@ -87,7 +87,7 @@ _SOLVING: dict[str, Input] = inputs_of(
     },
 )
 
-_OPTIONAL: dict[str, Input] = {
+_OPTIONAL: Mapping[str, Input] = {
     "stats": (STATS, {"tooltip": "From Save Activation Stats, or from Record Activations with a latent."}),
     "latent": ("LATENT", {"tooltip": "Waits for it. Needed where stats come from Record Activations."}),
     "statistics_file": _text("Instead of stats: a file in ComfyUI's output (or input) folder."),
@@ -151,20 +151,6 @@ def solving(
     return how, found, allow_partial
 
 
-def state_of_files(checkpoint: str | None, statistics_file: str) -> str:
-    """A text that changes when these files do, also twice within one tick of the clock: a file of ours is a new one."""
-    paths = []
-    try:
-        if checkpoint not in (None, NO_CHECKPOINT):
-            paths.append(folders.choose_checkpoint(str(checkpoint)).path)
-        if statistics_file.strip():
-            paths.append(folders.statistics_file(statistics_file))
-    except Error:
-        return ""  # running says what is wrong
-    stats = [path.stat() for path in paths]
-    return " ".join(f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}" for stat in stats)
-
-
 class Node:
     """What all nodes have in common. The docstring of each is what ComfyUI shows of it."""
 
@@ -193,28 +179,55 @@ class Saving(Node):
         return _refusal(lambda: filename_prefix is None or folders.next_output(filename_prefix))
 
 
-class Solving(Node):
-    """A node that chooses scales: it takes a checkpoint, how to solve, its own inputs, and statistics.
+class Reading(Node):
+    """A node that takes a checkpoint, how to solve, its own inputs, and statistics.
 
     Attributes:
         CHECKPOINT: what is said of the checkpoint.
         INSTEAD: what can be chosen in its place.
+        SOLVING: how to solve.
     """
 
     OPTIONAL = _OPTIONAL
     CHECKPOINT = "A checkpoint of the recorded model with layers in FP8. Layers in other formats stay as they are."
     INSTEAD: tuple[str, ...] = ()
+    SOLVING = _SOLVING
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         """What goes in."""
         checkpoint = ([*cls.INSTEAD, *folders.checkpoint_names()], {"tooltip": cls.CHECKPOINT})
-        return {**super().INPUT_TYPES(), "required": {"checkpoint": checkpoint, **_SOLVING, **cls.REQUIRED}}
+        return {**super().INPUT_TYPES(), "required": {"checkpoint": checkpoint, **cls.SOLVING, **cls.REQUIRED}}
 
     @classmethod
     def IS_CHANGED(cls, checkpoint: str | None = None, statistics_file: str = "", **_inputs: Any) -> str:
-        """When the files that are read change."""
-        return state_of_files(checkpoint, statistics_file)
+        """When the files that are read change, also twice within one tick of the clock: a file of ours is a new one."""
+        paths = []
+        try:
+            if checkpoint not in (None, NO_CHECKPOINT):
+                paths.append(folders.choose_checkpoint(str(checkpoint)).path)
+            if statistics_file.strip():
+                paths.append(folders.statistics_file(statistics_file))
+        except Error:
+            return ""  # running says what is wrong
+        stats = [path.stat() for path in paths]
+        return " ".join(f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}" for stat in stats)
+
+
+class Making(Reading):
+    """A node that makes a new checkpoint."""
+
+    RETURN_TYPES = ("STRING", "STRING")
+    RETURN_NAMES = ("file", "report")
+    OUTPUT_TOOLTIPS = ("The new checkpoint, in its models folder.", "What was done.")
+
+    def made(self, choice: folders.Choice, output: Path, lines: Sequence[str], node_id: str | None) -> dict[str, Any]:
+        """Say what was done, and where the new file is."""
+        more = len(lines) - _SHOWN_NOTES
+        text = "\n".join(lines[:_SHOWN_NOTES]) + (f"\nand {more} more notes" if more > 0 else "")
+        file = output.relative_to(choice.root).as_posix()
+        show_text(node_id, f"{lines[0]}\n{file}")
+        return {"ui": {"text": [f"{file}\n{text}"]}, "result": (file, text)}
 
 
 class RecordActivations(Node):
@@ -332,7 +345,7 @@ class SaveConditioning(Saving):
         return {"ui": {"text": [text]}, "result": (file,)}
 
 
-class CalibrateFP8Checkpoint(Solving):
+class CalibrateFP8Checkpoint(Making):
     """Chooses the input scale of every FP8 layer, and the layers that need full precision, from what was recorded.
 
     Writes a new checkpoint into the models folder. The chosen checkpoint stays as it is.
@@ -345,9 +358,6 @@ class CalibrateFP8Checkpoint(Solving):
         ),
         "overwrite": _switch("Replace a file of that name."),
     }
-    RETURN_TYPES = ("STRING", "STRING")
-    RETURN_NAMES = ("file", "report")
-    OUTPUT_TOOLTIPS = ("The new checkpoint, in its models folder.", "What was done.")
 
     @classmethod
     def VALIDATE_INPUTS(
@@ -377,13 +387,10 @@ class CalibrateFP8Checkpoint(Solving):
             folders.make_parent(output)
             replaced = folders.replaces(output)
             patch = patch_model_with_scales(opened, calibration, output)
-        text = summary(calibration, [*replaced, *patch.notes])
-        file = output.relative_to(choice.root).as_posix()
-        show_text(unique_id, f"{text.splitlines()[0]}\n{file}")
-        return {"ui": {"text": [f"{file}\n{text}"]}, "result": (file, text)}
+        return self.made(choice, output, [*summary(calibration), *replaced, *patch.notes], unique_id)
 
 
-class QuantizeCheckpoint(Node):
+class QuantizeCheckpoint(Making):
     """Quantizes a checkpoint in 16 or 32 bits: to one format, or each layer to the one that keeps most at a size.
 
     Writes a new checkpoint into the models folder. The chosen checkpoint stays as it is. "best" runs the model on noise
@@ -391,6 +398,18 @@ class QuantizeCheckpoint(Node):
     """
 
     FUNCTION = "quantize"
+    CHECKPOINT = "A checkpoint in 16 or 32 bits."
+    SOLVING: Mapping[str, Input] = {}
+    REQUIRED: Mapping[str, Input] = {
+        "format": (
+            list(QUANTIZED),
+            {
+                "default": BEST,
+                "tooltip": f"{BEST}: the mix that keeps most. "
+                + " ".join(f"{name}: fast on {FORMATS[name].cards}." for name in QUANTIZED if name != BEST),
+            },
+        )
+    }
     OPTIONAL: Mapping[str, Input] = {
         **inputs_of(
             BestOptions,
@@ -404,13 +423,8 @@ class QuantizeCheckpoint(Node):
             },
         ),
         "gpu": (list(GPUS), {"default": "any", "tooltip": f"For {BEST}: a card that multiplies all of its formats."}),
-        "exclude": (
-            "STRING",
-            {
-                "default": "",
-                "multiline": True,
-                "tooltip": "Regular expressions, one per line: layers in whose names one is found stay as they are.",
-            },
+        "exclude": _text(
+            "Regular expressions, one per line: layers in whose names one is found stay as they are.", multiline=True
         ),
         "output_name": _text(
             "Name of the new file in the checkpoint's models folder. Empty: the checkpoint's name with the format."
@@ -418,30 +432,6 @@ class QuantizeCheckpoint(Node):
         "overwrite": _switch("Replace a file of that name."),
         **{name: _OPTIONAL[name] for name in ("stats", "latent", "statistics_file", "allow_partial")},
     }
-    RETURN_TYPES = ("STRING", "STRING")
-    RETURN_NAMES = ("file", "report")
-    OUTPUT_TOOLTIPS = ("The new checkpoint, in its models folder.", "What was done.")
-
-    @classmethod
-    def INPUT_TYPES(cls) -> Inputs:
-        """What goes in."""
-        required = {
-            "checkpoint": (folders.checkpoint_names(), {"tooltip": "A checkpoint in 16 or 32 bits."}),
-            "format": (
-                list(QUANTIZED),
-                {
-                    "default": BEST,
-                    "tooltip": f"{BEST}: the mix that keeps most. "
-                    + " ".join(f"{n}: fast on {FORMATS[n].cards}." for n in QUANTIZED if n != BEST),
-                },
-            ),
-        }
-        return {**super().INPUT_TYPES(), "required": required}
-
-    @classmethod
-    def IS_CHANGED(cls, checkpoint: str | None = None, statistics_file: str = "", **_inputs: Any) -> str:
-        """When the files that are read change."""
-        return state_of_files(checkpoint, statistics_file)
 
     @classmethod
     def VALIDATE_INPUTS(
@@ -473,24 +463,21 @@ class QuantizeCheckpoint(Node):
         exclude: str = "",
         output_name: str = "",
         overwrite: bool = False,
-        stats: Recorder | Statistics | None = None,
-        latent: Mapping[str, Any] | None = None,
-        statistics_file: str = "",
-        allow_partial: bool = False,
         unique_id: str | None = None,
+        **inputs: Any,
     ) -> dict[str, Any]:
         """Choose formats, and write the new checkpoint."""
         choice = folders.choose_checkpoint(checkpoint)
         output = choice.output(output_name, overwrite, format)
         options, solved = conversion_options(format, exclude), None
-        if stats is not None or statistics_file.strip():
-            solved = solving(stats=stats, latent=latent, statistics_file=statistics_file, allow_partial=allow_partial)
+        if inputs.get("stats") is not None or inputs.get("statistics_file", "").strip():
+            solved = solving(**inputs)
         with open_checkpoint(choice.path) as opened:
             plan = plan_conversion(opened, options)
             refuse_damaged(opened, plan.table)
             if solved is not None:  # another model's statistics show before the work as well as after
                 wanted = {layer.name: layer for layer, _ in plan.quantized}
-                naming.fitting(solved[1], plan.table, wanted, force=allow_partial)
+                naming.fitting(solved[1], plan.table, wanted, force=solved[2])
             done = plan.summary()
             if format == BEST:
                 show_text(unique_id, f"trying formats on {choice.path.name}")
@@ -503,13 +490,10 @@ class QuantizeCheckpoint(Node):
             folders.make_parent(output)
             replaced = folders.replaces(output)
             scaled = write_quantized(opened, plan, output, solved, shown_progress(unique_id))
-        text = listed([done, *replaced, *scaled, *plan.readers(), *plan.notes])
-        file = output.relative_to(choice.root).as_posix()
-        show_text(unique_id, f"{done}\n{file}")
-        return {"ui": {"text": [f"{file}\n{text}"]}, "result": (file, text)}
+        return self.made(choice, output, [done, *replaced, *scaled, *plan.readers(), *plan.notes], unique_id)
 
 
-class ActivationReport(Solving):
+class ActivationReport(Reading):
     """Draws what each layer receives on the range of FP8, and says which layers are at risk.
 
     With a checkpoint: at its present scales, and at those that Calibrate FP8 Checkpoint would choose with the same
@@ -593,26 +577,14 @@ def embeddings_of(conditioning: Sequence[tuple[torch.Tensor, Mapping[str, Any]]]
     return {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
 
 
-def summary(calibration: Calibration, notes: list[str]) -> str:
-    """What a calibration did: a line of numbers, then what a user should know.
-
-    Args:
-        calibration: what was solved.
-        notes: of the patch.
-    """
+def summary(calibration: Calibration) -> list[str]:
+    """What a calibration did: a line of numbers, then what a user should know."""
     scales = calibration.scales.values()
     full = sum(result.full_precision_after for result in calibration.results)
-    lines = [f"calibrated {len(scales)} of {len(calibration.results)} layers, {full} in full precision"]
+    line = f"calibrated {len(scales)} of {len(calibration.results)} layers, {full} in full precision"
     if scales:
-        lines[0] += f", scales {min(scales):.3g} to {max(scales):.3g}"
-    return listed([*lines, *calibration.notes, *notes])
-
-
-def listed(lines: list[str]) -> str:
-    """Lines of text, as many as a node shows."""
-    if len(lines) > _SHOWN_NOTES:
-        lines = [*lines[:_SHOWN_NOTES], f"and {len(lines) - _SHOWN_NOTES} more notes"]
-    return "\n".join(lines)
+        line += f", scales {min(scales):.3g} to {max(scales):.3g}"
+    return [line, *calibration.notes]
 
 
 def conversion_options(name: str, exclude: str) -> ConvertOptions:
@@ -659,7 +631,7 @@ def write_quantized(
         calibration, patch = calibrate_written(
             writer, checkpoint.path, lambda made: apply_statistics(made, statistics, options, force=partial)
         )
-        told.extend(summary(calibration, patch.notes).splitlines())
+        told.extend([*summary(calibration), *patch.notes])
 
     if solved is not None and not static:
         told.append("statistics were not used: readers scale the inputs of all layers as they come")

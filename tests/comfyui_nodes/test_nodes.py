@@ -94,16 +94,15 @@ def test_nodes_say_what_comfyui_asks(comfyui: Any, name: str) -> None:
     node: Any = NODE_CLASS_MAPPINGS[name]
     inputs = node.INPUT_TYPES()
     function = dict(inspect.signature(getattr(node, node.FUNCTION)).parameters)
+    shown = {**inputs["required"], **inputs.get("optional", {})}
     if function.pop("inputs", None):
-        defaults = inspect.signature(SolveOptions).parameters
-        function |= {key: defaults[key] for key in ("method", "percentile", "full_precision_budget")}
-        function |= {key: value for key, value in inspect.signature(solving).parameters.items() if key != "options"}
+        known = {**inspect.signature(SolveOptions).parameters, **inspect.signature(solving).parameters}
+        function |= {key: known[key] for key in shown if key in known}
 
     assert node.CATEGORY == "convert_to_quant"
     assert NODE_DISPLAY_NAME_MAPPINGS[name]
     assert node.DESCRIPTION
     assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES) == len(node.OUTPUT_TOOLTIPS)
-    shown = {**inputs["required"], **inputs.get("optional", {})}
     assert set(function) - {"self"} == {*shown, *inputs.get("hidden", {})}
     assert inputs.get("hidden", {}) in ({}, {"unique_id": "UNIQUE_ID"})  # the text itself: ComfyUI compares it
     assert [key for key, (_, settings) in shown.items() if not settings["tooltip"]] == []
