@@ -7,6 +7,7 @@ somebody else wrote or changed, and only what is ours is replaced or removed.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -58,17 +59,13 @@ def install(comfyui: Path, *, dry_run: bool = False) -> Path:
         OptionError: there is no `custom_nodes` in it.
         OutputError: something else has the pack's name, or it cannot be written.
     """
-    folder = _folder(comfyui)
-    exists = folder.is_symlink() or folder.exists()
-    if exists:
-        _check_ours(folder)
+    folder, _ = _checked(comfyui)
     if dry_run:
         return folder
-    if not exists:
-        try:
-            folder.mkdir()
-        except OSError as error:
-            raise OutputError(f"cannot be made: {error.strerror}", path=folder) from None
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot be made: {error.strerror}", path=folder) from None
     write_bytes(folder / FILE, content())
     return folder
 
@@ -87,10 +84,9 @@ def uninstall(comfyui: Path, *, dry_run: bool = False) -> Path:
         OptionError: there is no `custom_nodes`, or no pack in it.
         OutputError: the folder is not what `install` wrote, or cannot be removed.
     """
-    folder = _folder(comfyui)
-    if not (folder.is_symlink() or folder.exists()):
+    folder, exists = _checked(comfyui)
+    if not exists:
         raise OptionError(f"{folder} does not exist: nothing to remove")
-    _check_ours(folder)
     if dry_run:
         return folder
     try:
@@ -100,21 +96,19 @@ def uninstall(comfyui: Path, *, dry_run: bool = False) -> Path:
     return folder
 
 
-def _folder(comfyui: Path) -> Path:
-    packs = comfyui / "custom_nodes"
+def _checked(comfyui: Path) -> tuple[Path, bool]:
+    """The pack's folder, and whether it is there: with an unchanged file of ours and what Python made of it, or not."""
+    packs, hint = comfyui / "custom_nodes", "move it away yourself if you do not need it"
     if not packs.is_dir():
         raise OptionError(f"there is no folder {packs}", hint="name ComfyUI's folder, which has custom_nodes in it")
-    return packs / NAME
-
-
-def _check_ours(folder: Path) -> None:
-    """Refuse a folder that holds anything but an unchanged file of ours and what Python made of it."""
-    hint = "move it away yourself if you do not need it"
+    folder = packs / NAME
+    if not os.path.lexists(folder):
+        return folder, False
     if folder.is_symlink() or not folder.is_dir():
         raise OutputError("not the folder that install makes, so it is left alone", path=folder, hint=hint)
     inside = [path for path in folder.rglob("*") if not is_left_over(path.name)]
     if not inside:  # an install that was killed between its two steps
-        return
+        return folder, True
     ours = {path for path in (folder / FILE, *(folder / CACHE).glob("__init__.*.pyc")) if path.is_file()}
     ours |= {path for path in inside if path == folder / CACHE and path.is_dir()}
     strangers = [path for path in inside if path.is_symlink() or path not in ours]
@@ -126,6 +120,7 @@ def _check_ours(folder: Path) -> None:
         first, newline, rest = b"", b"", b""
     if first + newline != _mark(rest):
         raise OutputError("install did not write this, or it was changed since", path=folder / FILE, hint=hint)
+    return folder, True
 
 
 def _mark(body: bytes) -> bytes:

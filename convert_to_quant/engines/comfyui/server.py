@@ -185,10 +185,7 @@ class Server:
         with self._open("/view", file) as answer:
             try:
                 with path.open("wb") as output:
-                    for chunk in self._chunks(answer):
-                        if output.tell() + len(chunk) > MOST_FILE_BYTES:
-                            raise self._error(f"{name} is larger than statistics are")
-                        output.write(chunk)
+                    output.writelines(self._chunks(answer, name, MOST_FILE_BYTES))
             except OSError as error:
                 raise OutputError(f"cannot be written: {error.strerror}", path=path) from None
 
@@ -237,12 +234,11 @@ class Server:
             StatusError: an HTTP error.
         """
         with self._open(path, body=body) as answer:
-            content = bytearray()
-            for chunk in self._chunks(answer):
-                content += chunk
-                if len(content) > MOST_JSON_BYTES:
-                    raise self._error(f"its answer to {path} is larger than {MOST_JSON_BYTES:,} bytes")
-            return parsed(bytes(content))
+            content = b"".join(self._chunks(answer, f"its answer to {path}", MOST_JSON_BYTES))
+        try:
+            return parse_json(content, most_bytes=MOST_JSON_BYTES, lenient=True)
+        except JSONError:
+            return None
 
     def _open(self, path: str, query: Mapping[str, str] | None = None, body: Any = None) -> Any:
         """An answer whose content is still to be read, with `_chunks`.
@@ -265,11 +261,12 @@ class Server:
         except (OSError, HTTPException) as error:
             raise self._no_answer(getattr(error, "reason", error)) from None
 
-    def _chunks(self, answer: Any) -> Iterator[bytes]:
+    def _chunks(self, answer: Any, name: str, most_bytes: int) -> Iterator[bytes]:
         """The content of an answer.
 
         Raises:
             NoAnswerError: it broke off, or comes too slowly.
+            CalibrationError: it is too large.
         """
         start, received = time.monotonic(), 0
         while True:
@@ -279,8 +276,10 @@ class Server:
                 raise self._no_answer(error) from None
             if not chunk:
                 return
-            yield chunk
             received += len(chunk)
+            if received > most_bytes:
+                raise self._error(f"{name} is larger than {most_bytes:,} bytes")
+            yield chunk
             if time.monotonic() - start > self.patience_seconds + received / LEAST_BYTES_PER_SECOND:
                 raise self._no_answer(f"{received:,} bytes in {time.monotonic() - start:.0f} s")
 
@@ -360,14 +359,6 @@ def check_address(address: str) -> str:
 def quoted(text: str) -> str:
     """A text as one part of a path; what is no letter (half of one, which JSON may hold) as a question mark."""
     return urllib.parse.quote(text, safe="", errors="replace")
-
-
-def parsed(text: str | bytes) -> Any:
-    """JSON, or None where it is none."""
-    try:
-        return parse_json(text, most_bytes=MOST_JSON_BYTES, lenient=True)
-    except JSONError:
-        return None
 
 
 def as_object(value: Any) -> dict[str, Any]:

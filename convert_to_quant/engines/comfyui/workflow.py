@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import PurePosixPath
@@ -350,11 +350,7 @@ class _Graph:
 
     def upstream(self, start: str, kind: str) -> list[str]:
         """A node, and all that lie before it by links of a type, the nearest first."""
-        found = [start]
-        for name in found:
-            before = dict.fromkeys(link.node for _, link in self.links(name, kind))
-            found += [node for node in before if node not in found]
-        return found
+        return _reached([start], lambda name: self.links(name, kind))
 
     def models(self, sampler: str) -> Iterator[tuple[Place, Link]]:
         """Where a sampler and its guiders take models. One for the negative prompt alone is not sampled with."""
@@ -449,16 +445,18 @@ def _new(nodes: Nodes, what: str, kind: str, said: str, inputs: dict[str, Any]) 
     return name
 
 
-def _ancestors(nodes: Nodes, starts: list[str]) -> set[str]:
-    """Nodes, and all that they depend on."""
-    found: set[str] = set()
-    rest = list(starts)
-    while rest:
-        name = rest.pop()
-        if name not in found:
-            found.add(name)
-            rest += [link.node for _, link in _links(nodes[name])]
+def _reached(starts: Sequence[str], links: Callable[[str], Iterable[tuple[str, Link]]]) -> list[str]:
+    """Nodes, and all that lie before them by some of their links, the nearest first."""
+    found = list(starts)
+    for name in found:
+        before = dict.fromkeys(link.node for _, link in links(name))
+        found += [node for node in before if node not in found]
     return found
+
+
+def _ancestors(nodes: Nodes, starts: Sequence[str]) -> set[str]:
+    """Nodes, and all that they depend on."""
+    return set(_reached(starts, lambda name: _links(nodes[name])))
 
 
 def _names(graph: _Graph, several: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:

@@ -471,7 +471,7 @@ def test_a_pack_of_another_version_is_told(double: Any, flux: Nodes, monkeypatch
         (answer(b"\x02\0\0\0\0\0\0\0{}"), r"cannot be used: not a statistics file", StatisticsError),
         (answer(b"<html>" * 100), "cannot be used: ", StatisticsError),
         (answer(status=404), r"HTTP error 404 for /view .*; 2 runs before it .*kept/", CalibrationError),
-        (None, r"kept/flux_0000\d_.safetensors is larger than statistics are", CalibrationError),
+        (None, r"kept/flux_0000\d_.safetensors is larger than 1,000 bytes", CalibrationError),
     ],
 )  # fmt: skip
 def test_a_file_that_holds_no_statistics_is_refused(
