@@ -1,8 +1,9 @@
 """A tiny random model of every family that ComfyUI detects, in the layout that its detection expects of a real file.
 
-Each row of `MODELS` is what ComfyUI's own network is built with. Where detection reads a size off the tensors, the size
-in the row is what it will find in the file. What it takes for granted without looking ("a HiDream has 48 blocks") is
-told to it while the test runs: those sizes stand in `assumed`, and only they are changed.
+Each row of `MODELS` is what shapes the tensors of ComfyUI's own network, beside its defaults and what its class demands
+of a file. Where detection reads a size off the tensors, the size in the row is what it will find in the file. What it
+takes for granted without looking ("a HiDream has 48 blocks") is told to it while the test runs: those sizes stand in
+`assumed`, and only they are changed.
 
 Runs inside ComfyUI's process.
 """
@@ -23,7 +24,7 @@ class Tiny:
     """How to make a tiny model.
 
     Attributes:
-        config: of the network, as detection finds it.
+        config: of the network; what its class demands goes before it.
         assumed: what detection assumes whatever the file holds, made smaller.
         prefix: before the network's names in the file.
         renamed: beginning of a tensor's name in the network -> in the file.
@@ -44,356 +45,275 @@ class Tiny:
 WHOLE = "model.diffusion_model."
 
 UNET = {
-    "use_checkpoint": False, "image_size": 32, "use_spatial_transformer": True, "legacy": False, "in_channels": 4,
-    "out_channels": 4, "model_channels": 320, "adm_in_channels": None, "num_res_blocks": [1, 1], "channel_mult": [1, 1],
-    "transformer_depth": [1, 0], "transformer_depth_output": [1, 0, 0, 0], "transformer_depth_middle": 1,
-    "use_linear_in_transformer": False, "context_dim": 768, "use_temporal_attention": False,
-    "use_temporal_resblock": False,
+    "image_size": 32, "use_spatial_transformer": True, "in_channels": 4, "out_channels": 4, "num_res_blocks": [1, 1],
+    "channel_mult": [1, 1], "transformer_depth": [1, 0], "transformer_depth_output": [1, 0, 0, 0],
+    "transformer_depth_middle": 1,
 }  # fmt: skip
-SD2 = {**UNET, "use_linear_in_transformer": True, "context_dim": 1024}
 
 
-def xl(depth: list[int], blocks: int, **more: Any) -> dict[str, Any]:
-    """A U-Net of SDXL's kind: `depth` tells its families apart."""
+def levels(count: int, blocks: int, **more: Any) -> dict[str, Any]:
+    """A U-Net of so many levels, without transformers in its middle and on its way up, whose labels are numbers."""
     return {
-        **UNET, "use_linear_in_transformer": True, "context_dim": 2048, "adm_in_channels": 2816,
-        "num_classes": "sequential", "num_res_blocks": [blocks] * (len(depth) // blocks),
-        "channel_mult": [1] * (len(depth) // blocks), "transformer_depth": depth,
-        "transformer_depth_output": [0] * (len(depth) + len(depth) // blocks), "transformer_depth_middle": -1, **more,
+        **UNET, "num_classes": "sequential", "num_res_blocks": [blocks] * count, "channel_mult": [1] * count,
+        "transformer_depth_output": [0] * count * (blocks + 1), "transformer_depth_middle": -1, **more,
     }  # fmt: skip
 
 
-SVD = {
-    **SD2, "in_channels": 8, "num_classes": "sequential", "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 1, 1, 1],
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_output": [0] * 12,
-    "transformer_depth_middle": -1,
-    "use_temporal_attention": True, "use_temporal_resblock": True, "extra_ff_mix_layer": True,
-    "use_spatial_context": True, "merge_strategy": "learned_with_images", "merge_factor": 0.0,
-    "video_kernel_size": [3, 1, 1], "disable_temporal_crossattention": False,
-}  # fmt: skip
+SVD = levels(4, 2, use_spatial_context=True, merge_strategy="learned_with_images", video_kernel_size=[3, 1, 1])
 
 FLUX = {
-    "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 24, "context_in_dim": 40,
-    "hidden_size": 128, "mlp_ratio": 4.0, "num_heads": 1, "depth": 1, "depth_single_blocks": 1,
-    "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
-    "txt_ids_dims": [], "yak_mlp": False, "txt_norm": False,
+    "in_channels": 16, "out_channels": 16, "vec_in_dim": 24, "context_in_dim": 40, "hidden_size": 128, "mlp_ratio": 4.0,
+    "num_heads": 1, "depth": 1, "depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2,
+    "qkv_bias": True, "txt_ids_dims": [],
 }  # fmt: skip
-CHROMA = {
-    **{name: value for name, value in FLUX.items() if name not in ("guidance_embed", "yak_mlp", "txt_norm")},
-    "image_model": "chroma", "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 128, "hidden_dim": 64,
-    "n_layers": 2, "vec_in_dim": None,
-}  # fmt: skip
+CHROMA = {**FLUX, "in_channels": 64, "out_channels": 64, "in_dim": 64, "vec_in_dim": None}
+CHROMA_SIZES = {"hidden_dim": 64, "out_dim": 128, "n_layers": 2}
 RADIANCE = {
-    "nerf_hidden_size": 64, "nerf_mlp_ratio": 4, "nerf_depth": 2, "nerf_max_freqs": 8, "nerf_tile_size": 512,
+    "nerf_hidden_size": 64, "nerf_mlp_ratio": 4, "nerf_max_freqs": 8, "nerf_tile_size": 512,
     "nerf_final_head_type": "conv", "nerf_embedder_dtype": None, "use_x0": False, "use_sequential_txt_ids": False,
 }  # fmt: skip
 
 HUNYUAN = {
-    "image_model": "hunyuan_video", "in_channels": 16, "patch_size": [1, 2, 2], "out_channels": 16, "vec_in_dim": 768,
-    "axes_dim": [16, 56, 56], "meanflow": False, "context_in_dim": 48, "hidden_size": 128, "mlp_ratio": 4.0,
-    "num_heads": 1, "depth": 1, "depth_single_blocks": 1, "theta": 256, "qkv_bias": True, "byt5": False,
-    "guidance_embed": True, "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
+    "in_channels": 16, "patch_size": [1, 2, 2], "out_channels": 16, "vec_in_dim": 768, "axes_dim": [16, 56, 56],
+    "meanflow": False, "context_in_dim": 48, "hidden_size": 128, "mlp_ratio": 4.0, "num_heads": 1, "depth": 1,
+    "depth_single_blocks": 1, "theta": 256, "qkv_bias": True, "byt5": False, "guidance_embed": True,
+    "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False,
 }  # fmt: skip
 HUNYUAN_15 = {
-    **HUNYUAN, "vec_in_dim": None, "patch_size": [1, 1, 1], "out_channels": 32, "byt5": True, "guidance_embed": False,
-    "use_cond_type_embedding": True, "vision_in_dim": 1152, "meanflow_sum": True, "depth_single_blocks": 0,
+    **HUNYUAN, "in_channels": 65, "vec_in_dim": None, "patch_size": [1, 1, 1], "out_channels": 32, "byt5": True,
+    "guidance_embed": False, "use_cond_type_embedding": True, "meanflow_sum": True, "depth_single_blocks": 0,
 }  # fmt: skip
 
-WAN = {
-    "image_model": "wan2.1", "model_type": "t2v", "dim": 128, "out_dim": 16, "num_heads": 1, "ffn_dim": 64,
-    "num_layers": 2, "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1), "qk_norm": True,
-    "cross_attn_norm": True, "eps": 1e-6, "in_dim": 16,
-}  # fmt: skip
+WAN = {"dim": 128, "num_heads": 1, "ffn_dim": 64, "num_layers": 2}
 SHORT_TEXT = {"text_dim": 48}
 
 COSMOS = {
-    "image_model": "cosmos", "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16,
-    "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "model_channels": 128, "block_config": "FA-CA-MLP",
-    "concat_padding_mask": True, "pos_emb_cls": "rope3d", "pos_emb_learnable": False, "pos_emb_interpolation": "crop",
-    "block_x_format": "THWBD", "affline_emb_norm": True, "use_adaln_lora": True, "adaln_lora_dim": 256,
-    "extra_per_block_abs_pos_emb": True, "extra_per_block_abs_pos_emb_type": "learnable",
+    "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16, "out_channels": 16, "patch_spatial": 2,
+    "patch_temporal": 1, "model_channels": 128, "pos_emb_cls": "rope3d", "use_adaln_lora": True,
 }  # fmt: skip
-COSMOS_2 = {
-    "image_model": "cosmos_predict2", "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16,
-    "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "model_channels": 128, "concat_padding_mask": True,
-    "pos_emb_cls": "rope3d", "pos_emb_learnable": True, "pos_emb_interpolation": "crop", "min_fps": 1, "max_fps": 30,
-    "use_adaln_lora": True, "adaln_lora_dim": 256, "num_blocks": 1, "extra_per_block_abs_pos_emb": False,
-    "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0, "rope_t_extrapolation_ratio": 1.0,
-    "extra_h_extrapolation_ratio": 1.0, "extra_w_extrapolation_ratio": 1.0, "extra_t_extrapolation_ratio": 1.0,
-    "rope_enable_fps_modulation": False,
+COSMOS_1 = {
+    **COSMOS, "affline_emb_norm": True, "extra_per_block_abs_pos_emb": True,
+    "extra_per_block_abs_pos_emb_type": "learnable",
 }  # fmt: skip
+COSMOS_1_SIZES = {"num_blocks": 1, "num_heads": 1, "crossattn_emb_channels": 64}
+COSMOS_2 = {**COSMOS, "num_blocks": 1}
 COSMOS_2_SIZES = {"num_heads": 1, "crossattn_emb_channels": 64}
 
 LUMINA = {
-    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 2304, "cap_feat_dim": 40, "n_layers": 1,
-    "qk_norm": True, "n_heads": 24, "n_kv_heads": 8, "axes_dims": [32, 32, 32], "axes_lens": [300, 512, 512],
-    "rope_theta": 10000.0,
+    "in_channels": 16, "dim": 2304, "cap_feat_dim": 40, "n_layers": 1, "qk_norm": True, "n_heads": 24, "n_kv_heads": 8,
+    "axes_dims": [32, 32, 32],
 }  # fmt: skip
 Z_IMAGE = {
-    **LUMINA, "dim": 3840, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512],
-    "rope_theta": 256.0, "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
+    "in_channels": 16, "dim": 3840, "cap_feat_dim": 40, "n_layers": 1, "qk_norm": True, "n_heads": 30,
+    "z_image_modulation": True, "pad_tokens_multiple": 32,
 }  # fmt: skip
 LUMINA_SIZES = {"n_refiner_layers": 1, "ffn_dim_multiplier": 0.05, "multiple_of": 16}
 
-LTX = {"image_model": "ltxv", "num_layers": 1, "attention_head_dim": 2, "cross_attention_dim": 64}
+LTX = {"num_layers": 1, "cross_attention_dim": 64}
 LTX_SIZES = {"caption_channels": 40, "attention_head_dim": 64, "num_attention_heads": 1}
 
-PIXART = {
-    "image_model": "pixart_sigma", "patch_size": 2, "in_channels": 4, "depth": 1, "model_max_length": 300,
-    "micro_condition": False,
-}  # fmt: skip
+PIXART = {"depth": 1, "patch_size": 2, "in_channels": 4, "model_max_length": 300, "micro_condition": False}
 PIXART_SIZES = {"hidden_size": 96, "num_heads": 2, "caption_channels": 40}
 
 COG = {
-    "image_model": "cogvideox", "num_attention_heads": 1, "attention_head_dim": 64, "time_embed_dim": 64,
-    "num_layers": 1, "in_channels": 16, "patch_size": 2, "text_embed_dim": 40,
-    "use_learned_positional_embeddings": False, "use_rotary_positional_embeddings": True,
+    "num_attention_heads": 1, "time_embed_dim": 64, "num_layers": 1, "text_embed_dim": 40,
+    "use_rotary_positional_embeddings": True,
 }  # fmt: skip
 
-DIT_AUDIO = {
-    "audio_model": "dit1.0", "global_cond_dim": 1536, "project_cond_tokens": True, "embed_dim": 64, "num_heads": 1,
-    "timestep_features_type": "learned", "io_channels": 64, "input_concat_dim": 0, "depth": 1,
-}  # fmt: skip
+DIT_AUDIO = {"project_cond_tokens": True, "embed_dim": 64, "num_heads": 1, "depth": 1}
 NUMBERS = "conditioner.conditioners.seconds_"
 NUMBER_TENSORS = {"embedder.embedding.0.weights": (128,), "embedder.embedding.1.weight": (768, 257),
                   "embedder.embedding.1.bias": (768,)}  # fmt: skip
 
+VIDEO = (64, 64, 5)
+
 MODELS: Mapping[str, Tiny] = {
     # U-Nets
-    "LotusD": Tiny({**SD2, "adm_in_channels": 4, "num_classes": "sequential"}),
+    "LotusD": Tiny({**UNET, "context_dim": 1024}),
     "Stable_Zero123": Tiny(
-        {**UNET, "in_channels": 8}, prefix=WHOLE,
-        others={"cc_projection.weight": (768, 772), "cc_projection.bias": (768,)},
+        UNET, prefix=WHOLE, others={"cc_projection.weight": (768, 772), "cc_projection.bias": (768,)}
     ),
-    "SD15_instructpix2pix": Tiny({**UNET, "in_channels": 8}),
+    "SD15_instructpix2pix": Tiny(UNET),
     "SD15": Tiny(UNET, prefix=WHOLE),
-    "SD20": Tiny(SD2),
-    "SD21UnclipL": Tiny({**SD2, "adm_in_channels": 1536, "num_classes": "sequential"}),
-    "SD21UnclipH": Tiny({**SD2, "adm_in_channels": 2048, "num_classes": "sequential"}),
-    "SDXL_instructpix2pix": Tiny(xl([0, 0, 2, 2, 10, 10], 2, in_channels=8)),
-    "SDXLRefiner": Tiny(xl([0, 0, 4, 4, 4, 4, 0, 0], 2, model_channels=384, context_dim=1280, adm_in_channels=2560)),
-    "SDXL": Tiny(xl([0, 0, 2, 2, 10, 10], 2)),
-    "SSD1B": Tiny(xl([0, 0, 2, 2, 4, 4], 2)),
-    "KOALA_700M": Tiny(xl([0, 2, 5], 1)),
-    "KOALA_1B": Tiny(xl([0, 2, 6], 1)),
-    "Segmind_Vega": Tiny(xl([0, 0, 1, 1, 2, 2], 2)),
+    "SD20": Tiny(UNET),
+    "SD21UnclipL": Tiny({**UNET, "num_classes": "sequential"}),
+    "SD21UnclipH": Tiny({**UNET, "num_classes": "sequential"}),
+    "SDXL_instructpix2pix": Tiny(levels(3, 2)),
+    "SDXLRefiner": Tiny(levels(4, 2)),
+    "SDXL": Tiny(levels(3, 2)),
+    "SSD1B": Tiny(levels(3, 2)),
+    "KOALA_700M": Tiny(levels(3, 1)),
+    "KOALA_1B": Tiny(levels(3, 1)),
+    "Segmind_Vega": Tiny(levels(3, 2)),
     "SD_X4Upscaler": Tiny(
-        {**SD2, "in_channels": 7, "model_channels": 256, "num_res_blocks": [1, 1, 1, 1], "channel_mult": [1, 1, 1, 1],
-         "transformer_depth": [0, 1, 1, 1], "transformer_depth_output": [0, 0, 1, 1, 1, 1, 1, 1]}
+        {**UNET, "num_res_blocks": [1, 1, 1, 1], "channel_mult": [1, 1, 1, 1], "transformer_depth": [0, 1, 1, 1],
+         "transformer_depth_output": [0, 0, 1, 1, 1, 1, 1, 1]}
     ),
-    "SVD_img2vid": Tiny({**SVD, "adm_in_channels": 768}, size=(64, 64, 2)),
-    "SV3D_u": Tiny({**SVD, "adm_in_channels": 256}, size=(64, 64, 2)),
-    "SV3D_p": Tiny({**SVD, "adm_in_channels": 1280}, size=(64, 64, 2)),
+    "SVD_img2vid": Tiny(SVD, size=(64, 64, 2)),
+    "SV3D_u": Tiny(SVD, size=(64, 64, 2)),
+    "SV3D_p": Tiny(SVD, size=(64, 64, 2)),
     # Stable Cascade
     "Stable_Cascade_C": Tiny(
-        {"stable_cascade_stage": "c", "c_cond": 64},
-        {"c_cond": 64, "c_hidden": [64, 64], "nhead": [1, 1], "blocks": [[1, 1], [1, 1]]}, size=(256, 256, 1),
+        {}, {"c_cond": 64, "c_hidden": [64, 64], "nhead": [1, 1], "blocks": [[1, 1], [1, 1]]}, size=(256, 256, 1)
     ),
     "Stable_Cascade_B": Tiny(
-        {"stable_cascade_stage": "b"},
+        {},
         {"c_hidden": [64, 64, 64, 64], "nhead": [-1, -1, 1, 1], "blocks": [[1, 1, 1, 1], [1, 1, 1, 1]],
          "block_repeat": [[1, 1, 1, 1], [1, 1, 1, 1]], "c_cond": 64}, size=(256, 256, 1),
     ),
     # images
     "SD3": Tiny(
-        {"in_channels": 16, "patch_size": 2, "out_channels": 16, "depth": 1, "input_size": None, "adm_in_channels": 24,
-         "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 40, "out_features": 64}},
-         "num_patches": 36864, "pos_embed_max_size": 192, "qk_norm": "rms", "pos_embed_scaling_factor": None,
-         "x_block_self_attn_layers": []},
+        {"depth": 1, "adm_in_channels": 24, "num_patches": 36864, "qk_norm": "rms",
+         "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 40, "out_features": 64}}},
     ),
     "AuraFlow": Tiny(
-        {"max_seq": 64, "cond_seq_dim": 2048, "n_double_layers": 1, "n_layers": 2},
-        {"global_conddim": 64, "dim": 64, "n_heads": 1},
+        {"max_seq": 64, "n_double_layers": 1, "n_layers": 2}, {"global_conddim": 64, "dim": 64, "n_heads": 1}
     ),
-    "PixArtAlpha": Tiny({**PIXART, "image_model": "pixart_alpha", "micro_condition": True}, PIXART_SIZES),
+    "PixArtAlpha": Tiny({**PIXART, "micro_condition": True}, PIXART_SIZES),
     "PixArtSigma": Tiny(PIXART, PIXART_SIZES),
-    "HunyuanDiT": Tiny({"image_model": "hydit", "depth": 4, "hidden_size": 64}, {"num_heads": 1}),
-    "HunyuanDiT1": Tiny(
-        {"image_model": "hydit1", "depth": 4, "hidden_size": 1408, "size_cond": True, "use_style_cond": True},
-    ),
-    "FluxInpaint": Tiny({**FLUX, "in_channels": 96}),
+    "HunyuanDiT": Tiny({"depth": 4, "hidden_size": 64}, {"num_heads": 1}),
+    "HunyuanDiT1": Tiny({"depth": 4, "hidden_size": 1408, "size_cond": True, "use_style_cond": True}),
+    "FluxInpaint": Tiny(FLUX),
     "Flux": Tiny(FLUX),
-    "LongCatImage": Tiny(
-        {**FLUX, "guidance_embed": False, "vec_in_dim": None, "context_in_dim": 3584, "txt_ids_dims": [1, 2]}
-    ),
-    "FluxSchnell": Tiny({**FLUX, "guidance_embed": False}),
+    "LongCatImage": Tiny(FLUX),
+    "FluxSchnell": Tiny(FLUX),
     "Flux2": Tiny(
-        {**FLUX, "image_model": "flux2", "axes_dim": [32, 32, 32, 32], "mlp_ratio": 3.0, "theta": 2000,
-         "in_channels": 128, "out_channels": 128, "global_modulation": True, "mlp_silu_act": True, "qkv_bias": False,
-         "ops_bias": False, "default_ref_method": "index", "ref_index_scale": 10.0, "txt_ids_dims": [3],
+        {**FLUX, "axes_dim": [32, 32, 32, 32], "mlp_ratio": 3.0, "in_channels": 128, "out_channels": 128,
+         "global_modulation": True, "mlp_silu_act": True, "qkv_bias": False, "ops_bias": False, "txt_ids_dims": [3],
          "patch_size": 1, "vec_in_dim": None, "guidance_embed": False},
     ),
     "Lens": Tiny(
-        {"image_model": "lens", "in_channels": 128, "out_channels": 32, "num_layers": 1, "num_attention_heads": 1,
-         "enc_hidden_dim": 40, "multi_layer_encoder_feature": True, "selected_layer_index": (0, 1)}
+        {"num_layers": 1, "num_attention_heads": 1, "enc_hidden_dim": 40, "selected_layer_index": (0, 1)}
     ),
-    "Chroma": Tiny(CHROMA, {"hidden_dim": 64, "out_dim": 128, "n_layers": 2}),
+    "Chroma": Tiny(CHROMA, CHROMA_SIZES),
     "ChromaRadiance": Tiny(
-        {**CHROMA, **RADIANCE, "image_model": "chroma_radiance", "in_channels": 3, "out_channels": 3, "patch_size": 16},
-        {"hidden_dim": 64, "out_dim": 128, "n_layers": 2, "nerf_depth": 2},
+        {**CHROMA, **RADIANCE, "in_channels": 3, "out_channels": 3, "patch_size": 16}, {**CHROMA_SIZES, "nerf_depth": 2}
     ),
     "Lumina2": Tiny(LUMINA, LUMINA_SIZES),
     "ZImage": Tiny(Z_IMAGE, LUMINA_SIZES),
     "ZImagePixelSpace": Tiny(
-        {**Z_IMAGE, "image_model": "zimage_pixel", "patch_size": 4, "in_channels": 3, "decoder_in_channels": 48,
-         "decoder_hidden_size": 64, "decoder_num_res_blocks": 1, "decoder_max_freqs": 4}, LUMINA_SIZES,
+        {**Z_IMAGE, "patch_size": 4, "in_channels": 3, "decoder_hidden_size": 64, "decoder_num_res_blocks": 1,
+         "decoder_max_freqs": 4}, LUMINA_SIZES,
     ),
     "PixelDiTT2I": Tiny(
-        {"image_model": "pixeldit_t2i"},
+        {},
         {"hidden_size": 64, "num_groups": 1, "pixel_attn_hidden_size": 64, "pixel_num_groups": 1, "patch_depth": 2,
          "pixel_depth": 1, "txt_embed_dim": 40}, renamed={"": "core."},
     ),
     "PiD": Tiny(
-        {"image_model": "pid", "lq_hidden_dim": 64, "lq_interval": 2, "lq_latent_channels": 16,
-         "latent_spatial_down_factor": 8},
+        {"lq_hidden_dim": 64},
         {"hidden_size": 64, "num_groups": 1, "pixel_attn_hidden_size": 64, "pixel_num_groups": 1, "patch_depth": 2,
          "pixel_depth": 1, "txt_embed_dim": 40, "lq_interval": 2, "lq_num_res_blocks": 1},
     ),
     "HiDream": Tiny(
-        {"image_model": "hidream", "in_channels": 16, "out_channels": 16, "patch_size": 2, "max_resolution": [128, 128],
-         "axes_dims_rope": [64, 32, 32], "attention_head_dim": 128, "num_routed_experts": 4,
-         "num_activated_experts": 2},
+        {"in_channels": 16, "patch_size": 2},
         {"num_attention_heads": 1, "num_layers": 1, "num_single_layers": 1, "caption_channels": [40, 48],
          "llama_layers": [0, 1], "text_emb_dim": 24},
     ),
     "HiDreamO1": Tiny(
-        {"image_model": "hidream_o1"},
+        {},
         {"text_config_overrides": {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1,
                                    "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 128},
          "vision_config_overrides": {"hidden_size": 64, "num_heads": 1, "intermediate_size": 64, "depth": 1,
                                      "num_position_embeddings": 16}},
     ),
     "Omnigen2": Tiny(
-        {"image_model": "omnigen2", "axes_lens": [1024, 1664, 1664], "in_channels": 16, "patch_size": 2,
-         "timestep_scale": 1000.0},
+        {},
         {"axes_dim_rope": [8, 12, 12], "hidden_size": 64, "multiple_of": 16, "num_attention_heads": 2,
          "num_kv_heads": 1, "num_layers": 1, "num_refiner_layers": 1, "text_feat_dim": 40},
     ),
     "Boogu": Tiny(
-        {"image_model": "boogu", "hidden_size": 64, "num_layers": 1, "num_double_stream_layers": 1,
-         "num_refiner_layers": 1, "instruction_feat_dim": 40},
+        {"hidden_size": 64, "num_layers": 1, "num_double_stream_layers": 1, "num_refiner_layers": 1,
+         "instruction_feat_dim": 40},
         {"axes_dim_rope": (8, 12, 12), "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16},
     ),
-    "MageFlow": Tiny(
-        {"image_model": "mage_flow", "in_channels": 128, "num_layers": 1}, {"num_attention_heads": 1}
-    ),
-    "QwenImage": Tiny(
-        {"image_model": "qwen_image", "in_channels": 64, "num_layers": 1},
-        {"num_attention_heads": 1, "joint_attention_dim": 40},
-    ),
-    "JoyImage": Tiny(
-        {"image_model": "joyimage", "in_channels": 16, "hidden_size": 128, "patch_size": [1, 2, 2], "num_layers": 1,
-         "num_attention_heads": 1}, {"text_dim": 40},
-    ),
+    "MageFlow": Tiny({"num_layers": 1}, {"num_attention_heads": 1}),
+    "QwenImage": Tiny({"num_layers": 1}, {"num_attention_heads": 1, "joint_attention_dim": 40}),
+    "JoyImage": Tiny({"hidden_size": 128, "num_layers": 1, "num_attention_heads": 1}, {"text_dim": 40}),
     "Ideogram4": Tiny(
-        {"image_model": "ideogram4", "in_channels": 128, "num_layers": 1},
+        {"num_layers": 1},
         {"num_attention_heads": 1, "attention_head_dim": 128, "intermediate_size": 64, "adaln_dim": 32,
          "llm_features_dim": 40},
     ),
     "Krea2": Tiny(
-        {"image_model": "krea2", "features": 128, "channels": 16, "patch": 2, "layers": 1, "heads": 1, "kvheads": 1,
-         "txtlayers": 2, "txtdim": 128}, {"txtheads": 1, "txtkvheads": 1},
+        {"features": 128, "layers": 1, "heads": 1, "kvheads": 1, "txtlayers": 2, "txtdim": 128},
+        {"txtheads": 1, "txtkvheads": 1},
     ),
     "Kandinsky5Image": Tiny(
-        {"image_model": "kandinsky5", "model_dim": 2560, "axes_dims": (32, 48, 48),
-         "rope_scale_factor": (1.0, 1.0, 1.0), "time_dim": 32, "ff_dim": 64, "visual_embed_dim": 64,
-         "num_text_blocks": 1, "num_visual_blocks": 1}, {"in_text_dim": 40, "in_text_dim2": 24},
+        {"axes_dims": (32, 48, 48), "time_dim": 32, "ff_dim": 64, "num_text_blocks": 1, "num_visual_blocks": 1},
+        {"in_text_dim": 40, "in_text_dim2": 24},
     ),
     "ErnieImage": Tiny(
-        {"image_model": "ernie"},
-        {"hidden_size": 128, "num_attention_heads": 1, "num_layers": 1, "ffn_hidden_size": 64, "text_in_dim": 40},
+        {}, {"hidden_size": 128, "num_attention_heads": 1, "num_layers": 1, "ffn_hidden_size": 64, "text_in_dim": 40}
     ),
     "HunyuanImage21": Tiny(
-        {**HUNYUAN, "vec_in_dim": None, "in_channels": 64, "out_channels": 64, "patch_size": [1, 1],
-         "axes_dim": [64, 64], "byt5": True, "meanflow": True}, size=(128, 128, 1),
+        {**HUNYUAN, "in_channels": 64, "out_channels": 64, "patch_size": [1, 1], "axes_dim": [64, 64], "byt5": True,
+         "meanflow": True}, size=(128, 128, 1),
     ),
-    "HunyuanImage21Refiner": Tiny(
-        {**HUNYUAN, "vec_in_dim": None, "in_channels": 128, "out_channels": 64, "patch_size": [1, 1, 1],
-         "meanflow": True, "byt5": False},
-    ),
+    "HunyuanImage21Refiner": Tiny({**HUNYUAN, "in_channels": 128, "out_channels": 64, "meanflow": True}),
     # videos
     "GenmoMochi": Tiny(
-        {"image_model": "mochi_preview", "patch_size": 2, "mlp_ratio_x": 4.0, "mlp_ratio_y": 4.0, "learn_sigma": False,
-         "in_channels": 12, "qk_norm": True, "qkv_bias": False, "out_bias": True, "attn_drop": 0.0,
-         "patch_embed_bias": True, "posenc_preserve_area": True, "timestep_mlp_bias": True, "attend_to_padding": False,
-         "timestep_scale": 1000.0, "use_t5": True, "t5_token_length": 256, "rope_theta": 10000.0},
-        {"depth": 2, "num_heads": 1, "mlp_ratio_x": 96.0,
-         "hidden_size_x": 128, "hidden_size_y": 64, "t5_feat_dim": 40}, size=(64, 64, 7),
+        {"learn_sigma": False, "in_channels": 12, "qk_norm": True, "qkv_bias": False, "use_t5": True},
+        {"depth": 2, "num_heads": 1, "mlp_ratio_x": 96.0, "hidden_size_x": 128, "hidden_size_y": 64,
+         "t5_feat_dim": 40}, size=(64, 64, 7),
     ),
     "LTXV": Tiny(LTX, LTX_SIZES, size=(64, 64, 9)),
     "LTXAV": Tiny(
-        {**LTX, "image_model": "ltxav", "cross_attention_dim": 128},
+        LTX,
         {**LTX_SIZES, "attention_head_dim": 128, "audio_attention_head_dim": 64, "audio_num_attention_heads": 1,
          "audio_cross_attention_dim": 64, "cross_attention_dim": 128, "connector_attention_head_dim": 40,
          "connector_num_attention_heads": 1, "connector_num_layers": 1}, size=(64, 64, 9),
     ),
     "MiniMaxH3": Tiny(
-        {"image_model": "minimax_h3", "num_layers": 1, "token_refiner_num_layers": 1, "hidden_size": 64,
-         "latents_dim": 24, "audio_latents_dim": 32, "attention_head_dim": 128, "num_attention_heads": 1,
-         "ffn_hidden_size": 64, "text_dim": 40, "timestep_input_dim": 256, "time_embed_hidden_size": 64,
-         "time_embed_dim": 32, "rope_inv_freq_len": 16}, size=(64, 64, 5),
+        {"num_layers": 1, "token_refiner_num_layers": 1, "hidden_size": 64, "num_attention_heads": 1,
+         "ffn_hidden_size": 64, "text_dim": 40, "time_embed_hidden_size": 64, "time_embed_dim": 32}, size=VIDEO,
     ),
-    "HunyuanVideo15_SR_Distilled": Tiny({**HUNYUAN_15, "in_channels": 98, "meanflow": True}, size=(64, 64, 5)),
-    "HunyuanVideo15": Tiny({**HUNYUAN_15, "in_channels": 65}, size=(64, 64, 5)),
-    "HunyuanVideoSkyreelsI2V": Tiny({**HUNYUAN, "in_channels": 32}, size=(64, 64, 5)),
-    "HunyuanVideoI2V": Tiny({**HUNYUAN, "in_channels": 33}, size=(64, 64, 5)),
-    "HunyuanVideo": Tiny(HUNYUAN, size=(64, 64, 5)),
-    "CosmosT2V": Tiny(COSMOS, {"num_blocks": 1, "num_heads": 1, "crossattn_emb_channels": 64}, size=(64, 64, 9)),
-    "CosmosI2V": Tiny(
-        {**COSMOS, "in_channels": 17}, {"num_blocks": 1, "num_heads": 1, "crossattn_emb_channels": 64},
-        size=(64, 64, 9),
-    ),
+    "HunyuanVideo15_SR_Distilled": Tiny({**HUNYUAN_15, "meanflow": True}, size=VIDEO),
+    "HunyuanVideo15": Tiny(HUNYUAN_15, size=VIDEO),
+    "HunyuanVideoSkyreelsI2V": Tiny(HUNYUAN, size=VIDEO),
+    "HunyuanVideoI2V": Tiny(HUNYUAN, size=VIDEO),
+    "HunyuanVideo": Tiny(HUNYUAN, size=VIDEO),
+    "CosmosT2V": Tiny(COSMOS_1, COSMOS_1_SIZES, size=(64, 64, 9)),
+    "CosmosI2V": Tiny(COSMOS_1, COSMOS_1_SIZES, size=(64, 64, 9)),
     "CosmosT2IPredict2": Tiny(COSMOS_2, COSMOS_2_SIZES),
     "CosmosI2VPredict2": Tiny(
-        {**COSMOS_2, "in_channels": 17},
+        COSMOS_2,
         {**COSMOS_2_SIZES, "extra_per_block_abs_pos_emb": False, "rope_h_extrapolation_ratio": 3.0,
-         "rope_w_extrapolation_ratio": 3.0}, size=(64, 64, 5),
+         "rope_w_extrapolation_ratio": 3.0}, size=VIDEO,
     ),
-    "Anima": Tiny({**COSMOS_2, "image_model": "anima"}, {"num_heads": 1}),
-    "WAN22_T2V": Tiny({**WAN, "out_dim": 48, "in_dim": 48}, SHORT_TEXT, size=(64, 64, 5)),
-    "WAN21_CausalAR_T2V": Tiny(WAN, {**SHORT_TEXT, "causal_ar": True}, size=(64, 64, 5)),
-    "WAN21_T2V": Tiny(WAN, SHORT_TEXT, size=(64, 64, 5)),
-    "WAN21_I2V": Tiny({**WAN, "model_type": "i2v", "in_dim": 36}, SHORT_TEXT, size=(64, 64, 5)),
-    "WAN21_FunControl2V": Tiny({**WAN, "model_type": "i2v", "in_dim": 48, "in_dim_ref_conv": 16}, SHORT_TEXT,
-                               size=(64, 64, 5)),
-    "WAN21_Vace": Tiny({**WAN, "model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}, SHORT_TEXT,
-                       size=(64, 64, 5)),
-    "WAN21_Camera": Tiny({**WAN, "model_type": "camera", "in_dim": 32}, SHORT_TEXT, size=(64, 64, 5)),
-    "WAN22_Camera": Tiny({**WAN, "model_type": "camera_2.2", "in_dim": 36}, SHORT_TEXT, size=(64, 64, 5)),
-    "WAN22_S2V": Tiny(
-        {**WAN, "model_type": "s2v"}, {**SHORT_TEXT, "audio_dim": 40, "audio_inject_layers": [0, 1]}, size=(64, 64, 5)
-    ),
-    "WAN21_HuMo": Tiny({**WAN, "model_type": "humo"}, SHORT_TEXT, size=(64, 64, 5)),
-    "WAN22_Animate": Tiny(
-        {**WAN, "model_type": "animate", "in_dim": 36, "num_layers": 5}, SHORT_TEXT, size=(64, 64, 5)
-    ),
-    "WAN_Animate2": Tiny(
-        {**WAN, "model_type": "i2v", "in_dim": 36}, {**SHORT_TEXT, "model_type": "animate2"}, size=(64, 64, 5)
-    ),
-    "WAN21_FlowRVS": Tiny({**WAN, "model_type": "t2v"}, {**SHORT_TEXT, "model_type": "flow_rvs"}, size=(64, 64, 5)),
-    "WAN21_SCAIL": Tiny({**WAN, "model_type": "scail", "in_dim": 20}, SHORT_TEXT, size=(64, 64, 5)),
-    "WAN21_SCAIL2": Tiny({**WAN, "model_type": "scail2", "in_dim": 20}, SHORT_TEXT, size=(64, 64, 5)),
-    "WAN22_WanDancer": Tiny(
-        {**WAN, "model_type": "wandancer", "in_dim": 36}, {**SHORT_TEXT, "audio_inject_layers": [0, 1]},
-        size=(64, 64, 5),
-    ),
+    "Anima": Tiny(COSMOS_2, {"num_heads": 1}),
+    "WAN22_T2V": Tiny({**WAN, "in_dim": 48}, SHORT_TEXT, size=VIDEO),
+    "WAN21_CausalAR_T2V": Tiny(WAN, {**SHORT_TEXT, "causal_ar": True}, size=VIDEO),
+    "WAN21_T2V": Tiny(WAN, SHORT_TEXT, size=VIDEO),
+    "WAN21_I2V": Tiny(WAN, SHORT_TEXT, size=VIDEO),
+    "WAN21_FunControl2V": Tiny({**WAN, "in_dim_ref_conv": 16}, SHORT_TEXT, size=VIDEO),
+    "WAN21_Vace": Tiny({**WAN, "vace_layers": 1, "vace_in_dim": 96}, SHORT_TEXT, size=VIDEO),
+    "WAN21_Camera": Tiny(WAN, SHORT_TEXT, size=VIDEO),
+    "WAN22_Camera": Tiny(WAN, SHORT_TEXT, size=VIDEO),
+    "WAN22_S2V": Tiny(WAN, {**SHORT_TEXT, "audio_dim": 40, "audio_inject_layers": [0, 1]}, size=VIDEO),
+    "WAN21_HuMo": Tiny(WAN, SHORT_TEXT, size=VIDEO),
+    "WAN22_Animate": Tiny({**WAN, "in_dim": 36, "num_layers": 5}, SHORT_TEXT, size=VIDEO),
+    "WAN_Animate2": Tiny(WAN, {**SHORT_TEXT, "model_type": "animate2"}, size=VIDEO),
+    "WAN21_FlowRVS": Tiny(WAN, {**SHORT_TEXT, "model_type": "flow_rvs"}, size=VIDEO),
+    "WAN21_SCAIL": Tiny(WAN, SHORT_TEXT, size=VIDEO),
+    "WAN21_SCAIL2": Tiny(WAN, SHORT_TEXT, size=VIDEO),
+    "WAN22_WanDancer": Tiny(WAN, {**SHORT_TEXT, "audio_inject_layers": [0, 1]}, size=VIDEO),
     "Kandinsky5": Tiny(
-        {"image_model": "kandinsky5", "model_dim": 1792, "axes_dims": (16, 24, 24), "time_dim": 32, "ff_dim": 64,
-         "visual_embed_dim": 132, "num_text_blocks": 1, "num_visual_blocks": 1},
-        {"in_text_dim": 40, "in_text_dim2": 24}, size=(64, 64, 5),
+        {"time_dim": 32, "ff_dim": 64, "num_text_blocks": 1, "num_visual_blocks": 1},
+        {"in_text_dim": 40, "in_text_dim2": 24}, size=VIDEO,
     ),
-    "CogVideoX_Inpaint": Tiny({**COG, "in_channels": 48}, size=(64, 64, 5)),
-    "CogVideoX_I2V": Tiny({**COG, "in_channels": 32}, size=(64, 64, 5)),
-    "CogVideoX_T2V": Tiny(COG, size=(64, 64, 5)),
+    "CogVideoX_Inpaint": Tiny(COG, size=VIDEO),
+    "CogVideoX_I2V": Tiny(COG, size=VIDEO),
+    "CogVideoX_T2V": Tiny(COG, size=VIDEO),
     "SeedVR2": Tiny(
-        {"image_model": "seedvr2", "norm_eps": 1e-5, "mlp_type": "swiglu", "vid_out_norm": True},
+        {"norm_eps": 1e-5, "mlp_type": "swiglu", "vid_out_norm": True},
         {"vid_dim": 128, "heads": 1, "num_layers": 2, "mm_layers": 1},
-        marks=("blocks.31.mlp.all.proj_in_gate.weight",), size=(64, 64, 5),
+        marks=("blocks.31.mlp.all.proj_in_gate.weight",), size=VIDEO,
     ),
     # sounds
     "StableAudio3": Tiny(
-        {**DIT_AUDIO, "io_channels": 256, "global_cond_dim": 768, "global_cond_shared_embed": True,
-         "global_cond_type": "adaLN", "local_add_cond_dim": 257, "norm_type": "rms_norm",
+        {**DIT_AUDIO, "global_cond_dim": 768, "timestep_features_type": "learned", "io_channels": 256,
+         "global_cond_type": "adaLN", "local_add_cond_dim": 257,
          "attn_kwargs": {"qk_norm": "rms", "differential": False}},
         prefix="model.model.",
         others={f"{NUMBERS}total.{name}": shape for name, shape in NUMBER_TENSORS.items()},
@@ -404,38 +324,30 @@ MODELS: Mapping[str, Tiny] = {
                 for name, shape in NUMBER_TENSORS.items()},
     ),
     "ACEStep": Tiny(
-        {"audio_model": "ace", "in_channels": 8, "out_channels": 8, "patch_size": [16, 1], "max_height": 16,
-         "max_width": 32768, "max_position": 32768, "rope_theta": 1000000.0, "speaker_embedding_dim": 512,
-         "ssl_names": ["mert", "m-hubert"]},
+        {},
         {"attention_head_dim": 64, "inner_dim": 64, "mlp_ratio": 1.0, "num_attention_heads": 1, "num_layers": 1,
          "text_embedding_dim": 40, "ssl_encoder_depths": [1, 1], "ssl_latent_dims": [32, 32],
          "lyric_encoder_vocab_size": 32, "lyric_hidden_size": 1024},
     ),
-    "MiniMaxMusic3": Tiny({"audio_model": "minimax_music3"}),
+    "MiniMaxMusic3": Tiny({}),
     "ACEStep15": Tiny(
-        {"audio_model": "ace1.5", "hidden_size": 128, "intermediate_size": 64, "num_heads": 1,
-         "encoder_hidden_size": 128, "encoder_num_heads": 1, "encoder_intermediate_size": 64, "num_dit_layers": 2},
+        {"hidden_size": 128, "intermediate_size": 64, "num_heads": 1, "encoder_hidden_size": 128,
+         "encoder_num_heads": 1, "encoder_intermediate_size": 64, "num_dit_layers": 2},
         {"num_kv_heads": 1, "num_lyric_layers": 1, "num_timbre_layers": 1, "num_tokenizer_layers": 1, "fsq_dim": 128,
          "text_hidden_dim": 40},
     ),
     # shapes
-    "Hunyuan3Dv2mini": Tiny(
-        {"image_model": "hunyuan3d2", "in_channels": 64, "context_in_dim": 40, "hidden_size": 128, "mlp_ratio": 4.0,
-         "depth": 8, "depth_single_blocks": 1, "qkv_bias": True, "guidance_embed": False}, {"num_heads": 2},
-    ),
+    "Hunyuan3Dv2mini": Tiny({"context_in_dim": 40, "hidden_size": 128, "depth_single_blocks": 1}, {"num_heads": 2}),
     "Hunyuan3Dv2": Tiny(
-        {"image_model": "hunyuan3d2", "in_channels": 64, "context_in_dim": 40, "hidden_size": 128, "mlp_ratio": 4.0,
-         "depth": 1, "depth_single_blocks": 1, "qkv_bias": True, "guidance_embed": False}, {"num_heads": 2},
+        {"context_in_dim": 40, "hidden_size": 128, "depth": 1, "depth_single_blocks": 1}, {"num_heads": 2}
     ),
     "Hunyuan3Dv2_1": Tiny(
-        {"image_model": "hunyuan3d2_1", "in_channels": 64, "hidden_size": 64, "mlp_ratio": 4.0, "depth": 3,
-         "qkv_bias": False, "guidance_cond_proj_dim": None},
+        {"hidden_size": 64, "depth": 3, "guidance_cond_proj_dim": None},
         {"context_dim": 40, "num_heads": 1, "num_moe_layers": 1, "num_experts": 2},
     ),
     "TripoSplat": Tiny(
-        {"image_model": "triposplat"},
-        {"q_token_length": 64, "model_channels": 128,
-         "cond_channels": 40, "num_blocks": 1, "num_refiner_blocks": 1, "cond2_channels": 24},
+        {}, {"q_token_length": 64, "model_channels": 128, "cond_channels": 40, "num_blocks": 1, "num_refiner_blocks": 1,
+             "cond2_channels": 24}
     ),
 }  # fmt: skip
 """By class of `comfy.supported_models`."""
@@ -485,7 +397,8 @@ def network(name: str) -> Any:
     tiny = MODELS[name]
     random = torch.Generator().manual_seed(0)
     with shrunk(name):
-        config = getattr(comfy.supported_models, name)({**tiny.config, **tiny.assumed})
+        kind = getattr(comfy.supported_models, name)
+        config = kind({**tiny.config, **kind.unet_config, **tiny.assumed})
         config.set_inference_dtype(torch.float32, None)
         model = config.get_model({key: torch.randn(shape, generator=random) for key, shape in tiny.others.items()})
     for key, values in model.diffusion_model.state_dict().items():
