@@ -2,8 +2,8 @@
 
     COMFYUI_DIR=/path/to/ComfyUI python -m pytest tests/comfyui
 
-Without COMFYUI_DIR they skip. With it, `driver.py` runs ComfyUI in a process of its own, on the CPU, with FP8 products
-(`--supports-fp8-compute`). The figures that the tests measure are printed behind pytest's own summary.
+Without COMFYUI_DIR they skip. With it, ComfyUI runs in a process of its own (`processes.py`), on the CPU, with FP8
+products (`--supports-fp8-compute`). The figures that the tests measure are printed behind pytest's own summary.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ HEADER = "_quantization_metadata"
 
 FIGURES: list[tuple[str, float]] = []
 
-collect_ignore = ["stand_ins.py", "inprocess_driver.py"]  # these run inside of a ComfyUI
+collect_ignore = ["stand_ins.py"]  # it runs inside of a ComfyUI
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -1,25 +1,16 @@
-"""Runs the real ComfyUI in a process of its own, for the tests beside this file.
+"""What the tests beside this file ask of the real ComfyUI, in a process of its own; see `processes.py`.
 
 Importing ComfyUI changes the process: it reads the command line, logs, sets torch's flags and puts folders in place.
-So it runs here, and tests talk to it in lines of JSON: one request per line on stdin, one answer per line on what was
-stdout (ComfyUI's own output goes to stderr). Tensors go through safetensors files.
-
-    python driver.py COMFYUI_DIR WORK_DIR [ComfyUI flags...]
-    python driver.py serve COMFYUI_DIR WORK_DIR [ComfyUI flags...]      ComfyUI's own server instead
-
-A request is {"command": NAME, ...arguments}; an answer is {"result": ...} or {"error": text}. What is done is done with
-ComfyUI's own functions: its loader, its `apply_model`, its sampler. Nothing of it is copied or replaced, save
-torchvision and torchaudio where they are missing: it imports both for models that no test here runs.
+What is done is done with ComfyUI's own functions: its loader, its `apply_model`, its sampler. Nothing of it is copied
+or replaced, save torchvision and torchaudio where they are missing: it imports both for models that no test here runs.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import runpy
 import sys
-import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +18,11 @@ from contextlib import ExitStack, contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STAND_INS = ("torchvision", "torchaudio")
 
@@ -57,11 +51,11 @@ class StandInFinder(MetaPathFinder, Loader):
         pass
 
 
-@contextmanager
-def started(folder: str, work: str, flags: list[str]) -> Iterator[None]:
+def start(tree: Path, work: Path, *flags: str) -> None:
     """Import ComfyUI as its own `main.py` would be started, with these flags."""
-    sys.argv = ["main.py", "--base-directory", work, *flags]
-    sys.path.insert(0, folder)
+    os.environ["OMP_NUM_THREADS"] = "1"  # more are slower on a machine that has other work
+    sys.argv = ["main.py", "--base-directory", str(work), *flags]
+    sys.path.insert(0, str(tree))
     import comfy.options
 
     comfy.options.enable_args_parsing()
@@ -69,25 +63,28 @@ def started(folder: str, work: str, flags: list[str]) -> Iterator[None]:
     import comfy.sd
     import torch
 
-    with torch.inference_mode():
-        yield
+    torch.inference_mode().__enter__()
 
 
-def serve(folder: str, work: str, flags: list[str]) -> None:
-    """Run ComfyUI's own `main.py`, server and all."""
-    script = str(Path(folder, "main.py"))
-    sys.argv = [script, "--base-directory", work, *flags]
-    sys.path.insert(0, folder)
+def serve(tree: Path, work: Path, *flags: str) -> None:
+    """Run ComfyUI's own `main.py`, server and all, until the process ends; what it says goes to a file."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    log = os.open(work / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    script = str(tree / "main.py")
+    sys.argv = [script, "--base-directory", str(work), *flags]
+    sys.path.insert(0, str(tree))
     sys.meta_path.append(StandInFinder())
     runpy.run_path(script, run_name="__main__")
 
 
 @contextmanager
-def messages() -> Iterator[dict[str, list[str]]]:
+def messages() -> Iterator[list[str]]:
     """What a user is warned of inside a block, whether it is logged or raised as Python's warnings."""
-    told: dict[str, list[str]] = {"warnings": []}
+    told: list[str] = []
     handler, root = logging.Handler(logging.WARNING), logging.getLogger()
-    handler.emit = lambda record: told["warnings"].append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
     root.addHandler(handler)
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -95,7 +92,7 @@ def messages() -> Iterator[dict[str, list[str]]]:
             yield told
     finally:
         root.removeHandler(handler)
-        told["warnings"] += [str(warning.message) for warning in caught]
+        told += [str(warning.message) for warning in caught]
 
 
 MODELS: dict[str, Any] = {}
@@ -103,7 +100,7 @@ MODELS: dict[str, Any] = {}
 
 
 def load(
-    path: str, key: str, loader: str = "diffusion_model", device: Mapping[str, bool] | None = None
+    path: Path, key: str, loader: str = "diffusion_model", device: Mapping[str, bool] | None = None
 ) -> dict[str, Any]:
     """Load a model with one of ComfyUI's loaders, and say what became of every linear layer.
 
@@ -120,20 +117,15 @@ def load(
         for question, answer in (device or {}).items():
             stack.enter_context(patch.object(comfy.model_management, question, return_value=answer))
         if loader == "diffusion_model":
-            MODELS[key] = comfy.sd.load_diffusion_model(path)
+            MODELS[key] = comfy.sd.load_diffusion_model(str(path))
         else:
-            MODELS[key] = comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
+            MODELS[key] = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[0]
     model = MODELS[key].model
-    layers = {
-        name: describe(module)
-        for name, module in model.diffusion_model.named_modules()
-        if hasattr(module, "in_features")
-    }
     return {
         "model": type(model).__name__,
         "dtype": str(model.get_dtype_inference()),
-        "layers": layers,
-        **told,
+        "layers": {name: describe(module) for name, module in linears(MODELS[key])},
+        "warnings": told,
     }
 
 
@@ -151,37 +143,33 @@ def describe(module: Any) -> dict[str, Any]:
         "weight_shape": list(weight.shape),
         "weight_scale": None if factors is None or factors.numel() > 1 else factors.item(),
         "layout": getattr(weight, "_layout_cls", None),
-        "stored": None if stored is None else parameter(stored),
-        "params": {} if stored is None else {name: parameter(value) for name, value in vars(weight._params).items()},
+        "stored": None if stored is None else shape_of(stored),
+        "params": {} if stored is None else {name: shape_of(value) for name, value in vars(weight._params).items()},
         "input_scale": None if scale is None else scale.item(),
         "input_scale_dtype": None if scale is None else str(scale.dtype),
         "full_precision": getattr(module, "_full_precision_mm", None),
     }
 
 
-def parameter(value: Any) -> Any:
-    """A parameter of a layout in JSON: a tensor's dtype and shape, or the value."""
-    if hasattr(value, "shape"):
-        return [str(value.dtype).removeprefix("torch."), *value.shape]
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+def shape_of(value: Any) -> Any:
+    """A tensor's dtype and shape, or a value."""
+    return [str(value.dtype).removeprefix("torch."), *value.shape] if hasattr(value, "shape") else value
 
 
-def weights(key: str, output: str) -> dict[str, Any]:
+def weights(key: str) -> dict[str, Tensor]:
     """What ComfyUI dequantizes each quantized weight of a loaded model to, by layer."""
-    from safetensors.torch import save_file
-
-    quantized = {name: m.weight for name, m in linears(MODELS[key]) if getattr(m, "quant_format", None)}
-    save_file({name: weight.dequantize().contiguous() for name, weight in quantized.items()}, output)
-    return {}
+    return {
+        name: module.weight.dequantize() for name, module in linears(MODELS[key]) if getattr(module, "quant_format", 0)
+    }
 
 
-def adapt(key: str, adapted: str, lora: str, part: int | None = None) -> dict[str, Any]:
-    """A loaded model with a LoRA. Where `part` is given, so many bytes are loaded, and the rest is cast in use."""
+def adapt(key: str, adapted: str, lora: Path, part: int | None = None) -> list[str]:
+    """A loaded model with a LoRA: the warnings. `part` is how many bytes are loaded; the rest is cast in use."""
     import comfy.sd
     from comfy.utils import load_torch_file
 
     with messages() as said:
-        patcher, _ = comfy.sd.load_lora_for_models(MODELS[key], None, load_torch_file(lora), 1.0, 0.0)
+        patcher, _ = comfy.sd.load_lora_for_models(MODELS[key], None, load_torch_file(str(lora)), 1.0, 0.0)
     if part is not None:
         load_all = patcher.load
         patcher.load = lambda device=None, force_patch_weights=False, **_: load_all(device, part, force_patch_weights)
@@ -189,7 +177,7 @@ def adapt(key: str, adapted: str, lora: str, part: int | None = None) -> dict[st
     return said
 
 
-def evaluate_without_kernels(**request: Any) -> dict[str, Any]:
+def evaluate_without_kernels(**request: Any) -> tuple[dict[str, Tensor], list[str]]:
     """`evaluate` where the products of MXFP8 and NVFP4 fail in a way that kitchen foresees: it then multiplies what the
     codes of both sides mean. Its CPU kernels for them fail in a way that it does not foresee.
     """
@@ -200,34 +188,29 @@ def evaluate_without_kernels(**request: Any) -> dict[str, Any]:
         patch.object(comfy_kitchen, "scaled_mm_mxfp8", side_effect=missing),
         patch.object(comfy_kitchen, "scaled_mm_nvfp4", side_effect=missing),
     ):
-        said = evaluate(**request)
-    return {"warnings": [warning for warning in said["warnings"] if str(missing) not in warning]}
+        found, told = evaluate(**request)
+    return found, [warning for warning in told if str(missing) not in warning]
 
 
-def evaluate(key: str, inputs: str, output: str, record: bool = False) -> dict[str, Any]:
-    """The predicted velocity of a loaded model, through `apply_model`, in one batch.
+def evaluate(key: str, given: Mapping[str, Tensor], record: bool = False) -> tuple[dict[str, Tensor], list[str]]:
+    """The predicted velocity of a loaded model, through `apply_model`, in one batch; and the warnings.
 
-    Inputs: x [N, 16, H, W], sigma [N], context [N, T, C], y [N, V]. Outputs: velocity like x; with `record` also the
+    Given: x [N, 16, H, W], sigma [N], context [N, T, C], y [N, V]. Found: velocity like x; with `record` also the
     input and output of every linear layer, as LAYER.in and LAYER.out.
     """
     import comfy.model_management
-    import torch
-    from safetensors.torch import load_file, save_file
 
     patcher = MODELS[key]
-    given = load_file(inputs)
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Tensor] = {}
     with ExitStack() as stack:
         told = stack.enter_context(messages())
         comfy.model_management.load_models_gpu([patcher])
         if record:
-            for name, module in patcher.model.diffusion_model.named_modules():
-                if hasattr(module, "in_features"):
-                    stack.callback(module.register_forward_hook(keep(found, name)).remove)
+            for name, module in linears(patcher):
+                stack.callback(module.register_forward_hook(keep(found, name)).remove)
         denoised = patcher.model.apply_model(given["x"], given["sigma"], c_crossattn=given["context"], y=given["y"])
     found["velocity"] = (given["x"] - denoised) / given["sigma"].reshape(-1, 1, 1, 1)
-    save_file(found, output)
-    return told
+    return found, told
 
 
 def keep(found: dict[str, Any], name: str) -> Callable[..., None]:
@@ -240,20 +223,17 @@ def keep(found: dict[str, Any], name: str) -> Callable[..., None]:
 
 
 def sample(
-    key: str, inputs: str, output: str, steps: int, cfg: float, by_hand: bool = False, part: int | None = None
-) -> dict[str, Any]:
-    """Euler steps of ComfyUI's sampler from sigma 1 to 0.
+    key: str, given: Mapping[str, Tensor], steps: int, cfg: float, by_hand: bool = False, part: int | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Euler steps of ComfyUI's sampler from sigma 1 to 0; and the warnings.
 
-    Inputs: x [N, 16, H, W] (the noise), context [N, T, C], y [N, V]. Outputs: latents like x, as the model sees them;
-    with `by_hand` also the absmax of each linear layer's inputs, as LAYER.absmax, by hooks of this file. The negative
-    conditioning is zeros.
-
-    `part` is how many bytes of the model may be loaded; the rest is cast when it is used.
+    Given: x [N, 16, H, W] (the noise), context [N, T, C], y [N, V]. Found: latents like x, as the model sees them; with
+    `by_hand` also the absmax of each linear layer's inputs, by hooks of this file; and the layers that were left out
+    where only `part` bytes of the model may be loaded, so that the rest is cast when it is used.
     """
     import comfy.model_patcher
-    from safetensors.torch import save_file
 
-    patcher, found = MODELS[key], {}
+    patcher, absmax = MODELS[key], {}
     modules = dict(linears(patcher))
     with ExitStack() as stack:
         told = stack.enter_context(messages())
@@ -266,22 +246,21 @@ def sample(
             stack.enter_context(patch.object(comfy.model_patcher.ModelPatcher, "load", load_part))
         if by_hand:
             for name, module in modules.items():
-                stack.callback(module.register_forward_hook(keep_absmax(found, name)).remove)
-        result = euler(patcher, inputs, steps, cfg)
+                stack.callback(module.register_forward_hook(keep_absmax(absmax, name)).remove)
+        result = euler(patcher, given, steps, cfg)
         left_out = [name for name, module in modules.items() if hasattr(module, "prev_comfy_cast_weights")]
-    found["latents"] = patcher.model.process_latent_in(result).float()
-    save_file(found, output)
-    return {"left_out": left_out, **told}
+    latents = patcher.model.process_latent_in(result).float()
+    return {"latents": latents, "absmax": absmax, "left out": left_out}, told
 
 
-def euler(patcher: Any, inputs: str, steps: int, cfg: float, callback: Callable[..., None] | None = None) -> Any:
-    """What the sampler node does."""
+def euler(
+    patcher: Any, given: Mapping[str, Tensor], steps: int, cfg: float, callback: Callable[..., None] | None = None
+) -> Any:
+    """What the sampler node does; the negative conditioning is zeros."""
     import comfy.sample
     import comfy.samplers
     import torch
-    from safetensors.torch import load_file
 
-    given = load_file(inputs)
     x, context, y = given["x"], given["context"], given["y"]
     return comfy.sample.sample_custom(
         patcher,
@@ -298,7 +277,7 @@ def euler(patcher: Any, inputs: str, steps: int, cfg: float, callback: Callable[
     )
 
 
-def on_two_devices(key: str, both: str) -> dict[str, Any]:
+def on_two_devices(key: str, both: str) -> None:
     """What the node MultiGPU CFG Split gives; `cpu` and `cpu:0` are two devices to everything that compares them."""
     import torch
 
@@ -308,7 +287,6 @@ def on_two_devices(key: str, both: str) -> dict[str, Any]:
     MODELS[both].set_additional_models("multigpu", [copy])
     MODELS[both].match_multigpu_clones()
     MODELS["copy"] = copy
-    return {}
 
 
 def linears(patcher: Any) -> list[tuple[str, Any]]:
@@ -316,19 +294,21 @@ def linears(patcher: Any) -> list[tuple[str, Any]]:
     return [(name, m) for name, m in patcher.model.diffusion_model.named_modules() if hasattr(m, "in_features")]
 
 
-def keep_absmax(found: dict[str, Any], name: str) -> Callable[..., None]:
+def keep_absmax(found: dict[str, float], name: str) -> Callable[..., None]:
     """A hook that keeps the largest |x| of a layer's inputs."""
 
     def hook(_module: Any, inputs: tuple[Any, ...], _output: Any) -> None:
-        seen = inputs[0].detach().abs().amax().float().reshape(1)
-        key = f"{name}.absmax"
-        found[key] = seen.maximum(found[key]) if key in found else seen
+        found[name] = max(found.get(name, 0.0), float(inputs[0].abs().amax()))
 
     return hook
 
 
-def fail(key: str, inputs: str, how: str) -> dict[str, Any]:
-    """Sample until something happens in the second step: the user cancels, memory runs out, or a layer breaks."""
+def fail(key: str, given: Mapping[str, Tensor], how: str) -> str | None:
+    """Sample until something happens in the second step: the user cancels, memory runs out, or a layer breaks.
+
+    Returns:
+        The name of what was raised.
+    """
     import comfy.model_management
     import torch
 
@@ -343,72 +323,67 @@ def fail(key: str, inputs: str, how: str) -> dict[str, Any]:
             raise exceptions[how](how)
 
     try:
-        euler(MODELS[key], inputs, 4, 1.0, happen)
+        euler(MODELS[key], given, 4, 1.0, happen)
     except BaseException as error:  # ComfyUI's cancelling is no Exception
-        return {"raised": type(error).__name__}
-    return {"raised": None}
+        return type(error).__name__
+    return None
 
 
-def hooks(key: str) -> dict[str, Any]:
+def hooks(key: str) -> tuple[int, dict[str, list[str]]]:
     """What hangs on a model: hooks on its modules, and wrappers of its patcher."""
     patcher = MODELS[key]
     stores = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
     modules = [patcher.model, *patcher.model.modules()]
     wrappers = {kind: list(by_key) for kind, by_key in patcher.wrappers.items() if by_key}
-    return {"hooks": sum(len(getattr(module, store)) for module in modules for store in stores), "wrappers": wrappers}
+    return sum(len(getattr(module, store)) for module in modules for store in stores), wrappers
 
 
 RECORDERS: dict[str, Any] = {}
 """What our node Record Activations gave beside each MODEL."""
 
 
-def record(key: str, recorded: str, **inputs: Any) -> dict[str, Any]:
+def record(key: str, recorded: str, **inputs: Any) -> None:
     """Our node Record Activations behind a loaded model; `recorded` names what it gives."""
     from convert_to_quant.comfyui_nodes.nodes import RecordActivations
 
     MODELS[recorded], RECORDERS[recorded] = RecordActivations().record(MODELS[key], **inputs)
-    return {}
 
 
-def save_stats(recorded: str, filename_prefix: str) -> dict[str, Any]:
-    """Our node Save Activation Stats."""
+def save_stats(recorded: str, filename_prefix: str) -> str:
+    """Our node Save Activation Stats: its file."""
     from convert_to_quant.comfyui_nodes.nodes import SaveActivationStats
 
-    answer = SaveActivationStats().save(RECORDERS[recorded], {}, filename_prefix)
-    return {"file": answer["result"][1], "text": answer["ui"]["text"]}
+    _, file = SaveActivationStats().save(RECORDERS[recorded], {}, filename_prefix)["result"]
+    return str(file)
 
 
-def save_conditioning(inputs: str, filename_prefix: str) -> dict[str, Any]:
-    """Our node Save Conditioning, behind what Flux Guidance does."""
+def save_conditioning(given: Mapping[str, Tensor], filename_prefix: str) -> str:
+    """Our node Save Conditioning, behind what Flux Guidance does: its file."""
     import node_helpers
-    from comfy.utils import load_torch_file
 
     from convert_to_quant.comfyui_nodes.nodes import SaveConditioning
 
-    tensors = load_torch_file(inputs)
-    conditioning = [[tensors["context"], {"pooled_output": tensors["y"]}]]
+    conditioning = [[given["context"], {"pooled_output": given["y"]}]]
     guided = node_helpers.conditioning_set_values(conditioning, {"guidance": 3.5})
     (file,) = SaveConditioning().save(guided, filename_prefix)["result"]
-    return {"file": file}
+    return str(file)
 
 
-def calibrate(recorded: str, **inputs: Any) -> dict[str, Any]:
-    """Our node Calibrate FP8 Checkpoint."""
+def calibrate(recorded: str, **inputs: Any) -> Any:
+    """Our node Calibrate FP8 Checkpoint: its file and its report."""
     from convert_to_quant.comfyui_nodes.nodes import CalibrateFP8Checkpoint
 
-    answer = CalibrateFP8Checkpoint().calibrate(stats=RECORDERS[recorded], latent={}, **inputs)
-    return {"file": answer["result"][0], "report": answer["result"][1]}
+    return CalibrateFP8Checkpoint().calibrate(stats=RECORDERS[recorded], latent={}, **inputs)["result"]
 
 
-def quantize(**inputs: Any) -> dict[str, Any]:
-    """Our node Quantize Checkpoint."""
+def quantize(**inputs: Any) -> Any:
+    """Our node Quantize Checkpoint: its file and its report."""
     from convert_to_quant.comfyui_nodes.nodes import QuantizeCheckpoint
 
-    answer = QuantizeCheckpoint().quantize(**inputs)
-    return {"file": answer["result"][0], "report": answer["result"][1]}
+    return QuantizeCheckpoint().quantize(**inputs)["result"]
 
 
-def renamed(layers: list[str]) -> dict[str, Any]:
+def renamed(layers: list[str]) -> dict[str, str]:
     """What ComfyUI calls the layers of a HunyuanVideo file."""
     import comfy.supported_models
 
@@ -416,7 +391,7 @@ def renamed(layers: list[str]) -> dict[str, Any]:
     return {layer: next(iter(config.process_unet_state_dict({f"{layer}.x": None})))[:-2] for layer in layers}
 
 
-def diffusers_names(function: str, config: Mapping[str, int]) -> dict[str, Any]:
+def diffusers_names(function: str, config: Mapping[str, int]) -> dict[str, list[Any]]:
     """Where ComfyUI puts the layers of a file in diffusers' layout: {name in the file: [its own, first row, row after
     the last]}, without rows where it is the whole layer."""
     import comfy.utils
@@ -428,36 +403,3 @@ def diffusers_names(function: str, config: Mapping[str, int]) -> dict[str, Any]:
             rows = [] if part is None else [part[1], part[1] + part[2]]
             found[name.removesuffix(".weight")] = [target.removesuffix(".weight"), *rows]
     return found
-
-
-COMMANDS = {
-    command.__name__: command
-    for command in (load, evaluate, evaluate_without_kernels, weights, adapt, sample, fail, hooks, on_two_devices,
-                    record, save_stats, save_conditioning, calibrate, quantize, renamed, diffusers_names)
-}  # fmt: skip
-
-
-def answer_requests(commands: Mapping[str, Callable[..., dict[str, Any]]], within: Any) -> None:
-    """Answer requests until stdin ends, on what was stdout, within a context."""
-    private = os.dup(1)
-    os.dup2(2, 1)
-    with within, os.fdopen(private, "w") as answers:
-        for line in sys.stdin:
-            request = json.loads(line)
-            try:
-                answer: dict[str, Any] = {"result": commands[request.pop("command")](**request)}
-            except Exception:  # whatever is raised is the answer
-                answer = {"error": traceback.format_exc()}
-            print(json.dumps(answer), file=answers, flush=True)
-
-
-def main() -> None:
-    """Answer requests until stdin ends, or serve until the process does."""
-    if sys.argv[1] == "serve":
-        serve(sys.argv[2], sys.argv[3], sys.argv[4:])
-        return
-    answer_requests(COMMANDS, started(sys.argv[1], sys.argv[2], sys.argv[3:]))
-
-
-if __name__ == "__main__":
-    main()

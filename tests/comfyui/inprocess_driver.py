@@ -1,7 +1,5 @@
 """Our command line with ComfyUI in its own process, as a person runs it, and what a test asks of it besides.
 
-    python inprocess_driver.py DIR      requests on stdin and answers on stdout, one JSON document per line
-
 ComfyUI is imported here by the package itself, not by the test.
 """
 
@@ -9,28 +7,48 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import tiny_models
-from driver import StandInFinder, answer_requests
+from driver import StandInFinder
 
-TREE = Path(sys.argv[1]).resolve()
-DEVICE = "cpu"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VARIABLE = "COMFYUI_DIR"
+"""Names the tree to the tests; the package has to be told by a flag."""
+
+TREE = Path(os.environ.get(VARIABLE, ".")).resolve()
 
 
-def command(words: list[str]) -> dict[str, Any]:
-    """Our command line."""
+def start() -> None:
+    """What the process is like before anything is asked."""
+    del os.environ[VARIABLE]
+    os.environ["OMP_NUM_THREADS"] = "1"  # more are slower on a machine that has other work
+    sys.dont_write_bytecode = False  # to leave no trace in ComfyUI's folder is for the package to see to
+    sys.argv = ["a test"]
+    sys.meta_path.append(StandInFinder())
+
+
+def command(words: list[str]) -> tuple[int, str]:
+    """Our command line: its exit code, and what it says."""
     from convert_to_quant.cli import main
 
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         code = main(words)
-    return {"code": code, "err": said.getvalue()}
+    return code, said.getvalue()
+
+
+def observe(model: Path, stats: Path, *words: object) -> tuple[int, str]:
+    """The same: observe a model in ComfyUI."""
+    return command(["observe", *map(str, (model, "-o", stats, "--engine", "comfyui", "--comfyui-dir", TREE, *words))])
 
 
 @contextlib.contextmanager
@@ -40,23 +58,24 @@ def comfyui() -> Iterator[None]:
 
     from convert_to_quant.engines.comfyui import inprocess_tree
 
-    with inprocess_tree.imported(TREE, DEVICE), torch.inference_mode():
+    with inprocess_tree.imported(TREE, "cpu"), torch.inference_mode():
         yield
 
 
-def families() -> dict[str, Any]:
-    """What ComfyUI can detect, and what there is a tiny model of."""
+def families() -> list[str]:
+    """What ComfyUI can detect, in its order."""
     with comfyui():
-        found = tiny_models.supported()
-    return {"supported": found, "made": list(tiny_models.MODELS), "left out": dict(tiny_models.LEFT_OUT)}
+        import comfy.supported_models
+
+        return [kind.__name__ for kind in comfy.supported_models.models]
 
 
-def tiny(name: str, folder: str, images: int) -> dict[str, Any]:
-    """Observe a tiny model of a family; one picture has loud conditioning."""
+def tiny(name: str, folder: Path, images: int) -> tuple[int, str, list[str]]:
+    """Observe a tiny model of a family; one picture has loud conditioning. The last is what ComfyUI took it for."""
     from convert_to_quant.engines import noise
     from convert_to_quant.engines.comfyui import inprocess
 
-    path, output = Path(folder, "tiny.safetensors"), Path(folder, "stats.safetensors")
+    path = folder / "tiny.safetensors"
     with comfyui():
         tiny_models.save(name, path)
     height, width, frames = tiny_models.MODELS[name].size
@@ -75,15 +94,14 @@ def tiny(name: str, folder: str, images: int) -> dict[str, Any]:
         patch.object(inprocess, "load", loaded),
         patch.object(noise, "CONDITIONINGS", ways),
     ):
-        told = command(
-            ["observe", str(path), "-o", str(output), "--engine", "comfyui", "--comfyui-dir", str(TREE), "--samples",
-             str(images), "--steps", "1", "--height", str(height), "--width", str(width), "--frames", str(frames),
-             "--text-tokens", "12"]
+        told = observe(
+            path, folder / "stats.safetensors", "--samples", images, "--steps", 1, "--height", height, "--width", width,
+            "--frames", frames, "--text-tokens", 12,
         )  # fmt: skip
-    return {**told, "detected": detected}
+    return *told, detected
 
 
-def folded(name: str, folder: str, how: str) -> dict[str, Any]:
+def folded(name: str, folder: Path, how: str) -> dict[str, Any]:
     """Record a tiny model whose MLP folds its activation into its second layer.
 
     `how` is "0.39", whose linear layers take the activation as an argument (emulated), "unknown", where it is one that
@@ -98,7 +116,7 @@ def folded(name: str, folder: str, how: str) -> dict[str, Any]:
     from convert_to_quant.options import ShownOptions
     from convert_to_quant.recorder import record
 
-    path = Path(folder, "tiny.safetensors")
+    path = folder / "tiny.safetensors"
     met: dict[Any, list[float]] = {}
     products, raised = [], None
     with contextlib.ExitStack() as stack:
@@ -177,44 +195,38 @@ def make_int8(path: Path, layers: str) -> None:
     save_file(tensors, path)
 
 
-def same_inputs(path: str, inputs: str, output: str) -> dict[str, Any]:
+def same_inputs(path: Path, given: Mapping[str, Tensor], steps: int) -> dict[str, float]:
     """The largest input of each layer while a model paints from given latents and prompts, on a device with FP8.
 
-    Inputs: x [N, 16, H, W] (the noise), context [N, T, C], y [N, V]. Outputs: {layer: absmax [1]}.
+    Args:
+        path: the model.
+        given: x [N, 16, H, W] (the noise), context [N, T, C], y [N, V].
+        steps: of each.
     """
-    import torch
-    from safetensors.torch import load_file, save_file
-
     from convert_to_quant.checkpoint import open_checkpoint
     from convert_to_quant.engines.comfyui import inprocess
     from convert_to_quant.layers import find_layers
     from convert_to_quant.recorder import record
 
-    given = load_file(inputs)
     with comfyui(), open_checkpoint(path) as checkpoint:
         import comfy.model_management
 
         with patch.object(comfy.model_management, "supports_fp8_compute", return_value=True):
             model = inprocess.load(checkpoint, find_layers(checkpoint))
         shapes, feeds = inprocess.watched(model)
-        sigmas = model.sigmas(int(given["steps"]))
         with record(model.network, shapes, feeds) as recording:
-            for number in range(len(given["x"])):
-                one = slice(number, number + 1)
-                conditioning = {"cross_attn": given["context"][one], "pooled_output": given["y"][one], "guidance": None}
-                model.paint([given["x"][one]], conditioning, sigmas)
+            for x, context, y in zip(*(given[name].split(1) for name in ("x", "context", "y")), strict=True):
+                conditioning = {"cross_attn": context, "pooled_output": y, "guidance": None}
+                model.paint([x], conditioning, model.sigmas(steps))
         seen = recording.statistics()
-    save_file(
-        {name: torch.tensor([value]) for name, value in zip(seen.names, seen.absmax.tolist(), strict=True)}, output
-    )
-    return {}
+    return dict(zip(seen.names, seen.absmax.tolist(), strict=True))
 
 
-def diffusers_layout(name: str, folder: str) -> dict[str, Any]:
+def diffusers_layout(name: str, folder: Path) -> tuple[list[int], dict[str, str]]:
     """A tiny model in its own layout and in diffusers', both observed; which layer of the second is part of which."""
     from safetensors.torch import load_file, save_file
 
-    native, other = Path(folder, "native.safetensors"), Path(folder, "diffusers.safetensors")
+    native, other = folder / "native.safetensors", folder / "diffusers.safetensors"
     with comfyui():
         import comfy.utils
 
@@ -231,14 +243,12 @@ def diffusers_layout(name: str, folder: str) -> dict[str, Any]:
             if key.endswith(".weight") and rows.ndim == 2:
                 parts[key.removesuffix(".weight")] = target.removesuffix(".weight")
         save_file(split, other)
-    outcomes = {}
+    codes = []
     for path in (native, other):
         with comfyui(), tiny_models.assuming(name):
-            outcomes[path.stem] = command(
-                ["observe", str(path), "-o", str(path.with_suffix(".stats")), "--engine", "comfyui", "--comfyui-dir",
-                 str(TREE), "--samples", "3", "--steps", "1", "--height", "64", "--width", "64", "--text-tokens", "5"]
-            )  # fmt: skip
-    return {**outcomes, "parts": parts}
+            size = ("--height", 64, "--width", 64, "--text-tokens", 5)
+            codes.append(observe(path, path.with_suffix(".stats"), "--samples", 3, "--steps", 1, *size)[0])
+    return codes, parts
 
 
 LAYOUTS: Mapping[str, tuple[str, Mapping[str, int], str]] = {
@@ -250,9 +260,8 @@ LAYOUTS: Mapping[str, tuple[str, Mapping[str, int], str]] = {
 """ComfyUI's function that says what diffusers calls a tensor, what it asks, and other names that it would take too."""
 
 
-def stopped(words: list[str], after: int) -> dict[str, Any]:
-    """Our command line, killed from inside when so many trajectories are painted."""
-    from convert_to_quant.cli import main
+def stopped(after: int, *words: object) -> bool:
+    """`observe`, killed from inside when so many trajectories are painted; whether it was."""
     from convert_to_quant.engines.comfyui import inprocess
 
     class Stop(BaseException):
@@ -268,27 +277,13 @@ def stopped(words: list[str], after: int) -> dict[str, Any]:
 
     with patch.object(inprocess.Model, "paint", counted):
         try:
-            main(words)
+            observe(*words)  # type: ignore[arg-type]
         except Stop:
-            return {"stopped": True}
-    return {"stopped": False}
+            return True
+    return False
 
 
-def modules() -> dict[str, Any]:
-    """What ComfyUI left behind: modules of its server, and its folder on the path."""
-    return {
-        "server": [name for name in ("server", "execution", "nodes", "folder_paths") if name in sys.modules],
-        "path": str(TREE) in sys.path,
-        "argv": sys.argv[1:],
-    }
-
-
-COMMANDS = {
-    asked.__name__: asked
-    for asked in (command, families, tiny, folded, same_inputs, diffusers_layout, stopped, modules)
-}  # fmt: skip
-
-
-if __name__ == "__main__":
-    sys.meta_path.append(StandInFinder())
-    answer_requests(COMMANDS, contextlib.nullcontext())
+def left_behind() -> list[str]:
+    """What is there of ComfyUI: modules of its server, its folder on the path, words on the command line."""
+    modules = [name for name in ("server", "execution", "nodes", "folder_paths") if name in sys.modules]
+    return [*modules, *(path for path in sys.path if path == str(TREE)), *sys.argv[1:]]

@@ -1,100 +1,74 @@
-"""ComfyUI in processes of its own, as tests talk to it; see `driver.py`."""
+"""ComfyUI in processes of its own, as tests talk to it."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import driver
 import pytest
 from comfyui_server import node
+from inprocess_driver import VARIABLE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-VARIABLE = "COMFYUI_DIR"
+SPAWN = multiprocessing.get_context("spawn")
 
 
 class Process:
-    """A process that answers requests in lines of JSON.
+    """A process that calls functions of this folder's modules.
 
     Args:
-        work: its folder, which gets its log.
-        script: of this folder.
-        words: its arguments.
-        hidden: variables of the environment that it does not get.
+        start: called first, with what follows.
     """
 
-    talks = True
+    def __init__(self, start: Callable[..., None], *given: Any) -> None:
+        self._pool = ProcessPoolExecutor(1, SPAWN, start, given)
 
-    def __init__(self, work: Path, script: str, *words: str | Path, hidden: Collection[str] = ()) -> None:
-        self.work = work
-        self.log = (work / "log").open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name(script), *map(str, words)],
-            stdin=subprocess.PIPE if self.talks else subprocess.DEVNULL,
-            stdout=subprocess.PIPE if self.talks else self.log,
-            stderr=self.log,
-            text=True,
-            env={name: text for name, text in os.environ.items() if name not in hidden} | {"OMP_NUM_THREADS": "1"},
-        )
-
-    def said(self) -> str:
-        """The end of its log."""
-        return (self.work / "log").read_text()[-4000:]
-
-    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Send one request; what is raised there fails the test."""
-        process: Any = self.process
-        process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-        process.stdin.flush()
-        line = process.stdout.readline()
-        assert line, f"the process ended:\n{self.said()}"
-        answer: dict[str, Any] = json.loads(line)
-        assert "error" not in answer, answer["error"]
-        result: dict[str, Any] = answer["result"]
-        return result
+    def ask(self, function: Callable[..., Any], *given: Any, **more: Any) -> Any:
+        """What a function gives or raises there."""
+        return self._pool.submit(function, *given, **more).result()
 
     def close(self) -> None:
         """End the process."""
-        for pipe in filter(None, (self.process.stdin, self.process.stdout)):
-            pipe.close()
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.log.close()
+        self._pool.shutdown()
 
 
 class ComfyUI(Process):
     """ComfyUI in its process."""
 
     def __init__(self, tree: Path, work: Path) -> None:
-        super().__init__(work, "driver.py", tree, work, "--cpu", "--supports-fp8-compute")
+        super().__init__(driver.start, tree, work, "--cpu", "--supports-fp8-compute")
+        self.work = work
 
     def load(self, path: Path, key: str, **how: Any) -> dict[str, Any]:
         """Load a file; `key` names the model from then on."""
-        return self.ask("load", path=str(path), key=key, **how)
+        return dict(self.ask(driver.load, path, key, **how))
 
-    def run(self, command: str, key: str, inputs: Mapping[str, Tensor], **how: Any) -> dict[str, Tensor]:
+    def velocity(self, path: Path, states: Mapping[str, Tensor], **how: Any) -> Tensor:
+        """What a file predicts."""
+        self.load(path, "run", **how)
+        velocity: Tensor = self.run(driver.evaluate, "run", states)["velocity"]
+        return velocity
+
+    def run(
+        self, function: Callable[..., tuple[dict[str, Any], list[str]]], key: str, given: Mapping[str, Tensor],
+        **how: Any,
+    ) -> dict[str, Any]:  # fmt: skip
         """Run a loaded model on tensors; ComfyUI has nothing to warn about."""
-        from safetensors.torch import load_file, save_file
-
-        save_file({name: value.contiguous() for name, value in inputs.items()}, self.work / "inputs.safetensors")
-        output = self.work / "output.safetensors"
-        told = self.ask(command, key=key, inputs=str(self.work / "inputs.safetensors"), output=str(output), **how)
-        assert told["warnings"] == []
-        found: dict[str, Tensor] = load_file(output)
-        return found
+        found, warnings = self.ask(function, key=key, given=dict(given), **how)
+        assert warnings == []
+        return dict(found)
 
 
 def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
@@ -117,21 +91,24 @@ def request(address: str, body: Any = None) -> Any:
             return json.load(refusal)
 
 
-class Server(Process):
+class Server:
     """ComfyUI's own server, in its process."""
-
-    talks = False
 
     def __init__(self, tree: Path, work: Path, *flags: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        self.address = f"http://127.0.0.1:{port}"
+        self.work, self.address = work, f"http://127.0.0.1:{port}"
         (work / "front").mkdir(exist_ok=True)
         (work / "front" / "index.html").touch()
-        words = ("serve", tree, work, "--cpu", "--listen", "127.0.0.1", "--port", port, "--disable-api-nodes",
-                 "--database-url", "sqlite:///:memory:", "--front-end-root", work / "front", *flags)  # fmt: skip
-        super().__init__(work, "driver.py", *words)
+        words = ("--cpu", "--listen", "127.0.0.1", "--port", port, "--disable-api-nodes", "--database-url",
+                 "sqlite:///:memory:", "--front-end-root", str(work / "front"))  # fmt: skip
+        self.process = SPAWN.Process(target=driver.serve, args=(tree, work, *words, *flags))
+        self.process.start()
+
+    def said(self) -> str:
+        """The end of its log."""
+        return (self.work / "log").read_text()[-4000:]
 
     def get(self, path: str, body: Any = None) -> Any:
         """See `request`."""
@@ -139,7 +116,7 @@ class Server(Process):
 
     def wait_until_it_answers(self) -> None:
         def answers() -> bool:
-            assert self.process.poll() is None, self.said()
+            assert self.process.is_alive(), self.said()
             try:
                 return bool(self.get("/system_stats"))
             except urllib.error.URLError:
@@ -163,7 +140,8 @@ class Server(Process):
     def close(self) -> None:
         """End the process."""
         self.process.terminate()
-        super().close()
+        self.process.join(60)
+        self.process.kill()
 
 
 def tree() -> Path:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import driver
 import pytest
 
 from convert_to_quant.checkpoint import open_checkpoint
@@ -76,7 +77,8 @@ def test_every_layer_computes_what_we_simulate(bench: Bench, figure: Figure, cas
         marked = {layer.name: layer.format.marked for layer in find_layers(checkpoint).quantized.values()}
     read = {layer: found["quant_format"] for layer, found in told["layers"].items()}
     assert read == {layer: marked.get(layer) for layer in read}
-    seen = bench.comfyui.run("evaluate", "run", {key: value[:2] for key, value in bench.states.items()}, record=True)
+    states = {key: value[:2] for key, value in bench.states.items()}
+    seen = bench.comfyui.run(driver.evaluate, "run", states, record=True)
 
     outputs = bench.ours.outputs(path, seen, getattr(torch, dtype), arithmetic=arithmetic)
     differences_db = {module: bench.ours.db(*pair) for (module, _), pair in outputs.items()}
@@ -98,16 +100,14 @@ def test_whole_models_without_fp8_products_agree_to_rounding(
 
     name, device, arithmetic, dtype, _ = CASES[case]
     path = getattr(bench.files("plain"), name)
-    bench.comfyui.load(path, "run", device=device)
-    theirs = bench.comfyui.run("evaluate", "run", bench.states)["velocity"]
+    theirs = bench.comfyui.velocity(path, bench.states, device=device)
 
     found = bench.ours.evaluate(path, bench.states, arithmetic, getattr(torch, dtype))
 
     assert figure(f"{case}: velocity, ours against ComfyUI's", bench.ours.db(theirs, found)) >= least_db
     if dtype == "bfloat16":
         # Two bfloat16 runs are no closer to each other than each is to float32.
-        bench.comfyui.load(path, "exact")
-        exact = bench.comfyui.run("evaluate", "exact", bench.states)["velocity"]
+        exact = bench.comfyui.velocity(path, bench.states)
         rounding_db = figure("ComfyUI in bfloat16 against itself in float32", bench.ours.db(exact, theirs))
         assert bench.ours.db(theirs, found) >= rounding_db - 3
 
@@ -118,10 +118,8 @@ def test_a_whole_fp8_model_agrees_as_closely_as_comfyui_with_itself(bench: Bench
 
     name, device, arithmetic, dtype, _ = CASES[case]
     path = getattr(bench.files("plain"), name)
-    bench.comfyui.load(bench.files("plain").original, "original")
-    reference = bench.comfyui.run("evaluate", "original", bench.states)["velocity"]
-    bench.comfyui.load(path, "run", device=device)
-    theirs = bench.comfyui.run("evaluate", "run", bench.states)["velocity"]
+    reference = bench.comfyui.velocity(bench.files("plain").original, bench.states)
+    theirs = bench.comfyui.velocity(path, bench.states, device=device)
     # The last bits of the dtype, the size of the difference between two orders of summation. Two programs differ by it
     # at every sum of some hundred, and not only in the input: several last bits, which float32 has to spare.
     step = torch.finfo(getattr(torch, dtype)).eps
@@ -130,7 +128,7 @@ def test_a_whole_fp8_model_agrees_as_closely_as_comfyui_with_itself(bench: Bench
     for last_bits in {"float32": (1, 8, 64), "bfloat16": (1, 1, 1)}[dtype]:
         noise = torch.randn(bench.states["x"].shape, generator=generator)
         nudged = {**bench.states, "x": bench.states["x"] * (1 + last_bits * step * noise)}
-        twins.append(bench.ours.db(theirs, bench.comfyui.run("evaluate", "run", nudged)["velocity"]))
+        twins.append(bench.ours.db(theirs, bench.comfyui.run(driver.evaluate, "run", nudged)["velocity"]))
 
     found = bench.ours.evaluate(path, bench.states, arithmetic, getattr(torch, dtype))
 
@@ -149,9 +147,8 @@ def test_sampling_ends_at_the_same_latents(bench: Bench, figure: Figure, case: s
     name, device, arithmetic, dtype, _ = CASES[case]
     path: Path = getattr(bench.files("plain"), name)
     bench.comfyui.load(path, "run", device=device)
-    theirs = bench.comfyui.run("sample", "run", bench.ours.start(), steps=bench.ours.steps, cfg=bench.ours.guidance)[
-        "latents"
-    ]
+    how = {"steps": bench.ours.steps, "cfg": bench.ours.guidance}
+    theirs = bench.comfyui.run(driver.sample, "run", bench.ours.start(), **how)["latents"]
 
     found = bench.ours.sample(path, arithmetic, getattr(torch, dtype))
 

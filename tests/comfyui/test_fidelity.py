@@ -24,12 +24,8 @@ def sqnr_db(comfyui: Any, files: Callable[[str], Any], states: dict[str, Any], f
         if name in MEASURED:
             return MEASURED[name]
         made = files(name)
-        comfyui.load(files("plain").original, "run")
-        plain = comfyui.run("evaluate", "run", states)["velocity"]
-        velocities = []
-        for path in (made.original, made.converted, made.calibrated):
-            comfyui.load(path, "run")
-            velocities.append(comfyui.run("evaluate", "run", states)["velocity"])
+        plain = comfyui.velocity(files("plain").original, states)
+        velocities = [comfyui.velocity(path, states) for path in (made.original, made.converted, made.calibrated)]
         # A re-ranging is the same function. Unless the reference paints, closeness to it means nothing.
         assert float(sqnr_db(plain, velocities[0]).mean()) > 80
         before, after = (float(sqnr_db(velocities[0], found).mean()) for found in velocities[1:])

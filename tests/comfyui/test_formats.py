@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import driver
 import pytest
 
 from convert_to_quant import emoji
@@ -129,7 +130,7 @@ class Bench:
 
     def run(self, key: str) -> dict[str, Tensor]:
         """Inputs and outputs of all layers in ComfyUI."""
-        found: dict[str, Tensor] = self.comfyui.run("evaluate_without_kernels", key, self.shown, record=True)
+        found: dict[str, Tensor] = self.comfyui.run(driver.evaluate_without_kernels, key, self.shown, record=True)
         return found
 
     def worst_db(self, outputs: Mapping[tuple[str, str], tuple[Tensor, Tensor]], formats: Mapping[str, str]) -> Any:
@@ -156,16 +157,14 @@ def formats_of(path: Path) -> dict[str, str]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", [*READ, "mixed"])
 def test_every_format_is_read_as_written_and_computes_what_we_simulate(
-    bench: Bench, written: Callable[[str], Path], figure: Any, tmp_path: Path, name: str, dtype: str
+    bench: Bench, written: Callable[[str], Path], figure: Any, name: str, dtype: str
 ) -> None:
     import torch
-    from safetensors.torch import load_file
 
     path = written(name)
     told = bench.comfyui.load(path, "run", device={**HARDWARE, **(BFLOAT16 if dtype == "bfloat16" else {})})
     assert (told["dtype"], told["warnings"]) == (f"torch.{dtype}", [])
-    bench.comfyui.ask("weights", key="run", output=str(tmp_path / "weights.safetensors"))
-    weights = load_file(tmp_path / "weights.safetensors")
+    weights = bench.comfyui.ask(driver.weights, "run")
     with open_checkpoint(path) as checkpoint:
         layers = find_layers(checkpoint).quantized
         assert len(layers) == 32
@@ -173,7 +172,7 @@ def test_every_format_is_read_as_written_and_computes_what_we_simulate(
         for layer in layers.values():
             found = told["layers"][layer.name]
             layout, stored, params = as_comfyui_holds(layer)
-            params |= {"orig_dtype": f"torch.{dtype}", "orig_shape": str(layer.shape)}
+            params |= {"orig_dtype": getattr(torch, dtype), "orig_shape": layer.shape}
             assert found["quant_format"] == layer.format.marked
             assert (found["layout"], found["stored"], found["full_precision"]) == (layout, stored, False)
             assert {key: found["params"][key] for key in params} == params
@@ -227,7 +226,7 @@ def test_full_precision_is_for_formats_of_floats_alone_in_033(
         path, device = changed(path, tmp_path / "marked.safetensors", mark), HARDWARE
     told = bench.comfyui.load(path, "run", device=device)
     assert told["warnings"] == []
-    seen = bench.comfyui.run("evaluate", "run", bench.shown, record=True)
+    seen = bench.comfyui.run(driver.evaluate, "run", bench.shown, record=True)
 
     outputs = bench.ours.outputs(path, seen, torch.float32, arithmetic="comfyui", in_floats=floats)
 
@@ -287,8 +286,7 @@ def test_loras_are_rounded_into_loaded_weights_and_added_to_others(
             )
     save_file(adapters, lora)
     bench.comfyui.load(path, "run", device=HARDWARE)
-    told = bench.comfyui.ask("adapt", key="run", adapted="adapted", lora=str(lora), part=part)
-    assert told["warnings"] == []
+    assert bench.comfyui.ask(driver.adapt, "run", "adapted", lora, part) == []
     seen = bench.run("adapted")
 
     def outputs(file: Path, arithmetic: str, match: Any = None) -> Any:

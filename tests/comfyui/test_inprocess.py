@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import inprocess_driver as asked
 import numpy as np
-import processes
 import pytest
+from processes import Process
 from tiny_models import LEFT_OUT, MODELS
 
 from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.cli import main
 from convert_to_quant.kernels import SIGMA_BINS
 from convert_to_quant.layers import find_layers, input_scale
 from convert_to_quant.stats import Statistics
 
 pytestmark = pytest.mark.comfyui
 
-TREE = os.environ.get(processes.VARIABLE, "")
 STEPS = 4
 SMALL = ("--height", "128", "--width", "128", "--steps", "2")
 
@@ -45,32 +45,18 @@ ZEROS: Mapping[str, tuple[str, ...]] = {"ACEStep": ("speaker_embedder",)}
 """Layers that ComfyUI itself shows nothing but zeros."""
 
 
-class InProcess(processes.Process):
-    """A process that runs our command line, and ComfyUI inside of it."""
-
-    def __init__(self, work: Path) -> None:
-        hidden = (processes.VARIABLE, "PYTHONDONTWRITEBYTECODE")  # what the package has to say and to do by itself
-        super().__init__(work, "inprocess_driver.py", TREE, hidden=hidden)
-
-    def ctq(self, *words: str | Path) -> dict[str, Any]:
-        """Our command line."""
-        return self.ask("command", words=[str(word) for word in words])
-
-    def run(self, model: Path, stats: Path, *words: str | Path) -> dict[str, Any]:
-        """Observe a model in ComfyUI."""
-        return self.ctq("observe", model, "-o", stats, "--engine", "comfyui", "--comfyui-dir", TREE, *words)
-
-    def observe(self, model: Path, stats: Path, *words: str | Path) -> str:
-        """The same: what is said."""
-        told = self.run(model, stats, *words)
-        assert told["code"] == 0, told["err"]
-        return str(told["err"])
-
-
 @pytest.fixture(scope="session")
-def inprocess(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
-    with closing(InProcess(tmp_path_factory.mktemp("inprocess"))) as running:
+def inprocess(tree: Path) -> Iterator[Process]:
+    """A process that runs our command line, and ComfyUI inside of it."""
+    with closing(Process(asked.start)) as running:
         yield running
+
+
+def observe(inprocess: Process, model: Path, stats: Path, *words: object) -> str:
+    """Observe a model in ComfyUI: what is said."""
+    code, said = inprocess.ask(asked.observe, model, stats, *words)
+    assert code == 0, said
+    return str(said)
 
 
 def written(tree: Path) -> dict[str, int]:
@@ -84,20 +70,14 @@ def written(tree: Path) -> dict[str, int]:
 @pytest.mark.parametrize("weights", ["original", "converted"])
 @pytest.mark.parametrize("name", ["plain", "hot"])
 def test_recorded_ranges_are_those_of_our_own_engine_on_the_same_inputs(
-    inprocess: InProcess, files: Callable[[str], Any], ours: Any, name: str, weights: str, tmp_path: Path
+    inprocess: Process, files: Callable[[str], Any], ours: Any, name: str, weights: str
 ) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
     from convert_to_quant.engines import diffusers
     from convert_to_quant.recorder import record
 
     path = getattr(files(name), weights)
-    inputs, output = tmp_path / "inputs.safetensors", tmp_path / "output.safetensors"
-    start = {key: values.contiguous() for key, values in ours.start().items()}
-    save_file({**start, "steps": torch.tensor(STEPS)}, inputs)
 
-    inprocess.ask("same_inputs", path=str(path), inputs=str(inputs), output=str(output))
+    found = inprocess.ask(asked.same_inputs, path, ours.start(), STEPS)
 
     with open_checkpoint(path) as checkpoint:
         model = diffusers.load(checkpoint, arithmetic="dequantize")
@@ -107,8 +87,7 @@ def test_recorded_ranges_are_those_of_our_own_engine_on_the_same_inputs(
             for _ in diffusers.trajectory(model, ours.noise, conditioning, ours.geometry, STEPS):
                 pass
         expected = recording.statistics()
-    found = {layer: float(value) for layer, value in load_file(output).items()}
-    assert list(found) == sorted(expected.names)
+    assert found.keys() == set(expected.names)
     for layer, value in zip(expected.names, expected.absmax.tolist(), strict=True):
         assert found[layer] == pytest.approx(value, rel=2e-5), layer
 
@@ -116,24 +95,20 @@ def test_recorded_ranges_are_those_of_our_own_engine_on_the_same_inputs(
 # ---------------------------------------------------------------- every family
 
 
-def test_every_family_that_comfyui_detects_has_a_tiny_model_or_a_reason(inprocess: InProcess) -> None:
-    found = inprocess.ask("families")
-
-    assert set(found["supported"]) <= set(found["made"]) | set(found["left out"])
-    assert not set(found["made"]) & set(found["left out"])
-    assert all(found["left out"].values())
-    assert set(found["left out"]) == set(LEFT_OUT)
+def test_every_family_that_comfyui_detects_has_a_tiny_model_or_a_reason(inprocess: Process) -> None:
+    assert set(inprocess.ask(asked.families)) <= MODELS.keys() | LEFT_OUT.keys()
+    assert not MODELS.keys() & LEFT_OUT.keys()
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_tiny_model_is_detected_run_and_observed_on_every_layer(
-    inprocess: InProcess, name: str, tmp_path: Path
+    inprocess: Process, name: str, tmp_path: Path
 ) -> None:
     images = 1 if name in SLOW else 3
-    told = inprocess.ask("tiny", name=name, folder=str(tmp_path), images=images)
+    code, said, detected = inprocess.ask(asked.tiny, name, tmp_path, images)
 
-    assert told["code"] == 0, told["err"]
-    assert set(told["detected"]) == {name}
+    assert code == 0, said
+    assert set(detected) == {name}
     seen = Statistics.load(tmp_path / "stats.safetensors")
     unvisited = {layer for layer, visited in zip(seen.names, seen.visited, strict=True) if not visited}
     prefix = MODELS[name].prefix
@@ -148,34 +123,33 @@ def test_a_tiny_model_is_detected_run_and_observed_on_every_layer(
         shapes = {tensor.removesuffix(".weight"): info.shape for tensor, info in checkpoint.tensors.items()}
     assert all(shapes[layer] == shape for layer, shape in seen.layers.items())
     for layer in unvisited:
-        assert f"{layer}: never ran" in told["err"]
+        assert f"{layer}: never ran" in said
 
 
 @pytest.mark.parametrize("name", ["Flux", "SD3", "AuraFlow"])
 def test_a_file_in_diffusers_layout_is_recorded_under_its_own_names(
-    inprocess: InProcess, name: str, tmp_path: Path
+    inprocess: Process, name: str, tmp_path: Path
 ) -> None:
-    told = inprocess.ask("diffusers_layout", name=name, folder=str(tmp_path))
+    codes, parts = inprocess.ask(asked.diffusers_layout, name, tmp_path)
 
-    assert told["diffusers"]["code"] == told["native"]["code"] == 0, told["diffusers"]["err"]
+    assert codes == [0, 0]
     native, split = (Statistics.load(tmp_path / f"{stem}.stats") for stem in ("native", "diffusers"))
     expected = dict(zip(native.names, native.absmax.tolist(), strict=True))
     found = dict(zip(split.names, split.absmax.tolist(), strict=True))
-    parts: dict[str, str] = told["parts"]
     assert set(found) == {layer for layer, whole in parts.items() if whole in expected}
     assert len(set(parts.values())) == len(expected)  # several are parts of one in the model's own layout
     for layer, value in found.items():
         assert value == pytest.approx(expected[parts[layer]], rel=1e-5), layer
 
 
-def test_renamed_layers_of_an_fp8_file_are_recorded_under_its_own_names(inprocess: InProcess, tmp_path: Path) -> None:
+def test_renamed_layers_of_an_fp8_file_are_recorded_under_its_own_names(inprocess: Process, tmp_path: Path) -> None:
     """HunyuanVideo's authors call layers otherwise than ComfyUI."""
     from safetensors.torch import load_file, save_file
 
     theirs = {"_mod.lin.": "_mod.linear.", "_attn.qkv.": "_attn_qkv.", "_attn.proj.": "_attn_proj.",
               ".modulation.lin.": ".modulation.linear."}  # fmt: skip
-    told = inprocess.ask("tiny", name="HunyuanVideo", folder=str(tmp_path), images=3)
-    assert told["code"] == 0, told["err"]
+    code, said, _ = inprocess.ask(asked.tiny, "HunyuanVideo", tmp_path, 3)
+    assert code == 0, said
     before = Statistics.load(tmp_path / "stats.safetensors")
     renamed = {}
     for key, values in load_file(tmp_path / "tiny.safetensors").items():
@@ -183,10 +157,10 @@ def test_renamed_layers_of_an_fp8_file_are_recorded_under_its_own_names(inproces
             key = key.replace(ours, original)  # noqa: PLW2901
         renamed[key] = values
     save_file(renamed, tmp_path / "theirs.safetensors")
-    assert inprocess.ctq("-i", tmp_path / "theirs.safetensors", "-o", tmp_path / "fp8.safetensors")["code"] == 0
+    assert main(["-i", str(tmp_path / "theirs.safetensors"), "-o", str(tmp_path / "fp8.safetensors")]) == 0
 
     size = ("--samples", "3", "--steps", "1", "--height", "64", "--width", "64", "--frames", "5", "--text-tokens", "12")
-    inprocess.observe(tmp_path / "fp8.safetensors", tmp_path / "fp8.stats", *size)
+    observe(inprocess, tmp_path / "fp8.safetensors", tmp_path / "fp8.stats", *size)
 
     seen = Statistics.load(tmp_path / "fp8.stats")
     known = dict(zip(before.names, before.absmax.tolist(), strict=True))
@@ -203,22 +177,22 @@ def test_renamed_layers_of_an_fp8_file_are_recorded_under_its_own_names(inproces
 @pytest.mark.parametrize("how", ["0.39", "INT8"])
 @pytest.mark.parametrize("name", ["WAN21_T2V", "MiniMaxH3"])
 def test_recorded_ranges_are_those_behind_an_activation_that_is_folded_into_the_call(
-    inprocess: InProcess, name: str, how: str, tmp_path: Path
+    inprocess: Process, name: str, how: str, tmp_path: Path
 ) -> None:
-    told = inprocess.ask("folded", name=name, folder=str(tmp_path), how=how)
+    told = inprocess.ask(asked.folded, name, tmp_path, how)
 
     assert told["raised"] is None
     assert told["met"]
     assert bool(told["products"]) == (how == "INT8")
     for layer, met in told["met"].items():
         assert told["recorded"][layer] == pytest.approx(met, rel=1e-6), layer
-    assert told["unseen"] == []
+    assert not told["unseen"]
 
 
 def test_an_activation_that_is_not_known_ends_the_run_and_names_file_layer_and_activation(
-    inprocess: InProcess, tmp_path: Path
+    inprocess: Process, tmp_path: Path
 ) -> None:
-    told = inprocess.ask("folded", name="WAN21_T2V", folder=str(tmp_path), how="unknown")
+    told = inprocess.ask(asked.folded, "WAN21_T2V", tmp_path, "unknown")
 
     assert told["raised"].startswith(
         f"{tmp_path}/tiny.safetensors: blocks.0.ffn.2: called with the activation 'softsign', which is none of gelu_"
@@ -229,10 +203,10 @@ def test_an_activation_that_is_not_known_ends_the_run_and_names_file_layer_and_a
 
 
 def test_the_hot_model_is_calibrated_from_a_run_in_comfyui(
-    inprocess: InProcess, files: Callable[[str], Any], tmp_path: Path
+    inprocess: Process, files: Callable[[str], Any], tmp_path: Path
 ) -> None:
     """Input scales are not in the file; the ranges of the run are those of full precision all the same."""
-    said = inprocess.observe(files("hot").converted, tmp_path / "stats", *SMALL, "--samples", "3")
+    said = observe(inprocess, files("hot").converted, tmp_path / "stats", *SMALL, "--samples", "3")
 
     seen = Statistics.load(tmp_path / "stats")
     facts = dict(seen.provenance)
@@ -245,25 +219,24 @@ def test_the_hot_model_is_calibrated_from_a_run_in_comfyui(
     assert facts["depends_on_conditioning"]
     assert float(seen.absmax.max()) > 448
     calibrated = tmp_path / "calibrated.safetensors"
-    told = inprocess.ctq("apply", files("hot").converted, tmp_path / "stats", "-o", calibrated, "--margin", 1)
-    assert told["code"] == 0, told["err"]
+    words = ("apply", files("hot").converted, tmp_path / "stats", "-o", calibrated, "--margin", 1)
+    assert main(list(map(str, words))) == 0
     with open_checkpoint(calibrated) as checkpoint:
         layers = find_layers(checkpoint).quantized.values()
         assert all(input_scale(checkpoint, layer) != 1.0 for layer in layers if not layer.full_precision)
 
 
 def test_a_run_that_was_stopped_goes_on_and_gives_the_same(
-    inprocess: InProcess, files: Callable[[str], Any], tmp_path: Path
+    inprocess: Process, files: Callable[[str], Any], tmp_path: Path
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     model = files("plain").converted
-    inprocess.observe(model, whole, *SMALL, "--samples", "4")
+    observe(inprocess, model, whole, *SMALL, "--samples", "4")
     started = ("--samples", "4", "--save-every", "0")
-    assert inprocess.ask("stopped", words=["observe", str(model), "-o", str(stopped), "--engine", "comfyui",
-                         "--comfyui-dir", TREE, *SMALL, *started], after=3) == {"stopped": True}  # fmt: skip
+    assert inprocess.ask(asked.stopped, 3, model, stopped, *SMALL, *started)
     assert stopped.with_name("stopped.partial").exists()
 
-    inprocess.observe(model, stopped, *SMALL, *started, "--resume")
+    observe(inprocess, model, stopped, *SMALL, *started, "--resume")
 
     first, second = Statistics.load(whole), Statistics.load(stopped)
     assert first.names == second.names
@@ -272,7 +245,7 @@ def test_a_run_that_was_stopped_goes_on_and_gives_the_same(
     assert not stopped.with_name("stopped.partial").exists()
 
 
-def test_a_lora_widens_the_ranges_behind_it(inprocess: InProcess, files: Callable[[str], Any], tmp_path: Path) -> None:
+def test_a_lora_widens_the_ranges_behind_it(inprocess: Process, files: Callable[[str], Any], tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -285,9 +258,9 @@ def test_a_lora_widens_the_ranges_behind_it(inprocess: InProcess, files: Callabl
     name = f"lora_unet_{layer.replace('.', '_')}"
     save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "lora.safetensors")
 
-    inprocess.observe(model, tmp_path / "without", *SMALL, "--samples", "3")
-    inprocess.observe(model, tmp_path / "with", *SMALL, "--samples", "3", "--lora", tmp_path / "lora.safetensors")
-    again = inprocess.observe(model, tmp_path / "again", *SMALL, "--samples", "3")
+    observe(inprocess, model, tmp_path / "without", *SMALL, "--samples", "3")
+    observe(inprocess, model, tmp_path / "with", *SMALL, "--samples", "3", "--lora", tmp_path / "lora.safetensors")
+    again = observe(inprocess, model, tmp_path / "again", *SMALL, "--samples", "3")
 
     without, adapted, after = (Statistics.load(tmp_path / stem) for stem in ("without", "with", "again"))
     assert adapted.samples == 2 * without.samples
@@ -299,17 +272,18 @@ def test_a_lora_widens_the_ranges_behind_it(inprocess: InProcess, files: Callabl
     assert dict(adapted.provenance)["lora"] == ("lora.safetensors",)
 
 
-def test_a_lora_of_another_model_is_refused(inprocess: InProcess, files: Callable[[str], Any], tmp_path: Path) -> None:
+def test_a_lora_of_another_model_is_refused(inprocess: Process, files: Callable[[str], Any], tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
     name = "lora_unet_nothing_of_the_kind"
     save_file({f"{name}.lora_down.weight": torch.ones(1, 8), f"{name}.lora_up.weight": torch.ones(8, 1)},
               tmp_path / "lora.safetensors")  # fmt: skip
-    told = inprocess.run(files("plain").original, tmp_path / "stats", "--lora", tmp_path / "lora.safetensors")
+    words = (files("plain").original, tmp_path / "stats", "--lora", tmp_path / "lora.safetensors")
+    code, said = inprocess.ask(asked.observe, *words)
 
-    assert told["code"] == 1
-    assert "lora.safetensors: ComfyUI finds no place for it in this Flux model" in told["err"]
+    assert code == 1
+    assert "lora.safetensors: ComfyUI finds no place for it in this Flux model" in said
 
 
 @pytest.mark.parametrize(
@@ -323,55 +297,53 @@ def test_a_lora_of_another_model_is_refused(inprocess: InProcess, files: Callabl
     ],
 )
 def test_what_comfyui_cannot_load_is_an_error_with_its_reason(
-    inprocess: InProcess, tensors: Mapping[str, tuple[int, ...]], message: str, tmp_path: Path
+    inprocess: Process, tensors: Mapping[str, tuple[int, ...]], message: str, tmp_path: Path
 ) -> None:
     import torch
     from safetensors.torch import save_file
 
     save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "odd.safetensors")
-    told = inprocess.run(tmp_path / "odd.safetensors", tmp_path / "stats")
+    code, said = inprocess.ask(asked.observe, tmp_path / "odd.safetensors", tmp_path / "stats")
 
-    assert told["code"] == 1
-    assert message in told["err"]
-    assert "Traceback" not in told["err"]
+    assert code == 1
+    assert message in said
+    assert "Traceback" not in said
     assert not (tmp_path / "stats").exists()
 
 
-def test_auto_takes_comfyui_for_what_diffusers_cannot_run(inprocess: InProcess, tmp_path: Path) -> None:
-    told = inprocess.ask("tiny", name="HunyuanDiT1", folder=str(tmp_path), images=3)
-    assert told["code"] == 0, told["err"]
-    words = ("observe", tmp_path / "tiny.safetensors", "-o", tmp_path / "auto", *SMALL, "--samples", "3")
+def test_auto_takes_comfyui_for_what_diffusers_cannot_run(inprocess: Process, tmp_path: Path) -> None:
+    code, said, _ = inprocess.ask(asked.tiny, "HunyuanDiT1", tmp_path, 3)
+    assert code == 0, said
+    words = ["observe", str(tmp_path / "tiny.safetensors"), "-o", str(tmp_path / "auto"), *SMALL, "--samples", "3"]
 
-    refused = inprocess.ctq(*words)
-    taken = inprocess.ctq(*words, "--comfyui-dir", TREE)
-
-    assert refused["code"] == 1
-    assert "--comfyui-dir DIR runs it in ComfyUI" in refused["err"]
-    assert taken["code"] == 0, taken["err"]
-    assert "ComfyUI runs it: " in taken["err"]
+    code, said = inprocess.ask(asked.command, words)
+    assert code == 1
+    assert "--comfyui-dir DIR runs it in ComfyUI" in said
+    code, said = inprocess.ask(asked.command, [*words, "--comfyui-dir", str(asked.TREE)])
+    assert code == 0, said
+    assert "ComfyUI runs it: " in said
     assert dict(Statistics.load(tmp_path / "auto").provenance)["engine"] == ("comfyui",)
 
 
-def test_comfyui_is_left_as_it_was_found(inprocess: InProcess, files: Callable[[str], Any], tmp_path: Path) -> None:
-    before = written(Path(TREE))
-    inprocess.observe(files("plain").original, tmp_path / "stats", *SMALL, "--samples", "3")
+def test_comfyui_is_left_as_it_was_found(inprocess: Process, files: Callable[[str], Any], tmp_path: Path) -> None:
+    before = written(asked.TREE)
+    observe(inprocess, files("plain").original, tmp_path / "stats", *SMALL, "--samples", "3")
 
-    assert written(Path(TREE)) == before
-    assert inprocess.ask("modules") == {"server": [], "path": False, "argv": [TREE]}
+    assert written(asked.TREE) == before
+    assert inprocess.ask(asked.left_behind) == []
 
 
 def test_one_process_runs_one_comfyui_on_one_kind_of_device(
-    inprocess: InProcess, files: Callable[[str], Any], tmp_path: Path
+    inprocess: Process, files: Callable[[str], Any], tmp_path: Path
 ) -> None:
     model = files("plain").original
-    inprocess.observe(model, tmp_path / "stats", *SMALL, "--samples", "3")
+    observe(inprocess, model, tmp_path / "stats", *SMALL, "--samples", "3")
     other = tmp_path / "other"
     (other / "comfy").mkdir(parents=True)
     for name in ("sd.py", "model_detection.py"):
         (other / "comfy" / name).touch()
-    words = ("observe", model, "-o", tmp_path / "stats", "--engine", "comfyui")
 
-    told = inprocess.ctq(*words, "--comfyui-dir", other)
+    code, said = inprocess.ask(asked.observe, model, tmp_path / "stats", "--comfyui-dir", other)
 
-    assert told["code"] == 2
-    assert f"ComfyUI runs from {Path(TREE).resolve()} in this process already" in told["err"]
+    assert code == 2
+    assert f"ComfyUI runs from {asked.TREE} in this process already" in said

@@ -150,10 +150,8 @@ def test_spellings_of_one_model_compute_the_same_bits(
 ) -> None:
     import torch
 
-    velocities = []
-    for spelling in ("default", "header only", "tensors only", "prefixed", "prefixed header only"):
-        comfyui.load(spelled(spelling), "run")
-        velocities.append(comfyui.run("evaluate", "run", states)["velocity"])
+    spellings = ("default", "header only", "tensors only", "prefixed", "prefixed header only")
+    velocities = [comfyui.velocity(spelled(spelling), states) for spelling in spellings]
 
     assert velocities[0].isfinite().all()
     assert all(torch.equal(velocity, velocities[0]) for velocity in velocities[1:])

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import driver
 import numpy as np
 import pytest
 
 from convert_to_quant import families
 from convert_to_quant.engines.prompts import Prompts
+from convert_to_quant.errors import CalibrationError
 from convert_to_quant.stats import Statistics
 
 pytestmark = pytest.mark.comfyui
@@ -36,23 +38,13 @@ def start(ours: Any) -> dict[str, Any]:
     return {name: value[:1].clone() for name, value in ours.start().items()}
 
 
-@pytest.fixture
-def inputs_file(comfyui: Any, start: dict[str, Any]) -> str:
-    """The same, in a file."""
-    from safetensors.torch import save_file
-
-    save_file({name: value.contiguous() for name, value in start.items()}, comfyui.work / "start.safetensors")
-    return str(comfyui.work / "start.safetensors")
-
-
 def sample(comfyui: Any, key: str, start: dict[str, Any], **how: Any) -> dict[str, Any]:
-    found: dict[str, Any] = comfyui.run("sample", key, start, steps=STEPS, cfg=GUIDANCE, **how)
+    found: dict[str, Any] = comfyui.run(driver.sample, key, start, steps=STEPS, cfg=GUIDANCE, **how)
     return found
 
 
 def saved(comfyui: Any, recorded: str, prefix: str) -> Statistics:
-    told = comfyui.ask("save_stats", recorded=recorded, filename_prefix=prefix)
-    return Statistics.load(comfyui.work / "output" / told["file"])
+    return Statistics.load(comfyui.work / "output" / comfyui.ask(driver.save_stats, recorded, prefix))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -66,32 +58,22 @@ def test_recorded_ranges_are_those_of_hooks_put_on_by_hand_and_latents_stay_bit_
     comfyui.load(path, "plain", device=device)
     by_hand = sample(comfyui, "plain", start, by_hand=True, part=part)
     comfyui.load(path, "fresh", device=device)
-    comfyui.ask("record", key="fresh", recorded="recorded")
+    comfyui.ask(driver.record, "fresh", "recorded")
     recorded = sample(comfyui, "recorded", start, part=part)
     statistics = saved(comfyui, "recorded", f"{case}/stats")
 
+    assert bool(recorded["left out"]) == (part is not None)
     assert torch.equal(recorded["latents"], by_hand["latents"])
     assert recorded["latents"].isfinite().all()
-    wanted = {key.removesuffix(".absmax"): value.item() for key, value in by_hand.items() if key != "latents"}
-    assert len(wanted) == len(statistics.layers)
-    assert dict(zip(statistics.names, statistics.absmax.tolist(), strict=True)) == wanted
-    assert statistics.calls.tolist() == [STEPS] * len(wanted)  # ComfyUI runs both conditionings in one batch
+    assert dict(zip(statistics.names, statistics.absmax.tolist(), strict=True)) == by_hand["absmax"]
+    assert statistics.calls.tolist() == [STEPS] * len(by_hand["absmax"])  # ComfyUI runs both conditionings in one batch
     assert statistics.samples == 1
-    assert comfyui.ask("hooks", key="recorded")["hooks"] == 0
-
-
-def test_partly_loaded_means_what_it_says(comfyui: Any, files: Callable[[str], Any], inputs_file: str) -> None:
-    comfyui.load(files("plain").original, "partial")
-    told = comfyui.ask(
-        "sample", key="partial", inputs=inputs_file, output=str(comfyui.work / "partial.safetensors"),
-        steps=1, cfg=1.0, part=400_000,
-    )  # fmt: skip
-    assert 0 < len(told["left_out"]) < 60  # some layers are cast when they run, others are loaded
+    assert comfyui.ask(driver.hooks, "recorded")[0] == 0
 
 
 def test_noise_levels_of_flow_models_are_told(comfyui: Any, files: Callable[[str], Any], start: dict[str, Any]) -> None:
     comfyui.load(files("plain").original, "plain")
-    comfyui.ask("record", key="plain", recorded="recorded")
+    comfyui.ask(driver.record, "plain", "recorded")
     sample(comfyui, "recorded", start)
     statistics = saved(comfyui, "recorded", "levels")
 
@@ -107,8 +89,8 @@ def test_recorded_ranges_agree_with_our_own_engine(
 
     path = files("plain").original
     comfyui.load(path, "plain")
-    comfyui.ask("record", key="plain", recorded="recorded")
-    comfyui.run("sample", "recorded", ours.start(), steps=ours.steps, cfg=ours.guidance)
+    comfyui.ask(driver.record, "plain", "recorded")
+    comfyui.run(driver.sample, "recorded", ours.start(), steps=ours.steps, cfg=ours.guidance)
     theirs = saved(comfyui, "recorded", "engines")
 
     import torch
@@ -130,12 +112,12 @@ def test_totals_add_up_over_samplings_and_go_on_from_a_file(
     comfyui: Any, files: Callable[[str], Any], start: dict[str, Any]
 ) -> None:
     comfyui.load(files("plain").original, "plain")
-    comfyui.ask("record", key="plain", recorded="recorded")
+    comfyui.ask(driver.record, "plain", "recorded")
     sample(comfyui, "recorded", start)
     once = saved(comfyui, "recorded", "again/a")
     sample(comfyui, "recorded", start)
     twice = saved(comfyui, "recorded", "again/b")
-    comfyui.ask("record", key="plain", recorded="more", statistics_file="again/b_00001_.safetensors")
+    comfyui.ask(driver.record, "plain", "more", statistics_file="again/b_00001_.safetensors")
     sample(comfyui, "more", start)
     thrice = saved(comfyui, "more", "again/c")
 
@@ -154,14 +136,14 @@ def test_totals_add_up_over_samplings_and_go_on_from_a_file(
     ],
 )
 def test_failed_samplings_leave_no_hook_and_add_nothing(
-    comfyui: Any, files: Callable[[str], Any], start: dict[str, Any], inputs_file: str, how: str, raised: str
+    comfyui: Any, files: Callable[[str], Any], start: dict[str, Any], how: str, raised: str
 ) -> None:
     comfyui.load(files("plain").calibrated, "plain")
-    comfyui.ask("record", key="plain", recorded="recorded")
+    comfyui.ask(driver.record, "plain", "recorded")
 
-    assert comfyui.ask("fail", key="recorded", inputs=inputs_file, how=how) == {"raised": raised}
+    assert comfyui.ask(driver.fail, "recorded", start, how) == raised
 
-    assert comfyui.ask("hooks", key="plain") == {"hooks": 0, "wrappers": {}}
+    assert comfyui.ask(driver.hooks, "plain") == (0, {})
     sample(comfyui, "recorded", start)
     statistics = saved(comfyui, "recorded", f"failed/{raised}")
     assert (statistics.samples, set(statistics.calls.tolist())) == (1, {STEPS})
@@ -171,28 +153,26 @@ def test_a_model_has_one_recorder_and_the_original_none(
     comfyui: Any, files: Callable[[str], Any], start: dict[str, Any]
 ) -> None:
     comfyui.load(files("plain").original, "plain")
-    comfyui.ask("record", key="plain", recorded="first")
-    comfyui.ask("record", key="first", recorded="second")
+    comfyui.ask(driver.record, "plain", "first")
+    comfyui.ask(driver.record, "first", "second")
     sample(comfyui, "second", start)
 
-    with pytest.raises(AssertionError, match="nothing was recorded yet"):
+    with pytest.raises(CalibrationError, match="nothing was recorded yet"):
         saved(comfyui, "first", "one")
     assert saved(comfyui, "second", "one").samples == 1
-    assert comfyui.ask("hooks", key="plain")["wrappers"] == {}
-    assert comfyui.ask("hooks", key="second") == {
-        "hooks": 0,
-        "wrappers": {"outer_sample": ["convert_to_quant.record"], "apply_model": ["convert_to_quant.record"]},
-    }
+    assert comfyui.ask(driver.hooks, "plain") == (0, {})
+    ours = ["convert_to_quant.record"]
+    assert comfyui.ask(driver.hooks, "second") == (0, {"outer_sample": ours, "apply_model": ours})
 
 
 def test_a_model_with_a_copy_on_another_device_is_recorded_whole(
     comfyui: Any, files: Callable[[str], Any], start: dict[str, Any]
 ) -> None:
     comfyui.load(files("plain").original, "plain")
-    comfyui.ask("record", key="plain", recorded="alone")
+    comfyui.ask(driver.record, "plain", "alone")
     sample(comfyui, "alone", start)
-    comfyui.ask("on_two_devices", key="plain", both="both")
-    comfyui.ask("record", key="both", recorded="together")
+    comfyui.ask(driver.on_two_devices, "plain", "both")
+    comfyui.ask(driver.record, "both", "together")
     sample(comfyui, "together", start)
     alone, together = (saved(comfyui, key, f"copies/{key}") for key in ("alone", "together"))
 
@@ -201,7 +181,7 @@ def test_a_model_with_a_copy_on_another_device_is_recorded_whole(
     assert (together.samples, alone.samples) == (1, 1)
     assert (together.rows == alone.rows).all()
     assert np.abs(together.absmax / alone.absmax - 1).max() < 1e-4
-    assert comfyui.ask("hooks", key="copy")["hooks"] == comfyui.ask("hooks", key="together")["hooks"] == 0
+    assert comfyui.ask(driver.hooks, "copy")[0] == comfyui.ask(driver.hooks, "together")[0] == 0
 
 
 @pytest.mark.parametrize("recorded_on", ["original", "converted"])
@@ -219,20 +199,19 @@ def test_recording_calibrating_and_reloading_mends_broken_models(
     models.mkdir(parents=True, exist_ok=True)
     broken = Path(shutil.copy(made.converted, models / f"{name}_{recorded_on}.safetensors"))
     comfyui.load(getattr(made, recorded_on), "source")
-    comfyui.ask("record", key="source", recorded="recorded")
-    comfyui.run("sample", "recorded", ours.start(), steps=ours.steps, cfg=ours.guidance)
+    comfyui.ask(driver.record, "source", "recorded")
+    comfyui.run(driver.sample, "recorded", ours.start(), steps=ours.steps, cfg=ours.guidance)
 
-    told = comfyui.ask("calibrate", recorded="recorded", checkpoint=f"diffusion_models/{broken.name}")
+    file, report = comfyui.ask(driver.calibrate, "recorded", checkpoint=f"diffusion_models/{broken.name}")
 
-    assert told["report"].startswith("calibrated 32 of 32 layers")
-    comfyui.load(made.original, "run")
-    reference = comfyui.run("evaluate", "run", states)["velocity"]
-    quality_db = {}
-    for key, path in (("broken", broken), ("calibrated", models / told["file"])):
-        comfyui.load(path, "run")
-        quality_db[key] = float(sqnr_db(reference, comfyui.run("evaluate", "run", states)["velocity"]).mean())
-    dynamic = ours.evaluate(made.converted, states, "dynamic_tensor", torch.float32)
-    quality_db["dynamic"] = float(sqnr_db(reference, dynamic).mean())
+    assert report.startswith("calibrated 32 of 32 layers")
+    reference = comfyui.velocity(made.original, states)
+    velocities = {
+        "broken": comfyui.velocity(broken, states),
+        "calibrated": comfyui.velocity(models / file, states),
+        "dynamic": ours.evaluate(made.converted, states, "dynamic_tensor", torch.float32),
+    }
+    quality_db = {key: float(sqnr_db(reference, found).mean()) for key, found in velocities.items()}
     for key, value_db in quality_db.items():
         figure(f"{name}, recorded on the {recorded_on} file by the nodes: {key}", value_db)
 
@@ -254,29 +233,27 @@ def test_a_quantized_checkpoint_is_loaded_as_it_says(
     original = Path(shutil.copy(files("plain").original, models / "emoji.safetensors"))
     before = original.read_bytes()
 
-    told = comfyui.ask(
-        "quantize", checkpoint="diffusion_models/emoji.safetensors", format="int8-convrot", exclude="single_blocks"
-    )
+    given = {"checkpoint": "diffusion_models/emoji.safetensors", "format": "int8-convrot", "exclude": "single_blocks"}
+    file, report = comfyui.ask(driver.quantize, **given)
 
-    assert told["file"] == "emoji_int8-convrot.safetensors"
-    found = comfyui.load(models / told["file"], "quantized")
+    assert file == "emoji_int8-convrot.safetensors"
+    found = comfyui.load(models / file, "quantized")
     assert found["warnings"] == []
     kinds = {name: layer["quant_format"] for name, layer in found["layers"].items() if layer["quant_format"]}
     assert set(kinds.values()) == {"int8_tensorwise"}
     assert all(name.startswith("double_blocks") for name in kinds)
-    assert told["report"].startswith(f"{len(kinds)} of ")
-    comfyui.load(original, "run")
-    reference = comfyui.run("evaluate", "run", states)["velocity"]
-    quality_db = float(sqnr_db(reference, comfyui.run("evaluate", "quantized", states)["velocity"]).mean())
+    assert report.startswith(f"{len(kinds)} of ")
+    reference = comfyui.velocity(original, states)
+    quality_db = float(sqnr_db(reference, comfyui.velocity(models / file, states)).mean())
     assert figure("plain, double blocks to INT8 ConvRot by the node", quality_db) > 35
     assert original.read_bytes() == before
 
 
-def test_a_saved_conditioning_is_what_check_reads(comfyui: Any, start: dict[str, Any], inputs_file: str) -> None:
+def test_a_saved_conditioning_is_what_check_reads(comfyui: Any, start: dict[str, Any]) -> None:
     import torch
 
-    told = comfyui.ask("save_conditioning", inputs=inputs_file, filename_prefix="prompts/first")
-    found = Prompts.load(comfyui.work / "output" / told["file"]).tensors
+    file = comfyui.ask(driver.save_conditioning, start, "prompts/first")
+    found = Prompts.load(comfyui.work / "output" / file).tensors
     assert found.keys() == {"prompt_embeds", "pooled_prompt_embeds"}
     assert torch.equal(found["prompt_embeds"], start["context"])
     assert torch.equal(found["pooled_prompt_embeds"], start["y"])
@@ -288,7 +265,7 @@ def test_hunyuan_video_is_renamed_as_our_table_says(comfyui: Any) -> None:
         for rule in families.FAMILIES["hunyuan-video"].spellings
     }
     assert len(rules) > 15
-    assert comfyui.ask("renamed", layers=list(rules)) == rules
+    assert comfyui.ask(driver.renamed, list(rules)) == rules
 
 
 HIDDEN = 64
@@ -311,7 +288,7 @@ DIFFUSERS = {
 @pytest.mark.parametrize("function", DIFFUSERS)
 def test_diffusers_layouts_are_put_where_our_table_says(comfyui: Any, function: str) -> None:
     config, others = DIFFUSERS[function]
-    theirs = comfyui.ask("diffusers_names", function=function, config=config)
+    theirs = comfyui.ask(driver.diffusers_names, function, config)
     linear = {name: place for name, place in theirs.items() if ".norm_" not in name and name not in others}
     shapes = {}
     for layer, *_ in linear.values():

@@ -382,13 +382,6 @@ def shrunk(name: str) -> Iterator[None]:
         yield
 
 
-def supported() -> list[str]:
-    """All that ComfyUI can detect, in its order."""
-    import comfy.supported_models
-
-    return [kind.__name__ for kind in comfy.supported_models.models]
-
-
 def network(name: str) -> Any:
     """The network of a tiny model, with random weights."""
     import comfy.supported_models
