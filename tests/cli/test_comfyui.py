@@ -134,7 +134,7 @@ def test_several_models_get_a_file_each(observe: Observe, wan: Any, work: Path) 
 
 def test_layers_that_never_ran_are_told(observe: Observe, flux: Any, comfyui: Any, double: Any) -> None:
     first = next(iter(comfyui.shapes))
-    double.nodes.load("flux.safetensors").model.diffusion_model.magnitudes.pop(first)
+    double.load("flux.safetensors").model.diffusion_model.magnitudes.pop(first)
     assert f"1 layer never ran (first: {first})" in observe(flux, "--seeds", "1").err
 
 
@@ -146,7 +146,7 @@ def test_layers_that_ran_unseen_are_told(
     ops: Any = ModuleType("comfy.ops")
     ops.cast_bias_weight = lambda layer, _: (layer.weight, None)
     monkeypatch.setitem(sys.modules, "comfy.ops", ops)
-    network = double.nodes.load("flux.safetensors").model.diffusion_model
+    network = double.load("flux.safetensors").model.diffusion_model
     network.magnitudes.pop(first)
     network.register_forward_pre_hook(
         lambda _, args: ops.cast_bias_weight(network.get_submodule(first), args[0]) and None

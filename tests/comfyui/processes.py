@@ -79,18 +79,6 @@ def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
     return found
 
 
-def request(address: str, body: Any = None) -> Any:
-    """GET, or POST JSON; the answer, also of a refusal."""
-    data = None if body is None else json.dumps(body).encode()
-    asked = urllib.request.Request(address, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(asked, timeout=60) as answer:
-            return json.loads(answer.read() or "null")
-    except urllib.error.HTTPError as refusal:
-        with refusal:
-            return json.load(refusal)
-
-
 class Server:
     """ComfyUI's own server, in its process."""
 
@@ -111,8 +99,15 @@ class Server:
         return (self.work / "log").read_text()[-4000:]
 
     def get(self, path: str, body: Any = None) -> Any:
-        """See `request`."""
-        return request(self.address + path, body)
+        """GET, or POST JSON; the answer, also of a refusal."""
+        data = None if body is None else json.dumps(body).encode()
+        asked = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                return json.loads(answer.read() or "null")
+        except urllib.error.HTTPError as refusal:
+            with refusal:
+                return json.load(refusal)
 
     def wait_until_it_answers(self) -> None:
         def answers() -> bool:

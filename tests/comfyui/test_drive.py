@@ -1,4 +1,4 @@
-"""`comfyui observe` against ComfyUI's own server; and the double of that server, held to it."""
+"""`comfyui observe` against ComfyUI's own server, and what the double of that server says of its nodes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import comfyui_server as double
 import pytest
 from comfyui_server import assert_same, node
-from processes import painting, request, sampling, until
+from processes import painting, sampling, until
 
 from convert_to_quant.cli import main
+from convert_to_quant.engines.comfyui.workflow import NodeType
 from convert_to_quant.stats import Statistics
 
 pytestmark = pytest.mark.comfyui
@@ -137,88 +137,20 @@ def test_totals_are_whole_on_a_server_that_remembers_nothing(server: Any, servin
     assert_same(Statistics.load(tmp_path / "stats.safetensors"), by_hand)
 
 
-# The double, held to the real server
-
-
-@pytest.fixture
-def interfaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The double of ComfyUI's modules, in this process."""
-    return double.comfyui.__wrapped__(tmp_path, monkeypatch)
-
+# The nodes of the server's double are ComfyUI's
 
 INVENTED = {"KSampler (Efficient)"}
 """Nodes of the double that ComfyUI does not have: they are other people's."""
 
 
-def test_the_doubles_nodes_are_comfyuis(server: Any, interfaces: Any) -> None:
-    from convert_to_quant.engines.comfyui.workflow import NodeType
+@pytest.mark.parametrize("name", double.NODES.keys() - INVENTED)
+def test_the_doubles_nodes_are_comfyuis(server: Any, name: str) -> None:
+    ours = NodeType.read(double.node_info(double.node_class(double.NODES[name], None)))
+    real = NodeType.read(server.get(f"/object_info/{name}")[name])
 
-    for name, kind in double.Nodes(interfaces, None).classes.items():
-        if name in INVENTED:
-            continue
-        real, ours = (
-            NodeType.read(server.get(f"/object_info/{name}")[name]),
-            NodeType.read(double.node_info(name, kind)),
-        )
-        assert ours.outputs == real.outputs, name
-        if not name.startswith("ConvertToQuant"):
-            assert [side.lower() for side in ours.output_names] == [side.lower() for side in real.output_names], name
-        for key, said in ours.inputs.items():
-            assert said.kind == real.inputs[key].kind, f"{name} {key}"
-            for option in ("multiline", "dynamicPrompts", "control_after_generate"):
-                assert said.options.get(option, False) == (real.inputs[key].options.get(option) or False), (
-                    f"{name} {key}"
-                )
-
-
-def keys(value: Any) -> Any:
-    """The shape of a JSON value: the keys of objects, the shapes of what lists hold."""
-    if isinstance(value, dict):
-        return {key: keys(inner) for key, inner in sorted(value.items())}
-    if isinstance(value, list):
-        return [keys(inner) for inner in value]
-    return type(value).__name__ if not isinstance(value, bool) else "bool"
-
-
-def conversation(address: str, nodes: dict[str, Any]) -> dict[str, Any]:
-    """What a server says of a run: its answers, and what stands in its history."""
-
-    answer = request(f"{address}/prompt", {"prompt": nodes, "client_id": "me"})
-    entry = until(lambda: request(f"{address}/history/{answer['prompt_id']}"))[answer["prompt_id"]]
-    messages = [
-        (kind, {key: type(said).__name__ for key, said in data.items()}) for kind, data in entry["status"]["messages"]
-    ]
-    status = {**entry["status"], "messages": messages}
-    shape = {
-        "entry": sorted(entry),
-        "status": status,
-        "item": keys(entry["prompt"][3]),
-        "outputs": sorted(entry["outputs"]),
-    }
-    return {"answer": keys(answer), "history": shape}
-
-
-@pytest.mark.parametrize("case", ["success", "failure"])
-def test_the_double_talks_as_comfyui_does(server: Any, interfaces: Any, case: str) -> None:
-    ours = {
-        "load": node("UNETLoader", unet_name="flux.safetensors", weight_dtype="default"),
-        "clip": node("DualCLIPLoader", clip_name1="t5xxl.safetensors", clip_name2="clip_l.safetensors"),
-        "yes": node("CLIPTextEncode", text="a", clip=["clip", 0]),
-        "no": node("CLIPTextEncode", text="", clip=["clip", 0]),
-        "size": node("EmptyLatentImage", width=64, height=64, batch_size=1),
-        "paint": sampling(["record", 0], ["size", 0], 1),
-    }
-    theirs = painting()
-    del theirs["keep"]
-    theirs["paint"]["inputs"]["model"] = ["record", 0]
-    with closing(double.Double(interfaces)) as running:
-        told = []
-        for address, nodes in ((server.address, theirs), (running.address, ours)):
-            nodes["record"] = node("ConvertToQuantRecordActivations", model=["load", 0], recording=f"{case} {address}")
-            nodes["save"] = node("ConvertToQuantSaveActivationStats", stats=["record", 1], latent=["paint", 0],
-                                 filename_prefix="talk/stats")  # fmt: skip
-            if case == "failure":
-                nodes["save"]["inputs"]["stats"] = ["other", 1]  # a recorder that saw nothing
-                nodes["other"] = node("ConvertToQuantRecordActivations", model=["load", 0], recording=f"x {address}")
-            told.append(conversation(address, nodes))
-    assert told[0] == told[1]
+    assert ours.outputs == real.outputs
+    assert [side.lower() for side in ours.output_names] == [side.lower() for side in real.output_names]
+    for key, said in ours.inputs.items():
+        assert said.kind == real.inputs[key].kind, key
+        for option in ("multiline", "dynamicPrompts", "control_after_generate"):
+            assert said.options.get(option, False) == (real.inputs[key].options.get(option) or False), key

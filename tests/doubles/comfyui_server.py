@@ -1,9 +1,10 @@
 """A double of ComfyUI's server, over real HTTP, that runs workflows with our own nodes.
 
-It follows ComfyUI 0.33: `server.py` (routes and answers), `execution.py` (order and content of messages, what fails
-how, the queue and the history, but no validation) and `comfy_execution/caching.py` (what a node's result is remembered
-by). `tests/comfyui/test_drive.py` holds it to the real server. Models are those of `comfyui_modules`, the double of
-ComfyUI's interfaces; the other nodes are as small as can be.
+It follows ComfyUI 0.33 as far as our client looks: `server.py` (routes and answers), `execution.py` (what fails how,
+the queue and the history, but no validation) and `comfy_execution/caching.py` (what a node's result is remembered by).
+What its nodes take and give is held to the real ones in `tests/comfyui/test_drive.py`, where the client also runs on
+the real server. Models are those of `comfyui_modules`, the double of ComfyUI's interfaces; few of the nodes do
+anything.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from __future__ import annotations
 import copy
 import json
 import threading
-import time
-import traceback
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -92,70 +91,9 @@ class InterruptProcessingException(Exception):  # noqa: N818 - ComfyUI's name
     """Somebody cancelled."""
 
 
-class Nodes:
-    """What the double's server has: ComfyUI's nodes by name, type and place, and ours.
-
-    Attributes:
-        happen: called at each step of each sampling with its number.
-        failure: what a sampler raises.
-        sampled: model file and seed of each sampling.
-    """
-
-    def __init__(self, interfaces: Any, server: Double | None) -> None:
-        from convert_to_quant.comfyui_nodes.nodes import NODE_CLASS_MAPPINGS
-
-        self.comfyui, self.server = interfaces, server
-        self.models: dict[str, Any] = {}
-        self.happen: Callable[[int], Any] = lambda _: None
-        self.failure: Exception | None = None
-        self.sampled: list[tuple[str, int]] = []
-        runs: dict[str, Callable[..., tuple[Any, ...]]] = {
-            "UNETLoader": lambda unet_name, **_: (self.load(unet_name),),
-            "CheckpointLoaderSimple": lambda ckpt_name: (self.load(ckpt_name), "clip", "vae"),
-            "ComfySwitchNode": lambda switch, on_false, on_true: (on_true if switch else on_false,),
-            "EmptyLatentImage": lambda batch_size, **_: ({"samples": torch.zeros(batch_size, 5, 16)},),
-            "DisableNoise": lambda: (0,),
-            "BasicScheduler": lambda steps, **_: (steps,),
-            "KSampler": self.sample,
-            "KSamplerAdvanced": self.sample,
-            "KSampler (Efficient)": lambda model, **given: (model, *self.sample(model, **given)),
-            "SamplerCustomAdvanced": lambda guider, noise, latent_image, sigmas=3, **_: (
-                self.sample(guider, latent_image, seed=noise, steps=sigmas) * 2
-            ),
-        }
-        self.classes: dict[str, Any] = {name: node_class(said, runs.get(name)) for name, said in NODES.items()}
-        self.classes["SaveImage"].OUTPUT_NODE = True
-        self.classes.update(NODE_CLASS_MAPPINGS)
-
-    def load(self, name: str) -> Any:
-        """A model: the same while it is remembered."""
-        if name == "broken.safetensors":
-            raise RuntimeError("header too large\nTry another file")
-        self.models.setdefault(name, self.comfyui.model())
-        return self.models[name]
-
-    def sample(
-        self, model: Any, latent_image: Any, seed: int = 0, noise_seed: int = 0, steps: int = 3, **_: Any
-    ) -> tuple[Any]:
-        """Sample on noise: the steps that ComfyUI shows are the model's calls."""
-        seed = seed or noise_seed
-        self.sampled.append((next(name for name, one in self.models.items() if one.model is model.model), seed))
-        noise = torch.randn(latent_image["samples"].shape, generator=torch.Generator().manual_seed(seed))
-
-        def happen(step: int) -> None:
-            self.happen(step)
-            if self.failure is not None:
-                raise self.failure
-            if self.server is not None and self.server.interrupted:
-                raise InterruptProcessingException
-
-        sigmas = tuple(1 - step / steps for step in range(steps))
-        return ({"samples": self.comfyui.guider(model, happen).sample(noise, sigmas)},)
-
-
 def node_class(said: str, run: Callable[..., tuple[Any, ...]] | None) -> Any:
-    """A class of nodes, as ComfyUI's are (V1). Without `run` it gives, for each output, the input of its name, of its
-    type, or the first.
+    """A class of nodes, as ComfyUI's are (V1). Without `run` it gives, for each output, the input of its type or the
+    first.
     """
     before, _, after = said.partition("->")
     declared: dict[str, dict[str, Any]] = {"required": {}, "optional": {}}
@@ -165,31 +103,29 @@ def node_class(said: str, run: Callable[..., tuple[Any, ...]] | None) -> Any:
 
     def pass_on(**given: Any) -> tuple[Any, ...]:
         kinds = {kind: given[name] for name, (kind, _) in declared["required"].items() if isinstance(kind, str)}
-        first = next(iter(given.values()))
-        return tuple(given.get(name, kinds.get(kind, first)) for name, kind in outputs.items())
+        return tuple(kinds.get(kind, next(iter(given.values()))) for kind in outputs.values())
 
     content = {
         "INPUT_TYPES": classmethod(lambda _: copy.deepcopy(declared)),
         "RETURN_TYPES": tuple(outputs.values()),
         "RETURN_NAMES": tuple(outputs),
         "FUNCTION": "run",
-        "CATEGORY": "test",
-        "OUTPUT_NODE": False,
+        "OUTPUT_NODE": "filename_prefix" in declared["required"],
         "run": lambda _, **given: (run or pass_on)(**given),
     }
     return type("Node", (), content)
 
 
-def node_info(name: str, kind: Any) -> dict[str, Any]:
-    """What `/object_info` says of a class (server.py, node_info)."""
-    return {
-        "input": kind.INPUT_TYPES(),
-        "output": kind.RETURN_TYPES,
-        "output_name": kind.RETURN_NAMES,
-        "name": name,
-        "category": kind.CATEGORY,
-        "output_node": kind.OUTPUT_NODE,
-    }
+def node_classes(**runs: Callable[..., tuple[Any, ...]]) -> dict[str, Any]:
+    """All that the server has, by name: ComfyUI's and ours; and what some of ComfyUI's do."""
+    from convert_to_quant.comfyui_nodes.nodes import NODE_CLASS_MAPPINGS
+
+    return {**{name: node_class(said, runs.get(name)) for name, said in NODES.items()}, **NODE_CLASS_MAPPINGS}
+
+
+def node_info(kind: Any) -> dict[str, Any]:
+    """What `/object_info` says of a class, as far as our client reads it."""
+    return {"input": kind.INPUT_TYPES(), "output": kind.RETURN_TYPES, "output_name": kind.RETURN_NAMES}
 
 
 def is_link(value: Any) -> bool:
@@ -216,18 +152,29 @@ class Double:
 
     Args:
         interfaces: the double of ComfyUI's interfaces.
-        cache: how it remembers results: "ram" (everything), "classic" (what the last workflow had), or "none".
+        remembers: what its nodes gave.
         prefix: before its paths.
 
     Attributes:
         address: its URL.
+        classes: see `node_classes`.
         requests: method and path of all that was asked, in order.
         answer_with: a path -> what answers instead, from the query.
+        happen: called at each step of each sampling with its number.
+        sampled: model file and seed of each sampling.
     """
 
-    def __init__(self, interfaces: Any, cache: str = "ram", prefix: str = "") -> None:
-        self.comfyui, self.cache = interfaces, cache
-        self.nodes = Nodes(interfaces, self)
+    def __init__(self, interfaces: Any, remembers: bool = True, prefix: str = "") -> None:
+        self.comfyui, self.remembers = interfaces, remembers
+        self.classes = node_classes(
+            UNETLoader=lambda unet_name, **_: (self.load(unet_name),),
+            EmptyLatentImage=lambda batch_size, **_: ({"samples": torch.zeros(batch_size, 5, 16)},),
+            KSampler=self.sample,
+            KSamplerAdvanced=self.sample,
+        )
+        self.models: dict[str, Any] = {}
+        self.happen: Callable[[int], Any] = lambda _: None
+        self.sampled: list[tuple[str, int]] = []
         self.requests: list[str] = []
         self.answer_with: dict[str, Callable[[dict[str, str]], Answer]] = {}
         self.queue: list[list[Any]] = []
@@ -235,7 +182,6 @@ class Double:
         self.history: dict[str, Any] = {}
         self.prompts: list[dict[str, Any]] = []
         self.outputs: dict[Any, Any] = {}
-        self.objects: dict[Any, Any] = {}
         self.interrupted = False
         self.client: str | None = None
         self._mutex = threading.Condition()
@@ -292,22 +238,44 @@ class Double:
             thread.join(10)
             assert not thread.is_alive()
 
+    def load(self, name: str) -> Any:
+        """A model: the same while it is remembered."""
+        if name == "broken.safetensors":
+            raise RuntimeError("header too large\nTry another file")
+        self.models.setdefault(name, self.comfyui.model())
+        return self.models[name]
+
+    def sample(
+        self, model: Any, latent_image: Any, seed: int = 0, noise_seed: int = 0, steps: int = 3, **_: Any
+    ) -> tuple[Any]:
+        """Sample on noise: the steps that ComfyUI shows are the model's calls."""
+        seed = seed or noise_seed
+        self.sampled.append((next(name for name, one in self.models.items() if one.model is model.model), seed))
+        noise = torch.randn(latent_image["samples"].shape, generator=torch.Generator().manual_seed(seed))
+
+        def happen(step: int) -> None:
+            self.happen(step)
+            if self.interrupted:
+                raise InterruptProcessingException
+
+        sigmas = tuple(1 - step / steps for step in range(steps))
+        return ({"samples": self.comfyui.guider(model, happen).sample(noise, sigmas)},)
+
     # the server
 
     def _get_system_stats(self, _: Any) -> Answer:
-        return answer({"system": {"os": "posix", "comfyui_version": "0.33.0"}, "devices": []})
+        return answer({"system": {"comfyui_version": "0.33.0"}})
 
     def _get_object_info(self, name: str) -> Answer:
-        return answer({name: node_info(name, self.nodes.classes[name])} if name in self.nodes.classes else {})
+        return answer({name: node_info(self.classes[name])} if name in self.classes else {})
 
     def _post_prompt(self, said: Any) -> Answer:
         prompt = said["prompt"]
-        outputs = [name for name, node in prompt.items() if self.nodes.classes[node["class_type"]].OUTPUT_NODE]
+        outputs = [name for name, node in prompt.items() if self.classes[node["class_type"]].OUTPUT_NODE]
         name, number = str(uuid.uuid4()), len(self.prompts) + 1
-        extra = {key: said[key] for key in ("client_id",) if key in said} | {"create_time": int(time.time() * 1000)}
-        self.prompts.append(copy.deepcopy(prompt))
+        self.prompts.append(prompt)
         with self._mutex:
-            self.queue.append([number, name, prompt, extra, outputs])
+            self.queue.append([number, name, prompt, {"client_id": said["client_id"]}, outputs])
             self._mutex.notify_all()
         return answer({"prompt_id": name, "number": number, "node_errors": {}})
 
@@ -344,85 +312,54 @@ class Double:
                     return
                 item = self.queue.pop(0)
                 self.running.append(item)
-            _number, name, prompt, extra, outputs = item
-            entry = self._execute(name, copy.deepcopy(prompt), extra, outputs)
+            entry = self._execute(*item[2:])
             with self._mutex:
                 self.running.remove(item)
-                self.history[name] = {"prompt": item, **entry}
+                self.history[item[1]] = entry
 
-    def _execute(self, run: str, prompt: dict[str, Any], extra: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
-        self.interrupted = self._closed
-        self.client = extra.get("client_id")
-        messages: list[Any] = []
+    def _execute(self, prompt: dict[str, Any], extra: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
+        """Run what outputs need, or remember what it gave: the entry in the history."""
+        self.interrupted, self.client = self._closed, extra["client_id"]
+        found: dict[str, tuple[Any, Any]] = {}
+        running = ""
 
-        def message(kind: str, **data: Any) -> None:
-            messages.append([kind, {"prompt_id": run, **data, "timestamp": int(time.time() * 1000)}])
-
-        message("execution_start")
-        keys = {name: self._key(prompt, name) for name in prompt}
-        if self.cache == "classic":
-            self.outputs = {key: value for key, value in self.outputs.items() if key in keys.values()}
-        self.objects = {key: value for key, value in self.objects.items() if key[0] in prompt}
-        cached = [name for name in prompt if keys[name] in self.outputs]
-        message("execution_cached", nodes=cached)
-        shown: dict[str, Any] = {}
-        results: dict[str, Any] = {}
-        failed = None
-        for name in order(prompt, outputs):
-            failed = self._run(prompt, name, keys[name], results, shown)
-            if failed is not None:
-                kind, data = failed
-                executed = [done for done in results if done not in cached]
-                message(kind, node_id=name, node_type=prompt[name]["class_type"], executed=executed, **data)
-                break
-        else:
-            message("execution_success")
-        meta = {name: {"node_id": name, "display_node": name} for name in shown}
-        status = {"status_str": "error" if failed else "success", "completed": not failed, "messages": messages}
-        return {"outputs": shown, "meta": meta, "status": status}
-
-    def _run(
-        self, prompt: dict[str, Any], name: str, key: Any, results: dict[str, Any], shown: dict[str, Any]
-    ) -> tuple[str, dict[str, Any]] | None:
-        """Run a node, or remember what it gave; what failed."""
-        if key not in self.outputs:
-            kind = self.nodes.classes[prompt[name]["class_type"]]
-            known, hidden = inputs_of(kind), kind.INPUT_TYPES().get("hidden", {})
-            given = {
-                said: results[value[0]][value[1]] if is_link(value) else value
-                for said, value in prompt[name]["inputs"].items()
-                if is_link(value) or said in known
-            }
-            given |= dict.fromkeys(hidden, name)
-            try:
+        def run(name: str) -> Any:
+            nonlocal running
+            key, inputs = self._key(prompt, name), prompt[name]["inputs"]
+            if name not in found and key in self.outputs:
+                found[name] = self.outputs[key]
+            if name not in found:
+                kind = self.classes[prompt[name]["class_type"]]
+                given = {said: run(value[0])[value[1]] for said, value in inputs.items() if is_link(value)}
+                given |= {
+                    said: value for said, value in inputs.items() if said in inputs_of(kind) and said not in given
+                }
+                given |= dict.fromkeys(kind.INPUT_TYPES().get("hidden", {}), name)
+                running = name
                 if self.interrupted:
                     raise InterruptProcessingException
-                held = self.objects.setdefault((name, kind), kind()) if self.cache != "none" else kind()
-                found = getattr(held, kind.FUNCTION)(**given)
-            except InterruptProcessingException:
-                return "execution_interrupted", {}
-            except Exception as error:
-                module = type(error).__module__
-                return "execution_error", {
-                    "exception_message": f"{error}\n",
-                    "exception_type": ("" if module == "builtins" else f"{module}.") + type(error).__qualname__,
-                    "traceback": traceback.format_tb(error.__traceback__),
-                    "current_inputs": {},
-                    "current_outputs": [],
-                }
-            found = found if isinstance(found, dict) else {"result": found}
-            results[name], ui = found.get("result", ()), found.get("ui")
-            if self.cache != "none":
-                self.outputs[key] = results[name], ui
-        else:
-            results[name], ui = self.outputs[key]
-        if ui is not None:
-            shown[name] = ui
-        return None
+                told = getattr(kind(), kind.FUNCTION)(**given)
+                told = told if isinstance(told, dict) else {"result": told}
+                found[name] = told.get("result", ()), told.get("ui")
+                if self.remembers:
+                    self.outputs[key] = found[name]
+            return found[name][0]
+
+        messages = []
+        try:
+            for name in outputs:
+                run(name)
+        except Exception as error:
+            what = "interrupted" if isinstance(error, InterruptProcessingException) else "error"
+            said = {"exception_message": f"{error}\n", "exception_type": type(error).__qualname__}
+            node = {"node_id": running, "node_type": prompt[running]["class_type"]}
+            messages = [[f"execution_{what}", {**node, **said}]]
+        shown = {name: ui for name, (_, ui) in found.items() if ui is not None}
+        return {"outputs": shown, "status": {"status_str": "error" if messages else "success", "messages": messages}}
 
     def _key(self, prompt: dict[str, Any], name: str) -> Any:
         """What a result is remembered by: class, IS_CHANGED, values of all inputs, and the same of what is before."""
-        kind = self.nodes.classes[prompt[name]["class_type"]]
+        kind = self.classes[prompt[name]["class_type"]]
         inputs = prompt[name]["inputs"]
         changed: Any = False
         if hasattr(kind, "IS_CHANGED"):
@@ -438,23 +375,9 @@ class Double:
         return kind, changed, own, said
 
 
-def order(prompt: dict[str, Any], outputs: list[str]) -> list[str]:
-    """Nodes that outputs need, each behind what it needs."""
-    found: dict[str, None] = {}
-
-    def visit(name: str) -> None:
-        for value in filter(is_link, prompt[name]["inputs"].values()):
-            visit(value[0])
-        found.setdefault(name)
-
-    for name in outputs:
-        visit(name)
-    return list(found)
-
-
 @pytest.fixture
 def serve(comfyui: Any) -> Iterator[Callable[..., Double]]:
-    """serve(cache="classic"): a running double."""
+    """serve(remembers=False): a running double."""
     running: list[Double] = []
 
     def start(**how: Any) -> Double:
@@ -471,7 +394,7 @@ def types(comfyui: Any) -> dict[str, Any]:
     """What the double's nodes take and give, as `plan` wants it."""
     from convert_to_quant.engines.comfyui.workflow import NodeType
 
-    return {name: NodeType.read(node_info(name, kind)) for name, kind in Nodes(comfyui, None).classes.items()}
+    return {name: NodeType.read(node_info(kind)) for name, kind in node_classes().items()}
 
 
 def assert_same(one: Any, other: Any) -> None:

@@ -115,15 +115,10 @@ def test_every_prompt_is_run_with_seeds_of_its_own_and_totals_add_up(double: Any
     assert idle == 0
 
 
-@pytest.mark.parametrize("cache", ["ram", "classic", "none"])
-def test_totals_are_whole_whatever_the_server_forgets(serve: Any, flux: Nodes, comfyui: Any, cache: str) -> None:
-    double = serve(cache=cache)
-    other = {"1": flux["1"], "2": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "x"}},
-             "3": {"class_type": "VAEDecode", "inputs": {"samples": ["8", 0], "vae": ["4", 0]}},
-             "4": flux["3"], "8": flux["8"]}  # fmt: skip
-    found, _ = observe(double, flux, seeds=3, progress=lambda *_: queue(double, other) and None)
-    assert len(double.prompts) == 3 + 4
+def test_totals_are_whole_on_a_server_that_forgets(serve: Any, flux: Nodes, comfyui: Any) -> None:
+    found, _ = observe(serve(remembers=False), flux, seeds=3)
     assert_same(found["flux"], directly(comfyui, [42, 43, 44]))
+    assert len(list((comfyui.root / "output").rglob("*.*"))) == 3
 
 
 def test_two_models_are_recorded_apart(double: Any, wan: Nodes, comfyui: Any) -> None:
@@ -132,7 +127,7 @@ def test_two_models_are_recorded_apart(double: Any, wan: Nodes, comfyui: Any) ->
     for statistics in found.values():
         assert_same(statistics, directly(comfyui, [42, 43], steps=4))
     files = ("folder/wan_high.safetensors", "wan_low.safetensors")
-    assert double.nodes.sampled == [(name, seed) for seed in (42, 43) for name in files]
+    assert double.sampled == [(name, seed) for seed in (42, 43) for name in files]
 
 
 @pytest.mark.parametrize("change", [{"model": ["1", 0], "latent_image": ["9", 0]}, {"cfg": 2.0}],
@@ -158,7 +153,7 @@ def test_an_address_may_have_a_path(serve: Any, flux: Nodes) -> None:
 
 def test_a_run_is_asked_for_less_and_less_often(double: Any, flux: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "LATER_SECONDS", 3.0)
-    double.nodes.happen = lambda _: time.sleep(0.5)  # three steps of it
+    double.happen = lambda _: time.sleep(0.5)  # three steps of it
     start = time.monotonic()
     observe(double, flux, seeds=1)
     assert time.monotonic() - start < 2.5, "a tenth of the run is waited too long at most"
@@ -238,7 +233,7 @@ def test_an_answer_of_any_size_is_not_read(double: Any, monkeypatch: pytest.Monk
 
 
 def test_a_server_without_our_nodes_is_told_how_to_get_them(double: Any, flux: Nodes) -> None:
-    del double.nodes.classes[workflow.SAVE]
+    del double.classes[workflow.SAVE]
     fails(double, flux, r"does not have our nodes .*comfyui install COMFYUI_DIR`, and restart")
 
 
@@ -283,23 +278,26 @@ def test_strange_answers_are_errors_and_no_crash(double: Any, flux: Nodes, path:
 
 
 def test_a_failed_run_is_told_by_node_and_exception(double: Any, flux: Nodes) -> None:
-    double.nodes.failure = MemoryError("CUDA out of memory.\nTried to allocate 3 GiB")
+    def happen(step: int) -> None:
+        raise MemoryError("CUDA out of memory.\nTried to allocate 3 GiB")
+
+    double.happen = happen
     said = r"failed in node 9 \(Paint\) of type KSampler: MemoryError: CUDA out of memory. Tried to allocate 3 GiB$"
     fails(double, flux, said)
 
 
 def test_what_was_recorded_before_a_failure_is_told(double: Any, flux: Nodes, comfyui: Any) -> None:
     def happen(step: int) -> None:
-        if len(double.nodes.sampled) == 3:
+        if len(double.sampled) == 3:
             raise RuntimeError("enough")
 
-    double.nodes.happen = happen
+    double.happen = happen
     fails(double, flux, r"enough \(2 runs before it recorded .*: kept/flux_00001_.safetensors\)", seeds=4)
     assert Statistics.load(comfyui.root / "output" / "kept" / "flux_00001_.safetensors").samples == 2
 
 
 def test_a_run_that_somebody_cancels_is_told(double: Any, flux: Nodes) -> None:
-    double.nodes.happen = lambda _: setattr(double, "interrupted", True)
+    double.happen = lambda _: setattr(double, "interrupted", True)
     fails(double, flux, r"the run was cancelled on the server, in node 9 \(Paint\)")
 
 
@@ -311,7 +309,7 @@ def test_a_server_that_dies_midway_is_told(double: Any, flux: Nodes) -> None:
             died.start()
             wait_for(lambda: double.interrupted)
 
-    double.nodes.happen = happen
+    double.happen = happen
     fails(double, flux, r"the server stopped answering in the middle of a run, .* s ago", patience=HASTY)
     died.join()
 
@@ -342,7 +340,7 @@ def test_a_server_that_loses_the_run_is_given_up(double: Any, flux: Nodes, inste
             double.answer_with |= {f"/history/{double.running[0][1]}": late}
         release.wait(10)
 
-    double.nodes.happen = happen
+    double.happen = happen
     try:
         fails(double, flux, said, patience=HASTY)
     finally:
@@ -350,7 +348,7 @@ def test_a_server_that_loses_the_run_is_given_up(double: Any, flux: Nodes, inste
 
 
 def test_a_run_that_takes_long_is_waited_for(double: Any, flux: Nodes) -> None:
-    double.nodes.happen = lambda _: time.sleep(HASTY)
+    double.happen = lambda _: time.sleep(HASTY)
     assert observe(double, flux, seeds=1, patience=HASTY)[0]["flux"].samples == 1
 
 
@@ -369,7 +367,7 @@ def test_silence_is_counted_from_the_last_answer(double: Any, flux: Nodes) -> No
         if step == 15:
             del double.answer_with["/queue"]
 
-    double.nodes.happen = happen
+    double.happen = happen
     flux["9"]["inputs"]["steps"] = 16
     assert observe(double, flux, seeds=1, patience=1.0)[0]["flux"].samples == 1
 
@@ -386,7 +384,7 @@ def test_ctrl_c_cancels_our_run_while_it_runs(double: Any, flux: Nodes, monkeypa
             others.append(queue(double, flux))
             raise KeyboardInterrupt
 
-    double.nodes.happen = lambda _: sleep(0.1 if double.client != "somebody else" else 0)
+    double.happen = lambda _: sleep(0.1 if double.client != "somebody else" else 0)
     with monkeypatch.context() as patch:
         patch.setattr(server.time, "sleep", pause)
         with pytest.raises(KeyboardInterrupt):
@@ -402,7 +400,7 @@ def test_ctrl_c_takes_our_run_out_of_the_queue_and_leaves_the_one_that_runs(
     double: Any, flux: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release, waiting = threading.Event(), threading.Event()
-    double.nodes.happen = lambda _: (waiting.set(), release.wait(10))
+    double.happen = lambda _: (waiting.set(), release.wait(10))
     other = queue(double, flux)
     assert waiting.wait(10)
 
@@ -424,7 +422,7 @@ def test_ctrl_c_takes_our_run_out_of_the_queue_and_leaves_the_one_that_runs(
 def test_ctrl_c_before_the_answer_still_finds_the_run(
     double: Any, flux: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    double.nodes.happen = lambda _: time.sleep(0.2)
+    double.happen = lambda _: time.sleep(0.2)
     ask = Server._ask
 
     def interrupted(self: Server, path: str, body: Any = None) -> Any:
@@ -452,7 +450,7 @@ def test_cancelling_on_a_dead_server_is_no_error(double: Any) -> None:
 
 def saving(double: Any, monkeypatch: pytest.MonkeyPatch, *entries: Any) -> None:
     """What our Save node says of its files."""
-    save = double.nodes.classes[workflow.SAVE]
+    save = double.classes[workflow.SAVE]
     before = save.save
     monkeypatch.setattr(
         save, "save", lambda self, **given: {**before(self, **given), "ui": {"statistics": list(entries)}}
@@ -525,7 +523,7 @@ def test_letters_that_are_none_are_answers_like_others(
 
 
 def test_names_of_classes_are_sent_as_they_are(double: Any) -> None:
-    double.nodes.classes["A/B%2F (?#"] = double.nodes.classes["VAELoader"]
+    double.classes["A/B%2F (?#"] = double.classes["VAELoader"]
     ours = {"A/B%2F (?#", "KSampler (Efficient)", workflow.RECORD, workflow.SAVE}
     with Server(double.address) as client:
         assert set(client.types([*ours, "unknown"])) == ours
