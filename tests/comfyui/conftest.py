@@ -53,7 +53,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.write_line(f"{value_db:7.1f} dB  {text}")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def figure() -> Callable[[str, float], float]:
     """figure(text, dB): keep a figure for the summary."""
 
@@ -298,18 +298,13 @@ class Ours:
         size = (emoji.SIDE_TOKENS**2, 64)
         self.noise = torch.cat([noise.latents(size, SEED, number) for number in range(len(PROMPTS))])
 
-    def load(self, path: Path, arithmetic: Arithmetic, dtype: torch.dtype, **how: Any) -> Any:
-        """A context manager that gives the model."""
-        from contextlib import contextmanager
-
+    @contextmanager
+    def load(self, path: Path, arithmetic: Arithmetic, dtype: torch.dtype, **how: Any) -> Iterator[Denoiser]:
+        """The model."""
         from convert_to_quant.engines import diffusers
 
-        @contextmanager
-        def loaded() -> Iterator[Denoiser]:
-            with open_checkpoint(path) as checkpoint:
-                yield diffusers.load(checkpoint, arithmetic=arithmetic, dtype=dtype, **how)
-
-        return loaded()
+        with open_checkpoint(path) as checkpoint:
+            yield diffusers.load(checkpoint, arithmetic=arithmetic, dtype=dtype, **how)
 
     def start(self) -> dict[str, Tensor]:
         """What sampling starts from, as ComfyUI takes it."""
@@ -384,14 +379,6 @@ class Ours:
         pooled = torch.cat([self.pooled, torch.zeros_like(self.pooled)])
         positive, negative = self.velocity(model, torch.cat([x, x]), sigma, context, pooled).chunk(2)
         return negative + self.guidance * (positive - negative)
-
-    def sample(self, path: Path, arithmetic: Arithmetic, dtype: torch.dtype) -> Tensor:
-        """Euler steps from noise to latents [prompts, 16, H, W]."""
-        with self.load(path, arithmetic, dtype) as model:
-            x = self.noise
-            for step in range(STEPS):
-                x = x - self.guided(model, x, 1 - step / STEPS) / STEPS
-        return to_latents(x)
 
 
 @pytest.fixture(scope="session")

@@ -342,45 +342,19 @@ RECORDERS: dict[str, Any] = {}
 """What our node Record Activations gave beside each MODEL."""
 
 
-def record(key: str, recorded: str, **inputs: Any) -> None:
+def record(key: str, recorded: str) -> None:
     """Our node Record Activations behind a loaded model; `recorded` names what it gives."""
-    from convert_to_quant.comfyui_nodes.nodes import RecordActivations
-
-    MODELS[recorded], RECORDERS[recorded] = RecordActivations().record(MODELS[key], **inputs)
+    MODELS[recorded], RECORDERS[recorded] = give("RecordActivations", model=MODELS[key])
 
 
-def save_stats(recorded: str, filename_prefix: str) -> str:
-    """Our node Save Activation Stats: its file."""
-    from convert_to_quant.comfyui_nodes.nodes import SaveActivationStats
+def give(kind: str, stats: str | None = None, **inputs: Any) -> Any:
+    """What one of our nodes gives; `stats` is the name of a recorder."""
+    from convert_to_quant.comfyui_nodes import nodes
 
-    _, file = SaveActivationStats().save(RECORDERS[recorded], {}, filename_prefix)["result"]
-    return str(file)
-
-
-def save_conditioning(given: Mapping[str, Tensor], filename_prefix: str) -> str:
-    """Our node Save Conditioning, behind what Flux Guidance does: its file."""
-    import node_helpers
-
-    from convert_to_quant.comfyui_nodes.nodes import SaveConditioning
-
-    conditioning = [[given["context"], {"pooled_output": given["y"]}]]
-    guided = node_helpers.conditioning_set_values(conditioning, {"guidance": 3.5})
-    (file,) = SaveConditioning().save(guided, filename_prefix)["result"]
-    return str(file)
-
-
-def calibrate(recorded: str, **inputs: Any) -> Any:
-    """Our node Calibrate FP8 Checkpoint: its file and its report."""
-    from convert_to_quant.comfyui_nodes.nodes import CalibrateFP8Checkpoint
-
-    return CalibrateFP8Checkpoint().calibrate(stats=RECORDERS[recorded], latent={}, **inputs)["result"]
-
-
-def quantize(**inputs: Any) -> Any:
-    """Our node Quantize Checkpoint: its file and its report."""
-    from convert_to_quant.comfyui_nodes.nodes import QuantizeCheckpoint
-
-    return QuantizeCheckpoint().quantize(**inputs)["result"]
+    node = getattr(nodes, kind)()
+    recorder = {} if stats is None else {"stats": RECORDERS[stats]}
+    given = getattr(node, node.FUNCTION)(**recorder, **inputs)
+    return given["result"] if isinstance(given, dict) else given
 
 
 def renamed(layers: list[str]) -> dict[str, str]:

@@ -83,8 +83,7 @@ class Server:
     """ComfyUI's own server, in its process."""
 
     def __init__(self, tree: Path, work: Path, *flags: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+        with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         self.work, self.address = work, f"http://127.0.0.1:{port}"
         (work / "front").mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,18 +12,14 @@ pytestmark = pytest.mark.comfyui
 
 Figure = Callable[[str, float], float]
 
-MEASURED: dict[str, tuple[float, float]] = {}
-"""Models that were measured already: before and after calibration, in dB."""
 
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sqnr_db(comfyui: Any, files: Callable[[str], Any], states: dict[str, Any], figure: Figure) -> Callable[..., Any]:
     """sqnr_db("hot"): velocity SQNR of the converted and of the calibrated file, mean over evaluations."""
     from convert_to_quant.fidelity import sqnr_db
 
+    @cache
     def measure(name: str) -> tuple[float, float]:
-        if name in MEASURED:
-            return MEASURED[name]
         made = files(name)
         plain = comfyui.velocity(files("plain").original, states)
         velocities = [comfyui.velocity(path, states) for path in (made.original, made.converted, made.calibrated)]
@@ -31,7 +28,6 @@ def sqnr_db(comfyui: Any, files: Callable[[str], Any], states: dict[str, Any], f
         before, after = (float(sqnr_db(velocities[0], found).mean()) for found in velocities[1:])
         figure(f"{name}, input scales of 1.0", before)
         figure(f"{name}, after --actcal", after)
-        MEASURED[name] = before, after
         return before, after
 
     return measure

@@ -331,19 +331,3 @@ def test_comfyui_is_left_as_it_was_found(inprocess: Process, files: Callable[[st
 
     assert written(asked.TREE) == before
     assert inprocess.ask(asked.left_behind) == []
-
-
-def test_one_process_runs_one_comfyui_on_one_kind_of_device(
-    inprocess: Process, files: Callable[[str], Any], tmp_path: Path
-) -> None:
-    model = files("plain").original
-    observe(inprocess, model, tmp_path / "stats", *SMALL, "--samples", "3")
-    other = tmp_path / "other"
-    (other / "comfy").mkdir(parents=True)
-    for name in ("sd.py", "model_detection.py"):
-        (other / "comfy" / name).touch()
-
-    code, said = inprocess.ask(asked.observe, model, tmp_path / "stats", "--comfyui-dir", other)
-
-    assert code == 2
-    assert f"ComfyUI runs from {asked.TREE} in this process already" in said

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from convert_to_quant import families
-from convert_to_quant.engines.prompts import Prompts
 from convert_to_quant.errors import CalibrationError
 from convert_to_quant.stats import Statistics
 
@@ -44,7 +43,11 @@ def sample(comfyui: Any, key: str, start: dict[str, Any], **how: Any) -> dict[st
 
 
 def saved(comfyui: Any, recorded: str, prefix: str) -> Statistics:
-    return Statistics.load(comfyui.work / "output" / comfyui.ask(driver.save_stats, recorded, prefix))
+    given = {"stats": recorded, "latent": {}, "filename_prefix": prefix}
+    statistics, file = comfyui.ask(driver.give, "SaveActivationStats", **given)
+    assert Statistics.load(comfyui.work / "output" / file) == statistics
+    found: Statistics = statistics
+    return found
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,64 +70,14 @@ def test_recorded_ranges_are_those_of_hooks_put_on_by_hand_and_latents_stay_bit_
     assert recorded["latents"].isfinite().all()
     assert dict(zip(statistics.names, statistics.absmax.tolist(), strict=True)) == by_hand["absmax"]
     assert statistics.calls.tolist() == [STEPS] * len(by_hand["absmax"])  # ComfyUI runs both conditionings in one batch
+    assert np.flatnonzero(statistics.sigma_count.sum(0)).tolist() == [
+        1,
+        3,
+        5,
+        7,
+    ]  # sigmas 1, 0.75, 0.5, 0.25 in eighths
     assert statistics.samples == 1
     assert comfyui.ask(driver.hooks, "recorded")[0] == 0
-
-
-def test_noise_levels_of_flow_models_are_told(comfyui: Any, files: Callable[[str], Any], start: dict[str, Any]) -> None:
-    comfyui.load(files("plain").original, "plain")
-    comfyui.ask(driver.record, "plain", "recorded")
-    sample(comfyui, "recorded", start)
-    statistics = saved(comfyui, "recorded", "levels")
-
-    # Sigmas 1, 0.75, 0.5, 0.25 in eight bins, and none unknown.
-    assert np.flatnonzero(statistics.sigma_count.sum(0)).tolist() == [1, 3, 5, 7]
-    assert statistics.provenance["engine"] == ("comfyui",)
-
-
-def test_recorded_ranges_agree_with_our_own_engine(
-    comfyui: Any, files: Callable[[str], Any], ours: Any, figure: Figure
-) -> None:
-    from convert_to_quant.recorder import record
-
-    path = files("plain").original
-    comfyui.load(path, "plain")
-    comfyui.ask(driver.record, "plain", "recorded")
-    comfyui.run(driver.sample, "recorded", ours.start(), steps=ours.steps, cfg=ours.guidance)
-    theirs = saved(comfyui, "recorded", "engines")
-
-    import torch
-
-    with ours.load(path, "dequantize", torch.float32) as model:
-        fed = {module: [layer.name for layer, _ in linear.stored.pieces] for module, linear in model.linears.items()}
-        with record(model.model, names=fed) as recording:
-            x = ours.noise
-            for step in range(ours.steps):
-                x = x - ours.guided(model, x, 1 - step / ours.steps) / ours.steps
-        mine = recording.statistics()
-
-    assert set(mine.names) == set(theirs.names)
-    ratio = mine.absmax / theirs.take(mine.names).absmax
-    assert np.abs(ratio - 1).max() < 1e-4
-
-
-def test_totals_add_up_over_samplings_and_go_on_from_a_file(
-    comfyui: Any, files: Callable[[str], Any], start: dict[str, Any]
-) -> None:
-    comfyui.load(files("plain").original, "plain")
-    comfyui.ask(driver.record, "plain", "recorded")
-    sample(comfyui, "recorded", start)
-    once = saved(comfyui, "recorded", "again/a")
-    sample(comfyui, "recorded", start)
-    twice = saved(comfyui, "recorded", "again/b")
-    comfyui.ask(driver.record, "plain", "more", statistics_file="again/b_00001_.safetensors")
-    sample(comfyui, "more", start)
-    thrice = saved(comfyui, "more", "again/c")
-
-    assert [found.samples for found in (once, twice, thrice)] == [1, 2, 3]
-    assert (twice.histogram == 2 * once.histogram).all()
-    assert (thrice.histogram == 3 * once.histogram).all()
-    assert (thrice.absmax == once.absmax).all()
 
 
 @pytest.mark.parametrize(
@@ -202,7 +155,8 @@ def test_recording_calibrating_and_reloading_mends_broken_models(
     comfyui.ask(driver.record, "source", "recorded")
     comfyui.run(driver.sample, "recorded", ours.start(), steps=ours.steps, cfg=ours.guidance)
 
-    file, report = comfyui.ask(driver.calibrate, "recorded", checkpoint=f"diffusion_models/{broken.name}")
+    given = {"stats": "recorded", "latent": {}, "checkpoint": f"diffusion_models/{broken.name}"}
+    file, report = comfyui.ask(driver.give, "CalibrateFP8Checkpoint", **given)
 
     assert report.startswith("calibrated 32 of 32 layers")
     reference = comfyui.velocity(made.original, states)
@@ -234,7 +188,7 @@ def test_a_quantized_checkpoint_is_loaded_as_it_says(
     before = original.read_bytes()
 
     given = {"checkpoint": "diffusion_models/emoji.safetensors", "format": "int8-convrot", "exclude": "single_blocks"}
-    file, report = comfyui.ask(driver.quantize, **given)
+    file, report = comfyui.ask(driver.give, "QuantizeCheckpoint", **given)
 
     assert file == "emoji_int8-convrot.safetensors"
     found = comfyui.load(models / file, "quantized")
@@ -247,16 +201,6 @@ def test_a_quantized_checkpoint_is_loaded_as_it_says(
     quality_db = float(sqnr_db(reference, comfyui.velocity(models / file, states)).mean())
     assert figure("plain, double blocks to INT8 ConvRot by the node", quality_db) > 35
     assert original.read_bytes() == before
-
-
-def test_a_saved_conditioning_is_what_check_reads(comfyui: Any, start: dict[str, Any]) -> None:
-    import torch
-
-    file = comfyui.ask(driver.save_conditioning, start, "prompts/first")
-    found = Prompts.load(comfyui.work / "output" / file).tensors
-    assert found.keys() == {"prompt_embeds", "pooled_prompt_embeds"}
-    assert torch.equal(found["prompt_embeds"], start["context"])
-    assert torch.equal(found["pooled_prompt_embeds"], start["y"])
 
 
 def test_hunyuan_video_is_renamed_as_our_table_says(comfyui: Any) -> None:

@@ -353,27 +353,6 @@ def test_what_comfyui_raises_becomes_one_line_with_its_place(
 # ---------------------------------------------------------------- the command
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ("--engine", "comfyui", "--conditioning", "c.safetensors"),
-            "--conditioning does not go with --engine comfyui",
-        ),
-        (("--engine", "diffusers", "--comfyui-dir", "."), "--comfyui-dir does not go with --engine diffusers"),
-        (
-            ("--pipeline", ".", "--prompts", "p.txt", "--engine", "comfyui"),
-            "--engine comfyui does not go with --pipeline",
-        ),
-        (("--pipeline", ".", "--prompts", "p.txt", "--comfyui-dir", "."), "--comfyui-dir does not go with --pipeline"),
-    ],
-)
-def test_flags_that_contradict_each_other_are_refused(flags: tuple[str, ...], message: str, capsys: Any) -> None:
-    assert main(["observe", str(emoji.WEIGHTS), "-o", "never.safetensors", *flags]) == 2
-    assert message in capsys.readouterr().err
-    assert not Path("never.safetensors").exists()
-
-
 def test_the_engine_says_that_it_needs_a_comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.delenv(inprocess_tree.VARIABLE, raising=False)
     words = ["observe", str(emoji.WEIGHTS), "-o", str(tmp_path / "stats"), "--engine", "comfyui"]

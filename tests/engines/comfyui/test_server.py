@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,6 @@ def wait_for(condition: Callable[[], Any]) -> None:
     pytest.fail("it did not happen")
 
 
-def planned(client: Server, nodes: Nodes) -> workflow.Plan:
-    return workflow.plan(nodes, client.types(workflow.classes(nodes)))
-
-
 # What is recorded
 
 
@@ -140,7 +136,8 @@ def test_two_samplers_of_one_model_are_one_file(double: Any, flux: Nodes, comfyu
 
 def test_runs_that_the_server_answers_from_memory_are_counted(double: Any, flux: Nodes, comfyui: Any) -> None:
     with Server(double.address) as client:
-        found, idle = remote.observe(client, planned(client, flux), [remote.Run("a", 1)] * 2, "kept", lambda *_: None)
+        plan = workflow.plan(flux, client.types(workflow.classes(flux)))
+        found, idle = remote.observe(client, plan, [remote.Run("a", 1)] * 2, "kept", lambda *_: None)
     assert idle == 1
     assert_same(found["flux"], directly(comfyui, [1]))
 
@@ -164,18 +161,8 @@ def test_a_run_is_asked_for_less_and_less_often(double: Any, flux: Nodes, monkey
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
-
-
-@pytest.fixture
-def listener() -> Iterator[socket.socket]:
-    """Somebody who listens at an address, and says nothing."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        yield listener
 
 
 def test_nobody_there() -> None:
@@ -189,41 +176,34 @@ def test_something_else_there(double: Any, said: Any) -> None:
     is_not_comfyui(double.address, "answers there, but it is not ComfyUI")
 
 
-def test_something_that_speaks_no_http(listener: socket.socket) -> None:
-    def talk() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            connection.recv(1000)
-            connection.sendall(b"SSH-2.0-x\x1b[2J\r\n")
+@pytest.mark.parametrize(
+    ("greeting", "drip", "said"),
+    [
+        (b"SSH-2.0-x\x1b[2J\r\n", b"", r"no answer: .*SSH-2.0-x\\x1b"),
+        (b"", b"", "no answer: timed out"),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", b" ", r"no answer: \d+ bytes in \d+ s"),
+    ],
+    ids=["speaks no HTTP", "says nothing", "drips"],
+)
+def test_somebody_who_does_not_answer_is_given_up(greeting: bytes, drip: bytes, said: str) -> None:
+    over = threading.Event()
 
-    thread = threading.Thread(target=talk)
-    thread.start()
-    is_not_comfyui(f"http://127.0.0.1:{listener.getsockname()[1]}", r"no answer: .*SSH-2.0-x\\x1b")
-    thread.join()
-
-
-def test_a_server_that_says_nothing_is_given_up(listener: socket.socket) -> None:
-    start = time.monotonic()
-    is_not_comfyui(f"http://127.0.0.1:{listener.getsockname()[1]}", "no answer: timed out", HASTY)
-    assert HASTY <= time.monotonic() - start < HASTY + 2
-
-
-def test_a_server_that_drips_is_given_up(listener: socket.socket) -> None:
     def talk() -> None:
         connection, _ = listener.accept()
         with connection, contextlib.suppress(OSError):
             connection.recv(1000)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
-            while True:
-                connection.sendall(b" ")
-                time.sleep(HASTY / 10)
+            connection.sendall(greeting)
+            while not over.wait(HASTY / 10):
+                connection.sendall(drip)
 
-    thread = threading.Thread(target=talk)
-    thread.start()
-    start = time.monotonic()
-    is_not_comfyui(f"http://127.0.0.1:{listener.getsockname()[1]}", r"no answer: \d+ bytes in \d+ s", HASTY)
-    assert time.monotonic() - start < HASTY + 2
-    thread.join()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=talk)
+        thread.start()
+        start = time.monotonic()
+        is_not_comfyui(f"http://127.0.0.1:{listener.getsockname()[1]}", said, HASTY)
+        assert time.monotonic() - start < HASTY + 2
+        over.set()
+        thread.join()
 
 
 def test_an_answer_of_any_size_is_not_read(double: Any, monkeypatch: pytest.MonkeyPatch) -> None:
