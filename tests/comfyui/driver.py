@@ -51,6 +51,10 @@ class StandInFinder(MetaPathFinder, Loader):
         pass
 
 
+FOREVER = ExitStack()
+"""Contexts that last as long as the process."""
+
+
 def start(tree: Path, work: Path, *flags: str) -> None:
     """Import ComfyUI as its own `main.py` would be started, with these flags."""
     os.environ["OMP_NUM_THREADS"] = "1"  # more are slower on a machine that has other work
@@ -63,7 +67,7 @@ def start(tree: Path, work: Path, *flags: str) -> None:
     import comfy.sd
     import torch
 
-    torch.inference_mode().__enter__()
+    FOREVER.enter_context(torch.inference_mode())
 
 
 def serve(tree: Path, work: Path, *flags: str) -> None:

@@ -45,6 +45,9 @@ MIXED = {
 }
 """Which layers have which format in a file that holds all of them."""
 
+FORMATS_OF = {"original": set[str](), "calibrated": {"fp8"}}
+"""Other files, and the formats of their layers."""
+
 HARDWARE = {"supports_mxfp8_compute": True, "supports_nvfp4_compute": True}
 BFLOAT16 = {"should_use_bf16": True}
 HEADER = "_quantization_metadata"
@@ -105,12 +108,17 @@ def written_as(layer: Layer) -> str:
 
 
 @pytest.fixture(scope="session")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """written("int8"): the emoji model in a format, by our command line; "mixed" is in all of them."""
+def written(files: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """written("int8"): the emoji model in a format, by our command line; "mixed" is in all of them, "original" in none,
+    and "calibrated" in FP8 with input scales and layers in full precision.
+    """
     folder = tmp_path_factory.mktemp("formats")
 
     @cache
     def write(name: str) -> Path:
+        if name in FORMATS_OF:
+            made: Path = getattr(files("plain"), name)
+            return made
         path = folder / f"{name}.safetensors"
         mixed = [word for part, fmt in MIXED.items() for word in ("--layer-format", f"{part}={fmt}")]
         flags = mixed if name == "mixed" else ["--format", name]
@@ -155,7 +163,7 @@ def formats_of(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [*READ, "mixed"])
+@pytest.mark.parametrize("name", [*READ, "mixed", *FORMATS_OF])
 def test_every_format_is_read_as_written_and_computes_what_we_simulate(
     bench: Bench, written: Callable[[str], Path], figure: Any, name: str, dtype: str
 ) -> None:
@@ -167,26 +175,27 @@ def test_every_format_is_read_as_written_and_computes_what_we_simulate(
     weights = bench.comfyui.ask(driver.weights, "run")
     with open_checkpoint(path) as checkpoint:
         layers = find_layers(checkpoint).quantized
-        assert len(layers) == 32
+        assert len(layers) == (32 if name != "original" else 0)
         assert {layer for layer, found in told["layers"].items() if found["quant_format"]} == set(layers)
         for layer in layers.values():
             found = told["layers"][layer.name]
             layout, stored, params = as_comfyui_holds(layer)
             params |= {"orig_dtype": getattr(torch, dtype), "orig_shape": layer.shape}
             assert found["quant_format"] == layer.format.marked
-            assert (found["layout"], found["stored"], found["full_precision"]) == (layout, stored, False)
+            assert (found["layout"], found["stored"], found["full_precision"]) == (layout, stored, layer.full_precision)
             assert {key: found["params"][key] for key in params} == params
             real = torch.from_numpy(dequantize(checkpoint, layer))
             least_db = math.inf if dtype == "float32" else BFLOAT16_DB["nvfp4"]
             assert bench.ours.db(real, weights[layer.name]) >= least_db
 
     formats = formats_of(path)
-    assert set(formats.values()) == (set(READ) if name == "mixed" else {name})
+    assert set(formats.values()) == {"mixed": set(READ), **FORMATS_OF}.get(name, {name})
     outputs = bench.ours.outputs(path, bench.run("run"), getattr(torch, dtype), arithmetic="comfyui")
+    assert len(outputs) == 60
     for fmt, worst_db in bench.worst_db(outputs, formats).items():
         others_db = SUMS_DB if dtype == "float32" else BFLOAT16_DB.get(fmt, BFLOAT16_SUM_DB)
-        if fmt == name:
-            figure(f"{name} in {dtype}: worst layer", worst_db)
+        if name != "mixed":
+            figure(f"{name} in {dtype}: worst layer of {fmt}", worst_db)
         assert worst_db >= (math.inf if fmt in EXACT else others_db), fmt
 
 
