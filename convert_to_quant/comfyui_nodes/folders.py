@@ -70,7 +70,7 @@ class Choice:
     root: Path
     path: Path
 
-    def output(self, name: str, overwrite: bool, ending: str = "calibrated") -> Path:
+    def output(self, name: str, overwrite: bool, ending: str) -> Path:
         """Where a file made from this one goes.
 
         Args:
@@ -178,13 +178,11 @@ def written_at(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def replaces(path: Path) -> list[str]:
-    """The line that says that an older file is replaced; none where there is none."""
-    return ["replaced the older file of that name"] if path.exists() else []
-
-
-def make_parent(path: Path) -> None:
+def prepare(path: Path) -> list[str]:
     """Make the folder of a file.
+
+    Returns:
+        The line that says that an older file is replaced; none where there is none.
 
     Raises:
         OutputError: it cannot be made.
@@ -193,3 +191,4 @@ def make_parent(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"its folder cannot be made: {error.strerror}", path=path) from None
+    return ["replaced the older file of that name"] if path.exists() else []

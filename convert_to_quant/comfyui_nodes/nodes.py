@@ -215,11 +215,36 @@ class Reading(Node):
 
 
 class Making(Reading):
-    """A node that makes a new checkpoint."""
+    """A node that makes a new checkpoint.
 
+    Attributes:
+        ENDING: of its name, where the call names none; None for the format.
+    """
+
+    ENDING: str | None = None
     RETURN_TYPES = ("STRING", "STRING")
     RETURN_NAMES = ("file", "report")
     OUTPUT_TOOLTIPS = ("The new checkpoint, in its models folder.", "What was done.")
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        checkpoint: str | None = None,
+        output_name: str | None = None,
+        overwrite: bool | None = None,
+        format: str | None = None,  # noqa: A002  # the input's name
+        exclude: str | None = None,
+    ) -> bool | str:
+        """Refuse what is known to be wrong before anything is sampled; None comes from another node, or by default."""
+
+        def check() -> None:
+            conversion_options(format or BEST, exclude or "")
+            if checkpoint is not None:
+                choice, ending = folders.choose_checkpoint(checkpoint), format or cls.ENDING
+                if output_name is not None and overwrite is not None and ending is not None:
+                    choice.output(output_name, overwrite, ending)
+
+        return _refusal(check)
 
     def made(self, choice: folders.Choice, output: Path, lines: Sequence[str], node_id: str | None) -> dict[str, Any]:
         """Say what was done, and where the new file is."""
@@ -298,7 +323,7 @@ class SaveActivationStats(Saving):
         path, written = files.get(filename_prefix, (None, None))
         if path is None or folders.written_at(path) != written:  # moved away, and another may have its name
             path = folders.next_output(filename_prefix)
-        folders.make_parent(path)
+        folders.prepare(path)
         statistics.save(path)
         files[filename_prefix] = (path, folders.written_at(path))
         file = folders.output_name(path)
@@ -337,7 +362,7 @@ class SaveConditioning(Saving):
 
         prompts = Prompts(embeddings_of(conditioning))
         path = folders.next_output(filename_prefix)
-        folders.make_parent(path)
+        folders.prepare(path)
         prompts.save(path)
         file = folders.output_name(path)
         text = f"{plural(prompts.count, 'prompt')}: {file}"
@@ -352,21 +377,13 @@ class CalibrateFP8Checkpoint(Making):
     """
 
     FUNCTION = "calibrate"
+    ENDING = "calibrated"
     REQUIRED: Mapping[str, Input] = {
         "output_name": _text(
             "Name of the new file in the checkpoint's models folder. Empty: the checkpoint's name with _calibrated."
         ),
         "overwrite": _switch("Replace a file of that name."),
     }
-
-    @classmethod
-    def VALIDATE_INPUTS(
-        cls, checkpoint: str | None = None, output_name: str | None = None, overwrite: bool | None = None
-    ) -> bool | str:
-        """Refuse an output that cannot be before anything is sampled."""
-        if checkpoint is None or output_name is None or overwrite is None:  # from another node, later
-            return True
-        return _refusal(lambda: folders.choose_checkpoint(checkpoint).output(output_name, overwrite))
 
     def calibrate(
         self,
@@ -379,13 +396,12 @@ class CalibrateFP8Checkpoint(Making):
     ) -> dict[str, Any]:
         """Solve, and write the new checkpoint."""
         choice = folders.choose_checkpoint(checkpoint)
-        output = choice.output(output_name, overwrite)
+        output = choice.output(output_name, overwrite, self.ENDING)
         options, statistics, partial = solving(**inputs)
         show_text(unique_id, f"calibrating {choice.path.name}")
         with open_checkpoint(choice.path) as opened:
             calibration = apply_statistics(opened, statistics, options, force=partial)
-            folders.make_parent(output)
-            replaced = folders.replaces(output)
+            replaced = folders.prepare(output)
             patch = patch_model_with_scales(opened, calibration, output)
         return self.made(choice, output, [*summary(calibration), *replaced, *patch.notes], unique_id)
 
@@ -433,26 +449,6 @@ class QuantizeCheckpoint(Making):
         **{name: _OPTIONAL[name] for name in ("stats", "latent", "statistics_file", "allow_partial")},
     }
 
-    @classmethod
-    def VALIDATE_INPUTS(
-        cls,
-        checkpoint: str | None = None,
-        format: str | None = None,  # noqa: A002  # the input's name
-        exclude: str | None = None,
-        output_name: str | None = None,
-        overwrite: bool | None = None,
-    ) -> bool | str:
-        """Refuse what is known to be wrong before anything is sampled; None comes from another node, or by default."""
-
-        def check() -> None:
-            conversion_options(BEST if format is None else format, exclude or "")
-            if checkpoint is not None:
-                choice = folders.choose_checkpoint(checkpoint)
-                if format is not None and output_name is not None and overwrite is not None:
-                    choice.output(output_name, overwrite, format)
-
-        return _refusal(check)
-
     def quantize(
         self,
         *,
@@ -487,8 +483,7 @@ class QuantizeCheckpoint(Making):
                 )
                 plan, done = best.plan, best.summary()
             show_text(unique_id, f"quantizing {choice.path.name}")
-            folders.make_parent(output)
-            replaced = folders.replaces(output)
+            replaced = folders.prepare(output)
             scaled = write_quantized(opened, plan, output, solved, shown_progress(unique_id))
         return self.made(choice, output, [done, *replaced, *scaled, *plan.readers(), *plan.notes], unique_id)
 
@@ -542,7 +537,7 @@ class ActivationReport(Reading):
         image = torch.from_numpy(pixels)[None]  # as ComfyUI has images: [1, height, width, 3], 0 to 1
         pages = []
         if path is not None:
-            folders.make_parent(path)
+            folders.prepare(path)
             write_bytes(path, page.render(report.document()).encode())
             pages = [folders.as_output(path)]
         show_text(unique_id, text)

@@ -33,9 +33,6 @@ from ..errors import UnsupportedModelError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-SCENE = ("channels", "height", "width", "frames", "tokens", "text_tokens")
-"""The sizes that a scene has."""
-
 BASE = "BaseModel"
 """The class that all others derive from: its own conditions are for those models alone that are nothing more."""
 
@@ -179,7 +176,7 @@ def takes(
 def measure(size: Size, scene: Scene) -> int:
     """A size in a scene."""
     if isinstance(size, str):
-        return int(getattr(scene, size)) if size in SCENE else scene.inputs(size)
+        return int(vars(scene)[size]) if size in vars(scene) else scene.inputs(size)
     return size if isinstance(size, int) else size(scene)
 
 

@@ -78,19 +78,19 @@ def test_outputs_stay_in_the_folder_of_their_checkpoint(tmp_path: Path) -> None:
     other.touch()
     choice = folders.Choice(tmp_path, source)
 
-    assert choice.output("", False) == tmp_path / "sub" / "flux_calibrated.safetensors"
-    assert choice.output("new/flux1.1", False) == tmp_path / "new" / "flux1.1.safetensors"
-    assert choice.output("other.safetensors", True) == other
+    assert choice.output("", False, "calibrated") == tmp_path / "sub" / "flux_calibrated.safetensors"
+    assert choice.output("new/flux1.1", False, "calibrated") == tmp_path / "new" / "flux1.1.safetensors"
+    assert choice.output("other.safetensors", True, "calibrated") == other
     with pytest.raises(OutputError, match=r"exists already .*switch overwrite on"):
-        choice.output("other", False)
+        choice.output("other", False, "calibrated")
     for overwrite in (False, True):
         with pytest.raises(OutputError, match="same file as the input"):
-            choice.output("sub/flux", overwrite)
+            choice.output("sub/flux", overwrite, "calibrated")
         with pytest.raises(OptionError, match="is not a file name below"):
-            choice.output("../flux2", overwrite)
+            choice.output("../flux2", overwrite, "calibrated")
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(OutputError, match="exists already"):
-        choice.output("folder", True)
+        choice.output("folder", True, "calibrated")
 
 
 def test_statistics_files_are_numbered(comfyui: Any) -> None:

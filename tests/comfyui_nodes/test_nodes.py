@@ -535,12 +535,12 @@ def test_what_cannot_be_quantized_is_refused_before_anything_runs(comfyui: Any, 
     validate, name = QuantizeCheckpoint.VALIDATE_INPUTS, "diffusion_models/sub/flux.safetensors"
     original.with_name("flux_int8.safetensors").touch()
 
-    assert validate() is validate(None, "int8", "", "", False) is validate(name, "int8") is True
-    assert validate(name, "int8", "", "", True) is True
-    assert "exists already" in str(validate(name, "int8", "", "", False))
-    assert "same file as the input" in str(validate(name, "int8", "", "sub/flux", True))
-    assert "no format 'fp8-row' that ComfyUI reads" in str(validate(name, "fp8-row", "", "", False))
-    assert "is no regular expression" in str(validate(name, "best", "("))
+    assert validate() is validate(None, "", False, "int8") is validate(name, "", False) is True
+    assert validate(name, "", True, "int8") is True
+    assert "exists already" in str(validate(name, "", False, "int8"))
+    assert "same file as the input" in str(validate(name, "sub/flux", True, "int8"))
+    assert "no format 'fp8-row' that ComfyUI reads" in str(validate(name, "", False, "fp8-row"))
+    assert "is no regular expression" in str(validate(name, exclude="("))
     assert "ComfyUI lists no checkpoint" in str(validate("diffusion_models/../x.safetensors"))
 
 
