@@ -41,6 +41,9 @@ SEED = 7
 PREFIX = "model.diffusion_model."
 HEADER = "_quantization_metadata"
 
+Change = Callable[[dict[str, Any], dict[str, Any]], object]
+"""Changes the tensors of a file, and its header's marks."""
+
 FIGURES: list[tuple[str, float]] = []
 
 collect_ignore = ["stand_ins.py"]  # it runs inside of a ComfyUI
@@ -174,20 +177,23 @@ def server(
         yield running
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file, by the safetensors package."""
+@pytest.fixture(scope="session")
+def changed() -> Callable[[Path, Path, Change], Path]:
+    """changed(path, output, change): a file with its tensors and its header's marks changed, by the safetensors
+    package; no marks, no header.
+    """
     from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-
-
-def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write a file, by the safetensors package."""
     from safetensors.torch import save_file
 
-    save_file(dict(tensors), path, dict(metadata))
-    return path
+    def make(path: Path, output: Path, change: Change) -> Path:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = json.loads((file.metadata() or {}).get(HEADER, '{"layers": {}}'))
+        change(tensors, header["layers"])
+        save_file(tensors, output, {HEADER: json.dumps(header)} if header["layers"] else {})
+        return output
+
+    return make
 
 
 def calibrated_like(files: Files, converted: Path, output: Path) -> Path:
@@ -205,65 +211,49 @@ def calibrated_like(files: Files, converted: Path, output: Path) -> Path:
     return output
 
 
+def put_prefixes(tensors: dict[str, Any], _marks: object) -> None:
+    for name in list(tensors):
+        tensors[PREFIX + name] = tensors.pop(name)
+
+
+def keep_the_header(tensors: dict[str, Any], _marks: object) -> None:
+    for name in [name for name in tensors if name.endswith(".comfy_quant")]:
+        del tensors[name]
+
+
+def disagree(_tensors: object, marks: dict[str, Any]) -> None:
+    for number, entry in enumerate(marks.values()):
+        entry["full_precision_matrix_mult"] = number % 3 == 0
+
+
+CHANGES: Mapping[str, Change] = {
+    "header only": keep_the_header,
+    "tensors only": lambda _, marks: marks.clear(),
+    "header disagrees": disagree,
+    "without FP8 products": lambda tensors, _: tensors.update(scaled_fp8=tensors["scaled_fp8"].new_zeros(2)),
+}
+
+
 @pytest.fixture(scope="session")
-def spelled(files: Callable[[str], Files], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """spelled("header only"): the calibrated plain model in one of the spellings of `SPELLINGS`."""
+def spelled(
+    files: Callable[[str], Files], changed: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """spelled("prefixed header only"): the calibrated plain model in a spelling, every word of which changes it."""
     folder = tmp_path_factory.mktemp("spellings")
-
-    def changed(name: str, source: Path, change: Callable[[Any, dict[str, str]], None]) -> Path:
-        """A file with its tensors and metadata changed."""
-        tensors, metadata = read(source)
-        change(tensors, metadata)
-        return save(folder / f"{name.replace(' ', '_')}.safetensors", tensors, metadata)
-
-    def converted(name: str, source: Path, *flags: str) -> Path:
-        """Converted with other flags, and calibrated as the default one."""
-        path = folder / f"{name.replace(' ', '_')}.safetensors"
-        command("-i", source, "-o", folder / "converted.safetensors", *flags)
-        return calibrated_like(files("plain"), folder / "converted.safetensors", path)
-
-    def prefixed(name: str, *flags: str) -> Path:
-        tensors, metadata = read(emoji.WEIGHTS)
-        bare = save(folder / "prefixed_bf16.safetensors", {PREFIX + k: v for k, v in tensors.items()}, metadata)
-        return converted(name, bare, *flags)
-
-    def header_only(tensors: Any, _: dict[str, str]) -> None:
-        for name in [name for name in tensors if name.endswith(".comfy_quant")]:
-            del tensors[name]
-
-    def tensors_only(_: Any, metadata: dict[str, str]) -> None:
-        del metadata[HEADER]
-
-    def two_elements(tensors: Any, _: dict[str, str]) -> None:
-        tensors["scaled_fp8"] = tensors["scaled_fp8"].new_zeros(2)
-
-    def header_disagrees(_: Any, metadata: dict[str, str]) -> None:
-        header = json.loads(metadata[HEADER])
-        for number, entry in enumerate(header["layers"].values()):
-            entry["full_precision_matrix_mult"] = number % 3 == 0
-        metadata[HEADER] = json.dumps(header)
-
-    changes: dict[str, tuple[str, Callable[[Any, dict[str, str]], None]]] = {
-        "header only": ("default", header_only),
-        "tensors only": ("default", tensors_only),
-        "header disagrees": ("default", header_disagrees),
-        "legacy without FP8 products": ("legacy", two_elements),
-        "prefixed header only": ("prefixed", header_only),
-        "prefixed tensors only": ("prefixed", tensors_only),
-    }
-    makers: dict[str, Callable[[str], Path]] = {
-        "default": lambda _: files("plain").calibrated,
-        "legacy": lambda name: converted(name, emoji.WEIGHTS, "--legacy"),
-        "prefixed": prefixed,
-        "prefixed legacy": lambda name: prefixed(name, "--legacy"),
-    }
 
     @cache
     def make(name: str) -> Path:
-        if name in makers:
-            return makers[name](name)
-        source, change = changes[name]
-        return changed(name, make(source), change)
+        if name == "default":
+            return files("plain").calibrated
+        path, source = folder / f"{name.replace(' ', '_')}.safetensors", emoji.WEIGHTS
+        if "prefixed" in name:
+            source = changed(source, folder / "prefixed_bf16.safetensors", put_prefixes)
+        converted, before = folder / "converted.safetensors", folder / "before.safetensors"
+        command("-i", source, "-o", converted, *(["--legacy"] if "legacy" in name else []))
+        change = next((change for words, change in CHANGES.items() if words in name), None)
+        if change is None:
+            return calibrated_like(files("plain"), converted, path)
+        return changed(calibrated_like(files("plain"), converted, before), path, change)
 
     return make
 

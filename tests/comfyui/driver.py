@@ -257,9 +257,7 @@ def sample(
     return {"latents": latents, "absmax": absmax, "left out": left_out}, told
 
 
-def euler(
-    patcher: Any, given: Mapping[str, Tensor], steps: int, cfg: float, callback: Callable[..., None] | None = None
-) -> Any:
+def euler(patcher: Any, given: Mapping[str, Tensor], steps: int, cfg: float) -> Any:
     """What the sampler node does; the negative conditioning is zeros."""
     import comfy.sample
     import comfy.samplers
@@ -275,7 +273,6 @@ def euler(
         [[context, {"pooled_output": y}]],
         [[torch.zeros_like(context), {"pooled_output": torch.zeros_like(y)}]],
         torch.zeros_like(x),
-        callback=callback,
         disable_pbar=True,
         seed=0,
     )
@@ -307,39 +304,10 @@ def keep_absmax(found: dict[str, float], name: str) -> Callable[..., None]:
     return hook
 
 
-def fail(key: str, given: Mapping[str, Tensor], how: str) -> str | None:
-    """Sample until something happens in the second step: the user cancels, memory runs out, or a layer breaks.
-
-    Returns:
-        The name of what was raised.
-    """
-    import comfy.model_management
-    import torch
-
-    exceptions = {
-        "cancelled": comfy.model_management.InterruptProcessingException,
-        "out of memory": torch.OutOfMemoryError,
-        "broken": RuntimeError,
-    }
-
-    def happen(step: int, *_: Any) -> None:
-        if step == 1:
-            raise exceptions[how](how)
-
-    try:
-        euler(MODELS[key], given, 4, 1.0, happen)
-    except BaseException as error:  # ComfyUI's cancelling is no Exception
-        return type(error).__name__
-    return None
-
-
-def hooks(key: str) -> tuple[int, dict[str, list[str]]]:
-    """What hangs on a model: hooks on its modules, and wrappers of its patcher."""
-    patcher = MODELS[key]
+def hooks(key: str) -> int:
+    """How many hooks hang on a model's modules."""
     stores = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-    modules = [patcher.model, *patcher.model.modules()]
-    wrappers = {kind: list(by_key) for kind, by_key in patcher.wrappers.items() if by_key}
-    return sum(len(getattr(module, store)) for module in modules for store in stores), wrappers
+    return sum(len(getattr(module, store)) for module in MODELS[key].model.modules() for store in stores)
 
 
 RECORDERS: dict[str, Any] = {}

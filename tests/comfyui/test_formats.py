@@ -50,8 +50,6 @@ FORMATS_OF = {"original": set[str](), "calibrated": {"fp8"}}
 
 HARDWARE = {"supports_mxfp8_compute": True, "supports_nvfp4_compute": True}
 BFLOAT16 = {"should_use_bf16": True}
-HEADER = "_quantization_metadata"
-
 SUMS_DB = 120.0
 """Where only the order of float32 sums differs."""
 EXACT = ("int8", "int8-tensor", "int8-convrot", "w4a8", "w6a8")
@@ -199,22 +197,9 @@ def test_every_format_is_read_as_written_and_computes_what_we_simulate(
         assert worst_db >= (math.inf if fmt in EXACT else others_db), fmt
 
 
-def changed(path: Path, output: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> Path:
-    """A file with its tensors and its header's marks changed; no marks, no header."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        header = json.loads(file.metadata()[HEADER])
-    change(tensors, header["layers"])
-    save_file(tensors, output, {HEADER: json.dumps(header)} if header["layers"] else {})
-    return output
-
-
 @pytest.mark.parametrize("why", ["header", "tensors", "no hardware"])
 def test_full_precision_is_for_formats_of_floats_alone_in_033(
-    bench: Bench, written: Callable[[str], Path], tmp_path: Path, why: str
+    bench: Bench, written: Callable[[str], Path], changed: Any, tmp_path: Path, why: str
 ) -> None:
     # ComfyUI 0.33 multiplies whole numbers as they are, whatever a mark says; by their source, later versions do not.
     import torch
@@ -247,7 +232,7 @@ def test_full_precision_is_for_formats_of_floats_alone_in_033(
 
 
 def test_static_scales_of_inputs_are_used_in_nvfp4_and_only_there(
-    bench: Bench, written: Callable[[str], Path], tmp_path: Path
+    bench: Bench, written: Callable[[str], Path], changed: Any, tmp_path: Path
 ) -> None:
     import torch
 
