@@ -21,6 +21,8 @@ from driver import StandInFinder
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from convert_to_quant.stats import Statistics
+
 VARIABLE = "COMFYUI_DIR"
 """Names the tree to the tests; the package has to be told by a flag."""
 
@@ -101,63 +103,36 @@ def tiny(name: str, folder: Path, images: int) -> tuple[int, str, list[str]]:
     return *told, detected
 
 
-def folded(name: str, folder: Path, how: str) -> dict[str, Any]:
-    """Record a tiny model whose MLP folds its activation into its second layer.
+def folded(name: str, folder: Path) -> tuple[dict[str, list[float]], Statistics, int]:
+    """Record a tiny model whose MLP folds its activation into its second layer: in INT8, without a call of the layer.
 
-    `how` is "0.39", whose linear layers take the activation as an argument (emulated), "unknown", where it is one that
-    nobody knows, or "INT8", whose layers ComfyUI computes without calling them. The answer has {layer: [absmax, calls]}
-    of what such layers meet, and of what was recorded; how often an INT8 product was taken; and what was raised.
+    Returns:
+        {layer: [absmax, calls]} of what such layers meet, what was recorded, and how often an INT8 product was taken.
     """
     from convert_to_quant.checkpoint import open_checkpoint
     from convert_to_quant.engines import noise
     from convert_to_quant.engines.comfyui import inprocess
-    from convert_to_quant.errors import CalibrationError
     from convert_to_quant.layers import find_layers
     from convert_to_quant.options import ShownOptions
     from convert_to_quant.recorder import record
 
     path = folder / "tiny.safetensors"
     met: dict[Any, list[float]] = {}
-    products, raised = [], None
     with contextlib.ExitStack() as stack:
         stack.enter_context(comfyui())
         tiny_models.save(name, path)
-        if how == "INT8":
-            make_int8(path, r"(ffn\.2|mlp\.fc2)$")
-        import comfy.ldm.minimax.model as minimax
-        import comfy.ldm.wan.model as wan
+        make_int8(path, r"(ffn\.2|mlp\.fc2)$")
         import comfy.ops
 
-        fold, product = comfy.ops.linear_input_act, comfy.ops.quant_ops.ck.int8_linear
-        forward = comfy.ops.disable_weight_init.Linear.forward
-
-        def meet(linear: Any, x: Any, act: str) -> Any:
-            x = comfy.ops.INPUT_ACT_EAGER.get(act, lambda x: x)(x)
-            met.setdefault(linear, []).append(float(x.abs().max()))
-            return x
-
-        def called(self: Any, input: Any, input_act: Any = None, *_: Any) -> Any:  # noqa: A002
-            return forward(self, input if input_act is None else meet(self, input, input_act))
+        fold = comfy.ops.linear_input_act
 
         def folding(linear: Any, x: Any, input_act: str) -> Any:
-            meet(linear, x, input_act)
+            met.setdefault(linear, []).append(float(comfy.ops.INPUT_ACT_EAGER[input_act](x).abs().max()))
             return fold(linear, x, input_act)
 
-        def multiply(*args: Any, **kwargs: Any) -> Any:
-            products.append(kwargs["input_act"])
-            return product(*args, **kwargs)
-
-        if how == "INT8":
-            patches = [(comfy.ops, "linear_input_act", folding), (comfy.ops.quant_ops.ck, "int8_linear", multiply)]
-        else:
-            acts = ("softsign", "softsign") if how == "unknown" else ("gelu_tanh", "swiglu")
-            patches = [
-                (comfy.ops.disable_weight_init.Linear, "forward", called),
-                (wan.WanFeedForward, "forward", lambda self, x: self[2](self[0](x), input_act=acts[0])),
-                (minimax.MLP, "forward", lambda self, x: self.fc2(self.fc1(x), acts[1])),
-            ]
-        for where, what, instead in patches:
-            stack.enter_context(patch.object(where, what, instead))
+        stack.enter_context(patch.object(comfy.ops, "linear_input_act", folding))
+        kitchen = comfy.ops.quant_ops.ck
+        product = stack.enter_context(patch.object(kitchen, "int8_linear", wraps=kitchen.int8_linear))
         stack.enter_context(tiny_models.assuming(name))
         checkpoint = stack.enter_context(open_checkpoint(path))
         model = inprocess.load(checkpoint, find_layers(checkpoint))
@@ -165,19 +140,10 @@ def folded(name: str, folder: Path, how: str) -> dict[str, Any]:
         scene = model.scene(ShownOptions(height=height, width=width, frames=frames, text_tokens=12))
         conditioning = model.conditioning(scene, noise.LOUD_CHANNELS, 0, 0)
         with record(model.network) as recording:
-            try:
-                model.paint(model.latents(scene, 0, 0), conditioning, model.sigmas(2))
-            except CalibrationError as error:
-                raised = str(error)
-        seen = recording.statistics()
+            model.paint(model.latents(scene, 0, 0), conditioning, model.sigmas(2))
         names = {module: layer for layer, module in model.network.named_modules()}
-    return {
-        "met": {names[linear]: [max(absmax), len(absmax)] for linear, absmax in met.items()},
-        "recorded": {layer: [float(seen.absmax[row]), int(seen.calls[row])] for row, layer in enumerate(seen.names)},
-        "unseen": seen.unseen,
-        "products": len(products),
-        "raised": raised,
-    }
+        found = {names[linear]: [max(absmax), len(absmax)] for linear, absmax in met.items()}
+        return found, recording.statistics(), product.call_count
 
 
 def make_int8(path: Path, layers: str) -> None:
@@ -260,27 +226,19 @@ LAYOUTS: Mapping[str, tuple[str, Mapping[str, int], str]] = {
 """ComfyUI's function that says what diffusers calls a tensor, what it asks, and other names that it would take too."""
 
 
-def stopped(after: int, *words: object) -> bool:
-    """`observe`, killed from inside when so many trajectories are painted; whether it was."""
+def stopped(after: int, *words: Any) -> int:
+    """`observe`, interrupted when so many trajectories are painted: its exit code."""
     from convert_to_quant.engines.comfyui import inprocess
 
-    class Stop(BaseException):
-        pass
-
-    paint, painted = inprocess.Model.paint, []
+    paint, left = inprocess.Model.paint, iter(range(after))
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        if len(painted) == after:
-            raise Stop
-        painted.append(None)
+        if next(left, None) is None:
+            raise KeyboardInterrupt
         return paint(*args, **kwargs)
 
     with patch.object(inprocess.Model, "paint", counted):
-        try:
-            observe(*words)  # type: ignore[arg-type]
-        except Stop:
-            return True
-    return False
+        return observe(*words)[0]
 
 
 def left_behind() -> list[str]:
