@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,19 +71,6 @@ def figure() -> Callable[[str, float], float]:
 def tree() -> Path:
     """The ComfyUI tree."""
     return processes.tree()
-
-
-@pytest.fixture(scope="session")
-def serving(tree: Path) -> Callable[..., AbstractContextManager[processes.Server]]:
-    """serving(work, flag, ...): a server that has `work` for its base directory."""
-
-    @contextmanager
-    def serving(work: Path, *flags: str) -> Iterator[processes.Server]:
-        with closing(processes.Server(tree, work, *flags)) as running:
-            running.wait_until_it_answers()
-            yield running
-
-    return serving
 
 
 @pytest.fixture(scope="session")
@@ -149,7 +136,7 @@ def files(comfyui: processes.ComfyUI, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def server(
-    serving: Any, files: Callable[[str], Files], tmp_path_factory: pytest.TempPathFactory
+    tree: Path, files: Callable[[str], Files], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[processes.Server]:
     """A server with our pack and, in its lists, the emoji model, its hot re-ranging in 16 bits and in FP8, and that
     under the names that the example workflows have; `stand_ins.py` has its text encoders and VAE.
@@ -173,7 +160,7 @@ def server(
         made |= {name: files("hot").original, f"{name}-fp8": files("hot").converted}
     for name, path in made.items():
         shutil.copy(path, work / "models" / "diffusion_models" / f"{name}.safetensors")
-    with serving(work, "--supports-fp8-compute") as running:
+    with closing(processes.Server(tree, work, "--supports-fp8-compute")) as running:
         yield running
 
 

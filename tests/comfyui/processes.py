@@ -90,8 +90,9 @@ class Server:
         (work / "front" / "index.html").touch()
         words = ("--cpu", "--listen", "127.0.0.1", "--port", port, "--disable-api-nodes", "--database-url",
                  "sqlite:///:memory:", "--front-end-root", str(work / "front"))  # fmt: skip
-        self.process = SPAWN.Process(target=driver.serve, args=(tree, work, *words, *flags))
+        self.process = SPAWN.Process(target=driver.serve, args=(tree, work, *words, *flags), daemon=True)
         self.process.start()
+        assert until(self._answers), self.said()
 
     def said(self) -> str:
         """The end of its log."""
@@ -108,15 +109,12 @@ class Server:
             with refusal:
                 return json.load(refusal)
 
-    def wait_until_it_answers(self) -> None:
-        def answers() -> bool:
-            assert self.process.is_alive(), self.said()
-            try:
-                return bool(self.get("/system_stats"))
-            except urllib.error.URLError:
-                return False
-
-        assert until(answers), self.said()
+    def _answers(self) -> bool:
+        assert self.process.is_alive(), self.said()
+        try:
+            return bool(self.get("/system_stats"))
+        except urllib.error.URLError:
+            return False
 
     def run(self, workflow: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Queue a workflow as it is and wait: its history, and what validation refused of it."""

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import comfyui_server as double
 import pytest
 from comfyui_server import assert_same, node
-from processes import painting, sampling, until
+from processes import Server, painting, sampling, until
 
 from convert_to_quant.cli import main
 from convert_to_quant.engines.comfyui.workflow import NodeType
@@ -125,13 +126,13 @@ def test_ctrl_c_leaves_the_server_as_it_was(server: Any, tmp_path: Path) -> None
     assert not (tmp_path / "stats.safetensors").exists()
 
 
-def test_totals_are_whole_on_a_server_that_remembers_nothing(server: Any, serving: Any, tmp_path: Path) -> None:
+def test_totals_are_whole_on_a_server_that_remembers_nothing(server: Any, tree: Path, tmp_path: Path) -> None:
     by_hand = recorded(server, painting(), ["strawberry"] * 2, [42, 43], "paint")
     (tmp_path / "workflow.json").write_text(json.dumps(painting()))
     (tmp_path / "base").mkdir()
     for name in ("custom_nodes", "models"):
         (tmp_path / "base" / name).symlink_to(server.work / name)
-    with serving(tmp_path / "base", "--cache-none") as forgetful:
+    with closing(Server(tree, tmp_path / "base", "--cache-none")) as forgetful:
         words = ["comfyui", "observe", "--server", forgetful.address, "--workflow", str(tmp_path / "workflow.json")]
         assert main([*words, "-o", str(tmp_path / "stats.safetensors"), "--seeds", "2"]) == 0, forgetful.said()
     assert_same(Statistics.load(tmp_path / "stats.safetensors"), by_hand)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,40 +87,16 @@ def test_an_install_that_was_killed_can_be_repeated_or_removed(home: Path) -> No
     assert not folder.exists()
 
 
-def change(folder: Path) -> None:
-    (folder / "__init__.py").write_bytes(pack.content() + b"mine = 1\n")
-
-
-def add(folder: Path) -> None:
-    (folder / "notes.txt").touch()
-
-
-def add_to_cache(folder: Path) -> None:
-    (folder / "__pycache__").mkdir()
-    (folder / "__pycache__" / "other.pyc").touch()
-
-
-def cache_is_a_link(folder: Path) -> None:
-    (folder / "__pycache__").symlink_to(folder.parent / "another")
-
-
-def cache_is_a_file(folder: Path) -> None:
-    (folder / "__pycache__").touch()
-
-
-def clone(folder: Path) -> None:
-    (folder / "__init__.py").write_text("from .nodes import NODE_CLASS_MAPPINGS\n")
-
-
-def link(folder: Path) -> None:
-    folder.rename(folder.with_name("elsewhere"))
-    folder.symlink_to(folder.with_name("elsewhere"))
-
-
-def file(folder: Path) -> None:
-    (folder / "__init__.py").unlink()
-    folder.rmdir()
-    folder.touch()
+SPOILED: Mapping[str, Callable[[Path], object]] = {
+    "changed": lambda folder: (folder / "__init__.py").write_bytes(pack.content() + b"mine = 1\n"),
+    "somebody's": lambda folder: (folder / "__init__.py").write_text("from .nodes import NODE_CLASS_MAPPINGS\n"),
+    "more in it": lambda folder: (folder / "notes.txt").touch(),
+    "more in its cache": lambda folder: (folder / "__pycache__" / "other.pyc").mkdir(parents=True),
+    "cache is a link": lambda folder: (folder / "__pycache__").symlink_to(folder.parent / "another"),
+    "cache is a file": lambda folder: (folder / "__pycache__").touch(),
+    "link": lambda folder: folder.symlink_to(folder.rename(folder.with_name("elsewhere"))),
+    "file": lambda folder: (shutil.rmtree(folder), folder.touch()),
+}
 
 
 def test_a_dry_run_checks_everything_and_touches_nothing(home: Path) -> None:
@@ -130,16 +108,16 @@ def test_a_dry_run_checks_everything_and_touches_nothing(home: Path) -> None:
     installed = pack.install(home)
     assert pack.uninstall(home, dry_run=True) == installed
     assert (installed / "__init__.py").read_bytes() == pack.content()
-    change(installed)
+    SPOILED["changed"](installed)
     for action in (pack.install, pack.uninstall):
         with pytest.raises(OutputError, match="install did not write this"):
             action(home, dry_run=True)
 
 
-@pytest.mark.parametrize("spoil", [change, add, add_to_cache, cache_is_a_link, cache_is_a_file, clone, link, file])
+@pytest.mark.parametrize("how", SPOILED)
 @pytest.mark.parametrize("action", [pack.install, pack.uninstall])
-def test_what_is_not_ours_is_left_alone(home: Path, action: Any, spoil: Any) -> None:
-    spoil(pack.install(home))
+def test_what_is_not_ours_is_left_alone(home: Path, action: Any, how: str) -> None:
+    SPOILED[how](pack.install(home))
     before = files(home)
     with pytest.raises(OutputError, match=r"install did not write this|not the folder that install makes"):
         action(home)

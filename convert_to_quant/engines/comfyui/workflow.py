@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import count
 from pathlib import PurePosixPath
@@ -165,7 +166,7 @@ class Plan:
             text: the prompt; None leaves the workflow's own.
             seed: None leaves the workflow's own.
         """
-        nodes = {name: {**node, "inputs": dict(node["inputs"])} for name, node in self.nodes.items()}
+        nodes = deepcopy(self.nodes)
         for places, value in ((self.texts, text), (self.seeds, seed)):
             for place in places if value is not None else ():
                 nodes[place.node]["inputs"][place.input] = value
@@ -288,7 +289,7 @@ def plan(nodes: Nodes, types: Mapping[str, NodeType], path: StrPath | None = Non
         problem = "no sampler: no node takes a MODEL with a CONDITIONING, or a GUIDER, and gives a LATENT"
         hint = shown(f"the server does not know {', '.join(unknown)}: install these nodes there")
         raise CalibrationError(problem, path=path, hint=hint if unknown else None)
-    done = dict(graph.nodes)
+    done = deepcopy(graph.nodes)
     users_of: dict[tuple[str, ...], list[str]] = {}
     saves_of: dict[tuple[str, ...], list[str]] = {}
     for link, users in uses.items():
@@ -426,8 +427,7 @@ def _insert(nodes: Nodes, graph: _Graph, link: Link, users: list[tuple[str, Plac
     """Put a recorder behind a MODEL, and what saves it, which is told, behind its samplers."""
     record = _new(nodes, "record", RECORD, "Record Activations", {"model": [link.node, link.slot]})
     for _, place in users:
-        node = nodes[place.node]
-        nodes[place.node] = {**node, "inputs": {**node["inputs"], place.input: [record, 0]}}
+        nodes[place.node]["inputs"][place.input] = [record, 0]
     samplers = tuple(dict.fromkeys(sampler for sampler, _ in users))
     before = {name for sampler in samplers for name in _ancestors(graph.nodes, [sampler]) - {sampler}}
     last = [sampler for sampler in samplers if sampler not in before]
