@@ -314,6 +314,13 @@ class Ours:
         error = float((wanted.double() - found.double()).square().sum())
         return 10 * math.log10(float(wanted.double().square().sum()) / error) if error else math.inf
 
+    @staticmethod
+    def sqnr_db(wanted: Tensor, found: Tensor) -> float:
+        """As our `fidelity` has it: the mean over evaluations."""
+        from convert_to_quant.fidelity import sqnr_db
+
+        return float(sqnr_db(wanted, found).mean())
+
     def outputs(
         self, path: Path, seen: Mapping[str, Tensor], dtype: torch.dtype, adapters: Any = None,
         in_floats: Collection[str] = (), **how: Any,

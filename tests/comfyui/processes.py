@@ -120,14 +120,10 @@ class Server:
         """Queue a workflow as it is and wait: its history, and what validation refused of it."""
         queued = self.get("/prompt", {"prompt": workflow})
         assert "prompt_id" in queued, queued
-        return self.finish(queued["prompt_id"]), queued["node_errors"]
-
-    def finish(self, prompt: str) -> dict[str, Any]:
-        """Wait for a prompt; its history."""
-        history = until(lambda: self.get(f"/history/{prompt}"))
+        name = queued["prompt_id"]
+        history = until(lambda: self.get(f"/history/{name}"))
         assert history, self.said()
-        found: dict[str, Any] = history[prompt]
-        return found
+        return history[name], queued["node_errors"]
 
     def close(self) -> None:
         """End the process."""

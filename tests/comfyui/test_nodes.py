@@ -106,8 +106,6 @@ def test_recording_calibrating_and_reloading_mends_broken_models(
 ) -> None:  # fmt: skip
     import torch
 
-    from convert_to_quant.fidelity import sqnr_db
-
     made = files(name)
     models = comfyui.work / "models" / "diffusion_models"
     models.mkdir(parents=True, exist_ok=True)
@@ -126,7 +124,7 @@ def test_recording_calibrating_and_reloading_mends_broken_models(
         "calibrated": comfyui.velocity(models / file, states),
         "dynamic": ours.evaluate(made.converted, states, "dynamic_tensor", torch.float32),
     }
-    quality_db = {key: float(sqnr_db(reference, found).mean()) for key, found in velocities.items()}
+    quality_db = {key: ours.sqnr_db(reference, found) for key, found in velocities.items()}
     for key, value_db in quality_db.items():
         figure(f"{name}, recorded on the {recorded_on} file by the nodes: {key}", value_db)
 
@@ -139,10 +137,8 @@ def test_recording_calibrating_and_reloading_mends_broken_models(
 
 
 def test_a_quantized_checkpoint_is_loaded_as_it_says(
-    comfyui: Any, files: Callable[[str], Any], states: dict[str, Any], figure: Figure
+    comfyui: Any, files: Callable[[str], Any], ours: Any, states: dict[str, Any], figure: Figure
 ) -> None:
-    from convert_to_quant.fidelity import sqnr_db
-
     models = comfyui.work / "models" / "diffusion_models"
     models.mkdir(parents=True, exist_ok=True)
     original = Path(shutil.copy(files("plain").original, models / "emoji.safetensors"))
@@ -159,7 +155,7 @@ def test_a_quantized_checkpoint_is_loaded_as_it_says(
     assert all(name.startswith("double_blocks") for name in kinds)
     assert report.startswith(f"{len(kinds)} of ")
     reference = comfyui.velocity(original, states)
-    quality_db = float(sqnr_db(reference, comfyui.velocity(models / file, states)).mean())
+    quality_db = ours.sqnr_db(reference, comfyui.velocity(models / file, states))
     assert figure("plain, double blocks to INT8 ConvRot by the node", quality_db) > 35
     assert original.read_bytes() == before
 
