@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..checkpoint import is_left_over, write_bytes
 from ..errors import OptionError, OutputError
+from .folders import prepare
 
 NAME = "convert_to_quant"
 FILE = "__init__.py"
@@ -60,13 +61,9 @@ def install(comfyui: Path, *, dry_run: bool = False) -> Path:
         OutputError: something else has the pack's name, or it cannot be written.
     """
     folder, _ = _checked(comfyui)
-    if dry_run:
-        return folder
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot be made: {error.strerror}", path=folder) from None
-    write_bytes(folder / FILE, content())
+    if not dry_run:
+        prepare(folder / FILE)
+        write_bytes(folder / FILE, content())
     return folder
 
 
