@@ -238,9 +238,9 @@ class Making(Reading):
         """Refuse what is known to be wrong before anything is sampled; None comes from another node, or by default."""
 
         def check() -> None:
-            conversion_options(format or BEST, exclude or "")
+            conversion_options(BEST if format is None else format, exclude or "")
             if checkpoint is not None:
-                choice, ending = folders.choose_checkpoint(checkpoint), format or cls.ENDING
+                choice, ending = folders.choose_checkpoint(checkpoint), cls.ENDING if format is None else format
                 if output_name is not None and overwrite is not None and ending is not None:
                     choice.output(output_name, overwrite, ending)
 

@@ -540,6 +540,7 @@ def test_what_cannot_be_quantized_is_refused_before_anything_runs(comfyui: Any, 
     assert "exists already" in str(validate(name, "", False, "int8"))
     assert "same file as the input" in str(validate(name, "sub/flux", True, "int8"))
     assert "no format 'fp8-row' that ComfyUI reads" in str(validate(name, "", False, "fp8-row"))
+    assert "no format ''" in str(validate(name, "", False, ""))
     assert "is no regular expression" in str(validate(name, exclude="("))
     assert "ComfyUI lists no checkpoint" in str(validate("diffusion_models/../x.safetensors"))
 
