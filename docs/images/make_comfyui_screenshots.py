@@ -154,15 +154,12 @@ def serving(work: Path) -> Iterator[str]:
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     flags = ["--cpu", "--supports-fp8-compute", "--listen", "127.0.0.1", "--port", str(port), "--disable-api-nodes",
              "--database-url", "sqlite:///:memory:"]  # fmt: skip
-    with (work / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [python, TESTS / "driver.py", "serve", os.environ["COMFYUI_DIR"], work, *flags], stdout=log, stderr=log
-        )
+    server = subprocess.Popen([python, TESTS / "driver.py", os.environ["COMFYUI_DIR"], work, *flags])
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
             if server.poll() is not None:
-                raise SystemExit((work / "server.log").read_text()[-4000:])
+                raise SystemExit((work / "log").read_text()[-4000:])
             try:
                 urllib.request.urlopen(address, timeout=10).close()
                 break

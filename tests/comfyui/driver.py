@@ -349,3 +349,7 @@ def diffusers_names(function: str, config: Mapping[str, int]) -> dict[str, list[
             rows = [] if part is None else [part[1], part[1] + part[2]]
             found[name.removesuffix(".weight")] = [target.removesuffix(".weight"), *rows]
     return found
+
+
+if __name__ == "__main__":  # for the script that makes images of the editor
+    serve(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
