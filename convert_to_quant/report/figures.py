@@ -23,9 +23,8 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,9 +50,6 @@ from .document import Figures, Layer, Report, Risk, Side, State, encode_shares
 
 Float = NDArray[np.float64]
 
-_UNREAD = frozenset({"text-encoder", "scale-dropped"})
-"""Readings of `inspection` in which no reader uses a layer's input scale."""
-
 INPUTS: Mapping[str, str] = {
     "dynamic": "scaled per token",
     "per-token": "scaled per token",
@@ -63,8 +59,11 @@ INPUTS: Mapping[str, str] = {
     "experts-at-one": "at 1.0",
     "cast": "not quantized",
     "high-precision": "not quantized",
+    "text-encoder": "",
+    "scale-dropped": "",
 }
-"""What readers do with a layer's inputs where no input scale says it, by reading."""
+"""What readers do with a layer's inputs, by the readings of `inspection` in which no input scale says it; "" where the
+layer should have one."""
 
 _TAKEN = ("format", "source", "reason", "cause", "conditioning_dependent", "multiply_adds")
 """What figures take over from solving."""
@@ -95,49 +94,45 @@ class Source:
     files: tuple[str, ...] = ()
 
 
+class _Row(NamedTuple):
+    """One layer of a side: what was chosen, (out, in), and what readers make of it, if a checkpoint says."""
+
+    result: LayerResult
+    shape: tuple[int, int]
+    view: LayerView | None = None
+
+    @property
+    def reading(self) -> str:
+        """What readers make of it; "" without a checkpoint."""
+        return "" if self.view is None else self.view.reading
+
+    @property
+    def unused(self) -> str:
+        """Why no reader uses its input scale; "" where one does."""
+        return READINGS[self.reading] if self.reading in INPUTS else ""
+
+
 @dataclass(frozen=True, eq=False)
 class _Solved:
     """One side, solved.
 
     Attributes:
         source: where it comes from.
-        results: one per layer that has figures, in file order.
-        shapes: layer name -> (out, in).
-        statistics: of those of them that were observed, by the same names.
-        views: what readers make of layers, by name; empty without a checkpoint.
+        rows: one per layer that has figures, by bare name, in file order.
+        statistics: of those of them that were observed.
         inspection: what the checkpoint is.
         notes: what a user should know.
-        mix: of its formats; see `document.Side.mix`, and by its `layers` those.
+        mix: of its formats; see `document.Side.mix`.
+        tried: what the mix says of each layer, by bare name.
     """
 
     source: Source
-    results: Sequence[LayerResult]
-    shapes: Mapping[str, tuple[int, int]]
+    rows: Mapping[str, _Row]
     statistics: Statistics
-    views: Mapping[str, LayerView] = field(default_factory=dict)
     inspection: Inspection | None = None
     notes: Sequence[str] = ()
     mix: Mapping[str, Any] = field(default_factory=dict)
-
-    def reading(self, name: str) -> str:
-        """What readers make of a layer; "" without a checkpoint."""
-        return self.views[name].reading if name in self.views else ""
-
-    def unused(self, name: str) -> str:
-        """Why no reader uses a layer's input scale; "" where one does."""
-        reading = self.reading(name)
-        return READINGS[reading] if reading in _UNREAD or reading in INPUTS else ""
-
-    @cached_property
-    def tried(self) -> dict[str, Mapping[str, Any]]:
-        """What the mix says of each layer, by bare name."""
-        layers: Mapping[str, Mapping[str, Any]] = self.mix.get("layers", {})
-        return {bare: layers[name] for name, bare in names.strip_prefix(layers)[1].items()}
-
-    @cached_property
-    def bare(self) -> dict[str, str]:
-        """Name without prefix -> name, of every layer that has figures."""
-        return {bare: name for name, bare in names.strip_prefix(self.shapes)[1].items()}
+    tried: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def build(*sources: Source, force: bool = False, options: Mapping[str, Any] | None = None) -> Report:
@@ -158,21 +153,22 @@ def build(*sources: Source, force: bool = False, options: Mapping[str, Any] | No
     """
     assert 1 <= len(sources) <= 2, "a report has one side or two"
     solved = [_solve(source, force=force) for source in sources]
-    figures = [_figures(side) for side in solved]
-    keys = sorted(dict.fromkeys(bare for side in solved for bare in side.bare), key=_natural)
-    crossed = _crossed(*solved) if len(solved) == 2 else {}
-    if len(solved) == 2 and not solved[0].bare.keys() & solved[1].bare.keys():
+    first, second = solved[0], solved[-1]
+    if not first.rows.keys() & second.rows.keys() and first is not second:
         raise StatisticsError(
             f"nothing to compare: {_what(sources[0])} and {_what(sources[1])} have no layer in common",
             hint="compare two files of the same model",
         )
+    observed = [source.statistics for source in sources]
+    same_inputs = observed == observed[::-1]
+    figures = [_figures(side) for side in solved]
+    crossed = {} if same_inputs else _crossed(first, second)
     layers = []
-    for key in keys:
-        spelled = [side.bare.get(key) for side in solved]
-        name, owner = next((name, side) for name, side in zip(spelled, solved, strict=True) if name is not None)
-        known = tuple(None if name is None else one[name] for one, name in zip(figures, spelled, strict=True))
-        tried: Mapping[str, float] = next((side.tried[key]["tried"] for side in solved if key in side.tried), {})
-        layers.append(Layer(name, owner.shapes[name], known, crossed.get(key), tried))
+    for key in sorted({**first.rows, **second.rows}, key=_natural):
+        row = first.rows.get(key) or second.rows[key]
+        tried = first.tried.get(key) or second.tried.get(key, {})
+        known = tuple(one.get(key) for one in figures)
+        layers.append(Layer(row.result.layer, row.shape, known, crossed.get(key), tried.get("tried", {})))
     sides = tuple(
         _side(side, label, apply=_apply(side.source) if any(figure.changed for figure in known.values()) else "")
         for side, label, known in zip(solved, _labels(sources), figures, strict=True)
@@ -181,8 +177,8 @@ def build(*sources: Source, force: bool = False, options: Mapping[str, Any] | No
         title=" against ".join(side.label for side in sides),
         sides=sides,
         layers=tuple(layers),
-        verdict=verdict.judge(sides, layers, same_inputs=_same_inputs(sources)),
-        options={**(options or {})},
+        verdict=verdict.judge(sides, layers, same_inputs=same_inputs),
+        options=dict(options or {}),
     )
 
 
@@ -190,12 +186,6 @@ def _natural(name: str) -> list[tuple[int, str]]:
     """A sorting key by which block 2 stands before block 10: numbers by their length first."""
     parts = enumerate(_DIGITS.split(name))
     return [(len(digits := part.lstrip("0")), digits) if number % 2 else (0, part) for number, part in parts]
-
-
-def _same_inputs(sources: Sequence[Source]) -> bool:
-    """Whether all sides were observed on the same inputs, or not at all."""
-    first = sources[0].statistics
-    return all(source.statistics is first or source.statistics == first for source in sources)
 
 
 def _solve(source: Source, *, force: bool) -> _Solved:
@@ -207,34 +197,32 @@ def _solve(source: Source, *, force: bool) -> _Solved:
         moving = set(statistics.provenance.get("depends_on_conditioning", ()))
         results = solve(statistics, {name: Present(1.0, False, shapes[name]) for name in shapes}, source.options)
         results = [replace(result, conditioning_dependent=result.layer in moving) for result in results]
-        return _Solved(source, results, shapes, statistics, mix=_mix(source))
+        rows = [_Row(result, shapes[result.layer]) for result in results]
+        mix, tried = _mix(source)
+        return _Solved(source, _by_bare_name(rows), statistics, mix=mix, tried=tried)
     with open_checkpoint(source.model) as checkpoint:
         inspection = inspect_checkpoint(checkpoint)
         table = find_layers(checkpoint)
         results, notes = _calibrated(source, checkpoint, table, force=force)
-    mix = _mix(source, inspection)
+    mix, tried = _mix(source, inspection)
     observed = Statistics.empty({}) if statistics is None else respell(statistics, table.shapes(), table.prefix)
-    solved, chosen = {result.layer for result in results}, names.strip_prefix(mix.get("layers", {}))[1].values()
-    bare = names.strip_prefix(view.name for view in inspection.layers)[1]
-    rest = [
-        view
-        for view in inspection.layers
-        if view.name not in solved and len(view.shape) > 1
-        and (view.reading in DYNAMIC or view.name in observed.layers or bare.get(view.name) in chosen)
-    ]  # fmt: skip
-    results += [_without_scale(view, view.name in observed.layers) for view in rest]
     views = {view.name: view for view in inspection.layers}
-    shapes = {result.layer: _two_sides(views[result.layer]) for result in results}
-    return _Solved(
-        source,
-        results,
-        shapes,
-        observed,
-        views={name: views[name] for name in shapes},
-        inspection=inspection,
-        notes=[text for text in notes if text.partition(":")[0] not in shapes],  # a layer's row says those
-        mix=mix,
-    )
+    solved, bare = {result.layer for result in results}, names.strip_prefix(views)[1]
+    results += [
+        _without_scale(view, name in observed.layers)
+        for name, view in views.items()
+        if name not in solved and len(view.shape) > 1
+        and (view.reading in DYNAMIC or name in observed.layers or bare.get(name) in tried)
+    ]  # fmt: skip
+    rows = [_Row(result, _two_sides(views[result.layer]), views[result.layer]) for result in results]
+    told = {result.layer for result in results}
+    notes = [text for text in notes if text.partition(":")[0] not in told]  # a layer's row says those
+    return _Solved(source, _by_bare_name(rows), observed, inspection, notes, mix, tried)
+
+
+def _by_bare_name(rows: Sequence[_Row]) -> dict[str, _Row]:
+    bare = names.strip_prefix(row.result.layer for row in rows)[1]
+    return {bare[row.result.layer]: row for row in rows if row.result.layer in bare}
 
 
 def _calibrated(
@@ -266,10 +254,11 @@ def _two_sides(view: LayerView) -> tuple[int, int]:
     return math.prod(view.shape[:-1]), view.shape[-1]
 
 
-def _mix(source: Source, inspection: Inspection | None = None) -> dict[str, Any]:
-    """What the formats of a file keep, and what others would: by trials, or else by the file's own word."""
+def _mix(source: Source, inspection: Inspection | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the formats of a file keep, and what others would, by trials or else by the file's own word; the layers."""
     made = None if inspection is None or inspection.made is None else inspection.made.mix
     said: dict[str, Any] = {} if made is None else {**made.figures, "gpu": made.gpu}
+    on = None if made is None else made.conditioning
     if source.trials is not None:
         trials = source.trials
         asked = [FORMATS[name] for name in trials.formats if name in FORMATS]
@@ -278,13 +267,13 @@ def _mix(source: Source, inspection: Inspection | None = None) -> dict[str, Any]
         shapes = {name: source.statistics.layers[name] for name in trials.layers if name in source.statistics.layers}
         mixes = Mixes.of({name: Spec("BF16", shape) for name, shape in shapes.items()}, trials, formats)
         said |= mixes.figures(_choice(mixes, inspection)) if shapes else {}
-    facts = {} if source.statistics is None else source.statistics.provenance
+        on = ", ".join(source.statistics.provenance.get("conditioning", ()))
     if said:
-        told = ", ".join(facts.get("conditioning", ())) if source.trials is not None else made and made.conditioning
-        said["on"] = told or "noise"
+        said["on"] = on or "noise"
     if inspection is not None and {"bits", "weights"} <= said.keys():
         said["other_bytes"] = inspection.size_bytes - said["bits"] * said["weights"] / 8
-    return said
+    layers = said.pop("layers", {})
+    return said, {bare: layers[name] for name, bare in names.strip_prefix(layers)[1].items()}
 
 
 def _choice(mixes: Mixes, inspection: Inspection | None) -> Choice | None:
@@ -302,41 +291,47 @@ def _choice(mixes: Mixes, inspection: Inspection | None) -> Choice | None:
 
 
 def _figures(side: _Solved) -> dict[str, Figures]:
-    """The figures of every layer of a side, by name."""
-    seen = [result for result in side.results if result.source == "model"]
-    statistics = side.statistics.take([result.layer for result in seen])
-    grids = [GRIDS[result.format] for result in seen]
-    lost = {
-        when: lost_rows(statistics, np.array([getattr(result, f"scale_{when}") or 0.0 for result in seen]), grids)
-        for when in ("before", "after")
-    }
-    columns = dict(zip((result.layer for result in seen), _columns(statistics), strict=True))
-    numbers = {layer: number for number, layer in enumerate(columns)}
-    figures, bare = {}, {name: key for key, name in side.bare.items()}
-    for result in side.results:
-        column, unused = columns.get(result.layer, {}), side.unused(result.layer)
-        states: dict[str, Any] = {}
-        for when, rows_lost in lost.items():
-            fields = ("scale_{}", "full_precision_{}", "sqnr_{}_db", "clipped_{}", "vanished_{}")
-            values = (getattr(result, name.format(when)) for name in fields)
-            state = replace(State(*values), max=GRIDS[result.format].max)
-            if column and state.scale is not None:
-                state = replace(state, rows_lost=float(rows_lost[numbers[result.layer]]))
-            states[when] = state if unused else with_risk(state, column.get("absmax", 0), GRIDS[result.format])
-        reading, view = side.reading(result.layer), side.views.get(result.layer)
-        if reading == "error":  # no reader can use its scale
-            states["before"] = State(0.0, states["before"].full_precision, risk="no scale")
-        figures[result.layer] = Figures(
-            **states,
-            **column,
-            **{name: getattr(result, name) for name in _TAKEN},
-            unused=unused,
-            inputs=INPUTS.get(reading, ""),
+    """The figures of every layer of a side, by bare name."""
+    results = {key: row.result for key, row in side.rows.items()}
+    before, after = (_states(side, results, when) for when in ("before", "after"))
+    seen = [key for key, result in results.items() if result.source == "model"]
+    columns = dict(zip(seen, _columns(side.statistics.take([results[key].layer for key in seen])), strict=True))
+    figures = {}
+    for key, row in side.rows.items():
+        view = row.view
+        if row.reading == "error":  # no reader can use its scale
+            before[key] = State(0.0, before[key].full_precision, risk="no scale")
+        figures[key] = Figures(
+            before[key],
+            after[key],
+            **columns.get(key, {}),
+            **{name: getattr(row.result, name) for name in _TAKEN},
+            unused=row.unused,
+            inputs=INPUTS.get(row.reading, ""),
             stored="" if view is None else view.read_as or view.format,
             bits=None if view is None else view.bits,
-            more=side.tried.get(bare[result.layer], {}).get("more", ""),
+            more=side.tried.get(key, {}).get("more", ""),
         )
     return figures
+
+
+def _states(side: _Solved, results: Mapping[str, LayerResult], when: str) -> dict[str, State]:
+    """What the inputs of a side's layers lose at the scales of results "before" or "after" solving, by bare name."""
+    scales = {key: getattr(result, f"scale_{when}") for key, result in results.items()}
+    grids = {key: GRIDS[result.format] for key, result in results.items()}
+    met = [key for key, scale in scales.items() if scale is not None and side.rows[key].result.source == "model"]
+    statistics = side.statistics.take([side.rows[key].result.layer for key in met])
+    at, on = np.array([scales[key] for key in met], np.float64), [grids[key] for key in met]
+    errors = expected_errors(statistics, at, on)
+    costs = np.stack([errors.sqnr_db, errors.clipped, errors.vanished, lost_rows(statistics, at, on)], 1)
+    lost: dict[str, Any] = {key: map(_finite, row) for key, row in zip(met, costs, strict=True)}
+    absmax = dict(zip(met, statistics.absmax.tolist(), strict=True))
+    states = {}
+    for key, result in results.items():
+        full_precision, grid = getattr(result, f"full_precision_{when}"), grids[key]
+        state = State(scales[key], full_precision, *lost.get(key, ()), max=grid.max)
+        states[key] = state if side.rows[key].unused else with_risk(state, absmax.get(key, 0.0), grid)
+    return states
 
 
 def with_risk(state: State, absmax: float, grid: Grid = DEFAULT_GRID) -> State:
@@ -420,31 +415,12 @@ def cell_shares(histogram: NDArray[np.int64]) -> Float:
 
 
 def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
-    """The first side's new scales on the second side's inputs, by bare name; nothing where both saw the same."""
-    if _same_inputs([first.source, second.source]):
-        return {}
-    mine = {result.layer: result for result in first.results}
-    theirs = {result.layer for result in second.results if result.source == "model"}
-    pairs = [
-        (bare, mine[name], second.bare[bare])
-        for bare, name in first.bare.items()
-        if bare in second.bare
-        and second.bare[bare] in theirs
-        and mine[name].source == "model"
-        and mine[name].scale_after is not None
+    """The first side's new scales on the second side's inputs, by bare name."""
+    seen = [
+        {key: row.result for key, row in side.rows.items() if row.result.source == "model"} for side in (first, second)
     ]
-    statistics = second.statistics.take([name for _, _, name in pairs])
-    scales = np.array([result.scale_after or 0.0 for _, result, _ in pairs], np.float64)
-    grids = [GRIDS[result.format] for _, result, _ in pairs]
-    errors = expected_errors(statistics, scales, grids)
-    lost = lost_rows(statistics, scales, grids)
-    states = {}
-    for number, (bare, result, name) in enumerate(pairs):
-        costs: Any = (_finite(column[number]) for column in (errors.sqnr_db, errors.clipped, errors.vanished, lost))
-        state = replace(State(result.scale_after, result.full_precision_after, *costs), max=grids[number].max)
-        absmax = float(statistics.absmax[number])
-        states[bare] = state if second.unused(name) else with_risk(state, absmax, grids[number])
-    return states
+    both = {key: result for key, result in seen[0].items() if key in seen[1] and result.scale_after is not None}
+    return _states(second, both, "after")
 
 
 def _side(side: _Solved, label: str, *, apply: str) -> Side:
@@ -466,7 +442,7 @@ def _side(side: _Solved, label: str, *, apply: str) -> Side:
         options=asdict(source.options),
         notes=tuple(notes),
         apply=apply,
-        mix={key: value for key, value in side.mix.items() if key != "layers"},
+        mix=side.mix,
     )
 
 
