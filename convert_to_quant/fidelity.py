@@ -35,6 +35,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ from torch import Tensor, nn
 
 from .engines import noise
 from .engines.diffusers import BATCH_TOKENS, Denoiser
+from .engines.quantized_linear import CheckpointLinear
 from .errors import CalibrationError, OptionError
 from .families.running import Geometry
 from .kernels import BINS, NONFINITE_BIN
@@ -349,17 +351,14 @@ def _batches(scenes: Sequence[Scene], guidance: float) -> Iterator[tuple[int, Te
     """What runs together: the number of the first prompt, latents, and conditioning."""
     place = 0
     for scene in scenes:
-        prompts = len(scene.latents)
-        negative = scene.negative or {name: _empty_prompt(value) for name, value in scene.conditioning.items()}
+        prompts, sides = len(scene.latents), [scene.conditioning]
+        if guidance != 1:
+            negative = scene.negative or {name: _empty_prompt(value) for name, value in scene.conditioning.items()}
+            sides.append({n: negative[n].expand(prompts, *negative[n].shape[1:]) for n in scene.conditioning})
         for start in range(0, prompts, scene.batch):
             chosen = slice(start, start + scene.batch)
-            guided = _Guided(
-                {name: value[chosen] for name, value in scene.conditioning.items()},
-                {name: value[chosen] if len(value) == prompts > 1 else value for name, value in negative.items()},
-                guidance,
-                scene.geometry,
-            )
-            yield place + start, scene.latents[chosen], guided
+            shown = [{name: value[chosen] for name, value in side.items()} for side in sides]
+            yield place + start, scene.latents[chosen], _Guided(shown, guidance, scene.geometry)
         place += prompts
 
 
@@ -379,18 +378,15 @@ class _Side:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Look at every linear layer's output inside the block."""
-
-        def hook(layer: str) -> Callable[[nn.Module, object, Tensor], None]:
-            def look(_: nn.Module, _inputs: object, output: Tensor) -> None:
-                finite = output.isfinite().all()
-                self.finite[layer] = finite & self.finite[layer] if layer in self.finite else finite
-
-            return look
-
         with ExitStack() as stack:
             for module in self.model.linears.values():
-                stack.callback(module.register_forward_hook(hook(module.stored.layer.name)).remove)
+                look = partial(self.look, module.stored.layer.name)
+                stack.callback(module.register_forward_hook(look).remove)
             yield
+
+    def look(self, layer: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+        """Note whether a layer's output is finite."""
+        self.finite[layer] = output.isfinite().all() & self.finite.get(layer, True)
 
     def require_finite(self, values: Tensor, what: str, sigma: float) -> None:
         """Refuse NaN and infinity in values, and in what layers gave since the last call.
@@ -424,43 +420,41 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Guided:
-    """A batch of prompts under classifier-free guidance."""
+    """A batch of prompts: with the prompt and, under classifier-free guidance, without it."""
 
-    conditioning: Mapping[str, Tensor]
-    negative: Mapping[str, Tensor]
+    sides: Sequence[Mapping[str, Tensor]]
     guidance: float
     geometry: Geometry
 
     def predictions(self, model: Denoiser, state: Tensor, sigma: float) -> Tensor:
-        """What the model says, [batch, 1 or 2, *latent shape]: with the prompt, and under guidance without it."""
-        if self.guidance == 1:
-            return model.velocity(state, sigma, self.conditioning, self.geometry).unsqueeze(1)
-        negative = {
-            name: value.expand(len(state), *value.shape[1:])
-            for name, value in self.negative.items()
-            if name in self.conditioning
-        }
-        sides = (self.conditioning, negative)
-        if any(value.shape != negative[name].shape for name, value in self.conditioning.items()):  # other text lengths
-            return torch.stack([model.velocity(state, sigma, side, self.geometry) for side in sides], 1)
-        both = {name: torch.cat([side[name] for side in sides]) for name in self.conditioning}
-        velocities = model.velocity(torch.cat([state, state]), sigma, both, self.geometry)
-        return torch.stack(velocities.chunk(2), 1)
+        """What the model says of each side, [batch, 1 or 2, *latent shape]."""
+        first, count = self.sides[0], len(self.sides)
+        if any(side[name].shape != value.shape for side in self.sides for name, value in first.items()):
+            # other text lengths
+            return torch.stack([model.velocity(state, sigma, side, self.geometry) for side in self.sides], 1)
+        together = {name: torch.cat([side[name] for side in self.sides]) for name in first}
+        velocities = model.velocity(torch.cat([state] * count), sigma, together, self.geometry)
+        return torch.stack(velocities.chunk(count), 1)
 
     def velocity(self, predictions: Tensor) -> Tensor:
         """What the state moves by, [batch, *latent shape]."""
-        if self.guidance == 1:
-            return predictions[:, 0]
-        positive, negative = predictions.unbind(1)
+        positive, negative = predictions[:, 0], predictions[:, -1]
         return negative + self.guidance * (positive - negative)
 
 
 class _RowErrors:
-    """Row errors of every quantized layer, gathered while the reference runs."""
+    """Row errors of every quantized layer, gathered while the reference runs.
+
+    Attributes:
+        gathered: per layer, a histogram of relative errors, their sum, and those of squared errors and outputs.
+    """
 
     def __init__(self) -> None:
-        self.totals: dict[str, Tensor] = {}
-        self.histograms: dict[str, Tensor] = {}
+        self.gathered: dict[str, Tensor] = {}
+
+    def compare(self, twin: CheckpointLinear, _module: nn.Module, inputs: tuple[Tensor, ...], wanted: Tensor) -> None:
+        """Compare what a layer of the reference gives with what the quantized one gives for the same input."""
+        self.add(twin.stored.layer.name, wanted, twin(inputs[0].to(twin.stored.device)).to(wanted.device))
 
     def add(self, layer: str, wanted: Tensor, found: Tensor) -> None:
         wanted_RO = wanted.reshape(-1, wanted.shape[-1]).double()  # float32 would overflow when squared
@@ -469,19 +463,16 @@ class _RowErrors:
         relative = (squared / signal.clamp(min=TINY)).sqrt()
         bins = (relative.float().nan_to_num(math.inf).view(torch.int32) >> 19).clamp(max=NONFINITE_BIN - 1)
         sums = torch.stack([relative.sum(), squared.sum(), signal.sum()])
-        counts = torch.bincount(bins, minlength=BINS)
-        if layer in self.totals:
-            sums += self.totals[layer]
-            counts += self.histograms[layer]
-        self.totals[layer], self.histograms[layer] = sums, counts
+        gathered = torch.cat([torch.bincount(bins, minlength=BINS), sums])
+        self.gathered[layer] = gathered + self.gathered.get(layer, 0)
 
     def results(self) -> tuple[LayerError, ...]:
-        found = [self._result(layer) for layer in self.totals]
+        found = [self._result(layer) for layer in self.gathered]
         return tuple(sorted(found, key=lambda error: -error.worst))
 
     def _result(self, layer: str) -> LayerError:
-        counts = self.histograms[layer][:NONFINITE_BIN].cpu().numpy()
-        relative, squared, signal = self.totals[layer].tolist()
+        gathered = self.gathered[layer].cpu().numpy()
+        counts, (relative, squared, signal) = gathered[:NONFINITE_BIN], gathered[BINS:].tolist()
         rows = int(counts.sum())
         wanted = max(1, round(rows * WORST_SHARE))
         above = counts[::-1].cumsum()[::-1] - counts
@@ -494,18 +485,11 @@ class _RowErrors:
 def _row_errors(reference: Denoiser, quantized: Denoiser, *, enabled: bool) -> Iterator[_RowErrors]:
     """Compare every quantized layer's output with the reference's, whenever the reference runs inside the block."""
     errors = _RowErrors()
-
-    def hook(layer: str, twin: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def compare(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            errors.add(layer, output, twin(inputs[0].to(quantized.device)).to(output.device))
-
-        return compare
-
     with ExitStack() as stack:
         for name, twin in quantized.linears.items():
-            layer = twin.stored.layer
-            if enabled and name in reference.linears and layer.format is not None:
-                stack.callback(reference.linears[name].register_forward_hook(hook(layer.name, twin)).remove)
+            if enabled and name in reference.linears and twin.stored.layer.format is not None:
+                hook = partial(errors.compare, twin)
+                stack.callback(reference.linears[name].register_forward_hook(hook).remove)
         yield errors
 
 

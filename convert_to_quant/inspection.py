@@ -307,7 +307,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     layers = survey.views()
     survey.look_for_orphans()
     survey.look_for_damage()
-    alone = survey.packed_layers | table.foreign.keys()
+    alone = frozenset(survey.packed) | table.foreign.keys()
     tiles = {
         layer.name: layer.format.sides[0] for layer in table.quantized.values() if isinstance(layer.format, Packed)
     }
@@ -364,8 +364,7 @@ class _Survey:
         for layer in table.raw.values():
             views[layer.name] = self.view(layer, "cast")
             self.report("raw-fp8", layer.name)
-        for foreign in (layer for name, layer in table.foreign.items() if name not in self.packed_layers):
-            views[foreign.name] = self.foreign(foreign)
+        views |= {name: self.foreign(layer) for name, layer in table.foreign.items() if name not in self.packed}
         for layer in table.plain.values():
             views[layer.name] = self.view(layer, "high-precision")
         for error in table.problems:
@@ -373,27 +372,23 @@ class _Survey:
                 raise error  # not about a layer: the file cannot be read
             self.report(error.kind, error.tensor, error.problem)
             name = _layer_of(error.tensor)
-            weight = self.checkpoint.tensors.get(name + names.WEIGHT)
-            if weight is not None:
+            if weight := self.checkpoint.tensors.get(name + names.WEIGHT):
                 fmt = recognize(name, weight.dtype, self.checkpoint.tensors)
                 said, title = (fmt.marked, fmt.title) if fmt else (weight.dtype, weight.dtype)
                 views[name] = LayerView(name, weight.shape, said, title, "error", marked_by=table.marks.kinds(name))
         markers = (table.marks.legacy.marker_of(view.name) for view in views.values() if view.reading == "marker")
         for name in dict.fromkeys(marker.name for marker in markers if marker is not None):
             self.report("marker-disables-fp8", name)
-        order = []
-        for key, info in self.checkpoint.tensors.items():
-            name, program = self.packed.get(key) or (key.removesuffix(names.WEIGHT), None)
-            if program is not None:
-                self.report("packed", name, program)
-                views[name] = LayerView(name, info.shape, program, program, "packed")
-            if program is not None or name != key:
-                order.append(name)
+        for name, (weight, program) in self.packed.items():
+            self.report("packed", name, program)
+            views[name] = LayerView(name, weight.shape, program, program, "packed")
+        owners = {weight.name: name for name, (weight, _) in self.packed.items()}
+        order = dict.fromkeys(owners.get(key, key.removesuffix(names.WEIGHT)) for key in self.checkpoint.tensors)
         return [views[name] for name in order if name in views]
 
     @cached_property
-    def packed(self) -> dict[str, tuple[str, str]]:
-        """Weights that ComfyUI cannot read since another program packed them -> the layer and the program."""
+    def packed(self) -> dict[str, tuple[TensorInfo, str]]:
+        """Layers that ComfyUI cannot read since another program packed them -> the weight and the program."""
         found = {}
         for key, info in self.checkpoint.tensors.items():
             packed = packings.packed_by(key, self.checkpoint)
@@ -402,13 +397,8 @@ class _Survey:
                 known = name in self.table.foreign or name in self.table.quantized
                 packed = None if known else (name, f"integers ({info.dtype})")
             if packed is not None and not self.table.marks.kinds(packed[0]):
-                found[key] = packed
+                found[packed[0]] = info, packed[1]
         return found
-
-    @cached_property
-    def packed_layers(self) -> frozenset[str]:
-        """The layers of `packed`."""
-        return frozenset(name for name, _ in self.packed.values())
 
     def view(self, layer: Layer, reading: str, **more: Any) -> LayerView:
         """A layer that can be read."""
@@ -441,40 +431,32 @@ class _Survey:
             reading = "foreign"
         return LayerView(name, layer.weight.shape, form, fmt.title if fmt else form, reading, marked_by=marked_by)
 
-    def judge_weight(self, layer: Layer) -> bool:
-        """Whether scales cannot be meant, which is then reported; see the module's docstring."""
+    def weight_problem(self, layer: Layer) -> tuple[str, str, str] | None:
+        """Kind, tensor and detail of what cannot be meant of a weight's scales; see the module's docstring."""
         fmt, tensors = layer.format, self.checkpoint.tensors
         assert fmt is not None
         assert layer.weight_scale is not None
         if names.CODEBOOK in fmt.optional and names.CODEBOOK not in layer.parts:
             largest = float(np.nanmax(self.scales(fmt, tensors[layer.weight_scale]), initial=0.0))
             if largest * -LEAST_CODE > 2 * fmt.range:
-                self.report("codebook-missing", layer.name, f"{layer.weight_scale} is up to {largest:g}")
-                return True
+                return "codebook-missing", layer.name, f"{layer.weight_scale} is up to {largest:g}"
         key = f"{layer.name}{fmt.ranged_by}" if isinstance(fmt, Packed) else layer.weight_scale
         scales = self.scales(fmt, tensors[key])
         if np.isnan(scales).any():
-            self.report("scale-value", key, "some are NaN")
-            return True
-        scale = float(scales.max(initial=0.0))
-        reach = fmt.range
-        if not scales.size or _plausible(scale, reach):
-            return False
-        codes = self.sample(layer.weight)
-        if not codes.any():
-            return False
+            return "scale-value", key, "some are NaN"
+        scale, reach = float(scales.max(initial=0.0)), fmt.range
+        if not scales.size or _plausible(scale, reach) or not (codes := self.sample(layer.weight)).any():
+            return None
         if fmt.grid is not None:
             values = np.abs(fmt.grid.decode(codes))
             reach = float(values.max(initial=0.0, where=np.isfinite(values)))
         elif fmt.ranged_by == names.WEIGHT_SCALE_2:
             reach *= float(np.nanmax(self.scales(fmt, tensors[layer.weight_scale]), initial=0.0)) / DEFAULT_GRID.max
         if scale == 0.0:
-            self.report("scale-value", key, "0, where the weights are not 0")
-        elif not _plausible(scale, reach):
-            self.report("weight-scale-absurd", key, f"{scale:.3g}: weights up to {scale * reach:.3g}")
-        else:
-            return False
-        return True
+            return "scale-value", key, "0, where the weights are not 0"
+        if _plausible(scale, reach):
+            return None
+        return "weight-scale-absurd", key, f"{scale:.3g}: weights up to {scale * reach:.3g}"
 
     def scales(self, fmt: Format, info: TensorInfo) -> NDArray[np.float32]:
         """Scales of a weight as numbers; of those in one byte, which are many, some."""
@@ -521,9 +503,12 @@ class _Survey:
                 reading = "fp8" if reading == "fp8-at-one" else reading
             if layer.name in self.made.guessed or (state == "calibrated" and self.made.engine == "layer"):
                 state = "guessed" if state != "suspicious" else state
+        if problem := self.weight_problem(layer):
+            self.report(*problem)
+            reading = "error"
         return self.view(
             layer,
-            "error" if self.judge_weight(layer) else reading,
+            reading,
             block=layer.block,
             scaling=layer.granularity,
             marked_by=marks.kinds(layer.name) or (("legacy",) if layer.marking == "legacy" else ()),
@@ -593,7 +578,7 @@ class _Survey:
         ]
         for kind, name, detail in found:
             layer = _layer_of(name)
-            if layer + names.WEIGHT not in self.checkpoint and layer not in self.packed_layers:
+            if layer + names.WEIGHT not in self.checkpoint and layer not in self.packed:
                 self.report(kind, name, detail)
 
     def look_for_damage(self) -> None:

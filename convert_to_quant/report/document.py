@@ -41,7 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..formats import DEFAULT_GRID, FORMATS, GRIDS
+from ..formats import DEFAULT_GRID, FORMATS
 from ..kernels import SIGMA_BINS
 
 FORMAT = 1
@@ -155,6 +155,7 @@ class Figures:
         absmax, rms, median, p999: of |x|; None where nothing was seen.
         density, row_density: uint8 [CELLS], see the module's docstring; of values' |x|, and of tokens' absmax.
         sigma_absmax, sigma_rms: per noise level, from noise to image; None where nothing was seen.
+        changed: whether the file would change for this layer.
     """
 
     before: State
@@ -182,18 +183,17 @@ class Figures:
     row_density: Density | None = None
     sigma_absmax: tuple[float | None, ...] = (None,) * SIGMA_BINS
     sigma_rms: tuple[float | None, ...] = (None,) * SIGMA_BINS
+    changed: bool = field(init=False)
 
-    @property
-    def changed(self) -> bool:
-        """Whether the file would change for this layer."""
-        before, after = self.before, self.after
-        return (before.scale, before.full_precision) != (after.scale, after.full_precision)
+    def __post_init__(self) -> None:
+        states = [(state.scale, state.full_precision) for state in (self.before, self.after)]
+        object.__setattr__(self, "changed", states[0] != states[1])
 
     def octaves_over(self, state: State | None) -> float | None:
         """Octaves from the largest code times a scale up to the largest input: above 0 something is clipped."""
         if state is None or not (self.absmax and state.scale):
             return None
-        return math.log2(self.absmax / (GRIDS[self.format].max * state.scale))
+        return math.log2(self.absmax / (state.max * state.scale))
 
     @property
     def seen(self) -> bool:
@@ -339,16 +339,7 @@ class Report:
             },
             "axis": {"low": AXIS_LOW, "high": AXIS_HIGH, "per_octave": CELLS_PER_OCTAVE},
             "sigma_edges": list(SIGMA_EDGES),
-            "layers": [
-                {
-                    "name": layer.name,
-                    "shape": list(layer.shape),
-                    "sides": [one and plain(one, FIGURE_DIGITS) | {"changed": one.changed} for one in layer.sides],
-                    "crossed": plain(layer.crossed, FIGURE_DIGITS),
-                    "alone_db": plain(layer.alone_db, FIGURE_DIGITS),
-                }
-                for layer in self.layers
-            ],
+            "layers": plain(self.layers, FIGURE_DIGITS),
         }
 
 

@@ -329,7 +329,7 @@ def _states(side: _Solved, results: Mapping[str, LayerResult], when: str) -> dic
     states = {}
     for key, result in results.items():
         full_precision, grid = getattr(result, f"full_precision_{when}"), grids[key]
-        state = State(scales[key], full_precision, *lost.get(key, ()), max=grid.max)
+        state = replace(State(scales[key], full_precision, *lost.get(key, ())), max=grid.max)
         states[key] = state if side.rows[key].unused else with_risk(state, absmax.get(key, 0.0), grid)
     return states
 

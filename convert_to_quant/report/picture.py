@@ -88,8 +88,12 @@ HEAT_OCTAVES = 2
 HEADING, SMALL, TINY = 13.7, 9.4, 8.6
 BOLD = 1.15
 """Bold letters are wider than others of their size."""
+FONT: Any = get_font(findfont(FontProperties(family="DejaVu Sans")))
 STYLE: Any = {"font.family": "DejaVu Sans", "text.color": INK, "text.parse_math": False, "text.hinting": "none"}
 """matplotlib's settings, over its own defaults; the font comes with it."""
+
+TICKS: Any = {"color": FAINT, "labelcolor": FADED}
+GRID: Any = {"color": FAINT, "lw": 0.6}
 
 FULL_SHARE = 0.06
 """Share of values in a quarter octave from which on a strip has its full colour, as on the page."""
@@ -183,8 +187,8 @@ def figure(report: Report, width_pixels: int = WIDTH) -> Figure:
         drawn = [layer for layer in drawn if any(one is not None and not one.inputs for one in layer.sides)] or drawn
     report = replace(report, layers=tuple(drawn))
     panels = _panels(report)
-    count = max(len(report.layers), 1)
-    each = min(max(LAYERS_INCHES / count, LEAST_LAYER), LARGEST_LAYER)
+    count = max(len(drawn), 1)
+    tall = count * min(max(LAYERS_INCHES / count, LEAST_LAYER), LARGEST_LAYER)
     full = [layer.name for layer in report.layers]
     bare = names.strip_prefix(full)[1]
     shown = [_end(drawable(bare.get(name, name)), NAME_INCHES) for name in full]
@@ -196,7 +200,7 @@ def figure(report: Report, width_pixels: int = WIDTH) -> Figure:
             for name, (text, color) in zip(stored, outcomes, strict=True)
         ]
     lines = list(_head(report))
-    top = BELOW + each * count
+    top = BELOW + tall
     chart = CHART if report.mixes else 0.0
     height = top + ABOVE + 0.6 + chart + sum(size / 45 for _, size, _ in lines)
     page = Figure((WIDTH_INCHES, height), width_pixels / WIDTH_INCHES)
@@ -206,24 +210,24 @@ def figure(report: Report, width_pixels: int = WIDTH) -> Figure:
     right = WIDTH_INCHES - EDGE - max(_inches("Outcome", BOLD * HEADING), *(_inches(text) for text, _ in outcomes), 0)
     width = (right - left - LEVELS - 3 * GAP) / 2
     span = _span(panels)
-    boxes = [Box(left + number * (width + GAP), BELOW, width, each * count) for number in range(2)]
+    boxes = [Box(left + number * (width + GAP), BELOW, width, tall) for number in range(2)]
     scaled = not report.mixes or any(strip is not None and strip[1].scale for panel in panels for strip in panel.strips)
     observed = not report.mixes or any(one is not None and one.absmax for layer in report.layers for one in layer.sides)
     taken = LEVELS + GAP if observed else 0
     if report.mixes:
         _draw_mix(page, Box(EDGE + 0.7, top + ABOVE + 0.95, WIDTH_INCHES - 2 * EDGE - 0.7, chart - 1.6), report.mixes)
-        _draw_alone(page, boxes[0] if scaled else Box(left, BELOW, right - left - GAP - taken, each * count), report)
+        _draw_alone(page, boxes[0] if scaled else Box(left, BELOW, right - left - GAP - taken, tall), report)
         panels = panels[int(report.sides[0].calibrates)], panels[1]
         boxes = boxes[1:] if scaled else []
     for box, panel in zip(boxes, panels, strict=False):
         _draw_panel(page, box, panel, span)
-    heat = Box(right - GAP - LEVELS, BELOW, LEVELS, each * count)
+    heat = Box(right - GAP - LEVELS, BELOW, LEVELS, tall)
     if observed:
         _draw_levels(page, heat, report)
 
     _write(page, right, top + 0.6, "Outcome", size=HEADING, color=INK, weight="bold")
     risky = [strip is not None and bool(strip[1].risk) for strip in panels[0].strips]
-    _draw_layers(page, Box(left, BELOW, right - left, each * count), shown, risky, outcomes)
+    _draw_layers(page, Box(left, BELOW, right - left, tall), shown, risky, outcomes)
     legend = {} if span.absolute else {f"{zone}: {says}": PALETTE[zone] for zone, says in ZONES.items()}
     key = left
     for says, color in {**legend, "in full precision: nothing is cut": UNQUANTIZED}.items() if boxes else ():
@@ -275,10 +279,10 @@ MARKS: Mapping[str, dict[str, Any]] = {
 def _draw_mix(page: Figure, box: Box, mixes: Sequence[Mapping[str, Any]]) -> None:
     """What each size keeps: the best mixes, one format for all layers, and the file."""
     ax = _axes(page, box)
-    ax.grid(axis="y", color=FAINT, lw=0.6)
+    ax.grid(axis="y", **GRID)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(FAINT)
-    ax.tick_params(color=FAINT, labelcolor=FADED, labelsize=SMALL)
+    ax.tick_params(labelsize=SMALL, **TICKS)
     first = mixes[0]
     points = {
         "curve": first["curve"],
@@ -332,11 +336,9 @@ def _draw_alone(page: Figure, box: Box, report: Report) -> None:
         if name in FORMATS
     ]
     ends = (min((db for _, db, _, _ in tried), default=0) - 3, max((db for _, db, _, _ in tried), default=1) + 3)
-    ax = _image(page, box, [], ends, len(report.layers))
-    ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, color=FAINT, labelcolor=FADED,
-                   labelsize=TINY)  # fmt: skip
+    ax = _rows(page, box, ends, len(report.layers))
     ax.xaxis.set_major_locator(MultipleLocator(10))
-    ax.grid(axis="x", color=FAINT, lw=0.6)
+    ax.grid(axis="x", **GRID)
     size = min(box.height / max(len(report.layers), 1) * 72 * 0.5, 6.0)
     for own, mark, scale in ((False, "s", 1.0), (True, "D", 1.3)):
         rows, decibels, bits = np.array([each[:3] for each in tried if each[3] == own]).reshape(-1, 3).T
@@ -382,8 +384,6 @@ def _draw_panel(page: Figure, box: Box, panel: Panel, span: Span) -> None:
     ]
     pixels = np.rint(np.reshape(strips, (-1, STRIP_PIXELS, 3)) * 255).astype(np.uint8)
     ax = _image(page, box, pixels, (low, high))
-    ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, color=FAINT, labelcolor=FADED,
-                   labelsize=TINY)  # fmt: skip
     top, right = box.bottom + box.height, box.left + box.width
     subtitle = _end(panel.subtitle, box.width / 2)
     title = _end(panel.title, box.width - _inches(subtitle), BOLD * HEADING)
@@ -413,15 +413,22 @@ def _axes(page: Figure, box: Box) -> Axes:
     return page.add_axes((box.left / width, box.bottom / height, box.width / width, box.height / height))
 
 
-def _image(page: Figure, box: Box, layers: Any, ends: tuple[float, float], rows: int | None = None, **how: Any) -> Axes:
-    """Layers as rows of pixels, with white lines between them where they are high enough; or empty rows."""
+def _rows(page: Figure, box: Box, ends: tuple[float, float], count: int) -> Axes:
+    """Axes with a row for every layer, and what is across above them."""
     ax = _axes(page, box)
-    count = max(len(layers) if rows is None else rows, 1)
-    ax.set(xlim=ends, ylim=(count - 0.5, -0.5), yticks=[], xticks=[], frame_on=False)
+    ax.set(xlim=ends, ylim=(max(count, 1) - 0.5, -0.5), yticks=[], xticks=[], frame_on=False)
+    ax.xaxis.tick_top()
+    ax.tick_params(labelsize=TINY, **TICKS)
+    return ax
+
+
+def _image(page: Figure, box: Box, layers: Any, ends: tuple[float, float], **how: Any) -> Axes:
+    """Layers as rows of pixels, with white lines between them where they are high enough."""
+    ax, each = _rows(page, box, ends, len(layers)), box.height / max(len(layers), 1)
     if len(layers):
-        ax.imshow(layers, extent=(*ends, count - 0.5, -0.5), aspect="auto", interpolation="nearest", **how)
-    if rows is None and box.height / count >= READABLE_LAYER:
-        ax.hlines(np.arange(count + 1) - 0.5, *ends, color="white", lw=box.height / count * 14.4, capstyle="projecting")
+        ax.imshow(layers, extent=(*ends, *ax.get_ylim()), aspect="auto", interpolation="nearest", **how)
+    if each >= READABLE_LAYER:
+        ax.hlines(np.arange(len(layers) + 1) - 0.5, *ends, color="white", lw=each * 14.4, capstyle="projecting")
     return ax
 
 
@@ -537,16 +544,10 @@ def _solving(report: Report) -> str:
 
 
 @cache
-def _letters() -> Any:
-    return get_font(findfont(FontProperties(family="DejaVu Sans")))
-
-
-@cache
 def _advance(letter: str) -> float:
     """How wide a letter is, for a size of 1 inch."""
-    font = _letters()
-    font.set_size(72, 72)
-    return float(font.load_char(ord(letter)).linearHoriAdvance) / 65536 / 72
+    FONT.set_size(72, 72)
+    return float(FONT.load_char(ord(letter)).linearHoriAdvance) / 65536 / 72
 
 
 def _inches(text: str, size: float = SMALL) -> float:
@@ -560,7 +561,7 @@ def drawable(text: str) -> str:
     >>> drawable("a\x1b × 模 β")
     'a? × ? β'
     """
-    return "".join(sign if sign.isprintable() and _letters().get_char_index(ord(sign)) else "?" for sign in text)
+    return "".join(sign if sign.isprintable() and FONT.get_char_index(ord(sign)) else "?" for sign in text)
 
 
 def _end(text: str, inches: float, size: float = SMALL) -> str:
