@@ -31,14 +31,12 @@ SMALL = DemoOptions(
 )
 
 
-def test_demo_converts_calibrates_mixes_paints_and_tells(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shares: list[float] = []
+def test_demo_converts_calibrates_mixes_paints_and_tells(tmp_path, monkeypatch, capsys):
+    shares = []
     run = demo.run
 
-    def small(folder: Path, *, progress: demo.Progress) -> demo.Demo:
-        def watched(done: float, total: float) -> None:
+    def small(folder, *, progress):
+        def watched(done, total):
             shares.append(done / total)
             progress(done, total)
 
@@ -79,7 +77,7 @@ def test_demo_converts_calibrates_mixes_paints_and_tells(
             assert (scales == {1.0}, len(scales) > 10) == (way == SCALE_ONE, way == CALIBRATED)
 
 
-def test_pictures_show_what_was_asked_for() -> None:
+def test_pictures_show_what_was_asked_for():
     names = ("strawberry", "fish")
     with open_checkpoint(WEIGHTS) as checkpoint:
         model = load(checkpoint)
@@ -92,12 +90,12 @@ def test_pictures_show_what_was_asked_for() -> None:
     assert corners.mean() > 240  # on white
 
 
-def test_unknown_variants_are_refused() -> None:
+def test_unknown_variants_are_refused():
     with pytest.raises(OptionError, match="unknown re-ranging 'lukewarm'"):
         DemoOptions(variants=("plain", "lukewarm"))
 
 
-def test_a_file_in_the_folders_place_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_in_the_folders_place_is_an_error(tmp_path, capsys):
     place = tmp_path / "taken"
     place.write_text("here first")
     assert main(["demo", "-o", str(place)]) == 1
@@ -108,9 +106,7 @@ def test_a_file_in_the_folders_place_is_an_error(tmp_path: Path, capsys: pytest.
     ("variant", "least_db", "scale_one_db"),
     [("plain", 29, None), ("hot", 29, (5, 9)), ("cold", 29, (-3, 2)), ("spiky", None, None), ("wild", None, None)],
 )
-def test_actcal_without_data_keeps_the_picture(
-    tmp_path: Path, variant: str, least_db: float | None, scale_one_db: tuple[float, float] | None
-) -> None:
+def test_actcal_without_data_keeps_the_picture(tmp_path, variant, least_db, scale_one_db):
     """At least 29 dB where layers have one range each, and nowhere worse than a scale of 1.0 by more than 0.3 dB."""
     files, calibration = demo.make_files(variant, tmp_path, LEAST_SAMPLES)
     assert calibration.engine == "model"

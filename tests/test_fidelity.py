@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from convert_to_quant import fidelity
 from convert_to_quant.engines import noise
@@ -21,33 +20,33 @@ SIZE = Geometry(height=2, width=3, frames=1, text_tokens=4)
 class Line:
     """A model whose velocity is a known multiple of its latents, and which counts how often it runs."""
 
-    def __init__(self, slope: float, drift: float = 0.0) -> None:
+    def __init__(self, slope, drift=0.0):
         self.slope, self.drift, self.calls = slope, drift, 0
         self.linears: dict[str, Any] = {}
 
-    def latent_shape(self, geometry: Geometry) -> tuple[int, ...]:
+    def latent_shape(self, geometry):
         return (geometry.height * geometry.width, 8)
 
-    def velocity(self, latents: Tensor, sigma: float, conditioning: dict[str, Tensor], _: Geometry) -> Tensor:
+    def velocity(self, latents, sigma, conditioning, _):
         self.calls += 1
         return latents * self.slope * (1 + self.drift * sigma) * (1 + conditioning["text"].mean((1, 2), keepdim=True))
 
 
-def prompts(count: int) -> dict[str, Tensor]:
+def prompts(count):
     return {"text": torch.full((count, 4, 5), 0.25)}
 
 
-def compare(reference: Any, other: Any, **options: Any) -> fidelity.Fidelity:
+def compare(reference, other, **options):
     return velocity_fidelity(reference, other, options.pop("prompts", prompts(3)), SIZE, **options)
 
 
-def test_a_model_equals_itself() -> None:
+def test_a_model_equals_itself():
     found = compare(Line(0.5), Line(0.5), steps=2)
     assert found.sqnr_db == found.psnr_db == EXACT_DB
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_velocity_that_is_ten_percent_off_has_20_db_everywhere(guidance: float) -> None:
+def test_a_velocity_that_is_ten_percent_off_has_20_db_everywhere(guidance):
     found = compare(Line(0.5), Line(0.55), steps=4, guidance=guidance)
     assert [level.sigma for level in found.levels] == [1.0, 0.75, 0.5, 0.25]
     assert [level.sqnr_db for level in found.levels] == pytest.approx([20.0] * 4, abs=1e-4)
@@ -55,44 +54,42 @@ def test_a_velocity_that_is_ten_percent_off_has_20_db_everywhere(guidance: float
     assert found.standard_error_db == pytest.approx(0, abs=1e-4)
 
 
-def test_the_quantized_model_is_asked_at_the_references_states() -> None:
+def test_the_quantized_model_is_asked_at_the_references_states():
     # Its own states would differ more and more; the ratio at the reference's states follows from the slopes alone.
     found = compare(Line(0.5), Line(0.5, drift=0.1), steps=4)
     wanted = [-20 * math.log10(0.1 * sigma) for sigma in (1.0, 0.75, 0.5, 0.25)]
     assert [level.sqnr_db for level in found.levels] == pytest.approx(wanted, abs=1e-3)
 
 
-def test_final_latents_are_those_of_each_models_own_steps() -> None:
+def test_final_latents_are_those_of_each_models_own_steps():
     found = compare(Line(0.5), Line(0.55), steps=4, prompts=prompts(1), batch=1)
-    start = fidelity.check_latents(Line(1), SIZE, 1, 43).double()  # type: ignore[arg-type]
+    start = fidelity.check_latents(Line(1), SIZE, 1, 43).double()
     reference, own = (start * (1 - slope * 1.25 / 4) ** 4 for slope in (0.5, 0.55))
     peak = float(reference.max() - reference.min())
     assert found.psnr_db == pytest.approx(10 * math.log10(peak**2 / float((reference - own).square().mean())), abs=1e-3)
     assert found.psnr_standard_error_db == 0.0
 
 
-def test_prompts_start_from_the_same_noise_in_any_batch() -> None:
+def test_prompts_start_from_the_same_noise_in_any_batch():
     one, many = (compare(Line(0.5), Line(0.5, 0.3), prompts=prompts(5), batch=size) for size in (1, 4))
     assert one.sqnr_db == pytest.approx(many.sqnr_db, abs=1e-4)
     assert one.psnr_db == pytest.approx(many.psnr_db, abs=1e-4)
 
 
-def test_guidance_mixes_both_predictions_into_the_steps() -> None:
+def test_guidance_mixes_both_predictions_into_the_steps():
     found = compare(Line(0.5), Line(0.55), steps=1, guidance=3.0, prompts=prompts(1))
-    start = fidelity.check_latents(Line(1), SIZE, 1, 43).double()  # type: ignore[arg-type]
+    start = fidelity.check_latents(Line(1), SIZE, 1, 43).double()
     # slopes: 1.25 times with the prompt, 1 without; guided: 1 + 3 * 0.25
     reference, own = (start * (1 - slope * 1.75) for slope in (0.5, 0.55))
     peak = float(reference.max() - reference.min())
     assert found.psnr_db == pytest.approx(10 * math.log10(peak**2 / float((reference - own).square().mean())), abs=1e-3)
 
 
-def test_the_empty_prompt_keeps_masks_and_numbers() -> None:
-    seen: list[dict[str, Tensor]] = []
+def test_the_empty_prompt_keeps_masks_and_numbers():
+    seen = []
 
     class Watched(Line):
-        def velocity(
-            self, latents: Tensor, sigma: float, conditioning: dict[str, Tensor], geometry: Geometry
-        ) -> Tensor:
+        def velocity(self, latents, sigma, conditioning, geometry):
             seen.append(conditioning)
             return super().velocity(latents, sigma, conditioning, geometry)
 
@@ -103,17 +100,17 @@ def test_the_empty_prompt_keeps_masks_and_numbers() -> None:
     assert seen[0]["guidance"].tolist() == [3.5, 3.5]
 
 
-def test_the_first_step_is_not_computed_twice() -> None:
+def test_the_first_step_is_not_computed_twice():
     quantized = Line(0.5)
     compare(Line(0.5), quantized, steps=3, prompts=prompts(1))
     assert quantized.calls == 5
 
 
-def test_the_spread_is_the_standard_error_over_prompts() -> None:
+def test_the_spread_is_the_standard_error_over_prompts():
     text = {"text": torch.tensor([0.0, 1.0, 3.0])[:, None, None].expand(3, 4, 5)}
 
     class Uneven(Line):
-        def velocity(self, *args: Any) -> Tensor:
+        def velocity(self, *args):
             return super().velocity(*args) * (1 + 0.01 * args[2]["text"].mean((1, 2), keepdim=True) + 0.01)
 
     found = compare(Line(0.5), Uneven(0.5), steps=1, prompts=text)
@@ -122,19 +119,19 @@ def test_the_spread_is_the_standard_error_over_prompts() -> None:
     assert found.standard_error_db == pytest.approx(np.std(ratios, ddof=1) / math.sqrt(3), abs=1e-3)
 
 
-def test_the_worst_is_that_of_one_prompt_at_one_level_at_any_size() -> None:
-    def scene(size: Geometry, *texts: float) -> fidelity.Scene:
+def test_the_worst_is_that_of_one_prompt_at_one_level_at_any_size():
+    def scene(size, *texts):
         text = {"text": torch.tensor(texts)[:, None, None].expand(len(texts), 4, 5)}
         shape = Line(1).latent_shape(size)
         return fidelity.Scene(torch.ones(len(texts), *shape), text, size)
 
     class Worse(Line):
-        def velocity(self, latents: Tensor, sigma: float, conditioning: dict[str, Tensor], size: Geometry) -> Tensor:
+        def velocity(self, latents, sigma, conditioning, size):
             right = super().velocity(latents, sigma, conditioning, size)
             return right * (1 + 0.01 * (conditioning["text"].mean((1, 2), keepdim=True) + sigma))
 
     scenes = [scene(SIZE, 0.0, 1.0), scene(Geometry(1, 2, 1, 4), 3.0)]
-    found = fidelity.scenes_fidelity(Line(0.1), Worse(0.1), scenes, steps=2)  # type: ignore[arg-type]
+    found = fidelity.scenes_fidelity(Line(0.1), Worse(0.1), scenes, steps=2)
     errors = np.array([[text + sigma for sigma in (1.0, 0.5)] for text in (0.0, 1.0, 3.0)])
     wanted = -20 * np.log10(0.01 * errors)
     assert found.worst_db == pytest.approx(wanted.min(), abs=1e-3)
@@ -149,7 +146,7 @@ def test_the_worst_is_that_of_one_prompt_at_one_level_at_any_size() -> None:
 class Taker(Line):
     """Takes a stream of tokens, a vector and a mask."""
 
-    def signals(self, size: Geometry) -> dict[str, Signal]:
+    def signals(self, size):
         return {
             "text": Signal((size.text_tokens, 512)),
             "pooled": Signal((512,)),
@@ -158,10 +155,10 @@ class Taker(Line):
 
 
 @pytest.mark.parametrize("seed", [0, 42, 43])
-def test_a_check_shows_nothing_that_a_calibration_could_see(seed: int) -> None:
+def test_a_check_shows_nothing_that_a_calibration_could_see(seed):
     """Fails if the noise of `check` becomes that of calibration: in numbers, kind, or size."""
     model, size, count = Taker(1), Geometry(4, 6, 1, 16), 12
-    scenes = fidelity.noise_scenes(model, size, count, seed=seed)  # type: ignore[arg-type]
+    scenes = fidelity.noise_scenes(model, size, count, seed=seed)
     assert [scene.geometry for scene in scenes] == [size, Geometry(2, 3, 1, 4)]
     magnitudes = []
     for scene in scenes:
@@ -195,13 +192,13 @@ def test_a_check_shows_nothing_that_a_calibration_could_see(seed: int) -> None:
     assert (scenes[0].conditioning["mask"] == 1).all()
 
 
-def test_progress_counts_prompts_and_levels() -> None:
-    calls: list[tuple[int, int]] = []
+def test_progress_counts_prompts_and_levels():
+    calls = []
     compare(Line(1), Line(1), steps=2, batch=2, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(2, 6), (4, 6), (5, 6), (6, 6)]
 
 
-def test_the_result_is_json() -> None:
+def test_the_result_is_json():
     found = compare(Line(0.5), Line(0.55), steps=2)
     values = json.loads(json.dumps(found.to_json()))
     assert values["levels"][0]["sigma"] == 1.0
@@ -210,12 +207,12 @@ def test_the_result_is_json() -> None:
 
 
 @pytest.mark.parametrize("option", ["steps", "batch"])
-def test_options_below_one_are_refused(option: str) -> None:
+def test_options_below_one_are_refused(option):
     with pytest.raises(OptionError, match=f"{option} should be at least 1, found 0"):
         compare(Line(1), Line(1), **{option: 0})
 
 
-def test_no_prompts_are_refused() -> None:
+def test_no_prompts_are_refused():
     with pytest.raises(OptionError, match="prompts should be at least 1, found 0"):
         compare(Line(1), Line(1), prompts=prompts(0))
 
@@ -223,11 +220,11 @@ def test_no_prompts_are_refused() -> None:
 class Turning(Line):
     """A model that turns bad at sigma 0.5."""
 
-    def __init__(self, value: float) -> None:
+    def __init__(self, value):
         super().__init__(0.5)
         self.value = value
 
-    def velocity(self, latents: Tensor, sigma: float, *rest: Any) -> Tensor:
+    def velocity(self, latents, sigma, *rest):
         found = super().velocity(latents, sigma, *rest)
         if sigma == 0.5:
             found[-1].reshape(-1)[0] = self.value
@@ -235,19 +232,19 @@ class Turning(Line):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_model_that_is_not_finite_is_refused_with_its_side_and_level(value: float) -> None:
+def test_a_model_that_is_not_finite_is_refused_with_its_side_and_level(value):
     for pair, side in (((Turning(value), Line(0.5)), "reference"), ((Line(0.5), Turning(value)), "quantized model")):
         with pytest.raises(CalibrationError, match=f"the velocity in the {side} is not finite at sigma 0.5"):
             compare(*pair, steps=4)
 
 
-def test_latents_that_overflow_are_refused() -> None:
+def test_latents_that_overflow_are_refused():
     for pair, side in (((Line(2e38), Line(1)), "reference"), ((Line(1), Line(2e38)), "quantized model")):
         with pytest.raises(CalibrationError, match=f"in the {side} is not finite"):
             compare(*pair, steps=2)
 
 
-def test_ratios_are_finite_or_nan_and_never_exact_by_mistake() -> None:
+def test_ratios_are_finite_or_nan_and_never_exact_by_mistake():
     zero, one = torch.zeros(1, 2), torch.ones(1, 2)
     bad = [torch.full((1, 2), value) for value in (math.nan, math.inf, -math.inf)]
     for ratio in (fidelity.sqnr_db, fidelity.psnr_db):
@@ -259,7 +256,7 @@ def test_ratios_are_finite_or_nan_and_never_exact_by_mistake() -> None:
             assert ratio(value, value).isnan().all()
 
 
-def test_a_lost_row_shows_in_the_worst_rows_and_not_in_the_whole() -> None:
+def test_a_lost_row_shows_in_the_worst_rows_and_not_in_the_whole():
     errors = fidelity._RowErrors()
     wanted = torch.ones(1000, 4)
     wanted[0] = 1e4
@@ -275,7 +272,7 @@ def test_a_lost_row_shows_in_the_worst_rows_and_not_in_the_whole() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
-def test_errors_of_rows_are_finite_wherever_outputs_are(scale: float) -> None:
+def test_errors_of_rows_are_finite_wherever_outputs_are(scale):
     errors = fidelity._RowErrors()
     errors.add("layer", torch.full((8, 4), scale), torch.full((8, 4), 3e38))
     (result,) = errors.results()

@@ -8,13 +8,13 @@ from convert_to_quant import emoji
 from convert_to_quant.checkpoint import open_checkpoint
 
 
-def test_weights_are_a_bfloat16_model_of_nine_million_parameters() -> None:
+def test_weights_are_a_bfloat16_model_of_nine_million_parameters():
     with open_checkpoint(emoji.WEIGHTS) as checkpoint:
         assert {info.dtype for info in checkpoint.tensors.values()} == {"BF16"}
         assert sum(info.elements for info in checkpoint.tensors.values()) == 9_074_752
 
 
-def test_pictures_are_tokens_unpacked_and_pixel_shuffled_on_white() -> None:
+def test_pictures_are_tokens_unpacked_and_pixel_shuffled_on_white():
     generator = torch.Generator().manual_seed(0)
     latents = 1.5 * torch.randn(2, 64, 64, generator=generator)
     # A token is (channel, row, column) of 2×2 latents, as Flux.1 packs them; a channel is (RGBA, row, column).
@@ -26,6 +26,6 @@ def test_pictures_are_tokens_unpacked_and_pixel_shuffled_on_white() -> None:
     assert np.abs(found.astype(int) - expected.numpy()).max() <= 1
 
 
-def test_no_alpha_is_white() -> None:
+def test_no_alpha_is_white():
     latents = -np.ones((1, 64, 64), np.float32)
     assert (emoji.to_pictures(latents) == 255).all()

@@ -9,7 +9,7 @@ from convert_to_quant.emoji import prompts
 from convert_to_quant.emoji.prompts import NAMES, embed, embed_all
 
 
-def test_words_are_hashed_as_in_training() -> None:
+def test_words_are_hashed_as_in_training():
     context, pooled = embed("Bear Face")
     assert context.shape == (8, 64)
     assert pooled.shape == (64,)
@@ -19,36 +19,36 @@ def test_words_are_hashed_as_in_training() -> None:
     assert pooled[:3] == pytest.approx([0.30564061, 0.91008389, -0.62822264], abs=1e-6)
 
 
-def test_tokens_behind_the_words_are_zero() -> None:
+def test_tokens_behind_the_words_are_zero():
     context, _ = embed("bear face")
     assert not context[2:].any()
     assert context[:2].all()
 
 
-def test_empty_prompt_is_zeros() -> None:
+def test_empty_prompt_is_zeros():
     context, pooled = embed("")
     assert not context.any()
     assert not pooled.any()
 
 
-def test_case_and_hyphens_make_no_difference() -> None:
+def test_case_and_hyphens_make_no_difference():
     for one, other in zip(embed("Dark-Skin Tone"), embed("dark skin tone"), strict=True):
         assert np.array_equal(one, other)
 
 
-def test_words_behind_the_eighth_are_not_seen() -> None:
+def test_words_behind_the_eighth_are_not_seen():
     for one, other in zip(embed("a b c d e f g h i j"), embed("a b c d e f g h"), strict=True):
         assert np.array_equal(one, other)
 
 
-def test_several_prompts_are_stacked() -> None:
+def test_several_prompts_are_stacked():
     context, pooled = embed_all(["fish", "honey pot"])
     assert context.shape == (2, prompts.TOKENS, prompts.CHANNELS)
     assert np.array_equal(context[1], embed("honey pot")[0])
     assert np.array_equal(pooled[0], embed("fish")[1])
 
 
-def test_the_demo_asks_for_emoji_that_unicode_has() -> None:
+def test_the_demo_asks_for_emoji_that_unicode_has():
     assert len(set(NAMES)) == len(NAMES)
     for name in NAMES:
         unicodedata.lookup(name)

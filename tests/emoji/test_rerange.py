@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -10,25 +7,23 @@ import torch
 from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
 from convert_to_quant.demo import GEOMETRY, prompt_conditioning
 from convert_to_quant.emoji import WEIGHTS
-from convert_to_quant.emoji.rerange import RERANGINGS, Float32, rerange, write_reranged
+from convert_to_quant.emoji.rerange import RERANGINGS, rerange, write_reranged
 from convert_to_quant.engines import noise
 from convert_to_quant.engines.diffusers import load
 
-Tensors = Mapping[str, Float32]
-
 
 @pytest.fixture(scope="module")
-def tensors() -> Tensors:
+def tensors():
     with open_checkpoint(WEIGHTS) as checkpoint:
         return {name: checkpoint.float32(name) for name in checkpoint.tensors}
 
 
 @pytest.fixture(scope="module")
-def velocity(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tensors], torch.Tensor]:
+def velocity(tmp_path_factory):
     """The velocity that a model in float32 predicts for one prompt on noise."""
     folder = tmp_path_factory.mktemp("reranged")
 
-    def velocity(tensors: Tensors) -> torch.Tensor:
+    def velocity(tensors):
         path = folder / "model.safetensors"
         write_checkpoint(path, {name: Entry.of(values) for name, values in tensors.items()})
         with open_checkpoint(path) as checkpoint:
@@ -40,7 +35,7 @@ def velocity(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tensors], to
 
 
 @pytest.mark.parametrize("name", [name for name in RERANGINGS if name != "plain"])
-def test_the_function_stays_the_same(tensors: Tensors, velocity: Callable[[Tensors], torch.Tensor], name: str) -> None:
+def test_the_function_stays_the_same(tensors, velocity, name):
     reranged = rerange(tensors, RERANGINGS[name])
     changed = [tensor for tensor in tensors if not np.array_equal(tensors[tensor], reranged[tensor])]
     assert len(changed) > len(tensors) / 4
@@ -48,28 +43,26 @@ def test_the_function_stays_the_same(tensors: Tensors, velocity: Callable[[Tenso
     assert (found - expected).norm() / expected.norm() < 1e-4
 
 
-def test_plain_is_the_model_as_it_is(tensors: Tensors) -> None:
+def test_plain_is_the_model_as_it_is(tensors):
     reranged = rerange(tensors, RERANGINGS["plain"])
     assert all(np.array_equal(tensors[name], reranged[name]) for name in tensors)
 
 
-def test_factors_undone_only_in_one_of_two_places_would_change_the_function(
-    tensors: Tensors, velocity: Callable[[Tensors], torch.Tensor]
-) -> None:
+def test_factors_undone_only_in_one_of_two_places_would_change_the_function(tensors, velocity):
     reranged = rerange(tensors, RERANGINGS["hot"])
     reranged["single_blocks.3.linear2.weight"] = tensors["single_blocks.3.linear2.weight"]
     expected, found = velocity(tensors), velocity(reranged)
     assert (found - expected).norm() / expected.norm() > 0.1
 
 
-def test_random_factors_follow_the_seed(tensors: Tensors) -> None:
+def test_random_factors_follow_the_seed(tensors):
     name = "double_blocks.0.img_attn.qkv.weight"
     first, again, other = (rerange(tensors, RERANGINGS["wild"], seed)[name] for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
-def test_files_have_bfloat16_weights_and_float32_biases(tmp_path: Path) -> None:
+def test_files_have_bfloat16_weights_and_float32_biases(tmp_path):
     output = tmp_path / "plain.safetensors"
     write_reranged(WEIGHTS, output, RERANGINGS["plain"])
     with open_checkpoint(WEIGHTS) as source, open_checkpoint(output) as written:

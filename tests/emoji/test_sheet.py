@@ -7,16 +7,16 @@ from convert_to_quant.emoji.sheet import ENLARGED, Cell, Heading, draw
 RED, BLUE = (251, 10, 20), (10, 20, 250)
 
 
-def picture(color: tuple[int, int, int], side: int = 32) -> np.ndarray:
+def picture(color, side=32):
     return np.full((side, side, 3), color, np.uint8)
 
 
-def pixels(image: object, color: tuple[int, int, int]) -> np.ndarray:
+def pixels(image, color):
     """Rows and columns of the pixels that have a color, [2, pixels]."""
     return np.array(np.nonzero((np.asarray(image) == color).all(-1)))
 
 
-def test_pictures_are_enlarged_pixel_by_pixel_and_captions_have_their_color() -> None:
+def test_pictures_are_enlarged_pixel_by_pixel_and_captions_have_their_color():
     rows = [
         (Heading("one", "first"), [Cell([picture(RED)] * 3, "1.0 dB", BLUE), Cell([picture(RED)] * 3, "2.0 dB")]),
         (Heading("two", "second"), [Cell([picture(RED)] * 3, "3.0 dB"), Cell([picture(RED)] * 3, "4.0 dB")]),
@@ -31,7 +31,7 @@ def test_pictures_are_enlarged_pixel_by_pixel_and_captions_have_their_color() ->
     assert red_columns.min() < caption_columns.min() < caption_columns.max() < first_cell
 
 
-def test_a_long_caption_or_title_stays_inside() -> None:
+def test_a_long_caption_or_title_stays_inside():
     long = "PSNR 32.3 dB, SSIM 0.975"
     cells = [Cell([picture((9, 9, 9))], long, color) for color in (RED, BLUE)]
     image = draw(Heading("title", 6 * long), [Heading("left", ""), Heading("right", long)], [(Heading("", ""), cells)])
@@ -40,8 +40,8 @@ def test_a_long_caption_or_title_stays_inside() -> None:
     assert (np.asarray(image)[:, -1] == np.asarray(image)[0, 0]).all()
 
 
-def test_the_sheet_grows_with_rows_and_columns() -> None:
-    def size(columns: int, rows: int) -> tuple[int, int]:
+def test_the_sheet_grows_with_rows_and_columns():
+    def size(columns, rows):
         cells = [Cell([picture(RED)] * 2, "0 dB")] * columns
         return draw(Heading("", ""), [Heading("", "")] * columns, [(Heading("", ""), cells)] * rows).size
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from observing import observed
 
 from convert_to_quant import __version__
 from convert_to_quant.formats import DEFAULT_GRID
-from convert_to_quant.report import document
 from convert_to_quant.report.document import CELLS, State, encode_shares, plain
 from convert_to_quant.report.figures import Source, build
 
 
-def sqnr_db(values: np.ndarray) -> float:
+def sqnr_db(values):
     """Of quantizing values at scale 1, by torch's own cast."""
     codes = torch.from_numpy(values).clamp(-448, 448).float().to(torch.float8_e4m3fn).double().numpy()
     error = float(np.sum((values - codes) ** 2))
@@ -28,27 +27,24 @@ def sqnr_db(values: np.ndarray) -> float:
 
 
 @given(arrays.arrays(np.float64, st.integers(1, 40), elements=st.floats(2.0**-6, DEFAULT_GRID.largest_rounded)))
-def test_rounding_in_the_normal_range_is_never_worse_than_the_bound(values: np.ndarray) -> None:
+def test_rounding_in_the_normal_range_is_never_worse_than_the_bound_which_is_reached(values):
     assert sqnr_db(values) >= DEFAULT_GRID.worst_rounding_db - 1e-6
-
-
-def test_the_bound_is_reached() -> None:
     assert sqnr_db(np.array([17 / 16])) == pytest.approx(DEFAULT_GRID.worst_rounding_db)
 
 
-def test_rounding_to_448_ends_half_a_step_above_it() -> None:
+def test_rounding_to_448_ends_half_a_step_above_it():
     below, largest = DEFAULT_GRID.values[0x7D:0x7F]
     assert largest + (largest - below) / 2 == DEFAULT_GRID.largest_rounded
 
 
 @given(st.floats(1e-8, 1.0))
-def test_a_share_survives_as_a_byte_to_within_four_percent(share: float) -> None:
+def test_a_share_survives_as_a_byte_to_within_four_percent(share):
     level = int(encode_shares(np.array([share]))[0])
     assert 10 ** ((level - 1) * 8 / 254 - 8) == pytest.approx(share, rel=0.037), "as picture.js reads it"
 
 
 @given(arrays.arrays(np.float64, 20, elements=st.floats(0, 1)))
-def test_a_larger_share_never_has_a_smaller_byte_and_only_nothing_has_zero(shares: np.ndarray) -> None:
+def test_a_larger_share_never_has_a_smaller_byte_and_only_nothing_has_zero(shares):
     encoded = encode_shares(shares)
     order = np.argsort(shares, kind="stable")
     assert (np.diff(encoded[order].astype(int)) >= 0).all()
@@ -56,13 +52,13 @@ def test_a_larger_share_never_has_a_smaller_byte_and_only_nothing_has_zero(share
 
 
 @pytest.fixture
-def report(observed: Any) -> document.Report:
+def report():
     rows = np.random.default_rng(0).standard_normal((64, 16))
     inputs = {"blocks.0.a": {1.0: rows, 0.5: 3 * rows}, "blocks.1.a": None, "blocks.2.a": 0 * rows}
     return build(Source(observed(inputs)), options={"files": ("a", "b")})
 
 
-def test_the_document_is_json_that_says_what_made_it_and_explains_every_risk(report: document.Report) -> None:
+def test_the_document_is_json_that_says_what_made_it_and_explains_every_risk(report):
     whole = report.document()
     assert json.loads(json.dumps(whole, allow_nan=False)) == whole
     assert (whole["format"], whole["version"], whole["options"]) == (1, __version__, {"files": ["a", "b"]})
@@ -70,21 +66,15 @@ def test_the_document_is_json_that_says_what_made_it_and_explains_every_risk(rep
     assert list(whole["risks"]) == ["no scale", "clips", "vanishes", "tokens lost", "coarse"]
 
 
-def test_cells_are_kept_without_the_empty_ones_around_them(report: document.Report) -> None:
+def test_cells_are_kept_without_the_empty_ones_around_them(report):
     first, text = report.document()["layers"][0]["sides"][0]["density"]
     kept = np.frombuffer(base64.b64decode(text), np.uint8)
-    figures = report.layers[0].sides[0]
-    assert figures is not None
-    assert figures.density is not None
-    assert kept[0]
-    assert kept[-1]
-    assert len(kept) < CELLS / 2
-    assert (np.pad(kept, (first, CELLS - first - len(kept))) == figures.density).all()
+    assert min(kept[0], kept[-1]) > 0
+    assert (np.pad(kept, (first, CELLS - first - len(kept))) == report.layers[0].sides[0].density).all()
 
 
-def test_figures_are_in_the_document_under_their_own_names(report: document.Report) -> None:
+def test_figures_are_in_the_document_under_their_own_names(report):
     figures, told = report.layers[0].sides[0], report.document()["layers"][0]["sides"][0]
-    assert figures is not None
     for name in ("rows", "rows_per_sample", "calls", "multiply_adds", "reason", "cause", "source", "changed", "unused"):
         assert told[name] == getattr(figures, name)
     for name in ("zeros", "absmax", "rms", "median", "p999"):
@@ -94,24 +84,23 @@ def test_figures_are_in_the_document_under_their_own_names(report: document.Repo
     assert figures.calls == 2
 
 
-def test_what_was_never_seen_has_no_numbers(report: document.Report) -> None:
+def test_what_was_never_seen_has_no_numbers(report):
     _, unseen, zeros = (layer["sides"][0] for layer in report.document()["layers"])
     assert (unseen["density"], unseen["absmax"], unseen["before"]["sqnr_db"]) == (None, None, None)
     assert (zeros["density"], zeros["zeros"]) == (None, 1.0)  # zeros are in no cell
 
 
-def test_noise_levels_run_from_noise_to_image(report: document.Report) -> None:
+def test_noise_levels_run_from_noise_to_image(report):
     whole = report.document()
-    figures = whole["layers"][0]["sides"][0]
     assert whole["sigma_edges"] == [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0]
     for name in ("sigma_absmax", "sigma_rms"):
-        first, fifth = figures[name][0], figures[name][4]
-        assert figures[name] == [first, *[None] * 3, fifth, *[None] * 3]
+        first, _, _, _, fifth, *_ = levels = whole["layers"][0]["sides"][0][name]
+        assert levels == [first, *[None] * 3, fifth, *[None] * 3]
         assert fifth == pytest.approx(3 * first, rel=1e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
-def test_a_scale_keeps_every_digit_of_a_float32_and_what_is_no_number_is_null(value: float | None) -> None:
+def test_a_scale_keeps_every_digit_of_a_float32_and_what_is_no_number_is_null(value):
     scale = float(np.float32(1 / 3))
     told = plain(State(scale, False, sqnr_db=value), digits=4)
     assert np.float32(told["scale"]) == np.float32(scale)

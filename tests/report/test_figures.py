@@ -3,53 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from observing import LOUD_TOKEN, NORMAL, observed
 
 from convert_to_quant.errors import CalibrationError, StatisticsError, TensorError
 from convert_to_quant.options import SolveOptions
 from convert_to_quant.report import figures
-from convert_to_quant.report.document import AXIS_LOW, CELLS, CELLS_PER_OCTAVE, Figures, Report, State, encode_shares
+from convert_to_quant.report.document import AXIS_LOW, CELLS, CELLS_PER_OCTAVE, State, encode_shares
 from convert_to_quant.report.figures import Source, build, cell_shares, with_risk
 from convert_to_quant.report.page import render
 from convert_to_quant.stats import Statistics
 from convert_to_quant.trials import Trials
-
-Observed = Callable[..., Statistics]
 
 RNG = np.random.default_rng(5)
 WIDE = (RNG.choice([-1, 1], (96, 32)) * 2.0 ** RNG.uniform(-14, 12, (96, 32))).astype(np.float32)
 WIDE[:3] = 0
 WIDE[3:6] = 2.0**-7  # rows that are lost at a scale of 1
 WIDE[6:11] = 2.0**-3  # and at 4096 / 448 only
-NORMAL = RNG.standard_normal((64, 32)).astype(np.float32)
 
 
-def figures_of(report: Report, name: str = "a", side: int = 0) -> Figures:
-    found = next(layer for layer in report.layers if layer.name == name).sides[side]
-    assert found is not None
-    return found
+def figures_of(report, name="a", side=0):
+    return next(layer for layer in report.layers if layer.name == name).sides[side]
 
 
 @pytest.fixture
-def seen(observed: Observed) -> Callable[..., Figures]:
+def seen():
     """The figures of a layer that saw these inputs, in a checkpoint if one is named."""
     return lambda inputs, model=None: figures_of(build(Source(observed({"a": inputs}), model)))
 
 
 @pytest.fixture
-def wide(seen: Any) -> Any:
+def wide(seen):
     return seen({0.9: WIDE[:40], 0.2: WIDE[40:]})
 
 
-def test_shares_at_a_scale_are_those_of_the_raw_values(wide: Figures) -> None:
+def test_shares_at_a_scale_are_those_of_the_raw_values(wide):
     # Every threshold at a scale of 1 is an edge of a bin, so the histogram knows it exactly.
     size = np.abs(WIDE)
     assert wide.before.scale == 1.0
@@ -61,7 +54,7 @@ def test_shares_at_a_scale_are_those_of_the_raw_values(wide: Figures) -> None:
     assert wide.zeros == (size == 0).mean()
 
 
-def test_signal_to_noise_is_that_of_torchs_own_cast(wide: Figures) -> None:
+def test_signal_to_noise_is_that_of_torchs_own_cast(wide):
     for state in (wide.before, wide.after):
         scaled = torch.from_numpy(WIDE.astype(np.float64) / state.scale).clamp(-448, 448)
         error = WIDE - scaled.float().to(torch.float8_e4m3fn).double().numpy() * state.scale
@@ -69,7 +62,7 @@ def test_signal_to_noise_is_that_of_torchs_own_cast(wide: Figures) -> None:
         assert state.sqnr_db == pytest.approx(expected, abs=0.5)
 
 
-def test_sizes_are_those_of_the_raw_values(wide: Figures) -> None:
+def test_sizes_are_those_of_the_raw_values(wide):
     size = np.abs(WIDE)
     assert wide.absmax == size.max()
     assert wide.rms == pytest.approx(np.sqrt((WIDE.astype(np.float64) ** 2).mean()))
@@ -79,14 +72,14 @@ def test_sizes_are_those_of_the_raw_values(wide: Figures) -> None:
     assert wide.multiply_adds == 96 * 16 * 32
 
 
-def test_noise_levels_have_their_own_ranges_the_noisiest_first(wide: Figures) -> None:
-    expected: list[float | None] = [None] * 8
+def test_noise_levels_have_their_own_ranges_the_noisiest_first(wide):
+    expected = [None] * 8
     expected[0], expected[6] = np.abs(WIDE[:40]).max(), np.abs(WIDE[40:]).max()  # sigma 0.9 and 0.2
     assert list(wide.sigma_absmax) == expected
     assert wide.sigma_rms[6] == pytest.approx(np.sqrt((WIDE[40:].astype(np.float64) ** 2).mean()))
 
 
-def test_an_octave_of_cells_holds_the_share_of_the_values_in_it(observed: Observed) -> None:
+def test_an_octave_of_cells_holds_the_share_of_the_values_in_it():
     shares = cell_shares(observed({"a": WIDE}).histogram)[0]
     size = np.abs(WIDE)
     for octave in range(AXIS_LOW, AXIS_LOW + CELLS // CELLS_PER_OCTAVE):
@@ -97,29 +90,26 @@ def test_an_octave_of_cells_holds_the_share_of_the_values_in_it(observed: Observ
 
 
 @given(st.integers(-30, 22), st.integers(0, 3))
-def test_a_value_lies_in_the_cell_of_its_logarithm(octave: int, quarter: int) -> None:
+def test_a_value_lies_in_the_cell_of_its_logarithm(octave, quarter):
     value = np.float32(2.0 ** (octave + (quarter + 0.5) / 4))
     histogram = np.zeros((1, 4096), np.int64)
     histogram[0, int(value.view(np.uint32)) >> 19] = 7
     assert int(cell_shares(histogram)[0].argmax()) == (octave - AXIS_LOW) * CELLS_PER_OCTAVE + quarter
 
 
-def test_what_lies_beyond_the_axis_is_in_its_last_cells(observed: Observed) -> None:
+def test_what_lies_beyond_the_axis_is_in_its_last_cells():
     shares = cell_shares(observed({"a": np.array([[2.0**-100, 2.0**100, 1.0, 0.0]])}).histogram)[0]
     assert np.flatnonzero(shares).tolist() == [0, -AXIS_LOW * CELLS_PER_OCTAVE, CELLS - 1]
     assert shares.sum() == pytest.approx(0.75)
 
 
-def test_rows_have_a_density_of_their_own(observed: Observed, seen: Any) -> None:
+def test_rows_have_a_density_of_their_own(seen):
     rows = np.array([[1.0, 0.1], [16.0, 0.1], [16.0, 0.0]])
     shares = cell_shares(observed({"a": rows}).row_histogram)[0]
     origin = -AXIS_LOW * CELLS_PER_OCTAVE
     assert shares[origin : origin + 2].sum() == pytest.approx(1 / 3)
     assert shares[origin + 16 : origin + 18].sum() == pytest.approx(2 / 3)
     assert (seen(rows).row_density == encode_shares(shares)).all()
-
-
-LOUD_TOKEN = np.concatenate([np.full((99, 32), 0.01, np.float32), np.full((1, 32), 400.0, np.float32)])
 
 
 @pytest.mark.parametrize(
@@ -134,20 +124,17 @@ LOUD_TOKEN = np.concatenate([np.full((99, 32), 0.01, np.float32), np.full((1, 32
         (np.full((4, 32), 900.0), "clips"),
         (np.zeros((4, 32)), ""),
     ],
-    ids=["normal", "loud", "silent", "quiet", "one loud token", "464", "900", "zeros"],
 )
-def test_each_way_to_fail_at_a_scale_has_its_name(seen: Any, rows: np.ndarray, risk: str) -> None:
+def test_each_way_to_fail_at_a_scale_has_its_name(seen, rows, risk):
     found = seen(rows)
-    assert found.before.risk == risk
-    assert found.after.risk == ""
+    assert (found.before.risk, found.after.risk) == (risk, "")
 
 
-def test_a_few_clipped_values_at_no_cost_are_no_risk_but_told(seen: Any) -> None:
+def test_a_few_clipped_values_at_no_cost_are_no_risk_but_told(seen):
     rows = np.full((100, 32), 300.0)
     rows[0, 0] = 500
     before = seen(rows).before
-    assert before.risk == ""
-    assert before.clipped == pytest.approx(1 / 3200)
+    assert (before.risk, before.clipped) == ("", pytest.approx(1 / 3200))
 
 
 @pytest.mark.parametrize(
@@ -159,39 +146,32 @@ def test_a_few_clipped_values_at_no_cost_are_no_risk_but_told(seen: Any) -> None
         (State(1.0, False, 31.0, 0.0, 0.0, rows_lost=0.51), "tokens lost"),
     ],
 )
-def test_a_scale_of_0_and_most_tokens_lost_are_risks(state: State, risk: str) -> None:
+def test_a_scale_of_0_and_most_tokens_lost_are_risks(state, risk):
     assert with_risk(state, 5.0).risk == risk
 
 
-def test_without_a_checkpoint_every_observed_layer_stands_at_1(observed: Observed) -> None:
+def test_without_a_checkpoint_every_observed_layer_stands_at_1():
     report = build(Source(observed({"b": NORMAL, "a": NORMAL, "c": None})))
     assert [layer.name for layer in report.layers] == ["a", "b", "c"]
-    states = [figures_of(report, name).before for name in "abc"]
-    assert [(state.scale, state.full_precision) for state in states] == [(1.0, False)] * 3
-    assert figures_of(report, "c").source == "none"
-    assert report.sides[0].model is None
+    assert {figures_of(report, name).before.scale for name in "abc"} == {1.0}
+    assert (figures_of(report, "c").source, report.sides[0].model) == ("none", None)
 
 
-def test_block_2_stands_before_block_10(observed: Observed) -> None:
+def test_block_2_stands_before_block_10():
     ordered = ["a.9.1", "a.10.0", "b.1.a", "b.2.a", "b.10.a", "b." + "9" * 5000]  # more digits than int() reads
     report = build(Source(observed(dict.fromkeys(reversed(ordered), NORMAL))))
     assert [layer.name for layer in report.layers] == ordered
 
 
-def test_a_report_is_the_same_every_time(observed: Observed) -> None:
-    made = [build(Source(observed({"a": NORMAL, "b": WIDE}))).document() for _ in range(2)]
-    assert made[0] == made[1]
-
-
-def test_statistics_are_left_as_they_are(observed: Observed) -> None:
-    given_, same = observed({"a": WIDE}), observed({"a": WIDE})
-    build(Source(given_))
-    assert given_ == same
+def test_a_report_is_the_same_every_time_and_leaves_statistics_as_they_are():
+    statistics = observed({"a": NORMAL, "b": WIDE})
+    assert build(Source(statistics)).document() == build(Source(statistics)).document()
+    assert statistics == observed({"a": NORMAL, "b": WIDE})
 
 
 @pytest.fixture
-def model(save: Any, build: Any) -> Callable[..., Path]:
-    def model(*layers: str, prefix: str = "", name: str = "fp8.safetensors", **settings: Any) -> Path:
+def model(save, build):
+    def model(*layers, prefix="", name="fp8.safetensors", **settings):
         tensors, metadata = build.quantized([prefix + layer for layer in layers], "tensor", **settings)
         for plain in ("norm_out", "never_observed"):
             tensors[f"{prefix}{plain}.weight"] = np.ones((16, 32), np.float32)
@@ -200,52 +180,45 @@ def model(save: Any, build: Any) -> Callable[..., Path]:
     return model
 
 
-def test_a_checkpoint_says_what_its_layers_have_now(observed: Observed, model: Any) -> None:
+def test_a_checkpoint_says_what_its_layers_have_now(model):
     path = model("blocks.0.a", "blocks.1.a", input_scale=0.25)
     report = build(Source(observed({"blocks.0.a": NORMAL, "blocks.1.a": NORMAL, "norm_out": NORMAL}), path))
     assert [layer.name for layer in report.layers] == ["blocks.0.a", "blocks.1.a", "norm_out"]
     before = figures_of(report, "blocks.0.a").before
-    assert before.scale == 0.25
-    assert before.rows_lost == 0.0
-    assert report.sides[0].model == "fp8.safetensors"
+    assert (before.scale, before.rows_lost, report.sides[0].model) == (0.25, 0.0, "fp8.safetensors")
     plain = figures_of(report, "norm_out")
     assert (plain.stored, plain.inputs, plain.unused) == ("F32", "not quantized", "high precision, as stored")
 
 
-def test_a_layer_is_left_alone_on_its_own_side(observed: Observed, model: Any) -> None:
+def test_a_layer_is_left_alone_on_its_own_side(model):
     first, second = observed({"a": NORMAL}), observed({"a": NORMAL, "norm_out": NORMAL})
     report = build(Source(first, model("a")), Source(second, model("a", name="other.safetensors")))
-    assert [one is None for one in next(layer for layer in report.layers if layer.name == "norm_out").sides] == [
-        True,
-        False,
-    ]
+    assert [one is None for one in report.layers[1].sides] == [True, False]
     page = render(report.document())
     assert page.index("left alone: F32") > page.index('class="side">B: ')
 
 
-def test_names_may_have_another_prefix(observed: Observed, model: Any) -> None:
+def test_names_may_have_another_prefix(model):
     path = model("blocks.0.a", prefix="model.diffusion_model.")
     report = build(Source(observed({"blocks.0.a": NORMAL}), path))
     assert figures_of(report, "model.diffusion_model.blocks.0.a").absmax == np.abs(NORMAL).max()
 
 
-def test_a_layer_in_full_precision_is_at_no_risk_but_its_cost_in_fp8_is_told(seen: Any, model: Any) -> None:
+def test_a_layer_in_full_precision_is_at_no_risk_but_its_cost_in_fp8_is_told(seen, model):
     before = seen(1000 * NORMAL, model("a", full_precision_matrix_mult=True)).before
     assert (before.full_precision, before.risk) == (True, "")
-    assert before.clipped
+    assert before.clipped > 0
     assert before.sqnr_db < 15
 
 
-def test_a_layer_whose_scale_no_reader_uses_is_at_no_risk_and_says_so(seen: Any, save: Any, build: Any) -> None:
+def test_a_layer_whose_scale_no_reader_uses_is_at_no_risk_and_says_so(seen, save, build):
     tensors, _ = build.quantized(["a"], "none")
     found = seen(1000 * NORMAL, save("unmarked.safetensors", tensors))
     assert found.before.risk == ""
     assert "scale dropped" in found.unused
 
 
-def test_a_layer_without_a_scale_that_may_have_one_has_none_before_and_one_after(
-    observed: Observed, save: Any, build: Any
-) -> None:
+def test_a_layer_without_a_scale_that_may_have_one_has_none_before_and_one_after(save, build):
     tensors = {"a.weight": np.zeros((16, 16), np.uint8), "a.weight_scale": ("F8_E4M3", np.zeros((128, 4), np.uint8)),
                "a.weight_scale_2": np.float32(1), "a.comfy_quant": build.mark(format="nvfp4")}  # fmt: skip
     report = figures.build(Source(observed({"a": 1000 * NORMAL}), save("nvfp4.safetensors", tensors)))
@@ -260,7 +233,7 @@ def test_a_layer_without_a_scale_that_may_have_one_has_none_before_and_one_after
     assert figures_of(report, "a").before.risk == "clips"
 
 
-def test_a_layer_that_has_no_input_scale_has_a_row_that_says_so(observed: Observed, save: Any, build: Any) -> None:
+def test_a_layer_that_has_no_input_scale_has_a_row_that_says_so(save, build):
     tensors, metadata = build.quantized(["a"], "header")
     tensors |= {"b.weight": np.ones((16, 32), np.int8), "b.weight_scale": np.float32(1),
                 "b.comfy_quant": build.mark(format="int8_tensorwise")}  # fmt: skip
@@ -272,9 +245,7 @@ def test_a_layer_that_has_no_input_scale_has_a_row_that_says_so(observed: Observ
     assert found.absmax == np.abs(NORMAL).max()
 
 
-def test_trials_say_what_every_size_and_format_keeps_and_what_a_file_of_them_does(
-    observed: Observed, save: Any, build: Any
-) -> None:
+def test_trials_say_what_every_size_and_format_keeps_and_what_a_file_of_them_does(save, build):
     statistics = observed({"a": NORMAL, "b": NORMAL})
     trials = Trials.empty(("a", "b"), ("int8", "nvfp4"), ("noise, 1",))
     trials.error[:], trials.count[:] = 1e-3, 1
@@ -293,14 +264,13 @@ def test_trials_say_what_every_size_and_format_keeps_and_what_a_file_of_them_doe
     mix = report.sides[0].mix
     assert [mix["bits"], mix["expected_db"]] == mix["uniform"]["int8"]
     assert mix["other_bytes"] == pytest.approx(path.stat().st_size - mix["bits"] * 1024 / 8)
-    assert (
-        report.verdict.headline == f"A mix of formats at {mix['bits']:.2f} bits per weight, 37.0 dB expected on noise."
-    )
+    kept = f"{mix['bits']:.2f} bits per weight, 37.0 dB expected on noise"
+    assert report.verdict.headline == f"A mix of formats at {kept}."
     assert [figures_of(report, name).stored for name in "ab"] == ["int8", "int8"]
     assert figures_of(report, "a").more
 
 
-def test_layers_that_were_never_seen_have_a_row_without_figures(observed: Observed, model: Any) -> None:
+def test_layers_that_were_never_seen_have_a_row_without_figures(model):
     report = build(Source(observed({"a": NORMAL, "b": None}), model("a", "b", input_scale=2.0)))
     unseen = figures_of(report, "b")
     assert (unseen.source, unseen.before.scale, unseen.absmax, unseen.density) == ("none", 2.0, None, None)
@@ -308,14 +278,7 @@ def test_layers_that_were_never_seen_have_a_row_without_figures(observed: Observ
     assert report.sides[0].notes == ()  # its row says so
 
 
-def test_two_checkpoints_are_compared_without_statistics(model: Any) -> None:
-    sources = [Source(model=model("a", "b", input_scale=scale, name=f"{scale}.safetensors")) for scale in (1.0, 4.0)]
-    report = build(*sources)
-    assert [figures_of(report, "a", side).before.scale for side in (0, 1)] == [1.0, 4.0]
-    assert [side.label for side in report.sides] == ["1.0", "4.0"]
-
-
-def test_text_encoders_in_the_same_file_have_no_row(save: Any, build: Any) -> None:
+def test_text_encoders_in_the_same_file_have_no_row(save, build):
     tensors, metadata = build.quantized(["model.diffusion_model.a", "text_encoders.t5xxl.b"], "tensor")
     path = save("all_in_one.safetensors", tensors, metadata)
     assert [layer.name for layer in figures.build(Source(model=path)).layers] == ["model.diffusion_model.a"]
@@ -327,7 +290,7 @@ def test_text_encoders_in_the_same_file_have_no_row(save: Any, build: Any) -> No
 
 
 @pytest.mark.parametrize("scale", [0.0, math.nan, math.inf, -1.0, ("BF16", np.array(0x3F80, np.uint16)), [1.0, 1.0]])
-def test_a_scale_that_comfyui_cannot_use_is_a_risk(observed: Observed, save: Any, build: Any, scale: Any) -> None:
+def test_a_scale_that_comfyui_cannot_use_is_a_risk(save, build, scale):
     tensors, metadata = build.quantized(["a", "b"], "tensor")
     tensors["a.input_scale"] = scale if isinstance(scale, tuple) else np.float32(scale)
     path = save("bad.safetensors", tensors, metadata)
@@ -338,24 +301,21 @@ def test_a_scale_that_comfyui_cannot_use_is_a_risk(observed: Observed, save: Any
     assert figures_of(report, "b").before.risk == ""
 
 
-def test_the_first_sides_scales_meet_the_second_sides_inputs(observed: Observed) -> None:
+def test_the_first_sides_scales_meet_the_second_sides_inputs():
     loud = NORMAL * 8
     report = build(Source(observed({"a": NORMAL}), options=SolveOptions(margin=1)), Source(observed({"a": loud})))
     crossed = report.layers[0].crossed
-    assert crossed is not None
     assert crossed.scale == pytest.approx(np.abs(NORMAL).max() / 448)
     assert crossed.clipped == pytest.approx((np.abs(loud) > 448 * crossed.scale).mean(), abs=2e-3)
     assert crossed.risk == "clips"
 
 
-def test_the_same_inputs_are_not_crossed(observed: Observed) -> None:
+def test_the_same_inputs_are_not_crossed():
     report = build(*(Source(observed({"a": WIDE}), options=SolveOptions(margin=margin)) for margin in (1, 2)))
     assert report.layers[0].crossed is None
-    scales = [figures_of(report, "a", side).after.scale for side in (0, 1)]
-    assert scales[1] == pytest.approx(2 * scales[0])
 
 
-def test_sides_match_by_name_without_prefix_and_may_lack_layers(observed: Observed) -> None:
+def test_sides_match_by_name_without_prefix_and_may_lack_layers():
     first = observed({"diffusion_model.a": NORMAL, "diffusion_model.b": NORMAL})
     report = build(Source(first), Source(observed({"a": 2 * NORMAL, "c": NORMAL})))
     assert [layer.name for layer in report.layers] == ["diffusion_model.a", "diffusion_model.b", "c"]
@@ -373,15 +333,14 @@ def test_sides_match_by_name_without_prefix_and_may_lack_layers(observed: Observ
         (lambda one, _: (Source(one), Source(one)), ["A", "B"]),
         (lambda one, two: (Source(one, label="mine"), Source(two, label="theirs")), ["mine", "theirs"]),
     ],
-    ids=["files", "options", "patterns", "nothing", "asked"],
 )
-def test_sides_are_called_by_what_tells_them_apart(observed: Observed, sources: Any, labels: list[str]) -> None:
+def test_sides_are_called_by_what_tells_them_apart(sources, labels):
     report = build(*sources(observed({"a": NORMAL}), observed({"a": WIDE})))
     assert [side.label for side in report.sides] == labels
     assert report.title == " against ".join(labels)
 
 
-def test_files_of_one_name_are_called_by_their_folders(observed: Observed, tmp_path: Path) -> None:
+def test_files_of_one_name_are_called_by_their_folders(tmp_path):
     for folder, inputs in (("portraits", NORMAL), ("places", WIDE)):
         (tmp_path / folder).mkdir()
         observed({"a": inputs}).save(tmp_path / folder / "stats.safetensors")
@@ -389,24 +348,15 @@ def test_files_of_one_name_are_called_by_their_folders(observed: Observed, tmp_p
     assert build(*map(Source, loaded)).title == "portraits/stats against places/stats"
 
 
-def test_models_without_a_common_layer_cannot_be_compared(observed: Observed) -> None:
-    with pytest.raises(StatisticsError, match="statistics and statistics have no layer in common"):
-        build(Source(observed({"a": NORMAL})), Source(observed({"b": NORMAL})))
-
-
-def test_inputs_that_are_no_numbers_are_refused(observed: Observed) -> None:
-    with pytest.raises(CalibrationError, match="a: its inputs had 32 NaN or infinite values"):
-        build(Source(observed({"a": np.full((1, 32), np.nan)})))
-
-
-def test_statistics_of_another_model_are_refused(observed: Observed, model: Any) -> None:
-    with pytest.raises(StatisticsError, match="made for another model"):
-        build(Source(observed({"b": NORMAL}), model("a")))
-
-
-def test_a_checkpoint_without_fp8_is_refused(observed: Observed, save: Any) -> None:
-    path = save("plain.safetensors", {"a.weight": np.ones((16, 32), np.float32)})
-    with pytest.raises(TensorError, match="FP8 layers"):
-        build(Source(observed({"a": NORMAL}), path))
-    with pytest.raises(TensorError, match="FP8 layers"):
-        build(Source(model=path))
+def test_what_cannot_be_shown_is_refused(model, save):
+    normal, other = observed({"a": NORMAL}), observed({"b": NORMAL})
+    plain = save("plain.safetensors", {"a.weight": np.ones((16, 32), np.float32)})
+    for sources, error, words in (
+        ([Source(normal), Source(other)], StatisticsError, "statistics and statistics have no layer in common"),
+        ([Source(other, model("a"))], StatisticsError, "made for another model"),
+        ([Source(observed({"a": np.full((1, 32), np.nan)}))], CalibrationError, "a: its inputs had 32 NaN or infinite"),
+        ([Source(normal, plain)], TensorError, "FP8 layers"),
+        ([Source(model=plain)], TensorError, "FP8 layers"),
+    ):
+        with pytest.raises(error, match=words):
+            build(*sources)

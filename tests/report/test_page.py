@@ -10,12 +10,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +23,7 @@ from convert_to_quant.report.document import CELLS, Figures, Layer, Report, Side
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<!--<script>.\u2028🙂"
 
 
-def figures(largest: float, *, full: bool = False) -> Figures:
+def figures(largest, *, full=False):
     """A layer whose inputs spread over six octaves below the largest one; its present scale is 1."""
     density = np.zeros(CELLS, np.uint8)
     top = int((np.log2(largest) + 32) * 4)
@@ -41,18 +38,18 @@ def figures(largest: float, *, full: bool = False) -> Figures:
         rows=4096,
         multiply_adds=1000,
         zeros=0.01,
-        **{name: largest / part for name, part in {"absmax": 1, "rms": 4, "median": 8, "p999": 1.5}.items()},  # type: ignore[arg-type]
+        **{name: largest / part for name, part in {"absmax": 1, "rms": 4, "median": 8, "p999": 1.5}.items()},
         density=density,
         sigma_absmax=tuple(largest / (1 + level) for level in range(8)),
         sigma_rms=(largest / 4,) * 8,
     )
 
 
-def side(label: str) -> Side:
+def side(label):
     return Side(label, (label,), label, "Flux.1", 8, "diffusers", "noise", {"seed": ("42",)})
 
 
-def report(layers: list[Layer], count: int = 1, **changes: Any) -> dict[str, Any]:
+def report(layers, count=1, **changes):
     labels = ("plain.safetensors", "hot.safetensors")[:count]
     made = Report(
         title=" against ".join(labels),
@@ -63,11 +60,11 @@ def report(layers: list[Layer], count: int = 1, **changes: Any) -> dict[str, Any
     return replace(made, **changes).document()
 
 
-def layer(name: str, *sides: Figures | None, crossed: State | None = None) -> Layer:
+def layer(name, *sides, crossed=None):
     return Layer(name, (64, 32), sides, crossed)
 
 
-def small(*more: Layer) -> list[Layer]:
+def small(*more):
     """Two layers that clip, one that fits, one in full precision, and more."""
     largest = {"blocks.0.mlp.0": 100.0, "blocks.1.mlp.0": 9000.0, "blocks.2.attn.qkv": 2000.0}
     full = layer("blocks.10.mod", figures(4.0, full=True))
@@ -78,7 +75,7 @@ SMALL = small()
 UNSEEN = Figures(State(1.0, False), State(1.0, False), reason="never visited: keeps its scale")
 
 
-def tokens(stored: str, **changes: Any) -> Figures:
+def tokens(stored, **changes):
     """A layer whose inputs need no scale."""
     unscaled = State(None, False)
     made = replace(figures(10.0), before=unscaled, after=unscaled, unused="inputs scaled per token", stored=stored)
@@ -93,7 +90,7 @@ MIX = {
 """Of formats that nobody knows: what a page shows comes from its document."""
 
 
-def mixed(**changes: Any) -> dict[str, Any]:
+def mixed(**changes):
     """A mix of two formats that need no input scale, and FP8."""
     tried = {"zz9": 50.0, "yy4": 30.0}
     layers = [replace(layer(f"blocks.{n}.a", tokens(name)), alone_db=tried) for n, name in enumerate(("zz9", "yy4"))]
@@ -114,7 +111,7 @@ HOSTILE_DOCUMENT = report(
 HOSTILE_PAIR = report([layer(HOSTILE, figures(10.0), None)], count=2, sides=(HOSTILE_SIDE, HOSTILE_SIDE))
 
 
-def compared(largest: float = 1280.0) -> dict[str, Any]:
+def compared(largest=1280.0):
     cold, hot = figures(10.0), figures(largest)
     crossed = State(10 / 448, False, 2.0, 0.9, 0.0, 0.0, "clips")
     first = layer("blocks.0.a", cold, hot, crossed=crossed)
@@ -122,11 +119,11 @@ def compared(largest: float = 1280.0) -> dict[str, Any]:
     return report([first, second, layer("blocks.2.only", cold, None)], count=2)
 
 
-def thousand() -> dict[str, Any]:
+def thousand():
     """As large as it gets: every cell of every density is used."""
     random = np.random.default_rng(0)
 
-    def full(number: int) -> Figures:
+    def full(number):
         density = random.integers(1, 255, CELLS).astype(np.uint8)
         made = figures(float(2.0 ** random.uniform(-4, 14)), full=number % 40 == 0)
         return replace(made, density=density, row_density=density)
@@ -138,18 +135,18 @@ def thousand() -> dict[str, Any]:
 class Tags(HTMLParser):
     """The tags of a page, the ids in order, and the text outside of scripts and styles."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[str] = []
         self.inside: list[str] = []
         self.feed(text)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         self.inside.append(tag)
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         if self.inside and self.inside[-1] not in ("script", "style"):
             self.texts.append(data)
 
@@ -166,10 +163,9 @@ def test_echarts_is_the_official_file_with_its_licences():
     assert b"Redistribution" in (page.ASSETS / "echarts.LICENSE-d3").read_bytes()
 
 
-def part(pattern: str, text: str) -> str:
+def part(pattern, text):
     """What the group of a pattern matches."""
     found = re.search(pattern, text, re.DOTALL)
-    assert found is not None
     return found.group(1)
 
 
@@ -246,7 +242,7 @@ def test_a_thousand_layers_on_two_sides_stay_under_5_mb():
     assert len(page.render(thousand()).encode()) < 5e6
 
 
-def luminance(colour: str) -> float:
+def luminance(colour):
     parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return float(np.dot([0.2126, 0.7152, 0.0722], linear))
@@ -273,11 +269,9 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(
 ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync")  # fmt: skip
 
-Open = Callable[..., Any]
-
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser():
     api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed; CHROMIUM names one elsewhere")
@@ -288,12 +282,12 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def show(browser: Any, tmp_path: Path) -> Iterator[Open]:
+def show(browser, tmp_path):
     """Opens a document's page; at the end, nothing may have been said on the console, and nothing fetched."""
-    troubles: list[str] = []
+    troubles = []
     contexts = []
 
-    def opened(document: dict[str, Any], state: str = "", width: int = 1200, **options: Any) -> Any:
+    def opened(document, state="", width=1200, **options):
         path = tmp_path / f"report{len(contexts)}.html"
         path.write_text(page.render(document), encoding="utf-8")
         options.setdefault("reduced_motion", "reduce")
@@ -302,7 +296,7 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Open]:
         tab = context.new_page()
         tab.set_default_timeout(5000)
 
-        def decide(route: Any) -> None:
+        def decide(route):
             if route.request.url.partition("#")[0] == path.as_uri():
                 route.continue_()
             else:
@@ -325,7 +319,7 @@ ROWS = """rows => rows.map(row => [parseFloat(row.style.top), row.querySelector(
 .sort((a, b) => a[0] - b[0]).map(row => row[1])"""
 
 
-def orders(tab: Any) -> tuple[list[str], list[str], list[str]]:
+def orders(tab):
     """The layers as the picture, the noise levels and the table have them."""
     return (
         tab.locator("#picture-plot .row").evaluate_all(ROWS),
@@ -334,7 +328,7 @@ def orders(tab: Any) -> tuple[list[str], list[str], list[str]]:
     )
 
 
-def said(tab: Any) -> str:
+def said(tab):
     return tab.evaluate("decodeURIComponent(location.hash)")
 
 
@@ -526,7 +520,7 @@ def test_strips_lie_where_their_values_lie_on_the_axis(show):
     one, sixteen = (box["x"] + box["width"] / 2 - left for box in middle.values())
     octave = (sixteen - one) / 4
 
-    def ends() -> list[float]:
+    def ends():
         """Where the strips are strongest, which is their upper end, in octaves of |x| / scale."""
         return [(canvas.evaluate(STRONGEST, y) - one) / octave for y in (10, 30)]
 
@@ -684,7 +678,7 @@ def test_a_phone_needs_no_scrolling_sideways(show, document):
     assert len(orders(tab)[2]) == len(document["layers"])
 
 
-def saved(tab: Any, folder: Path) -> str:
+def saved(tab, folder):
     """What the button saves as CSV."""
     with tab.expect_download() as download:
         tab.locator("#save").click()

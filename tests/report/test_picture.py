@@ -6,66 +6,61 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from observing import NORMAL, observed
 from PIL import Image
 
 from convert_to_quant import __version__
 from convert_to_quant.options import SolveOptions
 from convert_to_quant.report import figures, picture
-from convert_to_quant.report.document import MIX_WORDS, Layer, Report
+from convert_to_quant.report.document import MIX_WORDS
 from convert_to_quant.report.figures import Source, build
-from convert_to_quant.stats import Statistics
 
-Observed = Callable[..., Statistics]
-NORMAL = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=40)
 
 
 @pytest.fixture
-def hot(observed: Observed) -> Report:
+def hot():
     return build(Source(observed({"blocks.0.a": {1.0: 1000 * NORMAL, 0.4: 300 * NORMAL}, "blocks.0.b": NORMAL})))
 
 
-def drawn(report: Report, width: int = 800) -> np.ndarray:
+def drawn(report, width=800):
     image = picture.draw(report, width)
     assert image.mode == "RGB"
     return np.asarray(image).astype(int)
 
 
-def strips(report: Report, panel: int) -> np.ndarray:
+def strips(report, panel):
     """The colours of one panel's rows, [layers, points, 3], 0 to 255."""
     (image,) = picture.figure(report).axes[panel].images
     return np.asarray(image.get_array()).astype(float)
 
 
-def reds(strips: np.ndarray) -> np.ndarray:
+def reds(strips):
     """How many points of each row are cut off: the colour of that zone, and no amber."""
     red, green, blue = strips[..., 0], strips[..., 1], strips[..., 2]
-    found: np.ndarray = ((red - green > 40) & (red - green > green - blue)).sum(-1)
-    return found
+    return ((red - green > 40) & (red - green > green - blue)).sum(-1)
 
 
 @pytest.mark.parametrize("width", [800, 1600, 2400])
-def test_a_picture_is_as_wide_as_asked_and_grows_with_it(hot: Report, width: int) -> None:
+def test_a_picture_is_as_wide_as_asked_and_grows_with_it(hot, width):
     height = picture.draw(hot, width).height
     assert picture.draw(hot, width).width == width
     assert height == pytest.approx(picture.draw(hot, 800).height * width / 800, rel=0.05)
 
 
-def test_the_same_report_is_the_same_file(hot: Report) -> None:
+def test_the_same_report_is_the_same_file(hot):
     assert picture.png(hot, 800) == picture.png(hot, 800)
 
 
-def test_only_the_strip_that_is_clipped_is_red_and_only_before_calibration(hot: Report) -> None:
+def test_only_the_strip_that_is_clipped_is_red_and_only_before_calibration(hot):
     first, second = reds(strips(hot, 0))
     assert first > 20, "the loud layer reaches into the red zone"
     assert second == 0
@@ -78,13 +73,13 @@ def test_only_the_strip_that_is_clipped_is_red_and_only_before_calibration(hot: 
     assert list(outcomes.values()) == [bad, picture.FADED]
 
 
-def test_what_a_picture_draws_is_what_it_shows(hot: Report) -> None:
+def test_what_a_picture_draws_is_what_it_shows(hot):
     pixels = drawn(hot, 1600)
     red = (pixels[..., 0] - pixels[..., 1] > 60) & (pixels[..., 0] + pixels[..., 2] > 2 * pixels[..., 1])
     assert red[:, 300:760].sum() > 20 * 10, "the strip that is cut off"
 
 
-def test_a_layer_in_full_precision_is_gray(observed: Observed) -> None:
+def test_a_layer_in_full_precision_is_gray():
     report = build(Source(observed({"one_row": 1000 * NORMAL[:1], "rows": 1000 * NORMAL})))
     after = strips(report, 1)
     colorful = (after.max(-1) - after.min(-1)).max(-1)
@@ -92,7 +87,7 @@ def test_a_layer_in_full_precision_is_gray(observed: Observed) -> None:
     assert reds(strips(report, 0))[1] > 0, "before, it is in FP8"
 
 
-def test_a_mix_has_its_chart_and_a_mark_for_every_format_that_was_tried(hot: Report) -> None:
+def test_a_mix_has_its_chart_and_a_mark_for_every_format_that_was_tried(hot):
     mix = {
         "bits": 6.5, "expected_db": 32.0, "measured_db": [30.1, 33.2], "more": [7.0, 34.0], "weights": 10**6,
         "curve": [[5, 20.0], [8, 38.0]], "uniform": {"int8": [8.0, 30.0], "$x_{\x1b模": [4.1, -2.0]},
@@ -120,7 +115,7 @@ def test_a_mix_has_its_chart_and_a_mark_for_every_format_that_was_tried(hot: Rep
 
 
 @pytest.mark.parametrize("count", [0, 1, 57, 300, 1000])
-def test_any_number_of_layers_fits(observed: Observed, count: int) -> None:
+def test_any_number_of_layers_fits(count):
     one = build(Source(observed({"a": NORMAL})))
     layers = tuple(replace(one.layers[0], name=f"blocks.{number}.attn.to_q") for number in range(count))
     height = drawn(replace(one, layers=layers)).shape[0]
@@ -128,7 +123,7 @@ def test_any_number_of_layers_fits(observed: Observed, count: int) -> None:
     assert height > count
 
 
-def test_two_sides_and_layers_of_one_of_them(observed: Observed) -> None:
+def test_two_sides_and_layers_of_one_of_them():
     first = observed({"a": NORMAL, "b": NORMAL, "unseen": None})
     report = build(Source(first), Source(observed({"a": 8 * NORMAL, "c": NORMAL, "unseen": None})))
     drawn(report)
@@ -136,7 +131,7 @@ def test_two_sides_and_layers_of_one_of_them(observed: Observed) -> None:
     assert reds(strips(report, 1)).sum() > 20, "the others do not"
 
 
-def test_two_ways_to_solve(observed: Observed) -> None:
+def test_two_ways_to_solve():
     statistics = observed({"a": NORMAL})
     report = build(Source(statistics), Source(statistics, options=SolveOptions(margin=16)))
     both = [strips(report, panel)[0] for panel in (0, 1)]
@@ -144,7 +139,7 @@ def test_two_ways_to_solve(observed: Observed) -> None:
     assert edges[1] < edges[0], "a margin leaves room under 448"
 
 
-def test_scales_without_statistics_and_scales_of_0(save: Any, build: Any, observed: Observed) -> None:
+def test_scales_without_statistics_and_scales_of_0(save, build):
     paths = [
         save(f"{scale}.safetensors", *build.quantized(["a", "b"], "tensor", input_scale=scale)) for scale in (64.0, 0.0)
     ]
@@ -153,8 +148,8 @@ def test_scales_without_statistics_and_scales_of_0(save: Any, build: Any, observ
     drawn(figures.build(figures.Source(observed({"a": NORMAL, "b": NORMAL}), paths[1])))
 
 
-def test_the_file_says_what_made_it(hot: Report) -> None:
-    texts = Image.open(io.BytesIO(picture.png(hot, 800))).text  # type: ignore[attr-defined]
+def test_the_file_says_what_made_it(hot):
+    texts = Image.open(io.BytesIO(picture.png(hot, 800))).text
     assert texts["Software"] == f"convert_to_quant {__version__}"
     said = json.loads(texts["convert_to_quant"])
     assert said["version"] == __version__
@@ -163,19 +158,19 @@ def test_the_file_says_what_made_it(hot: Report) -> None:
 
 
 @pytest.mark.parametrize("name", ["$\\frac{1}{2$", "模型.层", "a\x1b[2Jb", "x" * 500, "", " ", "🎨"])
-def test_any_name_is_drawn_without_a_warning(hot: Report, name: str) -> None:
-    layers: tuple[Layer, ...] = (replace(hot.layers[0], name=name), hot.layers[1])
+def test_any_name_is_drawn_without_a_warning(hot, name):
+    layers = (replace(hot.layers[0], name=name), hot.layers[1])
     drawn(replace(hot, layers=layers, title=name))
 
 
 @pytest.mark.parametrize("name", ["W" * 200, "i" * 200, "a"])
-def test_names_and_outcomes_stay_on_the_page(hot: Report, name: str) -> None:
+def test_names_and_outcomes_stay_on_the_page(hot, name):
     pixels = drawn(replace(hot, layers=tuple(replace(layer, name=name) for layer in hot.layers)))
     assert (pixels[:, [0, 1, 2, -3, -2, -1]] == 255).all()
 
 
 @given(TEXTS, st.floats(0.5, 4))
-def test_a_shortened_name_keeps_its_end_and_only_letters_of_the_font(text: str, inches: float) -> None:
+def test_a_shortened_name_keeps_its_end_and_only_letters_of_the_font(text, inches):
     shown = picture.drawable(text)
     assert len(shown) == len(text)
     assert shown == picture.drawable(shown)
@@ -184,7 +179,7 @@ def test_a_shortened_name_keeps_its_end_and_only_letters_of_the_font(text: str, 
     assert short == shown or shown.endswith(short[1:])
 
 
-def test_long_labels_of_sides_do_not_run_into_each_other(observed: Observed) -> None:
+def test_long_labels_of_sides_do_not_run_into_each_other():
     first, second = observed({"a": NORMAL}), observed({"a": 8 * NORMAL})
     page = picture.figure(build(Source(first, label="W" * 60), Source(second, label="V" * 60)))
     FigureCanvasAgg(page)
@@ -195,7 +190,7 @@ def test_long_labels_of_sides_do_not_run_into_each_other(observed: Observed) -> 
         assert left.x1 < right.x0
 
 
-def test_the_user_s_styles_are_neither_used_nor_changed(hot: Report) -> None:
+def test_the_user_s_styles_are_neither_used_nor_changed(hot):
     import matplotlib as mpl
 
     wanted = picture.png(hot, 800)
@@ -205,7 +200,7 @@ def test_the_user_s_styles_are_neither_used_nor_changed(hot: Report) -> None:
         assert dict(mpl.rcParams) == before
 
 
-def test_nothing_of_pyplot_is_touched() -> None:
+def test_nothing_of_pyplot_is_touched():
     code = (
         "import sys\nimport convert_to_quant.report.picture\n"
         "print([name in sys.modules for name in ('matplotlib.pyplot', 'torch')])"

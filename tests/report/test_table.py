@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
 
 import numpy as np
 import pytest
+from observing import NORMAL, observed
 
 from convert_to_quant import __version__
 from convert_to_quant.options import SolveOptions
 from convert_to_quant.report import table
 from convert_to_quant.report.figures import Source, build
-from convert_to_quant.stats import Statistics
-
-Observed = Callable[..., Statistics]
-NORMAL = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
 
 COLUMNS = """
 layer side label out_features in_features source rows rows_per_sample calls multiply_adds zeros_share absmax rms median
@@ -36,22 +32,21 @@ tool options
 """
 
 
-def read(*sources: Source) -> list[dict[str, str]]:
+def read(*sources):
     return list(csv.DictReader(io.StringIO(table.render(build(*sources)))))
 
 
-def test_columns_are_these_and_stay_these() -> None:
+def test_columns_are_these_and_stay_these():
     # Spreadsheets and scripts know them by name: add, but never rename.
     assert list(table.COLUMNS) == COLUMNS.split()
 
 
-def test_every_layer_and_side_has_a_line_with_the_reports_numbers(observed: Observed) -> None:
+def test_every_layer_and_side_has_a_line_with_the_reports_numbers():
     statistics = observed({"a": 1000 * NORMAL, "b": NORMAL, "c": None})
     sources = (Source(statistics), Source(statistics, options=SolveOptions(margin=2)))
     lines = read(*sources)
     assert [(line["layer"], line["side"]) for line in lines] == [(name, side) for name in "abc" for side in "AB"]
     figures = build(*sources).layers[0].sides[1]
-    assert figures is not None
     assert float(lines[1]["absmax"]) == pytest.approx(float(np.abs(1000 * NORMAL).max()))
     assert float(lines[1]["scale_after"]) == pytest.approx(figures.after.scale, rel=1e-8)
     assert float(lines[1]["sqnr_before_db"]) == pytest.approx(figures.before.sqnr_db)
@@ -61,14 +56,14 @@ def test_every_layer_and_side_has_a_line_with_the_reports_numbers(observed: Obse
     assert lines[4]["sqnr_before_db"] == lines[4]["absmax"] == ""
 
 
-def test_crossed_figures_stand_on_the_side_whose_inputs_they_are(observed: Observed) -> None:
+def test_crossed_figures_stand_on_the_side_whose_inputs_they_are():
     lines = read(Source(observed({"a": NORMAL}), options=SolveOptions(margin=1)), Source(observed({"a": 8 * NORMAL})))
     assert [line["risk_crossed"] for line in lines] == ["", "clips"]
     assert lines[1]["scale_crossed"] == lines[0]["scale_after"]
     assert float(lines[1]["beyond_crossed_octaves"]) == pytest.approx(3, abs=1e-5)
 
 
-def test_every_line_says_what_made_it(observed: Observed) -> None:
+def test_every_line_says_what_made_it():
     (line,) = read(Source(observed({"a": NORMAL}), options=SolveOptions(margin=1.5, keep=("x", "y"))))
     assert line["tool"] == f"convert_to_quant {__version__}"
     assert line["options"].startswith("method=absmax; percentile=99.9; margin=1.5; ")
@@ -76,12 +71,12 @@ def test_every_line_says_what_made_it(observed: Observed) -> None:
 
 
 @pytest.mark.parametrize("name", ['a,"b"', "a\nb", "模型", "a;b", "=1+1", "+a", "-a", "@SUM(a)", "\ta"])
-def test_any_name_survives_and_none_is_a_formula(observed: Observed, name: str) -> None:
+def test_any_name_survives_and_none_is_a_formula(name):
     safe = name[0] not in "=+-@\t"
     assert read(Source(observed({name: NORMAL})))[0]["layer"] == (name if safe else "'" + name)
 
 
-def test_a_file_has_a_head_and_lines_and_nothing_else(observed: Observed) -> None:
+def test_a_file_has_a_head_and_lines_and_nothing_else():
     text = table.render(build(Source(observed({"a": NORMAL, "b": NORMAL}))))
     assert text.count("\n") == 3
     assert text.startswith("layer,side,")

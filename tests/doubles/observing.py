@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
-import pytest
 import torch
 
 from convert_to_quant.recorder import Recording
-from convert_to_quant.stats import Statistics
 
 OUT = 16
+NORMAL = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+LOUD_TOKEN = np.concatenate([np.full((99, 32), 0.01, np.float32), np.full((1, 32), 400.0, np.float32)])
 
 
-def record_inputs(inputs: Mapping[str, Any], samples: int = 1) -> Statistics:
+def observed(inputs, samples=1):
     """Statistics of layers by what they received.
 
     Args:
@@ -33,9 +32,3 @@ def record_inputs(inputs: Mapping[str, Any], samples: int = 1) -> Statistics:
             recording.at(sigma)
             recording.observe(number, torch.tensor(np.asarray(rows, np.float32)))
     return recording.statistics(samples=samples)
-
-
-@pytest.fixture
-def observed() -> Callable[..., Statistics]:
-    """See `record_inputs`."""
-    return record_inputs
