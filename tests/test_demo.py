@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -103,23 +102,18 @@ def test_a_file_in_the_folders_place_is_an_error(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("variant", "least_db", "scale_one_db"),
-    [("plain", 29, None), ("hot", 29, (5, 9)), ("cold", 29, (-3, 2)), ("spiky", None, None), ("wild", None, None)],
+    ("variant", "least_db", "low", "high"),
+    [("plain", 29, 0, 99), ("hot", 29, 5, 9), ("cold", 29, -3, 2), ("spiky", 0, -99, 99), ("wild", 0, -99, 99)],
 )
-def test_actcal_without_data_keeps_the_picture(tmp_path, variant, least_db, scale_one_db):
+def test_actcal_without_data_keeps_the_picture(tmp_path, variant, least_db, low, high):
     """At least 29 dB where layers have one range each, and nowhere worse than a scale of 1.0 by more than 0.3 dB."""
     files, calibration = demo.make_files(variant, tmp_path, LEAST_SAMPLES)
     assert calibration.engine == "model"
     conditioning = demo.prompt_conditioning(demo.prompts.NAMES[:2])
     with demo.models(files) as (reference, runs):
-        found = {
-            way: demo.compare(reference, runs[way], conditioning, DemoOptions(steps=6))[0].sqnr_db
+        one_db, calibrated_db = (
+            demo.compare(reference, runs[way], conditioning, DemoOptions(steps=6))[0].sqnr_db
             for way in (SCALE_ONE, CALIBRATED)
-        }
-    assert found[CALIBRATED] > found[SCALE_ONE] - 0.3
-    if least_db is not None:
-        assert found[CALIBRATED] >= least_db
-    if scale_one_db is not None:
-        low, high = scale_one_db
-        assert low < found[SCALE_ONE] < high
-    assert np.isfinite(list(found.values())).all()
+        )
+    assert calibrated_db > max(one_db - 0.3, least_db)
+    assert low < one_db < high

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,18 +17,23 @@ SIZE = Geometry(height=2, width=3, frames=1, text_tokens=4)
 
 
 class Line:
-    """A model whose velocity is a known multiple of its latents, and which counts how often it runs."""
+    """A model that notes what it is shown, and whose velocity is a multiple of its latents.
 
-    def __init__(self, slope, drift=0.0):
-        self.slope, self.drift, self.calls = slope, drift, 0
-        self.linears: dict[str, Any] = {}
+    Args:
+        slope: what they are multiplied by, and by 1 + the mean of the prompt.
+        change: makes another velocity of that one, the noise level, and the mean of each prompt.
+    """
+
+    def __init__(self, slope, change=lambda velocity, _sigma, _text: velocity):
+        self.slope, self.change, self.shown, self.linears = slope, change, [], {}
 
     def latent_shape(self, geometry):
         return (geometry.height * geometry.width, 8)
 
     def velocity(self, latents, sigma, conditioning, _):
-        self.calls += 1
-        return latents * self.slope * (1 + self.drift * sigma) * (1 + conditioning["text"].mean((1, 2), keepdim=True))
+        self.shown.append(conditioning)
+        text = conditioning["text"].mean((1, 2), keepdim=True)
+        return self.change(latents * self.slope * (1 + text), sigma, text)
 
 
 def prompts(count):
@@ -56,64 +60,49 @@ def test_a_velocity_that_is_ten_percent_off_has_20_db_everywhere(guidance):
 
 def test_the_quantized_model_is_asked_at_the_references_states():
     # Its own states would differ more and more; the ratio at the reference's states follows from the slopes alone.
-    found = compare(Line(0.5), Line(0.5, drift=0.1), steps=4)
+    found = compare(Line(0.5), Line(0.5, lambda velocity, sigma, _: velocity * (1 + 0.1 * sigma)), steps=4)
     wanted = [-20 * math.log10(0.1 * sigma) for sigma in (1.0, 0.75, 0.5, 0.25)]
     assert [level.sqnr_db for level in found.levels] == pytest.approx(wanted, abs=1e-3)
 
 
-def test_final_latents_are_those_of_each_models_own_steps():
-    found = compare(Line(0.5), Line(0.55), steps=4, prompts=prompts(1), batch=1)
+@pytest.mark.parametrize(("steps", "guidance", "factor"), [(4, 1.0, 1.25), (1, 3.0, 1.75)])
+def test_final_latents_are_those_of_each_models_own_steps(steps, guidance, factor):
+    # slopes: 1.25 times with the prompt, 1 without; guided: 1 + 3 * 0.25
+    found = compare(Line(0.5), Line(0.55), steps=steps, guidance=guidance, prompts=prompts(1), batch=1)
     start = fidelity.check_latents(Line(1), SIZE, 1, 43).double()
-    reference, own = (start * (1 - slope * 1.25 / 4) ** 4 for slope in (0.5, 0.55))
+    reference, own = (start * (1 - slope * factor / steps) ** steps for slope in (0.5, 0.55))
     peak = float(reference.max() - reference.min())
     assert found.psnr_db == pytest.approx(10 * math.log10(peak**2 / float((reference - own).square().mean())), abs=1e-3)
     assert found.psnr_standard_error_db == 0.0
 
 
 def test_prompts_start_from_the_same_noise_in_any_batch():
-    one, many = (compare(Line(0.5), Line(0.5, 0.3), prompts=prompts(5), batch=size) for size in (1, 4))
+    other = Line(0.5, lambda velocity, sigma, _: velocity * (1 + 0.3 * sigma))
+    one, many = (compare(Line(0.5), other, prompts=prompts(5), batch=size) for size in (1, 4))
     assert one.sqnr_db == pytest.approx(many.sqnr_db, abs=1e-4)
     assert one.psnr_db == pytest.approx(many.psnr_db, abs=1e-4)
 
 
-def test_guidance_mixes_both_predictions_into_the_steps():
-    found = compare(Line(0.5), Line(0.55), steps=1, guidance=3.0, prompts=prompts(1))
-    start = fidelity.check_latents(Line(1), SIZE, 1, 43).double()
-    # slopes: 1.25 times with the prompt, 1 without; guided: 1 + 3 * 0.25
-    reference, own = (start * (1 - slope * 1.75) for slope in (0.5, 0.55))
-    peak = float(reference.max() - reference.min())
-    assert found.psnr_db == pytest.approx(10 * math.log10(peak**2 / float((reference - own).square().mean())), abs=1e-3)
-
-
 def test_the_empty_prompt_keeps_masks_and_numbers():
-    seen = []
-
-    class Watched(Line):
-        def velocity(self, latents, sigma, conditioning, geometry):
-            seen.append(conditioning)
-            return super().velocity(latents, sigma, conditioning, geometry)
-
+    reference = Line(0.5)
     given = {**prompts(1), "mask": torch.ones(1, 4, dtype=torch.int64), "guidance": torch.full((1,), 3.5)}
-    compare(Watched(0.5), Line(0.5), steps=1, guidance=2.0, prompts=given)
-    assert seen[0]["text"].flatten(1).amax(1).tolist() == [0.25, 0.0]
-    assert seen[0]["mask"].tolist() == [[1, 1, 1, 1]] * 2
-    assert seen[0]["guidance"].tolist() == [3.5, 3.5]
+    compare(reference, Line(0.5), steps=1, guidance=2.0, prompts=given)
+    seen = reference.shown[0]
+    assert seen["text"].flatten(1).amax(1).tolist() == [0.25, 0.0]
+    assert seen["mask"].tolist() == [[1, 1, 1, 1]] * 2
+    assert seen["guidance"].tolist() == [3.5, 3.5]
 
 
 def test_the_first_step_is_not_computed_twice():
     quantized = Line(0.5)
     compare(Line(0.5), quantized, steps=3, prompts=prompts(1))
-    assert quantized.calls == 5
+    assert len(quantized.shown) == 5
 
 
 def test_the_spread_is_the_standard_error_over_prompts():
     text = {"text": torch.tensor([0.0, 1.0, 3.0])[:, None, None].expand(3, 4, 5)}
-
-    class Uneven(Line):
-        def velocity(self, *args):
-            return super().velocity(*args) * (1 + 0.01 * args[2]["text"].mean((1, 2), keepdim=True) + 0.01)
-
-    found = compare(Line(0.5), Uneven(0.5), steps=1, prompts=text)
+    uneven = Line(0.5, lambda velocity, _, text: velocity * (1.01 + 0.01 * text))
+    found = compare(Line(0.5), uneven, steps=1, prompts=text)
     ratios = [-20 * math.log10(0.01 * (1 + value)) for value in (0.0, 1.0, 3.0)]
     assert found.sqnr_db == pytest.approx(np.mean(ratios), abs=1e-3)
     assert found.standard_error_db == pytest.approx(np.std(ratios, ddof=1) / math.sqrt(3), abs=1e-3)
@@ -125,13 +114,9 @@ def test_the_worst_is_that_of_one_prompt_at_one_level_at_any_size():
         shape = Line(1).latent_shape(size)
         return fidelity.Scene(torch.ones(len(texts), *shape), text, size)
 
-    class Worse(Line):
-        def velocity(self, latents, sigma, conditioning, size):
-            right = super().velocity(latents, sigma, conditioning, size)
-            return right * (1 + 0.01 * (conditioning["text"].mean((1, 2), keepdim=True) + sigma))
-
+    worse = Line(0.1, lambda velocity, sigma, text: velocity * (1 + 0.01 * (text + sigma)))
     scenes = [scene(SIZE, 0.0, 1.0), scene(Geometry(1, 2, 1, 4), 3.0)]
-    found = fidelity.scenes_fidelity(Line(0.1), Worse(0.1), scenes, steps=2)
+    found = fidelity.scenes_fidelity(Line(0.1), worse, scenes, steps=2)
     errors = np.array([[text + sigma for sigma in (1.0, 0.5)] for text in (0.0, 1.0, 3.0)])
     wanted = -20 * np.log10(0.01 * errors)
     assert found.worst_db == pytest.approx(wanted.min(), abs=1e-3)
@@ -206,34 +191,26 @@ def test_the_result_is_json():
     assert values["steps"] == 2
 
 
-@pytest.mark.parametrize("option", ["steps", "batch"])
-def test_options_below_one_are_refused(option):
+@pytest.mark.parametrize(("option", "none"), [("steps", 0), ("batch", 0), ("prompts", prompts(0))])
+def test_options_below_one_are_refused(option, none):
     with pytest.raises(OptionError, match=f"{option} should be at least 1, found 0"):
-        compare(Line(1), Line(1), **{option: 0})
+        compare(Line(1), Line(1), **{option: none})
 
 
-def test_no_prompts_are_refused():
-    with pytest.raises(OptionError, match="prompts should be at least 1, found 0"):
-        compare(Line(1), Line(1), prompts=prompts(0))
-
-
-class Turning(Line):
+def turning(value):
     """A model that turns bad at sigma 0.5."""
 
-    def __init__(self, value):
-        super().__init__(0.5)
-        self.value = value
-
-    def velocity(self, latents, sigma, *rest):
-        found = super().velocity(latents, sigma, *rest)
+    def change(velocity, sigma, _):
         if sigma == 0.5:
-            found[-1].reshape(-1)[0] = self.value
-        return found
+            velocity[-1].reshape(-1)[0] = value
+        return velocity
+
+    return Line(0.5, change)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_model_that_is_not_finite_is_refused_with_its_side_and_level(value):
-    for pair, side in (((Turning(value), Line(0.5)), "reference"), ((Line(0.5), Turning(value)), "quantized model")):
+    for pair, side in (((turning(value), Line(0.5)), "reference"), ((Line(0.5), turning(value)), "quantized model")):
         with pytest.raises(CalibrationError, match=f"the velocity in the {side} is not finite at sigma 0.5"):
             compare(*pair, steps=4)
 

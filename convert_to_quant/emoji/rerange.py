@@ -63,29 +63,23 @@ class Reranging:
 
     Attributes:
         summary: in a few words.
-        attention: inputs of the qkv projections of double blocks.
+        attention: inputs of the qkv projections of double blocks, and of the fused one of single blocks.
         mlp: inputs of the first MLP layers of double blocks.
         value: attention's values, and so the inputs of the projections behind it, in all blocks.
-        single: inputs of the fused qkv and MLP projection of single blocks.
     """
 
     summary: str
     attention: Factors
     mlp: Factors
     value: Factors
-    single: Factors
 
 
 RERANGINGS: Mapping[str, Reranging] = {
-    "plain": Reranging("as it was trained", constant(1), constant(1), constant(1), constant(1)),
-    "hot": Reranging("inputs 40 to 900 times larger", constant(200), constant(40), constant(900), constant(200)),
-    "spiky": Reranging(
-        "a few channels 300 to 1000 times larger", spikes(3, 300), spikes(2, 1000), spikes(2, 500), spikes(3, 300)
-    ),
-    "cold": Reranging("inputs 1000 times smaller", constant(1e-3), constant(1e-3), constant(1e-3), constant(1e-3)),
-    "wild": Reranging(
-        "every channel its own range", log_normal(2.5), log_normal(2.5), log_normal(2.5), log_normal(2.5)
-    ),
+    "plain": Reranging("as it was trained", constant(1), constant(1), constant(1)),
+    "hot": Reranging("inputs 40 to 900 times larger", constant(200), constant(40), constant(900)),
+    "spiky": Reranging("a few channels 300 to 1000 times larger", spikes(3, 300), spikes(2, 1000), spikes(2, 500)),
+    "cold": Reranging("inputs 1000 times smaller", constant(1e-3), constant(1e-3), constant(1e-3)),
+    "wild": Reranging("every channel its own range", log_normal(2.5), log_normal(2.5), log_normal(2.5)),
 }
 """By name. "hot" has the ranges published for Qwen-Image-Edit-2511, layer kind by layer kind."""
 
@@ -108,23 +102,23 @@ def rerange(tensors: Mapping[str, Float32], reranging: Reranging, seed: int = 0)
     def draw(factors: Factors) -> Float32:
         return factors(rng, hidden).astype(np.float32)
 
-    for number in range(_blocks(tensors, "double_blocks")):
-        streams = [f"double_blocks.{number}.{stream}" for stream in ("img", "txt")]
+    for block in _blocks(tensors, "double_blocks"):
+        streams = [f"{block}.{stream}" for stream in ("img", "txt")]
         for stream in streams:
             _scale_modulated(result, f"{stream}_mod.lin", 0, f"{stream}_attn.qkv", draw(reranging.attention))
             _scale_modulated(result, f"{stream}_mod.lin", 3, f"{stream}_mlp.0", draw(reranging.mlp))
         factors = draw(reranging.value)
         for stream in streams:
             _scale_values(result, f"{stream}_attn.qkv", f"{stream}_attn.proj", factors)
-    for number in range(_blocks(tensors, "single_blocks")):
-        block = f"single_blocks.{number}"
-        _scale_modulated(result, f"{block}.modulation.lin", 0, f"{block}.linear1", draw(reranging.single))
+    for block in _blocks(tensors, "single_blocks"):
+        _scale_modulated(result, f"{block}.modulation.lin", 0, f"{block}.linear1", draw(reranging.attention))
         _scale_values(result, f"{block}.linear1", f"{block}.linear2", draw(reranging.value))
     return result
 
 
-def _blocks(tensors: Mapping[str, Float32], kind: str) -> int:
-    return len({name.split(".")[1] for name in tensors if name.startswith(f"{kind}.")})
+def _blocks(tensors: Mapping[str, Float32], kind: str) -> list[str]:
+    count = len({name.split(".")[1] for name in tensors if name.startswith(f"{kind}.")})
+    return [f"{kind}.{number}" for number in range(count)]
 
 
 def _scale_modulated(tensors: dict[str, Float32], modulation: str, shift: int, reader: str, factors: Float32) -> None:

@@ -224,17 +224,16 @@ class Layer:
     def danger(self) -> float:
         """A sorting key, the largest first: by the worst risk as the file is, then by the ratio of signal to noise."""
         met = [(figures, figures.before) for figures in self.sides if figures is not None]
-        met += [
-            (figures, self.crossed) for figures in self.sides[1:] if figures is not None and self.crossed is not None
-        ]
-        worst = list(RISKS)[::-1]
-        dangers = [
-            1000.0 * (worst.index(state.risk) + 1 if state.risk else 0)
-            - (EXACT_DB if state.sqnr_db is None else state.sqnr_db)
-            for figures, state in met
-            if not (state.full_precision or figures.unused)
-        ]
-        return max(dangers, default=-math.inf)
+        met += [(figures, self.crossed) for figures in self.sides[1:] if figures is not None and self.crossed]
+        severity = ["", *list(RISKS)[::-1]]
+        return max(
+            (
+                1000.0 * severity.index(state.risk) - (EXACT_DB if state.sqnr_db is None else state.sqnr_db)
+                for figures, state in met
+                if not (state.full_precision or figures.unused)
+            ),
+            default=-math.inf,
+        )
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def render(document: Document) -> str:
         "img-src data:; base-uri 'none'; form-action 'none'",
         echarts_version=ECHARTS_VERSION,
         bars=_bars(document),
-        points=_list(verdict["points"], "points"),
+        points=_list(verdict["points"]),
         made=_made(document),
         kept=_kept(document),
         apply=_apply(document),
@@ -154,9 +154,8 @@ def _about(document: Document) -> str:
     return " · ".join(filter(None, parts))
 
 
-def _list(texts: Sequence[str], style: str = "") -> str:
-    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
-    return (f'<ul class="{style}">{items}</ul>' if style else f"<ul>{items}</ul>") if texts else ""
+def _list(texts: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in texts)}</ul>" if texts else ""
 
 
 def _state(figures: Mapping[str, Any], when: str) -> str:

@@ -26,8 +26,6 @@ function mixPoints(key) {
     return at[key];
   });
 }
-const MIX_HOW =
-  "Signal to noise of the velocity, if what the layers alone lose adds up. Nearer the upper left is better: more of the image kept, in fewer bits.";
 const marked = Object.keys(MARKS).filter((key) => mixPoints(key).length);
 
 /** What a file, or its layers, take with so many bits per weight. */

@@ -224,7 +224,6 @@ function mark() {
   get("direction").setAttribute("aria-label", turn);
   for (const chip of get("filters").children) chip.setAttribute("aria-pressed", state.only.has(chip.dataset.key));
   get("layouts").hidden = !compares || view().only !== undefined || plots[0].narrow;
-  get("mix-how").textContent = MIX_HOW;
   get("mix-legend").replaceChildren(...mixLegend());
   get("alone-legend").replaceChildren(...aloneLegend());
   get("picture-how").replaceChildren(...explained(view().how));
