@@ -31,14 +31,7 @@ def all_zero(checkpoint: Checkpoint, tensor: str) -> bool:
 
 
 def refuse_damaged(checkpoint: Checkpoint, table: LayerTable) -> list[str]:
-    """Refuse a model that has lost its weights, or whose small tensors are not finite.
-
-    Args:
-        checkpoint: the open checkpoint.
-        table: its layers.
-
-    Returns:
-        What a user should know, one sentence each.
+    """Refuse a model that has lost its weights, or whose small tensors are not finite; what else users should know.
 
     Raises:
         TensorError: all of its weights are zero; a tensor that no format quantizes has NaN or infinite values.

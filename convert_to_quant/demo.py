@@ -121,15 +121,9 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of the model, and how it fares.
+    """One variant of the model, and how it fares by way: files, layers by format, fidelity, and images.
 
-    Attributes:
-        variant: its name.
-        files: where its files are, by way.
-        calibration: what calibration found.
-        mixes: how many layers are in which format, by way.
-        fidelity: by way.
-        images: by way, uint8 [names, height, width, 3].
+    Images are uint8 [names, height, width, 3].
     """
 
     variant: str
@@ -153,14 +147,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo found.
-
-    Attributes:
-        options: what was run.
-        rows: one per variant of the model.
-        picture: where the picture is.
-        seconds: how long it took.
-    """
+    """What the demo found, a row for each variant of the model."""
 
     options: DemoOptions
     rows: tuple[Row, ...]
@@ -179,16 +166,10 @@ class Demo:
 
 
 def run(folder: Path, options: DemoOptions | None = None, *, progress: Progress | None = None) -> Demo:
-    """Run the demo.
+    """Run the demo into a folder, which is made where it is missing.
 
-    Args:
-        folder: where its files go; made where it is missing.
-        options: what to run.
-        progress: told how far it is, in evaluations of one sample of the demo's size.
-
-    Returns:
-        What it found. The folder then holds every model in every way, the picture, and embeddings of the prompts that
-        no calibration sees, for `check --conditioning`.
+    The folder then holds every model in every way, the picture, and embeddings of the prompts that no calibration sees,
+    for `check --conditioning`. Progress is told in evaluations of one sample of the demo's size.
 
     Raises:
         OutputError: a file cannot be written.
@@ -284,13 +265,7 @@ def file_of(variant: str, way: str, folder: Path) -> Path:
 def make_files(
     variant: str, folder: Path, samples: int = SAMPLES, progress: Progress | None = None
 ) -> tuple[dict[str, Path], Calibration]:
-    """Re-range, convert to FP8 and calibrate; the latter two as the command line does it.
-
-    Args:
-        variant: name of the re-ranging.
-        folder: where the files go.
-        samples: images that calibration shows the model.
-        progress: told how far calibration is.
+    """Re-range, convert to FP8 and calibrate on some images, the latter two as the command line does it.
 
     Returns:
         The files of the original and of FP8, by way, and what calibration found.
@@ -347,14 +322,7 @@ class _Reference(Denoiser):
 
 @contextmanager
 def models(files: Mapping[str, Path]) -> Iterator[tuple[Denoiser, dict[str, Denoiser]]]:
-    """Open one variant's files.
-
-    Args:
-        files: by way.
-
-    Yields:
-        The reference, and the model of each way, computing as it says.
-    """
+    """Open one variant's files: the reference, and the model of each way, computing as it says."""
     with ExitStack() as stack:
 
         def opened(path: Path) -> Denoiser:
@@ -380,13 +348,6 @@ def compare(
     progress: Progress | None = None,
 ) -> tuple[Fidelity, NDArray[np.uint8]]:
     """Paint with classifier-free guidance against the empty prompt, and compare with the reference on the way.
-
-    Args:
-        reference: the model as it should be.
-        model: the model.
-        conditioning: of the images, by name, each [images, ...].
-        options: steps, guidance and seed.
-        progress: as of `scenes_fidelity`.
 
     Returns:
         The comparison, and what the model painted: RGB, uint8 [images, height, width, 3].

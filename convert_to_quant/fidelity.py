@@ -75,9 +75,7 @@ class Level:
     """Velocity fidelity at one noise level.
 
     Attributes:
-        sigma: the noise level.
-        sqnr_db: mean over prompts.
-        standard_error_db: of that mean; 0 for one prompt.
+        sqnr_db, standard_error_db: mean over prompts, and of that mean; 0 for one prompt.
         worst_db: of the prompt with the lowest.
     """
 
@@ -92,7 +90,6 @@ class Size:
     """Velocity fidelity at one size, over all noise levels.
 
     Attributes:
-        geometry: of the images.
         sqnr_db: mean over prompts and noise levels.
         worst_db: of one prompt at one noise level.
     """
@@ -363,12 +360,7 @@ def _batches(scenes: Sequence[Scene], guidance: float) -> Iterator[tuple[int, Te
 
 
 class _Side:
-    """One of the two models, with an eye on what its layers give: attention may hide NaN.
-
-    Args:
-        name: for messages.
-        model: the model.
-    """
+    """One of the two models, with a name for messages, and an eye on what its layers give: attention may hide NaN."""
 
     def __init__(self, name: str, model: Denoiser) -> None:
         self.name = name
@@ -494,17 +486,7 @@ def _row_errors(reference: Denoiser, quantized: Denoiser, *, enabled: bool) -> I
 
 
 def check_latents(model: Denoiser, geometry: Geometry, count: int, seed: int) -> Tensor:
-    """White noise that no calibration starts from.
-
-    Args:
-        model: what takes the latents.
-        geometry: of the images.
-        count: how many.
-        seed: of the noise.
-
-    Returns:
-        float32 [count, *latent shape], on the CPU.
-    """
+    """White noise that no calibration starts from, float32 [count, *latent shape], on the CPU."""
     shape = model.latent_shape(geometry)
     drawn = [
         np.random.default_rng((seed, number, LATENTS_STREAM)).standard_normal(shape, np.float32)
@@ -514,17 +496,7 @@ def check_latents(model: Denoiser, geometry: Geometry, count: int, seed: int) ->
 
 
 def noise_prompts(model: Denoiser, geometry: Geometry, count: int, *, seed: int = 43) -> dict[str, Tensor]:
-    """Noise in place of prompts, of another kind than calibration is shown.
-
-    Args:
-        model: what takes the conditioning.
-        geometry: of the images.
-        count: how many prompts.
-        seed: of the noise.
-
-    Returns:
-        By name, each [count, ...].
-    """
+    """Noise in place of prompts, of another kind than calibration is shown: by name, each [count, ...]."""
     signals = model.signals(geometry)
     drawn = []
     for number in range(count):
@@ -542,14 +514,7 @@ def noise_prompts(model: Denoiser, geometry: Geometry, count: int, *, seed: int 
 
 
 def noise_scenes(model: Denoiser, geometry: Geometry, count: int, *, seed: int = 43) -> list[Scene]:
-    """What a check shows models without prompts: noise at the size asked for, and at a quarter of its tokens.
-
-    Args:
-        model: what is shown it.
-        geometry: the size asked for.
-        count: prompts at each size.
-        seed: of the noise.
-    """
+    """What a check shows models without prompts: noise at the size asked for, and at a quarter of its tokens."""
     return [
         Scene(
             check_latents(model, size, count, seed),

@@ -276,13 +276,7 @@ class Inspection:
 
 
 def inspect_file(path: StrPath) -> Inspection:
-    """Find out what a file is.
-
-    Args:
-        path: a `.safetensors` file or the `.safetensors.index.json` of shards.
-
-    Returns:
-        What it is, its problems included.
+    """Find out what a `.safetensors` file or the `.safetensors.index.json` of shards is, its problems included.
 
     Raises:
         CheckpointError: it is no readable safetensors file.
@@ -292,14 +286,7 @@ def inspect_file(path: StrPath) -> Inspection:
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
-    """Find out what an open checkpoint is.
-
-    Args:
-        checkpoint: the checkpoint; only scales and marks of it are read.
-
-    Returns:
-        What it is, its problems included.
-    """
+    """Find out what an open checkpoint is, its problems included; little but its scales and marks is read."""
     table = find_layers(checkpoint, collect_problems=True)
     found = identify(checkpoint, table)
     made = made_of(checkpoint.metadata)

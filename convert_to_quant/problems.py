@@ -49,12 +49,7 @@ CALIBRATE = "convert_to_quant -i FILE -o NEW --actcal"
 
 
 class Kind(NamedTuple):
-    """A kind of problem.
-
-    Attributes:
-        title: what is wrong and what comes of it.
-        remedy: what to do.
-    """
+    """A kind of problem: what is wrong and what comes of it, and what to do."""
 
     title: str
     remedy: str = _RECONVERT

@@ -85,16 +85,7 @@ RERANGINGS: Mapping[str, Reranging] = {
 
 
 def rerange(tensors: Mapping[str, Float32], reranging: Reranging, seed: int = 0) -> dict[str, Float32]:
-    """Re-range a Flux.1-shaped model.
-
-    Args:
-        tensors: all of its tensors by name, float32; they are not changed.
-        reranging: the factors.
-        seed: of those that are random.
-
-    Returns:
-        The same function as new tensors.
-    """
+    """Re-range a Flux.1-shaped model, all of whose tensors are given by name: the same function as new tensors."""
     result = {name: values.copy() for name, values in tensors.items()}
     rng = np.random.default_rng(seed)
     hidden = result["img_in.weight"].shape[0]
@@ -144,13 +135,7 @@ def _scale_values(tensors: dict[str, Float32], qkv: str, reader: str, factors: F
 
 
 def write_reranged(source: Path, output: Path, reranging: Reranging, seed: int = 0) -> None:
-    """Re-range a file into one with bfloat16 weights and float32 biases.
-
-    Args:
-        source: a Flux.1-shaped `.safetensors` file.
-        output: the new file.
-        reranging: the factors.
-        seed: of those that are random.
+    """Re-range a Flux.1-shaped file into one with bfloat16 weights and float32 biases.
 
     Raises:
         CheckpointError: the source cannot be read.

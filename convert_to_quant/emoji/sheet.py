@@ -38,13 +38,7 @@ TITLE_SIZE, HEAD_SIZE, TEXT_SIZE = 42, 32, 24
 
 @dataclass(frozen=True)
 class Cell:
-    """Images and what is said under them.
-
-    Attributes:
-        images: equally large, uint8 [height, width, 3].
-        caption: one line.
-        color: of the caption.
-    """
+    """Images, equally large, uint8 [height, width, 3], and what is said under them in one line."""
 
     images: Sequence[Picture]
     caption: str
@@ -62,17 +56,7 @@ class Heading:
 def draw(
     title: Heading, columns: Sequence[Heading], rows: Sequence[tuple[Heading, Sequence[Cell]]], lines: int = 2
 ) -> Image.Image:
-    """Draw a sheet.
-
-    Args:
-        title: above everything.
-        columns: their headings.
-        rows: their headings, and one cell per column; all cells have equally many images.
-        lines: of images in a cell.
-
-    Returns:
-        An RGB image.
-    """
+    """Draw a sheet in RGB: every row has one cell per column, all with equally many images, in some lines."""
     from PIL import Image, ImageDraw
 
     blocks = [[_block(cell.images, lines) for cell in cells] for _, cells in rows]

@@ -335,13 +335,7 @@ def _states(side: _Solved, results: Mapping[str, LayerResult], when: str) -> dic
 
 
 def with_risk(state: State, absmax: float, grid: Grid = DEFAULT_GRID) -> State:
-    """A state with its risk, by the thresholds of `document`, which are those of the layer's grid.
-
-    Args:
-        state: with everything else.
-        absmax: the largest |x|; 0 where nothing but zeros was seen, or nothing.
-        grid: of the layer's inputs.
-    """
+    """A state with its risk, by the thresholds of `document` on the grid of the inputs, whose largest is `absmax`."""
     risk: Risk = ""
     if state.full_precision or state.scale is None:
         return state

@@ -60,14 +60,7 @@ Document = Mapping[str, Any]
 
 
 def render(document: Document) -> str:
-    """Lay a report out as one HTML page.
-
-    Args:
-        document: what `Report.document()` gives.
-
-    Returns:
-        The page; the same document is the same page.
-    """
+    """Lay out what `Report.document()` gives as one HTML page; the same document is the same page."""
     scripts = {
         "early": _asset("early.js"),
         "echarts": _asset("echarts.min.js"),

@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MultipleLocator
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from .. import __version__, names
@@ -132,25 +133,8 @@ class Panel(NamedTuple):
     strips: Sequence[Strip]
 
 
-class Box(NamedTuple):
-    """A place on the page, in inches from its lower left corner."""
-
-    left: float
-    bottom: float
-    width: float
-    height: float
-
-
 def draw(report: Report, width_pixels: int = WIDTH) -> Image.Image:
-    """Draw a report.
-
-    Args:
-        report: what `figures.build` made.
-        width_pixels: of the picture; its height follows from the number of layers.
-
-    Returns:
-        An RGB image; of the same report always the same.
-    """
+    """Draw a report in RGB, as high as the number of layers asks for; of the same report always the same."""
     from PIL import Image
 
     with mpl.rc_context():
@@ -210,31 +194,32 @@ def figure(report: Report, width_pixels: int = WIDTH) -> Figure:
     right = WIDTH_INCHES - EDGE - max(_inches("Outcome", BOLD * HEADING), *(_inches(text) for text, _ in outcomes), 0)
     width = (right - left - LEVELS - 3 * GAP) / 2
     span = _span(panels)
-    boxes = [Box(left + number * (width + GAP), BELOW, width, tall) for number in range(2)]
+    boxes = [Bbox.from_bounds(left + number * (width + GAP), BELOW, width, tall) for number in range(2)]
+    heat = Bbox([(right - GAP - LEVELS, BELOW), (right - GAP, top)])
     scaled = not report.mixes or any(strip is not None and strip[1].scale for panel in panels for strip in panel.strips)
     observed = not report.mixes or any(one is not None and one.absmax for layer in report.layers for one in layer.sides)
-    taken = LEVELS + GAP if observed else 0
     if report.mixes:
-        _draw_mix(page, Box(EDGE + 0.7, top + ABOVE + 0.95, WIDTH_INCHES - 2 * EDGE - 0.7, chart - 1.6), report.mixes)
-        _draw_alone(page, boxes[0] if scaled else Box(left, BELOW, right - left - GAP - taken, tall), report)
+        ends = (EDGE + 0.7, top + ABOVE + 0.95), (WIDTH_INCHES - EDGE, top + ABOVE + chart - 0.65)
+        _draw_mix(page, Bbox(ends), report.mixes)
+        wide = Bbox([(left, BELOW), ((heat.x0 if observed else right) - GAP, top)])
+        _draw_alone(page, boxes[0] if scaled else wide, report)
         panels = panels[int(report.sides[0].calibrates)], panels[1]
         boxes = boxes[1:] if scaled else []
     for box, panel in zip(boxes, panels, strict=False):
         _draw_panel(page, box, panel, span)
-    heat = Box(right - GAP - LEVELS, BELOW, LEVELS, tall)
     if observed:
         _draw_levels(page, heat, report)
 
     _write(page, right, top + 0.6, "Outcome", size=HEADING, color=INK, weight="bold")
     risky = [strip is not None and bool(strip[1].risk) for strip in panels[0].strips]
-    _draw_layers(page, Box(left, BELOW, right - left, tall), shown, risky, outcomes)
+    _draw_layers(page, Bbox([(left, BELOW), (right, top)]), shown, risky, outcomes)
     legend = {} if span.absolute else {f"{zone}: {says}": PALETTE[zone] for zone, says in ZONES.items()}
     key = left
     for says, color in {**legend, "in full precision: nothing is cut": UNQUANTIZED}.items() if boxes else ():
-        _draw_key(page, Box(key, 0.72, 0.14, 0.14), [to_rgb(color)], says)
+        _draw_key(page, Bbox.from_bounds(key, 0.72, 0.14, 0.14), [to_rgb(color)], says)
         key += 0.4 + _inches(says)
     command = next((side.apply for side in report.sides if side.apply), "")
-    _write(page, left, 0.46, _end(command, heat.left - left), color=INK)
+    _write(page, left, 0.46, _end(command, heat.x0 - left), color=INK)
     source = _end(_source(report), WIDTH_INCHES - 2 * EDGE, TINY)
     _write(page, WIDTH_INCHES - EDGE, 0.2, source, size=TINY, ha="right")
     return page
@@ -276,7 +261,7 @@ MARKS: Mapping[str, dict[str, Any]] = {
 """How the points of a mix are marked, as on the page."""
 
 
-def _draw_mix(page: Figure, box: Box, mixes: Sequence[Mapping[str, Any]]) -> None:
+def _draw_mix(page: Figure, box: Bbox, mixes: Sequence[Mapping[str, Any]]) -> None:
     """What each size keeps: the best mixes, one format for all layers, and the file."""
     ax = _axes(page, box)
     ax.grid(axis="y", **GRID)
@@ -296,7 +281,7 @@ def _draw_mix(page: Figure, box: Box, mixes: Sequence[Mapping[str, Any]]) -> Non
     ax.set(xlim=across)
     low = 10 * math.floor(min(decibels) / 10)
     ax.set(ylim=(low, max(10 * math.ceil(max(decibels) / 10), low + 10)))
-    key, below = box.left, box.bottom - 0.62
+    key, below = box.x0, box.y0 - 0.62
     for name, found in points.items():
         if found:
             ax.plot(*zip(*found, strict=True), **MARKS[name], zorder=3, clip_on=False)
@@ -313,11 +298,10 @@ def _draw_mix(page: Figure, box: Box, mixes: Sequence[Mapping[str, Any]]) -> Non
     if "weights" in first:
         ticks = range(across[0], across[1] + 1)
         ax.set_xticks(ticks, [f"{bits}\n{_size(first, bits)}" for bits in ticks])
-    top, left = box.bottom + box.height, box.left - 0.7
-    _write(page, left, top + 0.42, "What each size keeps", size=HEADING, color=INK, weight="bold")
-    _write(page, left, top + 0.18, f"dB of the velocity, expected on {first.get('on', 'noise')}")
+    _write(page, box.x0 - 0.7, box.y1 + 0.42, "What each size keeps", size=HEADING, color=INK, weight="bold")
+    _write(page, box.x0 - 0.7, box.y1 + 0.18, f"dB of the velocity, expected on {first.get('on', 'noise')}")
     says = "bits per weight, scales included; size of " + ("the file" if "other_bytes" in first else "these layers")
-    _write(page, box.left + box.width, top + 0.18, says, ha="right")
+    _write(page, box.x1, box.y1 + 0.18, says, ha="right")
 
 
 def _size(mix: Mapping[str, Any], bits: float) -> str:
@@ -326,7 +310,7 @@ def _size(mix: Mapping[str, Any], bits: float) -> str:
     return f"{megabytes:.3g} MB" if megabytes < 1000 else f"{megabytes / 1000:.3g} GB"
 
 
-def _draw_alone(page: Figure, box: Box, report: Report) -> None:
+def _draw_alone(page: Figure, box: Bbox, report: Report) -> None:
     """What each layer alone keeps of the velocity in every format that was tried; the one that it has stands out."""
     tried = [
         (row, db, FORMATS[name].bits, side is not None and name == side.stored)
@@ -344,10 +328,9 @@ def _draw_alone(page: Figure, box: Box, report: Report) -> None:
         rows, decibels, bits = np.array([each[:3] for each in tried if each[3] == own]).reshape(-1, 3).T
         shade: Any = {"color": PALETTE["saturated"]} if own else {"c": bits / 8, "cmap": HEAT, "vmin": 0, "vmax": 1}
         ax.scatter(decibels, rows, (scale * size) ** 2, marker=mark, lw=0, zorder=3, **shade)
-    top = box.bottom + box.height
-    _write(page, box.left, top + 0.6, "Each layer alone", size=HEADING, color=INK, weight="bold")
-    _write(page, box.left + box.width, top + 0.6, "dB of the velocity, by format", ha="right")
-    _write(page, box.left + box.width / 2, box.bottom - 0.2, MIX_WORDS["tried"], ha="center")
+    _write(page, box.x0, box.y1 + 0.6, "Each layer alone", size=HEADING, color=INK, weight="bold")
+    _write(page, box.x1, box.y1 + 0.6, "dB of the velocity, by format", ha="right")
+    _write(page, (box.x0 + box.x1) / 2, box.y0 - 0.2, MIX_WORDS["tried"], ha="center")
 
 
 class Span(NamedTuple):
@@ -367,28 +350,20 @@ def _span(panels: Sequence[Panel]) -> Span:
     return Span(-16, min(max(math.ceil(highest) + 1, 12), 20))
 
 
-def _draw_panel(page: Figure, box: Box, panel: Panel, span: Span) -> None:
+def _draw_panel(page: Figure, box: Bbox, panel: Panel, span: Span) -> None:
     """A panel: its heading, its axis, and every layer's strip."""
     low, high, absolute = span
     octaves = low + (np.arange(STRIP_PIXELS) + 0.5) / STRIP_PIXELS * (high - low)
     under = TINTS[np.searchsorted(EDGES, octaves, side="right")]
     if absolute:
         under = np.tile(to_rgb(BLANK), (STRIP_PIXELS, 1))
-    strips = [
-        BARE
-        if one is not None and one[0].inputs
-        else under
-        if one is None or not one[1].scale
-        else _strip(*one, octaves, under, absolute)
-        for one in panel.strips
-    ]
+    strips = [_strip(one, octaves, under, absolute) for one in panel.strips]
     pixels = np.rint(np.reshape(strips, (-1, STRIP_PIXELS, 3)) * 255).astype(np.uint8)
     ax = _image(page, box, pixels, (low, high))
-    top, right = box.bottom + box.height, box.left + box.width
     subtitle = _end(panel.subtitle, box.width / 2)
     title = _end(panel.title, box.width - _inches(subtitle), BOLD * HEADING)
-    _write(page, box.left, top + 0.6, title, size=HEADING, color=INK, weight="bold")
-    _write(page, right, top + 0.6, subtitle, ha="right")
+    _write(page, box.x0, box.y1 + 0.6, title, size=HEADING, color=INK, weight="bold")
+    _write(page, box.x1, box.y1 + 0.6, subtitle, ha="right")
     if absolute:
         decades = range(math.ceil(low * math.log10(2)), math.floor(high * math.log10(2)) + 1, 2)
         ax.set_xticks(
@@ -403,17 +378,17 @@ def _draw_panel(page: Figure, box: Box, panel: Panel, span: Span) -> None:
         for zone, start, end in zip(ZONES, ends, ends[1:], strict=False):
             middle = box.width * ((start + end) / 2 - low) / (high - low)
             place, side = (0, "left") if start == low else (middle, "center")
-            _write(page, box.left + place, top + 0.32, zone, color=PALETTE[f"{zone}-text"], size=TINY, ha=side)
-    _write(page, box.left + box.width / 2, box.bottom - 0.2, says, ha="center")
+            _write(page, box.x0 + place, box.y1 + 0.32, zone, color=PALETTE[f"{zone}-text"], size=TINY, ha=side)
+    _write(page, (box.x0 + box.x1) / 2, box.y0 - 0.2, says, ha="center")
 
 
-def _axes(page: Figure, box: Box) -> Axes:
+def _axes(page: Figure, box: Bbox) -> Axes:
     """Axes at a place in inches."""
     width, height = page.get_size_inches()
-    return page.add_axes((box.left / width, box.bottom / height, box.width / width, box.height / height))
+    return page.add_axes((box.x0 / width, box.y0 / height, box.width / width, box.height / height))
 
 
-def _rows(page: Figure, box: Box, ends: tuple[float, float], count: int) -> Axes:
+def _rows(page: Figure, box: Bbox, ends: tuple[float, float], count: int) -> Axes:
     """Axes with a row for every layer, and what is across above them."""
     ax = _axes(page, box)
     ax.set(xlim=ends, ylim=(max(count, 1) - 0.5, -0.5), yticks=[], xticks=[], frame_on=False)
@@ -422,7 +397,7 @@ def _rows(page: Figure, box: Box, ends: tuple[float, float], count: int) -> Axes
     return ax
 
 
-def _image(page: Figure, box: Box, layers: Any, ends: tuple[float, float], **how: Any) -> Axes:
+def _image(page: Figure, box: Bbox, layers: Any, ends: tuple[float, float], **how: Any) -> Axes:
     """Layers as rows of pixels, with white lines between them where they are high enough."""
     ax, each = _rows(page, box, ends, len(layers)), box.height / max(len(layers), 1)
     if len(layers):
@@ -432,14 +407,14 @@ def _image(page: Figure, box: Box, layers: Any, ends: tuple[float, float], **how
     return ax
 
 
-def _draw_key(page: Figure, box: Box, colors: Any, says: str) -> None:
+def _draw_key(page: Figure, box: Bbox, colors: Any, says: str) -> None:
     """What shades mean: a bar of them, and words."""
     _image(page, box, [colors], (0, 1))
-    _write(page, box.left + box.width + 0.1, box.bottom + 0.02, says)
+    _write(page, box.x1 + 0.1, box.y0 + 0.02, says)
 
 
 def _draw_layers(
-    page: Figure, box: Box, shown: Sequence[str], risky: Sequence[bool], outcomes: Sequence[tuple[str, str]]
+    page: Figure, box: Bbox, shown: Sequence[str], risky: Sequence[bool], outcomes: Sequence[tuple[str, str]]
 ) -> None:
     """Names at the left, those at risk in red; what becomes of each layer at the right.
 
@@ -447,24 +422,28 @@ def _draw_layers(
     """
     each = box.height / max(len(shown), 1)
     readable = each >= READABLE_LAYER
-    top, right = box.bottom + box.height, box.left + box.width
     size = min(SMALL, 50 * each) if readable else 8
     for number in range(0, len(shown), 1 if readable else math.ceil(0.16 / each)):
-        y = top - (number + 0.5) * each
+        y = box.y1 - (number + 0.5) * each
         color = LEVEL_COLORS["bad"] if readable and risky[number] else INK
-        _write(page, box.left - 0.1, y, shown[number], size=size, color=color, ha="right", va="center_baseline")
+        _write(page, box.x0 - 0.1, y, shown[number], size=size, color=color, ha="right", va="center_baseline")
         if readable:
             text, color = outcomes[number]
-            _write(page, right, y, text, size=size, color=color, va="center_baseline")
+            _write(page, box.x1, y, text, size=size, color=color, va="center_baseline")
     if not readable:
-        marks = [(top - (number + 0.5) * each, color) for number, (_, color) in enumerate(outcomes) if color != FADED]
-        ends = [((right, y), (right + 0.25, y)) for y, _ in marks]
-        page.add_artist(LineCollection(ends, colors=[color for _, color in marks], linewidths=max(72 * each, 0.8),
+        marks = {box.y1 - (number + 0.5) * each: color for number, (_, color) in enumerate(outcomes) if color != FADED}
+        ends = [((box.x1, y), (box.x1 + 0.25, y)) for y in marks]
+        page.add_artist(LineCollection(ends, colors=list(marks.values()), linewidths=max(72 * each, 0.8),
                                        transform=page.dpi_scale_trans))  # fmt: skip
 
 
-def _strip(figures: Figures, state: State, octaves: Float, under: Float, absolute: bool) -> Float:
+def _strip(strip: Strip, octaves: Float, under: Float, absolute: bool) -> Float:
     """How a layer's inputs lie in the zones or, on an axis of log2 |x|, where the zones are: [n, 3]."""
+    if strip is not None and strip[0].inputs:
+        return BARE
+    if strip is None or not strip[1].scale:
+        return under
+    figures, state = strip
     relative = octaves - state.log2_scale if absolute else octaves
     colors = COLORS[np.searchsorted(EDGES, relative, side="right")]
     if state.full_precision:
@@ -479,9 +458,9 @@ def _strip(figures: Figures, state: State, octaves: Float, under: Float, absolut
     levels[end:] = 0  # the cell that holds the largest value reaches beyond it
     shares = 10 ** ((levels - 1) * DENSITY_DECADES / 254 - DENSITY_DECADES)
     least = 0.14 if state.full_precision else np.where(octaves > LARGEST, 0.42, 0.05)  # what is cut off must be seen
-    strip = _mix(under, colors, (levels > 0) * (least + (1 - least) * np.minimum(1, (shares / FULL_SHARE) ** 0.4)))
-    strip[max(end - 2, 0) : end] = to_rgb(INK)
-    return strip
+    mixed = _mix(under, colors, (levels > 0) * (least + (1 - least) * np.minimum(1, (shares / FULL_SHARE) ** 0.4)))
+    mixed[max(end - 2, 0) : end] = to_rgb(INK)
+    return mixed
 
 
 def _mix(under: Float, over: Float, share: NDArray[Any]) -> Float:
@@ -490,23 +469,21 @@ def _mix(under: Float, over: Float, share: NDArray[Any]) -> Float:
     return mixed
 
 
-def _draw_levels(page: Figure, box: Box, report: Report) -> None:
+def _draw_levels(page: Figure, box: Bbox, report: Report) -> None:
     """The range over noise levels, each layer's largest being dark."""
     seen = [next((one for one in layer.sides if one is not None and one.absmax), _UNSEEN) for layer in report.layers]
     ranges = np.array([one.sigma_absmax for one in seen], np.float64).reshape(-1, SIGMA_BINS)  # None becomes NaN
     octaves = np.log2(np.maximum(ranges, 1e-30) / np.array([[one.absmax or 1.0] for one in seen]).reshape(-1, 1))
     octaves = octaves[:, ~np.isnan(octaves).all(0)]  # a run of few steps meets few levels
-    top, right = box.bottom + box.height, box.left + box.width
-    _write(page, box.left, top + 0.6, "Noise levels", size=HEADING, color=INK, weight="bold")
+    _write(page, box.x0, box.y1 + 0.6, "Noise levels", size=HEADING, color=INK, weight="bold")
     if not octaves.size:
-        _write(page, box.left, top + 0.1, "not recorded")
+        _write(page, box.x0, box.y1 + 0.1, "not recorded")
         return
     _image(page, box, octaves, (0, 1), cmap=HEAT, vmin=-HEAT_OCTAVES, vmax=0)
-    _write(page, box.left, top + 0.1, "noise", size=TINY)
-    _write(page, right, top + 0.1, "image", size=TINY, ha="right")
-    _draw_key(
-        page, Box(box.left, 0.44, 0.8, 0.14), HEAT(np.linspace(0, 1, 256)), "range, 1/4 of the largest to all of it"
-    )
+    _write(page, box.x0, box.y1 + 0.1, "noise", size=TINY)
+    _write(page, box.x1, box.y1 + 0.1, "image", size=TINY, ha="right")
+    shades = HEAT(np.linspace(0, 1, 256))
+    _draw_key(page, Bbox.from_bounds(box.x0, 0.44, 0.8, 0.14), shades, "range, 1/4 of the largest to all of it")
 
 
 def _panels(report: Report) -> tuple[Panel, Panel]:

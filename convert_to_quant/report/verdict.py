@@ -68,13 +68,7 @@ def _cases(layers: Sequence[Layer], side: int, which: str) -> list[Case]:
 
 
 def judge(sides: Sequence[Side], layers: Sequence[Layer], *, same_inputs: bool = True) -> Verdict:
-    """The verdict on a report.
-
-    Args:
-        sides: one, or two.
-        layers: its layers.
-        same_inputs: whether both sides were observed on the same inputs, or not at all.
-    """
+    """The verdict on one side or two; `same_inputs` where both were observed on the same, or not at all."""
     if len(sides) == 1:
         return _one(sides[0], layers)
     first, second = sides
