@@ -187,44 +187,28 @@ const alone = (() => {
     },
     state: (layer) => [own(layer) || ""],
     setup(plot) {
-      const [{ left, width }] = plot.grids(1);
       const line = { lineStyle: { color: theme("rule"), type: "solid" } };
       const lines = Array.from({ length: (high - low) / 10 + 1 }, (_, n) => ({ xAxis: low + 10 * n, ...line }));
-      return {
-        grid: { top: 0, height: plot.height, left, width, show: false },
-        xAxis: { type: "value", min: low, max: high, show: false },
-        yAxis: { type: "value", inverse: true, show: false },
-        series: {
-          type: "custom",
-          clip: true,
-          silent: true,
-          renderItem: (_, api) => {
-            const layer = plot.rows[api.value(1)],
-              middle = plot.rowHeight - 10;
-            const marks = Object.entries(layer.alone_db).map(([name, db]) => {
-              const [x, y] = api.coord([db, api.value(1)]),
-                here = name === own(layer);
-              const shape = { x: x - 4, y: y + middle - 4, width: 8, height: 8 };
-              const turned = here ? { rotation: Math.PI / 4, originX: x, originY: y + middle } : {};
-              const style = { fill: here ? theme("saturated") : shade(name) };
-              return { type: "rect", shape, ...turned, style, z2: here ? 2 : 1 };
-            });
-            return { type: "group", children: marks };
-          },
-          markLine: { silent: true, z: 0, animation: false, symbol: "none", label: { show: false }, data: lines },
-        },
+      const draw = (layer, _, api) => {
+        const middle = plot.rowHeight - 10;
+        const marks = Object.entries(layer.alone_db).map(([name, db]) => {
+          const [x, y] = api.coord([db, api.value(1)]),
+            here = name === own(layer);
+          const shape = { x: x - 4, y: y + middle - 4, width: 8, height: 8 };
+          const turned = here ? { rotation: Math.PI / 4, originX: x, originY: y + middle } : {};
+          const style = { fill: here ? theme("saturated") : shade(name) };
+          return { type: "rect", shape, ...turned, style, z2: here ? 2 : 1 };
+        });
+        return { type: "group", children: marks };
       };
+      return panelsOf(plot, 1, [low, high], draw, lines);
     },
-    move: (plot, first, last) => ({
-      yAxis: { min: plot.low, max: plot.high },
-      series: { data: Array.from({ length: last - first }, (_, n) => [low, first + n]) },
-    }),
+    move: (plot, first, last) => rowsOf(plot, 1, low, first, last),
   };
 })();
-const keyed = (mark, words) => element("span", {}, element("span", { class: "key mark-" + mark }), words);
 const aloneLegend = () => [
-  marked.includes("chosen") ? keyed("chosen", "the format that it has") : "",
-  keyed("tried", given.words.tried),
+  marked.includes("chosen") ? keyed("mark-chosen", "the format that it has") : "",
+  keyed("mark-tried", given.words.tried),
 ];
 
-const mixLegend = () => marked.map((key) => keyed(key, given.words[key]));
+const mixLegend = () => marked.map((key) => keyed("mark-" + key, given.words[key]));

@@ -320,10 +320,9 @@ const picture = {
     return [words(figure.before, figure), " → ", after];
   },
   setup(plot) {
-    const real = view().real,
-      [low, high] = span();
-    const each = panels(plot),
-      grids = plot.grids(each.length);
+    const { real } = view(),
+      [low, high] = span(),
+      each = panels(plot);
     const bands = ZONES.map((zone) => [
       {
         xAxis: Math.max(zone.low, low),
@@ -333,35 +332,14 @@ const picture = {
     ]);
     const line = (xAxis, color, width) => ({ xAxis, lineStyle: { color: theme(color), type: "solid", width } });
     const lines = real
-      ? ticks(true, grids[0].width).map(([at]) => line(at, "rule", 1))
+      ? ticks(true, plot.grids(each.length)[0].width).map(([at]) => line(at, "rule", 1))
       : ZONES.slice(1).map(({ key, low }) =>
           key === "saturated" ? line(low, key, 1.5) : line(low, "strong", 1),
         );
-    return {
-      grid: grids.map(({ left, width }) => ({ top: 0, height: plot.height, left, width, show: false })),
-      xAxis: grids.map((_, g) => ({ type: "value", gridIndex: g, min: low, max: high, show: false })),
-      yAxis: grids.map((_, g) => ({ type: "value", gridIndex: g, inverse: true, show: false })),
-      series: each.map((strips, g) => ({
-        type: "custom",
-        xAxisIndex: g,
-        yAxisIndex: g,
-        clip: true,
-        silent: true,
-        renderItem: (params, api) => {
-          const layer = plot.rows[api.value(1)];
-          return drawLayer(plot, layer, strips(layer), low, high, api, params);
-        },
-        markArea: { silent: true, animation: false, data: real ? [] : bands },
-        markLine: { silent: true, z: real ? 0 : 5, animation: false, symbol: "none", label: { show: false }, data: lines },
-      })),
-    };
+    const draw = (layer, g, api, params) => drawLayer(plot, layer, each[g](layer), low, high, api, params);
+    return panelsOf(plot, each.length, [low, high], draw, lines, real ? [] : bands, real ? 0 : 5);
   },
-  move(plot, first, last) {
-    const each = panels(plot),
-      [low] = span();
-    const data = Array.from({ length: last - first }, (_, n) => [low, first + n]);
-    return { yAxis: each.map(() => ({ min: plot.low, max: plot.high })), series: each.map(() => ({ data })) };
-  },
+  move: (plot, first, last) => rowsOf(plot, panels(plot).length, span()[0], first, last),
 };
 
 /** Lets strips slide from one scale to the other: that is what calibration does. */
@@ -380,14 +358,13 @@ function slide(plot, from, done) {
 }
 
 function pictureLegend() {
-  const key = (name, ...text) => element("span", {}, element("span", { class: "key " + name }), ...text);
-  const largest = key("peak", "the ", term("largest", "largest seen"));
+  const largest = keyed("peak", "the ", term("largest", "largest seen"));
   if (view().real) {
-    const then = key("reach then", "what FP8 holds at the present ", term("scale"));
-    return [key("apart", "inputs"), largest, then, key("reach", "at the new one")];
+    const then = keyed("reach then", "what FP8 holds at the present ", term("scale"));
+    return [keyed("apart", "inputs"), largest, then, keyed("reach", "at the new one")];
   }
   const precise = (f) => f && exact({ ...f, after: state.view === "before" ? f.before : f.after });
-  const zones = ZONES.map((zone) => key(zone.key, TERMS[zone.key] ? term(zone.key) : zone.key, ": " + zone.says));
+  const zones = ZONES.map((zone) => keyed(zone.key, TERMS[zone.key] ? term(zone.key) : zone.key, ": " + zone.says));
   if (state.view === "before" && !layers.some((layer) => layer.sides.some(precise))) return [...zones, largest];
-  return [...zones, largest, key("apart", "in ", term("full precision"), ": nothing is cut")];
+  return [...zones, largest, keyed("apart", "in ", term("full precision"), ": nothing is cut")];
 }

@@ -28,6 +28,38 @@ function oncePerFrame(draw) {
   };
 }
 
+/** Words of a legend behind a mark. */
+const keyed = (style, ...words) => element("span", {}, element("span", { class: "key " + style }), ...words);
+
+/**
+ * An ECharts option for panels beside each other from `low` to `high`, in which draw(layer, panel, api, params) makes
+ * each row; over lines and bands, at the depth of lines.
+ */
+function panelsOf(plot, count, [low, high], draw, lines, bands = [], z = 0) {
+  const grids = plot.grids(count);
+  return {
+    grid: grids.map(({ left, width }) => ({ top: 0, height: plot.height, left, width, show: false })),
+    xAxis: grids.map((_, g) => ({ type: "value", gridIndex: g, min: low, max: high, show: false })),
+    yAxis: grids.map((_, g) => ({ type: "value", gridIndex: g, inverse: true, show: false })),
+    series: grids.map((_, g) => ({
+      type: "custom",
+      xAxisIndex: g,
+      yAxisIndex: g,
+      clip: true,
+      silent: true,
+      renderItem: (params, api) => draw(plot.rows[api.value(1)], g, api, params),
+      markArea: { silent: true, animation: false, data: bands },
+      markLine: { silent: true, z, animation: false, symbol: "none", label: { show: false }, data: lines },
+    })),
+  };
+}
+/** The option for the rows in view of such panels. */
+function rowsOf(plot, count, low, first, last) {
+  const data = Array.from({ length: last - first }, (_, n) => [low, first + n]),
+    each = (one) => Array(count).fill(one);
+  return { yAxis: each({ min: plot.low, max: plot.high }), series: each({ data }) };
+}
+
 class Plot {
   /**
    * @param place element to fill
