@@ -48,10 +48,10 @@ HELD_OUT = (
 """Prompts that no calibration sees: what figures of accuracy are measured on."""
 
 
-def word_vector(word: str, channels: int = CHANNELS) -> Float32:
-    """The fixed random vector of a word, standard normal, float32 [channels]."""
+def word_vector(word: str) -> Float32:
+    """The fixed random vector of a word, standard normal, float32 [CHANNELS]."""
     seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
-    return np.random.default_rng(seed).standard_normal(channels).astype(np.float32)
+    return np.random.default_rng(seed).standard_normal(CHANNELS).astype(np.float32)
 
 
 def embed(prompt: str) -> tuple[Float32, Float32]:

@@ -84,10 +84,10 @@ RERANGINGS: Mapping[str, Reranging] = {
 """By name. "hot" has the ranges published for Qwen-Image-Edit-2511, layer kind by layer kind."""
 
 
-def rerange(tensors: Mapping[str, Float32], reranging: Reranging, seed: int = 0) -> dict[str, Float32]:
+def rerange(tensors: Mapping[str, Float32], reranging: Reranging) -> dict[str, Float32]:
     """Re-range a Flux.1-shaped model, all of whose tensors are given by name: the same function as new tensors."""
     result = {name: values.copy() for name, values in tensors.items()}
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     hidden = result["img_in.weight"].shape[0]
 
     def draw(factors: Factors) -> Float32:
@@ -134,7 +134,7 @@ def _scale_values(tensors: dict[str, Float32], qkv: str, reader: str, factors: F
     tensors[reader + names.WEIGHT][:, :size] /= factors
 
 
-def write_reranged(source: Path, output: Path, reranging: Reranging, seed: int = 0) -> None:
+def write_reranged(source: Path, output: Path, reranging: Reranging) -> None:
     """Re-range a Flux.1-shaped file into one with bfloat16 weights and float32 biases.
 
     Raises:
@@ -142,7 +142,7 @@ def write_reranged(source: Path, output: Path, reranging: Reranging, seed: int =
         OutputError: the output cannot be written.
     """
     with open_checkpoint(source) as checkpoint:
-        tensors = rerange({name: checkpoint.float32(name) for name in checkpoint.tensors}, reranging, seed)
+        tensors = rerange({name: checkpoint.float32(name) for name in checkpoint.tensors}, reranging)
         entries = {
             name: Entry.of(values) if name.endswith(names.BIAS) else Entry.of(narrow_bfloat16(values), "BF16")
             for name, values in tensors.items()

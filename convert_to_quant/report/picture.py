@@ -63,10 +63,8 @@ if TYPE_CHECKING:
 
 Float = NDArray[np.float64]
 
-WIDTH = 1600
-"""Pixels of a picture by default."""
-WIDTH_INCHES = 16.0
-"""What all sizes below are meant for; the resolution follows from the pixels."""
+WIDTH_INCHES, DOTS = 16.0, 100
+"""Width of a picture, and pixels per inch."""
 CHART = 4.2
 """Inches that the chart of a mix takes, with its words."""
 LAYERS_INCHES, LEAST_LAYER, LARGEST_LAYER, READABLE_LAYER = 20.0, 0.01, 0.24, 0.12
@@ -133,19 +131,19 @@ class Panel(NamedTuple):
     strips: Sequence[Strip]
 
 
-def draw(report: Report, width_pixels: int = WIDTH) -> Image.Image:
+def draw(report: Report) -> Image.Image:
     """Draw a report in RGB, as high as the number of layers asks for; of the same report always the same."""
     from PIL import Image
 
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE)
-        canvas = FigureCanvasAgg(figure(report, width_pixels))
+        canvas = FigureCanvasAgg(figure(report))
         canvas.draw()  # type: ignore[no-untyped-call]
         return Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3].copy())  # type: ignore[no-untyped-call]
 
 
-def png(report: Report, width_pixels: int = WIDTH) -> bytes:
+def png(report: Report) -> bytes:
     """Draw a report into a PNG that says what made it, in the text chunks "Software" and "convert_to_quant"."""
     from PIL.PngImagePlugin import PngInfo
 
@@ -160,11 +158,11 @@ def png(report: Report, width_pixels: int = WIDTH) -> bytes:
     chunks.add_text("Title", report.title.encode("ascii", "backslashreplace").decode("ascii"))
     chunks.add_text("convert_to_quant", json.dumps(said))
     encoded = io.BytesIO()
-    draw(report, width_pixels).save(encoded, "PNG", pnginfo=chunks)
+    draw(report).save(encoded, "PNG", pnginfo=chunks)
     return encoded.getvalue()
 
 
-def figure(report: Report, width_pixels: int = WIDTH) -> Figure:
+def figure(report: Report) -> Figure:
     """A report as a figure of matplotlib: two panels of strips, the noise levels, and text around them."""
     drawn = [report.layers[number] for number in report.riskiest]
     if not report.mixes:  # where scales are all there is to see, layers without one are not
@@ -187,7 +185,7 @@ def figure(report: Report, width_pixels: int = WIDTH) -> Figure:
     top = BELOW + tall
     chart = CHART if report.mixes else 0.0
     height = top + ABOVE + 0.6 + chart + sum(size / 45 for _, size, _ in lines)
-    page = Figure((WIDTH_INCHES, height), width_pixels / WIDTH_INCHES)
+    page = Figure((WIDTH_INCHES, height), DOTS)
     _draw_head(page, lines, LEVEL_COLORS[report.verdict.level], height - EDGE)
 
     left = EDGE + max(map(_inches, shown), default=0)

@@ -55,11 +55,10 @@ def test_factors_undone_only_in_one_of_two_places_would_change_the_function(tens
     assert (found - expected).norm() / expected.norm() > 0.1
 
 
-def test_random_factors_follow_the_seed(tensors):
+def test_random_factors_are_the_same_every_time(tensors):
     name = "double_blocks.0.img_attn.qkv.weight"
-    first, again, other = (rerange(tensors, RERANGINGS["wild"], seed)[name] for seed in (0, 0, 1))
+    first, again = (rerange(tensors, RERANGINGS["wild"])[name] for _ in range(2))
     assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
 
 
 def test_files_have_bfloat16_weights_and_float32_biases(tmp_path):
