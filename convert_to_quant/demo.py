@@ -226,8 +226,7 @@ class _Work:
 
     def __init__(self, options: DemoOptions, progress: Progress | None) -> None:
         sides = 2 if options.guidance != 1 else 1
-        observed_tokens = 5 * GEOMETRY.tokens  # calibration shows the model images about this much larger
-        self.calibration = options.samples * STEPS * observed_tokens / GEOMETRY.tokens
+        self.calibration = 5 * options.samples * STEPS  # on images about so much larger
         self.comparison = 3 * sides * len(options.names) * options.steps
         self.trials = self.rounding = 400  # either took about as long as so many, on two cores
         mixes = self.trials + self.rounding

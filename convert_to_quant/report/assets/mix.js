@@ -10,23 +10,19 @@ const MARKS = {
   chosen: { type: "scatter", symbol: "diamond", symbolSize: 16, ink: "saturated" },
 };
 
-/** Points of a mark, each with what it is called: [bits per weight, dB, name]. */
-function mixPoints(key) {
-  const named = (name) => (point) => [...point, name];
-  const several = mixes.length > 1;
-  return mixes.flatMap((mix, s) => {
-    const own = (text) => (several ? `${letters[s]}: ${text}` : text); // short: the legend has the words
-    const at = {
-      curve: s ? [] : mix.curve.map(named("")),
-      uniform: s ? [] : Object.entries(mix.uniform || {}).map(([name, point]) => named(name)(point)),
-      more: mix.more ? [named("")(mix.more)] : [],
-      measured: (mix.measured_db || []).map((db) => [mix.bits, db, ""]),
-      chosen: mix.bits && mix.expected_db !== undefined ? [[mix.bits, mix.expected_db, own("this file")]] : [],
-    };
-    return at[key];
-  });
+/** Points of each mark, with what they are called: [bits per weight, dB, name]. */
+const points = { curve: [], uniform: [], more: [], measured: [], chosen: [] };
+for (const [s, mix] of mixes.entries()) {
+  if (s === 0) {
+    points.curve = mix.curve.map((point) => [...point, ""]);
+    points.uniform = Object.entries(mix.uniform || {}).map(([name, point]) => [...point, name]);
+  }
+  const own = mixes.length > 1 ? `${letters[s]}: this file` : "this file"; // short: the legend has the words
+  if (mix.more) points.more.push([...mix.more, ""]);
+  for (const db of mix.measured_db || []) points.measured.push([mix.bits, db, ""]);
+  if (mix.bits && mix.expected_db !== undefined) points.chosen.push([mix.bits, mix.expected_db, own]);
 }
-const marked = Object.keys(MARKS).filter((key) => mixPoints(key).length);
+const marked = Object.keys(MARKS).filter((key) => points[key].length);
 
 /** What a file, or its layers, take with so many bits per weight. */
 const sized = (bits) => {
@@ -34,17 +30,17 @@ const sized = (bits) => {
   return megabytes < 1000 ? `${+megabytes.toPrecision(3)} MB` : `${+(megabytes / 1000).toPrecision(3)} GB`;
 };
 /** Where the words beside points find room, clear of what stands there already; those of the curve do under it. */
-function besides(points, all, place, [least, most]) {
+function besides(labelled, all, place, [least, most]) {
   const taken = all.map((point) => [place(point), [9, 9]]),
     beside = (x, u, widths) => Math.abs(x - u) * 2 >= widths,
     apart = ([[x, y], [w, h]]) => taken.every(([[u, v], [a, b]]) => beside(x, u, w + a) || beside(y, v, h + b));
-  return points.map((point) => {
+  return labelled.map((point) => {
     const [x, y] = place(point),
       width = pen.measureText(point[2]).width + 4;
     const inside = ([x]) => x - width / 2 >= least && x + width / 2 <= most;
     const far = 10 + width / 2,
       spots = { right: [x + far, y], left: [x - far, y], top: [x, y - 14], bottom: [x, y + 14] };
-    const onCurve = !mixPoints("uniform").some((one) => String(one) === String(point)),
+    const onCurve = points.chosen.includes(point),
       order = onCurve ? ["bottom", "right", "left", "top"] : ["right", "left", "top", "bottom"];
     const free = (side) => inside(spots[side]) && apart([spots[side], [width, 14]]),
       found = order.find(free) || order[0];
@@ -72,7 +68,7 @@ class MixChart {
       height = this.box.clientHeight;
     if (!width) return;
     const narrow = width < 640,
-      all = marked.flatMap(mixPoints);
+      all = marked.flatMap((key) => points[key]);
     const ends = (n, step, room) => {
       const sizes = all.map((point) => point[n] / step);
       const least = Math.floor(Math.min(...sizes) - room);
@@ -86,9 +82,9 @@ class MixChart {
       height - grid.bottom - ((y - low) / (high - low)) * (height - grid.top - grid.bottom),
     ];
     pen.font = `12px ${theme("sans")}`;
-    const labelled = ["chosen", "uniform"].flatMap(mixPoints),
+    const labelled = [...points.chosen, ...points.uniform],
       spots = besides(labelled, all, place, [grid.left, width]);
-    const spotOf = (point) => spots[labelled.findIndex((one) => String(one) === String(point))];
+    const spotOf = (point) => spots[labelled.indexOf(point)];
     const soft = { color: theme("soft"), fontFamily: theme("sans"), fontSize: 12 };
     const axisLine = { show: true, lineStyle: { color: theme("strong") } };
     const bare = { axisTick: { show: false }, splitLine: { show: false } };
@@ -99,7 +95,7 @@ class MixChart {
         color = theme(ink);
       return {
         ...mark,
-        data: mixPoints(key).map((value) => ({ value, label: { position: spotOf(value) } })),
+        data: points[key].map((value) => ({ value, label: { position: spotOf(value) } })),
         itemStyle: key === "more" ? { color: theme("paper"), borderColor: color, borderWidth: 2 } : { color },
         lineStyle: { color, width: 2 },
         label: {
@@ -154,9 +150,9 @@ class MixChart {
 /** The chart in a sentence. */
 function mixGist() {
   const said = marked.filter((key) => key !== "curve").flatMap((key) =>
-    mixPoints(key).map(([bits, db, name]) => `${name || given.words[key]}: ${decibels(db)} dB at ${bits.toFixed(2)} bits`),
+    points[key].map(([bits, db, name]) => `${name || given.words[key]}: ${decibels(db)} dB at ${bits.toFixed(2)} bits`),
   );
-  const ends = mixPoints("curve").map(([bits, db]) => `${decibels(db)} dB at ${bits} bits`);
+  const ends = points.curve.map(([bits, db]) => `${decibels(db)} dB at ${bits} bits`);
   return `The best mix keeps ${ends.join(", ")}. ${said.join("; ")}.`;
 }
 
