@@ -24,8 +24,3 @@ def test_pictures_are_tokens_unpacked_and_pixel_shuffled_on_white():
     found = emoji.to_pictures(latents.numpy())
     assert found.dtype == np.uint8
     assert np.abs(found.astype(int) - expected.numpy()).max() <= 1
-
-
-def test_no_alpha_is_white():
-    latents = -np.ones((1, 64, 64), np.float32)
-    assert (emoji.to_pictures(latents) == 255).all()

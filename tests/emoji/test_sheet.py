@@ -38,14 +38,3 @@ def test_a_long_caption_or_title_stays_inside():
     (_, left), (_, right) = pixels(image, RED), pixels(image, BLUE)
     assert 0 < left.min() < left.max() < right.min() < right.max() < image.width
     assert (np.asarray(image)[:, -1] == np.asarray(image)[0, 0]).all()
-
-
-def test_the_sheet_grows_with_rows_and_columns():
-    def size(columns, rows):
-        cells = [Cell([picture(RED)] * 2, "0 dB")] * columns
-        return draw(Heading("", ""), [Heading("", "")] * columns, [(Heading("", ""), cells)] * rows).size
-
-    width, height = size(1, 1)
-    wide, high = size(3, 2)
-    assert wide > width + 2 * 32 * ENLARGED
-    assert high > height + 2 * 32 * ENLARGED

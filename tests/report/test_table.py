@@ -74,10 +74,3 @@ def test_every_line_says_what_made_it():
 def test_any_name_survives_and_none_is_a_formula(name):
     safe = name[0] not in "=+-@\t"
     assert read(Source(observed({name: NORMAL})))[0]["layer"] == (name if safe else "'" + name)
-
-
-def test_a_file_has_a_head_and_lines_and_nothing_else():
-    text = table.render(build(Source(observed({"a": NORMAL, "b": NORMAL}))))
-    assert text.count("\n") == 3
-    assert text.startswith("layer,side,")
-    assert text.endswith("\n")
