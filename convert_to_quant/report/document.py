@@ -383,8 +383,7 @@ def plain(value: Any, digits: int | None = None) -> Any:
 
 def _cells(density: Density) -> list[int | str] | None:
     """The occupied part of a density: the number of its first cell, and its bytes in base64."""
-    if not density.any():
-        return None
     occupied = np.flatnonzero(density)
-    first, last = int(occupied[0]), int(occupied[-1])
-    return [first, base64.b64encode(density[first : last + 1].tobytes()).decode("ascii")]
+    if not occupied.size:
+        return None
+    return [int(occupied[0]), base64.b64encode(np.trim_zeros(density).tobytes()).decode("ascii")]
