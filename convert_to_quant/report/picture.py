@@ -113,7 +113,6 @@ TINTS = 1 - np.array([[0.1], [0.1], [0.045], [0.1]]) * (1 - COLORS)
 """Colours of the zones where most is, and where nothing is, as on the page."""
 BARE = np.ones((STRIP_PIXELS, 3))
 """The strip of a layer without an input scale."""
-NEVER = "never seen: "
 FULL_PRECISION = {"one row": ": one token", "rows lost": ": tokens lost", "budget": ": budget"}
 """Why a layer computes in full precision, in a word; see `solve.LayerResult.cause`."""
 
@@ -171,16 +170,10 @@ def figure(report: Report) -> Figure:
     panels = _panels(report)
     count = max(len(drawn), 1)
     tall = count * min(max(LAYERS_INCHES / count, LEAST_LAYER), LARGEST_LAYER)
-    full = [layer.name for layer in report.layers]
-    bare = names.strip_prefix(full)[1]
-    shown = [_end(drawable(bare.get(name, name)), NAME_INCHES) for name in full]
-    outcomes = [_outcome(*states) for states in zip(*(panel.strips for panel in panels), strict=True)]
-    if report.mixes:
-        stored = [strip[0].stored if strip is not None else "" for strip in panels[1].strips]
-        outcomes = [
-            (f"{name}: {text.removeprefix(NEVER)}" if name else text, color)
-            for name, (text, color) in zip(stored, outcomes, strict=True)
-        ]
+    bare = names.strip_prefix(layer.name for layer in drawn)[1]
+    shown = [_end(drawable(bare.get(layer.name, layer.name)), NAME_INCHES) for layer in drawn]
+    states = zip(*(panel.strips for panel in panels), strict=True)
+    outcomes = [_outcome(first, second, mixed=bool(report.mixes)) for first, second in states]
     lines = list(_head(report))
     top = BELOW + tall
     chart = CHART if report.mixes else 0.0
@@ -549,27 +542,30 @@ def _end(text: str, inches: float, size: float = SMALL) -> str:
     return "…" + text
 
 
-def _outcome(first: Strip, second: Strip) -> tuple[str, str]:
-    """What a layer's two states mean, in few words and a colour."""
+def _outcome(first: Strip, second: Strip, *, mixed: bool) -> tuple[str, str]:
+    """What a layer's two states mean, in few words and a colour; in a mix, its format before it."""
+    stored = f"{second[0].stored}: " if mixed and second is not None and second[0].stored else ""
     if first is None or second is None:
-        return "only on one side", FADED
+        return f"{stored}only on one side", FADED
     before, (figures, after) = first[1], second
     if figures.inputs:
-        return f"inputs {figures.inputs}", FADED
+        return f"{stored}inputs {figures.inputs}", FADED
     if figures.unused:
-        return "its scale is not read", FADED
+        return f"{stored}its scale is not read", FADED
     if after.full_precision:
-        return "full precision" + FULL_PRECISION.get(figures.cause, ""), LEVEL_COLORS["warning"]
+        return f"{stored}full precision{FULL_PRECISION.get(figures.cause, '')}", LEVEL_COLORS["warning"]
     if not figures.seen:
         scales = dict.fromkeys("none" if state.scale is None else f"{state.scale:.3g}" for state in (before, after))
-        return ("" if len(scales) > 1 else NEVER) + "scale " + " → ".join(scales), FADED
+        never = "" if len(scales) > 1 or stored else "never seen: "
+        return f"{stored}{never}scale {' → '.join(scales)}", FADED
     ratios = dict.fromkeys(f"{round(state.sqnr_db)}" for state in (before, after) if state.sqnr_db is not None)
     words = " → ".join(ratios) + " dB"
     worst = after if after.risk else before
     if not worst.risk:
-        return words, FADED
+        return stored + words, FADED
     share = (worst.clipped or 0) if worst.risk == "clips" else 0
-    return f"{worst.risk}{f' {percent(share)}' if share >= 1e-5 else ''}: {words}", LEVEL_COLORS["bad"]
+    told = f" {percent(share)}" if share >= 1e-5 else ""
+    return f"{stored}{worst.risk}{told}: {words}", LEVEL_COLORS["bad"]
 
 
 def _source(report: Report) -> str:
