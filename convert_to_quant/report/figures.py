@@ -193,11 +193,8 @@ def _solve(source: Source, *, force: bool) -> _Solved:
     statistics = source.statistics
     if source.model is None:
         assert statistics is not None, "a source has statistics, or a checkpoint, or both"
-        shapes = {name: (shape[0], shape[1]) for name, shape in statistics.layers.items()}
-        moving = set(statistics.provenance.get("depends_on_conditioning", ()))
-        results = solve(statistics, {name: Present(1.0, False, shapes[name]) for name in shapes}, source.options)
-        results = [replace(result, conditioning_dependent=result.layer in moving) for result in results]
-        rows = [_Row(result, shapes[result.layer]) for result in results]
+        present = {name: Present(1.0, False, shape) for name, shape in statistics.layers.items()}
+        rows = [_Row(result, statistics.layers[result.layer]) for result in solve(statistics, present, source.options)]
         mix, tried = _mix(source)
         return _Solved(source, _by_bare_name(rows), statistics, mix=mix, tried=tried)
     with open_checkpoint(source.model) as checkpoint:

@@ -485,10 +485,11 @@ def _panels(report: Report) -> tuple[Panel, Panel]:
         return [None if figures is None else (figures, getattr(figures, which)) for figures in sides]
 
     if len(report.sides) == 1:
-        present = "present scales" if report.sides[0].model is not None else "a scale of 1.0"
-        return Panel("As it is", present, strips(0, "before")), Panel(
-            "Calibrated", _solving(report), strips(0, "after")
-        )
+        (side,) = report.sides
+        present = "present scales" if side.model is not None else "a scale of 1.0"
+        chosen = f"scales from {side.options['method']}"
+        chosen += f" × {side.options['margin']:g}" if side.options["margin"] else ""
+        return Panel("As it is", present, strips(0, "before")), Panel("Calibrated", chosen, strips(0, "after"))
     first, second = (side.label for side in report.sides)
     crossed = [layer.crossed for layer in report.layers]
     if any(crossed):
@@ -502,13 +503,6 @@ def _panels(report: Report) -> tuple[Panel, Panel]:
     if [strip and strip[1] for strip in strips(0, "before")] != [strip and strip[1] for strip in strips(1, "before")]:
         which, words = "before", "present scales"
     return Panel(first, words, strips(0, which)), Panel(second, words, strips(1, which))
-
-
-def _solving(report: Report) -> str:
-    """How the new scales were chosen, in a word or two."""
-    options = report.sides[0].options
-    text = f"scales from {options['method']}"
-    return text + (f" × {options['margin']:g}" if options["margin"] else "")
 
 
 @cache
