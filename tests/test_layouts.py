@@ -7,29 +7,25 @@ docs/models.md, which is written anew by `python tests/test_layouts.py` and then
 
 from __future__ import annotations
 
-import json
-import lzma
 import math
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import pytest
+from released import Layout, hunyuan_authors, layouts
 from torch import Tensor
 
+from convert_to_quant import families
 from convert_to_quant.checkpoint import Checkpoint, TensorInfo, open_checkpoint, serialize_header
 from convert_to_quant.convert import plan_conversion
 from convert_to_quant.engines import diffusers as model_engine
-from convert_to_quant.engines.provenance import trace
+from convert_to_quant.engines.provenance import Piece, trace
 from convert_to_quant.options import ConvertOptions
 
-Layout = Mapping[str, tuple[str, tuple[int, ...]]]
-
-DATA = Path(__file__).parent / "data" / "layouts.json.xz"
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BYTES = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "I64": 8}
 
@@ -45,11 +41,6 @@ is not what the code does.
 | layout | model | variant | quantized | kept | engine |
 |---|---|---|---|---|---|
 """
-
-
-@cache
-def layouts() -> dict[str, Layout]:
-    return json.loads(lzma.decompress(DATA.read_bytes()))
 
 
 @contextmanager
@@ -89,20 +80,69 @@ def test_a_released_layout_is_what_the_page_says(name: str, tmp_path: Path) -> N
     assert [row(name, tmp_path)] == expected
 
 
-@pytest.mark.parametrize("name", ["sd15_unet", "sdxl_unet"])
-def test_rules_for_names_of_unets_move_the_rows_that_diffusers_converter_moves(name: str, tmp_path: Path) -> None:
+CONVERTERS = {
+    "auraflow": "convert_auraflow_transformer_checkpoint_to_diffusers",
+    "chroma": "convert_chroma_transformer_checkpoint_to_diffusers",
+    "flux1_dev": "convert_flux_transformer_checkpoint_to_diffusers",
+    "flux2_dev": "convert_flux2_transformer_checkpoint_to_diffusers",
+    "hunyuanvideo": "convert_hunyuan_video_transformer_to_diffusers",
+    "ltxv_13b": "convert_ltx_transformer_checkpoint_to_diffusers",
+    "full_ltx2_dev": "convert_ltx2_transformer_to_diffusers",
+    "lumina2": "convert_lumina2_to_diffusers",
+    "mochi": "convert_mochi_transformer_checkpoint_to_diffusers",
+    "sd15_unet": "convert_ldm_unet_checkpoint",
+    "sd35_medium": "convert_sd3_transformer_checkpoint_to_diffusers",
+    "sdxl_unet": "convert_ldm_unet_checkpoint",
+    "wan21_i2v_14b": "convert_wan_transformer_to_diffusers",
+    "wan21_vace_14b": "convert_wan_transformer_to_diffusers",
+    "z_image": "convert_z_image_transformer_checkpoint_to_diffusers",
+}
+"""Layouts in their authors' names -> diffusers' own function that gives them its names."""
+
+
+AUTHORS: dict[str, Callable[[str], str]] = {
+    "chroma": lambda tensor: re.sub(r"(_guidance_layer\.norms\.\d+)\.weight", r"\1.scale", tensor),
+    "hunyuan-video": hunyuan_authors,
+}
+"""Families whose layouts are as ComfyUI names them -> what the converter expects."""
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_rules_for_names_move_the_rows_that_diffusers_converter_moves(name: str, tmp_path: Path) -> None:
     from diffusers.loaders import single_file_utils
 
     with opened(layouts()[name], tmp_path) as checkpoint:
         plan = model_engine.plan(checkpoint)
-        config = {**plan.config, "layers_per_block": 2}
+        shapes = {bare: checkpoint.tensors[full].shape for bare, full in plan.full_names.items()}
+    authors = AUTHORS.get(plan.family, str)
+    unet = name.endswith("_unet")
 
-        def convert(fed: dict[str, Tensor]) -> dict[str, Tensor]:
-            named = {single_file_utils.LDM_UNET_KEY + tensor: values for tensor, values in fed.items()}
-            return single_file_utils.convert_ldm_unet_checkpoint(named, config)
+    def convert(fed: dict[str, Tensor]) -> dict[str, Tensor]:
+        named = {single_file_utils.LDM_UNET_KEY * unet + authors(tensor): values for tensor, values in fed.items()}
+        options = [{**plan.config, "layers_per_block": 2}] if unet else []
+        return getattr(single_file_utils, CONVERTERS[name])(named, *options)
 
-        found = trace(convert, {bare: checkpoint.tensors[name].shape for bare, name in plan.full_names.items()})
-    assert plan.sources == found
+    used = {piece.tensor for pieces in plan.sources.values() for piece in pieces}
+    assert plan.sources == trace(convert, {tensor: shapes[tensor] for tensor in shapes if tensor in used})
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_module_names_mean_these_rows_whatever_the_family(name: str, tmp_path: Path) -> None:
+    with opened(layouts()[name], tmp_path) as checkpoint:
+        plan = model_engine.plan(checkpoint)
+    layers = {layer.name.removeprefix(plan.table.prefix): layer.shape for layer in plan.table.plain.values()}
+    targets = families.diffusers_targets(layers)
+    compared = set()
+    for tensor, pieces in plan.sources.items():
+        layer = pieces[0].tensor.removesuffix(".weight")
+        target = targets.get(tensor.removesuffix(".weight"))
+        if layer in layers and target is not None:
+            first, stop = target.rows or (0, layers[layer][0])
+            middle = (first + stop) // 2
+            spans = [(middle, stop), (first, middle)] if target.swap_halves else [(first, stop)]
+            assert pieces == tuple(Piece(f"{target.layer}.weight", *span) for span in spans)
+            compared.add(layer)
+    assert len(compared) >= 0.9 * len(layers)
 
 
 def test_the_page_has_a_row_for_each_layout_and_nothing_else() -> None:

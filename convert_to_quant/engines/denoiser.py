@@ -20,10 +20,11 @@ rounding (0.4 %) between the two, far less than what one more sample moves them.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -34,14 +35,14 @@ from torch.overrides import TorchFunctionMode
 from .. import families, names
 from ..checkpoint import Checkpoint
 from ..errors import OptionError, UnsupportedModelError
-from ..families.rules import index
+from ..families.rules import index, turned
 from ..families.running import Architecture, Geometry, Inputs, Shapes, Signal, diffusion_time
 from ..identity import identify
 from ..layers import Layer, LayerTable, dequantize, find_layers, input_scale
 from ..lora import LoraMatch
 from ..telling import plural
 from .devices import find_device
-from .provenance import Converter, Piece, renamed, trace
+from .provenance import Piece, renamed
 from .quantized_linear import ARITHMETICS, Arithmetic, CheckpointLinear, StoredWeight
 
 STATIC = ("comfyui", "comfyui_divide")
@@ -119,18 +120,13 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
 
 def _sources(family: families.Family, architecture: Architecture, shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
     """Where every tensor of the diffusers model lies, by bare names as the checkpoint spells them."""
-    respelled = architecture.respelled(shapes)
-    fed = {new: shapes[old] for new, old in respelled.items()}
-    if architecture.native in fed:
-        traced = trace(dict, fed)
-    elif architecture.converter is None:
-        traced = renamed(fed, index(family.names))
-    else:
-        traced = trace(converter(architecture), fed, architecture.fused)
-    return {
-        name: tuple(replace(piece, tensor=respelled[piece.tensor]) for piece in pieces)
-        for name, pieces in traced.items()
+    used = {
+        name: shape
+        for name, shape in shapes.items()
+        if name not in architecture.ignored and not re.fullmatch(architecture.optional, name)
     }
+    spellings = index((*family.spellings, *turned(family.spellings)))
+    return renamed(used, (index(architecture.names), index(family.names)), spellings)
 
 
 def _joined_shape(pieces: Sequence[Piece], shapes: Shapes) -> tuple[int, ...]:
@@ -146,14 +142,6 @@ def supports(checkpoint: Checkpoint, table: LayerTable | None = None) -> str | N
     except UnsupportedModelError as error:
         return error.problem if error.tensor is None else f"{error.tensor}: {error.problem}"
     return None
-
-
-def converter(architecture: Architecture) -> Converter:
-    """The function that gives a checkpoint's tensors diffusers' names, where there is one."""
-    from diffusers.loaders import single_file_utils
-
-    function: Converter = getattr(single_file_utils, architecture.converter or "")
-    return function
 
 
 class _LargeWeightsOnMeta(TorchFunctionMode):

@@ -10,7 +10,7 @@ How it works. Each file that holds a `FAMILY` (a `base.Family`) is found by list
 new file. The record says
 
     signatures, blocks, keep      how it is recognized, and which layers stay in high precision and why (`base`)
-    names, lora, spellings        what diffusers and LoRA files call its layers (`rules`)
+    names, lora, spellings        what diffusers and LoRA files call its layers and other tensors (`rules`)
     architecture                  how diffusers' class of it is run (`running`)
     comfyui                       what its classes in ComfyUI take besides latents (`comfyui`)
 
@@ -246,7 +246,7 @@ def _fused(layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Target, ...
         if layer not in layers and wanted == tuple(rows for rows, _ in sizes):
             firsts = accumulate((rows for rows, _ in sizes), initial=0)
             fused[layer] = tuple(
-                Target(module_of[part], (0, rows), part.scale_shift and rows == 2 * columns, first)
+                Target(module_of[part], (0, rows), part.swapped(rows, columns), first)
                 for part, (rows, columns), first in zip(parts, sizes, firsts, strict=False)
             )
     return fused

@@ -55,16 +55,15 @@ FAMILY = Family(
             ("t_embedder.mlp.{0,2}", "time_step_proj.linear_{1,2}"),
             ("final_linear", "proj_out"),
             ("modF.1", "norm_out.linear", SHIFT_SCALE),
+            ("positional_encoding", "pos_embed.pos_embed"),
         ),
     ),
     architecture=Architecture(
         transformer="AuraFlowTransformer2DModel",
-        native="context_embedder.weight",
         config=_config,
         latents=image,
         wants={"encoder_hidden_states": text("joint_attention_dim")},
         arguments=lambda inputs: inputs.usual(),
-        spellings=rules(("positional_encoding", "pos_embed.pos_embed")),
     ),
     comfyui={"AuraFlow": comfyui.takes("cond_seq_linear")},
 )

@@ -71,7 +71,7 @@ class Family:
             family; "" leaves that to the structure, which keeps modulations, routers and adapters.
         keep: Pattern of layers that stay in high precision, inside the blocks or outside -> why, half a sentence; only
             what the structure does not tell where that decides.
-        names: diffusers' names of its layers, those of its relatives included.
+        names: diffusers' names of its layers, norms and tables, those of its relatives included.
         lora: Names that only LoRA files use.
         spellings: Other names of whole layers in checkpoints of this family, by those of its authors.
         architecture: How it is run; None where diffusers cannot.

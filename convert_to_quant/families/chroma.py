@@ -43,22 +43,16 @@ FAMILY = Family(
         *under("distilled_guidance_layer.layers.*.")(
             ("{in,out}_layer", "linear_{1,2}"),
         ),
-        *flux1.NAMES,
+        *rules(("distilled_guidance_layer.norms.*", "distilled_guidance_layer.norms.*")),
+        *flux1.BLOCK_NAMES,
     ),
     elsewhere=("Radiance",),
     architecture=Architecture(
         transformer="ChromaTransformer2DModel",
-        converter="convert_chroma_transformer_checkpoint_to_diffusers",
-        native="x_embedder.weight",
         config=_config,
         latents=flux1.LATENTS,
         wants=flux1.WANTS,
         arguments=flux1.arguments,
-        fused=(flux1.SINGLE_BLOCKS,),
-        spellings=(
-            *flux1.NORM_SPELLINGS,
-            *rules(("distilled_guidance_layer.norms.*.weight", "distilled_guidance_layer.norms.*.scale")),
-        ),
     ),
     variants=(
         ("Radiance", signature("nerf_image_embedder")),

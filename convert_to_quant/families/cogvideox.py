@@ -15,16 +15,6 @@ ROTARY = 3072
 TEXT_TOKENS = 226
 """Text is padded to this length, before which the video's positions do not begin."""
 
-SPELLINGS = (
-    *under("blocks.*.", "transformer_blocks.*.")(
-        ("{q,k,v,attn_out}", "attn1.{to_q,to_k,to_v,to_out.0}"),
-        ("norm_{q,k}", "attn1.norm_{q,k}"),
-        ("ff_{proj,out}", "ff.net.{0.proj,2}"),
-        ("norm{1,2}.{linear,norm}", "norm{1,2}.{linear,norm}"),
-    ),
-    *rules(("time_embedding_linear_{1,2}", "time_embedding.linear_{1,2}")),
-)
-
 
 def _config(shapes: Shapes) -> dict[str, Any]:
     hidden, in_channels, patch, _ = shapes["patch_embed.proj.weight"]
@@ -83,18 +73,24 @@ FAMILY = Family(
             lacks="local_facial_extractor",
         ),
     ),
-    spellings=SPELLINGS,
+    names=(
+        *under("blocks.*.", "transformer_blocks.*.")(
+            ("{q,k,v,attn_out}", "attn1.{to_q,to_k,to_v,to_out.0}"),
+            ("norm_{q,k}", "attn1.norm_{q,k}"),
+            ("ff_{proj,out}", "ff.net.{0.proj,2}"),
+            ("norm{1,2}.{linear,norm}", "norm{1,2}.{linear,norm}"),
+        ),
+        *rules(("time_embedding_linear_{1,2}", "time_embedding.linear_{1,2}")),
+    ),
     elsewhere=("1.5",),
     variants=(("1.5", signature("ofs_embedding.linear_1")), ("1.5", signature("ofs_embedding_linear_1"))),
     architecture=Architecture(
         transformer="CogVideoXTransformer3DModel",
-        native="time_embedding.linear_1.weight",
         config=_config,
         latents=_latents,
         wants={"encoder_hidden_states": _text, CONDITION_LATENTS: _beside},
         arguments=_arguments,
         prediction="v",
-        spellings=SPELLINGS,
     ),
     comfyui={
         "CogVideoX": takes(cross_attn=Want((TEXT_TOKENS, "patch_embed.text_proj")), concat_latent_image=encoded(VIDEO))

@@ -75,27 +75,24 @@ FAMILY = Family(
     names=(
         *under("blocks.*.", "transformer_blocks.*.")(
             ("{self,cross}_attn.{q_proj,k_proj,v_proj,output_proj}", "attn{1,2}.{to_q,to_k,to_v,to_out.0}"),
+            ("{self,cross}_attn.{q,k}_norm", "attn{1,2}.norm_{q,k}"),
             ("mlp.layer{1,2}", "ff.net.{0.proj,2}"),
             ("adaln_modulation_{self_attn,cross_attn,mlp}.{1,2}", "norm{1,2,3}.linear_{1,2}"),
         ),
         *rules(
             ("x_embedder.proj.1", "patch_embed.proj"),
             ("t_embedder.1.linear_{1,2}", "time_embed.t_embedder.linear_{1,2}"),
+            ("t_embedding_norm", "time_embed.norm"),
             ("final_layer.linear", "proj_out"),
             ("final_layer.adaln_modulation.{1,2}", "norm_out.linear_{1,2}"),
         ),
     ),
     architecture=Architecture(
         transformer="CosmosTransformer3DModel",
-        native="patch_embed.proj.weight",
         config=_config,
         latents=LATENTS,
         wants={"encoder_hidden_states": _text, CONDITION_LATENTS: _condition},
         arguments=_arguments,
-        spellings=rules(
-            ("t_embedding_norm", "time_embed.norm"),
-            ("blocks.*.{self,cross}_attn.{q,k}_norm", "transformer_blocks.*.attn{1,2}.norm_{q,k}"),
-        ),
         optional=r"llm_adapter\..*",
     ),
     comfyui={

@@ -11,11 +11,10 @@ from typing import Any
 from . import comfyui
 from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
 from .folds import given, modulated
-from .rules import QKV, QKV_MLP, QKV_OF_MLP, SHIFT_SCALE, qkv_mlp_rows, rules, under
+from .rules import QKV, QKV_MLP, QKV_OF_MLP, SHIFT_SCALE, rules, under
 from .running import (
     CONDITION_LATENTS,
     Architecture,
-    Fused,
     Inputs,
     Shapes,
     beside,
@@ -28,18 +27,6 @@ from .running import (
 
 GUIDANCE = 3.5
 """Guidance that distilled models are told; their pipelines' default."""
-
-SINGLE_BLOCKS = Fused(r"single_blocks\.\d+\.linear1", (3072, 3072, 3072, 12288), qkv_mlp_rows)
-"""diffusers' converters split attention and MLP of a single block at hidden size 3072."""
-
-# The converters know the authors' names; ComfyUI's ModelSave writes those of its own classes.
-NORM_SPELLINGS = rules(
-    (
-        "double_blocks.*.{img,txt}_attn.norm.{query,key}_norm.weight",
-        "double_blocks.*.{img,txt}_attn.norm.{query,key}_norm.scale",
-    ),
-    ("single_blocks.*.norm.{query,key}_norm.weight", "single_blocks.*.norm.{query,key}_norm.scale"),
-)
 
 # How the authors of Flux name their blocks (Chroma and HunyuanVideo follow them), and how diffusers names them.
 BLOCKS = r"(?:double_blocks|single_blocks|transformer_blocks|single_transformer_blocks)\.\d+"
@@ -56,11 +43,23 @@ FINAL_NAMES = rules(
     ("final_layer.linear", "proj_out"),
     ("final_layer.adaLN_modulation.1", "norm_out.linear", SHIFT_SCALE),
 )
-BLOCK_NAMES = (
+# What Flux.1 and 2 have in common; the kinds of norms' values differ, "scale" and "weight".
+ATTENTION_NAMES = (
     *under("double_blocks.*.", "transformer_blocks.*.")(
         ("img_attn.qkv", "attn.to_{q,k,v}", QKV),
         ("txt_attn.qkv", "attn.add_{q,k,v}_proj", QKV),
         ("{img,txt}_attn.proj", "attn.to_{out.0,add_out}"),
+        ("{img,txt}_attn.norm.{query,key}_norm", "attn.norm_{,added_}{q,k}"),
+    ),
+    *rules(
+        ("single_blocks.*.norm.{query,key}_norm", "single_transformer_blocks.*.attn.norm_{q,k}"),
+        ("{img,txt}_in", "{x,context}_embedder"),
+    ),
+    *FINAL_NAMES,
+)
+BLOCK_NAMES = (
+    *ATTENTION_NAMES,
+    *under("double_blocks.*.", "transformer_blocks.*.")(
         ("{img,txt}_mod.lin", "norm1{,_context}.linear"),
         ("{img,txt}_mlp.{0,2}", "ff{,_context}.net.{0.proj,2}"),
     ),
@@ -69,8 +68,6 @@ BLOCK_NAMES = (
         ("linear2", "proj_out"),
         ("modulation.lin", "norm.linear"),
     ),
-    *rules(("{img,txt}_in", "{x,context}_embedder")),
-    *FINAL_NAMES,
 )
 NAMES = (
     *BLOCK_NAMES,
@@ -196,14 +193,10 @@ FAMILY = Family(
     ),
     architecture=Architecture(
         transformer="FluxTransformer2DModel",
-        converter="convert_flux_transformer_checkpoint_to_diffusers",
-        native="x_embedder.weight",
         config=_config,
         latents=LATENTS,
         wants={**WANTS, "pooled_projections": vector("pooled_projection_dim"), "guidance": guidance(GUIDANCE)},
         arguments=arguments,
-        fused=(SINGLE_BLOCKS,),
-        spellings=NORM_SPELLINGS,
     ),
     comfyui={
         "Flux": comfyui.takes(

@@ -58,17 +58,14 @@ FAMILY = Family(
             ("double_blocks.*.{img,txt}_mlp.{0,2}", "transformer_blocks.*.ff{,_context}.linear_{in,out}"),
             ("single_blocks.*.linear{1,2}", "single_transformer_blocks.*.attn.to_{qkv_mlp_proj,out}"),
         ),
-        *flux1.NAMES,
+        *flux1.ATTENTION_NAMES,
     ),
     architecture=Architecture(
         transformer="Flux2Transformer2DModel",
-        converter="convert_flux2_transformer_checkpoint_to_diffusers",
-        native="x_embedder.weight",
         config=_config,
         latents=flux1.LATENTS,
         wants={**flux1.WANTS, "guidance": guidance(flux1.GUIDANCE)},
         arguments=_arguments,
-        spellings=flux1.NORM_SPELLINGS,
     ),
     variants=(
         ("dev", signature(size=(r"(?:img_in|x_embedder)\.weight", 0, (6144,)))),

@@ -71,7 +71,6 @@ FAMILY = Family(
     signatures=(signature("double_stream_blocks.0.block.attn1 single_stream_blocks.0.block caption_projection.0"),),
     architecture=Architecture(
         transformer="HiDreamImageTransformer2DModel",
-        native="x_embedder.proj.weight",
         config=_config,
         latents=image,
         wants={

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import comfyui, flux1
 from .base import CONDITION, FINAL, IMAGE, REFINER, TEXT, VECTOR, Family, signature
-from .rules import QKV, rules, turned, under
+from .rules import QKV, rules, under
 from .running import (
     CONDITION_LATENTS,
     Architecture,
@@ -35,6 +35,7 @@ IMAGE_TOKENS = 729
 SPELLINGS = (
     *under("double_blocks.*.{img,txt}_")(
         ("attn_{qkv,proj}", "attn.{qkv,proj}"),
+        ("attn_{q,k}_norm", "attn.norm.{query,key}_norm"),
         ("mod.linear", "mod.lin"),
         ("mlp.fc{1,2}", "mlp.{0,2}"),
     ),
@@ -44,20 +45,12 @@ SPELLINGS = (
     ),
     *rules(
         ("single_blocks.*.modulation.linear", "single_blocks.*.modulation.lin"),
+        ("single_blocks.*.{q,k}_norm", "single_blocks.*.norm.{query,key}_norm"),
         ("txt_in.t_embedder.mlp.{0,2}", "txt_in.t_embedder.{in,out}_layer"),
         ("txt_in.c_embedder.linear_{1,2}", "txt_in.c_embedder.{in,out}_layer"),
         ("{time,guidance}_in.mlp.{0,2}", "{time,guidance}_in.{in,out}_layer"),
     ),
 )
-# ComfyUI's names of norms, as it finds them and as its ModelSave writes them, then the authors'.
-NORM_SPELLINGS = rules(
-    (
-        "double_blocks.*.{img,txt}_attn.norm.{query,key}_norm.{scale,weight}",
-        "double_blocks.*.{img,txt}_attn_{q,k}_norm.{weight,weight}",
-    ),
-    ("single_blocks.*.norm.{query,key}_norm.{scale,weight}", "single_blocks.*.{q,k}_norm.{weight,weight}"),
-)
-
 # By ComfyUI's names.
 NAMES = (
     *under("txt_in.individual_token_refiner.blocks.*.", "context_embedder.token_refiner.refiner_blocks.*.")(
@@ -65,17 +58,19 @@ NAMES = (
         ("self_attn.proj", "attn.to_out.0"),
         ("mlp.{0,2}", "ff.net.{0.proj,2}"),
         ("adaLN_modulation.1", "norm_out.linear"),
+        ("norm{1,2}", "norm{1,2}"),
     ),
     *under("txt_in.", "context_embedder.")(
         ("input_embedder", "proj_in"),
         ("{t,c}_embedder.{in,out}_layer", "time_text_embed.{timestep,text}_embedder.linear_{1,2}"),
     ),
+    *rules(
+        ("img_in.proj", "x_embedder.proj"),
+        ("byt5_in.{layernorm,fc1,fc2,fc3}", "context_embedder_2.{norm,linear_1,linear_2,linear_3}"),
+        ("vision_in.proj.{0,1,3,4}", "image_embedder.{norm_in,linear_1,linear_2,norm_out}"),
+        ("cond_type_embedding", "cond_type_embed"),
+    ),
 )
-
-
-# ComfyUI's and the authors' names of parts that only some members have, as diffusers calls them.
-_TIME = tuple(f"time_in.{names}" for names in ("{in,out}_layer", "mlp.{0,2}"))
-_GLYPH_NAMES = rules(("byt5_in.{layernorm,fc1,fc2,fc3}", "context_embedder_2.{norm,linear_1,linear_2,linear_3}"))
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
@@ -194,8 +189,6 @@ FAMILY = Family(
     spellings=SPELLINGS,
     architecture=Architecture(
         transformer="HunyuanVideoTransformer3DModel",
-        converter="convert_hunyuan_video_transformer_to_diffusers",
-        native="x_embedder.proj.weight",
         config=_config,
         latents=LATENTS,
         wants={
@@ -206,49 +199,29 @@ FAMILY = Family(
             "guidance": guidance(1000 * GUIDANCE),
         },
         arguments=lambda inputs: inputs.usual(1000),
-        fused=(flux1.SINGLE_BLOCKS,),
-        spellings=(*turned(SPELLINGS), *NORM_SPELLINGS),
         optional=r"(?:clean_x_embedder|image_projection)\..*",  # FramePack's earlier frames and its image
     ),
     architectures=(
         Architecture(
             transformer="HunyuanVideo15Transformer3DModel",
-            converter="convert_hunyuan_video_transformer_to_diffusers",
-            native="x_embedder.proj.weight",
             config=_video_15_config,
             latents=LATENTS,
             wants={**_TEXTS, "image_embeds": _image, CONDITION_LATENTS: beside(LATENTS, 0)},
             arguments=lambda inputs: inputs.usual(1000),
-            spellings=(
-                *rules(
-                    *((name, "time_embed.timestep_embedder.linear_{1,2}") for name in _TIME),
-                    ("vision_in.proj.{0,1,3,4}", "image_embedder.{norm_in,linear_1,linear_2,norm_out}"),
-                    ("cond_type_embedding", "cond_type_embed"),
-                ),
-                *_GLYPH_NAMES,
-                *turned(SPELLINGS),
-                *NORM_SPELLINGS,
-            ),
+            names=rules(("time_in.{in,out}_layer", "time_embed.timestep_embedder.linear_{1,2}")),
             told_by=("cond_type_embed.weight", "cond_type_embedding.weight"),
         ),
         Architecture(
             transformer="HunyuanImageTransformer2DModel",
-            converter="convert_hunyuan_video_transformer_to_diffusers",
-            native="x_embedder.proj.weight",
             config=_image_config,
             latents=_image_latents,
             wants={**_TEXTS, CONDITION_LATENTS: beside(_image_latents, 0), "guidance": guidance(1000 * IMAGE_GUIDANCE)},
             arguments=lambda inputs: inputs.usual(1000),
-            fused=(flux1.SINGLE_BLOCKS,),
-            spellings=(
-                *rules(
-                    *((name, "time_guidance_embed.timestep_embedder.linear_{1,2}") for name in _TIME),
-                    ("time_r_in.{in,out}_layer", "time_guidance_embed.timestep_embedder_r.linear_{1,2}"),
-                    ("guidance_in.{in,out}_layer", "time_guidance_embed.guidance_embedder.linear_{1,2}"),
+            names=rules(
+                (
+                    "{time,time_r,guidance}_in.{in,out}_layer",
+                    "time_guidance_embed.{timestep_embedder,timestep_embedder_r,guidance_embedder}.linear_{1,2}",
                 ),
-                *_GLYPH_NAMES,
-                *turned(SPELLINGS),
-                *NORM_SPELLINGS,
             ),
             told_by=(
                 "time_guidance_embed.timestep_embedder.linear_1.weight",

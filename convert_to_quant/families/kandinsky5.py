@@ -60,7 +60,6 @@ FAMILY = Family(
     keep={r"text_transformer_blocks": REFINER},
     architecture=Architecture(
         transformer="Kandinsky5Transformer3DModel",
-        native="visual_embeddings.in_layer.weight",
         config=_config,
         latents=_latents,
         wants={

@@ -7,16 +7,6 @@ from .base import Family, signature
 from .rules import rules
 from .running import Architecture, text, tokens
 
-NORM_NAMES = rules(
-    *(
-        (f"double_blocks.*.{stream}_attn.norm.{{query,key}}_norm{own}", f"transformer_blocks.*.attn.norm_{mine}{other}")
-        for stream, mine in (("img", "{q,k}"), ("txt", "added_{q,k}"))
-        for own, other in ((".scale", ".weight"), ("", ""))
-    ),
-    ("single_blocks.*.norm.{query,key}_norm.scale", "single_transformer_blocks.*.attn.norm_{q,k}.weight"),
-    ("single_blocks.*.norm.{query,key}_norm", "single_transformer_blocks.*.attn.norm_{q,k}"),
-)
-
 FAMILY = Family(
     name="longcat",
     title="LongCat-Image (also Bria 3)",
@@ -36,13 +26,11 @@ FAMILY = Family(
     ),
     architecture=Architecture(
         transformer="LongCatImageTransformer2DModel",
-        native="x_embedder.weight",
         config=lambda shapes: {
             name: value for name, value in flux1.common_config(shapes).items() if name != "out_channels"
         },
         latents=tokens("in_channels"),
         wants={"encoder_hidden_states": text("joint_attention_dim")},
         arguments=flux1.arguments,
-        spellings=NORM_NAMES,
     ),
 )

@@ -151,6 +151,11 @@ FAMILY = Family(
     },
     names=rules(
         ("{,audio_}patchify_proj", "{,audio_}proj_in"),
+        ("transformer_blocks.*.**.{q,k}_norm", "transformer_blocks.*.**.norm_{q,k}"),
+        (
+            "transformer_blocks.*.scale_shift_table_a2v_ca_{video,audio}",
+            "transformer_blocks.*.{video,audio}_a2v_cross_attn_scale_shift_table",
+        ),
         ("{,audio_}adaln_single.**", "{,audio_}time_embed.**"),
         ("{,audio_}prompt_adaln_single.**", "{,audio_}prompt_adaln.**"),
         ("av_ca_{video,audio}_scale_shift_adaln_single.**", "av_cross_attn_{video,audio}_scale_shift.**"),
@@ -158,8 +163,6 @@ FAMILY = Family(
     ),
     architecture=Architecture(
         transformer="LTXVideoTransformer3DModel",
-        converter="convert_ltx_transformer_checkpoint_to_diffusers",
-        native="proj_in.weight",
         config=_config,
         latents=_latents,
         wants={"encoder_hidden_states": text("caption_channels"), "encoder_attention_mask": mask},
@@ -168,8 +171,6 @@ FAMILY = Family(
     architectures=(
         Architecture(
             transformer="LTX2VideoTransformer3DModel",
-            converter="convert_ltx2_transformer_to_diffusers",
-            native="proj_in.weight",
             config=_ltx2_config,
             latents=_ltx2_latents,
             wants={

@@ -13,8 +13,8 @@ from typing import Any
 from . import comfyui
 from .base import CONDITION, FINAL, IMAGE, MODULATION, REFINER, TEXT, VECTOR, Family, signature
 from .folds import given, normed
-from .rules import QKV, qkv_rows, rules, under
-from .running import Architecture, Fused, Shapes, blocks, image, mask, text
+from .rules import QKV, rules, under
+from .running import Architecture, Shapes, blocks, image, mask, text
 
 PATCH = 2
 BLOCKS = r"layers\.\d+"
@@ -32,11 +32,15 @@ NAMES = (
     *under(TOWERS)(
         ("attention.qkv", "attn.to_{q,k,v}", QKV),
         ("attention.out", "attn.to_out.0"),
+        ("attention.{q,k}_norm", "attn.norm_{q,k}"),
+        ("attention_norm2", "norm2"),
         ("feed_forward.w{1,2,3}", "feed_forward.linear_{1,2,3}"),
         ("adaLN_modulation.1", "norm1.linear"),
     ),
     *rules(
-        ("cap_embedder.1", "time_caption_embed.caption_embedder.1"),
+        ("{layers,noise_refiner}.*.attention_norm1", "{layers,noise_refiner}.*.norm1.norm"),
+        ("context_refiner.*.attention_norm1", "context_refiner.*.norm1"),
+        ("cap_embedder.{0,1}", "time_caption_embed.caption_embedder.{0,1}"),
         ("t_embedder.mlp.{0,2}", "time_caption_embed.timestep_embedder.linear_{1,2}"),
         ("final_layer.{adaLN_modulation.1,linear}", "norm_out.linear_{1,2}"),
     ),
@@ -78,14 +82,11 @@ FAMILY = Family(
     names=NAMES,
     architecture=Architecture(
         transformer="Lumina2Transformer2DModel",
-        converter="convert_lumina2_to_diffusers",
-        native="time_caption_embed.caption_embedder.1.weight",
         config=_config,
         latents=image,
         wants={"encoder_hidden_states": text("cap_feat_dim"), "encoder_attention_mask": mask},
         arguments=lambda inputs: inputs.usual(-1, 1),  # time runs from 0 (noise) to 1, and the output to the image
         velocity=operator.neg,
-        fused=(Fused(r".*\.attention\.qkv", (2304, 768, 768), qkv_rows),),
         ignored=("norm_final.weight",),
         optional=r"(?:clip_text_pooled_proj|time_text_embed)\..*",  # NewBie's pooled text
     ),

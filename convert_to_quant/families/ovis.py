@@ -16,7 +16,6 @@ FAMILY = Family(
     elsewhere=("in its authors' names",),
     architecture=Architecture(
         transformer="OvisImageTransformer2DModel",
-        native="x_embedder.weight",
         config=flux1.common_config,
         latents=flux1.LATENTS,
         wants={"encoder_hidden_states": text("joint_attention_dim")},

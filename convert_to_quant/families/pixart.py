@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import comfyui
 from .base import Family, signature
-from .rules import KV, QKV, rules, under
+from .rules import HALVES, QKV, rules, under
 from .running import Architecture, Inputs, Shapes, blocks, image, mask, text
 
 if TYPE_CHECKING:
@@ -55,16 +55,13 @@ ATTENTION_NAMES = under("blocks.*.", "transformer_blocks.*.")(
     ("attn.qkv", "attn1.to_{q,k,v}", QKV),
     ("attn.proj", "attn1.to_out.0"),
     ("cross_attn.q_linear", "attn2.to_q"),
-    ("cross_attn.kv_linear", "attn2.to_{k,v}", KV),
+    ("cross_attn.kv_linear", "attn2.to_{k,v}", HALVES),
     ("cross_attn.proj", "attn2.to_out.0"),
+    ("scale_shift_table", "scale_shift_table"),
 )
 END_NAMES = rules(
     ("y_embedder.y_proj.fc{1,2}", "caption_projection.linear_{1,2}"),
-    ("final_layer.linear", "proj_out"),
-)
-TABLE_SPELLINGS = rules(
-    ("blocks.*.scale_shift_table", "transformer_blocks.*.scale_shift_table"),
-    ("final_layer.scale_shift_table", "scale_shift_table"),
+    ("final_layer.{linear,scale_shift_table}", "{proj_out,scale_shift_table}"),
 )
 UNUSED = r"y_embedder\.y_embedding|pos_embed"
 """The text of an empty prompt, and a table of positions that the class computes."""
@@ -86,18 +83,17 @@ FAMILY = Family(
                 "adaln_single.emb.{timestep,resolution,aspect_ratio}_embedder.linear_{1,2}",
             ),
             ("t_block.1", "adaln_single.linear"),
+            ("x_embedder.proj", "pos_embed.proj"),
         ),
     ),
     architecture=Architecture(
         transformer="PixArtTransformer2DModel",
-        native="adaln_single.linear.weight",
         config=_config,
         latents=image,
         wants={"encoder_hidden_states": text("caption_channels"), "encoder_attention_mask": mask},
         arguments=_arguments,
         velocity=_noise,
         prediction="noise",
-        spellings=(*TABLE_SPELLINGS, *rules(("x_embedder.proj", "pos_embed.proj"))),
         optional=UNUSED,
     ),
     elsewhere=("Allegro",),

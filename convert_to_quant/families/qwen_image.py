@@ -67,7 +67,6 @@ FAMILY = Family(
     },
     architecture=Architecture(
         transformer="QwenImageTransformer2DModel",
-        native="img_in.weight",
         config=_config,
         latents=tokens("in_channels"),
         wants={"encoder_hidden_states": text("joint_attention_dim")},

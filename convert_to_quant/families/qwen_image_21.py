@@ -7,6 +7,7 @@ from typing import Any
 
 from .base import Family, signature
 from .flux1 import rotary_axes
+from .rules import HALVES, rules
 from .running import Architecture, Inputs, Shapes, blocks, text, tokens
 
 HEAD = 128
@@ -49,10 +50,11 @@ FAMILY = Family(
     name="qwen-image-2.1",
     title="Qwen-Image 2.1",
     signatures=(signature("transformer_blocks.0.img_mlp.out modulation.1 txt_in.in_layer"),),
+    names=rules(
+        ("transformer_blocks.*.img_mlp.gate_up", "transformer_blocks.*.img_mlp.{gate_layer,proj}", HALVES),
+    ),
     architecture=Architecture(
         transformer="QwenImage21Transformer2DModel",
-        converter="convert_qwen_image21_transformer_checkpoint_to_diffusers",
-        native="transformer_blocks.0.img_mlp.gate_layer.weight",
         config=_config,
         latents=tokens("in_channels"),
         wants={"encoder_hidden_states": text("context_in_dim")},

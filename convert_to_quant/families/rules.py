@@ -11,10 +11,11 @@ is measured from the layer's own shape [out, in], never from a constant, so any 
 
     QKV      [in + 2 k, in]   q is the first ``in`` rows, k and v share the rest (k < in: grouped queries)
     QKV_MLP  [3 in + m, in]   q, k, v of ``in`` rows each, then the MLP's m rows
-    KV       [2 k, in]        two halves
+    HALVES, THIRDS [n k, in]  equal pieces
     SHIFT_SCALE [2 in, in]    diffusers stores scale, shift; a layer of any other shape is taken as it is
+    GATE_LINEAR [2 k, in]     diffusers stores the linear half of a gated MLP, then its gate
 
-Limits. Only linear layers matter here; norms, tables and convolutions have no rules.
+Norms, convolutions and tables have rules too: a family's table is all that running it in diffusers' class needs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain
 
 Rows = Callable[[int, int], tuple[int, ...]]
 """Row counts of the pieces of a fused layer from its (out, in); () where the shape is not of this kind."""
@@ -67,8 +67,8 @@ def qkv_mlp_rows(out_features: int, in_features: int) -> tuple[int, ...]:
     return () if mlp_rows <= 0 else (in_features, in_features, in_features, mlp_rows)
 
 
-def _half_rows(out_features: int, _in_features: int) -> tuple[int, ...]:
-    return () if out_features % 2 else (out_features // 2, out_features // 2)
+def _equal(count: int) -> Rows:
+    return lambda out_features, _: () if out_features % count else (out_features // count,) * count
 
 
 @dataclass(frozen=True)
@@ -79,28 +79,30 @@ class Part:
         fused: How the layer is fused; None takes all of it.
         first: The first piece.
         stop: The piece after the last.
-        scale_shift: The whole layer, halves swapped where it is [2 in, in].
+        swapped: Whether all of a layer of (out, in) has its halves in the other order.
     """
 
     fused: Rows | None = None
     first: int = 0
     stop: int = 0
-    scale_shift: bool = False
+    swapped: Callable[[int, int], bool] = lambda *_: False
 
     def target(self, layer: str, out_features: int, in_features: int) -> Target | None:
         """The rows of `layer` [out, in] that this part means, or None where its shape is not fused in this way."""
         if self.fused is None:
-            return Target(layer, swap_halves=self.scale_shift and out_features == 2 * in_features)
+            return Target(layer, swap_halves=self.swapped(out_features, in_features))
         sizes = self.fused(out_features, in_features)
         return Target(layer, (sum(sizes[: self.first]), sum(sizes[: self.stop]))) if sizes else None
 
 
 WHOLE = (Part(),)
-SHIFT_SCALE = (Part(scale_shift=True),)
-QKV = tuple(Part(qkv_rows, piece, piece + 1) for piece in range(3))
-QKV_MLP = tuple(Part(qkv_mlp_rows, piece, piece + 1) for piece in range(4))
+SHIFT_SCALE = (Part(swapped=lambda out_features, in_features: out_features == 2 * in_features),)
+GATE_LINEAR = (Part(swapped=lambda *_: True),)
 QKV_OF_MLP = (Part(qkv_mlp_rows, 0, 3),)
-KV = tuple(Part(_half_rows, piece, piece + 1) for piece in range(2))
+QKV, QKV_MLP, HALVES, THIRDS = (
+    tuple(Part(fused, piece, piece + 1) for piece in range(count))
+    for fused, count in ((qkv_rows, 3), (qkv_mlp_rows, 4), (_equal(2), 2), (_equal(3), 3))
+)
 
 
 @dataclass(frozen=True)
@@ -189,17 +191,6 @@ def translations(name: str, table: Index) -> Iterator[tuple[str, Part]]:
         found = _matcher(rule.layer).fullmatch(name)
         if found is not None:
             yield _filled(rule.other, found.groups()), rule.part
-
-
-def respelled(tensor: str, table: Index) -> str:
-    """A tensor by the name that a rule gives it or its layer; as it is where none does.
-
-    >>> respelled("head.weight", index(rules(("head", "proj_out"))))
-    'proj_out.weight'
-    """
-    layer, _, kind = tensor.rpartition(".")
-    whole = (other for other, _ in translations(tensor, table))
-    return next(chain(whole, (f"{other}.{kind}" for other, _ in translations(layer, table))), tensor)
 
 
 Targets = dict[str, tuple[Target, ...]]

@@ -4,7 +4,7 @@ Why it exists. diffusers can run most families here, but asks for a configuratio
 that a pipeline prepares. Both follow from the checkpoint itself: sizes are tensor shapes, and the inputs of a
 transformer are latents, a time and some conditioning, packed in one of a few ways.
 
-How it works. An `Architecture` holds the transformer class and its single-file converter by name, a function from
+How it works. An `Architecture` holds the transformer class by name, a function from
 shapes to the class's configuration, the shapes of latents and of every conditioning tensor, and a function that makes
 the arguments of `forward` from them. Conditioning tensors have the names that the class's `forward` gives them.
 
@@ -21,12 +21,11 @@ torch is imported only by what computes with tensors, so a family is recognized 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from .rules import Rows, Rule, index, respelled
+from .rules import Rule
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,21 +77,6 @@ class Signal:
     shape: tuple[int, ...]
     kind: Literal["noise", "mask", "value"] = "noise"
     value: float = 1.0
-
-
-@dataclass(frozen=True)
-class Fused:
-    """Tensors that a converter splits at the row numbers of one published size.
-
-    Attributes:
-        pattern: regular expression that covers the bare names of such layers.
-        published: rows of each part in the size that the converter assumes.
-        rows: rows of each part for a weight of shape (out, in).
-    """
-
-    pattern: str
-    published: tuple[int, ...]
-    rows: Rows
 
 
 @dataclass(frozen=True)
@@ -243,16 +227,13 @@ class Architecture:
 
     Attributes:
         transformer: name of the class in `diffusers`.
-        native: a tensor of the class that no checkpoint in its authors' names has: with it, names agree already.
         config: arguments of the class, from the shapes of its tensors by diffusers' names.
         latents: shape of a sample's latents.
         wants: the conditioning tensors.
         arguments: arguments of the class's `forward`.
-        converter: name of the function in `diffusers.loaders.single_file_utils`; None where names agree already.
         velocity: the velocity in what `forward` gives, or what is predicted in its place.
         prediction: what that is.
-        fused: what the converter splits at published row numbers.
-        spellings: other spellings of tensors and layers, by those that the converter knows.
+        names: names that only this class has, which go before those of its family.
         ignored: tensors that have no use in the model.
         optional: pattern of tensors that the model runs without: further conditions, each added to what the others do.
         told_by: tensors (bare names) any of which says that this is the variant of its family.
@@ -262,16 +243,13 @@ class Architecture:
     """
 
     transformer: str
-    native: str
     config: Callable[[Shapes], dict[str, Any]]
     latents: Latents
     wants: Mapping[str, Want]
     arguments: Callable[[Inputs], dict[str, Any]]
-    converter: str | None = None
     velocity: Callable[[Any], Tensor] = as_it_is
     prediction: Prediction = "velocity"
-    fused: tuple[Fused, ...] = ()
-    spellings: tuple[Rule, ...] = ()
+    names: tuple[Rule, ...] = ()
     ignored: tuple[str, ...] = ()
     optional: str = ""
     told_by: tuple[str, ...] = ()
@@ -282,15 +260,6 @@ class Architecture:
         """The conditioning tensors that a model of this configuration takes."""
         found = {name: want(config, geometry) for name, want in self.wants.items()}
         return {name: signal for name, signal in found.items() if signal is not None}
-
-    def respelled(self, tensors: Collection[str]) -> dict[str, str]:
-        """Tensors that the model has a use for: {name as the converter spells it: name in the checkpoint}."""
-        spellings = index(() if self.native in tensors else self.spellings)
-        return {
-            respelled(name, spellings): name
-            for name in tensors
-            if name not in self.ignored and not re.fullmatch(self.optional, name)
-        }
 
 
 def blocks(shapes: Shapes, prefix: str) -> int:

@@ -74,7 +74,6 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
 
 ARCHITECTURE = Architecture(
     transformer="SanaTransformer2DModel",
-    native="caption_norm.weight",
     config=_config,
     latents=_latents,
     wants={
@@ -83,15 +82,6 @@ ARCHITECTURE = Architecture(
         "guidance": guidance(GUIDANCE),
     },
     arguments=_arguments,
-    spellings=(
-        *rules(
-            ("x_embedder.proj", "patch_embed.proj"),
-            ("attention_y_norm", "caption_norm"),
-            ("blocks.*.{attn,cross_attn}.{q,k}_norm", "transformer_blocks.*.attn{1,2}.norm_{q,k}"),
-            ("blocks.*.mlp.{inverted,depth,point}_conv.conv", "transformer_blocks.*.ff.conv_{inverted,depth,point}"),
-        ),
-        *pixart.TABLE_SPELLINGS,
-    ),
     optional=pixart.UNUSED,
 )
 
@@ -108,6 +98,11 @@ FAMILY = Family(
         *under("", "time_embed.")(
             ("t_embedder.mlp.{0,2}", "emb.timestep_embedder.linear_{1,2}"), ("t_block.1", "linear")
         ),
+        *under("blocks.*.", "transformer_blocks.*.")(
+            ("{attn,cross_attn}.{q,k}_norm", "attn{1,2}.norm_{q,k}"),
+            ("mlp.{inverted,depth,point}_conv.conv", "ff.conv_{inverted,depth,point}"),
+        ),
+        *rules(("x_embedder.proj", "patch_embed.proj"), ("attention_y_norm", "caption_norm")),
     ),
     architecture=ARCHITECTURE,
     architectures=(

@@ -129,13 +129,12 @@ def arguments(inputs: Inputs) -> dict[str, Any]:
 WANTS = {"encoder_hidden_states": text("cross_attention_dim"), CONDITION_LATENTS: beside(_latents, 0)}
 ARCHITECTURE = Architecture(
     transformer="UNet2DConditionModel",
-    native="time_embedding.linear_1.weight",
     config=_config,
     latents=_latents,
     wants={**WANTS, "class_labels": _labels},
     arguments=arguments,
     prediction="noise",
-    spellings=CONVOLUTIONS,
+    names=CONVOLUTIONS,
 )
 
 

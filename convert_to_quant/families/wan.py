@@ -26,7 +26,7 @@ from .comfyui import (
     vision,
 )
 from .folds import given, normed
-from .rules import KV, rules, under
+from .rules import HALVES, rules, under
 from .running import (
     CONDITION_LATENTS,
     Architecture,
@@ -117,8 +117,6 @@ def _channels_first(values: Any) -> Any:
 LATENTS = video("patch_size")
 ARCHITECTURE = Architecture(
     transformer="WanTransformer3DModel",
-    converter="convert_wan_transformer_to_diffusers",
-    native="condition_embedder.time_proj.weight",
     config=_config,
     latents=LATENTS,
     wants={
@@ -127,7 +125,6 @@ ARCHITECTURE = Architecture(
         "encoder_hidden_states_image": _image,
     },
     arguments=_arguments,
-    spellings=rules(("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed")),
     # Fun's reference image, Camera's path, SCAIL's and Animate's pose and face, S2V's sound
     optional=(
         r"(?:ref_conv|control_adapter|patch_embedding_pose|pose_patch_embedding|motion_encoder|face_adapter"
@@ -157,19 +154,24 @@ FAMILY = Family(
     names=(
         *under("{blocks,vace_blocks}.*.")(
             ("{self,cross}_attn.{q,k,v,o}", "attn{1,2}.to_{q,k,v,out.0}"),
+            ("{self,cross}_attn.norm_{q,k}", "attn{1,2}.norm_{q,k}"),
             ("cross_attn.{k,v}_img", "attn2.add_{k,v}_proj"),
+            ("cross_attn.norm_k_img", "attn2.norm_added_k"),
+            ("norm3", "norm2"),
+            ("modulation", "scale_shift_table"),
             ("ffn.{0,2}", "ffn.net.{0.proj,2}"),
         ),
         *under("", "condition_embedder.")(
             ("{time,text}_embedding.{0,2}", "{time,text}_embedder.linear_{1,2}"),
             ("time_projection.1", "time_proj"),
-            ("img_emb.proj.{1,3}", "image_embedder.ff.net.{0.proj,2}"),
+            ("img_emb.proj.{0,1,3,4}", "image_embedder.{norm1,ff.net.0.proj,ff.net.2,norm2}"),
+            ("img_emb.emb_pos", "image_embedder.pos_embed"),
         ),
         *rules(
             ("vace_blocks.*.{before,after}_proj", "vace_blocks.*.proj_{in,out}"),
-            ("head.head", "proj_out"),
+            ("head.{head,modulation}", "{proj_out,scale_shift_table}"),
             ("face_adapter.fuser_blocks.*.linear1_q", "face_adapter.*.to_q"),
-            ("face_adapter.fuser_blocks.*.linear1_kv", "face_adapter.*.to_{k,v}", KV),
+            ("face_adapter.fuser_blocks.*.linear1_kv", "face_adapter.*.to_{k,v}", HALVES),
             ("face_adapter.fuser_blocks.*.linear2", "face_adapter.*.to_out"),
             ("motion_encoder.enc.fc.*", "motion_encoder.motion_network.*"),
         ),

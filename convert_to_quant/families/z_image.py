@@ -57,17 +57,15 @@ FAMILY = Family(
         *under(lumina2.TOWERS)(
             ("attention.qkv", "attention.to_{q,k,v}", QKV),
             ("attention.out", "attention.to_out.0"),
+            ("attention.{q,k}_norm", "attention.norm_{q,k}"),
         ),
         *rules(
             ("x_embedder", "all_x_embedder.2-1"),
             ("final_layer.{linear,adaLN_modulation.1}", "all_final_layer.2-1.{linear,adaLN_modulation.1}"),
         ),
-        *lumina2.NAMES,
     ),
     architecture=Architecture(
         transformer="ZImageTransformer2DModel",
-        converter="convert_z_image_transformer_checkpoint_to_diffusers",
-        native="all_x_embedder.2-1.weight",
         config=_config,
         latents=image,
         wants={"cap_feats": text("cap_feat_dim")},
