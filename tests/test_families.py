@@ -102,7 +102,7 @@ def test_an_empty_checkpoint_is_of_no_family() -> None:
 def test_a_name_is_matched_in_whole_parts() -> None:
     flux = family("flux1")
     assert flux.kept_because("img_in") == "image embedder: feeds every block"
-    assert flux.kept_because("img_in_patch") == "outside the repeated blocks"
+    assert flux.kept_because("single_blocks_of.0.linear1") == "outside the repeated blocks"
     assert flux.kept_because("single_transformer_blocks.0.proj_out") is None
     assert family("ltx").kept_because("transformer_blocks.10.attn1.to_q") is None
 

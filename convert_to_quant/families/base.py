@@ -70,7 +70,7 @@ class Family:
         blocks: Pattern of the modules whose linear layers are all quantized, as published practice has it for this
             family; "" leaves that to the structure, which keeps modulations, routers and adapters.
         keep: Pattern of layers that stay in high precision, inside the blocks or outside -> why, half a sentence; only
-            what the structure does not tell where that decides.
+            what neither the structure nor the first word of a name (`WORDS`) tells.
         names: diffusers' names of its layers, norms and tables, those of its relatives included.
         lora: Names that only LoRA files use.
         spellings: Other names of whole layers in checkpoints of this family, by those of its authors.
@@ -111,7 +111,7 @@ class Family:
         for pattern, reason in self.keep.items():
             if _covers(pattern, layer):
                 return reason
-        return None if not self.blocks or _covers(self.blocks, layer) else OUTSIDE
+        return None if not self.blocks or _covers(self.blocks, layer) else outside(layer)
 
     def variant(self, shapes: Mapping[str, Shape]) -> str:
         """Which of its members a model is, for people, by bare tensor names and shapes; "" where there is one only."""
@@ -152,3 +152,26 @@ CONDITION = "embedder of an extra condition (image, audio, face, glyphs)"
 FINAL = "final layer: its error goes straight into the image"
 MODULATION = "modulation: one vector scales every token of its blocks, and keeping it costs no time"
 REFINER = "token refiner: few weights, and its error reaches every block"
+
+WORDS = {
+    r"\w*(?:modulation|adaln|t_block|[a-z]mod|modf)\w*": MODULATION,
+    r"(?:final|head|out_|norm_out|proj_out|project_out|lm_head)\w*": FINAL,
+    r"(?:t_|time|vector_|guidance_|pooled|p_emb|label_|global|add_emb)\w*|to_(?:timestep|global)\w*": VECTOR,
+    r"\w*(?:txt|text|cap|caption|context|cond_seq|y_proj|y_embedder|lyric|t5)\w*": TEXT,
+    r"\w*(?:img_in|x_emb|patch|pos_embed|latent_in|init_x|proj_in|project_in|visual_emb|conv_in)\w*": IMAGE,
+}
+"""The first module of a name outside of blocks: the reason that is shown, and nothing hangs on it."""
+
+
+def outside(layer: str) -> str:
+    """Why a layer outside of the blocks stays in high precision, by its bare name.
+
+    >>> outside("img_in"), outside("brand_new_adapter.3")
+    ('image embedder: feeds every block', 'outside the repeated blocks')
+    """
+    return reason_of(layer.partition(".")[0], WORDS) or OUTSIDE
+
+
+def reason_of(part: str, table: Mapping[str, str]) -> str:
+    """The reason that a table has for one module of a name; "" where it has none."""
+    return next((reason for pattern, reason in table.items() if re.fullmatch(pattern, part, re.IGNORECASE)), "")

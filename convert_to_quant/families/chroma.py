@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import flux1
-from .base import FINAL, IMAGE, MODULATION, TEXT, Family, signature
+from .base import FINAL, MODULATION, Family, signature
 from .rules import rules, under
 from .running import Architecture, Shapes, blocks
 
@@ -31,14 +31,7 @@ FAMILY = Family(
         signature("transformer_blocks.0.attn.add_q_proj distilled_guidance_layer"),
     ),
     blocks=flux1.BLOCKS,
-    keep={
-        r"distilled_guidance_layer": MODULATION,
-        r"img_in|img_in_patch": IMAGE,
-        r"txt_in": TEXT,
-        r"nerf_image_embedder|nerf_blocks|nerf_final_layer|nerf_final_layer_conv": FINAL,
-        r"final_layer": FINAL,
-        **flux1.DIFFUSERS_ENDS,
-    },
+    keep={r"distilled_guidance_layer": MODULATION, r"nerf_\w+": FINAL},
     names=(
         *under("distilled_guidance_layer.layers.*.")(
             ("{in,out}_layer", "linear_{1,2}"),

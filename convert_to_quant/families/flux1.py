@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import comfyui
-from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .base import Family, signature
 from .folds import given, modulated
 from .rules import QKV, QKV_MLP, QKV_OF_MLP, SHIFT_SCALE, rules, under
 from .running import (
@@ -30,14 +30,6 @@ GUIDANCE = 3.5
 
 # How the authors of Flux name their blocks (Chroma and HunyuanVideo follow them), and how diffusers names them.
 BLOCKS = r"(?:double_blocks|single_blocks|transformer_blocks|single_transformer_blocks)\.\d+"
-
-# diffusers has the same names for the ends of Flux.1, Flux.2, Chroma, SD3 and HunyuanVideo.
-DIFFUSERS_ENDS = {
-    r"x_embedder|pos_embed": IMAGE,
-    r"context_embedder|context_embedder_2": TEXT,
-    r"time_text_embed|time_guidance_embed|time_embed": VECTOR,
-    r"norm_out|proj_out": FINAL,
-}
 
 FINAL_NAMES = rules(
     ("final_layer.linear", "proj_out"),
@@ -153,13 +145,6 @@ FAMILY = Family(
         ),
     ),
     blocks=BLOCKS,
-    keep={
-        r"img_in": IMAGE,
-        r"txt_in": TEXT,
-        r"time_in|vector_in|guidance_in": VECTOR,
-        r"final_layer": FINAL,
-        **DIFFUSERS_ENDS,
-    },
     names=NAMES,
     # XLabs' attention processors (its `qkv_lora.down` loses "_lora" with the suffix), ComfyUI's name for the attention
     # rows of a single block, and DiffSynth's own names. Its `final_norm_out.linear` has either order of halves, and is

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import flux1
-from .base import FINAL, IMAGE, MODULATION, TEXT, VECTOR, Family, signature
+from .base import Family, signature
 from .folds import given
 from .rules import rules
 from .running import Architecture, Inputs, Shapes, guidance
@@ -41,14 +41,6 @@ FAMILY = Family(
         ),
     ),
     blocks=flux1.BLOCKS,
-    keep={
-        r"img_in": IMAGE,
-        r"txt_in": TEXT,
-        r"time_in|guidance_in": VECTOR,
-        r"double_stream_modulation_(?:img|txt)|single_stream_modulation": MODULATION,
-        r"final_layer": FINAL,
-        **flux1.DIFFUSERS_ENDS,
-    },
     # The single block's attention and MLP are fused in diffusers too.
     names=(
         *rules(

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from . import comfyui, flux1
-from .base import CONDITION, FINAL, IMAGE, REFINER, TEXT, VECTOR, Family, signature
+from .base import CONDITION, REFINER, Family, signature
 from .rules import QKV, rules, under
 from .running import (
     CONDITION_LATENTS,
@@ -177,13 +177,8 @@ FAMILY = Family(
     ),
     blocks=flux1.BLOCKS,
     keep={
-        r"img_in": IMAGE,
         r"txt_in\.individual_token_refiner|context_embedder\.token_refiner": REFINER,
-        r"txt_in": TEXT,
-        r"time_in|time_r_in|vector_in|guidance_in": VECTOR,
         r"byt5_in|context_embedder_2|vision_in|cond_type_embed(?:ding)?|image_embedder|image_projection": CONDITION,
-        r"final_layer": FINAL,
-        **flux1.DIFFUSERS_ENDS,
     },
     names=(*NAMES, *flux1.NAMES),
     spellings=SPELLINGS,

@@ -142,12 +142,12 @@ FAMILY = Family(
     ),
     blocks=r"transformer_blocks\.\d+",
     keep={
-        r"patchify_proj|audio_patchify_proj|proj_in|audio_proj_in": IMAGE,
-        r"(?:audio_)?caption_projection|(?:audio|video)_embeddings_connector|connectors": TEXT,
-        r"\w*adaln_single|time_embed|audio_time_embed|\w*prompt_adaln|av_cross_attn_\w+": VECTOR,
+        r"(?:audio_)?patchify_proj": IMAGE,
+        r"(?:audio|video)_embeddings_connector|connectors": TEXT,
+        r"\w*adaln_single|audio_time_embed|\w*prompt_adaln|av_cross_attn_\w+": VECTOR,
         r"transformer_blocks\.(?:0|1|46|47)": "block 0, 1, 46 or 47, which others keep as well",
         r"transformer_blocks\.\d+\.\w+\.to_gate_logits": "attention gate: one number per head, which scales it whole",
-        r"proj_out|audio_proj_out": FINAL,
+        r"audio_proj_out": FINAL,
     },
     names=rules(
         ("{,audio_}patchify_proj", "{,audio_}proj_in"),

@@ -11,7 +11,7 @@ import operator
 from typing import Any
 
 from . import comfyui
-from .base import CONDITION, FINAL, IMAGE, MODULATION, REFINER, TEXT, VECTOR, Family, signature
+from .base import CONDITION, FINAL, MODULATION, REFINER, TEXT, Family, signature
 from .folds import given, normed
 from .rules import QKV, rules, under
 from .running import Architecture, Shapes, blocks, image, mask, text
@@ -20,13 +20,11 @@ PATCH = 2
 BLOCKS = r"layers\.\d+"
 TOWERS = "{layers,noise_refiner,context_refiner}.*."
 KEEP = {
-    r"x_embedder|all_x_embedder": IMAGE,
-    r"cap_embedder|time_caption_embed\.caption_embedder|clip_text_pooled_proj": TEXT,
-    r"t_embedder|time_caption_embed|time_text_embed": VECTOR,
+    r"time_caption_embed\.caption_embedder": TEXT,
     r"siglip_embedder": CONDITION,
     r"noise_refiner|context_refiner|siglip_refiner": REFINER,
     r"layers\.\d+\.(?:adaLN_modulation|norm1)": MODULATION,
-    r"final_layer|all_final_layer|norm_out|dec_net": FINAL,
+    r"all_final_layer|dec_net": FINAL,
 }
 NAMES = (
     *under(TOWERS)(

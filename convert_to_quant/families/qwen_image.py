@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import comfyui
-from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .base import Family, signature
 from .flux1 import DOUBLE, JOINT_VALUES, rotary_axes
 from .folds import modulated
 from .running import Architecture, Inputs, Shapes, blocks, text, tokens
@@ -57,13 +57,9 @@ FAMILY = Family(
     ),
     blocks=r"transformer_blocks\.\d+",
     keep={
-        r"img_in": IMAGE,
-        r"txt_in": TEXT,
-        r"time_text_embed": VECTOR,
         r"transformer_blocks\.0\.img_mod": (
             "first image modulation: one vector, and its error starts the residual stream"
         ),
-        r"norm_out|proj_out": FINAL,
     },
     architecture=Architecture(
         transformer="QwenImageTransformer2DModel",

@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from . import comfyui
-from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
-from .flux1 import DIFFUSERS_ENDS, DOUBLE, FINAL_NAMES, JOINT_VALUES
+from .base import VECTOR, Family, signature
+from .flux1 import DOUBLE, FINAL_NAMES, JOINT_VALUES
 from .folds import given, modulated
 from .rules import QKV, SHIFT_SCALE, rules, under
 from .running import Architecture, Config, Shapes, blocks, image, text, vector
@@ -66,13 +66,7 @@ FAMILY = Family(
         ),
     ),
     blocks=r"(?:joint_blocks|transformer_blocks)\.\d+",
-    keep={
-        r"x_embedder": IMAGE,
-        r"context_embedder|context_processor": TEXT,
-        r"t_embedder|y_embedder": VECTOR,
-        r"final_layer": FINAL,
-        **DIFFUSERS_ENDS,
-    },
+    keep={r"y_embedder": VECTOR},
     # The last block's context_block is cut short: its modulation has two pieces, stored by diffusers as scale, shift.
     names=(
         *under("joint_blocks.*.", "transformer_blocks.*.")(

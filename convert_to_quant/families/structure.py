@@ -35,7 +35,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .base import FINAL, IMAGE, MODULATION, OUTSIDE, REFINER, TEXT, VECTOR, Shape
+from .base import MODULATION, OUTSIDE, REFINER, VECTOR, Shape, outside, reason_of
 
 SMALL = 0.08
 """Stacks with a smaller share of the largest one's weights are kept: token refiners have 0.03 to 0.07."""
@@ -58,15 +58,6 @@ _BESIDE = {
     r"\w*(?:adapter|connector|resampler|encoder|projector)s?(?:_\w+)?": ADAPTER,
 }
 """Words in the names of stacks and of what they are in, which say that these are none of the main ones."""
-
-_OUTSIDE = {
-    r"\w*(?:modulation|adaln|t_block|[a-z]mod|modf)\w*": MODULATION,
-    r"(?:final|head|out_|norm_out|proj_out|project_out|lm_head)\w*": FINAL,
-    r"(?:t_|time|vector_|guidance_|pooled|p_emb|label_|global|add_emb)\w*|to_(?:timestep|global)\w*": VECTOR,
-    r"\w*(?:txt|text|cap|caption|context|cond_seq|y_proj|y_embedder|lyric|t5)\w*": TEXT,
-    r"\w*(?:img_in|x_emb|patch|pos_embed|latent_in|init_x|proj_in|project_in|visual_emb|conv_in)\w*": IMAGE,
-}
-"""The same of the first module of a name outside of blocks: the reason that is shown, and nothing hangs on it."""
 
 _MODULATION = re.compile(
     r"(?:\w*_)?(?:mod|modulation|adaln|ada_ln|scale_shift|shift_scale|mapper|emb_layers|time_emb_proj)\w*|mod[A-Z]\w*|adaLN\w*"
@@ -177,7 +168,7 @@ def study(shapes: Mapping[str, Shape], *, all_stacks: bool = False) -> Structure
         stack = home.get(name)
         if stack is None:
             parts = name.split(".")
-            return EMBEDDING if any(map(_EMBEDDING.fullmatch, parts)) else _reason(parts[0], _OUTSIDE) or OUTSIDE
+            return EMBEDDING if any(map(_EMBEDDING.fullmatch, parts)) else outside(name)
         return stack.kept or said[stack.name, stack.layers[name]].most_common(1)[0][0]
 
     kept = {name: why for name in linear if (why := reason(name))}
@@ -242,7 +233,7 @@ def _group(name: str, stack: Stack) -> str:
 def _beside(stack: Stack, stacks: list[Stack]) -> str:
     """Why a stack is none of the main ones; "" where it is one."""
     said = {
-        one.name: next(filter(None, (_reason(part, _BESIDE) for part in one.name.split("."))), "") for one in stacks
+        one.name: next(filter(None, (reason_of(part, _BESIDE) for part in one.name.split("."))), "") for one in stacks
     }
     largest = next((one for one in stacks if not said[one.name]), stacks[0])
     if stack is largest:
@@ -257,10 +248,6 @@ def _beside(stack: Stack, stacks: list[Stack]) -> str:
     if stack.module != largest.module and (small or not alike):
         return ADAPTER
     return REFINER if small else ""
-
-
-def _reason(part: str, table: Mapping[str, str]) -> str:
-    return next((reason for pattern, reason in table.items() if re.fullmatch(pattern, part, re.IGNORECASE)), "")
 
 
 def _roles(

@@ -50,8 +50,7 @@ CONVOLUTIONS = rules(
 
 BLOCKS = r".*\.(?:(?:temporal_)?transformer_blocks|time_stack)\.\d+"
 KEEP = {
-    r"time_embed|time_embedding|label_emb|add_embedding|class_embedding": VECTOR,
-    r".*\.(?:emb_layers|time_emb_proj|time_pos_embed)": VECTOR,
+    r".*\.(?:emb_layers|time_emb_proj|time_pos_embed)|class_embedding": VECTOR,
     r".*\d+\.(?:proj_in|proj_out)": "end of a transformer: carries the residual stream of its level",
     r"encoder_hid_proj": TEXT,
 }

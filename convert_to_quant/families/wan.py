@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from .base import CONDITION, FINAL, IMAGE, TEXT, VECTOR, Family, signature
+from .base import CONDITION, TEXT, VECTOR, Family, signature
 from .comfyui import (
     FIRST_FRAME,
     VIDEO,
@@ -143,13 +143,11 @@ FAMILY = Family(
     ),
     blocks=r"(?:blocks|vace_blocks)\.\d+",
     keep={
-        r"patch_embedding(?:_\w+)?|vace_patch_embedding|pose_patch_embedding|ref_conv": IMAGE,
-        r"text_embedding|condition_embedder\.text_embedder": TEXT,
+        r"condition_embedder\.text_embedder": TEXT,
         r"img_emb|condition_embedder\.image_embedder": CONDITION,
-        r"time_embedding|time_projection|condition_embedder": VECTOR,
+        r"condition_embedder": VECTOR,
         r"audio_\w+|casual_audio_encoder|face_\w+|motion_encoder|frame_packer|cond_encoder": CONDITION,
         r"control_adapter|trainable_cond_mask": CONDITION,
-        r"head|proj_out": FINAL,
     },
     names=(
         *under("{blocks,vace_blocks}.*.")(
