@@ -94,8 +94,8 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
         unfit = found.kind not in (None, "diffusion")
         problem = f"no diffusion model: {found.title}" if unfit else "its tensor names fit no known family"
         raise UnsupportedModelError(problem, path=checkpoint.path, hint=None if unfit else found.hint or COMFYUI)
-    architecture = family.runs(shapes)
-    if architecture is None or found.variant in family.elsewhere:
+    architecture = family.runs(found.variant)
+    if architecture is None:
         name = f"{family.title.partition(' (')[0]}{found.variant and f' ({found.variant})'}"
         raise UnsupportedModelError(f"{name} is not run here", path=checkpoint.path, hint=COMFYUI)
     foreign = [layer for layer in table.foreign.values() if table.owns(layer.name)]

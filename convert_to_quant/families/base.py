@@ -24,7 +24,7 @@ class Signature:
     """What the tensor names of one family, in one naming, look like.
 
     Attributes:
-        has: Modules or tensors that are all there.
+        has: Modules or tensors that are all there; "a|b" is one of two.
         lacks: Modules or tensors none of which is there.
         size: (regular expression over whole tensor names, axis, sizes): the first tensor, in order of names, that
             matches has one of these sizes along this axis. None where names suffice.
@@ -41,7 +41,8 @@ class Signature:
             modules: Bare names of its tensors and of all modules above them.
             shapes: Bare tensor name -> shape.
         """
-        if not all(name in modules for name in self.has) or any(name in modules for name in self.lacks):
+        found = all(any(name in modules for name in either.split("|")) for either in self.has)
+        if not found or any(name in modules for name in self.lacks):
             return False
         if self.size is None:
             return True
@@ -75,7 +76,7 @@ class Family:
         lora: Names that only LoRA files use.
         spellings: Other names of whole layers in checkpoints of this family, by those of its authors.
         architecture: How it is run; None where diffusers cannot.
-        architectures: How members with parts of their own are run; the first that fits comes before `architecture`.
+        architectures: Variant -> how it is run, for those with parts of their own.
         elsewhere: Those of its variants that diffusers' classes do not run.
         relatives: Further classes of diffusers whose modules have these names.
         comfyui: Class of `comfy.model_base` -> what ComfyUI's models of this class take.
@@ -92,7 +93,7 @@ class Family:
     lora: tuple[Rule, ...] = ()
     spellings: tuple[Rule, ...] = ()
     architecture: Architecture | None = None
-    architectures: tuple[Architecture, ...] = ()
+    architectures: Mapping[str, Architecture] = field(default_factory=dict)
     elsewhere: tuple[str, ...] = ()
     relatives: tuple[str, ...] = ()
     comfyui: Mapping[str, Conditions] = field(default_factory=dict)
@@ -118,15 +119,14 @@ class Family:
         modules = module_names(shapes)
         return next((title for title, known in self.variants if known.fits(modules, shapes)), "")
 
-    def runs(self, tensors: Collection[str]) -> Architecture | None:
-        """How a checkpoint with these tensors (bare names) is run."""
-        fitting = (way for way in self.architectures if any(name in tensors for name in way.told_by))
-        return next(fitting, self.architecture)
+    def runs(self, variant: str) -> Architecture | None:
+        """How one of its members is run."""
+        return None if variant in self.elsewhere else self.architectures.get(variant, self.architecture)
 
     @property
     def transformers(self) -> tuple[str, ...]:
         """Diffusers' classes whose modules have these names."""
-        known = (self.architecture, *self.architectures)
+        known = (self.architecture, *self.architectures.values())
         return (*(way.transformer for way in known if way is not None), *self.relatives)
 
 

@@ -83,7 +83,7 @@ FAMILY = Family(
         *rules(("time_embedding_linear_{1,2}", "time_embedding.linear_{1,2}")),
     ),
     elsewhere=("1.5",),
-    variants=(("1.5", signature("ofs_embedding.linear_1")), ("1.5", signature("ofs_embedding_linear_1"))),
+    variants=(("1.5", signature("ofs_embedding.linear_1|ofs_embedding_linear_1")),),
     architecture=Architecture(
         transformer="CogVideoXTransformer3DModel",
         config=_config,

@@ -193,8 +193,7 @@ FAMILY = Family(
     variants=(
         ("Fill", signature(size=(r"(?:img_in|x_embedder)\.weight", 1, (384,)))),
         ("Depth or Canny", signature(size=(r"(?:img_in|x_embedder)\.weight", 1, (128,)))),
-        ("Kontext, Krea or dev", signature("guidance_in")),
-        ("Kontext, Krea or dev", signature("time_text_embed.guidance_embedder")),
+        ("Kontext, Krea or dev", signature("guidance_in|time_text_embed.guidance_embedder")),
         ("schnell", signature(size=(r"(?:img_in|x_embedder)\.weight", 0, (3072,)))),
     ),
     folds=FOLDS,

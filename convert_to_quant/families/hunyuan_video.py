@@ -196,17 +196,16 @@ FAMILY = Family(
         arguments=lambda inputs: inputs.usual(1000),
         optional=r"(?:clean_x_embedder|image_projection)\..*",  # FramePack's earlier frames and its image
     ),
-    architectures=(
-        Architecture(
+    architectures={
+        "HunyuanVideo 1.5": Architecture(
             transformer="HunyuanVideo15Transformer3DModel",
             config=_video_15_config,
             latents=LATENTS,
             wants={**_TEXTS, "image_embeds": _image, CONDITION_LATENTS: beside(LATENTS, 0)},
             arguments=lambda inputs: inputs.usual(1000),
             names=rules(("time_in.{in,out}_layer", "time_embed.timestep_embedder.linear_{1,2}")),
-            told_by=("cond_type_embed.weight", "cond_type_embedding.weight"),
         ),
-        Architecture(
+        "HunyuanImage 2.1": Architecture(
             transformer="HunyuanImageTransformer2DModel",
             config=_image_config,
             latents=_image_latents,
@@ -218,13 +217,8 @@ FAMILY = Family(
                     "time_guidance_embed.{timestep_embedder,timestep_embedder_r,guidance_embedder}.linear_{1,2}",
                 ),
             ),
-            told_by=(
-                "time_guidance_embed.timestep_embedder.linear_1.weight",
-                "byt5_in.fc1.weight",
-                "time_r_in.in_layer.weight",
-            ),
         ),
-    ),
+    },
     comfyui={
         "HunyuanVideo": comfyui.takes(
             "txt_in.input_embedder",
@@ -244,12 +238,10 @@ FAMILY = Family(
     },
     variants=(
         ("FramePack", signature("clean_x_embedder")),
-        ("HunyuanVideo 1.5", signature("cond_type_embedding")),
-        ("HunyuanVideo 1.5", signature("cond_type_embed")),
-        ("HunyuanImage 2.1", signature("byt5_in")),
+        ("HunyuanVideo 1.5", signature("cond_type_embedding|cond_type_embed")),
+        ("HunyuanImage 2.1", signature("byt5_in|time_r_in|time_guidance_embed")),
         ("HunyuanImage 2.1", signature(size=(r"(?:img_in|x_embedder)\.proj\.weight", 1, (64,)))),
-        ("HunyuanVideo", signature("img_in.proj")),
-        ("HunyuanVideo", signature("x_embedder.proj")),
+        ("HunyuanVideo", signature("")),
     ),
     folds=flux1.FOLDS,
 )

@@ -168,8 +168,8 @@ FAMILY = Family(
         wants={"encoder_hidden_states": text("caption_channels"), "encoder_attention_mask": mask},
         arguments=_arguments,
     ),
-    architectures=(
-        Architecture(
+    architectures={
+        "LTX-2": Architecture(
             transformer="LTX2VideoTransformer3DModel",
             config=_ltx2_config,
             latents=_ltx2_latents,
@@ -180,9 +180,8 @@ FAMILY = Family(
             arguments=_ltx2_arguments,
             velocity=_ltx2_velocity,
             optional=r"(?:audio|video)_embeddings_connector\..*",  # part of the text encoder
-            told_by=("audio_proj_in.weight", "audio_patchify_proj.weight"),
-        ),
-    ),
+        )
+    },
     folds=tuple(
         given(f"transformer_blocks.*.{attention}.to_v", f"transformer_blocks.*.{attention}.to_out.0")
         for attention in ("attn1", "attn2")
@@ -202,8 +201,7 @@ FAMILY = Family(
         ),
     },
     variants=(
-        ("LTX-2", signature("audio_patchify_proj")),
-        ("LTX-2", signature("audio_proj_in")),
+        ("LTX-2", signature("audio_patchify_proj|audio_proj_in")),
         ("LTX-Video", signature("proj_out")),
     ),
 )

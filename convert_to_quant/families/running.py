@@ -236,7 +236,6 @@ class Architecture:
         names: names that only this class has, which go before those of its family.
         ignored: tensors that have no use in the model.
         optional: pattern of tensors that the model runs without: further conditions, each added to what the others do.
-        told_by: tensors (bare names) any of which says that this is the variant of its family.
         stand_ins: arguments for the class in place of the configuration's, where those would make it compute what the
             checkpoint holds.
         adjust: mends what the stand-ins did, after the model was built without weights.
@@ -252,7 +251,6 @@ class Architecture:
     names: tuple[Rule, ...] = ()
     ignored: tuple[str, ...] = ()
     optional: str = ""
-    told_by: tuple[str, ...] = ()
     stand_ins: Mapping[str, Any] = field(default_factory=dict)
     adjust: Callable[[nn.Module, Config], None] = nothing
 

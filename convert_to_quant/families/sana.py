@@ -105,15 +105,14 @@ FAMILY = Family(
         *rules(("x_embedder.proj", "patch_embed.proj"), ("attention_y_norm", "caption_norm")),
     ),
     architecture=ARCHITECTURE,
-    architectures=(
-        replace(
+    architectures={
+        "Video": replace(
             ARCHITECTURE,
             transformer="SanaVideoTransformer3DModel",
             config=_video_config,
             latents=video("patch_size"),
-            told_by=("patch_embedding.weight",),
-        ),
-    ),
+        )
+    },
     variants=(
         ("Sprint", signature("time_embed.guidance_embedder")),
         ("Video", signature("patch_embedding")),

@@ -102,8 +102,7 @@ FAMILY = Family(
     comfyui={"SD3": comfyui.takes("context_embedder", pooled_output=comfyui.pooled("y_embedder.mlp.0"))},
     variants=(
         ("3.5 Large", signature(size=(r"context_embedder\.weight", 0, (2432,)))),
-        ("3.5 Medium", signature("joint_blocks.0.x_block.attn2")),
-        ("3.5 Medium", signature("transformer_blocks.0.attn2")),
+        ("3.5 Medium", signature("joint_blocks.0.x_block.attn2|transformer_blocks.0.attn2")),
         ("3 Medium", signature(size=(r"context_embedder\.weight", 0, (1536,)))),
     ),
     folds=(

@@ -194,12 +194,13 @@ FAMILY = Family(
         "Lotus": takes(cross_attn=PROMPT),
     },
     variants=(
-        ("Stable Video Diffusion", signature("input_blocks.1.1.time_stack")),
-        ("Stable Video Diffusion", signature("down_blocks.0.attentions.0.temporal_transformer_blocks")),
+        (
+            "Stable Video Diffusion",
+            signature("input_blocks.1.1.time_stack|down_blocks.0.attentions.0.temporal_transformer_blocks"),
+        ),
         ("ModelScope or I2VGen-XL", signature("down_blocks.0.temp_attentions")),
         ("Lotus", signature(size=(r"label_emb\.0\.0\.weight", 1, (4,)))),
-        ("unCLIP", signature("label_emb.0.0")),
-        ("unCLIP", signature("class_embedding.linear_1")),
+        ("unCLIP", signature("label_emb.0.0|class_embedding.linear_1")),
         ("x4 upscaler", signature(size=(FIRST, 1, (7,)))),
         ("InstructPix2Pix or Zero123", signature(size=(FIRST, 1, (8,)))),
         ("inpainting", signature(size=(FIRST, 1, (9,)))),

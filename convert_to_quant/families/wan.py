@@ -175,15 +175,14 @@ FAMILY = Family(
         ),
     ),
     architecture=ARCHITECTURE,
-    architectures=(
-        replace(
+    architectures={
+        "VACE": replace(
             ARCHITECTURE,
             transformer="WanVACETransformer3DModel",
             config=_vace_config,
             wants={**ARCHITECTURE.wants, "control_hidden_states": _control},
-            told_by=("vace_patch_embedding.weight",),
-        ),
-    ),
+        )
+    },
     elsewhere=("HuMo", "Dancer", "Animate 2"),
     # A block adds a table of its own to the modulation that all share, so only the norm before the text can be scaled.
     folds=(
@@ -243,11 +242,9 @@ FAMILY = Family(
         ("SCAIL 2", signature("patch_embedding_mask")),
         ("SCAIL", signature("patch_embedding_pose")),
         ("Dancer", signature("patch_embedding_global")),
-        ("FLF2V", signature("img_emb.emb_pos")),
-        ("FLF2V", signature("condition_embedder.image_embedder.pos_embed")),
+        ("FLF2V", signature("img_emb.emb_pos|condition_embedder.image_embedder.pos_embed")),
         ("Fun", signature("ref_conv")),
-        ("I2V 2.1", signature("img_emb")),
-        ("I2V 2.1", signature("condition_embedder.image_embedder")),
+        ("I2V 2.1", signature("img_emb|condition_embedder.image_embedder")),
         ("T2V", signature(size=(r"patch_embedding\.weight", 1, (16,)))),
         ("TI2V 2.2", signature(size=(r"patch_embedding\.weight", 1, (48,)))),
         ("I2V 2.2", signature(size=(r"patch_embedding\.weight", 1, (36,)))),
