@@ -8,7 +8,7 @@ from typing import Any
 from . import comfyui
 from .base import Family, signature
 from .rules import SHIFT_SCALE, rules, under
-from .running import Architecture, Shapes, blocks, image, text
+from .running import Architecture, Shapes, blocks, heads, image, text
 
 HEAD = 256
 """Channels of a head; its norms have no weights and do not show it. Narrow models may have less."""
@@ -22,8 +22,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         "out_channels": shapes["proj_out.weight"][0] // 4,
         "num_mmdit_layers": blocks(shapes, "joint_transformer_blocks."),
         "num_single_dit_layers": blocks(shapes, "single_transformer_blocks."),
-        "attention_head_dim": head,
-        "num_attention_heads": hidden // head,
+        **heads(hidden, head),
         "joint_attention_dim": shapes["context_embedder.weight"][1],
         "caption_projection_dim": hidden,
         "pos_embed_max_size": shapes["pos_embed.pos_embed"][1],

@@ -7,7 +7,7 @@ from typing import Any
 from .base import Family, signature
 from .comfyui import VIDEO, Want, encoded, takes
 from .rules import rules, under
-from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks
+from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, heads
 
 ROTARY = 3072
 """Width from which its models turn their positions; the smaller one (1920) adds them."""
@@ -20,8 +20,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
     hidden, in_channels, patch, _ = shapes["patch_embed.proj.weight"]
     head = shapes["transformer_blocks.0.attn1.norm_q.weight"][0]
     return {
-        "num_attention_heads": hidden // head,
-        "attention_head_dim": head,
+        **heads(hidden, head),
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0] // patch**2,
         "time_embed_dim": shapes["time_embedding.linear_1.weight"][0],

@@ -7,7 +7,19 @@ from typing import Any
 from .base import Family, signature
 from .comfyui import ids, ones, takes
 from .rules import rules, under
-from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, text, video
+from .running import (
+    CONDITION_LATENTS,
+    Architecture,
+    Config,
+    Geometry,
+    Inputs,
+    Shapes,
+    Signal,
+    blocks,
+    heads,
+    text,
+    video,
+)
 
 PATCH = (1, 2, 2)
 ROTARY_SCALE = (1.0, 4.0, 4.0)
@@ -22,8 +34,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         "in_channels": patched // 4,  # the last one says what is padding
         "concat_padding_mask": False,
         "out_channels": shapes["proj_out.weight"][0] // 4,
-        "num_attention_heads": hidden // head,
-        "attention_head_dim": head,
+        **heads(hidden, head),
         "num_layers": blocks(shapes, "transformer_blocks."),
         "mlp_ratio": shapes["transformer_blocks.0.ff.net.0.proj.weight"][0] / hidden,
         "text_embed_dim": shapes["transformer_blocks.0.attn2.to_k.weight"][1],

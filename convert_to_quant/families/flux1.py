@@ -20,6 +20,8 @@ from .running import (
     beside,
     blocks,
     guidance,
+    heads,
+    rotary_axes,
     text,
     tokens,
     vector,
@@ -83,16 +85,6 @@ FOLDS = (
 )
 
 
-def rotary_axes(head: int) -> tuple[int, int, int]:
-    """How a head's rotary dimensions are shared between index, row and column in Flux.1 and its kin.
-
-    >>> rotary_axes(128)
-    (16, 56, 56)
-    """
-    side = 2 * (7 * head // 32)
-    return head - 2 * side, side, side
-
-
 def common_config(shapes: Shapes) -> dict[str, Any]:
     """What the configurations of Flux.1, Flux.2 and Chroma share."""
     hidden, in_channels = shapes["x_embedder.weight"]
@@ -103,8 +95,7 @@ def common_config(shapes: Shapes) -> dict[str, Any]:
         "out_channels": shapes["proj_out.weight"][0],
         "num_layers": blocks(shapes, "transformer_blocks."),
         "num_single_layers": blocks(shapes, "single_transformer_blocks."),
-        "attention_head_dim": head,
-        "num_attention_heads": hidden // head,
+        **heads(hidden, head),
         "joint_attention_dim": shapes["context_embedder.weight"][1],
         "axes_dims_rope": rotary_axes(head),
     }

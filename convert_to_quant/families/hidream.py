@@ -8,7 +8,7 @@ from typing import Any
 
 from . import comfyui
 from .base import Family, signature
-from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, image, vector
+from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, heads, image, vector
 
 HEAD = 128
 """Channels of a head; the norms span all of them and do not show it. Narrow models may have less."""
@@ -28,8 +28,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         "out_channels": shapes["final_layer.linear.weight"][0] // 4,
         "num_layers": double,
         "num_single_layers": single,
-        "attention_head_dim": head,
-        "num_attention_heads": hidden // head,
+        **heads(hidden, head),
         "caption_channels": [shapes[f"caption_projection.{place}.linear.weight"][1] for place in (double + single, 0)],
         "text_emb_dim": shapes["p_embedder.pooled_embedder.linear_1.weight"][1],
         "num_routed_experts": experts,

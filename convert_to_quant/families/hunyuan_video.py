@@ -18,7 +18,9 @@ from .running import (
     beside,
     blocks,
     guidance,
+    heads,
     mask,
+    rotary_axes,
     text,
     vector,
     video,
@@ -73,43 +75,39 @@ NAMES = (
 )
 
 
-def _config(shapes: Shapes) -> dict[str, Any]:
+def _common_config(shapes: Shapes) -> dict[str, Any]:
+    """What the configurations of all members share."""
     hidden, in_channels, *patch = shapes["x_embedder.proj.weight"]
-    head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
-    out_channels = shapes["proj_out.weight"][0] // math.prod(patch)
     return {
         "in_channels": in_channels,
-        "out_channels": out_channels,
-        "num_attention_heads": hidden // head,
-        "attention_head_dim": head,
+        "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
+        **heads(hidden, shapes["transformer_blocks.0.attn.norm_q.weight"][0]),
         "num_layers": blocks(shapes, "transformer_blocks."),
-        "num_single_layers": blocks(shapes, "single_transformer_blocks."),
         "num_refiner_layers": blocks(shapes, "context_embedder.token_refiner.refiner_blocks."),
         "mlp_ratio": shapes["transformer_blocks.0.ff.net.0.proj.weight"][0] / hidden,
+        "text_embed_dim": shapes["context_embedder.proj_in.weight"][1],
+    }
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    config, patch = _common_config(shapes), shapes["x_embedder.proj.weight"][2:]
+    return {
+        **config,
+        "num_single_layers": blocks(shapes, "single_transformer_blocks."),
         "patch_size": patch[1],
         "patch_size_t": patch[0],
         "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
-        "text_embed_dim": shapes["context_embedder.proj_in.weight"][1],
         "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
-        "rope_axes_dim": flux1.rotary_axes(head),
-        "image_condition_type": "latent_concat" if in_channels > out_channels else None,
+        "rope_axes_dim": rotary_axes(config["attention_head_dim"]),
+        "image_condition_type": "latent_concat" if config["in_channels"] > config["out_channels"] else None,
     }
 
 
 def _shared_config(shapes: Shapes) -> dict[str, Any]:
     """What the configurations of HunyuanImage 2.1 and HunyuanVideo 1.5 share."""
-    hidden, in_channels, *patch = shapes["x_embedder.proj.weight"]
-    head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
     glyphs = shapes.get("context_embedder_2.linear_1.weight")
     return {
-        "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
-        "num_attention_heads": hidden // head,
-        "attention_head_dim": head,
-        "num_layers": blocks(shapes, "transformer_blocks."),
-        "num_refiner_layers": blocks(shapes, "context_embedder.token_refiner.refiner_blocks."),
-        "mlp_ratio": shapes["transformer_blocks.0.ff.net.0.proj.weight"][0] / hidden,
-        "text_embed_dim": shapes["context_embedder.proj_in.weight"][1],
+        **_common_config(shapes),
         "text_embed_2_dim": None if glyphs is None else glyphs[1],
         "use_meanflow": any(".timestep_embedder_r." in name for name in shapes),
     }
@@ -123,7 +121,7 @@ def _image_config(shapes: Shapes) -> dict[str, Any]:
         "num_single_layers": blocks(shapes, "single_transformer_blocks."),
         "patch_size": patch,
         "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
-        "rope_axes_dim": (head // 2, head // 2) if len(patch) == 2 else flux1.rotary_axes(head),
+        "rope_axes_dim": (head // 2, head // 2) if len(patch) == 2 else rotary_axes(head),
     }
 
 
@@ -140,7 +138,7 @@ def _video_15_config(shapes: Shapes) -> dict[str, Any]:
         "patch_size_t": patch[0],
         "patch_size": patch[1],
         "image_embed_dim": shapes["image_embedder.linear_1.weight"][1],
-        "rope_axes_dim": flux1.rotary_axes(config["attention_head_dim"]),
+        "rope_axes_dim": rotary_axes(config["attention_head_dim"]),
     }
 
 

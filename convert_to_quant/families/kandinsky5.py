@@ -6,7 +6,19 @@ from typing import Any
 
 from .base import REFINER, Family, signature
 from .comfyui import pooled, takes
-from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, text, vector
+from .running import (
+    CONDITION_LATENTS,
+    Architecture,
+    Config,
+    Geometry,
+    Inputs,
+    Shapes,
+    Signal,
+    blocks,
+    rotary_axes,
+    text,
+    vector,
+)
 
 PATCH = (1, 2, 2)
 
@@ -14,7 +26,7 @@ PATCH = (1, 2, 2)
 def _config(shapes: Shapes) -> dict[str, Any]:
     hidden, patched = shapes["visual_embeddings.in_layer.weight"]
     head = shapes["visual_transformer_blocks.0.self_attention.query_norm.weight"][0]
-    channels, side = shapes["out_layer.out_layer.weight"][0] // 4, 2 * (3 * head // 16)
+    channels = shapes["out_layer.out_layer.weight"][0] // 4
     conditioned = patched // 4 == 2 * channels + 1
     return {
         "in_visual_dim": channels if conditioned else patched // 4,
@@ -27,7 +39,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         "ff_dim": shapes["visual_transformer_blocks.0.feed_forward.in_layer.weight"][0],
         "num_text_blocks": blocks(shapes, "text_transformer_blocks."),
         "num_visual_blocks": blocks(shapes, "visual_transformer_blocks."),
-        "axes_dims": (head - 2 * side, side, side),
+        "axes_dims": rotary_axes(head, 6),
         "visual_cond": conditioned,
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .base import REFINER, Family, signature
 from .comfyui import Scene, takes
-from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, tokens
+from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, heads, rotary_axes, tokens
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
@@ -15,12 +15,10 @@ def _config(shapes: Shapes) -> dict[str, Any]:
     head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
     text_head = shapes["text_fusion.layerwise_blocks.0.attn.norm_q.weight"][0]
     fusion = "text_fusion.layerwise_blocks.0"
-    side = 2 * (3 * head // 16)
     return {
         "in_channels": in_channels,
         "num_layers": blocks(shapes, "transformer_blocks."),
-        "attention_head_dim": head,
-        "num_attention_heads": hidden // head,
+        **heads(hidden, head),
         "num_key_value_heads": shapes["transformer_blocks.0.attn.to_k.weight"][0] // head,
         "intermediate_size": shapes["transformer_blocks.0.ff.up.weight"][0],
         "timestep_embed_dim": shapes["time_embed.linear_1.weight"][1],
@@ -31,7 +29,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         "text_intermediate_size": shapes[f"{fusion}.ff.up.weight"][0],
         "num_layerwise_text_blocks": blocks(shapes, "text_fusion.layerwise_blocks."),
         "num_refiner_text_blocks": blocks(shapes, "text_fusion.refiner_blocks."),
-        "axes_dims_rope": (head - 2 * side, side, side),
+        "axes_dims_rope": rotary_axes(head, 6),
     }
 
 

@@ -12,7 +12,7 @@ from . import comfyui
 from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
 from .folds import given
 from .rules import rules
-from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, Want, blocks, mask, text
+from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, Want, blocks, heads, mask, text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +32,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
     return {
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0],
-        "num_attention_heads": HEADS,
-        "attention_head_dim": hidden // HEADS,
+        **heads(hidden, hidden // HEADS),
         "cross_attention_dim": shapes["transformer_blocks.0.attn2.to_k.weight"][1],
         "num_layers": blocks(shapes, "transformer_blocks."),
         "caption_channels": shapes["caption_projection.linear_1.weight"][1],
@@ -62,8 +61,7 @@ def _ltx2_config(shapes: Shapes) -> dict[str, Any]:
     return {
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0],
-        "num_attention_heads": HEADS,
-        "attention_head_dim": hidden // HEADS,
+        **heads(hidden, hidden // HEADS),
         "cross_attention_dim": shapes[f"{block}.attn2.to_k.weight"][1],
         "audio_in_channels": audio_channels,
         "audio_out_channels": shapes["audio_proj_out.weight"][0],

@@ -8,7 +8,7 @@ from typing import Any
 from .base import Family, signature
 from .comfyui import Want, ones, takes
 from .rules import GATE_LINEAR, QKV, SHIFT_SCALE, THIRDS, rules, under
-from .running import Architecture, Shapes, blocks, mask, text
+from .running import Architecture, Shapes, blocks, heads, mask, text
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
@@ -18,8 +18,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
     out_channels = shapes["proj_out.weight"][0] // patch**2
     return {
         "patch_size": patch,
-        "num_attention_heads": hidden // head,
-        "attention_head_dim": head,
+        **heads(hidden, head),
         "num_layers": blocks(shapes, "transformer_blocks."),
         "pooled_projection_dim": pooled,
         "in_channels": in_channels,

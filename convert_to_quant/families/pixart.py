@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import comfyui
 from .base import Family, signature
 from .rules import HALVES, QKV, rules, under
-from .running import Architecture, Inputs, Shapes, blocks, image, mask, text
+from .running import Architecture, Inputs, Shapes, blocks, heads, image, mask, text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +22,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
     head = math.gcd(hidden, 64) if hidden % HEAD else HEAD
     sized = "adaln_single.emb.resolution_embedder.linear_1.weight" in shapes
     return {
-        "num_attention_heads": hidden // head,
-        "attention_head_dim": head,
+        **heads(hidden, head),
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0] // 4,
         "num_layers": blocks(shapes, "transformer_blocks."),

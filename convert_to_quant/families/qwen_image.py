@@ -10,9 +10,9 @@ from typing import Any
 
 from . import comfyui
 from .base import Family, signature
-from .flux1 import DOUBLE, JOINT_VALUES, rotary_axes
+from .flux1 import DOUBLE, JOINT_VALUES
 from .folds import modulated
-from .running import Architecture, Inputs, Shapes, blocks, text, tokens
+from .running import Architecture, Inputs, Shapes, blocks, heads, rotary_axes, text, tokens
 
 PATCH = 2
 ZERO_CONDITION_TIME = "__index_timestep_zero__"
@@ -28,8 +28,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0] // PATCH**2,
         "num_layers": blocks(shapes, "transformer_blocks."),
-        "attention_head_dim": head,
-        "num_attention_heads": hidden // head,
+        **heads(hidden, head),
         "joint_attention_dim": shapes["txt_in.weight"][1],
         "axes_dims_rope": rotary_axes(head),
         "zero_cond_t": ZERO_CONDITION_TIME in shapes,

@@ -6,9 +6,8 @@ import math
 from typing import Any
 
 from .base import Family, signature
-from .flux1 import rotary_axes
 from .rules import HALVES, rules
-from .running import Architecture, Inputs, Shapes, blocks, text, tokens
+from .running import Architecture, Inputs, Shapes, blocks, heads, rotary_axes, text, tokens
 
 HEAD = 128
 """Channels of a head; no norm shows it. Narrow models may have less."""
@@ -24,8 +23,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0],
         "num_layers": blocks(shapes, "transformer_blocks."),
-        "attention_head_dim": head,
-        "num_attention_heads": hidden // head,
+        **heads(hidden, head),
         "context_in_dim": shapes["txt_in.in_layer.weight"][1],
         "mlp_ratio": shapes["transformer_blocks.0.img_mlp.out.weight"][1] // hidden,
         "axes_dims_rope": rotary_axes(head),

@@ -263,3 +263,18 @@ class Architecture:
 def blocks(shapes: Shapes, prefix: str) -> int:
     """Number of blocks under a prefix such as "transformer_blocks."."""
     return len({name[len(prefix) :].partition(".")[0] for name in shapes if name.startswith(prefix)})
+
+
+def heads(hidden: int, head: int) -> dict[str, int]:
+    """How a configuration says that attention of this width has heads of `head` channels."""
+    return {"num_attention_heads": hidden // head, "attention_head_dim": head}
+
+
+def rotary_axes(head: int, share: int = 7) -> tuple[int, int, int]:
+    """How a head's rotary dimensions are shared between index, row and column: both sides have `share` of 16 pairs.
+
+    >>> rotary_axes(128), rotary_axes(128, 6)
+    ((16, 56, 56), (32, 48, 48))
+    """
+    side = 2 * (share * head // 32)
+    return head - 2 * side, side, side

@@ -9,7 +9,7 @@ from typing import Any
 from . import pixart
 from .base import Family, signature
 from .rules import rules, under
-from .running import Architecture, Config, Geometry, Inputs, Shapes, blocks, guidance, mask, text, video
+from .running import Architecture, Config, Geometry, Inputs, Shapes, blocks, guidance, heads, mask, text, video
 
 HEAD = 32
 HEADS = (112, 72, 64, 32, 16)
@@ -46,8 +46,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         **_common_config(shapes),
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0] // patch**2,
-        "num_attention_heads": hidden // head,
-        "attention_head_dim": head,
+        **heads(hidden, head),
         "patch_size": patch,
     }
 
@@ -58,8 +57,7 @@ def _video_config(shapes: Shapes) -> dict[str, Any]:
         **_common_config(shapes),
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
-        "num_attention_heads": hidden // _head(hidden),
-        "attention_head_dim": _head(hidden),
+        **heads(hidden, _head(hidden)),
         "patch_size": tuple(patch),
     }
 

@@ -10,7 +10,7 @@ from .base import VECTOR, Family, signature
 from .flux1 import DOUBLE, FINAL_NAMES, JOINT_VALUES
 from .folds import given, modulated
 from .rules import QKV, SHIFT_SCALE, rules, under
-from .running import Architecture, Config, Shapes, blocks, image, text, vector
+from .running import Architecture, Config, Shapes, blocks, heads, image, text, vector
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,8 +30,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         "patch_size": patch,
         "in_channels": in_channels,
         "num_layers": layers,
-        "attention_head_dim": head,
-        "num_attention_heads": hidden // head,
+        **heads(hidden, head),
         "joint_attention_dim": shapes["context_embedder.weight"][1],
         "caption_projection_dim": shapes["context_embedder.weight"][0],
         "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],

@@ -37,6 +37,7 @@ from .running import (
     Signal,
     beside,
     blocks,
+    heads,
     text,
     video,
 )
@@ -53,8 +54,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
     head = math.gcd(hidden, HEAD)
     return {
         "patch_size": tuple(patch),
-        "num_attention_heads": hidden // head,
-        "attention_head_dim": head,
+        **heads(hidden, head),
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
         "text_dim": shapes["condition_embedder.text_embedder.linear_1.weight"][1],

@@ -8,7 +8,7 @@ from . import lumina2
 from .base import Family, signature
 from .folds import given, normed
 from .rules import QKV, rules, under
-from .running import Architecture, Inputs, Shapes, blocks, image, text
+from .running import Architecture, Inputs, Shapes, blocks, image, rotary_axes, text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 def _config(shapes: Shapes) -> dict[str, Any]:
     hidden, patched = shapes["all_x_embedder.2-1.weight"]
     head = shapes["layers.0.attention.norm_q.weight"][0]
-    side = 2 * (3 * head // 16)
     return {
         "in_channels": patched // lumina2.PATCH**2,
         "dim": hidden,
@@ -26,7 +25,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         "n_heads": hidden // head,
         "n_kv_heads": hidden // head,
         "cap_feat_dim": shapes["cap_embedder.1.weight"][1],
-        "axes_dims": [head - 2 * side, side, side],
+        "axes_dims": list(rotary_axes(head, 6)),
     }
 
 
