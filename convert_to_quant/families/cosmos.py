@@ -4,29 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import running
 from .base import Family, signature
 from .comfyui import ids, ones, takes
 from .rules import rules, under
-from .running import (
-    CONDITION_LATENTS,
-    Architecture,
-    Config,
-    Geometry,
-    Inputs,
-    Shapes,
-    Signal,
-    blocks,
-    heads,
-    text,
-    video,
-)
 
 PATCH = (1, 2, 2)
 ROTARY_SCALE = (1.0, 4.0, 4.0)
 """How far positions are stretched for images; videos at 720p have (1, 3, 3)."""
 
 
-def _config(shapes: Shapes) -> dict[str, Any]:
+def _config(shapes: running.Shapes) -> dict[str, Any]:
     hidden, patched = shapes["patch_embed.proj.weight"]
     head = shapes["transformer_blocks.0.attn1.norm_q.weight"][0]
     projection = shapes.get("crossattn_proj.0.weight")
@@ -34,8 +22,8 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         "in_channels": patched // 4,  # the last one says what is padding
         "concat_padding_mask": False,
         "out_channels": shapes["proj_out.weight"][0] // 4,
-        **heads(hidden, head),
-        "num_layers": blocks(shapes, "transformer_blocks."),
+        **running.heads(hidden, head),
+        "num_layers": running.blocks(shapes, "transformer_blocks."),
         "mlp_ratio": shapes["transformer_blocks.0.ff.net.0.proj.weight"][0] / hidden,
         "text_embed_dim": shapes["transformer_blocks.0.attn2.to_k.weight"][1],
         "adaln_lora_dim": shapes["transformer_blocks.0.norm1.linear_1.weight"][0],
@@ -51,19 +39,19 @@ def _config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _text(config: Config, geometry: Geometry) -> Signal | None:
+def _text(config: running.Config, geometry: running.Geometry) -> running.Signal | None:
     """What the text encoder gives, or, with Anima's adapter left out, the adapter."""
     width = "crossattn_proj_in_channels" if config["use_crossattn_projection"] else "text_embed_dim"
-    return text(width)(config, geometry)
+    return running.text(width)(config, geometry)
 
 
-def _condition(config: Config, geometry: Geometry) -> Signal | None:
+def _condition(config: running.Config, geometry: running.Geometry) -> running.Signal | None:
     """The first frames and their mask, for models that take them."""
     extra = config["in_channels"] - config["out_channels"] - 1
-    return Signal((extra, *LATENTS(config, geometry)[1:])) if extra else None
+    return running.Signal((extra, *LATENTS(config, geometry)[1:])) if extra else None
 
 
-def _arguments(inputs: Inputs) -> dict[str, Any]:
+def _arguments(inputs: running.Inputs) -> dict[str, Any]:
     """Nothing of an image is padding; the class would ask torchvision for as much."""
     import torch
 
@@ -72,7 +60,7 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
     return {**arguments, "hidden_states": torch.cat([latents, torch.zeros_like(latents[:, :1])], 1)}
 
 
-LATENTS = video("patch_size")
+LATENTS = running.video("patch_size")
 
 FAMILY = Family(
     name="cosmos-predict2",
@@ -98,11 +86,11 @@ FAMILY = Family(
             ("final_layer.adaln_modulation.{1,2}", "norm_out.linear_{1,2}"),
         ),
     ),
-    architecture=Architecture(
+    architecture=running.Architecture(
         transformer="CosmosTransformer3DModel",
         config=_config,
         latents=LATENTS,
-        wants={"encoder_hidden_states": _text, CONDITION_LATENTS: _condition},
+        wants={"encoder_hidden_states": _text, running.CONDITION_LATENTS: _condition},
         arguments=_arguments,
         optional=r"llm_adapter\..*",
     ),

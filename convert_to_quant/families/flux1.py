@@ -8,24 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import comfyui
+from . import comfyui, running
 from .base import Family, signature
 from .folds import given, modulated
 from .rules import QKV, QKV_MLP, QKV_OF_MLP, SHIFT_SCALE, rules, under
-from .running import (
-    CONDITION_LATENTS,
-    Architecture,
-    Inputs,
-    Shapes,
-    beside,
-    blocks,
-    guidance,
-    heads,
-    rotary_axes,
-    text,
-    tokens,
-    vector,
-)
 
 GUIDANCE = 3.5
 """Guidance that distilled models are told; their pipelines' default."""
@@ -85,7 +71,7 @@ FOLDS = (
 )
 
 
-def common_config(shapes: Shapes) -> dict[str, Any]:
+def common_config(shapes: running.Shapes) -> dict[str, Any]:
     """What the configurations of Flux.1, Flux.2 and Chroma share."""
     hidden, in_channels = shapes["x_embedder.weight"]
     head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
@@ -93,15 +79,15 @@ def common_config(shapes: Shapes) -> dict[str, Any]:
         "patch_size": 1,
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0],
-        "num_layers": blocks(shapes, "transformer_blocks."),
-        "num_single_layers": blocks(shapes, "single_transformer_blocks."),
-        **heads(hidden, head),
+        "num_layers": running.blocks(shapes, "transformer_blocks."),
+        "num_single_layers": running.blocks(shapes, "single_transformer_blocks."),
+        **running.heads(hidden, head),
         "joint_attention_dim": shapes["context_embedder.weight"][1],
-        "axes_dims_rope": rotary_axes(head),
+        "axes_dims_rope": running.rotary_axes(head),
     }
 
 
-def _config(shapes: Shapes) -> dict[str, Any]:
+def _config(shapes: running.Shapes) -> dict[str, Any]:
     return {
         **common_config(shapes),
         "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
@@ -109,14 +95,14 @@ def _config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-LATENTS = tokens("out_channels")
+LATENTS = running.tokens("out_channels")
 WANTS = {
-    "encoder_hidden_states": text("joint_attention_dim"),
-    CONDITION_LATENTS: beside(LATENTS, 1),
+    "encoder_hidden_states": running.text("joint_attention_dim"),
+    running.CONDITION_LATENTS: running.beside(LATENTS, 1),
 }
 
 
-def arguments(inputs: Inputs) -> dict[str, Any]:
+def arguments(inputs: running.Inputs) -> dict[str, Any]:
     """Positions are (index, row, column); the text has none."""
     return {**inputs.usual(channels=-1), "img_ids": inputs.image_ids(3), "txt_ids": inputs.text_ids(3)}
 
@@ -167,11 +153,15 @@ FAMILY = Family(
             ("final_layer.linear", "final_proj_out"),
         ),
     ),
-    architecture=Architecture(
+    architecture=running.Architecture(
         transformer="FluxTransformer2DModel",
         config=_config,
         latents=LATENTS,
-        wants={**WANTS, "pooled_projections": vector("pooled_projection_dim"), "guidance": guidance(GUIDANCE)},
+        wants={
+            **WANTS,
+            "pooled_projections": running.vector("pooled_projection_dim"),
+            "guidance": running.guidance(GUIDANCE),
+        },
         arguments=arguments,
     ),
     comfyui={

@@ -5,26 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from . import comfyui, flux1
+from . import comfyui, flux1, running
 from .base import CONDITION, REFINER, Family, signature
 from .rules import QKV, rules, under
-from .running import (
-    CONDITION_LATENTS,
-    Architecture,
-    Config,
-    Geometry,
-    Shapes,
-    Signal,
-    beside,
-    blocks,
-    guidance,
-    heads,
-    mask,
-    rotary_axes,
-    text,
-    vector,
-    video,
-)
 
 GUIDANCE, IMAGE_GUIDANCE = 6.0, 3.5
 """Guidance that distilled models are told, of videos and of images; their pipelines' defaults."""
@@ -75,35 +58,35 @@ NAMES = (
 )
 
 
-def _common_config(shapes: Shapes) -> dict[str, Any]:
+def _common_config(shapes: running.Shapes) -> dict[str, Any]:
     """What the configurations of all members share."""
     hidden, in_channels, *patch = shapes["x_embedder.proj.weight"]
     return {
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
-        **heads(hidden, shapes["transformer_blocks.0.attn.norm_q.weight"][0]),
-        "num_layers": blocks(shapes, "transformer_blocks."),
-        "num_refiner_layers": blocks(shapes, "context_embedder.token_refiner.refiner_blocks."),
+        **running.heads(hidden, shapes["transformer_blocks.0.attn.norm_q.weight"][0]),
+        "num_layers": running.blocks(shapes, "transformer_blocks."),
+        "num_refiner_layers": running.blocks(shapes, "context_embedder.token_refiner.refiner_blocks."),
         "mlp_ratio": shapes["transformer_blocks.0.ff.net.0.proj.weight"][0] / hidden,
         "text_embed_dim": shapes["context_embedder.proj_in.weight"][1],
     }
 
 
-def _config(shapes: Shapes) -> dict[str, Any]:
+def _config(shapes: running.Shapes) -> dict[str, Any]:
     config, patch = _common_config(shapes), shapes["x_embedder.proj.weight"][2:]
     return {
         **config,
-        "num_single_layers": blocks(shapes, "single_transformer_blocks."),
+        "num_single_layers": running.blocks(shapes, "single_transformer_blocks."),
         "patch_size": patch[1],
         "patch_size_t": patch[0],
         "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
         "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
-        "rope_axes_dim": rotary_axes(config["attention_head_dim"]),
+        "rope_axes_dim": running.rotary_axes(config["attention_head_dim"]),
         "image_condition_type": "latent_concat" if config["in_channels"] > config["out_channels"] else None,
     }
 
 
-def _shared_config(shapes: Shapes) -> dict[str, Any]:
+def _shared_config(shapes: running.Shapes) -> dict[str, Any]:
     """What the configurations of HunyuanImage 2.1 and HunyuanVideo 1.5 share."""
     glyphs = shapes.get("context_embedder_2.linear_1.weight")
     return {
@@ -113,56 +96,56 @@ def _shared_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _image_config(shapes: Shapes) -> dict[str, Any]:
+def _image_config(shapes: running.Shapes) -> dict[str, Any]:
     config, patch = _shared_config(shapes), shapes["x_embedder.proj.weight"][2:]
     head = config["attention_head_dim"]
     return {
         **config,
-        "num_single_layers": blocks(shapes, "single_transformer_blocks."),
+        "num_single_layers": running.blocks(shapes, "single_transformer_blocks."),
         "patch_size": patch,
         "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
-        "rope_axes_dim": (head // 2, head // 2) if len(patch) == 2 else rotary_axes(head),
+        "rope_axes_dim": (head // 2, head // 2) if len(patch) == 2 else running.rotary_axes(head),
     }
 
 
-def _image_latents(config: Config, geometry: Geometry) -> tuple[int, ...]:
+def _image_latents(config: running.Config, geometry: running.Geometry) -> tuple[int, ...]:
     *time, height, width = config["patch_size"]
     frames = tuple(patch * geometry.frames for patch in time)
     return config["out_channels"], *frames, height * geometry.height, width * geometry.width
 
 
-def _video_15_config(shapes: Shapes) -> dict[str, Any]:
+def _video_15_config(shapes: running.Shapes) -> dict[str, Any]:
     config, patch = _shared_config(shapes), shapes["x_embedder.proj.weight"][2:]
     return {
         **config,
         "patch_size_t": patch[0],
         "patch_size": patch[1],
         "image_embed_dim": shapes["image_embedder.linear_1.weight"][1],
-        "rope_axes_dim": rotary_axes(config["attention_head_dim"]),
+        "rope_axes_dim": running.rotary_axes(config["attention_head_dim"]),
     }
 
 
-def _glyphs(config: Config, geometry: Geometry) -> Signal | None:
+def _glyphs(config: running.Config, geometry: running.Geometry) -> running.Signal | None:
     """What ByT5 says of the words that are to be painted."""
-    return Signal((geometry.text_tokens, config["text_embed_2_dim"])) if config["text_embed_2_dim"] else None
+    return running.Signal((geometry.text_tokens, config["text_embed_2_dim"])) if config["text_embed_2_dim"] else None
 
 
-def _glyph_mask(config: Config, geometry: Geometry) -> Signal | None:
-    return mask(config, geometry) if config["text_embed_2_dim"] else None
+def _glyph_mask(config: running.Config, geometry: running.Geometry) -> running.Signal | None:
+    return running.mask(config, geometry) if config["text_embed_2_dim"] else None
 
 
-def _image(config: Config, _: Geometry) -> Signal:
+def _image(config: running.Config, _: running.Geometry) -> running.Signal:
     """What SigLIP says of the first frame; silence is text-to-video."""
-    return Signal((IMAGE_TOKENS, config["image_embed_dim"]))
+    return running.Signal((IMAGE_TOKENS, config["image_embed_dim"]))
 
 
 _TEXTS = {
-    "encoder_hidden_states": text("text_embed_dim"),
-    "encoder_attention_mask": mask,
+    "encoder_hidden_states": running.text("text_embed_dim"),
+    "encoder_attention_mask": running.mask,
     "encoder_hidden_states_2": _glyphs,
     "encoder_attention_mask_2": _glyph_mask,
 }
-LATENTS = video("patch_size_t", "patch_size", "patch_size")
+LATENTS = running.video("patch_size_t", "patch_size", "patch_size")
 _VIDEO_BESIDE = comfyui.takes(concat_latent_image=comfyui.encoded(comfyui.VIDEO))
 _GLYPHS = comfyui.text("byt5_in.fc1", only_with="byt5_in.fc1")
 
@@ -180,34 +163,38 @@ FAMILY = Family(
     },
     names=(*NAMES, *flux1.NAMES),
     spellings=SPELLINGS,
-    architecture=Architecture(
+    architecture=running.Architecture(
         transformer="HunyuanVideoTransformer3DModel",
         config=_config,
         latents=LATENTS,
         wants={
-            "encoder_hidden_states": text("text_embed_dim"),
-            "encoder_attention_mask": mask,
-            "pooled_projections": vector("pooled_projection_dim"),
-            CONDITION_LATENTS: beside(LATENTS, 0),
-            "guidance": guidance(1000 * GUIDANCE),
+            "encoder_hidden_states": running.text("text_embed_dim"),
+            "encoder_attention_mask": running.mask,
+            "pooled_projections": running.vector("pooled_projection_dim"),
+            running.CONDITION_LATENTS: running.beside(LATENTS, 0),
+            "guidance": running.guidance(1000 * GUIDANCE),
         },
         arguments=lambda inputs: inputs.usual(1000),
         optional=r"(?:clean_x_embedder|image_projection)\..*",  # FramePack's earlier frames and its image
     ),
     architectures={
-        "HunyuanVideo 1.5": Architecture(
+        "HunyuanVideo 1.5": running.Architecture(
             transformer="HunyuanVideo15Transformer3DModel",
             config=_video_15_config,
             latents=LATENTS,
-            wants={**_TEXTS, "image_embeds": _image, CONDITION_LATENTS: beside(LATENTS, 0)},
+            wants={**_TEXTS, "image_embeds": _image, running.CONDITION_LATENTS: running.beside(LATENTS, 0)},
             arguments=lambda inputs: inputs.usual(1000),
             names=rules(("time_in.{in,out}_layer", "time_embed.timestep_embedder.linear_{1,2}")),
         ),
-        "HunyuanImage 2.1": Architecture(
+        "HunyuanImage 2.1": running.Architecture(
             transformer="HunyuanImageTransformer2DModel",
             config=_image_config,
             latents=_image_latents,
-            wants={**_TEXTS, CONDITION_LATENTS: beside(_image_latents, 0), "guidance": guidance(1000 * IMAGE_GUIDANCE)},
+            wants={
+                **_TEXTS,
+                running.CONDITION_LATENTS: running.beside(_image_latents, 0),
+                "guidance": running.guidance(1000 * IMAGE_GUIDANCE),
+            },
             arguments=lambda inputs: inputs.usual(1000),
             names=rules(
                 (

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import running
 from .base import REFINER, Family, signature
 from .comfyui import pooled, takes
-from .running import (
-    CONDITION_LATENTS,
-    Architecture,
-    Config,
-    Geometry,
-    Inputs,
-    Shapes,
-    Signal,
-    blocks,
-    rotary_axes,
-    text,
-    vector,
-)
 
 PATCH = (1, 2, 2)
 
 
-def _config(shapes: Shapes) -> dict[str, Any]:
+def _config(shapes: running.Shapes) -> dict[str, Any]:
     hidden, patched = shapes["visual_embeddings.in_layer.weight"]
     head = shapes["visual_transformer_blocks.0.self_attention.query_norm.weight"][0]
     channels = shapes["out_layer.out_layer.weight"][0] // 4
@@ -37,23 +25,27 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         "patch_size": PATCH,
         "model_dim": hidden,
         "ff_dim": shapes["visual_transformer_blocks.0.feed_forward.in_layer.weight"][0],
-        "num_text_blocks": blocks(shapes, "text_transformer_blocks."),
-        "num_visual_blocks": blocks(shapes, "visual_transformer_blocks."),
-        "axes_dims": rotary_axes(head, 6),
+        "num_text_blocks": running.blocks(shapes, "text_transformer_blocks."),
+        "num_visual_blocks": running.blocks(shapes, "visual_transformer_blocks."),
+        "axes_dims": running.rotary_axes(head, 6),
         "visual_cond": conditioned,
     }
 
 
-def _latents(config: Config, geometry: Geometry) -> tuple[int, ...]:
+def _latents(config: running.Config, geometry: running.Geometry) -> tuple[int, ...]:
     return geometry.frames, 2 * geometry.height, 2 * geometry.width, config["in_visual_dim"]
 
 
-def _beside(config: Config, geometry: Geometry) -> Signal | None:
+def _beside(config: running.Config, geometry: running.Geometry) -> running.Signal | None:
     """The first frame, and a mask."""
-    return Signal((*_latents(config, geometry)[:-1], config["in_visual_dim"] + 1)) if config["visual_cond"] else None
+    return (
+        running.Signal((*_latents(config, geometry)[:-1], config["in_visual_dim"] + 1))
+        if config["visual_cond"]
+        else None
+    )
 
 
-def _arguments(inputs: Inputs) -> dict[str, Any]:
+def _arguments(inputs: running.Inputs) -> dict[str, Any]:
     import torch
 
     geometry, device = inputs.geometry, inputs.latents.device
@@ -70,14 +62,14 @@ FAMILY = Family(
     title="Kandinsky 5",
     signatures=(signature("visual_transformer_blocks.0.self_attention text_transformer_blocks.0 visual_embeddings"),),
     keep={r"text_transformer_blocks": REFINER},
-    architecture=Architecture(
+    architecture=running.Architecture(
         transformer="Kandinsky5Transformer3DModel",
         config=_config,
         latents=_latents,
         wants={
-            "encoder_hidden_states": text("in_text_dim"),
-            "pooled_projections": vector("in_text_dim2"),
-            CONDITION_LATENTS: _beside,
+            "encoder_hidden_states": running.text("in_text_dim"),
+            "pooled_projections": running.vector("in_text_dim2"),
+            running.CONDITION_LATENTS: _beside,
         },
         arguments=_arguments,
     ),

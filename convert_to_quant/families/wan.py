@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from . import running
 from .base import CONDITION, TEXT, VECTOR, Family, signature
 from .comfyui import (
     FIRST_FRAME,
@@ -27,26 +28,12 @@ from .comfyui import (
 )
 from .folds import given, normed
 from .rules import HALVES, rules, under
-from .running import (
-    CONDITION_LATENTS,
-    Architecture,
-    Config,
-    Geometry,
-    Inputs,
-    Shapes,
-    Signal,
-    beside,
-    blocks,
-    heads,
-    text,
-    video,
-)
 
 HEAD = 128
 """Channels of a head in all sizes; its norms span all heads and do not show it. Narrow models may have less."""
 
 
-def _config(shapes: Shapes) -> dict[str, Any]:
+def _config(shapes: running.Shapes) -> dict[str, Any]:
     hidden, in_channels, *patch = shapes["patch_embedding.weight"]
     image_norm = shapes.get("condition_embedder.image_embedder.norm1.weight")
     added_keys = shapes.get("blocks.0.attn2.add_k_proj.weight")
@@ -54,13 +41,13 @@ def _config(shapes: Shapes) -> dict[str, Any]:
     head = math.gcd(hidden, HEAD)
     return {
         "patch_size": tuple(patch),
-        **heads(hidden, head),
+        **running.heads(hidden, head),
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
         "text_dim": shapes["condition_embedder.text_embedder.linear_1.weight"][1],
         "freq_dim": shapes["condition_embedder.time_embedder.linear_1.weight"][1],
         "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
-        "num_layers": blocks(shapes, "blocks."),
+        "num_layers": running.blocks(shapes, "blocks."),
         "cross_attn_norm": "blocks.0.norm2.weight" in shapes,
         "image_dim": None if image_norm is None else image_norm[0],
         "added_kv_proj_dim": None if added_keys is None else added_keys[1],
@@ -68,9 +55,9 @@ def _config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _vace_config(shapes: Shapes) -> dict[str, Any]:
+def _vace_config(shapes: running.Shapes) -> dict[str, Any]:
     """As `_config`; a block in so many takes a hint, which no tensor says."""
-    config, hints = _config(shapes), blocks(shapes, "vace_blocks.")
+    config, hints = _config(shapes), running.blocks(shapes, "vace_blocks.")
     every = config["num_layers"] // hints
     return {
         **config,
@@ -79,18 +66,18 @@ def _vace_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _image(config: Config, _: Geometry) -> Signal | None:
+def _image(config: running.Config, _: running.Geometry) -> running.Signal | None:
     """What image-to-video models are given of CLIP's vision encoder: of one image, or of the first and the last."""
     tokens = config["pos_embed_seq_len"] or VISION_TOKENS
-    return None if config["image_dim"] is None else Signal((tokens, config["image_dim"]))
+    return None if config["image_dim"] is None else running.Signal((tokens, config["image_dim"]))
 
 
-def _control(config: Config, geometry: Geometry) -> Signal:
+def _control(config: running.Config, geometry: running.Geometry) -> running.Signal:
     """The video that VACE follows."""
-    return Signal((config["vace_in_channels"], *LATENTS(config, geometry)[1:]))
+    return running.Signal((config["vace_in_channels"], *LATENTS(config, geometry)[1:]))
 
 
-def _arguments(inputs: Inputs) -> dict[str, Any]:
+def _arguments(inputs: running.Inputs) -> dict[str, Any]:
     arguments = inputs.usual(1000)
     if inputs.config["pos_embed_seq_len"]:  # the class takes the two images of a sample as two of a batch
         images = arguments["encoder_hidden_states_image"]
@@ -114,14 +101,14 @@ def _channels_first(values: Any) -> Any:
     return values.movedim(1, -1)
 
 
-LATENTS = video("patch_size")
-ARCHITECTURE = Architecture(
+LATENTS = running.video("patch_size")
+ARCHITECTURE = running.Architecture(
     transformer="WanTransformer3DModel",
     config=_config,
     latents=LATENTS,
     wants={
-        "encoder_hidden_states": text("text_dim"),
-        CONDITION_LATENTS: beside(LATENTS, 0),
+        "encoder_hidden_states": running.text("text_dim"),
+        running.CONDITION_LATENTS: running.beside(LATENTS, 0),
         "encoder_hidden_states_image": _image,
     },
     arguments=_arguments,
