@@ -29,8 +29,8 @@ Kind = Literal["diffusion", "text-encoder", "image-encoder", "vae", "adapter", "
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def _is(title: str, *has: str, lacks: str = "") -> tuple[str, Signature]:
-    return title, signature(*has, lacks=lacks)
+def _is(title: str, *has: str) -> tuple[str, Signature]:
+    return title, signature(*has)
 
 
 _LLAMA = "embed_tokens.weight layers.0.self_attn.q_proj.weight"

@@ -173,11 +173,10 @@ def skeleton(plan: Plan) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)  # what diffusers deprecates in its own classes
         try:  # the class itself is imported here, and with it what diffusers needs for it
             transformer = getattr(diffusers, plan.architecture.transformer)
-            model: nn.Module = transformer(**{**plan.config, **plan.architecture.stand_ins})
+            model = plan.architecture.build(transformer, plan.config)
         except (RuntimeError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[-1]
             raise UnsupportedModelError(f"diffusers cannot build it: {reason}", hint=COMFYUI) from error
-    plan.architecture.adjust(model, plan.config)
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in plan.sources]
     left = [pieces[0].tensor for name, pieces in plan.sources.items() if name not in wanted]

@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
@@ -231,14 +231,19 @@ def _names_of(layers: Mapping[str, tuple[int, int]]) -> LoraNames:
     return LoraNames(found[0], found[1])
 
 
+def _parts(modules: Iterable[str], authors: Index) -> dict[str, dict[Part, str]]:
+    """Layers of models' authors that modules stand for -> the module of each part."""
+    found: dict[str, dict[Part, str]] = {}
+    for module in modules:
+        for layer, part in translations(module, authors):
+            found.setdefault(layer, {}).setdefault(part, module)
+    return found
+
+
 def _fused(layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Target, ...]]:
     """Layers of models' authors that diffusers' names stand for, whole -> their parts, in order of rows."""
-    found: dict[str, dict[Part, str]] = {}
-    for module in layers:
-        for layer, part in translations(module, _authors_names()):
-            found.setdefault(layer, {}).setdefault(part, module)
     fused = {}
-    for layer, module_of in found.items():
+    for layer, module_of in _parts(layers, _authors_names()).items():
         parts = sorted((part for part in module_of if part.fused is not None), key=lambda part: part.first)
         parts = parts if len(parts) == len(module_of) else [next(part for part in module_of if part.fused is None)]
         sizes = [layers[module_of[part]] for part in parts]
@@ -273,12 +278,8 @@ def checkpoint_layers(
     alike = [rule for record in records for rule in record.spellings]
     layers = index(turned(rule for record in records for rule in record.names))
     same = index((*alike, *turned(alike)))
-    parts: dict[str, dict[Part, str]] = {}
-    for module in modules:
-        for layer, part in translations(module, layers):
-            parts.setdefault(layer, {}).setdefault(part, module)
     found: dict[str, tuple[tuple[str, tuple[int, int]], ...]] = {}
-    for layer, modules_of_parts in parts.items():
+    for layer, modules_of_parts in _parts(modules, layers).items():
         out_features = sum(modules[module][0] for module in modules_of_parts.values())
         for module in modules_of_parts.values():
             shape = (out_features, modules[module][1])

@@ -72,13 +72,12 @@ class Family:
             family; "" leaves that to the structure, which keeps modulations, routers and adapters.
         keep: Pattern of layers that stay in high precision, inside the blocks or outside -> why, half a sentence; only
             what neither the structure nor the first word of a name (`WORDS`) tells.
-        names: diffusers' names of its layers, norms and tables, those of its relatives included.
+        names: diffusers' names of its layers, norms and tables.
         lora: Names that only LoRA files use.
         spellings: Other names of whole layers in checkpoints of this family, by those of its authors.
         architecture: How it is run; None where diffusers cannot.
         architectures: Variant -> how it is run, for those with parts of their own.
         elsewhere: Those of its variants that diffusers' classes do not run.
-        relatives: Further classes of diffusers whose modules have these names.
         comfyui: Class of `comfy.model_base` -> what ComfyUI's models of this class take.
         variants: Its members: name for people, and how each is told; the first that fits.
         folds: Where channels of its plain form can be scaled; not of those with parts of their own or optional ones.
@@ -95,7 +94,6 @@ class Family:
     architecture: Architecture | None = None
     architectures: Mapping[str, Architecture] = field(default_factory=dict)
     elsewhere: tuple[str, ...] = ()
-    relatives: tuple[str, ...] = ()
     comfyui: Mapping[str, Conditions] = field(default_factory=dict)
     variants: tuple[tuple[str, Signature], ...] = ()
     folds: tuple[Fold, ...] = ()
@@ -127,7 +125,7 @@ class Family:
     def transformers(self) -> tuple[str, ...]:
         """Diffusers' classes whose modules have these names."""
         known = (self.architecture, *self.architectures.values())
-        return (*(way.transformer for way in known if way is not None), *self.relatives)
+        return tuple(way.transformer for way in known if way is not None)
 
 
 def _covers(pattern: str, name: str) -> bool:

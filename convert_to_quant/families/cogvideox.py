@@ -7,7 +7,7 @@ from typing import Any
 from .base import Family, signature
 from .comfyui import VIDEO, Want, encoded, takes
 from .rules import rules, under
-from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, heads
+from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, beside, blocks, heads, text
 
 ROTARY = 3072
 """Width from which its models turn their positions; the smaller one (1920) adds them."""
@@ -37,17 +37,6 @@ def _config(shapes: Shapes) -> dict[str, Any]:
 def _latents(config: Config, geometry: Geometry) -> tuple[int, ...]:
     patch = config["patch_size"]
     return geometry.frames, config["out_channels"], patch * geometry.height, patch * geometry.width
-
-
-def _text(config: Config, _: Geometry) -> Signal:
-    return Signal((TEXT_TOKENS, config["text_embed_dim"]))
-
-
-def _beside(config: Config, geometry: Geometry) -> Signal | None:
-    """The first frame, for image-to-video."""
-    frames, channels, *sides = _latents(config, geometry)
-    extra = config["in_channels"] - channels
-    return Signal((frames, extra, *sides)) if extra > 0 else None
 
 
 def _arguments(inputs: Inputs) -> dict[str, Any]:
@@ -87,7 +76,10 @@ FAMILY = Family(
         transformer="CogVideoXTransformer3DModel",
         config=_config,
         latents=_latents,
-        wants={"encoder_hidden_states": _text, CONDITION_LATENTS: _beside},
+        wants={
+            "encoder_hidden_states": text("text_embed_dim", TEXT_TOKENS),
+            CONDITION_LATENTS: beside(_latents, 1),  # the first frame, for image-to-video
+        },
         arguments=_arguments,
         prediction="v",
     ),

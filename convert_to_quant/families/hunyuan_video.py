@@ -13,7 +13,7 @@ GUIDANCE, IMAGE_GUIDANCE = 6.0, 3.5
 """Guidance that distilled models are told, of videos and of images; their pipelines' defaults."""
 
 IMAGE_TOKENS = 729
-"""Of SigLIP: 27 by 27 patches."""
+"""Of SigLIP, which sees the first frame: 27 by 27 patches. Silence is text-to-video."""
 
 # Spellings of whole layers that two kinds of checkpoint use for the same layer: the authors', then ComfyUI's. Either
 # may be the checkpoint's.
@@ -125,25 +125,12 @@ def _video_15_config(shapes: running.Shapes) -> dict[str, Any]:
     }
 
 
-def _glyphs(config: running.Config, geometry: running.Geometry) -> running.Signal | None:
-    """What ByT5 says of the words that are to be painted."""
-    return running.Signal((geometry.text_tokens, config["text_embed_2_dim"])) if config["text_embed_2_dim"] else None
-
-
-def _glyph_mask(config: running.Config, geometry: running.Geometry) -> running.Signal | None:
-    return running.mask(config, geometry) if config["text_embed_2_dim"] else None
-
-
-def _image(config: running.Config, _: running.Geometry) -> running.Signal:
-    """What SigLIP says of the first frame; silence is text-to-video."""
-    return running.Signal((IMAGE_TOKENS, config["image_embed_dim"]))
-
-
 _TEXTS = {
     "encoder_hidden_states": running.text("text_embed_dim"),
     "encoder_attention_mask": running.mask,
-    "encoder_hidden_states_2": _glyphs,
-    "encoder_attention_mask_2": _glyph_mask,
+    # what ByT5 says of the words that are to be painted
+    "encoder_hidden_states_2": running.if_there("text_embed_2_dim", running.text("text_embed_2_dim")),
+    "encoder_attention_mask_2": running.if_there("text_embed_2_dim", running.mask),
 }
 LATENTS = running.video("patch_size_t", "patch_size", "patch_size")
 _VIDEO_BESIDE = comfyui.takes(concat_latent_image=comfyui.encoded(comfyui.VIDEO))
@@ -182,7 +169,11 @@ FAMILY = Family(
             transformer="HunyuanVideo15Transformer3DModel",
             config=_video_15_config,
             latents=LATENTS,
-            wants={**_TEXTS, "image_embeds": _image, running.CONDITION_LATENTS: running.beside(LATENTS, 0)},
+            wants={
+                **_TEXTS,
+                "image_embeds": running.text("image_embed_dim", IMAGE_TOKENS),
+                running.CONDITION_LATENTS: running.beside(LATENTS, 0),
+            },
             arguments=lambda inputs: inputs.usual(1000),
             names=rules(("time_in.{in,out}_layer", "time_embed.timestep_embedder.linear_{1,2}")),
         ),

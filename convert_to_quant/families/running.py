@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from .rules import Rule
@@ -163,9 +163,9 @@ def video(*patch: str) -> Latents:
     return shape
 
 
-def text(width: str) -> Want:
+def text(width: str, tokens: int | None = None) -> Want:
     """What a text encoder gives per token, with as many channels as the configuration says there."""
-    return lambda config, geometry: Signal((geometry.text_tokens, config[width]))
+    return lambda config, geometry: Signal((tokens or geometry.text_tokens, config[width]))
 
 
 def mask(_: Config, geometry: Geometry) -> Signal:
@@ -180,7 +180,12 @@ def vector(width: str) -> Want:
 
 def guidance(value: float) -> Want:
     """The guidance that a distilled model is told."""
-    return lambda config, _: Signal((), "value", value) if config["guidance_embeds"] else None
+    return if_there("guidance_embeds", lambda *_: Signal((), "value", value))
+
+
+def if_there(entry: str, want: Want) -> Want:
+    """What only models take whose configuration says something there."""
+    return lambda config, geometry: want(config, geometry) if config.get(entry) else None
 
 
 def beside(latents: Latents, axis: int) -> Want:
@@ -198,8 +203,9 @@ def as_it_is(output: Any) -> Any:
     return output
 
 
-def nothing(model: nn.Module, config: Config) -> None:
-    """No change to a model after it was built."""
+def build(transformer: Callable[..., nn.Module], config: Config) -> nn.Module:
+    """A class with its configuration."""
+    return transformer(**config)
 
 
 Prediction = Literal["velocity", "noise", "v"]
@@ -236,9 +242,7 @@ class Architecture:
         names: names that only this class has, which go before those of its family.
         ignored: tensors that have no use in the model.
         optional: pattern of tensors that the model runs without: further conditions, each added to what the others do.
-        stand_ins: arguments for the class in place of the configuration's, where those would make it compute what the
-            checkpoint holds.
-        adjust: mends what the stand-ins did, after the model was built without weights.
+        build: makes the model of the class, without weights.
     """
 
     transformer: str
@@ -251,8 +255,7 @@ class Architecture:
     names: tuple[Rule, ...] = ()
     ignored: tuple[str, ...] = ()
     optional: str = ""
-    stand_ins: Mapping[str, Any] = field(default_factory=dict)
-    adjust: Callable[[nn.Module, Config], None] = nothing
+    build: Callable[[Callable[..., nn.Module], Config], nn.Module] = build
 
     def signals(self, config: Config, geometry: Geometry) -> dict[str, Signal]:
         """The conditioning tensors that a model of this configuration takes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import comfyui
@@ -43,14 +44,16 @@ def _config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _positions(model: nn.Module, config: Config) -> None:
-    """Make room for the checkpoint's table of positions."""
+def _build(transformer: Callable[..., nn.Module], config: Config) -> nn.Module:
+    """The class would compute a table of positions of hundreds of megabytes, which the checkpoint holds."""
     import torch
 
+    model = transformer(**{**config, "pos_embed_max_size": 1})
     embedder = model.get_submodule("pos_embed")
     side, channels = config["pos_embed_max_size"], config["num_attention_heads"] * config["attention_head_dim"]
     embedder.pos_embed_max_size = side
     embedder._buffers["pos_embed"] = torch.empty(1, side * side, channels, device="meta")
+    return model
 
 
 FAMILY = Family(
@@ -95,8 +98,7 @@ FAMILY = Family(
             "pooled_projections": vector("pooled_projection_dim"),
         },
         arguments=lambda inputs: inputs.usual(1000),
-        stand_ins={"pos_embed_max_size": 1},  # the class would compute a table of hundreds of megabytes
-        adjust=_positions,
+        build=_build,
     ),
     comfyui={"SD3": comfyui.takes("context_embedder", pooled_output=comfyui.pooled("y_embedder.mlp.0"))},
     variants=(

@@ -12,7 +12,7 @@ from .base import TEXT, VECTOR, Family, Signature, signature
 from .comfyui import BASE, Scene, encoded, measure, pooled, setting, signal, takes, vision_output
 from .comfyui import text as comfyui_text
 from .rules import rules
-from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, Signal, beside, text
+from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, beside, if_there, text, vector
 
 PLACES = [
     (f"{side}_blocks.{3 * level + block + first}", f"{way}_blocks.{level}", block)
@@ -110,11 +110,6 @@ def _config(shapes: Shapes) -> dict[str, Any]:
 LABELS = "projection_class_embeddings_input_dim"
 
 
-def _labels(config: Config, _: Geometry) -> Signal | None:
-    """The image that unCLIP varies."""
-    return Signal((config[LABELS],)) if LABELS in config else None
-
-
 def _latents(config: Config, geometry: Geometry) -> tuple[int, ...]:
     return config["out_channels"], 2 * geometry.height, 2 * geometry.width
 
@@ -130,7 +125,7 @@ ARCHITECTURE = Architecture(
     transformer="UNet2DConditionModel",
     config=_config,
     latents=_latents,
-    wants={**WANTS, "class_labels": _labels},
+    wants={**WANTS, "class_labels": if_there(LABELS, vector(LABELS))},  # the image that unCLIP varies
     arguments=arguments,
     prediction="noise",
     names=CONVOLUTIONS,
