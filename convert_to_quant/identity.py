@@ -72,11 +72,6 @@ _LORA_PARTS = (
     *(".oft_blocks", ".diff_b", ".lora_magnitude_vector"),
 )
 _BANK = re.compile(r"(?:.*\.)?\w*experts?(?:\.\w+)*")
-_TITLES = {
-    "adapter": "adapter (LoRA), not a model",
-    "statistics": "statistics of what layers received, not a model (convert_to_quant report shows them)",
-    "vae": "VAE",
-}
 
 
 @dataclass(frozen=True)
@@ -170,12 +165,14 @@ def of_shapes(shapes: Shapes, metadata: Collection[str] = ()) -> Identity:
         return Identity(kind, title, None, "", own, hint)
 
     if names.STATISTICS_KEY in metadata:
-        return found("statistics", _TITLES["statistics"])
+        return found(
+            "statistics", "statistics of what layers received, not a model (convert_to_quant report shows them)"
+        )
     family = families.detect(own, own)
     if family is not None:
         return Identity("diffusion", family.title, family, family.variant(own), own)
     if any(part in said for part in _LORA_PARTS):
-        return found("adapter", _TITLES["adapter"])
+        return found("adapter", "adapter (LoRA), not a model")
     ends = {name[place:] for name in own or shapes for place in _starts(name)}
     for kind, known in ENCODERS.items():
         title = next((title for title, ending in known if ending.fits(ends, {})), None)
@@ -187,7 +184,7 @@ def of_shapes(shapes: Shapes, metadata: Collection[str] = ()) -> Identity:
     if program is not None:
         return found("packed", f"model that {program} packed")
     if _is_vae(own):
-        return found("vae", _TITLES["vae"])
+        return found("vae", "VAE")
     word = next(iter(own), "").partition(".")[0] + "."
     inside = {name.removeprefix(word): shape for name, shape in own.items() if name.startswith(word)}
     family = families.detect(inside, inside)

@@ -27,7 +27,7 @@ SCALES = (8 / 25, 32.0, 32.0)
 """Seconds, pixels and pixels per latent position, at the pipeline's 25 frames per second."""
 
 
-def _config(shapes: Shapes) -> dict[str, Any]:
+def _common_config(shapes: Shapes) -> dict[str, Any]:
     hidden, in_channels = shapes["proj_in.weight"]
     return {
         "in_channels": in_channels,
@@ -35,8 +35,11 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         **heads(hidden, hidden // HEADS),
         "cross_attention_dim": shapes["transformer_blocks.0.attn2.to_k.weight"][1],
         "num_layers": blocks(shapes, "transformer_blocks."),
-        "caption_channels": shapes["caption_projection.linear_1.weight"][1],
     }
+
+
+def _config(shapes: Shapes) -> dict[str, Any]:
+    return {**_common_config(shapes), "caption_channels": shapes["caption_projection.linear_1.weight"][1]}
 
 
 def _latents(config: Config, geometry: Geometry) -> tuple[int, ...]:
@@ -54,15 +57,11 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
 
 
 def _ltx2_config(shapes: Shapes) -> dict[str, Any]:
-    hidden, in_channels = shapes["proj_in.weight"]
-    audio_hidden, audio_channels = shapes["audio_proj_in.weight"]
+    hidden, (audio_hidden, audio_channels) = shapes["proj_in.weight"][0], shapes["audio_proj_in.weight"]
     captions = shapes.get("caption_projection.linear_1.weight")
     block = "transformer_blocks.0"
     return {
-        "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight"][0],
-        **heads(hidden, hidden // HEADS),
-        "cross_attention_dim": shapes[f"{block}.attn2.to_k.weight"][1],
+        **_common_config(shapes),
         "audio_in_channels": audio_channels,
         "audio_out_channels": shapes["audio_proj_out.weight"][0],
         "audio_num_attention_heads": HEADS,
@@ -72,7 +71,6 @@ def _ltx2_config(shapes: Shapes) -> dict[str, Any]:
         "audio_gated_attn": f"{block}.audio_attn1.to_gate_logits.weight" in shapes,
         "cross_attn_mod": shapes["time_embed.linear.weight"][0] == 9 * hidden,
         "audio_cross_attn_mod": shapes["audio_time_embed.linear.weight"][0] == 9 * audio_hidden,
-        "num_layers": blocks(shapes, "transformer_blocks."),
         "use_prompt_embeddings": captions is not None,
         **({} if captions is None else {"caption_channels": captions[1]}),
         "ff_bias": f"{block}.ff.net.2.bias" in shapes,
