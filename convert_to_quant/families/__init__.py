@@ -50,7 +50,6 @@ from ..errors import OptionError
 from ..names import squeezed, without_lora_prefixes
 from .base import Family, Shape, module_names
 from .comfyui import Conditions
-from .generic import FAMILY as GENERIC
 from .rules import Index, Part, Target, Targets, index, targets, translations, turned
 
 __all__ = [
@@ -76,6 +75,9 @@ RECORDS: tuple[Family, ...] = tuple(
     if record is not None
 )  # fmt: skip
 """All that is known, also of families that are known by their names alone; by the names of their files."""
+
+GENERIC = Family(name="generic", title="unknown model")
+"""A model that no family fits; never recognized: its structure decides, and the caller says so."""
 
 FAMILIES: Mapping[str, Family] = {record.name: record for record in RECORDS if record.signatures}
 """Every family that can be recognized, by its `--preset` name."""

@@ -9,11 +9,11 @@ How it works. A `Rule` pairs two patterns and says which part of the checkpoint'
 pattern ``*`` stands for a block number and ``**`` for any rest; both sides hold the same ones in the same order. A part
 is measured from the layer's own shape [out, in], never from a constant, so any hidden size works:
 
-    QKV      [in + 2 k, in]   q is the first ``in`` rows, k and v share the rest (k < in: grouped queries)
-    QKV_MLP  [3 in + m, in]   q, k, v of ``in`` rows each, then the MLP's m rows
-    HALVES, THIRDS [n k, in]  equal pieces
-    SHIFT_SCALE [2 in, in]    diffusers stores scale, shift; a layer of any other shape is taken as it is
-    GATE_LINEAR [2 k, in]     diffusers stores the linear half of a gated MLP, then its gate
+    QKV             [in + 2 k, in]  q is the first ``in`` rows, k and v share the rest (k < in: grouped queries)
+    QKV_MLP         [3 in + m, in]  q, k, v of ``in`` rows each, then the MLP's m rows
+    HALVES, THIRDS  [n k, in]       equal pieces
+    SHIFT_SCALE     [2 in, in]      diffusers stores scale, shift; a layer of any other shape is taken as it is
+    GATE_LINEAR     [2 k, in]       diffusers stores the linear half of a gated MLP, then its gate
 
 Norms, convolutions and tables have rules too: a family's table is all that running it in diffusers' class needs.
 """

@@ -4,9 +4,9 @@ Why it exists. diffusers can run most families here, but asks for a configuratio
 that a pipeline prepares. Both follow from the checkpoint itself: sizes are tensor shapes, and the inputs of a
 transformer are latents, a time and some conditioning, packed in one of a few ways.
 
-How it works. An `Architecture` holds the transformer class by name, a function from
-shapes to the class's configuration, the shapes of latents and of every conditioning tensor, and a function that makes
-the arguments of `forward` from them. Conditioning tensors have the names that the class's `forward` gives them.
+How it works. An `Architecture` holds the transformer class by name, a function from shapes to the class's
+configuration, the shapes of latents and of every conditioning tensor, and a function that makes the arguments of
+`forward` from them. Conditioning tensors have the names that the class's `forward` gives them.
 
 Conventions. sigma runs from 1 (noise) to 0. Latents have the layout that the transformer class takes, tokens or maps,
 without its extra condition channels. A velocity points from the image to the noise:
