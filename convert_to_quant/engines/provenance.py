@@ -22,7 +22,7 @@ import torch
 
 from .. import names
 from ..errors import UnsupportedModelError
-from ..families.rules import Index, Target, translations
+from ..families.rules import Index, Target, meanings
 from ..families.running import Shapes
 
 ROW_BITS = 32
@@ -95,11 +95,10 @@ def renamed(shapes: Shapes, tables: Sequence[Index], spellings: Index) -> dict[s
             layer = tensor
         rows = shape[0] if shape else 1
         columns = shapes.get(layer + names.WEIGHT, (rows, rows))[-1]
-        spelled = (layer, *(other for other, _ in translations(layer, spellings)))
-        known = ([meant for each in spelled for meant in translations(each, table)] for table in tables)
-        meant = [(other, part.target(layer, rows, columns)) for other, part in next(filter(None, known), [])]
+        known = (dict(meanings(layer, (rows, columns), table, spellings)) for table in tables)
         ending = tensor.removeprefix(layer).replace(".scale", names.WEIGHT)
-        pieces = {other + ending: _halves(tensor, rows, target) for other, target in meant if target is not None}
+        meant = next(filter(None, known), {})
+        pieces = {other + ending: _halves(tensor, rows, target) for other, target in meant.items()}
         found |= pieces or {tensor: (Piece(tensor, 0, rows),)}
     return found
 

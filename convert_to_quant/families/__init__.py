@@ -50,7 +50,7 @@ from ..errors import OptionError
 from ..names import squeezed, without_lora_prefixes
 from .base import Family, Shape, module_names
 from .comfyui import Conditions
-from .rules import Index, Part, Target, Targets, index, targets, translations, turned
+from .rules import Index, Part, Target, Targets, index, spelled, targets, translations, turned
 
 __all__ = [
     "CONDITIONS",
@@ -285,6 +285,5 @@ def checkpoint_layers(
         out_features = sum(modules[module][0] for module in modules_of_parts.values())
         for module in modules_of_parts.values():
             shape = (out_features, modules[module][1])
-            spellings = dict.fromkeys((layer, *(other for other, _ in translations(layer, same))))
-            found[module] = (*found.get(module, ()), *((name, shape) for name in spellings))
+            found[module] = (*found.get(module, ()), *((name, shape) for name in dict.fromkeys(spelled(layer, same))))
     return found

@@ -24,6 +24,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 
 Rows = Callable[[int, int], tuple[int, ...]]
 """Row counts of the pieces of a fused layer from its (out, in); () where the shape is not of this kind."""
@@ -193,6 +194,20 @@ def translations(name: str, table: Index) -> Iterator[tuple[str, Part]]:
             yield _filled(rule.other, found.groups()), rule.part
 
 
+def spelled(name: str, spellings: Index) -> tuple[str, ...]:
+    """A name, and the others by which a whole layer goes."""
+    return (name, *(other for other, _ in translations(name, spellings)))
+
+
+def meanings(layer: str, shape: tuple[int, int], table: Index, spellings: Index) -> Iterator[tuple[str, Target]]:
+    """Every name that a rule makes of a layer [out, in], or of another spelling of it, and the part that it means."""
+    for spelling in spelled(layer, spellings):
+        for other, part in translations(spelling, table):
+            target = part.target(layer, *shape)
+            if target is not None:
+                yield other, target
+
+
 Targets = dict[str, tuple[Target, ...]]
 """{name: every part it may mean}; more than one is an ambiguity, for the caller to report."""
 
@@ -208,16 +223,9 @@ def targets(layers: Mapping[str, tuple[int, int]], table: Index, spellings: Inde
     Returns:
         Every name that is a layer's own, or another spelling of it, or that a rule makes of either.
     """
-    found: Targets = {}
-
-    def add(name: str, target: Target | None) -> None:
-        known = found.get(name, ())
-        if target is not None and target not in known:
-            found[name] = (*known, target)
-
-    for layer, (out_features, in_features) in layers.items():
-        for spelling in (layer, *(other for other, _ in translations(layer, spellings))):
-            add(spelling, Target(layer))
-            for other, part in translations(spelling, table):
-                add(other, part.target(layer, out_features, in_features))
-    return found
+    found: dict[str, dict[Target, None]] = {}
+    for layer, shape in layers.items():
+        own = ((spelling, Target(layer)) for spelling in spelled(layer, spellings))
+        for name, target in chain(own, meanings(layer, shape, table, spellings)):
+            found.setdefault(name, {})[target] = None
+    return {name: tuple(meant) for name, meant in found.items()}
