@@ -160,7 +160,7 @@ NOVA = """\"\"\"A family that was made up, in one file.\"\"\"
 from . import comfyui
 from .base import VECTOR, Family, signature
 from .rules import under
-from .running import Architecture, blocks, image, text
+from .running import Architecture, blocks, text
 
 
 def _config(shapes):
@@ -188,9 +188,7 @@ FAMILY = Family(
     architecture=Architecture(
         transformer="AuraFlowTransformer2DModel",
         config=_config,
-        latents=image,
         wants={"encoder_hidden_states": text("joint_attention_dim")},
-        arguments=lambda inputs: inputs.usual(),
     ),
     comfyui={"Nova": comfyui.takes(cross_attn=comfyui.text("context_embedder"))},
 )

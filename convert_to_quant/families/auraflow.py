@@ -8,7 +8,7 @@ from typing import Any
 from . import comfyui
 from .base import Family, signature
 from .rules import SHIFT_SCALE, rules, under
-from .running import Architecture, Shapes, blocks, heads, image, text
+from .running import Architecture, Shapes, blocks, heads, text
 
 HEAD = 256
 """Channels of a head; its norms have no weights and do not show it. Narrow models may have less."""
@@ -60,9 +60,7 @@ FAMILY = Family(
     architecture=Architecture(
         transformer="AuraFlowTransformer2DModel",
         config=_config,
-        latents=image,
         wants={"encoder_hidden_states": text("joint_attention_dim")},
-        arguments=lambda inputs: inputs.usual(),
     ),
     comfyui={"AuraFlow": comfyui.takes("cond_seq_linear")},
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import comfyui
 from .base import Family, signature
-from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, heads, image, vector
+from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, heads, vector
 
 HEAD = 128
 """Channels of a head; the norms span all of them and do not show it. Narrow models may have less."""
@@ -71,7 +71,6 @@ FAMILY = Family(
     architecture=Architecture(
         transformer="HiDreamImageTransformer2DModel",
         config=_config,
-        latents=image,
         wants={
             "encoder_hidden_states_t5": _t5,
             "encoder_hidden_states_llama3": _llama,

@@ -14,7 +14,7 @@ from . import comfyui
 from .base import CONDITION, FINAL, MODULATION, REFINER, TEXT, Family, signature
 from .folds import given, normed
 from .rules import QKV, rules, under
-from .running import Architecture, Shapes, blocks, image, mask, text
+from .running import Architecture, Shapes, blocks, mask, text
 
 PATCH = 2
 BLOCKS = r"layers\.\d+"
@@ -81,7 +81,6 @@ FAMILY = Family(
     architecture=Architecture(
         transformer="Lumina2Transformer2DModel",
         config=_config,
-        latents=image,
         wants={"encoder_hidden_states": text("cap_feat_dim"), "encoder_attention_mask": mask},
         arguments=lambda inputs: inputs.usual(-1, 1),  # time runs from 0 (noise) to 1, and the output to the image
         velocity=operator.neg,

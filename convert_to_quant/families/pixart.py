@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import comfyui
 from .base import Family, signature
 from .rules import HALVES, QKV, rules, under
-from .running import Architecture, Inputs, Shapes, blocks, heads, image, mask, text
+from .running import Architecture, Inputs, Shapes, blocks, heads, mask, text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +88,6 @@ FAMILY = Family(
     architecture=Architecture(
         transformer="PixArtTransformer2DModel",
         config=_config,
-        latents=image,
         wants={"encoder_hidden_states": text("caption_channels"), "encoder_attention_mask": mask},
         arguments=_arguments,
         velocity=_noise,

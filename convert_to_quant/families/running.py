@@ -234,8 +234,8 @@ class Architecture:
     Attributes:
         transformer: name of the class in `diffusers`.
         config: arguments of the class, from the shapes of its tensors by diffusers' names.
-        latents: shape of a sample's latents.
         wants: the conditioning tensors.
+        latents: shape of a sample's latents.
         arguments: arguments of the class's `forward`.
         velocity: the velocity in what `forward` gives, or what is predicted in its place.
         prediction: what that is.
@@ -247,9 +247,9 @@ class Architecture:
 
     transformer: str
     config: Callable[[Shapes], dict[str, Any]]
-    latents: Latents
     wants: Mapping[str, Want]
-    arguments: Callable[[Inputs], dict[str, Any]]
+    latents: Latents = image
+    arguments: Callable[[Inputs], dict[str, Any]] = Inputs.usual
     velocity: Callable[[Any], Tensor] = as_it_is
     prediction: Prediction = "velocity"
     names: tuple[Rule, ...] = ()

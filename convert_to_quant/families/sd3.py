@@ -11,7 +11,7 @@ from .base import VECTOR, Family, signature
 from .flux1 import DOUBLE, FINAL_NAMES, JOINT_VALUES
 from .folds import given, modulated
 from .rules import QKV, SHIFT_SCALE, rules, under
-from .running import Architecture, Config, Shapes, blocks, heads, image, text, vector
+from .running import Architecture, Config, Shapes, blocks, heads, text, vector
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,7 +92,6 @@ FAMILY = Family(
     architecture=Architecture(
         transformer="SD3Transformer2DModel",
         config=_config,
-        latents=image,
         wants={
             "encoder_hidden_states": text("joint_attention_dim"),
             "pooled_projections": vector("pooled_projection_dim"),

@@ -8,7 +8,7 @@ from . import lumina2
 from .base import Family, signature
 from .folds import given, normed
 from .rules import QKV, rules, under
-from .running import Architecture, Inputs, Shapes, blocks, image, rotary_axes, text
+from .running import Architecture, Inputs, Shapes, blocks, rotary_axes, text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,6 @@ FAMILY = Family(
     architecture=Architecture(
         transformer="ZImageTransformer2DModel",
         config=_config,
-        latents=image,
         wants={"cap_feats": text("cap_feat_dim")},
         arguments=_arguments,
         velocity=_velocity,
