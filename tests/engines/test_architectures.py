@@ -229,8 +229,8 @@ def test_qwen_image_edit_2511_tells_the_picture_to_edit_no_time(save_model: Any)
     ("shapes", "extra"),
     [
         (FLUX_1, {"single_blocks.0.linear3.weight": (8, 8)}),
-        (WAN, {"vace_blocks.0.before_proj.weight": (128, 128)}),
-        (HUNYUAN_VIDEO, {"byt5_in.fc4.weight": (32, 24)}),
+        (WAN, {"blocks.0.before_proj.weight": (128, 128)}),
+        (HUNYUAN_VIDEO, {"txt_in.fc4.weight": (32, 24)}),
     ],
 )
 def test_relatives_that_diffusers_class_does_not_know_are_not_run(
