@@ -63,6 +63,7 @@ OBSERVED: list[bytes] = []
 def timeless(monkeypatch: pytest.MonkeyPatch) -> None:
     """No lines that depend on how fast the machine is."""
     monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", float("inf"))
+    monkeypatch.setattr(output, "LONG_SECONDS", float("inf"))
 
 
 @pytest.fixture
