@@ -34,12 +34,12 @@ def refuse_damaged(checkpoint: Checkpoint, table: LayerTable) -> list[str]:
     """Refuse a model that has lost its weights, or whose small tensors are not finite; what else users should know.
 
     Raises:
-        TensorError: all of its weights are zero; a tensor that no format quantizes has NaN or infinite values.
+        TensorError: every weight is zero; a tensor that no format quantizes has NaN or infinite values.
     """
     weights = {layer.weight.name for layer in table.linear() if table.owns(layer.name)}
     zero = [name for name in sorted(weights) if all_zero(checkpoint, name)]
     if zero and len(zero) == len(weights):
-        problem = f"all of its {plural(len(weights), 'weight')} are zero, as failed downloads leave them"
+        problem = "every weight is zero, as failed downloads leave them"
         raise TensorError(problem, path=checkpoint.path, hint=AGAIN)
     for name in not_finite(checkpoint, table):
         problem, hint = "it has NaN or infinite values", "the file is damaged, or its training diverged"

@@ -55,7 +55,7 @@ def test_weights_that_are_zero_are_counted_and_refused_where_all_are(model, caps
     ]
     path.with_name("out.safetensors").unlink()
     path = model(dict.fromkeys(("final.weight", *(f"blocks.{i}.a.weight" for i in range(4))), zero))
-    problem = "all of its 5 weights are zero, as failed downloads leave them (download it again)"
+    problem = "every weight is zero, as failed downloads leave them (download it again)"
     assert convert(path, capsys) == (1, f"error: {path}: {problem}\n")
 
 
