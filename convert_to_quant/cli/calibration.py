@@ -66,8 +66,7 @@ def note_damage(checkpoint: Checkpoint) -> None:
     from ..damaged import refuse_damaged
     from ..layers import find_layers
 
-    for text in refuse_damaged(checkpoint, find_layers(checkpoint)):
-        note(text)
+    note(*refuse_damaged(checkpoint, find_layers(checkpoint)))
 
 
 def require_target(args: argparse.Namespace) -> None:
@@ -119,21 +118,18 @@ def calibrate_output(
     def finishing(writer: CheckpointWriter) -> None:
         found, patch = calibrate_written(writer, checkpoint.path, lambda made: calibrate(made, options, adapters))
         tell(found, args)
-        for text in patch.notes:
-            note(text)
+        note(*patch.notes)
 
     return finishing
 
 
 def tell(calibration: Calibration, args: argparse.Namespace) -> None:
     """Say what a calibration found: a summary, with -v the table, with --json the document."""
-    for text in calibration.notes:
-        note(text)
+    note(*calibration.notes)
     say(summary(calibration))
     if args.verbose:
         print_calibration(calibration.results, talk=args.json == "-")
-    if args.json:
-        write_json(args.json, calibration.to_json())
+    write_json(args.json, calibration.to_json())
 
 
 def finish(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Namespace) -> int:
@@ -149,8 +145,7 @@ def finish(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Name
     how = plan_in_place if args.in_place else plan
     patch = how(checkpoint, find_layers(checkpoint), calibration, enable_fp8_matmul=args.enable_fp8_matmul)
     target = checkpoint.path if args.in_place else Path(args.output or "")
-    for text in patch.notes:
-        note(text)
+    note(*patch.notes)
     if args.dry_run:
         would = f"would write {len(calibration.scales)} scales into {target}; " if args.in_place or args.output else ""
         say(f"dry run: {would}nothing was written")

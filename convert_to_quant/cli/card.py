@@ -68,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
         outputs = [folder / name for name in (card.PAGE, card.DOCUMENT, *([card.PICTURE] if painted else []))]
         if args.dry_run:
             say(f"dry run: {'; '.join(wrote(path, would=True) for path in outputs)}; nothing was written")
-            if args.json:
-                write_json(args.json, {"outputs": [str(path) for path in outputs], "dry_run": True})
+            write_json(args.json, {"outputs": [str(path) for path in outputs], "dry_run": True})
             return 0
         make_folder(folder)
         foresee(outputs)
@@ -85,8 +84,7 @@ def run(args: argparse.Namespace) -> int:
     write_bytes(folder / card.PAGE, card.markdown(document).encode("utf-8", "backslashreplace"))
     # It is published, so it does not say where files were here, as the options of `made_by` would.
     write_bytes(folder / card.DOCUMENT, (json.dumps(document, indent=2) + "\n").encode())
-    if args.json:
-        write_json(args.json, document)
+    write_json(args.json, document)
     say(f"velocity SQNR {document['fidelity']['sqnr_db']:.1f} dB, latent SNR {document['latents']['snr_db']:.1f} dB: "
         f"{document['meaning']}")  # fmt: skip
     for path in outputs if document["images"] is not None else outputs[:2]:

@@ -93,8 +93,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     check_options(args)
     found = measure(args)
-    if args.json:
-        write_json(args.json, found.to_json())
+    write_json(args.json, found.to_json())
     if args.json != "-":
         print_levels(found)
         if args.layers:

@@ -89,8 +89,7 @@ def change_pack(args: argparse.Namespace) -> int:
     }[args.action]
     folder = does(Path(args.folder), dry_run=args.dry_run)
     say(f"dry run: would {args.action} {folder}; nothing was changed" if args.dry_run else done.format(folder))
-    if args.json:
-        write_json(args.json, {"folder": str(folder), "action": args.action, "dry_run": args.dry_run})
+    write_json(args.json, {"folder": str(folder), "action": args.action, "dry_run": args.dry_run})
     return 0
 
 
@@ -147,8 +146,7 @@ def observe(args: argparse.Namespace) -> int:
             note(f"could not see the inputs of {plural(len(unseen), 'layer')} that ran (first: {unseen[0]})")
         seen = f"{plural(int(statistics.visited.sum()), 'layer')} over {plural(statistics.samples, 'sample')}"
         say(f"observed {seen}; {wrote(outputs[name])}")
-    if args.json:
-        write_json(args.json, document(args, plan, runs, outputs, found) | {"idle_runs": idle})
+    write_json(args.json, document(args, plan, runs, outputs, found) | {"idle_runs": idle})
     return 0
 
 

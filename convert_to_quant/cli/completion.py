@@ -49,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
     script = shtab.complete(whole_parser(shtab), args.shell) + "\n" + (ALIAS if args.shell == "bash" else "")
     if args.json != "-":
         print(script, end="")
-    if args.json:
-        write_json(args.json, {"shell": args.shell, "script": script})
+    write_json(args.json, {"shell": args.shell, "script": script})
     return 0
 
 

@@ -238,13 +238,11 @@ def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: Convert
     with progress_bar("measuring") as progress:
         best = plan_best(checkpoint, options, options_of(BestOptions, args), options_of(RunOptions, args), measured,
                          loras=merged, progress=progress)  # fmt: skip
-    for text in best.plan.told():
-        note(text)
+    note(*best.plan.told())
     if args.verbose or args.dry_run:
         print_mix(best, talk=args.json == "-")
         print_curve(best, talk=args.json == "-")
-    if args.json:
-        write_json(args.json, {**plan_json(best.plan), "best": best.to_json()})
+    write_json(args.json, {**plan_json(best.plan), "best": best.to_json()})
     if args.dry_run:
         say(f"dry run: {best.summary()}; nothing was written")
         return 0
@@ -326,13 +324,11 @@ def convert_file(
         refuse_unrunnable(checkpoint)
     if adapters:  # an adapter that does not fit shows before the work as well as after
         match_checkpoint(adapters, checkpoint, plan.table)
-    for text in plan.told():
-        note(text)
+    note(*plan.told())
     if args.verbose or args.dry_run:
         print_plan(plan, talk=args.json == "-")
     if args.dry_run:
-        if args.json:
-            write_json(args.json, plan_json(plan))
+        write_json(args.json, plan_json(plan))
         would = "" if args.output is None else f"; {wrote(args.output, would=True)}"
         say(f"dry run: {plan.summary()}{would}; nothing was written")
         return 0
@@ -340,7 +336,7 @@ def convert_file(
     output = Path(args.output)
     calibrating = None if calibration is None else calibrate_output(checkpoint, calibration, adapters, args)
     survival = write_plan(checkpoint, plan, args, calibrating)
-    if args.json and calibration is None:
+    if calibration is None:
         write_json(args.json, plan_json(plan, survival))
     say(f"{plan.summary()}; {wrote(output)}")
     say_surviving(survival)
@@ -430,8 +426,7 @@ def rounding_of(checkpoint: Checkpoint, plan: ConversionPlan, args: argparse.Nam
 def note_formats(plan: ConversionPlan, output: Path) -> None:
     """Say what reads the file, and where it is fast."""
     note_ending(output)
-    for text in plan.readers():
-        note(text)
+    note(*plan.readers())
 
 
 def print_plan(plan: ConversionPlan, *, talk: bool = False) -> None:

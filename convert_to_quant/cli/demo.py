@@ -43,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_file(folder)
     if args.dry_run:
         say(f"dry run: would write the picture and the models into {folder}; nothing was written")
-        if args.json:
-            write_json(args.json, {"folder": str(folder), "dry_run": True})
+        write_json(args.json, {"folder": str(folder), "dry_run": True})
         return 0
     say("making five files of the embedded emoji model in three forms, and painting with each; a minute or two")
     with progress_bar("demo") as progress:
@@ -63,8 +62,7 @@ def run(args: argparse.Namespace) -> int:
             ],
             right=range(2, len(found.rows) + 3),
         )  # fmt: skip
-    if args.json:
-        write_json(args.json, found.to_json())
+    write_json(args.json, found.to_json())
     options = found.options
     say(
         f"dB: how closely the original is followed, on {len(options.names)} prompts at {options.steps} noise levels; "

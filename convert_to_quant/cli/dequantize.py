@@ -62,6 +62,6 @@ def write_layout(
         say(f"{done}; {wrote(output)}")
         note_ending(output)
         say_totals(checkpoint, output)
-    if args.json and before_commit is None:  # which has its own
+    if before_commit is None:  # which has its own
         write_json(args.json, {"done": done, "tensors": len(layout.specs)})
     return 0

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         if lines and args.json != "-":
             print_table(("file", "size", "model", "layers", "input scales", "problems"), lines, right=(1,),
                         optional=(1, 4, 2))  # fmt: skip
-    if args.json and found:
+    if found:
         write_json(args.json, documents[0] if len(documents) == 1 else {"files": documents})
     doubtful = args.strict and any(one.problems or one.doubts for one in found)
     return int(doubtful or len(found) < len(documents))

@@ -44,6 +44,5 @@ def run(args: argparse.Namespace) -> int:
     say(f"dry run: {done}; nothing was written" if args.dry_run else f"{done}; {wrote(output)}")
     if not args.dry_run:
         note_ending(output)
-    if args.json:
-        write_json(args.json, {"done": done})
+    write_json(args.json, {"done": done})
     return 0

@@ -37,6 +37,5 @@ def run(args: argparse.Namespace) -> int:
 
     with open_checkpoint(args.input) as checkpoint:
         layout, done, notes = plan_migration(checkpoint, args.to)
-        for text in notes:
-            note(text)
+        note(*notes)
         return write_layout(checkpoint, layout, (), done, args)

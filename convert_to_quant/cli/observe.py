@@ -214,8 +214,7 @@ def observe_in_diffusers(
     args.samples = args.samples or (SAMPLES if prompts is None else 1)
 
     def run(session: Session, progress: Progress) -> Observation:
-        for text in match.notes() if match is not None else ():
-            note(text)
+        note(*(match.notes() if match is not None else ()))
         further = [name for name in ("trials", "moments") if getattr(args, name)]
         runs = iter([part(progress, number, 1 + len(further)) for number in range(1 + len(further))])
         found = diffusers.observe(checkpoint, table, options_of(RunOptions, args), geometry=geometry, prompts=prompts,
@@ -374,8 +373,7 @@ def observe(
     statistics = session.finished()
     if args.dry_run:
         say(f"dry run: would {'replace' if Path(args.output).exists() else 'write'} {args.output}; nothing was written")
-        if args.json:
-            write_json(args.json, {"statistics": str(args.output), "dry_run": True})
+        write_json(args.json, {"statistics": str(args.output), "dry_run": True})
         return 0
     if statistics is not None:
         session.discard()

@@ -78,8 +78,7 @@ def foresee(outputs: Iterable[Path], *, dry: bool = False) -> None:
         folder = Path(os.path.realpath(path)).parent
         if not dry and folder not in tried:
             tried.add(folder)
-            for text in rehearse(path):
-                note(text)
+            note(*rehearse(path))
 
 
 def wrote(place: StrPath, *, would: bool = False) -> str:
@@ -94,13 +93,14 @@ def say(text: str) -> None:
         print(fitted(printable(text), sys.stderr), file=sys.stderr)
 
 
-def note(text: str) -> None:
-    """One line that a user should know, said once; a terminal gets it broken between words."""
-    if not _quiet and text not in _noted:
-        _noted.add(text)
-        mark = "note:"
-        line = fitted(f"{mark} {printable(text)}", sys.stderr)
-        print(paint(mark, "warn", sys.stderr) + line.removeprefix(mark), file=sys.stderr)
+def note(*texts: str) -> None:
+    """Lines that a user should know, each said once; a terminal gets them broken between words."""
+    for text in texts:
+        if not _quiet and text not in _noted:
+            _noted.add(text)
+            mark = "note:"
+            line = fitted(f"{mark} {printable(text)}", sys.stderr)
+            print(paint(mark, "warn", sys.stderr) + line.removeprefix(mark), file=sys.stderr)
 
 
 def error(text: str) -> None:
@@ -200,12 +200,16 @@ def _colors(stream: TextIO) -> Literal["standard"] | None:
     return "standard" if has_color(stream) else None
 
 
-def write_json(place: str, document: Mapping[str, Any]) -> None:
-    """One JSON document to a file, pipe or device, or to stdout where `place` is "-". It says what made it.
+def write_json(place: str | None, document: Mapping[str, Any]) -> None:
+    """One JSON document to where `--json` says: a file, pipe or device, "-" for stdout, or nowhere.
+
+    It says what made it.
 
     Raises:
         OutputError: the file cannot be written.
     """
+    if place is None:
+        return
     told = {**document, **({"made_by": _made_by} if _made_by else {})}
     text = json.dumps(told, indent=2, ensure_ascii=place == "-", allow_nan=False) + "\n"
     if place == "-":  # in whatever encoding

@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    from dataclasses import asdict
+
     from ..checkpoint import open_checkpoint
     from ..patch import apply_in_place, in_place_edits, rewrite
     from ..repair import plan_repair
@@ -52,8 +54,5 @@ def run(args: argparse.Namespace) -> int:
             else:
                 rewrite(patch, Path(args.output))
             say(f"{done} put right; {wrote(args.output or checkpoint.path)}")
-        if args.json:
-            from dataclasses import asdict
-
-            write_json(args.json, {"repairs": [asdict(one) for one in repairs]})
+        write_json(args.json, {"repairs": [asdict(one) for one in repairs]})
     return 0

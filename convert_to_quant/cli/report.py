@@ -232,8 +232,7 @@ def outputs_of(report: Report, args: argparse.Namespace) -> dict[str, bytes]:
         sys.stdout.write(table.render(report))
     elif args.csv is not None:
         outputs[args.csv] = table.render(report).encode("utf-8", "backslashreplace")
-    if args.json is not None:
-        write_json(args.json, report.document())
+    write_json(args.json, report.document())
     return outputs
 
 

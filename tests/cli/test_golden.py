@@ -154,6 +154,7 @@ def test_the_demo(golden: Any, ctq: Any, tmp_path: Path, monkeypatch: pytest.Mon
         for name, figure in figures.items()
     ]
     found = SimpleNamespace(rows=rows, options=demo.DemoOptions(), picture=Path("demo/demo.png"), seconds=60.0)
+    found.to_json = dict
     monkeypatch.setattr(demo, "run", lambda *_, **__: found)
     monkeypatch.chdir(tmp_path)
     for words in (["demo"], ["demo", "--dry-run"]):
