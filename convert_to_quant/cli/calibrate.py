@@ -7,7 +7,14 @@ from collections.abc import Sequence
 
 from ..options import CalibrationOptions, options_of
 from . import COMMANDS, config, enter, perform
-from .calibration import add_calibration_arguments, add_target_arguments, loras_of, note_damage, recover_input
+from .calibration import (
+    add_calibration_arguments,
+    add_target_arguments,
+    loras_of,
+    note_damage,
+    recover_input,
+    require_target,
+)
 from .parsing import Parser
 from .running import check_device, settle, settle_at_rest
 from .shared import add_shared_options
@@ -50,16 +57,16 @@ def build_parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     """Calibrate the file."""
     from ..checkpoint import open_checkpoint
-    from .convert import calibrate_file, check_options
+    from .convert import calibrate_file
 
-    check_options(args)
-    options = options_of(CalibrationOptions, args)
+    require_target(args)
+    options_of(CalibrationOptions, args)  # says what is out of range
     check_device(args.device)
     recover_input(args)
     with open_checkpoint(args.input) as checkpoint, loras_of(args) as adapters:
         note_damage(checkpoint)
-        if options.engine != "layer":
+        if args.engine != "layer":
             settle(args, checkpoint)
         else:
             settle_at_rest(args)
-        return calibrate_file(checkpoint, args, options_of(CalibrationOptions, args), adapters)
+        return calibrate_file(checkpoint, args, adapters)

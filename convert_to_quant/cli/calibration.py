@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
-from ..options import CalibrationOptions, add_options
+from ..options import CalibrationOptions, add_options, options_of
 from ..telling import duration, plural, size
 from .output import decibels, note, print_table, progress_bar, say, seconds_taken, write_json, wrote
 from .shared import check_shards
@@ -70,13 +70,15 @@ def note_damage(checkpoint: Checkpoint) -> None:
 
 
 def require_target(args: argparse.Namespace) -> None:
-    """Refuse a call that names nothing to write.
+    """Refuse a call that names nothing to write, or marks where they have no room.
 
     Raises:
-        OptionError: it does not.
+        OptionError: it does.
     """
     if args.output is None and not (args.in_place or args.dry_run):
         raise OptionError("name the new file with -o OUT", hint="or --in-place, or --dry-run")
+    if getattr(args, "mark", False) and (args.in_place or not args.actcal):
+        raise OptionError("--mark is for --actcal with -o OUT: marks have no room in place")
 
 
 def check_target(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
@@ -101,22 +103,23 @@ def loras_of(args: argparse.Namespace) -> AbstractContextManager[list[Lora]]:
     return open_loras(args.lora)
 
 
-def calibrate(checkpoint: Checkpoint, options: CalibrationOptions, adapters: Sequence[Lora]) -> Calibration:
+def calibrate(checkpoint: Checkpoint, args: argparse.Namespace, adapters: Sequence[Lora]) -> Calibration:
     """Calibrate with a progress bar."""
     from ..calibrate_activation_scales import calibrate_model
 
+    options = options_of(CalibrationOptions, args)
     with progress_bar("calibrating") as progress:
         return calibrate_model(checkpoint, options, loras=adapters, progress=progress)
 
 
 def calibrate_output(
-    checkpoint: Checkpoint, options: CalibrationOptions, adapters: Sequence[Lora], args: argparse.Namespace
+    checkpoint: Checkpoint, args: argparse.Namespace, adapters: Sequence[Lora]
 ) -> Callable[[CheckpointWriter], None]:
     """What calibrates a new file before it gets its name, and tells what was found; the file has places for scales."""
     from ..calibrate_activation_scales import calibrate_written
 
     def finishing(writer: CheckpointWriter) -> None:
-        found, patch = calibrate_written(writer, checkpoint.path, lambda made: calibrate(made, options, adapters))
+        found, patch = calibrate_written(writer, checkpoint.path, lambda made: calibrate(made, args, adapters))
         tell(found, args)
         note(*patch.notes)
 

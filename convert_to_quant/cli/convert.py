@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engines.devices import find_device
 from ..errors import OptionError, StatisticsError
-from ..options import (
-    BestOptions,
-    CalibrationOptions,
-    ConvertOptions,
-    RunOptions,
-    add_options,
-    offered,
-    options_of,
-)
+from ..options import BestOptions, CalibrationOptions, ConvertOptions, RunOptions, add_options, offered, options_of
 from ..telling import advance
 from .calibration import (
     add_calibration_arguments,
@@ -42,7 +34,7 @@ from .shared import check_shards
 if TYPE_CHECKING:
     from ..best import Best
     from ..checkpoint import Checkpoint, CheckpointWriter
-    from ..convert import ConversionPlan
+    from ..convert import ConversionPlan, Decision
     from ..engines.moments import Rounding
     from ..lora import Lora, Survival
     from ..rounding import KeptMoments
@@ -90,63 +82,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from ..calibrate_activation_scales import static_table
     from ..checkpoint import open_checkpoint
-    from ..convert import plan_conversion
     from ..layers import find_layers
     from ..lora import open_loras
 
-    check_options(args)
-    check_best(args)
-    if not args.actcal:
-        for flag in args.in_force:
-            if flag.startswith("actcal-") and not (args.best or args.round or args.fold):
-                raise OptionError(f"--{flag} needs --actcal")
-    elif args.no_input_scale:
-        raise OptionError("--no-input-scale leaves out what --actcal is asked to find")
-    options = options_of(CalibrationOptions, args) if args.actcal else None
+    check_flags(args)
+    require_target(args)
+    if args.actcal:
+        options_of(CalibrationOptions, args)  # says what is out of range
     check_device(args.device)
     recover_input(args)
-    with open_checkpoint(args.input) as checkpoint:
+    with open_checkpoint(args.input) as checkpoint, loras_of(args) as adapters, open_loras(args.merge_lora) as merged:
         check_shards(checkpoint, args)
         note_damage(checkpoint)
         settle_run(args, checkpoint)
-        options = options and options_of(CalibrationOptions, args)
-        with loras_of(args) as adapters, open_loras(args.merge_lora) as merged:
-            if options is not None and not args.requantize and find_layers(checkpoint).diffusion:
-                converting = {"legacy", *(one.flag for one in offered(ConvertOptions).values())}
-                if unused := ", ".join(f"--{flag}" for flag in args.in_force if flag in converting):
-                    note(f"the input is quantized already, so nothing is converted and {unused} does nothing")
-                if merged:
-                    raise OptionError("--merge-lora changes weights, and the input is quantized already",
-                                      hint="merge into the original in 16 bits, or add --requantize")  # fmt: skip
-                return calibrate_file(checkpoint, args, options, adapters)
-            if args.in_place and find_layers(checkpoint).raw:
-                static_table(checkpoint)  # says why a plain cast cannot be calibrated
-            if args.in_place:
-                raise OptionError("--in-place calibrates a model that is FP8 already, and this one is not; use -o OUT")
-            conversion = options_of(ConvertOptions, args)
-            source = prepared(checkpoint, args, conversion)
-            if args.best:
-                return best_file(source, args, conversion, merged)
-            return convert_file(source, args, plan_conversion(source, conversion, merged), options, adapters)
+        if not args.actcal or args.requantize or not find_layers(checkpoint).diffusion:
+            return convert_file(checkpoint, args, adapters, merged)
+        converting = {"legacy", *(one.flag for one in offered(ConvertOptions).values())}
+        if unused := ", ".join(f"--{flag}" for flag in args.in_force if flag in converting):
+            note(f"the input is quantized already, so nothing is converted and {unused} does nothing")
+        if merged:
+            raise OptionError("--merge-lora changes weights, and the input is quantized already",
+                              hint="merge into the original in 16 bits, or add --requantize")  # fmt: skip
+        return calibrate_file(checkpoint, args, adapters)
 
 
-def check_options(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other or do nothing.
 
     Raises:
         OptionError: they do.
     """
-    if args.in_place and not args.actcal:
-        raise OptionError("--in-place needs --actcal: only scales can be written in place")
-    if args.mark and (args.in_place or not args.actcal):
-        raise OptionError("--mark is for --actcal with -o OUT: marks have no room in place")
-    require_target(args)
-    if args.enable_fp8_matmul and not args.actcal:
-        raise OptionError("--enable-fp8-matmul needs --actcal: without input scales FP8 products would use 1.0")
-    if args.float16_safe and not args.actcal:
-        raise OptionError("--float16-safe needs --actcal: it is about the input scales that --actcal finds")
+    folds_loras = args.fold and (args.merge_lora or args.lora)
+    rules = (
+        (args.in_place and not args.actcal, "--in-place needs --actcal: only scales can be written in place", None),
+        (args.enable_fp8_matmul and not args.actcal,
+         "--enable-fp8-matmul needs --actcal: without input scales FP8 products would use 1.0", None),
+        (args.float16_safe and not args.actcal,
+         "--float16-safe needs --actcal: it is about the input scales that --actcal finds", None),
+        (args.actcal and args.no_input_scale, "--no-input-scale leaves out what --actcal is asked to find", None),
+        (args.merge_lora and args.round, "--merge-lora and --round cannot be combined", None),
+        (args.fold and args.statistics, "--fold changes what --from was observed of: the model as it is",
+         "leave out --from"),
+        (folds_loras, "--fold takes no LoRA", "convert, then make LoRAs fit with convert_to_quant lora fold"),
+    )  # fmt: skip
+    for wrong, problem, hint in rules:
+        if wrong:
+            raise OptionError(problem, hint=hint)
+    mixing = {one.flag for one in offered(BestOptions).values()}
+    showing = {f"actcal-{one.flag}" for one in offered(RunOptions).values()}
+    for flag in args.in_force:
+        if flag in mixing and not args.best:
+            raise OptionError(f"--{flag} needs --best")
+        if flag == "from" and not (args.best or args.round):
+            raise OptionError("--from needs --best or --round")
+        if args.best and flag in ("actcal", "format", "layer-format", "scaling-mode", "legacy", "weight-scale"):
+            raise OptionError(f"--{flag} and --best both say what layers become; give one")
+        if args.best and flag.startswith("actcal-") and flag not in showing:
+            raise OptionError(f"--{flag} is for --actcal, and --best would not use it")
+        if flag.startswith("actcal-") and not (args.actcal or args.best or args.round or args.fold):
+            raise OptionError(f"--{flag} needs --actcal")
 
 
 def settle_run(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
@@ -161,8 +156,8 @@ def settle_run(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
         settle_at_rest(args)
 
 
-def prepared(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertOptions) -> Checkpoint:
-    """The file to convert: with its channels evened out, where that is asked for.
+def folded(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertOptions) -> Checkpoint:
+    """The file with its channels evened out.
 
     Raises:
         OptionError: FP8 layers would keep input scales of what they received before.
@@ -172,47 +167,19 @@ def prepared(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertO
     from ..convert import plan_conversion
     from ..folding import fold
 
-    if not args.fold:
-        return checkpoint
     plan = plan_conversion(checkpoint, replace(options, format="int8") if args.best else options)
     if not (args.best or args.actcal or args.no_input_scale) and not all(fmt.dynamic for fmt in plan.formats):
         problem = "--fold changes what FP8 layers receive, so their input scales have to be measured"
         raise OptionError(problem, hint="add --actcal")
     with progress_bar("folding") as progress:
-        folded = fold(checkpoint, [layer.name for layer, _ in plan.quantized], options_of(RunOptions, args),
-                      progress=progress)  # fmt: skip
-    if folded is checkpoint:
+        found = fold(checkpoint, [layer.name for layer, _ in plan.quantized], options_of(RunOptions, args),
+                     progress=progress)  # fmt: skip
+    if found is checkpoint:
         note("its channels are even already, so nothing is folded, and LoRAs fit it as they are")
-    return folded
+    return found
 
 
-def check_best(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict --best, or need it.
-
-    Raises:
-        OptionError: they do.
-    """
-    mixing = {"from", *(one.flag for one in offered(BestOptions).values())}
-    showing = {f"actcal-{one.flag}" for one in offered(RunOptions).values()}
-    for flag in args.in_force:
-        if flag in mixing and not args.best and not (flag == "from" and args.round):
-            raise OptionError(f"--{flag} needs --best" + (" or --round" if flag == "from" else ""))
-        if args.best and flag in ("actcal", "format", "layer-format", "scaling-mode", "legacy", "weight-scale"):
-            raise OptionError(f"--{flag} and --best both say what layers become; give one")
-        if args.best and flag.startswith("actcal-") and flag not in showing:
-            raise OptionError(f"--{flag} is for --actcal, and --best would not use it")
-    if args.merge_lora and args.round:
-        raise OptionError("--merge-lora and --round cannot be combined")
-    if args.fold and args.statistics:
-        problem = "--fold changes what --from was observed of: the model as it is"
-        raise OptionError(problem, hint="leave out --from")
-    if args.fold and (args.merge_lora or args.lora):
-        raise OptionError("--fold takes no LoRA", hint="convert, then make LoRAs fit with convert_to_quant lora fold")
-
-
-def calibrate_file(
-    checkpoint: Checkpoint, args: argparse.Namespace, options: CalibrationOptions, adapters: Sequence[Lora]
-) -> int:
+def calibrate_file(checkpoint: Checkpoint, args: argparse.Namespace, adapters: Sequence[Lora]) -> int:
     """Calibrate a file that is FP8 already."""
     from ..calibrate_activation_scales import plan_in_place, static_table
     from ..migration import plan_migration
@@ -222,132 +189,138 @@ def calibrate_file(
     if args.mark and any(layer.marking == "none" for layer in table.diffusion.values()):
         layout, done, _ = plan_migration(checkpoint, "comfy", input_scales=True)
         if not args.dry_run:
-            finishing = calibrate_output(checkpoint, options, adapters, args)
+            finishing = calibrate_output(checkpoint, args, adapters)
             return write_layout(checkpoint, layout, (), done, args, before_commit=finishing)
     if args.in_place:
         # Whether every scale has a place shows before minutes of work as well as after.
         plan_in_place(checkpoint, table, dict.fromkeys(table.static, 1.0), enable_fp8_matmul=args.enable_fp8_matmul)
-    return finish(checkpoint, calibrate(checkpoint, options, adapters), args)
+    return finish(checkpoint, calibrate(checkpoint, args, adapters), args)
 
 
-def best_file(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertOptions, merged: Sequence[Lora]) -> int:
-    """Convert a file in high precision to the best mix of formats."""
+def convert_file(
+    checkpoint: Checkpoint, args: argparse.Namespace, adapters: Sequence[Lora], merged: Sequence[Lora]
+) -> int:
+    """Convert a file in high precision, and calibrate it before it gets its name."""
+    from ..calibrate_activation_scales import static_table
+    from ..checkpoint import INDEX_SUFFIX
+    from ..convert import plan_conversion
+    from ..layers import find_layers
+    from ..lora import match_checkpoint
+
+    if args.in_place:
+        if find_layers(checkpoint).raw:
+            static_table(checkpoint)  # says why a plain cast cannot be calibrated
+        raise OptionError("--in-place calibrates a model that is FP8 already, and this one is not; use -o OUT")
+    options = options_of(ConvertOptions, args)
+    source = folded(checkpoint, args, options) if args.fold else checkpoint
+    best = best_mix(source, args, options, merged) if args.best else None
+    plan = plan_conversion(source, options, merged) if best is None else best.plan
+    calibrating = args.actcal
+    sharded = (args.output or "").endswith(INDEX_SUFFIX)
+    if calibrating and (needless := plan.no_input_scales):
+        note(f"nothing to calibrate: {needless}")
+        calibrating = False
+    elif calibrating:
+        plan = to_calibrate(source, plan, args, sharded=sharded)
+    if adapters:  # an adapter that does not fit shows before the work as well as after
+        match_checkpoint(adapters, source, plan.table)
+    note(*plan.told())
+    if args.verbose or args.dry_run:
+        print_plan(plan, talk=args.json == "-") if best is None else print_mix(best, talk=args.json == "-")
+    mix = {} if best is None else {"best": best.to_json()}
+    summary = plan.summary() if best is None else best.summary()
+    if args.dry_run:
+        write_json(args.json, {**plan_json(plan), **mix})
+        would = "" if args.output is None else f"; {wrote(args.output, would=True)}"
+        say(f"dry run: {summary}{would}; nothing was written")
+        return 0
+
+    output = Path(args.output)
+    survival = write_plan(source, plan, args, calibrate_output(source, args, adapters) if calibrating else None)
+    if not calibrating:
+        write_json(args.json, {**plan_json(plan, survival), **mix})
+    say(f"{summary}; {wrote(output)}")
+    if survival.delta_energy:
+        figures = f"correlation {survival.correlation:.3f}, {survival.decibels:.1f} dB"
+        say(f"what rounding leaves of the merged change: {figures}")
+    note_ending(output)
+    note(*plan.readers())
+    unmeasured = (not fmt.dynamic and layer.input_scale is None for layer, fmt in plan.quantized)
+    if not (calibrating or best) and options.input_scale and any(unmeasured):
+        how = "-o NEW" if sharded else "--in-place"
+        there = f"convert_to_quant -i {shlex.quote(str(output))} --actcal {how}"
+        note(f"its input scales are not measured, and ComfyUI takes 1.0 for them ({there} measures them)")
+    say_totals(source, output)
+    return 0
+
+
+def best_mix(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertOptions, merged: Sequence[Lora]) -> Best:
+    """Find the best mix of formats, by running the model or by what earlier runs measured."""
     from ..best import load_measured, plan_best
 
     measured = load_measured(*args.statistics) if args.statistics else None
     with progress_bar("measuring") as progress:
-        best = plan_best(checkpoint, options, options_of(BestOptions, args), options_of(RunOptions, args), measured,
+        return plan_best(checkpoint, options, options_of(BestOptions, args), options_of(RunOptions, args), measured,
                          loras=merged, progress=progress)  # fmt: skip
-    note(*best.plan.told())
-    if args.verbose or args.dry_run:
-        print_mix(best, talk=args.json == "-")
-        print_curve(best, talk=args.json == "-")
-    write_json(args.json, {**plan_json(best.plan), "best": best.to_json()})
-    if args.dry_run:
-        say(f"dry run: {best.summary()}; nothing was written")
-        return 0
-    survival = write_plan(checkpoint, best.plan, args)
-    say(f"{best.summary()}; {wrote(args.output)}")
-    say_surviving(survival)
-    note_formats(best.plan, Path(args.output))
-    say_totals(checkpoint, Path(args.output))
-    return 0
 
 
-def print_mix(best: Best, *, talk: bool = False) -> None:
-    """Every layer, what becomes of it, and what it alone keeps of the velocity in this format and in the others."""
+def to_calibrate(
+    checkpoint: Checkpoint, plan: ConversionPlan, args: argparse.Namespace, *, sharded: bool
+) -> ConversionPlan:
+    """A plan with places for the scales that a calibration finds, where no room is left for them.
+
+    Raises:
+        CheckpointError: there is nothing to calibrate.
+        UnsupportedModelError: the model cannot be run.
+    """
+    from dataclasses import replace
+
+    from ..calibrate_activation_scales import refuse_unrunnable, static_table
+
+    if plan.table.raw and not plan.quantized:
+        static_table(checkpoint)  # says why a plain cast cannot be calibrated either
+    if args.engine != "layer":
+        refuse_unrunnable(checkpoint)
+    decisions = [
+        replace(each, input_scale=each.input_scale or 1.0)
+        if sharded or (each.format is not None and each.format.dynamic)
+        else each
+        for each in plan.decisions
+    ]
+    return replace(plan, decisions=decisions)
+
+
+def print_mix(best: Best, *, talk: bool) -> None:
+    """Every layer, what becomes of it, and what it alone keeps of the velocity in this format and in the others.
+
+    Then what other sizes would keep, and what one format for all layers would.
+    """
     layers, rows = best.to_json()["layers"], []
     for decision in best.plan.decisions:
         name, told = decision.layer.name, layers.get(decision.layer.name)
-        becomes = decision.layer.weight.dtype if decision.format is None else decision.format.name
         if told is None:
-            rows.append((name, becomes, "", "", "", decision.reason))
+            rows.append((name, becomes(decision), "", "", "", decision.reason))
             continue
         tried, chosen = told["tried"], told["format"]
         best_first = sorted(tried, key=tried.get, reverse=True)
         others = ", ".join(f"{fmt} {tried[fmt]:.1f}" for fmt in best_first if fmt != chosen)
         alone = f"{tried[chosen]:.1f} dB" if chosen else ""
         why = "least damage for its size" if chosen else decision.reason
-        rows.append((name, becomes, f"{told['bits']:.2f}", alone, others, why))
-    print_table(
-        ("layer", "format", "bits", "alone keeps", "others, dB", "why"),
-        rows,
-        right=(2, 3),
-        optional=(4, 2, 3),
-        talk=talk,
-    )
+        rows.append((name, becomes(decision), f"{told['bits']:.2f}", alone, others, why))
+    head = ("layer", "format", "bits", "alone keeps", "others, dB", "why")
+    print_table(head, rows, right=(2, 3), optional=(4, 2, 3), talk=talk)
 
-
-def print_curve(best: Best, *, talk: bool = False) -> None:
-    """What other sizes would keep, and what one format for all layers would."""
     mixes = best.mixes
     sizes = [("best mix", *point) for point in mixes.curve]
     sizes += [(f"all {name}", *point) for name, point in mixes.uniform.items()]
     sizes += [("this file", *mixes.point(best.choice)), ("half a bit more", *mixes.point(mixes.larger(best.choice)))]
-    print_table(
-        ("formats", "bits per weight", "expected on noise"),
-        [(name, f"{bits:.2f}", f"{db:.1f} dB") for name, bits, db in sorted(sizes, key=lambda size: size[1])],
-        right=(1, 2),
-        talk=talk,
-    )
+    cells = [(name, f"{bits:.2f}", f"{db:.1f} dB") for name, bits, db in sorted(sizes, key=lambda size: size[1])]
+    print_table(("formats", "bits per weight", "expected on noise"), cells, right=(1, 2), talk=talk)
 
 
-def convert_file(
-    checkpoint: Checkpoint,
-    args: argparse.Namespace,
-    plan: ConversionPlan,
-    calibration: CalibrationOptions | None,
-    adapters: Sequence[Lora],
-) -> int:
-    """Convert a file in high precision, and calibrate it before it gets its name."""
-    from dataclasses import replace
-
-    from ..calibrate_activation_scales import refuse_unrunnable, static_table
-    from ..checkpoint import INDEX_SUFFIX
-    from ..lora import match_checkpoint
-
-    if calibration is not None and (needless := plan.no_input_scales):
-        note(f"nothing to calibrate: {needless}")
-        calibration = None
-    sharded = (args.output or "").endswith(INDEX_SUFFIX)
-    if calibration is not None:  # places for what it finds, where no room is left for them
-        decisions = [
-            replace(each, input_scale=each.input_scale or 1.0)
-            if sharded or (each.format is not None and each.format.dynamic)
-            else each
-            for each in plan.decisions
-        ]
-        plan = replace(plan, decisions=decisions)
-    if calibration is not None and plan.table.raw and not plan.quantized:
-        static_table(checkpoint)  # says why a plain cast cannot be calibrated either
-    if calibration is not None and calibration.engine != "layer":
-        refuse_unrunnable(checkpoint)
-    if adapters:  # an adapter that does not fit shows before the work as well as after
-        match_checkpoint(adapters, checkpoint, plan.table)
-    note(*plan.told())
-    if args.verbose or args.dry_run:
-        print_plan(plan, talk=args.json == "-")
-    if args.dry_run:
-        write_json(args.json, plan_json(plan))
-        would = "" if args.output is None else f"; {wrote(args.output, would=True)}"
-        say(f"dry run: {plan.summary()}{would}; nothing was written")
-        return 0
-
-    output = Path(args.output)
-    calibrating = None if calibration is None else calibrate_output(checkpoint, calibration, adapters, args)
-    survival = write_plan(checkpoint, plan, args, calibrating)
-    if calibration is None:
-        write_json(args.json, plan_json(plan, survival))
-    say(f"{plan.summary()}; {wrote(output)}")
-    say_surviving(survival)
-    note_formats(plan, output)
-    unmeasured = (not fmt.dynamic and layer.input_scale is None for layer, fmt in plan.quantized)
-    if calibration is None and plan.options.input_scale and any(unmeasured):
-        how = "-o NEW" if sharded else "--in-place"
-        there = f"convert_to_quant -i {shlex.quote(str(output))} --actcal {how}"
-        note(f"its input scales are not measured, and ComfyUI takes 1.0 for them ({there} measures them)")
-    say_totals(checkpoint, output)
-    return 0
+def becomes(decision: Decision) -> str:
+    """What a layer is stored in afterwards."""
+    return decision.layer.weight.dtype if decision.format is None else decision.format.name
 
 
 def write_plan(
@@ -377,13 +350,6 @@ def write_plan(
         convert(checkpoint, plan, Path(args.output), device=args.device, rounding=rounding, progress=told,
                 before_commit=finish_output)  # fmt: skip
     return survival
-
-
-def say_surviving(survival: Survival) -> None:
-    """Say what rounding leaves of merged adapters, where there are any."""
-    if survival.delta_energy:
-        figures = f"correlation {survival.correlation:.3f}, {survival.decibels:.1f} dB"
-        say(f"what rounding leaves of the merged change: {figures}")
 
 
 def kept_moments(checkpoint: Checkpoint, args: argparse.Namespace) -> list[KeptMoments]:
@@ -423,29 +389,14 @@ def rounding_of(checkpoint: Checkpoint, plan: ConversionPlan, args: argparse.Nam
     return Rounding(checkpoint, Gathering(checkpoint, plan.table, layers, options_of(RunOptions, args)).moments_of)
 
 
-def note_formats(plan: ConversionPlan, output: Path) -> None:
-    """Say what reads the file, and where it is fast."""
-    note_ending(output)
-    note(*plan.readers())
-
-
-def print_plan(plan: ConversionPlan, *, talk: bool = False) -> None:
+def print_plan(plan: ConversionPlan, *, talk: bool) -> None:
     """Every layer and what becomes of it; see `print_table`."""
-    print_table(
-        ("layer", "shape", "dtype", "becomes", "why"),
-        [
-            (
-                decision.layer.name,
-                f"{decision.layer.out_features} × {decision.layer.in_features}",
-                decision.layer.weight.dtype,
-                decision.layer.weight.dtype if decision.format is None else decision.format.name,
-                decision.reason,
-            )
-            for decision in plan.decisions
-        ],
-        optional=(2, 1),
-        talk=talk,
-    )
+    rows = []
+    for decision in plan.decisions:
+        layer = decision.layer
+        shape = f"{layer.out_features} × {layer.in_features}"
+        rows.append((layer.name, shape, layer.weight.dtype, becomes(decision), decision.reason))
+    print_table(("layer", "shape", "dtype", "becomes", "why"), rows, optional=(2, 1), talk=talk)
 
 
 def plan_json(plan: ConversionPlan, survival: Survival | None = None) -> dict[str, Any]:
