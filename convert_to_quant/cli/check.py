@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CalibrationError, OptionError
 from ..options import SAMPLES
 from ..telling import plural
-from .observe import read_prompts
 from .output import decibels, error, note, print_table, progress_bar, say, write_json, wrote
 from .running import add_running_arguments, check_running_options, embeddings_of, geometry_of, settle
+from .shared import read_prompts
 from .terminal import Styled
 
 if TYPE_CHECKING:

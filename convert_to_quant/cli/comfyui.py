@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CalibrationError, OptionError
 from ..telling import plural
-from .observe import read_prompts
 from .output import foresee, note, progress_bar, say, write_json, wrote
-from .shared import read_text
+from .shared import read_prompts, read_text
 
 if TYPE_CHECKING:
     from ..engines.comfyui.remote import Run

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..telling import plural
-from .observe import report
-from .output import note, say, wrote
+from .output import note, say, write_json, wrote
 
 if TYPE_CHECKING:
     from ..stats import Statistics
@@ -66,3 +65,19 @@ def load_distinct(paths: Sequence[str]) -> list[Statistics]:
         else:
             note(f"{path} holds the same as {twin.path}: it counts once")
     return distinct
+
+
+def report(statistics: Statistics, args: argparse.Namespace) -> None:
+    """Write the report that was asked for."""
+    columns = (statistics.absmax.tolist(), statistics.visited.tolist(), statistics.calls.tolist())
+    document = {
+        "statistics": str(args.output),
+        "fingerprint": statistics.fingerprint,
+        "samples": statistics.samples,
+        "provenance": {name: list(texts) for name, texts in statistics.provenance.items()},
+        "layers": [
+            {"layer": name, "absmax": absmax if visited else None, "calls": calls}
+            for name, absmax, visited, calls in zip(statistics.names, *columns, strict=True)
+        ],
+    }
+    write_json(args.json, document)

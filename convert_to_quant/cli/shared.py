@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .. import __version__
-from ..errors import CheckpointError, Error, OutputError
+from ..errors import CheckpointError, Error, OptionError, OutputError
 from .output import foresee, note
 from .parsing import Parser
 from .terminal import COLOR_CHOICES
@@ -141,6 +141,19 @@ def read_text(path: Path, refuse: Callable[[str], Error], most_bytes: int = MOST
     except UnicodeDecodeError:
         problem = "it is no text in UTF-8"
     raise refuse(f"cannot be read: {problem}")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty.
+
+    Raises:
+        OptionError: it cannot be read, or has none.
+    """
+    text = read_text(path, lambda problem: OptionError(f"the prompts {problem}", path=path))
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise OptionError("no prompts", path=path, hint="one per line")
+    return prompts
 
 
 def check_paths(parser: Parser, args: argparse.Namespace) -> None:

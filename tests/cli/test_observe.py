@@ -512,7 +512,7 @@ def test_a_checkpoint_of_another_model_than_the_pipelines_is_refused(
 
 
 def test_under_torchrun_cuda_is_the_processes_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    from convert_to_quant.cli.observe import device_of_this_process
+    from convert_to_quant.cli.observing import device_of_this_process
 
     assert device_of_this_process("cuda") == "cuda"
     monkeypatch.setitem(os.environ, "LOCAL_RANK", "3")

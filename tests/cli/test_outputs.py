@@ -229,7 +229,7 @@ def test_an_output_that_is_a_link_is_written_where_the_link_leads(
 def test_texts_are_not_read_from_special_files(
     ctq: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    from convert_to_quant.cli.observe import read_prompts
+    from convert_to_quant.cli.shared import read_prompts
 
     monkeypatch.chdir(tmp_path)
     text = node(tmp_path / "text", kind)
