@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ..errors import OptionError, OutputError
+from ..errors import OptionError
 from ..options import SolveOptions, add_options, options_of
 from ..telling import size
-from .output import decibels, foresee, print_table, say, write_json, wrote
+from .output import decibels, print_table, say, write_json, wrote
 from .parsing import Parser, flag_spelling
+from .shared import check_shards
 from .terminal import WIDEST, Styled, columns, fitted, is_terminal, paint, printable
 
 if TYPE_CHECKING:
@@ -66,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     options = options_of(SolveOptions, args)
-    statistics, models, read = read_inputs(args.files)
-    check_outputs(args, read)
+    check_outputs(args)
+    statistics, models = read_inputs(args)
     sources = sides_of(statistics, models, args, options)
 
     from ..checkpoint import write_bytes
@@ -87,57 +86,46 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_inputs(names: Sequence[str]) -> tuple[list[Statistics], list[Path], list[Path]]:
+def read_inputs(args: argparse.Namespace) -> tuple[list[Statistics], list[Path]]:
     """Tell statistics files from checkpoints by what they are.
 
     Returns:
-        Statistics as they were loaded, paths of checkpoints, and every file that was read.
+        Statistics as they were loaded, and paths of checkpoints.
 
     Raises:
         CheckpointError: a file cannot be read.
+        OutputError: an output is one of their shards.
         StatisticsError: statistics are damaged.
     """
     from ..checkpoint import open_checkpoint
     from ..stats import METADATA_KEY, Statistics
 
-    statistics, models, read = [], [], []
-    for name in names:
+    statistics, models = [], []
+    for name in args.files:
         with open_checkpoint(name) as checkpoint:
-            read += [Path(name), *(file.path for file in checkpoint.files)]
+            check_shards(checkpoint, args)
             observed = METADATA_KEY in checkpoint.metadata
         if observed:
             statistics.append(Statistics.load(name))
         else:
             models.append(Path(name))
-    return statistics, models, read
+    return statistics, models
 
 
-def check_outputs(args: argparse.Namespace, read: Sequence[Path]) -> None:
-    """Refuse, before any work, outputs that cannot be written or would replace what is read or each other.
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuse outputs of another kind than their names say.
 
     Raises:
-        OptionError: something that is no text is to go to stdout, or two things are.
-        OutputError: a folder is missing, an output is a folder, a special file, an input, or another output.
+        OptionError: something that is no text is to go to stdout, or two things are; or the page has another ending.
     """
-    from ..checkpoint import check_output, refuse_same_file
-
-    named = {"-o": args.output, "--png": args.png, "--csv": args.csv, "--json": args.json}
-    for flag in ("-o", "--png"):
-        if named[flag] == STDOUT:
+    for flag, place in (("-o", args.output), ("--png", args.png)):
+        if place == STDOUT:
             raise OptionError(f"{flag} needs a file", hint="only --csv and --json go to stdout, as -")
     meant = OTHER_OUTPUTS.get(Path(args.output or "").suffix.lower())
     if meant is not None:
         raise OptionError(f"-o writes an HTML page, and {args.output} ends otherwise", hint=f"{meant} {args.output}")
     if [args.csv, args.json] == [STDOUT, STDOUT]:
         raise OptionError("--csv and --json cannot both go to stdout", hint="name a file for one of them")
-    files = {flag: Path(place) for flag, place in named.items() if place not in (None, STDOUT)}
-    for flag, path in files.items():
-        refuse_same_file(path, read, hint=f"name another file for {flag}")
-        check_output(path, stream=flag in ("--csv", "--json"))
-    for (flag, path), (other_flag, other) in itertools.combinations(files.items(), 2):
-        if os.path.realpath(path) == os.path.realpath(other):
-            raise OutputError(f"{flag} and {other_flag} are the same file", path=path)
-    foresee([path for path in files.values() if path.is_file() or not path.exists()], dry=args.dry_run)
 
 
 def sides_of(

@@ -55,8 +55,10 @@ SHARED: Mapping[tuple[str, ...], Mapping[str, Any]] = {
 }  # fmt: skip
 NO_KEYS = frozenset({"config", "save_config", "color", "version", "help"})
 """Options about the call itself, which a configuration file cannot say."""
-WRITTEN = frozenset({"-o", "--save-conditioning", "--json", "--save-config"})
+WRITTEN = frozenset({"-o", "--png", "--csv", "--save-conditioning", "--json", "--save-config"})
 """Options that name what is written."""
+STREAMS = frozenset({"--csv", "--json"})
+"""Those whose text may go into a pipe or a device."""
 INPUTS = frozenset({"-i", "MODEL"})
 """Options that name the model."""
 TALK = frozenset({"json", "verbose", "quiet"})
@@ -159,7 +161,7 @@ def read_prompts(path: Path) -> list[str]:
 def check_paths(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse, before any work, outputs that cannot be written or would replace another file of the call.
 
-    The shards of a checkpoint, which no call names, are `check_shards`'s; pages and folders are their commands'.
+    The shards of a checkpoint, which no call names, are `check_shards`'s; folders are their commands'.
 
     Raises:
         OutputError: a folder is missing, an output is a folder or a special file (a report may be a pipe or a character
@@ -169,7 +171,7 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
     in_place = getattr(args, "in_place", False)
     outputs = []
     for flag, output, kind in named:
-        if flag not in WRITTEN or (flag == "-o" and (kind != "checkpoint" or in_place)):
+        if flag not in WRITTEN or kind == "folder" or (flag == "-o" and in_place):
             continue
         from ..checkpoint import check_output, is_one_file
 
@@ -187,7 +189,7 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
             if lacking is not None:
                 hint = f"{output}, which would be written, is there: {flag} names the new file"
                 raise CheckpointError("no such file", path=lacking, hint=hint)
-        check_output(output, stream=flag == "--json")
+        check_output(output, stream=flag in STREAMS)
         if output.is_file() or not output.exists():
             outputs.append(output)
     foresee(outputs, dry=getattr(args, "dry_run", False))
@@ -205,11 +207,11 @@ def check_shards(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     """
     from ..checkpoint import refuse_same_file
 
-    files = [file.path for file in checkpoint.files]
-    if args.json not in (None, "-"):
-        refuse_same_file(Path(args.json), files, hint="name another file for --json")
-    if getattr(args, "output", None) is not None and not getattr(args, "in_place", False):
-        refuse_same_file(Path(args.output), files, hint="name another output")
+    named = {f"file for --{name}": getattr(args, name, None) for name in ("json", "png", "csv")}
+    named["output"] = None if getattr(args, "in_place", False) else getattr(args, "output", None)
+    for what, place in named.items():
+        if place is not None and place not in NO_PATHS:
+            refuse_same_file(Path(place), [file.path for file in checkpoint.files], hint=f"name another {what}")
 
 
 def refuse_file(folder: Path) -> None:

@@ -201,7 +201,7 @@ MISUSE = {
     "a folder": (["stats", "--png", "."], 1, "it is a folder"),
     "the statistics": (["stats", "-o", "stats"], 1, "the output is the same file as the input"),
     "the checkpoint": (["stats", "fp8", "--csv", "fp8"], 1, "name another file for --csv"),
-    "one file twice": (["stats", "-o", "r", "--png", "r"], 1, "-o and --png are the same file"),
+    "one file twice": (["stats", "-o", "r", "--png", "r"], 1, "--png and -o are the same file"),
     "a picture as the page": (["stats", "-o", "r.PNG"], 2, "-o writes an HTML page, and r.PNG ends otherwise (--png"),
     "another model": (["other", "fp8"], 1, "made for another model"),
     "no common layer": (["other", "stats"], 1, "have no layer in common"),
