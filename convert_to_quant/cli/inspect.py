@@ -15,7 +15,7 @@ from ..errors import Error
 from ..telling import plural, size
 from .output import error, print_table, write_json
 from .shared import check_shards
-from .terminal import Styled, columns, is_terminal, paint, printable
+from .terminal import Styled, paint, printable, text_width
 
 if TYPE_CHECKING:
     from ..inspection import Inspection, LayerView, Made, Mix
@@ -34,9 +34,6 @@ examples:
 Reports each file's family, formats, quantization configs, input scales, how ComfyUI runs its layers, and its problems
 with a remedy for each; of a folder, one line for each file in it.
 """
-
-WIDTH = 80
-"""Columns of the narrowest usual terminal. No line is wider, so that screens can be compared and read."""
 
 KEY_WIDTH = 14
 
@@ -64,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; a file that cannot be read does not keep the others from being shown."""
+    from dataclasses import replace
+
     from ..checkpoint import open_checkpoint
     from ..inspection import inspect_checkpoint
 
@@ -81,19 +80,22 @@ def run(args: argparse.Namespace) -> int:
                 error(str(problem))
                 documents.append({"path": str(path), "error": str(problem)})
                 continue
-            if listed:
-                lines.append(line(one, strict=args.strict))
-            elif args.json != "-":
-                show(one, layers=args.layers or args.verbose, gap=bool(found), strict=args.strict)
-            found.append(one)
             documents.append(one.to_json())
+            if args.strict:
+                one = replace(one, problems=one.problems + one.doubts)
+            if listed:
+                lines.append(line(one))
+            elif args.json != "-":
+                if found:
+                    print()
+                show(one, layers=args.layers or args.verbose)
+            found.append(one)
         if lines and args.json != "-":
             print_table(("file", "size", "model", "layers", "input scales", "problems"), lines, right=(1,),
                         optional=(1, 4, 2))  # fmt: skip
     if found:
         write_json(args.json, documents[0] if len(documents) == 1 else {"files": documents})
-    doubtful = args.strict and any(one.problems or one.doubts for one in found)
-    return int(doubtful or len(found) < len(documents))
+    return int((args.strict and any(one.problems for one in found)) or len(found) < len(documents))
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -108,10 +110,9 @@ def files_of(folder: Path) -> list[Path]:
     return sorted({*files, *indexes.values()} - shards)
 
 
-def line(found: Inspection, *, strict: bool = False) -> tuple[str, ...]:
+def line(found: Inspection) -> tuple[str, ...]:
     """A file's line in the table of a folder."""
-    problems = (*found.problems, *found.doubts) if strict else found.problems
-    kinds = [problem.title for problem in problems]
+    kinds = [problem.title for problem in found.problems]
     return (
         found.path.name,
         size(found.size_bytes),
@@ -122,30 +123,11 @@ def line(found: Inspection, *, strict: bool = False) -> tuple[str, ...]:
     )
 
 
-def show(found: Inspection, *, layers: bool, gap: bool, strict: bool = False) -> None:
-    """Print a file's screen.
-
-    Args:
-        found: what it is.
-        layers: print every layer, too.
-        gap: leave a line before it, if it is not the first.
-        strict: list doubts among the problems.
-    """
-    if gap:
-        print()
-    width = min(columns(), WIDTH) if is_terminal(sys.stdout) else WIDTH
-    for line, style in screen(found, width, strict=strict):
-        key, text = line[:KEY_WIDTH], line[KEY_WIDTH:]
-        print(paint(line, style, sys.stdout) if style == "head" else key + paint(text, style, sys.stdout))
-    if layers:
-        print()
-        print_layers(found)
-
-
-def screen(found: Inspection, width: int = WIDTH, *, strict: bool = False) -> Iterator[tuple[str, str]]:
-    """The lines of the summary, each with its style."""
+def show(found: Inspection, *, layers: bool) -> None:
+    """Print a file's screen, and every layer where that is asked for."""
     files = f"{found.files} files, " if found.sharded else ""
-    yield printable(f"{found.path.name}: {size(found.size_bytes)}, {files}{found.tensors:,} tensors"), "head"
+    head = printable(f"{found.path.name}: {size(found.size_bytes)}, {files}{found.tensors:,} tensors")
+    print(paint(head, "head", sys.stdout))
     entries: dict[str, Sequence[str]] = {"model": [_model(found)], "layers": format_lines(found) or ["none"]}
     if any(layer.input_state is not None for layer in found.layers) or found.header_marks or found.tensor_marks:
         entries["marked by"] = [_marks(found)]
@@ -156,16 +138,19 @@ def screen(found: Inspection, width: int = WIDTH, *, strict: bool = False) -> It
     if found.layers:
         entries["in ComfyUI"] = [*_readings(found), *_readers(found)]
     entries["advice"] = found.advice
-    problems = (*found.problems, *found.doubts) if strict else found.problems
-    entries["problems"] = [line for problem in problems for line in _problem(problem)] or ["none"]
+    entries["problems"] = [line for problem in found.problems for line in _problem(problem)] or ["none"]
     for key, paragraphs in entries.items():
         style = "good" if (key, paragraphs) == ("problems", ["none"]) else ENTRY_STYLES.get(key, "")
-        for line in _entry(key, paragraphs, width):
-            yield line, style
+        for line in _entry(key, paragraphs):
+            print(line[:KEY_WIDTH] + paint(line[KEY_WIDTH:], style, sys.stdout))
+    if layers:
+        print()
+        print_layers(found)
 
 
-def _entry(key: str, paragraphs: Sequence[str], width: int) -> Iterator[str]:
+def _entry(key: str, paragraphs: Sequence[str]) -> Iterator[str]:
     """Paragraphs behind a key, wrapped; nothing where there are none."""
+    width = text_width(sys.stdout)
     for paragraph in paragraphs:
         text = printable(paragraph)
         hanging = 4 if text.startswith("  ") else 0

@@ -17,7 +17,7 @@ from ..telling import size
 from .output import decibels, print_table, say, write_json, wrote
 from .parsing import Parser, flag_spelling
 from .shared import check_shards
-from .terminal import WIDEST, Styled, columns, fitted, is_terminal, paint, printable
+from .terminal import Styled, fitted, paint, printable, text_width
 
 if TYPE_CHECKING:
     from ..report.document import Report, State
@@ -246,10 +246,9 @@ def verdict_lines(report: Report, stream: TextIO) -> Iterator[str]:
     verdict = report.verdict
     headline = fitted(printable(f"{report.title}: {verdict.headline}"), stream)
     yield paint(headline, LEVEL_STYLES[verdict.level], stream)
-    width = min(columns(), WIDEST) if is_terminal(stream) else WIDEST
     for point in verdict.points:
         yield from textwrap.wrap(
-            printable(point), width, initial_indent="- ", subsequent_indent="  ", break_long_words=False,
+            printable(point), text_width(stream), initial_indent="- ", subsequent_indent="  ", break_long_words=False,
             break_on_hyphens=False,
         )  # fmt: skip
 

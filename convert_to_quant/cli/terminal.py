@@ -62,6 +62,11 @@ def columns() -> int:
     return shutil.get_terminal_size().columns
 
 
+def text_width(stream: TextIO) -> int:
+    """Columns that text is wrapped to: `WIDEST`, or fewer on a terminal that has fewer."""
+    return min(columns(), WIDEST) if is_terminal(stream) else WIDEST
+
+
 def paint(text: str, style: str, stream: TextIO) -> str:
     """A text in a style, where the stream has colours."""
     return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if style in STYLES and text and has_color(stream) else text

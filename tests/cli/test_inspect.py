@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert_to_quant.cli.inspect import WIDTH
+from convert_to_quant.cli.terminal import WIDEST
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_the_table_of_layers(golden: Any, look: Any, save: Any, build: Any) -> N
 
 
 def test_no_line_is_wider_than_a_terminal(look: Any, fp8_file: Path) -> None:
-    assert max(map(len, look(fp8_file).splitlines())) <= WIDTH
+    assert max(map(len, look(fp8_file).splitlines())) <= WIDEST
 
 
 def test_json_on_stdout_is_one_document_and_nothing_else(look: Any, fp8_file: Path) -> None:
