@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,24 +238,23 @@ def shown(reference: Denoiser, given: Sequence[Prompts], args: argparse.Namespac
     if not given:
         return noise_scenes(reference, geometry, args.samples or SAMPLES, seed=args.seed)
 
-    def fitted(one: Prompts, names: Collection[str], prefix: str = "") -> Prompts:
-        tensors = {name.removeprefix(prefix): one.tensors[name] for name in names}
+    def fitted(one: Prompts, prefix: str = "") -> Prompts:
+        tensors = {name.removeprefix(prefix): value for name, value in one.tensors.items()
+                   if name.startswith(NEGATIVE) == bool(prefix)}  # fmt: skip
         return Prompts(tensors, source=one.source).fitted(reference, geometry)
 
-    empty = [[name for name in one.tensors if name.startswith(NEGATIVE)] for one in given]
-    positive = [fitted(one, one.tensors.keys() - names) for one, names in zip(given, empty, strict=True)]
-    turns = [(number, row) for number, one in enumerate(positive) for row in range(one.count)]
-    count = args.samples or len(turns)
-    latents = check_latents(reference, geometry, count, args.seed)
+    prompts = [fitted(one) for one in given]
+    turns = [(place, row) for place, one in enumerate(prompts) for row in range(one.count)]
+    order = list(islice(cycle(turns), args.samples or len(turns)))
+    latents = check_latents(reference, geometry, len(order), args.seed)
     scenes = []
-    for place, (own, one, names) in enumerate(zip(positive, given, empty, strict=True)):
-        numbers = [number for number in range(count) if turns[number % len(turns)][0] == place]
-        if names:
-            negative = {name: value[:1] for name, value in fitted(one, names, NEGATIVE).tensors.items()}
+    for place, (one, own) in enumerate(zip(given, prompts, strict=True)):
+        if any(name.startswith(NEGATIVE) for name in one.tensors):
+            negative = {name: value[:1] for name, value in fitted(one, NEGATIVE).tensors.items()}
         else:
             negative = noise.conditioning(reference.signals(own.geometry), noise.SILENT, args.seed, 0)
-        if numbers:
-            rows = [turns[number % len(turns)][1] for number in numbers]
+        if numbers := [number for number, (turn, _) in enumerate(order) if turn == place]:
+            rows = [order[number][1] for number in numbers]
             conditioning = {name: value[rows] for name, value in own.tensors.items()}
             batch = max(BATCH_TOKENS // own.geometry.tokens, 1)
             scenes.append(Scene(latents[numbers], conditioning, own.geometry, negative, batch))
