@@ -10,7 +10,6 @@ from . import COMMANDS, config, enter, perform
 from .calibration import (
     add_calibration_arguments,
     add_target_arguments,
-    loras_of,
     note_damage,
     recover_input,
     require_target,
@@ -57,13 +56,14 @@ def build_parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     """Calibrate the file."""
     from ..checkpoint import open_checkpoint
+    from ..lora import open_loras
     from .convert import calibrate_file
 
     require_target(args)
     options_of(CalibrationOptions, args)  # says what is out of range
     check_device(args.device)
     recover_input(args)
-    with open_checkpoint(args.input) as checkpoint, loras_of(args) as adapters:
+    with open_checkpoint(args.input) as checkpoint, open_loras(args.lora) as adapters:
         note_damage(checkpoint)
         if args.engine != "layer":
             settle(args, checkpoint)

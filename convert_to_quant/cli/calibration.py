@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,13 +93,6 @@ def check_target(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     if args.in_place and args.output is not None and not is_one_file(Path(args.output), checkpoint.path):
         path = checkpoint.path
         raise OptionError(f"--in-place changes {path}; leave -o out, or drop --in-place to write {args.output}")
-
-
-def loras_of(args: argparse.Namespace) -> AbstractContextManager[list[Lora]]:
-    """The adapters that were asked for, open."""
-    from ..lora import open_loras
-
-    return open_loras(args.lora)
 
 
 def calibrate(checkpoint: Checkpoint, args: argparse.Namespace, adapters: Sequence[Lora]) -> Calibration:

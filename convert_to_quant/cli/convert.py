@@ -19,7 +19,6 @@ from .calibration import (
     calibrate_output,
     check_target,
     finish,
-    loras_of,
     note_damage,
     note_ending,
     recover_input,
@@ -92,7 +91,11 @@ def run(args: argparse.Namespace) -> int:
         options_of(CalibrationOptions, args)  # says what is out of range
     check_device(args.device)
     recover_input(args)
-    with open_checkpoint(args.input) as checkpoint, loras_of(args) as adapters, open_loras(args.merge_lora) as merged:
+    with (
+        open_checkpoint(args.input) as checkpoint,
+        open_loras(args.lora) as adapters,
+        open_loras(args.merge_lora) as merged,
+    ):
         check_shards(checkpoint, args)
         note_damage(checkpoint)
         settle_run(args, checkpoint)
