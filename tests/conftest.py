@@ -7,7 +7,7 @@ import io
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +93,13 @@ class Builders:
 
 
 @pytest.fixture(scope="session")
-def build() -> type[Builders]:
+def build():
     """The builders of this file."""
     return Builders
 
 
 @pytest.fixture
-def save(tmp_path: Path) -> Callable[..., Path]:
+def save(tmp_path):
     """Write a checkpoint into the test's folder: save("name.safetensors", tensors, metadata)."""
 
     def save(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
@@ -111,7 +111,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def save_shards(tmp_path: Path) -> Callable[..., Path]:
+def save_shards(tmp_path):
     """Write shards and their index: save_shards("name", [tensors, tensors], metadata) gives the index's path."""
 
     def save_shards(
@@ -130,7 +130,7 @@ def save_shards(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def statistics() -> Callable[..., Any]:
+def statistics():
     """statistics({layer: shape}, absmax): what layers saw that received one row of ±absmax · number of the layer."""
     import torch
 
@@ -146,7 +146,7 @@ def statistics() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def golden() -> Callable[[str, str], None]:
+def golden():
     """Compare a screen with the golden one of a name, or write it: golden(name, screen)."""
 
     def compare(name: str, shown: str) -> None:
@@ -168,6 +168,6 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def terminal() -> type[Terminal]:
+def terminal():
     """What makes such streams."""
     return Terminal

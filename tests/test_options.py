@@ -44,19 +44,19 @@ def parse(*words: str, prefix: str = "", **defaults: Any) -> Made:
     return options_of(Made, parser.parse_args(words))
 
 
-def test_a_command_line_without_words_gives_the_defaults() -> None:
+def test_a_command_line_without_words_gives_the_defaults():
     assert parse() == Made()
     assert parse(percentile=50.0) == Made(percentile=50.0)
 
 
-def test_a_command_line_says_each_of_them() -> None:
+def test_a_command_line_says_each_of_them():
     words = ("--kind", "odd", "--margin", "2", "--percentile", "9", "--leave-layers", "a", "--leave-layers", "b")
     assert parse(*words, "--no-scale") == Made("odd", 2.0, 9.0, ("a", "b"), scale=False)
     assert parse("--x-margin", "2", "--no-scale", prefix="x-") == Made(margin=2.0, scale=False)
     assert list(offered(Made)) == ["kind", "margin", "percentile", "leave_layers", "no_scale"]
 
 
-def test_help_says_the_default() -> None:
+def test_help_says_the_default():
     parser = Parser(prog="made")
     add_options(parser, Made)
     said = [action.help for action in parser._actions]
@@ -78,13 +78,13 @@ def test_help_says_the_default() -> None:
         (SolveOptions, {"row_loss_limit": -0.1}, "--row-loss-limit should be a share between 0 and 1, found -0.1"),
     ],
 )
-def test_they_are_checked_when_they_are_made(kind: type[Options], options: dict[str, Any], said: str) -> None:
+def test_they_are_checked_when_they_are_made(kind, options, said):
     with pytest.raises(OptionError) as caught:
         kind(**options)
     assert str(caught.value).startswith(said)
 
 
-def test_threads_may_make_the_first_of_them_together() -> None:
+def test_threads_may_make_the_first_of_them_together():
     code = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -97,7 +97,7 @@ assert made == {SolveOptions(margin=2.0)}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_node_has_their_defaults_choices_and_ranges() -> None:
+def test_a_node_has_their_defaults_choices_and_ranges():
     shown = inputs_of(Made, {"percentile": {"min": 0.5, "tooltip": "p"}, "margin": {"max": 9.0}, "kind": {}})
     assert shown == {
         "percentile": ("FLOAT", {"default": 99.9, "min": 0.5, "max": 100.0, "step": 0.01, "tooltip": "p"}),
@@ -106,7 +106,7 @@ def test_a_node_has_their_defaults_choices_and_ranges() -> None:
     }
 
 
-def test_every_method_that_can_be_named_is_in_the_table_and_in_the_help() -> None:
+def test_every_method_that_can_be_named_is_in_the_table_and_in_the_help():
     assert get_args(Method) == tuple(METHODS)
     parser = Parser(prog="made")
     add_options(parser, SolveOptions)

@@ -15,7 +15,7 @@ from convert_to_quant import cli
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+def surroundings(monkeypatch):
     """No wishes about colours and width, whoever runs the tests."""
     monkeypatch.setenv("COLUMNS", "80")
     for name in ("NO_COLOR", "FORCE_COLOR"):
@@ -32,7 +32,7 @@ def kohya(layer: str, rows: int, columns: int, rank: int = 4) -> dict[str, Any]:
 
 
 @pytest.fixture
-def lora(save: Callable[..., Path]) -> Path:
+def lora(save):
     """An adapter of the tiny Flux.1."""
     return save("style.safetensors", kohya("lora_unet_double_blocks_0_img_mlp_0", 128, 32))
 
@@ -47,7 +47,7 @@ def prompt_embeddings(count: int = 2, tokens: int = 4) -> dict[str, Any]:
 
 
 @pytest.fixture
-def embeddings() -> Callable[..., dict[str, Any]]:
+def embeddings():
     """Make embeddings: embeddings(prompts, tokens of each)."""
     return prompt_embeddings
 
@@ -56,7 +56,7 @@ TEXTS = ("a red fish", "a bear")
 
 
 @pytest.fixture
-def prompts(tmp_path: Path) -> Path:
+def prompts(tmp_path):
     """A file of prompts."""
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join(("", *TEXTS, " ")))
@@ -72,11 +72,8 @@ class Outcome:
     err: str
 
 
-Command = Callable[..., Outcome]
-
-
 @pytest.fixture
-def ctq(capsys: pytest.CaptureFixture[str]) -> Command:
+def ctq(capsys):
     """Run the command line in this process: ctq("-i", path, ...)."""
 
     def run(*words: object, main: Callable[[list[str]], int] = cli.main) -> Outcome:
@@ -92,7 +89,7 @@ def ctq(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 @pytest.fixture
-def fp8_file(ctq: Command, flux_file: Path) -> Path:
+def fp8_file(ctq, flux_file):
     """The tiny Flux.1, converted."""
     path = flux_file.with_name("fp8.safetensors")
     assert ctq("-i", flux_file, "-o", path).code == 0
@@ -100,7 +97,7 @@ def fp8_file(ctq: Command, flux_file: Path) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Callable[[], dict[str, bytes]]:
+def folder(tmp_path):
     """What lies in the test's folder now: to see that a refused command wrote nothing."""
 
     def look() -> dict[str, bytes]:
@@ -144,7 +141,7 @@ def save_pipeline(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pipeline(tmp_path_factory):
     """The folder of such a pipeline."""
     folder = tmp_path_factory.mktemp("pipeline")
     save_pipeline(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +37,7 @@ def seen(largest: dict[str, float], *, rows: int = 64) -> Statistics:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def model(tmp_path):
     source, path = tmp_path / "bf16.safetensors", tmp_path / "fp8.safetensors"
     rng = np.random.default_rng(0)
     weights = {name + ".weight": rng.standard_normal(shape).astype(np.float16) for name, shape in SHAPES.items()}
@@ -52,7 +51,7 @@ def scales(path: Path) -> dict[str, float]:
         return {name: input_scale(checkpoint, layer) for name, layer in find_layers(checkpoint).quantized.items()}
 
 
-def test_the_largest_value_seen_in_any_file_becomes_the_scale(model: Path, tmp_path: Path) -> None:
+def test_the_largest_value_seen_in_any_file_becomes_the_scale(model, tmp_path):
     first, second, out = (tmp_path / name for name in ("1.safetensors", "2.safetensors", "out.safetensors"))
     seen({LAYER: 896.0, OTHER: 4.48}).save(first)
     seen({LAYER: 448.0, OTHER: 44.8}).save(second)
@@ -60,7 +59,7 @@ def test_the_largest_value_seen_in_any_file_becomes_the_scale(model: Path, tmp_p
     assert scales(out) == {LAYER: 2.0, OTHER: pytest.approx(0.1)}
 
 
-def test_merged_files_give_the_same_bytes_as_the_files_themselves(model: Path, tmp_path: Path) -> None:
+def test_merged_files_give_the_same_bytes_as_the_files_themselves(model, tmp_path):
     files = [str(tmp_path / f"{number}.safetensors") for number in range(3)]
     for number, file in enumerate(files):
         seen({LAYER: 100.0 + number, OTHER: 5.0 - number}).save(file)
@@ -74,9 +73,7 @@ def test_merged_files_give_the_same_bytes_as_the_files_themselves(model: Path, t
 
 
 @pytest.mark.parametrize("words", [("--margin", "1"), ("--method", "percentile"), ("--margin", "1", "--keep", "proj$")])
-def test_no_weight_is_read_where_no_headroom_is_looked_for(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
-) -> None:
+def test_no_weight_is_read_where_no_headroom_is_looked_for(model, tmp_path, monkeypatch, words):
     stats = tmp_path / "stats.safetensors"
     seen({LAYER: 896.0, OTHER: 44.8}).save(stats)
     monkeypatch.setattr(headroom, "column_energies", lambda *_: pytest.fail("a weight was read"))
@@ -84,9 +81,7 @@ def test_no_weight_is_read_where_no_headroom_is_looked_for(
     assert (scales(model)[OTHER] == 1.0) == ("--keep" in words), "layers to keep are left alone"
 
 
-def test_a_layer_that_was_never_visited_keeps_its_scale_and_is_named(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_layer_that_was_never_visited_keeps_its_scale_and_is_named(model, tmp_path, capsys):
     stats = tmp_path / "stats.safetensors"
     seen({LAYER: 896.0}).save(stats)
     assert main(["apply", str(model), str(stats), "--in-place"]) == 0
@@ -94,9 +89,7 @@ def test_a_layer_that_was_never_visited_keeps_its_scale_and_is_named(
     assert f"note: {OTHER}: never visited: keeps its scale" in capsys.readouterr().err
 
 
-def test_a_dry_run_reports_and_writes_nothing(
-    model: Path, tmp_path: Path, folder: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_reports_and_writes_nothing(model, tmp_path, folder, capsys):
     stats = tmp_path / "stats.safetensors"
     seen({LAYER: 896.0, OTHER: 896.0}).save(stats)
     before = folder()
@@ -106,9 +99,7 @@ def test_a_dry_run_reports_and_writes_nothing(
     assert folder() == before
 
 
-def test_statistics_of_another_model_are_refused_and_forced_ones_name_the_rest(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_statistics_of_another_model_are_refused_and_forced_ones_name_the_rest(model, tmp_path, capsys):
     stats = tmp_path / "stats.safetensors"
     seen({LAYER: 896.0, OTHER: 1.0}).take([LAYER]).save(stats)
     assert main(["apply", str(model), str(stats), "--in-place"]) == 1
@@ -119,9 +110,7 @@ def test_statistics_of_another_model_are_refused_and_forced_ones_name_the_rest(
 
 
 @pytest.mark.parametrize("command", [["apply", "MODEL", "STATS", "--dry-run"], ["report", "STATS", "MODEL"]])
-def test_statistics_of_other_weights_of_the_same_shapes_are_refused_by_both_names(
-    model: Path, tmp_path: Path, ctq: Any, command: list[str]
-) -> None:
+def test_statistics_of_other_weights_of_the_same_shapes_are_refused_by_both_names(model, tmp_path, ctq, command):
     stats = tmp_path / "stats.safetensors"
     with open_checkpoint(model) as checkpoint:
         known = knowing_weights(seen({LAYER: 896.0, OTHER: 1.0}), find_layers(checkpoint))
@@ -135,7 +124,7 @@ def test_statistics_of_other_weights_of_the_same_shapes_are_refused_by_both_name
     assert f"error: {stats}: made for another model than fp8.safetensors: no layer matches in its weights" in done.err
 
 
-def test_swapped_arguments_are_told(ctq: Any, fp8_file: Path) -> None:
+def test_swapped_arguments_are_told(ctq, fp8_file):
     stats = fp8_file.with_name("swapped.safetensors")
     assert ctq("observe", fp8_file, "-o", stats, "--steps", 1, "--height", 32, "--width", 32).code == 0
     outcome = ctq("apply", stats, fp8_file, "--dry-run")
@@ -147,7 +136,7 @@ def test_swapped_arguments_are_told(ctq: Any, fp8_file: Path) -> None:
         assert ctq(*words, "-o", fp8_file).err == told
 
 
-def test_the_same_statistics_count_once_and_are_told(ctq: Any, fp8_file: Path) -> None:
+def test_the_same_statistics_count_once_and_are_told(ctq, fp8_file):
     stats, twin = fp8_file.with_name("one.safetensors"), fp8_file.with_name("twin.safetensors")
     assert ctq("observe", fp8_file, "-o", stats, "--steps", 1, "--height", 32, "--width", 32).code == 0
     twin.write_bytes(stats.read_bytes())

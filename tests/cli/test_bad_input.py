@@ -17,10 +17,6 @@ from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.cli import calibrate, convert
 from convert_to_quant.errors import Error
 
-Command = Callable[..., Any]
-Folder = Callable[[], dict[str, bytes]]
-Save = Callable[..., Path]
-
 LAYER = ("--actcal", "--actcal-engine", "layer")
 MODEL = ("--actcal", "--actcal-samples", 1)
 CALIBRATE = ("-i", "in.safetensors", "-o", "out.safetensors", *LAYER)
@@ -28,13 +24,13 @@ IN_PLACE = ("-i", "in.safetensors", "--in-place", *LAYER)
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def here(tmp_path, monkeypatch):
     """Calls and their messages name files of the test's folder."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def refused(ctq: Command, folder: Folder) -> Callable[..., None]:
+def refused(ctq, folder):
     """refused(message, words...): the command fails that way and every file stays as it is."""
 
     def check(message: str, *words: object, code: int = 1, **options: Any) -> None:
@@ -49,7 +45,7 @@ def refused(ctq: Command, folder: Folder) -> Callable[..., None]:
 
 
 @pytest.fixture
-def fp8(save: Save, build: Any) -> Callable[..., None]:
+def fp8(save, build):
     """Make in.safetensors: two FP8 layers that no family claims, after changes to their tensors."""
 
     def make(change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
@@ -86,9 +82,7 @@ UNREADABLE: dict[str, tuple[str, Callable[[bytes], bytes] | None]] = {
 
 @pytest.mark.parametrize("words", [LAYER, ()], ids=["calibrate", "convert"])
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_an_input_that_cannot_be_read_is_refused_in_the_readers_words(
-    refused: Any, build: Any, case: str, words: Any
-) -> None:
+def test_an_input_that_cannot_be_read_is_refused_in_the_readers_words(refused, build, case, words):
     name, content = UNREADABLE[case]
     if content is not None:
         Path(name).write_bytes(content(build.file_bytes(*build.quantized(["blocks.0"], "tensor"))))
@@ -99,7 +93,7 @@ def test_an_input_that_cannot_be_read_is_refused_in_the_readers_words(
 
 
 @pytest.mark.parametrize("bits", [0x7FC0, 0xFF80], ids=["nan", "inf"])
-def test_nan_in_a_weight_to_be_converted(refused: Any, save: Save, flux_tensors: Any, bits: int) -> None:
+def test_nan_in_a_weight_to_be_converted(refused, save, flux_tensors, bits):
     tensors = flux_tensors()
     tensors["double_blocks.0.img_mlp.2.weight"][1][7, 3] = bits
     save("in.safetensors", tensors)
@@ -121,14 +115,14 @@ def test_nan_in_a_weight_to_be_converted(refused: Any, save: Save, flux_tensors:
     ],
     ids=["a weight of NaN", "no scale"],
 )  # fmt: skip
-def test_a_damaged_fp8_file(refused: Any, fp8: Any, change: Any, message: str) -> None:
+def test_a_damaged_fp8_file(refused, fp8, change, message):
     fp8(change)
     for words in (CALIBRATE, IN_PLACE):
         refused(f"in.safetensors: {message}", *words)
 
 
 @pytest.mark.parametrize("layer", ["double_blocks.0.img_attn.qkv", "single_blocks.0.linear2"])
-def test_nan_in_an_fp8_weight_of_a_model_that_runs(ctq: Command, folder: Folder, fp8_file: Path, layer: str) -> None:
+def test_nan_in_an_fp8_weight_of_a_model_that_runs(ctq, folder, fp8_file, layer):
     overwrite(fp8_file, layer + ".weight", b"\x7f", skip=5)
     before = folder()
     outcome = ctq("-i", fp8_file, "-o", "out.safetensors", *MODEL)
@@ -138,9 +132,7 @@ def test_nan_in_an_fp8_weight_of_a_model_that_runs(ctq: Command, folder: Folder,
     assert folder() == before
 
 
-def test_nan_in_a_bias_of_a_model_that_is_converted_is_told_of_the_input(
-    ctq: Command, folder: Folder, flux_file: Path
-) -> None:
+def test_nan_in_a_bias_of_a_model_that_is_converted_is_told_of_the_input(ctq, folder, flux_file):
     overwrite(flux_file, "img_in.bias", b"\xff" * 64)
     before = folder()
     outcome = ctq("-i", flux_file, "-o", "out.safetensors", *MODEL)
@@ -153,7 +145,7 @@ INPUT_SCALE = "double_blocks.0.img_mlp.0.input_scale"
 
 
 @pytest.mark.parametrize(("value", "engine"), [(np.nan, "layer"), (-1.0, "layer"), (np.inf, "model")])
-def test_a_bad_input_scale_is_written_anew(ctq: Command, fp8_file: Path, value: float, engine: str) -> None:
+def test_a_bad_input_scale_is_written_anew(ctq, fp8_file, value, engine):
     assert ctq("-i", fp8_file, "--in-place", *LAYER).code == 0
     overwrite(fp8_file, INPUT_SCALE, struct.pack("<f", value))
     words = ("--in-place", *MODEL, "--actcal-engine", engine)
@@ -166,14 +158,14 @@ def test_a_bad_input_scale_is_written_anew(ctq: Command, fp8_file: Path, value: 
     assert "of no use" not in ctq("-i", fp8_file, *words, "--dry-run").err
 
 
-def test_a_bad_input_scale_that_is_used_is_refused(ctq: Command, refused: Any, flux_file: Path, fp8_file: Path) -> None:
+def test_a_bad_input_scale_that_is_used_is_refused(ctq, refused, flux_file, fp8_file):
     assert ctq("-i", fp8_file, "--in-place", *LAYER).code == 0
     overwrite(fp8_file, INPUT_SCALE, struct.pack("<f", np.nan))
     message = f"{fp8_file}: {INPUT_SCALE}: scales should be finite and not negative, found nan"
     refused(message, "check", flux_file, fp8_file, "--height", 32, "--width", 32, "--steps", 1, "--samples", 1)
 
 
-def test_a_file_with_nothing_to_do(refused: Any, save: Save) -> None:
+def test_a_file_with_nothing_to_do(refused, save):
     save("in.safetensors", {"norm.weight": np.ones(4, np.float32)})
     message = (
         "in.safetensors: no FP8 layers with weight scales in this file "
@@ -185,7 +177,7 @@ def test_a_file_with_nothing_to_do(refused: Any, save: Save) -> None:
 
 
 @pytest.mark.parametrize("words", [("-o", "out.safetensors"), ("-o", "out.safetensors", "--dry-run"), ("--in-place",)])
-def test_a_plain_cast_has_nothing_to_calibrate_until_it_is_marked(refused: Any, save: Save, words: Any) -> None:
+def test_a_plain_cast_has_nothing_to_calibrate_until_it_is_marked(refused, save, words):
     codes = np.full((64, 64), 0x38, np.uint8)
     save("in.safetensors", {"blocks.0.a.weight": ("F8_E4M3", codes), "head.weight": np.eye(64, dtype=np.float32)})
     message = (
@@ -199,19 +191,19 @@ def test_a_plain_cast_has_nothing_to_calibrate_until_it_is_marked(refused: Any, 
 @pytest.mark.parametrize("words", [LAYER, ()], ids=["calibrate", "convert"])
 class TestOutputsThatCannotBe:
     @pytest.fixture
-    def source(self, fp8: Any, flux_file: Path, words: Any) -> str:
+    def source(self, fp8, flux_file, words):
         if not words:
             return flux_file.name
         fp8()
         return "in.safetensors"
 
-    def test_no_folder_or_a_folder(self, refused: Any, source: str, words: Any) -> None:
+    def test_no_folder_or_a_folder(self, refused, source, words):
         message = "none/out.safetensors: cannot be written: the folder none does not exist"
         refused(message, "-i", source, "-o", "none/out.safetensors", *words)
         refused(".: cannot be written: it is a folder", "-i", source, "-o", ".", *words)
 
     @pytest.mark.parametrize("link", ["itself", "symbolic link", "hard link", "another spelling"])
-    def test_the_input(self, refused: Any, source: str, words: Any, link: str) -> None:
+    def test_the_input(self, refused, source, words, link):
         output = {"itself": source, "another spelling": f"../{Path.cwd().name}/{source}"}.get(link, "link.safetensors")
         if link == "symbolic link":
             Path(output).symlink_to(source)
@@ -224,7 +216,7 @@ class TestOutputsThatCannotBe:
 
 
 @pytest.mark.parametrize("circle", ["input", "output"])
-def test_a_circle_of_links_is_one_line(ctq: Any, save: Save, build: Any, circle: str) -> None:
+def test_a_circle_of_links_is_one_line(ctq, save, build, circle):
     model = save("in.safetensors", build.quantized(["blocks.0"], "tensor")[0]).name
     Path("a.safetensors").symlink_to("b.safetensors")
     Path("b.safetensors").symlink_to("a.safetensors")
@@ -237,8 +229,8 @@ def test_a_circle_of_links_is_one_line(ctq: Any, save: Save, build: Any, circle:
 
 @pytest.mark.parametrize("flag", ["-o", "--json"])
 def test_a_shard_of_the_input_is_no_output_and_that_is_seen_before_the_work(
-    refused: Any, save_shards: Any, build: Any, monkeypatch: pytest.MonkeyPatch, flag: str
-) -> None:
+    refused, save_shards, build, monkeypatch, flag
+):
     index = save_shards("m", [build.quantized([name], "tensor")[0] for name in ("blocks.0", "blocks.1")]).name
     shard, hint = (
         "m-00002-of-00002.safetensors",
@@ -249,7 +241,7 @@ def test_a_shard_of_the_input_is_no_output_and_that_is_seen_before_the_work(
     refused(f"{shard}: the output is the same file as the input {shard} ({hint})", *words)
 
 
-def lora(save: Save, name: str, rows: int = 16, columns: int = 32, value: float = 1.0) -> None:
+def lora(save, name: str, rows: int = 16, columns: int = 32, value: float = 1.0) -> None:
     tensors = {f"{name}.lora_A.weight": np.full((2, columns), value, np.float32)}
     save("lora.safetensors", {**tensors, f"{name}.lora_B.weight": np.ones((rows, 2), np.float32)})
 
@@ -268,16 +260,14 @@ def lora(save: Save, name: str, rows: int = 16, columns: int = 32, value: float 
     ],
     ids=["of no layer", "of another shape", "of NaN"],
 )  # fmt: skip
-def test_adapters_that_cannot_be_used(refused: Any, fp8: Any, save: Save, adapter: Any, message: str) -> None:
+def test_adapters_that_cannot_be_used(refused, fp8, save, adapter, message):
     fp8()
     refused("lora.safetensors: no such file", *IN_PLACE, "--actcal-lora", "lora.safetensors")
     lora(save, **adapter)
     refused(f"lora.safetensors: {message}", *IN_PLACE, "--actcal-lora", "lora.safetensors")
 
 
-def test_adapters_that_do_not_fit_are_refused_before_anything_is_converted(
-    refused: Any, flux_file: Path, save: Save, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapters_that_do_not_fit_are_refused_before_anything_is_converted(refused, flux_file, save, monkeypatch):
     monkeypatch.setattr(conversion, "convert", None)
     lora(save, "diffusion_model.double_blocks.0.img_mlp.0")
     message = (
@@ -287,7 +277,7 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_converted(
     refused(message, "-i", flux_file, "-o", "out.safetensors", *LAYER, "--actcal-lora", "lora.safetensors")
 
 
-def test_an_adapter_as_output_and_one_of_no_strength(refused: Any, fp8: Any, save: Save) -> None:
+def test_an_adapter_as_output_and_one_of_no_strength(refused, fp8, save):
     fp8()
     lora(save, "blocks.0")
     message = "lora.safetensors: the output is the same file as the input lora.safetensors (name another output)"
@@ -308,7 +298,7 @@ def test_an_adapter_as_output_and_one_of_no_strength(refused: Any, fp8: Any, sav
          "cuda, cuda:0 or xpu)"),
     ],
 )  # fmt: skip
-def test_options_out_of_range_are_misuse(refused: Any, words: str, message: str) -> None:
+def test_options_out_of_range_are_misuse(refused, words, message):
     refused(message, "-i", "in.safetensors", "--in-place", "--actcal", *words.split(), code=2)
 
 
@@ -321,7 +311,7 @@ def test_options_out_of_range_are_misuse(refused: Any, words: str, message: str)
         "check in out --device cuda:99",
     ],
 )
-def test_a_device_that_is_not_there_is_refused_before_anything_is_read(ctq: Any, words: str) -> None:
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(ctq, words):
     outcome = ctq(*words.split())
     assert outcome.code == 2
     assert outcome.err.startswith("error: device 'cuda:99' cannot be used: ")
@@ -351,9 +341,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(ctq: Any,
         ("--dry-run --preset flxu1", "unknown preset 'flxu1' (did you mean 'flux1'? presets: auraflow, "),
     ],
 )  # fmt: skip
-def test_flags_that_contradict_each_other_or_do_nothing_are_misuse(
-    ctq: Command, folder: Folder, flux_file: Path, words: str, message: str
-) -> None:
+def test_flags_that_contradict_each_other_or_do_nothing_are_misuse(ctq, folder, flux_file, words, message):
     before = folder()
     outcome = ctq("-i", flux_file, *words.split())
     assert (outcome.code, outcome.out) == (2, "")
@@ -362,7 +350,7 @@ def test_flags_that_contradict_each_other_or_do_nothing_are_misuse(
     assert folder() == before
 
 
-def test_in_place_with_another_output_is_misuse(refused: Any, fp8: Any) -> None:
+def test_in_place_with_another_output_is_misuse(refused, fp8):
     fp8()
     message = "--in-place changes in.safetensors; leave -o out, or drop --in-place to write out.safetensors"
     refused(message, *CALIBRATE, "--in-place", code=2)
@@ -377,22 +365,22 @@ def test_in_place_with_another_output_is_misuse(refused: Any, fp8: Any) -> None:
     ids=["no scale", "a scale in bfloat16"],
 )
 def test_in_place_where_no_float32_scalar_exists_is_refused_before_any_work(
-    refused: Any, fp8: Any, monkeypatch: pytest.MonkeyPatch, input_scale: Any, problem: str
-) -> None:
+    refused, fp8, monkeypatch, input_scale, problem
+):
     monkeypatch.setattr(convert, "calibrate", None)
     fp8(lambda tensors: [tensors.pop("blocks.1.input_scale"), tensors.update(input_scale)])
     place = "in.safetensors: blocks.1.input_scale"
     refused(f"{place}: in place is not possible: {problem} (write a new file with -o instead)", *IN_PLACE)
 
 
-def test_a_damaged_undo_file_stops_everything(refused: Any, fp8: Any) -> None:
+def test_a_damaged_undo_file_stops_everything(refused, fp8):
     fp8()
     Path("in.safetensors.undo").write_bytes(b"rubbish")
     message = "the undo file is damaged, so nothing was restored (check its contents)"
     refused(f"{Path.cwd() / 'in.safetensors.undo'}: {message}", *IN_PLACE)
 
 
-def test_a_report_of_layers_that_saw_nothing_is_still_json(ctq: Command, fp8: Any) -> None:
+def test_a_report_of_layers_that_saw_nothing_is_still_json(ctq, fp8):
     fp8(lambda tensors: tensors["blocks.0.weight"][1].fill(0))
     outcome = ctq(*IN_PLACE, "--dry-run", "--json", "-")
     document = json.loads(outcome.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

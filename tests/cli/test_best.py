@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +24,7 @@ def mix(path: Path) -> dict[str, str]:
         return {layer.name: layer.format.name for layer in find_layers(file).quantized.values() if layer.format}
 
 
-def test_the_best_mix_is_written_told_and_checked(ctq: Any, flux_file: Path, tmp_path: Path) -> None:
+def test_the_best_mix_is_written_told_and_checked(ctq, flux_file, tmp_path):
     out, report = tmp_path / "best.safetensors", tmp_path / "best.json"
     done = ctq("-i", flux_file, "-o", out, *BEST, "--bits", 7, "--json", report, "-v")
     found, said = mix(out), json.loads(report.read_text())
@@ -61,9 +59,7 @@ def test_the_best_mix_is_written_told_and_checked(ctq: Any, flux_file: Path, tmp
 OBSERVED = ("--trials", "--height", 32, "--width", 32, "--text-tokens", 4, "--samples", 3)
 
 
-def test_formats_are_tried_while_observing_and_chosen_from_without_a_run(
-    ctq: Any, flux_file: Path, tmp_path: Path
-) -> None:
+def test_formats_are_tried_while_observing_and_chosen_from_without_a_run(ctq, flux_file, tmp_path):
     out, kept, again = (tmp_path / name for name in ("a.safetensors", "kept.safetensors", "b.safetensors"))
     assert ctq("-i", flux_file, "-o", out, *BEST, "--bits", 7).code == 0
     assert ctq("observe", flux_file, "-o", kept, *OBSERVED).code == 0
@@ -90,14 +86,14 @@ def test_formats_are_tried_while_observing_and_chosen_from_without_a_run(
     )
 
 
-def test_stdout_is_one_document(ctq: Any, flux_file: Path) -> None:
+def test_stdout_is_one_document(ctq, flux_file):
     done = ctq("-i", flux_file, *BEST, "--bits", 7, "--dry-run", "-v", "--json", "-")
     said = json.loads(done.out)["best"]
     assert said["more"][1] > said["expected_db"]
     assert "half a bit more" in done.err
 
 
-def test_a_dry_run_writes_nothing(ctq: Any, flux_file: Path, folder: Callable[[], Any]) -> None:
+def test_a_dry_run_writes_nothing(ctq, flux_file, folder):
     before = folder()
     done = ctq("-i", flux_file, *BEST, "--size", "1MB", "--formats", "int8", "--dry-run")
     assert (done.code, folder()) == (2, before)
@@ -131,9 +127,7 @@ def test_a_dry_run_writes_nothing(ctq: Any, flux_file: Path, folder: Callable[[]
         (("--from", "stats.safetensors"), "--from needs --best"),
     ],
 )
-def test_contradictions_are_refused_before_any_work(
-    ctq: Any, flux_file: Path, folder: Callable[[], Any], words: tuple[Any, ...], said: str
-) -> None:
+def test_contradictions_are_refused_before_any_work(ctq, flux_file, folder, words, said):
     before = folder()
     done = ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), *words)
     assert done.code == (1 if "none.safetensors" in words else 2)
@@ -141,7 +135,7 @@ def test_contradictions_are_refused_before_any_work(
     assert folder() == before
 
 
-def test_a_model_that_cannot_be_run_gets_no_guess(ctq: Any, save: Callable[..., Path], folder: Any) -> None:
+def test_a_model_that_cannot_be_run_gets_no_guess(ctq, save, folder):
     path = save("other.safetensors", {f"blocks.{n}.fc.weight": np.ones((32, 32), np.float32) for n in range(2)})
     before = folder()
     done = ctq("-i", path, "-o", path.with_name("out.safetensors"), "--best")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ LAYERS = ["blocks.0.attn", "blocks.0.mlp"]
 
 
 @pytest.fixture
-def command(ctq: Callable[..., Any]) -> Callable[..., Any]:
+def command(ctq):
     def run(*words: object) -> Any:
         return ctq(*words, main=calibrate.main)
 
@@ -26,7 +25,7 @@ def command(ctq: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def model(save: Callable[..., Path], build: Any) -> Path:
+def model(save, build):
     return save("model.safetensors", *build.quantized(LAYERS, "both"))
 
 
@@ -37,9 +36,7 @@ def scales(path: Path) -> dict[str, float]:
         return {name: float(checkpoint.float32(name + ".input_scale")) for name in LAYERS}
 
 
-def test_the_module_runs_as_a_program_with_every_flag_of_the_hand_off(
-    model: Path, save: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_the_module_runs_as_a_program_with_every_flag_of_the_hand_off(model, save, tmp_path):
     lora = save("lora.safetensors", {"blocks.0.mlp.lora_A.weight": np.ones((2, 32), np.float32),
                                      "blocks.0.mlp.lora_B.weight": np.ones((16, 2), np.float32)})  # fmt: skip
     output, report = tmp_path / "out.safetensors", tmp_path / "report.json"
@@ -55,14 +52,14 @@ def test_the_module_runs_as_a_program_with_every_flag_of_the_hand_off(
     assert {entry["layer"]: entry["scale_after"] for entry in document["layers"]} == scales(output)
 
 
-def test_it_equals_actcal(command: Any, ctq: Any, model: Path) -> None:
+def test_it_equals_actcal(command, ctq, model):
     one, other = model.with_name("one.safetensors"), model.with_name("other.safetensors")
     assert command(model, "-o", one, "--engine", "layer", "--seed", 5).code == 0
     assert ctq("-i", model, "-o", other, "--actcal", "--actcal-engine", "layer", "--actcal-seed", 5).code == 0
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_in_place(command: Any, model: Path) -> None:
+def test_in_place(command, model):
     assert command(model, "--in-place", "--engine", "layer", "-q").code == 0
     assert 1.0 not in scales(model).values()
 
@@ -77,9 +74,7 @@ def test_in_place(command: Any, model: Path) -> None:
          "(name another output, or add --in-place)"),
     ],
 )  # fmt: skip
-def test_misuse_writes_nothing(
-    command: Any, model: Path, folder: Any, monkeypatch: pytest.MonkeyPatch, words: str, code: int, message: str
-) -> None:
+def test_misuse_writes_nothing(command, model, folder, monkeypatch, words, code, message):
     monkeypatch.chdir(model.parent)
     before = folder()
     outcome = command(model.name, *words.split())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from convert_to_quant.emoji import WEIGHTS
 SMALL = ("--height", 32, "--width", 48, "--text-tokens", 5, "--steps", 2, "--samples", 2)
 
 
-def test_a_model_without_a_decoder_is_compared_by_its_latents(ctq: Any, flux_file: Path, fp8_file: Path) -> None:
+def test_a_model_without_a_decoder_is_compared_by_its_latents(ctq, flux_file, fp8_file):
     folder, checked = fp8_file.with_name("card"), fp8_file.with_name("check.json")
     assert ctq("check", flux_file, fp8_file, *SMALL, "--json", checked).code == 0
     outcome = ctq("card", flux_file, fp8_file, "-o", folder, *SMALL)
@@ -40,7 +38,7 @@ def test_a_model_without_a_decoder_is_compared_by_its_latents(ctq: Any, flux_fil
     assert f"replaced {folder / 'README.md'}" in ctq("card", flux_file, fp8_file, "-o", folder, *SMALL).err
 
 
-def test_the_emoji_model_is_shown_painting_its_prompts(ctq: Any, tmp_path: Path) -> None:
+def test_the_emoji_model_is_shown_painting_its_prompts(ctq, tmp_path):
     from PIL import Image
 
     quantized, folder = tmp_path / "fp8.safetensors", tmp_path / "card"
@@ -57,7 +55,7 @@ def test_the_emoji_model_is_shown_painting_its_prompts(ctq: Any, tmp_path: Path)
         assert picture.width > 600
 
 
-def test_the_latent_snr_is_the_mean_over_samples_of_the_power_ratio() -> None:
+def test_the_latent_snr_is_the_mean_over_samples_of_the_power_ratio():
     samples, latents = card.Samples(paints=False), torch.ones(2, 4, 8)
     for error in (0.1, 0.01):
         samples.add(latents[:1], latents[:1] * (1 + error))
@@ -65,7 +63,7 @@ def test_the_latent_snr_is_the_mean_over_samples_of_the_power_ratio() -> None:
     assert samples.compare() is None
 
 
-def test_ssim_is_that_of_every_window_by_itself() -> None:
+def test_ssim_is_that_of_every_window_by_itself():
     one, other = np.random.default_rng(0).integers(0, 256, (2, 1, 13, 12, 3), np.uint8)
     distance = np.arange(-5, 6) ** 2
     weights = np.exp(-(distance[:, None] + distance) / (2 * 1.5**2))[..., None] / 1.0
@@ -86,7 +84,7 @@ def test_ssim_is_that_of_every_window_by_itself() -> None:
     assert card.ssim(one, other) == pytest.approx([np.mean(ratios)])
 
 
-def test_lpips_is_measured_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lpips_is_measured_where_it_is_installed(tmp_path, monkeypatch):
     source = "def LPIPS(net, verbose): return lambda one, other: (one - other).abs().mean((1, 2, 3))"
     (tmp_path / "lpips.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)

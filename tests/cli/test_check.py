@@ -3,7 +3,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def measured(reference: Path, quantized: Path, **options: Any) -> Fidelity:
         return scenes_fidelity(one, other, noise_scenes(one, SIZE, 2, seed=check.SEED), steps=2, **options)
 
 
-def test_every_arithmetic_has_its_spelling_here() -> None:
+def test_every_arithmetic_has_its_spelling_here():
     assert {name.replace("-", "_") for name in check.ARITHMETICS} == set(ARITHMETICS)
 
 
@@ -45,7 +44,7 @@ NOISE = "measured on noise; real use can differ by 13 dB (--pipeline or --condit
         (7.0, "the subject is there, the image is damaged (convert_to_quant inspect"), (-1.0, "ruin ("),
     ],
 )  # fmt: skip
-def test_the_mean_is_told_in_words(capsys: pytest.CaptureFixture[str], mean: float, said: str) -> None:
+def test_the_mean_is_told_in_words(capsys, mean, said):
     found = Fidelity(mean, 0.1, mean - 3, (), (), 30.0, 0.1, 2, 2, 1.0)
     check.say_meaning(found, argparse.Namespace(quantized="b.safetensors", pipeline=None, conditioning=[]))
     first, second = capsys.readouterr().err.splitlines()
@@ -59,14 +58,14 @@ def test_the_mean_is_told_in_words(capsys: pytest.CaptureFixture[str], mean: flo
         assert NOISE not in capsys.readouterr().err
 
 
-def test_one_image_has_no_spread(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_image_has_no_spread(capsys):
     for prompts, spread in ((1, "-"), (2, "0.10")):
         check.print_levels(Fidelity(30.0, 0.1, 20.0, (), (), 30.0, 0.1, prompts, 2, 1.0))
         rows = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert rows[1][:4] == ["mean", "30.00", "dB", spread]
 
 
-def test_the_worst_is_told_per_level_per_size_and_of_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_worst_is_told_per_level_per_size_and_of_all(capsys):
     sizes = (Size(Geometry(4, 6, 1, 8), 31.0, 21.0), Size(Geometry(2, 3, 1, 2), 29.0, 19.0))
     check.print_levels(Fidelity(30.0, 0.1, 19.0, (Level(1.0, 30.0, 0.1, 19.0),), sizes, 35.0, 0.1, 2, 1, 1.0))
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
@@ -79,7 +78,7 @@ def test_the_worst_is_told_per_level_per_size_and_of_all(capsys: pytest.CaptureF
     ]
 
 
-def test_models_in_the_wrong_order_are_refused(ctq: Any, flux_file: Path, fp8_file: Path) -> None:
+def test_models_in_the_wrong_order_are_refused(ctq, flux_file, fp8_file):
     outcome = ctq("check", fp8_file, flux_file, *SMALL)
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err == (
@@ -88,7 +87,7 @@ def test_models_in_the_wrong_order_are_refused(ctq: Any, flux_file: Path, fp8_fi
     )
 
 
-def test_a_pair_without_an_original_or_without_fp8_is_told_so(ctq: Any, flux_file: Path, fp8_file: Path) -> None:
+def test_a_pair_without_an_original_or_without_fp8_is_told_so(ctq, flux_file, fp8_file):
     for path, told in (
         (fp8_file, "note: both models have quantized layers"),
         (flux_file, "note: neither model has quantized"),
@@ -100,9 +99,7 @@ def test_a_pair_without_an_original_or_without_fp8_is_told_so(ctq: Any, flux_fil
 
 @pytest.mark.parametrize("arithmetic", ["comfyui", "comfyui-divide", "dequantize"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_it_says_what_the_fidelity_is(
-    ctq: Any, flux_file: Path, fp8_file: Path, arithmetic: str, guidance: float
-) -> None:
+def test_it_says_what_the_fidelity_is(ctq, flux_file, fp8_file, arithmetic, guidance):
     wanted = measured(flux_file, fp8_file, arithmetic=arithmetic.replace("-", "_"), guidance=guidance)
     document = fp8_file.with_name("report.json")
     words = (*SMALL, "--arithmetic", arithmetic, "--guidance", guidance, "--json", document)
@@ -119,9 +116,7 @@ def test_it_says_what_the_fidelity_is(
     assert ["mean", f"{wanted.sqnr_db:.2f}", "dB", error, "dB", f"{wanted.worst_db:.2f}", "dB"] in rows
 
 
-def test_layers_come_worst_first_and_all_where_all_are_asked_for(
-    ctq: Any, flux_file: Path, fp8_file: Path, flux: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_come_worst_first_and_all_where_all_are_asked_for(ctq, flux_file, fp8_file, flux, monkeypatch):
     wanted = [
         [error.layer, str(error.rows), f"{error.mean:.3%}", f"{error.worst:.3%}", f"{error.whole:.3%}"]
         for error in measured(flux_file, fp8_file, layer_errors=True).layers
@@ -134,14 +129,14 @@ def test_layers_come_worst_first_and_all_where_all_are_asked_for(
         assert [line.split() for line in lines[start + 1 :]] == wanted[:count]
 
 
-def test_a_model_is_exactly_itself(ctq: Any, flux_file: Path) -> None:
+def test_a_model_is_exactly_itself(ctq, flux_file):
     outcome = ctq("check", flux_file, flux_file, *SMALL, "--at-least", 200)
     assert outcome.code == 0
     assert [line.split()[-3:] for line in outcome.out.splitlines()[1:-1]] == [["exact", "-", "exact"]] * 5
     assert outcome.out.splitlines()[-1].split() == ["final", "PSNR", "exact", "-", "-"]
 
 
-def test_a_model_below_what_was_asked_for_fails(ctq: Any, flux_file: Path, fp8_file: Path) -> None:
+def test_a_model_below_what_was_asked_for_fails(ctq, flux_file, fp8_file):
     mean = measured(flux_file, fp8_file).sqnr_db
     assert ctq("check", flux_file, fp8_file, *SMALL, "-q", "--at-least", mean - 0.1).code == 0
     outcome = ctq("check", flux_file, fp8_file, *SMALL, "-q", "--at-least", mean + 0.1)
@@ -150,7 +145,7 @@ def test_a_model_below_what_was_asked_for_fails(ctq: Any, flux_file: Path, fp8_f
     assert outcome.out.startswith("sigma"), "quiet is about talk, not about data"
 
 
-def test_json_on_stdout_is_one_document(ctq: Any, flux_file: Path, fp8_file: Path) -> None:
+def test_json_on_stdout_is_one_document(ctq, flux_file, fp8_file):
     outcome = ctq("check", flux_file, fp8_file, *SMALL, "--layers", "--json", "-")
     found = json.loads(outcome.out)
     assert found["prompts"] == 4
@@ -171,7 +166,7 @@ def figures(outcome: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def shown(ctq: Any, flux_file: Path, fp8_file: Path, save: Any) -> Callable[..., dict[str, Any]]:
+def shown(ctq, flux_file, fp8_file, save):
     """The figures on embeddings: shown(tensors of a file, of another, words=...)."""
 
     def run(*files: dict[str, Any], words: tuple[Any, ...] = ()) -> dict[str, Any]:
@@ -182,7 +177,7 @@ def shown(ctq: Any, flux_file: Path, fp8_file: Path, save: Any) -> Callable[...,
     return run
 
 
-def test_prompt_embeddings_take_the_place_of_noise(shown: Any, embeddings: Any) -> None:
+def test_prompt_embeddings_take_the_place_of_noise(shown, embeddings):
     given = embeddings(3, 5)
     assert shown(given)["prompts"] == 3
     first = shown(given, words=("--samples", 1))
@@ -192,7 +187,7 @@ def test_prompt_embeddings_take_the_place_of_noise(shown: Any, embeddings: Any) 
     assert shown(given, words=("--samples", 4))["prompts"] == 4
 
 
-def test_the_empty_prompt_of_guidance_can_be_given(shown: Any, embeddings: Any) -> None:
+def test_the_empty_prompt_of_guidance_can_be_given(shown, embeddings):
     given = embeddings(2, 5)
     empty = {f"negative_{name}": np.zeros_like(value[:1]) for name, value in given.items()}
     loud = {name: value + 3 for name, value in empty.items()}
@@ -201,7 +196,7 @@ def test_the_empty_prompt_of_guidance_can_be_given(shown: Any, embeddings: Any) 
 
 
 @pytest.mark.parametrize("samples", [(), ("--samples", 1), ("--samples", 7)])
-def test_files_of_embeddings_are_shown_like_one(shown: Any, embeddings: Any, samples: tuple[Any, ...]) -> None:
+def test_files_of_embeddings_are_shown_like_one(shown, embeddings, samples):
     given = embeddings(3, 5)
     one = shown(given, words=samples)
     parts = ({name: value[part] for name, value in given.items()} for part in (slice(0, 1), slice(1, 3)))
@@ -210,7 +205,7 @@ def test_files_of_embeddings_are_shown_like_one(shown: Any, embeddings: Any, sam
     assert several["sqnr_db"] == pytest.approx(one["sqnr_db"], abs=0.01)
 
 
-def test_prompts_and_the_empty_prompt_may_differ_in_length(shown: Any, embeddings: Any) -> None:
+def test_prompts_and_the_empty_prompt_may_differ_in_length(shown, embeddings):
     short = embeddings(1, 5)
     empty = {f"negative_{name}": 0 * value for name, value in short.items()}
     found = shown(short | empty, embeddings(1, 10) | empty, words=("--guidance", 3))
@@ -222,9 +217,7 @@ POSITION = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:Futur
 
 @POSITION
 @pytest.mark.parametrize("guidance", [1, 3])
-def test_a_pipeline_embeds_prompts(
-    ctq: Any, flux_file: Path, fp8_file: Path, pipeline: Path, prompts: Path, *, save: Any, guidance: int
-) -> None:
+def test_a_pipeline_embeds_prompts(ctq, flux_file, fp8_file, pipeline, prompts, *, save, guidance):
     import torch
 
     from convert_to_quant.engines.pipeline import load as load_pipeline
@@ -254,8 +247,8 @@ def test_a_pipeline_embeds_prompts(
 
 @POSITION
 def test_embeddings_of_several_lengths_are_not_kept_in_one_file(
-    ctq: Any, flux_file: Path, fp8_file: Path, pipeline: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    ctq, flux_file, fp8_file, pipeline, prompts, monkeypatch
+):
     from convert_to_quant.engines import pipeline as engine
     from convert_to_quant.engines.prompts import Prompts
 
@@ -267,7 +260,7 @@ def test_embeddings_of_several_lengths_are_not_kept_in_one_file(
     assert "one file cannot hold embeddings of 2 different lengths" in outcome.err
 
 
-def test_another_model_is_refused(ctq: Any, flux_file: Path, flux_tensors: Any, save: Any) -> None:
+def test_another_model_is_refused(ctq, flux_file, flux_tensors, save):
     tensors = flux_tensors()
     dtype, weight = tensors["txt_in.weight"]
     wider = save("wider.safetensors", {**tensors, "txt_in.weight": (dtype, np.concatenate([weight, weight], 1))})
@@ -302,7 +295,7 @@ def test_another_model_is_refused(ctq: Any, flux_file: Path, flux_tensors: Any, 
         (("--conditioning", "c", "--text-tokens", 5), "--text-tokens is for noise"),
     ],
 )
-def test_misuse_exits_2(ctq: Any, flux_file: Path, words: tuple[Any, ...], said: str) -> None:
+def test_misuse_exits_2(ctq, flux_file, words, said):
     outcome = ctq("check", flux_file, flux_file, *words)
     assert outcome.code == 2
     assert said in outcome.err
@@ -314,9 +307,7 @@ def test_misuse_exits_2(ctq: Any, flux_file: Path, words: tuple[Any, ...], said:
     [("weight", np.uint8(0x7F)), ("weight_scale", np.float32(1e38))],
     ids=["a NaN code", "a huge scale"],
 )
-def test_a_file_that_gives_nan_or_infinity_is_refused(
-    ctq: Any, flux_file: Path, fp8_file: Path, save: Any, *, key: str, value: Any, more: tuple[Any, ...]
-) -> None:
+def test_a_file_that_gives_nan_or_infinity_is_refused(ctq, flux_file, fp8_file, save, *, key, value, more):
     with open_checkpoint(fp8_file) as checkpoint:
         tensors = {name: (info.dtype, checkpoint.bits(name).copy()) for name, info in checkpoint.tensors.items()}
         _, bits = tensors[f"double_blocks.0.img_attn.qkv.{key}"]

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,19 @@ LONGER = {"observe": 52, "convert": 68, "check": 51, "card": 52}
 """What runs a model, and what the model is shown, are both asked for."""
 
 
-def test_the_module_runs_as_a_program() -> None:
+def test_the_module_runs_as_a_program():
     words = [sys.executable, "-m", "convert_to_quant", "--version"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout == f"convert_to_quant {__version__}\n"
 
 
-def test_convert_is_the_command_that_needs_no_name(ctq: Any, flux_file: Path) -> None:
+def test_convert_is_the_command_that_needs_no_name(ctq, flux_file):
     words = ("-i", flux_file, "--dry-run")
     assert ctq(*words) == ctq("convert", *words)
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]], ids=" ".join)
-def test_alone_it_gives_an_overview_that_fits_a_screen(ctq: Any, words: list[str]) -> None:
+def test_alone_it_gives_an_overview_that_fits_a_screen(ctq, words):
     outcome = ctq(*words)
     lines = outcome.out.splitlines()
     assert (outcome.code, outcome.err) == (0, "")
@@ -54,7 +53,7 @@ def leaves(command: str) -> dict[str, Parser]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_a_screen_and_begins_with_examples(ctq: Any, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_fits_a_screen_and_begins_with_examples(ctq, command, monkeypatch):
     assert ctq("help", command) == ctq(command, "--help")
     for names in {command, *leaves(command)}:
         lines = ctq(*names.split(), "--help").out.splitlines()
@@ -68,7 +67,7 @@ def test_help_fits_a_screen_and_begins_with_examples(ctq: Any, command: str, mon
 
 
 @pytest.mark.parametrize(("name", "parser"), [one for command in COMMANDS for one in leaves(command).items()])
-def test_every_command_has_what_all_have_and_says_every_default_the_same_way(name: str, parser: Parser) -> None:
+def test_every_command_has_what_all_have_and_says_every_default_the_same_way(name, parser):
     flags = {flag for action in parser._actions for flag in action.option_strings}
     assert {"-q", "-v", "-h", "--quiet", "--verbose", "--json", "--config", "--save-config", "--color", "--version",
             "--help"} <= flags  # fmt: skip
@@ -80,7 +79,7 @@ def test_every_command_has_what_all_have_and_says_every_default_the_same_way(nam
         assert not any("_" in flag for flag in action.option_strings), "the parsers know dashes"
 
 
-def test_both_spellings_convert_alike(ctq: Any, flux_file: Path) -> None:
+def test_both_spellings_convert_alike(ctq, flux_file):
     outputs = []
     for name, sep in (("a", "-"), ("b", "_")):
         outputs.append(flux_file.with_name(f"{name}.safetensors"))
@@ -110,7 +109,7 @@ def test_both_spellings_convert_alike(ctq: Any, flux_file: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
-def test_misuse_exits_2_with_one_line_and_where_help_is(ctq: Any, words: list[str], said: str) -> None:
+def test_misuse_exits_2_with_one_line_and_where_help_is(ctq, words, said):
     outcome = ctq(*words)
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err == f"error: {said}\nsee: convert_to_quant convert --help\n"
@@ -127,12 +126,12 @@ def test_misuse_exits_2_with_one_line_and_where_help_is(ctq: Any, words: list[st
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
-def test_a_command_that_does_not_exist_suggests_one_that_does(ctq: Any, words: list[str], said: str) -> None:
+def test_a_command_that_does_not_exist_suggests_one_that_does(ctq, words, said):
     outcome = ctq(*words)
     assert (outcome.code, outcome.out, outcome.err) == (2, "", f"error: {said}\n")
 
 
-def test_errors_become_one_line_and_their_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_become_one_line_and_their_exit_code(capsys):
     def fail(error: BaseException) -> Any:
         raise error
 
@@ -144,7 +143,7 @@ def test_errors_become_one_line_and_their_exit_code(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "interrupted: an output is written whole or not at all\n"
 
 
-def test_a_bug_shows_its_traceback() -> None:
+def test_a_bug_shows_its_traceback():
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 // 0)
 
@@ -162,7 +161,7 @@ LACK = {
 
 @pytest.mark.parametrize(("failure", "wanted"), LACK.values(), ids=LACK)
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_too_little_memory_is_one_line(failure: Exception, wanted: str, wrapped: bool, capsys: Any) -> None:
+def test_too_little_memory_is_one_line(failure, wanted, wrapped, capsys):
     def run() -> int:
         try:
             raise failure
@@ -177,7 +176,7 @@ def test_too_little_memory_is_one_line(failure: Exception, wanted: str, wrapped:
     assert said.count("\n") == 1
 
 
-def test_a_reader_that_goes_away_is_no_error_message(save: Callable[..., Path], build: Any) -> None:
+def test_a_reader_that_goes_away_is_no_error_message(save, build):
     path = save("m.safetensors", *build.quantized(["blocks.0"], "both"))  # so little to say that it waits in a buffer
     words = [sys.executable, "-m", "convert_to_quant", "-i", str(path), "--dry-run", "--json", "-"]
     words += ["--actcal", "--actcal-engine", "layer"]
@@ -194,7 +193,7 @@ def test_a_reader_that_goes_away_is_no_error_message(save: Callable[..., Path], 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
 @pytest.mark.parametrize("words", [["--help"], ["completion", "bash"]])
-def test_a_full_disk_behind_stdout_is_one_line(words: list[str]) -> None:
+def test_a_full_disk_behind_stdout_is_one_line(words):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, "-m", "convert_to_quant", *words], stdout=full, stderr=subprocess.PIPE,
                               text=True, check=False)  # fmt: skip
@@ -202,9 +201,7 @@ def test_a_full_disk_behind_stdout_is_one_line(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("closed", "code", "error"), [(">&-", 1, "error: none: no such file\n"), ("2>&-", 1, "")])
-def test_closed_streams_take_nothing_and_nothing_goes_to_the_other(
-    fp8_file: Path, closed: str, code: int, error: str
-) -> None:
+def test_closed_streams_take_nothing_and_nothing_goes_to_the_other(fp8_file, closed, code, error):
     command = f'exec "$@" {closed}'
     words = [sys.executable, "-m", "convert_to_quant", "inspect", str(fp8_file), "none", "--json", "-"]
     done = subprocess.run(["sh", "-c", command, "sh", *words], capture_output=True, text=True, check=False)

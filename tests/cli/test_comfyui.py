@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,18 +17,16 @@ from convert_to_quant.stats import Statistics
 
 comfyui, serve, flux, wan = doubles.comfyui, doubles.serve, doubles.flux, doubles.wan
 
-Observe = Callable[..., Any]
-
 
 @pytest.fixture
-def double(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def double(serve, monkeypatch):
     """A running server."""
     monkeypatch.setattr(client, "LATER_SECONDS", 0.05)
     return serve()
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
+def work(tmp_path):
     """Where the user's files are, away from the server's."""
     folder = tmp_path / "home"
     folder.mkdir()
@@ -37,7 +34,7 @@ def work(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def observe(ctq: Any, double: Any, work: Path) -> Iterator[Observe]:
+def observe(ctq, double, work):
     """observe(workflow, flag, ...): the command on the double, into work/stats.safetensors."""
 
     def run(nodes: Any, *flags: object) -> Any:
@@ -61,7 +58,7 @@ left out  node 3 (VAELoader), node 10 (VAEDecode), node 11 (SaveImage)
 """
 
 
-def test_a_workflow_is_observed(observe: Observe, flux: Any, work: Path, double: Any) -> None:
+def test_a_workflow_is_observed(observe, flux, work, double):
     outcome = observe(flux)
 
     assert (outcome.code, outcome.out) == (0, "")
@@ -75,7 +72,7 @@ def test_a_workflow_is_observed(observe: Observe, flux: Any, work: Path, double:
     assert len(double.prompts) == 4
 
 
-def test_prompts_and_seeds_and_the_report(observe: Observe, flux: Any, work: Path, double: Any) -> None:
+def test_prompts_and_seeds_and_the_report(observe, flux, work, double):
     (work / "prompts.txt").write_text("a dog\n\n  a cat \n", encoding="utf-8-sig")  # as some editors write it
 
     outcome = observe(flux, "--prompts", work / "prompts.txt", "--seeds", "2", "--seed", "7", "--json", "-", "-q")
@@ -95,7 +92,7 @@ def test_prompts_and_seeds_and_the_report(observe: Observe, flux: Any, work: Pat
     assert [prompt["5"]["inputs"]["text"] for prompt in double.prompts] == ["a dog", "a dog", "a cat", "a cat"]
 
 
-def test_a_dry_run_says_what_it_found_and_queues_nothing(observe: Observe, flux: Any, work: Path, double: Any) -> None:
+def test_a_dry_run_says_what_it_found_and_queues_nothing(observe, flux, work, double):
     outcome = observe(flux, "--dry-run")
 
     assert outcome.code == 0
@@ -109,7 +106,7 @@ def test_a_dry_run_says_what_it_found_and_queues_nothing(observe: Observe, flux:
     assert "samples" not in report["models"][0]
 
 
-def test_a_dry_run_names_the_files_that_the_server_does_not_list(observe: Observe, flux: Any, double: Any) -> None:
+def test_a_dry_run_names_the_files_that_the_server_does_not_list(observe, flux, double):
     flux["3"]["inputs"]["vae_name"] = "other_ae.safetensors"
     outcome = observe(flux, "--dry-run")
     assert outcome.code == 0
@@ -122,7 +119,7 @@ def test_a_dry_run_names_the_files_that_the_server_does_not_list(observe: Observ
     assert {asked.partition(" ")[0] for asked in double.requests} == {"GET"}
 
 
-def test_several_models_get_a_file_each(observe: Observe, wan: Any, work: Path) -> None:
+def test_several_models_get_a_file_each(observe, wan, work):
     outcome = observe(wan, "--seeds", "1")
 
     assert outcome.code == 0
@@ -132,15 +129,13 @@ def test_several_models_get_a_file_each(observe: Observe, wan: Any, work: Path) 
         assert f"observed 3 layers over 1 sample; wrote {work}/stats_wan_{name}.safetensors" in outcome.err
 
 
-def test_layers_that_never_ran_are_told(observe: Observe, flux: Any, comfyui: Any, double: Any) -> None:
+def test_layers_that_never_ran_are_told(observe, flux, comfyui, double):
     first = next(iter(comfyui.shapes))
     double.load("flux.safetensors").model.diffusion_model.magnitudes.pop(first)
     assert f"1 layer never ran (first: {first})" in observe(flux, "--seeds", "1").err
 
 
-def test_layers_that_ran_unseen_are_told(
-    observe: Observe, flux: Any, comfyui: Any, double: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_that_ran_unseen_are_told(observe, flux, comfyui, double, monkeypatch):
     """ComfyUI casts a layer's weight and multiplies by it without calling the layer."""
     first = next(iter(comfyui.shapes))
     ops: Any = ModuleType("comfy.ops")
@@ -174,9 +169,7 @@ def test_layers_that_ran_unseen_are_told(
         (["--workflow", "GONE"], 1, "cannot be read: No such file"),
     ],
 )
-def test_what_cannot_be_done_is_refused_and_nothing_is_written(
-    observe: Observe, flux: Any, work: Path, double: Any, flags: list[str], code: int, said: str
-) -> None:
+def test_what_cannot_be_done_is_refused_and_nothing_is_written(observe, flux, work, double, flags, code, said):
     (work / "prompts.txt").write_text("\n \n")
     places = {
         "EMPTY": work / "prompts.txt",
@@ -203,7 +196,7 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(
         (b"\x89PNG\r\n\x1a\n\xff", "cannot be read: it is no text in UTF-8 (in ComfyUI: File > Export (API))"),
     ],
 )
-def test_what_is_no_workflow_is_refused(observe: Observe, work: Path, content: bytes, said: str) -> None:
+def test_what_is_no_workflow_is_refused(observe, work, content, said):
     outcome = observe(content)
     assert (outcome.code, outcome.out) == (1, "")
     assert f"{work}/workflow.json: " in outcome.err
@@ -211,7 +204,7 @@ def test_what_is_no_workflow_is_refused(observe: Observe, work: Path, content: b
     assert written(work) == set()
 
 
-def test_a_failed_run_leaves_no_file(observe: Observe, flux: Any, work: Path, double: Any) -> None:
+def test_a_failed_run_leaves_no_file(observe, flux, work, double):
     flux["1"]["inputs"]["unet_name"] = "broken.safetensors"
     outcome = observe(flux)
     assert (outcome.code, outcome.out) == (1, "")
@@ -222,7 +215,7 @@ def test_a_failed_run_leaves_no_file(observe: Observe, flux: Any, work: Path, do
     assert written(work) == set()
 
 
-def test_ctrl_c_leaves_nothing(observe: Observe, flux: Any, work: Path, double: Any, monkeypatch: Any) -> None:
+def test_ctrl_c_leaves_nothing(observe, flux, work, double, monkeypatch):
     from convert_to_quant.engines.comfyui.server import Server
 
     def interrupted(self: Any, run: str) -> Any:
@@ -239,7 +232,7 @@ def test_ctrl_c_leaves_nothing(observe: Observe, flux: Any, work: Path, double: 
 # install, uninstall
 
 
-def test_install_and_uninstall(ctq: Any, tmp_path: Path) -> None:
+def test_install_and_uninstall(ctq, tmp_path):
     folder = tmp_path / "custom_nodes" / pack.NAME
     folder.parent.mkdir()
 
@@ -259,9 +252,7 @@ def test_install_and_uninstall(ctq: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "said"), [(["install", "."], "there is no folder"), ([], "ACTION")])
-def test_a_call_that_is_wrong_is_told(
-    ctq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
-) -> None:
+def test_a_call_that_is_wrong_is_told(ctq, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
     outcome = ctq("comfyui", *words)
     assert outcome.code == 2

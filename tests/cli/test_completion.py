@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,7 +23,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 
 @pytest.fixture
-def complete(ctq: Any, tmp_path: Path) -> Callable[..., set[str]]:
+def complete(ctq, tmp_path):
     """What bash offers for the last word of a call."""
     script = tmp_path / "completion.bash"
     script.write_text(ctq("completion", "bash").out, encoding="utf-8")
@@ -40,7 +37,7 @@ def complete(ctq: Any, tmp_path: Path) -> Callable[..., set[str]]:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_every_script_passes_its_own_shell(ctq: Any, tmp_path: Path, shell: str) -> None:
+def test_every_script_passes_its_own_shell(ctq, tmp_path, shell):
     outcome = ctq("completion", shell)
     assert (outcome.code, outcome.err) == (0, "")
     assert [name for name in COMMANDS if name not in outcome.out] == []
@@ -52,7 +49,7 @@ def test_every_script_passes_its_own_shell(ctq: Any, tmp_path: Path, shell: str)
     subprocess.run([program, "-n", str(script)], check=True)
 
 
-def test_an_unknown_shell_suggests_one(ctq: Any) -> None:
+def test_an_unknown_shell_suggests_one(ctq):
     outcome = ctq("completion", "basch")
     assert outcome.code == 2
     assert "invalid choice: 'basch' (did you mean bash?)" in outcome.err
@@ -74,13 +71,13 @@ def test_an_unknown_shell_suggests_one(ctq: Any) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_bash_completes_commands_flags_and_choices(complete: Any, words: tuple[str, ...], offered: set[str]) -> None:
+def test_bash_completes_commands_flags_and_choices(complete, words, offered):
     assert complete(*words) == offered
     assert complete(*words, program="ctq") == offered
 
 
 @pytest.mark.parametrize("words", [("inspect", "m"), ("-i", "m"), ("convert", "--input", "m"), ("apply", "m", "m")])
-def test_bash_completes_files_by_what_they_hold(complete: Any, tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_bash_completes_files_by_what_they_hold(complete, tmp_path, words):
     for name in ("model.safetensors", "model.safetensors.index.json", "model.txt", "model.toml"):
         (tmp_path / name).touch()
     (tmp_path / "models").mkdir()
@@ -89,5 +86,5 @@ def test_bash_completes_files_by_what_they_hold(complete: Any, tmp_path: Path, w
     assert complete("demo", "-o", "m") == {"models"}
 
 
-def test_hidden_options_are_not_offered(complete: Any) -> None:
+def test_hidden_options_are_not_offered(complete):
     assert "--no-actcal" not in complete("--no-")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ else:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Callable[[str], Path]:
+def recipe(tmp_path):
     """Write a configuration file."""
 
     def write(text: str) -> Path:
@@ -40,7 +39,7 @@ def options(path: Path, command: str, *words: str) -> dict[str, Any]:
     return vars(parsed)
 
 
-def test_one_table_runs_without_a_command(ctq: Any, recipe: Any, flux_file: Path) -> None:
+def test_one_table_runs_without_a_command(ctq, recipe, flux_file):
     path = recipe(f"""
         [convert]
         input = "{flux_file.name}"
@@ -54,11 +53,11 @@ def test_one_table_runs_without_a_command(ctq: Any, recipe: Any, flux_file: Path
     assert flux_file.with_name("out.safetensors").read_bytes() == wanted.read_bytes()
 
 
-def test_one_table_runs_its_own_command(ctq: Any, recipe: Any, flux_file: Path) -> None:
+def test_one_table_runs_its_own_command(ctq, recipe, flux_file):
     assert ctq("--config", recipe(f'[inspect]\nmodel = "{flux_file.name}"')).out.startswith("flux.safetensors: ")
 
 
-def test_every_kind_of_option_can_be_said(recipe: Any, tmp_path: Path) -> None:
+def test_every_kind_of_option_can_be_said(recipe, tmp_path):
     found = options(recipe("""
         [convert]
         input = "in.safetensors"
@@ -74,7 +73,7 @@ def test_every_kind_of_option_can_be_said(recipe: Any, tmp_path: Path) -> None:
     assert (found["output"], found["engine"], found["legacy"]) == (None, "auto", False), "the rest is as ever"
 
 
-def test_the_command_line_wins(recipe: Any) -> None:
+def test_the_command_line_wins(recipe):
     path = recipe("""
         [convert]
         input = "in.safetensors"
@@ -90,7 +89,7 @@ def test_the_command_line_wins(recipe: Any) -> None:
     assert options(path, "convert")["legacy"] is True
 
 
-def test_arguments_without_flags_are_called_as_in_the_help(recipe: Any, tmp_path: Path) -> None:
+def test_arguments_without_flags_are_called_as_in_the_help(recipe, tmp_path):
     path = recipe('[apply]\nmodel = "m"\nstats = ["a", "b"]\noutput = "o"')
     found = options(path, "apply")
     assert (found["input"], found["statistics"]) == (str(tmp_path / "m"), [str(tmp_path / "a"), str(tmp_path / "b")])
@@ -98,19 +97,19 @@ def test_arguments_without_flags_are_called_as_in_the_help(recipe: Any, tmp_path
     assert (found["input"], found["statistics"], found["output"]) == ("n", ["c"], str(tmp_path / "o"))
 
 
-def test_an_argument_with_choices_is_held_to_them(ctq: Any, recipe: Any) -> None:
+def test_an_argument_with_choices_is_held_to_them(ctq, recipe):
     assert ctq("--config", recipe('[completion]\nshell = "bash"')).code == 0
     outcome = ctq("--config", path := recipe('[completion]\nshell = "bsah"'))
     problem = "[completion] shell: invalid choice: 'bsah' (did you mean bash?)"
     assert (outcome.code, outcome.err) == (2, f"error: {path}: {problem}\n")
 
 
-def test_what_is_no_file_is_not_taken_for_one(recipe: Any) -> None:
+def test_what_is_no_file_is_not_taken_for_one(recipe):
     found = options(recipe('[check]\nreference = "/a"\nquantized = "/b"\njson = "-"\nconditioning = "noise"'), "check")
     assert (found["json"], found["conditioning"]) == ("-", ["noise"])
 
 
-def test_actions_have_tables_of_their_own(recipe: Any, tmp_path: Path) -> None:
+def test_actions_have_tables_of_their_own(recipe, tmp_path):
     path = recipe('[comfyui.install]\ndir = "ComfyUI"')
     for named in (["install"], []):  # the only one there is needs no name
         words = [*named, "--config", str(path)]
@@ -118,7 +117,7 @@ def test_actions_have_tables_of_their_own(recipe: Any, tmp_path: Path) -> None:
         assert (parsed.folder, names) == (str(tmp_path / "ComfyUI"), ["comfyui", "install"])
 
 
-def test_an_action_runs_from_its_file_alone(ctq: Any, recipe: Any, tmp_path: Path) -> None:
+def test_an_action_runs_from_its_file_alone(ctq, recipe, tmp_path):
     (tmp_path / "ComfyUI" / "custom_nodes").mkdir(parents=True)
     outcome = ctq("--config", recipe('[comfyui.install]\ndir = "ComfyUI"\ndry_run = true'))
     assert (outcome.code, "dry run: " in outcome.err) == (0, True), outcome.err
@@ -161,14 +160,14 @@ def test_an_action_runs_from_its_file_alone(ctq: Any, recipe: Any, tmp_path: Pat
          "tables of several commands: convert, apply (name one: convert_to_quant convert ...)"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_used_is_misuse(ctq: Any, recipe: Any, text: str, words: list[str], said: str) -> None:
+def test_what_cannot_be_used_is_misuse(ctq, recipe, text, words, said):
     path = recipe(text)
     outcome = ctq("--config", path, *words)
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err == f"error: {path}: {said}\n"
 
 
-def test_a_file_that_cannot_be_read_is_misuse(ctq: Any, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_misuse(ctq, tmp_path):
     path = tmp_path / "none.toml"
     outcome = ctq("convert", "--config", path)
     assert (outcome.code, outcome.err) == (
@@ -177,23 +176,23 @@ def test_a_file_that_cannot_be_read_is_misuse(ctq: Any, tmp_path: Path) -> None:
     )
 
 
-def test_a_byte_order_mark_is_no_key(ctq: Any, recipe: Any, fp8_file: Path) -> None:
+def test_a_byte_order_mark_is_no_key(ctq, recipe, fp8_file):
     assert ctq("--config", recipe(f'\ufeff[inspect]\nmodel = "{fp8_file.name}"')).code == 0
 
 
-def test_the_last_file_counts_as_of_any_flag(ctq: Any, recipe: Any, fp8_file: Path) -> None:
+def test_the_last_file_counts_as_of_any_flag(ctq, recipe, fp8_file):
     path = recipe(f'[inspect]\nmodel = "{fp8_file.name}"')
     assert ctq("--config", "none.toml", "--config", path).code == 0
 
 
-def test_a_name_that_toml_cannot_hold_is_not_saved(ctq: Any, fp8_file: Path) -> None:
+def test_a_name_that_toml_cannot_hold_is_not_saved(ctq, fp8_file):
     path, saved = fp8_file.rename(fp8_file.with_name(os.fsdecode(b"\xff.safetensors"))), fp8_file.with_name("c.toml")
     outcome = ctq("inspect", path, "--save-config", saved)
     assert (outcome.code, saved.exists()) == (1, False)
     assert outcome.err == f"error: {saved}: TOML cannot hold a file name that is not UTF-8\n"
 
 
-def test_a_saved_call_is_the_same_call(ctq: Any, tmp_path: Path, flux_file: Path) -> None:
+def test_a_saved_call_is_the_same_call(ctq, tmp_path, flux_file):
     outputs = [tmp_path / f"{number}.safetensors" for number in range(2)]
     folder = tmp_path / "recipes"
     folder.mkdir()
@@ -207,7 +206,7 @@ def test_a_saved_call_is_the_same_call(ctq: Any, tmp_path: Path, flux_file: Path
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
 
 
-def test_a_call_that_failed_or_was_dry_saves_nothing(ctq: Any, folder: Any, flux_file: Path) -> None:
+def test_a_call_that_failed_or_was_dry_saves_nothing(ctq, folder, flux_file):
     before = folder()
     saved = flux_file.with_name("saved.toml")
     output = flux_file.with_name("out.safetensors")
@@ -218,9 +217,7 @@ def test_a_call_that_failed_or_was_dry_saves_nothing(ctq: Any, folder: Any, flux
 
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("flag", ["--json", "--save-config"])
-def test_what_is_written_about_a_call_replaces_no_file_of_it(
-    ctq: Any, folder: Any, flux_file: Path, flag: str, hard: bool
-) -> None:
+def test_what_is_written_about_a_call_replaces_no_file_of_it(ctq, folder, flux_file, flag, hard):
     before = folder()
     link = flux_file.with_name("link.safetensors")
     link.hardlink_to(flux_file) if hard else link.symlink_to(flux_file)
@@ -232,7 +229,7 @@ def test_what_is_written_about_a_call_replaces_no_file_of_it(
     assert folder() == before
 
 
-def test_every_key_is_a_flag_or_an_argument() -> None:
+def test_every_key_is_a_flag_or_an_argument():
     for command in COMMANDS:
         parser = build_parser(command)
         for key, action in config.keys(parser).items():
@@ -245,5 +242,5 @@ TEXTS = st.text(st.characters(blacklist_categories=("Cs",)), max_size=8)
 @given(st.recursive(TEXTS | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False),
                     lambda values: st.lists(values, max_size=3), max_leaves=4))  # fmt: skip
 @example('a\x7f\x1f\n"\\')
-def test_values_come_back_from_toml(value: Any) -> None:
+def test_values_come_back_from_toml(value):
     assert tomllib.loads(f"x = {config._toml(value)}") == {"x": value}

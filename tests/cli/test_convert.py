@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,6 @@ MODEL = ("--actcal", "--actcal-samples", "1")
 TIGHT = (*MODEL, "--actcal-margin", "1")
 """Without headroom every layer gets a scale of its own; with it, most of this model keep 1.0."""
 LAYER = ("--actcal", "--actcal-engine", "layer")
-
-Command = Callable[..., Any]
-Folder = Callable[[], dict[str, bytes]]
 
 
 def input_scales(path: Path) -> dict[str, np.ndarray]:
@@ -59,7 +55,7 @@ def expect_calibrated(path: Path, layers: tuple[str, ...]) -> dict[str, float]:
     return {name: float(scale) for name, scale in scales.items()}
 
 
-def test_convert_quantizes_the_blocks_and_says_so(ctq: Command, flux_file: Path, flux: Any) -> None:
+def test_convert_quantizes_the_blocks_and_says_so(ctq, flux_file, flux):
     output = flux_file.with_name("out.safetensors")
     outcome = ctq("-i", flux_file, "-o", output)
     assert (outcome.code, outcome.out) == (0, "")
@@ -68,7 +64,7 @@ def test_convert_quantizes_the_blocks_and_says_so(ctq: Command, flux_file: Path,
     assert input_scales(output) == {}  # other readers would take one of 1.0 for measured
 
 
-def test_scales_that_nobody_measured_are_told_with_what_measures_them(ctq: Command, flux_file: Path) -> None:
+def test_scales_that_nobody_measured_are_told_with_what_measures_them(ctq, flux_file):
     out = flux_file.with_name("my out.safetensors")
     told = (
         "note: its input scales are not measured, and ComfyUI takes 1.0 for them "
@@ -81,9 +77,7 @@ def test_scales_that_nobody_measured_are_told_with_what_measures_them(ctq: Comma
 
 
 @pytest.mark.parametrize(("name", "told"), [("a.gguf", True), ("a", True), ("a.SFT", False), ("a.safetensors", False)])
-def test_a_name_that_comfyui_takes_for_something_else_is_told(
-    ctq: Command, flux_file: Path, fp8_file: Path, name: str, told: bool
-) -> None:
+def test_a_name_that_comfyui_takes_for_something_else_is_told(ctq, flux_file, fp8_file, name, told):
     out = flux_file.with_name(name)
     calibrating = ("--actcal", "--actcal-engine", "layer")
     for words in (("-i", flux_file), ("-i", fp8_file, *calibrating)):
@@ -92,7 +86,7 @@ def test_a_name_that_comfyui_takes_for_something_else_is_told(
         assert (f"note: ComfyUI does not read {name} as safetensors" in outcome.err) == told
 
 
-def test_in_place_says_so_where_nothing_changes(ctq: Command, fp8_file: Path) -> None:
+def test_in_place_says_so_where_nothing_changes(ctq, fp8_file):
     words = ("-i", fp8_file, "--in-place", "--actcal", "--actcal-engine", "layer")
     assert ctq(*words).err.endswith(f"wrote {fp8_file}\n")
     before = fp8_file.read_bytes(), fp8_file.stat().st_mtime_ns
@@ -100,12 +94,12 @@ def test_in_place_says_so_where_nothing_changes(ctq: Command, fp8_file: Path) ->
     assert (fp8_file.read_bytes(), fp8_file.stat().st_mtime_ns) == before
 
 
-def test_quiet_says_nothing(ctq: Command, flux_file: Path) -> None:
+def test_quiet_says_nothing(ctq, flux_file):
     outcome = ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), "-q", *LAYER)
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
 
 
-def test_dry_run_prints_the_plan_with_reasons_and_writes_nothing(ctq: Command, flux_file: Path, folder: Folder) -> None:
+def test_dry_run_prints_the_plan_with_reasons_and_writes_nothing(ctq, flux_file, folder):
     before = folder()
     outcome = ctq("-i", flux_file, "--dry-run", "--exclude_layers", r"txt_mlp\.2$")
     assert outcome.code == 0
@@ -122,9 +116,7 @@ def test_dry_run_prints_the_plan_with_reasons_and_writes_nothing(ctq: Command, f
     assert folder() == before
 
 
-def test_actcal_takes_number_and_size_of_images_as_observe_does(
-    ctq: Command, fp8_file: Path, save: Callable[..., Path]
-) -> None:
+def test_actcal_takes_number_and_size_of_images_as_observe_does(ctq, fp8_file, save):
     size = {"height": 32, "width": 48, "text-tokens": 5, "samples": 4}
     report, statistics = fp8_file.with_name("r.json"), fp8_file.with_name("s.safetensors")
     words = [word for name, number in size.items() for word in (f"--actcal-{name}", number)]
@@ -143,16 +135,14 @@ def test_actcal_takes_number_and_size_of_images_as_observe_does(
     assert seen.rows[seen.names.index(image)] == 4 * 4 * 2 * 3  # images, noise levels, tokens
 
 
-def test_without_input_scales_and_with_a_report(ctq: Command, flux_file: Path) -> None:
+def test_without_input_scales_and_with_a_report(ctq, flux_file):
     output, report = flux_file.with_name("out.safetensors"), flux_file.with_name("report.json")
     assert ctq("-i", flux_file, "-o", output, "--no_input_scale", "--json", report).code == 0
     assert input_scales(output) == {}
     assert json.loads(report.read_text())["counts"]["quantized"] == 13
 
 
-def test_converting_and_calibrating_in_one_breath_equals_one_after_the_other(
-    ctq: Command, flux_file: Path, fp8_file: Path, flux: Any
-) -> None:
+def test_converting_and_calibrating_in_one_breath_equals_one_after_the_other(ctq, flux_file, fp8_file, flux):
     at_once, after = flux_file.with_name("once.safetensors"), flux_file.with_name("after.safetensors")
     outcome = ctq("-i", flux_file, "-o", at_once, *TIGHT)
     assert outcome.code == 0, outcome.err
@@ -170,7 +160,7 @@ def test_converting_and_calibrating_in_one_breath_equals_one_after_the_other(
     assert not list(fp8_file.parent.glob("*.undo"))
 
 
-def test_calibration_changes_scales_and_marks_only(ctq: Command, fp8_file: Path, flux: Any) -> None:
+def test_calibration_changes_scales_and_marks_only(ctq, fp8_file, flux):
     output = fp8_file.with_name("out.safetensors")
     before = raw_tensors(fp8_file)
     assert ctq("-i", fp8_file, "-o", output, *TIGHT).code == 0
@@ -186,9 +176,7 @@ def test_calibration_changes_scales_and_marks_only(ctq: Command, fp8_file: Path,
     assert {name for name, mark in marks.items() if mark.get("full_precision_matrix_mult")} == set(flux.one_row)
 
 
-def test_verbose_prints_old_scale_new_scale_source_and_range_of_every_layer(
-    ctq: Command, fp8_file: Path, folder: Folder, flux: Any
-) -> None:
+def test_verbose_prints_old_scale_new_scale_source_and_range_of_every_layer(ctq, fp8_file, folder, flux):
     report = fp8_file.with_name("r.json")
     outcome = ctq("-i", fp8_file, "--dry-run", "-v", "--json", report, *TIGHT)
     head, *rows = outcome.out.splitlines()
@@ -209,7 +197,7 @@ def test_verbose_prints_old_scale_new_scale_source_and_range_of_every_layer(
     assert "scale before" in outcome.err, "the table makes way"
 
 
-def test_calibration_is_deterministic_for_a_seed(ctq: Command, fp8_file: Path) -> None:
+def test_calibration_is_deterministic_for_a_seed(ctq, fp8_file):
     outputs = [fp8_file.with_name(f"{number}.safetensors") for number in range(3)]
     for output, seed in zip(outputs, (1, 1, 2), strict=True):
         assert ctq("-i", fp8_file, "-o", output, *LAYER, "--actcal-seed", seed).code == 0
@@ -221,8 +209,8 @@ def test_calibration_is_deterministic_for_a_seed(ctq: Command, fp8_file: Path) -
 @pytest.mark.parametrize("target", ["--in-place", "-o out.safetensors", "--dry-run"])
 @pytest.mark.parametrize("quantized", [True, False])
 def test_a_model_that_cannot_be_run_is_refused_and_nothing_is_written(
-    ctq: Command, save: Any, build: Any, folder: Folder, monkeypatch: Any, *, quantized: bool, target: str, engine: str
-) -> None:
+    ctq, save, build, folder, monkeypatch, *, quantized, target, engine
+):
     if target == "--in-place" and not quantized:
         pytest.skip("only FP8 files are calibrated in place")
     tensors, metadata = build.quantized(["blocks.0.fc1", "blocks.0.fc2"], "both")
@@ -241,7 +229,7 @@ def test_a_model_that_cannot_be_run_is_refused_and_nothing_is_written(
     assert folder() == before
 
 
-def test_guesses_are_made_by_name_and_called_so(ctq: Command, save: Callable[..., Path], build: Any) -> None:
+def test_guesses_are_made_by_name_and_called_so(ctq, save, build):
     path = save("m.safetensors", *build.quantized(["blocks.0.fc1", "blocks.0.fc2"], "both"))
     output = path.with_name("out.safetensors")
     outcome = ctq("-i", path, "-o", output, *LAYER)
@@ -253,8 +241,8 @@ def test_guesses_are_made_by_name_and_called_so(ctq: Command, save: Callable[...
 
 
 def test_a_model_beside_an_fp8_text_encoder_is_converted_and_the_encoder_left_alone(
-    ctq: Command, save: Callable[..., Path], build: Any, flux_tensors: Callable[[], dict[str, Any]], flux: Any
-) -> None:
+    ctq, save, build, flux_tensors, flux
+):
     name = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"
     encoder, _ = build.quantized([name], "tensor", input_scale=None)
     own = {f"model.diffusion_model.{key}": value for key, value in flux_tensors().items()}
@@ -267,7 +255,7 @@ def test_a_model_beside_an_fp8_text_encoder_is_converted_and_the_encoder_left_al
     assert "left alone: 1 FP8 layer beside the diffusion model" in again.err
 
 
-def test_ranges_cover_the_model_with_and_without_its_lora(ctq: Command, lora: Path, fp8_file: Path, flux: Any) -> None:
+def test_ranges_cover_the_model_with_and_without_its_lora(ctq, lora, fp8_file, flux):
     scales = {}
     for name, words in (("plain", ()), ("lora", ("--actcal-lora", f"{lora}:3.0"))):
         output = fp8_file.with_name(f"with_{name}.safetensors")
@@ -280,7 +268,7 @@ def test_ranges_cover_the_model_with_and_without_its_lora(ctq: Command, lora: Pa
     assert scales["lora"]["double_blocks.0.img_mlp.2"] > 2 * scales["plain"]["double_blocks.0.img_mlp.2"]
 
 
-def test_conversion_flags_do_nothing_to_an_fp8_file_and_it_says_so(ctq: Command, fp8_file: Path) -> None:
+def test_conversion_flags_do_nothing_to_an_fp8_file_and_it_says_so(ctq, fp8_file):
     outcome = ctq("-i", fp8_file, "--dry-run", *LAYER, "--scaling_mode", "row", "--exclude-layers", "x")
     assert outcome.code == 0
     assert (
@@ -289,7 +277,7 @@ def test_conversion_flags_do_nothing_to_an_fp8_file_and_it_says_so(ctq: Command,
     )
 
 
-def test_legacy_files_stay_legacy_and_are_calibrated(ctq: Command, flux_file: Path, flux: Any) -> None:
+def test_legacy_files_stay_legacy_and_are_calibrated(ctq, flux_file, flux):
     output = flux_file.with_name("legacy.safetensors")
     outcome = ctq("-i", flux_file, "-o", output, "--legacy", *TIGHT)
     assert outcome.code == 0
@@ -304,9 +292,7 @@ def test_legacy_files_stay_legacy_and_are_calibrated(ctq: Command, flux_file: Pa
     assert all(scale > 0 for scale in scales.values())
 
 
-def test_a_shard_index_is_converted_and_calibrated_shard_by_shard(
-    ctq: Command, save_shards: Callable[..., Path], flux_tensors: Callable[[], dict[str, Any]], flux: Any
-) -> None:
+def test_a_shard_index_is_converted_and_calibrated_shard_by_shard(ctq, save_shards, flux_tensors, flux):
     items = list(flux_tensors().items())
     index = save_shards("model", [dict(items[:30]), dict(items[30:])])
     output = index.with_name("out.safetensors.index.json")
@@ -331,8 +317,8 @@ cli.main(["-i", sys.argv[1], "--in-place", "--actcal", "--actcal-engine", "layer
 
 
 def test_a_file_that_an_interrupted_change_left_half_done_is_repaired_in_place_and_not_read(
-    ctq: Command, fp8_file: Path, flux_file: Path, tmp_path: Path, folder: Folder
-) -> None:
+    ctq, fp8_file, flux_file, tmp_path, folder
+):
     stats, new, undo = (tmp_path / name for name in ("stats.safetensors", "new.safetensors", "fp8.safetensors.undo"))
     assert ctq("observe", flux_file, "-o", stats, "--samples", "1").code == 0
     original = fp8_file.read_bytes()
@@ -366,9 +352,7 @@ def test_a_file_that_an_interrupted_change_left_half_done_is_repaired_in_place_a
     assert 1.0 not in {float(scale) for scale in input_scales(fp8_file).values()}
 
 
-def test_a_file_that_is_replaced_while_it_is_calibrated_in_place_is_left_alone(
-    ctq: Command, fp8_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_replaced_while_it_is_calibrated_in_place_is_left_alone(ctq, fp8_file, monkeypatch):
     from convert_to_quant.cli import convert
 
     real, new = convert.calibrate, b"another file"
@@ -388,9 +372,7 @@ def test_a_file_that_is_replaced_while_it_is_calibrated_in_place_is_left_alone(
     assert not list(fp8_file.parent.glob("*.undo"))
 
 
-def test_a_calibration_that_fails_while_converting_leaves_no_output(
-    ctq: Command, flux_file: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_calibration_that_fails_while_converting_leaves_no_output(ctq, flux_file, folder, monkeypatch):
     from convert_to_quant import calibrate_activation_scales
     from convert_to_quant.errors import CalibrationError
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -56,13 +53,13 @@ KEPT = ("stats.safetensors", "folded.safetensors")
 
 
 @pytest.fixture(scope="module")
-def observed() -> list[bytes]:
+def observed():
     """Files that calls are made with and that take a run of the model, once they have been made."""
     return []
 
 
 @pytest.fixture
-def place(ctq: Any, fp8_file: Path, save: Any, observed: list[bytes], monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(ctq, fp8_file, save, observed, monkeypatch):
     """A folder with all that the calls name."""
     folder = fp8_file.parent
     monkeypatch.chdir(folder)
@@ -83,14 +80,12 @@ def place(ctq: Any, fp8_file: Path, save: Any, observed: list[bytes], monkeypatc
     return folder
 
 
-def test_every_command_that_writes_is_here() -> None:
+def test_every_command_that_writes_is_here():
     assert {name.partition(" ")[0] for name in CALLS} >= set(COMMANDS) - READERS - {"completion"}
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_it_says_so_and_writes_nothing(
-    ctq: Any, place: Path, folder: Callable[[], dict[str, bytes]], name: str
-) -> None:
+def test_it_says_so_and_writes_nothing(ctq, place, folder, name):
     before = folder()
     outcome = ctq(*CALLS[name].split(), "--dry-run")
     assert outcome.code == 0, outcome.err
@@ -101,15 +96,13 @@ def test_it_says_so_and_writes_nothing(
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_it_gives_its_document_all_the_same(ctq: Any, place: Path, name: str) -> None:
+def test_it_gives_its_document_all_the_same(ctq, place, name):
     outcome = ctq(*CALLS[name].split(), "--dry-run", "--json", "-")
     assert json.loads(outcome.out)["made_by"]["options"]["dry-run"] is True
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_it_fails_as_the_command_would(
-    ctq: Any, place: Path, folder: Callable[[], dict[str, bytes]], name: str
-) -> None:
+def test_it_fails_as_the_command_would(ctq, place, folder, name):
     before = folder()
     words, said = FAILURES[name]
     outcome = ctq(*words.split(), "--dry-run")

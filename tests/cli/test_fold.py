@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +23,7 @@ def folding_of(path: Path) -> str | None:
 
 
 @pytest.fixture
-def flux_file(flux_file: Path) -> Path:
+def flux_file(flux_file):
     """The tiny Flux.1, every channel of which has a range of its own."""
     path = flux_file.with_name("wild.safetensors")
     write_reranged(flux_file, path, RERANGINGS["wild"])
@@ -33,7 +31,7 @@ def flux_file(flux_file: Path) -> Path:
 
 
 @pytest.fixture
-def lora(flux_file: Path, save: Any) -> Path:
+def lora(flux_file, save):
     with open_checkpoint(flux_file) as checkpoint:
         rows, inputs = checkpoint.tensors[LAYER + ".weight"].shape
     rng = np.random.default_rng(0)
@@ -43,9 +41,7 @@ def lora(flux_file: Path, save: Any) -> Path:
     )
 
 
-def test_a_folded_file_warns_and_its_loras_are_converted(
-    ctq: Any, flux_file: Path, lora: Path, tmp_path: Path, folder: Callable[[], Any]
-) -> None:
+def test_a_folded_file_warns_and_its_loras_are_converted(ctq, flux_file, lora, tmp_path, folder):
     out, converted = tmp_path / "int8.safetensors", tmp_path / "folded.safetensors"
     done = ctq("-i", flux_file, "-o", out, "--format", "int8", "--fold", *SMALL)
     assert done.code == 0
@@ -65,9 +61,7 @@ def test_a_folded_file_warns_and_its_loras_are_converted(
     assert "its channels are not folded, so LoRAs fit it as they are" in plain.err
 
 
-def test_calibration_takes_a_lora_that_is_folded_for_the_file_only(
-    ctq: Any, flux_file: Path, lora: Path, tmp_path: Path
-) -> None:
+def test_calibration_takes_a_lora_that_is_folded_for_the_file_only(ctq, flux_file, lora, tmp_path):
     out, converted = tmp_path / "fp8.safetensors", tmp_path / "folded.safetensors"
     done = ctq("-i", flux_file, "-o", out, "--fold", "--actcal", *SMALL)
     assert (done.code, done.err.count("its channels are folded")) == (0, 1)
@@ -82,9 +76,7 @@ def test_calibration_takes_a_lora_that_is_folded_for_the_file_only(
 
 
 @pytest.mark.parametrize("words", [("--best", "--gpu", "rtx50", "--bits", 7), ("--format", "w4a8")])
-def test_a_folded_file_is_rounded_to_the_same_bytes_every_time(
-    ctq: Any, flux_file: Path, tmp_path: Path, words: tuple[Any, ...]
-) -> None:
+def test_a_folded_file_is_rounded_to_the_same_bytes_every_time(ctq, flux_file, tmp_path, words):
     outs = [tmp_path / name for name in ("nearest.safetensors", "a.safetensors", "b.safetensors")]
     for out, more in zip(outs, ((), ("--round",), ("--round",)), strict=True):
         assert ctq("-i", flux_file, "-o", out, "--fold", *words, *more, *SMALL).code == 0
@@ -100,7 +92,7 @@ def tensors_of(path: Path) -> dict[str, bytes]:
         return {name: checkpoint.raw(name).tobytes() for name in checkpoint.tensors}
 
 
-def test_even_channels_are_left_as_they_are(ctq: Any, save: Any, flux_tensors: Any, tmp_path: Path) -> None:
+def test_even_channels_are_left_as_they_are(ctq, save, flux_tensors, tmp_path):
     out = tmp_path / "int8.safetensors"
     done = ctq("-i", save("even.safetensors", flux_tensors()), "-o", out, "--format", "int8", "--fold", *SMALL)
     assert (done.code, folding_of(out)) == (0, None)
@@ -117,9 +109,7 @@ def test_even_channels_are_left_as_they_are(ctq: Any, save: Any, flux_tensors: A
         (("--format", "int8", "--exclude-layers", "."), "no layer of flux1 that is to be quantized reads channels"),
     ],
 )
-def test_what_cannot_be_done_is_refused(
-    ctq: Any, flux_file: Path, tmp_path: Path, words: tuple[str, ...], said: str
-) -> None:
+def test_what_cannot_be_done_is_refused(ctq, flux_file, tmp_path, words, said):
     done = ctq("-i", flux_file, "-o", tmp_path / "out.safetensors", "--fold", *words)
     assert done.code in (1, 2)
     assert said in done.err

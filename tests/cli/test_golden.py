@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -60,14 +58,14 @@ OBSERVED: list[bytes] = []
 
 
 @pytest.fixture(autouse=True)
-def timeless(monkeypatch: pytest.MonkeyPatch) -> None:
+def timeless(monkeypatch):
     """No lines that depend on how fast the machine is."""
     monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", float("inf"))
     monkeypatch.setattr(output, "LONG_SECONDS", float("inf"))
 
 
 @pytest.fixture
-def here(fp8_file: Path, monkeypatch: pytest.MonkeyPatch, ctq: Any) -> Iterator[Path]:
+def here(fp8_file, monkeypatch, ctq):
     """A folder with models in it, to which calls are relative."""
     folder = fp8_file.parent
     (folder / "ComfyUI" / "custom_nodes").mkdir(parents=True)
@@ -78,7 +76,7 @@ def here(fp8_file: Path, monkeypatch: pytest.MonkeyPatch, ctq: Any) -> Iterator[
 
 
 @pytest.fixture
-def stats(here: Path, ctq: Any) -> Path:
+def stats(here, ctq):
     """Statistics beside the models."""
     path = here / "stats.safetensors"
     if not OBSERVED:
@@ -89,7 +87,7 @@ def stats(here: Path, ctq: Any) -> Path:
 
 
 @pytest.fixture
-def shown(here: Path, stats: Path, ctq: Any) -> Callable[[str], str]:
+def shown(here, stats, ctq):
     """What a call shows, in that folder."""
 
     def run(words: str) -> str:
@@ -124,19 +122,19 @@ def readable(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", HELP)
-def test_help(golden: Any, name: str, ctq: Any) -> None:
+def test_help(golden, name, ctq):
     outcome = ctq(*HELP[name].split())
     assert outcome.err == ""
     golden(f"help {name}", outcome.out)
 
 
 @pytest.mark.parametrize("name", SCREENS)
-def test_screens(golden: Any, name: str, shown: Callable[[str], str]) -> None:
+def test_screens(golden, name, shown):
     text = shown(SCREENS[name])
     golden(f"screen {name}", without_digits(text) if name in MASKED else text)
 
 
-def test_the_demo(golden: Any, ctq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo(golden, ctq, tmp_path, monkeypatch):
     from convert_to_quant import demo
 
     figures = {"plain": (49.8, 30.1, 30.4, 41.0, 29.1), "hot": (49.2, 6.7, 30.1, 37.7, 25.2)}  # of 2026-11-26
@@ -171,15 +169,15 @@ def test_the_demo(golden: Any, ctq: Any, tmp_path: Path, monkeypatch: pytest.Mon
     [("inspect layers", 100), ("inspect layers", 60), ("check", 100)],
 )
 def test_screens_on_a_terminal(
-    golden: Any,
-    terminal: Any,
-    name: str,
-    width: int,
-    here: Path,
-    stats: Path,
-    ctq: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    golden,
+    terminal,
+    name,
+    width,
+    here,
+    stats,
+    ctq,
+    monkeypatch,
+):
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "xterm")
     with monkeypatch.context() as patch:

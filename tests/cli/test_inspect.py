@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from convert_to_quant.cli.terminal import WIDEST
 
 
 @pytest.fixture
-def look(ctq: Any) -> Callable[..., str]:
+def look(ctq):
     """The screen of a file that is no misuse."""
 
     def look(path: Path, *words: str) -> str:
@@ -28,7 +27,7 @@ def look(ctq: Any) -> Callable[..., str]:
 # golden screens
 
 
-def test_the_screen_of_a_calibrated_file(golden: Any, look: Any, save: Any, build: Any) -> None:
+def test_the_screen_of_a_calibrated_file(golden, look, save, build):
     made = {
         "version": "0.1.0", "convert": {},
         "calibrate": {"engine": "model", "conditioning": "noise", "samples": 64, "seed": 42,
@@ -46,14 +45,14 @@ def test_the_screen_of_a_calibrated_file(golden: Any, look: Any, save: Any, buil
     golden("inspect calibrated", look(path))
 
 
-def test_the_screen_of_a_legacy_file_whose_marker_disables_fp8(golden: Any, look: Any, save: Any, build: Any) -> None:
+def test_the_screen_of_a_legacy_file_whose_marker_disables_fp8(golden, look, save, build):
     tensors, _ = build.quantized([f"model.diffusion_model.blocks.{i}" for i in range(3)], "legacy")
     tensors["model.diffusion_model.scaled_fp8"] = ("F8_E4M3", np.zeros(2, np.uint8))
     tensors["vae.decoder.weight"] = np.zeros((4, 4), np.float16)
     golden("inspect legacy", look(save("legacy.safetensors", tensors)))
 
 
-def test_the_screen_of_what_diffusers_writes(golden: Any, look: Any, save_shards: Any, build: Any) -> None:
+def test_the_screen_of_what_diffusers_writes(golden, look, save_shards, build):
     shards = []
     for name in ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_q"):
         tensors, _ = build.quantized([name], "none")
@@ -62,7 +61,7 @@ def test_the_screen_of_what_diffusers_writes(golden: Any, look: Any, save_shards
     golden("inspect of diffusers", look(save_shards("model", shards)))
 
 
-def test_the_screen_of_a_file_with_many_formats_and_problems(golden: Any, look: Any, save: Any, build: Any) -> None:
+def test_the_screen_of_a_file_with_many_formats_and_problems(golden, look, save, build):
     tensors, _ = build.quantized(["blocks.0", "blocks.1"], "tensor", shape=(24, 32))
     more, _ = build.quantized(["blocks.2", "blocks.3", "blocks.4", "blocks.5"], "tensor", input_scale=None)
     tensors |= more
@@ -83,7 +82,7 @@ def test_the_screen_of_a_file_with_many_formats_and_problems(golden: Any, look: 
 # the frame
 
 
-def test_the_table_of_layers(golden: Any, look: Any, save: Any, build: Any) -> None:
+def test_the_table_of_layers(golden, look, save, build):
     tensors, metadata = build.quantized(["blocks.0", "blocks.1"], "both", input_scale=0.125)
     tensors["blocks.1.input_scale"] = np.float32(1)
     tensors["final.weight"] = np.zeros((16, 16), np.float16)
@@ -91,24 +90,24 @@ def test_the_table_of_layers(golden: Any, look: Any, save: Any, build: Any) -> N
     golden("inspect layers of several kinds", out.partition("\n\n")[2])
 
 
-def test_no_line_is_wider_than_a_terminal(look: Any, fp8_file: Path) -> None:
+def test_no_line_is_wider_than_a_terminal(look, fp8_file):
     assert max(map(len, look(fp8_file).splitlines())) <= WIDEST
 
 
-def test_json_on_stdout_is_one_document_and_nothing_else(look: Any, fp8_file: Path) -> None:
+def test_json_on_stdout_is_one_document_and_nothing_else(look, fp8_file):
     document = json.loads(look(fp8_file, "--json", "-", "--layers"))
     assert document["family"] == "flux1"
     assert document["input_scales"] == {"missing": 13}
     assert {layer["reading"] for layer in document["layers"]} == {"fp8-at-one", "high-precision"}
 
 
-def test_json_in_a_file_leaves_the_screen(look: Any, fp8_file: Path, tmp_path: Path) -> None:
+def test_json_in_a_file_leaves_the_screen(look, fp8_file, tmp_path):
     report = tmp_path / "report.json"
     assert look(fp8_file, "--json", str(report)) == look(fp8_file)
     assert json.loads(report.read_text(encoding="utf-8"))["problems"] == []
 
 
-def test_the_screen_of_guessed_scales(golden: Any, look: Any, ctq: Any, save: Any, build: Any) -> None:
+def test_the_screen_of_guessed_scales(golden, look, ctq, save, build):
     tensors, _ = build.quantized(["blocks.0"], "tensor", input_scale=0.25)
     made = {"version": "0.1.0", "calibrate": {"engine": "layer", "samples": 64}}
     path = save("guessed.safetensors", tensors, {"convert_to_quant": json.dumps(made)})
@@ -118,13 +117,13 @@ def test_the_screen_of_guessed_scales(golden: Any, look: Any, ctq: Any, save: An
     assert "problems      input scales are guesses from simulated layers, not measured\n" in strict.out
 
 
-def test_strict_finds_a_file_that_was_never_calibrated(ctq: Any, fp8_file: Path) -> None:
+def test_strict_finds_a_file_that_was_never_calibrated(ctq, fp8_file):
     strict = ctq("inspect", fp8_file, "--strict")
     assert (strict.code, ctq("inspect", fp8_file).code) == (1, 0)
     assert "input scales were never calibrated: all are 1.0 or missing" in " ".join(strict.out.split())
 
 
-def test_strict_exits_with_1_where_there_are_problems_and_only_there(ctq: Any, save: Any, build: Any) -> None:
+def test_strict_exits_with_1_where_there_are_problems_and_only_there(ctq, save, build):
     good = save("good.safetensors", *build.quantized(["blocks.0"], "tensor", input_scale=0.5))
     bad = save("bad.safetensors", *build.quantized(["blocks.0"], "none"))
     assert [ctq("inspect", path, "--strict").code for path in (good, bad)] == [0, 1]
@@ -143,7 +142,7 @@ def test_strict_exits_with_1_where_there_are_problems_and_only_there(ctq: Any, s
         ("a.safetensors.index.json", b'{"weight_map": {"x": "x.safetensors"}}', "no such file"),
     ],
 )
-def test_a_bad_file_is_one_line_on_stderr(ctq: Any, tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_a_bad_file_is_one_line_on_stderr(ctq, tmp_path, name, content, said):
     path = tmp_path / name
     path.write_bytes(content)
     outcome = ctq("inspect", path)
@@ -153,7 +152,7 @@ def test_a_bad_file_is_one_line_on_stderr(ctq: Any, tmp_path: Path, name: str, c
     assert outcome.err.count("\n") == 1
 
 
-def test_names_cannot_drive_the_terminal(look: Any, save: Any) -> None:
+def test_names_cannot_drive_the_terminal(look, save):
     path = save(
         "m.safetensors", {"a\x1b[2J\n.weight_scale": np.float32(1), "b\x1b[2J.weight": np.zeros((2, 2), np.float16)}
     )
@@ -163,7 +162,7 @@ def test_names_cannot_drive_the_terminal(look: Any, save: Any) -> None:
     assert r"b\x1b[2J" in out
 
 
-def test_hardly_a_weight_is_read(save: Any, build: Any, monkeypatch: pytest.MonkeyPatch, look: Any) -> None:
+def test_hardly_a_weight_is_read(save, build, monkeypatch, look):
     from convert_to_quant.checkpoint import Checkpoint
 
     read = []
@@ -190,9 +189,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("kind", "broken"), [(kind, value) for kind, values in BROKEN.items() for value in values])
-def test_a_remedy_that_is_a_command_cures(
-    ctq: Any, save: Any, build: Any, tmp_path: Path, kind: str, broken: Any
-) -> None:
+def test_a_remedy_that_is_a_command_cures(ctq, save, build, tmp_path, kind, broken):
     from convert_to_quant.inspection import inspect_file
     from convert_to_quant.problems import KINDS
 
@@ -212,7 +209,7 @@ def test_a_remedy_that_is_a_command_cures(
     assert (found.problems, found.readings) == ((), {"fp8": 1})
 
 
-def test_a_folder_is_a_line_for_each_checkpoint_and_shards_are_their_index(ctq: Any, save: Any, build: Any) -> None:
+def test_a_folder_is_a_line_for_each_checkpoint_and_shards_are_their_index(ctq, save, build):
     good = save("good.safetensors", *build.quantized(["a"], "tensor", input_scale=0.5))
     bad = save("bad.safetensors", *build.quantized(["a"], "tensor", input_scale=-1.0))
     for name in ("big-00001-of-00001.safetensors", "-1-of-2.safetensors"):

@@ -7,9 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -44,7 +41,7 @@ sys.exit(cli.main())
 
 
 @pytest.fixture
-def stalled(flux_file: Path, fp8_file: Path) -> Callable[..., subprocess.Popen[str]]:
+def stalled(flux_file, fp8_file):
     """Start a command that is held up, and wait until it is."""
 
     def start(command: str, seconds: float, *more: str, call: int = 1) -> subprocess.Popen[str]:
@@ -70,7 +67,7 @@ def stalled(flux_file: Path, fp8_file: Path) -> Callable[..., subprocess.Popen[s
         ("convert", signal.SIGKILL, -9),
     ],
 )
-def test_a_signal_unwinds_and_leaves_nothing(stalled: Any, folder: Any, command: str, number: int, code: int) -> None:
+def test_a_signal_unwinds_and_leaves_nothing(stalled, folder, command, number, code):
     before = folder()
     process = stalled(command, 0.3)
     process.send_signal(number)
@@ -81,7 +78,7 @@ def test_a_signal_unwinds_and_leaves_nothing(stalled: Any, folder: Any, command:
     assert folder() == before
 
 
-def test_what_was_observed_is_kept_where_it_was_saved_and_that_is_said(stalled: Any, flux_file: Path) -> None:
+def test_what_was_observed_is_kept_where_it_was_saved_and_that_is_said(stalled, flux_file):
     small = ("--height", "32", "--width", "32", "--text-tokens", "4", "--samples", "2", "--steps", "1")
     process = stalled("observe", 0.3, *small, "--save-every", "0", call=3)
     process.send_signal(signal.SIGINT)
@@ -95,7 +92,7 @@ def test_what_was_observed_is_kept_where_it_was_saved_and_that_is_said(stalled: 
     ]
 
 
-def test_the_second_signal_ends_it_at_once(stalled: Any, folder: Any) -> None:
+def test_the_second_signal_ends_it_at_once(stalled, folder):
     before = folder()
     process = stalled("convert", 60)  # the first signal waits for its threads
     process.send_signal(signal.SIGINT)
@@ -107,7 +104,7 @@ def test_the_second_signal_ends_it_at_once(stalled: Any, folder: Any) -> None:
     assert folder() == before
 
 
-def test_a_signal_that_arrives_twice_is_one_and_unwinds(stalled: Any, folder: Any) -> None:
+def test_a_signal_that_arrives_twice_is_one_and_unwinds(stalled, folder):
     before = folder()
     process = stalled("convert", 0.3)
     process.send_signal(signal.SIGINT)
@@ -119,13 +116,13 @@ def test_a_signal_that_arrives_twice_is_one_and_unwinds(stalled: Any, folder: An
     assert folder() == before
 
 
-def test_handlers_are_those_of_before_afterwards(ctq: Any) -> None:
+def test_handlers_are_those_of_before_afterwards(ctq):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     assert ctq("--help").code == 0
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_in_a_thread_the_command_line_works_without_signals(capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_a_thread_the_command_line_works_without_signals(capsys):
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(cli.main(["--help"])))
     thread.start()
@@ -134,7 +131,7 @@ def test_in_a_thread_the_command_line_works_without_signals(capsys: pytest.Captu
     assert capsys.readouterr().out
 
 
-def test_a_signal_that_is_ignored_stays_ignored() -> None:
+def test_a_signal_that_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with interruptible():

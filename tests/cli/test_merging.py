@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def written(path: Path, entries: dict[str, Any]) -> Path:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def model(tmp_path):
     layers = {name: Entry.of(weight(seed), "BF16") for seed, name in enumerate((FIRST, SECOND, KEPT))}
     return written(tmp_path / "model.safetensors", {f"{name}.weight": each for name, each in layers.items()})
 
@@ -77,9 +76,7 @@ def tensors_of(path: Path) -> dict[str, tuple[str, bytes]]:
 
 @pytest.mark.parametrize("weight_scale", ["absmax", "mse"])
 @pytest.mark.parametrize("fmt", ["fp8", "int8", "int8-tensor", "int8-convrot", "mxfp8", "nvfp4", "w4a8"])
-def test_bytes_are_those_of_a_file_that_was_merged_beforehand(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, fmt: str, weight_scale: str
-) -> None:
+def test_bytes_are_those_of_a_file_that_was_merged_beforehand(tmp_path, model, monkeypatch, fmt, weight_scale):
     """Two files, with strengths and alpha, one on two layers; in bands of a few rows."""
     monkeypatch.setattr(quantize_module, "BAND_VALUES", 50 * IN)
     one, two = factors(FIRST, 5, alpha=8) | factors(KEPT, 6), factors(FIRST, 7)
@@ -104,7 +101,7 @@ def test_bytes_are_those_of_a_file_that_was_merged_beforehand(
 
 
 @pytest.mark.parametrize("fmt", ["fp8", "nvfp4"])
-def test_torch_on_a_device_writes_the_same(tmp_path: Path, model: Path, fmt: str) -> None:
+def test_torch_on_a_device_writes_the_same(tmp_path, model, fmt):
     """The way of a GPU, on "cpu:0"."""
     lora = written(tmp_path / "one.safetensors", factors(FIRST, 5) | factors(KEPT, 6))
     for device in ("cpu", "cpu:0"):
@@ -113,7 +110,7 @@ def test_torch_on_a_device_writes_the_same(tmp_path: Path, model: Path, fmt: str
 
 
 @pytest.mark.parametrize("dtype", ["F16", "F32"])
-def test_a_layer_that_stays_is_rounded_once_to_its_dtype(tmp_path: Path, dtype: str) -> None:
+def test_a_layer_that_stays_is_rounded_once_to_its_dtype(tmp_path, dtype):
     kind = np.float16 if dtype == "F16" else np.float32
     plain = (np.random.default_rng(0).standard_normal((OUT, IN)) / 16).astype(kind)
     model = written(tmp_path / "in.safetensors", {f"{FIRST}.weight": plain, f"{KEPT}.weight": plain})
@@ -123,7 +120,7 @@ def test_a_layer_that_stays_is_rounded_once_to_its_dtype(tmp_path: Path, dtype: 
     assert tensors_of(tmp_path / "out.safetensors")[f"{KEPT}.weight"] == (dtype, expected.tobytes())
 
 
-def test_a_quantized_layer_is_merged_only_where_it_is_rounded_anew(tmp_path: Path, model: Path) -> None:
+def test_a_quantized_layer_is_merged_only_where_it_is_rounded_anew(tmp_path, model):
     quantized, output = tmp_path / "fp8.safetensors", tmp_path / "out.safetensors"
     run(model, quantized)
     lora = factors(FIRST, 5)
@@ -144,7 +141,7 @@ def test_a_quantized_layer_is_merged_only_where_it_is_rounded_anew(tmp_path: Pat
     assert ours[f"{SECOND}.weight"] == tensors_of(quantized)[f"{SECOND}.weight"]
 
 
-def test_adapters_that_cannot_be_merged_are_refused_and_leave_no_file(tmp_path: Path, model: Path) -> None:
+def test_adapters_that_cannot_be_merged_are_refused_and_leave_no_file(tmp_path, model):
     output = tmp_path / "out.safetensors"
 
     def refusal(kind: type[Error], tensors: dict[str, Any], strength: str = "1") -> str:
@@ -166,7 +163,7 @@ def test_adapters_that_cannot_be_merged_are_refused_and_leave_no_file(tmp_path: 
     assert f"{FIRST}.weight: the weight has NaN or infinite values" in refusal(TensorError, factors(FIRST, 5), "1e39")
 
 
-def test_the_command_line_merges_and_says_what_is_left(ctq: Callable[..., Any], tmp_path: Path, model: Path) -> None:
+def test_the_command_line_merges_and_says_what_is_left(ctq, tmp_path, model):
     lora = written(tmp_path / "lora.safetensors", factors(FIRST, 5) | factors(SECOND, 6))
     output, report = tmp_path / "out.safetensors", tmp_path / "report.json"
     done = ctq("-i", model, "-o", output, "--format", "int8", "--merge-lora", f"{lora}:0.5", "--json", report)
@@ -192,9 +189,7 @@ def test_the_command_line_merges_and_says_what_is_left(ctq: Callable[..., Any], 
     ],
     ids=lambda words: words[0],
 )
-def test_differences_of_every_tensor_are_merged_before_anything_is_measured(
-    ctq: Callable[..., Any], flux_file: Path, tmp_path: Path, words: tuple[str, ...]
-) -> None:
+def test_differences_of_every_tensor_are_merged_before_anything_is_measured(ctq, flux_file, tmp_path, words):
     """The same file as from a checkpoint that was merged beforehand; weights, biases and norms."""
     after, differences = {}, {}
     with open_checkpoint(flux_file) as checkpoint:
@@ -220,9 +215,7 @@ def test_differences_of_every_tensor_are_merged_before_anything_is_measured(
     assert tensors_of(ours) == tensors_of(theirs)
 
 
-def test_a_quantized_file_and_trials_of_another_merge_are_refused(
-    ctq: Callable[..., Any], flux_file: Path, fp8_file: Path, lora: Path, tmp_path: Path
-) -> None:
+def test_a_quantized_file_and_trials_of_another_merge_are_refused(ctq, flux_file, fp8_file, lora, tmp_path):
     output, kept = tmp_path / "out.safetensors", tmp_path / "kept.safetensors"
     refused = ctq("-i", fp8_file, "-o", output, "--actcal", "--merge-lora", lora)
     assert refused.code == 2

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.layers import find_layers
 
-Command = Callable[..., Any]
-Folder = Callable[[], dict[str, bytes]]
 OUT = ("-o", "out.safetensors")
 
 
 @pytest.fixture
-def files(save: Any, build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def files(save, build, tmp_path, monkeypatch):
     """A folder with an FP8 file, one with a broken mark, one of INT8 without marks, and one in high precision."""
     monkeypatch.chdir(tmp_path)
     fp8, metadata = build.quantized(["blocks.0.a", "blocks.1.a"], "tensor", input_scale=0.5)
@@ -49,7 +43,7 @@ DONE = {
 
 
 @pytest.mark.parametrize("call", DONE)
-def test_each_says_what_it_did(ctq: Command, files: Path, call: str) -> None:
+def test_each_says_what_it_did(ctq, files, call):
     outcome = ctq(*call.split())
     told = "".join(line for line in outcome.err.splitlines(keepends=True) if " → " not in line)  # sizes, seconds
     assert (outcome.code, told) == (0, DONE[call])
@@ -91,16 +85,14 @@ REFUSED = {
 
 @pytest.mark.parametrize("dry", [False, True], ids=["", "dry"])
 @pytest.mark.parametrize("call", REFUSED)
-def test_bad_input_is_refused_and_nothing_changes(
-    ctq: Command, files: Path, folder: Folder, call: str, dry: bool
-) -> None:
+def test_bad_input_is_refused_and_nothing_changes(ctq, files, folder, call, dry):
     before = folder()
     outcome = ctq(*call.split(), *(["--dry-run"] if dry else []))
     assert (outcome.code, outcome.out, outcome.err) == (1, "", f"error: {REFUSED[call]}\n")
     assert folder() == before
 
 
-def test_requantize_says_that_it_rounds_twice_and_keeps_what_was_measured(ctq: Command, files: Path) -> None:
+def test_requantize_says_that_it_rounds_twice_and_keeps_what_was_measured(ctq, files):
     outcome = ctq("-i", "fp8.safetensors", *OUT, "--format", "int8", "--layer-format", "1.a=fp8", "--requantize")
     assert outcome.code == 0, outcome.err
     assert "note: rounded a second time: 1 layer in FP8; the original in 16 bits keeps more\n" in outcome.err
@@ -112,7 +104,7 @@ def test_requantize_says_that_it_rounds_twice_and_keeps_what_was_measured(ctq: C
         assert checkpoint.float32("blocks.1.a.input_scale") == 0.5
 
 
-def test_a_requantized_file_is_calibrated_in_the_same_breath(ctq: Command, flux_file: Path, flux: Any) -> None:
+def test_a_requantized_file_is_calibrated_in_the_same_breath(ctq, flux_file, flux):
     int8, output = flux_file.with_name("int8.safetensors"), flux_file.with_name("fp8.safetensors")
     assert ctq("-i", flux_file, "-o", int8, "--format", "int8").code == 0
     words = ("--requantize", "--actcal", "--actcal-engine", "layer")

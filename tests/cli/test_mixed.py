@@ -26,7 +26,7 @@ FIRST_BLOCKS = ("double_blocks.0.", "single_blocks.0.")
 
 
 @pytest.fixture(scope="session")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def originals(tmp_path_factory):
     """The first blocks of the emoji model, in 16 bits and in each format."""
     folder = tmp_path_factory.mktemp("formats")
     kept = {
@@ -45,7 +45,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def mixed(originals: Path, tmp_path: Path) -> tuple[Path, dict[str, str]]:
+def mixed(originals, tmp_path):
     """The model with its layers in the formats one after the other, and the format of each layer."""
     tensors, formats = load_file(originals / "original.safetensors"), {}
     by_format = {name: load_file(originals / f"{name}.safetensors") for name in WRITTEN}
@@ -64,7 +64,7 @@ def contents(path: Path) -> dict[str, bytes]:
         return {name: checkpoint.raw(name).tobytes() for name in checkpoint}
 
 
-def test_every_layer_is_read_as_it_was_written(mixed: Any, ctq: Any) -> None:
+def test_every_layer_is_read_as_it_was_written(mixed, ctq):
     path, formats = mixed
     found = inspect_file(path)
     read = {layer.name: layer.read_as for layer in found.layers if layer.read_as is not None}
@@ -102,9 +102,7 @@ def by_statistics(ctq: Callable[..., Any], path: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("calibrate", [by_guessing, by_running, in_place, by_statistics])
-def test_what_has_a_static_scale_is_calibrated_and_no_other_byte_changes(
-    mixed: Any, ctq: Any, tmp_path: Path, calibrate: Callable[..., Path]
-) -> None:
+def test_what_has_a_static_scale_is_calibrated_and_no_other_byte_changes(mixed, ctq, tmp_path, calibrate):
     path, formats = mixed
     before = contents(path)
     after = contents(calibrate(ctq, path, tmp_path / "out.safetensors"))
@@ -117,9 +115,7 @@ def test_what_has_a_static_scale_is_calibrated_and_no_other_byte_changes(
 
 
 @pytest.mark.parametrize("name", [name for name in WRITTEN if FORMATS[name].static])
-def test_a_static_scale_is_found_while_converting_and_has_headroom(
-    originals: Path, ctq: Any, tmp_path: Path, name: str
-) -> None:
+def test_a_static_scale_is_found_while_converting_and_has_headroom(originals, ctq, tmp_path, name):
     fmt, out, found = FORMATS[name], tmp_path / "out.safetensors", tmp_path / "found.json"
     size = [word.replace("--", "--actcal-") if isinstance(word, str) else word for word in SMALL[:6]]
     original = originals / "original.safetensors"
@@ -132,9 +128,7 @@ def test_a_static_scale_is_found_while_converting_and_has_headroom(
 
 
 @pytest.mark.parametrize("name", [name for name in WRITTEN if FORMATS[name].static])
-def test_a_static_scale_needs_a_place_in_the_file_to_be_found_in_place(
-    originals: Path, ctq: Any, tmp_path: Path, name: str
-) -> None:
+def test_a_static_scale_needs_a_place_in_the_file_to_be_found_in_place(originals, ctq, tmp_path, name):
     path = tmp_path / "file.safetensors"
     path.write_bytes((originals / f"{name}.safetensors").read_bytes())
     said = ctq("-i", path, "--in-place", "--actcal", "--actcal-engine", "layer")
@@ -148,9 +142,7 @@ def test_a_static_scale_needs_a_place_in_the_file_to_be_found_in_place(
 
 
 @pytest.mark.parametrize("name", [name for name in WRITTEN if not FORMATS[name].static])
-def test_a_report_on_a_file_without_static_scales_has_a_row_for_every_layer(
-    originals: Path, ctq: Any, tmp_path: Path, statistics: Any, name: str
-) -> None:
+def test_a_report_on_a_file_without_static_scales_has_a_row_for_every_layer(originals, ctq, tmp_path, statistics, name):
     path, document, stats = originals / f"{name}.safetensors", tmp_path / "report.json", tmp_path / "stats.safetensors"
     with open_checkpoint(path) as checkpoint:
         table = find_layers(checkpoint)
@@ -163,7 +155,7 @@ def test_a_report_on_a_file_without_static_scales_has_a_row_for_every_layer(
     assert all(one["inputs"] and one["absmax"] for one in layers.values())
 
 
-def test_all_formats_are_checked_together(mixed: Any, originals: Path, ctq: Any, tmp_path: Path) -> None:
+def test_all_formats_are_checked_together(mixed, originals, ctq, tmp_path):
     report = tmp_path / "check.json"
     checked = ctq("check", originals / "original.safetensors", mixed[0], *SMALL, "--samples", 1, "--json", report)
     assert checked.code == 0

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,11 +18,9 @@ ctq = convert_to_quant.convert_to_quant:main
 """
 OURS = "[console_scripts]\nconvert_to_quant = convert_to_quant.cli:main\nctq = convert_to_quant.cli:main\n"
 
-Install = Callable[..., None]
-
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+def install(tmp_path, monkeypatch):
     """Make a distribution look installed, behind a missing folder and a file on the path."""
 
     def make(name: str, entry_points: str | None) -> None:
@@ -41,9 +36,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 @pytest.mark.parametrize("entry_points", [THEIRS, None])
-def test_the_other_program_is_told_in_one_line(
-    entry_points: str | None, install: Install, ctq: Any, fp8_file: Path
-) -> None:
+def test_the_other_program_is_told_in_one_line(entry_points, install, ctq, fp8_file):
     install("convert_to_quant-1.3.4", entry_points)
     outcome = ctq("inspect", fp8_file)
     assert outcome.code == 0
@@ -57,7 +50,7 @@ def test_the_other_program_is_told_in_one_line(
 
 
 @pytest.mark.parametrize("name", ["calibrated_quant-0.1.0", "convert_to_quant-0.1.0"])
-def test_ours_under_either_name_is_not_told(name: str, install: Install, ctq: Any, fp8_file: Path) -> None:
+def test_ours_under_either_name_is_not_told(name, install, ctq, fp8_file):
     install(name, OURS)
     assert ctq("inspect", fp8_file).err == ""
 
@@ -84,14 +77,14 @@ THEIR_FLAGS = """
 """Of its version 1.3.4, with dashes, which both programs take for underscores."""
 
 
-def test_every_flag_of_the_other_program_is_ours_or_answered() -> None:
+def test_every_flag_of_the_other_program_is_ours_or_answered():
     ours = set(build_parser("convert")._option_string_actions)
     assert [flag for flag in THEIR_FLAGS.split() if flag not in ours and flag not in FLAGS] == []
     assert ours.isdisjoint(FLAGS)
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-def test_flags_of_the_other_program_and_their_values_are_answered(ctq: Any, flag: str) -> None:
+def test_flags_of_the_other_program_and_their_values_are_answered(ctq, flag):
     spelled = "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag
     outcome = ctq("-i", "in.safetensors", "-v", spelled)
     what = f"{flag} is another program's option" if flag.startswith("-") else f"unexpected argument {flag!r}"

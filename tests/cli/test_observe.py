@@ -29,7 +29,7 @@ SMALL = ("--height", 32, "--width", 48, "--text-tokens", 5, "--steps", 2)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def _one_thread():
     """Sums depend on the number of threads in their last bits; child processes have one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -38,7 +38,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def observe(ctq: Any, tmp_path: Path) -> Callable[..., Any]:
+def observe(ctq, tmp_path):
     """Observe a tiny image of three kinds: observe(words...) gives the statistics and what was said."""
 
     def run(*words: Any, small: tuple[Any, ...] = (*SMALL, "--samples", 3)) -> tuple[Statistics, Any]:
@@ -50,9 +50,7 @@ def observe(ctq: Any, tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
-def test_the_quantized_layers_of_a_model_are_observed_and_applied(
-    ctq: Any, observe: Any, fp8_file: Path, flux: Any, tmp_path: Path
-) -> None:
+def test_the_quantized_layers_of_a_model_are_observed_and_applied(ctq, observe, fp8_file, flux, tmp_path):
     seen, outcome = observe(fp8_file, small=(*SMALL, "--samples", 4, "--seed", 7))
     assert outcome.out == ""
     assert set(seen.layers) == set(seen.weights) == set(flux.quantized)
@@ -74,9 +72,7 @@ def test_the_quantized_layers_of_a_model_are_observed_and_applied(
     assert {layer["layer"] for layer in layers if layer["conditioning_dependent"]} == set(moving)
 
 
-def test_all_layers_of_a_model_in_high_precision_are_observed_and_reported(
-    observe: Any, flux_file: Path, flux: Any
-) -> None:
+def test_all_layers_of_a_model_in_high_precision_are_observed_and_reported(observe, flux_file, flux):
     seen, outcome = observe(flux_file, "-q", "--json", "-")
     assert outcome.err == ""
     assert set(seen.layers) == set(flux.linear)
@@ -89,8 +85,8 @@ def test_all_layers_of_a_model_in_high_precision_are_observed_and_reported(
 
 
 def test_a_prefix_and_other_parts_of_a_checkpoint_are_left_aside(
-    ctq: Any, observe: Any, flux_tensors: Any, save: Any, flux: Any, fp8_file: Path, tmp_path: Path
-) -> None:
+    ctq, observe, flux_tensors, save, flux, fp8_file, tmp_path
+):
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in flux_tensors().items()}
     tensors["first_stage_model.decoder.mid.attn.weight"] = np.ones((16, 16), np.float32)
     seen, _ = observe(save("whole.safetensors", tensors))
@@ -100,7 +96,7 @@ def test_a_prefix_and_other_parts_of_a_checkpoint_are_left_aside(
     assert "layers depend on the conditioning, which noise only imitates (first: double_blocks.0" in applied.err
 
 
-def test_adapters_are_named_and_widen_ranges(observe: Any, flux_file: Path, lora: Path) -> None:
+def test_adapters_are_named_and_widen_ranges(observe, flux_file, lora):
     without, _ = observe(flux_file)
     with_lora, outcome = observe(flux_file, "--lora", f"{lora}:2")
     assert "LoRA" in outcome.err
@@ -110,7 +106,7 @@ def test_adapters_are_named_and_widen_ranges(observe: Any, flux_file: Path, lora
     assert (with_lora.absmax >= without.absmax).all()
 
 
-def test_prompt_embeddings_take_the_place_of_noise(observe: Any, flux_file: Path, save: Any, embeddings: Any) -> None:
+def test_prompt_embeddings_take_the_place_of_noise(observe, flux_file, save, embeddings):
     given = embeddings()
     options = ("--height", 32, "--width", 48, "--steps", 2, "--conditioning", save("prompts.safetensors", given))
     seen, _ = observe(flux_file, small=options)
@@ -130,9 +126,7 @@ def test_prompt_embeddings_take_the_place_of_noise(observe: Any, flux_file: Path
         (lambda t: t.update(image=np.zeros((2, 4), np.float32)), "image: the model takes no such conditioning"),
     ],
 )
-def test_conditioning_that_does_not_fit_is_refused(
-    ctq: Any, flux_file: Path, save: Any, folder: Any, embeddings: Any, *, change: Any, message: str
-) -> None:
+def test_conditioning_that_does_not_fit_is_refused(ctq, flux_file, save, folder, embeddings, *, change, message):
     tensors = embeddings()
     change(tensors)
     path = save("prompts.safetensors", tensors)
@@ -159,9 +153,7 @@ def test_conditioning_that_does_not_fit_is_refused(
         ("MODEL -o s.safetensors --json no/r.json", 1, "the folder no does not exist"),
     ],
 )
-def test_what_cannot_be_asked_for_is_refused_before_the_work(
-    ctq: Any, flux_file: Path, folder: Any, monkeypatch: pytest.MonkeyPatch, *, words: str, code: int, said: str
-) -> None:
+def test_what_cannot_be_asked_for_is_refused_before_the_work(ctq, flux_file, folder, monkeypatch, *, words, code, said):
     monkeypatch.chdir(flux_file.parent)
     before = folder()
     outcome = ctq("observe", *words.replace("MODEL", flux_file.name).split())
@@ -202,18 +194,15 @@ sys.exit(cli.main(WORDS))
 
 
 @pytest.fixture(scope="session")
-def processes() -> Any:
+def processes():
     """Where child processes come from: forks of one that has imported everything slow."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["diffusers.models.transformers.transformer_flux", "convert_to_quant.fidelity"])
     return context
 
 
-Start = Callable[..., Any]
-
-
 @pytest.fixture
-def start(processes: Any, tmp_path_factory: pytest.TempPathFactory) -> Start:
+def start(processes, tmp_path_factory):
     """Run the command line in a process of its own: start(words, moment to kill it at, environment)."""
     script = tmp_path_factory.mktemp("script") / "observe.py"
     script.write_text(OBSERVE)
@@ -237,9 +226,7 @@ def start(processes: Any, tmp_path_factory: pytest.TempPathFactory) -> Start:
         (("discard", 1), {"stats.safetensors.partial", "stats.safetensors"}),
     ],
 )
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_statistics(
-    ctq: Any, start: Start, fp8_file: Path, moment: tuple[str, int], left: set[str]
-) -> None:
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_statistics(ctq, start, fp8_file, moment, left):
     stats, whole = fp8_file.with_name("stats.safetensors"), fp8_file.with_name("whole.safetensors")
     words = ("observe", fp8_file, *LONG, "--save-every", 0, "-q")
     process = start((*words, "-o", stats), moment)
@@ -271,7 +258,7 @@ def interrupted_at(owner: Any, name: str, count: int) -> Iterator[None]:
 
 
 @pytest.fixture
-def interrupted(ctq: Any, fp8_file: Path) -> Path:
+def interrupted(ctq, fp8_file):
     """The output of a run that was interrupted in its third part."""
     stats = fp8_file.with_name("stats.safetensors")
     with interrupted_at(denoiser.Denoiser, "velocity", 5):
@@ -280,7 +267,7 @@ def interrupted(ctq: Any, fp8_file: Path) -> Path:
     return stats
 
 
-def test_an_interrupted_run_can_be_used_as_it_is(ctq: Any, interrupted: Path, fp8_file: Path) -> None:
+def test_an_interrupted_run_can_be_used_as_it_is(ctq, interrupted, fp8_file):
     partial = interrupted.with_name("stats.safetensors.partial")
     assert ctq("apply", fp8_file, partial, "--dry-run").code == 0
     assert Statistics.load(partial).samples == 3
@@ -295,16 +282,14 @@ def test_an_interrupted_run_can_be_used_as_it_is(ctq: Any, interrupted: Path, fp
         (("flux", "--resume"), "cannot resume: made with another model"),
     ],
 )
-def test_a_run_is_not_resumed_with_other_options_or_on_another_model(
-    ctq: Any, interrupted: Path, fp8_file: Path, words: tuple[Any, ...], said: str
-) -> None:
+def test_a_run_is_not_resumed_with_other_options_or_on_another_model(ctq, interrupted, fp8_file, words, said):
     model = fp8_file.with_name("flux.safetensors") if "flux" in words else fp8_file
     outcome = ctq("observe", model, *LONG, "-o", interrupted, *(word for word in words if word != "flux"))
     assert outcome.code == 1
     assert said in outcome.err
 
 
-def test_resuming_a_complete_run_does_nothing(ctq: Any, fp8_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_a_complete_run_does_nothing(ctq, fp8_file, monkeypatch):
     stats = fp8_file.with_name("stats.safetensors")
     words = ("observe", fp8_file, *SMALL, "--samples", 3, "-o", stats, "--resume")
     assert ctq(*words).code == 0
@@ -319,7 +304,7 @@ def test_resuming_a_complete_run_does_nothing(ctq: Any, fp8_file: Path, monkeypa
 
 
 @pytest.fixture
-def by_two(start: Start) -> Callable[[tuple[Any, ...]], None]:
+def by_two(start):
     """Run a command line in two processes that share the work, and see both end well."""
 
     def run(words: tuple[Any, ...]) -> None:
@@ -338,7 +323,7 @@ def by_two(start: Start) -> Callable[[tuple[Any, ...]], None]:
     return run
 
 
-def test_two_processes_observe_what_one_does(ctq: Any, by_two: Any, fp8_file: Path) -> None:
+def test_two_processes_observe_what_one_does(ctq, by_two, fp8_file):
     together, single = fp8_file.with_name("together.safetensors"), fp8_file.with_name("single.safetensors")
     words = ("observe", fp8_file, *LONG, "--resume", "--save-every", 0)
     by_two((*words, "-o", together))
@@ -350,7 +335,7 @@ def test_two_processes_observe_what_one_does(ctq: Any, by_two: Any, fp8_file: Pa
     assert not [path for path in fp8_file.parent.iterdir() if "partial" in path.name]
 
 
-def test_two_processes_try_the_layers_that_one_does(ctq: Any, by_two: Any, flux_file: Path) -> None:
+def test_two_processes_try_the_layers_that_one_does(ctq, by_two, flux_file):
     together, single = flux_file.with_name("together.safetensors"), flux_file.with_name("single.safetensors")
     words = ("observe", flux_file, "--trials", "--samples", 3, "--steps", 1, "--height", 32, "--width", 32)
     by_two((*words, "-o", together))
@@ -373,13 +358,13 @@ def test_two_processes_try_the_layers_that_one_does(ctq: Any, by_two: Any, flux_
         (("--engine", "comfyui"), "--trials does not go with --engine comfyui"),
     ],
 )
-def test_formats_are_tried_in_the_model_alone(ctq: Any, flux_file: Path, words: tuple[str, ...], said: str) -> None:
+def test_formats_are_tried_in_the_model_alone(ctq, flux_file, words, said):
     done = ctq("observe", flux_file, "-o", flux_file.with_name("s.safetensors"), "--trials", *words)
     assert done.code == 2
     assert said in done.err
 
 
-def test_formats_are_not_tried_in_a_model_that_is_quantized(ctq: Any, fp8_file: Path) -> None:
+def test_formats_are_not_tried_in_a_model_that_is_quantized(ctq, fp8_file):
     done = ctq("observe", fp8_file, "-o", fp8_file.with_name("s.safetensors"), "--trials")
     assert done.code == 2
     assert "no layer of this file can be quantized" in done.err
@@ -413,14 +398,14 @@ def by_hand(folder: Path, prompts: Path) -> dict[str, float]:
 
 
 @pytest.fixture
-def painting(pipeline: Path, prompts: Path) -> tuple[Any, ...]:
+def painting(pipeline, prompts):
     """The words of a run that paints the prompts."""
     return ("observe", "--pipeline", pipeline, "--prompts", prompts, *PAINT)
 
 
 def test_a_pipeline_paints_prompts_under_both_kinds_of_names(
-    ctq: Any, painting: Any, pipeline: Path, prompts: Path, *, flux: Any, fp8_file: Path, tmp_path: Path
-) -> None:
+    ctq, painting, pipeline, prompts, *, flux, fp8_file, tmp_path
+):
     stats, ours = tmp_path / "stats.safetensors", tmp_path / "ours.safetensors"
     outcome = ctq(*painting, "-o", stats)
     assert (outcome.code, outcome.out) == (0, "")
@@ -459,7 +444,7 @@ def test_a_pipeline_paints_prompts_under_both_kinds_of_names(
     assert "keeps its scale" not in applied.err
 
 
-def test_an_interrupted_pipeline_goes_on(ctq: Any, painting: Any, tmp_path: Path) -> None:
+def test_an_interrupted_pipeline_goes_on(ctq, painting, tmp_path):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     whole, stats = tmp_path / "whole.safetensors", tmp_path / "stats.safetensors"
@@ -487,8 +472,8 @@ def test_an_interrupted_pipeline_goes_on(ctq: Any, painting: Any, tmp_path: Path
     ],
 )
 def test_pipelines_and_prompts_that_cannot_be_used_are_refused(
-    ctq: Any, painting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, words: str, code: int, said: str
-) -> None:
+    ctq, painting, tmp_path, monkeypatch, *, words, code, said
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
@@ -499,9 +484,7 @@ def test_pipelines_and_prompts_that_cannot_be_used_are_refused(
     assert not (tmp_path / "s.safetensors").exists()
 
 
-def test_a_checkpoint_of_another_model_than_the_pipelines_is_refused(
-    ctq: Any, painting: Any, *, flux_tensors: Any, save: Any, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_model_than_the_pipelines_is_refused(ctq, painting, *, flux_tensors, save, tmp_path):
     tensors = flux_tensors()
     dtype, weight = tensors["img_in.weight"]
     tensors["img_in.weight"] = (dtype, np.concatenate([weight, weight[:, :4]], 1))
@@ -511,7 +494,7 @@ def test_a_checkpoint_of_another_model_than_the_pipelines_is_refused(
     assert f"x_embedder: the pipeline's FluxTransformer2DModel is not the model of {model}" in outcome.err
 
 
-def test_under_torchrun_cuda_is_the_processes_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_torchrun_cuda_is_the_processes_own_card(monkeypatch):
     from convert_to_quant.cli.observing import device_of_this_process
 
     assert device_of_this_process("cuda") == "cuda"

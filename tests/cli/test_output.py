@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +19,7 @@ from convert_to_quant.cli.terminal import Styled
 
 
 @pytest.fixture(autouse=True)
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain(monkeypatch):
     """A terminal that knows colours, and no call before."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(terminals, "_when", "auto")
@@ -41,16 +40,14 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
         ("never", {"FORCE_COLOR": "1"}, (False, False)),
     ],
 )
-def test_the_first_that_speaks_decides_on_colours(
-    terminal: Any, monkeypatch: pytest.MonkeyPatch, when: str, environment: dict[str, str], wanted: tuple[bool, bool]
-) -> None:
+def test_the_first_that_speaks_decides_on_colours(terminal, monkeypatch, when, environment, wanted):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     terminals.choose_color(["demo", "--color", when])
     assert (terminals.has_color(terminal()), terminals.has_color(io.StringIO())) == wanted
 
 
-def test_colours_do_not_move_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colours_do_not_move_columns(capsys, monkeypatch):
     rows = [("a", Styled("30.0 dB", "good")), ("blocks.0", Styled("9.1 dB", "bad"))]
     output.print_table(("layer", "SQNR"), rows, right=(1,))
     plain_text = capsys.readouterr().out
@@ -63,21 +60,19 @@ def test_colours_do_not_move_columns(capsys: pytest.CaptureFixture[str], monkeyp
     assert coloured.replace("\x1b[32m", "").replace("\x1b[31m", "").replace("\x1b[0m", "") == plain_text
 
 
-def test_colours_say_what_a_figure_is_worth() -> None:
+def test_colours_say_what_a_figure_is_worth():
     styles = [terminals.style_of(output.decibels(value)) for value in (30.0, 25.0, 22.0, 20.0, 19.9, None)]
     assert styles == ["good", "good", "warn", "warn", "bad", ""]
 
 
-def test_the_limits_are_those_of_the_demos_picture() -> None:
+def test_the_limits_are_those_of_the_demos_picture():
     from convert_to_quant import demo
 
     assert (output.GOOD_DB, output.BAD_DB) == (demo.KEPT_DB, demo.LOST_DB)
 
 
 @pytest.mark.parametrize(("width", "gone"), [(200, ""), (24, "why"), (14, "range, why")])
-def test_a_narrow_terminal_does_without_columns_and_says_so(
-    terminal: Any, monkeypatch: pytest.MonkeyPatch, width: int, gone: str
-) -> None:
+def test_a_narrow_terminal_does_without_columns_and_says_so(terminal, monkeypatch, width, gone):
     stream = terminal()
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setenv("COLUMNS", str(width))
@@ -91,7 +86,7 @@ def test_a_narrow_terminal_does_without_columns_and_says_so(
     assert max(map(len, shown.splitlines())) <= width
 
 
-def test_talk_is_broken_between_words_on_a_terminal_alone(terminal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_talk_is_broken_between_words_on_a_terminal_alone(terminal, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     text = "calibrated 32 of 32  layers of a-file-with-a-long-name.safetensors"
     for stream in (terminal(), io.StringIO()):
@@ -109,9 +104,7 @@ def test_talk_is_broken_between_words_on_a_terminal_alone(terminal: Any, monkeyp
             assert lines == [text, f"note: {text}"]
 
 
-def test_what_files_say_cannot_drive_the_terminal(
-    terminal: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_files_say_cannot_drive_the_terminal(terminal, capsys, monkeypatch):
     evil = "a\x1b[2J\nb"
     output.print_table(("layer",), [(evil,), (Styled(evil, "bad"),)])
     output.say(evil)
@@ -127,7 +120,7 @@ def test_what_files_say_cannot_drive_the_terminal(
     assert "\x1b[2J" not in stream.getvalue()
 
 
-def test_quiet_leaves_errors_and_data(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_leaves_errors_and_data(capsys):
     output.configure(quiet=True)
     output.say("talk")
     output.note("talk")
@@ -137,15 +130,13 @@ def test_quiet_leaves_errors_and_data(capsys: pytest.CaptureFixture[str]) -> Non
     assert (out, err) == ("data\n1\n", "error: wrong\n")
 
 
-def test_a_document_says_what_made_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_document_says_what_made_it(capsys):
     output.configure(made_by={"tool": "t"})
     output.write_json("-", {"x": 1})
     assert capsys.readouterr().out == '{\n  "x": 1,\n  "made_by": {\n    "tool": "t"\n  }\n}\n'
 
 
-def test_long_work_says_in_a_pipe_how_long_it_takes_and_now_and_then_how_far_it_is(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_work_says_in_a_pipe_how_long_it_takes_and_now_and_then_how_far_it_is(capsys, monkeypatch):
     now = 0.0
     monkeypatch.setattr(output.time, "monotonic", lambda: now)
 
@@ -192,7 +183,7 @@ def on_a_terminal(*words: str, stdout: Path | None = None, **environment: str) -
     return shown.decode()
 
 
-def test_a_real_terminal_gets_colours_a_bar_and_a_table(flux_file: Path) -> None:
+def test_a_real_terminal_gets_colours_a_bar_and_a_table(flux_file):
     words = ("-i", str(flux_file), "-o", str(flux_file.with_name("out.safetensors")), "-v")
     shown = on_a_terminal(*words)
     assert "converting" in shown
@@ -200,7 +191,7 @@ def test_a_real_terminal_gets_colours_a_bar_and_a_table(flux_file: Path) -> None
     assert "────" in shown
 
 
-def test_a_bar_within_a_bar_takes_its_place_and_a_file_gets_its_table(fp8_file: Path, flux_file: Path) -> None:
+def test_a_bar_within_a_bar_takes_its_place_and_a_file_gets_its_table(fp8_file, flux_file):
     table, output = flux_file.with_name("table.txt"), flux_file.with_name("out.safetensors")
     words = ["-i", str(flux_file), "-o", str(output), "--actcal", "--actcal-engine", "layer", "-v"]
     shown = on_a_terminal(*words, stdout=table)
@@ -214,20 +205,20 @@ def test_a_bar_within_a_bar_takes_its_place_and_a_file_gets_its_table(fp8_file: 
 
 
 @pytest.mark.parametrize(("environment", "drawn"), [({"NO_COLOR": "1"}, True), ({"TERM": "dumb"}, False)])
-def test_a_terminal_without_colours_gets_none(flux_file: Path, environment: dict[str, str], drawn: bool) -> None:
+def test_a_terminal_without_colours_gets_none(flux_file, environment, drawn):
     shown = on_a_terminal("-i", str(flux_file), "--dry-run", **environment)
     assert "\x1b[3" not in shown
     assert ("────" in shown) == drawn
 
 
-def test_streams_that_cannot_show_a_letter_get_its_number(flux_file: Path) -> None:
+def test_streams_that_cannot_show_a_letter_get_its_number(flux_file):
     words = [sys.executable, "-m", "convert_to_quant", "-i", str(flux_file), "--dry-run"]
     done = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False)
     assert (done.returncode, b"32 \\xd7 16" in done.stdout) == (0, True), done.stderr
 
 
 @pytest.mark.parametrize("name", ["\xe9\U0001f600.safetensors", os.fsdecode(b"\xff.safetensors")])
-def test_a_document_is_json_whatever_files_are_called_and_streams_can_show(fp8_file: Path, name: str) -> None:
+def test_a_document_is_json_whatever_files_are_called_and_streams_can_show(fp8_file, name):
     path, report = fp8_file.rename(fp8_file.with_name(name)), fp8_file.with_name("report.json")
     words = [sys.executable, "-m", "convert_to_quant", "inspect", str(path), "--json"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
@@ -237,7 +228,7 @@ def test_a_document_is_json_whatever_files_are_called_and_streams_can_show(fp8_f
     assert json.loads(report.read_text(encoding="utf-8"))["path"] == str(path)
 
 
-def test_names_that_are_no_text_are_shown(ctq: Any, tmp_path: Path) -> None:
+def test_names_that_are_no_text_are_shown(ctq, tmp_path):
     path = tmp_path / os.fsdecode(b"\xff.safetensors")
     outcome = ctq("inspect", path)
     assert (outcome.code, outcome.out) == (1, "")

@@ -15,16 +15,13 @@ import select
 import socket
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from convert_to_quant.errors import OptionError
-
-Command = Callable[..., Any]
 
 LAYER = ("--actcal", "--actcal-engine", "layer")
 SPECIAL = {"pipe": "a pipe", "device": "a device", "disk": "a device", "socket": "a socket"}
@@ -48,7 +45,7 @@ def node(path: Path, kind: str) -> Path:
 
 
 @pytest.fixture
-def inputs(tmp_path: Path, save: Any, build: Any, statistics: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+def inputs(tmp_path, save, build, statistics, monkeypatch):
     """A checkpoint in bfloat16, one in FP8, its statistics, and a workflow."""
     monkeypatch.chdir(tmp_path)
     weights = {f"blocks.{i}.weight": ("BF16", build.to_bfloat16(np.ones((16, 32)))) for i in range(2)}
@@ -107,9 +104,7 @@ def words_of(call: tuple[str, ...], inputs: dict[str, Path], output: Path) -> li
 
 @pytest.mark.parametrize("kind", SPECIAL)
 @pytest.mark.parametrize("call", OUTPUTS.values(), ids=OUTPUTS)
-def test_an_output_that_is_a_special_file_is_refused_before_any_work(
-    ctq: Command, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Any, kind: str
-) -> None:  # fmt: skip
+def test_an_output_that_is_a_special_file_is_refused_before_any_work(ctq, inputs, tmp_path, monkeypatch, call, kind):
     monkeypatch.setattr("convert_to_quant.convert.convert", None)
     monkeypatch.setattr("convert_to_quant.calibrate_activation_scales.calibrate_model", None)
     output = node(tmp_path / "special.partial", kind)
@@ -123,9 +118,7 @@ def test_an_output_that_is_a_special_file_is_refused_before_any_work(
 
 @pytest.mark.parametrize("kind", ["disk", "socket"])
 @pytest.mark.parametrize("call", STREAMS.values(), ids=STREAMS)
-def test_a_report_is_not_written_into_a_disk_or_a_socket(
-    ctq: Command, inputs: dict[str, Path], tmp_path: Path, call: Any, kind: str
-) -> None:
+def test_a_report_is_not_written_into_a_disk_or_a_socket(ctq, inputs, tmp_path, call, kind):
     output = node(tmp_path / "special", kind)
     outcome = ctq(*words_of(call, inputs, output))
     assert outcome.code == 1
@@ -134,7 +127,7 @@ def test_a_report_is_not_written_into_a_disk_or_a_socket(
 
 
 @pytest.fixture
-def reader() -> Iterator[Callable[[Path], Callable[[], bytes]]]:
+def reader():
     """Read a pipe to its end beside the test."""
     threads = []
 
@@ -164,9 +157,7 @@ def reader() -> Iterator[Callable[[Path], Callable[[], bytes]]]:
 
 @pytest.mark.parametrize("linked", [False, True], ids=["pipe", "link to a pipe"])
 @pytest.mark.parametrize("call", STREAMS.values(), ids=STREAMS)
-def test_a_report_goes_into_a_pipe(
-    ctq: Command, inputs: dict[str, Path], tmp_path: Path, reader: Any, call: Any, linked: bool
-) -> None:  # fmt: skip
+def test_a_report_goes_into_a_pipe(ctq, inputs, tmp_path, reader, call, linked):
     pipe = output = node(tmp_path / "pipe", "pipe")
     if linked:
         output = tmp_path / "link"
@@ -183,9 +174,7 @@ def test_a_report_goes_into_a_pipe(
 
 
 @pytest.mark.parametrize("call", STREAMS.values(), ids=STREAMS)
-def test_a_pipe_that_nobody_reads_is_an_error_and_not_a_wait(
-    ctq: Command, inputs: dict[str, Path], tmp_path: Path, call: Any
-) -> None:
+def test_a_pipe_that_nobody_reads_is_an_error_and_not_a_wait(ctq, inputs, tmp_path, call):
     output = node(tmp_path / "pipe", "pipe")
     outcome = ctq(*words_of(call, inputs, output))
     assert outcome.code == 1
@@ -194,9 +183,7 @@ def test_a_pipe_that_nobody_reads_is_an_error_and_not_a_wait(
 
 
 @pytest.mark.parametrize("call", STREAMS.values(), ids=STREAMS)
-def test_a_report_goes_into_a_character_device(
-    ctq: Command, inputs: dict[str, Path], tmp_path: Path, call: Any
-) -> None:
+def test_a_report_goes_into_a_character_device(ctq, inputs, tmp_path, call):
     output = node(tmp_path / "device", "device")
     assert ctq(*words_of(call, inputs, output)).code == 0
     assert output.is_char_device()
@@ -204,9 +191,7 @@ def test_a_report_goes_into_a_character_device(
 
 @pytest.mark.parametrize("old", [None, b"old"], ids=["new", "there already"])
 @pytest.mark.parametrize("call", (OUTPUTS | STREAMS).values(), ids=OUTPUTS | STREAMS)
-def test_an_output_that_is_a_link_is_written_where_the_link_leads(
-    ctq: Command, inputs: dict[str, Path], tmp_path: Path, call: Any, old: bytes | None
-) -> None:  # fmt: skip
+def test_an_output_that_is_a_link_is_written_where_the_link_leads(ctq, inputs, tmp_path, call, old):
     if call[0] in ("observe", "comfyui", "check"):
         pytest.skip("needs a model that runs, or a server")
     (tmp_path / "disk").mkdir()
@@ -226,9 +211,7 @@ def test_an_output_that_is_a_link_is_written_where_the_link_leads(
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_texts_are_not_read_from_special_files(
-    ctq: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_texts_are_not_read_from_special_files(ctq, tmp_path, monkeypatch, kind):
     from convert_to_quant.cli.shared import read_prompts
 
     monkeypatch.chdir(tmp_path)
@@ -243,9 +226,7 @@ def test_texts_are_not_read_from_special_files(
 
 
 @pytest.mark.parametrize("call", SAID)
-def test_an_older_file_is_replaced_and_that_is_said(
-    ctq: Command, inputs: dict[str, Path], tmp_path: Path, call: str
-) -> None:
+def test_an_older_file_is_replaced_and_that_is_said(ctq, inputs, tmp_path, call):
     output, (wrote, would) = tmp_path / "out.safetensors", SAID[call]
     words = words_of(OUTPUTS[call], inputs, output)
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -258,9 +239,7 @@ def test_an_older_file_is_replaced_and_that_is_said(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, output.name])
 
 
-def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(
-    ctq: Command, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(ctq, inputs, tmp_path, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -273,9 +252,7 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(
     assert (outcome.code, outcome.err) == (1, f"error: {output}: {problem}\n")
 
 
-def test_what_an_interrupted_run_left_is_removed_and_that_is_said(
-    ctq: Command, inputs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_what_an_interrupted_run_left_is_removed_and_that_is_said(ctq, inputs, tmp_path):
     left = tmp_path / ".convert_to_quant.0123456789abcdef.tmp"
     left.write_bytes(bytes(1234))
     outcome = ctq("-i", inputs["bf16"], "-o", tmp_path / "out.safetensors")

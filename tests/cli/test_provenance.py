@@ -23,7 +23,7 @@ def made(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def outputs(ctq: Any, lora: Path, flux_file: Path, tmp_path: Path) -> dict[str, Path]:
+def outputs(ctq, lora, flux_file, tmp_path):
     """One of everything, all made from absolute paths."""
     names = ("converted", "calibrated", "applied", "observed", "merged")
     paths = {name: tmp_path / f"{name}.safetensors" for name in names}
@@ -40,7 +40,7 @@ def outputs(ctq: Any, lora: Path, flux_file: Path, tmp_path: Path) -> dict[str, 
     return paths
 
 
-def test_outputs_say_tool_and_options_and_no_folder(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_outputs_say_tool_and_options_and_no_folder(outputs, tmp_path):
     converted, calibrated, applied = (made(outputs[name]) for name in ("converted", "calibrated", "applied"))
     assert {said["version"] for said in (converted, calibrated, applied)} == {__version__}
     assert converted["convert"]["weight_scale"] == "mse"
@@ -58,7 +58,7 @@ def test_outputs_say_tool_and_options_and_no_folder(outputs: dict[str, Path], tm
         assert str(tmp_path).encode() not in path.read_bytes(), path
 
 
-def test_reports_say_tool_command_and_options(ctq: Any, outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_reports_say_tool_command_and_options(ctq, outputs, tmp_path):
     stats, model = outputs["observed"], outputs["converted"]
     calls = {
         "convert": ("-i", model, "--dry-run", "--actcal", "--actcal-engine", "layer", "--actcal-seed", 3),

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,6 @@ from convert_to_quant.stats import Statistics
 TOKENS = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
 LAYERS = ("blocks.0.a", "blocks.1.a")
 
-Save = Callable[..., Path]
-
 
 def observed(factors: Mapping[str, float]) -> Statistics:
     """Statistics of layers that saw normal inputs of these magnitudes."""
@@ -39,7 +37,7 @@ def observed(factors: Mapping[str, float]) -> Statistics:
 
 
 @pytest.fixture
-def stats(tmp_path: Path) -> Callable[..., Path]:
+def stats(tmp_path):
     """Write a statistics file: stats("name", loud=1000 for blocks.0.a)."""
 
     def stats(name: str = "stats", loud: float = 1000.0) -> Path:
@@ -51,14 +49,14 @@ def stats(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def model(save: Save, build: Any) -> Callable[..., Path]:
+def model(save, build):
     def model(name: str = "fp8", **settings: Any) -> Path:
         return save(f"{name}.safetensors", *build.quantized(LAYERS, "tensor", **settings))
 
     return model
 
 
-def test_without_an_output_the_verdict_is_data(ctq: Any, stats: Any, model: Any) -> None:
+def test_without_an_output_the_verdict_is_data(ctq, stats, model):
     done = ctq("report", stats(), model())
     assert (done.code, done.err) == (0, "")
     head, *points = done.out.splitlines()
@@ -67,7 +65,7 @@ def test_without_an_output_the_verdict_is_data(ctq: Any, stats: Any, model: Any)
     assert ctq("report", model(), stats()) == done, "files are told apart by what they are"
 
 
-def test_all_outputs_tell_the_same(ctq: Any, stats: Any, model: Any, tmp_path: Path) -> None:
+def test_all_outputs_tell_the_same(ctq, stats, model, tmp_path):
     page, png, table, document = (tmp_path / name for name in ("r.html", "r.png", "r.csv", "r.json"))
     done = ctq("report", stats(), model(), "-o", page, "--png", png, "--csv", table, "--json", document)
     assert (done.code, done.out) == (0, "")
@@ -83,7 +81,7 @@ def test_all_outputs_tell_the_same(ctq: Any, stats: Any, model: Any, tmp_path: P
     assert json.loads(chunks["convert_to_quant"])["verdict"][0] == told["verdict"]["headline"]
 
 
-def test_files_whose_names_are_no_text_are_reported(ctq: Any, stats: Any, model: Any, tmp_path: Path) -> None:
+def test_files_whose_names_are_no_text_are_reported(ctq, stats, model, tmp_path):
     observed, checkpoint = stats(os.fsdecode(b"\xe9")), model(os.fsdecode(b"\xff"))
     places = [tmp_path / name for name in ("r.html", "r.csv", "r.json")]
     outputs = zip(("-o", "--csv", "--json"), places, strict=True)
@@ -92,7 +90,7 @@ def test_files_whose_names_are_no_text_are_reported(ctq: Any, stats: Any, model:
         assert "\\udcff" in place.read_text(encoding="utf-8")
 
 
-def test_csv_and_json_go_to_stdout_alone(ctq: Any, stats: Any) -> None:
+def test_csv_and_json_go_to_stdout_alone(ctq, stats):
     table = ctq("report", stats(), "--csv", "-")
     assert [line["layer"] for line in csv.DictReader(io.StringIO(table.out))] == list(LAYERS)
     document = ctq("report", stats(), "--json", "-", "-v")
@@ -100,20 +98,20 @@ def test_csv_and_json_go_to_stdout_alone(ctq: Any, stats: Any) -> None:
     assert LAYERS[0] in document.err
 
 
-def test_quiet_leaves_the_data(ctq: Any, stats: Any, tmp_path: Path) -> None:
+def test_quiet_leaves_the_data(ctq, stats, tmp_path):
     assert ctq("report", stats(), "-q").out.startswith("stats.safetensors: 1 of 2")
     done = ctq("report", stats(), "-q", "--csv", tmp_path / "t.csv")
     assert (done.code, done.out, done.err) == (0, "", "")
 
 
-def test_verbose_says_every_layer(ctq: Any, stats: Any) -> None:
+def test_verbose_says_every_layer(ctq, stats):
     done = ctq("report", stats(), "-v")
     (line,) = [line for line in done.out.splitlines() if line.startswith(LAYERS[0])]
     assert "clips" in line
     assert "31." in line
 
 
-def test_options_of_apply_decide_what_is_chosen(ctq: Any, stats: Any) -> None:
+def test_options_of_apply_decide_what_is_chosen(ctq, stats):
     scales = [
         json.loads(ctq("report", stats(), "--json", "-", *words).out)["layers"][1]["sides"][0]["after"]["scale"]
         for words in (("--margin", "1"), ("--margin", "2"), ("--keep", "blocks.1"))
@@ -122,21 +120,21 @@ def test_options_of_apply_decide_what_is_chosen(ctq: Any, stats: Any) -> None:
     assert scales[2] == 1.0
 
 
-def test_two_statistics_are_compared(ctq: Any, stats: Any) -> None:
+def test_two_statistics_are_compared(ctq, stats):
     done = ctq("report", stats("mine", 1.0), stats("with_lora", 20.0))
     assert done.out.splitlines()[0] == (
         "mine against with_lora: Scales calibrated on mine do not fit with_lora: 1 of 2 layers would be at risk."
     )
 
 
-def test_two_checkpoints_are_compared_with_and_without_statistics(ctq: Any, stats: Any, model: Any) -> None:
+def test_two_checkpoints_are_compared_with_and_without_statistics(ctq, stats, model):
     paths = model("one"), model("two", input_scale=16.0)
     assert "2 of 2 scales differ between one and two." in ctq("report", *paths).out
     done = ctq("report", paths[0], stats(), paths[1])
     assert "1 of 2 layers is at risk in one, no layer is at risk in two." in done.out
 
 
-def test_the_first_statistics_belong_to_the_first_checkpoint(ctq: Any, stats: Any, model: Any) -> None:
+def test_the_first_statistics_belong_to_the_first_checkpoint(ctq, stats, model):
     paths = stats("a", 1.0), stats("b", 20.0), model("one"), model("two", input_scale=16.0)
     document = json.loads(ctq("report", *paths, "--json", "-").out)
     assert [(side["statistics"], side["model"]) for side in document["sides"]] == [
@@ -144,7 +142,7 @@ def test_the_first_statistics_belong_to_the_first_checkpoint(ctq: Any, stats: An
 
 
 @pytest.mark.parametrize("words", ["margin=2 method=percentile", "--margin=2  --method=percentile"])
-def test_one_statistics_file_is_solved_in_two_ways(ctq: Any, stats: Any, words: str) -> None:
+def test_one_statistics_file_is_solved_in_two_ways(ctq, stats, words):
     document = json.loads(ctq("report", stats(), "--keep", "blocks_1", f"--against={words}", "--json", "-").out)
     first, second = (side["options"] for side in document["sides"])
     assert (first["margin"], first["method"]) == (None, "absmax")
@@ -152,14 +150,14 @@ def test_one_statistics_file_is_solved_in_two_ways(ctq: Any, stats: Any, words: 
     assert first["keep"] == second["keep"] == ["blocks_1"]  # what it does not say stays
 
 
-def test_merged_statistics_are_one_side(ctq: Any, stats: Any) -> None:
+def test_merged_statistics_are_one_side(ctq, stats):
     document = json.loads(ctq("report", stats("a", 5.0), stats("b", 7.0), "--merge", "--json", "-").out)
     (side,) = document["sides"]
     assert (side["statistics"], side["samples"]) == (["a.safetensors", "b.safetensors"], 4)
     assert document["layers"][0]["sides"][0]["absmax"] == pytest.approx(7 * float(np.abs(TOKENS).max()), rel=1e-3)
 
 
-def test_a_dry_run_checks_everything_and_writes_nothing(ctq: Any, stats: Any, folder: Any, tmp_path: Path) -> None:
+def test_a_dry_run_checks_everything_and_writes_nothing(ctq, stats, folder, tmp_path):
     path = stats()
     before = folder()
     done = ctq("report", path, "-o", tmp_path / "r.html", "--dry-run")
@@ -168,7 +166,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(ctq: Any, stats: Any, fo
     assert folder() == before
 
 
-def test_a_narrow_terminal_gets_the_verdict_in_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_narrow_terminal_gets_the_verdict_in_its_width(monkeypatch):
     for name, value in {"TERM": "xterm", "NO_COLOR": "1", "COLUMNS": "40"}.items():
         monkeypatch.setenv(name, value)
     terminal = io.StringIO()
@@ -177,7 +175,7 @@ def test_a_narrow_terminal_gets_the_verdict_in_its_width(monkeypatch: pytest.Mon
     assert max(map(len, "\n".join(lines).splitlines())) <= 40
 
 
-def test_names_cannot_drive_the_terminal(ctq: Any, tmp_path: Path) -> None:
+def test_names_cannot_drive_the_terminal(ctq, tmp_path):
     path = tmp_path / "e\x1b[2Jvil.safetensors"
     observed({"a\x1b[2J": 1000.0}).save(path)
     assert "\x1b" not in ctq("report", path, "-v").out
@@ -210,9 +208,16 @@ MISUSE = {
 
 @pytest.mark.parametrize(("words", "code", "message"), MISUSE.values(), ids=MISUSE)
 def test_misuse_is_said_and_writes_nothing(
-    ctq: Any, stats: Any, model: Any, folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    words: list[str], code: int, message: str,
-) -> None:  # fmt: skip
+    ctq,
+    stats,
+    model,
+    folder,
+    tmp_path,
+    monkeypatch,
+    words,
+    code,
+    message,
+):
     monkeypatch.chdir(tmp_path)
     stats(), model()
     observed({"other": 1.0}).save(tmp_path / "other.safetensors")
@@ -225,7 +230,7 @@ def test_misuse_is_said_and_writes_nothing(
     assert folder() == before
 
 
-def test_a_report_imports_no_torch(stats: Any) -> None:
+def test_a_report_imports_no_torch(stats):
     code = (
         "import sys\nfrom convert_to_quant.cli import main\n"
         f"assert main(['report', {str(stats())!r}, '--csv', '-']) == 0\n"

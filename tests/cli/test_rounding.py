@@ -23,7 +23,7 @@ SHOWN = RunOptions(samples=3, height=32, width=32, text_tokens=4)
 
 
 @pytest.mark.parametrize("name", ["int8", "nvfp4"])
-def test_the_command_rounds_and_says_so(ctq: Any, flux_file: Path, tmp_path: Path, name: str) -> None:
+def test_the_command_rounds_and_says_so(ctq, flux_file, tmp_path, name):
     out, plain = tmp_path / "round.safetensors", tmp_path / "plain.safetensors"
     assert ctq("-i", flux_file, "-o", plain, "--format", name).code == 0
     assert ctq("-i", flux_file, "-o", out, "--format", name, "--round", *SMALL).code == 0
@@ -46,9 +46,7 @@ def test_the_command_rounds_and_says_so(ctq: Any, flux_file: Path, tmp_path: Pat
     assert sum(ours for ours, _ in errors) < 0.8 * sum(theirs for _, theirs in errors)
 
 
-def test_a_mix_is_rounded_too_and_by_what_was_kept(
-    ctq: Any, flux_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mix_is_rounded_too_and_by_what_was_kept(ctq, flux_file, tmp_path, monkeypatch):
     out, stats = tmp_path / "best.safetensors", tmp_path / "stats.safetensors"
     best = ("-i", flux_file, "-o", out, "--best", "--gpu", "rtx50", "--bits", 7, "--round")
     assert ctq(*best, *SMALL).code == 0
@@ -60,7 +58,7 @@ def test_a_mix_is_rounded_too_and_by_what_was_kept(
 
 
 @pytest.fixture
-def observed(ctq: Any, flux_file: Path, tmp_path: Path) -> Path:
+def observed(ctq, flux_file, tmp_path):
     """Statistics with second moments."""
     stats = tmp_path / "stats.safetensors"
     assert ctq("observe", flux_file, "-o", stats, "--moments", *OBSERVED).code == 0
@@ -75,9 +73,7 @@ def rounded(ctq: Any, flux_file: Path, *words: Any) -> bytes:
         return b"".join(file.raw(name).tobytes() for name in sorted(file.tensors))
 
 
-def test_kept_moments_round_as_a_run_does_and_merge(
-    ctq: Any, flux_file: Path, observed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kept_moments_round_as_a_run_does_and_merge(ctq, flux_file, observed, tmp_path, monkeypatch):
     wanted = rounded(ctq, flux_file, *SMALL)
     twice, twin = tmp_path / "twice.safetensors", tmp_path / "twin.safetensors"
     assert ctq("observe", flux_file, "-o", twin, "--moments", *OBSERVED, "--seed", 42, "--resume").code == 0
@@ -91,9 +87,7 @@ def test_kept_moments_round_as_a_run_does_and_merge(
     assert ctq("merge", observed, twin, "-o", twin).code == 1  # whose moments it would replace as it reads them
 
 
-def test_a_stopped_run_goes_on_with_the_layers_that_are_left(
-    ctq: Any, flux_file: Path, observed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_goes_on_with_the_layers_that_are_left(ctq, flux_file, observed, monkeypatch):
     folder = observed.with_name(observed.name + ".moments")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     observed.unlink()
@@ -121,8 +115,8 @@ def replaced(path: Path, old: bytes, new: bytes) -> None:
     ],
 )
 def test_moments_that_are_missing_or_of_another_run_are_refused(
-    ctq: Any, flux_file: Path, observed: Path, tmp_path: Path, where: str, old: bytes, new: bytes, said: str
-) -> None:
+    ctq, flux_file, observed, tmp_path, where, old, new, said
+):
     for path in tmp_path.glob(where):
         replaced(path, old, new)
     refused = ctq("-i", flux_file, "-o", tmp_path / "o.safetensors", "--format", "int8", "--round", "--from", observed)
@@ -138,15 +132,13 @@ def test_moments_that_are_missing_or_of_another_run_are_refused(
         (("--fold", "--from", "stats.safetensors"), "--fold changes what --from was observed of"),
     ],
 )
-def test_what_rounding_would_not_heed_is_refused(
-    ctq: Any, flux_file: Path, tmp_path: Path, flags: Any, said: str
-) -> None:
+def test_what_rounding_would_not_heed_is_refused(ctq, flux_file, tmp_path, flags, said):
     refused = ctq("-i", flux_file, "-o", tmp_path / "out.safetensors", "--round", *flags)
     assert refused.code == 2
     assert said in refused.err
 
 
-def test_a_model_that_cannot_be_run_is_refused(ctq: Any, save: Any, build: Any, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_run_is_refused(ctq, save, build, tmp_path):
     unknown = save("unknown.safetensors", {"blocks.0.mlp.weight": torch.ones(32, 32).numpy()})
     refused = ctq("-i", unknown, "-o", tmp_path / "out.safetensors", "--round", "--format", "int8")
     assert refused.code == 1

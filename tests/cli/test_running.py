@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ from convert_to_quant.errors import OptionError
 
 
 @pytest.fixture
-def settled(flux_file: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[dict[str, Any], str]]:
+def settled(flux_file, capsys):
     """What is settled for the tiny Flux.1, and what is said: settled(options that are given)."""
 
     def settle(**given: Any) -> tuple[dict[str, Any], str]:
@@ -30,7 +28,7 @@ def settled(flux_file: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...
     return settle
 
 
-def test_a_gpu_is_used_and_named_with_its_memory(settled: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_used_and_named_with_its_memory(settled, monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **_: empty(*shape, device="meta"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -46,9 +44,7 @@ def test_a_gpu_is_used_and_named_with_its_memory(settled: Callable[..., Any], mo
     assert settled()[1].startswith("note: running on cuda")
 
 
-def test_a_cpu_shows_less_of_a_large_model_unless_told_otherwise(
-    settled: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cpu_shows_less_of_a_large_model_unless_told_otherwise(settled, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(running, "free_memory", lambda: 10**10)
     assert settled() == ({"device": "cpu", "steps": 4}, "")
@@ -73,9 +69,7 @@ def test_a_cpu_shows_less_of_a_large_model_unless_told_otherwise(
         ("--format int8", False),
     ],
 )
-def test_convert_settles_where_it_runs_if_it_runs_the_model(
-    ctq: Any, flux_file: Path, monkeypatch: pytest.MonkeyPatch, flags: str, runs: bool
-) -> None:
+def test_convert_settles_where_it_runs_if_it_runs_the_model(ctq, flux_file, monkeypatch, flags, runs):
     def settle(args: argparse.Namespace, _: object) -> None:
         assert args.device == "auto"
         raise OptionError("settled")

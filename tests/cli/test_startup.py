@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -32,16 +31,16 @@ def loaded(*words: str) -> set[str]:
 
 
 @pytest.mark.parametrize("words", ["", "--version", "inpsect", *(f"{command} --help" for command in COMMANDS)])
-def test_help_loads_nothing_slow(words: str) -> None:
+def test_help_loads_nothing_slow(words):
     assert loaded(*words.split()) & SLOW == set()
 
 
 @pytest.mark.parametrize("words", [["inspect"], ["inspect", "--layers"], ["--dry-run", "-i"]], ids=" ".join)
-def test_what_reads_a_file_loads_numpy_and_nothing_heavy(words: list[str], fp8_file: Path) -> None:
+def test_what_reads_a_file_loads_numpy_and_nothing_heavy(words, fp8_file):
     found = loaded(*words, str(fp8_file))
     assert "numpy" in found
     assert found & HEAVY == set()
 
 
-def test_inspect_loads_only_what_it_shows(fp8_file: Path) -> None:
+def test_inspect_loads_only_what_it_shows(fp8_file):
     assert loaded("inspect", str(fp8_file)) & {"convert_to_quant.convert", "convert_to_quant.stats"} == set()

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -17,7 +13,7 @@ LAYER = ("--actcal", "--actcal-engine", "layer")
 
 
 @pytest.fixture
-def cast(save: Callable[..., Path], build: Any) -> Path:
+def cast(save, build):
     """A file that was only cast to FP8, norms, biases and a layer outside of the blocks included."""
     tensors, _ = build.quantized([*NAMES, "head"], "none", input_scale=None)
     tensors = {name: value for name, value in tensors.items() if name.endswith(".weight")}
@@ -27,7 +23,7 @@ def cast(save: Callable[..., Path], build: Any) -> Path:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_plain_cast_is_marked_as_it_is(ctq: Any, cast: Path, tmp_path: Path, legacy: bool) -> None:
+def test_a_plain_cast_is_marked_as_it_is(ctq, cast, tmp_path, legacy):
     output = tmp_path / "out.safetensors"
     outcome = ctq("-i", cast, "-o", output, *["--legacy"] * legacy)
     assert outcome.code == 0, outcome.err
@@ -42,7 +38,7 @@ def test_a_plain_cast_is_marked_as_it_is(ctq: Any, cast: Path, tmp_path: Path, l
     assert [problem.kind for problem in found.problems] == ["raw-fp8"]
 
 
-def test_a_plain_cast_is_listed_and_calibrated_and_never_changed_in_place(ctq: Any, cast: Path, tmp_path: Path) -> None:
+def test_a_plain_cast_is_listed_and_calibrated_and_never_changed_in_place(ctq, cast, tmp_path):
     listed = ctq("-i", cast, "--dry-run").out
     assert listed.count("a plain cast: marked as it is, with a scale of 1.0") == 2
     assert "head" in listed
@@ -57,9 +53,7 @@ def test_a_plain_cast_is_listed_and_calibrated_and_never_changed_in_place(ctq: A
     assert "they stay as they are; the original in 16 bits keeps more, and --requantize rounds them anew" in other.err
 
 
-def test_scales_without_a_mark_are_said_before_the_sizes_and_marked_where_asked(
-    ctq: Any, save: Callable[..., Path], build: Any, tmp_path: Path
-) -> None:
+def test_scales_without_a_mark_are_said_before_the_sizes_and_marked_where_asked(ctq, save, build, tmp_path):
     output = tmp_path / "out.safetensors"
     told = "note: ComfyUI drops the scales of 2 layers without a mark (--mark adds marks)"
     for spelled in (".weight_scale", ".scale_weight"):
