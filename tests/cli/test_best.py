@@ -103,38 +103,6 @@ def test_a_dry_run_writes_nothing(ctq, flux_file, folder):
     assert "nothing was written" in done.err
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("--best", "--format", "int8"), "--format and --best both say what layers become"),
-        (("--best", "--layer-format", "a=int8"), "--layer-format and --best both"),
-        (("--best", "--scaling_mode", "row"), "--scaling-mode and --best both"),
-        (("--best", "--weight-scale", "mse"), "--weight-scale and --best both"),
-        (("--best", "--legacy"), "--legacy and --best both"),
-        (("--best", "--actcal"), "--actcal and --best both"),
-        (("--best", "--actcal-margin", 2), "--actcal-margin is for --actcal, and --best would not use it"),
-        (("--best", "--actcal-lora", "a.safetensors"), "--actcal-lora is for --actcal"),
-        (("--best", "--bits", 8, "--size", "1MB"), "--bits and --size both limit the file"),
-        (("--best", "--bits", 1), "--bits should be between 3 and 16, found 1"),
-        (("--best", "--size", "8 parsecs"), "--size '8 parsecs' is no size"),
-        (("--best", "--gpu", "voodoo"), "unknown card 'voodoo'"),
-        (("--best", "--formats", "int9"), "unknown format 'int9'"),
-        (("--best", "--gpu", "rtx20", "--formats", "fp8"), "rtx20 multiplies none of fp8 natively"),
-        (("--best", "--from", "none.safetensors"), "none.safetensors"),
-        (("--bits", 8), "--bits needs --best"),
-        (("--size", "1MB"), "--size needs --best"),
-        (("--gpu", "rtx40"), "--gpu needs --best"),
-        (("--from", "stats.safetensors"), "--from needs --best"),
-    ],
-)
-def test_contradictions_are_refused_before_any_work(ctq, flux_file, folder, words, said):
-    before = folder()
-    done = ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), *words)
-    assert done.code == (1 if "none.safetensors" in words else 2)
-    assert said in " ".join(done.err.split())
-    assert folder() == before
-
-
 def test_a_model_that_cannot_be_run_gets_no_guess(ctq, save, folder):
     path = save("other.safetensors", {f"blocks.{n}.fc.weight": np.ones((32, 32), np.float32) for n in range(2)})
     before = folder()

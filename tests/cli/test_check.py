@@ -217,7 +217,7 @@ POSITION = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:Futur
 
 @POSITION
 @pytest.mark.parametrize("guidance", [1, 3])
-def test_a_pipeline_embeds_prompts(ctq, flux_file, fp8_file, pipeline, prompts, *, save, guidance):
+def test_a_pipeline_embeds_prompts(ctq, flux_file, fp8_file, pipeline, prompts, save, guidance):
     import torch
 
     from convert_to_quant.engines.pipeline import load as load_pipeline
@@ -278,36 +278,13 @@ def test_another_model_is_refused(ctq, flux_file, flux_tensors, save):
         assert f"{other}: {said}" in outcome.err
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("--at-least", "nan"), "--at-least should be a finite number, found nan"),
-        (("--at-least", "inf", "--json", "-"), "--at-least should be a finite number, found inf"),
-        (("--guidance", "inf"), "--guidance should be a finite number, found inf"),
-        (("--steps", 0), "steps should be at least 1, found 0"),
-        (("--seed", -1), "a seed should not be negative"),
-        (("--arithmetic", "abacus"), "invalid choice: 'abacus'"),
-        (("--device", "abacus"), "unknown device 'abacus'"),
-        (("--prompts", "p.txt"), "--prompts needs --pipeline"),
-        (("--save-conditioning", "c"), "--save-conditioning needs --pipeline"),
-        (("--pipeline", "d"), "--pipeline needs --prompts FILE"),
-        (("--pipeline", "d", "--prompts", "p", "--conditioning", "c"), "--conditioning does not go with --pipeline"),
-        (("--conditioning", "c", "--text-tokens", 5), "--text-tokens is for noise"),
-    ],
-)
-def test_misuse_exits_2(ctq, flux_file, words, said):
-    outcome = ctq("check", flux_file, flux_file, *words)
-    assert outcome.code == 2
-    assert said in outcome.err
-
-
 @pytest.mark.parametrize("more", [(), ("--layers",), ("--json", "-"), ("--at-least", 25), ("--guidance", 3)])
 @pytest.mark.parametrize(
     ("key", "value"),
     [("weight", np.uint8(0x7F)), ("weight_scale", np.float32(1e38))],
     ids=["a NaN code", "a huge scale"],
 )
-def test_a_file_that_gives_nan_or_infinity_is_refused(ctq, flux_file, fp8_file, save, *, key, value, more):
+def test_a_file_that_gives_nan_or_infinity_is_refused(ctq, flux_file, fp8_file, save, key, value, more):
     with open_checkpoint(fp8_file) as checkpoint:
         tensors = {name: (info.dtype, checkpoint.bits(name).copy()) for name, info in checkpoint.tensors.items()}
         _, bits = tensors[f"double_blocks.0.img_attn.qkv.{key}"]

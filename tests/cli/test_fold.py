@@ -97,19 +97,3 @@ def test_even_channels_are_left_as_they_are(ctq, save, flux_tensors, tmp_path):
     done = ctq("-i", save("even.safetensors", flux_tensors()), "-o", out, "--format", "int8", "--fold", *SMALL)
     assert (done.code, folding_of(out)) == (0, None)
     assert "its channels are even already" in done.err
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("--format", "fp8"), "--fold changes what FP8 layers receive, so their input scales have to be measured"),
-        (("--format", "int8", "--merge-lora", "x.safetensors"), "--fold takes no LoRA"),
-        (("--best", "--bits", 7, "--from", "x.safetensors"), "--fold changes what --from was observed of"),
-        (("--actcal", "--actcal-lora", "x.safetensors"), "--fold takes no LoRA"),
-        (("--format", "int8", "--exclude-layers", "."), "no layer of flux1 that is to be quantized reads channels"),
-    ],
-)
-def test_what_cannot_be_done_is_refused(ctq, flux_file, tmp_path, words, said):
-    done = ctq("-i", flux_file, "-o", tmp_path / "out.safetensors", "--fold", *words)
-    assert done.code in (1, 2)
-    assert said in done.err

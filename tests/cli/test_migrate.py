@@ -61,10 +61,6 @@ REFUSED = {
         "plain.safetensors: nothing to dequantize: no layer is quantized in a format that is read here"
     ),
     "dequantize int8.safetensors -o out.safetensors": UNTOLD,
-    "dequantize none.safetensors -o out.safetensors": "none.safetensors: no such file",
-    "dequantize fp8.safetensors -o fp8.safetensors": (
-        "fp8.safetensors: the output is the same file as the input fp8.safetensors (name another output)"
-    ),
     "migrate plain.safetensors -o out.safetensors --to comfy": (
         "plain.safetensors: nothing to migrate: no layer is quantized with a scale"
     ),
@@ -72,13 +68,7 @@ REFUSED = {
     "migrate nvfp4.safetensors -o out.safetensors --to legacy": (
         "nvfp4.safetensors: a: a legacy file holds float8_e4m3fn with one scale per tensor only, and this is nvfp4"
     ),
-    "migrate fp8.safetensors -o none/out.safetensors --to legacy": (
-        "none/out.safetensors: cannot be written: the folder none does not exist"
-    ),
     "repair int8.safetensors": UNTOLD,
-    "repair broken.safetensors -o broken.safetensors": (
-        "broken.safetensors: the output is the same file as the input broken.safetensors (name another output)"
-    ),
     "-i int8.safetensors -o out.safetensors --format fp8 --requantize -q": UNTOLD,
 }
 

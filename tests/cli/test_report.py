@@ -181,55 +181,6 @@ def test_names_cannot_drive_the_terminal(ctq, tmp_path):
     assert "\x1b" not in ctq("report", path, "-v").out
 
 
-MISUSE = {
-    "a checkpoint alone": (["fp8"], 2, "no statistics: nothing says what the layers of fp8.safetensors receive"),
-    "three statistics": (["stats", "stats", "stats"], 2, "3 statistics files: at most two can be compared (--merge"),
-    "three checkpoints": (["fp8", "fp8", "fp8"], 2, "3 checkpoints: at most two can be compared"),
-    "against two": (["stats", "stats", "--against", "margin=2"], 2, "--against compares two ways to solve"),
-    "against nothing": (["stats", "--against", " "], 2, "--against needs options"),
-    "against half a quote": (["stats", "--against", "keep='a"], 2, "cannot be split into options"),
-    "against the unknown": (["stats", "--against", "margn=2"], 2, "unknown option --margn (did you mean --margin?)"),
-    "against the absurd": (["stats", "--against", "margin=0.5"], 2, "a margin should be at least 1, found 0.5"),
-    "an absurd margin": (["stats", "--margin", "0.5"], 2, "a margin should be at least 1, found 0.5"),
-    "a page to stdout": (["stats", "-o", "-"], 2, "-o needs a file (only --csv and --json go to stdout, as -)"),
-    "a picture to stdout": (["stats", "--png", "-"], 2, "--png needs a file"),
-    "two to stdout": (["stats", "--csv", "-", "--json", "-"], 2, "--csv and --json cannot both go to stdout"),
-    "no file": (["nothing"], 1, "no such file"),
-    "no folder": (["stats", "-o", "nowhere/r.html"], 1, "does not exist"),
-    "a folder": (["stats", "--png", "."], 1, "it is a folder"),
-    "the statistics": (["stats", "-o", "stats"], 1, "the output is the same file as the input"),
-    "the checkpoint": (["stats", "fp8", "--csv", "fp8"], 1, "name another file for --csv"),
-    "one file twice": (["stats", "-o", "r", "--png", "r"], 1, "--png and -o are the same file"),
-    "a picture as the page": (["stats", "-o", "r.PNG"], 2, "-o writes an HTML page, and r.PNG ends otherwise (--png"),
-    "another model": (["other", "fp8"], 1, "made for another model"),
-    "no common layer": (["other", "stats"], 1, "have no layer in common"),
-}
-
-
-@pytest.mark.parametrize(("words", "code", "message"), MISUSE.values(), ids=MISUSE)
-def test_misuse_is_said_and_writes_nothing(
-    ctq,
-    stats,
-    model,
-    folder,
-    tmp_path,
-    monkeypatch,
-    words,
-    code,
-    message,
-):
-    monkeypatch.chdir(tmp_path)
-    stats(), model()
-    observed({"other": 1.0}).save(tmp_path / "other.safetensors")
-    before = folder()
-    there = {"stats", "fp8", "other", "nothing"}
-    done = ctq("report", *(f"{word}.safetensors" if word in there else word for word in words))
-    assert (done.code, done.out) == (code, "")
-    assert message in done.err
-    assert "FP8 layers" not in done.err, "said before any work"
-    assert folder() == before
-
-
 def test_a_report_imports_no_torch(stats):
     code = (
         "import sys\nfrom convert_to_quant.cli import main\n"

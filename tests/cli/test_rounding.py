@@ -124,20 +124,6 @@ def test_moments_that_are_missing_or_of_another_run_are_refused(
     assert said in refused.err
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (("--weight-scale", "mse"), "--round finds scales itself"),
-        (("--merge-lora", "lora.safetensors"), "--merge-lora and --round cannot be combined"),
-        (("--fold", "--from", "stats.safetensors"), "--fold changes what --from was observed of"),
-    ],
-)
-def test_what_rounding_would_not_heed_is_refused(ctq, flux_file, tmp_path, flags, said):
-    refused = ctq("-i", flux_file, "-o", tmp_path / "out.safetensors", "--round", *flags)
-    assert refused.code == 2
-    assert said in refused.err
-
-
 def test_a_model_that_cannot_be_run_is_refused(ctq, save, build, tmp_path):
     unknown = save("unknown.safetensors", {"blocks.0.mlp.weight": torch.ones(32, 32).numpy()})
     refused = ctq("-i", unknown, "-o", tmp_path / "out.safetensors", "--round", "--format", "int8")
