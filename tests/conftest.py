@@ -131,15 +131,20 @@ def save_shards(tmp_path):
 
 @pytest.fixture
 def statistics():
-    """statistics({layer: shape}, absmax): what layers saw that received one row of ±absmax · number of the layer."""
+    """statistics({layer: shape}, absmax): what layers saw that received rows of absmax · number of the layer.
+
+    Or of {layer: absmax}; other layers saw nothing.
+    """
     import torch
 
     from convert_to_quant.recorder import Recording
 
-    def make(shapes: Mapping[str, tuple[int, int]], absmax: float = 1.0, rows: int = 4) -> Any:
+    def make(shapes: Mapping[str, tuple[int, int]], absmax: float | Mapping[str, float] = 1.0, rows: int = 4) -> Any:
         recording = Recording(shapes, {name: [name] for name in shapes})
-        for number, (_, in_features) in enumerate(shapes.values()):
-            recording.observe(number, torch.full((1, rows, in_features), absmax * (number + 1)))
+        for number, (name, (_, in_features)) in enumerate(shapes.items()):
+            value = absmax.get(name) if isinstance(absmax, Mapping) else absmax * (number + 1)
+            if value is not None:
+                recording.observe(number, torch.full((1, rows, in_features), value))
         return recording.statistics(samples=1, engine="a test")
 
     return make

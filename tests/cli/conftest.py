@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from tiny_flux import TEXT, VECTOR
 
 from convert_to_quant import cli
+from convert_to_quant.checkpoint import open_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -22,44 +24,33 @@ def surroundings(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def kohya(layer: str, rows: int, columns: int, rank: int = 4) -> dict[str, Any]:
-    """An adapter of one layer, as kohya names it."""
-    random = np.random.default_rng(1)
-    return {
-        f"{layer}.lora_down.weight": random.standard_normal((rank, columns)).astype(np.float32),
-        f"{layer}.lora_up.weight": random.standard_normal((rows, rank)).astype(np.float32),
-    }
-
-
 @pytest.fixture
 def lora(save):
-    """An adapter of the tiny Flux.1."""
-    return save("style.safetensors", kohya("lora_unet_double_blocks_0_img_mlp_0", 128, 32))
-
-
-def prompt_embeddings(count: int = 2, tokens: int = 4) -> dict[str, Any]:
-    """Embeddings of prompts of the tiny Flux.1's sizes."""
-    random = np.random.default_rng(2)
-    return {
-        "prompt_embeds": random.standard_normal((count, tokens, TEXT)).astype(np.float32),
-        "pooled_prompt_embeds": random.standard_normal((count, VECTOR)).astype(np.float32),
-    }
+    """An adapter of one layer of the tiny Flux.1, as kohya names it."""
+    random, layer = np.random.default_rng(1), "lora_unet_double_blocks_0_img_mlp_0"
+    down, up = (random.standard_normal(shape).astype(np.float32) for shape in ((4, 32), (128, 4)))
+    return save("style.safetensors", {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up})
 
 
 @pytest.fixture
 def embeddings():
-    """Make embeddings: embeddings(prompts, tokens of each)."""
-    return prompt_embeddings
+    """Make embeddings of prompts of the tiny Flux.1's sizes: embeddings(prompts, tokens of each)."""
 
+    def make(count: int = 2, tokens: int = 4) -> dict[str, Any]:
+        random = np.random.default_rng(2)
+        return {
+            "prompt_embeds": random.standard_normal((count, tokens, TEXT)).astype(np.float32),
+            "pooled_prompt_embeds": random.standard_normal((count, VECTOR)).astype(np.float32),
+        }
 
-TEXTS = ("a red fish", "a bear")
+    return make
 
 
 @pytest.fixture
 def prompts(tmp_path):
     """A file of prompts."""
     path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(("", *TEXTS, " ")))
+    path.write_text("\na red fish\na bear\n ")
     return path
 
 
@@ -89,11 +80,62 @@ def ctq(capsys):
 
 
 @pytest.fixture
-def fp8_file(ctq, flux_file):
+def done(ctq):
+    """The same for a call that succeeds."""
+
+    def run(*words: object, **options: Any) -> Outcome:
+        outcome = ctq(*words, **options)
+        assert outcome.code == 0, outcome.err
+        return outcome
+
+    return run
+
+
+@pytest.fixture
+def refused(ctq, folder):
+    """refused(message, words...): the call fails with a line that begins so, and leaves every file as it is."""
+
+    def check(message: str, *words: object, code: int = 1, **options: Any) -> None:
+        before = folder()
+        outcome = ctq(*words, **options)
+        assert (outcome.code, outcome.out) == (code, "")
+        assert f"\nerror: {message}" in f"\n{outcome.err}"
+        assert folder() == before
+
+    return check
+
+
+@pytest.fixture
+def fp8_file(done, flux_file):
     """The tiny Flux.1, converted."""
     path = flux_file.with_name("fp8.safetensors")
-    assert ctq("-i", flux_file, "-o", path).code == 0
+    done("-i", flux_file, "-o", path)
     return path
+
+
+@pytest.fixture
+def contents():
+    """The bytes of every tensor of a file: contents(path)."""
+
+    def read(path: Path) -> dict[str, bytes]:
+        with open_checkpoint(path) as checkpoint:
+            return {name: checkpoint.raw(name).tobytes() for name in checkpoint}
+
+    return read
+
+
+@pytest.fixture
+def scales():
+    """Every input scale of a file by layer, read with the safetensors library: scales(path)."""
+
+    def read(path: Path) -> dict[str, float]:
+        with safe_open(path, "np") as file:
+            names = [name for name in file.keys() if name.endswith(".input_scale")]  # noqa: SIM118 - no mapping
+            found = {name.removesuffix(".input_scale"): file.get_tensor(name) for name in names}
+        assert all((scale.dtype, scale.shape) == (np.float32, ()) and 0 < scale < np.inf for scale in found.values())
+        return {name: float(scale) for name, scale in found.items()}
+
+    return read
 
 
 @pytest.fixture

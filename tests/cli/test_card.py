@@ -15,11 +15,10 @@ from convert_to_quant.emoji import WEIGHTS
 SMALL = ("--height", 32, "--width", 48, "--text-tokens", 5, "--steps", 2, "--samples", 2)
 
 
-def test_a_model_without_a_decoder_is_compared_by_its_latents(ctq, flux_file, fp8_file):
+def test_a_model_without_a_decoder_is_compared_by_its_latents(ctq, done, flux_file, fp8_file):
     folder, checked = fp8_file.with_name("card"), fp8_file.with_name("check.json")
-    assert ctq("check", flux_file, fp8_file, *SMALL, "--json", checked).code == 0
-    outcome = ctq("card", flux_file, fp8_file, "-o", folder, *SMALL)
-    assert outcome.code == 0
+    done("check", flux_file, fp8_file, *SMALL, "--json", checked)
+    outcome = done("card", flux_file, fp8_file, "-o", folder, *SMALL)
     assert outcome.err.splitlines()[1:] == [f"wrote {folder / name}" for name in ("README.md", "card.json")]
     found, text = json.loads((folder / "card.json").read_text()), (folder / "README.md").read_text()
     wanted = json.loads(checked.read_text())
@@ -38,12 +37,12 @@ def test_a_model_without_a_decoder_is_compared_by_its_latents(ctq, flux_file, fp
     assert f"replaced {folder / 'README.md'}" in ctq("card", flux_file, fp8_file, "-o", folder, *SMALL).err
 
 
-def test_the_emoji_model_is_shown_painting_its_prompts(ctq, tmp_path):
+def test_the_emoji_model_is_shown_painting_its_prompts(done, tmp_path):
     from PIL import Image
 
     quantized, folder = tmp_path / "fp8.safetensors", tmp_path / "card"
-    assert ctq("-i", WEIGHTS, "-o", quantized).code == 0
-    assert ctq("card", WEIGHTS, quantized, "-o", folder, "--steps", 2, "--samples", 3).code == 0
+    done("-i", WEIGHTS, "-o", quantized)
+    done("card", WEIGHTS, quantized, "-o", folder, "--steps", 2, "--samples", 3)
     found, text = json.loads((folder / "card.json").read_text()), (folder / "README.md").read_text()
     assert (found["images"]["count"], found["images"]["height"], found["images"]["lpips"]) == (3, 32, None)
     assert 0.8 < found["images"]["ssim"] < 1

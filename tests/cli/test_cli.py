@@ -25,8 +25,8 @@ LONGER = {"observe": 52, "convert": 68, "check": 51, "card": 52}
 
 def test_the_module_runs_as_a_program():
     words = [sys.executable, "-m", "convert_to_quant", "--version"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert done.stdout == f"convert_to_quant {__version__}\n"
+    outcome = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert outcome.stdout == f"convert_to_quant {__version__}\n"
 
 
 def test_convert_is_the_command_that_needs_no_name(ctq, flux_file):
@@ -79,12 +79,12 @@ def test_every_command_has_what_all_have_and_says_every_default_the_same_way(nam
         assert not any("_" in flag for flag in action.option_strings), "the parsers know dashes"
 
 
-def test_both_spellings_convert_alike(ctq, flux_file):
+def test_both_spellings_convert_alike(done, flux_file):
     outputs = []
     for name, sep in (("a", "-"), ("b", "_")):
         outputs.append(flux_file.with_name(f"{name}.safetensors"))
         words = [f"--scaling{sep}mode", "block", f"--block{sep}size=32", f"--exclude{sep}layers", "txt_mlp"]
-        assert ctq("-i", flux_file, "-o", outputs[-1], *words).code == 0
+        done("-i", flux_file, "-o", outputs[-1], *words)
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
 
 
@@ -195,15 +195,15 @@ def test_a_reader_that_goes_away_is_no_error_message(save, build):
 @pytest.mark.parametrize("words", [["--help"], ["completion", "bash"]])
 def test_a_full_disk_behind_stdout_is_one_line(words):
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run([sys.executable, "-m", "convert_to_quant", *words], stdout=full, stderr=subprocess.PIPE,
-                              text=True, check=False)  # fmt: skip
-    assert (done.returncode, done.stderr) == (1, "error: the output cannot be written: No space left on device\n")
+        program = [sys.executable, "-m", "convert_to_quant", *words]
+        outcome = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (outcome.returncode, outcome.stderr) == (1, "error: the output cannot be written: No space left on device\n")
 
 
 @pytest.mark.parametrize(("closed", "code", "error"), [(">&-", 1, "error: none: no such file\n"), ("2>&-", 1, "")])
 def test_closed_streams_take_nothing_and_nothing_goes_to_the_other(fp8_file, closed, code, error):
     command = f'exec "$@" {closed}'
     words = [sys.executable, "-m", "convert_to_quant", "inspect", str(fp8_file), "none", "--json", "-"]
-    done = subprocess.run(["sh", "-c", command, "sh", *words], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (code, error)
-    assert closed == ">&-" or json.loads(done.stdout)["files"]
+    outcome = subprocess.run(["sh", "-c", command, "sh", *words], capture_output=True, text=True, check=False)
+    assert (outcome.returncode, outcome.stderr) == (code, error)
+    assert closed == ">&-" or json.loads(outcome.stdout)["files"]

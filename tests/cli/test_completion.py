@@ -29,9 +29,9 @@ def complete(ctq, tmp_path):
     script.write_text(ctq("completion", "bash").out, encoding="utf-8")
 
     def ask(*words: str, program: str = "convert_to_quant") -> set[str]:
-        done = subprocess.run(["bash", "-c", ASK, "bash", str(script), program, *words],
+        outcome = subprocess.run(["bash", "-c", ASK, "bash", str(script), program, *words],
                               capture_output=True, text=True, check=True, cwd=tmp_path)  # fmt: skip
-        return {line.strip() for line in done.stdout.splitlines() if line.strip()}
+        return {line.strip() for line in outcome.stdout.splitlines() if line.strip()}
 
     return ask
 

@@ -39,17 +39,16 @@ def options(path: Path, command: str, *words: str) -> dict[str, Any]:
     return vars(parsed)
 
 
-def test_one_table_runs_without_a_command(ctq, recipe, flux_file):
+def test_one_table_runs_without_a_command(done, recipe, flux_file):
     path = recipe(f"""
         [convert]
         input = "{flux_file.name}"
         output = "out.safetensors"
         scaling_mode = "row"
         """)
-    outcome = ctq("--config", path)
-    assert outcome.code == 0, outcome.err
+    done("--config", path)
     wanted = flux_file.with_name("wanted.safetensors")
-    assert ctq("-i", flux_file, "-o", wanted, "--scaling-mode", "row").code == 0
+    done("-i", flux_file, "-o", wanted, "--scaling-mode", "row")
     assert flux_file.with_name("out.safetensors").read_bytes() == wanted.read_bytes()
 
 
@@ -97,8 +96,8 @@ def test_arguments_without_flags_are_called_as_in_the_help(recipe, tmp_path):
     assert (found["input"], found["statistics"], found["output"]) == ("n", ["c"], str(tmp_path / "o"))
 
 
-def test_an_argument_with_choices_is_held_to_them(ctq, recipe):
-    assert ctq("--config", recipe('[completion]\nshell = "bash"')).code == 0
+def test_an_argument_with_choices_is_held_to_them(ctq, done, recipe):
+    done("--config", recipe('[completion]\nshell = "bash"'))
     outcome = ctq("--config", path := recipe('[completion]\nshell = "bsah"'))
     problem = "[completion] shell: invalid choice: 'bsah' (did you mean bash?)"
     assert (outcome.code, outcome.err) == (2, f"error: {path}: {problem}\n")
@@ -176,13 +175,13 @@ def test_a_file_that_cannot_be_read_is_misuse(ctq, tmp_path):
     )
 
 
-def test_a_byte_order_mark_is_no_key(ctq, recipe, fp8_file):
-    assert ctq("--config", recipe(f'\ufeff[inspect]\nmodel = "{fp8_file.name}"')).code == 0
+def test_a_byte_order_mark_is_no_key(done, recipe, fp8_file):
+    done("--config", recipe(f'\ufeff[inspect]\nmodel = "{fp8_file.name}"'))
 
 
-def test_the_last_file_counts_as_of_any_flag(ctq, recipe, fp8_file):
+def test_the_last_file_counts_as_of_any_flag(done, recipe, fp8_file):
     path = recipe(f'[inspect]\nmodel = "{fp8_file.name}"')
-    assert ctq("--config", "none.toml", "--config", path).code == 0
+    done("--config", "none.toml", "--config", path)
 
 
 def test_a_name_that_toml_cannot_hold_is_not_saved(ctq, fp8_file):
@@ -192,25 +191,25 @@ def test_a_name_that_toml_cannot_hold_is_not_saved(ctq, fp8_file):
     assert outcome.err == f"error: {saved}: TOML cannot hold a file name that is not UTF-8\n"
 
 
-def test_a_saved_call_is_the_same_call(ctq, tmp_path, flux_file):
+def test_a_saved_call_is_the_same_call(done, tmp_path, flux_file):
     outputs = [tmp_path / f"{number}.safetensors" for number in range(2)]
     folder = tmp_path / "recipes"
     folder.mkdir()
     saved = folder / "saved.toml"
     words = ("--actcal", "--actcal-engine", "layer", "--actcal-seed", 7, "--exclude-layers", "txt_mlp", "-q")
-    assert ctq("-i", flux_file, "-o", outputs[0], *words, "--save-config", saved).code == 0
+    done("-i", flux_file, "-o", outputs[0], *words, "--save-config", saved)
     text = saved.read_text(encoding="utf-8")
     assert text.startswith(f"# convert_to_quant {__version__}\n[convert]\n")
     assert 'input = "../flux.safetensors"' in text
-    assert ctq("--config", saved, "-o", outputs[1]).code == 0
+    done("--config", saved, "-o", outputs[1])
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
 
 
-def test_a_call_that_failed_or_was_dry_saves_nothing(ctq, folder, flux_file):
+def test_a_call_that_failed_or_was_dry_saves_nothing(ctq, done, folder, flux_file):
     before = folder()
     saved = flux_file.with_name("saved.toml")
     output = flux_file.with_name("out.safetensors")
-    assert ctq("-i", flux_file, "-o", output, "--dry-run", "--save-config", saved).code == 0
+    done("-i", flux_file, "-o", output, "--dry-run", "--save-config", saved)
     assert ctq("-i", flux_file, "-o", flux_file, "--save-config", saved).code == 1
     assert folder() == before
 

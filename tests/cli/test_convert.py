@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.layers import find_layers
@@ -22,87 +20,35 @@ TIGHT = (*MODEL, "--actcal-margin", "1")
 LAYER = ("--actcal", "--actcal-engine", "layer")
 
 
-def input_scales(path: Path) -> dict[str, np.ndarray]:
-    """Every input_scale, by layer, read with the safetensors library."""
-    with safe_open(path, "np") as file:
-        return {
-            name.removesuffix(".input_scale"): file.get_tensor(name)
-            for name in file.keys()  # noqa: SIM118 - safe_open is no mapping
-            if name.endswith(".input_scale")
-        }
-
-
-def raw_tensors(path: Path) -> dict[str, bytes]:
-    with open_checkpoint(path) as checkpoint:
-        return {name: checkpoint.raw(name).tobytes() for name in checkpoint}
-
-
-def full_precision(path: Path) -> set[str]:
-    with open_checkpoint(path) as checkpoint:
-        return {name for name, layer in find_layers(checkpoint).quantized.items() if layer.full_precision}
-
-
-def expect_calibrated(path: Path, layers: tuple[str, ...]) -> dict[str, float]:
-    """The file as its readers want it; returns the scales."""
-    scales = input_scales(path)
-    assert set(scales) == set(layers)
-    for scale in scales.values():
-        assert (scale.dtype, scale.shape) == (np.float32, ())
-        assert np.isfinite(scale)
-        assert scale > 0
-    with open_checkpoint(path) as checkpoint:
-        assert set(find_layers(checkpoint).quantized) == set(layers)
-    return {name: float(scale) for name, scale in scales.items()}
-
-
-def test_convert_quantizes_the_blocks_and_says_so(ctq, flux_file, flux):
-    output = flux_file.with_name("out.safetensors")
-    outcome = ctq("-i", flux_file, "-o", output)
-    assert (outcome.code, outcome.out) == (0, "")
-    assert "13 of 21 linear layers to float8_e4m3fn" in outcome.err
-    assert f"wrote {output}" in outcome.err
-    assert input_scales(output) == {}  # other readers would take one of 1.0 for measured
-
-
-def test_scales_that_nobody_measured_are_told_with_what_measures_them(ctq, flux_file):
+def test_scales_that_nobody_measured_are_told_with_what_measures_them(done, flux_file, scales):
     out = flux_file.with_name("my out.safetensors")
-    told = (
-        "note: its input scales are not measured, and ComfyUI takes 1.0 for them "
-        f"(convert_to_quant -i '{out}' --actcal --in-place measures them)"
-    )
-    assert told in ctq("-i", flux_file, "-o", out).err
-    assert ctq("-i", out, "--actcal", "--in-place", "--actcal-engine", "layer").code == 0, "what was told works"
-    for words in (["--no-input-scale"], ["--scaling-mode", "row"], ["--actcal", "--actcal-engine", "layer"]):
-        assert "not measured" not in ctq("-i", flux_file, "-o", out, *words).err
+    measures = f"convert_to_quant -i '{out}' --actcal --in-place measures them"
+    told = f"note: its input scales are not measured, and ComfyUI takes 1.0 for them ({measures})"
+    assert told in done("-i", flux_file, "-o", out).err
+    assert scales(out) == {}  # other readers would take one of 1.0 for measured
+    done("-i", out, "--in-place", *LAYER)
+    for words in (["--no-input-scale"], ["--scaling-mode", "row"], LAYER):
+        assert "not measured" not in done("-i", flux_file, "-o", out, *words).err
 
 
 @pytest.mark.parametrize(("name", "told"), [("a.gguf", True), ("a", True), ("a.SFT", False), ("a.safetensors", False)])
-def test_a_name_that_comfyui_takes_for_something_else_is_told(ctq, flux_file, fp8_file, name, told):
-    out = flux_file.with_name(name)
-    calibrating = ("--actcal", "--actcal-engine", "layer")
-    for words in (("-i", flux_file), ("-i", fp8_file, *calibrating)):
-        outcome = ctq(*words, "-o", out)
-        assert outcome.code == 0
-        assert (f"note: ComfyUI does not read {name} as safetensors" in outcome.err) == told
+def test_a_name_that_comfyui_takes_for_something_else_is_told(done, flux_file, fp8_file, name, told):
+    for words in (("-i", flux_file), ("-i", fp8_file, *LAYER)):
+        said = done(*words, "-o", flux_file.with_name(name)).err
+        assert (f"note: ComfyUI does not read {name} as safetensors" in said) == told
 
 
 def test_in_place_says_so_where_nothing_changes(ctq, fp8_file):
-    words = ("-i", fp8_file, "--in-place", "--actcal", "--actcal-engine", "layer")
+    words = ("-i", fp8_file, "--in-place", *LAYER)
     assert ctq(*words).err.endswith(f"wrote {fp8_file}\n")
     before = fp8_file.read_bytes(), fp8_file.stat().st_mtime_ns
     assert ctq(*words).err.endswith(f"{fp8_file} has these scales already; nothing was written\n")
     assert (fp8_file.read_bytes(), fp8_file.stat().st_mtime_ns) == before
 
 
-def test_quiet_says_nothing(ctq, flux_file):
-    outcome = ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), "-q", *LAYER)
-    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
-
-
-def test_dry_run_prints_the_plan_with_reasons_and_writes_nothing(ctq, flux_file, folder):
+def test_dry_run_prints_the_plan_with_reasons_and_writes_nothing(ctq, done, flux_file, folder):
     before = folder()
-    outcome = ctq("-i", flux_file, "--dry-run", "--exclude_layers", r"txt_mlp\.2$")
-    assert outcome.code == 0
+    outcome = done("-i", flux_file, "--dry-run", "--exclude_layers", r"txt_mlp\.2$")
     rows = {line.split()[0]: line for line in outcome.out.splitlines()}
     assert "fp8" in rows["double_blocks.0.img_mlp.0"]
     assert r"excluded by 'txt_mlp\\.2$'" in rows["double_blocks.0.txt_mlp.2"]
@@ -116,100 +62,86 @@ def test_dry_run_prints_the_plan_with_reasons_and_writes_nothing(ctq, flux_file,
     assert folder() == before
 
 
-def test_actcal_takes_number_and_size_of_images_as_observe_does(ctq, fp8_file, save):
-    size = {"height": 32, "width": 48, "text-tokens": 5, "samples": 4}
+def test_actcal_takes_number_and_size_of_images_as_observe_does(done, fp8_file):
+    size = "--{0}height 32 --{0}width 48 --{0}text-tokens 5 --{0}samples 4"
     report, statistics = fp8_file.with_name("r.json"), fp8_file.with_name("s.safetensors")
-    words = [word for name, number in size.items() for word in (f"--actcal-{name}", number)]
-    assert ctq("-i", fp8_file, "--dry-run", "--actcal", *words, "--json", report).code == 0
-    words = [word for name, number in size.items() for word in (f"--{name}", number)]
-    assert ctq("observe", fp8_file, "-o", statistics, *words).code == 0
+    done("-i", fp8_file, "--dry-run", "--actcal", *size.format("actcal-").split(), "--json", report)
+    done("observe", fp8_file, "-o", statistics, *size.format("").split())
     seen = Statistics.load(statistics)
     found = {layer["layer"]: layer for layer in json.loads(report.read_text())["layers"]}
     assert seen.samples == 4
-    for name, (out_features, in_features), rows, absmax in zip(
-        seen.names, seen.layers.values(), seen.rows, seen.absmax, strict=True
-    ):
-        assert found[name]["multiply_adds"] == rows * out_features * in_features
+    for name, shape, rows, absmax in zip(seen.names, seen.layers.values(), seen.rows, seen.absmax, strict=True):
+        assert found[name]["multiply_adds"] == rows * shape[0] * shape[1]
         assert found[name]["range"] == absmax
     image = "double_blocks.0.img_mlp.0"
     assert seen.rows[seen.names.index(image)] == 4 * 4 * 2 * 3  # images, noise levels, tokens
 
 
-def test_without_input_scales_and_with_a_report(ctq, flux_file):
-    output, report = flux_file.with_name("out.safetensors"), flux_file.with_name("report.json")
-    assert ctq("-i", flux_file, "-o", output, "--no_input_scale", "--json", report).code == 0
-    assert input_scales(output) == {}
-    assert json.loads(report.read_text())["counts"]["quantized"] == 13
-
-
-def test_converting_and_calibrating_in_one_breath_equals_one_after_the_other(ctq, flux_file, fp8_file, flux):
+def test_converting_and_calibrating_in_one_breath_equals_one_after_the_other(done, flux_file, fp8_file, flux, scales):
     at_once, after = flux_file.with_name("once.safetensors"), flux_file.with_name("after.safetensors")
-    outcome = ctq("-i", flux_file, "-o", at_once, *TIGHT)
-    assert outcome.code == 0, outcome.err
-    assert "calibrated 13 of 13 layers by running the model on noise" in outcome.err
-    assert "note: calibrated on noise: the ranges of" in outcome.err
-    assert ctq("-i", fp8_file, "-o", after, *TIGHT).code == 0
-    scales = expect_calibrated(at_once, flux.quantized)
-    assert scales == expect_calibrated(after, flux.quantized)
-    assert 1.0 not in scales.values()
-    assert full_precision(at_once) == full_precision(after) == set(flux.one_row)
+    told = done("-i", flux_file, "-o", at_once, *TIGHT).err
+    assert "calibrated 13 of 13 layers by running the model on noise" in told
+    assert "note: calibrated on noise: the ranges of" in told
+    done("-i", fp8_file, "-o", after, *TIGHT)
+    assert scales(at_once) == scales(after)
+    assert set(scales(after)) == set(flux.quantized)
+    assert 1.0 not in scales(after).values()
+    for path in (at_once, after):
+        with open_checkpoint(path) as checkpoint:
+            layers = find_layers(checkpoint).quantized
+        assert {name for name, layer in layers.items() if layer.full_precision} == set(flux.one_row)
 
     # In place, the file that was converted first becomes the very same file.
-    assert ctq("-i", fp8_file, "--in-place", *TIGHT).code == 0
+    done("-i", fp8_file, "--in-place", *TIGHT)
     assert fp8_file.read_bytes() == at_once.read_bytes()
     assert not list(fp8_file.parent.glob("*.undo"))
 
 
-def test_calibration_changes_scales_and_marks_only(ctq, fp8_file, flux):
-    output = fp8_file.with_name("out.safetensors")
-    before = raw_tensors(fp8_file)
-    assert ctq("-i", fp8_file, "-o", output, *TIGHT).code == 0
-    after = raw_tensors(output)
+def test_calibration_changes_scales_and_marks_only(done, fp8_file, flux, contents):
+    output, before = fp8_file.with_name("out.safetensors"), contents(fp8_file)
+    done("-i", fp8_file, "-o", output, *TIGHT)
+    after = contents(output)
     assert after.keys() - before.keys() == {f"{name}.input_scale" for name in flux.quantized}
     assert {name for name in before if before[name] != after[name]} == {f"{name}.comfy_quant" for name in flux.one_row}
     with open_checkpoint(output) as checkpoint:
         assert checkpoint.metadata["author"] == "a test"
-        made = json.loads(checkpoint.metadata["convert_to_quant"])
-        assert made["calibrate"]["engine"] == "model"
-        assert made["calibrate"]["conditioning"] == "noise"
+        made = json.loads(checkpoint.metadata["convert_to_quant"])["calibrate"]
         marks = json.loads(checkpoint.metadata["_quantization_metadata"])["layers"]
+    assert (made["engine"], made["conditioning"]) == ("model", "noise")
     assert {name for name, mark in marks.items() if mark.get("full_precision_matrix_mult")} == set(flux.one_row)
 
 
-def test_verbose_prints_old_scale_new_scale_source_and_range_of_every_layer(ctq, fp8_file, folder, flux):
+def test_verbose_prints_old_scale_new_scale_source_and_range_of_every_layer(done, fp8_file, flux):
     report = fp8_file.with_name("r.json")
-    outcome = ctq("-i", fp8_file, "--dry-run", "-v", "--json", report, *TIGHT)
-    head, *rows = outcome.out.splitlines()
-    assert [column in head for column in ("layer", "range", "scale before", "scale after", "source")] == [True] * 5
-    document = json.loads(report.read_text())
-    assert document["engine"] == "model"
-    assert [row.split()[0] for row in rows] == [layer["layer"] for layer in document["layers"]]
-    assert set(flux.quantized) == {layer["layer"] for layer in document["layers"]}
-    for row, layer in zip(rows, document["layers"], strict=True):
+    head, *rows = done("-i", fp8_file, "--dry-run", "-v", "--json", report, *TIGHT).out.splitlines()
+    assert all(column in head for column in ("layer", "range", "scale before", "scale after", "source"))
+    layers = json.loads(report.read_text())["layers"]
+    assert [row.split()[0] for row in rows] == [layer["layer"] for layer in layers]
+    assert set(flux.quantized) == {layer["layer"] for layer in layers}
+    for row, layer in zip(rows, layers, strict=True):
         assert (layer["source"], layer["scale_before"]) == ("model", 1.0)
         assert layer["scale_after"] == float(np.float32(layer["range"] / 448))
         assert f"{layer['range']:.5g}" in row
         assert f"{layer['scale_after']:.5g}" in row
-    assert "dry run: nothing was written" in outcome.err
 
-    outcome = ctq("-i", fp8_file, "--dry-run", "-v", "--json", "-", *LAYER)
+    outcome = done("-i", fp8_file, "--dry-run", "-v", "--json", "-", *LAYER)
     assert {layer["source"] for layer in json.loads(outcome.out)["layers"]} == {"layer"}
     assert "scale before" in outcome.err, "the table makes way"
 
 
-def test_calibration_is_deterministic_for_a_seed(ctq, fp8_file):
+def test_calibration_is_deterministic_for_a_seed(done, fp8_file, scales):
     outputs = [fp8_file.with_name(f"{number}.safetensors") for number in range(3)]
     for output, seed in zip(outputs, (1, 1, 2), strict=True):
-        assert ctq("-i", fp8_file, "-o", output, *LAYER, "--actcal-seed", seed).code == 0
+        done("-i", fp8_file, "-o", output, *LAYER, "--actcal-seed", seed)
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
-    assert input_scales(outputs[0]) != input_scales(outputs[2])
+    assert scales(outputs[0]) != scales(outputs[2])
 
 
 @pytest.mark.parametrize("engine", ["", "--actcal-engine auto", "--actcal-engine model"])
 @pytest.mark.parametrize("target", ["--in-place", "-o out.safetensors", "--dry-run"])
 @pytest.mark.parametrize("quantized", [True, False])
 def test_a_model_that_cannot_be_run_is_refused_and_nothing_is_written(
-    ctq, save, build, folder, monkeypatch, *, quantized, target, engine
+    refused, save, build, monkeypatch, quantized, target, engine
 ):
     if target == "--in-place" and not quantized:
         pytest.skip("only FP8 files are calibrated in place")
@@ -218,85 +150,72 @@ def test_a_model_that_cannot_be_run_is_refused_and_nothing_is_written(
         tensors, metadata = {"blocks.0.fc1.weight": np.ones((32, 32), np.float32)}, None
     path = save("m.safetensors", tensors, metadata)
     monkeypatch.chdir(path.parent)
-    before = folder()
-    outcome = ctq("-i", path, *target.split(), "--actcal", *engine.split())
-    assert (outcome.code, outcome.out) == (1, "")
-    assert outcome.err == (
-        f"error: {path}: the model cannot be run, so nothing was calibrated: its tensor names fit no known family "
+    message = (
+        f"{path}: the model cannot be run, so nothing was calibrated: its tensor names fit no known family "
         "(--actcal-engine layer guesses the scales from the weights; observe --comfyui-dir DIR may run the model in "
         "ComfyUI)\n"
     )
-    assert folder() == before
+    refused(message, "-i", path, *target.split(), "--actcal", *engine.split())
 
 
-def test_guesses_are_made_by_name_and_called_so(ctq, save, build):
+def test_guesses_are_made_by_name_and_called_so(done, save, build, scales):
     path = save("m.safetensors", *build.quantized(["blocks.0.fc1", "blocks.0.fc2"], "both"))
     output = path.with_name("out.safetensors")
-    outcome = ctq("-i", path, "-o", output, *LAYER)
-    assert outcome.code == 0
-    assert "calibrated 2 of 2 layers by guessing from the weights" in outcome.err
-    expect_calibrated(output, ("blocks.0.fc1", "blocks.0.fc2"))
+    told = done("-i", path, "-o", output, *LAYER).err
+    assert "calibrated 2 of 2 layers by guessing from the weights" in told
+    assert set(scales(output)) == {"blocks.0.fc1", "blocks.0.fc2"}
     with open_checkpoint(output) as checkpoint:
         assert json.loads(checkpoint.metadata["convert_to_quant"])["calibrate"]["engine"] == "layer"
 
 
-def test_a_model_beside_an_fp8_text_encoder_is_converted_and_the_encoder_left_alone(
-    ctq, save, build, flux_tensors, flux
+def test_a_text_encoder_in_fp8_beside_a_model_that_is_converted_is_left_alone(
+    done, save, build, flux_tensors, flux, scales
 ):
     name = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"
     encoder, _ = build.quantized([name], "tensor", input_scale=None)
     own = {f"model.diffusion_model.{key}": value for key, value in flux_tensors().items()}
     path = save("all.safetensors", {**own, **encoder})
     output = path.with_name("out.safetensors")
-    assert ctq("-i", path, "-o", output, *MODEL).code == 0
-    assert set(input_scales(output)) == {f"model.diffusion_model.{key}" for key in flux.quantized}
-    again = ctq("-i", output, "--in-place", *MODEL, "--actcal-seed", 7)
-    assert again.code == 0, again.err
+    done("-i", path, "-o", output, *MODEL)
+    assert set(scales(output)) == {f"model.diffusion_model.{key}" for key in flux.quantized}
+    again = done("-i", output, "--in-place", *MODEL, "--actcal-seed", 7)
     assert "left alone: 1 FP8 layer beside the diffusion model" in again.err
 
 
-def test_ranges_cover_the_model_with_and_without_its_lora(ctq, lora, fp8_file, flux):
-    scales = {}
-    for name, words in (("plain", ()), ("lora", ("--actcal-lora", f"{lora}:3.0"))):
-        output = fp8_file.with_name(f"with_{name}.safetensors")
-        outcome = ctq("-i", fp8_file, "-o", output, *MODEL, *words)
-        assert outcome.code == 0
-        scales[name] = expect_calibrated(output, flux.quantized)
-    assert "note: LoRA: 1 adapter on 1 layer" in outcome.err
-    assert all(scales["lora"][name] >= scales["plain"][name] for name in flux.quantized)
-    assert scales["lora"]["double_blocks.0.img_mlp.0"] == scales["plain"]["double_blocks.0.img_mlp.0"]
-    assert scales["lora"]["double_blocks.0.img_mlp.2"] > 2 * scales["plain"]["double_blocks.0.img_mlp.2"]
+def test_ranges_cover_the_model_with_and_without_its_lora(done, lora, fp8_file, scales):
+    outputs = [fp8_file.with_name(f"{name}.safetensors") for name in ("plain", "with_lora")]
+    done("-i", fp8_file, "-o", outputs[0], *MODEL)
+    told = done("-i", fp8_file, "-o", outputs[1], *MODEL, "--actcal-lora", f"{lora}:3.0").err
+    assert "note: LoRA: 1 adapter on 1 layer" in told
+    plain, with_lora = map(scales, outputs)
+    assert all(with_lora[name] >= scale for name, scale in plain.items())
+    assert with_lora["double_blocks.0.img_mlp.0"] == plain["double_blocks.0.img_mlp.0"]
+    assert with_lora["double_blocks.0.img_mlp.2"] > 2 * plain["double_blocks.0.img_mlp.2"]
 
 
-def test_conversion_flags_do_nothing_to_an_fp8_file_and_it_says_so(ctq, fp8_file):
-    outcome = ctq("-i", fp8_file, "--dry-run", *LAYER, "--scaling_mode", "row", "--exclude-layers", "x")
-    assert outcome.code == 0
-    assert (
-        "note: the input is quantized already, so nothing is converted and --exclude-layers, --scaling-mode does "
-        "nothing" in outcome.err
-    )
+def test_conversion_flags_do_nothing_to_an_fp8_file_and_it_says_so(done, fp8_file):
+    told = done("-i", fp8_file, "--dry-run", *LAYER, "--scaling_mode", "row", "--exclude-layers", "x").err
+    unused = "so nothing is converted and --exclude-layers, --scaling-mode does nothing"
+    assert f"note: the input is quantized already, {unused}" in told
 
 
-def test_legacy_files_stay_legacy_and_are_calibrated(ctq, flux_file, flux):
+def test_legacy_files_stay_legacy_and_are_calibrated(done, flux_file, flux, contents):
     output = flux_file.with_name("legacy.safetensors")
-    outcome = ctq("-i", flux_file, "-o", output, "--legacy", *TIGHT)
-    assert outcome.code == 0
-    assert (
-        "3 layers should compute in full precision, but a file without comfy_quant marks cannot say so" in outcome.err
-    )
-    tensors = raw_tensors(output)
+    told = done("-i", flux_file, "-o", output, "--legacy", *TIGHT).err
+    assert "3 layers should compute in full precision, but a file without comfy_quant marks cannot say so" in told
+    tensors = contents(output)
     assert "scaled_fp8" in tensors
     assert not any(name.endswith((".input_scale", ".comfy_quant")) for name in tensors)
-    scales = {name: np.frombuffer(tensors[name + ".scale_input"], np.float32)[0] for name in flux.quantized}
-    assert 1.0 not in scales.values()
-    assert all(scale > 0 for scale in scales.values())
+    found = [np.frombuffer(tensors[name + ".scale_input"], np.float32)[0] for name in flux.quantized]
+    assert 1.0 not in found
+    assert min(found) > 0
 
 
-def test_a_shard_index_is_converted_and_calibrated_shard_by_shard(ctq, save_shards, flux_tensors, flux):
+def test_a_shard_index_is_converted_and_calibrated_shard_by_shard(done, save_shards, flux_tensors, flux):
     items = list(flux_tensors().items())
     index = save_shards("model", [dict(items[:30]), dict(items[30:])])
     output = index.with_name("out.safetensors.index.json")
-    assert ctq("-i", index, "-o", output, *LAYER).code == 0
+    done("-i", index, "-o", output, *LAYER)
     with open_checkpoint(output) as checkpoint:
         assert len(checkpoint.files) == 2
         layers = find_layers(checkpoint).quantized
@@ -317,16 +236,18 @@ cli.main(["-i", sys.argv[1], "--in-place", "--actcal", "--actcal-engine", "layer
 
 
 def test_a_file_that_an_interrupted_change_left_half_done_is_repaired_in_place_and_not_read(
-    ctq, fp8_file, flux_file, tmp_path, folder
+    done, refused, fp8_file, flux_file, flux, statistics, scales
 ):
-    stats, new, undo = (tmp_path / name for name in ("stats.safetensors", "new.safetensors", "fp8.safetensors.undo"))
-    assert ctq("observe", flux_file, "-o", stats, "--samples", "1").code == 0
+    stats, new, undo = (fp8_file.with_name(name) for name in ("s.safetensors", "new", "fp8.safetensors.undo"))
+    statistics(flux.linear).save(stats)
     original = fp8_file.read_bytes()
     killed = subprocess.run([sys.executable, "-c", CRASH, str(fp8_file)], capture_output=True, text=True, check=False)
     assert killed.returncode == 7, killed.stderr
     assert undo.exists()
     assert fp8_file.read_bytes() != original
-    before = folder()
+    problem = f"an interrupted in-place change left it half done; the old bytes are in {undo}"
+    hint = "run any command with --in-place to restore them first, such as"
+    command = f"convert_to_quant -i {fp8_file} --actcal --in-place"
     for words in (
         ("inspect", fp8_file),
         ("check", flux_file, fp8_file),
@@ -338,18 +259,11 @@ def test_a_file_that_an_interrupted_change_left_half_done_is_repaired_in_place_a
         ("-i", fp8_file, "-o", new, *LAYER),
         ("-i", fp8_file, "--dry-run", *LAYER),
     ):
-        outcome = ctq(*words)
-        assert outcome.code == 1, words
-        problem = f"an interrupted in-place change left it half done; the old bytes are in {undo}"
-        hint = "run any command with --in-place to restore them first, such as"
-        command = f"convert_to_quant -i {fp8_file} --actcal --in-place"
-        assert outcome.err == f"error: {fp8_file}: {problem} ({hint} `{command}`)\n"
-        assert folder() == before
-    outcome = ctq("-i", fp8_file, "--in-place", *LAYER)
-    assert outcome.code == 0
-    assert f"note: {fp8_file}: an interrupted change in place was undone" in outcome.err
+        refused(f"{fp8_file}: {problem} ({hint} `{command}`)\n", *words)
+    told = done("-i", fp8_file, "--in-place", *LAYER).err
+    assert f"note: {fp8_file}: an interrupted change in place was undone" in told
     assert not undo.exists()
-    assert 1.0 not in {float(scale) for scale in input_scales(fp8_file).values()}
+    assert 1.0 not in scales(fp8_file).values()
 
 
 def test_a_file_that_is_replaced_while_it_is_calibrated_in_place_is_left_alone(ctq, fp8_file, monkeypatch):
@@ -372,7 +286,7 @@ def test_a_file_that_is_replaced_while_it_is_calibrated_in_place_is_left_alone(c
     assert not list(fp8_file.parent.glob("*.undo"))
 
 
-def test_a_calibration_that_fails_while_converting_leaves_no_output(ctq, flux_file, folder, monkeypatch):
+def test_a_calibration_that_fails_while_converting_leaves_no_output(refused, flux_file, monkeypatch):
     from convert_to_quant import calibrate_activation_scales
     from convert_to_quant.errors import CalibrationError
 
@@ -380,8 +294,5 @@ def test_a_calibration_that_fails_while_converting_leaves_no_output(ctq, flux_fi
         raise CalibrationError("its inputs had 3 NaN", tensor="double_blocks.0.img_mlp.2")
 
     monkeypatch.setattr(calibrate_activation_scales, "calibrate_model", fail)
-    before = folder()
-    outcome = ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), "--actcal")
-    assert outcome.code == 1
-    assert outcome.err == "error: double_blocks.0.img_mlp.2: its inputs had 3 NaN\n"
-    assert folder() == before
+    message = "double_blocks.0.img_mlp.2: its inputs had 3 NaN\n"
+    refused(message, "-i", flux_file, "-o", flux_file.with_name("out.safetensors"), "--actcal")

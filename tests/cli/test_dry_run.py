@@ -43,14 +43,14 @@ def folded(tmp_path_factory, build, flux_tensors):
 
 
 @pytest.fixture
-def place(ctq, fp8_file, lora, flux, statistics, folded, monkeypatch):
+def place(done, fp8_file, lora, flux, statistics, folded, monkeypatch):
     """A folder with all that the calls name."""
     monkeypatch.chdir(fp8_file.parent)
     statistics(flux.linear).save("stats.safetensors")
     Path("folded.safetensors").write_bytes(folded)
     for name in ("ComfyUI", "Installed"):
         Path(name, "custom_nodes").mkdir(parents=True)
-    assert ctq("comfyui", "install", "Installed", "-q").code == 0
+    done("comfyui", "install", "Installed", "-q")
 
 
 def test_every_command_that_writes_is_here():
@@ -58,10 +58,9 @@ def test_every_command_that_writes_is_here():
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_it_says_so_gives_its_document_and_writes_nothing(ctq, place, folder, name):
+def test_it_says_so_gives_its_document_and_writes_nothing(ctq, done, place, folder, name):
     before = folder()
-    outcome = ctq(*CALLS[name].split(), "--dry-run")
-    assert outcome.code == 0, outcome.err
+    outcome = done(*CALLS[name].split(), "--dry-run")
     assert "dry run: " in outcome.err
     assert ctq(*CALLS[name].split(), "--dry-run", "-q").err == ""
     document = json.loads(ctq(*CALLS[name].split(), "--dry-run", "--json", "-").out)

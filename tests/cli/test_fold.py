@@ -11,8 +11,6 @@ from convert_to_quant import names
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.emoji.rerange import RERANGINGS, write_reranged
 
-pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
-
 SMALL = ("--actcal-samples", 3, "--actcal-height", 32, "--actcal-width", 32, "--actcal-text-tokens", 4)
 LAYER = "double_blocks.0.img_attn.qkv"
 
@@ -41,59 +39,45 @@ def lora(flux_file, save):
     )
 
 
-def test_a_folded_file_warns_and_its_loras_are_converted(ctq, flux_file, lora, tmp_path, folder):
-    out, converted = tmp_path / "int8.safetensors", tmp_path / "folded.safetensors"
-    done = ctq("-i", flux_file, "-o", out, "--format", "int8", "--fold", *SMALL)
-    assert done.code == 0
-    assert "its channels are folded" in done.err
-    shown = ctq("inspect", out)
-    assert "its channels are folded" in " ".join(shown.out.split())
-    before = folder()
-    assert ctq("lora", "fold", lora, "--like", out, "-o", converted, "--dry-run").code == 0
-    assert folder() == before
+def test_a_folded_file_warns_and_its_loras_are_converted(done, refused, flux_file, lora, tmp_path):
+    out, converted, twice = (tmp_path / f"{name}.safetensors" for name in ("int8", "folded", "twice"))
+    assert "its channels are folded" in done("-i", flux_file, "-o", out, "--format", "int8", "--fold", *SMALL).err
+    assert "its channels are folded" in " ".join(done("inspect", out).out.split())
     for wrote in ("wrote", "replaced"):
-        done = ctq("lora", "fold", lora, "--like", out, "-o", converted)
-        assert (done.code, done.err) == (0, f"1 of 1 adapter scaled for int8.safetensors; {wrote} {converted}\n")
-    again = ctq("lora", "fold", converted, "--like", out, "-o", tmp_path / "twice.safetensors")
-    assert (again.code, again.err) == (1, f"error: {converted}: it is folded already (give the original)\n")
-    plain = ctq("lora", "fold", lora, "--like", flux_file, "-o", tmp_path / "twice.safetensors")
-    assert plain.code == 1
-    assert "its channels are not folded, so LoRAs fit it as they are" in plain.err
+        told = done("lora", "fold", lora, "--like", out, "-o", converted).err
+        assert told == f"1 of 1 adapter scaled for int8.safetensors; {wrote} {converted}\n"
+    again = f"{converted}: it is folded already (give the original)\n"
+    refused(again, "lora", "fold", converted, "--like", out, "-o", twice)
+    plain = f"{flux_file}: its channels are not folded, so LoRAs fit it as they are"
+    refused(plain, "lora", "fold", lora, "--like", flux_file, "-o", twice)
 
 
-def test_calibration_takes_a_lora_that_is_folded_for_the_file_only(ctq, flux_file, lora, tmp_path):
-    out, converted = tmp_path / "fp8.safetensors", tmp_path / "folded.safetensors"
-    done = ctq("-i", flux_file, "-o", out, "--fold", "--actcal", *SMALL)
-    assert (done.code, done.err.count("its channels are folded")) == (0, 1)
-    assert ctq("lora", "fold", lora, "--like", out, "-o", converted).code == 0
-    for words in (("-i", out, "-o", tmp_path / "a.safetensors", "--actcal", "--actcal-lora"), ("observe", out, "-o",
-                  tmp_path / "stats.safetensors", "--lora")):  # fmt: skip
-        sizes = SMALL if words[0] == "-i" else [str(word).replace("actcal-", "") for word in SMALL]
-        assert ctq(*words, converted, *sizes).code == 0
-        refused = ctq(*words, lora, *sizes)
-        assert refused.code == 1
-        assert "it is not folded for fp8.safetensors, whose channels are scaled" in refused.err
+def test_calibration_takes_a_lora_that_is_folded_for_the_file_only(done, refused, flux_file, lora, tmp_path):
+    out, converted, made = (tmp_path / f"{name}.safetensors" for name in ("fp8", "folded", "made"))
+    told = done("-i", flux_file, "-o", out, "--fold", "--actcal", *SMALL).err
+    assert told.count("its channels are folded") == 1
+    done("lora", "fold", lora, "--like", out, "-o", converted)
+    observing = [str(word).replace("actcal-", "") for word in SMALL]
+    for words in (("-i", out, "--actcal", *SMALL, "--actcal-lora"), ("observe", out, *observing, "--lora")):
+        done(*words, converted, "-o", made)
+        problem = f"{lora}: it is not folded for fp8.safetensors, whose channels are scaled"
+        refused(problem, *words, lora, "-o", made)
 
 
 @pytest.mark.parametrize("words", [("--best", "--gpu", "rtx50", "--bits", 7), ("--format", "w4a8")])
-def test_a_folded_file_is_rounded_to_the_same_bytes_every_time(ctq, flux_file, tmp_path, words):
+def test_a_folded_file_is_rounded_to_the_same_bytes_every_time(done, contents, flux_file, tmp_path, words):
     outs = [tmp_path / name for name in ("nearest.safetensors", "a.safetensors", "b.safetensors")]
     for out, more in zip(outs, ((), ("--round",), ("--round",)), strict=True):
-        assert ctq("-i", flux_file, "-o", out, "--fold", *words, *more, *SMALL).code == 0
-    nearest, first, again = (tensors_of(out) for out in outs)
+        done("-i", flux_file, "-o", out, "--fold", *words, *more, *SMALL)
+    nearest, first, again = map(contents, outs)
     assert folding_of(outs[1]) == folding_of(outs[0]) is not None
     assert first == again
     assert first.keys() == nearest.keys()
     assert first != nearest
 
 
-def tensors_of(path: Path) -> dict[str, bytes]:
-    with open_checkpoint(path) as checkpoint:
-        return {name: checkpoint.raw(name).tobytes() for name in checkpoint.tensors}
-
-
-def test_even_channels_are_left_as_they_are(ctq, save, flux_tensors, tmp_path):
+def test_even_channels_are_left_as_they_are(done, save, flux_tensors, tmp_path):
     out = tmp_path / "int8.safetensors"
-    done = ctq("-i", save("even.safetensors", flux_tensors()), "-o", out, "--format", "int8", "--fold", *SMALL)
-    assert (done.code, folding_of(out)) == (0, None)
-    assert "its channels are even already" in done.err
+    even = save("even.safetensors", flux_tensors())
+    assert "its channels are even already" in done("-i", even, "-o", out, "--format", "int8", "--fold", *SMALL).err
+    assert folding_of(out) is None

@@ -65,7 +65,7 @@ def timeless(monkeypatch):
 
 
 @pytest.fixture
-def here(fp8_file, monkeypatch, ctq):
+def here(fp8_file, monkeypatch):
     """A folder with models in it, to which calls are relative."""
     folder = fp8_file.parent
     (folder / "ComfyUI" / "custom_nodes").mkdir(parents=True)
@@ -76,11 +76,11 @@ def here(fp8_file, monkeypatch, ctq):
 
 
 @pytest.fixture
-def stats(here, ctq):
+def stats(here, done):
     """Statistics beside the models."""
     path = here / "stats.safetensors"
     if not OBSERVED:
-        assert ctq(*SCREENS["observe"].split()).code == 0
+        done(*SCREENS["observe"].split())
         OBSERVED.append(path.read_bytes())
     path.write_bytes(OBSERVED[0])
     return path
@@ -175,13 +175,13 @@ def test_screens_on_a_terminal(
     width,
     here,
     stats,
-    ctq,
+    done,
     monkeypatch,
 ):
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "xterm")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", screen := terminal())
-        assert ctq(*SCREENS[name].split()).code == 0
+        done(*SCREENS[name].split())
     text = mask(f"$ convert_to_quant {SCREENS[name]}\n{readable(screen.getvalue())}", here)
     golden(f"terminal {name} {width}", without_digits(text) if name in MASKED else text)

@@ -163,23 +163,21 @@ def test_adapters_that_cannot_be_merged_are_refused_and_leave_no_file(tmp_path, 
     assert f"{FIRST}.weight: the weight has NaN or infinite values" in refusal(TensorError, factors(FIRST, 5), "1e39")
 
 
-def test_the_command_line_merges_and_says_what_is_left(ctq, tmp_path, model):
+def test_the_command_line_merges_and_says_what_is_left(done, refused, tmp_path, model):
     lora = written(tmp_path / "lora.safetensors", factors(FIRST, 5) | factors(SECOND, 6))
     output, report = tmp_path / "out.safetensors", tmp_path / "report.json"
-    done = ctq("-i", model, "-o", output, "--format", "int8", "--merge-lora", f"{lora}:0.5", "--json", report)
+    told = done("-i", model, "-o", output, "--format", "int8", "--merge-lora", f"{lora}:0.5", "--json", report).err
     said = json.loads(report.read_text())["merged"]
-    assert done.code == 0
-    assert "LoRA: 2 adapters on 2 layers" in done.err
     survival = said["survival"]
+    assert "LoRA: 2 adapters on 2 layers" in told
     assert 0.9 < survival["correlation"] <= 1
-    assert f"correlation {survival['correlation']:.3f}, {survival['db']:.1f} dB" in done.err
+    assert f"correlation {survival['correlation']:.3f}, {survival['db']:.1f} dB" in told
     assert set(said["matched"]) == {FIRST, SECOND}
-    assert ctq("-i", model, "-o", lora, "--merge-lora", lora).code == 1  # the output is an input
-    twice = ctq("-i", model, "--dry-run", "--merge-lora", lora, "--merge-lora", f"{lora}:0.5")
+    refused(f"{lora}: the output is the same file as the input", "-i", model, "-o", lora, "--merge-lora", lora)
+    twice = done("-i", model, "--dry-run", "--merge-lora", lora, "--merge-lora", f"{lora}:0.5")
     assert "note: --merge-lora names lora.safetensors 2 times, so its strengths add up\n" in twice.err
 
 
-@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
 @pytest.mark.parametrize(
     "words",
     [
@@ -189,41 +187,34 @@ def test_the_command_line_merges_and_says_what_is_left(ctq, tmp_path, model):
     ],
     ids=lambda words: words[0],
 )
-def test_differences_of_every_tensor_are_merged_before_anything_is_measured(ctq, flux_file, tmp_path, words):
+def test_differences_of_every_tensor_are_merged_before_anything_is_measured(done, flux_file, tmp_path, words):
     """The same file as from a checkpoint that was merged beforehand; weights, biases and norms."""
     after, differences = {}, {}
     with open_checkpoint(flux_file) as checkpoint:
         for seed, (name, info) in enumerate(checkpoint.tensors.items()):
             noise = np.random.default_rng(seed).standard_normal(info.shape).astype(np.float32)
             before = checkpoint.float32(name)
-            wanted = narrow_bfloat16(before * (1 + noise / 8)) if info.dtype == "BF16" else before * (1 + noise / 8)
+            wanted = narrow_bfloat16(before * (1 + noise / 8))
             after[name] = Entry.of(wanted, info.dtype)
             layer, _, kind = name.rpartition(".")
             suffix = {"weight": f"{layer}.diff", "bias": f"{layer}.diff_b"}.get(kind, f"{name}.diff")
-            differences[f"diffusion_model.{suffix}"] = (
-                widen_bfloat16(wanted) if info.dtype == "BF16" else wanted
-            ) - before
+            differences[f"diffusion_model.{suffix}"] = widen_bfloat16(wanted) - before
     lora, merged = written(tmp_path / "lora.safetensors", differences), written(tmp_path / "merged.safetensors", after)
     size = ("--actcal-height", 32, "--actcal-width", 32, "--actcal-text-tokens", 4) if "--format" not in words else ()
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
-    assert ctq("-i", merged, "-o", theirs, *words, *size).code == 0
-    done = ctq("-i", flux_file, "-o", ours, *words, *size, "--merge-lora", lora)
-    assert done.code == 0, done.err
-    assert "unsupported" not in done.err
-    assert "unmatched" not in done.err
-    assert "what rounding leaves of the merged change" in done.err
+    done("-i", merged, "-o", theirs, *words, *size)
+    outcome = done("-i", flux_file, "-o", ours, *words, *size, "--merge-lora", lora)
+    assert "unsupported" not in outcome.err
+    assert "unmatched" not in outcome.err
+    assert "what rounding leaves of the merged change" in outcome.err
     assert tensors_of(ours) == tensors_of(theirs)
 
 
-def test_a_quantized_file_and_trials_of_another_merge_are_refused(ctq, flux_file, fp8_file, lora, tmp_path):
+def test_trials_of_another_merge_are_refused(done, refused, flux_file, lora, tmp_path):
     output, kept = tmp_path / "out.safetensors", tmp_path / "kept.safetensors"
-    refused = ctq("-i", fp8_file, "-o", output, "--actcal", "--merge-lora", lora)
-    assert refused.code == 2
-    assert "--merge-lora changes weights, and the input is quantized already" in refused.err
     small = ("--samples", 3, "--steps", 1, "--height", 32, "--width", 32, "--text-tokens", 4)
     best = ("-i", flux_file, "-o", output, "--best", "--gpu", "rtx50", "--bits", 9)
-    assert ctq("observe", flux_file, "-o", kept, "--trials", *small).code == 0
-    assert ctq(*best, "--from", kept).code == 0
-    refused = ctq(*best, "--merge-lora", f"{lora}:0.5", "--from", kept)
-    assert refused.code == 1
-    assert f"{kept}: it was measured with other adapters merged: none" in refused.err
+    done("observe", flux_file, "-o", kept, "--trials", *small)
+    done(*best, "--from", kept)
+    message = f"{kept}: it was measured with other adapters merged: none"
+    refused(message, *best, "--merge-lora", f"{lora}:0.5", "--from", kept)

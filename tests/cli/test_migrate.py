@@ -73,18 +73,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("dry", [False, True], ids=["", "dry"])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["", "dry"])
 @pytest.mark.parametrize("call", REFUSED)
-def test_bad_input_is_refused_and_nothing_changes(ctq, files, folder, call, dry):
-    before = folder()
-    outcome = ctq(*call.split(), *(["--dry-run"] if dry else []))
-    assert (outcome.code, outcome.out, outcome.err) == (1, "", f"error: {REFUSED[call]}\n")
-    assert folder() == before
+def test_bad_input_is_refused_and_nothing_changes(refused, files, call, dry):
+    refused(f"{REFUSED[call]}\n", *call.split(), *dry)
 
 
-def test_requantize_says_that_it_rounds_twice_and_keeps_what_was_measured(ctq, files):
-    outcome = ctq("-i", "fp8.safetensors", *OUT, "--format", "int8", "--layer-format", "1.a=fp8", "--requantize")
-    assert outcome.code == 0, outcome.err
+def test_requantize_says_that_it_rounds_twice_and_keeps_what_was_measured(done, files):
+    outcome = done("-i", "fp8.safetensors", *OUT, "--format", "int8", "--layer-format", "1.a=fp8", "--requantize")
     assert "note: rounded a second time: 1 layer in FP8; the original in 16 bits keeps more\n" in outcome.err
     assert "note: already quantized layers stay as they are: 1 in FP8\n" in outcome.err
     assert "not measured" not in outcome.err
@@ -94,13 +90,9 @@ def test_requantize_says_that_it_rounds_twice_and_keeps_what_was_measured(ctq, f
         assert checkpoint.float32("blocks.1.a.input_scale") == 0.5
 
 
-def test_a_requantized_file_is_calibrated_in_the_same_breath(ctq, flux_file, flux):
+def test_a_requantized_file_is_calibrated_in_the_same_breath(done, flux_file, flux, scales):
     int8, output = flux_file.with_name("int8.safetensors"), flux_file.with_name("fp8.safetensors")
-    assert ctq("-i", flux_file, "-o", int8, "--format", "int8").code == 0
-    words = ("--requantize", "--actcal", "--actcal-engine", "layer")
-    assert ctq("-i", int8, "-o", output, *words).code == 0
-    with open_checkpoint(output) as checkpoint:
-        table = find_layers(checkpoint)
-        assert set(table.static) == set(flux.quantized)
-        scales = [checkpoint.float32(layer.input_scale or "").item() for layer in table.static.values()]
-        assert min(scales) < 1
+    done("-i", flux_file, "-o", int8, "--format", "int8")
+    done("-i", int8, "-o", output, "--requantize", "--actcal", "--actcal-engine", "layer")
+    assert set(scales(output)) == set(flux.quantized)
+    assert min(scales(output).values()) < 1

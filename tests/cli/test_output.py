@@ -213,8 +213,8 @@ def test_a_terminal_without_colours_gets_none(flux_file, environment, drawn):
 
 def test_streams_that_cannot_show_a_letter_get_its_number(flux_file):
     words = [sys.executable, "-m", "convert_to_quant", "-i", str(flux_file), "--dry-run"]
-    done = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False)
-    assert (done.returncode, b"32 \\xd7 16" in done.stdout) == (0, True), done.stderr
+    outcome = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False)
+    assert (outcome.returncode, b"32 \\xd7 16" in outcome.stdout) == (0, True), outcome.stderr
 
 
 @pytest.mark.parametrize("name", ["\xe9\U0001f600.safetensors", os.fsdecode(b"\xff.safetensors")])
@@ -222,8 +222,8 @@ def test_a_document_is_json_whatever_files_are_called_and_streams_can_show(fp8_f
     path, report = fp8_file.rename(fp8_file.with_name(name)), fp8_file.with_name("report.json")
     words = [sys.executable, "-m", "convert_to_quant", "inspect", str(path), "--json"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([*words, "-"], capture_output=True, env=environment, check=True)
-    assert json.loads(done.stdout)["path"] == str(path)
+    outcome = subprocess.run([*words, "-"], capture_output=True, env=environment, check=True)
+    assert json.loads(outcome.stdout)["path"] == str(path)
     subprocess.run([*words, str(report)], env=environment, check=True)
     assert json.loads(report.read_text(encoding="utf-8"))["path"] == str(path)
 

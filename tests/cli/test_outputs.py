@@ -157,14 +157,13 @@ def reader():
 
 @pytest.mark.parametrize("linked", [False, True], ids=["pipe", "link to a pipe"])
 @pytest.mark.parametrize("call", STREAMS.values(), ids=STREAMS)
-def test_a_report_goes_into_a_pipe(ctq, inputs, tmp_path, reader, call, linked):
+def test_a_report_goes_into_a_pipe(done, inputs, tmp_path, reader, call, linked):
     pipe = output = node(tmp_path / "pipe", "pipe")
     if linked:
         output = tmp_path / "link"
         output.symlink_to(pipe)
     content = reader(pipe)
-    outcome = ctq(*words_of(call, inputs, output))
-    assert outcome.code == 0, outcome.err
+    done(*words_of(call, inputs, output))
     text = content().decode()
     assert "blocks.0" in text
     if "--csv" not in call:
@@ -183,15 +182,15 @@ def test_a_pipe_that_nobody_reads_is_an_error_and_not_a_wait(ctq, inputs, tmp_pa
 
 
 @pytest.mark.parametrize("call", STREAMS.values(), ids=STREAMS)
-def test_a_report_goes_into_a_character_device(ctq, inputs, tmp_path, call):
+def test_a_report_goes_into_a_character_device(done, inputs, tmp_path, call):
     output = node(tmp_path / "device", "device")
-    assert ctq(*words_of(call, inputs, output)).code == 0
+    done(*words_of(call, inputs, output))
     assert output.is_char_device()
 
 
 @pytest.mark.parametrize("old", [None, b"old"], ids=["new", "there already"])
 @pytest.mark.parametrize("call", (OUTPUTS | STREAMS).values(), ids=OUTPUTS | STREAMS)
-def test_an_output_that_is_a_link_is_written_where_the_link_leads(ctq, inputs, tmp_path, call, old):
+def test_an_output_that_is_a_link_is_written_where_the_link_leads(done, inputs, tmp_path, call, old):
     if call[0] in ("observe", "comfyui", "check"):
         pytest.skip("needs a model that runs, or a server")
     (tmp_path / "disk").mkdir()
@@ -200,8 +199,7 @@ def test_an_output_that_is_a_link_is_written_where_the_link_leads(ctq, inputs, t
     if old is not None:
         target.write_bytes(old)
         target.chmod(0o640)
-    outcome = ctq(*words_of(call, inputs, link))
-    assert outcome.code == 0, outcome.err
+    done(*words_of(call, inputs, link))
     assert link.readlink() == Path("disk/target")
     assert target.is_file()
     assert target.read_bytes() != old

@@ -23,7 +23,7 @@ def made(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def outputs(ctq, lora, flux_file, tmp_path):
+def outputs(done, lora, flux_file, tmp_path):
     """One of everything, all made from absolute paths."""
     names = ("converted", "calibrated", "applied", "observed", "merged")
     paths = {name: tmp_path / f"{name}.safetensors" for name in names}
@@ -35,8 +35,7 @@ def outputs(ctq, lora, flux_file, tmp_path):
         ("merge", paths["observed"], paths["observed"], "-o", paths["merged"]),
         ("apply", paths["converted"], paths["merged"], "-o", paths["applied"], "--margin", 2),
     ):  # fmt: skip
-        outcome = ctq(*words)
-        assert outcome.code == 0, outcome.err
+        done(*words)
     return paths
 
 
@@ -58,7 +57,7 @@ def test_outputs_say_tool_and_options_and_no_folder(outputs, tmp_path):
         assert str(tmp_path).encode() not in path.read_bytes(), path
 
 
-def test_reports_say_tool_command_and_options(ctq, outputs, tmp_path):
+def test_reports_say_tool_command_and_options(done, outputs, tmp_path):
     stats, model = outputs["observed"], outputs["converted"]
     calls = {
         "convert": ("-i", model, "--dry-run", "--actcal", "--actcal-engine", "layer", "--actcal-seed", 3),
@@ -70,8 +69,7 @@ def test_reports_say_tool_command_and_options(ctq, outputs, tmp_path):
     (tmp_path / "custom_nodes").mkdir()
     found = {}
     for command, words in calls.items():
-        outcome = ctq(*words, "--json", "-", "-q")
-        assert outcome.code == 0, outcome.err
+        outcome = done(*words, "--json", "-", "-q")
         made_by = json.loads(outcome.out)["made_by"]
         assert (made_by["tool"], made_by["version"], made_by["command"]) == ("convert_to_quant", __version__, command)
         found[command] = made_by["options"]

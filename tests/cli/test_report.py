@@ -57,20 +57,20 @@ def model(save, build):
 
 
 def test_without_an_output_the_verdict_is_data(ctq, stats, model):
-    done = ctq("report", stats(), model())
-    assert (done.code, done.err) == (0, "")
-    head, *points = done.out.splitlines()
+    outcome = ctq("report", stats(), model())
+    assert (outcome.code, outcome.err) == (0, "")
+    head, *points = outcome.out.splitlines()
     assert head == ("fp8.safetensors: 1 of 2 FP8 layers is at risk at the present scales; calibrated, none is.")
     assert points[0].startswith("- 1 layer clips: inputs reach up to ")
-    assert ctq("report", model(), stats()) == done, "files are told apart by what they are"
+    assert ctq("report", model(), stats()) == outcome, "files are told apart by what they are"
 
 
-def test_all_outputs_tell_the_same(ctq, stats, model, tmp_path):
+def test_all_outputs_tell_the_same(done, stats, model, tmp_path):
     page, png, table, document = (tmp_path / name for name in ("r.html", "r.png", "r.csv", "r.json"))
-    done = ctq("report", stats(), model(), "-o", page, "--png", png, "--csv", table, "--json", document)
-    assert (done.code, done.out) == (0, "")
-    assert done.err.splitlines()[0].startswith("fp8.safetensors: 1 of 2 FP8 layers is at risk")
-    assert done.err.splitlines()[-3:] == [f"wrote {path}" for path in (page, png, table)]
+    outcome = done("report", stats(), model(), "-o", page, "--png", png, "--csv", table, "--json", document)
+    assert outcome.out == ""
+    assert outcome.err.splitlines()[0].startswith("fp8.safetensors: 1 of 2 FP8 layers is at risk")
+    assert outcome.err.splitlines()[-3:] == [f"wrote {path}" for path in (page, png, table)]
     told = json.loads(document.read_text())
     assert told["version"] == __version__
     assert told["options"]["files"] == ["stats.safetensors", "fp8.safetensors"]
@@ -81,11 +81,11 @@ def test_all_outputs_tell_the_same(ctq, stats, model, tmp_path):
     assert json.loads(chunks["convert_to_quant"])["verdict"][0] == told["verdict"]["headline"]
 
 
-def test_files_whose_names_are_no_text_are_reported(ctq, stats, model, tmp_path):
+def test_files_whose_names_are_no_text_are_reported(done, stats, model, tmp_path):
     observed, checkpoint = stats(os.fsdecode(b"\xe9")), model(os.fsdecode(b"\xff"))
     places = [tmp_path / name for name in ("r.html", "r.csv", "r.json")]
     outputs = zip(("-o", "--csv", "--json"), places, strict=True)
-    assert ctq("report", observed, checkpoint, *itertools.chain(*outputs)).code == 0
+    done("report", observed, checkpoint, *itertools.chain(*outputs))
     for place in places:
         assert "\\udcff" in place.read_text(encoding="utf-8")
 
@@ -100,13 +100,13 @@ def test_csv_and_json_go_to_stdout_alone(ctq, stats):
 
 def test_quiet_leaves_the_data(ctq, stats, tmp_path):
     assert ctq("report", stats(), "-q").out.startswith("stats.safetensors: 1 of 2")
-    done = ctq("report", stats(), "-q", "--csv", tmp_path / "t.csv")
-    assert (done.code, done.out, done.err) == (0, "", "")
+    outcome = ctq("report", stats(), "-q", "--csv", tmp_path / "t.csv")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
 
 
 def test_verbose_says_every_layer(ctq, stats):
-    done = ctq("report", stats(), "-v")
-    (line,) = [line for line in done.out.splitlines() if line.startswith(LAYERS[0])]
+    outcome = ctq("report", stats(), "-v")
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith(LAYERS[0])]
     assert "clips" in line
     assert "31." in line
 
@@ -121,8 +121,8 @@ def test_options_of_apply_decide_what_is_chosen(ctq, stats):
 
 
 def test_two_statistics_are_compared(ctq, stats):
-    done = ctq("report", stats("mine", 1.0), stats("with_lora", 20.0))
-    assert done.out.splitlines()[0] == (
+    outcome = ctq("report", stats("mine", 1.0), stats("with_lora", 20.0))
+    assert outcome.out.splitlines()[0] == (
         "mine against with_lora: Scales calibrated on mine do not fit with_lora: 1 of 2 layers would be at risk."
     )
 
@@ -130,8 +130,8 @@ def test_two_statistics_are_compared(ctq, stats):
 def test_two_checkpoints_are_compared_with_and_without_statistics(ctq, stats, model):
     paths = model("one"), model("two", input_scale=16.0)
     assert "2 of 2 scales differ between one and two." in ctq("report", *paths).out
-    done = ctq("report", paths[0], stats(), paths[1])
-    assert "1 of 2 layers is at risk in one, no layer is at risk in two." in done.out
+    outcome = ctq("report", paths[0], stats(), paths[1])
+    assert "1 of 2 layers is at risk in one, no layer is at risk in two." in outcome.out
 
 
 def test_the_first_statistics_belong_to_the_first_checkpoint(ctq, stats, model):
@@ -157,15 +157,6 @@ def test_merged_statistics_are_one_side(ctq, stats):
     assert document["layers"][0]["sides"][0]["absmax"] == pytest.approx(7 * float(np.abs(TOKENS).max()), rel=1e-3)
 
 
-def test_a_dry_run_checks_everything_and_writes_nothing(ctq, stats, folder, tmp_path):
-    path = stats()
-    before = folder()
-    done = ctq("report", path, "-o", tmp_path / "r.html", "--dry-run")
-    assert done.code == 0
-    assert "dry run: " in done.err
-    assert folder() == before
-
-
 def test_a_narrow_terminal_gets_the_verdict_in_its_width(monkeypatch):
     for name, value in {"TERM": "xterm", "NO_COLOR": "1", "COLUMNS": "40"}.items():
         monkeypatch.setenv(name, value)
@@ -187,5 +178,5 @@ def test_a_report_imports_no_torch(stats):
         f"assert main(['report', {str(stats())!r}, '--csv', '-']) == 0\n"
         "print([name for name in ('torch', 'matplotlib') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert outcome.stdout.splitlines()[-1] == "[]"

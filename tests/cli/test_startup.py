@@ -26,8 +26,10 @@ sys.stderr.write("\\n" + " ".join(sys.modules))
 
 def loaded(*words: str) -> set[str]:
     """The modules that a call loads."""
-    done = subprocess.run([sys.executable, "-c", CODE, *words], capture_output=True, text=True, check=True, timeout=60)
-    return set(done.stderr.splitlines()[-1].split())
+    outcome = subprocess.run(
+        [sys.executable, "-c", CODE, *words], capture_output=True, text=True, check=True, timeout=60
+    )
+    return set(outcome.stderr.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize("words", ["", "--version", "inpsect", *(f"{command} --help" for command in COMMANDS)])
