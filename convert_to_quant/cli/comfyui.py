@@ -103,7 +103,6 @@ def observe(args: argparse.Namespace) -> int:
     if args.seed < 0:
         raise OptionError(f"a seed should not be negative, found {args.seed}")
     path, output = Path(args.workflow), Path(args.output)
-    check_output(output)
 
     def unreadable(problem: str) -> CalibrationError:
         return CalibrationError(problem, path=path, hint="in ComfyUI: File > Export (API)")

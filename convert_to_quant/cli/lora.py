@@ -31,12 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from ..checkpoint import check_output, open_checkpoint
+    from ..checkpoint import open_checkpoint
     from ..folding import fold_lora
     from ..lora import load_lora
 
     output = Path(args.output)
-    check_output(output)
     lora = load_lora(args.lora)
     with lora.checkpoint, open_checkpoint(args.like) as like, progress_bar("writing", unit="bytes") as progress:
         total = sum(info.nbytes for info in lora.checkpoint.tensors.values())

@@ -76,23 +76,15 @@ def test_the_worst_is_told_per_level_per_size_and_of_all(capsys):
     ]
 
 
-def test_models_in_the_wrong_order_are_refused(ctq, flux_file, fp8_file):
-    outcome = ctq("check", fp8_file, flux_file, *SMALL)
-    assert (outcome.code, outcome.out) == (1, "")
-    assert outcome.err == (
-        f"error: {fp8_file}: it is the reference and has quantized layers, while {flux_file} has none: the reference "
-        f"comes first (swap them: {flux_file} {fp8_file})\n"
-    )
+def test_models_in_the_wrong_order_are_refused(refused, flux_file, fp8_file):
+    problem = f"it is the reference and has quantized layers, while {flux_file} has none: the reference comes first"
+    refused(f"{fp8_file}: {problem} (swap them: {flux_file} {fp8_file})\n", "check", fp8_file, flux_file, *SMALL)
 
 
-def test_a_pair_without_an_original_or_without_fp8_is_told_so(ctq, flux_file, fp8_file):
-    for path, told in (
-        (fp8_file, "note: both models have quantized layers"),
-        (flux_file, "note: neither model has quantized"),
-    ):
-        outcome = ctq("check", path, path, *SMALL)
-        assert (outcome.code, outcome.err.startswith(told)) == (0, True)
-    assert "note" not in ctq("check", flux_file, fp8_file, *SMALL).err
+def test_a_pair_without_an_original_or_without_fp8_is_told_so(done, flux_file, fp8_file):
+    assert done("check", fp8_file, fp8_file, *SMALL).err.startswith("note: both models have quantized layers")
+    assert done("check", flux_file, flux_file, *SMALL).err.startswith("note: neither model has quantized")
+    assert "note" not in done("check", flux_file, fp8_file, *SMALL).err
 
 
 @pytest.mark.parametrize("arithmetic", ["comfyui", "comfyui-divide", "dequantize"])
@@ -143,8 +135,7 @@ def test_a_model_below_what_was_asked_for_fails(ctq, done, flux_file, fp8_file):
 
 
 def test_json_on_stdout_is_one_document(ctq, flux_file, fp8_file):
-    outcome = ctq("check", flux_file, fp8_file, *SMALL, "--layers", "--json", "-")
-    found = json.loads(outcome.out)
+    found = json.loads(ctq("check", flux_file, fp8_file, *SMALL, "--layers", "--json", "-").out)
     assert found["prompts"] == 4
     assert [(size["geometry"]["height"], size["geometry"]["width"]) for size in found["sizes"]] == [(2, 3), (1, 2)]
     assert found["worst_db"] == min(size["worst_db"] for size in found["sizes"])
@@ -156,20 +147,19 @@ ONE_SIZE = ("--height", 32, "--width", 48, "--steps", 2, "--json", "-")
 
 def figures(outcome: Any) -> dict[str, Any]:
     """A report without what was called."""
-    assert outcome.code == 0, outcome.err
-    document: dict[str, Any] = json.loads(outcome.out)
+    document = json.loads(outcome.out)
     del document["made_by"]
     return document
 
 
 @pytest.fixture
-def shown(ctq, flux_file, fp8_file, save):
+def shown(done, flux_file, fp8_file, save):
     """The figures on embeddings: shown(tensors of a file, of another, words=...)."""
 
     def run(*files: dict[str, Any], words: tuple[Any, ...] = ()) -> dict[str, Any]:
         paths = [save(f"{number}.safetensors", tensors) for number, tensors in enumerate(files)]
         given = [word for path in paths for word in ("--conditioning", path)]
-        return figures(ctq("check", flux_file, fp8_file, *ONE_SIZE, *words, *given))
+        return figures(done("check", flux_file, fp8_file, *ONE_SIZE, *words, *given))
 
     return run
 
@@ -210,7 +200,7 @@ def test_prompts_and_the_empty_prompt_may_differ_in_length(shown, embeddings):
 
 
 @pytest.mark.parametrize("guidance", [1, 3])
-def test_a_pipeline_embeds_prompts(ctq, flux_file, fp8_file, pipeline, prompts, save, guidance):
+def test_a_pipeline_embeds_prompts(done, flux_file, fp8_file, pipeline, prompts, save, guidance):
     import torch
 
     from convert_to_quant.engines.pipeline import load as load_pipeline
@@ -220,7 +210,7 @@ def test_a_pipeline_embeds_prompts(ctq, flux_file, fp8_file, pipeline, prompts, 
     encoders = flux_file.with_name("encoders")  # the rest is not read
     shutil.copytree(pipeline, encoders, ignore=shutil.ignore_patterns("transformer", "vae"))
     made = ("--pipeline", encoders, "--prompts", prompts, "--text-tokens", 6)
-    outcome = ctq(*words, *made, "--save-conditioning", kept)
+    outcome = done(*words, *made, "--save-conditioning", kept)
 
     pipe = load_pipeline(pipeline)
     texts = {"": prompts.read_text().split("\n")[1:-1]} | ({"negative_": [""]} if guidance != 1 else {})
@@ -229,30 +219,27 @@ def test_a_pipeline_embeds_prompts(ctq, flux_file, fp8_file, pipeline, prompts, 
         for prefix, some in texts.items():
             context, pooled, _ = pipe.encode_prompt(some, some, max_sequence_length=6)
             by_hand |= {f"{prefix}prompt_embeds": context.numpy(), f"{prefix}pooled_prompt_embeds": pooled.numpy()}
-    wanted = figures(ctq(*words, "--conditioning", save("by_hand.safetensors", by_hand)))
+    wanted = figures(done(*words, "--conditioning", save("by_hand.safetensors", by_hand)))
     assert f"wrote {kept}: the embeddings of 2 prompts" in outcome.err
     assert "noise" not in outcome.err
     found = figures(outcome)
     assert found["prompts"] == 2
     assert found["sqnr_db"] == pytest.approx(wanted["sqnr_db"], abs=0.01)
-    assert figures(ctq(*words, "--conditioning", kept)) == found
+    assert figures(done(*words, "--conditioning", kept)) == found
 
 
-def test_embeddings_of_several_lengths_are_not_kept_in_one_file(
-    ctq, flux_file, fp8_file, pipeline, prompts, monkeypatch
-):
+def test_embeddings_of_several_lengths_are_not_kept_in_one_file(refused, flux_file, pipeline, prompts, monkeypatch):
     from convert_to_quant.engines import pipeline as engine
     from convert_to_quant.engines.prompts import Prompts
 
     monkeypatch.setattr(engine, "encode", lambda *_, **__: [Prompts({}), Prompts({})])
     kept = flux_file.with_name("kept.safetensors")
     words = ("--pipeline", pipeline, "--prompts", prompts, "--save-conditioning", kept)
-    outcome = ctq("check", flux_file, fp8_file, *words)
-    assert (outcome.code, kept.exists()) == (2, False)
-    assert "one file cannot hold embeddings of 2 different lengths" in outcome.err
+    message = f"{prompts}: one file cannot hold embeddings of 2 different lengths"
+    refused(message, "check", flux_file, flux_file, *words, code=2)
 
 
-def test_another_model_is_refused(ctq, flux_file, flux_tensors, save):
+def test_another_model_is_refused(refused, flux_file, flux_tensors, save):
     tensors = flux_tensors()
     dtype, weight = tensors["txt_in.weight"]
     wider = save("wider.safetensors", {**tensors, "txt_in.weight": (dtype, np.concatenate([weight, weight], 1))})
@@ -265,9 +252,7 @@ def test_another_model_is_refused(ctq, flux_file, flux_tensors, save):
         (deeper, flux_file, f"another model: {norm} is missing, in {deeper} it is [16]"),
         (flux_file, strange, "its tensor names fit no known family"),
     ):
-        outcome = ctq("check", one, other, *SMALL)
-        assert (outcome.code, outcome.out) == (1, "")
-        assert f"{other}: {said}" in outcome.err
+        refused(f"{other}: {said}", "check", one, other, *SMALL)
 
 
 @pytest.mark.parametrize("more", [(), ("--layers",), ("--json", "-"), ("--at-least", 25), ("--guidance", 3)])
@@ -276,16 +261,12 @@ def test_another_model_is_refused(ctq, flux_file, flux_tensors, save):
     [("weight", np.uint8(0x7F)), ("weight_scale", np.float32(1e38))],
     ids=["a NaN code", "a huge scale"],
 )
-def test_a_file_that_gives_nan_or_infinity_is_refused(ctq, flux_file, fp8_file, save, key, value, more):
+def test_a_file_that_gives_nan_or_infinity_is_refused(refused, flux_file, fp8_file, save, key, value, more):
     with open_checkpoint(fp8_file) as checkpoint:
         tensors = {name: (info.dtype, checkpoint.bits(name).copy()) for name, info in checkpoint.tensors.items()}
         _, bits = tensors[f"double_blocks.0.img_attn.qkv.{key}"]
         bits.reshape(-1)[:1].view(value.dtype)[:] = value
         bad = save("bad.safetensors", tensors, checkpoint.metadata)
-    outcome = ctq("check", flux_file, bad, *SMALL, *more)
-    assert (outcome.code, outcome.out) == (1, "")
-    layer = "double_blocks.0.img_attn.qkv"
-    assert outcome.err.startswith(
-        f"error: {bad}: {layer}: the output of this layer in the quantized model is not finite at sigma 1 "
-    )
-    assert "in the reference" in ctq("check", bad, bad, *SMALL, *more).err
+    problem = f"{bad}: double_blocks.0.img_attn.qkv: the output of this layer in the {{}} is not finite at sigma 1 "
+    refused(problem.format("quantized model"), "check", flux_file, bad, *SMALL, *more)
+    refused(problem.format("reference"), "check", bad, bad, *SMALL, *more)

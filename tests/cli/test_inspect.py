@@ -131,27 +131,6 @@ def test_strict_exits_with_1_where_there_are_problems_and_only_there(ctq, done, 
     assert ctq("inspect", bad, "--strict").out == ctq("inspect", bad).out
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("a.safetensors", b"", "not a safetensors file: only 0 bytes long"),
-        ("a.safetensors", b"\x00" * 64, "its first 8 bytes are 0, as downloads that stopped leave them"),
-        ("a.ckpt", b"PK\x03\x04" + b"\x00" * 20, "a pickled checkpoint"),
-        ("a.safetensors.index.json", b"{", "not a shard index: it is not JSON"),
-        ("a.safetensors.index.json", b'{"weight_map": {"x": "../x.safetensors"}}', "files in its own folder"),
-        ("a.safetensors.index.json", b'{"weight_map": {"x": "x.safetensors"}}', "no such file"),
-    ],
-)
-def test_a_bad_file_is_one_line_on_stderr(ctq, tmp_path, name, content, said):
-    path = tmp_path / name
-    path.write_bytes(content)
-    outcome = ctq("inspect", path)
-    assert (outcome.code, outcome.out) == (1, "")
-    assert outcome.err.startswith(f"error: {tmp_path}")
-    assert said in outcome.err
-    assert outcome.err.count("\n") == 1
-
-
 def test_names_cannot_drive_the_terminal(look, save):
     path = save(
         "m.safetensors", {"a\x1b[2J\n.weight_scale": np.float32(1), "b\x1b[2J.weight": np.zeros((2, 2), np.float16)}

@@ -8,6 +8,7 @@ import pytest
 
 CONVERT = "-i flux.safetensors -o out.safetensors "
 OBSERVE = "observe flux.safetensors -o s.safetensors "
+COMFYUI = "comfyui observe --server http://127.0.0.1:9 --workflow workflow.json "
 PIPELINE = "observe -o s.safetensors --pipeline d --prompts p "
 CHECK = "check flux.safetensors flux.safetensors "
 REPORT = "report stats.safetensors "
@@ -76,6 +77,11 @@ MISUSE = [
     (PIPELINE + "--lora l", "--lora does not go with --pipeline"),
     (PIPELINE + "--comfyui-dir c", "--comfyui-dir does not go with --pipeline"),
     (PIPELINE + "--engine comfyui", "--engine comfyui does not go with"),
+    # comfyui
+    (COMFYUI + "-o s.safetensors --seeds 0", "--seeds should be at least 1, found 0\n"),
+    (COMFYUI + "-o s.safetensors --seed -1", "a seed should not be negative, found -1\n"),
+    ("comfyui install .", "there is no folder"),
+    ("comfyui", "the following arguments are required: ACTION\n"),
     # check
     (CHECK + "--at-least nan", "--at-least should be a finite number, found nan"),
     (CHECK + "--at-least inf --json -", "--at-least should be a finite number, found inf"),
@@ -107,7 +113,7 @@ MISUSE = [
 IMPOSSIBLE = [
     *((f"{call} -o none/out", "none/out: cannot be written: the folder none does not exist\n") for call in (
         "-i flux.safetensors", "-i fp8.safetensors --actcal", "observe flux.safetensors", "merge stats.safetensors",
-        "apply fp8.safetensors stats.safetensors", "dequantize fp8.safetensors", "repair fp8.safetensors",
+        COMFYUI, "apply fp8.safetensors stats.safetensors", "dequantize fp8.safetensors", "repair fp8.safetensors",
         "migrate fp8.safetensors --to legacy", "lora fold a --like fp8.safetensors", "report stats.safetensors",
     )),
     ("-i flux.safetensors -o .", ".: cannot be written: it is a folder\n"),
@@ -119,7 +125,7 @@ IMPOSSIBLE = [
       for call, file in (
         ("-i flux.safetensors", "flux.safetensors"), ("observe flux.safetensors", "flux.safetensors"),
         ("merge stats.safetensors", "stats.safetensors"), ("dequantize fp8.safetensors", "fp8.safetensors"),
-        ("report stats.safetensors", "stats.safetensors"),
+        ("report stats.safetensors", "stats.safetensors"), (COMFYUI, "workflow.json"),
     )),
     *((f"{call} -o fp8.safetensors", "fp8.safetensors: the output is the same file as the input fp8.safetensors "
        "(name another output, or add --in-place)\n") for call in (
