@@ -65,7 +65,8 @@ FILE_SUFFIXES = (".safetensors", ".sft", ".json", ".ckpt", ".pt", ".pth", ".bin"
 def build_parser(command: str) -> Parser:
     """The parser of one command."""
     module = importlib.import_module(f"{__name__}.{command}")
-    parser = Parser(prog=f"convert_to_quant {command}", description=module.DESCRIPTION, epilog=module.EPILOG)
+    program = getattr(module, "PROGRAM", f"convert_to_quant {command}")
+    parser = Parser(prog=program, description=module.DESCRIPTION, epilog=module.EPILOG)
     module.add_arguments(parser)
     if command == DEFAULT_COMMAND:
         parser.foreign = FLAGS
@@ -73,28 +74,19 @@ def build_parser(command: str) -> Parser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
     """Run the command line.
 
     Args:
         arguments: without the program's name; those of the process by default.
+        command: the only one, where the program is one command.
 
     Returns:
         The exit code.
     """
-    return enter(arguments, dispatch)
-
-
-def enter(arguments: Sequence[str] | None, run: Callable[[list[str]], int]) -> int:
-    """Run something with a command line's words, between the process and its exit code.
-
-    Args:
-        arguments: see `main`.
-        run: takes the words, flags spelled as the parsers know them.
-    """
     words = [flag_spelling(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     prepare(words)
-    return guarded(lambda: run(words), last=arguments is None)
+    return guarded(lambda: dispatch(words, command), last=arguments is None)
 
 
 def prepare(words: Sequence[str]) -> None:
@@ -109,21 +101,33 @@ def prepare(words: Sequence[str]) -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def dispatch(words: list[str]) -> int:
-    """Run the command that a command line names.
+def dispatch(words: list[str], command: str) -> int:
+    """Run a command, the one that a command line names if none is given, with what every command has around it.
 
     Returns:
         The exit code.
     """
-    if words and words[0] == "help":
-        words = [*words[1:], "--help"]
-    if words in ([], ["--help"], ["-h"]):
-        print(overview(), end="")
-        return 0
-    command = command_of(words)
-    rest = words[1:] if words[0] == command else words
-    args, parser, names = config.parse(build_parser(command), rest, command, list(COMMANDS))
-    return perform(importlib.import_module(f"{__name__}.{command}").run, parser, names, args)
+    if not command:
+        if words and words[0] == "help":
+            words = [*words[1:], "--help"]
+        if words in ([], ["--help"], ["-h"]):
+            print(overview(), end="")
+            return 0
+        command = command_of(words)
+        words = words[1:] if words[0] == command else words
+    args, parser, names = config.parse(build_parser(command), words, command, list({**COMMANDS, command: ""}))
+    args.in_force = config.options_in_force(parser, args)
+    options = {key: value for key, value in args.in_force.items() if key not in shared.TALK}
+    made_by = {"tool": "convert_to_quant", "version": __version__, "command": " ".join(names), "options": options}
+    output.configure(quiet=args.quiet, made_by=made_by)
+    if warning := neighbour():
+        output.note(warning)
+    shared.check_paths(parser, args)
+    module = importlib.import_module(f"{__name__}.{command}")
+    code = int(module.run(argparse.Namespace(**vars(args))))  # which settles what the call leaves open
+    if code == 0 and args.save_config and not getattr(args, "dry_run", False):
+        config.write(args.save_config, names, parser, args)
+    return code
 
 
 def command_of(words: Sequence[str]) -> str:
@@ -143,33 +147,6 @@ def command_of(words: Sequence[str]) -> str:
         raise OptionError(f"{word} is a file, not a command", hint=hint)
     hint = did_you_mean(word, [*COMMANDS, "help"]) or "convert_to_quant --help lists them"
     raise OptionError(f"unknown command {word!r}", hint=hint)
-
-
-def perform(
-    work: Callable[[argparse.Namespace], int], parser: Parser, names: Sequence[str], args: argparse.Namespace
-) -> int:
-    """Do a command's work, with what every command has around it.
-
-    Args:
-        work: the command.
-        parser: of the command or its action; its defaults are what is not worth saying.
-        names: the command, and its action if it has some.
-        args: its options.
-
-    Returns:
-        The exit code.
-    """
-    args.in_force = config.options_in_force(parser, args)
-    options = {key: value for key, value in args.in_force.items() if key not in shared.TALK}
-    made_by = {"tool": "convert_to_quant", "version": __version__, "command": " ".join(names), "options": options}
-    output.configure(quiet=args.quiet, made_by=made_by)
-    if warning := neighbour():
-        output.note(warning)
-    shared.check_paths(parser, args)
-    code = int(work(argparse.Namespace(**vars(args))))  # which settles what the call leaves open
-    if code == 0 and args.save_config and not getattr(args, "dry_run", False):
-        config.write(args.save_config, names, parser, args)
-    return code
 
 
 def guarded(run: Callable[[], int], *, last: bool = False) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from .. import cli
 from ..options import CalibrationOptions, options_of
-from . import COMMANDS, config, enter, perform
 from .calibration import (
     add_calibration_arguments,
     add_target_arguments,
@@ -14,43 +14,23 @@ from .calibration import (
     recover_input,
     require_target,
 )
-from .parsing import Parser
 from .running import check_device, settle, settle_at_rest
-from .shared import add_shared_options
 
-NAME = "calibrate"
-"""Of its table in a configuration file."""
+PROGRAM = "python -m convert_to_quant.calibrate_activation_scales"
+DESCRIPTION = "Find the input scale of every FP8 layer of a checkpoint and write it into a new one."
+EPILOG = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: without the program's name; those of the process by default.
-
-    Returns:
-        The exit code.
-    """
-
-    def call(words: list[str]) -> int:
-        args, parser, names = config.parse(build_parser(), words, NAME, [NAME, *COMMANDS])
-        args.actcal = True
-        return perform(run, parser, names, args)
-
-    return enter(arguments, call)
+    """Run the command as a program of its own; see `cli.main`."""
+    return cli.main(arguments, "calibrate")
 
 
-def build_parser() -> Parser:
-    """The command's parser."""
-    parser = Parser(
-        prog="python -m convert_to_quant.calibrate_activation_scales",
-        description="Find the input scale of every FP8 layer of a checkpoint and write it into a new one.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
     parser.add_argument("input", metavar="MODEL", help="an FP8 checkpoint")
     add_target_arguments(parser)
     add_calibration_arguments(parser.add_argument_group("calibration"), "")
-    add_shared_options(parser, writes=True)
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from ..lora import open_loras
     from .convert import calibrate_file
 
+    args.actcal = True
     require_target(args)
     options_of(CalibrationOptions, args)  # says what is out of range
     check_device(args.device)
