@@ -9,6 +9,7 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,19 +84,10 @@ def quantized(
     return tensors, metadata
 
 
-class Builders:
-    """What tests make checkpoints with."""
-
-    to_bfloat16 = staticmethod(to_bfloat16)
-    file_bytes = staticmethod(file_bytes)
-    mark = staticmethod(mark)
-    quantized = staticmethod(quantized)
-
-
 @pytest.fixture(scope="session")
 def build():
     """The builders of this file."""
-    return Builders
+    return SimpleNamespace(to_bfloat16=to_bfloat16, file_bytes=file_bytes, mark=mark, quantized=quantized)
 
 
 @pytest.fixture

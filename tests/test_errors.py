@@ -31,11 +31,6 @@ def test_the_drawing_in_the_docstring_is_the_tree_of_classes():
     assert drawn_tree() == {name: member.__bases__[0].__name__ for name, member in CLASSES.items()}
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES))
-def test_every_error_says_in_a_docstring_what_it_is_for(name):
-    assert CLASSES[name].__doc__
-
-
 def test_only_a_wrong_call_exits_with_2_everything_else_with_1():
     assert {name for name, member in CLASSES.items() if member.exit_code == 2} == {"OptionError"}
     assert {member.exit_code for member in CLASSES.values()} == {1, 2}

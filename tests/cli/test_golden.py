@@ -7,8 +7,8 @@ What differs between runs and machines is masked: the folder, the version, and, 
 
 from __future__ import annotations
 
+import contextlib
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,40 +60,34 @@ OBSERVED: list[bytes] = []
 @pytest.fixture(autouse=True)
 def timeless(monkeypatch):
     """No lines that depend on how fast the machine is."""
-    monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", float("inf"))
-    monkeypatch.setattr(output, "LONG_SECONDS", float("inf"))
+    for name in ("SECONDS_BETWEEN_LINES", "LONG_SECONDS"):
+        monkeypatch.setattr(output, name, float("inf"))
 
 
 @pytest.fixture
-def here(fp8_file, monkeypatch):
-    """A folder with models in it, to which calls are relative."""
+def here(fp8_file, monkeypatch, done):
+    """A folder with models in it, and statistics, to which calls are relative."""
     folder = fp8_file.parent
     (folder / "ComfyUI" / "custom_nodes").mkdir(parents=True)
     (folder / "ComfyUI" / "main.py").touch()
     (folder / "ComfyUI" / "nodes.py").touch()
     monkeypatch.chdir(folder)
+    stats = folder / "stats.safetensors"
+    if not OBSERVED:
+        done(*SCREENS["observe"].split())
+        OBSERVED.append(stats.read_bytes())
+    stats.write_bytes(OBSERVED[0])
     return folder
 
 
 @pytest.fixture
-def stats(here, done):
-    """Statistics beside the models."""
-    path = here / "stats.safetensors"
-    if not OBSERVED:
-        done(*SCREENS["observe"].split())
-        OBSERVED.append(path.read_bytes())
-    path.write_bytes(OBSERVED[0])
-    return path
-
-
-@pytest.fixture
-def shown(here, stats, ctq):
-    """What a call shows, in that folder."""
+def shown(ctq, tmp_path):
+    """What a call shows: shown(words)."""
 
     def run(words: str) -> str:
         outcome = ctq(*words.split())
         said = "".join(f"2> {line}\n" for line in outcome.err.splitlines())
-        return f"$ convert_to_quant {words}\n{mask(outcome.out + said, here)}exit code {outcome.code}\n"
+        return f"$ convert_to_quant {words}\n{mask(outcome.out + said, tmp_path)}exit code {outcome.code}\n"
 
     return run
 
@@ -129,12 +123,12 @@ def test_help(golden, name, ctq):
 
 
 @pytest.mark.parametrize("name", SCREENS)
-def test_screens(golden, name, shown):
+def test_screens(golden, name, here, shown):
     text = shown(SCREENS[name])
     golden(f"screen {name}", without_digits(text) if name in MASKED else text)
 
 
-def test_the_demo(golden, ctq, tmp_path, monkeypatch):
+def test_the_demo(golden, shown, tmp_path, monkeypatch):
     from convert_to_quant import demo
 
     figures = {"plain": (49.8, 30.1, 30.4, 41.0, 29.1), "hot": (49.2, 6.7, 30.1, 37.7, 25.2)}  # of 2026-11-26
@@ -155,33 +149,18 @@ def test_the_demo(golden, ctq, tmp_path, monkeypatch):
     found.to_json = dict
     monkeypatch.setattr(demo, "run", lambda *_, **__: found)
     monkeypatch.chdir(tmp_path)
-    for words in (["demo"], ["demo", "--dry-run"]):
-        outcome = ctq(*words)
-        said = "".join(f"2> {line}\n" for line in outcome.err.splitlines())
-        golden(
-            f"screen {' '.join(words)}",
-            f"$ convert_to_quant {' '.join(words)}\n{outcome.out}{said}exit code {outcome.code}\n",
-        )
+    for words in ("demo", "demo --dry-run"):
+        golden(f"screen {words}", shown(words))
 
 
 @pytest.mark.parametrize(
     ("name", "width"),
     [("inspect layers", 100), ("inspect layers", 60), ("check", 100)],
 )
-def test_screens_on_a_terminal(
-    golden,
-    terminal,
-    name,
-    width,
-    here,
-    stats,
-    done,
-    monkeypatch,
-):
+def test_screens_on_a_terminal(golden, terminal, name, width, here, done, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "xterm")
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", screen := terminal())
+    with contextlib.redirect_stdout(terminal()) as screen:
         done(*SCREENS[name].split())
     text = mask(f"$ convert_to_quant {SCREENS[name]}\n{readable(screen.getvalue())}", here)
     golden(f"terminal {name} {width}", without_digits(text) if name in MASKED else text)

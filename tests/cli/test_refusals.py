@@ -64,6 +64,7 @@ MISUSE = [
     (CONVERT + "--fold --format int8 --exclude-layers .", "no layer of flux1 that is to be quantized reads channels"),
     ("-i fp8.safetensors -o out.safetensors --actcal --actcal-engine layer --merge-lora lora.safetensors",
      "--merge-lora changes weights, and the input is quantized already"),
+    ("--config none.toml", "none.toml: the configuration cannot be read: No such file or directory\n"),
     # observe
     ("observe -o s.safetensors", "name a MODEL, or a --pipeline"),
     (OBSERVE + "--save-every -1", "--save-every should not be negative"),
