@@ -98,13 +98,6 @@ class Parser(argparse.ArgumentParser):
             elif action is not None and action.nargs is None:
                 next(left, None)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """See `argparse`."""
-        found, rest = self.parse_known_args(args, namespace)
-        if rest:
-            self.error(f"unexpected argument {rest[0]!r}")
-        return found
-
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
             return
@@ -115,6 +108,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say in one line what is wrong with the call, in another where help is, and leave."""
         message = re.sub(r"^argument (?=\S+: )", "", message)
+        message = re.sub(r"^unrecognized arguments: (\S+).*", r"unexpected argument '\1'", message)
         wrong = f"{paint('error:', 'bad', sys.stderr)} {printable(message)}"
         self.exit(MISUSED, f"{wrong}\nsee: {self.prog} --help\n")
 
