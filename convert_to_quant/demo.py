@@ -50,7 +50,7 @@ from .errors import OptionError, OutputError
 from .families.running import Geometry
 from .fidelity import Fidelity, Scene, check_latents, scenes_fidelity
 from .options import SAMPLES, STEPS, BestOptions, CalibrationOptions, ConvertOptions, RunOptions
-from .telling import Progress, advance, size
+from .telling import KEPT_DB, LOST_DB, Progress, advance, size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,9 +86,6 @@ TITLE = sheet.Heading(
     "One trained model in three files that compute the same function: only the sizes of what its layers read differ.\n"
     "dB: how closely a file follows the original on these prompts (SQNR of the velocity; 30 is close, 10 is ruin).",
 )
-
-LOST_DB, KEPT_DB = 20.0, 25.0
-"""Captions are red below the first and green above the second."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+LOST_DB, KEPT_DB = 20.0, 25.0
+"""SQNR in dB: red below the first, green from the second; on screens and in the demo's picture."""
+
 Progress = Callable[[int, int], None]
 """Called with what is done and what there is to do."""
 

@@ -15,7 +15,7 @@ from . import check
 from .inspect import format_lines, made_line
 from .output import foresee, progress_bar, say, write_json, wrote
 from .running import embeddings_of
-from .shared import TALK, refuse_file
+from .shared import TALK
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -57,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     check.check_options(args)
     folder = Path(args.output)
-    refuse_file(folder)
 
     from .. import card
     from ..checkpoint import open_checkpoint, write_bytes

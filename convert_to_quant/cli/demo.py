@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 from .output import decibels, foresee, print_table, progress_bar, say, write_json, wrote
-from .shared import refuse_file
 
 DESCRIPTION = """\
 Convert a small text-to-image model that comes with this package to FP8, calibrate it, find the best mixes of formats,
@@ -40,7 +39,6 @@ def run(args: argparse.Namespace) -> int:
     # sixth where one does (2026-11-27). Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     folder = Path(args.output)
-    refuse_file(folder)
     if args.dry_run:
         say(f"dry run: would write the picture and the models into {folder}; nothing was written")
         write_json(args.json, {"folder": str(folder), "dry_run": True})

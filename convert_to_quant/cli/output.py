@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from ..errors import StrPath
-from ..telling import Progress, duration
+from ..telling import KEPT_DB, LOST_DB, Progress, duration
 from .terminal import Styled, columns, fitted, has_color, is_terminal, paint, printable, style_of
-
-GOOD_DB, BAD_DB = 25.0, 20.0
-"""SQNR in dB that is green from here, and red below; those of the demo's picture."""
 
 SECONDS_BETWEEN_LINES = 30.0
 """In a pipe: between two lines of progress."""
@@ -112,7 +109,7 @@ def decibels(value: float | None, digits: int = 1) -> str:
     """An SQNR, coloured by what it is worth."""
     if value is None:
         return "-"
-    style = "good" if value >= GOOD_DB else "bad" if value < BAD_DB else "warn"
+    style = "good" if value >= KEPT_DB else "bad" if value < LOST_DB else "warn"
     return Styled(f"{value:.{digits}f} dB", style)
 
 

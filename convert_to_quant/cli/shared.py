@@ -161,17 +161,21 @@ def read_prompts(path: Path) -> list[str]:
 def check_paths(parser: Parser, args: argparse.Namespace) -> None:
     """Refuse, before any work, outputs that cannot be written or would replace another file of the call.
 
-    The shards of a checkpoint, which no call names, are `check_shards`'s; folders are their commands'.
+    The shards of a checkpoint, which no call names, are `check_shards`'s.
 
     Raises:
         OutputError: a folder is missing, an output is a folder or a special file (a report may be a pipe or a character
-            device), or it is another file of the call.
+            device), it is another file of the call, or a file is where a folder is to be.
     """
     named = list(paths_of(parser, args))
     in_place = getattr(args, "in_place", False)
     outputs = []
     for flag, output, kind in named:
-        if flag not in WRITTEN or kind == "folder" or (flag == "-o" and in_place):
+        if flag not in WRITTEN or (flag == "-o" and in_place):
+            continue
+        if kind == "folder":
+            if output.exists() and not output.is_dir():
+                raise OutputError("the folder cannot be made: a file is there", path=output)
             continue
         from ..checkpoint import check_output, is_one_file
 
@@ -212,13 +216,3 @@ def check_shards(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     for what, place in named.items():
         if place is not None and place not in NO_PATHS:
             refuse_same_file(Path(place), [file.path for file in checkpoint.files], hint=f"name another {what}")
-
-
-def refuse_file(folder: Path) -> None:
-    """Refuse a file in the place of a folder for outputs.
-
-    Raises:
-        OutputError: there is one.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError("the folder cannot be made: a file is there", path=folder)

@@ -65,12 +65,6 @@ def test_colours_say_what_a_figure_is_worth():
     assert styles == ["good", "good", "warn", "warn", "bad", ""]
 
 
-def test_the_limits_are_those_of_the_demos_picture():
-    from convert_to_quant import demo
-
-    assert (output.GOOD_DB, output.BAD_DB) == (demo.KEPT_DB, demo.LOST_DB)
-
-
 @pytest.mark.parametrize(("width", "gone"), [(200, ""), (24, "why"), (14, "range, why")])
 def test_a_narrow_terminal_does_without_columns_and_says_so(terminal, monkeypatch, width, gone):
     stream = terminal()
