@@ -229,7 +229,10 @@ def convert_file(
         match_checkpoint(adapters, source, plan.table)
     note(*plan.told())
     if args.verbose or args.dry_run:
-        print_plan(plan, talk=args.json == "-") if best is None else print_mix(best, talk=args.json == "-")
+        if best is None:
+            print_plan(plan, talk=args.json == "-")
+        else:
+            print_mix(best, talk=args.json == "-")
     mix = {} if best is None else {"best": best.to_json()}
     summary = plan.summary() if best is None else best.summary()
     if args.dry_run:

@@ -79,15 +79,6 @@ def test_every_command_has_what_all_have_and_says_every_default_the_same_way(nam
         assert not any("_" in flag for flag in action.option_strings), "the parsers know dashes"
 
 
-def test_both_spellings_convert_alike(done, flux_file):
-    outputs = []
-    for name, sep in (("a", "-"), ("b", "_")):
-        outputs.append(flux_file.with_name(f"{name}.safetensors"))
-        words = [f"--scaling{sep}mode", "block", f"--block{sep}size=32", f"--exclude{sep}layers", "txt_mlp"]
-        done("-i", flux_file, "-o", outputs[-1], *words)
-    assert outputs[0].read_bytes() == outputs[1].read_bytes()
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
