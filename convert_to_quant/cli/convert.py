@@ -218,13 +218,9 @@ def convert_file(
     source = folded(checkpoint, args, options) if args.fold else checkpoint
     best = best_mix(source, args, options, merged) if args.best else None
     plan = plan_conversion(source, options, merged) if best is None else best.plan
-    calibrating = args.actcal
     sharded = (args.output or "").endswith(INDEX_SUFFIX)
-    if calibrating and (needless := plan.no_input_scales):
-        note(f"nothing to calibrate: {needless}")
-        calibrating = False
-    elif calibrating:
-        plan = to_calibrate(source, plan, args, sharded=sharded)
+    calibrated = to_calibrate(source, plan, args, sharded=sharded) if args.actcal else None
+    plan, calibrating = calibrated or plan, calibrated is not None
     if adapters:  # an adapter that does not fit shows before the work as well as after
         match_checkpoint(adapters, source, plan.table)
     note(*plan.told())
@@ -272,8 +268,8 @@ def best_mix(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertO
 
 def to_calibrate(
     checkpoint: Checkpoint, plan: ConversionPlan, args: argparse.Namespace, *, sharded: bool
-) -> ConversionPlan:
-    """A plan with places for the scales that a calibration finds, where no room is left for them.
+) -> ConversionPlan | None:
+    """A plan with places for the scales that a calibration finds, where no room is left; None where it finds none.
 
     Raises:
         CheckpointError: there is nothing to calibrate.
@@ -283,6 +279,9 @@ def to_calibrate(
 
     from ..calibrate_activation_scales import refuse_unrunnable, static_table
 
+    if needless := plan.no_input_scales:
+        note(f"nothing to calibrate: {needless}")
+        return None
     if plan.table.raw and not plan.quantized:
         static_table(checkpoint)  # says why a plain cast cannot be calibrated either
     if args.engine != "layer":
