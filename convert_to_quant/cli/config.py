@@ -208,7 +208,11 @@ def parse(
         table = table[name]
         if not isinstance(table, dict):
             raise OptionError(f"{where} should be a table", path=path)
-    in_file = _in_file(table, path, names, leaf)
+    named = {leaf._option_string_actions.get(word.partition("=")[0]) for word in words}
+    for group in leaf._mutually_exclusive_groups:
+        if named.intersection(group._group_actions):
+            named.update(group._group_actions)
+    in_file = {action: value for action, value in _in_file(table, path, names, leaf).items() if action not in named}
     usual = {action: action.default for action in in_file}
     for action, value in in_file.items():  # what the file says is the default of what the line leaves out
         action.default, action.required = value, False
@@ -216,13 +220,7 @@ def parse(
             action.nargs = "*" if _takes_several(action) else "?"
     args = parser.parse_args(words)
     for action, default in usual.items():
-        said, action.default = getattr(args, action.dest), default
-        if isinstance(action, argparse._AppendAction):  # the line's list replaces the file's
-            setattr(args, action.dest, said[len(in_file[action]) :] or said)
-    for group in leaf._mutually_exclusive_groups:
-        given = [action for action in group._group_actions if getattr(args, action.dest)]
-        for action in given if len(given) > 1 else ():
-            setattr(args, action.dest, action not in in_file)
+        action.default = default
     return args, leaf, names
 
 
