@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from convert_to_quant import __version__
-from convert_to_quant.cli import COMMANDS, build_parser, output
+from convert_to_quant.cli import COMMANDS, build_parser
 
 SMALL = "--height 32 --width 48 --text-tokens 5 --steps 2 --samples 2"
 
@@ -55,13 +55,6 @@ MASKED = {"convert calibrated", "calibrate dry", "apply", "apply dry", "check", 
 
 OBSERVED: list[bytes] = []
 """The statistics that screens are made from; the same for all."""
-
-
-@pytest.fixture(autouse=True)
-def timeless(monkeypatch):
-    """No lines that depend on how fast the machine is."""
-    for name in ("SECONDS_BETWEEN_LINES", "LONG_SECONDS"):
-        monkeypatch.setattr(output, name, float("inf"))
 
 
 @pytest.fixture

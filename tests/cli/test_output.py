@@ -132,6 +132,8 @@ def test_a_document_says_what_made_it(capsys):
 
 def test_long_work_says_in_a_pipe_how_long_it_takes_and_now_and_then_how_far_it_is(capsys, monkeypatch):
     now = 0.0
+    for name in ("SECONDS_BETWEEN_LINES", "LONG_SECONDS"):
+        monkeypatch.setattr(output, name, 30.0)
     monkeypatch.setattr(output.time, "monotonic", lambda: now)
 
     def work(seconds: float, resumed: int = 0) -> list[str]:
