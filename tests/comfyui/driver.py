@@ -334,7 +334,8 @@ def renamed(layers: list[str]) -> dict[str, str]:
     import comfy.supported_models
 
     config = comfy.supported_models.HunyuanVideo({})
-    return {layer: next(iter(config.process_unet_state_dict({f"{layer}.x": None})))[:-2] for layer in layers}
+    files = {layer: config.process_unet_state_dict({f"{layer}.weight": None}) for layer in layers}
+    return {layer: next(iter(file)).removesuffix(".weight") for layer, file in files.items()}
 
 
 def diffusers_names(function: str, config: Mapping[str, int]) -> dict[str, list[Any]]:
