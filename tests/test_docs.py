@@ -104,7 +104,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with inside(folder):
         for name, tensors in {
             "flux_bf16": flux_model(files["to_bfloat16"]),
-            "style": tiny["kohya"]("lora_unet_double_blocks_0_img_mlp_0", 128, 32),
+            "style": tiny["kohya"](),
             "embeddings": tiny["prompt_embeddings"](),
         }.items():
             Path(f"{name}.safetensors").write_bytes(files["file_bytes"](tensors))

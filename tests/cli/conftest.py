@@ -26,26 +26,32 @@ def surroundings(monkeypatch):
         monkeypatch.setattr(cli.output, name, float("inf"))
 
 
-@pytest.fixture
-def lora(save):
+def kohya() -> dict[str, Any]:
     """An adapter of one layer of the tiny Flux.1, as kohya names it."""
     random, layer = np.random.default_rng(1), "lora_unet_double_blocks_0_img_mlp_0"
     down, up = (random.standard_normal(shape).astype(np.float32) for shape in ((4, 32), (128, 4)))
-    return save("style.safetensors", {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up})
+    return {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
+
+
+@pytest.fixture
+def lora(save):
+    """A file of it."""
+    return save("style.safetensors", kohya())
+
+
+def prompt_embeddings(count: int = 2, tokens: int = 4) -> dict[str, Any]:
+    """Embeddings of prompts of the tiny Flux.1's sizes."""
+    random = np.random.default_rng(2)
+    return {
+        "prompt_embeds": random.standard_normal((count, tokens, TEXT)).astype(np.float32),
+        "pooled_prompt_embeds": random.standard_normal((count, VECTOR)).astype(np.float32),
+    }
 
 
 @pytest.fixture
 def embeddings():
-    """Make embeddings of prompts of the tiny Flux.1's sizes: embeddings(prompts, tokens of each)."""
-
-    def make(count: int = 2, tokens: int = 4) -> dict[str, Any]:
-        random = np.random.default_rng(2)
-        return {
-            "prompt_embeds": random.standard_normal((count, tokens, TEXT)).astype(np.float32),
-            "pooled_prompt_embeds": random.standard_normal((count, VECTOR)).astype(np.float32),
-        }
-
-    return make
+    """Make them: embeddings(prompts, tokens of each)."""
+    return prompt_embeddings
 
 
 @pytest.fixture
