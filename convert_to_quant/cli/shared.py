@@ -6,6 +6,7 @@ They stand in one place so that they mean the same everywhere. A command that is
 from __future__ import annotations
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -100,7 +101,11 @@ def kind_of(action: argparse.Action) -> Kind | None:
 
 
 def paths_of(parser: Parser, args: argparse.Namespace) -> Iterator[tuple[str, Path, Kind]]:
-    """Every file and folder that a call names: the option that names it, the path, and what it is."""
+    """Every file and folder that a call names: the option that names it, the path, and what it is.
+
+    Raises:
+        OutputError: a file that is to be written has the name of a folder.
+    """
     for action in parser._actions:
         kind = kind_of(action)
         if action.help == argparse.SUPPRESS or kind is None:
@@ -113,7 +118,10 @@ def paths_of(parser: Parser, args: argparse.Namespace) -> Iterator[tuple[str, Pa
                     from ..lora import split_strength
 
                     place, _ = split_strength(text)
-                yield action.option_strings[0] if action.option_strings else str(action.metavar), Path(place), kind
+                option = action.option_strings[0] if action.option_strings else str(action.metavar)
+                if option in WRITTEN and kind != "folder" and place.endswith(("/", os.sep)):
+                    raise OutputError("cannot be written: a file was expected, and this names a folder", path=place)
+                yield option, Path(place), kind
 
 
 def read_text(path: Path, refuse: Callable[[str], Error], most_bytes: int = MOST_TEXT_BYTES) -> str:

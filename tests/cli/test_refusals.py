@@ -118,6 +118,7 @@ IMPOSSIBLE = [
         "migrate fp8.safetensors --to legacy", "lora fold a --like fp8.safetensors", "report stats.safetensors",
     )),
     ("-i flux.safetensors -o .", ".: cannot be written: it is a folder\n"),
+    ("-i flux.safetensors -o new/", "new/: cannot be written: a file was expected, and this names a folder\n"),
     (OBSERVE + "--json no/r.json", "no/r.json: cannot be written: the folder no does not exist\n"),
     (REPORT + "--png .", ".: cannot be written: it is a folder\n"),
     ("card flux.safetensors fp8.safetensors -o flux.safetensors", "the folder cannot be made: a file is there\n"),
