@@ -273,6 +273,14 @@ class Guided:
     velocity: Tensor
 
 
+def with_nothing(words: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Prompts, then as many empty ones, as guidance shows them; masks hide nothing."""
+    return {
+        name: torch.cat([value, torch.zeros_like(value) if value.is_floating_point() else value])
+        for name, value in words.items()
+    }
+
+
 def guided_way(
     model: Denoiser, prompt_names: Sequence[str], geometry: Geometry = GEOMETRY, *,
     levels: int = LEVELS, seed: int = CALIBRATION_SEED, latents: Tensor | None = None,
@@ -283,11 +291,7 @@ def guided_way(
     if latents is None:
         latents = torch.cat([noise.latents(shape, seed, number) for number in range(len(prompt_names))])
     for start in range(0, len(prompt_names), batch):
-        words = conditioning(model, prompt_names[start : start + batch], geometry)
-        fed = {
-            name: torch.cat([value, torch.zeros_like(value) if value.is_floating_point() else value])
-            for name, value in words.items()
-        }
+        fed = with_nothing(conditioning(model, prompt_names[start : start + batch], geometry))
         state = latents[start : start + batch]
         for step in range(levels):
             sigma = 1 - step / levels

@@ -9,7 +9,8 @@ the mixes that `--best` chooses for an RTX 50:
 
     nearest             each weight to nearest
     rounded             what `--round` writes
-    rounded on prompts  the same by moments of 32 other prompts: `observe --moments --conditioning`
+    rounded on prompts  the same by moments of 32 other prompts, each with and without its words, as under guidance:
+                        `observe --moments --conditioning`
     folded              what `--fold` writes: channels evened out first, then to nearest
     folded and rounded  what `--fold --round` writes
 
@@ -106,7 +107,8 @@ def measure(variant: str, shown: RunOptions, count: int, formats: list[str], mix
             gather = partial(moments.Gathering, checkpoint, model.plan.table, list(layers.values()), shown)
             gatherings = {WAYS[WAYS.index(way) + 1]: gather()}
             if way == "nearest":
-                gatherings[ON_PROMPTS] = gather(prompts=Prompts(emoji.conditioning(model, emoji.CALIBRATION_PROMPTS)))
+                words = emoji.conditioning(model, emoji.CALIBRATION_PROMPTS)
+                gatherings[ON_PROMPTS] = gather(prompts=Prompts(emoji.with_nothing(words)))
             wholes = {name: {layer: name for layer in layers if (layer, name) in of} for name in formats}
             wholes |= best_mixes(checkpoint, shown) if mixes else {}
             for name, mix in wholes.items():
