@@ -18,7 +18,7 @@ from ..best import INSTEAD, TrialModel, candidates, input_scales, plan_any
 from ..calibrate_activation_scales import refuse_unrunnable, unrunnable
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..choose import CANDIDATES
-from ..engines import diffusers, pipeline
+from ..engines import diffusers, pipeline, sizes
 from ..engines.comfyui import inprocess, inprocess_tree
 from ..engines.devices import find_device
 from ..engines.moments import Gathering
@@ -227,7 +227,7 @@ def prepare_comfyui(
     folder = inprocess_tree.folder_of(args.comfyui_dir)
     args.samples = args.samples or SAMPLES
     options = options_of(RunOptions, args)
-    height, width, frames, text_tokens = inprocess.size_of(options)
+    height, width, frames, text_tokens = sizes.usual(options.size)
 
     def warn(text: str) -> None:
         note(f"ComfyUI: {shorten(text, WARNING_LETTERS, placeholder=' ...')}")

@@ -27,6 +27,12 @@ def asked(family: str, size: Sequence[int | None]) -> Geometry | None:
     return geometry(family, *size) if any(size) else None
 
 
+def usual(size: Sequence[int | None]) -> tuple[int, ...]:
+    """Height and width in pixels, frames, and tokens of text: what `ShownOptions.size` names, and else the usual."""
+    defaults = SIDE_PIXELS, SIDE_PIXELS, FRAMES, TEXT_TOKENS
+    return tuple(one or default for one, default in zip(size, defaults, strict=True))
+
+
 def geometry(
     family: str,
     height: int | None = None,
@@ -34,7 +40,7 @@ def geometry(
     frames: int | None = None,
     text_tokens: int | None = None,
 ) -> Geometry:
-    """The tokens of an image or video; what is None has the defaults of `engines`.
+    """The tokens of an image or video; what is None is the usual.
 
     Args:
         family: name of the model's family.
@@ -48,7 +54,6 @@ def geometry(
     >>> geometry("ltx", 512, 768, frames=97).frames
     13
     """
-    said, defaults = (height, width, frames, text_tokens), (SIDE_PIXELS, SIDE_PIXELS, FRAMES, TEXT_TOKENS)
-    height, width, frames, text_tokens = (one or default for one, default in zip(said, defaults, strict=True))
+    height, width, frames, text_tokens = usual((height, width, frames, text_tokens))
     pixels, merged = GRIDS.get(family, GRID)
     return Geometry(ceil(height / pixels), ceil(width / pixels), 1 + ceil((frames - 1) / merged), text_tokens)

@@ -37,10 +37,10 @@ from ...families.comfyui import IMAGE, SOUND, VIDEO, Conditions, Scene, measure
 from ...families.running import Shapes
 from ...layers import LayerTable
 from ...lora import Lora
-from ...options import FRAMES, SAMPLES, SIDE_PIXELS, STEPS, TEXT_TOKENS, RunOptions, ShownOptions
+from ...options import SAMPLES, STEPS, RunOptions, ShownOptions
 from ...recorder import find_linears, record
 from ...telling import Advance, Progress
-from .. import noise
+from .. import noise, sizes
 from ..provenance import trace
 from ..session import Observation, Session, Unit
 from . import inprocess_tree as tree
@@ -84,7 +84,7 @@ class Model:
             UnsupportedModelError: the network does not tell the size of everything that it is shown.
         """
         made = self.patcher.model.latent_format
-        *pixels, frames, text_tokens = size_of(shown)
+        *pixels, frames, text_tokens = sizes.usual(shown.size)
         step = self._wants.multiple
         height, width = (
             max(math.ceil(side / made.spacial_downscale_ratio / step) * step, self._wants.smallest) for side in pixels
@@ -211,12 +211,6 @@ class Model:
 
     def _understood(self, doing: str) -> Any:
         return tree.understood(doing, self.checkpoint.path, self.family)
-
-
-def size_of(shown: ShownOptions) -> tuple[int, ...]:
-    """Height and width of a sample in pixels, its frames, and the length of its prompt in tokens."""
-    defaults = SIDE_PIXELS, SIDE_PIXELS, FRAMES, TEXT_TOKENS
-    return tuple(one or default for one, default in zip(shown.size, defaults, strict=True))
 
 
 def load(checkpoint: Checkpoint, table: LayerTable) -> Model:
