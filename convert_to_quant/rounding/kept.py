@@ -9,7 +9,7 @@ holds more than one. Layers that receive one input share a file.
     header    of each file, and of the statistics: which run it was, and which layers they are for
 
 Merging adds them up in float32. Each sum rounds once, by 2⁻²⁴ of a value at most, in whatever order; rounding weights
-adds 1 % of damping to them (`solver`).
+adds far more in damping (`solver.DAMPING`).
 """
 
 from __future__ import annotations

@@ -106,10 +106,8 @@ def _feed_back(target: Tensor, spread: Tensor, cost: Tensor, nearest: Lattice) -
             place = span.start // nearest.group if nearest.group else 0
             tried = _near(nearest, numbers[:, place])
             given = wanted[:, span], spread[span, span], cost[span], nearest.levels(tried)
-            if wanted.is_cuda:
-                positions[:, span], errors[:, inside], best = OneLaunch.of(*given)(*given)
-            else:
-                positions[:, span], errors[:, inside], best = _nearest_plane(*given)
+            nearest_plane = _one_launch(wanted.device, *(x.shape for x in given)) if wanted.is_cuda else _nearest_plane
+            positions[:, span], errors[:, inside], best = nearest_plane(*given)
             numbers[:, place] = tried.gather(1, best).squeeze(1)
             later = slice(span.stop, block.stop)
             wanted[:, later] -= errors[:, inside] @ spread[span, later]
@@ -167,11 +165,6 @@ class OneLaunch:
         examples: tensors of the shapes and on the device of those that it will be given.
     """
 
-    @staticmethod
-    def of(*given: Tensor) -> OneLaunch:
-        """The one for tensors of these shapes."""
-        return _recorded(given[0].device, *(each.shape for each in given))
-
     def __init__(self, *examples: Tensor) -> None:
         self.given, self.graph = examples, torch.cuda.CUDAGraph()
         here = torch.cuda.current_stream(examples[0].device)
@@ -193,5 +186,5 @@ class OneLaunch:
 
 
 @lru_cache(maxsize=16)
-def _recorded(device: torch.device, *shapes: torch.Size) -> OneLaunch:
+def _one_launch(device: torch.device, *shapes: torch.Size) -> OneLaunch:
     return OneLaunch(*(torch.zeros(shape, device=device) for shape in shapes))

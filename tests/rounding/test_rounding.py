@@ -115,6 +115,6 @@ def test_files_read_as_what_was_chosen(tmp_path: Path, build: Any, name: str) ->
 def test_one_launch_rounds_as_many_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moments, fmt = a_weight().cuda(), some_moments("correlated").cuda(), FORMATS[name]
     in_one = round_weight(weight, moments, fmt)
-    monkeypatch.setattr(solver.OneLaunch, "of", lambda *_: solver._nearest_plane)
+    monkeypatch.setattr(solver, "_one_launch", lambda *_: solver._nearest_plane)
     in_many = round_weight(weight, moments, fmt)
     assert all(torch.equal(part.float(), in_many[suffix].float()) for suffix, part in in_one.items())
