@@ -300,9 +300,9 @@ def print_mix(best: Best, *, talk: bool) -> None:
 
     Then what other sizes would keep, and what one format for all layers would.
     """
-    layers, rows = best.to_json()["layers"], []
+    figures, rows = best.to_json(), []
     for decision in best.plan.decisions:
-        name, told = decision.layer.name, layers.get(decision.layer.name)
+        name, told = decision.layer.name, figures["layers"].get(decision.layer.name)
         if told is None:
             rows.append((name, becomes(decision), "", "", "", decision.reason))
             continue
@@ -315,10 +315,9 @@ def print_mix(best: Best, *, talk: bool) -> None:
     head = ("layer", "format", "bits", "alone keeps", "others, dB", "why")
     print_table(head, rows, right=(2, 3), optional=(4, 2, 3), talk=talk)
 
-    mixes = best.mixes
-    sizes = [("best mix", *point) for point in mixes.curve]
-    sizes += [(f"all {name}", *point) for name, point in mixes.uniform.items()]
-    sizes += [("this file", *mixes.point(best.choice)), ("half a bit more", *mixes.point(mixes.larger(best.choice)))]
+    sizes = [("best mix", *point) for point in best.mixes.curve]
+    sizes += [(f"all {name}", *point) for name, point in best.mixes.uniform.items()]
+    sizes += [("this file", best.bits, best.expected_db), ("half a bit more", *figures["more"])]
     cells = [(name, f"{bits:.2f}", f"{db:.1f} dB") for name, bits, db in sorted(sizes, key=lambda size: size[1])]
     print_table(("formats", "bits per weight", "expected on noise"), cells, right=(1, 2), talk=talk)
 
