@@ -12,7 +12,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 TREE = re.search(r"<!-- tree.*?-->\n```text\n(.*?)```", CONTRIBUTING, re.DOTALL)
 FOLDERS = {
     "benchmarks/": "Speed, memory and accuracy, against peers and physical limits.",
-    "docs/": "Guide, concepts, reference, answers; what was measured and tried.",
+    "docs/": "Guide, concepts, reference, FAQ; results and experiments.",
     "tests/": "Mirrors the package.",
 }
 
