@@ -1,4 +1,4 @@
-"""The README stays true, and so does CONTRIBUTING's tree, in each file's own words."""
+"""The README's commands and numbers, and the file tree in CONTRIBUTING, are up to date."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDERS = {
 
 
 def lines() -> list[str]:
-    """The tree as it should be: each module with the first line of its docstring."""
+    """The expected tree: each module with the first line of its docstring."""
     said = {}
     for path in (ROOT / "convert_to_quant").rglob("*.py"):
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
@@ -29,7 +29,7 @@ def lines() -> list[str]:
     return [f"{name:<{width}}  {text}" for name, text in [*sorted(said.items()), *FOLDERS.items()]]
 
 
-def test_the_tree_lists_every_module_in_its_own_words() -> None:
+def test_the_tree_lists_every_module_with_its_docstring() -> None:
     assert TREE is not None
     assert TREE.group(1).splitlines() == lines()
 
@@ -41,8 +41,8 @@ def test_the_first_two_commands_are_make_targets() -> None:
     assert all(re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE) for command in commands)
 
 
-def test_the_guides_command_prints_its_figure() -> None:
-    """One protocol in the README, the guide's screen of `check --conditioning`, and docs/accuracy.md."""
+def test_the_guides_command_prints_the_readmes_number() -> None:
+    """README, the guide's output of `check --conditioning`, and docs/accuracy.md use one protocol."""
     guide, accuracy = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("guide.md", "accuracy.md"))
     screen = re.search(
         r"--conditioning demo/prompts.*?^mean +([\d.]+) dB +([\d.]+) dB", guide, re.DOTALL | re.MULTILINE
@@ -54,7 +54,7 @@ def test_the_guides_command_prints_its_figure() -> None:
     assert f"guidance 2 | {mean} ± {error} dB |" in accuracy
 
 
-if __name__ == "__main__":  # writes the tree anew
+if __name__ == "__main__":  # regenerates the tree
     assert TREE is not None
     tree = "\n".join([*lines(), ""])
     (ROOT / "CONTRIBUTING.md").write_text(CONTRIBUTING.replace(TREE.group(1), tree), encoding="utf-8")
