@@ -1,4 +1,4 @@
-# Each target makes the environment that it needs, from nothing but Python 3.10+ and make.
+# Each target creates the environment that it needs; only Python 3.10+ and make are required.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint con
 
 .PHONY: demo test lint docs wheel clean
 
-demo: $(VENV)/.product  ## make five files of the embedded emoji model, paint with each; writes demo/demo.png
+demo: $(VENV)/.product  ## convert the embedded emoji model in five ways and compare images; writes demo/demo.png
 	$(BIN)/convert_to_quant demo -o demo
 
 test: $(VENV)/.test  ## run the tests
@@ -17,10 +17,10 @@ lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/.docs  ## build the documentation into build/site; a warning is an error
+docs: $(VENV)/.docs  ## build the documentation site in build/site; warnings are errors
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/site
 
-wheel: | $(VENV)/bin/python  ## build a wheel into dist and print the line that installs it
+wheel: | $(VENV)/bin/python  ## build a wheel in dist and print the command that installs it
 	rm -f dist/calibrated_quant-*.whl
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 	@echo python -m pip install dist/calibrated_quant-*.whl
@@ -29,8 +29,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.product: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo 'installing the package and what it needs (torch, diffusers, ...) into $(VENV), once: minutes, as pip shows below;'
-	@echo 'the demo itself then takes a minute or two'
+	@echo 'installing the package and its dependencies (torch, diffusers, ...) into $(VENV), once; this takes minutes.'
+	@echo 'The demo itself takes a minute or two.'
 	$(PIP) --editable .
 	touch $@
 

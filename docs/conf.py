@@ -1,6 +1,6 @@
-"""How the documentation site is built: Sphinx reads Markdown (MyST), commands and docstrings come from the code.
+"""Configuration of the documentation site: Markdown (MyST), plus commands and docstrings from the code.
 
-`make docs` builds it into build/site and takes every warning for an error. Nothing is fetched while it builds.
+`make docs` builds it into build/site; warnings are errors, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton", "docstrings", "from_code"]
 exclude_patterns = ["_ext"]
-# Pages of measurements skip heading levels; two classes are called Layer.
+# Pages of results skip heading levels; two classes are named Layer.
 suppress_warnings = ["myst.header", "ref.python"]
 
 # --- Markdown
@@ -33,14 +33,14 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 smartquotes = False
 
-# --- Docstrings: types from annotations, `code` in single backticks; the rest is in _ext/docstrings.py
+# --- Docstrings: types from annotations, `code` in single backticks; see _ext/docstrings.py
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
 
-# --- What docstrings and annotations name and this site does not document
+# --- Names in docstrings and annotations that this site does not document
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(numpy|torch|mmap|PIL|Image|collections|contextlib|pathlib|types|typing|os)\..*"),
@@ -61,21 +61,21 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 copybutton_exclude = ".linenos, .gp, .go, .c1"
-highlight_language = "text"  # blocks that name no language are no code
+highlight_language = "text"  # for blocks without a language
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 
 OUTSIDE = {"../benchmarks/README.md": "benchmarks.md", "../CHANGELOG.md": "changelog.md"}
-"""Files of the repository that pages link to, and the pages of the site that include them."""
+"""Files outside of docs/ that pages link to, and the pages that include them."""
 
 
 def link_inside(_app: Sphinx, _page: str, source: list[str]) -> None:
-    """Turn links to files outside of docs/ into links to the pages that include them."""
+    """Point links to files outside of docs/ to the pages that include them."""
     for outside, inside in OUTSIDE.items():
         source[0] = source[0].replace(f"]({outside}", f"]({inside}")
 
 
 def setup(app: Sphinx) -> None:
-    """Connect it to Sphinx, and read blocks of commands as commands, though no prompt stands before them."""
+    """Register with Sphinx, and highlight console blocks without prompts as shell."""
     app.connect("source-read", link_inside)
     app.add_lexer("console", BashLexer)

@@ -1,8 +1,8 @@
-"""Docstrings as they are written here, as reStructuredText.
+"""Converts our docstrings to reStructuredText.
 
-Prose is plain text: |x| is a magnitude and no substitution, and in a module's docstring an indented paragraph is shown
-as it stands. Sections are Google's: entries are `name: text`, several names may share one (`lower, upper: text`), what
-follows `Returns:` is text and no type. Types stand in signatures.
+Prose is plain text (|x| is a magnitude, not a substitution), and indented paragraphs in module docstrings are shown
+verbatim. Sections are Google's: entries are `name: text` or `lower, upper: text`, and `Returns:` has text without a
+type. Signatures have the types.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 NAMED: Mapping[str, str] = {"Args:": "param", "Attributes:": "ivar", "Raises:": "raises"}
-"""Sections of entries, and the field that each entry becomes."""
+"""Sections of entries, and the field for each entry."""
 
 WHOLE: Mapping[str, str] = {"Returns:": "returns", "Yields:": "yields"}
-"""Sections that are one text."""
+"""Sections of text."""
 
 ENTRY = re.compile(r"(?:\\\*){0,2}(\w+(?:, \w+)*): (.*)")
 OBEYED = re.compile(r"([*|\\]|_(?!\w))")
-"""What reStructuredText would obey instead of show."""
+"""Markup of reStructuredText."""
 
 
 def converted(lines: Sequence[str], *, module: bool) -> Iterator[str]:
-    """A docstring, line by line.
+    """Convert a docstring.
 
     Args:
-        lines: as written, without its indentation.
-        module: whether it is a module's: there, what is indented is an illustration.
+        lines: its lines, without indentation.
+        module: whether it is a module's, where indented text is verbatim.
     """
     number = 0
     shown = doctest = False
@@ -58,7 +58,7 @@ def converted(lines: Sequence[str], *, module: bool) -> Iterator[str]:
 
 
 def fields(section: str, lines: Sequence[str]) -> Iterator[str]:
-    """A section's text as a list of fields."""
+    """Convert a section to a field list."""
     text = [escaped(line) for line in lines]
     if section in WHOLE:
         yield f":{WHOLE[section]}: {text[0]}"
@@ -75,32 +75,32 @@ def fields(section: str, lines: Sequence[str]) -> Iterator[str]:
 
 
 def escaped(line: str, obeyed: re.Pattern[str] = OBEYED) -> str:
-    """A line of prose, so that it is shown as it is written; what stands in backticks already is."""
+    """Escape markup in a line of prose, outside of backticks."""
     parts = line.split("`")
     return "`".join(part if number % 2 else obeyed.sub(r"\\\1", part) for number, part in enumerate(parts))
 
 
 def convert(_app: Sphinx, what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
-    """Autodoc asks for every docstring."""
+    """Convert each docstring for autodoc."""
     lines[:] = converted(lines, module=what == "module")
 
 
 def defaults(
     _app: Sphinx, _what: str, _name: str, _object: Any, _options: Any, arguments: str | None, result: str | None
 ) -> tuple[str | None, str | None]:
-    """Signatures that Sphinx can read: what a dataclass's factory gives is no expression."""
+    """Make signatures parseable: the default factory of a dataclass is not an expression."""
     return arguments and arguments.replace("<factory>", "..."), result
 
 
 def dashes(_app: Sphinx, document: nodes.document) -> None:
-    """Put a dash between a parameter and its text, where Sphinx has two hyphens."""
+    """Replace the two hyphens between a parameter and its text by a dash."""
     for text in list(document.findall(nodes.Text)):
         if text == " -- ":
             text.parent.replace(text, nodes.Text(" – "))
 
 
 def setup(app: Sphinx) -> Mapping[str, bool]:
-    """Connect it to Sphinx."""
+    """Register with Sphinx."""
     app.connect("autodoc-process-docstring", convert)
     app.connect("autodoc-process-signature", defaults)
     app.connect("doctree-read", dashes)

@@ -1,8 +1,8 @@
-"""Parts of pages that are written from the code: a page asks for one with the line `<!-- from code: NAME -->`.
+"""Generates parts of pages from the code, where a page has the line `<!-- from code: NAME -->`.
 
-The commands come from their own parsers, tables from the tables that the package works with. So what the site says of a
-flag, a family or a problem is what the program does, and a flag that is gone takes every link to it along: Sphinx then
-says so. Each flag is an `option` of Sphinx that pages link to as {option}`convert_to_quant observe --samples`.
+Commands come from their parsers, tables from the package's own tables, so the site cannot contradict the program. Each
+flag is a Sphinx `option`: pages link to it as {option}`convert_to_quant observe --samples`, and Sphinx reports links to
+removed flags.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ FENCE = "`" * 4
 
 
 COMMON = "common"
-"""The group of options that every command has; they are told once."""
+"""The group of options that every command has; documented once."""
 
 
 def commands() -> Iterator[str]:
-    """Every command: what it does, how it is called, its arguments, its examples."""
+    """Every command: summary, usage, arguments and examples."""
     for command, summary in COMMANDS.items():
         yield f"({command}-command)="
-        yield f"## {command}" + (" (the command that needs no name)" if command == DEFAULT_COMMAND else "")
+        yield f"## {command}" + (" (the default command)" if command == DEFAULT_COMMAND else "")
         yield from parser_sections(build_parser(command), level=3, summary=f"{summary[0].upper()}{summary[1:]}.")
     yield "(common-options)="
     yield "## Options of every command"
@@ -44,7 +44,7 @@ def commands() -> Iterator[str]:
 
 
 def actions_of(parser: argparse.ArgumentParser, title: str) -> list[argparse.Action]:
-    """What a group of a parser shows, without what every program has."""
+    """The visible actions of a group of a parser, without --help and --version."""
     return [
         action
         for group in parser._action_groups
@@ -55,7 +55,7 @@ def actions_of(parser: argparse.ArgumentParser, title: str) -> list[argparse.Act
 
 
 def parser_sections(parser: argparse.ArgumentParser, level: int, summary: str) -> Iterator[str]:
-    """One parser, and below it those of its subcommands."""
+    """A parser, followed by its subcommands."""
     paragraphs = [block for block in (parser.epilog or "").strip("\n").split("\n\n") if block]
     examples = [block for block in paragraphs if block.startswith("example")]
     yield markdown(" ".join((parser.description or summary).split()))
@@ -81,7 +81,7 @@ def parser_sections(parser: argparse.ArgumentParser, level: int, summary: str) -
 
 
 def note(block: str) -> str:
-    """A paragraph of a help's end: a list under a heading as it stands, prose as prose."""
+    """A paragraph of the epilog: a list under a heading verbatim, or prose."""
     heading, _, rest = block.partition("\n")
     if rest and rest.startswith(" "):
         return f"{markdown(heading)}\n\n{fenced('text', textwrap.dedent(rest))}"
@@ -89,7 +89,7 @@ def note(block: str) -> str:
 
 
 def option(action: argparse.Action) -> str:
-    """One flag or argument, as an `option` of Sphinx."""
+    """A flag or argument as a Sphinx `option`."""
     value = str(action.metavar or "|".join(map(str, action.choices or ())) or action.dest.upper())
     spelled = ", ".join(name if action.nargs == 0 else f"{name} {value}" for name in action.option_strings) or value
     text = markdown(action.help or "")
@@ -99,24 +99,24 @@ def option(action: argparse.Action) -> str:
 
 
 def fenced(language: str, text: str) -> str:
-    """A block of code."""
+    """A code block."""
     return f"{FENCE}{language}\n{text.rstrip()}\n{FENCE}"
 
 
 def markdown(text: str) -> str:
-    """A plain text, with what Markdown would obey instead of show escaped."""
+    """Plain text with Markdown's markup escaped."""
     return escaped(text, OBEYED)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown; cells are Markdown."""
+    """A Markdown table of Markdown cells."""
     lines = [list(head), *(list(row) for row in rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def families() -> Iterator[str]:
-    """The model families, and how each is calibrated."""
+    """Model families, and whether the model engine runs them."""
     yield table(
         ("`--preset`", "models", "the model engine runs it"),
         ((f"`{name}`", markdown(family.title), "yes" if family.architecture else "no: each layer is simulated")
@@ -131,18 +131,18 @@ def readings() -> Iterator[str]:
 
 
 def problems() -> Iterator[str]:
-    """What `inspect` may find."""
+    """Problems that `inspect` reports."""
     rows = ((f"`{name}`", markdown(kind.title), markdown(kind.remedy)) for name, kind in KINDS.items())
     yield table(("problem", "what is wrong", "what to do"), rows)
 
 
 def risks() -> Iterator[str]:
-    """What a report means by a risk."""
+    """Risks that a report shows."""
     yield table(("risk", "what happens"), ((f"*{name}*", markdown(text)) for name, text in RISKS.items()))
 
 
 def statistics() -> Iterator[str]:
-    """The columns of a statistics file."""
+    """Columns of a statistics file."""
     meaning = attributes(Statistics)
     merged = {"maximum": "maximum", "add": "sum"}
     rows = []
@@ -154,7 +154,7 @@ def statistics() -> Iterator[str]:
 
 
 def attributes(cls: type) -> Mapping[str, str]:
-    """What a class's docstring says of its attributes, each in one line."""
+    """Descriptions of attributes in a class docstring, each on one line."""
     section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
     entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
@@ -166,11 +166,11 @@ PARTS: Mapping[str, Callable[[], Iterator[str]]] = {
 
 
 def insert(_app: Sphinx, _page: str, source: list[str]) -> None:
-    """Put the parts that a page asks for where it asks for them."""
+    """Insert the generated parts of a page."""
     source[0] = MARK.sub(lambda mark: "\n\n".join(PARTS[mark[1]]()), source[0])
 
 
 def setup(app: Sphinx) -> Mapping[str, bool]:
-    """Connect it to Sphinx."""
+    """Register with Sphinx."""
     app.connect("source-read", insert)
     return {"parallel_read_safe": True}
