@@ -478,8 +478,8 @@ def interrupted(path: Path, monkeypatch, step: int = 4, changes=CHANGES) -> Path
 
 def half_done(path: Path, undo: Path) -> str:
     return (
-        f"{path}: an interrupted in-place change left it half done; the old bytes are in {undo} (run any command "
-        f"with --in-place to restore them first, such as `convert_to_quant -i {path} --actcal --in-place`)"
+        f"{path}: an in-place change was interrupted and left it half done; the old bytes are in {undo} (any "
+        f"command with --in-place restores them first, for example `convert_to_quant -i {path} --actcal --in-place`)"
     )
 
 
@@ -547,7 +547,7 @@ def test_a_damaged_undo_file_puts_nothing_back(converted, monkeypatch):
     flipped = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in (0, 5, 9, len(good) // 2, len(good) - 1)]
     for damaged in (*flipped, b"", good[:5], good[: len(good) // 2]):
         undo.write_bytes(damaged)
-        problem = f"{undo}: the undo file is damaged, so nothing was restored (check its contents)"
+        problem = f"{undo}: the undo file is damaged; nothing was restored (check its contents)"
         assert refused(recover, converted) == problem
 
 
@@ -570,7 +570,7 @@ STRANGE = {
 def test_an_undo_file_that_is_not_ours_is_refused_also_where_its_checksum_is_right(converted, record):
     undo = undo_path(converted)
     undo.write_bytes(sealed(record))
-    assert refused(recover, converted) == f"{undo}: the undo file is not one of this version's (check its contents)"
+    assert refused(recover, converted) == f"{undo}: the undo file was not written by this version (check its contents)"
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
@@ -583,7 +583,7 @@ def test_an_undo_file_that_is_no_file_is_refused(converted, monkeypatch, kind):
     else:
         interrupted(converted, monkeypatch).rename(converted.with_name("elsewhere"))
         undo.symlink_to("elsewhere")
-    problem = f"{undo}: the undo file cannot be read: it is no regular file, or too large for one"
+    problem = f"{undo}: the undo file cannot be read: not a regular file, or too large"
     assert refused(recover, converted) == problem
     assert refused(open_checkpoint, converted) == half_done(converted, undo)
 
@@ -619,7 +619,7 @@ def test_an_undo_file_from_elsewhere_is_refused_although_every_byte_is_known(con
     assert refused(open_checkpoint, converted) == half_done(converted, undo)
 
 
-BEYOND = "changes more than metadata, input scales and marks"
+BEYOND = "changes more than metadata, input scales and quantization configs"
 
 
 # The tensor in whose place the bytes are, or where they are in the file, and their number.
@@ -645,7 +645,7 @@ def test_an_undo_file_cannot_change_what_the_header_says_of_tensors(converted, s
     swapped = swapped.replace(b"?", b'blocks.1.x.weight"')
     assert len(swapped) == length
     hostile(converted, converted, [(8, swapped, swapped if swap == "both" else text)])
-    assert unbelieved(converted).startswith(f"{BEYOND}: what the header says of tensors")
+    assert unbelieved(converted).startswith(f"{BEYOND}: the tensors in the header")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
@@ -706,7 +706,7 @@ def test_undo_files_of_other_models_in_the_folder_say_nothing_of_this_one(conver
 
 def test_a_file_that_another_process_is_changing_is_left_alone(converted, monkeypatch):
     before = converted.read_bytes()
-    message = f"{converted}: another process is changing this file (wait for it)"
+    message = f"{converted}: another process is changing this file (wait until it has finished)"
     with converted.open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert refused(in_place, converted, CHANGES) == message
@@ -794,7 +794,7 @@ def test_another_file_in_the_place_of_an_interrupted_one_is_not_touched(converte
     converted.write_bytes(original + b"1")
     assert unbelieved(converted) == "belongs to a file of another size"
     converted.write_bytes(original[:place] + np.float32(77).tobytes() + original[place + 4 :])
-    assert unbelieved(converted) == foreign(converted, f": it does not know the bytes at {place}")
+    assert unbelieved(converted) == foreign(converted, f": the bytes at {place} do not match")
     converted.write_bytes(original)  # a fresh copy of the file itself is recovered by doing nothing
     assert recover(converted)
     assert converted.read_bytes() == original

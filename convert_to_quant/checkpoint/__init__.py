@@ -1,4 +1,4 @@
-"""Reading and writing safetensors checkpoints, lazily and whole."""
+"""Lazy reading and atomic writing of safetensors checkpoints."""
 
 from .header import Header, TensorInfo, serialize_header, tensor_nbytes
 from .reader import ALL_ROWS, INDEX_SUFFIX, Checkpoint, open_checkpoint, to_float32

@@ -1,7 +1,6 @@
-"""Reading and writing at a position, locks, and fsync, on systems that have them and on those that have not.
+"""Positional reads and writes, file locks, and fsync, with fallbacks for systems that lack them.
 
-Windows has neither pread(2) nor pwrite(2); there the position is set and used under one lock for all files. And it
-keeps some names for itself, whatever they end in.
+Windows has neither pread(2) nor pwrite(2): there a seek and the read or write share one lock for all files.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from typing import Any
 
 WINDOWS = os.name == "nt"
 
-_KEPT_NAME = re.compile(r"(con|prn|aux|nul|com[1-9¹²³]|lpt[1-9¹²³]|conin\$|conout\$) *(\..*)?", re.IGNORECASE)
+_RESERVED_NAME = re.compile(r"(con|prn|aux|nul|com[1-9¹²³]|lpt[1-9¹²³]|conin\$|conout\$) *(\..*)?", re.IGNORECASE)
 
 OPEN_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-"""What every open needs: bytes as they are, and no inheritance."""
+"""Flags for every open: binary mode, not inherited by child processes."""
 
 MOST_BYTES = 1 << 30
-"""Of one call; Linux takes 2 GiB at most, macOS fails beyond."""
+"""Largest single read or write: Linux stops at 2 GiB, macOS fails beyond it."""
 
 _POSITION = threading.Lock()
 _NO_FSYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
 def pread(fd: int, count: int, offset: int) -> bytes:
-    """Up to `count` bytes from a position; fewer at the end of the file."""
+    """Read up to `count` bytes at an offset; fewer at the end of the file."""
     if hasattr(os, "pread"):
         return os.pread(fd, count, offset)
     with _POSITION:
@@ -39,7 +38,7 @@ def pread(fd: int, count: int, offset: int) -> bytes:
 
 
 def read_at(fd: int, buffer: Any, offset: int) -> int:
-    """Fill a writable, C-contiguous buffer of bytes from a position, and return how many there were before the end."""
+    """Fill a writable, C-contiguous byte buffer from an offset; returns the bytes read before the end of the file."""
     view = memoryview(buffer)
     done = 0
     while done < len(view):
@@ -56,7 +55,7 @@ def read_at(fd: int, buffer: Any, offset: int) -> int:
 
 
 def pwrite(fd: int, data: Any, offset: int) -> int:
-    """Write some of `data` at a position, and return how many bytes it was."""
+    """Write some of `data` at an offset; returns the number of bytes written."""
     if hasattr(os, "pwrite"):
         return os.pwrite(fd, data, offset)
     with _POSITION:
@@ -65,7 +64,7 @@ def pwrite(fd: int, data: Any, offset: int) -> int:
 
 
 def write_at(fd: int, data: Any, offset: int) -> None:
-    """Write all of `data`, C-contiguous, at a position."""
+    """Write all of `data`, C-contiguous, at an offset."""
     view = memoryview(data)
     view = view.cast("B") if view.nbytes else memoryview(b"")
     while view:
@@ -74,23 +73,23 @@ def write_at(fd: int, data: Any, offset: int) -> None:
 
 
 def is_plain_on_windows(name: str) -> bool:
-    """Whether Windows makes a file of just this name, and opens no device and drops no ending.
+    """Whether Windows creates a file of exactly this name: it is not a device and has no trailing dot or space.
 
     >>> [is_plain_on_windows(name) for name in ("aux.safetensors", "COM1", "a.", "a ", "auxiliary", "com10.txt")]
     [False, False, False, False, True, True]
     """
-    return not (_KEPT_NAME.fullmatch(name) or name.endswith((".", " ")))
+    return not (_RESERVED_NAME.fullmatch(name) or name.endswith((".", " ")))
 
 
 def close(fd: int) -> None:
-    """Close a file whose bytes are on the disk, or not wanted: what the system says of it no longer matters."""
+    """Close a file that is already on disk or not wanted, so errors no longer matter."""
     with contextlib.suppress(OSError):
         os.close(fd)
 
 
 @contextlib.contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
-    """Open a file or folder for as long as it takes."""
+    """Open a file or folder for the duration of the context."""
     fd = os.open(path, flags | OPEN_FLAGS)
     try:
         yield fd
@@ -99,7 +98,7 @@ def opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def sync(fd: int) -> None:
-    """Put a file's bytes on the disk, where its file system knows how."""
+    """Flush a file to disk, if its file system supports fsync."""
     try:
         os.fsync(fd)
     except OSError as error:
@@ -108,16 +107,16 @@ def sync(fd: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's entries on the disk, where the system lets one."""
+    """Flush a folder's entries to disk, if the system allows it."""
     with contextlib.suppress(OSError), opened(folder, os.O_RDONLY) as fd:
         os.fsync(fd)
 
 
 def lock(fd: int, *, shared: bool = False) -> None:
-    """Take a file for ourselves, or shared with other readers, until it is closed; nothing where there are no locks.
+    """Lock a file until it is closed, exclusively or shared; does nothing on systems without locks.
 
     Raises:
-        BlockingIOError: another process has it.
+        BlockingIOError: another process holds the lock.
     """
     try:
         import fcntl
@@ -127,7 +126,7 @@ def lock(fd: int, *, shared: bool = False) -> None:
 
 
 def taken(fd: int, *, shared: bool = False) -> bool:
-    """Whether another process has a file; else it is locked for us, where its drive knows locks."""
+    """Whether another process has locked a file; otherwise it is now locked, where the drive supports locks."""
     try:
         lock(fd, shared=shared)
     except BlockingIOError:

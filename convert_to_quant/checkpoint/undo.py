@@ -1,18 +1,17 @@
-"""Undo files: what a change in place keeps until it is complete.
+"""Undo files: the old bytes of an in-place change until it is complete.
 
-`FILE.undo` stands beside FILE while FILE is changed in place, with the old and the new bytes of every place that
-changes. One that stands there while nobody holds the file's lock was left by an interruption: some places are old and
-some are new. Such a checkpoint is not read until a command that changes it in place has put the old bytes back.
+While FILE is changed in place, `FILE.undo` beside it holds the old and the new bytes of every change. If nobody holds
+FILE's lock, an interruption left the undo file, and FILE may be half old and half new. Such a checkpoint is refused
+until a command with --in-place has restored the old bytes.
 
-An undo file is input like any other; it may have been downloaded with a model, or put there by another user. So it is
-believed only where
+An undo file is untrusted input: it may come with a download or from another user. It is used only if
 
-- it knows every file that it is about by its inode number and size, and each is a file of the checkpoint that was asked
-  for: a new name does not part a file from its undo file, and a copy or a download is never taken for the file;
-- it belongs to us, or to the owner of the file;
-- it is about a header whose tensors stay as they are, but that a mark may lose its end to an input scale, or about a
-  whole input scale or mark, and never about a weight;
-- every byte that is there now is an old one or a new one.
+- it identifies each of its files by inode and size, and each belongs to the requested checkpoint: renaming a file does
+  not separate it from its undo file, and a copy or download is never mistaken for the file;
+- it belongs to us or to the owner of the file;
+- it changes only whole input scales, whole comfy_quant tensors, and the header, whose other tensor entries stay the
+  same: never a weight;
+- every byte currently in the file is an old or a new one.
 """
 
 from __future__ import annotations
@@ -36,22 +35,22 @@ from .positioned import opened, pread, taken
 
 UNDO_SUFFIX = ".undo"
 MAX_UNDO_BYTES = 4 * MAX_HEADER_BYTES
-"""More than the old and the new bytes of any header take in base64."""
+"""More than the old and new bytes of any header in base64."""
 MAX_NAME_BYTES = 255
-"""Of a file's name, on the usual file systems."""
+"""Longest file name on common file systems."""
 
 _FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Edit:
-    """New bytes for a place in a file.
+    """A replacement of bytes in a file.
 
     Attributes:
-        file: number of the file in `Checkpoint.files`.
-        offset: byte position in that file.
-        data: what goes there.
-        old: what stands there before.
+        file: index into `Checkpoint.files`.
+        offset: byte offset in that file.
+        data: the new bytes.
+        old: the bytes before, of the same length.
     """
 
     file: int
@@ -61,11 +60,11 @@ class Edit:
 
     @property
     def undone(self) -> Edit:
-        """The edit that takes it back."""
+        """The reverse edit."""
         return Edit(self.file, self.offset, self.old, self.data)
 
     def explains(self, found: bytes) -> bool:
-        """Whether this edit, complete, partial or not begun, leaves these bytes: each is the old or the new one."""
+        """Whether every byte found is the old or the new one, so this edit may have been partly applied."""
         return len(found) == len(self.old) == len(self.data) and all(
             byte in pair for byte, *pair in zip(found, self.old, self.data, strict=True)
         )
@@ -73,7 +72,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class _Subject:
-    """A file that an undo file is about: its name at the time, its inode number, and its size in bytes."""
+    """A file listed in an undo file: its name at the time, inode, and size in bytes."""
 
     name: str
     inode: int
@@ -82,13 +81,13 @@ class _Subject:
 
 @dataclass(frozen=True)
 class Undo:
-    """An undo file that was read; see `check` for whether it may be believed.
+    """A parsed undo file; `check` decides whether to trust it.
 
     Attributes:
         path: the undo file.
         owner: user id of its owner.
-        subjects: what it is about; the edits count in them.
-        edits: what was to be done.
+        subjects: the files it is about, which `Edit.file` indexes.
+        edits: the changes that were to be made.
     """
 
     path: Path
@@ -97,17 +96,17 @@ class Undo:
     edits: list[Edit]
 
     def check(self, paths: Sequence[Path], fds: Sequence[int]) -> list[Edit]:
-        """What puts the old bytes back, if all of it may be believed.
+        """Validate the undo file against a checkpoint.
 
         Args:
-            paths: the files of a checkpoint.
+            paths: the files of the checkpoint.
             fds: the same files, open.
 
         Returns:
-            Edits that count in `paths`.
+            Edits that restore the old bytes; `Edit.file` indexes `paths`.
 
         Raises:
-            OutputError: it is about other files, is another user's, or is about places that no change in place touches.
+            OutputError: it is about other files, belongs to another user, or changes more than an in-place change can.
         """
         numbers = [self._number(subject, paths, fds) for subject in self.subjects]
         edits = []
@@ -116,7 +115,7 @@ class Undo:
             self._check_places(own, path, fds[number])
             for edit in own:
                 if not edit.explains(pread(fds[number], len(edit.old), edit.offset)):
-                    problem = f"belongs to another file: it does not know the bytes at {edit.offset}"
+                    problem = f"belongs to another file: the bytes at {edit.offset} do not match"
                     raise self._refusal(problem, path, self._hint(path))
                 edits.append(replace(edit.undone, file=number))
         return edits
@@ -125,7 +124,7 @@ class Undo:
         return OutputError(f"the undo file {self.path.name} {problem}", path=path, hint=hint)
 
     def _number(self, subject: _Subject, paths: Sequence[Path], fds: Sequence[int]) -> int:
-        """Which of the files an undo file is about; it must be ours to believe about it."""
+        """Index of a subject among the checkpoint's files; also checks its size and owner."""
         for number, (path, fd) in enumerate(zip(paths, fds, strict=True)):
             found = os.fstat(fd)
             if found.st_ino != subject.inode:
@@ -143,7 +142,7 @@ class Undo:
         return f"remove {self.path.name} if {path.name} is a new file or a copy"
 
     def _check_places(self, edits: Sequence[Edit], path: Path, fd: int) -> None:
-        """Refuse edits of anything but metadata, input scales and marks."""
+        """Refuse edits of anything but metadata, input scales and comfy_quant tensors."""
         nbytes = os.fstat(fd).st_size
         try:
             length = header_length(pread(fd, LENGTH_BYTES, 0), nbytes, path)
@@ -157,7 +156,7 @@ class Undo:
             headers = [parse_header(text, nbytes, path) for text in texts or [found]]
         except HeaderError as error:
             raise self._beyond(path, error.problem) from None
-        with contextlib.suppress(HeaderError):  # half old and half new, it may be no JSON
+        with contextlib.suppress(HeaderError):  # half old and half new, it may be invalid
             headers.append(parse_header(found, nbytes, path))
         places = {(LENGTH_BYTES, length)}
         untouched = []
@@ -166,27 +165,27 @@ class Undo:
             places |= {(header.data_start + info.start, info.nbytes) for info in changed.values()}
             untouched.append({name: info for name, info in header.tensors.items() if name not in changed})
         if any(tensors != untouched[0] for tensors in untouched):
-            raise self._beyond(path, "what the header says of tensors")
+            raise self._beyond(path, "the tensors in the header")
         for edit in edits:
             if (edit.offset, len(edit.old)) not in places:
                 raise self._beyond(path, f"the {len(edit.old)} bytes at {edit.offset}")
 
     def _beyond(self, path: Path, why: str) -> OutputError:
-        problem = f"changes more than metadata, input scales and marks: {why}"
+        problem = f"changes more than metadata, input scales and quantization configs: {why}"
         return self._refusal(problem, path, "nothing was restored; check its contents")
 
 
 def undo_path(path: Path) -> Path:
-    """Where the undo file of a checkpoint goes: beside the real file, so that it is found through every link to it."""
-    real = Path(os.path.realpath(path))  # Path.resolve raises a RuntimeError on a circle of links
+    """The path of a checkpoint's undo file: beside the real file, so it is found through every link."""
+    real = Path(os.path.realpath(path))  # Path.resolve raises a RuntimeError on circular links
     name = real.name + UNDO_SUFFIX
-    if len(os.fsencode(name)) > MAX_NAME_BYTES:  # found by what it is about all the same
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:  # `find_undo` finds it by its contents
         name = f".convert_to_quant.{zlib.crc32(os.fsencode(real.name)):016x}{UNDO_SUFFIX}"
     return real.with_name(name)
 
 
 def undo_record(files: Iterable[tuple[Path, int]], edits: Iterable[Edit]) -> bytes:
-    """The content of an undo file: path and open descriptor of every file of the checkpoint, and what will be done."""
+    """The contents of an undo file, for the path and descriptor of every file of a checkpoint, and the edits."""
 
     def text(data: bytes) -> str:
         return binascii.b2a_base64(data, newline=False).decode("ascii")
@@ -207,21 +206,21 @@ def read_undo(path: Path) -> Undo:
     """Read an undo file.
 
     Raises:
-        OutputError: it cannot be read, is a link or no file, is damaged, or is not one of this version's.
+        OutputError: it is unreadable, not a regular file, damaged, or from another version.
     """
     try:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_UNDO_BYTES:
-            raise OutputError("the undo file cannot be read: it is no regular file, or too large for one", path=path)
-        # No link is followed, and for the other end of a pipe nobody waits.
+            raise OutputError("the undo file cannot be read: not a regular file, or too large", path=path)
+        # Follow no link, and wait for nobody at the other end of a pipe.
         with opened(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)) as fd:
-            found = os.fstat(fd)  # which may be another one by now
+            found = os.fstat(fd)  # it may have been replaced since
             content = pread(fd, min(found.st_size, MAX_UNDO_BYTES), 0)
     except OSError as error:
         raise OutputError(f"the undo file cannot be read: {error.strerror}", path=path) from None
     checksum, _, body = content.partition(b"\n")
     if checksum != f"{zlib.crc32(body):08x}".encode("ascii"):
-        raise OutputError("the undo file is damaged, so nothing was restored", path=path, hint="check its contents")
+        raise OutputError("the undo file is damaged; nothing was restored", path=path, hint="check its contents")
     try:
         record = parse_json(body, most_bytes=MAX_UNDO_BYTES)
         known = record["format"] == _FORMAT
@@ -234,14 +233,14 @@ def read_undo(path: Path) -> Undo:
         known, subjects, edits = False, [], []
     inside = all(0 <= edit.file < len(subjects) and edit.offset >= 0 for edit in edits)
     if not (known and inside and len({subject.inode for subject in subjects}) == len(subjects)):
-        raise OutputError("the undo file is not one of this version's", path=path, hint="check its contents")
+        raise OutputError("the undo file was not written by this version", path=path, hint="check its contents")
     return Undo(path, found.st_uid, subjects, edits)
 
 
 def find_undo(path: Path, files: Iterable[Path]) -> Path | None:
-    """The undo file that an interrupted change of a checkpoint left in its folder, also under an older name.
+    """The undo file that an interrupted change of a checkpoint left in its folder, even if the file was renamed.
 
-    One that bears the checkpoint's own name counts as well, unless it is about another file of the folder.
+    An undo file named after the checkpoint also counts, unless it is about another file of the folder.
     """
     beside = undo_path(path)
     own: set[int] = set()
@@ -251,7 +250,7 @@ def find_undo(path: Path, files: Iterable[Path]) -> Path | None:
     try:
         with os.scandir(beside.parent) as entries:
             folder = {entry.name: entry.inode() for entry in entries}
-    except OSError:  # a folder that may not be listed, or that is not there
+    except OSError:  # the folder is missing or may not be listed
         return beside if os.path.lexists(beside) else None
     others = set(folder.values())
     for name in sorted(folder, key=lambda name: (name != beside.name, name)):
@@ -266,42 +265,42 @@ def find_undo(path: Path, files: Iterable[Path]) -> Path | None:
 
 
 def interrupted(path: Path, undo: Path) -> CheckpointError:
-    """The error that says what an undo file means for a checkpoint."""
+    """The error for a checkpoint that an interrupted change left with an undo file."""
     command = f"convert_to_quant -i {shlex.quote(str(path))} --actcal --in-place"
     return CheckpointError(
-        f"an interrupted in-place change left it half done; the old bytes are in {undo}",
+        f"an in-place change was interrupted and left it half done; the old bytes are in {undo}",
         path=path,
-        hint=f"run any command with --in-place to restore them first, such as `{command}`",
+        hint=f"any command with --in-place restores them first, for example `{command}`",
     )
 
 
 def refuse_unrecovered(path: Path, files: Sequence[Path]) -> None:
-    """Refuse a checkpoint that is being changed in place, or that an interrupted change left half done.
+    """Refuse a checkpoint whose in-place change is in progress or was interrupted.
 
     Raises:
-        CheckpointError: there is an undo file for it.
+        CheckpointError: it has an undo file.
     """
     undo = find_undo(path, files)
     if undo is None:
         return
     if any(map(_is_locked, files)):
-        raise CheckpointError("another process is changing this file", path=path, hint="wait for it")
-    if os.path.lexists(undo):  # whoever held the lock a moment ago may have finished
+        raise CheckpointError("another process is changing this file", path=path, hint="wait until it has finished")
+    if os.path.lexists(undo):  # the lock's last holder may have finished meanwhile
         raise interrupted(path, undo)
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether another process holds the lock that a change in place takes."""
+    """Whether another process holds the lock of an in-place change."""
     with contextlib.suppress(OSError), opened(path, os.O_RDONLY) as fd:
         return taken(fd, shared=True)
     return False
 
 
 def refuse_foreign_undo(path: Path) -> None:
-    """Refuse a change in place whose undo file would replace that of another file.
+    """Refuse an in-place change whose undo file would replace that of another, renamed file.
 
     Raises:
-        OutputError: an undo file of this name is about another file of the folder, which was renamed.
+        OutputError: the undo file's name is taken.
     """
     undo = undo_path(path)
     if os.path.lexists(undo):

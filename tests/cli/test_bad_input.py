@@ -294,7 +294,7 @@ def test_in_place_where_no_float32_scalar_exists_is_refused_before_any_work(
 def test_a_damaged_undo_file_stops_everything(refused, fp8):
     fp8()
     Path("in.safetensors.undo").write_bytes(b"rubbish")
-    message = "the undo file is damaged, so nothing was restored (check its contents)"
+    message = "the undo file is damaged; nothing was restored (check its contents)"
     refused(f"{Path.cwd() / 'in.safetensors.undo'}: {message}", *IN_PLACE)
 
 

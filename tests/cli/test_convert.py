@@ -245,8 +245,8 @@ def test_a_file_that_an_interrupted_change_left_half_done_is_repaired_in_place_a
     assert killed.returncode == 7, killed.stderr
     assert undo.exists()
     assert fp8_file.read_bytes() != original
-    problem = f"an interrupted in-place change left it half done; the old bytes are in {undo}"
-    hint = "run any command with --in-place to restore them first, such as"
+    problem = f"an in-place change was interrupted and left it half done; the old bytes are in {undo}"
+    hint = "any command with --in-place restores them first, for example"
     command = f"convert_to_quant -i {fp8_file} --actcal --in-place"
     for words in (
         ("inspect", fp8_file),

@@ -114,7 +114,7 @@ def test_an_output_that_is_a_special_file_is_refused_before_any_work(
     monkeypatch.setattr("convert_to_quant.calibrate_activation_scales.calibrate_model", None)
     output = node(tmp_path / "special.partial", kind)
     before = output.lstat()
-    message = f"{output}: cannot be written: a file was expected, and this is {SPECIAL[kind]}\n"
+    message = f"{output}: cannot be written: {SPECIAL[kind]}, not a file\n"
     refused(message, *words_of((OUTPUTS | STREAMS)[name], inputs, output))
     assert os.path.samestat(output.lstat(), before)
     assert output.lstat().st_mode == before.st_mode
@@ -240,7 +240,7 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(ctq, inputs
     monkeypatch.setattr(os, "replace", refuse)
     output = tmp_path / "out.safetensors"
     outcome = ctq("-i", inputs["bf16"], "-o", output)
-    problem = "cannot be written: its file system cannot rename or write at a position; use another"
+    problem = "cannot be written: its file system cannot rename files or write at an offset; use another"
     assert (outcome.code, outcome.err) == (1, f"error: {output}: {problem}\n")
 
 
@@ -248,5 +248,5 @@ def test_what_an_interrupted_run_left_is_removed_and_that_is_said(ctq, inputs, t
     left = tmp_path / ".convert_to_quant.0123456789abcdef.tmp"
     left.write_bytes(bytes(1234))
     outcome = ctq("-i", inputs["bf16"], "-o", tmp_path / "out.safetensors")
-    assert outcome.err.startswith(f"note: removed {left} (1,234 bytes), which an interrupted run left\n")
+    assert outcome.err.startswith(f"note: removed {left} (1,234 bytes), left by an interrupted run\n")
     assert not left.exists()

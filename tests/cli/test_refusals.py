@@ -117,10 +117,10 @@ IMPOSSIBLE = [
         COMFYUI, "apply fp8.safetensors stats.safetensors", "dequantize fp8.safetensors", "repair fp8.safetensors",
         "migrate fp8.safetensors --to legacy", "lora fold a --like fp8.safetensors", "report stats.safetensors",
     )),
-    ("-i flux.safetensors -o .", ".: cannot be written: it is a folder\n"),
+    ("-i flux.safetensors -o .", ".: cannot be written: a folder, not a file\n"),
     ("-i flux.safetensors -o new/", "new/: cannot be written: a file was expected, and this names a folder\n"),
     (OBSERVE + "--json no/r.json", "no/r.json: cannot be written: the folder no does not exist\n"),
-    (REPORT + "--png .", ".: cannot be written: it is a folder\n"),
+    (REPORT + "--png .", ".: cannot be written: a folder, not a file\n"),
     ("card flux.safetensors fp8.safetensors -o flux.safetensors", "the folder cannot be made: a file is there\n"),
     ("demo -o flux.safetensors", "flux.safetensors: the folder cannot be made: a file is there\n"),
     *((f"{call} -o {file}", f"{file}: the output is the same file as the input {file} (name another output)\n")
