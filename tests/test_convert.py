@@ -440,7 +440,7 @@ def test_layers_that_are_fp8_already_stay_byte_identical_and_keep_their_marks(tm
     assert notes[-1] == ("already quantized layers stay as they are: 4 in FP8 and NVFP4; --requantize rounds them anew")
 
 
-MARKS = "marks layers as comfy_quant does"
+MARKS = "has quantization configs"
 SPELLINGS = [
     ("legacy", {"scaled_fp8": ("F8_E4M3", np.zeros(0, np.uint8))}, "is a legacy scaled_fp8 file", "add"),
     ("tensor", {}, f"{MARKS} (blocks.1.a.comfy_quant)", "drop"),
@@ -455,7 +455,7 @@ def test_one_file_cannot_hold_both_spellings_of_which_comfyui_would_drop_one(sav
         with pytest.raises(OptionError) as caught:
             plan_conversion(checkpoint, ConvertOptions(legacy=not marker))
         assert len(plan_conversion(checkpoint, ConvertOptions(legacy=bool(marker))).quantized) == 2
-    assert str(caught.value) == f"the input {found}, and one file cannot hold both spellings ({do} --legacy)"
+    assert str(caught.value) == f"the input {found}, and one file cannot use both conventions ({do} --legacy)"
 
 
 def test_a_legacy_file_is_completed_under_the_marker_that_it_has(tmp_path, save, build):

@@ -254,7 +254,7 @@ def test_a_legacy_file_says_full_precision_of_all_layers_or_none(save: Save, bui
     with open_checkpoint(path) as checkpoint, pytest.raises(TensorError) as caught:
         plan_migration(checkpoint, "legacy")
     assert str(caught.value) == (
-        f"{path}: blocks.1.a: 1 of 2 layers are marked to compute in full precision, and a legacy file says it of all "
+        f"{path}: blocks.1.a: 1 of 2 layers are declared to compute in full precision, but a legacy file declares all "
         "or none"
     )
 

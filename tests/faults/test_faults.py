@@ -52,12 +52,12 @@ def test_what_windows_keeps_or_another_program_has_open_is_refused_in_one_line(
     for name in ("aux.safetensors", "COM1", "out.safetensors."):
         ended = injector.call(folder, [*words, name], drive=lacking)
         assert ended.code == 1
-        kept = "Windows keeps this name for a device, or drops its last letter"
+        kept = "Windows reserves this name for a device, or drops its last character"
         assert ended.said == f"error: {name}: cannot be written: {kept}\n"
     with (folder / "out.safetensors").open("rb"):
         ended = injector.call(folder, [*words, "out.safetensors"], drive=lacking)
     assert ended.code == 1
-    assert "or another program has it open" in ended.said
+    assert "or another program has the file open" in ended.said
     assert injector.look(folder) == {**inputs, "out.safetensors": b"older"}
 
 
