@@ -376,7 +376,7 @@ def test_every_layer_that_stays_has_its_reason(save, build):
     assert bare == {
         "blocks.0.attn.qkv": "",
         "blocks.0.mlp": "excluded by 'mlp$'",
-        "blocks.0.narrow": "24 × 16: FP8 needs sides that are multiples of 16",
+        "blocks.0.narrow": "24 × 16: FP8 needs dimensions that are multiples of 16",
         "blocks.0.empty": "has no elements",
         "img_in": IMAGE,
         "text_encoders.t5.blocks.0.q": "belongs to a text encoder",
@@ -405,7 +405,7 @@ def test_an_unknown_model_is_noted(save, build):
         assert plan_conversion(checkpoint, ConvertOptions()).notes == [
             "no known model family fits these names; repeated blocks by their structure: blocks (1 × 4 layers)",
             "only 40% of the weights in repeated blocks would be quantized; the rest stays as it is "
-            "(24 × 16: FP8 needs sides that are multiples of 16)",
+            "(24 × 16: FP8 needs dimensions that are multiples of 16)",
         ]
 
 

@@ -1,8 +1,4 @@
-"""Number formats of linear layers, one file per family; the rest of the package asks the records in `FORMATS`.
-
-Each file that holds `FORMATS` is found by listing the folder, so a new format is one new file, or one more `Format` in
-the file of its family.
-"""
+"""Number formats of linear layers: one file per family, each with a tuple `FORMATS`, found by listing the folder."""
 
 from __future__ import annotations
 
@@ -20,16 +16,16 @@ FORMATS: Mapping[str, Format] = {
     for found in iter_modules(__path__)
     for fmt in getattr(import_module(f"{__name__}.{found.name}"), "FORMATS", ())
 }
-"""Every format that is read, written or recognized, by the name that `--format` takes."""
+"""Every format that is read, written or recognized, by its name in `--format`."""
 
 DEFAULT = FORMATS["fp8"]
-"""What is written by default, and what legacy files are in."""
+"""The default of `--format`, and the format of legacy files."""
 
 FLOAT_GRIDS: Mapping[str, Grid] = {grid.dtype: grid for grid in (fp8.E4M3FN, fp8.E5M2)}
-"""Grids of floating-point dtypes that numpy lacks, by dtype."""
+"""Grids of float dtypes that numpy lacks, by dtype."""
 
 DEFAULT_GRID = fp8.E4M3FN
-"""What its inputs become."""
+"""The grid of its inputs."""
 
 GRIDS: Mapping[str, Grid] = {fmt.input_grid.name: fmt.input_grid for fmt in FORMATS.values() if fmt.input_grid}
 """Grids of inputs, by name."""
@@ -39,11 +35,11 @@ WRITTEN = tuple(name for name, fmt in FORMATS.items() if fmt.granularity is not 
 
 
 def of_mark(config: Mapping[str, Any], parts: Mapping[str, tuple[int, ...]] | None = None) -> Format | None:
-    """The format that a comfy_quant entry names; the one that shares most with it.
+    """The format that a quantization config declares, if it is known.
 
     Args:
-        config: the entry.
-        parts: shapes of the layer's tensors by suffix, which tell formats of one mark apart.
+        config: the quantization config.
+        parts: shapes of the layer's tensors by suffix, which distinguish formats with the same config.
 
     >>> of_mark({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}).name, of_mark({"format": "banana"})
     ('fp8', None)
@@ -56,14 +52,14 @@ def of_mark(config: Mapping[str, Any], parts: Mapping[str, tuple[int, ...]] | No
 
 
 def recognize(name: str, dtype: str, tensors: Mapping[str, Any]) -> Format | None:
-    """The format that a layer's dtype and tensors fit; of several the one that needs most tensors.
+    """The format that fits a layer's dtype and tensors; of several, the one that requires most tensors.
 
-    FP8 needs none: without a scale its codes are the weights.
+    FP8 without a scale also fits: its codes are the weights.
 
     Args:
         name: of the layer.
         dtype: of its weight.
-        tensors: all tensors of the file, by name, with `dtype` and `shape` each.
+        tensors: all tensors of the file, by name, with `dtype` and `shape`.
     """
     stored = [fmt for fmt in FORMATS.values() if dtype in fmt.dtypes]
     fitting = [fmt for fmt in stored if all(name + suffix in tensors for suffix in fmt.scales)]
@@ -77,6 +73,6 @@ def recognize(name: str, dtype: str, tensors: Mapping[str, Any]) -> Format | Non
 
 
 def _shaped(fitting: Sequence[Format], parts: Mapping[str, tuple[int, ...]]) -> Format | None:
-    """The first of some formats that has tensors of these shapes, or else the first."""
+    """The first of some formats that fits these shapes, else the first."""
     shaped = [fmt for fmt in fitting if parts and fmt.shape(parts[names.WEIGHT], parts) is not None]
     return next(iter(shaped or fitting), None)

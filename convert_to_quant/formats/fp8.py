@@ -1,4 +1,4 @@
-"""FP8 number formats: what the 256 codes mean, and the nearest code of a number.
+"""FP8 number formats: the values of the 256 codes, and the nearest code to a number.
 
 An FP8 code is a sign bit, e exponent bits and m mantissa bits. With bias b = 2^(e-1) - 1:
 
@@ -8,16 +8,16 @@ An FP8 code is a sign bit, e exponent bits and m mantissa bits. With bias b = 2^
 `float8_e4m3fn` (OCP 8-bit Floating Point Specification 1.0, section 5) has no infinities: only the all-ones code is
 NaN, so it reaches 448 = 2^8 · 1.75. `float8_e5m2` keeps IEEE infinities and NaNs and reaches 57,344.
 
-Encoding here is round to nearest, ties to even, and saturates: a finite or infinite value beyond the range becomes
-±max, as every FP8 kernel that clamps first does. NaN stays NaN.
+Encoding rounds to nearest, ties to even, and saturates: values beyond the range, infinity included, become ±max, as in
+FP8 kernels that clamp first. NaN stays NaN.
 
-It is one table look-up per value. A float32 is first cut to the 16 bits of a bfloat16 in *round to odd*: the low half
-is dropped, and if it held anything the last kept bit is set. Those 16 bits keep 7 mantissa bits plus "was there more",
-which is enough to round correctly to 3 mantissa bits (round to odd is safe from m + 2 bits on; Boldo and Melquiond,
-"Emulation of FMA and correctly rounded sums", IEEE TC 2008). So 65,536 entries answer for all float32 values.
+Encoding is one table look-up per value. A float32 is first shortened to the 16 bits of a bfloat16 by *round to odd*:
+the low half is dropped, and if it was not zero, the last kept bit is set. 7 mantissa bits rounded to odd are enough to
+round correctly to 3 (m + 2 bits suffice; Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", IEEE TC
+2008), so 65,536 entries cover all float32 values.
 
-Readers divide inputs by a static scale, `input_scale`, 1.0 where it is missing. Scales per row or per block are those
-of the ComfyUI-QuantOps nodes, which scale inputs row by row as they come.
+Readers divide inputs by a static `input_scale`, 1.0 if missing. Formats with scales per row or block are those of the
+ComfyUI-QuantOps nodes, which scale inputs dynamically per token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from .record import FP8_GPUS, Format, Grid, spans, widen_bfloat16
 
 STORED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-"""Dtypes of one byte with an exponent that a safetensors header can name."""
+"""The one-byte float dtypes of safetensors."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class FloatGrid(Grid):
 
     Attributes:
         exponent_bits, mantissa_bits: field widths.
-        infinities: whether the largest exponent means infinity and NaN (IEEE), or only the last code is NaN.
+        infinities: whether the largest exponent means infinity or NaN (IEEE); otherwise only the last code is NaN.
 
     >>> E4M3FN.values[[0x01, 0x38, 0x7E]].tolist()
     [0.001953125, 1.0, 448.0]
@@ -53,7 +53,7 @@ class FloatGrid(Grid):
     infinities: bool
 
     def meanings(self) -> NDArray[np.float64]:
-        """What each code means; see the module's docstring."""
+        """See the module's docstring."""
         codes = np.arange(256)
         exponent = (codes >> self.mantissa_bits) & ((1 << self.exponent_bits) - 1)
         mantissa = codes & ((1 << self.mantissa_bits) - 1)
@@ -71,11 +71,11 @@ class FloatGrid(Grid):
 
     @cached_property
     def _code_table(self) -> NDArray[np.uint8]:
-        """Codes of all 65,536 bfloat16 patterns, each read as "this value, or if odd, anything strictly beside it"."""
+        """Codes of all 65,536 bfloat16 patterns; an odd pattern stands for anything between its neighbors."""
         between = self.midpoints
         with np.errstate(invalid="ignore"):  # the patterns include signalling NaNs
             magnitudes = widen_bfloat16(np.arange(0x8000, dtype=np.uint16)).astype(np.float64)
-        codes = np.searchsorted(between, magnitudes, side="left")  # a value on a midpoint goes to the code below it...
+        codes = np.searchsorted(between, magnitudes, side="left")  # a midpoint goes to the code below...
         tied = codes < len(between)
         tied[tied] = magnitudes[tied] == between[codes[tied]]
         codes[tied] += codes[tied] & 1  # ...unless that one is odd
@@ -85,7 +85,7 @@ class FloatGrid(Grid):
         return table
 
     def encode(self, numbers: NDArray[np.float32], *, fits: bool = False) -> NDArray[np.uint8]:  # noqa: ARG002
-        """Nearest codes, ties to even, saturating at ±max; NaN stays NaN with its sign."""
+        """See `Grid.encode`; NaN stays NaN with its sign."""
         flat = np.ascontiguousarray(numbers, dtype=np.float32).reshape(-1).view(np.uint32)
         codes = np.empty(flat.shape, np.uint8)
         table = self._code_table
@@ -111,8 +111,7 @@ FP8 = Format(
     input_grid=E4M3FN,
     static=True,
     dynamic=False,
-    sides=(16, 16),  # torch's FP8 products on CUDA take such sides only, and fail on others
-    range=E4M3FN.max,
+    sides=(16, 16),  # required by torch's FP8 matmuls on CUDA
     cards="Ada, Hopper, Blackwell, RDNA 3 and 4",
     native=FP8_GPUS,
     since="October 2025 (PR 10498)",
@@ -125,7 +124,7 @@ FORMATS = (
     replace(ROWS, name="fp8-block", mark={"format": "float8_e4m3fn_blockwise"}, granularity="block"),
     replace(ROWS, name="fp8-block3d", mark={"format": "float8_e4m3fn_block3d"}, granularity=None),
     replace(ROWS, name="fp8-sglang", mark={"format": "rowwise-float8_e4m3fn"}, granularity=None, reader="SGLang"),
-    # CUDA multiplies no two of this format, so nothing is written in it.
+    # Never written: CUDA cannot multiply two matrices of this format.
     replace(FP8, name="fp8-e5m2", title="FP8 E5M2", mark={"format": "float8_e5m2"}, dtypes=(E5M2.dtype,), grid=E5M2,
-            granularity=None, input_grid=E5M2, range=E5M2.max, cards="", native=frozenset()),
+            granularity=None, input_grid=E5M2, cards="", native=frozenset()),
 )  # fmt: skip

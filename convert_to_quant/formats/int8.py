@@ -1,15 +1,15 @@
-"""INT8 and INT4: whole numbers times one scale per row, or one per tensor; inputs are scaled row by row as they come.
+"""INT8 and INT4: integers with one scale per row or per tensor, and dynamic input scales per token.
 
     codes = clamp(round(W / s), ±max)        s = absmax / max, of a row        max = 127, or 7
 
-A row of inputs x is quantized in the same way, with a scale of its own, and the products of codes add up exactly. So
-no file holds an input scale: there is nothing to calibrate, and nothing to clip. Steps are equal, so headroom costs
-6 dB an octave, and one loud channel makes all others coarse; with ConvRot both W and x are rotated first (`rotation`).
+Each token of inputs is quantized in the same way, and sums of integer products are exact. Files hold no input scales:
+there is nothing to calibrate or clip. Steps are uniform, so headroom costs 6 dB per octave, and an outlier channel
+makes all others coarse; ConvRot rotates W and x first (`rotation`).
 
-Rounded as comfy-kitchen 0.2.40 rounds float32 weights (`quantize_int8_rowwise`, `quantize_int8_tensorwise`,
-`quantize_int8_convrot_weight`, `quantize_convrot_w4a4_weight`), ties to even. From bfloat16 weights its eager quantizer
-rotates and divides in bfloat16, which moves 7 % of the codes of normal numbers and costs them 0.6 dB; here every weight
-is divided in float32.
+Rounds like comfy-kitchen 0.2.40 (`quantize_int8_rowwise`, `quantize_int8_tensorwise`, `quantize_int8_convrot_weight`,
+`quantize_convrot_w4a4_weight`), ties to even. Its eager quantizer rotates and divides bfloat16 weights in bfloat16,
+which changes 7 % of the codes of normally distributed weights and costs 0.6 dB; here all weights are divided in
+float32.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class IntegerGrid(Grid):
-    """Whole numbers from -128 to 127; where nothing is clipped, -128 is not used."""
+    """Integers from -128 to 127; -128 results only from clipping."""
 
     def meanings(self) -> NDArray[np.float64]:
-        """What each byte means: two's complement."""
+        """Two's complement."""
         return np.arange(256).astype(np.int8).astype(np.float64)
 
     def encode(self, numbers: NDArray[np.float32], *, fits: bool = False) -> NDArray[np.int8]:
-        """Nearest whole numbers, ties to even."""
-        with np.errstate(invalid="ignore"):  # NaN: whoever has such a weight has refused it
+        """See `Grid.encode`."""
+        with np.errstate(invalid="ignore"):  # NaN weights were refused before
             nearest = np.rint(numbers, out=numbers if fits else np.empty(np.shape(numbers), np.float32))
             if not fits:
                 np.clip(nearest, -128, 127, out=nearest)
@@ -52,18 +52,18 @@ INTEGERS = IntegerGrid("int8", "I8", 127.0, 1.0)
 
 
 def whole_numbers(rows: Tensor, largest: float, least_absmax: float, least_scale: float) -> tuple[Tensor, Tensor]:
-    """Quantize each row to whole numbers under a scale of its own.
+    """Quantize each row to integers with its own scale.
 
     Args:
-        rows: [..., in], of any floating dtype, in which the division is done.
+        rows: [..., in], divided in their own floating dtype.
         largest: 127 or 7.
-        least_absmax: what a smaller row is taken for.
-        least_scale: a scale is never smaller.
+        least_absmax: lower bound of a row's absmax.
+        least_scale: lower bound of a scale.
 
     Returns:
         int8 like `rows`, and float32 scales [..., 1].
     """
-    absmax = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))  # no temporary of |rows|
+    absmax = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))  # avoids a temporary |rows|
     scale = (absmax.clamp(min=least_absmax).float() / largest).clamp(min=least_scale)
     divisor = scale.to(rows.dtype)
     divisor = torch.where(divisor == 0, torch.finfo(divisor.dtype).tiny, divisor)
@@ -88,9 +88,10 @@ class ConvRot(Packed):
 
 
 class ConvRotW4A4(ConvRot):
-    """INT4 of rotated weights, two codes a byte, the first in the lower half; inputs have 4 bits too."""
+    """INT4 of rotated weights and inputs, two codes per byte, the first in the lower half."""
 
     LEAST_ABSMAX = 1e-10
+    range = 7.0
 
     def pack(self, codes: Tensor) -> Tensor:
         return pack_nibbles(codes).view(torch.int8)
@@ -117,7 +118,6 @@ ROWS = Format(
     column=True,
     input_grid=INTEGERS,
     heeds_full_precision=False,
-    range=INTEGERS.max,
     least_scale=1e-30,
     zero_scale=1e-30,
     cards="Turing and later, RDNA 3 and 4",
@@ -138,7 +138,6 @@ W4A4 = ConvRotW4A4(
     heeds_full_precision=False,
     sides=(1, 256),
     fallback="int8",
-    range=7.0,
     cards="Ampere and Ada",
     native=frozenset({"rtx30", "rtx40", "l40s"}),
     since="0.33 or earlier",

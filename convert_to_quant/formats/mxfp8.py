@@ -1,9 +1,9 @@
-"""MXFP8: E4M3 codes with one power of two for every 32 (OCP Microscaling Formats 1.0), inputs and weights alike.
+"""MXFP8: E4M3 codes with a power-of-two scale per 32, for inputs and weights (OCP Microscaling Formats 1.0).
 
     scale = 2^ceil(log2(absmax / 448)), stored as the exponent + 127 (E8M0)        codes = E4M3(W / scale)
 
-Rounded as comfy-kitchen 0.2.40 rounds (`quantize_mxfp8`). The specification takes the floor of log2(absmax) less 8,
-which clips up to an octave; the ceiling clips nothing. Scales lie in tiles (`packing`).
+Rounds like comfy-kitchen 0.2.40 (`quantize_mxfp8`). The specification uses floor(log2(absmax)) - 8, which clips up to
+an octave; the ceiling clips nothing. Scales are stored in tiles (`packing`).
 """
 
 from __future__ import annotations
@@ -25,25 +25,17 @@ BIAS = 127
 
 
 def scale_of(exponents: Tensor) -> Tensor:
-    """The float32 scales that E8M0 bytes mean; 0, which stands for a block of zeros, is 0 to readers."""
+    """Convert E8M0 bytes to float32; 0, the scale of an all-zero block, becomes 0."""
     return (exponents.to(torch.int32) << 23).view(torch.float32)
 
 
 def blocks_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize the last dimension in blocks.
-
-    Args:
-        x: [..., in], of any floating dtype.
-
-    Returns:
-        E4M3 codes like x, and E8M0 exponents, uint8 [..., in / 32].
-    """
+    """Quantize x [..., in] in blocks: E4M3 codes like x, and E8M0 exponents, uint8 [..., in / 32]."""
     blocked = in_groups(x, BLOCK)
     absmax = absmax_of(blocked)
-    ratio = (absmax / absmax.new_full((), E4M3FN.max)).clamp(
-        min=2.0**-BIAS
-    )  # by a tensor: CUDA multiplies by 1 / number
-    exponents = torch.log2(ratio.double()).float().ceil() + BIAS  # float32's logarithm differs between devices
+    largest = absmax.new_full((), E4M3FN.max)  # a tensor, since CUDA divides by a number by multiplying
+    ratio = (absmax / largest).clamp(min=2.0**-BIAS)
+    exponents = torch.log2(ratio.double()).float().ceil() + BIAS  # in float32 it differs between devices
     exponents = torch.where(absmax == 0, 0, exponents.clamp(0, 254)).to(torch.uint8)
     scale = scale_of(exponents).unsqueeze(-1)
     scaled = blocked.float() / torch.where((absmax == 0).unsqueeze(-1), 1, scale)
@@ -51,7 +43,7 @@ def blocks_of(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def meanings(codes: Tensor, exponents: Tensor) -> Tensor:
-    """What codes [..., in] with exponents [..., in / 32] mean, float32."""
+    """Values of codes [..., in] with exponents [..., in / 32], float32."""
     return (in_groups(codes.float(), BLOCK) * scale_of(exponents).unsqueeze(-1)).reshape(codes.shape)
 
 
@@ -95,8 +87,6 @@ FORMATS = (
         input_grid=E4M3FN,
         sides=(32, 32),
         fallback="fp8",
-        range=E4M3FN.max,
-        input_block=BLOCK,
         cards="Blackwell",
         native=BLACKWELL_GPUS,
         since="0.33 or earlier",

@@ -1,14 +1,14 @@
-"""NVFP4: E2M1 codes (0, ½, 1, 1½, 2, 3, 4, 6 with a sign), an E4M3 scale for every 16, and one float32 over all.
+"""NVFP4: E2M1 codes (0, ½, 1, 1½, 2, 3, 4, 6 and a sign), an E4M3 scale per 16, and a float32 scale per tensor.
 
     global = absmax / (448 · 6)      block = E4M3(absmax of 16 / (6 · global))      codes = E2M1(W / (block · global))
 
-Inputs are quantized in the same way. Their global scale is the file's `input_scale`, the largest input / 2688, or is
-found from each input where the file has none. Where a file has `pre_quant_scale` [in], readers multiply inputs by it
-first, and its weights were divided by it.
+Inputs are quantized in the same way. Their global scale is the file's `input_scale`, largest input / 2688, or dynamic
+if the file has none. If a file has `pre_quant_scale` [in], its weights were divided by it, and readers multiply inputs
+by it first.
 
-Rounded as comfy-kitchen 0.2.40 rounds (`quantize_nvfp4`), two codes a byte, the first in the upper half, scales in
-tiles (`packing`). "mse" tries absmax / 4 beside absmax / 6 in every block and keeps what has the smaller squared error
-("four over six": Cook et al., arXiv 2512.02010): between 4 and 6 the grid has no value.
+Rounds like comfy-kitchen 0.2.40 (`quantize_nvfp4`); two codes per byte, the first in the upper half; scales in tiles
+(`packing`). "mse" tries absmax / 4 as well as absmax / 6 in each block and uses the scale with the smaller squared
+error ("four over six": Cook et al., arXiv 2512.02010), since the grid has no value between 4 and 6.
 """
 
 from __future__ import annotations
@@ -32,46 +32,46 @@ if TYPE_CHECKING:
 BLOCK = 16
 LARGEST = 6.0
 LARGEST_INPUT = E4M3FN.max * LARGEST
-"""At an input scale of 1: 2688."""
+"""The largest input at an input scale of 1: 2688."""
 
 SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 VALUES = (*SIZES, *(-size for size in SIZES))
-"""Of the 16 codes."""
+"""The values of the 16 codes."""
 
 
 @dataclass(frozen=True)
 class BlockGrid(Grid):
-    """What blocks hold under an input scale of 1, as seen by a value that does not know its block.
+    """An approximate grid of inputs at an input scale of 1, for values whose block is unknown.
 
-    It is taken for the largest of its block. A block under half the least E4M3 scale vanishes, what is beyond 448 · 6
-    is clipped, and between them rounding costs what E2M1's two steps an octave cost, whatever the scale.
+    Each value is treated as the largest of its block. Blocks below half the smallest E4M3 scale become 0, values beyond
+    448 · 6 are clipped, and in between the rounding error is that of E2M1's two steps per octave.
 
     >>> BLOCKS.levels[:6] / BLOCKS.smallest_step
     array([0., 1., 2., 3., 4., 6.])
     """
 
     def meanings(self) -> NDArray[np.float64]:
-        """E2M1's steps from the largest value of the least scale up to the largest of all; the rest is NaN."""
+        """E2M1's steps from the largest value at the smallest scale up to the largest of all; the rest is NaN."""
         sizes = np.outer(np.exp2(np.arange(1, 18)), (1.0, 1.5)).reshape(-1)
         half = np.full(128, np.nan)
         half[: len(sizes) + 3] = [0.0, LEAST_INPUT, *(LEAST_INPUT * sizes), LARGEST_INPUT]
         return np.concatenate([half, -half])
 
     def encode(self, numbers: NDArray[np.float32], *, fits: bool = False) -> NDArray[np.uint8]:  # noqa: ARG002
-        """Nearest codes, saturating at ±max."""
+        """See `Grid.encode`."""
         codes = np.searchsorted(self.midpoints, np.abs(numbers)).astype(np.uint8)
         return codes | (np.signbit(numbers) << 7).astype(np.uint8)
 
 
 LEAST_INPUT = E4M3FN.smallest_step * LARGEST
-"""The largest of a block whose scale is the least, at an input scale of 1."""
+"""The largest value of a block with the smallest scale, at an input scale of 1."""
 
 BLOCKS = BlockGrid("nvfp4", "U8", LARGEST_INPUT, 2 * LEAST_INPUT)
 
 
 def encode(size: Tensor) -> Tensor:
-    """Nearest E2M1 codes of magnitudes, ties to the even code, saturating at 6; uint8. `size` is overwritten."""
-    # From 0 to 2, from there to 4 and to 6 the steps are equal, so each part is rounded as whole numbers are.
+    """Nearest E2M1 codes of magnitudes, ties to the even code, saturating at 6; uint8. Overwrites `size`."""
+    # Steps are uniform from 0 to 2, 2 to 4, and 4 to 6, so each part is rounded to an integer.
     codes = (size * 2).round_().clamp_(max=4)
     codes += size.clamp(2, 4).round_()
     codes += size.clamp_(4, LARGEST).mul_(0.5).round_()
@@ -79,25 +79,25 @@ def encode(size: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor) -> Tensor:
-    """What E2M1 codes mean, float32."""
+    """Values of E2M1 codes, float32."""
     table = torch.tensor(VALUES, device=codes.device)
     return table.index_select(0, codes.flatten().int()).reshape(codes.shape)
 
 
 def scales_of(absmax: Tensor, overall: Tensor, reaches: float = LARGEST) -> Tensor:
-    """E4M3 scales of blocks under one scale.
+    """E4M3 scales of blocks, such that their largest values become `reaches`.
 
     Args:
         absmax: of the blocks, float32 [..., in / 16].
-        overall: float32 (), or [..., 1] for one per token.
-        reaches: what the largest of a block becomes.
+        overall: the global scale, float32 (), or [..., 1] for one per token.
+        reaches: 6 or 4.
     """
-    scales = absmax / overall.new_full((), reaches) / overall  # by a tensor: CUDA multiplies by 1 / number
+    scales = absmax / overall.new_full((), reaches) / overall  # a tensor: CUDA divides by a number by multiplying
     return scales.clamp_(max=E4M3FN.max).to(torch.float8_e4m3fn)
 
 
 def codes_of(blocked: Tensor, scales: Tensor, overall: Tensor) -> Tensor:
-    """E2M1 codes, uint8 like `blocked` [..., in / 16, 16]: bit 3 is the sign. Blocks without a scale become 0."""
+    """E2M1 codes, uint8 like `blocked` [..., in / 16, 16]; bit 3 is the sign. Blocks with a scale of 0 become 0."""
     total = (overall * scales.float()).unsqueeze(-1)
     codes = encode(blocked.abs().div_(torch.where(total == 0, torch.inf, total)))
     signs = blocked.view(torch.int32) >> 28
@@ -107,7 +107,7 @@ def codes_of(blocked: Tensor, scales: Tensor, overall: Tensor) -> Tensor:
 
 
 def meanings(codes: Tensor, scales: Tensor, overall: Tensor) -> Tensor:
-    """What codes [..., in / 16, 16] with scales [..., in / 16] mean, float32 [..., in]."""
+    """Values of codes [..., in / 16, 16] with scales [..., in / 16], float32 [..., in]."""
     return (decode(codes) * (overall * scales.float()).unsqueeze(-1)).flatten(-2)
 
 
@@ -188,8 +188,6 @@ FORMATS = (
         static=True,
         sides=(16, 16),
         ranged_by=names.WEIGHT_SCALE_2,
-        range=LARGEST_INPUT,
-        input_block=BLOCK,
         cards="Blackwell",
         native=BLACKWELL_GPUS,
         since="January 2026 (PR 11635)",

@@ -1,13 +1,13 @@
-"""What a number format is: a grid of values, scales, a mark, and what readers do to a layer's inputs.
+"""Number formats as records: grid of values, scales, quantization config, and what readers do to a layer's inputs.
 
-Everything else takes from here what it needs to know of a format: conversion, reading, calibration, simulation and
-reports. A format is a `Format` in its family's file beside this one, and in the table `FORMATS`.
+Conversion, reading, calibration, simulation and reports take everything format-specific from here. A format is a
+`Format` in its family's file in this folder, listed in the table `FORMATS`.
 
-A quantized weight is codes C and scales s with W ≈ grid value of C × s. A `Grid` says what the codes mean and which
-code is the nearest to a number; everything that has codes of one byte is derived from the 256 meanings.
+A quantized weight is codes C and scales s with W ≈ grid value of C × s. A `Grid` maps codes to values and numbers to
+the nearest code; for one-byte codes everything follows from the 256 values.
 
-A grid is numpy, and a weight of one code a byte needs nothing else. What packs codes, rotates, or scales in blocks is
-torch, which also runs on a GPU, and starts only where it is used. Chunks keep temporaries in the second-level cache.
+Grids use numpy only, and so do weights with one code per byte. Formats that pack codes, rotate, or scale in blocks use
+torch, which also runs on a GPU and is imported on first use.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 1 << 16
-"""Values handled at a time: 64 Ki uint16 values, their int64 indices and their codes stay in a core's L2."""
+"""Values to process at a time: 64 Ki uint16 values, their int64 indices and their codes fit in a core's L2 cache."""
 
 TOGETHER_VALUES = 1 << 24
-"""Weights that torch quantizes at a time."""
+"""Weights that torch quantizes at a time in `Packed.quantized`."""
 
 FLOAT_SCALES = ("F32", "F16", "BF16", "F64")
-"""Dtypes of scales that are plain numbers."""
+"""Dtypes of scales stored as ordinary floats."""
 
 TORCH_NAMES: Mapping[str, str] = {
     "BF16": "bfloat16",
@@ -49,16 +49,16 @@ TORCH_NAMES: Mapping[str, str] = {
     "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu",
 }
-"""What torch calls the dtypes of weights and scales, by the spelling of a safetensors header."""
+"""Torch's names of the dtypes of weights and scales, by safetensors dtype."""
 
 Granularity = Literal["tensor", "row", "block"]
 Shape = tuple[int, ...]
 Stored = tuple[str, Shape]
-"""Dtype, as a safetensors header spells it, and shape."""
+"""Safetensors dtype, and shape."""
 
 
 GPUS: Mapping[str, str] = {
-    "any": "any card since Ampere",
+    "any": "any GPU since Ampere",
     "rtx20": "GeForce RTX 20 (Turing)",
     "rtx30": "GeForce RTX 30 (Ampere)",
     "rtx40": "GeForce RTX 40 (Ada)",
@@ -69,7 +69,7 @@ GPUS: Mapping[str, str] = {
     "rdna3": "Radeon RX 7000",
     "rdna4": "Radeon RX 9000",
 }
-"""Graphics cards that can be asked for; "any" is what has INT8 products, where packed weights become INT8 first."""
+"""GPUs that options can name; "any" has INT8 matmuls, and unpacks smaller weights to INT8 first."""
 
 INT8_GPUS = frozenset(GPUS)
 AMPERE_GPUS = frozenset({"any", "rtx30", "rtx40", "rtx50", "h100", "l40s"})
@@ -80,12 +80,12 @@ Parts = Mapping[str, "Tensor"]
 
 
 class Weight(NamedTuple):
-    """A weight that is read as it is needed.
+    """A weight that is read on demand.
 
     Attributes:
         shape: (out, in).
-        absmax: finds its largest magnitude, which takes a pass over it.
-        rows: gives rows of it, by a slice or by their numbers, [n, in] in the file's dtype.
+        absmax: finds its largest magnitude, in one pass over it.
+        rows: reads rows by a slice or by indices, [n, in] in the file's dtype.
     """
 
     shape: tuple[int, int]
@@ -94,13 +94,13 @@ class Weight(NamedTuple):
 
 
 def spans(count: int, step: int = CHUNK) -> Iterator[slice]:
-    """Slices that cover range(count) in steps."""
+    """Slices of `step` that cover range(count)."""
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
 
 def widen_bfloat16(bits: NDArray[np.uint16], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    """Exact values, float32, of bfloat16 bit patterns, uint16 of any shape; in `out` where that is given."""
+    """Convert bfloat16 bit patterns, uint16 of any shape, to float32, in `out` if given."""
     wide = np.empty(bits.shape, np.uint32) if out is None else out.view(np.uint32)
     wide[...] = bits
     wide <<= np.uint32(16)
@@ -108,10 +108,7 @@ def widen_bfloat16(bits: NDArray[np.uint16], out: NDArray[np.float32] | None = N
 
 
 def narrow_bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Bit patterns, uint16, of the bfloat16 nearest to float32 numbers of any shape, ties to even.
-
-    What is too large becomes infinity, and NaN stays NaN.
-    """
+    """Round float32 of any shape to bfloat16 bit patterns, uint16, ties to even; overflow becomes infinity."""
     bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
     nearest: NDArray[np.uint16] = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
     nearest[np.isnan(numbers)] = 0x7FC0
@@ -119,7 +116,7 @@ def narrow_bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 
 def scale_grid(weight_shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    """Scales per dimension of a weight (out, in) in blocks (b_out, b_in).
+    """Number of blocks (b_out, b_in) in each dimension of a weight (out, in).
 
     >>> scale_grid((100, 64), (64, 64))
     (2, 1)
@@ -129,13 +126,13 @@ def scale_grid(weight_shape: tuple[int, int], block: tuple[int, int]) -> tuple[i
 
 @dataclass(frozen=True)
 class Grid(ABC):
-    """The values that codes of one byte stand for.
+    """The values of one-byte codes.
 
     Attributes:
-        name: as torch spells the dtype of the codes.
-        dtype: as a safetensors header spells it.
+        name: torch's name of the codes' dtype.
+        dtype: the safetensors dtype.
         max: the largest finite value.
-        smallest_normal: from here on the rounding error is relative to the value, as far as the grid is relative.
+        smallest_normal: below it, the rounding error no longer shrinks with the value.
     """
 
     name: str
@@ -145,22 +142,17 @@ class Grid(ABC):
 
     @abstractmethod
     def meanings(self) -> NDArray[np.float64]:
-        """What each code means, [256] by the code's byte; NaN and infinity where the grid has them."""
+        """The value of each code, [256] by byte, including NaN and infinity."""
 
     @abstractmethod
     def encode(self, numbers: NDArray[np.float32], *, fits: bool = False) -> NDArray[Any]:
-        """Nearest codes, ties to even, saturating at ±max.
+        """Nearest one-byte codes of float32 of any shape, ties to even, saturating at ±max.
 
-        Args:
-            numbers: float32, any shape.
-            fits: whether none is known to be beyond ±max, and they may be overwritten.
-
-        Returns:
-            Codes of one byte, the same shape.
+        With `fits`, all numbers are within ±max, and the array may be overwritten.
         """
 
     def decode(self, codes: NDArray[Any]) -> NDArray[np.float32]:
-        """What codes of one byte mean, float32 in their shape."""
+        """The values of one-byte codes, float32 of the same shape."""
         flat = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
         numbers = np.empty(flat.shape, np.float32)
         for span in spans(len(flat)):
@@ -168,7 +160,7 @@ class Grid(ABC):
         return numbers.reshape(np.shape(codes))
 
     def round(self, numbers: Tensor) -> Tensor:
-        """The codes of `encode` in torch's dtype; NaN is not expected."""
+        """`encode` in torch, for numbers without NaN."""
         dtype = getattr(torch, self.name)
         if dtype.is_floating_point:
             return numbers.clamp(-self.max, self.max).to(dtype)
@@ -181,31 +173,28 @@ class Grid(ABC):
 
     @cached_property
     def levels(self) -> NDArray[np.float64]:
-        """The finite values that are not negative, ascending, from 0 to `max`; float64 [n], read-only."""
-        sizes = np.abs(self.meanings()).tolist()  # np.unique would load numpy.ma, a tenth of the time of `inspect`
+        """The finite, non-negative values, ascending from 0 to `max`; float64 [n], read-only."""
+        sizes = np.abs(self.meanings()).tolist()  # np.unique would import numpy.ma, a tenth of the time of `inspect`
         return _read_only(np.array(sorted({size for size in sizes if size <= self.max})))
 
     @cached_property
     def midpoints(self) -> NDArray[np.float64]:
-        """Where rounding goes from one of `levels` to the next; float64 [n - 1], read-only."""
+        """Midpoints between `levels`, where rounding switches; float64 [n - 1], read-only."""
         return _read_only((self.levels[1:] + self.levels[:-1]) / 2)
 
     @cached_property
     def smallest_step(self) -> float:
-        """The least positive value, which is also the least distance between two values."""
+        """The smallest positive value, which is also the smallest distance between two values."""
         return float(self.levels[1])
 
     @cached_property
     def largest_rounded(self) -> float:
-        """Up to here numbers become `max` by rounding: half a step above it."""
+        """The largest number that rounds to `max`: half a step above it."""
         return self.max + float(self.max - self.levels[-2]) / 2
 
     @cached_property
     def worst_rounding_db(self) -> float:
-        """Least signal to noise of any numbers between `smallest_normal` and `largest_rounded`.
-
-        The worst is a midpoint just above `smallest_normal` times a power of two.
-        """
+        """Worst SQNR of numbers between `smallest_normal` and `largest_rounded`, at a midpoint."""
         normal = self.midpoints > self.smallest_normal
         errors = (self.midpoints - self.levels[:-1])[normal] / self.midpoints[normal]
         return -20 * math.log10(float(errors.max()))
@@ -213,21 +202,21 @@ class Grid(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Lattice:
-    """A weight as positions on what a format can hold, which a rounding may move.
+    """A weight as indices into the values that a format can represent, for rounding methods to change.
 
-    A weight is unit · step(value · scale), where a value is one of K, a scale is one of S for each group of weights in
-    a row, and step rounds to whole numbers up to ±127 where readers do.
+    A weight is unit · step(value · scale): one of K values, one of S scales per group of a row, and a step that rounds
+    to integers within ±127 if readers do.
 
     Attributes:
         values: of the codes, ascending; float32 [K].
-        codes: which byte or part of one is stored for each, uint8 [K].
-        positions: of each weight in `values`, int64 [out, in].
-        unit: what scales the whole weight or each row, float32 [1 or out, 1].
-        scales: that a group can have, by their numbers; float32 [S].
-        numbers: of each group in `scales`, int64 [out, in / group].
-        group: how many weights share a number; 0 for all of a row.
-        reach: how far a better scale's number may be from one that was found for the weights alone.
-        whole: whether value · scale becomes a whole number.
+        codes: the stored code of each value, uint8 [K].
+        positions: index of each weight in `values`, int64 [out, in].
+        unit: scale of the whole weight or of each row, float32 [1 or out, 1].
+        scales: possible scales of a group; float32 [S].
+        numbers: index of each group in `scales`, int64 [out, in / group].
+        group: weights per group; 0 for a whole row.
+        reach: how far below and above its index to look for a better scale of a group.
+        whole: whether value · scale is rounded to an integer.
     """
 
     values: Tensor
@@ -242,13 +231,13 @@ class Lattice:
 
     @staticmethod
     def of(meanings: Any, stored: Tensor, unit: Tensor, **scaled: Any) -> Lattice:
-        """A weight by its stored codes.
+        """The lattice of a weight.
 
         Args:
-            meanings: of the codes 0, 1, ...; NaN where one is not to be used.
-            stored: uint8 [out, in].
-            unit: as of the lattice.
-            **scaled: what else it has; one scale of 1 by default.
+            meanings: the values of the codes 0, 1, ...; NaN for codes that must not be used.
+            stored: codes, uint8 [out, in].
+            unit: see the attributes.
+            **scaled: other attributes; by default there is one scale of 1.
         """
         table = np.asarray(meanings, np.float64)
         values = np.unique(table[np.isfinite(table)])  # -0 and 0 are one
@@ -266,7 +255,7 @@ class Lattice:
         return Lattice(positions=place[stored.int()], **parts)
 
     def levels(self, numbers: Tensor) -> Tensor:
-        """What weights can be under scales [...], in units; float32 [..., K]."""
+        """Possible weights, in units, under scales with these indices [...]; float32 [..., K]."""
         levels = self.scales[numbers].unsqueeze(-1) * self.values
         return levels.round_().clamp_(-127, 127) if self.whole else levels
 
@@ -290,41 +279,37 @@ def _read_only(array: NDArray[Any]) -> NDArray[Any]:
 
 @dataclass(frozen=True, eq=False)
 class Format:
-    """A number format of linear layers, as ComfyUI or its nodes read it; one scale per tensor, row, or square block.
+    """A number format of linear layers, as ComfyUI or its nodes read it.
 
     Attributes:
-        name: its key in `FORMATS`, as `--format` takes it.
-        title: for people, "FP8".
-        mark: what a comfy_quant entry says of it; "format" and what else tells it from others.
-        dtypes: what its weights are stored as; the first is written.
-        bits: per weight, scales included where they are one per some weights.
-        scales: suffixes of the tensors that a weight cannot be read without; the first sizes its values.
-        optional: suffixes of tensors that readers heed where they are there.
-        scale_dtypes: of the first of `scales`; the first is written.
-        grid: of its weights' codes where they are one a byte.
-        readable: whether this tool reads it; else it is only recognized.
-        granularity: what shares a scale where this format is written; None where it is not written.
-        column: whether scales of rows are written as a column, [out, 1].
-        group_width: how many weights of a row share a scale; 0 where `granularity` and the block size say it.
-        tiled: whether scales lie in tiles (`packing`).
-        code_bits: of a code.
-        input_grid: of what readers make of a layer's inputs at a scale of 1; None where it is only recognized.
-        static: whether readers use an `input_scale` that a file holds, which a calibration finds.
-        dynamic: whether readers scale inputs as they come, by their absmax, where a file holds no `input_scale`; else
-            they take it for 1.0.
-        heeds_full_precision: whether readers heed a mark that inputs are not quantized; ComfyUI 0.33 does not where
-            its kernels quantize inputs themselves.
-        sides: what the sides (out, in) of a weight must be multiples of.
-        fallback: the format of layers whose sides it cannot take; "" for high precision.
-        ranged_by: suffix of the scale that says how large the weights can get.
-        range: the largest weight at a scale of 1.
-        least_scale: a weight scale is never smaller.
-        zero_scale: the weight scale where all weights are 0.
-        input_block: how many inputs share a scale where readers scale them as they come; 0 for all of a token.
-        cards: what multiplies it natively; "" where nothing does.
+        name: its key in `FORMATS` and the argument of `--format`.
+        title: name in messages, "FP8".
+        mark: its quantization config: "format", and other keys that distinguish it.
+        dtypes: dtypes of stored weights; the first is written.
+        bits: per weight, including the scales of groups.
+        scales: suffixes of required scale tensors; `scale_dtypes` are those of the first.
+        optional: suffixes of other tensors that readers use if they exist.
+        scale_dtypes: accepted dtypes of scales; the first is written.
+        grid: of the weight's codes; None if they are packed, rotated or scaled in small blocks.
+        granularity: what shares a scale when the format is written; None if it is never written.
+        column: whether row scales are written as [out, 1] instead of [out].
+        group_width: weights of a row that share a scale; 0 if `granularity` and the block size determine it.
+        tiled: whether scales are stored in tiles (`packing`), which also means that inputs are scaled in groups.
+        code_bits: bits per code.
+        input_grid: grid of a layer's quantized inputs at a scale of 1; None if the format is only recognized.
+        static: whether readers use an `input_scale` in the file, which calibration finds.
+        dynamic: whether readers scale inputs by their absmax if the file has no `input_scale`; otherwise they use 1.0.
+        heeds_full_precision: whether readers support `full_precision_matrix_mult`; ComfyUI 0.33 does not if its kernels
+            quantize inputs themselves.
+        sides: the dimensions (out, in) of a weight must be multiples of these.
+        fallback: the format for layers with other dimensions; "" for high precision.
+        ranged_by: suffix of the scale that limits how large weights can be.
+        least_scale: lower bound of weight scales.
+        zero_scale: the weight scale if all weights are 0.
+        cards: GPUs with native matmuls, in words; "" for none.
         native: the same as keys of `GPUS`.
-        since: the ComfyUI that first read it; "" where ComfyUI does not.
-        reader: what reads it.
+        since: the first ComfyUI version that reads it; "" for none.
+        reader: the program that reads it.
     """
 
     name: str
@@ -336,7 +321,6 @@ class Format:
     optional: tuple[str, ...] = ()
     scale_dtypes: tuple[str, ...] = FLOAT_SCALES
     grid: Grid | None = None
-    readable: bool = True
     granularity: Granularity | None = None
     column: bool = False
     group_width: int = 0
@@ -349,10 +333,8 @@ class Format:
     sides: tuple[int, int] = (1, 1)
     fallback: str = ""
     ranged_by: str | None = names.WEIGHT_SCALE
-    range: float = 0.0
     least_scale: float = float(np.finfo(np.float32).smallest_subnormal)
     zero_scale: float = 1.0
-    input_block: int = 0
     cards: str = ""
     native: frozenset[str] = frozenset()
     since: str = ""
@@ -360,43 +342,58 @@ class Format:
 
     @property
     def marked(self) -> str:
-        """The word of its mark."""
-        word: str = self.mark["format"]
-        return word
+        """Its name in a quantization config."""
+        return str(self.mark["format"])
+
+    @property
+    def readable(self) -> bool:
+        """Whether this tool reads it; otherwise it is only recognized."""
+        return self.input_grid is not None
+
+    @property
+    def range(self) -> float:
+        """The largest weight at a scale of 1."""
+        assert self.input_grid is not None, self.name
+        return self.input_grid.max
+
+    @property
+    def input_block(self) -> int:
+        """Inputs that share a dynamic scale; 0 for all of a token."""
+        return self.group_width if self.tiled else 0
 
     @property
     def read_by(self) -> str:
-        """What reads it, for people."""
+        """The program and version that read it."""
         return f"{self.reader} since {self.since}" if self.since else self.reader
 
     @property
     def codes(self) -> Grid:
-        """The grid of a format that has one code a byte."""
+        """The grid of a format with one-byte codes."""
         assert self.grid is not None, self.name
         return self.grid
 
     # How a layer is stored.
 
     def takes(self, shape: Shape) -> bool:
-        """Whether it can hold a weight (out, in)."""
+        """Whether it supports a weight (out, in)."""
         return not any(side % multiple for side, multiple in zip(shape, self.sides, strict=True))
 
     @property
     def needs(self) -> str:
-        """Which weights it can hold, for people."""
+        """The dimensions that it requires of a weight, in words."""
         out, within = self.sides
         if out == within:
-            return f"sides that are multiples of {out}"
+            return f"dimensions that are multiples of {out}"
         return f"multiples of {within} inputs" + (f" and {out} outputs" if out > 1 else "")
 
     def block(self, weight_shape: tuple[int, int], block_size: int) -> tuple[int, int]:
-        """The weights (b_out, b_in) that share one scale where a weight (out, in) is written."""
+        """The block (b_out, b_in) of a weight (out, in) that shares one scale when it is written."""
         square = (block_size, block_size)
         blocks = {"tensor": weight_shape, "row": (1, weight_shape[1]), "block": square}
         return (1, self.group_width) if self.group_width else blocks[self.granularity or "tensor"]
 
     def storage(self, shape: tuple[int, int], block_size: int) -> dict[str, Stored]:
-        """What a weight (out, in) is written as, by suffix."""
+        """Dtypes and shapes of the tensors of a weight (out, in), by suffix."""
         grid = scale_grid(shape, self.block(shape, block_size))
         scales = {"tensor": (), "row": grid if self.column else grid[:1], "block": grid}
         scale = tile_shape(*grid) if self.tiled else scales[self.granularity or "tensor"]
@@ -404,63 +401,63 @@ class Format:
         return {names.WEIGHT: (self.dtypes[0], weight), self.scales[0]: (self.scale_dtypes[0], scale)}
 
     def shape(self, stored: Shape, _parts: Mapping[str, Shape]) -> tuple[int, int] | None:
-        """(out, in) of a weight that is stored in this shape, with these shapes of its scales by suffix."""
+        """(out, in) of a weight, from its stored shape and the shapes of its scales by suffix; None if impossible."""
         return (stored[0], stored[1] * 8 // self.code_bits) if len(stored) == 2 else None
 
     def config(self, shape: tuple[int, int], block_size: int) -> dict[str, Any]:
-        """What the mark of a layer says that is written in this format."""
+        """The quantization config of a layer written in this format."""
         said = {"group_size": self.block(shape, block_size)[1]} if self.granularity == "block" else {}
         return {**self.mark, **said}
 
     def pack(self, codes: Tensor) -> Tensor:
-        """Codes of a byte each, [rows, in], as they are stored."""
+        """Pack codes [rows, in], one per byte, as they are stored."""
         return codes
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """The codes that are stored in rows."""
+        """Unpack stored rows into codes."""
         return packed
 
     # Weights.
 
     def weight_scales(self, absmax: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scales at which nothing is clipped: absmax / max, but never under `least_scale`; float32, the same shape."""
+        """Scales that clip nothing: absmax / max, at least `least_scale`; float32 of the same shape."""
         scale = np.maximum(absmax.astype(np.float32) / np.float32(self.codes.max), np.float32(self.least_scale))
         result: NDArray[np.float32] = np.where(absmax == 0, np.float32(self.zero_scale), scale).astype(np.float32)
         return result
 
     def decode(self, parts: Parts, _config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """A weight as readers multiply it, which may be rotated.
+        """A weight as readers multiply it, possibly rotated.
 
         Args:
-            parts: the stored tensors by suffix; all, or the same rows of each.
-            config: the layer's mark.
+            parts: the stored tensors by suffix; all of each, or the same rows.
+            config: the layer's quantization config.
 
         Returns:
-            Levels [out, in], and the float32 scales [1 or out, 1] that they carry.
+            Levels [out, in], and their float32 scales [1 or out, 1].
         """
         return self.unpack(parts[names.WEIGHT]), parts[self.scales[0]].float().reshape(-1, 1)
 
     @property
     def roundable(self) -> bool:
-        """Whether it has a lattice: where scales are one per tensor, per row, or per group of a row."""
+        """Whether it has a lattice: one scale per tensor, row, or group of a row."""
         return self.granularity in ("tensor", "row") or self.group_width > 0
 
     def quantized(self, weight_OI: Tensor, _method: str = "absmax") -> dict[str, Tensor]:
-        """What is stored of a whole weight [out, in], each weight rounded to nearest; scales by "absmax"."""
+        """The stored tensors of a whole weight [out, in], rounded to nearest, with "absmax" scales."""
         absmax = weight_OI.abs()
         absmax = absmax.amax().reshape(1, 1) if self.granularity == "tensor" else absmax.amax(1, keepdim=True)
         scale = torch.where(absmax == 0, self.zero_scale, (absmax / self.codes.max).clamp(min=self.least_scale))
         return {names.WEIGHT: self.codes.round(weight_OI / scale), self.scales[0]: scale}
 
     def lattice(self, parts: Parts) -> Lattice:
-        """A weight of `quantized` as positions, of which readers multiply what `decode` gives."""
+        """The lattice of a weight made by `quantized`."""
         grid = self.grid or self.input_grid
         assert grid is not None, self.name
         meanings, (levels, scale) = grid.meanings(), self.decode(parts, self.mark)
         return Lattice.of(np.where(np.abs(meanings) <= self.range, meanings, np.nan), levels.view(torch.uint8), scale)
 
     def stored(self, lattice: Lattice, parts: Parts) -> dict[str, Tensor]:
-        """What is stored of a lattice that was `parts`."""
+        """The stored tensors of a changed lattice of `parts`."""
         made = {names.WEIGHT: self.pack(lattice.stored), self.scales[-1]: lattice.unit}
         if lattice.group:
             numbers = lattice.numbers.to(torch.uint8)
@@ -468,21 +465,21 @@ class Format:
         return {**parts, **{key: new.view(parts[key].dtype).reshape(parts[key].shape) for key, new in made.items()}}
 
     def group(self, _config: Mapping[str, Any]) -> int:
-        """The size of the groups of inputs that readers rotate (`rotation`); 0 for none."""
+        """Size of the groups of inputs that readers rotate (`rotation`); 0 for none."""
         return 0
 
     # Inputs.
 
     def inputs(self, x: Tensor, static: Tensor | None, arithmetic: str) -> tuple[Tensor, Tensor]:
-        """Codes that readers make of a layer's inputs.
+        """Quantize a layer's inputs as readers do.
 
         Args:
-            x: [..., in], rotated where the format rotates.
-            static: the layer's input scale, float32 (); None where it has none.
+            x: [..., in], rotated if the format rotates.
+            static: the layer's input scale, float32 (), if it has one.
             arithmetic: "comfyui" computes in x's own dtype, all others in float32; see `engines.quantized_linear`.
 
         Returns:
-            Levels like x, and the float32 scale that they carry, () or [..., 1].
+            Levels like x, and their float32 scale, () or [..., 1].
         """
         grid = self.input_grid
         assert grid is not None, self.name
@@ -499,34 +496,33 @@ class Format:
 
 
 class Packed(Format):
-    """A format whose codes are packed, rotated, or scaled in small blocks: written and read with torch.
+    """A format whose codes are packed, rotated, or scaled in small blocks, read and written with torch.
 
-    A weight is written in bands of rows. What holds for all of it is found first (`whole`); the rest of each band is
-    contiguous in the file, but for scales in tiles, which are laid when all are known.
+    A weight is written in bands of rows, after the tensors of the whole weight (`whole`). Tiled scales come last.
     """
 
     ROWS = 128
-    """Tiles of scales have as many rows, so bands that are read begin at multiples of it."""
+    """Rows of a tile of scales; bands begin at multiples of it."""
 
     def whole(self, _weight: Weight) -> dict[str, Tensor]:
-        """Tensors that belong to a weight as a whole, by suffix, on the CPU."""
+        """Tensors of the weight as a whole, by suffix, on the CPU."""
         return {}
 
     def quantize(self, weight_OI: Tensor, whole: Parts, method: str) -> dict[str, Tensor]:
-        """Quantize a band of rows.
+        """Quantize a band of rows, [rows, in] in the file's dtype, in float32.
 
         Args:
-            weight_OI: [rows, in] in the file's dtype; computed in float32.
-            whole: of `whole`.
+            weight_OI: the rows.
+            whole: the tensors of `whole`.
             method: how scales are chosen, "absmax" or "mse".
 
         Returns:
-            What is stored of these rows, by suffix; scales not yet in tiles.
+            The stored tensors of these rows, by suffix; scales not yet in tiles.
         """
         raise NotImplementedError
 
     def pieces(self, weight: Weight, method: str, step: int) -> Iterator[tuple[str, Tensor]]:
-        """Everything that is stored of a weight, by suffix, in pieces of `step` rows that follow one another."""
+        """The stored tensors of a weight, by suffix, in consecutive pieces of `step` rows."""
         whole = self.whole(weight)
         yield from whole.items()
         scales = []
@@ -540,7 +536,7 @@ class Packed(Format):
             yield names.WEIGHT_SCALE, tiled.view(scales[0].dtype)
 
     def quantized(self, weight_OI: Tensor, method: str = "absmax") -> dict[str, Tensor]:
-        """As of any format; "mse" as well."""
+        """See `Format`; the method may also be "mse"."""
         rows, columns = weight_OI.shape
         weight = Weight((rows, columns), lambda: float(weight_OI.abs().max()), weight_OI.__getitem__)
         parts: dict[str, list[Tensor]] = {}

@@ -1,8 +1,8 @@
-"""ConvRot: groups of a layer's inputs are rotated so that no channel stands out, and its weights likewise.
+"""ConvRot: groups of a layer's inputs, and its weights, are rotated to spread outlier channels.
 
-A regular Hadamard matrix H of size 4^k has entries ±1 / √size, is symmetric, and is its own inverse. So with W·H in the
-file and x·H at run time, (x·H)(W·H)ᵀ = x·Wᵀ: rotating twice gives back what was there. A loud channel is spread over
-its whole group, which helps whatever shares one scale over the group. As in comfy-kitchen 0.2.40, `int8_utils`.
+A regular Hadamard matrix H of size 4^k has entries ±1 / √size, is symmetric, and is its own inverse. With W·H in the
+file and x·H at run time, (x·H)(W·H)ᵀ = x·Wᵀ. An outlier channel is spread over its group, whose inputs share a scale.
+As in comfy-kitchen 0.2.40, `int8_utils`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GROUP_KEY = "convrot_groupsize"
 
 
 def group_of(in_features: int) -> int:
-    """The largest power of 4 up to 256, and at least 16, that divides a number of inputs; 0 where none does.
+    """The largest power of 4 from 16 to 256 that divides a number of inputs; 0 for none.
 
     >>> group_of(3072), group_of(192), group_of(100)
     (256, 64, 0)
@@ -30,7 +30,7 @@ def group_of(in_features: int) -> int:
 
 
 def said_group(config: Mapping[str, Any]) -> int:
-    """The size of the groups that a rotated layer's mark names; 256 where it names none, -1 where that is no number."""
+    """The group size in a rotated layer's quantization config; 256 by default, -1 if it is invalid."""
     nested = config.get("params")
     nested = nested if isinstance(nested, dict) else {}
     try:
@@ -40,7 +40,7 @@ def said_group(config: Mapping[str, Any]) -> int:
 
 
 def is_group(size: int, in_features: int) -> bool:
-    """Whether inputs can be rotated in groups of this size: a power of 4 that divides them."""
+    """Whether a group size is a power of 4 that divides the number of inputs."""
     return size >= 4 and size & (size - 1) == 0 and size.bit_length() % 2 == 1 and in_features % size == 0
 
 
@@ -51,16 +51,16 @@ def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     matrix: Tensor = base
     while len(matrix) < size:
         matrix = torch.kron(matrix, base)
-    normalized: Tensor = (matrix / size**0.5).to(device)  # copied, so that it is there for the streams of other threads
+    normalized: Tensor = (matrix / size**0.5).to(device)  # synchronously, since streams of other threads use it
     return normalized
 
 
 def rotate_weight(weight_OI: Tensor, group: int) -> Tensor:
     """Rotate a weight in float32.
 
-    A float32 weight is multiplied by H at once, as comfy-kitchen does it. On a CPU one of 16 bits is multiplied by the
-    factors of H, H256 = H16 ⊗ H16, in a quarter of the time. Sums of such numbers are mostly exact in float32; where
-    they are not, the last bit can differ.
+    A float32 weight is multiplied by H, as in comfy-kitchen. On a CPU a 16-bit weight is multiplied by the factors of
+    H, H256 = H16 ⊗ H16, in a quarter of the time; most such sums are exact in float32, in others the last bit may
+    differ.
     """
     wide = weight_OI.float()
     if group < 64 or wide is weight_OI or wide.device.type != "cpu":
@@ -72,7 +72,7 @@ def rotate_weight(weight_OI: Tensor, group: int) -> Tensor:
 
 
 def rotate(x: Tensor, group: int) -> Tensor:
-    """Rotate the last dimension in groups, in x's own dtype; a second time undoes it. Group 0 leaves x as it is."""
+    """Rotate the last dimension in groups, in x's own dtype; applying it twice undoes it. Group 0 does nothing."""
     if not group:
         return x
     grouped = x.reshape(-1, x.shape[-1] // group, group)

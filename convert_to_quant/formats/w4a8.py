@@ -1,17 +1,17 @@
-"""W4A8 and W6A8: 4 or 6 bits for a weight, which readers turn into INT8 under one scale per row.
+"""W4A8 and W6A8: weights of 4 or 6 bits, which readers expand to INT8 with one scale per row.
 
     level = round(clamp(value(code) · s_rel, ±127))        W·H = level · s_channel
 
-s_rel is an E4M3 scale for every 16 weights of a row, s_channel a float32 for the row; inputs are rotated like the
-weights (`rotation`) and become INT8 row by row. At 4 bits value(code) is one of 16 numbers, a codebook in the file; at
-6 bits it is the whole number from -31 to 31. The scale of 16 weights is found by two rounds of least squares: codes for
-the scale, then the scale for the codes; at 6 bits the E4M3 numbers next to it are tried as well.
+s_rel is an E4M3 scale per 16 weights of a row, s_channel a float32 scale per row. Inputs are rotated like the weights
+(`rotation`) and quantized to INT8 per token. At 4 bits value(code) is an entry of a codebook of 16 in the file, at 6
+bits an integer from -31 to 31. The scale of 16 weights is found by two rounds of least squares: codes for the scale,
+then the scale for the codes; at 6 bits the neighboring E4M3 scales are tried too.
 
-Rounded as comfy-kitchen 0.2.40 rounds (`quantize_w4a8_int8_weight`). Its codebook is the Lloyd-Max quantizer of a group
-of 16 normal numbers divided by the largest; where rotated weights have heavier tails, one is fitted to a sample.
+Rounds like comfy-kitchen 0.2.40 (`quantize_w4a8_int8_weight`). Its codebook is the Lloyd-Max quantizer of groups of 16
+normally distributed numbers divided by their largest; if rotated weights have heavier tails, a codebook is fitted.
 
-Two codes share a byte, the first in its lower half. At 6 bits that holds the lower four bits of each code plus 32; the
-upper two bits of four codes share a byte of a plane behind it.
+Two codes share a byte, the first in the lower half. At 6 bits these are the lower four bits of each code plus 32; a
+second plane holds the upper two bits, four codes per byte.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ROUNDS = 2
 LEAST = 1e-8
 SIX_BIT_LEVELS = 31
 LEAST_CODE = -8
-"""What the first of 16 codes stands for without a codebook."""
+"""The value of the first of 16 codes without a codebook."""
 
 # fmt: off
 NORMAL_CODEBOOK = (
@@ -50,16 +50,16 @@ NORMAL_CODEBOOK = (
 )
 # fmt: on
 HEAVY_TAILS = -0.1
-"""Excess kurtosis from which a codebook is fitted; groups of normal numbers lie near -0.5."""
+"""Excess kurtosis above which a codebook is fitted; normally distributed groups are near -0.5."""
 
 SAMPLED, SAMPLED_FOR_TAILS, SAMPLED_FOR_FIT = 1 << 22, 1 << 19, 300_000
 
 
 @lru_cache(maxsize=64)
 def limits_of(codebook: tuple[float, ...]) -> NDArray[np.float32]:
-    """The largest number, of each number but the first of a codebook, that is not nearer to it than to the one before.
+    """The largest number that still rounds down, between each two neighbors of a codebook.
 
-    Both distances are rounded to float32, as comfy-kitchen compares them, so the limit is found by bisection.
+    Found by bisection, since comfy-kitchen compares distances that are rounded to float32.
     """
     level = np.array(codebook, np.float32)
     low, high = level[:-1], level[1:]
@@ -73,11 +73,11 @@ def limits_of(codebook: tuple[float, ...]) -> NDArray[np.float32]:
 
 
 def count_exceeded(numbers: Tensor, limits: Tensor) -> Tensor:
-    """How many limits, ascending [k] or [k, n], each of numbers [n, 16] exceeds: its code, integers [n, 16]."""
+    """Codes of numbers [n, 16]: how many of the ascending limits [k] or [k, n] each exceeds, integers [n, 16]."""
     if not numbers.is_cpu:
         found: Tensor = torch.searchsorted(limits.movedim(0, -1).contiguous(), numbers, out_int32=True)
         return found
-    # numpy compares ten times as fast as torch does, and that many times faster than a search is.
+    # numpy compares ten times as fast as torch, and even faster relative to a search.
     by_row = limits.dim() == 1
     compared = (numbers if by_row else numbers.T.contiguous()).numpy()
     count = np.zeros(compared.shape, np.uint8)
@@ -95,14 +95,14 @@ def _sample(values: Tensor, count: int) -> Tensor:
 
 
 def codebook_for(normalized: Tensor) -> Tensor:
-    """The codebook of weights that were divided by the largest of their group: the normal one, or a fitted one."""
+    """The codebook of weights that were divided by the largest of their group: the default or a fitted one."""
     tails = _sample(normalized, SAMPLED_FOR_TAILS)
     kurtosis = ((tails - tails.mean()) / (tails.std() + 1e-9)).pow(4).mean() - 3.0
     if kurtosis.item() <= HEAVY_TAILS:
         return torch.tensor(NORMAL_CODEBOOK, device=normalized.device)
     samples = _sample(normalized, SAMPLED_FOR_FIT)
     codebook = torch.quantile(samples, torch.linspace(0, 1, 16, device=samples.device))
-    for _ in range(25):  # Lloyd's algorithm: each level becomes the mean of what is nearest to it
+    for _ in range(25):  # Lloyd's algorithm: each level becomes the mean of the samples nearest to it
         chosen = (samples.unsqueeze(-1) - codebook).abs().argmin(-1)
         means = [samples[chosen == level] for level in range(16)]
         codebook = torch.stack([mine.mean() if len(mine) else old for mine, old in zip(means, codebook, strict=True)])
@@ -110,7 +110,7 @@ def codebook_for(normalized: Tensor) -> Tensor:
 
 
 class W4A8(ConvRot):
-    """See the module's docstring; the width of the rows tells 4 bits from 6."""
+    """See the module's docstring; the width of the rows distinguishes 4 bits from 6."""
 
     def storage(self, shape: tuple[int, int], block_size: int) -> dict[str, Stored]:
         codebook = dict.fromkeys(self.optional, ("F32", (16,)))
@@ -125,20 +125,17 @@ class W4A8(ConvRot):
         return {names.CODEBOOK: codebook_for(sample / sample.abs().amax(-1, keepdim=True).clamp(min=LEAST)).cpu()}
 
     def values(self, parts: Parts, device: torch.device) -> Tensor:
-        """What the codes stand for, ascending; without a codebook, whole numbers around 0 as readers take them."""
+        """Values of the codes, ascending; without a codebook, integers around 0, as in readers."""
         whole = torch.arange(LEAST_CODE, -LEAST_CODE, dtype=torch.float32)
         return parts.get(names.CODEBOOK, whole).to(device)
 
     def fit(self, groups: Tensor, values: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales of groups by least squares.
+        """Least-squares scales [n, 1] of groups [n, 16], and the quantized weights at these scales.
 
         Args:
-            groups: [n, 16].
+            groups: the weights.
             values: of the codes.
             limits: between values; see `limits_of`.
-
-        Returns:
-            The scales [n, 1], and what the weights become under them.
         """
         scale = absmax_of(groups).unsqueeze(-1)
         scale = (scale / SIX_BIT_LEVELS if self.code_bits == 6 else scale).clamp_(min=LEAST)
@@ -150,14 +147,14 @@ class W4A8(ConvRot):
         return scale, level.mul_(scale)
 
     def assign(self, normalized: Tensor, values: Tensor, limits: Tensor) -> Tensor:
-        """The nearest values to weights that were divided by their scale, the lower at ties."""
+        """The nearest values to weights that were divided by their scale, the lower one at ties."""
         codes = count_exceeded(normalized, limits)
         return values.index_select(0, codes.flatten().int()).reshape(normalized.shape)
 
     def quantize(self, weight_OI: Tensor, whole: Parts, _method: str) -> dict[str, Tensor]:
         values = self.values(whole, torch.device("cpu"))
         limits = torch.from_numpy(limits_of(tuple(values.tolist()))).to(weight_OI.device)
-        values = values.to(weight_OI.device)  # before there is work that these copies would wait for
+        values = values.to(weight_OI.device)  # now, while these copies wait for no other work
         rotated = rotate_weight(weight_OI, ROTATED)
         scale, real = self.fit(rotated.reshape(-1, GROUP), values, limits)
         s_channel = (absmax_of(real.reshape(rotated.shape)) / INTEGERS.max).clamp_(min=LEAST)
@@ -167,10 +164,10 @@ class W4A8(ConvRot):
         return {names.WEIGHT: self.pack(codes.reshape(rotated.shape)), names.S_REL: s_rel, names.S_CHANNEL: s_channel}
 
     def choose(self, target: Tensor, s_rel: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The scales that are stored and the nearest codes, for weights in steps of s_channel [n, 16].
+        """Stored scales and nearest codes of weights [n, 16] in units of s_channel.
 
-        Levels are whole numbers, so half of the gap between two of them is exact, and so is the point between them.
-        Beyond it by half a unit in the last place of the half gap, the upper level is nearer in float32.
+        Levels are integers, so their midpoints and half their gaps are exact in float32. The upper level becomes nearer
+        in float32 half a unit in the last place of the half gap above the midpoint.
         """
         level = levels(values.unsqueeze(1), s_rel.float().flatten())  # [16, n]
         half = (level[1:] - level[:-1]) / 2
@@ -202,9 +199,7 @@ class W4A8(ConvRot):
 
 
 class W6A8(W4A8):
-    """Six bits, without a codebook."""
-
-    # Values are whole numbers, so the nearest is found by rounding; the lowest of the 64 codes is not used.
+    """Six bits without a codebook: values are integers, and the lowest of the 64 codes is unused."""
 
     def whole(self, _weight: Weight) -> dict[str, Tensor]:
         return {}
@@ -217,7 +212,7 @@ class W6A8(W4A8):
 
     def choose(self, target: Tensor, s_rel: Tensor, _values: Tensor) -> tuple[Tensor, Tensor]:
         bits, reached = s_rel.view(torch.uint8).reshape(-1, 1), edges(target)
-        # Of the scale and its two neighbours in E4M3, the one with the least squared error in the levels of a reader.
+        # Use the scale or its neighbor in E4M3 with the least squared error in a reader's levels.
         best_bits, best = bits, torch.empty(0)
         for number, tried in enumerate((bits, (bits - 1).clamp(min=1), (bits + 1).clamp(max=0x7E))):
             _, below, above = around(target, reached, tried.view(torch.float8_e4m3fn).float())
@@ -248,15 +243,15 @@ class W6A8(W4A8):
 
 
 def levels(values: Tensor, s_rel: Tensor) -> Tensor:
-    """What codes become in INT8: values times the scale of their group, both float32."""
+    """INT8 levels of float32 values times the scale of their group."""
     return (values * s_rel).round_().clamp_(-INTEGERS.max, INTEGERS.max)
 
 
 def edges(target: Tensor) -> Tensor:
-    """What a code times its scale should reach so that its level reaches a number.
+    """The least product code · s_rel whose level is not below a number.
 
-    A level round(code · s_rel) reaches a number if it reaches the next whole number n, so code · s_rel should reach
-    n - ½, and exceed it where n is odd, since ties go to even. Products are multiples of 2⁻⁹.
+    A level round(code · s_rel) is not below a number if it is at least the next integer n, so the product must be at
+    least n - ½, and more if n is odd, since ties go to even. Products are multiples of 2⁻⁹.
     """
     whole = target.ceil()
     half = whole / 2
@@ -266,16 +261,16 @@ def edges(target: Tensor) -> Tensor:
 
 
 def around(target: Tensor, edge: Tensor, s_rel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The levels of 6 bits on both sides of numbers.
+    """The 6-bit levels on both sides of numbers.
 
     Args:
-        target: [n, 16].
-        edge: of `edges`.
+        target: the numbers [n, 16].
+        edge: their `edges`.
         s_rel: float32 [n, 1].
 
     Returns:
-        The code of the last level below each number, -32 where there is none; the distances to that level and to the
-        next one, the first or the last where there is none.
+        The code of the last level below each number, or -32; the distances to that level and to the next one, or to
+        the first or last level if there is none.
     """
     code = (edge / s_rel).ceil_().clamp_(-SIX_BIT_LEVELS, SIX_BIT_LEVELS + 1)
     above = levels(code.clamp(max=SIX_BIT_LEVELS), s_rel).sub_(target).abs_()
@@ -285,7 +280,7 @@ def around(target: Tensor, edge: Tensor, s_rel: Tensor) -> tuple[Tensor, Tensor,
 
 
 def rows_sampled(weight: Weight) -> Tensor:
-    """Evenly spaced rows of a weight, 4 Mi values at most, or all of it."""
+    """Evenly spaced rows of a weight, at most 4 Mi values."""
     count, columns = weight.shape
     wanted = max(1, SAMPLED // columns)
     return weight.rows(torch.linspace(0, count - 1, wanted).long() if count > wanted else torch.arange(count))
@@ -308,7 +303,6 @@ FOUR = W4A8(
     sides=(1, ROTATED),
     fallback="int8",
     ranged_by=names.S_CHANNEL,
-    range=INTEGERS.max,
     cards="Ampere and later",
     native=AMPERE_GPUS,
     since="August 2026 (PR 15308)",
