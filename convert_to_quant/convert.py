@@ -1,4 +1,4 @@
-"""FP16, BF16 and FP32 checkpoints to another number format: which layers become what, and the file."""
+"""Conversion of FP16, BF16 and FP32 checkpoints to other number formats: the plan per layer, and the output file."""
 
 from __future__ import annotations
 
@@ -40,24 +40,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MSE_SECONDS_PER_WEIGHT = 5e-6
-"""What the exact search takes per weight where scales differ within a weight; measured on one core, 2026-11-22."""
+"""Time of the exact search with more than one scale per weight; measured on one core, 2026-11-22."""
+
+SIXTEEN_BITS = "the 16-bit original gives better quality"
 
 KEPT_BYTES = 31 << 20
-"""A block of this size that was freed tells glibc to keep smaller ones (mallopt(3), M_MMAP_THRESHOLD). Else the kernel
-maps and clears every temporary anew: seven times as many page faults for INT8 ConvRot, 2026-11-26."""
+"""Freeing a block of this size makes glibc reuse smaller ones (mallopt(3), M_MMAP_THRESHOLD). Otherwise the kernel maps
+and clears every temporary: seven times as many page faults for INT8 ConvRot, 2026-11-26."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one layer.
+    """The decision for one layer.
 
     Attributes:
-        layer: the layer as it is in the input.
-        format: what its weight becomes; None where it stays as it is.
-        reason: why it stays, or why it gets another format than the one asked for.
-        input_scale: where the file is to hold one; None where readers shall find it, or take it for 1.0.
-        full_precision: its inputs are not quantized.
-        as_it_is: its weight is codes of the format already, without a scale, and gets 1.0 for one.
+        layer: the layer in the input.
+        format: the new format of its weight; None if it is copied unchanged.
+        reason: why it is copied, or why it gets another format than requested.
+        input_scale: the input scale to write, if any.
+        full_precision: whether its inputs stay unquantized.
+        as_it_is: whether its weight already holds codes of the format and only needs a scale of 1.0.
     """
 
     layer: Layer
@@ -70,18 +72,18 @@ class Decision:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What will become of a checkpoint; nothing has been written yet.
+    """The plan of a conversion.
 
     Attributes:
-        table: its layers.
-        family: the family whose table decided.
-        identity: what the file is.
-        decisions: one for every layer in high precision, then those that were only cast to FP8, in file order.
-        options: how.
-        ways: how the file says it; one or several that agree.
-        notes: what a user should know.
-        merged: adapters that are added to weights before these are rounded.
-        steps: what the file's provenance says beside "convert": how formats were chosen.
+        table: the checkpoint's layers.
+        family: the model family whose rules apply.
+        identity: the kind of file.
+        decisions: for all layers in high precision, then those that were only cast to FP8, in file order.
+        options: of the conversion.
+        ways: the output's conventions for quantization configs.
+        notes: for the user.
+        merged: adapters to add to the weights before rounding.
+        steps: provenance entries besides "convert", such as how formats were chosen.
     """
 
     table: LayerTable
@@ -96,7 +98,7 @@ class ConversionPlan:
 
     @property
     def quantized(self) -> list[tuple[Layer, Format]]:
-        """The layers that are quantized, and what they become."""
+        """The layers to quantize, and their new formats."""
         return [(each.layer, each.format) for each in self.decisions if each.format is not None]
 
     @property
@@ -107,35 +109,35 @@ class ConversionPlan:
 
     @property
     def merged_only(self) -> list[Layer]:
-        """The layers that adapters change and that stay in high precision."""
+        """The layers that stay in high precision and that adapters change."""
         return [layer for layer in self.kept if layer.name in self.merged.matched]
 
     def spelled(self, suffix: str) -> str:
-        """A suffix as the file spells it."""
+        """A tensor suffix in the output's convention."""
         return self.ways[0].spelled(suffix) or suffix
 
     @property
     def formats(self) -> dict[Format, int]:
-        """How many layers become what, the most frequent first."""
+        """Number of layers per format, the most frequent first."""
         return dict(Counter(fmt for _, fmt in self.quantized).most_common())
 
     @property
     def title(self) -> str:
-        """What is converted, for people."""
+        """Name of the model in messages."""
         return self.identity.title if self.identity.encoder else self.family.title
 
     @property
     def no_input_scales(self) -> str:
-        """Why there is nothing to calibrate in what is written; "" where there is."""
+        """Why there is nothing to calibrate in the output; "" if there is."""
         if self.identity.encoder:
             return f"{self.title}, which ComfyUI runs in full precision, so no input scales are written"
         if not self.formats or any(fmt.static for fmt in self.formats):
             return ""
         titles = " and ".join(dict.fromkeys(fmt.title for fmt in self.formats))
-        return f"readers of {titles} layers scale inputs as they come"
+        return f"readers of {titles} layers scale inputs dynamically"
 
     def summary(self) -> str:
-        """One line: how many layers, into what, and which family's table decided."""
+        """One line: number of layers, formats, and model family."""
         weights = sum(math.prod(layer.shape) for layer, _ in self.quantized)
         what, scaled = ", ".join(f"{count} {fmt.name}" for fmt, count in self.formats.items()), ""
         if len(self.formats) == 1:
@@ -145,47 +147,44 @@ class ConversionPlan:
         return f"{layers} ({weights / 1e6:,.1f} M weights, {scaled}{self.title})"
 
     def told(self) -> list[str]:
-        """Its notes, and what adapters matched."""
+        """Its notes, and those on matched adapters."""
         return [*self.notes, *(self.merged.notes() if self.merged.loras else ())]
 
     def readers(self) -> list[str]:
-        """What reads each format beside the default one, and where it is fast."""
+        """Readers of each format except the default, and GPUs on which it is fast."""
         others = [fmt for fmt in self.formats if fmt is not DEFAULT]
         return [f"{fmt.title} is read by {fmt.read_by}, and fast on {fmt.cards}" for fmt in others]
 
 
 def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequence[Lora] = ()) -> ConversionPlan:
-    """Decide for every layer whether it is quantized.
+    """Decide for every layer whether and how it is quantized.
 
     Args:
-        checkpoint: what to convert.
-        options: how.
+        checkpoint: the input.
+        options: of the conversion.
         loras: adapters to merge first.
 
-    Returns:
-        The plan.
-
     Raises:
-        CheckpointError: the checkpoint's layers cannot be read.
-        OptionError: the preset does not exist.
+        CheckpointError: there is nothing to convert, or a layer cannot be read.
+        OptionError: the preset does not exist, or the input uses another convention for quantization configs.
         LoraError: an adapter does not fit, or a file matches nothing.
-        TensorError: an adapter changes a quantized layer that is not rounded anew.
+        TensorError: an adapter changes a quantized layer that is not requantized.
     """
     table = find_layers(checkpoint)
     merged = match_checkpoint(loras, checkpoint, table, beside=True) if loras else LoraMatch({})
     found = identify(checkpoint, table)
     if options.preset is None and found.kind in ("vae", "adapter", "statistics", "packed"):
-        raise CheckpointError(f"nothing to convert in it: {found.title}", path=checkpoint.path,
+        raise CheckpointError(f"nothing to convert: {found.title}", path=checkpoint.path,
                               hint="convert the original" if found.kind == "packed" else None)  # fmt: skip
     if found.encoder:
-        options = replace(options, input_scale=False)  # which nothing reads
+        options = replace(options, input_scale=False)  # no program reads them
     family = families.family(options.preset) if options.preset is not None else found.family or families.GENERIC
     keeps = partial(found.kept_because, family=family)
     bare = names.strip_prefix(checkpoint.tensors)[1]
     notes = [*table.notes, *(found.notes if options.preset is None else [])]
     if banks := found.banks:
         which = f"{len(banks)}, first: {banks[0]}"
-        notes.append(f"banks of experts stay as they are ({which}): readers of FP8 banks use no measured input scale")
+        notes.append(f"expert banks are copied unchanged ({which}): readers of FP8 banks use no measured input scale")
     decide = partial(_decide, bare=bare, keeps=keeps, options=options)
     here = [*table.quantized.values(), *(table.raw.values() if options.requantize else ())]
     again = [_carried(checkpoint, decide(each, changed=each.name in merged.matched)) for each in here]
@@ -199,14 +198,14 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequ
     for each in (*cast, *again):
         if each.layer.name in merged.matched:
             name = each.layer.weight.name
-            problem = f"a LoRA changes this layer, which is {named([each.layer])} already and would not be rounded anew"
-            hint = "merge into the original in 16 bits" + ("" if options.requantize else ", or add --requantize")
+            problem = f"a LoRA changes this layer, which is already {named([each.layer])} and would not be requantized"
+            hint = "merge into the 16-bit original" + ("" if options.requantize else ", or add --requantize")
             raise TensorError(problem, path=checkpoint.path_of(name), tensor=name, hint=hint)
     counts = {named(each.layer for each in again): len(again), "other formats": len(table.foreign)}
     if any(counts.values()):
         kept = ", ".join(f"{count} in {kind}" for kind, count in counts.items() if count)
-        more = "; --requantize rounds them anew" if any(each.format for each in again) else ""
-        notes.append(f"already quantized layers stay as they are: {kept}{more}")
+        more = "; --requantize quantizes them again" if any(each.format for each in again) else ""
+        notes.append(f"layers that are already quantized are copied unchanged: {kept}{more}")
     ways: tuple[Way, ...] = ()
     if any(decision.format for decision in decisions):
         target = "legacy" if options.legacy else "comfy"
@@ -225,43 +224,44 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequ
 
 
 def _say_little(found: Identity, decisions: list[Decision]) -> list[str]:
-    """What a user should know where most of a model's blocks would stay in high precision."""
+    """A note if most of a model's blocks would stay in high precision."""
     weights = found.structure.block_weights(found.shapes)
     share = sum(math.prod(each.layer.shape) for each in decisions if each.format) / max(weights, 1)
     if share >= 0.5 or not weights or any(each.layer.format for each in decisions):
         return []
     reasons = Counter(each.reason for each in decisions if not each.format and each.reason != OUTSIDE)
     most = f" ({reasons.most_common(1)[0][0]})" if reasons else ""
-    return [f"only {share:.0%} of the weights in repeated blocks would be quantized; the rest stays as it is{most}"]
+    return [
+        f"only {share:.0%} of the weights in repeated blocks would be quantized; the rest stays in high precision{most}"
+    ]
 
 
 def _as_it_is(decision: Decision) -> Decision:
-    """What becomes of a layer that was only cast: a scale of 1.0 and a mark, where it is in the format asked for."""
+    """Declare a layer that was only cast, with a scale of 1.0, if it is in the requested format."""
     layer, fmt = decision.layer, decision.format
     if fmt is None:
         return decision
     if fmt is DEFAULT and layer.format is DEFAULT:
-        return replace(decision, reason="a plain cast: marked as it is, with a scale of 1.0", as_it_is=True)
-    return replace(decision, format=None, reason=f"a plain cast to {layer.title} already")
+        return replace(decision, reason="a plain cast: declared with a scale of 1.0", as_it_is=True)
+    return replace(decision, format=None, reason=f"already a plain cast to {layer.title}")
 
 
 def _say_cast(cast: list[Decision]) -> list[str]:
-    """What a user should know of layers that were only cast."""
+    """A note on layers that were only cast."""
     if not cast:
         return []
-    marked = sum(each.as_it_is for each in cast)
-    done = f"{marked} of them are marked as they are, with a scale of 1.0" if marked else "they stay as they are"
+    declared = sum(each.as_it_is for each in cast)
+    done = f"{declared} of them get a config and a scale of 1.0" if declared else "they are copied unchanged"
     what = f"{plural(len(cast), 'layer')} are a plain cast to {named(each.layer for each in cast)} without scales"
-    return [f"{what}: {done}; the original in 16 bits keeps more, and --requantize rounds them anew"]
+    return [f"{what}: {done}; {SIXTEEN_BITS}, and --requantize quantizes them again"]
 
 
 def _say_again(checkpoint: Checkpoint, layers: list[Layer]) -> list[str]:
-    """What a user should know of quantized layers that are rounded anew."""
+    """A note on layers that are requantized; their formats must be unambiguous."""
     for layer in layers:
         if layer.marking == "none":
             determined(checkpoint, layer.name)
-    count = f"{plural(len(layers), 'layer')} in {named(layers)}"
-    return [f"rounded a second time: {count}; the original in 16 bits keeps more"] if layers else []
+    return [f"requantized: {plural(len(layers), 'layer')} in {named(layers)}; {SIXTEEN_BITS}"] if layers else []
 
 
 def _decide(
@@ -272,10 +272,10 @@ def _decide(
     *,
     changed: bool = False,
 ) -> Decision:
-    """Quantize a layer, or the first reason not to; one that is `changed` is rounded anew to its own format, too."""
+    """Quantize a layer, or give the first reason not to; a `changed` layer is also requantized to its own format."""
     part, bare_weight = names.other_part(layer.name), bare.get(layer.weight.name)
     if bare_weight is None or (part is not None and bare_weight == layer.weight.name):
-        return Decision(layer, None, f"belongs to a {part}" if part else "outside the diffusion model")
+        return Decision(layer, None, f"part of a {part}" if part else "outside the diffusion model")
     excluded = next((pattern for pattern in options.exclude if re.search(pattern, layer.name)), None)
     if excluded is not None:
         return Decision(layer, None, f"excluded by {excluded!r}")
@@ -293,29 +293,29 @@ def _decide(
             return Decision(layer, None, reason)
         fmt = FORMATS[fmt.fallback]
     if layer.format is not None and layer.marking != "raw" and not changed and _is_in(layer, fmt):
-        return Decision(layer, None, f"is {fmt.title} already")
+        return Decision(layer, None, f"already {fmt.title}")
     return Decision(layer, fmt, reason if fmt is not wanted else "")
 
 
 def _is_in(layer: Layer, fmt: Format) -> bool:
-    """Whether a layer is in a format, however it is marked."""
+    """Whether a layer is in a format, in any convention."""
     if isinstance(fmt, Packed) or layer.format is None:
         return layer.format is fmt
     return layer.format.mark == fmt.mark and layer.granularity == fmt.granularity
 
 
 def _carried(checkpoint: Checkpoint, decision: Decision) -> Decision:
-    """A decision about a quantized layer with what it keeps: full precision, and an input scale for the same range."""
+    """Carry over the full precision of a quantized layer, and its input scale, rescaled to cover the same range."""
     layer, fmt = decision.layer, decision.format
     scale = None
     if fmt is not None and layer.format is not None and layer.static and layer.input_problem is None:
         found = input_scale(checkpoint, layer)
-        scale = None if found == 1.0 else found * layer.format.range / fmt.range  # 1.0 was measured by nobody
+        scale = None if found == 1.0 else found * layer.format.range / fmt.range  # 1.0 is a default, not measured
     return replace(decision, input_scale=scale, full_precision=layer.full_precision)
 
 
 def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
-    """The output's tensors, each with the input tensor whose shard it follows."""
+    """Lay out the output's tensors, each beside the input tensor whose shard it joins."""
     options = plan.options
     made: dict[str, dict[str, tuple[Spec, layout.Source]]] = {
         layer.weight.name: {layer.weight.name: (Spec.like(layer.weight), None)} for layer in plan.merged_only
@@ -341,7 +341,7 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
         scale, spare_bytes = decision.input_scale, 0
         if options.input_scale and fmt.static and (scale is not None or not fmt.dynamic):
             name = layer.name + plan.ways[0].input_scale
-            stray = layer.format is None and name in checkpoint  # which is refused
+            stray = layer.format is None and name in checkpoint  # `lay_out` refuses it
             if scale is None and plan.ways[0].kind == "tensor" and not stray:
                 spare_bytes = SPARE_BYTES
                 without_scale.append(layer.name)
@@ -353,7 +353,7 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
         if layer.format is not None:
             dropped.update(layout.beside(checkpoint, layer.name))
     metadata: Mapping[str, str] = checkpoint.metadata
-    if options.requantize:  # what stays is marked like the rest
+    if options.requantize:  # other quantized layers get configs in the same convention
         kept, told, unmarked = layout.remark(checkpoint, plan.table, plan.ways, configs)
         made, configs, dropped = made | kept, configs | told, dropped | unmarked
         metadata = plan.table.marks.other_metadata
@@ -368,29 +368,29 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
 
 
 def written_bytes(checkpoint: Checkpoint, plan: ConversionPlan) -> int:
-    """The size of the file that `convert` would write, in bytes."""
+    """Size in bytes of the file that `convert` would write."""
     output = _lay_out(checkpoint, plan)
     return len(serialize_header(lay_out(output.specs), output.metadata)) + sum(s.nbytes for s in output.specs.values())
 
 
 PROVENANCE_ROOM_BYTES = 1024
-"""Spaces that leave room for a later calibration to say, in place, how it was done; layer names come on top."""
+"""Padding for the provenance of a later in-place calibration, besides layer names."""
 
 
 def provenance_room(layers: Iterable[str]) -> str:
-    """Spaces for what a calibration says of layers."""
+    """Padding for the provenance of a calibration of some layers."""
     return " " * (PROVENANCE_ROOM_BYTES + sum(len(name) + len('"", ') for name in layers))
 
 
 def provenance(metadata: Mapping[str, str], **steps: Any) -> str:
-    """The header entry that says which tool, with which options, made a file.
+    """The provenance entry of a header: the options with which a file was made.
 
     Args:
-        metadata: of the input, whose own steps are kept unless they are taken anew.
+        metadata: of the input, whose other steps are kept.
         **steps: options by step ("convert", "calibrate").
     """
     before: Any = {}
-    with contextlib.suppress(JSONError):  # whoever wrote it, it is a remark, not data
+    with contextlib.suppress(JSONError):  # only informative, so errors do not matter
         before = parse_json(metadata.get(names.PROVENANCE_KEY, "{}"))
     return json.dumps({**(before if isinstance(before, dict) else {}), **steps, "version": __version__}, sort_keys=True)
 
@@ -409,24 +409,24 @@ def convert(
 
     Args:
         checkpoint: the input.
-        plan: what becomes of it.
+        plan: of the conversion.
         output: a `.safetensors` path, or `.safetensors.index.json` to keep the input's shards.
         device: where torch computes; see `quantize_weight`.
-        rounding: finds what is stored of a layer, by suffix; each weight goes to nearest where it finds nothing. It is
-            asked in one thread, in the order of the plan.
-        progress: told how many input bytes were done.
-        before_commit: called with the complete but still unnamed output, which it may read and change in place
-            (calibration); if it raises, there is no output.
+        rounding: returns a layer's stored tensors by suffix, or None to round to nearest; called in one thread, in plan
+            order.
+        progress: called with the number of input bytes processed.
+        before_commit: called with the complete but uncommitted output, which it may read and overwrite (calibration);
+            if it raises, there is no output.
 
     Raises:
-        TensorError: a weight has NaN or infinite values; the file is not written.
-        OutputError: the output cannot be written, or is the input.
+        TensorError: a weight has NaN or infinite values.
+        OutputError: the output cannot be written or is the input, or there is nothing to convert.
     """
     refuse_same_file(output, [checkpoint.path, *(file.path for file in checkpoint.files)])
     if not plan.quantized:
         problem = f"nothing to convert: no layer would become {plan.options.record.title}"
-        more = "; --actcal calibrates the FP8 layers that are there" if plan.table.static else ""
-        raise OutputError(problem, path=checkpoint.path, hint=f"--dry-run says why, per layer{more}")
+        more = "; --actcal calibrates the existing FP8 layers" if plan.table.static else ""
+        raise OutputError(problem, path=checkpoint.path, hint=f"--dry-run shows the reason for each layer{more}")
 
     def job(layer: Layer, fmt: Format) -> layout.Job:
         def work(write: Sink) -> None:
@@ -440,7 +440,7 @@ def convert(
                 return
             source, high = checkpoint, layer
             if layer.format is not None or layer.name in plan.merged.matched:
-                source = _Widened(checkpoint, layer, plan.merged)  # here: it holds the rows it made last
+                source = _Widened(checkpoint, layer, plan.merged)  # one per job: it caches rows
                 weight = replace(layer.weight, dtype="F32", shape=layer.shape)
                 high = Layer(layer.name, weight, None, "plain", layer.shape)
             quantize_weight(source, high, fmt, plan.options, sink, device=place)
@@ -460,7 +460,7 @@ def convert(
 
 @contextlib.contextmanager
 def _threads(device: torch.device | None, count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads in which torch starts no further ones where there are several, each with a stream of its own on a GPU."""
+    """Worker threads: torch starts no further ones if there are several, and each has its own stream on a GPU."""
     before = torch.get_num_threads()
 
     def begin() -> None:
@@ -476,32 +476,25 @@ def _threads(device: torch.device | None, count: int) -> Iterator[ThreadPoolExec
 
 
 def _merge_kept(checkpoint: Checkpoint, layer: Layer, merged: LoraMatch, write: Sink) -> None:
-    """Merge adapters into a weight that stays in high precision, rounded once to its dtype."""
-    source = _Widened(checkpoint, layer, merged)
-    row_bytes = layer.weight.nbytes // layer.out_features
+    """Merge adapters into a weight that stays in high precision."""
+    name, view = layer.weight.name, MergedCheckpoint(checkpoint, [layer], merged)
     for band in spans(layer.out_features, rows_at_a_time(layer, Packed.ROWS)):
-        write(layer.weight.name, _rounded(checkpoint, layer.weight.name, source.bits("", band)), band.start * row_bytes)
+        write(name, view.bits(name, band), band.start * layer.weight.nbytes // layer.out_features)
 
 
 def _rounded(checkpoint: Checkpoint, tensor: str, values: NDArray[np.float32]) -> NDArray[Any]:
-    """Merged values, rounded to the dtype of the tensor that they are to replace."""
+    """Round merged values to the dtype of the tensor that they replace."""
     dtype = checkpoint.tensors[tensor].dtype
     with np.errstate(over="ignore"):
         rounded = narrow_bfloat16(values) if dtype == "BF16" else values.astype(BIT_DTYPES[dtype])
     if not np.isfinite(to_float32(rounded, dtype)).all():
-        problem, hint = f"what is merged has NaN or infinite values in {dtype}", "is the LoRA's strength too large?"
+        problem, hint = f"the merged weight has NaN or infinite values in {dtype}", "is the LoRA's strength too large?"
         raise TensorError(problem, path=checkpoint.path_of(tensor), tensor=tensor, hint=hint)
     return rounded
 
 
 class MergedCheckpoint(Checkpoint):
-    """A checkpoint in high precision that reads as if adapters were merged into it, rounded to its dtypes.
-
-    Args:
-        checkpoint: the open checkpoint.
-        layers: those whose weights may be asked for.
-        merged: what changes them.
-    """
+    """A view of a high-precision checkpoint with adapters merged into some layers, rounded to its dtypes."""
 
     def __init__(self, checkpoint: Checkpoint, layers: Iterable[Layer], merged: LoraMatch) -> None:
         vars(self).update(vars(checkpoint))
@@ -509,7 +502,7 @@ class MergedCheckpoint(Checkpoint):
         self.changed = {layer.weight.name: layer for layer in layers if layer.name in merged.matched}
 
     def bits(self, name: str, rows: slice = ALL_ROWS) -> NDArray[Any]:
-        """As of the checkpoint, merged."""
+        """See `Checkpoint`."""
         if name in self.merged.beside:
             return _rounded(self.checkpoint, name, self.merged.changed_tensor(self.checkpoint, name))[rows]
         if name not in self.changed:
@@ -519,7 +512,7 @@ class MergedCheckpoint(Checkpoint):
 
 
 def surviving(checkpoint: Checkpoint, written: Checkpoint, plan: ConversionPlan) -> Survival:
-    """How much of what adapters add to the input's weights is left in the quantized layers of the output, over all."""
+    """How much of the adapters' change of the input's weights survives in the quantized layers of the output."""
     table = find_layers(written)
 
     def of(layer: Layer) -> Survival:
@@ -536,9 +529,9 @@ def surviving(checkpoint: Checkpoint, written: Checkpoint, plan: ConversionPlan)
 
 
 class _Widened(Checkpoint):
-    """A checkpoint in which a layer's weight reads as float32, dequantized and with adapters merged, by rows.
+    """A view of a layer's weight as float32, dequantized and with adapters merged.
 
-    Whole tiles are made, and the last ones are kept: most bands begin or end with them, and sampled rows lie in them.
+    It computes whole tiles and caches the last ones, in which most bands begin or end, and sampled rows lie.
     """
 
     rows_together = Packed.ROWS
@@ -549,7 +542,7 @@ class _Widened(Checkpoint):
         self.made, self.made_OI = slice(0, 0), np.empty((0, layer.in_features), np.float32)
 
     def bits(self, _name: str, rows: slice = ALL_ROWS) -> NDArray[np.float32]:
-        """The weight, float32 [rows, in]."""
+        """Rows of the weight, float32 [rows, in]."""
         start, stop, _ = rows.indices(self.layer.out_features)
         if not self.made.start <= start <= stop <= self.made.stop:
             self.made = whole_tiles(self.layer, start, stop)

@@ -1,4 +1,4 @@
-"""What other programs pack weights in: it has no mark, shows by tensors beside the weight, and ComfyUI reads none."""
+"""Packed weights of other programs, recognized by the tensors beside the weight; ComfyUI reads none of them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from . import names
 
 @dataclass(frozen=True)
 class Program:
-    """How another program packs weights.
+    """A packing of another program.
 
     Attributes:
-        title: the program, for people.
+        title: name of the program.
         weight: suffix of the packed weight.
-        beside: suffixes of which one stands beside it; none where the packed weight's own name says it.
+        beside: suffixes of tensors, of which one must exist; none if the weight's suffix is enough.
     """
 
     title: str
@@ -36,7 +36,7 @@ PROGRAMS = (
 
 
 def packed_by(tensor: str, tensors: Container[str]) -> tuple[str, str] | None:
-    """The layer and the program, where a tensor is a weight that another program packed.
+    """The layer and the program, if a tensor is a weight packed by another program.
 
     >>> packed_by("a.qweight", {"a.qweight", "a.wscales"})
     ('a', 'Nunchaku (SVDQuant)')

@@ -1,17 +1,15 @@
-"""Scales into the file: as a streaming rewrite, or in place with an undo file.
+"""Writing input scales into a checkpoint: as a streaming rewrite, or in place with an undo file.
 
-A change sets a layer's input_scale, or whether it computes in full precision, or both. What that means for the file
-depends on how the layer is marked: the scale's spelling, the comfy_quant tensor, the header entry, which must agree
-afterwards. All of it is planned and checked before the first byte is written.
+A change sets a layer's input_scale, its full precision, or both, in the layer's own convention: the scale's name, the
+comfy_quant tensor and the header entry must agree afterwards. Everything is planned and validated before the first
+byte is written.
 
-Rewrite: the old data is copied inside the kernel in a few large pieces, the new small tensors stand between them where
-their alignment puts them. Everything that was not changed is byte-identical.
+Rewrite: unchanged data is copied inside the kernel in a few large pieces and stays byte-identical.
 
-In place: possible where every new value fits exactly where the old one stands: a float32 scalar for a scale, JSON with
-room behind it for a mark, of which a scale that is not there yet takes the end. Under the files' locks it is made sure
-first that they are still the files, with the bytes, that the change was planned from. Then the old bytes, and the new
-ones, go into `FILE.undo`, on the disk before the first write and removed after the last; see `checkpoint.undo` for how
-a crash is recovered from.
+In place: possible if every new value fits where the old one is: a float32 scalar for a scale, padded JSON for a
+quantization config, whose end a missing scale can take. With the files locked, they are compared with what the change
+was planned from. Then the old and the new bytes go into `FILE.undo`, which is on disk before the first write and
+removed after the last; `checkpoint.undo` describes the recovery from a crash.
 """
 
 from __future__ import annotations
@@ -49,7 +47,7 @@ from .telling import plural
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What to change about one layer; None keeps what is there.
+    """A change of one layer; None keeps the current value.
 
     Attributes:
         input_scale: the new scale, finite and positive.
@@ -62,14 +60,14 @@ class LayerChange:
 
 @dataclass(frozen=True)
 class Patch:
-    """Changes, turned into tensors and metadata; nothing has been written yet.
+    """A planned change.
 
     Attributes:
-        checkpoint: what is changed.
-        tensors: new or changed tensors: name -> (spec, bytes, a tensor of the checkpoint that a new one goes beside).
+        checkpoint: the input.
+        tensors: new or changed tensors: name -> (spec, bytes, an existing tensor beside which a new one goes).
         metadata: the header's metadata afterwards.
-        notes: what a user should know.
-        seen: the scales and marks that it was planned from: name -> bytes.
+        notes: for the user.
+        seen: the scales and quantization configs that it was planned from: name -> bytes.
     """
 
     checkpoint: Checkpoint
@@ -79,7 +77,7 @@ class Patch:
     seen: dict[str, bytes] = field(default_factory=dict)
 
     def put(self, name: str, spec: Spec, data: bytes, near: str) -> None:
-        """Set a tensor; a new one goes beside another of the checkpoint."""
+        """Set a tensor; a new one goes beside the existing tensor `near`."""
         assert spec.nbytes == len(data)
         self.tensors[name] = (spec, data, near)
 
@@ -92,20 +90,17 @@ def plan_patch(
     metadata: Mapping[str, str] | None = None,
     enable_fp8_matmul: bool = False,
 ) -> Patch:
-    """Turn changes into tensors, and check them.
+    """Validate changes and turn them into tensors.
 
     Args:
-        checkpoint: what is changed.
+        checkpoint: the input.
         table: its layers.
         changes: by layer name.
         metadata: header entries to set.
-        enable_fp8_matmul: replace a legacy marker of two elements, which turns FP8 products and input scales off.
-
-    Returns:
-        The patch.
+        enable_fp8_matmul: replace a legacy marker of two elements, which disables FP8 matmuls and input scales.
 
     Raises:
-        TensorError: a change names a layer that is not quantized, or a scale that is not finite and positive.
+        TensorError: a layer is not quantized or has dynamic inputs, or a scale is not finite and positive.
     """
     patch = Patch(checkpoint, metadata={**checkpoint.metadata, **(metadata or {})})
     scales = (layer.input_scale for layer in table.quantized.values() if layer.input_scale is not None)
@@ -113,7 +108,7 @@ def plan_patch(
     for name, change in changes.items():
         layer = table.quantized.get(name)
         if layer is None:
-            raise TensorError("no quantized layer of this name in the file", path=checkpoint.path, tensor=name)
+            raise TensorError("the file has no quantized layer of this name", path=checkpoint.path, tensor=name)
         if change.input_scale is not None:
             if not layer.static:
                 problem = "readers scale its inputs dynamically, so it has no input scale"
@@ -128,7 +123,7 @@ def _set_scale(patch: Patch, layer: Layer, name: str, scale: float) -> None:
     with np.errstate(over="ignore"):
         value = np.float32(scale)
     if not (np.isfinite(value) and value > 0):
-        problem = f"an input scale should be finite and positive in float32, found {scale}"
+        problem = f"an input scale must be finite and positive in float32, found {scale}"
         raise TensorError(problem, path=patch.checkpoint.path, tensor=layer.name)
     info = patch.checkpoint.tensors.get(name)
     shape = info.shape if info is not None and info.dtype == "F32" and info.elements == 1 else ()
@@ -136,13 +131,13 @@ def _set_scale(patch: Patch, layer: Layer, name: str, scale: float) -> None:
 
 
 def _set_full_precision(patch: Patch, table: LayerTable, changes: Mapping[str, LayerChange], enable: bool) -> None:
-    """Change marks where a layer's full precision changes, in the header and the tensors alike."""
+    """Change the full precision of layers in both the header and the comfy_quant tensors."""
     configs: dict[str, Config] = {}
     unmarked = []
     for name, change in changes.items():
         layer = table.quantized[name]
         if not table.marks.kinds(name):
-            disabled = layer.full_precision and not enable  # a legacy marker of two elements does it for all
+            disabled = layer.full_precision and not enable  # by a legacy marker of two elements
             if change.full_precision and not disabled:
                 unmarked.append(name)
         elif change.full_precision is not None and change.full_precision != layer.full_precision:
@@ -152,17 +147,17 @@ def _set_full_precision(patch: Patch, table: LayerTable, changes: Mapping[str, L
     patch.metadata.update(table.marks.header.changed(configs))
     if unmarked:
         patch.notes.append(
-            f"{plural(len(unmarked), 'layer')} should compute in full precision, but a file without comfy_quant marks "
-            f"cannot say so per layer (first: {unmarked[0]}); convert the original without --legacy to get such marks"
+            f"{plural(len(unmarked), 'layer')} should compute in full precision, but the file has no quantization "
+            f"configs to declare it (first: {unmarked[0]}); convert the original without --legacy to get them"
         )
 
 
 def _heed_marker(patch: Patch, table: LayerTable, enable: bool) -> None:
-    """Say what a legacy marker of two elements does to its layers, or replace it."""
+    """Note the effect of a legacy marker of two elements, or replace it."""
     marker = table.marks.legacy.marker
     if marker is None:
         if enable:
-            patch.notes.append("--enable-fp8-matmul: the file has no legacy marker, so there was nothing to enable")
+            patch.notes.append("--enable-fp8-matmul: the file has no legacy marker, so there is nothing to enable")
     elif disables_fp8(marker) and any(layer.marking == "legacy" for layer in table.quantized.values()):
         note = (
             f"the marker {marker.name} has 2 elements: ComfyUI computes every layer in full precision and ignores the "
@@ -170,12 +165,12 @@ def _heed_marker(patch: Patch, table: LayerTable, enable: bool) -> None:
         )
         if enable:
             patch.put(marker.name, Spec(marker.dtype, (0,)), b"", marker.name)
-            note = f"the marker {marker.name} now lets ComfyUI use FP8 matrix products and the input scales"
+            note = f"the marker {marker.name} now lets ComfyUI use FP8 matmuls and the input scales"
         patch.notes.append(note)
 
 
 def rewrite(patch: Patch, output: Path) -> None:
-    """Write the patched checkpoint as a new file, or as new shards where `output` is an index.
+    """Write the patched checkpoint as a new file, or as shards if `output` is an index.
 
     Raises:
         OutputError: it cannot be written, or is the input.
@@ -191,10 +186,10 @@ def rewrite(patch: Patch, output: Path) -> None:
 
 
 def in_place_edits(patch: Patch) -> list[Edit]:
-    """The patch as changes of bytes that keep every size.
+    """The patch as replacements of bytes in place.
 
     Raises:
-        OutputError: something would need more room than it has; names the first such tensor.
+        OutputError: a tensor or the header has too little room.
     """
     checkpoint = patch.checkpoint
     edits = []
@@ -206,7 +201,7 @@ def in_place_edits(patch: Patch) -> list[Edit]:
             edits.append(Edit(checkpoint.files.index(file), file.header.data_start + info.start, data, old))
     for number, file in enumerate(checkpoint.files):
         before = file.header.metadata
-        # An entry is written where it is already, else into the first file.
+        # An existing entry is changed in its own files, a new one goes into the first file.
         own = (key for key in patch.metadata if key in before or (number == 0 and key not in checkpoint.metadata))
         metadata = before | {key: patch.metadata[key] for key in own}
         if metadata == before and not added:
@@ -217,7 +212,7 @@ def in_place_edits(patch: Patch) -> list[Edit]:
             take_room(metadata, min(len(text) - room, len(text) - len(_header_text(file, metadata))))
             text = _header_text(file, metadata, added)
         if len(text) > room and names.PROVENANCE_KEY in metadata:
-            # How the file was made is worth saying where there is room, but no reason to refuse.
+            # Provenance is only informative: without room for the new one, keep the old one.
             del metadata[names.PROVENANCE_KEY]
             kept = {key: text for key, text in before.items() if key == names.PROVENANCE_KEY}
             text = _header_text(file, metadata | kept, added)
@@ -235,11 +230,11 @@ def _impossible(why: str, path: Path, tensor: str | None = None) -> OutputError:
 
 
 def _placed(patch: Patch) -> tuple[dict[str, bytes], dict[str, TensorInfo]]:
-    """Where a patch goes in the file itself.
+    """Place a patch in the file itself.
 
     Returns:
-        The new bytes of tensors that the file has; and the input scales that it gets, with the marks whose ends they
-        take, as its header will say of them.
+        New bytes by existing tensor; and the new header entries of added input scales and of the comfy_quant tensors
+        whose ends they take.
     """
     checkpoint = patch.checkpoint
     contents: dict[str, bytes] = {}
@@ -257,7 +252,7 @@ def _placed(patch: Patch) -> tuple[dict[str, bytes], dict[str, TensorInfo]]:
         end = 0 if mark is None else mark.stop - spec.nbytes
         aligned = (checkpoint.file_of(near).header.data_start + end) % spec.nbytes == 0
         if mark is None or checkpoint.sharded or not aligned or not has_scale_room(old):
-            checkpoint.refuse_changed()  # another process may have put one there
+            checkpoint.refuse_changed()  # another process may have added one
             raise _impossible("the file has no such tensor yet", checkpoint.path, name)
         contents[mark.name] = old[: -spec.nbytes] + data
         added[mark.name] = replace(mark, shape=(end - mark.start,), stop=end)
@@ -266,17 +261,17 @@ def _placed(patch: Patch) -> tuple[dict[str, bytes], dict[str, TensorInfo]]:
 
 
 def _header_text(file: CheckpointFile, metadata: Mapping[str, str], added: Mapping[str, TensorInfo] = {}) -> bytes:
-    """JSON of a file's header with other metadata and tensors, without padding."""
+    """The JSON of a file's header with new metadata and tensors, without padding."""
     infos = sorted({**file.header.tensors, **added}.values(), key=lambda info: (info.start, info.stop))
     return serialize_header(infos, metadata)[LENGTH_BYTES:].rstrip(b" ")
 
 
 def apply_in_place(patch: Patch) -> int:
-    """Change the checkpoint's own files, and say in how many places.
+    """Change the checkpoint's own files; returns the number of edits.
 
     Raises:
-        OutputError: not possible in place, or the files cannot be written. They are as they were, or where even that
-            could not be written, the message says so and the undo file stays.
+        OutputError: an in-place change is impossible, or the files cannot be written. The files are unchanged, unless
+            the message says that restoring them failed; then the undo file stays.
     """
     checkpoint = patch.checkpoint
     edits = in_place_edits(patch)
@@ -305,10 +300,10 @@ def apply_in_place(patch: Patch) -> int:
 
 
 def _refuse_changed(patch: Patch, fds: list[int]) -> None:
-    """Refuse files that are not what the patch was planned from.
+    """Refuse files that changed since the patch was planned.
 
-    The system's word on when a file was changed is as coarse as its clock, so headers, scales and marks are compared
-    as well: another change in place touches nothing else.
+    Modification times are as coarse as the system's clock, so headers, scales and quantization configs are compared
+    too: other in-place changes touch nothing else.
     """
     for file, fd in zip(patch.checkpoint.files, fds, strict=True):
         start = file.header.data_start
@@ -324,37 +319,37 @@ def _refuse_changed(patch: Patch, fds: list[int]) -> None:
 
 
 def _put_back(fds: list[int], edits: list[Edit], undo: Path, cause: OSError) -> None:
-    """Undo a change that failed half-way."""
+    """Restore the old bytes after a failed change."""
     try:
         _write_all(fds, [edit.undone for edit in edits])
     except OSError:
-        problem = f"the change failed ({cause.strerror}), and so did restoring the old bytes, which this file keeps"
+        problem = f"the change failed ({cause.strerror}), and so did restoring the old bytes, which are in this file"
         raise OutputError(problem, path=undo, hint="the next in-place command restores them first") from None
     _remove(undo)
 
 
 def _remove(undo: Path) -> None:
-    """Remove an undo file that is no longer needed."""
+    """Remove an undo file after the change."""
     try:
         undo.unlink()
     except OSError as error:
-        problem = f"cannot be removed: {error.strerror}, so the change that it is about counts as interrupted"
+        problem = f"cannot be removed: {error.strerror}; its change counts as interrupted"
         raise OutputError(problem, path=undo, hint="the next in-place command restores the old bytes") from None
     sync_folder(undo.parent)
 
 
 def recover(path: Path) -> bool:
-    """Put back what an interrupted in-place change left half done.
+    """Restore the old bytes after an interrupted in-place change.
 
     Args:
-        path: the checkpoint that was changed: a file, or an index; it may have another name by now.
+        path: the checkpoint: a file or an index, possibly renamed since.
 
     Returns:
-        Whether there was anything to put back.
+        Whether there was anything to restore.
 
     Raises:
-        OutputError: the undo file is damaged, belongs to other files or another user, or is about weights; the files
-            are in use; another file's undo file has the name that this one's would have.
+        OutputError: the undo file is damaged, belongs to other files or another user, or changes weights; the files
+            are in use; or the name of the undo file is taken by that of another file.
     """
     paths = checkpoint_files(path)
     if find_undo(path, paths) is None:
@@ -363,7 +358,7 @@ def recover(path: Path) -> bool:
     with _locked(paths) as fds:
         where = find_undo(path, paths)
         if where is None:
-            return False  # whoever held the lock until now has dealt with it
+            return False  # the lock's last holder has finished
         edits = read_undo(where).check(paths, fds)
         try:
             _write_all(fds, edits)
@@ -374,7 +369,7 @@ def recover(path: Path) -> bool:
 
 
 def _write_all(fds: list[int], edits: Iterable[Edit]) -> None:
-    """Write edits, and put them on the disk."""
+    """Write edits and flush them to disk."""
     for edit in edits:
         write_at(fds[edit.file], edit.data, edit.offset)
     for fd in fds:
@@ -383,7 +378,7 @@ def _write_all(fds: list[int], edits: Iterable[Edit]) -> None:
 
 @contextlib.contextmanager
 def _locked(paths: Sequence[Path]) -> Iterator[list[int]]:
-    """Open files for reading and writing, with nobody else changing them meanwhile."""
+    """Open files for reading and writing, and lock them."""
     fds: list[int] = []
     at = paths[0]
     with contextlib.ExitStack() as stack:
@@ -396,6 +391,8 @@ def _locked(paths: Sequence[Path]) -> Iterator[list[int]]:
         except FileNotFoundError:
             raise CheckpointError("no such file", path=at) from None
         except BlockingIOError:
-            raise OutputError("another process is changing this file", path=at, hint="wait for it") from None
+            raise OutputError(
+                "another process is changing this file", path=at, hint="wait until it has finished"
+            ) from None
         except OSError as error:
             raise OutputError(f"cannot be changed in place: {error.strerror}", path=at) from None

@@ -1,20 +1,19 @@
-"""One weight to another number format: its scales and codes, read and written in bands of rows.
+"""Quantization of one weight: its scales and codes, computed and written in bands of rows.
 
-A weight W becomes codes C = round(clamp(W / s, ±max)) on the format's grid and a scale s, so that W ≈ C · s. One s
-serves the whole weight (tensor), a row of it (row), or a block of it (block), as the format has it.
+A weight W becomes codes C = round(clamp(W / s, ±max)) on the format's grid and a scale s, with W ≈ C · s. The format
+has one s per weight (tensor), row, or block.
 
     absmax   s = max|W| / max: nothing is clipped, the largest weight becomes the largest code.
-    mse      the s of least Σ (W - C·s)² between a half and twice that. FP8 is a float, so where s falls on its grid
-             matters little and clipping matters much; the search says exactly how much.
+    mse      the s with the least Σ (W - C·s)² between half and twice that.
 
 The mse search is exact. For fixed codes the error is a parabola in s, and a code changes only where |W|/s crosses a
-midpoint m between two code values, at s = |W|/m. So the axis of s falls into intervals, in each of which
-error(s) = Σ w² - 2 s Σ w·c + s² Σ c² for known sums; sorted breakpoints and running sums give them all, and with them
-the global minimum. A 16-bit weight has at most 32,768 magnitudes, so a histogram stands for it; a float32 weight is
-binned to bfloat16 for the search (not for the codes).
+midpoint m between two code values, at s = |W|/m. These breakpoints divide the axis of s into intervals in which
+error(s) = Σ w² - 2 s Σ w·c + s² Σ c²; sorting them and accumulating the sums gives the global minimum. A 16-bit weight
+has at most 32,768 magnitudes, so a histogram represents it; a float32 weight is binned to bfloat16 for the search (not
+for the codes).
 
-16-bit weights under one scale are a table look-up (65,536 entries, made with `Grid.encode`, so bit for bit the same).
-Work is streamed in chunks straight to the output, layers side by side in threads: memory does not grow with the file.
+16-bit weights with one scale use a table of 65,536 codes, made with `Grid.encode`. Chunks are streamed to the output,
+several layers at a time in threads, so memory use does not grow with the file.
 """
 
 from __future__ import annotations
@@ -42,25 +41,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BAND_VALUES = 1 << 18
-"""Values per step where scales differ within a weight: about 1 MB of float32, which a core's cache holds."""
+"""Values per step with more than one scale per weight: about 1 MB of float32, which fits in a core's cache."""
 
 DEVICE_BAND_VALUES = 1 << 23
-"""The same on a GPU: enough to occupy it."""
+"""The same on a GPU, enough to occupy it."""
 
 STAGED_BYTES = 1 << 24
-"""What a thread copies to a GPU at a time."""
+"""Bytes that a thread copies to a GPU at a time."""
 
 Pieces = Iterator[tuple[str, NDArray[Any]]]
-"""What is stored of a weight, by suffix, in pieces that follow one another."""
+"""The stored tensors of a weight, by suffix, in consecutive pieces."""
 
 
 def rows_at_a_time(layer: Layer, multiple: int = 1) -> int:
-    """How many rows of a weight to hold in memory, in multiples of some."""
+    """How many rows of a weight to hold in memory, rounded up to a multiple."""
     return round_up(max(1, BAND_VALUES // max(1, layer.in_features)), multiple)
 
 
 def refuse_not_finite(checkpoint: Checkpoint, layer: Layer, _write: Sink) -> None:
-    """Refuse a weight that is copied and would spoil every image."""
+    """Refuse a copied weight with NaN or infinite values, which would ruin every image."""
     rows = _Rows(checkpoint, layer, DEFAULT)
     rows.absmax(spans(layer.out_features, rows.step), layer.shape)
 
@@ -77,13 +76,13 @@ def quantize_weight(
     """Quantize one weight, streaming it out.
 
     Args:
-        checkpoint: where it is.
+        checkpoint: the input.
         layer: a layer in high precision.
-        fmt: the format.
+        fmt: the new format.
         options: block size, and how scales are chosen.
-        sink: called with codes and scales, chunk by chunk, those of each tensor in order.
-        device: where torch computes; None for the CPU, without torch where a format needs none. The bytes are the
-            same, but for formats that rotate: sums have another order on a GPU.
+        sink: called with codes and scales, chunk by chunk, in order per tensor.
+        device: where torch computes; None for the CPU, using numpy if the format allows. The results are identical,
+            except that sums of formats that rotate have another order on a GPU.
 
     Raises:
         TensorError: the weight has NaN or infinite values.
@@ -105,7 +104,7 @@ def quantize_weight(
 
 
 def _by_table(rows: _Rows, options: ConvertOptions) -> Pieces:
-    """One scale for 16-bit weights: two passes over the file's bits, no arithmetic per weight."""
+    """16-bit weights with one scale: two passes over the bits, no arithmetic per weight."""
     layer, codes = rows.layer, rows.fmt.codes
     bands = list(spans(layer.out_features, max(1, CHUNK // layer.in_features)))
     scale = _scales(rows, bands, layer.shape, options)
@@ -117,16 +116,13 @@ def _by_table(rows: _Rows, options: ConvertOptions) -> Pieces:
 
 
 def _meanings(dtype: str) -> NDArray[np.float32]:
-    """What the 65,536 patterns of a 16-bit dtype mean."""
+    """The values of the 65,536 patterns of a 16-bit dtype."""
     patterns = np.arange(1 << 16, dtype=np.uint16)
     return to_float32(patterns.view(np.float16) if dtype == "F16" else patterns, dtype)
 
 
 def _by_bands(rows: _Rows, options: ConvertOptions) -> Pieces:
-    """Scales per row or block, or weights of more than 16 bits, or a GPU: a band of rows at a time.
-
-    All bands that share a scale are read before the first is quantized; those of rows are still in the cache then.
-    """
+    """All other cases: a band of rows at a time, after all bands that share its scale were read."""
     block = rows.fmt.block(rows.layer.shape, options.block_size)
     scale = np.empty(scale_grid(rows.layer.shape, block), np.float32)
     for bands in _bands(rows.layer, block[0], rows.step):
@@ -139,22 +135,13 @@ def _by_bands(rows: _Rows, options: ConvertOptions) -> Pieces:
 def _scales(
     rows: _Rows, bands: Sequence[slice], block: tuple[int, int], options: ConvertOptions
 ) -> NDArray[np.float32]:
-    """The scale of every block in some bands, [n_out, n_in]."""
+    """The scales of the blocks in some bands, [n_out, n_in]."""
     scale = rows.fmt.weight_scales(rows.absmax(bands, block))
     return _least_squares_grid(rows, bands, block, scale) if options.weight_scale == "mse" else scale
 
 
 class _Rows:
-    """Rows of a weight, on the CPU: numpy does what needs no torch.
-
-    Args:
-        checkpoint: where it is.
-        layer: a layer in high precision.
-        fmt: what it is to become.
-
-    Attributes:
-        step: how many rows to deal with at a time.
-    """
+    """Rows of a weight in high precision, processed with numpy on the CPU, `step` rows at a time."""
 
     def __init__(self, checkpoint: Checkpoint, layer: Layer, fmt: Format) -> None:
         self.checkpoint, self.layer, self.fmt = checkpoint, layer, fmt
@@ -162,13 +149,13 @@ class _Rows:
         self.last: tuple[slice, NDArray[Any]] | None = None
 
     def bits(self, band: slice) -> NDArray[Any]:
-        """As `Checkpoint.bits` gives them; a band that is asked for again is not read again."""
+        """See `Checkpoint.bits`; caches the last band."""
         if self.last is None or self.last[0] != band:
             self.last = band, self.checkpoint.bits(self.layer.weight.name, band)
         return self.last[1]
 
     def absmax(self, bands: Iterable[slice], block: tuple[int, int]) -> NDArray[np.float32]:
-        """The largest magnitude of each block of bands, which are whole blocks or parts of one; float32 [n_out, n_in].
+        """The absmax of each block of some bands, which are whole blocks or parts of one; float32 [n_out, n_in].
 
         Raises:
             TensorError: a weight is NaN or infinite.
@@ -176,22 +163,22 @@ class _Rows:
         absmax: NDArray[np.float32] = np.max([self.band_absmax(band, block) for band in bands], axis=0)
         if not np.isfinite(absmax).all():
             name, problem = self.layer.weight.name, "the weight has NaN or infinite values"
-            hint = f"{self.fmt.title} cannot repair them; the input file is damaged or its training diverged"
+            hint = "the input file is damaged or its training diverged"
             raise TensorError(problem, path=self.checkpoint.path_of(name), tensor=name, hint=hint)
         return absmax
 
     def band_absmax(self, band: slice, block: tuple[int, int]) -> NDArray[np.float32]:
-        """The same of one band, unchecked."""
+        """The same for one band, without the check."""
         return _block_absmax(self.bits(band), self.layer.weight.dtype, block)
 
     def codes(self, band: slice, scale: NDArray[np.float32], block: tuple[int, int], *, fits: bool) -> NDArray[Any]:
-        """A band's codes under the scales [n_out, n_in] of all blocks; `fits` where none is clipped."""
+        """Codes of a band at the scales [n_out, n_in] of all blocks; with `fits`, none is clipped."""
         weight_OI = to_float32(self.bits(band), self.layer.weight.dtype)
         np.divide(weight_OI, scales_per_row(scale, replace(self.layer, block=block), band), out=weight_OI)
         return self.fmt.codes.encode(weight_OI, fits=fits)
 
     def __call__(self, rows: Any) -> Tensor:
-        """Rows by a slice or by their numbers, in the file's dtype, known to be finite."""
+        """Rows by a slice or by indices, in the file's dtype; refuses NaN and infinite weights."""
         bands = [rows] if isinstance(rows, slice) else [slice(row, row + 1) for row in rows.tolist()]
         self.absmax(bands, self.layer.shape)
         bits = np.concatenate([self.bits(band) for band in bands]) if len(bands) > 1 else self.bits(bands[0])
@@ -199,10 +186,7 @@ class _Rows:
 
 
 class _RowsOnDevice(_Rows):
-    """Rows of a weight that is read into the memory of a device once, through pinned memory.
-
-    A thread waits for each of its copies; other threads copy or compute meanwhile, each on a stream of its own.
-    """
+    """Rows of a weight that is copied to a device once, while other threads copy or compute on their own streams."""
 
     def __init__(self, checkpoint: Checkpoint, layer: Layer, fmt: Format, device: torch.device) -> None:
         super().__init__(checkpoint, layer, fmt)
@@ -234,7 +218,7 @@ class _RowsOnDevice(_Rows):
 
 
 def on_device(checkpoint: Checkpoint, layer: Layer, device: torch.device) -> Tensor:
-    """A weight in the memory of a device, in the file's dtype."""
+    """Copy a weight to a device in the file's dtype, through pinned memory."""
     dtype = getattr(torch, TORCH_NAMES[layer.weight.dtype])
     weight = torch.empty(layer.shape, dtype=dtype, device=device)
     rows = min(layer.out_features, max(1, STAGED_BYTES // (layer.in_features * dtype.itemsize)))
@@ -247,7 +231,7 @@ def on_device(checkpoint: Checkpoint, layer: Layer, device: torch.device) -> Ten
 
 
 def bytes_of(tensor: Tensor) -> NDArray[Any]:
-    """A tensor of float32, or of the bytes of what numpy has no dtype for; a GPU writes them into pinned memory."""
+    """A tensor as numpy float32, or as bytes if it has one-byte elements; copied from a GPU through pinned memory."""
     tensor = (tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor).contiguous()
     if tensor.device.type == "cuda":
         tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
@@ -256,7 +240,7 @@ def bytes_of(tensor: Tensor) -> NDArray[Any]:
 
 
 def _bands(layer: Layer, block_out: int, rows: int) -> Iterator[list[slice]]:
-    """Rows of a weight in steps that share no scale: a band of whole blocks, or several of one block that is larger."""
+    """Bands of a weight, grouped so that groups share no scale: one of whole blocks, or all parts of one block."""
     step = max(block_out, rows - rows % block_out)
     part = step if rows >= block_out else rows
     for together in spans(layer.out_features, step):
@@ -264,16 +248,16 @@ def _bands(layer: Layer, block_out: int, rows: int) -> Iterator[list[slice]]:
 
 
 def _block_absmax(bits: NDArray[Any], dtype: str, block: tuple[int, int]) -> NDArray[np.float32]:
-    """Largest magnitude per block of a band of rows; NaN where a block has one.
+    """The absmax of each block of a band of rows; NaN if it contains one.
 
-    Bits without the sign order magnitudes: finite, then infinity, then NaN. So only the largest are widened.
+    Bits without the sign sort by magnitude: finite, then infinity, then NaN. So only the largest are converted.
     """
     if block[0] >= bits.shape[0] and block[1] >= bits.shape[1]:
         bits, block = bits.reshape(1, -1), (1, bits.size)  # three times as fast as row by row
     unsigned, signed = bits.view(f"u{bits.itemsize}"), bits.view(f"i{bits.itemsize}")
     without_sign = np.iinfo(unsigned.dtype).max >> 1
     rows, columns = bits.shape
-    if block[1] >= columns:  # the largest as signed numbers is positive, as unsigned ones negative: no temporary
+    if block[1] >= columns:  # the largest signed is positive, the largest unsigned is negative: no temporary
         negative = (unsigned.max(axis=1, keepdims=True) & without_sign).view(signed.dtype)
         magnitudes = np.maximum(signed.max(axis=1, keepdims=True), negative)
     else:
@@ -286,7 +270,7 @@ def _block_absmax(bits: NDArray[Any], dtype: str, block: tuple[int, int]) -> NDA
 def _least_squares_grid(
     rows: _Rows, bands: Sequence[slice], block: tuple[int, int], absmax_scale: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """The least-squares scale of every block in some bands."""
+    """The least-squares scales of the blocks in some bands."""
     layer, fmt = rows.layer, rows.fmt
     if scale_grid(layer.shape, block) == (1, 1):
         counts = np.zeros(1 << 15, np.int64)
@@ -297,7 +281,7 @@ def _least_squares_grid(
                 continue
             weight_OI = to_float32(bits, layer.weight.dtype)
             rounded = (np.abs(weight_OI).view(np.uint32).reshape(-1) + np.uint32(0x8000)) >> np.uint32(16)
-            rounded = np.minimum(rounded, np.uint32(0x7F7F))  # bfloat16's largest: what is above would be infinity
+            rounded = np.minimum(rounded, np.uint32(0x7F7F))  # bfloat16's largest finite value
             counts += np.bincount(rounded, minlength=1 << 15)
         used = np.flatnonzero(counts)
         magnitudes = _meanings("F16" if layer.weight.dtype == "F16" else "BF16")[used].astype(np.float64)
@@ -316,7 +300,7 @@ def _least_squares_grid(
 def least_squares_scale(
     magnitudes: NDArray[np.float64], counts: NDArray[np.int64], absmax_scale: Any, fmt: Format = DEFAULT
 ) -> NDArray[np.float32]:
-    """The scale s of least Σ count · (|w| - s · code(|w| / s))² between half and twice `absmax_scale`.
+    """The scale s with the least Σ count · (|w| - s · code(|w| / s))² between half and twice `absmax_scale`.
 
     Args:
         magnitudes: distinct |w|, float64 [n].
@@ -325,9 +309,9 @@ def least_squares_scale(
         fmt: the format.
 
     Returns:
-        float32 scalar. Never worse than `absmax_scale` itself.
+        float32 scalar; never worse than `absmax_scale`.
 
-    At 7/6 the code before the last means the largest weight exactly, and 0.1 lies nearer to a code than at 1:
+    At 7/6 the second-largest code represents the largest weight exactly, and 0.1 is closer to a code than at 1:
 
     >>> weights = np.array([0.1, DEFAULT.codes.max])
     >>> round(float(least_squares_scale(weights, np.array([1000, 1]), np.float32(1.0))), 5)
@@ -341,7 +325,7 @@ def least_squares_scale(
     low, high = float(start) / 2, float(start) * 2
     levels, midpoints = fmt.codes.levels, fmt.codes.midpoints
 
-    # As s grows from low to high, |w| / s falls through the midpoints in ((|w| / high), (|w| / low)): one event each.
+    # As s grows from low to high, |w| / s crosses the midpoints between |w| / high and |w| / low: one event each.
     first = np.searchsorted(midpoints, magnitudes / high, side="right")
     last = np.searchsorted(midpoints, magnitudes / low, side="left")
     events = last - first
@@ -360,7 +344,7 @@ def least_squares_scale(
 
     edges = np.concatenate([[low], position, [high]])
     best_inside = np.clip(np.divide(dot, square, out=np.full_like(dot, low), where=square > 0), edges[:-1], edges[1:])
-    saved = best_inside * (2 * dot - best_inside * square)  # Σ w² - error: the constant does not matter
+    saved = best_inside * (2 * dot - best_inside * square)  # Σ w² - error; the constant does not matter
     found = np.maximum(np.float32(best_inside[int(np.argmax(saved))]), np.float32(fmt.least_scale))
 
     def error(scale: np.float32) -> float:

@@ -171,7 +171,7 @@ def test_a_weight_with_nan_or_infinity_is_refused_by_name_and_leaves_no_file(tmp
         converted(source, tmp_path / "out.safetensors", scaling_mode=mode)
     assert str(caught.value) == (
         f"{source}: {NAME}.weight: the weight has NaN or infinite values "
-        "(FP8 cannot repair them; the input file is damaged or its training diverged)"
+        "(the input file is damaged or its training diverged)"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
 
@@ -379,8 +379,8 @@ def test_every_layer_that_stays_has_its_reason(save, build):
         "blocks.0.narrow": "24 × 16: FP8 needs dimensions that are multiples of 16",
         "blocks.0.empty": "has no elements",
         "img_in": IMAGE,
-        "text_encoders.t5.blocks.0.q": "belongs to a text encoder",
-        "first_stage_model.layers.0": "belongs to a VAE",
+        "text_encoders.t5.blocks.0.q": "part of a text encoder",
+        "first_stage_model.layers.0": "part of a VAE",
         "surprise.blocks.0": "outside the diffusion model",
     }
 
@@ -404,7 +404,7 @@ def test_an_unknown_model_is_noted(save, build):
     with open_checkpoint(save("in.safetensors", model(build))) as checkpoint:
         assert plan_conversion(checkpoint, ConvertOptions()).notes == [
             "no known model family fits these names; repeated blocks by their structure: blocks (1 × 4 layers)",
-            "only 40% of the weights in repeated blocks would be quantized; the rest stays as it is "
+            "only 40% of the weights in repeated blocks would be quantized; the rest stays in high precision "
             "(24 × 16: FP8 needs dimensions that are multiples of 16)",
         ]
 
@@ -437,7 +437,9 @@ def test_layers_that_are_fp8_already_stay_byte_identical_and_keep_their_marks(tm
                 old.quantized[name].config, old.quantized[name].full_precision)  # fmt: skip
         assert (list(old.raw), list(new.raw)) == (["blocks.1.raw"], [])
         notes = plan_conversion(before, ConvertOptions()).notes
-    assert notes[-1] == ("already quantized layers stay as they are: 4 in FP8 and NVFP4; --requantize rounds them anew")
+    assert notes[-1] == (
+        "layers that are already quantized are copied unchanged: 4 in FP8 and NVFP4; --requantize quantizes them again"
+    )
 
 
 MARKS = "has quantization configs"
@@ -488,11 +490,11 @@ def test_a_stray_scale_beside_a_weight_in_high_precision_is_refused(tmp_path, sa
 @pytest.mark.parametrize("done", [False, True])
 def test_a_conversion_of_nothing_is_refused_and_told_of_calibration_where_that_is_possible(tmp_path, save, build, done):
     source = save("in.safetensors", *build.quantized([CONVERTED[0]] if done else [], "tensor"))
-    more = "; --actcal calibrates the FP8 layers that are there" if done else ""
+    more = "; --actcal calibrates the existing FP8 layers" if done else ""
     with pytest.raises(OutputError) as caught:
         converted(source, tmp_path / "out.safetensors")
     assert str(caught.value) == (
-        f"{source}: nothing to convert: no layer would become FP8 (--dry-run says why, per layer{more})"
+        f"{source}: nothing to convert: no layer would become FP8 (--dry-run shows the reason for each layer{more})"
     )
 
 
@@ -541,7 +543,7 @@ def test_both_ways_to_ask_for_fp8_rows_write_the_same(tmp_path, save, build):
 def test_where_readers_scale_inputs_there_is_nothing_to_calibrate_which_is_said(tmp_path, save, build, capsys):
     source, out = save("in.safetensors", model(build)), str(tmp_path / "out.safetensors")
     assert main(["-i", str(source), "-o", out, "--format", "int8", "--actcal"]) == 0
-    assert "note: nothing to calibrate: readers of INT8 layers scale inputs as they come\n" in capsys.readouterr().err
+    assert "note: nothing to calibrate: readers of INT8 layers scale inputs dynamically\n" in capsys.readouterr().err
     before = Path(out).read_bytes()
     for target in (["--in-place"], ["-o", str(tmp_path / "more.safetensors")]):
         assert main(["-i", out, "--actcal", *target]) == 1

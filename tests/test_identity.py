@@ -125,5 +125,5 @@ def test_a_text_encoder_is_converted_without_input_scales_and_embeddings(save) -
 
 def test_what_is_no_model_is_not_converted(save) -> None:
     path = save("lora.safetensors", {f"a.lora_{half}.weight": np.ones((16, 16), np.float16) for half in "AB"})
-    with open_checkpoint(path) as lora, pytest.raises(CheckpointError, match="nothing to convert in it: adapter"):
+    with open_checkpoint(path) as lora, pytest.raises(CheckpointError, match="nothing to convert: adapter"):
         plan_conversion(lora, ConvertOptions())

@@ -207,7 +207,7 @@ def test_a_bank_of_experts_in_another_format_is_read_and_left_alone(save, build,
     assert found.readings == {"foreign": 1, "high-precision": 4}
     with open_checkpoint(path) as checkpoint:
         plan = plan_conversion(checkpoint, ConvertOptions())
-        assert any(f"banks of experts stay as they are (1, first: {BANK}" in note for note in plan.notes)
+        assert any(f"expert banks are copied unchanged (1, first: {BANK}" in note for note in plan.notes)
         convert(checkpoint, plan, tmp_path / "out.safetensors")
     with open_checkpoint(path) as before, open_checkpoint(tmp_path / "out.safetensors") as after:
         bank = {name for name in before.tensors if name.startswith(BANK)}

@@ -62,7 +62,7 @@ def test_any_format_is_rounded_to_any_other_as_its_real_weights_would_be(
         converted(save("real.safetensors", {LAYER + ".weight": real(checkpoint)} | OTHERS), expected, format=after)
     assert contents(output) == contents(expected)
     title = FORMATS[before].title
-    assert notes[-1] == f"rounded a second time: 1 layer in {title}; the original in 16 bits keeps more"
+    assert notes[-1] == f"requantized: 1 layer in {title}; the 16-bit original gives better quality"
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -72,7 +72,7 @@ def test_what_is_in_the_wanted_format_stays_as_it_is(make: Any, tmp_path: Path, 
         converted(source, tmp_path / "out.safetensors", format=name, requantize=True)
     with open_checkpoint(source) as checkpoint:
         notes = plan_conversion(checkpoint, ConvertOptions(format="int8" if name != "int8" else "fp8")).notes
-    assert notes[-1].endswith(f"stay as they are: 1 in {FORMATS[name].title}; --requantize rounds them anew")
+    assert notes[-1].endswith(f"are copied unchanged: 1 in {FORMATS[name].title}; --requantize quantizes them again")
     assert not (tmp_path / "out.safetensors").exists()
 
 

@@ -155,8 +155,8 @@ def test_shards_are_rewritten_as_shards_or_as_one_file(tmp_path, save_shards, bu
 # what cannot be planned
 
 
-UNREADABLE = "an input scale should be finite and positive in float32, found"
-NOT_QUANTIZED = "no quantized layer of this name in the file"
+UNREADABLE = "an input scale must be finite and positive in float32, found"
+NOT_QUANTIZED = "the file has no quantized layer of this name"
 IMPOSSIBLE = [
     *(("x", LayerChange(scale), f"{UNREADABLE} {scale}") for scale in (0.0, -1.0, math.nan, math.inf, 1e39, 1e-46)),
     *((name, SCALE, NOT_QUANTIZED) for name in ("y", "plain", "raw", "foreign", "")),
@@ -227,11 +227,11 @@ NOT_HEEDED = (
     "the marker scaled_fp8 has 2 elements: ComfyUI computes every layer in full precision and ignores the input "
     "scales; --enable-fp8-matmul changes that"
 )
-REPLACED = "the marker scaled_fp8 now lets ComfyUI use FP8 matrix products and the input scales"
-NO_MARKER = "--enable-fp8-matmul: the file has no legacy marker, so there was nothing to enable"
+REPLACED = "the marker scaled_fp8 now lets ComfyUI use FP8 matmuls and the input scales"
+NO_MARKER = "--enable-fp8-matmul: the file has no legacy marker, so there is nothing to enable"
 UNSAID = (
-    "1 layer should compute in full precision, but a file without comfy_quant marks cannot say so per layer "
-    "(first: x); convert the original without --legacy to get such marks"
+    "1 layer should compute in full precision, but the file has no quantization configs to declare it "
+    "(first: x); convert the original without --legacy to get them"
 )
 NOTED = [
     ("none", None, FULL, False, [UNSAID]),
@@ -426,7 +426,7 @@ ENDS = {
     "fails once": (EIO, False, "{0}: cannot be changed in place: Input/output error; it is unchanged"),
     "fails for good": (
         EIO, True,
-        "{1}: the change failed (Input/output error), and so did restoring the old bytes, which this file keeps "
+        "{1}: the change failed (Input/output error), and so did restoring the old bytes, which are in this file "
         "(the next in-place command restores them first)",
     ),
 }  # fmt: skip

@@ -90,7 +90,7 @@ def test_nan_in_a_weight_to_be_converted(refused, save, flux_tensors, bits):
     save("in.safetensors", tensors)
     message = (
         "in.safetensors: double_blocks.0.img_mlp.2.weight: the weight has NaN or infinite values "
-        "(FP8 cannot repair them; the input file is damaged or its training diverged)"
+        "(the input file is damaged or its training diverged)"
     )
     for words in ((), LAYER):
         refused(message, "-i", "in.safetensors", "-o", "out.safetensors", *words)
@@ -160,7 +160,9 @@ def test_a_file_with_nothing_to_do(refused, save):
         "(convert and calibrate in one step: convert_to_quant -i IN -o OUT --actcal)"
     )
     refused(message, "in.safetensors", "-o", "out.safetensors", main=calibrate.main)
-    message = "in.safetensors: nothing to convert: no layer would become FP8 (--dry-run says why, per layer)"
+    message = (
+        "in.safetensors: nothing to convert: no layer would become FP8 (--dry-run shows the reason for each layer)"
+    )
     refused(message, "-i", "in.safetensors", "-o", "out.safetensors", "-q")
 
 

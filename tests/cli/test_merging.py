@@ -128,8 +128,8 @@ def test_a_quantized_layer_is_merged_only_where_it_is_rounded_anew(tmp_path, mod
     with pytest.raises(TensorError) as caught:
         run(quantized, output, path, format="int8")
     assert str(caught.value) == (
-        f"{quantized}: {FIRST}.weight: a LoRA changes this layer, which is FP8 already and would not be rounded anew "
-        "(merge into the original in 16 bits, or add --requantize)"
+        f"{quantized}: {FIRST}.weight: a LoRA changes this layer, which is already FP8 and would not be requantized "
+        "(merge into the 16-bit original, or add --requantize)"
     )
     run(quantized, output, path, requantize=True)  # FP8 again
     with open_checkpoint(quantized) as checkpoint:
@@ -157,7 +157,7 @@ def test_adapters_that_cannot_be_merged_are_refused_and_leave_no_file(tmp_path, 
             f"{FIRST}.lora_B.weight": np.ones((OUT, RANK), np.float32)})  # fmt: skip
     unsupported = {f"{FIRST}.oft_blocks": np.ones((2, 2), np.float32)}
     assert "nothing in this LoRA can be applied: 1 OFT adapters are not supported" in refusal(LoraError, unsupported)
-    assert f"{KEPT}.weight: what is merged has NaN or infinite values in BF16" in refusal(
+    assert f"{KEPT}.weight: the merged weight has NaN or infinite values in BF16" in refusal(
         TensorError, factors(KEPT, 5), "1e39"
     )
     assert f"{FIRST}.weight: the weight has NaN or infinite values" in refusal(TensorError, factors(FIRST, 5), "1e39")

@@ -81,8 +81,8 @@ def test_bad_input_is_refused_and_nothing_changes(refused, files, call, dry):
 
 def test_requantize_says_that_it_rounds_twice_and_keeps_what_was_measured(done, files):
     outcome = done("-i", "fp8.safetensors", *OUT, "--format", "int8", "--layer-format", "1.a=fp8", "--requantize")
-    assert "note: rounded a second time: 1 layer in FP8; the original in 16 bits keeps more\n" in outcome.err
-    assert "note: already quantized layers stay as they are: 1 in FP8\n" in outcome.err
+    assert "note: requantized: 1 layer in FP8; the 16-bit original gives better quality\n" in outcome.err
+    assert "note: layers that are already quantized are copied unchanged: 1 in FP8\n" in outcome.err
     assert "not measured" not in outcome.err
     with open_checkpoint("out.safetensors") as checkpoint:
         found = {name: layer.format.name for name, layer in find_layers(checkpoint).quantized.items()}

@@ -25,7 +25,7 @@ def cast(save, build):
 def test_a_plain_cast_is_marked_as_it_is(done, contents, cast, tmp_path, legacy):
     output = tmp_path / "out.safetensors"
     told = done("-i", cast, "-o", output, *["--legacy"] * legacy).err
-    assert "3 layers are a plain cast to FP8 without scales: 2 of them are marked as they are" in told
+    assert "3 layers are a plain cast to FP8 without scales: 2 of them get a config and a scale of 1.0" in told
     assert contents(cast).items() <= contents(output).items()
     one, scale = np.float32(1).tobytes(), "scale_weight" if legacy else "weight_scale"
     assert [contents(output)[f"{name}.{scale}"] for name in NAMES] == [one, one]
@@ -36,7 +36,7 @@ def test_a_plain_cast_is_marked_as_it_is(done, contents, cast, tmp_path, legacy)
 
 def test_a_plain_cast_is_listed_and_calibrated_and_never_changed_in_place(ctq, done, cast, tmp_path):
     listed = ctq("-i", cast, "--dry-run").out
-    assert listed.count("a plain cast: marked as it is, with a scale of 1.0") == 2
+    assert listed.count("a plain cast: declared with a scale of 1.0") == 2
     assert "head" in listed
     output = tmp_path / "out.safetensors"
     done("-i", cast, "-o", output, *LAYER)
@@ -46,7 +46,10 @@ def test_a_plain_cast_is_listed_and_calibrated_and_never_changed_in_place(ctq, d
     assert "-o NEW --actcal marks them and finds input scales" in in_place.err
     other = ctq("-i", cast, "-o", tmp_path / "other.safetensors", "--format", "int8")
     assert other.code == 1
-    assert "they stay as they are; the original in 16 bits keeps more, and --requantize rounds them anew" in other.err
+    assert (
+        "they are copied unchanged; the 16-bit original gives better quality, and --requantize quantizes them again"
+        in other.err
+    )
 
 
 def test_scales_without_a_mark_are_said_before_the_sizes_and_marked_where_asked(ctq, save, build, tmp_path):
