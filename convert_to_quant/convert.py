@@ -39,9 +39,6 @@ from .untrusted import JSONError, parse_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-MSE_SECONDS_PER_WEIGHT = 5e-6
-"""Time of the exact search with more than one scale per weight; measured on one core, 2026-11-22."""
-
 SIXTEEN_BITS = "the 16-bit original gives better quality"
 
 KEPT_BYTES = 31 << 20
@@ -210,15 +207,6 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequ
     if any(decision.format for decision in decisions):
         target = "legacy" if options.legacy else "comfy"
         ways = table.marks.anew(target) if options.requantize else table.marks.to_write(options.legacy)
-    if options.weight_scale == "mse":
-        weights = sum(
-            each.layer.weight.elements
-            for each in decisions
-            if each.format and each.format.granularity != "tensor" and not isinstance(each.format, Packed)
-        )
-        minutes = weights * MSE_SECONDS_PER_WEIGHT / 60
-        if minutes > 1:
-            notes.append(f"an exact search for every row or block takes about {minutes:.0f} core minutes")
     notes += [] if table.quantized or table.raw or table.foreign else _say_little(found, decisions)
     return ConversionPlan(table, family, found, decisions, options, ways, notes, merged)
 

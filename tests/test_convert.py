@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from on_disk import contents, converted
 
 from convert_to_quant import quantize as quantize_module
-from convert_to_quant.checkpoint import Entry, open_checkpoint, write_checkpoint
+from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.cli import main
 from convert_to_quant.convert import convert, plan_conversion, provenance
 from convert_to_quant.errors import Error, OptionError, OutputError, TensorError
@@ -104,10 +104,11 @@ def test_codes_and_scales_are_those_of_torch_bit_for_bit(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_pattern_becomes_the_code_of_torch(tmp_path, dtype):
-    weight = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+    weight = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).repeat(3).view(dtype)
     weight[~torch.isfinite(weight)] = 0
-    weight = weight.reshape(256, 256)
-    read, (codes, scales) = made(tmp_path, weight), reference(weight, (256, 256))
+    weight = weight.reshape(768, 256)
+    assert weight.numel() > 2 * CHUNK
+    read, (codes, scales) = made(tmp_path, weight), reference(weight, (768, 256))
     assert_same_bits(read["weight"], codes)
     assert_same_bits(read["weight_scale"], scales.reshape(()))
 
@@ -125,37 +126,16 @@ def test_weights_that_fall_between_two_codes_become_the_code_of_torch(tmp_path, 
         assert_same_bits(made(tmp_path, weight)["weight"], reference(weight, (16, 16))[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_weight_of_many_chunks_that_is_taller_than_wide_is_that_of_torch(tmp_path, dtype):
-    weight = weights(dtype, (512, 272))
-    assert weight.numel() > 2 * CHUNK
-    for mode, block in (("tensor", (512, 272)), ("row", (1, 272))):
-        assert_same_bits(made(tmp_path, weight, scaling_mode=mode)["weight"], reference(weight, block)[0])
-
-
 @pytest.mark.parametrize("mode", ["tensor", "row", "block"])
 @pytest.mark.parametrize("weight_scale", ["absmax", "mse"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_an_all_zero_weight_has_the_scale_1(tmp_path, mode, weight_scale, dtype):
-    weight = torch.zeros(32, 32, dtype=dtype)
-    weight[0, 0] = -0.0
-    read = made(tmp_path, weight, scaling_mode=mode, block_size=16, weight_scale=weight_scale)
-    assert read["weight_scale"].unique().tolist() == [1.0]
-    assert read["weight"].float().unique().tolist() == [0.0]
-
-
-@pytest.mark.parametrize("mode", ["tensor", "row", "block"])
-@pytest.mark.parametrize("weight_scale", ["absmax", "mse"])
-@pytest.mark.parametrize("largest", [1e-45, 3e-45, 1e-40, 3.4028234663852886e38])
-def test_the_least_and_the_largest_float32_weights_have_a_finite_scale_above_zero(
-    tmp_path, mode, weight_scale, largest
-):
+@pytest.mark.parametrize("largest", [0, 1e-45, 3e-45, 1e-40, 3.4028234663852886e38])
+def test_scales_are_finite_and_above_zero_and_1_where_all_weights_are_0(tmp_path, mode, weight_scale, largest):
     weight = torch.zeros(32, 32)
     weight[3, 3] = -largest
     read = made(tmp_path, weight, scaling_mode=mode, block_size=16, weight_scale=weight_scale)
     scale = read["weight_scale"]
     assert torch.isfinite(scale).all()
-    assert (scale > 0).all()
+    assert (scale > 0).all() if largest else (scale == 1).all()
     assert torch.isfinite(read["weight"].float()).all()
 
 
@@ -331,12 +311,9 @@ def test_legacy_files_have_the_older_spelling_and_a_marker(tmp_path, save, build
         assert not disables_fp8(table.marks.legacy.marker)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_input_scales_can_be_left_out(tmp_path, save, build, legacy):
-    output = tmp_path / "out.safetensors"
-    converted(save("in.safetensors", model(build)), output, legacy=legacy, input_scale=False)
-    read = safetensors.torch.load_file(output)
-    assert not [name for name in read if name.endswith((".input_scale", ".scale_input"))]
+def test_input_scales_can_be_left_out_of_legacy_files(tmp_path, save, build):
+    converted(save("in.safetensors", model(build)), tmp_path / "out", legacy=True, input_scale=False)
+    assert not [name for name in contents(tmp_path / "out") if name.endswith(".scale_input")]
 
 
 def test_shards_become_shards_or_one_file(tmp_path, save_shards, build):
@@ -346,15 +323,11 @@ def test_shards_become_shards_or_one_file(tmp_path, save_shards, build):
     source = save_shards("in", shards, {"k": "v"})
     converted(source, tmp_path / "out.safetensors.index.json")
     converted(source, tmp_path / "one.safetensors")
-    sharded, one = (open_checkpoint(tmp_path / f"{name}") for name in ("out.safetensors.index.json", "one.safetensors"))
+    sharded, one = (open_checkpoint(tmp_path / name) for name in ("out.safetensors.index.json", "one.safetensors"))
     with sharded, one:
-        assert [file.path.name for file in sharded.files] == [
-            "out-00001-of-00002.safetensors", "out-00002-of-00002.safetensors"]  # fmt: skip
-        assert sharded.path_of("blocks.0.attn.qkv.weight_scale") == sharded.path_of("blocks.0.attn.qkv.weight")
-        assert sharded.path_of("blocks.0.mlp.weight_scale") == sharded.path_of("blocks.0.mlp.weight")
-        assert contents(sharded.path) == contents(one.path)
-        assert sharded.metadata == one.metadata
-        assert list(find_layers(sharded).quantized) == CONVERTED
+        assert len(sharded.files) == 2
+        assert all(sharded.path_of(f"{name}.weight_scale") == sharded.path_of(f"{name}.weight") for name in CONVERTED)
+        assert (contents(sharded.path), sharded.metadata) == (contents(one.path), one.metadata)
 
 
 # which layers
@@ -426,9 +399,8 @@ def test_layers_that_are_fp8_already_stay_byte_identical_and_keep_their_marks(tm
     source = save("in.safetensors", model(build) | done | more | raw | foreign, metadata)
     output = tmp_path / "out.safetensors"
     converted(source, output)
+    assert contents(output).items() >= {name: contents(source)[name] for name in (*done, *more, *raw, *foreign)}.items()
     with open_checkpoint(source) as before, open_checkpoint(output) as after:
-        for name in (*done, *more, *raw, *foreign):
-            assert after.raw(name).tobytes() == before.raw(name).tobytes()
         old, new = find_layers(before), find_layers(after)
         there = ["blocks.1.a", "blocks.1.b", "blocks.1.c", "blocks.1.raw", "blocks.1.nvfp4"]  # a cast gets a scale
         assert {*new.quantized} == {*CONVERTED, *there}
@@ -533,11 +505,8 @@ def test_options_that_make_no_sense_are_refused(options, message):
     assert str(caught.value).startswith(message)
 
 
-def test_both_ways_to_ask_for_fp8_rows_write_the_same(tmp_path, save, build):
-    source, outputs = save("in.safetensors", model(build)), (tmp_path / "1.safetensors", tmp_path / "2.safetensors")
-    converted(source, outputs[0], format="fp8-row")
-    converted(source, outputs[1], scaling_mode="row")
-    assert contents(outputs[0]) == contents(outputs[1])
+def test_both_ways_to_ask_for_fp8_rows_are_one():
+    assert ConvertOptions(format="fp8-row").record is ConvertOptions(scaling_mode="row").record
 
 
 def test_where_readers_scale_inputs_there_is_nothing_to_calibrate_which_is_said(tmp_path, save, build, capsys):
@@ -552,10 +521,6 @@ def test_where_readers_scale_inputs_there_is_nothing_to_calibrate_which_is_said(
     assert Path(out).read_bytes() == before
 
 
-class BoomError(Error):
-    """A calibration that fails."""
-
-
 def test_a_calibration_may_change_the_output_before_it_has_its_name_or_prevent_it(tmp_path, save, build):
     source, output = save("in.safetensors", model(build)), tmp_path / "out.safetensors"
 
@@ -567,11 +532,11 @@ def test_a_calibration_may_change_the_output_before_it_has_its_name_or_prevent_i
             writer.overwrite(0, file.header.data_start + info.start, np.float32(0.125).tobytes())
 
     def fail(writer) -> None:
-        raise BoomError("no")
+        raise Error("no")
 
     with open_checkpoint(source) as checkpoint:
         plan = plan_conversion(checkpoint, ConvertOptions())
-        with pytest.raises(BoomError):
+        with pytest.raises(Error, match="no"):
             convert(checkpoint, plan, output, before_commit=fail)
         assert not output.exists()
         convert(checkpoint, plan, output, before_commit=calibrate)
@@ -584,15 +549,3 @@ def test_progress_adds_up_to_the_bytes_of_the_input(tmp_path, save, build):
         plan = plan_conversion(checkpoint, ConvertOptions())
         convert(checkpoint, plan, tmp_path / "out.safetensors", progress=done.append)
         assert sum(done) == sum(info.nbytes for info in checkpoint.tensors.values())
-
-
-def test_a_search_that_takes_minutes_is_announced(tmp_path):
-    path = tmp_path / "a.safetensors"
-    write_checkpoint(path, {"double_blocks.0.img_attn.qkv.weight": Entry.of(np.zeros((8192, 4096), np.float16))})
-    with open_checkpoint(path) as checkpoint:
-        plans = {
-            mode: plan_conversion(checkpoint, ConvertOptions(scaling_mode=mode, weight_scale="mse", preset="flux1"))
-            for mode in ("tensor", "row")
-        }
-    assert plans["row"].notes == ["an exact search for every row or block takes about 3 core minutes"]
-    assert plans["tensor"].notes == []

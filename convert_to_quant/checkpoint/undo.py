@@ -36,8 +36,6 @@ from .positioned import opened, pread, taken
 UNDO_SUFFIX = ".undo"
 MAX_UNDO_BYTES = 4 * MAX_HEADER_BYTES
 """More than the old and new bytes of any header in base64."""
-MAX_NAME_BYTES = 255
-"""Longest file name on common file systems."""
 
 _FORMAT = 2
 
@@ -177,11 +175,7 @@ class Undo:
 
 def undo_path(path: Path) -> Path:
     """The path of a checkpoint's undo file: beside the real file, so it is found through every link."""
-    real = Path(os.path.realpath(path))  # Path.resolve raises a RuntimeError on circular links
-    name = real.name + UNDO_SUFFIX
-    if len(os.fsencode(name)) > MAX_NAME_BYTES:  # `find_undo` finds it by its contents
-        name = f".convert_to_quant.{zlib.crc32(os.fsencode(real.name)):016x}{UNDO_SUFFIX}"
-    return real.with_name(name)
+    return Path(os.path.realpath(path) + UNDO_SUFFIX)  # Path.resolve raises a RuntimeError on circular links
 
 
 def undo_record(files: Iterable[tuple[Path, int]], edits: Iterable[Edit]) -> bytes:

@@ -80,9 +80,7 @@ class FloatGrid(Grid):
         tied[tied] = magnitudes[tied] == between[codes[tied]]
         codes[tied] += codes[tied] & 1  # ...unless that one is odd
         codes[np.isnan(magnitudes)] = 0x7F
-        table = np.concatenate([codes, codes | 0x80]).astype(np.uint8)
-        table.flags.writeable = False
-        return table
+        return np.concatenate([codes, codes | 0x80]).astype(np.uint8)
 
     def encode(self, numbers: NDArray[np.float32], *, fits: bool = False) -> NDArray[np.uint8]:  # noqa: ARG002
         """See `Grid.encode`; NaN stays NaN with its sign."""

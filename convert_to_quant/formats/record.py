@@ -168,19 +168,20 @@ class Grid(ABC):
 
     @cached_property
     def values(self) -> NDArray[np.float32]:
-        """`meanings` as float32 [256], read-only."""
-        return _read_only(self.meanings().astype(np.float32))
+        """`meanings` as float32 [256]."""
+        return self.meanings().astype(np.float32)
 
     @cached_property
     def levels(self) -> NDArray[np.float64]:
-        """The finite, non-negative values, ascending from 0 to `max`; float64 [n], read-only."""
+        """The finite, non-negative values, ascending from 0 to `max`; float64 [n]."""
         sizes = np.abs(self.meanings()).tolist()  # np.unique would import numpy.ma, a tenth of the time of `inspect`
-        return _read_only(np.array(sorted({size for size in sizes if size <= self.max})))
+        return np.array(sorted({size for size in sizes if size <= self.max}))
 
     @cached_property
     def midpoints(self) -> NDArray[np.float64]:
-        """Midpoints between `levels`, where rounding switches; float64 [n - 1], read-only."""
-        return _read_only((self.levels[1:] + self.levels[:-1]) / 2)
+        """Midpoints between `levels`, where rounding switches; float64 [n - 1]."""
+        midpoints: NDArray[np.float64] = (self.levels[1:] + self.levels[:-1]) / 2
+        return midpoints
 
     @cached_property
     def smallest_step(self) -> float:
@@ -270,11 +271,6 @@ class Lattice:
     def stored(self) -> Tensor:
         """The codes [out, in]."""
         return self.codes[self.positions].contiguous()
-
-
-def _read_only(array: NDArray[Any]) -> NDArray[Any]:
-    array.flags.writeable = False
-    return array
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from convert_to_quant import formats
 from convert_to_quant.formats.fp8 import E4M3FN, E5M2
-from convert_to_quant.formats.record import CHUNK, Grid, narrow_bfloat16, spans, widen_bfloat16
+from convert_to_quant.formats.record import CHUNK, Grid, narrow_bfloat16, widen_bfloat16
 
 TORCH = {E4M3FN: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 both_formats = pytest.mark.parametrize("grid", [E4M3FN, E5M2], ids=lambda grid: grid.name)
@@ -111,14 +111,3 @@ def test_a_formats_numbers_are_those_of_torch(grid):
     assert grid.exponent_bits + grid.mantissa_bits == 7
     assert str(TORCH[grid]) == f"torch.{grid.name}"
     assert formats.GRIDS[grid.name] is formats.FLOAT_GRIDS[grid.dtype] is grid
-
-
-def test_tables_cannot_be_changed_by_accident():
-    with pytest.raises(ValueError, match="read-only"):
-        E4M3FN.values[0] = 1
-
-
-@given(count=st.integers(0, 40), step=st.integers(1, 12))
-def test_spans_cover_a_range_once_and_in_order(count, step):
-    assert [i for span in spans(count, step) for i in range(count)[span]] == list(range(count))
-    assert all(0 <= span.start < span.stop <= min(span.start + step, count) for span in spans(count, step))
