@@ -1,30 +1,24 @@
-"""AuraFlow: blocks of two streams count 2 for the image and 1 for the text, others have only 1."""
+"""AuraFlow. In its authors' names, blocks with two streams number the image 2 and the text 1; others have only 1."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from . import comfyui
 from .base import Family, signature
 from .rules import SHIFT_SCALE, rules, under
-from .running import Architecture, Shapes, blocks, heads, text
+from .running import Architecture, Shapes, blocks, measured, text
 
 HEAD = 256
-"""Channels of a head; its norms have no weights and do not show it. Narrow models may have less."""
+"""Channels of an attention head (no tensor shows it); narrow models may have fewer."""
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
-    hidden, patched = shapes["pos_embed.proj.weight"]
-    head = math.gcd(hidden, HEAD)
     return {
-        "in_channels": patched // 4,
-        "out_channels": shapes["proj_out.weight"][0] // 4,
+        **measured(shapes, "joint_attention_dim", area=4, head=HEAD, lacks=["num_layers"]),
         "num_mmdit_layers": blocks(shapes, "joint_transformer_blocks."),
         "num_single_dit_layers": blocks(shapes, "single_transformer_blocks."),
-        **heads(hidden, head),
-        "joint_attention_dim": shapes["context_embedder.weight"][1],
-        "caption_projection_dim": hidden,
+        "caption_projection_dim": shapes["context_embedder.weight"][0],
         "pos_embed_max_size": shapes["pos_embed.pos_embed"][1],
     }
 

@@ -1,4 +1,4 @@
-"""CogVideoX: one stream of text and video, whose blocks each say how the time steers them; it predicts v."""
+"""CogVideoX: one stream of text and video, with a modulation in each block; predicts v."""
 
 from __future__ import annotations
 
@@ -7,28 +7,24 @@ from typing import Any
 from .base import Family, signature
 from .comfyui import VIDEO, Want, encoded, takes
 from .rules import rules, under
-from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, beside, blocks, heads, text
+from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, beside, measured, text
 
 ROTARY = 3072
-"""Width from which its models turn their positions; the smaller one (1920) adds them."""
+"""Models of at least this width use rotary positions; the smaller one (1920) adds positions."""
 
 TEXT_TOKENS = 226
-"""Text is padded to this length, before which the video's positions do not begin."""
+"""Text is padded to this length; the video's positions start after it."""
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
-    hidden, in_channels, patch, _ = shapes["patch_embed.proj.weight"]
-    head = shapes["transformer_blocks.0.attn1.norm_q.weight"][0]
+    hidden, _, patch, _ = shapes["patch_embed.proj.weight"]
     return {
-        **heads(hidden, head),
-        "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight"][0] // patch**2,
+        **measured(shapes),
         "time_embed_dim": shapes["time_embedding.linear_1.weight"][0],
         "text_embed_dim": shapes["patch_embed.text_proj.weight"][1],
-        "num_layers": blocks(shapes, "transformer_blocks."),
         "patch_size": patch,
         "use_rotary_positional_embeddings": hidden >= ROTARY,
-        "sample_width": patch,  # for these sizes it would make a table of positions, in vain
+        "sample_width": patch,  # the smallest: the class builds a position table of this size, unused here
         "sample_height": patch,
         "sample_frames": 1,
     }

@@ -1,4 +1,4 @@
-"""Cosmos-Predict2, and Anima, which puts an adapter between its text encoder and the same network."""
+"""Cosmos-Predict2, and Anima: the same network with an adapter behind the text encoder."""
 
 from __future__ import annotations
 
@@ -11,48 +11,42 @@ from .rules import rules, under
 
 PATCH = (1, 2, 2)
 ROTARY_SCALE = (1.0, 4.0, 4.0)
-"""How far positions are stretched for images; videos at 720p have (1, 3, 3)."""
+"""Position scale for images; (1, 3, 3) for videos at 720p."""
 
 
 def _config(shapes: running.Shapes) -> dict[str, Any]:
-    hidden, patched = shapes["patch_embed.proj.weight"]
-    head = shapes["transformer_blocks.0.attn1.norm_q.weight"][0]
     projection = shapes.get("crossattn_proj.0.weight")
-    return {
-        "in_channels": patched // 4,  # the last one says what is padding
+    block = "transformer_blocks.0"
+    config = {
+        **running.measured(shapes, area=4),  # the last input channel is the padding mask
         "concat_padding_mask": False,
-        "out_channels": shapes["proj_out.weight"][0] // 4,
-        **running.heads(hidden, head),
-        "num_layers": running.blocks(shapes, "transformer_blocks."),
-        "mlp_ratio": shapes["transformer_blocks.0.ff.net.0.proj.weight"][0] / hidden,
-        "text_embed_dim": shapes["transformer_blocks.0.attn2.to_k.weight"][1],
-        "adaln_lora_dim": shapes["transformer_blocks.0.norm1.linear_1.weight"][0],
+        "mlp_ratio": shapes[f"{block}.ff.net.0.proj.weight"][0] / shapes["patch_embed.proj.weight"][0],
+        "text_embed_dim": shapes[f"{block}.attn2.to_k.weight"][1],
+        "adaln_lora_dim": shapes[f"{block}.norm1.linear_1.weight"][0],
         "patch_size": PATCH,
         "rope_scale": ROTARY_SCALE,
         "extra_pos_embed_type": None,
         "use_crossattn_projection": projection is not None,
-        **(
-            {}
-            if projection is None
-            else {"crossattn_proj_in_channels": projection[1], "encoder_hidden_states_channels": projection[0]}
-        ),
     }
+    if projection is not None:
+        config |= {"crossattn_proj_in_channels": projection[1], "encoder_hidden_states_channels": projection[0]}
+    return config
 
 
 def _text(config: running.Config, geometry: running.Geometry) -> running.Signal | None:
-    """What the text encoder gives, or, with Anima's adapter left out, the adapter."""
+    """Output of the text encoder, or of Anima's adapter, which does not run here."""
     width = "crossattn_proj_in_channels" if config["use_crossattn_projection"] else "text_embed_dim"
     return running.text(width)(config, geometry)
 
 
 def _condition(config: running.Config, geometry: running.Geometry) -> running.Signal | None:
-    """The first frames and their mask, for models that take them."""
+    """The first frames and their mask, in image-to-video models."""
     extra = config["in_channels"] - config["out_channels"] - 1
     return running.Signal((extra, *LATENTS(config, geometry)[1:])) if extra else None
 
 
 def _arguments(inputs: running.Inputs) -> dict[str, Any]:
-    """Nothing of an image is padding; the class would ask torchvision for as much."""
+    """The padding mask is zero; the class would compute it with torchvision."""
     import torch
 
     arguments = inputs.usual()

@@ -1,11 +1,12 @@
-"""Flux.1, and what its relatives share with it: two streams of tokens, then one.
+"""Flux.1, and what related models share with it: blocks with two token streams, then blocks with one.
 
-ModelOpt quantizes the modulation of Flux.1 (27 % of its weights), musubi keeps it (to train on). A layer that gets
-one vector per image is no risk in FP8 weights: calibration gives it full precision where it multiplies.
+ModelOpt quantizes the modulation of Flux.1 (27 % of its weights); musubi keeps it, for training. FP8 weights are safe
+in a layer with one input vector per image: calibration makes its matmul full precision.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from . import comfyui, running
@@ -14,16 +15,16 @@ from .folds import given, modulated
 from .rules import QKV, QKV_MLP, QKV_OF_MLP, SHIFT_SCALE, rules, under
 
 GUIDANCE = 3.5
-"""Guidance that distilled models are told; their pipelines' default."""
+"""Guidance scale of distilled models: their pipelines' default."""
 
-# How the authors of Flux name their blocks (Chroma and HunyuanVideo follow them), and how diffusers names them.
+# The blocks in the authors' names (also of Chroma and HunyuanVideo), and in diffusers' names.
 BLOCKS = r"(?:double_blocks|single_blocks|transformer_blocks|single_transformer_blocks)\.\d+"
 
 FINAL_NAMES = rules(
     ("final_layer.linear", "proj_out"),
     ("final_layer.adaLN_modulation.1", "norm_out.linear", SHIFT_SCALE),
 )
-# What Flux.1 and 2 have in common; the kinds of norms' values differ, "scale" and "weight".
+# Shared by Flux.1 and 2, whose norms end in ".scale" and ".weight".
 ATTENTION_NAMES = (
     *under("double_blocks.*.", "transformer_blocks.*.")(
         ("img_attn.qkv", "attn.to_{q,k,v}", QKV),
@@ -59,7 +60,7 @@ NAMES = (
 
 DOUBLE, SINGLE = "transformer_blocks.*.", "single_transformer_blocks.*."
 JOINT_VALUES = given(DOUBLE + "attn.{to_v,add_v_proj}", DOUBLE + "attn.{to_out.0,to_add_out}")
-"""Attention over two streams of tokens."""
+"""Attention over two token streams."""
 VALUES = (JOINT_VALUES, given(SINGLE + "attn.to_v", SINGLE + "proj_out", columns="first"))
 FOLDS = (
     modulated(DOUBLE + "norm1.linear", DOUBLE + "attn.to_{q,k,v}"),
@@ -71,27 +72,21 @@ FOLDS = (
 )
 
 
-def common_config(shapes: running.Shapes) -> dict[str, Any]:
-    """What the configurations of Flux.1, Flux.2 and Chroma share."""
-    hidden, in_channels = shapes["x_embedder.weight"]
-    head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+def common_config(shapes: running.Shapes, *inputs: str, lacks: Collection[str] = ()) -> dict[str, Any]:
+    """Configuration entries of Flux.1, Flux.2 and Chroma."""
+    config = running.measured(shapes, "joint_attention_dim", *inputs, lacks=lacks)
     return {
+        **config,
         "patch_size": 1,
-        "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight"][0],
-        "num_layers": running.blocks(shapes, "transformer_blocks."),
         "num_single_layers": running.blocks(shapes, "single_transformer_blocks."),
-        **running.heads(hidden, head),
-        "joint_attention_dim": shapes["context_embedder.weight"][1],
-        "axes_dims_rope": running.rotary_axes(head),
+        "axes_dims_rope": running.rotary_axes(config["attention_head_dim"]),
     }
 
 
 def _config(shapes: running.Shapes) -> dict[str, Any]:
     return {
-        **common_config(shapes),
-        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
-        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        **common_config(shapes, "pooled_projection_dim"),
+        "guidance_embeds": running.has(shapes, "guidance_embedder"),
     }
 
 
@@ -103,7 +98,7 @@ WANTS = {
 
 
 def arguments(inputs: running.Inputs) -> dict[str, Any]:
-    """Positions are (index, row, column); the text has none."""
+    """Positions are (index, row, column), 0 for text."""
     return {**inputs.usual(channels=-1), "img_ids": inputs.image_ids(3), "txt_ids": inputs.text_ids(3)}
 
 
@@ -123,9 +118,8 @@ FAMILY = Family(
     ),
     blocks=BLOCKS,
     names=NAMES,
-    # XLabs' attention processors (its `qkv_lora.down` loses "_lora" with the suffix), ComfyUI's name for the attention
-    # rows of a single block, and DiffSynth's own names. Its `final_norm_out.linear` has either order of halves, and is
-    # not taken for one.
+    # XLabs' attention processors (the suffix of `qkv_lora.down` includes "_lora"), ComfyUI's name for a single block's
+    # attention rows, and DiffSynth's names, without `final_norm_out.linear`, whose halves come in either order.
     lora=(
         *under("double_blocks.*.", "double_blocks.*.processor.")(
             ("{img,txt}_attn.qkv", "qkv_lora{1,2}"),

@@ -1,4 +1,4 @@
-"""Flux.2: Flux.1 with one modulation for all blocks, which ModelOpt, musubi and silveroxides keep."""
+"""Flux.2: Flux.1 with one modulation for all blocks; ModelOpt, musubi and silveroxides keep it in high precision."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from . import flux1
 from .base import Family, signature
 from .folds import given
 from .rules import rules
-from .running import Architecture, Inputs, Shapes, guidance
+from .running import Architecture, Inputs, Shapes, guidance, has
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         **config,
         "mlp_ratio": shapes["transformer_blocks.0.ff.linear_out.weight"][1] / shapes["x_embedder.weight"][0],
         "timestep_guidance_channels": shapes["time_guidance_embed.timestep_embedder.linear_1.weight"][1],
-        "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
+        "guidance_embeds": has(shapes, "guidance_embedder"),
         "axes_dims_rope": (config["attention_head_dim"] // 4,) * 4,
     }
 
@@ -41,7 +41,7 @@ FAMILY = Family(
         ),
     ),
     blocks=flux1.BLOCKS,
-    # The single block's attention and MLP are fused in diffusers too.
+    # diffusers, too, fuses attention and MLP of a single block.
     names=(
         *rules(
             ("{time,guidance}_in.{in,out}_layer", "time_guidance_embed.{timestep,guidance}_embedder.linear_{1,2}"),
@@ -64,7 +64,7 @@ FAMILY = Family(
         ("klein 9B", signature(size=(r"(?:img_in|x_embedder)\.weight", 0, (4096,)))),
         ("klein 4B", signature(size=(r"(?:img_in|x_embedder)\.weight", 0, (3072,)))),
     ),
-    # One modulation for all blocks, and no biases: its norms cannot be scaled.
+    # One modulation without biases serves all blocks, so channels behind norms cannot be scaled.
     folds=(
         flux1.JOINT_VALUES,
         *(

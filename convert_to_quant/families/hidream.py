@@ -1,34 +1,31 @@
-"""HiDream-I1: two streams, then one, whose MLPs are experts beside each other, chosen by a router."""
+"""HiDream-I1: blocks with two streams, then with one; MLPs are experts chosen by a router."""
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
 from . import comfyui
 from .base import Family, signature
-from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, heads, vector
+from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, measured, vector
 
 HEAD = 128
-"""Channels of a head; the norms span all of them and do not show it. Narrow models may have less."""
+"""Channels of an attention head (norms span all heads); narrow models may have fewer."""
 
 ACTIVE = 2
-"""Experts that a token passes."""
+"""Experts per token."""
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
-    hidden, patched = shapes["x_embedder.proj.weight"]
-    head = math.gcd(hidden, HEAD)
     double, single = blocks(shapes, "double_stream_blocks."), blocks(shapes, "single_stream_blocks.")
     experts = shapes["double_stream_blocks.0.block.ff_i.gate.weight"][0]
+    config = measured(shapes, area=4, head=HEAD, end="final_layer.linear")
+    head = config["attention_head_dim"]
     return {
+        **config,
         "patch_size": 2,
-        "in_channels": patched // 4,
-        "out_channels": shapes["final_layer.linear.weight"][0] // 4,
         "num_layers": double,
         "num_single_layers": single,
-        **heads(hidden, head),
         "caption_channels": [shapes[f"caption_projection.{place}.linear.weight"][1] for place in (double + single, 0)],
         "text_emb_dim": shapes["p_embedder.pooled_embedder.linear_1.weight"][1],
         "num_routed_experts": experts,
@@ -43,7 +40,7 @@ def _t5(config: Config, geometry: Geometry) -> Signal:
 
 
 def _llama(config: Config, geometry: Geometry) -> Signal:
-    """A layer of Llama for each block."""
+    """One layer of Llama for each block."""
     return Signal((len(config["llama_layers"]), geometry.text_tokens, config["caption_channels"][1]))
 
 
@@ -55,12 +52,12 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
 
 
 def _last_caption(scene: comfyui.Scene) -> int:
-    """Features of T5, whose projection is the last one."""
+    """Features of T5: the last projection."""
     return scene.inputs(f"caption_projection.{len(scene.part('caption_projection')) - 1}.linear")
 
 
 def _llama_layers(scene: comfyui.Scene) -> int:
-    """Layers of Llama: up to the last one that is used."""
+    """Layers of Llama, up to the last one used."""
     return int(max(scene.part("llama_layers"))) + 1
 
 

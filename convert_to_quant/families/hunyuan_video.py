@@ -1,8 +1,7 @@
-"""HunyuanVideo: Flux.1's blocks and a refiner of the text tokens. musubi quantizes the blocks, modulation included."""
+"""HunyuanVideo: Flux.1's blocks and a refiner of text tokens. musubi quantizes the blocks, modulation included."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from . import comfyui, flux1, running
@@ -10,13 +9,12 @@ from .base import CONDITION, REFINER, Family, signature
 from .rules import QKV, rules, under
 
 GUIDANCE, IMAGE_GUIDANCE = 6.0, 3.5
-"""Guidance that distilled models are told, of videos and of images; their pipelines' defaults."""
+"""Guidance scale of distilled models, for videos and for images: their pipelines' defaults."""
 
 IMAGE_TOKENS = 729
-"""Of SigLIP, which sees the first frame: 27 by 27 patches. Silence is text-to-video."""
+"""SigLIP's 27 by 27 patches of the first frame; zeros for text-to-video."""
 
-# Spellings of whole layers that two kinds of checkpoint use for the same layer: the authors', then ComfyUI's. Either
-# may be the checkpoint's.
+# Names of whole layers: the authors', then ComfyUI's. A checkpoint may use either.
 SPELLINGS = (
     *under("double_blocks.*.{img,txt}_")(
         ("attn_{qkv,proj}", "attn.{qkv,proj}"),
@@ -36,7 +34,7 @@ SPELLINGS = (
         ("{time,guidance}_in.mlp.{0,2}", "{time,guidance}_in.{in,out}_layer"),
     ),
 )
-# By ComfyUI's names.
+# From ComfyUI's names.
 NAMES = (
     *under("txt_in.individual_token_refiner.blocks.*.", "context_embedder.token_refiner.refiner_blocks.*.")(
         ("self_attn.qkv", "attn.to_{q,k,v}", QKV),
@@ -58,54 +56,54 @@ NAMES = (
 )
 
 
-def _common_config(shapes: running.Shapes) -> dict[str, Any]:
-    """What the configurations of all members share."""
-    hidden, in_channels, *patch = shapes["x_embedder.proj.weight"]
+def _config(shapes: running.Shapes) -> dict[str, Any]:
+    hidden, _, *patch = shapes["x_embedder.proj.weight"]
+    config = running.measured(shapes)
     return {
-        "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
-        **running.heads(hidden, shapes["transformer_blocks.0.attn.norm_q.weight"][0]),
-        "num_layers": running.blocks(shapes, "transformer_blocks."),
+        **config,
         "num_refiner_layers": running.blocks(shapes, "context_embedder.token_refiner.refiner_blocks."),
         "mlp_ratio": shapes["transformer_blocks.0.ff.net.0.proj.weight"][0] / hidden,
         "text_embed_dim": shapes["context_embedder.proj_in.weight"][1],
+        "patch_size_t": patch[0],
+        "patch_size": patch[-1],
+        "rope_axes_dim": running.rotary_axes(config["attention_head_dim"]),
     }
 
 
-def _config(shapes: running.Shapes) -> dict[str, Any]:
-    config, patch = _common_config(shapes), shapes["x_embedder.proj.weight"][2:]
+def _video_config(shapes: running.Shapes) -> dict[str, Any]:
+    config = _config(shapes)
     return {
         **config,
         "num_single_layers": running.blocks(shapes, "single_transformer_blocks."),
-        "patch_size": patch[1],
-        "patch_size_t": patch[0],
-        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        "guidance_embeds": running.has(shapes, "guidance_embedder"),
         "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
-        "rope_axes_dim": running.rotary_axes(config["attention_head_dim"]),
         "image_condition_type": "latent_concat" if config["in_channels"] > config["out_channels"] else None,
     }
 
 
-def _shared_config(shapes: running.Shapes) -> dict[str, Any]:
-    """What the configurations of HunyuanImage 2.1 and HunyuanVideo 1.5 share."""
-    glyphs = shapes.get("context_embedder_2.linear_1.weight")
-    return {
-        **_common_config(shapes),
-        "text_embed_2_dim": None if glyphs is None else glyphs[1],
-        "use_meanflow": any(".timestep_embedder_r." in name for name in shapes),
-    }
+def _second_text(shapes: running.Shapes) -> dict[str, Any]:
+    """Configuration entries of HunyuanImage 2.1 and HunyuanVideo 1.5."""
+    glyphs = shapes.get("context_embedder_2.linear_1.weight", (0, None))
+    return {"text_embed_2_dim": glyphs[1], "use_meanflow": running.has(shapes, "timestep_embedder_r")}
 
 
 def _image_config(shapes: running.Shapes) -> dict[str, Any]:
-    config, patch = _shared_config(shapes), shapes["x_embedder.proj.weight"][2:]
+    config, patch = _config(shapes), shapes["x_embedder.proj.weight"][2:]
+    del config["patch_size_t"]
     head = config["attention_head_dim"]
     return {
         **config,
+        **_second_text(shapes),
         "num_single_layers": running.blocks(shapes, "single_transformer_blocks."),
         "patch_size": patch,
-        "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
-        "rope_axes_dim": (head // 2, head // 2) if len(patch) == 2 else running.rotary_axes(head),
+        "guidance_embeds": running.has(shapes, "guidance_embedder"),
+        "rope_axes_dim": (head // 2, head // 2) if len(patch) == 2 else config["rope_axes_dim"],
     }
+
+
+def _video_15_config(shapes: running.Shapes) -> dict[str, Any]:
+    image = shapes["image_embedder.linear_1.weight"]
+    return {**_config(shapes), **_second_text(shapes), "image_embed_dim": image[1]}
 
 
 def _image_latents(config: running.Config, geometry: running.Geometry) -> tuple[int, ...]:
@@ -114,21 +112,10 @@ def _image_latents(config: running.Config, geometry: running.Geometry) -> tuple[
     return config["out_channels"], *frames, height * geometry.height, width * geometry.width
 
 
-def _video_15_config(shapes: running.Shapes) -> dict[str, Any]:
-    config, patch = _shared_config(shapes), shapes["x_embedder.proj.weight"][2:]
-    return {
-        **config,
-        "patch_size_t": patch[0],
-        "patch_size": patch[1],
-        "image_embed_dim": shapes["image_embedder.linear_1.weight"][1],
-        "rope_axes_dim": running.rotary_axes(config["attention_head_dim"]),
-    }
-
-
 _TEXTS = {
     "encoder_hidden_states": running.text("text_embed_dim"),
     "encoder_attention_mask": running.mask,
-    # what ByT5 says of the words that are to be painted
+    # ByT5's encoding of text to be rendered in the image
     "encoder_hidden_states_2": running.if_there("text_embed_2_dim", running.text("text_embed_2_dim")),
     "encoder_attention_mask_2": running.if_there("text_embed_2_dim", running.mask),
 }
@@ -152,7 +139,7 @@ FAMILY = Family(
     spellings=SPELLINGS,
     architecture=running.Architecture(
         transformer="HunyuanVideoTransformer3DModel",
-        config=_config,
+        config=_video_config,
         latents=LATENTS,
         wants={
             "encoder_hidden_states": running.text("text_embed_dim"),

@@ -1,4 +1,4 @@
-"""Kandinsky 5 (image and video): latents with their channels last."""
+"""Kandinsky 5 (image and video): latents with channels last."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ PATCH = (1, 2, 2)
 
 def _config(shapes: running.Shapes) -> dict[str, Any]:
     hidden, patched = shapes["visual_embeddings.in_layer.weight"]
-    head = shapes["visual_transformer_blocks.0.self_attention.query_norm.weight"][0]
-    channels = shapes["out_layer.out_layer.weight"][0] // 4
+    channels, visual = shapes["out_layer.out_layer.weight"][0] // 4, "visual_transformer_blocks"
     conditioned = patched // 4 == 2 * channels + 1
     return {
         "in_visual_dim": channels if conditioned else patched // 4,
@@ -24,10 +23,10 @@ def _config(shapes: running.Shapes) -> dict[str, Any]:
         "out_visual_dim": channels,
         "patch_size": PATCH,
         "model_dim": hidden,
-        "ff_dim": shapes["visual_transformer_blocks.0.feed_forward.in_layer.weight"][0],
+        "ff_dim": shapes[f"{visual}.0.feed_forward.in_layer.weight"][0],
         "num_text_blocks": running.blocks(shapes, "text_transformer_blocks."),
-        "num_visual_blocks": running.blocks(shapes, "visual_transformer_blocks."),
-        "axes_dims": running.rotary_axes(head, 6),
+        "num_visual_blocks": running.blocks(shapes, f"{visual}."),
+        "axes_dims": running.rotary_axes(shapes[f"{visual}.0.self_attention.query_norm.weight"][0], 6),
         "visual_cond": conditioned,
     }
 
@@ -38,11 +37,8 @@ def _latents(config: running.Config, geometry: running.Geometry) -> tuple[int, .
 
 def _beside(config: running.Config, geometry: running.Geometry) -> running.Signal | None:
     """The first frame, and a mask."""
-    return (
-        running.Signal((*_latents(config, geometry)[:-1], config["in_visual_dim"] + 1))
-        if config["visual_cond"]
-        else None
-    )
+    *sizes, channels = _latents(config, geometry)
+    return running.Signal((*sizes, channels + 1)) if config["visual_cond"] else None
 
 
 def _arguments(inputs: running.Inputs) -> dict[str, Any]:

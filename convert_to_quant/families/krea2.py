@@ -1,4 +1,4 @@
-"""Krea 2: one stream, steered by one modulation for all blocks; some layers of its text encoder side by side."""
+"""Krea 2: one stream, one modulation for all blocks, and several layers of its text encoder side by side."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ from typing import Any
 
 from .base import REFINER, Family, signature
 from .comfyui import Scene, takes
-from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, heads, rotary_axes, tokens
+from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, measured, rotary_axes, tokens
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
-    hidden, in_channels = shapes["img_in.weight"]
-    head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
-    text_head = shapes["text_fusion.layerwise_blocks.0.attn.norm_q.weight"][0]
-    fusion = "text_fusion.layerwise_blocks.0"
+    config, fusion = measured(shapes, end="img_in", lacks=["out_channels"]), "text_fusion.layerwise_blocks.0"
+    head, text_head = config["attention_head_dim"], shapes[f"{fusion}.attn.norm_q.weight"][0]
     return {
-        "in_channels": in_channels,
-        "num_layers": blocks(shapes, "transformer_blocks."),
-        **heads(hidden, head),
+        **config,
         "num_key_value_heads": shapes["transformer_blocks.0.attn.to_k.weight"][0] // head,
         "intermediate_size": shapes["transformer_blocks.0.ff.up.weight"][0],
         "timestep_embed_dim": shapes["time_embed.linear_1.weight"][1],
@@ -44,7 +40,7 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
 
 
 def _comfyui_text(scene: Scene) -> int:
-    """Features of the text: some layers of its encoder side by side."""
+    """Text features: several layers of the encoder side by side."""
     return scene.number("txtlayers") * scene.number("txtdim")
 
 

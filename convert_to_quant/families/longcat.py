@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from . import flux1
 from .base import Family, signature
 from .rules import rules
@@ -26,9 +28,7 @@ FAMILY = Family(
     ),
     architecture=Architecture(
         transformer="LongCatImageTransformer2DModel",
-        config=lambda shapes: {
-            name: value for name, value in flux1.common_config(shapes).items() if name != "out_channels"
-        },
+        config=partial(flux1.common_config, lacks=["out_channels"]),
         latents=tokens("in_channels"),
         wants={"encoder_hidden_states": text("joint_attention_dim")},
         arguments=flux1.arguments,

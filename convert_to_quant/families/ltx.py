@@ -1,7 +1,7 @@
 """LTX-Video and LTX-2.
 
-The ends as in silveroxides and ModelOpt. Blocks 0, 1, 46 and 47 of the 48 in LTX-Video 13B and LTX-2 are kept by
-silveroxides, dit-quantizer and ModelOpt (which adds 2 and 45); Lightricks' own files keep 0 and 43 to 47.
+Layers outside the blocks are kept as by silveroxides and ModelOpt. Of the 48 blocks of LTX-Video 13B and LTX-2,
+silveroxides, dit-quantizer and ModelOpt keep 0, 1, 46 and 47 (ModelOpt also 2 and 45); Lightricks' files keep 0, 43-47.
 """
 
 from __future__ import annotations
@@ -12,34 +12,28 @@ from . import comfyui
 from .base import FINAL, IMAGE, TEXT, VECTOR, Family, signature
 from .folds import given
 from .rules import rules
-from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, Want, blocks, heads, mask, text
+from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, Want, has, mask, measured, text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 HEADS = 32
-"""Heads in all sizes; the norms span all of them and do not show their number."""
+"""Attention heads in all sizes; no tensor shows their number."""
 
 AUDIO_TOKENS = 8
-"""Tokens of LTX-2's sound for each latent frame."""
+"""LTX-2's audio tokens per latent frame."""
 
 SCALES = (8 / 25, 32.0, 32.0)
 """Seconds, pixels and pixels per latent position, at the pipeline's 25 frames per second."""
 
 
-def _common_config(shapes: Shapes) -> dict[str, Any]:
-    hidden, in_channels = shapes["proj_in.weight"]
-    return {
-        "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight"][0],
-        **heads(hidden, hidden // HEADS),
-        "cross_attention_dim": shapes["transformer_blocks.0.attn2.to_k.weight"][1],
-        "num_layers": blocks(shapes, "transformer_blocks."),
-    }
+def _common_config(shapes: Shapes, *inputs: str) -> dict[str, Any]:
+    hidden, _ = shapes["proj_in.weight"]
+    return measured(shapes, "cross_attention_dim", *inputs, head=hidden // HEADS)
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
-    return {**_common_config(shapes), "caption_channels": shapes["caption_projection.linear_1.weight"][1]}
+    return _common_config(shapes, "caption_channels")
 
 
 def _latents(config: Config, geometry: Geometry) -> tuple[int, ...]:
@@ -58,37 +52,36 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
 
 def _ltx2_config(shapes: Shapes) -> dict[str, Any]:
     hidden, (audio_hidden, audio_channels) = shapes["proj_in.weight"][0], shapes["audio_proj_in.weight"]
-    captions = shapes.get("caption_projection.linear_1.weight")
+    captions = has(shapes, "caption_projection")
     block = "transformer_blocks.0"
     return {
-        **_common_config(shapes),
+        **_common_config(shapes, *(["caption_channels"] if captions else [])),
         "audio_in_channels": audio_channels,
         "audio_out_channels": shapes["audio_proj_out.weight"][0],
         "audio_num_attention_heads": HEADS,
         "audio_attention_head_dim": audio_hidden // HEADS,
         "audio_cross_attention_dim": shapes[f"{block}.audio_attn2.to_k.weight"][1],
-        "gated_attn": f"{block}.attn1.to_gate_logits.weight" in shapes,
-        "audio_gated_attn": f"{block}.audio_attn1.to_gate_logits.weight" in shapes,
+        "gated_attn": has(shapes, "attn1.to_gate_logits"),
+        "audio_gated_attn": has(shapes, "audio_attn1.to_gate_logits"),
         "cross_attn_mod": shapes["time_embed.linear.weight"][0] == 9 * hidden,
         "audio_cross_attn_mod": shapes["audio_time_embed.linear.weight"][0] == 9 * audio_hidden,
-        "use_prompt_embeddings": captions is not None,
-        **({} if captions is None else {"caption_channels": captions[1]}),
-        "ff_bias": f"{block}.ff.net.2.bias" in shapes,
-        "audio_ff_bias": f"{block}.audio_ff.net.2.bias" in shapes,
-        "use_prompt_adaln_single": "prompt_adaln.linear.weight" in shapes,
-        "use_keyframes_abs_pos_embedding": "keyframes_abs_pos_embedding" in shapes,
+        "use_prompt_embeddings": captions,
+        "ff_bias": has(shapes, "ff.net.2.bias"),
+        "audio_ff_bias": has(shapes, "audio_ff.net.2.bias"),
+        "use_prompt_adaln_single": has(shapes, "prompt_adaln"),
+        "use_keyframes_abs_pos_embedding": has(shapes, "keyframes_abs_pos_embedding"),
         "rope_type": "split",
     }
 
 
 def _ltx2_latents(config: Config, geometry: Geometry) -> tuple[int, ...]:
-    """Tokens of the video, then those of the sound, which have as many channels."""
+    """Video tokens, then audio tokens, which have as many channels."""
     tokens, channels = _latents(config, geometry)
     return tokens + AUDIO_TOKENS * geometry.frames, channels
 
 
 def _ltx2_texts(name: str) -> Want:
-    """What the text encoder's connector gives for the video, or for the sound."""
+    """Output of the text encoder's connector for the video, or for the audio."""
 
     def want(config: Config, geometry: Geometry) -> Signal:
         width = config["caption_channels" if config["use_prompt_embeddings"] else name]
@@ -119,7 +112,7 @@ def _ltx2_velocity(output: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _ltx2_text(scene: comfyui.Scene) -> int:
-    """Features of the text in LTX-2: that of the projection before its two connectors, or of these."""
+    """Text features of LTX-2: inputs of the projection before the two connectors, or of both connectors."""
     name = "caption_projection.linear_1"
     if scene.part(name) is not None:
         return scene.inputs(name)

@@ -1,8 +1,8 @@
-"""Lumina-Image 2, and what Z-Image shares with it: the same network with another modulation, so the same layers stay.
+"""Lumina-Image 2, and what Z-Image shares with it: the same network with another modulation.
 
-musubi quantizes the refiners (weights only), dit-quantizer keeps them and silveroxides has a preset for it; with FP8
-activations keeping them is the safer choice, for an eighth of the weights. musubi and silveroxides keep the modulation:
-256 inputs, so it hardly weighs anything.
+musubi quantizes the weights of refiners, dit-quantizer keeps them, silveroxides has a preset for it; with FP8
+activations it is safer to keep them, an eighth of the weights. musubi and silveroxides keep the modulation, which is
+small: 256 inputs.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ FAMILY = Family(
         signature(
             ("noise_refiner.0.attn.to_q context_refiner.0.attn.to_q time_caption_embed layers.0.norm1.linear"),
             lacks="ref_image_refiner",
-        ),  # not OmniGen 2,
+        ),  # unlike OmniGen 2
     ),
     blocks=BLOCKS,
     keep=KEEP,
@@ -82,7 +82,7 @@ FAMILY = Family(
         transformer="Lumina2Transformer2DModel",
         config=_config,
         wants={"encoder_hidden_states": text("cap_feat_dim"), "encoder_attention_mask": mask},
-        arguments=lambda inputs: inputs.usual(-1, 1),  # time runs from 0 (noise) to 1, and the output to the image
+        arguments=lambda inputs: inputs.usual(-1, 1),  # time is 0 for noise, and the output points to the image
         velocity=operator.neg,
         ignored=("norm_final.weight",),
         optional=r"(?:clip_text_pooled_proj|time_text_embed)\..*",  # NewBie's pooled text

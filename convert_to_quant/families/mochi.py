@@ -1,4 +1,4 @@
-"""Mochi 1: two streams, of which the text's is half as wide."""
+"""Mochi 1: two streams; the text stream is half as wide."""
 
 from __future__ import annotations
 
@@ -8,21 +8,15 @@ from typing import Any
 from .base import Family, signature
 from .comfyui import Want, ones, takes
 from .rules import GATE_LINEAR, QKV, SHIFT_SCALE, THIRDS, rules, under
-from .running import Architecture, Shapes, blocks, heads, mask, text
+from .running import Architecture, Shapes, mask, measured, text
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
-    hidden, in_channels, patch, _ = shapes["patch_embed.proj.weight"]
-    head = shapes["transformer_blocks.0.attn1.norm_q.weight"][0]
     pooled, text_width = shapes["time_embed.caption_proj.weight"]
-    out_channels = shapes["proj_out.weight"][0] // patch**2
     return {
-        "patch_size": patch,
-        **heads(hidden, head),
-        "num_layers": blocks(shapes, "transformer_blocks."),
+        **measured(shapes),
+        "patch_size": shapes["patch_embed.proj.weight"][2],
         "pooled_projection_dim": pooled,
-        "in_channels": in_channels,
-        "out_channels": out_channels,
         "text_embed_dim": text_width,
         "time_embed_dim": shapes["time_embed.timestep_embedder.linear_1.weight"][1],
     }
@@ -65,9 +59,7 @@ FAMILY = Family(
         config=_config,
         latents=_latents,
         wants={"encoder_hidden_states": text("text_embed_dim"), "encoder_attention_mask": mask},
-        arguments=lambda inputs: inputs.usual(
-            -1000, 1000
-        ),  # time runs from 0 (noise) to 1, and the output to the video
+        arguments=lambda inputs: inputs.usual(-1000, 1000),  # time is 0 for noise, and the output points to the video
         velocity=operator.neg,
         names=rules(("blocks.47.mod_y", "transformer_blocks.47.norm1_context.linear_1")),  # the last block
     ),

@@ -1,40 +1,32 @@
-"""PixArt: self-attention, cross-attention, and one modulation for all blocks; it predicts noise."""
+"""PixArt: self-attention, cross-attention, one modulation for all blocks; predicts noise."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from . import comfyui
 from .base import Family, signature
 from .rules import HALVES, QKV, rules, under
-from .running import Architecture, Inputs, Shapes, blocks, heads, mask, text
+from .running import Architecture, Inputs, Shapes, has, mask, measured, text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 HEAD = 72
-"""Channels of a head; no norm shows it. Other widths have the largest power of two that divides them, up to 64."""
+"""Channels of an attention head (no norm shows it); other widths have the largest power of two up to 64."""
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
-    hidden, in_channels, *_ = shapes["pos_embed.proj.weight"]
-    head = math.gcd(hidden, 64) if hidden % HEAD else HEAD
-    sized = "adaln_single.emb.resolution_embedder.linear_1.weight" in shapes
+    hidden = shapes["pos_embed.proj.weight"][0]
     return {
-        **heads(hidden, head),
-        "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight"][0] // 4,
-        "num_layers": blocks(shapes, "transformer_blocks."),
-        "cross_attention_dim": shapes["transformer_blocks.0.attn2.to_k.weight"][1],
+        **measured(shapes, "cross_attention_dim", "caption_channels", head=64 if hidden % HEAD else HEAD),
         "sample_size": 128,
-        "caption_channels": shapes["caption_projection.linear_1.weight"][1],
-        "use_additional_conditions": sized,
+        "use_additional_conditions": has(shapes, "resolution_embedder"),
     }
 
 
 def _arguments(inputs: Inputs) -> dict[str, Any]:
-    """The size is told in pixels; the class wants the time as whole steps."""
+    """Adds the image's size in pixels."""
     import torch
 
     batch, (height, width) = len(inputs.latents), inputs.latents.shape[-2:]
@@ -46,7 +38,7 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
 
 
 def _noise(output: Tensor) -> Tensor:
-    """The first half; the second is its variance, for models that say it."""
+    """The first half of the channels; the second, if any, is the variance."""
     return output.chunk(2, 1)[0]
 
 
@@ -63,7 +55,7 @@ END_NAMES = rules(
     ("final_layer.{linear,scale_shift_table}", "{proj_out,scale_shift_table}"),
 )
 UNUSED = r"y_embedder\.y_embedding|pos_embed"
-"""The text of an empty prompt, and a table of positions that the class computes."""
+"""The encoding of an empty prompt, and a position table that the class computes."""
 
 FAMILY = Family(
     name="pixart",

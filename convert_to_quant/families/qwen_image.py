@@ -1,7 +1,7 @@
 """Qwen-Image, also Edit and Layered; its checkpoints use diffusers' names.
 
-silveroxides keeps the first image modulation on top of the ends; musubi quantizes all of it; ModelOpt keeps the first
-two and last two blocks whole, which calibration can still decide.
+silveroxides keeps the first image modulation and the layers outside the blocks; musubi quantizes everything; ModelOpt
+keeps the first two and last two blocks, which calibration can still decide.
 """
 
 from __future__ import annotations
@@ -12,25 +12,21 @@ from . import comfyui
 from .base import Family, signature
 from .flux1 import DOUBLE, JOINT_VALUES
 from .folds import modulated
-from .running import Architecture, Inputs, Shapes, blocks, heads, rotary_axes, text, tokens
+from .running import Architecture, Inputs, Shapes, has, measured, rotary_axes, text, tokens
 
 PATCH = 2
 ZERO_CONDITION_TIME = "__index_timestep_zero__"
-"""Marks Qwen-Image-Edit-2511: tokens of the image to edit are told time 0."""
+"""Present in Qwen-Image-Edit-2511: tokens of the image to edit have time 0."""
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
-    hidden, in_channels = shapes["img_in.weight"]
-    head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
-    layered = "time_text_embed.addition_t_embedding.weight" in shapes
+    config, layered = measured(shapes), has(shapes, "addition_t_embedding")
     return {
+        **config,
         "patch_size": PATCH,
-        "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight"][0] // PATCH**2,
-        "num_layers": blocks(shapes, "transformer_blocks."),
-        **heads(hidden, head),
+        "out_channels": config["out_channels"] // PATCH**2,
         "joint_attention_dim": shapes["txt_in.weight"][1],
-        "axes_dims_rope": rotary_axes(head),
+        "axes_dims_rope": rotary_axes(config["attention_head_dim"]),
         "zero_cond_t": ZERO_CONDITION_TIME in shapes,
         "use_additional_t_cond": layered,
         "use_layer3d_rope": layered,

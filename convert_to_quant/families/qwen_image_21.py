@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from .base import Family, signature
 from .rules import HALVES, rules
-from .running import Architecture, Inputs, Shapes, blocks, heads, rotary_axes, text, tokens
+from .running import Architecture, Inputs, Shapes, measured, rotary_axes, text, tokens
 
 HEAD = 128
-"""Channels of a head; no norm shows it. Narrow models may have less."""
+"""Channels of an attention head (no norm shows it); narrow models may have fewer."""
 
 SLOT = 4
-"""Tokens of an image that take one place of its text encoder's sequence."""
+"""Image tokens per position in the text encoder's sequence."""
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
-    hidden, in_channels = shapes["img_in.weight"]
-    head = math.gcd(hidden, HEAD)
+    config = measured(shapes, head=HEAD)
     return {
-        "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight"][0],
-        "num_layers": blocks(shapes, "transformer_blocks."),
-        **heads(hidden, head),
+        **config,
         "context_in_dim": shapes["txt_in.in_layer.weight"][1],
-        "mlp_ratio": shapes["transformer_blocks.0.img_mlp.out.weight"][1] // hidden,
-        "axes_dims_rope": rotary_axes(head),
+        "mlp_ratio": shapes["transformer_blocks.0.img_mlp.out.weight"][1] // shapes["img_in.weight"][0],
+        "axes_dims_rope": rotary_axes(config["attention_head_dim"]),
     }
 
 
 def _arguments(inputs: Inputs) -> dict[str, Any]:
-    """The places of the sequence that are the image's come behind those of the text."""
+    """In the sequence, image positions follow the text."""
     import torch
 
     geometry = inputs.geometry

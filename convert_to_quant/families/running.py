@@ -1,27 +1,23 @@
-"""What it takes to run a family of models, as data: its diffusers class, its configuration, and its inputs.
+"""How to run a family of models, as data: its diffusers class, its configuration, and its inputs.
 
-Why it exists. diffusers can run most families here, but asks for a configuration file from the internet and for inputs
-that a pipeline prepares. Both follow from the checkpoint itself: sizes are tensor shapes, and the inputs of a
-transformer are latents, a time and some conditioning, packed in one of a few ways.
+diffusers runs most families, but expects a configuration file from the internet and inputs that a pipeline prepares.
+Both follow from the checkpoint: sizes are tensor shapes, and a transformer's inputs are latents, a time, and some
+conditioning, packed in one of a few ways. An `Architecture` states them: the class, its configuration as a function of
+tensor shapes, the shapes of latents and conditioning, and the arguments of `forward`. Conditioning tensors are named as
+in `forward`.
 
-How it works. An `Architecture` holds the transformer class by name, a function from shapes to the class's
-configuration, the shapes of latents and of every conditioning tensor, and a function that makes the arguments of
-`forward` from them. Conditioning tensors have the names that the class's `forward` gives them.
-
-Conventions. sigma runs from 1 (noise) to 0. Latents have the layout that the transformer class takes, tokens or maps,
-without its extra condition channels. A velocity points from the image to the noise:
+Conventions. sigma runs from 1 (noise) to 0. Latents have the layout that the class expects, tokens or maps, without its
+extra condition channels. The velocity points from the image to the noise:
 x_sigma = (1 - sigma) x_0 + sigma noise, velocity = noise - x_0.
 
-Limits. Members of a family with parts that no class of diffusers knows, and without which they cannot run, are named
-(`Family.elsewhere`) and not run here. `engines.comfyui.inprocess` runs them inside ComfyUI.
-
-torch is imported only by what computes with tensors, so a family is recognized and named without it.
+Limits. Variants that need parts unknown to diffusers are listed in `Family.elsewhere`; `engines.comfyui.inprocess` runs
+them inside ComfyUI. torch is imported only where tensors are computed, so recognizing a family does not need it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,15 +30,15 @@ Config = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 
 CONDITION_LATENTS = "condition_latents"
-"""Conditioning that joins the latents as further channels: a second image, a mask (Fill, Depth, image-to-video)."""
+"""Conditioning concatenated to the latents as extra channels: a second image, a mask (Fill, Depth, image-to-video)."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The size of what is painted, in the model's own tokens.
+    """The size of an image or video, in the model's own tokens.
 
     Attributes:
-        height, width: image tokens (patches) per side.
+        height, width: image tokens (patches) per dimension.
         frames: latent frames; 1 for images.
         text_tokens: length of the text.
     """
@@ -54,23 +50,23 @@ class Geometry:
 
     @property
     def tokens(self) -> int:
-        """Rows that a block sees per sample."""
+        """Tokens per sample, text included."""
         return self.height * self.width * self.frames + self.text_tokens
 
     @property
     def quarter(self) -> Geometry:
-        """An image of half the sides, with a quarter of the text."""
+        """The same with half the height and width, and a quarter of the text."""
         half_height, half_width = -(-self.height // 2), -(-self.width // 2)
         return Geometry(half_height, half_width, self.frames, -(-self.text_tokens // 4))
 
 
 @dataclass(frozen=True)
 class Signal:
-    """One conditioning tensor of a model.
+    """One conditioning tensor.
 
     Attributes:
-        shape: without the batch.
-        kind: "noise" is drawn, the others are constant: "mask" is ones, "value" is `value`.
+        shape: without the batch dimension.
+        kind: "noise" is random, "mask" is ones, "value" is `value`.
         value: the constant.
     """
 
@@ -81,14 +77,14 @@ class Signal:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One evaluation of a model.
+    """The inputs of one evaluation.
 
     Attributes:
         config: the model's configuration.
         geometry: of the latents.
         latents: [batch, *latent shape].
-        sigma: noise level, one for the whole batch.
-        conditioning: by name, each [batch, ...].
+        sigma: noise level of the whole batch.
+        conditioning: name -> [batch, ...].
     """
 
     config: Config
@@ -98,63 +94,58 @@ class Inputs:
     conditioning: Mapping[str, Tensor]
 
     def time(self, scale: float = 1.0, offset: float = 0.0) -> Tensor:
-        """The noise level times `scale`, plus `offset`, for every sample, [batch], in the latents' dtype."""
+        """The noise level × `scale` + `offset` for every sample, [batch], in the latents' dtype."""
         return self.latents.new_full((len(self.latents),), self.sigma * scale + offset)
 
     def usual(self, scale: float = 1.0, offset: float = 0.0, *, channels: int = 1) -> dict[str, Any]:
-        """The arguments that most classes have in common.
+        """The arguments that most classes share.
 
         Args:
             scale: see `time`.
             offset: see `time`.
-            channels: dimension of the latents along which a condition joins them, if there is one.
+            channels: dimension along which condition latents are concatenated.
         """
         import torch
 
-        condition = self.conditioning.get(CONDITION_LATENTS)
-        return {
-            "hidden_states": self.latents if condition is None else torch.cat([self.latents, condition], channels),
-            "timestep": self.time(scale, offset),
-            **{name: value for name, value in self.conditioning.items() if name != CONDITION_LATENTS},
-        }
+        conditioning = dict(self.conditioning)
+        extra = [conditioning.pop(CONDITION_LATENTS)] if CONDITION_LATENTS in conditioning else []
+        latents = torch.cat([self.latents, *extra], channels)
+        return {"hidden_states": latents, "timestep": self.time(scale, offset), **conditioning}
 
     def image_ids(self, axes: int) -> Tensor:
         """Positions of image tokens: 0, row, column, and zeros up to `axes` numbers; float32 [tokens, axes]."""
         import torch
 
-        device, geometry = self.latents.device, self.geometry
-        ids = torch.zeros(geometry.height * geometry.width, axes, device=device)
-        ids[:, 1] = torch.arange(geometry.height, device=device).repeat_interleave(geometry.width)
-        ids[:, 2] = torch.arange(geometry.width, device=device).repeat(geometry.height)
-        return ids
+        height, width = self.geometry.height, self.geometry.width
+        ids = torch.zeros(height, width, axes, device=self.latents.device)
+        ids[:, :, 1] = torch.arange(height)[:, None]
+        ids[:, :, 2] = torch.arange(width)
+        return ids.flatten(0, 1)
 
     def text_ids(self, axes: int) -> Tensor:
         """Positions of text tokens: zeros; float32 [text tokens, axes]."""
-        import torch
-
-        text_tokens = self.conditioning["encoder_hidden_states"].shape[1]
-        return torch.zeros(text_tokens, axes, device=self.latents.device)
+        return self.latents.new_zeros(self.conditioning["encoder_hidden_states"].shape[1], axes).float()
 
 
 Latents = Callable[[Config, Geometry], tuple[int, ...]]
 """The shape of one sample's latents."""
 
 Want = Callable[[Config, Geometry], Signal | None]
-"""A conditioning tensor, or None where a model of this configuration takes none."""
+"""A conditioning tensor, or None where a model of this configuration has none."""
 
 
 def tokens(channels: str) -> Latents:
-    """Latents of an image as a sequence of tokens, with as many channels as the configuration says there."""
+    """Image latents as a sequence of tokens; `channels` is the configuration entry with their channels."""
     return lambda config, geometry: (geometry.height * geometry.width, config[channels])
 
 
 def image(config: Config, geometry: Geometry) -> tuple[int, ...]:
-    """Latents of an image as a map, which the model cuts into patches of 2 by 2."""
+    """Image latents as a map that the model cuts into 2 by 2 patches."""
     return config["in_channels"], 2 * geometry.height, 2 * geometry.width
 
 
 def video(*patch: str) -> Latents:
-    """Latents of a video as a map; the configuration says there how many frames, rows and columns are a patch."""
+    """Video latents as a map; `patch` are the configuration entries with the patch's frames, height and width."""
 
     def shape(config: Config, geometry: Geometry) -> tuple[int, ...]:
         frames, height, width = config[patch[0]] if len(patch) == 1 else (config[size] for size in patch)
@@ -164,32 +155,32 @@ def video(*patch: str) -> Latents:
 
 
 def text(width: str, tokens: int | None = None) -> Want:
-    """What a text encoder gives per token, with as many channels as the configuration says there."""
+    """A text encoder's output, one vector per token; `width` is the configuration entry with its channels."""
     return lambda config, geometry: Signal((tokens or geometry.text_tokens, config[width]))
 
 
 def mask(_: Config, geometry: Geometry) -> Signal:
-    """That all of the text counts."""
+    """A mask over the whole text."""
     return Signal((geometry.text_tokens,), "mask")
 
 
 def vector(width: str) -> Want:
-    """What an encoder gives for the whole prompt."""
+    """An encoder's output for the whole prompt."""
     return lambda config, _: Signal((config[width],))
 
 
 def guidance(value: float) -> Want:
-    """The guidance that a distilled model is told."""
+    """The guidance scale, an input of distilled models."""
     return if_there("guidance_embeds", lambda *_: Signal((), "value", value))
 
 
 def if_there(entry: str, want: Want) -> Want:
-    """What only models take whose configuration says something there."""
+    """`want` for models whose configuration has this entry."""
     return lambda config, geometry: want(config, geometry) if config.get(entry) else None
 
 
 def beside(latents: Latents, axis: int) -> Want:
-    """The condition channels that a model takes beyond its latents, along `axis`; none for most."""
+    """The input channels beyond the latents' own, along `axis`; most models have none."""
 
     def want(config: Config, geometry: Geometry) -> Signal | None:
         shape, extra = latents(config, geometry), config["in_channels"] - config["out_channels"]
@@ -199,25 +190,25 @@ def beside(latents: Latents, axis: int) -> Want:
 
 
 def as_it_is(output: Any) -> Any:
-    """The velocity of models that predict it."""
+    """The output of models that predict the velocity."""
     return output
 
 
 def build(transformer: Callable[..., nn.Module], config: Config) -> nn.Module:
-    """A class with its configuration."""
+    """Construct the class from its configuration."""
     return transformer(**config)
 
 
 Prediction = Literal["velocity", "noise", "v"]
-"""What a model says of x = a x_0 + s noise: noise - x_0 of a flow (a = 1 - sigma, s = sigma); or, where a² + s² = 1,
-the noise, or v = a noise - s x_0."""
+"""What a model predicts for x = a x_0 + s noise: the velocity noise - x_0 of a flow (a = 1 - sigma, s = sigma); or,
+where a² + s² = 1, the noise, or v = a noise - s x_0."""
 
 BETAS = 0.0001, 0.02
 """Noise added in the first and the last of the thousand steps of models that predict noise or v."""
 
 
 def diffusion_time(signal: float) -> float:
-    """When an image is left with this share a of its signal by `BETAS`, from 0 (clean) to 1.
+    """The time, from 0 (clean) to 1, at which `BETAS` leave this share a of an image's signal.
 
     >>> [round(diffusion_time(signal), 2) for signal in (1.0, 0.7, 0.0)]
     [0.0, 0.26, 1.0]
@@ -233,16 +224,16 @@ class Architecture:
 
     Attributes:
         transformer: name of the class in `diffusers`.
-        config: arguments of the class, from the shapes of its tensors by diffusers' names.
+        config: the class's arguments, from the shapes of its tensors under diffusers' names.
         wants: the conditioning tensors.
         latents: shape of a sample's latents.
         arguments: arguments of the class's `forward`.
-        velocity: the velocity in what `forward` gives, or what is predicted in its place.
-        prediction: what that is.
-        names: names that only this class has, which go before those of its family.
-        ignored: tensors that have no use in the model.
-        optional: pattern of tensors that the model runs without: further conditions, each added to what the others do.
-        build: makes the model of the class, without weights.
+        velocity: extracts the prediction from the output of `forward`.
+        prediction: what is predicted.
+        names: names that only this class has; they take precedence over those of the family.
+        ignored: tensors that the model does not use.
+        optional: pattern of tensors that the model runs without: further conditions, each added to the others.
+        build: constructs the model, without weights.
     """
 
     transformer: str
@@ -258,9 +249,64 @@ class Architecture:
     build: Callable[[Callable[..., nn.Module], Config], nn.Module] = build
 
     def signals(self, config: Config, geometry: Geometry) -> dict[str, Signal]:
-        """The conditioning tensors that a model of this configuration takes."""
+        """The conditioning tensors of a model with this configuration."""
         found = {name: want(config, geometry) for name, want in self.wants.items()}
         return {name: signal for name, signal in found.items() if signal is not None}
+
+
+EMBEDDERS = (
+    "x_embedder.proj",
+    "x_embedder",
+    "img_in",
+    "patch_embedding",
+    "patch_embed.proj",
+    "pos_embed.proj",
+    "proj_in",
+)
+"""Layers that embed the latents in diffusers' classes."""
+
+HEAD_NORMS = tuple(f"transformer_blocks.0.{name}.weight" for name in ("attn.norm_q", "attn1.norm_q"))
+"""Norms over the channels of one attention head."""
+
+INPUTS = {
+    "caption_channels": "caption_projection.linear_1",
+    "cross_attention_dim": "transformer_blocks.0.attn2.to_k",
+    "joint_attention_dim": "context_embedder",
+    "pooled_projection_dim": "time_text_embed.text_embedder.linear_1",
+}
+"""Configuration entry -> the layer whose input features it counts, the same in all classes that have the entry."""
+
+
+def measured(
+    shapes: Shapes, *inputs: str, area: int = 0, head: int = 0, end: str = "proj_out", lacks: Collection[str] = ()
+) -> dict[str, Any]:
+    """The configuration entries that most classes share, measured on the model's tensors.
+
+    Args:
+        shapes: of all tensors, by diffusers' names.
+        inputs: keys of `INPUTS` that the class has.
+        area: latent positions per token, where the embedder is a linear layer over flattened patches.
+        head: channels of an attention head, or their largest common divisor with the width; by default as a norm shows.
+        end: the last layer.
+        lacks: shared entries that the class does not have.
+    """
+    hidden, channels, *patch = embedder(shapes)
+    area = area or math.prod(patch)
+    head = math.gcd(hidden, head) if head else next(shapes[name][0] for name in HEAD_NORMS if name in shapes)
+    config = {
+        "in_channels": channels if patch else channels // area,
+        "out_channels": shapes[f"{end}.weight"][0] // area,
+        "num_attention_heads": hidden // head,
+        "attention_head_dim": head,
+        "num_layers": blocks(shapes, "transformer_blocks.") or blocks(shapes, "blocks."),
+        **{entry: shapes[f"{INPUTS[entry]}.weight"][1] for entry in inputs},
+    }
+    return {entry: value for entry, value in config.items() if entry not in lacks}
+
+
+def embedder(shapes: Shapes) -> tuple[int, ...]:
+    """The shape of the layer that embeds the latents: (hidden, channels, *patch)."""
+    return next(shapes[f"{name}.weight"] for name in EMBEDDERS if f"{name}.weight" in shapes)
 
 
 def blocks(shapes: Shapes, prefix: str) -> int:
@@ -268,13 +314,13 @@ def blocks(shapes: Shapes, prefix: str) -> int:
     return len({name[len(prefix) :].partition(".")[0] for name in shapes if name.startswith(prefix)})
 
 
-def heads(hidden: int, head: int) -> dict[str, int]:
-    """How a configuration says that attention of this width has heads of `head` channels."""
-    return {"num_attention_heads": hidden // head, "attention_head_dim": head}
+def has(shapes: Shapes, module: str) -> bool:
+    """Whether the model has a module or tensor of this name anywhere."""
+    return any(f".{module}." in f".{name}." for name in shapes)
 
 
 def rotary_axes(head: int, share: int = 7) -> tuple[int, int, int]:
-    """How a head's rotary dimensions are shared between index, row and column: both sides have `share` of 16 pairs.
+    """A head's rotary dimensions for index, row and column: row and column have `share` of 16 pairs each.
 
     >>> rotary_axes(128), rotary_axes(128, 6)
     ((16, 56, 56), (32, 48, 48))

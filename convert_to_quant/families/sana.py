@@ -1,65 +1,58 @@
-"""Sana, Sana Sprint and Sana Video: linear attention, and an MLP of convolutions, which no format here takes."""
+"""Sana, Sana Sprint and Sana Video: linear attention, and an MLP of convolutions, which no format here supports."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
 from . import pixart
 from .base import Family, signature
 from .rules import rules, under
-from .running import Architecture, Config, Geometry, Inputs, Shapes, blocks, guidance, heads, mask, text, video
+from .running import (
+    Architecture,
+    Config,
+    Geometry,
+    Inputs,
+    Shapes,
+    embedder,
+    guidance,
+    has,
+    mask,
+    measured,
+    text,
+    video,
+)
 
 HEAD = 32
 HEADS = (112, 72, 64, 32, 16)
-"""Channels of a head: of self-attention in images, and of all other attention by width; no tensor shows either."""
+"""Channels of an attention head, which no tensor shows: of self-attention for images, and of the rest, by width."""
 
 GUIDANCE = 4.5
-"""Guidance that Sana Sprint is told, its pipeline's default."""
+"""Guidance scale of Sana Sprint: its pipeline's default."""
 
 
 def _head(channels: int) -> int:
     return next(size for size in (*HEADS, channels) if channels % size == 0)
 
 
-def _common_config(shapes: Shapes) -> dict[str, Any]:
-    hidden = shapes["proj_out.weight"][1]
-    cross = shapes["transformer_blocks.0.attn2.to_q.weight"][0]
+def _config(shapes: Shapes, head: int = HEAD) -> dict[str, Any]:
+    hidden, _, *patch = embedder(shapes)
+    block = "transformer_blocks.0"
+    cross = shapes[f"{block}.attn2.to_q.weight"][0]
     return {
-        "num_layers": blocks(shapes, "transformer_blocks."),
+        **measured(shapes, "cross_attention_dim", "caption_channels", head=head),
         "num_cross_attention_heads": cross // _head(cross),
         "cross_attention_head_dim": _head(cross),
-        "cross_attention_dim": shapes["transformer_blocks.0.attn2.to_k.weight"][1],
-        "caption_channels": shapes["caption_projection.linear_1.weight"][1],
-        "mlp_ratio": shapes["transformer_blocks.0.ff.conv_point.weight"][1] / hidden,
-        "attention_bias": "transformer_blocks.0.attn1.to_q.bias" in shapes,
-        "guidance_embeds": "time_embed.guidance_embedder.linear_1.weight" in shapes,
-        "qk_norm": "rms_norm_across_heads" if "transformer_blocks.0.attn1.norm_q.weight" in shapes else None,
-    }
-
-
-def _config(shapes: Shapes) -> dict[str, Any]:
-    hidden, in_channels, patch, _ = shapes["patch_embed.proj.weight"]
-    head = math.gcd(hidden, HEAD)
-    return {
-        **_common_config(shapes),
-        "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight"][0] // patch**2,
-        **heads(hidden, head),
-        "patch_size": patch,
+        "mlp_ratio": shapes[f"{block}.ff.conv_point.weight"][1] / hidden,
+        "attention_bias": f"{block}.attn1.to_q.bias" in shapes,
+        "guidance_embeds": has(shapes, "guidance_embedder"),
+        "qk_norm": "rms_norm_across_heads" if has(shapes, "attn1.norm_q") else None,
+        "patch_size": patch[0] if len(patch) == 2 else tuple(patch),
     }
 
 
 def _video_config(shapes: Shapes) -> dict[str, Any]:
-    hidden, in_channels, *patch = shapes["patch_embedding.weight"]
-    return {
-        **_common_config(shapes),
-        "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
-        **heads(hidden, _head(hidden)),
-        "patch_size": tuple(patch),
-    }
+    return _config(shapes, _head(shapes["patch_embedding.weight"][0]))
 
 
 def _latents(config: Config, geometry: Geometry) -> tuple[int, ...]:

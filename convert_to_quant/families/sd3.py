@@ -11,41 +11,34 @@ from .base import VECTOR, Family, signature
 from .flux1 import DOUBLE, FINAL_NAMES, JOINT_VALUES
 from .folds import given, modulated
 from .rules import QKV, SHIFT_SCALE, rules, under
-from .running import Architecture, Config, Shapes, blocks, heads, text, vector
+from .running import Architecture, Config, Shapes, has, measured, text, vector
 
 if TYPE_CHECKING:
     from torch import nn
 
 HEAD = 64
-"""Channels of a head in all sizes; those without query norms do not show it."""
+"""Channels of an attention head in models without query norms."""
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
-    hidden, in_channels, patch, _ = shapes["pos_embed.proj.weight"]
-    normed = "transformer_blocks.0.attn.norm_q.weight"
-    head = shapes[normed][0] if normed in shapes else HEAD
-    layers = blocks(shapes, "transformer_blocks.")
-    side = math.isqrt(shapes["pos_embed.pos_embed"][1])
+    patch, side = shapes["pos_embed.proj.weight"][2], math.isqrt(shapes["pos_embed.pos_embed"][1])
+    normed = has(shapes, "norm_q")
+    config = measured(shapes, "joint_attention_dim", "pooled_projection_dim", head=0 if normed else HEAD)
     return {
+        **config,
         "sample_size": side,
         "patch_size": patch,
-        "in_channels": in_channels,
-        "num_layers": layers,
-        **heads(hidden, head),
-        "joint_attention_dim": shapes["context_embedder.weight"][1],
         "caption_projection_dim": shapes["context_embedder.weight"][0],
-        "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
-        "out_channels": shapes["proj_out.weight"][0] // patch**2,
         "pos_embed_max_size": side,
         "dual_attention_layers": tuple(
-            index for index in range(layers) if f"transformer_blocks.{index}.attn2.to_q.weight" in shapes
+            index for index in range(config["num_layers"]) if has(shapes, f"transformer_blocks.{index}.attn2")
         ),
-        "qk_norm": "rms_norm" if normed in shapes else None,
+        "qk_norm": "rms_norm" if normed else None,
     }
 
 
 def _build(transformer: Callable[..., nn.Module], config: Config) -> nn.Module:
-    """The class would compute a table of positions of hundreds of megabytes, which the checkpoint holds."""
+    """Skips computing a position table of hundreds of megabytes, which the checkpoint contains."""
     import torch
 
     model = transformer(**{**config, "pos_embed_max_size": 1})
@@ -69,7 +62,7 @@ FAMILY = Family(
     ),
     blocks=r"(?:joint_blocks|transformer_blocks)\.\d+",
     keep={r"y_embedder": VECTOR},
-    # The last block's context_block is cut short: its modulation has two pieces, stored by diffusers as scale, shift.
+    # The last block's context_block has a modulation of two vectors, which diffusers stores as scale, shift.
     names=(
         *under("joint_blocks.*.", "transformer_blocks.*.")(
             ("x_block.attn{,2}.qkv", "attn{,2}.to_{q,k,v}", QKV),

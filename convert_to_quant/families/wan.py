@@ -1,11 +1,10 @@
 """Wan 2.1 and 2.2.
 
-musubi's and silveroxides' lists, which agree; the extra conditions are those of VACE, Animate, S2V, HuMo, Fun-Control.
+The lists of musubi and silveroxides, which agree; extra conditions: VACE, Animate, S2V, HuMo, Fun-Control.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -30,33 +29,29 @@ from .folds import given, normed
 from .rules import HALVES, rules, under
 
 HEAD = 128
-"""Channels of a head in all sizes; its norms span all heads and do not show it. Narrow models may have less."""
+"""Channels of an attention head in all sizes (norms span all heads); narrow models may have fewer."""
 
 
 def _config(shapes: running.Shapes) -> dict[str, Any]:
-    hidden, in_channels, *patch = shapes["patch_embedding.weight"]
-    image_norm = shapes.get("condition_embedder.image_embedder.norm1.weight")
-    added_keys = shapes.get("blocks.0.attn2.add_k_proj.weight")
-    positions = shapes.get("condition_embedder.image_embedder.pos_embed")
-    head = math.gcd(hidden, HEAD)
+    def size(name: str, axis: int) -> int | None:
+        return shapes[name][axis] if name in shapes else None
+
+    embedder = "condition_embedder"
     return {
-        "patch_size": tuple(patch),
-        **running.heads(hidden, head),
-        "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
-        "text_dim": shapes["condition_embedder.text_embedder.linear_1.weight"][1],
-        "freq_dim": shapes["condition_embedder.time_embedder.linear_1.weight"][1],
+        **running.measured(shapes, head=HEAD),
+        "patch_size": tuple(shapes["patch_embedding.weight"][2:]),
+        "text_dim": shapes[f"{embedder}.text_embedder.linear_1.weight"][1],
+        "freq_dim": shapes[f"{embedder}.time_embedder.linear_1.weight"][1],
         "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
-        "num_layers": running.blocks(shapes, "blocks."),
         "cross_attn_norm": "blocks.0.norm2.weight" in shapes,
-        "image_dim": None if image_norm is None else image_norm[0],
-        "added_kv_proj_dim": None if added_keys is None else added_keys[1],
-        "pos_embed_seq_len": None if positions is None else positions[1],
+        "image_dim": size(f"{embedder}.image_embedder.norm1.weight", 0),
+        "added_kv_proj_dim": size("blocks.0.attn2.add_k_proj.weight", 1),
+        "pos_embed_seq_len": size(f"{embedder}.image_embedder.pos_embed", 1),
     }
 
 
 def _vace_config(shapes: running.Shapes) -> dict[str, Any]:
-    """As `_config`; a block in so many takes a hint, which no tensor says."""
+    """As `_config`; hints are assumed to enter at equal intervals, which no tensor shows."""
     config, hints = _config(shapes), running.blocks(shapes, "vace_blocks.")
     every = config["num_layers"] // hints
     return {
@@ -67,31 +62,31 @@ def _vace_config(shapes: running.Shapes) -> dict[str, Any]:
 
 
 def _image(config: running.Config, _: running.Geometry) -> running.Signal | None:
-    """What image-to-video models are given of CLIP's vision encoder: of one image, or of the first and the last."""
+    """CLIP vision features of one image, or of the first and the last, in image-to-video models."""
     tokens = config["pos_embed_seq_len"] or VISION_TOKENS
     return None if config["image_dim"] is None else running.Signal((tokens, config["image_dim"]))
 
 
 def _control(config: running.Config, geometry: running.Geometry) -> running.Signal:
-    """The video that VACE follows."""
+    """The control video of VACE."""
     return running.Signal((config["vace_in_channels"], *LATENTS(config, geometry)[1:]))
 
 
 def _arguments(inputs: running.Inputs) -> dict[str, Any]:
     arguments = inputs.usual(1000)
-    if inputs.config["pos_embed_seq_len"]:  # the class takes the two images of a sample as two of a batch
+    if inputs.config["pos_embed_seq_len"]:  # the class expects a sample's two images along the batch
         images = arguments["encoder_hidden_states_image"]
         arguments["encoder_hidden_states_image"] = images.unflatten(1, (2, -1)).flatten(0, 1)
     return arguments
 
 
 def speech_layers(scene: Scene) -> int:
-    """Layers of the speech encoder that Wan S2V weighs against each other."""
+    """Layers of the speech encoder that Wan S2V mixes."""
     return int(scene.part("casual_audio_encoder.weights").shape[1])
 
 
 def beside_channels(scene: Scene) -> int:
-    """Channels of the latents beside a model's own: images of 16 channels each, and often a mask of four."""
+    """Input channels beyond the latents: images of 16 channels each, and often a mask of four."""
     more = scene.inputs("patch_embedding") - scene.channels
     return max(more - 4 if more % scene.channels == 4 else more, 0) or scene.channels
 
@@ -112,7 +107,7 @@ ARCHITECTURE = running.Architecture(
         "encoder_hidden_states_image": _image,
     },
     arguments=_arguments,
-    # Fun's reference image, Camera's path, SCAIL's and Animate's pose and face, S2V's sound
+    # Fun's reference image, Camera's path, SCAIL's and Animate's pose and face, S2V's audio
     optional=(
         r"(?:ref_conv|control_adapter|patch_embedding_pose|pose_patch_embedding|motion_encoder|face_adapter"
         r"|face_encoder|casual_audio_encoder|audio_injector|cond_encoder|frame_packer|trainable_cond_mask)\..*"
@@ -171,7 +166,7 @@ FAMILY = Family(
         )
     },
     elsewhere=("HuMo", "Dancer", "Animate 2"),
-    # A block adds a table of its own to the modulation that all share, so only the norm before the text can be scaled.
+    # Each block adds its own table to the shared modulation, so only the text's norm can scale channels.
     folds=(
         normed("blocks.*.norm2", "blocks.*.attn2.to_q"),
         given("blocks.*.attn1.to_v", "blocks.*.attn1.to_out.0"),
