@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from .. import families, names
 from ..checkpoint import Checkpoint
 from ..errors import OptionError, UnsupportedModelError
-from ..families.rules import index, turned
+from ..families.rules import both_ways, index
 from ..families.running import Architecture, Geometry, Inputs, Shapes, Signal, diffusion_time
 from ..identity import identify
 from ..layers import Layer, LayerTable, dequantize, find_layers, input_scale
@@ -125,7 +125,7 @@ def _sources(family: families.Family, architecture: Architecture, shapes: Shapes
         for name, shape in shapes.items()
         if name not in architecture.ignored and not re.fullmatch(architecture.optional, name)
     }
-    spellings = index((*family.spellings, *turned(family.spellings)))
+    spellings = index(both_ways(family.spellings))
     return renamed(used, (index(architecture.names), index(family.names)), spellings)
 
 

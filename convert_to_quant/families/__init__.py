@@ -1,45 +1,44 @@
-"""Diffusion model families as data: one file per family holds all that is known of it.
+"""Diffusion model families as data: one file per family contains all that is known of it.
 
-Why it exists. In FP8 a layer's error is about the same everywhere (the step is relative), but what it costs is not.
-The repeated blocks hold most of the weights and add their errors to a residual stream that many others feed. What lies
-outside them is small and touches everything: embedders of pixels, text, time and guidance feed all blocks at once, the
-final layer writes the image itself. So converters in the field quantize the blocks and keep the rest, and so does this
-table. And whoever calibrates a model has to run it, or to find its layers under the names that others give them.
+In FP8 every layer has about the same relative error, but not the same effect. The repeated blocks contain most weights,
+and each adds its error to a residual stream with many other inputs. Layers outside the blocks are small but affect
+everything: embedders of image, text, time and guidance feed all blocks, and the final layer writes the image. Other
+converters therefore quantize the blocks and keep the rest, and so do these tables. To calibrate a model, we also need
+to run it, or to find its layers under other names.
 
-How it works. Each file that holds a `FAMILY` (a `base.Family`) is found by listing the folder, so a new family is one
-new file. The record says
+Each module of this package that defines a `FAMILY` (a `base.Family`) is found by listing the folder, so a new family is
+one new file. The record has
 
-    signatures, blocks, keep      how it is recognized, and which layers stay in high precision and why (`base`)
-    names, lora, spellings        what diffusers and LoRA files call its layers and other tensors (`rules`)
-    architecture                  how diffusers' class of it is run (`running`)
-    comfyui                       what its classes in ComfyUI take besides latents (`comfyui`)
+    signatures, blocks, keep      recognition; layers that stay in high precision, and why (`base`)
+    names, lora, spellings        names in diffusers and in LoRA files (`rules`)
+    architecture                  how diffusers' class is run (`running`)
+    comfyui                       inputs of its classes in ComfyUI, besides latents (`comfyui`)
 
-Everything outside the blocks is kept, also a layer that no table has ever heard of: an unknown layer in high precision
-costs a little memory, an unknown layer in FP8 can cost the image. `blocks` names them where neighbours have published
-what they quantize in a family (some quantize its modulations); in all others `structure` finds them. Models come in
-the naming of their authors (which ComfyUI keeps) and in that of diffusers; a family knows both.
+Every layer outside the blocks is kept, known or not: an unknown layer in high precision costs a little memory, in FP8
+it can ruin the image. `blocks` is set where other converters publish what they quantize in a family (some quantize its
+modulations); otherwise `structure` finds the blocks. A family knows its authors' names, which ComfyUI uses, and
+diffusers'.
 
-Where the choices come from (neighbours, read in November 2026; named where they decided):
+Sources, read in November 2026, and named where they decided:
     ModelOpt       NVIDIA/Model-Optimizer, examples/diffusers/quantization: filter functions per model
     musubi         kohya-ss/musubi-tuner: FP8 target and exclude keys per model
     dit-quantizer  bedovyy/comfy-dit-quantizer: rules per model
     silveroxides   silveroxides/convert_to_quant: filter presets per model
     Lightricks     its own LTX-2 FP8 files, as their readers list them
 
-The diffusers names follow its own converters (`diffusers/loaders/single_file_utils.py`; ComfyUI's for PixArt, which it
-has none for), and the tests hold them to those; the LoRA names follow what trainers write and what ComfyUI reads.
+Names follow diffusers' converters (`diffusers/loaders/single_file_utils.py`; for PixArt, ComfyUI's), and tests compare
+them; LoRA names follow what trainers write and ComfyUI reads.
 
-Limits. A name says where a layer sits, not how large its inputs grow; Z-Image's MLP inputs reach 6.6e4 in layers that
-this table quantizes. Layers that lose their quiet tokens in FP8 are found by calibration, which keeps their weights in
-FP8 and their matrix product in full precision. Rules for names are tried on all layers, whatever the family: a layer is
-recognized by its name alone, and a name that fits nothing has no other spelling.
+Limits. A name shows where a layer is, not how large its inputs grow; Z-Image's MLP inputs reach 6.6e4 in layers that
+are quantized here. Calibration finds layers that lose small tokens in FP8 and sets full-precision matmuls for them.
+Name rules apply to all layers of all families.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
@@ -50,7 +49,7 @@ from ..errors import OptionError
 from ..names import squeezed, without_lora_prefixes
 from .base import Family, Shape, module_names
 from .comfyui import Conditions
-from .rules import Index, Part, Target, Targets, index, spelled, targets, translations, turned
+from .rules import Index, Part, Rule, Target, Targets, both_ways, index, spelled, targets, translations, turned
 
 __all__ = [
     "CONDITIONS",
@@ -74,27 +73,27 @@ RECORDS: tuple[Family, ...] = tuple(
     record for module in _MODULES for record in (getattr(module, "FAMILIES", None) or [getattr(module, "FAMILY", None)])
     if record is not None
 )  # fmt: skip
-"""All that is known, also of families that are known by their names alone; by the names of their files."""
+"""All records, in the order of their files; some only hold names or ComfyUI classes."""
 
 GENERIC = Family(name="generic", title="unknown model")
-"""A model that no family fits; never recognized: its structure decides, and the caller says so."""
+"""Any model that fits no family: its structure decides. Never detected."""
 
 FAMILIES: Mapping[str, Family] = {record.name: record for record in RECORDS if record.signatures}
 """Every family that can be recognized, by its `--preset` name."""
 
 CONDITIONS: Mapping[str, Conditions] = {name: takes for record in RECORDS for name, takes in record.comfyui.items()}
-"""What ComfyUI's models take, by class of `comfy.model_base`."""
+"""Class of `comfy.model_base` -> the inputs of its models."""
 
 
 def detect(names: Collection[str], shapes: Mapping[str, Shape]) -> Family | None:
     """Recognize a checkpoint's family.
 
     Args:
-        names: Bare tensor names: without the checkpoint's prefix, with `.weight`.
-        shapes: Bare tensor name -> shape; only SDXL needs it.
+        names: Tensor names without the checkpoint's prefix.
+        shapes: The same names -> shapes; only U-Nets need them.
 
     Returns:
-        The family, or None where no family fits (`GENERIC` is then the table to use). No checkpoint fits two.
+        The family, or None if none fits (use `GENERIC`). No checkpoint fits two.
     """
     modules = module_names(names)
     fitting = (known for known in RECORDS if any(signature.fits(modules, shapes) for signature in known.signatures))
@@ -102,7 +101,7 @@ def detect(names: Collection[str], shapes: Mapping[str, Shape]) -> Family | None
 
 
 def family(name: str) -> Family:
-    """Look a family up by its `--preset` name; case, `_` and spaces do not matter.
+    """Look up a family by its `--preset` name; case, `_` and spaces do not matter.
 
     Args:
         name: A key of `FAMILIES`, or "generic".
@@ -110,67 +109,55 @@ def family(name: str) -> Family:
     Raises:
         OptionError: There is no such family.
     """
-    known = {**FAMILIES, GENERIC.name: GENERIC}
-    plain = {re.sub(r"[-.]", "", key): key for key in known}
+    known = {re.sub(r"[-.]", "", record.name): record for record in (*FAMILIES.values(), GENERIC)}
     wanted = re.sub(r"[-_. ]", "", name.lower())
-    if wanted in plain:
-        return known[plain[wanted]]
-    known = {key: record for key, record in known.items() if record.architecture or record is GENERIC}
-    close = difflib.get_close_matches(wanted, plain, n=1)
-    hint = f"did you mean {plain[close[0]]!r}? " if close else ""
-    raise OptionError(f"unknown preset {name!r}", hint=f"{hint}presets: {', '.join(known)}")
+    if wanted in known:
+        return known[wanted]
+    close = difflib.get_close_matches(wanted, known, n=1)
+    hint = f"did you mean {known[close[0]].name!r}? " if close else ""
+    presets = (record.name for record in known.values() if record.architecture or record is GENERIC)
+    raise OptionError(f"unknown preset {name!r}", hint=f"{hint}presets: {', '.join(presets)}")
 
 
 @cache
-def _names() -> Index:
-    return index(rule for record in RECORDS for rule in record.names)
+def _index(*columns: str, arranged: Callable[[Iterable[Rule]], Iterable[Rule]] = tuple) -> Index:
+    """The rules of all families in some of their columns."""
+    return index(arranged(rule for record in RECORDS for column in columns for rule in getattr(record, column)))
 
 
-@cache
-def _lora_names() -> Index:
-    return index(rule for record in RECORDS for rule in (*record.names, *record.lora))
-
-
-@cache
-def _authors_names() -> Index:
-    return index(turned(rule for record in RECORDS for rule in record.names))
-
-
-@cache
-def _spellings() -> Index:
-    return index(rule for record in RECORDS for rule in (*record.spellings, *turned(record.spellings)))
+def _targets(layers: Mapping[str, tuple[int, int]], *columns: str) -> Targets:
+    return targets(layers, _index(*columns), _index("spellings", arranged=both_ways))
 
 
 def diffusers_targets(layers: Mapping[str, tuple[int, int]]) -> dict[str, Target]:
     """Say which part of which layer every diffusers module name means.
 
     Args:
-        layers: Bare (prefix-stripped, without ``.weight``) names of a checkpoint's linear layers -> (out, in) features.
+        layers: Names of a checkpoint's linear layers, without prefix and ``.weight`` -> (out, in) features.
 
     Returns:
-        {diffusers module name without ``.weight``: `Target`}. A layer's own name is in it too, since many checkpoints
-        use diffusers' names for some or all layers, and so are names that other families would use for such a layer.
-        Names that could mean two different parts are left out.
+        {diffusers module name: `Target`}, including each layer's own name (many checkpoints use diffusers' names) and
+        the names that other families would use. Names that may mean two parts are left out.
 
     >>> targets = diffusers_targets({"double_blocks.3.img_attn.qkv": (96, 32)})
     >>> targets["transformer_blocks.3.attn.to_k"]
     Target(layer='double_blocks.3.img_attn.qkv', rows=(32, 64), swap_halves=False)
     """
-    return {name: meant[0] for name, meant in targets(layers, _names(), _spellings()).items() if len(meant) == 1}
+    return {name: meant[0] for name, meant in _targets(layers, "names").items() if len(meant) == 1}
 
 
 @dataclass(frozen=True)
 class LoraNames:
     """What names in a LoRA file mean.
 
-    Names are built from the layers and never taken apart: `_` for `.` cannot be undone (`img_attn_qkv` is
-    `img_attn.qkv` in one model and one word in another), and a match by ending would take `blocks.11` for `blocks.1`.
+    Names are built from the layers, never parsed: `_` for `.` cannot be undone (`img_attn_qkv` is `img_attn.qkv` in one
+    model and one word in another), and matching endings would confuse `blocks.11` with `blocks.1`.
 
     Attributes:
-        exact: Every name that a layer, or a part of one, may have -> what it may mean.
+        exact: Every name of a layer or of a part of one -> what it may mean.
         squeezed: The same without separators.
-        fused: Layers that the checkpoint's authors have, and that it holds in parts -> these, in order of rows.
-        of_fused: What names mean of those.
+        fused: Fused layers in the authors' names that the checkpoint stores in parts -> the parts, in row order.
+        of_fused: What names mean for those.
     """
 
     exact: Targets
@@ -184,18 +171,17 @@ class LoraNames:
         >>> lora_names({"blocks.1.ffn.0": (8, 4)}).find("lora_unet_blocks_1_ffn_net_0_proj")
         (Target(layer='blocks.1.ffn.0', rows=None, swap_halves=False),)
         """
-        spellings = list(without_lora_prefixes(name))
-        found = (self.exact.get(spelling) for spelling in spellings)
-        loosely = (self.squeezed.get(squeezed(spelling)) for spelling in spellings)
-        return next(filter(None, chain(found, loosely)), ())
+        names = list(without_lora_prefixes(name))
+        found = chain(map(self.exact.get, names), map(self.squeezed.get, map(squeezed, names)))
+        return next(filter(None, found), ())
 
     def meant(self, name: str) -> list[tuple[Target, ...]]:
-        """All that a name may mean; each possibility as the parts that it means together."""
+        """All that a name may mean; each possibility is the parts that it means together."""
         whole = () if self.of_fused is None else self.of_fused.find(name)
         return [(target,) for target in self.find(name)] or [tuple(self._parts(target)) for target in whole]
 
     def _parts(self, target: Target) -> Iterator[Target]:
-        """The parts of the checkpoint that some rows of a fused layer are in."""
+        """The parts of the checkpoint that contain some rows of a fused layer."""
         for part in self.fused[target.layer]:
             assert part.rows is not None
             size = part.rows[1]
@@ -210,7 +196,7 @@ def lora_names(layers: Mapping[str, tuple[int, int]]) -> LoraNames:
     """What the names that LoRA files use for some layers mean.
 
     Args:
-        layers: Bare names of a checkpoint's linear layers -> (out, in) features.
+        layers: Names of a checkpoint's linear layers, without prefix -> (out, in) features.
     """
     fused = _fused(layers)
     shapes = {name: (parts[-1].first + layers[parts[-1].layer][0], layers[parts[0].layer][1])
@@ -221,7 +207,7 @@ def lora_names(layers: Mapping[str, tuple[int, int]]) -> LoraNames:
 def _names_of(layers: Mapping[str, tuple[int, int]]) -> LoraNames:
     exact: dict[str, dict[Target, None]] = {}
     loose: dict[str, dict[Target, None]] = {}
-    for name, meant in targets(layers, _lora_names(), _spellings()).items():
+    for name, meant in _targets(layers, "names", "lora").items():
         # diffusers' first LoRA files name the attention processor; it has one output projection, not a list of them.
         processor = name.replace(".to_", ".processor.to_")
         if processor.endswith(".to_out.0"):
@@ -229,12 +215,11 @@ def _names_of(layers: Mapping[str, tuple[int, int]]) -> LoraNames:
         for spelling in {name, processor}:
             exact.setdefault(spelling, {}).update(dict.fromkeys(meant))
             loose.setdefault(squeezed(spelling), {}).update(dict.fromkeys(meant))
-    found = [{name: tuple(meant) for name, meant in names.items()} for names in (exact, loose)]
-    return LoraNames(found[0], found[1])
+    return LoraNames(*({name: tuple(meant) for name, meant in names.items()} for names in (exact, loose)))
 
 
 def _parts(modules: Iterable[str], authors: Index) -> dict[str, dict[Part, str]]:
-    """Layers of models' authors that modules stand for -> the module of each part."""
+    """The authors' layers that some modules are parts of -> part -> module."""
     found: dict[str, dict[Part, str]] = {}
     for module in modules:
         for layer, part in translations(module, authors):
@@ -243,9 +228,9 @@ def _parts(modules: Iterable[str], authors: Index) -> dict[str, dict[Part, str]]
 
 
 def _fused(layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Target, ...]]:
-    """Layers of models' authors that diffusers' names stand for, whole -> their parts, in order of rows."""
+    """The authors' layers of which diffusers' names cover every row -> their parts, in row order."""
     fused = {}
-    for layer, module_of in _parts(layers, _authors_names()).items():
+    for layer, module_of in _parts(layers, _index("names", arranged=turned)).items():
         parts = sorted((part for part in module_of if part.fused is not None), key=lambda part: part.first)
         parts = parts if len(parts) == len(module_of) else [next(part for part in module_of if part.fused is None)]
         sizes = [layers[module_of[part]] for part in parts]
@@ -262,24 +247,23 @@ def _fused(layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Target, ...
 def checkpoint_layers(
     modules: Mapping[str, tuple[int, int]], transformer: str
 ) -> dict[str, tuple[tuple[str, tuple[int, int]], ...]]:
-    """Say which layers of a checkpoint in its authors' names each module of a diffusers model stands for.
+    """Say which layers of a checkpoint in its authors' names each module of a diffusers model corresponds to.
 
     Args:
         modules: Names of all its linear modules -> (out, in) features.
         transformer: Name of its class.
 
     Returns:
-        {module: ((bare layer name, (out, in) features of the layer), ...)}: every spelling that is known, in which the
-        parts of a fused layer are one. Without modules whose names are the authors' own.
+        {module: ((layer name, (out, in) features of the layer), ...)} with every known name, and the whole layer for
+        parts of a fused one. Modules whose names are the authors' own are left out.
 
     >>> parts = {f"transformer_blocks.3.attn.to_{part}": (32, 32) for part in "qkv"}
     >>> checkpoint_layers(parts, "FluxTransformer2DModel")["transformer_blocks.3.attn.to_k"]
     (('double_blocks.3.img_attn.qkv', (96, 32)),)
     """
     records = [record for record in RECORDS if transformer in record.transformers]
-    alike = [rule for record in records for rule in record.spellings]
     layers = index(turned(rule for record in records for rule in record.names))
-    same = index((*alike, *turned(alike)))
+    same = index(both_ways(rule for record in records for rule in record.spellings))
     found: dict[str, tuple[tuple[str, tuple[int, int]], ...]] = {}
     for layer, modules_of_parts in _parts(modules, layers).items():
         out_features = sum(modules[module][0] for module in modules_of_parts.values())

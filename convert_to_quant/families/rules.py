@@ -1,21 +1,20 @@
-"""Other names of a layer: rules that say which rows of which checkpoint layer a foreign name means.
+"""Rules for names: which rows of which checkpoint layer a foreign name means.
 
-Why it exists. One linear layer has several names. Its authors' checkpoint calls a fused projection
-``double_blocks.0.img_attn.qkv``; diffusers splits it into ``transformer_blocks.0.attn.to_q``, ``to_k`` and ``to_v``;
-LoRA trainers take either. Whoever runs the model or merges an adapter has to know which rows of which layer a foreign
-name means. Those facts are data of each family, and are looked up, never parsed.
+A linear layer has several names. Its authors call a fused projection ``double_blocks.0.img_attn.qkv``; diffusers splits
+it into ``transformer_blocks.0.attn.to_q``, ``to_k`` and ``to_v``; LoRA trainers use either. To run a model or merge an
+adapter, we need the rows of the checkpoint's layer that a foreign name means. Each family states them as data.
 
-How it works. A `Rule` pairs two patterns and says which part of the checkpoint's layer the other name denotes. In a
-pattern ``*`` stands for a block number and ``**`` for any rest; both sides hold the same ones in the same order. A part
-is measured from the layer's own shape [out, in], never from a constant, so any hidden size works:
+A `Rule` pairs two patterns with the part of the checkpoint's layer that the other name means. In a pattern ``*`` is a
+block number and ``**`` any rest; both sides have the same ones in the same order. Parts are measured from the layer's
+shape [out, in]:
 
     QKV             [in + 2 k, in]  q is the first ``in`` rows, k and v share the rest (k < in: grouped queries)
     QKV_MLP         [3 in + m, in]  q, k, v of ``in`` rows each, then the MLP's m rows
     HALVES, THIRDS  [n k, in]       equal pieces
-    SHIFT_SCALE     [2 in, in]      diffusers stores scale, shift; a layer of any other shape is taken as it is
+    SHIFT_SCALE     [2 in, in]      diffusers stores scale, shift; layers of other shapes are not swapped
     GATE_LINEAR     [2 k, in]       diffusers stores the linear half of a gated MLP, then its gate
 
-Norms, convolutions and tables have rules too: a family's table is all that running it in diffusers' class needs.
+Norms, convolutions and tables have rules too, so a family's table is all that diffusers' class needs.
 """
 
 from __future__ import annotations
@@ -24,22 +23,20 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain
 
 Rows = Callable[[int, int], tuple[int, ...]]
-"""Row counts of the pieces of a fused layer from its (out, in); () where the shape is not of this kind."""
+"""(out, in) of a fused layer -> the row count of each piece; () for a shape that is not fused in this way."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The part of a checkpoint's layer that a foreign name denotes.
+    """The part of a checkpoint's layer that a foreign name means.
 
     Attributes:
-        layer: Name of the checkpoint's layer, as it was given.
-        rows: First row and row after the last, of the weight [out, in]; None for all of them.
-        swap_halves: The foreign tensor holds the upper and the lower half of these rows in the other order. Swapping
-            the halves turns either form into the other.
-        first: Row of the foreign tensor that is the first of these; not 0 where that tensor spans several layers.
+        layer: Name of the checkpoint's layer.
+        rows: First row and row after the last, of the weight [out, in]; None for all.
+        swap_halves: The foreign tensor has the two halves of these rows in the other order.
+        first: Row of the foreign tensor that is the first of these; not 0 if that tensor spans several layers.
     """
 
     layer: str
@@ -49,7 +46,7 @@ class Target:
 
 
 def qkv_rows(out_features: int, in_features: int) -> tuple[int, ...]:
-    """Query of `in` rows, key and value sharing the rest.
+    """Query of `in` rows; key and value share the rest.
 
     >>> qkv_rows(3840, 2304)
     (2304, 768, 768)
@@ -59,7 +56,7 @@ def qkv_rows(out_features: int, in_features: int) -> tuple[int, ...]:
 
 
 def qkv_mlp_rows(out_features: int, in_features: int) -> tuple[int, ...]:
-    """Query, key and value of `in` rows each, then the rows of the MLP.
+    """Query, key and value of `in` rows each, then the MLP.
 
     >>> qkv_mlp_rows(21504, 3072)
     (3072, 3072, 3072, 12288)
@@ -77,10 +74,10 @@ class Part:
     """A run of pieces of a fused layer, or all of any layer.
 
     Attributes:
-        fused: How the layer is fused; None takes all of it.
+        fused: How the layer is fused; None means all of it.
         first: The first piece.
         stop: The piece after the last.
-        swapped: Whether all of a layer of (out, in) has its halves in the other order.
+        swapped: (out, in) -> whether the two halves of a whole layer are in the other order.
     """
 
     fused: Rows | None = None
@@ -89,7 +86,7 @@ class Part:
     swapped: Callable[[int, int], bool] = lambda *_: False
 
     def target(self, layer: str, out_features: int, in_features: int) -> Target | None:
-        """The rows of `layer` [out, in] that this part means, or None where its shape is not fused in this way."""
+        """This part of `layer` [out, in], or None if its shape is not fused in this way."""
         if self.fused is None:
             return Target(layer, swap_halves=self.swapped(out_features, in_features))
         sizes = self.fused(out_features, in_features)
@@ -122,9 +119,8 @@ def rules(*rows: Row) -> tuple[Rule, ...]:
     """A table of other names.
 
     Args:
-        rows: (layer, other name) and, where the other name is not the whole layer, its parts. `{a,b}` stands for each
-            of its alternatives in turn. The braces of both names go together, the first with the first; behind them
-            the other name may have braces more, with a name for each part.
+        rows: (layer, other name), and the parts if the other name is not the whole layer. `{a,b}` lists alternatives;
+            braces of both names correspond in order. The other name may have one brace more, with a name per part.
 
     >>> [(rule.layer, rule.other) for rule in rules(("{img,txt}_attn.proj", "attn.to_{out,add_out}"))]
     [('img_attn.proj', 'attn.to_out'), ('txt_attn.proj', 'attn.to_add_out')]
@@ -135,7 +131,7 @@ def rules(*rows: Row) -> tuple[Rule, ...]:
 
 
 def under(layer_root: str, other_root: str | None = None) -> Callable[..., tuple[Rule, ...]]:
-    """`rules` for names that all begin alike: layers in one way, their other names in another or in the same."""
+    """`rules` whose layers share a prefix, and whose other names share another, or the same."""
     beginning = layer_root if other_root is None else other_root
     return lambda *rows: rules(*((layer_root + row[0], beginning + row[1], *row[2:]) for row in rows))
 
@@ -156,8 +152,14 @@ def _spread(layer: str, other: str, parts: tuple[Part, ...] = WHOLE) -> Iterator
 
 
 def turned(table: Iterable[Rule]) -> tuple[Rule, ...]:
-    """The same rules with both names in each other's place."""
+    """The same rules with both names exchanged."""
     return tuple(Rule(rule.other, rule.layer, rule.part) for rule in table)
+
+
+def both_ways(table: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The rules in both directions."""
+    rows = tuple(table)
+    return (*rows, *turned(rows))
 
 
 _WILDCARD = re.compile(r"(\*\*|\*)")
@@ -169,17 +171,12 @@ def _matcher(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(kinds.get(piece) or re.escape(piece) for piece in _WILDCARD.split(pattern)))
 
 
-def _filled(pattern: str, groups: Iterable[str]) -> str:
-    rest = iter(groups)
-    return _WILDCARD.sub(lambda _: next(rest), pattern)
-
-
 Index = Mapping[str, list[Rule]]
-"""Rules by the first word of their layer's name, so that a layer meets a few dozen of them instead of hundreds."""
+"""Rules by the first word of their layer's name, so that a layer is tried against dozens of them, not hundreds."""
 
 
 def index(table: Iterable[Rule]) -> Index:
-    """Rules as they are looked up."""
+    """Index rules by the first word of their layer's name."""
     found: dict[str, list[Rule]] = {}
     for rule in dict.fromkeys(table):
         found.setdefault(rule.layer.partition(".")[0], []).append(rule)
@@ -187,20 +184,21 @@ def index(table: Iterable[Rule]) -> Index:
 
 
 def translations(name: str, table: Index) -> Iterator[tuple[str, Part]]:
-    """Other names that a layer's name has by these rules, each with the part that it means."""
+    """The other names of a layer, each with the part that it means."""
     for rule in table.get(name.partition(".")[0], ()):
         found = _matcher(rule.layer).fullmatch(name)
         if found is not None:
-            yield _filled(rule.other, found.groups()), rule.part
+            rest = iter(found.groups())
+            yield _WILDCARD.sub(lambda _, rest=rest: next(rest), rule.other), rule.part  # type: ignore[misc]
 
 
 def spelled(name: str, spellings: Index) -> tuple[str, ...]:
-    """A name, and the others by which a whole layer goes."""
+    """A layer's name, and its other names in checkpoints."""
     return (name, *(other for other, _ in translations(name, spellings)))
 
 
 def meanings(layer: str, shape: tuple[int, int], table: Index, spellings: Index) -> Iterator[tuple[str, Target]]:
-    """Every name that a rule makes of a layer [out, in], or of another spelling of it, and the part that it means."""
+    """Every name that a rule gives to a layer [out, in] under any of its own names, and the part that it means."""
     for spelling in spelled(layer, spellings):
         for other, part in translations(spelling, table):
             target = part.target(layer, *shape)
@@ -209,23 +207,23 @@ def meanings(layer: str, shape: tuple[int, int], table: Index, spellings: Index)
 
 
 Targets = dict[str, tuple[Target, ...]]
-"""{name: every part it may mean}; more than one is an ambiguity, for the caller to report."""
+"""{name: every part it may mean}; several are an ambiguity, which the caller reports."""
 
 
 def targets(layers: Mapping[str, tuple[int, int]], table: Index, spellings: Index) -> Targets:
-    """Say what every other name of some layers means.
+    """Say what every name of some layers means.
 
     Args:
         layers: Bare names of a checkpoint's linear layers -> (out, in) features.
         table: The rules.
-        spellings: Rules for whole layers that hold before those.
+        spellings: Rules for whole layers, applied first.
 
     Returns:
-        Every name that is a layer's own, or another spelling of it, or that a rule makes of either.
+        Every own name of a layer, and every name that a rule gives to it.
     """
     found: dict[str, dict[Target, None]] = {}
     for layer, shape in layers.items():
         own = ((spelling, Target(layer)) for spelling in spelled(layer, spellings))
-        for name, target in chain(own, meanings(layer, shape, table, spellings)):
+        for name, target in (*own, *meanings(layer, shape, table, spellings)):
             found.setdefault(name, {})[target] = None
     return {name: tuple(meant) for name, meant in found.items()}
