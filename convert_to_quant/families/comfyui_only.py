@@ -1,41 +1,25 @@
-"""Models that only ComfyUI runs: what each of its classes takes, and nothing else is known of them here.
+"""Models that only ComfyUI runs: the inputs of each of its classes.
 
-A model that gets more than that moves into a file of its own.
+A model of which more is known has a file of its own.
 """
 
 from __future__ import annotations
 
 from .base import Family
-from .comfyui import (
-    SOUND,
-    Scene,
-    Want,
-    encoded,
-    ids,
-    listed,
-    number,
-    ones,
-    over,
-    pooled,
-    signal,
-    takes,
-    text,
-    times,
-)
+from .comfyui import SOUND, Scene, Want, encoded, ids, listed, measure, ones, over, pooled, signal, takes, text, times
 from .unet import unclip
 
 QWEN_WORDS = 151643
-"""Token numbers of Qwen below this are words; above are signs, such as "an image starts here"."""
+"""Qwen's first special token, such as "an image starts here"; lower numbers are words."""
 
 
-def _upscaling(scene: Scene) -> int:
-    """Pixels of PiD's image per latent that it is given."""
-    return scene.number("lq_proj.sr_scale") * scene.number("lq_proj.latent_spatial_down_factor")
+_UPSCALING = times("lq_proj.sr_scale", "lq_proj.latent_spatial_down_factor")
+"""PiD: pixels per latent of its input."""
 
 
 def _ernie_text(scene: Scene) -> int:
-    """Features of the text in Ernie: that of its projection, or, without one, of the network."""
-    return scene.inputs("text_proj") if scene.part("text_proj") is not None else scene.number("hidden_size")
+    """Ernie: features of the text before its projection, if it has one."""
+    return measure("hidden_size" if scene.part("text_proj") is None else "text_proj", scene)
 
 
 _IMAGES = {
@@ -49,15 +33,15 @@ _IMAGES = {
         stable_cascade_prior=signal(16, over(times("height", 4), 42), over(times("width", 4), 42)),
     ),
     "HunyuanDiT": takes(
-        cross_attn=Want((number("text_len"), "blocks.0.attn2.kv_proj")),
-        attention_mask=ones(number("text_len")),
-        conditioning_mt5xl=Want((number("text_len_t5"), "mlp_t5.0")),
-        attention_mask_mt5xl=ones(number("text_len_t5")),
+        cross_attn=Want(("text_len", "blocks.0.attn2.kv_proj")),
+        attention_mask=ones("text_len"),
+        conditioning_mt5xl=Want(("text_len_t5", "mlp_t5.0")),
+        attention_mask_mt5xl=ones("text_len_t5"),
     ),
     "Lens": takes("txt_in"),
     "PixelDiTT2I": takes("y_embedder.proj"),
     "PiD": takes(
-        lq_latent=signal(number("lq_proj.latent_channels"), over("height", _upscaling), over("width", _upscaling)),
+        lq_latent=signal("lq_proj.latent_channels", over("height", _UPSCALING), over("width", _UPSCALING)),
         degrade_sigma=ones(),
     ),
     "HiDreamO1": takes(
@@ -79,8 +63,8 @@ _VIDEOS = {
     "MiniMaxH3": takes(
         "condition_proj",
         latents=(
-            (number("latents_dim"), "frames", "height", "width"),
-            (number("audio_latents_dim"), 2, times("frames", 7)),
+            ("latents_dim", "frames", "height", "width"),
+            ("audio_latents_dim", 2, times("frames", 7)),
         ),
     ),
 }
@@ -103,9 +87,9 @@ _SHAPES = {
     "Hunyuan3Dv2": takes("cond_in"),
     "Hunyuan3Dv2_1": takes("blocks.0.attn2.to_k"),
     "TripoSplat": takes(
-        cross_attn=Want((times("tokens", 1, 5), number("cond_channels"))),
-        reference_latents=signal(number("cond2_channels"), 1, "tokens", form=listed, only_with="cond_embedder2"),
-        latents=((number("q_token_length"), number("in_channels")), (1, number("cam_channels"))),
+        cross_attn=Want((times("tokens", 1, 5), "cond_channels")),
+        reference_latents=signal("cond2_channels", 1, "tokens", form=listed, only_with="cond_embedder2"),
+        latents=(("q_token_length", "in_channels"), (1, "cam_channels")),
     ),
 }
 

@@ -53,7 +53,7 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
 
 def _last_caption(scene: comfyui.Scene) -> int:
     """Features of T5: the last projection."""
-    return scene.inputs(f"caption_projection.{len(scene.part('caption_projection')) - 1}.linear")
+    return comfyui.measure(f"caption_projection.{len(scene.part('caption_projection')) - 1}.linear", scene)
 
 
 def _llama_layers(scene: comfyui.Scene) -> int:

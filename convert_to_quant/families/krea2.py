@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from .base import REFINER, Family, signature
-from .comfyui import Scene, takes
+from .comfyui import takes, times
 from .running import Architecture, Config, Geometry, Inputs, Shapes, Signal, blocks, measured, rotary_axes, tokens
 
 
@@ -39,11 +39,6 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
     return {**inputs.usual(), "position_ids": torch.cat([inputs.text_ids(3), inputs.image_ids(3)])}
 
 
-def _comfyui_text(scene: Scene) -> int:
-    """Text features: several layers of the encoder side by side."""
-    return scene.number("txtlayers") * scene.number("txtdim")
-
-
 FAMILY = Family(
     name="krea2",
     title="Krea 2",
@@ -59,5 +54,5 @@ FAMILY = Family(
         wants={"encoder_hidden_states": _text},
         arguments=_arguments,
     ),
-    comfyui={"Krea2": takes(_comfyui_text)},
+    comfyui={"Krea2": takes(times("txtlayers", "txtdim"))},
 )

@@ -115,8 +115,8 @@ def _ltx2_text(scene: comfyui.Scene) -> int:
     """Text features of LTX-2: inputs of the projection before the two connectors, or of both connectors."""
     name = "caption_projection.linear_1"
     if scene.part(name) is not None:
-        return scene.inputs(name)
-    return scene.number("cross_attention_dim") + scene.number("audio_cross_attention_dim")
+        return comfyui.measure(name, scene)
+    return comfyui.measure("cross_attention_dim", scene) + comfyui.measure("audio_cross_attention_dim", scene)
 
 
 FAMILY = Family(
@@ -134,8 +134,8 @@ FAMILY = Family(
         r"(?:audio_)?patchify_proj": IMAGE,
         r"(?:audio|video)_embeddings_connector|connectors": TEXT,
         r"\w*adaln_single|audio_time_embed|\w*prompt_adaln|av_cross_attn_\w+": VECTOR,
-        r"transformer_blocks\.(?:0|1|46|47)": "block 0, 1, 46 or 47, which others keep as well",
-        r"transformer_blocks\.\d+\.\w+\.to_gate_logits": "attention gate: one number per head, which scales it whole",
+        r"transformer_blocks\.(?:0|1|46|47)": "block 0, 1, 46 or 47: other converters keep it too",
+        r"transformer_blocks\.\d+\.\w+\.to_gate_logits": "attention gate: each of its outputs scales a whole head",
         r"audio_proj_out": FINAL,
     },
     names=rules(
@@ -181,11 +181,7 @@ FAMILY = Family(
             _ltx2_text,
             latents=(
                 comfyui.VIDEO,
-                (
-                    comfyui.number("num_audio_channels"),
-                    comfyui.times("frames", 8),
-                    comfyui.number("audio_frequency_bins"),
-                ),
+                ("num_audio_channels", comfyui.times("frames", 8), "audio_frequency_bins"),
             ),
         ),
     },

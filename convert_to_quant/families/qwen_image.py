@@ -52,9 +52,7 @@ FAMILY = Family(
     ),
     blocks=r"transformer_blocks\.\d+",
     keep={
-        r"transformer_blocks\.0\.img_mod": (
-            "first image modulation: one vector, and its error starts the residual stream"
-        ),
+        r"transformer_blocks\.0\.img_mod": ("first image modulation: its error enters the residual stream first"),
     },
     architecture=Architecture(
         transformer="QwenImageTransformer2DModel",

@@ -47,8 +47,8 @@ FEW = 16
 """Outputs are few where there are more than this many times as many inputs."""
 
 ADAPTER = "adapter or encoder beside the main blocks: few weights, and its error reaches every block"
-ROUTER = "router or gate: few outputs, each of which scales whole tokens"
-EMBEDDING = "embedding: no matrix product reads it"
+ROUTER = "router or gate: each of its few outputs scales whole tokens"
+EMBEDDING = "embedding: a table, which no matmul uses"
 
 _EMBEDDING = re.compile(
     r"relative_attention_bias|embed|shared|embedding_table|(?:embed_|word_)?tokens|word_embeddings|wte|wpe|(?:pos|position|tok|token)_embeddings?"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .base import TEXT, VECTOR, Family, Signature, signature
-from .comfyui import BASE, Scene, encoded, measure, pooled, setting, signal, takes, vision_output
+from .comfyui import BASE, encoded, over, pooled, signal, takes, vision_output
 from .comfyui import text as comfyui_text
 from .rules import rules
 from .running import CONDITION_LATENTS, Architecture, Config, Geometry, Inputs, Shapes, beside, if_there, text, vector
@@ -132,11 +132,6 @@ ARCHITECTURE = Architecture(
 )
 
 
-def _unclip_width(scene: Scene) -> int:
-    """Features of an image as a prompt: half of what it is given with, the other half says how noisy it is."""
-    return measure(setting("adm_in_channels"), scene) // 2
-
-
 def unclip(values: Any) -> Any:
     """An image as a prompt."""
     return [{"clip_vision_output": vision_output(values), "strength": 1.0, "noise_augmentation": 0.0}]
@@ -152,9 +147,9 @@ def _token(values: Any) -> Any:
     return values[:, None]
 
 
-PROMPT = comfyui_text(setting("context_dim"))
+PROMPT = comfyui_text("context_dim")
 IMAGE_BESIDE = takes(cross_attn=PROMPT, concat_latent_image=encoded())
-_CLIP_IMAGE = pooled(setting("context_dim"), form=_token)
+_CLIP_IMAGE = pooled("context_dim", form=_token)
 
 
 def signatures(embedding: str, *widths: int) -> tuple[Signature, ...]:
@@ -181,7 +176,9 @@ FAMILY = Family(
     elsewhere=("Stable Video Diffusion", "ModelScope or I2VGen-XL", "x4 upscaler"),
     comfyui={
         BASE: takes(cross_attn=PROMPT),
-        "SD21UNCLIP": takes(cross_attn=PROMPT, unclip_conditioning=pooled(_unclip_width, form=_unclip_row)),
+        "SD21UNCLIP": takes(
+            cross_attn=PROMPT, unclip_conditioning=pooled(over("adm_in_channels", 2), form=_unclip_row)
+        ),
         "SVD_img2vid": takes(cross_attn=_CLIP_IMAGE, concat_latent_image=encoded(), batch="frames"),
         "Stable_Zero123": takes(cross_attn=_CLIP_IMAGE, concat_latent_image=encoded()),
         "SD_X4Upscaler": takes(cross_attn=PROMPT, concat_image=signal(3, "height", "width")),

@@ -18,7 +18,7 @@ from .comfyui import (
     Want,
     encoded,
     listed,
-    number,
+    measure,
     over,
     signal,
     takes,
@@ -87,7 +87,7 @@ def speech_layers(scene: Scene) -> int:
 
 def beside_channels(scene: Scene) -> int:
     """Input channels beyond the latents: images of 16 channels each, and often a mask of four."""
-    more = scene.inputs("patch_embedding") - scene.channels
+    more = measure("patch_embedding", scene) - scene.channels
     return max(more - 4 if more % scene.channels == 4 else more, 0) or scene.channels
 
 
@@ -184,9 +184,7 @@ FAMILY = Family(
             camera_conditions=signal(over("control_adapter.conv", 64), "frames", times("height", 8), times("width", 8))
         ),
         "WAN21_HuMo": takes(
-            audio_embed=Want(
-                ("frames", number("audio_proj.seq_len"), number("audio_proj.blocks"), number("audio_proj.channels"))
-            ),
+            audio_embed=Want(("frames", "audio_proj.seq_len", "audio_proj.blocks", "audio_proj.channels")),
             reference_latents=_REFERENCE,
         ),
         "WAN22_Animate": takes(

@@ -21,7 +21,7 @@ from convert_to_quant.engines.comfyui import inprocess, inprocess_tree
 from convert_to_quant.engines.comfyui.inprocess_conditions import NOTHING_TO_PAINT, conditions_of, draw, wanted
 from convert_to_quant.errors import CalibrationError, OptionError, UnsupportedModelError
 from convert_to_quant.families import CONDITIONS, RECORDS, wan
-from convert_to_quant.families.comfyui import BASE, Conditions, Scene, Want
+from convert_to_quant.families.comfyui import BASE, Conditions, Scene, Want, measure
 from convert_to_quant.families.running import Signal
 from convert_to_quant.stats import Statistics
 
@@ -92,10 +92,10 @@ def test_sizes_are_measured_on_the_network() -> None:
 
 def test_a_network_without_the_layer_that_tells_a_size_is_refused_by_the_layer() -> None:
     with pytest.raises(
-        UnsupportedModelError, match="the size of its conditioning is not known: it has no layer txt_in"
+        UnsupportedModelError, match="the size of its conditioning is not known: the network has no txt_in"
     ):
         wanted(conditions_of(["Flux", BASE]), scene())
-    with pytest.raises(UnsupportedModelError, match="ComfyUI found no context_dim"):
+    with pytest.raises(UnsupportedModelError, match="the network has no context_dim"):
         wanted(conditions_of([BASE]), scene())
 
 
@@ -104,13 +104,13 @@ def test_parts_are_found_by_numbers_and_by_names() -> None:
     network.blocks = nn.Sequential(nn.Embedding(7, 3), nn.Conv2d(5, 2, 1), nn.RMSNorm(9))
     found = scene(network)
 
-    assert [found.inputs(f"blocks.{number}") for number in range(3)] == [7, 5, 9]
+    assert [measure(f"blocks.{number}", found) for number in range(3)] == [7, 5, 9]
     assert found.part("blocks.1.kernel_size") == (1, 1)
     assert found.part("nothing.at.all") is None
     network.length = 77
-    assert found.number("length") == 77
-    with pytest.raises(UnsupportedModelError, match="it has no number blocks"):
-        found.number("blocks")
+    assert measure("length", found) == 77
+    with pytest.raises(UnsupportedModelError, match="the network has no blocks"):
+        measure("blocks", found)
 
 
 def test_a_prompt_of_one_token_is_drawn_as_a_vector() -> None:
