@@ -1,30 +1,28 @@
-"""What the layers of a model are, by its shapes and how its names repeat: for models that no table knows.
+"""What the layers of a model are, by shapes and by how names repeat: for models without a table.
 
-Why it exists. Authors name blocks and modulations as they like (`double_layers.3.modX.1`, `blocks.7.mod_x`,
-`layers.2.norm1.linear`), so a table of words guesses. What does not change is the structure: a block is a numbered
-group of layers that repeats with the same children, and it reads and writes a residual stream; a modulation turns one
-vector into several vectors of the stream's width, which no layer of the block reads as its input.
+Authors name blocks and modulations as they like (`double_layers.3.modX.1`, `blocks.7.mod_x`, `layers.2.norm1.linear`).
+The structure is always the same: a block is a numbered group of layers that repeats with the same children and reads
+and writes a residual stream; a modulation turns one vector into several vectors of the stream's width, which no layer
+of the block reads as its input.
 
-How it works. Every layer name is split at its numbers. A *stack* is what stands before a number, where groups of two or
-more layers follow it, from 0 on, or of one where it is called a block or a layer. `t_block.1` is none (the number ends
-the name: an entry of a Sequential), nor is `caption_projection.7.linear`. Of nested stacks the outer one holds, unless
-the inner one has more than twice its layers (U-Nets, whose levels are numbered as well). The *main* stacks are the
-heaviest one, those beside it under the same module, and those with the same children where modules are numbered or they
-are as heavy. In a block
+Every layer name is split at its numbers. A *stack* is the part before a number that is followed by groups of two or
+more layers, numbered from 0, or by any groups if it is called a block or a layer. `t_block.1` is none (the number ends
+the name), nor is `caption_projection.7.linear`. Of nested stacks the outer one counts, unless the inner one has more
+than twice its layers (as in U-Nets, whose levels are numbered too). The *main* stacks are the heaviest one, those in
+the same module, and those with the same children and no less weight. In a block
 
-    stream       widths that layers of the block both take and give, and more than half as many as the most frequent one
-    modulation   k × stream outputs that no layer of the block reads, or of inputs that none gives, for k ≥ 4, or k ≥ 2
-                 from a narrow vector; what is inside a norm or alone in a Sequential; and what says so by its name,
-                 with its Sequential
-    router       fewer than a sixteenth as many outputs as inputs, or as many as there are experts
+    stream       widths that are both inputs and outputs of layers, and more than half as frequent as the most frequent
+    modulation   k × stream outputs that no layer of the block reads, for k ≥ 4, or for k ≥ 2 from a narrow vector;
+    layers
+                 inside a norm or alone in a Sequential; and layers with such a name
+    router       fewer than a sixteenth as many outputs as inputs
 
-Kept besides: stacks inside another module than the main ones (an adapter between text encoder and model), stacks of
-less than `SMALL` of the main one's weights (refiners), embeddings, and everything outside of blocks.
+Also kept: stacks in another module than the main ones (an adapter between text encoder and model), stacks with less
+than `SMALL` of the main one's weights (refiners), embeddings, and everything outside of blocks. If that leaves nothing
+to quantize, only embeddings and layers whose names show their role are kept.
 
-Where that leaves nothing to quantize, everything is but for embeddings and what says by its name what it is.
-
-Limits. A modulation of 2 or 3 vectors as wide as the stream has the shape of a fused projection of attention, so there
-only names, norms and Sequentials tell. What a layer receives is not known here: calibration finds that.
+Limits. A modulation of 2 or 3 vectors from one of the stream's width has the shape of a fused attention projection;
+only names, norms and Sequentials tell them apart. Layer inputs are unknown here; calibration measures them.
 """
 
 from __future__ import annotations
@@ -38,13 +36,13 @@ from dataclasses import dataclass, field
 from .base import MODULATION, OUTSIDE, REFINER, VECTOR, Shape, outside, reason_of
 
 SMALL = 0.08
-"""Stacks with a smaller share of the largest one's weights are kept: token refiners have 0.03 to 0.07."""
+"""Stacks with a smaller share of the largest one's weights are kept; token refiners have 0.03 to 0.07."""
 
 NARROW = 4
-"""A vector is narrow where the stream is at least this many times as wide."""
+"""A vector is narrow if the stream is at least this many times as wide."""
 
 FEW = 16
-"""Outputs are few where there are more than this many times as many inputs."""
+"""Outputs are few if there are more than this many times as many inputs."""
 
 ADAPTER = "adapter or encoder beside the main blocks: few weights, and its error reaches every block"
 ROUTER = "router or gate: each of its few outputs scales whole tokens"
@@ -57,18 +55,18 @@ _BESIDE = {
     r"\w*refiner\w*": REFINER,
     r"\w*(?:adapter|connector|resampler|encoder|projector)s?(?:_\w+)?": ADAPTER,
 }
-"""Words in the names of stacks and of what they are in, which say that these are none of the main ones."""
+"""Words in the names of stacks and their modules that are never the main ones."""
 
 _MODULATION = re.compile(
     r"(?:\w*_)?(?:mod|modulation|adaln|ada_ln|scale_shift|shift_scale|mapper|emb_layers|time_emb_proj)\w*|mod[A-Z]\w*|adaLN\w*"
 )
 _PRODUCT = re.compile(r"\w*(?:mlp|ff|ffn|feed_?forward|attn|attention|experts?)(?:_\w+)?", re.IGNORECASE)
-"""Modules whose layers multiply tokens, whatever their shapes."""
+"""Modules whose layers process tokens, whatever their shapes."""
 _TIME = re.compile(r"time(?:step)?_?embed\w*")
 _KEYS = re.compile(r"(?:to_|w)?[kv](?:_\w+)?|to_(?:kv|key|value)")
-"""Keys and values, which may be of one head for all queries."""
+"""Keys and values, possibly of a single head."""
 _BLOCKS = re.compile(r"(?:block|layer)s?$", re.IGNORECASE)
-"""Stacks that are taken for such even where one group is left of them, with one layer."""
+"""Names of stacks that may have one group, with one layer."""
 _NORM = re.compile(r"\w*norm\w*|ln_?\d*")
 _DIGITS = re.compile(r"\d+")
 
@@ -78,11 +76,11 @@ class Stack:
     """Numbered groups of layers with the same children.
 
     Attributes:
-        name: what stands before the number, with "#" for the numbers in it.
-        layers: name of each of its layers -> the rest behind the number, with "#" for numbers.
-        numbers: where groups lie: what stands before the number as it is, and the number.
+        name: the part before the number, with "#" for numbers.
+        layers: name of each layer -> the rest after the number, with "#" for numbers.
+        numbers: names of its groups.
         weights: elements of its layers.
-        kept: why all of it stays in high precision; "" where it does not.
+        kept: why all of it stays in high precision; "" if it does not.
     """
 
     name: str
@@ -98,7 +96,7 @@ class Stack:
 
     @property
     def module(self) -> str:
-        """The module that it is in."""
+        """The module that contains it."""
         return self.name.rpartition(".")[0]
 
     def __str__(self) -> str:
@@ -107,10 +105,10 @@ class Stack:
 
 @dataclass(frozen=True)
 class Structure:
-    """What the layers of a model are.
+    """The structure of a model.
 
     Attributes:
-        stacks: its repeated blocks, the heaviest first.
+        stacks: its repeated blocks, heaviest first.
         kept: layer -> why it stays in high precision.
     """
 
@@ -123,7 +121,7 @@ class Structure:
         return [stack for stack in self.stacks if not stack.kept]
 
     def block_weights(self, shapes: Mapping[str, Shape]) -> int:
-        """Weights in the main stacks, convolutions included."""
+        """Number of weights in the main stacks, convolutions included."""
         places = {place for stack in self.main for place in stack.numbers}
         inside = (shape for name, shape in shapes.items() if any(name[:end] in places for end in _dots(name)))
         return sum(math.prod(shape) for shape in inside if len(shape) > 1)
@@ -135,14 +133,11 @@ class Structure:
 
 
 def study(shapes: Mapping[str, Shape], *, all_stacks: bool = False) -> Structure:
-    """Find the blocks of a model, and what in and beside them stays in high precision.
+    """Find the blocks of a model, and the layers that stay in high precision.
 
     Args:
-        shapes: bare tensor name -> shape, (out, in) of weights.
-        all_stacks: quantize every stack, as in text encoders with a part that sees.
-
-    Returns:
-        What was found.
+        shapes: tensor name without prefix -> shape, (out, in) of weights.
+        all_stacks: quantize every stack, as in text encoders with a vision tower.
 
     >>> found = study({f"blocks.{n}.{layer}.weight": (64, 64) for n in range(2) for layer in ("q", "proj")})
     >>> str(found.main[0]), found.kept
@@ -158,7 +153,7 @@ def study(shapes: Mapping[str, Shape], *, all_stacks: bool = False) -> Structure
     for name, shape in linear.items():
         if name in home:
             groups[_group(name, home[name])][name] = shape
-    said: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # the last block often lacks what reads a layer
+    said: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # in the last block, often nothing reads a layer
     for block in groups.values():
         roles = dict(_roles(block, home, layers))
         for name in block:
@@ -172,7 +167,7 @@ def study(shapes: Mapping[str, Shape], *, all_stacks: bool = False) -> Structure
         return stack.kept or said[stack.name, stack.layers[name]].most_common(1)[0][0]
 
     kept = {name: why for name in linear if (why := reason(name))}
-    if len(kept) == len(linear):  # no structure was found: only words are left to go by
+    if len(kept) == len(linear):  # no structure was found
         kept = {name: why for name, why in kept.items() if name not in home and why != OUTSIDE}
     return Structure(tuple(stacks), kept)
 
@@ -182,7 +177,7 @@ def _dots(name: str) -> list[int]:
 
 
 def _split(name: str) -> Iterator[tuple[str, str, str]]:
-    """Every place of a number in a name with a module behind it: what is before, the number, and the rest."""
+    """Every number in a name that a module follows: the part before it, the number, and the rest."""
     parts = name.split(".")
     for place, part in enumerate(parts):
         rest = parts[place + 1 :]
@@ -191,7 +186,7 @@ def _split(name: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _stacks(linear: Mapping[str, tuple[int, int]]) -> list[Stack]:
-    """The stacks that count, the heaviest first."""
+    """The stacks that count, heaviest first."""
     candidates: dict[str, Counter[str]] = defaultdict(Counter)
     places = {name: [(_DIGITS.sub("#", before), before, number, rest) for before, number, rest in _split(name)]
               for name in linear}  # fmt: skip
@@ -231,7 +226,7 @@ def _group(name: str, stack: Stack) -> str:
 
 
 def _beside(stack: Stack, stacks: list[Stack]) -> str:
-    """Why a stack is none of the main ones; "" where it is one."""
+    """Why a stack is not one of the main ones; "" if it is."""
     said = {
         one.name: next(filter(None, (reason_of(part, _BESIDE) for part in one.name.split("."))), "") for one in stacks
     }
@@ -239,10 +234,7 @@ def _beside(stack: Stack, stacks: list[Stack]) -> str:
     if stack is largest:
         return ""
     small = stack.weights < SMALL * largest.weights
-    numbered = "#" in stack.name and "#" in largest.name
     alike = 2 * len(stack.children & largest.children) > len(stack.children | largest.children)
-    if numbered and alike:
-        return ""
     if said[stack.name]:
         return said[stack.name]
     if stack.module != largest.module and (small or not alike):
@@ -253,14 +245,11 @@ def _beside(stack: Stack, stacks: list[Stack]) -> str:
 def _roles(
     block: Mapping[str, tuple[int, int]], home: Mapping[str, Stack], layers: Collection[str]
 ) -> Iterator[tuple[str, str]]:
-    """The layers of one block that are no plain products of tokens, each with the reason why it is kept."""
+    """The layers of one block that are kept, each with the reason."""
     taken, given = {columns for _, columns in block.values()}, {rows for rows, _ in block.values()}
     uses = Counter(side for shape in block.values() for side in shape)
     most = max((uses[width] for width in taken & given), default=0)
     stream = {width for width in taken & given if 2 * uses[width] > most}
-    numbered = {(before, number) for name in block for before, number, _ in _split(name)}
-    experts = set(Counter(before for before, _ in numbered if before.endswith("experts")).values())
-    modulations = set()
     for name, (rows, columns) in block.items():
         parts = home[name].layers[name].split(".")
         product = any(map(_PRODUCT.fullmatch, parts))
@@ -269,44 +258,38 @@ def _roles(
         elif any(map(_TIME.fullmatch, parts)):
             yield name, VECTOR
         elif _sounds_modulating(name, layers) or (not product and _modulates((rows, columns), stream, taken, given)):
-            parent, _, last = name.rpartition(".")
-            modulations.update([parent] if last.isdecimal() else [])
             yield name, MODULATION
-        elif not _KEYS.fullmatch(parts[-1]) and (0 < rows * FEW < columns or (rows in experts and rows < columns)):
+        elif not _KEYS.fullmatch(parts[-1]) and 0 < rows * FEW < columns:
             yield name, ROUTER
-    for name in block:
-        if name.rpartition(".")[0] in modulations:
-            yield name, MODULATION
 
 
 def _sounds_modulating(name: str, layers: Collection[str]) -> bool:
-    """Whether a layer's name says that it modulates, or is inside a norm, or alone behind an activation."""
+    """Whether a layer is called a modulation, or is inside a norm, or alone behind an activation."""
     parent, _, last = name.rpartition(".")
     module = parent.rpartition(".")[2]
     if _MODULATION.fullmatch(last) or _MODULATION.fullmatch(module):
         return True
     alone = last == "1" and not any(f"{parent}.{number}" in layers for number in ("0", "2", "3"))
     in_norm = _NORM.fullmatch(module) is not None and last.startswith("lin")
-    return in_norm or (alone and not module.startswith(("to_out", "ff")))
+    return in_norm or alone
 
 
 def _modulates(shape: tuple[int, int], stream: set[int], taken: set[int], given: set[int]) -> bool:
-    """Whether a layer gives several vectors of a stream's width, which no layer of its block reads as one.
+    """Whether a layer's output is several vectors of a stream's width, and no layer of its block reads them as one.
 
     Args:
         shape: (out, in) of its weight.
         stream: widths of the block's streams.
-        taken: widths that its layers take.
-        given: widths that they give.
+        taken: input widths of the block's layers.
+        given: output widths of the block's layers.
     """
     rows, columns = shape
-    foreign = columns not in stream | given  # it takes what no other layer has to do with
-    joined = taken - given  # given by attention alone, or by it and an MLP side by side
+    joined = taken - given  # outputs of attention, or of attention and an MLP side by side
     for width in stream:
         times, over = divmod(rows, width)
-        read = {rows, rows / 2} & taken - {width}  # as it is, or one half gating the other
+        read = {rows, rows / 2} & taken - {width}  # whole, or one half gating the other
         read |= {rows / 3, rows + width, rows / 2 + width, rows - 2 * width, (rows - width) / 2} & joined
         narrow = times >= 2 and columns * NARROW <= width
-        if not over and ((not read and (times >= 4 or narrow)) or (foreign and times >= 4)):
+        if not over and not read and (times >= 4 or narrow):
             return True
     return False
