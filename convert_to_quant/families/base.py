@@ -1,8 +1,7 @@
-"""The record of one family of diffusion models: all that is known of it.
+"""The record of one family of diffusion models.
 
-A pattern of layers is a regular expression that covers a bare name (without the checkpoint's prefix) from its start up
-to its end or up to a dot: ``proj_out`` keeps the model's own ``proj_out``, not
-``single_transformer_blocks.0.proj_out``.
+A pattern of layers is a regular expression that matches a name without prefix from its start to its end or to a dot:
+``proj_out`` keeps the model's own ``proj_out``, not ``single_transformer_blocks.0.proj_out``.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Signature:
-    """What the tensor names of one family, in one naming, look like.
+    """The tensor names of one family, in one naming.
 
     Attributes:
-        has: Modules or tensors that are all there; "a|b" is one of two.
-        lacks: Modules or tensors none of which is there.
-        size: (regular expression over whole tensor names, axis, sizes): the first tensor, in order of names, that
-            matches has one of these sizes along this axis. None where names suffice.
+        has: Modules or tensors that must exist; "a|b" is either of two.
+        lacks: Modules or tensors that must not exist.
+        size: (regular expression over whole tensor names, axis, sizes): the alphabetically first match has one of these
+            sizes along this axis. None if names suffice.
     """
 
     has: tuple[str, ...]
@@ -35,12 +34,7 @@ class Signature:
     size: tuple[str, int, tuple[int, ...]] | None = None
 
     def fits(self, modules: Collection[str], shapes: Mapping[str, Shape]) -> bool:
-        """Whether a checkpoint is of this kind.
-
-        Args:
-            modules: Bare names of its tensors and of all modules above them.
-            shapes: Bare tensor name -> shape.
-        """
+        """Whether a checkpoint matches, by `module_names` of its tensors and by their shapes."""
         found = all(any(name in modules for name in either.split("|")) for either in self.has)
         if not found or any(name in modules for name in self.lacks):
             return False
@@ -52,7 +46,7 @@ class Signature:
 
 
 def signature(*has: str, lacks: str = "", size: tuple[str, int, tuple[int, ...]] | None = None) -> Signature:
-    """A `Signature` of names with spaces between them.
+    """A `Signature` of names separated by spaces.
 
     >>> signature("img_in txt_in", lacks="time_in").has
     ('img_in', 'txt_in')
@@ -65,22 +59,22 @@ class Family:
     """One family of diffusion models.
 
     Attributes:
-        name: The spelling of `--preset`.
-        title: Name for people, with the members that are easily taken for something else.
-        signatures: Ways to recognize it; a record without any holds only names, and is no preset.
-        blocks: Pattern of the modules whose linear layers are all quantized, as published practice has it for this
-            family; "" leaves that to the structure, which keeps modulations, routers and adapters.
-        keep: Pattern of layers that stay in high precision, inside the blocks or outside -> why, half a sentence; only
-            what neither the structure nor the first word of a name (`WORDS`) tells.
+        name: The value of `--preset`.
+        title: Name for people, with members that are easily mistaken for another family.
+        signatures: Ways to recognize it; a record without any is no preset.
+        blocks: Pattern of modules whose linear layers are quantized, as published for this family; "" lets the
+            structure decide, which keeps modulations, routers and adapters.
+        keep: Pattern of layers that stay in high precision -> the reason; only what neither the structure nor the first
+            word of a name (`WORDS`) shows.
         names: diffusers' names of its layers, norms and tables.
         lora: Names that only LoRA files use.
-        spellings: Other names of whole layers in checkpoints of this family, by those of its authors.
-        architecture: How it is run; None where diffusers cannot.
-        architectures: Variant -> how it is run, for those with parts of their own.
-        elsewhere: Those of its variants that diffusers' classes do not run.
-        comfyui: Class of `comfy.model_base` -> what ComfyUI's models of this class take.
-        variants: Its members: name for people, and how each is told; the first that fits.
-        folds: Where channels of its plain form can be scaled; not of those with parts of their own or optional ones.
+        spellings: The authors' names of whole layers -> other names in checkpoints.
+        architecture: How it is run; None if diffusers cannot.
+        architectures: Variant -> how it is run, for variants with parts of their own.
+        elsewhere: Variants that diffusers' classes cannot run.
+        comfyui: Class of `comfy.model_base` -> inputs of its models.
+        variants: Name of each variant for people, and its signature; the first match counts.
+        folds: Channels that can be scaled, in variants without parts of their own.
     """
 
     name: str
@@ -99,31 +93,26 @@ class Family:
     folds: tuple[Fold, ...] = ()
 
     def kept_because(self, layer: str) -> str | None:
-        """Why a linear layer stays in high precision.
-
-        Args:
-            layer: Bare layer name, without the checkpoint's prefix and without `.weight`.
+        """Why a linear layer, by its name without prefix, stays in high precision.
 
         Returns:
-            The reason, or None for a layer that is quantized, or that the structure decides of.
+            The reason, or None for a layer that is quantized or left to the structure.
         """
-        for pattern, reason in self.keep.items():
-            if _covers(pattern, layer):
-                return reason
-        return None if not self.blocks or _covers(self.blocks, layer) else outside(layer)
+        reason = next((reason for pattern, reason in self.keep.items() if _covers(pattern, layer)), None)
+        return reason or (None if not self.blocks or _covers(self.blocks, layer) else outside(layer))
 
     def variant(self, shapes: Mapping[str, Shape]) -> str:
-        """Which of its members a model is, for people, by bare tensor names and shapes; "" where there is one only."""
+        """The variant of a model, for people; "" if there is only one."""
         modules = module_names(shapes)
         return next((title for title, known in self.variants if known.fits(modules, shapes)), "")
 
     def runs(self, variant: str) -> Architecture | None:
-        """How one of its members is run."""
+        """How a variant is run."""
         return None if variant in self.elsewhere else self.architectures.get(variant, self.architecture)
 
     @property
     def transformers(self) -> tuple[str, ...]:
-        """Diffusers' classes whose modules have these names."""
+        """Its classes in diffusers."""
         known = (self.architecture, *self.architectures.values())
         return tuple(way.transformer for way in known if way is not None)
 
@@ -133,7 +122,7 @@ def _covers(pattern: str, name: str) -> bool:
 
 
 def module_names(names: Iterable[str]) -> set[str]:
-    """List tensor names and the names of all modules above them.
+    """Tensor names, and the names of all modules that contain them.
 
     >>> sorted(module_names(["img_in.weight"]))
     ['img_in', 'img_in.weight']
@@ -158,11 +147,11 @@ WORDS = {
     r"\w*(?:txt|text|cap|caption|context|cond_seq|y_proj|y_embedder|lyric|t5)\w*": TEXT,
     r"\w*(?:img_in|x_emb|patch|pos_embed|latent_in|init_x|proj_in|project_in|visual_emb|conv_in)\w*": IMAGE,
 }
-"""The first module of a name outside of blocks: the reason that is shown, and nothing hangs on it."""
+"""The first word of a name outside the blocks -> the reason shown. Nothing else depends on it."""
 
 
 def outside(layer: str) -> str:
-    """Why a layer outside of the blocks stays in high precision, by its bare name.
+    """Why a layer outside the blocks stays in high precision.
 
     >>> outside("img_in"), outside("brand_new_adapter.3")
     ('image embedder: feeds every block', 'outside the repeated blocks')
@@ -171,5 +160,5 @@ def outside(layer: str) -> str:
 
 
 def reason_of(part: str, table: Mapping[str, str]) -> str:
-    """The reason that a table has for one module of a name; "" where it has none."""
+    """The reason that a table gives for one word of a name; "" if it has none."""
     return next((reason for pattern, reason in table.items() if re.fullmatch(pattern, part, re.IGNORECASE)), "")

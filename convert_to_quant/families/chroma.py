@@ -1,6 +1,6 @@
-"""Chroma: Flux.1 without modulation layers, whose modulations come from one small network.
+"""Chroma: Flux.1 whose modulations come from one small network.
 
-silveroxides' larger Chroma preset; Radiance replaces the ends by small networks over pixels ("nerf").
+Kept layers follow silveroxides' larger Chroma preset; Radiance has small networks over pixels ("nerf") at both ends.
 """
 
 from __future__ import annotations

@@ -1,18 +1,17 @@
-"""Where channels can be scaled on their way into linear layers without changing the network, as data.
+"""Channels that can be scaled on their way into linear layers without changing the network, as data.
 
-A layer's input channels may be multiplied by any factors f, if its weight's columns are divided by them and whatever
-gives these channels is multiplied: W x = (W / f) (f x). Four places of diffusion transformers give channels so that
-multiplying them is exact and costs nothing:
+A layer's input channels may be multiplied by any factors f if its weight's columns are divided by them and the source
+of these channels is multiplied: W x = (W / f) (f x). In diffusion transformers, four sources can be scaled exactly and
+at no cost:
 
     modulated norms    (1 + scale) · norm + shift, with scale and shift rows of the modulation: f · shift, and
                        f · (1 + scale) = 1 + (f · scale + f - 1)
     plain norms        their weight and bias
-    attention          mixes tokens and not channels, so the value rows of all streams that it mixes
+    attention          mixes tokens, not channels, so the value rows of all streams that it mixes
     gated MLPs         gate · linear: the rows of the linear branch
 
-Everything that reads the channels must be divided, and everything that gives them multiplied; a test runs every family
-to see that nothing was forgotten. Names are those of diffusers' classes, `*` is a block's number and `{a,b}` stands for
-both; names that a checkpoint lacks are passed over.
+Every reader of the channels must be divided, and every source multiplied; a test runs every family. Names are those of
+diffusers' classes, `*` is a block's number and `{a,b}` stands for both; missing names are skipped.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ Columns = Literal["all", "first", "rest"]
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a module's weight and bias that scale channels, one row for each.
+    """Rows of a module's weight and bias that scale channels, one row per channel.
 
     Attributes:
-        module: the module: a linear layer or a norm.
-        chunk: which run of as many rows as there are channels; negative from the end.
-        of: how many such runs the module must have; any number where None.
-        plus_one: what the rows give counts from 1: a modulation's scale.
+        module: a linear layer or a norm.
+        chunk: index of the run of rows, from the end if negative.
+        of: number of runs that the module must have, if not None.
+        plus_one: the rows compute a factor minus 1: a modulation's scale.
     """
 
     module: str
@@ -48,9 +47,9 @@ class Fold:
     Attributes:
         readers: all modules that read them.
         givers: all rows that scale them.
-        columns: which columns of the readers: all, as many of the first as the reader has outputs (what attention gives
-            to a layer that reads an MLP beside it), or the rest.
-        head: a norm over the channels of one attention head, where keys and values have fewer heads than queries.
+        columns: of the readers: all, as many of the first as the reader has outputs (attention, in a layer that also
+            reads an MLP), or the rest.
+        head: a norm over the channels of one attention head, if keys and values have fewer heads than queries.
     """
 
     readers: tuple[str, ...]
@@ -60,24 +59,24 @@ class Fold:
 
 
 def modulated(modulation: str, readers: str, shift: int = 0, scale: int | None = None, of: int | None = None) -> Fold:
-    """A norm whose modulation shifts it by one run of rows and scales it by another, the next one by default."""
+    """A norm with a modulation: `shift` and `scale` are runs of its rows, adjacent by default."""
     scale = shift + 1 if scale is None else scale
     rows = (Rows(modulation, shift, of), Rows(modulation, scale, of, plus_one=True))
     return Fold(spread(readers), rows)
 
 
 def normed(norm: str, readers: str) -> Fold:
-    """A norm with weights of its own."""
+    """A norm with its own weights."""
     return Fold(spread(readers), (Rows(norm),))
 
 
 def given(rows: str, readers: str, chunk: int = 0, columns: Columns = "all", head: str = "") -> Fold:
-    """What linear layers give to others channel by channel: through attention, or through a gate."""
+    """Outputs of linear layers that reach others channel by channel: through attention, or through a gate."""
     return Fold(spread(readers), tuple(Rows(module, chunk) for module in spread(rows)), columns, head)
 
 
 def spread(names: str) -> tuple[str, ...]:
-    """Names with every alternative in braces in turn.
+    """All names that alternatives in braces stand for.
 
     >>> spread("attn.{to_q,to_k}")
     ('attn.to_q', 'attn.to_k')

@@ -1,16 +1,14 @@
-"""Released models that are known by name alone: what tells them, and nothing more; their structure decides the rest.
+"""Released models that are only recognized; their structure decides which layers are quantized.
 
-The names are those by which ComfyUI 0.33 tells them (`comfy/model_detection.py`) and those of diffusers 0.42's classes.
-A model that gets more than a line moves into a file of its own.
+Names are those by which ComfyUI 0.33 detects them (`comfy/model_detection.py`), and those of diffusers 0.42's classes.
+A model of which more is known has a file of its own.
 """
 
 from .base import Family, Signature, signature
 
-Row = tuple[str, str, tuple[Signature, ...]]
 
-
-def _row(name: str, title: str, *signatures: str | Signature) -> Row:
-    return name, title, tuple(signature(each) if isinstance(each, str) else each for each in signatures)
+def _row(name: str, title: str, *signatures: str | Signature) -> Family:
+    return Family(name, title, tuple(signature(each) if isinstance(each, str) else each for each in signatures))
 
 
 _IMAGES = (
@@ -63,4 +61,4 @@ _SOUNDS_AND_SHAPES = (
     _row("triposplat", "TripoSplat", "cam_out_layer repo_layers.0.final_map"),
 )  # fmt: skip
 
-FAMILIES = tuple(Family(*row) for row in (*_IMAGES, *_VIDEOS, *_SOUNDS_AND_SHAPES))
+FAMILIES = (*_IMAGES, *_VIDEOS, *_SOUNDS_AND_SHAPES)

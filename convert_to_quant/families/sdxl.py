@@ -1,7 +1,7 @@
 """Stable Diffusion XL.
 
-dit-quantizer quantizes the transformer blocks; ModelOpt keeps the embedders. The neighbours Stable Diffusion 1 and 2
-have the same names and context vectors of 768 and 1024; SDXL has 2048 and its refiner 1280.
+dit-quantizer quantizes the transformer blocks; ModelOpt keeps the embedders. Stable Diffusion 1 and 2 have the same
+names; their text has 768 and 1024 features, SDXL's 2048, its refiner's 1280.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from .running import Config, Geometry, Inputs, Shapes, Signal
 
 BASE_TEXT, REFINER_TEXT = 2048, 1280
 NUMBERS = 256
-"""Features of each number that the model is told beside the text."""
+"""Features that encode each number of the image's size."""
 
 SCORE = 6.0
-"""Of beauty, as the refiner's pipeline tells it."""
+"""The aesthetic score: the refiner pipeline's default."""
 
 _SDXL = takes(cross_attn=unet.PROMPT, pooled_output=pooled(1280))
 
@@ -35,7 +35,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
 
 
 def _size(config: Config, height: int, width: int) -> tuple[float, ...]:
-    """The image's size, where it was cut out, and its size again, or, for the refiner, its beauty."""
+    """The image's size, its crop, and its size again, or, for the refiner, its aesthetic score."""
     rest = (SCORE,) if config["cross_attention_dim"] == REFINER_TEXT else (height, width)
     return (height, width, 0, 0, *rest)
 
@@ -45,7 +45,7 @@ def _pooled(config: Config, _: Geometry) -> Signal:
 
 
 def _arguments(inputs: Inputs) -> dict[str, Any]:
-    """The size is told in pixels."""
+    """Adds the image's size in pixels."""
     arguments = unet.arguments(inputs)
     latents = arguments["sample"]
     size = latents.new_tensor(_size(inputs.config, *(8 * side for side in latents.shape[-2:])))

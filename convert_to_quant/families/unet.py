@@ -1,7 +1,7 @@
 """U-Nets from Stable Diffusion 1 to XL.
 
-Both sides count the blocks: the authors from first to last, diffusers by level, with two blocks each on the way down
-and three on the way up. Everything but the transformers is convolutions, which no format here takes.
+The authors number blocks from first to last; diffusers by level, with two blocks per level on the way down and three on
+the way up. Everything but the transformers is convolutions, which no format here supports.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PLACES = [
     for level in range(4)
     for block in range(blocks)
 ]
-"""A block as its authors call it, and its level and number in it as diffusers calls these."""
+"""A block in its authors' names; its level, and its number there, in diffusers'."""
 
 NAMES = rules(
     *((f"{theirs}.1.**", f"{level}.attentions.{block}.**") for theirs, level, block in PLACES),
@@ -56,16 +56,16 @@ KEEP = {
 }
 
 FIRST = r"(?:input_blocks\.0\.0|conv_in)\.weight"
-"""The convolution that tells what joins the latents."""
+"""The first convolution, whose inputs show what is concatenated to the latents."""
 
 HEAD = 64
-"""Channels of a head; Stable Diffusion 1, which nothing but the width of its text tells, has 8 heads of any width."""
+"""Channels of an attention head; Stable Diffusion 1 (text of 768 features) has 8 heads of any width."""
 
 FIRST_TEXT = 768
 
 
 def _counts(shapes: Shapes, prefix: str, module: str) -> list[int]:
-    """How many of a module each numbered part under a prefix has."""
+    """For each numbered part under a prefix, how many of a module it has."""
     found: dict[int, set[str]] = {}
     for name in shapes:
         if name.startswith(prefix):
@@ -75,7 +75,7 @@ def _counts(shapes: Shapes, prefix: str, module: str) -> list[int]:
 
 
 def config(shapes: Shapes) -> dict[str, Any]:
-    """What the configurations of all U-Nets share."""
+    """Configuration entries of all U-Nets."""
     resnets = _counts(shapes, "down_blocks.", "resnets")
     down, up = (
         [_counts(shapes, f"{way}_blocks.{level}.attentions.", "transformer_blocks") for level in range(len(resnets))]
@@ -115,7 +115,7 @@ def _latents(config: Config, geometry: Geometry) -> tuple[int, ...]:
 
 
 def arguments(inputs: Inputs) -> dict[str, Any]:
-    """As for transformers, under the class's own name for the latents."""
+    """As for transformers, but the latents are called `sample`."""
     usual = inputs.usual(1000)
     return {"sample": usual.pop("hidden_states"), **usual}
 
@@ -133,7 +133,7 @@ ARCHITECTURE = Architecture(
 
 
 def unclip(values: Any) -> Any:
-    """An image as a prompt."""
+    """The image that unCLIP varies."""
     return [{"clip_vision_output": vision_output(values), "strength": 1.0, "noise_augmentation": 0.0}]
 
 
@@ -143,7 +143,7 @@ def _unclip_row(values: Any) -> Any:
 
 
 def _token(values: Any) -> Any:
-    """A vector as a text of one token."""
+    """A vector as a prompt of one token."""
     return values[:, None]
 
 
@@ -153,7 +153,7 @@ _CLIP_IMAGE = pooled("context_dim", form=_token)
 
 
 def signatures(embedding: str, *widths: int) -> tuple[Signature, ...]:
-    """What tells U-Nets of some widths of text, by the module that diffusers has beside the embedding of time."""
+    """Signatures of U-Nets with some widths of text; `embedding` is diffusers' second embedder of vectors."""
     level = r"(?:down|up)_blocks\.\d+\.attentions\.0"
     return tuple(
         signature(names, size=(rf"{place}\.transformer_blocks\.0\.attn2\.to_k\.weight", 1, widths))

@@ -1,4 +1,4 @@
-"""Z-Image: Lumina 2's code with its own names in diffusers, where "2-1" is its patch size, 2 in space and 1 in time."""
+"""Z-Image: Lumina 2's network with its own names in diffusers, where "2-1" is its patch size, 2 in space, 1 in time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _config(shapes: Shapes) -> dict[str, Any]:
 
 
 def _arguments(inputs: Inputs) -> dict[str, Any]:
-    """Samples come as lists, images as videos of one frame; time runs from 0 (noise) to 1."""
+    """Samples are a list of videos of one frame; time is 0 for noise."""
     return {
         "x": list(inputs.latents.unsqueeze(2)),
         "t": inputs.time(-1, 1),
