@@ -1,40 +1,37 @@
-"""What a checkpoint is, from its headers and its scales: hardly a weight is read, nothing is run.
+"""What a checkpoint is and what is wrong with it, from its headers and scales: few weights are read, nothing is run.
 
-Why it exists. Two FP8 files of the same model look alike and behave differently: one is marked in its header and one in
-tensors, one has input scales and one leaves them at 1.0, one carries a marker that turns FP8 products off. Readers
-either say nothing about it or fail in the middle of a picture. This module says it before.
+Two FP8 files of the same model look alike and behave differently: one declares its layers in the header and one in
+tensors, one has input scales and one leaves them at 1.0, one has a legacy marker that turns FP8 matmuls off. Readers
+ignore the difference or fail during generation. `inspect_checkpoint` reports it beforehand: for each layer the format,
+bits, granularity, quantization config, input scale, and what ComfyUI does with it (a key of `READINGS`); and for the
+file a `Problem` of each kind of `KINDS` that it has.
 
-What it answers, layer by layer and in sum: the format, its bits and how finely it is scaled, what marks it, its input
-scale, and what ComfyUI does with it (a key of `READINGS`). What is wrong is a `Problem` of a kind of `KINDS`, with what
-to do (`problems`).
+An input scale is *suspicious* if its range, the largest value of the format times the scale, is far from any measured
+one: published ranges lie between about 1 and 6.6e4. Accepted are 4e-4 to 1.8e6.
 
-An input scale is *suspicious* where no network that was ever measured has such ranges. The range is the largest value
-of the format's grid times the scale; published ranges of real layers lie between about 1 and
-6.6e4. Outside 4e-4 to 1.8e6 the scale is taken for a mistake: multiplied or divided once too often, or never set.
+A weight scale is *absurd* if the largest weight is outside 2⁻²⁰ to 2¹⁴. Weights of real layers reach 1e-3 to a few
+hundred; 1/s instead of s makes every FP8 layer whose largest weight is below 12 exceed 2¹⁴. The largest weight is
+estimated as the largest scale times the reach of the format (`Format.range`). A scale of at most 1.0 is never too
+large, since a plain cast uses a small part of a wide format. If a scale is outside, up to 64 KiB of the layer's codes
+are read: if all are 0, any scale is fine; otherwise their largest value (for NVFP4 the largest block scale) replaces
+the reach. Of MXFP8, which has block scales alone, up to 64 KiB of them are read.
 
-A weight scale is *absurd* where the largest weight would lie outside 2⁻²⁰ to 2¹⁴. Weights of real layers reach 1e-3 to
-a few hundred, and 1/s in place of s makes every FP8 layer whose largest weight is under 12 exceed 2¹⁴. The largest
-weight is taken for the largest scale times what the format reaches at a scale of 1 (`Format.range`); a scale of 1.0 or
-less is never too large, since a plain cast to a format of a wide range uses a small part of it. Only where a scale is
-outside are some codes read, 64 KiB of a layer at most: where they are all 0 any scale will do, and else the largest of
-them counts, or the largest of the scales of blocks where those lie under the scale in question (NVFP4). MXFP8 has
-scales of blocks alone, of which 64 KiB at most are read.
+A codebook is *missing* in W4A8 if the group scales are as large as only a codebook makes them. Without one readers
+take codes for -8 to 7, times a scale of at most 127 in all; with one, for numbers below 1, so scales are eight times
+as large.
 
-A codebook is *missing* in W4A8 where the scales of groups show that one was meant. Without it readers take codes for
--8 to 7, times such a scale at most 127; with it they take numbers under 1, so scales are eight times as large.
+A weight is *misshapen* if its rows do not match its bias, if it alone among the blocks is transposed, or if it does
+not match the norms of its block.
 
-A weight is *misshapen* where its rows do not fit its bias, where it is the only one of several blocks' same layer that
-is transposed, or where it does not fit the norms of its block.
-
-Limits. A scale of a believable size may still be wrong, and so may the shape of a layer without bias that is transposed
-in every block: only running the model shows that. Header metadata of shards is read as one.
+Limits. A plausible scale can still be wrong, and so can a layer without bias that is transposed in every block: only
+running the model shows that. The header metadata of shards is read as one.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -59,13 +56,14 @@ from .layers import FOLDED, ForeignLayer, Layer, LayerError, LayerTable, find_la
 from .marks import full_precision
 from .misshapen import misshapen
 from .problems import CALIBRATE, KINDS, LARGEST_WEIGHT, LEAST_WEIGHT, PRODUCTS, READINGS, Problem
+from .telling import plural
 from .untrusted import JSONError, parse_json
 
 InputState = Literal["calibrated", "guessed", "one", "missing", "suspicious", "unused"]
 
 LEAST_INPUT_SCALE = 2.0**-20
 LARGEST_INPUT_SCALE = 2.0**12
-"""Of FP8; a scale of another grid is judged by the range that it makes."""
+"""Limits for FP8; scales of other grids are compared by the range that they give."""
 
 _SAMPLE_RUNS, _SAMPLE_BYTES = 4, 1 << 14
 
@@ -75,18 +73,18 @@ class LayerView:
     """One linear layer, as readers see it.
 
     Attributes:
-        name: as the file has it.
-        shape: (out, in) of its weight; as stored where the layer cannot be read.
-        format: "int8_tensorwise", "nvfp4", ...; the dtype where it is not quantized.
-        title: the same for people: "INT8 ConvRot, groups of 256".
+        name: as in the file.
+        shape: (out, in) of its weight; as stored if the layer cannot be read.
+        format: "int8_tensorwise", "nvfp4", ...; the dtype if it is not quantized.
+        title: the format in words: "INT8 ConvRot, groups of 256".
         reading: what ComfyUI does with it, a key of `READINGS`.
-        read_as: the key of `formats.FORMATS` that its weight is read as; None where it is not quantized or not read.
-        bits: per weight, in the file; None where it cannot be read.
-        block: the weights that share one scale; None without scale, or where the layer cannot be read.
-        scaling: the same in a word.
-        marked_by: "header", "tensor", "legacy".
-        input_state: what its input scale is; None where its format has none, or it is not quantized.
-        input_scale: its value; None where it is missing or cannot be read.
+        read_as: the key of `formats.FORMATS` of its weight; None if it is not quantized or cannot be read.
+        bits: per weight, in the file; None if it cannot be read.
+        block: the weights that share one scale; None without scale, or if it cannot be read.
+        scaling: the block in a word.
+        marked_by: where its quantization config is: "header", "tensor", "legacy".
+        input_state: the state of its input scale; None if its format has none or it is not quantized.
+        input_scale: its value; None if missing or unreadable.
     """
 
     name: str
@@ -105,12 +103,12 @@ class LayerView:
 
 @dataclass(frozen=True)
 class Mix:
-    """How this tool chose a format for every layer, by the file's own word.
+    """How this tool chose a format for every layer, according to the file.
 
     Attributes:
-        gpu: the card that it was chosen for.
-        conditioning, samples, seed: of the run that it was chosen from.
-        figures: what it keeps, beside what others would; see `choose.read_figures`.
+        gpu: the GPU that it was chosen for.
+        conditioning, samples, seed: of the trial run.
+        figures: its measured quality, and that of alternatives; see `choose.read_figures`.
     """
 
     gpu: str | None = None
@@ -122,19 +120,19 @@ class Mix:
 
 @dataclass(frozen=True)
 class Made:
-    """How this tool made a file, by the file's own word.
+    """How this tool made a file, according to the file.
 
     Attributes:
         version: of the tool.
         converted: whether it quantized weights.
-        engine: "model", "layer" or "statistics" where it calibrated input scales, else None.
-        conditioning: what the model was shown in place of prompts ("noise"), where that is known.
+        engine: "model", "layer" or "statistics" if it calibrated input scales, else None.
+        conditioning: what the model was run on instead of prompts ("noise"), if known.
         samples, seed: of the calibration.
         guessed: layers whose scales were simulated although others were measured.
-        unmeasured: layers that a calibration by measurement left as they were.
-        depends_on_conditioning: layers whose ranges move with the conditioning, which noise only imitates.
+        unmeasured: layers that a measured calibration left unchanged.
+        depends_on_conditioning: layers whose ranges depend on the conditioning, which noise only imitates.
         lora: adapters that the ranges cover.
-        mix: how formats were chosen, where they were; scales of inputs were measured with it.
+        mix: how formats were chosen, if they were; this also measured the input scales.
     """
 
     version: str | None = None
@@ -150,7 +148,7 @@ class Made:
     mix: Mix | None = None
 
     def measured(self, layer: str) -> bool:
-        """Whether the scale of a layer's inputs was found by measurement, be it 1.0."""
+        """Whether the input scale of a layer was measured, even if it is 1.0."""
         measured = self.mix is not None or self.engine in ("model", "statistics")
         return measured and layer not in self.unmeasured + self.guessed
 
@@ -160,26 +158,26 @@ class Inspection:
     """What a checkpoint is.
 
     Attributes:
-        path: what was opened.
-        files: number of its files.
+        path: the file that was opened.
+        files: number of files.
         sharded: whether it was opened through an index.
-        size_bytes: of all its files.
-        tensors: number of its tensors.
-        prefix: what stands before the diffusion model's own names.
+        size_bytes: of all files.
+        tensors: number of tensors.
+        prefix: the prefix of the diffusion model's tensor names.
         family: key of `families.FAMILIES`, a kind of `identity.Kind`, or None.
-        title: the same for people.
-        variant: which member of the family it is; "" where there is one only.
-        banks: how many banks of experts it has.
-        blocks: repeated blocks by structure, of a model of no known family.
-        parts: what else the file holds: "VAE", ...
+        title: the family in words.
+        variant: the member of the family; "" if there is only one.
+        banks: number of banks of experts.
+        blocks: repeated blocks of a model of no known family.
+        parts: what else the file contains: "VAE", ...
         layers: its linear layers, in file order.
-        header_marks: number of layers that the header marks.
-        header_version: of the header's marks: "1.0" is ComfyUI's, "1.1" SGLang's; None where it says none.
+        header_marks: number of layers with a quantization config in the header.
+        header_version: format version of these configs: "1.0" is ComfyUI's, "1.1" SGLang's; None if missing.
         tensor_marks: number of comfy_quant tensors.
-        legacy_markers: the `scaled_fp8` tensors, the model's first -> their sizes; 2 turns FP8 products off.
-        made: how this tool made it; None where it did not, or the file does not say.
+        legacy_markers: the `scaled_fp8` tensors, the model's first -> their sizes; 2 turns FP8 matmuls off.
+        made: how this tool made it; None if unknown.
         problems: what is wrong, the worst first.
-        folded: its channels were scaled, and adapters have to be, too; see `folding`.
+        folded: whether its channels were scaled, so that adapters must be as well; see `folding`.
     """
 
     path: Path
@@ -205,58 +203,54 @@ class Inspection:
 
     @property
     def readings(self) -> dict[str, int]:
-        """How many layers ComfyUI reads how, in the order of `READINGS`."""
+        """Number of layers by reading, in the order of `READINGS`."""
         counts = Counter(layer.reading for layer in self.layers)
         return {reading: counts[reading] for reading in READINGS if counts[reading]}
 
     @property
     def formats(self) -> dict[str, Format]:
-        """The formats that its quantized layers are read as, by the keys of `formats.FORMATS`."""
+        """The formats of its quantized layers, by key of `formats.FORMATS`."""
         return {layer.read_as: FORMATS[layer.read_as] for layer in self.layers if layer.read_as is not None}
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Over all quantized layers, scales included; None where there are none."""
+        """Average over all quantized layers, scales included; None if there are none."""
         sizes = [(layer.bits, math.prod(layer.shape)) for layer in self.layers if layer.read_as is not None]
         weights = sum(count for _, count in sizes)
         return sum((bits or 0.0) * count for bits, count in sizes) / weights if weights else None
 
     @property
     def input_states(self) -> dict[InputState, int]:
-        """How many quantized layers have which input scale."""
+        """Number of quantized layers by state of the input scale."""
         return dict(Counter(layer.input_state for layer in self.layers if layer.input_state is not None))
 
     @property
     def doubts(self) -> tuple[Problem, ...]:
-        """What counts as a problem where strictness is asked for: input scales that nobody measured."""
+        """What counts as a problem under --strict: input scales that were not measured."""
         guessed = tuple(layer.name for layer in self.layers if layer.input_state == "guessed")
         if guessed:
             return (Problem("guessed", guessed),)
         products = [layer for layer in self.layers if layer.reading in PRODUCTS]
-        calibrated = self.made is not None and (self.made.engine or self.made.mix) is not None  # be all scales 1.0
-        if calibrated or not products or not all(layer.input_state in ("one", "missing") for layer in products):
-            return ()
-        return (Problem("uncalibrated", tuple(layer.name for layer in products)),)
+        calibrated = self.made is not None and (self.made.engine or self.made.mix)  # even if all scales are 1.0
+        if products and not calibrated and all(layer.input_state in ("one", "missing") for layer in products):
+            return (Problem("uncalibrated", tuple(layer.name for layer in products)),)
+        return ()
 
     @property
     def advice(self) -> tuple[str, ...]:
         """What to do although nothing is wrong, one sentence each."""
         sentences = []
-        at_one = self.readings.get("fp8-at-one", 0)
-        if at_one:
+        if at_one := self.readings.get("fp8-at-one", 0):
             sentences.append(
-                f"{at_one} of {at_one + self.readings.get('fp8', 0)} FP8 products have no measured input scale, so "
-                f"inputs beyond {DEFAULT_GRID.max:g} are clipped and tiny ones vanish: {CALIBRATE}"
+                f"{at_one} of {at_one + self.readings.get('fp8', 0)} FP8 matmuls have no measured input scale, so "
+                f"inputs beyond {DEFAULT_GRID.max:g} are clipped and tiny ones vanish; calibrate: {CALIBRATE}"
             )
-        guessed = self.input_states.get("guessed", 0)
-        if guessed:
-            sentences.append(
-                f"{guessed} input scales are guesses from the weights, which may be far off: {CALIBRATE}, or observe"
-            )
+        if guessed := self.input_states.get("guessed", 0):
+            sentences.append(f"{plural(guessed, 'input scale')} guessed, which may be far off; measure: {CALIBRATE}")
         if self.folded:
             sentences.append(FOLDED)
         if self.sharded:
-            sentences.append("ComfyUI reads no shard indexes: join the shards into one file for it")
+            sentences.append("ComfyUI does not read shard indexes: merge the shards into one file")
         return tuple(sentences)
 
     def to_json(self) -> dict[str, Any]:
@@ -276,34 +270,26 @@ class Inspection:
 
 
 def inspect_file(path: StrPath) -> Inspection:
-    """Find out what a `.safetensors` file or the `.safetensors.index.json` of shards is, its problems included.
+    """Inspect a `.safetensors` file, or shards by their `.safetensors.index.json`.
 
     Raises:
-        CheckpointError: it is no readable safetensors file.
+        CheckpointError: the file is not a readable safetensors file.
     """
     with open_checkpoint(path) as checkpoint:
         return inspect_checkpoint(checkpoint)
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
-    """Find out what an open checkpoint is, its problems included; little but its scales and marks is read."""
+    """Inspect an open checkpoint; reads little more than its scales and quantization configs."""
     table = find_layers(checkpoint, collect_problems=True)
     found = identify(checkpoint, table)
     made = made_of(checkpoint.metadata)
     survey = _Survey(checkpoint, table, found.encoder, made or Made())
     layers = survey.views()
-    survey.look_for_orphans()
-    survey.look_for_damage()
-    alone = frozenset(survey.packed) | table.foreign.keys()
-    tiles = {
-        layer.name: layer.format.sides[0] for layer in table.quantized.values() if isinstance(layer.format, Packed)
-    }
-    for name, detail in misshapen(table.tensor_shapes(checkpoint), alone, tiles):
-        survey.report("misshapen", name, detail)
+    for problem in survey.other_problems():
+        survey.report(*problem)
     marks = table.marks
     markers = sorted(marks.legacy.markers.values(), key=lambda info: info is not marks.legacy.marker)
-    for word in names.unread_words(table.prefix, checkpoint.tensors):
-        survey.report("wrapped", next(name for name in checkpoint.tensors if word in name), word)
     parts = [] if found.encoder else [names.other_part(name) for name in checkpoint.tensors if not table.owns(name)]
     return Inspection(
         path=checkpoint.path,
@@ -331,7 +317,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
 
 @dataclass
 class _Survey:
-    """One walk over the layers of a table, which collects what is wrong."""
+    """One walk over the layers of a table that collects problems."""
 
     checkpoint: Checkpoint
     table: LayerTable
@@ -340,7 +326,7 @@ class _Survey:
     found: dict[str, Problem] = field(default_factory=dict)
 
     def report(self, kind: str, tensor: str, detail: str | None = None) -> None:
-        """Note a problem."""
+        """Record a problem."""
         known = self.found.get(kind, Problem(kind, ()))
         self.found[kind] = Problem(kind, (*known.tensors, tensor), known.detail or detail)
 
@@ -356,7 +342,7 @@ class _Survey:
             views[layer.name] = self.view(layer, "high-precision")
         for error in table.problems:
             if not isinstance(error, LayerError) or error.tensor is None:
-                raise error  # not about a layer: the file cannot be read
+                raise error  # the whole file cannot be read
             self.report(error.kind, error.tensor, error.problem)
             name = _layer_of(error.tensor)
             if weight := self.checkpoint.tensors.get(name + names.WEIGHT):
@@ -375,7 +361,7 @@ class _Survey:
 
     @cached_property
     def packed(self) -> dict[str, tuple[TensorInfo, str]]:
-        """Layers that ComfyUI cannot read since another program packed them -> the weight and the program."""
+        """Layers packed by another program, which ComfyUI cannot read -> the weight and the program."""
         found = {}
         for key, info in self.checkpoint.tensors.items():
             packed = packings.packed_by(key, self.checkpoint)
@@ -388,14 +374,14 @@ class _Survey:
         return found
 
     def view(self, layer: Layer, reading: str, **more: Any) -> LayerView:
-        """A layer that can be read."""
+        """The view of a readable layer."""
         fmt = layer.format
         said = layer.config.get("format") or (fmt.marked if fmt else layer.weight.dtype)
         read_as = fmt.name if fmt else None
         return LayerView(layer.name, layer.shape, said, layer.title, reading, read_as, layer.bits, **more)
 
     def foreign(self, layer: ForeignLayer) -> LayerView:
-        """A layer in a format that is only recognized, or not even that, and its problems."""
+        """The view of a layer in a format that is only recognized or unknown; reports its problems."""
         name, form, fmt, marked_by = layer.name, layer.form, layer.format, self.table.marks.kinds(layer.name)
         missing = [name + key for key in (fmt.scales if fmt else ()) if name + key not in self.checkpoint]
         reading = "error"
@@ -407,19 +393,19 @@ class _Survey:
             quantized = "experts-at-one" if form.startswith("float8") else "foreign"
             reading = "full-precision" if whole else quantized  # as ComfyUI's `MoEExperts` reads them
         elif not marked_by or form.endswith("-dimensional"):
-            reading = "foreign"  # in other dimensions than two, as convolutions are
+            reading = "foreign"  # not 2-D, for example a convolution
         elif fmt is None or not fmt.since:
             self.report("mark-unknown", name, form if fmt is None else f"{form}, of {fmt.reader}")
         elif layer.weight.dtype not in fmt.dtypes:
-            self.report("mark-format", name, f"marked as {form}, but stored as {layer.weight.dtype}")
+            self.report("mark-format", name, f"declared as {form}, but stored as {layer.weight.dtype}")
         elif missing:
-            self.report("weight-scale-missing", name, f"marked as {form}, but there is no {missing[0]}")
+            self.report("weight-scale-missing", name, f"declared as {form}, but {missing[0]} is missing")
         else:
             reading = "foreign"
         return LayerView(name, layer.weight.shape, form, fmt.title if fmt else form, reading, marked_by=marked_by)
 
     def weight_problem(self, layer: Layer) -> tuple[str, str, str] | None:
-        """Kind, tensor and detail of what cannot be meant of a weight's scales; see the module's docstring."""
+        """Kind, tensor and detail of an implausible weight scale; see the module docstring."""
         fmt, tensors = layer.format, self.checkpoint.tensors
         assert fmt is not None
         assert layer.weight_scale is not None
@@ -440,13 +426,13 @@ class _Survey:
         elif fmt.ranged_by == names.WEIGHT_SCALE_2:
             reach *= float(np.nanmax(self.scales(fmt, tensors[layer.weight_scale]), initial=0.0)) / DEFAULT_GRID.max
         if scale == 0.0:
-            return "scale-value", key, "0, where the weights are not 0"
+            return "scale-value", key, "0, but the weights are not 0"
         if _plausible(scale, reach):
             return None
-        return "weight-scale-absurd", key, f"{scale:.3g}: weights up to {scale * reach:.3g}"
+        return "weight-scale-absurd", key, f"{scale:.3g} makes weights up to {scale * reach:.3g}"
 
     def scales(self, fmt: Format, info: TensorInfo) -> NDArray[np.float32]:
-        """Scales of a weight as numbers; of those in one byte, which are many, some."""
+        """Scales of a weight as numbers; a sample of one-byte scales, which are many."""
         if info.dtype in FLOAT_SCALES:
             return self.checkpoint.float32(info.name)
         codes = self.sample(info)
@@ -455,14 +441,14 @@ class _Survey:
         return np.where(codes == 255, np.nan, np.exp2(codes - 127.0)).astype(np.float32)  # E8M0
 
     def sample(self, weight: TensorInfo) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Some bytes of a weight, spread over it."""
+        """A sample of a tensor's bytes, spread over it."""
         if weight.nbytes <= _SAMPLE_RUNS * _SAMPLE_BYTES:
             return self.checkpoint.raw(weight.name)
         starts = np.linspace(0, weight.nbytes - _SAMPLE_BYTES, _SAMPLE_RUNS, dtype=np.int64)
         return np.concatenate([self.checkpoint.raw(weight.name, at, at + _SAMPLE_BYTES) for at in starts.tolist()])
 
     def quantized(self, layer: Layer) -> LayerView:
-        """A layer in codes, and its problems."""
+        """The view of a quantized layer; reports its problems."""
         fmt, marks = layer.format, self.table.marks
         assert fmt is not None
         if disagreement := marks.disagreement(layer.name):
@@ -502,28 +488,28 @@ class _Survey:
         )
 
     def judge_input_scale(self, layer: Layer, scale: float | None, state: InputState) -> str | None:
-        """Report what is wrong with the input scale of an FP8 product; the reading that comes of it, if another."""
+        """Report problems of the input scale of an FP8 matmul; returns the reading if they change it."""
         key, problem = layer.input_scale, layer.input_problem
         if key is None:
             return None
         dtype = self.checkpoint.tensors[key].dtype
         if problem is not None:
             self.report("input-" + problem.kind.replace("value", "suspicious"), key, problem.problem)
-        elif dtype != "F32":  # a weight scale may be any float: ComfyUI converts that one
+        elif dtype != "F32":  # weight scales may be any float, which ComfyUI converts
             self.report("input-scale-dtype", key, dtype)
         if problem is None and state == "suspicious":
             self.report("input-scale-suspicious", key, f"{scale:.3g}")
         return "error" if problem is not None or dtype != "F32" or scale == 0 else None
 
     def reading(self, layer: Layer, scale: float | None) -> str:
-        """What ComfyUI does with a layer in codes, by its first fact that decides."""
+        """What ComfyUI does with a quantized layer; the first rule that applies decides."""
         fmt = layer.format
         assert fmt is not None
         part = None if self.table.owns(layer.name) else names.other_part(layer.name)
         if layer.marking == "none":
             row_wise = layer.weight_scale == layer.name + names.WEIGHT_SCALE and layer.granularity == "row"
             known = fmt.name == "nvfp4" or (fmt is DEFAULT and row_wise)
-            self.report("unmarked", layer.name, f"{fmt.title}, which diffusers reads since 0.42" if known else None)
+            self.report("unmarked", layer.name, f"{fmt.title}, which diffusers 0.42 and later reads" if known else None)
             return "scale-dropped"
         if layer.marking == "legacy" and part is None and self.table.marks.header.found:
             self.report("two-spellings", layer.name)
@@ -544,7 +530,7 @@ class _Survey:
             return "per-token"
         if fmt.dynamic:
             return f"per-block-{fmt.input_block}" if layer.dynamic else "per-block-static"
-        # Both are a ValueError of torch's scaled_mm, of which ComfyUI catches RuntimeError and TypeError.
+        # In both cases torch's scaled_mm raises ValueError; ComfyUI only catches RuntimeError and TypeError.
         odd_sides = not fmt.takes(layer.shape)
         if odd_sides:
             self.report("sides", layer.name, f"{layer.out_features} × {layer.in_features}")
@@ -554,29 +540,31 @@ class _Survey:
             return "cuda-error"
         return "fp8-at-one" if scale is None or scale == 1.0 else "fp8"
 
-    def look_for_orphans(self) -> None:
-        """Look for scales and marks whose weight is not there."""
-        found: list[tuple[str, str, str | None]] = [
-            *(("orphaned-scale", name, None) for name in self.checkpoint if name.endswith(names.SCALES)),
-            *(("orphaned-mark", name, None) for name in self.table.marks.tensor.found),
-            *(("orphaned-mark", name, "in the header") for name in self.table.marks.header.configs),
-        ]
-        for kind, name, detail in found:
+    def other_problems(self) -> Iterator[tuple[str, str, str | None]]:
+        """Kind, tensor and detail of what is wrong beside scales and configs of layers."""
+        checkpoint, table = self.checkpoint, self.table
+        for kind, name, detail in (
+            *(("orphaned-scale", name, None) for name in checkpoint if name.endswith(names.SCALES)),
+            *(("orphaned-mark", name, None) for name in table.marks.tensor.found),
+            *(("orphaned-mark", name, "in the header") for name in table.marks.header.configs),
+        ):
             layer = _layer_of(name)
-            if layer + names.WEIGHT not in self.checkpoint and layer not in self.packed:
-                self.report(kind, name, detail)
-
-    def look_for_damage(self) -> None:
-        """Look for weights that are all zero."""
-        for layer in self.table.linear():
-            if self.table.owns(layer.name) and all_zero(self.checkpoint, layer.weight.name):
-                self.report("all-zero", layer.name)
-        for name in not_finite(self.checkpoint, self.table):
-            self.report("not-finite", name)
+            if layer + names.WEIGHT not in checkpoint and layer not in self.packed:
+                yield kind, name, detail
+        for linear in table.linear():
+            if table.owns(linear.name) and all_zero(checkpoint, linear.weight.name):
+                yield "all-zero", linear.name, None
+        yield from (("not-finite", name, None) for name in not_finite(checkpoint, table))
+        tiles = {one.name: one.format.sides[0] for one in table.quantized.values() if isinstance(one.format, Packed)}
+        alone = frozenset(self.packed) | table.foreign.keys()
+        for name, detail in misshapen(table.tensor_shapes(checkpoint), alone, tiles):
+            yield "misshapen", name, detail
+        for word in names.unread_words(table.prefix, checkpoint.tensors):
+            yield "wrapped", next(name for name in checkpoint if word in name), word
 
 
 def _layer_of(tensor: str) -> str:
-    """The layer that a tensor belongs to, or the name itself where it is a layer's.
+    """The layer that a tensor belongs to, or the name itself if it is a layer's.
 
     >>> _layer_of("blocks.0.weight_scale"), _layer_of("blocks.0")
     ('blocks.0', 'blocks.0')
@@ -586,12 +574,12 @@ def _layer_of(tensor: str) -> str:
 
 
 def _plausible(scale: float, reach: float) -> bool:
-    """Whether weights of a real layer can have this largest scale, where a scale of 1 reaches so far."""
+    """Whether a real layer can have this largest scale, given the largest weight at a scale of 1."""
     return scale * reach >= LEAST_WEIGHT and (scale <= 1.0 or scale * reach <= LARGEST_WEIGHT)
 
 
 def _input_state(scale: float | None, grid: Grid = DEFAULT_GRID) -> InputState:
-    """What an input scale that is used is worth.
+    """The state of an input scale that is used.
 
     >>> _input_state(None), _input_state(1.0), _input_state(0.02), _input_state(0.0)
     ('missing', 'one', 'calibrated', 'suspicious')
@@ -609,7 +597,7 @@ def _of_kinds(found: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, 
 
 
 def made_of(metadata: Mapping[str, str]) -> Made | None:
-    """What this tool wrote about itself, as far as it is well formed: whoever wrote it, it is a remark, not data."""
+    """What the metadata says about how this tool made the file; malformed parts are ignored."""
     try:
         said = parse_json(metadata.get(names.PROVENANCE_KEY, "null"))
     except JSONError:

@@ -1,6 +1,6 @@
-"""What ComfyUI does with a layer, and what may be wrong with a checkpoint: the tables of `inspection`.
+"""What ComfyUI does with a layer, and what can be wrong with a checkpoint: the tables of `inspection`.
 
-The facts about ComfyUI were found by running version 0.33 and by reading its source.
+The facts about ComfyUI come from running version 0.33 and from its source.
 """
 
 from __future__ import annotations
@@ -11,146 +11,150 @@ from typing import Any, NamedTuple
 
 from .formats import DEFAULT
 
-LEAST_WEIGHT = 2.0**-20
-LARGEST_WEIGHT = 2.0**14
-"""Between them lies the largest weight of any real layer."""
+LEAST_WEIGHT, LARGEST_WEIGHT = 2.0**-20, 2.0**14
+"""The largest weight of a real layer lies between them."""
 
 
 READINGS: Mapping[str, str] = {
-    "fp8": "FP8 product, inputs scaled by input_scale",
-    "fp8-at-one": "FP8 product, inputs at scale 1.0",
-    "experts-at-one": "experts in one bank: FP8 product, inputs at scale 1.0 always",
+    "fp8": "FP8 matmul, inputs scaled by input_scale",
+    "fp8-at-one": "FP8 matmul, inputs at scale 1.0",
+    "experts-at-one": "bank of experts: FP8 matmul, inputs always at scale 1.0",
     "full-precision": "full precision (full_precision_matrix_mult)",
-    "marker": "full precision (legacy marker of 2 elements)",
-    "text-encoder": "full precision (text encoders always are)",
-    "per-token": "product in its own format, inputs scaled per token",
-    "per-block-16": "product in its own format, inputs scaled per block of 16",
-    "per-block-32": "product in its own format, inputs scaled per block of 32",
-    "per-block-static": "product in its own format, inputs scaled per block of 16 under input_scale",
-    "dynamic": "only with the ComfyUI-QuantOps nodes, which scale inputs as they come, per token",
-    "foreign": "kernels of its own format",
-    "packed": "nothing: another program packed it",
-    "cuda-error": "FP8 product, which fails on CUDA",
-    "error": "an error, or silently something else (see problems)",
-    "scale-dropped": "scale dropped: codes are taken for weights, so noise",
-    "cast": "codes are the weights, cast to the precision of the model",
+    "marker": "full precision (the legacy marker has 2 elements)",
+    "text-encoder": "full precision (as in all text encoders)",
+    "per-token": "matmul in the layer's format, inputs scaled per token",
+    "per-block-16": "matmul in the layer's format, inputs scaled per block of 16",
+    "per-block-32": "matmul in the layer's format, inputs scaled per block of 32",
+    "per-block-static": "matmul in the layer's format, inputs scaled by input_scale and per block of 16",
+    "dynamic": "only with the ComfyUI-QuantOps nodes, which scale inputs per token",
+    "foreign": "kernels of the layer's format",
+    "packed": "not readable: packed by another program",
+    "cuda-error": "FP8 matmul, which fails on CUDA",
+    "error": "an error, or silently wrong results (see problems)",
+    "scale-dropped": "scale dropped: the codes are used as weights, which gives noise",
+    "cast": "codes used as weights, cast to the model's precision",
     "high-precision": "high precision, as stored",
 }
 """What ComfyUI does with a layer."""
 
 PRODUCTS = frozenset({"fp8", "fp8-at-one", "cuda-error"})
-"""Readings in which the inputs become FP8 by input_scale."""
+"""Readings in which input_scale quantizes the inputs to FP8."""
 
 DYNAMIC = frozenset({"dynamic", "per-token", "per-block-16", "per-block-32", "foreign", "experts-at-one"})
-"""Readings in which there is no input_scale."""
+"""Readings without an input_scale."""
 
 _RECONVERT = "convert the original again"
+_DOWNLOAD = "download the file again"
+_REPAIR = f"convert_to_quant repair FILE, or {_RECONVERT}"
 CALIBRATE = "convert_to_quant -i FILE -o NEW --actcal"
 
 
 class Kind(NamedTuple):
-    """A kind of problem: what is wrong and what comes of it, and what to do."""
+    """A kind of problem: what is wrong, what follows from it, and how to fix it."""
 
     title: str
     remedy: str = _RECONVERT
 
 
 KINDS: Mapping[str, Kind] = {
-    "header-unreadable": Kind("the header's _quantization_metadata cannot be read", f"{_RECONVERT}, or download again"),
-    "mark-unreadable": Kind("a mark is empty, names no format, or is no JSON: the model does not load"),
+    "header-unreadable": Kind("_quantization_metadata in the header cannot be parsed", _REPAIR),
+    "mark-unreadable": Kind(
+        "a quantization config is empty, not JSON, or names no format: the model does not load", _REPAIR
+    ),
     "mark-format": Kind(
-        "a mark names another format than the weight is stored in: ComfyUI casts the numbers, mostly to noise"
+        "a quantization config names another format than the weight is stored in: ComfyUI casts the codes, mostly to "
+        "noise"
     ),
-    "legacy-e5m2": Kind(f"float8_e5m2 in a legacy file, read as {DEFAULT.marked}: silently wrong"),
-    "weight-scale-missing": Kind("marked as quantized without a weight scale: the model does not load"),
-    "scale-value": Kind("a scale is 0, NaN, infinite or negative"),
-    "scale-dtype": Kind("a scale is of a dtype that its format does not have"),
-    "scale-shape": Kind("a scale has a shape that fits no rule of its format: ComfyUI fails, or paints noise"),
-    "rotation-group": Kind("inputs cannot be rotated in groups of the size that the mark names: ComfyUI fails"),
-    "codebook-missing": Kind("W4A8 without the codebook that its scales are made for: weights are far too large"),
+    "legacy-e5m2": Kind(f"float8_e5m2 in a legacy file, which is read as {DEFAULT.marked}: weights are silently wrong"),
+    "weight-scale-missing": Kind("declared as quantized, but without a weight scale: the model does not load"),
+    "scale-value": Kind("a scale is 0, negative, NaN, or infinite"),
+    "scale-dtype": Kind("a scale has a dtype that its format does not allow"),
+    "scale-shape": Kind("a scale has a shape that its format does not allow: ComfyUI fails or generates noise"),
+    "rotation-group": Kind("inputs cannot be rotated in groups of the size in the quantization config: ComfyUI fails"),
+    "codebook-missing": Kind("W4A8 without the codebook that its scales need: weights are far too large"),
     "scale-flat": Kind(
-        "INT8 scales of shape [out], not [out, 1]: products are right, but LoRAs and full precision fail or are wrong"
+        "INT8 scales have shape [out] instead of [out, 1]: matmuls work, but LoRAs and full precision fail or are wrong"
     ),
-    "pre-quant-scale": Kind("a pre_quant_scale beside a format in which ComfyUI does not read it: outputs are wrong"),
+    "pre-quant-scale": Kind("a pre_quant_scale in a format for which ComfyUI ignores it: outputs are wrong"),
     "mark-unknown": Kind(
-        "a mark names a format that ComfyUI does not know: the model does not load",
-        f"{_RECONVERT}, or use the program or the nodes that the format belongs to",
+        "a quantization config names a format that ComfyUI does not support: the model does not load",
+        f"{_RECONVERT}, or use the program or nodes that the format is made for",
     ),
     "packed": Kind(
-        "layers that another program packed: ComfyUI cannot read them",
-        "load the file with the nodes of that program, or convert the original",
+        "layers packed by another program, which ComfyUI cannot read",
+        "load the file with that program's nodes, or convert the original",
     ),
     "weight-scale-absurd": Kind(
-        f"a weight scale makes weights beyond {LARGEST_WEIGHT:,.0f} or within {LEAST_WEIGHT:.0e}, as no model has them"
+        f"a weight scale makes the largest weight exceed {LARGEST_WEIGHT:,.0f} or fall below {LEAST_WEIGHT:.0e}, as in "
+        "no real model"
     ),
     "misshapen": Kind(
-        "a weight is transposed, flattened, or of another model: the model does not load",
-        "get the file again, or convert the original",
+        "a weight is transposed, flattened, or from another model: the model does not load",
+        f"{_DOWNLOAD}, or convert the original",
     ),
-    "all-zero": Kind("weights that are all zero, as downloads that stopped leave them", "download the file again"),
-    "not-finite": Kind(
-        "norms or biases with NaN or infinite values: the file is damaged, or its training diverged",
-        "get the file again",
-    ),
+    "all-zero": Kind("weights are all zero, as an interrupted download leaves them", _DOWNLOAD),
+    "not-finite": Kind("norms or biases have NaN or infinite values: damaged file or diverged training", _DOWNLOAD),
     "scale-granularity": Kind(
-        "float8 with scales per row or block: ComfyUI fails, or silently computes something else",
+        "FP8 with one scale per row or block: ComfyUI fails or computes silently wrong results",
         f"{_RECONVERT} with --scaling-mode tensor",
     ),
     "header-bare": Kind(
-        "the header names layers without the prefix that they have in the file: ComfyUI's Load Checkpoint misses such "
-        "marks and paints noise; Load Diffusion Model finds them",
-        "load it as a diffusion model, or convert the original again",
+        "the header names layers without their prefix: ComfyUI's Load Checkpoint ignores these configs and generates "
+        "noise; Load Diffusion Model reads them",
+        f"load the file as a diffusion model, or {_RECONVERT}",
     ),
     "two-spellings": Kind(
-        "legacy layers in a file whose header marks others: ComfyUI drops the scales of the legacy layers"
+        "legacy layers in a file whose header declares other layers: ComfyUI drops the scales of the legacy layers"
     ),
     "wrapped": Kind(
-        "names hold words that wrappers of modules left (torch.compile, FSDP): ComfyUI does not find the model in them",
-        "take these words out of the names",
+        "tensor names contain words of module wrappers (torch.compile, FSDP): ComfyUI does not recognize the model",
+        "remove these words from the names",
     ),
     "unmarked": Kind(
-        "quantized, with scales, but without a mark: ComfyUI drops the scales and paints noise, or does not load it",
-        "convert_to_quant migrate FILE -o NEW --to comfy adds marks; or use it where it was made for",
+        "quantized with scales, but without a quantization config: ComfyUI drops the scales and generates noise, or "
+        "does not load the model",
+        "convert_to_quant migrate FILE -o NEW --to comfy, or use the file in the program it is made for",
     ),
-    "orphaned-scale": Kind("scales without a weight", "a part of the model is missing or renamed: get the file again"),
-    "orphaned-mark": Kind("marks without a weight", "a part of the model is missing or renamed: get the file again"),
-    "header-disagrees": Kind("header and comfy_quant tensor disagree; ComfyUI lets the header win, others may not"),
+    "orphaned-scale": Kind("scales without a weight: part of the model is missing or renamed", _DOWNLOAD),
+    "orphaned-mark": Kind("quantization configs without a weight: part of the model is missing or renamed", _DOWNLOAD),
+    "header-disagrees": Kind("header and comfy_quant tensor disagree: ComfyUI uses the header, other readers may not"),
     "marker-disables-fp8": Kind(
-        "the legacy marker has 2 elements: no FP8 products, and input scales are ignored",
+        "the legacy marker has 2 elements, which turns FP8 matmuls off: input scales are ignored",
         f"{CALIBRATE} --enable-fp8-matmul",
     ),
     "input-scale-dtype": Kind("an input scale is not float32: ComfyUI fails at the first step", CALIBRATE),
-    "input-scale-shape": Kind("an input scale has several values where one is read", CALIBRATE),
+    "input-scale-shape": Kind("an input scale has several values instead of one", CALIBRATE),
     "input-scale-suspicious": Kind(
-        "an input scale is 0, not finite or absurd: inputs vanish, saturate or become NaN", CALIBRATE
+        "an input scale is 0, negative, not finite, or implausible: inputs vanish, saturate, or become NaN", CALIBRATE
     ),
     "sides": Kind(
-        f"sides are no multiples of {DEFAULT.sides[0]}: FP8 products fail on CUDA",
+        f"dimensions are not multiples of {DEFAULT.sides[0]}: FP8 matmuls fail on CUDA",
         f"{_RECONVERT}; convert_to_quant leaves such layers in high precision",
     ),
     "e5m2-product": Kind(
-        "float8_e5m2 for weights and inputs: FP8 products fail on CUDA, which multiplies no two of that format",
-        f"{_RECONVERT}, to {DEFAULT.marked}",
+        "float8_e5m2 weights and inputs: FP8 matmuls fail on CUDA, which cannot multiply two float8_e5m2 matrices",
+        f"{_RECONVERT} to {DEFAULT.marked}",
     ),
     "raw-fp8": Kind(
-        "FP8 weights without scale and mark: a plain cast, which loses small weights, without FP8 products",
-        f"convert the original with convert_to_quant; or {CALIBRATE}, which marks the weights as they are",
+        "FP8 weights without scale and quantization config, from a plain cast: small weights are lost, and ComfyUI "
+        "uses no FP8 matmuls",
+        f"convert the original, or use {CALIBRATE} to declare and calibrate the weights as they are",
     ),
-    "guessed": Kind("input scales are guesses from simulated layers, not measured", f"{CALIBRATE}, or observe"),
+    "guessed": Kind("input scales are guessed by simulating layers, not measured", f"{CALIBRATE}, or observe"),
     "uncalibrated": Kind("input scales were never calibrated: all are 1.0 or missing", CALIBRATE),
 }
 """Every kind of problem, the worst first. The first nine are those of `layers.ProblemKind`; the last two are doubts,
-which count only for those who ask for strictness."""
+which count only under --strict."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong, once for all layers that have it.
+    """Something wrong, reported once for all layers that have it.
 
     Attributes:
         kind: a key of `KINDS`.
         tensors: the tensors or layers that have it, in file order.
-        detail: what was found at the first of them, where the kind does not say it all.
+        detail: what was found in the first of them; None where the kind says it all.
     """
 
     kind: str
@@ -159,12 +163,12 @@ class Problem:
 
     @property
     def title(self) -> str:
-        """What is wrong and what comes of it."""
+        """What is wrong and what follows from it."""
         return KINDS[self.kind].title
 
     @property
     def remedy(self) -> str:
-        """What to do."""
+        """How to fix it."""
         return KINDS[self.kind].remedy
 
     def to_json(self) -> dict[str, Any]:

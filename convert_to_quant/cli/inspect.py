@@ -31,36 +31,36 @@ examples:
   convert_to_quant inspect *.safetensors --json -
   convert_to_quant inspect ComfyUI/models/diffusion_models
 
-Reports each file's family, formats, quantization configs, input scales, how ComfyUI runs its layers, and its problems
-with a remedy for each; of a folder, one line for each file in it.
+Reports the model family, formats, quantization configs, input scales, how ComfyUI runs the layers, and problems with
+their fixes. For a folder, prints one line per file.
 """
 
 KEY_WIDTH = 14
+INDENT = "  "
 
-_COMMAND = re.compile(r"convert_to_quant(?: --?[a-z]\S*(?: [A-Z]+\b)?)+")
-"""A command in a sentence: it is not broken over lines, so that it can be copied."""
+_COMMAND = re.compile(r"convert_to_quant(?: [a-z]+)?(?: --?[a-z][\w-]*| [A-Z]+\b| comfy\b)+")
+"""A command in a sentence, which is never wrapped so that it can be copied."""
 
 _HARD_SPACE = "\N{NO-BREAK SPACE}"
 
 NOT_READ = frozenset({"cast", "dynamic", "error", "marker", "scale-dropped"})
-"""Readings in which it does not matter which ComfyUI reads a format and which card multiplies it."""
+"""Readings for which ComfyUI's version and the GPU do not matter."""
 
-ENTRY_STYLES = {"advice": "warn", "problems": "bad"}
 READING_STYLES = {"fp8": "good", "fp8-at-one": "warn", "marker": "warn", "cuda-error": "bad", "error": "bad",
                   "packed": "bad", "scale-dropped": "bad"}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's arguments."""
     parser.add_argument("inputs", nargs="+", metavar="MODEL",
-                        help=".safetensors, the index of its shards, or a folder")  # fmt: skip
+                        help=".safetensors file, shard index, or folder")  # fmt: skip
     wanted = parser.add_argument_group("report")
     wanted.add_argument("--layers", action="store_true", help="list every layer, as -v does")
     wanted.add_argument("--strict", action="store_true", help="exit code 1 on problems or unmeasured scales")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; a file that cannot be read does not keep the others from being shown."""
+    """Run the command; an unreadable file does not stop it from showing the others."""
     from dataclasses import replace
 
     from ..checkpoint import open_checkpoint
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, by name: shards only by their index; none where it is no folder or has none."""
+    """The checkpoints in a folder by name, with shards replaced by their index; empty if it is no folder."""
     if not folder.is_dir():
         return []
     from ..checkpoint.reader import INDEX_SUFFIX, SHARD_NAME
@@ -112,35 +112,33 @@ def files_of(folder: Path) -> list[Path]:
 
 def line(found: Inspection) -> tuple[str, ...]:
     """A file's line in the table of a folder."""
-    kinds = [problem.title for problem in found.problems]
+    kinds = "; ".join(problem.title for problem in found.problems)
     return (
         found.path.name,
         size(found.size_bytes),
         found.title,
         "; ".join(format_lines(found)) or "none",
         _input_scales(found) or "-",
-        Styled("; ".join(kinds), "bad") if kinds else Styled("none", "good"),
+        Styled(kinds, "bad") if kinds else Styled("none", "good"),
     )
 
 
 def show(found: Inspection, *, layers: bool) -> None:
-    """Print a file's screen, and every layer where that is asked for."""
+    """Print a file's report, and every layer if asked for."""
     files = f"{found.files} files, " if found.sharded else ""
     head = printable(f"{found.path.name}: {size(found.size_bytes)}, {files}{found.tensors:,} tensors")
     print(paint(head, "head", sys.stdout))
-    entries: dict[str, Sequence[str]] = {"model": [_model(found)], "layers": format_lines(found) or ["none"]}
-    if any(layer.input_state is not None for layer in found.layers) or found.header_marks or found.tensor_marks:
-        entries["marked by"] = [_marks(found)]
-    if found.input_states:
-        entries["input scales"] = [_input_scales(found)]
-    if found.made is not None:
-        entries["made by"] = [made_line(found.made)]
-    if found.layers:
-        entries["in ComfyUI"] = [*_readings(found), *_readers(found)]
-    entries["advice"] = found.advice
-    entries["problems"] = [line for problem in found.problems for line in _problem(problem)] or ["none"]
-    for key, paragraphs in entries.items():
-        style = "good" if (key, paragraphs) == ("problems", ["none"]) else ENTRY_STYLES.get(key, "")
+    problems = [line for problem in found.problems for line in _problem(problem)]
+    for key, style, paragraphs in (
+        ("model", "", [_model(found)]),
+        ("layers", "", format_lines(found) or ["none"]),
+        ("config", "", [_configs(found)]),
+        ("input scales", "", [_input_scales(found)]),
+        ("made by", "", [] if found.made is None else [made_line(found.made)]),
+        ("in ComfyUI", "", [*_readings(found), *_readers(found)]),
+        ("advice", "warn", found.advice),
+        ("problems", "bad" if problems else "good", problems or ["none"]),
+    ):
         for line in _entry(key, paragraphs):
             print(line[:KEY_WIDTH] + paint(line[KEY_WIDTH:], style, sys.stdout))
     if layers:
@@ -149,40 +147,40 @@ def show(found: Inspection, *, layers: bool) -> None:
 
 
 def _entry(key: str, paragraphs: Sequence[str]) -> Iterator[str]:
-    """Paragraphs behind a key, wrapped; nothing where there are none."""
+    """Wrapped paragraphs behind a key; nothing if all are empty."""
     width = text_width(sys.stdout)
-    for paragraph in paragraphs:
+    for paragraph in filter(None, paragraphs):
         text = printable(paragraph)
-        hanging = 4 if text.startswith("  ") else 0
+        hanging = 2 * INDENT if text.startswith(INDENT) else ""
         unbroken = _COMMAND.sub(lambda command: command[0].replace(" ", _HARD_SPACE), text)
         lines = textwrap.wrap(unbroken, width, initial_indent=key.ljust(KEY_WIDTH), break_long_words=False,
-                              subsequent_indent=" " * (KEY_WIDTH + hanging), break_on_hyphens=False)  # fmt: skip
+                              subsequent_indent=" " * KEY_WIDTH + hanging, break_on_hyphens=False)  # fmt: skip
         yield from (line.replace(_HARD_SPACE, " ") for line in lines)
         key = ""
 
 
 def _model(found: Inspection) -> str:
-    variant = f": {found.variant}" if found.variant else ""
-    blocks = f"; blocks by structure: {', '.join(found.blocks)}" if found.blocks else ""
-    prefix = f"; names begin with {found.prefix}" if found.prefix else ""
-    parts = f"; also in the file: {', '.join(found.parts)}" if found.parts else ""
-    banks = f"; {plural(found.banks, 'bank')} of experts" if found.banks else ""
-    return found.title + variant + blocks + banks + prefix + parts
+    facts = [found.title + (f": {found.variant}" if found.variant else "")]
+    facts += [f"repeated blocks: {', '.join(found.blocks)}"] if found.blocks else []
+    facts += [f"{plural(found.banks, 'bank')} of experts"] if found.banks else []
+    facts += [f"name prefix {found.prefix}"] if found.prefix else []
+    facts += [f"also in the file: {', '.join(found.parts)}"] if found.parts else []
+    return "; ".join(facts)
 
 
 def format_lines(found: Inspection) -> list[str]:
-    """How many layers of each format, quantized ones first."""
+    """The number of layers in each format, quantized formats first."""
     counts = Counter((layer.read_as or "", layer.title, _scaling(layer)) for layer in found.layers)
     order = sorted(counts, key=lambda kind: (not kind[0], -counts[kind]))
     bits = {name: f", {fmt.bits:g} bits" for name, fmt in found.formats.items()}
     lines = [f"{counts[kind]:,} {kind[1]}{kind[2]}{bits.get(kind[0], '')}" for kind in order]
     if len(found.formats) > 1:
-        lines.append(f"(quantized layers: {found.bits_per_weight:.3g} bits per weight in all)")
+        lines.append(f"(quantized layers: {found.bits_per_weight:.3g} bits per weight on average)")
     return lines
 
 
 def _scaling(layer: LayerView) -> str:
-    """How finely a layer is scaled, behind its format."""
+    """The granularity of a layer's scales, to append to its format."""
     if layer.scaling == "block":
         assert layer.block is not None
         rows, columns = layer.block
@@ -192,35 +190,36 @@ def _scaling(layer: LayerView) -> str:
     return {"cast": ", without scale", "error": ", not readable (see problems)"}.get(layer.reading, "")
 
 
-def _marks(found: Inspection) -> str:
-    marks = []
+def _configs(found: Inspection) -> str:
+    """Where the quantization configs are; "" if no layer is quantized."""
+    places = []
     if found.header_marks:
         version = "" if found.header_version in ("1.0", None) else f" {found.header_version}"
-        marks.append(f"header{version} ({plural(found.header_marks, 'layer')})")
+        places.append(f"header{version} ({plural(found.header_marks, 'layer')})")
     if found.tensor_marks:
-        marks.append(f"comfy_quant tensors ({found.tensor_marks:,})")
-    marks += [f"legacy marker {name} ({plural(count, 'element')})" for name, count in found.legacy_markers.items()]
-    return " and ".join(marks) or "nothing"
+        places.append(f"comfy_quant tensors ({found.tensor_marks:,})")
+    if not places and not found.input_states:
+        return ""
+    places += [f"legacy marker {name} ({plural(count, 'element')})" for name, count in found.legacy_markers.items()]
+    return " and ".join(places) or "none"
 
 
 def _input_scales(found: Inspection) -> str:
-
-    def spread(state: str) -> str:
-        scales = [layer.input_scale for layer in found.layers
-                  if layer.input_state == state and layer.input_scale is not None]  # fmt: skip
-        return f"{state} ({min(scales):.3g} to {max(scales):.3g})" if scales else state
-
-    words = {"calibrated": spread("calibrated"), "guessed": spread("guessed"), "one": "at 1.0",
-             "missing": "missing (read as 1.0)", "suspicious": "suspicious", "unused": "not used"}  # fmt: skip
+    words = {"calibrated": "calibrated", "guessed": "guessed", "one": "at 1.0", "missing": "missing (read as 1.0)",
+             "suspicious": "suspicious", "unused": "not used"}  # fmt: skip
+    for state in ("calibrated", "guessed"):
+        scales = [layer.input_scale for layer in found.layers if layer.input_state == state and layer.input_scale]
+        ends = dict.fromkeys(f"{scale:.3g}" for scale in (min(scales), max(scales))) if scales else {}
+        words[state] += f" ({' to '.join(ends)})" if ends else ""
     counts = found.input_states
     return ", ".join(f"{counts[state]:,} {word}" for state, word in words.items() if state in counts)
 
 
 def _run(made: Made | Mix) -> str:
-    """What a run was shown, in brackets."""
-    figures = [plural(made.samples, "sample")] if made.samples is not None else []
-    figures += [f"seed {made.seed}"] if made.seed is not None else []
-    return f" ({', '.join(figures)})" if figures else ""
+    """The samples and seed of a run, in parentheses."""
+    facts = [plural(made.samples, "sample")] if made.samples is not None else []
+    facts += [f"seed {made.seed}"] if made.seed is not None else []
+    return f" ({', '.join(facts)})" if facts else ""
 
 
 def made_line(made: Made) -> str:
@@ -230,10 +229,10 @@ def made_line(made: Made) -> str:
         from ..choose import keeps
 
         steps.append(
-            f"the best mix of formats{f' for {mix.gpu}' if mix.gpu else ''}, chosen by running the model on "
+            f"best mix of formats{f' for {mix.gpu}' if mix.gpu else ''}, chosen by running the model on "
             f"{mix.conditioning or 'given conditioning'}{_run(mix)}"
             + (f": {mix.figures['bits']:.2f} bits per weight" if "bits" in mix.figures else "")
-            + (f", {keeps(mix.figures)} there" if keeps(mix.figures) else "")
+            + (f", {told}" if (told := keeps(mix.figures)) else "")
         )
     if made.engine is not None:
         how = {
@@ -243,12 +242,11 @@ def made_line(made: Made) -> str:
         }.get(made.engine, f"calibrated by {made.engine}")
         steps.append(how + _run(made))
     if made.guessed:
-        steps.append(f"the scales of {plural(len(made.guessed), 'layer')} guessed (first: {made.guessed[0]})")
+        steps.append(f"input scales of {plural(len(made.guessed), 'layer')} guessed (first: {made.guessed[0]})")
     if made.lora:
         steps.append(f"for use with {', '.join(made.lora)}")
-    moving = made.depends_on_conditioning
-    if moving:
-        steps.append(f"the ranges of {plural(len(moving), 'layer')} depend on the conditioning (first: {moving[0]})")
+    if moving := made.depends_on_conditioning:
+        steps.append(f"ranges of {plural(len(moving), 'layer')} depend on the conditioning (first: {moving[0]})")
     version = "" if made.version is None else f" {made.version}"
     return f"convert_to_quant{version}" + (f": {'; '.join(steps)}" if steps else "")
 
@@ -260,7 +258,7 @@ def _readings(found: Inspection) -> list[str]:
 
 
 def _readers(found: Inspection) -> list[str]:
-    """Since when ComfyUI reads the formats, and which cards multiply them; once for formats that share all that."""
+    """Which ComfyUI reads the formats and which GPUs run them fast; one line for formats with the same answer."""
     from ..formats.int8 import INTEGERS
 
     shared: dict[str, list[str]] = {}
@@ -273,17 +271,17 @@ def _readers(found: Inspection) -> list[str]:
 
 
 def _problem(problem: Problem) -> list[str]:
-    """A problem with the first that has it, and below it what to do."""
-    detail = "" if problem.detail is None else f", {problem.detail}"
-    first = f"first: {problem.tensors[0]}" if len(problem.tensors) > 1 else problem.tensors[0]
-    count = f"{len(problem.tensors):,} times, " if len(problem.tensors) > 1 else ""
-    return [f"{problem.title} ({count}{first}{detail})", f"  do: {problem.remedy}"]
+    """A problem, where it is, and how to fix it."""
+    first, *others = problem.tensors
+    detail = f": {problem.detail}" if problem.detail else ""
+    more = f" (and {len(others):,} more)" if others else ""
+    return [problem.title, f"{INDENT}in {first}{more}{detail}", f"{INDENT}fix: {problem.remedy}"]
 
 
 def print_layers(found: Inspection) -> None:
-    """Every layer; see `print_table`."""
+    """Print every layer; see `print_table`."""
     print_table(
-        ("layer", "shape", "format", "scale", "marked by", "input scale", "", "in ComfyUI"),
+        ("layer", "shape", "format", "scale", "config", "input scale", "", "in ComfyUI"),
         [
             (
                 layer.name,

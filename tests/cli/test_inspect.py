@@ -107,28 +107,30 @@ def test_json_in_a_file_leaves_the_screen(look, fp8_file, tmp_path):
     assert json.loads(report.read_text(encoding="utf-8"))["problems"] == []
 
 
-def test_the_screen_of_guessed_scales(golden, look, ctq, save, build):
+GUESSED = {"version": "0.1.0", "calibrate": {"engine": "layer", "samples": 64}}
+
+
+def test_the_screen_of_guessed_scales(golden, look, save, build):
     tensors, _ = build.quantized(["blocks.0"], "tensor", input_scale=0.25)
-    made = {"version": "0.1.0", "calibrate": {"engine": "layer", "samples": 64}}
-    path = save("guessed.safetensors", tensors, {"convert_to_quant": json.dumps(made)})
-    golden("inspect guessed", look(path))
-    strict = ctq("inspect", path, "--strict")
-    assert strict.code == 1
-    assert "problems      input scales are guesses from simulated layers, not measured\n" in strict.out
+    golden("inspect guessed", look(save("guessed.safetensors", tensors, {"convert_to_quant": json.dumps(GUESSED)})))
 
 
-def test_strict_finds_a_file_that_was_never_calibrated(ctq, fp8_file):
-    strict = ctq("inspect", fp8_file, "--strict")
-    assert (strict.code, ctq("inspect", fp8_file).code) == (1, 0)
-    assert "input scales were never calibrated: all are 1.0 or missing" in " ".join(strict.out.split())
-
-
-def test_strict_exits_with_1_where_there_are_problems_and_only_there(ctq, done, save, build):
-    good = save("good.safetensors", *build.quantized(["blocks.0"], "tensor", input_scale=0.5))
-    bad = save("bad.safetensors", *build.quantized(["blocks.0"], "none"))
-    assert [ctq("inspect", path, "--strict").code for path in (good, bad)] == [0, 1]
-    done("inspect", bad)
-    assert ctq("inspect", bad, "--strict").out == ctq("inspect", bad).out
+@pytest.mark.parametrize(
+    ("marking", "scale", "made", "problem", "doubt"),
+    [
+        ("tensor", 0.5, {}, "none", "none"),
+        ("tensor", 0.5, GUESSED, "none", "input scales are guessed by simulating layers, not measured"),
+        ("tensor", 1.0, {}, "none", "input scales were never calibrated: all are 1.0 or missing"),
+        ("none", 0.5, {}, "quantized with scales, but", "quantized with scales, but"),
+    ],
+)
+def test_strict_exits_with_1_on_problems_and_unmeasured_scales(ctq, save, build, marking, scale, made, problem, doubt):
+    tensors, _ = build.quantized(["blocks.0"], marking, input_scale=scale)
+    path = save("m.safetensors", tensors, {"convert_to_quant": json.dumps(made)})
+    for words, code, said in (((), 0, problem), (("--strict",), int(doubt != "none"), doubt)):
+        outcome = ctq("inspect", path, *words)
+        assert outcome.code == code
+        assert f"\nproblems      {said}" in outcome.out
 
 
 def test_names_cannot_drive_the_terminal(look, save):
@@ -164,6 +166,8 @@ BROKEN = {
     "input-scale-shape": (np.ones(3, np.float32),),
     "input-scale-suspicious": (np.float32(0), np.float32(np.nan), np.float32(-np.inf), np.float32(-1)),
     "marker-disables-fp8": (None,),
+    "mark-unreadable": (np.zeros(40, np.uint8),),
+    "unmarked": (np.zeros(0, np.uint8),),
 }
 
 
@@ -172,20 +176,22 @@ def test_a_remedy_that_is_a_command_cures(done, save, build, tmp_path, kind, bro
     from convert_to_quant.inspection import inspect_file
     from convert_to_quant.problems import KINDS
 
+    tensors, _ = build.quantized(
+        ["blocks.0"], {"marker-disables-fp8": "legacy", "unmarked": "none"}.get(kind, "tensor")
+    )
     if kind == "marker-disables-fp8":
-        tensors, _ = build.quantized(["blocks.0"], "legacy")
         tensors["scaled_fp8"] = ("F8_E4M3", np.zeros(2, np.uint8))
-    else:
-        tensors, _ = build.quantized(["blocks.0"], "tensor")
-        tensors["blocks.0.input_scale"] = broken
+    elif kind != "unmarked":
+        tensors["blocks.0.comfy_quant" if kind == "mark-unreadable" else "blocks.0.input_scale"] = broken
     path, cured = save("m.safetensors", tensors), tmp_path / "cured.safetensors"
     assert [problem.kind for problem in inspect_file(path).problems] == [kind]
-    program, *words = KINDS[kind].remedy.split()
+    program, *words = KINDS[kind].remedy.partition(", or")[0].split()
     assert program == "convert_to_quant"
     words = [{"FILE": str(path), "NEW": str(cured)}.get(word, word) for word in words]
-    done(*words, "--actcal-engine", "layer")
-    found = inspect_file(cured)
-    assert (found.problems, found.readings) == ((), {"fp8": 1})
+    calibrated = "--actcal" in words
+    done(*words, *(["--actcal-engine", "layer"] if calibrated else []))
+    found = inspect_file(cured if str(cured) in words else path)
+    assert (found.problems, found.readings) == ((), {"fp8" if calibrated else "fp8-at-one": 1})
 
 
 def test_a_folder_is_a_line_for_each_checkpoint_and_shards_are_their_index(ctq, save, build):
