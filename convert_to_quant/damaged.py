@@ -1,7 +1,7 @@
-"""What torn downloads and diverged training leave in a model: weights that are all zero, norms that are not finite.
+"""What interrupted downloads and diverged training leave in a model: zero weights, norms that are not finite.
 
-Weights that are quantized are looked through while they are. Everything else is copied, by the kernel, and nobody would
-see what is wrong with it; so the norms and biases of the diffusion model are looked through before.
+Weights are checked while they are quantized. Everything else is copied by the kernel unseen, so the norms and biases
+of the diffusion model are checked beforehand.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PROBES, _PROBE_BYTES, _STEP_BYTES = 3, 64, 1 << 24
 
 
 def all_zero(checkpoint: Checkpoint, tensor: str) -> bool:
-    """Whether all bytes of a tensor that has any are 0; mostly a few of them show that they are not."""
+    """Whether a tensor has bytes and all are 0; probes a few first, which mostly suffice."""
     nbytes = checkpoint.tensors[tensor].nbytes
     probes = np.linspace(0, max(nbytes - _PROBE_BYTES, 0), _PROBES, dtype=np.int64).tolist()
     spans = [(at, min(at + _PROBE_BYTES, nbytes)) for at in probes]
@@ -31,29 +31,27 @@ def all_zero(checkpoint: Checkpoint, tensor: str) -> bool:
 
 
 def refuse_damaged(checkpoint: Checkpoint, table: LayerTable) -> list[str]:
-    """Refuse a model that has lost its weights, or whose small tensors are not finite; what else users should know.
+    """Refuse a model without weights or with norms or biases that are not finite.
+
+    Returns:
+        A note about weights that are all zero, if only some are.
 
     Raises:
-        TensorError: every weight is zero; a tensor that no format quantizes has NaN or infinite values.
+        TensorError: every weight is zero; a norm or bias has NaN or infinite values.
     """
     weights = {layer.weight.name for layer in table.linear() if table.owns(layer.name)}
     zero = [name for name in sorted(weights) if all_zero(checkpoint, name)]
     if zero and len(zero) == len(weights):
-        problem = "every weight is zero, as failed downloads leave them"
-        raise TensorError(problem, path=checkpoint.path, hint=AGAIN)
+        raise TensorError("every weight is zero, as after an interrupted download", path=checkpoint.path, hint=AGAIN)
     for name in not_finite(checkpoint, table):
         problem, hint = "it has NaN or infinite values", "the file is damaged, or its training diverged"
         raise TensorError(problem, path=checkpoint.path_of(name), tensor=name, hint=hint)
-    if zero:
-        return [
-            f"{len(zero)} of {plural(len(weights), 'weight')} are all zero (first: {zero[0]}), "
-            "as downloads that stopped leave them"
-        ]
-    return []
+    count = f"{len(zero)} of {plural(len(weights), 'weight')}"
+    return [f"{count} are all zero (first: {zero[0]}), as after an interrupted download"] if zero else []
 
 
 def not_finite(checkpoint: Checkpoint, table: LayerTable) -> Iterator[str]:
-    """The norms and biases of the diffusion model that have NaN or infinite values."""
+    """Norms and biases of the diffusion model with NaN or infinite values."""
     for name, info in checkpoint.tensors.items():
         learned = name.endswith((names.WEIGHT, names.BIAS, ".scale")) and table.owns(name)
         small = learned and len(info.shape) < 2 and info.dtype in FLOAT_DTYPES

@@ -1,4 +1,4 @@
-"""Quantized checkpoints written anew without rounding: in BF16, or with other marks."""
+"""Quantized checkpoints rewritten without rounding: in BF16, or with other quantization configs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from .telling import plural
 
 
 def plan_bfloat16(checkpoint: Checkpoint) -> tuple[Layout, list[Job], str]:
-    """Plan to turn every layer that can be read into BF16.
+    """Plan to dequantize every readable layer to BF16.
 
     Args:
         checkpoint: the quantized checkpoint.
 
     Returns:
-        What `layout.write` takes, and what is done, for people.
+        The layout and jobs for `layout.write`, and a summary in words.
 
     Raises:
-        TensorError: no layer can be turned; one has no mark, and its tensors fit several formats.
+        TensorError: no layer can be dequantized; a layer has no quantization config, and its tensors fit several
+            formats.
     """
     table = find_layers(checkpoint)
     layers = [*table.quantized.values(), *table.raw.values()]
     if not layers:
-        problem = "nothing to dequantize: no layer is quantized in a format that is read here"
+        problem = "nothing to dequantize: no layer is quantized in a supported format"
         raise TensorError(problem, path=checkpoint.path)
     dropped: set[str] = set() if any(name in table.marks.legacy for name in table.foreign) else table.marks.markers
     for layer in table.quantized.values():
@@ -51,7 +52,7 @@ def plan_bfloat16(checkpoint: Checkpoint) -> tuple[Layout, list[Job], str]:
 
 
 def _dequantizing(checkpoint: Checkpoint, layer: Layer) -> Job:
-    """The work of turning a layer into BF16, in bands of whole tiles of scales."""
+    """The job of dequantizing a layer to BF16, in bands of whole tiles of scales."""
 
     def work(sink: Sink) -> None:
         for band in spans(layer.out_features, rows_at_a_time(layer, Packed.ROWS)):
@@ -62,25 +63,25 @@ def _dequantizing(checkpoint: Checkpoint, layer: Layer) -> Job:
 
 
 def plan_migration(checkpoint: Checkpoint, target: str, *, input_scales: bool = False) -> tuple[Layout, str, list[str]]:
-    """Plan to mark every quantized layer in another way; weights stay as they are.
+    """Plan to rewrite the quantization configs of all layers in another convention; weights stay the same.
 
     Args:
         checkpoint: the quantized checkpoint.
         target: one of `names.TARGETS`.
-        input_scales: give every layer that can have one an input scale that a calibration can write in place.
+        input_scales: add placeholder input scales, which a calibration can overwrite in place.
 
     Returns:
-        What `layout.write` takes; what is done, and what the target cannot say, for people.
+        The layout for `layout.write`, a summary in words, and notes on what the target cannot express.
 
     Raises:
-        TensorError: no layer is quantized; a layer cannot be expressed so; one has no mark, and its tensors fit
-            several formats.
+        TensorError: no layer is quantized; the target cannot express a layer; a layer has no quantization config, and
+            its tensors fit several formats.
     """
     table = find_layers(checkpoint)
     ways = table.marks.anew(target)
     made, configs, dropped = remark(checkpoint, table, ways)
     if not configs:
-        hint = "convert_to_quant -i FILE -o NEW marks a plain cast to FP8 as it is" if table.raw else None
+        hint = "convert_to_quant -i FILE -o NEW adds configs to a plain cast to FP8" if table.raw else None
         raise TensorError("nothing to migrate: no layer is quantized with a scale", path=checkpoint.path, hint=hint)
     for layer in table.static.values() if input_scales else ():
         scale, tensors = layer.name + ways[0].input_scale, made[layer.weight.name]
@@ -93,7 +94,11 @@ def plan_migration(checkpoint: Checkpoint, target: str, *, input_scales: bool = 
     if target == "diffusers":
         scales = sum(layer.input_scale is not None for layer in table.quantized.values())
         full = sum(layer.full_precision for layer in table.quantized.values())
-        lost = {"input scale": scales, "full-precision mark": full}
+        lost = {"input scale": scales, "full-precision flag": full}
         left = " and ".join(plural(count, noun) for noun, count in lost.items() if count)
-        notes += [f"{left} left out: diffusers scales inputs token by token, in every layer"] * bool(left)
-    return lay_out(checkpoint, made, dropped, metadata), f"{plural(len(configs), 'layer')} marked for {target}", notes
+        notes += [f"{left} left out: diffusers scales the inputs of every layer per token"] * bool(left)
+    return (
+        lay_out(checkpoint, made, dropped, metadata),
+        f"{plural(len(configs), 'layer')} in the {target} convention",
+        notes,
+    )

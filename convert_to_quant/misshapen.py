@@ -1,4 +1,4 @@
-"""Weights that are transposed, flattened or of another model, by what their shapes contradict."""
+"""Weights that are transposed, flattened, or from another model: their shapes contradict those of other tensors."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from . import names
 
 _BLOCK_NORM = re.compile(r"[a-z_]*(?:norm|ln)_?\d*\.weight|(?:input|post_attention)_layernorm\.weight")
 _READS_STREAM = re.compile(r"\.(?:qkv|to_qkv|to_q|q_proj|w1|w3|gate_proj|up_proj|fc1)$")
-"""Layers that read what a block's norm gives."""
+"""Layers whose input is the output of a block's norm."""
 
 
 def misshapen(
     shapes: Mapping[str, tuple[int, ...]], alone: frozenset[str], filled: Mapping[str, int]
 ) -> Iterator[tuple[str, str]]:
-    """Look for weights whose shapes contradict their biases, the same layers of other blocks, or norms.
+    """Find weights whose shapes contradict their biases, the same layers of other blocks, or norms.
 
     Args:
-        shapes: of all tensors but scales, by name, (out, in) of weights however packed.
+        shapes: of all tensors but scales, by name; (out, in) of packed weights.
         alone: layers whose weights are stored in shapes of their own, which are not compared.
-        filled: multiples up to which formats that scale in tiles fill a layer's rows.
+        filled: for formats with tiles of scales, the multiple to which a layer's rows are padded.
 
     Yields:
-        Layers, and what does not fit.
+        The layer, and the contradiction.
     """
     norms: dict[str, set[int]] = defaultdict(set)  # sizes of a block's own norms
     same: dict[tuple[str, str], dict[str, tuple[int, ...]]] = defaultdict(dict)  # a layer over all blocks
@@ -54,7 +54,7 @@ def misshapen(
 
 
 def _in_block(tensor: str) -> tuple[str, str, str]:
-    """What stands before a block's number, the number, and the rest; nothing where a tensor is in no block.
+    """The name before the block number, the number, and the rest; three times "" if the tensor is in no block.
 
     >>> _in_block("double_blocks.3.img_mlp.0.weight"), _in_block("time_embed.2.weight")
     (('double_blocks', '3', 'img_mlp.0.weight'), ('', '', ''))

@@ -1,9 +1,9 @@
-"""Marks that readers stumble over, put right where a layer's tensors leave no doubt what it is.
+"""Repairs missing and broken quantization configs where a layer's tensors determine its format.
 
-A mark is broken where it is missing, empty, all NUL, no JSON, or names no format or one that nobody knows. What the
-layer is then follows from its other mark, where header and tensor both speak of it, or from the dtypes and shapes of
-its tensors (`layers.determined`). In place a mark is put right in its own tensor where that has room, else in the
-header, which readers heed first.
+A config is broken if it is missing, empty, all NUL, not JSON, or names no known format. The format then follows from
+the layer's other config, if header and tensor both have one, or from the dtypes and shapes of its tensors
+(`layers.determined`). In place, a config is repaired in its own tensor if that has room, else in the header, which
+readers prefer.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .patch import Patch
 
 @dataclass(frozen=True)
 class Repair:
-    """A mark that is put right.
+    """The repair of one quantization config.
 
     Attributes:
-        layer: that it is about, or the header entry.
+        layer: the layer, or the header entry.
         found: what is wrong.
-        becomes: the format that it will name.
-        where: the mark will be: "tensor", "header" or both.
+        becomes: the format that the config will name.
+        where: where the config will be: "tensor", "header" or both.
     """
 
     layer: str
@@ -37,18 +37,18 @@ class Repair:
 
 
 def plan_repair(checkpoint: Checkpoint, *, in_place: bool) -> tuple[list[Repair], Patch]:
-    """Find broken marks and what they should say.
+    """Find broken quantization configs and plan their repair.
 
     Args:
         checkpoint: the quantized checkpoint.
         in_place: whether no tensor may be added or grow.
 
     Returns:
-        What is put right, and the patch that does it.
+        The repairs, and the patch that makes them.
 
     Raises:
-        TensorError: a layer with a broken mark fits several formats, or none; its scale has another name than readers
-            of a mark look for.
+        TensorError: a layer with a broken config fits several formats or none, or its scale does not have the name that
+            readers of configs expect.
     """
     table = find_layers(checkpoint, collect_problems=True)
     marks = table.marks
@@ -69,14 +69,14 @@ def plan_repair(checkpoint: Checkpoint, *, in_place: bool) -> tuple[list[Repair]
         if not places and (said or layer in marks.legacy or not _is_scaled(checkpoint, layer)):
             continue
         config = good or _settled(checkpoint, layer, said)
-        faults = "; ".join(said[place][1] for place in places) or "no mark"
+        faults = "; ".join(said[place][1] for place in places) or "no config"
         tensor = marks.tensor.changed(layer, config)
         if not places:
             places = ["header"] if in_place else ["tensor", *(["header"] if marks.header.found else [])]
             tensor = marks.tensor.beside(layer, config)
         elif in_place and any(spec.nbytes != checkpoint.tensors[name].nbytes for name, (spec, _) in tensor.items()):
             if "header" in said and "header" not in places:
-                continue  # it has no room, and nobody heeds it
+                continue  # it has no room, and the header takes precedence
             places = ["header"]
         for name, (spec, data) in tensor.items() if "tensor" in places else ():
             patch.put(name, spec, data, weight)
@@ -90,14 +90,14 @@ def plan_repair(checkpoint: Checkpoint, *, in_place: bool) -> tuple[list[Repair]
 
 
 def _is_scaled(checkpoint: Checkpoint, layer: str) -> bool:
-    """Whether a layer without mark has codes with scales, so that it should have one."""
+    """Whether a layer has codes with scales, so that it needs a config."""
     weight = checkpoint.tensors[layer + names.WEIGHT]
     scaled = any(layer + scale in checkpoint for scale in (*names.WEIGHT_SCALES, names.S_REL))
     return scaled and weight.dtype not in PLAIN_DTYPES and len(weight.shape) == 2
 
 
 def _said(table: LayerTable, layer: str) -> dict[str, tuple[Config, str]]:
-    """What header and tensor say of a layer, as far as they do, and what is wrong with that; "" for nothing."""
+    """A layer's configs by place ("header", "tensor"), each with what is wrong with it ("" for nothing)."""
     marks, found = table.marks, {}
     if layer in marks.header:
         config = marks.header.config(layer)
@@ -108,24 +108,23 @@ def _said(table: LayerTable, layer: str) -> dict[str, tuple[Config, str]]:
             found["tensor"] = config, _fault(config)
         except LayerError as error:
             raw = marks.checkpoint.raw(error.tensor or "")
-            what = "no JSON" if raw.any() else "all NUL" if raw.size else "empty"
-            found["tensor"] = {}, f"a mark that is {what}"
+            found["tensor"] = {}, "not JSON" if raw.any() else "all NUL" if raw.size else "empty"
     return found
 
 
 def _fault(config: Config) -> str:
-    """What is wrong with what a mark says."""
+    """What is wrong with a config; "" for nothing."""
     said = config.get("format")
     if not isinstance(said, str):
-        return "a mark without format"
-    return "" if of_mark(config) else f"a mark of an unknown format ({said})"
+        return "no format"
+    return "" if of_mark(config) else f"unknown format ({said})"
 
 
 def _settled(checkpoint: Checkpoint, layer: str, said: dict[str, tuple[Config, str]]) -> Config:
-    """The config of a layer by its tensors and what is left of its marks."""
+    """The config of a layer according to its tensors and what is left of its configs."""
     left = {key: value for config, _ in said.values() for key, value in config.items()}
     found = determined(checkpoint, layer, left if said else None)
     if found.weight_scale is not None and found.weight_scale not in (layer + scale for scale in found.parts):
-        raise TensorError("readers of marks look for this scale under another name", path=checkpoint.path,
+        raise TensorError("readers of quantization configs expect this scale under another name", path=checkpoint.path,
                           tensor=found.weight_scale, hint="convert_to_quant migrate --to comfy renames it")  # fmt: skip
     return found.config

@@ -1,4 +1,4 @@
-"""What torn downloads and diverged training leave, found before or while a file is converted."""
+"""What interrupted downloads and diverged training leave is found before or during conversion."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_weights_that_are_zero_are_counted_and_refused_where_all_are(model, caps
     path = model({f"blocks.{i}.a.weight": zero for i in (1, 3)})
     code, said = convert(path, capsys)
     assert code == 0
-    assert "2 of 5 weights are all zero (first: blocks.1.a.weight), as downloads that stopped leave them" in said
+    assert "2 of 5 weights are all zero (first: blocks.1.a.weight), as after an interrupted download" in said
     assert [(one.kind, one.tensors) for one in inspect_file(path).problems] == [
         ("all-zero", ("blocks.1.a", "blocks.3.a"))
     ]
     path.with_name("out.safetensors").unlink()
     path = model(dict.fromkeys(("final.weight", *(f"blocks.{i}.a.weight" for i in range(4))), zero))
-    problem = "every weight is zero, as failed downloads leave them (download it again)"
+    problem = "every weight is zero, as after an interrupted download (download it again)"
     assert convert(path, capsys) == (1, f"error: {path}: {problem}\n")
 
 

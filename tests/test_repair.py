@@ -1,11 +1,8 @@
-"""Broken marks: which are found, what they become, and what is refused."""
+"""Broken quantization configs: which are found, how they are repaired, and what is refused."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,16 +13,13 @@ from convert_to_quant.layers import find_layers
 from convert_to_quant.patch import apply_in_place, rewrite
 from convert_to_quant.repair import plan_repair
 
-Save = Callable[..., Path]
-Tensors = dict[str, Any]
-
 NAME, OTHER = "blocks.0.a", "blocks.1.a"
 KEY = "_quantization_metadata"
 LONG = 136
-"""Bytes of a mark that has room for any other."""
+"""Bytes of a config with room for any other."""
 
 FP8 = {".weight": ("F8_E4M3", np.full((16, 32), 0x38, np.uint8)), ".weight_scale": np.float32(0.5)}
-LAYERS: dict[str, Tensors] = {
+LAYERS = {
     "float8_e4m3fn": FP8,
     "float8_e5m2": FP8 | {".weight": ("F8_E5M2", np.full((16, 32), 0x38, np.uint8))},
     "float8_e4m3fn_rowwise": FP8 | {".weight_scale": np.ones(16, np.float32)},
@@ -37,25 +31,26 @@ LAYERS: dict[str, Tensors] = {
     "asym_w4a8_int8": {".weight": np.ones((16, 128), np.int8), ".weight_s_channel": np.ones(16, np.float32),
                        ".weight_s_rel": ("F8_E4M3", np.full((16, 16), 0x38, np.uint8))},
 }  # fmt: skip
-"""What determines a format by itself."""
+"""Layers whose tensors determine the format."""
 
-BROKEN: dict[str, tuple[bytes | None, str]] = {
-    "missing": (None, "no mark"),
-    "empty": (b"", "a mark that is empty"),
-    "all NUL": (bytes(LONG), "a mark that is all NUL"),
-    "no JSON": (b"{".ljust(LONG), "a mark that is no JSON"),
-    "without format": (b'{"full_precision_matrix_mult": true}'.ljust(LONG), "a mark without format"),
-    "unknown": (b'{"format": "banana"}'.ljust(LONG), "a mark of an unknown format (banana)"),
+BROKEN = {
+    "no config": None,
+    "empty": b"",
+    "all NUL": bytes(LONG),
+    "not JSON": b"{".ljust(LONG),
+    "no format": b'{"full_precision_matrix_mult": true}'.ljust(LONG),
+    "unknown format (banana)": b'{"format": "banana"}'.ljust(LONG),
 }
+"""What is reported, and the bytes of the comfy_quant tensor."""
 
 
-def layer(form: str, mark: bytes | None, name: str = NAME) -> Tensors:
-    """The tensors of a layer, with these bytes for a mark."""
+def layer(form, mark, name=NAME):
+    """The tensors of a layer, with these bytes as its config."""
     tensors = {name + suffix: tensor for suffix, tensor in LAYERS[form].items()}
     return tensors if mark is None else tensors | {name + ".comfy_quant": np.frombuffer(mark, np.uint8)}
 
 
-def repaired(source: Path, *, in_place: bool) -> tuple[Path, list[tuple[str, str, str, str]]]:
+def repaired(source, *, in_place):
     output = source if in_place else source.with_name(source.name.replace("in", "out", 1))
     with open_checkpoint(source) as checkpoint:
         repairs, patch = plan_repair(checkpoint, in_place=in_place)
@@ -66,7 +61,7 @@ def repaired(source: Path, *, in_place: bool) -> tuple[Path, list[tuple[str, str
     return output, [(one.layer, one.found, one.becomes, one.where) for one in repairs]
 
 
-def raw(path: Path) -> dict[str, bytes]:
+def raw(path):
     with open_checkpoint(path) as checkpoint:
         return {name: checkpoint.raw(name).tobytes() for name in checkpoint if not name.endswith(".comfy_quant")}
 
@@ -74,11 +69,8 @@ def raw(path: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "new file"])
 @pytest.mark.parametrize("fault", BROKEN)
 @pytest.mark.parametrize("form", LAYERS)
-def test_a_broken_mark_names_the_format_that_the_tensors_have(
-    save: Save, form: str, fault: str, in_place: bool
-) -> None:
-    mark, told = BROKEN[fault]
-    room = {"room": "x" * 300} if in_place else {}
+def test_a_broken_config_gets_the_format_of_the_tensors(save, form, fault, in_place):
+    mark, room = BROKEN[fault], {"room": "x" * 300} if in_place else {}
     source = save("in.safetensors", layer(form, mark), room)
     if in_place:  # as a tool leaves it that fills the header up with spaces
         content = source.read_bytes()
@@ -86,21 +78,21 @@ def test_a_broken_mark_names_the_format_that_the_tensors_have(
     before = raw(source)
     output, repairs = repaired(source, in_place=in_place)
     header = in_place and not mark
-    assert repairs == [(NAME, told, form, "header" if header else "tensor")]
+    assert repairs == [(NAME, fault, form, "header" if header else "tensor")]
     with open_checkpoint(output) as checkpoint:
         table = find_layers(checkpoint)
         found = table.quantized[NAME]
         assert (found.marking, found.config["format"]) == ("header" if header else "tensor", form)
-        assert found.full_precision == (fault == "without format")
+        assert found.full_precision == (fault == "no format")
         assert table.notes == []
     assert raw(output) == before
     assert repaired(output, in_place=True)[1] == [], "nothing is left to repair"
 
 
-UNKNOWN, BANANA = {"format": "banana"}, "a mark of an unknown format (banana)"
+UNKNOWN, BANANA = {"format": "banana"}, "unknown format (banana)"
 
 
-def test_in_place_needs_room(save: Save) -> None:
+def test_in_place_needs_room(save):
     source = save("in.safetensors", layer("float8_e4m3fn", None))
     before = source.read_bytes()
     with pytest.raises(OutputError) as caught:
@@ -115,13 +107,13 @@ def test_in_place_needs_room(save: Save) -> None:
     ("header", "tensor", "told", "where"),
     [
         (UNKNOWN, None, BANANA, "header"),
-        (UNKNOWN, b"", f"{BANANA}; a mark that is empty", "header"),
-        (UNKNOWN, bytes(LONG), f"{BANANA}; a mark that is all NUL", "header and tensor"),
+        (UNKNOWN, b"", f"{BANANA}; empty", "header"),
+        (UNKNOWN, bytes(LONG), f"{BANANA}; all NUL", "header and tensor"),
         (UNKNOWN, b'{"format": "float8_e4m3fn", "x": 1}', BANANA, "header"),
-        ({"format": "float8_e4m3fn"}, bytes(LONG), "a mark that is all NUL", "tensor"),
+        ({"format": "float8_e4m3fn"}, bytes(LONG), "all NUL", "tensor"),
     ],
 )  # fmt: skip
-def test_header_and_tensor_agree_afterwards(save: Save, header: Any, tensor: Any, told: str, where: str) -> None:
+def test_header_and_tensor_agree_afterwards(save, header, tensor, told, where):
     text = json.dumps({"format_version": "1.0", "layers": {NAME: header}}) + " " * 80
     source = save("in.safetensors", layer("float8_e4m3fn", tensor), {KEY: text})
     assert repaired(source, in_place=True)[1] == [(NAME, told, "float8_e4m3fn", where)]
@@ -132,13 +124,13 @@ def test_header_and_tensor_agree_afterwards(save: Save, header: Any, tensor: Any
             assert table.marks.disagreement(NAME) is None
 
 
-def test_a_header_that_cannot_be_read_is_written_anew_for_all_layers(save: Save) -> None:
+def test_an_unreadable_header_is_rewritten_for_all_layers(save):
     good = json.dumps({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}).encode()
     tensors = layer("float8_e4m3fn", good) | layer("mxfp8", None, OTHER) | layer("nvfp4", bytes(LONG), "c")
     source = save("in.safetensors", tensors, {KEY: "{" + "x" * 400})
     assert repaired(source, in_place=True)[1] == [
-        (KEY, "cannot be read", "all layers", "header"), (OTHER, "no mark", "mxfp8", "header"),
-        ("c", "a mark that is all NUL", "nvfp4", "tensor"),
+        (KEY, "cannot be read", "all layers", "header"), (OTHER, "no config", "mxfp8", "header"),
+        ("c", "all NUL", "nvfp4", "tensor"),
     ]  # fmt: skip
     with open_checkpoint(source) as checkpoint:
         table = find_layers(checkpoint)
@@ -149,20 +141,21 @@ def test_a_header_that_cannot_be_read_is_written_anew_for_all_layers(save: Save)
 
 ROWS = {".weight": np.ones((16, 32), np.int8), ".weight_scale": np.ones((16, 1), np.float32)}
 MISSPELT = {NAME + ".weight": FP8[".weight"], NAME + ".scale_weight": np.float32(1)}
-REFUSED: dict[str, tuple[Tensors, str]] = {
+REFUSED = {
     "ambiguous": ({NAME + suffix: tensor for suffix, tensor in ROWS.items()},
                   f"{NAME}: nothing says what format it is in, and its tensors fit several formats: INT8, INT8 ConvRot "
                   "(get a file with marks, or convert the original)"),
     "no scale": ({NAME + ".weight": FP8[".weight"], NAME + ".comfy_quant": np.zeros(LONG, np.uint8)},
                  f"{NAME}: nothing says what format it is in, and its tensors fit no format that is read here "
                  "(get a file with marks, or convert the original)"),
-    "misspelt": (MISSPELT, f"{NAME}.scale_weight: readers of marks look for this scale under another name "
+    "misnamed": (MISSPELT,
+                 f"{NAME}.scale_weight: readers of quantization configs expect this scale under another name "
                  "(convert_to_quant migrate --to comfy renames it)"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_in_doubt_is_refused(save: Save, case: str) -> None:
+def test_what_is_in_doubt_is_refused(save, case):
     tensors, said = REFUSED[case]
     source = save("in.safetensors", tensors | layer("float8_e4m3fn", bytes(LONG), OTHER))
     before = source.read_bytes()
@@ -175,7 +168,7 @@ def test_what_is_in_doubt_is_refused(save: Save, case: str) -> None:
 
 
 @pytest.mark.parametrize("left", [{"convrot": True}, {"convrot": True, "convrot_groupsize": 16}], ids=str)
-def test_what_is_left_of_a_mark_decides_among_formats(save: Save, left: dict[str, Any]) -> None:
+def test_what_is_left_of_a_config_decides_among_formats(save, left):
     mark = json.dumps(left).ljust(100).encode()
     tensors = {NAME + suffix: tensor for suffix, tensor in ROWS.items()}
     source = save("in.safetensors", tensors | {NAME + ".comfy_quant": np.frombuffer(mark, np.uint8)})
@@ -185,7 +178,7 @@ def test_what_is_left_of_a_mark_decides_among_formats(save: Save, left: dict[str
         assert (found.format.name, found.group) == ("int8-convrot", 16)
 
 
-def test_what_needs_no_mark_or_has_one_that_is_known_is_left_alone(save: Save, build: Any) -> None:
+def test_layers_without_need_of_a_config_or_with_a_known_one_are_left_alone(save, build):
     tensors, _ = build.quantized([NAME], "legacy")
     tensors |= {"scaled_fp8": ("F8_E4M3", np.zeros(0, np.uint8)), "norm.weight": ("F8_E4M3", np.zeros(4, np.uint8)),
                 "raw.weight": FP8[".weight"], "raw.input_scale": np.float32(1),
@@ -196,7 +189,7 @@ def test_what_needs_no_mark_or_has_one_that_is_known_is_left_alone(save: Save, b
             assert plan_repair(checkpoint, in_place=True)[0] == []
 
 
-def test_shards_are_repaired_each_in_its_own_file(save_shards: Callable[..., Path]) -> None:
+def test_shards_are_repaired_each_in_its_own_file(save_shards):
     source = save_shards("in", [layer("float8_e4m3fn", bytes(LONG)), layer("mxfp8", bytes(LONG), OTHER)])
     before = raw(source)
     for in_place in (False, True):

@@ -29,10 +29,12 @@ def files(save, build, tmp_path, monkeypatch):
 
 DONE = {
     "dequantize fp8.safetensors -o out.safetensors": "2 layers in FP8 to BF16; wrote out.safetensors\n",
-    "migrate fp8.safetensors -o out.safetensors --to legacy": "2 layers marked for legacy; wrote out.safetensors\n",
+    "migrate fp8.safetensors -o out.safetensors --to legacy": (
+        "2 layers in the legacy convention; wrote out.safetensors\n"
+    ),
     "migrate fp8.safetensors -o out.safetensors --to diffusers": (
-        "note: 2 input scales left out: diffusers scales inputs token by token, in every layer\n"
-        "2 layers marked for diffusers; wrote out.safetensors\n"
+        "note: 2 input scales left out: diffusers scales the inputs of every layer per token\n"
+        "2 layers in the diffusers convention; wrote out.safetensors\n"
     ),
     "repair broken.safetensors -o out.safetensors": (
         "1 broken mark in broken.safetensors put right; wrote out.safetensors\n"
@@ -47,8 +49,8 @@ def test_each_says_what_it_did(ctq, files, call):
     outcome = ctq(*call.split())
     told = "".join(line for line in outcome.err.splitlines(keepends=True) if " → " not in line)  # sizes, seconds
     assert (outcome.code, told) == (0, DONE[call])
-    table = "layer       found                   becomes        in the\n"
-    table += "blocks.1.a  a mark that is all NUL  float8_e4m3fn  tensor\n"
+    table = "layer       found    becomes        in the\n"
+    table += "blocks.1.a  all NUL  float8_e4m3fn  tensor\n"
     assert outcome.out == (table if "broken" in call else "")
 
 
@@ -58,7 +60,7 @@ UNTOLD = (
 )
 REFUSED = {
     "dequantize plain.safetensors -o out.safetensors": (
-        "plain.safetensors: nothing to dequantize: no layer is quantized in a format that is read here"
+        "plain.safetensors: nothing to dequantize: no layer is quantized in a supported format"
     ),
     "dequantize int8.safetensors -o out.safetensors": UNTOLD,
     "migrate plain.safetensors -o out.safetensors --to comfy": (
