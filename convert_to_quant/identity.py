@@ -1,13 +1,12 @@
-"""What a file is: the one answer that every command gives.
+"""What a file is: all commands ask here.
 
-A file is a diffusion model, alone or in a full checkpoint with text encoders and a VAE; a text encoder, a VAE or an
-image encoder alone; an adapter; statistics; or a model that another program packed. A diffusion model is of a family
-that `families` knows, or its blocks are found by structure (`families.structure`).
+A file is a diffusion model, alone or in a full checkpoint with text encoders and a VAE; a text encoder, VAE, or image
+encoder alone; an adapter; statistics; or a model packed by another program. A diffusion model belongs to a family in
+`families`, or its repeated blocks are found by structure (`families.structure`).
 
-Text encoders are known by the layers that no other kind has, wherever these stand in names: `SelfAttention` in numbered
-pairs of layers is T5. ComfyUI runs them in full precision, so nothing is calibrated in them and no input scale is
-written; their stacks are quantized on request, their embeddings never. What is mostly convolutions under `encoder` and
-`decoder` is a VAE.
+Text encoders are recognized by layer names that no other kind of file has: `SelfAttention` in numbered pairs of layers
+is T5. ComfyUI runs them in full precision, so they are not calibrated and get no input scales; their blocks are
+quantized on request, their embeddings never. A file of mostly convolutions under `encoder` and `decoder` is a VAE.
 """
 
 from __future__ import annotations
@@ -62,10 +61,10 @@ ENCODERS: Mapping[Literal["image-encoder", "text-encoder"], tuple[tuple[str, Sig
         _is("DINOv2", "encoder.layer.0.attention.attention.query.weight"),
     ),
 }
-"""What files of encoders alone are: ends of tensor names by which each shows, the first that fits."""
+"""Encoders and the endings of tensor names that identify them; the first match counts."""
 
 MISTRAL_WORDS = 131072
-"""Token embeddings of Mistral's own vocabulary, which no other model has."""
+"""Size of Mistral's vocabulary, which no other model shares."""
 
 _LORA_PARTS = (
     *(".lora_A.", ".lora_B.", ".lora_up.", ".lora_down.", ".lora.up.", ".lora.down.", ".hada_w", ".lokr_w"),
@@ -79,12 +78,12 @@ class Identity:
     """What a file is.
 
     Attributes:
-        kind: of file; None where nothing is known of it but its repeated blocks, or not even these.
-        title: the same for people.
-        family: of its diffusion model; None where no family fits.
-        variant: of the family, for people; "" where there is one only.
-        shapes: of the model's own tensors by bare name, (out, in) of weights however packed; without `names.NO_WEIGHT`.
-        hint: what would make it known; "" where it is, or nothing does.
+        kind: kind of file; None if it has neither known names nor repeated blocks.
+        title: the kind in words.
+        family: family of its diffusion model; None if none matches.
+        variant: member of the family in words; "" if there is only one.
+        shapes: of the model's own tensors by bare name, (out, in) of packed weights; without `names.NO_WEIGHT`.
+        hint: what would make the model recognizable, or "".
     """
 
     kind: Kind | None
@@ -96,24 +95,24 @@ class Identity:
 
     @property
     def key(self) -> str | None:
-        """The family's `--preset` name, or the kind of what is no diffusion model; None where nothing is known."""
+        """The `--preset` name of the family, or the kind if it is no diffusion model; None if unknown."""
         return self.family.name if self.family is not None else None if self.kind == "diffusion" else self.kind
 
     @property
     def notes(self) -> list[str]:
-        """What was recognized of a model that no family fits, and why."""
+        """What was recognized of a model of no known family, and why."""
         if self.family is not None or self.kind not in (None, "diffusion"):
             return []
-        return [f"no known model family fits these names; {self.structure}", *([self.hint] if self.hint else [])]
+        return [f"the tensor names match no known model family; {self.structure}", *([self.hint] if self.hint else [])]
 
     @property
     def banks(self) -> list[str]:
-        """Bare names of its banks of experts: weights [experts, out, in], which stay as they are."""
+        """Bare names of its banks of experts: weights [experts, out, in], which are not quantized."""
         return [name for name, shape in self.shapes.items() if len(shape) == 3 and _BANK.fullmatch(name)]
 
     @property
     def encoder(self) -> bool:
-        """Whether it is a text or image encoder alone, whose inputs readers never quantize."""
+        """Whether it is a text or image encoder, whose inputs readers never quantize."""
         return self.kind in ("text-encoder", "image-encoder")
 
     @cached_property
@@ -126,10 +125,10 @@ class Identity:
 
         Args:
             layer: bare name.
-            family: whose table decides; by default its own. A table without blocks leaves them to the structure.
+            family: the family whose table decides; by default its own. Without blocks in the table, structure decides.
 
         Returns:
-            The reason, or None for a layer that is quantized.
+            The reason, or None if the layer is quantized.
         """
         table = family or self.family or families.GENERIC
         reason = table.kept_because(layer)
@@ -137,22 +136,12 @@ class Identity:
 
 
 def identify(checkpoint: Checkpoint, table: LayerTable) -> Identity:
-    """Find out what a checkpoint is.
-
-    Args:
-        checkpoint: the open checkpoint; no tensor is read.
-        table: its layers.
-    """
+    """Identify an open checkpoint by its layers; reads no tensor."""
     return of_shapes(table.tensor_shapes(checkpoint), checkpoint.metadata)
 
 
 def of_shapes(shapes: Shapes, metadata: Collection[str] = ()) -> Identity:
-    """The same, from names and shapes.
-
-    Args:
-        shapes: of all tensors, by name as in the file.
-        metadata: keys of the header's metadata.
-    """
+    """Identify a file by the shapes of its tensors and the keys of its header's metadata."""
     prefix, bare = names.strip_prefix(shapes)
     own = {
         rest: shapes[name]
@@ -165,9 +154,7 @@ def of_shapes(shapes: Shapes, metadata: Collection[str] = ()) -> Identity:
         return Identity(kind, title, None, "", own, hint)
 
     if names.STATISTICS_KEY in metadata:
-        return found(
-            "statistics", "statistics of what layers received, not a model (convert_to_quant report shows them)"
-        )
+        return found("statistics", "activation statistics, not a model (convert_to_quant report shows them)")
     family = families.detect(own, own)
     if family is not None:
         return Identity("diffusion", family.title, family, family.variant(own), own)
@@ -182,13 +169,17 @@ def of_shapes(shapes: Shapes, metadata: Collection[str] = ()) -> Identity:
             return found(kind, f"{kind.replace('-', ' ')} ({title})")
     program = next((packed[1] for name in shapes if (packed := packings.packed_by(name, shapes))), None)
     if program is not None:
-        return found("packed", f"model that {program} packed")
+        return found("packed", f"model packed by {program}")
     if _is_vae(own):
         return found("vae", "VAE")
     word = next(iter(own), "").partition(".")[0] + "."
     inside = {name.removeprefix(word): shape for name, shape in own.items() if name.startswith(word)}
     family = families.detect(inside, inside)
-    hint = "" if family is None else f"without {word} before its names it would be {family.title}: take it out"
+    hint = (
+        ""
+        if family is None
+        else f"without the prefix {word} it would be {family.title}: remove the prefix from its tensor names"
+    )
     return found("diffusion" if study(own).stacks else None, "unknown", hint)
 
 
@@ -197,12 +188,12 @@ def _starts(name: str) -> list[int]:
 
 
 def _denoises(shapes: Shapes) -> bool:
-    """Whether a model without a family has what no encoder has: an embedder of time."""
+    """Whether a model of no known family has a timestep embedder, which no encoder has."""
     return any("time_emb" in name or "t_embed" in name or "timestep" in name for name in shapes)
 
 
 def _is_vae(shapes: Shapes) -> bool:
-    """Whether most weights are convolutions, and all stand under an encoder or a decoder."""
+    """Whether all weights are under an encoder or a decoder, and most are convolutions."""
     inside = {name.partition(".")[0] for name, shape in shapes.items() if len(shape) > 1}
     convolved = sum(math.prod(shape) for shape in shapes.values() if len(shape) > 2)
     both = inside <= {"encoder", "decoder", "quant_conv", "post_quant_conv", "conv1", "conv2", "quantize"}

@@ -1,17 +1,16 @@
-"""JSON that somebody else wrote: headers, marks, indexes, workflows, a server's answers.
+"""Parsing of untrusted JSON: headers, quantization configs, indexes, workflows, a server's answers.
 
-Python's own parser takes more than JSON allows, and some of what it takes breaks whoever uses it later. What is refused
-here, in one sentence each:
+Python's parser accepts more than JSON allows, some of which breaks its callers later. Refused here are:
 
-    more than 100 MB, the most that a safetensors header may have (MAX_BYTES)
-    more than 4 million values: as Python objects, 100 MB of `{},` would take gigabytes and minutes (MAX_VALUES)
-    nested deeper than 64 levels: code that walks such values recursively would overflow the stack (MAX_DEPTH)
-    the same key twice in an object: parsers keep the last without a word (RFC 8259 calls it unpredictable)
-    NaN, Infinity and numbers beyond float64, which JSON does not have
+    more than 100 MB, the limit of a safetensors header (MAX_BYTES)
+    more than 4 million values: 100 MB of `{},` would take gigabytes and minutes as Python objects (MAX_VALUES)
+    nesting deeper than 64 levels, which overflows the stack of recursive code (MAX_DEPTH)
+    a key that appears twice in an object: parsers silently keep the last (RFC 8259 calls it unpredictable)
+    NaN, Infinity, and numbers beyond float64, which are not JSON
     half a surrogate pair, which is no character and cannot be written again
     bytes that are not UTF-8
 
-What the values mean is for the caller to check.
+Callers check what the values mean.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +32,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JSONError(Error):
-    """A text is not JSON; callers put their own error in its place, or go on without the text."""
+    """A text is not JSON; callers replace this error with their own, or ignore the text."""
 
 
 def parse_json(
@@ -42,20 +42,20 @@ def parse_json(
     most_bytes: int = MAX_BYTES,
     lenient: bool = False,
 ) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Args:
         text: the text, or its UTF-8 bytes, with or without a byte order mark.
-        refuse: makes the error, which names the file and key, from what is wrong: "not JSON (...)".
+        refuse: makes the error from the problem, "not JSON (...)".
         most_bytes: a longer text is refused unread.
-        lenient: take NaN, Infinity and numbers beyond float64 for null, and half a surrogate pair for a text: ComfyUI
-            answers so for some nodes.
+        lenient: read NaN, Infinity and numbers beyond float64 as null, and accept half a surrogate pair, since ComfyUI
+            sends both for some nodes.
 
     Returns:
         Objects as dicts, arrays as lists; nested at most `MAX_DEPTH` deep.
 
     Raises:
-        Error: whatever `refuse` makes.
+        Error: made by `refuse`.
 
     >>> parse_json('{"a": [1, 2.5]}')
     {'a': [1, 2.5]}
@@ -70,11 +70,11 @@ def parse_json(
             return value
         if lenient:
             return None
-        raise JSONError(f"{number[:40]} is no number of JSON, or beyond float64")
+        raise JSONError(f"{number[:40]} is not a JSON number, or beyond float64")
 
     try:
         if len(text) > most_bytes:
-            raise JSONError(f"{len(text):,} bytes, and at most {most_bytes:,} are read")
+            raise JSONError(f"{len(text):,} bytes, expected at most {most_bytes:,}")
         decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
         if _values(decoded) > MAX_VALUES:
             raise JSONError(f"more than {MAX_VALUES:,} values")
@@ -95,28 +95,27 @@ def parse_json(
 
 
 def is_count(value: object) -> bool:
-    """Whether a value is a whole number that an int64 holds and that is not negative; True and 1.0 are none."""
+    """Whether a value is a non-negative int64; True and 1.0 are not."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
 def is_texts(value: object) -> bool:
-    """Whether a value is a list of texts."""
+    """Whether a value is a list of strings."""
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise JSONError(f"the key {cut(repr(twice), MOST_NAME)} appears twice in one object")
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise JSONError(f"the key {cut(repr(key), MOST_NAME)} appears twice in one object")
     return result
 
 
 def _values(text: str) -> int:
-    """About how many values a JSON text holds, as its brackets and commas say.
+    """The approximate number of values in a JSON text, by its brackets and commas.
 
-    Those inside of texts do not count where there are too many for that.
+    Those inside strings are subtracted only if they would exceed the limit.
 
     >>> _values('{"a": [1, 2]}')
     3
@@ -124,12 +123,12 @@ def _values(text: str) -> int:
     found = sum(map(text.count, "{[,"))
     if found <= MAX_VALUES:
         return found
-    text = text.replace("\\\\", "").replace('\\"', "")  # the quotation marks that are left begin and end texts
+    text = text.replace("\\\\", "").replace('\\"', "")  # the remaining quotation marks delimit strings
     return sum(map(re.sub('"[^"]*"', "", text).count, "{[,"))
 
 
 def is_deep(value: Any) -> bool:
-    """Whether a value is nested deeper than `MAX_DEPTH`, found level by level."""
+    """Whether a value is nested deeper than `MAX_DEPTH`."""
     level: list[Any] = [[value]]
     for _ in range(MAX_DEPTH + 1):
         children = (child for parent in level for child in (parent.values() if isinstance(parent, dict) else parent))

@@ -376,7 +376,7 @@ def test_a_family_is_detected_or_forced_by_a_preset(save, build):
 def test_an_unknown_model_is_noted(save, build):
     with open_checkpoint(save("in.safetensors", model(build))) as checkpoint:
         assert plan_conversion(checkpoint, ConvertOptions()).notes == [
-            "no known model family fits these names; repeated blocks by their structure: blocks (1 × 4 layers)",
+            "the tensor names match no known model family; repeated blocks by their structure: blocks (1 × 4 layers)",
             "only 40% of the weights in repeated blocks would be quantized; the rest stays in high precision "
             "(24 × 16: FP8 needs dimensions that are multiples of 16)",
         ]

@@ -43,7 +43,7 @@ FLUX = {
          "image encoder (CLIP vision or SigLIP)"),
         ("a.lora_A.weight a.lora_B.weight", "adapter", "adapter (LoRA), not a model"),
         ("lora_unet_x.hada_w1_a", "adapter", "adapter (LoRA), not a model"),
-        ("blocks.0.a.qweight blocks.0.a.wscales", "packed", "model that Nunchaku (SVDQuant) packed"),
+        ("blocks.0.a.qweight blocks.0.a.wscales", "packed", "model packed by Nunchaku (SVDQuant)"),
         ("blocks.0.attn.q.weight blocks.0.attn.o.weight", "diffusion", "unknown"),
         ("step", None, "unknown"),
     ],
@@ -54,9 +54,7 @@ def test_a_file_is_known_by_what_only_its_kind_has(tensors: str, kind: str | Non
 
 
 def test_a_file_of_convolutions_under_an_encoder_and_a_decoder_is_a_vae() -> None:
-    assert (
-        of_shapes({"encoder.conv_in.weight": (8, 3, 3, 3), "decoder.mid.attn_1.q.weight": (8, 8, 1, 1)}).kind == "vae"
-    )
+    assert of_shapes(dict.fromkeys(("encoder.conv_in.weight", "decoder.mid.q.weight"), (8, 3, 3, 3))).kind == "vae"
 
 
 def test_statistics_say_so_in_the_header() -> None:
@@ -103,10 +101,9 @@ def test_a_moving_average_beside_the_model_is_another_part() -> None:
 
 def test_an_unknown_word_before_all_names_is_told() -> None:
     found = of_shapes({"first." + name: shape for name, shape in FLUX.items()})
-    assert found.hint == (
-        "without first. before its names it would be Flux.1 (dev, schnell, Kontext, Fill, Krea): take it out"
-    )
     assert found.hint in found.notes
+    title = "Flux.1 (dev, schnell, Kontext, Fill, Krea)"
+    assert found.hint == f"without the prefix first. it would be {title}: remove the prefix from its tensor names"
 
 
 def test_a_text_encoder_is_converted_without_input_scales_and_embeddings(save) -> None:

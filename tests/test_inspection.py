@@ -547,7 +547,7 @@ def test_statistics_are_called_so(tmp_path):
     Recording({"blocks.0.a": (16, 32)}, {"blocks.0.a": ["blocks.0.a"]}).statistics(samples=1).save(path)
     found = inspect_file(path)
     assert (found.family, found.problems) == ("statistics", ())
-    assert found.title.startswith("statistics of what layers received, not a model")
+    assert found.title.startswith("activation statistics, not a model")
 
 
 def test_shards_are_read_as_one(save_shards, build):
