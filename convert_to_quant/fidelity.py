@@ -1,39 +1,38 @@
-"""How much of a model's picture survives quantization, measured on the model itself.
+"""How close a quantized model stays to its reference, measured by running both.
 
-Why it exists. An error of a layer says little about the picture: errors cancel, add up, or hit what does not matter.
-What a sampler uses is the predicted velocity, so that is what is compared, at the states that the reference itself
-passes through; and, at the end, the latents that each model reaches by its own steps.
+Errors of single layers say little about the image: they cancel, add up, or hit what does not matter. A sampler uses the
+predicted velocity, so velocities are compared at the states that the reference passes through, and finally the latents
+that each model reaches by its own steps.
 
 Maths. Euler steps of flow matching from sigma 1 to 0: x -= velocity / steps. At every noise level both models see the
-same state of the reference's way. Over the predictions v of the reference and u of the quantized model for one prompt
+same state. With the predictions v of the reference and u of the quantized model for one prompt
 
     SQNR = 10 log10(Σ v² / Σ (v - u)²) dB
 
-and, under classifier-free guidance, the mean of that over both predictions (with the prompt and without). Averages are
-over prompts, in dB; spreads are standard errors of that mean. The state moves by the guided velocity
-v_negative + guidance · (v - v_negative). The final latents' PSNR is 10 log10(range² / mean squared difference), with
-the range (largest minus smallest value) of the reference's latents.
+and, under classifier-free guidance, its mean over both predictions (with the prompt and without). Averages are over
+prompts, in dB; spreads are standard errors of that mean. The state moves by the guided velocity
+v_negative + guidance · (v - v_negative). The PSNR of the final latents is 10 log10(range² / mean squared difference),
+where the range is the largest minus the smallest value of the reference's latents.
 
-On noise. Whoever checks a calibration on what it was calibrated on checks nothing, so `noise_scenes` shares nothing
-with `engines.noise` but white latents: other random streams whatever the seed, a magnitude for each prompt anywhere in
-`MAGNITUDES` where calibration has fixed ones, text of any length with zeros behind it in every second prompt, and two
-sizes. Its level is not that of real prompts: see `OFF_BY_DB`.
+On noise. A check on the data of the calibration checks nothing, so `noise_scenes` shares only white latents with
+`engines.noise`: it draws from other random streams whatever the seed, gives each prompt a magnitude anywhere in
+`MAGNITUDES` where calibration has fixed ones, pads every second prompt with zeros from a random length on, and uses two
+sizes. Its results differ from those of real prompts: see `OFF_BY_DB`.
 
-Per layer, on request: the reference's layer and the quantized one are given the same input, the reference's, and their
-outputs are compared row by row. The error of a row is ‖y - y'‖ / ‖y‖. A tensor-wide error hides lost rows behind a few
-loud ones, so the mean over rows and the mean over the worst 1 % of rows are given beside it.
+Per layer, on request: the reference's layer and the quantized one get the same input, the reference's, and their
+outputs are compared token by token. The error of a token is ‖y - y'‖ / ‖y‖. An error over the whole tensor hides lost
+tokens behind a few outlier tokens, so the means over all tokens and over the worst 1 % are reported too.
 
-NaN and infinity. No figure is made of them. One such value in a linear layer's output, a velocity or the final latents
-of either model is refused, whether or not the rest of the model hides it: the message names the file, the first such
-layer and the noise level. So every figure is finite. A ratio is at most `EXACT_DB`, which stands for no difference, and
-at least `-EXACT_DB`, which stands for any difference from zeros.
+NaN and infinity. A value that is not finite in the output of a linear layer, a velocity, or the final latents of either
+model is refused, even if the rest of the model hides it; the error names the file, the first such layer, and the noise
+level. So all results are finite. Ratios are limited to ±`EXACT_DB`: no difference, and any difference from zeros.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -52,22 +51,22 @@ from .stats import BIN_CENTRES
 from .telling import Progress
 
 TINY = torch.finfo(torch.float32).tiny
-"""Stands for the square of an output that is zero."""
+"""Replaces the square of an output that is zero."""
 
 LATENTS_STREAM, CONDITIONING_STREAM = 2, 3
-"""Of random numbers; calibration draws from 0 and 1 (`engines.noise`)."""
+"""Random streams; calibration uses 0 and 1 (`engines.noise`)."""
 
 OFF_BY_DB = 13
-"""How far figures on noise have been from those of real prompts: 19.9 dB against 33.1 on a Z-Image-shaped model."""
+"""Largest difference seen between noise and real prompts: 19.9 dB against 33.1 on a Z-Image-shaped model."""
 
 MAGNITUDES = (0.5, 3.0)
-"""Standard deviations of noise prompts, log-uniform; calibration has 0, 1 with loud channels, and 4."""
+"""Standard deviations of noise prompts, log-uniform; calibration uses 0, 1 with outlier channels, and 4."""
 
 WORST_SHARE = 0.01
-"""Share of a layer's rows that count as its worst."""
+"""Share of a layer's tokens that count as its worst."""
 
 EXACT_DB = 300.0
-"""What stands for "no difference at all", where the formula gives infinity; negative, for any difference from zeros."""
+"""Ratio of equal tensors, for which the formula gives infinity; negative, of zeros and anything else."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,9 @@ class Level:
     """Velocity fidelity at one noise level.
 
     Attributes:
-        sqnr_db, standard_error_db: mean over prompts, and of that mean; 0 for one prompt.
-        worst_db: of the prompt with the lowest.
+        sqnr_db: mean over prompts.
+        standard_error_db: of that mean; 0 for one prompt.
+        worst_db: of the worst prompt.
     """
 
     sigma: float
@@ -91,7 +91,7 @@ class Size:
 
     Attributes:
         sqnr_db: mean over prompts and noise levels.
-        worst_db: of one prompt at one noise level.
+        worst_db: of the worst prompt and noise level.
     """
 
     geometry: Geometry
@@ -101,14 +101,14 @@ class Size:
 
 @dataclass(frozen=True)
 class Scene:
-    """What both models are shown at one size.
+    """Inputs of both models at one size.
 
     Attributes:
         latents: at sigma 1, [prompts, ...].
         conditioning: by name, each [prompts, ...].
         geometry: of the images.
-        negative: conditioning without prompt, each [1, ...] or [prompts, ...]; used under guidance. By default zeros
-            for embeddings, and masks and numbers as the first prompt has them.
+        negative: conditioning of the empty prompt under guidance, each [1, ...] or [prompts, ...]. By default zeros for
+            embeddings, and the masks and numbers of the first prompt.
         batch: prompts that run together.
     """
 
@@ -121,14 +121,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class LayerError:
-    """What quantization does to one layer's output, for the reference's inputs.
+    """Error of one layer's output, given the reference's inputs.
 
     Attributes:
         layer: the quantized checkpoint's layer.
-        rows: rows compared; the parts of a fused layer count each.
-        mean: mean over rows of ‖y - y'‖ / ‖y‖.
-        worst: the same over the worst 1 % of rows.
-        whole: ‖Y - Y'‖ / ‖Y‖ over everything at once.
+        rows: tokens compared; each part of a fused layer counts.
+        mean: mean over tokens of ‖y - y'‖ / ‖y‖.
+        worst: the same over the worst 1 % of tokens.
+        whole: ‖Y - Y'‖ / ‖Y‖ over the whole tensor.
     """
 
     layer: str
@@ -145,13 +145,13 @@ class Fidelity:
     Attributes:
         sqnr_db: of the velocity, mean over prompts, sizes and noise levels.
         standard_error_db: of that mean, over prompts.
-        worst_db: of one prompt at one noise level.
-        levels: per noise level, from noise to picture.
+        worst_db: of the worst prompt and noise level.
+        levels: per noise level, from noise to image.
         sizes: per size, in the order of the scenes.
         psnr_db: of the final latents, mean over prompts.
         psnr_standard_error_db: of that mean.
-        prompts, steps, guidance: what was run.
-        layers: per-layer errors, the worst layer first; empty where not asked for.
+        prompts, steps, guidance: as run.
+        layers: per-layer errors, the worst layer first; empty if not requested.
     """
 
     sqnr_db: float
@@ -167,7 +167,7 @@ class Fidelity:
     layers: tuple[LayerError, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON values."""
+        """Everything as JSON values."""
         return asdict(self)
 
 
@@ -179,7 +179,7 @@ def sqnr_db(reference: Tensor, other: Tensor) -> Tensor:
         other: the same shape.
 
     Returns:
-        float64 [batch]; `EXACT_DB` where they are equal, NaN where either is not finite.
+        float64 [batch]; `EXACT_DB` if equal, NaN if either is not finite.
 
     >>> sqnr_db(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.5]])).item()
     20.0
@@ -195,10 +195,10 @@ def psnr_db(reference: Tensor, other: Tensor, peak: float | None = None) -> Tens
     Args:
         reference: [batch, ...].
         other: the same shape.
-        peak: by default the range of the reference's values.
+        peak: by default the range of the reference.
 
     Returns:
-        float64 [batch]; `EXACT_DB` where they are equal, NaN where either is not finite.
+        float64 [batch]; `EXACT_DB` if equal, NaN if either is not finite.
     """
     flat = reference.double().flatten(1)
     error = (flat - other.double().flatten(1)).square().mean(1)
@@ -207,7 +207,7 @@ def psnr_db(reference: Tensor, other: Tensor, peak: float | None = None) -> Tens
 
 
 def _ratio_db(signal: Tensor, error: Tensor) -> Tensor:
-    """10 log10(signal / error) within ±`EXACT_DB`; NaN where either is not finite."""
+    """10 log10(signal / error) within ±`EXACT_DB`; NaN if either is not finite."""
     ratio = torch.where(error == 0, EXACT_DB, 10 * torch.log10(signal / error)).clamp(-EXACT_DB, EXACT_DB)
     return torch.where(signal.isfinite() & error.isfinite(), ratio, math.nan)
 
@@ -226,26 +226,26 @@ def velocity_fidelity(
     layer_errors: bool = False,
     progress: Progress | None = None,
 ) -> Fidelity:
-    """Compare two models on prompts at one size, as `check` does: from latents that no calibration starts from.
+    """Compare two models on prompts at one size, as `check` does, from latents that calibration never uses.
 
     Args:
-        reference: the model as it should be.
+        reference: the original model.
         quantized: the same model, quantized.
-        conditioning: as of a `Scene`.
-        geometry: as of a `Scene`.
-        negative: as of a `Scene`.
-        guidance: as of `scenes_fidelity`, like what follows.
+        conditioning: see `Scene`.
+        geometry: see `Scene`.
+        negative: see `Scene`.
+        guidance: strength of classifier-free guidance; 1 is off.
         steps: noise levels.
         seed: of the latents.
-        batch: as of a `Scene`.
-        layer_errors: compare every quantized layer's output too.
-        progress: called after every prompt's noise level.
+        batch: see `Scene`.
+        layer_errors: also compare the output of every quantized layer.
+        progress: called with the evaluated noise levels over all prompts.
 
     Returns:
         The comparison.
 
     Raises:
-        OptionError, CalibrationError: as `scenes_fidelity`.
+        OptionError, CalibrationError: see `scenes_fidelity`.
     """
     prompts = len(next(iter(conditioning.values()), ()))
     latents = check_latents(reference, geometry, prompts, seed) if prompts else torch.empty(0)
@@ -270,14 +270,14 @@ def scenes_fidelity(
     """Run a reference and a quantized model side by side and compare them.
 
     Args:
-        reference: the model as it should be.
+        reference: the original model.
         quantized: the same model, quantized.
-        scenes: what they are shown, one or more.
-        guidance: strength of classifier-free guidance; 1 is none and halves the work.
+        scenes: their inputs, one or more.
+        guidance: strength of classifier-free guidance; 1 is off and halves the work.
         steps: noise levels.
-        layer_errors: compare every quantized layer's output too.
-        progress: called after every prompt's noise level.
-        finished: takes the final latents of the reference and of the quantized model, one batch after the other.
+        layer_errors: also compare the output of every quantized layer.
+        progress: called with the evaluated noise levels over all prompts.
+        finished: called with the final latents of the reference and the quantized model, batch by batch.
 
     Returns:
         The comparison.
@@ -287,19 +287,16 @@ def scenes_fidelity(
         CalibrationError: a layer's output, a velocity or the final latents are not finite.
     """
     counts = [len(scene.latents) for scene in scenes]
-    for option, number in (
-        ("prompts", min(counts, default=0)),
-        ("steps", steps),
-        ("batch", min((scene.batch for scene in scenes), default=1)),
-    ):
-        if number < 1:
-            raise OptionError(f"{option} should be at least 1, found {number}")
-    prompts = sum(counts)
+    prompts, least = sum(counts), min([steps, *counts, *(scene.batch for scene in scenes)])
+    if least < 1:
+        raise OptionError(f"prompts, steps and batch should be at least 1, found {least}")
     ratios_db = torch.zeros(prompts, steps, dtype=torch.float64)
     final_db = torch.zeros(prompts, dtype=torch.float64)
-    done = 0
-    sides = (_Side("reference", reference), _Side("quantized model", quantized))
-    with sides[0].watched(), sides[1].watched(), _row_errors(reference, quantized, enabled=layer_errors) as errors:
+    done, errors = 0, _TokenErrors()
+    with ExitStack() as hooks:
+        sides = _Side("reference", reference, hooks), _Side("quantized model", quantized, hooks)
+        if layer_errors:
+            errors.compare_layers(reference, quantized, hooks)
         for place, start, guided in _batches(scenes, guidance):
             chosen, state, own_state = slice(place, place + len(start)), start, start
             for step in range(steps):
@@ -322,7 +319,6 @@ def scenes_fidelity(
             final_db[chosen] = psnr_db(state, own_state).cpu()
             if finished is not None:
                 finished(state, own_state)
-        layers = errors.results()
     levels = tuple(
         Level(1 - step / steps, *mean_and_error(ratios_db[:, step]), float(ratios_db[:, step].min()))
         for step in range(steps)
@@ -340,12 +336,12 @@ def scenes_fidelity(
         prompts,
         steps,
         guidance,
-        layers,
+        errors.results(),
     )
 
 
 def _batches(scenes: Sequence[Scene], guidance: float) -> Iterator[tuple[int, Tensor, _Guided]]:
-    """What runs together: the number of the first prompt, latents, and conditioning."""
+    """The number of the first prompt, latents and conditioning of each batch."""
     place = 0
     for scene in scenes:
         prompts, sides = len(scene.latents), [scene.conditioning]
@@ -360,31 +356,24 @@ def _batches(scenes: Sequence[Scene], guidance: float) -> Iterator[tuple[int, Te
 
 
 class _Side:
-    """One of the two models, with a name for messages, and an eye on what its layers give: attention may hide NaN."""
+    """One of the two models, whose layers are watched, since attention may hide NaN."""
 
-    def __init__(self, name: str, model: Denoiser) -> None:
+    def __init__(self, name: str, model: Denoiser, hooks: ExitStack) -> None:
         self.name = name
         self.model = model
         self.finite: dict[str, Tensor] = {}
+        for module in model.linears.values():
+            hook = partial(self.watch, module.stored.layer.name)
+            hooks.callback(module.register_forward_hook(hook).remove)
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Look at every linear layer's output inside the block."""
-        with ExitStack() as stack:
-            for module in self.model.linears.values():
-                look = partial(self.look, module.stored.layer.name)
-                stack.callback(module.register_forward_hook(look).remove)
-            yield
-
-    def look(self, layer: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
-        """Note whether a layer's output is finite."""
+    def watch(self, layer: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
         self.finite[layer] = output.isfinite().all() & self.finite.get(layer, True)
 
     def require_finite(self, values: Tensor, what: str, sigma: float) -> None:
-        """Refuse NaN and infinity in values, and in what layers gave since the last call.
+        """Refuse values, and outputs of layers since the last call, that are not finite.
 
         Raises:
-            CalibrationError: there are some.
+            CalibrationError: some are not.
         """
         bad = next((layer for layer, finite in self.finite.items() if not finite), None)
         if bad is None and values.isfinite().all():
@@ -394,58 +383,64 @@ class _Side:
             f"{'the output of this layer' if bad else what} in the {self.name} is not finite at sigma {sigma:.3g}",
             path=next((module.stored.checkpoint.path for module in self.model.linears.values()), None),
             tensor=bad,
-            hint="convert_to_quant inspect may say why",
+            hint="convert_to_quant inspect may find the cause",
         )
 
 
 def _empty_prompt(value: Tensor) -> Tensor:
-    """A conditioning tensor [prompts, ...] without prompt, [1, ...]: masks (integers) and numbers [prompts] stay."""
+    """The empty prompt's conditioning [1, ...]: zeros for embeddings, the first prompt's for masks and numbers."""
     is_embedding = value.is_floating_point() and value.ndim > 1
     return torch.zeros_like(value[:1]) if is_embedding else value[:1]
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean of [samples], and its standard error; 0 for one sample."""
+    """Mean of [samples] and its standard error, which is 0 for one sample."""
     error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return float(values.mean()), error
 
 
 @dataclass(frozen=True)
 class _Guided:
-    """A batch of prompts: with the prompt and, under classifier-free guidance, without it."""
+    """The conditioning of a batch: the prompts and, under classifier-free guidance, the empty prompt."""
 
     sides: Sequence[Mapping[str, Tensor]]
     guidance: float
     geometry: Geometry
 
     def predictions(self, model: Denoiser, state: Tensor, sigma: float) -> Tensor:
-        """What the model says of each side, [batch, 1 or 2, *latent shape]."""
+        """The velocity predicted with each conditioning, [batch, 1 or 2, *latent shape]."""
         first, count = self.sides[0], len(self.sides)
         if any(side[name].shape != value.shape for side in self.sides for name, value in first.items()):
-            # other text lengths
+            # texts of different lengths
             return torch.stack([model.velocity(state, sigma, side, self.geometry) for side in self.sides], 1)
         together = {name: torch.cat([side[name] for side in self.sides]) for name in first}
         velocities = model.velocity(torch.cat([state] * count), sigma, together, self.geometry)
         return torch.stack(velocities.chunk(count), 1)
 
     def velocity(self, predictions: Tensor) -> Tensor:
-        """What the state moves by, [batch, *latent shape]."""
+        """The guided velocity, [batch, *latent shape]."""
         positive, negative = predictions[:, 0], predictions[:, -1]
         return negative + self.guidance * (positive - negative)
 
 
-class _RowErrors:
-    """Row errors of every quantized layer, gathered while the reference runs.
+class _TokenErrors:
+    """Token errors of every quantized layer, collected while the reference runs.
 
     Attributes:
-        gathered: per layer, a histogram of relative errors, their sum, and those of squared errors and outputs.
+        gathered: per layer, a histogram of relative errors, their sum, and the sums of squared errors and outputs.
     """
 
     def __init__(self) -> None:
         self.gathered: dict[str, Tensor] = {}
 
+    def compare_layers(self, reference: Denoiser, quantized: Denoiser, hooks: ExitStack) -> None:
+        """Compare outputs whenever the reference runs."""
+        for name, twin in quantized.linears.items():
+            if name in reference.linears and twin.stored.layer.format is not None:
+                hook = partial(self.compare, twin)
+                hooks.callback(reference.linears[name].register_forward_hook(hook).remove)
+
     def compare(self, twin: CheckpointLinear, _module: nn.Module, inputs: tuple[Tensor, ...], wanted: Tensor) -> None:
-        """Compare what a layer of the reference gives with what the quantized one gives for the same input."""
         self.add(twin.stored.layer.name, wanted, twin(inputs[0].to(twin.stored.device)).to(wanted.device))
 
     def add(self, layer: str, wanted: Tensor, found: Tensor) -> None:
@@ -473,20 +468,8 @@ class _RowErrors:
         return LayerError(layer, rows, relative / rows, worst, math.sqrt(squared / max(signal, TINY)))
 
 
-@contextmanager
-def _row_errors(reference: Denoiser, quantized: Denoiser, *, enabled: bool) -> Iterator[_RowErrors]:
-    """Compare every quantized layer's output with the reference's, whenever the reference runs inside the block."""
-    errors = _RowErrors()
-    with ExitStack() as stack:
-        for name, twin in quantized.linears.items():
-            if enabled and name in reference.linears and twin.stored.layer.format is not None:
-                hook = partial(errors.compare, twin)
-                stack.callback(reference.linears[name].register_forward_hook(hook).remove)
-        yield errors
-
-
 def check_latents(model: Denoiser, geometry: Geometry, count: int, seed: int) -> Tensor:
-    """White noise that no calibration starts from, float32 [count, *latent shape], on the CPU."""
+    """White noise that calibration never uses, float32 [count, *latent shape], on the CPU."""
     shape = model.latent_shape(geometry)
     drawn = [
         np.random.default_rng((seed, number, LATENTS_STREAM)).standard_normal(shape, np.float32)
@@ -496,7 +479,7 @@ def check_latents(model: Denoiser, geometry: Geometry, count: int, seed: int) ->
 
 
 def noise_prompts(model: Denoiser, geometry: Geometry, count: int, *, seed: int = 43) -> dict[str, Tensor]:
-    """Noise in place of prompts, of another kind than calibration is shown: by name, each [count, ...]."""
+    """Noise instead of prompts, unlike that of calibration: by name, each [count, ...]."""
     signals = model.signals(geometry)
     drawn = []
     for number in range(count):
@@ -514,7 +497,7 @@ def noise_prompts(model: Denoiser, geometry: Geometry, count: int, *, seed: int 
 
 
 def noise_scenes(model: Denoiser, geometry: Geometry, count: int, *, seed: int = 43) -> list[Scene]:
-    """What a check shows models without prompts: noise at the size asked for, and at a quarter of its tokens."""
+    """Inputs without prompts: noise at the given size and at a quarter of its tokens."""
     return [
         Scene(
             check_latents(model, size, count, seed),

@@ -188,7 +188,7 @@ def test_the_result_is_json():
 
 @pytest.mark.parametrize(("option", "none"), [("steps", 0), ("batch", 0), ("prompts", prompts(0))])
 def test_options_below_one_are_refused(option, none):
-    with pytest.raises(OptionError, match=f"{option} should be at least 1, found 0"):
+    with pytest.raises(OptionError, match="at least 1, found 0"):
         compare(Line(1), Line(1), **{option: none})
 
 
@@ -229,7 +229,7 @@ def test_ratios_are_finite_or_nan_and_never_exact_by_mistake():
 
 
 def test_a_lost_row_shows_in_the_worst_rows_and_not_in_the_whole():
-    errors = fidelity._RowErrors()
+    errors = fidelity._TokenErrors()
     wanted = torch.ones(1000, 4)
     wanted[0] = 1e4
     found = wanted.clone()
@@ -245,7 +245,7 @@ def test_a_lost_row_shows_in_the_worst_rows_and_not_in_the_whole():
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
 def test_errors_of_rows_are_finite_wherever_outputs_are(scale):
-    errors = fidelity._RowErrors()
+    errors = fidelity._TokenErrors()
     errors.add("layer", torch.full((8, 4), scale), torch.full((8, 4), 3e38))
     (result,) = errors.results()
     assert 1 < result.mean < math.inf

@@ -1,4 +1,4 @@
-"""`convert_to_quant check REFERENCE QUANTIZED`: how much of what a model paints survived quantization."""
+"""`convert_to_quant check REFERENCE QUANTIZED`: how close a quantized model stays to its original."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ARITHMETICS = ("comfyui", "comfyui-divide", "dequantize", "dynamic-tensor", "dynamic-row")
 SEED = 43
-"""Any other gives other noise, none of which a calibration can have seen (`fidelity.noise_scenes`)."""
+"""Calibration never uses this noise, nor that of any other seed (`fidelity.noise_scenes`)."""
 
 WORST_LAYERS = 20
 EXACT = Styled("exact", "good")
@@ -37,26 +37,27 @@ MEANINGS = (
     (6.5, "the subject is there, the image is damaged"),
     (float("-inf"), "ruin"),
 )
-"""What a mean SQNR in dB, from here on, looks like: the table of docs/concepts.md, cut between its lines."""
+"""Least mean SQNR in dB -> what images look like: docs/concepts.md, with limits between the rows of its table."""
 
 DOUBTFUL_DB = 20.0
-"""Below this mean something is likely wrong with the file."""
+"""Below this mean, the file probably has a problem."""
 
 BELOW = 1
-"""Exit code of a model that is worse than asked for."""
+"""Exit code for a model below --at-least."""
 
 ARITHMETIC_WORDS = """\
 arithmetics of quantized layers:
-  comfyui         as ComfyUI on a CPU: inputs are divided in their own dtype
-  comfyui-divide  as ComfyUI's CUDA kernels: inputs are divided in float32
-  dequantize      weights are quantized, inputs are not
-  dynamic-tensor  input scales per call; dynamic-row: per token
+  comfyui         ComfyUI on a CPU: inputs are divided in their own dtype
+  comfyui-divide  ComfyUI's CUDA kernels: inputs are divided in float32
+  dequantize      only weights are quantized
+  dynamic-tensor  one input scale per call
+  dynamic-row     one input scale per token
 """
 
 DESCRIPTION = """\
-Run a reference and a quantized model side by side and report how close the quantized one stays: SQNR of the predicted
-velocity in dB per noise level (30 is good, 10 is ruin), and PSNR of the final latents. Without prompts both run on
-noise that calibration never sees, at two sizes: the given one, and a quarter of its tokens."""
+Run a reference and a quantized model side by side. Reports the SQNR of the predicted velocity in dB per noise level (30
+is good, 10 is ruin) and the PSNR of the final latents. Without prompts, both run on noise that calibration never uses,
+at two sizes: the given one and a quarter of its tokens."""
 EPILOG = """\
 examples:
   convert_to_quant check bf16.safetensors fp8.safetensors --device cuda
@@ -69,19 +70,19 @@ EPILOG += ARITHMETIC_WORDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's arguments."""
     parser.add_argument("reference", metavar="REFERENCE", help="the original model")
     parser.add_argument("quantized", metavar="QUANTIZED", help="the same model, quantized")
     wanted = parser.add_argument_group("report")
-    wanted.add_argument("--layers", action="store_true", help=f"errors of the {WORST_LAYERS} worst layers (-v: all)")
+    wanted.add_argument("--layers", action="store_true", help=f"list the {WORST_LAYERS} worst layers (-v: all)")
     wanted.add_argument("--at-least", type=float, metavar="DB", help=f"exit code {BELOW} if the mean SQNR is lower")
     add_comparing_arguments(parser, wanted)
 
 
 def add_comparing_arguments(parser: argparse.ArgumentParser, wanted: Any, **defaults: Any) -> None:
-    """How two models are compared: arithmetic and guidance, which go to the group `wanted`, and what they are shown."""
+    """Add the options of a comparison: arithmetic and guidance to the group `wanted`, and the models' input."""
     wanted.add_argument("--arithmetic", choices=ARITHMETICS, default=ARITHMETICS[0], metavar="WHICH",
-                        help="how layers compute, see below (comfyui)")  # fmt: skip
+                        help="how layers compute; see below (comfyui)")  # fmt: skip
     wanted.add_argument("--guidance", type=float, default=1.0, metavar="G",
                         help="classifier-free guidance scale; 1 is off (1)")  # fmt: skip
     shown = add_running_arguments(parser, SEED, several=True, **defaults)
@@ -102,17 +103,17 @@ def run(args: argparse.Namespace) -> int:
     say_meaning(found, args)
     say_predicted(args.quantized)
     if args.at_least is not None and found.sqnr_db < args.at_least:
-        error(f"{args.quantized}: {found.sqnr_db:.2f} dB, at least {args.at_least:g} dB were asked for")
+        error(f"{args.quantized}: {found.sqnr_db:.2f} dB, expected at least {args.at_least:g} dB")
         return BELOW
     return 0
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other or do nothing, and numbers that are none.
+    """Refuse options that conflict or have no effect, and numbers that are not finite.
 
     Raises:
-        OptionError: there are such.
-        CalibrationError: --pipeline is no folder of a pipeline.
+        OptionError: an option is refused.
+        CalibrationError: --pipeline is not a pipeline folder.
     """
     check_running_options(args, ("prompts", "save-conditioning"), {})
     for flag, number in (("--at-least", args.at_least), ("--guidance", args.guidance)):
@@ -131,7 +132,7 @@ def measure(
 
     Args:
         args: the options.
-        default: prompts that they are shown where the call names none; noise where there are none.
+        default: prompts to use if the options name none; without any, noise.
         finished: see `fidelity.scenes_fidelity`.
     """
     from ..checkpoint import open_checkpoint
@@ -140,7 +141,7 @@ def measure(
 
     with open_checkpoint(args.reference) as first, open_checkpoint(args.quantized) as second:
         settle(args, first)
-        given = prompts_of(args, first) or default  # before the models are loaded: text encoders are large, too
+        given = prompts_of(args, first) or default  # before the models are loaded, since text encoders are large
         reference = load(first, device=args.device)
         quantized = load(second, device=args.device, arithmetic=args.arithmetic.replace("-", "_"))
         refuse_another_model(reference, quantized, args)
@@ -155,28 +156,28 @@ def refuse_another_model(reference: Denoiser, quantized: Denoiser, args: argpars
     """Refuse to compare models of different families or sizes.
 
     Raises:
-        CalibrationError: they are.
+        CalibrationError: they differ.
     """
     one, other = reference.plan, quantized.plan
     names = sorted(one.shapes.keys() | other.shapes.keys())
     different = next((name for name in names if one.shapes.get(name) != other.shapes.get(name)), None)
     if one.family != other.family:
-        problem = f"its family is {other.family}, that of {args.reference} is {one.family}"
+        problem = f"expected family {one.family} as in {args.reference}, found {other.family}"
     elif different is not None:
         wanted, found = (str(list(plan.shapes.get(different, ()))).replace("[]", "missing") for plan in (one, other))
-        problem = f"{different} is {found}, in {args.reference} it is {wanted}"
+        problem = f"{different}: expected {wanted} as in {args.reference}, found {found}"
     else:
         return
-    raise CalibrationError(f"another model: {problem}", path=args.quantized, hint="compare a model with itself")
+    raise CalibrationError(f"not the same model: {problem}", path=args.quantized)
 
 
 def refuse_wrong_order(reference: Denoiser, quantized: Denoiser, args: argparse.Namespace) -> None:
-    """Refuse an FP8 reference of a model in high precision, and say what a figure means that has no such reference.
+    """Refuse swapped models, and note what results mean if both or neither are quantized.
 
-    A reference in FP8 computes with its weights alone, so swapped models would look better than they are.
+    In a quantized reference only the weights are quantized, so swapped models would look better than they are.
 
     Raises:
-        CalibrationError: they are swapped.
+        CalibrationError: only the reference is quantized.
     """
     first, second = (
         any(module.stored.layer.format is not None for module in model.layers.values())
@@ -184,21 +185,21 @@ def refuse_wrong_order(reference: Denoiser, quantized: Denoiser, args: argparse.
     )
     if first and not second:
         raise CalibrationError(
-            f"it is the reference and has quantized layers, while {args.quantized} has none: the reference comes first",
+            f"the reference has quantized layers, but {args.quantized} has none",
             path=args.reference,
-            hint=f"swap them: {args.quantized} {args.reference}",
+            hint=f"swap them: check {args.quantized} {args.reference}",
         )
     if first:
-        note("both models have quantized layers: the figures say how far apart they are, not how far from the original")
+        note("both models have quantized layers: results compare them with each other, not with the original")
     elif not second:
-        note("neither model has quantized layers: the figures say how far apart their weights are")
+        note("neither model has quantized layers: results compare their weights")
 
 
 def prompts_of(args: argparse.Namespace, reference: Checkpoint) -> list[Prompts]:
-    """Embeddings of prompts, as far as the call names some: each file's, or each length's that a pipeline makes.
+    """Prompt embeddings named by the options: one for each file, or for each text length from a pipeline.
 
     Raises:
-        CalibrationError, OptionError: as of `engines.pipeline.encode`; or embeddings of several lengths are to be kept.
+        CalibrationError, OptionError: see `engines.pipeline.encode`; embeddings of several lengths cannot be saved.
         CheckpointError: a file cannot be read.
         OutputError: --save-conditioning cannot be written.
         UnsupportedModelError: the reference cannot be run.
@@ -220,7 +221,7 @@ def prompts_of(args: argparse.Namespace, reference: Checkpoint) -> list[Prompts]
         if len(found) > 1:
             raise OptionError(
                 f"{args.prompts}: one file cannot hold embeddings of {len(found)} different lengths",
-                hint="keep one prompt per file, and repeat --conditioning FILE",
+                hint="save one prompt per file and repeat --conditioning FILE",
             )
         found[0].save(args.save_conditioning)
         say(f"{wrote(args.save_conditioning)}: the embeddings of {plural(len(texts), 'prompt')}")
@@ -228,7 +229,7 @@ def prompts_of(args: argparse.Namespace, reference: Checkpoint) -> list[Prompts]
 
 
 def shown(reference: Denoiser, given: Sequence[Prompts], args: argparse.Namespace) -> list[Scene]:
-    """What both models are shown: noise of two sizes, or prompts of the size asked for, a scene for each of `given`."""
+    """Inputs of both models: noise at two sizes, or one scene for each of the given prompt embeddings."""
     from ..engines import noise
     from ..engines.diffusers import BATCH_TOKENS
     from ..engines.prompts import NEGATIVE, Prompts
@@ -267,20 +268,20 @@ def meaning(found: Fidelity) -> str:
 
 
 def say_meaning(found: Fidelity, args: argparse.Namespace) -> None:
-    """The mean in words, where to look if they are bad, and what figures on noise are worth."""
+    """Say what the mean looks like, what to do if it is low, and what results on noise are worth."""
     from ..fidelity import EXACT_DB, OFF_BY_DB
 
     if found.sqnr_db >= EXACT_DB:
-        say("both compute the same")
+        say("no difference")
         return
-    where = f" (convert_to_quant inspect {args.quantized} may say why)" if found.sqnr_db < DOUBTFUL_DB else ""
+    where = f" (convert_to_quant inspect {args.quantized} may find the cause)" if found.sqnr_db < DOUBTFUL_DB else ""
     say(f"{found.sqnr_db:.1f} dB on average, {found.worst_db:.1f} at worst: {meaning(found)}{where}")
     if args.pipeline is None and not embeddings_of(args):
-        say(f"measured on noise; real use can differ by {OFF_BY_DB} dB (--pipeline or --conditioning uses prompts)")
+        say(f"measured on noise; real prompts can differ by {OFF_BY_DB} dB (use --pipeline or --conditioning)")
 
 
 def say_predicted(path: str) -> None:
-    """What the file says that its mix of formats keeps, to hold the figure against."""
+    """Say which SQNR the file's mix of formats was chosen for, to compare with the result."""
     from ..checkpoint import open_checkpoint
     from ..choose import keeps
     from ..inspection import made_of
@@ -292,14 +293,14 @@ def say_predicted(path: str) -> None:
 
 
 def print_levels(found: Fidelity) -> None:
-    """Velocity SQNR per noise level and size, their mean and worst, and the final latents' PSNR."""
+    """Print the velocity SQNR per noise level and size, and the PSNR of the final latents."""
     from ..fidelity import EXACT_DB
 
     def told(ratio: float | None) -> str:
         return EXACT if ratio is not None and ratio >= EXACT_DB else decibels(ratio, 2)
 
     def row(name: str, mean: float, deviation: float | None, worst: float | None) -> tuple[str, str, str, str]:
-        spread = deviation is not None and mean < EXACT_DB and found.prompts > 1  # one image has no spread
+        spread = deviation is not None and mean < EXACT_DB and found.prompts > 1  # one prompt has no spread
         return name, told(mean), f"{deviation:.2f} dB" if spread else "-", told(worst)
 
     rows = [row(f"{one.sigma:.3f}", one.sqnr_db, one.standard_error_db, one.worst_db) for one in found.levels]
@@ -312,7 +313,7 @@ def print_levels(found: Fidelity) -> None:
 
 
 def print_layers(found: Fidelity, most: int | None) -> None:
-    """Errors of layers, of their outputs' tokens and as a whole, worst first."""
+    """Print the errors of the worst layers: means over tokens, and over the whole tensor."""
     rows = [
         (one.layer, str(one.rows), f"{one.mean:.3%}", f"{one.worst:.3%}", f"{one.whole:.3%}")
         for one in found.layers[:most]
