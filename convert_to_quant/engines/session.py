@@ -1,24 +1,21 @@
-"""Long observations: work in units that can stop at any moment, go on later, and be shared by several processes.
+"""Runs that can stop, resume, and be shared by several processes.
 
-Why it exists. Running a large model takes minutes to hours, and machines get lost, cards get wanted by others, and one
-card is slower than eight. Statistics are maxima and sums, so work that is cut into units adds up to the same in any
-order, over any processes, and however often the run was stopped in between.
+Observing a large model takes minutes to hours. Statistics are maxima and sums, so a run is cut into units: their order,
+the processes that run them, and interruptions do not change the result.
 
-How it works. A `Unit` is a piece of work whose statistics depend on nothing but itself: some trajectories that run
-together, under one kind of conditioning. A session runs the units that are not done yet. Every `save_every_seconds` it
-writes what all finished units saw, and their names, into one partial file beside the output, whole or not at all. A
-killed run loses the units since then, and does them again. The partial file is a statistics file itself, of what has
-been seen so far; beside it, its header has the largest inputs per group of units, since what moves with the
-conditioning follows from comparing groups.
+A `Unit` is some samples that run together under one kind of conditioning. A session runs the units that are not done
+yet. Every `save_every_seconds` it writes the statistics and the names of all finished units atomically into a partial
+file beside the output. A killed run repeats the units since then. The partial file is a statistics file. Its header
+also has the largest inputs per group of units: comparing groups shows which layers depend on the conditioning.
 
-With several processes (`distributed`) each takes every n-th unit and keeps a partial file of its own. At the end their
-statistics are reduced; the first process writes.
+With several processes (`distributed`) each process takes every n-th unit and has a partial file of its own. At the end
+all statistics are merged, and the first process writes them.
 
-A session goes on only with the options, the model and the number of processes that it was begun with: everything that
-its caller puts into `options` is compared.
+A session resumes only with the number of processes, the model and the options that it began with: it compares
+everything in `options`.
 
-Limits. A unit is done again from its beginning, and must give the same bits then: the same machine, device and number
-of threads do, others may differ in the last bits.
+Limits. A repeated unit must give the same bits. The same machine, device and number of threads do; others may differ
+in the last bits.
 """
 
 from __future__ import annotations
@@ -34,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed
 from numpy.typing import NDArray
 
 from .. import __version__
@@ -41,9 +39,9 @@ from ..checkpoint import Checkpoint
 from ..errors import CalibrationError, OutputError, StatisticsError, StrPath
 from ..recorder import Recording, gather
 from ..stats import Statistics, merge
-from ..telling import Advance, Progress, advance
+from ..telling import Advance, Progress, advance, plural
 from ..trials import Trials
-from ..untrusted import is_count, is_texts, parse_json
+from ..untrusted import is_texts, parse_json
 from . import noise
 
 PARTIAL_SUFFIX = ".partial"
@@ -52,10 +50,10 @@ SAVE_EVERY_SECONDS = 120.0
 
 HASH_PREFIX = "sha256:"
 SAMPLED_BYTES, SAMPLED_PLACES = 1 << 16, 32
-"""What `fingerprint` reads of a file: this many bytes at each of these places, evenly spread."""
+"""`fingerprint` reads this many bytes at each of these evenly spread places of a file."""
 
 MOVES = 2.0
-"""A layer depends on the conditioning if strong conditioning moves its range by this factor against none."""
+"""A layer depends on the conditioning if strong conditioning changes its range by more than this factor."""
 
 Ranges = dict[str, NDArray[np.float32]]
 """Group of units -> the largest input of each layer, float32 [L]."""
@@ -66,11 +64,11 @@ class Unit:
     """A piece of work.
 
     Attributes:
-        name: what it is known by in the partial file; no two units of a run share it.
-        group: units of one group are compared with those of others.
-        samples: images that it runs the model for.
-        cost: how much work it is, in any measure that the units share; for progress.
-        run: does it, while the session records, and tells how much of the cost was done.
+        name: unique in a run; the partial file lists it.
+        group: units with the same kind of conditioning.
+        samples: number of images.
+        cost: amount of work, for progress.
+        run: does it while the session records, and reports how much of the cost is done.
     """
 
     name: str
@@ -82,12 +80,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a run saw.
+    """What a run observed.
 
     Attributes:
-        statistics: of every layer asked for, over everything that was run.
-        trials: of formats, where they were asked for.
-        moments: the entry of the statistics' header, where second moments were asked for.
+        statistics: of every requested layer, over everything that ran.
+        trials: of formats, if requested.
+        moments: header entry for second moments, if requested.
     """
 
     statistics: Statistics
@@ -96,23 +94,23 @@ class Observation:
 
     @property
     def conditioned(self) -> tuple[str, ...]:
-        """Layers whose range moves with the noise in place of prompts; none after a run on prompts."""
+        """Layers whose range depends on the noise that replaces prompts; none after a run on prompts."""
         return self.statistics.provenance.get("depends_on_conditioning", ())
 
     @property
     def unvisited(self) -> tuple[str, ...]:
-        """Layers that the model never ran, or that have no place in it."""
+        """Layers that the model never ran, or does not have."""
         names = self.statistics.names
         return tuple(name for name, visited in zip(names, self.statistics.visited, strict=True) if not visited)
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What units saw, as far as they have run.
+    """What the finished units observed.
 
     Attributes:
         statistics: of all of them.
-        ranges: the largest inputs per group.
+        ranges: largest inputs per group.
         done: names of the units.
     """
 
@@ -121,40 +119,40 @@ class Observed:
     done: tuple[str, ...] = ()
 
     def plus(self, other: Observed) -> Observed:
-        """What these and other units saw."""
-        groups = {**self.ranges, **other.ranges}
-        nothing = np.zeros(len(self.statistics.layers), np.float32)
-        return Observed(
-            merge(self.statistics, other.statistics),
-            {group: np.maximum(self.ranges.get(group, nothing), other.ranges.get(group, nothing)) for group in groups},
-            self.done + other.done,
-        )
+        """The observations of both."""
+        both = self.ranges, other.ranges
+        ranges = {
+            group: np.maximum.reduce([each[group] for each in both if group in each])
+            for group in dict.fromkeys((*self.ranges, *other.ranges))
+        }
+        return Observed(merge(self.statistics, other.statistics), ranges, self.done + other.done)
 
-    @property
-    def conditioned(self) -> tuple[str, ...]:
-        """Layers whose range with strong conditioning is more than `MOVES` times that without any, or the reverse."""
-        low, high = self.ranges[noise.SILENT.name], self.ranges[noise.STRONG.name]
+    def facts(self) -> dict[str, object]:
+        """Which layers depend on the conditioning, if the run compared any."""
+        low, high = (self.ranges.get(way.name) for way in (noise.SILENT, noise.STRONG))
+        if low is None or high is None:
+            return {}
         moves = (high > low * MOVES) | (low > high * MOVES)
-        return tuple(name for name, moved in zip(self.statistics.names, moves, strict=True) if moved)
+        return {"depends_on_conditioning": [n for n, moved in zip(self.statistics.names, moves, strict=True) if moved]}
 
 
 class Session:
-    """One run, from its first unit to the output file. Without an output nothing is ever written.
+    """One run, from its first unit to the output file. Without an output it writes nothing.
 
     Args:
-        output: the statistics file to make.
+        output: path of the statistics file.
         options: everything that the statistics depend on, as JSON values.
-        resume: go on with a run that was stopped.
-        save_every_seconds: time between two partial files; 0 writes one after every unit.
-        distributed: share the work with the other processes of the default torch.distributed group, all of which
-            must do the same.
+        resume: continue an interrupted run.
+        save_every_seconds: time between partial files; 0 writes one after every unit.
+        distributed: share the work with the other processes of the default torch.distributed group. All of them must
+            do the same.
 
     Attributes:
-        partials: where the processes keep what they have; none without an output.
+        partials: partial files of all processes; none without an output.
         partial: the one of this process.
 
     Raises:
-        OutputError: an unfinished run is there and `resume` was not asked for, or one of more or fewer processes.
+        OutputError: an unfinished run exists, and `resume` is not set or it had another number of processes.
     """
 
     def __init__(
@@ -166,17 +164,11 @@ class Session:
         save_every_seconds: float = SAVE_EVERY_SECONDS,
         distributed: bool = False,
     ) -> None:
-        self.rank, self.processes = 0, 1
-        if distributed:
-            from torch.distributed import get_rank, get_world_size
-
-            self.rank, self.processes = get_rank(), get_world_size()
+        group = torch.distributed
+        self.rank, self.processes = (group.get_rank(), group.get_world_size()) if distributed else (0, 1)
         self.output = None if output is None else Path(output)
         self.partials: list[Path] = []
-        if self.output is not None:
-            places = [f"-{rank}-of-{self.processes}" for rank in range(self.processes)] if self.processes > 1 else [""]
-            self.partials = [self.output.with_name(self.output.name + PARTIAL_SUFFIX + place) for place in places]
-        self.partial = self.partials[self.rank] if self.partials else None
+        self.partial: Path | None = None
         self.options = parse_json(
             json.dumps({**(options or {}), "processes": self.processes, "tool_version": __version__})
         )
@@ -184,21 +176,25 @@ class Session:
         self.save_every_seconds = save_every_seconds
         if self.output is None:
             return
-        found = set(self.output.parent.glob(glob.escape(self.output.name + PARTIAL_SUFFIX) + "*"))
-        if strange := found - set(self.partials):
+        name = self.output.name + PARTIAL_SUFFIX
+        places = [f"-{rank}-of-{self.processes}" for rank in range(self.processes)] if self.processes > 1 else [""]
+        self.partials = [self.output.with_name(name + place) for place in places]
+        self.partial = self.partials[self.rank]
+        found = set(self.output.parent.glob(glob.escape(name) + "*"))
+        if others := found - set(self.partials):
             raise OutputError(
-                f"an unfinished run of another number of processes than {self.processes} is there",
-                path=min(strange),
-                hint="go on with as many processes as it had, or delete it",
+                f"an unfinished run exists, with a number of processes other than {self.processes}",
+                path=min(others),
+                hint="resume it with the same number of processes, or delete it",
             )
         if found and not self.resume:
-            raise OutputError("an unfinished run is there", path=min(found), hint="--resume goes on, or delete it")
+            raise OutputError("an unfinished run exists", path=min(found), hint="--resume continues it, or delete it")
 
     def finished(self) -> Statistics | None:
-        """The output, where `resume` was asked for and it is complete already.
+        """The output, if `resume` is set and the output is already complete.
 
         Raises:
-            OutputError: an output is there that was made otherwise, and no unfinished run to go on with.
+            OutputError: the output was made with other options, and there is no unfinished run.
         """
         if not self.resume or self.output is None or not self.output.exists():
             return None
@@ -208,9 +204,9 @@ class Session:
             return statistics
         if not any(partial.exists() for partial in self.partials):
             raise OutputError(
-                f"nothing to resume: a complete file is there, {_difference(made_with, self.options)}",
+                f"nothing to resume: the file is complete and was {_difference(made_with, self.options)}",
                 path=self.output,
-                hint="name another output, or leave --resume out to replace it",
+                hint="name another output, or leave out --resume to replace it",
             )
         return None
 
@@ -223,50 +219,41 @@ class Session:
         progress: Progress | None = None,
         **facts: object,
     ) -> Observation:
-        """Run what is not done yet.
+        """Run the units that are not done yet.
 
         Args:
-            recording: what watches the model; is cleared.
+            recording: records the model; is cleared.
             units: the same in every process and at every resumption.
             model: the file that runs, for messages.
-            progress: told after every tick, in units' cost.
+            progress: called after every tick, in the cost of units.
             **facts: provenance of the statistics.
 
         Returns:
-            What all units saw, those of other processes and of former runs included.
+            The observation of all units, those of other processes and earlier runs included.
 
         Raises:
-            StatisticsError: the partial file is damaged, or of another run.
-            CalibrationError: inputs were not finite.
+            StatisticsError: the partial file is damaged, or belongs to another run.
+            CalibrationError: inputs are not finite.
         """
         mine = units[self.rank :: self.processes]
         seen = self._begun(recording)
-        done_names = set(seen.done)
-        todo = [unit for unit in mine if unit.name not in done_names]
+        todo = [unit for unit in mine if unit.name not in set(seen.done)]
         total = sum(unit.cost for unit in mine)
         tick = advance(progress, total, total - sum(unit.cost for unit in todo))
         tick(0)
-        recording.clear()
-        pending: list[Unit] = []
         saved = time.monotonic()
         for number, unit in enumerate(todo, 1):
+            recording.clear()
             unit.run(tick)
-            pending.append(unit)
-            is_last = number == len(todo)  # more may follow: trials, second moments
-            is_due = self.partial is not None and (is_last or time.monotonic() - saved >= self.save_every_seconds)
-            if is_due or is_last or todo[number].group != unit.group:
-                found = recording.statistics(sum(unit.samples for unit in pending), **facts)
-                seen = seen.plus(Observed(found, {unit.group: found.absmax}, tuple(done.name for done in pending)))
-                recording.clear()
-                pending = []
-                _expect_finite(model, seen.statistics)
-            if is_due:
-                self._save(seen)
+            found = recording.statistics(unit.samples, **facts)
+            _expect_finite(model, found)
+            seen = seen.plus(Observed(found, {unit.group: found.absmax}, (unit.name,)))
+            is_last = number == len(todo)  # trials and second moments may follow
+            if self.partial is not None and (is_last or time.monotonic() - saved >= self.save_every_seconds):
+                self._save(self.partial, seen)
                 saved = time.monotonic()
-        seen = reduce(Observed.plus, gather(seen) if self.processes > 1 else [seen])
-        if {noise.SILENT.name, noise.STRONG.name} <= seen.ranges.keys():
-            return Observation(seen.statistics.with_facts(depends_on_conditioning=seen.conditioned))
-        return Observation(seen.statistics)
+        seen = reduce(Observed.plus, gather(seen))
+        return Observation(seen.statistics.with_facts(**seen.facts()))
 
     def finish(
         self, statistics: Statistics, trials: Trials | None = None, further: Mapping[str, str] | None = None
@@ -275,21 +262,18 @@ class Session:
 
         Args:
             statistics: of all processes.
-            trials: the same, to stand beside them.
-            further: entries of the header.
+            trials: of all processes; written into the same file.
+            further: header entries.
 
         Raises:
-            OutputError: it cannot be written; the partial files stay.
+            OutputError: the output cannot be written; the partial files stay.
         """
         assert self.output is not None
         if self.rank == 0:
             tensors, entries = ({}, {}) if trials is None else trials.entries()
             state = {METADATA_KEY: json.dumps({"options": self.options})}
             statistics.save(self.output, {**entries, **(further or {}), **state}, tensors)
-        if self.processes > 1:
-            from torch.distributed import barrier
-
-            barrier()  # for the output, before the partial files go
+        gather(None)  # waits for the output before the partial files go
         self.discard()
 
     def discard(self) -> None:
@@ -298,62 +282,50 @@ class Session:
             self.partial.unlink(missing_ok=True)
 
     def _begun(self, recording: Recording) -> Observed:
-        """What this process saw before it was stopped."""
-        empty = Observed(Statistics.empty(recording.layers))
+        """What this process observed before it was interrupted."""
         if not self.resume or self.partial is None or not self.partial.exists():
-            return empty
+            return Observed(Statistics.empty(recording.layers))
         statistics = Statistics.load(self.partial)
         state = _session_of(statistics)
         if state.get("options") != self.options:
             raise StatisticsError(
                 f"cannot resume: {_difference(state.get('options'), self.options)}",
                 path=self.partial,
-                hint="use the options that it was begun with, or delete it",
+                hint="use the options that the run began with, or delete it",
             )
         if list(statistics.layers.items()) != list(recording.layers.items()):
             raise StatisticsError("cannot resume: it recorded other layers", path=self.partial, hint="delete it")
-        ranges: Any = state.get("ranges")
-        done: Any = state.get("done")
-        size = len(statistics.layers)
-        sound = isinstance(ranges, dict) and isinstance(done, list) and is_texts(done)
-        if not sound or not all(_are_ranges(values, size) for values in ranges.values()):
-            problem = "damaged: the session should hold what is done, and by group one range per layer"
+        try:
+            ranges = {group: np.array(values, np.float32) for group, values in state["ranges"].items()}
+            sound = is_texts(state["done"]) and all(each.shape == (len(statistics.layers),) for each in ranges.values())
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            problem = "damaged: the session should have the names of finished units, and one range per group and layer"
             raise StatisticsError(problem, path=self.partial, hint="delete it")
-        return Observed(
-            statistics.replace(metadata={}, path=None),
-            {group: np.array(values, np.float32) for group, values in ranges.items()},
-            tuple(done),
-        )
+        return Observed(statistics.replace(metadata={}, path=None), ranges, tuple(state["done"]))
 
-    def _save(self, seen: Observed) -> None:
-        assert self.partial is not None
-        state = {
-            "options": self.options,
-            "done": list(seen.done),
-            # float32 as float64 in JSON comes back exactly
-            "ranges": {group: absmax.tolist() for group, absmax in seen.ranges.items()},
-        }
-        seen.statistics.save(self.partial, {METADATA_KEY: json.dumps(state)})
+    def _save(self, partial: Path, seen: Observed) -> None:
+        # float32 values survive the float64 of JSON exactly.
+        ranges = {group: absmax.tolist() for group, absmax in seen.ranges.items()}
+        state = {"options": self.options, "done": list(seen.done), "ranges": ranges}
+        seen.statistics.save(partial, {METADATA_KEY: json.dumps(state)})
 
 
 def _expect_finite(model: StrPath, statistics: Statistics) -> None:
-    """Refuse statistics of inputs that were not finite."""
+    """Refuse statistics of inputs that are not finite."""
     bad = [name for name, count in zip(statistics.names, statistics.nonfinite, strict=True) if count]
     if bad:
         raise CalibrationError(
-            f"the inputs of {len(bad)} layers have infinities or NaN",
+            f"the inputs of {plural(len(bad), 'layer')} have infinities or NaN",
             path=model,
             tensor=bad[0],
             hint="try float32, or check the checkpoint's weights",
         )
 
 
-def _are_ranges(values: Any, size: int) -> bool:
-    return isinstance(values, list) and len(values) == size and all(type(v) is float or is_count(v) for v in values)
-
-
 def _session_of(statistics: Statistics) -> dict[str, Any]:
-    """What a session wrote into the header of its file; empty where none did."""
+    """The session entry in the header of a statistics file; empty if there is none."""
     state = parse_json(
         statistics.metadata.get(METADATA_KEY, "{}"),
         lambda problem: StatisticsError(f"damaged: the session is {problem}", path=statistics.path),
@@ -362,25 +334,21 @@ def _session_of(statistics: Statistics) -> dict[str, Any]:
 
 
 def _difference(made_with: Any, asked_for: Mapping[str, Any]) -> str:
-    """The first option that two runs differ in, in words."""
+    """The first option in which two runs differ, in words."""
     if not isinstance(made_with, dict):
-        return "which no session made"
-    for name in sorted({*made_with, *asked_for}):
-        was, is_now = made_with.get(name), asked_for.get(name)
-        if was != is_now:
-            said = name.replace("_", " ")
-            if HASH_PREFIX in f"{was}{is_now}":
-                return f"made with another {said}"
-            was, is_now = ("unset" if value is None else value for value in (was, is_now))
-            return f"made with {said} {was}, not {is_now}"
-    return "made otherwise"
+        return "not made by a session"
+    names = {*made_with, *asked_for}
+    name = min((each for each in names if made_with.get(each) != asked_for.get(each)), default="options")
+    was, wanted = ("unset" if each.get(name) is None else each[name] for each in (made_with, asked_for))
+    title = name.replace("_", " ")
+    return f"made with another {title}" if HASH_PREFIX in f"{was}{wanted}" else f"made with {title} {was}, not {wanted}"
 
 
 def fingerprint(*places: StrPath | Checkpoint) -> str:
-    """Identity of what files hold, from their sizes and samples of their bytes; their own names and dates do not count.
+    """Identify files by their sizes and samples of their bytes, without their own names and dates.
 
     Args:
-        *places: files, folders (all files in them, with their names there), or open checkpoints.
+        *places: files, folders (all files in them, with their relative names), or open checkpoints.
 
     Returns:
         `HASH_PREFIX` and SHA-256 in hexadecimal digits.
@@ -399,7 +367,7 @@ def fingerprint(*places: StrPath | Checkpoint) -> str:
 
 
 def _files(place: StrPath | Checkpoint) -> list[tuple[str, Path]]:
-    """The files behind an argument of `fingerprint`, with the names that count."""
+    """The files behind an argument of `fingerprint`, each with its relative name."""
     if isinstance(place, Checkpoint):
         return [("", file.place) for file in place.files]
     path = Path(place)

@@ -246,7 +246,7 @@ def test_an_interrupted_run_can_be_used_as_it_is(done, interrupted, fp8_file):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "an unfinished run is there (--resume goes on, or delete it)"),
+        ((), "an unfinished run exists (--resume continues it, or delete it)"),
         (("--resume", "--steps", 3), "made with steps 2, not 3"),
         (("--resume", "--width", 64), "made with size 1 x 1 x 2 tokens, text 2000, not 1 x 1 x 4 tokens, text 2000"),
         (("flux", "--resume"), "cannot resume: made with another model"),
