@@ -87,7 +87,7 @@ class Judge:
 
     def judge(self, simulated: Mapping[str, trials.Simulated]) -> float:
         """Of layers that are quantized already."""
-        (found,) = self.bench.trials([simulated], 0)
+        (found,) = self.bench.trials([{name: each.product for name, each in simulated.items()}], 0)
         return float(torch.cat([sqnr_db(v, u) for v, u in zip(self.wanted, found, strict=True)]).mean())
 
 

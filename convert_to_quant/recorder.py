@@ -106,6 +106,18 @@ def sample_modules(linears: Mapping[str, nn.Module]) -> dict[str, NDArray[np.flo
     return samples
 
 
+def layers_to_record(known: Iterable[str], quantized: Iterable[str], feeds: Mapping[str, Sequence[str]]) -> list[str]:
+    """Names of the layers that a run records: the quantized ones, or those that modules feed if none is quantized.
+
+    Args:
+        known: all layers of a checkpoint.
+        quantized: those of the diffusion model that are quantized.
+        feeds: module of the network -> the layers that its input feeds.
+    """
+    fed = {layer for layers in feeds.values() for layer in layers}
+    return list(quantized) or [name for name in known if name in fed]
+
+
 class Recording:
     """What `record` gives: totals so far, and the knobs of the run. Stays readable after the block.
 

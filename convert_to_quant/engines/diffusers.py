@@ -1,21 +1,22 @@
-"""The model engine: what a model's layers receive while it paints, from noise alone or from given prompts.
+"""The model engine: records the inputs of a model's layers while it generates images, on noise or on prompts.
 
-Why it exists. A layer's input range cannot be read off a weight matrix; only running the network shows it, and running
-it on noise is enough (`noise.py`). So this must be as easy as a data-free command.
+A weight matrix does not show the range of a layer's inputs; only running the network does. Noise is enough to run it
+(`noise.py`), so this is as easy to use as a command without data.
 
-How it works. The model (`denoiser.py`) takes Euler steps of flow matching from pure noise, and the recorder takes down
-the input of every layer under the checkpoint's own names. The run is cut into units: some trajectories that share a
-kind of conditioning, with or without adapters. Statistics of a unit depend on nothing but the unit, and add up exactly,
-so units can be done in any order, over any processes (`session.py`).
+The model (`denoiser.py`) takes Euler steps of flow matching from pure noise, and the recorder measures the input of
+every layer under the checkpoint's own names. The run is cut into units: trajectories that share a kind of conditioning,
+with or without adapters. The statistics of a unit depend only on the unit and add up exactly, so units can run in any
+order and in any number of processes (`session.py`).
 
 Defaults, measured on the emoji model (`docs/experiments.md`): ranges hardly depend on the number of steps or the size
-of the picture. Three trajectories of one step each already calibrate it as well as a hundred evaluations; noise levels
-are covered since in larger models a quarter of the layers peak away from pure noise.
+of the image. Three trajectories of one step each calibrate it as well as a hundred evaluations. The default has more
+noise levels because a quarter of the layers of larger models peak away from pure noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -27,7 +28,8 @@ from ..families.running import Geometry
 from ..layers import LayerTable
 from ..lora import LoraMatch
 from ..options import SAMPLES, STEPS, CalibrationOptions, RunOptions
-from ..recorder import record
+from ..recorder import layers_to_record, record
+from ..stats import Shape
 from ..telling import Advance, Progress
 from . import noise, sizes
 from .denoiser import Denoiser, Plan, load, plan, supports
@@ -37,10 +39,85 @@ from .session import Observation, Session, Unit
 __all__ = ["Denoiser", "Observation", "Plan", "load", "observe", "plan", "start", "supports", "trajectory"]
 
 GEOMETRY = Geometry(height=16, width=16, frames=1, text_tokens=64)
-"""What `observe` shows by default."""
+"""Default size of the images of `observe`."""
 
 BATCH_TOKENS = 4096
-"""Trajectories run together up to this many rows per layer."""
+"""Trajectories run together up to this many tokens per layer."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images that a model generates while it is observed.
+
+    Attributes:
+        denoiser: the model.
+        geometry: size of an image.
+        samples: number of images.
+        steps: noise levels of each.
+        seed: of all noise.
+        prompts: fitted to the model, and used in turn; without prompts, the ways of `noise.CONDITIONINGS` are.
+    """
+
+    denoiser: Denoiser
+    geometry: Geometry
+    samples: int
+    steps: int
+    seed: int
+    prompts: Prompts | None = None
+
+    @staticmethod
+    def of(
+        denoiser: Denoiser,
+        shown: RunOptions | CalibrationOptions,
+        samples: int,
+        prompts: Prompts | None = None,
+        geometry: Geometry | None = None,
+    ) -> Images:
+        """The images that options ask for: `samples`, or one per prompt if these are more.
+
+        Raises:
+            CalibrationError: the prompts do not fit the model.
+        """
+        geometry = geometry or sizes.asked(denoiser.plan.family, shown.size) or GEOMETRY
+        if prompts is not None:
+            prompts = prompts.fitted(denoiser, geometry)
+            geometry, samples = prompts.geometry, max(samples, prompts.count)
+        return Images(denoiser, geometry, samples, shown.steps or STEPS, shown.seed, prompts)
+
+    @property
+    def ways(self) -> dict[str, range]:
+        """The numbers of all images by the name of their conditioning."""
+        if self.prompts is not None:
+            return {"prompts": range(self.samples)}
+        ways = noise.CONDITIONINGS
+        return {way.name: range(turn, self.samples, len(ways)) for turn, way in enumerate(ways[: self.samples])}
+
+    @property
+    def batches(self) -> list[tuple[str, range]]:
+        """The numbers of images that run together, up to `BATCH_TOKENS`, and the name of their conditioning."""
+        size = max(BATCH_TOKENS // self.geometry.tokens, 1)
+        return [
+            (way, numbers[first : first + size])
+            for way, numbers in self.ways.items()
+            for first in range(0, len(numbers), size)
+        ]
+
+    def start(self, numbers: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents at sigma 1 and conditioning of some images, as one batch: [batch, ...] each."""
+        shape, signals = self.denoiser.latent_shape(self.geometry), self.denoiser.signals(self.geometry)
+        latents = torch.cat([noise.latents(shape, self.seed, number) for number in numbers])
+        if self.prompts is not None:
+            rows = [number % self.prompts.count for number in numbers]
+            return latents, {name: value[rows] for name, value in self.prompts.tensors.items()}
+        ways = noise.CONDITIONINGS
+        drawn = [noise.conditioning(signals, ways[number % len(ways)], self.seed, number) for number in numbers]
+        return latents, {name: torch.cat([values[name] for values in drawn]) for name in signals}
+
+    def trajectory(
+        self, numbers: Sequence[int], at: Callable[[float], object] | None = None
+    ) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """Generate some images as one batch; see `trajectory`."""
+        return trajectory(self.denoiser, *self.start(numbers), self.geometry, self.steps, at=at)
 
 
 def observe(
@@ -60,146 +137,95 @@ def observe(
 
     Args:
         checkpoint: the open checkpoint.
-        table: its layers, where they are known already.
-        shown: images, noise levels, size, seed and device. Images are one at least for each of `noise.CONDITIONINGS`,
-            or for each prompt.
-        geometry: of the images, in place of the size that `shown` names; `GEOMETRY` where it names none.
-        dtype: in what to compute; see `load`.
-        layers: names of the layers to record; by default the quantized ones, or all matrices of a checkpoint that has
-            none.
-        prompts: conditioning made by the model's own text encoders, in place of noise.
-        adapters: LoRA adapters; ranges then cover the model with and without them.
-        session: what saves, resumes and shares the run; by default it is made in one go.
-        progress: called after every evaluation with what is done and what there is to do.
+        table: its layers, if already known.
+        shown: images, noise levels, size, seed and device. There is at least one image for each of
+            `noise.CONDITIONINGS`, or for each prompt.
+        geometry: size of the images; by default that of `shown`, or `GEOMETRY`.
+        dtype: to compute in; see `load`.
+        layers: names of the layers to record; by default the quantized ones, or all matrices if there are none.
+        prompts: conditioning from the model's own text encoders; noise by default.
+        adapters: LoRA adapters; the ranges then cover the model with and without them.
+        session: saves, resumes and shares the run; by default it runs in one go.
+        progress: called after every evaluation.
 
     Returns:
-        The observation. The same seed gives the same noise anywhere; sums in matrix products still depend on the
-        number of threads, in the last bits.
+        The observation. The same seed gives the same noise anywhere. The last bits of matrix multiplications depend on
+        the number of threads.
 
     Raises:
         OptionError: an unknown device.
         UnsupportedModelError: the checkpoint cannot be run.
-        CalibrationError: a layer asked for does not exist, its inputs are not finite, or the prompts do not fit.
+        CalibrationError: a layer does not exist, its inputs are not finite, or the prompts do not fit.
         StatisticsError: the session cannot be resumed.
     """
     denoiser = load(checkpoint, table, device=shown.device, dtype=dtype)
-    geometry = geometry or sizes.asked(denoiser.plan.family, shown.size) or GEOMETRY
-    if prompts is not None:
-        prompts = prompts.fitted(denoiser, geometry)
-        geometry = prompts.geometry
-    images, steps = shown.samples or SAMPLES, shown.steps or STEPS
-    images = max(images, len(noise.CONDITIONINGS) if prompts is None else prompts.count)
+    samples = shown.samples or SAMPLES
+    samples = max(samples, len(noise.CONDITIONINGS)) if prompts is None else samples
+    images = Images.of(denoiser, shown, samples, prompts, geometry)
     shapes, feeds = watched(denoiser, layers)
     with record(denoiser.model, shapes, feeds) as recording:
 
-        def paint(numbers: range, adapted: bool, tick: Advance) -> None:
-            latents, conditioning = start(denoiser, geometry, shown.seed, numbers, prompts)
-            recording.batch = len(latents)
+        def generate(numbers: range, adapted: bool, tick: Advance) -> None:
+            recording.batch = len(numbers)
             with denoiser.adapted(adapters if adapted else None):
-                for _ in trajectory(denoiser, latents, conditioning, geometry, steps, at=recording.at):
-                    tick(len(latents))
+                for _ in images.trajectory(numbers, recording.at):
+                    tick(len(numbers))
 
+        units = [
+            Unit(
+                f"{way}{' adapted' * adapted}, from {numbers[0]}",
+                way,
+                len(numbers),
+                images.steps * len(numbers),
+                partial(generate, numbers, adapted),
+            )
+            for adapted in ((False, True) if adapters else (False,))
+            for way, numbers in images.batches
+        ]
         return (session or Session()).run(
             recording,
-            [
-                Unit(
-                    f"{way}{' adapted' * adapted}, from {numbers[0]}",
-                    way,
-                    len(numbers),
-                    steps * len(numbers),
-                    partial(paint, numbers, adapted),
-                )
-                for adapted in ((False, True) if adapters else (False,))
-                for way, numbers in batches(images, geometry, prompts)
-            ],
+            units,
             checkpoint.path,
             progress=progress,
             engine="model",
             family=denoiser.plan.family,
             conditioning="noise" if prompts is None else "prompts",
-            seed=shown.seed,
-            steps=steps,
-            lora=_files(adapters),
+            seed=images.seed,
+            steps=images.steps,
+            lora={delta.lora.path.name for some in (adapters.matched if adapters else {}).values() for delta in some},
         )
 
 
 def watched(
     denoiser: Denoiser, layers: Collection[str] | None = None
-) -> tuple[dict[str, tuple[int, int]], dict[str, list[str]]]:
-    """What to record, as `recorder.record` takes it.
+) -> tuple[dict[str, Shape], dict[str, list[str]]]:
+    """The arguments of `recorder.record` for a model.
 
     Args:
         denoiser: the model.
-        layers: names of the checkpoint's layers; by default the model's quantized ones, or all of it where none is.
+        layers: names of checkpoint layers; by default the quantized ones, or all of a model without any.
 
     Returns:
-        {layer: (out, in)} and {module: the layers that its input feeds}.
+        {layer: (out, in)}, and {module: the layers that its input feeds}.
 
     Raises:
         CalibrationError: a layer does not exist.
     """
-    table = denoiser.plan.table
-    known = table.shapes()
+    feeds = {name: [layer.name for layer, _ in module.stored.pieces] for name, module in denoiser.linears.items()}
+    known = denoiser.plan.table.shapes()
     if layers is None:
-        layers = list(table.diffusion) or [name for name in known if name in denoiser.layers]
-    unknown = [name for name in layers if name not in known]
-    if unknown:
-        raise CalibrationError(f"{len(unknown)} layers do not exist in the checkpoint", tensor=unknown[0])
-    feeds = {
-        name: [layer.name for layer, _ in module.stored.pieces if layer.name in set(layers)]
-        for name, module in denoiser.linears.items()
-    }
-    return {name: known[name] for name in layers}, {name: fed for name, fed in feeds.items() if fed}
-
-
-def ways(images: int, prompts: Prompts | None = None) -> dict[str, range]:
-    """The numbers of all trajectories, by what their way of conditioning is called.
-
-    >>> ways(4)
-    {'silent': range(0, 4, 3), 'loud channels': range(1, 4, 3), 'strong': range(2, 4, 3)}
-    """
-    if prompts is not None:
-        return {"prompts": range(images)}
-    count = len(noise.CONDITIONINGS)
-    return {way.name: range(turn, images, count) for turn, way in enumerate(noise.CONDITIONINGS[:images])}
-
-
-def batches(images: int, geometry: Geometry, prompts: Prompts | None = None) -> list[tuple[str, range]]:
-    """All trajectories, as those of `ways` that run together: up to `BATCH_TOKENS` rows."""
-    size = max(BATCH_TOKENS // geometry.tokens, 1)
-    return [
-        (way, numbers[first : first + size])
-        for way, numbers in ways(images, prompts).items()
-        for first in range(0, len(numbers), size)
-    ]
-
-
-def _files(adapters: LoraMatch | None) -> list[str]:
-    """Names of the files of some adapters."""
-    deltas = [] if adapters is None else [delta for matched in adapters.matched.values() for delta in matched]
-    return sorted({delta.lora.path.name for delta in deltas})
+        layers = layers_to_record(known, denoiser.plan.table.diffusion, feeds)
+    for name in layers:
+        if name not in known:
+            raise CalibrationError("no such layer in the checkpoint", tensor=name)
+    return {name: known[name] for name in layers}, feeds
 
 
 def start(
-    denoiser: Denoiser, geometry: Geometry, seed: int, numbers: Sequence[int], prompts: Prompts | None = None
+    denoiser: Denoiser, geometry: Geometry, seed: int, numbers: Sequence[int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Latents at sigma 1 and conditioning of some trajectories, as one batch: [batch, ...] each.
-
-    Args:
-        denoiser: the model.
-        geometry: of the images.
-        seed: of all noise.
-        numbers: of the trajectories.
-        prompts: fitted to the model, and taken in turn; without any, the ways of `noise.CONDITIONINGS` are.
-    """
-    shape, signals = denoiser.latent_shape(geometry), denoiser.signals(geometry)
-    latents = torch.cat([noise.latents(shape, seed, number) for number in numbers])
-    if prompts is not None:
-        rows = [number % prompts.count for number in numbers]
-        return latents, {name: value[rows] for name, value in prompts.tensors.items()}
-    count = len(noise.CONDITIONINGS)
-    drawn = [noise.conditioning(signals, noise.CONDITIONINGS[number % count], seed, number) for number in numbers]
-    return latents, {name: torch.cat([values[name] for values in drawn]) for name in signals}
+    """Latents at sigma 1 and noise conditioning of some trajectories, as one batch: [batch, ...] each."""
+    return Images(denoiser, geometry, len(numbers), 1, seed).start(numbers)
 
 
 def trajectory(
@@ -211,15 +237,15 @@ def trajectory(
     *,
     at: Callable[[float], object] | None = None,
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """Euler steps of flow matching from sigma 1 to 0.
+    """Take Euler steps of flow matching from sigma 1 to 0.
 
     Args:
         denoiser: the model.
         latents: [batch, *latent shape] at sigma 1.
         conditioning: by name, each [batch, ...].
         geometry: of the latents.
-        steps: how many; the model sees sigma 1, 1 - 1/steps, ... 1/steps.
-        at: told each noise level before the model runs.
+        steps: number of steps; the model runs at sigma 1, 1 - 1/steps, ... 1/steps.
+        at: called with each noise level before the model runs.
 
     Yields:
         (sigma, latents there, velocity there) after each evaluation.

@@ -1,18 +1,19 @@
-"""Second moments of what layers receive, Σ x xᵀ, gathered while a model paints; for `rounding`.
+"""Second moments Σ x xᵀ of layer inputs, gathered while a model generates images; for `rounding`.
 
-They are large (a layer of 15,360 inputs has 0.9 GB), so no more are held than fit a budget: layers are taken in turn,
-as many together as fit, and the model runs anew for each of these bands. What costs little is running the model.
-Layers that are called with one tensor share theirs. They are used at once, or kept on disk (`rounding.kept`).
+They are large (0.9 GB for a layer of 15,360 inputs), so a run gathers only as many as fit a budget: it takes layers in
+bands that fit together, and runs the model again for each band. Running the model is the cheap part. Layers that are
+called with the same tensor share their moments. Moments are used at once, or written to disk (`rounding.kept`).
 
-The model runs in float32, on a GPU in TF32: in bfloat16 a small 1 + scale is nothing but rounding. Sums are float32: H
-is symmetric and damped before it is factored in float64 (`rounding.solver`).
+The model runs in float32, on a GPU in TF32: in bfloat16 a small 1 + scale is only rounding error. Sums are float32; H
+is symmetric, and damped before it is factored in float64 (`rounding.solver`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
-from functools import reduce
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -21,40 +22,41 @@ from ..checkpoint import Checkpoint
 from ..errors import CalibrationError
 from ..formats.record import Format
 from ..layers import Layer, LayerTable, dequantize
-from ..options import SAMPLES, STEPS, RunOptions
+from ..options import SAMPLES, RunOptions
 from ..rounding import KeptMoments, round_weight
 from ..telling import Progress, advance
-from . import denoiser, diffusers, sizes
+from . import denoiser
+from .diffusers import Images
 from .prompts import Prompts
 from .trials import tensor_float_32
 
 IMAGES = 4 * SAMPLES
-"""Images that a model is shown at least: a mix of 5 bits keeps 30.5 dB of "plain" by the moments of 48, 30.7 of 64."""
-ROWS_PER_INPUT = 8
-"""Tokens that it is shown at least for each input of its widest layer."""
+"""Least number of images: with moments of 48, a 5-bit mix reaches 30.5 dB on "plain"; with 64, 30.7 dB."""
+TOKENS_PER_INPUT = 8
+"""Least number of tokens for each input of the widest layer."""
 
 MOST_SAMPLES = 256
 BUDGET_BYTES = 1 << 30
-"""Moments held at a time on a CPU; on a GPU they may take half of what model and rounding leave free."""
+"""Moments held at a time on a CPU. On a GPU they may take half of the memory that the model and rounding leave free."""
 WORK_BYTES = 52
-"""What rounding takes of a GPU for the square of a layer's inputs: six and a half float64 matrices."""
+"""GPU memory for rounding, times the square of a layer's inputs: six and a half float64 matrices."""
 
 MomentsOf = Callable[[Layer], Tensor | None]
-"""From a layer to its moments, float32 [in, in]; None where there are none."""
+"""From a layer to its moments, float32 [in, in]; None if there are none."""
 
 
 class Gathering:
-    """Second moments of what the layers of a checkpoint receive while it paints.
+    """Second moments of the inputs of a checkpoint's layers while it generates images.
 
     Args:
         checkpoint: the open checkpoint, which can be run.
         table: its layers.
-        layers: those that are asked for, in their order.
-        shown: what the model is shown, and where it runs.
-        prompts: conditioning in place of noise.
-        done: those of them whose moments are known.
-        share: of the rest: which, and of how many processes.
-        progress: told how many of all evaluations are done.
+        layers: the layers to gather, in order.
+        shown: the images, and the device.
+        prompts: conditioning instead of noise.
+        done: names of layers whose moments are known already.
+        share: which of the other layers this process gathers: its number, and the number of processes.
+        progress: called after every evaluation.
 
     Attributes:
         bands: names of the layers that are gathered together.
@@ -73,9 +75,6 @@ class Gathering:
         progress: Progress | None = None,
     ) -> None:
         self.model = denoiser.load(checkpoint, table, device=shown.device, dtype=torch.float32)
-        self.geometry = sizes.asked(self.model.plan.family, shown.size) or diffusers.GEOMETRY
-        self.prompts = prompts and prompts.fitted(self.model, self.geometry)
-        self.geometry = self.prompts.geometry if self.prompts else self.geometry
         widest = max((layer.in_features for layer in layers), default=0)
         budget = BUDGET_BYTES
         if self.model.device.type == "cuda":  # weights are copied there when they are first needed
@@ -84,15 +83,14 @@ class Gathering:
         self.bands = list(_bands([layer for layer in layers if layer.name not in done], budget))[share[0] :: share[1]]
         self.band: Sequence[str] = ()
         self.moments: dict[str, Tensor] = {}
-        self.steps, self.seed = shown.steps or STEPS, shown.seed
-        enough = -(-ROWS_PER_INPUT * widest // (self.geometry.tokens * self.steps))
+        images = Images.of(self.model, shown, 1, prompts)
+        enough = -(-TOKENS_PER_INPUT * widest // (images.geometry.tokens * images.steps))
         samples = shown.samples or min(max(IMAGES, enough), MOST_SAMPLES)
-        samples = max(samples, prompts.count) if prompts else samples
-        self.batches = [numbers for _, numbers in diffusers.batches(samples, self.geometry, self.prompts)]
-        self.tick = advance(progress, len(self.bands) * len(self.batches) * self.steps)
+        self.images = replace(images, samples=max(samples, images.samples))
+        self.tick = advance(progress, len(self.bands) * len(self.images.batches) * images.steps)
 
     def moments_of(self, layer: Layer) -> Tensor | None:
-        """The moments of a layer; those of all others of its band are gathered at once. None where it does not run."""
+        """The moments of a layer; gathers its whole band at once. None if the layer does not run."""
         if layer.name not in self.band:
             self.moments = {}
             self.band = next(names for names in self.bands if layer.name in names)
@@ -104,49 +102,34 @@ class Gathering:
         """Run the model for some layers.
 
         Returns:
-            {layers that receive one input: float32 [in, in]} on the model's device, without those that do not run.
+            {layers that share an input: float32 [in, in]} on the model's device, without layers that do not run.
         """
-        inputs = _Inputs()
+        moments: dict[str, Tensor] = {}
+        owner: dict[str, str] = {}  # of layers that are called with one tensor, the first
+        last: tuple[str, Tensor | None] = "", None
+
+        def add(layer: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal last
+            before, tensor = last
+            last = layer, args[0]
+            if owner.setdefault(layer, owner[before] if tensor is args[0] else layer) == layer:
+                x = args[0].flatten(0, -2).float()
+                moments[layer] = moments[layer].addmm_(x.T, x) if layer in moments else x.T @ x
+
         with ExitStack() as stack:
             stack.enter_context(tensor_float_32())
             for layer in layers:
                 if layer in self.model.layers:
-                    stack.callback(self.model.layers[layer].register_forward_pre_hook(inputs.adding(layer)).remove)
-            for numbers in self.batches:
-                latents, conditioning = diffusers.start(self.model, self.geometry, self.seed, numbers, self.prompts)
-                for _ in diffusers.trajectory(self.model, latents, conditioning, self.geometry, self.steps):
+                    hook = self.model.layers[layer].register_forward_pre_hook(partial(add, layer))
+                    stack.callback(hook.remove)
+            for _, numbers in self.images.batches:
+                for _ in self.images.trajectory(numbers):
                     self.tick(1)
-        return {
-            tuple(layer for layer, first in inputs.first.items() if first == owner): moments
-            for owner, moments in inputs.moments.items()
-        }
-
-
-class _Inputs:
-    """The moments of what modules receive; those of modules that are called with one tensor are added once."""
-
-    def __init__(self) -> None:
-        self.moments: dict[str, Tensor] = {}
-        self.first: dict[str, str] = {}
-        self.last: tuple[str, Tensor | None] = "", None
-
-    def adding(self, layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """A hook for the module of a layer."""
-
-        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            before, seen = self.last
-            first = self.first.setdefault(layer, self.first[before] if seen is args[0] else layer)
-            if first == layer:
-                x = args[0].flatten(0, -2).float()
-                known = self.moments.get(layer)
-                self.moments[layer] = x.T @ x if known is None else known.addmm_(x.T, x)
-            self.last = layer, args[0]
-
-        return add
+        return {tuple(name for name in owner if owner[name] == first): found for first, found in moments.items()}
 
 
 def kept_on(device: str | torch.device, parts: Sequence[KeptMoments]) -> MomentsOf:
-    """What gives the moments of a layer that earlier runs kept, added up, on a device."""
+    """A function that gives the moments of a layer from earlier runs, added up, on a device."""
 
     def moments_of(layer: Layer) -> Tensor | None:
         found = [torch.from_numpy(own).to(device) for part in parts if (own := part.read(layer)) is not None]
@@ -155,25 +138,26 @@ def kept_on(device: str | torch.device, parts: Sequence[KeptMoments]) -> Moments
     return moments_of
 
 
+@dataclass(frozen=True)
 class Rounding:
-    """Rounds the layers of a checkpoint one after the other, by the second moments of what they receive.
+    """Rounds the layers of a checkpoint by the second moments of their inputs.
 
-    In their order, since moments are gathered for some that follow each other; and in one thread.
+    Call it for layers in order, since moments are gathered for bands of layers, and from one thread.
 
-    Args:
+    Attributes:
         checkpoint: the open checkpoint.
-        moments_of: gives those of a layer, on the device that rounds.
+        moments_of: gives the moments of a layer on the device that rounds.
     """
 
-    def __init__(self, checkpoint: Checkpoint, moments_of: MomentsOf) -> None:
-        self.checkpoint, self.moments_of = checkpoint, moments_of
+    checkpoint: Checkpoint
+    moments_of: MomentsOf
 
     def __call__(self, layer: Layer, fmt: Format) -> dict[str, Tensor] | None:
-        """What is stored of a layer, by suffix; None where it has no moments, or nothing can be rounded.
+        """The stored tensors of a layer, by suffix; None if it has no moments, or cannot be rounded.
 
         Raises:
             CalibrationError: the inputs of the layer are not finite.
-            CheckpointError, StatisticsError: moments that were kept cannot be read, or are not of this layer.
+            CheckpointError, StatisticsError: moments on disk cannot be read, or are not of this layer.
         """
         moments = self.moments_of(layer) if fmt.roundable else None
         if moments is None:
@@ -187,7 +171,7 @@ class Rounding:
 
 
 def _bands(layers: Sequence[Layer], budget: int) -> Iterator[list[str]]:
-    """Names of layers whose moments fit a budget together."""
+    """Names of consecutive layers whose moments fit a budget together."""
     band: list[str] = []
     held = 0
     for layer in layers:

@@ -1,30 +1,29 @@
-"""What each number format would do to a model's picture, layer by layer: trial runs of a model in high precision.
+"""Trial runs: how much each number format of each layer would change a model's velocity.
 
-Why it exists. How much a format damages a layer depends on what the layer receives, and what that does to the picture
-on everything behind it. Neither shows in weights. So every layer is put into every format, and the model runs.
+How much a format damages a layer depends on the layer's inputs; how much that changes the image depends on everything
+behind the layer. Weights show neither. So every layer is tried in every format while the model runs in high precision.
 
-Two figures for a layer and a format, both relative energies, at the layer's own inputs while the model paints:
+Two relative energies per layer and format, at the layer's own inputs while the model generates images:
 
     output error   ‖y - y'‖² / ‖y‖² of the layer's own output y
-    damage         ‖v - v'‖² / ‖v‖² of the velocity v, when this layer alone is in that format
+    damage         ‖v - v'‖² / ‖v‖² of the velocity v, with only this layer in that format
 
-The output error needs no further run of the model, and between formats of one size it decides rightly. Between sizes
-only the damage does (docs/formats.md). So of the formats of one size only the best by output error is run to the end:
-the best of those that each card multiplies, so that whoever may choose from more formats loses nothing.
+The output error needs no further run, and ranks formats of one size correctly. Between sizes only the damage does
+(docs/formats.md). So of the formats of one size, only the best by output error runs to the end: the best among those
+that each GPU multiplies, so that no choice of formats loses.
 
-How it is cheap. Blocks run in turn, so a trial in one block need not run those before it: they give again what they
-gave in the reference run. Trials of one block run side by side in one batch. The inputs of a block's layers are
-kept while that block is worked on.
+Speed. Blocks run one after the other, so a trial in one block replays the outputs of the blocks before it from the
+reference run. Trials of one block run side by side in one batch, on the inputs of the block's layers, which are kept
+while the block is tried.
 
-Limits. Damages of layers add up to that of all only roughly, and both depend on the size of the image; `damage_of`
-measures a mix. Measuring every layer again around a mix, and choosing anew, was tried and gave no better mixes
-(docs/experiments.md).
+Limits. The damages of layers add up only roughly to the damage of all, and both depend on the image size; `damage_of`
+measures a mix. Measuring every layer again around a mix and choosing again gave no better mixes (docs/experiments.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,13 +41,17 @@ from ..formats.rotation import rotate
 from ..telling import Advance, Progress, advance
 from ..trials import Trials
 from .denoiser import Denoiser
+from .diffusers import Images, trajectory
 from .prompts import Prompts
 from .quantized_linear import CheckpointLinear, multiply
 
 ARITHMETIC = "comfyui_divide"
 TINY = torch.finfo(torch.float32).tiny
 TOGETHER_TOKENS = 1 << 15
-"""Of all images that run side by side, each for another trial."""
+"""Tokens of all images that run side by side, each for another trial."""
+
+Product = Callable[[Tensor, slice], Tensor]
+"""Replaces a layer: from x [..., in] to float32 [..., rows], for some rows of the weight, without bias."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Candidate:
 
     Attributes:
         format: of its weight.
-        input_scale: where the format has a static one.
+        input_scale: for formats with a static one.
         full_precision: its inputs are not quantized.
     """
 
@@ -68,10 +71,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Moment:
-    """One evaluation of the model, of images that are conditioned in several ways.
+    """One evaluation of the model, on images with several ways of conditioning.
 
     Attributes:
-        ways: names of the ways, each with how many images; those of a way stand together.
+        ways: name of each way -> number of its images, which are adjacent in the batch.
         latents: [batch, *latent shape].
         sigma: noise level.
         conditioning: by name, each [batch, ...].
@@ -84,12 +87,12 @@ class Moment:
 
 
 class Simulated:
-    """A layer's weight in a format, as readers multiply it.
+    """A layer's weight in a format, multiplied as readers do.
 
     Args:
         weight_OI: float32 [out, in].
         candidate: the format, and how inputs are scaled.
-        parts: what is stored of the weight, by suffix; rounded to nearest by default.
+        parts: the stored tensors of the weight, by suffix; rounded to nearest by default.
     """
 
     def __init__(self, weight_OI: Tensor, candidate: Candidate, parts: Parts | None = None) -> None:
@@ -113,33 +116,16 @@ class Simulated:
         return multiply(codes, x_scale, levels, scale)
 
 
-class Rounded:
-    """A layer's weight in a format that is rounded anew for every product: all layers at once take no memory.
-
-    Args:
-        weight: gives it, float32 [out, in].
-        candidate: the format, and how inputs are scaled.
-    """
-
-    def __init__(self, weight: Callable[[], Tensor], candidate: Candidate) -> None:
-        self.weight = weight
-        self.candidate = candidate
-
-    def product(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """As `Simulated.product`."""
-        return Simulated(self.weight(), self.candidate).product(x, rows)
-
-
 class Bench:
-    """A model on which trials are run: it remembers what it was shown and what its blocks gave.
+    """A model to run trials on: keeps the outputs of its blocks.
 
     Args:
         denoiser: the model, in high precision.
         geometry: of the latents.
-        moments: what it is shown.
+        moments: the evaluations that every trial repeats.
 
     Attributes:
-        tick: called with 0 before every evaluation of the model; what it raises ends the run.
+        tick: called with 0 before every evaluation; an exception from it ends the run.
     """
 
     def __init__(self, denoiser: Denoiser, geometry: Geometry, moments: Sequence[Moment]) -> None:
@@ -151,72 +137,68 @@ class Bench:
             for index, (layer, _) in enumerate(module.stored.pieces):
                 self.modules.setdefault(layer.name, []).append((module, index))
         self.blocks = blocks_of(denoiser.model)
-        self.block_of = {
-            module: block for block in self.blocks for module in block.modules() if isinstance(module, CheckpointLinear)
-        }
+        self.block_of = {module: block for block in self.blocks for module in block.modules()}
         self.tick: Advance = lambda _: None
         self.outputs: list[dict[nn.Module, Any]] = []
         self.order: list[nn.Module] = []
-        self.images = len(moments[0].latents) if moments else 0
-        self.together = max(1, TOGETHER_TOKENS // max(1, self.images * geometry.tokens))
+        self.images = len(moments[0].latents)
+        self.together = max(1, TOGETHER_TOKENS // (self.images * geometry.tokens))
 
     @property
     def shown(self) -> list[tuple[str, int]]:
-        """The moments of each way of conditioning, in order: names, and images."""
+        """Name and number of images of each way of conditioning at each moment, in order."""
         return [(f"{way}, {m.sigma:g}", count) for m in self.moments for way, count in m.ways.items()]
 
     def place(self, layer: str) -> int:
-        """Number of the block that holds all of a layer, as they run; 0 where none does."""
+        """Position of the block that contains a layer, in the order in which blocks run; 0 if there is none."""
         block = self.block(layer)
         return self.order.index(block) if block in self.order else 0
 
     def block(self, layer: str) -> nn.Module | None:
-        """The block that holds all of a layer; None where none does."""
+        """The block that contains all of a layer; None if there is none."""
         blocks = {self.block_of.get(module) for module, _ in self.modules[layer]}
         return blocks.pop() if len(blocks) == 1 else None
 
     def run(self) -> list[Tensor]:
-        """Run every moment, and remember what blocks give.
+        """Run every moment and keep the outputs of the blocks.
 
         Returns:
             The velocities.
         """
-        self.outputs, velocities = [], []
-        for moment in self.moments:
-            given: dict[nn.Module, Any] = {}
-            calls: list[nn.Module] = []
+        self.outputs, velocities, calls = [], [], 0
 
-            def keep(block: nn.Module, _: Any, output: Any, given: Any = given, calls: Any = calls) -> None:
-                given[block] = output
-                calls.append(block)
+        def keep(block: nn.Module, _: Any, output: Any) -> None:
+            nonlocal calls
+            calls += 1
+            self.outputs[-1][block] = output
 
-            with ExitStack() as stack:
-                for block in self.blocks:
-                    stack.callback(block.register_forward_hook(keep).remove)
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.callback(block.register_forward_hook(keep).remove)
+            for moment in self.moments:
+                self.outputs.append({})
                 velocities.append(self._velocity(moment))
-            self.order = calls if len(calls) == len(set(calls)) else []  # a block that runs twice cannot be skipped
-            self.outputs.append(given)
+        # A block that runs twice cannot be skipped.
+        self.order = list(self.outputs[0]) if calls == sum(map(len, self.outputs)) else []
         if not self._replays(velocities[0]):
             self.order = []
         return velocities
 
     def _replays(self, velocity: Tensor) -> bool:
-        """Whether the model takes from its blocks what they gave before, for two copies of a batch as well."""
+        """Whether the model accepts the kept outputs of its blocks, for two copies of a batch as well."""
         try:
             with self._skipped(len(self.order), self.outputs[0], 2):
                 again = self._velocity(self.moments[0], 2)
         except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
             return False
-        return bool(
-            torch.allclose(again, torch.cat([velocity] * 2), rtol=1e-3, atol=1e-3 * float(velocity.abs().max()))
-        )
+        return torch.allclose(again, torch.cat([velocity] * 2), rtol=1e-3, atol=1e-3 * float(velocity.abs().max()))
 
-    def trials(self, changes: Sequence[Mapping[str, Simulated | Rounded]], place: int) -> list[list[Tensor]]:
-        """Run every moment with some layers changed, from a block on; several changes side by side in one batch.
+    def trials(self, changes: Sequence[Mapping[str, Product]], place: int) -> list[list[Tensor]]:
+        """Run every moment with some layers replaced, several changes side by side in one batch.
 
         Args:
-            changes: each of them layers in formats.
-            place: number of the first block that any of them is in.
+            changes: each of them replaces some layers.
+            place: position of the first block that contains any of these layers.
 
         Returns:
             The velocities at every moment, by change.
@@ -237,43 +219,34 @@ class Bench:
         return found
 
     def inputs(self, place: int, layers: Sequence[str]) -> dict[str, list[Tensor]]:
-        """What layers of one block receive, at every moment: rows of all calls where there are several, or none."""
-        calls: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+        """The inputs of layers of one block at every moment; those of several calls are joined, [tokens, in]."""
         seen: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-        with ExitStack() as stack:
-            for layer in layers:
-                module, _ = self.modules[layer][0]
 
-                def keep(_: nn.Module, args: tuple[Tensor, ...], layer: str = layer) -> None:
-                    calls[layer].append(args[0])
+        def stop(*_: Any) -> None:
+            raise _StopError
 
-                stack.callback(module.register_forward_pre_hook(keep).remove)
-            if self.order:  # nothing behind the block is needed
-
-                def stop(*_: Any) -> None:
-                    raise _StopError
-
-                stack.callback(self.order[place].register_forward_hook(stop).remove)
-            for moment, outputs in zip(self.moments, self.outputs, strict=True):
-                with self._skipped(place, outputs), suppress(_StopError):
-                    self._velocity(moment)
+        for moment, outputs in zip(self.moments, self.outputs, strict=True):
+            calls: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+            with ExitStack() as stack:
+                stack.enter_context(suppress(_StopError))
                 for layer, met in calls.items():
-                    rows = [x.reshape(-1, x.shape[-1]) for x in met] if len(met) > 1 else met
                     module, _ = self.modules[layer][0]
-                    seen[layer].append(
-                        torch.cat(rows) if rows else module.dtype_witness.new_zeros(0, module.in_features)
-                    )
-                    met.clear()
+                    hook = module.register_forward_pre_hook(lambda _, args, met=met: met.append(args[0]))
+                    stack.callback(hook.remove)
+                if self.order:  # nothing behind the block is needed
+                    stack.callback(self.order[place].register_forward_hook(stop).remove)
+                stack.enter_context(self._skipped(place, outputs))
+                self._velocity(moment)
+            for layer, met in calls.items():
+                module, _ = self.modules[layer][0]
+                rows = [x.flatten(0, -2) for x in met] or [module.dtype_witness.new_zeros(0, module.in_features)]
+                seen[layer].append(met[0] if len(met) == 1 else torch.cat(rows))
         return seen
 
     def weight(self, layer: str) -> Tensor:
         """The whole weight of a layer, float32 [out, in] on the device."""
-        module, index = self.modules[layer][0]
-        whole = module.stored.pieces[index][0]
-        rows = [(piece.start, piece.stop, m, i) for m, i in self.modules[layer] for piece in [m.stored.pieces[i][1]]]
-        weight_OI = torch.cat([m.stored.part(i) for _, _, m, i in sorted(rows, key=lambda row: row[0])])
-        assert tuple(weight_OI.shape) == whole.shape, layer
-        return weight_OI
+        parts = sorted(self.modules[layer], key=lambda part: part[0].stored.pieces[part[1]][1].start)
+        return torch.cat([module.stored.part(index) for module, index in parts])
 
     def _velocity(self, moment: Moment, copies: int = 1) -> Tensor:
         self.tick(0)
@@ -282,14 +255,14 @@ class Bench:
         return self.denoiser.velocity(latents, moment.sigma, conditioning, self.geometry)
 
     @contextmanager
-    def _replaced(self, changes: Sequence[Mapping[str, Simulated | Rounded]]) -> Iterator[None]:
-        """Layers in formats, inside the block: in each part of a batch those of one change."""
+    def _replaced(self, changes: Sequence[Mapping[str, Product]]) -> Iterator[None]:
+        """Replace layers inside the block: each part of a batch has the layers of one change."""
         touched = {module for change in changes for layer in change for module, _ in self.modules[layer]}
 
         def piece(module: CheckpointLinear, index: int, parts: Sequence[Tensor]) -> Tensor:
             layer, rows = module.stored.pieces[index]
             own = [change.get(layer.name) for change in changes]
-            given = {n: each.product(parts[n], rows) for n, each in enumerate(own) if each is not None}
+            given = {n: product(parts[n], rows) for n, product in enumerate(own) if product is not None}
             others = [n for n in range(len(parts)) if n not in given]
             if others:
                 weight_OI = module.stored.part(index).to(module.dtype)
@@ -304,33 +277,32 @@ class Bench:
             y = torch.cat([piece(module, index, parts) for index in range(len(module.stored.pieces))], -1)
             return (y if module.bias is None else y + module.bias.float()).to(module.dtype)
 
-        for module in touched:
-            module.forward = partial(forward, module)  # type: ignore[method-assign]
-        try:
+        with _forwards({module: partial(forward, module) for module in touched}):
             yield
-        finally:
-            for module in touched:
-                del module.forward
 
-    @contextmanager
-    def _skipped(self, place: int, outputs: Mapping[nn.Module, Any], copies: int = 1) -> Iterator[None]:
-        """Blocks before one give what they gave, inside the block."""
-        skipped = self.order[:place]
+    def _skipped(self, place: int, outputs: Mapping[nn.Module, Any], copies: int = 1) -> AbstractContextManager[None]:
+        """Blocks before a position return their kept outputs, inside the block."""
 
         def again(output: Any, *_: Any, **__: Any) -> Any:
             return _repeated(output, self.images, copies)
 
-        for block in skipped:
-            block.forward = partial(again, outputs[block])
-        try:
-            yield
-        finally:
-            for block in skipped:
-                del block.forward
+        return _forwards({block: partial(again, outputs[block]) for block in self.order[:place]})
+
+
+@contextmanager
+def _forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replace `forward` of modules, inside the block."""
+    for module, forward in replacements.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in replacements:
+            del module.forward
 
 
 def _repeated(output: Any, images: int, copies: int) -> Any:
-    """What a block gave, for several copies of its batch."""
+    """The output of a block for several copies of its batch."""
     if isinstance(output, tuple):
         return tuple(_repeated(each, images, copies) for each in output)
     batched = isinstance(output, Tensor) and output.ndim and len(output) % images == 0
@@ -338,15 +310,15 @@ def _repeated(output: Any, images: int, copies: int) -> Any:
 
 
 class _UnbatchedError(Exception):
-    """The first dimension of what a layer receives is not that of the batch."""
+    """The first dimension of a layer's input is not the batch."""
 
 
 class _StopError(Exception):
-    """Ends a run of the model that has seen enough."""
+    """Ends an evaluation early."""
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks that a model runs one after the other: the outermost members of its lists of modules."""
+    """The blocks that a model runs one after the other: the members of its outermost lists of modules."""
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for module in model.modules():
@@ -359,22 +331,15 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 def relative_energies(
     moments: Sequence[Moment], wanted: Sequence[Tensor], found: Sequence[Tensor]
 ) -> NDArray[np.float64]:
-    """Σ over images of ‖v - v'‖² / ‖v‖², by moment and way, [M].
-
-    Args:
-        moments: what was shown.
-        wanted: by moment, [batch, ...].
-        found: the same.
-    """
+    """Σ over images of ‖v - v'‖² / ‖v‖², by moment and way, [M]; `wanted` and `found` by moment, [batch, ...]."""
     sums = []
     for moment, plain, other in zip(moments, wanted, found, strict=True):
         images = sum(moment.ways.values())
-        rows = images if len(plain) % images == 0 else 1  # experts take some rows of all images
+        rows = images if len(plain) % images == 0 else 1  # experts see some tokens of all images
         v, u = (x.float().reshape(rows, x.numel() // rows) for x in (plain, other))
         error, energy = (v - u).square().sum(1), v.square().sum(1)
         ratios = (error / energy.clamp(min=TINY)).double().expand(images)
-        ends = np.cumsum(list(moment.ways.values()))
-        sums += [float(ratios[end - count : end].sum()) for end, count in zip(ends, moment.ways.values(), strict=True)]
+        sums += [float(part.sum()) for part in torch.split(ratios, [*moment.ways.values()])]
     return np.array(sums)
 
 
@@ -389,17 +354,13 @@ def run_trials(
     """Try every candidate of every layer.
 
     Args:
-        bench: the model, and what it is shown.
+        bench: the model and its evaluations.
         candidates: by layer.
-        share: number of this process and how many there are; each takes every n-th layer, and their trials add up.
-        progress: told how many candidates of layers are done, and at every evaluation of the model.
-
-    Returns:
-        What was found.
+        share: number of this process, and number of processes; each takes every n-th layer, and their trials add up.
+        progress: called after the candidates of a layer, and before every evaluation.
     """
-    formats = tuple(
-        name for name in FORMATS if any(c.format.name == name for some in candidates.values() for c in some)
-    )
+    offered = {candidate.format.name for some in candidates.values() for candidate in some}
+    formats = tuple(name for name in FORMATS if name in offered)
     trials = Trials.empty(tuple(candidates), formats, tuple(name for name, _ in bench.shown))
     images = np.array([count for _, count in bench.shown])
     mine = list(candidates)[share[0] :: share[1]]
@@ -424,10 +385,10 @@ def run_trials(
                     kind = gpu, candidate.format.bits
                     if kind not in best or error.sum() < best[kind][0]:
                         best[kind] = float(error.sum()), simulated
-            pending += [(layer, each) for each in {id(each): each for _, each in best.values()}.values()]
+            pending += [(layer, each) for each in dict.fromkeys(each for _, each in best.values())]
             del seen[layer]
             if len(pending) >= bench.together or layer == layers[-1]:
-                found = bench.trials([{name: each} for name, each in pending], place)
+                found = bench.trials([{name: each.product} for name, each in pending], place)
                 for (name, each), velocities in zip(pending, found, strict=True):
                     column = trials.layers.index(name), formats.index(each.format.name)
                     trials.damage[column] += relative_energies(bench.moments, reference, velocities)
@@ -439,14 +400,14 @@ def run_trials(
 
 @torch.no_grad()
 def damage_of(bench: Bench, mix: Mapping[str, Candidate]) -> NDArray[np.float64]:
-    """The damage of layers in formats all together, at every moment, [M].
+    """The damage of a mix of formats, by layer, at every moment, [M]."""
 
-    Args:
-        bench: which has run.
-        mix: by layer.
-    """
+    def product(layer: str, candidate: Candidate, x: Tensor, rows: slice) -> Tensor:
+        # Rounded anew every time: the weights of all layers together may not fit into memory.
+        return Simulated(bench.weight(layer), candidate).product(x, rows)
+
     wanted = bench.run()
-    (found,) = bench.trials([{layer: Rounded(partial(bench.weight, layer), each) for layer, each in mix.items()}], 0)
+    (found,) = bench.trials([{layer: partial(product, layer, candidate) for layer, candidate in mix.items()}], 0)
     images = [count for _, count in bench.shown]
     damage: NDArray[np.float64] = relative_energies(bench.moments, wanted, found) / np.array(images)
     return damage
@@ -456,33 +417,31 @@ def damage_of(bench: Bench, mix: Mapping[str, Candidate]) -> NDArray[np.float64]
 def moments(
     denoiser: Denoiser, geometry: Geometry, images: int, levels: int, seed: int, *, prompts: Prompts | None = None
 ) -> list[Moment]:
-    """What a model is shown: noise in place of prompts, or these, and its own way from noise to a picture.
+    """Evaluations of a model while it generates images.
 
     Args:
         denoiser: the model.
         geometry: of the images.
-        images: how many; of each way of conditioning in turn.
+        images: number of images, with each way of conditioning in turn.
         levels: noise levels of each.
         seed: of the noise.
-        prompts: fitted to the model.
+        prompts: fitted to the model; noise by default.
     """
-    from . import diffusers
-
-    ways = diffusers.ways(max(images, prompts.count) if prompts else images, prompts)
-    numbers = [number for numbers in ways.values() for number in numbers]
-    latents, signals = diffusers.start(denoiser, geometry, seed, numbers, prompts)
+    shown = Images(denoiser, geometry, max(images, prompts.count if prompts else 0), levels, seed, prompts)
+    ways = shown.ways
+    latents, signals = shown.start([number for numbers in ways.values() for number in numbers])
     images_of = {way: len(numbers) for way, numbers in ways.items()}
     return [
         Moment(images_of, state, sigma, signals)
-        for sigma, state, _ in diffusers.trajectory(denoiser, latents, signals, geometry, levels)
+        for sigma, state, _ in trajectory(denoiser, latents, signals, geometry, levels)
     ]
 
 
 @contextmanager
 def tensor_float_32() -> Iterator[None]:
-    """Products of float32 in TF32 where a GPU has it, inside the block.
+    """Multiply float32 in TF32 on GPUs that support it, inside the block.
 
-    bfloat16 would drown what 8 bits do to one layer: its rounding alone moves the velocity by -35 to -40 dB.
+    bfloat16 would hide the effect of 8 bits on one layer: its rounding alone changes the velocity by -35 to -40 dB.
     """
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True

@@ -188,7 +188,7 @@ def test_weights_stay_in_the_file(flux):
     [
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
         ({"device": "xpu:99"}, "device 'xpu:99' cannot be used"),
-        ({"layers": ["nowhere"]}, "nowhere: 1 layers do not exist"),
+        ({"layers": ["nowhere"]}, "nowhere: no such layer in the checkpoint"),
     ],
 )
 def test_devices_and_layers_that_are_not_there_are_refused(flux, how, message):
