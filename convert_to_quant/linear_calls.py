@@ -1,12 +1,12 @@
-"""What a linear layer multiplies by its weight: the input of its call, or an activation of that input.
+"""Finds what a linear layer multiplies by its weight: the input of its call, or an activation of that input.
 
-ComfyUI folds the activation before a linear layer into the layer's call: `layer(x, input_act="swiglu")` in 0.39 and
-later, and before that, for INT8 layers, `comfy.ops.linear_input_act(layer, x, "swiglu")`, which does not call the layer
-at all. A forward pre-hook sees x, or nothing. x is twice as wide as the weight for SwiGLU; for GELU it is as wide, and
-its range is another. This module gives what the weight meets instead.
+ComfyUI fuses the activation before a linear layer into the layer's call: `layer(x, input_act="swiglu")` in 0.39 and
+later, and earlier, for INT8 layers, `comfy.ops.linear_input_act(layer, x, "swiglu")`, which does not call the layer at
+all. A forward pre-hook gets x, or nothing. For SwiGLU, x is twice as wide as the weight; for GELU it has the same width
+but another range. This module gives the input that the weight multiplies.
 
-It knows ComfyUI by the names of its modules and functions, and imports none of them: outside of ComfyUI, and in a
-version that lacks one of them, nothing happens.
+It refers to modules and functions of ComfyUI by name and imports none of them. Without ComfyUI, or in a version without
+one of them, it does nothing.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .errors import CalibrationError
 Activation = Callable[[Tensor], Tensor]
 
 ARGUMENTS = ("input_act", "act_weight", "act_eps", "residual", "residual_scale")
-"""Arguments of ComfyUI's linear layers after the input, in order. The last two are added to the output."""
+"""Arguments of ComfyUI's linear layers after the input, in order. The last two apply to the output."""
 
 BLOCK_VALUES = 1 << 26
-"""Values of an input whose activation is computed at a time: 128 MiB in 16 bits. A video's MLP has gigabytes."""
+"""Input values whose activation is computed at a time: 128 MiB in 16 bits. The MLP of a video model has gigabytes."""
 
 
 def _swiglu(x: Tensor) -> Tensor:
@@ -46,36 +46,31 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "situ": _situ,
     "swiglu": _swiglu,
 }
-"""By ComfyUI's names; its own functions, `comfy.ops.INPUT_ACT_EAGER`, go before these. "rms_norm" is made per call."""
+"""By ComfyUI's names; its own functions, `comfy.ops.INPUT_ACT_EAGER`, take precedence. "rms_norm" is made per call."""
 
 
 def read_call(layer: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Activation | None]:
-    """Read the arguments of a call of a linear layer.
-
-    Args:
-        layer: its name, for errors.
-        args: positional arguments of the call.
-        kwargs: the others.
+    """Read the arguments of a call of a linear layer; `layer` is its name, for errors.
 
     Returns:
-        What it is called with, [..., in_features], or wider if a gated activation follows, None if no tensor is; and
-        what the layer applies to it, None if nothing.
+        The input, [..., in_features], wider before a gated activation, None if the call has no tensor; and the
+        activation that the layer applies to it, if any.
 
     Raises:
-        CalibrationError: the call names an activation that is not known here.
+        CalibrationError: the activation is unknown.
     """
     tensors = (*args, *(value for name, value in kwargs.items() if name not in ARGUMENTS))
     x = next((value for value in tensors if isinstance(value, Tensor)), None)
-    # The second argument of other libraries' layers is something else, such as the scale of a LoRA.
-    told = args[1:] if len(args) > 1 and isinstance(args[1], str) else ()
-    return x, _activation(layer, {**dict(zip(ARGUMENTS, told, strict=False)), **kwargs})
+    # In layers of other libraries the second argument is something else, such as the scale of a LoRA.
+    given = args[1:] if len(args) > 1 and isinstance(args[1], str) else ()
+    return x, _activation(layer, {**dict(zip(ARGUMENTS, given, strict=False)), **kwargs})
 
 
 def multiplied(layer: str, in_features: int, x: Tensor, activation: Activation | None) -> Iterator[Tensor]:
-    """What the weight is multiplied by, in blocks of rows [..., in_features].
+    """The input that the weight multiplies, in blocks of rows [..., in_features].
 
     Raises:
-        CalibrationError: it is not as wide as the weight.
+        CalibrationError: its width is not that of the weight.
     """
     blocks: tuple[Tensor, ...] = (x,)
     if activation is not None:
@@ -87,13 +82,13 @@ def multiplied(layer: str, in_features: int, x: Tensor, activation: Activation |
             raise CalibrationError(
                 f"its input should be {in_features} wide, found {list(met.shape)}",
                 tensor=layer,
-                hint="the layer may apply something to its input that this version does not know",
+                hint="the layer may change its input in a way that this version does not know",
             )
         yield met
 
 
 def _activation(layer: str, named: Mapping[str, Any]) -> Activation | None:
-    """The activation that a call names."""
+    """The activation in a call's arguments."""
     name = named.get("input_act")
     if name is None or name == "none":
         return None
@@ -105,7 +100,7 @@ def _activation(layer: str, named: Mapping[str, Any]) -> Activation | None:
     known: dict[str, Activation] = {**ACTIVATIONS, **getattr(sys.modules.get("comfy.ops"), "INPUT_ACT_EAGER", {})}
     if name not in known:
         raise CalibrationError(
-            f"called with the activation {name!r}, which is none of {', '.join(sorted([*known, 'rms_norm']))}",
+            f"called with an unknown activation {name!r}, not one of {', '.join(sorted([*known, 'rms_norm']))}",
             tensor=layer,
             hint="a newer convert_to_quant may know it",
         )
@@ -117,14 +112,14 @@ Bypass = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], AbstractConte
 
 @contextmanager
 def comfyui_watched(bypass: Bypass, ran: Callable[[nn.Module], None]) -> Iterator[None]:
-    """Learn of linear layers that ComfyUI computes without calling them, while the block runs.
+    """Watch linear layers that ComfyUI computes without calling them, while the block runs.
 
-    Two functions of `comfy.ops` are replaced by ones that call them.
+    Wraps two functions of `comfy.ops`.
 
     Args:
-        bypass: told the layer and the arguments of a call of `linear_input_act`, as if the layer were called with them;
-            what it gives is entered around the call, inside of which the layer may be called or not.
-        ran: told the layer whenever its weight is cast, which ComfyUI does to compute it.
+        bypass: called with the layer and the arguments of a call of `linear_input_act`, as if these called the layer;
+            returns a context for the call, in which the layer may be called or not.
+        ran: called with the layer whenever ComfyUI casts its weight to compute it.
     """
     ops = sys.modules.get("comfy.ops")
     fold, cast = getattr(ops, "linear_input_act", None), getattr(ops, "cast_bias_weight", None)
@@ -141,12 +136,12 @@ def comfyui_watched(bypass: Bypass, ran: Callable[[nn.Module], None]) -> Iterato
         for original, ours in ((fold, linear_input_act), (cast, cast_bias_weight)):
             if original is not None:
                 setattr(ops, ours.__name__, ours)
-                stack.callback(_put_back, ops, ours, original)
+                stack.callback(_restore, ops, ours, original)
         yield
 
 
-def _put_back(module: Any, ours: Callable[..., Any], original: Callable[..., Any]) -> None:
-    """Put a function back, unless someone else has replaced ours meanwhile."""
+def _restore(module: Any, ours: Callable[..., Any], original: Callable[..., Any]) -> None:
+    """Restore a function, unless other code has replaced ours."""
     if getattr(module, ours.__name__) is ours:
         setattr(module, ours.__name__, original)
 
@@ -154,8 +149,8 @@ def _put_back(module: Any, ours: Callable[..., Any], original: Callable[..., Any
 def outside_allocation_graphs() -> AbstractContextManager[Any]:
     """A context whose allocations ComfyUI does not record.
 
-    ComfyUI 0.35 and later records the allocations of a model's block on NVIDIA cards and replays them; a tensor that
-    is made inside a block and kept would be overwritten.
+    ComfyUI 0.35 and later records the allocations of a model's block on NVIDIA GPUs and replays them, which would
+    overwrite a tensor that was allocated inside a block and kept.
     """
     pause = getattr(sys.modules.get("comfy.model_prefetch"), "pause_malloc_graph", None)
     return nullcontext() if pause is None else pause()

@@ -1,4 +1,4 @@
-"""Watching the inputs of a model's linear layers while it runs, by whatever code runs it.
+"""Records the inputs of a model's linear layers while any code runs it.
 
     with record(model) as recording:
         for sigma in schedule:
@@ -6,21 +6,21 @@
             model(...)
     statistics = recording.statistics(samples=1, seed=0)
 
-Forward pre-hooks hand what each layer multiplies by its weight (`linear_calls`: its input, or an activation of it) to
-`kernels.accumulate`, which adds to totals on the input's own device. No hook waits for the device; values come to the
-host once, in `statistics`. Hooks leave with the block, whatever ended it.
+Forward pre-hooks pass what each layer multiplies by its weight (`linear_calls`: its input, or an activation of it) to
+`kernels.accumulate`, which adds to totals on the input's own device. No hook waits for the device; the host reads
+values once, in `statistics`. The hooks are removed at the end of the block, even after an exception.
 
-Inside ComfyUI two of its functions are watched as well, since they compute layers without calling them. A layer that
-ran while no input of it was seen is named: `Recording.unseen`, and "unseen" in the statistics' provenance.
+Inside ComfyUI, two of its functions are watched as well, since they compute layers without calling them. Layers that
+ran without an observed input are listed in `Recording.unseen`, and as "unseen" in the provenance of the statistics.
 
-Rows per sample. Which layers see one row per image follows from shapes alone, once the batch size is known: it is the
-first dimension of the first input of the model that has three dimensions or more, or the length of a list of inputs;
-`Recording.batch` overrides it. Where it stays unknown, an input [tokens, in_features] counts as one sample.
+Tokens per sample. Shapes show which layers get one token per image, once the batch size is known: it is the first
+dimension of the model's first input with three dimensions or more, or the length of a list of inputs. Set
+`Recording.batch` to override it. If it is unknown, an input [tokens, in_features] counts as one sample.
 
-Compiled models run uncompiled while they are watched: hooks put on after compilation would not be seen.
+Compiled models run uncompiled while they are recorded: hooks that are added after compilation have no effect.
 
-Limits. An input is recorded as the hook sees it: under autocast a float32 input is recorded before it is cast. Work on
-several CUDA streams at once is not ordered against `statistics`; synchronize them first.
+Limits. Inputs are recorded as the hook gets them: under autocast, a float32 input before it is cast. Synchronize work
+on several CUDA streams before `statistics`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .errors import CalibrationError, StatisticsError
+from .errors import CalibrationError
 from .formats import DEFAULT, of_mark
 from .kernels import SIGMA_BINS, UNKNOWN_SIGMA, accumulate
 from .kernels.reference import Totals
@@ -46,29 +46,26 @@ Sigma = float | Tensor | None
 Names = Mapping[str, str | Sequence[str]] | Callable[[str], str | Sequence[str] | None]
 
 COMPILED_PREFIX = "_orig_mod."
-"""What torch.compile puts into the names of the modules it wraps."""
+"""Prefix of torch.compile in the names of modules."""
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, or quacks like one: ComfyUI's quantized layers are no nn.Linear."""
-    if isinstance(module, nn.Linear):
-        return True
-    # The type is asked first: a property may make the whole weight anew whenever it is read.
-    return isinstance(getattr(module, "in_features", None), int) and (
-        hasattr(type(module), "weight") or hasattr(module, "weight")
-    )
+    """Whether a module is a linear layer. ComfyUI's quantized layers are not nn.Linear, but have its attributes."""
+    # The type comes first: a property may dequantize the whole weight whenever it is read.
+    has_weight = hasattr(type(module), "weight") or hasattr(module, "weight")
+    return has_weight and isinstance(getattr(module, "in_features", None), int)
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a model, outermost first found: the parts of a LoRA wrapper are not layers of their own.
+    """The outermost linear layers of a model, without the parts of LoRA wrappers.
 
     Returns:
-        Module name, without what torch.compile adds to it -> module, in the model's order; a module that stands in
-        several places, under its first name.
+        Module name without the prefix of torch.compile -> module, in the model's order; a module with several names has
+        its first.
     """
     found: dict[str, nn.Module] = {}
     inside: set[nn.Module] = set()
-    for name, module in model.named_modules():  # each once, and before what it is made of
+    for name, module in model.named_modules():  # each once, before its children
         if module not in inside and is_linear(module):
             found[f"{name}.".replace(COMPILED_PREFIX, "").rstrip(".")] = module
             inside.update(module.modules())
@@ -84,10 +81,10 @@ def module_shape(module: nn.Module) -> Shape:
 
 
 def sample_modules(linears: Mapping[str, nn.Module]) -> dict[str, NDArray[np.float32]]:
-    """A few weights of modules that `find_linears` found, as `naming.sample_weights` reads them from a file.
+    """A few weights of modules from `find_linears`, the same as `naming.sample_weights` reads from a file.
 
     Returns:
-        By name, float32 [64]; without those that are in another format than FP8, on no device, or not finite.
+        By name, float32 [64]; without modules in other formats than FP8, on the meta device, or not finite.
     """
     samples = {}
     for name, module in linears.items():
@@ -107,7 +104,7 @@ def sample_modules(linears: Mapping[str, nn.Module]) -> dict[str, NDArray[np.flo
 
 
 def layers_to_record(known: Iterable[str], quantized: Iterable[str], feeds: Mapping[str, Sequence[str]]) -> list[str]:
-    """Names of the layers that a run records: the quantized ones, or those that modules feed if none is quantized.
+    """Names of the layers to record: the quantized ones, or all that modules feed if none is quantized.
 
     Args:
         known: all layers of a checkpoint.
@@ -119,21 +116,20 @@ def layers_to_record(known: Iterable[str], quantized: Iterable[str], feeds: Mapp
 
 
 class Recording:
-    """What `record` gives: totals so far, and the knobs of the run. Stays readable after the block.
+    """The totals of a recording, and its settings. Stays readable after the block.
 
     Args:
-        layers: layer name -> shape of its weight: the rows of the statistics.
+        layers: layer name -> shape of its weight; the rows of the statistics.
         slots: module name -> the layers that its input feeds.
 
     Attributes:
-        layers: as given.
-        batch: samples in each input, if the user of this class says so; None to find out.
+        batch: samples in each input; None to infer it.
     """
 
     def __init__(self, layers: Mapping[str, Shape], slots: Mapping[str, Sequence[str]]) -> None:
         self.layers = dict(layers)
         self.batch: int | None = None
-        # One slot more than modules: what stays empty, for the layers that none feeds.
+        # The last slot stays empty, for layers that no module feeds.
         self._widths = [*(next((self.layers[layer][1] for layer in fed), 0) for fed in slots.values()), 0]
         self._slot_of = {layer: number for number, fed in enumerate(slots.values()) for layer in fed}
         self._found_batch: int | None = None
@@ -141,21 +137,21 @@ class Recording:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything seen so far."""
+        """Drop everything recorded so far."""
         self._ran: set[int] = set()
         self._totals: dict[torch.device, Totals] = {}
         self._sigma_bins: dict[torch.device, Tensor] = {}
         self._host = {name: np.zeros(len(self._widths), np.int64) for name in ("calls", "rows", "rows_per_sample")}
 
     def at(self, sigma: Sigma) -> AbstractContextManager[object]:
-        """Tell the noise level of the inputs to come.
+        """Set the noise level of the next inputs.
 
         Args:
-            sigma: in [0, 1]; a number, or a tensor of one or more elements on any device, which is not waited for;
-                None if unknown. Different levels in one batch, and levels outside [0, 1], count as unknown.
+            sigma: in [0, 1]; a number, or a tensor of one or more elements on any device, without waiting for it; None
+                if unknown. Different levels in one batch, and levels outside [0, 1], count as unknown.
 
         Returns:
-            A context manager, for those who want the former level back at the end of a block.
+            A context manager that restores the previous level at the end of its block.
         """
         level = ExitStack()
         level.callback(self._set_sigma, self._sigma)
@@ -168,12 +164,12 @@ class Recording:
 
     @property
     def unseen(self) -> tuple[str, ...]:
-        """Layers that ran so far, and of which no input was seen."""
+        """Layers that ran without an observed input."""
         unseen = {module for module in self._ran if not self._host["calls"][module]}
         return tuple(layer for layer in self.layers if self._slot_of.get(layer) in unseen)
 
     def observe(self, module: int, x: Tensor, multiplied: Iterable[Tensor] | None = None) -> None:
-        """Add one input of the module with this number, which multiplies x by its weight, or these blocks of rows."""
+        """Add one input of the module with this number: x, or the blocks of rows that the weight multiplies instead."""
         if not x.is_floating_point() or x.is_meta:
             return
         rows = x.numel() // x.shape[-1] if x.ndim and x.shape[-1] else 0
@@ -190,14 +186,14 @@ class Recording:
                 accumulate(self._totals[x.device], module, self._sigma_bins[x.device], part)
 
     def _prepare(self, device: torch.device) -> None:
-        """Make what is kept on a device: the totals, and the column of the noise level."""
+        """Allocate the totals and the column of the noise level on a device."""
         if device not in self._totals:
             self._totals[device] = Totals(self._widths, device)
         if device not in self._sigma_bins:
             self._sigma_bins[device] = _sigma_bin_on(self._sigma, self._totals[device])
 
     def statistics(self, samples: int = 0, **facts: object) -> Statistics:
-        """What was seen so far, on the host. Waits for the devices.
+        """The statistics so far, on the host. Waits for the devices.
 
         Args:
             samples: images that the model ran for.
@@ -217,37 +213,28 @@ class Recording:
         return Statistics(self.layers, **columns).with_facts(samples, **unseen, **facts)
 
     def all_reduce(self, samples: int = 0, group: Any = None, **facts: object) -> Statistics:
-        """What all processes of a torch.distributed group saw together; every process must call it.
+        """The merged statistics of all processes of a torch.distributed group; every process must call it.
 
-        Args:
-            samples: images that the model ran for in this process.
-            group: the process group; by default all processes.
-            **facts: provenance of this process; see `Statistics.with_facts`.
-
-        Returns:
-            The same statistics in every process. This recording itself is unchanged.
-
-        Raises:
-            StatisticsError: the processes recorded different models.
+        `samples` and `facts` are those of this process; see `statistics`, and `all_reduce` of this module.
         """
         return all_reduce(self.statistics(samples, **facts), group)
 
 
 def _sigma_bin_on(sigma: Sigma, totals: Totals) -> Tensor:
-    """The column of a noise level as int64 [1] on the totals' device; waits for no CUDA device if that is one."""
+    """The column of a noise level, int64 [1] on the totals' device; does not wait for CUDA totals."""
     device = totals.sigma_numbers.device
     if isinstance(sigma, Tensor):
         level = sigma.detach().to(torch.float64).reshape(-1)
         known = ((level >= 0) & (level <= 1) & (level == level[:1])).all()
         column = (torch.ceil(level[:1] * SIGMA_BINS) - 1).clamp(min=0)
         bin_number = torch.where(known, column, UNKNOWN_SIGMA).to(torch.int64)
-        return bin_number.to(device, non_blocking=device.type != "cpu")  # the host must not read what is still coming
+        return bin_number.to(device, non_blocking=device.type != "cpu")  # a CPU must not read it too early
     number = sigma_bin(sigma)
     return totals.sigma_numbers[number : number + 1]
 
 
 def _samples_in(values: Iterable[Any]) -> tuple[int, torch.device] | tuple[None, None]:
-    """How many samples a model's inputs hold, and where: the first with three dimensions or more, or a list."""
+    """Samples and device of a model's inputs: of the first with three dimensions or more, or the first list."""
     for value in values:
         if isinstance(value, Tensor) and value.ndim > 2:
             return value.shape[0], value.device
@@ -267,21 +254,21 @@ def record(
 
     Args:
         model: any module; its linear layers are nn.Linear, and whatever has `in_features` and `weight`.
-        layers: the layers of the statistics. A mapping gives the weight shapes as the checkpoint has them (a module
-            that feeds a part of a fused layer has another), and may name layers that no module feeds; names alone
-            must all be fed and take the modules' shapes. By default every layer that a module feeds.
+        layers: the layers of the statistics. A mapping gives the weight shapes of the checkpoint (those of modules that
+            are parts of a fused layer differ), and may contain layers that no module feeds. Names without shapes must
+            all be fed, and get the modules' shapes. By default, every layer that a module feeds.
         names: module name -> the layer or layers that its input feeds (none: not recorded), as a mapping or a
-            function; by default a module feeds the layer of its own name. Where several modules feed one layer, the
-            first in the model's order is recorded for it: the parts of a fused layer share one input.
-        sigma: asked at each call of `model`, with its positional and keyword arguments, for the noise level;
-            `Recording.at` can tell it instead.
+            function; by default a module feeds the layer of its own name. If several modules feed one layer, the first
+            in the model's order is recorded: the parts of a fused layer share one input.
+        sigma: gives the noise level of each call of `model`, from its positional and keyword arguments; or use
+            `Recording.at`.
 
     Yields:
         The recording.
 
     Raises:
-        CalibrationError: `names` has a module that the model lacks or that is not linear, `layers` are names and one
-            is not fed, or no module is left.
+        CalibrationError: a module in `names` does not exist or is not linear, a layer without a shape is not fed, or no
+            module is left.
     """
     linears = find_linears(model)
     wanted = None if layers is None else dict.fromkeys(layers)
@@ -290,7 +277,7 @@ def record(
     if isinstance(layers, Mapping):
         table = {layer: (int(shape[0]), int(shape[1])) for layer, shape in layers.items()}
     elif unknown:
-        raise CalibrationError(f"no module feeds this layer ({len(unknown)} like it)", tensor=unknown[0])
+        raise CalibrationError(f"no module feeds this layer (1 of {len(unknown)})", tensor=unknown[0])
     else:
         table = {layer: shapes[layer] for layer in wanted or shapes}
     recording = Recording(table, slots)
@@ -334,7 +321,7 @@ def record(
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.callback(modules.clear)  # whoever still holds `bypass` or `ran` tells nothing more
+        stack.callback(modules.clear)  # late calls of `bypass` and `ran` have no effect
         stack.callback(model.register_forward_pre_hook(watch_model, with_kwargs=True).remove)
         for module in modules:
             stack.callback(module.register_forward_pre_hook(watch, with_kwargs=True).remove)
@@ -345,7 +332,7 @@ def record(
 def _plan(
     linears: Mapping[str, nn.Module], wanted: Collection[str] | None, names: Names | None
 ) -> tuple[dict[str, list[str]], dict[str, Shape]]:
-    """Which modules to record for which layers, and the shapes of those layers as the modules have them."""
+    """Modules to record -> their layers, and the shapes of these layers in the modules."""
     if isinstance(names, Mapping):
         unknown = [name for name in names if name not in linears]
         if unknown:
@@ -362,7 +349,7 @@ def _plan(
                 slots.setdefault(name, []).append(layer)
                 shapes[layer] = module_shape(module)
     if not slots:
-        raise CalibrationError(f"none of the {len(linears)} linear modules of the model is to be recorded")
+        raise CalibrationError(f"none of the model's {len(linears)} linear modules has a layer to record")
     return slots, shapes
 
 
@@ -379,15 +366,11 @@ def all_reduce(statistics: Statistics, group: Any = None) -> Statistics:
     Raises:
         StatisticsError: the processes recorded different models.
     """
-    everyone: list[Statistics] = gather(statistics.replace(metadata={}, path=None), group)
-    for rank, other in enumerate(everyone):
-        if list(other.layers.items()) != list(everyone[0].layers.items()):
-            raise StatisticsError(f"process {rank} recorded another model than process 0")
-    return merge(*everyone)
+    return merge(*gather(statistics.replace(metadata={}, path=None), group))
 
 
 def gather(value: Any, group: Any = None) -> list[Any]:
-    """What every process of a torch.distributed group passes here, by rank; [value] where there is no group."""
+    """The values of all processes of a torch.distributed group, by rank; [value] without a group."""
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):

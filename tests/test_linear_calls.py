@@ -128,12 +128,12 @@ def test_own_activations_are_what_they_are_written_out_and_comfyuis_go_before_th
     ("call", "message"),
     [
         (lambda m, h, _: m.fc2(h, input_act="tanhshrink"),
-         r"fc2: called with the activation 'tanhshrink', which is none of gelu_tanh, rms_norm, situ, swiglu "
+         r"fc2: called with an unknown activation 'tanhshrink', not one of gelu_tanh, rms_norm, situ, swiglu "
          r"\(a newer convert_to_quant may know it\)"),
-        (lambda m, h, _: m.fc2(h, input_act=3), "fc2: called with the activation 3"),
+        (lambda m, h, _: m.fc2(h, input_act=3), "fc2: called with an unknown activation 3"),
         (lambda m, h, _: m.fc2(h, input_act="gelu_tanh"), r"fc2: its input should be 16 wide, found \[18, 32\]"),
         (lambda m, h, _: m.fc2(h[..., :-2], input_act="swiglu"), r"fc2: its input should be 16 wide, found \[18, 15\]"),
-        (lambda m, h, _: m.fc2(h), r"fc2: its input should be 16 wide, found \[2, 9, 32\] \(the layer may apply"),
+        (lambda m, h, _: m.fc2(h), r"fc2: its input should be 16 wide, found \[2, 9, 32\] \(the layer may change"),
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_refused(call, message):

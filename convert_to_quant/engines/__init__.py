@@ -1,5 +1,4 @@
-"""Where activations come from.
+"""Sources of activations: `diffusers` runs the network in diffusers' classes, `layer` simulates one layer at a time.
 
-`diffusers` runs the network itself, in diffusers' transformer classes; `layer` simulates one layer at a time.
-Nothing here is imported before it is used: torch and diffusers take seconds to load.
+Modules are imported when they are first used: torch and diffusers take seconds to load.
 """

@@ -1,7 +1,7 @@
-"""The devices that models run on, checked in one place and before any work.
+"""Checks the devices that models run on, in one place and before any work.
 
-Sums of what layers receive are kept in float64, so that they add up to the same in any order. Apple's `mps` has none,
-so it is not offered.
+Sums over layer inputs are float64, so that they add up to the same in any order. Apple's `mps` has no float64, so it is
+not offered.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """A device that is there.
+    """A device that torch can use.
 
     Args:
         name: "cpu", "cuda", "cuda:1", "xpu" and so on; "auto" is "cuda" where torch has it, else "cpu".
 
     Raises:
-        OptionError: it is unknown, or torch cannot use it here.
+        OptionError: it is unknown, or torch cannot use it.
     """
     check_device_name(str(name))
     try:
@@ -33,6 +33,6 @@ def find_device(name: str | torch.device) -> torch.device:
     except (ImportError, RuntimeError, AssertionError) as error:
         raise OptionError(
             f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}",
-            hint="without a device the model runs on a GPU if there is one",
+            hint="the default is a GPU if there is one, else the CPU",
         ) from None
     return device

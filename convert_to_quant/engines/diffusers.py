@@ -196,9 +196,7 @@ def observe(
         )
 
 
-def watched(
-    denoiser: Denoiser, layers: Collection[str] | None = None
-) -> tuple[dict[str, Shape], dict[str, list[str]]]:
+def watched(denoiser: Denoiser, layers: Collection[str] | None = None) -> tuple[dict[str, Shape], dict[str, list[str]]]:
     """The arguments of `recorder.record` for a model.
 
     Args:

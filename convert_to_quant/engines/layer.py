@@ -1,18 +1,18 @@
-"""Ranges guessed from a weight alone, one layer at a time, for models that cannot be run.
+"""Guesses input ranges from the weight alone, one layer at a time, for models that cannot be run.
 
-A range cannot be read off a weight: a layer's input can be multiplied by any factor if its weight is divided by it, and
-the network stays the same. What a weight does tell is how its input channels relate: a trained layer hears all of them,
-so channels with small weights carry large values. So the input is simulated as
+A weight does not determine its input range: multiplying a layer's input by any factor and dividing its weight by it
+leaves the network the same. But a weight shows how its input channels relate. A trained layer uses all of them, so
+channels with small weights have large values. The input is simulated as
 
     x_j = z_j · sqrt(out / in) / ‖W_:j‖        z of unit variance
 
-which makes every channel contribute equally to an output of unit variance: Var(y) = (1/out) Σ_j ‖W_:j‖² · Var(x_j) = 1.
-The percentile of |x|, times a margin (8 by default, since FP8 forgives headroom and not clipping), is the range.
+so that every channel contributes equally to an output of unit variance: Var(y) = (1/out) Σ_j ‖W_:j‖² · Var(x_j) = 1.
+The range is a percentile of |x| times a margin (8 by default, since FP8 tolerates headroom but not clipping).
 
-z is normal, or, where a LoRA was trained on this layer, the rows of its A with small noise and both signs, at unit
-variance: directions that real inputs had.
+z is normal. For layers with a LoRA, z is the rows of its A with small noise and both signs, at unit variance: real
+inputs had these directions.
 
-One pass over the file: no weight is ever whole in memory, and FP8 needs no torch.
+The file is read once, no weight is ever completely in memory, and FP8 needs no torch.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from numpy.typing import NDArray
 from ..checkpoint import Checkpoint
 from ..errors import TensorError
 from ..formats.record import spans
-from ..layers import Layer, dequantize, scales_per_row
+from ..layers import Layer, dequantize
 from ..telling import Advance
 
 DEFAULT_MARGIN = 8.0
 NOISE_LEVELS = (0.0, 0.1, 0.2)
-"""How much noise, in standard deviations of the LoRA's rows, is added to each copy of them."""
+"""Noise added to each copy of a LoRA's rows, in their standard deviations."""
 
 _ROWS = 64
 """Rows of a weight per step: 64 × 15,360 values in float32 are 4 MB."""
@@ -44,12 +44,12 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Simulation:
-    """How inputs are made up.
+    """How inputs are simulated.
 
     Attributes:
-        samples: rows of random input; with a LoRA, its rows set the number.
+        samples: rows of random input; a LoRA has its own number of rows.
         percentile: of the simulated magnitudes, in (0, 100].
-        seed: of the random numbers; each layer draws its own from it and its name.
+        seed: of the random numbers, together with the name of the layer.
     """
 
     samples: int = 64
@@ -58,32 +58,21 @@ class Simulation:
 
 
 def generator(seed: int, layer: str) -> np.random.Generator:
-    """Random numbers of one layer: the same whatever other layers are there, and in whatever order they run."""
+    """Random numbers of one layer, independent of other layers and their order."""
     return np.random.default_rng([seed, zlib.crc32(layer.encode("utf-8"))])
 
 
 def column_squares(checkpoint: Checkpoint, layer: Layer) -> NDArray[np.float64]:
-    """Sum of squares of every column of a layer's real weight, quantized or not: float64 [in].
+    """Sum of squares of every column of a layer's real weight: float64 [in].
 
     Raises:
         TensorError: the weight has NaN or infinite values.
     """
-    grid = None if layer.format is None else layer.format.grid
-    scale = None if grid is None or layer.weight_scale is None else checkpoint.float32(layer.weight_scale)
-    # einsum, not @: BLAS would start threads of its own under each of ours, which costs three times the time.
-    squares_of_codes = None if grid is None else grid.values**2
     total = np.zeros(layer.in_features)
-    # Squares of very small or large scales leave float32, so they are taken relative to the largest.
-    largest = 1.0 if scale is None else float(scale.max(initial=0.0)) or 1.0
     for rows in spans(layer.out_features, _ROWS):
-        if squares_of_codes is None or scale is None:
-            weight_OI = dequantize(checkpoint, layer, rows)
-            total += np.einsum("oi,oi->i", weight_OI, weight_OI)
-            continue
-        squares_OI = np.take(squares_of_codes, checkpoint.bits(layer.weight.name, rows).view(np.uint8), mode="clip")
-        spread = np.square(scales_per_row(scale, layer, rows) / np.float32(largest))
-        total += np.einsum("oi,oi->i", np.broadcast_to(spread, squares_OI.shape), squares_OI)
-    total *= largest * largest
+        weight_OI = dequantize(checkpoint, layer, rows)
+        # einsum, not @: BLAS would start its own threads under each of ours and take three times as long.
+        total += np.einsum("oi,oi->i", weight_OI, weight_OI, dtype=np.float64)
     if not np.isfinite(total).all():
         name = layer.weight.name
         raise TensorError("the weight has NaN or infinite values", path=checkpoint.path_of(name), tensor=name)
@@ -96,10 +85,10 @@ def unit_rows(
     """Float32 rows of unit variance: normal, [samples, in], or a LoRA's with noise and both signs, [4 · rank, in].
 
     Args:
-        random: where from.
-        simulation: how many.
-        in_features: their length.
-        lora_rows_RI: rows of the LoRA's A, float32 [rank, in].
+        random: source of random numbers.
+        simulation: its `samples` apply without a LoRA.
+        in_features: length of a row.
+        lora_rows_RI: the LoRA's A, float32 [rank, in].
     """
     if lora_rows_RI is None or not np.any(lora_rows_RI):
         return random.standard_normal((simulation.samples, in_features), dtype=np.float32)
@@ -134,14 +123,14 @@ def input_range(unit_RI: Float32, squares_I: NDArray[np.float64], out_features: 
         percentile: of |x|.
 
     Returns:
-        The percentile; 0 where the weight is all zero. Channels whose weights are all zero are left out: nothing tells
-        what they carry, and nothing hears them.
+        The percentile; 0 if the weight is all zero. Channels whose weights are all zero are left out: they have no
+        effect, and nothing shows their values.
     """
     heard = squares_I > 0
     if not heard.any():
         return 0.0
     factors = np.sqrt(out_features / np.count_nonzero(heard) / squares_I[heard])
-    largest = float(factors.max())  # taken out, so that float32 holds the rest
+    largest = float(factors.max())  # factored out so that the rest fits float32
     relative_RI = unit_RI[:, heard] * (factors / largest).astype(np.float32)
     return percentile_of(np.abs(relative_RI, out=relative_RI), percentile) * largest
 
@@ -153,17 +142,17 @@ def simulate(
     lora_rows: Callable[[str], Float32 | None] | None = None,
     progress: Advance | None = None,
 ) -> dict[str, float]:
-    """Ranges of many layers, side by side in threads.
+    """Guess the ranges of many layers, in parallel threads.
 
     Args:
-        checkpoint: where they are.
+        checkpoint: contains the layers.
         layers: FP8 layers by name.
         simulation: how.
-        lora_rows: layer name -> rows of its LoRA's A, or None.
-        progress: told the bytes of weight that were done.
+        lora_rows: layer name -> its LoRA's A, or None.
+        progress: called with the bytes of each finished weight.
 
     Returns:
-        Range by layer name, margin excluded, in the order of `layers`; 0 where a weight is empty or all zero.
+        Range by layer name, without margin, in the order of `layers`; 0 if a weight is empty or all zero.
 
     Raises:
         TensorError: a weight has NaN or infinite values.

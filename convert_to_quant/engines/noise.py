@@ -1,17 +1,17 @@
-"""Noise in place of prompts: what a model is shown when there is no data.
+"""Noise that replaces prompts when there is no data.
 
-A flow model starts from noise, so noise stands in for latents exactly at sigma 1, and the model's own steps lead to
-latents like its own below. Nothing stands in for a text encoder as well. Its outputs have a size of their own and are
-often loud in a few channels (Qwen-Image's text stream reaches 4e4), so conditioning is drawn in three ways: none, which
-is also the empty prompt of guidance; noise with a few channels `LOUD` times the others; and noise of four times the
-usual size. Louder noise (both at once) gives ranges that real prompts never reach, and those cost fidelity.
+A flow model starts from noise, so noise latents are exact at sigma 1, and the model's own steps produce its latents
+below. No noise imitates a text encoder as well. Encoder outputs have a size of their own, and often a few outlier
+channels (Qwen-Image's text stream reaches 4e4). So conditioning is drawn in three ways: zeros, which are also the empty
+prompt of guidance; noise with a few channels `LOUD` times larger than the others; and noise of four times the usual
+size. Both at once would give ranges that real prompts never reach, which cost fidelity.
 
-Pooled vectors are tamer than token streams: they leave their encoder through a norm or a projection, without loud
-channels. One vector steers every block through its modulation, so too loud a vector raises the range of all layers:
-with vectors drawn as streams are, the emoji model's ranges lay 2.2 octaves above those of real prompts, which cost up
-to 0.6 dB (docs/accuracy.md). So a vector has no loud channels, and at most `VECTOR_MAGNITUDE`.
+Pooled vectors are smaller than token streams: they leave their encoder through a norm or a projection, without outlier
+channels. One vector modulates every block, so a too large vector raises the range of all layers: with vectors drawn
+like streams, the emoji model's ranges were 2.2 octaves above those of real prompts, which cost up to 0.6 dB
+(docs/accuracy.md). So a vector has no outlier channels, and at most `VECTOR_MAGNITUDE`.
 
-Everything is drawn on the CPU with numpy from (seed, number of the trajectory), so a run shows the same inputs on any
+Everything is drawn on the CPU with numpy from (seed, number of the trajectory), so a run has the same inputs on any
 machine, in any batch size and in any order.
 """
 
@@ -28,8 +28,7 @@ from ..families.running import Signal
 
 LOUD = 30.0
 LOUD_SHARE = 1 / 64
-"""How many times louder the loud channels are, and how many they are: one at least."""
-
+"""Size of outlier channels relative to the others, and their share: at least one channel."""
 
 VECTOR_MAGNITUDE = 2.0
 """Largest standard deviation of a pooled vector."""
@@ -42,7 +41,7 @@ class Conditioning:
     Attributes:
         name: for reports.
         magnitude: standard deviation of the ordinary channels.
-        loud: whether some channels are `LOUD` times that.
+        loud: whether some channels are `LOUD` times larger.
     """
 
     name: str
@@ -54,32 +53,23 @@ SILENT = Conditioning("silent", 0.0)
 LOUD_CHANNELS = Conditioning("loud channels", 1.0, loud=True)
 STRONG = Conditioning("strong", 4.0)
 CONDITIONINGS = (SILENT, LOUD_CHANNELS, STRONG)
-"""What a model is shown in turn. The last two have about the same mean square."""
+"""Used in turn. The last two have about the same mean square."""
 
 LATENTS_STREAM, CONDITIONING_STREAM = 0, 1
 
 
 def latents(shape: tuple[int, ...], seed: int, number: int) -> Tensor:
-    """Pure noise, the state of a trajectory at sigma 1.
-
-    Args:
-        shape: without the batch.
-        seed: of the run.
-        number: of the trajectory.
-
-    Returns:
-        float32 [1, *shape], on the CPU.
-    """
+    """Pure noise, the state of trajectory `number` at sigma 1: float32 [1, *shape], on the CPU."""
     rng = np.random.default_rng((seed, number, LATENTS_STREAM))
     return torch.from_numpy(rng.standard_normal((1, *shape), np.float32))
 
 
 def conditioning(signals: Mapping[str, Signal], way: Conditioning, seed: int, number: int) -> dict[str, Tensor]:
-    """Noise in the shape of a text encoder's outputs.
+    """Noise in the shape of a text encoder's outputs for trajectory `number`.
 
     Args:
-        signals: the model's conditioning tensors by name.
-        way: how loud.
+        signals: the model's conditioning inputs by name.
+        way: how to draw it.
         seed: of the run.
         number: of the trajectory.
 

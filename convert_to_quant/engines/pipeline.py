@@ -1,18 +1,17 @@
-"""A diffusers pipeline run on real prompts: the inputs that a model's layers receive in earnest.
+"""A diffusers pipeline run on real prompts, to observe the inputs that a model's layers have in use.
 
-Why it exists. Noise stands in for prompts well (`noise.py`), but only a text encoder knows how loud its own outputs
-are, and only a pipeline knows its scheduler, its guidance and its negative prompt. The pipeline folder contains
-all of it.
+Noise is a good substitute for prompts (`noise.py`), but only a text encoder shows the size of its own outputs, and only
+a pipeline has its scheduler, guidance and negative prompt. The pipeline folder contains all of it.
 
-How it works. diffusers loads the folder, without a network, without pickles, and paints each prompt. The inputs of the
-transformer's linear layers are recorded and put under the names of the checkpoint that will be patched: given one, by
-tracing where each of its rows goes (`provenance.py`); without one, under diffusers' own names and the authors' both
-(`families`), so that the statistics fit a checkpoint of either kind. The parts of a fused layer share one input.
+diffusers loads the folder without network access and without pickles, and generates an image per prompt. The inputs of
+the transformer's linear layers are recorded under the names of the checkpoint, if one is given: `provenance.py` traces
+each of its rows. Otherwise they are recorded under both diffusers' and the authors' names (`families`), so that the
+statistics fit a checkpoint of either kind. The parts of a fused layer share one input.
 
-Noise levels are the scheduler's own. Where only embeddings are wanted, nothing but its text encoders is loaded.
+Noise levels are those of the scheduler. To embed prompts only, just the text encoders are loaded.
 
-Limits. The noise of prompt n follows from the seed and n on any device, but the image is the pipeline's business:
-what it draws itself comes from its own generator. Pipelines with two transformers are observed one at a time
+Limits. The noise of image n depends on the seed and n, on any device, but the pipeline generates the image: what else
+it draws comes from its own generator. A pipeline with two transformers is observed one transformer at a time
 (`component`).
 """
 
@@ -44,28 +43,28 @@ from .prompts import NEGATIVE, Prompts
 from .session import Observation, Session, Unit
 
 COMPONENTS = ("transformer", "unet")
-"""What a pipeline calls its diffusion model."""
+"""Names of the diffusion model in pipelines."""
 
 NOT_ENCODERS = (*COMPONENTS, "transformer_2", "vae")
-"""Large parts that have no say in embeddings."""
+"""Large parts that embeddings do not need."""
 
 TEXT_LENGTH = "max_sequence_length"
-"""What pipelines call the most tokens of a prompt."""
+"""Argument of pipelines for the largest number of tokens of a prompt."""
 
 MODEL_INDEX = "model_index.json"
 
 
 def require_pipeline(folder: StrPath) -> Path:
-    """The folder of a pipeline.
+    """The path of a pipeline folder.
 
     Raises:
-        CalibrationError: it is none.
+        CalibrationError: it is not a pipeline folder.
     """
     path = Path(folder)
     if not path.is_dir():
-        raise CalibrationError("no such folder", path=path, hint="of a diffusers pipeline; nothing is downloaded")
+        raise CalibrationError("no such folder", path=path, hint="name a diffusers pipeline; nothing is downloaded")
     if not (path / MODEL_INDEX).is_file():
-        raise CalibrationError(f"no folder of a diffusers pipeline: it has no {MODEL_INDEX}", path=path)
+        raise CalibrationError(f"not a diffusers pipeline: the folder has no {MODEL_INDEX}", path=path)
     return path
 
 
@@ -75,10 +74,10 @@ def load(folder: StrPath, device: str = "cpu", *, without: Sequence[str] = ()) -
     Args:
         folder: with `model_index.json`.
         device: where to run it.
-        without: parts that are not needed, as far as it has them.
+        without: parts to leave out, if it has them.
 
     Raises:
-        CalibrationError: it is no such folder, or diffusers cannot load it.
+        CalibrationError: it is not a pipeline folder, or diffusers cannot load it.
         OptionError: an unusable device.
     """
     import diffusers
@@ -90,7 +89,7 @@ def load(folder: StrPath, device: str = "cpu", *, without: Sequence[str] = ()) -
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions call it dtype, older ones know only this
             parts, kind = {}, diffusers.DiffusionPipeline
-            if without:  # optional parts can only be left out by the pipeline's own class
+            if without:  # only the pipeline's own class can leave out optional parts
                 parts = kind.load_config(str(path))
                 kind = getattr(diffusers, str(parts.get("_class_name")), kind)
             pipeline = kind.from_pretrained(  # type: ignore[no-untyped-call]
@@ -105,7 +104,7 @@ def load(folder: StrPath, device: str = "cpu", *, without: Sequence[str] = ()) -
 
 
 def _hide_loading_bars() -> None:
-    """Keep diffusers and transformers from drawing bars while they load: only the command line prints."""
+    """Turn off the progress bars of diffusers and transformers: only the command line prints."""
     for package in ("diffusers", "transformers"):
         if importlib.util.find_spec(package) is not None:
             importlib.import_module(f"{package}.utils.logging").disable_progress_bar()
@@ -121,16 +120,16 @@ def observe(
     component: str | None = None,
     progress: Progress | None = None,
 ) -> Observation:
-    """Paint prompts with a pipeline and record the inputs of its transformer's linear layers.
+    """Generate images with a pipeline and record the inputs of its transformer's linear layers.
 
     Args:
         folder: of the pipeline.
-        prompts: one text each.
-        options: how many images, at least one of each prompt, the steps of the scheduler, and where to run. Sizes that
-            are None are the pipeline's own.
-        session: saves, resumes and shares the work. Nothing is written to its output yet: see `Session.finish`.
-        checkpoint: whose layer names to use; by default diffusers' and the authors' both.
-        component: which of the pipeline's parts to record; "transformer" or "unet" by default.
+        prompts: texts.
+        options: number of images, at least one per prompt; steps of the scheduler; device. Sizes that are None are the
+            pipeline's own.
+        session: saves, resumes and shares the work. It does not write the output yet: see `Session.finish`.
+        checkpoint: whose layer names to use; by default diffusers' and the authors' names both.
+        component: the part of the pipeline to record; "transformer" or "unet" by default.
         progress: called after every step.
 
     Returns:
@@ -140,21 +139,21 @@ def observe(
         OptionError: no prompts, or an option or device that the pipeline cannot use.
         CalibrationError: the folder cannot be loaded, its transformer is not the checkpoint's model, or inputs are not
             finite.
-        UnsupportedModelError: the checkpoint's layout is not known.
+        UnsupportedModelError: the checkpoint's layout is unknown.
         StatisticsError: the session cannot be resumed.
     """
     if not prompts:
         raise OptionError("no prompts")
     pipeline = load(folder, options.device)
-    images, steps = options.samples or len(prompts), options.steps or STEPS
-    said = {
+    images, steps = max(options.samples or 0, len(prompts)), options.steps or STEPS
+    asked = {
         "num_inference_steps": steps,
         "height": options.height,
         "width": options.width,
         "num_frames": options.frames,
         TEXT_LENGTH: options.text_tokens,
     }
-    arguments = {name: value for name, value in said.items() if value is not None}
+    arguments: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     known = inspect.signature(pipeline.__call__).parameters
     for name in arguments:
         if name not in known:
@@ -163,31 +162,25 @@ def observe(
     shapes, feeds = _names_of(transformer, checkpoint, folder)
     with record(transformer, shapes, feeds, sigma=lambda *_: _sigma(pipeline.scheduler)) as recording:
 
-        def paint(number: int, tick: Advance) -> None:
-            ticked = 0
+        @torch.no_grad()
+        def generate(number: int, tick: Advance) -> None:
+            left = steps
 
             def step_done(*_: object) -> dict[str, Any]:
-                nonlocal ticked
-                ticked += 1
+                nonlocal left
+                left -= 1
                 tick(1)
                 return {}
 
-            told: dict[str, Any] = {"callback_on_step_end": step_done} if "callback_on_step_end" in known else {}
+            if "callback_on_step_end" in known:
+                arguments["callback_on_step_end"] = step_done
             generator = torch.Generator().manual_seed(options.seed + number)
-            with torch.no_grad():
-                pipeline(
-                    prompt=prompts[number % len(prompts)], generator=generator, output_type="latent",
-                    **arguments, **told,
-                )  # fmt: skip
-            tick(steps - ticked)
+            pipeline(prompt=prompts[number % len(prompts)], generator=generator, output_type="latent", **arguments)
+            tick(left)
 
-        units = [
-            Unit(f"picture {number}", "prompts", 1, steps, partial(paint, number))
-            for number in range(max(images, len(prompts)))
-        ]
         return session.run(
             recording,
-            units,
+            [Unit(f"image {number}", "prompts", 1, steps, partial(generate, number)) for number in range(images)],
             folder,
             progress=progress,
             engine="pipeline",
@@ -196,6 +189,10 @@ def observe(
             seed=options.seed,
             steps=steps,
         )
+
+
+Embeddings = dict[str, torch.Tensor]
+"""One prompt's, by the names of the model's signals."""
 
 
 @torch.no_grad()
@@ -209,23 +206,23 @@ def encode(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[Prompts]:
-    """Embed prompts with a pipeline's own text encoders; its diffusion model is not loaded.
+    """Embed prompts with a pipeline's own text encoders, without loading its diffusion model.
 
-    Pipelines return embeddings in orders of their own, without names. Each is known by its width. A text
-    loses its padding where the model takes no mask.
+    Pipelines return embeddings in different orders and without names; each is recognized by its width. A text loses its
+    padding if the model takes no mask.
 
     Args:
         folder: of the pipeline.
-        prompts: one text each.
-        signals: the conditioning that the model takes, by name.
+        prompts: texts.
+        signals: the conditioning inputs of the model, by name.
         negative: embed the empty prompt as well.
-        text_tokens: most tokens of a prompt; the pipeline's own default where None.
+        text_tokens: largest number of tokens of a prompt; the pipeline's own default if None.
         device: where to run.
         progress: called after every prompt.
 
     Returns:
-        The prompts in order, those of one length together; under the names of `signals`, the empty prompt's with
-        `NEGATIVE` before them, on the CPU.
+        The prompts in order, grouped by length, under the names of `signals` (the empty prompt's with the prefix
+        `NEGATIVE`), on the CPU.
 
     Raises:
         OptionError: an option or device that the pipeline cannot use.
@@ -237,24 +234,24 @@ def encode(
     known = inspect.signature(pipeline.encode_prompt).parameters
     if text_tokens is not None and TEXT_LENGTH not in known:
         raise OptionError(f"{type(pipeline).__name__} takes no {TEXT_LENGTH}")
-    at_once = "do_classifier_free_guidance" in known  # such pipelines have their own idea of the empty prompt
+    required = {name for name, one in known.items() if one.default is one.empty and one.kind != one.VAR_KEYWORD}
+    at_once = "do_classifier_free_guidance" in known  # such pipelines return an empty prompt of their own
 
-    def embed(text: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def embed(text: str) -> tuple[Embeddings, Embeddings]:
         given = {
             "prompt": text, "device": device, TEXT_LENGTH: text_tokens, "do_classifier_free_guidance": negative,
         }  # fmt: skip
-        needed = {name for name, one in known.items() if one.default is one.empty and one.kind != one.VAR_KEYWORD}
-        said = {name for name in known.keys() & given if given[name] is not None}
-        return _by_signal(pipeline.encode_prompt(**{name: given.get(name) for name in needed | said}), signals)
+        passed = required | {name for name in known.keys() & given if given[name] is not None}
+        return _by_signal(pipeline.encode_prompt(**{name: given.get(name) for name in passed}), signals)
 
     empty = embed("")[0] if negative and not at_once else {}
-    alike: dict[tuple[torch.Size, ...], list[dict[str, torch.Tensor]]] = {}
+    alike: dict[tuple[torch.Size, ...], list[Embeddings]] = {}
     for number, text in enumerate(prompts):
         found, opposite = embed(text)
         for name, signal in signals.items():
             if signal.kind == "noise" and name not in found:
                 raise CalibrationError(
-                    f"its text encoders give no embeddings of {signal.shape[-1]} channels, as the model takes them",
+                    f"its text encoders give no embeddings of {signal.shape[-1]} channels, which the model needs",
                     path=folder,
                     tensor=name,
                     hint="name the folder of the model's own pipeline",
@@ -264,27 +261,23 @@ def encode(
         alike.setdefault(tuple(value.shape for value in found.values()), []).append(found)
         if progress is not None:
             progress(number + 1, len(prompts))
-    return [
-        Prompts(
-            {
-                name: rows[0][name] if name.startswith(NEGATIVE) else torch.cat([row[name] for row in rows])
-                for name in rows[0]
-            },
-            source=folder,
-        )
-        for rows in alike.values()
-    ]
+
+    def joined(rows: Sequence[Embeddings]) -> Embeddings:
+        return {
+            name: value if name.startswith(NEGATIVE) else torch.cat([row[name] for row in rows])
+            for name, value in rows[0].items()
+        }
+
+    return [Prompts(joined(rows), source=folder) for rows in alike.values()]
 
 
-def _by_signal(
-    outputs: Sequence[Any], signals: Mapping[str, Signal]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """What an `encode_prompt` gave for one prompt, by the model's names: with the prompt, and without it.
+def _by_signal(outputs: Sequence[Any], signals: Mapping[str, Signal]) -> tuple[Embeddings, Embeddings]:
+    """The embeddings of one prompt from `encode_prompt`, by signal: with the prompt, and without it.
 
-    Of two that fit a name, the first is with the prompt, as in all pipelines of diffusers. Of a text whose mask the
-    model does not take, only what counts is kept.
+    If two outputs fit a name, the first is with the prompt, as in all pipelines of diffusers. Texts are cut to their
+    mask if the model takes no mask.
     """
-    found: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
+    found: tuple[Embeddings, Embeddings] = ({}, {})
     masks = []
     for output in outputs:
         value = torch.stack(list(output)) if isinstance(output, (list, tuple)) and output else output  # one per prompt
@@ -308,20 +301,19 @@ def _by_signal(
 
 
 def _component(pipeline: Any, component: str | None, folder: StrPath) -> nn.Module:
-    """The part of a pipeline that is recorded."""
+    """The part of a pipeline to record."""
     choices = (component,) if component is not None else COMPONENTS
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     for name in choices:
-        part = getattr(pipeline, name, None)
-        if isinstance(part, nn.Module):
-            return part
-    has = ", ".join(name for name, part in pipeline.components.items() if isinstance(part, nn.Module))
-    raise OptionError(f"{folder}: the pipeline has no {' or '.join(choices)}", hint=f"it has {has}")
+        if name in parts:
+            return parts[name]
+    raise OptionError(f"{folder}: the pipeline has no {' or '.join(choices)}", hint=f"it has {', '.join(parts)}")
 
 
 def _names_of(
     transformer: nn.Module, checkpoint: Checkpoint | None, folder: StrPath
 ) -> tuple[dict[str, Shape], dict[str, list[str]]]:
-    """Layers to record and their shapes, and which of them each module feeds."""
+    """Shapes of the layers to record, and which of them each module feeds."""
     modules = {name: module_shape(module) for name, module in find_linears(transformer).items()}
     if checkpoint is None:
         both = families.checkpoint_layers(modules, type(transformer).__name__)
@@ -331,18 +323,17 @@ def _names_of(
     model = load_model(checkpoint)
     wanted = {name: (linear.out_features, linear.in_features) for name, linear in model.linears.items()}
     if modules != wanted:
-        strangers = sorted({name for name, _ in modules.items() ^ wanted.items()})
         raise CalibrationError(
             f"the pipeline's {type(transformer).__name__} is not the model of {checkpoint.path}",
             path=folder,
-            tensor=strangers[0],
-            hint="name the checkpoint that goes with the pipeline, or none",
+            tensor=min(modules.items() ^ wanted.items())[0],
+            hint="name the pipeline's own checkpoint, or none",
         )
     return watched(model)
 
 
 def _sigma(scheduler: Any) -> float | None:
-    """The scheduler's present noise level; None where it keeps none."""
+    """The scheduler's current noise level; None if it has none."""
     sigmas: Mapping[int, Any] | None = getattr(scheduler, "sigmas", None)
     if sigmas is None:
         return None

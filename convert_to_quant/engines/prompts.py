@@ -1,12 +1,12 @@
-"""Conditioning made by a model's own text encoders, in place of noise.
+"""Conditioning from a model's own text encoders, instead of noise.
 
-Why it exists. Ranges observed on noise are safe, but wide where a text encoder's outputs are small. Whoever has prompt
-embeddings, from a diffusers pipeline or from elsewhere, gets the true ones: a safetensors file with one tensor per
-argument of the pipeline, [prompts, ...] each.
+Ranges observed on noise are safe, but too wide where a text encoder's outputs are small. Prompt embeddings, from a
+diffusers pipeline or elsewhere, give the true ranges. They are a safetensors file with one tensor per argument of the
+pipeline, [prompts, ...] each.
 
 Names are the pipeline's arguments (`prompt_embeds`, `pooled_prompt_embeds`, ...) or those of the transformer's
-`forward`. Tensors of the empty prompt (`negative_prompt_embeds`, ...) count as further prompts. Masks and guidance may
-be left out.
+`forward`. Tensors of the empty prompt (`negative_prompt_embeds`, ...) count as further prompts. Masks and guidance are
+optional.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PIPELINE_NAMES: Mapping[str, tuple[str, ...]] = {
     "prompt_embeds_mask": ("encoder_attention_mask",),
     "image_embeds": ("encoder_hidden_states_image",),
 }
-"""What pipelines call the arguments of their transformers."""
+"""Names of the arguments of transformers in pipelines."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Prompts:
 
     Attributes:
         tensors: by name, each [prompts, ...].
-        geometry: of the images, with the prompts' own number of text tokens, once fitted to a model.
-        source: where they come from, for messages.
+        geometry: of the images, with the prompts' own number of text tokens once they are fitted to a model.
+        source: path, for messages.
     """
 
     tensors: Mapping[str, Tensor]
@@ -50,7 +50,7 @@ class Prompts:
 
     @property
     def count(self) -> int:
-        """How many prompts there are."""
+        """Number of prompts."""
         return len(next(iter(self.tensors.values())))
 
     @staticmethod
@@ -58,7 +58,7 @@ class Prompts:
         """Read a safetensors file of prompt embeddings.
 
         Raises:
-            CheckpointError: it cannot be read, or holds other than float and integer tensors.
+            CheckpointError: it cannot be read, or has tensors that are neither float nor integer.
         """
         with open_checkpoint(path) as file:
             tensors = {
@@ -68,20 +68,21 @@ class Prompts:
         return Prompts(tensors, source=path)
 
     def save(self, path: StrPath) -> None:
-        """Write them as `load` reads them: floats in float32, masks as integers.
+        """Write a file that `load` reads: floats in float32, masks as integers.
 
         Raises:
             OutputError: the file cannot be written.
         """
-        numbers = {name: value.float() if value.is_floating_point() else value.long()
-                   for name, value in self.tensors.items()}  # fmt: skip
-        write_checkpoint(path, {name: Entry.of(value.cpu().numpy()) for name, value in numbers.items()})
+        write_checkpoint(path, {
+            name: Entry.of((value.float() if value.is_floating_point() else value.long()).cpu().numpy())
+            for name, value in self.tensors.items()
+        })  # fmt: skip
 
     def fitted(self, denoiser: Denoiser, geometry: Geometry) -> Prompts:
-        """The same prompts under the names that a model takes: one tensor for each of its signals, checked.
+        """The same prompts by the names of a model's conditioning inputs, checked.
 
         Raises:
-            CalibrationError: a tensor is unknown or missing, or has a shape that does not fit.
+            CalibrationError: a tensor is unknown or missing, or its shape does not fit.
         """
         known = denoiser.signals(geometry)
         spellings = {name: name for name in known}
@@ -96,7 +97,7 @@ class Prompts:
         if not named:
             raise self._error("no prompts", next(iter(self.tensors), ""))
         longer = denoiser.signals(replace(geometry, text_tokens=geometry.text_tokens + 1))
-        text_names = [name for name in named if known[name].shape != longer[name].shape]  # not an image's tokens
+        text_names = [name for name in named if known[name].shape != longer[name].shape]  # not the tokens of an image
         text = [named[name].shape[1] for name in text_names if named[name].ndim == 3]
         geometry = replace(geometry, text_tokens=text[0] if text else geometry.text_tokens)
         signals = denoiser.signals(geometry)

@@ -1,16 +1,16 @@
-"""Which checkpoint rows each weight of a model came from.
+"""Traces which checkpoint rows each weight of a model comes from.
 
-Why it exists. Models rename a checkpoint's tensors, split fused ones (qkv), swap halves (scale and shift), and drop
-some. To put a recorded range back onto the checkpoint's own layer, and to read a weight straight from the file when it
-runs, we need that map for every tensor.
+Models rename a checkpoint's tensors, split fused ones (qkv), swap halves (scale and shift), and drop some. Assigning a
+recorded range to the checkpoint's own layer, and reading a weight from the file when it runs, need that map for every
+tensor.
 
-How it works. For diffusers' classes the rules of `families` say it (`renamed`). ComfyUI's loader is functions on
-tensors, not tables (`trace`): constants in, provenance out. They are fed integer tensors in place of the weights. Row r
-of tensor number n holds n · 2^32 + r, all other dimensions are 1. Whatever the functions do along rows, the values that
-come out say where each row came from. Runs of consecutive values become `Piece`s.
+For diffusers' classes, the rules of `families` give the map (`renamed`). ComfyUI's loader consists of functions on
+tensors instead (`trace`). They get integer tensors as weights: row r of tensor number n contains n · 2^32 + r, and all
+other dimensions are 1. However the functions move rows, the values show where each row came from. Runs of consecutive
+values become `Piece`s.
 
-Limits. Such functions may only move whole rows. One that computes with the values, or moves columns, gives values that
-are no row numbers or a shape that the model does not have, and both are errors.
+Limits. Such functions may only move whole rows. A function that computes with the values or moves columns gives values
+that are no row numbers, or a shape that the model does not have; both are errors.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .. import names
 from ..errors import UnsupportedModelError
 from ..families.rules import Index, Target, meanings
 from ..families.running import Shapes
+from ..telling import plural
 
 ROW_BITS = 32
 
@@ -36,7 +37,7 @@ class Piece:
 
     Attributes:
         tensor: its name, without the checkpoint's prefix.
-        start, stop: first row, and the one after the last.
+        start, stop: the first row, and the row after the last.
     """
 
     tensor: str
@@ -45,17 +46,17 @@ class Piece:
 
 
 def trace(converter: Converter, shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
-    """Find where the rows of every converted tensor come from.
+    """Trace the rows of every converted tensor.
 
     Args:
-        converter: takes a dict of tensors by checkpoint name and returns one by model name; may empty its argument.
+        converter: from tensors by checkpoint name to tensors by model name; may empty its argument.
         shapes: bare checkpoint tensor name -> shape.
 
     Returns:
         {model tensor name: its pieces, in row order}. A tensor without dimensions has one row.
 
     Raises:
-        UnsupportedModelError: the converter misses a tensor, leaves one over, or does more than move rows.
+        UnsupportedModelError: the converter lacks a tensor, does not use one, or does more than move rows.
     """
     tensor_names = list(shapes)
     fed = {name: _row_numbers(number, shape) for number, (name, shape) in enumerate(shapes.items())}
@@ -68,22 +69,19 @@ def trace(converter: Converter, shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
     used = {piece.tensor for parts in pieces.values() for piece in parts}
     left = [name for name in tensor_names if name not in used]
     if left:
-        raise UnsupportedModelError(
-            f"its converter has no place for {len(left)} tensors",
-            tensor=left[0],
-            hint="a variant that it does not know",
-        )
+        problem = f"its converter does not use {plural(len(left), 'tensor')}"
+        raise UnsupportedModelError(problem, tensor=left[0], hint="it does not know this variant")
     return pieces
 
 
 def renamed(shapes: Shapes, tables: Sequence[Index], spellings: Index) -> dict[str, tuple[Piece, ...]]:
-    """Find where every tensor of a model lies by its family's rules for names.
+    """Find every tensor of a model by its family's rules for names.
 
     Args:
         shapes: bare checkpoint tensor name -> shape.
-        tables: other names of layers and tensors; the first table that has any of one decides. A tensor that no rule
-            names has the same name in the model.
-        spellings: other spellings of layers in checkpoints.
+        tables: other names of layers and tensors; the first table with a name for a tensor decides. A tensor without a
+            rule has the same name in the model.
+        spellings: other names of layers in checkpoints.
 
     Returns:
         As `trace`.
@@ -104,7 +102,7 @@ def renamed(shapes: Shapes, tables: Sequence[Index], spellings: Index) -> dict[s
 
 
 def _halves(tensor: str, rows: int, target: Target) -> tuple[Piece, ...]:
-    """The rows that a name means, its halves in the model's order."""
+    """The rows that a name refers to, with halves in the model's order."""
     first, stop = target.rows or (0, rows)
     if not target.swap_halves:
         return (Piece(tensor, first, stop),)
@@ -118,7 +116,7 @@ def _row_numbers(number: int, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _pieces(name: str, values: torch.Tensor, tensor_names: list[str]) -> Iterable[Piece]:
-    """Runs of consecutive rows in what came out."""
+    """Runs of consecutive rows in a converted tensor."""
     flat = values.reshape(-1)
     if values.dtype != torch.int64 or (values.ndim and len(flat) != len(values)):
         raise UnsupportedModelError("its converter does more than move rows", tensor=name)

@@ -1,29 +1,29 @@
-"""A linear layer that reads its weight from a checkpoint when it runs, and computes as a reader of its format would.
+"""A linear layer that reads its weight from a checkpoint when it runs, and computes as a reader of its format does.
 
-Why it exists. A 12B model does not fit a 16 GB card in bfloat16, and a checkpoint should not be copied into memory to
-be watched. `CheckpointLinear` holds on to rows of the file's own layer: on a CPU they stay in mapped pages, on a GPU
-as the file's own codes (one byte each), and they become numbers only while the layer runs.
+A 12B model does not fit a 16 GB GPU in bfloat16, and observing a checkpoint should not copy it into memory. A
+`CheckpointLinear` refers to rows of the file's own layer: on a CPU they stay in mapped pages, on a GPU they are the
+file's own codes (one byte each), and they are dequantized only while the layer runs.
 
 Maths. With weight codes w, weight scale t, input x and input scale s, a quantized layer computes
 
     q = round(clamp(x / s, ±max))        y = (q · s) (w · t)ᵀ + bias
 
-where q lies on the format's input grid. Where the format has a static scale, s is the file's; else it is found from x,
-per token or per block, as the format has it (`Format.inputs`). Where the format rotates, x is rotated first and w is
-what was made of rotated weights; where the file has `pre_quant_scale`, x is multiplied by it before all.
+where q is on the format's input grid. Formats with a static scale take s from the file; others derive it from x per
+token or per block (`Format.inputs`). Formats that rotate rotate x first, and w was made from rotated weights. Files
+with `pre_quant_scale` multiply x by it before all else.
 
-How q comes about is the `Arithmetic`:
-    dequantize       no q: y = x (w · t)ᵀ + bias. What a model computes without hardware for it; used for watching.
-    comfyui          in x's own dtype, as ComfyUI does on a CPU ("eager"): x · (1 / s), or x / s where s is dynamic.
+The `Arithmetic` decides how q is computed:
+    dequantize       no q: y = x (w · t)ᵀ + bias. What a model computes without hardware for the format; for observing.
+    comfyui          in x's own dtype, as ComfyUI on a CPU ("eager"): x · (1 / s), or x / s where s is dynamic.
     comfyui_divide   x / s in float32, as its CUDA and Triton kernels do.
     dynamic_tensor   as comfyui_divide with s = absmax(x) / max. No file can ask ComfyUI for this.
-    dynamic_row      the same with one s per row, in any format.
-A layer that the file holds in high precision, or marks `full_precision_matrix_mult`, is computed as by "dequantize".
-(ComfyUI 0.33 quantizes inputs that become whole numbers whatever that mark says; later versions do not.)
+    dynamic_row      the same with one s per token, in any format.
+Layers in high precision, and those with `full_precision_matrix_mult`, always use "dequantize".
+(ComfyUI 0.33 quantizes inputs of integer formats in spite of that flag; later versions do not.)
 
-Products are simulated in float32: FP8 values and their products are exact there, so only the order of summation differs
-from a tensor core's (`benchmarks/fp8_matmul.py`). Products of whole numbers add up exactly, as they do in a reader's
-int32 (`exact_product`), and scales come after.
+Matmuls are simulated in float32: FP8 values and their products are exact there, so only the order of summation differs
+from a tensor core (`benchmarks/fp8_matmul.py`). Products of integers are summed exactly, as in a reader's int32
+(`exact_product`), and scaled afterwards.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ Arithmetic = Literal["dequantize", "comfyui", "comfyui_divide", "dynamic_tensor"
 ARITHMETICS: tuple[Arithmetic, ...] = get_args(Arithmetic)
 
 EXACT_TERMS = 1 << 10
-"""Products of two 8-bit integers that float32 adds up exactly: 2¹⁰ · 2⁷ · 2⁷ = 2²⁴."""
+"""Number of products of two 8-bit integers that float32 sums exactly: 2¹⁰ · 2⁷ · 2⁷ = 2²⁴."""
 
 
 def exact_product(codes: Tensor, weight_OI: Tensor) -> Tensor:
-    """Products of 8-bit integers, summed exactly; on a GPU by its own kernel, where that takes the sides.
+    """Multiply 8-bit integers and sum exactly; on a GPU by its own kernel, if that supports the dimensions.
 
     Args:
         codes: [..., in].
@@ -64,7 +64,7 @@ def exact_product(codes: Tensor, weight_OI: Tensor) -> Tensor:
     """
     if codes.device.type == "cuda" and not any(side % 8 for side in weight_OI.shape):
         rows = codes.reshape(-1, codes.shape[-1])
-        padded = pad(rows, (0, 0, 0, max(0, 17 - len(rows))))  # the kernel takes no fewer rows
+        padded = pad(rows, (0, 0, 0, max(0, 17 - len(rows))))  # the kernel needs more than 16 rows
         return torch._int_mm(padded, weight_OI.t())[: len(rows)].float().reshape(*codes.shape[:-1], -1)
     total = torch.zeros((*codes.shape[:-1], len(weight_OI)), dtype=torch.float64, device=codes.device)
     for part in spans(codes.shape[-1], EXACT_TERMS):
@@ -73,13 +73,13 @@ def exact_product(codes: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def multiply(codes: Tensor, scale: Tensor, levels: Tensor, weight_scale: Tensor) -> Tensor:
-    """What a layer computes of quantized inputs, without bias.
+    """The output of a layer for quantized inputs, without bias.
 
     Args:
         codes: of the inputs, [..., in].
-        scale: that they carry, () or [..., 1].
+        scale: of the inputs, () or [..., 1].
         levels: of the weight, [out, in].
-        weight_scale: that they carry, [1 or out, 1], or [out, in] for blocks.
+        weight_scale: [1 or out, 1], or [out, in] for blocks.
 
     Returns:
         float32 [..., out].
@@ -90,17 +90,16 @@ def multiply(codes: Tensor, scale: Tensor, levels: Tensor, weight_scale: Tensor)
 
 
 class StoredWeight:
-    """Rows of one or more checkpoint layers, as one weight [out, in] that is made when asked for.
+    """Rows of one or more checkpoint layers, as one weight [out, in] that is made when needed.
 
     Args:
-        checkpoint: where they are; must stay open.
-        pieces: layers and the rows taken of each, in row order.
-        device: where the weight is needed. On a CPU the file's pages are read each time, elsewhere the file's bytes
-            are copied to the device once.
-        keep: hold on to the finished weight.
+        checkpoint: contains the layers; must stay open.
+        pieces: layers and the rows of each, in row order.
+        device: of the weight. A CPU reads the file's pages every time; other devices get a copy of the file's bytes.
+        keep: keep the finished weight.
 
     Attributes:
-        adapters: what is added to the layers' weights.
+        adapters: added to the layers' weights.
     """
 
     def __init__(
@@ -118,20 +117,16 @@ class StoredWeight:
 
     @property
     def layer(self) -> Layer:
-        """The layer of the first row; marks and input scale are its."""
+        """The layer of the first row; its config and input scale apply."""
         return self.pieces[0][0]
 
     @property
     def adapted(self) -> bool:
-        """Whether an adapter changes it."""
+        """Whether an adapter changes the weight."""
         return self.adapters is not None and any(layer.name in self.adapters.matched for layer, _ in self.pieces)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The real weight.
-
-        Returns:
-            [out, in] in `dtype`, rounded once from float32.
-        """
+        """The real weight [out, in] in `dtype`, rounded once from float32."""
         if dtype in self._kept and not self.adapted:
             return self._kept[dtype]
         parts = [self.part(index).to(dtype) for index in range(len(self.pieces))]
@@ -141,7 +136,7 @@ class StoredWeight:
         return weight
 
     def part(self, index: int) -> Tensor:
-        """The real weight of a piece, adapters included, float32 [rows, in]."""
+        """The real weight of a piece with its adapters, float32 [rows, in]."""
         layer, rows = self.pieces[index]
         if self.device.type == "cpu":
             weight_OI = torch.from_numpy(dequantize(self.checkpoint, layer, rows))
@@ -153,7 +148,7 @@ class StoredWeight:
         return weight_OI
 
     def on_device(self, index: int) -> Tensor:
-        """A piece made of the file's bytes on the device, float32 [rows, in]."""
+        """A piece made from the file's bytes on the device, float32 [rows, in]."""
         levels, scale, factors = self.multiplied(index)
         weight_OI = rotate(levels.float() * scale, self.pieces[index][0].group)
         return weight_OI if factors is None else weight_OI * factors.float()
@@ -195,15 +190,15 @@ class StoredWeight:
 
 
 class CheckpointLinear(nn.Module):
-    """A linear layer whose weight stays in a checkpoint. Quacks like `nn.Linear`.
+    """A linear layer whose weight stays in a checkpoint, with the attributes of `nn.Linear`.
 
     Args:
         stored: the weight.
         bias: float32 [out], or None.
         dtype: of inputs and outputs.
         arithmetic: how it computes.
-        input_scale: scale of its input, for arithmetics with a static one; None where its file has none.
-        full_precision: compute as by "dequantize" whatever the arithmetic.
+        input_scale: for arithmetics with a static scale; None if its file has none.
+        full_precision: use "dequantize" whatever the arithmetic.
     """
 
     def __init__(
@@ -233,7 +228,7 @@ class CheckpointLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The real weight [out, in], made anew on every read."""
+        """The real weight [out, in], made anew on every access."""
         return self.stored.dense(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -244,7 +239,7 @@ class CheckpointLinear(nn.Module):
         y = torch.cat([self.product(x, index) for index in range(len(self.stored.pieces))], -1)
         if self.bias is None:
             return y.to(self.dtype)
-        if (self.stored.layer.format or DEFAULT).input_grid is INTEGERS:  # kernels add it to what is rounded already
+        if (self.stored.layer.format or DEFAULT).input_grid is INTEGERS:  # kernels add it after rounding the output
             return y.to(self.dtype) + self.bias
         return (y + self.bias.float()).to(self.dtype)
 
@@ -256,7 +251,7 @@ class CheckpointLinear(nn.Module):
         if factors is not None:
             x = x * factors.to(x.dtype)
         codes, scale = fmt.inputs(rotate(x, layer.group), self.input_scale, self.arithmetic)
-        if self.stored.adapted:  # of a weight that an adapter changed there are no codes
+        if self.stored.adapted:  # a weight with an adapter has no codes
             weight_OI = self.stored.part(index)
             weight_OI = weight_OI if factors is None else weight_OI / factors.float()
             return linear(codes.float() * scale, rotate(weight_OI, layer.group))

@@ -1,10 +1,10 @@
-"""From pixels, in which people think, to the tokens that a model sees.
+"""Converts image sizes in pixels to the tokens of a model.
 
-A picture passes an encoder (8 times smaller in most families) and is cut into patches (2 by 2 in most): one token
-covers 16 by 16 pixels. Video encoders merge frames after the first in groups of four.
+An image passes through an encoder (8 times smaller in most families) and is cut into patches (2 by 2 in most), so one
+token covers 16 by 16 pixels. Video encoders merge frames after the first in groups of four.
 
-Limits. A checkpoint does not say which encoder it was trained with; a model of a listed family with another one is
-shown another size than asked for, which moves ranges little.
+Limits. A checkpoint does not name the encoder it was trained with. A model of a listed family with another encoder gets
+another size than asked for, which changes ranges little.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from ..families.running import Geometry
 from ..options import FRAMES, SIDE_PIXELS, TEXT_TOKENS
 
 GRID = (16, 4)
-"""What one token covers: pixels along each side, and frames of a video after the first, which has tokens of its own."""
+"""Pixels that one token covers along each side, and frames after the first, which has tokens of its own."""
 
 GRIDS: Mapping[str, tuple[int, int]] = {"ltx": (32, 8), "ltx2": (32, 8), "hunyuan-image": (32, 4), "mochi": (16, 6)}
-"""The same of families with another encoder."""
+"""The same for families with another encoder."""
 
 
 def asked(family: str, size: Sequence[int | None]) -> Geometry | None:
-    """The tokens of an image of the sizes that options name (`ShownOptions.size`); None where they name none."""
+    """The tokens of an image of the size in options (`ShownOptions.size`); None if they have none."""
     return geometry(family, *size) if any(size) else None
 
 
 def usual(size: Sequence[int | None]) -> tuple[int, ...]:
-    """Height and width in pixels, frames, and tokens of text: what `ShownOptions.size` names, and else the usual."""
+    """Height and width in pixels, frames, and text tokens of `ShownOptions.size`, with defaults."""
     defaults = SIDE_PIXELS, SIDE_PIXELS, FRAMES, TEXT_TOKENS
     return tuple(one or default for one, default in zip(size, defaults, strict=True))
 
@@ -40,11 +40,11 @@ def geometry(
     frames: int | None = None,
     text_tokens: int | None = None,
 ) -> Geometry:
-    """The tokens of an image or video; what is None is the usual.
+    """The tokens of an image or video of a model of some family; None means the default.
 
     Args:
         family: name of the model's family.
-        height: in pixels; rounded up to whole tokens, and ≥ 1 as all numbers here are.
+        height: in pixels; rounded up to whole tokens.
         width: like `height`.
         frames: of a video, 1 for an image; rounded up to whole tokens.
         text_tokens: length of the text.

@@ -1,17 +1,17 @@
-"""Channels evened out: per-channel factors moved from a layer's inputs into its weight, exactly.
+"""Equalizes channels: moves per-channel factors from a layer's inputs into its weight, exactly.
 
-Why it exists. A format with one scale per token (INT8) or per tensor (FP8) gives every channel of an input the step of
-the largest. Where channels differ, the small ones drown. How large a channel is, is a matter of spelling: what gives
-the channels can be multiplied and what reads them divided, and the network computes what it computed
-(`families.folds` says where).
+A format with one scale per token (INT8) or per tensor (FP8) gives every channel of an input the step size of the
+largest channel. If channels differ, the small ones lose their precision. But the size of a channel is arbitrary:
+multiplying the tensors that produce it and dividing those that read it does not change what the network computes
+(`families.folds` lists where).
 
-    observe      what layers receive on noise, per channel
-    find         a factor for each channel, from that and from the columns that read it; none where channels are even
-                 already (`factors`)
-    fold         a checkpoint that reads as if it had been trained that way (`folded`); convert it as any other
+    observe      the inputs of layers on noise, per channel
+    find         a factor for each channel, from these and from the columns that read it; none if channels are already
+                 equal (`factors`)
+    fold         a checkpoint that reads as if it had been trained that way (`folded`); convert it like any other
 
-Limits. Adapters that were trained on the original no longer fit: what they add has to be scaled likewise (`adapters`),
-and no reader does that by itself. Only layers in high precision are folded, before they are rounded.
+Limits. Adapters for the original no longer fit: their changes need the same scaling (`adapters`), and no reader does
+that by itself. Only layers in high precision are folded, before they are rounded.
 """
 
 from __future__ import annotations
@@ -40,13 +40,18 @@ def fold(
     *,
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """A checkpoint with its channels evened out, found by running it in float32; itself where they are even already.
+    """A checkpoint with equalized channels, or the checkpoint itself if its channels are already equal.
 
-    In bfloat16 a small 1 + scale is nothing but rounding, and so are the ranges behind it. The checkpoint must stay
-    open; `layers` are those that will be quantized.
+    The model runs in float32: in bfloat16 a small 1 + scale is only rounding error, and so are the ranges behind it.
+
+    Args:
+        checkpoint: the open checkpoint; must stay open.
+        layers: names of the layers to quantize.
+        shown: images, and the device.
+        progress: called after every evaluation.
 
     Raises:
-        CheckpointError: it is folded already.
+        CheckpointError: it is already folded.
         OptionError: none of the layers reads channels that can be scaled.
         UnsupportedModelError: the model cannot be run.
     """
@@ -54,17 +59,15 @@ def fold(
 
     from ..engines import denoiser, diffusers, trials
 
-    if names.FOLDING_KEY in checkpoint.metadata:  # which would no longer say all
-        raise CheckpointError("its channels are folded already", path=checkpoint.path, hint="leave out --fold")
+    if names.FOLDING_KEY in checkpoint.metadata:  # the header has room for one folding
+        raise CheckpointError("its channels are already folded", path=checkpoint.path, hint="leave out --fold")
     shown = shown or RunOptions()
     table = find_layers(checkpoint)
     plan = denoiser.plan(checkpoint, table)
     groups = find_groups(checkpoint, plan, layers)
     if not groups:
-        if not find_groups(checkpoint, plan, list(table.plain)):
-            raise OptionError("this model cannot be folded", path=checkpoint.path, hint="leave out --fold")
-        problem = f"no layer of {plan.family} that is to be quantized reads channels that can be folded"
-        raise OptionError(problem, hint="leave out --fold")
+        problem = f"no layer to quantize reads channels that can be folded in {plan.family}"
+        raise OptionError(problem, path=checkpoint.path, hint="leave out --fold")
     read = {plan.full_names[place.tensor].removesuffix(names.WEIGHT) for group in groups for place in group.columns}
     wanted = [name for name in table.plain if name in read]
     with trials.tensor_float_32():

@@ -1,8 +1,8 @@
-"""LoRA files made to fit a folded checkpoint, exactly.
+"""Makes LoRA files fit a folded checkpoint, exactly.
 
-A folded weight is W' = diag(r) W diag(1 / c), with r for the channels that it gives and c for those that it reads. What
-an adapter adds must be scaled likewise: diag(r) B A diag(1 / c). So B's rows are multiplied and A's columns divided, by
-powers of two.
+A folded weight is W' = diag(r) W diag(1 / c), with r for the channels that it produces and c for those that it reads.
+The change by an adapter must be scaled likewise: diag(r) B A diag(1 / c). So B's rows are multiplied and A's columns
+divided by powers of two.
 """
 
 from __future__ import annotations
@@ -24,28 +24,27 @@ ENDINGS = ("", names.WEIGHT, names.BIAS)
 
 
 def fold_lora(lora: Lora, like: Checkpoint, output: Path | None, *, progress: Advance | None = None) -> str:
-    """Write an adapter as it has to be for a folded checkpoint.
+    """Write an adapter that fits a folded checkpoint.
 
     Args:
-        lora: made for the original.
+        lora: for the original checkpoint.
         like: the folded checkpoint.
         output: the new file; None to write nothing.
-        progress: told how many bytes were done.
+        progress: called with finished bytes.
 
     Returns:
-        One line: how many adapters, and how many of them were scaled.
+        One line: how many of the adapters were scaled.
 
     Raises:
         CheckpointError: the checkpoint is not folded.
-        LoraError: the adapter is folded already, matches nothing, or changes a folded layer in a way that is not
-            known here.
+        LoraError: the adapter is already folded, matches nothing, or changes a folded layer in an unknown way.
         OutputError: the output cannot be written.
     """
     groups = read_groups(like)
     if not groups:
-        raise CheckpointError("its channels are not folded, so LoRAs fit it as they are", path=like.path)
+        raise CheckpointError("its channels are not folded, so LoRAs fit it unchanged", path=like.path)
     if names.FOLDED_FOR_KEY in lora.checkpoint.metadata:
-        raise LoraError("it is folded already", path=lora.path, hint="give the original")
+        raise LoraError("it is already folded", path=lora.path, hint="use the original")
     table = find_layers(like)
     shapes = {name: info.shape for name, info in like.tensors.items()}
     shapes |= {layer + names.WEIGHT: shape for layer, shape in table.shapes().items()}
@@ -61,7 +60,7 @@ def fold_lora(lora: Lora, like: Checkpoint, output: Path | None, *, progress: Ad
         if any(layer + ending in {*model.rows, *model.columns} for layer in finding.layers for ending in ENDINGS):
             raise refuse(finding.name, finding.layers[0], finding.reason)
     for tensor, additions in match.beside.items():
-        raise refuse(additions[0].tensor, tensor, "it is a difference of a bias or norm")
+        raise refuse(additions[0].tensor, tensor, "the change is of a bias or norm")
     for layer, deltas in match.matched.items():
         height, width = table.shapes()[layer]
         rows = model.rows.get(layer + names.WEIGHT, none(height))
@@ -77,7 +76,7 @@ def fold_lora(lora: Lora, like: Checkpoint, output: Path | None, *, progress: Ad
             own = np.roll(own, len(own) // 2) if delta.target.swap_halves else own
             down, up = adapter.directions.tensor, adapter.change.tensor
             if down in folded.columns and (folded.columns[down] != columns).any():
-                raise refuse(adapter.name, layer, "the layers that it means read different channels")
+                raise refuse(adapter.name, layer, "the layers that it changes read different channels")
             part = slice(delta.target.first, delta.target.first + len(own))
             folded.rows.setdefault(up, none(adapter.change.shape[0]))[part] = own
             folded.columns[down] = columns

@@ -1,17 +1,17 @@
-"""How much each channel is scaled: so that inputs and weights share what the channels differ by.
+"""Computes the factor of each channel, so that inputs and weights share the differences between channels.
 
-Of a channel's largest input x and the size w of the column that reads it, x is divided by sqrt(x / w), and the column
-multiplied by it, so that both become sqrt(x w); other shares keep less (docs/experiments.md). Each row of a weight is
-measured by its own largest value, since a scale per row is what most formats have: so it does not matter that other
-factors scale rows.
+For a channel with the largest input x and the size w of the column that reads it, x is divided by sqrt(x / w) and the
+column multiplied by it, so that both become sqrt(x w). Other shares gave worse results (docs/experiments.md). The rows
+of a weight are measured relative to their own largest value, since most formats have a scale per row; so factors that
+scale rows do not matter.
 
-What is left is one factor for all channels of a group. Where a layer reads other channels beside them (attention beside
-an MLP), it brings x / w to the level of those. A modulation's scale must not have factors under 1: where 1 + scale is
-near 0, bfloat16 keeps nothing of it (docs/experiments.md). Channels that never held anything get the median.
+One factor for all channels of a group remains free. If a layer also reads other channels (attention beside an MLP), it
+brings x / w to their level. Factors of a modulation's scale must not be below 1: where 1 + scale is near 0, bfloat16
+loses it (docs/experiments.md). Channels that were always zero get the median.
 
-Channels that are even already stay as they are. The error of a rounded product grows with Σ x² of its inputs and with
-Σ w² of its weights, so what factors gain is what they take from Σ x² · Σ w²; and where that is little, rotation keeps
-more of the channels as they are (docs/experiments.md).
+Channels that are already equal stay unchanged. The error of a rounded matmul grows with Σ x² of its inputs and with Σ
+w² of its weights, so the gain is the reduction of Σ x² · Σ w². If it is small, rotation gains more from the channels as
+they are (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .groups import Exponents, Group, Place
 Float = NDArray[np.float64]
 
 LEAST_GAIN = 2.0
-"""What factors have to take from Σ x² · Σ w², on average over the layers that read the channels: 0.1 to 1.8 dB on the
-emoji model as it was trained, 15 to 40 dB where every channel has a range of its own."""
+"""Least reduction of Σ x² · Σ w², on average over the layers that read the channels. It is 0.1 to 1.8 dB on the trained
+emoji model, and 15 to 40 dB if every channel has a range of its own."""
 
 MOST_OCTAVES = 60
 BAND_VALUES = 1 << 22
@@ -45,13 +45,12 @@ def find_exponents(
 
     Args:
         checkpoint: the open checkpoint.
-        groups: all that will be scaled.
-        statistics: of what layers received.
-        prefix: what stands before the diffusion model's names.
+        groups: all channels to scale.
+        statistics: of the inputs of the layers that read them.
+        prefix: of the diffusion model's tensor names.
 
     Returns:
-        For each group int8, one for each row that gives a channel; all 0 where nothing is known of the inputs, or the
-        channels are even already.
+        int8 for each group, one per channel; all 0 if the inputs are unknown or the channels are already equal.
     """
     inputs: dict[str, Float] = {}
     columns: dict[str, Float] = {}
@@ -71,7 +70,7 @@ def find_exponents(
         nothing = np.zeros(group.columns[0].count // group.repeat, np.int8)
         if not known:
             return nothing
-        # Of channels that share a factor, and of layers that share channels, the largest counts.
+        # The largest of channels that share a factor, and of layers that share channels.
         x, w = (
             np.maximum.reduce([size[place.tensor][_run(place)] for place in known])
             .reshape(-1, group.repeat, group.head)
@@ -97,7 +96,7 @@ def find_exponents(
         return found.exponents if np.mean(gains) >= np.log(LEAST_GAIN) else nothing
 
     def gain(place: Place, column_exponents: Exponents) -> float:
-        """The natural logarithm of what is left of Σ x² · Σ w² of one layer, with the sign turned."""
+        """The logarithm of the factor by which Σ x² · Σ w² of one layer shrinks."""
         squares = inputs[place.tensor] ** 2, columns[place.tensor] ** 2
         before = np.log(squares[0].sum() * squares[1].sum())
         for each, sign in zip(squares, (1, -1), strict=True):
@@ -108,7 +107,7 @@ def find_exponents(
 
 
 def column_sizes(checkpoint: Checkpoint, tensor: str) -> Float:
-    """The largest value in each column of a weight, where every row is divided by its own largest, float64 [in]."""
+    """The largest value in each column of a weight, after dividing every row by its largest, float64 [in]."""
     info = checkpoint.tensors[tensor]
     largest = np.zeros(info.shape[1], np.float32)
     for band in spans(info.shape[0], max(1, BAND_VALUES // info.shape[1])):

@@ -1,10 +1,10 @@
-"""A checkpoint whose channels are scaled: it reads as the folded one, and its header says what was done.
+"""A checkpoint with scaled channels: it reads as the folded one, and its header lists the factors.
 
-Factors are powers of two, so that nothing is rounded: not in BF16 (but where a value falls under 2⁻¹²⁶) and not in
-float32. Two things could be: float16, whose range is small, and biases that take f - 1; both become float32.
+Factors are powers of two, so that nothing is rounded in BF16 (except values below 2⁻¹²⁶) and float32. Two kinds of
+tensors would round, and become float32: float16, whose range is small, and biases that are increased by f - 1.
 
-What the header says (`names.FOLDING_KEY`, JSON) is what adapters need: which columns and rows of which layers have
-which factors, 8 bits for each channel, packed by zlib.
+The header entry (`names.FOLDING_KEY`, JSON) has what adapters need: the columns and rows of layers and their factors, 8
+bits per channel, compressed with zlib.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .groups import Exponents, Group, Place
 VERSION = 1
 PLACES = ("columns", "rows", "ones")
 EXACT = frozenset({"BF16", "F32", "F64"})
-"""What powers of two leave exact."""
+"""Types that powers of two scale exactly."""
 
 BAND_VALUES = 1 << 22
 MOST_CHANNELS = 1 << 20
@@ -42,9 +42,9 @@ class Scaling:
     """Exponents of factors, int8, by the full names of the tensors that they scale.
 
     Attributes:
-        columns: columns are divided by these, [in].
-        rows: rows are multiplied by these, [out].
-        ones: rows take f - 1 of these f as well, [out].
+        columns: divide columns, [in].
+        rows: multiply rows, [out].
+        ones: of f; rows are increased by f - 1 as well, [out].
     """
 
     columns: dict[str, Exponents] = field(default_factory=dict)
@@ -53,14 +53,14 @@ class Scaling:
 
     @staticmethod
     def of(groups: Iterable[Group], prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Scaling:
-        """That of groups in a checkpoint whose names begin so, of its tensors of these shapes."""
+        """The scaling of groups, for tensors of these shapes whose names have a prefix."""
         scaling = Scaling()
         for group in groups:
             for kind, axis in (("columns", 1), ("rows", 0), ("ones", 0)):
                 exponents = group.column_exponents if axis else group.exponents
                 for place in getattr(group, kind):
                     shape = shapes.get(prefix + place.tensor, ())
-                    if len(shape) > axis:  # else the header speaks of another file
+                    if len(shape) > axis:  # else the header is of another file
                         whole = getattr(scaling, kind).setdefault(prefix + place.tensor, none(shape[axis]))
                         part = exponents[place.first : place.first + place.count]
                         run = whole[place.start : place.start + len(part)]
@@ -69,7 +69,7 @@ class Scaling:
 
 
 def none(count: int) -> Exponents:
-    """Those of rows or columns that stay as they are."""
+    """Exponents of rows or columns that stay unchanged."""
     return np.zeros(count, np.int8)
 
 
@@ -77,9 +77,9 @@ class Folded(Checkpoint):
     """A checkpoint that reads as if its channels had been scaled before it was written.
 
     Args:
-        checkpoint: as it is; must stay open.
+        checkpoint: the original; must stay open.
         scaling: of its tensors.
-        metadata: what its header says in place of the checkpoint's.
+        metadata: replaces that of the original.
     """
 
     def __init__(self, checkpoint: Checkpoint, scaling: Scaling, metadata: Mapping[str, str]) -> None:
@@ -111,7 +111,7 @@ class Folded(Checkpoint):
             values = flat[band] if dtype == "F64" else to_float32(flat[band], dtype)
             scaled = values * multiplied[band] / divided
             if name in self._scaling.ones:
-                scaled = scaled + ones[band]  # rounded once, since this is float64
+                scaled = scaled + ones[band]  # float64, so it is rounded once
             result[band] = narrow_bfloat16(scaled) if info.dtype == "BF16" else scaled
         return result
 
@@ -128,14 +128,14 @@ class Folded(Checkpoint):
 
 
 def fold_checkpoint(checkpoint: Checkpoint, groups: Sequence[Group]) -> Folded:
-    """A checkpoint, which must stay open, with groups of channels scaled; its header says so."""
+    """A checkpoint with scaled groups of channels, and its header entry. The original must stay open."""
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     scaling = Scaling.of(groups, names.strip_prefix(shapes)[0], shapes)
     return Folded(checkpoint, scaling, {**checkpoint.metadata, names.FOLDING_KEY: written(groups)})
 
 
 def written(groups: Sequence[Group]) -> str:
-    """Groups as a header's text."""
+    """Groups as a header entry."""
     said = [
         {
             **{kind: [astuple(place) for place in getattr(group, kind)] for kind in PLACES},
@@ -149,20 +149,20 @@ def written(groups: Sequence[Group]) -> str:
 
 
 def read_groups(checkpoint: Checkpoint) -> list[Group]:
-    """What was scaled in a checkpoint, as its header says; nothing where it does not say so.
+    """The scaled groups of a checkpoint, from its header; none if it is not folded.
 
     Raises:
-        CheckpointError: what it says is damaged.
+        CheckpointError: the header entry is damaged.
     """
 
     def damaged(problem: str) -> CheckpointError:
-        return CheckpointError(f"what its header says of its folding is {problem}", path=checkpoint.path)
+        return CheckpointError(f"its header entry for folding is {problem}", path=checkpoint.path)
 
     said: Any = parse_json(checkpoint.metadata.get(names.FOLDING_KEY, '{"groups": []}'), damaged)
     try:
         return [_read_group(group) for group in said["groups"]]
     except (KeyError, TypeError, ValueError, AttributeError, zlib.error, binascii.Error):
-        raise damaged("not of the usual form") from None
+        raise damaged("damaged") from None
 
 
 def _read_group(said: Any) -> Group:
@@ -173,7 +173,7 @@ def _read_group(said: Any) -> Group:
     if not (is_count(head) and is_count(repeat) and len(exponents) * repeat <= MOST_CHANNELS):
         raise TypeError
     group = Group(**places, head=head, repeat=repeat, exponents=exponents)
-    group.column_exponents  # noqa: B018  # refuses sizes that do not fit
+    group.column_exponents  # noqa: B018  # raises if sizes do not fit
     return group
 
 

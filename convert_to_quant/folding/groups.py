@@ -1,8 +1,8 @@
-"""What a family declares (`families.folds`), found in a checkpoint: which columns and rows of which of its tensors.
+"""Finds the channels that a family declares (`families.folds`) in a checkpoint: columns and rows of its tensors.
 
-A checkpoint may fuse what diffusers splits, or swap halves; `engines.provenance` knows where each row of diffusers'
-tensors lies. A group is left out where it would not be exact: a reader is only a part of a stored layer, a tensor is
-quantized already, a modulation has no bias to take f - 1.
+A checkpoint may fuse tensors that diffusers splits, or swap halves; `engines.provenance` knows where each row of
+diffusers' tensors is. A group is left out if scaling it would not be exact: a reader is only a part of a stored layer,
+a tensor is already quantized, or a modulation has no bias to increase by f - 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Exponents = NDArray[np.int8]
 
 PLAIN = frozenset({"BF16", "F16", "F32", "F64"})
-"""What tensors that are scaled are stored in."""
+"""Types of tensors that can be scaled."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Place:
 
     Attributes:
         tensor: its bare name.
-        start: the first column, or row, of the run.
-        first: the factor that this one has.
-        count: how many there are.
+        start: the first column or row of the run.
+        first: number of its factor.
+        count: length of the run.
     """
 
     tensor: str
@@ -50,10 +50,10 @@ class Group:
     """Channels that are scaled together.
 
     Attributes:
-        columns: of weights, which are divided.
-        rows: of weights and biases, which are multiplied.
-        ones: of biases, which take f - 1 as well.
-        head, repeat: each run of `head` factors counts for `repeat` runs of columns.
+        columns: of weights, divided by the factors.
+        rows: of weights and biases, multiplied by the factors.
+        ones: of biases, increased by f - 1 as well.
+        head, repeat: each run of `head` factors applies to `repeat` runs of columns.
         exponents: f = 2^exponents, one for each row.
     """
 
@@ -66,14 +66,14 @@ class Group:
 
     @property
     def column_exponents(self) -> Exponents:
-        """One for each column."""
+        """The exponents of the columns."""
         return self.exponents.reshape(-1, self.head).repeat(self.repeat, 0).reshape(-1)
 
 
 def find_groups(checkpoint: Checkpoint, plan: Plan, layers: Collection[str]) -> list[Group]:
-    """The channels in a checkpoint that can be scaled and that some layers, by their full names, read.
+    """The channels of a checkpoint that can be scaled and that some layers, by their full names, read.
 
-    None in members of a family with parts of their own: scaling is proved for the family's plain form alone.
+    Members of a family with parts of their own have none: scaling is proved only for the family's plain form.
     """
     family = families.family(plan.family)
     optional = plan.architecture.optional
@@ -92,14 +92,14 @@ def find_groups(checkpoint: Checkpoint, plan: Plan, layers: Collection[str]) -> 
 
 
 def _numbers(fold: Fold, modules: Collection[str]) -> list[str]:
-    """Numbers of the blocks that hold a reader."""
+    """Numbers of the blocks with a reader."""
     patterns = [re.compile(re.escape(reader).replace(r"\*", "([0-9]+)")) for reader in fold.readers]
     found = (pattern.fullmatch(name) for pattern in patterns for name in modules)
     return sorted({match[1] for match in found if match}, key=int)
 
 
 def _group(checkpoint: Checkpoint, plan: Plan, fold: Fold, number: str) -> Group | None:
-    """One block's channels; None where it has none, or scaling them would not be exact."""
+    """The channels of one block; None if it has none, or scaling them would not be exact."""
     group = Group()
     read: dict[tuple[str, int], int] = {}
     sizes = set()
@@ -140,7 +140,7 @@ def _group(checkpoint: Checkpoint, plan: Plan, fold: Fold, number: str) -> Group
 
 
 def _runs(plan: Plan, name: str, start: int, count: int) -> Iterator[Place]:
-    """Where some rows of one of diffusers' tensors lie in the checkpoint."""
+    """The runs of some rows of a tensor of diffusers in the checkpoint."""
     top = 0
     for piece in plan.sources.get(name, ()):
         height = piece.stop - piece.start

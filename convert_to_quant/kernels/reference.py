@@ -1,13 +1,13 @@
-"""The definition, in torch, of what is measured of a layer's input.
+"""Defines, in torch, what is measured of a layer's input.
 
-`observe` looks at one input; `Totals` adds observations up per layer. Everything stays on the input's device: no value
-is read back, so a CUDA stream never waits for the host.
+`observe` measures one input; `Totals` adds observations up per layer. Everything stays on the input's device and no
+value is read back, so a CUDA stream never waits for the host.
 
-Maths. Each row is scaled by a power of two that brings its absmax near 1, so that its float32 sum of squares can
-neither overflow nor underflow where it matters; rows are then added in float64. A power of two rounds nothing.
+Maths. Each row is scaled by a power of two that brings its absmax near 1, so that its float32 sum of squares neither
+overflows nor underflows where it matters; rows are then added in float64. A power of two rounds nothing.
 
-Limits. float64 inputs are rounded to float32 first. Counts, absmax and both histograms are exact; the sums carry the
-rounding of float32 within a row (about 1e-7, relative).
+Limits. float64 inputs are rounded to float32 first. Counts, absmax and both histograms are exact; sums have the float32
+rounding error of a row (about 1e-7, relative).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from . import BINS, CHANNEL_ROWS, NONFINITE_BIN, SIGMA_BINS
 MAGNITUDE_BITS = 0x7FFFFFFF
 
 BLOCK_ELEMENTS_CPU = 1 << 18
-"""Elements per step on a CPU: temporaries of 1 MiB stay in cache and are not paged in anew.
+"""Elements per step on a CPU: temporaries of 1 MiB stay in the cache.
 
-About 3 ns per element on one core, of which 1 is counting (2026-11-22); one step over a whole input takes thrice that.
-"""
+About 3 ns per element on one core, of which 1 is counting (2026-11-22); one step over a whole input takes three times
+that."""
 
 
 class Observation(NamedTuple):
-    """What one input, or one block of its rows, shows. All tensors lie on the input's device."""
+    """The measurements of one input, on its device."""
 
     absmax: Tensor
-    """Largest finite |x|, float32, shape (); 0 where there is none."""
+    """Largest finite |x|, float32, shape (); 0 if there is none."""
     sum_of_squares: Tensor
     """Sum of the squares of the finite values, float64, shape ()."""
     zeros: Tensor
@@ -51,10 +51,7 @@ def observe(x: Tensor) -> Observation:
     """Measure one input of a linear layer.
 
     Args:
-        x: any shape [..., in_features] with at least one element, any strides, any floating dtype.
-
-    Returns:
-        The observation; nothing of it has been waited for.
+        x: [..., in_features] with at least one element, any strides and floating dtype.
     """
     rows_RI = x.detach().reshape(-1, x.shape[-1] if x.ndim else 1)
     step = max(1, BLOCK_ELEMENTS_CPU // rows_RI.shape[1]) if x.device.type == "cpu" else len(rows_RI)
@@ -73,10 +70,10 @@ def observe(x: Tensor) -> Observation:
 
 
 def _observe_rows(rows_RI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per row the pattern of its absmax and its sum of squares; the number of nonzeros [1]; all prefixes."""
+    """Pattern of the absmax and sum of squares per row; the number of nonzeros [1]; all prefixes."""
     rows_RI = rows_RI.to(torch.float32)
     bits_RI = rows_RI.view(torch.int32) & MAGNITUDE_BITS
-    finite_RI = rows_RI.nan_to_num(0.0, 0.0, 0.0)  # on a CPU 9 times as fast as comparing and choosing
+    finite_RI = rows_RI.nan_to_num(0.0, 0.0, 0.0)  # on a CPU 9 times faster than torch.where
     row_bits = (finite_RI.view(torch.int32) & MAGNITUDE_BITS).amax(-1)
 
     exponent = (row_bits >> 23).clamp(1, 253)  # 2^(exponent - 127) <= row absmax < twice that, for normal numbers
@@ -88,14 +85,14 @@ def _observe_rows(rows_RI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _prefixes(bits: Tensor) -> Tensor:
-    """What non-negative float32 patterns begin with, flat: 16 bits on a CPU, which shifts slowly; elsewhere the bin."""
+    """First bits of non-negative float32 patterns, flat: 16 on a CPU, where shifts are slow; elsewhere the bin."""
     if bits.device.type == "cpu":
         return bits.flatten().view(torch.int16)[1 if sys.byteorder == "little" else 0 :: 2]
     return bits.flatten() >> 19
 
 
 def _count_prefixes(prefixes: Tensor) -> Tensor:
-    """Histogram, int64 [BINS], by a way that neither rounds nor waits for the device."""
+    """Histogram, int64 [BINS], without rounding and without waiting for the device."""
     device = prefixes.device
     if device.type == "cpu":  # counting 8 times as many bins costs less than shifting
         counts = torch.bincount(prefixes, minlength=8 * BINS).view(BINS, 8).sum(1)
@@ -114,7 +111,7 @@ class Totals:
 
     Args:
         widths: in_features of each slot.
-        device: where they are kept.
+        device: of all tensors.
 
     Attributes:
         sigma_absmax: float32 [slots, SIGMA_BINS + 1]; `sigma_absmax_bits` is the same memory as int32.
@@ -143,7 +140,7 @@ class Totals:
 
 
 def accumulate(totals: Totals, slot: int, sigma_bin: Tensor, x: Tensor) -> None:
-    """Add one input to the totals; `kernels.accumulate` says what the arguments are."""
+    """Add one input to the totals; see `kernels.accumulate`."""
     seen = observe(x)
     finite = seen.histogram[:NONFINITE_BIN].sum()
     channel_bits = totals.channel_bits[slot]

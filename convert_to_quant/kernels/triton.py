@@ -2,31 +2,31 @@
 
 One kernel launch reads x once and adds everything to the totals: absmax, both histograms, counts, sums of squares, and
 the absmax of the channels of a sample of rows.
-Programs walk over blocks of rows, and in a block over chunks of columns; a warp has a row of its own, so that the row's
-absmax takes no more than a few shuffles. What several programs add to is integers (atomics in any order give the same
-bits): counts, and float patterns under max. Sums of squares alone are float64, one addition per program.
+Programs loop over blocks of rows, and in a block over chunks of columns. Each warp has a row of its own, so that the
+absmax of a row takes only a few shuffles. Values that several programs add to are integers (atomics in any order give
+the same bits): counts, and float patterns under max. Only sums of squares are float64, with one addition per program.
 
-Channels. Rows of the sample, at most 12 % of a long input, are read a second time, mostly out of the L2 cache, in tiles
-of another shape: the maxima down a column cost one atomic max per tile and channel. A branch for them in the loop over
-all rows cost the loop half its speed.
+Channels. Rows of the sample, at most 12 % of a long input, are read a second time, mostly from the L2 cache, in tiles
+of another shape: the maxima of columns cost one atomic max per tile and channel. A branch for them in the loop over all
+rows halved the speed of that loop.
 
-The histogram. 4,096 counters per program live in shared memory, where an atomic increment costs about what a plain
-store costs. Triton 3.6 has no such increment, and its own `tl.histogram` evaluates every bin for every element (530
-instructions per element at 4,096 bins, by its PTX), so the counters are declared and incremented in four lines of PTX.
-Where PTX does not exist (ROCm, Triton's interpreter) `tl.histogram` stands in.
+The histogram. Each program has 4,096 counters in shared memory, where an atomic increment costs about as much as a
+plain store. Triton 3.6 has no such increment, and its `tl.histogram` evaluates every bin for every element (530
+instructions per element at 4,096 bins, by its PTX), so four lines of PTX declare and increment the counters. Without
+PTX (ROCm, Triton's interpreter), `tl.histogram` replaces them.
 
-Registers. What a thread keeps between chunks is one running sum per group of 8 neighbouring lanes, not one per lane:
-with the latter (168 registers, 12 warps per multiprocessor) the kernel took twice the time, waiting for memory.
+Registers. A thread keeps one running sum per group of 8 adjacent lanes between chunks, not one per lane: with the
+latter (168 registers, 12 warps per multiprocessor) the kernel took twice as long, waiting for memory.
 
-The common case pays for no other. Lanes outside of x count as zeros, and their number is taken off at the end. Infinite
-and NaN values are not looked for: they show in the sum of squares, and a program whose sum is not finite, or whose
-absmax lies outside [2^-40, 2^50) so that squares could leave the range of float32, reads its rows a second time with
-care. On a healthy model that never runs.
+The common case pays for no other. Lanes outside of x count as zeros, and their number is subtracted at the end. The
+loop does not look for infinities and NaN: they show in the sum of squares. A program reads its rows a second time, with
+care, if its sum is not finite, or if its absmax is outside [2^-40, 2^50) so that squares could leave the range of
+float32. On a healthy model that never happens.
 
 Sums. Lanes add float32 squares; a lane adds few of them, so the error stays near 1e-7.
 
 Speed (NVIDIA H200, 2026-11-22, benchmarks/recorder_kernel.py): 4,608 x 3,072 bfloat16 values in 23 us, 62 % of the
-speed of a plain read; 4,608 x 15,360 in 58 us, 78 %. docs/speed.md has the rest, and what did not help.
+speed of a plain read; 4,608 x 15,360 in 58 us, 78 %. docs/speed.md has more, and what did not help.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ from .reference import MAGNITUDE_BITS, Totals
 
 TILE_LOADS, TILE_ROWS, TILE_COLUMNS = 4, 4, 256
 WARPS = 4
-"""A warp reads 1,024 values of a row at once: four loads of 16 bytes per thread, if they are of 16 bits."""
+"""A warp reads 1,024 values of a row at once: four loads of 16 bytes per thread, for 16-bit values."""
 PROGRAMS_PER_MULTIPROCESSOR = 3
-"""Fewer wait for memory, more wait for each other when they add their counters to the same totals in the end.
+"""Fewer wait for memory; more wait for each other when they add their counters to the totals.
 
 4,608 x 3,072 bfloat16 values on an H200: 24 us with 2, 23 with 3, 26 with 4, 37 with 8.
 """
 CHANNEL_TILE = (4, 1024)
 """Rows of the sample and channels whose maxima a program takes at a time.
 
-More rows gain 4 us of 78 where 15,360 channels are wide; fewer channels cost 5 us where there is one row.
+More rows gain 4 us of 78 with 15,360 channels; fewer channels cost 5 us with one row.
 """
 GROUP = 8
-"""Neighbouring lanes that one thread holds; its registers keep one running sum for them."""
+"""Adjacent lanes of one thread, which keeps one running sum for them."""
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -72,7 +72,7 @@ _LARGE = tl.constexpr(2.0**50)
 
 
 _DECLARE = tl.constexpr(".shared .align 16 .b32 observed_bins[4096];\n\tmov.u32 $0, observed_bins;")
-"""Declares the counters in shared memory and gives their address. It must be emitted once: its operand is a scalar."""
+"""Declares the counters in shared memory and returns their address. Emitted once, so its operand is a scalar."""
 _STORE_ZERO = tl.constexpr("st.shared.u32 [$1], 0;\n\tmov.u32 $0, 0;")
 _INCREMENT = tl.constexpr("red.shared.add.u32 [$1], 1;\n\tmov.u32 $0, 0;")
 _READ = tl.constexpr("ld.shared.u32 $0, [$1];")
@@ -80,13 +80,13 @@ _READ = tl.constexpr("ld.shared.u32 $0, [$1];")
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _ptx(code: tl.constexpr, operand):  # type: ignore[no-untyped-def]
-    """Run PTX on one operand, of any shape: an address, but for `_DECLARE`."""
+    """Run PTX on one operand of any shape: an address, except for `_DECLARE`."""
     return tl.inline_asm_elementwise(code, "=r,r", [operand], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def _float32(value):  # type: ignore[no-untyped-def]
-    """Widen bit for bit: a bfloat16 is the upper half of a float32, subnormal or not."""
+    """Widen exactly: a bfloat16 is the upper half of a float32, subnormal or not."""
     if value.dtype == tl.bfloat16:
         return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return value.to(tl.float32)
@@ -94,7 +94,7 @@ def _float32(value):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _row_starts(row, rows_per_batch, batch_stride, row_stride):  # type: ignore[no-untyped-def]
-    """Offsets of rows in x, which may be a slice out of the middle of a batch."""
+    """Offsets of rows in x, which may be a slice of a batch."""
     batch = row // rows_per_batch
     return batch.to(tl.int64) * batch_stride + (row - batch * rows_per_batch).to(tl.int64) * row_stride
 
@@ -108,19 +108,19 @@ def _places(column, start, LOADS: tl.constexpr, COLUMNS: tl.constexpr):  # type:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _groups(tile, LOADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile with neighbouring lanes, which lie in one thread, on an axis of their own."""
+    """A tile whose last axis is the adjacent lanes of one thread."""
     return tl.reshape(tile, [ROWS, LOADS, COLUMNS // _GROUP, _GROUP])
 
 
 @triton.jit
 def _add_up(groups):  # type: ignore[no-untyped-def]
-    """Sums [ROWS, COLUMNS / GROUP] of a tile, without a word between threads."""
+    """Sums [ROWS, COLUMNS / GROUP] of a tile, without communication between threads."""
     return tl.sum(tl.sum(groups, axis=3), axis=1)
 
 
 @triton.jit
 def _largest(groups):  # type: ignore[no-untyped-def]
-    """Maxima likewise; NaN are passed over."""
+    """Maxima likewise; NaN are ignored."""
     return tl.max(tl.max(groups, axis=3), axis=1)
 
 
@@ -138,10 +138,10 @@ def _carefully(  # type: ignore[no-untyped-def]  # noqa: PLR0917
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Read this program's rows again, for values that are not finite or whose squares float32 cannot hold.
+    """Read this program's rows again, for values that are not finite or whose squares leave the range of float32.
 
-    Adds the rows that `_observe` left out of the histogram, since they hold an infinity; returns absmax, and in float64
-    the sum of squares.
+    Adds the rows that `_observe` left out of the histogram because of an infinity; returns absmax, and the sum of
+    squares in float64.
     """
     top = tl.zeros([ROWS], tl.float32)
     squares = tl.zeros([ROWS, COLUMNS // _GROUP], tl.float64)
@@ -301,7 +301,7 @@ def _observe(  # type: ignore[no-untyped-def]  # noqa: PLR0917, PLR0915
 
 
 def accumulate(totals: Totals, slot: int, sigma_bin: Tensor, x: Tensor) -> None:
-    """Add one input to the totals; `kernels.accumulate` says what the arguments are."""
+    """Add one input to the totals; see `kernels.accumulate`."""
     x = x.detach()
     if x.dtype not in KERNEL_DTYPES:
         x = x.to(torch.float32)
@@ -348,14 +348,14 @@ def accumulate(totals: Totals, slot: int, sigma_bin: Tensor, x: Tensor) -> None:
 def works(device: str | torch.device = "cuda") -> bool:
     """Whether the kernel compiles on a device and agrees with the reference there.
 
-    Triton needs a C compiler at run time, which many machines lack, and the shared counters rely on how it emits PTX;
-    so one small input is measured both ways before the kernel is trusted. Says why with a warning where it is not.
+    Triton needs a C compiler at run time, which many machines lack, and the shared counters rely on how it emits PTX.
+    So one small input is measured both ways before the kernel is used. A warning gives the reason if it is not.
     """
     x = torch.linspace(-3, 300, 16 * 128, device=device).to(torch.bfloat16).reshape(16, 128)
     x[3, 7:11] = torch.tensor([0.0, -0.0, torch.inf, torch.nan])
     parts = (x, x[:5, 1:])
     kernel, definition = (Totals([part.shape[1] for part in parts], x.device) for _ in range(2))
-    reason = "Triton miscounts here"
+    reason = "Triton counts incorrectly"
     try:
         for slot, part in enumerate(parts):
             reference.accumulate(definition, slot, definition.sigma_numbers[2:3], part)
@@ -365,14 +365,14 @@ def works(device: str | torch.device = "cuda") -> bool:
         if all(same) and all(map(torch.equal, kernel.channel_bits, definition.channel_bits)):
             return True
     except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        reason = f"Triton fails here ({error})"
-    warnings.warn(f"recording falls back to slower torch operations: {reason}", stacklevel=2)
+        reason = f"Triton fails ({error})"
+    warnings.warn(f"recording uses slower torch operations: {reason}", stacklevel=2)
     return False
 
 
 @cache
 def _tile(columns: int) -> tuple[int, int, int]:
-    """Loads, rows and columns of a tile, all powers of two, such that few lanes lie outside of x."""
+    """Loads, rows and columns of a tile, all powers of two, so that few lanes are outside of x."""
     dividing = columns & -columns
     width = dividing if dividing >= 128 else max(16, triton.next_power_of_2(columns))
     tile_columns = min(TILE_COLUMNS, width)
@@ -382,7 +382,7 @@ def _tile(columns: int) -> tuple[int, int, int]:
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors the device has."""
-    if device.type != "cuda":  # Triton's interpreter, which runs them one after the other
+    """Number of multiprocessors of the device."""
+    if device.type != "cuda":  # Triton's interpreter, which runs programs one after the other
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count

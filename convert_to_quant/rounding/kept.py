@@ -1,15 +1,15 @@
-"""Second moments of layers' inputs on disk, beside the statistics of the same run: `observe --moments`.
+"""Second moments of layer inputs on disk, beside the statistics of the same run: `observe --moments`.
 
-They are too large for one tensor file that is written at once (34 GB for Flux.1), so each is a file of its own in the
-folder STATS.moments, written as soon as it is known: a run that was stopped goes on with the others, and nothing ever
-holds more than one. Layers that receive one input share a file.
+They are too large for one file (34 GB for Flux.1). So each is a file of its own in the folder STATS.moments, written as
+soon as it is known: an interrupted run continues with the others, and only one is in memory. Layers with the same input
+share a file.
 
-    moments   float32 [n (n + 1) / 2]: of n inputs the upper triangle of Σ x xᵀ, row by row; 2 n (n + 1) bytes, which
-              are 19 MB for 3,072 inputs and 472 MB for 15,360
-    header    of each file, and of the statistics: which run it was, and which layers they are for
+    moments   float32 [n (n + 1) / 2]: for n inputs, the upper triangle of Σ x xᵀ, row by row; 2 n (n + 1) bytes, or
+              19 MB for 3,072 inputs and 472 MB for 15,360
+    header    of each file, and of the statistics: an identifier of the run, and the layers
 
-Merging adds them up in float32. Each sum rounds once, by 2⁻²⁴ of a value at most, in whatever order; rounding weights
-adds far more in damping (`solver.DAMPING`).
+Merging adds moments in float32. Each sum rounds once, by at most 2⁻²⁴ of a value; damping (`solver.DAMPING`) adds far
+more.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ AGAIN = "observe the model again, with --moments"
 
 
 def kept_bytes(inputs: int) -> int:
-    """What the moments of so many inputs take.
+    """Size of the moments of a layer with this number of inputs.
 
     >>> kept_bytes(3072)
     18880512
@@ -53,8 +53,8 @@ class KeptMoments:
 
     Attributes:
         statistics: path of that file.
-        run: tells them from those of other runs.
-        files: names in the folder, by layer.
+        run: identifies the run.
+        files: file names in the folder, by layer.
     """
 
     statistics: Path
@@ -63,25 +63,25 @@ class KeptMoments:
 
     @property
     def folder(self) -> Path:
-        """Where they are."""
+        """The folder of the files."""
         return self.statistics.with_name(self.statistics.name + ".moments")
 
     @staticmethod
     def of(statistics: Statistics) -> KeptMoments | None:
-        """Those beside statistics that were loaded; None where none were kept.
+        """The moments beside loaded statistics; None if there are none.
 
         Raises:
-            StatisticsError: what the header says of them is damaged.
+            StatisticsError: their header entry is damaged.
         """
         assert statistics.path is not None
-        return _said(statistics.metadata, statistics.path)
+        return _parsed(statistics.metadata, statistics.path)
 
     def entry(self) -> dict[str, str]:
-        """The entry of the statistics' header, or of one file's."""
+        """The header entry, of the statistics or of one file."""
         return {MOMENTS_KEY: json.dumps({"run": self.run, "layers": self.files})}
 
     def prepare(self, *, resume: bool) -> None:
-        """Make the folder, and take out of it what is not of this run; or all of it, unless the run goes on.
+        """Create the folder, and remove moments of other runs; with `resume` off, remove all.
 
         Raises:
             OutputError: the folder cannot be made, or its files removed.
@@ -90,16 +90,16 @@ class KeptMoments:
             self.folder.mkdir(exist_ok=True)
             for path in sorted(self.folder.glob("*.safetensors")):
                 with open_checkpoint(path) as file:
-                    said = _said(file.metadata, path)
-                if resume and said is not None and said.run == self.run:
-                    self.files |= said.files
-                elif said is not None:
+                    found = _parsed(file.metadata, path)
+                if resume and found is not None and found.run == self.run:
+                    self.files |= found.files
+                elif found is not None:
                     path.unlink()
         except OSError as error:
             raise OutputError(f"the folder cannot be used ({error.strerror})", path=self.folder) from None
 
     def write(self, layers: Sequence[str], moments_II: Float32) -> None:
-        """Keep the moments of layers that share an input.
+        """Write the moments of layers that share an input.
 
         Raises:
             OutputError: they cannot be written.
@@ -113,11 +113,11 @@ class KeptMoments:
         self.files |= files
 
     def read(self, layer: Layer) -> Float32 | None:
-        """The moments of a layer, [in, in]; None where none were kept.
+        """The moments of a layer, [in, in]; None if there are none.
 
         Raises:
             CheckpointError: the file cannot be read.
-            StatisticsError: it is of another run, or has not the layer's size.
+            StatisticsError: it belongs to another run, or has another size.
         """
         if layer.name not in self.files:
             return None
@@ -125,7 +125,7 @@ class KeptMoments:
         size = layer.in_features
         if triangle.nbytes != kept_bytes(size):
             found = (isqrt(8 * len(triangle) + 1) - 1) // 2
-            problem = f"moments of {size} inputs expected, found {found}"
+            problem = f"moments of {size} inputs were expected, found {found}"
             raise StatisticsError(problem, path=self.folder / self.files[layer.name], tensor=layer.name, hint=AGAIN)
         moments_II, start = np.empty((size, size), np.float32), 0
         for number in range(size):
@@ -137,10 +137,10 @@ class KeptMoments:
     def _triangle(self, name: str) -> Float32:
         path = self.folder / name
         with open_checkpoint(path) as file:
-            said = _said(file.metadata, path)
+            found = _parsed(file.metadata, path)
             info = file.tensors.get(TENSOR)
-            if said is None or said.run != self.run or info is None or (info.dtype, len(info.shape)) != ("F32", 1):
-                problem = f"not the second moments that {self.statistics.name} was observed with"
+            if found is None or found.run != self.run or info is None or (info.dtype, len(info.shape)) != ("F32", 1):
+                problem = f"not the second moments of {self.statistics.name}"
                 raise StatisticsError(problem, path=path, hint=AGAIN)
             triangle: Float32 = file.bits(TENSOR)
         return triangle
@@ -151,16 +151,16 @@ def merge_moments(parts: Sequence[KeptMoments], output: Path, layers: Iterable[s
 
     Args:
         parts: of one model.
-        output: the statistics' path.
-        layers: those that are wanted, of which only what all parts have is kept.
+        output: path of the statistics.
+        layers: wanted layers; those that not all parts have are left out.
 
     Raises:
-        OutputError: they cannot be written, or would replace what is read.
+        OutputError: they cannot be written, or would replace an input.
         CheckpointError, StatisticsError: some cannot be read.
     """
     merged = KeptMoments(output, " + ".join(sorted(part.run for part in parts)))
     if any(part.folder.resolve() == merged.folder.resolve() for part in parts):
-        raise OutputError("its second moments are an input", path=output, hint="name another output")
+        raise OutputError("the output's second moments are also an input", path=output, hint="name another output")
     merged.prepare(resume=False)
     shared: dict[tuple[str, ...], list[str]] = {}
     for layer in layers:
@@ -172,18 +172,18 @@ def merge_moments(parts: Sequence[KeptMoments], output: Path, layers: Iterable[s
     return merged
 
 
-def _said(metadata: Mapping[str, str], path: Path) -> KeptMoments | None:
-    """What the header of a file says of second moments; None where it says nothing."""
+def _parsed(metadata: Mapping[str, str], path: Path) -> KeptMoments | None:
+    """The second moments in the header of a file; None if it has none."""
     if MOMENTS_KEY not in metadata:
         return None
 
     def damaged(problem: str) -> StatisticsError:
-        return StatisticsError(f"damaged: what its header says of second moments is {problem}", path=path, hint=AGAIN)
+        return StatisticsError(f"damaged: its header entry for second moments is {problem}", path=path, hint=AGAIN)
 
-    said: Any = parse_json(metadata[MOMENTS_KEY], damaged)
-    layers = said.get("layers") if isinstance(said, dict) else None
-    if not isinstance(layers, dict) or not isinstance(said.get("run"), str):
+    entry: Any = parse_json(metadata[MOMENTS_KEY], damaged)
+    layers = entry.get("layers") if isinstance(entry, dict) else None
+    if not isinstance(layers, dict) or not isinstance(entry.get("run"), str):
         raise damaged("without its run or layers")
     if not all(isinstance(name, str) and Path(name).name == name for name in layers.values()):
-        raise damaged("without names of files")
-    return KeptMoments(path, said["run"], layers)
+        raise damaged("without file names")
+    return KeptMoments(path, entry["run"], layers)

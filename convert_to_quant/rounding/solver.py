@@ -1,4 +1,4 @@
-"""Error feedback on the quadratic form of a layer; see the package's docstring."""
+"""Error feedback on the quadratic form of a layer; see the docstring of the package."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..formats.rotation import rotate
 DAMPING = 0.05
 """Share of the mean of H's diagonal that is added to it for error feedback.
 
-Prompts do not correlate channels quite as noise does: with the 1 % that others add "plain" keeps 0.4 dB less in W4A8
-and 0.5 less in W6A8 (docs/experiments.md).
+Prompts correlate channels differently from noise: with the usual 1 %, "plain" loses 0.4 dB in W4A8 and 0.5 dB in W6A8
+(docs/experiments.md).
 """
 
 BLOCK = 128
-"""Columns whose feedback goes to all later ones at once."""
+"""Columns whose feedback is applied to all later columns at once."""
 
 UNGROUPED = 32
-"""Columns that are rounded together where all of a row share one scale."""
+"""Columns that are rounded together if a whole row shares one scale."""
 
 
 def error_of(weight_OI: Tensor, rounded_OI: Tensor, moments_II: Tensor) -> Tensor:
-    """tr((W - Ŵ) H (W - Ŵ)ᵀ) by rows, float64 [out]."""
+    """tr((W - Ŵ) H (W - Ŵ)ᵀ) per row, float64 [out]."""
     error = (weight_OI - rounded_OI).double()
     return ((error @ moments_II.double()) * error).sum(1)
 
@@ -44,10 +44,10 @@ def round_weight(weight_OI: Tensor, moments_II: Tensor, fmt: Format) -> dict[str
     Args:
         weight_OI: float32 [out, in].
         moments_II: Σ x xᵀ of the inputs, [in, in], on the same device.
-        fmt: the format, one that is `roundable`.
+        fmt: a `roundable` format.
 
     Returns:
-        What is stored, by suffix.
+        The stored tensors, by suffix.
     """
     parts = fmt.quantized(weight_OI)
     nearest = fmt.lattice(parts)
@@ -75,10 +75,10 @@ def _permuted(lattice: Lattice, order: Tensor, groups: Tensor) -> Lattice:
 
 
 def _spread(moments: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """What an error of each column makes of later ones, float32 [in, in], and what such an error costs, [in].
+    """The effect of an error of each column on later columns, float32 [in, in], and the cost of such an error, [in].
 
     Args:
-        moments: float64 [in, in]; changed.
+        moments: float64 [in, in]; modified.
         damping: added to their diagonal.
     """
     moments.diagonal().add_(damping)
@@ -88,12 +88,12 @@ def _spread(moments: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _feed_back(target: Tensor, spread: Tensor, cost: Tensor, nearest: Lattice) -> Lattice:
-    """Round all columns in turn, each making good what those before it did to the output.
+    """Round the columns in turn; each compensates for the errors of the columns before it.
 
     Args:
-        target: float32 [out, in], rotated where the format rotates.
-        spread: what an error of each column makes of later ones, [in, in]; of inputs that are rotated likewise.
-        cost: what such an error costs, [in].
+        target: float32 [out, in], rotated if the format rotates.
+        spread: see `_spread`; of inputs with the same rotation.
+        cost: see `_spread`.
         nearest: the weight rounded to nearest.
     """
     wanted = target / nearest.unit
@@ -116,7 +116,7 @@ def _feed_back(target: Tensor, spread: Tensor, cost: Tensor, nearest: Lattice) -
 
 
 def _order(diagonal: Tensor, group: int) -> Tensor:
-    """Columns by the size of their inputs, the largest first; those of a group stand together."""
+    """Columns by the size of their inputs, largest first; those of a group stay together."""
     size = group or 1
     by_group = diagonal.reshape(-1, size)
     inside = by_group.argsort(1, descending=True)
@@ -131,17 +131,17 @@ def _near(lattice: Lattice, numbers: Tensor) -> Tensor:
 
 
 def _nearest_plane(wanted: Tensor, spread: Tensor, cost: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Round some columns in turn with feedback, under each of several scales, and keep the best.
+    """Round some columns in turn with feedback, for each of several scales, and take the best.
 
     Args:
         wanted: [out, n].
-        spread: what an error of each column makes of later ones, [n, n].
-        cost: what such an error costs, [n].
-        levels: what weights can be under each scale, ascending, [out, tried, K].
+        spread: see `_spread`, [n, n].
+        cost: see `_spread`, [n].
+        levels: possible values of weights for each scale, ascending, [out, tried, K].
 
     Returns:
-        Positions in the levels [out, n], the errors of the columns when they were rounded [out, n], and which scale is
-        best [out, 1].
+        Positions in the levels [out, n], the errors of the columns when they were rounded [out, n], and the number of
+        the best scale [out, 1].
     """
     between = (levels[..., 1:] + levels[..., :-1]) / 2
     left = wanted.T.unsqueeze(2).repeat(1, 1, levels.shape[1])
@@ -157,12 +157,12 @@ def _nearest_plane(wanted: Tensor, spread: Tensor, cost: Tensor, levels: Tensor)
 
 
 class OneLaunch:
-    """`_nearest_plane` on a GPU as one launch (a CUDA graph) in place of hundreds, which would wait for the host.
+    """`_nearest_plane` on a GPU as one launch (a CUDA graph) instead of hundreds, which would wait for the host.
 
-    What it returns is overwritten by the next call. It serves one thread at a time.
+    The next call overwrites the result. For one thread at a time.
 
     Args:
-        examples: tensors of the shapes and on the device of those that it will be given.
+        examples: tensors with the shapes and device of later arguments.
     """
 
     def __init__(self, *examples: Tensor) -> None:
@@ -171,7 +171,7 @@ class OneLaunch:
         aside = torch.cuda.Stream(here.device)  # type: ignore[no-untyped-call]
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
-            _nearest_plane(*examples)  # libraries set themselves up, which cannot be captured
+            _nearest_plane(*examples)  # initializes libraries, which cannot be captured
             self.graph.capture_begin(capture_error_mode="thread_local")
             self.found = _nearest_plane(*examples)
             self.graph.capture_end()

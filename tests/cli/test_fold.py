@@ -46,9 +46,9 @@ def test_a_folded_file_warns_and_its_loras_are_converted(done, refused, flux_fil
     for wrote in ("wrote", "replaced"):
         told = done("lora", "fold", lora, "--like", out, "-o", converted).err
         assert told == f"1 of 1 adapter scaled for int8.safetensors; {wrote} {converted}\n"
-    again = f"{converted}: it is folded already (give the original)\n"
+    again = f"{converted}: it is already folded (use the original)\n"
     refused(again, "lora", "fold", converted, "--like", out, "-o", twice)
-    plain = f"{flux_file}: its channels are not folded, so LoRAs fit it as they are"
+    plain = f"{flux_file}: its channels are not folded, so LoRAs fit it unchanged"
     refused(plain, "lora", "fold", lora, "--like", flux_file, "-o", twice)
 
 

@@ -410,8 +410,8 @@ def test_an_interrupted_pipeline_goes_on(ctq, done, painting, tmp_path):
     [
         ("--component unet", 2, "the pipeline has no unet (it has "),
         ("--frames 9", 2, "FluxPipeline takes no num_frames"),
-        ("--pipeline gone --dry-run", 1, "gone: no such folder (of a diffusers pipeline; nothing is downloaded)\n"),
-        ("--pipeline . --dry-run", 1, ".: no folder of a diffusers pipeline: it has no model_index.json\n"),
+        ("--pipeline gone --dry-run", 1, "gone: no such folder (name a diffusers pipeline; nothing is downloaded)\n"),
+        ("--pipeline . --dry-run", 1, ".: not a diffusers pipeline: the folder has no model_index.json\n"),
         ("--pipeline strange", 1, "strange: diffusers cannot load it"),
         ("--prompts none.txt", 2, "none.txt: the prompts cannot be read"),
         ("--prompts empty.txt", 2, "empty.txt: no prompts"),

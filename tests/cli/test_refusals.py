@@ -61,7 +61,7 @@ MISUSE = [
     (CONVERT + "--fold", "--fold changes what FP8 layers receive, so their input scales have to be measured"),
     (CONVERT + "--fold --format int8 --merge-lora x.safetensors", "--fold takes no LoRA"),
     (CONVERT + "--fold --actcal --actcal-lora x.safetensors", "--fold takes no LoRA"),
-    (CONVERT + "--fold --format int8 --exclude-layers .", "no layer of flux1 that is to be quantized reads channels"),
+    (CONVERT + "--fold --format int8 --exclude-layers .", "no layer to quantize reads channels that can be folded"),
     ("-i fp8.safetensors -o out.safetensors --actcal --actcal-engine layer --merge-lora lora.safetensors",
      "--merge-lora changes weights, and the input is quantized already"),
     ("--config none.toml", "none.toml: the configuration cannot be read: No such file or directory\n"),

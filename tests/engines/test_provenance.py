@@ -43,11 +43,11 @@ def test_tensors_of_any_number_of_dimensions_are_followed() -> None:
     ("converter", "message"),
     [
         (lambda t: {"b": t["b"]}, "converter cannot read it: KeyError: 'b'"),
-        (lambda t: {"a": t["a"]}, "left: its converter has no place for 1 tensors"),
+        (lambda t: {"a": t["a"]}, "left: its converter does not use 1 tensor"),
         (lambda t: {**t, "a": t["a"] * 0.5}, "does more than move rows"),
         (lambda t: {**t, "a": t["a"].T}, "does more than move rows"),
     ],
-    ids=["misses a tensor", "leaves one over", "computes", "moves columns"],
+    ids=["lacks a tensor", "leaves one over", "computes", "moves columns"],
 )
 def test_a_converter_that_does_other_things_is_refused(converter: Any, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):

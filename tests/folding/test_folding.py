@@ -107,7 +107,7 @@ def test_a_folded_file_says_what_was_done(files: dict[str, Path]) -> None:
         again = folding.fold_checkpoint(original, folding.read_groups(checkpoint))
         assert again.metadata[names.FOLDING_KEY] == checkpoint.metadata[names.FOLDING_KEY]
         assert any("folded" in note for note in find_layers(checkpoint).notes)
-        with pytest.raises(CheckpointError, match="folded already"):
+        with pytest.raises(CheckpointError, match="already folded"):
             folding.fold(checkpoint, [])
 
 
@@ -173,5 +173,5 @@ def test_what_cannot_be_folded_is_refused(files: dict[str, Path], save: Save, tm
 )  # fmt: skip
 def test_a_damaged_header_is_refused_in_one_sentence(said: str, save: Save) -> None:
     path = save("model.safetensors", {"a": np.ones(2, np.float32)}, {names.FOLDING_KEY: said})
-    with open_checkpoint(path) as model, pytest.raises(CheckpointError, match="says of its folding is not"):
+    with open_checkpoint(path) as model, pytest.raises(CheckpointError, match=r"entry for folding is (not|damaged)"):
         folding.read_groups(model)
