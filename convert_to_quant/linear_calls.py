@@ -114,12 +114,9 @@ Bypass = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], AbstractConte
 def comfyui_watched(bypass: Bypass, ran: Callable[[nn.Module], None]) -> Iterator[None]:
     """Watch linear layers that ComfyUI computes without calling them, while the block runs.
 
-    Wraps two functions of `comfy.ops`.
-
-    Args:
-        bypass: called with the layer and the arguments of a call of `linear_input_act`, as if these called the layer;
-            returns a context for the call, in which the layer may be called or not.
-        ran: called with the layer whenever ComfyUI casts its weight to compute it.
+    Wraps two functions of `comfy.ops`. `bypass` gets the layer and the arguments of a call of `linear_input_act`, as if
+    these called the layer, and returns a context for the call, in which the layer may be called or not. `ran` gets a
+    layer whenever ComfyUI casts its weight to compute it.
     """
     ops = sys.modules.get("comfy.ops")
     fold, cast = getattr(ops, "linear_input_act", None), getattr(ops, "cast_bias_weight", None)

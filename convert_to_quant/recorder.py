@@ -104,13 +104,7 @@ def sample_modules(linears: Mapping[str, nn.Module]) -> dict[str, NDArray[np.flo
 
 
 def layers_to_record(known: Iterable[str], quantized: Iterable[str], feeds: Mapping[str, Sequence[str]]) -> list[str]:
-    """Names of the layers to record: the quantized ones, or all that modules feed if none is quantized.
-
-    Args:
-        known: all layers of a checkpoint.
-        quantized: those of the diffusion model that are quantized.
-        feeds: module of the network -> the layers that its input feeds.
-    """
+    """Names of the layers to record: the quantized ones, or all known layers that modules feed if none is quantized."""
     fed = {layer for layers in feeds.values() for layer in layers}
     return list(quantized) or [name for name in known if name in fed]
 
@@ -354,14 +348,7 @@ def _plan(
 
 
 def all_reduce(statistics: Statistics, group: Any = None) -> Statistics:
-    """Merge the statistics of all processes of a torch.distributed group; every process must call it.
-
-    Args:
-        statistics: of this process.
-        group: the process group, gloo or nccl; by default all processes.
-
-    Returns:
-        The same statistics in every process.
+    """Merge the statistics of all processes of a torch.distributed group (gloo or nccl); every process must call it.
 
     Raises:
         StatisticsError: the processes recorded different models.

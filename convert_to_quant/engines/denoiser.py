@@ -63,12 +63,9 @@ class Plan:
     """How a checkpoint runs, found without reading a weight.
 
     Attributes:
-        family: name of its family.
-        architecture: how that family runs.
         config: arguments of the transformer class.
         sources: model tensor name -> where its rows are, by bare tensor names.
         shapes: model tensor name -> its shape, from the sources.
-        table: the checkpoint's layers.
         full_names: bare tensor name -> name in the checkpoint.
     """
 
@@ -187,14 +184,7 @@ def skeleton(plan: Plan) -> nn.Module:
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:
-    """A diffusion transformer that runs from its checkpoint.
-
-    Attributes:
-        plan: how it was built.
-        model: diffusers' module.
-        linears: its linear layers by diffusers' module name.
-        device, dtype: of its computations.
-    """
+    """A diffusion transformer that runs from its checkpoint; `linears` are by diffusers' module name."""
 
     plan: Plan
     model: nn.Module
@@ -218,16 +208,9 @@ class Denoiser:
 
     @torch.no_grad()
     def velocity(self, latents: Tensor, sigma: float, conditioning: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
-        """Predict the velocity, noise minus image.
+        """The predicted velocity, noise minus image: float32, with the shape and device of the latents.
 
-        Args:
-            latents: [batch, *latent shape].
-            sigma: noise level in [0, 1].
-            conditioning: by name, each [batch, ...].
-            geometry: of the latents.
-
-        Returns:
-            float32, shape and device of `latents`.
+        Latents are [batch, *latent shape], sigma is in [0, 1], and each conditioning is [batch, ...].
         """
         prediction = self.plan.architecture.prediction
         flows = prediction == "velocity"

@@ -49,13 +49,7 @@ BATCH_TOKENS = 4096
 class Images:
     """The images that a model generates while it is observed.
 
-    Attributes:
-        denoiser: the model.
-        geometry: size of an image.
-        samples: number of images.
-        steps: noise levels of each.
-        seed: of all noise.
-        prompts: fitted to the model, and used in turn; without prompts, the ways of `noise.CONDITIONINGS` are.
+    Their conditioning is the prompts in turn, which are fitted to the model, or else the `noise.CONDITIONINGS` in turn.
     """
 
     denoiser: Denoiser
@@ -197,14 +191,9 @@ def observe(
 
 
 def watched(denoiser: Denoiser, layers: Collection[str] | None = None) -> tuple[dict[str, Shape], dict[str, list[str]]]:
-    """The arguments of `recorder.record` for a model.
+    """The arguments of `recorder.record` for a model: {layer: (out, in)}, {module: the layers that its input feeds}.
 
-    Args:
-        denoiser: the model.
-        layers: names of checkpoint layers; by default the quantized ones, or all of a model without any.
-
-    Returns:
-        {layer: (out, in)}, and {module: the layers that its input feeds}.
+    The layers are the quantized ones by default, or all of a model without any.
 
     Raises:
         CalibrationError: a layer does not exist.
@@ -235,15 +224,9 @@ def trajectory(
     *,
     at: Callable[[float], object] | None = None,
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """Take Euler steps of flow matching from sigma 1 to 0.
+    """Take Euler steps of flow matching from latents at sigma 1: the model runs at 1, 1 - 1/steps, ... 1/steps.
 
-    Args:
-        denoiser: the model.
-        latents: [batch, *latent shape] at sigma 1.
-        conditioning: by name, each [batch, ...].
-        geometry: of the latents.
-        steps: number of steps; the model runs at sigma 1, 1 - 1/steps, ... 1/steps.
-        at: called with each noise level before the model runs.
+    `at` is called with each noise level before the model runs.
 
     Yields:
         (sigma, latents there, velocity there) after each evaluation.

@@ -82,14 +82,7 @@ def column_squares(checkpoint: Checkpoint, layer: Layer) -> NDArray[np.float64]:
 def unit_rows(
     random: np.random.Generator, simulation: Simulation, in_features: int, lora_rows_RI: Float32 | None = None
 ) -> Float32:
-    """Float32 rows of unit variance: normal, [samples, in], or a LoRA's with noise and both signs, [4 · rank, in].
-
-    Args:
-        random: source of random numbers.
-        simulation: its `samples` apply without a LoRA.
-        in_features: length of a row.
-        lora_rows_RI: the LoRA's A, float32 [rank, in].
-    """
+    """Float32 rows of unit variance: normal, [samples, in], or a LoRA's A with noise and both signs, [4 · rank, in]."""
     if lora_rows_RI is None or not np.any(lora_rows_RI):
         return random.standard_normal((simulation.samples, in_features), dtype=np.float32)
     spread = float(lora_rows_RI.std(dtype=np.float64))  # in float32 the squares of small rows are 0
@@ -114,17 +107,10 @@ def percentile_of(magnitudes: Float32, percentile: float) -> float:
 
 
 def input_range(unit_RI: Float32, squares_I: NDArray[np.float64], out_features: int, percentile: float) -> float:
-    """Range of the balanced input of a layer.
+    """A percentile of |x| of the balanced input of a layer, from rows of unit variance and squares of columns.
 
-    Args:
-        unit_RI: rows of unit variance, [rows, in].
-        squares_I: sums of squares of the weight's columns, [in].
-        out_features: rows of the weight.
-        percentile: of |x|.
-
-    Returns:
-        The percentile; 0 if the weight is all zero. Channels whose weights are all zero are left out: they have no
-        effect, and nothing shows their values.
+    It is 0 if the weight is all zero. Channels whose weights are all zero are left out: they have no effect, and
+    nothing shows their values.
     """
     heard = squares_I > 0
     if not heard.any():
@@ -144,12 +130,7 @@ def simulate(
 ) -> dict[str, float]:
     """Guess the ranges of many layers, in parallel threads.
 
-    Args:
-        checkpoint: contains the layers.
-        layers: FP8 layers by name.
-        simulation: how.
-        lora_rows: layer name -> its LoRA's A, or None.
-        progress: called with the bytes of each finished weight.
+    `lora_rows` gives the LoRA's A of a layer, or None; `progress` gets the bytes of each finished weight.
 
     Returns:
         Range by layer name, without margin, in the order of `layers`; 0 if a weight is empty or all zero.

@@ -10,7 +10,7 @@ is symmetric, and damped before it is factored in float64 (`rounding.solver`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -80,7 +80,7 @@ class Gathering:
         if self.model.device.type == "cuda":  # weights are copied there when they are first needed
             weights = sum(layer.weight.nbytes for layer in table.linear())
             budget = (torch.cuda.mem_get_info(self.model.device)[0] - weights - WORK_BYTES * widest**2) // 2
-        self.bands = list(_bands([layer for layer in layers if layer.name not in done], budget))[share[0] :: share[1]]
+        self.bands = _bands([layer for layer in layers if layer.name not in done], budget)[share[0] :: share[1]]
         self.band: Sequence[str] = ()
         self.moments: dict[str, Tensor] = {}
         images = Images.of(self.model, shown, 1, prompts)
@@ -99,11 +99,7 @@ class Gathering:
 
     @torch.no_grad()
     def gather(self, layers: Sequence[str]) -> dict[tuple[str, ...], Tensor]:
-        """Run the model for some layers.
-
-        Returns:
-            {layers that share an input: float32 [in, in]} on the model's device, without layers that do not run.
-        """
+        """Run the model: {layers that share an input: float32 [in, in]} on its device, without layers that do not run."""
         moments: dict[str, Tensor] = {}
         owner: dict[str, str] = {}  # of layers that are called with one tensor, the first
         last: tuple[str, Tensor | None] = "", None
@@ -142,11 +138,8 @@ def kept_on(device: str | torch.device, parts: Sequence[KeptMoments]) -> Moments
 class Rounding:
     """Rounds the layers of a checkpoint by the second moments of their inputs.
 
-    Call it for layers in order, since moments are gathered for bands of layers, and from one thread.
-
-    Attributes:
-        checkpoint: the open checkpoint.
-        moments_of: gives the moments of a layer on the device that rounds.
+    Call it for layers in order, since moments are gathered for bands of layers, and from one thread. It rounds on the
+    device of the moments.
     """
 
     checkpoint: Checkpoint
@@ -170,16 +163,15 @@ class Rounding:
         return {suffix: part.cpu() for suffix, part in round_weight(weight_OI, moments, fmt).items()}
 
 
-def _bands(layers: Sequence[Layer], budget: int) -> Iterator[list[str]]:
+def _bands(layers: Sequence[Layer], budget: int) -> list[list[str]]:
     """Names of consecutive layers whose moments fit a budget together."""
-    band: list[str] = []
-    held = 0
+    bands: list[list[str]] = []
+    held = budget
     for layer in layers:
         size = 4 * layer.in_features**2
-        if band and held + size > budget:
-            yield band
-            band, held = [], 0
-        band.append(layer.name)
+        if held + size > budget:
+            bands.append([])
+            held = 0
+        bands[-1].append(layer.name)
         held += size
-    if band:
-        yield band
+    return bands

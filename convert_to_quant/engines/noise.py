@@ -36,13 +36,7 @@ VECTOR_MAGNITUDE = 2.0
 
 @dataclass(frozen=True)
 class Conditioning:
-    """One way to draw noise conditioning.
-
-    Attributes:
-        name: for reports.
-        magnitude: standard deviation of the ordinary channels.
-        loud: whether some channels are `LOUD` times larger.
-    """
+    """One way to draw noise: the standard deviation of ordinary channels, and whether some are `LOUD` times larger."""
 
     name: str
     magnitude: float
@@ -65,17 +59,7 @@ def latents(shape: tuple[int, ...], seed: int, number: int) -> Tensor:
 
 
 def conditioning(signals: Mapping[str, Signal], way: Conditioning, seed: int, number: int) -> dict[str, Tensor]:
-    """Noise in the shape of a text encoder's outputs for trajectory `number`.
-
-    Args:
-        signals: the model's conditioning inputs by name.
-        way: how to draw it.
-        seed: of the run.
-        number: of the trajectory.
-
-    Returns:
-        {name: [1, *shape]}, float32 (masks int64), on the CPU.
-    """
+    """Noise for the conditioning of trajectory `number`: {name: [1, *shape]}, float32 (masks int64), on the CPU."""
     rng = np.random.default_rng((seed, number, CONDITIONING_STREAM))
     return {name: _signal(signal, way, rng) for name, signal in signals.items()}
 

@@ -36,12 +36,9 @@ PIPELINE_NAMES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Prompts:
-    """Conditioning of some prompts.
+    """Conditioning of some prompts by name, each [prompts, ...]; `source` is their path, for messages.
 
-    Attributes:
-        tensors: by name, each [prompts, ...].
-        geometry: of the images, with the prompts' own number of text tokens once they are fitted to a model.
-        source: path, for messages.
+    Once they are fitted to a model, the geometry has their own number of text tokens.
     """
 
     tensors: Mapping[str, Tensor]

@@ -33,12 +33,7 @@ Converter = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of rows of one checkpoint tensor.
-
-    Attributes:
-        tensor: its name, without the checkpoint's prefix.
-        start, stop: the first row, and the row after the last.
-    """
+    """Rows `start` to `stop` of one checkpoint tensor, by its name without the checkpoint's prefix."""
 
     tensor: str
     start: int
@@ -46,14 +41,9 @@ class Piece:
 
 
 def trace(converter: Converter, shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
-    """Trace the rows of every converted tensor.
+    """The pieces of every converted tensor, in row order, by model name. A tensor without dimensions has one row.
 
-    Args:
-        converter: from tensors by checkpoint name to tensors by model name; may empty its argument.
-        shapes: bare checkpoint tensor name -> shape.
-
-    Returns:
-        {model tensor name: its pieces, in row order}. A tensor without dimensions has one row.
+    The converter may empty its argument; `shapes` are by bare checkpoint name.
 
     Raises:
         UnsupportedModelError: the converter lacks a tensor, does not use one, or does more than move rows.
@@ -75,16 +65,10 @@ def trace(converter: Converter, shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
 
 
 def renamed(shapes: Shapes, tables: Sequence[Index], spellings: Index) -> dict[str, tuple[Piece, ...]]:
-    """Find every tensor of a model by its family's rules for names.
+    """Find every tensor of a model by its family's rules for names; the result is that of `trace`.
 
-    Args:
-        shapes: bare checkpoint tensor name -> shape.
-        tables: other names of layers and tensors; the first table with a name for a tensor decides. A tensor without a
-            rule has the same name in the model.
-        spellings: other names of layers in checkpoints.
-
-    Returns:
-        As `trace`.
+    `tables` are other names of layers and tensors; the first table with a name for a tensor decides. A tensor without a
+    rule has the same name in the model. `spellings` are other names of layers in checkpoints.
     """
     found: dict[str, tuple[Piece, ...]] = {}
     for tensor, shape in shapes.items():

@@ -53,14 +53,9 @@ EXACT_TERMS = 1 << 10
 
 
 def exact_product(codes: Tensor, weight_OI: Tensor) -> Tensor:
-    """Multiply 8-bit integers and sum exactly; on a GPU by its own kernel, if that supports the dimensions.
+    """Multiply 8-bit integers [..., in] and [out, in]: the exact sums, rounded once, float32 [..., out].
 
-    Args:
-        codes: [..., in].
-        weight_OI: [out, in].
-
-    Returns:
-        float32 [..., out]: the exact sums, rounded once.
+    On a GPU its own kernel does so, if it supports the dimensions.
     """
     if codes.device.type == "cuda" and not any(side % 8 for side in weight_OI.shape):
         rows = codes.reshape(-1, codes.shape[-1])
@@ -73,16 +68,10 @@ def exact_product(codes: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def multiply(codes: Tensor, scale: Tensor, levels: Tensor, weight_scale: Tensor) -> Tensor:
-    """The output of a layer for quantized inputs, without bias.
+    """The output of a layer without bias, float32 [..., out].
 
-    Args:
-        codes: of the inputs, [..., in].
-        scale: of the inputs, () or [..., 1].
-        levels: of the weight, [out, in].
-        weight_scale: [1 or out, 1], or [out, in] for blocks.
-
-    Returns:
-        float32 [..., out].
+    Inputs are codes [..., in] with a scale, () or [..., 1]; the weight is levels [out, in] with a scale, [1 or out, 1],
+    or [out, in] for blocks.
     """
     if codes.is_floating_point() or levels.is_floating_point() or weight_scale.shape[1] > 1:
         return linear(codes.float() * scale, levels.float() * weight_scale)
@@ -154,11 +143,7 @@ class StoredWeight:
         return weight_OI if factors is None else weight_OI * factors.float()
 
     def multiplied(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A piece as readers multiply it.
-
-        Returns:
-            Levels [rows, in], float32 scales that broadcast against them, and factors of inputs, [in] or None.
-        """
+        """A piece as readers multiply it: levels [rows, in], float32 scales, and factors of inputs, [in] or None."""
         layer, rows = self.pieces[index]
         parts = self._stored.get(index) or self._upload(layer, rows)
         if self.device.type != "cpu":

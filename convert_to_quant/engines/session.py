@@ -80,13 +80,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a run observed.
-
-    Attributes:
-        statistics: of every requested layer, over everything that ran.
-        trials: of formats, if requested.
-        moments: header entry for second moments, if requested.
-    """
+    """What a run observed: statistics of every requested layer, trials, and the header entry for second moments."""
 
     statistics: Statistics
     trials: Trials | None = None
@@ -106,13 +100,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Observed:
-    """What the finished units observed.
-
-    Attributes:
-        statistics: of all of them.
-        ranges: largest inputs per group.
-        done: names of the units.
-    """
+    """What the finished units observed, with the largest inputs per group, and the names of the units."""
 
     statistics: Statistics
     ranges: Ranges = field(default_factory=dict)
@@ -221,15 +209,11 @@ class Session:
     ) -> Observation:
         """Run the units that are not done yet.
 
-        Args:
-            recording: records the model; is cleared.
-            units: the same in every process and at every resumption.
-            model: the file that runs, for messages.
-            progress: called after every tick, in the cost of units.
-            **facts: provenance of the statistics.
+        Units must be the same in every process and at every resumption. `model` is the file, for messages; `facts` are
+        provenance of the statistics.
 
         Returns:
-            The observation of all units, those of other processes and earlier runs included.
+            The observation of all units, including other processes and earlier runs.
 
         Raises:
             StatisticsError: the partial file is damaged, or belongs to another run.
@@ -258,12 +242,7 @@ class Session:
     def finish(
         self, statistics: Statistics, trials: Trials | None = None, further: Mapping[str, str] | None = None
     ) -> None:
-        """Write the output and remove the partial files; every process must call it.
-
-        Args:
-            statistics: of all processes.
-            trials: of all processes; written into the same file.
-            further: header entries.
+        """Write statistics and trials of all processes and header entries; every process must call it.
 
         Raises:
             OutputError: the output cannot be written; the partial files stay.
@@ -345,13 +324,9 @@ def _difference(made_with: Any, asked_for: Mapping[str, Any]) -> str:
 
 
 def fingerprint(*places: StrPath | Checkpoint) -> str:
-    """Identify files by their sizes and samples of their bytes, without their own names and dates.
+    """`HASH_PREFIX` and a SHA-256 of the sizes and samples of the bytes of files, without their own names and dates.
 
-    Args:
-        *places: files, folders (all files in them, with their relative names), or open checkpoints.
-
-    Returns:
-        `HASH_PREFIX` and SHA-256 in hexadecimal digits.
+    A place is a file, a folder (all files in it, with their relative names), or an open checkpoint.
     """
     digest = hashlib.sha256()
     for place in places:

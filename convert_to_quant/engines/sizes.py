@@ -40,14 +40,9 @@ def geometry(
     frames: int | None = None,
     text_tokens: int | None = None,
 ) -> Geometry:
-    """The tokens of an image or video of a model of some family; None means the default.
+    """The tokens of an image or video (height and width in pixels) of a model of some family; None means the default.
 
-    Args:
-        family: name of the model's family.
-        height: in pixels; rounded up to whole tokens.
-        width: like `height`.
-        frames: of a video, 1 for an image; rounded up to whole tokens.
-        text_tokens: length of the text.
+    Sizes and frames are rounded up to whole tokens.
 
     >>> geometry("flux1", 1024, 768)
     Geometry(height=64, width=48, frames=1, text_tokens=64)

@@ -56,13 +56,7 @@ Product = Callable[[Tensor, slice], Tensor]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A format that a layer could be in.
-
-    Attributes:
-        format: of its weight.
-        input_scale: for formats with a static one.
-        full_precision: its inputs are not quantized.
-    """
+    """A format that a layer could be in, its static input scale if any, and whether its inputs are not quantized."""
 
     format: Format
     input_scale: float | None = None
@@ -87,12 +81,9 @@ class Moment:
 
 
 class Simulated:
-    """A layer's weight in a format, multiplied as readers do.
+    """A layer's weight, float32 [out, in], in a format, multiplied as readers do.
 
-    Args:
-        weight_OI: float32 [out, in].
-        candidate: the format, and how inputs are scaled.
-        parts: the stored tensors of the weight, by suffix; rounded to nearest by default.
+    `parts` are its stored tensors by suffix; rounded to nearest by default.
     """
 
     def __init__(self, weight_OI: Tensor, candidate: Candidate, parts: Parts | None = None) -> None:
@@ -117,15 +108,9 @@ class Simulated:
 
 
 class Bench:
-    """A model to run trials on: keeps the outputs of its blocks.
+    """A model in high precision to run trials on, each at the same moments. It keeps the outputs of its blocks.
 
-    Args:
-        denoiser: the model, in high precision.
-        geometry: of the latents.
-        moments: the evaluations that every trial repeats.
-
-    Attributes:
-        tick: called with 0 before every evaluation; an exception from it ends the run.
+    It calls `tick` with 0 before every evaluation; an exception from it ends the run.
     """
 
     def __init__(self, denoiser: Denoiser, geometry: Geometry, moments: Sequence[Moment]) -> None:
@@ -160,11 +145,7 @@ class Bench:
         return blocks.pop() if len(blocks) == 1 else None
 
     def run(self) -> list[Tensor]:
-        """Run every moment and keep the outputs of the blocks.
-
-        Returns:
-            The velocities.
-        """
+        """Run every moment, keep the outputs of the blocks, and return the velocities."""
         self.outputs, velocities, calls = [], [], 0
 
         def keep(block: nn.Module, _: Any, output: Any) -> None:
@@ -194,14 +175,9 @@ class Bench:
         return torch.allclose(again, torch.cat([velocity] * 2), rtol=1e-3, atol=1e-3 * float(velocity.abs().max()))
 
     def trials(self, changes: Sequence[Mapping[str, Product]], place: int) -> list[list[Tensor]]:
-        """Run every moment with some layers replaced, several changes side by side in one batch.
+        """The velocities at every moment with some layers replaced, by change; several changes run in one batch.
 
-        Args:
-            changes: each of them replaces some layers.
-            place: position of the first block that contains any of these layers.
-
-        Returns:
-            The velocities at every moment, by change.
+        `place` is the position of the first block that contains any of the layers.
         """
         found: list[list[Tensor]] = [[] for _ in changes]
         for start in range(0, len(changes), self.together):
@@ -353,11 +329,8 @@ def run_trials(
 ) -> Trials:
     """Try every candidate of every layer.
 
-    Args:
-        bench: the model and its evaluations.
-        candidates: by layer.
-        share: number of this process, and number of processes; each takes every n-th layer, and their trials add up.
-        progress: called after the candidates of a layer, and before every evaluation.
+    `share` is the number of this process and the number of processes; each takes every n-th layer, and their trials
+    add up. `progress` is called after the candidates of a layer, and before every evaluation.
     """
     offered = {candidate.format.name for some in candidates.values() for candidate in some}
     formats = tuple(name for name in FORMATS if name in offered)
@@ -417,16 +390,7 @@ def damage_of(bench: Bench, mix: Mapping[str, Candidate]) -> NDArray[np.float64]
 def moments(
     denoiser: Denoiser, geometry: Geometry, images: int, levels: int, seed: int, *, prompts: Prompts | None = None
 ) -> list[Moment]:
-    """Evaluations of a model while it generates images.
-
-    Args:
-        denoiser: the model.
-        geometry: of the images.
-        images: number of images, with each way of conditioning in turn.
-        levels: noise levels of each.
-        seed: of the noise.
-        prompts: fitted to the model; noise by default.
-    """
+    """Evaluations of a model while it generates images with each way of conditioning in turn; see `Images`."""
     shown = Images(denoiser, geometry, max(images, prompts.count if prompts else 0), levels, seed, prompts)
     ways = shown.ways
     latents, signals = shown.start([number for numbers in ways.values() for number in numbers])

@@ -24,13 +24,7 @@ ENDINGS = ("", names.WEIGHT, names.BIAS)
 
 
 def fold_lora(lora: Lora, like: Checkpoint, output: Path | None, *, progress: Advance | None = None) -> str:
-    """Write an adapter that fits a folded checkpoint.
-
-    Args:
-        lora: for the original checkpoint.
-        like: the folded checkpoint.
-        output: the new file; None to write nothing.
-        progress: called with finished bytes.
+    """Write an adapter for the original checkpoint so that it fits the folded one; without an output, only check it.
 
     Returns:
         One line: how many of the adapters were scaled.

@@ -41,16 +41,10 @@ BAND_VALUES = 1 << 22
 def find_exponents(
     checkpoint: Checkpoint, groups: Sequence[Group], statistics: Statistics, prefix: str
 ) -> list[Exponents]:
-    """The exponents of factors: each channel is scaled by 2^exponent.
+    """The exponents of factors by group, int8, one per channel; a channel is scaled by 2^exponent.
 
-    Args:
-        checkpoint: the open checkpoint.
-        groups: all channels to scale.
-        statistics: of the inputs of the layers that read them.
-        prefix: of the diffusion model's tensor names.
-
-    Returns:
-        int8 for each group, one per channel; all 0 if the inputs are unknown or the channels are already equal.
+    They are 0 if the inputs are unknown or the channels already equal. `statistics` are of the layers that read the
+    channels, and `prefix` is that of the diffusion model's tensor names.
     """
     inputs: dict[str, Float] = {}
     columns: dict[str, Float] = {}

@@ -74,13 +74,7 @@ def none(count: int) -> Exponents:
 
 
 class Folded(Checkpoint):
-    """A checkpoint that reads as if its channels had been scaled before it was written.
-
-    Args:
-        checkpoint: the original; must stay open.
-        scaling: of its tensors.
-        metadata: replaces that of the original.
-    """
+    """A checkpoint, which must stay open, read as if its channels were scaled, with other metadata."""
 
     def __init__(self, checkpoint: Checkpoint, scaling: Scaling, metadata: Mapping[str, str]) -> None:
         vars(self).update(vars(checkpoint))

@@ -49,13 +49,7 @@ def kept_bytes(inputs: int) -> int:
 
 @dataclass
 class KeptMoments:
-    """The second moments beside one file of statistics.
-
-    Attributes:
-        statistics: path of that file.
-        run: identifies the run.
-        files: file names in the folder, by layer.
-    """
+    """The second moments beside one file of statistics, of the run with that identifier: file names by layer."""
 
     statistics: Path
     run: str
@@ -147,12 +141,7 @@ class KeptMoments:
 
 
 def merge_moments(parts: Sequence[KeptMoments], output: Path, layers: Iterable[str]) -> KeptMoments:
-    """Add moments up, beside a new file of statistics.
-
-    Args:
-        parts: of one model.
-        output: path of the statistics.
-        layers: wanted layers; those that not all parts have are left out.
+    """Add up the moments of layers that all parts have, beside a new file of statistics.
 
     Raises:
         OutputError: they cannot be written, or would replace an input.

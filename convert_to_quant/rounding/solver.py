@@ -39,12 +39,7 @@ def rotated_moments(moments_II: Tensor, group: int) -> Tensor:
 
 
 def round_weight(weight_OI: Tensor, moments_II: Tensor, fmt: Format) -> dict[str, Tensor]:
-    """Round a weight for the inputs of its layer.
-
-    Args:
-        weight_OI: float32 [out, in].
-        moments_II: Σ x xᵀ of the inputs, [in, in], on the same device.
-        fmt: a `roundable` format.
+    """Round a weight, float32 [out, in], to a `roundable` format, by the moments of its inputs on the same device.
 
     Returns:
         The stored tensors, by suffix.
@@ -77,9 +72,7 @@ def _permuted(lattice: Lattice, order: Tensor, groups: Tensor) -> Lattice:
 def _spread(moments: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """The effect of an error of each column on later columns, float32 [in, in], and the cost of such an error, [in].
 
-    Args:
-        moments: float64 [in, in]; modified.
-        damping: added to their diagonal.
+    Adds the damping to the diagonal of `moments`, float64 [in, in], in place.
     """
     moments.diagonal().add_(damping)
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
@@ -88,13 +81,9 @@ def _spread(moments: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _feed_back(target: Tensor, spread: Tensor, cost: Tensor, nearest: Lattice) -> Lattice:
-    """Round the columns in turn; each compensates for the errors of the columns before it.
+    """Round the columns of a target [out, in] in turn; each compensates for the errors of the columns before it.
 
-    Args:
-        target: float32 [out, in], rotated if the format rotates.
-        spread: see `_spread`; of inputs with the same rotation.
-        cost: see `_spread`.
-        nearest: the weight rounded to nearest.
+    The target and the inputs of `_spread` are rotated if the format rotates.
     """
     wanted = target / nearest.unit
     size = nearest.group or math.gcd(UNGROUPED, wanted.shape[1])
@@ -159,10 +148,7 @@ def _nearest_plane(wanted: Tensor, spread: Tensor, cost: Tensor, levels: Tensor)
 class OneLaunch:
     """`_nearest_plane` on a GPU as one launch (a CUDA graph) instead of hundreds, which would wait for the host.
 
-    The next call overwrites the result. For one thread at a time.
-
-    Args:
-        examples: tensors with the shapes and device of later arguments.
+    Arguments have the shapes and device of the examples. The next call overwrites the result. For one thread at a time.
     """
 
     def __init__(self, *examples: Tensor) -> None:

@@ -1,12 +1,19 @@
 """Models as files, for the engines' tests."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from convert_to_quant.checkpoint import open_checkpoint
+from convert_to_quant.engines import diffusers as engine
+from convert_to_quant.engines.denoiser import LEAST_SIGNAL
+from convert_to_quant.families.running import Inputs
 from convert_to_quant.formats import DEFAULT_GRID
+from convert_to_quant.options import RunOptions
 
 
 @pytest.fixture
@@ -42,17 +49,40 @@ def save_model(tmp_path, build):
 
 
 @pytest.fixture
-def largest_inputs():
-    """largest_inputs({name: module}): the largest |x| that each module receives from now on, by name."""
+def compared():
+    """compared(checkpoint, table, model, size, layer_of): what `observe` saw, checked against diffusers' own model.
 
-    def watch(modules):
-        absmax = {}
+    Their velocities are equal, and so are the largest inputs of linear layers, which `layer_of` names.
+    """
 
-        def keep(name, x):
-            absmax[name] = max(absmax.get(name, 0.0), float(x.abs().max()))
+    def compare(checkpoint, table, model, size, layer_of=str):
+        seen = engine.observe(checkpoint, table, RunOptions(samples=3, steps=1, seed=9, device="cpu"), geometry=size)
+        denoiser = engine.load(checkpoint, table)
+        architecture, absmax = denoiser.plan.architecture, {}
 
-        for name, module in modules.items():
-            module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
-        return absmax
+        def keep(layer, _, args):
+            absmax[layer] = max(absmax.get(layer, 0.0), float(args[0].abs().max()))
 
-    return watch
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(partial(keep, layer_of(name)))
+        for number in range(3):
+            latents, conditioning = engine.start(denoiser, size, 9, [number])
+            arguments = architecture.arguments(Inputs(denoiser.plan.config, size, latents, 1.0, conditioning))
+            with torch.no_grad():
+                output = model(**arguments, return_dict=False)
+            predicted = architecture.velocity(output[0] if isinstance(output, tuple) and len(output) == 1 else output)
+            predicted = predicted[:, -latents.shape[1] :]
+            wanted = {
+                "velocity": predicted,
+                "v": latents + predicted,
+                "noise": predicted - (latents - predicted) / LEAST_SIGNAL,
+            }[architecture.prediction]
+            assert wanted.shape == latents.shape
+            found = denoiser.velocity(latents, 1.0, conditioning, size)
+            assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+        visited = seen.statistics.take(np.array(seen.statistics.names)[seen.statistics.visited])
+        assert dict(zip(visited.names, visited.absmax.tolist(), strict=True)) == pytest.approx(absmax, rel=1e-3)
+        return seen
+
+    return compare

@@ -1,7 +1,4 @@
-"""The layer engine: simulated inputs against their definition, and its sums against brute force."""
-
-from collections.abc import Callable
-from pathlib import Path
+"""The layer engine: simulated inputs against their definition."""
 
 import numpy as np
 import pytest
@@ -15,16 +12,10 @@ from convert_to_quant.layers import find_layers
 
 OUT, IN = 100, 96
 SCALES = {
-    "tensor": np.float32(0.25),
-    "tensor (1,)": np.float32([0.25]),
-    "tensor tiny": np.float32(1e-30),
-    "tensor huge": np.float32(1e25),
-    "row": np.geomspace(1e-3, 1e3, OUT).astype(np.float32),
-    "row (out, 1)": np.geomspace(1e-3, 1e3, OUT).astype(np.float32)[:, None],
-    "block": np.geomspace(0.01, 10, 4).astype(np.float32).reshape(2, 2),  # 64 x 64, cut off at both edges
+    "tiny": np.float32(1e-30),
+    "huge": np.float32(1e25),
+    "row": np.geomspace(1e-3, 1e3, OUT).astype(np.float32)[:, None],
 }
-
-Save = Callable[..., Path]
 
 
 def fp8_layer(codes, scale, dtype="F8_E4M3", name="layer"):
@@ -37,39 +28,18 @@ def random_codes(shape=(OUT, IN), seed=0):
     return (random.integers(0, 0x78, shape) | random.integers(0, 2, shape) << 7).astype(np.uint8)
 
 
-def real_weight(codes, scale, dtype="F8_E4M3"):
-    """codes × scale in float64, by torch's cast and a loop over the elements' blocks."""
-    kind = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[dtype]
-    weight = torch.from_numpy(codes).view(kind).double().numpy()
-    scale = np.asarray(scale, np.float64)
-    for row in range(weight.shape[0]):
-        for column in range(weight.shape[1]):
-            if scale.size == 1:
-                weight[row, column] *= scale.item()
-            elif scale.shape[0] == weight.shape[0]:
-                weight[row, column] *= scale.reshape(-1)[row]
-            else:
-                weight[row, column] *= scale[row // 64, column // 64]
-    return weight
+def real_weight(codes, scale):
+    """codes × scale in float64, by torch's cast."""
+    return torch.from_numpy(codes).view(torch.float8_e4m3fn).double().numpy() * np.float64(scale)
 
 
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
 @pytest.mark.parametrize("scaling", SCALES)
-def test_column_squares_equal_brute_force(save, scaling, dtype):
+def test_column_squares_do_not_leave_float64(save, scaling):
     codes = random_codes()
-    path = save("a.safetensors", fp8_layer(codes, SCALES[scaling], dtype))
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(save("a.safetensors", fp8_layer(codes, SCALES[scaling]))) as checkpoint:
         (layer,) = find_layers(checkpoint).quantized.values()
         found = engine.column_squares(checkpoint, layer)
-    expected = np.sum(real_weight(codes, SCALES[scaling], dtype) ** 2, axis=0)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-def test_column_squares_of_a_weight_in_high_precision(save):
-    weight = np.random.default_rng(1).standard_normal((130, 7)).astype(np.float32)
-    with open_checkpoint(save("a.safetensors", {"layer.weight": weight})) as checkpoint:
-        found = engine.column_squares(checkpoint, find_layers(checkpoint).plain["layer"])
-    np.testing.assert_allclose(found, np.sum(weight.astype(np.float64) ** 2, 0), rtol=1e-5)
+    np.testing.assert_allclose(found, np.sum(real_weight(codes, SCALES[scaling]) ** 2, axis=0), rtol=1e-5)
 
 
 def range_of(save, tensors, lora=None, **options):
@@ -183,7 +153,7 @@ def test_channels_of_zeros_are_left_out_and_do_not_blow_up_the_range(save):
     half[:, 1] = 0x80  # -0 is zero as well
     found = range_of(save, fp8_layer(half, 0.25), samples=200)
     assert np.isfinite(found)
-    # The heard channels share the output's variance among fewer: each is louder by about sqrt(2).
+    # Fewer channels share the output's variance: each is larger by about sqrt(2).
     assert found == pytest.approx(range_of(save, fp8_layer(codes, 0.25), samples=200) * np.sqrt(2), rel=0.1)
 
 

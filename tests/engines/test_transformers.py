@@ -1,18 +1,16 @@
-"""Every class of diffusers that a family runs in, tiny and as diffusers saves it: everything from its tensors alone."""
+"""Every class of diffusers that a family runs in, tiny and as diffusers saves it, from its tensors alone."""
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from convert_to_quant import families
 from convert_to_quant.best import plan_best
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.convert import convert, plan_conversion
 from convert_to_quant.engines import diffusers as engine
-from convert_to_quant.engines.denoiser import LEAST_SIGNAL
-from convert_to_quant.families.running import Geometry, Inputs
+from convert_to_quant.families.running import Geometry
 from convert_to_quant.fidelity import noise_scenes, scenes_fidelity
 from convert_to_quant.layers import find_layers
 from convert_to_quant.options import BestOptions, ConvertOptions, RunOptions
@@ -143,43 +141,20 @@ def case(request):
     return family, model
 
 
-def run(model, denoiser, latents, conditioning):
-    architecture = denoiser.plan.architecture
-    arguments = architecture.arguments(Inputs(denoiser.plan.config, SIZE, latents, 1.0, conditioning))
-    with torch.no_grad():
-        output = model(**arguments, return_dict=False)
-    predicted = architecture.velocity(output[0] if isinstance(output, tuple) and len(output) == 1 else output)
-    predicted = predicted[:, -latents.shape[1] :]
-    if architecture.prediction == "noise":
-        return predicted - (latents - predicted) / LEAST_SIGNAL
-    return latents + predicted if architecture.prediction == "v" else predicted
-
-
-def test_it_is_recorded_converted_checked_and_mixed(case, save_model, largest_inputs, tmp_path):
+def test_it_is_recorded_converted_checked_and_mixed(case, save_model, compared, tmp_path):
     family, model = case
     path = save_model(model.state_dict())
     with open_checkpoint(path) as checkpoint:
         table = find_layers(checkpoint)
         denoiser = engine.load(checkpoint, table)
         assert denoiser.plan.family == family
-        seen = engine.observe(
-            checkpoint, table, RunOptions(samples=3, steps=1, seed=9, device="cpu"), geometry=SIZE
-        ).statistics
-        absmax = largest_inputs({name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-        for number in range(3):
-            latents, conditioning = engine.start(denoiser, SIZE, 9, [number])
-            wanted = run(model, denoiser, latents, conditioning)
-            found = denoiser.velocity(latents, 1.0, conditioning, SIZE)
-            assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
-        visited = seen.take(np.array(seen.names)[seen.visited])
-        assert dict(zip(visited.names, visited.absmax.tolist(), strict=True)) == pytest.approx(absmax, rel=1e-3)
+        compared(checkpoint, table, model, SIZE)
 
         shown = RunOptions(samples=3, steps=1, height=64, width=64, text_tokens=4)
         best = plan_best(checkpoint, ConvertOptions(), BestOptions(), shown)
         assert np.isfinite(best.expected_db)
         for plan in (plan_conversion(checkpoint, ConvertOptions()), best.plan):
-            output = tmp_path / "out" / "quantized.safetensors"
-            output.parent.mkdir(exist_ok=True)
+            output = tmp_path / "quantized.safetensors"
             convert(checkpoint, plan, output)
             with open_checkpoint(output) as converted:
                 assert len(find_layers(converted).quantized) == len(plan.quantized) > 0
