@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ import torch
 from fidelity import result_of, run_parser, write_between_markers
 
 from convert_to_quant import best
-from convert_to_quant.choose import CANDIDATES, Choice, Mixes, Offer
+from convert_to_quant.choose import CANDIDATES, Choice, Mixes
 from convert_to_quant.emoji import prompts
 from convert_to_quant.engines import denoiser, trials
 from convert_to_quant.errors import OptionError
@@ -104,13 +105,13 @@ def measure(variant: str, device: str, geometry: Geometry, count: int) -> dict[s
             options = BestOptions(bits=8.0, gpu=card)
             chosen = best.plan_best(checkpoint, ConvertOptions(), options, RunOptions(device=device))
             found["seconds"][card] = round(time.perf_counter() - start, 1)
-            layers = {layer.name: layer for layer in chosen.plan.table.plain.values() if layer.name in chosen.choice}
+            layers = {name: chosen.plan.table.plain[name] for name in chosen.mixes.weights}
             formats = [FORMATS[name] for name in CANDIDATES]
             could = best.candidates(layers, best.input_scales(checkpoint, layers, chosen.statistics), formats)
             of = {(name, each.format.name): each for name, some in could.items() for each in some}
 
-            def judged(choice: Choice, of: Any = of) -> float:
-                return judge.sqnr_db({name: of[name, o.format] for name, o in choice.items() if o.format})
+            def judged(choice: Choice, of: Any = of, mixes: Mixes = chosen.mixes) -> float:
+                return judge.sqnr_db({name: of[name, fmt] for name, fmt in mixes.by_layer(choice).items() if fmt})
 
             if not found["uniform"]:
                 for name in CANDIDATES:
@@ -121,8 +122,8 @@ def measure(variant: str, device: str, geometry: Geometry, count: int) -> dict[s
                         found["uniform"][FOUR_OVER_SIX] = judge.judge(made)
             found["best"][card] = curve(chosen.mixes, judged, BITS)
             if card == "rtx40":
-                for way, offers in others(checkpoint, chosen, layers).items():
-                    found["compared"][way] = curve(Mixes(chosen.mixes.weights, offers), judged, COMPARED_BITS)
+                for way, mixes in others(checkpoint, chosen, layers).items():
+                    found["compared"][way] = curve(mixes, judged, COMPARED_BITS)
         return found
 
 
@@ -135,8 +136,8 @@ def curve(mixes: Mixes, judged: Any, sizes: Sequence[float]) -> dict[str, Any]:
         except OptionError:  # not even the smallest formats fit
             continue
         counts: dict[str, int] = {}
-        for offer in choice.values():
-            counts[offer.format] = counts.get(offer.format, 0) + 1
+        for fmt in mixes.by_layer(choice).values():
+            counts[fmt] = counts.get(fmt, 0) + 1
         found[f"{bits:g}"] = {
             "sqnr_db": judged(choice), "counts": counts,
             **dict(zip(("bits", "expected_db"), mixes.point(choice), strict=True)),
@@ -144,29 +145,25 @@ def curve(mixes: Mixes, judged: Any, sizes: Sequence[float]) -> dict[str, Any]:
     return found
 
 
-def others(checkpoint: Any, chosen: best.Best, layers: Mapping[str, Any]) -> dict[str, dict[str, list[Offer]]]:
-    """The same offers, judged otherwise."""
-    tried, random = chosen.trials, np.random.default_rng(0)
-    depth = {name: place for place, name in enumerate(layers)}
-    found: dict[str, dict[str, list[Offer]]] = {way: {} for way in COMPARED}
-    for name, layer in layers.items():
-        row = tried.layers.index(name)
+def others(checkpoint: Any, chosen: best.Best, layers: Mapping[str, Any]) -> dict[str, Mixes]:
+    """The same mixes, with damages from other sources."""
+    tried, random, mixes = chosen.trials, np.random.default_rng(0), chosen.mixes
+    damage = {way: np.where(np.isfinite(mixes.damage[:1]), 0.0, np.inf) for way in COMPARED}
+    for row, (name, layer) in enumerate(layers.items()):
         weight = torch.from_numpy(checkpoint.float32(layer.weight.name))
-        end = min(depth[name], len(depth) - 1 - depth[name]) / len(depth)
-        for offer in chosen.mixes.offers[name]:
-            judged = dict.fromkeys(COMPARED, 0.0)
-            if offer.format:
-                fmt = FORMATS[offer.format]
-                made = trials.Simulated(weight, trials.Candidate(fmt))
-                error = (made.levels.float() * made.scale - rotate(weight, made.group)).square().sum()
-                error /= weight.square().sum()
-                output = tried.error[row, tried.formats.index(offer.format)].mean()
-                # The fewer bits, the worse, and the worse the nearer to an end.
-                judged = {"output": float(output), "weights": float(error), "random": float(random.random()),
-                          "ends": 4.0**-fmt.bits * (1 + 1e3 * (end < 0.15)) * layer.weight.elements}  # fmt: skip
-            for way, damage in judged.items():
-                found[way].setdefault(name, []).append(Offer(offer.format, offer.nbytes, np.array([damage])))
-    return found
+        end = min(row, len(layers) - 1 - row) / len(layers)
+        for place in np.flatnonzero(np.isfinite(mixes.damage[0, row, :-1])).tolist():
+            fmt = FORMATS[mixes.formats[place]]
+            made = trials.Simulated(weight, trials.Candidate(fmt))
+            error = (made.levels.float() * made.scale - rotate(weight, made.group)).square().sum()
+            error /= weight.square().sum()
+            output = tried.error[tried.layers.index(name), tried.formats.index(fmt.name)].mean()
+            # The fewer bits, the worse, and the worse the nearer to an end.
+            judged = {"output": float(output), "weights": float(error), "random": float(random.random()),
+                      "ends": 4.0**-fmt.bits * (1 + 1e3 * (end < 0.15)) * layer.weight.elements}  # fmt: skip
+            for way, value in judged.items():
+                damage[way][0, row, place] = value
+    return {way: replace(mixes, damage=each, expected=each) for way, each in damage.items()}
 
 
 def markdown(models: Mapping[str, Any], *columns: str, rows: Iterator[tuple[str, ...]]) -> str:

@@ -140,7 +140,7 @@ def best_mixes(checkpoint: Checkpoint, shown: RunOptions) -> dict[str, dict[str,
     for bits in BITS:
         with suppress(OptionError):  # not even the smallest formats fit
             choice = chosen.mixes.choose_bits(bits)
-            found[f"best, {bits:g} bits"] = {layer: o.format for layer, o in choice.items() if o.format}
+            found[f"best, {bits:g} bits"] = {name: fmt for name, fmt in chosen.mixes.by_layer(choice).items() if fmt}
     return found
 
 

@@ -1,10 +1,10 @@
-"""The best file of a wanted size: every layer in the format that keeps the picture, found by running the model.
+"""The best file of a given size: each layer in the format that preserves image quality, found by running the model.
 
-    observe      what layers receive on noise; scales of FP8 inputs follow from it
-    try          every layer in every format that the wanted card multiplies (`engines.trials`)
-    choose       a format for every layer under the size (`choose`)
+    observe      the inputs of layers on noise; the scales of FP8 inputs follow
+    try          each layer in each format that the GPU computes natively (`engines.trials`)
+    choose       a format for each layer under the size limit (`choose`)
 
-The rest is `convert`'s: it writes what a `Plan` says.
+`convert` then writes the resulting plan.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial, reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import headroom, naming, speeds
 from .calibrate_activation_scales import refuse_unrunnable
 from .checkpoint import Checkpoint, Spec
-from .choose import CANDIDATES, Choice, Mixes, keeps, total_bytes
+from .choose import CANDIDATES, Choice, Mixes, keeps
 from .convert import ConversionPlan, Decision, MergedCheckpoint, plan_conversion, written_bytes
 from .errors import OptionError, StatisticsError, StrPath
 from .families.running import Geometry
@@ -40,25 +40,25 @@ if TYPE_CHECKING:
 
 LARGE_WEIGHTS, IMAGES, LARGE_IMAGES = 10**9, 12, 3
 TRIAL_GEOMETRY = Geometry(height=16, width=16, text_tokens=64)
-"""What trials are run on: four images of each way of conditioning, one where the model is large; a quarter of the
-tokens of an observation."""
+"""The size of trial images, a quarter of the tokens of an observation. Each way of conditioning gets four images, or
+one if the model is large."""
 
-INSTEAD = "--format gives all layers one format, and --layer-format some of them another"
-"""What can be done about a model that cannot be run."""
+INSTEAD = "--format converts all layers to one format, --layer-format some of them to another"
+"""The alternative for models that cannot be run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Best:
     """A mix of formats, and what it was chosen from.
 
     Attributes:
         plan: what `convert` writes.
-        choice: by layer.
-        mixes: what it was chosen from.
+        choice: a format per layer, as `mixes` counts them.
+        mixes: all that could be chosen.
         statistics, trials: what was measured.
-        gpu: the card that it was chosen for.
-        measured_db: what the mix keeps of the velocity on other noise than it was chosen on, least and most over sizes
-            of the image; None where the model was not run.
+        results: JSON values about the run and the mix (`Mixes.results`), also stored in the file. "measured_db" is the
+            lowest and highest SQNR of the velocity over image sizes, on other noise than the mix was chosen on; it is
+            missing if the model was not run.
     """
 
     plan: ConversionPlan
@@ -66,75 +66,50 @@ class Best:
     mixes: Mixes
     statistics: Statistics
     trials: Trials
-    gpu: str = "any"
-    measured_db: tuple[float, float] | None = None
+    results: Mapping[str, Any]
 
     @property
     def bits(self) -> float:
-        """Per weight, all scales included."""
+        """Bits per weight, all scales included."""
         return self.mixes.point(self.choice)[0]
 
     @property
     def expected_db(self) -> float:
-        """The velocity's SQNR on noise, if the layers' damages add up."""
+        """SQNR of the velocity on noise, if the damages of layers add up."""
         return self.mixes.point(self.choice)[1]
 
-    @property
-    def conditioning(self) -> str:
-        """What the model was shown in place of prompts, or that it was shown some; "" where statistics do not say."""
-        return ", ".join(self.statistics.provenance.get("conditioning", ()))
-
-    @property
-    def speed(self) -> float | None:
-        """How many times as fast as in 16 bits the layers' products are; None where that was not asked for."""
-        if math.isinf(self.mixes.limit_microseconds):
-            return None
-        before = sum(some[0].microseconds for some in self.mixes.offers.values())
-        return before / sum(offer.microseconds for offer in self.choice.values())
-
     def summary(self) -> str:
-        """One line: how many layers became what, their bits per weight, and what they keep of the velocity."""
+        """One line: the number of layers in each format, bits per weight, and quality."""
         fast = ""
-        if self.speed is not None:
-            known = speeds.of_card(self.gpu)
-            fast = f", products {self.speed:.2f} × as fast as 16 bits on {known['device']} ({known['source']})"
-        kept = f"{self.bits:.2f} bits per weight, {keeps(self.to_json())} on {self.conditioning or 'noise'}"
+        if "speed" in self.results:
+            known = speeds.of_card(self.results["gpu"])
+            speed = f"{self.results['speed']:.2f} × as fast as in 16 bits"
+            fast = f", matmuls {speed} on {known['device']} ({known['source']})"
+        kept = f"{self.bits:.2f} bits per weight, {keeps(self.results)} on {self.results['conditioning'] or 'noise'}"
         return f"{self.plan.summary()}; {kept}{fast}"
 
     def counts(self) -> dict[str, int]:
-        """How many layers are in which format; "" is high precision."""
-        return dict(Counter(offer.format for offer in self.choice.values()).most_common())
+        """The number of layers in each format; "" is high precision."""
+        return dict(Counter(self.mixes.by_layer(self.choice).values()).most_common())
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values: what the file says of how its formats were chosen, too."""
-        return self._figures
-
-    @cached_property
-    def _figures(self) -> dict[str, Any]:  # once: to say what half a bit more buys, a mix is chosen
-        made = self.statistics.provenance
-        run: dict[str, Any] = {"samples": self.statistics.samples, "conditioning": self.conditioning}
-        if len(seeds := made.get("seed", ())) == 1 and seeds[0].isdecimal():
-            run["seed"] = int(seeds[0])
-        if self.speed is not None:
-            run |= {"speed": round(self.speed, 3), "speed_source": speeds.of_card(self.gpu)["source"]}
-        if self.measured_db is not None:
-            run["measured_db"] = [round(each, 2) for each in self.measured_db]
-        return {"gpu": self.gpu, **run, **self.mixes.figures(self.choice)}
+        """The results."""
+        return dict(self.results)
 
 
 def formats_for(options: BestOptions) -> list[Format]:
-    """The formats that may be chosen: those asked for, of those that the card multiplies natively.
+    """The requested formats that the GPU computes natively.
 
     Raises:
-        OptionError: none is left, or a speed is asked for on a card that was not measured.
+        OptionError: there is none, or a speed is requested on a GPU without measurements.
     """
-    asked = options.formats or CANDIDATES
-    found = [FORMATS[name] for name in asked if options.gpu in FORMATS[name].native]
+    requested = options.formats or CANDIDATES
+    found = [FORMATS[name] for name in requested if options.gpu in FORMATS[name].native]
     if options.speed is not None:
         found = [fmt for fmt in found if fmt.name in speeds.formats(options.gpu)]
     if not found:
-        known = "" if options.speed is None else ", as far as its speed is known"
-        raise OptionError(f"{options.gpu} multiplies none of {', '.join(asked)} natively{known}")
+        known = "" if options.speed is None else " at a known speed"
+        raise OptionError(f"{options.gpu} computes none of {', '.join(requested)} natively{known}")
     return found
 
 
@@ -146,9 +121,10 @@ def plan_any(
     Raises:
         OptionError: there is none.
     """
-    plan = plan_conversion(checkpoint, replace(options or ConvertOptions(), format="int8"), loras)  # for any sides
+    options = replace(options or ConvertOptions(), format="int8")  # has no requirements on dimensions
+    plan = plan_conversion(checkpoint, options, loras)
     if not plan.quantized:
-        raise OptionError("no layer of this file can be quantized", hint="--dry-run says why, per layer")
+        raise OptionError("no layer of this file can be quantized", hint="--dry-run gives the reason for each layer")
     return plan
 
 
@@ -158,7 +134,7 @@ class TrialModel:
     Args:
         checkpoint: the open checkpoint.
         plan: with the layers that can be quantized.
-        shown: what the model is shown; `IMAGES` images of `TRIAL_GEOMETRY` where it does not say.
+        shown: what the model is run on; by default `IMAGES` images of `TRIAL_GEOMETRY`.
     """
 
     def __init__(self, checkpoint: Checkpoint, plan: ConversionPlan, shown: RunOptions) -> None:
@@ -180,7 +156,7 @@ class TrialModel:
         share: tuple[int, int] = (0, 1),
         progress: Progress | None = None,
     ) -> Trials:
-        """Run it with one layer in one format at a time, on prompts if there are any; see `trials.run_trials`."""
+        """Run it with one layer in one format at a time, on prompts if given; see `engines.trials.run_trials`."""
         from .engines import trials
 
         geometry = self.geometry
@@ -193,11 +169,11 @@ class TrialModel:
             return trials.run_trials(bench, candidates, share=share, progress=progress)
 
     def measured_db(self, mix: Mapping[str, Candidate], progress: Progress | None = None) -> tuple[float, float]:
-        """What layers in formats keep of the velocity all together, on other noise than that of the trials.
+        """SQNR of the velocity with a whole mix, on other noise than that of the trials.
 
         Returns:
-            The least and the most in dB, of the trials' size and of one of a quarter of its tokens: a size that the
-            model was not trained for may suit a format more or less than others.
+            The lowest and the highest in dB, at the trials' image size and at a quarter of its tokens: sizes that the
+            model was not trained for may suit formats differently.
         """
         from .engines import trials
 
@@ -214,7 +190,7 @@ class TrialModel:
 def candidates(
     layers: Mapping[str, Layer], solved: Mapping[str, LayerResult], formats: Sequence[Format]
 ) -> dict[str, list[Candidate]]:
-    """What each layer could become, with its inputs scaled as `input_scales` found."""
+    """The formats that each layer can be in, with its input scales from `input_scales`."""
     from .engines.trials import Candidate
 
     return {
@@ -224,10 +200,10 @@ def candidates(
 
 
 def inputs(fmt: Format, result: LayerResult) -> tuple[float | None, bool]:
-    """The static scale of a layer's inputs in a format, and whether it does not quantize them, as far as readers heed.
+    """The static input scale of a layer in a format, and whether its inputs stay in full precision.
 
-    Layers that see one token per image do not: it costs no time, and one token steers a whole block. Others do not
-    where a static scale would lose tokens.
+    They do for layers that see one token per image, which costs no time while that token steers a whole block; and
+    where a static scale would lose tokens. Formats whose readers ignore the request never do.
     """
     scale = None if fmt.dynamic else result.scale_after
     in_full = result.cause == "one row" or (not fmt.dynamic and result.full_precision_after)
@@ -257,12 +233,12 @@ def plan_best(
 
     Args:
         checkpoint: the open checkpoint.
-        convert_options: which layers stay out of it.
-        options: size, card and formats.
-        shown: what the model is shown.
-        measured: of an earlier run, in place of running the model.
-        loras: adapters to merge first; the merged model is what is run.
-        progress: told how far the runs are.
+        convert_options: which layers to leave out.
+        options: size, GPU and formats.
+        shown: what the model is run on.
+        measured: results of an earlier run, instead of running the model.
+        loras: adapters to merge first; the merged model is run.
+        progress: called with the progress of the runs.
 
     Returns:
         The mix; nothing is written.
@@ -270,7 +246,7 @@ def plan_best(
     Raises:
         OptionError: the size cannot be reached.
         UnsupportedModelError: the model cannot be run.
-        StatisticsError: what was measured is of other layers, or for other cards, formats or adapters.
+        StatisticsError: the measurements are for other layers, GPUs, formats or adapters.
         LoraError: an adapter does not fit, or a file matches nothing.
     """
     formats = formats_for(options)
@@ -280,8 +256,10 @@ def plan_best(
     if plan.merged.loras:
         rounded = next((layer for layer in layers.values() if layer.format and layer.name in plan.merged.matched), None)
         if rounded is not None:
-            raise OptionError(f"--best cannot merge a LoRA into {rounded.name}, which is {named([rounded])} already",
-                              hint="start from the original in 16 bits")  # fmt: skip
+            raise OptionError(
+                f"--best cannot merge a LoRA into {rounded.name}, which is {named([rounded])} already",
+                hint="start from the original in 16 bits",
+            )
         run = MergedCheckpoint(checkpoint, plan.table.linear(), plan.merged)
     merged = tuple(sorted(f"{lora.path.name}:{lora.strength:g}" for lora in plan.merged.loras))
     if measured is None:
@@ -297,68 +275,84 @@ def plan_best(
         statistics, trials = measured
         if (before := tuple(statistics.provenance.get("merged", ()))) != merged:
             of = ", ".join(before) or "none"
-            raise StatisticsError(f"it was measured with other adapters merged: {of}", path=statistics.path)
+            raise StatisticsError(f"measured with other adapters merged: {of}", path=statistics.path)
         statistics = naming.fitting(statistics, plan.table, layers)
         solved = input_scales(run, layers, statistics)
-    cost = None if options.speed is None else partial(_microseconds, options.gpu, layers, solved)
+
+    def microseconds(name: str, fmt: str) -> float:
+        if options.speed is None or solved[name].cause == "one row":  # one token per image takes no time
+            return 0.0
+        plain = not fmt or inputs(FORMATS[fmt], solved[name])[1]
+        return speeds.microseconds(options.gpu, "" if plain else fmt, layers[name].shape)
+
     weights = {name: Spec.like(layer.weight) for name, layer in layers.items()}
-    mixes = Mixes.of(weights, trials, formats, cost, options.speed)
-    _refuse_untried(layers, mixes, formats, statistics)
+    mixes = Mixes.of(weights, trials, formats, microseconds, options.speed)
+    _refuse_untried(layers, trials, formats, statistics)
+    facts = _facts(statistics, options)
+    if model is not None:
+        facts["measured_db"] = [-10.01, -10.01]  # takes as much room in the file as any result
 
-    def best_of(choice: Choice, measured_db: tuple[float, float] | None) -> Best:
-        mixed = _plan_of(plan, choice, solved)
-        found = Best(mixed, choice, mixes, statistics, trials, options.gpu, measured_db)
-        return replace(found, plan=replace(mixed, steps={"mix": found.to_json()}))
+    def best_of(choice: Choice) -> Best:
+        speed = {} if options.speed is None else {"speed": round(mixes.speed(choice), 3)}
+        results = {**facts, **speed, **mixes.results(choice)}
+        mixed = replace(_plan_of(plan, results["layers"], solved), steps={"mix": results})
+        return Best(mixed, choice, mixes, statistics, trials, results)
 
-    room = None if model is None else (-10.01, -10.01)  # as long in the file as any figure
     if options.size_bytes is None:
-        choice = mixes.choose_bits(options.bits_wanted)
+        best = best_of(mixes.choose_bits(options.bits_wanted))
     else:
-        choice = _choose_of_size(
-            mixes, options.size_bytes, lambda choice: written_bytes(checkpoint, best_of(choice, room).plan)
-        )
-    best = best_of(choice, room)
+        best = _best_of_size(mixes, options.size_bytes, best_of, partial(written_bytes, checkpoint))
     if not best.plan.quantized:
         raise OptionError("nothing would be quantized: the layers fit as they are", hint="ask for a smaller file")
-    return best if model is None else best_of(choice, model.measured_db(candidates_of(best.plan), part(progress, 1)))
+    if model is None:
+        return best
+    found_db = model.measured_db(candidates_of(best.plan), part(progress, 1))
+    results = {**best.results, "measured_db": [round(each, 2) for each in found_db]}
+    return replace(best, plan=replace(best.plan, steps={"mix": results}), results=results)
 
 
-def _microseconds(
-    gpu: str, layers: Mapping[str, Layer], solved: Mapping[str, LayerResult], name: str, fmt: str
-) -> float:
-    """What a layer's products take; nothing where it sees one token per image."""
-    if solved[name].cause == "one row":
-        return 0.0
-    plain = not fmt or inputs(FORMATS[fmt], solved[name])[1]
-    return speeds.microseconds(gpu, "" if plain else fmt, layers[name].shape)
+def _facts(statistics: Statistics, options: BestOptions) -> dict[str, Any]:
+    """What a mix was measured on."""
+    seeds, conditioning = (statistics.provenance.get(fact, ()) for fact in ("seed", "conditioning"))
+    facts: dict[str, Any] = {"gpu": options.gpu, "samples": statistics.samples, "conditioning": ", ".join(conditioning)}
+    if len(seeds) == 1 and seeds[0].isdecimal():
+        facts["seed"] = int(seeds[0])
+    if options.speed is not None:
+        facts["speed_source"] = speeds.of_card(options.gpu)["source"]
+    return facts
 
 
-def _refuse_untried(layers: Mapping[str, Layer], mixes: Mixes, formats: Sequence[Format], seen: Statistics) -> None:
-    """Refuse trials that lack a layer, or that were for another card or other formats.
+def _refuse_untried(layers: Mapping[str, Layer], trials: Trials, formats: Sequence[Format], seen: Statistics) -> None:
+    """Refuse trials that lack a layer, or that were run for another GPU or other formats.
 
     Raises:
-        StatisticsError: of the formats of one size that a layer can be in, none was run to the end.
+        StatisticsError: no format of some number of bits that a layer can be in was run to the end.
     """
     for name, layer in layers.items():
-        tried = {FORMATS[offer.format].bits for offer in mixes.offers[name] if offer.format and offer.measured}
+        tried = {fmt.bits for fmt in formats if trials.mean_damage(name, fmt.name) is not None}
         missing = [fmt.name for fmt in formats if fmt.takes(layer.shape) and fmt.bits not in tried]
         if missing:
-            hint = "run the trials again for this model, card and these formats"
+            hint = "run the trials again for this model, this GPU and these formats"
             raise StatisticsError(f"{name} was not tried in {', '.join(missing)}", path=seen.path, hint=hint)
 
 
-def _choose_of_size(mixes: Mixes, size: int, written: Callable[[Choice], int]) -> Choice:
-    """The best choice whose file has at most so many bytes; what surrounds the weights depends on the choice, too."""
-    if (least := written(mixes.smallest)) > size:
-        raise OptionError(f"even the smallest formats make a file of {least:,} bytes, not of {size:,}")
-    choice = mixes.choose(math.inf)
-    while (too_large := written(choice) - size) > 0:
-        choice = mixes.choose(max(total_bytes(choice) - too_large, total_bytes(mixes.smallest)))
-    return choice
+def _best_of_size(
+    mixes: Mixes, size: int, best_of: Callable[[Choice], Best], written: Callable[[ConversionPlan], int]
+) -> Best:
+    """The best mix whose file has at most so many bytes. What surrounds the weights depends on the choice, too."""
+    best = best_of(mixes.smallest)
+    if (least := written(best.plan)) > size:
+        raise OptionError(f"even the smallest formats make a file of {least:,} bytes, more than {size:,}")
+    limit = math.inf
+    while True:
+        best = best_of(mixes.choose(limit))
+        if (too_large := written(best.plan) - size) <= 0:
+            return best
+        limit = max(mixes.total_bytes(best.choice) - too_large, mixes.total_bytes(mixes.smallest))
 
 
 def candidates_of(plan: ConversionPlan) -> dict[str, Candidate]:
-    """What the layers of a plan become, as trials are told."""
+    """The layers of a plan as trials take them."""
     from .engines.trials import Candidate
 
     return {
@@ -368,19 +362,21 @@ def candidates_of(plan: ConversionPlan) -> dict[str, Candidate]:
     }
 
 
-def _plan_of(plan: ConversionPlan, choice: Choice, solved: Mapping[str, LayerResult]) -> ConversionPlan:
-    """What `convert` writes for a choice."""
+def _plan_of(
+    plan: ConversionPlan, layers: Mapping[str, Mapping[str, Any]], solved: Mapping[str, LayerResult]
+) -> ConversionPlan:
+    """What `convert` writes for the results of a mix by layer."""
 
     def decided(decision: Decision) -> Decision:
-        offer = choice.get(decision.layer.name)
-        if offer is None:
+        name = decision.layer.name
+        if name not in layers:
             return decision
-        if not offer.format:
-            return replace(decision, format=None, reason="high precision: it would cost too much")
-        fmt = FORMATS[offer.format]
-        scale, in_full = inputs(fmt, solved[decision.layer.name])
-        reason = f"alone keeps {decibels(offer.damage):.1f} dB"
-        return replace(decision, format=fmt, reason=reason, input_scale=scale, full_precision=in_full)
+        chosen = layers[name]["format"]
+        if not chosen:
+            return replace(decision, format=None, reason="high precision: quantizing it would cost too much quality")
+        scale, in_full = inputs(FORMATS[chosen], solved[name])
+        reason = f"alone keeps {layers[name]['tried'][chosen]:.1f} dB"
+        return replace(decision, format=FORMATS[chosen], reason=reason, input_scale=scale, full_precision=in_full)
 
     decisions = list(map(decided, plan.decisions))
     ways = plan.ways if any(decision.format for decision in decisions) else ()
@@ -388,17 +384,17 @@ def _plan_of(plan: ConversionPlan, choice: Choice, solved: Mapping[str, LayerRes
 
 
 def load_measured(*paths: StrPath) -> tuple[Statistics, Trials]:
-    """Statistics and trials of earlier runs, added up.
+    """Add up the statistics and trials of earlier runs.
 
     Raises:
-        CheckpointError: one cannot be read as a safetensors file.
-        StatisticsError: one holds no trials, or they are of different models.
+        CheckpointError: a file cannot be read as safetensors.
+        StatisticsError: a file has no trials, or the files are for different models.
     """
     found = []
     for path in paths:
         trials = Trials.load(path)
         if trials is None:
             hint = "make it with observe --trials"
-            raise StatisticsError("it holds no trials of formats", path=Path(path), hint=hint)
+            raise StatisticsError("the file has no trials of formats", path=Path(path), hint=hint)
         found.append(trials)
     return merge(*(Statistics.load(path) for path in paths)), reduce(Trials.plus, found)

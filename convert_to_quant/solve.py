@@ -1,24 +1,23 @@
-"""Statistics into scales, and the layers that must compute in full precision.
+"""Input scales from statistics, and the layers that should compute in full precision.
 
 A reader of a format with a static input scale quantizes a layer's input x as q = round(clamp(x / s, ±max)),
 real = q · s, on the format's grid of values, whose largest is max. Given the histogram of |x|:
 
-    absmax       s = margin · absmax / max. Nothing that was seen is clipped. Without a margin, as much headroom for
-                 what was not seen as costs the layer's output nothing (`headroom.py`), and a factor of 1.5 at least.
-    percentile   s = margin · percentile(|x|) / max. It clips what lies above; for simulated inputs.
+    absmax       s = margin · absmax / max. No observed value is clipped. Without a margin: as much headroom for unseen
+                 values as costs the layer's output nothing (`headroom.py`), at least a factor of 1.5.
+    percentile   s = margin · percentile(|x|) / max. Larger values are clipped; for simulated inputs.
 
 Expected squared error. Within a bin, x counts as uniform over [a, b]. With u = x / s, code values v_k and midpoints
 m_k between them, the error of one u is (u - v_k)² in its cell [m_(k-1), m_k], so F(t) = ∫₀ᵗ (u - v(u))² du is a cubic
-in each cell, and a bin costs s² · (F(b/s) - F(a/s)) / (b/s - a/s) per value: exact, no sampling.
+in each cell, and a bin costs s² · (F(b/s) - F(a/s)) / (b/s - a/s) per value: exact, without sampling.
 
-Full precision. A token (row of the input) whose own absmax is under 32 of the grid's smallest steps (2⁻⁹ · s each in
-FP8) keeps at most 5 bits of range and drowns; one loud token can do that to all others, and the error over the whole
-tensor hides it. So tokens are counted: where more than `row_loss_limit` of them are lost, the layer computes in full
-precision. A layer that sees one token per image (modulation, embedders) costs nothing in full precision, so it does
-too. A budget, as a share of all multiply-adds, is spent where it is expected to buy most (`_spend_budget`), as far as
-it reaches.
+Full precision. A token (row of the input) whose own absmax is below 32 of the grid's smallest steps (2⁻⁹ · s each in
+FP8) keeps at most 5 bits of range. A single outlier token can do that to all others, and the error over the whole
+tensor hides it. So tokens are counted: if more than `row_loss_limit` of them are lost, the layer computes in full
+precision. So does a layer that sees one token per image (modulation, embedders), where full precision costs no time. A
+budget, as a share of the model's compute (MACs), is spent where it is expected to help most (`_spend_budget`).
 
-Guards. A scale is float32, finite, > 0. Layers never visited, or seen only as zeros, keep what they have and are named.
+A scale is always float32, finite and > 0. Layers that were never visited, or saw only zeros, keep theirs and are named.
 """
 
 from __future__ import annotations
@@ -44,27 +43,28 @@ from .stats import BIN_CENTRES, BIN_EDGES, Statistics
 Cause = Literal["", "one row", "rows lost", "budget"]
 
 LOST_ROW_STEPS = 32.0
-"""A row whose absmax is under this many of its grid's smallest steps is lost: in FP8, under 2⁻⁴ of the scale."""
+"""A token is lost if its absmax is below this many of the grid's smallest steps: in FP8, below 2⁻⁴ of the scale."""
 FLOAT16_SMALLEST_SCALE = 2.0**-15
 """Below it 1/s overflows where a reader multiplies by the reciprocal in float16."""
 KEPT = "kept, as --keep asks"
 _ROUNDED_DOWN = 1 + 2.0**-23
-"""absmax / max may round down in float32, which does not clip absmax: it becomes the largest code all the same."""
+"""absmax / max may round down in float32. That does not clip absmax: it still becomes the largest code."""
 
 Float = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Present:
-    """What a layer has before solving.
+    """A layer before solving.
 
     Attributes:
-        scale: its input scale, 1.0 where readers take it so for want of one; None where they scale inputs as they come.
+        scale: its input scale; 1.0 where readers assume it because there is none; None where they scale inputs
+            dynamically.
         full_precision: whether it computes in full precision.
         shape: (out, in).
-        grid: of its inputs' codes.
-        column_energies: mean square of each column of its weight, [in], as `headroom.column_energies` gives it; None
-            where the weight is not at hand.
+        grid: of the codes of its inputs.
+        column_energies: mean square of each column of its weight, [in] (`headroom.column_energies`); None if the
+            weight is not available.
     """
 
     scale: float | None
@@ -76,24 +76,24 @@ class Present:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer, solved.
+    """One solved layer.
 
     Attributes:
         layer: its name.
-        source: where the range comes from: "model" (seen while the model ran), "layer" (simulated), "none".
-        range: the largest |x| that the scale must represent, margin excluded; None where nothing was seen.
-        scale_before, scale_after: input scales; None where readers scale inputs as they come.
-        full_precision_before, full_precision_after: precision of the matrix product.
-        reason: why the scale or the precision is what it is.
-        cause: what moved it to full precision: "" nothing, "one row" it costs nothing, "rows lost" it must, "budget".
-        sqnr_before_db, sqnr_after_db: expected signal to quantization noise of the input; None where it was simulated,
-            where nothing but zeros was seen, or where the scale is 0 and so no scale at all.
+        source: where the range comes from: "model" (observed), "layer" (simulated), "none".
+        range: the largest |x| that the scale must represent, without the margin; None if nothing was observed.
+        scale_before, scale_after: input scales; None where readers scale inputs dynamically.
+        full_precision_before, full_precision_after: precision of the matrix multiplication.
+        reason: why scale and precision are what they are.
+        cause: what moved it to full precision: "", "one row" (it costs nothing), "rows lost" (necessary), "budget".
+        sqnr_before_db, sqnr_after_db: expected signal-to-quantization-noise ratio of the input; None for simulated
+            inputs, for zeros only, and for a scale of 0.
         clipped_before, clipped_after: share of values beyond ±max · s.
         vanished_before, vanished_after: share of nonzero values that become 0.
-        rows_lost: share of rows under 32 smallest steps at the new scale.
-        multiply_adds: out × in × rows seen.
+        rows_lost_before, rows_lost: share of tokens below 32 smallest steps, before and after.
+        multiply_adds: out × in × tokens observed.
         format: of the inputs, a key of `formats.GRIDS`.
-        conditioning_dependent: its range moves with the magnitude of the (made-up) conditioning.
+        conditioning_dependent: whether its range depends on the magnitude of the synthetic conditioning.
     """
 
     layer: str
@@ -111,6 +111,7 @@ class LayerResult:
     clipped_after: float | None = None
     vanished_before: float | None = None
     vanished_after: float | None = None
+    rows_lost_before: float | None = None
     rows_lost: float | None = None
     multiply_adds: int = 0
     format: str = DEFAULT_GRID.name
@@ -123,7 +124,7 @@ class LayerResult:
 
 
 def final_scale(scale: float, layer: str, *, float16_safe: bool = False) -> float:
-    """A scale > 0 as the file will hold it: the nearest float32, > 0, and 2⁻¹⁵ at least if it is to be float16-safe.
+    """A positive scale as it is stored: the nearest float32 > 0, and at least 2⁻¹⁵ if it must be float16-safe.
 
     Raises:
         CalibrationError: it is not finite in float32.
@@ -143,9 +144,9 @@ def solve(
     """Choose scale and precision of every layer.
 
     Args:
-        statistics: of these layers; layers that it lacks count as never visited.
-        present: the FP8 layers of a checkpoint, as they are.
-        options: how.
+        statistics: of these layers; missing layers count as never visited.
+        present: the layers of a checkpoint as they are.
+        options: how to solve.
 
     Returns:
         One result per layer of `present`, in its order.
@@ -168,12 +169,12 @@ def solve(
         name = seen[number]
         factors[number] = _headroom(chosen, number, present[name], options)
         after[number] = final_scale(factors[number] * least[number], name, float16_safe=options.float16_safe)
-    figures = {"rows_lost": lost_rows(chosen, after, grids)}
-    for when, scales in (("before", before), ("after", after)):
-        errors = expected_errors(chosen, scales, grids)
-        columns = {"sqnr_{}_db": errors.sqnr_db, "clipped_{}": errors.clipped, "vanished_{}": errors.vanished}
-        figures |= {name.format(when): column for name, column in columns.items()}
-    row_errors = dict(zip(seen, _expected_row_errors(chosen, after, grids, figures["sqnr_after_db"]), strict=True))
+    was, now = (expected_errors(chosen, scales, grids) for scales in (before, after))
+    columns = {"rows_lost_before": was.rows_lost, "rows_lost": now.rows_lost}
+    for when, errors in (("before", was), ("after", now)):
+        columns |= {f"sqnr_{when}_db": errors.sqnr_db, f"clipped_{when}": errors.clipped}
+        columns |= {f"vanished_{when}": errors.vanished}
+    row_errors = dict(zip(seen, _expected_row_errors(chosen, after, grids, now.sqnr_db), strict=True))
     moving = set(statistics.provenance.get("depends_on_conditioning", ()))
     numbers = {name: number for number, name in enumerate(seen)}
     results = []
@@ -183,14 +184,14 @@ def solve(
             results.append(unchanged(name, state, f"{why}: keeps its scale"))
             continue
         number = numbers[name]
-        told: dict[str, Any] = {figure: _told(column[number]) for figure, column in figures.items()}
+        costs: dict[str, Any] = {column: finite(values[number]) for column, values in columns.items()}
         result = replace(
             unchanged(name, state, _scale_reason(options, float(factors[number]), float(after[number])), "model"),
             range=float(ranges[number]),
             scale_after=state.scale if after[number] == before[number] else float(after[number]),
             multiply_adds=int(chosen.rows[number]) * state.shape[0] * state.shape[1],
             conditioning_dependent=name in moving,
-            **told,
+            **costs,
         )
         if kept[number]:
             result = replace(result, reason=KEPT)
@@ -210,28 +211,8 @@ def unchanged(name: str, state: Present, reason: str, source: str = "none") -> L
     return LayerResult(name, source, None, scale, scale, full_precision, full_precision, reason, format=state.grid.name)
 
 
-def lost_rows(statistics: Statistics, scales: Float, grids: Sequence[Grid] | None = None) -> Float:
-    """Share of each layer's rows that are lost at a scale: not all zeros, but under `LOST_ROW_STEPS` smallest steps.
-
-    Args:
-        statistics: of L layers.
-        scales: [L], ≥ 0. Nothing lies under a scale of 0.
-        grids: of their inputs' codes, L of them; FP8's by default.
-
-    Returns:
-        [L], in [0, 1].
-    """
-    return statistics.rows_below(LOST_ROW_STEPS * _smallest_steps(scales, grids))
-
-
-def _smallest_steps(scales: Float, grids: Sequence[Grid] | None) -> Float:
-    """The least positive number of each layer's inputs at its scale, [L]."""
-    steps: Float = scales * [grid.smallest_step for grid in grids or [DEFAULT_GRID] * len(scales)]
-    return steps
-
-
-def _told(number: float) -> float | None:
-    """A figure for a report, which has no place for infinities and NaN."""
+def finite(number: float) -> float | None:
+    """A number for JSON, which has no infinities and no NaN."""
     return float(number) if np.isfinite(number) else None
 
 
@@ -245,7 +226,7 @@ def _refuse_nonfinite(statistics: Statistics) -> None:
 
 
 def _headroom(statistics: Statistics, number: int, state: Present, options: SolveOptions) -> float:
-    """The factor on a layer's range: the margin asked for, or what costs nothing."""
+    """The factor on a layer's range: the requested margin, or what costs nothing."""
     if not options.finds_headroom:
         return options.margin or 1.0
     channel_absmax_I = statistics.channel_absmax[number]
@@ -268,7 +249,7 @@ def _scale_reason(options: SolveOptions, factor: float, scale: float) -> str:
 
 
 def _precision(result: LayerResult, one_row: bool, options: SolveOptions) -> LayerResult:
-    """The precision that a layer's own rows ask for."""
+    """The precision that a layer's own tokens require."""
     lost = result.rows_lost or 0.0
     cause: Cause
     if lost > options.row_loss_limit:
@@ -283,51 +264,47 @@ def _precision(result: LayerResult, one_row: bool, options: SolveOptions) -> Lay
 def _spend_budget(
     results: Sequence[LayerResult], row_errors: Mapping[str, float], options: SolveOptions
 ) -> list[LayerResult]:
-    """Move the layers that matter most for what they cost to full precision, while the budget lasts.
+    """Move the layers that gain most for their cost to full precision, within the budget.
 
-    The order is that of
+    Layers are ranked by
 
-        expected relative squared error of a row · lateness / multiply-adds^(2/3)
+        expected relative squared error of a token · lateness / multiply-adds^(2/3)
 
-    Only the first factor is arithmetic; the others are what was measured on the emoji model, one layer after another in
-    full precision, in six spellings of it (docs/accuracy.md). FP8 gives nearly every layer the same relative error, so
-    that alone, like the error over the whole tensor, says nothing until rows are lost, and then it says everything.
-    What a layer's error does to the picture grows slower than its work, about with the third root, so a multiply-add
-    buys more in a small layer. And it grows with depth: errors of late blocks are read by few others and lie next to
-    the output; they fell about as 1, 1/2, 1/3 from the last block backwards (`_lateness`).
+    The first factor is computed; the others fit measurements on six variants of the emoji model, one layer at a time in
+    full precision (docs/accuracy.md). FP8 gives nearly all layers the same relative error, so that error matters only
+    where tokens are lost, and then it dominates. The effect of a layer's error on the image grows only with about the
+    third root of its compute, so the same budget buys more in small layers. And it grows with depth: few layers read
+    the errors of late blocks, which are next to the output. It fell about as 1, 1/2, 1/3 from the last block backwards.
     """
-    total = sum(result.multiply_adds for result in results)
-    left = options.full_precision_budget * total
+    left = options.full_precision_budget * sum(result.multiply_adds for result in results)
     late = _lateness([result.layer for result in results])
 
     def worth(result: LayerResult) -> float:
         return row_errors[result.layer] * late[result.layer] / math.pow(max(result.multiply_adds, 1), 2 / 3)
 
-    worst = sorted(
-        (result for result in results if not result.full_precision_after and result.sqnr_after_db is not None),
-        key=lambda result: (-worth(result), result.layer),
-    )
-    bought = set()
-    for result in worst:
-        if result.multiply_adds <= left and result.reason != KEPT:
-            bought.add(result.layer)
-            left -= result.multiply_adds
-    reason = "full precision: among the worst that the budget covers"
-    return [
-        replace(result, full_precision_after=True, reason=reason, cause="budget") if result.layer in bought else result
+    found = {result.layer: result for result in results}
+    open_to_it = [
+        result
         for result in results
+        if not result.full_precision_after and result.sqnr_after_db is not None and result.reason != KEPT
     ]
+    for result in sorted(open_to_it, key=lambda result: (-worth(result), result.layer)):
+        if result.multiply_adds <= left:
+            left -= result.multiply_adds
+            reason = "full precision: among the worst that the budget covers"
+            found[result.layer] = replace(result, full_precision_after=True, reason=reason, cause="budget")
+    return list(found.values())
 
 
 _BLOCK = re.compile(r"(?:^|(?<=\.))([^.]+)\.(\d+)\.")
-"""The first numbered part of a layer's name: the stack that it belongs to, and its block there."""
+"""The first numbered part of a layer's name: its stack, and its block there."""
 
 
 def _lateness(layers: Sequence[str]) -> dict[str, float]:
     """1 for the last block of a model, 1/2 for the one before, and so on; 1 outside of blocks.
 
-    The stack with the most blocks runs last (the single blocks of Flux and HunyuanVideo, the layers after Z-Image's
-    refiners), and every other one before it.
+    The stack with the most blocks runs last (the single blocks of Flux and HunyuanVideo, Z-Image's layers after its
+    refiners); all others run before it.
 
     >>> _lateness(["double.0.a", "single.0.a", "single.1.a", "single.1.b", "head"])
     {'double.0.a': 0.3333333333333333, 'single.0.a': 0.5, 'single.1.a': 1.0, 'single.1.b': 1.0, 'head': 1.0}
@@ -345,53 +322,54 @@ def _lateness(layers: Sequence[str]) -> dict[str, float]:
 
 
 def _expected_row_errors(statistics: Statistics, scales: Float, grids: Sequence[Grid], sqnr_db: Float) -> Float:
-    """Expected squared error of a row relative to the row, mean over rows, [L].
+    """Expected squared error of a token relative to the token, mean over tokens, [L]; NaN where the scale is 0.
 
-    The error over the whole tensor is relative to its loudest rows. To it comes what a quiet row suffers: steps of d
-    (2⁻⁹ s in FP8) cost d² / 12 per value however small the row is, at most all of it. A row of absmax a is taken to
-    have a mean square of ρ² a², with ρ² from the layer's totals. NaN where the scale is 0.
+    The error over the whole tensor is relative to its largest tokens. Small tokens suffer more: steps of d (2⁻⁹ s in
+    FP8) cost d² / 12 per value however small the token is, at most all of it. A token with absmax a is assumed to have
+    a mean square of ρ² a², with ρ² from the layer's totals.
     """
     counts = statistics.row_histogram[:, :NONFINITE_BIN].astype(np.float64)
-    counts[:, 0] = 0  # rows of zeros lose nothing
+    counts[:, 0] = 0  # tokens of zeros lose nothing
     rows = np.maximum(counts.sum(1), 1)
     squares = BIN_CENTRES**2
     crest = statistics.mean_square * rows / np.maximum(counts @ squares, 1e-300)
-    steps = _smallest_steps(scales, grids)
+    steps = scales * [grid.smallest_step for grid in grids]
     floors = steps[:, None] ** 2 / 12 / np.maximum(crest[:, None] * squares, 1e-300)
     lost = np.einsum("lb,lb->l", counts, np.minimum(floors, 1.0)) / rows
     whole: Float = np.where(np.isfinite(sqnr_db), 10 ** (-sqnr_db / 10), 0.0)
     return np.where(scales > 0, whole + lost, np.nan)
 
 
-@dataclass(frozen=True)
-class ExpectedErrors:
-    """What quantizing at given scales costs, per layer [L].
+class ExpectedErrors(NamedTuple):
+    """The cost of quantizing inputs at given scales, per layer [L].
 
     Attributes:
-        sqnr_db: 10 log10 of mean x² over the expected squared error; infinite where nothing but zeros was seen.
+        sqnr_db: 10 log10 of mean x² over the expected squared error; infinite for zeros only.
         clipped: share of values beyond ±max · s.
-        vanished: share of values that are not zero and lie under half the smallest code.
+        vanished: share of values that are not zero and lie below half the smallest code.
+        rows_lost: share of tokens that are not all zeros but lie below `LOST_ROW_STEPS` smallest steps.
 
-    All are NaN where the scale is 0.
+    Where the scale is 0, `rows_lost` is 0 and the others are NaN.
     """
 
     sqnr_db: Float
     clipped: Float
     vanished: Float
+    rows_lost: Float
 
 
-def expected_errors(statistics: Statistics, scales: Float, grids: Sequence[Grid] | None = None) -> ExpectedErrors:
+def expected_errors(statistics: Statistics, scales: Float, grids: Sequence[Grid]) -> ExpectedErrors:
     """Expected error of quantizing each layer's inputs at a scale.
 
     Args:
         statistics: of L layers.
-        scales: [L], ≥ 0. Files exist whose scale is 0; it quantizes nothing, so its errors are NaN.
-        grids: of their inputs' codes, L of them; FP8's by default.
+        scales: [L], ≥ 0; some files have scales of 0.
+        grids: of the codes of their inputs, L of them.
     """
     count = np.maximum(statistics.count, 1).astype(np.float64)
     absmax = statistics.absmax.astype(np.float64)
     error, clipped, vanished = np.full((3, len(scales)), np.nan)
-    for number, (scale, grid) in enumerate(zip(scales, grids or [DEFAULT_GRID] * len(scales), strict=True)):
+    for number, (scale, grid) in enumerate(zip(scales, grids, strict=True)):
         if scale == 0:
             continue
         counts = statistics.histogram[number, :NONFINITE_BIN]
@@ -406,11 +384,12 @@ def expected_errors(statistics: Statistics, scales: Float, grids: Sequence[Grid]
     signal = statistics.sum_of_squares
     with np.errstate(divide="ignore", invalid="ignore"):
         sqnr_db = 10 * np.log10(np.where(signal > 0, signal / np.maximum(error, 1e-300), np.inf))
-    return ExpectedErrors(sqnr_db, clipped / count, vanished / count)
+    lost = statistics.rows_below(LOST_ROW_STEPS * scales * [grid.smallest_step for grid in grids])
+    return ExpectedErrors(sqnr_db, clipped / count, vanished / count, lost)
 
 
 def _share_above(low: Float, high: Float, limit: float) -> Float:
-    """Share of a uniform variable on [low, high] that lies above a limit; low = high is a point."""
+    """Share of a uniform variable on [low, high] above a limit; low = high is a point."""
     width = high - low
     point = (high > limit).astype(np.float64)
     share: Float = np.clip(np.divide(high - limit, width, out=point, where=width > 0), 0.0, 1.0)
@@ -427,10 +406,10 @@ def _cells(grid: Grid) -> tuple[Float, Float, Float]:
 
 
 def _mean_error(low: Any, high: Any, grid: Grid) -> Float:
-    """Mean squared error of quantizing u uniform on [low, high], with 0 ≤ low ≤ high, scale 1.
+    """Mean squared error of quantizing u uniform on [low, high], 0 ≤ low ≤ high, at scale 1.
 
-    Differences of F lose digits where a bin is far narrower than its distance from 0, so a bin that lies within one
-    cell, or is hardly wider than a point, is integrated by itself.
+    Differences of F lose digits where a bin is much narrower than its distance from 0. So a bin inside one cell, or
+    hardly wider than a point, is integrated directly.
     """
     codes, midpoints, cumulative = _cells(grid)
     first = np.searchsorted(midpoints, low, side="right")
@@ -460,8 +439,8 @@ class Choice(NamedTuple):
 
     Attributes:
         choose: from statistics of L layers and a percentile to their ranges, [L].
-        words: what it does, for users.
-        reason: what a layer's result says of it.
+        words: its description for users.
+        reason: its description in a layer's result.
     """
 
     choose: Callable[[Statistics, float], Float]
@@ -470,7 +449,6 @@ class Choice(NamedTuple):
 
 
 METHODS: Mapping[Method, Choice] = {
-    "absmax": Choice(lambda seen, _: seen.absmax.astype(np.float64), "nothing that was seen is clipped", "absmax"),
-    "percentile": Choice(_by_percentile, "clips what lies above it", "percentile {percentile:g}"),
+    "absmax": Choice(lambda seen, _: seen.absmax.astype(np.float64), "clips no observed value", "absmax"),
+    "percentile": Choice(_by_percentile, "clips the values above it", "percentile {percentile:g}"),
 }
-"""Every method, by its name."""

@@ -1,6 +1,6 @@
-"""What trial runs of a model found: how much each number format would damage each layer. See `engines.trials`.
+"""Results of trial runs: how much each number format damages the output in each layer. See `engines.trials`.
 
-Everything is a sum over images, so parts of a run, and runs on other images, add up.
+All columns are sums over images, so parts of a run and runs on other images can be added.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ from .untrusted import is_texts, parse_json
 
 METADATA_KEY = "convert_to_quant.trials"
 TINY = 1e-12
-COLUMNS = {"trial_error": "F64", "trial_damage": "F64", "trial_count": "I64"}
+AXES = ("layers", "formats", "moments")
+COLUMNS = {"error": "F64", "damage": "F64", "count": "I64"}
+"""Fields of `Trials` with their dtypes in a file, where their names begin with "trial_"."""
 
 
 def decibels(damage: NDArray[np.float64]) -> float:
-    """The mean over moments of the ratio of signal to error, in dB."""
+    """The mean over moments of the SQNR in dB."""
     return float(np.mean(-10 * np.log10(damage + TINY)))
 
 
 @dataclass(frozen=True)
 class Trials:
-    """Sums of relative error energies of L layers in F formats at M moments (a way of conditioning, a noise level).
+    """Sums of relative error energies for L layers, F formats and M moments (a way of conditioning, a noise level).
 
     Attributes:
-        layers: names.
+        layers: their names.
         formats: keys of `formats.FORMATS`.
-        moments: what they are called.
+        moments: their names.
         error: of the layer's own output, float64 [L, F, M]; 0 where a layer cannot be in a format.
-        damage: of the velocity, where that layer alone is in that format, float64 [L, F, M].
-        count: images that `damage` sums, int64 [L, F, M]; 0 where a format was not run to the end.
+        damage: of the velocity, with only that layer in that format, float64 [L, F, M].
+        count: the number of images in `damage`, int64 [L, F, M]; 0 where a format was not run to the end.
     """
 
     layers: tuple[str, ...]
@@ -50,55 +52,53 @@ class Trials:
 
     @staticmethod
     def empty(layers: tuple[str, ...], formats: tuple[str, ...], moments: tuple[str, ...]) -> Trials:
-        """Nothing tried yet."""
+        """Trials before the first run."""
         shape = len(layers), len(formats), len(moments)
         return Trials(layers, formats, moments, np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int64))
 
     def mean_damage(self, layer: str, fmt: str) -> NDArray[np.float64] | None:
-        """The damage at every moment, [M]; None where it was not measured."""
+        """The measured damage at each moment, [M]; None where it was not measured."""
         if layer not in self.layers or fmt not in self.formats:
             return None
         place = self.layers.index(layer), self.formats.index(fmt)
         count = self.count[place]
         return self.damage[place] / count if count.all() else None
 
-    def estimated_damage(self, layer: str, fmt: str) -> NDArray[np.float64] | None:
-        """The damage of a format that was not run to the end, [M]; None where nothing tells.
+    def expected_damage(self, layer: str, fmt: str) -> NDArray[np.float64] | None:
+        """The measured damage, or an estimate of it, [M]; None where nothing is known.
 
-        It is that of a format of the same size which was, times the ratio of their output errors.
+        The estimate is the damage of another format with the same number of bits, times the ratio of output errors.
         """
-        if layer not in self.layers or fmt not in self.formats:
-            return None
-        errors = self.error[self.layers.index(layer)]
-        for name, error in zip(self.formats, errors, strict=True):
+        damage = self.mean_damage(layer, fmt)
+        if damage is not None or layer not in self.layers or fmt not in self.formats:
+            return damage
+        errors = dict(zip(self.formats, self.error[self.layers.index(layer)], strict=True))
+        for name, error in errors.items():
             damage = self.mean_damage(layer, name)
             if damage is not None and error.all() and FORMATS[name].bits == FORMATS[fmt].bits:
-                own = errors[self.formats.index(fmt)]
-                return damage * own / error if own.all() else None
+                return damage * errors[fmt] / error if errors[fmt].all() else None
         return None
 
     def plus(self, other: Trials) -> Trials:
-        """Both together.
+        """The sum of both.
 
         Raises:
-            StatisticsError: they are of other layers, formats or moments.
+            StatisticsError: they are for different layers, formats or moments.
         """
-        for what in ("layers", "formats", "moments"):
-            if getattr(self, what) != getattr(other, what):
-                raise StatisticsError(f"trials of other {what} do not add up")
-        sums = {what: getattr(self, what) + getattr(other, what) for what in ("error", "damage", "count")}
-        return replace(self, **sums)
+        for axis in AXES:
+            if getattr(self, axis) != getattr(other, axis):
+                raise StatisticsError(f"trials of different {axis} cannot be added")
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in COLUMNS})
 
     def entries(self) -> tuple[dict[str, Entry], dict[str, str]]:
-        """Tensors and a header entry, to stand in a file of statistics."""
-        head = {what: list(getattr(self, what)) for what in ("layers", "formats", "moments")}
-        arrays = (self.error, self.damage, self.count)
-        tensors = {name: Entry.of(array) for name, array in zip(COLUMNS, arrays, strict=True)}
-        return tensors, {METADATA_KEY: json.dumps({"format_version": 1, **head})}
+        """Tensors and a header entry, to be stored in a statistics file."""
+        head = {"format_version": 1, **{axis: list(getattr(self, axis)) for axis in AXES}}
+        tensors = {f"trial_{name}": Entry.of(getattr(self, name)) for name in COLUMNS}
+        return tensors, {METADATA_KEY: json.dumps(head)}
 
     @staticmethod
     def load(path: StrPath) -> Trials | None:
-        """The trials in a file of statistics; None where it has none.
+        """The trials in a statistics file; None if it has none.
 
         Raises:
             CheckpointError: it cannot be read as a safetensors file.
@@ -112,17 +112,16 @@ class Trials:
                 return StatisticsError(f"damaged: the trials are {problem}", path=Path(path), hint="run them again")
 
             head: Any = parse_json(checkpoint.metadata[METADATA_KEY], damaged)
-            said = head if isinstance(head, dict) else {}
-            names: list[Any] = [said.get(what) for what in ("layers", "formats", "moments")]
-            if not all(isinstance(each, list) and is_texts(each) for each in names):
+            axes: dict[str, Any] = {axis: head.get(axis) if isinstance(head, dict) else None for axis in AXES}
+            if not all(isinstance(each, list) and is_texts(each) for each in axes.values()):
                 raise damaged("without their layers, formats or moments")
-            layers, formats, moments = (tuple(each) for each in names)
-            shape = (len(layers), len(formats), len(moments))
+            shape = tuple(len(each) for each in axes.values())
             for name, dtype in COLUMNS.items():
-                info = checkpoint.tensors.get(name)
+                info = checkpoint.tensors.get(f"trial_{name}")
                 if info is None or (info.dtype, info.shape) != (dtype, shape):
                     raise damaged(f"not {dtype} {list(shape)}")
-            error, damage, count = map(checkpoint.bits, COLUMNS)
-        if not all(np.isfinite(each).all() and (each >= 0).all() for each in (error, damage)):
-            raise damaged("not finite, or less than 0")
-        return Trials(layers, formats, moments, error, damage, count)
+            columns: Any = {name: checkpoint.bits(f"trial_{name}") for name in COLUMNS}
+        if not all((np.isfinite(each) & (each >= 0)).all() for each in columns.values()):
+            raise damaged("not finite, or negative")
+        layers, formats, moments = map(tuple, axes.values())
+        return Trials(layers, formats, moments, **columns)

@@ -71,7 +71,7 @@ class Strip:
 def strip(name: str, statistics: Statistics, scale: float) -> Strip:
     """What becomes of the inputs of LAYER at a scale."""
     one = statistics.take([LAYER])
-    errors = expected_errors(one, np.array([scale]))
+    errors = expected_errors(one, np.array([scale]), [E4M3FN])
     counts = one.histogram[0, 1:NONFINITE_BIN]
     edges = np.log2(BIN_EDGES[1:] / scale)
     return Strip(

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from convert_to_quant.errors import CalibrationError
-from convert_to_quant.formats.fp8 import E5M2
+from convert_to_quant.formats.fp8 import E4M3FN, E5M2
 from convert_to_quant.options import SolveOptions
 from convert_to_quant.recorder import Recording
-from convert_to_quant.solve import LayerResult, Present, _spend_budget, expected_errors, final_scale, lost_rows, solve
+from convert_to_quant.solve import LayerResult, Present, _spend_budget, expected_errors, final_scale, solve
 from convert_to_quant.stats import BIN_EDGES, Statistics
 
 SHAPE = (16, 32)
@@ -77,7 +77,7 @@ def test_expected_errors_equal_brute_force_over_values_spread_evenly_within_bins
     statistics.zeros[0] = zeros
     values, weights = spread_over_bins(counts, absmax)
     scale = factor * absmax / 448
-    found = expected_errors(statistics, np.array([scale]))
+    found = expected_errors(statistics, np.array([scale]), [E4M3FN])
     brute = np.sum(weights * (values - quantize(values, scale)) ** 2)
     assert 10 ** (-found.sqnr_db[0] / 10) == pytest.approx(brute / statistics.sum_of_squares[0], rel=2e-4)
     assert found.clipped[0] == pytest.approx(np.sum(weights[values > 448 * scale]) / total, abs=1e-3)
@@ -300,7 +300,9 @@ def test_lost_rows_are_those_whose_own_largest_value_is_under_a_sixteenth_of_the
     rows[:20] = 0  # a row of zeros loses nothing
     largest = np.abs(rows.astype(np.float32)).max(1)
     scale = 2.0**exponent  # so the threshold is the edge of a bin
-    (found,) = lost_rows(seen({"layer": rows}), np.array([scale]))
+    found, none = (
+        expected_errors(seen({"layer": rows}), np.array([one]), [E4M3FN]).rows_lost[0] for one in (scale, 0.0)
+    )
     assert found == np.mean((largest < scale / 16) & (largest > 0))
     assert 0 < found < 1
-    assert lost_rows(seen({"layer": rows}), np.array([0.0]))[0] == 0
+    assert none == 0

@@ -39,13 +39,13 @@ def test_what_was_not_run_to_the_end_is_estimated_by_output_errors_within_a_size
     found.error[1, 1] = 3 * found.error[1, 0]
     damage = found.mean_damage("b", "int8")
     assert damage is not None
-    assert found.estimated_damage("b", "fp8") == pytest.approx(3 * damage)
-    assert trials().estimated_damage("b", "nvfp4") is None, "of another size"
-    assert found.estimated_damage("c", "fp8") is found.estimated_damage("a", "mxfp8") is None
+    assert found.expected_damage("b", "fp8") == pytest.approx(3 * damage)
+    assert trials().expected_damage("b", "nvfp4") is None, "of another size"
+    assert found.expected_damage("c", "fp8") is found.expected_damage("a", "mxfp8") is None
 
 
 def test_trials_of_other_layers_do_not_add_up():
-    with pytest.raises(StatisticsError, match="trials of other layers do not add up"):
+    with pytest.raises(StatisticsError, match="trials of different layers cannot be added"):
         trials().plus(trials(layers=("a", "c")))
 
 
@@ -68,7 +68,7 @@ def test_a_file_keeps_them(tmp_path):
         (lambda _, metadata: metadata.update({"convert_to_quant.trials": "{}"}), "without their layers"),
         (lambda _, metadata: metadata.update({"convert_to_quant.trials": "["}), "damaged: the trials are"),
         (lambda tensors, _: tensors.update(trial_damage=Entry.of(np.full((2, 2, 3), np.nan))), "not finite"),
-        (lambda tensors, _: tensors.update(trial_error=Entry.of(np.full((2, 2, 3), -1.0))), "less than 0"),
+        (lambda tensors, _: tensors.update(trial_error=Entry.of(np.full((2, 2, 3), -1.0))), "or negative"),
     ],
 )
 def test_damaged_trials_are_refused(tmp_path, change, said):

@@ -1,19 +1,19 @@
-"""Every layer's figures, from what was observed: on one side, or on two that are compared.
+"""Measurements of every layer: of one side, or of two sides that are compared.
 
-    build(Source(statistics))                     all layers that were observed; present scales are 1.0
+    build(Source(statistics))                     all layers that were observed; current scales are 1.0
     build(Source(statistics, "fp8.safetensors"))  the FP8 layers of a checkpoint, as they are and calibrated
     build(Source(model="a.safetensors"), Source(model="b.safetensors"))
                                                   two calibrations
-    build(Source(mine), Source(with_lora))        does a calibration on the first hold for the second?
+    build(Source(mine), Source(with_lora))        does a calibration on the first fit the second?
     build(Source(mine), Source(mine, options=SolveOptions(margin=2)))
 
-What is chosen is what `apply` would choose: `apply_statistics` and `solve` do it, and nothing here chooses. Without a
-checkpoint every layer's present scale is 1.0, which is what ComfyUI reads from an FP8 file without `input_scale`.
+`apply_statistics` and `solve` choose the scales, as in `apply`. Without a checkpoint the current scale of each layer is
+1.0, which is what ComfyUI assumes for FP8 files without `input_scale`.
 
-Layers of two sides are the same where their names are, prefixes (`model.diffusion_model.`) apart.
+Layers of two sides match by name, ignoring prefixes (`model.diffusion_model.`).
 
-Limits. Figures come from histograms, values taken as uniform within a bin of 1/16 octave: shares near a threshold are
-off by at most the values of one bin. Costs are those of quantizing inputs, not of quantizing weights.
+Limits. Results are computed from histograms, with values taken as uniform within a bin of 1/16 octave: shares near a
+threshold are off by at most the values of one bin. Costs are those of quantizing inputs, not weights.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ..layers import LayerTable, find_layers
 from ..naming import for_checkpoint, respell
 from ..options import SolveOptions, flags_of
 from ..problems import DYNAMIC, READINGS
-from ..solve import LayerResult, Present, expected_errors, lost_rows, solve, unchanged
+from ..solve import LayerResult, Present, expected_errors, finite, solve, unchanged
 from ..stats import BIN_EDGES, Statistics
 from ..trials import Trials
 from . import document, verdict
@@ -62,11 +62,11 @@ INPUTS: Mapping[str, str] = {
     "text-encoder": "",
     "scale-dropped": "",
 }
-"""What readers do with a layer's inputs, by the readings of `inspection` in which no input scale says it; "" where the
-layer should have one."""
+"""How readers scale a layer's inputs, for the readings of `inspection` without an input scale; "" where the layer
+should have one."""
 
 _TAKEN = ("format", "source", "reason", "cause", "conditioning_dependent", "multiply_adds")
-"""What figures take over from solving."""
+"""Fields that `Figures` copies from a solved layer."""
 
 SUFFIX = ".safetensors"
 
@@ -80,10 +80,10 @@ class Source:
     Attributes:
         statistics: what was observed.
         model: an FP8 checkpoint.
-        options: how scales are chosen.
+        options: how to choose scales.
         trials: of the same model's layers.
-        label: a short name; by default that of what tells the sides apart.
-        files: names of the files that the statistics come from; by default that of the one they were loaded from.
+        label: a short name; by default, what distinguishes the sides.
+        files: names of the statistics files; by default, of the one that was loaded.
     """
 
     statistics: Statistics | None = None
@@ -95,7 +95,7 @@ class Source:
 
 
 class _Row(NamedTuple):
-    """One layer of a side: what was chosen, (out, in), and what readers make of it, if a checkpoint says."""
+    """One layer of a side, solved; its shape (out, in); and how readers see it, if there is a checkpoint."""
 
     result: LayerResult
     shape: tuple[int, int]
@@ -103,12 +103,12 @@ class _Row(NamedTuple):
 
     @property
     def reading(self) -> str:
-        """What readers make of it; "" without a checkpoint."""
+        """A key of `problems.READINGS`; "" without a checkpoint."""
         return "" if self.view is None else self.view.reading
 
     @property
     def unused(self) -> str:
-        """Why no reader uses its input scale; "" where one does."""
+        """Why readers ignore its input scale; "" if they use it."""
         return READINGS[self.reading] if self.reading in INPUTS else ""
 
 
@@ -117,22 +117,22 @@ class _Solved:
     """One side, solved.
 
     Attributes:
-        source: where it comes from.
-        rows: one per layer that has figures, by bare name, in file order.
+        source: what it is made from.
+        rows: one per layer, by name without prefix, in file order.
         statistics: of those of them that were observed.
-        inspection: what the checkpoint is.
-        notes: what a user should know.
-        mix: of its formats; see `document.Side.mix`.
-        tried: what the mix says of each layer, by bare name.
+        inspection: of the checkpoint.
+        notes: for the user.
+        mix: see `document.Side.mix`.
+        tried: the results of the mix by layer, by name without prefix.
     """
 
     source: Source
     rows: Mapping[str, _Row]
     statistics: Statistics
-    inspection: Inspection | None = None
-    notes: Sequence[str] = ()
-    mix: Mapping[str, Any] = field(default_factory=dict)
-    tried: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    inspection: Inspection | None
+    notes: Sequence[str]
+    mix: Mapping[str, Any]
+    tried: Mapping[str, Mapping[str, Any]]
 
 
 def build(*sources: Source, force: bool = False, options: Mapping[str, Any] | None = None) -> Report:
@@ -140,15 +140,12 @@ def build(*sources: Source, force: bool = False, options: Mapping[str, Any] | No
 
     Args:
         *sources: one or two.
-        force: use the layers of statistics that match a checkpoint where others do not.
-        options: how the report was asked for, as JSON values; kept in it.
-
-    Returns:
-        The report.
+        force: use the layers of statistics that match a checkpoint, even if others do not.
+        options: how the report was requested, as JSON values, to be kept in it.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or has no FP8 layers.
-        StatisticsError: statistics were made for another model than the checkpoint, or the sides share no layer.
+        StatisticsError: the statistics are for another model than the checkpoint, or the sides share no layer.
         CalibrationError: a layer saw NaN or infinite inputs.
     """
     assert 1 <= len(sources) <= 2, "a report has one side or two"
@@ -183,26 +180,24 @@ def build(*sources: Source, force: bool = False, options: Mapping[str, Any] | No
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A sorting key by which block 2 stands before block 10: numbers by their length first."""
+    """A sorting key that puts block 2 before block 10: numbers by their length first."""
     parts = enumerate(_DIGITS.split(name))
     return [(len(digits := part.lstrip("0")), digits) if number % 2 else (0, part) for number, part in parts]
 
 
 def _solve(source: Source, *, force: bool) -> _Solved:
     """Choose scales as `apply` does."""
-    statistics = source.statistics
+    statistics, observed = source.statistics, source.statistics or Statistics.empty({})
     if source.model is None:
-        assert statistics is not None, "a source has statistics, or a checkpoint, or both"
-        present = {name: Present(1.0, False, shape) for name, shape in statistics.layers.items()}
-        rows = [_Row(result, statistics.layers[result.layer]) for result in solve(statistics, present, source.options)]
-        mix, tried = _mix(source)
-        return _Solved(source, _by_bare_name(rows), statistics, mix=mix, tried=tried)
+        present = {name: Present(1.0, False, shape) for name, shape in observed.layers.items()}
+        rows = [_Row(result, observed.layers[result.layer]) for result in solve(observed, present, source.options)]
+        return _Solved(source, _by_bare_name(rows), observed, None, (), *_mix(source))
     with open_checkpoint(source.model) as checkpoint:
         inspection = inspect_checkpoint(checkpoint)
         table = find_layers(checkpoint)
         results, notes = _calibrated(source, checkpoint, table, force=force)
     mix, tried = _mix(source, inspection)
-    observed = Statistics.empty({}) if statistics is None else respell(statistics, table.shapes(), table.prefix)
+    observed = respell(observed, table.shapes(), table.prefix) if statistics is not None else observed
     views = {view.name: view for view in inspection.layers}
     solved, bare = {result.layer for result in results}, names.strip_prefix(views)[1]
     results += [
@@ -212,8 +207,8 @@ def _solve(source: Source, *, force: bool) -> _Solved:
         and (view.reading in DYNAMIC or name in observed.layers or bare.get(name) in tried)
     ]  # fmt: skip
     rows = [_Row(result, _two_sides(views[result.layer]), views[result.layer]) for result in results]
-    told = {result.layer for result in results}
-    notes = [text for text in notes if text.partition(":")[0] not in told]  # a layer's row says those
+    listed = {result.layer for result in results}
+    notes = [text for text in notes if text.partition(":")[0] not in listed]  # the layer's row says the same
     return _Solved(source, _by_bare_name(rows), observed, inspection, notes, mix, tried)
 
 
@@ -225,7 +220,7 @@ def _by_bare_name(rows: Sequence[_Row]) -> dict[str, _Row]:
 def _calibrated(
     source: Source, checkpoint: Checkpoint, table: LayerTable, *, force: bool
 ) -> tuple[list[LayerResult], Sequence[str]]:
-    """The layers that have an input scale, solved, and notes; none where readers scale all inputs as they come."""
+    """The layers that have an input scale, solved, and notes; none if readers scale all inputs dynamically."""
     try:
         if source.statistics is not None:
             found = apply_statistics(checkpoint, source.statistics, source.options, force=force)
@@ -247,92 +242,88 @@ def _without_scale(view: LayerView, seen: bool) -> LayerResult:
 
 
 def _two_sides(view: LayerView) -> tuple[int, int]:
-    """(out, in) of a weight; a bank of experts has them one under the other."""
+    """(out, in) of a weight; the experts of a bank count as rows."""
     return math.prod(view.shape[:-1]), view.shape[-1]
 
 
 def _mix(source: Source, inspection: Inspection | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the formats of a file keep, and what others would, by trials or else by the file's own word; the layers."""
+    """The results of a mix from trials, or else from the file's own header; and those of its layers."""
     made = None if inspection is None or inspection.made is None else inspection.made.mix
-    said: dict[str, Any] = {} if made is None else {**made.figures, "gpu": made.gpu}
+    found: dict[str, Any] = {} if made is None else {**made.figures, "gpu": made.gpu}
     on = None if made is None else made.conditioning
     if source.trials is not None:
         trials = source.trials
-        asked = [FORMATS[name] for name in trials.formats if name in FORMATS]
-        formats = [fmt for fmt in asked if made is None or made.gpu in fmt.native] or asked
-        assert source.statistics is not None, "trials stand in statistics"
-        shapes = {name: source.statistics.layers[name] for name in trials.layers if name in source.statistics.layers}
-        mixes = Mixes.of({name: Spec("BF16", shape) for name, shape in shapes.items()}, trials, formats)
-        said |= mixes.figures(_choice(mixes, inspection)) if shapes else {}
+        tried = [FORMATS[name] for name in trials.formats if name in FORMATS]
+        formats = [fmt for fmt in tried if made is None or made.gpu in fmt.native] or tried
+        assert source.statistics is not None, "trials come with statistics"
+        shapes = source.statistics.layers
+        mixes = Mixes.of(
+            {name: Spec("BF16", shapes[name]) for name in trials.layers if name in shapes}, trials, formats
+        )
+        found |= mixes.results(_choice(mixes, inspection)) if mixes.weights else {}
         on = ", ".join(source.statistics.provenance.get("conditioning", ()))
-    if said:
-        said["on"] = on or "noise"
-    if inspection is not None and {"bits", "weights"} <= said.keys():
-        said["other_bytes"] = inspection.size_bytes - said["bits"] * said["weights"] / 8
-    layers = said.pop("layers", {})
-    return said, {bare: layers[name] for name, bare in names.strip_prefix(layers)[1].items()}
+    if found:
+        found["on"] = on or "noise"
+    if inspection is not None and {"bits", "weights"} <= found.keys():
+        found["other_bytes"] = inspection.size_bytes - found["bits"] * found["weights"] / 8
+    layers = found.pop("layers", {})
+    return found, {bare: layers[name] for name, bare in names.strip_prefix(layers)[1].items()}
 
 
 def _choice(mixes: Mixes, inspection: Inspection | None) -> Choice | None:
-    """The formats of a file as a choice; None without a file, or where a layer is in a format that was not tried."""
+    """The formats of a file as a choice; None without a file, or if a layer's format was not tried."""
     views = {} if inspection is None else {view.name: view for view in inspection.layers}
-    own = {bare: views[name] for name, bare in names.strip_prefix(views)[1].items()}
-    found: Choice = {}
-    for name, bare in names.strip_prefix(mixes.offers)[1].items():
-        read_as = own[bare].read_as or "" if bare in own else None
-        offer = next((each for each in mixes.offers[name] if each.format == read_as), None)
-        if offer is None:
-            return None
-        found[name] = offer
-    return found if any(offer.format for offer in found.values()) else None
+    own = {bare: views[name].read_as or "" for name, bare in names.strip_prefix(views)[1].items()}
+    bare = names.strip_prefix(mixes.weights)[1]
+    chosen = [own.get(bare.get(name, name)) for name in mixes.weights]
+    if not any(chosen) or not set(chosen) <= set(mixes.formats):
+        return None
+    choice = np.array([mixes.formats.index(fmt or "") for fmt in chosen])
+    return choice if math.isfinite(mixes.point(choice)[1]) else None
 
 
 def _figures(side: _Solved) -> dict[str, Figures]:
-    """The figures of every layer of a side, by bare name."""
-    results = {key: row.result for key, row in side.rows.items()}
-    before, after = (_states(side, results, when) for when in ("before", "after"))
-    seen = [key for key, result in results.items() if result.source == "model"]
-    columns = dict(zip(seen, _columns(side.statistics.take([results[key].layer for key in seen])), strict=True))
+    """The measurements of every layer of a side, by name without prefix."""
+    seen = {key: row.result.layer for key, row in side.rows.items() if row.result.source == "model"}
+    columns = dict(zip(seen, _columns(side.statistics.take(seen.values())), strict=True))
     figures = {}
     for key, row in side.rows.items():
-        view = row.view
-        if row.reading == "error":  # no reader can use its scale
-            before[key] = State(0.0, before[key].full_precision, risk="no scale")
+        known = columns.get(key, {})
         figures[key] = Figures(
-            before[key],
-            after[key],
-            **columns.get(key, {}),
+            _solved_state(row, "before", known.get("absmax", 0.0)),
+            _solved_state(row, "after", known.get("absmax", 0.0)),
+            **known,
             **{name: getattr(row.result, name) for name in _TAKEN},
             unused=row.unused,
             inputs=INPUTS.get(row.reading, ""),
-            stored="" if view is None else view.read_as or view.format,
-            bits=None if view is None else view.bits,
+            stored="" if row.view is None else row.view.read_as or row.view.format,
+            bits=None if row.view is None else row.view.bits,
             more=side.tried.get(key, {}).get("more", ""),
         )
     return figures
 
 
-def _states(side: _Solved, results: Mapping[str, LayerResult], when: str) -> dict[str, State]:
-    """What the inputs of a side's layers lose at the scales of results "before" or "after" solving, by bare name."""
-    scales = {key: getattr(result, f"scale_{when}") for key, result in results.items()}
-    grids = {key: GRIDS[result.format] for key, result in results.items()}
-    met = [key for key, scale in scales.items() if scale is not None and side.rows[key].result.source == "model"]
-    statistics = side.statistics.take([side.rows[key].result.layer for key in met])
-    at, on = np.array([scales[key] for key in met], np.float64), [grids[key] for key in met]
-    errors = expected_errors(statistics, at, on)
-    costs = np.stack([errors.sqnr_db, errors.clipped, errors.vanished, lost_rows(statistics, at, on)], 1)
-    lost: dict[str, Any] = {key: map(_finite, row) for key, row in zip(met, costs, strict=True)}
-    absmax = dict(zip(met, statistics.absmax.tolist(), strict=True))
-    states = {}
-    for key, result in results.items():
-        full_precision, grid = getattr(result, f"full_precision_{when}"), grids[key]
-        state = replace(State(scales[key], full_precision, *lost.get(key, ())), max=grid.max)
-        states[key] = state if side.rows[key].unused else with_risk(state, absmax.get(key, 0.0), grid)
-    return states
+def _solved_state(row: _Row, when: str, absmax: float) -> State:
+    """A layer "before" or "after" solving."""
+    known = vars(row.result)
+    scale, full_precision = known[f"scale_{when}"], known[f"full_precision_{when}"]
+    if when == "before" and row.reading == "error":  # no reader can use its scale
+        return State(0.0, full_precision, risk="no scale")
+    lost = known["rows_lost_before" if when == "before" else "rows_lost"]
+    costs = (known[f"sqnr_{when}_db"], known[f"clipped_{when}"], known[f"vanished_{when}"], lost)
+    return _state(row, scale, full_precision, costs if scale is not None else (None,) * 4, absmax)
+
+
+def _state(row: _Row, scale: float | None, full_precision: bool, costs: Sequence[Any], absmax: float) -> State:
+    """A state with its costs, and its risk if readers use the scale."""
+    sqnr_db, clipped, vanished, rows_lost = costs
+    grid = GRIDS[row.result.format]
+    state = State(scale, full_precision, sqnr_db, clipped, vanished, rows_lost, max=grid.max)
+    return state if row.unused else with_risk(state, absmax, grid)
 
 
 def with_risk(state: State, absmax: float, grid: Grid = DEFAULT_GRID) -> State:
-    """A state with its risk, by the thresholds of `document` on the grid of the inputs, whose largest is `absmax`."""
+    """A state with its risk, by the thresholds in `document`; `absmax` is the largest input, `grid` its codes."""
     risk: Risk = ""
     if state.full_precision or state.scale is None:
         return state
@@ -350,7 +341,7 @@ def with_risk(state: State, absmax: float, grid: Grid = DEFAULT_GRID) -> State:
 
 
 def _columns(statistics: Statistics) -> list[dict[str, Any]]:
-    """What each layer's inputs looked like, as arguments of `Figures`."""
+    """Measurements of each layer's inputs, as arguments of `Figures`."""
     count = np.maximum(statistics.count, 1)
     levels = np.where(statistics.sigma_count > 0, 1.0, np.nan)[:, :SIGMA_BINS]
     sigma_absmax = (statistics.sigma_absmax[:, :SIGMA_BINS] * levels)[:, ::-1]  # from noise to image
@@ -372,22 +363,18 @@ def _columns(statistics: Statistics) -> list[dict[str, Any]]:
             **{name: column[number].item() for name, column in scalars.items()},
             "density": densities[number],
             "row_density": row_densities[number],
-            "sigma_absmax": tuple(map(_finite, sigma_absmax[number])),
-            "sigma_rms": tuple(map(_finite, sigma_rms[number])),
+            "sigma_absmax": tuple(map(finite, sigma_absmax[number])),
+            "sigma_rms": tuple(map(finite, sigma_rms[number])),
         }
         for number in range(len(count))
     ]
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def cell_shares(histogram: NDArray[np.int64]) -> Float:
     """Shares of the values in each cell of the axis; see `document`.
 
     Args:
-        histogram: [L, BINS]. Zeros, and all else in bin 0, count in the total and in no cell.
+        histogram: [L, BINS]. Bin 0, which holds the zeros, counts in the total but in no cell.
 
     Returns:
         [L, CELLS].
@@ -400,22 +387,31 @@ def cell_shares(histogram: NDArray[np.int64]) -> Float:
     number = np.searchsorted(BIN_EDGES, edges, side="right") - 1
     part = (edges - BIN_EDGES[number]) / (BIN_EDGES[number + 1] - BIN_EDGES[number])
     at_edge = below[:, number] * (1 - part) + below[:, number + 1] * part
-    at_edge[:, 0], at_edge[:, -1] = below[:, 1], below[:, -1]  # what lies beyond the axis is in its last cells
+    at_edge[:, 0], at_edge[:, -1] = below[:, 1], below[:, -1]  # values beyond the axis count in its last cells
     shares: Float = np.diff(at_edge, axis=1) / total
     return shares
 
 
 def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
-    """The first side's new scales on the second side's inputs, by bare name."""
-    seen = [
-        {key: row.result for key, row in side.rows.items() if row.result.source == "model"} for side in (first, second)
-    ]
-    both = {key: result for key, result in seen[0].items() if key in seen[1] and result.scale_after is not None}
-    return _states(second, both, "after")
+    """The first side's new scales on the second side's inputs, by name without prefix."""
+    both = {
+        key: (row.result, other)
+        for key, row in first.rows.items()
+        if (other := second.rows.get(key)) is not None
+        and row.result.source == other.result.source == "model" and row.result.scale_after is not None
+    }  # fmt: skip
+    scales = np.array([result.scale_after for result, _ in both.values()], np.float64)
+    statistics = second.statistics.take(other.result.layer for _, other in both.values())
+    errors = expected_errors(statistics, scales, [GRIDS[other.result.format] for _, other in both.values()])
+    absmax = statistics.absmax.tolist()
+    return {
+        key: _state(other, result.scale_after, result.full_precision_after, list(map(finite, costs)), absmax[number])
+        for number, ((key, (result, other)), *costs) in enumerate(zip(both.items(), *errors, strict=True))
+    }
 
 
 def _side(side: _Solved, label: str, *, apply: str) -> Side:
-    """What a side says of itself."""
+    """The description of a side."""
     source, statistics, inspection = side.source, side.source.statistics, side.inspection
     facts = {} if statistics is None else dict(statistics.provenance)
     notes = list(side.notes)
@@ -438,7 +434,7 @@ def _side(side: _Solved, label: str, *, apply: str) -> Side:
 
 
 def _apply(source: Source) -> str:
-    """The command that writes what was solved into a new file."""
+    """The command that writes the solved scales into a new file."""
     model = "MODEL.safetensors" if source.model is None else Path(source.model).name
     output = f"{model.removesuffix('.index.json').removesuffix(SUFFIX)}_calibrated{SUFFIX}"
     flags = flags_of(source.options)
@@ -454,7 +450,7 @@ def _files(source: Source) -> tuple[str, ...]:
 
 
 def _labels(sources: Sequence[Source]) -> list[str]:
-    """What the sides are called: by what tells them apart, statistics first, then checkpoints, then options."""
+    """Names of the sides, by the first thing that differs: statistics, checkpoints, options."""
     if len(sources) == 1:
         return [sources[0].label or _what(sources[0])]
     observed = [None if source.statistics is None else source.statistics.path for source in sources]
@@ -472,17 +468,17 @@ def _labels(sources: Sequence[Source]) -> list[str]:
 
 
 def _in_folder(path: Path | None) -> str:
-    """A file's name with that of its folder, for two of one name."""
+    """A file name with its folder, for two files of the same name."""
     return "" if path is None else f"{path.resolve().parent.name}/{path.name}"
 
 
 def _what(source: Source) -> str:
-    """The checkpoint, or else the statistics."""
+    """The name of the checkpoint, or else of the statistics."""
     return " + ".join(_files(source)) if source.model is None else Path(source.model).name
 
 
 def _changed(options: SolveOptions, other: SolveOptions) -> str:
-    """The options that differ from another's, in words.
+    """The options that differ from others, in words.
 
     >>> _changed(SolveOptions(margin=2), SolveOptions())
     'margin 2'
@@ -492,7 +488,7 @@ def _changed(options: SolveOptions, other: SolveOptions) -> str:
 
 
 def _said(value: object) -> str:
-    """The value of an option in words."""
+    """An option's value in words."""
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "nothing"
     if value is None:

@@ -71,7 +71,7 @@ def test_formats_are_tried_while_observing_and_chosen_from_without_a_run(done, r
             assert float(lines[layer["name"]][f"alone_{name}_db"]) == pytest.approx(alone_db, rel=1e-3)
     done("-i", flux_file, "-o", again, "--best", "--gpu", "rtx50", "--bits", 5, "--from", kept)
     assert again.stat().st_size < out.stat().st_size
-    message = f"{out}: it holds no trials of formats (make it with observe --trials)\n"
+    message = f"{out}: the file has no trials of formats (make it with observe --trials)\n"
     refused(message, "-i", flux_file, "-o", again, "--best", "--from", out)
 
 

@@ -53,7 +53,7 @@ MISUSE = [
     (CONVERT + "--best --size '8 parsecs'", "--size '8 parsecs' is no size"),
     (CONVERT + "--best --gpu voodoo", "unknown card 'voodoo'"),
     (CONVERT + "--best --formats int9", "unknown format 'int9'"),
-    (CONVERT + "--best --gpu rtx20 --formats fp8", "rtx20 multiplies none of fp8 natively"),
+    (CONVERT + "--best --gpu rtx20 --formats fp8", "rtx20 computes none of fp8 natively"),
     (CONVERT + "--round --weight-scale mse", "--round finds scales itself"),
     (CONVERT + "--round --merge-lora lora.safetensors", "--merge-lora and --round cannot be combined"),
     (CONVERT + "--round --fold --from stats.safetensors", "--fold changes what --from was observed of"),
