@@ -1,10 +1,10 @@
-"""What calibration would change, and why, so that a person sees it: figures, words, a page, a picture, a table.
+"""Reports on what calibration would change, and why: a page, an image, a table, and words.
 
-    figures.build(Source(statistics, model)) -> Report     everything that the others show
-    verdict                                                its meaning in words
+    figures.build(Source(statistics, model)) -> Report     the measurements
+    verdict                                                their meaning in words
     page.render(report.document()) -> str                  one HTML file
-    picture.draw(report) -> Image                          one picture
-    table.render(report) -> str                            one line per layer, as CSV
+    picture.draw(report) -> Image                          one image
+    table.render(report) -> str                            CSV, one line per layer
 
-Importing the package imports none of them: the picture alone needs matplotlib.
+Importing the package imports none of them: only `picture` needs matplotlib.
 """

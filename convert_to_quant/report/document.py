@@ -1,32 +1,29 @@
-"""What a report holds: plain values, and the JSON document that the page and other programs read.
+"""A report as plain values, and as the JSON document that the page and other programs read.
 
-A report has one side, or two that are compared. A layer has one place in it, whichever sides know it. On each side it
-has a state before (the file as it is) and after (what solving chose): scale, precision, and what quantizing its inputs
-with them is expected to cost.
+A report has one side, or two that are compared. Each layer appears once, whichever sides have it. On each side it has a
+state before (the file as it is) and after (solved): scale, precision, and the expected cost of quantizing its inputs.
 
-Risks. `RISKS` says what each means. A layer whose inputs are never quantized is at no risk. Of the others:
+Risks. `RISKS` says what each means. Layers whose inputs are not quantized are at no risk. For the others:
 
-    no scale    the scale is 0, so every input is divided by 0; or readers cannot use what the file has (NaN, bfloat16,
-                several values), and it is told as 0.
-    clips,      the expected signal-to-noise ratio of inputs is under `Grid.worst_rounding_db`. Rounding never gets
-    vanishes,   that low: within FP8's normal range, from 2⁻⁶ times the scale up, an error is at most 1/17 of its value
-    coarse      (a value on the middle between 1 and 1.125), so the ratio of any distribution in there is at least
-                20 log10(17) = 24.6 dB. So something lies outside: it *clips* if the largest input exceeds what is
-                rounded to the largest code (`Grid.largest_rounded` times the scale); else it
-                *vanishes* if most values that are not zero become zero; else it is *coarse*, spread over the few
-                codes below the normal range.
-    tokens lost most tokens lie wholly under 2⁻⁴ of the scale (`solve`). The ratio over all values hides them.
+    no scale    the scale is 0, or unusable (NaN, bfloat16, several values) and reported as 0.
+    clips,      the expected SQNR of the inputs is below `Grid.worst_rounding_db`. Rounding alone never gets that low:
+    vanishes,   within FP8's normal range, from 2⁻⁶ times the scale up, an error is at most 1/17 of its value (halfway
+    coarse      between 1 and 1.125), so any distribution in it has at least 20 log10(17) = 24.6 dB. So some values lie
+                outside: it *clips* if the largest input exceeds what still rounds to the largest code
+                (`Grid.largest_rounded` times the scale); else it *vanishes* if most nonzero values become 0; else it
+                is *coarse*, spread over the few codes below the normal range.
+    tokens lost most tokens lie entirely below 2⁻⁴ of the scale (`solve`). The SQNR over all values hides them.
 
-So a few values clipped at no cost are no risk; their share is told all the same. Nor are fewer lost tokens: ranges do
-not tell whether the image needs them (a Wan-shaped model has 21 layers that lose some, and loses nothing in dB).
+A few values clipped at no cost are therefore no risk, but reported. Nor are a few lost tokens: ranges do not tell
+whether the image needs them (a Wan-shaped model has 21 layers that lose some, without any loss in dB).
 
-Limits. A risk is one of inputs, not of the image: where outlier channels meet small weights, cutting them off costs the
-output less than it costs the input ("spiky" emoji at a scale of 1.0: 18 of 32 layers clip, and the image loses about
-1 dB; "hot": 17 layers, 23 dB). `check` measures what it costs the image.
+Limits. A risk concerns inputs, not the image: where outlier channels meet small weights, clipping costs the output less
+than the input ("spiky" emoji at a scale of 1.0: 18 of 32 layers clip, and the image loses about 1 dB; "hot": 17 layers,
+23 dB). `check` measures images.
 
-Densities. Shares of values in cells of a quarter octave of |x|, values taken as uniform within a bin of the histogram.
-A share is one byte, 0 for none, else 1 + 254 · (log10(share) + 8) / 8. What lies beyond the axis is in its last cells.
-The document holds a density without the empty cells on both sides: [number of the first cell, bytes in base64].
+Densities. Shares of values in cells of a quarter octave of |x|, with values uniform within a bin of the histogram. A
+share is one byte: 0 for none, else 1 + 254 · (log10(share) + 8) / 8. Values beyond the axis count in its last cells.
+The document stores a density without the empty cells at both ends: [index of the first cell, bytes in base64].
 """
 
 from __future__ import annotations
@@ -51,69 +48,69 @@ Risk = Literal["", "no scale", "clips", "vanishes", "tokens lost", "coarse"]
 Level = Literal["good", "warning", "bad"]
 
 RISKS: Mapping[Risk, str] = {
-    "no scale": "its scale is 0, or nothing that ComfyUI can use: inputs become infinite or NaN, or it fails",
-    "clips": f"inputs beyond {DEFAULT_GRID.max:g} times the scale are cut off",
-    "vanishes": "most inputs are too small for the scale and become 0",
-    "tokens lost": "most tokens lie under 1/16 of the scale, where few codes are; often an outlier sets it",
-    "coarse": "inputs lie among the smallest steps of the scale, where few codes are left",
+    "no scale": "the scale is 0, or ComfyUI cannot use it: inputs become infinite or NaN, or it fails",
+    "clips": f"inputs above {DEFAULT_GRID.max:g} times the scale are clipped",
+    "vanishes": "most inputs are too small for the scale and round to 0",
+    "tokens lost": "most tokens lie below 1/16 of the scale, where FP8 has few codes; often due to an outlier",
+    "coarse": "inputs lie among the smallest steps of the scale, where FP8 has few codes",
 }
 """What each risk means, the worst first."""
 
 ZONES = {
     "vanished": "rounds to 0",
-    "subnormal": "few steps left",
-    "normal": "even, relative steps",
-    "saturated": f"cut off at {DEFAULT_GRID.max:g}",
+    "subnormal": "fewer bits",
+    "normal": "4 significant bits",
+    "saturated": f"clipped to {DEFAULT_GRID.max:g}",
 }
 """What FP8 does with |x| / scale, from small to large."""
 
 MIX_WORDS = {
-    "curve": "the best mix of each size",
+    "curve": "best mix at each size",
     "uniform": "one format for all layers",
     "more": "half a bit more per weight",
-    "measured": "this file as measured, at two sizes of image",
+    "measured": "this file, measured at two image sizes",
     "chosen": "this file",
-    "tried": "a format that was tried; the stronger its colour, the more bits",
+    "tried": "a format that was tried; a stronger color means more bits",
 }
-"""What the marks of the chart of sizes are, in page and picture."""
+"""The legend of the chart of sizes, in page and image."""
 
 MOST = 0.5
-"""Share of values or tokens that are lost from which on a layer is at risk for that alone."""
+"""Share of lost values or tokens above which a layer is at risk."""
 
 AXIS_LOW, AXIS_HIGH, CELLS_PER_OCTAVE = -32, 24, 4
 """The axis of densities, log2 |x|."""
 CELLS = (AXIS_HIGH - AXIS_LOW) * CELLS_PER_OCTAVE
 
 FIGURE_DIGITS, SCALE_DIGITS = 4, 9
-"""Significant digits of figures in the document, and of scales: all that a float32 has."""
+"""Significant digits in the document; scales keep all digits of a float32."""
 
 DENSITY_DECADES = 8
-"""Shares from 10⁻⁸ to 1 are told apart."""
+"""The smallest share that is distinguished is 10⁻⁸."""
 
 SIGMA_EDGES = tuple(1 - number / SIGMA_BINS for number in range(SIGMA_BINS + 1))
-"""Edges of the noise levels, from noise to image; bin i is (SIGMA_EDGES[i + 1], SIGMA_EDGES[i]]."""
+"""Edges of noise levels, from noise to image; bin i is (SIGMA_EDGES[i + 1], SIGMA_EDGES[i]]."""
 
 EXACT_DB = 300.0
-"""Stands for a ratio of signal to noise that is not known, where layers are sorted."""
+"""Stands for an unknown SQNR when layers are sorted."""
 
 Density = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class State:
-    """A layer with one scale, and what quantizing its inputs with it is expected to cost.
+    """A layer at one scale, and the expected cost of quantizing its inputs with it.
 
     Attributes:
-        scale: its input scale; None where readers scale inputs as they come.
-        full_precision: whether its inputs stay as they are.
-        sqnr_db: signal to quantization noise of the inputs; None where nothing but zeros was seen, or nothing.
-        clipped: share of values beyond the largest code times the scale.
-        vanished: share of all values that are not zero and become it.
-        rows_lost: share of tokens under 2⁻⁴ of the scale.
+        scale: its input scale; None where readers scale inputs dynamically.
+        full_precision: whether its inputs are not quantized.
+        sqnr_db: signal-to-quantization-noise ratio of the inputs; None if only zeros were observed, or nothing.
+        clipped: share of values above the largest code times the scale.
+        vanished: share of all values that are not 0 but round to it.
+        rows_lost: share of tokens below 2⁻⁴ of the scale.
         risk: a key of `RISKS`, or "".
-        max: the largest input that a scale of 1 holds.
+        max: the largest input that a scale of 1 can represent.
 
-    The costs are those of FP8 also where `full_precision` avoids them.
+    Costs are those of FP8, also where `full_precision` avoids them.
     """
 
     scale: float | None
@@ -127,34 +124,34 @@ class State:
 
     @property
     def log2_scale(self) -> float:
-        """Where the scale of FP8 that holds as much lies, in octaves; for scales that are there and not 0."""
+        """log2 of the FP8 scale with the same range; the scale must not be None or 0."""
         assert self.scale
         return math.log2(self.scale * self.max / DEFAULT_GRID.max)
 
 
 @dataclass(frozen=True, eq=False)
 class Figures:
-    """What one side knows of a layer.
+    """The measurements of a layer on one side.
 
     Attributes:
-        before, after: as the file is, and as solving chose.
+        before, after: as the file is, and solved.
         format: the grid of its inputs' codes, a key of `formats.GRIDS`.
-        source: "model" where its inputs were seen, "none" where they were not.
-        reason: why scale or precision after is what it is.
+        source: "model" if its inputs were observed, else "none".
+        reason: why the solved scale or precision is what it is.
         cause: what moved it to full precision; see `solve.LayerResult`.
-        unused: why no reader uses its input scale; "" where one does.
-        inputs: how readers scale its inputs where no input scale does, in a word; "" where one does.
-        stored: the format of its weight, a key of `formats.FORMATS`; the dtype where it is not quantized; "" where no
-            checkpoint says.
+        unused: why readers ignore its input scale; "" if they use it.
+        inputs: how readers scale its inputs if not by an input scale; else "".
+        stored: the format of its weight, a key of `formats.FORMATS`; its dtype if it is not quantized; "" without a
+            checkpoint.
         bits: per weight, scales included.
-        more: the format that it would have in the mix of half a bit more; "" where nothing says.
-        conditioning_dependent: its range moves with the made-up conditioning of a run on noise.
+        more: its format in the best mix with half a bit more per weight; "" if unknown.
+        conditioning_dependent: whether its range depends on the synthetic conditioning of a run on noise.
         rows, rows_per_sample, calls: as in `Statistics`.
-        multiply_adds: out × in × rows.
+        multiply_adds: out × in × tokens.
         zeros: share of values that are 0.
-        absmax, rms, median, p999: of |x|; None where nothing was seen.
-        density, row_density: uint8 [CELLS], see the module's docstring; of values' |x|, and of tokens' absmax.
-        sigma_absmax, sigma_rms: per noise level, from noise to image; None where nothing was seen.
+        absmax, rms, median, p999: of |x|; None if nothing was observed.
+        density, row_density: of |x| of values, and of the absmax of tokens; uint8 [CELLS], see the module's docstring.
+        sigma_absmax, sigma_rms: per noise level, from noise to image; None where nothing was observed.
         changed: whether the file would change for this layer.
     """
 
@@ -190,28 +187,28 @@ class Figures:
         object.__setattr__(self, "changed", states[0] != states[1])
 
     def octaves_over(self, state: State | None) -> float | None:
-        """Octaves from the largest code times a scale up to the largest input: above 0 something is clipped."""
+        """log2 of the largest input over the largest value that a state can represent; above 0 it is clipped."""
         if state is None or not (self.absmax and state.scale):
             return None
         return math.log2(self.absmax / (state.max * state.scale))
 
     @property
     def seen(self) -> bool:
-        """Whether its inputs were seen, and were not all zero."""
+        """Whether nonzero inputs were observed."""
         return bool(self.absmax)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's place in the report.
+    """A layer of the report.
 
     Attributes:
-        name: as the first side that has it spells it.
+        name: in the first side that has it.
         shape: (out, in).
-        sides: what each side knows of it; None where a side does not have it.
-        crossed: the first side's new scale and precision on the second side's inputs; None where both sides have the
-            same statistics, or one has none of this layer.
-        alone_db: by format, SQNR of the velocity where this layer alone is in it; of trials.
+        sides: its measurements; None for a side without it.
+        crossed: the first side's new scale and precision on the second side's inputs; None if both sides have the
+            same statistics, or one side did not observe the layer.
+        alone_db: SQNR of the velocity with only this layer quantized, by format; from trials.
     """
 
     name: str
@@ -222,7 +219,7 @@ class Layer:
 
     @property
     def danger(self) -> float:
-        """A sorting key, the largest first: by the worst risk as the file is, then by the ratio of signal to noise."""
+        """A sorting key, the largest first: by the worst risk of the file as it is, then by SQNR."""
         met = [(figures, figures.before) for figures in self.sides if figures is not None]
         met += [(figures, self.crossed) for figures in self.sides[1:] if figures is not None and self.crossed]
         severity = ["", *list(RISKS)[::-1]]
@@ -238,21 +235,21 @@ class Layer:
 
 @dataclass(frozen=True)
 class Side:
-    """Where the figures of a side come from.
+    """The origin of a side.
 
     Attributes:
         label: a short name for it.
         statistics: names of the statistics files.
         model: name of the checkpoint.
         family: what the checkpoint is.
-        samples: images that were observed.
-        engine, conditioning: how, where that is known.
-        provenance: all that the statistics say of themselves.
+        samples: the number of observed images.
+        engine, conditioning: how they were observed, if known.
+        provenance: of the statistics.
         options: how scales were chosen.
-        notes: what a user should know, one sentence each.
-        apply: the command that writes the new scales, with names of files without folders; "" where none changes.
-        mix: what the mix of its formats keeps, beside what others would, see `choose.Mixes.figures`; of its layers
-            the layers tell. `other_bytes` is what the file has besides them. Empty where nothing was tried.
+        notes: for the user, one sentence each.
+        apply: the command that writes the new scales, with file names but no folders; "" if none changes.
+        mix: results of `choose.Mixes.results` without the layers, "on" (what the model was conditioned on), and
+            "other_bytes" (of the file, outside these layers). Empty if no formats were tried.
     """
 
     label: str
@@ -270,16 +267,16 @@ class Side:
 
     @property
     def calibrates(self) -> bool:
-        """Whether there is something to choose scales from."""
+        """Whether there are statistics to choose scales from."""
         return bool(self.statistics)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What it all means.
+    """The verdict of a report.
 
     Attributes:
-        level: "bad" where a layer is at risk, "warning" where something else should be known, else "good".
+        level: "bad" if a layer is at risk, "warning" if something else needs attention, else "good".
         headline: one sentence.
         points: further sentences, the most important first.
     """
@@ -291,14 +288,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Report:
-    """All figures, and what they mean.
+    """All measurements, and the verdict.
 
     Attributes:
-        title: what it is about.
+        title: the names of the sides.
         sides: one, or two.
         layers: in the natural order of their names: block 2 before block 10.
-        verdict: what it means.
-        options: how the report was asked for.
+        verdict: the conclusion.
+        options: how the report was requested.
     """
 
     title: str
@@ -309,16 +306,16 @@ class Report:
 
     @property
     def riskiest(self) -> list[int]:
-        """Numbers of the layers, the riskiest first."""
+        """Indices of the layers, the riskiest first."""
         return sorted(range(len(self.layers)), key=lambda number: -self.layers[number].danger)
 
     @property
     def mixes(self) -> list[Mapping[str, Any]]:
-        """What the sides know of their mixes of formats, as far as there is a chart of it."""
+        """The mixes of the sides that have a chart of sizes."""
         return [side.mix for side in self.sides if side.mix.get("curve")]
 
     def document(self) -> dict[str, Any]:
-        """Everything as JSON values: the same report is the same document."""
+        """JSON values. The same report always gives the same document."""
         return {
             "format": FORMAT,
             "version": __version__,
@@ -359,10 +356,10 @@ def plain(value: Any, digits: int | None = None) -> Any:
 
     Args:
         value: a dataclass, mapping, list, tuple, density or plain value.
-        digits: significant digits of floats; of scales it is always `SCALE_DIGITS`. None keeps floats as they are.
+        digits: significant digits of floats, except scales (`SCALE_DIGITS`). None keeps floats as they are.
 
     Returns:
-        Mappings, lists, strings, numbers and None; a float that is not finite has no place in JSON and is None.
+        Mappings, lists, strings, numbers and None. Floats that are not finite become None.
 
     >>> plain({"scale": 1 / 3, "pair": (2 / 3, math.inf)}, digits=4)
     {'scale': 0.333333333, 'pair': [0.6667, None]}
@@ -382,7 +379,7 @@ def plain(value: Any, digits: int | None = None) -> Any:
 
 
 def _cells(density: Density) -> list[int | str] | None:
-    """The occupied part of a density: the number of its first cell, and its bytes in base64."""
+    """The occupied part of a density: the index of its first cell, and its bytes in base64."""
     occupied = np.flatnonzero(density)
     if not occupied.size:
         return None

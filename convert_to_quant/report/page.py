@@ -1,22 +1,22 @@
-"""The report as one HTML file that a person understands in a minute, and that contacts no one.
+"""The report as one HTML file that needs no network.
 
-    head        what was looked at
-    verdict     one sentence, a bar of layers, the points, and how it all was made: written here, needs no scripts
-    sizes       what each size keeps, where formats were tried
+    head        the files and what was observed
+    verdict     a headline, a bar of layers, the points, and how it was made: written here, works without scripts
+    sizes       quality by size, if formats were tried
     charts      the riskiest layers first, before and after; drawn by the scripts in `assets/` from the document, which
-                the file carries as JSON
-    lists       layers in full precision, and layers left alone, with the reasons: written here
-    table       all figures: made by the scripts
-    command     that applies it
+                the file contains as JSON
+    lists       layers in full precision and unchanged layers, with the reasons: written here
+    table       all measurements: made by the scripts
+    command     to apply the new scales
 
-One file. Style, scripts, Apache ECharts and the document are inside it. A Content-Security-Policy allows exactly these
-scripts and this style, by their hashes, and forbids every request, so what a stranger's file is called can neither run
-nor call out; and every text is escaped (`html.escape` here, text nodes in the scripts).
+Style, scripts, Apache ECharts and the document are inside the file. A Content-Security-Policy allows exactly these
+scripts and this style, by their hashes, and forbids every request, so that names from untrusted files can neither run
+nor load anything. All texts are escaped as well (`html.escape` here, text nodes in the scripts).
 
-Size. 1.1 MB is ECharts; a layer takes about 0.9 kB a side, so 1,000 layers on two sides make about 2.8 MB.
+Size. ECharts takes 1.1 MB and a layer about 0.9 kB per side: 1,000 layers on two sides make about 2.8 MB.
 
-Limits. The charts need JavaScript, a canvas, and a browser of 2023 or later. Lines are drawn as they come into view;
-a print shows the first 400 of them in the charts, and all in the table.
+Limits. The charts need JavaScript, a canvas, and a browser of 2023 or later. Rows are drawn when they come into view; a
+print has the first 400 in the charts and all of them in the table.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ from .verdict import CAUSES
 
 ASSETS = Path(__file__).with_name("assets")
 SCRIPTS = ("data.js", "plot.js", "mix.js", "picture.js", "levels.js", "table.js", "page.js")
-"""Ours, in the order in which they build upon each other."""
+"""Our scripts, in the order of their dependencies."""
 
 ECHARTS_VERSION = "6.1.0"
 ECHARTS_SHA256 = "b66b25aeb4df84e33199dc21694014d336d222cbd9deb0e5a7c14bd6aa0d0fd0"
-"""Of `dist/echarts.min.js` in the package `echarts` on npm, which lies in `assets/` as it is, with its licences."""
+"""Of `dist/echarts.min.js` in the npm package `echarts`, which is in `assets/` unchanged, with its licenses."""
 
-LEVELS = {"good": "Fine", "warning": "Worth knowing", "bad": "At risk"}
-"""What the colour of a verdict says, in a word."""
+LEVELS = {"good": "No risk found", "warning": "Needs attention", "bad": "At risk"}
+"""The level of a verdict, beside its color."""
 
 _STATES = {
-    "risky": "at risk", "fine": "fine", "dynamic": "need no input scale", "precise": "in full precision",
-    "unknown": "not seen or not used",
+    "risky": "at risk", "fine": "fine", "dynamic": "without input scale", "precise": "in full precision",
+    "unknown": "not observed or not used",
 }  # fmt: skip
-"""What a bar counts, in its order."""
+"""The segments of a bar, in order."""
 
 _LISTED = 12
-"""Groups of more layers than this come folded."""
+"""Groups of more layers than this are collapsed."""
 
 Document = Mapping[str, Any]
 
 
 def render(document: Document) -> str:
-    """Lay out what `Report.document()` gives as one HTML page; the same document is the same page."""
+    """Render the result of `Report.document()` as one HTML page. The same document always gives the same page."""
     scripts = {
         "early": _asset("early.js"),
         "echarts": _asset("echarts.min.js"),
@@ -82,7 +82,6 @@ def render(document: Document) -> str:
         {name: escape(text) for name, text in texts.items()},
         **scripts,
         style=style,
-        # nothing but these scripts and this style, and nothing from anywhere
         policy=f"default-src 'none'; script-src {' '.join(map(_hash, scripts.values()))}; style-src {_hash(style)}; "
         "img-src data:; base-uri 'none'; form-action 'none'",
         echarts_version=ECHARTS_VERSION,
@@ -102,7 +101,7 @@ def _asset(name: str) -> str:
 
 @cache
 def palette() -> dict[str, list[str]]:
-    """The light colours of the style sheet by name: one, or those of a ramp."""
+    """The light colors of the style sheet by name: one, or several for a ramp."""
     light = _asset("page.css").partition("}")[0]
     return {name: colors.split() for name, colors in re.findall(r"--([\w-]+): (#[^;]+);", light)}
 
@@ -118,7 +117,7 @@ def _hash(text: str) -> str:
 
 
 def _embedded(document: Document) -> str:
-    r"""JSON that no HTML parser reads as anything else: it has none of the characters that begin markup.
+    r"""JSON without the characters that begin markup.
 
     >>> _embedded({"name": "</script>"})
     '{"name":"\\u003c/script\\u003e"}'
@@ -130,7 +129,7 @@ def _embedded(document: Document) -> str:
 
 
 def _sides(document: Document) -> Iterator[tuple[str, Mapping[str, Any], list[tuple[str, Mapping[str, Any]]]]]:
-    """Each side's letter where there are two, the side, and the names and figures of its layers."""
+    """Each side: its letter if there are two, the side, and the names and measurements of its layers."""
     for number, side in enumerate(document["sides"]):
         figures = [(layer["name"], layer["sides"][number]) for layer in document["layers"]]
         letter = "AB"[number] if len(document["sides"]) > 1 else ""
@@ -138,7 +137,7 @@ def _sides(document: Document) -> Iterator[tuple[str, Mapping[str, Any], list[tu
 
 
 def _about(document: Document) -> str:
-    """What was looked at, in one line."""
+    """The files and what was observed, in one line."""
     parts = [plural(len(document["layers"]), "layer")]
     for letter, side, _ in _sides(document):
         images = f"{plural(side['samples'], 'image')} observed" if side["samples"] else ""
@@ -152,7 +151,7 @@ def _list(texts: Sequence[str]) -> str:
 
 
 def _state(figures: Mapping[str, Any], when: str) -> str:
-    """Which part of a bar a layer belongs to."""
+    """The segment of a bar that counts a layer."""
     state = figures[when]
     if state["full_precision"]:
         return "precise"
@@ -164,14 +163,14 @@ def _state(figures: Mapping[str, Any], when: str) -> str:
 
 
 def _bars(document: Document) -> str:
-    """How many layers are fine, now and calibrated, as one bar each."""
+    """The number of layers in each state, as one bar for now and one for after calibration."""
     bars = []
     for letter, side, layers in _sides(document):
         if side["mix"] and not side["statistics"]:
-            continue  # nothing was observed, and its scales were measured with its formats
-        moments = {"before": "present scales" if side["model"] else "scale 1.0"}
+            continue  # its scales were measured together with its formats
+        moments = {"before": "current scales" if side["model"] else "scale 1.0"}
         if any(figures["changed"] for _, figures in layers):
-            moments["after"] = "calibrated"
+            moments["after"] = "after calibration"
         for when, words in moments.items():
             label = f"{letter} {words}" if letter else words.capitalize()
             bars.append(_bar(label, Counter(_state(figures, when) for _, figures in layers)))
@@ -192,7 +191,7 @@ def _bar(label: str, counts: Counter[str]) -> str:
 
 
 def _made(document: Document) -> str:
-    """How it was made, folded: files, run, options, notes."""
+    """How it was made: files, run, options, notes; collapsed."""
     parts = []
     for letter, side, _ in _sides(document):
         if letter:
@@ -217,14 +216,14 @@ def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A JSON value as people write it."""
+    """A JSON value for people."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _terms(lines: Mapping[str, Any]) -> str:
-    """Names and texts; what is empty is left out, what is long is folded."""
+    """Names and texts. Empty entries are left out, long ones are collapsed."""
     said = []
     for name, value in lines.items():
         texts = [_text(one) for one in (value if isinstance(value, list) else [value]) if one not in (None, "")]
@@ -237,7 +236,7 @@ def _terms(lines: Mapping[str, Any]) -> str:
 
 
 def _kept(document: Document) -> str:
-    """Layers in full precision and layers left alone, grouped by why."""
+    """Layers in full precision and unchanged layers, grouped by reason."""
     parts = []
     for letter, side, layers in _sides(document):
         reasons = [(why, name) for name, figures in layers for why in _whys(figures)]
@@ -251,32 +250,32 @@ def _kept(document: Document) -> str:
             opened = " open" if len(names) <= _LISTED else ""
             parts.append(f"<details{opened}><summary>{count} {escape(why)}</summary>{_list(names)}</details>")
         if not groups:
-            parts.append("<p>None: every layer multiplies in FP8, with a scale that was measured.</p>")
+            parts.append("<p>None: all layers compute in FP8 with a measured scale.</p>")
     return f'<div class="kept">{"".join(parts)}</div>'
 
 
 def _apply(document: Document) -> str:
-    """The commands that write what is shown, to be copied."""
+    """The commands that write the new scales, to be copied."""
     commands = ""
     for letter, side, _ in _sides(document):
         if side["apply"]:
             commands += f'<p class="side">{letter}: {escape(side["label"])}</p>' if letter else ""
             commands += f'<div class="command"><code>{escape(side["apply"])}</code>'
             commands += '<button type="button" class="quiet copy" hidden>Copy</button></div>'
-    said = "Writes a new file with the new scales; --in-place in place of -o changes the file itself."
-    title = '<h2 id="apply-title">Apply it</h2>'
+    said = "This command writes a new file with the new scales. To change the file itself, replace -o by --in-place."
+    title = '<h2 id="apply-title">Apply</h2>'
     section = f'<section id="apply" aria-labelledby="apply-title">{title}<p class="how">{said}</p>{commands}</section>'
     return section if commands else ""
 
 
 def _whys(figures: Mapping[str, Any]) -> Iterator[str]:
-    """Why a layer is in full precision, or keeps the scale that it has."""
+    """Why a layer is in full precision, or keeps its scale."""
     if figures["inputs"]:
-        yield f"left alone: {figures['stored']}, {figures['unused']}"
+        yield f"unchanged: {figures['stored']}, {figures['unused']}"
         return
     if figures["after"]["full_precision"]:
-        yield CAUSES.get(figures["cause"], "in full precision in the file already")
+        yield CAUSES.get(figures["cause"], "in full precision already")
     if figures["unused"]:
-        yield f"left alone: {figures['unused']}"
+        yield f"unchanged: {figures['unused']}"
     elif not figures["absmax"]:
-        yield f"left alone: {figures['reason']}"
+        yield f"unchanged: {figures['reason']}"

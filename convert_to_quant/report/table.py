@@ -1,10 +1,11 @@
 """A report as CSV: one line per layer and side, one number per cell, for spreadsheets and pandas.
 
-Names of columns carry their units: `_db`, `_share` (0 to 1), `_octaves`; ranges and scales have the unit of the layer's
-input. What is not known is empty. Nothing but the head and the lines is in the file, no comments, so that every reader
-takes it; what made it stands in the last two columns of every line, so that lines of several files can be joined.
+Column names carry units: `_db`, `_share` (0 to 1), `_octaves`; ranges and scales have the unit of the layer's input.
+Unknown values are empty. The file has a header and no comments, so that every reader accepts it. The last two columns
+say what made each line, so that lines of several files can be joined.
 
-Names come from files. One that a spreadsheet would compute (it begins with =, +, - or @) gets an apostrophe in front.
+Names come from files. If a spreadsheet would run one as a formula (it begins with =, +, - or @), an apostrophe is put
+in front.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ Cell = str | int | float | bool | None
 
 
 def _columns(layer: Layer, number: int, side: Side, figures: Figures) -> dict[str, Cell]:
-    """What stands in each column of a layer's line. Columns are only ever added."""
-    # of two sides that saw different inputs: the first side's new scale on the second side's inputs
+    """The columns of a layer's line. Columns are only ever added."""
     crossed = layer.crossed if number == 1 else None
     states = {"before": figures.before, "after": figures.after, "crossed": crossed}
     return {
@@ -61,7 +61,7 @@ def _named(figures: Figures, *names: str) -> dict[str, Cell]:
 
 
 def _state_columns(figures: Figures, state: State | None) -> dict[str, Cell]:
-    """The columns of one state; all empty where there is none."""
+    """The columns of one state; all empty if there is none."""
     known = {} if state is None else vars(state)
     return {
         "scale_{}": known.get("scale"),
@@ -99,7 +99,7 @@ def _option(value: Any) -> str:
 
 
 def render(report: Report) -> str:
-    """The whole file: a head, and a line for every layer and side that has it."""
+    """The whole file: a header, and a line for each layer and side that has it."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(COLUMNS)

@@ -60,8 +60,8 @@ def test_without_an_output_the_verdict_is_data(ctq, stats, model):
     outcome = ctq("report", stats(), model())
     assert (outcome.code, outcome.err) == (0, "")
     head, *points = outcome.out.splitlines()
-    assert head == ("fp8.safetensors: 1 of 2 FP8 layers is at risk at the present scales; calibrated, none is.")
-    assert points[0].startswith("- 1 layer clips: inputs reach up to ")
+    assert head == "fp8.safetensors: 1 of 2 FP8 layers at risk at the current scales, none after calibration."
+    assert points[0].startswith("- Clipping in 1 layer: inputs reach up to ")
     assert ctq("report", model(), stats()) == outcome, "files are told apart by what they are"
 
 
@@ -69,7 +69,7 @@ def test_all_outputs_tell_the_same(done, stats, model, tmp_path):
     page, png, table, document = (tmp_path / name for name in ("r.html", "r.png", "r.csv", "r.json"))
     outcome = done("report", stats(), model(), "-o", page, "--png", png, "--csv", table, "--json", document)
     assert outcome.out == ""
-    assert outcome.err.splitlines()[0].startswith("fp8.safetensors: 1 of 2 FP8 layers is at risk")
+    assert outcome.err.splitlines()[0].startswith("fp8.safetensors: 1 of 2 FP8 layers at risk")
     assert outcome.err.splitlines()[-3:] == [f"wrote {path}" for path in (page, png, table)]
     told = json.loads(document.read_text())
     assert told["version"] == __version__
@@ -123,15 +123,15 @@ def test_options_of_apply_decide_what_is_chosen(ctq, stats):
 def test_two_statistics_are_compared(ctq, stats):
     outcome = ctq("report", stats("mine", 1.0), stats("with_lora", 20.0))
     assert outcome.out.splitlines()[0] == (
-        "mine against with_lora: Scales calibrated on mine do not fit with_lora: 1 of 2 layers would be at risk."
+        "mine against with_lora: Scales calibrated on mine do not fit with_lora: 1 of 2 layers at risk."
     )
 
 
 def test_two_checkpoints_are_compared_with_and_without_statistics(ctq, stats, model):
     paths = model("one"), model("two", input_scale=16.0)
-    assert "2 of 2 scales differ between one and two." in ctq("report", *paths).out
+    assert "Scales differ in 2 of 2 layers between one and two." in ctq("report", *paths).out
     outcome = ctq("report", paths[0], stats(), paths[1])
-    assert "1 of 2 layers is at risk in one, no layer is at risk in two." in outcome.out
+    assert "Layers at risk: 1 of 2 in one, 0 of 2 in two." in outcome.out
 
 
 def test_the_first_statistics_belong_to_the_first_checkpoint(ctq, stats, model):

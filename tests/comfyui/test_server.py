@@ -87,7 +87,7 @@ def test_the_example_workflows_run_one_after_the_other(server: Any) -> None:
 
     done, errors = server.run(example("report"))
     assert (done["status"]["status_str"], errors) == ("success", {}), server.said()
-    assert "at risk at the present scales; calibrated, none is" in done["outputs"]["1"]["text"][0]
+    assert "at risk at the current scales, none after calibration" in done["outputs"]["1"]["text"][0]
     (shown,) = done["outputs"]["2"]["images"]
     assert (server.work / "temp" / shown["filename"]).stat().st_size > 10_000
     (page,) = done["outputs"]["1"]["pages"]

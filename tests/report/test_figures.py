@@ -195,7 +195,7 @@ def test_a_layer_is_left_alone_on_its_own_side(model):
     report = build(Source(first, model("a")), Source(second, model("a", name="other.safetensors")))
     assert [one is None for one in report.layers[1].sides] == [True, False]
     page = render(report.document())
-    assert page.index("left alone: F32") > page.index('class="side">B: ')
+    assert page.index("unchanged: F32") > page.index('class="side">B: ')
 
 
 def test_names_may_have_another_prefix(model):
@@ -297,7 +297,7 @@ def test_a_scale_that_comfyui_cannot_use_is_a_risk(save, build, scale):
     report = figures.build(Source(observed({"a": NORMAL, "b": NORMAL}), path))
     before, after = figures_of(report).before, figures_of(report).after
     assert (before.scale, before.risk, before.sqnr_db, after.risk) == (0.0, "no scale", None, "")
-    assert report.verdict.headline == "1 of 2 FP8 layers is at risk at the present scales; calibrated, none is."
+    assert report.verdict.headline == "1 of 2 FP8 layers at risk at the current scales, none after calibration."
     assert figures_of(report, "b").before.risk == ""
 
 

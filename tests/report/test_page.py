@@ -201,10 +201,10 @@ def test_layers_in_full_precision_and_left_alone_are_listed_with_the_reasons():
     text = page.render(report(small(layer("never", UNSEEN), layer("zeros", zeros), layer("other", tokens("nvfp4")))))
     groups = re.findall(r"<summary><b>(\d+)</b> layers? (.*?)</summary><ul><li>(.*?)</li></ul>", text)
     assert groups == [
-        ("1", "with one token per image, where that costs nothing", "blocks.10.mod"),
-        ("1", "left alone: never visited: keeps its scale", "never"),
-        ("1", "left alone: seen only as zeros: keeps its scale", "zeros"),
-        ("1", "left alone: nvfp4, inputs scaled per token", "other"),
+        ("1", "with one token per image, where it costs no time", "blocks.10.mod"),
+        ("1", "unchanged: never visited: keeps its scale", "never"),
+        ("1", "unchanged: seen only as zeros: keeps its scale", "zeros"),
+        ("1", "unchanged: nvfp4, inputs scaled per token", "other"),
     ]
 
 
@@ -217,7 +217,7 @@ def test_how_it_was_made_is_told():
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_report_without_layers_is_a_page_and_the_same_every_time(count):
     text = page.render(report([], count=count))
-    assert "None: every layer" in text
+    assert "None: all layers" in text
     assert text == page.render(report([], count=count))
 
 
@@ -323,7 +323,7 @@ RISKIEST = ["blocks.1.mlp.0", "blocks.2.attn.qkv", "blocks.0.mlp.0", "blocks.10.
 def test_it_opens_on_the_riskiest_layers_before_and_after(show):
     tab = show(report(SMALL))
     assert orders(tab) == (RISKIEST,) * 3
-    assert tab.locator("#views [aria-pressed=true]").inner_text() == "present and new"
+    assert tab.locator("#views [aria-pressed=true]").inner_text() == "current and new"
     assert (tab.locator("#sort").input_value(), said(tab)) == ("risk", "")
     assert tab.locator("#mix").is_hidden(), "no formats were tried"
     assert tab.locator("#alone").is_hidden()
@@ -343,7 +343,7 @@ def test_it_ends_with_the_command_that_applies_it(show):
 def test_a_mix_shows_what_each_size_and_each_format_keeps_and_has_a_row_for_every_layer(show):
     tab = show(mixed())
     chart = tab.locator("#mix .mix").get_attribute("aria-label")
-    assert "The best mix keeps 20.0 dB at 5 bits, 32.0 dB at 6.5 bits, 38.0 dB at 8 bits." in chart
+    assert "Best mix: 20.0 dB at 5 bits, 32.0 dB at 6.5 bits, 38.0 dB at 8 bits." in chart
     assert "zz9: 30.0 dB at 8.00 bits" in chart
     assert "this file: 32.0 dB at 6.50 bits" in chart
     assert "half a bit more per weight: 34.0 dB" in chart
@@ -423,7 +423,7 @@ def test_search_takes_regular_expressions_and_says_when_they_are_none(show):
     tab = show(report(SMALL), "#sort=order")
     tab.locator("#search").fill(r"\.(1|10)\.")
     assert orders(tab) == ([],) * 3
-    assert "No layer fits" in tab.locator("#picture-plot").inner_text()
+    assert "No layer matches" in tab.locator("#picture-plot").inner_text()
     tab.locator("#regex").click()
     assert orders(tab) == (["blocks.1.mlp.0", "blocks.10.mod"],) * 3
     tab.locator("#search").fill("(")
@@ -435,7 +435,7 @@ def test_the_hash_brings_everything_back(show):
     tab = show(report(SMALL), "#view=real&heat=all&q=mlp&only=changed&sort=-sqnr_before&theme=dark")
     assert orders(tab) == (["blocks.0.mlp.0", "blocks.1.mlp.0"],) * 3
     pressed = [one.inner_text() for one in tab.locator(".segments [aria-pressed=true]:visible").all()]
-    assert pressed == ["real values", "range among all layers"]
+    assert pressed == ["real values", "same scale for all layers"]
     assert tab.locator("#filters [data-key=changed]").get_attribute("aria-pressed") == "true"
     assert tab.locator("html").get_attribute("data-theme") == "dark"
     tab.evaluate("location.hash = '#q=attn'")  # as the Back button does
@@ -545,7 +545,7 @@ def test_pointer_touch_and_keyboard_show_a_layers_figures(show):
     for _ in range(3):
         tab.keyboard.press("ArrowDown")
     assert "blocks.2.attn.qkv" in card.inner_text()
-    assert "clips at the present scale 1" in tab.locator("#spoken").inner_text()
+    assert "clips at the current scale 1" in tab.locator("#spoken").inner_text()
     tab.keyboard.press("Escape")
     assert card.is_hidden()
 
@@ -558,14 +558,14 @@ def test_words_are_explained_to_pointer_touch_and_keyboard(show):
         (word.tap, lambda: tab.keyboard.press("Escape")),
     ):
         reach()
-        assert "cuts such values off" in tab.locator("#card").inner_text()
+        assert "FP8 clips these values" in tab.locator("#card").inner_text()
         leave()
         assert tab.locator("#card").is_hidden()
     tab.locator("#picture-how .term").hover()
-    assert "What a stored FP8 number is multiplied by" in tab.locator("#card").inner_text()
+    assert "The factor from stored FP8 numbers" in tab.locator("#card").inner_text()
     tab.locator("th[data-key=sqnr_before] button").focus()
     tab.keyboard.press("Tab")
-    assert "Signal to quantization noise" in tab.locator("#card").inner_text()
+    assert "Signal-to-quantization-noise" in tab.locator("#card").inner_text()
 
 
 def test_two_sides_stand_beside_or_over_each_other_with_the_difference(show):

@@ -1,6 +1,5 @@
-// The document, and facts about its figures: what they are called, how they are written, in which order they stand.
-// A "figure" is a column of the table and of the CSV, and a way to sort, all from one entry of `figures`; paper has no
-// room but for those that are `printed`.
+// The document, and its measurements: names, number formats, and sorting. Each entry of `figures` is a column of the table
+// and of the CSV, and a sort order. A print has room only for those that are `printed`.
 
 const given = JSON.parse(document.getElementById("document").textContent);
 const sides = given.sides,
@@ -18,27 +17,27 @@ const ZONES = [
 ];
 
 const TERMS = {
-  scale: `What a stored FP8 number is multiplied by to give the real one. The input scale sets which range of a layer’s inputs FP8 can hold: up to ${grid.max} times the scale.`,
-  "at risk": "Quantized at this scale, the inputs lose more than FP8’s own rounding ever costs. The word says how: clips, vanishes, tokens lost, coarse.",
-  clipped: `Share of the input values beyond ${grid.max} times the scale: they are cut off.`,
-  vanished: "Share of the input values that are so small relative to the scale that they become 0.",
-  "tokens lost": "Share of tokens that lie wholly among FP8’s smallest steps because outlier tokens set the scale. Errors over the whole tensor hide them.",
-  SQNR: "Signal to quantization noise of the inputs, in decibels: how much larger they are than the error that FP8 makes. About 31 dB is what FP8 gives usual inputs at best; each 6 dB less doubles the error.",
-  alone: "Signal to noise of the velocity, in decibels, where this layer alone is in that format and all else is in full precision; measured while formats were tried.",
-  "half a bit more": "The format that the layer has in the best mix of half a bit more per weight.",
-  largest: "The largest input magnitude that was seen (absmax).",
-  octave: "A factor of two. One octave more range is twice as large.",
-  "full precision": "The layer’s inputs are not quantized: its FP8 weights are widened and multiplied with the inputs as they are.",
-  "multiply-adds": "Share of the model’s arithmetic that the layer does: what full precision costs.",
-  saturated: `Beyond ${grid.max} times the scale: FP8 cuts such values off.`,
-  normal: "FP8 keeps four significant bits here, whatever the size.",
-  subnormal: "Below 2⁻⁶ times the scale FP8’s steps no longer shrink: the smaller a value, the coarser it is kept.",
+  scale: `The factor from stored FP8 numbers to real ones. The input scale sets the range of inputs that FP8 can represent: up to ${grid.max} times the scale.`,
+  "at risk": "At this scale, quantizing the inputs costs more than FP8 rounding ever does. The label says how: clips, vanishes, tokens lost, coarse.",
+  clipped: `Share of input values above ${grid.max} times the scale. They are clipped.`,
+  vanished: "Share of input values that are too small for the scale and round to 0.",
+  "tokens lost": "Share of tokens that lie entirely among FP8’s smallest steps, because outlier tokens set the scale. The error over the whole tensor hides them.",
+  SQNR: "Signal-to-quantization-noise ratio of the inputs, in decibels. FP8 reaches about 31 dB on typical inputs; 6 dB less means twice the error.",
+  alone: "SQNR of the model’s output (velocity), in decibels, with only this layer in that format and all others in full precision.",
+  "half a bit more": "The layer’s format in the best mix with half a bit more per weight.",
+  largest: "The largest observed input magnitude (absmax).",
+  octave: "A factor of two.",
+  "full precision": "The layer’s inputs are not quantized: its FP8 weights are converted and multiplied with the original inputs.",
+  compute: "The layer’s share of the model’s compute (MACs): the cost of full precision.",
+  saturated: `Above ${grid.max} times the scale: FP8 clips these values.`,
+  normal: "FP8 keeps four significant bits here, at any magnitude.",
+  subnormal: "Below 2⁻⁶ times the scale, FP8’s steps stop shrinking: smaller values keep fewer bits.",
 };
 
 const missing = "–";
-const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 }).format; // one for all: making them is slow
+const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 }).format; // shared, since creating one is slow
 const clean = (text) => text.replace("e+", "e").replace("-", "−");
-/** A way to write a number, with a dash for what is not known. */
+/** A number format with a dash for unknown values. */
 const written = (write) => (x) => (x === null || x === undefined ? missing : write(x));
 const number = written((x) => {
   const size = Math.abs(x);
@@ -58,7 +57,7 @@ const plural = (n, noun) => `${grouped(n)} ${noun}${n === 1 ? "" : "s"}`;
 const log2 = (x) => (x > 0 ? Math.log2(x) : null);
 const ratio = (a, b) => (a > 0 && b > 0 ? Math.log2(a / b) : null);
 
-const risks = ["", ...Object.keys(given.risks || {}).reverse()]; // the least first
+const risks = ["", ...Object.keys(given.risks || {}).reverse()]; // the mildest first
 const severity = (risk) => Math.max(risks.indexOf(risk), 0);
 const exact = (figure) => figure.after.full_precision || Boolean(figure.unused);
 
@@ -78,9 +77,9 @@ const layers = given.layers.map((layer, index) => ({
   cut: Math.max(layer.name.lastIndexOf(".", layer.name.lastIndexOf(".") - 1), 0),
 }));
 const seen = layers.some((layer) => layer.sides.some((figure) => figure && figure.levels));
-const present = sides.some((side) => side.model) ? "present scale" : "scale 1.0"; // what ComfyUI reads where there is none
+const currentScale = sides.some((side) => side.model) ? "current scale" : "scale 1.0"; // which ComfyUI assumes
 const work = sides.map((_, s) => layers.reduce((sum, { sides }) => sum + (sides[s]?.multiply_adds ?? 0), 0));
-/** Share of a side's multiply-adds. */
+/** A layer's share of a side's compute. */
 const share = (figure, s) => (work[s] ? figure.multiply_adds / work[s] : null);
 
 const of = (read) => (s) => (layer) => (layer.sides[s] ? read(layer.sides[s], s) : null);
@@ -91,9 +90,9 @@ function riskWords(state, figure) {
   if (figure.inputs) return figure.inputs;
   if (figure.unused) return "not used";
   if (state.full_precision) return "full precision";
-  return state.risk || (figure.source === "none" ? "not seen" : "fine");
+  return state.risk || (figure.source === "none" ? "not observed" : "fine");
 }
-/** A figure of one side: its key, heading, how it is written, how it is read; the largest stand first when sorted. */
+/** A measurement on one side: its key, heading, number format, and how to read it; sorted by the largest first. */
 const column = (key, label, format, read, more) => ({ key, label, format, descending: true, ...more, value: of(read) });
 const risk = (key, label, when) => ({
   ...column(key, label, null, (f) => riskOf(f[when], f), { printed: true, term: "at risk", text: true }),
@@ -113,7 +112,7 @@ const FORMAT = [
 const PER_SIDE = [
   risk("now", "risk now", "before"),
   risk("calibrated", "risk calibrated", "after"),
-  column("scale_before", present, number, (f) => f.before.scale, { printed: true, term: "scale" }),
+  column("scale_before", currentScale, number, (f) => f.before.scale, { printed: true, term: "scale" }),
   column("scale_after", "new scale", number, (f) => f.after.scale, { printed: true, term: "scale" }),
   column("change", "change, octaves", octaves, (f) => ratio(f.after.scale, f.before.scale), { term: "octave" }),
   column("absmax", "largest |x|", number, (f) => f.absmax, { printed: true, term: "largest" }),
@@ -129,13 +128,13 @@ const PER_SIDE = [
     return column("sqnr_" + when, label, decibels, (f) => f[when].sqnr_db, more);
   }),
   column("zeros", "zeros", percent, (f) => f.zeros),
-  column("rows", "tokens seen", count, (f) => f.rows),
-  column("work", "multiply-adds", percent, share, { term: "multiply-adds" }),
-  column("reason", "why", null, (f) => f.unused || f.reason, { text: true, long: true, descending: false }),
+  column("rows", "tokens", count, (f) => f.rows),
+  column("work", "compute", percent, share, { term: "compute" }),
+  column("reason", "reason", null, (f) => f.unused || f.reason, { text: true, long: true, descending: false }),
 ];
 const between = (read) => (layer) => (layer.sides.includes(null) ? null : read(...layer.sides, layer));
 const crosses = layers.some((layer) => layer.crossed);
-/** A figure of B beside A. */
+/** A measurement of B relative to A. */
 const compared = (key, label, format, read, more) => ({
   ...column(key, label, format, read, more),
   value: between(read),
@@ -170,7 +169,7 @@ const SHAPE = {
   value: (layer) => layer.shape[0] * layer.shape[1],
   show: (layer) => layer.shape.join(" × "),
 };
-/** What each layer alone keeps of the velocity, by the formats that were tried. */
+/** Quality with only one layer quantized, by format. */
 const ALONE = [...new Set(layers.flatMap((layer) => Object.keys(layer.alone_db)))].map((name) => ({
   key: "alone_" + name,
   label: `alone in ${name}, dB`,
@@ -212,7 +211,7 @@ const FILTERS = [
     .map((name) => ({ key: "is " + name, label: name, either: true, test: anySide((f) => f.stored === name) })),
 ].filter(({ key }) => key !== "crossed" || crosses);
 
-/** An element; texts are always texts, never markup. */
+/** An element; texts never become markup. */
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [key, value] of Object.entries(attributes)) {
@@ -223,17 +222,17 @@ function element(tag, attributes = {}, ...children) {
   made.append(...children.filter((child) => child !== null && child !== undefined));
   return made;
 }
-/** A layer's name of which the beginning gives way where room is short: block numbers and the end tell layers apart. */
+/** A layer's name that is shortened at its beginning: block numbers and the end distinguish layers. */
 const nameOf = (layer) => {
   const [front, back] = [layer.name.slice(0, layer.cut), layer.name.slice(layer.cut)];
   const first = front ? element("span", { class: "front" }, element("bdi", { dir: "ltr" }, front)) : null;
   return element("span", { class: "name", title: layer.name }, first, element("span", { class: "back" }, back));
 };
-/** Words in braces as terms that explain themselves. */
+/** A text whose words in braces become terms with a tooltip. */
 const explained = (text) => text.split(/\{(scale|full precision)\}/).map((part, n) => (n % 2 ? term(part) : part));
 const term = (word, text) => element("button", { type: "button", class: "term", "data-term": word }, text || word);
 
-/** What a variable of the style sheet says; asked once per theme, since asking is slow. */
+/** A variable of the style sheet, cached per theme. */
 const themed = new Map();
 function theme(name) {
   const style = () => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
@@ -241,7 +240,7 @@ function theme(name) {
   return themed.get(name);
 }
 
-/** Has a parent hold the lines of a window and no others, in their order; `made` knows those that it has. */
+/** Makes a parent hold exactly the lines of a window, in order; `made` maps numbers to its lines. */
 function fill(parent, made, first, last, make) {
   for (const [number, line] of made)
     if (number < first || number >= last) {

@@ -1,15 +1,15 @@
-// How the range moves while an image is made: one cell per layer and noise level.
+// The range of each layer at each noise level.
 
 const HEATS = [
   {
     key: "own",
     label: "share of the layer’s largest",
-    how: "Each line is a layer, from noise on the left to the image on the right. The stronger the colour, the nearer its inputs come to the largest that it ever gets. Numbers are the largest |x| seen there.",
+    how: "One row per layer, from noise (left) to image (right). A stronger color means inputs closer to the layer’s largest. Numbers are the largest |x| at that noise level.",
   },
   {
     key: "all",
-    label: "range among all layers",
-    how: "The same figures on one colour scale for all layers, so that layers with large inputs stand out.",
+    label: "same scale for all layers",
+    how: "One color scale for all layers, so that layers with large inputs stand out.",
   },
 ];
 const edges = given.sigma_edges,
@@ -22,7 +22,7 @@ const extent = (() => {
     high = sizes.reduce((most, size) => Math.max(most, size), -Infinity);
   return low < high ? [low, high] : low === high ? [low - 1, low + 1] : [0, 1];
 })();
-/** How far below its largest a layer's range falls, for all but the most extreme cells: the colours span that. */
+/** The span of colors in octaves: how far a layer's range falls below its largest, except in the most extreme cells. */
 const ownOctaves = (() => {
   const fallsOf = ({ absmax, sigma_absmax }) => sigma_absmax.filter(Boolean).map((x) => Math.log2(absmax / x));
   const falls = known.flatMap(fallsOf);
@@ -30,11 +30,11 @@ const ownOctaves = (() => {
   return Math.min(Math.max(Math.ceil(falls[Math.floor(falls.length * 0.97)] || 0), 1), 8);
 })();
 const RAMPS = {
-  // from nothing to the largest, and the part of the way from which on words change their colour to be read
+  // colors of numbers on pale and on strong cells, and the share of the ramp at which they change
   light: { words: ["#0c1a24", "#ffffff"], from: 0.86 },
   dark: { words: ["#ffffff", "#0c1a24"], from: 0.8 },
 };
-const ramp = () => ({ ...RAMPS[document.documentElement.dataset.theme], colours: theme("ramp").split(" ") });
+const ramp = () => ({ ...RAMPS[document.documentElement.dataset.theme], colors: theme("ramp").split(" ") });
 const limits = () => (state.heat === "all" ? extent : [-ownOctaves, 0]);
 function warmth(value, figure) {
   if (!(value > 0)) return null;
@@ -68,7 +68,7 @@ const levels = {
       grid: grids.map(({ left, width }) => ({ left, width, show: false })),
       xAxis: grids.map((_, g) => axisOf(g, edges.slice(1).map(String), false)),
       yAxis: grids.map((_, g) => axisOf(g, ["0"], true)),
-      visualMap: { show: false, type: "continuous", min: low, max: high, dimension: 2, inRange: { color: ramp().colours } },
+      visualMap: { show: false, type: "continuous", min: low, max: high, dimension: 2, inRange: { color: ramp().colors } },
       series: grids.map(({ width }, g) => ({
         type: "heatmap",
         xAxisIndex: g,
@@ -84,7 +84,7 @@ const levels = {
     const grids = this.grids(plot),
       [low, high] = limits(),
       { words, from } = ramp();
-    const lines = plot.narrow ? 2 : 1; // on a narrow page, every other line holds a name
+    const lines = plot.narrow ? 2 : 1; // on a narrow page, every other line is a name
     const top = (first - plot.low) * plot.rowHeight,
       height = (last - first) * plot.rowHeight;
     const cells = (s) =>
@@ -111,7 +111,7 @@ const number3 = (x) => (x >= 1000 && x < 1e6 ? grouped(x) : number(+x.toPrecisio
 
 function levelsLegend() {
   const bar = element("span", { class: "ramp" });
-  bar.style.background = `linear-gradient(to right, ${ramp().colours.join(", ")})`;
+  bar.style.background = `linear-gradient(to right, ${ramp().colors.join(", ")})`;
   const [low, high] = limits();
   const gaps = known.some((figure) => figure.sigma_absmax.includes(null));
   const says =
@@ -121,8 +121,8 @@ function levelsLegend() {
           element("span", {}, "largest |x| at that noise level, on a log scale"),
         ]
       : [
-          element("span", {}, `1/${2 ** ownOctaves} of it or less`, bar, "the layer’s largest"),
-          element("span", {}, "each step to half is an ", term("octave")),
+          element("span", {}, `1/${2 ** ownOctaves} or less`, bar, "the layer’s largest"),
+          element("span", {}, "half the range is one ", term("octave")),
         ];
-  return gaps ? [...says, element("span", {}, "empty: no inputs were seen there")] : says;
+  return gaps ? [...says, element("span", {}, "empty: no inputs observed")] : says;
 }

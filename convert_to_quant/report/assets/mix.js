@@ -1,8 +1,8 @@
-// What each size keeps: the best mix of formats by bits per weight, one format for all layers, and the file itself.
-// All of it, names of formats too, comes from the document; the same words stand under the picture of `picture.py`.
+// Quality by size: the best mix of formats by bits per weight, one format for all layers, and the file itself. Everything
+// comes from the document, names of formats and the words of the legend included.
 
 const MARKS = {
-  // by the keys of the document's words; shapes tell them apart as well as colours
+  // by key of the document's words; distinct in shape as well as in color
   curve: { type: "line", symbol: "circle", symbolSize: 5, ink: "normal" },
   uniform: { type: "scatter", symbol: "rect", symbolSize: 9, ink: "apart" },
   more: { type: "scatter", symbol: "circle", symbolSize: 10, ink: "normal" },
@@ -10,26 +10,26 @@ const MARKS = {
   chosen: { type: "scatter", symbol: "diamond", symbolSize: 16, ink: "saturated" },
 };
 
-/** Points of each mark, with what they are called: [bits per weight, dB, name]. */
+/** Points of each marker: [bits per weight, dB, name]. */
 const points = { curve: [], uniform: [], more: [], measured: [], chosen: [] };
 for (const [s, mix] of mixes.entries()) {
   if (s === 0) {
     points.curve = mix.curve.map((point) => [...point, ""]);
     points.uniform = Object.entries(mix.uniform || {}).map(([name, point]) => [...point, name]);
   }
-  const own = mixes.length > 1 ? `${letters[s]}: this file` : "this file"; // short: the legend has the words
+  const own = mixes.length > 1 ? `${letters[s]}: this file` : "this file"; // the legend has the rest
   if (mix.more) points.more.push([...mix.more, ""]);
   for (const db of mix.measured_db || []) points.measured.push([mix.bits, db, ""]);
   if (mix.bits && mix.expected_db !== undefined) points.chosen.push([mix.bits, mix.expected_db, own]);
 }
 const marked = Object.keys(MARKS).filter((key) => points[key].length);
 
-/** What a file, or its layers, take with so many bits per weight. */
+/** The size of a file, or of its layers, with so many bits per weight. */
 const sized = (bits) => {
   const megabytes = ((mixes[0].weights * bits) / 8 + (mixes[0].other_bytes || 0)) / 1e6;
   return megabytes < 1000 ? `${+megabytes.toPrecision(3)} MB` : `${+(megabytes / 1000).toPrecision(3)} GB`;
 };
-/** Where the words beside points find room, clear of what stands there already; those of the curve do under it. */
+/** A free place for each label beside its point; labels of points on the curve go below it. */
 function besides(labelled, all, place, [least, most]) {
   const taken = all.map((point) => [place(point), [9, 9]]),
     beside = (x, u, widths) => Math.abs(x - u) * 2 >= widths,
@@ -74,7 +74,7 @@ class MixChart {
       const least = Math.floor(Math.min(...sizes) - room);
       return [step * least, step * Math.max(Math.ceil(Math.max(...sizes)), least + 1)];
     };
-    const [left, right] = ends(0, 1, 0.5), // for words beside the first point
+    const [left, right] = ends(0, 1, 0.5), // room for labels beside the first point
       [low, high] = ends(1, 10, 0);
     const grid = { left: 46, right: 16, top: mixes[0].weights ? 48 : 16, bottom: 46 };
     const place = ([x, y]) => [
@@ -138,7 +138,7 @@ class MixChart {
         type: "value",
         min: low,
         max: high,
-        ...titled(`dB expected on ${mixes[0].on || "noise"}`, 32),
+        ...titled(`SQNR, dB, expected on ${mixes[0].on || "noise"}`, 32),
         axisLabel: soft,
         splitLine: { lineStyle: { color: theme("rule") } },
       },
@@ -153,10 +153,10 @@ function mixGist() {
     points[key].map(([bits, db, name]) => `${name || given.words[key]}: ${decibels(db)} dB at ${bits.toFixed(2)} bits`),
   );
   const ends = points.curve.map(([bits, db]) => `${decibels(db)} dB at ${bits} bits`);
-  return `The best mix keeps ${ends.join(", ")}. ${said.join("; ")}.`;
+  return `Best mix: ${ends.join(", ")}. ${said.join("; ")}.`;
 }
 
-/** What each layer alone keeps: a mark for every format that was tried, and another for the one that it has. */
+/** Quality with only one layer quantized: a marker for each format that was tried, another one for its own. */
 const alone = (() => {
   const all = layers.flatMap((layer) => Object.values(layer.alone_db));
   const low = 10 * Math.floor((all.reduce((a, b) => Math.min(a, b), Infinity) - 2) / 10),
@@ -179,7 +179,7 @@ const alone = (() => {
       const end = (db) => (db === low ? "start" : db === high ? "end" : "");
       const marks = ticks.map((db) => caption("tick " + end(db), String(db), at(db)));
       const side = plot.narrow ? [] : [caption("tick end", "format", plot.width)];
-      return [caption("label", "dB of the velocity", left + width / 2), ...marks, ...side];
+      return [caption("label", "SQNR of the output, dB", left + width / 2), ...marks, ...side];
     },
     state: (layer) => [own(layer) || ""],
     setup(plot) {
@@ -203,7 +203,7 @@ const alone = (() => {
   };
 })();
 const aloneLegend = () => [
-  marked.includes("chosen") ? keyed("mark-chosen", "the format that it has") : "",
+  marked.includes("chosen") ? keyed("mark-chosen", "the layer’s own format") : "",
   keyed("mark-tried", given.words.tried),
 ];
 

@@ -1,4 +1,4 @@
-// What the reader asks for (view, search, filters, order) stands in the hash, and governs charts and table alike.
+// The view, search, filters and order, which the hash stores and which apply to charts and table alike.
 
 const get = (id) => document.getElementById(id);
 const upper = (text) => text[0].toUpperCase() + text.slice(1);
@@ -29,7 +29,7 @@ const card = {
     this.node.classList.remove("pinned");
     for (const plot of plots) plot.activate(null);
   },
-  /** Shows a layer's figures next to a place; `spoken` reads the gist to those who cannot see it. */
+  /** Shows a layer's measurements next to a place; `spoken` also tells screen readers the gist. */
   show(layer, place, spoken = false) {
     if (this.layer !== layer) {
       this.layer = layer;
@@ -72,44 +72,44 @@ function describe(layer) {
 }
 function describeSide(layer, figure, s) {
   const title = compares ? `${letters[s]}: ${sides[s].label}` : "";
-  if (!figure) return [sub(`${title}: not in this file`)];
+  if (!figure) return [sub(`${title}: no such layer`)];
   const states = [figure.before, figure.after, ...(s === 1 && layer.crossed ? [layer.crossed] : [])];
   const line = (label, show) =>
     element("tr", {}, element("th", { scope: "row" }, label), ...states.map((at) => element("td", {}, show(at))));
   const words = (at) => element("span", { class: at.risk && !figure.unused ? "bad" : "" }, riskWords(at, figure));
-  const heads = ["present", "new", "A’s new"].slice(0, states.length).map((text) => element("th", { scope: "col" }, text));
+  const heads = ["current", "new", "A’s new"].slice(0, states.length).map((text) => element("th", { scope: "col" }, text));
   const body = [
     line("state", words),
     line("scale", (at) => number(at.scale)),
-    line("holds up to", (at) => number(at.scale && at.scale * at.max)),
+    line("range up to", (at) => number(at.scale && at.scale * at.max)),
     line("clipped", (at) => percent(at.clipped)),
     line("vanished", (at) => percent(at.vanished)),
     line("tokens lost", (at) => percent(at.rows_lost)),
     line("SQNR", (at) => (at.sqnr_db === null ? missing : decibels(at.sqnr_db) + " dB")),
   ];
   const head = element("thead", {}, element("tr", {}, element("th", { class: "whose" }, title), ...heads));
-  const sizes = `largest ${number(figure.absmax)}, 99.9 % under ${number(figure.p999)}, median ${number(figure.median)}`;
-  const worth = work[s] ? `; ${percent(share(figure, s))} of the multiply-adds` : "";
+  const sizes = `largest ${number(figure.absmax)}, 99.9th percentile ${number(figure.p999)}, median ${number(figure.median)}`;
+  const worth = work[s] ? `; ${percent(share(figure, s))} of the compute` : "";
   const lines = [
     element("table", {}, head, element("tbody", {}, ...body)),
-    sub(`${sizes}; ${plural(figure.rows, "token")} seen${worth}`),
+    sub(`${sizes}; ${plural(figure.rows, "token")}${worth}`),
   ];
   if (states.some((at) => at.full_precision))
-    lines.push(sub("The losses are those that FP8 would cause; in full precision there are none."));
+    lines.push(sub("Losses are those of FP8; in full precision there are none."));
   const found = figure.unused ? [] : states.map((at) => at.risk).filter(Boolean);
   for (const risk of new Set(found)) lines.push(sub(`${risk}: ${given.risks[risk]}`));
-  const moves = figure.conditioning_dependent && "its range depends on the made-up conditioning";
+  const moves = figure.conditioning_dependent && "its range depends on the synthetic conditioning";
   const why = [figure.unused || figure.reason, moves].filter(Boolean).join("; ");
-  if (why) lines.push(element("p", {}, element("span", { class: "sub" }, "why: "), why));
+  if (why) lines.push(element("p", {}, element("span", { class: "sub" }, "reason: "), why));
   return lines;
 }
-/** A layer in a sentence, to be read aloud. */
+/** A layer in a sentence, for screen readers. */
 function gist(layer) {
   const at = (words, state, figure) => `${riskWords(state, figure)} at the ${words} scale ${number(state.scale)}`;
   const told = layer.sides.map((figure, s) => {
     const whose = compares ? `${letters[s]}: ` : "";
-    if (!figure) return `${whose}not there`;
-    const states = [at("present", figure.before, figure), at("new", figure.after, figure)];
+    if (!figure) return `${whose}no such layer`;
+    const states = [at("current", figure.before, figure), at("new", figure.after, figure)];
     return whose + [...states, `largest ${number(figure.absmax)}`].join(", ");
   });
   return `${layer.name}: ${told.join("; ")}`;
@@ -147,7 +147,7 @@ function write() {
   history.replaceState(null, "", location.pathname + location.search + (said.size ? "#" + said : ""));
 }
 
-/** The layers asked for, in the order asked for; layers without the figure come last either way. */
+/** The filtered layers in order; layers without the value come last in either direction. */
 function choose() {
   let finds = () => true,
     problem = "";
@@ -182,7 +182,7 @@ function choose() {
   });
 }
 
-// ---- what stands on the page
+// ---- the page
 
 function segments(id, list, key, change) {
   const choose = (chosen) => {
@@ -213,14 +213,14 @@ function refresh() {
   mark();
   write();
 }
-/** What charts say about themselves, and which buttons are down. */
+/** Updates legends, explanations and buttons. */
 function mark() {
   for (const one of marks) one();
   get("search").value = state.q;
   get("regex").setAttribute("aria-pressed", state.regex);
   get("sort").value = state.sort;
   get("direction").textContent = state.descending ? "↓" : "↑";
-  const turn = state.descending ? "Descending; make it ascending" : "Ascending; make it descending";
+  const turn = state.descending ? "Descending; switch to ascending" : "Ascending; switch to descending";
   get("direction").setAttribute("aria-label", turn);
   for (const chip of get("filters").children) chip.setAttribute("aria-pressed", state.only.has(chip.dataset.key));
   get("layouts").hidden = !compares || view().only !== undefined || plots[0].narrow;
@@ -232,7 +232,7 @@ function mark() {
   get("levels-legend").replaceChildren(...levelsLegend());
   const other = document.documentElement.dataset.theme === "dark" ? "Light" : "Dark";
   get("theme").textContent = other;
-  get("theme").setAttribute("aria-label", `Switch to ${other.toLowerCase()} colours`);
+  get("theme").setAttribute("aria-label", `Switch to ${other.toLowerCase()} colors`);
 }
 function paint() {
   const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
@@ -254,13 +254,13 @@ get("picture").hidden = mixes.length && !(seen && layers.some(picture.has));
 get("mix").hidden = get("alone").hidden = !mixes.length;
 get("levels").hidden = !layers.some((layer) => layer.sides.some((figure) => figure && figure.sigma_absmax.some(Boolean)));
 readInks();
-const reads = "one line per layer. Arrow keys read the lines";
+const reads = "one row per layer. Use the arrow keys to read rows";
 plots.push(
-  new Plot(get("picture-plot"), `Density of each layer’s inputs, ${reads}; the table has the same figures.`, picture),
+  new Plot(get("picture-plot"), `Distribution of each layer’s inputs, ${reads}; the table has the same measurements.`, picture),
   new Plot(get("levels-plot"), `Range of each layer at each noise level, ${reads}.`, levels),
 );
 if (mixes.length) {
-  const said = `What each layer alone keeps in each format, ${reads}; the table has the same figures.`;
+  const said = `Quality with each layer alone in each format, ${reads}; the table has the same measurements.`;
   plots.push(new MixChart(get("mix-plot")), new Plot(get("alone-plot"), said, alone));
 }
 const table = new Table(get("figures-table"), sortBy);
@@ -288,7 +288,7 @@ const chip = ({ key, label, test }) => {
 };
 get("filters").replaceChildren(...FILTERS.map(chip));
 get("sort").replaceChildren(...orders.map((order) => element("option", { value: order.key }, order.label)));
-/** Changes what the reader asks for, and shows it. */
+/** Changes the state on an event, and shows it. */
 const on = (id, event, change) =>
   get(id).addEventListener(event, () => {
     change(get(id).value);

@@ -1,50 +1,50 @@
-// Density strips: how often a layer's inputs have which size, along log2 of |x|, or of |x| / scale.
-// On |x| / scale FP8's zones are the same bands for all layers, so what leaves them is seen at once.
+// Density strips: the distribution of a layer's inputs over log2 |x|, or over log2 of |x| / scale, where FP8's zones are
+// the same bands for all layers.
 
-const state = {}; // what the hash says; page.js fills it
+const state = {}; // from the hash; page.js fills it
 
 const VIEWS = [
   {
     key: "before",
-    label: present,
+    label: currentScale,
     strips: (layer, s) => [strip(layer, s, "before")],
-    how: "Each line is a layer. The stronger the colour, the more of its inputs have that size relative to the layer’s {scale}. FP8 keeps blue well, cuts off orange on the right, and turns violet on the left into 0.",
+    how: "One row per layer. A stronger color means more inputs of that size, relative to the layer’s {scale}. FP8 represents blue values well, clips orange ones (right), and rounds violet ones (left) to 0.",
   },
   {
     key: "after",
     label: "new scale",
     strips: (layer, s) => [strip(layer, s, "after")],
-    how: "The same inputs relative to the {scale} that calibration chose: the largest now fits. Grey layers compute in {full precision}, where FP8’s limits do not apply.",
+    how: "The same inputs relative to the {scale} that calibration chose, so that the largest one fits. Gray layers compute in {full precision}.",
   },
   {
     key: "both",
-    label: "present and new",
+    label: "current and new",
     strips: (layer, s) => [strip(layer, s, "before"), strip(layer, s, "after")],
-    how: "Two strips per layer: the upper at the present {scale}, the lower at the new one.",
+    how: "Two strips per layer: the upper at the current {scale}, the lower at the new one.",
   },
   {
     key: "real",
     label: "real values",
     real: true,
     strips: (layer, s) => [strip(layer, s, null)],
-    how: "The inputs’ own sizes. Brackets show what FP8 can hold: dotted orange at the present {scale}, solid at the new one; the thick part is its normal zone.",
+    how: "The inputs without a scale. Brackets show the range of FP8: dotted orange at the current {scale}, solid at the new one. The thick part is the normal zone.",
   },
   {
     key: "crossed",
     label: "A’s new scale on B",
     only: 1,
     strips: (layer) => [{ ...strip(layer, 1, null), at: layer.crossed }],
-    how: `The inputs of B (${sides.at(-1).label}) relative to the {scale} that calibration chose on A (${sides[0].label}): does a calibration on one fit the other?`,
+    how: `The inputs of B (${sides.at(-1).label}) relative to the {scale} calibrated on A (${sides[0].label}): does a calibration on A fit B?`,
   },
-].filter((one) => (seen || one.real) && (crosses || one.key !== "crossed")); // what was not seen has ranges
+].filter((one) => (seen || one.real) && (crosses || one.key !== "crossed")); // without observations there are only ranges
 if (!compares && layers.some((layer) => layer.sides[0].changed))
-  VIEWS.sort((one, other) => (other.key === "both") - (one.key === "both")); // opens on what calibration changes
+  VIEWS.sort((one, other) => (other.key === "both") - (one.key === "both")); // shows what calibration changes first
 const LAYOUTS = [
   { key: "beside", label: "A beside B" },
   { key: "over", label: "A over B" },
 ];
 
-/** One strip: whose inputs, and the state that they are shown at (null: as they are). */
+/** One strip: inputs, and the state they are shown at (null: without a scale). */
 function strip(layer, s, when) {
   const figure = layer.sides[s];
   return { figure, at: figure && when ? figure[when] : null, side: s };
@@ -52,7 +52,7 @@ function strip(layer, s, when) {
 const view = () => VIEWS.find((one) => one.key === state.view) || VIEWS[0];
 const beside = (plot) => compares && state.layout !== "over" && !plot.narrow && view().only === undefined;
 
-/** Which strips each panel's rows have. */
+/** The strips of a row in each panel. */
 function panels(plot) {
   const { strips, only } = view();
   const over = (...shown) => (layer) => shown.flatMap((s) => strips(layer, s));
@@ -60,10 +60,10 @@ function panels(plot) {
   return beside(plot) ? [over(0), over(1)] : [over(0, 1)];
 }
 
-/** FP8's scale that holds as much as a layer's own does in its format: its zones are drawn. */
+/** The FP8 scale with the same range as a layer's scale in its own format: FP8's zones are drawn. */
 const unitOf = (at) => at && at.scale && (at.scale * at.max) / grid.max;
 
-/** Where the axis begins and ends, the same for present and new scales, so that switching moves strips and not the axis. */
+/** The ends of the axis, the same for current and new scales, so that switching moves the strips and not the axis. */
 const extents = (() => {
   const real = [Infinity, -Infinity],
     scaled = [-14, 11],
@@ -103,14 +103,14 @@ function ticks(real, room) {
     return list;
   }
   const step = (high - low) / 4 > room / 40 ? 8 : 4,
-    apart = (44 * (high - low)) / room; // the last of all ends at its tick, the others stand across theirs
+    apart = (44 * (high - low)) / room; // the last label ends at its tick, the others are centered
   for (let power = Math.ceil(low / step) * step; power <= high; power += step)
     if (Math.abs(power - ZONES[3].low) > apart)
       list.push([power, power >= 0 && power < 16 ? String(2 ** power) : "2" + superscript(power)]);
   return [...list, [ZONES[3].low, String(grid.max)]];
 }
 
-/** Colours as numbers, read once per theme. */
+/** Colors as numbers, read once per theme. */
 let inks = {};
 function readInks() {
   themed.clear();
@@ -119,7 +119,7 @@ function readInks() {
   inks = Object.fromEntries(["vanished", "subnormal", "normal", "saturated", "apart"].map((name) => [name, rgb(name)]));
 }
 
-/** The strips that were painted last, while colours and widths stay. */
+/** Painted strips, while colors and widths stay the same. */
 const painted = new Map();
 function strips(figure, shift, ...rest) {
   const key = [figure.number, shift, ...rest].join();
@@ -130,12 +130,12 @@ function strips(figure, shift, ...rest) {
   return painted.get(key);
 }
 
-/** How strong a level of a density is painted, 0 to 1: a power of the share, which is full at 6 % in a quarter octave. */
+/** Opacity of a level of a density, 0 to 1: a power of the share, full at 6 % in a quarter octave. */
 const strength = Float64Array.from({ length: 256 }, (_, level) =>
   level ? Math.min(1, (10 ** (((level - 1) * 8) / 254 - 8) / 0.06) ** 0.4) : 0,
 );
 
-/** One strip as pixels, `width` wide and 1 high: the colour says the zone, the opacity how much is there. */
+/** One strip as pixels, `width` × 1: the color shows the zone, the opacity the share of values. */
 function pixels(levels, shift, low, high, width, plain, peak) {
   const canvas = document.createElement("canvas");
   canvas.width = width;
@@ -154,7 +154,7 @@ function pixels(levels, shift, low, high, width, plain, peak) {
     const level = levels[Math.round(cell)] ? (levels[left] || 0) * (1 - part) + (levels[left + 1] || 0) * part : 0;
     if (!level) continue;
     const ink = plain ? inks.apart : inks[ZONES[zone].key];
-    const floor = plain ? 0.14 : zone === 3 ? 0.42 : 0.05; // the least that is cut off must be seen
+    const floor = plain ? 0.14 : zone === 3 ? 0.42 : 0.05; // clipped values must be visible
     data.set([ink[0], ink[1], ink[2], 255 * (floor + (1 - floor) * strength[Math.round(level)])], 4 * x);
   }
   context.putImageData(image, 0, 0);
@@ -178,7 +178,7 @@ const textOf = (text, x, y, font, style) => ({
   silent: true,
 });
 
-/** A layer's strips in a panel: one below the other, in the room under its name. */
+/** A layer's strips in a panel, one below the other, under its name. */
 function drawLayer(plot, layer, shown, low, high, api, params) {
   const [left, top] = api.coord([low, api.value(1)]),
     width = params.coordSys.width;
@@ -191,7 +191,7 @@ function drawLayer(plot, layer, shown, low, high, api, params) {
     const middle = box.y + box.height / 2,
       silent = !figure || !figure.levels;
     if (silent && !(figure && view().real)) {
-      const text = !figure ? "not in " + letters[side] : figure.absmax === 0 ? "only zeros" : "not seen";
+      const text = !figure ? "not in " + letters[side] : figure.absmax === 0 ? "only zeros" : "not observed";
       return [textOf(text, left + 6, middle, "11px", { fill: theme("soft") })];
     }
     if (!view().real && at && !at.scale) return [];
@@ -203,7 +203,7 @@ function drawLayer(plot, layer, shown, low, high, api, params) {
   return { type: "group", children };
 }
 
-/** A strip of colours, and a mark at the largest input; an arrow where that lies beyond the axis. */
+/** A strip, and a mark at the largest input, or an arrow if that lies beyond the axis. */
 function drawStrip(figure, at, { left, width, y, height }, low, high, place) {
   let shift = shiftOf(at);
   if (moved) shift = shift * moved.part + shiftOf(figure[moved.from]) * (1 - moved.part);
@@ -223,7 +223,7 @@ function drawStrip(figure, at, { left, width, y, height }, low, high, place) {
   return drawn;
 }
 
-/** Brackets around what FP8 holds: dotted above at the present scale, solid below at the new one. */
+/** Brackets around the range of FP8: dotted above at the current scale, solid below at the new one. */
 function drawReaches(figure, { left, width, y, height }, place) {
   const used = (when) => figure[when].scale && !figure[when].full_precision && !figure.unused;
   return ["before", "after"].filter(used).flatMap((when) => {
@@ -242,7 +242,7 @@ function drawReaches(figure, { left, width, y, height }, place) {
   });
 }
 
-/** Which side a panel shows, or in which order its strips show both. */
+/** The side that a panel shows, or the order in which its strips show both. */
 function panelTitle(panel, count) {
   const s = view().only ?? (count > 1 ? panel : null);
   if (s !== null) return `${letters[s]}: ${sides[s].label}`;
@@ -253,14 +253,14 @@ const difference = () => (seen && (view().real || state.view === "before") ? "ra
 
 const pen = document.createElement("canvas").getContext("2d");
 
-/** How wide a label over a plot is, in whatever font the reader has, with some air. */
+/** The width of a label over a plot in the reader's font, with a margin. */
 function wide(plot, words) {
   const { fontFamily, fontSize } = getComputedStyle(plot.head);
   pen.font = `600 ${fontSize} ${fontFamily}`;
   return pen.measureText(words).width + 4;
 }
 
-/** The names of FP8's zones over a panel, with what they say where there is room. */
+/** The names of FP8's zones over a panel, with explanations if there is room. */
 function zoneWords(plot, left, width, place) {
   const [low, high] = span();
   const room = (zone) => place(Math.min(zone.high, high)) - place(Math.max(zone.low, low));
@@ -342,7 +342,7 @@ const picture = {
   move: (plot, first, last) => rowsOf(plot, panels(plot).length, span()[0], first, last),
 };
 
-/** Lets strips slide from one scale to the other: that is what calibration does. */
+/** Lets strips slide from one scale to the other, as calibration moves them. */
 function slide(plot, from, done) {
   const movable = ["before", "after"];
   if (still() || !movable.includes(from) || !movable.includes(state.view) || from === state.view) return done();
@@ -358,13 +358,13 @@ function slide(plot, from, done) {
 }
 
 function pictureLegend() {
-  const largest = keyed("peak", "the ", term("largest", "largest seen"));
+  const largest = keyed("peak", "the ", term("largest", "largest input"));
   if (view().real) {
-    const then = keyed("reach then", "what FP8 holds at the present ", term("scale"));
+    const then = keyed("reach then", "range of FP8 at the current ", term("scale"));
     return [keyed("apart", "inputs"), largest, then, keyed("reach", "at the new one")];
   }
   const precise = (f) => f && exact({ ...f, after: state.view === "before" ? f.before : f.after });
   const zones = ZONES.map((zone) => keyed(zone.key, TERMS[zone.key] ? term(zone.key) : zone.key, ": " + zone.says));
   if (state.view === "before" && !layers.some((layer) => layer.sides.some(precise))) return [...zones, largest];
-  return [...zones, largest, keyed("apart", "in ", term("full precision"), ": nothing is cut")];
+  return [...zones, largest, keyed("apart", term("full precision"), ": not quantized")];
 }

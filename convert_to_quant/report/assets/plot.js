@@ -1,15 +1,14 @@
-// A chart with one line per layer, as long as there are layers. Names are text in the page, everything else is drawn
-// by ECharts on a canvas of the window's height that stays in view while the rows scroll under it: only the rows in
-// view are drawn, so a thousand layers cost what forty do.
+// A chart with one row per layer. Names are text in the page. ECharts draws the rest on a canvas of the window's height
+// that stays in view while rows scroll: only the rows in view are drawn, so a thousand layers cost as much as forty.
 
 const HEAD = compares ? 64 : 44,
   NAMED = 18,
   LONGEST = 1500,
   PRINTED = 400,
-  NOTHING = "No layer fits the search and the filters.";
+  NOTHING = "No layer matches the search and the filters.";
 let printing = false;
 
-/** A text in the head of a plot, at a place across it and no wider than `width`. */
+/** A text in the head of a plot, at most `width` wide. */
 function caption(style, text, left, width) {
   const made = element("span", { class: style }, text);
   made.style.left = left + "px";
@@ -17,7 +16,7 @@ function caption(style, text, left, width) {
   return made;
 }
 
-/** Calls something once per frame, however often it is asked for. */
+/** A function that draws at most once per frame. */
 function oncePerFrame(draw) {
   let waiting = 0;
   return () => {
@@ -28,12 +27,12 @@ function oncePerFrame(draw) {
   };
 }
 
-/** Words of a legend behind a mark. */
+/** An entry of a legend: a marker and its words. */
 const keyed = (style, ...words) => element("span", {}, element("span", { class: "key " + style }), ...words);
 
 /**
- * An ECharts option for panels beside each other from `low` to `high`, in which draw(layer, panel, api, params) makes
- * each row; over lines and bands, at the depth of lines.
+ * An ECharts option for panels side by side, with an axis from `low` to `high`. draw(layer, panel, api, params) makes each
+ * row, over lines (at depth `z`) and bands.
  */
 function panelsOf(plot, count, [low, high], draw, lines, bands = [], z = 0) {
   const grids = plot.grids(count);
@@ -63,11 +62,11 @@ function rowsOf(plot, count, low, first, last) {
 class Plot {
   /**
    * @param place element to fill
-   * @param label what it is, for those who cannot see it
+   * @param label for screen readers
    * @param paint {
-   *   rowHeight(plot), side(plot): width of the column on the right, head(plot): elements,
-   *   setup(plot): an ECharts option for all that stays while rows scroll, move(plot, first, last): one for the rows in
-   *   view, state(layer): texts for the right column }
+   *   rowHeight(plot), side(plot): width of the right column, head(plot): elements,
+   *   setup(plot): an ECharts option for what stays while rows scroll, move(plot, first, last): one for the rows in view,
+   *   state(layer): texts of the right column }
    */
   constructor(place, label, paint) {
     this.paint = paint;
@@ -132,7 +131,7 @@ class Plot {
     this.layout();
   }
 
-  /** Sizes follow from the width and the number of rows. */
+  /** Sets all sizes, from the width and the number of rows. */
   layout() {
     this.width = this.box.clientWidth;
     if (!this.width) return;
@@ -150,7 +149,7 @@ class Plot {
     this.inner.style.height = HEAD + (printing ? this.height : total) + "px";
     this.head.replaceChildren(...this.paint.head(this));
     this.canvas.style.height = this.height + "px";
-    this.chart.clear(); // before it is resized, which draws: its rows may be gone
+    this.chart.clear(); // first, since resizing draws rows that may be gone
     this.chart.resize({ width: this.width, height: this.height });
     const textStyle = { fontFamily: theme("sans"), color: theme("soft") };
     this.chart.setOption({ animation: false, textStyle, ...this.paint.setup(this) });
@@ -186,7 +185,7 @@ class Plot {
     return line;
   }
 
-  /** Grids side by side in the room between names and the right column. */
+  /** Panels side by side between the names and the right column. */
   grids(number, gap = 28) {
     const room = this.width - this.name - this.side - 2;
     const width = (room - gap * (number - 1)) / number;

@@ -1,6 +1,6 @@
-// The table of all figures. Only the rows in view are in the page, so that sorting a thousand layers is immediate. Rows
-// are all of one height and stand where their number puts them, each laid out by itself: a row that comes into view moves
-// no other. That takes rows out of a table's own layout, so they say by their roles what they are.
+// The table of all measurements. Only the rows in view are in the page, so that sorting a thousand layers is immediate.
+// Rows have one height and an absolute position, so a new row moves no other. That takes them out of the table's layout,
+// so ARIA roles mark them as rows and cells.
 
 const LINE = 28,
   AROUND = 6;
@@ -91,7 +91,7 @@ class Table {
   }
 }
 
-/** The rows shown as CSV. A text that a spreadsheet would run as a formula gets an apostrophe. */
+/** Rows as CSV. Texts that a spreadsheet would run as formulas get an apostrophe. */
 function csv(rows) {
   const cell = (value) => {
     let text = value === null || value === undefined || value === missing ? "" : String(value);
