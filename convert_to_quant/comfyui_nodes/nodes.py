@@ -1,20 +1,21 @@
-"""The nodes, in the form that every ComfyUI loads (V1): classes whose attributes say what goes in and out.
+"""ComfyUI nodes in the V1 form: classes whose attributes describe inputs and outputs.
 
     Load Diffusion Model ─MODEL→ Record Activations ─MODEL→ KSampler ─LATENT→ Save Activation Stats ─→ Calibrate FP8 …
                                         └──────────ACTIVATION_STATS──────────────────↗             └→ Activation Report
 
-ComfyUI runs a node when its inputs changed, and remembers what it gave otherwise. So:
+ComfyUI runs a node if its inputs changed and caches its outputs otherwise. Therefore:
 
-    Record      starts afresh when the model before it changes or with `reset`; else the same recorder keeps adding up.
-    Save        always runs. One recorder writes one file, again and again, as its totals grow.
-    Calibrate   runs when its inputs changed, or the files that it reads. Statistics of a recorder are there before
-    and Report  anything was sampled, so they take them from Save, or wait for a LATENT of their own.
+    Record      starts a new recording if the model before it changes, or with `reset`; otherwise the recorder
+                accumulates.
+    Save        always runs. Each recorder keeps one file, which is rewritten as its totals grow.
+    Calibrate   run if their inputs or the files they read changed. A recorder exists before sampling, so they take
+    and Report  statistics from Save, or wait for a LATENT of their own.
 
-Save Conditioning stands alone: it keeps a prompt's embeddings, for `check --conditioning`. So does Quantize Checkpoint,
-which takes statistics where FP8 layers are to have scales from them.
+Save Conditioning writes prompt embeddings for `check --conditioning`. Quantize Checkpoint accepts statistics for the
+input scales of FP8 layers.
 
-Nodes keep nothing in themselves. A new node is a class and an entry of `NODES`. ComfyUI's newer form (V3) is not
-offered: where a pack has both, it loads this one.
+Nodes have no state. A new node is a class and an entry of `NODES`. There is no V3 form: ComfyUI loads only V1 from a
+pack that has both.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ if TYPE_CHECKING:
 
 STATS = "ACTIVATION_STATS"
 NO_CHECKPOINT = "none"
-"""What is chosen in a list of checkpoints for a report of ranges alone."""
+"""Entry of the checkpoint list for a report without a checkpoint."""
 
 BEST = "best"
-"""What is chosen in the list of formats for a mix of them."""
+"""Entry of the format list for a mix of formats."""
 
 QUANTIZED = (*(name for name in WRITTEN if FORMATS[name].reader == "ComfyUI"), BEST)
-"""What a checkpoint can be quantized to: what ComfyUI reads without further nodes."""
+"""Formats that ComfyUI reads without further nodes."""
 
 EMBEDDINGS = {"pooled_output": "pooled_prompt_embeds", "attention_mask": "prompt_attention_mask"}
-"""What a CONDITIONING has beside its embeddings -> what files of embeddings call it."""
+"""Key in a CONDITIONING -> name in a file of embeddings."""
 
 Input = tuple[Any, dict[str, Any]]
 Inputs = dict[str, dict[str, Any]]
@@ -71,40 +72,51 @@ def _switch(tooltip: str) -> Input:
     return "BOOLEAN", {"default": False, "tooltip": tooltip}
 
 
+OVERWRITE = _switch("Replace an existing file of that name. The source checkpoint is never replaced.")
+
 _SOLVING: Mapping[str, Input] = inputs_of(
     SolveOptions,
     {
-        "method": {"tooltip": " ".join(f"{name}: {method.words}." for name, method in METHODS.items())},
+        "method": {
+            "tooltip": "How a layer's range is chosen. "
+            + " ".join(f"{name}: {method.words}." for name, method in METHODS.items())
+        },
         "margin": {
             "max": 64.0,
             "step": 0.05,
-            "tooltip": "Factor on ranges: room for inputs larger than any that was recorded. 0: as much as costs "
-            "nothing.",
+            "tooltip": "Multiplies every range, as headroom for inputs larger than recorded. 0: automatic, as much "
+            "headroom as costs no accuracy.",
         },
         "full_precision_budget": {
-            "tooltip": "Share of the multiply-adds that may move to full precision, worst layers first."
+            "tooltip": "Share of the model's compute that may run in full precision, from 0 to 1. Moves the layers "
+            "with the largest error first."
         },
     },
 )
 
 _OPTIONAL: Mapping[str, Input] = {
-    "stats": (STATS, {"tooltip": "From Save Activation Stats, or from Record Activations with a latent."}),
-    "latent": ("LATENT", {"tooltip": "Waits for it. Needed where stats come from Record Activations."}),
-    "statistics_file": _text("Instead of stats: a file in ComfyUI's output (or input) folder."),
-    **inputs_of(SolveOptions, {"percentile": {"min": 0.01, "tooltip": "For that method."}}),
-    "allow_partial": _switch("Go on where not all FP8 layers were recorded: the others keep their scales."),
+    "stats": (STATS, {"tooltip": "From Save Activation Stats. From Record Activations only with latent connected."}),
+    "latent": (
+        "LATENT",
+        {"tooltip": "From the sampler: this node waits for it. Required if stats come from Record Activations."},
+    ),
+    "statistics_file": _text("Instead of stats: path of a statistics file in ComfyUI's output or input folder."),
+    **inputs_of(
+        SolveOptions, {"percentile": {"min": 0.01, "tooltip": "For method percentile: clips inputs above it."}}
+    ),
+    "allow_partial": _switch("Continue if some FP8 layers were not recorded. These keep their current scales."),
 }
 
 
 def show_text(node_id: str | None, text: str) -> None:
-    """Progress text on a node, where a ComfyUI server runs."""
+    """Show progress text on a node, if a ComfyUI server runs."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id)
 
 
 def shown_progress(node_id: str | None) -> Progress:
-    """A progress bar on a node, of one piece of work; cancelling in ComfyUI ends that work."""
+    """A progress bar on a node; cancelling in ComfyUI interrupts the work."""
     from comfy.model_management import throw_exception_if_processing_interrupted
     from comfy.utils import ProgressBar
 
@@ -118,7 +130,7 @@ def shown_progress(node_id: str | None) -> Progress:
 
 
 def statistics_of(recorded: Recorder | Statistics) -> Statistics:
-    """What a link of type ACTIVATION_STATS carries, as it is now."""
+    """The current statistics of an ACTIVATION_STATS link."""
     return recorded.statistics() if isinstance(recorded, Recorder) else recorded
 
 
@@ -131,28 +143,28 @@ def solving(
     allow_partial: bool = False,
     **options: Any,
 ) -> tuple[SolveOptions, Statistics, bool]:
-    """What the inputs of `_SOLVING` and `_OPTIONAL` say: how to solve, from what, and whether some layers may lack.
+    """Solver options, statistics and `allow_partial`, from the inputs of `_SOLVING` and `_OPTIONAL`.
 
     Raises:
-        OptionError: both or neither of a link and a file were given, the link's statistics come before anything was
-            sampled, or an option is out of range.
-        StatisticsError: there is no such file, or it holds no statistics.
+        OptionError: not exactly one of `stats` and `statistics_file` is given, a recorder comes without a latent, or
+            an option is out of range.
+        StatisticsError: the file is missing or not a statistics file.
         CalibrationError: nothing was recorded.
     """
     how = SolveOptions(margin=margin or None, **options)
     if (stats is None) != bool(statistics_file.strip()):
-        raise OptionError("statistics come from a link or from a file: exactly one of stats and statistics_file")
+        raise OptionError("connect stats or set statistics_file, but not both")
     if isinstance(stats, Recorder) and latent is None:
         raise OptionError(
             "this node would run before the sampler",
-            hint="take stats from Save Activation Stats, or connect the sampler's LATENT to this node, too",
+            hint="connect stats from Save Activation Stats, or also connect the sampler's LATENT to this node",
         )
     found = Statistics.load(folders.statistics_file(statistics_file)) if stats is None else statistics_of(stats)
     return how, found, allow_partial
 
 
 class Node:
-    """What all nodes have in common. The docstring of each is what ComfyUI shows of it."""
+    """Base of all nodes. ComfyUI shows a node's docstring as its description."""
 
     DESCRIPTION: str
     CATEGORY = "convert_to_quant"
@@ -166,42 +178,42 @@ class Node:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        """What goes in."""
+        """The inputs."""
         return {"required": {**cls.REQUIRED}, "optional": {**cls.OPTIONAL}, "hidden": {**cls.HIDDEN}}
 
 
 class Saving(Node):
-    """A node that writes into ComfyUI's output folder."""
+    """A node that writes to ComfyUI's output folder."""
 
     @classmethod
     def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
-        """Refuse a bad name before anything is sampled."""
+        """Reject an invalid name before sampling."""
         return _refusal(lambda: filename_prefix is None or folders.next_output(filename_prefix))
 
 
 class Reading(Node):
-    """A node that takes a checkpoint, how to solve, its own inputs, and statistics.
+    """A node that reads a checkpoint and statistics.
 
     Attributes:
-        CHECKPOINT: what is said of the checkpoint.
-        INSTEAD: what can be chosen in its place.
-        SOLVING: how to solve.
+        CHECKPOINT: tooltip of the checkpoint list.
+        INSTEAD: further entries of that list.
+        SOLVING: inputs for the solver.
     """
 
     OPTIONAL = _OPTIONAL
-    CHECKPOINT = "A checkpoint of the recorded model with layers in FP8. Layers in other formats stay as they are."
+    CHECKPOINT = "An FP8 checkpoint of the recorded model. Layers in other formats stay unchanged."
     INSTEAD: tuple[str, ...] = ()
     SOLVING = _SOLVING
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        """What goes in."""
+        """The inputs."""
         checkpoint = ([*cls.INSTEAD, *folders.checkpoint_names()], {"tooltip": cls.CHECKPOINT})
         return {**super().INPUT_TYPES(), "required": {"checkpoint": checkpoint, **cls.SOLVING, **cls.REQUIRED}}
 
     @classmethod
     def IS_CHANGED(cls, checkpoint: str | None = None, statistics_file: str = "", **_inputs: Any) -> str:
-        """When the files that are read change, also twice within one tick of the clock: a file of ours is a new one."""
+        """Changes with the files it reads; the inode tells two of our writes within one clock tick apart."""
         paths = []
         try:
             if checkpoint not in (None, NO_CHECKPOINT):
@@ -209,22 +221,25 @@ class Reading(Node):
             if statistics_file.strip():
                 paths.append(folders.statistics_file(statistics_file))
         except Error:
-            return ""  # running says what is wrong
+            return ""  # reported when the node runs
         stats = [path.stat() for path in paths]
         return " ".join(f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}" for stat in stats)
 
 
 class Making(Reading):
-    """A node that makes a new checkpoint.
+    """A node that writes a new checkpoint.
 
     Attributes:
-        ENDING: of its name, where the call names none; None for the format.
+        ENDING: suffix of the default output name; None: the format.
     """
 
     ENDING: str | None = None
     RETURN_TYPES = ("STRING", "STRING")
     RETURN_NAMES = ("file", "report")
-    OUTPUT_TOOLTIPS = ("The new checkpoint, in its models folder.", "What was done.")
+    OUTPUT_TOOLTIPS = (
+        "Path of the new checkpoint in its models folder.",
+        "A summary of what was done.",
+    )
 
     @classmethod
     def VALIDATE_INPUTS(
@@ -235,7 +250,7 @@ class Making(Reading):
         format: str | None = None,  # noqa: A002  # the input's name
         exclude: str | None = None,
     ) -> bool | str:
-        """Refuse what is known to be wrong before anything is sampled; None comes from another node, or by default."""
+        """Reject invalid inputs before sampling. None: set by another node, or left at its default."""
 
         def check() -> None:
             conversion_options(BEST if format is None else format, exclude or "")
@@ -247,7 +262,7 @@ class Making(Reading):
         return _refusal(check)
 
     def made(self, choice: folders.Choice, output: Path, lines: Sequence[str], node_id: str | None) -> dict[str, Any]:
-        """Say what was done, and where the new file is."""
+        """Report what was done, and the new file."""
         more = len(lines) - _SHOWN_NOTES
         text = "\n".join(lines[:_SHOWN_NOTES]) + (f"\nand {more} more notes" if more > 0 else "")
         file = output.relative_to(choice.root).as_posix()
@@ -256,58 +271,63 @@ class Making(Reading):
 
 
 class RecordActivations(Node):
-    """Records what every linear layer receives while a sampler runs this MODEL.
+    """Records the inputs of every linear layer while a sampler runs this MODEL.
 
-    Nothing else changes: latents are the same to the last bit. Totals add up over prompts and seeds until the model
-    changes. Best done with the 16-bit model.
+    Does not change the images, not even by a bit. Statistics accumulate over prompts and seeds until the model changes.
+    Record the 16-bit model if you can.
     """
 
     FUNCTION = "record"
     OUTPUT_NODE = False
-    REQUIRED: Mapping[str, Input] = {"model": ("MODEL", {"tooltip": "Behind all LoRAs, in front of the sampler."})}
+    REQUIRED: Mapping[str, Input] = {
+        "model": ("MODEL", {"tooltip": "The model with all LoRAs applied, as you would connect it to the sampler."})
+    }
     OPTIONAL: Mapping[str, Input] = {
         "statistics_file": _text(
-            "Go on from this file, made by Save Activation Stats: its path in ComfyUI's output (or input) folder. "
-            "Empty: start from nothing."
+            "Continue from a file of Save Activation Stats: its path in ComfyUI's output or input folder. Empty: start "
+            "a new recording."
         ),
-        "reset": _switch("Forget what was recorded, each time this is queued."),
+        "reset": _switch("Start a new recording on every run."),
     }
     HIDDEN: Mapping[str, str] = {}
     RETURN_TYPES = ("MODEL", STATS)
     RETURN_NAMES = ("model", "stats")
-    OUTPUT_TOOLTIPS = ("Records while it samples.", "Grows with every sampling.")
+    OUTPUT_TOOLTIPS = ("Connect this to the sampler.", "Statistics of everything recorded so far.")
 
     @classmethod
     def IS_CHANGED(cls, reset: bool = False, **_inputs: Any) -> float | str:
-        """Never the same with `reset`."""
+        """Always changed with `reset`."""
         return math.nan if reset else ""
 
     def record(self, model: Any, statistics_file: str = "", reset: bool = False) -> tuple[Any, Recorder]:  # noqa: ARG002
-        """A clone of the model, and the recorder that sees it run."""
+        """A clone of the model, and its recorder."""
         before = Statistics.load(folders.statistics_file(statistics_file)) if statistics_file.strip() else None
         recorder = Recorder(before)
         return recorder.attach(model), recorder
 
 
 class SaveActivationStats(Saving):
-    """Writes what was recorded into ComfyUI's output folder, after the sampler is done.
+    """Saves recorded statistics to ComfyUI's output folder when the sampler is done.
 
-    The same recording goes to the same file; another one, or one whose file was moved away, gets the next number.
+    Each recording keeps one file, which grows with every run. A new recording gets the next number.
     """
 
     FUNCTION = "save"
     REQUIRED: Mapping[str, Input] = {
         "stats": (STATS, {"tooltip": "From Record Activations."}),
-        "latent": ("LATENT", {"tooltip": "From the sampler: waits until it is done."}),
-        "filename_prefix": _text("Folder and name in ComfyUI's output folder.", "activation_stats/stats"),
+        "latent": ("LATENT", {"tooltip": "From the sampler: this node waits for it."}),
+        "filename_prefix": _text("Subfolder and name in ComfyUI's output folder.", "activation_stats/stats"),
     }
     RETURN_TYPES = (STATS, "STRING")
     RETURN_NAMES = ("stats", "file")
-    OUTPUT_TOOLTIPS = ("As saved: what follows runs after sampling.", "The file, in ComfyUI's output folder.")
+    OUTPUT_TOOLTIPS = (
+        "The saved statistics, for nodes that run after sampling.",
+        "Path of the file in the output folder.",
+    )
 
     @classmethod
     def IS_CHANGED(cls, **_inputs: Any) -> float:
-        """Always: the recorder is the same, and what it holds is not."""
+        """Always changed: the recorder stays the same, its totals do not."""
         return math.nan
 
     def save(
@@ -317,11 +337,11 @@ class SaveActivationStats(Saving):
         filename_prefix: str,
         unique_id: str | None = None,
     ) -> dict[str, Any]:
-        """Write them, and pass them on as they are now."""
+        """Write the statistics, and pass on a snapshot."""
         statistics = statistics_of(stats)
         recording, files = (stats.recording, stats.files) if isinstance(stats, Recorder) else ("", {})
         path, written = files.get(filename_prefix, (None, None))
-        if path is None or folders.written_at(path) != written:  # moved away, and another may have its name
+        if path is None or folders.written_at(path) != written:  # moved or replaced
             path = folders.next_output(filename_prefix)
         folders.prepare(path)
         statistics.save(path)
@@ -337,19 +357,19 @@ class SaveActivationStats(Saving):
 
 
 class SaveConditioning(Saving):
-    """Writes the embeddings of a prompt into ComfyUI's output folder.
+    """Saves the embeddings of a prompt to ComfyUI's output folder.
 
-    convert_to_quant's check and observe take them with --conditioning. Each gets the next number.
+    Use the file with --conditioning of convert_to_quant check and observe. Every run writes a new file.
     """
 
     FUNCTION = "save"
     REQUIRED: Mapping[str, Input] = {
-        "conditioning": ("CONDITIONING", {"tooltip": "From CLIP Text Encode, as the sampler gets it."}),
-        "filename_prefix": _text("Folder and name in ComfyUI's output folder.", "conditioning/prompt"),
+        "conditioning": ("CONDITIONING", {"tooltip": "From CLIP Text Encode, as you would connect it to the sampler."}),
+        "filename_prefix": _text("Subfolder and name in ComfyUI's output folder.", "conditioning/prompt"),
     }
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("file",)
-    OUTPUT_TOOLTIPS = ("The file, in ComfyUI's output folder.",)
+    OUTPUT_TOOLTIPS = ("Path of the file in the output folder.",)
 
     def save(
         self,
@@ -357,7 +377,7 @@ class SaveConditioning(Saving):
         filename_prefix: str,
         unique_id: str | None = None,
     ) -> dict[str, Any]:
-        """Write it."""
+        """Write the file."""
         from ..engines.prompts import Prompts
 
         prompts = Prompts(embeddings_of(conditioning))
@@ -371,18 +391,18 @@ class SaveConditioning(Saving):
 
 
 class CalibrateFP8Checkpoint(Making):
-    """Chooses the input scale of every FP8 layer, and the layers that need full precision, from what was recorded.
+    """Sets the input scale of every FP8 layer from recorded statistics. Layers that need it run in full precision.
 
-    Writes a new checkpoint into the models folder. The chosen checkpoint stays as it is.
+    Writes a new checkpoint to the models folder. The source checkpoint stays unchanged.
     """
 
     FUNCTION = "calibrate"
     ENDING = "calibrated"
     REQUIRED: Mapping[str, Input] = {
         "output_name": _text(
-            "Name of the new file in the checkpoint's models folder. Empty: the checkpoint's name with _calibrated."
+            "Name of the new file in the checkpoint's models folder. Empty: the checkpoint's name plus _calibrated."
         ),
-        "overwrite": _switch("Replace a file of that name."),
+        "overwrite": OVERWRITE,
     }
 
     def calibrate(
@@ -394,7 +414,7 @@ class CalibrateFP8Checkpoint(Making):
         unique_id: str | None = None,
         **inputs: Any,
     ) -> dict[str, Any]:
-        """Solve, and write the new checkpoint."""
+        """Solve for scales, and write the new checkpoint."""
         choice = folders.choose_checkpoint(checkpoint)
         output = choice.output(output_name, overwrite, self.ENDING)
         options, statistics, partial = solving(**inputs)
@@ -407,21 +427,21 @@ class CalibrateFP8Checkpoint(Making):
 
 
 class QuantizeCheckpoint(Making):
-    """Quantizes a checkpoint in 16 or 32 bits: to one format, or each layer to the one that keeps most at a size.
+    """Quantizes a 16-bit or 32-bit checkpoint to one format, or to the best mix of formats for a given size.
 
-    Writes a new checkpoint into the models folder. The chosen checkpoint stays as it is. "best" runs the model on noise
-    first, on ComfyUI's device. FP8 layers get their input scales from statistics, where they are given.
+    Writes a new checkpoint to the models folder. The source checkpoint stays unchanged. Format "best" first runs the
+    model on noise to measure each layer. Connect statistics to give FP8 layers calibrated input scales.
     """
 
     FUNCTION = "quantize"
-    CHECKPOINT = "A checkpoint in 16 or 32 bits."
+    CHECKPOINT = "A 16-bit or 32-bit checkpoint."
     SOLVING: Mapping[str, Input] = {}
     REQUIRED: Mapping[str, Input] = {
         "format": (
             list(QUANTIZED),
             {
                 "default": BEST,
-                "tooltip": f"{BEST}: the mix that keeps most. "
+                "tooltip": f"{BEST}: each layer in the format that preserves image quality at this size. "
                 + " ".join(f"{name}: fast on {FORMATS[name].cards}." for name in QUANTIZED if name != BEST),
             },
         )
@@ -434,18 +454,21 @@ class QuantizeCheckpoint(Making):
                     "default": 8.0,
                     "min": BITS.least,
                     "step": 0.25,
-                    "tooltip": f"For {BEST}: bits per weight at most, with scales.",
+                    "tooltip": f"For {BEST}: maximum bits per weight, scales included.",
                 }
             },
         ),
-        "gpu": (list(GPUS), {"default": "any", "tooltip": f"For {BEST}: a card that multiplies all of its formats."}),
+        "gpu": (
+            list(GPUS),
+            {"default": "any", "tooltip": f"For {BEST}: use only formats that this GPU runs natively."},
+        ),
         "exclude": _text(
-            "Regular expressions, one per line: layers in whose names one is found stay as they are.", multiline=True
+            "Regular expressions, one per line. Layers whose names match one are not quantized.", multiline=True
         ),
         "output_name": _text(
-            "Name of the new file in the checkpoint's models folder. Empty: the checkpoint's name with the format."
+            "Name of the new file in the checkpoint's models folder. Empty: the checkpoint's name plus the format."
         ),
-        "overwrite": _switch("Replace a file of that name."),
+        "overwrite": OVERWRITE,
         **{name: _OPTIONAL[name] for name in ("stats", "latent", "statistics_file", "allow_partial")},
     }
 
@@ -471,7 +494,7 @@ class QuantizeCheckpoint(Making):
         with open_checkpoint(choice.path) as opened:
             plan = plan_conversion(opened, options)
             refuse_damaged(opened, plan.table)
-            if solved is not None:  # another model's statistics show before the work as well as after
+            if solved is not None:  # reject another model's statistics before the work
                 wanted = {layer.name: layer for layer, _ in plan.quantized}
                 naming.fitting(solved[1], plan.table, wanted, force=solved[2])
             done = plan.summary()
@@ -489,28 +512,28 @@ class QuantizeCheckpoint(Making):
 
 
 class ActivationReport(Reading):
-    """Draws what each layer receives on the range of FP8, and says which layers are at risk.
+    """Draws the inputs of every layer on the range of FP8, and names the layers at risk.
 
-    With a checkpoint: at its present scales, and at those that Calibrate FP8 Checkpoint would choose with the same
-    settings. Changes no checkpoint.
+    With a checkpoint, compares its current scales with those that Calibrate FP8 Checkpoint would choose with the same
+    settings. Does not change the checkpoint.
     """
 
     FUNCTION = "draw"
-    CHECKPOINT = f"A checkpoint of the recorded model with layers in FP8. {NO_CHECKPOINT}: what was recorded alone."
+    CHECKPOINT = f"An FP8 checkpoint of the recorded model. {NO_CHECKPOINT}: show only the recorded ranges."
     INSTEAD = (NO_CHECKPOINT,)
     REQUIRED: Mapping[str, Input] = {
         "filename_prefix": _text(
-            "Folder and name in ComfyUI's output folder, for a page to open in a browser. Empty: no page.",
+            "Subfolder and name in ComfyUI's output folder, for an HTML page to open in a browser. Empty: no page.",
             "activation_stats/report",
         )
     }
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("image", "verdict")
-    OUTPUT_TOOLTIPS = ("To preview or save.", "What is at risk, and what calibration changes.")
+    OUTPUT_TOOLTIPS = ("For Preview Image or Save Image.", "Which layers are at risk, and what calibration changes.")
 
     @classmethod
     def VALIDATE_INPUTS(cls, filename_prefix: str | None = None) -> bool | str:
-        """Refuse a bad name before anything is sampled."""
+        """Reject an invalid name before sampling."""
         return _refusal(lambda: not (filename_prefix or "").strip() or folders.next_output(str(filename_prefix)))
 
     def draw(
@@ -521,7 +544,7 @@ class ActivationReport(Reading):
         unique_id: str | None = None,
         **inputs: Any,
     ) -> dict[str, Any]:
-        """Solve, draw, and write the page."""
+        """Solve for scales, draw the image, and write the page."""
         import numpy as np
         import torch
 
@@ -534,7 +557,7 @@ class ActivationReport(Reading):
         report = figures.build(figures.Source(statistics, model, options), force=partial)
         text = "\n".join((report.verdict.headline, *report.verdict.points))
         pixels = np.asarray(picture.draw(report).convert("RGB"), np.float32) / 255
-        image = torch.from_numpy(pixels)[None]  # as ComfyUI has images: [1, height, width, 3], 0 to 1
+        image = torch.from_numpy(pixels)[None]  # ComfyUI's IMAGE: [1, height, width, 3], 0 to 1
         pages = []
         if path is not None:
             folders.prepare(path)
@@ -545,16 +568,13 @@ class ActivationReport(Reading):
 
 
 def embeddings_of(conditioning: Sequence[tuple[torch.Tensor, Mapping[str, Any]]]) -> dict[str, torch.Tensor]:
-    """The tensors of a file of embeddings.
+    """The tensors for a file of embeddings, each [prompts, ...].
 
     Args:
-        conditioning: as ComfyUI has it: embeddings [prompts, tokens, channels] each, with what goes with them.
-
-    Returns:
-        By name, each [prompts, ...], the prompts of all entries.
+        conditioning: a CONDITIONING: (embeddings [prompts, tokens, channels], further values) per entry.
 
     Raises:
-        OptionError: there are no entries, or their lengths differ, or what they have.
+        OptionError: there are no entries, or their lengths or parts differ.
     """
     import torch
 
@@ -566,14 +586,14 @@ def embeddings_of(conditioning: Sequence[tuple[torch.Tensor, Mapping[str, Any]]]
     if len(set(shapes)) != 1:
         found = "; ".join(dict.fromkeys(shapes)) or "none"
         raise OptionError(
-            f"prompts that go into one file have the same length and parts, found {found}",
-            hint="save each CONDITIONING by a node of its own; check takes several files",
+            f"prompts in one file must have the same length and parts, found {found}",
+            hint="use one Save Conditioning node per CONDITIONING; --conditioning accepts several files",
         )
     return {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
 
 
 def summary(calibration: Calibration) -> list[str]:
-    """What a calibration did: a line of numbers, then what a user should know."""
+    """What a calibration did: one line of numbers, then notes."""
     scales = calibration.scales.values()
     full = sum(result.full_precision_after for result in calibration.results)
     line = f"calibrated {len(scales)} of {len(calibration.results)} layers, {full} in full precision"
@@ -583,19 +603,15 @@ def summary(calibration: Calibration) -> list[str]:
 
 
 def conversion_options(name: str, exclude: str) -> ConvertOptions:
-    """What Quantize Checkpoint was asked for.
-
-    Args:
-        name: one of `QUANTIZED`.
-        exclude: regular expressions, one per line.
+    """Options for a format of `QUANTIZED` and regular expressions, one per line.
 
     Raises:
-        OptionError: there is no such format, or a line is no regular expression.
+        OptionError: the format is unknown, or a line is not a regular expression.
     """
     if name not in QUANTIZED:
-        raise OptionError(f"no format {name!r} that ComfyUI reads", hint=f"one of {', '.join(QUANTIZED)}")
+        raise OptionError(f"{name!r} is not a format that ComfyUI reads", hint=f"one of {', '.join(QUANTIZED)}")
     patterns = tuple(line.strip() for line in exclude.splitlines() if line.strip())
-    return ConvertOptions(format="int8" if name == BEST else name, exclude=patterns)  # INT8 takes every layer
+    return ConvertOptions(format="int8" if name == BEST else name, exclude=patterns)  # INT8 fits every layer
 
 
 def write_quantized(
@@ -605,17 +621,10 @@ def write_quantized(
     solved: tuple[SolveOptions, Statistics, bool] | None,
     progress: Progress,
 ) -> list[str]:
-    """Write a checkpoint, with input scales out of statistics where they are given.
-
-    Args:
-        checkpoint: in high precision.
-        plan: what becomes of it.
-        output: the new file.
-        solved: see `solving`.
-        progress: told of the bytes that were done.
+    """Convert a checkpoint; with statistics (`solved`, see `solving`), also set input scales.
 
     Returns:
-        What a user should know of the input scales.
+        Notes about the input scales.
     """
     static = [each for each in plan.decisions if each.format is not None and each.format.static]
     told: list[str] = []
@@ -629,9 +638,9 @@ def write_quantized(
         told.extend([*summary(calibration), *patch.notes])
 
     if solved is not None and not static:
-        told.append("statistics were not used: readers scale the inputs of all layers as they come")
+        told.append("statistics were not used: every layer scales its inputs dynamically")
     if solved is None and any(each.input_scale is None for each in static):
-        told.append("input scales are not measured: give stats, or use Calibrate FP8 Checkpoint on the new file")
+        told.append("input scales are not set: connect stats, or run Calibrate FP8 Checkpoint on the new file")
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     calibrating = calibrate if solved is not None and static else None
     device = _device()
@@ -643,26 +652,26 @@ def write_quantized(
 
 
 def _device() -> str:
-    """Where ComfyUI runs models."""
+    """The device on which ComfyUI runs models."""
     from comfy.model_management import get_torch_device
 
     return str(get_torch_device())
 
 
 class _Refusal(str):
-    """Why not. ComfyUI asks for its text once for each input that the check takes, and shows all of them."""
+    """A validation error. ComfyUI shows its text once per checked input, so only the first time says why."""
 
-    said = False
+    shown = False
 
     def __str__(self) -> str:
-        if self.said:
+        if self.shown:
             return "see above"
-        self.said = True
+        self.shown = True
         return super().__str__()
 
 
 def _refusal(check: Any) -> bool | str:
-    """True, or why not."""
+    """True, or the error of a check."""
     try:
         check()
     except Error as error:
@@ -678,7 +687,7 @@ NODES: Mapping[str, tuple[type, str]] = {
     "ConvertToQuantQuantizeCheckpoint": (QuantizeCheckpoint, "Quantize Checkpoint"),
     "ConvertToQuantActivationReport": (ActivationReport, "Activation Report"),
 }
-"""Name in workflows, which never changes -> the node, and its title."""
+"""Name in workflow files, which must never change -> class and display name."""
 
 NODE_CLASS_MAPPINGS = {name: kind for name, (kind, _) in NODES.items()}
 NODE_DISPLAY_NAME_MAPPINGS = {name: title for name, (_, title) in NODES.items()}

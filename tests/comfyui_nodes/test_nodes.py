@@ -240,7 +240,7 @@ def test_statistics_come_from_exactly_one_place_and_after_sampling(recorded: Any
         solving(stats=recorded)
     assert solving(stats=recorded, latent=LATENT)[1] == recorded.statistics()
     for given in ({}, {"stats": recorded.statistics(), "statistics_file": "s"}):
-        with pytest.raises(OptionError, match="exactly one of stats and statistics_file"):
+        with pytest.raises(OptionError, match="connect stats or set statistics_file, but not both"):
             solving(**given)
 
 
@@ -489,7 +489,7 @@ def test_fp8_inputs_get_scales_of_statistics_where_they_are_given(
     comfyui: Any, original: Path, statistics: Callable[..., Any]
 ) -> None:
     file, report = quantized("fp8")
-    assert "input scales are not measured: give stats" in report
+    assert "input scales are not set: connect stats" in report
     assert set(scales(comfyui.models / file).values()) == {1.0}
 
     recorded = statistics(comfyui.shapes, 44.8)
@@ -539,8 +539,8 @@ def test_what_cannot_be_quantized_is_refused_before_anything_runs(comfyui: Any, 
     assert validate(name, "", True, "int8") is True
     assert "exists already" in str(validate(name, "", False, "int8"))
     assert "same file as the input" in str(validate(name, "sub/flux", True, "int8"))
-    assert "no format 'fp8-row' that ComfyUI reads" in str(validate(name, "", False, "fp8-row"))
-    assert "no format ''" in str(validate(name, "", False, ""))
+    assert "'fp8-row' is not a format that ComfyUI reads" in str(validate(name, "", False, "fp8-row"))
+    assert "'' is not a format" in str(validate(name, "", False, ""))
     assert "is no regular expression" in str(validate(name, exclude="("))
     assert "ComfyUI lists no checkpoint" in str(validate("diffusion_models/../x.safetensors"))
 
