@@ -79,15 +79,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def change_pack(args: argparse.Namespace) -> int:
-    """Install or uninstall."""
+    """Install or uninstall the nodes."""
     from ..comfyui_nodes import pack
 
-    does, done = {
-        "install": (pack.install, "wrote {}: restart ComfyUI, and find the nodes under convert_to_quant"),
-        "uninstall": (pack.uninstall, "removed {}"),
-    }[args.action]
-    folder = does(Path(args.folder), dry_run=args.dry_run)
-    say(f"dry run: would {args.action} {folder}; nothing was changed" if args.dry_run else done.format(folder))
+    folder, exists = pack.find(Path(args.folder))
+    installs = args.action == "install"
+    if not exists and not installs:
+        raise OptionError(f"{folder} does not exist: nothing to remove")
+    verb = ("replace" if exists else "write") if installs else "remove"
+    if args.dry_run:
+        say(f"dry run: would {verb} {folder}; nothing was changed")
+    else:
+        (pack.install if installs else pack.uninstall)(folder)
+        after = ": restart ComfyUI and find the nodes under convert_to_quant" if installs else ""
+        say(f"{'wrote' if verb == 'write' else verb + 'd'} {folder}{after}")
     write_json(args.json, {"folder": str(folder), "action": args.action, "dry_run": args.dry_run})
     return 0
 

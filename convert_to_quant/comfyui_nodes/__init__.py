@@ -1,6 +1,5 @@
-"""Nodes for ComfyUI: record what a model's layers receive while it samples, and calibrate its FP8 checkpoint from that.
+"""ComfyUI nodes: record a model's layer inputs while it samples, and calibrate its FP8 checkpoint from them.
 
-`nodes` has the nodes, thin over `recording` and `folders`; `pack` puts them into a ComfyUI.
-ComfyUI's own modules are imported where they are used: outside of it, only they are missing. This package imports
-nothing by itself, so that installing the pack loads no torch.
+`nodes` has the nodes, thin over `recording` and `folders`; `pack` installs them. ComfyUI's modules are imported inside
+functions, since they exist only in ComfyUI. This file imports nothing, so that installing the pack does not load torch.
 """

@@ -1,9 +1,8 @@
-"""Where nodes read and write: inside ComfyUI's own folders, whatever a workflow says.
+"""Paths that nodes read and write. They stay inside ComfyUI's folders, whatever an untrusted workflow asks for.
 
-A workflow is a file from somebody else. Checkpoints come from ComfyUI's model lists. What is written gets a name below
-ComfyUI's output folder, or below the models folder of the checkpoint that it was made from. A name is taken apart by
-the rules of Windows and of Unix together: no drive, no root, no "..", no character or ending that either treats in a
-special way, no overlong part; and where it leads through symbolic links must be inside, too.
+Checkpoints come from ComfyUI's model lists. Outputs go below ComfyUI's output folder, or below the models folder of the
+source checkpoint. Names must be plain on both Windows and Unix: no drive, root or "..", no special character or ending,
+no overlong part. Symbolic links must not lead outside.
 """
 
 from __future__ import annotations
@@ -17,44 +16,42 @@ from ..checkpoint.positioned import is_plain_on_windows
 from ..errors import OptionError, OutputError, StatisticsError
 
 KINDS = ("diffusion_models", "checkpoints")
-"""ComfyUI's lists of models that may hold a diffusion model."""
+"""ComfyUI's model lists that may contain diffusion models."""
 
 SUFFIX = ".safetensors"
 
 _SPECIAL = re.compile(r'[\x00-\x1f<>:"|?*\ud800-\udfff]')
 _MOST_BYTES = 230
-"""Of a name: systems take 255, and a number and an ending may follow."""
+"""Maximum length of a part: file systems allow 255, and a number and a suffix may follow."""
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path that a name means below a folder.
+    """The path of a name below a folder.
 
     Args:
         folder: one of ComfyUI's.
-        name: from the workflow, its parts apart by slashes or backslashes.
+        name: from the workflow, with slashes or backslashes.
 
     Raises:
-        OptionError: the name is empty, or leads out of the folder, or could on some system.
+        OptionError: the name is empty, not plain, or leads outside.
     """
     said = PureWindowsPath(name)
     if not said.parts or said.anchor or any(map(_is_bad, said.parts)):
-        raise OptionError(
-            f"{name!r} is not a file name below {folder}", hint="use plain names, with / between folder and file"
-        )
+        raise OptionError(f"{name!r} is not a file name below {folder}", hint="use plain names, with / between folders")
     path = folder.joinpath(*said.parts)
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise OptionError(f"{name!r} leads out of {folder}, through a symbolic link", hint="name another folder")
+        raise OptionError(f"{name!r} leads out of {folder} through a symbolic link", hint="choose another folder")
     return path
 
 
 def _is_bad(part: str) -> bool:
-    """Whether some system would not take a part of a path as a plain name."""
+    """Whether a part of a path is special on some system."""
     special = _SPECIAL.search(part) or part.startswith("~") or not is_plain_on_windows(part)
     return bool(special) or len(part.encode()) > _MOST_BYTES
 
 
 def with_suffix(name: str) -> str:
-    """A name that ends as safetensors files do: ComfyUI's lists have no others."""
+    """A name with the suffix .safetensors."""
     return name if name.lower().endswith(SUFFIX) else name + SUFFIX
 
 
@@ -63,7 +60,7 @@ class Choice:
     """A checkpoint in one of ComfyUI's lists.
 
     Attributes:
-        root: the models folder that has it.
+        root: its models folder.
         path: the file.
     """
 
@@ -71,12 +68,12 @@ class Choice:
     path: Path
 
     def output(self, name: str, overwrite: bool, ending: str) -> Path:
-        """Where a file made from this one goes.
+        """Path for a file made from this checkpoint.
 
         Args:
-            name: below the models folder; empty for one beside the checkpoint, with its name and an ending.
-            overwrite: whether a file of that name may be replaced. The checkpoint itself never is.
-            ending: says what was done.
+            name: below the models folder; empty: next to the checkpoint, with its name and `ending`.
+            overwrite: whether an existing file may be replaced. The checkpoint itself never is.
+            ending: suffix of the default name, after an underscore.
 
         Raises:
             OptionError: the name leads out of the models folder.
@@ -86,16 +83,16 @@ class Choice:
             path = inside(self.root, with_suffix(name.strip()))
         else:
             path = self.path.with_name(f"{self.path.stem}_{ending}{SUFFIX}")
-        refuse_same_file(path, [self.path], hint="name another output")
+        refuse_same_file(path, [self.path], hint="choose another name")
         if path.is_dir() or (path.exists() and not overwrite):
-            raise OutputError("it exists already", path=path, hint="name another output, or switch overwrite on")
+            raise OutputError("it already exists", path=path, hint="choose another name, or switch overwrite on")
         if path.exists():
             check_output(path)
         return path
 
 
 def checkpoint_names() -> list[str]:
-    """What a checkpoint can be chosen from: LIST/NAME, for ComfyUI's lists in `KINDS`."""
+    """All checkpoints as LIST/NAME, for ComfyUI's lists in `KINDS`."""
     import folder_paths
 
     return [
@@ -107,7 +104,7 @@ def checkpoint_names() -> list[str]:
 
 
 def choose_checkpoint(name: str) -> Choice:
-    """The checkpoint of a name in `checkpoint_names`.
+    """A checkpoint by its entry in `checkpoint_names`.
 
     Raises:
         OptionError: ComfyUI does not list it.
@@ -123,28 +120,28 @@ def choose_checkpoint(name: str) -> Choice:
 
 
 def output_folder() -> Path:
-    """ComfyUI's."""
+    """ComfyUI's output folder."""
     import folder_paths
 
     return Path(folder_paths.get_output_directory())
 
 
 def output_name(path: Path) -> str:
-    """A file's name below the output folder, with slashes."""
+    """A file's path below the output folder, with slashes."""
     return path.relative_to(output_folder()).as_posix()
 
 
 def as_output(path: Path) -> dict[str, str]:
-    """A file in the output folder, as ComfyUI's clients are told of files and ask for them (`/view`)."""
+    """A file in the output folder, in the form that ComfyUI's clients expect (`/view`)."""
     return {"filename": path.name, "subfolder": output_name(path).rpartition("/")[0], "type": "output"}
 
 
 def next_output(prefix: str, suffix: str = SUFFIX) -> Path:
-    """A path in ComfyUI's output folder that no file has yet, numbered as ComfyUI numbers its images.
+    """The next unused path in ComfyUI's output folder, numbered like ComfyUI's images.
 
     Args:
-        prefix: folder and name below the output folder.
-        suffix: how the file ends.
+        prefix: subfolder and name below the output folder.
+        suffix: of the file.
 
     Raises:
         OptionError: the prefix leads out of the output folder.
@@ -157,11 +154,11 @@ def next_output(prefix: str, suffix: str = SUFFIX) -> Path:
 
 
 def statistics_file(name: str) -> Path:
-    """A file in ComfyUI's output folder or, where it has none of that name, in its input folder.
+    """A file in ComfyUI's output folder, or else in its input folder.
 
     Raises:
-        OptionError: the name leads out of them.
-        StatisticsError: there is no such file.
+        OptionError: the name leads outside.
+        StatisticsError: the file is missing.
     """
     import folder_paths
 
@@ -174,21 +171,21 @@ def statistics_file(name: str) -> Path:
 
 
 def written_at(path: Path) -> int | None:
-    """When a file was written, in nanoseconds; None where there is none."""
+    """Modification time in nanoseconds; None if the file is missing."""
     return path.stat().st_mtime_ns if path.exists() else None
 
 
 def prepare(path: Path) -> list[str]:
-    """Make the folder of a file.
+    """Create the folder of a file.
 
     Returns:
-        The line that says that an older file is replaced; none where there is none.
+        A note if an existing file will be replaced.
 
     Raises:
-        OutputError: it cannot be made.
+        OutputError: the folder cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"its folder cannot be made: {error.strerror}", path=path) from None
-    return ["replaced the older file of that name"] if path.exists() else []
+        raise OutputError(f"its folder cannot be created: {error.strerror}", path=path) from None
+    return ["replaced the existing file of that name"] if path.exists() else []

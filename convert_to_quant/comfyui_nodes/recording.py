@@ -1,24 +1,23 @@
-"""Recording inside ComfyUI, through the two wrappers that it offers for this, and nothing else.
+"""Records layer inputs inside ComfyUI, through two of its wrappers.
 
     model = recorder.attach(model)       a clone; ComfyUI's own model stays as it was
     ... ComfyUI samples with the clone ...
     statistics = recorder.statistics()
 
-OUTER_SAMPLE stands around one whole sampling: hooks come on before it and leave with it, also when it ends in an
-exception, is cancelled, or runs out of memory. All clones of a model share one tree of modules, so hooks that stayed
-longer would see the work of others. APPLY_MODEL stands around each call of the model, and knows its noise level.
-Copies of the model on further GPUs (MultiGPU Work Units) are models of their own, each run by its own thread: each has
-a recording of its own, and they are merged.
+OUTER_SAMPLE wraps a whole sampling. It adds the hooks and always removes them: after an error, a cancellation, or out
+of memory. All clones of a model share their modules, so a hook left behind would record other samplings. APPLY_MODEL
+wraps each evaluation and knows its noise level. Copies of the model on further GPUs (MultiGPU Work Units) run in their
+own threads; each has its own recording, and these are merged.
 
-Numbers are added up when a sampling is complete. One that failed or was cancelled adds nothing.
+Totals change when a sampling completes. A failed or cancelled sampling adds nothing.
 
-Hooks only read, so latents stay what they were, bit for bit. Names are the module names below `diffusion_model`, which
-are the checkpoint's own layer names, save in families that ComfyUI renames while it loads them; see `naming`.
+Hooks only read, so latents stay bit-identical. Layer names are module names below `diffusion_model`. They equal the
+checkpoint's names, except in families that ComfyUI renames while loading; see `naming`.
 
-Limits. In an FP8 model on hardware that computes in FP8, inputs carry the error of the layers before them. Measured on
-emoji models that scales of 1.0 break (hot 6 dB, cold 0 dB): calibrated from a run of the broken file itself they reach
-27.6 and 28.0 dB, from a run of the original 28.2 and 28.5 dB (2026-11-22, tests/comfyui/test_nodes.py). Noise levels
-are told only of flow models, whose sigma is in [0, 1]; elsewhere they are unknown.
+Limits. In an FP8 model on hardware that computes in FP8, inputs carry the error of the layers before them. Emoji models
+that scales of 1.0 break (hot 6 dB, cold 0 dB) reach 27.6 and 28.0 dB if calibrated from a run of the broken file, and
+28.2 and 28.5 dB from a run of the original (2026-11-22, tests/comfyui/test_nodes.py). Noise levels are known only for
+flow models, whose sigma is in [0, 1].
 """
 
 from __future__ import annotations
@@ -38,25 +37,25 @@ from ..recorder import Recording, find_linears, module_shape, record, sample_mod
 from ..stats import Statistics, merge
 
 KEY = "convert_to_quant.record"
-"""Under which ComfyUI keeps our wrappers. One recorder per model: the last one attached is the one that records."""
+"""Key of our wrappers in ComfyUI. A model has one recorder: the last one attached."""
 
 COPIES = "multigpu"
-"""Under which a patcher keeps those of the model's copies on further GPUs."""
+"""A patcher's key for the model's copies on further GPUs."""
 
 _TRANSFORMER_OPTIONS = 5
-"""Where APPLY_MODEL's arguments have them: x, t, c_concat, c_crossattn, control, transformer_options."""
+"""Position in APPLY_MODEL's arguments: x, t, c_concat, c_crossattn, control, transformer_options."""
 
 
 class Recorder:
-    """Statistics that grow with every sampling of the models it is attached to.
+    """Accumulates statistics over the samplings of a model.
 
     Args:
-        before: statistics to go on from.
+        before: statistics to continue from.
 
     Attributes:
-        recording: which one this is; another recorder has another text.
-        samplings: complete samplings that were added.
-        files: where it was saved and when (see `folders.written_at`), by the name that was asked for.
+        recording: a unique id.
+        samplings: number of complete samplings.
+        files: requested name -> (path, `folders.written_at`) of the last save.
     """
 
     def __init__(self, before: Statistics | None = None) -> None:
@@ -68,14 +67,11 @@ class Recorder:
         self._recordings: dict[Any, Recording] = {}  # while it samples, by ComfyUI's BaseModel
 
     def attach(self, model: Any) -> Any:
-        """A clone of a MODEL that records whenever it samples.
-
-        Args:
-            model: ComfyUI's ModelPatcher.
+        """A clone of a MODEL (ComfyUI's ModelPatcher) that is recorded whenever it samples.
 
         Raises:
             CalibrationError: the model has no linear layers.
-            StatisticsError: the statistics to go on from are another model's.
+            StatisticsError: the statistics to continue from belong to another model.
         """
         from comfy.patcher_extension import WrappersMP
 
@@ -89,14 +85,13 @@ class Recorder:
             total.fingerprint != Statistics.empty(shapes).fingerprint or total.other_weights(self._weights)
         ):
             raise StatisticsError(
-                f"made for another model than this one, which has {len(shapes)} linear layers of its own",
+                f"recorded on another model than this one, which has {len(shapes)} linear layers",
                 path=total.path,
-                hint="go on from another file, or from none",
+                hint="continue from another file, or from none",
             )
         if model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
             logging.warning(
-                "Record Activations: the MODEL comes from another Record Activations, which records nothing now; only "
-                "the last one does"
+                "Record Activations: the MODEL comes from another Record Activations node. Only the last one records."
             )
         clone = model.clone()
         for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, self._sampling), (WrappersMP.APPLY_MODEL, self._call)):
@@ -105,21 +100,21 @@ class Recorder:
         return clone
 
     def statistics(self) -> Statistics:
-        """Everything that was seen so far.
+        """Everything recorded so far.
 
         Raises:
-            CalibrationError: nothing was.
+            CalibrationError: nothing was recorded.
         """
         if self._total is None:
             raise CalibrationError(
                 "nothing was recorded yet",
-                hint="a sampler has to run with the MODEL that Record Activations gives, and before this node",
+                hint="connect the MODEL of Record Activations to a sampler that runs before this node",
             )
         return self._total
 
     def _sampling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around one sampling."""
-        if self._recordings:  # a sampling inside of a sampling: its calls are seen already
+        """Wraps one sampling."""
+        if self._recordings:  # a nested sampling is already being recorded
             return executor(*args, **kwargs)
         patcher = executor.class_obj.model_patcher
         models = dict.fromkeys(part.model for part in (patcher, *patcher.get_additional_models_with_key(COPIES)))
@@ -138,7 +133,7 @@ class Recorder:
         return result
 
     def _call(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around one call of the model."""
+        """Wraps one evaluation of the model."""
         recording = self._recordings.get(executor.class_obj)
         if recording is not None:
             given = args[_TRANSFORMER_OPTIONS] if len(args) > _TRANSFORMER_OPTIONS else kwargs["transformer_options"]
@@ -147,14 +142,14 @@ class Recorder:
 
 
 def _is_flow(model: Any) -> bool:
-    """Whether the model's sigma is the share of noise, in [0, 1]."""
+    """Whether sigma is the fraction of noise, in [0, 1]."""
     from comfy.model_sampling import CONST
 
     return isinstance(model.model_sampling, CONST)
 
 
 def _facts(model: Any) -> dict[str, object]:
-    """Where statistics come from."""
+    """Provenance of the statistics."""
     kinds = {_weights_kind(module) for module in find_linears(model.diffusion_model).values()}
     return {
         "engine": "comfyui",
@@ -165,7 +160,7 @@ def _facts(model: Any) -> dict[str, object]:
 
 
 def _weights_kind(module: Any) -> str:
-    """What a layer's weight is in: the format that its file names, or FP8 to which `weight_dtype` casts it."""
+    """Format of a layer's weight: as its file declares it, or FP8 if `weight_dtype` cast it."""
     dtype = module.weight.dtype
     cast = dtype.is_floating_point and dtype.itemsize == 1
     return getattr(module, "quant_format", None) or (str(dtype).removeprefix("torch.") if cast else "high precision")

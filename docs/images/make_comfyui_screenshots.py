@@ -147,7 +147,7 @@ def serving(work: Path) -> Iterator[str]:
     if command(["-i", str(files[0]), "-o", str(files[1]), "--quiet"]) != 0:
         raise SystemExit("the stand-in could not be converted")
     shutil.copy(TESTS / "stand_ins.py", work / "custom_nodes")
-    pack.install(work)
+    pack.install(pack.find(work)[0])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -212,18 +212,22 @@ def test_ctrl_c_leaves_nothing(observe, flux, work, double, monkeypatch):
 # install, uninstall
 
 
-def test_install_and_uninstall(done, tmp_path):
+def test_install_and_uninstall(ctq, done, tmp_path):
     folder = tmp_path / "custom_nodes" / pack.NAME
     folder.parent.mkdir()
-    told = done("comfyui", "install", tmp_path, "--dry-run").err
-    assert told == f"dry run: would install {folder}; nothing was changed\n"
-    assert not folder.exists()
-    outcome = done("comfyui", "install", tmp_path, "--json", "-")
-    assert json.loads(outcome.out)["folder"] == str(folder)
-    assert outcome.err == f"wrote {folder}: restart ComfyUI, and find the nodes under convert_to_quant\n"
+    after = ": restart ComfyUI and find the nodes under convert_to_quant\n"
+    for would, wrote in (("write", "wrote"), ("replace", "replaced")):
+        before = folder.exists()
+        said = done("comfyui", "install", tmp_path, "--dry-run").err
+        assert said == f"dry run: would {would} {folder}; nothing was changed\n"
+        assert folder.exists() == before
+        outcome = done("comfyui", "install", tmp_path, "--json", "-")
+        assert json.loads(outcome.out)["folder"] == str(folder)
+        assert outcome.err == f"{wrote} {folder}{after}"
     assert (folder / pack.FILE).read_bytes() == pack.content()
-    told = done("comfyui", "uninstall", tmp_path, "--dry-run").err
-    assert told == f"dry run: would uninstall {folder}; nothing was changed\n"
+    said = done("comfyui", "uninstall", tmp_path, "--dry-run").err
+    assert said == f"dry run: would remove {folder}; nothing was changed\n"
     assert folder.exists()
     assert done("comfyui", "uninstall", tmp_path).err == f"removed {folder}\n"
     assert not folder.exists()
+    assert "nothing to remove" in ctq("comfyui", "uninstall", tmp_path).err

@@ -147,7 +147,7 @@ def test_one_workflow_paints_records_saves_and_calibrates(server: Any, figure: C
     done, errors = server.run(recording(2, "again"))
     assert done["status"]["status_str"] == "success"
     assert list(errors) == ["calibrate"]
-    assert "exists already" in json.dumps(errors)
+    assert "already exists" in json.dumps(errors)
     assert Statistics.load(server.work / "output" / "stats" / "hot_00001_.safetensors").samples == 2
 
     # The new file is in ComfyUI's list, and paints what the original paints, better than the old one does.

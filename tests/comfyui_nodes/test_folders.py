@@ -81,7 +81,7 @@ def test_outputs_stay_in_the_folder_of_their_checkpoint(tmp_path: Path) -> None:
     assert choice.output("", False, "calibrated") == tmp_path / "sub" / "flux_calibrated.safetensors"
     assert choice.output("new/flux1.1", False, "calibrated") == tmp_path / "new" / "flux1.1.safetensors"
     assert choice.output("other.safetensors", True, "calibrated") == other
-    with pytest.raises(OutputError, match=r"exists already .*switch overwrite on"):
+    with pytest.raises(OutputError, match=r"already exists .*switch overwrite on"):
         choice.output("other", False, "calibrated")
     for overwrite in (False, True):
         with pytest.raises(OutputError, match="same file as the input"):
@@ -89,7 +89,7 @@ def test_outputs_stay_in_the_folder_of_their_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(OptionError, match="is not a file name below"):
             choice.output("../flux2", overwrite, "calibrated")
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         choice.output("folder", True, "calibrated")
 
 

@@ -99,7 +99,7 @@ def test_the_last_recorder_attached_is_the_one_that_records_and_says_so(
     before = first.attach(comfyui.model())
     assert not caplog.messages
     attached = second.attach(before)
-    assert [text for text in caplog.messages if "only the last one does" in text] == caplog.messages != []
+    assert [text for text in caplog.messages if "Only the last one records" in text] == caplog.messages != []
     comfyui.guider(attached).sample(noise)
 
     assert second.statistics().samples == 2
@@ -186,7 +186,7 @@ def test_statistics_of_another_model_are_refused_before_sampling(
     weights = {name: module.weight.mul_(-1) for name, module in find_linears(model.model.diffusion_model).items()}
     assert weights.keys() == seen.weights.keys()
     for other in (statistics({"other": (4, 4)}), seen):
-        with pytest.raises(StatisticsError, match=r"made for another model .* 3 linear layers"):
+        with pytest.raises(StatisticsError, match=r"recorded on another model .* 3 linear layers"):
             Recorder(other).attach(model)
 
 
