@@ -1,12 +1,12 @@
-"""Observing models on a running ComfyUI: a user's workflow, run with many prompts and seeds, recorded.
+"""Observes models on a running ComfyUI: runs a user's workflow with many prompts and seeds, and records it.
 
-Every prompt is run with several seeds, each run with a seed of its own: ComfyUI answers a run that it knows from its
-cache, without sampling. Runs are queued one after the other, so other people's runs come between.
+Every run has its own seed, since ComfyUI answers a repeated run from its cache without sampling. Runs are queued one at
+a time, so that runs of other users come between.
 
-One recorder adds up over all runs, and the server has its totals in one file, which is fetched at the end. ComfyUI may
-forget a recorder between runs (`--cache-none`, little memory, other people's runs): a new one starts from nothing, with
-a file of its own. A recorder may also be saved more than once in a run, behind several samplers. Files say which
-recorder they are of, so of each recorder the one with the most samples counts, and recorders are merged.
+One recorder accumulates over all runs and saves its totals to one file, which is fetched at the end. ComfyUI may drop a
+recorder between runs (`--cache-none`, low memory, other users' runs); the next one starts from zero with its own file.
+A recorder may also be saved after several samplers of a run. Each file names its recorder: the file with the most
+samples counts for each recorder, and recorders are merged.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from .workflow import Plan, shown
 SEEDS = 4
 
 Files = dict[str, Mapping[str, Any]]
-"""Statistics files of one model on the server: recorder -> what a Save node says that it wrote (`FILE`)."""
+"""Statistics files of one model on the server: recorder -> output of its Save node (`FILE`)."""
 
 FILE = {"filename": str, "subfolder": str, "type": str, "recording": str, "samples": int}
-"""The first three are what `/view` takes."""
+"""The first three are the parameters of `/view`."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run has of its own; None is what the workflow has.
+    """Prompt and seed of one run; None keeps the workflow's own.
 
     Attributes:
         prompt: for all texts of the plan.
-        seed: for all of its seeds.
+        seed: for all seeds of the plan.
     """
 
     prompt: str | None
@@ -51,20 +51,20 @@ def plan_runs(plan: Plan, prompts: Sequence[str] | None, seeds: int | None, firs
 
     Args:
         plan: of the workflow.
-        prompts: None for the workflow's own.
-        seeds: how many for each prompt; None for `SEEDS`, or one where the workflow has no seed.
-        first_seed: the others count on from it.
+        prompts: None keeps the workflow's own.
+        seeds: number of runs per prompt; None: `SEEDS`, or one if the workflow has no seed.
+        first_seed: the others count up from it.
 
     Raises:
-        OptionError: the workflow has no text or no seed that could be varied.
+        OptionError: the workflow has no text or no seed to vary.
     """
     if prompts is not None and not plan.texts:
         raise OptionError(
-            "--prompts: the workflow has no text input on the way to its sampler that could be varied",
+            "--prompts: the workflow has no text input before its sampler",
             hint="without --prompts the workflow's own prompt is used",
         )
     if seeds is not None and seeds > 1 and not plan.seeds:
-        raise OptionError("--seeds: the workflow's samplers have no seed that could be varied", hint="use --seeds 1")
+        raise OptionError("--seeds: the workflow's samplers have no seed input", hint="use --seeds 1")
     count = 1 if not plan.seeds else seeds or SEEDS
     several: Sequence[str | None] = prompts if prompts is not None else [None]
     return [
@@ -77,21 +77,21 @@ def plan_runs(plan: Plan, prompts: Sequence[str] | None, seeds: int | None, firs
 def observe(
     server: Server, plan: Plan, runs: Sequence[Run], folder: str, progress: Progress
 ) -> tuple[dict[str, Statistics], int]:
-    """Run a workflow again and again, and fetch what was recorded.
+    """Run a workflow repeatedly, and fetch the recorded statistics.
 
     Args:
-        server: which has our nodes.
+        server: with our nodes.
         plan: of the workflow.
         runs: at least one.
-        folder: for the files in the server's output folder.
-        progress: takes the number of runs that are done, and of all.
+        folder: for statistics files, in the server's output folder.
+        progress: called with the number of finished runs and of all runs.
 
     Returns:
-        The statistics of each model, by its name, and the number of runs in which nothing was sampled.
+        Statistics by model name, and the number of runs that recorded nothing.
 
     Raises:
-        CalibrationError: a run was refused or failed, or the server went away.
-        StatisticsError: what it sent is no statistics.
+        CalibrationError: a run was rejected or failed, or the server stopped answering.
+        StatisticsError: the server sent something other than statistics.
     """
     session = uuid4().hex
     saved: dict[str, Files] = {model.name: {} for model in plan.models}
@@ -112,7 +112,7 @@ def observe(
         files = [f"{file['subfolder']}/{file['filename']}" for each in saved.values() for file in each.values()]
         if not files:
             raise
-        kept = f"{plural(done, 'run')} before it recorded into ComfyUI's output folder: {shown(', '.join(files))}"
+        kept = f"statistics of {plural(done, 'run')} are in ComfyUI's output folder: {shown(', '.join(files))}"
         hint = kept if error.hint is None else f"{error.hint}; {kept}"
         raise CalibrationError(error.problem, path=error.path, tensor=error.tensor, hint=hint) from None
     facts: dict[str, Any] = {"runs": len(runs), "prompts": len({run.prompt for run in runs})}
@@ -122,31 +122,31 @@ def observe(
 
 
 def _samples(saved: Mapping[str, Files]) -> int:
-    """In all files."""
+    """Number of samples in all files."""
     return sum(file["samples"] for files in saved.values() for file in files.values())
 
 
 def note(files: Files, file: Mapping[str, Any]) -> None:
-    """Note a file, in place of an older one of the same recorder."""
+    """Add a file. Of each recorder, the file with the most samples stays."""
     before = files.get(file["recording"])
     if before is None or file["samples"] >= before["samples"]:
         files[file["recording"]] = file
 
 
 def _file(server: Server, outputs: Mapping[str, Any], save: str) -> Mapping[str, Any]:
-    """What a Save node says that it wrote."""
+    """Output of a Save node: the file that it wrote."""
     entry = as_object(next(iter(as_list(as_object(outputs.get(save)).get("statistics"))), None))
     if not all(isinstance(entry.get(key), kind) for key, kind in FILE.items()):
         raise CalibrationError(
-            "its Save Activation Stats node does not say which file it wrote",
+            "its Save Activation Stats node does not name the file it wrote",
             path=server.address,
-            hint="it comes from another version: update convert_to_quant there or here",
+            hint="install the same version of convert_to_quant on the server and here",
         )
     return entry
 
 
 def _fetch(server: Server, files: Files) -> Statistics:
-    """One model's statistics."""
+    """Fetch the statistics of one model."""
     parts = []
     with tempfile.TemporaryDirectory() as folder:
         for number, file in enumerate(files.values()):
@@ -156,8 +156,8 @@ def _fetch(server: Server, files: Files) -> Statistics:
                 parts.append(Statistics.load(path))
             except Error as error:
                 raise StatisticsError(
-                    f"what the server sent as {shown(file['filename'])} cannot be used: {error.problem}",
+                    f"cannot use the file {shown(file['filename'])} that the server sent: {error.problem}",
                     path=server.address,
-                    hint="run it again; if it stays, use the same version of convert_to_quant there and here",
+                    hint="if it happens again, install the same version of convert_to_quant on the server and here",
                 ) from None
     return merge(*parts)

@@ -1,17 +1,16 @@
-"""A running ComfyUI over HTTP: queue a workflow, follow it, fetch what it saved, take it back.
+"""Client for a running ComfyUI over HTTP: queue a workflow, wait for it, fetch its files, cancel it.
 
     GET  /system_stats           is it ComfyUI
-    GET  /object_info/CLASS      what a class of nodes takes and gives
-    POST /prompt                 queue a run
-    GET  /history/ID, /queue     whether it is done, running or waiting
-    GET  /view?filename=...      a file of its output folder
-    POST /queue, /interrupt      take a run back
+    GET  /object_info/CLASS      inputs and outputs of a node class
+    POST /prompt                 queue a run under an id of ours
+    GET  /history/ID, /queue     is it done, running or waiting
+    GET  /view?filename=...      a file in its output folder
+    POST /queue, /interrupt      cancel a run
 
-A run is done when it is in /history, which is asked again and again. How far a run is, ComfyUI says over a websocket
-only, so progress counts whole runs. A run may take hours. What is not waited for is silence: a server from which
-nothing came for `patience_seconds`, or that refuses connections, is given up.
+A run is done when it appears in /history, which is polled. Progress counts whole runs: ComfyUI reports steps only over
+a websocket. A run may take hours. A server that is silent for `patience_seconds` or refuses connections is given up.
 
-What the server says is not trusted: names of files go back to it and nowhere else, texts are shown in one line.
+Answers are not trusted: file names go nowhere but back to the server, and texts are printed on one line.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -32,40 +32,34 @@ from ...untrusted import JSONError, parse_json
 from .workflow import RECORD, SAVE, Nodes, NodeType, shown, title
 
 PATIENCE_SECONDS = 120.0
-"""Loading a model can keep ComfyUI's Python busy for so long that it answers nobody."""
-
-REFUSED_SECONDS = 10.0
-"""A port that refuses connections belongs to a server that ended."""
+"""ComfyUI may not answer while it loads a model."""
 
 SOON_SECONDS, LATER_SECONDS = 0.05, 3.0
-"""Pauses between two questions whether a run is done: a tenth of what it has taken so far, within these."""
+"""Limits of the polling interval, which is a tenth of the time that a run has taken so far."""
 
 ARRIVAL_SECONDS = 2.0
-"""How long a run whose answer was not waited for is looked for, to take it back."""
+"""How long `cancel` waits for a run to appear that was interrupted while it was queued."""
 
 CANCEL_SECONDS = 10.0
-"""How long a server may be silent that a run is taken back from."""
+"""Patience while cancelling."""
 
 GATEWAY_ERRORS = frozenset({502, 503, 504})
-"""What a proxy in front of a server says for it while it is silent."""
+"""Status codes of a proxy whose server does not answer."""
 
 REFUSED = 400
-"""With this HTTP error come the reasons why a workflow is not run."""
+"""HTTP status of a rejected workflow; the body contains the reasons."""
 
 MOST_JSON_BYTES = 1 << 25
 MOST_FILE_BYTES = 1 << 31
 _CHUNK_BYTES = 1 << 20
 _MOST_ERRORS = 5
 
-LEAST_BYTES_PER_SECOND = 1 << 10
-"""A server that sends less, for longer than it may be silent, is given up."""
-
 
 class NoAnswerError(CalibrationError):
-    """The server did not answer at all.
+    """The server did not answer.
 
     Attributes:
-        refused: it refused the connection: nothing listens there.
+        refused: it refused the connection, so it is not running.
     """
 
     refused = False
@@ -76,21 +70,21 @@ class StatusError(CalibrationError):
 
 
 class Server:
-    """One ComfyUI.
+    """A running ComfyUI.
 
     Args:
-        address: its URL, as the user gave it; see `check_address`.
-        patience_seconds: how long an answer may take to begin or to go on.
+        address: its URL; see `check_address`.
+        patience_seconds: timeout of each read.
 
     Raises:
-        OptionError: the address is none.
+        OptionError: the address is invalid.
     """
 
     def __init__(self, address: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self.address, self.patience_seconds = check_address(address), patience_seconds
-        self.client = uuid4().hex
+        self.client = str(uuid4())
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
-        self._sent = self._accepted = False  # whether a run of ours may be on the server, and whether it said so
+        self._run: str | None = None  # id of a run that may be on the server
 
     def __enter__(self) -> Server:
         return self
@@ -99,12 +93,12 @@ class Server:
         self.cancel()
 
     def types(self, classes: Iterable[str]) -> dict[str, NodeType]:
-        """What classes of nodes take and give; those that the server does not have are left out.
+        """Inputs and outputs of node classes, without those that the server does not have.
 
         Raises:
-            CalibrationError: nobody answers, somebody else does, or it does not have our nodes.
+            CalibrationError: nothing answers, it is not ComfyUI, or it does not have our nodes.
         """
-        problem = "something answers there, but it is not ComfyUI"
+        problem = "the server is not ComfyUI"
         try:
             stats = self._ask("/system_stats")
         except StatusError as error:
@@ -114,19 +108,19 @@ class Server:
         found = {name: kind for name in classes if (kind := self._type(name)) is not None}
         if RECORD not in found or SAVE not in found:
             hint = "install this package for its Python, run `convert_to_quant comfyui install COMFYUI_DIR`, and "
-            raise self._error("this ComfyUI does not have our nodes", f"{hint}restart it")
+            raise self._error("this ComfyUI does not have the nodes of convert_to_quant", f"{hint}restart it")
         return found
 
     def _type(self, name: str) -> NodeType | None:
-        """One class of nodes."""
+        """Inputs and outputs of one class."""
         try:
             info = as_object(self._ask(f"/object_info/{quoted(name)}")).get(name)
-        except StatusError:  # a class that cannot say what it takes
+        except StatusError:  # the class fails to describe itself
             return None
         try:
             return None if info is None else NodeType.read(info)
         except (AttributeError, KeyError, TypeError):
-            raise self._error(f"it describes nodes of type {shown(name)} in a way not known here") from None
+            raise self._error(f"cannot read the server's description of node type {shown(name)}") from None
 
     def run(self, nodes: Nodes) -> dict[str, Any]:
         """Queue a workflow, and wait until it is done.
@@ -135,51 +129,47 @@ class Server:
             nodes: in API format; all of its outputs must be valid.
 
         Returns:
-            Node id -> what that node showed.
+            Node id -> its UI output.
 
         Raises:
-            CalibrationError: the workflow was refused or failed, or the server went away.
+            CalibrationError: the workflow was rejected or failed, or the server stopped answering.
         """
-        self._sent, self._accepted = True, False
-        answer = as_object(self._ask("/prompt", {"prompt": nodes, "client_id": self.client}))
-        run = answer.get("prompt_id")
-        self._sent = self._accepted = isinstance(run, str)
-        if not isinstance(run, str) or answer.get("node_errors"):
-            raise self._error(f"the workflow was refused: {_refusal(answer, nodes)}")
+        self._run = run = str(uuid4())
+        answer = as_object(self._ask("/prompt", {"prompt": nodes, "prompt_id": run, "client_id": self.client}))
+        if answer.get("prompt_id") != run:
+            self._run = None
+        if self._run is None or answer.get("node_errors"):
+            raise self._error(f"the server rejected the workflow: {_refusal(answer, nodes)}")
         entry = self._wait(run)
-        self._sent = False
+        self._run = None
         status = as_object(entry.get("status"))
         if status.get("status_str", "success") != "success":
             raise self._error(_failure(as_list(status.get("messages")), nodes))
         return as_object(entry.get("outputs"))
 
     def cancel(self) -> None:
-        """Take the run that was queued last off the server, if it is still there, and nobody else's."""
-        if not self._sent:
+        """Cancel the last run if it is still waiting or running. Runs of others stay."""
+        run, self._run = self._run, None
+        if run is None:
             return
-        self._sent = False
         self.patience_seconds = min(CANCEL_SECONDS, self.patience_seconds)
-        deadline = time.monotonic() + (0 if self._accepted else ARRIVAL_SECONDS)
-        try:
-            while not any(self._ours()) and time.monotonic() < deadline:  # its answer was not waited for
+        deadline = time.monotonic() + ARRIVAL_SECONDS
+        with suppress(CalibrationError):  # the server is gone, and the run with it
+            while not self._is_queued(run) and time.monotonic() < deadline:
                 time.sleep(SOON_SECONDS)
-            if waiting := self._ours()[1]:
-                self._ask("/queue", {"delete": waiting})
-            for run in self._ours()[0]:  # it may have begun in the meantime
-                self._ask("/interrupt", {"prompt_id": run})
-        except CalibrationError:
-            return  # the server is gone, and the run with it
+            self._ask("/queue", {"delete": [run]})
+            self._ask("/interrupt", {"prompt_id": run})
 
     def fetch(self, file: Mapping[str, str], path: Path) -> None:
-        """Copy a file out of the server's folders.
+        """Download a file from the server's folders.
 
         Args:
-            file: what `/view` takes: filename, subfolder, type.
-            path: where to.
+            file: parameters of `/view`: filename, subfolder, type.
+            path: the local file.
 
         Raises:
-            CalibrationError: the server does not give it.
-            OutputError: it cannot be written here.
+            CalibrationError: the server does not send it.
+            OutputError: it cannot be written.
         """
         name = shown("/".join(part for part in (file["subfolder"], file["filename"]) if part))
         with self._open("/view", file) as answer:
@@ -190,47 +180,41 @@ class Server:
                 raise OutputError(f"cannot be written: {error.strerror}", path=path) from None
 
     def _wait(self, run: str) -> dict[str, Any]:
-        """Until a run is in the history; its entry."""
+        """Wait until a run is in the history; return its entry."""
         start = heard = time.monotonic()
         while True:
             try:
-                known = any(run in runs for runs in self._ours())
-                entry = as_object(self._ask(f"/history/{quoted(run)}")).get(run)  # last: till then it is in the queue
+                queued = self._is_queued(run)
+                entry = as_object(self._ask(f"/history/{run}")).get(run)  # after the queue: a run moves from there
                 if entry:
                     return as_object(entry)
-                if not known:
-                    hint = "was it restarted, or the queue cleared?"
+                if not queued:
+                    self._run = None
+                    hint = "was the server restarted, or its queue cleared?"
                     raise self._error("the run is no longer in the server's queue", hint)
                 heard = time.monotonic()
             except NoAnswerError as error:
-                silent, patience = time.monotonic() - heard, self.patience_seconds
-                if silent > (min(REFUSED_SECONDS, patience) if error.refused else patience):
+                silent = time.monotonic() - heard
+                if error.refused or silent > self.patience_seconds:
                     raise self._error(
-                        f"the server stopped answering in the middle of a run, {silent:.0f} s ago ({error.problem})"
+                        f"the server stopped answering during a run, {silent:.0f} s ago ({error.problem})"
                     ) from None
             time.sleep(min(max((time.monotonic() - start) / 10, SOON_SECONDS), LATER_SECONDS))
 
-    def _ours(self) -> tuple[list[str], list[str]]:
-        """Runs of this client: those that run, and those that wait."""
+    def _is_queued(self, run: str) -> bool:
+        """Whether a run is running or waiting."""
         queue = as_object(self._ask("/queue"))
-        running, waiting = (
-            [
-                item[1]
-                for item in map(as_list, as_list(queue.get(part)))  # number, id, workflow, further data, outputs
-                if len(item) > 3 and as_object(item[3]).get("client_id") == self.client
-            ]
-            for part in ("queue_running", "queue_pending")
-        )
-        return running, waiting
+        items = (item for part in ("queue_running", "queue_pending") for item in as_list(queue.get(part)))
+        return any(as_list(item)[1:2] == [run] for item in items)  # number, id, workflow, ...
 
     def _error(self, problem: str, hint: str | None = None) -> CalibrationError:
         return CalibrationError(problem, path=self.address, hint=hint)
 
     def _ask(self, path: str, body: Any = None) -> Any:
-        """GET, or POST JSON: the answer's JSON, also of a refusal; None where it is empty or something else.
+        """GET, or POST JSON. Returns the answer's JSON, also of a rejected workflow; None if it is not JSON.
 
         Raises:
-            NoAnswerError: none came.
+            NoAnswerError: the server does not answer.
             StatusError: an HTTP error.
         """
         with self._open(path, body=body) as answer:
@@ -241,10 +225,10 @@ class Server:
             return None
 
     def _open(self, path: str, query: Mapping[str, str] | None = None, body: Any = None) -> Any:
-        """An answer whose content is still to be read, with `_chunks`.
+        """Send a request. The answer's content is read with `_chunks`.
 
         Raises:
-            NoAnswerError: none came.
+            NoAnswerError: the server does not answer.
             StatusError: an HTTP error.
             CalibrationError: a redirect.
         """
@@ -265,10 +249,10 @@ class Server:
         """The content of an answer.
 
         Raises:
-            NoAnswerError: it broke off, or comes too slowly.
+            NoAnswerError: it broke off.
             CalibrationError: it is too large.
         """
-        start, received = time.monotonic(), 0
+        received = 0
         while True:
             try:
                 chunk: bytes = answer.read1(_CHUNK_BYTES)
@@ -280,17 +264,15 @@ class Server:
             if received > most_bytes:
                 raise self._error(f"{name} is larger than {most_bytes:,} bytes")
             yield chunk
-            if time.monotonic() - start > self.patience_seconds + received / LEAST_BYTES_PER_SECOND:
-                raise self._no_answer(f"{received:,} bytes in {time.monotonic() - start:.0f} s")
 
     def _http_error(self, error: urllib.error.HTTPError, path: str) -> CalibrationError:
         problem = f"HTTP error {error.code} for {path}"
         if error.code in GATEWAY_ERRORS:
             return self._no_answer(problem)
         if (location := error.headers.get("Location")) is not None:
-            problem = f"answers with a redirect to {shown(location)}, which is not followed"
-            return self._error(problem, "give the address that ComfyUI itself has")
-        return StatusError(problem, path=self.address, hint="is it the address of ComfyUI?")
+            problem = f"the server redirects to {shown(location)}, which is not followed"
+            return self._error(problem, "give ComfyUI's own address")
+        return StatusError(problem, path=self.address, hint="is this the address of ComfyUI?")
 
     def _no_answer(self, reason: object) -> NoAnswerError:
         said = getattr(reason, "strerror", None) or str(reason) or repr(reason)
@@ -300,14 +282,14 @@ class Server:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Leaves redirects to be errors."""
+    """Turns redirects into errors."""
 
     def redirect_request(self, *_args: Any) -> None:
-        """None of them."""
+        """Do not follow."""
 
 
 def _refusal(answer: Mapping[str, Any], nodes: Nodes) -> str:
-    """What a server says of a workflow that it does not run: node, input and reason."""
+    """Why the server rejected a workflow: node, input and reason."""
     told = []
     for name, found in as_object(answer.get("node_errors")).items():
         for error in map(as_object, as_list(as_object(found).get("errors"))):
@@ -317,7 +299,7 @@ def _refusal(answer: Mapping[str, Any], nodes: Nodes) -> str:
     if not told:
         told = [": ".join(shown(general[key]) for key in ("message", "details") if general.get(key))]
     more = f"; and {len(told) - _MOST_ERRORS} more" if len(told) > _MOST_ERRORS else ""
-    return ("; ".join(told[:_MOST_ERRORS]) or "it does not say why") + more
+    return ("; ".join(told[:_MOST_ERRORS]) or "no reason given") + more
 
 
 def _failure(messages: list[Any], nodes: Nodes) -> str:
@@ -330,25 +312,25 @@ def _failure(messages: list[Any], nodes: Nodes) -> str:
             return f"the run failed in {where}: {shown(data.get('exception_type'))}: {what}"
         if kind == "execution_interrupted":
             return f"the run was cancelled on the server, in {where}"
-    return "the run failed; the server does not say why"
+    return "the run failed, no reason given"
 
 
 def check_address(address: str) -> str:
-    """A server's URL, without a slash at its end.
+    """A server's URL, without a trailing slash.
 
     Raises:
-        OptionError: it is something else.
+        OptionError: it is not a URL of a server.
 
     >>> check_address("http://127.0.0.1:8188/")
     'http://127.0.0.1:8188'
     """
     hint = "such as http://127.0.0.1:8188"
-    if "@" in address:  # what is secret is not said again
+    if "@" in address:  # do not print a password
         raise OptionError("user names in addresses are not supported", hint=hint)
     try:
         parts = urllib.parse.urlsplit(address)
         right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.path.isascii()
-        (parts.hostname or "").encode("idna")  # as it is looked up; a ValueError where it cannot be
+        (parts.hostname or "").encode("idna")  # ValueError if it is not a host name
     except ValueError:
         right = False
     if not right or parts.query or parts.fragment or not address.isprintable() or " " in address:
@@ -357,15 +339,15 @@ def check_address(address: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as one part of a path; what is no letter (half of one, which JSON may hold) as a question mark."""
+    """A text as one part of a URL path; lone surrogates, which JSON may contain, become question marks."""
     return urllib.parse.quote(text, safe="", errors="replace")
 
 
 def as_object(value: Any) -> dict[str, Any]:
-    """A JSON object; an empty one where it is something else."""
+    """A JSON object; an empty one for anything else."""
     return value if isinstance(value, dict) else {}
 
 
 def as_list(value: Any) -> list[Any]:
-    """A JSON array; an empty one where it is something else."""
+    """A JSON array; an empty one for anything else."""
     return value if isinstance(value, list) else []

@@ -173,19 +173,15 @@ def test_nobody_there() -> None:
 @pytest.mark.parametrize("said", [answer(status=404), answer([1]), answer(b"hello")])
 def test_something_else_there(double: Any, said: Any) -> None:
     double.answer_with["/system_stats"] = lambda _: said
-    is_not_comfyui(double.address, "answers there, but it is not ComfyUI")
+    is_not_comfyui(double.address, "the server is not ComfyUI")
 
 
 @pytest.mark.parametrize(
-    ("greeting", "drip", "said"),
-    [
-        (b"SSH-2.0-x\x1b[2J\r\n", b"", r"no answer: .*SSH-2.0-x\\x1b"),
-        (b"", b"", "no answer: timed out"),
-        (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", b" ", r"no answer: \d+ bytes in \d+ s"),
-    ],
-    ids=["speaks no HTTP", "says nothing", "drips"],
+    ("greeting", "said"),
+    [(b"SSH-2.0-x\x1b[2J\r\n", r"no answer: .*SSH-2.0-x\\x1b"), (b"", "no answer: timed out")],
+    ids=["speaks no HTTP", "says nothing"],
 )
-def test_somebody_who_does_not_answer_is_given_up(greeting: bytes, drip: bytes, said: str) -> None:
+def test_somebody_who_does_not_answer_is_given_up(greeting: bytes, said: str) -> None:
     over = threading.Event()
 
     def talk() -> None:
@@ -193,8 +189,7 @@ def test_somebody_who_does_not_answer_is_given_up(greeting: bytes, drip: bytes, 
         with connection, contextlib.suppress(OSError):
             connection.recv(1000)
             connection.sendall(greeting)
-            while not over.wait(HASTY / 10):
-                connection.sendall(drip)
+            over.wait()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=talk)
@@ -214,14 +209,14 @@ def test_an_answer_of_any_size_is_not_read(double: Any, monkeypatch: pytest.Monk
 
 def test_a_server_without_our_nodes_is_told_how_to_get_them(double: Any, flux: Nodes) -> None:
     del double.classes[workflow.SAVE]
-    fails(double, flux, r"does not have our nodes .*comfyui install COMFYUI_DIR`, and restart")
+    fails(double, flux, r"does not have the nodes of convert_to_quant .*comfyui install COMFYUI_DIR`, and restart")
 
 
 def test_redirects_are_not_followed(serve: Any) -> None:
     double, elsewhere = serve(), serve()
     target = f"{elsewhere.address}/system_stats"
     double.answer_with["/system_stats"] = lambda _: answer(status=302, Location=target)
-    is_not_comfyui(double.address, f"redirect to {target}, which is not followed")
+    is_not_comfyui(double.address, f"redirects to {target}, which is not followed")
     assert elsewhere.requests == []
 
 
@@ -240,16 +235,15 @@ GONE = {"errors": [{"message": "Value not in list", "details": "unet_name: 'gone
 @pytest.mark.parametrize(
     ("path", "said", "error"),
     [
-        ("/prompt", answer({"error": NOTHING, "node_errors": []}, 400), r"the workflow was refused: no \\x1b\[31mway$"),
+        ("/prompt", answer({"error": NOTHING, "node_errors": []}, 400), r"rejected the workflow: no \\x1b\[31mway$"),
         ("/prompt", answer({"error": NOTHING, "node_errors": {"1": GONE, "9": TOO_MANY}}, 400),
-         r"the workflow was refused: node 1 \(Load Diffusion Model\): Value not in list: unet_name: 'gone' not in "
+         r"rejected the workflow: node 1 \(Load Diffusion Model\): Value not in list: unet_name: 'gone' not in "
          r"\['flux'\]; node 9 \(Paint\): Value 9 bigger than max of 3: steps$"),
         ("/prompt", answer(b"<html>", 502), "HTTP error 502 for /prompt"),
         ("/prompt", answer(b"<html>", 500), "HTTP error 500 for /prompt"),
-        *(("/prompt", answer(said), "the workflow was refused: it does not say why")
-          for said in (None, [], {"x": 1}, {"prompt_id": 3}, {"prompt_id": "x", "node_errors": [1]})),
-        ("/object_info/KSampler", answer({"KSampler": {"input": 3}}), "describes nodes of type KSampler in a way"),
-        ("/prompt", answer({"prompt_id": "\ud800", "node_errors": {}}), "no longer in the server's queue"),
+        *(("/prompt", answer(said), "rejected the workflow: no reason given")
+          for said in (None, [], {"x": 1}, {"prompt_id": 3}, {"prompt_id": "\ud800", "node_errors": [1]})),
+        ("/object_info/KSampler", answer({"KSampler": {"input": 3}}), "cannot read .* node type KSampler"),
     ],
 )  # fmt: skip
 def test_strange_answers_are_errors_and_no_crash(double: Any, flux: Nodes, path: str, said: Any, error: str) -> None:
@@ -272,7 +266,7 @@ def test_what_was_recorded_before_a_failure_is_told(double: Any, flux: Nodes, co
             raise RuntimeError("enough")
 
     double.happen = happen
-    fails(double, flux, r"enough \(2 runs before it recorded .*: kept/flux_00001_.safetensors\)", seeds=4)
+    fails(double, flux, r"enough \(statistics of 2 runs are in .*: kept/flux_00001_.safetensors\)", seeds=4)
     assert Statistics.load(comfyui.root / "output" / "kept" / "flux_00001_.safetensors").samples == 2
 
 
@@ -290,7 +284,7 @@ def test_a_server_that_dies_midway_is_told(double: Any, flux: Nodes) -> None:
             wait_for(lambda: double.interrupted)
 
     double.happen = happen
-    fails(double, flux, r"the server stopped answering in the middle of a run, .* s ago", patience=HASTY)
+    fails(double, flux, r"the server stopped answering during a run, .* s ago", patience=HASTY)
     died.join()
 
 
@@ -306,8 +300,8 @@ def late(_: Any) -> Any:
 @pytest.mark.parametrize(
     ("instead", "said"),
     [
-        (late, r"stopped answering in the middle of a run, .*timed out"),
-        (nothing_queued, r"no longer in the server's queue \(was it restarted"),
+        (late, r"stopped answering during a run, .*timed out"),
+        (nothing_queued, r"no longer in the server's queue \(was the server restarted"),
     ],
     ids=["hangs", "was restarted"],
 )
@@ -396,7 +390,6 @@ def test_ctrl_c_takes_our_run_out_of_the_queue_and_leaves_the_one_that_runs(
     wait_for(lambda: other in double.history)
     assert double.history[other]["status"]["status_str"] == "success"
     assert len(double.history) == 1
-    assert "POST /interrupt" not in double.requests
 
 
 def test_ctrl_c_before_the_answer_still_finds_the_run(
@@ -421,7 +414,7 @@ def test_ctrl_c_before_the_answer_still_finds_the_run(
 
 def test_cancelling_on_a_dead_server_is_no_error(double: Any) -> None:
     with Server(double.address, HASTY) as client:
-        client._sent = True
+        client._run = "x"
         double.close()
 
 
@@ -439,16 +432,16 @@ def saving(double: Any, monkeypatch: pytest.MonkeyPatch, *entries: Any) -> None:
 
 def test_a_pack_of_another_version_is_told(double: Any, flux: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     saving(double, monkeypatch)
-    fails(double, flux, r"does not say which file it wrote .*another version")
+    fails(double, flux, r"does not name the file it wrote .*the same version")
 
 
 @pytest.mark.parametrize(
     ("content", "said", "error"),
     [
-        (answer(), r"what the server sent as flux_00001_.safetensors cannot be used: ", StatisticsError),
-        (answer(b"\x02\0\0\0\0\0\0\0{}"), r"cannot be used: not a statistics file", StatisticsError),
-        (answer(b"<html>" * 100), "cannot be used: ", StatisticsError),
-        (answer(status=404), r"HTTP error 404 for /view .*; 2 runs before it .*kept/", CalibrationError),
+        (answer(), r"cannot use the file flux_00001_.safetensors that the server sent: ", StatisticsError),
+        (answer(b"\x02\0\0\0\0\0\0\0{}"), r"that the server sent: not a statistics file", StatisticsError),
+        (answer(b"<html>" * 100), "that the server sent: ", StatisticsError),
+        (answer(status=404), r"HTTP error 404 for /view .*; statistics of 2 runs .*kept/", CalibrationError),
         (None, r"kept/flux_0000\d_.safetensors is larger than 1,000 bytes", CalibrationError),
     ],
 )  # fmt: skip
@@ -482,7 +475,10 @@ def test_file_names_of_the_server_go_nowhere_but_back_to_it(
 
 
 @pytest.mark.parametrize("messages", [None, [1, [], ["execution_error", None]], [["execution_error", {"node_id": 3}]]])
-def test_a_history_of_nonsense_is_an_error_and_no_crash(double: Any, flux: Nodes, messages: Any) -> None:
+def test_a_history_of_nonsense_is_an_error_and_no_crash(
+    double: Any, flux: Nodes, messages: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "uuid4", lambda: "x")
     entry = {"status": {"status_str": "error", "messages": messages}}
     double.answer_with |= {
         "/prompt": lambda _: answer({"prompt_id": "x", "node_errors": {}}),
@@ -554,9 +550,9 @@ def test_runs_need_something_to_vary(flux: Nodes, types: Any) -> None:
     plan = workflow.plan(fixed, types)
 
     assert remote.plan_runs(plan, None, None, 42) == remote.plan_runs(plan, None, 1, 42) == [remote.Run(None, None)]
-    with pytest.raises(OptionError, match=r"no seed that could be varied .*--seeds 1"):
+    with pytest.raises(OptionError, match=r"have no seed input .*--seeds 1"):
         remote.plan_runs(plan, None, 2, 42)
-    with pytest.raises(OptionError, match="no text input on the way to its sampler"):
+    with pytest.raises(OptionError, match="no text input before its sampler"):
         remote.plan_runs(plan, ["a"], None, 42)
     full = workflow.plan(flux, types)
     assert [run.seed for run in remote.plan_runs(full, ["a", "b"], 2, 7)] == [7, 8, 9, 10]
