@@ -1,4 +1,4 @@
-"""`convert_to_quant comfyui install|uninstall|observe`: the nodes in a ComfyUI, and recording on a running one."""
+"""`convert_to_quant comfyui install|uninstall|observe`: install nodes, or record a workflow on a running ComfyUI."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .shared import read_prompts, read_text
 
 if TYPE_CHECKING:
     from ..engines.comfyui.remote import Run
-    from ..engines.comfyui.workflow import NodeType, Place, Plan
+    from ..engines.comfyui.workflow import Plan
     from ..stats import Statistics
 
-DESCRIPTION = "Install the nodes in a ComfyUI, or record the models of a workflow on a running one."
+DESCRIPTION = "Install our nodes in ComfyUI, or record the models of a workflow on a running ComfyUI."
 EPILOG = """\
 examples:
   convert_to_quant comfyui install ~/ComfyUI
@@ -27,14 +27,14 @@ examples:
 """
 
 INSTALL = """\
-Install the nodes in a ComfyUI: a small folder in custom_nodes that imports this installed package. Run it with the
-Python that runs ComfyUI, so that the nodes find this package."""
+Install our nodes in ComfyUI: a folder in custom_nodes with one small file that imports this package. Run this command
+with ComfyUI's Python, so that the nodes find the package."""
 
-UNINSTALL = "Remove what install wrote. A folder that holds anything else is refused."
+UNINSTALL = "Remove the folder that install wrote. A folder that contains anything else stays."
 
 OBSERVE = """\
-Run your own workflow on a running ComfyUI that has the nodes, with many prompts and seeds, and fetch the statistics of
-its model's linear layers, for `apply`. A recorder is put between model and sampler. No image is decoded or saved."""
+Run your workflow on a running ComfyUI that has our nodes, with many prompts and seeds, and fetch statistics of its
+model's linear layers, for `apply`. Inserts a recorder between model and sampler. Decodes and saves no images."""
 OBSERVE_EPILOG = """\
 examples:
   convert_to_quant comfyui observe --server http://127.0.0.1:8188 \\
@@ -42,9 +42,9 @@ examples:
   convert_to_quant comfyui observe --server http://127.0.0.1:8188 \\
       --workflow wan_api.json --prompts prompts.txt --seeds 2 -o wan.safetensors
 
-Export the workflow in API format: in ComfyUI, File > Export (API). Of several models (Wan has two), each gets a file of
-its own, with the model's name added. No other address is contacted. Ctrl-C cancels the run on the server; what earlier
-runs recorded stays in ComfyUI's output folder, in activation_stats.
+Export the workflow in API format: in ComfyUI, File > Export (API). If it has several models (Wan has two), each gets
+its own file, with the model's name appended. Contacts no other address. Ctrl-C cancels the run on the server;
+statistics of earlier runs stay in ComfyUI's output folder, in activation_stats.
 """
 
 SEED = 42
@@ -53,24 +53,27 @@ FOLDER = "activation_stats"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's actions and their arguments."""
+    """Add the actions and their arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
     for name, does, text in (
-        ("install", "install the nodes in a ComfyUI", INSTALL),
-        ("uninstall", "remove the nodes again", UNINSTALL),
+        ("install", "install our nodes in ComfyUI", INSTALL),
+        ("uninstall", "remove our nodes", UNINSTALL),
     ):
         example = f"example:\n  convert_to_quant comfyui {name} ~/ComfyUI\n"
         one = actions.add_parser(name, help=does, description=text, epilog=example)
-        one.add_argument("folder", metavar="DIR", help="ComfyUI's folder (it has custom_nodes)")
+        one.add_argument("folder", metavar="DIR", help="ComfyUI's folder, which contains custom_nodes")
     one = actions.add_parser(
-        "observe", help="record a workflow's models on a running ComfyUI", description=OBSERVE, epilog=OBSERVE_EPILOG
+        "observe",
+        help="record the models of a workflow on a running ComfyUI",
+        description=OBSERVE,
+        epilog=OBSERVE_EPILOG,
     )
     one.add_argument("--server", required=True, metavar="URL", help="address, such as http://127.0.0.1:8188")
-    one.add_argument("--workflow", required=True, metavar="FILE", help="a workflow in API format")
-    one.add_argument("-o", "--output", required=True, metavar="STATS", help="the statistics file to write")
+    one.add_argument("--workflow", required=True, metavar="FILE", help="workflow in API format")
+    one.add_argument("-o", "--output", required=True, metavar="STATS", help="statistics file to write")
     one.add_argument("--prompts", metavar="FILE", help="one prompt per line (the workflow's own)")
-    one.add_argument("--seeds", type=int, metavar="N", help="runs of each prompt, each with its own seed (4)")
-    one.add_argument("--seed", type=int, default=SEED, metavar="S", help=f"first seed; others count up ({SEED})")
+    one.add_argument("--seeds", type=int, metavar="N", help="runs per prompt, each with its own seed (4)")
+    one.add_argument("--seed", type=int, default=SEED, metavar="S", help=f"first seed; each run adds 1 ({SEED})")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,7 +113,7 @@ def observe(args: argparse.Namespace) -> int:
     path, output = Path(args.workflow), Path(args.output)
 
     def unreadable(problem: str) -> CalibrationError:
-        return CalibrationError(problem, path=path, hint="in ComfyUI: File > Export (API)")
+        return CalibrationError(problem, path=path, hint="in ComfyUI, use File > Export (API)")
 
     nodes = workflow.parse(read_text(path, unreadable), path)
     prompts = None if args.prompts is None else read_prompts(Path(args.prompts))
@@ -125,20 +128,22 @@ def observe(args: argparse.Namespace) -> int:
         if len(outputs) == 1:
             outputs = dict.fromkeys(outputs, output)
         for one in outputs.values():
-            refuse_same_file(one, inputs, hint="name another output")
+            refuse_same_file(one, inputs, hint="choose another output")
             check_output(one)
         foresee(outputs.values(), dry=args.dry_run)
         tell = print if args.dry_run and args.json != "-" else say  # in a dry run this is the data
         for line in screen(plan, runs, outputs):
             tell(line)
         if args.dry_run:
-            tell_missing(plan, types, path)
-            say("dry run: nothing was queued, nothing was written")
+            if missing := plan.missing(types):
+                hint = "copy them to its models folders, or choose others in ComfyUI and export the workflow again"
+                raise CalibrationError(f"missing on the server: {'; '.join(missing)}", path=path, hint=hint)
+            say("dry run: nothing was queued or written")
         else:
             with progress_bar("observing") as progress:
                 found, idle = remote.observe(server, plan, runs, FOLDER, progress)
     if idle:
-        note(f"{idle} of {plural(len(runs), 'run')} recorded nothing: ComfyUI answered from its cache")
+        note(f"{idle} of {plural(len(runs), 'run')} recorded nothing: ComfyUI used its cache")
     for name, statistics in found.items():
         statistics.save(outputs[name])
         absent = [layer for layer, ran in zip(statistics.names, statistics.visited, strict=True) if not ran]
@@ -153,44 +158,15 @@ def observe(args: argparse.Namespace) -> int:
     return 0
 
 
-def tell_missing(plan: Plan, types: Mapping[str, NodeType], path: Path) -> None:
-    """Say which files of models the server does not list that the workflow names.
-
-    Raises:
-        CalibrationError: it needs them for recording.
-    """
-    from ..engines.comfyui.workflow import shown, title
-
-    left_out = plan.left_out()
-    needed = []
-    for place, file in plan.missing(types):
-        where = f"{title(plan.nodes, place.node)} {shown(place.input)}: {shown(file)}"
-        if place.node in left_out:
-            note(f"not on the server, and not needed: {where}")
-        else:
-            needed.append(where)
-    if needed:
-        hint = "put them into its models folders, or choose others in ComfyUI and export the workflow again"
-        raise CalibrationError(f"not on the server: {'; '.join(needed)}", path=path, hint=hint)
-
-
 def screen(plan: Plan, runs: Sequence[Run], outputs: Mapping[str, Path]) -> Iterator[str]:
-    """What was found in the workflow, and what will be done with it."""
-    from ..engines.comfyui.workflow import shown, title
-
-    def several(names: Sequence[str]) -> str:
-        return ", ".join(title(plan.nodes, name) for name in names) or "none"
-
-    def places(found: Sequence[Place]) -> str:
-        return ", ".join(f"{title(plan.nodes, place.node)} {shown(place.input)}" for place in found) or "none"
-
+    """What was found in the workflow, and what will run."""
     for model in plan.models:
-        yield f"model     {several(model.loaders)}"
-        yield f"          sampled by {several(model.samplers)}, recorded into {outputs[model.name]}"
-    yield f"prompts   {places(plan.texts)}"
-    yield f"seeds     {places(plan.seeds)}"
+        yield f"model     {plan.listed(model.loaders)}"
+        yield f"          sampled by {plan.listed(model.samplers)}, recorded into {outputs[model.name]}"
+    yield f"prompts   {plan.listed(plan.texts)}"
+    yield f"seeds     {plan.listed(plan.seeds)}"
     if plan.left_out():
-        yield f"left out  {several(plan.left_out())}"
+        yield f"left out  {plan.listed(plan.left_out())}"
     seeds = [run.seed for run in runs if run.seed is not None]
     yield f"runs      {len(runs)}" + (f", seeds {seeds[0]} to {seeds[-1]}" if seeds else "")
 
@@ -202,7 +178,7 @@ def document(
     outputs: Mapping[str, Path],
     found: Mapping[str, Statistics],
 ) -> dict[str, Any]:
-    """The report; after a dry run, without what was observed."""
+    """The JSON report; without results after a dry run."""
     from dataclasses import asdict
 
     models = []

@@ -1,26 +1,25 @@
-"""A user's workflow as a graph: where its models, samplers, prompts and seeds are, and where recorders go in.
+"""A user's workflow as a graph: finds its models, samplers, prompts and seeds, and inserts recorders.
 
     Load Diffusion Model ─→ LoRA ─→ Record Activations ─→ KSampler ─LATENT→ Save Activation Stats
                                             └────────────── stats ───────────────↗
 
-A workflow in ComfyUI's API format is a JSON object: node id -> {"class_type": ..., "inputs": {name: value or link}}, a
-link being [node id, number of the output]. What a node takes and gives is not in it. The server says so
-(`/object_info`), so samplers, model loaders and text encoders are found by the types of their links and not by name:
+A workflow in ComfyUI's API format is a JSON object: node id -> {"class_type": ..., "inputs": {name: value or link}}. A
+link is [node id, output index]. The types of inputs and outputs come from the server (`/object_info`). Samplers, model
+loaders and text encoders are found by the types of their links, not by name:
 
-    sampler    gives a LATENT, and takes a GUIDER, or a MODEL with a CONDITIONING. Where it passes its MODEL on, too, it
-               is told from nodes that only prepare sampling by its seed.
-    model      what a sampler, or the guider before it, takes as MODEL. Its loaders are where MODEL links begin.
-    prompt     a text of the node where a sampler's CONDITIONING begins, or that its way leads through. Texts, inputs
-               and outputs that call themselves negative are never followed.
-    seed       an integer that ComfyUI offers to change after each run, of a sampler or of the NOISE that it takes.
+    sampler    outputs a LATENT; has a GUIDER input, or a MODEL and a CONDITIONING input. If it also outputs its MODEL,
+               it must have a seed: other nodes only prepare sampling.
+    model      the MODEL input of a sampler or of its guider. Its loaders are where the MODEL links begin.
+    prompt     a text input of a node on the way of a sampler's CONDITIONING. Texts, inputs and outputs with a name like
+               "negative" are not followed.
+    seed       an integer input that ComfyUI can change after each run, of a sampler or of its NOISE input.
 
-Each distinct model gets one recorder. A recorder sees every sampler that takes this very link, so it is saved behind
-the last of them; where several are last, behind each. Everything that no saved LATENT depends on is left out: images
-are neither decoded nor written. Nothing else changes. Our own nodes, where the workflow has them already, are taken out
-first.
+Each distinct model gets one recorder. It records every sampler on its MODEL link, so it is saved after the last of
+them, or after each if several are last. Nodes that no saved LATENT depends on are left out: images are neither decoded
+nor saved. Our own nodes in the workflow are removed first. Nothing else changes.
 
-Limits. Models of other types (WANVIDEOMODEL, ...) are not ComfyUI's MODEL and cannot be recorded. Samplers that give
-only an IMAGE, or take everything through a pipe of a custom type, are not found.
+Limits. Models of other types (WANVIDEOMODEL, ...) are not ComfyUI's MODEL and cannot be recorded. Samplers that output
+only an IMAGE, or have a single input of a custom pipe type, are not found.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from ...untrusted import parse_json
 RECORD = "ConvertToQuantRecordActivations"
 SAVE = "ConvertToQuantSaveActivationStats"
 OURS = "ConvertToQuant"
-"""What the names of our nodes begin with."""
+"""Prefix of our node classes."""
 
 MODEL, LATENT, GUIDER, CONDITIONING, NOISE = "MODEL", "LATENT", "GUIDER", "CONDITIONING", "NOISE"
 ANY = "*"
@@ -52,7 +51,7 @@ _SEED_NAMES = ("seed", "noise_seed")
 _LONGEST_NAME = 100
 
 Nodes = dict[str, dict[str, Any]]
-"""A workflow: node id -> class_type, inputs, and what else stands there."""
+"""A workflow: node id -> class_type, inputs, ..."""
 
 
 class Link(NamedTuple):
@@ -70,12 +69,12 @@ class Place(NamedTuple):
 
 
 class Input(NamedTuple):
-    """What a node says of one of its inputs.
+    """The declaration of an input.
 
     Attributes:
         kind: its type.
         options: such as "multiline", "max".
-        choices: what it can be, where it is a list.
+        choices: the values of a list.
     """
 
     kind: str
@@ -85,7 +84,7 @@ class Input(NamedTuple):
 
 @dataclass(frozen=True)
 class NodeType:
-    """What a class of nodes takes and gives.
+    """Inputs and outputs of a node class.
 
     Attributes:
         inputs: by name, required ones first.
@@ -112,25 +111,24 @@ class NodeType:
 
 
 UNKNOWN = NodeType({}, (), ())
-"""A class that the server does not have: its links may be anything."""
+"""A class that the server does not have. Its links may have any type."""
 
 
 def _kind(said: Any) -> str:
-    """A type's name; lists are choices."""
+    """Name of a type; a list is a COMBO."""
     kind = said if isinstance(said, str) else "COMBO"
     return ANY if kind in _WILDCARDS else kind
 
 
 @dataclass(frozen=True)
 class Model:
-    """One model of the workflow, which gets a statistics file of its own.
+    """One model of the workflow, which gets its own statistics file.
 
     Attributes:
-        name: of the file it is loaded from, fit for a file name; no two models have the same.
-        loaders: the nodes it comes from; several where models are merged.
+        name: of the file it is loaded from, valid as a file name and unique.
+        loaders: the nodes that load it; several if models are merged.
         samplers: all that sample with it.
-        saves: our nodes that save it, each behind a sampler that no other of them follows. It has a recorder for each
-            way that it takes to samplers (with a LoRA and without, ...).
+        saves: our nodes that save its recorders. It has one recorder per MODEL link (with a LoRA, without, ...).
     """
 
     name: str
@@ -141,13 +139,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to queue.
+    """A workflow with recorders.
 
     Attributes:
-        nodes: the workflow with our nodes in it.
-        models: what is recorded.
-        texts: inputs that hold the prompt.
-        seeds: inputs that hold the seed.
+        nodes: the workflow with our nodes.
+        models: to record.
+        texts: inputs for the prompt.
+        seeds: inputs for the seed.
     """
 
     nodes: Nodes
@@ -156,15 +154,14 @@ class Plan:
     seeds: tuple[Place, ...]
 
     def queued(self, session: str, folder: str, text: str | None = None, seed: int | None = None) -> Nodes:
-        """One run, as ComfyUI takes it.
+        """The nodes of one run.
 
         Args:
-            session: a text that no other session has. It goes to each recorder as an input that the node does not know:
-                ComfyUI takes it into the key of its cache, and passes it on to nobody. So a recorder goes on from run
-                to run of this session, and never from what was recorded before it.
-            folder: where the server writes statistics, in its output folder.
-            text: the prompt; None leaves the workflow's own.
-            seed: None leaves the workflow's own.
+            session: unique text. It is set on each recorder as an undeclared input, which ComfyUI includes in its cache
+                key but does not pass to the node. So a recorder accumulates over the runs of one session only.
+            folder: for statistics, in the server's output folder.
+            text: the prompt; None keeps the workflow's own.
+            seed: None keeps the workflow's own.
         """
         nodes = deepcopy(self.nodes)
         for places, value in ((self.texts, text), (self.seeds, seed)):
@@ -180,25 +177,28 @@ class Plan:
         return {name: node for name, node in nodes.items() if name in wanted}
 
     def left_out(self) -> tuple[str, ...]:
-        """Nodes of the workflow that are not queued."""
+        """Nodes that are not queued."""
         kept = self.queued("", "")
         return tuple(name for name in self.nodes if name not in kept)
 
-    def missing(self, types: Mapping[str, NodeType]) -> list[tuple[Place, str]]:
-        """Inputs that name a file of a model which the server does not list for them, and the file.
-
-        Args:
-            types: of the classes of nodes.
-        """
+    def missing(self, types: Mapping[str, NodeType]) -> list[str]:
+        """Inputs of queued nodes, with the model files that they name but the server does not list."""
         found = []
-        for name, node in self.nodes.items():
+        for name, node in self.queued("", "").items():
             declared = types.get(node["class_type"], UNKNOWN).inputs
             for key, value in node["inputs"].items():
                 choices = declared[key].choices if key in declared else None
                 named = isinstance(value, str) and _MODEL_FILE.search(value)
                 if named and choices is not None and value not in choices:
-                    found.append((Place(name, key), value))
+                    found.append(f"{self.listed([Place(name, key)])}: {shown(value)}")
         return found
+
+    def listed(self, found: Iterable[str | Place]) -> str:
+        """Nodes, or inputs of nodes, for people."""
+        return ", ".join(
+            title(self.nodes, one) if isinstance(one, str) else f"{title(self.nodes, one.node)} {shown(one.input)}"
+            for one in found
+        ) or "none"  # fmt: skip
 
 
 def parse(text: str, path: StrPath | None = None) -> Nodes:
@@ -206,33 +206,33 @@ def parse(text: str, path: StrPath | None = None) -> Nodes:
 
     Args:
         text: JSON.
-        path: the file it comes from, for messages.
+        path: its file, for messages.
 
     Raises:
-        CalibrationError: it is something else.
+        CalibrationError: it is not one.
     """
 
     def wrong(problem: str, node: str | None = None) -> CalibrationError:
-        return CalibrationError(problem, path=path, tensor=node, hint="in ComfyUI: File > Export (API)")
+        return CalibrationError(problem, path=path, tensor=node, hint="in ComfyUI, use File > Export (API)")
 
     found = parse_json(text, wrong)
     if isinstance(found, dict) and isinstance(found.get("nodes"), list):
-        raise wrong("a workflow in the format of ComfyUI's editor, which a server does not run")
+        raise wrong("this is the format of ComfyUI's editor, which a server cannot run")
     if not isinstance(found, dict) or not found:
-        raise wrong("not a workflow: a JSON object of nodes was expected")
+        raise wrong("not a workflow: expected a JSON object of nodes")
     for name, node in found.items():
         right = isinstance(node, dict) and isinstance(node.get("class_type"), str)
         if not right or not isinstance(node.get("inputs"), dict):
-            raise wrong("not a node: class_type and inputs were expected", shown(f"node {name}"))
+            raise wrong("not a node: expected class_type and inputs", shown(f"node {name}"))
         for key, link in _links(node):
             if link.node not in found:
-                problem = shown(f"its input {key} is linked to node {link.node}, which is not there")
+                problem = shown(f"its input {key} is linked to node {link.node}, which is missing")
                 raise wrong(problem, title(found, name))
     return found
 
 
 def as_link(value: Any) -> Link | None:
-    """A link, where a value is one; ComfyUI's own rule, but for numbers that no output has."""
+    """A value as a link, if it is one: ComfyUI's rule, without impossible output indices."""
     is_link = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
     is_link = is_link and isinstance(value[1], (int, float)) and 0 <= value[1] < math.inf
     return Link(value[0], int(value[1])) if is_link else None
@@ -244,7 +244,7 @@ def _links(node: Mapping[str, Any]) -> Iterator[tuple[str, Link]]:
 
 
 def title(nodes: Nodes, name: str) -> str:
-    """A node, as messages call it."""
+    """A node's id and title, for messages."""
     if name not in nodes:
         return shown(f"node {name}")
     meta = nodes[name].get("_meta")
@@ -253,7 +253,7 @@ def title(nodes: Nodes, name: str) -> str:
 
 
 def shown(text: object, most: int = 300) -> str:
-    r"""Somebody else's text in one line, short, and without what a terminal would obey instead of show.
+    r"""Untrusted text on one line, shortened, with control characters escaped.
 
     >>> shown("out of\n memory\x1b[2J"), shown("abcdef", 3)
     ('out of memory\\x1b[2J', 'abc...')
@@ -263,20 +263,20 @@ def shown(text: object, most: int = 300) -> str:
 
 
 def classes(nodes: Nodes) -> list[str]:
-    """The classes of nodes that a plan asks the server about: the workflow's and ours."""
+    """Node classes that a plan needs from the server: the workflow's and ours."""
     return sorted({node["class_type"] for node in nodes.values()} | {RECORD, SAVE})
 
 
 def plan(nodes: Nodes, types: Mapping[str, NodeType], path: StrPath | None = None) -> Plan:
-    """Find what to record and what to vary, and put our nodes in.
+    """Find models, prompts and seeds, and insert our nodes.
 
     Args:
-        nodes: a workflow; it stays as it is.
-        types: of all classes that the server has among `classes(nodes)`.
-        path: the file it comes from, for messages.
+        nodes: a workflow; it is not changed.
+        types: of `classes(nodes)`, as far as the server has them.
+        path: its file, for messages.
 
     Raises:
-        CalibrationError: there is no sampler, or it needs nodes that the server does not have.
+        CalibrationError: there is no sampler, or the server lacks nodes that it needs.
     """
     graph = _Graph(_without_ours(nodes), types)
     samplers = [name for name in graph.nodes if graph.is_sampler(name)]
@@ -286,8 +286,8 @@ def plan(nodes: Nodes, types: Mapping[str, NodeType], path: StrPath | None = Non
             uses.setdefault(link, []).append((sampler, place))
     if not uses:
         unknown = sorted({node["class_type"] for node in graph.nodes.values()} - types.keys())
-        problem = "no sampler: no node takes a MODEL with a CONDITIONING, or a GUIDER, and gives a LATENT"
-        hint = shown(f"the server does not know {', '.join(unknown)}: install these nodes there")
+        problem = "no sampler: no node has MODEL and CONDITIONING inputs, or a GUIDER input, and a LATENT output"
+        hint = shown(f"install the missing custom nodes on the server: {', '.join(unknown)}")
         raise CalibrationError(problem, path=path, hint=hint if unknown else None)
     done = deepcopy(graph.nodes)
     users_of: dict[tuple[str, ...], list[str]] = {}
@@ -308,7 +308,7 @@ def plan(nodes: Nodes, types: Mapping[str, NodeType], path: StrPath | None = Non
     for name, node in made.queued("", "").items():
         if node["class_type"] not in types:
             problem = f"the server has no node of type {shown(node['class_type'])}"
-            hint = "install the custom nodes that the workflow needs, in the ComfyUI that runs there"
+            hint = "install the custom nodes that the workflow needs on the server"
             raise CalibrationError(problem, path=path, tensor=title(made.nodes, name), hint=hint)
     return made
 
@@ -320,11 +320,11 @@ class _Graph:
         self.nodes, self._types = nodes, types
 
     def type(self, name: str) -> NodeType:
-        """Of a node."""
+        """Type of a node."""
         return self._types.get(self.nodes[name]["class_type"], UNKNOWN)
 
     def links(self, name: str, kind: str) -> Iterator[tuple[str, Link]]:
-        """Inputs of a node that are linked to something of a type; in nodes that pass anything on, all that may be."""
+        """Inputs of a node that are linked to a type; in nodes with outputs of any type, all that may have it."""
         outputs = self.type(name).outputs
         fitting = {kind, ANY} if ANY in outputs or not outputs else {kind}
         for key, link in _links(self.nodes[name]):
@@ -332,7 +332,7 @@ class _Graph:
                 yield key, link
 
     def _kind(self, name: str, key: str, link: Link) -> str:
-        """What goes through a link: as its end says or, where that takes anything, as its beginning says."""
+        """Type of a link: as declared by its input or, if that accepts any type, by its output."""
         declared = self.type(name).inputs.get(key)
         if declared is not None and declared.kind != ANY:
             return declared.kind
@@ -350,23 +350,23 @@ class _Graph:
         return takes and (MODEL not in kind.outputs or any(self._own_seeds(name)))
 
     def upstream(self, start: str, kind: str) -> list[str]:
-        """A node, and all that lie before it by links of a type, the nearest first."""
+        """A node and its ancestors along links of a type, nearest first."""
         return _reached([start], lambda name: self.links(name, kind))
 
     def models(self, sampler: str) -> Iterator[tuple[Place, Link]]:
-        """Where a sampler and its guiders take models. One for the negative prompt alone is not sampled with."""
+        """MODEL inputs of a sampler and its guiders, except for the negative prompt's own."""
         for name in self.upstream(sampler, GUIDER):
             for key, link in self.links(name, MODEL):
                 if not _NEGATIVE.search(key):
                     yield Place(name, key), link
 
     def loaders(self, link: Link) -> tuple[str, ...]:
-        """Where a MODEL comes from; in a circle, which the server refuses, anywhere."""
+        """Nodes where a MODEL begins; any node of a cycle, which the server rejects."""
         before = self.upstream(link.node, MODEL)
         return tuple(name for name in before if not any(self.links(name, MODEL))) or (link.node,)
 
     def texts(self, sampler: str) -> Iterator[Place]:
-        """Where a sampler's prompt stands. A text that another node makes is replaced where the encoder takes it."""
+        """Text inputs of a sampler's prompt. A text from another node is replaced at the encoder's input."""
         ways = [link for name in self.upstream(sampler, GUIDER) for link in self._positive(name)]
         for link in ways:
             names = self.type(link.node).output_names
@@ -384,7 +384,7 @@ class _Graph:
         return (link for key, link in self.links(name, CONDITIONING) if not _NEGATIVE.search(key))
 
     def seeds(self, sampler: str) -> Iterator[Place]:
-        """Where a sampler's seed stands."""
+        """Seed inputs of a sampler."""
         for name in self.upstream(sampler, NOISE):
             yield from self._own_seeds(name)
 
@@ -396,13 +396,13 @@ class _Graph:
 
 
 def _without_ours(nodes: Nodes) -> Nodes:
-    """A workflow without our nodes: what followed a recorder follows what it recorded."""
+    """A workflow without our nodes. Links from a recorder go to the recorder's own model."""
 
     def is_ours(name: str) -> bool:
         return bool(nodes[name]["class_type"].startswith(OURS))
 
     def before(link: Link) -> Link:
-        for _ in nodes:  # recorders in a circle, which the server refuses, are left alone
+        for _ in nodes:  # bounded: recorders may form a cycle, which the server rejects
             earlier = as_link(nodes[link.node]["inputs"].get("model"))
             if nodes[link.node]["class_type"] != RECORD or earlier is None:
                 break
@@ -416,7 +416,7 @@ def _without_ours(nodes: Nodes) -> Nodes:
         rest[name] = {**node, "inputs": dict(node["inputs"])}
         for key, link in _links(node):
             source = before(link)
-            if is_ours(source.node):  # a text or an image that one of ours made
+            if is_ours(source.node):  # a text or an image of one of our nodes
                 del rest[name]["inputs"][key]
             else:
                 rest[name]["inputs"][key] = [*source]
@@ -424,7 +424,7 @@ def _without_ours(nodes: Nodes) -> Nodes:
 
 
 def _insert(nodes: Nodes, graph: _Graph, link: Link, users: list[tuple[str, Place]]) -> list[str]:
-    """Put a recorder behind a MODEL, and what saves it, which is told, behind its samplers."""
+    """Insert a recorder after a MODEL, and nodes that save it after its samplers; returns the latter."""
     record = _new(nodes, "record", RECORD, "Record Activations", {"model": [link.node, link.slot]})
     for _, place in users:
         nodes[place.node]["inputs"][place.input] = [record, 0]
@@ -439,14 +439,14 @@ def _insert(nodes: Nodes, graph: _Graph, link: Link, users: list[tuple[str, Plac
 
 
 def _new(nodes: Nodes, what: str, kind: str, said: str, inputs: dict[str, Any]) -> str:
-    """Add a node of ours; its id."""
+    """Add one of our nodes; returns its id."""
     name = next(name for n in count(1) if (name := f"convert_to_quant_{what}_{n}") not in nodes)
     nodes[name] = {"class_type": kind, "inputs": inputs, "_meta": {"title": said}}
     return name
 
 
 def _reached(starts: Sequence[str], links: Callable[[str], Iterable[tuple[str, Link]]]) -> list[str]:
-    """Nodes, and all that lie before them by some of their links, the nearest first."""
+    """Nodes and their ancestors along some links, nearest first."""
     found = list(starts)
     for name in found:
         before = dict.fromkeys(link.node for _, link in links(name))
@@ -455,26 +455,24 @@ def _reached(starts: Sequence[str], links: Callable[[str], Iterable[tuple[str, L
 
 
 def _ancestors(nodes: Nodes, starts: Sequence[str]) -> set[str]:
-    """Nodes, and all that they depend on."""
+    """Nodes and all nodes that they depend on."""
     return set(_reached(starts, lambda name: _links(nodes[name])))
 
 
 def _names(graph: _Graph, several: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """A name for each model: its first loader's file; where two have the same, also the loader's id."""
-    stems = {loaders: _file_stem(graph, loaders[0]) for loaders in several}
+    """A unique name for each model: its first loader's file and, if another model has that name, the loader's id."""
     names: dict[tuple[str, ...], str] = {}
-    for loaders, stem in stems.items():
-        twins = [other for other in several if stems[other].lower() == stem.lower()]
-        name = stem if len(twins) == 1 else f"{stem}_{plain(loaders[0])}"
-        while name.lower() in {other.lower() for other in names.values()}:
-            name += "_"
+    for loaders in several:
+        name = _file_stem(graph, loaders[0])
+        while name.lower() in map(str.lower, names.values()):
+            name += f"_{plain(loaders[0])}"
         names[loaders] = name
     return names
 
 
 def _file_stem(graph: _Graph, loader: str) -> str:
-    """The name of the file that a loader loads, without its folders and its ending; else what the node is called."""
-    before = _ancestors(graph.nodes, [loader])  # a MODEL out of a pipe has its file further up
+    """Name of a loader's file, without folders and suffix; else the name of its class."""
+    before = _ancestors(graph.nodes, [loader])  # a MODEL from a pipe has its file further up
     for name in (loader, *(name for name in graph.nodes if name in before)):
         for value in graph.nodes[name]["inputs"].values():
             if isinstance(value, str) and _MODEL_FILE.search(value) and MODEL in graph.type(name).outputs:
@@ -483,7 +481,7 @@ def _file_stem(graph: _Graph, loader: str) -> str:
 
 
 def plain(text: str) -> str:
-    r"""A text as part of a file name, on any system: letters, digits, dots, dashes and underscores.
+    r"""A text as part of a file name, valid on any system.
 
     >>> plain("../Wan 2.2: high"), plain("..."), plain("a\x00b"), plain("aux")
     ('Wan_2.2_high', 'model', 'a_b', 'model_aux')
