@@ -140,7 +140,7 @@ def folded(name: str, folder: Path) -> tuple[dict[str, list[float]], Statistics,
         scene = model.scene(ShownOptions(height=height, width=width, frames=frames, text_tokens=12))
         conditioning = model.conditioning(scene, noise.LOUD_CHANNELS, 0, 0)
         with record(model.network) as recording:
-            model.paint(model.latents(scene, 0, 0), conditioning, model.sigmas(2))
+            model.sample(model.latents(scene, 0, 0), conditioning, model.sigmas(2))
         names = {module: layer for layer, module in model.network.named_modules()}
         found = {names[linear]: [max(absmax), len(absmax)] for linear, absmax in met.items()}
         return found, recording.statistics(), product.call_count
@@ -183,7 +183,7 @@ def same_inputs(path: Path, given: Mapping[str, Tensor], steps: int) -> dict[str
         with record(model.network, shapes, feeds) as recording:
             for x, context, y in zip(*(given[name].split(1) for name in ("x", "context", "y")), strict=True):
                 conditioning = {"cross_attn": context, "pooled_output": y, "guidance": None}
-                model.paint([x], conditioning, model.sigmas(steps))
+                model.sample([x], conditioning, model.sigmas(steps))
         seen = recording.statistics()
     return dict(zip(seen.names, seen.absmax.tolist(), strict=True))
 

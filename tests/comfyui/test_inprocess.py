@@ -272,7 +272,7 @@ def test_a_lora_of_another_model_is_refused(inprocess: Process, files: Callable[
     code, said = inprocess.ask(asked.observe, *words)
 
     assert code == 1
-    assert "lora.safetensors: ComfyUI finds no place for it in this Flux model" in said
+    assert "lora.safetensors: ComfyUI cannot apply any of its weights to this Flux model" in said
 
 
 @pytest.mark.parametrize(

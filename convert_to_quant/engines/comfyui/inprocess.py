@@ -1,22 +1,21 @@
-"""ComfyUI's own models as an engine: what their layers receive while they sample from noise, without a server.
+"""Engine that runs ComfyUI's own models in this process, without a server, and records their layer inputs.
 
-Why it exists. ComfyUI runs dozens of families that no engine of ours does, and it is what most files are made for. Its
-loader finds the family, its sampler takes the steps, its classes make of a conditioning what a network wants; so here
-is only what it is shown (`inprocess_conditions.py`), and on which layer of the file an input is written down.
+ComfyUI runs dozens of families that our other engines do not. Its loader detects the family, its sampler takes the
+steps, and its classes convert a conditioning to what the network needs. This module adds the inputs
+(`inprocess_conditions.py`) and maps recorded modules to layers of the file.
 
-How it works. The file is loaded as its nodes would load it. ComfyUI renames, splits and fuses tensors on the way; its
-own functions are run once more on row numbers (`provenance.py`) to see which rows of which tensor of the file every
-weight came from. Then it takes Euler steps from pure noise along the noise levels of the model's own schedule: sigma 1
-to 0 in equal steps for flow models, as `engines.diffusers` takes them, and ComfyUI's "normal" schedule for others,
-whose sigma s is told to the recorder as the share of noise s / (1 + s). One image at a time: not every model of
-ComfyUI takes a batch.
+The file is loaded as ComfyUI's nodes load it. ComfyUI renames, splits and fuses tensors; its functions run once more on
+row numbers (`provenance.py`) to find which rows of which tensor each weight came from. Sampling takes Euler steps from
+pure noise. Flow models use sigma 1 to 0 in equal steps, as in `engines.diffusers`. Others use ComfyUI's "normal"
+schedule, and sigma s is recorded as the fraction of noise s / (1 + s). Images are sampled one at a time, since not
+every model accepts a batch.
 
-Inputs are recorded clean: layers in FP8 compute in full precision, whatever the hardware and the file's scales.
+FP8 layers compute in full precision while recorded, whatever the hardware and the file's scales.
 
-Numbers. ComfyUI computes in float32 on a CPU, and in what it takes for the best on a GPU.
+Precision. float32 on a CPU; ComfyUI's choice on a GPU.
 
-Limits. Layers outside of the diffusion model (text encoders in the same file) never run. Unlike other engines this one
-needs the model's memory in ComfyUI's own way; it moves parts of a model that does not fit out of the GPU by itself.
+Limits. Layers outside the diffusion model (text encoders in the same file) do not run. Memory is managed by ComfyUI,
+which offloads parts of a model that does not fit.
 """
 
 from __future__ import annotations
@@ -47,17 +46,17 @@ from . import inprocess_tree as tree
 from .inprocess_conditions import conditions_of, draw, wanted
 
 PATCH_PIXELS = 16
-"""What one token of an image covers along each side, for models whose latents have only a length."""
+"""Pixels per token along each dimension, for models whose latents have only a length."""
 
 
 class Model:
-    """A file that ComfyUI has loaded.
+    """A file loaded by ComfyUI.
 
     Attributes:
         patcher: ComfyUI's ModelPatcher.
-        family: name of its class of `comfy.model_base`.
-        network: what is recorded.
-        feeds: module of the network -> the file's layers that its input feeds.
+        family: name of its class in `comfy.model_base`.
+        network: the recorded module.
+        feeds: module of the network -> layers of the file with the same input.
         table: the file's layers.
     """
 
@@ -72,7 +71,7 @@ class Model:
 
     @property
     def is_flow(self) -> bool:
-        """Whether its sigma is the share of noise, in [0, 1]."""
+        """Whether sigma is the fraction of noise, in [0, 1]."""
         from comfy.model_sampling import CONST
 
         return isinstance(self.patcher.model.model_sampling, CONST)
@@ -81,7 +80,7 @@ class Model:
         """The size of a sample in this model's latents.
 
         Raises:
-            UnsupportedModelError: the network does not tell the size of everything that it is shown.
+            UnsupportedModelError: the size of an input cannot be found in the network.
         """
         made = self.patcher.model.latent_format
         *pixels, frames, text_tokens = sizes.usual(shown.size)
@@ -104,7 +103,7 @@ class Model:
         return scene
 
     def latents(self, scene: Scene, seed: int, number: int) -> list[Tensor]:
-        """Pure noise: the latents of one trajectory, several where a model makes images and sound."""
+        """Pure noise: the latents of one trajectory; several tensors for a model of video and sound."""
         made = self.patcher.model.latent_format
         usual = {1: SOUND, 2: IMAGE, 3: VIDEO}[made.latent_dimensions]
         batch = measure(self._wants.batch, scene)
@@ -113,11 +112,11 @@ class Model:
         return [values[0] for values in drawn]
 
     def conditioning(self, scene: Scene, way: noise.Conditioning, seed: int, number: int) -> dict[str, Any]:
-        """What stands in for a prompt, as ComfyUI's nodes attach it."""
+        """A random conditioning, in the form of ComfyUI's nodes."""
         return draw(self._wants, scene, way, seed, number, as_encoded=self._as_encoded)
 
     def sigmas(self, steps: int) -> Tensor:
-        """The noise levels of a trajectory, and a last one where nothing is evaluated: [steps + 1]."""
+        """Noise levels of a trajectory and the final level, [steps + 1]."""
         if self.is_flow:
             return 1 - torch.arange(steps + 1) / steps
         from comfy.samplers import calculate_sigmas
@@ -127,11 +126,11 @@ class Model:
         return sigmas
 
     def level(self, _: tuple[Any, ...], arguments: dict[str, Any]) -> Tensor | None:
-        """The share of noise in a call of the network."""
+        """The fraction of noise in an evaluation."""
         sigma: Tensor | None = arguments.get("transformer_options", {}).get("sigmas")
         return sigma if sigma is None or self.is_flow else sigma / (1 + sigma)
 
-    def paint(
+    def sample(
         self,
         latents: Sequence[Tensor],
         conditioning: Mapping[str, Any],
@@ -141,7 +140,7 @@ class Model:
         seed: int = 0,
         after_step: Callable[[], object] = lambda: None,
     ) -> Any:
-        """Euler steps of ComfyUI's own sampler.
+        """Sample with ComfyUI's Euler sampler.
 
         Args:
             latents: see `latents`.
@@ -152,11 +151,11 @@ class Model:
             after_step: called after every evaluation.
 
         Returns:
-            The sample, as ComfyUI gives it to a VAE.
+            The sample, as ComfyUI passes it to a VAE.
 
         Raises:
-            UnsupportedModelError: ComfyUI fails, and says why.
-            CalibrationError: a layer does something to its input that the recorder does not know.
+            UnsupportedModelError: ComfyUI fails.
+            CalibrationError: a layer transforms its input in a way unknown to the recorder.
         """
         from comfy.model_sampling import IMG_TO_IMG, IMG_TO_IMG_FLOW
         from comfy.nested_tensor import NestedTensor
@@ -184,10 +183,10 @@ class Model:
             )
 
     def adapted(self, adapters: Sequence[Lora]) -> Any:
-        """The model with adapters, through ComfyUI's own loader of them.
+        """The model with adapters, applied by ComfyUI's loader.
 
         Raises:
-            LoraError: ComfyUI finds no place for any of a file's weights.
+            LoraError: none of a file's weights fits the model.
         """
         import comfy.sd
         import comfy.utils
@@ -199,38 +198,31 @@ class Model:
                 tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
                 made, _ = comfy.sd.load_lora_for_models(patcher, None, tensors, adapter.strength, 0.0)
             if sum(map(len, made.patches.values())) == sum(map(len, patcher.patches.values())):
-                raise LoraError(f"ComfyUI finds no place for it in this {self.family} model", path=path)
+                raise LoraError(f"ComfyUI cannot apply any of its weights to this {self.family} model", path=path)
             patcher = made
         return patcher
 
     def _as_encoded(self, latents: Tensor) -> Tensor:
-        """Latents as a VAE gives them, of latents as the network sees them; several images lie in channels."""
+        """The network's latents as a VAE outputs them; several images are stacked in channels."""
         channels = self.patcher.model.latent_format.latent_channels
         parts = [self.patcher.model.process_latent_out(part) for part in torch.split(latents, channels, dim=1)]
-        return torch.cat(parts, dim=1).to(self.patcher.load_device)  # not every family moves them itself
+        return torch.cat(parts, dim=1).to(self.patcher.load_device)  # not every family moves them to the device
 
     def _understood(self, doing: str) -> Any:
         return tree.understood(doing, self.checkpoint.path, self.family)
 
 
 def load(checkpoint: Checkpoint, table: LayerTable) -> Model:
-    """Load a file as ComfyUI's nodes do; inside `inprocess_tree.imported`.
-
-    Args:
-        checkpoint: the open checkpoint, in one file.
-        table: its layers.
-
-    Returns:
-        The model.
+    """Load a file as ComfyUI's nodes do. Call it inside `inprocess_tree.imported`.
 
     Raises:
-        UnsupportedModelError: ComfyUI does not know it or cannot load it, or what it takes is not known here.
+        UnsupportedModelError: ComfyUI cannot load it, it has several files, or its inputs are unknown here.
     """
     import comfy.sd
 
     if len(checkpoint.files) > 1:
         raise UnsupportedModelError(
-            f"it is in {len(checkpoint.files)} files, and ComfyUI's loader reads one", path=checkpoint.path
+            f"it has {len(checkpoint.files)} files, and ComfyUI loads only single files", path=checkpoint.path
         )
     path = str(checkpoint.files[0].path)
     prefix = _prefix(checkpoint)
@@ -242,12 +234,12 @@ def load(checkpoint: Checkpoint, table: LayerTable) -> Model:
             patcher = comfy.sd.load_diffusion_model(path)
         for module in find_linears(patcher.model.diffusion_model).values():
             if hasattr(module, "_full_precision_mm"):
-                module._full_precision_mm = True  # type: ignore[assignment]  # as ComfyUI does with layers marked so
+                module._full_precision_mm = True  # type: ignore[assignment]  # as in layers declared full-precision
         return Model(checkpoint, table, patcher)
 
 
 def _prefix(checkpoint: Checkpoint) -> str:
-    """What ComfyUI takes for the prefix of the diffusion model's tensors; "" where they have none."""
+    """Prefix of the diffusion model's tensors, as ComfyUI detects it; "" if there is none."""
     from comfy.model_detection import unet_prefix_from_state_dict
 
     prefix: str = unet_prefix_from_state_dict(dict.fromkeys(checkpoint.tensors))
@@ -255,7 +247,7 @@ def _prefix(checkpoint: Checkpoint) -> str:
 
 
 def _feeds(checkpoint: Checkpoint, table: LayerTable, model: Any) -> dict[str, list[str]]:
-    """Which layers of the file every linear module of the network is made of, as ComfyUI's own functions tell."""
+    """Layers of the file that each linear module of the network is made of, traced through ComfyUI's functions."""
     prefix = _prefix(checkpoint)
     found = table.tensor_shapes(checkpoint)
     shapes = {name.removeprefix(prefix): shape for name, shape in found.items() if name.startswith(prefix)}
@@ -270,11 +262,11 @@ def _feeds(checkpoint: Checkpoint, table: LayerTable, model: Any) -> dict[str, l
 
 
 def _as_loaded(config: Any, shapes: Shapes, fed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What ComfyUI's loader makes of tensors, by the network's names; only matrices whose rows it moved."""
+    """Tensors as ComfyUI's loader converts them, by the network's names; only matrices of row numbers."""
     import comfy.utils
     from comfy import model_detection
 
-    originals = {f"\0{name}": values for name, values in fed.items()}  # a tensor that is dropped is no error
+    originals = {f"\0{name}": values for name, values in fed.items()}  # ComfyUI may drop tensors
     like = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     if model_detection.detect_unet_config(like, "") is None:
         converted = model_detection.convert_diffusers_mmdit(dict(fed), "")
@@ -306,21 +298,18 @@ def observe(
 
     Args:
         checkpoint: the open checkpoint.
-        table: its layers; recorded are those that `watched` names.
+        table: its layers; see `watched`.
         folder: ComfyUI's tree; see `inprocess_tree.folder_of`.
-        shown: of images, at least one for each of `noise.CONDITIONINGS`; the device is "cpu", "cuda" or "cuda:N".
-        adapters: LoRA files; ranges then cover the model with and without them.
-        session: what saves, resumes and shares the run.
-        progress: called after every evaluation with what is done and what there is to do.
-        warn: told what ComfyUI warned of.
-
-    Returns:
-        The observation.
+        shown: samples and sizes; at least one sample per kind of conditioning. Device: "cpu", "cuda" or "cuda:N".
+        adapters: LoRA files. Ranges then cover the model with and without them.
+        session: saves, resumes and shares the run.
+        progress: called after every evaluation with evaluations done and in all.
+        warn: called with ComfyUI's warnings.
 
     Raises:
         OptionError: ComfyUI cannot use the device.
-        UnsupportedModelError: ComfyUI does not know the model or fails, or what it takes is not known here.
-        CalibrationError: ComfyUI cannot be imported, no layer has a place in the model, or inputs are not finite.
+        UnsupportedModelError: ComfyUI cannot run the model, or its inputs are unknown here.
+        CalibrationError: ComfyUI cannot be imported, no layer is in the model, or inputs are not finite.
         LoraError: an adapter does not fit.
         StatisticsError: the session cannot be resumed.
     """
@@ -332,11 +321,11 @@ def observe(
         shapes, feeds = watched(model)
         with record(model.network, shapes, feeds, model.level) as recording:
 
-            def paint(way: noise.Conditioning, number: int, adapted: bool, tick: Advance) -> None:
+            def sample(way: noise.Conditioning, number: int, adapted: bool, tick: Advance) -> None:
                 recording.at(None)
                 latents = model.latents(scene, seed, number)
                 recording.batch = len(latents[0])
-                model.paint(
+                model.sample(
                     latents,
                     model.conditioning(scene, way, seed, number),
                     model.sigmas(steps),
@@ -353,7 +342,7 @@ def observe(
                         way.name,
                         1,
                         steps,
-                        partial(paint, way, number, adapted),
+                        partial(sample, way, number, adapted),
                     )
                     for adapted in variants
                     for way, number in trajectories(samples)
@@ -374,7 +363,7 @@ def observe(
 
 
 def trajectories(samples: int) -> Iterator[tuple[noise.Conditioning, int]]:
-    """How each image's conditioning is drawn: the ways in turn; those of one way stand together.
+    """Kind of conditioning and number of each image, grouped by kind.
 
     >>> [(way.name, number) for way, number in trajectories(4)]
     [('silent', 0), ('silent', 3), ('loud channels', 1), ('strong', 2)]
@@ -386,13 +375,13 @@ def trajectories(samples: int) -> Iterator[tuple[noise.Conditioning, int]]:
 
 
 def watched(model: Model) -> tuple[dict[str, tuple[int, int]], dict[str, list[str]]]:
-    """What to record, as `recorder.record` takes it: the diffusion model's quantized layers, or all where none is.
+    """Arguments of `recorder.record`: the diffusion model's quantized layers, or all layers if none is quantized.
 
     Returns:
-        {layer: (out, in)} and {module: the layers that its input feeds}.
+        {layer: (out, in)} and {module: layers with its input}.
 
     Raises:
-        CalibrationError: none has a place in the model.
+        CalibrationError: none of them is in the model.
     """
     known = model.table.shapes()
     fed = {layer for found in model.feeds.values() for layer in found}
@@ -401,6 +390,6 @@ def watched(model: Model) -> tuple[dict[str, tuple[int, int]], dict[str, list[st
     feeds = {module: found for module, found in feeds.items() if found}
     if not feeds:
         raise CalibrationError(
-            f"none of its {len(layers)} layers has a place in ComfyUI's {model.family}", path=model.checkpoint.path
+            f"none of its {len(layers)} layers is part of ComfyUI's {model.family} model", path=model.checkpoint.path
         )
     return {name: known[name] for name in layers}, feeds

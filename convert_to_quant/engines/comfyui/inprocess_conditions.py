@@ -1,4 +1,4 @@
-"""What ComfyUI's models are shown in place of prompts, images and sounds: what their families' records say, drawn."""
+"""Random inputs for ComfyUI's models instead of prompts, images and sounds, as their families' records declare them."""
 
 from __future__ import annotations
 
@@ -17,30 +17,27 @@ from ...families.running import Signal
 from .. import noise
 
 PICTURES, IDS = 1 << 31, 1 << 32
-"""Images and token numbers of trajectory n are drawn with the numbers of trajectories that no run reaches."""
+"""Offsets of random streams for images and token ids, beyond any trajectory's number."""
 
-NOTHING_TO_PAINT: Mapping[str, str] = {
-    "RT_DETR_v4": "it finds objects in images",
-    "SAM3": "it cuts objects out of images",
-    "DepthAnything3": "it measures the depth of images",
+NOT_GENERATIVE: Mapping[str, str] = {
+    "RT_DETR_v4": "it detects objects",
+    "SAM3": "it segments images",
+    "DepthAnything3": "it estimates depth",
 }
-"""Models that ComfyUI loads and that make nothing of noise."""
+"""Models that ComfyUI loads but that generate nothing from noise."""
 
 
 def conditions_of(classes: Iterable[str]) -> Conditions:
-    """What a model takes.
+    """The inputs of a model besides latents.
 
     Args:
-        classes: names of its class of `comfy.model_base` and of those that it derives from, nearest first.
-
-    Returns:
-        The entries of all of them in one.
+        classes: names of its class in `comfy.model_base` and of its bases, nearest first. Their entries are merged.
 
     Raises:
-        UnsupportedModelError: there is no entry, or the model makes no images from noise.
+        UnsupportedModelError: there is no entry, or the model does not generate from noise.
     """
     names = list(classes)
-    idle = next((NOTHING_TO_PAINT[name] for name in names if name in NOTHING_TO_PAINT), None)
+    idle = next((NOT_GENERATIVE[name] for name in names if name in NOT_GENERATIVE), None)
     if idle is not None:
         raise UnsupportedModelError(f"ComfyUI's {names[0]} is not a diffusion model: {idle}")
     if names[0] != BASE:
@@ -48,17 +45,17 @@ def conditions_of(classes: Iterable[str]) -> Conditions:
     entries = [CONDITIONS[name] for name in names if name in CONDITIONS]
     if not entries:
         raise UnsupportedModelError(
-            f"what ComfyUI's {names[0]} takes besides latents is not known here",
-            hint="record it in ComfyUI with the Record Activations node",
+            f"the inputs of ComfyUI's {names[0]} model are unknown here",
+            hint="record it in ComfyUI, with the Record Activations node",
         )
     return reduce(lambda inherited, own: own.over(inherited), reversed(entries))
 
 
 def wanted(conditions: Conditions, scene: Scene) -> dict[str, tuple[Want, tuple[int, ...]]]:
-    """What a model in a scene wants, with shapes in numbers.
+    """A model's inputs and their shapes.
 
     Raises:
-        UnsupportedModelError: the network does not have a part that tells a size.
+        UnsupportedModelError: the network lacks a part that determines a size.
     """
     return {
         name: (want, tuple(measure(size, scene) for size in want.shape))
@@ -76,18 +73,15 @@ def draw(
     *,
     as_encoded: Wrap = as_it_is,
 ) -> dict[str, Any]:
-    """A conditioning as ComfyUI's nodes attach it.
+    """A random conditioning, in the form of ComfyUI's nodes.
 
     Args:
-        conditions: what the model takes.
-        scene: what is sampled.
-        way: how loud it is.
+        conditions: the model's inputs.
+        scene: sizes.
+        way: kind of conditioning.
         seed: of the run.
         number: of the trajectory.
-        as_encoded: makes of latents as the network sees them those that a VAE gives.
-
-    Returns:
-        {name: what stands there}.
+        as_encoded: converts the network's latents to those that a VAE outputs.
     """
     entries = wanted(conditions, scene)
     signals = {name: Signal(shape) for name, (want, shape) in entries.items() if want.kind == "noise"}

@@ -1,13 +1,13 @@
-"""A ComfyUI tree, imported into this process: its models and samplers without its server, its nodes and its window.
+"""Imports a ComfyUI tree into this process: its models and samplers, without its server, nodes and frontend.
 
-ComfyUI is a program, not a package. It reads its device from the command line while it is imported, finds its modules
-in its own folder, and logs to the root logger. Here it gets a command line of its own, its folder on the path as long
-as it works, and what it says is kept for whoever wants to show it.
+ComfyUI is a program, not a package. While it is imported it parses the command line for its device, finds its modules
+in its own folder, and logs to the root logger. Here it gets its own command line, its folder is on the path while in
+use, and its warnings are collected.
 
-Nothing is written into its folder, compiled modules included.
+Nothing is written to its folder, not even compiled modules.
 
-Limits. What ComfyUI chose at its first import stays until the process ends: one tree and one kind of device per
-process. Its own flags (precision, memory) are at their defaults.
+Limits. A process can use one tree and one kind of device, since ComfyUI decides at its first import. Its other flags
+(precision, memory) keep their defaults.
 """
 
 from __future__ import annotations
@@ -26,45 +26,42 @@ from ...errors import CalibrationError, Error, OptionError, StrPath, Unsupported
 from ...options import COMFYUI_VARIABLE as VARIABLE
 
 MARKS = ("comfy/sd.py", "comfy/model_detection.py")
-"""Files that make a folder a ComfyUI tree."""
+"""Files that identify a ComfyUI tree."""
 
 VERSION_FILE = "comfyui_version.py"
 
 FLAGS = {"cpu": ("--cpu",), "cuda": ()}
-"""Kind of device -> what ComfyUI's command line says of it."""
+"""Kind of device -> ComfyUI's command-line flags."""
 
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
 
 
 def folder_of(given: StrPath | None) -> Path:
-    """The ComfyUI tree to use.
+    """Absolute path of the ComfyUI tree to use.
 
     Args:
-        given: the folder that was asked for; None takes the environment's.
-
-    Returns:
-        Its absolute path.
+        given: a folder; None: the environment's.
 
     Raises:
-        OptionError: none is named, or what is named is not a ComfyUI tree.
+        OptionError: no folder is given, or it is not a ComfyUI tree.
     """
     named = given or os.environ.get(VARIABLE)
     if not named:
         raise OptionError(
-            "the ComfyUI engine needs a ComfyUI", hint=f"--comfyui-dir DIR, or {VARIABLE} in the environment"
+            "the ComfyUI engine needs ComfyUI", hint=f"set --comfyui-dir DIR or the environment variable {VARIABLE}"
         )
     folder = Path(named).expanduser().resolve()
     missing = [mark for mark in MARKS if not (folder / mark).is_file()]
     if missing:
         raise OptionError(
             f"{folder} is not a ComfyUI tree: it has no {missing[0]}",
-            hint="name the folder that holds ComfyUI's main.py",
+            hint="name the folder that contains ComfyUI's main.py",
         )
     return folder
 
 
 def version(folder: Path) -> str:
-    """What a tree calls itself: "0.33.0"; "unknown" where it does not say."""
+    """Version of a tree, such as "0.33.0", or "unknown"."""
     try:
         text = (folder / VERSION_FILE).read_text(encoding="utf-8")
     except OSError:
@@ -74,10 +71,10 @@ def version(folder: Path) -> str:
 
 
 class Messages(logging.Handler):
-    """Keeps ComfyUI's warnings and errors.
+    """Collects ComfyUI's warnings and errors.
 
     Attributes:
-        said: what was said, each text once.
+        said: their texts, each once.
     """
 
     def __init__(self) -> None:
@@ -85,32 +82,32 @@ class Messages(logging.Handler):
         self.said: dict[str, None] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take one down."""
+        """Add one."""
         self.said.setdefault(" ".join(record.getMessage().split()))
 
 
 @contextmanager
 def imported(folder: Path, device: str) -> Iterator[Messages]:
-    """ComfyUI, importable inside the block, and computing on a device.
+    """Make ComfyUI importable inside the block, on a device.
 
     Args:
         folder: its tree; see `folder_of`.
         device: "cpu", "cuda", or "cuda:N".
 
     Yields:
-        What it says, as it says it.
+        Its warnings, as they occur.
 
     Raises:
-        OptionError: the device is none of these or is not there, or ComfyUI runs on another kind, or from another
-            tree, in this process already.
-        CalibrationError: it cannot be imported, or lacks a part that is asked for inside the block.
+        OptionError: the device is unknown or missing, or this process already runs ComfyUI on another kind of device
+            or from another tree.
+        CalibrationError: ComfyUI cannot be imported, or lacks a module that is imported inside the block.
     """
     kind, numbered, number = device.partition(":")
     if kind not in FLAGS or (numbered and not (kind == "cuda" and number.isdecimal())):
-        raise OptionError(f"ComfyUI runs here on {' or '.join(FLAGS)}, not on {device!r}")
+        raise OptionError(f"ComfyUI runs on {' or '.join(FLAGS)} here, not on {device!r}")
     root, messages = logging.getLogger(), Messages()
     with ExitStack() as stack:
-        root.addHandler(messages)  # or they would go to stderr
+        root.addHandler(messages)  # else they go to stderr
         stack.callback(root.removeHandler, messages)
         stack.enter_context(redirect_stdout(sys.stderr))
         stack.callback(setattr, sys, "dont_write_bytecode", sys.dont_write_bytecode)
@@ -122,7 +119,7 @@ def imported(folder: Path, device: str) -> Iterator[Messages]:
 
             if int(number or 0) >= (count := torch.cuda.device_count()):
                 raise OptionError(f"device {device!r} cannot be used: torch finds {count} CUDA devices")
-            stack.enter_context(torch.cuda.device(int(number or 0)))  # ComfyUI asks torch for the current one
+            stack.enter_context(torch.cuda.device(int(number or 0)))  # ComfyUI uses torch's current device
         _import(folder, kind)
         try:
             yield messages
@@ -130,29 +127,29 @@ def imported(folder: Path, device: str) -> Iterator[Messages]:
             if (error.name or "").partition(".")[0] != "comfy":
                 raise
             raise CalibrationError(
-                f"ComfyUI {version(folder)} lacks what is needed of it: {error}", path=folder, hint="update ComfyUI"
+                f"ComfyUI {version(folder)} lacks a module: {error}", path=folder, hint="update ComfyUI"
             ) from error
 
 
 def _import(folder: Path, kind: str) -> None:
-    """Import ComfyUI with a command line of its own, or refuse the one that is there if it was started otherwise."""
+    """Import ComfyUI with its own command line, or check the one that is already imported."""
     if (cli_args := sys.modules.get("comfy.cli_args")) is not None:
         there, was = Path(str(cli_args.__file__)).resolve().parents[1], "cpu" if cli_args.args.cpu else "cuda"
         if there != folder:
-            raise OptionError(f"ComfyUI runs from {there} in this process already, not from {folder}")
+            raise OptionError(f"this process already runs ComfyUI from {there}, not from {folder}")
         if was != kind:
-            raise OptionError(f"ComfyUI runs on {was} in this process already, not on {kind}")
+            raise OptionError(f"this process already runs ComfyUI on {was}, not on {kind}")
         return
     argv = sys.argv
     sys.argv = ["main.py", *FLAGS[kind]]
     try:
         importlib.import_module("comfy.options").enable_args_parsing()
         importlib.import_module("comfy.sd")
-    except Exception as error:  # it is a program with a hundred dependencies: any of them may raise anything
+    except Exception as error:  # any of its many dependencies may raise anything
         raise CalibrationError(
             f"ComfyUI cannot be imported: {_said(error)}",
             path=folder,
-            hint="run with the Python that runs ComfyUI, or install what its requirements.txt names",
+            hint="use ComfyUI's Python, or install its requirements.txt",
         ) from error
     finally:
         sys.argv = argv
@@ -160,16 +157,16 @@ def _import(folder: Path, kind: str) -> None:
 
 @contextmanager
 def understood(doing: str, path: StrPath, family: str | None = None) -> Iterator[None]:
-    """Whatever ComfyUI raises inside, as one of our errors with its message; our own say which file it was.
+    """Convert any error of ComfyUI to one of ours; add the file to our own.
 
     Args:
         doing: "load", "run" and the like.
         path: of the model's file.
-        family: what ComfyUI calls the model, where that is known.
+        family: ComfyUI's name of the model, if known.
 
     Raises:
-        CalibrationError: memory ran out.
-        UnsupportedModelError: anything else.
+        CalibrationError: out of memory.
+        UnsupportedModelError: any other error.
     """
     try:
         yield
@@ -181,19 +178,19 @@ def understood(doing: str, path: StrPath, family: str | None = None) -> Iterator
         what = f"{family} model" if family else "model"
         if type(error).__name__ in OUT_OF_MEMORY:
             raise CalibrationError(
-                f"memory ran out while ComfyUI was to {doing} this {what}: {_said(error)}",
+                f"ComfyUI cannot {doing} this {what}, out of memory: {_said(error)}",
                 path=path,
-                hint="a smaller --height and --width, or fewer --frames",
+                hint="try a smaller --height and --width, or fewer --frames",
             ) from error
         raise UnsupportedModelError(f"ComfyUI cannot {doing} this {what}: {_said(error)}", path=path) from error
 
 
 def _said(error: Exception) -> str:
-    """Its kind, the first line of its message, and the last line of ComfyUI's own files on the way, or of all files."""
+    """An error's type, the first line of its message, and its place: the last one in ComfyUI, or else the last one."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     frames = traceback.extract_tb(error.__traceback__)
-    inside = [frame for frame in frames if "comfy" in Path(frame.filename).parts]
+    home = next(iter(getattr(sys.modules.get("comfy"), "__path__", ())), os.devnull)
+    inside = [frame for frame in frames if Path(frame.filename).is_relative_to(home)]
     last = (inside or frames)[-1]
-    file = Path(last.filename)
-    shown = "comfy/" + file.as_posix().rpartition("/comfy/")[2] if inside else file.name
-    return f"{type(error).__name__}: {line} [{shown}:{last.lineno}]"
+    file = Path("comfy", Path(last.filename).relative_to(home)).as_posix() if inside else Path(last.filename).name
+    return f"{type(error).__name__}: {line} [{file}:{last.lineno}]"

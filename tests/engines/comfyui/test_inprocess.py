@@ -18,7 +18,7 @@ from convert_to_quant import emoji
 from convert_to_quant.cli import main
 from convert_to_quant.engines import noise
 from convert_to_quant.engines.comfyui import inprocess, inprocess_tree
-from convert_to_quant.engines.comfyui.inprocess_conditions import NOTHING_TO_PAINT, conditions_of, draw, wanted
+from convert_to_quant.engines.comfyui.inprocess_conditions import NOT_GENERATIVE, conditions_of, draw, wanted
 from convert_to_quant.errors import CalibrationError, OptionError, UnsupportedModelError
 from convert_to_quant.families import CONDITIONS, RECORDS, wan
 from convert_to_quant.families.comfyui import BASE, Conditions, Scene, Want, measure
@@ -57,8 +57,8 @@ def test_a_family_has_what_it_derives_from_and_its_own_row_goes_first() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("Novelty", "what ComfyUI's Novelty takes besides latents is not known here"),
-        *((name, f"ComfyUI's {name} is not a diffusion model: it ") for name in NOTHING_TO_PAINT),
+        ("Novelty", "the inputs of ComfyUI's Novelty model are unknown here"),
+        *((name, f"ComfyUI's {name} is not a diffusion model: it ") for name in NOT_GENERATIVE),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_by_its_name(name: str, said: str) -> None:
@@ -73,7 +73,7 @@ def test_the_base_class_has_a_row_of_its_own_that_nothing_inherits() -> None:
 
 def test_no_class_of_comfyui_stands_in_two_records() -> None:
     assert sum(len(record.comfyui) for record in RECORDS) == len(CONDITIONS)
-    assert not set(CONDITIONS) & set(NOTHING_TO_PAINT)
+    assert not set(CONDITIONS) & set(NOT_GENERATIVE)
 
 
 def test_sizes_are_measured_on_the_network() -> None:
@@ -261,9 +261,9 @@ def test_comfyui_gets_a_command_line_of_its_own_and_leaves_no_trace(
 @pytest.mark.parametrize(
     ("sd", "said"),
     [
-        ("import einops_of_another_world\n", r"No module named 'einops_of_another_world'.*run with the Python that"),
+        ("import einops_of_another_world\n", r"No module named 'einops_of_another_world'.*use ComfyUI's Python"),
         ("raise RuntimeError('no driver\\nof this version')\n",
-         r"cannot be imported: RuntimeError: no driver \[comfy/sd.py:2\] \(run with the Python"),
+         r"cannot be imported: RuntimeError: no driver \[comfy/sd.py:2\] \(use ComfyUI's Python"),
     ],
 )  # fmt: skip
 def test_a_comfyui_that_cannot_be_imported_says_why(tree: Path, sd: str, said: str) -> None:
@@ -301,14 +301,14 @@ def test_another_tree_or_another_kind_of_device_in_one_process_is_refused(
     with inprocess_tree.imported(tree, "cpu"):
         pass
     with (
-        pytest.raises(OptionError, match=r"ComfyUI runs from .* in this process already, not from"),
+        pytest.raises(OptionError, match=r"already runs ComfyUI from .*, not from"),
         inprocess_tree.imported(tmp_path_factory.mktemp("other"), "cpu"),
     ):
         pass
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device", lambda _: pytest.MonkeyPatch.context())
     with (
-        pytest.raises(OptionError, match="ComfyUI runs on cpu in this process already, not on cuda"),
+        pytest.raises(OptionError, match="already runs ComfyUI on cpu, not on cuda"),
         inprocess_tree.imported(tree, "cuda"),
     ):
         pass
@@ -317,7 +317,7 @@ def test_another_tree_or_another_kind_of_device_in_one_process_is_refused(
 @pytest.mark.parametrize(
     ("device", "said"),
     [
-        *((device, f"ComfyUI runs here on cpu or cuda, not on '{device}'")
+        *((device, f"ComfyUI runs on cpu or cuda here, not on '{device}'")
           for device in ("mps", "gpu", "", "cuda:x", "cuda:", "cpu:1")),
         ("cuda:1", "device 'cuda:1' cannot be used: torch finds 1 CUDA devices"),
     ],
@@ -335,7 +335,7 @@ def test_a_device_that_comfyui_is_not_run_on_here_is_refused(
     [
         (RuntimeError("mat1\nand mat2"), UnsupportedModelError,
          r"^a.st: ComfyUI cannot run this Flux model: RuntimeError: mat1 \[test_inprocess.py:\d+\]$"),
-        (torch.OutOfMemoryError("tried"), CalibrationError, "^a.st: memory ran out while ComfyUI was .*--height"),
+        (torch.OutOfMemoryError("tried"), CalibrationError, "^a.st: .* run this Flux model, out of memory: .*--height"),
         (CalibrationError("ours"), CalibrationError, "^a.st: ours$"),
         (CalibrationError("ours", path="b"), CalibrationError, "^b: ours$"),
         (OptionError("ours"), OptionError, "^ours$"),
@@ -350,6 +350,12 @@ def test_what_comfyui_raises_becomes_one_line_with_its_place(
     assert type(caught.value) is error
 
 
+def test_a_file_in_another_folder_named_comfy_is_not_comfyuis() -> None:
+    code = compile("raise RuntimeError('no')", "/srv/comfy/plugin.py", "exec")
+    with pytest.raises(UnsupportedModelError, match=r"no \[plugin.py:1\]$"), inprocess_tree.understood("run", "a.st"):
+        exec(code)
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -358,7 +364,7 @@ def test_the_engine_says_that_it_needs_a_comfyui(tmp_path: Path, monkeypatch: py
     words = ["observe", str(emoji.WEIGHTS), "-o", str(tmp_path / "stats"), "--engine", "comfyui"]
 
     assert main(words) == 2
-    assert "the ComfyUI engine needs a ComfyUI (--comfyui-dir DIR" in capsys.readouterr().err
+    assert "the ComfyUI engine needs ComfyUI (set --comfyui-dir DIR" in capsys.readouterr().err
     assert main([*words, "--comfyui-dir", str(tmp_path)]) == 2
     assert "is not a ComfyUI tree" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
