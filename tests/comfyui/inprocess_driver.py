@@ -230,14 +230,14 @@ def stopped(after: int, *words: Any) -> int:
     """`observe`, interrupted when so many trajectories are painted: its exit code."""
     from convert_to_quant.engines.comfyui import inprocess
 
-    paint, left = inprocess.Model.paint, iter(range(after))
+    sample, left = inprocess.Model.sample, iter(range(after))
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return paint(*args, **kwargs)
+        return sample(*args, **kwargs)
 
-    with patch.object(inprocess.Model, "paint", counted):
+    with patch.object(inprocess.Model, "sample", counted):
         return observe(*words)[0]
 
 
