@@ -489,13 +489,13 @@ def test_the_input_is_refused_as_output_also_as_a_shard(tmp_path, save, save_sha
     [
         (
             {"legacy": True, "scaling_mode": "row"},
-            "legacy files know one scale per tensor only, not --scaling_mode row",
+            "legacy files support one scale per tensor only, not --scaling-mode row",
         ),
-        ({"format": "int8", "scaling_mode": "row"}, "--scaling_mode is for fp8, and int8 says how it is scaled"),
-        ({"format": "int8", "legacy": True}, "legacy files hold fp8 only, in all layers"),
-        ({"format": "fp8-row", "legacy": True}, "legacy files hold fp8 only, in all layers"),
-        ({"block_size": 0}, "--block_size should be at least 1 and below 65536, found 0"),
-        ({"block_size": 65536}, "--block_size should be at least 1 and below 65536, found 65536"),
+        ({"format": "int8", "scaling_mode": "row"}, "--scaling-mode is for fp8; int8 has its own scaling"),
+        ({"format": "int8", "legacy": True}, "legacy files support fp8 only"),
+        ({"format": "fp8-row", "legacy": True}, "legacy files support fp8 only"),
+        ({"block_size": 0}, "--block-size should be at least 1 and below 65536, found 0"),
+        ({"block_size": 65536}, "--block-size should be at least 1 and below 65536, found 65536"),
         ({"exclude": ("a", "(")}, "--exclude-layers '(' is no regular expression: "),
     ],
 )

@@ -9,8 +9,10 @@ from typing import Any, get_args
 
 import pytest
 
+from convert_to_quant.cli.convert import EPILOG
 from convert_to_quant.cli.parsing import Parser
 from convert_to_quant.errors import OptionError
+from convert_to_quant.formats import WRITTEN
 from convert_to_quant.options import (
     MARGIN,
     PERCENTILE,
@@ -67,8 +69,8 @@ def test_help_says_the_default():
     ("kind", "options", "said"),
     [
         (Made, {"kind": "even"}, "unknown kind 'even' (kinds: plain, odd)"),
-        (Made, {"margin": 0.5}, "a margin should be at least 1, found 0.5 (below 1 clips what was seen)"),
-        (Made, {"margin": float("inf")}, "a margin should be at least 1, found inf (below 1 clips what was seen)"),
+        (Made, {"margin": 0.5}, "a margin should be at least 1, found 0.5 (below 1 clips observed values)"),
+        (Made, {"margin": float("inf")}, "a margin should be at least 1, found inf (below 1 clips observed values)"),
         (Made, {"leave": ("(",)}, "--leave-layers '(' is no regular expression"),
         (ConvertOptions, {"scaling_mode": "x"}, "unknown scaling mode 'x' (scaling modes: tensor, row, block)"),
         (CalibrationOptions, {"device": "gpu"}, "unknown device 'gpu' (cpu, cuda, cuda:0 or xpu)"),
@@ -106,8 +108,9 @@ def test_a_node_has_their_defaults_choices_and_ranges():
     }
 
 
-def test_every_method_that_can_be_named_is_in_the_table_and_in_the_help():
+def test_help_lists_every_method_and_every_format():
     assert get_args(Method) == tuple(METHODS)
     parser = Parser(prog="made")
     add_options(parser, SolveOptions)
     assert all(name in parser.format_help() for name in METHODS)
+    assert " ".join(EPILOG.partition("formats:")[2].split()) == ", ".join(WRITTEN)

@@ -1,4 +1,4 @@
-"""`convert_to_quant apply MODEL STATS...`: choose scales from what was observed, and write them into the checkpoint."""
+"""`convert_to_quant apply MODEL STATS...`: set input scales and precision from statistics."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from ..options import SolveOptions, add_options, options_of
 from .calibration import add_target_arguments, check_target, finish, recover_input, require_target
 from .merge import load_distinct
 
-DESCRIPTION = "Choose the scale and precision of every FP8 layer from statistics, and write them into the checkpoint."
+DESCRIPTION = "Set the input scale and precision of every FP8 layer from statistics."
 EPILOG = """\
 examples:
   convert_to_quant apply fp8.safetensors stats.safetensors -o new.safetensors
   convert_to_quant apply fp8.safetensors a.safetensors b.safetensors --in-place
   convert_to_quant apply fp8.safetensors stats.safetensors --dry-run -v
 
---full-precision-budget 0.05 lets the worst layers compute in full precision, up to 5 % of the multiply-adds.
+With --full-precision-budget 0.05 the worst layers compute in full precision, up to 5 % of the compute (MACs).
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    parser.add_argument("input", metavar="MODEL", help="an FP8 checkpoint")
-    parser.add_argument("statistics", nargs="+", metavar="STATS", help="statistics files; several are merged")
+    parser.add_argument("input", metavar="MODEL", help="FP8 checkpoint")
+    parser.add_argument("statistics", nargs="+", metavar="STATS", help="statistics files, merged if several")
     add_target_arguments(parser)
-    solving = parser.add_argument_group("solving")
+    solving = parser.add_argument_group("choice of scales")
     add_options(solving, SolveOptions)
-    solving.add_argument("--force", action="store_true", help="use the layers that match if some do not")
+    solving.add_argument("--force", action="store_true", help="ignore layers that do not match")
 
 
 def run(args: argparse.Namespace) -> int:

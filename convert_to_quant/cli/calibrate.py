@@ -17,7 +17,7 @@ from .calibration import (
 from .running import check_device, settle, settle_at_rest
 
 PROGRAM = "python -m convert_to_quant.calibrate_activation_scales"
-DESCRIPTION = "Find the input scale of every FP8 layer of a checkpoint and write it into a new one."
+DESCRIPTION = "Measure the input scale of every FP8 layer and write a calibrated checkpoint."
 EPILOG = None
 
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    parser.add_argument("input", metavar="MODEL", help="an FP8 checkpoint")
+    parser.add_argument("input", metavar="MODEL", help="FP8 checkpoint")
     add_target_arguments(parser)
     add_calibration_arguments(parser.add_argument_group("calibration"), "")
 

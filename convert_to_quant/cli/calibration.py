@@ -31,19 +31,19 @@ READ_AS_SAFETENSORS = (".safetensors", ".sft", ".safetensors.index.json")
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to, and the marker of legacy files."""
-    target = parser.add_argument_group("the file")
-    target.add_argument("-o", "--output", metavar="OUT", help="the new file")
-    target.add_argument("--in-place", action="store_true", help="write the scales into MODEL itself")
+    target = parser.add_argument_group("output")
+    target.add_argument("-o", "--output", metavar="OUT", help="new file")
+    target.add_argument("--in-place", action="store_true", help="write input scales into MODEL itself")
     target.add_argument("--enable-fp8-matmul", action="store_true",
-                        help="replace a legacy marker that turns FP8 off")  # fmt: skip
+                        help="replace a legacy marker that disables FP8")  # fmt: skip
 
 
 def add_calibration_arguments(group: Any, prefix: str) -> None:
     """The options of a calibration, each that takes a value behind a prefix ("actcal-" or nothing)."""
     group.add_argument(f"--{prefix}lora", dest="lora", action="append", default=[], metavar="FILE[:STRENGTH]",
-                       help="LoRA to use with the model; repeatable")  # fmt: skip
+                       help="apply a LoRA while calibrating; repeatable")  # fmt: skip
     add_options(group, CalibrationOptions, prefix)
-    group.add_argument("--mark", action="store_true", help="also mark layers that have scales but no mark")
+    group.add_argument("--mark", action="store_true", help="add missing quantization configs")
 
 
 def recover_input(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`convert_to_quant completion SHELL`: what makes a shell complete commands, flags, choices and files."""
+"""`convert_to_quant completion SHELL`: print a script that completes commands, flags, choices and files."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .shared import kind_of
 
 SHELLS = ("bash", "zsh", "tcsh", "fish")
 
-DESCRIPTION = "Print a script that makes a shell complete our commands, flags, choices and files."
+DESCRIPTION = "Print a script that lets a shell complete commands, flags, choices and files."
 EPILOG = """\
 examples:
   source <(convert_to_quant completion bash)
   convert_to_quant completion zsh > ~/.zfunc/_convert_to_quant
   convert_to_quant completion fish | source
 
-Put such a line into ~/.bashrc or config.fish; for zsh, into a folder of its fpath. In bash, ctq is completed too.
+Add the line to ~/.bashrc or config.fish; for zsh, write the script to a folder in fpath. In bash, ctq is completed too.
 """
 
 SUFFIXES: Mapping[str, tuple[str, ...]] = {

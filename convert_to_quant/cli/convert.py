@@ -1,4 +1,4 @@
-"""`convert_to_quant -i IN -o OUT`: convert to another format, calibrate an FP8 file, or both in one breath."""
+"""`convert_to_quant -i IN -o OUT`: convert to another format, calibrate an FP8 checkpoint, or both in one run."""
 
 from __future__ import annotations
 
@@ -38,12 +38,16 @@ if TYPE_CHECKING:
     from ..lora import Lora, Survival
     from ..rounding import KeptMoments
 
-DESCRIPTION = "Convert a checkpoint to another format, calibrate an FP8 checkpoint, or both."
+DESCRIPTION = "Convert a checkpoint to another number format, calibrate an FP8 checkpoint, or both."
 EPILOG = """\
 examples:
   convert_to_quant -i flux_bf16.safetensors -o flux_fp8.safetensors --actcal
   convert_to_quant -i fp8.safetensors -o calibrated.safetensors --actcal
   convert_to_quant -i flux_bf16.safetensors --format int8 --dry-run -v
+
+formats:
+  fp8, fp8-row, fp8-block, int8, int8-tensor, int8-convrot, convrot-w4a4, mxfp8,
+  nvfp4, w4a8, w6a8
 """
 
 
@@ -52,31 +56,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "convert_to_quant -i MODEL -o OUT [options]"
     files = parser.add_argument_group("files")
     files.add_argument("-i", "--input", required=True, metavar="MODEL",
-                       help=".safetensors, or the index of its shards")  # fmt: skip
-    files.add_argument("-o", "--output", metavar="OUT", help="the new file, or index for shards")
-    files.add_argument("--in-place", action="store_true", help="write scales into MODEL itself")
+                       help="checkpoint, or the index of its shards")  # fmt: skip
+    files.add_argument("-o", "--output", metavar="OUT", help="new file, or a new index for shards")
+    files.add_argument("--in-place", action="store_true", help="write input scales into MODEL itself")
 
-    calibration = parser.add_argument_group("calibration (of input scales)")
+    calibration = parser.add_argument_group("calibration (input scales)")
     calibration.add_argument("--actcal", action="store_true", help="measure the input scale of every FP8 layer")
     add_calibration_arguments(calibration, "actcal-")
     calibration.add_argument("--enable-fp8-matmul", action="store_true",
-                             help="replace a legacy marker that turns FP8 off")  # fmt: skip
+                             help="replace a legacy marker that disables FP8")  # fmt: skip
 
-    conversion = parser.add_argument_group("conversion (of FP16, BF16 and FP32 weights)")
+    conversion = parser.add_argument_group("conversion (FP16, BF16 and FP32 weights)")
     add_options(conversion, ConvertOptions)
     conversion.add_argument("--merge-lora", action="append", default=[], metavar="FILE[:STRENGTH]",
-                            help="LoRA to merge before rounding; repeatable")  # fmt: skip
+                            help="merge a LoRA before quantizing; repeatable")  # fmt: skip
     conversion.add_argument("--fold", action="store_true",
-                            help="even out channels before rounding")  # fmt: skip
-    best = parser.add_argument_group("best mix of formats (by running the model)")
-    best.add_argument("--best", action="store_true", help="give every layer the format that keeps most")
+                            help="equalize channels before quantizing")  # fmt: skip
+    best = parser.add_argument_group("best mix of formats (found by running the model)")
+    best.add_argument("--best", action="store_true", help="choose the best format for each layer")
     add_options(best, BestOptions)
     best.add_argument("--from", dest="statistics", action="append", default=[], metavar="STATS",
-                      help="use observe --trials and --moments, without a run; repeatable")  # fmt: skip
+                      help="statistics from observe --trials or --moments, instead of a run; repeatable")  # fmt: skip
 
     layout = conversion.add_mutually_exclusive_group()
-    layout.add_argument("--comfy-quant", action="store_true", help="write the comfy_quant layout, the default")
-    layout.add_argument("--legacy", action="store_true", help="write the older scaled_fp8 layout")
+    layout.add_argument("--comfy-quant", action="store_true", help="write comfy_quant configs (default)")
+    layout.add_argument("--legacy", action="store_true", help="write the legacy scaled_fp8 convention")
 
 
 def run(args: argparse.Namespace) -> int:

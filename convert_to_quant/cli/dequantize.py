@@ -1,4 +1,4 @@
-"""`convert_to_quant dequantize MODEL -o OUT`: every layer that can be read as BF16, without scales and marks."""
+"""`convert_to_quant dequantize MODEL -o OUT`: convert quantized layers to BF16."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint, CheckpointWriter
     from ..layout import Job, Layout
 
-DESCRIPTION = "Turn the layers of a quantized checkpoint into BF16. What rounding lost does not come back."
+DESCRIPTION = "Convert quantized layers to BF16. This does not restore precision lost to rounding."
 EPILOG = """\
 examples:
   convert_to_quant dequantize flux_fp8.safetensors -o flux_bf16.safetensors
@@ -25,8 +25,8 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    parser.add_argument("input", metavar="MODEL", help="a quantized checkpoint, or the index of its shards")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the new file, or index for shards")
+    parser.add_argument("input", metavar="MODEL", help="checkpoint, or the index of its shards")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="new file, or a new index for shards")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`convert_to_quant lora fold LORA --like FILE -o OUT`: adapters for files whose channels are folded."""
+"""`convert_to_quant lora fold LORA --like FILE -o OUT`: convert a LoRA for a checkpoint made with --fold."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..telling import advance
 from .calibration import note_ending
 from .output import progress_bar, say, write_json, wrote
 
-DESCRIPTION = "Make LoRAs fit files that --fold made."
+DESCRIPTION = "Convert LoRAs for checkpoints made with --fold."
 FOLD = """\
-Scale a LoRA as the channels of a folded file are scaled, exactly. ComfyUI then adds to that file what the LoRA adds to
-the original."""
+Scale a LoRA exactly as the channels of a folded checkpoint are scaled, so that it has the same effect there as on the
+original."""
 EPILOG = """\
 example:
   convert_to_quant lora fold style.safetensors --like flux_folded.safetensors \\
@@ -23,10 +23,10 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's actions and their arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
-    one = actions.add_parser("fold", help="scale a LoRA for a folded file", description=FOLD, epilog=EPILOG)
-    one.add_argument("lora", metavar="LORA", help="made for the original")
-    one.add_argument("--like", required=True, metavar="FILE", help="the folded checkpoint")
-    one.add_argument("-o", "--output", required=True, metavar="OUT", help="the new LoRA")
+    one = actions.add_parser("fold", help="scale a LoRA for a folded checkpoint", description=FOLD, epilog=EPILOG)
+    one.add_argument("lora", metavar="LORA", help="LoRA for the original")
+    one.add_argument("--like", required=True, metavar="FILE", help="folded checkpoint")
+    one.add_argument("-o", "--output", required=True, metavar="OUT", help="new LoRA")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`convert_to_quant merge STATS... -o OUT`: several statistics files as one."""
+"""`convert_to_quant merge STATS... -o OUT`: merge statistics files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .output import note, say, write_json, wrote
 if TYPE_CHECKING:
     from ..stats import Statistics
 
-DESCRIPTION = "Merge statistics of the same model into one file. Their order does not matter."
+DESCRIPTION = "Merge statistics of one model into one file. The order does not matter."
 EPILOG = """\
 examples:
   convert_to_quant merge faces.safetensors places.safetensors -o all.safetensors
@@ -23,8 +23,8 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.add_argument("statistics", nargs="+", metavar="STATS", help="statistics files")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the merged file")
-    parser.add_argument("--force", action="store_true", help="keep only the layers that all files share")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="merged file")
+    parser.add_argument("--force", action="store_true", help="merge only the layers that all files share")
 
 
 def run(args: argparse.Namespace) -> int:

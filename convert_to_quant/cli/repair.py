@@ -1,4 +1,4 @@
-"""`convert_to_quant repair MODEL`: marks that are missing or broken, put right in place or in a new file."""
+"""`convert_to_quant repair MODEL`: repair missing or broken quantization configs, in place or in a new file."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from .calibration import recover_input
 from .output import print_table, say, write_json, wrote
 from .shared import check_shards
 
-DESCRIPTION = "Put broken marks of quantized layers right where their tensors leave no doubt; in place, or with -o."
+DESCRIPTION = """\
+Repair missing or broken quantization configs, in place or with -o. Only layers whose tensors identify their format are
+changed."""
 EPILOG = """\
 examples:
   convert_to_quant repair flux_fp8.safetensors --dry-run
   convert_to_quant repair flux_fp8.safetensors -o repaired.safetensors
 
-A mark is broken where it is missing, empty, all NUL, no JSON, or names no format that is known.
+A config is broken if it is missing, empty, all NUL, not JSON, or names an unknown format.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     parser.usage = "convert_to_quant repair MODEL [-o OUT] [options]"
-    parser.add_argument("input", metavar="MODEL", help="a quantized checkpoint, or the index of its shards")
-    parser.add_argument("-o", "--output", metavar="OUT", help="a new file instead of MODEL itself")
+    parser.add_argument("input", metavar="MODEL", help="checkpoint, or the index of its shards")
+    parser.add_argument("-o", "--output", metavar="OUT", help="write a new file instead")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ SHARED: Mapping[tuple[str, ...], Mapping[str, Any]] = {
     ("-v", "--verbose"): {"action": "store_true", "help": "list every layer"},
     ("-q", "--quiet"): {"action": "store_true", "help": "print only errors and data"},
     ("--config",): {"metavar": "FILE.toml", "help": "read options from this file"},
-    ("--save-config",): {"metavar": "FILE.toml", "help": "save this call's options to a file"},
+    ("--save-config",): {"metavar": "FILE.toml", "help": "save the options to this file"},
     ("--color",): {"choices": COLOR_CHOICES, "default": "auto", "metavar": "WHEN",
                    "help": "auto, always or never (auto)"},
     ("--version",): {"action": "version", "version": f"convert_to_quant {__version__}", "help": argparse.SUPPRESS},
