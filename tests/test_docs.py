@@ -330,7 +330,6 @@ def test_the_first_session_on_a_terminal(
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(cli.output, "SECONDS_BETWEEN_LINES", float("inf"))
-    monkeypatch.setattr(cli.output, "LONG_SECONDS", float("inf"))
     monkeypatch.setattr(cli.output, "_bar", lambda *_: nullcontext(lambda *_: None))
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setattr(sys, "stderr", screen)

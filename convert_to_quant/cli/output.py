@@ -1,7 +1,7 @@
-"""What commands print: talk to stderr, tables to stdout, JSON to a file or stdout, progress to a terminal.
+"""Everything that commands print: messages and progress to stderr, tables to stdout, JSON to a file or stdout.
 
-Nothing here asks whether it may: `configure` is told once, by the dispatcher, how loud the call is. Tables and progress
-are drawn by rich where a person looks at them, and are plain text everywhere else, so that a pipe always gets the same.
+The dispatcher calls `configure` once per command. Terminals get colors, fitted tables and a progress bar; everything
+else gets plain text that does not depend on its width.
 """
 
 from __future__ import annotations
@@ -9,28 +9,27 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any
 
 from ..errors import StrPath
 from ..telling import KEPT_DB, LOST_DB, Progress, duration
 from .terminal import Styled, columns, fitted, has_color, is_terminal, paint, printable, style_of
 
 SECONDS_BETWEEN_LINES = 30.0
-"""In a pipe: between two lines of progress."""
-
-LONG_SECONDS = 30.0
-"""Work that its first part shows to take longer is said to, with how long."""
+"""Without a terminal, progress is reported this often, and only if more than this is left at first."""
 
 FIRST_PARTS = 100
-"""That part is one of so many, or one evaluation of a network where that is more."""
+"""The first estimate comes after this fraction of the work, or after one evaluation if that is more."""
 
 GAP = "  "
 WRAPPED = 25
-"""Cells of a terminal's table that are longer may wrap between words, and nowhere else."""
+"""On a terminal, longer table cells may wrap between words."""
 
 _begun = time.monotonic()
 _quiet = False
@@ -41,11 +40,11 @@ _noted: set[str] = set()
 
 
 def configure(*, quiet: bool = False, made_by: Mapping[str, Any] | None = None) -> None:
-    """Set how loud this call is, and what its JSON documents say about it.
+    """Start a command.
 
     Args:
-        quiet: errors only; data on stdout stays.
-        made_by: the entry of that name in every JSON document: tool, version, command, options.
+        quiet: print only errors and data.
+        made_by: the `made_by` entry of its JSON documents: tool, version, command, options.
     """
     global _begun, _quiet, _made_by
     _begun, _quiet, _made_by = time.monotonic(), quiet, made_by or {}
@@ -53,19 +52,19 @@ def configure(*, quiet: bool = False, made_by: Mapping[str, Any] | None = None) 
 
 
 def seconds_taken() -> float:
-    """Seconds since the call was configured."""
+    """Seconds since `configure`."""
     return time.monotonic() - _begun
 
 
 def foresee(outputs: Iterable[Path], *, dry: bool = False) -> None:
-    """Find out, before any work, which outputs there are already, and whether their folders can be written to.
+    """Before any work, check that the folders of outputs are writable, and remember which outputs exist.
 
     Args:
-        outputs: checked already.
-        dry: touch nothing.
+        outputs: the files.
+        dry: do not write to the folders.
 
     Raises:
-        OutputError: a folder cannot be written to.
+        OutputError: a folder is not writable.
     """
     from ..checkpoint import rehearse
 
@@ -79,19 +78,19 @@ def foresee(outputs: Iterable[Path], *, dry: bool = False) -> None:
 
 
 def wrote(place: StrPath, *, would: bool = False) -> str:
-    """Say in words that an output was written, or would be, and whether it replaces an older file."""
+    """That an output was written, or would be, and whether it replaces an existing file."""
     old = Path(place) in _older
     return f"would {'replace' if old else 'write'} {place}" if would else f"{'replaced' if old else 'wrote'} {place}"
 
 
 def say(text: str) -> None:
-    """One line of talk; a terminal gets it broken between words."""
+    """Print a message."""
     if not _quiet:
         print(fitted(printable(text), sys.stderr), file=sys.stderr)
 
 
 def note(*texts: str) -> None:
-    """Lines that a user should know, each said once; a terminal gets them broken between words."""
+    """Print notes, each one once per command."""
     for text in texts:
         if not _quiet and text not in _noted:
             _noted.add(text)
@@ -101,12 +100,12 @@ def note(*texts: str) -> None:
 
 
 def error(text: str) -> None:
-    """One line that says why the command failed, however quiet it is."""
+    """Print why the command failed, even with --quiet."""
     print(f"{paint('error:', 'bad', sys.stderr)} {printable(text)}", file=sys.stderr)
 
 
 def decibels(value: float | None, digits: int = 1) -> str:
-    """An SQNR, coloured by what it is worth."""
+    """An SQNR in dB, colored by quality."""
     if value is None:
         return "-"
     style = "good" if value >= KEPT_DB else "bad" if value < LOST_DB else "warn"
@@ -121,86 +120,67 @@ def print_table(
     optional: Sequence[int] = (),
     talk: bool = False,
 ) -> None:
-    """A table on stdout, columns as wide as their widest cell.
+    """Print a table to stdout.
 
     Args:
-        head: names of the columns.
-        rows: cells; `Styled` ones in their colours.
-        right: numbers of the columns that are set flush right.
-        optional: numbers of the columns that a narrow terminal does without, the first to go first.
-        talk: print it to stderr, where stdout has a JSON document.
+        head: column names.
+        rows: cells, which may be `Styled`.
+        right: right-aligned columns, by number.
+        optional: columns that a narrow terminal omits, in this order.
+        talk: print to stderr, because stdout has a JSON document.
     """
     stream = sys.stderr if talk else sys.stdout
-    draw = _draw_table if is_terminal(stream) else _write_table
-    draw(head, [[_clean(cell) for cell in row] for row in rows], right, optional, stream)
+    drawn = is_terminal(stream)
+    names = [Styled(name, "head") for name in head] if drawn else head
+    table = [[_clean(cell) for cell in row] for row in (names, *rows)]
+    widths = {number: max(map(len, column)) for number, column in enumerate(zip(*table, strict=True))}
+    if drawn:
+        widths = _fit(widths, table, optional)
+    for row in table:
+        cells = [
+            textwrap.wrap(row[number], width, break_on_hyphens=False) if len(row[number]) > width else [row[number]]
+            for number, width in widths.items()
+        ]
+        for parts in zip_longest(*cells, fillvalue=""):
+            line = [
+                paint(part.rjust(width) if number in right else part.ljust(width), style_of(row[number]), stream)
+                for (number, width), part in zip(widths.items(), parts, strict=True)
+            ]
+            print(GAP.join(line).rstrip(), file=stream)
+        if drawn and row is table[0]:
+            print("─" * (sum(widths.values()) + len(GAP) * (len(widths) - 1)), file=stream)
+    if omitted := ", ".join(name for number, name in enumerate(head) if name and number not in widths):
+        text = fitted(f"no room for: {omitted} (a pipe, a file and --json have them)", stream)
+        print(paint(text, "dim", stream), file=stream)
+
+
+def _fit(widths: dict[int, int], table: Sequence[Sequence[str]], optional: Sequence[int]) -> dict[int, int]:
+    """Widths of the columns that fit a terminal, if need be without optional ones and with long cells wrapped."""
+    words = {number: max(len(word) for row in table for word in row[number].split() or [""]) for number in widths}
+    fit = {number: max(words[number], min(width, WRAPPED)) for number, width in widths.items()}
+
+    def room() -> int:
+        return columns() - sum(fit.values()) - len(GAP) * (len(fit) - 1)
+
+    for number in optional:
+        if room() < 0:
+            del fit[number]
+    for number in fit:
+        fit[number] += min(widths[number] - fit[number], max(room(), 0))
+    return fit
 
 
 def _clean(cell: str) -> str:
-    """A cell that cannot drive the terminal."""
+    """A cell without control characters."""
     return cell if cell.isprintable() else Styled(printable(cell), style_of(cell))
 
 
-def _widths(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
-    return [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-
-
-def _write_table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int], _optional: Sequence[int], stream: TextIO
-) -> None:
-    """The table as plain text, whole however wide it is."""
-    widths = _widths(head, rows)
-    for row in (head, *rows):
-        cells = [
-            (cell.rjust(width) if column in right else cell.ljust(width), style_of(cell))
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        cells[-1] = (cells[-1][0].rstrip(), cells[-1][1])
-        print(GAP.join(paint(text, style, stream) for text, style in cells).rstrip(), file=stream)
-
-
-def _draw_table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int], optional: Sequence[int], stream: TextIO
-) -> None:
-    """The table for a terminal: without the columns that it has no room for, which it names."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    words = [max((len(word) for row in rows for word in row[column].split()), default=0) for column in range(len(head))]
-    needed = [max(word, min(width, WRAPPED)) for word, width in zip(words, _widths(head, rows), strict=True)]
-    kept, dropped = list(range(len(head))), list(optional)
-
-    def fits() -> bool:
-        return sum(needed[number] + len(GAP) for number in kept) - len(GAP) <= columns()
-
-    while dropped and not fits():
-        kept.remove(dropped.pop(0))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    for number in kept:
-        justify: Literal["left", "right"] = "right" if number in right else "left"
-        least = needed[number] if fits() else None
-        table.add_column(Text(head[number]), justify=justify, overflow="fold", min_width=least)
-    for row in rows:
-        table.add_row(*(Text(row[number], _RICH_STYLES.get(style_of(row[number]), "")) for number in kept))
-    console = Console(file=stream, width=columns(), color_system=_colors(stream), highlight=False)
-    console.print(table)
-    if names := ", ".join(name for number, name in enumerate(head) if name and number not in kept):
-        console.print(Text(f"no room for: {names} (a pipe, a file and --json have them)", "dim"))
-
-
-_RICH_STYLES = {"good": "green", "warn": "yellow", "bad": "red", "head": "bold", "dim": "dim"}
-
-
-def _colors(stream: TextIO) -> Literal["standard"] | None:
-    """What rich may write: the sixteen colours of the terminal's theme, or no style at all."""
-    return "standard" if has_color(stream) else None
-
-
 def write_json(place: str | None, document: Mapping[str, Any]) -> None:
-    """One JSON document to where `--json` says: a file, pipe or device, "-" for stdout, or nowhere.
+    """Write the document of `--json`, with its `made_by` entry.
 
-    It says what made it.
+    Args:
+        place: a file, pipe or device, "-" for stdout, or None.
+        document: the content.
 
     Raises:
         OutputError: the file cannot be written.
@@ -209,33 +189,33 @@ def write_json(place: str | None, document: Mapping[str, Any]) -> None:
         return
     told = {**document, **({"made_by": _made_by} if _made_by else {})}
     text = json.dumps(told, indent=2, ensure_ascii=place == "-", allow_nan=False) + "\n"
-    if place == "-":  # in whatever encoding
+    if place == "-":  # ASCII, as stdout may have any encoding
         sys.stdout.write(text)
         return
     from ..checkpoint import write_bytes
 
-    content = text.encode("utf-8", "backslashreplace")  # half a pair, as a file's name may have
+    content = text.encode("utf-8", "backslashreplace")  # file names may contain lone surrogates
     write_bytes(Path(place), content, stream=True)
 
 
 @contextmanager
 def progress_bar(title: str, *, unit: str = "") -> Iterator[Progress]:
-    """A bar with time left on a terminal, a line now and then elsewhere; and how long all takes, if that is long.
+    """Show progress: a bar with the time left on a terminal, a line now and then elsewhere.
 
     Args:
-        title: what is going on.
-        unit: "bytes", whose rate is shown too, or nothing.
+        title: the activity.
+        unit: "bytes" to show the transfer rate, too.
 
     Yields:
-        A function that takes what is done and what there is to do.
+        A function of the work done and the total.
     """
     if _quiet:
         yield lambda _done, _total: None
     elif is_terminal(sys.stderr):
         with _bar(title, unit) as progress:
-            yield _estimating(title, progress)
+            yield progress
     else:
-        yield _estimating(title, _lines(title))
+        yield _lines(title)
 
 
 @contextmanager
@@ -246,10 +226,10 @@ def _bar(title: str, unit: str) -> Iterator[Progress]:
     global _bar_shown  # noqa: PLW0603 - a process has one terminal
     shown = [progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn(),
              *([progress.TransferSpeedColumn()] if unit else []), progress.TimeRemainingColumn()]  # fmt: skip
-    if _bar_shown is not None:  # work within work: two bars would write over each other
+    if _bar_shown is not None:  # nested work: two bars would overwrite each other
         _bar_shown.stop()
-    console = Console(stderr=True, color_system=_colors(sys.stderr))
-    # Not stdout: it may be a file, and rich would take what is printed there to the terminal.
+    console = Console(stderr=True, color_system="standard" if has_color(sys.stderr) else None)
+    # stdout may be a file, and rich would redirect it to the terminal.
     with progress.Progress(*shown, console=console, transient=True, redirect_stdout=False) as bar:
         _bar_shown = bar
         task = bar.add_task(title, total=None)
@@ -259,35 +239,20 @@ def _bar(title: str, unit: str) -> Iterator[Progress]:
             _bar_shown = None
 
 
-def _estimating(title: str, progress: Progress) -> Progress:
-    """Progress that says once, as soon as a first part is done, how long the whole takes."""
+def _lines(title: str) -> Progress:
+    """Progress as lines with the time left."""
     begun: tuple[float, int] | None = None
-    told = False
+    said: float | None = None
 
     def tell(done: int, total: int) -> None:
-        nonlocal begun, told
+        nonlocal begun, said
         now = time.monotonic()
         start, before = begun = begun or (now, done)
-        if not told and 0 < total <= (done - before) * FIRST_PARTS:
-            told = True
-            seconds = (now - start) * (total - before) / (done - before)
-            if seconds > LONG_SECONDS:
-                say(f"{title}: about {duration(seconds)} in all")
-        progress(done, total)
-
-    return tell
-
-
-def _lines(title: str) -> Progress:
-    """Progress as lines, one every `SECONDS_BETWEEN_LINES`."""
-    start = said = time.monotonic()
-
-    def tell(done: int, total: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said >= SECONDS_BETWEEN_LINES and 0 < done < total:
+        if not total <= (done - before) * FIRST_PARTS or done >= total:
+            return
+        left = (now - start) * (total - done) / (done - before)
+        if (left if said is None else now - said) >= SECONDS_BETWEEN_LINES:
             said = now
-            left = (now - start) * (total - done) / done
             say(f"{title}: {done / total:.0%}, about {duration(left)} left")
 
     return tell
