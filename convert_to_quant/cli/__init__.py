@@ -1,15 +1,15 @@
-"""The command line: the only place that prints, and the boundary between errors and exit codes.
+"""The command line: the only place that prints, and where errors become messages and exit codes.
 
-    convert_to_quant -i MODEL -o OUT ...     convert, calibrate, or both (the command that needs no name)
-    convert_to_quant COMMAND ...             everything else
-    convert_to_quant --config FILE.toml      what the file says (`config`)
+    convert_to_quant -i MODEL -o OUT ...     the default command: convert, calibrate, or both
+    convert_to_quant COMMAND ...             all others
+    convert_to_quant --config FILE.toml      the command in a configuration file (`config`)
 
-stdout is data (tables, JSON), stderr is talk (progress, notes, errors). Exit codes: 0 done, 1 failed, 2 misused; 130
-and 143 where a signal ended it. Nothing heavy is imported before a command runs: `--help` answers without torch and
-without numpy.
+Data (tables, JSON) go to stdout; progress, notes and errors go to stderr. Exit codes: 0 success, 1 failure, 2 usage
+error, 130 and 143 ended by a signal. Heavy modules are imported only when a command runs, so `--help` needs neither
+torch nor numpy.
 
-A command is the module `cli.NAME` with DESCRIPTION, EPILOG, `add_arguments(parser)` and `run(args) -> exit code`. What
-every command has (`shared`) is added here; what it prints it prints through `output`.
+A command is a module `cli.NAME` with DESCRIPTION, EPILOG, `add_arguments(parser)` and `run(args) -> exit code`.
+`shared` adds the options that all commands have; commands print through `output`.
 """
 
 from __future__ import annotations
@@ -28,38 +28,35 @@ from pathlib import Path
 from .. import __version__
 from ..errors import Error, OptionError
 from . import config, output, shared, terminal
+from .conflict import FLAGS, conflicting_package
 from .interrupts import Interrupted, exit_code, interruptible
-from .neighbour import FLAGS, neighbour
 from .overview import GROUPS, overview
 from .parsing import Parser, did_you_mean, flag_spelling
 
 __all__ = ["COMMANDS", "build_parser", "flag_spelling", "guarded", "main"]
 
 COMMANDS = {name: words for group in GROUPS.values() for name, words in group.items()}
-"""What each command does."""
+"""Commands and their one-line descriptions."""
 
 DEFAULT_COMMAND = "convert"
 READERS = frozenset({"inspect", "check", "completion"})
-"""Commands that write nothing but a report."""
+"""Commands that write nothing except reports."""
 
 STREAM_ENDS = frozenset({errno.EPIPE, errno.ENOSPC, errno.EIO})
-"""Why a stream takes no more: its reader went away, or the disk behind it is full or failed."""
+"""Errors of a closed pipe, a full disk and a failed one."""
 
 NO_MEMORY = re.compile(
     r"out of memory|allocate memory|not enough memory|bad_?alloc|failed to map segment|can't start new thread"
-    r"|error return without exception set",  # Python's own word, where its import runs out of memory
+    r"|error return without exception set",  # Python, if its import runs out of memory
     re.I,
 )
-"""What libraries say where the system gives them no memory, or no thread, and raise no MemoryError."""
-
-WANTED = re.compile(r"(?:allocate|allocating) ([\d.,]+ ?\w*)")
-"""How much they wanted at once."""
+"""Messages of libraries that are out of memory but raise no MemoryError."""
 
 BALLAST_BYTES = 1 << 22
-"""Room to say that there is none."""
+"""Memory that is kept for the message about lacking memory."""
 
 FILE_SUFFIXES = (".safetensors", ".sft", ".json", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-"""What shows that a word was meant as a file."""
+"""Suffixes of words that are files, not commands."""
 
 
 def build_parser(command: str) -> Parser:
@@ -69,7 +66,7 @@ def build_parser(command: str) -> Parser:
     parser = Parser(prog=program, description=module.DESCRIPTION, epilog=module.EPILOG)
     module.add_arguments(parser)
     if command == DEFAULT_COMMAND:
-        parser.foreign = FLAGS
+        parser.hints = FLAGS
     shared.add_shared_options(parser, writes=command not in READERS)
     return parser
 
@@ -78,8 +75,8 @@ def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
     """Run the command line.
 
     Args:
-        arguments: without the program's name; those of the process by default.
-        command: the only one, where the program is one command.
+        arguments: without the program's name; by default those of the process.
+        command: the command, if the program has only one.
 
     Returns:
         The exit code.
@@ -90,9 +87,9 @@ def main(arguments: Sequence[str] | None = None, command: str = "") -> int:
 
 
 def prepare(words: Sequence[str]) -> None:
-    """Make the streams fit to be written to: colours as asked for, and no letter that they cannot show is an error."""
+    """Configure the streams: colors, and escapes for characters that they cannot encode."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us; `print` would take stdout for stderr
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     terminal.choose_color(words)
     output.configure()
@@ -102,7 +99,7 @@ def prepare(words: Sequence[str]) -> None:
 
 
 def dispatch(words: list[str], command: str) -> int:
-    """Run a command, the one that a command line names if none is given, with what every command has around it.
+    """Run the given command, or the one that the command line names.
 
     Returns:
         The exit code.
@@ -113,80 +110,79 @@ def dispatch(words: list[str], command: str) -> int:
         if words in ([], ["--help"], ["-h"]):
             print(overview(), end="")
             return 0
-        command = command_of(words)
-        words = words[1:] if words[0] == command else words
+        command, *words = with_command(words)
     args, parser, names = config.parse(build_parser(command), words, command, list({**COMMANDS, command: ""}))
     args.in_force = config.options_in_force(parser, args)
     options = {key: value for key, value in args.in_force.items() if key not in shared.TALK}
     made_by = {"tool": "convert_to_quant", "version": __version__, "command": " ".join(names), "options": options}
     output.configure(quiet=args.quiet, made_by=made_by)
-    if warning := neighbour():
+    if warning := conflicting_package():
         output.note(warning)
     shared.check_paths(parser, args)
     module = importlib.import_module(f"{__name__}.{command}")
-    code = int(module.run(argparse.Namespace(**vars(args))))  # which settles what the call leaves open
+    code = int(module.run(argparse.Namespace(**vars(args))))  # a copy, as commands change it
     if code == 0 and args.save_config and not getattr(args, "dry_run", False):
         config.write(args.save_config, names, parser, args)
     return code
 
 
-def command_of(words: Sequence[str]) -> str:
-    """The command that a command line means.
+def with_command(words: list[str]) -> list[str]:
+    """A command line with an explicit command.
 
     Raises:
         OptionError: there is no such command.
     """
     word, path = words[0], terminal.value_of("--config", words)
     if word in COMMANDS:
-        return word
+        return words
     if word.startswith("-"):
-        named_by_file = path is not None and not {"-i", "--input"} & {word.partition("=")[0] for word in words}
-        return config.only_command(str(path), list(COMMANDS)) if named_by_file else DEFAULT_COMMAND
+        given = {"-i", "--input"} & {word.partition("=")[0] for word in words}
+        return [*([DEFAULT_COMMAND] if path is None or given else config.only_command(path, list(COMMANDS))), *words]
     if word.endswith(FILE_SUFFIXES) or Path(word).exists():
-        hint = f"convert_to_quant -i {word} converts it, convert_to_quant inspect {word} looks at it"
+        hint = f"to convert it: convert_to_quant -i {word}; to inspect it: convert_to_quant inspect {word}"
         raise OptionError(f"{word} is a file, not a command", hint=hint)
-    hint = did_you_mean(word, [*COMMANDS, "help"]) or "convert_to_quant --help lists them"
+    hint = did_you_mean(word, [*COMMANDS, "help"]) or "see convert_to_quant --help"
     raise OptionError(f"unknown command {word!r}", hint=hint)
 
 
 def guarded(run: Callable[[], int], *, last: bool = False) -> int:
-    """Run something, and turn our errors and signals, and only those, into one line and an exit code.
+    """Run a function, and turn our errors and signals into one line and an exit code; bugs show their traceback.
 
     Args:
-        run: gives the exit code.
-        last: whether it is all that the process does.
+        run: returns the exit code.
+        last: whether the process ends afterwards.
     """
     ballast = bytearray(BALLAST_BYTES)
     try:
         with interruptible(last=last):
             code = run()
-            sys.stdout.flush()  # here, where a reader that went away is expected, and not when Python ends
+            sys.stdout.flush()  # a closed pipe is an error here, and not when Python exits
         return code
     except Error as error:
         output.error(str(error))
         return error.exit_code
     except KeyboardInterrupt as stop:
-        with contextlib.suppress(BrokenPipeError):  # whoever ended us may be gone
-            print("interrupted: an output is written whole or not at all", file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):
+            print("interrupted: outputs are never left incomplete", file=sys.stderr)
         return stop.exit_code if isinstance(stop, Interrupted) else exit_code(signal.SIGINT)
     except Exception as failure:
         if lacks_memory(failure):
             del ballast
-            output.error(f"out of memory{_wanted(failure)} (close other programs, or ask for fewer or smaller samples)")
+            output.error("out of memory (close other programs, or use fewer or smaller samples)")
             return 1
         if not isinstance(failure, OSError):
             raise
         where = "" if failure.filename is None else f"{failure.filename}: "
-        what = "the output cannot be written" if failure.errno in STREAM_ENDS else "the system refused"
-        if failure.errno != errno.EPIPE:  # whose reader has seen enough
+        what = "the output cannot be written" if failure.errno in STREAM_ENDS else "the operating system reports"
+        if failure.errno != errno.EPIPE:  # the reader has seen enough
             output.error(f"{where}{what}: {failure.strerror}")
-        with contextlib.suppress(OSError):  # keep Python from complaining when it flushes at exit
+        with contextlib.suppress(OSError):  # Python would complain when it flushes at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def lacks_memory(failure: BaseException) -> bool:
-    """Whether an error, or what it was raised from, is that the system or a GPU had no more memory.
+    """Whether an error, or one that caused it, means that the system or a GPU is out of memory.
 
     >>> lacks_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."))
     True
@@ -197,9 +193,3 @@ def lacks_memory(failure: BaseException) -> bool:
         return True
     before = failure.__cause__ or failure.__context__
     return bool(NO_MEMORY.search(str(failure))) or (before is not None and lacks_memory(before))
-
-
-def _wanted(failure: BaseException) -> str:
-    """How much was asked for at once, where the error says it: ": 31.0 MiB more could not be had"."""
-    found = WANTED.search(str(failure))
-    return f": {found[1]} more could not be had" if found else ""

@@ -165,8 +165,8 @@ def _fit(widths: dict[int, int], table: Sequence[Sequence[str]], optional: Seque
     for number in optional:
         if room() < 0:
             del fit[number]
-    for number in fit:
-        fit[number] += min(widths[number] - fit[number], max(room(), 0))
+    for number, width in fit.items():
+        fit[number] += min(widths[number] - width, max(room(), 0))
     return fit
 
 

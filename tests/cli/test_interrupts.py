@@ -73,7 +73,7 @@ def test_a_signal_unwinds_and_leaves_nothing(stalled, folder, command, number, c
     process.send_signal(number)
     out, error = process.communicate(timeout=60)
     assert process.returncode == code
-    assert error == ("" if code < 0 else "interrupted: an output is written whole or not at all\n")
+    assert error == ("" if code < 0 else "interrupted: outputs are never left incomplete\n")
     assert out.count("at work") < 10, "of 13 layers: work that was queued is not done first"
     assert folder() == before
 
@@ -88,7 +88,7 @@ def test_what_was_observed_is_kept_where_it_was_saved_and_that_is_said(stalled, 
     assert partial.exists()
     assert error.splitlines() == [
         f"note: progress is saved in {partial}: --resume continues",
-        "interrupted: an output is written whole or not at all",
+        "interrupted: outputs are never left incomplete",
     ]
 
 
@@ -112,7 +112,7 @@ def test_a_signal_that_arrives_twice_is_one_and_unwinds(stalled, folder):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error == "interrupted: an output is written whole or not at all\n"
+    assert error == "interrupted: outputs are never left incomplete\n"
     assert folder() == before
 
 
