@@ -1,8 +1,8 @@
-"""Quantized diffusion models that keep the picture: measure, choose formats, convert, calibrate, check.
+"""Quantize diffusion models and preserve image quality: measure, choose formats, convert, calibrate, check.
 
-The names in `__all__` are the public API, flat and lazy: `import convert_to_quant` loads no numpy and no torch; each
-name loads its module when it is first used. No name is that of a module, so modules stay importable beside them: the
-function `convert.convert` is `convert_checkpoint` here. Errors that a caller can mend derive from `Error`.
+`__all__` is the public API. It is lazy: importing the package loads neither numpy nor torch, and each name loads its
+module on first use. No name equals that of a module, so `convert.convert` is `convert_checkpoint` here. Errors that a
+caller can fix derive from `Error`.
 """
 
 from importlib import import_module
@@ -10,7 +10,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_SOURCES = {
     "Best": "best",
     "BestOptions": "options",
     "Calibration": "calibrate_activation_scales",
@@ -43,16 +43,16 @@ _HOMES = {
     "render_report": "report.page:render",
     "velocity_fidelity": "fidelity",
 }
-"""Public name -> its module, and its name there where that says too little here."""
+"""Public name -> module, or module:name if the name differs there."""
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_SOURCES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, from its module (PEP 562)."""
-    if name not in _HOMES:
+    """Load a public name (PEP 562)."""
+    if name not in _SOURCES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, there = _HOMES[name].partition(":")
+    module, _, there = _SOURCES[name].partition(":")
     found = globals()[name] = getattr(import_module(f"{__name__}.{module}"), there or name)
     return found
 

@@ -1,4 +1,4 @@
-"""`python -m convert_to_quant` is the command line."""
+"""`python -m convert_to_quant` runs the command line."""
 
 from .cli import main
 

@@ -1,20 +1,19 @@
-"""Every error that bad input or a bad machine can cause, as one tree.
+"""All errors that bad input or a failing machine can cause.
 
     Error                        exit code 1
-    ├── OptionError              exit code 2: the call itself is wrong (a flag, a range, a name)
-    ├── CheckpointError          a file cannot be read as a checkpoint
-    │   ├── HeaderError          its safetensors header is missing, cut off, or lies
-    │   ├── PickleError          it is a pickle (.ckpt, .pt); pickles run code, so it is never opened
-    │   ├── TensorError          a tensor or a layer in it has a value, shape or dtype that cannot be used
-    │   └── NoStaticScaleError   readers scale the inputs of all its layers as they come
-    ├── LoraError                an adapter cannot be used with this checkpoint
-    ├── CalibrationError         activations could not be observed
+    ├── OptionError              exit code 2: invalid option, value or combination
+    ├── CheckpointError          a file is not a usable checkpoint
+    │   ├── HeaderError          its safetensors header is missing, truncated or wrong
+    │   ├── PickleError          it is a pickle (.ckpt, .pt), which would run code
+    │   ├── TensorError          a tensor or layer has an invalid value, shape or dtype
+    │   └── NoStaticScaleError   no layer has a static input scale
+    ├── LoraError                an adapter does not fit the checkpoint
+    ├── CalibrationError         layer inputs could not be observed
     │   └── UnsupportedModelError  no engine can run this model
     ├── StatisticsError          a statistics file cannot be read, merged or applied
-    └── OutputError              a result cannot be written; the input is untouched
+    └── OutputError              an output cannot be written; the input is unchanged
 
-The command line turns these, and only these, into one line on stderr and an exit code. Everything else is a bug
-and shows its traceback.
+The command line prints these errors in one line and exits with their code. All others are bugs and show a traceback.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ StrPath = str | PathLike[str]
 
 
 MOST_NAME, MOST_PROBLEM = 300, 1000
-"""Letters of a tensor's name, and of what is wrong, that a message shows: files say both, and at any length."""
+"""Maximum length of a tensor's name and of the problem in a message, as both may come from a file."""
 
 
 def cut(text: str, most: int) -> str:
-    """A text, or its beginning and its end where it is longer.
+    """A text, shortened in the middle.
 
     >>> cut("blocks.0.attention.weight", 20)
     'block...ntion.weight'
@@ -42,12 +41,12 @@ def cut(text: str, most: int) -> str:
 
 
 class Error(Exception):
-    """Base of all errors that a user can cause and mend.
+    """Base of all errors that a user can cause and fix.
 
     Args:
-        problem: what failed, and what was expected and found.
-        path: the file it failed in.
-        tensor: the tensor or layer it failed at.
+        problem: what failed, expected and found.
+        path: the file.
+        tensor: the tensor or layer.
         hint: what to try.
 
     >>> str(Error("2 values expected, 3 found", path="a.safetensors", tensor="x.weight", hint="convert it again"))
@@ -68,37 +67,37 @@ class Error(Exception):
 
 
 class OptionError(Error):
-    """The call itself is wrong: an unknown preset, a percentile of 0, flags that exclude each other."""
+    """An option, its value, or a combination of options is invalid."""
 
     exit_code = 2
 
 
 class CheckpointError(Error):
-    """A file cannot be read as a checkpoint."""
+    """A file is not a usable checkpoint."""
 
 
 class HeaderError(CheckpointError):
-    """The safetensors header is missing, cut off, or contradicts itself or the file."""
+    """The safetensors header is missing, truncated, or contradicts itself or the file."""
 
 
 class PickleError(CheckpointError):
-    """The file is a pickle. Opening a pickle runs the code in it, so it is refused unread."""
+    """The file is a pickle, which is refused because reading it would run code."""
 
 
 class TensorError(CheckpointError):
-    """A tensor or a layer holds a value, shape or dtype that cannot be used."""
+    """A tensor or layer has an invalid value, shape or dtype."""
 
 
 class NoStaticScaleError(CheckpointError):
-    """Readers scale the inputs of all of a checkpoint's layers as they come, which is no fault of it."""
+    """No layer of the checkpoint has a static input scale: its inputs are scaled dynamically."""
 
 
 class LoraError(Error):
-    """An adapter cannot be used with this checkpoint."""
+    """An adapter does not fit the checkpoint."""
 
 
 class CalibrationError(Error):
-    """Activations could not be observed."""
+    """Layer inputs could not be observed."""
 
 
 class UnsupportedModelError(CalibrationError):
@@ -110,4 +109,4 @@ class StatisticsError(Error):
 
 
 class OutputError(Error):
-    """A result cannot be written. The input is untouched and nothing half-written is left."""
+    """An output cannot be written. The input is unchanged, and no incomplete file is left."""

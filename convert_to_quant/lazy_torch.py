@@ -1,4 +1,4 @@
-"""torch, imported where it is first used: it takes a second to start, and reading or converting to FP8 needs none."""
+"""torch, imported on first use: it takes a second, and inspecting or converting to FP8 does not need it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 else:
 
     class _Torch:
-        """Stands for the module."""
+        """Placeholder for the module."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(import_module("torch"), name)

@@ -1,26 +1,26 @@
-"""What people are told: counts with their nouns, sizes and times, and how far work is."""
+"""Text for people: counts with nouns, sizes, durations; and progress callbacks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 LOST_DB, KEPT_DB = 20.0, 25.0
-"""SQNR in dB: red below the first, green from the second; on screens and in the demo's picture."""
+"""SQNR in dB: red below the first, green from the second; on screens and in the demo's image."""
 
 Progress = Callable[[int, int], None]
-"""Called with what is done and what there is to do."""
+"""Called with the work done and the total."""
 
 Advance = Callable[[int], None]
-"""Called with how much was done since the last call."""
+"""Called with the work done since the last call."""
 
 
 def advance(progress: Progress | None, total: int, done: int = 0) -> Advance:
-    """Add up what was done, and tell the sum.
+    """Report increments to a function of the sum.
 
     Args:
-        progress: told the sum and the total.
-        total: what there is to do.
-        done: what was done before.
+        progress: called with the sum and the total.
+        total: all work.
+        done: work done before.
 
     >>> told = advance(print, 10, done=3)
     >>> told(4)
@@ -37,7 +37,7 @@ def advance(progress: Progress | None, total: int, done: int = 0) -> Advance:
 
 
 def part(progress: Progress | None, number: int, of: int = 2) -> Progress | None:
-    """What one of several runs tells, the first (0), the second (1), ..., as a part of all.
+    """Progress of one of several equal runs (number 0, 1, ...) as a part of all of them.
 
     >>> told = part(print, 1)
     >>> told(2, 10) if told else None
@@ -56,7 +56,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def size(count: float) -> str:
-    """A number of bytes for people.
+    """A number of bytes with its unit.
 
     >>> size(97_530), size(12)
     ('97.5 kB', '12 bytes')
@@ -68,7 +68,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time for people.
+    """A duration with its unit.
 
     >>> duration(42.3), duration(400), duration(9000)
     ('42 s', '7 min', '2.5 h')

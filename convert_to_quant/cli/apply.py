@@ -21,7 +21,7 @@ With --full-precision-budget 0.05 the worst layers compute in full precision, up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's options."""
     parser.add_argument("input", metavar="MODEL", help="FP8 checkpoint")
     parser.add_argument("statistics", nargs="+", metavar="STATS", help="statistics files, merged if several")
     add_target_arguments(parser)
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     with open_checkpoint(args.input) as checkpoint:
         if METADATA_KEY in checkpoint.metadata:
             hint = f"convert_to_quant apply {args.statistics[0]} {args.input} ..."
-            raise OptionError(f"{args.input} holds statistics: the model comes first", hint=hint)
+            raise OptionError(f"{args.input} contains statistics, but the model comes first", hint=hint)
         statistics = merge(*load_distinct(args.statistics), force=args.force)
         check_target(checkpoint, args)
         calibration = apply_statistics(checkpoint, statistics, options, force=args.force)

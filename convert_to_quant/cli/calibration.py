@@ -1,10 +1,11 @@
-"""How calibrations are asked for, told and written; shared by the commands that calibrate a checkpoint."""
+"""Options, messages and outputs of calibration, shared by the commands that calibrate a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from ..errors import OptionError
 from ..options import CalibrationOptions, add_options, options_of
 from ..telling import duration, plural, size
 from .output import decibels, note, print_table, progress_bar, say, seconds_taken, write_json, wrote
+from .running import check_device
 from .shared import check_shards
 from .terminal import Styled
 
@@ -23,14 +25,20 @@ if TYPE_CHECKING:
 
 
 FULL_PRECISION = Styled("full precision", "good")
-"""In place of an SQNR: nothing is lost where inputs are not quantized."""
+"""Replaces the SQNR of layers whose inputs are not quantized."""
 
 READ_AS_SAFETENSORS = (".safetensors", ".sft", ".safetensors.index.json")
-"""How names end that ComfyUI reads as safetensors (`comfy.utils.load_torch_file`), and an index, which others read."""
+"""Suffixes that ComfyUI reads as safetensors (`comfy.utils.load_torch_file`), and that of an index."""
+
+ENGINES = {
+    "model": "running the model on noise",
+    "layer": "guessing from the weights",
+    "statistics": "recorded statistics",
+}
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to, and the marker of legacy files."""
+    """Add the options for the output."""
     target = parser.add_argument_group("output")
     target.add_argument("-o", "--output", metavar="OUT", help="new file")
     target.add_argument("--in-place", action="store_true", help="write input scales into MODEL itself")
@@ -39,17 +47,39 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_calibration_arguments(group: Any, prefix: str) -> None:
-    """The options of a calibration, each that takes a value behind a prefix ("actcal-" or nothing)."""
+    """Add the options of calibration; those with values get the prefix ("actcal-" or nothing)."""
     group.add_argument(f"--{prefix}lora", dest="lora", action="append", default=[], metavar="FILE[:STRENGTH]",
                        help="apply a LoRA while calibrating; repeatable")  # fmt: skip
     add_options(group, CalibrationOptions, prefix)
     group.add_argument("--mark", action="store_true", help="add missing quantization configs")
 
 
-def recover_input(args: argparse.Namespace) -> None:
-    """Put back what an interrupted change in place left half done, where the input will be changed in place.
+@contextmanager
+def opened(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, Sequence[Lora]]]:
+    """Check the options, and open the model and the LoRAs to calibrate with.
 
-    Everything else leaves the input as it is; opening it says what is wrong with it.
+    Raises:
+        Error: an option, the device or a file cannot be used.
+    """
+    from ..checkpoint import open_checkpoint
+    from ..damaged import refuse_damaged
+    from ..layers import find_layers
+    from ..lora import open_loras
+
+    require_target(args)
+    if args.actcal:
+        options_of(CalibrationOptions, args)  # checks the ranges
+    check_device(args.device)
+    recover_input(args)
+    with open_checkpoint(args.input) as checkpoint, open_loras(args.lora) as adapters:
+        note(*refuse_damaged(checkpoint, find_layers(checkpoint)))
+        yield checkpoint, adapters
+
+
+def recover_input(args: argparse.Namespace) -> None:
+    """Undo an interrupted in-place change if the input will be changed in place.
+
+    Otherwise the input is left alone, and opening it reports the interruption.
 
     Raises:
         OutputError: the undo file is damaged or belongs to another file.
@@ -57,42 +87,33 @@ def recover_input(args: argparse.Namespace) -> None:
     from ..patch import recover
 
     if args.in_place and not args.dry_run and recover(Path(args.input)):
-        note(f"{args.input}: an interrupted change in place was undone")
-
-
-def note_damage(checkpoint: Checkpoint) -> None:
-    """Refuse a model that lost its weights, and say which weights another one lost; see `damaged`."""
-    from ..damaged import refuse_damaged
-    from ..layers import find_layers
-
-    note(*refuse_damaged(checkpoint, find_layers(checkpoint)))
+        note(f"{args.input}: an interrupted in-place change was undone")
 
 
 def require_target(args: argparse.Namespace) -> None:
-    """Refuse a call that names nothing to write, or marks where they have no room.
+    """Refuse a call without an output, or --mark without a new file.
 
     Raises:
-        OptionError: it does.
+        OptionError: it is such a call.
     """
     if args.output is None and not (args.in_place or args.dry_run):
-        raise OptionError("name the new file with -o OUT", hint="or --in-place, or --dry-run")
-    if getattr(args, "mark", False) and (args.in_place or not args.actcal):
-        raise OptionError("--mark is for --actcal with -o OUT: marks have no room in place")
+        raise OptionError("no output: add -o OUT", hint="or --in-place, or --dry-run")
+    if getattr(args, "mark", False) and args.in_place:
+        raise OptionError("--mark needs -o OUT: quantization configs cannot be added in place")
 
 
 def check_target(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Refuse, before minutes of work, a target that the open checkpoint forbids.
+    """Refuse an unusable output before minutes of work.
 
     Raises:
-        OutputError: an output is one of its shards.
-        OptionError: in place, and yet another output was named.
+        OutputError: it is a shard of the checkpoint.
+        OptionError: --in-place and another output are given.
     """
     from ..checkpoint import is_one_file
 
     check_shards(checkpoint, args)
     if args.in_place and args.output is not None and not is_one_file(Path(args.output), checkpoint.path):
-        path = checkpoint.path
-        raise OptionError(f"--in-place changes {path}; leave -o out, or drop --in-place to write {args.output}")
+        raise OptionError(f"--in-place changes {checkpoint.path}, but -o names {args.output}; give one")
 
 
 def calibrate(checkpoint: Checkpoint, args: argparse.Namespace, adapters: Sequence[Lora]) -> Calibration:
@@ -107,7 +128,7 @@ def calibrate(checkpoint: Checkpoint, args: argparse.Namespace, adapters: Sequen
 def calibrate_output(
     checkpoint: Checkpoint, args: argparse.Namespace, adapters: Sequence[Lora]
 ) -> Callable[[CheckpointWriter], None]:
-    """What calibrates a new file before it gets its name, and tells what was found; the file has places for scales."""
+    """A function that calibrates a new file, which has places for scales, before it is renamed to its final name."""
     from ..calibrate_activation_scales import calibrate_written
 
     def finishing(writer: CheckpointWriter) -> None:
@@ -119,7 +140,7 @@ def calibrate_output(
 
 
 def tell(calibration: Calibration, args: argparse.Namespace) -> None:
-    """Say what a calibration found: a summary, with -v the table, with --json the document."""
+    """Print the summary, with -v the table, and write the document of --json."""
     note(*calibration.notes)
     say(summary(calibration))
     if args.verbose:
@@ -128,10 +149,7 @@ def tell(calibration: Calibration, args: argparse.Namespace) -> None:
 
 
 def finish(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Namespace) -> int:
-    """Say what a calibration found and, unless this is a dry run, write it: into a new file, or the checkpoint itself.
-
-    A dry run plans everything, so that what cannot be done shows.
-    """
+    """Print a calibration and write it into a new file or in place. A dry run only plans it."""
     from ..calibrate_activation_scales import plan, plan_in_place
     from ..layers import find_layers
     from ..patch import apply_in_place, rewrite
@@ -145,7 +163,7 @@ def finish(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Name
         would = f"would write {len(calibration.scales)} scales into {target}; " if args.in_place or args.output else ""
         say(f"dry run: {would}nothing was written")
     elif args.in_place and not apply_in_place(patch):
-        say(f"{target} has these scales already; nothing was written")
+        say(f"{target} already has these scales; nothing was written")
     else:
         if not args.in_place:
             rewrite(patch, target)
@@ -158,7 +176,7 @@ def finish(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Name
 
 
 def say_totals(checkpoint: Checkpoint, output: Path) -> None:
-    """Say, last of all, what became of the size, and how long the command took."""
+    """Print the size before and after, and the command's duration."""
     from ..checkpoint import open_checkpoint
 
     with open_checkpoint(output) as written:
@@ -167,31 +185,27 @@ def say_totals(checkpoint: Checkpoint, output: Path) -> None:
 
 
 def note_unmarked(checkpoint: Checkpoint, target: Path, args: argparse.Namespace) -> None:
-    """Say, behind what was written, that ComfyUI drops the scales of layers without a mark, and what adds marks."""
+    """Warn about layers without a quantization config: ComfyUI ignores their scales."""
     from ..layers import find_layers
 
     count = sum(layer.marking == "none" for layer in find_layers(checkpoint).diffusion.values())
     if count:
         elsewhere = f"convert_to_quant migrate {shlex.quote(str(target))} -o NEW --to comfy"
         adds = "--mark" if hasattr(args, "mark") and not args.in_place else elsewhere
-        note(f"ComfyUI drops the scales of {plural(count, 'layer')} without a mark ({adds} adds marks)")
+        layers = plural(count, "layer")
+        note(f"ComfyUI ignores the scales of {layers} without a quantization config (to add configs: {adds})")
 
 
 def note_ending(path: Path) -> None:
-    """Say that ComfyUI takes a file for something else, where it does: it goes by how names end."""
+    """Warn about a name that ComfyUI does not read as safetensors."""
     if not path.name.lower().endswith(READ_AS_SAFETENSORS):
-        note(f"ComfyUI does not read {path.name} as safetensors; it goes by how a name ends")
+        note(f"ComfyUI does not read {path.name} as safetensors, because of its suffix")
 
 
 def summary(calibration: Calibration) -> str:
-    """One line: how many layers, by which engine, over which scales."""
+    """The number of layers, the engine and the range of scales in one line."""
     scales = calibration.scales
-    how = {
-        "model": "running the model on noise",
-        "layer": "guessing from the weights",
-        "statistics": "what was observed",
-    }[calibration.engine]
-    text = f"calibrated {len(scales)} of {len(calibration.results)} layers by {how}"
+    text = f"calibrated {len(scales)} of {len(calibration.results)} layers by {ENGINES[calibration.engine]}"
     if scales:
         text += f": scales {min(scales.values()):.3g} to {max(scales.values()):.3g}"
     full = sum(result.full_precision_after for result in calibration.results)
@@ -199,16 +213,14 @@ def summary(calibration: Calibration) -> str:
 
 
 def print_calibration(results: Sequence[LayerResult], *, talk: bool = False) -> None:
-    """Old scale, new scale, source and range of every layer; see `print_table`."""
+    """Print range, scales, SQNR and losses of every layer."""
     print_table(
         ("layer", "range", "scale before", "scale after", "SQNR before", "SQNR after", "clipped", "vanished",
-         "tokens lost", "source", "why"),
+         "tokens lost", "source", "reason"),
         [
             (
                 result.layer,
-                _number(result.range),
-                _number(result.scale_before),
-                _number(result.scale_after),
+                *(_number(value) for value in (result.range, result.scale_before, result.scale_after)),
                 FULL_PRECISION if result.full_precision_before else decibels(result.sqnr_before_db),
                 FULL_PRECISION if result.full_precision_after else decibels(result.sqnr_after_db),
                 _shares(result, result.clipped_before, result.clipped_after),
@@ -234,7 +246,7 @@ def _share(value: float | None) -> str:
 
 
 def _shares(result: LayerResult, before: float | None, after: float | None) -> str:
-    """Before and after, as far as the layer's inputs are quantized."""
+    """The shares before and after; "-" for full precision."""
     then = "-" if result.full_precision_before else _share(before)
     now = "-" if result.full_precision_after else _share(after)
     return "-" if then == now == "-" else f"{then} > {now}"

@@ -27,13 +27,13 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "adapter": ("*.safetensors",),
     "config": ("*.toml",),
 }
-"""What files of a kind are called."""
+"""File name patterns by kind of path."""
 
 ALIAS = "complete -o filenames -F _shtab_convert_to_quant ctq\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's options."""
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=f"{', '.join(SHELLS[:-1])} or {SHELLS[-1]}")
 
 
@@ -49,10 +49,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def whole_parser(shtab: Any) -> Parser:
-    """One parser of everything: the default command's flags, and every command with its own.
+    """One parser with the options of the default command and all commands as subcommands.
 
     Args:
-        shtab: the package, which says how files are completed.
+        shtab: the module, for its kinds of files.
     """
     from ..formats import WRITTEN
     from . import COMMANDS, DEFAULT_COMMAND, build_parser
@@ -70,7 +70,7 @@ def whole_parser(shtab: Any) -> Parser:
         for action in parser._actions:
             kind = kind_of(action)
             if action.dest == "format":
-                action.choices = WRITTEN  # which the command itself does not load for its help
+                action.choices = WRITTEN  # not loaded for --help
             if kind == "folder":
                 action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
             elif kind is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,13 @@ from .calibration import (
     calibrate_output,
     check_target,
     finish,
-    note_damage,
     note_ending,
-    recover_input,
-    require_target,
+    opened,
     say_totals,
 )
 from .dequantize import write_layout
 from .output import note, print_table, progress_bar, say, write_json, wrote
-from .running import check_device, settle, settle_at_rest
+from .running import settle
 from .shared import check_shards
 
 if TYPE_CHECKING:
@@ -50,9 +48,33 @@ formats:
   nvfp4, w4a8, w6a8
 """
 
+FOR_INPUTS = ("actcal",)
+FOR_RUNS = ("actcal", "best", "round", "fold")
+NEEDS: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(("in-place", "enable-fp8-matmul", "float16-safe", "mark", "actcal-lora"), FOR_INPUTS),
+    **{f"actcal-{one.flag}": FOR_INPUTS for one in offered(CalibrationOptions).values()},
+    **{f"actcal-{one.flag}": FOR_RUNS for one in offered(RunOptions).values()},
+    **{one.flag: ("best",) for one in offered(BestOptions).values()},
+    "from": ("best", "round"),
+}
+"""Options that have no effect without one of others."""
+
+EXCLUDES: Mapping[str, Mapping[str, str]] = {
+    "best": dict.fromkeys(
+        ("format", "layer-format", "scaling-mode", "weight-scale", "legacy", "actcal"), "--best chooses the formats"
+    ),
+    "actcal": {"no-input-scale": "--actcal writes input scales"},
+    "round": {"merge-lora": "merge first, in 16 bits"},
+    "fold": {
+        "from": "the statistics are of the model before folding",
+        **dict.fromkeys(("merge-lora", "actcal-lora"), "convert the LoRA with convert_to_quant lora fold"),
+    },
+}
+"""Options that cannot be combined, and why."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's options."""
     parser.usage = "convert_to_quant -i MODEL -o OUT [options]"
     files = parser.add_argument_group("files")
     files.add_argument("-i", "--input", required=True, metavar="MODEL",
@@ -85,89 +107,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from ..checkpoint import open_checkpoint
     from ..layers import find_layers
     from ..lora import open_loras
 
-    check_flags(args)
-    require_target(args)
-    if args.actcal:
-        options_of(CalibrationOptions, args)  # says what is out of range
-    check_device(args.device)
-    recover_input(args)
-    with (
-        open_checkpoint(args.input) as checkpoint,
-        open_loras(args.lora) as adapters,
-        open_loras(args.merge_lora) as merged,
-    ):
-        check_shards(checkpoint, args)
-        note_damage(checkpoint)
+    check_combination(args.in_force)
+    with opened(args) as (checkpoint, adapters), open_loras(args.merge_lora) as merged:
         settle_run(args, checkpoint)
         if not args.actcal or args.requantize or not find_layers(checkpoint).diffusion:
             return convert_file(checkpoint, args, adapters, merged)
         converting = {"legacy", *(one.flag for one in offered(ConvertOptions).values())}
         if unused := ", ".join(f"--{flag}" for flag in args.in_force if flag in converting):
-            note(f"the input is quantized already, so nothing is converted and {unused} does nothing")
+            note(f"the input is already quantized and is only calibrated; no effect: {unused}")
         if merged:
-            raise OptionError("--merge-lora changes weights, and the input is quantized already",
-                              hint="merge into the original in 16 bits, or add --requantize")  # fmt: skip
+            raise OptionError("--merge-lora cannot change weights that are already quantized",
+                              hint="merge into the 16-bit original, or add --requantize")  # fmt: skip
         return calibrate_file(checkpoint, args, adapters)
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other or do nothing.
+def check_combination(flags: Mapping[str, Any]) -> None:
+    """Refuse options that have no effect or contradict each other.
 
     Raises:
         OptionError: they do.
     """
-    folds_loras = args.fold and (args.merge_lora or args.lora)
-    rules = (
-        (args.in_place and not args.actcal, "--in-place needs --actcal: only scales can be written in place", None),
-        (args.enable_fp8_matmul and not args.actcal,
-         "--enable-fp8-matmul needs --actcal: without input scales FP8 products would use 1.0", None),
-        (args.float16_safe and not args.actcal,
-         "--float16-safe needs --actcal: it is about the input scales that --actcal finds", None),
-        (args.actcal and args.no_input_scale, "--no-input-scale leaves out what --actcal is asked to find", None),
-        (args.merge_lora and args.round, "--merge-lora and --round cannot be combined", None),
-        (args.fold and args.statistics, "--fold changes what --from was observed of: the model as it is",
-         "leave out --from"),
-        (folds_loras, "--fold takes no LoRA", "convert, then make LoRAs fit with convert_to_quant lora fold"),
-    )  # fmt: skip
-    for wrong, problem, hint in rules:
-        if wrong:
-            raise OptionError(problem, hint=hint)
-    mixing = {one.flag for one in offered(BestOptions).values()}
-    showing = {f"actcal-{one.flag}" for one in offered(RunOptions).values()}
-    for flag in args.in_force:
-        if flag in mixing and not args.best:
-            raise OptionError(f"--{flag} needs --best")
-        if flag == "from" and not (args.best or args.round):
-            raise OptionError("--from needs --best or --round")
-        if args.best and flag in ("actcal", "format", "layer-format", "scaling-mode", "legacy", "weight-scale"):
-            raise OptionError(f"--{flag} and --best both say what layers become; give one")
-        if args.best and flag.startswith("actcal-") and flag not in showing:
-            raise OptionError(f"--{flag} is for --actcal, and --best would not use it")
-        if flag.startswith("actcal-") and not (args.actcal or args.best or args.round or args.fold):
-            raise OptionError(f"--{flag} needs --actcal")
+    for flag in flags:
+        needed = NEEDS.get(flag, ())
+        if needed and flags.keys().isdisjoint(needed):
+            raise OptionError(f"--{flag} needs --{' or --'.join(needed)}")
+        for other, reason in EXCLUDES.get(flag, {}).items():
+            if other in flags:
+                raise OptionError(f"--{flag} and --{other} cannot be combined", hint=reason)
 
 
 def settle_run(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Decide whether the model runs, where, and what it is shown; and find the moments that need no run."""
+    """Choose the device and, if the model runs, its inputs; load second moments of earlier runs."""
     measures = not args.statistics if args.best else args.actcal and args.engine != "layer"
     args.moments = kept_moments(checkpoint, args) if args.round else []
-    if measures or args.fold or (args.round and not args.moments):
-        settle(args, checkpoint)
-    elif args.round:
+    if args.moments and not (measures or args.fold):
         args.device = str(find_device(args.device))
     else:
-        settle_at_rest(args)
+        settle(args, checkpoint, runs=measures or args.fold or args.round)
 
 
 def folded(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertOptions) -> Checkpoint:
-    """The file with its channels evened out.
+    """The checkpoint with equalized channels.
 
     Raises:
-        OptionError: FP8 layers would keep input scales of what they received before.
+        OptionError: the input scales of FP8 layers would be those of the unfolded model.
     """
     from dataclasses import replace
 
@@ -176,18 +162,17 @@ def folded(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertOpt
 
     plan = plan_conversion(checkpoint, replace(options, format="int8") if args.best else options)
     if not (args.best or args.actcal or args.no_input_scale) and not all(fmt.dynamic for fmt in plan.formats):
-        problem = "--fold changes what FP8 layers receive, so their input scales have to be measured"
-        raise OptionError(problem, hint="add --actcal")
+        raise OptionError("--fold changes the inputs of FP8 layers, so --actcal has to measure their scales")
     with progress_bar("folding") as progress:
         found = fold(checkpoint, [layer.name for layer, _ in plan.quantized], options_of(RunOptions, args),
                      progress=progress)  # fmt: skip
     if found is checkpoint:
-        note("its channels are even already, so nothing is folded, and LoRAs fit it as they are")
+        note("the channels are already equal, so nothing was folded and LoRAs need no conversion")
     return found
 
 
 def calibrate_file(checkpoint: Checkpoint, args: argparse.Namespace, adapters: Sequence[Lora]) -> int:
-    """Calibrate a file that is FP8 already."""
+    """Calibrate an FP8 checkpoint."""
     from ..calibrate_activation_scales import plan_in_place, static_table
     from ..migration import plan_migration
 
@@ -199,7 +184,7 @@ def calibrate_file(checkpoint: Checkpoint, args: argparse.Namespace, adapters: S
             finishing = calibrate_output(checkpoint, args, adapters)
             return write_layout(checkpoint, layout, (), done, args, before_commit=finishing)
     if args.in_place:
-        # Whether every scale has a place shows before minutes of work as well as after.
+        # Fails before minutes of work if a scale has no place in the file.
         plan_in_place(checkpoint, table, dict.fromkeys(table.static, 1.0), enable_fp8_matmul=args.enable_fp8_matmul)
     return finish(checkpoint, calibrate(checkpoint, args, adapters), args)
 
@@ -207,34 +192,35 @@ def calibrate_file(checkpoint: Checkpoint, args: argparse.Namespace, adapters: S
 def convert_file(
     checkpoint: Checkpoint, args: argparse.Namespace, adapters: Sequence[Lora], merged: Sequence[Lora]
 ) -> int:
-    """Convert a file in high precision, and calibrate it before it gets its name."""
+    """Convert a checkpoint, and calibrate the new file before it is renamed to its final name."""
     from ..calibrate_activation_scales import static_table
     from ..checkpoint import INDEX_SUFFIX
     from ..convert import plan_conversion
     from ..layers import find_layers
     from ..lora import match_checkpoint
 
+    check_shards(checkpoint, args)
     if args.in_place:
         if find_layers(checkpoint).raw:
-            static_table(checkpoint)  # says why a plain cast cannot be calibrated
-        raise OptionError("--in-place calibrates a model that is FP8 already, and this one is not; use -o OUT")
+            static_table(checkpoint)  # explains why a plain cast cannot be calibrated
+        raise OptionError("--in-place calibrates FP8 checkpoints only, and this is none; use -o OUT")
     options = options_of(ConvertOptions, args)
     source = folded(checkpoint, args, options) if args.fold else checkpoint
     best = best_mix(source, args, options, merged) if args.best else None
-    plan = plan_conversion(source, options, merged) if best is None else best.plan
+    plan = best.plan if best else plan_conversion(source, options, merged)
     sharded = (args.output or "").endswith(INDEX_SUFFIX)
     calibrated = to_calibrate(source, plan, args, sharded=sharded) if args.actcal else None
     plan, calibrating = calibrated or plan, calibrated is not None
-    if adapters:  # an adapter that does not fit shows before the work as well as after
+    if adapters:  # fails before the work if one does not fit
         match_checkpoint(adapters, source, plan.table)
     note(*plan.told())
     if args.verbose or args.dry_run:
-        if best is None:
-            print_plan(plan, talk=args.json == "-")
-        else:
+        if best:
             print_mix(best, talk=args.json == "-")
-    mix = {} if best is None else {"best": best.to_json()}
-    summary = plan.summary() if best is None else best.summary()
+        else:
+            print_plan(plan, talk=args.json == "-")
+    mix = {"best": best.to_json()} if best else {}
+    summary = best.summary() if best else plan.summary()
     if args.dry_run:
         write_json(args.json, {**plan_json(plan), **mix})
         would = "" if args.output is None else f"; {wrote(args.output, would=True)}"
@@ -247,21 +233,20 @@ def convert_file(
         write_json(args.json, {**plan_json(plan, survival), **mix})
     say(f"{summary}; {wrote(output)}")
     if survival.delta_energy:
-        figures = f"correlation {survival.correlation:.3f}, {survival.decibels:.1f} dB"
-        say(f"what rounding leaves of the merged change: {figures}")
+        say(f"merged change after rounding: correlation {survival.correlation:.3f}, {survival.decibels:.1f} dB")
     note_ending(output)
     note(*plan.readers())
     unmeasured = (not fmt.dynamic and layer.input_scale is None for layer, fmt in plan.quantized)
     if not (calibrating or best) and options.input_scale and any(unmeasured):
         how = "-o NEW" if sharded else "--in-place"
-        there = f"convert_to_quant -i {shlex.quote(str(output))} --actcal {how}"
-        note(f"its input scales are not measured, and ComfyUI takes 1.0 for them ({there} measures them)")
+        command = f"convert_to_quant -i {shlex.quote(str(output))} --actcal {how}"
+        note(f"input scales are not measured, so ComfyUI uses 1.0 (to measure them: {command})")
     say_totals(source, output)
     return 0
 
 
 def best_mix(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertOptions, merged: Sequence[Lora]) -> Best:
-    """Find the best mix of formats, by running the model or by what earlier runs measured."""
+    """Find the best mix of formats by running the model, or from statistics of earlier runs."""
     from ..best import load_measured, plan_best
 
     measured = load_measured(*args.statistics) if args.statistics else None
@@ -273,10 +258,10 @@ def best_mix(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertO
 def to_calibrate(
     checkpoint: Checkpoint, plan: ConversionPlan, args: argparse.Namespace, *, sharded: bool
 ) -> ConversionPlan | None:
-    """A plan with places for the scales that a calibration finds, where no room is left; None where it finds none.
+    """The plan with a place for every input scale to be measured, or None if no layer has one.
 
     Raises:
-        CheckpointError: there is nothing to calibrate.
+        CheckpointError: the file is a plain cast.
         UnsupportedModelError: the model cannot be run.
     """
     from dataclasses import replace
@@ -287,7 +272,7 @@ def to_calibrate(
         note(f"nothing to calibrate: {needless}")
         return None
     if plan.table.raw and not plan.quantized:
-        static_table(checkpoint)  # says why a plain cast cannot be calibrated either
+        static_table(checkpoint)  # explains why a plain cast cannot be calibrated
     if args.engine != "layer":
         refuse_unrunnable(checkpoint)
     decisions = [
@@ -300,34 +285,35 @@ def to_calibrate(
 
 
 def print_mix(best: Best, *, talk: bool) -> None:
-    """Every layer, what becomes of it, and what it alone keeps of the velocity in this format and in the others.
-
-    Then what other sizes would keep, and what one format for all layers would.
-    """
-    figures, rows = best.to_json(), []
+    """Print each layer's format and the alternatives, then the expected quality of other sizes and formats."""
+    document, rows = best.to_json(), []
     for decision in best.plan.decisions:
-        name, told = decision.layer.name, figures["layers"].get(decision.layer.name)
-        if told is None:
-            rows.append((name, becomes(decision), "", "", "", decision.reason))
-            continue
-        tried, chosen = told["tried"], told["format"]
-        best_first = sorted(tried, key=tried.get, reverse=True)
-        others = ", ".join(f"{fmt} {tried[fmt]:.1f}" for fmt in best_first if fmt != chosen)
-        alone = f"{tried[chosen]:.1f} dB" if chosen else ""
-        why = "least damage for its size" if chosen else decision.reason
-        rows.append((name, becomes(decision), f"{told['bits']:.2f}", alone, others, why))
-    head = ("layer", "format", "bits", "alone keeps", "others, dB", "why")
-    print_table(head, rows, right=(2, 3), optional=(4, 2, 3), talk=talk)
+        name, measured = decision.layer.name, document["layers"].get(decision.layer.name)
+        bits = alone = others = ""
+        reason = decision.reason
+        if measured is not None:
+            tried, chosen = measured["tried"], measured["format"]
+            others = ", ".join(f"{fmt} {tried[fmt]:.1f}" for fmt in sorted(tried, key=tried.get, reverse=True)
+                               if fmt != chosen)  # fmt: skip
+            bits = f"{measured['bits']:.2f}"
+            if chosen:
+                alone, reason = f"{tried[chosen]:.1f} dB", "least damage for its size"
+        rows.append((name, becomes(decision), bits, alone, others, reason))
+    print_table(("layer", "format", "bits", "SQNR alone", "other formats, dB", "reason"), rows,
+                right=(2, 3), optional=(4, 2, 3), talk=talk)  # fmt: skip
 
-    sizes = [("best mix", *point) for point in best.mixes.curve]
-    sizes += [(f"all {name}", *point) for name, point in best.mixes.uniform.items()]
-    sizes += [("this file", best.bits, best.expected_db), ("half a bit more", *figures["more"])]
+    sizes = [
+        *(("best mix", *point) for point in best.mixes.curve),
+        *((f"all {name}", *point) for name, point in best.mixes.uniform.items()),
+        ("this file", best.bits, best.expected_db),
+        ("half a bit more", *document["more"]),
+    ]
     cells = [(name, f"{bits:.2f}", f"{db:.1f} dB") for name, bits, db in sorted(sizes, key=lambda size: size[1])]
-    print_table(("formats", "bits per weight", "expected on noise"), cells, right=(1, 2), talk=talk)
+    print_table(("formats", "bits per weight", "expected SQNR on noise"), cells, right=(1, 2), talk=talk)
 
 
 def becomes(decision: Decision) -> str:
-    """What a layer is stored in afterwards."""
+    """The format or dtype of a layer in the new file."""
     return decision.layer.weight.dtype if decision.format is None else decision.format.name
 
 
@@ -337,7 +323,7 @@ def write_plan(
     args: argparse.Namespace,
     calibrate_output: Callable[[CheckpointWriter], None] | None = None,
 ) -> Survival:
-    """Convert with a progress bar; what rounding leaves of adapters that are merged."""
+    """Convert with a progress bar; return how much of merged adapters survives rounding."""
     from ..convert import convert, surviving
     from ..lora import Survival
 
@@ -361,10 +347,10 @@ def write_plan(
 
 
 def kept_moments(checkpoint: Checkpoint, args: argparse.Namespace) -> list[KeptMoments]:
-    """The second moments that earlier runs of this model kept, if all of --from did.
+    """The second moments in the files of --from, if all have them.
 
     Raises:
-        StatisticsError: they are of another model; or there are none, and nothing else to use of --from.
+        StatisticsError: they are of another model, or missing without --best.
     """
     from ..layers import find_layers
     from ..naming import fitting
@@ -380,35 +366,35 @@ def kept_moments(checkpoint: Checkpoint, args: argparse.Namespace) -> list[KeptM
             fitting(statistics, table, {name: layers[name] for name in kept.files if name in layers} or layers)
             found.append(kept)
         elif not args.best:
-            problem = "it holds no second moments"
-            raise StatisticsError(problem, path=statistics.path, hint="make it with observe --moments")
+            raise StatisticsError("the file has no second moments", path=statistics.path,
+                                  hint="create it with observe --moments")  # fmt: skip
     return found if len(found) == len(args.statistics) else []
 
 
 def rounding_of(checkpoint: Checkpoint, plan: ConversionPlan, args: argparse.Namespace) -> Rounding:
-    """What rounds the layers of a plan: by what was kept, or by running the model."""
+    """Rounding of the plan's layers by second moments, from files or by running the model."""
     from ..calibrate_activation_scales import refuse_unrunnable
     from ..engines.moments import Gathering, Rounding, kept_on
 
     if args.moments:
         return Rounding(checkpoint, kept_on(args.device, args.moments))
-    refuse_unrunnable(checkpoint, plan.table, "run to be rounded", "leave --round out")
+    refuse_unrunnable(checkpoint, plan.table, "rounded", "omit --round")
     layers = [layer for layer, _ in plan.quantized]
     return Rounding(checkpoint, Gathering(checkpoint, plan.table, layers, options_of(RunOptions, args)).moments_of)
 
 
 def print_plan(plan: ConversionPlan, *, talk: bool) -> None:
-    """Every layer and what becomes of it; see `print_table`."""
+    """Print each layer and its new format."""
     rows = []
     for decision in plan.decisions:
         layer = decision.layer
         shape = f"{layer.out_features} × {layer.in_features}"
         rows.append((layer.name, shape, layer.weight.dtype, becomes(decision), decision.reason))
-    print_table(("layer", "shape", "dtype", "becomes", "why"), rows, optional=(2, 1), talk=talk)
+    print_table(("layer", "shape", "dtype", "new format", "reason"), rows, optional=(2, 1), talk=talk)
 
 
 def plan_json(plan: ConversionPlan, survival: Survival | None = None) -> dict[str, Any]:
-    """The plan as JSON values, with what is left of merged adapters."""
+    """The plan as JSON values, with the survival of merged adapters."""
     merged = {**plan.merged.as_json(), "survival": survival and survival.as_json()}
     return {
         **({"merged": merged} if plan.merged.loras else {}),

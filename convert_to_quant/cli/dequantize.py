@@ -24,7 +24,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's options."""
     parser.add_argument("input", metavar="MODEL", help="checkpoint, or the index of its shards")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="new file, or a new index for shards")
 
@@ -48,7 +48,7 @@ def write_layout(
     *,
     before_commit: Callable[[CheckpointWriter], None] | None = None,
 ) -> int:
-    """Write what was laid out, or say what would be written, with the document that was asked for."""
+    """Write a layout, or with --dry-run say so, and write the document of --json."""
     from ..layout import write
 
     output = Path(args.output)
@@ -62,6 +62,6 @@ def write_layout(
         say(f"{done}; {wrote(output)}")
         note_ending(output)
         say_totals(checkpoint, output)
-    if before_commit is None:  # which has its own
+    if before_commit is None:  # calibration writes its own
         write_json(args.json, {"done": done, "tensors": len(layout.specs)})
     return 0

@@ -1,7 +1,7 @@
-"""Being stopped: the first Ctrl-C or SIGTERM unwinds, so that nothing half-made stays; the next ends at once.
+"""Signals: the first Ctrl-C or SIGTERM raises an exception, so that outputs are cleaned up; the next exits at once.
 
-One Ctrl-C can arrive twice: a program between the terminal and us (`timeout`, `torchrun`) gets it as we do, and passes
-it on. So the next one is a signal that comes a moment later.
+A single Ctrl-C can arrive twice, because a parent such as `timeout` or `torchrun` receives and forwards it. Signals
+within a moment of the first are therefore ignored.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 MOMENT_SECONDS = 0.5
-"""Signals that follow the first one sooner are the same one."""
+"""Signals this soon after the first are the same one."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked for the end.
+    """A signal that ends the process.
 
     Args:
         number: of the signal.
@@ -33,7 +33,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def exit_code(number: int) -> int:
-    """What shells report of a process that a signal ended.
+    """The exit code of a process that was ended by a signal, as in a shell.
 
     >>> exit_code(signal.SIGINT), exit_code(signal.SIGTERM)
     (130, 143)
@@ -43,13 +43,13 @@ def exit_code(number: int) -> int:
 
 @contextmanager
 def interruptible(*, last: bool = False) -> Iterator[None]:
-    """Turn the first signal into an `Interrupted`; in a thread, where signals cannot be had, do nothing.
+    """Turn the first signal into an `Interrupted`. Has no effect outside the main thread.
 
-    A signal that is ignored, as shells do for what runs in the background, stays ignored.
+    A signal that is ignored, as in background jobs of shells, stays ignored.
 
     Args:
-        last: whether the process ends behind this block. It then waits for its threads, and what a further signal
-            means once one came stays so until the end.
+        last: whether the process ends after this block. After a signal, the handlers then stay in place while the
+            process waits for its threads.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

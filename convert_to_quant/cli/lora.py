@@ -21,7 +21,7 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's actions and their arguments."""
+    """Add the command's actions and their options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", title="actions")
     one = actions.add_parser("fold", help="scale a LoRA for a folded checkpoint", description=FOLD, epilog=EPILOG)
     one.add_argument("lora", metavar="LORA", help="LoRA for the original")

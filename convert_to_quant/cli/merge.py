@@ -21,7 +21,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's options."""
     parser.add_argument("statistics", nargs="+", metavar="STATS", help="statistics files")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="merged file")
     parser.add_argument("--force", action="store_true", help="merge only the layers that all files share")
@@ -35,12 +35,12 @@ def run(args: argparse.Namespace) -> int:
     distinct = load_distinct(args.statistics)
     merged = merge(*distinct, force=args.force)
     for name in merged.left_out:
-        note(f"left out: {name}")
+        note(f"omitted: {name}")
     kept = [(one, KeptMoments.of(one)) for one in distinct]
     moments = [own for _, own in kept if own is not None]
     if moments and len(moments) < len(kept):
         without = next(one.path for one, own in kept if own is None)
-        note(f"second moments are left out: {without} has none")
+        note(f"second moments are omitted: {without} has none")
     found = f"{plural(len(distinct), 'file')}, {merged.samples} samples, {len(merged.layers)} layers"
     if args.dry_run:
         say(f"dry run: would merge {found} into {args.output}; nothing was written")
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load_distinct(paths: Sequence[str]) -> list[Statistics]:
-    """The statistics of files, without those that another holds as well, which are told and count once."""
+    """Load statistics files, skipping duplicates with a note."""
     from ..stats import Statistics
 
     distinct: list[Statistics] = []
@@ -63,12 +63,12 @@ def load_distinct(paths: Sequence[str]) -> list[Statistics]:
         if twin is None:
             distinct.append(loaded)
         else:
-            note(f"{path} holds the same as {twin.path}: it counts once")
+            note(f"{path} is a duplicate of {twin.path} and is ignored")
     return distinct
 
 
 def report(statistics: Statistics, args: argparse.Namespace) -> None:
-    """Write the report that was asked for."""
+    """Write the document of --json."""
     columns = (statistics.absmax.tolist(), statistics.visited.tolist(), statistics.calls.tolist())
     document = {
         "statistics": str(args.output),

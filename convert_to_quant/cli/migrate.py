@@ -23,7 +23,7 @@ targets:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's options."""
     parser.add_argument("input", metavar="MODEL", help="checkpoint, or the index of its shards")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="new file, or a new index for shards")
     parser.add_argument("--to", required=True, choices=TARGETS, metavar="TARGET",

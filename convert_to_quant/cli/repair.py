@@ -23,7 +23,7 @@ A config is broken if it is missing, empty, all NUL, not JSON, or names an unkno
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's options."""
     parser.usage = "convert_to_quant repair MODEL [-o OUT] [options]"
     parser.add_argument("input", metavar="MODEL", help="checkpoint, or the index of its shards")
     parser.add_argument("-o", "--output", metavar="OUT", help="write a new file instead")
@@ -43,11 +43,11 @@ def run(args: argparse.Namespace) -> int:
         check_shards(checkpoint, args)
         repairs, patch = plan_repair(checkpoint, in_place=args.in_place)
         if args.in_place:
-            in_place_edits(patch)  # whether everything has room shows before anything is said
+            in_place_edits(patch)  # fails before anything is printed if something does not fit
         if repairs:
             cells = [(one.layer, one.found, one.becomes, one.where) for one in repairs]
-            print_table(("layer", "found", "becomes", "in the"), cells, optional=(3,), talk=args.json == "-")
-        done = f"{plural(len(repairs), 'broken mark')} in {checkpoint.path}"
+            print_table(("layer", "found", "repaired to", "location"), cells, optional=(3,), talk=args.json == "-")
+        done = f"{plural(len(repairs), 'broken quantization config')} in {checkpoint.path}"
         if args.dry_run or not repairs:
             say(f"dry run: {done}; nothing was written" if args.dry_run else f"{done}; nothing was written")
         else:
@@ -55,6 +55,6 @@ def run(args: argparse.Namespace) -> int:
                 apply_in_place(patch)
             else:
                 rewrite(patch, Path(args.output))
-            say(f"{done} put right; {wrote(args.output or checkpoint.path)}")
+            say(f"repaired {done}; {wrote(args.output or checkpoint.path)}")
         write_json(args.json, {"repairs": [asdict(one) for one in repairs]})
     return 0

@@ -1,4 +1,4 @@
-"""How commands that run a model ask for what it is shown; shared by them."""
+"""Model inputs and device, shared by the commands that run a model."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ NOISE = "noise"
 
 
 def add_running_arguments(parser: argparse.ArgumentParser, seed: int, *, several: bool = False, **defaults: Any) -> Any:
-    """What a model is shown, and where it runs.
+    """Add the options for model inputs and device.
 
     Args:
         parser: of the command.
         seed: the default.
-        several: files of embeddings may be named; see `embeddings_of`.
-        **defaults: of further options, by field.
+        several: allow several files of prompt embeddings.
+        **defaults: of other options, by field.
 
     Returns:
-        Their group, for more of the kind.
+        The group of the options.
     """
     shown = parser.add_argument_group("model input and device")
     more: dict[str, Any] = {"action": "append", "default": []} if several else {"default": NOISE}
@@ -50,31 +50,34 @@ def add_running_arguments(parser: argparse.ArgumentParser, seed: int, *, several
 
 
 def embeddings_of(args: argparse.Namespace) -> list[str]:
-    """The files of prompt embeddings that a call names."""
+    """The given files of prompt embeddings."""
     said = args.conditioning if isinstance(args.conditioning, list) else [args.conditioning]
     return [name for name in said if name != NOISE]
 
 
 def check_device(name: str) -> None:
-    """Refuse a device that is unknown or not there, before anything is read; some are, and torch takes a second.
+    """Refuse an unknown or missing device; torch, which takes a second to import, is not needed for most.
 
     Raises:
-        OptionError: it is.
+        OptionError: the device cannot be used.
     """
     if name not in ("auto", "cpu"):
         find_device(name)
 
 
-def settle(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Decide where a model runs and what it is shown, as far as the call did not; say it, and what memory it takes.
+def settle(args: argparse.Namespace, checkpoint: Checkpoint, *, runs: bool = True) -> None:
+    """Choose the device and the inputs that the user left open, and print them with the memory that the model needs.
 
     Args:
-        args: the options; `device` and `steps` are told afterwards, and sizes too where a CPU shows less of a large
-            model than a GPU would.
+        args: the options; sets `device` and `steps`, and for a large model on a CPU a smaller size.
         checkpoint: the model.
+        runs: whether the model runs. Otherwise the device defaults to the CPU, as copying is limited by the disk.
     """
     from ..layers import find_layers
 
+    if not runs:
+        args.device = "cpu" if args.device == "auto" else args.device
+        return
     args.device = str(device := find_device(args.device))
     stored = sum(info.nbytes for info in checkpoint.tensors.values())
     if device.type == "cuda":
@@ -83,7 +86,7 @@ def settle(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
         free, _ = torch.cuda.mem_get_info(device)
         tell = note if stored > free else say
         where = f"{args.device} ({torch.cuda.get_device_name(device)})"
-        tell(f"running on {where}: the model takes {size(stored)}, and {size(free)} of its memory are free")
+        tell(f"running on {where}: the model needs {size(stored)}, {size(free)} of GPU memory is free")
     elif sum(layer.out_features * layer.in_features for layer in find_layers(checkpoint).linear()) >= CPU_LARGE_WEIGHTS:
         asked = args.height, args.width, args.frames, args.text_tokens
         if not any(asked):
@@ -91,21 +94,15 @@ def settle(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
             args.text_tokens = None if getattr(args, "conditioning", NOISE) != NOISE else CPU_TEXT_TOKENS
         args.steps = args.steps or CPU_STEPS
         pixels = "" if any(asked) else f"{args.width} × {args.height} pixels, "
-        note(f"a large model on {args.device}: {pixels}{plural(args.steps, 'noise level')} (options set others)")
+        note(f"large model on {args.device}: using {pixels}{plural(args.steps, 'noise level')} (options override this)")
         free_bytes = free_memory()
         if free_bytes is not None and stored > free_bytes:
-            note(f"its {size(stored)} do not fit the {size(free_bytes)} of free memory: each evaluation reads the file")
+            note(f"{size(stored)} do not fit into {size(free_bytes)} of free memory: each evaluation reads the file")
     args.steps = args.steps or STEPS
 
 
-def settle_at_rest(args: argparse.Namespace) -> None:
-    """Decide the device where no model runs and the call names none: the CPU, since what copies waits for the disk."""
-    if args.device == "auto":
-        args.device = "cpu"
-
-
 def free_memory() -> int | None:
-    """Bytes that programs can have without swapping, where the system says it as Linux does."""
+    """Bytes available without swapping; None except on Linux."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -114,20 +111,20 @@ def free_memory() -> int | None:
 
 
 def check_running_options(args: argparse.Namespace, needing: Iterable[str], excluded: Mapping[str, Any]) -> None:
-    """Refuse numbers that are out of range, a device that is not there, and what a pipeline needs or does without.
+    """Refuse numbers out of range, a missing device, and options that contradict --pipeline.
 
     Args:
         args: the options.
-        needing: options that need a pipeline.
-        excluded: options that do not go with one, and whether they were given.
+        needing: options that need --pipeline.
+        excluded: options that cannot be combined with it, and whether they were given.
 
     Raises:
-        OptionError: one is.
+        OptionError: an option is refused.
     """
     options_of(RunOptions, args)
     check_device(args.device)
     if embeddings_of(args) and args.text_tokens is not None:
-        raise OptionError("--text-tokens is for noise: the conditioning's file says how long the text is")
+        raise OptionError("--text-tokens is for noise: --conditioning FILE determines the length")
     if args.pipeline is not None and args.prompts is None:
         raise OptionError("--pipeline needs --prompts FILE")
     for name in needing:
@@ -135,11 +132,11 @@ def check_running_options(args: argparse.Namespace, needing: Iterable[str], excl
             raise OptionError(f"--{name} needs --pipeline")
     for name, given in {"conditioning": embeddings_of(args), **excluded}.items():
         if args.pipeline is not None and given:
-            raise OptionError(f"--{name} does not go with --pipeline")
+            raise OptionError(f"--{name} cannot be combined with --pipeline")
 
 
 def geometry_of(args: argparse.Namespace, family: str) -> Geometry:
-    """The size that was asked for, in tokens of a family of models."""
+    """The requested size in tokens of a model family."""
     from ..engines.sizes import geometry
 
     return geometry(family, args.height, args.width, args.frames, args.text_tokens)

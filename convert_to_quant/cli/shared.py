@@ -1,14 +1,11 @@
-"""The options that every command has, and what its values are: files, folders, patterns of both.
-
-They stand in one place so that they mean the same everywhere. A command that is quiet says errors only; its data stays.
-"""
+"""The options that all commands share, and checks of the files and folders that options name."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,10 +33,10 @@ PATHS: Mapping[str, Kind] = {
     "DIR": "folder",
     "FOLDER": "folder",
 }
-"""What a value is that is called so in the help: shells complete it, and a configuration file may say it relatively."""
+"""Placeholder in the help -> kind of path. Shells complete these values; configuration files resolve them."""
 
 NO_PATHS = frozenset({"-", "noise"})
-"""Values of such options that name no file."""
+"""Values of such options that are not paths."""
 
 DRY_RUN = "--dry-run"
 SHARED: Mapping[tuple[str, ...], Mapping[str, Any]] = {
@@ -52,30 +49,29 @@ SHARED: Mapping[tuple[str, ...], Mapping[str, Any]] = {
     ("--color",): {"choices": COLOR_CHOICES, "default": "auto", "metavar": "WHEN",
                    "help": "auto, always or never (auto)"},
     ("--version",): {"action": "version", "version": f"convert_to_quant {__version__}", "help": argparse.SUPPRESS},
-    ("-h", "--help"): {"action": "help", "help": "this"},
+    ("-h", "--help"): {"action": "help", "help": "show this help"},
 }  # fmt: skip
 NO_KEYS = frozenset({"config", "save_config", "color", "version", "help"})
-"""Options about the call itself, which a configuration file cannot say."""
+"""Options that a configuration file cannot contain."""
 WRITTEN = frozenset({"-o", "--png", "--csv", "--save-conditioning", "--json", "--save-config"})
-"""Options that name what is written."""
+"""Options that name outputs."""
 STREAMS = frozenset({"--csv", "--json"})
-"""Those whose text may go into a pipe or a device."""
+"""Outputs that may be pipes or devices."""
 INPUTS = frozenset({"-i", "MODEL"})
 """Options that name the model."""
 TALK = frozenset({"json", "verbose", "quiet"})
-"""Options about what is said, which change nothing in what is written."""
-
+"""Options that do not change what is written."""
 
 MOST_TEXT_BYTES = 1 << 25
-"""Of a workflow or a list of prompts."""
+"""Maximum size of a workflow or a list of prompts."""
 
 
 def add_shared_options(parser: Parser, *, writes: bool) -> None:
-    """Add what every command has, except what this one has already, and the hidden opposite of every switch.
+    """Add the shared options that a command lacks, and the hidden opposite of every switch.
 
     Args:
-        parser: of a command; where it has actions, each of them gets the options.
-        writes: whether the command writes anything but a report, so that there is something to try dry.
+        parser: of the command; if it has actions, each of them gets the options.
+        writes: whether the command writes more than a report, and so needs --dry-run.
     """
     actions = parser.subcommands()
     if actions is not None:
@@ -96,15 +92,15 @@ def add_shared_options(parser: Parser, *, writes: bool) -> None:
 
 
 def kind_of(action: argparse.Action) -> Kind | None:
-    """What file or folder an option's value is; None where it is none."""
+    """The kind of path that an option names, or None."""
     return PATHS.get(action.metavar) if isinstance(action.metavar, str) else None
 
 
 def paths_of(parser: Parser, args: argparse.Namespace) -> Iterator[tuple[str, Path, Kind]]:
-    """Every file and folder that a call names: the option that names it, the path, and what it is.
+    """The paths in a command line: option, path and kind.
 
     Raises:
-        OutputError: a file that is to be written has the name of a folder.
+        OutputError: an output file has the name of a folder.
     """
     for action in parser._actions:
         kind = kind_of(action)
@@ -120,20 +116,20 @@ def paths_of(parser: Parser, args: argparse.Namespace) -> Iterator[tuple[str, Pa
                     place, _ = split_strength(text)
                 option = action.option_strings[0] if action.option_strings else str(action.metavar)
                 if option in WRITTEN and kind != "folder" and place.endswith(("/", os.sep)):
-                    raise OutputError("cannot be written: a file was expected, and this names a folder", path=place)
+                    raise OutputError("cannot be written: expected a file, found the name of a folder", path=place)
                 yield option, Path(place), kind
 
 
 def read_text(path: Path, refuse: Callable[[str], Error], most_bytes: int = MOST_TEXT_BYTES) -> str:
-    """The content of a text file in UTF-8, without a byte order mark.
+    """Read a text file in UTF-8, without a byte order mark.
 
     Args:
-        path: the file; a pipe, a device or a socket is not opened, since a pipe would wait for a writer.
-        refuse: makes the error from what is wrong: "cannot be read: ...".
-        most_bytes: a larger file is refused.
+        path: the file; pipes (which would block), devices and sockets are refused.
+        refuse: makes the error from "cannot be read: ...".
+        most_bytes: maximum size.
 
     Raises:
-        Error: whatever `refuse` makes.
+        Error: the file cannot be read; made by `refuse`.
     """
     from ..checkpoint.reader import refuse_special
 
@@ -143,13 +139,13 @@ def read_text(path: Path, refuse: Callable[[str], Error], most_bytes: int = MOST
             content = file.read(most_bytes + 1)
         if len(content) <= most_bytes:
             return content.decode("utf-8-sig")
-        problem = f"it is larger than {most_bytes:,} bytes"
+        problem = f"larger than {most_bytes:,} bytes"
     except CheckpointError as error:
         problem = error.problem
     except OSError as error:
         problem = error.strerror or str(error)
     except UnicodeDecodeError:
-        problem = "it is no text in UTF-8"
+        problem = "not UTF-8 text"
     raise refuse(f"cannot be read: {problem}")
 
 
@@ -157,62 +153,68 @@ def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty.
 
     Raises:
-        OptionError: it cannot be read, or has none.
+        OptionError: the file cannot be read, or has no prompts.
     """
     text = read_text(path, lambda problem: OptionError(f"the prompts {problem}", path=path))
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise OptionError("no prompts", path=path, hint="one per line")
+        raise OptionError("no prompts", path=path, hint="write one per line")
     return prompts
 
 
 def check_paths(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuse, before any work, outputs that cannot be written or would replace another file of the call.
+    """Before any work, refuse outputs that cannot be written or are other files of the command line.
 
-    The shards of a checkpoint, which no call names, are `check_shards`'s.
+    `check_shards` does so for the shards of a checkpoint.
 
     Raises:
-        OutputError: a folder is missing, an output is a folder or a special file (a report may be a pipe or a character
-            device), it is another file of the call, or a file is where a folder is to be.
+        OutputError: an output's folder is missing; it is a folder, a special file or another file of the command line.
+        CheckpointError: the input is missing, but the output exists, so they were probably swapped.
     """
+    from ..checkpoint import check_output
+
     named = list(paths_of(parser, args))
-    in_place = getattr(args, "in_place", False)
-    outputs = []
-    for flag, output, kind in named:
-        if flag not in WRITTEN or (flag == "-o" and in_place):
-            continue
+    written = [one for one in named if one[0] in WRITTEN and not (one[0] == "-o" and getattr(args, "in_place", False))]
+    for flag, output, kind in written:
         if kind == "folder":
             if output.exists() and not output.is_dir():
-                raise OutputError("the folder cannot be made: a file is there", path=output)
+                raise OutputError("the folder cannot be created: a file has its name", path=output)
             continue
-        from ..checkpoint import check_output, is_one_file
-
-        for name, other, _ in named:
-            if name == flag or (flag == "-o" and name in WRITTEN) or not is_one_file(output, other):
-                continue
-            if flag == "-o":
-                calibrates = name in ("-i", "MODEL") and getattr(args, "actcal", hasattr(args, "in_place"))
-                hint = "name another output" + (", or add --in-place" if calibrates else "")
-                raise OutputError(f"the output is the same file as the input {other}", path=output, hint=hint)
-            hint = f"name another file for {flag}"
-            raise OutputError(f"{flag} and {name} are the same file", path=output, hint=hint)
+        _refuse_named(flag, output, named, args)
         if kind == "checkpoint" and output.is_file():
-            lacking = next((path for name, path, _ in named if name in INPUTS and not path.exists()), None)
-            if lacking is not None:
-                hint = f"{output}, which would be written, is there: {flag} names the new file"
-                raise CheckpointError("no such file", path=lacking, hint=hint)
+            missing = next((path for name, path, _ in named if name in INPUTS and not path.exists()), None)
+            if missing is not None:
+                hint = f"{output} exists; were input and output swapped? {flag} names the output"
+                raise CheckpointError("no such file", path=missing, hint=hint)
         check_output(output, stream=flag in STREAMS)
-        if output.is_file() or not output.exists():
-            outputs.append(output)
+    outputs = [output for _, output, kind in written if kind != "folder" and (output.is_file() or not output.exists())]
     foresee(outputs, dry=getattr(args, "dry_run", False))
     adapters = Counter((flag, path.resolve()) for flag, path, kind in named if kind == "adapter")
     for (flag, path), count in adapters.items():
         if count > 1:
-            note(f"{flag} names {path.name} {count} times, so its strengths add up")
+            note(f"{flag} names {path.name} {count} times: the strengths add up")
+
+
+def _refuse_named(flag: str, output: Path, named: Iterable[tuple[str, Path, Kind]], args: argparse.Namespace) -> None:
+    """Refuse an output that is another file of the command line.
+
+    Raises:
+        OutputError: it is.
+    """
+    from ..checkpoint import is_one_file
+
+    for name, other, _ in named:
+        if name == flag or (flag == "-o" and name in WRITTEN) or not is_one_file(output, other):
+            continue
+        if flag != "-o":
+            raise OutputError(f"{flag} and {name} are the same file", path=output, hint=f"name another file for {flag}")
+        calibrates = name in INPUTS and getattr(args, "actcal", hasattr(args, "in_place"))
+        hint = "name another output" + (", or add --in-place" if calibrates else "")
+        raise OutputError(f"the output is the same file as the input {other}", path=output, hint=hint)
 
 
 def check_shards(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Refuse, before any work, outputs that are files of a checkpoint.
+    """Before any work, refuse outputs that are files of a checkpoint.
 
     Raises:
         OutputError: one is.

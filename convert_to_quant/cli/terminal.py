@@ -1,8 +1,7 @@
-"""What a stream can show: whether it is a terminal, how wide, in colours or not, and nothing that drives it.
+"""Properties of streams: terminal or not, width and colors.
 
-Colours mean something: good, worth a look, bad. They are the terminal's own sixteen, so that its theme decides. Whether
-there are any is decided by the first that says so: `--color`, then NO_COLOR, then FORCE_COLOR (https://no-color.org,
-https://force-color.org), then whether the stream is a terminal that understands them.
+Colors mean good, suspicious or bad, and come from the terminal's theme. They are controlled, in this order, by
+`--color`, NO_COLOR, FORCE_COLOR (https://no-color.org, https://force-color.org), and the kind of stream.
 """
 
 from __future__ import annotations
@@ -14,23 +13,23 @@ from collections.abc import Sequence
 from typing import TextIO
 
 STYLES = {"good": "32", "warn": "33", "bad": "31", "head": "1", "dim": "2"}
-"""Meaning -> what a terminal is told (ECMA-48, SGR)."""
+"""Meaning -> SGR parameter (ECMA-48)."""
 
 COLOR_CHOICES = ("auto", "always", "never")
 WIDEST = 80
-"""Columns that text is wrapped to at most: longer lines are hard to read."""
+"""Maximum width of text; longer lines are hard to read."""
 
 _when = "auto"
 
 
 def choose_color(words: Sequence[str]) -> None:
-    """Take `--color` from a command line, before it is parsed: errors of parsing have colours too."""
+    """Apply `--color` before the command line is parsed, as parsing errors are colored, too."""
     global _when  # noqa: PLW0603 - a process has one terminal
     _when = value_of("--color", words) or "auto"
 
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:
-    """What a command line that is not parsed yet says last behind a flag; None where it does not.
+    """The last value of a flag in an unparsed command line, or None.
 
     >>> value_of("--color", ["demo", "--color", "never"]), value_of("--color", ["--color", "auto", "--color=never"])
     ('never', 'never')
@@ -44,12 +43,12 @@ def value_of(flag: str, words: Sequence[str]) -> str | None:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a person looks at a stream, through something that can move its cursor."""
+    """Whether a stream is a terminal with cursor control."""
     return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def has_color(stream: TextIO) -> bool:
-    """Whether to write colours into a stream."""
+    """Whether to write colors to a stream."""
     if _when in ("always", "never"):
         return _when == "always"
     if os.environ.get("NO_COLOR"):
@@ -58,22 +57,22 @@ def has_color(stream: TextIO) -> bool:
 
 
 def columns() -> int:
-    """Width of the terminal; 80 where there is none, or what COLUMNS says."""
+    """Width of the terminal, or COLUMNS, or 80."""
     return shutil.get_terminal_size().columns
 
 
 def text_width(stream: TextIO) -> int:
-    """Columns that text is wrapped to: `WIDEST`, or fewer on a terminal that has fewer."""
+    """Width of text: `WIDEST`, or that of a narrower terminal."""
     return min(columns(), WIDEST) if is_terminal(stream) else WIDEST
 
 
 def paint(text: str, style: str, stream: TextIO) -> str:
-    """A text in a style, where the stream has colours."""
+    """A styled text, if the stream has colors."""
     return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if style in STYLES and text and has_color(stream) else text
 
 
 def fitted(text: str, stream: TextIO) -> str:
-    """A line for a stream: as it is, or broken between words where a terminal would break it within them."""
+    """A line, wrapped between words if the stream is a terminal."""
     if not is_terminal(stream) or len(text) <= columns():
         return text
     return textwrap.fill(
@@ -83,26 +82,26 @@ def fitted(text: str, stream: TextIO) -> str:
 
 
 class Styled(str):
-    """A text with a meaning (a key of `STYLES`), for tables."""
+    """A table cell with a style (a key of `STYLES`)."""
 
     __slots__ = ("style",)
 
     style: str
 
     def __new__(cls, text: str, style: str) -> Styled:
-        """A text and its meaning."""
+        """A cell with its style."""
         styled = super().__new__(cls, text)
         styled.style = style
         return styled
 
 
 def style_of(text: str) -> str:
-    """What a text means; "" where it says nothing about it."""
+    """The style of a cell, or ""."""
     return text.style if isinstance(text, Styled) else ""
 
 
 def printable(text: str) -> str:
-    r"""A text with everything escaped that a terminal would obey instead of show: names come from files.
+    r"""A text, such as a name from a file, with control characters escaped.
 
     >>> printable("a\x1b[2J × b")
     'a\\x1b[2J × b'

@@ -96,9 +96,11 @@ def test_statistics_of_other_weights_of_the_same_shapes_are_refused_by_both_name
 def test_swapped_arguments_are_told(refused, model, stats):
     path = stats({})
     hint = f"convert_to_quant apply {model} {path} ..."
-    refused(f"{path} holds statistics: the model comes first ({hint})\n", "apply", path, model, "--dry-run", code=2)
+    refused(
+        f"{path} contains statistics, but the model comes first ({hint})\n", "apply", path, model, "--dry-run", code=2
+    )
     new = model.with_name("new.safetensors")
-    told = f"{new}: no such file ({model}, which would be written, is there: -o names the new file)\n"
+    told = f"{new}: no such file ({model} exists; were input and output swapped? -o names the output)\n"
     for words in (("-i", new), ("apply", new, path), ("dequantize", new)):
         refused(told, *words, "-o", model)
 
@@ -106,4 +108,4 @@ def test_swapped_arguments_are_told(refused, model, stats):
 def test_the_same_statistics_count_once_and_are_told(done, model, stats):
     path, twin = stats({LAYER: 1.0}), stats({LAYER: 1.0}, "twin")
     for words in (("merge", path, twin, "-o", model.with_name("all.safetensors")), ("apply", model, path, twin)):
-        assert f"note: {twin} holds the same as {path}: it counts once\n" in done(*words, "--dry-run").err
+        assert f"note: {twin} is a duplicate of {path} and is ignored\n" in done(*words, "--dry-run").err

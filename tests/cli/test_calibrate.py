@@ -58,13 +58,13 @@ def test_in_place(command, model, scales):
 
 def test_misuse_writes_nothing(refused, model):
     for words, code, message in (
-        ((), 2, "name the new file with -o OUT (or --in-place, or --dry-run)"),
+        ((), 2, "no output: add -o OUT (or --in-place, or --dry-run)"),
         (
             ("-o", "out.safetensors", "--percentile", "nan"),
             2,
             "a percentile should be above 0 and at most 100, found nan",
         ),
         (("-o", model), 1, f"{model}: the output is the same file as the input {model} (name another output, or add"),
-        (("--in-place", "--mark"), 2, "--mark is for --actcal with -o OUT: marks have no room in place"),
+        (("--in-place", "--mark"), 2, "--mark needs -o OUT: quantization configs cannot be added in place"),
     ):
         refused(message, model, *words, code=code, main=calibrate.main)

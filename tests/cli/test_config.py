@@ -125,7 +125,7 @@ def test_actions_have_tables_of_their_own(ctq, recipe, tmp_path, named):
         ("[convert]\nactcal = " + "[" * 100 + "]" * 100, [],
          "[convert] actcal: true or false expected, found a list"),
         ("[convert]\n" + "a." * 20_000 + "a = 1", [], "invalid TOML: more than 500 dots in a line"),
-        ("#" * 100_000, [], "the configuration cannot be read: it is larger than 65,536 bytes"),
+        ("#" * 100_000, [], "the configuration cannot be read: larger than 65,536 bytes"),
         ("", [], "the file has 0 tables, so the command is ambiguous (name it: "),
         ("[convert]\n[apply]", [], "the file has 2 tables, so the command is ambiguous"),
         ("input = 'x'", [], "'input' is not in a table (add a line [convert] above it)"),

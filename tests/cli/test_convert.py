@@ -22,8 +22,8 @@ LAYER = ("--actcal", "--actcal-engine", "layer")
 
 def test_scales_that_nobody_measured_are_told_with_what_measures_them(done, flux_file, scales):
     out = flux_file.with_name("my out.safetensors")
-    measures = f"convert_to_quant -i '{out}' --actcal --in-place measures them"
-    told = f"note: its input scales are not measured, and ComfyUI takes 1.0 for them ({measures})"
+    measures = f"to measure them: convert_to_quant -i '{out}' --actcal --in-place"
+    told = f"note: input scales are not measured, so ComfyUI uses 1.0 ({measures})"
     assert told in done("-i", flux_file, "-o", out).err
     assert scales(out) == {}  # other readers would take one of 1.0 for measured
     done("-i", out, "--in-place", *LAYER)
@@ -42,7 +42,7 @@ def test_in_place_says_so_where_nothing_changes(ctq, fp8_file):
     words = ("-i", fp8_file, "--in-place", *LAYER)
     assert ctq(*words).err.endswith(f"wrote {fp8_file}\n")
     before = fp8_file.read_bytes(), fp8_file.stat().st_mtime_ns
-    assert ctq(*words).err.endswith(f"{fp8_file} has these scales already; nothing was written\n")
+    assert ctq(*words).err.endswith(f"{fp8_file} already has these scales; nothing was written\n")
     assert (fp8_file.read_bytes(), fp8_file.stat().st_mtime_ns) == before
 
 
@@ -195,8 +195,7 @@ def test_ranges_cover_the_model_with_and_without_its_lora(done, lora, fp8_file, 
 
 def test_conversion_flags_do_nothing_to_an_fp8_file_and_it_says_so(done, fp8_file):
     told = done("-i", fp8_file, "--dry-run", *LAYER, "--scaling_mode", "row", "--exclude-layers", "x").err
-    unused = "so nothing is converted and --exclude-layers, --scaling-mode does nothing"
-    assert f"note: the input is quantized already, {unused}" in told
+    assert "note: the input is already quantized and is only calibrated; no effect: --exclude-layers" in told
 
 
 def test_legacy_files_stay_legacy_and_are_calibrated(done, flux_file, flux, contents):
@@ -261,7 +260,7 @@ def test_a_file_that_an_interrupted_change_left_half_done_is_repaired_in_place_a
     ):
         refused(f"{fp8_file}: {problem} ({hint} `{command}`)\n", *words)
     told = done("-i", fp8_file, "--in-place", *LAYER).err
-    assert f"note: {fp8_file}: an interrupted change in place was undone" in told
+    assert f"note: {fp8_file}: an interrupted in-place change was undone" in told
     assert not undo.exists()
     assert 1.0 not in scales(fp8_file).values()
 

@@ -175,7 +175,7 @@ def test_the_command_line_merges_and_says_what_is_left(done, refused, tmp_path, 
     assert set(said["matched"]) == {FIRST, SECOND}
     refused(f"{lora}: the output is the same file as the input", "-i", model, "-o", lora, "--merge-lora", lora)
     twice = done("-i", model, "--dry-run", "--merge-lora", lora, "--merge-lora", f"{lora}:0.5")
-    assert "note: --merge-lora names lora.safetensors 2 times, so its strengths add up\n" in twice.err
+    assert "note: --merge-lora names lora.safetensors 2 times: the strengths add up\n" in twice.err
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_differences_of_every_tensor_are_merged_before_anything_is_measured(done
     outcome = done("-i", flux_file, "-o", ours, *words, *size, "--merge-lora", lora)
     assert "unsupported" not in outcome.err
     assert "unmatched" not in outcome.err
-    assert "what rounding leaves of the merged change" in outcome.err
+    assert "merged change after rounding" in outcome.err
     assert tensors_of(ours) == tensors_of(theirs)
 
 

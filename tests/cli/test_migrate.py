@@ -37,10 +37,12 @@ DONE = {
         "2 layers in the diffusers convention; wrote out.safetensors\n"
     ),
     "repair broken.safetensors -o out.safetensors": (
-        "1 broken mark in broken.safetensors put right; wrote out.safetensors\n"
+        "repaired 1 broken quantization config in broken.safetensors; wrote out.safetensors\n"
     ),
-    "repair broken.safetensors": "1 broken mark in broken.safetensors put right; wrote broken.safetensors\n",
-    "repair fp8.safetensors": "0 broken marks in fp8.safetensors; nothing was written\n",
+    "repair broken.safetensors": (
+        "repaired 1 broken quantization config in broken.safetensors; wrote broken.safetensors\n"
+    ),
+    "repair fp8.safetensors": "0 broken quantization configs in fp8.safetensors; nothing was written\n",
 }
 
 
@@ -49,8 +51,8 @@ def test_each_says_what_it_did(ctq, files, call):
     outcome = ctq(*call.split())
     told = "".join(line for line in outcome.err.splitlines(keepends=True) if " → " not in line)  # sizes, seconds
     assert (outcome.code, told) == (0, DONE[call])
-    table = "layer       found    becomes        in the\n"
-    table += "blocks.1.a  all NUL  float8_e4m3fn  tensor\n"
+    table = "layer       found                   repaired to    location\n"
+    table += "blocks.1.a  a mark that is all NUL  float8_e4m3fn  tensor\n"
     assert outcome.out == (table if "broken" in call else "")
 
 

@@ -38,8 +38,8 @@ def test_a_gpu_is_used_and_named_with_its_memory(settled, monkeypatch):
     free = 8_000_000_000
     options, said = settled()
     assert options == {"device": "cuda", "steps": 4}
-    assert said.startswith("running on cuda (Abacus 9): the model takes ")
-    assert said.endswith(" kB, and 8.0 GB of its memory are free\n")
+    assert said.startswith("running on cuda (Abacus 9): the model needs ")
+    assert said.endswith(" kB, 8.0 GB of GPU memory is free\n")
     free = 12
     assert settled()[1].startswith("note: running on cuda")
 
@@ -50,11 +50,11 @@ def test_a_cpu_shows_less_of_a_large_model_unless_told_otherwise(settled, monkey
     assert settled() == ({"device": "cpu", "steps": 4}, "")
     monkeypatch.setattr(running, "CPU_LARGE_WEIGHTS", 10**4)
     smaller = {"device": "cpu", "steps": 2, "height": 128, "width": 128, "text_tokens": 32}
-    said = "note: a large model on cpu: 128 × 128 pixels, 2 noise levels (options set others)\n"
+    said = "note: large model on cpu: using 128 × 128 pixels, 2 noise levels (options override this)\n"
     assert settled() == (smaller, said)
     assert settled(height=512, steps=1)[0] == {"device": "cpu", "steps": 1, "height": 512}
     monkeypatch.setattr(running, "free_memory", lambda: 12)
-    assert settled()[1].endswith("do not fit the 12 bytes of free memory: each evaluation reads the file\n")
+    assert settled()[1].endswith("do not fit into 12 bytes of free memory: each evaluation reads the file\n")
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,10 @@ def test_a_cpu_shows_less_of_a_large_model_unless_told_otherwise(settled, monkey
     ],
 )
 def test_convert_settles_where_it_runs_if_it_runs_the_model(ctq, flux_file, monkeypatch, flags, runs):
-    def settle(args: argparse.Namespace, _: object) -> None:
+    def settle(args: argparse.Namespace, _: object, *, runs: bool) -> None:
         assert args.device == "auto"
-        raise OptionError("settled")
+        raise OptionError(f"runs: {bool(runs)}")
 
     monkeypatch.setattr("convert_to_quant.cli.convert.settle", settle)
     outcome = ctq("-i", flux_file, "-o", flux_file.with_name("out.safetensors"), *flags.split(), "--dry-run")
-    assert ("settled" in outcome.err) == runs
+    assert outcome.err == f"error: runs: {runs}\n"

@@ -54,14 +54,14 @@ def test_a_plain_cast_is_listed_and_calibrated_and_never_changed_in_place(ctq, d
 
 def test_scales_without_a_mark_are_said_before_the_sizes_and_marked_where_asked(ctq, save, build, tmp_path):
     output = tmp_path / "out.safetensors"
-    told = "note: ComfyUI drops the scales of 2 layers without a mark (--mark adds marks)"
+    told = "note: ComfyUI ignores the scales of 2 layers without a quantization config (to add configs: --mark)"
     for spelled in (".weight_scale", ".scale_weight"):
         tensors, _ = build.quantized(NAMES, "none", input_scale=None)
         path = save("m.safetensors", {name.replace(".weight_scale", spelled): one for name, one in tensors.items()})
         assert ctq("-i", path, "-o", output, *LAYER).err.splitlines()[-2] == told
         assert inspect_file(output).readings == {"scale-dropped": 2}
         marked = ctq("-i", path, "-o", output, *LAYER, "--mark")
-        assert "without a mark" not in marked.err
+        assert "without a quantization config" not in marked.err
         assert inspect_file(output).readings == {"fp8": 2}
         assert inspect_file(output).input_states == {"guessed": 2}
     assert ctq("-i", path, "--in-place", *LAYER, "--mark").code == 2
