@@ -99,7 +99,7 @@ class Gathering:
 
     @torch.no_grad()
     def gather(self, layers: Sequence[str]) -> dict[tuple[str, ...], Tensor]:
-        """Run the model: {layers that share an input: float32 [in, in]} on its device, without layers that do not run."""
+        """Run the model: {layers that share an input: float32 [in, in]} on its device; only layers that run."""
         moments: dict[str, Tensor] = {}
         owner: dict[str, str] = {}  # of layers that are called with one tensor, the first
         last: tuple[str, Tensor | None] = "", None

@@ -215,7 +215,8 @@ def _names_of(layers: Mapping[str, tuple[int, int]]) -> LoraNames:
         for spelling in {name, processor}:
             exact.setdefault(spelling, {}).update(dict.fromkeys(meant))
             loose.setdefault(squeezed(spelling), {}).update(dict.fromkeys(meant))
-    return LoraNames(*({name: tuple(meant) for name, meant in names.items()} for names in (exact, loose)))
+    exact_targets, loose_targets = ({name: tuple(meant) for name, meant in found.items()} for found in (exact, loose))
+    return LoraNames(exact_targets, loose_targets)
 
 
 def _parts(modules: Iterable[str], authors: Index) -> dict[str, dict[Part, str]]:

@@ -51,8 +51,8 @@ def test_each_says_what_it_did(ctq, files, call):
     outcome = ctq(*call.split())
     told = "".join(line for line in outcome.err.splitlines(keepends=True) if " → " not in line)  # sizes, seconds
     assert (outcome.code, told) == (0, DONE[call])
-    table = "layer       found                   repaired to    location\n"
-    table += "blocks.1.a  a mark that is all NUL  float8_e4m3fn  tensor\n"
+    table = "layer       found    repaired to    location\n"
+    table += "blocks.1.a  all NUL  float8_e4m3fn  tensor\n"
     assert outcome.out == (table if "broken" in call else "")
 
 

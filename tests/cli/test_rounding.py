@@ -111,9 +111,9 @@ def test_a_stopped_run_goes_on_with_the_layers_that_are_left(done, flux_file, ob
             b"quant.momentZ",
             "the file has no second moments (create it with observe",
         ),
-        ("stats.safetensors", b"d.lin.safetensors", b"/d/in.safetensors", "without names of files"),
-        ("*/*", b"run", b"ruN", "what its header says of second moments is without its run or layers"),
-        ("*/*", b"moments", b"momentZ", "not the second moments that stats.safetensors was observed with"),
+        ("stats.safetensors", b"d.lin.safetensors", b"/d/in.safetensors", "without file names"),
+        ("*/*", b"run", b"ruN", "its header entry for second moments is without its run or layers"),
+        ("*/*", b"moments", b"momentZ", "not the second moments of stats.safetensors"),
     ],
 )
 def test_moments_that_are_missing_or_of_another_run_are_refused(
