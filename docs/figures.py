@@ -2,9 +2,9 @@
 
     python docs/figures.py
 
-writes docs/images/concepts_fp8.svg (what FP8 can represent, and where a layer's inputs fall at four scales) and
-docs/images/concepts_damage.png (what the model paints when input scales are too small or too large). About three
-minutes on two cores. Every number in them is computed here.
+writes docs/images/concepts_fp8.svg (which values FP8 represents, and one layer's inputs at four scales) and
+docs/images/concepts_damage.png (what the model generates with input scales that are too small or too large), in about
+three minutes on two cores. Every number in them is computed here.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from convert_to_quant import demo
 from convert_to_quant.calibrate_activation_scales import patch_model_with_scales
@@ -31,195 +34,138 @@ from convert_to_quant.solve import expected_errors
 from convert_to_quant.stats import BIN_EDGES, Statistics
 
 IMAGES = Path(__file__).parent / "images"
+
+# --- the values of FP8, and a layer's inputs
+
 LAYER = "double_blocks.0.img_attn.proj"
-
-# --- what FP8 can represent
-
-WIDTH, LEFT, RIGHT, TOP, LINE, STRIP, STRIP_GAP, FOOT = 960, 20, 20, 56, 66, 62, 14, 44
+VARIANTS = {"hot": "large inputs", "cold": "small inputs"}
 LOWEST, HIGHEST = -16, 16
+"""log2 of |x| / scale at the ends of the axis."""
 ZONES = (
-    (LOWEST, -10, "becomes 0", "#fbe3e4"),
+    (LOWEST, -10, "becomes 0", "#fbe3e4"),  # 2^-10 is half of the smallest code
     (-10, -6, "equal steps", "#fff3d6"),
     (-6, math.log2(E4M3FN.max), "8 steps per octave", "#e2f3e5"),
     (math.log2(E4M3FN.max), HIGHEST, "becomes 448", "#fbe3e4"),
 )
-"""log2 of |x| / scale: from, to, what happens there, and its color. 2^-10 is half of the smallest code."""
-
 INK, FADED, AREA = "#1f2328", "#59636e", "#3b6ea8"
 
 
-@dataclass(frozen=True)
-class Strip:
-    """A layer's inputs at one scale.
-
-    Attributes:
-        name: what is said of it.
-        log2: of |x| / scale, the middle of each bin but the first, which has the zeros.
-        share: of the values per octave, in each bin.
-        clipped, vanished: shares of values that become 448, or 0.
-        sqnr_db: of the quantized input.
-    """
-
-    name: str
-    log2: np.ndarray
-    share: np.ndarray
-    clipped: float
-    vanished: float
-    sqnr_db: float
-
-
-def strip(name: str, statistics: Statistics, scale: float) -> Strip:
-    """What becomes of the inputs of LAYER at a scale."""
-    one = statistics.take([LAYER])
-    errors = expected_errors(one, np.array([scale]), [E4M3FN])
-    counts = one.histogram[0, 1:NONFINITE_BIN]
-    edges = np.log2(BIN_EDGES[1:] / scale)
-    return Strip(
-        name,
-        (edges[:-1] + edges[1:]) / 2,
-        counts / counts.sum() / np.diff(edges),  # bins are equally wide within an octave, not on this axis
-        float(errors.clipped[0]),
-        float(errors.vanished[0]),
-        float(errors.sqnr_db[0]),
-    )
-
-
-def number_line(strips: Sequence[Strip]) -> str:
-    """The SVG."""
-    height = TOP + LINE + len(strips) * (STRIP + STRIP_GAP) + FOOT
-    bottom = height - FOOT
-
-    def x(log2: float) -> float:
-        return LEFT + (log2 - LOWEST) / (HIGHEST - LOWEST) * (WIDTH - LEFT - RIGHT)
-
-    def text(at_x: float, y: float, words: str, *, color: str = INK, anchor: str = "start", size: int = 14) -> str:
-        return (
-            f'<text x="{at_x:.1f}" y="{y:.1f}" fill="{color}" text-anchor="{anchor}" font-size="{size}">{words}</text>'
-        )
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
-        'font-family="system-ui, sans-serif" role="img" aria-label="Which values FP8 keeps at which scale">',
-        f'<rect width="{WIDTH}" height="{height}" rx="8" fill="#ffffff"/>',
-    ]
+def number_line(inputs: Mapping[str, tuple[Statistics, float]]) -> Figure:
+    """Codes of FP8, and below them the distribution of LAYER's inputs, by statistics and scale."""
+    figure = Figure((9.6, 4.7))
+    axes = figure.add_axes((0.02, 0.11, 0.96, 0.76), xlim=(LOWEST, HIGHEST), ylim=(0, len(inputs) + 0.8), yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, colors=FADED)
+    axes.set_title("Every value of float8_e4m3fn, and one layer's inputs at four scales\n", loc="left", color=INK)
     for low, high, words, color in ZONES:
-        parts.append(f'<rect x="{x(low):.1f}" y="{TOP - 28}" width="{x(high) - x(low):.1f}" '
-                     f'height="{bottom - TOP + 28}" fill="{color}"/>')  # fmt: skip
-        parts.append(text((x(low) + x(high)) / 2, TOP - 10, words, anchor="middle"))
-    parts.append(text(LEFT, 20, "Every value that float8_e4m3fn has, and one layer's inputs at four scales", size=15))
-    codes = E4M3FN.values[1:0x7F]
-    ticks = "".join(f"M{x(math.log2(value)):.1f} {TOP + 6}v30" for value in codes)
-    parts.append(f'<path d="{ticks}" stroke="{INK}" stroke-width="0.8" fill="none"/>')
-    parts.append(text(x(-10) - 6, TOP + 26, "the 126 positive codes", color=FADED, anchor="end"))
-    for number, one in enumerate(strips):
-        base = TOP + LINE + number * (STRIP + STRIP_GAP) + STRIP
-        parts += drawn(one, x, base)
-        losses = [f"{one.clipped:.0%} clipped"] * (one.clipped >= 0.005)
-        losses += [f"{one.vanished:.0%} vanish"] * (one.vanished >= 0.005)
-        words = ", ".join([*losses, f"{one.sqnr_db:.1f} dB"])
-        left = float(one.log2[np.argmax(one.share)]) > 0
-        at_x, anchor = (LEFT + 8, "start") if left else (WIDTH - RIGHT - 8, "end")
-        parts.append(text(at_x, base - 26, one.name, anchor=anchor))
-        parts.append(text(at_x, base - 8, words, color=FADED, anchor=anchor))
-    for log2 in range(LOWEST + 2, HIGHEST, 4):
-        parts.append(text(x(log2), bottom + 18, f"2<tspan dy='-5' font-size='10'>{log2}</tspan>",
-                          color=FADED, anchor="middle"))  # fmt: skip
-    parts.append(text(WIDTH / 2, bottom + 36, "|x| / scale", color=FADED, anchor="middle"))
-    return "\n".join([*parts, "</svg>", ""])
+        axes.axvspan(low, high, color=color, linewidth=0)
+        axes.text((low + high) / 2, len(inputs) + 0.85, words, ha="center", color=INK)
+    axes.vlines(np.log2(E4M3FN.values[1:0x7F]), len(inputs) + 0.2, len(inputs) + 0.6, color=INK, linewidth=0.8)
+    axes.text(-10.2, len(inputs) + 0.3, "the 126 positive codes", ha="right", color=FADED)
+    log2 = np.linspace(LOWEST, HIGHEST, 129)
+    for base, (name, (statistics, scale)) in enumerate(reversed(inputs.items())):
+        one = statistics.take([LAYER])
+        errors = expected_errors(one, np.array([scale]), [E4M3FN])
+        edges = np.log2(BIN_EDGES[1:] / scale)
+        density = one.histogram[0, 1:NONFINITE_BIN] / np.diff(edges)  # bins are equally wide within an octave only
+        height = np.interp(log2, (edges[:-1] + edges[1:]) / 2, density / density.max())
+        axes.fill_between(log2, base, base + 0.85 * height, color=AREA, alpha=0.75, linewidth=0)
+        shares = {"clipped": float(errors.clipped[0]), "vanish": float(errors.vanished[0])}
+        losses = [f"{share:.0%} {what}" for what, share in shares.items() if share >= 0.005]
+        x, align = (LOWEST + 0.3, "left") if log2[height.argmax()] > 0 else (HIGHEST - 0.3, "right")
+        axes.text(x, base + 0.5, name, ha=align, color=INK)
+        axes.text(x, base + 0.2, ", ".join([*losses, f"{errors.sqnr_db[0]:.1f} dB"]), ha=align, color=FADED)
+    ticks = range(LOWEST + 2, HIGHEST, 4)
+    axes.set_xticks(ticks, [f"$2^{{{tick}}}$" for tick in ticks])
+    axes.set_xlabel("|x| / scale", color=FADED)
+    return figure
 
 
-def drawn(one: Strip, x: Callable[[float], float], base: float) -> Iterator[str]:
-    """The distribution of one strip as an area on its base line."""
-    used = (one.log2 > LOWEST) & (one.log2 < HIGHEST) & (one.share > 0)
-    tall = STRIP / one.share.max()
-    points = [f"{x(log2):.1f} {base - tall * share:.1f}" for log2, share in zip(one.log2[used], one.share[used])]  # noqa: B905
-    first, last = x(float(one.log2[used][0])), x(float(one.log2[used][-1]))
-    yield f'<path d="M{first:.1f} {base}L{"L".join(points)}L{last:.1f} {base}z" fill="{AREA}" fill-opacity="0.75"/>'
-    yield f'<path d="M{LEFT} {base}H{WIDTH - RIGHT}" stroke="{FADED}" stroke-width="0.5"/>'
-
-
-# --- what the model paints with wrong scales
+# --- images from wrong scales
 
 TARGETS_DB = (30.0, 20.0, 10.0, 3.0)
-FACTORS = {"scales too small": -1, "scales too large": 1}
-EXPLAINED = {"scales too small": "large values\nare clipped", "scales too large": "small values\nbecome 0"}
-LARGEST_OCTAVES = 24.0
-SEARCH_STEPS = 9
+"""The first is that of scales of largest input / 448."""
+DIRECTIONS = {
+    sheet.Heading("scales too small", "large values\nare clipped"): -1,
+    sheet.Heading("scales too large", "small values\nbecome 0"): 1,
+}
+LARGEST_OCTAVES, TRIED = 24, 512
+"""The largest change of scales, and how many up to it can be found."""
 MEASURED, LEVELS = 4, 4
 
 
-def damaged(factor: float, scales: Mapping[str, float], source: Path, folder: Path) -> Path:
-    """The model with all of its input scales multiplied by a factor."""
-    path = folder / "damaged.safetensors"
-    patch_model_with_scales(source, {layer: scale * factor for layer, scale in scales.items()}, path)
-    return path
-
-
-def told(factor: float) -> str:
-    """A factor for people: two digits, or hundreds."""
+def factor_text(factor: float) -> str:
+    """A factor with two digits, or in hundreds."""
     return f"{float(f'{factor:.2g}'):,.2g}" if factor < 10 else f"{round(factor, -2):,.0f}"
 
 
 def damage_sheet(folder: Path) -> None:
-    """Search the factors that leave about so many dB, paint with them, and draw."""
+    """Find the factors on all input scales that leave TARGETS_DB, and draw what the model then generates."""
     files, calibration = demo.make_files("plain", folder)
-    scales = {r.layer: r.scale_after for r in calibration.results if r.range and not r.full_precision_after}
+    scales = {r.layer: r.range / E4M3FN.max for r in calibration.results if r.range and not r.full_precision_after}
     conditioning = demo.prompt_conditioning(prompts.NAMES)
     measured = {name: values[:MEASURED] for name, values in conditioning.items()}
     options = demo.DemoOptions()
+
+    @contextmanager
+    def damaged(factor: float) -> Iterator[Denoiser]:
+        path = folder / "damaged.safetensors"
+        wrong = {layer: scale * factor for layer, scale in scales.items()}
+        patch_model_with_scales(files[demo.CALIBRATED], wrong, path)
+        with open_checkpoint(path) as checkpoint:
+            yield load(checkpoint, dtype=torch.float32, arithmetic="comfyui")
+
     with open_checkpoint(WEIGHTS) as original:
         reference = load(original, dtype=torch.float32)
 
-        def with_model(factor: float, use: Callable[[Denoiser], object]) -> object:
-            with open_checkpoint(damaged(factor, scales, files[demo.CALIBRATED], folder)) as checkpoint:
-                return use(load(checkpoint, dtype=torch.float32, arithmetic="comfyui"))
-
-        def fidelity_db(model: Denoiser) -> float:
-            found = velocity_fidelity(
-                reference, model, measured, demo.GEOMETRY, guidance=options.guidance, steps=LEVELS, seed=options.seed
-            )
-            return found.sqnr_db
-
-        def search(direction: int, target_db: float) -> float:
-            low, high = 0.0, LARGEST_OCTAVES
-            for _ in range(SEARCH_STEPS):
-                middle = (low + high) / 2
-                if with_model(2.0 ** (direction * middle), fidelity_db) > target_db:  # type: ignore[operator]
-                    low = middle
-                else:
-                    high = middle
-            return 2.0 ** (direction * low)
+        def sqnr_db(factor: float) -> float:
+            with damaged(factor) as model:
+                found = velocity_fidelity(
+                    reference,
+                    model,
+                    measured,
+                    demo.GEOMETRY,
+                    guidance=options.guidance,
+                    steps=LEVELS,
+                    seed=options.seed,
+                )
+                return found.sqnr_db
 
         rows = []
-        for name, direction in FACTORS.items():
+        for heading, direction in DIRECTIONS.items():
+            factors = [2.0 ** (direction * LARGEST_OCTAVES * number / TRIED) for number in range(TRIED)]
             cells = []
             for target_db in TARGETS_DB:
-                factor = 1.0 if target_db == TARGETS_DB[0] else search(direction, target_db)
-                left_db = with_model(factor, fidelity_db)
-                _, images = with_model(factor, lambda model: demo.compare(reference, model, conditioning, options))
-                print(f"{name}: factor {factor:.3g} leaves {left_db:.1f} dB", file=sys.stderr)
-                cells.append(sheet.Cell(list(images), f"{left_db:.1f} dB, scales x {told(factor)}"))  # type: ignore[call-overload]
-            rows.append((sheet.Heading(name, EXPLAINED[name]), cells))
+                smaller = bisect_left(factors, -target_db, key=lambda factor: -sqnr_db(factor)) - 1 if cells else 0
+                factor = factors[smaller]
+                left_db = sqnr_db(factor)
+                with damaged(factor) as model:
+                    _, images = demo.compare(reference, model, conditioning, options)
+                print(f"{heading.name}: factor {factor:.3g} leaves {left_db:.1f} dB", file=sys.stderr)
+                cells.append(sheet.Cell(list(images), f"{left_db:.1f} dB, scales x {factor_text(factor)}"))
+            rows.append((heading, cells))
     columns = [sheet.Heading(f"{target_db:.0f} dB", "") for target_db in TARGETS_DB]
     title = sheet.Heading(
-        "What is left of the picture at so many dB",
-        "One model in FP8, all of its input scales multiplied by one factor. dB: SQNR of the predicted velocity.",
+        "Image quality by SQNR",
+        "One model in FP8, all input scales (largest input / 448) multiplied by one factor. dB: SQNR of the "
+        "predicted velocity.",
     )
     sheet.draw(title, columns, rows).save(IMAGES / "concepts_damage.png", optimize=True)
 
 
 def main() -> None:
-    """Write both."""
+    """Write both images."""
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "concepts", "font.family": "sans-serif"})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        strips = []
-        for variant, words in (("hot", "large inputs"), ("cold", "small inputs")):
+        inputs = {}
+        for variant, words in VARIANTS.items():
             _, calibration = demo.make_files(variant, folder)
             assert calibration.statistics is not None
-            scale = next(result.scale_after for result in calibration.results if result.layer == LAYER)
-            strips.append(strip(f"{words}, scale 1.0", calibration.statistics, 1.0))
-            strips.append(strip(f"{words}, scale {scale:.2g}", calibration.statistics, scale))
-        (IMAGES / "concepts_fp8.svg").write_text(number_line(strips), encoding="utf-8")
+            own = calibration.statistics.take([LAYER]).absmax[0] / E4M3FN.max
+            scales = {"1.0": 1.0, f"{own:.2g}": own}
+            inputs |= {f"{words}, scale {text}": (calibration.statistics, scale) for text, scale in scales.items()}
+        number_line(inputs).savefig(IMAGES / "concepts_fp8.svg", metadata={"Date": None})
         damage_sheet(folder)
 
 
