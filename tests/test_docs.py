@@ -1,21 +1,19 @@
-"""The documentation stays true: its examples are run, its links lead somewhere, its flags exist.
+"""The documentation stays true: its examples run, its links lead somewhere, its flags exist.
 
-Every command line and block of Python in README.md, CONTRIBUTING.md, docs/ and the commands' own help is run, in a
-folder where tiny stand-ins bear the names that the text uses. What differs from the text stands in the tables below;
-what is not run stands there with the reason, and is at least parsed.
+Every command line and Python block in README.md, CONTRIBUTING.md, docs/ and the commands' own help runs in a folder of
+tiny files with the names that the text uses. The tables below list what differs from the text, and what is only parsed.
 """
 
 from __future__ import annotations
 
 import argparse
-import doctest
 import json
 import re
 import runpy
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +29,7 @@ from tiny_flux import flux_model
 from convert_to_quant import cli
 from convert_to_quant.emoji.rerange import RERANGINGS, write_reranged
 
-pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # from diffusers itself
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -47,27 +45,20 @@ SUBSTITUTIONS = {
     r" \*\.safetensors": " flux_bf16.safetensors flux_fp8.safetensors",
     r"^source <\((.*)\)$": r"\1",
 }
-"""Regular expression -> what is run in its place: no GPU, no shell, little time, and formats that take tiny layers."""
+"""Regular expression -> what runs instead: no GPU, no shell, little time, and formats that support tiny layers."""
 
 SMALL = ("--height", "32", "--width", "32", "--steps", "2", "--samples", "3")
 ADDED = ("observe", "check", "card")
-"""Commands at the end of whose calls these flags are added: tiny images."""
+"""Commands that get these flags, for tiny images."""
 
 ONLY_PARSED = {
     "demo": "runs a minute; tests/test_demo.py runs it",
     "observe .*--comfyui-dir": "needs a ComfyUI; tests/comfyui has tests with a real one",
 }
-"""Commands, as regular expressions from where they begin, that are not run, and why."""
+"""Commands that do not run (regular expressions from the start), and why."""
 
-OTHER_PROGRAMS = {
-    "pip": "installs",
-    "python -m pip": "installs",
-    "python -m pytest": "these tests",
-    "python -m venv": "makes an environment",
-    "torchrun": "several processes; tests/cli/test_observe.py runs two",
-    "source": "reads what our command prints",
-}
-"""Other programs in examples, and why they are not run. Targets of make and scripts of ours must exist."""
+OTHER_PROGRAMS = ("pip ", "python -m pip ", "python -m pytest", "python -m venv ", "source")
+"""Other programs in examples, which do not run. Targets of make and our scripts must exist."""
 
 FOREIGN_FLAGS = {
     "--constraint": "pip",
@@ -76,30 +67,30 @@ FOREIGN_FLAGS = {
     "--fast": "ComfyUI",
     "--nproc-per-node": "torchrun",
 }
-"""Flags of other programs that the text names. Those behind `benchmarks/` are looked up in the scripts."""
+"""Flags of other programs in the text. Those of benchmarks are looked up in the scripts."""
 
 
-# --- stand-ins
+# --- files that examples use
 
 
 files = runpy.run_path(str(ROOT / "tests" / "conftest.py"))
 tiny = runpy.run_path(str(ROOT / "tests" / "cli" / "conftest.py"))
-"""What other tests make tiny models with."""
+"""Builders of tiny models in other tests."""
 screens = runpy.run_path(str(ROOT / "tests" / "cli" / "test_golden.py"))
-"""What masks what differs between runs."""
+"""Masks of what differs between runs."""
 
 CALLED: dict[str, tuple[str, ...]] = {
     "flux_bf16": ("bf16", "flux", "flux1-dev", "demo/plain_bf16"),
     "flux_fp8": ("fp8", "mine", "theirs", "flux1-dev-fp8", "demo/plain_fp8_calibrated"),
     "embeddings": ("demo/prompts",),
-    "stats": ("a", "b", "monday", "tuesday", "faces", "places", "portraits", "landscapes", "with_lora"),
+    "stats": ("a", "b", "faces", "places", "portraits", "landscapes", "with_lora"),
 }
-"""What else the text calls the model, its conversion, and statistics of it."""
+"""Other names in the text for the model, its conversion, and statistics of it."""
 
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tiny files under the names that examples use."""
+    """A folder of tiny files with the names that examples use."""
     folder = tmp_path_factory.mktemp("stand-ins")
     with inside(folder):
         for name, tensors in {
@@ -116,9 +107,9 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy("flux_bf16.safetensors", "ComfyUI/models/diffusion_models")
         Path("demo").mkdir()
         observe = ["observe", "flux_fp8.safetensors", "-o", "stats.safetensors", *SMALL, "-q"]
-        assert main(["-i", "flux_bf16.safetensors", "-o", "flux_fp8.safetensors", "-q"]) == main(observe) == 0
+        assert cli.main(["-i", "flux_bf16.safetensors", "-o", "flux_fp8.safetensors", "-q"]) == cli.main(observe) == 0
         fold = ["-i", "flux_bf16.safetensors", "-o", "flux_folded.safetensors", "--format", "int8", "--fold", "-q"]
-        assert main([*fold, "--actcal-samples", "3"]) == 0
+        assert cli.main([*fold, "--actcal-samples", "3"]) == 0
         for name, others in CALLED.items():
             for other in others:
                 shutil.copy(f"{name}.safetensors", f"{other}.safetensors")
@@ -126,42 +117,32 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Pipe:
-    """What the text calls `pipe`: something with a transformer that a prompt runs."""
+    """The `pipe` of Python blocks: its transformer runs for each prompt."""
 
-    def __init__(self) -> None:
-        self.transformer = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    transformer = torch.nn.Sequential(torch.nn.Linear(16, 16))
 
     def __call__(self, prompt: str) -> Any:
         return self.transformer(torch.full((1, 4, 16), float(len(prompt))))
-
-
-PYTHON_NAMES: dict[str, Callable[[], Any]] = {"pipe": Pipe, "prompts": lambda: ["a red fish", "a fish"]}
-"""What blocks of Python find: objects of the reader's."""
 
 
 # --- examples
 
 
 SERVER = "http://127.0.0.1:8188"
-"""Where the text has a ComfyUI; here it is a double, on a port that is free."""
+"""The ComfyUI in the text; the tests run a double on a free port."""
 comfyui, serve, flux, wan = double.comfyui, double.serve, double.flux, double.wan
 
 
 Example = tuple[str, str]
-"""What is run: its language ("console" for one command line, "python" for a block, "toml" for a file), and its text."""
+"""Language ("console" for one command line, "python" for a block, "toml" for a file), and text."""
 
 SHELL = ("console", "bash", "sh")
-PROGRAM = re.compile(rf"([A-Z]+=\S* )*({'|'.join(OURS)}|python|pip|make|torchrun|source)\b")
-
-
-def flattened(tokens: list[Token]) -> Iterator[Token]:
-    for token in tokens:
-        yield token
-        yield from flattened(token.children or [])
+PROGRAM = re.compile(rf"([A-Z]+=\S* )*({'|'.join(OURS)}|python|pip|make|source)\b")
 
 
 def tokens_of(text: str) -> list[Token]:
-    return list(flattened(MarkdownIt("commonmark").enable("table").parse(text)))
+    blocks = MarkdownIt("commonmark").enable("table").parse(text)
+    return [token for block in blocks for token in (block, *(block.children or []))]
 
 
 def lines_of(text: str) -> list[Example]:
@@ -191,17 +172,18 @@ def below(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
                 yield from below(choice)
 
 
-def helps() -> Iterator[tuple[str, list[Example]]]:
-    """The examples of each command's help, and of its actions'."""
-    for command in cli.COMMANDS:
-        lines = [line for parser in below(cli.build_parser(command)) for line in lines_of(parser.epilog or "")]
-        yield f"help {command}", [line for line in lines if PROGRAM.match(line[1])]
+PARSERS = {command: list(below(cli.build_parser(command))) for command in cli.COMMANDS}
 
 
-DOCUMENTS = [
-    *((str(page.relative_to(ROOT)), examples_of(page.read_text(encoding="utf-8"))) for page in PAGES),
-    *helps(),
-]
+def help_examples(command: str) -> list[Example]:
+    lines = [line for parser in PARSERS[command] for line in lines_of(parser.epilog or "")]
+    return [line for line in lines if PROGRAM.match(line[1])]
+
+
+DOCUMENTS = {
+    **{str(page.relative_to(ROOT)): examples_of(page.read_text(encoding="utf-8")) for page in PAGES},
+    **{f"help {command}": help_examples(command) for command in PARSERS},
+}
 
 
 @contextmanager
@@ -212,96 +194,56 @@ def inside(folder: Path) -> Iterator[None]:
 
 
 def run_line(line: str) -> None:
-    """Run one command line; what is joined with && or | is several."""
+    """Run our commands in a command line; check that other programs are known."""
     for pattern, replacement in SUBSTITUTIONS.items():
         line = re.sub(pattern, replacement, line)
-    lexer = shlex.shlex(line, posix=True, punctuation_chars="&|>;")
-    lexer.whitespace_split = True
-    lexer.commenters = "#"
-    part: list[str] = []
-    for word in [*lexer, "&&"]:
-        if word not in ("&&", "|", ";"):
-            part.append(word)
-        elif part:
-            run_words(part[: part.index(">")] if ">" in part else part)
-            part = []
-
-
-def run_words(words: list[str]) -> None:
-    """Run one of our commands; of another program, see that it is known, and what it is given of ours."""
-    said = " ".join(words)
-    while re.fullmatch(r"[A-Z]+=.*", words[0]):
-        words = words[1:]
-    words = [Path(words[0]).name, *words[1:]]  # ~/venv/bin/python
-    if words[:2] == ["python", "-m"] and words[2] in OURS:
-        words = words[2:]
-    if words[0] in OURS:
-        if any(re.match(command, " ".join(words[1:])) for command in ONLY_PARSED):
-            parse(words[1:])
+    for part in re.split(r" (?:&&|\|) ", line):
+        words = shlex.split(re.sub(r"^([A-Z]+=\S* )*(\S*/)?", "", part.partition(" > ")[0]), comments=True)
+        if words[:2] == ["python", "-m"] and words[2] in OURS:
+            words = words[2:]
+        command, said = words[1:], " ".join(words)
+        if words[0] in OURS and any(re.match(pattern, " ".join(command)) for pattern in ONLY_PARSED):
+            parse(command)
+        elif words[0] in OURS:
+            assert cli.main([*command, *(SMALL if command[:1] and command[0] in ADDED else ())]) == 0, f"{said}: fails"
+        elif words[0] == "make":
+            makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), f"{said}: no such target"
+        elif words[0] == "python" and words[1].endswith(".py"):
+            assert (ROOT / words[1]).is_file(), f"{said}: no such script"
         else:
-            more = SMALL if words[1:2] and words[1] in ADDED else ()
-            assert main([*words[1:], *more]) == 0, f"{said}: fails"
-    elif words[0] == "make":
-        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-        assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), f"{said}: no such target"
-    elif words[0] == "python" and words[1].endswith(".py"):
-        assert (ROOT / words[1]).is_file(), f"{said}: no such script"
-    else:
-        assert any(" ".join(words).startswith(program) for program in OTHER_PROGRAMS), f"{said}: an unknown program"
-        if "convert_to_quant" in words[1:]:
-            parse(words[words.index("convert_to_quant") + 1 :])
-
-
-def exit_code(call: Callable[[], Any]) -> int:
-    """What a call returns, or leaves with, if that is a number, and 0 otherwise."""
-    try:
-        result = call()
-    except SystemExit as stop:  # argparse
-        result = stop.code
-    return result if isinstance(result, int) else 0
-
-
-def main(words: list[str]) -> int:
-    """The command line's exit code."""
-    return exit_code(lambda: cli.main(words))
+            assert said.startswith(OTHER_PROGRAMS), f"{said}: an unknown program"
 
 
 def parse(words: list[str]) -> None:
     """Check a call without running it."""
-    if words[:1] == ["help"]:
-        assert words[1:] in ([], ["COMMAND"], *([command] for command in cli.COMMANDS)), f"{words}: is misused"
+    if words[0] == "help":
+        assert words[1:] in ([], ["COMMAND"], *([command] for command in PARSERS)), f"{words}: is misused"
         return
-    named = bool(words) and words[0] in cli.COMMANDS
-    parser = cli.build_parser(words[0] if named else cli.DEFAULT_COMMAND)
-    code = exit_code(lambda: parser.parse_args([cli.flag_spelling(word) for word in words[named:]]))
-    assert code == 0, f"{words}: is misused"
-
-
-def run_python(text: str, names: dict[str, Any]) -> None:
-    """Run one block of Python; a session with >>> must also give what it shows."""
-    if ">>>" in text:
-        test = doctest.DocTestParser().get_doctest(text, names, "example", None, 0)
-        failed, _ = doctest.DocTestRunner().run(test, clear_globs=False)
-        assert not failed, f"{text}: gives something else"
-        names.update(test.globs)
-    else:
-        exec(compile(text, "example", "exec"), names)
+    named = words[0] in PARSERS
+    try:
+        PARSERS[words[0] if named else cli.DEFAULT_COMMAND][0].parse_args(list(map(cli.flag_spelling, words[named:])))
+    except SystemExit as stop:
+        if stop.code:
+            raise AssertionError(f"{words}: is misused") from stop
 
 
 def run(examples: list[Example], folder: Path) -> None:
-    """Run a document's examples, one after the other, in one folder."""
-    names = {name: make() for name, make in PYTHON_NAMES.items()}
+    """Run a document's examples in order, in one folder."""
+    names = {"pipe": Pipe(), "prompts": ["a red fish", "a fish"]}
     with inside(folder):
         for language, text in examples:
             if language == "python":
-                run_python(text, names)
-            elif language == "toml":  # a file, whose first line has its name
+                exec(compile(text, "example", "exec"), names)
+            elif language == "toml":  # the first line is the file's name
                 Path(text.splitlines()[0].removeprefix("# ")).write_text(text, encoding="utf-8")
             else:
                 run_line(text)
 
 
-@pytest.mark.parametrize("examples", [pytest.param(examples, id=name) for name, examples in DOCUMENTS if examples])
+@pytest.mark.parametrize(
+    "examples", [pytest.param(examples, id=name) for name, examples in DOCUMENTS.items() if examples]
+)
 def test_every_example_runs(
     examples: list[Example], stand_ins: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -320,10 +262,10 @@ def test_every_example_runs(
 def test_the_first_session_on_a_terminal(
     width: int, golden: Any, terminal: Any, stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the README's commands show, in their order; digits masked, and without bars of progress.
+    """Output of the README's commands, in order, with digits masked and without progress bars.
 
-    Without the demo, which tests/cli/test_golden.py shows, the best mix, which tiny layers make a close race, and the
-    pipeline, of which other libraries talk.
+    Omitted: the demo (see tests/cli/test_golden.py), the best mix (nearly a tie with tiny layers), and the pipeline
+    (other libraries print).
     """
     folder, screen = tmp_path / "here", terminal()
     shutil.copytree(stand_ins, folder)
@@ -334,7 +276,7 @@ def test_the_first_session_on_a_terminal(
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setattr(sys, "stderr", screen)
     with inside(folder):
-        for _, line in dict(DOCUMENTS)["README.md"]:
+        for _, line in DOCUMENTS["README.md"]:
             if line.startswith(OURS) and not re.search(" demo| --best| --pipeline", line):
                 screen.write(f"$ {line}\n")
                 run_line(line)
@@ -344,7 +286,7 @@ def test_the_first_session_on_a_terminal(
 
 
 def test_the_documents_have_examples() -> None:
-    assert sum(len(examples) for _, examples in DOCUMENTS) > 40
+    assert sum(map(len, DOCUMENTS.values())) > 40
 
 
 @pytest.mark.parametrize(
@@ -352,8 +294,7 @@ def test_the_documents_have_examples() -> None:
     [
         ("```console\nconvert_to_quant inspect no_such_file.safetensors\n```", "fails"),
         ("```bash\nconvert_to_quant inspect flux_fp8.safetensors && nonsense x\n```", "an unknown program"),
-        ("text\n\n    torchrun -m convert_to_quant observe m.safetensors -o s.safetensors --bad\n", "is misused"),
-        ("```python\n>>> 1 + 1\n3\n```", "gives something else"),
+        ("text\n\n    python -m convert_to_quant demo --bad\n", "is misused"),
     ],
 )
 def test_a_broken_example_is_found(broken: str, said: str, stand_ins: Path) -> None:
@@ -373,18 +314,18 @@ def test_examples_are_found_in_every_form() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_within_sentences_can_be_called_so(page: Path) -> None:
+def test_commands_within_sentences_are_valid(page: Path) -> None:
     tokens = tokens_of(page.read_text(encoding="utf-8"))
     for before, token in pairwise(tokens):
         words = token.content.split()
-        is_role = before.content.endswith("}")  # {option}`...`, which Sphinx looks up
+        is_role = before.content.endswith("}")  # {option}`...`, which Sphinx checks
         if token.type == "code_inline" and not is_role and words[0] in OURS and len(words) > 2:
             parse(words[1:])
 
 
 def test_every_flag_in_the_pages_exists() -> None:
-    parsers = [parser for command in cli.COMMANDS for parser in below(cli.build_parser(command))]
-    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    actions = [action for parsers in PARSERS.values() for parser in parsers for action in parser._actions]
+    known = {option for action in actions for option in action.option_strings}
     paths = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").glob("f*/*.py")]
     scripts = "".join(path.read_text(encoding="utf-8") for path in paths)
     known |= set(re.findall(r"\"(--[a-z][\w-]+)\"", scripts)) | FOREIGN_FLAGS.keys()
@@ -398,13 +339,13 @@ def test_every_flag_in_the_pages_exists() -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """What headings can be linked to as, by GitHub's rule."""
+    """Anchors of headings, by GitHub's rule."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere_and_pictures_are_there(page: Path) -> None:
+def test_links_and_images_exist(page: Path) -> None:
     tokens = tokens_of(page.read_text(encoding="utf-8"))
     targets = [str(token.attrGet("href") or token.attrGet("src") or "") for token in tokens]
     for target in targets:
