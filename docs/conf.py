@@ -49,7 +49,7 @@ nitpick_ignore_regex = [
         r"convert_to_quant\.(families|engines\.(session|prompts|quantized_linear|provenance))\..*",
     ),
     (r"py:.*", r"convert_to_quant\.(.*\.)?_.*"),
-    (r"py:.*", r"Parts|Path|Advance|Candidate|Lattice|Prompts|Progress"),
+    (r"py:.*", r"Parts|Path|Advance|Candidate|Float|Lattice|Prompts|Progress"),
     (r"py:.*", r"convert_to_quant\.(identity\.Identity|inspection\.Mix|lora\.Addition)"),
 ]
 
