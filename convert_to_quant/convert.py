@@ -143,10 +143,6 @@ class ConversionPlan:
         layers = f"{len(self.quantized)} of {len(self.decisions)} linear layers to {what or self.options.format}"
         return f"{layers} ({weights / 1e6:,.1f} M weights, {scaled}{self.title})"
 
-    def told(self) -> list[str]:
-        """Its notes, and those on matched adapters."""
-        return [*self.notes, *(self.merged.notes() if self.merged.loras else ())]
-
     def readers(self) -> list[str]:
         """Readers of each format except the default, and GPUs on which it is fast."""
         others = [fmt for fmt in self.formats if fmt is not DEFAULT]
@@ -154,12 +150,7 @@ class ConversionPlan:
 
 
 def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequence[Lora] = ()) -> ConversionPlan:
-    """Decide for every layer whether and how it is quantized.
-
-    Args:
-        checkpoint: the input.
-        options: of the conversion.
-        loras: adapters to merge first.
+    """Decide for every layer whether and how it is quantized; adapters are merged first.
 
     Raises:
         CheckpointError: there is nothing to convert, or a layer cannot be read.
@@ -208,6 +199,7 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, loras: Sequ
         target = "legacy" if options.legacy else "comfy"
         ways = table.marks.anew(target) if options.requantize else table.marks.to_write(options.legacy)
     notes += [] if table.quantized or table.raw or table.foreign else _say_little(found, decisions)
+    notes += merged.notes() if loras else []
     return ConversionPlan(table, family, found, decisions, options, ways, notes, merged)
 
 
@@ -371,12 +363,7 @@ def provenance_room(layers: Iterable[str]) -> str:
 
 
 def provenance(metadata: Mapping[str, str], **steps: Any) -> str:
-    """The provenance entry of a header: the options with which a file was made.
-
-    Args:
-        metadata: of the input, whose other steps are kept.
-        **steps: options by step ("convert", "calibrate").
-    """
+    """The provenance entry of a header: options by step ("convert", "calibrate"), besides those of the input's."""
     before: Any = {}
     with contextlib.suppress(JSONError):  # only informative, so errors do not matter
         before = parse_json(metadata.get(names.PROVENANCE_KEY, "{}"))
@@ -396,8 +383,8 @@ def convert(
     """Write the converted checkpoint.
 
     Args:
-        checkpoint: the input.
-        plan: of the conversion.
+        checkpoint: the input, still open.
+        plan: made for it.
         output: a `.safetensors` path, or `.safetensors.index.json` to keep the input's shards.
         device: where torch computes; see `quantize_weight`.
         rounding: returns a layer's stored tensors by suffix, or None to round to nearest; called in one thread, in plan
@@ -437,13 +424,11 @@ def convert(
 
     np.empty(KEPT_BYTES, np.uint8)
     place = None if device == "cpu" else torch.device(device)
-    computes = place is not None or any(isinstance(fmt, Packed) for fmt in plan.formats)
     jobs = [job(each.layer, each.format) for each in plan.decisions if each.format and not each.as_it_is]
     jobs += [(0, partial(refuse_not_finite, checkpoint, each)) for each in plan.kept]
     jobs += [(each.weight.nbytes, partial(_merge_kept, checkpoint, each, plan.merged)) for each in plan.merged_only]
-    threads = _threads(place, WORKERS if rounding is None else 1) if computes or rounding else None
     layout.write(checkpoint, _lay_out(checkpoint, plan), output, jobs, progress=progress, before_commit=before_commit,
-                 threads=threads)  # fmt: skip
+                 threads=_threads(place, WORKERS if rounding is None else 1))  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -90,14 +90,9 @@ def plan_patch(
     metadata: Mapping[str, str] | None = None,
     enable_fp8_matmul: bool = False,
 ) -> Patch:
-    """Validate changes and turn them into tensors.
+    """Validate changes, by layer name, and turn them into tensors; `metadata` has header entries to set.
 
-    Args:
-        checkpoint: the input.
-        table: its layers.
-        changes: by layer name.
-        metadata: header entries to set.
-        enable_fp8_matmul: replace a legacy marker of two elements, which disables FP8 matmuls and input scales.
+    With `enable_fp8_matmul`, replace a legacy marker of two elements, which disables FP8 matmuls and input scales.
 
     Raises:
         TensorError: a layer is not quantized or has dynamic inputs, or a scale is not finite and positive.
@@ -339,10 +334,7 @@ def _remove(undo: Path) -> None:
 
 
 def recover(path: Path) -> bool:
-    """Restore the old bytes after an interrupted in-place change.
-
-    Args:
-        path: the checkpoint: a file or an index, possibly renamed since.
+    """Restore the old bytes after an interrupted in-place change of a file or index, possibly renamed since.
 
     Returns:
         Whether there was anything to restore.

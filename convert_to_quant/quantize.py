@@ -12,15 +12,13 @@ error(s) = Σ w² - 2 s Σ w·c + s² Σ c²; sorting them and accumulating the 
 has at most 32,768 magnitudes, so a histogram represents it; a float32 weight is binned to bfloat16 for the search (not
 for the codes).
 
-16-bit weights with one scale use a table of 65,536 codes, made with `Grid.encode`. Chunks are streamed to the output,
-several layers at a time in threads, so memory use does not grow with the file.
+Bands are streamed to the output, several layers at a time in threads, so memory use does not grow with the file.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +30,7 @@ from .errors import TensorError
 from .formats import DEFAULT
 from .formats.packing import round_up
 from .formats.record import CHUNK, TORCH_NAMES, Format, Packed, Weight, scale_grid, spans
-from .layers import Layer, scales_per_row
+from .layers import Layer
 from .layout import Sink
 from .lazy_torch import torch
 from .options import ConvertOptions
@@ -48,9 +46,6 @@ DEVICE_BAND_VALUES = 1 << 23
 
 STAGED_BYTES = 1 << 24
 """Bytes that a thread copies to a GPU at a time."""
-
-Pieces = Iterator[tuple[str, NDArray[Any]]]
-"""The stored tensors of a weight, by suffix, in consecutive pieces."""
 
 
 def rows_at_a_time(layer: Layer, multiple: int = 1) -> int:
@@ -73,16 +68,10 @@ def quantize_weight(
     *,
     device: torch.device | None = None,
 ) -> None:
-    """Quantize one weight, streaming it out.
+    """Quantize the weight of a layer in high precision, and pass codes and scales to `sink` in consecutive pieces.
 
-    Args:
-        checkpoint: the input.
-        layer: a layer in high precision.
-        fmt: the new format.
-        options: block size, and how scales are chosen.
-        sink: called with codes and scales, chunk by chunk, in order per tensor.
-        device: where torch computes; None for the CPU, using numpy if the format allows. The results are identical,
-            except that sums of formats that rotate have another order on a GPU.
+    Without a device, bands are computed one by one on the CPU. The results are identical, except that sums of formats
+    that rotate have another order on a GPU.
 
     Raises:
         TensorError: the weight has NaN or infinite values.
@@ -91,45 +80,44 @@ def quantize_weight(
     if isinstance(fmt, Packed):
         bands = list(spans(layer.out_features, rows.step))
         weight = Weight(layer.shape, lambda: float(rows.absmax(bands, layer.shape).item()), rows)
-        found = fmt.pieces(weight, options.weight_scale, rows.step)
-        pieces: Pieces = ((suffix, bytes_of(piece)) for suffix, piece in found)
+        pieces = fmt.pieces(weight, options.weight_scale, rows.step)
     elif device is None and fmt.granularity == "tensor" and layer.weight.dtype in ("BF16", "F16"):
         pieces = _by_table(rows, options)
     else:
-        pieces = _by_bands(rows, options)
+        pieces = _pieces(rows, options)
     done: Counter[str] = Counter()
-    for suffix, data in pieces:
+    for suffix, piece in pieces:
+        data = bytes_of(piece)
         sink(suffix, data, done[suffix])
         done[suffix] += data.nbytes
 
 
-def _by_table(rows: _Rows, options: ConvertOptions) -> Pieces:
-    """16-bit weights with one scale: two passes over the bits, no arithmetic per weight."""
-    layer, codes = rows.layer, rows.fmt.codes
-    bands = list(spans(layer.out_features, max(1, CHUNK // layer.in_features)))
-    scale = _scales(rows, bands, layer.shape, options)
-    with np.errstate(invalid="ignore", over="ignore"):
-        table = codes.encode(_meanings(layer.weight.dtype) / scale.reshape(()))
+def _by_table(rows: _Rows, options: ConvertOptions) -> Iterator[tuple[str, Tensor]]:
+    """16-bit weights with one scale: a table of all 65,536 codes takes half the time of arithmetic."""
+    bands = list(spans(rows.layer.out_features, max(1, CHUNK // rows.layer.in_features)))
+    scale = torch.from_numpy(_scales(rows, bands, rows.layer.shape, options))
+    codes = rows.fmt.codes.round(torch.from_numpy(_meanings(rows.layer.weight.dtype)) / scale[0])
+    table = codes.view(torch.uint8).numpy()
     for band in bands:
-        yield names.WEIGHT, np.take(table, rows.bits(band).view(np.uint16), mode="clip")
+        yield names.WEIGHT, torch.from_numpy(np.take(table, rows.bits(band).view(np.uint16), mode="clip"))
     yield names.WEIGHT_SCALE, scale
+
+
+def _pieces(rows: _Rows, options: ConvertOptions) -> Iterator[tuple[str, Tensor]]:
+    """All other cases: codes band by band, after all bands that share a scale were read; then the scales."""
+    block = rows.fmt.block(rows.layer.shape, options.block_size)
+    scale = np.empty(scale_grid(rows.layer.shape, block), np.float32)
+    for bands in _bands(rows.layer, block[0], rows.step):
+        scale[bands[0].start // block[0] : -(-bands[-1].stop // block[0])] = _scales(rows, bands, block, options)
+        for band in bands:
+            yield names.WEIGHT, rows.codes(band, scale, block)
+    yield names.WEIGHT_SCALE, torch.from_numpy(scale)
 
 
 def _meanings(dtype: str) -> NDArray[np.float32]:
     """The values of the 65,536 patterns of a 16-bit dtype."""
     patterns = np.arange(1 << 16, dtype=np.uint16)
     return to_float32(patterns.view(np.float16) if dtype == "F16" else patterns, dtype)
-
-
-def _by_bands(rows: _Rows, options: ConvertOptions) -> Pieces:
-    """All other cases: a band of rows at a time, after all bands that share its scale were read."""
-    block = rows.fmt.block(rows.layer.shape, options.block_size)
-    scale = np.empty(scale_grid(rows.layer.shape, block), np.float32)
-    for bands in _bands(rows.layer, block[0], rows.step):
-        scale[bands[0].start // block[0] : -(-bands[-1].stop // block[0])] = _scales(rows, bands, block, options)
-        for band in bands:
-            yield names.WEIGHT, rows.codes(band, scale, block, fits=options.weight_scale == "absmax")
-    yield names.WEIGHT_SCALE, scale
 
 
 def _scales(
@@ -141,7 +129,7 @@ def _scales(
 
 
 class _Rows:
-    """Rows of a weight in high precision, processed with numpy on the CPU, `step` rows at a time."""
+    """Rows of a weight in high precision, `step` rows at a time."""
 
     def __init__(self, checkpoint: Checkpoint, layer: Layer, fmt: Format) -> None:
         self.checkpoint, self.layer, self.fmt = checkpoint, layer, fmt
@@ -171,18 +159,24 @@ class _Rows:
         """The same for one band, without the check."""
         return _block_absmax(self.bits(band), self.layer.weight.dtype, block)
 
-    def codes(self, band: slice, scale: NDArray[np.float32], block: tuple[int, int], *, fits: bool) -> NDArray[Any]:
-        """Codes of a band at the scales [n_out, n_in] of all blocks; with `fits`, none is clipped."""
-        weight_OI = to_float32(self.bits(band), self.layer.weight.dtype)
-        np.divide(weight_OI, scales_per_row(scale, replace(self.layer, block=block), band), out=weight_OI)
-        return self.fmt.codes.encode(weight_OI, fits=fits)
+    def unchecked(self, band: slice) -> Tensor:
+        """Rows in the file's dtype."""
+        return torch.from_numpy(self.bits(band).view(np.uint8)).view(_torch_dtype(self.layer))
+
+    def codes(self, band: slice, scale: NDArray[np.float32], block: tuple[int, int]) -> Tensor:
+        """Codes of a band at the scales [n_out, n_in] of all blocks."""
+        weight_OI = self.unchecked(band)
+        scales = torch.from_numpy(scale[band.start // block[0] : -(-band.stop // block[0])]).to(weight_OI.device)
+        per_row = scales.repeat_interleave(block[0], 0)[band.start % block[0] :][: len(weight_OI)]
+        if per_row.shape[1] > 1:
+            per_row = per_row.repeat_interleave(block[1], 1)[:, : self.layer.in_features]
+        return self.fmt.codes.round(weight_OI.float() / per_row)
 
     def __call__(self, rows: Any) -> Tensor:
         """Rows by a slice or by indices, in the file's dtype; refuses NaN and infinite weights."""
         bands = [rows] if isinstance(rows, slice) else [slice(row, row + 1) for row in rows.tolist()]
         self.absmax(bands, self.layer.shape)
-        bits = np.concatenate([self.bits(band) for band in bands]) if len(bands) > 1 else self.bits(bands[0])
-        return torch.from_numpy(bits.view(np.uint8)).view(getattr(torch, TORCH_NAMES[self.layer.weight.dtype]))
+        return torch.cat([self.unchecked(band) for band in bands]) if len(bands) > 1 else self.unchecked(bands[0])
 
 
 class _RowsOnDevice(_Rows):
@@ -205,21 +199,21 @@ class _RowsOnDevice(_Rows):
         absmax: NDArray[np.float32] = largest.float().cpu().numpy()
         return absmax
 
-    def codes(self, band: slice, scale: NDArray[np.float32], block: tuple[int, int], *, fits: bool) -> NDArray[Any]:  # noqa: ARG002
-        weight_OI = self.weight[band]
-        scales = torch.from_numpy(scale[band.start // block[0] : -(-band.stop // block[0])]).to(weight_OI.device)
-        per_row = scales.repeat_interleave(block[0], 0)[band.start % block[0] :][: len(weight_OI)]
-        if per_row.shape[1] > 1:
-            per_row = per_row.repeat_interleave(block[1], 1)[:, : self.layer.in_features]
-        return bytes_of(self.fmt.codes.round(weight_OI.float() / per_row))
+    def unchecked(self, band: slice) -> Tensor:
+        return self.weight[band]
 
     def __call__(self, rows: Any) -> Tensor:
         return self.weight[rows]
 
 
+def _torch_dtype(layer: Layer) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[layer.weight.dtype])
+    return dtype
+
+
 def on_device(checkpoint: Checkpoint, layer: Layer, device: torch.device) -> Tensor:
     """Copy a weight to a device in the file's dtype, through pinned memory."""
-    dtype = getattr(torch, TORCH_NAMES[layer.weight.dtype])
+    dtype = _torch_dtype(layer)
     weight = torch.empty(layer.shape, dtype=dtype, device=device)
     rows = min(layer.out_features, max(1, STAGED_BYTES // (layer.in_features * dtype.itemsize)))
     staged = torch.empty((rows, layer.in_features), dtype=dtype, pin_memory=device.type == "cuda")
@@ -348,8 +342,7 @@ def least_squares_scale(
     found = np.maximum(np.float32(best_inside[int(np.argmax(saved))]), np.float32(fmt.least_scale))
 
     def error(scale: np.float32) -> float:
-        codes = fmt.codes.encode((magnitudes / np.float64(scale)).astype(np.float32))
-        real = fmt.codes.decode(codes).astype(np.float64) * np.float64(scale)
+        real = levels[np.searchsorted(midpoints, magnitudes / np.float64(scale))] * np.float64(scale)
         return float(np.sum(weights * (magnitudes - real) ** 2))
 
     return np.asarray(found if error(found) < error(np.float32(start)) else start, np.float32)

@@ -36,6 +36,15 @@ def to_bfloat16(values: Any) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+def fp8(values: Any, dtype: str = "F8_E4M3") -> Tensor:
+    """A tensor of the FP8 codes nearest to values, by torch's own cast."""
+    import torch
+
+    wide = torch.from_numpy(np.asarray(values, np.float32))
+    codes = wide.to({"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[dtype])
+    return dtype, codes.view(torch.uint8).numpy()
+
+
 def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """A safetensors file with its tensors in the order given."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -87,7 +96,7 @@ def quantized(
 @pytest.fixture(scope="session")
 def build():
     """The builders of this file."""
-    return SimpleNamespace(to_bfloat16=to_bfloat16, file_bytes=file_bytes, mark=mark, quantized=quantized)
+    return SimpleNamespace(to_bfloat16=to_bfloat16, fp8=fp8, file_bytes=file_bytes, mark=mark, quantized=quantized)
 
 
 @pytest.fixture

@@ -334,11 +334,10 @@ def test_e5m2_layers_are_scaled_to_e5m2s_largest_value(save: Save, build: Any) -
     weight = np.eye(64, dtype=np.float32)
     tensors = {}
     for name, dtype in (("blocks.0.four", "F8_E4M3"), ("blocks.0.five", "F8_E5M2")):
-        form = FLOAT_GRIDS[dtype]
         tensors |= {
-            f"{name}.weight": (dtype, form.encode(weight)),
+            f"{name}.weight": build.fp8(weight, dtype),
             f"{name}.weight_scale": np.float32(1),
-            f"{name}.comfy_quant": build.mark(format=form.name),
+            f"{name}.comfy_quant": build.mark(format=FLOAT_GRIDS[dtype].name),
         }
     calibration = calibrate_model(save("m.safetensors", tensors), LAYER_OPTIONS)
     for result in calibration.results:

@@ -474,7 +474,7 @@ def test_plain_and_raw_weights_mean_what_is_stored(save, build):
         "bf16.weight": ("BF16", build.to_bfloat16(values)),
         "f16.weight": values.astype(np.float16),
         "f32.weight": values,
-        "raw.weight": ("F8_E4M3", E4M3FN.encode(values)),
+        "raw.weight": build.fp8(values),
     }
     with open_checkpoint(save("a.safetensors", tensors)) as checkpoint:
         for layer in find_layers(checkpoint).linear():

@@ -37,6 +37,7 @@ UNDO_SUFFIX = ".undo"
 MAX_UNDO_BYTES = 4 * MAX_HEADER_BYTES
 """More than the old and new bytes of any header in base64."""
 
+BEYOND = "changes more than metadata, input scales and quantization configs"
 _FORMAT = 2
 
 
@@ -113,12 +114,12 @@ class Undo:
             self._check_places(own, path, fds[number])
             for edit in own:
                 if not edit.explains(pread(fds[number], len(edit.old), edit.offset)):
-                    problem = f"belongs to another file: the bytes at {edit.offset} do not match"
-                    raise self._refusal(problem, path, self._hint(path))
+                    raise self._refusal(f"belongs to another file: the bytes at {edit.offset} do not match", path)
                 edits.append(replace(edit.undone, file=number))
         return edits
 
-    def _refusal(self, problem: str, path: Path, hint: str | None = None) -> OutputError:
+    def _refusal(self, problem: str, path: Path) -> OutputError:
+        hint = f"nothing was restored; check its contents, or remove it if {path.name} is a new file or a copy"
         return OutputError(f"the undo file {self.path.name} {problem}", path=path, hint=hint)
 
     def _number(self, subject: _Subject, paths: Sequence[Path], fds: Sequence[int]) -> int:
@@ -130,14 +131,9 @@ class Undo:
             if found.st_size != subject.nbytes:
                 raise self._refusal("belongs to a file of another size", path)
             if hasattr(os, "geteuid") and self.owner not in (os.geteuid(), found.st_uid):
-                problem = f"belongs to another user, {self.owner}"
-                raise self._refusal(problem, path, "check its contents and who put it there")
+                raise self._refusal(f"belongs to another user, {self.owner}", path)
             return number
-        problem = f"belongs to another file, formerly called {subject.name}"
-        raise self._refusal(problem, paths[0], self._hint(paths[0]))
-
-    def _hint(self, path: Path) -> str:
-        return f"remove {self.path.name} if {path.name} is a new file or a copy"
+        raise self._refusal(f"belongs to another file, formerly called {subject.name}", paths[0])
 
     def _check_places(self, edits: Sequence[Edit], path: Path, fd: int) -> None:
         """Refuse edits of anything but metadata, input scales and comfy_quant tensors."""
@@ -153,7 +149,7 @@ class Undo:
             ]
             headers = [parse_header(text, nbytes, path) for text in texts or [found]]
         except HeaderError as error:
-            raise self._beyond(path, error.problem) from None
+            raise self._refusal(f"{BEYOND}: {error.problem}", path) from None
         with contextlib.suppress(HeaderError):  # half old and half new, it may be invalid
             headers.append(parse_header(found, nbytes, path))
         places = {(LENGTH_BYTES, length)}
@@ -163,14 +159,10 @@ class Undo:
             places |= {(header.data_start + info.start, info.nbytes) for info in changed.values()}
             untouched.append({name: info for name, info in header.tensors.items() if name not in changed})
         if any(tensors != untouched[0] for tensors in untouched):
-            raise self._beyond(path, "the tensors in the header")
+            raise self._refusal(f"{BEYOND}: the tensors in the header", path)
         for edit in edits:
             if (edit.offset, len(edit.old)) not in places:
-                raise self._beyond(path, f"the {len(edit.old)} bytes at {edit.offset}")
-
-    def _beyond(self, path: Path, why: str) -> OutputError:
-        problem = f"changes more than metadata, input scales and quantization configs: {why}"
-        return self._refusal(problem, path, "nothing was restored; check its contents")
+                raise self._refusal(f"{BEYOND}: the {len(edit.old)} bytes at {edit.offset}", path)
 
 
 def undo_path(path: Path) -> Path:

@@ -213,7 +213,7 @@ def convert_file(
     plan, calibrating = calibrated or plan, calibrated is not None
     if adapters:  # fails before the work if one does not fit
         match_checkpoint(adapters, source, plan.table)
-    note(*plan.told())
+    note(*plan.notes)
     if args.verbose or args.dry_run:
         if best:
             print_mix(best, talk=args.json == "-")

@@ -35,11 +35,7 @@ WRITTEN = tuple(name for name, fmt in FORMATS.items() if fmt.granularity is not 
 
 
 def of_mark(config: Mapping[str, Any], parts: Mapping[str, tuple[int, ...]] | None = None) -> Format | None:
-    """The format that a quantization config declares, if it is known.
-
-    Args:
-        config: the quantization config.
-        parts: shapes of the layer's tensors by suffix, which distinguish formats with the same config.
+    """The format that a quantization config declares, if it is known; `parts` are shapes of the layer's tensors.
 
     >>> of_mark({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}).name, of_mark({"format": "banana"})
     ('fp8', None)
@@ -54,12 +50,7 @@ def of_mark(config: Mapping[str, Any], parts: Mapping[str, tuple[int, ...]] | No
 def recognize(name: str, dtype: str, tensors: Mapping[str, Any]) -> Format | None:
     """The format that fits a layer's dtype and tensors; of several, the one that requires most tensors.
 
-    FP8 without a scale also fits: its codes are the weights.
-
-    Args:
-        name: of the layer.
-        dtype: of its weight.
-        tensors: all tensors of the file, by name, with `dtype` and `shape`.
+    FP8 without a scale also fits: its codes are the weights. `tensors` are those of the whole file, by name.
     """
     stored = [fmt for fmt in FORMATS.values() if dtype in fmt.dtypes]
     fitting = [fmt for fmt in stored if all(name + suffix in tensors for suffix in fmt.scales)]

@@ -8,13 +8,7 @@ An FP8 code is a sign bit, e exponent bits and m mantissa bits. With bias b = 2^
 `float8_e4m3fn` (OCP 8-bit Floating Point Specification 1.0, section 5) has no infinities: only the all-ones code is
 NaN, so it reaches 448 = 2^8 · 1.75. `float8_e5m2` keeps IEEE infinities and NaNs and reaches 57,344.
 
-Encoding rounds to nearest, ties to even, and saturates: values beyond the range, infinity included, become ±max, as in
-FP8 kernels that clamp first. NaN stays NaN.
-
-Encoding is one table look-up per value. A float32 is first shortened to the 16 bits of a bfloat16 by *round to odd*:
-the low half is dropped, and if it was not zero, the last kept bit is set. 7 mantissa bits rounded to odd are enough to
-round correctly to 3 (m + 2 bits suffice; Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", IEEE TC
-2008), so 65,536 entries cover all float32 values.
+Encoding is torch's cast after a clamp to ±max: to nearest, ties to even.
 
 Readers divide inputs by a static `input_scale`, 1.0 if missing. Formats with scales per row or block are those of the
 ComfyUI-QuantOps nodes, which scale inputs dynamically per token.
@@ -23,12 +17,11 @@ ComfyUI-QuantOps nodes, which scale inputs dynamically per token.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .record import FP8_GPUS, Format, Grid, spans, widen_bfloat16
+from .record import FP8_GPUS, Format, Grid
 
 STORED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 """The one-byte float dtypes of safetensors."""
@@ -44,8 +37,6 @@ class FloatGrid(Grid):
 
     >>> E4M3FN.values[[0x01, 0x38, 0x7E]].tolist()
     [0.001953125, 1.0, 448.0]
-    >>> E4M3FN.encode(np.float32([0.0, 1.0, 17.0, 1e9]))  # 17 lies between 16 and 18, a tie: the even code is 16's
-    array([  0,  56,  88, 126], dtype=uint8)
     """
 
     exponent_bits: int
@@ -68,30 +59,6 @@ class FloatGrid(Grid):
             magnitude[(codes & 0x7F) == 0x7F] = np.nan
         result: NDArray[np.float64] = np.where(codes < 128, magnitude, -magnitude)
         return result
-
-    @cached_property
-    def _code_table(self) -> NDArray[np.uint8]:
-        """Codes of all 65,536 bfloat16 patterns; an odd pattern stands for anything between its neighbors."""
-        between = self.midpoints
-        with np.errstate(invalid="ignore"):  # the patterns include signalling NaNs
-            magnitudes = widen_bfloat16(np.arange(0x8000, dtype=np.uint16)).astype(np.float64)
-        codes = np.searchsorted(between, magnitudes, side="left")  # a midpoint goes to the code below...
-        tied = codes < len(between)
-        tied[tied] = magnitudes[tied] == between[codes[tied]]
-        codes[tied] += codes[tied] & 1  # ...unless that one is odd
-        codes[np.isnan(magnitudes)] = 0x7F
-        return np.concatenate([codes, codes | 0x80]).astype(np.uint8)
-
-    def encode(self, numbers: NDArray[np.float32], *, fits: bool = False) -> NDArray[np.uint8]:  # noqa: ARG002
-        """See `Grid.encode`; NaN stays NaN with its sign."""
-        flat = np.ascontiguousarray(numbers, dtype=np.float32).reshape(-1).view(np.uint32)
-        codes = np.empty(flat.shape, np.uint8)
-        table = self._code_table
-        for span in spans(len(flat)):
-            bits = flat[span]
-            odd = (bits & np.uint32(0xFFFF)) != 0
-            np.take(table, (bits >> np.uint32(16)) | odd, out=codes[span], mode="clip")
-        return codes.reshape(np.shape(numbers))
 
 
 E4M3FN = FloatGrid("float8_e4m3fn", "F8_E4M3", 448.0, 2.0**-6, 4, 3, infinities=False)

@@ -39,26 +39,12 @@ class IntegerGrid(Grid):
         """Two's complement."""
         return np.arange(256).astype(np.int8).astype(np.float64)
 
-    def encode(self, numbers: NDArray[np.float32], *, fits: bool = False) -> NDArray[np.int8]:
-        """See `Grid.encode`."""
-        with np.errstate(invalid="ignore"):  # NaN weights were refused before
-            nearest = np.rint(numbers, out=numbers if fits else np.empty(np.shape(numbers), np.float32))
-            if not fits:
-                np.clip(nearest, -128, 127, out=nearest)
-            return nearest.astype(np.int8)
-
 
 INTEGERS = IntegerGrid("int8", "I8", 127.0, 1.0)
 
 
 def whole_numbers(rows: Tensor, largest: float, least_absmax: float, least_scale: float) -> tuple[Tensor, Tensor]:
-    """Quantize each row to integers with its own scale.
-
-    Args:
-        rows: [..., in], divided in their own floating dtype.
-        largest: 127 or 7.
-        least_absmax: lower bound of a row's absmax.
-        least_scale: lower bound of a scale.
+    """Quantize each row [..., in] to integers up to ±largest with its own scale, dividing in the row's dtype.
 
     Returns:
         int8 like `rows`, and float32 scales [..., 1].

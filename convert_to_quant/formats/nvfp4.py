@@ -57,11 +57,6 @@ class BlockGrid(Grid):
         half[: len(sizes) + 3] = [0.0, LEAST_INPUT, *(LEAST_INPUT * sizes), LARGEST_INPUT]
         return np.concatenate([half, -half])
 
-    def encode(self, numbers: NDArray[np.float32], *, fits: bool = False) -> NDArray[np.uint8]:  # noqa: ARG002
-        """See `Grid.encode`."""
-        codes = np.searchsorted(self.midpoints, np.abs(numbers)).astype(np.uint8)
-        return codes | (np.signbit(numbers) << 7).astype(np.uint8)
-
 
 LEAST_INPUT = E4M3FN.smallest_step * LARGEST
 """The largest value of a block with the smallest scale, at an input scale of 1."""
@@ -85,12 +80,9 @@ def decode(codes: Tensor) -> Tensor:
 
 
 def scales_of(absmax: Tensor, overall: Tensor, reaches: float = LARGEST) -> Tensor:
-    """E4M3 scales of blocks, such that their largest values become `reaches`.
+    """E4M3 scales of blocks with absmax float32 [..., in / 16], such that their largest values become `reaches`.
 
-    Args:
-        absmax: of the blocks, float32 [..., in / 16].
-        overall: the global scale, float32 (), or [..., 1] for one per token.
-        reaches: 6 or 4.
+    `overall` is the global scale, float32 (), or [..., 1] for one per token.
     """
     scales = absmax / overall.new_full((), reaches) / overall  # a tensor: CUDA divides by a number by multiplying
     return scales.clamp_(max=E4M3FN.max).to(torch.float8_e4m3fn)

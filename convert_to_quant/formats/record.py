@@ -6,8 +6,7 @@ Conversion, reading, calibration, simulation and reports take everything format-
 A quantized weight is codes C and scales s with W ≈ grid value of C × s. A `Grid` maps codes to values and numbers to
 the nearest code; for one-byte codes everything follows from the 256 values.
 
-Grids use numpy only, and so do weights with one code per byte. Formats that pack codes, rotate, or scale in blocks use
-torch, which also runs on a GPU and is imported on first use.
+Grids are described in numpy; codes are computed in torch, which also runs on a GPU and is imported on first use.
 """
 
 from __future__ import annotations
@@ -144,13 +143,6 @@ class Grid(ABC):
     def meanings(self) -> NDArray[np.float64]:
         """The value of each code, [256] by byte, including NaN and infinity."""
 
-    @abstractmethod
-    def encode(self, numbers: NDArray[np.float32], *, fits: bool = False) -> NDArray[Any]:
-        """Nearest one-byte codes of float32 of any shape, ties to even, saturating at ±max.
-
-        With `fits`, all numbers are within ±max, and the array may be overwritten.
-        """
-
     def decode(self, codes: NDArray[Any]) -> NDArray[np.float32]:
         """The values of one-byte codes, float32 of the same shape."""
         flat = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
@@ -160,11 +152,11 @@ class Grid(ABC):
         return numbers.reshape(np.shape(codes))
 
     def round(self, numbers: Tensor) -> Tensor:
-        """`encode` in torch, for numbers without NaN."""
+        """Nearest codes, ties to even, saturating at ±max, in torch's dtype. Overwrites the numbers; NaN is invalid."""
         dtype = getattr(torch, self.name)
         if dtype.is_floating_point:
-            return numbers.clamp(-self.max, self.max).to(dtype)
-        return numbers.round().clamp(torch.iinfo(dtype).min, self.max).to(dtype)
+            return numbers.clamp_(-self.max, self.max).to(dtype)
+        return numbers.round_().clamp_(torch.iinfo(dtype).min, self.max).to(dtype)
 
     @cached_property
     def values(self) -> NDArray[np.float32]:
@@ -232,13 +224,9 @@ class Lattice:
 
     @staticmethod
     def of(meanings: Any, stored: Tensor, unit: Tensor, **scaled: Any) -> Lattice:
-        """The lattice of a weight.
+        """The lattice of stored codes, uint8 [out, in], with the values `meanings`; NaN for codes not to be used.
 
-        Args:
-            meanings: the values of the codes 0, 1, ...; NaN for codes that must not be used.
-            stored: codes, uint8 [out, in].
-            unit: see the attributes.
-            **scaled: other attributes; by default there is one scale of 1.
+        Without other attributes (`scaled`), there is one scale of 1.
         """
         table = np.asarray(meanings, np.float64)
         values = np.unique(table[np.isfinite(table)])  # -0 and 0 are one
@@ -422,11 +410,7 @@ class Format:
         return result
 
     def decode(self, parts: Parts, _config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """A weight as readers multiply it, possibly rotated.
-
-        Args:
-            parts: the stored tensors by suffix; all of each, or the same rows.
-            config: the layer's quantization config.
+        """A weight as readers multiply it, possibly rotated, from some or all rows of its stored tensors by suffix.
 
         Returns:
             Levels [out, in], and their float32 scales [1 or out, 1].
@@ -505,12 +489,7 @@ class Packed(Format):
         return {}
 
     def quantize(self, weight_OI: Tensor, whole: Parts, method: str) -> dict[str, Tensor]:
-        """Quantize a band of rows, [rows, in] in the file's dtype, in float32.
-
-        Args:
-            weight_OI: the rows.
-            whole: the tensors of `whole`.
-            method: how scales are chosen, "absmax" or "mse".
+        """Quantize a band of rows, [rows, in] in any float dtype, in float32, by "absmax" or "mse".
 
         Returns:
             The stored tensors of these rows, by suffix; scales not yet in tiles.

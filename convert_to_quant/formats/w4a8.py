@@ -130,13 +130,7 @@ class W4A8(ConvRot):
         return parts.get(names.CODEBOOK, whole).to(device)
 
     def fit(self, groups: Tensor, values: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-        """Least-squares scales [n, 1] of groups [n, 16], and the quantized weights at these scales.
-
-        Args:
-            groups: the weights.
-            values: of the codes.
-            limits: between values; see `limits_of`.
-        """
+        """Least-squares scales [n, 1] of groups [n, 16], and the quantized weights at these scales."""
         scale = absmax_of(groups).unsqueeze(-1)
         scale = (scale / SIX_BIT_LEVELS if self.code_bits == 6 else scale).clamp_(min=LEAST)
         level = self.assign(groups / scale, values, limits)
@@ -261,12 +255,7 @@ def edges(target: Tensor) -> Tensor:
 
 
 def around(target: Tensor, edge: Tensor, s_rel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The 6-bit levels on both sides of numbers.
-
-    Args:
-        target: the numbers [n, 16].
-        edge: their `edges`.
-        s_rel: float32 [n, 1].
+    """The 6-bit levels on both sides of numbers [n, 16], from their `edges` and float32 s_rel [n, 1].
 
     Returns:
         The code of the last level below each number, or -32; the distances to that level and to the next one, or to

@@ -39,7 +39,7 @@ from convert_to_quant.errors import (
     StatisticsError,
     UnsupportedModelError,
 )
-from convert_to_quant.formats import DEFAULT, FORMATS
+from convert_to_quant.formats import FORMATS
 from convert_to_quant.layers import find_layers, input_scale
 from convert_to_quant.options import ConvertOptions, RunOptions, SolveOptions
 from convert_to_quant.recorder import find_linears
@@ -61,7 +61,7 @@ def checkpoint(comfyui: Any, build: Any) -> Path:
     tensors: dict[str, Any] = {}
     for name, weight in weights_of(comfyui.model()).items():
         tensors |= build.quantized([name], "tensor", shape=weight.shape)[0]
-        tensors[f"{name}.weight"] = ("F8_E4M3", DEFAULT.codes.encode(weight / tensors[f"{name}.weight_scale"]))
+        tensors[f"{name}.weight"] = build.fp8(weight / tensors[f"{name}.weight_scale"])
     path: Path = comfyui.models / "flux.safetensors"
     path.write_bytes(build.file_bytes(tensors))
     return path
