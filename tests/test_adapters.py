@@ -138,16 +138,16 @@ ONES = np.ones((2, 2), np.float32)
     ("tensors", "tensor", "message"),
     [
         ({"hada_w1_a": ONES, "hada_w1_b": ONES, "hada_w2_a": ONES}, "hada_w1_a",
-         "this hada_w1_a factor has no hada_w2_b factor beside it (the file is incomplete)"),
-        ({"lokr_w1": ONES}, "lokr_w1", "this lokr_w1 factor has no lokr_w2 factor beside it (the file is incomplete)"),
+         "this hada_w1_a factor has no hada_w2_b factor (the file is incomplete)"),
+        ({"lokr_w1": ONES}, "lokr_w1", "this lokr_w1 factor has no lokr_w2 factor (the file is incomplete)"),
         ({"lokr_w1": ONES, "lokr_w2_a": ONES, "lokr_w2_b": np.ones((3, 2), np.float32)}, "lokr_w2_a",
          f"its rank is 2, but {LAYER}.lokr_w2_b has rank 3"),
         ({"hada_w1_a": ONES, "hada_w1_b": ONES, "hada_w2_a": np.ones((3, 2), np.float32), "hada_w2_b": ONES},
          "hada_w1_a", f"it makes [2, 2], but {LAYER}.hada_w2_a makes [3, 2]"),
         ({"diff": ONES, "dora_scale": np.ones(3, np.float32)}, "dora_scale",
-         "a magnitude should hold 2 values, one per row, or [1, 2], found shape [3]"),
+         "a magnitude should have 2 values, one per row, or [1, 2], found shape [3]"),
         ({"diff": ONES, "dora_scale": np.float32([1, np.nan])}, "dora_scale",
-         "a magnitude should hold finite floats (the file is damaged)"),
+         "a magnitude should be finite floats (the file is damaged)"),
     ],
 )  # fmt: skip
 def test_damage_is_named_with_its_tensor(tensors: Tensors, tensor: str, message: str, match: Match) -> None:
@@ -158,7 +158,7 @@ def test_damage_is_named_with_its_tensor(tensors: Tensors, tensor: str, message:
 
 def test_factors_of_two_kinds_under_one_name_are_reported(match: Match) -> None:
     tensors = {**tensors_of("LoRA"), f"{LAYER}.lokr_w1": ONES}
-    with pytest.raises(LoraError, match="1 a mix of down and lokr_w1 and up adapters are not supported"):
+    with pytest.raises(LoraError, match="a mix of down and lokr_w1 and up is not supported"):
         match(tensors)
 
 
@@ -219,5 +219,5 @@ def test_changes_are_those_of_peft(config: str, named: str, match: Match) -> Non
     wanted = model.merge_and_unload()["blocks"][0]["q"].weight.detach().numpy()
     for names in (tensors, saved):
         found = match(names, weight=weight)
-        assert (found.unmatched, found.unsupported) == ([], [])
+        assert found.left == []
         np.testing.assert_allclose(weight + change(found, weight), wanted, rtol=1e-4, atol=1e-5)

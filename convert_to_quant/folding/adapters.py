@@ -50,7 +50,7 @@ def fold_lora(lora: Lora, like: Checkpoint, output: Path | None, *, progress: Ad
         problem = f"it changes {changed}, which is folded, and cannot be converted: {why}"
         return LoraError(problem, path=lora.path, tensor=name)
 
-    for finding in (*match.unsupported, *match.ambiguous):
+    for finding in match.left:
         if any(layer + ending in {*model.rows, *model.columns} for layer in finding.layers for ending in ENDINGS):
             raise refuse(finding.name, finding.layers[0], finding.reason)
     for tensor, additions in match.beside.items():

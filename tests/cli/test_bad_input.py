@@ -224,11 +224,11 @@ def lora(save, name: str, rows: int = 16, columns: int = 32, value: float = 1.0)
     ("adapter", "message"),
     [
         ({"name": "transformer.other.0"},
-         "transformer.other.0: nothing in this LoRA can be applied: 1 adapters match no layer of the checkpoint "
-         "unambiguously; its layers have names like blocks.0 (is it made for this model?)"),
+         "transformer.other.0: nothing in this LoRA can be applied: no linear layer of the checkpoint has this name "
+         "(1); its layers have names like blocks.0 (was it made for this model?)"),
         ({"name": "diffusion_model.blocks.1", "columns": 48},
-         "diffusion_model.blocks.1: its change is [16, 48] and would widen blocks.1, which is [16, 32] "
-         "(the LoRA was made for another model)"),
+         "diffusion_model.blocks.1: nothing in this LoRA can be applied: its change is [16, 48] and would widen "
+         "blocks.1, which is [16, 32] (1); its layers have names like blocks.0 (was it made for this model?)"),
         ({"name": "blocks.0", "value": np.nan},
          "blocks.0.lora_A.weight: holds NaN or infinite values (the file is damaged)"),
     ],
@@ -245,8 +245,9 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_converted(refus
     monkeypatch.setattr(conversion, "convert", None)
     lora(save, "diffusion_model.double_blocks.0.img_mlp.0")
     message = (
-        "lora.safetensors: diffusion_model.double_blocks.0.img_mlp.0: its change is [16, 32], "
-        "but double_blocks.0.img_mlp.0 is [128, 32] (the LoRA was made for another model)"
+        "lora.safetensors: diffusion_model.double_blocks.0.img_mlp.0: nothing in this LoRA can be applied: its change "
+        "is [16, 32], but double_blocks.0.img_mlp.0 is [128, 32] (1); its layers have names like img_in (was it made "
+        "for this model?)"
     )
     refused(message, "-i", flux_file, "-o", "out.safetensors", *LAYER, "--actcal-lora", "lora.safetensors")
 
