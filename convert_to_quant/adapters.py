@@ -1,20 +1,20 @@
-"""Kinds of adapters: which tensors one is made of, and the change of a weight that they mean.
+"""Kinds of adapters: their tensors, and the change of a weight that these define.
 
-An adapter of a layer [out, in] is a few small tensors under one name. `KINDS` says for every set of them how they make
-ΔW, written as it stands in the papers; a kind is one entry.
+An adapter of a layer [out, in] is a few small tensors under one name. `KINDS` maps each set of tensors to ΔW, as in the
+papers; a kind is one entry.
 
     LoRA              up · down, with `mid` in between where a convolution was split further
     LoHa              (w1_a · w1_b) ∘ (w2_a · w2_b)                     arXiv 2108.06098
     LoKr              w1 ⊗ w2, either of which may be a product        arXiv 2212.10650
     full difference   the change itself
 
-It counts alpha / rank times where the file has an alpha, and once where it has none, or where a kind has no rank.
-Beside it may stand a magnitude m (DoRA, arXiv 2402.09353): the weight becomes m · (W + ΔW) / ‖W + ΔW‖, with the norm of
-each row, or of each column, as the shape of m says. LyCORIS and PEFT compute the same (the tests compare with both).
-ComfyUI 0.33 divides rows by ‖W‖ instead, which is the same to first order.
+ΔW is multiplied by alpha / rank if the file has an alpha and the kind has a rank. With a magnitude m (DoRA, arXiv
+2402.09353), the weight becomes m · (W + ΔW) / ‖W + ΔW‖, with norms per row or per column, as the shape of m shows.
+LyCORIS and PEFT compute the same (tests compare with both). ComfyUI 0.33 divides rows by ‖W‖ instead, which is the same
+to first order.
 
-A `Matrix` is such a formula that was not evaluated: it knows its shape, and makes the rows that are asked for. So a
-change takes no more memory than the rows that are merged at a time.
+A `Matrix` is such a formula, evaluated for the rows requested, so a change needs no more memory than the rows merged at
+a time.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ ALL = slice(None)
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A matrix whose rows are made when they are asked for.
+    """A matrix whose rows are computed on request.
 
     Attributes:
         shape: (rows, columns).
-        rows: Makes some of its rows, float32 [rows, columns].
-        checkpoint: The file that it stems from.
-        tensor: The tensor that it begins with.
+        rows: Computes some rows, float32 [rows, columns].
+        checkpoint: Its file.
+        tensor: Its first tensor.
     """
 
     shape: tuple[int, int]
@@ -57,11 +57,11 @@ class Matrix:
 
     @property
     def T(self) -> Matrix:  # noqa: N802 - as numpy has it
-        """Transposed; for small ones, since all of it is read."""
+        """Transposed; for small matrices, since all of it is read."""
         return self._made(self.shape[::-1], lambda rows: self.rows(ALL).T[rows])
 
     def __matmul__(self, other: Matrix) -> Matrix:
-        """The product, over ranks that have to agree."""
+        """The matrix product; the ranks must agree."""
         if self.shape[1] != other.shape[0] or not self.shape[1]:
             problem = f"its rank is {self.shape[1]}, but {other.tensor} has rank {other.shape[0]}"
             if not self.shape[1] and not other.shape[0]:
@@ -70,14 +70,14 @@ class Matrix:
         return self._made((self.shape[0], other.shape[1]), lambda rows: self.rows(rows) @ other.rows(ALL))
 
     def __mul__(self, other: Matrix) -> Matrix:
-        """The product value by value, of equal shapes."""
+        """The elementwise product; the shapes must agree."""
         if self.shape != other.shape:
             problem = f"it makes {list(self.shape)}, but {other.tensor} makes {list(other.shape)}"
             raise LoraError(problem, path=self.checkpoint.path, tensor=self.tensor)
         return self._made(self.shape, lambda rows: self.rows(rows) * other.rows(rows))
 
     def kron(self, other: Matrix) -> Matrix:
-        """The Kronecker product: row i is row i // n of the one times row i % n of the other, of n rows."""
+        """The Kronecker product: row i is row i // n of this one times row i % n of the other, which has n rows."""
         height, shape = other.shape[0], (self.shape[0] * other.shape[0], self.shape[1] * other.shape[1])
 
         def rows(wanted: Rows) -> Float32:
@@ -89,7 +89,7 @@ class Matrix:
 
 
 def stored(checkpoint: Checkpoint, tensor: str) -> Matrix:
-    """A tensor of a file as a matrix; what a convolution has beyond two dimensions becomes columns.
+    """A tensor of a file as a matrix; a convolution's kernel dimensions become columns.
 
     Raises:
         LoraError: It is no matrix of finite floats.
@@ -97,7 +97,7 @@ def stored(checkpoint: Checkpoint, tensor: str) -> Matrix:
     info = checkpoint.tensors[tensor]
     refusal = partial(LoraError, path=checkpoint.path, tensor=tensor)
     if info.dtype not in FLOAT_DTYPES:
-        raise refusal(f"a factor should hold floats, found {info.dtype}")
+        raise refusal(f"a factor should be floats, found {info.dtype}")
     if len(info.shape) < 2:
         raise refusal(f"a factor should have 2 dimensions, found shape {list(info.shape)}")
 
@@ -108,7 +108,7 @@ def stored(checkpoint: Checkpoint, tensor: str) -> Matrix:
 
     shape = info.shape[0], info.elements // max(info.shape[0], 1)
     if not np.isfinite(rows(ALL)).all():
-        raise refusal("holds NaN or infinite values", hint="the file is damaged")
+        raise refusal("has NaN or infinite values", hint="the file is damaged")
     return Matrix(shape, rows, checkpoint, tensor)
 
 
@@ -117,9 +117,9 @@ class Kind:
     """One kind of adapter.
 
     Attributes:
-        title: What it is called.
-        change: Makes ΔW, without alpha / rank, of its tensors by role.
-        rank: The role of the tensor whose rows are the rank that alpha is divided by; "" where alpha does not count.
+        title: Its name for people.
+        change: Computes ΔW, without alpha / rank, from its tensors by role.
+        rank: The role of the tensor whose number of rows is the rank; "" if alpha is not used.
     """
 
     title: str
@@ -128,7 +128,7 @@ class Kind:
 
 
 WHOLE, PRODUCT, TUCKER = ("w{}",), ("w{}_a", "w{}_b"), ("w{}_a", "w{}_b", "t{}")
-"""Ways of storing one of the two matrices of LoHa or LoKr: the tensors that it is made of."""
+"""The tensors that may store one of the two matrices of LoHa or LoKr."""
 
 
 def _half(parts: Mapping[str, Matrix], kind: str, side: int) -> Matrix:
@@ -142,7 +142,7 @@ def _half(parts: Mapping[str, Matrix], kind: str, side: int) -> Matrix:
 def _of_halves(
     title: str, kind: str, joined: Callable[[Matrix, Matrix], Matrix], ways: Sequence[tuple[str, ...]]
 ) -> Iterator[tuple[frozenset[str], Kind]]:
-    """The kinds that are made of two matrices, each stored in one of some ways."""
+    """The kinds that consist of two matrices, for all ways to store each."""
 
     def change(parts: Mapping[str, Matrix]) -> Matrix:
         return joined(_half(parts, kind, 1), _half(parts, kind, 2))
@@ -159,11 +159,11 @@ KINDS: Mapping[frozenset[str], Kind] = {
     **dict(_of_halves("LoKr", "lokr", Matrix.kron, (WHOLE, PRODUCT, TUCKER))),
     frozenset(("diff",)): Kind("full difference", lambda parts: parts["diff"]),
 }
-"""Roles of an adapter's tensors (`names.ADAPTER_ROLES`) -> what they mean."""
+"""Roles of an adapter's tensors (`names.ADAPTER_ROLES`) -> their kind."""
 
 
 def kind_of(roles: frozenset[str]) -> Kind | str:
-    """The kind of adapter that some roles make, or the role that is missing to the likeliest one; "" where none is.
+    """The kind of adapter with these roles, or the role that the likeliest kind still lacks; "" if there is none.
 
     >>> kind_of(frozenset({"down"})), kind_of(frozenset({"up", "lokr_w1"}))
     ('up', '')

@@ -1,14 +1,14 @@
-"""What a quantized layer is: which tensors belong to it, and what its weight means.
+"""Quantized layers: which tensors belong to one, and the real values of its weight.
 
-A quantized linear layer X is a 2-D `X.weight` in codes of a format (`formats`), the scales that the format has (real =
-code value × scale), and, as far as present, `X.input_scale`, `X.bias` and a mark that tells readers to use all this
-(`marks`). FP8 weights without scale and mark ("raw") mean their code values; norms and convolutions cast like that are
-no layers. Layers in formats that are only recognized (AWQ, SVDQuant) or unknown are "foreign": named, left alone.
+A quantized linear layer X is a 2-D `X.weight` in codes of a format (`formats`), the format's scales (real = code value
+× scale), and optionally `X.input_scale`, `X.bias` and a quantization config that tells readers to use them (`marks`).
+FP8 weights without scale and config ("raw") mean their code values; norms and convolutions cast like that are no
+layers. Layers in formats that are only recognized (AWQ, SVDQuant) or unknown are "foreign": listed, but left alone.
 
-How finely a weight is scaled is one number pair, the block (b_out, b_in) that shares a scale: (out, in) is tensor-wise,
-(1, in) row-wise, anything else block-wise. It follows from the shapes: a scale of shape (n_out, n_in) fits a weight
-(out, in) where ceil(out / b_out) = n_out and ceil(in / b_in) = n_in. Where several blocks fit, the file's own word
-(`group_size`, `block_size`) decides, then a square power of two, then an exact divisor; else it is an error.
+The block (b_out, b_in) is the weights that share a scale: (out, in) is tensor-wise, (1, in) row-wise, anything else
+block-wise. It follows from shapes: a scale (n_out, n_in) fits a weight (out, in) if ceil(out / b_out) = n_out and
+ceil(in / b_in) = n_in. If several blocks fit, the file's `group_size` or `block_size` decides, then a square power of
+two, then an exact divisor; otherwise it is an error.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ ProblemKind = Literal[
 
 
 class LayerError(TensorError):
-    """A layer cannot be used as it is marked or scaled.
+    """A layer cannot be used as it is declared or scaled.
 
     Attributes:
-        kind: what is wrong, for those who sort problems; the message is for people.
+        kind: of problem.
     """
 
     def __init__(self, kind: ProblemKind, problem: str, *, path: Path, tensor: str, hint: str | None = None) -> None:
@@ -71,15 +71,15 @@ class Layer:
     """A linear layer.
 
     Attributes:
-        name: as the checkpoint names it, prefix included, without `.weight`.
+        name: in the checkpoint, with prefix, without `.weight`.
         weight: its weight, of shape (out, in).
-        format: the format of the weight; None in high precision.
-        marking: how readers are told that it is quantized, see `marks`; "raw" FP8 and "plain" weights are not.
-        block: (b_out, b_in), the weights that share one scale; (out, in) where there is one scale or none.
-        weight_scale, input_scale, bias: names of its other tensors, None where missing.
-        parts: the tensors that its weight is made of, by suffix; the weight is the first.
-        input_problem: why its input scale cannot be used; a calibration writes it anew.
-        config: what its mark says, as in a comfy_quant tensor.
+        format: of the weight; None in high precision.
+        marking: convention that declares it quantized, see `marks`; "raw" FP8 and "plain" weights have none.
+        block: (b_out, b_in), the weights that share one scale; (out, in) with one scale or none.
+        weight_scale, input_scale, bias: names of its other tensors, or None.
+        parts: the tensors that make up its weight, by suffix; the weight is the first.
+        input_problem: why its input scale cannot be used; calibration replaces it.
+        config: its quantization config.
         full_precision: `full_precision_matrix_mult`: its inputs are never quantized.
     """
 
@@ -98,7 +98,7 @@ class Layer:
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight, however it is packed."""
+        """(out, in) of the unpacked weight."""
         packed = self.format is not None and self.format.shape(self.weight.shape, shapes_of(self.parts))
         return packed or (self.weight.shape[0], self.weight.shape[1])
 
@@ -109,20 +109,20 @@ class Layer:
 
     @property
     def in_features(self) -> int:
-        """Columns of the weight, and the size of an input row."""
+        """Columns of the weight: channels of an input token."""
         return self.shape[1]
 
     @property
     def group(self) -> int:
-        """The size of the groups of inputs that readers rotate; 0 for none."""
+        """Size of the groups of input channels that readers rotate; 0 for none."""
         return 0 if self.format is None else self.format.group(self.config)
 
     @property
     def title(self) -> str:
-        """What its weight is in, for people: "INT8 ConvRot, groups of 256", or the dtype where it is no code."""
+        """Format for people: "INT8 ConvRot, groups of 256", or the dtype in high precision."""
         if self.format is None:
             return self.weight.dtype
-        usual = self.group == LARGEST_GROUP and self.format.sides[1] == LARGEST_GROUP  # as every such layer has
+        usual = self.group == LARGEST_GROUP and self.format.sides[1] == LARGEST_GROUP  # the default
         return self.format.title + (f", groups of {self.group}" if self.group and not usual else "")
 
     @property
@@ -140,15 +140,12 @@ class Layer:
 
     @property
     def static(self) -> bool:
-        """Whether readers use an input_scale where it has one, and a calibration finds it.
-
-        Where they multiply inputs by factors first, statistics do not tell it.
-        """
+        """Whether calibration can measure its input_scale; not if readers multiply inputs by factors first."""
         return self.format is not None and self.format.static and names.PRE_QUANT_SCALE not in self.parts
 
     @property
     def dynamic(self) -> bool:
-        """Whether readers scale this layer's inputs as they come, for want of an input_scale that they use."""
+        """Whether readers compute the scale of this layer's inputs, because there is no input_scale that they use."""
         fmt = self.format
         return fmt is not None and fmt.dynamic and not (fmt.static and self.input_scale is not None)
 
@@ -158,10 +155,10 @@ class ForeignLayer:
     """A quantized layer in a format that this tool leaves alone.
 
     Attributes:
-        name: as the checkpoint names it.
-        form: as its mark or its dtype says.
+        name: in the checkpoint.
+        form: format or dtype, as declared.
         weight: its weight.
-        format: the format, where it is recognized.
+        format: if it is recognized.
     """
 
     name: str
@@ -175,14 +172,14 @@ class LayerTable:
     """The layers of a checkpoint.
 
     Attributes:
-        prefix: what stands before the diffusion model's own names.
-        marks: what the file says of its layers.
+        prefix: of the diffusion model's names.
+        marks: the file's quantization configs.
         quantized: layers in codes with a weight scale, in file order.
-        raw: FP8 weights without scale and mark.
+        raw: FP8 weights without scale and quantization config.
         plain: 2-D weights in high precision.
         foreign: layers in other quantized formats.
-        notes: what a user should know, one sentence each.
-        problems: what is wrong, where collecting was asked for.
+        notes: messages for the user.
+        problems: errors, if they are collected.
     """
 
     prefix: str
@@ -196,20 +193,20 @@ class LayerTable:
 
     @property
     def diffusion(self) -> dict[str, Layer]:
-        """Those of `quantized` that are of the diffusion model."""
+        """Quantized layers of the diffusion model."""
         return {name: layer for name, layer in self.quantized.items() if self.owns(name)}
 
     @property
     def static(self) -> dict[str, Layer]:
-        """Those of `diffusion` that can have an input scale, which a calibration finds."""
+        """Those of `diffusion` whose input scale calibration can measure."""
         return {name: layer for name, layer in self.diffusion.items() if layer.static}
 
     def owns(self, name: str) -> bool:
-        """Whether a tensor or layer is the diffusion model's own, and not of a text encoder or VAE in the same file."""
+        """Whether a tensor or layer belongs to the diffusion model, not to a text encoder or VAE in the same file."""
         return name.startswith(self.prefix) and (self.prefix != "" or names.other_part(name) is None)
 
     def linear(self) -> Iterator[Layer]:
-        """Every layer whose weight this tool can read, quantized or not."""
+        """Every layer that this tool can read, quantized or not."""
         for table in (self.quantized, self.raw, self.plain):
             yield from table.values()
 
@@ -218,18 +215,18 @@ class LayerTable:
         return {layer.name: layer.shape for layer in self.linear()}
 
     def tensor_shapes(self, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors but scales and marks, by name, as the model has them: (out, in), however packed."""
+        """Shapes of all tensors but scales and quantization configs: (out, in) for weights, also packed ones."""
         weights = {layer + names.WEIGHT: shape for layer, shape in self.shapes().items()}
         return {name: weights.get(name, info.shape) for name, info in checkpoint.tensors.items() if not describes(name)}
 
 
 def shapes_of(parts: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
-    """The shapes of tensors."""
+    """Shapes by suffix."""
     return {suffix: info.shape for suffix, info in parts.items()}
 
 
 def named(layers: Iterable[Layer]) -> str:
-    """What formats layers are in, for people: "FP8", or "FP8, INT8 and NVFP4"."""
+    """Formats of layers, for people: "FP8", or "FP8, INT8 and NVFP4"."""
     titles = ", ".join(dict.fromkeys(layer.format.title for layer in layers if layer.format is not None))
     others, comma, last = titles.rpartition(", ")
     return f"{others} and {last}" if comma else last
@@ -243,10 +240,10 @@ def infer_block(
     Args:
         weight_shape: (out, in).
         scale_shape: (), (1,), (1, 1), (out,), (out, 1), (n_out, n_in), or (out, n, 1) for n groups per row.
-        said: the block that the file names, where it does.
+        said: the block that the file declares.
 
     Returns:
-        The block, or None where no block fits, or several do and nothing decides.
+        The block, or None if none fits, or several do and nothing decides.
 
     >>> infer_block((256, 128), (4, 2))
     (64, 64)
@@ -275,7 +272,7 @@ _POWERS = [1 << power for power in range(31)]
 
 
 def _likely_size(size: int, count: int) -> int | None:
-    """One dimension's block where squares do not fit: an exact divisor, else a power of two."""
+    """The block along one dimension if no square fits: an exact divisor, else a power of two."""
     if count and size % count == 0:
         return size // count
     return next((power for power in _POWERS if -(-size // power) == count), None)
@@ -286,14 +283,11 @@ def find_layers(checkpoint: Checkpoint, *, collect_problems: bool = False) -> La
 
     Args:
         checkpoint: the open checkpoint.
-        collect_problems: keep problems in the table and leave their layers out, instead of raising the first.
-
-    Returns:
-        The table.
+        collect_problems: add problems to the table and leave out their layers, instead of raising the first.
 
     Raises:
-        CheckpointError: a mark that cannot be read; a marked layer without weight scale; a weight scale whose shape
-            fits no rule, or whose values are negative or not finite. An input scale like that is only noted.
+        CheckpointError: an unreadable quantization config; a declared layer without weight scale; a weight scale of
+            another shape, or with negative or non-finite values. Such input scales are only noted.
     """
     return _Finder(checkpoint, collect_problems).run()
 
@@ -316,22 +310,22 @@ class _Finder:
             if name.endswith(names.WEIGHT) and info.shape:
                 self.guard(partial(self.add, name[: -len(names.WEIGHT)], info))
         for name in (name for name in header.configs if name + names.WEIGHT not in self.checkpoint):
-            table.notes.append(f"{name}: marked as quantized in the header, but it has no weight in the file")
+            table.notes.append(f"{name}: declared as quantized in the header, but its weight is missing")
         if self.wrappers:
             words = " and ".join(self.wrappers)
-            table.notes.append(f"names hold {words}, which ComfyUI does not read: take it out of them")
+            table.notes.append(f"tensor names contain {words}, which ComfyUI does not recognize: remove it from them")
         if names.FOLDING_KEY in self.checkpoint.metadata:
             table.notes.append(FOLDED)
         unmarked = [layer.name for layer in table.quantized.values() if layer.marking == "none"]
         if unmarked:
             table.notes.append(
-                f"{len(unmarked)} {named(table.quantized[name] for name in unmarked)} layers have scales but no mark "
-                f"(first: {unmarked[0]}): ComfyUI ignores the scales"
+                f"{len(unmarked)} {named(table.quantized[name] for name in unmarked)} layers have scales but no "
+                f"quantization config (first: {unmarked[0]}): ComfyUI ignores the scales"
             )
         return table
 
     def guard(self, step: Callable[[], None]) -> None:
-        """Run a step; where problems are collected, keep its problem and go on."""
+        """Run a step; collect its problem, if asked to."""
         try:
             step()
         except CheckpointError as error:
@@ -350,7 +344,7 @@ class _Finder:
         config = way.config(name)
         said = config.get("format")
         if way.kind != "none" and not isinstance(said, str):
-            raise self.error("mark-unreadable", name, f"its mark names no format: {json.dumps(config)}")
+            raise self.error("mark-unreadable", name, f"its quantization config names no format: {json.dumps(config)}")
         suffixes = (names.WEIGHT, *names.WEIGHT_PARTS)
         parts = {part: info for part in suffixes if (info := self.checkpoint.tensors.get(name + part))}
         fmt = formats.of_mark(config, shapes_of(parts))
@@ -376,17 +370,17 @@ class _Finder:
                 found = FLOAT_GRIDS[weight.dtype].name
                 problem = f"legacy scaled_fp8 files are always read as {fmt.marked}, but this is {found}"
                 raise self.error("legacy-e5m2", weight.name, problem, "convert the original again")
-            raise self.error("mark-format", weight.name, f"marked as {said}, but stored as {weight.dtype}")
+            raise self.error("mark-format", weight.name, f"declared as {said}, but stored as {weight.dtype}")
         first_scale = fmt.scales[0]
         missing = [suffix for suffix in fmt.scales if suffix not in layer.parts]
-        if not isinstance(fmt, Packed) and layer.weight_scale is not None:  # which may be spelled otherwise
+        if not isinstance(fmt, Packed) and layer.weight_scale is not None:  # under any of its names
             missing = [suffix for suffix in missing if suffix != first_scale]
         if said is not None and missing:
-            problem = f"marked as {said}, but there is no {missing[0]}"
+            problem = f"declared as {said}, but {missing[0]} is missing"
             raise self.error("weight-scale-missing", layer.name, problem, "convert it again")
         if len(weight.shape) != 2:
             if layer.weight_scale is None:
-                return  # a norm or convolution that was cast, with its values as they are
+                return  # a norm or convolution that was cast
             form = f"{fmt.marked}, {len(weight.shape)}-dimensional"
             self.table.foreign[layer.name] = ForeignLayer(layer.name, form, weight)
         elif isinstance(fmt, Packed):
@@ -397,14 +391,14 @@ class _Finder:
             self.table.quantized[layer.name] = self.complete(layer)
 
     def complete(self, layer: Layer) -> Layer:
-        """Add what shapes and further tensors say, checking the scales."""
+        """Complete a layer from shapes and its other tensors, and check its scales."""
         shape = layer.shape
         block = shape
         if layer.weight_scale is not None:
             info = self.checkpoint.tensors[layer.weight_scale]
             inferred = infer_block(shape, info.shape, said_block(layer.config))
             if inferred is None:
-                problem = f"a weight scale of shape {list(info.shape)} fits no rule for a weight of shape {list(shape)}"
+                problem = f"a weight scale of shape {list(info.shape)} does not fit a weight of shape {list(shape)}"
                 expected = "expected one value, one per row, or one per block"
                 raise self.error("scale-shape", layer.weight_scale, f"{problem}; {expected}")
             block = inferred
@@ -412,29 +406,29 @@ class _Finder:
         return self.with_input(replace(layer, block=block))
 
     def complete_packed(self, layer: Layer, fmt: Packed) -> Layer:
-        """The same for a format of several parts, each of which has one shape."""
+        """The same for a packed format, whose parts have one shape each."""
         if fmt.shape(layer.weight.shape, shapes_of(layer.parts)) is None:
             shapes = ", ".join(f"{suffix} {list(info.shape)}" for suffix, info in layer.parts.items())
-            raise self.error("scale-shape", layer.name, f"no {fmt.title} layer has parts of these shapes: {shapes}")
+            raise self.error("scale-shape", layer.name, f"these shapes do not fit a {fmt.title} layer: {shapes}")
         for suffix, (dtype, shape) in fmt.storage(layer.shape, 0).items():
             info = layer.parts.get(suffix)
             if info is None or suffix == names.WEIGHT:
                 continue  # optional
-            flat = (shape[0],) if shape[1:] == (1,) else shape  # which readers multiply, too
+            flat = (shape[0],) if shape[1:] == (1,) else shape  # which readers accept, too
             single = math.prod(info.shape) == math.prod(shape) == 1
             if info.shape not in (shape, flat) and not single:
-                problem = f"a {fmt.title} weight of shape {list(layer.shape)} has {suffix} of shape {list(shape)}"
+                problem = f"for a {fmt.title} weight of shape {list(layer.shape)}, expected shape {list(shape)}"
                 raise self.error("scale-shape", info.name, f"{problem}, found {list(info.shape)}")
             if suffix == names.CODEBOOK:
                 self.check_scale(info.name, signed=True)
             elif dtype == "F32":
                 self.check_scale(info.name)
             elif info.dtype not in fmt.scale_dtypes:
-                raise self.error("scale-dtype", info.name, f"{dtype} was expected, found {info.dtype}")
+                raise self.error("scale-dtype", info.name, f"expected {dtype}, found {info.dtype}")
         factors = layer.parts.get(names.PRE_QUANT_SCALE)
         if factors is not None:
             if factors.shape != (layer.in_features,):
-                problem = f"one value for each of {layer.in_features} inputs was expected"
+                problem = f"expected one value for each of {layer.in_features} inputs"
                 raise self.error("scale-shape", factors.name, f"{problem}, found shape {list(factors.shape)}")
             self.check_scale(factors.name)
         group = fmt.group(layer.config)
@@ -445,19 +439,19 @@ class _Finder:
         return self.with_input(replace(layer, block=fmt.block(layer.shape, 0), weight_scale=weight_scale))
 
     def with_input(self, layer: Layer) -> Layer:
-        """Add its input scale, bias, and what its mark says of its inputs."""
+        """Add its input scale, its bias, and its config's setting for inputs."""
         input_scale = first(self.checkpoint, layer.name, names.INPUT_SCALES) if layer.format is not None else None
         input_problem = None
         if input_scale is not None:
             info = self.checkpoint.tensors[input_scale]
             try:
                 if info.elements != 1:
-                    problem = f"one value was expected, found shape {list(info.shape)}"
+                    problem = f"expected one value, found shape {list(info.shape)}"
                     raise self.error("scale-shape", input_scale, problem)
                 self.check_scale(input_scale)
-            except LayerError as error:  # weights are fine without it
+            except LayerError as error:  # the weight does not need it
                 input_problem = error
-                self.table.notes.append(f"{input_scale}: {error.problem}: of no use until a calibration writes it anew")
+                self.table.notes.append(f"{input_scale}: {error.problem}: unusable until a calibration replaces it")
         return replace(
             layer,
             input_scale=input_scale,
@@ -478,15 +472,15 @@ class _Finder:
 
 
 def possible(checkpoint: Checkpoint, name: str, said: Config) -> list[Layer]:
-    """What a weight with scales may be, by its tensors alone.
+    """The formats that a weight's tensors fit.
 
     Args:
-        checkpoint: where it is.
+        checkpoint: the checkpoint.
         name: of the layer.
-        said: what a mark says that names no format that is known: "convrot" and the like.
+        said: a quantization config that names no known format, but perhaps "convrot" and the like.
 
     Returns:
-        The layer in each format that its tensors fit, with the config that would mark it.
+        The layer in each format, with the config that would declare it.
     """
     weight = checkpoint.tensors[name + names.WEIGHT]
     weight_scale = first(checkpoint, name, names.WEIGHT_SCALES)
@@ -496,7 +490,7 @@ def possible(checkpoint: Checkpoint, name: str, said: Config) -> list[Layer]:
     finder = _Finder(checkpoint, collect_problems=False)
     found = []
     for fmt in formats.FORMATS.values():
-        needed = parts.keys() if isinstance(fmt, Packed) else there  # those have one spelling
+        needed = parts.keys() if isinstance(fmt, Packed) else there  # whose parts have one name each
         complete = set(fmt.scales) <= needed and there <= {*fmt.scales, *fmt.optional}
         shape = fmt.shape(weight.shape, shapes_of(parts)) if complete and weight.dtype in fmt.dtypes else None
         if not fmt.readable or shape is None or (isinstance(fmt, Packed) and not fmt.takes(shape)):
@@ -516,20 +510,20 @@ def possible(checkpoint: Checkpoint, name: str, said: Config) -> list[Layer]:
 
 
 def _marked(layer: Layer) -> Config:
-    """What a layer's format says in a mark beyond its name."""
+    """Entries of the format's quantization config besides its name."""
     return {key: value for key, value in (layer.format.mark if layer.format else {}).items() if key != "format"}
 
 
 def determined(checkpoint: Checkpoint, name: str, said: Config | None = None) -> Layer:
-    """What a weight with scales is, where its tensors leave no choice.
+    """The only format that a weight's tensors fit.
 
     Args:
-        checkpoint: where it is.
+        checkpoint: the checkpoint.
         name: of the layer.
-        said: what its mark says, which names no format that is known; None where it has no mark.
+        said: its quantization config, if it has one that names no known format.
 
     Returns:
-        The layer, with the config that would mark it.
+        The layer, with the config that would declare it.
 
     Raises:
         TensorError: its tensors fit several formats, or none.
@@ -540,25 +534,25 @@ def determined(checkpoint: Checkpoint, name: str, said: Config | None = None) ->
         titles.append("NVFP4 in the order of codes that diffusers reads")
     if len(titles) == 1:
         return found[0]
-    problem = f"fit several formats: {', '.join(titles)}" if titles else "fit no format that is read here"
+    problem = f"fit several formats: {', '.join(titles)}" if titles else "fit no supported format"
     raise TensorError(
-        f"nothing says what format it is in, and its tensors {problem}",
+        f"no quantization config names its format, and its tensors {problem}",
         path=checkpoint.path_of(name + names.WEIGHT),
         tensor=name,
-        hint="get a file with marks, or convert the original",
+        hint="use a file with quantization configs, or convert the original",
     )
 
 
 def scales_per_row(scale: NDArray[np.float32], layer: Layer, rows: slice) -> NDArray[np.float32]:
-    """A weight scale, spread so that it broadcasts against rows of the weight.
+    """A weight scale, expanded to broadcast against rows of the weight.
 
     Args:
-        scale: float32, in the shape that the file has.
-        layer: whose it is.
+        scale: float32, in the file's shape.
+        layer: the layer.
         rows: contiguous rows of the weight.
 
     Returns:
-        float32 [rows, 1] where one scale serves a row, else [rows, in].
+        float32 [rows, 1] if a row has one scale, else [rows, in].
     """
     start, stop, _ = rows.indices(layer.out_features)
     block_out, block_in = layer.block
@@ -570,22 +564,22 @@ def scales_per_row(scale: NDArray[np.float32], layer: Layer, rows: slice) -> NDA
 
 
 FOLDED = (
-    "its channels are folded: ComfyUI would apply a LoRA that was made for the original wrongly (convert_to_quant lora "
-    "fold makes it fit), and statistics of the original do not fit either"
+    "its channels are equalized: LoRAs and statistics of the original do not fit it (adapt a LoRA with "
+    "convert_to_quant lora fold)"
 )
-"""What a user of a folded checkpoint should know."""
+"""A note for users of checkpoints with equalized channels."""
 
 
 def dequantize(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> NDArray[np.float32]:
-    """Real weights of a layer: code values × scale, or the stored values where it is not quantized.
+    """Real weights of a layer: code values × scale, or the stored values in high precision.
 
     Args:
-        checkpoint: where it is.
+        checkpoint: the checkpoint.
         layer: any layer of `LayerTable.linear()`.
         rows: contiguous rows; all by default.
 
     Returns:
-        Fresh float32 [rows, in].
+        A new array, float32 [rows, in].
 
     Raises:
         TensorError: the weight is not a float tensor.
@@ -598,33 +592,33 @@ def dequantize(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> 
     bits = checkpoint.bits(layer.weight.name, rows)
     weight_OI = to_float32(bits, layer.weight.dtype) if layer.format is None else layer.format.codes.decode(bits)
     if layer.weight_scale is not None and weight_OI.size:
-        with np.errstate(over="ignore"):  # whoever runs or measures the weight says that it is not finite
+        with np.errstate(over="ignore"):  # non-finite weights are reported where they are used
             weight_OI *= scales_per_row(checkpoint.float32(layer.weight_scale), layer, rows)
     return weight_OI
 
 
 def whole_tiles(layer: Layer, start: int, stop: int) -> slice:
-    """The rows of a packed weight that share tiles of scales with some of its rows."""
+    """Rows of a packed weight, extended to whole tiles of scales."""
     return slice(start - start % Packed.ROWS, min(round_up(stop, Packed.ROWS), layer.out_features))
 
 
 def read_parts(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> dict[str, Tensor]:
-    """The stored tensors of a quantized layer, by suffix, as torch has them.
+    """The stored tensors of a quantized layer, by suffix, as torch tensors.
 
     Args:
-        checkpoint: where they are.
+        checkpoint: the checkpoint.
         layer: the layer.
         rows: contiguous rows; of a packed format, `whole_tiles`.
 
     Returns:
-        Copies on the CPU. Where every row has its part of a tensor, that of `rows`.
+        Copies on the CPU, with only these rows where a tensor has rows.
     """
     start, stop, _ = rows.indices(layer.out_features)
     parts = {}
     for suffix, info in layer.parts.items():
         span, shape = (0, info.nbytes), info.shape
         if suffix not in names.WHOLE_WEIGHT and (start, stop) != (0, layer.out_features) and math.prod(shape) > 1:
-            # Tiles fill up to whole ones.
+            # Tiles are padded.
             last = stop if shape[0] == layer.out_features else min(round_up(stop, Packed.ROWS), shape[0])
             row_bytes = info.nbytes // shape[0]
             span, shape = (start * row_bytes, last * row_bytes), (last - start, *shape[1:])
@@ -651,10 +645,10 @@ def dense(layer: Layer, parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def input_scale(checkpoint: Checkpoint, layer: Layer) -> float:
-    """The scale that readers use for a layer's input; 1.0 where the file has none, as in ComfyUI.
+    """The scale of a layer's input; 1.0 if the file has none, as in ComfyUI.
 
     Raises:
-        LayerError: it is of a dtype, shape or value that no scale can have.
+        LayerError: its dtype, shape or value is invalid.
     """
     if layer.input_scale is None:
         return 1.0

@@ -1,7 +1,7 @@
-"""A new checkpoint made of an old one: what is copied, what gets another name or mark, and what is made anew.
+"""The layout of a new checkpoint: which tensors are copied, renamed, declared otherwise, or computed.
 
-Everything is laid out before the first byte is written. What is not said to be made anew or dropped is copied byte for
-byte, in the shard that it was in.
+Everything is laid out before the first byte is written. A tensor that is neither replaced nor dropped is copied byte
+for byte, into the same shard.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from .telling import Advance
 WORKERS = min(8, os.cpu_count() or 1)
 
 Source = bytes | str | None
-"""Where a tensor's bytes are from: they themselves, a tensor of the input, or a job that makes them."""
+"""A tensor's bytes, the input tensor to copy them from, or None if a job computes them."""
 Tensors = Mapping[str, tuple[Spec, Source]]
 Sink = Callable[[str, NDArray[Any], int], None]
-"""Takes a part of a tensor: its name, or its suffix behind a layer's, the elements, the byte at which they begin."""
+"""Writes a part of a tensor: its name, or its suffix after a layer's name; the elements; their first byte."""
 Job = tuple[int, Callable[[Sink], None]]
-"""How many bytes of the input some work deals with, and the work."""
+"""The number of input bytes of some work, and the work."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Every tensor of an output: how large, and where from.
+    """Every tensor of an output: dtype, shape and source.
 
     Attributes:
-        specs: dtype and shape of each.
-        place: the tensor of the input whose shard it follows.
-        small: bytes of those that are known.
-        copied: names in the input of those that are copied.
+        specs: dtype and shape.
+        place: the input tensor whose shard it goes to.
+        small: bytes, if known.
+        copied: the input tensor to copy, if any.
         metadata: of the header.
     """
 
@@ -60,12 +60,12 @@ def lay_out(
 
     Args:
         checkpoint: the input.
-        made: what stands in the place of tensors of the input, by their names.
-        dropped: what is left out.
-        metadata: the header's.
+        made: input tensor -> the tensors that replace it.
+        dropped: input tensors to leave out.
+        metadata: of the header.
 
     Raises:
-        TensorError: two tensors would have one name.
+        TensorError: two tensors would have the same name.
     """
     layout = Layout(metadata=dict(metadata))
     for place, info in checkpoint.tensors.items():
@@ -82,16 +82,16 @@ def lay_out(
 
 
 def beside(checkpoint: Checkpoint, layer: str) -> list[str]:
-    """The tensors that say what a layer's weight means: scales and a mark."""
+    """A layer's scales and comfy_quant tensor."""
     suffixes = (suffix for suffix in names.LAYER_SUFFIXES if suffix not in (names.WEIGHT, names.BIAS))
     return [layer + suffix for suffix in suffixes if layer + suffix in checkpoint]
 
 
 def told(checkpoint: Checkpoint, table: LayerTable, layer: Layer | ForeignLayer) -> Config:
-    """What a quantized layer's mark says, or should say where it has none.
+    """A quantized layer's config, guessed from its tensors if it has none.
 
     Raises:
-        TensorError: it has no mark, and its tensors fit several formats.
+        TensorError: it has no config, and its tensors fit several formats.
     """
     way = table.marks.of(layer.name)
     return determined(checkpoint, layer.name).config if way.kind == "none" else way.config(layer.name)
@@ -100,19 +100,19 @@ def told(checkpoint: Checkpoint, table: LayerTable, layer: Layer | ForeignLayer)
 def remark(
     checkpoint: Checkpoint, table: LayerTable, ways: Sequence[Way], besides: Collection[str] = ()
 ) -> tuple[dict[str, dict[str, tuple[Spec, Source]]], dict[str, Config], set[str]]:
-    """Mark quantized layers in other ways: weights and scales as they are, with the names that these ask for.
+    """Declare quantized layers in other conventions; weights and scales stay the same, under the names required.
 
     Args:
-        checkpoint: where the layers are.
-        table: all of them.
-        ways: of marking; several that agree.
+        checkpoint: the input.
+        table: its layers.
+        ways: the conventions to write, which agree.
         besides: layers to leave out.
 
     Returns:
-        What `lay_out` takes as made; what the marks say; and the tensors that have to go.
+        `made` for `lay_out`, the configs, and the tensors to drop.
 
     Raises:
-        TensorError: a layer has no mark, and its tensors fit several formats; or these ways cannot say what it is.
+        TensorError: a layer has no config, and its tensors fit several formats; or the convention cannot express it.
     """
     made: dict[str, dict[str, tuple[Spec, Source]]] = {}
     configs: dict[str, Config] = {}
@@ -123,7 +123,7 @@ def remark(
             continue
         if isinstance(layer, ForeignLayer) and not table.marks.kinds(layer.name):
             if layer.name in table.marks.legacy and ways[0].kind != "legacy":
-                problem = f"it is {layer.form}, which only a legacy marker can say"
+                problem = f"it is {layer.form}, which only the legacy convention can declare"
                 raise TensorError(problem, path=checkpoint.path, tensor=layer.name)
             continue
         config = told(checkpoint, table, layer)
@@ -134,7 +134,7 @@ def remark(
         for name in (layer.weight.name, *beside(checkpoint, layer.name)):
             suffix = ways[0].spelled(name.removeprefix(layer.name))
             if suffix is not None and layer.name + suffix in tensors:
-                problem = "the layer has this scale under another name as well"
+                problem = "the layer also has this scale under another name"
                 raise TensorError(problem, path=checkpoint.path, tensor=name)
             if suffix is not None:
                 tensors[layer.name + suffix] = (Spec.like(checkpoint.tensors[name]), name)
@@ -151,7 +151,7 @@ def mark_once(
     ways: Sequence[Way],
     metadata: Mapping[str, str],
 ) -> dict[str, str]:
-    """Add what marks all layers at once beside the first of what is made; the metadata with what belongs there."""
+    """Add declarations for all layers at once to `made`; returns the metadata with theirs."""
     marked = dict(metadata)
     for way in ways:
         tensors, entries = way.once(configs)
@@ -171,18 +171,18 @@ def write(
     threads: AbstractContextManager[ThreadPoolExecutor] | None = None,
     hint: str | None = None,
 ) -> None:
-    """Write a new checkpoint, whole or not at all.
+    """Write a new checkpoint atomically.
 
     Args:
         checkpoint: the input.
         layout: of the output.
         output: a `.safetensors` path, or `.safetensors.index.json` to keep the input's shards.
-        jobs: make the tensors that are neither known nor copied, side by side.
-        progress: told how many input bytes were done.
-        before_commit: called with the complete but still unnamed output, which it may read and change in place; if it
-            raises, there is no output.
-        threads: that do the jobs; plain ones by default.
-        hint: what to do where the output is the input.
+        jobs: compute the tensors that are neither known nor copied, in parallel.
+        progress: called with the number of input bytes done.
+        before_commit: called with the complete output before it gets its name; may read it and change it in place. If
+            it raises, there is no output.
+        threads: run the jobs; `WORKERS` threads by default.
+        hint: shown if the output is the input.
 
     Raises:
         OutputError: the output cannot be written, or is the input.

@@ -1,6 +1,6 @@
-"""What tensors and layers are called in files: suffixes, prefixes, and the beginnings and endings of LoRA names.
+"""Names of tensors and layers in files: suffixes, prefixes, and parts of LoRA names, each written once.
 
-Every spelling is written once, here, as data. What one family's layers are called by others is in `families`.
+Names that depend on the family are in `families`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from .errors import OptionError
 
-# The tensors of one layer: suffixes behind the layer's name. "Legacy" is the older ComfyUI spelling that a `scaled_fp8`
-# tensor marks. `weight_scale_inv` multiplies like any other scale, despite its name (DeepSeek, 128 x 128 blocks).
+# Suffixes of a layer's tensors. "Legacy" is the older ComfyUI convention, declared by a `scaled_fp8` tensor.
+# `weight_scale_inv` is multiplied like any other scale, despite its name (DeepSeek, 128 x 128 blocks).
 WEIGHT = ".weight"
 BIAS = ".bias"
 WEIGHT_SCALE = ".weight_scale"
@@ -27,46 +27,46 @@ CODEBOOK = ".weight_codebook"
 COMFY_QUANT = ".comfy_quant"
 
 LEGACY_MARKER = "scaled_fp8"
-"""Name of the marker tensor behind the checkpoint's prefix."""
+"""Name of the legacy marker tensor, after the checkpoint's prefix."""
 
 QUANTIZATION_METADATA = "_quantization_metadata"
-"""Header entry (JSON) that says per layer what `.comfy_quant` would say."""
+"""Header entry (JSON) with the quantization configs of all layers."""
 
 PROVENANCE_KEY = "convert_to_quant"
-"""Header entry (JSON) in which every file that this tool writes says how it was made."""
+"""Header entry (JSON) with the history of every file that this tool writes."""
 
 FOLDING_KEY = "convert_to_quant.folding"
-"""Header entry (JSON) in which a folded file says which channels were scaled by what, see `folding`."""
+"""Header entry (JSON) of a folded file: the channels and their factors, see `folding`."""
 
 FOLDED_FOR_KEY = "convert_to_quant.folded_for"
-"""Header entry of a LoRA: the SHA-256 of the folding that it was scaled for."""
+"""Header entry of a LoRA: the SHA-256 of the folding it was adapted to."""
 
 MOMENTS_KEY = "convert_to_quant.moments"
-"""Header entry (JSON) of second moments, and of the statistics that they stand beside: see `rounding.kept`."""
+"""Header entry (JSON) of second moments, and of the statistics they belong to: see `rounding.kept`."""
 
 STATISTICS_KEY = "convert_to_quant.statistics"
-"""Header entry (JSON) that tells a statistics file from a checkpoint."""
+"""Header entry (JSON) of a statistics file."""
 
 TARGETS = ("comfy", "header", "legacy", "diffusers")
-"""What `migrate` calls ways of marking: comfy_quant tensors with a header that agrees, a header alone, `scaled_fp8`,
-no mark."""
+"""Conventions that `migrate` writes: comfy_quant tensors with a header that agrees, a header alone, `scaled_fp8`,
+none."""
 
 WEIGHT_SCALES = (WEIGHT_SCALE, WEIGHT_SCALE_LEGACY, WEIGHT_SCALE_INV)
 INPUT_SCALES = (INPUT_SCALE, INPUT_SCALE_LEGACY)
 SCALES = (*WEIGHT_SCALES, WEIGHT_SCALE_2, S_REL, S_CHANNEL, CODEBOOK, *INPUT_SCALES, PRE_QUANT_SCALE)
 WEIGHT_PARTS = (WEIGHT_SCALE, WEIGHT_SCALE_2, S_REL, S_CHANNEL, CODEBOOK, PRE_QUANT_SCALE)
-"""Of these, what a weight may be made of beside its codes."""
+"""Of these, what a weight may consist of besides its codes."""
 WHOLE_WEIGHT = (WEIGHT_SCALE_2, CODEBOOK, PRE_QUANT_SCALE)
-"""Of these, what does not have a part for each row."""
+"""Of these, what is not split by rows."""
 LAYER_SUFFIXES = (WEIGHT, BIAS, *SCALES, COMFY_QUANT)
 CHANGED_IN_PLACE = (*INPUT_SCALES, COMFY_QUANT)
-"""Of these, what a change in place may touch."""
+"""Of these, what an in-place change may modify."""
 
 COPY = "second copy of the model (moving average)"
 OTHER_PARTS = {
     prefix: title
     for title, prefixes in {
-        # LTX-2's projection stands between Gemma and the transformer.
+        # text_embedding_projection: LTX-2's, between Gemma and the transformer.
         "text encoder": "text_encoders. text_encoder. text_encoder_2. text_encoder_3. cond_stage_model. conditioner. "
         "text_embedding_projection.",
         "image encoder": "clip_vision. image_encoder.",
@@ -76,47 +76,39 @@ OTHER_PARTS = {
     }.items()
     for prefix in prefixes.split()
 }
-"""Parts of a full checkpoint that are no diffusion model: the beginning of their names, and what they are called. Text
-encoders run in full precision in ComfyUI, so FP8 there would only lose; a VAE is convolutions and paints the pixels."""
+"""Prefixes of the other parts of a full checkpoint -> their names for people. ComfyUI runs text encoders in full
+precision, so FP8 would only lose accuracy there; a VAE consists of convolutions."""
 
-# What stands before the diffusion model's own names. The first two say it aloud: next to them a file may hold anything.
-# ComfyUI believes the next two where many names carry them. All others are ordinary words, so they count only where
-# every name carries them but those of other parts; some are what savers of wrapped models leave.
+# Prefixes of the diffusion model's names. The first two are unambiguous. ComfyUI accepts the next two if many names
+# have them. The others are ordinary words, so they count only if all names have them, except those of other parts; some
+# are left by wrappers.
 DECISIVE_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 FREQUENT_PREFIXES = ("model.model.", "net.")
 MANY = 5
-"""Of names with such a prefix, more than these are many."""
+"""More names than this are many."""
 UNANIMOUS_PREFIXES = (
     *("net.", "transformer.", "model.", "module.", "unet.", "dit.", "denoiser.", "backbone.", "student.", "generator."),
     *(prefix for prefix, title in OTHER_PARTS.items() if title == COPY),
 )
 
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_fpw_module.", "_forward_module.")
-"""What torch.compile, FSDP and activation checkpointing put anywhere into names."""
+"""Words that torch.compile, FSDP and activation checkpointing insert into names."""
 
 NO_WEIGHT = re.compile(
     r"(?:.*\.)?(?:(?:global_)?step|epoch|num_updates|(?:log_)?sigmas|betas|alphas_cumprod(?:_prev)?|inv_freq"
     r"|pos_embedder\.(?:seq|dim_\w+_range)|model_sampling\..*|logvar\..*|accum_\w+|v_pred|ztsnr|edm_\w+)"
 )
-"""Names of training state, and of tables that a model computes anew: savers leave them, and no reader uses them."""
+"""Names of training state, and of tables that the model computes: no reader uses them."""
 
 UNREAD_PREFIXES = (
     *WRAPPERS,
     *(prefix for prefix in UNANIMOUS_PREFIXES if prefix not in ("net.", "transformer.", "model.")),
 )
-"""Of all these, what no reader takes off."""
+"""Those that no reader removes."""
 
 
 def check_patterns(flag: str, patterns: Iterable[str]) -> None:
-    """Refuse patterns of layer names that are no regular expressions.
-
-    Args:
-        flag: the option that they were given with, for the message.
-        patterns: as the user wrote them.
-
-    Raises:
-        OptionError: one of them cannot be compiled.
-    """
+    """Raises OptionError, naming the flag, for a pattern that is no regular expression."""
     for pattern in patterns:
         try:
             re.compile(pattern)
@@ -125,14 +117,14 @@ def check_patterns(flag: str, patterns: Iterable[str]) -> None:
 
 
 def strip_prefix(names: Iterable[str]) -> tuple[str, dict[str, str]]:
-    """Find the prefix of a checkpoint's diffusion model and take it off, with all words that wrappers left in names.
+    """Find and remove the prefix of a checkpoint's diffusion model, and words of wrappers.
 
     Args:
-        names: Layer or tensor names of one checkpoint, as the file spells them.
+        names: Layer or tensor names of one checkpoint.
 
     Returns:
-        What stands before the model's own names, as the file has it, and {name in the file: bare name} of the names
-        that carry it, in the order given. Names without it (a VAE or text encoder in the same file) are left out.
+        The prefix, and {name in the file: name without it} in the order given. Names without the prefix (a VAE or text
+        encoder in the same file) are left out.
 
     >>> strip_prefix(["model.diffusion_model.img_in", "first_stage_model.conv_in"])
     ('model.diffusion_model.', {'model.diffusion_model.img_in': 'img_in'})
@@ -148,14 +140,14 @@ def strip_prefix(names: Iterable[str]) -> tuple[str, dict[str, str]]:
 
 
 def unwrap(name: str) -> str:
-    """A name without the words that wrappers of modules leave in it."""
+    """A name without the words of wrappers."""
     for word in WRAPPERS:
         name = name.replace(word, "")
     return name
 
 
 def unread_words(prefix: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Words in a checkpoint's names that no reader takes off.
+    """Words in a checkpoint's names that no reader removes.
 
     >>> unread_words("module.", ["module.blocks.0._orig_mod.q"])
     ('_orig_mod.', 'module.')
@@ -165,13 +157,7 @@ def unread_words(prefix: str, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def other_part(name: str) -> str | None:
-    """Find out whether a tensor or layer belongs to a text encoder, a VAE, or another part that is not quantized.
-
-    Args:
-        name: Its full name, as the file spells it.
-
-    Returns:
-        What the part is called, or None for the diffusion model's own layers.
+    """The part of a full checkpoint that a tensor or layer belongs to; None for the diffusion model.
 
     >>> other_part("first_stage_model.decoder.mid.attn_1.q")
     'VAE'
@@ -180,7 +166,7 @@ def other_part(name: str) -> str | None:
 
 
 def _outermost_prefix(names: Collection[str]) -> str:
-    """The next word of a prefix; "" where there is none."""
+    """The next word of a prefix; "" if there is none."""
     for prefix in (*DECISIVE_PREFIXES, *FREQUENT_PREFIXES):
         if sum(name.startswith(prefix) for name in names) > (MANY if prefix in FREQUENT_PREFIXES else 0):
             return prefix
@@ -194,8 +180,8 @@ def _outermost_prefix(names: Collection[str]) -> str:
     return ""
 
 
-# What may stand before a layer's name in a LoRA file, once or several times (`diffusion_model.transformer.`), and words
-# of wrappers that may stand anywhere in it. A flattened name ("_" for ".") begins with who wrote it and for what.
+# Prefixes of a layer's name in a LoRA file, which may be repeated (`diffusion_model.transformer.`), and words of
+# wrappers anywhere in it. A flattened name ("_" for ".") begins with its writer and target.
 _LORA_WORDS = "diffusion_model|base_model|model|transformer|prior_unet|unet|net|module|pipe|dit"
 _LORA_PREFIX = re.compile(rf"(?:{_LORA_WORDS})\.")
 _LORA_FLAT_PREFIX = re.compile(r"\w*?(?:lora|lycoris)_+")
@@ -209,7 +195,7 @@ _TEXT_ENCODER = re.compile(
 
 
 def for_text_encoder(name: str) -> bool:
-    """Whether a name in a LoRA file is a text encoder's, which is never the diffusion model's.
+    """Whether a name in a LoRA file belongs to a text encoder.
 
     >>> for_text_encoder("lora_te1_text_model_encoder_layers_0_mlp_fc1"), for_text_encoder("text_embedder.linear_1")
     (True, False)
@@ -218,7 +204,7 @@ def for_text_encoder(name: str) -> bool:
 
 
 def without_lora_prefixes(name: str) -> Iterator[str]:
-    """What a name in a LoRA file may be the name of: all of it first, then without what may stand before it.
+    """A name in a LoRA file, then the same without prefixes, one by one.
 
     >>> list(without_lora_prefixes("transformer._orig_mod.blocks.0.q"))
     ['transformer.blocks.0.q', 'blocks.0.q']
@@ -238,7 +224,7 @@ def without_lora_prefixes(name: str) -> Iterator[str]:
 
 
 def squeezed(name: str) -> str:
-    """A name without its separators, but for those between digits: all ways of flattening it come to the same.
+    """A name without separators, except between digits: the same however it was flattened.
 
     >>> squeezed("blocks.1.ffn.net.0.proj"), squeezed("_blocks_1_ffn_net_0_proj_"), squeezed("blocks.1.1.q")
     ('blocks1ffnnet0proj', 'blocks1ffnnet0proj', 'blocks1_1q')
@@ -246,7 +232,7 @@ def squeezed(name: str) -> str:
     return re.sub(r"(?<!\d)_|_(?!\d)", "", re.sub(r"[._]+", "_", name))
 
 
-# Roles of an adapter's tensors (see `adapters`) -> endings of their names. PEFT may put the adapter's own name in.
+# Roles of an adapter's tensors (see `adapters`) -> suffixes of their names. PEFT may insert the adapter's own name.
 _NAMED = r"(?:\.(?!(?:weight|bias)$)[^.]+)?"
 ADAPTER_ROLES: Mapping[str, str] = {
     **{
@@ -270,4 +256,4 @@ UNSUPPORTED_ADAPTERS: Mapping[str, str] = {
     "VeRA": rf"\.vera_lambda_[bd]{_NAMED}",
     "a replaced weight": r"\.set_weight",
 }
-"""Kinds that are recognized but not applied -> endings of their tensors."""
+"""Kinds that are recognized but not applied -> suffixes of their tensors."""

@@ -1,11 +1,10 @@
-"""Statistics by one file's layer names, put onto the layers of another file of the same model.
+"""Statistics under one file's layer names, mapped to the layers of another file of the same model.
 
-Names are those of the model that ran. A checkpoint of the same model may have another prefix; may be named as its
-authors do where ComfyUI renames layers while it loads them (HunyuanVideo); or may be in diffusers' layout, which splits
-what others fuse, or the other way round. The tables that know such spellings (`families`) say which layer is a part
-of which. Parts of a fused layer share its input, so they share its statistics, and any one of them has the whole's.
+Statistics have the names of the model that ran. A checkpoint of the same model may have another prefix, its authors'
+names where ComfyUI renames layers while loading (HunyuanVideo), or diffusers' layout, which splits fused layers.
+`families` knows which layer is a part of which. Parts of a fused layer share its input, and so its statistics.
 
-Weights are compared only between layers of one name: under another spelling their rows may stand in another order.
+Weights are compared only under the same name: under another, their rows may be in another order.
 """
 
 from __future__ import annotations
@@ -23,20 +22,15 @@ from .stats import Shape, Statistics, sampled_place
 
 
 def for_checkpoint(statistics: Statistics, table: LayerTable, *, force: bool = False) -> Statistics:
-    """Statistics by the names and shapes of a checkpoint's FP8 layers.
-
-    Text encoders in the same file are left out: nothing reads their input scales.
+    """Statistics of the diffusion model's quantized layers, under their names in a checkpoint, in file order.
 
     Args:
-        statistics: by module names, or by the layer names of another file of the same model.
+        statistics: with module names, or layer names of another file of the same model.
         table: the checkpoint's layers.
-        force: take the layers that were found, and put the others into `left_out`, instead of raising.
-
-    Returns:
-        The statistics of the diffusion model's FP8 layers, in file order.
+        force: list missing layers in `left_out` instead of raising.
 
     Raises:
-        StatisticsError: some layers were not found, and the message names them; with `force`, none was.
+        StatisticsError: layers are missing; with `force`, all are.
     """
     return fitting(statistics, table, table.diffusion, force=force)
 
@@ -44,7 +38,7 @@ def for_checkpoint(statistics: Statistics, table: LayerTable, *, force: bool = F
 def fitting(
     statistics: Statistics, table: LayerTable, layers: Mapping[str, Layer], *, force: bool = False
 ) -> Statistics:
-    """The same for some of a checkpoint's layers, quantized or not; some of their weights are read and compared."""
+    """The same for any of a checkpoint's layers; compares a few of their weights."""
     wanted, checkpoint = {name: layer.shape for name, layer in layers.items()}, table.marks.checkpoint
     found = respell(statistics, wanted, table.prefix)
     weights = sample_weights(checkpoint, (layers[name] for name in found.weights))
@@ -52,21 +46,21 @@ def fitting(
 
 
 def knowing_weights(statistics: Statistics, table: LayerTable) -> Statistics:
-    """Statistics that were observed of a checkpoint, with a few of its weights, which tell its model from others."""
+    """Statistics of a checkpoint, with a few of its weights to recognize the model."""
     layers = (layer for layer in table.linear() if layer.name in statistics.layers)
     return statistics.replace(weights=sample_weights(table.marks.checkpoint, layers))
 
 
 def respell(statistics: Statistics, layers: Mapping[str, Shape], prefix: str = "") -> Statistics:
-    """The statistics of those of these layers that were recorded under any spelling that is known.
+    """The statistics of those layers that were recorded under any known name.
 
     Args:
         statistics: of the same model.
         layers: name in a file -> [out, in].
-        prefix: of the diffusion model in that file; every name carries it.
+        prefix: of the diffusion model in that file.
 
     Returns:
-        Statistics by the names given, in their order.
+        Statistics under the names given, in their order.
     """
     _, bare = names.strip_prefix(statistics.layers)
     originals = {name: original for original, name in bare.items()} | {name: name for name in statistics.layers}
@@ -94,7 +88,7 @@ def respell(statistics: Statistics, layers: Mapping[str, Shape], prefix: str = "
 
 
 def _same_inputs(recorded: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> dict[str, str]:
-    """For each wanted layer, one that was recorded and receives the same: itself, or else a whole or a part of it."""
+    """Wanted layer -> a recorded layer with the same input: itself, or else a whole or a part of it."""
     found = {name: name for name, shape in wanted.items() if recorded.get(name) == shape}
     if len(found) < len(wanted):
         for name, target in families.diffusers_targets(recorded).items():
@@ -116,14 +110,9 @@ def _shape(layers: Mapping[str, Shape], target: families.Target) -> Shape:
 
 
 def sample_weights(checkpoint: Checkpoint, layers: Iterable[Layer]) -> dict[str, NDArray[np.float32]]:
-    """A few real weights of layers, by which statistics know their model again: see `stats.sampled_place`.
+    """A few real weights per layer, to recognize the model (`stats.sampled_place`): float32 [64].
 
-    Args:
-        checkpoint: where they are.
-        layers: of `LayerTable.linear()`.
-
-    Returns:
-        By name, float32 [64]; without those that are empty or not finite.
+    Layers whose sample is empty or not finite are left out.
     """
     samples = {}
     for layer in layers:

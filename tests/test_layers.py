@@ -67,7 +67,7 @@ def test_every_marking_is_found_under_every_prefix_in_both_formats(*, save, buil
 
 def test_scales_without_any_mark_are_noted_because_comfyui_ignores_them(save, build):
     table = table_of(save("a.safetensors", *build.quantized(["x", "y"], "none")))
-    assert table.notes == ["2 FP8 layers have scales but no mark (first: x): ComfyUI ignores the scales"]
+    assert table.notes == ["2 FP8 layers have scales but no quantization config (first: x): ComfyUI ignores the scales"]
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -162,7 +162,7 @@ def test_header_layers_without_a_weight_are_noted_in_the_headers_order(save, bui
     header = {"layers": {name: {"format": "float8_e4m3fn"} for name in ("z", "b", "y", "a")}}
     table = table_of(save("a.safetensors", tensors, {"_quantization_metadata": json.dumps(header)}))
     assert table.notes == [
-        f"{name}: marked as quantized in the header, but it has no weight in the file" for name in ("z", "b", "y", "a")
+        f"{name}: declared as quantized in the header, but its weight is missing" for name in ("z", "b", "y", "a")
     ]
 
 
@@ -238,9 +238,9 @@ BAD_MARKS = {
     "empty": (b"", "x.comfy_quant: it is empty"),
     "zeros": (bytes(64), "x.comfy_quant: all of its 64 bytes are 0"),
     "a list": (b"[1]", "x.comfy_quant: should be a JSON object, found b'[1]'"),
-    "without a format": (b'{"a": 1}', 'x: its mark names no format: {"a": 1}'),
+    "without a format": (b'{"a": 1}', 'x: its quantization config names no format: {"a": 1}'),
     "the other FP8 format": (
-        b'{"format": "float8_e5m2"}', "x.weight: marked as float8_e5m2, but stored as F8_E4M3"),
+        b'{"format": "float8_e5m2"}', "x.weight: declared as float8_e5m2, but stored as F8_E4M3"),
 }  # fmt: skip
 
 
@@ -269,12 +269,12 @@ def test_a_marked_layer_without_weight_scale_is_refused(save, build, marking):
     tensors, metadata = build.quantized(["x"], marking)
     del tensors["x.weight_scale"]
     path = save("a.safetensors", tensors, metadata)
-    assert refused(path) == "x: marked as float8_e4m3fn, but there is no .weight_scale (convert it again)"
+    assert refused(path) == "x: declared as float8_e4m3fn, but .weight_scale is missing (convert it again)"
 
 
 def test_a_marked_layer_in_high_precision_is_refused(save, build):
     tensors = {"x.weight": np.zeros((4, 4), np.float16), "x.comfy_quant": build.mark(format="float8_e4m3fn")}
-    assert refused(save("a.safetensors", tensors)) == "x.weight: marked as float8_e4m3fn, but stored as F16"
+    assert refused(save("a.safetensors", tensors)) == "x.weight: declared as float8_e4m3fn, but stored as F16"
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_a_weight_scale_that_fits_no_rule_is_refused(save, build, shape):
     tensors, _ = build.quantized(["x"], "tensor")
     path = save("a.safetensors", tensors | {"x.weight_scale": np.ones(shape, np.float32)})
     assert refused(path) == (
-        f"x.weight_scale: a weight scale of shape {list(shape)} fits no rule for a weight of shape [16, 32]; "
+        f"x.weight_scale: a weight scale of shape {list(shape)} does not fit a weight of shape [16, 32]; "
         "expected one value, one per row, or one per block"
     )
 
@@ -321,7 +321,7 @@ def refused_input_scale(path) -> str:
         with pytest.raises(CheckpointError) as caught:
             input_scale(checkpoint, table.quantized["x"])
     said = str(caught.value).removeprefix(f"{path}: ")
-    assert table.notes == [f"{said}: of no use until a calibration writes it anew"]
+    assert table.notes == [f"{said}: unusable until a calibration replaces it"]
     return said
 
 
@@ -329,7 +329,7 @@ def refused_input_scale(path) -> str:
 def test_an_input_scale_of_several_values_is_refused(save, build, shape):
     tensors, _ = build.quantized(["x"], "tensor")
     path = save("a.safetensors", tensors | {"x.input_scale": np.ones(shape, np.float32)})
-    assert refused_input_scale(path) == f"x.input_scale: one value was expected, found shape {list(shape)}"
+    assert refused_input_scale(path) == f"x.input_scale: expected one value, found shape {list(shape)}"
 
 
 def test_problems_can_be_collected_so_that_the_rest_is_still_found(save, build):

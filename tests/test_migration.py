@@ -123,7 +123,7 @@ UNTOLD = {
 @pytest.mark.parametrize("titles", UNTOLD)
 def test_a_layer_without_mark_that_may_be_several_things_is_refused(save: Save, tmp_path: Path, titles: str) -> None:
     path = save("in.safetensors", {LAYER + suffix: tensor for suffix, tensor in UNTOLD[titles].items()})
-    said = f"{path}: {LAYER}: nothing says what format it is in, and its tensors fit several formats: {titles} "
+    said = f"{path}: {LAYER}: no quantization config names its format, and its tensors fit several formats: {titles} "
     with open_checkpoint(path) as checkpoint:
         for plan in (
             lambda: plan_conversion(checkpoint, ConvertOptions(requantize=True)),
@@ -132,7 +132,7 @@ def test_a_layer_without_mark_that_may_be_several_things_is_refused(save: Save, 
         ):
             with pytest.raises(TensorError) as caught:
                 plan()
-            assert str(caught.value) == said + "(get a file with marks, or convert the original)"
+            assert str(caught.value) == said + "(use a file with quantization configs, or convert the original)"
 
 
 # to BF16
@@ -185,7 +185,7 @@ def test_a_convolution_keeps_the_legacy_marker_that_it_needs(save: Save, build: 
     with open_checkpoint(source) as checkpoint:
         layout, _, _ = plan_bfloat16(checkpoint)
         assert {"scaled_fp8", *conv} <= set(layout.copied)
-        with pytest.raises(TensorError, match="conv: it is float8_e4m3fn, 4-dimensional, which only a legacy marker"):
+        with pytest.raises(TensorError, match="conv: it is float8_e4m3fn, 4-dimensional, which only the legacy"):
             plan_migration(checkpoint, "comfy")
 
 
@@ -236,7 +236,7 @@ def test_two_scales_of_one_kind_are_refused(save: Save, build: Any) -> None:
     path = save("in.safetensors", tensors | {"a.scale_weight": np.float32(2)})
     with open_checkpoint(path) as checkpoint, pytest.raises(TensorError) as caught:
         plan_migration(checkpoint, "header")
-    assert str(caught.value) == f"{path}: a.scale_weight: the layer has this scale under another name as well"
+    assert str(caught.value) == f"{path}: a.scale_weight: the layer also has this scale under another name"
 
 
 def test_a_stray_legacy_marker_decides_nothing_in_the_new_file(save: Save, build: Any) -> None:

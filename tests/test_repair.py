@@ -143,11 +143,11 @@ ROWS = {".weight": np.ones((16, 32), np.int8), ".weight_scale": np.ones((16, 1),
 MISSPELT = {NAME + ".weight": FP8[".weight"], NAME + ".scale_weight": np.float32(1)}
 REFUSED = {
     "ambiguous": ({NAME + suffix: tensor for suffix, tensor in ROWS.items()},
-                  f"{NAME}: nothing says what format it is in, and its tensors fit several formats: INT8, INT8 ConvRot "
-                  "(get a file with marks, or convert the original)"),
+                  f"{NAME}: no quantization config names its format, and its tensors fit several formats: INT8, "
+                  "INT8 ConvRot (use a file with quantization configs, or convert the original)"),
     "no scale": ({NAME + ".weight": FP8[".weight"], NAME + ".comfy_quant": np.zeros(LONG, np.uint8)},
-                 f"{NAME}: nothing says what format it is in, and its tensors fit no format that is read here "
-                 "(get a file with marks, or convert the original)"),
+                 f"{NAME}: no quantization config names its format, and its tensors fit no supported format "
+                 "(use a file with quantization configs, or convert the original)"),
     "misnamed": (MISSPELT,
                  f"{NAME}.scale_weight: readers of quantization configs expect this scale under another name "
                  "(convert_to_quant migrate --to comfy renames it)"),

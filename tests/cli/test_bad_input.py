@@ -102,7 +102,7 @@ def test_nan_in_a_weight_to_be_converted(refused, save, flux_tensors, bits):
         (lambda tensors: tensors["blocks.1.weight"][1].__setitem__((2, 3), 0xFF),
          "blocks.1.weight: the weight has NaN or infinite values"),
         (lambda tensors: tensors.pop("blocks.1.weight_scale"),
-         "blocks.1: marked as float8_e4m3fn, but there is no .weight_scale (convert it again)"),
+         "blocks.1: declared as float8_e4m3fn, but .weight_scale is missing (convert it again)"),
     ],
     ids=["a weight of NaN", "no scale"],
 )  # fmt: skip
@@ -140,7 +140,7 @@ def test_a_bad_input_scale_is_written_anew(ctq, done, fp8_file, value, engine):
     words = ("--in-place", *MODEL, "--actcal-engine", engine)
     outcome = done("-i", fp8_file, *words)
     problem = f"scales should be finite and not negative, found {value}"
-    assert f"note: {INPUT_SCALE}: {problem}: of no use until a calibration writes it anew\n" in outcome.err
+    assert f"note: {INPUT_SCALE}: {problem}: unusable until a calibration replaces it\n" in outcome.err
     with open_checkpoint(fp8_file) as checkpoint:
         assert 0 < checkpoint.float32(INPUT_SCALE) <= 1
     assert "of no use" not in ctq("-i", fp8_file, *words, "--dry-run").err
@@ -230,7 +230,7 @@ def lora(save, name: str, rows: int = 16, columns: int = 32, value: float = 1.0)
          "diffusion_model.blocks.1: nothing in this LoRA can be applied: its change is [16, 48] and would widen "
          "blocks.1, which is [16, 32] (1); its layers have names like blocks.0 (was it made for this model?)"),
         ({"name": "blocks.0", "value": np.nan},
-         "blocks.0.lora_A.weight: holds NaN or infinite values (the file is damaged)"),
+         "blocks.0.lora_A.weight: has NaN or infinite values (the file is damaged)"),
     ],
     ids=["of no layer", "of another shape", "of NaN"],
 )  # fmt: skip

@@ -41,8 +41,8 @@ def lora(flux_file, save):
 
 def test_a_folded_file_warns_and_its_loras_are_converted(done, refused, flux_file, lora, tmp_path):
     out, converted, twice = (tmp_path / f"{name}.safetensors" for name in ("int8", "folded", "twice"))
-    assert "its channels are folded" in done("-i", flux_file, "-o", out, "--format", "int8", "--fold", *SMALL).err
-    assert "its channels are folded" in " ".join(done("inspect", out).out.split())
+    assert "its channels are equalized" in done("-i", flux_file, "-o", out, "--format", "int8", "--fold", *SMALL).err
+    assert "its channels are equalized" in " ".join(done("inspect", out).out.split())
     for wrote in ("wrote", "replaced"):
         told = done("lora", "fold", lora, "--like", out, "-o", converted).err
         assert told == f"1 of 1 adapter scaled for int8.safetensors; {wrote} {converted}\n"
@@ -55,7 +55,7 @@ def test_a_folded_file_warns_and_its_loras_are_converted(done, refused, flux_fil
 def test_calibration_takes_a_lora_that_is_folded_for_the_file_only(done, refused, flux_file, lora, tmp_path):
     out, converted, made = (tmp_path / f"{name}.safetensors" for name in ("fp8", "folded", "made"))
     told = done("-i", flux_file, "-o", out, "--fold", "--actcal", *SMALL).err
-    assert told.count("its channels are folded") == 1
+    assert told.count("its channels are equalized") == 1
     done("lora", "fold", lora, "--like", out, "-o", converted)
     observing = [str(word).replace("actcal-", "") for word in SMALL]
     for words in (("-i", out, "--actcal", *SMALL, "--actcal-lora"), ("observe", out, *observing, "--lora")):

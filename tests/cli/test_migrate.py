@@ -57,8 +57,8 @@ def test_each_says_what_it_did(ctq, files, call):
 
 
 UNTOLD = (
-    "int8.safetensors: blocks.0.a: nothing says what format it is in, and its tensors fit several formats: INT8, "
-    "INT8 ConvRot (get a file with marks, or convert the original)"
+    "int8.safetensors: blocks.0.a: no quantization config names its format, and its tensors fit several formats: INT8, "
+    "INT8 ConvRot (use a file with quantization configs, or convert the original)"
 )
 REFUSED = {
     "dequantize plain.safetensors -o out.safetensors": (
